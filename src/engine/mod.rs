@@ -1,0 +1,1 @@
+//! Device workers and scheduling of work units.

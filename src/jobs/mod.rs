@@ -1,0 +1,1 @@
+//! The store, the queue, the event feed, datasets and artifacts.

@@ -1,0 +1,3 @@
+//! The `bradley` binary: everything is in the library.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Losses, their gradients with respect to log-probs, metrics and schedules. Pure functions on numbers.

@@ -1,0 +1,1 @@
+//! Model configuration, the decoder, its ops, tokenisation, chat templates, weight loading and adapters.

@@ -1,0 +1,1 @@
+//! gRPC: proto ↔ domain, status mapping, one file per service.

@@ -1,0 +1,1 @@
+//! Data rows, packing, the scorer and the trainer: synchronous, no tokio.
