@@ -1,1 +1,4 @@
 //! Records and legal states: what a job, a dataset, a checkpoint, an event and a score are. Plain data, no I/O.
+
+pub mod dpo;
+pub mod violation;

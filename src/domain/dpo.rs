@@ -1,0 +1,262 @@
+//! What a DPO objective is: the loss mix, β, the divergence and the weightings. Names and defaults are TRL's where TRL has them.
+
+use serde::{Deserialize, Serialize};
+
+use super::violation::Violations;
+
+/// A per-pair loss. Formulas: `math::loss`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LossType {
+    /// −log σ(βδ), with label smoothing honoured (cDPO).
+    Sigmoid,
+    /// relu(1 − βδ).
+    Hinge,
+    /// (s_w/n_w − s_l/n_l − 1/(2β))².
+    Ipo,
+    /// Efficient exact optimisation, pairwise; needs label smoothing > 0.
+    ExoPair,
+    /// Noise-contrastive alignment, pairwise.
+    NcaPair,
+    /// Robust DPO: unbiased under label noise ε < 0.5.
+    Robust,
+    /// Binary classifier optimisation, pairwise.
+    BcoPair,
+    /// Self-play preference optimisation with hard labels.
+    SppoHard,
+    /// Alignment via optimal transport: sorted within the batch.
+    Aot,
+    /// The unpaired form of [`LossType::Aot`].
+    AotUnpaired,
+    /// Anchored preference optimisation, "zero".
+    ApoZero,
+    /// Anchored preference optimisation, "down".
+    ApoDown,
+    /// The loss discovered in DiscoPOP.
+    Discopop,
+    /// Token-mean negative log-likelihood of the chosen completion.
+    Sft,
+    /// Length-normalised sigmoid.
+    SigmoidNorm,
+    /// SimPO: −log σ(β(logπ_w/n_w − logπ_l/n_l) − γ); needs no reference.
+    Simpo,
+    /// ORPO: NLL(chosen) − λ·log σ(log-odds ratio); needs no reference.
+    Orpo,
+}
+
+impl LossType {
+    /// Every loss, in the order of REFERENCE's table.
+    pub const ALL: [LossType; 17] = [
+        LossType::Sigmoid,
+        LossType::Hinge,
+        LossType::Ipo,
+        LossType::ExoPair,
+        LossType::NcaPair,
+        LossType::Robust,
+        LossType::BcoPair,
+        LossType::SppoHard,
+        LossType::Aot,
+        LossType::AotUnpaired,
+        LossType::ApoZero,
+        LossType::ApoDown,
+        LossType::Discopop,
+        LossType::Sft,
+        LossType::SigmoidNorm,
+        LossType::Simpo,
+        LossType::Orpo,
+    ];
+
+    /// The name on the wire and in a settings file, as TRL spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            LossType::Sigmoid => "sigmoid",
+            LossType::Hinge => "hinge",
+            LossType::Ipo => "ipo",
+            LossType::ExoPair => "exo_pair",
+            LossType::NcaPair => "nca_pair",
+            LossType::Robust => "robust",
+            LossType::BcoPair => "bco_pair",
+            LossType::SppoHard => "sppo_hard",
+            LossType::Aot => "aot",
+            LossType::AotUnpaired => "aot_unpaired",
+            LossType::ApoZero => "apo_zero",
+            LossType::ApoDown => "apo_down",
+            LossType::Discopop => "discopop",
+            LossType::Sft => "sft",
+            LossType::SigmoidNorm => "sigmoid_norm",
+            LossType::Simpo => "simpo",
+            LossType::Orpo => "orpo",
+        }
+    }
+
+    /// The loss of that name, if there is one.
+    pub fn parse(name: &str) -> Option<LossType> {
+        LossType::ALL.into_iter().find(|l| l.name() == name)
+    }
+
+    /// Whether the value depends on reference log-probs.
+    pub fn needs_reference(self) -> bool {
+        !matches!(self, LossType::Sft | LossType::Simpo | LossType::Orpo)
+    }
+
+    /// Whether an f-divergence other than reverse KL is defined for it (TRL rejects the others).
+    pub fn accepts_divergence(self) -> bool {
+        !matches!(
+            self,
+            LossType::NcaPair
+                | LossType::BcoPair
+                | LossType::SppoHard
+                | LossType::Aot
+                | LossType::AotUnpaired
+                | LossType::ApoZero
+                | LossType::ApoDown
+        )
+    }
+}
+
+/// One term of the mix: `weight · mean(loss)`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WeightedLoss {
+    /// Which loss.
+    pub loss: LossType,
+    /// Its weight in the sum.
+    pub weight: f64,
+}
+
+/// s(lr): how a log-ratio enters the loss.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Divergence {
+    /// s = lr.
+    ReverseKl,
+    /// s = 1 − e^(−lr).
+    ForwardKl,
+    /// s = log 2 + log σ(lr).
+    JensenShannon,
+    /// s = (e^((α−1)·lr) − 1)/(α−1).
+    Alpha {
+        /// α ≠ 1.
+        alpha: f64,
+    },
+}
+
+/// TR-DPO: every `every_steps` optimizer steps, ref ← α·π + (1−α)·ref.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ReferenceSync {
+    /// The mixing weight α in (0, 1].
+    pub alpha: f64,
+    /// The period in optimizer steps.
+    pub every_steps: u32,
+}
+
+/// The whole objective.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DpoConfig {
+    /// The mix; at least one term.
+    pub losses: Vec<WeightedLoss>,
+    /// β > 0: the strength of the implicit reward, r = β·lr.
+    pub beta: f64,
+    /// ε in [0, 0.5).
+    pub label_smoothing: f64,
+    /// How log-ratios enter.
+    pub divergence: Divergence,
+    /// τ of discopop.
+    pub discopop_tau: f64,
+    /// RPO: adds α·NLL(chosen), token mean.
+    pub rpo_alpha: Option<f64>,
+    /// DPOP (smaug): λ of the λ·max(0, −lr_w) penalty inside the sigmoid; 0 is off.
+    pub dpop_lambda: f64,
+    /// SimPO's target margin γ.
+    pub simpo_gamma: f64,
+    /// ORPO's λ.
+    pub orpo_lambda: f64,
+    /// WPO: weigh each pair by its probability under the policy.
+    pub wpo: bool,
+    /// LD-DPO: weight of the tokens past the shorter answer's length, in [0, 1].
+    pub ld_alpha: Option<f64>,
+    /// lr = log π: no reference is consulted.
+    pub reference_free: bool,
+    /// TR-DPO.
+    pub reference_sync: Option<ReferenceSync>,
+}
+
+impl Default for DpoConfig {
+    fn default() -> Self {
+        DpoConfig {
+            losses: vec![WeightedLoss { loss: LossType::Sigmoid, weight: 1.0 }],
+            beta: 0.1,
+            label_smoothing: 0.0,
+            divergence: Divergence::ReverseKl,
+            discopop_tau: 0.05,
+            rpo_alpha: None,
+            dpop_lambda: 0.0,
+            simpo_gamma: 0.5,
+            orpo_lambda: 0.1,
+            wpo: false,
+            ld_alpha: None,
+            reference_free: false,
+            reference_sync: None,
+        }
+    }
+}
+
+impl DpoConfig {
+    /// Whether training needs reference log-probs at all.
+    pub fn needs_reference(&self) -> bool {
+        !self.reference_free && (self.losses.iter().any(|l| l.loss.needs_reference()) || self.dpop_lambda > 0.0)
+    }
+
+    /// Records every impossible setting under `field`, e.g. `dpo.beta`.
+    pub fn validate(&self, field: &str, out: &mut Violations) {
+        if self.losses.is_empty() {
+            out.push(format!("{field}.losses"), "is empty: name at least one loss, for example sigmoid");
+        }
+        for (i, l) in self.losses.iter().enumerate() {
+            if !(l.weight.is_finite() && l.weight > 0.0) {
+                out.push(format!("{field}.losses[{i}].weight"), format!("is {}: it must be a finite number above 0", l.weight));
+            }
+            if self.divergence != Divergence::ReverseKl && !l.loss.accepts_divergence() {
+                out.push(
+                    format!("{field}.losses[{i}].loss"),
+                    format!("{} is defined for reverse_kl only: set divergence to reverse_kl or choose another loss", l.loss.name()),
+                );
+            }
+            if l.loss == LossType::ExoPair && self.label_smoothing <= 0.0 {
+                out.push(format!("{field}.label_smoothing"), "exo_pair needs label_smoothing above 0, for example 0.001");
+            }
+        }
+        out.positive(format!("{field}.beta"), self.beta);
+        if !(0.0..0.5).contains(&self.label_smoothing) {
+            out.push(format!("{field}.label_smoothing"), format!("is {}: it must lie in [0, 0.5)", self.label_smoothing));
+        }
+        if let Divergence::Alpha { alpha } = self.divergence
+            && (!alpha.is_finite() || (alpha - 1.0).abs() < 1e-9)
+        {
+            out.push(format!("{field}.divergence.alpha"), "must be finite and differ from 1 (use reverse_kl or forward_kl for the limits)");
+        }
+        out.positive(format!("{field}.discopop_tau"), self.discopop_tau);
+        if let Some(a) = self.rpo_alpha {
+            out.non_negative(format!("{field}.rpo_alpha"), a);
+        }
+        out.non_negative(format!("{field}.dpop_lambda"), self.dpop_lambda);
+        out.non_negative(format!("{field}.simpo_gamma"), self.simpo_gamma);
+        out.non_negative(format!("{field}.orpo_lambda"), self.orpo_lambda);
+        if let Some(a) = self.ld_alpha
+            && !(0.0..=1.0).contains(&a)
+        {
+            out.push(format!("{field}.ld_alpha"), format!("is {a}: it must lie in [0, 1]"));
+        }
+        if let Some(s) = self.reference_sync {
+            if !(s.alpha > 0.0 && s.alpha <= 1.0) {
+                out.push(format!("{field}.reference_sync.alpha"), format!("is {}: it must lie in (0, 1]", s.alpha));
+            }
+            if s.every_steps == 0 {
+                out.push(format!("{field}.reference_sync.every_steps"), "is 0: it must be at least 1");
+            }
+            if self.reference_free {
+                out.push(format!("{field}.reference_sync"), "has no meaning with reference_free: remove one of them");
+            }
+        }
+    }
+}
