@@ -1,4 +1,8 @@
 //! Records and legal states: what a job, a dataset, a checkpoint, an event and a score are. Plain data, no I/O.
 
+pub mod dataset;
 pub mod dpo;
+pub mod job;
+pub mod names;
+pub mod training;
 pub mod violation;

@@ -1,1 +1,3 @@
 //! Device workers and scheduling of work units.
+
+pub mod api;

@@ -1,1 +1,3 @@
 //! Data rows, packing, the scorer and the trainer: synchronous, no tokio.
+
+pub mod pair;

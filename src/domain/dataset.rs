@@ -1,0 +1,190 @@
+//! Preference rows and what validation says of them.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::job::Millis;
+
+/// A chat message.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ChatMessage {
+    /// system, user, assistant, …
+    pub role: String,
+    /// The text.
+    pub content: String,
+}
+
+/// Plain text or chat messages.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Text {
+    /// Used as it is.
+    Plain(String),
+    /// Rendered with the chat template.
+    Chat(Vec<ChatMessage>),
+}
+
+/// A prompt and two answers; the prompt and both answers have the same form (all plain or all chat).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PreferenceRow {
+    /// From 1: a line number in JSONL.
+    pub row: u64,
+    /// The row's own id.
+    pub id: Option<String>,
+    /// x; for implicit prompts, the messages both dialogues share.
+    pub prompt: Text,
+    /// y_w.
+    pub chosen: Text,
+    /// y_l.
+    pub rejected: Text,
+    /// Multiplies the row's loss; 1 unless given.
+    pub weight: f64,
+}
+
+/// The file format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DatasetFormat {
+    /// One JSON object a line.
+    Jsonl,
+    /// Apache Parquet.
+    Parquet,
+}
+
+/// Whether a row can still be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Severity {
+    /// It can.
+    Warning,
+    /// It cannot.
+    Error,
+}
+
+/// The stable word for a finding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IssueReason {
+    /// Not a JSON object.
+    InvalidJson,
+    /// Not UTF-8.
+    InvalidUtf8,
+    /// A field of the wrong type or form.
+    InvalidType,
+    /// weight is not a finite number above 0.
+    InvalidWeight,
+    /// prompt, chosen or rejected is absent.
+    MissingField,
+    /// An answer without text.
+    EmptyCompletion,
+    /// chosen equals rejected.
+    IdenticalAnswers,
+    /// Implicit prompts whose dialogues share no first message.
+    DifferentPrompts,
+    /// No room for an answer token in max_length.
+    PromptFillsMaxLength,
+    /// max_length cuts an answer (a warning).
+    Truncated,
+    /// The same pair occurred before (a warning).
+    DuplicatePair,
+    /// The same pair occurred before with the answers exchanged.
+    ContradictoryPair,
+}
+
+impl IssueReason {
+    /// The word on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            IssueReason::InvalidJson => "invalid_json",
+            IssueReason::InvalidUtf8 => "invalid_utf8",
+            IssueReason::InvalidType => "invalid_type",
+            IssueReason::InvalidWeight => "invalid_weight",
+            IssueReason::MissingField => "missing_field",
+            IssueReason::EmptyCompletion => "empty_completion",
+            IssueReason::IdenticalAnswers => "identical_answers",
+            IssueReason::DifferentPrompts => "different_prompts",
+            IssueReason::PromptFillsMaxLength => "prompt_fills_max_length",
+            IssueReason::Truncated => "truncated",
+            IssueReason::DuplicatePair => "duplicate_pair",
+            IssueReason::ContradictoryPair => "contradictory_pair",
+        }
+    }
+
+    /// Errors make a row unusable. Contradictions are warnings on both rows' face but poison training, so they are errors.
+    pub fn severity(self) -> Severity {
+        match self {
+            IssueReason::Truncated | IssueReason::DuplicatePair => Severity::Warning,
+            _ => Severity::Error,
+        }
+    }
+}
+
+/// One finding about one row.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RowIssue {
+    /// From 1.
+    pub row: u64,
+    /// The row's own id.
+    pub id: Option<String>,
+    /// Which field.
+    pub field: String,
+    /// The stable word.
+    pub reason: IssueReason,
+    /// In words, with the remedy.
+    pub message: String,
+}
+
+/// How many findings a report lists in full.
+pub const MAX_LISTED_ISSUES: usize = 1000;
+
+/// What validation found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ValidationReport {
+    /// Rows in the file.
+    pub rows: u64,
+    /// Rows without an error.
+    pub valid_rows: u64,
+    /// Findings by reason.
+    pub counts: BTreeMap<String, u64>,
+    /// The first [`MAX_LISTED_ISSUES`].
+    pub issues: Vec<RowIssue>,
+    /// Whether there were more.
+    pub issues_truncated: bool,
+}
+
+impl ValidationReport {
+    /// Counts a finding and lists it while there is room.
+    pub fn add(&mut self, issue: RowIssue) {
+        *self.counts.entry(issue.reason.name().to_owned()).or_default() += 1;
+        if self.issues.len() < MAX_LISTED_ISSUES {
+            self.issues.push(issue);
+        } else {
+            self.issues_truncated = true;
+        }
+    }
+
+    /// Rows that cannot be used.
+    pub fn bad_rows(&self) -> u64 {
+        self.rows - self.valid_rows
+    }
+}
+
+/// A dataset as stored.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Dataset {
+    /// The id in `datasets/{id}`.
+    pub id: String,
+    /// A title.
+    pub display_name: String,
+    /// Its format.
+    pub format: DatasetFormat,
+    /// Of the file.
+    pub size_bytes: u64,
+    /// BLAKE3 in hex.
+    pub content_hash: String,
+    /// Findings.
+    pub report: ValidationReport,
+    /// When acknowledged.
+    pub create_time: Millis,
+}

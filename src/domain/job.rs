@@ -1,0 +1,266 @@
+//! A training job and its life.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::names::PolicyName;
+use super::training::TrainingSpec;
+
+/// Milliseconds since the Unix epoch, UTC.
+pub type Millis = i64;
+
+/// Metrics by their TRL names.
+pub type Metrics = BTreeMap<String, f64>;
+
+/// Where a job is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobState {
+    /// Waiting for a device.
+    Queued,
+    /// Loading, tokenising.
+    Preparing,
+    /// Taking optimizer steps.
+    Running,
+    /// A cancel was asked for.
+    Cancelling,
+    /// Ended by a cancel.
+    Cancelled,
+    /// Ended well.
+    Succeeded,
+    /// Ended by an error.
+    Failed,
+}
+
+impl JobState {
+    /// Every state.
+    pub const ALL: [JobState; 7] = [
+        JobState::Queued,
+        JobState::Preparing,
+        JobState::Running,
+        JobState::Cancelling,
+        JobState::Cancelled,
+        JobState::Succeeded,
+        JobState::Failed,
+    ];
+
+    /// Whether nothing will change any more.
+    pub fn is_final(self) -> bool {
+        matches!(self, JobState::Cancelled | JobState::Succeeded | JobState::Failed)
+    }
+
+    /// Whether the job may go from `self` to `to`. A drained or killed server's jobs go back to `Queued`.
+    pub fn may_become(self, to: JobState) -> bool {
+        use JobState::*;
+        match self {
+            Queued => matches!(to, Preparing | Cancelled | Failed),
+            Preparing => matches!(to, Running | Cancelling | Failed | Queued),
+            Running => matches!(to, Succeeded | Failed | Cancelling | Queued),
+            Cancelling => matches!(to, Cancelled | Failed),
+            Cancelled | Succeeded | Failed => false,
+        }
+    }
+
+    /// The name in the store and in logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            JobState::Queued => "queued",
+            JobState::Preparing => "preparing",
+            JobState::Running => "running",
+            JobState::Cancelling => "cancelling",
+            JobState::Cancelled => "cancelled",
+            JobState::Succeeded => "succeeded",
+            JobState::Failed => "failed",
+        }
+    }
+
+    /// The state of that name.
+    pub fn parse(name: &str) -> Option<JobState> {
+        JobState::ALL.into_iter().find(|s| s.name() == name)
+    }
+}
+
+/// What to do with rows that fail validation; never silent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RowPolicy {
+    /// Refuse the job.
+    #[default]
+    Reject,
+    /// Leave them out and list them.
+    Skip,
+}
+
+/// The rows to evaluate on.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Evaluation {
+    /// None.
+    #[default]
+    None,
+    /// A dataset of their own, by id.
+    Dataset(String),
+    /// A fraction in (0, 1) split off by the seed.
+    Fraction(f64),
+}
+
+/// What a client asked for, as pinned at creation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobRequest {
+    /// A title for people.
+    pub display_name: String,
+    /// Free labels.
+    pub labels: BTreeMap<String, String>,
+    /// What is trained.
+    pub policy: PolicyName,
+    /// `None`: the policy's own start weights.
+    pub reference: Option<PolicyName>,
+    /// The dataset's id.
+    pub dataset: String,
+    /// Rows to evaluate on.
+    pub evaluation: Evaluation,
+    /// Hyper-parameters.
+    pub spec: TrainingSpec,
+    /// Bad rows.
+    pub row_policy: RowPolicy,
+}
+
+/// How far a job is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Optimizer steps taken.
+    pub step: u64,
+    /// Optimizer steps in all.
+    pub total_steps: u64,
+    /// Epochs done.
+    pub epoch: f64,
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// Seconds to go.
+    pub eta_seconds: Option<f64>,
+}
+
+/// Why a job failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobError {
+    /// A stable word, e.g. `NON_FINITE_LOSS`, `OUT_OF_MEMORY`, `DATASET_INVALID`, `MODEL_UNAVAILABLE`, `INTERNAL`.
+    pub reason: String,
+    /// In words, with the remedy.
+    pub message: String,
+}
+
+/// A job as stored.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Job {
+    /// The id in `trainingJobs/{id}`.
+    pub id: String,
+    /// Counts the changes; the etag.
+    pub version: i64,
+    /// What was asked for.
+    pub request: JobRequest,
+    /// Where it is.
+    pub state: JobState,
+    /// Why it failed.
+    pub error: Option<JobError>,
+    /// How far it is.
+    pub progress: Progress,
+    /// The newest metrics.
+    pub latest_metrics: Metrics,
+    /// Rows left out, in words.
+    pub skipped_rows: Vec<String>,
+    /// Created.
+    pub create_time: Millis,
+    /// First began to prepare.
+    pub start_time: Option<Millis>,
+    /// Ended.
+    pub end_time: Option<Millis>,
+}
+
+/// A complete state on disk.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Checkpoint {
+    /// The job's id.
+    pub job: String,
+    /// The optimizer step.
+    pub step: u64,
+    /// Best so far.
+    pub best: bool,
+    /// Whether it is a LoRA adapter.
+    pub adapter: bool,
+    /// Bytes on disk.
+    pub size_bytes: u64,
+    /// Metrics then.
+    pub metrics: Metrics,
+    /// When it was complete.
+    pub create_time: Millis,
+}
+
+/// An event as stored.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    /// 1, 2, 3, … within the job.
+    pub sequence: u64,
+    /// When.
+    pub time: Millis,
+    /// What.
+    pub kind: EventKind,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum EventKind {
+    /// The job changed state.
+    StateChange {
+        /// Before; `None` for a new job.
+        from: Option<JobState>,
+        /// After.
+        to: JobState,
+        /// Why.
+        reason: String,
+    },
+    /// One logged step.
+    Step {
+        /// The optimizer step.
+        step: u64,
+        /// How far.
+        progress: Progress,
+        /// By name.
+        metrics: Metrics,
+    },
+    /// One evaluation.
+    Eval {
+        /// After which step.
+        step: u64,
+        /// By name.
+        metrics: Metrics,
+    },
+    /// A checkpoint is complete.
+    CheckpointCreated {
+        /// The step.
+        step: u64,
+        /// Best so far.
+        best: bool,
+    },
+    /// A message for people.
+    Log {
+        /// info, warning, error.
+        severity: String,
+        /// The text.
+        message: String,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn final_states_have_no_way_out_and_every_other_state_has_one() {
+        for s in JobState::ALL {
+            assert_eq!(JobState::ALL.iter().any(|t| s.may_become(*t)), !s.is_final(), "{s:?}");
+            assert_eq!(JobState::parse(s.name()), Some(s));
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! Resource names: `models/{id}`, `datasets/{id}`, `trainingJobs/{id}`, `trainingJobs/{id}/checkpoints/{step|latest|best}`.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// Which checkpoint of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CheckpointRef {
+    /// The one after that optimizer step.
+    Step(u64),
+    /// The newest; for a running job, the weights it trains now.
+    Latest,
+    /// The best by the job's metric.
+    Best,
+}
+
+/// What names a set of weights.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PolicyName {
+    /// `models/{id}`.
+    Model(String),
+    /// `trainingJobs/{job}/checkpoints/{which}`.
+    Checkpoint {
+        /// The job's id.
+        job: String,
+        /// Which of its checkpoints.
+        which: CheckpointRef,
+    },
+}
+
+/// An id is 1 to 128 letters, digits, `-`, `_` or `.`, and does not start with a dot.
+pub fn is_valid_id(id: &str) -> bool {
+    !id.is_empty()
+        && id.len() <= 128
+        && !id.starts_with('.')
+        && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+}
+
+fn id_after<'a>(name: &'a str, prefix: &str) -> Option<&'a str> {
+    name.strip_prefix(prefix).filter(|id| is_valid_id(id))
+}
+
+/// The id in `trainingJobs/{id}`.
+pub fn parse_job(name: &str) -> Option<&str> {
+    id_after(name, "trainingJobs/")
+}
+
+/// The id in `datasets/{id}`.
+pub fn parse_dataset(name: &str) -> Option<&str> {
+    id_after(name, "datasets/")
+}
+
+/// The id in `models/{id}`.
+pub fn parse_model(name: &str) -> Option<&str> {
+    id_after(name, "models/")
+}
+
+/// The job and the checkpoint in `trainingJobs/{id}/checkpoints/{step|latest|best}`.
+pub fn parse_checkpoint(name: &str) -> Option<(&str, CheckpointRef)> {
+    let (job, which) = name.strip_prefix("trainingJobs/")?.split_once("/checkpoints/")?;
+    let which = match which {
+        "latest" => CheckpointRef::Latest,
+        "best" => CheckpointRef::Best,
+        digits => CheckpointRef::Step(digits.parse().ok()?),
+    };
+    is_valid_id(job).then_some((job, which))
+}
+
+/// A model's or a checkpoint's name.
+pub fn parse_policy(name: &str) -> Option<PolicyName> {
+    match parse_model(name) {
+        Some(id) => Some(PolicyName::Model(id.to_owned())),
+        None => parse_checkpoint(name).map(|(job, which)| PolicyName::Checkpoint { job: job.to_owned(), which }),
+    }
+}
+
+impl fmt::Display for CheckpointRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            CheckpointRef::Step(n) => write!(f, "{n}"),
+            CheckpointRef::Latest => f.write_str("latest"),
+            CheckpointRef::Best => f.write_str("best"),
+        }
+    }
+}
+
+impl fmt::Display for PolicyName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PolicyName::Model(id) => write!(f, "models/{id}"),
+            PolicyName::Checkpoint { job, which } => write!(f, "trainingJobs/{job}/checkpoints/{which}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip_and_hostile_ones_are_refused() {
+        for n in ["models/m", "trainingJobs/a-1/checkpoints/12", "trainingJobs/a/checkpoints/latest", "trainingJobs/a/checkpoints/best"] {
+            assert_eq!(parse_policy(n).unwrap().to_string(), n);
+        }
+        for n in ["models/", "models/../x", "models/.", "datasets/a", "trainingJobs/a/b/checkpoints/1", "trainingJobs/a/checkpoints/-1", ""]
+        {
+            assert_eq!(parse_policy(n), None, "{n}");
+        }
+    }
+}

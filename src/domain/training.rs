@@ -1,0 +1,399 @@
+//! What a training run is asked to do: method, optimizer, batches, evaluation. Defaults follow TRL.
+
+use serde::{Deserialize, Serialize};
+
+use super::dpo::DpoConfig;
+use super::violation::Violations;
+
+/// The projections LoRA can adapt, in the decoder's order.
+pub const TARGET_MODULES: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
+/// A whole run, less the data: everything the trainer needs to know, pinned when the job is created.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TrainingSpec {
+    /// The objective.
+    pub dpo: DpoConfig,
+    /// AdamW and its schedule.
+    pub optimizer: OptimizerConfig,
+    /// LoRA or full.
+    pub method: Method,
+    /// Batches and lengths.
+    pub batch: BatchConfig,
+    /// Checkpoints, evaluation, logging.
+    pub run: RunConfig,
+    /// Seeds the shuffle, the split and LoRA's initialisation.
+    pub seed: Seed,
+}
+
+/// A seed, 42 unless said otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seed(pub u64);
+
+impl Default for Seed {
+    fn default() -> Self {
+        Seed(42)
+    }
+}
+
+/// What is trained.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Method {
+    /// Low-rank adapters on frozen base weights.
+    Lora(LoraConfig),
+    /// Every weight.
+    Full,
+}
+
+impl Default for Method {
+    fn default() -> Self {
+        Method::Lora(LoraConfig::default())
+    }
+}
+
+/// LoRA, named as in PEFT: ΔW = scale·B·A, A `[r, in]`, B `[out, r]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LoraConfig {
+    /// r.
+    pub rank: usize,
+    /// α.
+    pub alpha: f64,
+    /// Which projections, a subset of [`TARGET_MODULES`].
+    pub target_modules: Vec<String>,
+    /// scale = α/√r in place of α/r.
+    pub use_rslora: bool,
+    /// A PEFT adapter folder to start from; its rank, alpha and targets win.
+    pub init_adapter: Option<String>,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        LoraConfig {
+            rank: 16,
+            alpha: 32.0,
+            target_modules: TARGET_MODULES.iter().map(|s| s.to_string()).collect(),
+            use_rslora: false,
+            init_adapter: None,
+        }
+    }
+}
+
+impl LoraConfig {
+    /// The factor on B·A.
+    pub fn scale(&self) -> f64 {
+        let r = self.rank as f64;
+        self.alpha / if self.use_rslora { r.sqrt() } else { r }
+    }
+}
+
+/// AdamW (f32 state, decoupled decay) and its schedule.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct OptimizerConfig {
+    /// The peak learning rate.
+    pub learning_rate: f64,
+    /// β₁.
+    pub adam_beta1: f64,
+    /// β₂.
+    pub adam_beta2: f64,
+    /// ε.
+    pub adam_epsilon: f64,
+    /// Decoupled; matrices only, as transformers does.
+    pub weight_decay: f64,
+    /// Clips the global gradient norm; 0 is off.
+    pub max_grad_norm: f64,
+    /// The learning rate over the steps.
+    pub schedule: ScheduleKind,
+    /// How it warms up.
+    pub warmup: Warmup,
+}
+
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        OptimizerConfig {
+            learning_rate: 1e-6,
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_epsilon: 1e-8,
+            weight_decay: 0.0,
+            max_grad_norm: 1.0,
+            schedule: ScheduleKind::Linear,
+            warmup: Warmup::Steps(0),
+        }
+    }
+}
+
+/// The shape of the learning rate after warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum ScheduleKind {
+    /// Stays at the peak.
+    Constant,
+    /// Falls linearly to 0.
+    Linear,
+    /// Half a cosine to 0.
+    Cosine,
+    /// Half a cosine to `min_ratio` of the peak.
+    CosineWithFloor {
+        /// In [0, 1].
+        min_ratio: f64,
+    },
+}
+
+/// The length of the warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Warmup {
+    /// In optimizer steps.
+    Steps(u64),
+    /// As a share of all steps, rounded up.
+    Ratio(f64),
+}
+
+impl Warmup {
+    /// In steps, for a run of `total` steps.
+    pub fn steps(self, total: u64) -> u64 {
+        match self {
+            Warmup::Steps(n) => n,
+            Warmup::Ratio(r) => (r * total as f64).ceil() as u64,
+        }
+    }
+}
+
+/// Which end of prompt + completion is kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Truncation {
+    /// Cut the tail.
+    #[default]
+    KeepStart,
+    /// Cut the head of the prompt.
+    KeepEnd,
+}
+
+/// Whether block activations are recomputed in the backward pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ActivationCheckpointing {
+    /// By the memory estimate.
+    #[default]
+    Auto,
+    /// Always.
+    On,
+    /// Never.
+    Off,
+}
+
+/// Batches and lengths.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct BatchConfig {
+    /// Pairs in a micro-batch.
+    pub batch_size: usize,
+    /// Micro-batches in an optimizer step.
+    pub gradient_accumulation_steps: usize,
+    /// Tokens of prompt + completion.
+    pub max_length: usize,
+    /// Which end is kept.
+    pub truncation: Truncation,
+    /// Passes over the data.
+    pub epochs: f64,
+    /// Optimizer steps; wins over `epochs`.
+    pub max_steps: Option<u64>,
+    /// Whether rows are shuffled each epoch.
+    pub shuffle: bool,
+    /// Tokens in a packed row.
+    pub row_tokens: usize,
+    /// Activation memory for time.
+    pub activation_checkpointing: ActivationCheckpointing,
+}
+
+impl Default for BatchConfig {
+    fn default() -> Self {
+        BatchConfig {
+            batch_size: 8,
+            gradient_accumulation_steps: 1,
+            max_length: 1024,
+            truncation: Truncation::KeepStart,
+            epochs: 3.0,
+            max_steps: None,
+            shuffle: true,
+            row_tokens: 2048,
+            activation_checkpointing: ActivationCheckpointing::Auto,
+        }
+    }
+}
+
+impl BatchConfig {
+    /// Optimizer steps in one epoch over `pairs` rows: ⌈⌈pairs/batch⌉/accumulation⌉, at least 1.
+    pub fn steps_per_epoch(&self, pairs: usize) -> u64 {
+        pairs.div_ceil(self.batch_size).div_ceil(self.gradient_accumulation_steps).max(1) as u64
+    }
+
+    /// Optimizer steps in the whole run.
+    pub fn total_steps(&self, pairs: usize) -> u64 {
+        self.max_steps.unwrap_or_else(|| (self.epochs * self.steps_per_epoch(pairs) as f64).ceil() as u64).max(1)
+    }
+}
+
+/// What decides which checkpoint is the best.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BestMetric {
+    /// eval_loss, lower is better.
+    #[default]
+    EvalLoss,
+    /// eval_rewards/accuracies, higher is better.
+    EvalAccuracy,
+    /// eval_rewards/margins, higher is better.
+    EvalMargin,
+}
+
+impl BestMetric {
+    /// The metric's name among the evaluation metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            BestMetric::EvalLoss => "eval_loss",
+            BestMetric::EvalAccuracy => "eval_rewards/accuracies",
+            BestMetric::EvalMargin => "eval_rewards/margins",
+        }
+    }
+
+    /// The metric of that name.
+    pub fn parse(name: &str) -> Option<BestMetric> {
+        [BestMetric::EvalLoss, BestMetric::EvalAccuracy, BestMetric::EvalMargin].into_iter().find(|m| m.name() == name)
+    }
+
+    /// Whether `new` beats `old`.
+    pub fn improves(self, new: f64, old: f64) -> bool {
+        match self {
+            BestMetric::EvalLoss => new < old,
+            _ => new > old,
+        }
+    }
+}
+
+/// Checkpoints, evaluation, logging.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RunConfig {
+    /// Steps between checkpoints; 0 keeps the final one only.
+    pub save_steps: u64,
+    /// Newest checkpoints kept besides the best.
+    pub save_total_limit: usize,
+    /// Steps between evaluations; 0 evaluates at the end only.
+    pub eval_steps: u64,
+    /// Steps between step metrics.
+    pub logging_steps: u64,
+    /// Evaluations without improvement before the run ends early; 0 is off.
+    pub early_stopping_patience: u32,
+    /// What "best" means.
+    pub metric_for_best: BestMetric,
+    /// Also evaluate before the first step.
+    pub eval_on_start: bool,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        RunConfig {
+            save_steps: 0,
+            save_total_limit: 3,
+            eval_steps: 0,
+            logging_steps: 1,
+            early_stopping_patience: 0,
+            metric_for_best: BestMetric::EvalLoss,
+            eval_on_start: false,
+        }
+    }
+}
+
+impl TrainingSpec {
+    /// Records every impossible setting, with field paths below `field`.
+    pub fn validate(&self, field: &str, out: &mut Violations) {
+        self.dpo.validate(&format!("{field}.dpo"), out);
+        self.optimizer.validate(&format!("{field}.optimizer"), out);
+        if let Method::Lora(l) = &self.method {
+            l.validate(&format!("{field}.lora"), out);
+            if self.dpo.reference_sync.is_some() {
+                out.push(format!("{field}.dpo.reference_sync"), "needs full fine-tuning: with LoRA the reference is the frozen base");
+            }
+        }
+        self.batch.validate(&format!("{field}.batch"), out);
+        if self.run.logging_steps == 0 {
+            out.push(format!("{field}.run.logging_steps"), "is 0: it must be at least 1");
+        }
+        if self.run.save_total_limit == 0 {
+            out.push(format!("{field}.run.save_total_limit"), "is 0: at least the newest checkpoint must be kept");
+        }
+    }
+}
+
+impl OptimizerConfig {
+    fn validate(&self, field: &str, out: &mut Violations) {
+        out.positive(format!("{field}.learning_rate"), self.learning_rate);
+        for (name, b) in [("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)] {
+            if !(0.0..1.0).contains(&b) {
+                out.push(format!("{field}.{name}"), format!("is {b}: it must lie in [0, 1)"));
+            }
+        }
+        out.positive(format!("{field}.adam_epsilon"), self.adam_epsilon);
+        out.non_negative(format!("{field}.weight_decay"), self.weight_decay);
+        out.non_negative(format!("{field}.max_grad_norm"), self.max_grad_norm);
+        if let ScheduleKind::CosineWithFloor { min_ratio } = self.schedule
+            && !(0.0..=1.0).contains(&min_ratio)
+        {
+            out.push(format!("{field}.min_lr_ratio"), format!("is {min_ratio}: it must lie in [0, 1]"));
+        }
+        if let Warmup::Ratio(r) = self.warmup
+            && !(0.0..1.0).contains(&r)
+        {
+            out.push(format!("{field}.warmup_ratio"), format!("is {r}: it must lie in [0, 1)"));
+        }
+    }
+}
+
+impl LoraConfig {
+    fn validate(&self, field: &str, out: &mut Violations) {
+        if !(1..=1024).contains(&self.rank) {
+            out.push(format!("{field}.rank"), format!("is {}: it must lie in 1..=1024", self.rank));
+        }
+        out.positive(format!("{field}.alpha"), self.alpha);
+        if self.target_modules.is_empty() {
+            out.push(format!("{field}.target_modules"), "is empty: name at least one projection");
+        }
+        for (i, m) in self.target_modules.iter().enumerate() {
+            if !TARGET_MODULES.contains(&m.as_str()) {
+                out.push(
+                    format!("{field}.target_modules[{i}]"),
+                    format!("{m:?} is not a projection of the decoder: use {}", TARGET_MODULES.join(", ")),
+                );
+            }
+        }
+    }
+}
+
+impl BatchConfig {
+    fn validate(&self, field: &str, out: &mut Violations) {
+        for (name, v, max) in [
+            ("batch_size", self.batch_size, 4096),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps, 65536),
+            ("max_length", self.max_length, 1 << 20),
+            ("row_tokens", self.row_tokens, 1 << 20),
+        ] {
+            if v == 0 || v > max {
+                out.push(format!("{field}.{name}"), format!("is {v}: it must lie in 1..={max}"));
+            }
+        }
+        if self.max_length == 1 {
+            out.push(format!("{field}.max_length"), "is 1: a prompt token and a completion token need at least 2");
+        }
+        if self.max_steps == Some(0) {
+            out.push(format!("{field}.max_steps"), "is 0: it must be at least 1, or absent");
+        }
+        if !(self.epochs.is_finite() && self.epochs > 0.0 && self.epochs <= 1e6) {
+            out.push(format!("{field}.epochs"), format!("is {}: it must lie in (0, 1000000]", self.epochs));
+        }
+    }
+}

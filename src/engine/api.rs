@@ -1,0 +1,308 @@
+//! What the engine is asked and what it answers: plain records between `jobs` and the device workers.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use crate::domain::job::{JobError, Metrics, Progress};
+use crate::domain::training::TrainingSpec;
+use crate::train::pair::{EncodedPair, SequenceGroup};
+
+/// What is known of a resident base model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelInfo {
+    /// The id in `models/{id}`.
+    pub id: String,
+    /// A folder, a GGUF file or a hub id.
+    pub source: String,
+    /// llama, mistral, qwen2 or qwen3.
+    pub architecture: String,
+    /// Tied ones once.
+    pub parameters: u64,
+    /// V.
+    pub vocab_size: usize,
+    /// Decoder blocks.
+    pub num_layers: usize,
+    /// C.
+    pub hidden_size: usize,
+    /// Positions the model was made for.
+    pub max_position_embeddings: usize,
+    /// Whether chat rows can be rendered.
+    pub chat_template: bool,
+    /// BLAKE3 of the weights.
+    pub fingerprint: String,
+    /// e.g. `cpu`.
+    pub device: String,
+}
+
+/// Weights that can score or start a run, resolved to what the engine can load.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum WeightsRef {
+    /// A base model as loaded.
+    Base {
+        /// Its id.
+        model: String,
+    },
+    /// A base model with a PEFT adapter folder on it.
+    Adapter {
+        /// The base's id.
+        model: String,
+        /// The folder with adapter_config.json and adapter_model.safetensors.
+        dir: PathBuf,
+    },
+    /// Full weights of a base model's shape.
+    Full {
+        /// The base's id (its config and tokenizer).
+        model: String,
+        /// The folder with model.safetensors.
+        dir: PathBuf,
+    },
+    /// What a running job trains now.
+    Live {
+        /// The job's id.
+        job: String,
+    },
+}
+
+/// Sequences to score together in one row, e.g. a pair: the numbers never depend on other items.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScoreItem {
+    /// A pair is one group with two completions, or two groups when the prompts differ.
+    pub groups: Vec<SequenceGroup>,
+}
+
+impl ScoreItem {
+    /// Tokens of the packed row.
+    pub fn tokens(&self) -> usize {
+        self.groups.iter().map(SequenceGroup::tokens).sum()
+    }
+}
+
+/// Log-probs of one completion, per token, in nats.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CompletionLogps {
+    /// log π_θ.
+    pub policy: Vec<f32>,
+    /// log π_ref; `None` without a reference.
+    pub reference: Option<Vec<f32>>,
+}
+
+/// A scored item.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScoredItem {
+    /// In the order of the groups and their completions.
+    pub completions: Vec<CompletionLogps>,
+    /// For [`WeightsRef::Live`]: the optimizer step of the weights that scored.
+    pub live_step: Option<u64>,
+}
+
+/// How a run is told to stop.
+#[derive(Debug, Default)]
+pub struct RunControl(AtomicU8);
+
+/// What a run was told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Go on.
+    Run,
+    /// Stop for good; no checkpoint is written.
+    Cancel,
+    /// Write a checkpoint and stop; the job will be continued later.
+    Drain,
+}
+
+impl RunControl {
+    /// Asks the run to stop for good. Wins over a drain.
+    pub fn cancel(&self) {
+        self.0.store(1, Ordering::Release);
+    }
+
+    /// Asks the run to write a checkpoint and stop.
+    pub fn drain(&self) {
+        let _ = self.0.compare_exchange(0, 2, Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    /// What was asked for.
+    pub fn command(&self) -> Command {
+        match self.0.load(Ordering::Acquire) {
+            0 => Command::Run,
+            1 => Command::Cancel,
+            _ => Command::Drain,
+        }
+    }
+}
+
+/// A training run, ready to start: the data is tokenised, the names are resolved.
+#[derive(Debug)]
+pub struct TrainingRun {
+    /// The job's id.
+    pub job: String,
+    /// The base model's id.
+    pub model: String,
+    /// What the policy starts from; never `Live`.
+    pub start: WeightsRef,
+    /// The frozen reference; `None` when the objective needs none; never `Live`.
+    pub reference: Option<WeightsRef>,
+    /// Hyper-parameters.
+    pub spec: TrainingSpec,
+    /// Training pairs, in file order.
+    pub train: Vec<EncodedPair>,
+    /// Evaluation pairs.
+    pub eval: Vec<EncodedPair>,
+    /// The folder of this job's checkpoints; each is the sub-folder named by its step.
+    pub checkpoints: PathBuf,
+    /// The checkpoint folder to continue from.
+    pub resume: Option<PathBuf>,
+    /// Where events go; bounded, the run waits when it is full.
+    pub events: mpsc::Sender<RunEvent>,
+    /// How it is told to stop.
+    pub control: Arc<RunControl>,
+}
+
+/// What a run reports. `Ended` comes exactly once, last.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RunEvent {
+    /// Weights are loaded; steps begin.
+    Running {
+        /// Optimizer steps in all.
+        total_steps: u64,
+        /// The step continued from; 0 for a fresh run.
+        from_step: u64,
+    },
+    /// A logged step.
+    Step {
+        /// How far, step included.
+        progress: Progress,
+        /// By TRL's names.
+        metrics: Metrics,
+    },
+    /// An evaluation.
+    Eval {
+        /// After which step.
+        step: u64,
+        /// By name, with the eval_ prefix.
+        metrics: Metrics,
+    },
+    /// A checkpoint folder is complete and synced.
+    Checkpoint {
+        /// The step.
+        step: u64,
+        /// Best so far.
+        best: bool,
+        /// Whether it holds an adapter.
+        adapter: bool,
+        /// Bytes on disk.
+        size_bytes: u64,
+        /// Metrics then.
+        metrics: Metrics,
+    },
+    /// A message for people.
+    Log {
+        /// info, warning, error.
+        severity: &'static str,
+        /// The text.
+        message: String,
+    },
+    /// The run is over.
+    Ended(RunEnd),
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RunEnd {
+    /// All steps taken, or stopped early on purpose.
+    Succeeded,
+    /// Cancelled on request.
+    Cancelled,
+    /// Stopped with a checkpoint, to be continued.
+    Drained,
+    /// It could not go on.
+    Failed(JobError),
+}
+
+/// Limits and sizes of the engine.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EngineOptions {
+    /// cpu (cuda:N is reported as unimplemented in this build).
+    pub device: String,
+    /// Tokens that may wait to be scored; more is refused with `QueueFull`.
+    pub queue_tokens: usize,
+    /// Tokens of a scoring batch: one work unit.
+    pub batch_tokens: usize,
+    /// The longest row that is accepted, in tokens.
+    pub max_row_tokens: usize,
+    /// Reference log-probs kept, in tokens.
+    pub reference_cache_tokens: usize,
+    /// Adapters and full weights kept resident besides the base models.
+    pub resident_policies: usize,
+    /// Share of device time scoring may take while a job trains, in (0, 1].
+    pub scoring_share: f64,
+    /// Bytes the estimate may reach before a job is refused; `None` is the machine's memory.
+    pub memory_limit: Option<u64>,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        EngineOptions {
+            device: "cpu".into(),
+            queue_tokens: 1 << 20,
+            batch_tokens: 4096,
+            max_row_tokens: 16384,
+            reference_cache_tokens: 1 << 22,
+            resident_policies: 8,
+            scoring_share: 0.5,
+            memory_limit: None,
+        }
+    }
+}
+
+/// Why the engine could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// No such base model.
+    #[error("model {0:?} is not loaded on this server: see ListModels for the ones that are")]
+    UnknownModel(String),
+    /// The queue is full.
+    #[error("the scoring queue is full ({queued} of {limit} tokens): retry later or raise queue_tokens")]
+    QueueFull {
+        /// Tokens waiting.
+        queued: usize,
+        /// The limit.
+        limit: usize,
+        /// When to try again.
+        retry_after: Duration,
+    },
+    /// One row is longer than the limit.
+    #[error("the row has {tokens} tokens, the limit is {limit}: shorten it or lower max_length")]
+    RowTooLong {
+        /// Its tokens.
+        tokens: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// The job's weights are not on the device (it is not running).
+    #[error("job {0} is not running on this server")]
+    NotResident(String),
+    /// The engine is stopping.
+    #[error("the server is shutting down: retry elsewhere or later")]
+    Draining,
+    /// By the estimate, the job does not fit.
+    #[error("the job needs about {needed_mib} MiB, {available_mib} MiB are allowed: {remedy}")]
+    OutOfMemory {
+        /// The estimate.
+        needed_mib: u64,
+        /// The limit.
+        available_mib: u64,
+        /// What would make it fit.
+        remedy: String,
+    },
+    /// Loading failed: the files or their shapes are at fault.
+    #[error("{0}")]
+    Weights(String),
+    /// A work unit failed; the worker goes on.
+    #[error("the device failed: {0}")]
+    Device(String),
+}
