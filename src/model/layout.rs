@@ -1,0 +1,67 @@
+//! Packed rows: several prompts, each with its completions, laid end to end without padding.
+//!
+//! ```text
+//! tokens    [ prompt 0 | completion 0.0 | completion 0.1 | prompt 1 | completion 1.0 | … ]
+//! positions   0 … p−1    p …              p …              0 … q−1    q …
+//! ```
+//! A completion attends to its own prompt and causally to itself, never to a sibling. The mask is this list of segments, not a T×T tensor.
+
+use std::ops::Range;
+
+/// A run of tokens that attend causally to each other and, in full, to `prefix`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Its tokens in the row.
+    pub tokens: Range<usize>,
+    /// The prompt it continues; empty for a prompt.
+    pub prefix: Range<usize>,
+}
+
+/// Which tokens of a packed row see which.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RowLayout {
+    /// In row order, without gaps.
+    pub segments: Vec<Segment>,
+}
+
+impl RowLayout {
+    /// Tokens in the row.
+    pub fn tokens(&self) -> usize {
+        self.segments.last().map_or(0, |s| s.tokens.end)
+    }
+
+    /// Appends a prompt and its completions, given their lengths; returns the tokens of the prompt and of each completion.
+    pub fn push_group(&mut self, prompt: usize, completions: impl IntoIterator<Item = usize>) -> (Range<usize>, Vec<Range<usize>>) {
+        let start = self.tokens();
+        let prefix = start..start + prompt;
+        self.segments.push(Segment { tokens: prefix.clone(), prefix: start..start });
+        let mut at = prefix.end;
+        let mut ranges = Vec::new();
+        for n in completions {
+            self.segments.push(Segment { tokens: at..at + n, prefix: prefix.clone() });
+            ranges.push(at..at + n);
+            at += n;
+        }
+        (prefix, ranges)
+    }
+
+    /// The position of every token: completions restart after their prompt.
+    pub fn positions(&self) -> Vec<u32> {
+        self.segments.iter().flat_map(|s| (0..s.tokens.len()).map(|i| (s.prefix.len() + i) as u32)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn completions_restart_after_their_own_prompt() {
+        let mut l = RowLayout::default();
+        let (p, c) = l.push_group(3, [2, 1]);
+        assert_eq!((p, c), (0..3, vec![3..5, 5..6]));
+        l.push_group(1, [2]);
+        assert_eq!(l.positions(), [0, 1, 2, 3, 4, 3, 0, 1, 2]);
+        assert_eq!(l.tokens(), 9);
+    }
+}

@@ -1,0 +1,165 @@
+//! The decoder's weights under their Hugging Face names.
+
+use candle_core::Tensor;
+
+use super::config::ModelConfig;
+use super::error::ModelError;
+use super::weights::Weights;
+
+/// y = x·Wᵀ + b.
+#[derive(Clone, Debug)]
+pub struct Projection {
+    /// W `[out, in]`.
+    pub weight: Tensor,
+    /// b `[out]`.
+    pub bias: Option<Tensor>,
+}
+
+/// The seven projections of a block, in the order of [`crate::domain::training::TARGET_MODULES`].
+pub const PROJECTIONS: [&str; 7] = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+];
+
+/// Indices into [`PROJECTIONS`].
+pub mod projection {
+    /// Queries.
+    pub const Q: usize = 0;
+    /// Keys.
+    pub const K: usize = 1;
+    /// Values.
+    pub const V: usize = 2;
+    /// Attention output.
+    pub const O: usize = 3;
+    /// SwiGLU's gate.
+    pub const GATE: usize = 4;
+    /// SwiGLU's other factor.
+    pub const UP: usize = 5;
+    /// Feed-forward output.
+    pub const DOWN: usize = 6;
+}
+
+/// One decoder block.
+#[derive(Clone, Debug)]
+pub struct Block {
+    /// RMSNorm before attention, `[C]`.
+    pub input_norm: Tensor,
+    /// By [`projection`].
+    pub projections: Vec<Projection>,
+    /// RMSNorm over D on queries and on keys (Qwen3).
+    pub qk_norm: Option<(Tensor, Tensor)>,
+    /// RMSNorm before the feed-forward part, `[C]`.
+    pub post_norm: Tensor,
+}
+
+/// All weights of a decoder.
+#[derive(Clone, Debug)]
+pub struct Parameters {
+    /// `[V, C]`.
+    pub embed: Tensor,
+    /// In order.
+    pub blocks: Vec<Block>,
+    /// The last RMSNorm, `[C]`.
+    pub norm: Tensor,
+    /// `[V, C]`; `None` when tied to `embed`.
+    pub head: Option<Tensor>,
+}
+
+impl Parameters {
+    /// Loads every tensor the configuration calls for, f32, shapes checked.
+    pub fn load(config: &ModelConfig, weights: &Weights) -> Result<Self, ModelError> {
+        Self::build(config, |name, shape| weights.load(name, shape))
+    }
+
+    /// Builds the structure from `get(name, shape)`.
+    pub fn build<E>(config: &ModelConfig, mut get: impl FnMut(&str, &[usize]) -> Result<Tensor, E>) -> Result<Self, E> {
+        let (c, d, f, v) = (config.hidden_size, config.head_dim, config.intermediate_size, config.vocab_size);
+        let (q, k) = (config.num_heads * d, config.num_kv_heads * d);
+        let shapes = [(q, c), (k, c), (k, c), (c, q), (f, c), (f, c), (c, f)];
+        let biased = [config.qkv_bias, config.qkv_bias, config.qkv_bias, config.o_bias, config.mlp_bias, config.mlp_bias, config.mlp_bias];
+        let embed = get("model.embed_tokens.weight", &[v, c])?;
+        let mut blocks = Vec::with_capacity(config.num_layers);
+        for i in 0..config.num_layers {
+            let mut at = |name: &str, shape: &[usize]| get(&format!("model.layers.{i}.{name}"), shape);
+            let mut projections = Vec::with_capacity(PROJECTIONS.len());
+            for ((name, (out, input)), bias) in PROJECTIONS.iter().zip(shapes).zip(biased) {
+                projections.push(Projection {
+                    weight: at(&format!("{name}.weight"), &[out, input])?,
+                    bias: if bias { Some(at(&format!("{name}.bias"), &[out])?) } else { None },
+                });
+            }
+            blocks.push(Block {
+                input_norm: at("input_layernorm.weight", &[c])?,
+                projections,
+                qk_norm: match config.qk_norm {
+                    true => Some((at("self_attn.q_norm.weight", &[d])?, at("self_attn.k_norm.weight", &[d])?)),
+                    false => None,
+                },
+                post_norm: at("post_attention_layernorm.weight", &[c])?,
+            });
+        }
+        let norm = get("model.norm.weight", &[c])?;
+        let head = if config.tie_word_embeddings { None } else { Some(get("lm_head.weight", &[v, c])?) };
+        Ok(Parameters { embed, blocks, norm, head })
+    }
+
+    /// The head `[V, C]`.
+    pub fn head(&self) -> &Tensor {
+        self.head.as_ref().unwrap_or(&self.embed)
+    }
+
+    /// The same structure with every tensor replaced by `f(name, tensor)`, in a fixed order.
+    pub fn map<E>(&self, mut f: impl FnMut(&str, &Tensor) -> Result<Tensor, E>) -> Result<Self, E> {
+        let embed = f("model.embed_tokens.weight", &self.embed)?;
+        let mut blocks = Vec::with_capacity(self.blocks.len());
+        for (i, b) in self.blocks.iter().enumerate() {
+            let mut at = |name: &str, t: &Tensor| f(&format!("model.layers.{i}.{name}"), t);
+            let mut projections = Vec::with_capacity(b.projections.len());
+            for (name, p) in PROJECTIONS.iter().zip(&b.projections) {
+                projections.push(Projection {
+                    weight: at(&format!("{name}.weight"), &p.weight)?,
+                    bias: p.bias.as_ref().map(|t| at(&format!("{name}.bias"), t)).transpose()?,
+                });
+            }
+            blocks.push(Block {
+                input_norm: at("input_layernorm.weight", &b.input_norm)?,
+                projections,
+                qk_norm: match &b.qk_norm {
+                    Some((q, k)) => Some((at("self_attn.q_norm.weight", q)?, at("self_attn.k_norm.weight", k)?)),
+                    None => None,
+                },
+                post_norm: at("post_attention_layernorm.weight", &b.post_norm)?,
+            });
+        }
+        let norm = f("model.norm.weight", &self.norm)?;
+        let head = self.head.as_ref().map(|t| f("lm_head.weight", t)).transpose()?;
+        Ok(Parameters { embed, blocks, norm, head })
+    }
+
+    /// Every tensor with its name, in the order of [`Parameters::map`].
+    pub fn named(&self) -> Vec<(String, Tensor)> {
+        let mut all = Vec::new();
+        let copied: Result<Parameters, std::convert::Infallible> = self.map(|name, t| {
+            all.push((name.to_owned(), t.clone()));
+            Ok(t.clone())
+        });
+        match copied {
+            Ok(_) => all,
+            Err(never) => match never {},
+        }
+    }
+
+    /// The same storage, untracked: operations on it leave no tape.
+    pub fn detached(&self) -> Self {
+        let detached: Result<Parameters, std::convert::Infallible> = self.map(|_, t| Ok(t.detach()));
+        match detached {
+            Ok(p) => p,
+            Err(never) => match never {},
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! Adapters on disk, in PEFT's layout: adapter_config.json and adapter_model.safetensors.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use candle_core::Tensor;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Value, json};
+
+use super::adapter::{Adapter, peft_name};
+use super::config::ModelConfig;
+use super::error::ModelError;
+use super::parameters::PROJECTIONS;
+use crate::domain::training::{LoraConfig, TARGET_MODULES};
+
+/// The file with rank, α and targets.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// The file with A and B.
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+
+/// Settings that change the maths and that this decoder does not apply, with the value at which they are off.
+const OFF: [(&str, &str); 8] = [
+    ("use_dora", "false"),
+    ("fan_in_fan_out", "false"),
+    ("lora_bias", "false"),
+    ("modules_to_save", "null"),
+    ("rank_pattern", "{}"),
+    ("alpha_pattern", "{}"),
+    ("layers_to_transform", "null"),
+    ("target_parameters", "null"),
+];
+
+/// Reads an adapter made for a model of this shape.
+pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
+    let wrong = |reason: String| ModelError::Adapter { path: dir.to_owned(), reason };
+    let path = dir.join(CONFIG_FILE);
+    let text = std::fs::read_to_string(&path).map_err(ModelError::io(&path))?;
+    let fields: Value = serde_json::from_str(&text).map_err(|e| wrong(format!("{CONFIG_FILE} is not JSON: {e}")))?;
+    check_supported(&fields).map_err(wrong)?;
+
+    let path = dir.join(WEIGHTS_FILE);
+    let file = std::fs::File::open(&path).map_err(ModelError::io(&path))?;
+    // SAFETY: the map is read-only and private to this call; adapters are written once, by rename.
+    let bytes = unsafe { memmap2::Mmap::map(&file) }.map_err(ModelError::io(&path))?;
+    let tensors = SafeTensors::deserialize(&bytes).map_err(|e| ModelError::corrupt(&path, format!("{WEIGHTS_FILE}: {e}")))?;
+
+    let config = read_config(&fields, &tensors).map_err(wrong)?;
+    let mut used = 0;
+    let adapter = Adapter::build(model, &config, |name, shape| {
+        let view = tensors.tensor(name).map_err(|_| {
+            wrong(format!("tensor {name} is missing: the adapter must cover {} in every one of the {} layers", config.target_modules.join(", "), model.num_layers))
+        })?;
+        used += 1;
+        if view.shape() != shape {
+            return Err(ModelError::ShapeMismatch { name: name.into(), path: path.clone(), expected: shape.into(), found: view.shape().into() });
+        }
+        to_f32(&view, name).map_err(wrong)
+    })?;
+    if used != tensors.len() {
+        let extra = tensors.names().into_iter().find(|n| !covered(n, model, &config)).map(|n| n.to_string()).unwrap_or_default();
+        return Err(wrong(format!("tensor {extra} belongs to no projection of this model ({} layers): the adapter was made for another one", model.num_layers)));
+    }
+    Ok(adapter)
+}
+
+fn covered(name: &str, model: &ModelConfig, config: &LoraConfig) -> bool {
+    (0..model.num_layers).any(|i| {
+        (0..PROJECTIONS.len()).any(|p| {
+            config.target_modules.iter().any(|m| m == TARGET_MODULES[p]) && ["lora_A", "lora_B"].iter().any(|w| peft_name(i, p, w) == name)
+        })
+    })
+}
+
+fn check_supported(fields: &Value) -> Result<(), String> {
+    if fields.get("peft_type").and_then(Value::as_str) != Some("LORA") {
+        return Err(format!("peft_type is {}: only LORA adapters are supported", fields.get("peft_type").unwrap_or(&Value::Null)));
+    }
+    for (field, off) in OFF {
+        let value = fields.get(field).unwrap_or(&Value::Null);
+        let empty = value.is_null() || value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(|o| o.is_empty());
+        if !empty && value.to_string() != off {
+            return Err(format!("{field} is {value}: unsupported, only {off} is"));
+        }
+    }
+    match fields.get("bias").and_then(Value::as_str) {
+        None | Some("none") => Ok(()),
+        Some(other) => Err(format!("bias is {other:?}: unsupported, only \"none\" is")),
+    }
+}
+
+/// Rank and α from the config; the targets from the tensors, because `target_modules` may be a pattern.
+fn read_config(fields: &Value, tensors: &SafeTensors) -> Result<LoraConfig, String> {
+    let rank = fields.get("r").and_then(Value::as_u64).filter(|r| (1..=4096).contains(r)).ok_or("r must be an integer in 1..=4096")?;
+    let alpha = fields.get("lora_alpha").and_then(Value::as_f64).filter(|a| a.is_finite() && *a > 0.0);
+    let alpha = alpha.ok_or("lora_alpha must be a number above 0")?;
+    let present: BTreeSet<usize> =
+        tensors.names().iter().filter_map(|n| PROJECTIONS.iter().position(|p| n.contains(&format!(".{p}.lora_")))).collect();
+    if present.is_empty() {
+        return Err(format!("{WEIGHTS_FILE} holds no tensor named like base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"));
+    }
+    Ok(LoraConfig {
+        rank: rank as usize,
+        alpha,
+        target_modules: present.into_iter().map(|p| TARGET_MODULES[p].to_owned()).collect(),
+        use_rslora: fields.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+        init_adapter: None,
+    })
+}
+
+fn to_f32(view: &TensorView, name: &str) -> Result<Tensor, String> {
+    let bytes = view.data();
+    let values: Vec<f32> = match view.dtype() {
+        Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        Dtype::F16 => bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+        Dtype::BF16 => bytes.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+        other => return Err(format!("tensor {name} is {other:?}: use F32, F16 or BF16")),
+    };
+    if let Some(i) = values.iter().position(|v| !v.is_finite()) {
+        return Err(format!("tensor {name} holds {} at element {i}: the adapter is damaged", values[i]));
+    }
+    Tensor::from_vec(values, view.shape(), &candle_core::Device::Cpu).map_err(|e| e.to_string())
+}
+
+/// Writes an adapter so that `PeftModel.from_pretrained` loads it; `base` is the base model's name for people.
+pub fn save(dir: &Path, adapter: &Adapter, base: &str) -> Result<(), ModelError> {
+    let c = &adapter.config;
+    let config = json!({
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": c.rank,
+        "lora_alpha": c.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": c.target_modules,
+        "use_rslora": c.use_rslora,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "modules_to_save": null,
+        "use_dora": false,
+    });
+    let path = dir.join(CONFIG_FILE);
+    let text = serde_json::to_vec_pretty(&config).unwrap_or_default();
+    std::fs::write(&path, text).map_err(ModelError::io(&path))?;
+    save_tensors(&dir.join(WEIGHTS_FILE), &adapter.named())
+}
+
+/// Writes f32 tensors as a safetensors file that torch reads.
+pub fn save_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<(), ModelError> {
+    // safetensors wants all the bytes at once; each tensor's are made when they are written, and only views are kept.
+    let views = tensors.iter().map(|(n, t)| Ok((n.clone(), Bytes::new(t)?))).collect::<Result<Vec<_>, ModelError>>()?;
+    let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
+    safetensors::serialize_to_file(views, Some(metadata), path)
+        .map_err(|e| ModelError::Io { path: path.to_owned(), source: std::io::Error::other(e.to_string()) })
+}
+
+/// A tensor whose bytes are formed on demand.
+struct Bytes {
+    tensor: Tensor,
+    shape: Vec<usize>,
+}
+
+impl Bytes {
+    fn new(tensor: &Tensor) -> Result<Self, ModelError> {
+        let tensor = tensor.detach().to_dtype(candle_core::DType::F32)?.contiguous()?;
+        Ok(Bytes { shape: tensor.dims().to_vec(), tensor })
+    }
+}
+
+impl safetensors::View for Bytes {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
+        let bytes = super::ops::with_values("save", &self.tensor, |v| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
+        // The tensor was made f32, contiguous and on the CPU by `new`, which is all that can fail here.
+        std::borrow::Cow::Owned(bytes.unwrap_or_default())
+    }
+
+    fn data_len(&self) -> usize {
+        self.shape.iter().product::<usize>() * 4
+    }
+}
