@@ -1,0 +1,3 @@
+//! Chat templates, rendered as transformers renders them.
+
+pub use crate::domain::dataset::ChatMessage;

@@ -1,0 +1,1 @@
+//! The same configuration from GGUF metadata.
