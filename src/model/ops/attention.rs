@@ -204,14 +204,7 @@ impl CustomOp3 for Attention {
         Ok((CpuStorage::F32(out), lq.shape().clone()))
     }
 
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        o: &Tensor,
-        g: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, q: &Tensor, k: &Tensor, v: &Tensor, o: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let Some(lse) = self.lse.get() else { bail!("{OP}: backward without forward") };
         let (dq, dk, dv) = with_values(OP, q, |q| {
             with_values(OP, k, |k| {

@@ -99,14 +99,7 @@ impl CustomOp3 for BiasedLinear {
         Ok((CpuStorage::F32(y), (tokens, output).into()))
     }
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        b: &Tensor,
-        _y: &Tensor,
-        g: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, x: &Tensor, w: &Tensor, b: &Tensor, _y: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (dx, dw) = grads(x, w, g)?;
         let db = match b.track_op() {
             true => {
@@ -153,14 +146,7 @@ impl CustomOp3 for LoraLinear {
     }
 
     /// With u = x·Aᵀ and v = scale·g·B: dx = g·W + v·A, dA = vᵀ·x, dB = scale·gᵀ·u. The gradient of W is never formed.
-    fn bwd(
-        &self,
-        x: &Tensor,
-        a: &Tensor,
-        b: &Tensor,
-        _y: &Tensor,
-        g: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, x: &Tensor, a: &Tensor, b: &Tensor, _y: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let ((tokens, input), (rank, _), (output, _)) = (x.dims2()?, a.dims2()?, b.dims2()?);
         let op = "lora-linear";
         let (dx, da, db) = with_values(op, x, |x| {
