@@ -1,3 +1,160 @@
 //! Device workers and scheduling of work units.
+//!
+//! **One OS thread owns a device and its weights**; it runs scoring batches and training micro-batches in turn. Everything else only fills its
+//! bounded queue and waits for answers.
 
 pub mod api;
+mod queue;
+mod residents;
+mod run;
+mod worker;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::oneshot;
+
+use self::api::{EngineError, EngineOptions, ModelInfo, RunEnd, RunEvent, ScoreItem, ScoredItem, TrainingRun, WeightsRef};
+use self::queue::{Entry, Queue};
+use self::residents::Bases;
+use crate::domain::training::TrainingSpec;
+use crate::model::export;
+use crate::model::loader::LoadedModel;
+use crate::model::tokenizer::ChatTokenizer;
+use crate::train::estimate::estimate;
+
+/// A handle on the device worker; clones share it. The worker ends when it has drained or the last handle is dropped.
+pub struct Engine {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    queue: Arc<Queue>,
+    bases: Arc<Bases>,
+    options: EngineOptions,
+}
+
+impl Clone for Engine {
+    fn clone(&self) -> Self {
+        self.shared.queue.add_handle();
+        Engine { shared: self.shared.clone() }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.shared.queue.drop_handle();
+    }
+}
+
+/// Loads the models' weights and starts the device worker.
+///
+/// # Errors
+/// When the device is not available, a tensor cannot be read, or the weights do not fit the memory limit.
+pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine, EngineError> {
+    if options.device != "cpu" {
+        let built = if cfg!(feature = "cuda") { "the cuda kernels are unimplemented" } else { "this build has no cuda feature" };
+        return Err(EngineError::Device(format!("device {:?}: {built}; use cpu", options.device)));
+    }
+    let needed: u64 = models.iter().map(|m| m.config.parameter_count() as u64 * 4).sum();
+    let available = memory_limit(&options);
+    if needed > available {
+        let remedy = "load fewer or smaller models, or raise memory_limit".to_owned();
+        return Err(EngineError::OutOfMemory { needed_mib: needed >> 20, available_mib: available >> 20, remedy });
+    }
+    let bases = Arc::new(Bases::load(models, "cpu")?);
+    let queue = Arc::new(Queue::new(options.queue_tokens));
+    queue.add_handle();
+    let worker = worker::Worker::new(queue.clone(), bases.clone(), &options);
+    std::thread::Builder::new()
+        .name("device-cpu".into())
+        .spawn(move || worker.work())
+        .map_err(|e| EngineError::Device(format!("its thread did not start: {e}")))?;
+    Ok(Engine { shared: Arc::new(Shared { queue, bases, options }) })
+}
+
+impl Engine {
+    /// The base models.
+    pub fn models(&self) -> Vec<ModelInfo> {
+        self.shared.bases.infos()
+    }
+
+    /// A base model's tokenizer.
+    pub fn tokenizer(&self, model: &str) -> Result<Arc<ChatTokenizer>, EngineError> {
+        Ok(self.shared.bases.get(model)?.tokenizer.clone())
+    }
+
+    /// Scores one item. Dropping the future abandons it: it never reaches the device if it has not yet.
+    ///
+    /// # Errors
+    /// `QueueFull` at once when the queue is; the others as they are found.
+    pub async fn score(&self, policy: &WeightsRef, reference: Option<&WeightsRef>, item: ScoreItem) -> Result<ScoredItem, EngineError> {
+        let (tokens, limit) = (item.tokens(), self.shared.options.max_row_tokens);
+        if tokens > limit {
+            return Err(EngineError::RowTooLong { tokens, limit });
+        }
+        let (reply, answer) = oneshot::channel();
+        let entry = Entry { item, policy: policy.clone(), reference: reference.cloned(), enqueued: Instant::now(), reply };
+        self.shared.queue.push(entry)?;
+        answer.await.unwrap_or(Err(EngineError::Draining))
+    }
+
+    /// Queues a run behind the one in progress, if any. Its events tell the rest, `Ended` last.
+    ///
+    /// # Errors
+    /// When it cannot fit the memory limit, or the engine is draining.
+    pub fn train(&self, run: TrainingRun) -> Result<(), EngineError> {
+        let longest = run.train.iter().chain(&run.eval).map(|p| p.packed_tokens()).max().unwrap_or(0);
+        self.check(&run.model, &run.spec, longest)?;
+        self.shared.queue.push_run(run)
+    }
+
+    /// The checks of [`Engine::train`] for rows of at most `longest_row` packed tokens.
+    pub fn check(&self, model: &str, spec: &TrainingSpec, longest_row: usize) -> Result<(), EngineError> {
+        let base = self.shared.bases.get(model)?;
+        let tokens = longest_row * spec.batch.batch_size;
+        let needed = self.shared.bases.bytes() + estimate(&base.policy.config, spec, tokens).total();
+        let available = memory_limit(&self.shared.options);
+        if needed > available {
+            let remedy = "lower batch_size or max_length, train with LoRA, or raise memory_limit".to_owned();
+            return Err(EngineError::OutOfMemory { needed_mib: needed >> 20, available_mib: available >> 20, remedy });
+        }
+        Ok(())
+    }
+
+    /// Writes merged weights, config.json and the tokenizer into the folder `out`. Blocks.
+    pub fn export_merged(&self, weights: &WeightsRef, out: &Path) -> Result<(), EngineError> {
+        let policy = self.shared.bases.open(weights)?;
+        let model = match weights {
+            WeightsRef::Base { model } | WeightsRef::Adapter { model, .. } | WeightsRef::Full { model, .. } => model,
+            WeightsRef::Live { job } => return Err(EngineError::NotResident(job.clone())),
+        };
+        let tokenizer = self.tokenizer(model)?;
+        export::save_merged(out, &policy, &tokenizer).map_err(|e| EngineError::Weights(e.to_string()))
+    }
+
+    /// Forgets weights loaded from `dir` or below: the files are gone.
+    pub fn evict_policy(&self, dir: &Path) {
+        self.shared.queue.evict(dir.to_owned());
+    }
+
+    /// Refuses new work from now on and answers what waits. A run in progress is stopped through its control.
+    pub fn drain(&self) {
+        for run in self.shared.queue.drain() {
+            // The channel was never used: there is room for one event.
+            let _ = run.events.try_send(RunEvent::Ended(RunEnd::Drained));
+        }
+    }
+}
+
+/// The configured limit, else nine tenths of the machine's memory.
+fn memory_limit(options: &EngineOptions) -> u64 {
+    options.memory_limit.unwrap_or_else(|| {
+        let total = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+            let line = text.lines().find(|l| l.starts_with("MemTotal:"))?;
+            line.split_whitespace().nth(1)?.parse::<u64>().ok()
+        });
+        total.map_or(u64::MAX, |kib| kib * 1024 / 10 * 9)
+    })
+}

@@ -49,11 +49,7 @@ impl Adapter {
     }
 
     /// Builds the structure from `get(PEFT name, shape)`.
-    pub fn build<E>(
-        model: &ModelConfig,
-        config: &LoraConfig,
-        mut get: impl FnMut(&str, &[usize]) -> Result<Tensor, E>,
-    ) -> Result<Self, E> {
+    pub fn build<E>(model: &ModelConfig, config: &LoraConfig, mut get: impl FnMut(&str, &[usize]) -> Result<Tensor, E>) -> Result<Self, E> {
         let shapes = projection_shapes(model);
         let mut blocks = Vec::with_capacity(model.num_layers);
         for i in 0..model.num_layers {

@@ -1,6 +1,7 @@
 //! Merged weights on disk, in transformers' layout: config.json, model.safetensors and the tokenizer's files.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::Tensor;
 
@@ -15,8 +16,7 @@ pub const WEIGHTS_FILE: &str = "model.safetensors";
 
 /// Writes `policy` with its adapter merged in: W + scale·B·A.
 pub fn save_merged(dir: &Path, policy: &Policy, tokenizer: &ChatTokenizer) -> Result<(), ModelError> {
-    let merged = policy.parameters.map(|name, t| merge(policy, name, t))?;
-    save_tensors(&dir.join(WEIGHTS_FILE), &merged.named())?;
+    save_tensors(&dir.join(WEIGHTS_FILE), &merged(policy)?.parameters.named())?;
     let path = dir.join("config.json");
     let text = serde_json::to_vec_pretty(&policy.config.hf_json).unwrap_or_default();
     std::fs::write(&path, text).map_err(ModelError::io(&path))?;
@@ -27,10 +27,18 @@ pub fn save_merged(dir: &Path, policy: &Policy, tokenizer: &ChatTokenizer) -> Re
     Ok(())
 }
 
+/// The same function as `policy` without an adapter; shares every tensor that the adapter leaves alone.
+pub fn merged(policy: &Policy) -> Result<Policy, ModelError> {
+    let parameters = policy.parameters.map(|name, t| merge(policy, name, t))?;
+    Ok(Policy { config: policy.config.clone(), parameters: Arc::new(parameters), adapter: None })
+}
+
 fn merge(policy: &Policy, name: &str, w: &Tensor) -> Result<Tensor, ModelError> {
     let Some(adapter) = &policy.adapter else { return Ok(w.clone()) };
     let Some((block, rest)) = name.strip_prefix("model.layers.").and_then(|n| n.split_once('.')) else { return Ok(w.clone()) };
-    let Some(projection) = rest.strip_suffix(".weight").and_then(|p| PROJECTIONS.iter().position(|q| *q == p)) else { return Ok(w.clone()) };
+    let Some(projection) = rest.strip_suffix(".weight").and_then(|p| PROJECTIONS.iter().position(|q| *q == p)) else {
+        return Ok(w.clone());
+    };
     let low_rank = block.parse::<usize>().ok().and_then(|i| adapter.blocks.get(i)).and_then(|b| b[projection].as_ref());
     match low_rank {
         Some(l) => Ok((w + (l.b.detach().matmul(&l.a.detach())? * adapter.config.scale())?)?),

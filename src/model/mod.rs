@@ -1,8 +1,18 @@
 //! Model configuration, the decoder, its ops, tokenisation, chat templates, weight loading and adapters.
 
+pub mod adapter;
 pub mod chat;
 pub mod config;
+pub mod decoder;
 pub mod error;
+pub mod export;
+mod gguf;
 pub mod layout;
+pub mod loader;
 pub mod ops;
+pub mod parameters;
+pub mod peft;
 pub mod rope;
+pub mod source;
+pub mod tokenizer;
+pub mod weights;

@@ -49,17 +49,29 @@ pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
     let mut used = 0;
     let adapter = Adapter::build(model, &config, |name, shape| {
         let view = tensors.tensor(name).map_err(|_| {
-            wrong(format!("tensor {name} is missing: the adapter must cover {} in every one of the {} layers", config.target_modules.join(", "), model.num_layers))
+            wrong(format!(
+                "tensor {name} is missing: the adapter must cover {} in every one of the {} layers",
+                config.target_modules.join(", "),
+                model.num_layers
+            ))
         })?;
         used += 1;
         if view.shape() != shape {
-            return Err(ModelError::ShapeMismatch { name: name.into(), path: path.clone(), expected: shape.into(), found: view.shape().into() });
+            return Err(ModelError::ShapeMismatch {
+                name: name.into(),
+                path: path.clone(),
+                expected: shape.into(),
+                found: view.shape().into(),
+            });
         }
         to_f32(&view, name).map_err(wrong)
     })?;
     if used != tensors.len() {
         let extra = tensors.names().into_iter().find(|n| !covered(n, model, &config)).map(|n| n.to_string()).unwrap_or_default();
-        return Err(wrong(format!("tensor {extra} belongs to no projection of this model ({} layers): the adapter was made for another one", model.num_layers)));
+        return Err(wrong(format!(
+            "tensor {extra} belongs to no projection of this model ({} layers): the adapter was made for another one",
+            model.num_layers
+        )));
     }
     Ok(adapter)
 }

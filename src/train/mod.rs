@@ -1,3 +1,14 @@
 //! Data rows, packing, the scorer and the trainer: synchronous, no tokio.
 
+pub mod backprop;
+pub mod checkpoint;
+pub mod estimate;
+pub mod event;
+mod observe;
+pub mod optimizer;
+pub mod pack;
 pub mod pair;
+pub mod reference;
+pub mod scorer;
+pub mod trainable;
+pub mod trainer;

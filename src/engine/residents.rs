@@ -1,0 +1,141 @@
+//! Which weights are in memory: the base models for good, adapters and full weights while they are used.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::api::{EngineError, ModelInfo, WeightsRef};
+use crate::model::config::ModelConfig;
+use crate::model::decoder::Policy;
+use crate::model::export;
+use crate::model::loader::LoadedModel;
+use crate::model::parameters::Parameters;
+use crate::model::peft;
+use crate::model::tokenizer::ChatTokenizer;
+use crate::model::weights::Weights;
+
+/// A base model in memory; shared by every policy on it.
+pub(super) struct Base {
+    pub info: ModelInfo,
+    pub policy: Policy,
+    pub tokenizer: Arc<ChatTokenizer>,
+}
+
+/// The base models by id.
+pub(super) struct Bases(HashMap<String, Base>, Vec<String>);
+
+impl Bases {
+    /// Loads every model's weights.
+    pub fn load(models: Vec<LoadedModel>, device: &str) -> Result<Self, EngineError> {
+        let (mut bases, mut order) = (HashMap::new(), Vec::new());
+        for model in models {
+            let parameters = Parameters::load(&model.config, &model.weights).map_err(|e| EngineError::Weights(e.to_string()))?;
+            let info = describe(&model, device);
+            order.push(model.id.clone());
+            let policy = Policy { config: Arc::new(model.config), parameters: Arc::new(parameters), adapter: None };
+            bases.insert(model.id, Base { info, policy, tokenizer: Arc::new(model.tokenizer) });
+        }
+        Ok(Bases(bases, order))
+    }
+
+    /// One of them.
+    pub fn get(&self, id: &str) -> Result<&Base, EngineError> {
+        self.0.get(id).ok_or_else(|| EngineError::UnknownModel(id.to_owned()))
+    }
+
+    /// All of them, in the order of the settings.
+    pub fn infos(&self) -> Vec<ModelInfo> {
+        self.1.iter().filter_map(|id| self.0.get(id)).map(|b| b.info.clone()).collect()
+    }
+
+    /// Bytes of their weights.
+    pub fn bytes(&self) -> u64 {
+        self.0.values().map(|b| b.info.parameters * 4).sum()
+    }
+
+    /// Loads what `weights` names, other than a running job.
+    pub fn open(&self, weights: &WeightsRef) -> Result<Policy, EngineError> {
+        match weights {
+            WeightsRef::Base { model } => Ok(self.get(model)?.policy.clone()),
+            WeightsRef::Adapter { model, dir } => {
+                let base = &self.get(model)?.policy;
+                let adapter = peft::load(dir, &base.config).map_err(|e| EngineError::Weights(e.to_string()))?;
+                Ok(Policy { adapter: Some(Arc::new(adapter)), ..base.clone() })
+            }
+            WeightsRef::Full { model, dir } => {
+                let base = &self.get(model)?.policy;
+                let parameters = load_full(&base.config, &dir.join(export::WEIGHTS_FILE)).map_err(EngineError::Weights)?;
+                Ok(Policy { config: base.config.clone(), parameters: Arc::new(parameters), adapter: None })
+            }
+            WeightsRef::Live { job } => Err(EngineError::NotResident(job.clone())),
+        }
+    }
+
+    /// A name for these weights that never means others: checkpoints are written once, under a job id that is never reused.
+    pub fn identity(&self, weights: &WeightsRef) -> Result<String, EngineError> {
+        let fingerprint = |model: &str| Ok::<_, EngineError>(self.get(model)?.info.fingerprint.clone());
+        Ok(match weights {
+            WeightsRef::Base { model } => fingerprint(model)?,
+            WeightsRef::Adapter { model, dir } => format!("{}+{}", fingerprint(model)?, dir.display()),
+            WeightsRef::Full { model, dir } => format!("{}={}", fingerprint(model)?, dir.display()),
+            WeightsRef::Live { job } => return Err(EngineError::NotResident(job.clone())),
+        })
+    }
+}
+
+fn describe(model: &LoadedModel, device: &str) -> ModelInfo {
+    ModelInfo {
+        id: model.id.clone(),
+        source: model.origin.clone(),
+        architecture: format!("{:?}", model.config.architecture).to_lowercase(),
+        parameters: model.config.parameter_count() as u64,
+        vocab_size: model.config.vocab_size,
+        num_layers: model.config.num_layers,
+        hidden_size: model.config.hidden_size,
+        max_position_embeddings: model.config.max_position_embeddings,
+        chat_template: model.tokenizer.has_chat_template(),
+        fingerprint: model.weights.fingerprint(),
+        device: device.to_owned(),
+    }
+}
+
+fn load_full(config: &ModelConfig, file: &Path) -> Result<Parameters, String> {
+    let weights = Weights::open_safetensors(file).map_err(|e| e.to_string())?;
+    Parameters::load(config, &weights).map_err(|e| e.to_string())
+}
+
+/// Adapters and full weights that were used lately; the least recently used leaves first.
+pub(super) struct Residents {
+    limit: usize,
+    /// Most recently used last.
+    policies: Vec<(WeightsRef, Policy)>,
+}
+
+impl Residents {
+    pub fn new(limit: usize) -> Self {
+        Residents { limit: limit.max(1), policies: Vec::new() }
+    }
+
+    pub fn get(&mut self, bases: &Bases, weights: &WeightsRef) -> Result<Policy, EngineError> {
+        if let WeightsRef::Base { .. } = weights {
+            return bases.open(weights);
+        }
+        let found = match self.policies.iter().position(|(w, _)| w == weights) {
+            Some(i) => self.policies.remove(i),
+            None => (weights.clone(), bases.open(weights)?),
+        };
+        if self.policies.len() >= self.limit {
+            self.policies.remove(0);
+        }
+        let policy = found.1.clone();
+        self.policies.push(found);
+        metrics::gauge!("bradley_resident_policies").set(self.policies.len() as f64);
+        Ok(policy)
+    }
+
+    /// Forgets weights whose files are gone.
+    pub fn evict(&mut self, gone: &Path) {
+        self.policies
+            .retain(|(w, _)| !matches!(w, WeightsRef::Adapter { dir, .. } | WeightsRef::Full { dir, .. } if dir.starts_with(gone)));
+    }
+}

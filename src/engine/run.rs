@@ -1,0 +1,58 @@
+//! Turns a run as asked for into a trainer: resolves weights, initialises the adapter, picks the reference.
+
+use super::api::{EngineError, TrainingRun};
+use super::residents::{Bases, Residents};
+use crate::domain::training::Method;
+use crate::model::adapter::Adapter;
+use crate::model::decoder::Policy;
+use crate::model::export;
+use crate::model::peft;
+use crate::train::reference::Reference;
+use crate::train::trainable::TrainablePolicy;
+use crate::train::trainer::{Trainer, TrainerInput};
+
+/// Prepares `run`; its events and control stay with the caller.
+pub(super) fn prepare(run: &mut TrainingRun, bases: &Bases, residents: &mut Residents) -> Result<Trainer, EngineError> {
+    let base = bases.get(&run.model)?;
+    let start = bases.open(&run.start)?;
+    let policy = trainable(run, &start)?;
+    let reference = reference(run, bases, residents)?;
+    let input = TrainerInput {
+        spec: run.spec.clone(),
+        policy,
+        reference,
+        train: std::mem::take(&mut run.train),
+        eval: std::mem::take(&mut run.eval),
+        checkpoints: run.checkpoints.clone(),
+        resume: run.resume.clone(),
+        tokenizer: base.tokenizer.clone(),
+        base: base.info.source.clone(),
+    };
+    Trainer::new(input).map_err(|e| EngineError::Weights(e.to_string()))
+}
+
+fn trainable(run: &TrainingRun, start: &Policy) -> Result<TrainablePolicy, EngineError> {
+    let tensor = |e: candle_core::Error| EngineError::Device(e.to_string());
+    let weights = |e: crate::model::error::ModelError| EngineError::Weights(e.to_string());
+    match &run.spec.method {
+        Method::Full => TrainablePolicy::full(&export::merged(start).map_err(weights)?).map_err(tensor),
+        Method::Lora(config) => {
+            let adapter = match (&start.adapter, &config.init_adapter) {
+                (Some(adapter), _) => (**adapter).clone(),
+                (None, Some(dir)) => peft::load(dir.as_ref(), &start.config).map_err(weights)?,
+                (None, None) => Adapter::init(&start.config, config, run.spec.seed.0).map_err(weights)?,
+            };
+            TrainablePolicy::lora(&start.base(), &adapter).map_err(tensor)
+        }
+    }
+}
+
+fn reference(run: &TrainingRun, bases: &Bases, residents: &mut Residents) -> Result<Reference, EngineError> {
+    let Some(weights) = run.reference.as_ref().filter(|_| run.spec.dpo.needs_reference()) else { return Ok(Reference::None) };
+    let policy = residents.get(bases, weights)?;
+    if run.spec.dpo.reference_sync.is_some() {
+        let merged = export::merged(&policy).map_err(|e| EngineError::Weights(e.to_string()))?;
+        return Ok(Reference::moving_from(merged, &run.job));
+    }
+    Ok(Reference::Frozen { policy, identity: bases.identity(weights)? })
+}

@@ -1,0 +1,124 @@
+//! DPO and its relatives on a micro-batch: the loss and ∂loss/∂log p of every completion token.
+//!
+//! Notation (arXiv:2305.18290 and TRL): `lr = log π − log π_ref`, each summed over completion tokens; `w` chosen, `l` rejected; `s(lr)` is the
+//! f-divergence's score; `δ = s_w − s_l`; `n` completion tokens; `ε` label smoothing. Every loss is a function of the four sums (and the counts), so
+//! its gradient reaches a token through `∂loss/∂(Σ log π)`; the token-mean terms (sft, rpo, orpo's NLL) add a constant per chosen token.
+
+mod pairwise;
+#[cfg(test)]
+mod tests;
+
+use self::pairwise::{Sums, sorted_transport, value_and_slopes};
+use crate::domain::dpo::{DpoConfig, LossType};
+
+/// What the loss needs of one pair; log-probs are per completion token, in nats.
+#[derive(Clone, Copy, Debug)]
+pub struct PairLogps<'a> {
+    /// log π of each chosen token.
+    pub policy_chosen: &'a [f32],
+    /// log π of each rejected token.
+    pub policy_rejected: &'a [f32],
+    /// log π_ref of both sides; `None` is reference-free (lr = log π).
+    pub reference: Option<(&'a [f32], &'a [f32])>,
+    /// Multiplies the pair's loss.
+    pub weight: f64,
+    /// With WPO: the policy's log Σ_v p_v² at each token of both sides.
+    pub wpo: Option<(&'a [f32], &'a [f32])>,
+}
+
+/// A micro-batch's loss and its gradient.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct BatchLoss {
+    /// Σ_terms weight · mean over pairs, before `scale`.
+    pub loss: f64,
+    /// scale · ∂loss/∂log p of each chosen token, per pair.
+    pub grad_chosen: Vec<Vec<f32>>,
+    /// The same for the rejected tokens.
+    pub grad_rejected: Vec<Vec<f32>>,
+}
+
+/// The mean loss over a micro-batch; gradients are multiplied by `scale` (1 / micro-batches of the step). Row weights multiply each pair's term;
+/// the mean is still over the number of pairs.
+pub fn batch_loss(config: &DpoConfig, pairs: &[PairLogps], scale: f64) -> BatchLoss {
+    let b = pairs.len().max(1) as f64;
+    let sums: Vec<Sums> = pairs.iter().map(|p| sums(config, p)).collect();
+    // Constant with respect to the policy: WPO passes no gradient through its weights.
+    let weights: Vec<f64> = pairs.iter().map(|p| p.weight * wpo_weight(p)).collect();
+    let mut total = 0.0;
+    let mut slopes = vec![(0.0, 0.0); pairs.len()];
+    let mut nll_factor = config.rpo_alpha.unwrap_or(0.0);
+
+    for term in &config.losses {
+        match term.loss {
+            LossType::Sft => nll_factor += term.weight,
+            LossType::Aot | LossType::AotUnpaired => {
+                let (values, ds) = sorted_transport(config, term.loss, &sums);
+                for i in 0..pairs.len() {
+                    total += term.weight * weights[i] * values[i] / b;
+                    // The k-th smallest of each side form the k-th loss; its slopes belong to the pairs they came from.
+                    slopes[i].0 += term.weight * ds[i].0 * weights[ds[i].2] / b;
+                    slopes[i].1 += term.weight * ds[i].1 * weights[ds[i].3] / b;
+                }
+            }
+            loss => {
+                if loss == LossType::Orpo {
+                    nll_factor += term.weight;
+                }
+                for (i, s) in sums.iter().enumerate() {
+                    let (value, dw, dl) = value_and_slopes(config, loss, s);
+                    let factor = term.weight * weights[i] / b;
+                    total += factor * value;
+                    slopes[i].0 += factor * dw;
+                    slopes[i].1 += factor * dl;
+                }
+            }
+        }
+    }
+
+    let chosen_tokens: usize = pairs.iter().map(|p| p.policy_chosen.len()).sum();
+    let per_token = if chosen_tokens > 0 { nll_factor / chosen_tokens as f64 } else { 0.0 };
+    let mut out = BatchLoss { loss: total, ..BatchLoss::default() };
+    for (i, p) in pairs.iter().enumerate() {
+        let nll_slope = -per_token * weights[i];
+        if nll_factor > 0.0 {
+            out.loss += nll_slope * p.policy_chosen.iter().map(|x| *x as f64).sum::<f64>();
+        }
+        let shared = p.policy_chosen.len().min(p.policy_rejected.len());
+        let token = |t: usize, slope: f64, constant: f64| (scale * (slope * token_weight(config, t, shared) + constant)) as f32;
+        out.grad_chosen.push((0..p.policy_chosen.len()).map(|t| token(t, slopes[i].0, nll_slope)).collect());
+        out.grad_rejected.push((0..p.policy_rejected.len()).map(|t| token(t, slopes[i].1, 0.0)).collect());
+    }
+    out
+}
+
+/// LD-DPO (arXiv:2409.06411): tokens past the shorter answer's length count α.
+fn token_weight(config: &DpoConfig, token: usize, shared: usize) -> f64 {
+    match config.ld_alpha {
+        Some(alpha) if token >= shared => alpha,
+        _ => 1.0,
+    }
+}
+
+fn sums(config: &DpoConfig, p: &PairLogps) -> Sums {
+    let shared = p.policy_chosen.len().min(p.policy_rejected.len());
+    let sum = |xs: &[f32]| xs.iter().enumerate().map(|(t, x)| *x as f64 * token_weight(config, t, shared)).sum::<f64>();
+    let reference = p.reference.filter(|_| !config.reference_free);
+    Sums {
+        policy_w: sum(p.policy_chosen),
+        policy_l: sum(p.policy_rejected),
+        reference_w: reference.map_or(0.0, |r| sum(r.0)),
+        reference_l: reference.map_or(0.0, |r| sum(r.1)),
+        n_w: p.policy_chosen.len().max(1) as f64,
+        n_l: p.policy_rejected.len().max(1) as f64,
+    }
+}
+
+/// WPO (arXiv:2406.11827, eq. 2): w_w·w_l with w = exp(mean_t[log p_t − log Σ_v p_v²]).
+fn wpo_weight(p: &PairLogps) -> f64 {
+    let mean =
+        |logps: &[f32], p2: &[f32]| logps.iter().zip(p2).map(|(a, b)| *a as f64 - *b as f64).sum::<f64>() / logps.len().max(1) as f64;
+    match p.wpo {
+        Some((chosen, rejected)) => (mean(p.policy_chosen, chosen) + mean(p.policy_rejected, rejected)).exp(),
+        None => 1.0,
+    }
+}

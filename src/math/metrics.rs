@@ -1,0 +1,110 @@
+//! TRL's training metrics, by TRL's names.
+
+use crate::domain::job::Metrics;
+
+/// What is known of one completion token besides its log-prob.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TokenStats {
+    /// The mean logit over the vocabulary.
+    pub mean_logit: f64,
+    /// In nats.
+    pub entropy: f64,
+    /// Whether it was the most likely token.
+    pub is_argmax: bool,
+}
+
+/// One pair as a micro-batch's metrics see it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PairObservation {
+    /// Σ log π_θ over the chosen completion.
+    pub logp_chosen: f64,
+    /// Σ log π_θ over the rejected completion.
+    pub logp_rejected: f64,
+    /// r_w.
+    pub reward_chosen: f64,
+    /// r_l.
+    pub reward_rejected: f64,
+    /// Per chosen token.
+    pub chosen: Vec<TokenStats>,
+    /// Per rejected token.
+    pub rejected: Vec<TokenStats>,
+}
+
+/// The metrics of one micro-batch.
+pub fn micro_batch(loss: f64, pairs: &[PairObservation]) -> Metrics {
+    let b = pairs.len().max(1) as f64;
+    let mean = |f: &dyn Fn(&PairObservation) -> f64| pairs.iter().map(f).sum::<f64>() / b;
+    // Token-weighted over the whole micro-batch.
+    let over = |side: &dyn Fn(&PairObservation) -> &[TokenStats], f: &dyn Fn(&TokenStats) -> f64| {
+        let n: usize = pairs.iter().map(|p| side(p).len()).sum();
+        (pairs.iter().flat_map(|p| side(p).iter().map(f)).sum::<f64>(), n)
+    };
+    let ratio = |(sum, n): (f64, usize)| if n > 0 { sum / n as f64 } else { 0.0 };
+    let (cl, rl) = (over(&|p| &p.chosen, &|t| t.mean_logit), over(&|p| &p.rejected, &|t| t.mean_logit));
+    let (ce, re) = (over(&|p| &p.chosen, &|t| t.entropy), over(&|p| &p.rejected, &|t| t.entropy));
+    [
+        ("loss", loss),
+        ("rewards/chosen", mean(&|p| p.reward_chosen)),
+        ("rewards/rejected", mean(&|p| p.reward_rejected)),
+        ("rewards/accuracies", mean(&|p| f64::from(p.reward_chosen > p.reward_rejected))),
+        ("rewards/margins", mean(&|p| p.reward_chosen - p.reward_rejected)),
+        ("logps/chosen", mean(&|p| p.logp_chosen)),
+        ("logps/rejected", mean(&|p| p.logp_rejected)),
+        ("logits/chosen", ratio(cl)),
+        ("logits/rejected", ratio(rl)),
+        ("entropy", ratio((ce.0 + re.0, ce.1 + re.1))),
+        ("mean_token_accuracy", ratio(over(&|p| &p.chosen, &|t| f64::from(t.is_argmax)))),
+    ]
+    .into_iter()
+    .map(|(k, v)| (k.to_owned(), v))
+    .collect()
+}
+
+/// The unweighted mean of micro-batches' metrics, as TRL averages them between two log lines.
+#[derive(Clone, Debug, Default)]
+pub struct Average {
+    sums: Metrics,
+    count: u64,
+}
+
+impl Average {
+    /// Adds one micro-batch.
+    pub fn add(&mut self, metrics: Metrics) {
+        for (k, v) in metrics {
+            *self.sums.entry(k).or_default() += v;
+        }
+        self.count += 1;
+    }
+
+    /// The means; resets the average.
+    pub fn take(&mut self) -> Metrics {
+        let n = self.count.max(1) as f64;
+        self.count = 0;
+        std::mem::take(&mut self.sums).into_iter().map(|(k, v)| (k, v / n)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn token_metrics_weigh_tokens_and_reward_metrics_weigh_pairs() {
+        let t = |entropy: f64, is_argmax: bool| TokenStats { mean_logit: entropy * 2.0, entropy, is_argmax };
+        let a = PairObservation {
+            logp_chosen: -2.0,
+            logp_rejected: -4.0,
+            reward_chosen: 1.0,
+            reward_rejected: 1.0,
+            chosen: vec![t(1.0, true)],
+            rejected: vec![t(2.0, true), t(3.0, true)],
+        };
+        let b = PairObservation { reward_chosen: 3.0, chosen: vec![t(0.0, false), t(0.0, false), t(0.0, false)], ..a.clone() };
+        let m = micro_batch(0.5, &[a, b]);
+        assert_eq!(m["mean_token_accuracy"], 0.25);
+        assert_eq!(m["logits/chosen"], 0.5);
+        assert_eq!(m["entropy"], 11.0 / 8.0);
+        assert_eq!(m["rewards/accuracies"], 0.5, "a tie is not a win");
+        assert_eq!(m["rewards/margins"], 1.0);
+    }
+}

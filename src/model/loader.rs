@@ -1,0 +1,79 @@
+//! Opens a model: configuration, weights and tokenizer from one source.
+
+use std::path::Path;
+
+use super::config::ModelConfig;
+use super::error::ModelError;
+use super::gguf::Gguf;
+use super::source::{HubOptions, Located, locate};
+use super::tokenizer::ChatTokenizer;
+use super::weights::{GgufWeights, Weights};
+use crate::domain::names::is_valid_id;
+
+/// A model whose weights are still on disk.
+#[derive(Debug)]
+pub struct LoadedModel {
+    /// The id in `models/{id}`.
+    pub id: String,
+    /// The shape.
+    pub config: ModelConfig,
+    /// The weights.
+    pub weights: Weights,
+    /// The tokenizer and chat template.
+    pub tokenizer: ChatTokenizer,
+    /// The source as it was named.
+    pub origin: String,
+}
+
+/// Opens `source` (a folder, a GGUF file or a hub id) under `id`, or under an id made from the source's last part.
+///
+/// # Errors
+/// Each names the file, and the field or tensor in it.
+pub fn load_model(id: Option<&str>, source: &str, hub: &HubOptions) -> Result<LoadedModel, ModelError> {
+    let id = id.map_or_else(|| default_id(source), str::to_owned);
+    let origin = source.to_owned();
+    match locate(source, hub)? {
+        Located::Folder(folder) => {
+            let path = folder.join("config.json");
+            let text = std::fs::read_to_string(&path).map_err(ModelError::io(&path))?;
+            let config = ModelConfig::from_hf_json(&text, &path)?;
+            let weights = Weights::open_folder(&folder)?;
+            Ok(LoadedModel { id, config, weights, tokenizer: ChatTokenizer::from_folder(&folder)?, origin })
+        }
+        Located::Gguf(path) => load_gguf(id, &path, origin),
+    }
+}
+
+fn load_gguf(id: String, path: &Path, origin: String) -> Result<LoadedModel, ModelError> {
+    let gguf = Gguf::open(path)?;
+    let freqs = match gguf.tensor(ModelConfig::GGUF_ROPE_FREQS) {
+        Some(entry) => Some(gguf.read_f32(entry)?),
+        None => None,
+    };
+    let config = ModelConfig::from_gguf(&gguf, freqs.as_deref())?;
+    let tokenizer = ChatTokenizer::from_gguf(&gguf)?;
+    let weights = Weights::from_gguf(GgufWeights::new(gguf, &config), path);
+    Ok(LoadedModel { id, config, weights, tokenizer, origin })
+}
+
+/// The last part of a path or hub id, without extension and revision, with other characters than an id's made `-`.
+pub fn default_id(source: &str) -> String {
+    let last = source.trim_end_matches('/').rsplit('/').next().unwrap_or(source);
+    let last = last.split('@').next().unwrap_or(last);
+    let last = last.strip_suffix(".gguf").unwrap_or(last);
+    let id: String = last.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' }).take(128).collect();
+    if is_valid_id(&id) { id } else { "model".into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_come_from_the_last_part() {
+        assert_eq!(default_id("HuggingFaceTB/SmolLM2-135M-Instruct@main"), "SmolLM2-135M-Instruct");
+        assert_eq!(default_id("/models/SmolLM2.Q4_1.gguf"), "SmolLM2.Q4_1");
+        assert_eq!(default_id("/models/tiny/"), "tiny");
+        assert_eq!(default_id("/.."), "model");
+    }
+}

@@ -1,0 +1,111 @@
+//! Tokenizers with their special tokens and chat template, from Hugging Face files or GGUF metadata.
+
+mod gguf;
+mod hf;
+
+use std::path::{Path, PathBuf};
+
+use tokenizers::Tokenizer;
+
+use super::chat::{ChatMessage, ChatTemplate};
+use super::error::ModelError;
+
+/// A tokenizer that knows its model's special tokens and chat format.
+#[derive(Debug)]
+pub struct ChatTokenizer {
+    tokenizer: Tokenizer,
+    bos: Option<(String, u32)>,
+    eos: Option<(String, u32)>,
+    template: Option<ChatTemplate>,
+    files: Vec<(String, Vec<u8>)>,
+    path: PathBuf,
+}
+
+/// What a tokenizer is made of.
+struct Parts {
+    tokenizer: Tokenizer,
+    bos_token: Option<String>,
+    eos_token: Option<String>,
+    /// Every special token variable a template may use.
+    special_tokens: Vec<(String, String)>,
+    template: Option<String>,
+    files: Vec<(String, Vec<u8>)>,
+}
+
+impl ChatTokenizer {
+    /// Reads tokenizer.json, tokenizer_config.json and chat_template.jinja of a folder.
+    pub fn from_folder(folder: &Path) -> Result<Self, ModelError> {
+        Self::assemble(hf::read(folder)?, folder)
+    }
+
+    pub(super) fn from_gguf(gguf: &super::gguf::Gguf) -> Result<Self, ModelError> {
+        Self::assemble(gguf::read(gguf)?, &gguf.path)
+    }
+
+    fn assemble(mut parts: Parts, path: &Path) -> Result<Self, ModelError> {
+        // A tokenizer.json may ask for truncation or padding; lengths are the business of the encoder here.
+        parts.tokenizer.with_padding(None);
+        parts.tokenizer.with_truncation(None).map_err(|e| wrong(path, e.to_string()))?;
+        let id = |token: Option<String>| token.and_then(|t| parts.tokenizer.token_to_id(&t).map(|id| (t, id)));
+        let (bos, eos) = (id(parts.bos_token), id(parts.eos_token));
+        let template = parts.template.map(|source| ChatTemplate::new(&source, parts.special_tokens)).transpose()?;
+        Ok(ChatTokenizer { bos, eos, template, tokenizer: parts.tokenizer, files: parts.files, path: path.to_owned() })
+    }
+
+    /// The token ids of `text`; with `add_special_tokens`, BOS where the tokenizer adds one.
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, ModelError> {
+        let encoding = self.tokenizer.encode_fast(text, add_special_tokens).map_err(|e| wrong(&self.path, e.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of `ids`, special tokens included.
+    pub fn decode(&self, ids: &[u32]) -> Result<String, ModelError> {
+        self.tokenizer.decode(ids, false).map_err(|e| wrong(&self.path, e.to_string()))
+    }
+
+    /// The token that ends a sequence.
+    pub fn eos_token(&self) -> Option<&str> {
+        self.eos.as_ref().map(|(t, _)| t.as_str())
+    }
+
+    /// Its id.
+    pub fn eos_id(&self) -> Option<u32> {
+        self.eos.as_ref().map(|(_, id)| *id)
+    }
+
+    /// The id of the token that starts a sequence.
+    pub fn bos_id(&self) -> Option<u32> {
+        self.bos.as_ref().map(|(_, id)| *id)
+    }
+
+    /// The token that starts a sequence.
+    pub fn bos_token(&self) -> Option<&str> {
+        self.bos.as_ref().map(|(t, _)| t.as_str())
+    }
+
+    /// Whether dialogues can be rendered.
+    pub fn has_chat_template(&self) -> bool {
+        self.template.is_some()
+    }
+
+    /// Renders a dialogue; encode the result without adding special tokens.
+    ///
+    /// # Errors
+    /// When the model has no chat template, or the template refuses these messages.
+    pub fn apply_chat_template(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String, ModelError> {
+        let Some(template) = &self.template else {
+            let reason = "this model has none: use plain-text prompts and completions, or a chat model".to_owned();
+            return Err(ModelError::ChatTemplate { reason });
+        };
+        template.render(messages, add_generation_prompt)
+    }
+
+    /// The files to write beside exported weights.
+    pub fn files(&self) -> &[(String, Vec<u8>)] {
+        &self.files
+    }
+}
+
+fn wrong(path: &Path, reason: impl Into<String>) -> ModelError {
+    ModelError::Tokenizer { path: path.to_owned(), reason: reason.into() }
+}

@@ -1,0 +1,74 @@
+//! tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
+
+use std::path::Path;
+
+use serde_json::Value;
+use tokenizers::Tokenizer;
+
+use super::{Parts, wrong};
+use crate::model::error::ModelError;
+
+const TOKENIZER: &str = "tokenizer.json";
+const CONFIG: &str = "tokenizer_config.json";
+const TEMPLATE: &str = "chat_template.jinja";
+const SPECIAL: &str = "special_tokens_map.json";
+
+pub(super) fn read(folder: &Path) -> Result<Parts, ModelError> {
+    let mut files = Vec::new();
+    let mut take = |name: &str| -> Result<Option<Vec<u8>>, ModelError> {
+        let path = folder.join(name);
+        match std::fs::read(&path) {
+            Ok(bytes) => {
+                files.push((name.to_owned(), bytes.clone()));
+                Ok(Some(bytes))
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(ModelError::io(&path)(e)),
+        }
+    };
+    let path = folder.join(TOKENIZER);
+    let bytes = take(TOKENIZER)?
+        .ok_or_else(|| wrong(&path, "is missing: a fast tokenizer is needed (save it with transformers' save_pretrained)"))?;
+    let tokenizer = Tokenizer::from_bytes(&bytes).map_err(|e| wrong(&path, e.to_string()))?;
+
+    let object = |name: &str, bytes: Option<Vec<u8>>| -> Result<Value, ModelError> {
+        match bytes {
+            Some(b) => serde_json::from_slice(&b).map_err(|e| wrong(&folder.join(name), format!("not JSON: {e}"))),
+            None => Ok(Value::Null),
+        }
+    };
+    let config = object(CONFIG, take(CONFIG)?)?;
+    let special = object(SPECIAL, take(SPECIAL)?)?;
+    let mut special_tokens = Vec::new();
+    for name in ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"] {
+        if let Some(token) = token(&config, name).or_else(|| token(&special, name)) {
+            special_tokens.push((name.to_owned(), token));
+        }
+    }
+    let template = match take(TEMPLATE)? {
+        Some(bytes) => Some(String::from_utf8(bytes).map_err(|_| wrong(&folder.join(TEMPLATE), "is not UTF-8"))?),
+        None => template(&config),
+    };
+    let find = |name: &str| special_tokens.iter().find(|(n, _)| n == name).map(|(_, t)| t.clone());
+    Ok(Parts { bos_token: find("bos_token"), eos_token: find("eos_token"), tokenizer, special_tokens, template, files })
+}
+
+/// A special token is a string or an AddedToken object.
+fn token(config: &Value, name: &str) -> Option<String> {
+    let value = config.get(name)?;
+    value.as_str().or_else(|| value.get("content").and_then(Value::as_str)).map(str::to_owned)
+}
+
+/// One template, or a list of named ones of which `default` is used.
+fn template(config: &Value) -> Option<String> {
+    match config.get("chat_template")? {
+        Value::String(s) => Some(s.clone()),
+        Value::Array(named) => named
+            .iter()
+            .find(|t| t.get("name").and_then(Value::as_str) == Some("default"))
+            .and_then(|t| t.get("template"))
+            .and_then(Value::as_str)
+            .map(str::to_owned),
+        _ => None,
+    }
+}

@@ -1,0 +1,84 @@
+//! Weights on disk: safetensors (one file or shards) or GGUF. Tensors are read one at a time, as f32, under their Hugging Face names.
+
+mod gguf;
+mod safetensors;
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use candle_core::Tensor;
+
+pub(super) use self::gguf::GgufWeights;
+use self::safetensors::SafetensorsWeights;
+use super::error::ModelError;
+
+/// The weights of one model.
+#[derive(Debug)]
+pub struct Weights {
+    kind: Kind,
+    path: PathBuf,
+    fingerprint: OnceLock<String>,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Safetensors(SafetensorsWeights),
+    Gguf(GgufWeights),
+}
+
+impl Weights {
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists, in a folder.
+    ///
+    /// # Errors
+    /// When there is neither, or a file is truncated or malformed: the file is named.
+    pub fn open_folder(folder: &Path) -> Result<Self, ModelError> {
+        Ok(Self::new(Kind::Safetensors(SafetensorsWeights::open_folder(folder)?), folder))
+    }
+
+    /// Opens one safetensors file.
+    pub fn open_safetensors(file: &Path) -> Result<Self, ModelError> {
+        Ok(Self::new(Kind::Safetensors(SafetensorsWeights::open(&[file.to_owned()])?), file))
+    }
+
+    pub(super) fn from_gguf(weights: GgufWeights, path: &Path) -> Self {
+        Self::new(Kind::Gguf(weights), path)
+    }
+
+    fn new(kind: Kind, path: &Path) -> Self {
+        Weights { kind, path: path.to_owned(), fingerprint: OnceLock::new() }
+    }
+
+    /// The tensor `name` as contiguous f32 on the CPU.
+    ///
+    /// # Errors
+    /// When it is missing, has another shape or an element type that cannot be read.
+    pub fn load(&self, name: &str, shape: &[usize]) -> Result<Tensor, ModelError> {
+        let tensor = match &self.kind {
+            Kind::Safetensors(w) => w.load(name)?,
+            Kind::Gguf(w) => w.load(name)?,
+        };
+        let tensor = tensor.ok_or_else(|| ModelError::MissingTensor { name: name.to_owned(), path: self.path.clone() })?;
+        if tensor.dims() != shape {
+            return Err(ModelError::ShapeMismatch {
+                name: name.to_owned(),
+                path: self.path.clone(),
+                expected: shape.to_vec(),
+                found: tensor.dims().to_vec(),
+            });
+        }
+        Ok(tensor)
+    }
+
+    /// BLAKE3 of the files' contents, in hex; computed once.
+    pub fn fingerprint(&self) -> String {
+        let compute = || {
+            let mut hash = blake3::Hasher::new();
+            match &self.kind {
+                Kind::Safetensors(w) => w.hash(&mut hash),
+                Kind::Gguf(w) => w.hash(&mut hash),
+            }
+            hash.finalize().to_hex().to_string()
+        };
+        self.fingerprint.get_or_init(compute).clone()
+    }
+}

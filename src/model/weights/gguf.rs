@@ -1,0 +1,121 @@
+//! GGUF tensors, dequantised one at a time and given their Hugging Face names and layout.
+
+use std::io::{Read, Seek, SeekFrom};
+use std::sync::Mutex;
+
+use candle_core::quantized::ggml_file::qtensor_from_ggml;
+use candle_core::{DType, Device, Tensor};
+
+use crate::model::config::{Architecture, ModelConfig};
+use crate::model::error::ModelError;
+use crate::model::gguf::{Gguf, TensorEntry};
+
+/// An opened GGUF file with what its names and layout mean.
+#[derive(Debug)]
+pub(in crate::model) struct GgufWeights {
+    gguf: Gguf,
+    /// (query heads, key heads) when Q and K are stored in ggml's interleaved order.
+    interleaved: Option<(usize, usize)>,
+    /// Reads share one file position.
+    lock: Mutex<()>,
+}
+
+impl GgufWeights {
+    pub fn new(gguf: Gguf, config: &ModelConfig) -> Self {
+        let interleaved =
+            matches!(config.architecture, Architecture::Llama | Architecture::Mistral).then_some((config.num_heads, config.num_kv_heads));
+        GgufWeights { gguf, interleaved, lock: Mutex::new(()) }
+    }
+
+    pub fn load(&self, name: &str) -> Result<Option<Tensor>, ModelError> {
+        let Some(stored) = gguf_name(name) else { return Ok(None) };
+        let Some(entry) = self.gguf.tensor(&stored) else { return Ok(None) };
+        let tensor = self.dequantise(entry)?;
+        let heads = match (self.interleaved, name) {
+            (Some((q, _)), n) if n.contains(".q_proj.") => q,
+            (Some((_, k)), n) if n.contains(".k_proj.") => k,
+            _ => return Ok(Some(tensor)),
+        };
+        Ok(Some(deinterleave(&tensor, heads)?))
+    }
+
+    fn dequantise(&self, entry: &TensorEntry) -> Result<Tensor, ModelError> {
+        let path = &self.gguf.path;
+        let mut bytes = vec![0u8; entry.bytes as usize];
+        {
+            let _guard = self.lock.lock();
+            let mut file = &self.gguf.file;
+            file.seek(SeekFrom::Start(entry.offset)).map_err(ModelError::io(path))?;
+            file.read_exact(&mut bytes).map_err(ModelError::io(path))?;
+        }
+        let quantised = qtensor_from_ggml(entry.dtype, &bytes, entry.shape.clone(), &Device::Cpu)?;
+        drop(bytes);
+        Ok(quantised.dequantize(&Device::Cpu)?.to_dtype(DType::F32)?)
+    }
+
+    pub fn hash(&self, hash: &mut blake3::Hasher) {
+        let _guard = self.lock.lock();
+        let mut file = &self.gguf.file;
+        // A file that cannot be read any more has no tensors either; its fingerprint does not matter then.
+        if file.seek(SeekFrom::Start(0)).is_ok() {
+            let _ = std::io::copy(&mut file, hash);
+        }
+    }
+}
+
+/// Undoes llama.cpp's permutation of Q and K rows: per head, `[D/2, 2]` back to `[2, D/2]`.
+fn deinterleave(t: &Tensor, heads: usize) -> Result<Tensor, ModelError> {
+    let rows = t.dim(0)?;
+    if heads == 0 || rows % (2 * heads) != 0 {
+        return Ok(t.clone());
+    }
+    let half = rows / heads / 2;
+    let width = t.elem_count() / rows;
+    Ok(t.reshape((heads, half, 2, width))?.transpose(1, 2)?.contiguous()?.reshape(t.shape())?)
+}
+
+fn gguf_name(name: &str) -> Option<String> {
+    match name {
+        "model.embed_tokens.weight" => return Some("token_embd.weight".into()),
+        "model.norm.weight" => return Some("output_norm.weight".into()),
+        "lm_head.weight" => return Some("output.weight".into()),
+        _ => {}
+    }
+    let (block, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    let (module, kind) = rest.rsplit_once('.')?;
+    let stored = match module {
+        "input_layernorm" => "attn_norm",
+        "post_attention_layernorm" => "ffn_norm",
+        "self_attn.q_proj" => "attn_q",
+        "self_attn.k_proj" => "attn_k",
+        "self_attn.v_proj" => "attn_v",
+        "self_attn.o_proj" => "attn_output",
+        "self_attn.q_norm" => "attn_q_norm",
+        "self_attn.k_norm" => "attn_k_norm",
+        "mlp.gate_proj" => "ffn_gate",
+        "mlp.up_proj" => "ffn_up",
+        "mlp.down_proj" => "ffn_down",
+        _ => return None,
+    };
+    Some(format!("blk.{block}.{stored}.{kind}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn de_interleaving_puts_pairs_back_into_halves() {
+        // One head of D = 4: ggml's rows are (0, 2, 1, 3) of the original.
+        let stored = Tensor::from_vec(vec![0f32, 2.0, 1.0, 3.0], (4, 1), &Device::Cpu).unwrap();
+        let got: Vec<f32> = deinterleave(&stored, 1).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        assert_eq!(got, [0.0, 1.0, 2.0, 3.0]);
+    }
+
+    #[test]
+    fn names_are_those_of_llama_cpp() {
+        assert_eq!(gguf_name("model.layers.3.mlp.up_proj.weight").unwrap(), "blk.3.ffn_up.weight");
+        assert_eq!(gguf_name("model.layers.0.self_attn.k_proj.bias").unwrap(), "blk.0.attn_k.bias");
+        assert_eq!(gguf_name("something.else"), None);
+    }
+}

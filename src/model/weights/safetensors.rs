@@ -1,0 +1,110 @@
+//! safetensors by mmap: the header is checked when a file is opened, tensors are converted when they are asked for.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use half::{bf16, f16};
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+
+use crate::model::error::ModelError;
+
+const FILE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+#[derive(Debug)]
+pub(super) struct SafetensorsWeights {
+    files: Vec<(PathBuf, Mmap)>,
+    tensors: HashMap<String, Stored>,
+}
+
+#[derive(Debug)]
+struct Stored {
+    file: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Range<usize>,
+}
+
+impl SafetensorsWeights {
+    pub fn open_folder(folder: &Path) -> Result<Self, ModelError> {
+        let single = folder.join(FILE);
+        if single.is_file() {
+            return Self::open(&[single]);
+        }
+        let index = folder.join(INDEX);
+        let text = std::fs::read_to_string(&index).map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => ModelError::NotFound {
+                model: folder.display().to_string(),
+                tried: format!("{FILE} and {INDEX} in that folder: neither is there"),
+            },
+            _ => ModelError::io(&index)(e),
+        })?;
+        let wrong = |reason: String| ModelError::corrupt(&index, reason);
+        let json: Value = serde_json::from_str(&text).map_err(|e| wrong(format!("not JSON: {e}")))?;
+        let map = json.get("weight_map").and_then(Value::as_object).ok_or_else(|| wrong("no object weight_map".into()))?;
+        let names: BTreeSet<&str> = map.values().filter_map(Value::as_str).collect();
+        if let Some(bad) = names.iter().find(|n| n.contains(['/', '\\']) || n.starts_with('.')) {
+            return Err(wrong(format!("weight_map names the file '{bad}', which is not in this folder")));
+        }
+        let shards: Vec<PathBuf> = names.into_iter().map(|n| folder.join(n)).collect();
+        if shards.is_empty() {
+            return Err(wrong("weight_map is empty".into()));
+        }
+        Self::open(&shards)
+    }
+
+    pub fn open(paths: &[PathBuf]) -> Result<Self, ModelError> {
+        let mut weights = SafetensorsWeights { files: Vec::new(), tensors: HashMap::new() };
+        for (file, path) in paths.iter().enumerate() {
+            let handle = File::open(path).map_err(ModelError::io(path))?;
+            // SAFETY: the map is read-only; weight files are not written while a server uses them, as with every mmap-based loader.
+            let map = unsafe { Mmap::map(&handle) }.map_err(ModelError::io(path))?;
+            let (header, metadata) =
+                SafeTensors::read_metadata(&map).map_err(|e| ModelError::corrupt(path, format!("safetensors header: {e}")))?;
+            let data = 8 + header;
+            for (name, info) in metadata.tensors() {
+                let bytes = data + info.data_offsets.0..data + info.data_offsets.1;
+                if bytes.end > map.len() {
+                    return Err(ModelError::corrupt(
+                        path,
+                        format!("tensor '{name}' ends at byte {}, the file at {}", bytes.end, map.len()),
+                    ));
+                }
+                weights.tensors.insert(name, Stored { file, dtype: info.dtype, shape: info.shape.clone(), bytes });
+            }
+            weights.files.push((path.clone(), map));
+        }
+        Ok(weights)
+    }
+
+    pub fn load(&self, name: &str) -> Result<Option<Tensor>, ModelError> {
+        let Some(stored) = self.tensors.get(name) else { return Ok(None) };
+        let (path, map) = &self.files[stored.file];
+        let bytes = &map[stored.bytes.clone()];
+        let values: Vec<f32> = match stored.dtype {
+            Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            Dtype::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+            Dtype::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+            other => {
+                return Err(ModelError::Unsupported {
+                    what: format!("{}: tensor '{name}' in {other:?} (supported: F32, F16, BF16)", path.display()),
+                });
+            }
+        };
+        if values.len() != stored.shape.iter().product::<usize>() {
+            return Err(ModelError::corrupt(path, format!("tensor '{name}' has {} values for the shape {:?}", values.len(), stored.shape)));
+        }
+        Ok(Some(Tensor::from_vec(values, stored.shape.as_slice(), &Device::Cpu)?))
+    }
+
+    pub fn hash(&self, hash: &mut blake3::Hasher) {
+        for (_, map) in &self.files {
+            hash.update(map);
+        }
+    }
+}

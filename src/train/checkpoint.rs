@@ -1,0 +1,297 @@
+//! A run's complete state on disk: one folder per step, written under a temporary name, synced, then renamed.
+//!
+//! ```text
+//! <step>/adapter_config.json + adapter_model.safetensors    LoRA: loads in PEFT as it is
+//! <step>/config.json + model.safetensors + tokenizer files  full: loads in transformers as it is
+//! <step>/optimizer.safetensors                              AdamW's moments
+//! <step>/reference.safetensors                              TR-DPO's moving reference, when there is one
+//! <step>/trainer_state.json                                 counters, and a checksum of every file above
+//! ```
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::optimizer::AdamW;
+use super::trainable::TrainablePolicy;
+use crate::domain::job::Metrics;
+use crate::model::decoder::Policy;
+use crate::model::error::ModelError;
+use crate::model::tokenizer::ChatTokenizer;
+use crate::model::{export, peft};
+
+/// The file that makes a folder a checkpoint; written last.
+pub const STATE_FILE: &str = "trainer_state.json";
+const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+const REFERENCE_FILE: &str = "reference.safetensors";
+const VERSION: u32 = 1;
+
+/// Why a checkpoint could not be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The file system refused.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// Where.
+        path: PathBuf,
+        /// Its answer.
+        source: io::Error,
+    },
+    /// The checkpoint is damaged or belongs to another run.
+    #[error("checkpoint {}: {reason}", path.display())]
+    Damaged {
+        /// The folder.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Its weights could not be written or read.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+/// Where a run stands, apart from tensors. The shuffle needs no generator state: an epoch's order is a function of the seed and the epoch.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RunState {
+    /// Optimizer steps taken.
+    pub step: u64,
+    /// The epoch of the next micro-batch.
+    pub epoch: u64,
+    /// The next micro-batch within the epoch.
+    pub micro_batch: usize,
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// The best evaluation so far and its step.
+    pub best: Option<(f64, u64)>,
+    /// Evaluations since the best.
+    pub stale_evaluations: u32,
+    /// TR-DPO syncs made.
+    pub reference_syncs: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StateFile {
+    version: u32,
+    adapter: bool,
+    adam_updates: u64,
+    state: RunState,
+    metrics: Metrics,
+    /// BLAKE3 of every other file.
+    files: BTreeMap<String, String>,
+}
+
+/// What is known of a complete checkpoint without reading its tensors.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Summary {
+    /// The optimizer step.
+    pub step: u64,
+    /// Whether it holds an adapter.
+    pub adapter: bool,
+    /// Metrics when it was written.
+    pub metrics: Metrics,
+    /// Bytes on disk.
+    pub size_bytes: u64,
+}
+
+/// What goes into a checkpoint.
+pub struct Contents<'a> {
+    /// The weights.
+    pub policy: &'a TrainablePolicy,
+    /// AdamW.
+    pub optimizer: &'a AdamW,
+    /// TR-DPO's moving reference.
+    pub reference: Option<&'a Policy>,
+    /// Counters.
+    pub state: &'a RunState,
+    /// The newest metrics.
+    pub metrics: &'a Metrics,
+    /// Written beside full weights.
+    pub tokenizer: &'a ChatTokenizer,
+    /// The base model's name, for adapter_config.json.
+    pub base: &'a str,
+}
+
+fn io_at(path: &Path) -> impl FnOnce(io::Error) -> CheckpointError + '_ {
+    move |source| CheckpointError::Io { path: path.to_owned(), source }
+}
+
+/// Writes `<folder>/<step>` atomically and returns its size in bytes. After it returns the checkpoint survives a crash of the machine.
+pub fn save(folder: &Path, contents: &Contents) -> Result<u64, CheckpointError> {
+    let target = folder.join(contents.state.step.to_string());
+    let temporary = folder.join(format!(".{}.tmp", contents.state.step));
+    remove_if_present(&temporary)?;
+    fs::create_dir_all(&temporary).map_err(io_at(&temporary))?;
+
+    match &contents.policy.plain.adapter {
+        Some(adapter) => peft::save(&temporary, adapter, contents.base)?,
+        None => export::save_merged(&temporary, &contents.policy.plain, contents.tokenizer)?,
+    }
+    peft::save_tensors(&temporary.join(OPTIMIZER_FILE), &moments(contents)?)?;
+    if let Some(reference) = contents.reference {
+        peft::save_tensors(&temporary.join(REFERENCE_FILE), &reference.parameters.named())?;
+    }
+    let mut files = BTreeMap::new();
+    for name in file_names(&temporary)? {
+        let path = temporary.join(&name);
+        files.insert(name, checksum(&path)?);
+        File::open(&path).and_then(|f| f.sync_all()).map_err(io_at(&path))?;
+    }
+    let state = StateFile {
+        version: VERSION,
+        adapter: contents.policy.is_lora(),
+        adam_updates: contents.optimizer.updates,
+        state: contents.state.clone(),
+        metrics: contents.metrics.clone(),
+        files,
+    };
+    let path = temporary.join(STATE_FILE);
+    fs::write(&path, serde_json::to_vec_pretty(&state).map_err(|e| damaged(&path, e.to_string()))?).map_err(io_at(&path))?;
+    File::open(&path).and_then(|f| f.sync_all()).map_err(io_at(&path))?;
+    sync_folder(&temporary)?;
+
+    // A run that was killed after its checkpoint and continued from an older one writes the same step again.
+    remove_if_present(&target)?;
+    fs::rename(&temporary, &target).map_err(io_at(&target))?;
+    sync_folder(folder)?;
+    size(&target)
+}
+
+fn moments(contents: &Contents) -> Result<Vec<(String, Tensor)>, CheckpointError> {
+    let mut all = Vec::new();
+    for (i, t) in contents.policy.trainables.iter().enumerate() {
+        for (prefix, values) in [("m", &contents.optimizer.first[i]), ("v", &contents.optimizer.second[i])] {
+            all.push((format!("{prefix}.{}", t.name), Tensor::from_slice(values, t.var.shape(), &Device::Cpu)?));
+        }
+    }
+    Ok(all)
+}
+
+/// Restores weights, moments and counters into a policy and optimizer of the same shapes; returns the moving reference's tensors, if stored.
+pub fn restore(
+    dir: &Path,
+    policy: &TrainablePolicy,
+    optimizer: &mut AdamW,
+) -> Result<(RunState, Metrics, Option<Vec<(String, Tensor)>>), CheckpointError> {
+    let file = verify(dir)?;
+    if file.adapter != policy.is_lora() {
+        return Err(damaged(dir, "it was written by a run of the other method (LoRA or full)".into()));
+    }
+    let weights = match file.adapter {
+        true => load(&dir.join(peft::WEIGHTS_FILE))?,
+        false => load(&dir.join(export::WEIGHTS_FILE))?,
+    };
+    let moments = load(&dir.join(OPTIMIZER_FILE))?;
+    for (i, t) in policy.trainables.iter().enumerate() {
+        t.var.set(&fetch(dir, &weights, &t.name, t.var.shape())?)?;
+        optimizer.first[i] = fetch(dir, &moments, &format!("m.{}", t.name), t.var.shape())?.flatten_all()?.to_vec1()?;
+        optimizer.second[i] = fetch(dir, &moments, &format!("v.{}", t.name), t.var.shape())?.flatten_all()?.to_vec1()?;
+    }
+    optimizer.updates = file.adam_updates;
+    let reference = match file.files.contains_key(REFERENCE_FILE) {
+        true => Some(load(&dir.join(REFERENCE_FILE))?.into_iter().collect()),
+        false => None,
+    };
+    Ok((file.state, file.metrics, reference))
+}
+
+type Tensors = std::collections::HashMap<String, Tensor>;
+
+fn load(path: &Path) -> Result<Tensors, CheckpointError> {
+    Ok(candle_core::safetensors::load(path, &Device::Cpu)?)
+}
+
+fn fetch(dir: &Path, tensors: &Tensors, name: &str, shape: &candle_core::Shape) -> Result<Tensor, CheckpointError> {
+    match tensors.get(name) {
+        Some(t) if t.shape() == shape && t.dtype() == DType::F32 => Ok(t.clone()),
+        Some(t) => Err(damaged(dir, format!("tensor {name} is {:?} {:?}, expected f32 {shape:?}", t.dtype(), t.shape()))),
+        None => Err(damaged(dir, format!("tensor {name} is missing"))),
+    }
+}
+
+/// Reads a checkpoint's description and checks every file against its checksum.
+fn verify(dir: &Path) -> Result<StateFile, CheckpointError> {
+    let file = read_state(dir)?;
+    for (name, expected) in &file.files {
+        let found = checksum(&dir.join(name))?;
+        if found != *expected {
+            return Err(damaged(dir, format!("{name} does not match its checksum: the file was changed or damaged after it was written")));
+        }
+    }
+    Ok(file)
+}
+
+fn read_state(dir: &Path) -> Result<StateFile, CheckpointError> {
+    let path = dir.join(STATE_FILE);
+    let text = fs::read(&path).map_err(io_at(&path))?;
+    let file: StateFile = serde_json::from_slice(&text).map_err(|e| damaged(dir, format!("{STATE_FILE}: {e}")))?;
+    if file.version != VERSION {
+        return Err(damaged(dir, format!("its format is version {}, this build reads version {VERSION}", file.version)));
+    }
+    Ok(file)
+}
+
+/// The complete checkpoints in a job's folder, oldest first; leftovers of interrupted writes are not among them.
+pub fn list(folder: &Path) -> Result<Vec<(PathBuf, Summary)>, CheckpointError> {
+    let mut found = Vec::new();
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(found),
+        Err(e) => return Err(io_at(folder)(e)),
+    };
+    for entry in entries {
+        let path = entry.map_err(io_at(folder))?.path();
+        let step = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.parse::<u64>().ok());
+        if let (Some(step), true) = (step, path.join(STATE_FILE).is_file()) {
+            let file = read_state(&path)?;
+            found.push((path.clone(), Summary { step, adapter: file.adapter, metrics: file.metrics, size_bytes: size(&path)? }));
+        }
+    }
+    found.sort_by_key(|(_, s)| s.step);
+    Ok(found)
+}
+
+fn damaged(path: &Path, reason: String) -> CheckpointError {
+    CheckpointError::Damaged { path: path.to_owned(), reason }
+}
+
+fn checksum(path: &Path) -> Result<String, CheckpointError> {
+    let mut hash = blake3::Hasher::new();
+    let mut file = File::open(path).map_err(io_at(path))?;
+    io::copy(&mut file, &mut hash).map_err(io_at(path))?;
+    Ok(hash.finalize().to_hex().to_string())
+}
+
+fn file_names(dir: &Path) -> Result<Vec<String>, CheckpointError> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).map_err(io_at(dir))? {
+        names.push(entry.map_err(io_at(dir))?.file_name().to_string_lossy().into_owned());
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn size(dir: &Path) -> Result<u64, CheckpointError> {
+    let mut total = 0;
+    for name in file_names(dir)? {
+        total += fs::metadata(dir.join(name)).map_err(io_at(dir))?.len();
+    }
+    Ok(total)
+}
+
+fn sync_folder(dir: &Path) -> Result<(), CheckpointError> {
+    File::open(dir).and_then(|f| f.sync_all()).map_err(io_at(dir))
+}
+
+fn remove_if_present(dir: &Path) -> Result<(), CheckpointError> {
+    match fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(io_at(dir)(e)),
+        _ => Ok(()),
+    }
+}

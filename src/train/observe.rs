@@ -1,0 +1,88 @@
+//! From tapes to metrics: what a micro-batch says about the policy.
+
+use std::sync::Arc;
+
+use super::backprop::RowTape;
+use super::pack::PairRow;
+use super::scorer::Logps;
+use crate::domain::job::Metrics;
+use crate::math::metrics::{Average, PairObservation, TokenStats, micro_batch};
+use crate::math::score::{reward, total};
+
+/// The metrics of one micro-batch whose mean loss is `loss`.
+pub(super) fn observe(beta: f64, rows: &[PairRow], tapes: &[RowTape], references: Option<&[Arc<Logps>]>, loss: f64) -> Metrics {
+    let mut pairs = Vec::new();
+    for (row, tape) in rows.iter().zip(tapes) {
+        for (i, ranges) in row.pairs.clone().zip(row.packed.completions.chunks(2)) {
+            let side = |s: usize| {
+                let stats: Vec<TokenStats> = tape.distributions[ranges[s].clone()]
+                    .iter()
+                    .map(|d| TokenStats { mean_logit: d.mean_logit as f64, entropy: d.entropy as f64, is_argmax: d.is_argmax })
+                    .collect();
+                let logp = total(&tape.log_probs[ranges[s].clone()]);
+                (logp, reward(beta, logp, references.map(|r| total(&r[i][s]))), stats)
+            };
+            let ((logp_chosen, reward_chosen, chosen), (logp_rejected, reward_rejected, rejected)) = (side(0), side(1));
+            pairs.push(PairObservation { logp_chosen, logp_rejected, reward_chosen, reward_rejected, chosen, rejected });
+        }
+    }
+    micro_batch(loss, &pairs)
+}
+
+/// Metrics between two log lines.
+#[derive(Debug, Default)]
+pub(super) struct Window {
+    average: Average,
+    /// Σ over steps of Σ over micro-batches of loss/group: a short group weighs as much as a full one, as in transformers.
+    loss: f64,
+    steps: u64,
+    grad_norm: f64,
+    learning_rate: f64,
+}
+
+impl Window {
+    /// Adds a micro-batch that counts `scale` in its step.
+    pub fn add(&mut self, metrics: Metrics, scale: f64) {
+        self.loss += metrics.get("loss").copied().unwrap_or_default() * scale;
+        self.average.add(metrics);
+    }
+
+    /// Adds an optimizer step.
+    pub fn step(&mut self, grad_norm: f64, learning_rate: f64) {
+        self.steps += 1;
+        self.grad_norm = grad_norm;
+        self.learning_rate = learning_rate;
+    }
+
+    /// The means; grad_norm and learning_rate are the last step's. Starts a new window.
+    pub fn take(&mut self) -> Metrics {
+        let mut metrics = self.average.take();
+        metrics.insert("loss".into(), self.loss / self.steps.max(1) as f64);
+        metrics.insert("grad_norm".into(), self.grad_norm);
+        metrics.insert("learning_rate".into(), self.learning_rate);
+        (self.loss, self.steps) = (0.0, 0);
+        metrics
+    }
+}
+
+/// Metrics over the evaluation rows, weighted by pairs so that a short last batch does not count as much as a full one.
+#[derive(Debug, Default)]
+pub(super) struct Evaluation {
+    sums: Metrics,
+    pairs: f64,
+}
+
+impl Evaluation {
+    /// Adds a batch of `pairs` pairs.
+    pub fn add(&mut self, metrics: Metrics, pairs: usize) {
+        for (k, v) in metrics {
+            *self.sums.entry(k).or_default() += v * pairs as f64;
+        }
+        self.pairs += pairs as f64;
+    }
+
+    /// The means, with the eval_ prefix.
+    pub fn finish(self) -> Metrics {
+        self.sums.into_iter().map(|(k, v)| (format!("eval_{k}"), v / self.pairs.max(1.0))).collect()
+    }
+}

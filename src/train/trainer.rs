@@ -1,0 +1,488 @@
+//! The trainer: a run as a sequence of short units of work, so that the device can score between them.
+//!
+//! One unit is one micro-batch (forward, loss, backward), one optimizer update with what is due after it, or one batch of an evaluation.
+//! Everything is a function of the spec, the data and the seed: the same run gives the same numbers bit for bit, continued or not.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::backprop::{self, RowTape};
+use super::checkpoint::{self, CheckpointError, Contents, RunState};
+use super::estimate::estimate;
+use super::event::RunEvent;
+use super::observe::{Evaluation, Window, observe};
+use super::optimizer::AdamW;
+use super::pack::{PairRow, pack_pairs};
+use super::pair::EncodedPair;
+use super::reference::Reference;
+use super::scorer::{Logps, ReferenceCache};
+use super::trainable::{Gradients, TrainablePolicy};
+use crate::domain::job::{Metrics, Progress};
+use crate::domain::training::TrainingSpec;
+use crate::math::clip::clip_coefficient;
+use crate::math::loss::{BatchLoss, PairLogps, batch_loss};
+use crate::math::rng::epoch_order;
+use crate::math::schedule::learning_rate;
+use crate::model::decoder::Policy;
+use crate::model::tokenizer::ChatTokenizer;
+
+/// Why a run could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// The loss or the gradient is not a number.
+    #[error("{what} is {value} at step {step} (rows {rows:?}): lower the learning rate, or look at these rows")]
+    NonFinite {
+        /// loss or grad_norm.
+        what: &'static str,
+        /// inf or NaN.
+        value: f64,
+        /// The step being taken.
+        step: u64,
+        /// The dataset rows of the micro-batch.
+        rows: Vec<u64>,
+    },
+    /// A checkpoint could not be written or read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
+
+/// What a run needs.
+pub struct TrainerInput {
+    /// Hyper-parameters.
+    pub spec: TrainingSpec,
+    /// The weights to train, at their start.
+    pub policy: TrainablePolicy,
+    /// What log-ratios are taken against.
+    pub reference: Reference,
+    /// Training pairs, in file order; at least one.
+    pub train: Vec<EncodedPair>,
+    /// Evaluation pairs.
+    pub eval: Vec<EncodedPair>,
+    /// The folder for checkpoints.
+    pub checkpoints: PathBuf,
+    /// The checkpoint to continue from.
+    pub resume: Option<PathBuf>,
+    /// For full checkpoints.
+    pub tokenizer: Arc<ChatTokenizer>,
+    /// The base model's name, for adapter_config.json.
+    pub base: String,
+}
+
+/// What is left to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// More units.
+    Working,
+    /// Nothing.
+    Finished,
+}
+
+enum Phase {
+    /// Micro-batch `done` of the step's group is next.
+    Step { done: usize },
+    /// The evaluation goes on at this pair.
+    Evaluate { next: usize },
+    /// A checkpoint is due.
+    Save { best: bool },
+    /// The run is over.
+    Done,
+}
+
+/// A run in progress.
+pub struct Trainer {
+    spec: TrainingSpec,
+    policy: TrainablePolicy,
+    reference: Reference,
+    train: Vec<EncodedPair>,
+    eval: Vec<EncodedPair>,
+    checkpoints: PathBuf,
+    tokenizer: Arc<ChatTokenizer>,
+    base: String,
+    optimizer: AdamW,
+    gradients: Gradients,
+    state: RunState,
+    total_steps: u64,
+    order: (u64, Vec<u32>),
+    phase: Phase,
+    window: Window,
+    evaluation: Evaluation,
+    latest: Metrics,
+    saved_step: Option<u64>,
+    checkpointing: bool,
+    started: Instant,
+    first_step: u64,
+}
+
+impl Trainer {
+    /// Prepares a run; with `resume`, restores its state.
+    pub fn new(input: TrainerInput) -> Result<Self, TrainError> {
+        let TrainerInput { spec, policy, mut reference, train, eval, checkpoints, resume, tokenizer, base } = input;
+        let mut optimizer = AdamW::new(policy.trainables.iter().map(|t| t.var.elem_count()));
+        let (mut state, mut latest, mut saved_step) = (RunState::default(), Metrics::new(), None);
+        if let Some(dir) = &resume {
+            let (restored, metrics, moved) = checkpoint::restore(dir, &policy, &mut optimizer)?;
+            if let Some(tensors) = moved {
+                reference.restore(tensors, restored.reference_syncs)?;
+            }
+            saved_step = Some(restored.step);
+            (state, latest) = (restored, metrics);
+        }
+        let longest = longest_micro_batch(&train, spec.batch.batch_size);
+        let checkpointing = estimate(&policy.plain.config, &spec, longest).checkpointing;
+        let total_steps = spec.batch.total_steps(train.len());
+        let phase = match () {
+            () if state.step >= total_steps => Phase::Done,
+            () if state.step == 0 && spec.run.eval_on_start && !eval.is_empty() => Phase::Evaluate { next: 0 },
+            () => Phase::Step { done: 0 },
+        };
+        let first_step = state.step;
+        Ok(Trainer {
+            gradients: Gradients::zeros(&policy),
+            order: (u64::MAX, Vec::new()),
+            window: Window::default(),
+            evaluation: Evaluation::default(),
+            started: Instant::now(),
+            spec,
+            policy,
+            reference,
+            train,
+            eval,
+            checkpoints,
+            tokenizer,
+            base,
+            optimizer,
+            state,
+            total_steps,
+            phase,
+            latest,
+            saved_step,
+            checkpointing,
+            first_step,
+        })
+    }
+
+    /// The weights as they are now, for scoring between units.
+    pub fn live_policy(&self) -> Policy {
+        self.policy.plain.clone()
+    }
+
+    /// Optimizer steps taken.
+    pub fn step(&self) -> u64 {
+        self.state.step
+    }
+
+    /// Optimizer steps in all.
+    pub fn total_steps(&self) -> u64 {
+        self.total_steps
+    }
+
+    /// Does one unit of work.
+    pub fn advance(&mut self, cache: &mut ReferenceCache, emit: &mut dyn FnMut(RunEvent)) -> Result<Status, TrainError> {
+        match self.phase {
+            Phase::Done => return Ok(Status::Finished),
+            Phase::Step { done } => self.step_unit(done, cache, emit)?,
+            Phase::Evaluate { next } => self.evaluate_unit(next, cache, emit)?,
+            Phase::Save { best } => {
+                self.save(best, emit)?;
+                self.phase = self.after_save();
+            }
+        }
+        Ok(if matches!(self.phase, Phase::Done) { Status::Finished } else { Status::Working })
+    }
+
+    /// Writes a checkpoint of the last completed step, unless there is one; used when the server drains.
+    pub fn save_now(&mut self, emit: &mut dyn FnMut(RunEvent)) -> Result<(), TrainError> {
+        if let Phase::Step { done } = self.phase
+            && done > 0
+        {
+            // The step's first micro-batches are repeated when the run continues: their gradients are not part of a checkpoint.
+            self.state.micro_batch -= done;
+            self.phase = Phase::Step { done: 0 };
+            self.gradients.clear();
+        }
+        let best = matches!(self.phase, Phase::Save { best: true });
+        if self.saved_step != Some(self.state.step) && self.state.step > 0 { self.save(best, emit) } else { Ok(()) }
+    }
+
+    // ---- one micro-batch, and the update when the step's last one is done
+
+    fn step_unit(&mut self, done: usize, cache: &mut ReferenceCache, emit: &mut dyn FnMut(RunEvent)) -> Result<(), TrainError> {
+        let (micro_batches, group) = self.group();
+        if done == 0 {
+            self.gradients.clear();
+        }
+        self.micro_batch(1.0 / group as f64, cache)?;
+        self.state.micro_batch += 1;
+        if done + 1 < group {
+            self.phase = Phase::Step { done: done + 1 };
+            return Ok(());
+        }
+        self.update()?;
+        if self.state.micro_batch >= micro_batches {
+            self.state.epoch += 1;
+            self.state.micro_batch = 0;
+        }
+        self.after_update(cache, emit)
+    }
+
+    /// Micro-batches in this epoch, and in the current step's group (the last group of an epoch may be short).
+    fn group(&self) -> (usize, usize) {
+        let micro_batches = self.train.len().div_ceil(self.spec.batch.batch_size);
+        let accumulate = self.spec.batch.gradient_accumulation_steps;
+        let start = self.state.micro_batch / accumulate * accumulate;
+        (micro_batches, accumulate.min(micro_batches - start))
+    }
+
+    fn batch_rows(&mut self) -> Vec<usize> {
+        if self.order.0 != self.state.epoch {
+            let n = self.train.len();
+            let order = match self.spec.batch.shuffle {
+                true => epoch_order(n, self.spec.seed.0, self.state.epoch),
+                false => (0..n as u32).collect(),
+            };
+            self.order = (self.state.epoch, order);
+        }
+        let size = self.spec.batch.batch_size;
+        self.order.1.iter().skip(self.state.micro_batch * size).take(size).map(|i| *i as usize).collect()
+    }
+
+    fn micro_batch(&mut self, scale: f64, cache: &mut ReferenceCache) -> Result<(), TrainError> {
+        let chosen = self.batch_rows();
+        let pairs: Vec<&EncodedPair> = chosen.iter().map(|i| &self.train[*i]).collect();
+        let references = references(&self.reference, &pairs, cache)?;
+        let rows = pack_pairs(&pairs, self.spec.batch.row_tokens);
+        let mut tapes = Vec::with_capacity(rows.len());
+        for row in &rows {
+            tapes.push(backprop::forward(&self.policy, row.packed.row.clone(), self.checkpointing)?);
+        }
+        let loss = self.loss(&pairs, &rows, &tapes, references.as_deref(), scale);
+        if !loss.loss.is_finite() {
+            return Err(self.non_finite("loss", loss.loss, &chosen));
+        }
+        self.window.add(observe(self.spec.dpo.beta, &rows, &tapes, references.as_deref(), loss.loss), scale);
+        self.state.tokens += pairs.iter().map(|p| p.sequence_tokens() as u64).sum::<u64>();
+        for (row, tape) in rows.iter().zip(tapes) {
+            let mut upstream = Vec::with_capacity(tape.log_probs.len());
+            for i in row.pairs.clone() {
+                upstream.extend_from_slice(&loss.grad_chosen[i]);
+                upstream.extend_from_slice(&loss.grad_rejected[i]);
+            }
+            backprop::backward(&self.policy, tape, upstream, &mut self.gradients)?;
+        }
+        Ok(())
+    }
+
+    fn loss(
+        &self,
+        pairs: &[&EncodedPair],
+        rows: &[PairRow],
+        tapes: &[RowTape],
+        references: Option<&[Arc<Logps>]>,
+        scale: f64,
+    ) -> BatchLoss {
+        let sides = sides(rows, tapes);
+        let inputs: Vec<PairLogps> = pairs
+            .iter()
+            .zip(&sides)
+            .enumerate()
+            .map(|(i, (pair, s))| PairLogps {
+                policy_chosen: s.chosen,
+                policy_rejected: s.rejected,
+                reference: references.map(|r| (r[i][0].as_slice(), r[i][1].as_slice())),
+                weight: pair.weight,
+                wpo: self.spec.dpo.wpo.then_some((s.chosen_p2.as_slice(), s.rejected_p2.as_slice())),
+            })
+            .collect();
+        batch_loss(&self.spec.dpo, &inputs, scale)
+    }
+
+    fn update(&mut self) -> Result<(), TrainError> {
+        let norm = self.gradients.norm();
+        if !norm.is_finite() {
+            let rows = self.batch_rows();
+            return Err(self.non_finite("grad_norm", norm, &rows));
+        }
+        let o = &self.spec.optimizer;
+        let clip = if o.max_grad_norm > 0.0 { clip_coefficient(norm, o.max_grad_norm) } else { 1.0 };
+        let lr = self.learning_rate();
+        let vars: Vec<_> = self.policy.trainables.iter().map(|t| (&t.var, t.decay)).collect();
+        self.optimizer.step(o, lr, clip, &vars, self.gradients.values())?;
+        self.window.step(norm, lr);
+        self.state.step += 1;
+        if let Some(sync) = self.spec.dpo.reference_sync
+            && self.state.step.is_multiple_of(sync.every_steps as u64)
+        {
+            self.state.reference_syncs += 1;
+            self.reference.sync(&self.policy.plain, sync.alpha, self.state.reference_syncs)?;
+        }
+        Ok(())
+    }
+
+    fn learning_rate(&self) -> f64 {
+        let o = &self.spec.optimizer;
+        learning_rate(o.schedule, o.learning_rate, o.warmup.steps(self.total_steps), self.total_steps, self.state.step)
+    }
+
+    fn non_finite(&self, what: &'static str, value: f64, chosen: &[usize]) -> TrainError {
+        TrainError::NonFinite { what, value, step: self.state.step + 1, rows: chosen.iter().map(|i| self.train[*i].row).collect() }
+    }
+
+    // ---- what is due after an update
+
+    fn after_update(&mut self, _cache: &mut ReferenceCache, emit: &mut dyn FnMut(RunEvent)) -> Result<(), TrainError> {
+        let (step, run) = (self.state.step, &self.spec.run);
+        let last = step >= self.total_steps;
+        let progress = self.progress();
+        if step.is_multiple_of(run.logging_steps) || last {
+            let mut metrics = self.window.take();
+            metrics.insert("epoch".into(), progress.epoch);
+            metrics.insert("num_tokens".into(), self.state.tokens as f64);
+            self.latest.extend(metrics.clone());
+            emit(RunEvent::Step { progress, metrics });
+        }
+        let evaluate = !self.eval.is_empty() && (last || (run.eval_steps > 0 && step.is_multiple_of(run.eval_steps)));
+        self.phase = if evaluate { Phase::Evaluate { next: 0 } } else { self.after_evaluation(false) };
+        Ok(())
+    }
+
+    fn after_evaluation(&self, best: bool) -> Phase {
+        let (step, run) = (self.state.step, &self.spec.run);
+        let due = run.save_steps > 0 && step.is_multiple_of(run.save_steps);
+        if step > 0 && (due || best || self.is_over()) { Phase::Save { best } } else { Phase::Step { done: 0 } }
+    }
+
+    fn after_save(&self) -> Phase {
+        if self.is_over() { Phase::Done } else { Phase::Step { done: 0 } }
+    }
+
+    fn is_over(&self) -> bool {
+        let patience = self.spec.run.early_stopping_patience;
+        self.state.step >= self.total_steps || (patience > 0 && self.state.stale_evaluations >= patience)
+    }
+
+    fn progress(&self) -> Progress {
+        let taken = self.state.step - self.first_step;
+        let left = self.total_steps.saturating_sub(self.state.step);
+        Progress {
+            step: self.state.step,
+            total_steps: self.total_steps,
+            epoch: self.state.step as f64 / self.spec.batch.steps_per_epoch(self.train.len()) as f64,
+            tokens: self.state.tokens,
+            eta_seconds: (taken > 0).then(|| self.started.elapsed().as_secs_f64() / taken as f64 * left as f64),
+        }
+    }
+
+    fn save(&mut self, best: bool, emit: &mut dyn FnMut(RunEvent)) -> Result<(), TrainError> {
+        let contents = Contents {
+            policy: &self.policy,
+            optimizer: &self.optimizer,
+            reference: self.reference.moving(),
+            state: &self.state,
+            metrics: &self.latest,
+            tokenizer: &self.tokenizer,
+            base: &self.base,
+        };
+        let size_bytes = checkpoint::save(&self.checkpoints, &contents)?;
+        self.saved_step = Some(self.state.step);
+        let (step, metrics) = (self.state.step, self.latest.clone());
+        emit(RunEvent::Checkpoint { step, best, adapter: self.policy.is_lora(), size_bytes, metrics });
+        Ok(())
+    }
+
+    // ---- evaluation
+
+    fn evaluate_unit(&mut self, next: usize, cache: &mut ReferenceCache, emit: &mut dyn FnMut(RunEvent)) -> Result<(), TrainError> {
+        let end = (next + self.spec.batch.batch_size).min(self.eval.len());
+        let pairs: Vec<&EncodedPair> = self.eval[next..end].iter().collect();
+        let references = references(&self.reference, &pairs, cache)?;
+        let rows = pack_pairs(&pairs, self.spec.batch.row_tokens);
+        let mut tapes = Vec::with_capacity(rows.len());
+        for row in &rows {
+            tapes.push(backprop::observe(&self.policy.plain, row.packed.row.clone())?);
+        }
+        let loss = self.loss(&pairs, &rows, &tapes, references.as_deref(), 1.0);
+        self.evaluation.add(observe(self.spec.dpo.beta, &rows, &tapes, references.as_deref(), loss.loss), pairs.len());
+        if end < self.eval.len() {
+            self.phase = Phase::Evaluate { next: end };
+            return Ok(());
+        }
+        let metrics = std::mem::take(&mut self.evaluation).finish();
+        let best = self.judge(&metrics);
+        self.latest.extend(metrics.clone());
+        emit(RunEvent::Eval { step: self.state.step, metrics });
+        self.phase = self.after_evaluation(best);
+        if !best && self.is_over() && self.state.step < self.total_steps {
+            let message = format!(
+                "stopped early: {} evaluations without a better {}",
+                self.state.stale_evaluations,
+                self.spec.run.metric_for_best.name()
+            );
+            emit(RunEvent::Log { severity: "info", message });
+        }
+        Ok(())
+    }
+
+    /// Whether this evaluation, after at least one step, is the best so far.
+    fn judge(&mut self, metrics: &Metrics) -> bool {
+        let metric = self.spec.run.metric_for_best;
+        let Some(&value) = metrics.get(metric.name()) else { return false };
+        if self.state.step == 0 {
+            return false;
+        }
+        let better = self.state.best.is_none_or(|(old, _)| metric.improves(value, old));
+        if better {
+            self.state.best = Some((value, self.state.step));
+            self.state.stale_evaluations = 0;
+        } else {
+            self.state.stale_evaluations += 1;
+        }
+        better
+    }
+}
+
+fn references(reference: &Reference, pairs: &[&EncodedPair], cache: &mut ReferenceCache) -> Result<Option<Vec<Arc<Logps>>>, TrainError> {
+    let Some((policy, identity)) = reference.weights() else { return Ok(None) };
+    let mut all = Vec::with_capacity(pairs.len());
+    for pair in pairs {
+        all.push(cache.score(policy, identity, &pair.groups())?);
+    }
+    Ok(Some(all))
+}
+
+fn longest_micro_batch(pairs: &[EncodedPair], size: usize) -> usize {
+    let mut lengths: Vec<usize> = pairs.iter().map(EncodedPair::packed_tokens).collect();
+    lengths.sort_unstable_by(|a, b| b.cmp(a));
+    lengths.iter().take(size).sum()
+}
+
+/// The log-probs of one pair inside its row.
+pub(super) struct Sides<'a> {
+    /// log π_θ of each chosen token.
+    pub chosen: &'a [f32],
+    /// log π_θ of each rejected token.
+    pub rejected: &'a [f32],
+    /// log Σ p² of each chosen token.
+    pub chosen_p2: Vec<f32>,
+    /// log Σ p² of each rejected token.
+    pub rejected_p2: Vec<f32>,
+}
+
+fn sides<'a>(rows: &[PairRow], tapes: &'a [RowTape]) -> Vec<Sides<'a>> {
+    let mut all = Vec::new();
+    for (row, tape) in rows.iter().zip(tapes) {
+        for ranges in row.packed.completions.chunks(2) {
+            let p2 = |i: usize| tape.distributions[ranges[i].clone()].iter().map(|d| d.log_sum_p2).collect();
+            all.push(Sides {
+                chosen: &tape.log_probs[ranges[0].clone()],
+                rejected: &tape.log_probs[ranges[1].clone()],
+                chosen_p2: p2(0),
+                rejected_p2: p2(1),
+            });
+        }
+    }
+    all
+}
