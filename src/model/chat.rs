@@ -154,7 +154,7 @@ mod tests {
             vec![("bos_token".into(), "<s>".into()), ("eos_token".into(), "</s>".into())],
         )
         .unwrap();
-        assert_eq!(t.render(&[say("user", " a "), say("assistant", "x|y")], false).unwrap(), "<s>\n[INST] a [/INST]\n y</s>");
+        assert_eq!(t.render(&[say("user", " a "), say("assistant", "x|y")], false).unwrap(), "<s>[INST] a [/INST] y</s>");
     }
 
     #[test]

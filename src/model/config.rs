@@ -354,6 +354,3 @@ fn rope(fields: &Fields<'_>, max_position_embeddings: usize) -> Result<RopeConfi
     };
     Ok(RopeConfig { theta, scaling })
 }
-
-#[cfg(test)]
-mod tests;

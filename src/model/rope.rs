@@ -139,6 +139,3 @@ impl Ramp {
         ((i as f64 - self.low) / (self.high - self.low)).clamp(0.0, 1.0)
     }
 }
-
-#[cfg(test)]
-mod tests;

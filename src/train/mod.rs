@@ -2,6 +2,7 @@
 
 pub mod backprop;
 pub mod checkpoint;
+pub mod encode;
 pub mod estimate;
 pub mod event;
 mod observe;
@@ -9,6 +10,8 @@ pub mod optimizer;
 pub mod pack;
 pub mod pair;
 pub mod reference;
+pub mod rows;
 pub mod scorer;
 pub mod trainable;
 pub mod trainer;
+pub mod validate;

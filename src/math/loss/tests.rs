@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::domain::dpo::{Divergence, WeightedLoss};
 
+#[derive(Debug)]
 struct Pair {
     chosen: Vec<f32>,
     rejected: Vec<f32>,

@@ -1,0 +1,143 @@
+//! Uploads: bytes to a temporary file, validation, rename, row; acknowledged only after all four.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::fs::File;
+use tokio::io::AsyncWriteExt;
+
+use super::artifacts::failed;
+use super::error::{Result, ServiceError};
+use super::service::Service;
+use super::store::now;
+use crate::domain::dataset::{Dataset, DatasetFormat, ValidationReport};
+use crate::domain::training::Truncation;
+use crate::model::tokenizer::ChatTokenizer;
+use crate::train::encode::PairEncoder;
+use crate::train::rows::{DataError, detect_format};
+use crate::train::validate::validate_rows;
+
+/// What an upload says of itself.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct UploadMeta {
+    /// A title, at most 256 characters.
+    pub display_name: String,
+    /// Guessed when absent.
+    pub format: Option<DatasetFormat>,
+    /// Also check lengths with this model's tokenizer.
+    pub model: Option<String>,
+    /// The limit they are checked against.
+    pub max_length: usize,
+}
+
+/// An upload in progress; dropping it removes what was written.
+pub struct DatasetUpload {
+    service: Service,
+    meta: UploadMeta,
+    tokenizer: Option<Arc<ChatTokenizer>>,
+    file: File,
+    temporary: Temporary,
+    hash: blake3::Hasher,
+    size: u64,
+    start: Vec<u8>,
+}
+
+/// A file that is removed unless it has been renamed.
+struct Temporary(PathBuf);
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+impl Service {
+    /// Begins an upload.
+    pub async fn begin_upload(&self, meta: UploadMeta) -> Result<DatasetUpload> {
+        self.refuse_when_draining()?;
+        if meta.display_name.chars().count() > 256 {
+            return Err(ServiceError::invalid("metadata.display_name", "has more than 256 characters"));
+        }
+        if meta.max_length < 2 {
+            return Err(ServiceError::invalid("metadata.max_length", format!("is {}: it must be at least 2", meta.max_length)));
+        }
+        let tokenizer = meta.model.as_deref().map(|m| self.inner.engine.tokenizer(m)).transpose()?;
+        let temporary = Temporary(self.inner.artifacts.temporary());
+        let file = File::create_new(&temporary.0).await.map_err(|e| failed(&temporary.0, e))?;
+        let service = self.clone();
+        Ok(DatasetUpload { service, meta, tokenizer, file, temporary, hash: blake3::Hasher::new(), size: 0, start: Vec::new() })
+    }
+}
+
+impl DatasetUpload {
+    /// Takes the next bytes.
+    pub async fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let limit = self.service.inner.options.max_upload_bytes;
+        self.size += bytes.len() as u64;
+        if self.size > limit {
+            let message = format!("the upload is larger than {limit} bytes: split it, or raise max_upload_bytes");
+            return Err(ServiceError::ResourceExhausted { reason: "UPLOAD_TOO_LARGE", message });
+        }
+        if self.start.len() < 4 {
+            self.start.extend(bytes.iter().take(4 - self.start.len()));
+        }
+        self.hash.update(bytes);
+        self.file.write_all(bytes).await.map_err(|e| failed(&self.temporary.0, e))
+    }
+
+    /// Validates and stores the dataset; when this returns it survives a crash.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when no row can be used, with the first findings.
+    pub async fn finish(mut self) -> Result<Dataset> {
+        self.file.flush().await.map_err(|e| failed(&self.temporary.0, e))?;
+        let format = self.meta.format.unwrap_or_else(|| detect_format(&self.start));
+        let (path, tokenizer, max_length) = (self.temporary.0.clone(), self.tokenizer.clone(), self.meta.max_length);
+        let report = blocking(move || {
+            let lengths = tokenizer.as_deref().map(|t| PairEncoder::new(t, max_length, Truncation::KeepStart));
+            validate_rows(&path, format, lengths).map_err(|e| unreadable(&e))
+        })
+        .await??;
+        if report.valid_rows == 0 {
+            return Err(ServiceError::invalid("chunk", nothing_usable(&report)));
+        }
+        let id = uuid::Uuid::now_v7().to_string();
+        let inner = self.service.inner.clone();
+        let (artifacts, path, target) = (inner.artifacts.clone(), self.temporary.0.clone(), inner.artifacts.dataset(&id));
+        blocking(move || artifacts.publish(&path, &target)).await??;
+        let dataset = Dataset {
+            id,
+            display_name: self.meta.display_name.clone(),
+            format,
+            size_bytes: self.size,
+            content_hash: self.hash.finalize().to_hex().to_string(),
+            report,
+            create_time: now(),
+        };
+        inner.store.insert_dataset(&dataset).await?;
+        tracing::info!(dataset = dataset.id, rows = dataset.report.rows, valid = dataset.report.valid_rows, "dataset stored");
+        Ok(dataset)
+    }
+}
+
+/// What is wrong with a file, without the server's path in it.
+pub(super) fn unreadable(e: &DataError) -> ServiceError {
+    match e {
+        DataError::BadFile { reason, .. } => ServiceError::invalid("chunk", reason.clone()),
+        DataError::Io { .. } => ServiceError::internal(e),
+    }
+}
+
+fn nothing_usable(report: &ValidationReport) -> String {
+    if report.rows == 0 {
+        return "the file holds no row: send one JSON object a line, or a Parquet file".into();
+    }
+    let first: Vec<String> =
+        report.issues.iter().take(5).map(|i| format!("row {}, {} {}: {}", i.row, i.field, i.reason.name(), i.message)).collect();
+    format!("none of the {} rows can be used; {}", report.rows, first.join("; "))
+}
+
+/// Runs what would hold up a tokio thread.
+pub(super) async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(f).await.map_err(|e| ServiceError::internal(format!("a background task failed: {e}")))
+}

@@ -1,0 +1,128 @@
+//! The closed set of errors the service answers with; `rpc` maps each to one status.
+
+use std::time::Duration;
+
+use crate::domain::violation::Violations;
+use crate::engine::api::EngineError;
+
+/// Why a request could not be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// Fields that cannot be accepted, all of them.
+    #[error("{0}")]
+    InvalidArgument(Violations),
+    /// No such resource.
+    #[error("{kind} {name:?} does not exist")]
+    NotFound {
+        /// job, dataset, checkpoint or model.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// The resource's state forbids it.
+    #[error("{message}")]
+    FailedPrecondition {
+        /// A stable word.
+        reason: &'static str,
+        /// What and why.
+        message: String,
+    },
+    /// The request_id was used with another body.
+    #[error("{message}")]
+    AlreadyExists {
+        /// What and why.
+        message: String,
+    },
+    /// Not now; try again.
+    #[error("{message}")]
+    Unavailable {
+        /// A stable word.
+        reason: &'static str,
+        /// What and why.
+        message: String,
+        /// When to try again.
+        retry_after: Duration,
+    },
+    /// Over a limit that waiting does not lift.
+    #[error("{message}")]
+    ResourceExhausted {
+        /// A stable word.
+        reason: &'static str,
+        /// What and why.
+        message: String,
+    },
+    /// A cursor outside what exists.
+    #[error("{message}")]
+    OutOfRange {
+        /// What and why.
+        message: String,
+    },
+    /// The caller's deadline has passed.
+    #[error("the deadline has passed")]
+    DeadlineExceeded,
+    /// A defect or a broken disk.
+    #[error("{message}")]
+    Internal {
+        /// What happened.
+        message: String,
+    },
+}
+
+/// The result of every service call.
+pub type Result<T> = std::result::Result<T, ServiceError>;
+
+impl ServiceError {
+    /// One bad field.
+    pub fn invalid(field: impl Into<String>, description: impl Into<String>) -> Self {
+        let mut v = Violations::default();
+        v.push(field, description);
+        ServiceError::InvalidArgument(v)
+    }
+
+    /// A missing resource.
+    pub fn not_found(kind: &'static str, name: impl Into<String>) -> Self {
+        ServiceError::NotFound { kind, name: name.into() }
+    }
+
+    /// Something that is a defect or a broken disk.
+    pub fn internal(message: impl std::fmt::Display) -> Self {
+        ServiceError::Internal { message: message.to_string() }
+    }
+
+    /// The server is stopping.
+    pub fn draining() -> Self {
+        ServiceError::Unavailable {
+            reason: "DRAINING",
+            message: "the server is shutting down: retry, another replica or the restarted server will answer".into(),
+            retry_after: Duration::from_secs(5),
+        }
+    }
+}
+
+impl From<Violations> for ServiceError {
+    fn from(v: Violations) -> Self {
+        ServiceError::InvalidArgument(v)
+    }
+}
+
+impl From<sqlx::Error> for ServiceError {
+    fn from(e: sqlx::Error) -> Self {
+        ServiceError::Internal { message: format!("the store failed: {e}") }
+    }
+}
+
+impl From<EngineError> for ServiceError {
+    fn from(e: EngineError) -> Self {
+        let message = e.to_string();
+        match e {
+            EngineError::UnknownModel(name) => ServiceError::not_found("model", format!("models/{name}")),
+            EngineError::QueueFull { retry_after, .. } => ServiceError::Unavailable { reason: "QUEUE_FULL", message, retry_after },
+            EngineError::RowTooLong { .. } => ServiceError::invalid("pairs", message),
+            EngineError::NotResident(_) => ServiceError::FailedPrecondition { reason: "NOT_RUNNING", message },
+            EngineError::Draining => ServiceError::draining(),
+            EngineError::OutOfMemory { .. } => ServiceError::ResourceExhausted { reason: "OUT_OF_MEMORY", message },
+            EngineError::Weights(_) => ServiceError::FailedPrecondition { reason: "WEIGHTS_UNUSABLE", message },
+            EngineError::Device(_) => ServiceError::Internal { message },
+        }
+    }
+}

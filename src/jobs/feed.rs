@@ -1,0 +1,85 @@
+//! Live events. Nothing is delivered that is not stored: a stream only learns here that there is more to read.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::error::{Result, ServiceError};
+use super::store::Store;
+use crate::domain::job::{Event, EventKind};
+
+/// Events read from the store at a time.
+const PAGE: usize = 256;
+/// Events that wait for a slow client; more stay in the store.
+const BUFFER: usize = 64;
+
+/// The newest stored sequence of each job that somebody follows.
+#[derive(Clone, Debug, Default)]
+pub struct Feed(Arc<Mutex<HashMap<String, watch::Sender<u64>>>>);
+
+impl Feed {
+    /// Tells followers that `job` has events up to `sequence`.
+    pub fn notify(&self, job: &str, sequence: u64) {
+        if let Some(sender) = self.0.lock().unwrap_or_else(PoisonError::into_inner).get(job) {
+            sender.send_replace(sequence);
+        }
+    }
+
+    fn follow(&self, job: &str) -> watch::Receiver<u64> {
+        let mut followed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        followed.retain(|_, sender| sender.receiver_count() > 0);
+        followed.entry(job.to_owned()).or_insert_with(|| watch::channel(0).0).subscribe()
+    }
+
+    /// Every event after `after`, stored ones first, then live until the job has ended. When `draining` turns true the stream ends with
+    /// `Unavailable`: the client goes on elsewhere from its last sequence.
+    pub fn stream(&self, store: Store, job: String, after: u64, mut draining: watch::Receiver<bool>) -> ReceiverStream<Result<Event>> {
+        let (sender, receiver) = mpsc::channel(BUFFER);
+        // Subscribed before the first read: an event stored in between is noticed.
+        let mut changes = self.follow(&job);
+        tokio::spawn(async move {
+            let mut cursor = after;
+            loop {
+                let page = match store.events(&job, cursor, PAGE).await {
+                    Ok(page) => page,
+                    Err(e) => {
+                        let _ = sender.send(Err(e)).await;
+                        return;
+                    }
+                };
+                let more = page.len() == PAGE;
+                for event in page {
+                    cursor = event.sequence;
+                    let last = matches!(&event.kind, EventKind::StateChange { to, .. } if to.is_final());
+                    if sender.send(Ok(event)).await.is_err() || last {
+                        return;
+                    }
+                }
+                if more {
+                    continue;
+                }
+                match store.job(&job).await {
+                    // The cursor is at the last event already.
+                    Ok(j) if j.state.is_final() && store.newest_sequence(&job).await.is_ok_and(|n| n <= cursor) => return,
+                    Ok(_) => {}
+                    Err(e) => {
+                        let _ = sender.send(Err(e)).await;
+                        return;
+                    }
+                }
+                let drained = tokio::select! {
+                    gone = async { changes.wait_for(|newest| *newest > cursor).await.is_err() } => if gone { return } else { false },
+                    () = sender.closed() => return,
+                    drained = async { draining.wait_for(|d| *d).await.is_ok() } => drained,
+                };
+                if drained {
+                    let _ = sender.send(Err(ServiceError::draining())).await;
+                    return;
+                }
+            }
+        });
+        ReceiverStream::new(receiver)
+    }
+}

@@ -1,0 +1,132 @@
+//! From names to weights: which files a model's or checkpoint's name stands for.
+
+use super::error::{Result, ServiceError};
+use super::service::Service;
+use crate::domain::job::{Checkpoint, Job, JobState};
+use crate::domain::names::{CheckpointRef, PolicyName};
+use crate::domain::training::{Method, Truncation};
+use crate::engine::api::WeightsRef;
+
+/// Jobs may continue each other this far.
+const MAX_DEPTH: usize = 32;
+
+/// A name made concrete.
+#[derive(Clone, Debug)]
+pub(super) struct Resolved {
+    /// What the engine loads.
+    pub weights: WeightsRef,
+    /// The base model's id.
+    pub model: String,
+    /// The job it belongs to.
+    pub job: Option<Job>,
+    /// Its name, with the step.
+    pub version: String,
+}
+
+impl Service {
+    /// Resolves a name; `latest` of a running job is what it trains now.
+    pub(super) async fn resolve(&self, name: &PolicyName) -> Result<Resolved> {
+        match name {
+            PolicyName::Model(id) => {
+                self.model(id)?;
+                let weights = WeightsRef::Base { model: id.clone() };
+                Ok(Resolved { weights, model: id.clone(), job: None, version: name.to_string() })
+            }
+            PolicyName::Checkpoint { job, which } => {
+                let job = self.inner.store.job(job).await?;
+                let model = self.base_model(&job).await?;
+                if *which == CheckpointRef::Latest && job.state == JobState::Running {
+                    let weights = WeightsRef::Live { job: job.id.clone() };
+                    return Ok(Resolved { weights, model, version: name.to_string(), job: Some(job) });
+                }
+                self.resolve_stored(job, model, *which).await
+            }
+        }
+    }
+
+    /// Resolves a checkpoint that is on disk.
+    pub(super) async fn resolve_stored(&self, job: Job, model: String, which: CheckpointRef) -> Result<Resolved> {
+        let checkpoint = self.find_checkpoint(&job.id, which).await?;
+        let dir = self.inner.artifacts.checkpoint(&job.id, checkpoint.step);
+        let weights = match checkpoint.adapter {
+            true => WeightsRef::Adapter { model: model.clone(), dir },
+            false => WeightsRef::Full { model: model.clone(), dir },
+        };
+        let version = format!("trainingJobs/{}/checkpoints/{}", job.id, checkpoint.step);
+        Ok(Resolved { weights, model, job: Some(job), version })
+    }
+
+    /// The checkpoint's row.
+    pub(super) async fn find_checkpoint(&self, job: &str, which: CheckpointRef) -> Result<Checkpoint> {
+        let mut all = self.inner.store.checkpoints(job).await?;
+        let found = match which {
+            CheckpointRef::Latest => all.pop(),
+            CheckpointRef::Best => all.into_iter().find(|c| c.best),
+            CheckpointRef::Step(step) => all.into_iter().find(|c| c.step == step),
+        };
+        if let Some(checkpoint) = found {
+            return Ok(checkpoint);
+        }
+        let state = self.inner.store.job(job).await?.state;
+        match which {
+            CheckpointRef::Step(_) => Err(ServiceError::not_found("checkpoint", format!("trainingJobs/{job}/checkpoints/{which}"))),
+            _ => Err(ServiceError::FailedPrecondition {
+                reason: "NO_CHECKPOINT",
+                message: format!(
+                    "trainingJobs/{job} is {} and has no {which} checkpoint: wait for one, or set save_steps or an evaluation",
+                    state.name()
+                ),
+            }),
+        }
+    }
+
+    /// The base model under a job, through the jobs that it continues.
+    pub(super) async fn base_model(&self, job: &Job) -> Result<String> {
+        let mut policy = job.request.policy.clone();
+        for _ in 0..MAX_DEPTH {
+            match policy {
+                PolicyName::Model(id) => return Ok(id),
+                PolicyName::Checkpoint { job, .. } => policy = self.inner.store.job(&job).await?.request.policy,
+            }
+        }
+        Err(ServiceError::internal(format!("trainingJobs/{} continues more than {MAX_DEPTH} jobs", job.id)))
+    }
+
+    /// Replaces `latest` and `best` by the step that they mean now, so that what was pinned never moves.
+    pub(super) async fn pin(&self, name: &PolicyName) -> Result<PolicyName> {
+        match name {
+            PolicyName::Checkpoint { job, which } => {
+                let step = self.find_checkpoint(job, *which).await?.step;
+                Ok(PolicyName::Checkpoint { job: job.clone(), which: CheckpointRef::Step(step) })
+            }
+            model => Ok(model.clone()),
+        }
+    }
+
+    /// The weights a job starts from.
+    pub(super) async fn start_weights(&self, job: &Job) -> Result<Resolved> {
+        let mut start = self.resolve(&job.request.policy).await?;
+        if let (Method::Lora(lora), WeightsRef::Base { model }) = (&job.request.spec.method, &start.weights)
+            && let Some(dir) = &lora.init_adapter
+        {
+            start.weights = WeightsRef::Adapter { model: model.clone(), dir: dir.into() };
+        }
+        Ok(start)
+    }
+
+    /// A job's pinned reference: the one it names, else its own start weights; `None` when the objective needs none.
+    pub(super) async fn reference_weights(&self, job: &Job) -> Result<Option<Resolved>> {
+        if !job.request.spec.dpo.needs_reference() {
+            return Ok(None);
+        }
+        match &job.request.reference {
+            Some(name) => self.resolve(name).await.map(Some),
+            None => self.start_weights(job).await.map(Some),
+        }
+    }
+
+    /// How a job's rows are cut, for scoring with it.
+    pub(super) fn truncation(job: Option<&Job>) -> Truncation {
+        job.map_or(Truncation::KeepStart, |j| j.request.spec.batch.truncation)
+    }
+}

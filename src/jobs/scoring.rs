@@ -1,0 +1,249 @@
+//! Scoring: names resolved once per request, tokenising off the async threads, the engine's log-probs turned into rewards.
+
+use std::sync::Arc;
+
+use super::datasets::blocking;
+use super::error::{Result, ServiceError};
+use super::policies::Resolved;
+use super::service::Service;
+use crate::domain::dataset::Text;
+use crate::domain::names::{CheckpointRef, PolicyName};
+use crate::domain::training::Truncation;
+use crate::engine::api::{EngineError, ScoreItem, ScoredItem, WeightsRef};
+use crate::math::score::{preference_probability, reward, total};
+use crate::model::tokenizer::ChatTokenizer;
+use crate::train::encode::{EncodeError, EncodedCompletion, PairEncoder, group};
+
+/// What a request wants to score with.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScoreOptions {
+    /// The policy.
+    pub policy: PolicyName,
+    /// `None`: the job's own pinned reference, or for a model the model itself.
+    pub reference: Option<PolicyName>,
+    /// `None`: the job's β, or 0.1.
+    pub beta: Option<f64>,
+    /// `None`: the job's, or 1024.
+    pub max_length: Option<usize>,
+}
+
+/// What is known of one answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScoredCompletion {
+    /// Σ log π_θ, in nats.
+    pub policy_logprob: f64,
+    /// Σ log π_ref; 0 without a reference.
+    pub reference_logprob: f64,
+    /// β·lr.
+    pub reward: f64,
+    /// The completion's tokens.
+    pub token_ids: Vec<u32>,
+    /// Prompt tokens before them.
+    pub prompt_tokens: usize,
+    /// Whether max_length cut it.
+    pub truncated: bool,
+    /// log π_θ per token.
+    pub policy_tokens: Vec<f32>,
+    /// log π_ref per token; empty without a reference.
+    pub reference_tokens: Vec<f32>,
+}
+
+/// The score of a pair.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScoredPair {
+    /// Pr(a ≻ b).
+    pub probability: f64,
+    /// r_a − r_b.
+    pub margin: f64,
+    /// The first answer.
+    pub a: ScoredCompletion,
+    /// The second.
+    pub b: ScoredCompletion,
+    /// The weights that scored.
+    pub policy_version: String,
+}
+
+/// A request's names made concrete; cheap to clone.
+#[derive(Clone)]
+pub struct ScoringSession {
+    service: Service,
+    policy: Arc<Resolved>,
+    reference: Option<Arc<Resolved>>,
+    tokenizer: Arc<ChatTokenizer>,
+    beta: f64,
+    max_length: usize,
+    truncation: Truncation,
+}
+
+impl Service {
+    /// Resolves what a scoring request names.
+    pub async fn scoring_session(&self, options: ScoreOptions) -> Result<ScoringSession> {
+        self.refuse_when_draining()?;
+        if let Some(beta) = options.beta.filter(|b| !(b.is_finite() && *b > 0.0)) {
+            return Err(ServiceError::invalid("options.beta", format!("is {beta}: it must be a finite number above 0")));
+        }
+        if let Some(n) = options.max_length.filter(|n| !(2..=1 << 20).contains(n)) {
+            return Err(ServiceError::invalid("options.max_length", format!("is {n}: it must lie in 2..=1048576")));
+        }
+        let policy = self.resolve(&options.policy).await?;
+        let reference = match (&options.reference, &policy.job) {
+            (Some(name), _) => Some(self.resolve(name).await?),
+            (None, Some(job)) => self.reference_weights(job).await?,
+            (None, None) => Some(policy.clone()),
+        };
+        if let Some(WeightsRef::Live { job }) = reference.as_ref().map(|r| &r.weights) {
+            let message = format!("trainingJobs/{job} is still training: a reference must not move, name a checkpoint by its step");
+            return Err(ServiceError::invalid("options.reference", message));
+        }
+        if let Some(r) = reference.as_ref().filter(|r| r.model != policy.model) {
+            let message = format!("is on models/{}, the policy is on models/{}: both need the same tokenizer", r.model, policy.model);
+            return Err(ServiceError::invalid("options.reference", message));
+        }
+        let spec = policy.job.as_ref().map(|j| &j.request.spec);
+        Ok(ScoringSession {
+            tokenizer: self.inner.engine.tokenizer(&policy.model)?,
+            beta: options.beta.or(spec.map(|s| s.dpo.beta)).unwrap_or(0.1),
+            max_length: options.max_length.or(spec.map(|s| s.batch.max_length)).unwrap_or(1024),
+            truncation: Service::truncation(policy.job.as_ref()),
+            service: self.clone(),
+            policy: Arc::new(policy),
+            reference: reference.map(Arc::new),
+        })
+    }
+}
+
+impl ScoringSession {
+    /// The policy's name, with its step unless it is still training.
+    pub fn policy_version(&self) -> String {
+        self.policy.version.clone()
+    }
+
+    /// The reference's name.
+    pub fn reference_version(&self) -> Option<String> {
+        self.reference.as_ref().map(|r| r.version.clone())
+    }
+
+    /// Scores one pair; its numbers do not depend on other requests.
+    pub async fn score_pair(&self, prompt: &Text, a: &Text, b: &Text) -> Result<ScoredPair> {
+        let answers = vec![a.clone(), b.clone()];
+        let (encoded, scored) = self.score(prompt, answers, &["pair.a", "pair.b"]).await?;
+        let policy_version = match scored.live_step {
+            Some(step) => format!("{}@{step}", self.policy.version),
+            None => self.policy.version.clone(),
+        };
+        let mut sides = self.describe(encoded, scored).into_iter();
+        let (Some(a), Some(b)) = (sides.next(), sides.next()) else {
+            return Err(ServiceError::internal("a pair came back with fewer than two sides"));
+        };
+        let margin = a.reward - b.reward;
+        Ok(ScoredPair { probability: preference_probability(margin), margin, a, b, policy_version })
+    }
+
+    /// Scores N answers to one prompt in one row; an answer that cannot be scored has its own error.
+    pub async fn score_completions(&self, prompt: &Text, completions: &[Text]) -> Result<Vec<Result<ScoredCompletion>>> {
+        let (usable, mut results) = self.sort_out(prompt, completions).await?;
+        let answers: Vec<Text> = usable.iter().map(|i| completions[*i].clone()).collect();
+        if answers.is_empty() {
+            return Ok(results.into_iter().map(|r| r.unwrap_or_else(|| Err(ServiceError::internal("unscored")))).collect());
+        }
+        let (encoded, scored) = self.score(prompt, answers, &[]).await?;
+        for (i, described) in usable.into_iter().zip(self.describe(encoded, scored)) {
+            results[i] = Some(Ok(described));
+        }
+        Ok(results.into_iter().map(|r| r.unwrap_or_else(|| Err(ServiceError::internal("unscored")))).collect())
+    }
+
+    /// Which completions can be encoded, and the errors of the others.
+    #[allow(clippy::type_complexity)]
+    async fn sort_out(&self, prompt: &Text, completions: &[Text]) -> Result<(Vec<usize>, Vec<Option<Result<ScoredCompletion>>>)> {
+        let (session, prompt, completions) = (self.clone(), prompt.clone(), completions.to_vec());
+        let _permit = self.service.tokenise_permit().await?;
+        blocking(move || {
+            let encoder = session.encoder();
+            let mut usable = Vec::new();
+            let mut results: Vec<Option<Result<ScoredCompletion>>> = Vec::new();
+            for (i, c) in completions.iter().enumerate() {
+                match encoder.encode_completions(&prompt, std::slice::from_ref(c)) {
+                    Ok(_) => {
+                        usable.push(i);
+                        results.push(None);
+                    }
+                    Err(e) => results.push(Some(Err(encode_error(&e, "prompt", &format!("completions[{i}]"))))),
+                }
+            }
+            (usable, results)
+        })
+        .await
+    }
+
+    fn encoder(&self) -> PairEncoder<'_> {
+        PairEncoder::new(&self.tokenizer, self.max_length, self.truncation)
+    }
+
+    async fn score(
+        &self,
+        prompt: &Text,
+        answers: Vec<Text>,
+        fields: &'static [&'static str],
+    ) -> Result<(Vec<EncodedCompletion>, ScoredItem)> {
+        let (session, prompt) = (self.clone(), prompt.clone());
+        let encoded = {
+            let _permit = self.service.tokenise_permit().await?;
+            blocking(move || {
+                session.encoder().encode_completions(&prompt, &answers).map_err(|e| {
+                    let field = match &e {
+                        EncodeError::EmptyCompletion { field } | EncodeError::MixedForms { field } => {
+                            let index = field.trim_start_matches("completions[").trim_end_matches(']').parse::<usize>().ok();
+                            index.and_then(|i| fields.get(i).copied()).unwrap_or("completions")
+                        }
+                        _ => "pair.prompt",
+                    };
+                    encode_error(&e, "pair.prompt", field)
+                })
+            })
+            .await??
+        };
+        let item = ScoreItem { groups: group(&encoded) };
+        let engine = &self.service.inner.engine;
+        let reference = self.reference.as_ref().map(|r| &r.weights);
+        let scored = match engine.score(&self.policy.weights, reference, item.clone()).await {
+            // The job ended between the request's start and now: its last checkpoint is what it trained.
+            Err(EngineError::NotResident(_)) => {
+                let Some(job) = self.policy.job.clone() else { return Err(ServiceError::internal("a live policy without a job")) };
+                let stored = self.service.resolve_stored(job, self.policy.model.clone(), CheckpointRef::Latest).await?;
+                engine.score(&stored.weights, reference, item).await?
+            }
+            other => other?,
+        };
+        Ok((encoded, scored))
+    }
+
+    fn describe(&self, encoded: Vec<EncodedCompletion>, scored: ScoredItem) -> Vec<ScoredCompletion> {
+        encoded
+            .into_iter()
+            .zip(scored.completions)
+            .map(|(e, logps)| {
+                let policy_logprob = total(&logps.policy);
+                let reference = logps.reference.as_deref().map(total);
+                ScoredCompletion {
+                    policy_logprob,
+                    reference_logprob: reference.unwrap_or(0.0),
+                    reward: reward(self.beta, policy_logprob, reference),
+                    prompt_tokens: e.prompt.len(),
+                    truncated: e.truncated,
+                    token_ids: e.tokens,
+                    policy_tokens: logps.policy,
+                    reference_tokens: logps.reference.unwrap_or_default(),
+                }
+            })
+            .collect()
+    }
+}
+
+fn encode_error(e: &EncodeError, prompt_field: &str, field: &str) -> ServiceError {
+    let field = match e {
+        EncodeError::EmptyCompletion { .. } | EncodeError::MixedForms { .. } => field,
+        _ => prompt_field,
+    };
+    ServiceError::invalid(field, e.to_string())
+}

@@ -1,0 +1,435 @@
+//! The service as the RPC layer and tests see it: one method per thing that can be asked.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, Semaphore, SemaphorePermit, watch};
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::artifacts::{Artifacts, Export, ExportFormat, describe};
+use super::datasets::blocking;
+use super::error::{Result, ServiceError};
+use super::feed::Feed;
+use super::runner;
+use super::store::{Page, Store, now};
+use crate::domain::dataset::Dataset;
+use crate::domain::job::{Checkpoint, Evaluation, Event, EventKind, Job, JobRequest, JobState, Metrics, Progress, RowPolicy};
+use crate::domain::names::{CheckpointRef, PolicyName};
+use crate::domain::training::Method;
+use crate::domain::violation::Violations;
+use crate::engine::Engine;
+use crate::engine::api::{ModelInfo, RunControl, WeightsRef};
+use crate::model::peft;
+
+/// Requests that may tokenise side by side.
+const TOKENISERS: usize = 4;
+
+/// Limits and places.
+#[derive(Clone, Debug)]
+pub struct ServiceOptions {
+    /// Where the database and artifacts live.
+    pub data_dir: PathBuf,
+    /// The largest upload.
+    pub max_upload_bytes: u64,
+    /// How long a drain may take.
+    pub drain_timeout: Duration,
+}
+
+/// The service; clones share it.
+#[derive(Clone)]
+pub struct Service {
+    pub(super) inner: Arc<Inner>,
+}
+
+pub(super) struct Inner {
+    pub engine: Engine,
+    pub store: Store,
+    pub artifacts: Artifacts,
+    pub feed: Feed,
+    pub options: ServiceOptions,
+    /// How the jobs on the device are told to stop.
+    pub controls: Mutex<HashMap<String, Arc<RunControl>>>,
+    /// Wakes the runner when a job was queued.
+    pub wake: Notify,
+    pub draining: watch::Sender<bool>,
+    tokenisers: Semaphore,
+    runner: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Service {
+    /// Opens the data directory, puts interrupted jobs back in the queue and starts the runner.
+    pub async fn open(engine: Engine, options: ServiceOptions) -> Result<Service> {
+        let root = options.data_dir.clone();
+        std::fs::create_dir_all(&root).map_err(|e| super::artifacts::failed(&root, e))?;
+        let inner = Inner {
+            store: Store::open(&root).await?,
+            artifacts: Artifacts::open(&root)?,
+            engine,
+            feed: Feed::default(),
+            options,
+            controls: Mutex::default(),
+            wake: Notify::new(),
+            draining: watch::channel(false).0,
+            tokenisers: Semaphore::new(TOKENISERS),
+            runner: Mutex::default(),
+        };
+        let service = Service { inner: Arc::new(inner) };
+        runner::recover(&service).await?;
+        let handle = tokio::spawn(runner::run(service.clone()));
+        *service.inner.runner.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle);
+        Ok(service)
+    }
+
+    // ---- training jobs
+
+    /// Queues a job; see `CreateTrainingJob`.
+    pub async fn create_job(&self, request: JobRequest, request_id: Option<String>, validate_only: bool) -> Result<Job> {
+        self.refuse_when_draining()?;
+        let hash = serde_json::to_vec(&request).map(|b| blake3::hash(&b).to_hex().to_string()).map_err(ServiceError::internal)?;
+        let request = self.check_request(request, request_id.as_deref()).await?;
+        let job = Job {
+            id: uuid::Uuid::now_v7().to_string(),
+            version: 1,
+            request,
+            state: JobState::Queued,
+            error: None,
+            progress: Progress::default(),
+            latest_metrics: Metrics::new(),
+            skipped_rows: Vec::new(),
+            create_time: now(),
+            start_time: None,
+            end_time: None,
+        };
+        if validate_only {
+            return Ok(Job { id: String::new(), ..job });
+        }
+        let job = self.inner.store.insert_job(&job, request_id.as_deref(), &hash).await?;
+        tracing::info!(job = job.id, state = job.state.name(), "job created");
+        self.inner.wake.notify_one();
+        Ok(job)
+    }
+
+    /// Checks everything that can be checked before the data is read; pins `latest` and `best` to steps.
+    async fn check_request(&self, mut request: JobRequest, request_id: Option<&str>) -> Result<JobRequest> {
+        let mut bad = Violations::default();
+        request.spec.validate("training_job", &mut bad);
+        if request.display_name.chars().count() > 256 {
+            bad.push("training_job.display_name", "has more than 256 characters");
+        }
+        if request.labels.len() > 64 || request.labels.iter().any(|(k, v)| k.is_empty() || k.len() > 128 || v.len() > 128) {
+            bad.push("training_job.labels", "must be at most 64 labels with keys of 1 to 128 and values of at most 128 bytes");
+        }
+        if request_id.is_some_and(|id| id.len() > 128) {
+            bad.push("request_id", "has more than 128 characters");
+        }
+        if let Evaluation::Fraction(f) = request.evaluation
+            && !(f > 0.0 && f < 1.0)
+        {
+            bad.push("training_job.eval_fraction", format!("is {f}: it must lie between 0 and 1"));
+        }
+        if request.evaluation == Evaluation::None && request.spec.run.early_stopping_patience > 0 {
+            bad.push("training_job.run.early_stopping_patience", "needs an evaluation: set eval_dataset or eval_fraction");
+        }
+        bad.into_result()?;
+
+        let start = self.resolve(&self.pin(&request.policy).await?).await?;
+        request.policy = self.pin(&request.policy).await?;
+        if let (Method::Lora(_), WeightsRef::Full { .. }) = (&request.spec.method, &start.weights) {
+            let message =
+                "LoRA starts from a base model or from a LoRA checkpoint: export the full checkpoint merged and serve it as a model";
+            return Err(ServiceError::FailedPrecondition { reason: "FULL_CHECKPOINT", message: message.into() });
+        }
+        if let Method::Lora(lora) = &request.spec.method
+            && let Some(dir) = &lora.init_adapter
+        {
+            self.check_adapter(dir, &start.weights).await?;
+        }
+        if let Some(reference) = &request.reference {
+            let pinned = self.pin(reference).await?;
+            let resolved = self.resolve(&pinned).await?;
+            if resolved.model != start.model {
+                let message =
+                    format!("is on models/{}, the policy is on models/{}: both need the same tokenizer", resolved.model, start.model);
+                return Err(ServiceError::invalid("training_job.reference", message));
+            }
+            request.reference = Some(pinned);
+        }
+        for id in [Some(&request.dataset), eval_dataset(&request.evaluation)].into_iter().flatten() {
+            let dataset = self.inner.store.dataset(id).await?;
+            if request.row_policy == RowPolicy::Reject && dataset.report.bad_rows() > 0 {
+                let first = dataset.report.issues.iter().find(|i| i.reason.severity() == crate::domain::dataset::Severity::Error);
+                let example = first.map(|i| format!(" (row {}, {}: {})", i.row, i.reason.name(), i.message)).unwrap_or_default();
+                let message = format!(
+                    "datasets/{id} has {} bad rows{example}: fix them, or set row_policy to SKIP to train on the other {}",
+                    dataset.report.bad_rows(),
+                    dataset.report.valid_rows
+                );
+                return Err(ServiceError::FailedPrecondition { reason: "DATASET_INVALID", message });
+            }
+        }
+        self.inner.engine.check(&start.model, &request.spec, 2 * request.spec.batch.max_length)?;
+        Ok(request)
+    }
+
+    async fn check_adapter(&self, dir: &str, start: &WeightsRef) -> Result<()> {
+        let field = "training_job.lora.init_adapter";
+        let WeightsRef::Base { .. } = start else {
+            return Err(ServiceError::invalid(field, "the policy is a checkpoint with an adapter of its own: name one of the two"));
+        };
+        if !std::path::Path::new(dir).join(peft::CONFIG_FILE).is_file() {
+            return Err(ServiceError::invalid(
+                field,
+                format!("{dir:?} has no {}: name a PEFT adapter folder on the server", peft::CONFIG_FILE),
+            ));
+        }
+        Ok(())
+    }
+
+    /// One job.
+    pub async fn get_job(&self, id: &str) -> Result<Job> {
+        self.inner.store.job(id).await
+    }
+
+    /// Jobs in one of `states` (all when empty), newest first.
+    pub async fn list_jobs(&self, states: &[JobState], page_size: usize, page_token: &str) -> Result<Page<Job>> {
+        self.inner.store.jobs(states, page_size, page_token).await
+    }
+
+    /// Cancels a job; one that is on the device stops after its current unit.
+    pub async fn cancel_job(&self, id: &str) -> Result<Job> {
+        let (job, sequence) = self
+            .inner
+            .store
+            .change_job(id, |job| {
+                let from = job.state;
+                job.state = match from {
+                    JobState::Queued => JobState::Cancelled,
+                    JobState::Preparing | JobState::Running => JobState::Cancelling,
+                    JobState::Cancelling => return Ok(Vec::new()),
+                    _ => {
+                        let message = format!("trainingJobs/{} is {} already", job.id, from.name());
+                        return Err(ServiceError::FailedPrecondition { reason: "ALREADY_ENDED", message });
+                    }
+                };
+                Ok(vec![EventKind::StateChange { from: Some(from), to: job.state, reason: "cancelled by a client".into() }])
+            })
+            .await?;
+        if let Some(control) = self.inner.controls.lock().unwrap_or_else(PoisonError::into_inner).get(id) {
+            control.cancel();
+        }
+        self.inner.feed.notify(id, sequence);
+        Ok(job)
+    }
+
+    /// Deletes an ended job with its events, checkpoints and exports.
+    pub async fn delete_job(&self, id: &str) -> Result<()> {
+        let job = self.inner.store.job(id).await?;
+        if !job.state.is_final() {
+            let message = format!("trainingJobs/{id} is {}: cancel it first", job.state.name());
+            return Err(ServiceError::FailedPrecondition { reason: "NOT_ENDED", message });
+        }
+        self.refuse_when_used(id, None).await?;
+        self.inner.store.delete_job(id).await?;
+        self.inner.engine.evict_policy(&self.inner.artifacts.checkpoints(id));
+        self.inner.feed.notify(id, u64::MAX);
+        let (artifacts, id) = (self.inner.artifacts.clone(), id.to_owned());
+        blocking(move || artifacts.remove_job(&id)).await?
+    }
+
+    /// Events after `after`, and whether there are more.
+    pub async fn list_events(&self, job: &str, after: u64, limit: usize) -> Result<(Vec<Event>, bool)> {
+        self.check_cursor(job, after).await?;
+        let mut events = self.inner.store.events(job, after, limit + 1).await?;
+        let more = events.len() > limit;
+        events.truncate(limit);
+        Ok((events, more))
+    }
+
+    /// Every event after `after`, stored ones first, then live; ends with the job.
+    pub async fn stream_events(&self, job: &str, after: u64) -> Result<ReceiverStream<Result<Event>>> {
+        self.check_cursor(job, after).await?;
+        Ok(self.inner.feed.stream(self.inner.store.clone(), job.to_owned(), after, self.inner.draining.subscribe()))
+    }
+
+    async fn check_cursor(&self, job: &str, after: u64) -> Result<()> {
+        self.inner.store.job(job).await?;
+        let newest = self.inner.store.newest_sequence(job).await?;
+        if after > newest {
+            let message =
+                format!("after_sequence is {after}, the newest event of trainingJobs/{job} is {newest}: use a sequence that was received");
+            return Err(ServiceError::OutOfRange { message });
+        }
+        Ok(())
+    }
+
+    // ---- datasets
+
+    /// One dataset.
+    pub async fn get_dataset(&self, id: &str) -> Result<Dataset> {
+        self.inner.store.dataset(id).await
+    }
+
+    /// Datasets, newest first.
+    pub async fn list_datasets(&self, page_size: usize, page_token: &str) -> Result<Page<Dataset>> {
+        self.inner.store.datasets(page_size, page_token).await
+    }
+
+    /// Deletes a dataset that no unfinished job uses.
+    pub async fn delete_dataset(&self, id: &str) -> Result<()> {
+        self.inner.store.dataset(id).await?;
+        for job in self.inner.store.unfinished_jobs().await? {
+            if job.request.dataset == id || eval_dataset(&job.request.evaluation).is_some_and(|d| d == id) {
+                let message = format!("trainingJobs/{} is {} and uses datasets/{id}: wait for it or cancel it", job.id, job.state.name());
+                return Err(ServiceError::FailedPrecondition { reason: "IN_USE", message });
+            }
+        }
+        self.inner.store.delete_dataset(id).await?;
+        self.inner.artifacts.remove_dataset(id)
+    }
+
+    // ---- checkpoints
+
+    /// One checkpoint.
+    pub async fn get_checkpoint(&self, job: &str, which: CheckpointRef) -> Result<Checkpoint> {
+        self.inner.store.job(job).await?;
+        self.find_checkpoint(job, which).await
+    }
+
+    /// A job's checkpoints, oldest first.
+    pub async fn list_checkpoints(&self, job: &str) -> Result<Vec<Checkpoint>> {
+        self.inner.store.job(job).await?;
+        self.inner.store.checkpoints(job).await
+    }
+
+    /// Deletes a checkpoint, but not the one that an unfinished job would continue from.
+    pub async fn delete_checkpoint(&self, job: &str, step: u64) -> Result<()> {
+        let state = self.inner.store.job(job).await?.state;
+        self.find_checkpoint(job, CheckpointRef::Step(step)).await?;
+        let newest = self.find_checkpoint(job, CheckpointRef::Latest).await?.step;
+        if !state.is_final() && newest == step {
+            let message =
+                format!("trainingJobs/{job} is {} and would continue from step {step}: delete it when the job has ended", state.name());
+            return Err(ServiceError::FailedPrecondition { reason: "IN_USE", message });
+        }
+        self.refuse_when_used(job, Some(step)).await?;
+        self.inner.store.delete_checkpoint(job, step).await?;
+        self.drop_checkpoint_files(job, step).await
+    }
+
+    pub(super) async fn drop_checkpoint_files(&self, job: &str, step: u64) -> Result<()> {
+        self.inner.engine.evict_policy(&self.inner.artifacts.checkpoint(job, step));
+        let (artifacts, job) = (self.inner.artifacts.clone(), job.to_owned());
+        blocking(move || artifacts.remove_checkpoint(&job, step)).await?
+    }
+
+    /// Refuses when another unfinished job starts from, or is measured against, these weights.
+    async fn refuse_when_used(&self, job: &str, step: Option<u64>) -> Result<()> {
+        for other in self.inner.store.unfinished_jobs().await? {
+            let names = [Some(&other.request.policy), other.request.reference.as_ref()];
+            let used = names.into_iter().flatten().any(|name| match name {
+                PolicyName::Checkpoint { job: j, which } => j == job && step.is_none_or(|s| *which == CheckpointRef::Step(s)),
+                PolicyName::Model(_) => false,
+            });
+            if used && other.id != job {
+                let message =
+                    format!("trainingJobs/{} is {} and needs these weights: wait for it or cancel it", other.id, other.state.name());
+                return Err(ServiceError::FailedPrecondition { reason: "IN_USE", message });
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a checkpoint as an adapter or merged; what was exported before is given again.
+    pub async fn export_checkpoint(&self, job: &str, which: CheckpointRef, format: Option<ExportFormat>) -> Result<Export> {
+        let job = self.inner.store.job(job).await?;
+        let checkpoint = self.find_checkpoint(&job.id, which).await?;
+        let format = format.unwrap_or(if checkpoint.adapter { ExportFormat::Adapter } else { ExportFormat::Merged });
+        if format == ExportFormat::Adapter && !checkpoint.adapter {
+            let message = format!("trainingJobs/{} is a full fine-tune and has no adapter: export it MERGED", job.id);
+            return Err(ServiceError::FailedPrecondition { reason: "NO_ADAPTER", message });
+        }
+        let model = self.base_model(&job).await?;
+        let id = job.id.clone();
+        let weights = self.resolve_stored(job, model, CheckpointRef::Step(checkpoint.step)).await?.weights;
+        let inner = self.inner.clone();
+        blocking(move || {
+            let target = inner.artifacts.export(&id, checkpoint.step, format);
+            if !target.is_dir() {
+                let temporary = inner.artifacts.temporary();
+                std::fs::create_dir_all(&temporary).map_err(|e| super::artifacts::failed(&temporary, e))?;
+                match format {
+                    ExportFormat::Merged => inner.engine.export_merged(&weights, &temporary)?,
+                    ExportFormat::Adapter => {
+                        for name in [peft::CONFIG_FILE, peft::WEIGHTS_FILE] {
+                            let from = inner.artifacts.checkpoint(&id, checkpoint.step).join(name);
+                            std::fs::copy(&from, temporary.join(name)).map_err(|e| super::artifacts::failed(&from, e))?;
+                        }
+                    }
+                }
+                inner.artifacts.publish(&temporary, &target)?;
+            }
+            Ok(Export { files: describe(&target)?, path: target })
+        })
+        .await?
+    }
+
+    // ---- models
+
+    /// The base models.
+    pub fn models(&self) -> Vec<ModelInfo> {
+        self.inner.engine.models()
+    }
+
+    /// One base model.
+    pub fn model(&self, id: &str) -> Result<ModelInfo> {
+        let found = self.inner.engine.models().into_iter().find(|m| m.id == id);
+        found.ok_or_else(|| ServiceError::not_found("model", format!("models/{id}")))
+    }
+
+    // ---- the server's own life
+
+    /// Whether the store answers.
+    pub async fn ready(&self) -> Result<()> {
+        self.refuse_when_draining()?;
+        self.inner.store.ping().await
+    }
+
+    /// Whether new work is refused.
+    pub fn is_draining(&self) -> bool {
+        *self.inner.draining.borrow()
+    }
+
+    pub(super) fn refuse_when_draining(&self) -> Result<()> {
+        if self.is_draining() { Err(ServiceError::draining()) } else { Ok(()) }
+    }
+
+    pub(super) async fn tokenise_permit(&self) -> Result<SemaphorePermit<'_>> {
+        self.inner.tokenisers.acquire().await.map_err(|_| ServiceError::draining())
+    }
+
+    /// Refuses new work, lets the running job write a checkpoint and go back to the queue, and closes the store, all within `drain_timeout`.
+    pub async fn drain(&self) {
+        self.inner.draining.send_replace(true);
+        self.inner.engine.drain();
+        for control in self.inner.controls.lock().unwrap_or_else(PoisonError::into_inner).values() {
+            control.drain();
+        }
+        let runner = self.inner.runner.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(runner) = runner
+            && tokio::time::timeout(self.inner.options.drain_timeout, runner).await.is_err()
+        {
+            tracing::warn!("the running job did not reach a checkpoint in time: it continues from its last one");
+        }
+        self.inner.store.close().await;
+    }
+}
+
+fn eval_dataset(evaluation: &Evaluation) -> Option<&String> {
+    match evaluation {
+        Evaluation::Dataset(id) => Some(id),
+        _ => None,
+    }
+}

@@ -1,0 +1,124 @@
+//! Rows as SQLite holds them, and how they become records.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::domain::dataset::Dataset;
+use crate::domain::job::{Checkpoint, Event, Job, JobState, Millis};
+use crate::jobs::error::{Result, ServiceError};
+
+pub(super) fn to_json<T: Serialize>(value: &T) -> Result<String> {
+    serde_json::to_string(value).map_err(|e| ServiceError::internal(format!("a record cannot be stored: {e}")))
+}
+
+fn from_json<T: DeserializeOwned>(text: &str, what: &str) -> Result<T> {
+    serde_json::from_str(text).map_err(|e| ServiceError::internal(format!("the stored {what} cannot be read: {e}")))
+}
+
+#[derive(sqlx::FromRow)]
+pub(super) struct JobRow {
+    pub seq: i64,
+    pub id: String,
+    pub version: i64,
+    pub state: String,
+    pub request: String,
+    pub error: Option<String>,
+    pub progress: String,
+    pub latest_metrics: String,
+    pub skipped_rows: String,
+    pub create_time: Millis,
+    pub start_time: Option<Millis>,
+    pub end_time: Option<Millis>,
+    pub request_hash: Option<String>,
+}
+
+impl TryFrom<JobRow> for Job {
+    type Error = ServiceError;
+
+    fn try_from(r: JobRow) -> Result<Job> {
+        Ok(Job {
+            state: JobState::parse(&r.state)
+                .ok_or_else(|| ServiceError::internal(format!("job {} has the unknown state {}", r.id, r.state)))?,
+            request: from_json(&r.request, "job request")?,
+            error: r.error.map(|e| from_json(&e, "job error")).transpose()?,
+            progress: from_json(&r.progress, "job progress")?,
+            latest_metrics: from_json(&r.latest_metrics, "job metrics")?,
+            skipped_rows: from_json(&r.skipped_rows, "list of skipped rows")?,
+            id: r.id,
+            version: r.version,
+            create_time: r.create_time,
+            start_time: r.start_time,
+            end_time: r.end_time,
+        })
+    }
+}
+
+#[derive(sqlx::FromRow)]
+pub(super) struct EventRow {
+    pub sequence: i64,
+    pub time: Millis,
+    pub body: String,
+}
+
+impl TryFrom<EventRow> for Event {
+    type Error = ServiceError;
+
+    fn try_from(r: EventRow) -> Result<Event> {
+        Ok(Event { sequence: r.sequence as u64, time: r.time, kind: from_json(&r.body, "event")? })
+    }
+}
+
+#[derive(sqlx::FromRow)]
+pub(super) struct CheckpointRow {
+    pub job: String,
+    pub step: i64,
+    pub best: bool,
+    pub adapter: bool,
+    pub size_bytes: i64,
+    pub metrics: String,
+    pub create_time: Millis,
+}
+
+impl TryFrom<CheckpointRow> for Checkpoint {
+    type Error = ServiceError;
+
+    fn try_from(r: CheckpointRow) -> Result<Checkpoint> {
+        Ok(Checkpoint {
+            metrics: from_json(&r.metrics, "checkpoint metrics")?,
+            job: r.job,
+            step: r.step as u64,
+            best: r.best,
+            adapter: r.adapter,
+            size_bytes: r.size_bytes as u64,
+            create_time: r.create_time,
+        })
+    }
+}
+
+#[derive(sqlx::FromRow)]
+pub(super) struct DatasetRow {
+    pub seq: i64,
+    pub id: String,
+    pub display_name: String,
+    pub format: String,
+    pub size_bytes: i64,
+    pub content_hash: String,
+    pub report: String,
+    pub create_time: Millis,
+}
+
+impl TryFrom<DatasetRow> for Dataset {
+    type Error = ServiceError;
+
+    fn try_from(r: DatasetRow) -> Result<Dataset> {
+        Ok(Dataset {
+            format: from_json(&r.format, "dataset format")?,
+            report: from_json(&r.report, "validation report")?,
+            id: r.id,
+            display_name: r.display_name,
+            size_bytes: r.size_bytes as u64,
+            content_hash: r.content_hash,
+            create_time: r.create_time,
+        })
+    }
+}

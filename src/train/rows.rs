@@ -1,0 +1,59 @@
+//! Preference rows from JSONL and Parquet files, streamed.
+
+mod columnar;
+mod json;
+
+use std::path::{Path, PathBuf};
+
+use crate::domain::dataset::{DatasetFormat, IssueReason, PreferenceRow, RowIssue};
+
+/// A line longer than this is refused, not read into memory.
+pub const MAX_LINE_BYTES: usize = 64 << 20;
+
+/// Why a file could not be read at all. What is wrong with a single row is a [`RowIssue`].
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// The file system refused.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Its answer.
+        source: std::io::Error,
+    },
+    /// The file is not what its format says.
+    #[error("{}: {reason}", path.display())]
+    BadFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        reason: String,
+    },
+}
+
+/// Rows in file order; a bad row does not end the iteration.
+pub type RowReader = Box<dyn Iterator<Item = Result<PreferenceRow, RowIssue>> + Send>;
+
+/// Parquet starts with `PAR1`; anything else is taken for JSONL.
+pub fn detect_format(first_bytes: &[u8]) -> DatasetFormat {
+    if first_bytes.starts_with(b"PAR1") { DatasetFormat::Parquet } else { DatasetFormat::Jsonl }
+}
+
+/// Opens a file.
+///
+/// # Errors
+/// When it cannot be opened or, for Parquet, its footer or columns are not usable.
+pub fn read_rows(path: &Path, format: DatasetFormat) -> Result<RowReader, DataError> {
+    match format {
+        DatasetFormat::Jsonl => json::read(path),
+        DatasetFormat::Parquet => columnar::read(path),
+    }
+}
+
+/// A finding about a row that has no id yet.
+fn issue(row: u64, field: &str, reason: IssueReason, message: impl Into<String>) -> RowIssue {
+    RowIssue { row, id: None, field: field.to_owned(), reason, message: message.into() }
+}
+
+#[cfg(test)]
+mod tests;

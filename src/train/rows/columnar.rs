@@ -1,0 +1,70 @@
+//! Parquet: each record becomes the JSON object that a JSONL line would hold.
+
+use std::fs::File;
+use std::path::Path;
+
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::Field;
+use parquet::record::reader::RowIter;
+use serde_json::{Map, Value};
+
+use super::json::from_fields;
+use super::{DataError, RowReader, issue};
+use crate::domain::dataset::IssueReason;
+
+const COLUMNS: [&str; 5] = ["prompt", "chosen", "rejected", "weight", "id"];
+
+pub(super) fn read(path: &Path) -> Result<RowReader, DataError> {
+    let file = File::open(path).map_err(|source| DataError::Io { path: path.to_owned(), source })?;
+    let bad = |reason: String| DataError::BadFile { path: path.to_owned(), reason };
+    let reader = SerializedFileReader::new(file).map_err(|e| bad(format!("not a readable Parquet file: {e}")))?;
+    let schema = reader.metadata().file_metadata().schema();
+    let names: Vec<&str> = schema.get_fields().iter().map(|f| f.name()).collect();
+    for needed in ["chosen", "rejected"] {
+        if !names.contains(&needed) {
+            return Err(bad(format!("no column {needed:?} among {names:?}: a preference set has prompt, chosen and rejected")));
+        }
+    }
+    let rows = RowIter::from_file_into(Box::new(reader));
+    Ok(Box::new(rows.enumerate().map(|(i, record)| {
+        let row = i as u64 + 1;
+        let record = record.map_err(|e| issue(row, "", IssueReason::InvalidType, format!("the record cannot be decoded: {e}")))?;
+        let wanted = record.get_column_iter().filter(|(name, _)| COLUMNS.contains(&name.as_str()));
+        let mut fields = Map::new();
+        for (name, field) in wanted {
+            let value = to_json(field).map_err(|kind| {
+                issue(row, name, IssueReason::InvalidType, format!("{name} holds {kind}: use text or a list of messages"))
+            })?;
+            fields.insert(name.clone(), value);
+        }
+        from_fields(row, fields)
+    })))
+}
+
+fn to_json(field: &Field) -> Result<Value, String> {
+    Ok(match field {
+        Field::Null => Value::Null,
+        Field::Str(s) => Value::String(s.clone()),
+        Field::Bytes(b) => Value::String(b.as_utf8().map_err(|_| "bytes that are not UTF-8".to_owned())?.to_owned()),
+        Field::Bool(b) => Value::Bool(*b),
+        Field::Byte(x) => Value::from(*x),
+        Field::Short(x) => Value::from(*x),
+        Field::Int(x) => Value::from(*x),
+        Field::Long(x) => Value::from(*x),
+        Field::UByte(x) => Value::from(*x),
+        Field::UShort(x) => Value::from(*x),
+        Field::UInt(x) => Value::from(*x),
+        Field::ULong(x) => Value::from(*x),
+        Field::Float(x) => Value::from(*x),
+        Field::Double(x) => Value::from(*x),
+        Field::Group(g) => {
+            let mut object = Map::new();
+            for (name, field) in g.get_column_iter() {
+                object.insert(name.clone(), to_json(field)?);
+            }
+            Value::Object(object)
+        }
+        Field::ListInternal(list) => Value::Array(list.elements().iter().map(to_json).collect::<Result<_, _>>()?),
+        other => return Err(format!("a value of an unexpected kind ({other})")),
+    })
+}

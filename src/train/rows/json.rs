@@ -1,0 +1,177 @@
+//! JSONL, and what a row may look like.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::{DataError, MAX_LINE_BYTES, RowReader, issue};
+use crate::domain::dataset::{ChatMessage, IssueReason, PreferenceRow, RowIssue, Text};
+
+pub(super) fn read(path: &Path) -> Result<RowReader, DataError> {
+    let file = File::open(path).map_err(|source| DataError::Io { path: path.to_owned(), source })?;
+    Ok(Box::new(Lines { reader: BufReader::with_capacity(1 << 18, file), row: 0, failed: false }))
+}
+
+struct Lines {
+    reader: BufReader<File>,
+    row: u64,
+    failed: bool,
+}
+
+impl Iterator for Lines {
+    type Item = Result<PreferenceRow, RowIssue>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if self.failed {
+                return None;
+            }
+            let mut line = Vec::new();
+            let read = (&mut self.reader).take(MAX_LINE_BYTES as u64 + 1).read_until(b'\n', &mut line);
+            match read {
+                Ok(0) => return None,
+                Ok(_) => self.row += 1,
+                Err(e) => {
+                    self.failed = true;
+                    return Some(Err(issue(self.row + 1, "", IssueReason::InvalidJson, format!("the file cannot be read further: {e}"))));
+                }
+            }
+            if line.len() > MAX_LINE_BYTES {
+                self.skip_line();
+                let message =
+                    format!("the line is longer than {} MiB: split the file into rows, one JSON object a line", MAX_LINE_BYTES >> 20);
+                return Some(Err(issue(self.row, "", IssueReason::InvalidJson, message)));
+            }
+            let line = if self.row == 1 { line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&line) } else { &line };
+            if line.iter().all(u8::is_ascii_whitespace) {
+                continue;
+            }
+            return Some(parse(self.row, line));
+        }
+    }
+}
+
+impl Lines {
+    fn skip_line(&mut self) {
+        loop {
+            let (used, done) = match self.reader.fill_buf() {
+                Ok([]) => return,
+                Ok(buffer) => match buffer.iter().position(|b| *b == b'\n') {
+                    Some(i) => (i + 1, true),
+                    None => (buffer.len(), false),
+                },
+                Err(_) => {
+                    self.failed = true;
+                    return;
+                }
+            };
+            self.reader.consume(used);
+            if done {
+                return;
+            }
+        }
+    }
+}
+
+fn parse(row: u64, line: &[u8]) -> Result<PreferenceRow, RowIssue> {
+    let text = std::str::from_utf8(line).map_err(|e| {
+        issue(row, "", IssueReason::InvalidUtf8, format!("the line is not UTF-8 at byte {}: save the file as UTF-8", e.valid_up_to() + 1))
+    })?;
+    let value: Value = serde_json::from_str(text)
+        .map_err(|e| issue(row, "", IssueReason::InvalidJson, format!("not JSON (column {}): {e}", e.column())))?;
+    match value {
+        Value::Object(fields) => from_fields(row, fields),
+        other => Err(issue(row, "", IssueReason::InvalidJson, format!("a row is a JSON object, this is {}", kind(&other)))),
+    }
+}
+
+/// A row from its columns; extra columns are ignored.
+pub(super) fn from_fields(row: u64, mut fields: Map<String, Value>) -> Result<PreferenceRow, RowIssue> {
+    let id = match fields.remove("id") {
+        None | Some(Value::Null) => None,
+        Some(Value::String(s)) => Some(s),
+        Some(Value::Number(n)) => Some(n.to_string()),
+        Some(other) => return Err(issue(row, "id", IssueReason::InvalidType, format!("id is {}: use a string or a number", kind(&other)))),
+    };
+    let named = |i: RowIssue| RowIssue { id: id.clone(), ..i };
+    let weight = match fields.remove("weight") {
+        None | Some(Value::Null) => 1.0,
+        Some(v) => v.as_f64().filter(|w| w.is_finite() && *w > 0.0).ok_or_else(|| {
+            named(issue(row, "weight", IssueReason::InvalidWeight, format!("weight is {v}: it must be a finite number above 0")))
+        })?,
+    };
+    let mut text = |field: &str| match fields.remove(field) {
+        None | Some(Value::Null) => Ok(None),
+        Some(v) => to_text(row, field, v).map(Some).map_err(named),
+    };
+    let (prompt, chosen, rejected) = (text("prompt")?, text("chosen")?, text("rejected")?);
+    let need = |field: &str, t: Option<Text>| {
+        t.ok_or_else(|| {
+            named(issue(row, field, IssueReason::MissingField, format!("{field} is missing: a row has prompt, chosen and rejected")))
+        })
+    };
+    let (chosen, rejected) = (need("chosen", chosen)?, need("rejected", rejected)?);
+    let (prompt, chosen, rejected) = match (prompt, chosen, rejected) {
+        (Some(p), c, r) => (p, c, r),
+        (None, Text::Chat(c), Text::Chat(r)) => split_dialogues(row, c, r).map_err(named)?,
+        (None, ..) => {
+            let message = "prompt is missing, and only dialogues (lists of messages) can be split into prompt and answer: add a prompt";
+            return Err(named(issue(row, "prompt", IssueReason::MissingField, message)));
+        }
+    };
+    let plain = |t: &Text| matches!(t, Text::Plain(_));
+    for (field, t) in [("chosen", &chosen), ("rejected", &rejected)] {
+        if plain(t) != plain(&prompt) {
+            let (a, b) = if plain(t) { ("plain text", "a list of messages") } else { ("a list of messages", "plain text") };
+            let message = format!("{field} is {a} but prompt is {b}: use the same form for all three");
+            return Err(named(issue(row, field, IssueReason::InvalidType, message)));
+        }
+    }
+    Ok(PreferenceRow { row, id, prompt, chosen, rejected, weight })
+}
+
+/// Splits two whole dialogues after the messages they share.
+fn split_dialogues(row: u64, mut chosen: Vec<ChatMessage>, mut rejected: Vec<ChatMessage>) -> Result<(Text, Text, Text), RowIssue> {
+    let mut shared = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b).count();
+    // Identical dialogues still have an answer each, which validation then reports as identical.
+    shared = shared.min(chosen.len().saturating_sub(1)).min(rejected.len().saturating_sub(1));
+    if shared == 0 {
+        let message = "the two dialogues share no first message, so there is no common prompt: pair answers to the same prompt";
+        return Err(issue(row, "rejected", IssueReason::DifferentPrompts, message));
+    }
+    let answers = (chosen.split_off(shared), rejected.split_off(shared));
+    Ok((Text::Chat(chosen), Text::Chat(answers.0), Text::Chat(answers.1)))
+}
+
+fn to_text(row: u64, field: &str, value: Value) -> Result<Text, RowIssue> {
+    let wrong = |message: String| issue(row, field, IssueReason::InvalidType, message);
+    match value {
+        Value::String(s) => Ok(Text::Plain(s)),
+        Value::Array(messages) => {
+            let mut chat = Vec::with_capacity(messages.len());
+            for (i, m) in messages.into_iter().enumerate() {
+                let part = |name: &str| match m.get(name) {
+                    Some(Value::String(s)) => Ok(s.clone()),
+                    Some(other) => Err(wrong(format!("{field}[{i}].{name} is {}: it must be a string", kind(other)))),
+                    None => Err(wrong(format!("{field}[{i}].{name} is missing: a message is {{\"role\": …, \"content\": …}}"))),
+                };
+                chat.push(ChatMessage { role: part("role")?, content: part("content")? });
+            }
+            Ok(Text::Chat(chat))
+        }
+        other => Err(wrong(format!("{field} is {}: use a string or a list of messages", kind(&other)))),
+    }
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
