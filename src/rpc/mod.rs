@@ -1,1 +1,142 @@
 //! gRPC: proto ↔ domain, status mapping, one file per service.
+//!
+//! **Only this layer knows protobuf, and only [`status`] makes a gRPC status.**
+
+mod checkpoint;
+pub mod client;
+mod convert;
+mod dataset;
+mod http;
+mod model;
+mod observe;
+pub mod pb;
+mod scoring;
+mod status;
+mod training;
+
+use std::future::Future;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tonic::codec::CompressionEncoding;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+
+pub use self::http::serve_http;
+use self::pb::checkpoint_service_server::CheckpointServiceServer;
+use self::pb::dataset_service_server::DatasetServiceServer;
+use self::pb::model_service_server::ModelServiceServer;
+use self::pb::scoring_service_server::ScoringServiceServer;
+use self::pb::training_service_server::TrainingServiceServer;
+use crate::jobs::service::Service;
+
+/// Streams that may be open on one connection.
+const MAX_STREAMS: u32 = 1024;
+/// HTTP/2 pings find out that a client's machine is gone.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+
+/// Limits of the gRPC port.
+#[derive(Clone, Debug)]
+pub struct ServeOptions {
+    /// The largest message taken from a client.
+    pub max_message_bytes: usize,
+    /// How long open calls may go on after a drain began.
+    pub drain_timeout: Duration,
+}
+
+/// Why the server could not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The transport failed.
+    #[error("the gRPC port failed: {0}")]
+    Transport(#[from] tonic::transport::Error),
+    /// Reflection could not be set up.
+    #[error("reflection: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
+/// Serves every service on `listener` until `shutdown`; then health says NOT_SERVING, new work is refused, the running job is put back in the
+/// queue with a checkpoint, and open calls end, all within the drain timeout.
+pub async fn serve(
+    listener: TcpListener,
+    service: Service,
+    options: ServeOptions,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), ServeError> {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let max = options.max_message_bytes;
+    let training = TrainingServiceServer::new(training::Training(service.clone())).max_decoding_message_size(max);
+    let datasets = DatasetServiceServer::new(dataset::Datasets(service.clone()))
+        .max_decoding_message_size(max)
+        .accept_compressed(CompressionEncoding::Gzip);
+    let checkpoints = CheckpointServiceServer::new(checkpoint::Checkpoints(service.clone())).max_decoding_message_size(max);
+    let scoring = ScoringServiceServer::new(scoring::Scoring(service.clone()))
+        .max_decoding_message_size(max)
+        .max_encoding_message_size(max)
+        .accept_compressed(CompressionEncoding::Gzip)
+        .send_compressed(CompressionEncoding::Gzip);
+    let models = ModelServiceServer::new(model::Models(service.clone())).max_decoding_message_size(max);
+    for name in names() {
+        health.set_service_status(name, tonic_health::ServingStatus::Serving).await;
+    }
+
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(pb::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let router = Server::builder()
+        .layer(observe::ObserveLayer)
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .max_concurrent_streams(MAX_STREAMS)
+        .add_service(health_service)
+        .add_service(reflection().build_v1()?)
+        .add_service(reflection().build_v1alpha()?)
+        .add_service(training)
+        .add_service(datasets)
+        .add_service(checkpoints)
+        .add_service(scoring)
+        .add_service(models);
+
+    let (stop, mut stopping) = watch::channel(false);
+    let mut stopped = stop.subscribe();
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let server = router.serve_with_incoming_shutdown(incoming, async move {
+        let _ = stopping.wait_for(|s| *s).await;
+    });
+    tokio::pin!(server);
+    tokio::select! {
+        result = &mut server => return Ok(result?),
+        () = shutdown => {}
+    }
+    tracing::info!("draining");
+    for name in names() {
+        health.set_service_status(name, tonic_health::ServingStatus::NotServing).await;
+    }
+    // Calls still run while the service drains: the event streams end with it.
+    tokio::select! {
+        () = service.drain() => {}
+        result = &mut server => return Ok(result?),
+    }
+    stop.send_replace(true);
+    let _ = stopped.changed().await;
+    match tokio::time::timeout(options.drain_timeout, server).await {
+        Ok(result) => result?,
+        Err(_) => tracing::warn!("open calls did not end in time: their connections are closed"),
+    }
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// The services whose health is reported; the empty name is the whole server.
+fn names() -> [&'static str; 6] {
+    [
+        "",
+        "bradley.v1.TrainingService",
+        "bradley.v1.DatasetService",
+        "bradley.v1.CheckpointService",
+        "bradley.v1.ScoringService",
+        "bradley.v1.ModelService",
+    ]
+}

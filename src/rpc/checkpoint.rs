@@ -1,0 +1,153 @@
+//! CheckpointService.
+
+use std::path::PathBuf;
+
+use tokio::io::AsyncReadExt;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::convert::{invalid, job_id, timestamp};
+use super::pb::{self, checkpoint_service_server::CheckpointService, download_checkpoint_response::Part};
+use super::status::status;
+use crate::domain::job::Checkpoint;
+use crate::domain::names::{self, CheckpointRef};
+use crate::jobs::artifacts::{ExportFormat, ExportedFile};
+use crate::jobs::error::ServiceError;
+use crate::jobs::service::Service;
+
+/// Bytes in a piece of a download.
+const CHUNK: usize = 256 << 10;
+/// Pieces that wait for a slow client.
+const BUFFER: usize = 4;
+
+/// The gRPC face of checkpoints.
+pub(super) struct Checkpoints(pub Service);
+
+#[tonic::async_trait]
+impl CheckpointService for Checkpoints {
+    async fn get_checkpoint(&self, request: Request<pb::GetCheckpointRequest>) -> Result<Response<pb::Checkpoint>, Status> {
+        let r = request.into_inner();
+        let (job, which) = parse(&r.name)?;
+        let checkpoint = self.0.get_checkpoint(job, which).await.map_err(status)?;
+        Ok(Response::new(convert(checkpoint)))
+    }
+
+    async fn list_checkpoints(
+        &self,
+        request: Request<pb::ListCheckpointsRequest>,
+    ) -> Result<Response<pb::ListCheckpointsResponse>, Status> {
+        let r = request.into_inner();
+        let all = self.0.list_checkpoints(job_id("parent", &r.parent)?).await.map_err(status)?;
+        Ok(Response::new(pb::ListCheckpointsResponse { checkpoints: all.into_iter().map(convert).collect() }))
+    }
+
+    async fn delete_checkpoint(
+        &self,
+        request: Request<pb::DeleteCheckpointRequest>,
+    ) -> Result<Response<pb::DeleteCheckpointResponse>, Status> {
+        let r = request.into_inner();
+        let (job, CheckpointRef::Step(step)) = parse(&r.name)? else {
+            return Err(invalid("name", "must name a step: latest and best may move between the look and the deletion"));
+        };
+        self.0.delete_checkpoint(job, step).await.map_err(status)?;
+        Ok(Response::new(pb::DeleteCheckpointResponse {}))
+    }
+
+    async fn export_checkpoint(
+        &self,
+        request: Request<pb::ExportCheckpointRequest>,
+    ) -> Result<Response<pb::ExportCheckpointResponse>, Status> {
+        let r = request.into_inner();
+        let (job, which) = parse(&r.name)?;
+        let export = self.0.export_checkpoint(job, which, format(r.format)?).await.map_err(status)?;
+        let files = export.files.into_iter().map(file).collect();
+        Ok(Response::new(pb::ExportCheckpointResponse { path: export.path.display().to_string(), files }))
+    }
+
+    type DownloadCheckpointStream = ReceiverStream<Result<pb::DownloadCheckpointResponse, Status>>;
+
+    async fn download_checkpoint(
+        &self,
+        request: Request<pb::DownloadCheckpointRequest>,
+    ) -> Result<Response<Self::DownloadCheckpointStream>, Status> {
+        let r = request.into_inner();
+        let (job, which) = parse(&r.name)?;
+        let export = self.0.export_checkpoint(job, which, format(r.format)?).await.map_err(status)?;
+        let (sender, receiver) = mpsc::channel(BUFFER);
+        tokio::spawn(async move {
+            for f in export.files {
+                let path = export.path.join(&f.path);
+                if !send_file(&sender, f, path).await {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+}
+
+type Sender = mpsc::Sender<Result<pb::DownloadCheckpointResponse, Status>>;
+
+/// Sends a header and the bytes; false when the client has left or the file failed.
+async fn send_file(sender: &Sender, f: ExportedFile, path: PathBuf) -> bool {
+    let part = |part| Ok(pb::DownloadCheckpointResponse { part: Some(part) });
+    if sender.send(part(Part::File(file(f)))).await.is_err() {
+        return false;
+    }
+    let failed = |e: std::io::Error| status(ServiceError::internal(format!("{}: {e}", path.display())));
+    let mut reader = match tokio::fs::File::open(&path).await {
+        Ok(reader) => reader,
+        Err(e) => {
+            let _ = sender.send(Err(failed(e))).await;
+            return false;
+        }
+    };
+    loop {
+        let mut buffer = vec![0; CHUNK];
+        match reader.read(&mut buffer).await {
+            Ok(0) => return true,
+            Ok(n) => {
+                buffer.truncate(n);
+                if sender.send(part(Part::Chunk(buffer))).await.is_err() {
+                    return false;
+                }
+            }
+            Err(e) => {
+                let _ = sender.send(Err(failed(e))).await;
+                return false;
+            }
+        }
+    }
+}
+
+fn parse(name: &str) -> Result<(&str, CheckpointRef), Status> {
+    names::parse_checkpoint(name).ok_or_else(|| {
+        invalid("name", format!("is {name:?}: it must look like trainingJobs/ID/checkpoints/STEP, with latest or best for STEP"))
+    })
+}
+
+fn format(given: i32) -> Result<Option<ExportFormat>, Status> {
+    match pb::ExportFormat::try_from(given) {
+        Ok(pb::ExportFormat::Unspecified) => Ok(None),
+        Ok(pb::ExportFormat::Adapter) => Ok(Some(ExportFormat::Adapter)),
+        Ok(pb::ExportFormat::Merged) => Ok(Some(ExportFormat::Merged)),
+        Err(_) => Err(invalid("format", format!("is {given}: it must be ADAPTER (1) or MERGED (2)"))),
+    }
+}
+
+fn file(f: ExportedFile) -> pb::ExportedFile {
+    pb::ExportedFile { path: f.path, size_bytes: f.size_bytes, content_hash: f.content_hash }
+}
+
+fn convert(c: Checkpoint) -> pb::Checkpoint {
+    pb::Checkpoint {
+        name: format!("trainingJobs/{}/checkpoints/{}", c.job, c.step),
+        step: c.step,
+        best: c.best,
+        size_bytes: c.size_bytes,
+        metrics: c.metrics,
+        create_time: Some(timestamp(c.create_time)),
+        adapter: c.adapter,
+    }
+}

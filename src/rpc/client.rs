@@ -1,0 +1,243 @@
+//! A thin client for the command line and the demo: connects with a clear error, uploads, follows events across reconnects, downloads safely.
+
+use std::path::Path;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+use super::pb;
+use super::pb::checkpoint_service_client::CheckpointServiceClient;
+use super::pb::dataset_service_client::DatasetServiceClient;
+use super::pb::model_service_client::ModelServiceClient;
+use super::pb::scoring_service_client::ScoringServiceClient;
+use super::pb::training_service_client::TrainingServiceClient;
+
+/// Bytes in a piece of an upload.
+const CHUNK: usize = 1 << 20;
+/// The largest answer taken from a server.
+const MAX_MESSAGE: usize = 256 << 20;
+/// Reconnects of an event stream without an event in between.
+const MAX_RECONNECTS: u32 = 30;
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nothing answers there.
+    #[error("cannot reach {address}: {reason}; is `bradley serve` running there?")]
+    Unreachable {
+        /// The server's address.
+        address: String,
+        /// What the transport said.
+        reason: String,
+    },
+    /// The server refused.
+    #[error("{}", describe(.0))]
+    Refused(Box<Status>),
+    /// A local file failed.
+    #[error("{path}: {source}")]
+    File {
+        /// The file.
+        path: String,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// The server's answer makes no sense.
+    #[error("the server's answer cannot be used: {0}")]
+    Protocol(String),
+}
+
+impl ClientError {
+    /// Whether the arguments are at fault (rather than the server or the network).
+    pub fn is_usage(&self) -> bool {
+        matches!(self, ClientError::Refused(s) if matches!(s.code(), Code::InvalidArgument | Code::NotFound | Code::FailedPrecondition | Code::AlreadyExists | Code::OutOfRange))
+    }
+}
+
+impl From<Status> for ClientError {
+    fn from(s: Status) -> Self {
+        ClientError::Refused(Box::new(s))
+    }
+}
+
+/// The message with each bad field on a line of its own.
+fn describe(status: &Status) -> String {
+    match status.get_details_bad_request() {
+        Some(bad) if !bad.field_violations.is_empty() => {
+            let lines: Vec<String> = bad.field_violations.iter().map(|v| format!("  {} {}", v.field, v.description)).collect();
+            format!("the server refused these fields:\n{}", lines.join("\n"))
+        }
+        _ => format!("{} ({:?})", status.message(), status.code()),
+    }
+}
+
+/// The result of a call.
+pub type Result<T> = std::result::Result<T, ClientError>;
+
+/// A connection to a server.
+#[derive(Clone, Debug)]
+pub struct Client {
+    channel: Channel,
+}
+
+impl Client {
+    /// Connects to `address`, e.g. `http://127.0.0.1:50051`.
+    pub async fn connect(address: &str, timeout: Duration) -> Result<Self> {
+        let unreachable = |reason: String| ClientError::Unreachable { address: address.to_owned(), reason };
+        let endpoint = Endpoint::from_shared(address.to_owned())
+            .map_err(|e| unreachable(e.to_string()))?
+            .connect_timeout(timeout)
+            .http2_keep_alive_interval(Duration::from_secs(30))
+            .keep_alive_while_idle(true);
+        let channel = endpoint.connect().await.map_err(|e| unreachable(root_cause(&e)))?;
+        Ok(Client { channel })
+    }
+
+    /// Training jobs.
+    pub fn training(&self) -> TrainingServiceClient<Channel> {
+        TrainingServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    /// Datasets.
+    pub fn datasets(&self) -> DatasetServiceClient<Channel> {
+        DatasetServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    /// Checkpoints.
+    pub fn checkpoints(&self) -> CheckpointServiceClient<Channel> {
+        CheckpointServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    /// Scoring.
+    pub fn scoring(&self) -> ScoringServiceClient<Channel> {
+        ScoringServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    /// Models.
+    pub fn models(&self) -> ModelServiceClient<Channel> {
+        ModelServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    /// Whether the server says SERVING.
+    pub async fn health(&self) -> Result<bool> {
+        let mut client = tonic_health::pb::health_client::HealthClient::new(self.channel.clone());
+        let answer = client.check(tonic_health::pb::HealthCheckRequest { service: String::new() }).await?.into_inner();
+        Ok(answer.status == tonic_health::pb::health_check_response::ServingStatus::Serving as i32)
+    }
+
+    /// Uploads a file; `sent` is told how many bytes are on their way.
+    pub async fn upload_dataset(
+        &self,
+        path: &Path,
+        metadata: pb::UploadMetadata,
+        mut sent: impl FnMut(u64) + Send + 'static,
+    ) -> Result<pb::Dataset> {
+        let failed = |source| ClientError::File { path: path.display().to_string(), source };
+        let mut file = tokio::fs::File::open(path).await.map_err(failed)?;
+        let (sender, receiver) = mpsc::channel(4);
+        let message = |part| pb::UploadDatasetRequest { part: Some(part) };
+        let read = tokio::spawn(async move {
+            if sender.send(message(pb::upload_dataset_request::Part::Metadata(metadata))).await.is_err() {
+                return Ok(());
+            }
+            let mut total = 0;
+            loop {
+                let mut buffer = vec![0; CHUNK];
+                let n = file.read(&mut buffer).await?;
+                if n == 0 {
+                    return Ok::<(), std::io::Error>(());
+                }
+                buffer.truncate(n);
+                if sender.send(message(pb::upload_dataset_request::Part::Chunk(buffer))).await.is_err() {
+                    return Ok(()); // the server has refused; its answer says why
+                }
+                total += n as u64;
+                sent(total);
+            }
+        });
+        let dataset = self.datasets().upload_dataset(ReceiverStream::new(receiver)).await?.into_inner();
+        match read.await {
+            Ok(Ok(())) => Ok(dataset),
+            Ok(Err(e)) => Err(failed(e)),
+            Err(e) => Err(ClientError::Protocol(e.to_string())),
+        }
+    }
+
+    /// Calls `each` for every event of `job` after `after`, in order and once each, until the job ends or `each` returns false. A dropped
+    /// connection is taken up again after the last event seen.
+    pub async fn follow(&self, job: &str, after: u64, mut each: impl FnMut(pb::TrainingEvent) -> bool) -> Result<u64> {
+        let (mut cursor, mut failures) = (after, 0);
+        loop {
+            let request = pb::StreamTrainingEventsRequest { parent: job.to_owned(), after_sequence: cursor };
+            let error = match self.training().stream_training_events(request).await {
+                Ok(stream) => {
+                    let mut stream = stream.into_inner();
+                    loop {
+                        match stream.message().await {
+                            Ok(Some(event)) => {
+                                (cursor, failures) = (event.sequence, 0);
+                                if !each(event) {
+                                    return Ok(cursor);
+                                }
+                            }
+                            Ok(None) => return Ok(cursor),
+                            Err(e) => break e,
+                        }
+                    }
+                }
+                Err(e) => e,
+            };
+            failures += 1;
+            let transient = matches!(error.code(), Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal);
+            if !transient || failures > MAX_RECONNECTS {
+                return Err(error.into());
+            }
+            tracing::debug!(error = %error, cursor, "event stream dropped; taking it up again");
+            tokio::time::sleep(Duration::from_millis(200 * u64::from(failures.min(25)))).await;
+        }
+    }
+
+    /// Downloads a checkpoint's files into the folder `out`; returns their names.
+    pub async fn download_checkpoint(&self, name: &str, format: pb::ExportFormat, out: &Path) -> Result<Vec<String>> {
+        use pb::download_checkpoint_response::Part;
+        let request = pb::DownloadCheckpointRequest { name: name.to_owned(), format: format.into() };
+        let mut stream = self.checkpoints().download_checkpoint(request).await?.into_inner();
+        let failed = |path: &Path, source| ClientError::File { path: path.display().to_string(), source };
+        tokio::fs::create_dir_all(out).await.map_err(|e| failed(out, e))?;
+        let (mut names, mut open) = (Vec::new(), None);
+        while let Some(message) = stream.message().await? {
+            match message.part {
+                Some(Part::File(file)) => {
+                    let plain = !file.path.is_empty() && !file.path.contains(['/', '\\']) && !file.path.starts_with('.');
+                    if !plain {
+                        return Err(ClientError::Protocol(format!("it names the file {:?}", file.path)));
+                    }
+                    let path = out.join(&file.path);
+                    open = Some((tokio::fs::File::create(&path).await.map_err(|e| failed(&path, e))?, path));
+                    names.push(file.path);
+                }
+                Some(Part::Chunk(bytes)) => match &mut open {
+                    Some((file, path)) => file.write_all(&bytes).await.map_err(|e| failed(path, e))?,
+                    None => return Err(ClientError::Protocol("bytes before a file header".into())),
+                },
+                None => return Err(ClientError::Protocol("an empty message".into())),
+            }
+            if let Some((file, path)) = &mut open {
+                file.flush().await.map_err(|e| failed(path, e))?;
+            }
+        }
+        Ok(names)
+    }
+}
+
+fn root_cause(e: &dyn std::error::Error) -> String {
+    let mut cause = e;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    cause.to_string()
+}

@@ -1,0 +1,47 @@
+//! Proto ↔ domain. Every bad field is collected with its proto path before anything is refused.
+
+pub(super) mod dataset;
+pub(super) mod scoring;
+pub(super) mod training;
+
+use tonic::Status;
+
+use super::status::{bad_request, status};
+use crate::domain::job::Millis;
+use crate::domain::names;
+use crate::domain::violation::Violations;
+use crate::jobs::error::ServiceError;
+
+/// Milliseconds to a timestamp.
+pub(super) fn timestamp(ms: Millis) -> prost_types::Timestamp {
+    prost_types::Timestamp { seconds: ms.div_euclid(1000), nanos: (ms.rem_euclid(1000) * 1_000_000) as i32 }
+}
+
+/// One bad field.
+pub(super) fn invalid(field: &str, description: impl Into<String>) -> Status {
+    status(ServiceError::invalid(field, description))
+}
+
+/// A page size within bounds, or the default.
+pub(super) fn page_size(given: i32, default: usize) -> Result<usize, Status> {
+    match given {
+        0 => Ok(default),
+        1..=1000 => Ok(given as usize),
+        n => Err(invalid("page_size", format!("is {n}: it must lie in 1..=1000, or be 0 for {default}"))),
+    }
+}
+
+/// The id in `trainingJobs/{id}`.
+pub(super) fn job_id<'a>(field: &str, name: &'a str) -> Result<&'a str, Status> {
+    names::parse_job(name).ok_or_else(|| invalid(field, format!("is {name:?}: it must look like trainingJobs/ID")))
+}
+
+/// The id in `datasets/{id}`.
+pub(super) fn dataset_id<'a>(field: &str, name: &'a str) -> Result<&'a str, Status> {
+    names::parse_dataset(name).ok_or_else(|| invalid(field, format!("is {name:?}: it must look like datasets/ID")))
+}
+
+/// `Ok` unless something was collected.
+pub(super) fn finish<T>(value: T, bad: Violations) -> Result<T, Status> {
+    bad.into_result().map(|()| value).map_err(bad_request)
+}

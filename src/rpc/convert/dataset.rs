@@ -1,0 +1,77 @@
+//! Datasets and their validation reports.
+
+use tonic::Status;
+
+use super::{finish, timestamp};
+use crate::domain::dataset::{Dataset, DatasetFormat, RowIssue, Severity, ValidationReport};
+use crate::domain::names;
+use crate::domain::violation::Violations;
+use crate::jobs::datasets::UploadMeta;
+use crate::rpc::pb;
+
+/// What an upload says of itself.
+pub(in crate::rpc) fn upload_meta(m: pb::UploadMetadata) -> Result<UploadMeta, Status> {
+    let mut bad = Violations::default();
+    let format = match pb::DatasetFormat::try_from(m.format) {
+        Ok(pb::DatasetFormat::Unspecified) => None,
+        Ok(pb::DatasetFormat::Jsonl) => Some(DatasetFormat::Jsonl),
+        Ok(pb::DatasetFormat::Parquet) => Some(DatasetFormat::Parquet),
+        Err(_) => {
+            bad.push("metadata.format", format!("is {}: it must be JSONL (1), PARQUET (2) or 0 to guess", m.format));
+            None
+        }
+    };
+    let model = match m.model.as_str() {
+        "" => None,
+        name => match names::parse_model(name) {
+            Some(id) => Some(id.to_owned()),
+            None => {
+                bad.push("metadata.model", format!("is {name:?}: it must be empty or look like models/ID"));
+                None
+            }
+        },
+    };
+    let max_length = if m.max_length == 0 { 1024 } else { m.max_length as usize };
+    finish(UploadMeta { display_name: m.display_name, format, model, max_length }, bad)
+}
+
+/// A dataset; `with_issues` lists every finding.
+pub(in crate::rpc) fn dataset(d: Dataset, with_issues: bool) -> pb::Dataset {
+    pb::Dataset {
+        name: format!("datasets/{}", d.id),
+        display_name: d.display_name,
+        format: match d.format {
+            DatasetFormat::Jsonl => pb::DatasetFormat::Jsonl.into(),
+            DatasetFormat::Parquet => pb::DatasetFormat::Parquet.into(),
+        },
+        size_bytes: d.size_bytes,
+        content_hash: d.content_hash,
+        report: Some(report(d.report, with_issues)),
+        create_time: Some(timestamp(d.create_time)),
+    }
+}
+
+fn report(r: ValidationReport, with_issues: bool) -> pb::ValidationReport {
+    pb::ValidationReport {
+        rows: r.rows,
+        valid_rows: r.valid_rows,
+        counts: r.counts,
+        issues: if with_issues { r.issues.into_iter().map(issue).collect() } else { Vec::new() },
+        issues_truncated: r.issues_truncated,
+    }
+}
+
+fn issue(i: RowIssue) -> pb::RowIssue {
+    let severity = match i.reason.severity() {
+        Severity::Warning => pb::IssueSeverity::Warning,
+        Severity::Error => pb::IssueSeverity::Error,
+    };
+    pb::RowIssue {
+        row: i.row,
+        id: i.id.unwrap_or_default(),
+        field: i.field,
+        reason: i.reason.name().into(),
+        message: i.message,
+        severity: severity.into(),
+    }
+}

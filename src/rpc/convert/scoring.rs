@@ -1,0 +1,66 @@
+//! Scoring requests and scores.
+
+use tonic::Status;
+
+use super::finish;
+use crate::domain::dataset::{ChatMessage, Text};
+use crate::domain::names;
+use crate::domain::violation::Violations;
+use crate::jobs::error::ServiceError;
+use crate::jobs::scoring::{ScoreOptions, ScoredCompletion, ScoredPair};
+use crate::rpc::pb;
+
+/// What a request wants to score with, and whether per-token log-probs are wanted.
+pub(in crate::rpc) fn options(o: Option<pb::ScoringOptions>) -> Result<(ScoreOptions, bool), Status> {
+    let o = o.unwrap_or_default();
+    let mut bad = Violations::default();
+    let mut name = |field: &str, value: &str| {
+        let parsed = names::parse_policy(value);
+        if parsed.is_none() {
+            bad.push(field, format!("is {value:?}: it must look like models/ID or trainingJobs/ID/checkpoints/STEP"));
+        }
+        parsed
+    };
+    let policy = name("options.policy", &o.policy);
+    let reference = if o.reference.is_empty() { None } else { name("options.reference", &o.reference) };
+    let Some(policy) = policy else { return Err(crate::rpc::status::bad_request(bad)) };
+    let max_length = o.max_length.map(|n| n as usize);
+    finish((ScoreOptions { policy, reference, beta: o.beta, max_length }, o.per_token_logprobs), bad)
+}
+
+/// A text that must be present.
+pub(in crate::rpc) fn text(field: &str, t: Option<pb::Text>) -> Result<Text, ServiceError> {
+    match t.and_then(|t| t.form) {
+        Some(pb::text::Form::Plain(s)) => Ok(Text::Plain(s)),
+        Some(pb::text::Form::Chat(list)) => {
+            Ok(Text::Chat(list.messages.into_iter().map(|m| ChatMessage { role: m.role, content: m.content }).collect()))
+        }
+        None => Err(ServiceError::invalid(field, "is missing: set plain or chat")),
+    }
+}
+
+/// A pair's texts: prompt, a, b.
+pub(in crate::rpc) fn pair(p: pb::Pair) -> Result<(Text, Text, Text), ServiceError> {
+    Ok((text("pair.prompt", p.prompt)?, text("pair.a", p.a)?, text("pair.b", p.b)?))
+}
+
+/// A pair's score.
+pub(in crate::rpc) fn pair_score(s: ScoredPair, per_token: bool) -> pb::PairScore {
+    pb::PairScore { probability: s.probability, margin: s.margin, a: Some(completion(s.a, per_token)), b: Some(completion(s.b, per_token)) }
+}
+
+/// An answer's score.
+pub(in crate::rpc) fn completion(c: ScoredCompletion, per_token: bool) -> pb::CompletionScore {
+    let keep = |xs: Vec<f32>| if per_token { xs } else { Vec::new() };
+    pb::CompletionScore {
+        policy_logprob: c.policy_logprob,
+        reference_logprob: c.reference_logprob,
+        reward: c.reward,
+        tokens: c.token_ids.len() as u32,
+        prompt_tokens: c.prompt_tokens as u32,
+        truncated: c.truncated,
+        policy_token_logprobs: keep(c.policy_tokens),
+        reference_token_logprobs: keep(c.reference_tokens),
+        token_ids: if per_token { c.token_ids } else { Vec::new() },
+    }
+}

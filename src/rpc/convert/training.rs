@@ -1,0 +1,425 @@
+//! Training jobs and their events.
+
+use tonic::Status;
+
+use super::{finish, timestamp};
+use crate::domain::dpo::{Divergence, DpoConfig, LossType, ReferenceSync, WeightedLoss};
+use crate::domain::job::{Evaluation, Event, EventKind, Job, JobRequest, JobState, Progress, RowPolicy};
+use crate::domain::names;
+use crate::domain::training::{
+    ActivationCheckpointing, BatchConfig, BestMetric, LoraConfig, Method, OptimizerConfig, RunConfig, ScheduleKind, Seed, TrainingSpec,
+    Truncation, Warmup,
+};
+use crate::domain::violation::Violations;
+use crate::jobs::error::ServiceError;
+use crate::rpc::pb;
+use crate::rpc::status::message;
+
+const LORA_LEARNING_RATE: f64 = 1e-4;
+
+// ---- requests
+
+/// A job as asked for; output-only fields are ignored.
+pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, Status> {
+    let mut bad = Violations::default();
+    let policy = names::parse_policy(&job.policy);
+    if policy.is_none() {
+        bad.push("training_job.policy", format!("is {:?}: it must look like models/ID or trainingJobs/ID/checkpoints/STEP", job.policy));
+    }
+    let reference = match job.reference.as_str() {
+        "" => None,
+        name => {
+            let parsed = names::parse_policy(name);
+            if parsed.is_none() {
+                bad.push("training_job.reference", format!("is {name:?}: it must be empty, models/ID or trainingJobs/ID/checkpoints/STEP"));
+            }
+            parsed
+        }
+    };
+    let mut dataset = |field: &str, name: &str| match names::parse_dataset(name) {
+        Some(id) => id.to_owned(),
+        None => {
+            bad.push(field, format!("is {name:?}: it must look like datasets/ID"));
+            String::new()
+        }
+    };
+    let train = dataset("training_job.dataset", &job.dataset);
+    let evaluation = match &job.evaluation {
+        None => Evaluation::None,
+        Some(pb::training_job::Evaluation::EvalDataset(name)) => Evaluation::Dataset(dataset("training_job.eval_dataset", name)),
+        Some(pb::training_job::Evaluation::EvalFraction(f)) => Evaluation::Fraction(*f),
+    };
+    let row_policy = match pb::RowPolicy::try_from(job.row_policy) {
+        Ok(pb::RowPolicy::Unspecified | pb::RowPolicy::Reject) => RowPolicy::Reject,
+        Ok(pb::RowPolicy::Skip) => RowPolicy::Skip,
+        Err(_) => {
+            bad.push("training_job.row_policy", format!("is {}: it must be REJECT (1) or SKIP (2)", job.row_policy));
+            RowPolicy::Reject
+        }
+    };
+    let method = match job.method {
+        Some(pb::training_job::Method::Full(_)) => Method::Full,
+        Some(pb::training_job::Method::Lora(l)) => Method::Lora(lora(l)),
+        None => Method::Lora(LoraConfig::default()),
+    };
+    let spec = TrainingSpec {
+        dpo: dpo(job.dpo.unwrap_or_default(), &mut bad),
+        optimizer: optimizer(job.optimizer.unwrap_or_default(), &method, &mut bad),
+        batch: batch(job.batch.unwrap_or_default(), &mut bad),
+        run: run(job.run.unwrap_or_default(), &mut bad),
+        seed: Seed(job.seed.unwrap_or(Seed::default().0)),
+        method,
+    };
+    // The ranges are the domain's to check, but all bad fields belong in one answer.
+    spec.validate("training_job", &mut bad);
+    let Some(policy) = policy else { return finish_never(bad) };
+    let request =
+        JobRequest { display_name: job.display_name, labels: job.labels, policy, reference, dataset: train, evaluation, spec, row_policy };
+    finish(request, bad)
+}
+
+fn finish_never<T>(bad: Violations) -> Result<T, Status> {
+    Err(crate::rpc::status::bad_request(bad))
+}
+
+fn dpo(c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
+    let d = DpoConfig::default();
+    let mut losses = Vec::new();
+    for (i, l) in c.losses.iter().enumerate() {
+        match LossType::parse(&l.loss_type) {
+            Some(loss) => losses.push(WeightedLoss { loss, weight: l.weight.unwrap_or(1.0) }),
+            None => {
+                let known: Vec<&str> = LossType::ALL.iter().map(|l| l.name()).collect();
+                bad.push(
+                    format!("training_job.dpo.losses[{i}].loss_type"),
+                    format!("{:?} is unknown: use {}", l.loss_type, known.join(", ")),
+                );
+            }
+        }
+    }
+    let divergence = match c.f_divergence.as_str() {
+        "" | "reverse_kl" => Divergence::ReverseKl,
+        "forward_kl" => Divergence::ForwardKl,
+        "js_divergence" => Divergence::JensenShannon,
+        "alpha_divergence" => Divergence::Alpha { alpha: c.f_alpha.unwrap_or(0.5) },
+        other => {
+            let message = format!("{other:?} is unknown: use reverse_kl, forward_kl, js_divergence or alpha_divergence");
+            bad.push("training_job.dpo.f_divergence", message);
+            Divergence::ReverseKl
+        }
+    };
+    DpoConfig {
+        losses: if c.losses.is_empty() || losses.is_empty() { d.losses } else { losses },
+        beta: c.beta.unwrap_or(d.beta),
+        label_smoothing: c.label_smoothing.unwrap_or(d.label_smoothing),
+        divergence,
+        discopop_tau: c.discopop_tau.unwrap_or(d.discopop_tau),
+        rpo_alpha: c.rpo_alpha,
+        dpop_lambda: c.dpop_lambda.unwrap_or(d.dpop_lambda),
+        simpo_gamma: c.simpo_gamma.unwrap_or(d.simpo_gamma),
+        orpo_lambda: c.orpo_lambda.unwrap_or(d.orpo_lambda),
+        wpo: c.use_weighting,
+        ld_alpha: c.ld_alpha,
+        reference_free: c.reference_free,
+        reference_sync: c
+            .reference_sync
+            .map(|s| ReferenceSync { alpha: s.alpha.unwrap_or(0.6), every_steps: s.every_steps.unwrap_or(512) }),
+    }
+}
+
+fn optimizer(c: pb::OptimizerConfig, method: &Method, bad: &mut Violations) -> OptimizerConfig {
+    let d = OptimizerConfig::default();
+    let default_rate = if matches!(method, Method::Lora(_)) { LORA_LEARNING_RATE } else { d.learning_rate };
+    let schedule = match c.lr_scheduler_type.as_str() {
+        "" | "linear" => ScheduleKind::Linear,
+        "constant" | "constant_with_warmup" => ScheduleKind::Constant,
+        "cosine" => ScheduleKind::Cosine,
+        "cosine_with_floor" | "cosine_with_min_lr" => ScheduleKind::CosineWithFloor { min_ratio: c.min_lr_ratio.unwrap_or(0.1) },
+        other => {
+            let message = format!("{other:?} is unknown: use constant, linear, cosine or cosine_with_floor");
+            bad.push("training_job.optimizer.lr_scheduler_type", message);
+            d.schedule
+        }
+    };
+    OptimizerConfig {
+        learning_rate: c.learning_rate.unwrap_or(default_rate),
+        adam_beta1: c.adam_beta1.unwrap_or(d.adam_beta1),
+        adam_beta2: c.adam_beta2.unwrap_or(d.adam_beta2),
+        adam_epsilon: c.adam_epsilon.unwrap_or(d.adam_epsilon),
+        weight_decay: c.weight_decay.unwrap_or(d.weight_decay),
+        max_grad_norm: c.max_grad_norm.unwrap_or(d.max_grad_norm),
+        schedule,
+        warmup: match (c.warmup_steps, c.warmup_ratio) {
+            (Some(n), _) => Warmup::Steps(n.into()),
+            (None, Some(r)) => Warmup::Ratio(r),
+            (None, None) => d.warmup,
+        },
+    }
+}
+
+fn lora(c: pb::LoraConfig) -> LoraConfig {
+    let d = LoraConfig::default();
+    let rank = c.rank.map_or(d.rank, |r| r as usize);
+    LoraConfig {
+        rank,
+        alpha: c.alpha.unwrap_or(2.0 * rank as f64),
+        target_modules: if c.target_modules.is_empty() { d.target_modules } else { c.target_modules },
+        use_rslora: c.use_rslora,
+        init_adapter: (!c.init_adapter.is_empty()).then_some(c.init_adapter),
+    }
+}
+
+fn batch(c: pb::BatchConfig, bad: &mut Violations) -> BatchConfig {
+    let d = BatchConfig::default();
+    let size = |given: Option<u32>, default: usize| given.map_or(default, |n| n as usize);
+    BatchConfig {
+        batch_size: size(c.batch_size, d.batch_size),
+        gradient_accumulation_steps: size(c.gradient_accumulation_steps, d.gradient_accumulation_steps),
+        max_length: size(c.max_length, d.max_length),
+        truncation: match c.truncation_mode.as_str() {
+            "" | "keep_start" => Truncation::KeepStart,
+            "keep_end" => Truncation::KeepEnd,
+            other => {
+                bad.push("training_job.batch.truncation_mode", format!("{other:?} is unknown: use keep_start or keep_end"));
+                d.truncation
+            }
+        },
+        epochs: c.epochs.unwrap_or(d.epochs),
+        max_steps: c.max_steps,
+        shuffle: c.shuffle.unwrap_or(d.shuffle),
+        row_tokens: size(c.row_tokens, d.row_tokens),
+        activation_checkpointing: match c.activation_checkpointing.as_str() {
+            "" | "auto" => ActivationCheckpointing::Auto,
+            "on" => ActivationCheckpointing::On,
+            "off" => ActivationCheckpointing::Off,
+            other => {
+                bad.push("training_job.batch.activation_checkpointing", format!("{other:?} is unknown: use auto, on or off"));
+                d.activation_checkpointing
+            }
+        },
+    }
+}
+
+fn run(c: pb::RunConfig, bad: &mut Violations) -> RunConfig {
+    let d = RunConfig::default();
+    let metric_for_best = match c.metric_for_best.as_str() {
+        "" => d.metric_for_best,
+        name => BestMetric::parse(name).unwrap_or_else(|| {
+            let message = format!("{name:?} is unknown: use eval_loss, eval_rewards/accuracies or eval_rewards/margins");
+            bad.push("training_job.run.metric_for_best", message);
+            d.metric_for_best
+        }),
+    };
+    RunConfig {
+        save_steps: c.save_steps.map_or(d.save_steps, u64::from),
+        save_total_limit: c.save_total_limit.map_or(d.save_total_limit, |n| n as usize),
+        eval_steps: c.eval_steps.map_or(d.eval_steps, u64::from),
+        logging_steps: c.logging_steps.map_or(d.logging_steps, u64::from),
+        early_stopping_patience: c.early_stopping_patience.unwrap_or(d.early_stopping_patience),
+        metric_for_best,
+        eval_on_start: c.eval_on_start,
+    }
+}
+
+// ---- answers
+
+/// A job as stored.
+pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
+    let r = j.request;
+    let lora = match &r.spec.method {
+        Method::Lora(l) => Some(pb::training_job::Method::Lora(lora_message(l))),
+        Method::Full => Some(pb::training_job::Method::Full(pb::FullConfig {})),
+    };
+    pb::TrainingJob {
+        name: if j.id.is_empty() { String::new() } else { format!("trainingJobs/{}", j.id) },
+        uid: j.id,
+        etag: format!("\"{}\"", j.version),
+        display_name: r.display_name,
+        labels: r.labels,
+        state: state(j.state).into(),
+        error: j.error.map(|e| {
+            let reason = e.reason.clone();
+            let mut status = message(ServiceError::Internal { message: e.message });
+            status.code = code_of(&reason);
+            status
+        }),
+        policy: r.policy.to_string(),
+        reference: r.reference.map(|p| p.to_string()).unwrap_or_default(),
+        dataset: format!("datasets/{}", r.dataset),
+        evaluation: match r.evaluation {
+            Evaluation::None => None,
+            Evaluation::Dataset(id) => Some(pb::training_job::Evaluation::EvalDataset(format!("datasets/{id}"))),
+            Evaluation::Fraction(f) => Some(pb::training_job::Evaluation::EvalFraction(f)),
+        },
+        dpo: Some(dpo_message(&r.spec.dpo)),
+        optimizer: Some(optimizer_message(&r.spec.optimizer)),
+        method: lora,
+        batch: Some(batch_message(&r.spec.batch)),
+        run: Some(run_message(&r.spec.run)),
+        seed: Some(r.spec.seed.0),
+        row_policy: match r.row_policy {
+            RowPolicy::Reject => pb::RowPolicy::Reject.into(),
+            RowPolicy::Skip => pb::RowPolicy::Skip.into(),
+        },
+        progress: Some(progress(j.progress)),
+        create_time: Some(timestamp(j.create_time)),
+        start_time: j.start_time.map(timestamp),
+        end_time: j.end_time.map(timestamp),
+        latest_metrics: j.latest_metrics,
+        skipped_rows: j.skipped_rows,
+    }
+}
+
+/// The google.rpc code of a job's error.
+fn code_of(reason: &str) -> i32 {
+    use tonic::Code;
+    let code = match reason {
+        "OUT_OF_MEMORY" => Code::ResourceExhausted,
+        "DATASET_INVALID" | "NON_FINITE_LOSS" | "WEIGHTS_UNAVAILABLE" => Code::FailedPrecondition,
+        "NOT_FOUND" => Code::NotFound,
+        _ => Code::Internal,
+    };
+    code as i32
+}
+
+fn dpo_message(c: &DpoConfig) -> pb::DpoConfig {
+    let (f_divergence, f_alpha) = match c.divergence {
+        Divergence::ReverseKl => ("reverse_kl", None),
+        Divergence::ForwardKl => ("forward_kl", None),
+        Divergence::JensenShannon => ("js_divergence", None),
+        Divergence::Alpha { alpha } => ("alpha_divergence", Some(alpha)),
+    };
+    pb::DpoConfig {
+        losses: c.losses.iter().map(|l| pb::WeightedLoss { loss_type: l.loss.name().into(), weight: Some(l.weight) }).collect(),
+        beta: Some(c.beta),
+        label_smoothing: Some(c.label_smoothing),
+        f_divergence: f_divergence.into(),
+        f_alpha,
+        discopop_tau: Some(c.discopop_tau),
+        rpo_alpha: c.rpo_alpha,
+        dpop_lambda: Some(c.dpop_lambda),
+        simpo_gamma: Some(c.simpo_gamma),
+        orpo_lambda: Some(c.orpo_lambda),
+        use_weighting: c.wpo,
+        ld_alpha: c.ld_alpha,
+        reference_free: c.reference_free,
+        reference_sync: c.reference_sync.map(|s| pb::ReferenceSync { alpha: Some(s.alpha), every_steps: Some(s.every_steps) }),
+    }
+}
+
+fn optimizer_message(c: &OptimizerConfig) -> pb::OptimizerConfig {
+    let (lr_scheduler_type, min_lr_ratio) = match c.schedule {
+        ScheduleKind::Constant => ("constant", None),
+        ScheduleKind::Linear => ("linear", None),
+        ScheduleKind::Cosine => ("cosine", None),
+        ScheduleKind::CosineWithFloor { min_ratio } => ("cosine_with_floor", Some(min_ratio)),
+    };
+    let (warmup_steps, warmup_ratio) = match c.warmup {
+        Warmup::Steps(n) => (Some(n as u32), None),
+        Warmup::Ratio(r) => (None, Some(r)),
+    };
+    pb::OptimizerConfig {
+        learning_rate: Some(c.learning_rate),
+        adam_beta1: Some(c.adam_beta1),
+        adam_beta2: Some(c.adam_beta2),
+        adam_epsilon: Some(c.adam_epsilon),
+        weight_decay: Some(c.weight_decay),
+        max_grad_norm: Some(c.max_grad_norm),
+        lr_scheduler_type: lr_scheduler_type.into(),
+        warmup_steps,
+        warmup_ratio,
+        min_lr_ratio,
+    }
+}
+
+fn lora_message(c: &LoraConfig) -> pb::LoraConfig {
+    pb::LoraConfig {
+        rank: Some(c.rank as u32),
+        alpha: Some(c.alpha),
+        target_modules: c.target_modules.clone(),
+        use_rslora: c.use_rslora,
+        init_adapter: c.init_adapter.clone().unwrap_or_default(),
+    }
+}
+
+fn batch_message(c: &BatchConfig) -> pb::BatchConfig {
+    pb::BatchConfig {
+        batch_size: Some(c.batch_size as u32),
+        gradient_accumulation_steps: Some(c.gradient_accumulation_steps as u32),
+        max_length: Some(c.max_length as u32),
+        truncation_mode: match c.truncation {
+            Truncation::KeepStart => "keep_start".into(),
+            Truncation::KeepEnd => "keep_end".into(),
+        },
+        epochs: Some(c.epochs),
+        max_steps: c.max_steps,
+        shuffle: Some(c.shuffle),
+        row_tokens: Some(c.row_tokens as u32),
+        activation_checkpointing: match c.activation_checkpointing {
+            ActivationCheckpointing::Auto => "auto".into(),
+            ActivationCheckpointing::On => "on".into(),
+            ActivationCheckpointing::Off => "off".into(),
+        },
+    }
+}
+
+fn run_message(c: &RunConfig) -> pb::RunConfig {
+    pb::RunConfig {
+        save_steps: Some(c.save_steps as u32),
+        save_total_limit: Some(c.save_total_limit as u32),
+        eval_steps: Some(c.eval_steps as u32),
+        logging_steps: Some(c.logging_steps as u32),
+        early_stopping_patience: Some(c.early_stopping_patience),
+        metric_for_best: c.metric_for_best.name().into(),
+        eval_on_start: c.eval_on_start,
+    }
+}
+
+fn progress(p: Progress) -> pb::JobProgress {
+    pb::JobProgress { step: p.step, total_steps: p.total_steps, epoch: p.epoch, tokens: p.tokens, eta_seconds: p.eta_seconds }
+}
+
+fn state(s: JobState) -> pb::JobState {
+    match s {
+        JobState::Queued => pb::JobState::Queued,
+        JobState::Preparing => pb::JobState::Preparing,
+        JobState::Running => pb::JobState::Running,
+        JobState::Cancelling => pb::JobState::Cancelling,
+        JobState::Cancelled => pb::JobState::Cancelled,
+        JobState::Succeeded => pb::JobState::Succeeded,
+        JobState::Failed => pb::JobState::Failed,
+    }
+}
+
+/// The states of a filter.
+pub(in crate::rpc) fn states(given: &[i32]) -> Result<Vec<JobState>, Status> {
+    let mut bad = Violations::default();
+    let mut wanted = Vec::new();
+    for (i, n) in given.iter().enumerate() {
+        match JobState::ALL.into_iter().find(|s| state(*s) as i32 == *n) {
+            Some(s) => wanted.push(s),
+            None => bad.push(format!("states[{i}]"), format!("is {n}: it must be one of JobState's values but UNSPECIFIED")),
+        }
+    }
+    finish(wanted, bad)
+}
+
+/// An event of `job`.
+pub(in crate::rpc) fn event(job: &str, e: Event) -> pb::TrainingEvent {
+    use pb::training_event::Event as P;
+    let event = match e.kind {
+        EventKind::StateChange { from, to, reason } => {
+            P::StateChange(pb::StateChange { from: from.map_or(pb::JobState::Unspecified, state).into(), to: state(to).into(), reason })
+        }
+        EventKind::Step { step, progress: p, metrics } => P::StepMetrics(pb::StepMetrics { step, progress: Some(progress(p)), metrics }),
+        EventKind::Eval { step, metrics } => P::EvalMetrics(pb::EvalMetrics { step, metrics }),
+        EventKind::CheckpointCreated { step, best } => {
+            P::CheckpointCreated(pb::CheckpointCreated { checkpoint: format!("trainingJobs/{job}/checkpoints/{step}"), step, best })
+        }
+        EventKind::Log { severity, message } => P::Log(pb::LogMessage { severity, message }),
+    };
+    pb::TrainingEvent { sequence: e.sequence, time: Some(timestamp(e.time)), event: Some(event) }
+}
+
+#[cfg(test)]
+mod tests;

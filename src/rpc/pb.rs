@@ -1,0 +1,7 @@
+//! The generated protobuf types and services.
+#![allow(missing_docs, clippy::all, clippy::pedantic)]
+
+tonic::include_proto!("bradley.v1");
+
+/// The compiled descriptors, for reflection.
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/bradley.bin"));

@@ -1,0 +1,174 @@
+//! ScoringService.
+
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::convert::scoring as convert;
+use super::pb::{self, scoring_service_server::ScoringService, stream_score_pairs_request::Part};
+use super::status::{incomplete, message, status};
+use crate::jobs::error::ServiceError;
+use crate::jobs::scoring::{ScoredPair, ScoringSession};
+use crate::jobs::service::Service;
+use crate::math::score::{best_of, ranking};
+
+/// Pairs in a unary batch.
+const MAX_PAIRS: usize = 1024;
+/// Answers to one prompt.
+const MAX_COMPLETIONS: usize = 256;
+/// Pairs of one stream that are being scored; more are not read from the client until some are answered.
+const IN_FLIGHT: usize = 256;
+/// Answers that wait for a slow client.
+const BUFFER: usize = 64;
+
+/// The gRPC face of scoring.
+pub(super) struct Scoring(pub Service);
+
+type Scored = Result<ScoredPair, ServiceError>;
+
+#[tonic::async_trait]
+impl ScoringService for Scoring {
+    async fn score_pairs(&self, request: Request<pb::ScorePairsRequest>) -> Result<Response<pb::ScorePairsResponse>, Status> {
+        let r = request.into_inner();
+        let (options, per_token) = convert::options(r.options)?;
+        if r.pairs.is_empty() || r.pairs.len() > MAX_PAIRS {
+            return Err(status(ServiceError::invalid("pairs", format!("has {} pairs: send 1 to {MAX_PAIRS}", r.pairs.len()))));
+        }
+        let session = self.0.scoring_session(options).await.map_err(status)?;
+        // Dropped with this call: what its client no longer waits for is abandoned.
+        let mut tasks = JoinSet::new();
+        let mut results: Vec<(String, Option<Scored>)> = Vec::with_capacity(r.pairs.len());
+        for (i, pair) in r.pairs.into_iter().enumerate() {
+            results.push((pair.id.clone(), None));
+            let session = session.clone();
+            tasks.spawn(async move { (i, score(&session, pair).await) });
+        }
+        while let Some(done) = tasks.join_next().await {
+            let (i, scored) = done.map_err(|e| status(ServiceError::internal(format!("a scoring task failed: {e}"))))?;
+            results[i].1 = Some(scored);
+        }
+        if results.iter().all(|(_, r)| matches!(r, Some(Err(ServiceError::Unavailable { .. }))))
+            && let Some((_, Some(Err(e)))) = results.pop()
+        {
+            return Err(status(e));
+        }
+        let results = results
+            .into_iter()
+            .map(|(id, scored)| pair_result(id, scored.unwrap_or_else(|| Err(ServiceError::internal("unscored"))), per_token))
+            .collect();
+        Ok(Response::new(pb::ScorePairsResponse {
+            results,
+            policy_version: session.policy_version(),
+            reference_version: session.reference_version().unwrap_or_default(),
+        }))
+    }
+
+    type StreamScorePairsStream = ReceiverStream<Result<pb::StreamScorePairsResponse, Status>>;
+
+    async fn stream_score_pairs(
+        &self,
+        request: Request<Streaming<pb::StreamScorePairsRequest>>,
+    ) -> Result<Response<Self::StreamScorePairsStream>, Status> {
+        let mut requests = request.into_inner();
+        let Some(Part::Options(options)) = requests.message().await?.and_then(|m| m.part) else {
+            return Err(incomplete("the first message of a scoring stream must be options"));
+        };
+        let (options, per_token) = convert::options(Some(options))?;
+        let session = self.0.scoring_session(options).await.map_err(status)?;
+        let (answers, receiver) = mpsc::channel(BUFFER);
+        tokio::spawn(async move {
+            if let Err(e) = follow(requests, &answers, &session, per_token).await {
+                let _ = answers.send(Err(e)).await;
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn score_completions(
+        &self,
+        request: Request<pb::ScoreCompletionsRequest>,
+    ) -> Result<Response<pb::ScoreCompletionsResponse>, Status> {
+        let r = request.into_inner();
+        let (options, per_token) = convert::options(r.options)?;
+        let n = r.completions.len();
+        if n == 0 || n > MAX_COMPLETIONS {
+            return Err(status(ServiceError::invalid("completions", format!("has {n} answers: send 1 to {MAX_COMPLETIONS}"))));
+        }
+        let prompt = convert::text("prompt", r.prompt).map_err(status)?;
+        let mut completions = Vec::with_capacity(n);
+        for (i, c) in r.completions.into_iter().enumerate() {
+            completions.push(convert::text(&format!("completions[{i}]"), Some(c)).map_err(status)?);
+        }
+        let session = self.0.scoring_session(options).await.map_err(status)?;
+        let scored = session.score_completions(&prompt, &completions).await.map_err(status)?;
+        let good: Vec<usize> = scored.iter().enumerate().filter(|(_, s)| s.is_ok()).map(|(i, _)| i).collect();
+        let rewards: Vec<f64> = scored.iter().flatten().map(|s| s.reward).collect();
+        let order = ranking(&rewards).into_iter().map(|i| good[i] as u32).collect();
+        let mut chances = best_of(&rewards).into_iter();
+        let results = scored
+            .into_iter()
+            .map(|s| match s {
+                Ok(s) => pb::CompletionResult {
+                    result: Some(pb::completion_result::Result::Score(convert::completion(s, per_token))),
+                    probability: chances.next().unwrap_or_default(),
+                },
+                Err(e) => pb::CompletionResult { result: Some(pb::completion_result::Result::Error(message(e))), probability: 0.0 },
+            })
+            .collect();
+        Ok(Response::new(pb::ScoreCompletionsResponse {
+            results,
+            ranking: order,
+            policy_version: session.policy_version(),
+            reference_version: session.reference_version().unwrap_or_default(),
+        }))
+    }
+}
+
+async fn score(session: &ScoringSession, pair: pb::Pair) -> Scored {
+    let (prompt, a, b) = convert::pair(pair)?;
+    session.score_pair(&prompt, &a, &b).await
+}
+
+fn pair_result(id: String, scored: Scored, per_token: bool) -> pb::PairResult {
+    let result = match scored {
+        Ok(s) => pb::pair_result::Result::Score(convert::pair_score(s, per_token)),
+        Err(e) => pb::pair_result::Result::Error(message(e)),
+    };
+    pb::PairResult { id, result: Some(result) }
+}
+
+type Answers = mpsc::Sender<Result<pb::StreamScorePairsResponse, Status>>;
+
+/// Reads pairs and answers them as they are scored, at most [`IN_FLIGHT`] at a time; ends when the client has half-closed and all is answered.
+async fn follow(
+    mut requests: Streaming<pb::StreamScorePairsRequest>,
+    answers: &Answers,
+    session: &ScoringSession,
+    per_token: bool,
+) -> Result<(), Status> {
+    let mut tasks: JoinSet<(String, Scored)> = JoinSet::new();
+    let mut open = true;
+    while open || !tasks.is_empty() {
+        tokio::select! {
+            next = requests.message(), if open && tasks.len() < IN_FLIGHT => match next? {
+                Some(pb::StreamScorePairsRequest { part: Some(Part::Pair(pair)) }) => {
+                    let session = session.clone();
+                    tasks.spawn(async move { (pair.id.clone(), score(&session, pair).await) });
+                }
+                Some(_) => return Err(incomplete("after the options every message of a scoring stream must be a pair")),
+                None => open = false,
+            },
+            Some(done) = tasks.join_next() => {
+                let (id, scored) = done.map_err(|e| status(ServiceError::internal(format!("a scoring task failed: {e}"))))?;
+                let policy_version = scored.as_ref().map_or_else(|_| session.policy_version(), |s| s.policy_version.clone());
+                let answer = pb::StreamScorePairsResponse { result: Some(pair_result(id, scored, per_token)), policy_version };
+                if answers.send(Ok(answer)).await.is_err() {
+                    return Ok(()); // the client has left; dropping the tasks abandons their work
+                }
+            }
+            () = answers.closed() => return Ok(()),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,86 @@
+//! TrainingService.
+
+use std::pin::Pin;
+
+use tokio_stream::{Stream, StreamExt};
+use tonic::{Request, Response, Status};
+
+use super::convert::{job_id, page_size, training as convert};
+use super::pb::{self, training_service_server::TrainingService};
+use super::status::{bad_request, status};
+use crate::domain::violation::Violations;
+use crate::jobs::service::Service;
+
+/// The gRPC face of training jobs.
+pub(super) struct Training(pub Service);
+
+type EventStream = Pin<Box<dyn Stream<Item = Result<pb::TrainingEvent, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl TrainingService for Training {
+    async fn create_training_job(&self, request: Request<pb::CreateTrainingJobRequest>) -> Result<Response<pb::TrainingJob>, Status> {
+        let r = request.into_inner();
+        let Some(job) = r.training_job else {
+            let mut bad = Violations::default();
+            bad.push("training_job", "is missing");
+            return Err(bad_request(bad));
+        };
+        let request = convert::job_request(job)?;
+        let request_id = (!r.request_id.is_empty()).then_some(r.request_id);
+        let job = self.0.create_job(request, request_id, r.validate_only).await.map_err(status)?;
+        Ok(Response::new(convert::job(job)))
+    }
+
+    async fn get_training_job(&self, request: Request<pb::GetTrainingJobRequest>) -> Result<Response<pb::TrainingJob>, Status> {
+        let r = request.into_inner();
+        let job = self.0.get_job(job_id("name", &r.name)?).await.map_err(status)?;
+        Ok(Response::new(convert::job(job)))
+    }
+
+    async fn list_training_jobs(
+        &self,
+        request: Request<pb::ListTrainingJobsRequest>,
+    ) -> Result<Response<pb::ListTrainingJobsResponse>, Status> {
+        let r = request.into_inner();
+        let (states, size) = (convert::states(&r.states)?, page_size(r.page_size, 50)?);
+        let page = self.0.list_jobs(&states, size, &r.page_token).await.map_err(status)?;
+        let training_jobs = page.items.into_iter().map(convert::job).collect();
+        Ok(Response::new(pb::ListTrainingJobsResponse { training_jobs, next_page_token: page.next_page_token }))
+    }
+
+    async fn cancel_training_job(&self, request: Request<pb::CancelTrainingJobRequest>) -> Result<Response<pb::TrainingJob>, Status> {
+        let r = request.into_inner();
+        let job = self.0.cancel_job(job_id("name", &r.name)?).await.map_err(status)?;
+        Ok(Response::new(convert::job(job)))
+    }
+
+    async fn delete_training_job(
+        &self,
+        request: Request<pb::DeleteTrainingJobRequest>,
+    ) -> Result<Response<pb::DeleteTrainingJobResponse>, Status> {
+        let r = request.into_inner();
+        self.0.delete_job(job_id("name", &r.name)?).await.map_err(status)?;
+        Ok(Response::new(pb::DeleteTrainingJobResponse {}))
+    }
+
+    async fn list_training_events(
+        &self,
+        request: Request<pb::ListTrainingEventsRequest>,
+    ) -> Result<Response<pb::ListTrainingEventsResponse>, Status> {
+        let r = request.into_inner();
+        let (id, size) = (job_id("parent", &r.parent)?, page_size(r.page_size, 100)?);
+        let (events, more) = self.0.list_events(id, r.after_sequence, size).await.map_err(status)?;
+        let events = events.into_iter().map(|e| convert::event(id, e)).collect();
+        Ok(Response::new(pb::ListTrainingEventsResponse { events, more }))
+    }
+
+    type StreamTrainingEventsStream = EventStream;
+
+    async fn stream_training_events(&self, request: Request<pb::StreamTrainingEventsRequest>) -> Result<Response<EventStream>, Status> {
+        let r = request.into_inner();
+        let id = job_id("parent", &r.parent)?.to_owned();
+        let events = self.0.stream_events(&id, r.after_sequence).await.map_err(status)?;
+        let stream = events.map(move |e| e.map(|e| convert::event(&id, e)).map_err(status));
+        Ok(Response::new(Box::pin(stream)))
+    }
+}
