@@ -1,3 +1,5 @@
 //! The `bradley` binary: everything is in the library.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    bradley::cli::main()
+}

@@ -1,1 +1,138 @@
 //! The command line: arguments, settings, output.
+
+mod args;
+mod demo;
+mod output;
+mod resources;
+mod score;
+pub mod serve;
+pub mod settings;
+mod telemetry;
+mod train;
+mod watch;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+
+use self::args::{Cli, Command, ServeArgs};
+use self::settings::{Settings, Sources};
+use crate::rpc::client::{Client, ClientError};
+
+/// How long a client waits for a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How a command ended; see the exit codes in `--help`.
+#[derive(Debug)]
+enum Failure {
+    /// Exit code 1.
+    Failed(String),
+    /// Exit code 2.
+    Usage(String),
+    /// Exit code 3.
+    Unreachable(String),
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(e: anyhow::Error) -> Self {
+        Failure::Failed(format!("{e:#}"))
+    }
+}
+
+impl From<ClientError> for Failure {
+    fn from(e: ClientError) -> Self {
+        match &e {
+            ClientError::Unreachable { .. } => Failure::Unreachable(e.to_string()),
+            e if e.is_usage() => Failure::Usage(e.to_string()),
+            e => Failure::Failed(e.to_string()),
+        }
+    }
+}
+
+impl From<tonic::Status> for Failure {
+    fn from(s: tonic::Status) -> Self {
+        ClientError::from(s).into()
+    }
+}
+
+type Outcome = Result<(), Failure>;
+
+/// Parses the arguments and runs the command.
+pub fn main() -> ExitCode {
+    tune_allocator();
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => return report(Failure::Failed(format!("the async runtime did not start: {e}"))),
+    };
+    let outcome = runtime.block_on(run(cli));
+    // A blocking task that hangs (a download, say) must not keep the process.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => report(failure),
+    }
+}
+
+async fn run(cli: Cli) -> Outcome {
+    let output = cli.output;
+    match cli.command {
+        Command::Serve(args) => serve_command(args).await,
+        Command::Demo(args) => demo::run(args).await,
+        Command::Train(args) => train::run(*args, output).await,
+        Command::Jobs(command) => resources::jobs(command, output).await,
+        Command::Watch(args) => watch::run(args, output).await,
+        Command::Score(args) => score::run(args, output).await,
+        Command::Datasets(command) => resources::datasets(command, output).await,
+        Command::Checkpoints(command) => resources::checkpoints(command, output).await,
+        Command::Models(command) => resources::models(command, output).await,
+        Command::Health(server) => match connect(&server.server).await?.health().await? {
+            true => Ok(()),
+            false => Err(Failure::Failed(format!("{} is not serving", server.server))),
+        },
+    }
+}
+
+async fn serve_command(args: ServeArgs) -> Outcome {
+    let bad = |v: crate::domain::violation::Violations| {
+        let lines: Vec<String> = v.0.iter().map(|v| format!("  {} {}", v.field, v.description)).collect();
+        Failure::Usage(format!("these settings cannot be used:\n{}", lines.join("\n")))
+    };
+    let sources = Sources::collect(args.config.as_deref(), args.flags).map_err(bad)?;
+    let settings = Settings::resolve(&sources).map_err(bad)?;
+    telemetry::log(&settings.log, settings.log_json);
+    let metrics = telemetry::metrics().map_err(|e| Failure::Failed(format!("metrics: {e}")))?;
+    Ok(serve::run(settings, metrics).await?)
+}
+
+async fn connect(address: &str) -> Result<Client, Failure> {
+    Ok(Client::connect(address, CONNECT_TIMEOUT).await?)
+}
+
+/// A resource's full name: the collection's prefix may be left out.
+fn full_name(collection: &str, name: &str) -> String {
+    if name.starts_with(&format!("{collection}/")) { name.to_owned() } else { format!("{collection}/{name}") }
+}
+
+#[allow(clippy::print_stderr)]
+fn report(failure: Failure) -> ExitCode {
+    let (message, code) = match failure {
+        Failure::Failed(m) => (m, 1),
+        Failure::Usage(m) => (m, 2),
+        Failure::Unreachable(m) => (m, 3),
+    };
+    eprintln!("error: {message}");
+    ExitCode::from(code)
+}
+
+/// Large activations come and go at every step; without this glibc maps and unmaps them each time, and the page faults cost more than the work.
+fn tune_allocator() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: mallopt only sets glibc parameters, before any other thread exists.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
+    }
+}

@@ -1,0 +1,366 @@
+//! Command-line arguments.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use super::settings::SETTINGS;
+
+/// Trains language models with Direct Preference Optimization over gRPC, and scores preference pairs with them.
+#[derive(Debug, Parser)]
+#[command(name = "bradley", version, arg_required_else_help = true, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// How results are printed.
+    #[arg(long, global = true, value_enum, default_value_t = Output::Table, env = "BRADLEY_OUTPUT")]
+    pub output: Output,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 success, 1 failure (a job failed or was cancelled, a file or the server failed), 2 wrong arguments or settings, 3 no server reached.";
+
+/// Table for people, JSON for programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// Columns.
+    Table,
+    /// One JSON document, or one a line for streams.
+    Json,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the server.
+    Serve(ServeArgs),
+    /// Train and score a small real model end to end, on loopback.
+    Demo(DemoArgs),
+    /// Upload a preference set and submit a training job.
+    Train(Box<TrainArgs>),
+    /// Look at, cancel and delete training jobs.
+    #[command(subcommand)]
+    Jobs(JobsCommand),
+    /// Follow a job's events until it ends.
+    Watch(WatchArgs),
+    /// Score the pairs of a JSONL or Parquet file.
+    Score(ScoreArgs),
+    /// Upload, look at and delete datasets.
+    #[command(subcommand)]
+    Datasets(DatasetsCommand),
+    /// Look at, download, export and delete checkpoints.
+    #[command(subcommand)]
+    Checkpoints(CheckpointsCommand),
+    /// Look at the server's base models.
+    #[command(subcommand)]
+    Models(ModelsCommand),
+    /// Ask a server whether it is serving; for container health checks.
+    Health(ServerArgs),
+}
+
+/// Flags of `serve`: one for each setting.
+#[derive(Debug, Default)]
+pub struct ServeArgs {
+    /// A TOML file with settings.
+    pub config: Option<PathBuf>,
+    /// By setting name.
+    pub flags: BTreeMap<String, String>,
+}
+
+impl clap::FromArgMatches for ServeArgs {
+    fn from_arg_matches(m: &clap::ArgMatches) -> Result<Self, clap::Error> {
+        let mut flags = BTreeMap::new();
+        for (name, ..) in SETTINGS {
+            if let Some(values) = m.get_many::<String>(name) {
+                flags.insert(name.to_string(), values.cloned().collect::<Vec<_>>().join(","));
+            }
+        }
+        Ok(ServeArgs { config: m.get_one::<PathBuf>("config").cloned(), flags })
+    }
+
+    fn update_from_arg_matches(&mut self, m: &clap::ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(m)?;
+        Ok(())
+    }
+}
+
+impl Args for ServeArgs {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        let config = clap::Arg::new("config")
+            .long("config")
+            .value_name("FILE")
+            .value_parser(clap::value_parser!(PathBuf))
+            .help("A TOML file with settings [env: BRADLEY_CONFIG]");
+        SETTINGS.iter().fold(command.arg(config), |command, (name, default, help)| {
+            let default = if default.is_empty() { String::new() } else { format!(" [default: {default}]") };
+            let action = if *name == "models" { clap::ArgAction::Append } else { clap::ArgAction::Set };
+            let arg = clap::Arg::new(*name).long(name.replace('_', "-")).value_name("VALUE").action(action);
+            command.arg(arg.help(format!("{help}{default} [env: BRADLEY_{}]", name.to_uppercase())))
+        })
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+/// Where the server is.
+#[derive(Clone, Debug, Args)]
+pub struct ServerArgs {
+    /// The server's address.
+    #[arg(long, default_value = "http://127.0.0.1:50051", env = "BRADLEY_SERVER")]
+    pub server: String,
+}
+
+/// Arguments of `demo`.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// A folder, a GGUF file or a hub id; without it SmolLM2-135M-Instruct is found or fetched.
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Passes over the training pairs.
+    #[arg(long, default_value_t = 3.0)]
+    pub epochs: f64,
+    /// Keep the jobs and the trained adapter in this folder; without it a temporary one is used.
+    #[arg(long)]
+    pub data_dir: Option<PathBuf>,
+}
+
+/// Arguments of `train`.
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// Where the server is.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// Preference pairs to upload: JSONL or Parquet.
+    #[arg(long, conflicts_with = "dataset", required_unless_present = "dataset")]
+    pub data: Option<PathBuf>,
+    /// A dataset that is on the server: datasets/ID.
+    #[arg(long)]
+    pub dataset: Option<String>,
+    /// Pairs to evaluate on.
+    #[arg(long, conflicts_with = "eval_fraction")]
+    pub eval_data: Option<PathBuf>,
+    /// The share of the training pairs to evaluate on instead.
+    #[arg(long)]
+    pub eval_fraction: Option<f64>,
+    /// What to train: models/ID or trainingJobs/ID/checkpoints/STEP. Default: the server's only model.
+    #[arg(long)]
+    pub policy: Option<String>,
+    /// The frozen reference. Default: the policy's start weights.
+    #[arg(long)]
+    pub reference: Option<String>,
+    /// A title.
+    #[arg(long, default_value = "")]
+    pub name: String,
+    /// Train every weight instead of a LoRA adapter.
+    #[arg(long)]
+    pub full: bool,
+    /// LoRA rank.
+    #[arg(long)]
+    pub rank: Option<u32>,
+    /// LoRA α; default 2 × rank.
+    #[arg(long)]
+    pub alpha: Option<f64>,
+    /// Loss, or a mix such as sigmoid=0.8,sft=0.2.
+    #[arg(long)]
+    pub loss: Option<String>,
+    /// β.
+    #[arg(long)]
+    pub beta: Option<f64>,
+    /// Label smoothing ε.
+    #[arg(long)]
+    pub label_smoothing: Option<f64>,
+    /// Peak learning rate.
+    #[arg(long)]
+    pub learning_rate: Option<f64>,
+    /// constant, linear, cosine or cosine_with_floor.
+    #[arg(long)]
+    pub schedule: Option<String>,
+    /// Warm-up as a share of all steps.
+    #[arg(long)]
+    pub warmup_ratio: Option<f64>,
+    /// Pairs in a micro-batch.
+    #[arg(long)]
+    pub batch_size: Option<u32>,
+    /// Micro-batches in a step.
+    #[arg(long)]
+    pub gradient_accumulation_steps: Option<u32>,
+    /// Tokens of prompt + completion.
+    #[arg(long)]
+    pub max_length: Option<u32>,
+    /// Passes over the data.
+    #[arg(long)]
+    pub epochs: Option<f64>,
+    /// Optimizer steps; wins over epochs.
+    #[arg(long)]
+    pub max_steps: Option<u64>,
+    /// Steps between checkpoints.
+    #[arg(long)]
+    pub save_steps: Option<u32>,
+    /// Steps between evaluations.
+    #[arg(long)]
+    pub eval_steps: Option<u32>,
+    /// Seed.
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Leave out rows that fail validation instead of refusing the job.
+    #[arg(long)]
+    pub skip_bad_rows: bool,
+    /// Check everything, start nothing.
+    #[arg(long)]
+    pub validate_only: bool,
+    /// Follow the job until it ends.
+    #[arg(long)]
+    pub watch: bool,
+}
+
+/// Arguments of `watch`.
+#[derive(Debug, Args)]
+pub struct WatchArgs {
+    /// Where the server is.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// The job: trainingJobs/ID or ID.
+    pub job: String,
+    /// Only events after this sequence.
+    #[arg(long, default_value_t = 0)]
+    pub after: u64,
+}
+
+/// Arguments of `score`.
+#[derive(Debug, Args)]
+pub struct ScoreArgs {
+    /// Where the server is.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// Pairs: prompt, chosen (a) and rejected (b), as JSONL or Parquet.
+    #[arg(long)]
+    pub data: PathBuf,
+    /// models/ID or trainingJobs/ID/checkpoints/STEP|latest|best.
+    #[arg(long)]
+    pub policy: String,
+    /// Default: the job's own reference.
+    #[arg(long, default_value = "")]
+    pub reference: String,
+    /// Default: the job's.
+    #[arg(long)]
+    pub beta: Option<f64>,
+    /// Default: the job's.
+    #[arg(long)]
+    pub max_length: Option<u32>,
+}
+
+/// `bradley jobs …`
+#[derive(Debug, Subcommand)]
+pub enum JobsCommand {
+    /// List jobs, newest first.
+    List(ServerArgs),
+    /// Show one job.
+    Get(NamedArgs),
+    /// Stop a job.
+    Cancel(NamedArgs),
+    /// Delete an ended job.
+    Delete(NamedArgs),
+}
+
+/// `bradley datasets …`
+#[derive(Debug, Subcommand)]
+pub enum DatasetsCommand {
+    /// Upload a JSONL or Parquet file and show what validation found.
+    Upload(UploadArgs),
+    /// List datasets, newest first.
+    List(ServerArgs),
+    /// Show one dataset with its findings.
+    Get(NamedArgs),
+    /// Delete a dataset.
+    Delete(NamedArgs),
+}
+
+/// `bradley checkpoints …`
+#[derive(Debug, Subcommand)]
+pub enum CheckpointsCommand {
+    /// List a job's checkpoints.
+    List(NamedArgs),
+    /// Download a checkpoint's files.
+    Download(DownloadArgs),
+    /// Export a checkpoint into the server's data directory.
+    Export(ExportArgs),
+    /// Delete a checkpoint.
+    Delete(NamedArgs),
+}
+
+/// `bradley models …`
+#[derive(Debug, Subcommand)]
+pub enum ModelsCommand {
+    /// List the models.
+    List(ServerArgs),
+    /// Show one model.
+    Get(NamedArgs),
+}
+
+/// A resource on a server.
+#[derive(Debug, Args)]
+pub struct NamedArgs {
+    /// Where the server is.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// Its name; the collection's prefix may be left out.
+    pub name: String,
+}
+
+/// Arguments of `datasets upload`.
+#[derive(Debug, Args)]
+pub struct UploadArgs {
+    /// Where the server is.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// The file.
+    pub file: PathBuf,
+    /// A title; default: the file's name.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// models/ID: also check lengths with its tokenizer.
+    #[arg(long, default_value = "")]
+    pub model: String,
+    /// The limit they are checked against.
+    #[arg(long, default_value_t = 1024)]
+    pub max_length: u32,
+}
+
+/// What an export holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// adapter for LoRA jobs, merged for full fine-tunes.
+    Auto,
+    /// A PEFT adapter.
+    Adapter,
+    /// Weights as transformers loads them.
+    Merged,
+}
+
+/// Arguments of `checkpoints export`.
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// The checkpoint.
+    #[command(flatten)]
+    pub named: NamedArgs,
+    /// What to export.
+    #[arg(long, value_enum, default_value_t = Format::Auto)]
+    pub format: Format,
+}
+
+/// Arguments of `checkpoints download`.
+#[derive(Debug, Args)]
+pub struct DownloadArgs {
+    /// The checkpoint.
+    #[command(flatten)]
+    pub named: NamedArgs,
+    /// What to download.
+    #[arg(long, value_enum, default_value_t = Format::Auto)]
+    pub format: Format,
+    /// The folder to write to.
+    #[arg(long)]
+    pub out: PathBuf,
+}

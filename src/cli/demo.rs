@@ -1,0 +1,244 @@
+//! `bradley demo`: the whole product on a real model, over a real loopback connection.
+
+mod model;
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+
+use super::args::{DemoArgs, Output};
+use super::output::line;
+use super::score::{self, Summary};
+use super::settings::{Settings, Sources, hub};
+use super::watch::View;
+use super::{Failure, Outcome, connect, serve, telemetry};
+use crate::domain::dataset::PreferenceRow;
+use crate::rpc::client::Client;
+use crate::rpc::pb::{self, training_event::Event};
+
+/// 124 pairs, a direct answer over a padded one, a quarter of them held out.
+const PAIRS: &str = include_str!("demo/pairs.jsonl");
+const MODEL_ID: &str = "demo";
+
+pub(super) async fn run(args: DemoArgs) -> Outcome {
+    let start = Instant::now();
+    let failed = |e: &dyn std::fmt::Display| Failure::Failed(e.to_string());
+    telemetry::log("warn", false);
+    let sources = Sources::collect(None, Default::default()).map_err(|e| failed(&e))?;
+
+    line("1. The model");
+    let (given, for_model) = (args.model.clone(), sources.clone());
+    let source = tokio::task::spawn_blocking(move || model::find(given, &for_model, &hub(&for_model), &|text| line(&format!("   {text}"))))
+        .await
+        .map_err(|e| failed(&e))?
+        .map_err(Failure::Failed)?;
+    line(&format!("   {source}"));
+
+    line("2. The server");
+    let temporary = tempfile::tempdir().map_err(|e| failed(&e))?;
+    let data_dir = args.data_dir.clone().unwrap_or_else(|| temporary.path().join("data"));
+    let server = Server::start(&source, &data_dir, &sources).await?;
+    let client = server.client().await?;
+    let models = client.models().list_models(pb::ListModelsRequest {}).await?.into_inner().models;
+    for m in &models {
+        line(&format!(
+            "   {} serves {} ({:.0}M parameters, {}) on {}",
+            server.address,
+            m.name,
+            m.parameters as f64 / 1e6,
+            m.architecture,
+            m.device
+        ));
+    }
+
+    line("3. The preference set: direct answers over padded ones");
+    let (train_file, held_out_file) = write_split(temporary.path()).map_err(|e| failed(&e))?;
+    let dataset = upload(&client, &train_file, "demo: direct over padded").await?;
+    let report = dataset.report.clone().unwrap_or_default();
+    let held_out = score::read(&held_out_file)?;
+    line(&format!(
+        "   {} holds {} rows, {} usable; {} more pairs are held out",
+        dataset.name,
+        report.rows,
+        report.valid_rows,
+        held_out.len()
+    ));
+
+    let before = score_held_out(&client, &format!("models/{MODEL_ID}"), &format!("models/{MODEL_ID}"), &held_out).await?;
+
+    line("4. Training a LoRA adapter with DPO");
+    let job = client.training().create_training_job(create_request(&dataset.name, args.epochs)).await?.into_inner();
+    let (mut view, mut end) = (View::new(Output::Table), pb::StateChange::default());
+    client
+        .follow(&job.name, 0, |event| {
+            if let Some(Event::StateChange(s)) = &event.event {
+                end = s.clone();
+            }
+            view.show(&event);
+            true
+        })
+        .await?;
+    view.finish();
+    if end.to() != pb::JobState::Succeeded {
+        return Err(Failure::Failed(format!("{} ended: {}", job.name, end.reason)));
+    }
+
+    line("5. The held-out pairs, scored through the service");
+    let policy = format!("{}/checkpoints/latest", job.name);
+    let after = score_held_out(&client, &policy, "", &held_out).await?;
+    let row = |name: &str, s: &Summary| {
+        vec![name.into(), format!("{:.1}%", 100.0 * s.accuracy), format!("{:.3}", s.probability), format!("{:+.3}", s.margin)]
+    };
+    line(&super::output::table(
+        &["held-out pairs", "accuracy", "mean Pr(chosen ≻ rejected)", "mean margin"],
+        vec![row("before training", &before), row("after training", &after)],
+    ));
+    line("   Before training the policy is its own reference: every margin is 0, and a tie counts half.");
+
+    server.stop().await?;
+    let peak = peak_memory_mib().map(|m| format!(", peak memory {m} MiB")).unwrap_or_default();
+    line(&format!("   {:.0} seconds in all{peak}", start.elapsed().as_secs_f64()));
+    line(&closing(&source, args.data_dir.as_deref(), &job.name));
+    Ok(())
+}
+
+fn create_request(dataset: &str, epochs: f64) -> pb::CreateTrainingJobRequest {
+    pb::CreateTrainingJobRequest {
+        training_job: Some(pb::TrainingJob {
+            display_name: "demo".into(),
+            policy: format!("models/{MODEL_ID}"),
+            dataset: dataset.into(),
+            method: Some(pb::training_job::Method::Lora(pb::LoraConfig { rank: Some(16), ..Default::default() })),
+            optimizer: Some(pb::OptimizerConfig {
+                learning_rate: Some(2e-4),
+                lr_scheduler_type: "cosine".into(),
+                warmup_ratio: Some(0.1),
+                ..Default::default()
+            }),
+            batch: Some(pb::BatchConfig { batch_size: Some(4), max_length: Some(512), epochs: Some(epochs), ..Default::default() }),
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+/// A server on a loopback port of its own.
+struct Server {
+    address: String,
+    stop: oneshot::Sender<()>,
+    task: tokio::task::JoinHandle<anyhow::Result<()>>,
+}
+
+impl Server {
+    async fn start(source: &str, data_dir: &Path, sources: &Sources) -> Result<Self, Failure> {
+        let flags = [
+            ("models", format!("{MODEL_ID}={source}")),
+            ("data_dir", data_dir.display().to_string()),
+            ("listen", "127.0.0.1:0".into()),
+            ("http_listen", "off".into()),
+        ];
+        let own = Sources {
+            flags: flags.into_iter().map(|(k, v)| (k.to_owned(), v)).collect(),
+            file: None,
+            // The hub's variables count, a deployment's BRADLEY_* do not belong to the demo.
+            environment: sources
+                .environment
+                .iter()
+                .filter(|(k, _)| !k.starts_with("BRADLEY_"))
+                .map(|(k, v)| (k.clone(), v.clone()))
+                .collect(),
+        };
+        let settings = Settings::resolve(&own).map_err(|e| Failure::Failed(e.to_string()))?;
+        let listener = TcpListener::bind(settings.listen).await.map_err(|e| Failure::Failed(e.to_string()))?;
+        let address = format!("http://{}", listener.local_addr().map_err(|e| Failure::Failed(e.to_string()))?);
+        let (stop, stopped) = oneshot::channel();
+        let task = tokio::spawn(serve::serve_on(settings, listener, None, async {
+            let _ = stopped.await;
+        }));
+        Ok(Server { address, stop, task })
+    }
+
+    /// Connects when the models are loaded: the port is open from the start, the answers come then.
+    async fn client(&self) -> Result<Client, Failure> {
+        let client = connect(&self.address).await?;
+        for _ in 0..1200 {
+            if self.task.is_finished() {
+                return Err(Failure::Failed("the server stopped while it was starting; run `bradley serve` to see why".into()));
+            }
+            let asked = tokio::time::timeout(Duration::from_millis(500), client.health()).await;
+            if matches!(asked, Ok(Ok(true))) {
+                return Ok(client);
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        Err(Failure::Failed("the server did not become ready within two minutes".into()))
+    }
+
+    async fn stop(self) -> Outcome {
+        let _ = self.stop.send(());
+        self.task.await.map_err(|e| Failure::Failed(e.to_string()))??;
+        Ok(())
+    }
+}
+
+/// Writes the training and the held-out rows to two files.
+fn write_split(folder: &Path) -> std::io::Result<(PathBuf, PathBuf)> {
+    let (train, held_out) = (folder.join("train.jsonl"), folder.join("held-out.jsonl"));
+    let (mut a, mut b) = (std::fs::File::create(&train)?, std::fs::File::create(&held_out)?);
+    for text in PAIRS.lines().filter(|l| !l.trim().is_empty()) {
+        let row: serde_json::Value = serde_json::from_str(text)?;
+        let file = if row["split"] == "heldout" { &mut b } else { &mut a };
+        writeln!(file, "{text}")?;
+    }
+    Ok((train, held_out))
+}
+
+async fn upload(client: &Client, path: &Path, title: &str) -> Result<pb::Dataset, Failure> {
+    let metadata =
+        pb::UploadMetadata { display_name: title.into(), model: format!("models/{MODEL_ID}"), max_length: 512, ..Default::default() };
+    Ok(client.upload_dataset(path, metadata, |_| {}).await?)
+}
+
+async fn score_held_out(client: &Client, policy: &str, reference: &str, rows: &[PreferenceRow]) -> Result<Summary, Failure> {
+    let options = pb::ScoringOptions { policy: policy.into(), reference: reference.into(), ..Default::default() };
+    Ok(Summary::of(&score::score(client, options, rows).await?))
+}
+
+/// The process's peak resident memory, where the system tells.
+fn peak_memory_mib() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? / 1024)
+}
+
+fn closing(source: &str, kept: Option<&Path>, job: &str) -> String {
+    let kept = match kept {
+        Some(dir) => format!("The job {job} and its adapter are kept in {}.\n", dir.display()),
+        None => String::new(),
+    };
+    format!(
+        "{kept}
+The same with your own pairs (one {{\"prompt\", \"chosen\", \"rejected\"}} a line):
+  bradley serve --models {source}
+  bradley train --data pairs.jsonl --eval-fraction 0.1 --watch
+  bradley score --policy trainingJobs/ID/checkpoints/latest --data pairs.jsonl
+  bradley checkpoints download trainingJobs/ID/checkpoints/latest --out my-adapter"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quarter_of_the_pairs_is_held_out_and_every_row_is_usable() {
+        let folder = tempfile::tempdir().unwrap();
+        let (train, held_out) = write_split(folder.path()).unwrap();
+        let (train, held_out) = (score::read(&train).unwrap(), score::read(&held_out).unwrap());
+        assert_eq!((train.len(), held_out.len()), (93, 31));
+        assert!(train.iter().all(|t| held_out.iter().all(|h| h.prompt != t.prompt)));
+    }
+}

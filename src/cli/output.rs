@@ -1,0 +1,123 @@
+//! What the commands print: tables for people, JSON for programs.
+#![allow(clippy::print_stdout)]
+
+use comfy_table::{Table, presets};
+use prost_types::Timestamp;
+use serde_json::{Value, json};
+
+use super::args::Output;
+use crate::rpc::pb;
+
+/// Prints a line on standard output.
+pub fn line(text: &str) {
+    println!("{text}");
+}
+
+/// Prints JSON: pretty for one document, one line for items of a stream.
+pub fn json_document(value: &Value) {
+    println!("{value:#}");
+}
+
+/// Prints one JSON object on a line.
+pub fn json_line(value: &Value) {
+    println!("{value}");
+}
+
+/// A table with a header.
+pub fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_BORDERS_ONLY);
+    table.set_header(header.to_vec());
+    for row in rows {
+        table.add_row(row);
+    }
+    table.to_string()
+}
+
+/// Prints a list in the chosen form.
+pub fn list(output: Output, header: &[&str], rows: Vec<Vec<String>>, json: Vec<Value>) {
+    match output {
+        Output::Table => line(&table(header, rows)),
+        Output::Json => json_document(&Value::Array(json)),
+    }
+}
+
+/// Prints one resource: name and value a line, or JSON.
+pub fn resource(output: Output, value: &Value) {
+    match (output, value) {
+        (Output::Table, Value::Object(fields)) => {
+            let rows = fields.iter().map(|(k, v)| vec![k.clone(), v.as_str().map_or_else(|| v.to_string(), str::to_owned)]).collect();
+            line(&table(&["field", "value"], rows));
+        }
+        _ => json_document(value),
+    }
+}
+
+/// `2026-11-24T10:00:00Z`.
+pub fn time(t: Option<&Timestamp>) -> String {
+    t.and_then(|t| jiff::Timestamp::new(t.seconds, 0).ok()).map(|t| t.to_string()).unwrap_or_default()
+}
+
+/// The state without its prefix, in lower case.
+pub fn state(state: i32) -> String {
+    let name = pb::JobState::try_from(state).unwrap_or_default().as_str_name();
+    name.trim_start_matches("JOB_STATE_").to_lowercase()
+}
+
+/// A job as JSON.
+pub fn job(j: &pb::TrainingJob) -> Value {
+    let p = j.progress.unwrap_or_default();
+    json!({
+        "name": j.name, "display_name": j.display_name, "state": state(j.state), "policy": j.policy, "reference": j.reference, "dataset": j.dataset,
+        "step": p.step, "total_steps": p.total_steps, "epoch": p.epoch, "tokens": p.tokens, "eta_seconds": p.eta_seconds,
+        "metrics": j.latest_metrics, "error": j.error.as_ref().map(|e| e.message.clone()), "skipped_rows": j.skipped_rows,
+        "create_time": time(j.create_time.as_ref()), "start_time": time(j.start_time.as_ref()), "end_time": time(j.end_time.as_ref()),
+    })
+}
+
+/// A dataset as JSON.
+pub fn dataset(d: &pb::Dataset) -> Value {
+    let r = d.report.clone().unwrap_or_default();
+    let issues: Vec<Value> =
+        r.issues.iter().map(|i| json!({"row": i.row, "id": i.id, "field": i.field, "reason": i.reason, "message": i.message})).collect();
+    json!({
+        "name": d.name, "display_name": d.display_name, "size_bytes": d.size_bytes, "content_hash": d.content_hash, "rows": r.rows,
+        "valid_rows": r.valid_rows, "findings": r.counts, "issues": issues, "create_time": time(d.create_time.as_ref()),
+    })
+}
+
+/// A checkpoint as JSON.
+pub fn checkpoint(c: &pb::Checkpoint) -> Value {
+    json!({
+        "name": c.name, "step": c.step, "best": c.best, "adapter": c.adapter, "size_bytes": c.size_bytes, "metrics": c.metrics,
+        "create_time": time(c.create_time.as_ref()),
+    })
+}
+
+/// A model as JSON.
+pub fn model(m: &pb::Model) -> Value {
+    json!({
+        "name": m.name, "source": m.source, "architecture": m.architecture, "parameters": m.parameters, "vocab_size": m.vocab_size,
+        "num_layers": m.num_layers, "hidden_size": m.hidden_size, "max_position_embeddings": m.max_position_embeddings,
+        "chat_template": m.chat_template, "fingerprint": m.fingerprint, "device": m.device,
+    })
+}
+
+/// An event as JSON.
+pub fn event(e: &pb::TrainingEvent) -> Value {
+    use pb::training_event::Event as E;
+    let (kind, body) = match &e.event {
+        Some(E::StateChange(s)) => ("state_change", json!({"from": state(s.from), "to": state(s.to), "reason": s.reason})),
+        Some(E::StepMetrics(s)) => ("step_metrics", json!({"step": s.step, "metrics": s.metrics})),
+        Some(E::EvalMetrics(s)) => ("eval_metrics", json!({"step": s.step, "metrics": s.metrics})),
+        Some(E::CheckpointCreated(c)) => ("checkpoint_created", json!({"checkpoint": c.checkpoint, "step": c.step, "best": c.best})),
+        Some(E::Log(l)) => ("log", json!({"severity": l.severity, "message": l.message})),
+        None => ("unknown", Value::Null),
+    };
+    json!({"sequence": e.sequence, "time": time(e.time.as_ref()), kind: body})
+}
+
+/// Bytes for people.
+pub fn bytes(n: u64) -> String {
+    indicatif::HumanBytes(n).to_string()
+}

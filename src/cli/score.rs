@@ -1,0 +1,165 @@
+//! `bradley score`: streams the pairs of a file to the server and prints their scores.
+
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::args::{Output, ScoreArgs};
+use super::{Failure, Outcome, connect, output};
+use crate::domain::dataset::{PreferenceRow, Text};
+use crate::rpc::client::Client;
+use crate::rpc::pb;
+use crate::train::rows::{detect_format, read_rows};
+
+/// Pairs on their way to the server.
+const AHEAD: usize = 64;
+
+pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
+    let client = connect(&args.server.server).await?;
+    let rows = read(&args.data)?;
+    let options = pb::ScoringOptions {
+        policy: args.policy.clone(),
+        reference: args.reference.clone(),
+        beta: args.beta,
+        max_length: args.max_length,
+        per_token_logprobs: false,
+    };
+    let results = score(&client, options, &rows).await?;
+    let failed = results.iter().filter(|r| !matches!(r.result, Some(pb::pair_result::Result::Score(_)))).count();
+    let summary = Summary::of(&results);
+    match output {
+        Output::Json => results.iter().for_each(|r| output::json_line(&to_json(r))),
+        Output::Table => {
+            let rows = results.iter().map(to_row).collect();
+            output::line(&output::table(&["pair", "Pr(a ≻ b)", "margin", "reward a", "reward b", "tokens"], rows));
+            output::line(&format!(
+                "{} pairs: accuracy {:.1}% (ties count half), mean probability {:.3}, mean margin {:+.3}",
+                results.len() - failed,
+                100.0 * summary.accuracy,
+                summary.probability,
+                summary.margin
+            ));
+        }
+    }
+    match failed {
+        0 => Ok(()),
+        n => Err(Failure::Failed(format!("{n} of {} pairs could not be scored", results.len()))),
+    }
+}
+
+/// The rows of a file; a bad one is an error that names it.
+pub(super) fn read(path: &std::path::Path) -> Result<Vec<PreferenceRow>, Failure> {
+    let failed = |e: &dyn std::fmt::Display| Failure::Failed(format!("{}: {e}", path.display()));
+    let mut start = [0; 4];
+    let mut file = std::fs::File::open(path).map_err(|e| failed(&e))?;
+    let n = std::io::Read::read(&mut file, &mut start).map_err(|e| failed(&e))?;
+    let mut rows = Vec::new();
+    for row in read_rows(path, detect_format(&start[..n])).map_err(|e| failed(&e))? {
+        rows.push(row.map_err(|i| failed(&format!("row {}, {}: {}", i.row, i.field, i.message)))?);
+    }
+    Ok(rows)
+}
+
+/// Scores every row over one stream; results come back in the order of the rows.
+pub(super) async fn score(client: &Client, options: pb::ScoringOptions, rows: &[PreferenceRow]) -> Result<Vec<pb::PairResult>, Failure> {
+    use pb::stream_score_pairs_request::Part;
+    let (sender, receiver) = mpsc::channel(AHEAD);
+    let mut messages = vec![Part::Options(options)];
+    messages.extend(rows.iter().enumerate().map(|(i, r)| Part::Pair(pair(i.to_string(), r))));
+    tokio::spawn(async move {
+        for part in messages {
+            if sender.send(pb::StreamScorePairsRequest { part: Some(part) }).await.is_err() {
+                return;
+            }
+        }
+    });
+    let mut answers = client.scoring().stream_score_pairs(ReceiverStream::new(receiver)).await?.into_inner();
+    let mut results: Vec<Option<pb::PairResult>> = vec![None; rows.len()];
+    while let Some(answer) = answers.message().await? {
+        if let Some(mut result) = answer.result
+            && let Some(i) = result.id.parse::<usize>().ok().filter(|i| *i < rows.len())
+        {
+            result.id = rows[i].id.clone().unwrap_or_else(|| rows[i].row.to_string());
+            results[i] = Some(result);
+        }
+    }
+    let all: Option<Vec<pb::PairResult>> = results.into_iter().collect();
+    all.ok_or_else(|| Failure::Failed("the server ended the stream before every pair was answered".into()))
+}
+
+fn pair(id: String, row: &PreferenceRow) -> pb::Pair {
+    pb::Pair { id, prompt: Some(text(&row.prompt)), a: Some(text(&row.chosen)), b: Some(text(&row.rejected)) }
+}
+
+fn text(t: &Text) -> pb::Text {
+    let form = match t {
+        Text::Plain(s) => pb::text::Form::Plain(s.clone()),
+        Text::Chat(messages) => {
+            let messages = messages.iter().map(|m| pb::Message { role: m.role.clone(), content: m.content.clone() }).collect();
+            pb::text::Form::Chat(pb::MessageList { messages })
+        }
+    };
+    pb::Text { form: Some(form) }
+}
+
+/// Averages over the scored pairs, a being the preferred side.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Summary {
+    /// Share of pairs with a positive margin; a tie counts half.
+    pub accuracy: f64,
+    /// Mean Pr(a ≻ b).
+    pub probability: f64,
+    /// Mean margin.
+    pub margin: f64,
+}
+
+impl Summary {
+    pub(super) fn of(results: &[pb::PairResult]) -> Self {
+        let scores: Vec<&pb::PairScore> = results
+            .iter()
+            .filter_map(|r| match &r.result {
+                Some(pb::pair_result::Result::Score(s)) => Some(s),
+                _ => None,
+            })
+            .collect();
+        let n = scores.len().max(1) as f64;
+        let mean = |f: &dyn Fn(&pb::PairScore) -> f64| scores.iter().map(|s| f(s)).sum::<f64>() / n;
+        let win = |s: &pb::PairScore| {
+            if s.margin > 0.0 {
+                1.0
+            } else if s.margin == 0.0 {
+                0.5
+            } else {
+                0.0
+            }
+        };
+        Summary { accuracy: mean(&win), probability: mean(&|s| s.probability), margin: mean(&|s| s.margin) }
+    }
+}
+
+fn to_json(r: &pb::PairResult) -> Value {
+    match &r.result {
+        Some(pb::pair_result::Result::Score(s)) => {
+            let side = |c: &Option<pb::CompletionScore>| {
+                let c = c.clone().unwrap_or_default();
+                json!({"policy_logprob": c.policy_logprob, "reference_logprob": c.reference_logprob, "reward": c.reward, "tokens": c.tokens, "truncated": c.truncated})
+            };
+            json!({"id": r.id, "probability": s.probability, "margin": s.margin, "a": side(&s.a), "b": side(&s.b)})
+        }
+        Some(pb::pair_result::Result::Error(e)) => json!({"id": r.id, "error": e.message}),
+        None => json!({"id": r.id, "error": "no result"}),
+    }
+}
+
+fn to_row(r: &pb::PairResult) -> Vec<String> {
+    match &r.result {
+        Some(pb::pair_result::Result::Score(s)) => {
+            let (a, b) = (s.a.clone().unwrap_or_default(), s.b.clone().unwrap_or_default());
+            let numbers =
+                [format!("{:.4}", s.probability), format!("{:+.4}", s.margin), format!("{:+.4}", a.reward), format!("{:+.4}", b.reward)];
+            [vec![r.id.clone()], numbers.to_vec(), vec![format!("{}+{}", a.tokens, b.tokens)]].concat()
+        }
+        Some(pb::pair_result::Result::Error(e)) => vec![r.id.clone(), format!("error: {}", e.message)],
+        None => vec![r.id.clone(), "no result".into()],
+    }
+}

@@ -1,0 +1,107 @@
+//! `bradley serve`: models, engine, service, ports.
+
+use std::future::Future;
+use std::time::Duration;
+
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use super::settings::Settings;
+use crate::engine;
+use crate::jobs::service::{Service, ServiceOptions};
+use crate::model::loader::{LoadedModel, load_model};
+use crate::rpc::{ServeOptions, serve, serve_http};
+
+/// How often metrics that nobody scrapes are folded.
+const UPKEEP: Duration = Duration::from_secs(5);
+
+/// Serves until SIGTERM or SIGINT; a second signal ends the process at once.
+pub async fn run(settings: Settings, metrics: PrometheusHandle) -> anyhow::Result<()> {
+    let listener = TcpListener::bind(settings.listen).await.map_err(|e| anyhow::anyhow!("cannot listen on {}: {e}", settings.listen))?;
+    let http = match settings.http_listen {
+        Some(address) => Some(TcpListener::bind(address).await.map_err(|e| anyhow::anyhow!("cannot listen on {address}: {e}"))?),
+        None => None,
+    };
+    let mut term = signal(SignalKind::terminate())?;
+    let mut int = signal(SignalKind::interrupt())?;
+    let shutdown = async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = term.recv() => {}
+                _ = int.recv() => {}
+            }
+            tracing::warn!("second signal: stopping at once");
+            std::process::exit(130);
+        });
+    };
+    serve_on(settings, listener, http.map(|l| (l, metrics)), shutdown).await
+}
+
+/// The whole server on given listeners, so that a test or the demo owns both ends.
+pub async fn serve_on(
+    settings: Settings,
+    listener: TcpListener,
+    http: Option<(TcpListener, PrometheusHandle)>,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> anyhow::Result<()> {
+    let engine = start_engine(&settings).await?;
+    let options = ServiceOptions {
+        data_dir: settings.data_dir.clone(),
+        max_upload_bytes: settings.max_upload_bytes,
+        drain_timeout: settings.drain_timeout,
+    };
+    let service = Service::open(engine, options).await?;
+    let (stop, mut stopping) = watch::channel(false);
+    let http = http.map(|(listener, handle)| {
+        let (service, upkeep) = (service.clone(), handle.clone());
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(UPKEEP).await;
+                upkeep.run_upkeep();
+            }
+        });
+        tokio::spawn(serve_http(listener, service, handle, async move {
+            let _ = stopping.wait_for(|s| *s).await;
+        }))
+    });
+    tracing::info!(address = %listener.local_addr()?, "serving");
+    let options = ServeOptions { max_message_bytes: settings.max_message_bytes, drain_timeout: settings.drain_timeout };
+    let result = serve(listener, service, options, shutdown).await;
+    // Probes are answered until the last call has ended.
+    stop.send_replace(true);
+    if let Some(http) = http {
+        let _ = tokio::time::timeout(Duration::from_secs(1), http).await;
+    }
+    Ok(result?)
+}
+
+async fn start_engine(settings: &Settings) -> anyhow::Result<engine::Engine> {
+    if settings.threads > 0 {
+        // A pool that exists already, as in a test process, stays as it is.
+        let _ = rayon::ThreadPoolBuilder::new().num_threads(settings.threads).build_global();
+    }
+    let (models, hub, options) = (settings.models.clone(), settings.hub.clone(), settings.engine.clone());
+    tokio::task::spawn_blocking(move || {
+        let mut loaded: Vec<LoadedModel> = Vec::new();
+        for (id, source) in &models {
+            let start = std::time::Instant::now();
+            let model = load_model(Some(id), source, &hub)?;
+            tracing::info!(
+                model = id,
+                source,
+                parameters = model.config.parameter_count(),
+                seconds = start.elapsed().as_secs_f64(),
+                "model opened"
+            );
+            loaded.push(model);
+        }
+        Ok(engine::start(loaded, options)?)
+    })
+    .await?
+}

@@ -1,0 +1,320 @@
+//! Settings of `bradley serve`: flags over environment over a TOML file over defaults, every bad one reported at once.
+//!
+//! **Nothing else reads the environment.**
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use crate::domain::names::is_valid_id;
+use crate::domain::violation::Violations;
+use crate::engine::api::EngineOptions;
+use crate::model::loader::default_id;
+use crate::model::source::HubOptions;
+
+/// Name, default and help of every setting. A flag is `--like-this`, a variable `BRADLEY_LIKE_THIS`, a TOML key `like_this`.
+pub const SETTINGS: &[(&str, &str, &str)] = &[
+    ("models", "", "Models to serve, separated by commas: [ID=]SOURCE, a folder, a GGUF file or a hub id"),
+    ("data_dir", "bradley-data", "Where jobs, datasets and checkpoints are kept"),
+    ("listen", "127.0.0.1:50051", "The gRPC address"),
+    ("http_listen", "127.0.0.1:9090", "The address of /metrics, /livez and /readyz; off turns it off"),
+    ("device", "cpu", "The device"),
+    ("threads", "0", "CPU threads for compute; 0 is all cores"),
+    ("memory_limit", "0", "Memory a job may be estimated to need, e.g. 20GiB; 0 is nine tenths of the machine's"),
+    ("scoring_share", "0.5", "Share of device time scoring may take while a job trains, above 0 and at most 1"),
+    ("queue_tokens", "1048576", "Tokens that may wait to be scored"),
+    ("batch_tokens", "4096", "Tokens of one scoring batch"),
+    ("max_row_tokens", "16384", "Tokens of the longest row that is accepted"),
+    ("reference_cache_tokens", "4194304", "Reference log-probs kept in memory, in tokens"),
+    ("resident_policies", "8", "Adapters kept in memory besides the base models"),
+    ("max_message_bytes", "16MiB", "The largest gRPC message"),
+    ("max_upload_bytes", "16GiB", "The largest dataset"),
+    ("drain_timeout", "30", "Seconds that a shutdown may take"),
+    ("log", "info", "Log filter, e.g. info or bradley=debug"),
+    ("log_format", "text", "text or json"),
+];
+
+/// Where a value came from, weakest first.
+#[derive(Clone, Debug, Default)]
+pub struct Sources {
+    /// The TOML file's table, with its path.
+    pub file: Option<(PathBuf, toml::Table)>,
+    /// The environment.
+    pub environment: BTreeMap<String, String>,
+    /// Flags given, by setting name.
+    pub flags: BTreeMap<String, String>,
+}
+
+/// Checked settings.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// `(id, source)` of each model.
+    pub models: Vec<(String, String)>,
+    /// Where everything is kept.
+    pub data_dir: PathBuf,
+    /// The gRPC address.
+    pub listen: SocketAddr,
+    /// The HTTP address.
+    pub http_listen: Option<SocketAddr>,
+    /// Compute threads; 0 is all cores.
+    pub threads: usize,
+    /// The engine's limits.
+    pub engine: EngineOptions,
+    /// The largest gRPC message.
+    pub max_message_bytes: usize,
+    /// The largest dataset.
+    pub max_upload_bytes: u64,
+    /// How long a shutdown may take.
+    pub drain_timeout: Duration,
+    /// The log filter.
+    pub log: String,
+    /// Whether logs are JSON.
+    pub log_json: bool,
+    /// How the hub is reached.
+    pub hub: HubOptions,
+}
+
+impl Sources {
+    /// The process's environment, the TOML file (given, else BRADLEY_CONFIG) and flags.
+    ///
+    /// # Errors
+    /// When the file cannot be read or is not TOML.
+    pub fn collect(config: Option<&Path>, flags: BTreeMap<String, String>) -> Result<Self, Violations> {
+        let environment: BTreeMap<String, String> =
+            std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect();
+        let path = config.map(Path::to_owned).or_else(|| environment.get("BRADLEY_CONFIG").map(PathBuf::from));
+        let file = match path {
+            Some(path) => {
+                let wrong = |reason: String| {
+                    Violations(vec![crate::domain::violation::Violation { field: path.display().to_string(), description: reason }])
+                };
+                let text = std::fs::read_to_string(&path).map_err(|e| wrong(format!("cannot be read: {e}")))?;
+                let table = text.parse::<toml::Table>().map_err(|e| wrong(format!("is not TOML: {}", e.message())))?;
+                Some((path, table))
+            }
+            None => None,
+        };
+        Ok(Sources { file, environment, flags })
+    }
+
+    /// A variable of the environment.
+    pub fn variable(&self, name: &str) -> Option<&str> {
+        self.environment.get(name).map(String::as_str).filter(|v| !v.is_empty())
+    }
+
+    /// The winning value of a setting and how to name its origin.
+    fn get(&self, name: &str, default: &str) -> (String, String) {
+        if let Some(v) = self.flags.get(name) {
+            return (v.clone(), format!("--{}", name.replace('_', "-")));
+        }
+        let variable = format!("BRADLEY_{}", name.to_uppercase());
+        if let Some(v) = self.environment.get(&variable) {
+            return (v.clone(), variable);
+        }
+        if let Some((path, table)) = &self.file
+            && let Some(v) = table.get(name)
+        {
+            let text = match v {
+                toml::Value::String(s) => s.clone(),
+                toml::Value::Array(items) => {
+                    items.iter().map(|i| i.as_str().map_or(i.to_string(), str::to_owned)).collect::<Vec<_>>().join(",")
+                }
+                other => other.to_string(),
+            };
+            return (text, format!("{}: {name}", path.display()));
+        }
+        (default.to_owned(), format!("the default of {name}"))
+    }
+}
+
+impl Settings {
+    /// Checks every setting.
+    ///
+    /// # Errors
+    /// All that is wrong, each with where it came from.
+    pub fn resolve(sources: &Sources) -> Result<Self, Violations> {
+        let mut bad = Violations::default();
+        if let Some((path, table)) = &sources.file {
+            for key in table.keys().filter(|k| !SETTINGS.iter().any(|(name, ..)| name == k)) {
+                bad.push(format!("{}: {key}", path.display()), format!("is not a setting: use {}", SETTINGS.map_names()));
+            }
+        }
+        let mut reader = Reader { sources, bad: &mut bad };
+        let models = reader.models();
+        let defaults = EngineOptions::default();
+        let share =
+            reader.parse("scoring_share", "a number above 0 and at most 1", |s| s.parse::<f64>().ok().filter(|v| *v > 0.0 && *v <= 1.0));
+        let settings = Settings {
+            models,
+            data_dir: reader.parse("data_dir", "a path", |s| (!s.is_empty()).then(|| PathBuf::from(s))).unwrap_or_default(),
+            listen: reader
+                .parse("listen", "an address such as 0.0.0.0:50051", |s| s.parse().ok())
+                .unwrap_or(SocketAddr::from(([127, 0, 0, 1], 0))),
+            http_listen: reader
+                .parse("http_listen", "an address such as 0.0.0.0:9090, or off", |s| {
+                    if s == "off" { Some(None) } else { s.parse().ok().map(Some) }
+                })
+                .flatten(),
+            threads: reader.number("threads", 0).unwrap_or_default(),
+            engine: EngineOptions {
+                device: reader.parse("device", "cpu", |s| (!s.is_empty()).then(|| s.to_owned())).unwrap_or_default(),
+                queue_tokens: reader.number("queue_tokens", 1).unwrap_or(defaults.queue_tokens),
+                batch_tokens: reader.number("batch_tokens", 1).unwrap_or(defaults.batch_tokens),
+                max_row_tokens: reader.number("max_row_tokens", 2).unwrap_or(defaults.max_row_tokens),
+                reference_cache_tokens: reader.number("reference_cache_tokens", 0).unwrap_or(defaults.reference_cache_tokens),
+                resident_policies: reader.number("resident_policies", 1).unwrap_or(defaults.resident_policies),
+                scoring_share: share.unwrap_or(defaults.scoring_share),
+                memory_limit: reader.bytes("memory_limit").filter(|n| *n > 0),
+            },
+            max_message_bytes: reader.bytes("max_message_bytes").unwrap_or_default() as usize,
+            max_upload_bytes: reader.bytes("max_upload_bytes").unwrap_or_default(),
+            drain_timeout: Duration::from_secs(reader.number("drain_timeout", 1).unwrap_or_default() as u64),
+            log: reader
+                .parse("log", "a filter such as info or bradley=debug", |s| {
+                    tracing_subscriber::EnvFilter::from_str(s).is_ok().then(|| s.to_owned())
+                })
+                .unwrap_or_default(),
+            log_json: reader
+                .parse("log_format", "text or json", |s| match s {
+                    "text" => Some(false),
+                    "json" => Some(true),
+                    _ => None,
+                })
+                .unwrap_or_default(),
+            hub: hub(sources),
+        };
+        bad.into_result().map(|()| settings)
+    }
+}
+
+/// The Hugging Face hub's own variables.
+pub fn hub(sources: &Sources) -> HubOptions {
+    let path = |name: &str| sources.variable(name).map(PathBuf::from);
+    HubOptions {
+        endpoint: sources.variable("HF_ENDPOINT").map(str::to_owned),
+        token: sources.variable("HF_TOKEN").map(str::to_owned),
+        cache_dir: path("HF_HUB_CACHE").or_else(|| path("HF_HOME").map(|p| p.join("hub"))),
+        offline: sources.variable("HF_HUB_OFFLINE").is_some_and(|v| !matches!(v, "0" | "false" | "no" | "off")),
+    }
+}
+
+trait MapNames {
+    fn map_names(&self) -> String;
+}
+
+impl MapNames for [(&str, &str, &str)] {
+    fn map_names(&self) -> String {
+        self.iter().map(|(name, ..)| *name).collect::<Vec<_>>().join(", ")
+    }
+}
+
+struct Reader<'a> {
+    sources: &'a Sources,
+    bad: &'a mut Violations,
+}
+
+impl Reader<'_> {
+    fn parse<T>(&mut self, name: &str, expected: &str, parse: impl Fn(&str) -> Option<T>) -> Option<T> {
+        let default = SETTINGS.iter().find(|(n, ..)| *n == name).map_or("", |(_, d, _)| d);
+        let (text, origin) = self.sources.get(name, default);
+        let parsed = parse(text.trim());
+        if parsed.is_none() {
+            self.bad.push(origin, format!("is {text:?}: it must be {expected}"));
+        }
+        parsed
+    }
+
+    fn number(&mut self, name: &str, least: usize) -> Option<usize> {
+        self.parse(name, &format!("a whole number, {least} or above"), |s| s.parse().ok().filter(|n| *n >= least))
+    }
+
+    fn bytes(&mut self, name: &str) -> Option<u64> {
+        self.parse(name, "a size such as 500MiB or 20GiB", parse_bytes)
+    }
+
+    fn models(&mut self) -> Vec<(String, String)> {
+        let (text, origin) = self.sources.get("models", "");
+        let mut models: Vec<(String, String)> = Vec::new();
+        for part in text.split(',').map(str::trim).filter(|p| !p.is_empty()) {
+            let (id, source) = match part.split_once('=') {
+                Some((id, source)) => (id.to_owned(), source.to_owned()),
+                None => (default_id(part), part.to_owned()),
+            };
+            if !is_valid_id(&id) || source.is_empty() {
+                self.bad.push(origin.clone(), format!("{part:?} must be SOURCE or ID=SOURCE with an id of letters, digits, - _ and ."));
+            } else if models.iter().any(|(other, _)| *other == id) {
+                self.bad.push(origin.clone(), format!("the id {id:?} occurs twice: name one of them ID=SOURCE"));
+            } else {
+                models.push((id, source));
+            }
+        }
+        if models.is_empty() && self.bad.0.is_empty() {
+            self.bad.push("--models", "is not set: name at least one model, e.g. --models HuggingFaceTB/SmolLM2-135M-Instruct");
+        }
+        models
+    }
+}
+
+/// `12`, `500K`, `20GiB`, …: powers of 1024.
+fn parse_bytes(text: &str) -> Option<u64> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let n: u64 = text[..digits].parse().ok()?;
+    let shift = match text[digits..].trim().trim_end_matches('B').trim_end_matches('i').to_ascii_uppercase().as_str() {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return None,
+    };
+    n.checked_mul(1 << shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sources(flags: &[(&str, &str)], environment: &[(&str, &str)], file: &str) -> Sources {
+        let owned = |pairs: &[(&str, &str)]| pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        Sources { flags: owned(flags), environment: owned(environment), file: Some(("bradley.toml".into(), file.parse().unwrap())) }
+    }
+
+    #[test]
+    fn flags_beat_the_environment_and_that_beats_the_file() {
+        let s = sources(
+            &[("batch_tokens", "1")],
+            &[("BRADLEY_BATCH_TOKENS", "2"), ("BRADLEY_QUEUE_TOKENS", "2"), ("HF_HUB_OFFLINE", "1"), ("HF_HOME", "/hf")],
+            "batch_tokens = 3\nqueue_tokens = 3\nmax_row_tokens = 3\nmodels = [\"a=/x\", \"/y/b.gguf\"]",
+        );
+        let settings = Settings::resolve(&s).unwrap();
+        let e = &settings.engine;
+        assert_eq!((e.batch_tokens, e.queue_tokens, e.max_row_tokens), (1, 2, 3));
+        assert_eq!(settings.models, [("a".into(), "/x".into()), ("b".into(), "/y/b.gguf".into())]);
+        assert!(settings.hub.offline && settings.hub.cache_dir == Some("/hf/hub".into()));
+    }
+
+    #[test]
+    fn every_bad_setting_is_reported_with_its_origin() {
+        let s = sources(
+            &[("listen", "nowhere")],
+            &[("BRADLEY_SCORING_SHARE", "2")],
+            "drain_timeout = 0\nmodles = \"x\"\nmodels = \"a=/x,a=/y\"",
+        );
+        let bad = Settings::resolve(&s).unwrap_err();
+        let origins: Vec<&str> = bad.0.iter().map(|v| v.field.as_str()).collect();
+        for expected in ["--listen", "BRADLEY_SCORING_SHARE", "bradley.toml: drain_timeout", "bradley.toml: modles", "bradley.toml: models"]
+        {
+            assert!(origins.contains(&expected), "{expected} is missing from {origins:?}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_powers_of_1024() {
+        assert_eq!(parse_bytes("20GiB"), Some(20 << 30));
+        assert_eq!(parse_bytes("5m"), Some(5 << 20));
+        assert_eq!(parse_bytes("7"), Some(7));
+        assert_eq!(parse_bytes("x"), None);
+    }
+}

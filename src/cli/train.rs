@@ -1,0 +1,125 @@
+//! `bradley train`: upload, submit and, with `--watch`, follow in one go.
+
+use std::path::Path;
+
+use super::args::{Output, TrainArgs};
+use super::{Failure, Outcome, connect, output, watch};
+use crate::rpc::client::Client;
+use crate::rpc::pb;
+
+pub(super) async fn run(args: TrainArgs, output: Output) -> Outcome {
+    let client = connect(&args.server.server).await?;
+    let policy = match &args.policy {
+        Some(p) => p.clone(),
+        None => only_model(&client).await?,
+    };
+    let dataset = match (&args.data, &args.dataset) {
+        (Some(path), _) => upload(&client, path, output).await?,
+        (None, Some(name)) => super::full_name("datasets", name),
+        (None, None) => return Err(Failure::Usage("name --data or --dataset".into())),
+    };
+    let evaluation = match (&args.eval_data, args.eval_fraction) {
+        (Some(path), _) => Some(pb::training_job::Evaluation::EvalDataset(upload(&client, path, output).await?)),
+        (None, Some(f)) => Some(pb::training_job::Evaluation::EvalFraction(f)),
+        (None, None) => None,
+    };
+    let request = pb::CreateTrainingJobRequest {
+        training_job: Some(job(&args, policy, dataset, evaluation)?),
+        request_id: String::new(),
+        validate_only: args.validate_only,
+    };
+    let job = client.training().create_training_job(request).await?.into_inner();
+    if args.validate_only {
+        output::resource(output, &output::job(&job));
+        return Ok(());
+    }
+    if !args.watch {
+        output::resource(output, &output::job(&job));
+        return Ok(());
+    }
+    if output == Output::Table {
+        output::line(&format!("{} is queued", job.name));
+    }
+    watch::follow(&client, &job.name, 0, output).await
+}
+
+fn job(
+    args: &TrainArgs,
+    policy: String,
+    dataset: String,
+    evaluation: Option<pb::training_job::Evaluation>,
+) -> Result<pb::TrainingJob, Failure> {
+    let method = match args.full {
+        true => pb::training_job::Method::Full(pb::FullConfig {}),
+        false => pb::training_job::Method::Lora(pb::LoraConfig { rank: args.rank, alpha: args.alpha, ..Default::default() }),
+    };
+    Ok(pb::TrainingJob {
+        display_name: args.name.clone(),
+        policy,
+        reference: args.reference.clone().unwrap_or_default(),
+        dataset,
+        evaluation,
+        method: Some(method),
+        dpo: Some(pb::DpoConfig {
+            losses: losses(args.loss.as_deref())?,
+            beta: args.beta,
+            label_smoothing: args.label_smoothing,
+            ..Default::default()
+        }),
+        optimizer: Some(pb::OptimizerConfig {
+            learning_rate: args.learning_rate,
+            lr_scheduler_type: args.schedule.clone().unwrap_or_default(),
+            warmup_ratio: args.warmup_ratio,
+            ..Default::default()
+        }),
+        batch: Some(pb::BatchConfig {
+            batch_size: args.batch_size,
+            gradient_accumulation_steps: args.gradient_accumulation_steps,
+            max_length: args.max_length,
+            epochs: args.epochs,
+            max_steps: args.max_steps,
+            ..Default::default()
+        }),
+        run: Some(pb::RunConfig { save_steps: args.save_steps, eval_steps: args.eval_steps, ..Default::default() }),
+        seed: args.seed,
+        row_policy: if args.skip_bad_rows { pb::RowPolicy::Skip.into() } else { pb::RowPolicy::Reject.into() },
+        ..Default::default()
+    })
+}
+
+/// `sigmoid` or `sigmoid=0.8,sft=0.2`.
+fn losses(text: Option<&str>) -> Result<Vec<pb::WeightedLoss>, Failure> {
+    let mut losses = Vec::new();
+    for part in text.unwrap_or_default().split(',').filter(|p| !p.is_empty()) {
+        let (name, weight) = part.split_once('=').unwrap_or((part, "1"));
+        let weight = weight.parse().map_err(|_| Failure::Usage(format!("--loss: the weight in {part:?} is not a number")))?;
+        losses.push(pb::WeightedLoss { loss_type: name.to_owned(), weight: Some(weight) });
+    }
+    Ok(losses)
+}
+
+async fn only_model(client: &Client) -> Result<String, Failure> {
+    let models = client.models().list_models(pb::ListModelsRequest {}).await?.into_inner().models;
+    match &models[..] {
+        [one] => Ok(one.name.clone()),
+        many => {
+            let names: Vec<&str> = many.iter().map(|m| m.name.as_str()).collect();
+            Err(Failure::Usage(format!("the server has {} models: name one with --policy ({})", many.len(), names.join(", "))))
+        }
+    }
+}
+
+/// Uploads a file and says what validation found.
+pub(super) async fn upload(client: &Client, path: &Path, output: Output) -> Result<String, Failure> {
+    let display_name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let metadata = pb::UploadMetadata { display_name, ..Default::default() };
+    let dataset = client.upload_dataset(path, metadata, |_| {}).await?;
+    if output == Output::Table {
+        let r = dataset.report.clone().unwrap_or_default();
+        output::line(&format!("{} holds {} rows, {} of them usable", dataset.name, r.rows, r.valid_rows));
+        for i in r.issues.iter().take(10) {
+            output::line(&format!("  row {}: {} {}: {}", i.row, i.field, i.reason, i.message));
+        }
+    }
+    Ok(dataset.name)
+}

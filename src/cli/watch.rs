@@ -1,0 +1,100 @@
+//! `bradley watch`: follows a job with a progress bar, or as JSON lines.
+
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::args::{Output, WatchArgs};
+use super::output::{self, state};
+use super::{Failure, Outcome, connect, full_name};
+use crate::rpc::client::Client;
+use crate::rpc::pb::{self, training_event::Event};
+
+pub(super) async fn run(args: WatchArgs, output: Output) -> Outcome {
+    let client = connect(&args.server.server).await?;
+    follow(&client, &full_name("trainingJobs", &args.job), args.after, output).await
+}
+
+/// Follows a job to its end; an end other than success is a failure.
+pub(super) async fn follow(client: &Client, job: &str, after: u64, output: Output) -> Outcome {
+    let mut view = View::new(output);
+    let mut end = None;
+    client
+        .follow(job, after, |event| {
+            if let Some(Event::StateChange(change)) = &event.event {
+                end = Some(change.clone());
+            }
+            view.show(&event);
+            true
+        })
+        .await?;
+    view.bar.finish_and_clear();
+    let end = match end {
+        Some(end) => end,
+        // Nothing was left to stream: the job had ended before.
+        None => {
+            let request = pb::GetTrainingJobRequest { name: job.to_owned() };
+            let job = client.training().get_training_job(request).await?.into_inner();
+            pb::StateChange { from: 0, to: job.state, reason: job.error.map(|e| e.message).unwrap_or_default() }
+        }
+    };
+    match end.to() {
+        pb::JobState::Succeeded => Ok(()),
+        _ => Err(Failure::Failed(format!("{job} ended {}: {}", state(end.to), end.reason))),
+    }
+}
+
+/// Draws events.
+pub(super) struct View {
+    output: Output,
+    bar: ProgressBar,
+}
+
+impl View {
+    pub(super) fn new(output: Output) -> Self {
+        let target = if output == Output::Json { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        let bar = ProgressBar::with_draw_target(Some(0), target);
+        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} steps  {elapsed} passed, {prefix} left  {msg}");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.enable_steady_tick(Duration::from_millis(500));
+        View { output, bar }
+    }
+
+    /// Clears the bar.
+    pub(super) fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+
+    pub(super) fn show(&mut self, event: &pb::TrainingEvent) {
+        if self.output == Output::Json {
+            return output::json_line(&output::event(event));
+        }
+        let text = match &event.event {
+            Some(Event::StateChange(s)) => format!("{}: {}", state(s.to), s.reason),
+            Some(Event::StepMetrics(s)) => {
+                let p = s.progress.unwrap_or_default();
+                self.bar.set_length(p.total_steps);
+                self.bar.set_position(p.step);
+                self.bar.set_prefix(
+                    p.eta_seconds.map_or("?".into(), |s| format!("{}", indicatif::HumanDuration(Duration::from_secs_f64(s.max(0.0))))),
+                );
+                self.bar.set_message(metrics(&s.metrics, ""));
+                if !self.bar.is_hidden() {
+                    return;
+                }
+                // Without a terminal there is no bar: a line for every step instead.
+                format!("step {}/{}  {}", p.step, p.total_steps, metrics(&s.metrics, ""))
+            }
+            Some(Event::EvalMetrics(s)) => format!("evaluation at step {}: {}", s.step, metrics(&s.metrics, "eval_")),
+            Some(Event::CheckpointCreated(c)) => format!("checkpoint {}{}", c.checkpoint, if c.best { " (best)" } else { "" }),
+            Some(Event::Log(l)) => format!("{}: {}", l.severity, l.message),
+            None => return,
+        };
+        if self.bar.is_hidden() { output::line(&text) } else { self.bar.println(text) }
+    }
+}
+
+fn metrics(all: &std::collections::BTreeMap<String, f64>, prefix: &str) -> String {
+    let get = |name: &str| all.get(&format!("{prefix}{name}")).copied().unwrap_or(f64::NAN);
+    format!("loss {:.4}  margin {:+.3}  accuracy {:.0}%", get("loss"), get("rewards/margins"), 100.0 * get("rewards/accuracies"))
+}
