@@ -120,7 +120,7 @@ pub struct DemoArgs {
     #[arg(long)]
     pub model: Option<String>,
     /// Passes over the training pairs.
-    #[arg(long, default_value_t = 3.0)]
+    #[arg(long, default_value_t = 2.0)]
     pub epochs: f64,
     /// Keep the jobs and the trained adapter in this folder; without it a temporary one is used.
     #[arg(long)]

@@ -113,7 +113,7 @@ fn create_request(dataset: &str, epochs: f64) -> pb::CreateTrainingJobRequest {
             dataset: dataset.into(),
             method: Some(pb::training_job::Method::Lora(pb::LoraConfig { rank: Some(16), ..Default::default() })),
             optimizer: Some(pb::OptimizerConfig {
-                learning_rate: Some(2e-4),
+                learning_rate: Some(1e-4),
                 lr_scheduler_type: "cosine".into(),
                 warmup_ratio: Some(0.1),
                 ..Default::default()

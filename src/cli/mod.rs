@@ -50,8 +50,8 @@ impl From<ClientError> for Failure {
     }
 }
 
-impl From<tonic::Status> for Failure {
-    fn from(s: tonic::Status) -> Self {
+impl From<crate::rpc::client::Status> for Failure {
+    fn from(s: crate::rpc::client::Status) -> Self {
         ClientError::from(s).into()
     }
 }

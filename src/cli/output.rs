@@ -2,10 +2,10 @@
 #![allow(clippy::print_stdout)]
 
 use comfy_table::{Table, presets};
-use prost_types::Timestamp;
 use serde_json::{Value, json};
 
 use super::args::Output;
+use crate::rpc::client::Timestamp;
 use crate::rpc::pb;
 
 /// Prints a line on standard output.

@@ -1,13 +1,17 @@
 //! A thin client for the command line and the demo: connects with a clear error, uploads, follows events across reconnects, downloads safely.
 
+/// A point in time, as messages carry it.
+pub use prost_types::Timestamp;
 use std::path::Path;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
+/// What a server answers when it refuses.
+pub use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
 use super::pb;

@@ -370,7 +370,7 @@ impl Trainer {
         Progress {
             step: self.state.step,
             total_steps: self.total_steps,
-            epoch: self.state.step as f64 / self.spec.batch.steps_per_epoch(self.train.len()) as f64,
+            epoch: self.state.epoch as f64 + self.state.micro_batch as f64 / self.group().0 as f64,
             tokens: self.state.tokens,
             eta_seconds: (taken > 0).then(|| self.started.elapsed().as_secs_f64() / taken as f64 * left as f64),
         }

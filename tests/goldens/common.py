@@ -1,0 +1,154 @@
+"""Tiny random models, their tokenizers, and TRL trainers set up so that every number is reproducible."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_DISABLED", "true")
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+from trl import DPOConfig, DPOTrainer
+
+HERE = Path(__file__).parent
+MODELS = HERE / "models"
+torch.set_num_threads(1)
+
+CORPUS = """The river rises in the hills and flows past the old mill. Bread needs flour, water, salt and time.
+A prime number has exactly two divisors. Light travels faster than sound. Water boils at lower temperatures on mountains.
+What is the capital of France? Paris. How many legs has a spider? Eight. Name a colour. Blue, green or red.
+You could say that it depends, and of course I would be happy to help with that question! Thank you for asking.
+Write a function that adds two numbers: def add(a, b): return a + b. 1 2 3 4 5 6 7 8 9 10 11 12 42 100.
+She sells sea shells. He'll go; they've gone, we're here, I'd stay. Das ist schön. Où est-ce? naïve café.
+""".splitlines()
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{- bos_token }}\n{%- for message in messages %}\n    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}\n"
+    "    {{- message['content'] | trim }}\n    {{- '<|eot_id|>' }}\n{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}\n{%- endif %}\n"
+)
+INST = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'].strip() + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
+    "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
+)
+
+
+def tokenizer(template, specials, bos, eos, add_bos):
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    raw.train_from_iterator(CORPUS, trainer)
+    if add_bos:
+        raw.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, raw.token_to_id(bos))]
+        )
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=bos, eos_token=eos, pad_token=eos)
+    fast.chat_template = template
+    return fast
+
+
+COMMON = dict(
+    vocab_size=320, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512
+)
+SHAPES = {
+    "llama": lambda: (
+        LlamaConfig(
+            **COMMON,
+            num_hidden_layers=3,
+            tie_word_embeddings=True,
+            rope_theta=10000.0,
+            rope_scaling=dict(
+                rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+            ),
+        ),
+        tokenizer(LLAMA3, ["<|begin|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"], "<|begin|>", "<|eot_id|>", True),
+    ),
+    "mistral": lambda: (
+        MistralConfig(**COMMON, num_hidden_layers=2, tie_word_embeddings=False, sliding_window=16),
+        tokenizer(INST, ["<unk>", "<s>", "</s>"], "<s>", "</s>", True),
+    ),
+    "qwen2": lambda: (
+        Qwen2Config(**COMMON, num_hidden_layers=2, tie_word_embeddings=True),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    "qwen3": lambda: (
+        Qwen3Config(**COMMON, num_hidden_layers=2, tie_word_embeddings=False, head_dim=16),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+}
+
+
+def randomise(model, seed):
+    """Every weight from N(0, 0.15²), norms around 1, so that logits vary and no gradient is trivially zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator) * 0.15
+            p.copy_(1 + noise if "norm" in name else noise)
+
+
+def build(name, seed, folder):
+    config, tok = SHAPES[name]()
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = tok.bos_token_id, tok.eos_token_id, tok.pad_token_id
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    randomise(model, seed)
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+
+
+def load(name):
+    model = AutoModelForCausalLM.from_pretrained(MODELS / name, attn_implementation="eager", dtype=torch.float32)
+    tok = PreTrainedTokenizerFast.from_pretrained(MODELS / name)
+    return model, tok
+
+
+def rows(file):
+    return [json.loads(line) for line in (HERE / file).read_text().splitlines() if line.strip()]
+
+
+def strip(row):
+    return {k: v for k, v in row.items() if k in ("prompt", "chosen", "rejected")}
+
+
+def trainer(model, tok, data, ref=None, peft_config=None, out="/tmp/bradley-goldens", **settings):
+    defaults = dict(
+        output_dir=out,
+        use_cpu=True,
+        bf16=False,
+        fp16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=2,
+        train_sampling_strategy="sequential",
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        max_length=256,
+        seed=42,
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+    )
+    args = DPOConfig(**{**defaults, **settings})
+    # torch drops the input-side gradient of the embedding's padding_idx row. Here, as in SmolLM2, padding and end-of-turn are one token, which
+    # also occurs inside dialogues, so what is dropped is a true gradient. Bradley keeps it; the goldens must too.
+    model.get_input_embeddings().padding_idx = None
+    dataset = Dataset.from_list([strip(r) for r in data])
+    return DPOTrainer(model=model, ref_model=ref, args=args, train_dataset=dataset, processing_class=tok, peft_config=peft_config)

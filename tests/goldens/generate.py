@@ -1,0 +1,211 @@
+"""Makes every golden file in this folder except smollm2.json. Run: python generate.py (see README.md)."""
+
+import json
+import shutil
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+
+from common import HERE, MODELS, build, load, randomise, rows, trainer
+
+NAMES = ["llama", "mistral", "qwen2", "qwen3"]
+CHAT, PLAIN = rows("pairs.jsonl"), rows("plain.jsonl")
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def write(name, value):
+    (HERE / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def token_logps(model, prompt, completion):
+    """log p of each completion token, its distribution's mean logit and entropy, and whether it is the most likely."""
+    ids = torch.tensor([prompt + completion])
+    with torch.no_grad():
+        logits = model(ids).logits[0].float()
+    at = slice(len(prompt) - 1, len(prompt) + len(completion) - 1)
+    logits, target = logits[at], torch.tensor(completion)
+    logp = torch.log_softmax(logits, -1)
+    picked = logp.gather(1, target[:, None])[:, 0]
+    entropy = -(logp.exp() * logp).sum(-1)
+    return dict(
+        logps=picked.tolist(),
+        mean_logits=logits.mean(-1).tolist(),
+        entropy=entropy.tolist(),
+        log_sum_p2=(2 * logp).exp().sum(-1).log().tolist(),
+        argmax=(logits.argmax(-1) == target).tolist(),
+    )
+
+
+def models():
+    shutil.rmtree(MODELS, ignore_errors=True)
+    for i, name in enumerate(NAMES):
+        build(name, 100 + i, MODELS / name)
+        build(name, 200 + i, MODELS / f"{name}-ref")
+    model, tok = load("llama")
+    model.save_pretrained(MODELS / "llama-sharded", max_shard_size="40KB")
+    tok.save_pretrained(MODELS / "llama-sharded")
+    model.to(torch.bfloat16).save_pretrained(MODELS / "llama-bf16")
+    tok.save_pretrained(MODELS / "llama-bf16")
+
+
+def tokens_and_logps():
+    tokens, logps = {}, {}
+    for name in NAMES:
+        model, tok = load(name)
+        ref, _ = load(f"{name}-ref")
+        tokens[name], logps[name] = {}, {}
+        for kind, data in (("chat", CHAT), ("plain", PLAIN)):
+            prepared = trainer(model, tok, data, ref=ref).train_dataset
+            for row, p in zip(data, prepared, strict=True):
+                entry = dict(prompt=p["prompt_ids"], chosen=p["chosen_ids"], rejected=p["rejected_ids"])
+                if kind == "chat":
+                    entry["text"] = tok.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+                    entry["whole"] = tok.apply_chat_template(row["prompt"] + row["chosen"], tokenize=False)
+                tokens[name][row["id"]] = entry
+                logps[name][row["id"]] = {
+                    side: dict(
+                        policy=token_logps(model, entry["prompt"], entry[side]),
+                        reference=token_logps(ref, entry["prompt"], entry[side])["logps"],
+                    )
+                    for side in ("chosen", "rejected")
+                }
+    write("tokens.json", tokens)
+    write("logps.json", logps)
+
+
+LOSSES = [
+    dict(loss_type=[name], **extra)
+    for name, extra in [
+        ("sigmoid", {}),
+        ("hinge", {}),
+        ("ipo", {}),
+        ("exo_pair", dict(label_smoothing=0.05)),
+        ("nca_pair", {}),
+        ("robust", dict(label_smoothing=0.1)),
+        ("bco_pair", {}),
+        ("sppo_hard", {}),
+        ("aot", dict(label_smoothing=0.1)),
+        ("aot_unpaired", dict(label_smoothing=0.1)),
+        ("apo_zero", {}),
+        ("apo_down", {}),
+        ("discopop", {}),
+        ("sft", {}),
+        ("sigmoid_norm", {}),
+        ("sigmoid", dict(beta=0.5)),
+        ("sigmoid", dict(f_divergence_type="forward_kl")),
+        ("sigmoid", dict(f_divergence_type="js_divergence")),
+        ("sigmoid", dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.5)),
+        ("ipo", dict(f_divergence_type="js_divergence")),
+        ("sigmoid", dict(use_weighting=True)),
+        # hinge with weighting cannot be had: TRL multiplies the relu in place and torch refuses to differentiate it.
+        ("nca_pair", dict(use_weighting=True)),
+        ("sigmoid", dict(ld_alpha=0.3)),
+    ]
+] + [dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0])]
+
+
+def losses():
+    """Each loss from TRL's own code on four pairs: value, gradient norm and metrics."""
+    model, tok = load("llama")
+    ref, _ = load("llama-ref")
+    data = CHAT[:4]
+    out = []
+    for settings in LOSSES:
+        t = trainer(model, tok, data, ref=ref, per_device_train_batch_size=4, **settings)
+        batch = next(iter(t.get_train_dataloader()))
+        t.model.train()
+        t.model.zero_grad()
+        loss = t.compute_loss(t.model, batch)
+        loss.backward()
+        norm = torch.sqrt(sum((p.grad.double() ** 2).sum() for p in t.model.parameters()))
+        metrics = {k: v[-1] for k, v in t._metrics["train"].items()}
+        out.append(dict(settings=settings, beta=settings.get("beta", 0.1), loss=loss.item(), grad_norm=norm.item(), metrics=metrics))
+    write("losses.json", dict(model="llama", reference="llama-ref", pairs=[r["id"] for r in data], cases=out))
+
+
+def grads():
+    """∂loss/∂w of the mean sigmoid loss over two pairs for every weight, and for every adapter tensor."""
+    for i, name in enumerate(NAMES):
+        model, tok = load(name)
+        ref, _ = load(f"{name}-ref")
+        t = trainer(model, tok, CHAT[:2], ref=ref)
+        batch = next(iter(t.get_train_dataloader()))
+        t.model.train()
+        t.compute_loss(t.model, batch).backward()
+        save_file({n: p.grad.contiguous() for n, p in t.model.named_parameters()}, HERE / f"grads_{name}.safetensors")
+
+        base, tok = load(name)
+        adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, lora_dropout=0.0, task_type="CAUSAL_LM"))
+        generator = torch.Generator().manual_seed(300 + i)
+        with torch.no_grad():
+            for n, p in adapted.named_parameters():
+                if "lora_" in n:
+                    p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+        adapted.save_pretrained(HERE / "adapters" / name)
+        base, tok = load(name)
+        adapted = PeftModel.from_pretrained(base, HERE / "adapters" / name, is_trainable=True)
+        # The reference is the base with the adapter off: TRL does so for a model that it wraps itself.
+        logps = {}
+        for row, p in zip(CHAT, trainer(load(name)[0], tok, CHAT, ref=ref).train_dataset, strict=True):
+            logps[row["id"]] = {s: token_logps(adapted, p["prompt_ids"], p[f"{s}_ids"])["logps"] for s in ("chosen", "rejected")}
+        write(f"adapters/{name}/logps.json", logps)
+        loss = torch.zeros(())
+        pairs = [p for _, p in zip(range(2), trainer(load(name)[0], tok, CHAT[:2], ref=ref).train_dataset)]
+        for p in pairs:
+            deltas = []
+            for s in ("chosen", "rejected"):
+                ids = torch.tensor([p["prompt_ids"] + p[f"{s}_ids"]])
+                n = len(p["prompt_ids"])
+                def total():
+                    logp = torch.log_softmax(adapted(ids).logits[0].float(), -1)[n - 1 : -1]
+                    return logp.gather(1, ids[0, n:, None]).sum()
+                with torch.no_grad(), adapted.disable_adapter():
+                    reference = total()
+                deltas.append(total() - reference)
+            loss = loss - torch.nn.functional.logsigmoid(0.1 * (deltas[0] - deltas[1])) / 2
+        loss.backward()
+        found = {n.replace(".default", ""): p.grad.contiguous() for n, p in adapted.named_parameters() if p.grad is not None}
+        save_file(found, HERE / "adapters" / name / "grads.safetensors")
+        (HERE / "adapters" / name / "README.md").unlink(missing_ok=True)
+
+
+RUNS = {
+    "full": dict(max_steps=10, learning_rate=1e-3),
+    "full_accumulate_cosine": dict(
+        max_steps=6, learning_rate=1e-3, gradient_accumulation_steps=2, lr_scheduler_type="cosine", warmup_steps=2, weight_decay=0.1
+    ),
+    "lora": dict(max_steps=10, learning_rate=1e-2),
+}
+KEYS = [
+    "loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
+    "logps/rejected", "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy", "num_tokens", "epoch",
+]
+
+
+def trajectories():
+    out = {}
+    for name in ("llama", "qwen2"):
+        for run, settings in RUNS.items():
+            model, tok = load(name)
+            if run == "lora":
+                start = HERE / "adapters" / f"{name}-start"
+                config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, lora_dropout=0.0, task_type="CAUSAL_LM")
+                torch.manual_seed(7)
+                t = trainer(model, tok, CHAT, peft_config=config, **settings)
+                t.model.save_pretrained(start)
+                (start / "README.md").unlink(missing_ok=True)
+            else:
+                t = trainer(model, tok, CHAT, ref=load(name)[0], **settings)
+            t.train()
+            steps = [{k: h[k] for k in KEYS if k in h} for h in t.state.log_history if "loss" in h]
+            out[f"{name}/{run}"] = dict(model=name, settings=settings, steps=steps)
+    write("trajectories.json", out)
+
+
+if __name__ == "__main__":
+    models()
+    tokens_and_logps()
+    losses()
+    grads()
+    trajectories()

@@ -1,0 +1,220 @@
+//! Log-probs and gradients of every architecture, against transformers and TRL.
+
+use bradley::domain::dpo::DpoConfig;
+use bradley::math::loss::{PairLogps, batch_loss};
+use bradley::model::peft;
+use bradley::train::backprop::{backward, forward};
+use bradley::train::pack::{pack, pack_pairs};
+use bradley::train::pair::{EncodedPair, SequenceGroup};
+use bradley::train::scorer::score;
+use bradley::train::trainable::{Gradients, TrainablePolicy};
+use candle_core::{Device, Tensor};
+
+use crate::support::{MODELS, assert_close, encode, golden, json, numbers, open, policy, relative, rows, tensors, tiny};
+
+/// f32 log-probs agree to 1e-5 relative; values near 0 are compared on the scale of 1 nat / 10.
+const LOGP: f64 = 1e-5;
+
+#[test]
+fn log_probs_are_those_of_transformers() {
+    let expected = json("logps.json");
+    for name in MODELS {
+        let ((model, tokenizer), (reference, _)) = (tiny(name), tiny(&format!("{name}-ref")));
+        for file in ["pairs.jsonl", "plain.jsonl"] {
+            let rows = rows(file);
+            for (row, pair) in rows.iter().zip(encode(&rows, &tokenizer, 256)) {
+                let e = &expected[name][row.id.as_deref().unwrap()];
+                let (p, r) = (score(&model, &pair.groups()).unwrap(), score(&reference, &pair.groups()).unwrap());
+                for (i, side) in ["chosen", "rejected"].into_iter().enumerate() {
+                    let what = format!("{name} {:?} {side}", row.id);
+                    for (got, want) in [(&p[i], &e[side]["policy"]["logps"]), (&r[i], &e[side]["reference"])] {
+                        let want = numbers(want);
+                        assert_eq!(got.len(), want.len(), "{what}");
+                        for (g, w) in got.iter().zip(want) {
+                            assert_close(&what, *g as f64, w, LOGP, 0.1);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn sharded_and_bf16_weights_load() {
+    let (whole, tokenizer) = tiny("llama");
+    let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
+    let want = score(&whole, &pairs[0].groups()).unwrap();
+    assert_eq!(score(&tiny("llama-sharded").0, &pairs[0].groups()).unwrap(), want);
+    let bf16 = score(&tiny("llama-bf16").0, &pairs[0].groups()).unwrap();
+    for (g, w) in bf16[0].iter().zip(&want[0]) {
+        assert_close("bf16 weights", *g as f64, *w as f64, 0.05, 1.0);
+    }
+}
+
+#[test]
+fn token_statistics_are_those_of_transformers() {
+    let expected = json("logps.json");
+    for name in MODELS {
+        let (model, tokenizer) = tiny(name);
+        let rows = rows("pairs.jsonl");
+        for (row, pair) in rows.iter().zip(encode(&rows, &tokenizer, 256)) {
+            let tape = bradley::train::backprop::observe(&model, pack(&pair.groups()).row).unwrap();
+            let e = &expected[name][row.id.as_deref().unwrap()]["chosen"]["policy"];
+            let (means, entropies, p2) = (numbers(&e["mean_logits"]), numbers(&e["entropy"]), numbers(&e["log_sum_p2"]));
+            for (t, d) in tape.distributions[..pair.chosen.len()].iter().enumerate() {
+                let what = format!("{name} {:?} token {t}", row.id);
+                assert_close(&what, d.mean_logit as f64, means[t], 1e-4, 0.1);
+                assert_close(&what, d.entropy as f64, entropies[t], 1e-4, 0.1);
+                assert_close(&what, d.log_sum_p2 as f64, p2[t], 1e-4, 0.1);
+                assert_eq!(d.is_argmax, e["argmax"][t].as_bool().unwrap(), "{what}");
+            }
+        }
+    }
+}
+
+/// Gradients of the mean sigmoid loss over `pairs`, one packed row.
+fn gradients(policy: &TrainablePolicy, pairs: &[EncodedPair], references: &[Vec<Vec<f32>>], checkpointing: bool) -> Vec<(String, Tensor)> {
+    let borrowed: Vec<&EncodedPair> = pairs.iter().collect();
+    let mut rows = pack_pairs(&borrowed, 10_000);
+    assert_eq!(rows.len(), 1);
+    let row = rows.remove(0);
+    let tape = forward(policy, row.packed.row.clone(), checkpointing).unwrap();
+    let side = |i: usize| &tape.log_probs[row.packed.completions[i].clone()];
+    let inputs: Vec<PairLogps> = (0..pairs.len())
+        .map(|i| PairLogps {
+            policy_chosen: side(2 * i),
+            policy_rejected: side(2 * i + 1),
+            reference: Some((&references[i][0], &references[i][1])),
+            weight: 1.0,
+            wpo: None,
+        })
+        .collect();
+    let loss = batch_loss(&DpoConfig::default(), &inputs, 1.0);
+    let upstream = loss.grad_chosen.iter().zip(&loss.grad_rejected).flat_map(|(c, r)| c.iter().chain(r).copied()).collect();
+    let mut total = Gradients::zeros(policy);
+    backward(policy, tape, upstream, &mut total).unwrap();
+    let trainables = policy.trainables.iter().zip(total.values());
+    trainables.map(|(t, g)| (t.name.clone(), Tensor::from_slice(g, t.var.shape(), &Device::Cpu).unwrap())).collect()
+}
+
+#[test]
+fn every_weights_gradient_is_torchs() {
+    for name in MODELS {
+        let ((model, tokenizer), (reference, _)) = (tiny(name), tiny(&format!("{name}-ref")));
+        let pairs = encode(&rows("pairs.jsonl")[..2], &tokenizer, 256);
+        let references: Vec<_> = pairs.iter().map(|p| score(&reference, &p.groups()).unwrap()).collect();
+        let policy = TrainablePolicy::full(&model).unwrap();
+        let expected = tensors(&format!("grads_{name}.safetensors"));
+        for checkpointing in [false, true] {
+            let got = gradients(&policy, &pairs, &references, checkpointing);
+            assert_eq!(got.len(), expected.len(), "{name}");
+            for (tensor, g) in &got {
+                let error = relative(g, &expected[tensor]);
+                assert!(error < 2e-4, "{name} {tensor}: relative error {error:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_adapter_gradient_is_torchs_and_peft_adapters_load() {
+    for name in MODELS {
+        let (model, tokenizer) = tiny(name);
+        let adapter = peft::load(&golden(&format!("adapters/{name}")), &model.config).unwrap();
+        let policy = TrainablePolicy::lora(&model, &adapter).unwrap();
+        let rows = rows("pairs.jsonl");
+        let pairs = encode(&rows, &tokenizer, 256);
+        let logps = json(&format!("adapters/{name}/logps.json"));
+        for (row, pair) in rows.iter().zip(&pairs) {
+            let got = score(&policy.plain, &pair.groups()).unwrap();
+            for (i, side) in ["chosen", "rejected"].into_iter().enumerate() {
+                for (g, w) in got[i].iter().zip(numbers(&logps[row.id.as_deref().unwrap()][side])) {
+                    assert_close(&format!("{name} {side} with its adapter"), *g as f64, w, LOGP, 0.1);
+                }
+            }
+        }
+        let references: Vec<_> = pairs[..2].iter().map(|p| score(&model, &p.groups()).unwrap()).collect();
+        let expected = tensors(&format!("adapters/{name}/grads.safetensors"));
+        for checkpointing in [false, true] {
+            let got = gradients(&policy, &pairs[..2], &references, checkpointing);
+            assert_eq!(got.len(), expected.len(), "{name}");
+            for (tensor, g) in &got {
+                let error = relative(g, &expected[tensor]);
+                assert!(error < 2e-4, "{name} {tensor}: relative error {error:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn checkpointing_changes_no_bit() {
+    let (model, tokenizer) = tiny("qwen3");
+    let pairs = encode(&rows("pairs.jsonl")[..3], &tokenizer, 256);
+    let references: Vec<_> = pairs.iter().map(|p| score(&tiny("qwen3-ref").0, &p.groups()).unwrap()).collect();
+    let policy = TrainablePolicy::full(&model).unwrap();
+    let (kept, recomputed) = (gradients(&policy, &pairs, &references, false), gradients(&policy, &pairs, &references, true));
+    for ((name, a), (_, b)) in kept.iter().zip(&recomputed) {
+        let bits = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(a), bits(b), "{name}");
+    }
+}
+
+#[test]
+fn packed_rows_equal_separate_sequences() {
+    for name in MODELS {
+        let (model, tokenizer) = tiny(name);
+        let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
+        let all: Vec<SequenceGroup> = pairs.iter().flat_map(|p| p.groups()).collect();
+        let packed = pack(&all);
+        let logps = model.log_probs(packed.row.clone()).unwrap();
+        for (i, pair) in pairs.iter().enumerate() {
+            for (side, completion) in [&pair.chosen, &pair.rejected].into_iter().enumerate() {
+                let alone = SequenceGroup { prompt: pair.prompt.clone(), completions: vec![completion.clone()] };
+                let want = &score(&model, &[alone]).unwrap()[0];
+                let got = &logps[packed.completions[2 * i + side].clone()];
+                for (g, w) in got.iter().zip(want) {
+                    assert!((g - w).abs() <= 1e-6 * w.abs().max(1.0), "{name}: {g} vs {w}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_damaged_or_foreign_file_is_an_error_that_names_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let copy = |from: &str, to: &std::path::Path| {
+        std::fs::create_dir_all(to).unwrap();
+        for entry in std::fs::read_dir(golden(from)).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+        }
+    };
+    let load = |dir: &std::path::Path| {
+        let model = bradley::model::loader::load_model(None, dir.to_str().unwrap(), &Default::default())?;
+        bradley::model::parameters::Parameters::load(&model.config, &model.weights)
+    };
+    let dir = folder.path().join("truncated");
+    copy("models/llama", &dir);
+    let file = dir.join("model.safetensors");
+    let bytes = std::fs::read(&file).unwrap();
+    for cut in [0, 4, 100, bytes.len() - 1] {
+        std::fs::write(&file, &bytes[..cut]).unwrap();
+        let e = load(&dir).unwrap_err().to_string();
+        assert!(e.contains("model.safetensors"), "{cut}: {e}");
+    }
+    let dir = folder.path().join("other-shape");
+    copy("models/llama", &dir);
+    std::fs::copy(golden("models/qwen3/model.safetensors"), dir.join("model.safetensors")).unwrap();
+    let e = load(&dir).unwrap_err().to_string();
+    assert!(e.contains("shape") || e.contains("no tensor"), "{e}");
+
+    let (model, _) = policy(open("qwen3"));
+    let e = peft::load(&golden("adapters/llama"), &model.config).unwrap_err().to_string();
+    assert!(e.contains("shape") || e.contains("adapter"), "{e}");
+    let dir = folder.path().join("adapter");
+    copy("adapters/llama", &dir);
+    std::fs::write(dir.join("adapter_model.safetensors"), b"not safetensors").unwrap();
+    assert!(peft::load(&dir, &tiny("llama").0.config).unwrap_err().to_string().contains("adapter_model.safetensors"));
+}

@@ -1,0 +1,236 @@
+//! Whole training runs, step by step as TRL takes them; determinism and continuation.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bradley::domain::job::Metrics;
+use bradley::domain::training::{BatchConfig, LoraConfig, Method, OptimizerConfig, RunConfig, ScheduleKind, TrainingSpec, Warmup};
+use bradley::model::decoder::Policy;
+use bradley::model::peft;
+use bradley::train::event::RunEvent;
+use bradley::train::pair::EncodedPair;
+use bradley::train::reference::Reference;
+use bradley::train::scorer::ReferenceCache;
+use bradley::train::trainable::TrainablePolicy;
+use bradley::train::trainer::{Status, Trainer, TrainerInput};
+
+use crate::support::{assert_close, encode, golden, json, open, rows, tiny};
+
+/// A run to make.
+pub struct Run {
+    pub policy: TrainablePolicy,
+    pub reference: Reference,
+    pub pairs: Vec<EncodedPair>,
+    pub eval: Vec<EncodedPair>,
+    pub spec: TrainingSpec,
+    pub resume: Option<PathBuf>,
+    pub folder: PathBuf,
+}
+
+impl Run {
+    /// A full fine-tune of `model` against a frozen `reference`.
+    pub fn full(model: &Policy, reference: &Policy, pairs: Vec<EncodedPair>, spec: TrainingSpec) -> Self {
+        let reference = Reference::Frozen { policy: reference.clone(), identity: "reference".into() };
+        Run { policy: TrainablePolicy::full(model).unwrap(), reference, pairs, eval: vec![], spec, resume: None, folder: scratch() }
+    }
+
+    /// A LoRA run from a stored adapter against the base.
+    pub fn lora(model: &Policy, adapter: &str, pairs: Vec<EncodedPair>, spec: TrainingSpec) -> Self {
+        let adapter = peft::load(&golden(adapter), &model.config).unwrap();
+        let reference = Reference::Frozen { policy: model.clone(), identity: "base".into() };
+        Run {
+            policy: TrainablePolicy::lora(model, &adapter).unwrap(),
+            reference,
+            pairs,
+            eval: vec![],
+            spec,
+            resume: None,
+            folder: scratch(),
+        }
+    }
+}
+
+fn scratch() -> PathBuf {
+    let dir = tempfile::tempdir().unwrap().keep();
+    std::fs::create_dir_all(&dir).unwrap();
+    dir
+}
+
+/// Makes the run and returns every event.
+pub fn events(run: Run) -> Vec<RunEvent> {
+    let input = TrainerInput {
+        spec: run.spec,
+        policy: run.policy,
+        reference: run.reference,
+        train: run.pairs,
+        eval: run.eval,
+        checkpoints: run.folder.clone(),
+        resume: run.resume,
+        tokenizer: Arc::new(open("llama").tokenizer),
+        base: "tiny".into(),
+    };
+    let mut trainer = Trainer::new(input).unwrap();
+    let mut cache = ReferenceCache::new(1 << 20);
+    let mut events = Vec::new();
+    while trainer.advance(&mut cache, &mut |e| events.push(e)).unwrap() == Status::Working {}
+    events
+}
+
+/// Makes the run, removes its folder, and returns the metrics of each step.
+pub fn train(run: Run) -> Vec<Metrics> {
+    let folder = run.folder.clone();
+    let steps = steps(&events(run));
+    std::fs::remove_dir_all(folder).unwrap();
+    steps
+}
+
+fn steps(events: &[RunEvent]) -> Vec<Metrics> {
+    events
+        .iter()
+        .filter_map(|e| match e {
+            RunEvent::Step { metrics, .. } => Some(metrics.clone()),
+            _ => None,
+        })
+        .collect()
+}
+
+fn spec(settings: &serde_json::Value, method: Method) -> TrainingSpec {
+    let number = |k: &str| settings.get(k).and_then(serde_json::Value::as_f64);
+    TrainingSpec {
+        method,
+        optimizer: OptimizerConfig {
+            learning_rate: number("learning_rate").unwrap(),
+            weight_decay: number("weight_decay").unwrap_or(0.0),
+            schedule: if settings.get("lr_scheduler_type").is_some() { ScheduleKind::Cosine } else { ScheduleKind::Constant },
+            warmup: Warmup::Steps(number("warmup_steps").unwrap_or(0.0) as u64),
+            ..Default::default()
+        },
+        batch: BatchConfig {
+            batch_size: 2,
+            gradient_accumulation_steps: number("gradient_accumulation_steps").unwrap_or(1.0) as usize,
+            max_length: 256,
+            max_steps: Some(number("max_steps").unwrap() as u64),
+            shuffle: false,
+            ..Default::default()
+        },
+        ..Default::default()
+    }
+}
+
+#[test]
+fn trajectories_are_trls() {
+    for (name, golden) in json("trajectories.json").as_object().unwrap() {
+        let model_name = golden["model"].as_str().unwrap();
+        let (model, tokenizer) = tiny(model_name);
+        let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
+        let got = match name.ends_with("/lora") {
+            true => train(Run::lora(
+                &model,
+                &format!("adapters/{model_name}-start"),
+                pairs,
+                spec(&golden["settings"], Method::Lora(LoraConfig::default())),
+            )),
+            false => train(Run::full(&model, &model, pairs, spec(&golden["settings"], Method::Full))),
+        };
+        let want = golden["steps"].as_array().unwrap();
+        assert_eq!(got.len(), want.len(), "{name}");
+        for (k, (got, want)) in got.iter().zip(want).enumerate() {
+            for (metric, value) in want.as_object().unwrap() {
+                let value = value.as_f64().unwrap();
+                let what = format!("{name} step {} {metric}", k + 1);
+                let tolerance = if metric == "loss" || metric == "grad_norm" { 1e-4 } else { 1e-3 };
+                assert_close(&what, got[metric.as_str()], value, tolerance, 1e-2);
+            }
+        }
+    }
+}
+
+fn shuffled(steps: u64) -> TrainingSpec {
+    TrainingSpec {
+        method: Method::Lora(LoraConfig::default()),
+        optimizer: OptimizerConfig { learning_rate: 1e-2, ..Default::default() },
+        batch: BatchConfig {
+            batch_size: 2,
+            gradient_accumulation_steps: 2,
+            max_length: 256,
+            max_steps: Some(steps),
+            row_tokens: 150,
+            ..Default::default()
+        },
+        run: RunConfig { save_steps: 2, eval_steps: 3, ..Default::default() },
+        ..Default::default()
+    }
+}
+
+fn bits(all: &[Metrics]) -> Vec<Vec<(String, u64)>> {
+    all.iter().map(|m| m.iter().map(|(k, v)| (k.clone(), v.to_bits())).collect()).collect()
+}
+
+#[test]
+fn the_same_seed_gives_the_same_metrics_bit_for_bit_and_another_seed_does_not() {
+    let run = |seed: u64| {
+        let (model, tokenizer) = tiny("llama");
+        let mut spec = shuffled(6);
+        spec.seed.0 = seed;
+        let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
+        bits(&train(Run { eval: pairs[..2].to_vec(), ..Run::lora(&model, "adapters/llama-start", pairs, spec) }))
+    };
+    let first = run(42);
+    assert_eq!(first, run(42));
+    assert_ne!(first, run(43));
+}
+
+#[test]
+fn a_continued_run_takes_the_steps_of_an_undisturbed_one_bit_for_bit() {
+    let (model, tokenizer) = tiny("llama");
+    let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
+    let make = |resume: Option<PathBuf>| Run { resume, ..Run::lora(&model, "adapters/llama-start", pairs.clone(), shuffled(7)) };
+    let whole = make(None);
+    let folder = whole.folder.clone();
+    let undisturbed = steps(&events(whole));
+    for step in [4, 6] {
+        let continued = train(make(Some(folder.join(step.to_string()))));
+        assert_eq!(bits(&continued), bits(&undisturbed[step..]), "from step {step}");
+    }
+    // A damaged checkpoint is noticed.
+    let file = folder.join("4/adapter_model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    let input = make(Some(folder.join("4")));
+    let result = Trainer::new(TrainerInput {
+        spec: input.spec,
+        policy: input.policy,
+        reference: input.reference,
+        train: input.pairs,
+        eval: vec![],
+        checkpoints: input.folder,
+        resume: input.resume,
+        tokenizer: Arc::new(open("llama").tokenizer),
+        base: "tiny".into(),
+    });
+    assert!(result.err().unwrap().to_string().contains("adapter_model.safetensors does not match its checksum"));
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
+fn evaluation_finds_the_best_checkpoint_and_early_stopping_ends_the_run() {
+    let (model, tokenizer) = tiny("llama");
+    let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
+    let mut spec = shuffled(40);
+    // The evaluation pairs are the training pairs the wrong way round: learning can only make them worse.
+    let wrong: Vec<EncodedPair> =
+        pairs.iter().map(|p| EncodedPair { chosen: p.rejected.clone(), rejected: p.chosen.clone(), ..p.clone() }).collect();
+    spec.run = RunConfig { eval_steps: 1, early_stopping_patience: 3, ..Default::default() };
+    let run = Run { eval: wrong, ..Run::lora(&model, "adapters/llama-start", pairs, spec) };
+    let folder = run.folder.clone();
+    let all = events(run);
+    assert!(all.iter().any(|e| matches!(e, RunEvent::Log { message, .. } if message.contains("stopped early"))));
+    let evaluations = all.iter().filter(|e| matches!(e, RunEvent::Eval { .. })).count();
+    assert!(evaluations < 40, "{evaluations}");
+    let best = all.iter().filter(|e| matches!(e, RunEvent::Checkpoint { best: true, .. })).count();
+    assert!(best >= 1);
+    assert!(matches!(all.last(), Some(RunEvent::Checkpoint { .. }) | Some(RunEvent::Log { .. })));
+    std::fs::remove_dir_all(folder).unwrap();
+}

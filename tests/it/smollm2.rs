@@ -1,0 +1,69 @@
+//! The real model: SmolLM2-135M-Instruct from its GGUF file, against transformers and TRL on the same weights.
+
+use bradley::domain::dataset::Text;
+use bradley::domain::training::{BatchConfig, Method, OptimizerConfig, ScheduleKind, TrainingSpec};
+use bradley::model::loader::load_model;
+use bradley::train::scorer::score;
+use serde_json::Value;
+
+use crate::golden_training::{Run, train};
+use crate::support::{assert_close, encode, ids, needed, numbers, policy};
+
+/// The golden file: ours, or one made from other rows by the same script.
+fn golden() -> Value {
+    match std::env::var("BRADLEY_TEST_SMOLLM2_GOLDEN") {
+        Ok(path) => serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap(),
+        Err(_) => crate::support::json("smollm2.json"),
+    }
+}
+
+#[test]
+fn tokens_log_probs_and_a_full_fine_tune_are_those_of_transformers_and_trl() {
+    let Some(file) = needed("BRADLEY_TEST_MODEL", "the SmolLM2 test") else { return };
+    let golden = golden();
+    let (model, tokenizer) = policy(load_model(None, &file, &Default::default()).unwrap());
+    let scratch = tempfile::tempdir().unwrap();
+    let data = scratch.path().join("rows.jsonl");
+    let lines: Vec<String> = golden["pairs"].as_array().unwrap().iter().map(|p| p["row"].to_string()).collect();
+    std::fs::write(&data, lines.join("\n")).unwrap();
+    let rows: Vec<_> =
+        bradley::train::rows::read_rows(&data, bradley::domain::dataset::DatasetFormat::Jsonl).unwrap().map(|r| r.unwrap()).collect();
+    let pairs = encode(&rows, &tokenizer, 256);
+
+    for (i, (pair, want)) in pairs.iter().zip(golden["pairs"].as_array().unwrap()).enumerate() {
+        let Text::Chat(prompt) = &rows[i].prompt else { panic!("a chat row") };
+        assert_eq!(tokenizer.apply_chat_template(prompt, true).unwrap(), want["text"].as_str().unwrap());
+        assert_eq!(pair.prompt, ids(&want["prompt"]), "row {i}");
+        assert_eq!(pair.chosen, ids(&want["chosen"]["ids"]), "row {i}");
+        assert_eq!(pair.rejected, ids(&want["rejected"]["ids"]), "row {i}");
+        let got = score(&model, &pair.groups()).unwrap();
+        for (side, name) in ["chosen", "rejected"].into_iter().enumerate() {
+            let want = numbers(&want[name]["logps"]);
+            let total: f64 = got[side].iter().map(|x| *x as f64).sum();
+            assert_close(&format!("row {i} {name}"), total, want.iter().sum(), 1e-4, 1e-3);
+            for (g, w) in got[side].iter().zip(want) {
+                assert_close(&format!("row {i} {name} token"), *g as f64, w, 1e-4, 1.0);
+            }
+        }
+    }
+
+    let spec = TrainingSpec {
+        method: Method::Full,
+        optimizer: OptimizerConfig { learning_rate: 5e-5, schedule: ScheduleKind::Constant, ..Default::default() },
+        batch: BatchConfig { batch_size: 2, max_length: 256, max_steps: Some(4), shuffle: false, ..Default::default() },
+        ..Default::default()
+    };
+    let run = Run::full(&model, &model, pairs, spec);
+    let folder = run.folder.clone();
+    let steps = train(run);
+    assert!(!folder.exists());
+    for (k, (got, want)) in steps.iter().zip(golden["steps"].as_array().unwrap()).enumerate() {
+        for metric in ["loss", "grad_norm", "rewards/margins", "logps/chosen", "entropy", "num_tokens"] {
+            println!("step {} {metric}: {} (TRL {})", k + 1, got[metric], want[metric]);
+        }
+        assert_close(&format!("step {} loss", k + 1), got["loss"], want["loss"].as_f64().unwrap(), 1e-3, 1e-2);
+        assert_close(&format!("step {} grad_norm", k + 1), got["grad_norm"], want["grad_norm"].as_f64().unwrap(), 1e-3, 1e-2);
+        assert_close(&format!("step {} entropy", k + 1), got["entropy"], want["entropy"].as_f64().unwrap(), 1e-3, 1e-2);
+        assert_eq!(got["num_tokens"], want["num_tokens"].as_f64().unwrap());
+    }
+}

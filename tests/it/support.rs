@@ -1,0 +1,102 @@
+//! What several test modules need: golden files, models, and comparisons.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bradley::domain::dataset::{DatasetFormat, PreferenceRow};
+use bradley::domain::training::Truncation;
+use bradley::model::decoder::Policy;
+use bradley::model::loader::{LoadedModel, load_model};
+use bradley::model::parameters::Parameters;
+use bradley::model::source::HubOptions;
+use bradley::model::tokenizer::ChatTokenizer;
+use bradley::train::encode::PairEncoder;
+use bradley::train::pair::EncodedPair;
+use bradley::train::rows::read_rows;
+use candle_core::{Device, Tensor};
+use serde_json::Value;
+
+/// The four tiny architectures.
+pub const MODELS: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
+
+/// A path below tests/goldens.
+pub fn golden(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(path)
+}
+
+/// A golden JSON file.
+pub fn json(path: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(golden(path)).unwrap()).unwrap()
+}
+
+/// A golden safetensors file.
+pub fn tensors(path: &str) -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(golden(path), &Device::Cpu).unwrap()
+}
+
+/// A tiny model's files.
+pub fn open(name: &str) -> LoadedModel {
+    load_model(None, golden(&format!("models/{name}")).to_str().unwrap(), &HubOptions::default()).unwrap()
+}
+
+/// A model's weights and tokenizer.
+pub fn policy(model: LoadedModel) -> (Policy, ChatTokenizer) {
+    let parameters = Parameters::load(&model.config, &model.weights).unwrap();
+    (Policy { config: Arc::new(model.config), parameters: Arc::new(parameters), adapter: None }, model.tokenizer)
+}
+
+/// A tiny model, loaded.
+pub fn tiny(name: &str) -> (Policy, ChatTokenizer) {
+    policy(open(name))
+}
+
+/// The rows of a golden JSONL file.
+pub fn rows(file: &str) -> Vec<PreferenceRow> {
+    read_rows(&golden(file), DatasetFormat::Jsonl).unwrap().map(|r| r.unwrap()).collect()
+}
+
+/// Rows as token ids.
+pub fn encode(rows: &[PreferenceRow], tokenizer: &ChatTokenizer, max_length: usize) -> Vec<EncodedPair> {
+    let encoder = PairEncoder::new(tokenizer, max_length, Truncation::KeepStart);
+    rows.iter().map(|r| encoder.encode_row(r).unwrap()).collect()
+}
+
+/// A JSON list of numbers.
+pub fn numbers(v: &Value) -> Vec<f64> {
+    v.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+}
+
+/// A JSON list of token ids.
+pub fn ids(v: &Value) -> Vec<u32> {
+    v.as_array().unwrap().iter().map(|x| x.as_u64().unwrap() as u32).collect()
+}
+
+/// |a − b| ≤ tolerance · max(|b|, floor).
+pub fn assert_close(what: &str, a: f64, b: f64, tolerance: f64, floor: f64) {
+    assert!((a - b).abs() <= tolerance * b.abs().max(floor), "{what}: {a} is not {b} within {tolerance} relative");
+}
+
+/// ‖a − b‖ / ‖b‖.
+pub fn relative(a: &Tensor, b: &Tensor) -> f64 {
+    let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let (mut num, mut den) = (0f64, 0f64);
+    for (x, y) in values(a).iter().zip(values(b)) {
+        num += (*x as f64 - y as f64).powi(2);
+        den += (y as f64).powi(2);
+    }
+    (num / den.max(1e-30)).sqrt()
+}
+
+/// A variable of the environment that names something tests need, or `None` after saying that the test is skipped. In CI, where
+/// BRADLEY_TEST_REQUIRE is set, a missing one fails.
+pub fn needed(variable: &str, test: &str) -> Option<String> {
+    match std::env::var(variable) {
+        Ok(value) if !value.is_empty() => Some(value),
+        _ if std::env::var_os("BRADLEY_TEST_REQUIRE").is_some() => panic!("{test}: {variable} must be set here"),
+        _ => {
+            println!("skipped: {test} needs {variable}");
+            None
+        }
+    }
+}
