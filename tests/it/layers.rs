@@ -1,0 +1,248 @@
+//! Holds the architecture in place: imports run down the layers only, and what belongs to one layer (protobuf, the environment, threads,
+//! statuses) stays there. The rules are read off the source text, so that a breach is found in code that this platform does not even compile.
+
+mod scan;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use self::scan::{PathUse, paths};
+
+/// Lowest first: a layer may import itself and what stands before it.
+const LAYERS: [&str; 8] = ["domain", "math", "model", "train", "engine", "jobs", "rpc", "cli"];
+/// They tie the layers together.
+const EXEMPT: [&str; 2] = ["lib.rs", "main.rs"];
+/// Lines a source file may have; the aim is 500.
+const MAX_LINES: usize = 520;
+
+/// What makes a gRPC status.
+const STATUS_CONSTRUCTORS: [&str; 22] = [
+    "new",
+    "ok",
+    "cancelled",
+    "unknown",
+    "invalid_argument",
+    "deadline_exceeded",
+    "not_found",
+    "already_exists",
+    "permission_denied",
+    "resource_exhausted",
+    "failed_precondition",
+    "aborted",
+    "out_of_range",
+    "unimplemented",
+    "internal",
+    "unavailable",
+    "data_loss",
+    "unauthenticated",
+    "from_error",
+    "with_details",
+    "with_error_details",
+    "with_error_details_vec",
+];
+
+#[test]
+fn imports_run_down_the_layers() {
+    let sources = sources();
+    let imports = sources.iter().flat_map(|(_, source)| paths(source)).filter(|p| p.segments[0] == "crate" && p.segments.len() > 1).count();
+    assert!(imports > sources.len(), "only {imports} imports seen in {} files: the scan is broken", sources.len());
+    let breaches: Vec<String> = sources.iter().flat_map(|(file, source)| breaches(file, source)).collect();
+    assert!(breaches.is_empty(), "{} breaches of the architecture (ARCHITECTURE.md says why):\n{}", breaches.len(), breaches.join("\n"));
+}
+
+#[test]
+fn files_stay_short() {
+    let long: Vec<String> = sources()
+        .iter()
+        .map(|(file, source)| (file, source.lines().count()))
+        .filter(|(_, lines)| *lines > MAX_LINES)
+        .map(|(file, lines)| format!("src/{file} has {lines} lines, over {MAX_LINES}: split it"))
+        .collect();
+    assert!(long.is_empty(), "{}", long.join("\n"));
+}
+
+/// One thing to say per breach, each with the file and the line. `file` is relative to `src`.
+fn breaches(file: &str, source: &str) -> Vec<String> {
+    if EXEMPT.contains(&file) {
+        return Vec::new();
+    }
+    let module = module_of(file);
+    let Some(rank) = rank(&module) else {
+        return vec![format!("src/{file}: belongs to no layer; the layers are {}", LAYERS.join(", "))];
+    };
+    let is_test = |path: &PathUse| module.iter().chain(&path.inside).any(|m| m == "tests");
+    let mut found = Vec::new();
+    for path in paths(source) {
+        let reasons = [
+            upward(&module, rank, &path),
+            foreign(file, rank, &path),
+            status(file, &path),
+            if is_test(&path) { None } else { environment(file, &path).or_else(|| thread(rank, &path)) },
+        ];
+        found.extend(reasons.into_iter().flatten().map(|why| format!("src/{file}:{}: `{}` {why}", path.line, path.segments.join("::"))));
+    }
+    found
+}
+
+/// An import from a higher layer, however it is written: `crate::`, a group, or enough `super::`.
+fn upward(module: &[String], own: usize, path: &PathUse) -> Option<String> {
+    let target = resolve(module, path)?;
+    // Anything at the root that is no layer belongs to the top, and so does a glob over the root.
+    let theirs = target.first().and_then(|name| layer_rank(name)).unwrap_or(LAYERS.len() - 1);
+    (theirs > own).then(|| {
+        let above = target.first().filter(|n| layer_rank(n).is_some()).map_or("the crate's root", String::as_str);
+        format!(
+            "runs up from {} to {above}: move what is shared down a layer, or let the lower layer define a channel or trait",
+            LAYERS[own]
+        )
+    })
+}
+
+/// Protobuf and gRPC outside rpc, and the async runtime below the engine.
+fn foreign(file: &str, own: usize, path: &PathUse) -> Option<String> {
+    let first = path.segments.first()?;
+    let is = |name: &str| first == name || first.strip_prefix(name).is_some_and(|rest| rest.starts_with('_'));
+    if (is("tonic") || is("prost")) && !file.starts_with("rpc/") {
+        return Some("only rpc knows gRPC and protobuf: use what rpc::client and rpc::pb offer".into());
+    }
+    let engine = layer_rank("engine")?;
+    (is("tokio") && own < engine).then(|| format!("{} is synchronous: async begins at the engine", LAYERS[own]))
+}
+
+/// A gRPC status made anywhere but in the one mapping.
+fn status(file: &str, path: &PathUse) -> Option<String> {
+    let makes = path.segments.windows(2).any(|w| w[0] == "Status" && STATUS_CONSTRUCTORS.contains(&w[1].as_str()));
+    (makes && file != "rpc/status.rs").then(|| "makes a status: only rpc/status.rs does, from a typed error".into())
+}
+
+/// The environment read anywhere but in the settings.
+fn environment(file: &str, path: &PathUse) -> Option<String> {
+    const READS: [&str; 6] = ["var", "var_os", "vars", "vars_os", "set_var", "remove_var"];
+    let uses = path.segments.windows(2).any(|w| w[0] == "env" && (READS.contains(&w[1].as_str()) || w[1] == "*"));
+    let allowed = file == "cli/settings.rs" || file.starts_with("cli/settings/");
+    (uses && !allowed).then(|| "touches the environment: only cli/settings does; take it as an argument".into())
+}
+
+/// A thread started outside the engine.
+fn thread(own: usize, path: &PathUse) -> Option<String> {
+    const STARTS: [&str; 4] = ["spawn", "Builder", "scope", "*"];
+    let starts = path.segments.windows(2).any(|w| w[0] == "thread" && STARTS.contains(&w[1].as_str()));
+    (starts && LAYERS[own] != "engine").then(|| "starts a thread: only engine does (ops use rayon's pool, rpc and cli use tokio)".into())
+}
+
+/// The path from the crate's root, or `None` where it names no module of this crate for certain.
+fn resolve(module: &[String], path: &PathUse) -> Option<Vec<String>> {
+    let (first, rest) = path.segments.split_first()?;
+    // Alone it is a visibility, `pub(super)`, or the value `self`.
+    if rest.is_empty() {
+        return None;
+    }
+    let mut at: Vec<String> = match first.as_str() {
+        "crate" => Vec::new(),
+        "self" | "super" => module.iter().chain(&path.inside).cloned().collect(),
+        _ => return None,
+    };
+    for segment in &path.segments[usize::from(first == "crate")..] {
+        match segment.as_str() {
+            "self" => {}
+            "super" => drop(at.pop()),
+            name => at.push(name.to_owned()),
+        }
+    }
+    Some(at)
+}
+
+/// The module that a file under `src` is.
+fn module_of(file: &str) -> Vec<String> {
+    let path = file.strip_suffix(".rs").unwrap_or(file);
+    path.strip_suffix("/mod").unwrap_or(path).split('/').map(str::to_owned).collect()
+}
+
+fn rank(module: &[String]) -> Option<usize> {
+    module.first().and_then(|name| layer_rank(name))
+}
+
+fn layer_rank(name: &str) -> Option<usize> {
+    LAYERS.iter().position(|l| *l == name)
+}
+
+/// Every source file: its path under `src`, with forward slashes, and its text.
+fn sources() -> Vec<(String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    walk(&root, &mut files);
+    assert!(files.len() > LAYERS.len(), "found only {} files under {}", files.len(), root.display());
+    files.sort();
+    let relative =
+        |p: &Path| p.strip_prefix(&root).unwrap().components().map(|c| c.as_os_str().to_string_lossy()).collect::<Vec<_>>().join("/");
+    files.iter().map(|p| (relative(p), fs::read_to_string(p).unwrap())).collect()
+}
+
+fn walk(folder: &Path, files: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            walk(&path, files);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            files.push(path);
+        }
+    }
+}
+
+/// `breaches` of a fabricated file must name each of these.
+#[track_caller]
+fn assert_caught(file: &str, source: &str, expected: &[&str]) {
+    let found = breaches(file, source);
+    assert_eq!(found.len(), expected.len(), "src/{file} with {source:?}: {found:#?}");
+    for (breach, part) in found.iter().zip(expected) {
+        assert!(breach.contains(part), "{breach:?} should say {part:?}");
+    }
+}
+
+#[test]
+fn an_upward_import_is_caught_however_it_is_written() {
+    assert_caught("math/loss.rs", "use crate::engine::Job;\n", &["src/math/loss.rs:1: `crate::engine::Job` runs up from math to engine"]);
+    assert_caught(
+        "domain/job.rs",
+        "\n\nuse crate::{domain::x, rpc::{self, pb::Job as J}};",
+        &[":3: `crate::rpc::self`", "crate::rpc::pb::Job"],
+    );
+    assert_caught("train/trainer.rs", "fn f() -> crate::jobs::Store { crate::jobs::Store::new() }", &["to jobs", "to jobs"]);
+    assert_caught("engine/queue.rs", "use super::super::jobs::store;", &["`super::super::jobs::store` runs up from engine to jobs"]);
+    assert_caught("engine/queue.rs", "use super::{super::{rpc::x, model::y}, api};", &["to rpc"]);
+    assert_caught("model/ops/mod.rs", "mod inner { use super::super::super::cli; }", &["to cli"]);
+    assert_caught("model/config.rs", "use crate as root;\nuse crate::*;\nuse super::super::*;", &["root", "root", "root"]);
+    assert_caught("model/config.rs", "pub(in crate::train) fn f() { crate::run() }", &["to train", "the crate's root"]);
+    assert_caught("model/config.rs", "macro_rules! m { () => { $crate::rpc::f() } }", &["to rpc"]);
+    assert_caught("jobs/mod.rs", "use ::bradley_x::y; use crate :: /* up */ rpc :: x;", &["to rpc"]);
+    assert_caught("stray.rs", "", &["belongs to no layer"]);
+}
+
+#[test]
+fn what_belongs_to_one_layer_is_caught_elsewhere() {
+    assert_caught("jobs/store.rs", "use tonic::Status; use prost_types::Any;", &["only rpc", "only rpc"]);
+    assert_caught("train/trainer.rs", "use tokio::sync::mpsc;", &["train is synchronous"]);
+    assert_caught("rpc/scoring.rs", "let e = tonic::Status::internal(\"x\");", &["makes a status"]);
+    assert_caught("rpc/scoring.rs", "return Err(Status::new(Code::Ok, m));", &["makes a status"]);
+    assert_caught("model/source.rs", "let t = std::env::var(\"HF_TOKEN\");", &["touches the environment"]);
+    assert_caught("cli/demo.rs", "use std::env::{self, var_os};", &["touches the environment"]);
+    assert_caught("jobs/runner.rs", "std::thread::spawn(|| ()); thread::Builder::new();", &["starts a thread", "starts a thread"]);
+}
+
+#[test]
+fn what_is_legal_passes() {
+    for (file, source) in [
+        ("math/loss.rs", "use crate::domain::dpo; use super::metrics; pub(crate) mod x; pub(super) fn f() {}"),
+        ("engine/queue/tests.rs", "use super::super::api; use super::*; std::thread::spawn(f);"),
+        ("model/ops.rs", "#[cfg(test)] mod tests { use super::*; use super::super::config; }"),
+        ("model/ops.rs", "// use crate::rpc;\n/* crate::rpc /* crate::cli */ */ /// [`crate::rpc`]\nconst S: &str = \"crate::rpc::x\";"),
+        ("model/ops.rs", "const S: &[u8] = br#\"\" crate::rpc \"#; const C: char = '\"'; fn f<'a>(x: &'a str) { let c = b'\\''; }"),
+        ("engine/worker.rs", "use tokio::sync::oneshot; match s { Status::Finished => std::thread::Builder::new() }"),
+        ("rpc/status.rs", "Status::with_error_details(code, m, d); tonic::Code::Ok;"),
+        ("cli/settings.rs", "std::env::vars_os();"),
+        ("cli/demo.rs", "use crate::rpc::{client::Client, pb}; std::env::temp_dir(); std::thread::available_parallelism();"),
+        ("main.rs", "bradley::cli::main()"),
+    ] {
+        assert_caught(file, source, &[]);
+    }
+}
