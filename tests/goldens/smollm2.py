@@ -29,8 +29,11 @@ def load():
     return model
 
 
-data = [json.loads(line) for line in args.pairs.read_text().splitlines() if line.strip()][: args.rows]
+data = [json.loads(line) for line in args.pairs.read_text().splitlines() if line.strip()]
 tok = AutoTokenizer.from_pretrained(args.gguf.parent, gguf_file=args.gguf.name)
+# TRL drops a row whose prompt alone fills max_length.
+fits = [len(tok.apply_chat_template(r["prompt"], add_generation_prompt=True)["input_ids"]) < 256 for r in data]
+data = [r for r, ok in zip(data, fits) if ok][: args.rows]
 model = load()
 t = trainer(model, tok, data, ref=load(), max_steps=4, learning_rate=5e-5, max_length=256)
 prepared = list(t.train_dataset)
