@@ -1,11 +1,14 @@
 //! Integration tests, one binary.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+mod clients;
+mod crash;
 mod golden_losses;
 mod golden_models;
 mod golden_tokens;
 mod golden_training;
 mod layers;
+mod server;
 mod service;
 mod smollm2;
 mod support;

@@ -1,0 +1,115 @@
+//! Clients written by others: grpcurl through reflection, Python's grpcio with the protos, peft with the adapter.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::server::{Server, upload};
+use crate::support::{golden, needed};
+
+fn protos() -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("proto")
+}
+
+fn run(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{command:?}\n{out}\n{err}");
+    out.into_owned()
+}
+
+fn cycle(server: &Server, python: &str, pairs: &Path, base: &str, model: &str, out: &Path) -> String {
+    let address = server.address.strip_prefix("http://").unwrap();
+    run(Command::new(python)
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/cycle.py"))
+        .arg(address)
+        .arg(protos())
+        .arg(pairs)
+        .args([base, model])
+        .arg(out)
+        .env("HF_HUB_OFFLINE", "1"))
+}
+
+#[test]
+fn grpcio_and_peft_go_through_the_whole_cycle() {
+    let Some(python) = needed("BRADLEY_TEST_PYTHON", "the grpcio and peft test") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let base = golden("models/llama");
+    let said = cycle(&server, &python, &golden("pairs.jsonl"), base.to_str().unwrap(), "tiny", &dir.path().join("adapter"));
+    assert!(said.contains("peft agrees within"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn grpcurl_goes_through_the_cycle_by_reflection() {
+    let Some(grpcurl) = needed("BRADLEY_TEST_GRPCURL", "the grpcurl test") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    // grpcurl sends JSON and a file is bytes: the upload's bytes go base64 in one message.
+    let address = server.address.strip_prefix("http://").unwrap().to_owned();
+    let call = |method: &str, body: &str| -> serde_json::Value {
+        let out = run(Command::new(&grpcurl).args(["-plaintext", "-d", body, &address, method]));
+        serde_json::from_str(&out).unwrap_or_else(|e| panic!("{method}: {e}: {out}"))
+    };
+    let listed = run(Command::new(&grpcurl).args(["-plaintext", &address, "list"]));
+    for service in ["bradley.v1.TrainingService", "bradley.v1.ScoringService", "grpc.health.v1.Health"] {
+        assert!(listed.contains(service), "{listed}");
+    }
+    let described = run(Command::new(&grpcurl).args(["-plaintext", &address, "describe", "bradley.v1.PairScore"]));
+    assert!(described.contains("double probability"), "{described}");
+    assert_eq!(call("grpc.health.v1.Health/Check", "{}")["status"], "SERVING");
+    assert_eq!(call("bradley.v1.ModelService/GetModel", r#"{"name":"models/tiny"}"#)["architecture"], "llama");
+
+    let dataset = upload(&server.client().await, "pairs.jsonl").await.name;
+    let listed = call("bradley.v1.DatasetService/ListDatasets", "{}");
+    assert_eq!(listed["datasets"][0]["name"], dataset);
+    let body = serde_json::json!({"training_job": {
+        "policy": "models/tiny", "dataset": dataset, "lora": {"rank": 4}, "batch": {"batch_size": 2, "max_length": 256, "max_steps": 3},
+        "optimizer": {"learning_rate": 0.01}}});
+    let name = call("bradley.v1.TrainingService/CreateTrainingJob", &body.to_string())["name"].as_str().unwrap().to_owned();
+    let body = serde_json::json!({"parent": name}).to_string();
+    let streamed =
+        run(Command::new(&grpcurl).args(["-plaintext", "-d", &body, &address, "bradley.v1.TrainingService/StreamTrainingEvents"]));
+    assert!(streamed.contains("JOB_STATE_SUCCEEDED") && streamed.contains("rewards/margins"), "{streamed}");
+    let text = |role: &str, content: &str| serde_json::json!({"chat": {"messages": [{"role": role, "content": content}]}});
+    let body = serde_json::json!({"options": {"policy": format!("{name}/checkpoints/latest")}, "pairs": [
+        {"id": "x", "prompt": text("user", "Name a colour."), "a": text("assistant", "Blue."), "b": text("assistant", "It depends.")}]});
+    let score = call("bradley.v1.ScoringService/ScorePairs", &body.to_string());
+    assert!(score["results"][0]["score"]["probability"].as_f64().is_some(), "{score}");
+    let refused = Command::new(&grpcurl)
+        .args(["-plaintext", "-d", r#"{"name":"x"}"#, &address, "bradley.v1.TrainingService/GetTrainingJob"])
+        .output()
+        .unwrap();
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("InvalidArgument"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reflection_v1_answers_too() {
+    use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+    use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+    use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let channel = tonic::transport::Endpoint::from_shared(server.address.clone()).unwrap().connect().await.unwrap();
+    let mut client = ServerReflectionClient::new(channel);
+    let request = tonic_reflection::pb::v1::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let mut answers = client.server_reflection_info(tokio_stream::iter(vec![request])).await.unwrap().into_inner();
+    let answer = answers.message().await.unwrap().unwrap().message_response.unwrap();
+    let MessageResponse::ListServicesResponse(list) = answer else { panic!("{answer:?}") };
+    assert!(list.service.iter().any(|s| s.name == "bradley.v1.ScoringService"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_real_model_goes_through_the_python_cycle() {
+    let (Some(python), Some(model)) =
+        (needed("BRADLEY_TEST_PYTHON", "the SmolLM2 cycle"), needed("BRADLEY_TEST_MODEL", "the SmolLM2 cycle"))
+    else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start_with(dir.path(), &format!("smollm2={model}"), &[]);
+    let said = cycle(&server, &python, &golden("pairs.jsonl"), &model, "smollm2", &dir.path().join("adapter"));
+    assert!(said.contains("peft agrees within"), "{said}");
+}

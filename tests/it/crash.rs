@@ -1,0 +1,144 @@
+//! SIGKILL and SIGTERM in mid-training: no job, no delivered event and no more than the steps since the last checkpoint are lost.
+
+use std::time::Duration;
+
+use bradley::rpc::pb;
+
+use crate::server::{Server, finish, job, state, submit, upload};
+
+fn checkpointing(dataset: &str, steps: u64) -> pb::TrainingJob {
+    let mut wanted = job(dataset, steps);
+    wanted.run = Some(pb::RunConfig { save_steps: Some(5), ..Default::default() });
+    wanted
+}
+
+/// Every event so far, once `enough` says so.
+async fn events_until(
+    client: &bradley::rpc::client::Client,
+    name: &str,
+    enough: impl Fn(&pb::TrainingEvent) -> bool,
+) -> Vec<pb::TrainingEvent> {
+    let mut seen = Vec::new();
+    let follow = client.follow(name, 0, |e| {
+        let stop = enough(&e);
+        seen.push(e);
+        !stop
+    });
+    tokio::time::timeout(Duration::from_secs(60), follow).await.expect("events come").unwrap();
+    seen
+}
+
+fn step_of(e: &pb::TrainingEvent) -> Option<u64> {
+    match &e.event {
+        Some(pb::training_event::Event::StepMetrics(s)) => Some(s.step),
+        _ => None,
+    }
+}
+
+fn losses(events: &[pb::TrainingEvent]) -> std::collections::BTreeMap<u64, u64> {
+    events
+        .iter()
+        .filter_map(|e| match &e.event {
+            Some(pb::training_event::Event::StepMetrics(s)) => Some((s.step, s.metrics["loss"].to_bits())),
+            _ => None,
+        })
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint() {
+    let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let undisturbed = {
+        let server = Server::start(other.path());
+        let client = server.client().await;
+        let dataset = upload(&client, "pairs.jsonl").await;
+        let name = submit(&client, checkpointing(&dataset.name, 40)).await;
+        losses(&finish(&client, &name).await)
+    };
+
+    let mut server = Server::start(dir.path());
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let name = submit(&client, checkpointing(&dataset.name, 40)).await;
+    let waiting = submit(&client, job(&dataset.name, 2)).await;
+    let mut delivered = Vec::new();
+    for kill_after in [7, 23] {
+        let client = server.client().await;
+        delivered = events_until(&client, &name, |e| step_of(e) >= Some(kill_after)).await;
+        server.kill();
+        server = Server::start(dir.path());
+    }
+    let client = server.client().await;
+    let all = finish(&client, &name).await;
+    assert_eq!(state(&client, &name).await, pb::JobState::Succeeded);
+    assert!(all.iter().enumerate().all(|(i, e)| e.sequence == i as u64 + 1), "sequences have no gap");
+    for e in &delivered {
+        assert_eq!(Some(e), all.get(e.sequence as usize - 1), "what was delivered is still there, unchanged");
+    }
+    // After each restart at most the steps since a multiple of five are taken again.
+    let mut last = 0;
+    for e in &all {
+        if let Some(step) = step_of(e) {
+            assert!(step == last + 1 || (step <= last && last - step < 6), "step {step} after {last}");
+            last = step;
+        }
+    }
+    assert_eq!(losses(&all), undisturbed, "the same losses, bit for bit");
+    finish(&client, &waiting).await;
+    assert_eq!(state(&client, &waiting).await, pb::JobState::Succeeded, "a queued job survives too");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_drains_within_its_deadline_and_the_job_continues() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start(dir.path());
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let mut wanted = job(&dataset.name, 400);
+    wanted.run = None; // no periodic checkpoint: the drain must write one
+    let name = submit(&client, wanted).await;
+    events_until(&client, &name, |e| step_of(e) >= Some(5)).await;
+    let open = {
+        let (client, name) = (client.clone(), name.clone());
+        tokio::spawn(async move {
+            let request = pb::StreamTrainingEventsRequest { parent: name, after_sequence: 0 };
+            let mut stream = client.training().stream_training_events(request).await.unwrap().into_inner();
+            loop {
+                match stream.message().await {
+                    Ok(Some(_)) => {}
+                    Ok(None) => return None,
+                    Err(e) => return Some(e.code()),
+                }
+            }
+        })
+    };
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let status = server.terminate(Duration::from_secs(20));
+    assert!(status.success(), "{status}");
+    assert_eq!(open.await.unwrap(), Some(tonic::Code::Unavailable), "an open stream is told to go on elsewhere");
+
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let all = finish(&client, &name).await;
+    let steps: Vec<u64> = all.iter().filter_map(step_of).collect();
+    assert_eq!(steps, (1..=400).collect::<Vec<_>>(), "no step is lost or repeated");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn probes_and_metrics_answer_on_the_http_port() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    crate::server::score(&client, "models/tiny", crate::server::pairs()).await;
+    for (path, expected) in
+        [("/livez", "200 OK"), ("/readyz", "200 OK"), ("/metrics", "bradley_requests_total"), ("/metrics", "bradley_scored_tokens_total")]
+    {
+        let mut connection = tokio::net::TcpStream::connect(&server.http).await.unwrap();
+        connection.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        connection.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.contains(expected), "{path}: {answer}");
+    }
+    assert!(server.data_dir.join("bradley.db").is_file());
+}

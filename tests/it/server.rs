@@ -1,0 +1,161 @@
+//! The real binary as a child process, on loopback ports of its own.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use bradley::rpc::client::Client;
+use bradley::rpc::pb;
+
+use crate::support::golden;
+
+/// A running server; killed when dropped.
+pub struct Server {
+    child: Child,
+    /// `http://127.0.0.1:PORT` of the gRPC port.
+    pub address: String,
+    /// `127.0.0.1:PORT` of the HTTP port.
+    pub http: String,
+    pub data_dir: PathBuf,
+}
+
+impl Server {
+    /// Starts a server on the tiny Llama.
+    pub fn start(data_dir: &Path) -> Self {
+        Self::start_with(data_dir, &format!("tiny={}", golden("models/llama").display()), &[])
+    }
+
+    /// Starts a server and waits until it serves.
+    pub fn start_with(data_dir: &Path, models: &str, flags: &[&str]) -> Self {
+        let http_port = free_port();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_bradley"))
+            .args(["serve", "--listen", "127.0.0.1:0", "--log-format", "json", "--models", models])
+            .args(["--http-listen", &format!("127.0.0.1:{http_port}")])
+            .args(flags)
+            .arg("--data-dir")
+            .arg(data_dir)
+            .env_remove("BRADLEY_CONFIG")
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (told, address) = mpsc::channel();
+        let errors = BufReader::new(child.stderr.take().unwrap());
+        std::thread::spawn(move || {
+            for line in errors.lines().map_while(Result::ok) {
+                let json: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
+                match json["fields"]["message"].as_str() {
+                    Some("serving") => drop(told.send(json["fields"]["address"].as_str().unwrap().to_owned())),
+                    _ if json["level"] != "INFO" => eprintln!("server: {line}"),
+                    _ => {}
+                }
+            }
+        });
+        let address = address.recv_timeout(Duration::from_secs(120)).expect("the server starts");
+        Server { child, address: format!("http://{address}"), http: format!("127.0.0.1:{http_port}"), data_dir: data_dir.to_owned() }
+    }
+
+    /// A connected client.
+    pub async fn client(&self) -> Client {
+        Client::connect(&self.address, Duration::from_secs(10)).await.unwrap()
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// SIGTERM; the exit status must come within `limit`.
+    pub fn terminate(&mut self, limit: Duration) -> std::process::ExitStatus {
+        // SAFETY: signals the child that this struct owns and has not reaped.
+        assert_eq!(unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) }, 0);
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(start.elapsed() < limit, "the server hangs on SIGTERM");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Uploads a golden file.
+pub async fn upload(client: &Client, file: &str) -> pb::Dataset {
+    let metadata = pb::UploadMetadata { display_name: file.into(), ..Default::default() };
+    client.upload_dataset(&golden(file), metadata, |_| {}).await.unwrap()
+}
+
+/// A LoRA job of `steps` steps on the tiny model.
+pub fn job(dataset: &str, steps: u64) -> pb::TrainingJob {
+    pb::TrainingJob {
+        display_name: "test".into(),
+        policy: "models/tiny".into(),
+        dataset: dataset.into(),
+        method: Some(pb::training_job::Method::Lora(pb::LoraConfig { rank: Some(4), ..Default::default() })),
+        optimizer: Some(pb::OptimizerConfig { learning_rate: Some(1e-2), ..Default::default() }),
+        batch: Some(pb::BatchConfig { batch_size: Some(2), max_length: Some(256), max_steps: Some(steps), ..Default::default() }),
+        ..Default::default()
+    }
+}
+
+/// Submits a job.
+pub async fn submit(client: &Client, job: pb::TrainingJob) -> String {
+    let request = pb::CreateTrainingJobRequest { training_job: Some(job), ..Default::default() };
+    client.training().create_training_job(request).await.unwrap().into_inner().name
+}
+
+/// Follows a job to its end; returns its events.
+pub async fn finish(client: &Client, job: &str) -> Vec<pb::TrainingEvent> {
+    let mut events = Vec::new();
+    let all = client.follow(job, 0, |e| {
+        events.push(e);
+        true
+    });
+    tokio::time::timeout(Duration::from_secs(120), all).await.expect("the job ends").unwrap();
+    events
+}
+
+/// The state a job is in.
+pub async fn state(client: &Client, job: &str) -> pb::JobState {
+    let request = pb::GetTrainingJobRequest { name: job.into() };
+    client.training().get_training_job(request).await.unwrap().into_inner().state()
+}
+
+/// The golden chat rows as pairs to score.
+pub fn pairs() -> Vec<pb::Pair> {
+    let text = |t: &bradley::domain::dataset::Text| {
+        let bradley::domain::dataset::Text::Chat(messages) = t else { panic!("a chat row") };
+        let messages = messages.iter().map(|m| pb::Message { role: m.role.clone(), content: m.content.clone() }).collect();
+        Some(pb::Text { form: Some(pb::text::Form::Chat(pb::MessageList { messages })) })
+    };
+    let rows = crate::support::rows("pairs.jsonl");
+    rows.iter().map(|r| pb::Pair { id: r.id.clone().unwrap(), prompt: text(&r.prompt), a: text(&r.chosen), b: text(&r.rejected) }).collect()
+}
+
+/// Scores pairs in one call.
+pub async fn score(client: &Client, policy: &str, pairs: Vec<pb::Pair>) -> pb::ScorePairsResponse {
+    let options = pb::ScoringOptions { policy: policy.into(), per_token_logprobs: true, ..Default::default() };
+    client.scoring().score_pairs(pb::ScorePairsRequest { options: Some(options), pairs }).await.unwrap().into_inner()
+}
+
+/// A result's score.
+pub fn scored(r: &pb::PairResult) -> &pb::PairScore {
+    match &r.result {
+        Some(pb::pair_result::Result::Score(s)) => s,
+        other => panic!("{}: {other:?}", r.id),
+    }
+}
