@@ -91,7 +91,7 @@ fn check_supported(fields: &Value) -> Result<(), String> {
     for (field, off) in OFF {
         let value = fields.get(field).unwrap_or(&Value::Null);
         let empty = value.is_null() || value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(|o| o.is_empty());
-        if !empty && value.to_string() != off {
+        if !empty && value.to_string().as_str() != off {
             return Err(format!("{field} is {value}: unsupported, only {off} is"));
         }
     }

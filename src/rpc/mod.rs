@@ -1,6 +1,6 @@
 //! gRPC: proto ↔ domain, status mapping, one file per service.
 //!
-//! **Only this layer knows protobuf, and only [`status`] makes a gRPC status.**
+//! **Only this layer knows protobuf, and only `status.rs` makes a gRPC status.**
 
 mod checkpoint;
 pub mod client;

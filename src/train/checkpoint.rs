@@ -173,12 +173,18 @@ fn moments(contents: &Contents) -> Result<Vec<(String, Tensor)>, CheckpointError
     Ok(all)
 }
 
-/// Restores weights, moments and counters into a policy and optimizer of the same shapes; returns the moving reference's tensors, if stored.
-pub fn restore(
-    dir: &Path,
-    policy: &TrainablePolicy,
-    optimizer: &mut AdamW,
-) -> Result<(RunState, Metrics, Option<Vec<(String, Tensor)>>), CheckpointError> {
+/// What [`restore`] gives back besides the tensors it puts in place.
+pub struct Restored {
+    /// Counters.
+    pub state: RunState,
+    /// The newest metrics.
+    pub metrics: Metrics,
+    /// TR-DPO's moving reference, if stored.
+    pub reference: Option<Vec<(String, Tensor)>>,
+}
+
+/// Restores weights and moments into a policy and optimizer of the same shapes.
+pub fn restore(dir: &Path, policy: &TrainablePolicy, optimizer: &mut AdamW) -> Result<Restored, CheckpointError> {
     let file = verify(dir)?;
     if file.adapter != policy.is_lora() {
         return Err(damaged(dir, "it was written by a run of the other method (LoRA or full)".into()));
@@ -198,7 +204,7 @@ pub fn restore(
         true => Some(load(&dir.join(REFERENCE_FILE))?.into_iter().collect()),
         false => None,
     };
-    Ok((file.state, file.metrics, reference))
+    Ok(Restored { state: file.state, metrics: file.metrics, reference })
 }
 
 type Tensors = std::collections::HashMap<String, Tensor>;

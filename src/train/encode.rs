@@ -27,13 +27,13 @@ pub enum EncodeError {
     /// No token is the answer's.
     #[error("{field} has no tokens of its own after the prompt")]
     EmptyCompletion {
-        /// chosen, rejected or completions[i].
+        /// chosen, rejected or `completions[i]`.
         field: String,
     },
     /// Chat and plain text in one item.
     #[error("{field} and the prompt must both be plain text or both be messages")]
     MixedForms {
-        /// chosen, rejected or completions[i].
+        /// chosen, rejected or `completions[i]`.
         field: String,
     },
     /// The tokenizer or the chat template refused.

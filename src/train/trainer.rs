@@ -124,12 +124,12 @@ impl Trainer {
         let mut optimizer = AdamW::new(policy.trainables.iter().map(|t| t.var.elem_count()));
         let (mut state, mut latest, mut saved_step) = (RunState::default(), Metrics::new(), None);
         if let Some(dir) = &resume {
-            let (restored, metrics, moved) = checkpoint::restore(dir, &policy, &mut optimizer)?;
-            if let Some(tensors) = moved {
-                reference.restore(tensors, restored.reference_syncs)?;
+            let restored = checkpoint::restore(dir, &policy, &mut optimizer)?;
+            if let Some(tensors) = restored.reference {
+                reference.restore(tensors, restored.state.reference_syncs)?;
             }
-            saved_step = Some(restored.step);
-            (state, latest) = (restored, metrics);
+            saved_step = Some(restored.state.step);
+            (state, latest) = (restored.state, restored.metrics);
         }
         let longest = longest_micro_batch(&train, spec.batch.batch_size);
         let checkpointing = estimate(&policy.plain.config, &spec, longest).checkpointing;

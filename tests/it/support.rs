@@ -1,6 +1,7 @@
 //! What several test modules need: golden files, models, and comparisons.
 
 use std::collections::HashMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -95,7 +96,8 @@ pub fn needed(variable: &str, test: &str) -> Option<String> {
         Ok(value) if !value.is_empty() => Some(value),
         _ if std::env::var_os("BRADLEY_TEST_REQUIRE").is_some() => panic!("{test}: {variable} must be set here"),
         _ => {
-            println!("skipped: {test} needs {variable}");
+            // Straight to the descriptor: libtest would swallow what a passing test prints.
+            let _ = writeln!(std::io::stderr(), "skipped: {test} needs {variable}");
             None
         }
     }

@@ -3,7 +3,7 @@
 //! Legend: T tokens of the packed row, C hidden size, H query heads, K key/value heads, D head dimension, F feed-forward size, V vocabulary,
 //! r LoRA rank. Activations are row-major `[T, features]`, f32, contiguous. Gradients are formed only for arguments that are tracked.
 //!
-//! The CPU side is here; on another device candle reports "no cuda implementation for <op>", which is what a build without kernels should say.
+//! The CPU side is here; on another device candle reports `no cuda implementation for OP`, which is what a build without kernels should say.
 
 pub mod attention;
 pub mod gemm;
