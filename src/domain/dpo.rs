@@ -240,6 +240,9 @@ impl DpoConfig {
             out.non_negative(format!("{field}.rpo_alpha"), a);
         }
         out.non_negative(format!("{field}.dpop_lambda"), self.dpop_lambda);
+        if self.dpop_lambda > 0.0 && !self.losses.iter().any(|l| l.loss == LossType::Sigmoid) {
+            out.push(format!("{field}.dpop_lambda"), "acts inside the sigmoid loss only: add sigmoid to the losses or set it to 0");
+        }
         out.non_negative(format!("{field}.simpo_gamma"), self.simpo_gamma);
         out.non_negative(format!("{field}.orpo_lambda"), self.orpo_lambda);
         if let Some(a) = self.ld_alpha

@@ -23,7 +23,12 @@ impl Feed {
     /// Tells followers that `job` has events up to `sequence`.
     pub fn notify(&self, job: &str, sequence: u64) {
         if let Some(sender) = self.0.lock().unwrap_or_else(PoisonError::into_inner).get(job) {
-            sender.send_replace(sequence);
+            // Two changes of a job may be told in the other order: the newest never goes back.
+            sender.send_if_modified(|newest| {
+                let later = sequence > *newest;
+                *newest = sequence.max(*newest);
+                later
+            });
         }
     }
 

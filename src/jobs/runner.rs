@@ -109,7 +109,11 @@ async fn run_job(service: &Service, job: Job) -> Result<()> {
     if service.is_draining() {
         control.drain();
     }
-    let result = carry(service, &job, control).await;
+    let result = carry(service, &job, control.clone()).await;
+    if result.is_err() {
+        // Nobody listens to the run any more: the device must not go on with it.
+        control.cancel();
+    }
     service.inner.controls.lock().unwrap_or_else(PoisonError::into_inner).remove(&job.id);
     result
 }
@@ -342,6 +346,9 @@ async fn retain(service: &Service, job: &Job) -> Result<()> {
     let all = service.inner.store.checkpoints(&job.id).await?;
     let surplus = all.len().saturating_sub(job.request.spec.run.save_total_limit);
     for old in all.iter().take(surplus).filter(|c| !c.best) {
+        if service.refuse_when_used(&job.id, Some(old.step)).await.is_err() {
+            continue; // another job starts from it or is measured against it
+        }
         service.inner.store.delete_checkpoint(&job.id, old.step).await?;
         service.drop_checkpoint_files(&job.id, old.step).await?;
     }

@@ -326,7 +326,7 @@ impl Service {
     }
 
     /// Refuses when another unfinished job starts from, or is measured against, these weights.
-    async fn refuse_when_used(&self, job: &str, step: Option<u64>) -> Result<()> {
+    pub(super) async fn refuse_when_used(&self, job: &str, step: Option<u64>) -> Result<()> {
         for other in self.inner.store.unfinished_jobs().await? {
             let names = [Some(&other.request.policy), other.request.reference.as_ref()];
             let used = names.into_iter().flatten().any(|name| match name {
@@ -369,7 +369,13 @@ impl Service {
                         }
                     }
                 }
-                inner.artifacts.publish(&temporary, &target)?;
+                if let Err(e) = inner.artifacts.publish(&temporary, &target) {
+                    let _ = std::fs::remove_dir_all(&temporary);
+                    // Another call may have made the same export meanwhile.
+                    if !target.is_dir() {
+                        return Err(e);
+                    }
+                }
             }
             Ok(Export { files: describe(&target)?, path: target })
         })

@@ -15,7 +15,7 @@ mod status;
 mod training;
 
 use std::future::Future;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -33,6 +33,8 @@ use crate::jobs::service::Service;
 
 /// Streams that may be open on one connection.
 const MAX_STREAMS: u32 = 1024;
+/// What open calls get at least to hear that the server is going.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// HTTP/2 pings find out that a client's machine is gone.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 
@@ -100,7 +102,6 @@ pub async fn serve(
         .add_service(models);
 
     let (stop, mut stopping) = watch::channel(false);
-    let mut stopped = stop.subscribe();
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let server = router.serve_with_incoming_shutdown(incoming, async move {
         let _ = stopping.wait_for(|s| *s).await;
@@ -111,6 +112,7 @@ pub async fn serve(
         () = shutdown => {}
     }
     tracing::info!("draining");
+    let began = Instant::now();
     for name in names() {
         health.set_service_status(name, tonic_health::ServingStatus::NotServing).await;
     }
@@ -120,8 +122,8 @@ pub async fn serve(
         result = &mut server => return Ok(result?),
     }
     stop.send_replace(true);
-    let _ = stopped.changed().await;
-    match tokio::time::timeout(options.drain_timeout, server).await {
+    let left = options.drain_timeout.saturating_sub(began.elapsed()).max(LAST_WORDS);
+    match tokio::time::timeout(left, server).await {
         Ok(result) => result?,
         Err(_) => tracing::warn!("open calls did not end in time: their connections are closed"),
     }

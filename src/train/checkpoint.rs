@@ -72,6 +72,8 @@ pub struct RunState {
     pub best: Option<(f64, u64)>,
     /// Evaluations since the best.
     pub stale_evaluations: u32,
+    /// The step of the last evaluation: a run that was drained before one that was due makes up for it.
+    pub evaluated: Option<u64>,
     /// TR-DPO syncs made.
     pub reference_syncs: u64,
 }
@@ -126,6 +128,10 @@ fn io_at(path: &Path) -> impl FnOnce(io::Error) -> CheckpointError + '_ {
 pub fn save(folder: &Path, contents: &Contents) -> Result<u64, CheckpointError> {
     let target = folder.join(contents.state.step.to_string());
     let temporary = folder.join(format!(".{}.tmp", contents.state.step));
+    // A step's tensors are a function of the run, so one that is there and whole need not be replaced: there is no moment without it.
+    if verify(&target).is_ok() {
+        return size(&target);
+    }
     remove_if_present(&temporary)?;
     fs::create_dir_all(&temporary).map_err(io_at(&temporary))?;
 
@@ -156,7 +162,7 @@ pub fn save(folder: &Path, contents: &Contents) -> Result<u64, CheckpointError> 
     File::open(&path).and_then(|f| f.sync_all()).map_err(io_at(&path))?;
     sync_folder(&temporary)?;
 
-    // A run that was killed after its checkpoint and continued from an older one writes the same step again.
+    // Only a damaged one can be in the way.
     remove_if_present(&target)?;
     fs::rename(&temporary, &target).map_err(io_at(&target))?;
     sync_folder(folder)?;

@@ -134,13 +134,8 @@ impl Trainer {
         let longest = longest_micro_batch(&train, spec.batch.batch_size);
         let checkpointing = estimate(&policy.plain.config, &spec, longest).checkpointing;
         let total_steps = spec.batch.total_steps(train.len());
-        let phase = match () {
-            () if state.step >= total_steps => Phase::Done,
-            () if state.step == 0 && spec.run.eval_on_start && !eval.is_empty() => Phase::Evaluate { next: 0 },
-            () => Phase::Step { done: 0 },
-        };
         let first_step = state.step;
-        Ok(Trainer {
+        let mut trainer = Trainer {
             gradients: Gradients::zeros(&policy),
             order: (u64::MAX, Vec::new()),
             window: Window::default(),
@@ -157,12 +152,30 @@ impl Trainer {
             optimizer,
             state,
             total_steps,
-            phase,
+            phase: Phase::Done,
             latest,
             saved_step,
             checkpointing,
             first_step,
-        })
+        };
+        trainer.phase = trainer.first_phase();
+        Ok(trainer)
+    }
+
+    /// Where a fresh or continued run begins: with an evaluation that is due and was not made, else with the next step.
+    fn first_phase(&self) -> Phase {
+        let due = if self.state.step == 0 { self.spec.run.eval_on_start && !self.eval.is_empty() } else { self.evaluation_due() };
+        match () {
+            () if due && self.state.evaluated != Some(self.state.step) => Phase::Evaluate { next: 0 },
+            () if self.is_over() => Phase::Done,
+            () => Phase::Step { done: 0 },
+        }
+    }
+
+    /// Whether the rows are evaluated after the step just taken.
+    fn evaluation_due(&self) -> bool {
+        let (step, every) = (self.state.step, self.spec.run.eval_steps);
+        !self.eval.is_empty() && (step >= self.total_steps || (every > 0 && step.is_multiple_of(every)))
     }
 
     /// The weights as they are now, for scoring between units.
@@ -226,7 +239,8 @@ impl Trainer {
             self.state.epoch += 1;
             self.state.micro_batch = 0;
         }
-        self.after_update(cache, emit)
+        self.after_update(emit);
+        Ok(())
     }
 
     /// Micro-batches in this epoch, and in the current step's group (the last group of an epoch may be short).
@@ -333,7 +347,7 @@ impl Trainer {
 
     // ---- what is due after an update
 
-    fn after_update(&mut self, _cache: &mut ReferenceCache, emit: &mut dyn FnMut(RunEvent)) -> Result<(), TrainError> {
+    fn after_update(&mut self, emit: &mut dyn FnMut(RunEvent)) {
         let (step, run) = (self.state.step, &self.spec.run);
         let last = step >= self.total_steps;
         let progress = self.progress();
@@ -344,15 +358,13 @@ impl Trainer {
             self.latest.extend(metrics.clone());
             emit(RunEvent::Step { progress, metrics });
         }
-        let evaluate = !self.eval.is_empty() && (last || (run.eval_steps > 0 && step.is_multiple_of(run.eval_steps)));
-        self.phase = if evaluate { Phase::Evaluate { next: 0 } } else { self.after_evaluation(false) };
-        Ok(())
+        self.phase = if self.evaluation_due() { Phase::Evaluate { next: 0 } } else { self.after_evaluation(false) };
     }
 
     fn after_evaluation(&self, best: bool) -> Phase {
         let (step, run) = (self.state.step, &self.spec.run);
         let due = run.save_steps > 0 && step.is_multiple_of(run.save_steps);
-        if step > 0 && (due || best || self.is_over()) { Phase::Save { best } } else { Phase::Step { done: 0 } }
+        if step > 0 && (due || best || self.is_over()) { Phase::Save { best } } else { self.after_save() }
     }
 
     fn after_save(&self) -> Phase {
@@ -411,6 +423,7 @@ impl Trainer {
             return Ok(());
         }
         let metrics = std::mem::take(&mut self.evaluation).finish();
+        self.state.evaluated = Some(self.state.step);
         let best = self.judge(&metrics);
         self.latest.extend(metrics.clone());
         emit(RunEvent::Eval { step: self.state.step, metrics });

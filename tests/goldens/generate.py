@@ -203,7 +203,33 @@ def trajectories():
     write("trajectories.json", out)
 
 
+ROPES = [
+    dict(rope_type="default"),
+    dict(rope_type="linear", factor=4.0),
+    dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
+    dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=128),
+    dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=64, beta_fast=16.0, beta_slow=2.0, attention_factor=1.5),
+]
+
+
+def ropes():
+    """Inverse frequencies and attention factors from transformers' own functions, with the config.json that asks for them."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    out = []
+    for parameters in ROPES:
+        config = LlamaConfig(
+            vocab_size=16, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=512,
+            rope_parameters=dict(rope_theta=20000.0, **parameters),
+        )
+        rotary = LlamaRotaryEmbedding(config)
+        out.append(dict(config=config.to_dict(), inv_freq=rotary.inv_freq.tolist(), attention_factor=float(rotary.attention_scaling)))
+    (HERE / "ropes.json").write_text(json.dumps(out, indent=1, default=str) + "\n")
+
+
 if __name__ == "__main__":
+    ropes()
     models()
     tokens_and_logps()
     losses()

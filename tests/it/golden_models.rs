@@ -41,6 +41,22 @@ fn log_probs_are_those_of_transformers() {
 }
 
 #[test]
+fn rope_scalings_are_those_of_transformers() {
+    for case in json("ropes.json").as_array().unwrap() {
+        let kind = case["config"]["rope_parameters"].to_string();
+        let config =
+            bradley::model::config::ModelConfig::from_hf_json(&case["config"].to_string(), std::path::Path::new("config.json")).unwrap();
+        let (inv_freq, factor) = config.rope.inv_freq(config.head_dim);
+        let want = numbers(&case["inv_freq"]);
+        assert_eq!(inv_freq.len(), want.len());
+        for (g, w) in inv_freq.iter().zip(want) {
+            assert_close(&kind, *g as f64, w, 1e-6, 1e-12);
+        }
+        assert_close(&kind, factor as f64, case["attention_factor"].as_f64().unwrap(), 1e-6, 1e-12);
+    }
+}
+
+#[test]
 fn sharded_and_bf16_weights_load() {
     let (whole, tokenizer) = tiny("llama");
     let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);

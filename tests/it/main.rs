@@ -7,6 +7,7 @@ mod golden_losses;
 mod golden_models;
 mod golden_tokens;
 mod golden_training;
+mod hub;
 mod layers;
 mod server;
 mod service;
