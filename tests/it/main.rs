@@ -3,6 +3,7 @@
 
 mod clients;
 mod crash;
+mod gguf;
 mod golden_losses;
 mod golden_models;
 mod golden_tokens;

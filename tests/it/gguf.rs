@@ -1,0 +1,171 @@
+//! GGUF files, written here from the golden models as llama.cpp's converter would: the same model must come back.
+
+use std::io::BufWriter;
+use std::path::Path;
+
+use bradley::model::loader::load_model;
+use bradley::train::scorer::score;
+use candle_core::quantized::gguf_file::{Value, write};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::Tensor;
+
+use crate::support::{MODELS, encode, golden, policy, rows, tensors, tiny};
+
+/// llama.cpp's order of Q and K rows: per head, halves interleaved.
+fn interleave(t: &Tensor, heads: usize) -> Tensor {
+    let (rows, width) = t.dims2().unwrap();
+    t.reshape((heads, 2, rows / heads / 2, width)).unwrap().transpose(1, 2).unwrap().contiguous().unwrap().reshape((rows, width)).unwrap()
+}
+
+fn gguf_name(name: &str) -> String {
+    let named = [
+        ("model.embed_tokens", "token_embd"),
+        ("model.norm", "output_norm"),
+        ("lm_head", "output"),
+        ("model.layers", "blk"),
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("self_attn.q_norm", "attn_q_norm"),
+        ("self_attn.k_norm", "attn_k_norm"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+    ];
+    named.iter().fold(name.to_owned(), |n, (from, to)| n.replace(from, to))
+}
+
+/// Writes a golden model as GGUF with matrices in `dtype` where their rows are whole blocks.
+fn convert(name: &str, out: &Path, dtype: GgmlDType) {
+    let config: serde_json::Value = serde_json::from_slice(&std::fs::read(golden(&format!("models/{name}/config.json"))).unwrap()).unwrap();
+    let tokenizer: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(golden(&format!("models/{name}/tokenizer.json"))).unwrap()).unwrap();
+    let settings: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(golden(&format!("models/{name}/tokenizer_config.json"))).unwrap()).unwrap();
+    let architecture = if name == "mistral" { "llama" } else { name };
+    let number = |k: &str| config[k].as_u64().unwrap() as u32;
+    let heads = number("num_attention_heads") as usize;
+    let head_dim = config["head_dim"].as_u64().map_or(number("hidden_size") / heads as u32, |d| d as u32);
+
+    let mut vocabulary: Vec<(String, u64)> =
+        tokenizer["model"]["vocab"].as_object().unwrap().iter().map(|(t, id)| (t.clone(), id.as_u64().unwrap())).collect();
+    vocabulary.sort_by_key(|(_, id)| *id);
+    let special = |token: &str| tokenizer["added_tokens"].as_array().unwrap().iter().any(|a| a["content"] == token);
+    let types = vocabulary.iter().map(|(t, _)| Value::I32(if special(t) { 3 } else { 1 })).collect();
+    let merges = tokenizer["model"]["merges"].as_array().unwrap();
+    let merges = merges.iter().map(|m| Value::String(format!("{} {}", m[0].as_str().unwrap(), m[1].as_str().unwrap()))).collect();
+    let id = |key: &str| {
+        let token = settings[key].as_str().unwrap();
+        Value::U32(vocabulary.iter().find(|(t, _)| t == token).unwrap().1 as u32)
+    };
+    let template = std::fs::read_to_string(golden(&format!("models/{name}/chat_template.jinja"))).unwrap();
+    let key = |suffix: &str| format!("{architecture}.{suffix}");
+    let mut metadata = vec![
+        ("general.architecture".into(), Value::String(architecture.into())),
+        ("general.name".into(), Value::String(format!("tiny {name}"))),
+        (key("block_count"), Value::U32(number("num_hidden_layers"))),
+        (key("context_length"), Value::U32(number("max_position_embeddings"))),
+        (key("embedding_length"), Value::U32(number("hidden_size"))),
+        (key("feed_forward_length"), Value::U32(number("intermediate_size"))),
+        (key("attention.head_count"), Value::U32(heads as u32)),
+        (key("attention.head_count_kv"), Value::U32(number("num_key_value_heads"))),
+        (key("attention.key_length"), Value::U32(head_dim)),
+        (key("attention.value_length"), Value::U32(head_dim)),
+        (key("rope.dimension_count"), Value::U32(head_dim)),
+        (key("rope.freq_base"), Value::F32(10000.0)),
+        (key("attention.layer_norm_rms_epsilon"), Value::F32(1e-6)),
+        ("tokenizer.ggml.model".into(), Value::String("gpt2".into())),
+        ("tokenizer.ggml.pre".into(), Value::String("gpt-2".into())),
+        ("tokenizer.ggml.tokens".into(), Value::Array(vocabulary.iter().map(|(t, _)| Value::String(t.clone())).collect())),
+        ("tokenizer.ggml.token_type".into(), Value::Array(types)),
+        ("tokenizer.ggml.merges".into(), Value::Array(merges)),
+        ("tokenizer.ggml.bos_token_id".into(), id("bos_token")),
+        ("tokenizer.ggml.eos_token_id".into(), id("eos_token")),
+        ("tokenizer.ggml.add_bos_token".into(), Value::Bool(name == "mistral")),
+        ("tokenizer.chat_template".into(), Value::String(template)),
+    ];
+    if name == "mistral" {
+        metadata.push((key("attention.sliding_window"), Value::U32(number("sliding_window"))));
+    }
+    let stored: Vec<(String, QTensor)> = tensors(&format!("models/{name}/model.safetensors"))
+        .into_iter()
+        .map(|(n, t)| {
+            let t = match () {
+                () if name == "mistral" && n.contains("q_proj") => interleave(&t, heads),
+                () if name == "mistral" && n.contains("k_proj") => interleave(&t, number("num_key_value_heads") as usize),
+                () => t,
+            };
+            let kind = if t.rank() == 2 && t.dim(1).unwrap() % dtype.block_size() == 0 { dtype } else { GgmlDType::F32 };
+            (gguf_name(&n), QTensor::quantize(&t, kind).unwrap())
+        })
+        .collect();
+    let metadata: Vec<(&str, &Value)> = metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
+    let stored: Vec<(&str, &QTensor)> = stored.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    write(&mut BufWriter::new(std::fs::File::create(out).unwrap()), &metadata, &stored).unwrap();
+}
+
+#[test]
+fn a_converted_model_is_the_same_model() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in MODELS.into_iter().filter(|n| *n != "llama") {
+        let file = dir.path().join(format!("{name}.gguf"));
+        convert(name, &file, GgmlDType::F32);
+        let (model, tokenizer) = policy(load_model(None, file.to_str().unwrap(), &Default::default()).unwrap());
+        let (original, its_tokenizer) = tiny(name);
+        for f in ["pairs.jsonl", "plain.jsonl"] {
+            let rows = rows(f);
+            let pairs = encode(&rows, &tokenizer, 256);
+            assert_eq!(pairs, encode(&rows, &its_tokenizer, 256), "{name}");
+            for pair in &pairs {
+                assert_eq!(score(&model, &pair.groups()).unwrap(), score(&original, &pair.groups()).unwrap(), "{name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn quantised_models_stay_close() {
+    let dir = tempfile::tempdir().unwrap();
+    let (original, tokenizer) = tiny("qwen3");
+    let pair = &encode(&rows("pairs.jsonl"), &tokenizer, 256)[1];
+    let want: f32 = score(&original, &pair.groups()).unwrap()[0].iter().sum();
+    for (dtype, tolerance) in [
+        (GgmlDType::F16, 1e-2),
+        (GgmlDType::BF16, 5e-2),
+        (GgmlDType::Q8_0, 5e-2),
+        (GgmlDType::Q5_1, 0.3),
+        (GgmlDType::Q5_0, 0.3),
+        (GgmlDType::Q4_1, 0.5),
+        (GgmlDType::Q4_0, 0.5),
+    ] {
+        let file = dir.path().join("model.gguf");
+        convert("qwen3", &file, dtype);
+        let (model, _) = policy(load_model(None, file.to_str().unwrap(), &Default::default()).unwrap());
+        let got: f32 = score(&model, &pair.groups()).unwrap()[0].iter().sum();
+        assert!((got - want).abs() < tolerance * want.abs(), "{dtype:?}: {got} vs {want}");
+    }
+}
+
+#[test]
+fn a_truncated_or_hostile_file_is_an_error_that_names_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("damaged.gguf");
+    convert("qwen2", &file, GgmlDType::F32);
+    let bytes = std::fs::read(&file).unwrap();
+    let load = || load_model(None, file.to_str().unwrap(), &Default::default());
+    for cut in [0, 3, 8, 20, 200, bytes.len() / 2, bytes.len() - 1] {
+        std::fs::write(&file, &bytes[..cut]).unwrap();
+        let e = load().unwrap_err().to_string();
+        assert!(e.contains("damaged.gguf"), "{cut}: {e}");
+    }
+    // Every byte of the counts and the first entries, turned around: an error or the same model, never a panic or an endless allocation.
+    for at in 4..400 {
+        let mut changed = bytes.clone();
+        changed[at] ^= 0xff;
+        std::fs::write(&file, &changed).unwrap();
+        let _ = load();
+    }
+}
