@@ -212,6 +212,50 @@ ROPES = [
 ]
 
 
+def formulas():
+    """Losses that TRL dropped or changed, from their papers' formulas in float64, with torch's gradients for every token."""
+    from torch.nn.functional import logsigmoid
+
+    generator = torch.Generator().manual_seed(11)
+    draw = lambda n: (-3 * torch.rand(n, generator=generator, dtype=torch.float64) - 0.05).float().double()
+    lengths = [(4, 7), (6, 2), (3, 3)]
+    beta, eps, gamma, lam, dpop, alpha = 0.3, 0.1, 0.5, 0.2, 2.0, 0.4
+
+    def each(loss):
+        return lambda pairs: torch.stack([loss(*p) for p in pairs]).mean()
+
+    def nll(pairs):
+        return -torch.cat([w for w, _, _, _ in pairs]).mean()
+
+    def odds(logps):
+        a = logps.mean()
+        return a - torch.log1p(-a.exp())
+
+    cases = {
+        # arXiv:2305.18290 with conservative labels
+        "cdpo": each(lambda w, l, rw, rl: -(1 - eps) * logsigmoid(beta * ((w - rw).sum() - (l - rl).sum())) - eps * logsigmoid(-beta * ((w - rw).sum() - (l - rl).sum()))),
+        # arXiv:2402.13228, equation 3
+        "dpop": each(lambda w, l, rw, rl: -logsigmoid(beta * ((w - rw).sum() - (l - rl).sum() - dpop * torch.relu(-(w - rw).sum())))),
+        # arXiv:2404.19733: DPO plus alpha times the chosen answer's NLL
+        "rpo": lambda pairs: each(lambda w, l, rw, rl: -logsigmoid(beta * ((w - rw).sum() - (l - rl).sum())))(pairs) + alpha * nll(pairs),
+        # arXiv:2405.14734, equation 6
+        "simpo": each(lambda w, l, rw, rl: -logsigmoid(beta * (w.mean() - l.mean()) - gamma)),
+        # arXiv:2403.07691, equations 6 and 7
+        "orpo": lambda pairs: nll(pairs) - lam * each(lambda w, l, rw, rl: logsigmoid(odds(w) - odds(l)))(pairs),
+        "reference_free": each(lambda w, l, rw, rl: -logsigmoid(beta * (w.sum() - l.sum()))),
+    }
+    out = []
+    for name, loss in cases.items():
+        pairs = [(draw(n).requires_grad_(), draw(m).requires_grad_(), draw(n), draw(m)) for n, m in lengths]
+        value = loss(pairs)
+        value.backward()
+        out.append(dict(
+            name=name, beta=beta, label_smoothing=eps, simpo_gamma=gamma, orpo_lambda=lam, dpop_lambda=dpop, rpo_alpha=alpha, loss=value.item(),
+            pairs=[dict(w=w.tolist(), l=l.tolist(), rw=rw.tolist(), rl=rl.tolist(), gw=w.grad.tolist(), gl=l.grad.tolist()) for w, l, rw, rl in pairs],
+        ))
+    write("formulas.json", out)
+
+
 def ropes():
     """Inverse frequencies and attention factors from transformers' own functions, with the config.json that asks for them."""
     from transformers import LlamaConfig
@@ -229,6 +273,7 @@ def ropes():
 
 
 if __name__ == "__main__":
+    formulas()
     ropes()
     models()
     tokens_and_logps()

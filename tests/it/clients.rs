@@ -3,11 +3,24 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::server::{Server, upload};
+use crate::server::Server;
 use crate::support::{golden, needed};
 
 fn protos() -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("proto")
+}
+
+/// Standard base64 with padding.
+fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut out = String::new();
+    for group in bytes.chunks(3) {
+        let n = group.iter().fold(0u32, |n, b| n << 8 | u32::from(*b)) << (8 * (3 - group.len()));
+        for i in 0..4 {
+            out.push(if i <= group.len() { DIGITS[(n >> (18 - 6 * i)) as usize & 63] as char } else { '=' });
+        }
+    }
+    out
 }
 
 fn run(command: &mut Command) -> String {
@@ -44,7 +57,6 @@ async fn grpcurl_goes_through_the_cycle_by_reflection() {
     let Some(grpcurl) = needed("BRADLEY_TEST_GRPCURL", "the grpcurl test") else { return };
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
-    // grpcurl sends JSON and a file is bytes: the upload's bytes go base64 in one message.
     let address = server.address.strip_prefix("http://").unwrap().to_owned();
     let call = |method: &str, body: &str| -> serde_json::Value {
         let out = run(Command::new(&grpcurl).args(["-plaintext", "-d", body, &address, method]));
@@ -59,7 +71,15 @@ async fn grpcurl_goes_through_the_cycle_by_reflection() {
     assert_eq!(call("grpc.health.v1.Health/Check", "{}")["status"], "SERVING");
     assert_eq!(call("bradley.v1.ModelService/GetModel", r#"{"name":"models/tiny"}"#)["architecture"], "llama");
 
-    let dataset = upload(&server.client().await, "pairs.jsonl").await.name;
+    // A client stream is JSON messages one after the other; bytes are base64.
+    let file = std::fs::read(golden("pairs.jsonl")).unwrap();
+    let mut body = serde_json::json!({"metadata": {"display_name": "by grpcurl"}}).to_string();
+    for piece in file.chunks(999) {
+        body += &serde_json::json!({"chunk": base64(piece)}).to_string();
+    }
+    let uploaded = call("bradley.v1.DatasetService/UploadDataset", &body);
+    assert_eq!(uploaded["report"]["validRows"], "6", "{uploaded}");
+    let dataset = uploaded["name"].as_str().unwrap().to_owned();
     let listed = call("bradley.v1.DatasetService/ListDatasets", "{}");
     assert_eq!(listed["datasets"][0]["name"], dataset);
     let body = serde_json::json!({"training_job": {
@@ -70,11 +90,20 @@ async fn grpcurl_goes_through_the_cycle_by_reflection() {
     let streamed =
         run(Command::new(&grpcurl).args(["-plaintext", "-d", &body, &address, "bradley.v1.TrainingService/StreamTrainingEvents"]));
     assert!(streamed.contains("JOB_STATE_SUCCEEDED") && streamed.contains("rewards/margins"), "{streamed}");
+    // Taken up again by cursor: the rest and nothing else.
+    let all = streamed.matches("\"sequence\"").count();
+    let body = serde_json::json!({"parent": name, "after_sequence": 3}).to_string();
+    let rest = run(Command::new(&grpcurl).args(["-plaintext", "-d", &body, &address, "bradley.v1.TrainingService/StreamTrainingEvents"]));
+    assert_eq!(rest.matches("\"sequence\"").count(), all - 3, "{rest}");
+    assert!(rest.contains("\"sequence\": \"4\"") && !rest.contains("\"sequence\": \"3\""), "{rest}");
     let text = |role: &str, content: &str| serde_json::json!({"chat": {"messages": [{"role": role, "content": content}]}});
     let body = serde_json::json!({"options": {"policy": format!("{name}/checkpoints/latest")}, "pairs": [
         {"id": "x", "prompt": text("user", "Name a colour."), "a": text("assistant", "Blue."), "b": text("assistant", "It depends.")}]});
     let score = call("bradley.v1.ScoringService/ScorePairs", &body.to_string());
     assert!(score["results"][0]["score"]["probability"].as_f64().is_some(), "{score}");
+    let body = serde_json::json!({"name": format!("{name}/checkpoints/latest")}).to_string();
+    let files = run(Command::new(&grpcurl).args(["-plaintext", "-d", &body, &address, "bradley.v1.CheckpointService/DownloadCheckpoint"]));
+    assert!(files.contains("adapter_model.safetensors") && files.contains("\"chunk\""), "{files}");
     let refused = Command::new(&grpcurl)
         .args(["-plaintext", "-d", r#"{"name":"x"}"#, &address, "bradley.v1.TrainingService/GetTrainingJob"])
         .output()

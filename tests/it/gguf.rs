@@ -5,9 +5,9 @@ use std::path::Path;
 
 use bradley::model::loader::load_model;
 use bradley::train::scorer::score;
+use candle_core::Tensor;
 use candle_core::quantized::gguf_file::{Value, write};
 use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::Tensor;
 
 use crate::support::{MODELS, encode, golden, policy, rows, tensors, tiny};
 
