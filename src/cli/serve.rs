@@ -48,9 +48,14 @@ pub async fn serve_on(
     settings: Settings,
     listener: TcpListener,
     http: Option<(TcpListener, PrometheusHandle)>,
-    shutdown: impl Future<Output = ()> + Send + 'static,
+    shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
-    let engine = start_engine(&settings).await?;
+    tokio::pin!(shutdown);
+    let engine = tokio::select! {
+        engine = start_engine(&settings) => engine?,
+        // Nothing was acknowledged yet: there is nothing to drain.
+        () = &mut shutdown => return Ok(()),
+    };
     let options = ServiceOptions {
         data_dir: settings.data_dir.clone(),
         max_upload_bytes: settings.max_upload_bytes,

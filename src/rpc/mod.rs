@@ -64,7 +64,7 @@ pub async fn serve(
     listener: TcpListener,
     service: Service,
     options: ServeOptions,
-    shutdown: impl Future<Output = ()> + Send + 'static,
+    shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let (health, health_service) = tonic_health::server::health_reporter();
     let max = options.max_message_bytes;
