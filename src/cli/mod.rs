@@ -127,7 +127,7 @@ fn report(failure: Failure) -> ExitCode {
 }
 
 /// Large activations come and go at every step; without this glibc maps and unmaps them each time, and the page faults cost more than the work.
-fn tune_allocator() {
+pub fn tune_allocator() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: mallopt only sets glibc parameters, before any other thread exists.
     unsafe {

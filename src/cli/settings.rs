@@ -9,6 +9,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crate::domain::names::is_valid_id;
+use crate::domain::training::Precision;
 use crate::domain::violation::Violations;
 use crate::engine::api::EngineOptions;
 use crate::model::loader::default_id;
@@ -21,6 +22,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("listen", "127.0.0.1:50051", "The gRPC address"),
     ("http_listen", "127.0.0.1:9090", "The address of /metrics, /livez and /readyz; off turns it off"),
     ("device", "cpu", "The device"),
+    ("precision", "f32", "What matrix products are computed in, and how frozen weights are kept: f32 or bf16"),
     ("threads", "0", "CPU threads for compute; 0 is all cores"),
     ("memory_limit", "0", "Memory a job may be estimated to need, e.g. 20GiB; 0 is nine tenths of the machine's"),
     ("scoring_share", "0.5", "Share of device time scoring may take while a job trains, above 0 and at most 1"),
@@ -160,6 +162,7 @@ impl Settings {
             threads: reader.number("threads", 0).unwrap_or_default(),
             engine: EngineOptions {
                 device: reader.parse("device", "cpu", |s| (!s.is_empty()).then(|| s.to_owned())).unwrap_or_default(),
+                precision: reader.parse("precision", "f32 or bf16", Precision::parse).unwrap_or_default(),
                 queue_tokens: reader.number("queue_tokens", 1).unwrap_or(defaults.queue_tokens),
                 batch_tokens: reader.number("batch_tokens", 1).unwrap_or(defaults.batch_tokens),
                 max_row_tokens: reader.number("max_row_tokens", 2).unwrap_or(defaults.max_row_tokens),

@@ -22,6 +22,8 @@ pub struct TrainingSpec {
     pub batch: BatchConfig,
     /// Checkpoints, evaluation, logging.
     pub run: RunConfig,
+    /// What matrix products are computed in; `None` is the server's choice.
+    pub precision: Option<Precision>,
     /// Seeds the shuffle, the split and LoRA's initialisation.
     pub seed: Seed,
 }
@@ -173,6 +175,36 @@ pub enum Truncation {
     KeepEnd,
 }
 
+/// What matrix products are computed in. Sums, norms, softmax, losses, gradients and optimizer state are f32 either way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// 32-bit.
+    #[default]
+    F32,
+    /// Operands rounded to bf16, products summed in f32.
+    Bf16,
+}
+
+impl Precision {
+    /// By its name, `f32` or `bf16`.
+    pub fn parse(name: &str) -> Option<Self> {
+        match name {
+            "f32" => Some(Precision::F32),
+            "bf16" => Some(Precision::Bf16),
+            _ => None,
+        }
+    }
+
+    /// `f32` or `bf16`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        }
+    }
+}
+
 /// Whether block activations are recomputed in the backward pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -220,7 +252,7 @@ impl Default for BatchConfig {
             epochs: 3.0,
             max_steps: None,
             shuffle: true,
-            row_tokens: 2048,
+            row_tokens: 1024,
             activation_checkpointing: ActivationCheckpointing::Auto,
         }
     }

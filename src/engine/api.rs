@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
-use crate::domain::training::TrainingSpec;
+use crate::domain::training::{Precision, TrainingSpec};
 pub use crate::train::event::{RunEnd, RunEvent};
 use crate::train::pair::{EncodedPair, SequenceGroup};
 
@@ -167,6 +167,8 @@ pub struct TrainingRun {
 pub struct EngineOptions {
     /// cpu (cuda:N is reported as unimplemented in this build).
     pub device: String,
+    /// How frozen weights are kept and what scoring computes in; jobs may choose their own.
+    pub precision: Precision,
     /// Tokens that may wait to be scored; more is refused with `QueueFull`.
     pub queue_tokens: usize,
     /// Tokens of a scoring batch: one work unit.
@@ -187,6 +189,7 @@ impl Default for EngineOptions {
     fn default() -> Self {
         EngineOptions {
             device: "cpu".into(),
+            precision: Precision::F32,
             queue_tokens: 1 << 20,
             batch_tokens: 4096,
             max_row_tokens: 16384,

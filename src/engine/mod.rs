@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 use self::api::{EngineError, EngineOptions, ModelInfo, RunEnd, RunEvent, ScoreItem, ScoredItem, TrainingRun, WeightsRef};
 use self::queue::{Entry, Queue};
 use self::residents::Bases;
-use crate::domain::training::TrainingSpec;
+use crate::domain::training::{Precision, TrainingSpec};
 use crate::model::export;
 use crate::model::loader::LoadedModel;
 use crate::model::tokenizer::ChatTokenizer;
@@ -57,13 +57,14 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
         let built = if cfg!(feature = "cuda") { "the cuda kernels are unimplemented" } else { "this build has no cuda feature" };
         return Err(EngineError::Device(format!("device {:?}: {built}; use cpu", options.device)));
     }
-    let needed: u64 = models.iter().map(|m| m.config.parameter_count() as u64 * 4).sum();
+    let bytes = residents::weight_bytes(options.precision);
+    let needed: u64 = models.iter().map(|m| m.config.parameter_count() as u64 * bytes).sum();
     let available = memory_limit(&options);
     if needed > available {
         let remedy = "load fewer or smaller models, or raise memory_limit".to_owned();
         return Err(EngineError::OutOfMemory { needed_mib: needed >> 20, available_mib: available >> 20, remedy });
     }
-    let bases = Arc::new(Bases::load(models, "cpu")?);
+    let bases = Arc::new(Bases::load(models, "cpu", options.precision)?);
     let queue = Arc::new(Queue::new(options.queue_tokens));
     queue.add_handle();
     let worker = worker::Worker::new(queue.clone(), bases.clone(), &options);
@@ -78,6 +79,11 @@ impl Engine {
     /// The base models.
     pub fn models(&self) -> Vec<ModelInfo> {
         self.shared.bases.infos()
+    }
+
+    /// What jobs compute in when they do not say.
+    pub fn precision(&self) -> Precision {
+        self.shared.options.precision
     }
 
     /// A base model's tokenizer.

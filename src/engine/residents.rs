@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::api::{EngineError, ModelInfo, WeightsRef};
+use crate::domain::training::Precision;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Policy;
 use crate::model::export;
@@ -22,35 +23,48 @@ pub(super) struct Base {
 }
 
 /// The base models by id.
-pub(super) struct Bases(HashMap<String, Base>, Vec<String>);
+pub(super) struct Bases {
+    by_id: HashMap<String, Base>,
+    /// In the order of the settings.
+    order: Vec<String>,
+    precision: Precision,
+}
+
+/// Bytes of a frozen weight.
+pub(super) fn weight_bytes(precision: Precision) -> u64 {
+    match precision {
+        Precision::F32 => 4,
+        Precision::Bf16 => 2,
+    }
+}
 
 impl Bases {
     /// Loads every model's weights.
-    pub fn load(models: Vec<LoadedModel>, device: &str) -> Result<Self, EngineError> {
+    pub fn load(models: Vec<LoadedModel>, device: &str, precision: Precision) -> Result<Self, EngineError> {
         let (mut bases, mut order) = (HashMap::new(), Vec::new());
         for model in models {
-            let parameters = Parameters::load(&model.config, &model.weights).map_err(|e| EngineError::Weights(e.to_string()))?;
+            let parameters = Parameters::load(&model.config, &model.weights, precision).map_err(|e| EngineError::Weights(e.to_string()))?;
             let info = describe(&model, device);
             order.push(model.id.clone());
-            let policy = Policy { config: Arc::new(model.config), parameters: Arc::new(parameters), adapter: None };
+            let policy = Policy { config: Arc::new(model.config), parameters: Arc::new(parameters), adapter: None, precision };
             bases.insert(model.id, Base { info, policy, tokenizer: Arc::new(model.tokenizer) });
         }
-        Ok(Bases(bases, order))
+        Ok(Bases { by_id: bases, order, precision })
     }
 
     /// One of them.
     pub fn get(&self, id: &str) -> Result<&Base, EngineError> {
-        self.0.get(id).ok_or_else(|| EngineError::UnknownModel(id.to_owned()))
+        self.by_id.get(id).ok_or_else(|| EngineError::UnknownModel(id.to_owned()))
     }
 
     /// All of them, in the order of the settings.
     pub fn infos(&self) -> Vec<ModelInfo> {
-        self.1.iter().filter_map(|id| self.0.get(id)).map(|b| b.info.clone()).collect()
+        self.order.iter().filter_map(|id| self.by_id.get(id)).map(|b| b.info.clone()).collect()
     }
 
     /// Bytes of their weights.
     pub fn bytes(&self) -> u64 {
-        self.0.values().map(|b| b.info.parameters * 4).sum()
+        self.by_id.values().map(|b| b.info.parameters * weight_bytes(self.precision)).sum()
     }
 
     /// Loads what `weights` names, other than a running job.
@@ -64,8 +78,8 @@ impl Bases {
             }
             WeightsRef::Full { model, dir } => {
                 let base = &self.get(model)?.policy;
-                let parameters = load_full(&base.config, &dir.join(export::WEIGHTS_FILE)).map_err(EngineError::Weights)?;
-                Ok(Policy { config: base.config.clone(), parameters: Arc::new(parameters), adapter: None })
+                let parameters = load_full(&base.config, &dir.join(export::WEIGHTS_FILE), self.precision).map_err(EngineError::Weights)?;
+                Ok(Policy { config: base.config.clone(), parameters: Arc::new(parameters), adapter: None, precision: base.precision })
             }
             WeightsRef::Live { job } => Err(EngineError::NotResident(job.clone())),
         }
@@ -99,9 +113,9 @@ fn describe(model: &LoadedModel, device: &str) -> ModelInfo {
     }
 }
 
-fn load_full(config: &ModelConfig, file: &Path) -> Result<Parameters, String> {
+fn load_full(config: &ModelConfig, file: &Path, precision: Precision) -> Result<Parameters, String> {
     let weights = Weights::open_safetensors(file).map_err(|e| e.to_string())?;
-    Parameters::load(config, &weights).map_err(|e| e.to_string())
+    Parameters::load(config, &weights, precision).map_err(|e| e.to_string())
 }
 
 /// Adapters and full weights that were used lately; the least recently used leaves first.

@@ -1,8 +1,12 @@
 //! Turns a run as asked for into a trainer: resolves weights, initialises the adapter, picks the reference.
 
+use std::sync::Arc;
+
+use candle_core::DType;
+
 use super::api::{EngineError, TrainingRun};
 use super::residents::{Bases, Residents};
-use crate::domain::training::Method;
+use crate::domain::training::{Method, Precision};
 use crate::model::adapter::Adapter;
 use crate::model::decoder::Policy;
 use crate::model::export;
@@ -15,8 +19,9 @@ use crate::train::trainer::{Trainer, TrainerInput};
 pub(super) fn prepare(run: &mut TrainingRun, bases: &Bases, residents: &mut Residents) -> Result<Trainer, EngineError> {
     let base = bases.get(&run.model)?;
     let start = bases.open(&run.start)?;
-    let policy = trainable(run, &start)?;
-    let reference = reference(run, bases, residents)?;
+    let precision = run.spec.precision.unwrap_or(start.precision);
+    let policy = trainable(run, &start, precision)?;
+    let reference = reference(run, bases, residents, precision)?;
     let input = TrainerInput {
         spec: run.spec.clone(),
         policy,
@@ -31,27 +36,30 @@ pub(super) fn prepare(run: &mut TrainingRun, bases: &Bases, residents: &mut Resi
     Trainer::new(input).map_err(|e| EngineError::Weights(e.to_string()))
 }
 
-fn trainable(run: &TrainingRun, start: &Policy) -> Result<TrainablePolicy, EngineError> {
+fn trainable(run: &TrainingRun, start: &Policy, precision: Precision) -> Result<TrainablePolicy, EngineError> {
     let tensor = |e: candle_core::Error| EngineError::Device(e.to_string());
     let weights = |e: crate::model::error::ModelError| EngineError::Weights(e.to_string());
     match &run.spec.method {
-        Method::Full => TrainablePolicy::full(&export::merged(start).map_err(weights)?).map_err(tensor),
+        Method::Full => TrainablePolicy::full(&export::merged(start).map_err(weights)?, precision).map_err(tensor),
         Method::Lora(config) => {
             let adapter = match (&start.adapter, &config.init_adapter) {
                 (Some(adapter), _) => (**adapter).clone(),
                 (None, Some(dir)) => peft::load(dir.as_ref(), &start.config).map_err(weights)?,
                 (None, None) => Adapter::init(&start.config, config, run.spec.seed.0).map_err(weights)?,
             };
-            TrainablePolicy::lora(&start.base(), &adapter).map_err(tensor)
+            TrainablePolicy::lora(&start.base(), &adapter, precision).map_err(tensor)
         }
     }
 }
 
-fn reference(run: &TrainingRun, bases: &Bases, residents: &mut Residents) -> Result<Reference, EngineError> {
+fn reference(run: &TrainingRun, bases: &Bases, residents: &mut Residents, precision: Precision) -> Result<Reference, EngineError> {
     let Some(weights) = run.reference.as_ref().filter(|_| run.spec.dpo.needs_reference()) else { return Ok(Reference::None) };
-    let policy = residents.get(bases, weights)?;
+    let policy = residents.get(bases, weights)?.with_precision(precision);
     if run.spec.dpo.reference_sync.is_some() {
-        let merged = export::merged(&policy).map_err(|e| EngineError::Weights(e.to_string()))?;
+        let tensor = |e: candle_core::Error| EngineError::Device(e.to_string());
+        let mut merged = export::merged(&policy).map_err(|e| EngineError::Weights(e.to_string()))?;
+        // It takes in small parts of the policy: bf16 would lose them.
+        merged.parameters = Arc::new(merged.parameters.map(|_, t| t.to_dtype(DType::F32)).map_err(tensor)?);
         return Ok(Reference::moving_from(merged, &run.job));
     }
     Ok(Reference::Frozen { policy, identity: bases.identity(weights)? })

@@ -11,8 +11,12 @@ use super::residents::{Bases, Residents};
 use super::run;
 use crate::domain::job::JobError;
 use crate::model::decoder::Policy;
-use crate::train::scorer::{self, ReferenceCache};
+use crate::train::pair::SequenceGroup;
+use crate::train::scorer::{self, Logps, ReferenceCache};
 use crate::train::trainer::{Status, TrainError, Trainer};
+
+/// Tokens of a row that several items share: more would only need more memory.
+const ROW_TOKENS: usize = 2048;
 
 /// What the thread owns.
 pub(super) struct Worker {
@@ -69,14 +73,11 @@ impl Worker {
         let start = Instant::now();
         let tokens: usize = batch.iter().map(|e| e.item.tokens()).sum();
         metrics::histogram!("bradley_scoring_batch_tokens").record(tokens as f64);
-        for entry in batch {
-            if entry.reply.is_closed() {
-                continue;
+        for entries in by_weights(batch) {
+            for entry in &entries {
+                metrics::histogram!("bradley_scoring_queue_seconds").record(entry.enqueued.elapsed().as_secs_f64());
             }
-            metrics::histogram!("bradley_scoring_queue_seconds").record(entry.enqueued.elapsed().as_secs_f64());
-            let result = guarded(|| self.score_item(&entry)).unwrap_or_else(|panic| Err(EngineError::Device(panic)));
-            // The caller may have left meanwhile; nobody else wants the answer.
-            let _ = entry.reply.send(result);
+            self.score_alike(entries);
         }
         let spent = start.elapsed();
         metrics::histogram!("bradley_scoring_compute_seconds").record(spent.as_secs_f64());
@@ -87,29 +88,45 @@ impl Worker {
         }
     }
 
-    fn score_item(&mut self, entry: &Entry) -> Result<ScoredItem, EngineError> {
-        let (policy, live_step) = self.policy(&entry.policy)?;
-        let groups = &entry.item.groups;
+    /// Scores entries of the same weights together; when that fails, each alone, so that one bad item fails only itself.
+    fn score_alike(&mut self, entries: Vec<Entry>) {
+        let together = guarded(|| self.score_items(&entries)).unwrap_or_else(|panic| Err(EngineError::Device(panic)));
+        match together {
+            Ok(scored) => entries.into_iter().zip(scored).for_each(|(entry, item)| answer(entry, Ok(item))),
+            Err(_) if entries.len() > 1 => entries.into_iter().for_each(|entry| self.score_alike(vec![entry])),
+            Err(e) => {
+                if let Some(entry) = entries.into_iter().next() {
+                    answer(entry, Err(e));
+                }
+            }
+        }
+    }
+
+    /// Scores entries that all name the same policy and reference.
+    fn score_items(&mut self, entries: &[Entry]) -> Result<Vec<ScoredItem>, EngineError> {
+        let Some(first) = entries.first() else { return Ok(Vec::new()) };
+        let (policy, live_step) = self.policy(&first.policy)?;
+        let items: Vec<&[SequenceGroup]> = entries.iter().map(|e| e.item.groups.as_slice()).collect();
         let device = |e: candle_core::Error| EngineError::Device(e.to_string());
-        let reference = match &entry.reference {
+        let reference = match &first.reference {
             Some(weights) => {
                 let identity = self.bases.identity(weights)?;
                 let reference = self.residents.get(&self.bases, weights)?;
-                Some(self.cache.score(&reference, &identity, groups).map_err(device)?)
+                Some(self.cache.score(&reference, &identity, &items, ROW_TOKENS).map_err(device)?)
             }
             None => None,
         };
         // A base model scored against itself costs one pass.
-        let policy = match (&reference, &entry.reference) {
-            (Some(logps), Some(weights)) if *weights == entry.policy => (**logps).clone(),
-            _ => scorer::score(&policy, groups).map_err(device)?,
+        let policy: Vec<Arc<Logps>> = match &reference {
+            Some(logps) if first.reference.as_ref() == Some(&first.policy) => logps.clone(),
+            _ => scorer::score_all(&policy, &items, ROW_TOKENS).map_err(device)?.into_iter().map(Arc::new).collect(),
         };
-        let completions = policy
-            .into_iter()
-            .enumerate()
-            .map(|(i, policy)| CompletionLogps { policy, reference: reference.as_ref().map(|r| r[i].clone()) })
-            .collect();
-        Ok(ScoredItem { completions, live_step })
+        let item = |(i, policy): (usize, Arc<Logps>)| {
+            let of = |n: usize| reference.as_ref().map(|r| r[i][n].clone());
+            let completions = policy.iter().enumerate().map(|(n, logps)| CompletionLogps { policy: logps.clone(), reference: of(n) });
+            ScoredItem { completions: completions.collect(), live_step }
+        };
+        Ok(policy.into_iter().enumerate().map(item).collect())
     }
 
     fn policy(&mut self, weights: &WeightsRef) -> Result<(Policy, Option<u64>), EngineError> {
@@ -201,6 +218,24 @@ impl Worker {
     }
 }
 
+/// Entries by the weights they name, in the order in which these first appear.
+fn by_weights(batch: Vec<Entry>) -> Vec<Vec<Entry>> {
+    let mut groups: Vec<Vec<Entry>> = Vec::new();
+    for entry in batch {
+        let alike = |group: &&mut Vec<Entry>| group.first().is_some_and(|e| e.policy == entry.policy && e.reference == entry.reference);
+        match groups.iter_mut().find(alike) {
+            Some(group) => group.push(entry),
+            None => groups.push(vec![entry]),
+        }
+    }
+    groups
+}
+
+/// The caller may have left meanwhile; nobody else wants the answer.
+fn answer(entry: Entry, result: Result<ScoredItem, EngineError>) {
+    let _ = entry.reply.send(result);
+}
+
 /// Sends and waits while the channel is full. A receiver that is gone means that the service is going down: the run notices by its control.
 fn send(run: &TrainingRun, event: RunEvent) {
     let _ = run.events.blocking_send(event);
@@ -213,8 +248,9 @@ fn emitter(events: &tokio::sync::mpsc::Sender<RunEvent>) -> impl FnMut(RunEvent)
 }
 
 /// Runs a unit of work; a panic in it is its own failure, not the thread's.
-fn guarded<R>(f: impl FnOnce() -> R) -> Result<R, String> {
-    catch_unwind(AssertUnwindSafe(f)).map_err(|panic| describe(&*panic))
+fn guarded<R: Send>(f: impl FnOnce() -> R + Send) -> Result<R, String> {
+    // On a thread of the compute pool, so that parallel loops start without waking it from outside.
+    catch_unwind(AssertUnwindSafe(|| rayon::scope(|_| f()))).map_err(|panic| describe(&*panic))
 }
 
 fn describe(panic: &(dyn Any + Send)) -> String {

@@ -170,6 +170,8 @@ impl Service {
                 return Err(ServiceError::FailedPrecondition { reason: "DATASET_INVALID", message });
             }
         }
+        // Pinned, so that the job goes on alike under a server with other settings.
+        request.spec.precision.get_or_insert(self.inner.engine.precision());
         self.inner.engine.check(&start.model, &request.spec, 2 * request.spec.batch.max_length)?;
         Ok(request)
     }

@@ -37,10 +37,31 @@ pub struct BatchLoss {
     pub grad_rejected: Vec<Vec<f32>>,
 }
 
+/// What a micro-batch's means are taken over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchSize {
+    /// Pairs.
+    pub pairs: usize,
+    /// Tokens of all chosen completions.
+    pub chosen_tokens: usize,
+}
+
+/// Whether the loss of a pair depends on the other pairs, so that [`batch_loss`] must see all of them at once.
+pub fn compares_pairs(config: &DpoConfig) -> bool {
+    config.losses.iter().any(|term| matches!(term.loss, LossType::Aot | LossType::AotUnpaired))
+}
+
 /// The mean loss over a micro-batch; gradients are multiplied by `scale` (1 / micro-batches of the step). Row weights multiply each pair's term;
 /// the mean is still over the number of pairs.
 pub fn batch_loss(config: &DpoConfig, pairs: &[PairLogps], scale: f64) -> BatchLoss {
-    let b = pairs.len().max(1) as f64;
+    let chosen_tokens = pairs.iter().map(|p| p.policy_chosen.len()).sum();
+    partial_loss(config, pairs, BatchSize { pairs: pairs.len(), chosen_tokens }, scale)
+}
+
+/// What some `pairs` of a micro-batch of the size `whole` add to its mean loss, with their gradients. The parts add up to [`batch_loss`], unless the
+/// loss [`compares_pairs`].
+pub fn partial_loss(config: &DpoConfig, pairs: &[PairLogps], whole: BatchSize, scale: f64) -> BatchLoss {
+    let b = whole.pairs.max(1) as f64;
     let sums: Vec<Sums> = pairs.iter().map(|p| sums(config, p)).collect();
     // Constant with respect to the policy: WPO passes no gradient through its weights.
     let weights: Vec<f64> = pairs.iter().map(|p| p.weight * wpo_weight(p)).collect();
@@ -75,8 +96,7 @@ pub fn batch_loss(config: &DpoConfig, pairs: &[PairLogps], scale: f64) -> BatchL
         }
     }
 
-    let chosen_tokens: usize = pairs.iter().map(|p| p.policy_chosen.len()).sum();
-    let per_token = if chosen_tokens > 0 { nll_factor / chosen_tokens as f64 } else { 0.0 };
+    let per_token = if whole.chosen_tokens > 0 { nll_factor / whole.chosen_tokens as f64 } else { 0.0 };
     let mut out = BatchLoss { loss: total, ..BatchLoss::default() };
     for (i, p) in pairs.iter().enumerate() {
         let nll_slope = -per_token * weights[i];

@@ -1,21 +1,23 @@
-//! The decoder: one parametrised Llama-family forward pass over packed rows.
-//!
-//! Gradients flow to whatever tensors are tracked; with none tracked the pass leaves no tape. The head runs on completion tokens only.
+//! The decoder: one parametrised Llama-family model over packed rows, forward and backward. The head runs on completion tokens only.
 
 use std::sync::Arc;
 
-use candle_core::{Device, Result, Tensor, bail};
+use candle_core::{Result, bail};
+use rayon::prelude::*;
 
-use super::adapter::{Adapter, LowRank};
+use super::adapter::Adapter;
+use super::block::{self, BlockTape};
 use super::config::ModelConfig;
+use super::gradients::{GradientSink, Place};
 use super::layout::RowLayout;
-use super::ops::attention::{Heads, segment_attention};
-use super::ops::linear::{linear, lora_linear};
-use super::ops::log_prob::{Distributions, LogProbOptions, linear_log_prob};
-use super::ops::rms_norm::rms_norm;
-use super::ops::rope::{RopeTable, rope};
-use super::ops::swiglu::swiglu;
-use super::parameters::{Parameters, Projection, projection};
+use super::ops::Held;
+use super::ops::buffer::Buffer;
+use super::ops::gemm::{Elements, Kernel};
+use super::ops::head::{HeadOptions, HeadOutput, head, head_weight_gradient};
+use super::ops::rms_norm::{rms_norm, rms_norm_backward};
+use super::ops::rope::RopeTable;
+use super::parameters::Parameters;
+use crate::domain::training::Precision;
 
 /// Weights that give probabilities: a base model, perhaps with an adapter on it.
 #[derive(Clone, Debug)]
@@ -26,6 +28,8 @@ pub struct Policy {
     pub parameters: Arc<Parameters>,
     /// The adapter.
     pub adapter: Option<Arc<Adapter>>,
+    /// What matrix products are computed in.
+    pub precision: Precision,
 }
 
 /// A packed row, ready for the decoder.
@@ -45,22 +49,44 @@ pub struct Row {
 #[derive(Clone, Debug)]
 pub struct PreparedRow {
     row: Arc<Row>,
-    rope: RopeTable,
+    pub(super) rope: RopeTable,
+}
+
+impl PreparedRow {
+    /// The row.
+    pub fn row(&self) -> &Arc<Row> {
+        &self.row
+    }
+
+    /// T.
+    pub fn tokens(&self) -> usize {
+        self.row.ids.len()
+    }
+}
+
+/// What the backward pass needs of the head.
+pub struct HeadTape {
+    /// The predictors' hidden states before and after the last norm `[N, C]`.
+    before_norm: Buffer,
+    normed: Buffer,
+    /// What came out.
+    pub output: HeadOutput,
 }
 
 impl Policy {
-    /// The same weights, untracked.
-    pub fn detached(&self) -> Policy {
-        Policy {
-            config: self.config.clone(),
-            parameters: Arc::new(self.parameters.detached()),
-            adapter: self.adapter.as_ref().map(|a| Arc::new(a.detached())),
-        }
-    }
-
     /// The base model without the adapter.
     pub fn base(&self) -> Policy {
         Policy { adapter: None, ..self.clone() }
+    }
+
+    /// The same weights, multiplied in another precision.
+    pub fn with_precision(&self, precision: Precision) -> Policy {
+        Policy { precision, ..self.clone() }
+    }
+
+    /// The kernel of its matrix products on this machine.
+    pub fn kernel(&self) -> Kernel {
+        Kernel::best(self.precision)
     }
 
     /// Decoder blocks.
@@ -70,8 +96,9 @@ impl Policy {
 
     /// Computes a row's rotary tables.
     pub fn prepare(&self, row: Arc<Row>) -> Result<PreparedRow> {
-        if let Some(bad) = row.ids.iter().find(|id| **id as usize >= self.config.vocab_size) {
-            bail!("token id {bad} is outside the model's vocabulary of {}", self.config.vocab_size);
+        let vocabulary = self.config.vocab_size;
+        if let Some(bad) = row.ids.iter().chain(row.targets.iter()).find(|id| **id as usize >= vocabulary) {
+            bail!("token id {bad} is outside the model's vocabulary of {vocabulary}");
         }
         let (inv_freq, factor) = self.config.rope.inv_freq(self.config.head_dim);
         let rope = RopeTable::new(&row.layout.positions(), &inv_freq, factor);
@@ -79,79 +106,96 @@ impl Policy {
     }
 
     /// The embedded row `[T, C]`.
-    pub fn embed(&self, row: &PreparedRow) -> Result<Tensor> {
-        let ids = Tensor::from_slice(&row.row.ids, row.row.ids.len(), &Device::Cpu)?;
-        // Untracked: the embedding's gradient is scattered by the trainer from the first block's input gradient.
-        self.parameters.embed.detach().index_select(&ids, 0)
-    }
-
-    /// Block `index` on `x` `[T, C]` → `[T, C]`.
-    pub fn block(&self, index: usize, x: &Tensor, row: &PreparedRow) -> Result<Tensor> {
-        let config = &self.config;
-        let block = &self.parameters.blocks[index];
-        let adapter = self.adapter.as_ref().map(|a| (&a.blocks[index], a.config.scale()));
-        let project = |p: usize, x: &Tensor| match adapter {
-            Some((low_rank, scale)) => apply(&block.projections[p], low_rank[p].as_ref(), scale, x),
-            None => apply(&block.projections[p], None, 0.0, x),
-        };
-        let heads = Heads {
-            query: config.num_heads,
-            key: config.num_kv_heads,
-            dim: config.head_dim,
-            window: config.sliding_window.get(index).copied().flatten(),
-        };
-
-        let n = rms_norm(x, &block.input_norm, config.rms_norm_eps)?;
-        let (mut q, mut k) = (project(projection::Q, &n)?, project(projection::K, &n)?); // [T, H·D], [T, K·D]
-        if let Some((q_norm, k_norm)) = &block.qk_norm {
-            q = self.head_norm(&q, q_norm)?;
-            k = self.head_norm(&k, k_norm)?;
+    pub fn embed(&self, row: &PreparedRow) -> Result<Buffer> {
+        let width = self.config.hidden_size;
+        let held = Held::of(&self.parameters.embed)?;
+        let mut x = Buffer::dirty(row.tokens() * width);
+        for (to, &id) in x.chunks_mut(width).zip(&row.row.ids) {
+            let at = id as usize * width;
+            match held.elements() {
+                Elements::F32(w) => to.copy_from_slice(&w[at..at + width]),
+                Elements::Bf16(w) => to.iter_mut().zip(&w[at..at + width]).for_each(|(x, w)| *x = w.to_f32()),
+            }
         }
-        let v = project(projection::V, &n)?; // [T, K·D]
-        let o = segment_attention(&rope(&q, &row.rope)?, &rope(&k, &row.rope)?, &v, heads, &row.row.layout)?;
-        let x = (x + project(projection::O, &o)?)?;
-
-        let n = rms_norm(&x, &block.post_norm, config.rms_norm_eps)?;
-        let y = swiglu(&project(projection::GATE, &n)?, &project(projection::UP, &n)?)?; // [T, F]
-        &x + project(projection::DOWN, &y)?
+        Ok(x)
     }
 
-    /// RMSNorm over each head: `[T, heads·D]` → the same.
-    fn head_norm(&self, x: &Tensor, w: &Tensor) -> Result<Tensor> {
-        let (tokens, width) = x.dims2()?;
-        let dim = self.config.head_dim;
-        rms_norm(&x.reshape((tokens * width / dim, dim))?, w, self.config.rms_norm_eps)?.reshape((tokens, width))
+    /// Block `index` on `x` `[T, C]`; with `keep`, leaves a tape.
+    pub fn block(&self, index: usize, x: Buffer, row: &PreparedRow, keep: bool) -> Result<(Buffer, Option<BlockTape>)> {
+        block::forward(self, index, x, row, keep)
     }
 
-    /// Log-probs of the row's completion tokens `[N]`, from the last block's output `[T, C]`.
-    pub fn head(&self, x: &Tensor, row: &PreparedRow, options: LogProbOptions) -> Result<(Tensor, Distributions)> {
-        let predictors = Tensor::from_slice(&row.row.predictors, row.row.predictors.len(), &Device::Cpu)?;
-        let h = rms_norm(&x.index_select(&predictors, 0)?, &self.parameters.norm, self.config.rms_norm_eps)?;
-        linear_log_prob(&h, self.parameters.head(), row.row.targets.clone(), options)
+    /// Turns `gx` from the gradient of block `index`'s output into that of its input.
+    pub fn block_backward(
+        &self,
+        index: usize,
+        tape: BlockTape,
+        row: &PreparedRow,
+        gx: &mut [f32],
+        sink: &mut dyn GradientSink,
+    ) -> Result<()> {
+        block::backward(self, index, tape, row, gx, sink)
     }
 
-    /// Log-probs of the row's completion tokens `[N]`, without a tape when nothing is tracked.
+    /// Log-probs of the row's completion tokens, from the last block's output `[T, C]`.
+    pub fn head(&self, x: &[f32], row: &PreparedRow, options: HeadOptions) -> Result<HeadTape> {
+        let width = self.config.hidden_size;
+        let mut before_norm = Buffer::dirty(row.row.predictors.len() * width);
+        before_norm.par_chunks_mut(width).zip(&row.row.predictors).for_each(|(to, &p)| to.copy_from_slice(&x[p as usize * width..][..width]));
+        let mut normed = Buffer::dirty(before_norm.len());
+        rms_norm(&before_norm, Held::of(&self.parameters.norm)?.f32()?, self.config.rms_norm_eps as f32, &mut normed);
+        let w = Held::of(self.parameters.head())?;
+        let output = head(self.kernel(), &normed, w.elements(), width, &row.row.targets, options);
+        Ok(HeadTape { before_norm, normed, output })
+    }
+
+    /// ∂loss/∂(last block's output) `[T, C]`, given g = ∂loss/∂log p `[N]`.
+    pub fn head_backward(&self, tape: HeadTape, row: &PreparedRow, g: &[f32], sink: &mut dyn GradientSink) -> Result<Buffer> {
+        let width = self.config.hidden_size;
+        let HeadTape { before_norm, normed, mut output } = tape;
+        if output.gradient.len() != g.len() * width {
+            bail!("backward was not asked for in the head's forward pass");
+        }
+        let place = if self.parameters.head.is_some() { Place::Head } else { Place::Embedding };
+        if let Some(slot) = sink.slot(place) {
+            let w = Held::of(self.parameters.head())?;
+            head_weight_gradient(self.kernel(), &normed, w.elements(), width, &row.row.targets, &output.log_sum_exp, g, slot);
+        }
+        output.gradient.par_chunks_mut(width).zip(g).for_each(|(row, g)| row.iter_mut().for_each(|x| *x *= g));
+        let mut dh = Buffer::zeros(before_norm.len());
+        let norm = Held::of(&self.parameters.norm)?;
+        rms_norm_backward(
+            &before_norm,
+            norm.f32()?,
+            &output.gradient,
+            self.config.rms_norm_eps as f32,
+            &mut dh,
+            sink.slot(Place::Norm),
+        );
+        let mut gx = Buffer::zeros(row.tokens() * width);
+        for (from, &p) in dh.chunks(width).zip(&row.row.predictors) {
+            gx[p as usize * width..][..width].iter_mut().zip(from).for_each(|(x, d)| *x += d);
+        }
+        Ok(gx)
+    }
+
+    /// Adds the gradient of the embedded row `[T, C]` to the embedding's, when that is trained.
+    pub fn embed_backward(&self, row: &PreparedRow, gx: &[f32], sink: &mut dyn GradientSink) {
+        let width = self.config.hidden_size;
+        if let Some(slot) = sink.slot(Place::Embedding) {
+            for (from, &id) in gx.chunks(width).zip(&row.row.ids) {
+                slot[id as usize * width..][..width].iter_mut().zip(from).for_each(|(s, g)| *s += g);
+            }
+        }
+    }
+
+    /// Log-probs of the row's completion tokens `[N]`.
     pub fn log_probs(&self, row: Arc<Row>) -> Result<Vec<f32>> {
         let row = self.prepare(row)?;
         let mut x = self.embed(&row)?;
         for i in 0..self.num_blocks() {
-            x = self.block(i, &x, &row)?;
+            x = self.block(i, x, &row, false)?.0;
         }
-        let (logps, _) = self.head(&x, &row, LogProbOptions { distribution: false, gradient: false })?;
-        logps.to_vec1()
-    }
-}
-
-impl PreparedRow {
-    /// The row.
-    pub fn row(&self) -> &Arc<Row> {
-        &self.row
-    }
-}
-
-fn apply(p: &Projection, low_rank: Option<&LowRank>, scale: f64, x: &Tensor) -> Result<Tensor> {
-    match low_rank {
-        Some(l) => lora_linear(x, &p.weight, p.bias.as_ref(), &l.a, &l.b, scale),
-        None => linear(x, &p.weight, p.bias.as_ref()),
+        Ok(self.head(&x, &row, HeadOptions { distribution: false, gradient: false })?.output.log_probs)
     }
 }

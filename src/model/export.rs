@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::decoder::Policy;
 use super::error::ModelError;
@@ -30,7 +30,7 @@ pub fn save_merged(dir: &Path, policy: &Policy, tokenizer: &ChatTokenizer) -> Re
 /// The same function as `policy` without an adapter; shares every tensor that the adapter leaves alone.
 pub fn merged(policy: &Policy) -> Result<Policy, ModelError> {
     let parameters = policy.parameters.map(|name, t| merge(policy, name, t))?;
-    Ok(Policy { config: policy.config.clone(), parameters: Arc::new(parameters), adapter: None })
+    Ok(Policy { config: policy.config.clone(), parameters: Arc::new(parameters), adapter: None, precision: policy.precision })
 }
 
 fn merge(policy: &Policy, name: &str, w: &Tensor) -> Result<Tensor, ModelError> {
@@ -41,7 +41,7 @@ fn merge(policy: &Policy, name: &str, w: &Tensor) -> Result<Tensor, ModelError> 
     };
     let low_rank = block.parse::<usize>().ok().and_then(|i| adapter.blocks.get(i)).and_then(|b| b[projection].as_ref());
     match low_rank {
-        Some(l) => Ok((w + (l.b.detach().matmul(&l.a.detach())? * adapter.config.scale())?)?),
+        Some(l) => Ok((w.to_dtype(DType::F32)? + (l.b.detach().matmul(&l.a.detach())? * adapter.config.scale())?)?),
         None => Ok(w.clone()),
     }
 }

@@ -1,17 +1,20 @@
 //! Model configuration, the decoder, its ops, tokenisation, chat templates, weight loading and adapters.
 
 pub mod adapter;
+pub mod block;
 pub mod chat;
 pub mod config;
 pub mod decoder;
 pub mod error;
 pub mod export;
 mod gguf;
+pub mod gradients;
 pub mod layout;
 pub mod loader;
 pub mod ops;
 pub mod parameters;
 pub mod peft;
+mod projections;
 pub mod rope;
 pub mod source;
 pub mod tokenizer;

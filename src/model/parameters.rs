@@ -1,10 +1,11 @@
 //! The decoder's weights under their Hugging Face names.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::config::ModelConfig;
 use super::error::ModelError;
 use super::weights::Weights;
+use crate::domain::training::Precision;
 
 /// y = x·Wᵀ + b.
 #[derive(Clone, Debug)]
@@ -64,9 +65,13 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// Loads every tensor the configuration calls for, f32, shapes checked.
-    pub fn load(config: &ModelConfig, weights: &Weights) -> Result<Self, ModelError> {
-        Self::build(config, |name, shape| weights.load(name, shape))
+    /// Loads every tensor the configuration calls for, shapes checked: matrices as `precision` says, norms and biases in f32.
+    pub fn load(config: &ModelConfig, weights: &Weights, precision: Precision) -> Result<Self, ModelError> {
+        let matrices = if precision == Precision::Bf16 { DType::BF16 } else { DType::F32 };
+        Self::build(config, |name, shape| {
+            let dtype = if shape.len() == 2 { matrices } else { DType::F32 };
+            Ok(weights.load(name, shape)?.to_dtype(dtype)?)
+        })
     }
 
     /// Builds the structure from `get(name, shape)`.

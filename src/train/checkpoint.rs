@@ -135,9 +135,9 @@ pub fn save(folder: &Path, contents: &Contents) -> Result<u64, CheckpointError> 
     remove_if_present(&temporary)?;
     fs::create_dir_all(&temporary).map_err(io_at(&temporary))?;
 
-    match &contents.policy.plain.adapter {
+    match &contents.policy.policy.adapter {
         Some(adapter) => peft::save(&temporary, adapter, contents.base)?,
-        None => export::save_merged(&temporary, &contents.policy.plain, contents.tokenizer)?,
+        None => export::save_merged(&temporary, &contents.policy.policy, contents.tokenizer)?,
     }
     peft::save_tensors(&temporary.join(OPTIMIZER_FILE), &moments(contents)?)?;
     if let Some(reference) = contents.reference {

@@ -1,33 +1,7 @@
-//! From tapes to metrics: what a micro-batch says about the policy.
+//! Metrics between log lines and over evaluations.
 
-use std::sync::Arc;
-
-use super::backprop::RowTape;
-use super::pack::PairRow;
-use super::scorer::Logps;
 use crate::domain::job::Metrics;
-use crate::math::metrics::{Average, PairObservation, TokenStats, micro_batch};
-use crate::math::score::{reward, total};
-
-/// The metrics of one micro-batch whose mean loss is `loss`.
-pub(super) fn observe(beta: f64, rows: &[PairRow], tapes: &[RowTape], references: Option<&[Arc<Logps>]>, loss: f64) -> Metrics {
-    let mut pairs = Vec::new();
-    for (row, tape) in rows.iter().zip(tapes) {
-        for (i, ranges) in row.pairs.clone().zip(row.packed.completions.chunks(2)) {
-            let side = |s: usize| {
-                let stats: Vec<TokenStats> = tape.distributions[ranges[s].clone()]
-                    .iter()
-                    .map(|d| TokenStats { mean_logit: d.mean_logit as f64, entropy: d.entropy as f64, is_argmax: d.is_argmax })
-                    .collect();
-                let logp = total(&tape.log_probs[ranges[s].clone()]);
-                (logp, reward(beta, logp, references.map(|r| total(&r[i][s]))), stats)
-            };
-            let ((logp_chosen, reward_chosen, chosen), (logp_rejected, reward_rejected, rejected)) = (side(0), side(1));
-            pairs.push(PairObservation { logp_chosen, logp_rejected, reward_chosen, reward_rejected, chosen, rejected });
-        }
-    }
-    micro_batch(loss, &pairs)
-}
+use crate::math::metrics::Average;
 
 /// Metrics between two log lines.
 #[derive(Debug, Default)]

@@ -1,102 +1,164 @@
-//! Packs sequence groups into rows without padding: `[prompt | completion | completion | …]`, several groups to a row.
+//! Packs items (pairs, or answers to one prompt) into rows without padding. Within a row a prompt is laid down once, whichever items it belongs to.
+//!
+//! Where an item lands changes none of its numbers: tokens see only their own prompt and completion, and the kernels compute every token alike.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::pair::{EncodedPair, SequenceGroup};
+use super::pair::SequenceGroup;
 use crate::model::decoder::Row;
 use crate::model::layout::RowLayout;
 
-/// A row and where each completion's log-probs are among its targets.
+/// A row and where the items' completions are among its targets.
 #[derive(Clone, Debug)]
 pub struct PackedRow {
     /// The row.
     pub row: Arc<Row>,
-    /// Per completion, in the order of the groups: its range in `row.targets`.
-    pub completions: Vec<Range<usize>>,
+    /// Which items it holds.
+    pub items: Vec<usize>,
+    /// Per item, per completion in the order of its groups: the range in `row.targets`.
+    pub completions: Vec<Vec<Range<usize>>>,
 }
 
-/// Packs groups into one row. The last prompt token predicts the first token of every completion.
-pub fn pack<'a>(groups: impl IntoIterator<Item = &'a SequenceGroup>) -> PackedRow {
-    let mut layout = RowLayout::default();
-    let (mut ids, mut predictors, mut targets, mut completions) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for group in groups {
-        let (prompt, ranges) = layout.push_group(group.prompt.len(), group.completions.iter().map(Vec::len));
-        ids.extend_from_slice(&group.prompt);
-        for (completion, range) in group.completions.iter().zip(ranges) {
-            ids.extend_from_slice(completion);
-            predictors.push(prompt.end as u32 - 1);
-            predictors.extend(range.start as u32..range.end as u32 - 1);
-            completions.push(targets.len()..targets.len() + completion.len());
-            targets.extend_from_slice(completion);
-        }
-    }
-    PackedRow { row: Arc::new(Row { ids, layout: Arc::new(layout), predictors, targets: Arc::new(targets) }), completions }
+/// Packs all items into one row.
+pub fn pack(items: &[&[SequenceGroup]]) -> PackedRow {
+    pack_items(items, (0..items.len()).collect())
 }
 
-/// Pairs of a micro-batch that share a row: completions `2i` and `2i + 1` are the chosen and rejected side of pair `pairs.start + i`.
-#[derive(Clone, Debug)]
-pub struct PairRow {
-    /// Which pairs of the micro-batch.
-    pub pairs: Range<usize>,
-    /// The row.
-    pub packed: PackedRow,
-}
-
-/// Cuts a micro-batch into rows of at most `row_tokens` tokens (a longer pair gets a row of its own), keeping the order.
-pub fn pack_pairs(pairs: &[&EncodedPair], row_tokens: usize) -> Vec<PairRow> {
+/// Packs items into rows of at most `row_tokens` tokens (a longer item gets a row of its own), of about equal size. Items with the same prompt are
+/// brought together.
+pub fn pack_rows(items: &[&[SequenceGroup]], row_tokens: usize) -> Vec<PackedRow> {
+    let order = by_prompt(items);
+    let mut left = sizes(items, &order).iter().sum::<usize>();
+    let mut rows_left = left.div_ceil(row_tokens).max(1);
     let mut rows = Vec::new();
-    let (mut start, mut tokens) = (0, 0);
-    let mut close = |range: Range<usize>| {
-        if !range.is_empty() {
-            let groups: Vec<SequenceGroup> = pairs[range.clone()].iter().flat_map(|p| p.groups()).collect();
-            rows.push(PairRow { pairs: range, packed: pack(&groups) });
+    let (mut members, mut tokens): (Vec<usize>, usize) = (Vec::new(), 0);
+    for &i in &order {
+        let n = cost(items, &members, i);
+        // As close to an equal share of what is left as whole items allow.
+        let share = left.div_ceil(rows_left);
+        let over = tokens + n > row_tokens || (rows_left > 1 && tokens + n > share && tokens + n - share > share.saturating_sub(tokens));
+        if !members.is_empty() && over {
+            rows.push(pack_items(items, std::mem::take(&mut members)));
+            left = left.saturating_sub(tokens);
+            rows_left = rows_left.saturating_sub(1).max(left.div_ceil(row_tokens)).max(1);
+            tokens = 0;
         }
-    };
-    for (i, pair) in pairs.iter().enumerate() {
-        let n = pair.packed_tokens();
-        if tokens > 0 && tokens + n > row_tokens {
-            close(start..i);
-            (start, tokens) = (i, 0);
-        }
-        tokens += n;
+        tokens += cost(items, &members, i);
+        members.push(i);
     }
-    close(start..pairs.len());
+    if !members.is_empty() {
+        rows.push(pack_items(items, members));
+    }
     rows
+}
+
+/// The items' indices with those of the same first prompt side by side, in the order in which the prompts first appear.
+fn by_prompt(items: &[&[SequenceGroup]]) -> Vec<usize> {
+    let mut first: HashMap<&[u32], usize> = HashMap::new();
+    let mut keyed: Vec<(usize, usize)> = Vec::with_capacity(items.len());
+    for (i, groups) in items.iter().enumerate() {
+        let prompt = groups.first().map_or(&[][..], |g| g.prompt.as_slice());
+        keyed.push((*first.entry(prompt).or_insert(i), i));
+    }
+    keyed.sort_unstable();
+    keyed.into_iter().map(|(_, i)| i).collect()
+}
+
+/// Tokens that each item adds after the one before it.
+fn sizes(items: &[&[SequenceGroup]], order: &[usize]) -> Vec<usize> {
+    order.iter().enumerate().map(|(k, &i)| cost(items, &order[k.saturating_sub(1)..k], i)).collect()
+}
+
+/// Tokens that item `i` adds to a row of `members`: prompts that are there already cost nothing.
+fn cost(items: &[&[SequenceGroup]], members: &[usize], i: usize) -> usize {
+    let last = members.last().map_or(&[][..], |m| items[*m]);
+    items[i].iter().map(|g| if last.iter().any(|l| l.prompt == g.prompt) { g.tokens() - g.prompt.len() } else { g.tokens() }).sum()
+}
+
+fn pack_items(items: &[&[SequenceGroup]], members: Vec<usize>) -> PackedRow {
+    // Every prompt with its completions: (place among the members, place in the item, tokens).
+    let mut prompts: Vec<(&[u32], Vec<(usize, usize, &[u32])>)> = Vec::new();
+    let mut known: HashMap<&[u32], usize> = HashMap::new();
+    let mut completions: Vec<Vec<Range<usize>>> = Vec::with_capacity(members.len());
+    for (m, &i) in members.iter().enumerate() {
+        let mut nth = 0;
+        for g in items[i] {
+            let at = *known.entry(&g.prompt).or_insert_with(|| {
+                prompts.push((&g.prompt, Vec::new()));
+                prompts.len() - 1
+            });
+            for c in &g.completions {
+                prompts[at].1.push((m, nth, c));
+                nth += 1;
+            }
+        }
+        completions.push(vec![0..0; nth]);
+    }
+    let mut layout = RowLayout::default();
+    let (mut ids, mut predictors, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+    for (prompt, answers) in prompts {
+        let (prefix, ranges) = layout.push_group(prompt.len(), answers.iter().map(|(_, _, c)| c.len()));
+        ids.extend_from_slice(prompt);
+        for ((m, nth, tokens), range) in answers.into_iter().zip(ranges) {
+            ids.extend_from_slice(tokens);
+            // The last prompt token predicts the first token of every completion.
+            predictors.push(prefix.end as u32 - 1);
+            predictors.extend(range.start as u32..range.end as u32 - 1);
+            completions[m][nth] = targets.len()..targets.len() + tokens.len();
+            targets.extend_from_slice(tokens);
+        }
+    }
+    PackedRow { row: Arc::new(Row { ids, layout: Arc::new(layout), predictors, targets: Arc::new(targets) }), items: members, completions }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn pair(prompt: usize, chosen: usize, rejected: usize) -> EncodedPair {
-        EncodedPair {
-            row: 1,
-            id: None,
-            weight: 1.0,
-            prompt: vec![1; prompt],
-            chosen: vec![2; chosen],
-            rejected_prompt: None,
-            rejected: vec![3; rejected],
-            chosen_truncated: false,
-            rejected_truncated: false,
+    fn item(prompt: u32, length: usize, answers: &[usize]) -> Vec<SequenceGroup> {
+        vec![SequenceGroup { prompt: vec![prompt; length], completions: answers.iter().map(|n| vec![90 + *n as u32; *n]).collect() }]
+    }
+
+    fn borrowed(items: &[Vec<SequenceGroup>]) -> Vec<&[SequenceGroup]> {
+        items.iter().map(Vec::as_slice).collect()
+    }
+
+    #[test]
+    fn the_last_prompt_token_predicts_every_first_token() {
+        let packed = pack(&borrowed(&[item(1, 3, &[2, 1])]));
+        assert_eq!(packed.row.ids, [1, 1, 1, 92, 92, 91]);
+        assert_eq!(packed.row.predictors, [2, 3, 2]);
+        assert_eq!(*packed.row.targets, [92, 92, 91]);
+        assert_eq!(packed.completions, [vec![0..2, 2..3]]);
+    }
+
+    #[test]
+    fn items_with_one_prompt_share_it() {
+        let items = [item(1, 3, &[2, 1]), item(2, 2, &[1, 1]), item(1, 3, &[1, 4])];
+        let rows = pack_rows(&borrowed(&items), 100);
+        assert_eq!(rows.len(), 1);
+        assert_eq!(rows[0].items, [0, 2, 1]);
+        assert_eq!(rows[0].row.ids.len(), 3 + 3 + 5 + 2 + 2);
+        for (k, &i) in rows[0].items.iter().enumerate() {
+            for (range, answer) in rows[0].completions[k].iter().zip(&items[i][0].completions) {
+                assert_eq!(&rows[0].row.targets[range.clone()], answer);
+            }
         }
     }
 
     #[test]
-    fn the_last_prompt_token_predicts_both_first_tokens() {
-        let packed = pack(&pair(3, 2, 1).groups());
-        assert_eq!(packed.row.ids, [1, 1, 1, 2, 2, 3]);
-        assert_eq!(packed.row.predictors, [2, 3, 2]);
-        assert_eq!(*packed.row.targets, [2, 2, 3]);
-        assert_eq!(packed.completions, [0..2, 2..3]);
-    }
-
-    #[test]
-    fn rows_keep_the_order_and_the_limit_and_lose_no_pair() {
-        let pairs = [pair(3, 2, 1), pair(1, 1, 1), pair(20, 5, 5), pair(1, 1, 1), pair(2, 2, 2)];
-        let rows = pack_pairs(&pairs.iter().collect::<Vec<_>>(), 10);
-        assert_eq!(rows.iter().map(|r| r.pairs.clone()).collect::<Vec<_>>(), [0..2, 2..3, 3..5]);
-        assert!(rows.iter().all(|r| r.packed.completions.len() == 2 * r.pairs.len()));
+    fn rows_keep_the_limit_are_balanced_and_lose_no_item() {
+        let items: Vec<_> = (0..7).map(|i| item(i, 3, &[2, 1])).collect();
+        let rows = pack_rows(&borrowed(&items), 20);
+        let mut seen: Vec<usize> = rows.iter().flat_map(|r| r.items.clone()).collect();
+        seen.sort_unstable();
+        assert_eq!(seen, [0, 1, 2, 3, 4, 5, 6]);
+        let sizes: Vec<usize> = rows.iter().map(|r| r.row.ids.len()).collect();
+        assert!(sizes.iter().all(|n| *n <= 20), "{sizes:?}");
+        assert_eq!(sizes.len(), 3, "{sizes:?}");
+        let long = [item(1, 50, &[5, 5]), item(2, 2, &[1, 1])];
+        assert_eq!(pack_rows(&borrowed(&long), 20).len(), 2);
     }
 }

@@ -3,14 +3,15 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use candle_core::backprop::GradStore;
-use candle_core::{Result, Tensor, TensorId, Var};
+use candle_core::{Result, Tensor, Var, bail};
 use rayon::prelude::*;
 
+use crate::domain::training::Precision;
 use crate::model::adapter::Adapter;
 use crate::model::decoder::Policy;
-use crate::model::ops::simd::{add_assign, dot};
-use crate::model::ops::with_values;
+use crate::model::gradients::{GradientSink, Place, Slot};
+use crate::model::ops::simd::{dispatch, dot};
+use crate::model::parameters::PROJECTIONS;
 
 /// One trainable tensor.
 #[derive(Clone, Debug)]
@@ -26,38 +27,35 @@ pub struct Trainable {
 /// A policy being trained.
 #[derive(Debug)]
 pub struct TrainablePolicy {
-    /// Operations on it are recorded.
-    pub tracked: Policy,
-    /// The same storage; operations on it leave no tape.
-    pub plain: Policy,
+    /// The policy; its trainable tensors share storage with `trainables`.
+    pub policy: Policy,
     /// What is trained, in a fixed order.
     pub trainables: Vec<Trainable>,
-    index: HashMap<TensorId, usize>,
-    /// The embedding's place among the trainables: its gradient does not come from the tape.
-    embed: Option<usize>,
+    index: HashMap<Place, usize>,
 }
 
 impl TrainablePolicy {
     /// Trains `adapter` on the frozen weights of `base`.
-    pub fn lora(base: &Policy, adapter: &Adapter) -> Result<Self> {
+    pub fn lora(base: &Policy, adapter: &Adapter, precision: Precision) -> Result<Self> {
         let mut trainables = Vec::new();
         let adapter = adapter.map(|name, t| track(name, t, &mut trainables))?;
-        let tracked =
-            Policy { config: base.config.clone(), parameters: Arc::new(base.parameters.detached()), adapter: Some(Arc::new(adapter)) };
-        Ok(Self::over(tracked, trainables))
+        Self::over(Policy { adapter: Some(Arc::new(adapter)), precision, ..base.clone() }, trainables)
     }
 
-    /// Trains a copy of every weight of `start`.
-    pub fn full(start: &Policy) -> Result<Self> {
+    /// Trains a copy of every weight of `start`, in f32.
+    pub fn full(start: &Policy, precision: Precision) -> Result<Self> {
         let mut trainables = Vec::new();
         let parameters = start.parameters.map(|name, t| track(name, t, &mut trainables))?;
-        Ok(Self::over(Policy { config: start.config.clone(), parameters: Arc::new(parameters), adapter: None }, trainables))
+        Self::over(Policy { config: start.config.clone(), parameters: Arc::new(parameters), adapter: None, precision }, trainables)
     }
 
-    fn over(tracked: Policy, trainables: Vec<Trainable>) -> Self {
-        let index: HashMap<TensorId, usize> = trainables.iter().enumerate().map(|(i, t)| (t.var.id(), i)).collect();
-        let embed = index.get(&tracked.parameters.embed.id()).copied();
-        TrainablePolicy { plain: tracked.detached(), tracked, trainables, index, embed }
+    fn over(policy: Policy, trainables: Vec<Trainable>) -> Result<Self> {
+        let mut index = HashMap::new();
+        for (i, t) in trainables.iter().enumerate() {
+            let Some(place) = place(&t.name) else { bail!("{} has no place in the decoder", t.name) };
+            index.insert(place, i);
+        }
+        Ok(TrainablePolicy { policy, trainables, index })
     }
 
     /// Numbers trained.
@@ -67,67 +65,85 @@ impl TrainablePolicy {
 
     /// Whether only an adapter is trained.
     pub fn is_lora(&self) -> bool {
-        self.tracked.adapter.is_some()
+        self.policy.adapter.is_some()
     }
 }
 
 fn track(name: &str, t: &Tensor, trainables: &mut Vec<Trainable>) -> Result<Tensor> {
-    let var = Var::from_tensor(&t.detach().contiguous()?)?;
-    let tensor = var.as_tensor().clone();
+    let var = Var::from_tensor(&t.detach().to_dtype(candle_core::DType::F32)?.contiguous()?)?;
+    let tensor = var.as_detached_tensor();
     trainables.push(Trainable { name: name.to_owned(), var, decay: t.rank() >= 2 });
     Ok(tensor)
 }
 
+/// Where in the decoder a tensor belongs, by its Hugging Face or PEFT name.
+fn place(name: &str) -> Option<Place> {
+    let name = name.strip_prefix("base_model.model.").unwrap_or(name);
+    match name {
+        "model.embed_tokens.weight" => return Some(Place::Embedding),
+        "model.norm.weight" => return Some(Place::Norm),
+        "lm_head.weight" => return Some(Place::Head),
+        _ => {}
+    }
+    let (block, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    let slot = match rest {
+        "input_layernorm.weight" => Slot::InputNorm,
+        "post_attention_layernorm.weight" => Slot::PostNorm,
+        "self_attn.q_norm.weight" => Slot::QueryNorm,
+        "self_attn.k_norm.weight" => Slot::KeyNorm,
+        _ => {
+            let index = PROJECTIONS.iter().position(|p| rest.starts_with(p))?;
+            match rest.strip_prefix(PROJECTIONS[index])? {
+                ".weight" => Slot::Weight(index),
+                ".bias" => Slot::Bias(index),
+                ".lora_A.weight" => Slot::LoraA(index),
+                ".lora_B.weight" => Slot::LoraB(index),
+                _ => return None,
+            }
+        }
+    };
+    Some(Place::Block(block.parse().ok()?, slot))
+}
+
 /// The gradient of every trainable tensor, summed over a step's micro-batches.
 #[derive(Debug)]
-pub struct Gradients(Vec<Vec<f32>>);
+pub struct Gradients {
+    values: Vec<Vec<f32>>,
+    index: HashMap<Place, usize>,
+}
 
 impl Gradients {
     /// All zero.
     pub fn zeros(policy: &TrainablePolicy) -> Self {
-        Gradients(policy.trainables.iter().map(|t| vec![0f32; t.var.elem_count()]).collect())
+        Gradients { values: policy.trainables.iter().map(|t| vec![0f32; t.var.elem_count()]).collect(), index: policy.index.clone() }
     }
 
     /// Sets all to zero for the next step.
     pub fn clear(&mut self) {
-        self.0.par_iter_mut().for_each(|g| g.fill(0.0));
+        self.values.par_iter_mut().for_each(|g| g.fill(0.0));
     }
 
     /// Per trainable tensor, in their order.
     pub fn values(&self) -> &[Vec<f32>] {
-        &self.0
-    }
-
-    /// Adds what a backward pass left for the trainable tensors.
-    pub fn add(&mut self, policy: &TrainablePolicy, store: &GradStore) -> Result<()> {
-        for id in store.get_ids() {
-            if let (Some(&i), Some(g)) = (policy.index.get(id), store.get_id(*id)) {
-                with_values("gradient", g, |g| add_assign(&mut self.0[i], g))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Scatters the gradient of the embedded row `[T, C]` to the embedding, when that is trained.
-    pub fn add_embedding(&mut self, policy: &TrainablePolicy, ids: &[u32], gradient: &Tensor) -> Result<()> {
-        let Some(i) = policy.embed else { return Ok(()) };
-        let width = gradient.dim(1)?;
-        with_values("gradient", gradient, |g| {
-            for (row, &id) in g.chunks(width).zip(ids) {
-                add_assign(&mut self.0[i][id as usize * width..][..width], row);
-            }
-        })
+        &self.values
     }
 
     /// √Σ g², summed per tensor in f32 and over tensors in f64, in a fixed order.
     pub fn norm(&self) -> f64 {
-        let squares: Vec<f64> = self.0.par_iter().map(|g| g.chunks(1 << 14).map(|c| square_sum(c) as f64).sum()).collect();
+        let squares: Vec<f64> = self.values.par_iter().map(|g| g.chunks(1 << 14).map(|c| square_sum(c) as f64).sum()).collect();
         squares.iter().sum::<f64>().sqrt()
     }
 }
 
+impl GradientSink for Gradients {
+    fn slot(&mut self, place: Place) -> Option<&mut [f32]> {
+        let i = *self.index.get(&place)?;
+        Some(&mut self.values[i])
+    }
+}
+
 fn square_sum(c: &[f32]) -> f32 {
-    crate::model::ops::simd::dispatch(
+    dispatch(
         #[inline(always)]
         || dot(c, c),
     )

@@ -7,21 +7,20 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::backprop::{self, RowTape};
+use super::backprop::Keep;
 use super::checkpoint::{self, CheckpointError, Contents, RunState};
 use super::estimate::estimate;
 use super::event::RunEvent;
-use super::observe::{Evaluation, Window, observe};
+use super::micro_batch::MicroBatch;
+use super::observe::{Evaluation, Window};
 use super::optimizer::AdamW;
-use super::pack::{PairRow, pack_pairs};
-use super::pair::EncodedPair;
+use super::pair::{EncodedPair, SequenceGroup};
 use super::reference::Reference;
 use super::scorer::{Logps, ReferenceCache};
 use super::trainable::{Gradients, TrainablePolicy};
 use crate::domain::job::{Metrics, Progress};
 use crate::domain::training::TrainingSpec;
 use crate::math::clip::clip_coefficient;
-use crate::math::loss::{BatchLoss, PairLogps, batch_loss};
 use crate::math::rng::epoch_order;
 use crate::math::schedule::learning_rate;
 use crate::model::decoder::Policy;
@@ -112,7 +111,7 @@ pub struct Trainer {
     evaluation: Evaluation,
     latest: Metrics,
     saved_step: Option<u64>,
-    checkpointing: bool,
+    keep: Keep,
     started: Instant,
     first_step: u64,
 }
@@ -131,8 +130,8 @@ impl Trainer {
             saved_step = Some(restored.state.step);
             (state, latest) = (restored.state, restored.metrics);
         }
-        let longest = longest_micro_batch(&train, spec.batch.batch_size);
-        let checkpointing = estimate(&policy.plain.config, &spec, longest).checkpointing;
+        let longest = train.iter().map(EncodedPair::packed_tokens).max().unwrap_or(0);
+        let keep = if estimate(&policy.policy.config, &spec, longest).checkpointing { Keep::Inputs } else { Keep::Tapes };
         let total_steps = spec.batch.total_steps(train.len());
         let first_step = state.step;
         let mut trainer = Trainer {
@@ -155,7 +154,7 @@ impl Trainer {
             phase: Phase::Done,
             latest,
             saved_step,
-            checkpointing,
+            keep,
             first_step,
         };
         trainer.phase = trainer.first_phase();
@@ -180,7 +179,7 @@ impl Trainer {
 
     /// The weights as they are now, for scoring between units.
     pub fn live_policy(&self) -> Policy {
-        self.policy.plain.clone()
+        self.policy.policy.clone()
     }
 
     /// Optimizer steps taken.
@@ -267,51 +266,17 @@ impl Trainer {
     fn micro_batch(&mut self, scale: f64, cache: &mut ReferenceCache) -> Result<(), TrainError> {
         let chosen = self.batch_rows();
         let pairs: Vec<&EncodedPair> = chosen.iter().map(|i| &self.train[*i]).collect();
-        let references = references(&self.reference, &pairs, cache)?;
-        let rows = pack_pairs(&pairs, self.spec.batch.row_tokens);
-        let mut tapes = Vec::with_capacity(rows.len());
-        for row in &rows {
-            tapes.push(backprop::forward(&self.policy, row.packed.row.clone(), self.checkpointing)?);
+        let row_tokens = self.spec.batch.row_tokens;
+        let references = references(&self.reference, &pairs, row_tokens, cache)?;
+        let references = references.as_deref();
+        let batch = MicroBatch { dpo: &self.spec.dpo, policy: &self.policy.policy, pairs: &pairs, references, row_tokens };
+        let (loss, metrics) = batch.train(self.keep, scale, &mut self.gradients)?;
+        if !loss.is_finite() {
+            return Err(self.non_finite("loss", loss, &chosen));
         }
-        let loss = self.loss(&pairs, &rows, &tapes, references.as_deref(), scale);
-        if !loss.loss.is_finite() {
-            return Err(self.non_finite("loss", loss.loss, &chosen));
-        }
-        self.window.add(observe(self.spec.dpo.beta, &rows, &tapes, references.as_deref(), loss.loss), scale);
+        self.window.add(metrics, scale);
         self.state.tokens += pairs.iter().map(|p| p.sequence_tokens() as u64).sum::<u64>();
-        for (row, tape) in rows.iter().zip(tapes) {
-            let mut upstream = Vec::with_capacity(tape.log_probs.len());
-            for i in row.pairs.clone() {
-                upstream.extend_from_slice(&loss.grad_chosen[i]);
-                upstream.extend_from_slice(&loss.grad_rejected[i]);
-            }
-            backprop::backward(&self.policy, tape, upstream, &mut self.gradients)?;
-        }
         Ok(())
-    }
-
-    fn loss(
-        &self,
-        pairs: &[&EncodedPair],
-        rows: &[PairRow],
-        tapes: &[RowTape],
-        references: Option<&[Arc<Logps>]>,
-        scale: f64,
-    ) -> BatchLoss {
-        let sides = sides(rows, tapes);
-        let inputs: Vec<PairLogps> = pairs
-            .iter()
-            .zip(&sides)
-            .enumerate()
-            .map(|(i, (pair, s))| PairLogps {
-                policy_chosen: s.chosen,
-                policy_rejected: s.rejected,
-                reference: references.map(|r| (r[i][0].as_slice(), r[i][1].as_slice())),
-                weight: pair.weight,
-                wpo: self.spec.dpo.wpo.then_some((s.chosen_p2.as_slice(), s.rejected_p2.as_slice())),
-            })
-            .collect();
-        batch_loss(&self.spec.dpo, &inputs, scale)
     }
 
     fn update(&mut self) -> Result<(), TrainError> {
@@ -331,7 +296,7 @@ impl Trainer {
             && self.state.step.is_multiple_of(sync.every_steps as u64)
         {
             self.state.reference_syncs += 1;
-            self.reference.sync(&self.policy.plain, sync.alpha, self.state.reference_syncs)?;
+            self.reference.sync(&self.policy.policy, sync.alpha, self.state.reference_syncs)?;
         }
         Ok(())
     }
@@ -410,14 +375,11 @@ impl Trainer {
     fn evaluate_unit(&mut self, next: usize, cache: &mut ReferenceCache, emit: &mut dyn FnMut(RunEvent)) -> Result<(), TrainError> {
         let end = (next + self.spec.batch.batch_size).min(self.eval.len());
         let pairs: Vec<&EncodedPair> = self.eval[next..end].iter().collect();
-        let references = references(&self.reference, &pairs, cache)?;
-        let rows = pack_pairs(&pairs, self.spec.batch.row_tokens);
-        let mut tapes = Vec::with_capacity(rows.len());
-        for row in &rows {
-            tapes.push(backprop::observe(&self.policy.plain, row.packed.row.clone())?);
-        }
-        let loss = self.loss(&pairs, &rows, &tapes, references.as_deref(), 1.0);
-        self.evaluation.add(observe(self.spec.dpo.beta, &rows, &tapes, references.as_deref(), loss.loss), pairs.len());
+        let row_tokens = self.spec.batch.row_tokens;
+        let references = references(&self.reference, &pairs, row_tokens, cache)?;
+        let references = references.as_deref();
+        let batch = MicroBatch { dpo: &self.spec.dpo, policy: &self.policy.policy, pairs: &pairs, references, row_tokens };
+        self.evaluation.add(batch.evaluate()?.1, pairs.len());
         if end < self.eval.len() {
             self.phase = Phase::Evaluate { next: end };
             return Ok(());
@@ -457,45 +419,14 @@ impl Trainer {
     }
 }
 
-fn references(reference: &Reference, pairs: &[&EncodedPair], cache: &mut ReferenceCache) -> Result<Option<Vec<Arc<Logps>>>, TrainError> {
+fn references(
+    reference: &Reference,
+    pairs: &[&EncodedPair],
+    row_tokens: usize,
+    cache: &mut ReferenceCache,
+) -> Result<Option<Vec<Arc<Logps>>>, TrainError> {
     let Some((policy, identity)) = reference.weights() else { return Ok(None) };
-    let mut all = Vec::with_capacity(pairs.len());
-    for pair in pairs {
-        all.push(cache.score(policy, identity, &pair.groups())?);
-    }
-    Ok(Some(all))
-}
-
-fn longest_micro_batch(pairs: &[EncodedPair], size: usize) -> usize {
-    let mut lengths: Vec<usize> = pairs.iter().map(EncodedPair::packed_tokens).collect();
-    lengths.sort_unstable_by(|a, b| b.cmp(a));
-    lengths.iter().take(size).sum()
-}
-
-/// The log-probs of one pair inside its row.
-pub(super) struct Sides<'a> {
-    /// log π_θ of each chosen token.
-    pub chosen: &'a [f32],
-    /// log π_θ of each rejected token.
-    pub rejected: &'a [f32],
-    /// log Σ p² of each chosen token.
-    pub chosen_p2: Vec<f32>,
-    /// log Σ p² of each rejected token.
-    pub rejected_p2: Vec<f32>,
-}
-
-fn sides<'a>(rows: &[PairRow], tapes: &'a [RowTape]) -> Vec<Sides<'a>> {
-    let mut all = Vec::new();
-    for (row, tape) in rows.iter().zip(tapes) {
-        for ranges in row.packed.completions.chunks(2) {
-            let p2 = |i: usize| tape.distributions[ranges[i].clone()].iter().map(|d| d.log_sum_p2).collect();
-            all.push(Sides {
-                chosen: &tape.log_probs[ranges[0].clone()],
-                rejected: &tape.log_probs[ranges[1].clone()],
-                chosen_p2: p2(0),
-                rejected_p2: p2(1),
-            });
-        }
-    }
-    all
+    let groups: Vec<Vec<SequenceGroup>> = pairs.iter().map(|p| p.groups()).collect();
+    let items: Vec<&[SequenceGroup]> = groups.iter().map(Vec::as_slice).collect();
+    Ok(Some(cache.score(policy, identity, &items, row_tokens)?))
 }

@@ -3,8 +3,9 @@
 use bradley::domain::dpo::DpoConfig;
 use bradley::math::loss::{PairLogps, batch_loss};
 use bradley::model::peft;
-use bradley::train::backprop::{backward, forward};
-use bradley::train::pack::{pack, pack_pairs};
+use bradley::domain::training::Precision;
+use bradley::train::backprop::{Keep, backward, forward};
+use bradley::train::pack::pack;
 use bradley::train::pair::{EncodedPair, SequenceGroup};
 use bradley::train::scorer::score;
 use bradley::train::trainable::{Gradients, TrainablePolicy};
@@ -75,10 +76,10 @@ fn token_statistics_are_those_of_transformers() {
         let (model, tokenizer) = tiny(name);
         let rows = rows("pairs.jsonl");
         for (row, pair) in rows.iter().zip(encode(&rows, &tokenizer, 256)) {
-            let tape = bradley::train::backprop::observe(&model, pack(&pair.groups()).row).unwrap();
+            let tape = forward(&model, pack(&[&pair.groups()]).row, Keep::Nothing).unwrap();
             let e = &expected[name][row.id.as_deref().unwrap()]["chosen"]["policy"];
             let (means, entropies, p2) = (numbers(&e["mean_logits"]), numbers(&e["entropy"]), numbers(&e["log_sum_p2"]));
-            for (t, d) in tape.distributions[..pair.chosen.len()].iter().enumerate() {
+            for (t, d) in tape.distributions()[..pair.chosen.len()].iter().enumerate() {
                 let what = format!("{name} {:?} token {t}", row.id);
                 assert_close(&what, d.mean_logit as f64, means[t], 1e-4, 0.1);
                 assert_close(&what, d.entropy as f64, entropies[t], 1e-4, 0.1);
@@ -91,25 +92,28 @@ fn token_statistics_are_those_of_transformers() {
 
 /// Gradients of the mean sigmoid loss over `pairs`, one packed row.
 fn gradients(policy: &TrainablePolicy, pairs: &[EncodedPair], references: &[Vec<Vec<f32>>], checkpointing: bool) -> Vec<(String, Tensor)> {
-    let borrowed: Vec<&EncodedPair> = pairs.iter().collect();
-    let mut rows = pack_pairs(&borrowed, 10_000);
-    assert_eq!(rows.len(), 1);
-    let row = rows.remove(0);
-    let tape = forward(policy, row.packed.row.clone(), checkpointing).unwrap();
-    let side = |i: usize| &tape.log_probs[row.packed.completions[i].clone()];
+    let groups: Vec<_> = pairs.iter().map(EncodedPair::groups).collect();
+    let row = pack(&groups.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    let keep = if checkpointing { Keep::Inputs } else { Keep::Tapes };
+    let tape = forward(&policy.policy, row.row.clone(), keep).unwrap();
+    let side = |i: usize, s: usize| &tape.log_probs()[row.completions[i][s].clone()];
     let inputs: Vec<PairLogps> = (0..pairs.len())
         .map(|i| PairLogps {
-            policy_chosen: side(2 * i),
-            policy_rejected: side(2 * i + 1),
+            policy_chosen: side(i, 0),
+            policy_rejected: side(i, 1),
             reference: Some((&references[i][0], &references[i][1])),
             weight: 1.0,
             wpo: None,
         })
         .collect();
     let loss = batch_loss(&DpoConfig::default(), &inputs, 1.0);
-    let upstream = loss.grad_chosen.iter().zip(&loss.grad_rejected).flat_map(|(c, r)| c.iter().chain(r).copied()).collect();
+    let mut upstream = vec![0f32; row.row.targets.len()];
+    for (i, ranges) in row.completions.iter().enumerate() {
+        upstream[ranges[0].clone()].copy_from_slice(&loss.grad_chosen[i]);
+        upstream[ranges[1].clone()].copy_from_slice(&loss.grad_rejected[i]);
+    }
     let mut total = Gradients::zeros(policy);
-    backward(policy, tape, upstream, &mut total).unwrap();
+    backward(&policy.policy, tape, &upstream, &mut total).unwrap();
     let trainables = policy.trainables.iter().zip(total.values());
     trainables.map(|(t, g)| (t.name.clone(), Tensor::from_slice(g, t.var.shape(), &Device::Cpu).unwrap())).collect()
 }
@@ -120,7 +124,7 @@ fn every_weights_gradient_is_torchs() {
         let ((model, tokenizer), (reference, _)) = (tiny(name), tiny(&format!("{name}-ref")));
         let pairs = encode(&rows("pairs.jsonl")[..2], &tokenizer, 256);
         let references: Vec<_> = pairs.iter().map(|p| score(&reference, &p.groups()).unwrap()).collect();
-        let policy = TrainablePolicy::full(&model).unwrap();
+        let policy = TrainablePolicy::full(&model, Precision::F32).unwrap();
         let expected = tensors(&format!("grads_{name}.safetensors"));
         for checkpointing in [false, true] {
             let got = gradients(&policy, &pairs, &references, checkpointing);
@@ -138,12 +142,12 @@ fn every_adapter_gradient_is_torchs_and_peft_adapters_load() {
     for name in MODELS {
         let (model, tokenizer) = tiny(name);
         let adapter = peft::load(&golden(&format!("adapters/{name}")), &model.config).unwrap();
-        let policy = TrainablePolicy::lora(&model, &adapter).unwrap();
+        let policy = TrainablePolicy::lora(&model, &adapter, Precision::F32).unwrap();
         let rows = rows("pairs.jsonl");
         let pairs = encode(&rows, &tokenizer, 256);
         let logps = json(&format!("adapters/{name}/logps.json"));
         for (row, pair) in rows.iter().zip(&pairs) {
-            let got = score(&policy.plain, &pair.groups()).unwrap();
+            let got = score(&policy.policy, &pair.groups()).unwrap();
             for (i, side) in ["chosen", "rejected"].into_iter().enumerate() {
                 for (g, w) in got[i].iter().zip(numbers(&logps[row.id.as_deref().unwrap()][side])) {
                     assert_close(&format!("{name} {side} with its adapter"), *g as f64, w, LOGP, 0.1);
@@ -168,7 +172,7 @@ fn checkpointing_changes_no_bit() {
     let (model, tokenizer) = tiny("qwen3");
     let pairs = encode(&rows("pairs.jsonl")[..3], &tokenizer, 256);
     let references: Vec<_> = pairs.iter().map(|p| score(&tiny("qwen3-ref").0, &p.groups()).unwrap()).collect();
-    let policy = TrainablePolicy::full(&model).unwrap();
+    let policy = TrainablePolicy::full(&model, Precision::F32).unwrap();
     let (kept, recomputed) = (gradients(&policy, &pairs, &references, false), gradients(&policy, &pairs, &references, true));
     for ((name, a), (_, b)) in kept.iter().zip(&recomputed) {
         let bits = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|x| x.to_bits()).collect::<Vec<_>>();
@@ -181,17 +185,14 @@ fn packed_rows_equal_separate_sequences() {
     for name in MODELS {
         let (model, tokenizer) = tiny(name);
         let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
-        let all: Vec<SequenceGroup> = pairs.iter().flat_map(|p| p.groups()).collect();
-        let packed = pack(&all);
+        let all: Vec<_> = pairs.iter().map(EncodedPair::groups).collect();
+        let packed = pack(&all.iter().map(Vec::as_slice).collect::<Vec<_>>());
         let logps = model.log_probs(packed.row.clone()).unwrap();
         for (i, pair) in pairs.iter().enumerate() {
             for (side, completion) in [&pair.chosen, &pair.rejected].into_iter().enumerate() {
                 let alone = SequenceGroup { prompt: pair.prompt.clone(), completions: vec![completion.clone()] };
                 let want = &score(&model, &[alone]).unwrap()[0];
-                let got = &logps[packed.completions[2 * i + side].clone()];
-                for (g, w) in got.iter().zip(want) {
-                    assert!((g - w).abs() <= 1e-6 * w.abs().max(1.0), "{name}: {g} vs {w}");
-                }
+                assert_eq!(&logps[packed.completions[i][side].clone()], want, "{name}: bit for bit");
             }
         }
     }
@@ -209,7 +210,7 @@ fn a_damaged_or_foreign_file_is_an_error_that_names_it() {
     };
     let load = |dir: &std::path::Path| {
         let model = bradley::model::loader::load_model(None, dir.to_str().unwrap(), &Default::default())?;
-        bradley::model::parameters::Parameters::load(&model.config, &model.weights)
+        bradley::model::parameters::Parameters::load(&model.config, &model.weights, Precision::F32)
     };
     let dir = folder.path().join("truncated");
     copy("models/llama", &dir);

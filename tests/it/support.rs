@@ -9,6 +9,7 @@ use bradley::domain::dataset::{DatasetFormat, PreferenceRow};
 use bradley::domain::training::Truncation;
 use bradley::model::decoder::Policy;
 use bradley::model::loader::{LoadedModel, load_model};
+use bradley::domain::training::Precision;
 use bradley::model::parameters::Parameters;
 use bradley::model::source::HubOptions;
 use bradley::model::tokenizer::ChatTokenizer;
@@ -43,8 +44,8 @@ pub fn open(name: &str) -> LoadedModel {
 
 /// A model's weights and tokenizer.
 pub fn policy(model: LoadedModel) -> (Policy, ChatTokenizer) {
-    let parameters = Parameters::load(&model.config, &model.weights).unwrap();
-    (Policy { config: Arc::new(model.config), parameters: Arc::new(parameters), adapter: None }, model.tokenizer)
+    let parameters = Parameters::load(&model.config, &model.weights, Precision::F32).unwrap();
+    (Policy { config: Arc::new(model.config), parameters: Arc::new(parameters), adapter: None, precision: Precision::F32 }, model.tokenizer)
 }
 
 /// A tiny model, loaded.

@@ -1,16 +1,9 @@
 //! RMSNorm: y = x / √(mean(x²) + ε) ⊙ w, over the last dimension (arXiv:1910.07467).
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use super::TOKENS;
 use super::simd::{dispatch, sum};
-use super::{slice, tensor, with_values};
-
-const OP: &str = "rms-norm";
-
-struct RmsNorm {
-    eps: f32,
-}
 
 /// 1 / √(mean(x²) + ε).
 #[inline(always)]
@@ -18,81 +11,116 @@ fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     1.0 / (sum(x.len(), |i| x[i] * x[i]) / x.len() as f32 + eps).sqrt()
 }
 
-impl CustomOp2 for RmsNorm {
-    fn name(&self) -> &'static str {
-        OP
+#[inline(always)]
+fn normalise(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
+    let r = inverse_rms(x, eps);
+    for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+        *y = x * r * w;
     }
+}
 
-    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (x, w) = (slice(OP, x, lx)?, slice(OP, w, lw)?);
-        let width = w.len();
-        let mut y = vec![0f32; x.len()];
-        y.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(16).for_each(|(y, x)| {
+/// y = norm of each row of `x`, rows as wide as `w`.
+pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
+    let width = w.len();
+    y.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(TOKENS).for_each(|(y, x)| {
+        dispatch(
+            #[inline(always)]
+            || normalise(x, w, eps, y),
+        )
+    });
+}
+
+/// With r = 1/rms: dx += r·(g⊙w − x·r²·mean(g⊙w⊙x)).
+#[inline(always)]
+fn add_input_gradient(x: &[f32], w: &[f32], g: &[f32], eps: f32, dx: &mut [f32]) {
+    let r = inverse_rms(x, eps);
+    let c = sum(w.len(), |i| g[i] * w[i] * x[i]) * r * r / w.len() as f32;
+    for (((dx, g), w), x) in dx.iter_mut().zip(g).zip(w).zip(x) {
+        *dx += r * (g * w - x * c);
+    }
+}
+
+/// dw += g⊙x·r.
+#[inline(always)]
+fn add_weight_gradient(x: &[f32], g: &[f32], eps: f32, dw: &mut [f32]) {
+    let r = inverse_rms(x, eps);
+    for ((dw, g), x) in dw.iter_mut().zip(g).zip(x) {
+        *dw += g * x * r;
+    }
+}
+
+/// Adds the gradients for the upstream gradient `g` to `dx` and, when it is wanted, to `dw`.
+pub fn rms_norm_backward(x: &[f32], w: &[f32], g: &[f32], eps: f32, dx: &mut [f32], dw: Option<&mut [f32]>) {
+    let width = w.len();
+    dx.par_chunks_mut(width).zip(x.par_chunks(width)).zip(g.par_chunks(width)).with_min_len(TOKENS).for_each(|((dx, x), g)| {
+        dispatch(
+            #[inline(always)]
+            || add_input_gradient(x, w, g, eps, dx),
+        )
+    });
+    if let Some(dw) = dw {
+        for (x, g) in x.chunks(width).zip(g.chunks(width)) {
+            dispatch(
+                #[inline(always)]
+                || add_weight_gradient(x, g, eps, dw),
+            );
+        }
+    }
+}
+
+/// Heads of tokens: `count` of them side by side from `offset` on in rows `stride` wide.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadColumns {
+    /// Width of a row.
+    pub stride: usize,
+    /// Where the first head starts.
+    pub offset: usize,
+    /// Heads.
+    pub count: usize,
+}
+
+/// Norms every head in place (Qwen3), `w` being as wide as a head.
+pub fn head_norm(x: &mut [f32], heads: HeadColumns, w: &[f32], eps: f32) {
+    let width = heads.count * w.len();
+    x.par_chunks_mut(heads.stride).with_min_len(TOKENS).for_each(|row| {
+        for head in row[heads.offset..heads.offset + width].chunks_mut(w.len()) {
             dispatch(
                 #[inline(always)]
                 || {
-                    let r = inverse_rms(x, self.eps);
-                    for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
-                        *y = x * r * w;
+                    let r = inverse_rms(head, eps);
+                    for (x, w) in head.iter_mut().zip(w) {
+                        *x = *x * r * w;
                     }
                 },
-            )
-        });
-        Ok((CpuStorage::F32(y), lx.shape().clone()))
-    }
-
-    /// With r = 1/rms: dx = r·(g⊙w − x·r²·mean(g⊙w⊙x)), dw = Σ_rows g⊙x·r.
-    fn bwd(&self, x: &Tensor, w: &Tensor, _y: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let width = w.dims1()?;
-        let (need_x, need_w) = (x.track_op(), w.track_op());
-        let (dx, dw) = with_values(OP, x, |x| {
-            with_values(OP, w, |w| {
-                with_values(OP, g, |g| {
-                    let dx = need_x.then(|| grad_input(x, w, g, width, self.eps));
-                    let dw = need_w.then(|| grad_weight(x, g, width, self.eps));
-                    (dx, dw)
-                })
-            })
-        })???;
-        let dx = dx.map(|d| tensor(d, x.shape().clone())).transpose()?;
-        Ok((dx, dw.map(|d| tensor(d, width)).transpose()?))
-    }
-}
-
-fn grad_input(x: &[f32], w: &[f32], g: &[f32], width: usize, eps: f32) -> Vec<f32> {
-    let mut dx = vec![0f32; x.len()];
-    dx.par_chunks_mut(width).zip(x.par_chunks(width)).zip(g.par_chunks(width)).with_min_len(16).for_each(|((dx, x), g)| {
-        dispatch(
-            #[inline(always)]
-            || {
-                let r = inverse_rms(x, eps);
-                let c = sum(width, |i| g[i] * w[i] * x[i]) * r * r / width as f32;
-                for i in 0..width {
-                    dx[i] = r * (g[i] * w[i] - x[i] * c);
-                }
-            },
-        )
+            );
+        }
     });
-    dx
 }
 
-fn grad_weight(x: &[f32], g: &[f32], width: usize, eps: f32) -> Vec<f32> {
-    let mut dw = vec![0f32; width];
-    for (x, g) in x.chunks(width).zip(g.chunks(width)) {
-        dispatch(
-            #[inline(always)]
-            || {
-                let r = inverse_rms(x, eps);
-                for i in 0..width {
-                    dw[i] += g[i] * x[i] * r;
-                }
-            },
-        );
+/// Replaces the upstream gradient `g` by the gradient of [`head_norm`]'s input `x`; adds to `dw` when it is wanted.
+pub fn head_norm_backward(x: &[f32], g: &mut [f32], heads: HeadColumns, w: &[f32], eps: f32, mut dw: Option<&mut [f32]>) {
+    let columns = heads.offset..heads.offset + heads.count * w.len();
+    if let Some(dw) = &mut dw {
+        for (x, g) in x.chunks(heads.stride).zip(g.chunks(heads.stride)) {
+            for (x, g) in x[columns.clone()].chunks(w.len()).zip(g[columns.clone()].chunks(w.len())) {
+                dispatch(
+                    #[inline(always)]
+                    || add_weight_gradient(x, g, eps, dw),
+                );
+            }
+        }
     }
-    dw
-}
-
-/// RMSNorm of each row of `x` (last dimension = `w`'s length).
-pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
-    x.apply_op2(w, RmsNorm { eps: eps as f32 })
+    g.par_chunks_mut(heads.stride).zip(x.par_chunks(heads.stride)).with_min_len(TOKENS).for_each(|(g, x)| {
+        let mut dx = vec![0f32; w.len()];
+        for (g, x) in g[columns.clone()].chunks_mut(w.len()).zip(x[columns.clone()].chunks(w.len())) {
+            dispatch(
+                #[inline(always)]
+                || {
+                    dx.fill(0.0);
+                    add_input_gradient(x, w, g, eps, &mut dx);
+                },
+            );
+            g.copy_from_slice(&dx);
+        }
+    });
 }

@@ -2,12 +2,10 @@
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::slice;
-
-const OP: &str = "rope";
+use super::TOKENS;
+use super::simd::dispatch;
 
 /// cos and sin for each token of a row, `[T, D/2]` each, the attention factor multiplied in.
 #[derive(Clone, Debug)]
@@ -33,47 +31,34 @@ impl RopeTable {
     }
 }
 
-struct Rope {
-    table: RopeTable,
-    /// −1 rotates back: the transpose of a rotation (times the attention factor).
-    sign: f32,
+/// Which way to rotate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// By the token's position.
+    Forward,
+    /// Back: the transpose of the rotation (times the attention factor), which is its gradient.
+    Backward,
 }
 
-impl CustomOp1 for Rope {
-    fn name(&self) -> &'static str {
-        OP
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = slice(OP, x, layout)?;
-        let (tokens, width) = layout.shape().dims2()?;
-        let half = self.table.half;
-        if self.table.cos.len() != tokens * half || width % (2 * half) != 0 {
-            candle_core::bail!("{OP}: a table of {} angles does not fit [{tokens}, {width}]", self.table.cos.len());
-        }
-        let mut y = vec![0f32; x.len()];
-        y.par_chunks_mut(width).zip(x.par_chunks(width)).enumerate().with_min_len(16).for_each(|(t, (y, x))| {
-            let cos = &self.table.cos[t * half..][..half];
-            let sin = &self.table.sin[t * half..][..half];
-            for (y, x) in y.chunks_mut(2 * half).zip(x.chunks(2 * half)) {
-                let ((y1, y2), (x1, x2)) = (y.split_at_mut(half), x.split_at(half));
-                for i in 0..half {
-                    let s = sin[i] * self.sign;
-                    y1[i] = x1[i] * cos[i] - x2[i] * s;
-                    y2[i] = x2[i] * cos[i] + x1[i] * s;
+/// Rotates the first `heads` heads of every token in place; tokens are rows `stride` wide.
+pub fn rotate(x: &mut [f32], stride: usize, heads: usize, table: &RopeTable, direction: Direction) {
+    let half = table.half;
+    let sign = if direction == Direction::Forward { 1.0 } else { -1.0 };
+    debug_assert!(x.len() / stride * half == table.cos.len() && heads * 2 * half <= stride);
+    x.par_chunks_mut(stride).enumerate().with_min_len(TOKENS).for_each(|(t, row)| {
+        let (cos, sin) = (&table.cos[t * half..][..half], &table.sin[t * half..][..half]);
+        dispatch(
+            #[inline(always)]
+            || {
+                for head in row[..heads * 2 * half].chunks_mut(2 * half) {
+                    let (x1, x2) = head.split_at_mut(half);
+                    for i in 0..half {
+                        let (a, b, s) = (x1[i], x2[i], sin[i] * sign);
+                        x1[i] = a * cos[i] - b * s;
+                        x2[i] = b * cos[i] + a * s;
+                    }
                 }
-            }
-        });
-        Ok((CpuStorage::F32(y), layout.shape().clone()))
-    }
-
-    fn bwd(&self, _x: &Tensor, _y: &Tensor, g: &Tensor) -> Result<Option<Tensor>> {
-        let back = Rope { table: self.table.clone(), sign: -self.sign };
-        Ok(Some(g.contiguous()?.apply_op1_no_bwd(&back)?))
-    }
-}
-
-/// Rotates every head of `x` `[T, heads·D]` by its token's position.
-pub fn rope(x: &Tensor, table: &RopeTable) -> Result<Tensor> {
-    x.apply_op1(Rope { table: table.clone(), sign: 1.0 })
+            },
+        );
+    });
 }

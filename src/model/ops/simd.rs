@@ -82,15 +82,3 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let (a, b) = (&a[..n], &b[..n]);
     sum(n, |i| a[i] * b[i])
 }
-
-/// `dst += src`, element by element.
-pub(crate) fn add_assign(dst: &mut [f32], src: &[f32]) {
-    dispatch(
-        #[inline(always)]
-        || {
-            for (d, s) in dst.iter_mut().zip(src) {
-                *d += *s;
-            }
-        },
-    );
-}

@@ -7,7 +7,7 @@ use crate::domain::dpo::{Divergence, DpoConfig, LossType, ReferenceSync, Weighte
 use crate::domain::job::{Evaluation, Event, EventKind, Job, JobRequest, JobState, Progress, RowPolicy};
 use crate::domain::names;
 use crate::domain::training::{
-    ActivationCheckpointing, BatchConfig, BestMetric, LoraConfig, Method, OptimizerConfig, RunConfig, ScheduleKind, Seed, TrainingSpec,
+    ActivationCheckpointing, BatchConfig, BestMetric, LoraConfig, Method, OptimizerConfig, Precision, RunConfig, ScheduleKind, Seed, TrainingSpec,
     Truncation, Warmup,
 };
 use crate::domain::violation::Violations;
@@ -62,11 +62,22 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
         Some(pb::training_job::Method::Lora(l)) => Method::Lora(lora(l)),
         None => Method::Lora(LoraConfig::default()),
     };
+    let precision = match job.precision.as_str() {
+        "" => None,
+        name => {
+            let parsed = Precision::parse(name);
+            if parsed.is_none() {
+                bad.push("training_job.precision", format!("{name:?} is unknown: use f32, bf16, or leave it empty for the server's"));
+            }
+            parsed
+        }
+    };
     let spec = TrainingSpec {
         dpo: dpo(job.dpo.unwrap_or_default(), &mut bad),
         optimizer: optimizer(job.optimizer.unwrap_or_default(), &method, &mut bad),
         batch: batch(job.batch.unwrap_or_default(), &mut bad),
         run: run(job.run.unwrap_or_default(), &mut bad),
+        precision,
         seed: Seed(job.seed.unwrap_or(Seed::default().0)),
         method,
     };
@@ -257,6 +268,7 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
         batch: Some(batch_message(&r.spec.batch)),
         run: Some(run_message(&r.spec.run)),
         seed: Some(r.spec.seed.0),
+        precision: r.spec.precision.map_or_else(String::new, |p| p.name().to_owned()),
         row_policy: match r.row_policy {
             RowPolicy::Reject => pb::RowPolicy::Reject.into(),
             RowPolicy::Skip => pb::RowPolicy::Skip.into(),

@@ -1,0 +1,130 @@
+//! The engine without the service, one side of `benches/compare.py`: reads a line per round from stdin, does the round, prints its figures as JSON.
+//!
+//! `offline MODEL PAIRS.jsonl train-lora|train-full|score f32|bf16 BATCH [max_length]`; a line is `FROM TO` (pairs of the file, or `FROM TO warm` to
+//! keep the reference cache of the round before).
+
+use std::io::BufRead;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bradley::domain::dataset::DatasetFormat;
+use bradley::domain::training::{BatchConfig, LoraConfig, Method, Precision, RunConfig, TARGET_MODULES, TrainingSpec, Truncation};
+use bradley::model::adapter::Adapter;
+use bradley::model::decoder::Policy;
+use bradley::model::loader::load_model;
+use bradley::model::parameters::Parameters;
+use bradley::train::encode::PairEncoder;
+use bradley::train::pair::{EncodedPair, SequenceGroup};
+use bradley::train::reference::Reference;
+use bradley::train::rows::read_rows;
+use bradley::train::scorer::{ReferenceCache, score_all};
+use bradley::train::trainable::TrainablePolicy;
+use bradley::train::trainer::{Status, Trainer, TrainerInput};
+
+fn main() -> anyhow::Result<()> {
+    bradley::cli::tune_allocator();
+    let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let [model, pairs, mode, precision, batch, rest @ ..] = args.as_slice() else {
+        // `cargo bench` starts every bench without arguments: there is nothing to measure then.
+        println!("offline: started by benches/compare.py");
+        return Ok(());
+    };
+    let max_length = rest.first().map_or(Ok(512), |s| s.parse())?;
+    let precision = Precision::parse(precision).ok_or_else(|| anyhow::anyhow!("the precision is f32 or bf16"))?;
+    let loaded = load_model(None, model, &Default::default())?;
+    let tokenizer = Arc::new(loaded.tokenizer);
+    let parameters = Arc::new(Parameters::load(&loaded.config, &loaded.weights, precision)?);
+    let base = Policy { config: Arc::new(loaded.config), parameters, adapter: None, precision };
+    let encoder = PairEncoder::new(&tokenizer, max_length, Truncation::KeepStart);
+    let rows = read_rows(pairs.as_ref(), DatasetFormat::Jsonl)?;
+    let all: Vec<EncodedPair> = rows.filter_map(|row| encoder.encode_row(&row.ok()?).ok()).collect();
+    let mut cache = ReferenceCache::new(1 << 24);
+    println!("ready {}", all.len());
+    for line in std::io::stdin().lock().lines() {
+        let line = line?;
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let chosen = &all[words[0].parse()?..words[1].parse()?];
+        if words.get(2) != Some(&"warm") {
+            cache = ReferenceCache::new(1 << 24);
+        }
+        let start = Instant::now();
+        let batch = batch.parse()?;
+        // On a thread of the compute pool, as the engine's worker does.
+        let seconds = rayon::scope(|_| match mode.as_str() {
+            "score" => score(&base, chosen, &mut cache),
+            mode => train(&base, chosen, mode == "train-lora", batch, max_length, &tokenizer, &mut cache),
+        })?;
+        let tokens: usize = chosen.iter().map(EncodedPair::sequence_tokens).sum();
+        println!(
+            "{{\"seconds\": {seconds}, \"with_setup\": {}, \"pairs\": {}, \"tokens\": {tokens}, \"peak_bytes\": {}}}",
+            start.elapsed().as_secs_f64(),
+            chosen.len(),
+            peak_bytes()
+        );
+    }
+    Ok(())
+}
+
+/// VmHWM: the most memory this process ever had resident.
+fn peak_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap_or_default();
+    line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()).unwrap_or_default() * 1024
+}
+
+/// A LoRA policy of rank 16 on all linear layers, and its base as the reference.
+fn lora(base: &Policy) -> anyhow::Result<Adapter> {
+    let config = LoraConfig { rank: 16, alpha: 32.0, target_modules: TARGET_MODULES.map(str::to_owned).to_vec(), ..LoraConfig::default() };
+    Ok(Adapter::init(&base.config, &config, 1)?)
+}
+
+fn score(base: &Policy, pairs: &[EncodedPair], cache: &mut ReferenceCache) -> anyhow::Result<f64> {
+    let policy = Policy { adapter: Some(Arc::new(lora(base)?)), ..base.clone() };
+    let groups: Vec<Vec<SequenceGroup>> = pairs.iter().map(EncodedPair::groups).collect();
+    let start = Instant::now();
+    for groups in groups.chunks(8) {
+        let items: Vec<&[SequenceGroup]> = groups.iter().map(Vec::as_slice).collect();
+        score_all(&policy, &items, 2048)?;
+        cache.score(base, "base", &items, 2048)?;
+    }
+    Ok(start.elapsed().as_secs_f64())
+}
+
+fn train(
+    base: &Policy,
+    pairs: &[EncodedPair],
+    is_lora: bool,
+    batch_size: usize,
+    max_length: usize,
+    tokenizer: &Arc<bradley::model::tokenizer::ChatTokenizer>,
+    cache: &mut ReferenceCache,
+) -> anyhow::Result<f64> {
+    let policy = match is_lora {
+        true => TrainablePolicy::lora(base, &lora(base)?, base.precision)?,
+        false => TrainablePolicy::full(base, base.precision)?,
+    };
+    let spec = TrainingSpec {
+        method: if is_lora { Method::Lora(LoraConfig::default()) } else { Method::Full },
+        batch: BatchConfig { batch_size, max_length, epochs: 1.0, ..BatchConfig::default() },
+        run: RunConfig { save_steps: 0, ..RunConfig::default() },
+        precision: Some(base.precision),
+        ..TrainingSpec::default()
+    };
+    let folder = tempfile::tempdir()?;
+    let input = TrainerInput {
+        spec,
+        policy,
+        reference: Reference::Frozen { policy: base.clone(), identity: "base".into() },
+        train: pairs.to_vec(),
+        eval: Vec::new(),
+        checkpoints: folder.path().to_owned(),
+        resume: None,
+        tokenizer: tokenizer.clone(),
+        base: "base".into(),
+    };
+    let mut trainer = Trainer::new(input)?;
+    let (start, total) = (Instant::now(), trainer.total_steps());
+    // The last checkpoint is not part of the figure: TRL's is not either.
+    while trainer.step() < total && trainer.advance(cache, &mut |_| {})? == Status::Working {}
+    Ok(start.elapsed().as_secs_f64())
+}

@@ -1,0 +1,178 @@
+//! One decoder block on a packed row, forward and backward.
+//!
+//! x' = x + O(attention(rope(Q(n), K(n)), V(n))) with n = norm(x); x'' = x' + down(silu(gate(m)) ⊙ up(m)) with m = norm(x'). The tape keeps what is
+//! expensive to form again; norms and the SwiGLU product are recomputed on the way back.
+
+use candle_core::Result;
+
+use super::decoder::{Policy, PreparedRow};
+use super::gradients::{GradientSink, Place, Slot};
+use super::ops::Held;
+use super::ops::attention::{Heads, attention, attention_backward};
+use super::ops::buffer::Buffer;
+use super::ops::gemm::Kernel;
+use super::ops::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm, rms_norm_backward};
+use super::ops::rope::{Direction, rotate};
+use super::ops::swiglu::{swiglu, swiglu_backward};
+use super::parameters::projection;
+use super::projections::Group;
+
+/// What the backward pass needs of one block.
+pub struct BlockTape {
+    /// The block's input `[T, C]`.
+    x: Buffer,
+    /// `[q | k | v]` as attention saw it.
+    qkv: Buffer,
+    /// q and k before their norms (Qwen3).
+    before_norm: Option<Buffer>,
+    /// Attention's output `[T, H·D]` and log-sum-exp `[T, H]`.
+    attended: Buffer,
+    lse: Buffer,
+    /// After attention `[T, C]`.
+    middle: Buffer,
+    /// `[gate | up]` `[T, 2F]`.
+    gate_up: Buffer,
+    /// x·Aᵀ of the four groups.
+    low_rank: [Buffer; 4],
+}
+
+/// A block's tensors, opened.
+struct Open<'a> {
+    index: usize,
+    kernel: Kernel,
+    heads: Heads,
+    feed_forward: usize,
+    eps: f32,
+    input_norm: Held<'a>,
+    post_norm: Held<'a>,
+    qk_norm: Option<(Held<'a>, Held<'a>)>,
+    qkv: Group<'a>,
+    o: Group<'a>,
+    gate_up: Group<'a>,
+    down: Group<'a>,
+}
+
+impl<'a> Open<'a> {
+    fn new(policy: &'a Policy, index: usize) -> Result<Self> {
+        let (config, block) = (&policy.config, &policy.parameters.blocks[index]);
+        let kernel = policy.kernel();
+        let adapter = policy.adapter.as_ref().map(|a| (a.blocks[index].as_slice(), a.config.scale() as f32));
+        let group = |indices: &[usize]| Group::open(kernel, index, &block.projections, adapter, indices);
+        Ok(Open {
+            index,
+            kernel,
+            heads: Heads {
+                query: config.num_heads,
+                key: config.num_kv_heads,
+                dim: config.head_dim,
+                window: config.sliding_window.get(index).copied().flatten(),
+            },
+            feed_forward: config.intermediate_size,
+            eps: config.rms_norm_eps as f32,
+            input_norm: Held::of(&block.input_norm)?,
+            post_norm: Held::of(&block.post_norm)?,
+            qk_norm: block.qk_norm.as_ref().map(|(q, k)| Ok::<_, candle_core::Error>((Held::of(q)?, Held::of(k)?))).transpose()?,
+            qkv: group(&[projection::Q, projection::K, projection::V])?,
+            o: group(&[projection::O])?,
+            gate_up: group(&[projection::GATE, projection::UP])?,
+            down: group(&[projection::DOWN])?,
+        })
+    }
+
+    fn columns(&self) -> (HeadColumns, HeadColumns) {
+        let h = &self.heads;
+        let (stride, offset) = (h.row(), h.query * h.dim);
+        (HeadColumns { stride, offset: 0, count: h.query }, HeadColumns { stride, offset, count: h.key })
+    }
+
+    fn norm(&self, x: &[f32], w: &Held) -> Result<Buffer> {
+        let mut n = Buffer::dirty(x.len());
+        rms_norm(x, w.f32()?, self.eps, &mut n);
+        Ok(n)
+    }
+
+    fn add_norm_gradient(&self, x: &[f32], w: &Held, g: &[f32], slot: Slot, gx: &mut [f32], sink: &mut dyn GradientSink) -> Result<()> {
+        rms_norm_backward(x, w.f32()?, g, self.eps, gx, sink.slot(Place::Block(self.index, slot)));
+        Ok(())
+    }
+}
+
+/// Runs block `index` on `x` `[T, C]`; with `keep`, leaves a tape.
+pub fn forward(policy: &Policy, index: usize, mut x: Buffer, row: &PreparedRow, keep: bool) -> Result<(Buffer, Option<BlockTape>)> {
+    let open = Open::new(policy, index)?;
+    let (tokens, heads) = (row.tokens(), open.heads);
+    let mut qkv = Buffer::dirty(tokens * heads.row());
+    let n = open.norm(&x, &open.input_norm)?;
+    let u_qkv = open.qkv.forward(&n, tokens, &mut qkv, false)?;
+    let mut before_norm = None;
+    if let Some((q, k)) = &open.qk_norm {
+        before_norm = keep.then(|| Buffer::copy_of(&qkv));
+        let (queries, keys) = open.columns();
+        head_norm(&mut qkv, queries, q.f32()?, open.eps);
+        head_norm(&mut qkv, keys, k.f32()?, open.eps);
+    }
+    rotate(&mut qkv, heads.row(), heads.query + heads.key, &row.rope, Direction::Forward);
+    let (mut attended, mut lse) = (Buffer::dirty(tokens * heads.width()), Buffer::dirty(tokens * heads.query));
+    attention(open.kernel, &qkv, heads, &row.row().layout, &mut attended, &mut lse);
+    let input = keep.then(|| Buffer::copy_of(&x));
+    let u_o = open.o.forward(&attended, tokens, &mut x, true)?;
+
+    let mut gate_up = Buffer::dirty(tokens * 2 * open.feed_forward);
+    drop(n);
+    let n = open.norm(&x, &open.post_norm)?;
+    let u_gate_up = open.gate_up.forward(&n, tokens, &mut gate_up, false)?;
+    drop(n);
+    let mut y = Buffer::dirty(tokens * open.feed_forward);
+    swiglu(&gate_up, open.feed_forward, &mut y);
+    let middle = keep.then(|| Buffer::copy_of(&x));
+    let u_down = open.down.forward(&y, tokens, &mut x, true)?;
+    let tape = match (input, middle) {
+        (Some(input), Some(middle)) => {
+            Some(BlockTape { x: input, qkv, before_norm, attended, lse, middle, gate_up, low_rank: [u_qkv, u_o, u_gate_up, u_down] })
+        }
+        _ => None,
+    };
+    Ok((x, tape))
+}
+
+/// Turns `gx` = ∂loss/∂(block's output) `[T, C]` into ∂loss/∂(its input) and adds the parameters' gradients to `sink`.
+pub fn backward(
+    policy: &Policy,
+    index: usize,
+    tape: BlockTape,
+    row: &PreparedRow,
+    gx: &mut [f32],
+    sink: &mut dyn GradientSink,
+) -> Result<()> {
+    let open = Open::new(policy, index)?;
+    let (tokens, heads) = (row.tokens(), open.heads);
+    let BlockTape { x, qkv, before_norm, attended, lse, middle, mut gate_up, low_rank: [u_qkv, u_o, u_gate_up, u_down] } = tape;
+
+    // Feed-forward part.
+    let mut y = Buffer::dirty(tokens * open.feed_forward);
+    swiglu(&gate_up, open.feed_forward, &mut y);
+    let gy = open.down.backward(&y, &u_down, gx, tokens, sink)?;
+    drop((y, u_down));
+    swiglu_backward(&mut gate_up, open.feed_forward, &gy);
+    drop(gy);
+    let n = open.norm(&middle, &open.post_norm)?;
+    let gn = open.gate_up.backward(&n, &u_gate_up, &gate_up, tokens, sink)?;
+    drop((n, gate_up, u_gate_up));
+    open.add_norm_gradient(&middle, &open.post_norm, &gn, Slot::PostNorm, gx, sink)?;
+    drop((gn, middle));
+
+    // Attention part.
+    let go = open.o.backward(&attended, &u_o, gx, tokens, sink)?;
+    let mut dqkv = Buffer::dirty(tokens * heads.row());
+    attention_backward(open.kernel, &qkv, heads, &row.row().layout, (&attended, &lse), &go, &mut dqkv);
+    drop((go, attended, lse, qkv, u_o));
+    rotate(&mut dqkv, heads.row(), heads.query + heads.key, &row.rope, Direction::Backward);
+    if let (Some((q, k)), Some(before)) = (&open.qk_norm, &before_norm) {
+        let (queries, keys) = open.columns();
+        head_norm_backward(before, &mut dqkv, queries, q.f32()?, open.eps, sink.slot(Place::Block(index, Slot::QueryNorm)));
+        head_norm_backward(before, &mut dqkv, keys, k.f32()?, open.eps, sink.slot(Place::Block(index, Slot::KeyNorm)));
+    }
+    let n = open.norm(&x, &open.input_norm)?;
+    let gn = open.qkv.backward(&n, &u_qkv, &dqkv, tokens, sink)?;
+    open.add_norm_gradient(&x, &open.input_norm, &gn, Slot::InputNorm, gx, sink)
+}

@@ -1,0 +1,281 @@
+//! The inner kernels: a few rows of A times a packed panel, the sums in registers until they are complete.
+
+use std::sync::OnceLock;
+
+use super::{NR, amx};
+use crate::domain::training::Precision;
+
+/// How products are computed. Which one is best is found out when the program runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kernel {
+    /// f32, whatever vectors the compiler may assume.
+    Portable,
+    /// f32 with 512-bit vectors.
+    Avx512,
+    /// Pairs of bf16, summed in f32 (`vdpbf16ps`).
+    Avx512Bf16,
+    /// Pairs of bf16, summed in f32, in tiles (`tdpbf16ps`).
+    Amx,
+}
+
+impl Kernel {
+    /// The fastest kernel here for a precision; bf16 falls back to f32 where the processor has no bf16 products.
+    pub fn best(precision: Precision) -> Kernel {
+        static BEST: OnceLock<(Kernel, Kernel)> = OnceLock::new();
+        let (f32, bf16) = *BEST.get_or_init(detect);
+        match precision {
+            Precision::F32 => f32,
+            Precision::Bf16 => bf16,
+        }
+    }
+
+    /// Those that this processor has.
+    pub fn available() -> Vec<Kernel> {
+        let mut all = vec![Kernel::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx512 = std::arch::is_x86_feature_detected!("avx512f")
+                && std::arch::is_x86_feature_detected!("avx512bw")
+                && std::arch::is_x86_feature_detected!("avx512vl");
+            if avx512 {
+                all.push(Kernel::Avx512);
+                if std::arch::is_x86_feature_detected!("avx512bf16") {
+                    all.push(Kernel::Avx512Bf16);
+                    if amx::available() {
+                        all.push(Kernel::Amx);
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    /// Whether a unit of depth is a pair of bf16.
+    pub(crate) fn pairs(self) -> bool {
+        matches!(self, Kernel::Avx512Bf16 | Kernel::Amx)
+    }
+
+    /// Units of depth for `k` elements, padded to what the kernel takes at a time.
+    pub(crate) fn depth(self, k: usize) -> usize {
+        match self {
+            Kernel::Portable | Kernel::Avx512 => k,
+            Kernel::Avx512Bf16 => k.div_ceil(2),
+            Kernel::Amx => k.div_ceil(32) * 16,
+        }
+    }
+
+    /// Elements in so many units.
+    pub(super) fn elements(self, units: usize) -> usize {
+        if self.pairs() { 2 * units } else { units }
+    }
+
+    /// Units before element `k`, which is even for pairs.
+    pub(super) fn units(self, k: usize) -> usize {
+        if self.pairs() { k / 2 } else { k }
+    }
+
+    /// Rows the kernel likes to have at a time.
+    pub(super) fn rows(self) -> usize {
+        if self == Kernel::Amx { 32 } else { MR }
+    }
+}
+
+fn detect() -> (Kernel, Kernel) {
+    let available = Kernel::available();
+    let best = |preferred: &[Kernel]| preferred.iter().copied().find(|k| available.contains(k)).unwrap_or(Kernel::Portable);
+    let f32 = best(&[Kernel::Avx512]);
+    (f32, best(&[Kernel::Amx, Kernel::Avx512Bf16, f32]))
+}
+
+/// Rows of A in registers at a time.
+const MR: usize = 14;
+
+/// Rows of A, from some point on, and the panel they are multiplied with.
+#[derive(Clone, Copy)]
+pub(crate) struct Product {
+    /// First unit of the first row.
+    pub a: *const u32,
+    /// Units between rows.
+    pub stride: usize,
+    /// `[depth][NR]`.
+    pub b: *const u32,
+    /// Units.
+    pub depth: usize,
+}
+
+impl Product {
+    pub const EMPTY: Product = Product { a: std::ptr::null(), stride: 0, b: std::ptr::null(), depth: 0 };
+}
+
+/// `c[m × n] = keep·c + Σ products`, rows of `c` `stride` apart, n ≤ [`NR`].
+///
+/// # Safety
+/// The products cover `m` rows (and, for pairs, [`super::ROW_PADDING`] more that are readable) and their depth; `c` is valid for the `m × n` elements
+/// and nobody else touches them.
+pub(crate) unsafe fn panel_product(kernel: Kernel, m: usize, n: usize, products: &[Product], c: *mut f32, stride: usize, keep: bool) {
+    debug_assert!(n <= NR);
+    #[cfg(target_arch = "x86_64")]
+    match kernel {
+        Kernel::Portable => {}
+        // SAFETY: by the caller; the kernel is chosen only where its instructions exist.
+        Kernel::Amx => return unsafe { amx::panel_product(m, n, products, c, stride, keep) },
+        // SAFETY: as above.
+        Kernel::Avx512 => return unsafe { by_rows(m, |rows, i| x86::strip(false, rows, i, n, products, c, stride, keep)) },
+        // SAFETY: as above.
+        Kernel::Avx512Bf16 => return unsafe { by_rows(m, |rows, i| x86::strip(true, rows, i, n, products, c, stride, keep)) },
+    }
+    let _ = kernel;
+    by_rows(m, |rows, i| {
+        super::super::simd::dispatch(
+            #[inline(always)]
+            // SAFETY: by the caller.
+            || unsafe { portable(rows, i, n, products, c, stride, keep) },
+        )
+    });
+}
+
+#[inline(always)]
+fn by_rows(m: usize, mut strip: impl FnMut(usize, usize)) {
+    let mut i = 0;
+    while i < m {
+        let rows = MR.min(m - i);
+        strip(rows, i);
+        i += rows;
+    }
+}
+
+/// # Safety
+/// As [`panel_product`].
+#[inline(always)]
+unsafe fn portable(rows: usize, first: usize, n: usize, products: &[Product], c: *mut f32, stride: usize, keep: bool) {
+    const W: usize = 16;
+    for column in (0..n).step_by(W) {
+        let width = W.min(n - column);
+        let mut acc = [[0f32; W]; MR];
+        // SAFETY: rows and columns are bounded by the caller; panels are NR wide.
+        unsafe {
+            if keep {
+                for (i, acc) in acc.iter_mut().enumerate().take(rows) {
+                    let from = c.add((first + i) * stride + column);
+                    for (j, x) in acc.iter_mut().enumerate().take(width) {
+                        *x = *from.add(j);
+                    }
+                }
+            }
+            for p in products {
+                for k in 0..p.depth {
+                    let b: &[f32; W] = &*p.b.add(k * NR + column).cast();
+                    for (i, acc) in acc.iter_mut().enumerate().take(rows) {
+                        let a = f32::from_bits(*p.a.add((first + i) * p.stride + k));
+                        for (x, b) in acc.iter_mut().zip(b) {
+                            *x = a.mul_add(*b, *x);
+                        }
+                    }
+                }
+            }
+            for (i, acc) in acc.iter().enumerate().take(rows) {
+                let to = c.add((first + i) * stride + column);
+                for (j, x) in acc.iter().enumerate().take(width) {
+                    *to.add(j) = *x;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{NR, Product};
+
+    /// Vectors side by side: with 14 rows there are registers left for B and for A, and B is streamed less often than with wider panels.
+    const V: usize = NR / 16;
+    /// Units of depth that B is fetched ahead.
+    const AHEAD: usize = 8;
+
+    /// # Safety
+    /// As [`super::panel_product`]; the processor has the kernel's instructions.
+    #[inline]
+    pub unsafe fn strip(
+        pairs: bool,
+        rows: usize,
+        first: usize,
+        n: usize,
+        products: &[Product],
+        c: *mut f32,
+        stride: usize,
+        keep: bool,
+    ) {
+        // SAFETY: by the caller.
+        unsafe {
+            let c = c.add(first * stride);
+            macro_rules! rows {
+                ($($m:literal)*) => {
+                    match (rows, pairs) {
+                        $(($m, false) => f32_strip::<$m>(first, n, products, c, stride, keep),
+                          ($m, true) => bf16_strip::<$m>(first, n, products, c, stride, keep),)*
+                        _ => {}
+                    }
+                };
+            }
+            rows!(1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+        }
+    }
+
+    macro_rules! strip {
+        ($name:ident, $features:literal, $step:expr) => {
+            #[target_feature(enable = $features)]
+            unsafe fn $name<const M: usize>(first: usize, n: usize, products: &[Product], c: *mut f32, stride: usize, keep: bool) {
+                // SAFETY: by the caller; columns beyond n are masked.
+                unsafe {
+                    let mask = |v: usize| -> u16 {
+                        match n.saturating_sub(16 * v) {
+                            left if left >= 16 => u16::MAX,
+                            left => (1u16 << left) - 1,
+                        }
+                    };
+                    let mut acc = [[_mm512_setzero_ps(); V]; M];
+                    if keep {
+                        for i in 0..M {
+                            for v in 0..V {
+                                acc[i][v] = _mm512_maskz_loadu_ps(mask(v), c.add(i * stride + 16 * v));
+                            }
+                        }
+                    }
+                    for p in products {
+                        let (mut a, mut b) = (p.a.add(first * p.stride), p.b);
+                        let end = a.add(p.depth);
+                        while a != end {
+                            let mut row = [_mm512_setzero_si512(); V];
+                            for v in 0..V {
+                                row[v] = _mm512_loadu_si512(b.add(16 * v).cast());
+                                _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(AHEAD * NR + 16 * v).cast());
+                            }
+                            for i in 0..M {
+                                let x = _mm512_set1_epi32(a.add(i * p.stride).cast::<i32>().read_unaligned());
+                                for v in 0..V {
+                                    acc[i][v] = $step(acc[i][v], x, row[v]);
+                                }
+                            }
+                            a = a.add(1);
+                            b = b.add(NR);
+                        }
+                    }
+                    for i in 0..M {
+                        for v in 0..V {
+                            _mm512_mask_storeu_ps(c.add(i * stride + 16 * v), mask(v), acc[i][v]);
+                        }
+                    }
+                }
+            }
+        };
+    }
+
+    strip!(f32_strip, "avx512f", |acc, x, row| _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(row), acc));
+    strip!(bf16_strip, "avx512f,avx512bw,avx512bf16", |acc, x, row| _mm512_dpbf16_ps(
+        acc,
+        std::mem::transmute::<__m512i, __m512bh>(x),
+        std::mem::transmute::<__m512i, __m512bh>(row)
+    ));
+}

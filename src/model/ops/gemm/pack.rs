@@ -1,0 +1,272 @@
+//! Brings B into panels: for each unit of depth, [`NR`] columns side by side. A unit is one f32, or the bf16 of two neighbouring k.
+
+use std::cell::RefCell;
+
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
+
+use super::kernel::Kernel;
+use super::{Elements, NR, View};
+
+thread_local! {
+    /// Where a panel is converted to another element type before it is laid out.
+    static F32: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static BF16: RefCell<Vec<bf16>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Packs `k` elements of depth from `k0` on and `n ≤ NR` columns from `n0` on into `dst`, which has room for the padded depth times [`NR`]. What is
+/// outside the matrix is zero.
+pub(crate) fn pack_panel(kernel: Kernel, b: View, k0: usize, k: usize, n0: usize, n: usize, dst: &mut [u32]) {
+    debug_assert!(n <= NR && k > 0 && n > 0);
+    debug_assert!(b.covers(k0 + k, n0 + n));
+    let start = k0 * b.row_stride + n0 * b.col_stride;
+    // Along which of k and n the source is contiguous.
+    let along_k = b.row_stride == 1 && b.col_stride != 1;
+    let (lines, width, stride) = if along_k { (n, k, b.col_stride) } else { (k, n, b.row_stride) };
+    let end = start + (lines - 1) * stride + width;
+    match (kernel.pairs(), b.elements) {
+        (false, Elements::F32(v)) => lay_f32(&v[start..end], stride, along_k, k, n, dst),
+        (true, Elements::Bf16(v)) => lay_bf16(kernel, &v[start..end], stride, along_k, k, n, dst),
+        (false, Elements::Bf16(v)) => F32.with_borrow_mut(|line| {
+            line.resize(lines * width, 0.0);
+            for (to, from) in line.chunks_mut(width).zip(v[start..end].chunks(stride)) {
+                from[..width].convert_to_f32_slice(to);
+            }
+            lay_f32(line, width, along_k, k, n, dst);
+        }),
+        (true, Elements::F32(v)) => BF16.with_borrow_mut(|line| {
+            line.resize(lines * width, bf16::ZERO);
+            for (to, from) in line.chunks_mut(width).zip(v[start..end].chunks(stride)) {
+                round(kernel, &from[..width], to);
+            }
+            lay_bf16(kernel, line, width, along_k, k, n, dst);
+        }),
+    }
+}
+
+/// f32 → bf16, to nearest, ties to even.
+pub(crate) fn round(kernel: Kernel, src: &[f32], dst: &mut [bf16]) {
+    debug_assert_eq!(src.len(), dst.len());
+    #[cfg(target_arch = "x86_64")]
+    if kernel.pairs() {
+        // SAFETY: kernels over pairs exist only where the processor has AVX512_BF16.
+        unsafe { x86::round(src, dst) };
+        return;
+    }
+    let _ = kernel;
+    dst.convert_from_f32_slice(src);
+}
+
+fn lay_f32(src: &[f32], stride: usize, along_k: bool, k: usize, n: usize, dst: &mut [u32]) {
+    // SAFETY: same size and alignment, and every bit pattern is valid for both.
+    let src: &[u32] = unsafe { std::slice::from_raw_parts(src.as_ptr().cast(), src.len()) };
+    if along_k {
+        // SAFETY: a u32 slice's own pointer.
+        unsafe { transpose(src.as_ptr(), src.len(), stride, n, k, dst, NR) };
+        clear_columns(&mut dst[..k * NR], n);
+    } else {
+        for (row, from) in dst.chunks_exact_mut(NR).zip(src.chunks(stride)).take(k) {
+            // A copy of known length is a few vector moves.
+            match (row.as_mut_array::<NR>(), from.first_chunk::<NR>()) {
+                (Some(row), Some(from)) if n == NR => *row = *from,
+                _ => {
+                    row[..n].copy_from_slice(&from[..n]);
+                    row[n..].fill(0);
+                }
+            }
+        }
+    }
+    dst[k * NR..].fill(0);
+}
+
+fn lay_bf16(kernel: Kernel, src: &[bf16], stride: usize, along_k: bool, k: usize, n: usize, dst: &mut [u32]) {
+    let pairs = k / 2;
+    if along_k && stride.is_multiple_of(2) {
+        if pairs > 0 {
+            // SAFETY: pairs of bf16 are read as unaligned u32 inside the slice.
+            unsafe { transpose(src.as_ptr().cast(), src.len() / 2, stride / 2, n, pairs, dst, NR) };
+            clear_columns(&mut dst[..pairs * NR], n);
+        }
+        if k % 2 == 1 {
+            let last = &mut dst[pairs * NR..(pairs + 1) * NR];
+            for (j, unit) in last.iter_mut().enumerate() {
+                *unit = if j < n { u32::from(src[j * stride + k - 1].to_bits()) } else { 0 };
+            }
+        }
+    } else if along_k {
+        let at = |j: usize, i: usize| if i < k { u32::from(src[j * stride + i].to_bits()) } else { 0 };
+        for (p, row) in dst.chunks_mut(NR).enumerate().take(k.div_ceil(2)) {
+            for (j, unit) in row.iter_mut().enumerate() {
+                *unit = if j < n { at(j, 2 * p) | at(j, 2 * p + 1) << 16 } else { 0 };
+            }
+        }
+    } else {
+        for (p, row) in dst.chunks_mut(NR).enumerate().take(k.div_ceil(2)) {
+            let low = &src[2 * p * stride..][..n];
+            let high = if 2 * p + 1 < k { Some(&src[(2 * p + 1) * stride..][..n]) } else { None };
+            interleave(kernel, low, high, &mut row[..n]);
+            row[n..].fill(0);
+        }
+    }
+    dst[k.div_ceil(2) * NR..].fill(0);
+}
+
+fn clear_columns(dst: &mut [u32], n: usize) {
+    if n < NR {
+        dst.chunks_mut(NR).for_each(|row| row[n..].fill(0));
+    }
+}
+
+/// `dst[j] = low[j] | high[j] << 16`.
+pub(super) fn interleave(kernel: Kernel, low: &[bf16], high: Option<&[bf16]>, dst: &mut [u32]) {
+    match high {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: kernels over pairs exist only where the processor has AVX512_BF16, hence AVX512BW.
+        Some(high) if kernel.pairs() => unsafe { x86::interleave(low, high, dst) },
+        Some(high) => {
+            for ((unit, l), h) in dst.iter_mut().zip(low).zip(high) {
+                *unit = u32::from(l.to_bits()) | u32::from(h.to_bits()) << 16;
+            }
+        }
+        None => {
+            let _ = kernel;
+            for (unit, l) in dst.iter_mut().zip(low) {
+                *unit = u32::from(l.to_bits());
+            }
+        }
+    }
+}
+
+/// `dst[c·dst_stride + r] = src[r·stride + c]` for r < rows, c < cols.
+///
+/// # Safety
+/// `src` is valid for reads of `len` (possibly unaligned) units.
+pub(super) unsafe fn transpose(src: *const u32, len: usize, stride: usize, rows: usize, cols: usize, dst: &mut [u32], dst_stride: usize) {
+    assert!(rows == 0 || cols == 0 || ((rows - 1) * stride + cols <= len && (cols - 1) * dst_stride + rows <= dst.len()));
+    let (mut whole_rows, mut whole_cols) = (0, 0);
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx512f") {
+        (whole_rows, whole_cols) = (rows - rows % 16, cols - cols % 16);
+        for r in (0..whole_rows).step_by(16) {
+            for c in (0..whole_cols).step_by(16) {
+                // SAFETY: the assertion bounds both sides; the instructions are there.
+                unsafe { x86::transpose16(src.add(r * stride + c), stride, dst.as_mut_ptr().add(c * dst_stride + r), dst_stride) };
+            }
+        }
+    }
+    for r in 0..rows {
+        let first = if r < whole_rows { whole_cols } else { 0 };
+        for c in first..cols {
+            // SAFETY: inside `len` by the assertion.
+            dst[c * dst_stride + r] = unsafe { src.add(r * stride + c).read_unaligned() };
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use half::bf16;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    pub fn round(src: &[f32], dst: &mut [bf16]) {
+        let n = src.len().min(dst.len());
+        let mut i = 0;
+        while i + 16 <= n {
+            // SAFETY: sixteen elements from i on are inside both; bf16 is a 16-bit integer in memory.
+            unsafe {
+                let v = _mm512_cvtneps_pbh(_mm512_loadu_ps(src.as_ptr().add(i)));
+                _mm256_storeu_si256(dst.as_mut_ptr().add(i).cast(), std::mem::transmute::<__m256bh, __m256i>(v));
+            }
+            i += 16;
+        }
+        if i < n {
+            let mask = (1u16 << (n - i)) - 1;
+            // SAFETY: masked to the elements that are left.
+            unsafe {
+                let v = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, src.as_ptr().add(i)));
+                _mm256_mask_storeu_epi16(dst.as_mut_ptr().add(i).cast(), mask, std::mem::transmute::<__m256bh, __m256i>(v));
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub fn interleave(low: &[bf16], high: &[bf16], dst: &mut [u32]) {
+        let n = low.len().min(high.len()).min(dst.len());
+        let mut i = 0;
+        while i < n {
+            let mask = if n - i >= 16 { u16::MAX } else { (1u16 << (n - i)) - 1 };
+            // SAFETY: masked to the elements from i to n, which are inside all three.
+            unsafe {
+                let l = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, low.as_ptr().add(i).cast()));
+                let h = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, high.as_ptr().add(i).cast()));
+                let pair = _mm512_or_si512(l, _mm512_slli_epi32::<16>(h));
+                _mm512_mask_storeu_epi32(dst.as_mut_ptr().add(i).cast(), mask, pair);
+            }
+            i += 16;
+        }
+    }
+
+    /// Sixteen rows of sixteen units.
+    ///
+    /// # Safety
+    /// Both sides are valid for the sixteen by sixteen units that the strides reach.
+    #[target_feature(enable = "avx512f")]
+    pub unsafe fn transpose16(src: *const u32, stride: usize, dst: *mut u32, dst_stride: usize) {
+        // SAFETY: by the caller.
+        unsafe {
+            let mut r = [_mm512_setzero_si512(); 16];
+            for (i, row) in r.iter_mut().enumerate() {
+                *row = _mm512_loadu_si512(src.add(i * stride).cast());
+            }
+            let mut t = r;
+            for i in 0..8 {
+                t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+                t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+            }
+            for i in 0..4 {
+                r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+                r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+                r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+                r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+            }
+            for i in 0..4 {
+                t[i] = _mm512_shuffle_i32x4::<0x88>(r[i], r[4 + i]);
+                t[4 + i] = _mm512_shuffle_i32x4::<0xdd>(r[i], r[4 + i]);
+                t[8 + i] = _mm512_shuffle_i32x4::<0x88>(r[8 + i], r[12 + i]);
+                t[12 + i] = _mm512_shuffle_i32x4::<0xdd>(r[8 + i], r[12 + i]);
+            }
+            for i in 0..4 {
+                for (column, value) in [
+                    (i, _mm512_shuffle_i32x4::<0x88>(t[i], t[8 + i])),
+                    (4 + i, _mm512_shuffle_i32x4::<0x88>(t[4 + i], t[12 + i])),
+                    (8 + i, _mm512_shuffle_i32x4::<0xdd>(t[i], t[8 + i])),
+                    (12 + i, _mm512_shuffle_i32x4::<0xdd>(t[4 + i], t[12 + i])),
+                ] {
+                    _mm512_storeu_si512(dst.add(column * dst_stride).cast(), value);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn transposing_moves_every_unit_to_its_place() {
+        for (rows, cols) in [(16, 16), (33, 47), (5, 64), (64, 3)] {
+            let src: Vec<u32> = (0..rows * (cols + 2)).map(|i| i as u32).collect();
+            let mut dst = vec![u32::MAX; cols * 70];
+            // SAFETY: the vector's own pointer.
+            unsafe { transpose(src.as_ptr(), src.len(), cols + 2, rows, cols, &mut dst, 70) };
+            for r in 0..rows {
+                for c in 0..cols {
+                    assert_eq!(dst[c * 70 + r], src[r * (cols + 2) + c], "({r}, {c}) of {rows}x{cols}");
+                }
+            }
+        }
+    }
+}

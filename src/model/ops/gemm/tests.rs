@@ -1,0 +1,104 @@
+use half::bf16;
+use proptest::prelude::*;
+
+use super::*;
+use crate::math::rng;
+
+fn values(name: &str, n: usize) -> Vec<f32> {
+    rng::kaiming_uniform(7, name, n, 1)
+}
+
+fn rounded(v: &[f32]) -> Vec<f32> {
+    v.iter().map(|x| bf16::from_f32(*x).to_f32()).collect()
+}
+
+/// Σ over k in f64 of what the kernel multiplies, with the bound on the f32 sum's error.
+fn check(kernel: Kernel, m: usize, n: usize, k: usize, a_t: bool, b_t: bool, keep: bool) {
+    let (a, b) = (values("a", m * k), values("b", k * n));
+    let start: Vec<f32> = values("c", m * (n + 3));
+    let view = |v, rows: usize, cols: usize, t: bool| if t { View::f32(v, rows).t() } else { View::f32(v, cols) };
+    let operand = Operand::new(kernel, view(&a, m, k, a_t), m, k, 1.0);
+    let mut c = start.clone();
+    let term = Term { a: &operand, b: view(&b, k, n, b_t) };
+    matmul(m, n, &[term], &mut c, n + 3, keep, Threads::All);
+    let (a, b) = if kernel.pairs() { (rounded(&a), rounded(&b)) } else { (a, b) };
+    for i in 0..m {
+        for j in 0..n + 3 {
+            let at = i * (n + 3) + j;
+            if j >= n {
+                assert_eq!(c[at], start[at], "{kernel:?} writes between the rows");
+                continue;
+            }
+            let (mut sum, mut size) = (if keep { start[at] as f64 } else { 0.0 }, 1.0);
+            for p in 0..k {
+                let x = a[if a_t { p * m + i } else { i * k + p }] as f64 * b[if b_t { j * k + p } else { p * n + j }] as f64;
+                sum += x;
+                size += x.abs();
+            }
+            let error = (c[at] as f64 - sum).abs();
+            assert!(error <= 3e-6 * size, "{kernel:?} {m}x{k}x{n} a_t={a_t} b_t={b_t} keep={keep} at ({i}, {j}): {} vs {sum}", c[at]);
+        }
+    }
+}
+
+#[test]
+fn every_kernel_agrees_with_a_sum_in_f64() {
+    for kernel in Kernel::available() {
+        for (m, n, k) in [(1, 1, 1), (6, 64, 32), (7, 65, 33), (50, 100, 129), (33, 16, 2100), (97, 192, 64)] {
+            for (a_t, b_t, keep) in [(false, true, false), (false, false, true), (true, false, true), (true, true, false)] {
+                check(kernel, m, n, k, a_t, b_t, keep);
+            }
+        }
+    }
+}
+
+#[test]
+fn weights_in_bf16_are_what_they_would_be_in_f32() {
+    let (m, n, k) = (20, 70, 50);
+    let (a, b) = (values("a", m * k), rounded(&values("b", n * k)));
+    let stored: Vec<bf16> = b.iter().map(|x| bf16::from_f32(*x)).collect();
+    for kernel in Kernel::available() {
+        let a = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);
+        for t in [false, true] {
+            let view = |e| if t { View::of(e, k).t() } else { View::of(e, n) };
+            let (mut x, mut y) = (vec![0f32; m * n], vec![0f32; m * n]);
+            matmul(m, n, &[Term { a: &a, b: view(Elements::F32(&b)) }], &mut x, n, false, Threads::One);
+            matmul(m, n, &[Term { a: &a, b: view(Elements::Bf16(&stored)) }], &mut y, n, false, Threads::One);
+            assert_eq!(x, y, "{kernel:?}");
+        }
+    }
+}
+
+#[test]
+fn a_sum_of_products_is_one_product_over_the_joined_depth() {
+    let (m, n, k) = (40, 70, 96);
+    let (a, b) = (values("a", m * k), values("b", k * n));
+    for kernel in Kernel::available() {
+        let whole = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);
+        let (left, right) = (Operand::new(kernel, View::f32(&a, k), m, 64, 1.0), Operand::new(kernel, View::f32(&a[64..], k), m, 32, 1.0));
+        let (mut x, mut y) = (vec![0f32; m * n], vec![0f32; m * n]);
+        matmul(m, n, &[Term { a: &whole, b: View::f32(&b, n) }], &mut x, n, false, Threads::All);
+        let terms = [Term { a: &left, b: View::f32(&b, n) }, Term { a: &right, b: View::f32(&b[64 * n..], n) }];
+        matmul(m, n, &terms, &mut y, n, false, Threads::All);
+        assert_eq!(x, y, "{kernel:?}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// A row of C is the same bit for bit alone, among others and with any number of threads.
+    #[test]
+    fn a_row_depends_on_no_other_row(m in 1usize..150, n in 1usize..150, k in 1usize..1500, row in 0usize..150) {
+        let row = row % m;
+        let (a, b) = (values("a", m * k), values("b", n * k));
+        for kernel in Kernel::available() {
+            let all = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);
+            let one = Operand::new(kernel, View::f32(&a[row * k..], k), 1, k, 1.0);
+            let (mut x, mut y) = (vec![0f32; m * n], vec![0f32; n]);
+            matmul(m, n, &[Term { a: &all, b: View::f32(&b, k).t() }], &mut x, n, false, Threads::All);
+            matmul(1, n, &[Term { a: &one, b: View::f32(&b, k).t() }], &mut y, n, false, Threads::One);
+            prop_assert_eq!(&x[row * n..(row + 1) * n], &y[..], "{:?}", kernel);
+        }
+    }
+}

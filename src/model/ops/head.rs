@@ -1,0 +1,280 @@
+//! The head, log-softmax and gather in one pass over the vocabulary, a tile of it at a time: `[N, V]` is never held.
+//!
+//! log p(y) = ⟨h, W_y⟩ − log Σ_v e^⟨h, W_v⟩. The maximum, the sum and ∂log p/∂h = W_y − Σ_v p_v·W_v grow together over the tiles, scaled down whenever
+//! a larger logit appears (the online softmax of arXiv:2205.14135).
+
+use rayon::prelude::*;
+
+use super::buffer::Buffer;
+use super::gemm::{Elements, Kernel, NR, Operand, Shared, Term, Threads, View, matmul, pack_panel, panel_product};
+use super::simd::{dispatch, exp, max, sum};
+
+/// Columns of the vocabulary in a tile; a multiple of [`NR`].
+const TILE: usize = 1024;
+/// Rows that one task handles: their logits fit the L2 cache.
+const ROWS: usize = 64;
+
+/// What else is known of the distribution that predicted a token.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TokenDistribution {
+    /// The mean logit over the vocabulary.
+    pub mean_logit: f32,
+    /// −Σ p·log p, in nats.
+    pub entropy: f32,
+    /// log Σ p², in nats.
+    pub log_sum_p2: f32,
+    /// Whether the target is the most likely token (the first one, on a tie).
+    pub is_argmax: bool,
+}
+
+/// What to compute besides log-probs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadOptions {
+    /// Fill [`TokenDistribution`]s.
+    pub distribution: bool,
+    /// Form ∂log p/∂h.
+    pub gradient: bool,
+}
+
+/// What came out of the head.
+#[derive(Debug, Default)]
+pub struct HeadOutput {
+    /// log p of each target `[N]`.
+    pub log_probs: Vec<f32>,
+    /// log Σ_v e^logit of each row `[N]`.
+    pub log_sum_exp: Vec<f32>,
+    /// One per row, or empty when they were not asked for.
+    pub distributions: Vec<TokenDistribution>,
+    /// ∂log p/∂h `[N, C]`, or empty.
+    pub gradient: Buffer,
+}
+
+/// A row's softmax so far.
+#[derive(Clone, Copy)]
+struct Running {
+    /// The largest logit.
+    max: f32,
+    /// Where it is (the first one, on a tie).
+    argmax: u32,
+    /// Σ e^(l − max).
+    sum: f32,
+    /// Σ (l − max)·e^(l − max).
+    weighted: f32,
+    /// Σ e^(2(l − max)).
+    squares: f32,
+    /// Σ l.
+    logits: f32,
+    /// The target's logit.
+    target: f32,
+}
+
+const START: Running =
+    Running { max: f32::NEG_INFINITY, argmax: 0, sum: 0.0, weighted: 0.0, squares: 0.0, logits: 0.0, target: f32::NEG_INFINITY };
+
+impl Running {
+    /// Takes in a row's logits of one tile and leaves e^(l − max) in their place; returns what older sums were scaled by.
+    #[inline(always)]
+    fn take(&mut self, row: &mut [f32], first: usize, target: u32, distribution: bool) -> f32 {
+        let top = max(row);
+        let mut scale = 1.0;
+        if let Some(y) = (target as usize).checked_sub(first)
+            && y < row.len()
+        {
+            self.target = row[y];
+        }
+        if distribution {
+            self.logits += sum(row.len(), |i| row[i]);
+        }
+        if top > self.max {
+            if distribution {
+                self.argmax = (first + row.iter().position(|x| *x == top).unwrap_or(0)) as u32;
+            }
+            let step = self.max - top;
+            scale = if self.max == f32::NEG_INFINITY { 0.0 } else { exp(step) };
+            if scale > 0.0 {
+                self.weighted = scale * (self.weighted + step * self.sum);
+            }
+            self.sum *= scale;
+            self.squares *= scale * scale;
+            self.max = top;
+        }
+        let m = self.max;
+        if distribution {
+            self.weighted += sum(row.len(), |i| (row[i] - m) * exp(row[i] - m));
+        }
+        for x in row.iter_mut() {
+            *x = exp(*x - m);
+        }
+        self.sum += sum(row.len(), |i| row[i]);
+        if distribution {
+            self.squares += sum(row.len(), |i| row[i] * row[i]);
+        }
+        scale
+    }
+
+    fn log_sum_exp(&self) -> f32 {
+        self.max + self.sum.ln()
+    }
+
+    fn describe(&self, target: u32, vocabulary: usize) -> TokenDistribution {
+        TokenDistribution {
+            mean_logit: self.logits / vocabulary as f32,
+            entropy: self.sum.ln() - self.weighted / self.sum,
+            log_sum_p2: self.squares.ln() - 2.0 * self.sum.ln(),
+            is_argmax: self.argmax == target,
+        }
+    }
+}
+
+/// log p of `targets[i]` given row i of `h` `[N, C]`, with `w` `[V, C]`. Targets are below V.
+pub fn head(kernel: Kernel, h: &[f32], w: Elements, hidden: usize, targets: &[u32], options: HeadOptions) -> HeadOutput {
+    let (rows, vocabulary) = (targets.len(), w.len() / hidden);
+    let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
+    let mut running = vec![START; rows];
+    let mut gradient = Buffer::dirty(if options.gradient { rows * hidden } else { 0 });
+    for_each_tile(kernel, w, hidden, options.gradient, |tile| {
+        let out = Shared(gradient.as_mut_ptr());
+        running.par_chunks_mut(ROWS).enumerate().for_each(|(i, running)| {
+            let (first, n) = (i * ROWS, running.len());
+            let mut logits = Buffer::dirty(n * TILE);
+            tile.logits(kernel, &operand, first, n, &mut logits);
+            let rows = logits.chunks_mut(TILE).zip(running.iter_mut()).zip(&targets[first..first + n]);
+            for (r, ((row, running), &y)) in rows.enumerate() {
+                dispatch(
+                    #[inline(always)]
+                    || {
+                        let scale = running.take(&mut row[..tile.width], tile.first, y, options.distribution);
+                        if options.gradient && tile.first > 0 && scale != 1.0 {
+                            // SAFETY: this task alone touches its rows of the gradient.
+                            let so_far = unsafe { std::slice::from_raw_parts_mut(out.at((first + r) * hidden), hidden) };
+                            so_far.iter_mut().for_each(|x| *x *= scale);
+                        }
+                    },
+                );
+            }
+            if options.gradient {
+                // SAFETY: as above.
+                unsafe { tile.weighted_sum(kernel, &logits, n, out.at(first * hidden), tile.first > 0) };
+            }
+        });
+    });
+    if options.gradient {
+        finish_gradient(&mut gradient, w, hidden, targets, &running);
+    }
+    let log_sum_exp: Vec<f32> = running.iter().map(Running::log_sum_exp).collect();
+    HeadOutput {
+        log_probs: running.iter().zip(&log_sum_exp).map(|(r, lse)| r.target - lse).collect(),
+        distributions: match options.distribution {
+            true => running.iter().zip(targets).map(|(r, y)| r.describe(*y, vocabulary)).collect(),
+            false => Vec::new(),
+        },
+        log_sum_exp,
+        gradient,
+    }
+}
+
+/// W_y − (Σ_v e^(l_v − max)·W_v) / Σ_v e^(l_v − max).
+fn finish_gradient(gradient: &mut [f32], w: Elements, hidden: usize, targets: &[u32], running: &[Running]) {
+    gradient.par_chunks_mut(hidden).zip(targets).zip(running).for_each(|((row, &y), running)| {
+        let (at, inverse) = (y as usize * hidden, 1.0 / running.sum);
+        match w {
+            Elements::F32(w) => row.iter_mut().zip(&w[at..]).for_each(|(x, w)| *x = w - *x * inverse),
+            Elements::Bf16(w) => row.iter_mut().zip(&w[at..]).for_each(|(x, w)| *x = w.to_f32() - *x * inverse),
+        }
+    });
+}
+
+/// Adds ∂loss/∂W to `dw` `[V, C]`, given g = ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p), tile by tile.
+pub fn head_weight_gradient(
+    kernel: Kernel,
+    h: &[f32],
+    w: Elements,
+    hidden: usize,
+    targets: &[u32],
+    log_sum_exp: &[f32],
+    g: &[f32],
+    dw: &mut [f32],
+) {
+    let rows = targets.len();
+    let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
+    let mut errors = Buffer::dirty(rows * TILE);
+    for_each_tile(kernel, w, hidden, false, |tile| {
+        errors.par_chunks_mut(ROWS * TILE).enumerate().for_each(|(i, errors)| {
+            let first = i * ROWS;
+            tile.logits(kernel, &operand, first, errors.len() / TILE, errors);
+            for (r, row) in errors.chunks_mut(TILE).enumerate() {
+                let (lse, g, y) = (log_sum_exp[first + r], g[first + r], targets[first + r] as usize);
+                let row = &mut row[..tile.width];
+                dispatch(
+                    #[inline(always)]
+                    || row.iter_mut().for_each(|x| *x = -g * exp(*x - lse)),
+                );
+                if let Some(x) = y.checked_sub(tile.first).and_then(|y| row.get_mut(y)) {
+                    *x += g;
+                }
+            }
+        });
+        let transposed = Operand::new(kernel, View::f32(&errors, TILE).t(), tile.width, rows, 1.0);
+        let term = Term { a: &transposed, b: View::f32(h, hidden) };
+        matmul(tile.width, hidden, &[term], &mut dw[tile.first * hidden..], hidden, true, Threads::All);
+    });
+}
+
+/// A tile of the vocabulary, packed for ⟨h, W_v⟩ and, when gradients are wanted, for Σ p_v·W_v.
+struct Tile<'a> {
+    /// Its first token.
+    first: usize,
+    /// Its tokens.
+    width: usize,
+    hidden: usize,
+    /// Units of depth of ⟨h, W_v⟩.
+    depth: usize,
+    across: &'a [u32],
+    along: &'a [u32],
+}
+
+fn for_each_tile(kernel: Kernel, w: Elements, hidden: usize, gradient: bool, mut f: impl FnMut(&Tile)) {
+    let vocabulary = w.len() / hidden;
+    let view = View::of(w, hidden);
+    let depth = kernel.depth(hidden);
+    let sums = if gradient { hidden.div_ceil(NR) } else { 0 };
+    let mut across = Buffer::dirty(TILE * depth);
+    let mut along = Buffer::dirty(sums * NR * kernel.depth(TILE));
+    for first in (0..vocabulary).step_by(TILE) {
+        let width = TILE.min(vocabulary - first);
+        let k = kernel.depth(width);
+        let panels = across.units_mut().par_chunks_mut(depth * NR).take(width.div_ceil(NR)).enumerate().map(|(i, p)| (true, i, p));
+        let sums = along.units_mut()[..sums * NR * k].par_chunks_mut(k * NR).enumerate().map(|(i, p)| (false, i, p));
+        panels.chain(sums).for_each(|(is_across, i, panel)| match is_across {
+            true => pack_panel(kernel, view.t(), 0, hidden, first + i * NR, NR.min(width - i * NR), panel),
+            false => pack_panel(kernel, view, first, width, i * NR, NR.min(hidden - i * NR), panel),
+        });
+        f(&Tile { first, width, hidden, depth, across: across.units(), along: along.units() });
+    }
+}
+
+impl Tile<'_> {
+    /// Logits of rows `first..first + n` into `to` `[n, TILE]`.
+    fn logits(&self, kernel: Kernel, h: &Operand, first: usize, n: usize, to: &mut [f32]) {
+        assert!(to.len() >= n * TILE);
+        for i in 0..self.width.div_ceil(NR) {
+            let product = h.product(first, 0, self.depth, &self.across[i * NR * self.depth..]);
+            // SAFETY: `to` holds n rows of TILE; the operand covers the rows.
+            unsafe { panel_product(kernel, n, NR.min(self.width - i * NR), &[product], to.as_mut_ptr().add(i * NR), TILE, false) };
+        }
+    }
+
+    /// `to` `[n, C]` = keep·to + p·W over this tile, with `p` `[n, TILE]`.
+    ///
+    /// # Safety
+    /// `to` is valid for `n` rows and nobody else touches them.
+    unsafe fn weighted_sum(&self, kernel: Kernel, p: &[f32], n: usize, to: *mut f32, keep: bool) {
+        let k = kernel.depth(self.width);
+        let p = Operand::new(kernel, View::f32(p, TILE), n, self.width, 1.0);
+        for i in 0..self.hidden.div_ceil(NR) {
+            let product = p.product(0, 0, k, &self.along[i * NR * k..]);
+            // SAFETY: by the caller.
+            unsafe { panel_product(kernel, n, NR.min(self.hidden - i * NR), &[product], to.add(i * NR), self.hidden, keep) };
+        }
+    }
+}

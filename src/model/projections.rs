@@ -1,0 +1,197 @@
+//! Projections that share their input, with their adapters, computed together: `[q | k | v]`, `o`, `[gate | up]`, `down`.
+//!
+//! y_i = x·W_iᵀ + b_i + s·(x·A_iᵀ)·B_iᵀ (arXiv:2106.09685). The adapter's term joins the sum over the inputs inside the kernel; the gradient of a
+//! frozen W is never formed.
+
+use candle_core::Result;
+
+use super::adapter::LowRank;
+use super::gradients::{GradientSink, Place, Slot};
+use super::ops::Held;
+use super::ops::buffer::Buffer;
+use super::ops::gemm::{Kernel, Operand, Term, Threads, View, matmul};
+use super::parameters::Projection;
+
+struct Member<'a> {
+    /// Which projection of the block.
+    index: usize,
+    weight: Held<'a>,
+    bias: Option<Held<'a>>,
+    low_rank: Option<(Held<'a>, Held<'a>)>,
+    out: usize,
+    /// Its first column in the joint output.
+    column: usize,
+    /// Its first column among the ranks.
+    rank_column: usize,
+}
+
+/// Projections of one input.
+pub(super) struct Group<'a> {
+    kernel: Kernel,
+    block: usize,
+    members: Vec<Member<'a>>,
+    input: usize,
+    output: usize,
+    /// All A, one above the other, `[Σr, in]`.
+    stacked: Buffer,
+    ranks: usize,
+    scale: f32,
+}
+
+impl<'a> Group<'a> {
+    /// Opens the projections `indices` of block `block`.
+    pub fn open(
+        kernel: Kernel,
+        block: usize,
+        projections: &'a [Projection],
+        adapter: Option<(&'a [Option<LowRank>], f32)>,
+        indices: &[usize],
+    ) -> Result<Self> {
+        let (mut members, mut output, mut ranks, mut input) = (Vec::with_capacity(indices.len()), 0, 0, 0);
+        for &index in indices {
+            let p = &projections[index];
+            let (out, width) = p.weight.dims2()?;
+            let low_rank = adapter.and_then(|(all, _)| all[index].as_ref());
+            let rank = match low_rank {
+                Some(l) => l.a.dim(0)?,
+                None => 0,
+            };
+            members.push(Member {
+                index,
+                weight: Held::of(&p.weight)?,
+                bias: p.bias.as_ref().map(Held::of).transpose()?,
+                low_rank: low_rank.map(|l| Ok::<_, candle_core::Error>((Held::of(&l.a)?, Held::of(&l.b)?))).transpose()?,
+                out,
+                column: output,
+                rank_column: ranks,
+            });
+            (output, ranks, input) = (output + out, ranks + rank, width);
+        }
+        let mut stacked = Buffer::dirty(ranks * input);
+        for m in &members {
+            if let Some((a, _)) = &m.low_rank {
+                let a = a.f32()?;
+                stacked[m.rank_column * input..][..a.len()].copy_from_slice(a);
+            }
+        }
+        Ok(Group { kernel, block, members, input, output, stacked, ranks, scale: adapter.map_or(1.0, |(_, scale)| scale) })
+    }
+
+    /// Rank of a member.
+    fn rank(&self, m: &Member) -> usize {
+        m.low_rank.as_ref().map_or(0, |(a, _)| a.elements().len() / self.input)
+    }
+
+    /// `y` `[T, Σout]` = keep·y + the projections of `x` `[T, in]`. Returns x·Aᵀ `[T, Σr]`, which the backward pass wants.
+    pub fn forward(&self, x: &[f32], tokens: usize, y: &mut [f32], keep: bool) -> Result<Buffer> {
+        let kernel = self.kernel;
+        let x = Operand::new(kernel, View::f32(x, self.input), tokens, self.input, 1.0);
+        let mut u = Buffer::dirty(tokens * self.ranks);
+        if self.ranks > 0 {
+            let a = View::f32(&self.stacked, self.input).t();
+            matmul(tokens, self.ranks, &[Term { a: &x, b: a }], &mut u, self.ranks, false, Threads::All);
+        }
+        for m in &self.members {
+            let y = &mut y[m.column..];
+            let mut keep = keep;
+            if let Some(bias) = &m.bias {
+                for row in y.chunks_mut(self.output) {
+                    for (y, b) in row.iter_mut().zip(bias.f32()?) {
+                        *y = if keep { *y + b } else { *b };
+                    }
+                }
+                keep = true;
+            }
+            let weight = Term { a: &x, b: View::of(m.weight.elements(), self.input).t() };
+            match &m.low_rank {
+                Some((_, b)) => {
+                    let rank = self.rank(m);
+                    let scaled = Operand::new(kernel, View::f32(&u[m.rank_column..], self.ranks), tokens, rank, self.scale);
+                    let low_rank = Term { a: &scaled, b: View::of(b.elements(), rank).t() };
+                    matmul(tokens, m.out, &[weight, low_rank], y, self.output, keep, Threads::All);
+                }
+                None => matmul(tokens, m.out, &[weight], y, self.output, keep, Threads::All),
+            }
+        }
+        Ok(u)
+    }
+
+    /// Given g = ∂loss/∂y `[T, Σout]`, the input and what [`Group::forward`] returned: adds the parameters' gradients to `sink` and returns ∂loss/∂x
+    /// `[T, in]`. With v_i = s·g_i·B_i: dx = Σ g_i·W_i + v_i·A_i, dA_i = v_iᵀ·x, dB_i = s·g_iᵀ·u_i, dW_i = g_iᵀ·x, db_i = Σ_tokens g_i.
+    pub fn backward(&self, x: &[f32], u: &[f32], g: &[f32], tokens: usize, sink: &mut dyn GradientSink) -> Result<Buffer> {
+        let kernel = self.kernel;
+        let view = |m: &Member| View::f32(&g[m.column..], self.output);
+        let gs: Vec<Operand> = self.members.iter().map(|m| Operand::new(kernel, view(m), tokens, m.out, 1.0)).collect();
+        let mut v = Buffer::dirty(tokens * self.ranks);
+        for (m, g) in self.members.iter().zip(&gs) {
+            if let Some((_, b)) = &m.low_rank {
+                let rank = self.rank(m);
+                let term = Term { a: g, b: View::of(b.elements(), rank) };
+                matmul(tokens, rank, &[term], &mut v[m.rank_column..], self.ranks, false, Threads::All);
+            }
+        }
+        let scaled = Operand::new(kernel, View::f32(&v, self.ranks.max(1)), tokens, self.ranks, self.scale);
+        let mut terms: Vec<Term> =
+            self.members.iter().zip(&gs).map(|(m, g)| Term { a: g, b: View::of(m.weight.elements(), self.input) }).collect();
+        if self.ranks > 0 {
+            terms.push(Term { a: &scaled, b: View::f32(&self.stacked, self.input) });
+        }
+        let mut dx = Buffer::dirty(tokens * self.input);
+        matmul(tokens, self.input, &terms, &mut dx, self.input, false, Threads::All);
+        if self.ranks > 0 {
+            self.low_rank_gradients(x, u, g, &v, tokens, sink);
+        }
+        self.weight_gradients(x, g, tokens, sink);
+        Ok(dx)
+    }
+
+    fn low_rank_gradients(&self, x: &[f32], u: &[f32], g: &[f32], v: &[f32], tokens: usize, sink: &mut dyn GradientSink) {
+        let kernel = self.kernel;
+        let transposed = Operand::new(kernel, View::f32(v, self.ranks).t(), self.ranks, tokens, self.scale);
+        let mut da = Buffer::dirty(self.ranks * self.input);
+        matmul(
+            self.ranks,
+            self.input,
+            &[Term { a: &transposed, b: View::f32(x, self.input) }],
+            &mut da,
+            self.input,
+            false,
+            Threads::All,
+        );
+        for m in &self.members {
+            let rank = self.rank(m);
+            if rank == 0 {
+                continue;
+            }
+            if let Some(slot) = sink.slot(Place::Block(self.block, Slot::LoraA(m.index))) {
+                slot.iter_mut().zip(&da[m.rank_column * self.input..]).for_each(|(s, d)| *s += d);
+            }
+            if let Some(slot) = sink.slot(Place::Block(self.block, Slot::LoraB(m.index))) {
+                // dBᵀ `[r, out]`: the long side belongs in the columns.
+                let u = Operand::new(kernel, View::f32(&u[m.rank_column..], self.ranks).t(), rank, tokens, self.scale);
+                let mut db = Buffer::dirty(rank * m.out);
+                let g = View::f32(&g[m.column..], self.output);
+                matmul(rank, m.out, &[Term { a: &u, b: g }], &mut db, m.out, false, Threads::All);
+                for (o, slot) in slot.chunks_mut(rank).enumerate() {
+                    slot.iter_mut().enumerate().for_each(|(r, s)| *s += db[r * m.out + o]);
+                }
+            }
+        }
+    }
+
+    fn weight_gradients(&self, x: &[f32], g: &[f32], tokens: usize, sink: &mut dyn GradientSink) {
+        for m in &self.members {
+            if let Some(slot) = sink.slot(Place::Block(self.block, Slot::Weight(m.index))) {
+                let g = Operand::new(self.kernel, View::f32(&g[m.column..], self.output).t(), m.out, tokens, 1.0);
+                matmul(m.out, self.input, &[Term { a: &g, b: View::f32(x, self.input) }], slot, self.input, true, Threads::All);
+            }
+            if m.bias.is_some()
+                && let Some(slot) = sink.slot(Place::Block(self.block, Slot::Bias(m.index)))
+            {
+                for row in g[m.column..].chunks(self.output) {
+                    slot.iter_mut().zip(row).for_each(|(s, g)| *s += g);
+                }
+            }
+        }
+    }
+}

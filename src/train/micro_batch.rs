@@ -1,0 +1,123 @@
+//! One micro-batch: forward, loss, metrics and, when training, backward.
+//!
+//! Rows go forward and back one after the other, so that one row's activations are held at a time. Only losses that compare pairs with each other
+//! (AOT) need all rows forward first.
+
+use std::sync::Arc;
+
+use candle_core::Result;
+
+use super::backprop::{self, Keep, RowTape};
+use super::pack::{PackedRow, pack_rows};
+use super::pair::{EncodedPair, SequenceGroup};
+use super::scorer::Logps;
+use super::trainable::Gradients;
+use crate::domain::dpo::DpoConfig;
+use crate::domain::job::Metrics;
+use crate::math::loss::{BatchSize, PairLogps, compares_pairs, partial_loss};
+use crate::math::metrics::{PairObservation, TokenStats, micro_batch};
+use crate::math::score::{reward, total};
+use crate::model::decoder::Policy;
+
+/// Pairs whose mean loss is taken.
+pub(super) struct MicroBatch<'a> {
+    pub dpo: &'a DpoConfig,
+    pub policy: &'a Policy,
+    pub pairs: &'a [&'a EncodedPair],
+    /// Per pair; `None` without a reference.
+    pub references: Option<&'a [Arc<Logps>]>,
+    pub row_tokens: usize,
+}
+
+/// A pair's log-probs in the row it is in.
+struct Sides<'a> {
+    /// Which pair of the micro-batch.
+    pair: usize,
+    /// log π_θ of each token: chosen, rejected.
+    logps: [&'a [f32]; 2],
+    /// Whether they are wanted: log Σ p² of each token.
+    squares: [Vec<f32>; 2],
+    stats: [Vec<TokenStats>; 2],
+}
+
+fn sides<'a>(row: &PackedRow, tape: &'a RowTape) -> Vec<Sides<'a>> {
+    let side = |ranges: &[std::ops::Range<usize>], s: usize| {
+        let described = &tape.distributions()[ranges[s].clone()];
+        let stats = described
+            .iter()
+            .map(|d| TokenStats { mean_logit: d.mean_logit as f64, entropy: d.entropy as f64, is_argmax: d.is_argmax })
+            .collect();
+        (&tape.log_probs()[ranges[s].clone()], described.iter().map(|d| d.log_sum_p2).collect(), stats)
+    };
+    let of_pair = |(&pair, ranges): (&usize, &Vec<_>)| {
+        let ((chosen, p2_chosen, stats_chosen), (rejected, p2_rejected, stats_rejected)) = (side(ranges, 0), side(ranges, 1));
+        Sides { pair, logps: [chosen, rejected], squares: [p2_chosen, p2_rejected], stats: [stats_chosen, stats_rejected] }
+    };
+    row.items.iter().zip(&row.completions).map(of_pair).collect()
+}
+
+impl MicroBatch<'_> {
+    /// The mean loss and its metrics; adds `scale`·∂loss to `gradients`.
+    pub fn train(&self, keep: Keep, scale: f64, gradients: &mut Gradients) -> Result<(f64, Metrics)> {
+        self.run(keep, scale, Some(gradients))
+    }
+
+    /// The mean loss and its metrics.
+    pub fn evaluate(&self) -> Result<(f64, Metrics)> {
+        self.run(Keep::Nothing, 1.0, None)
+    }
+
+    fn run(&self, keep: Keep, scale: f64, mut gradients: Option<&mut Gradients>) -> Result<(f64, Metrics)> {
+        let groups: Vec<Vec<SequenceGroup>> = self.pairs.iter().map(|p| p.groups()).collect();
+        let items: Vec<&[SequenceGroup]> = groups.iter().map(Vec::as_slice).collect();
+        let rows = pack_rows(&items, self.row_tokens);
+        let at_once = if compares_pairs(self.dpo) { rows.len().max(1) } else { 1 };
+        let mut loss = 0.0;
+        let mut observations = vec![PairObservation::default(); self.pairs.len()];
+        for rows in rows.chunks(at_once) {
+            let mut tapes = Vec::with_capacity(rows.len());
+            for row in rows {
+                tapes.push(backprop::forward(self.policy, row.row.clone(), keep)?);
+            }
+            let (part, upstream) = self.part(rows, &tapes, scale, &mut observations);
+            loss += part;
+            let Some(gradients) = gradients.as_deref_mut().filter(|_| loss.is_finite()) else { continue };
+            for (tape, upstream) in tapes.into_iter().zip(upstream) {
+                backprop::backward(self.policy, tape, &upstream, gradients)?;
+            }
+        }
+        Ok((loss, micro_batch(loss, &observations)))
+    }
+
+    /// What some rows add to the loss, and ∂loss/∂log p of each of their targets.
+    fn part(&self, rows: &[PackedRow], tapes: &[RowTape], scale: f64, observations: &mut [PairObservation]) -> (f64, Vec<Vec<f32>>) {
+        let all: Vec<Sides> = rows.iter().zip(tapes).flat_map(|(row, tape)| sides(row, tape)).collect();
+        let inputs: Vec<PairLogps> = all
+            .iter()
+            .map(|s| PairLogps {
+                policy_chosen: s.logps[0],
+                policy_rejected: s.logps[1],
+                reference: self.references.map(|r| (r[s.pair][0].as_slice(), r[s.pair][1].as_slice())),
+                weight: self.pairs[s.pair].weight,
+                wpo: self.dpo.wpo.then_some((s.squares[0].as_slice(), s.squares[1].as_slice())),
+            })
+            .collect();
+        let whole = BatchSize { pairs: self.pairs.len(), chosen_tokens: self.pairs.iter().map(|p| p.chosen.len()).sum() };
+        let loss = partial_loss(self.dpo, &inputs, whole, scale);
+        let mut upstream: Vec<Vec<f32>> = rows.iter().map(|r| vec![0f32; r.row.targets.len()]).collect();
+        let places = rows.iter().enumerate().flat_map(|(r, row)| row.completions.iter().map(move |c| (r, c)));
+        for (i, (r, ranges)) in places.enumerate() {
+            upstream[r][ranges[0].clone()].copy_from_slice(&loss.grad_chosen[i]);
+            upstream[r][ranges[1].clone()].copy_from_slice(&loss.grad_rejected[i]);
+        }
+        for s in all {
+            let logp = s.logps.map(total);
+            let r = |side: usize| reward(self.dpo.beta, logp[side], self.references.map(|r| total(&r[s.pair][side])));
+            let (reward_chosen, reward_rejected) = (r(0), r(1));
+            let [chosen, rejected] = s.stats;
+            observations[s.pair] =
+                PairObservation { logp_chosen: logp[0], logp_rejected: logp[1], reward_chosen, reward_rejected, chosen, rejected };
+        }
+        (loss.loss, upstream)
+    }
+}
