@@ -49,11 +49,10 @@ fn main() -> anyhow::Result<()> {
         }
         let start = Instant::now();
         let batch = batch.parse()?;
-        // On a thread of the compute pool, as the engine's worker does.
-        let seconds = rayon::scope(|_| match mode.as_str() {
+        let seconds = match mode.as_str() {
             "score" => score(&base, chosen, &mut cache),
             mode => train(&base, chosen, mode == "train-lora", batch, max_length, &tokenizer, &mut cache),
-        })?;
+        }?;
         let tokens: usize = chosen.iter().map(EncodedPair::sequence_tokens).sum();
         println!(
             "{{\"seconds\": {seconds}, \"with_setup\": {}, \"pairs\": {}, \"tokens\": {tokens}, \"peak_bytes\": {}}}",

@@ -89,7 +89,7 @@ pub async fn serve_on(
 async fn start_engine(settings: &Settings) -> anyhow::Result<engine::Engine> {
     if settings.threads > 0 {
         // A pool that exists already, as in a test process, stays as it is.
-        let _ = rayon::ThreadPoolBuilder::new().num_threads(settings.threads).build_global();
+        crate::model::ops::team::set_threads(settings.threads);
     }
     let (models, hub, options) = (settings.models.clone(), settings.hub.clone(), settings.engine.clone());
     tokio::task::spawn_blocking(move || {

@@ -248,9 +248,8 @@ fn emitter(events: &tokio::sync::mpsc::Sender<RunEvent>) -> impl FnMut(RunEvent)
 }
 
 /// Runs a unit of work; a panic in it is its own failure, not the thread's.
-fn guarded<R: Send>(f: impl FnOnce() -> R + Send) -> Result<R, String> {
-    // On a thread of the compute pool, so that parallel loops start without waking it from outside.
-    catch_unwind(AssertUnwindSafe(|| rayon::scope(|_| f()))).map_err(|panic| describe(&*panic))
+fn guarded<R>(f: impl FnOnce() -> R) -> Result<R, String> {
+    catch_unwind(AssertUnwindSafe(f)).map_err(|panic| describe(&*panic))
 }
 
 fn describe(panic: &(dyn Any + Send)) -> String {

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use candle_core::{Result, bail};
-use rayon::prelude::*;
 
 use super::adapter::Adapter;
 use super::block::{self, BlockTape};
@@ -16,6 +15,7 @@ use super::ops::gemm::{Elements, Kernel};
 use super::ops::head::{HeadOptions, HeadOutput, head, head_weight_gradient};
 use super::ops::rms_norm::{rms_norm, rms_norm_backward};
 use super::ops::rope::RopeTable;
+use super::ops::team;
 use super::parameters::Parameters;
 use crate::domain::training::Precision;
 
@@ -141,7 +141,7 @@ impl Policy {
     pub fn head(&self, x: &[f32], row: &PreparedRow, options: HeadOptions) -> Result<HeadTape> {
         let width = self.config.hidden_size;
         let mut before_norm = Buffer::dirty(row.row.predictors.len() * width);
-        before_norm.par_chunks_mut(width).zip(&row.row.predictors).for_each(|(to, &p)| to.copy_from_slice(&x[p as usize * width..][..width]));
+        team::chunks(&mut before_norm, width, |i, to| to.copy_from_slice(&x[row.row.predictors[i] as usize * width..][..width]));
         let mut normed = Buffer::dirty(before_norm.len());
         rms_norm(&before_norm, Held::of(&self.parameters.norm)?.f32()?, self.config.rms_norm_eps as f32, &mut normed);
         let w = Held::of(self.parameters.head())?;
@@ -161,17 +161,10 @@ impl Policy {
             let w = Held::of(self.parameters.head())?;
             head_weight_gradient(self.kernel(), &normed, w.elements(), width, &row.row.targets, &output.log_sum_exp, g, slot);
         }
-        output.gradient.par_chunks_mut(width).zip(g).for_each(|(row, g)| row.iter_mut().for_each(|x| *x *= g));
+        team::chunks(&mut output.gradient, width, |i, row| row.iter_mut().for_each(|x| *x *= g[i]));
         let mut dh = Buffer::zeros(before_norm.len());
         let norm = Held::of(&self.parameters.norm)?;
-        rms_norm_backward(
-            &before_norm,
-            norm.f32()?,
-            &output.gradient,
-            self.config.rms_norm_eps as f32,
-            &mut dh,
-            sink.slot(Place::Norm),
-        );
+        rms_norm_backward(&before_norm, norm.f32()?, &output.gradient, self.config.rms_norm_eps as f32, &mut dh, sink.slot(Place::Norm));
         let mut gx = Buffer::zeros(row.tokens() * width);
         for (from, &p) in dh.chunks(width).zip(&row.row.predictors) {
             gx[p as usize * width..][..width].iter_mut().zip(from).for_each(|(x, d)| *x += d);

@@ -149,15 +149,7 @@ impl<'a> Group<'a> {
         let kernel = self.kernel;
         let transposed = Operand::new(kernel, View::f32(v, self.ranks).t(), self.ranks, tokens, self.scale);
         let mut da = Buffer::dirty(self.ranks * self.input);
-        matmul(
-            self.ranks,
-            self.input,
-            &[Term { a: &transposed, b: View::f32(x, self.input) }],
-            &mut da,
-            self.input,
-            false,
-            Threads::All,
-        );
+        matmul(self.ranks, self.input, &[Term { a: &transposed, b: View::f32(x, self.input) }], &mut da, self.input, false, Threads::All);
         for m in &self.members {
             let rank = self.rank(m);
             if rank == 0 {

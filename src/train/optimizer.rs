@@ -3,10 +3,10 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Var, bail};
-use rayon::prelude::*;
 
 use crate::domain::training::OptimizerConfig;
 use crate::model::ops::simd::dispatch;
+use crate::model::ops::team;
 
 /// Elements one task updates.
 const CHUNK: usize = 1 << 15;
@@ -89,22 +89,21 @@ impl InplaceOp1 for Update<'_> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let (m, v) = &mut *state;
         let s = self.step;
-        values.par_chunks_mut(CHUNK).zip(m.par_chunks_mut(CHUNK)).zip(v.par_chunks_mut(CHUNK)).zip(self.grad.par_chunks(CHUNK)).for_each(
-            |(((p, m), v), g)| {
-                dispatch(
-                    #[inline(always)]
-                    || {
-                        for i in 0..p.len() {
-                            let g = g[i] * s.clip;
-                            m[i] += (g - m[i]) * (1.0 - s.beta1);
-                            v[i] = v[i] * s.beta2 + (1.0 - s.beta2) * g * g;
-                            let denominator = v[i].sqrt() / s.correction2 + s.eps;
-                            p[i] = p[i] * s.shrink - s.step_size * (m[i] / denominator);
-                        }
-                    },
-                )
-            },
-        );
+        team::chunks3(values, m, v, CHUNK, |i, p, m, v| {
+            let g = &self.grad[i * CHUNK..];
+            dispatch(
+                #[inline(always)]
+                || {
+                    for i in 0..p.len() {
+                        let g = g[i] * s.clip;
+                        m[i] += (g - m[i]) * (1.0 - s.beta1);
+                        v[i] = v[i] * s.beta2 + (1.0 - s.beta2) * g * g;
+                        let denominator = v[i].sqrt() / s.correction2 + s.eps;
+                        p[i] = p[i] * s.shrink - s.step_size * (m[i] / denominator);
+                    }
+                },
+            )
+        });
         Ok(())
     }
 }

@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::{Result, Tensor, Var, bail};
-use rayon::prelude::*;
 
 use crate::domain::training::Precision;
 use crate::model::adapter::Adapter;
 use crate::model::decoder::Policy;
 use crate::model::gradients::{GradientSink, Place, Slot};
 use crate::model::ops::simd::{dispatch, dot};
+use crate::model::ops::team;
 use crate::model::parameters::PROJECTIONS;
 
 /// One trainable tensor.
@@ -120,7 +120,7 @@ impl Gradients {
 
     /// Sets all to zero for the next step.
     pub fn clear(&mut self) {
-        self.values.par_iter_mut().for_each(|g| g.fill(0.0));
+        team::chunks(&mut self.values, 1, |_, g| g[0].fill(0.0));
     }
 
     /// Per trainable tensor, in their order.
@@ -130,7 +130,7 @@ impl Gradients {
 
     /// √Σ g², summed per tensor in f32 and over tensors in f64, in a fixed order.
     pub fn norm(&self) -> f64 {
-        let squares: Vec<f64> = self.values.par_iter().map(|g| g.chunks(1 << 14).map(|c| square_sum(c) as f64).sum()).collect();
+        let squares: Vec<f64> = team::map(self.values.len(), |i| self.values[i].chunks(1 << 14).map(|c| square_sum(c) as f64).sum());
         squares.iter().sum::<f64>().sqrt()
     }
 }

@@ -1,9 +1,9 @@
 //! Log-probs and gradients of every architecture, against transformers and TRL.
 
 use bradley::domain::dpo::DpoConfig;
+use bradley::domain::training::Precision;
 use bradley::math::loss::{PairLogps, batch_loss};
 use bradley::model::peft;
-use bradley::domain::training::Precision;
 use bradley::train::backprop::{Keep, backward, forward};
 use bradley::train::pack::pack;
 use bradley::train::pair::{EncodedPair, SequenceGroup};

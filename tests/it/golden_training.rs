@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bradley::domain::job::Metrics;
-use bradley::domain::training::{BatchConfig, LoraConfig, Method, OptimizerConfig, Precision, RunConfig, ScheduleKind, TrainingSpec, Warmup};
+use bradley::domain::training::{
+    BatchConfig, LoraConfig, Method, OptimizerConfig, Precision, RunConfig, ScheduleKind, TrainingSpec, Warmup,
+};
 use bradley::model::decoder::Policy;
 use bradley::model::peft;
 use bradley::train::event::RunEvent;
@@ -31,7 +33,15 @@ impl Run {
     /// A full fine-tune of `model` against a frozen `reference`.
     pub fn full(model: &Policy, reference: &Policy, pairs: Vec<EncodedPair>, spec: TrainingSpec) -> Self {
         let reference = Reference::Frozen { policy: reference.clone(), identity: "reference".into() };
-        Run { policy: TrainablePolicy::full(model, Precision::F32).unwrap(), reference, pairs, eval: vec![], spec, resume: None, folder: scratch() }
+        Run {
+            policy: TrainablePolicy::full(model, Precision::F32).unwrap(),
+            reference,
+            pairs,
+            eval: vec![],
+            spec,
+            resume: None,
+            folder: scratch(),
+        }
     }
 
     /// A LoRA run from a stored adapter against the base.

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bradley::domain::dataset::{DatasetFormat, PreferenceRow};
+use bradley::domain::training::Precision;
 use bradley::domain::training::Truncation;
 use bradley::model::decoder::Policy;
 use bradley::model::loader::{LoadedModel, load_model};
-use bradley::domain::training::Precision;
 use bradley::model::parameters::Parameters;
 use bradley::model::source::HubOptions;
 use bradley::model::tokenizer::ChatTokenizer;

@@ -3,11 +3,10 @@
 //! log p(y) = ⟨h, W_y⟩ − log Σ_v e^⟨h, W_v⟩. The maximum, the sum and ∂log p/∂h = W_y − Σ_v p_v·W_v grow together over the tiles, scaled down whenever
 //! a larger logit appears (the online softmax of arXiv:2205.14135).
 
-use rayon::prelude::*;
-
 use super::buffer::Buffer;
 use super::gemm::{Elements, Kernel, NR, Operand, Shared, Term, Threads, View, matmul, pack_panel, panel_product};
-use super::simd::{dispatch, exp, max, sum};
+use super::simd::{dispatch, exp, exp_moments, exp_sum, max, sum};
+use super::team;
 
 /// Columns of the vocabulary in a tile; a multiple of [`NR`].
 const TILE: usize = 1024;
@@ -100,14 +99,12 @@ impl Running {
         }
         let m = self.max;
         if distribution {
-            self.weighted += sum(row.len(), |i| (row[i] - m) * exp(row[i] - m));
-        }
-        for x in row.iter_mut() {
-            *x = exp(*x - m);
-        }
-        self.sum += sum(row.len(), |i| row[i]);
-        if distribution {
-            self.squares += sum(row.len(), |i| row[i] * row[i]);
+            let (sum, weighted, squares) = exp_moments(row, m);
+            self.sum += sum;
+            self.weighted += weighted;
+            self.squares += squares;
+        } else {
+            self.sum += exp_sum(row, 1.0, m);
         }
         scale
     }
@@ -134,7 +131,7 @@ pub fn head(kernel: Kernel, h: &[f32], w: Elements, hidden: usize, targets: &[u3
     let mut gradient = Buffer::dirty(if options.gradient { rows * hidden } else { 0 });
     for_each_tile(kernel, w, hidden, options.gradient, |tile| {
         let out = Shared(gradient.as_mut_ptr());
-        running.par_chunks_mut(ROWS).enumerate().for_each(|(i, running)| {
+        team::chunks(&mut running, ROWS, |i, running| {
             let (first, n) = (i * ROWS, running.len());
             let mut logits = Buffer::dirty(n * TILE);
             tile.logits(kernel, &operand, first, n, &mut logits);
@@ -175,8 +172,8 @@ pub fn head(kernel: Kernel, h: &[f32], w: Elements, hidden: usize, targets: &[u3
 
 /// W_y − (Σ_v e^(l_v − max)·W_v) / Σ_v e^(l_v − max).
 fn finish_gradient(gradient: &mut [f32], w: Elements, hidden: usize, targets: &[u32], running: &[Running]) {
-    gradient.par_chunks_mut(hidden).zip(targets).zip(running).for_each(|((row, &y), running)| {
-        let (at, inverse) = (y as usize * hidden, 1.0 / running.sum);
+    team::chunks(gradient, hidden, |i, row| {
+        let (at, inverse) = (targets[i] as usize * hidden, 1.0 / running[i].sum);
         match w {
             Elements::F32(w) => row.iter_mut().zip(&w[at..]).for_each(|(x, w)| *x = w - *x * inverse),
             Elements::Bf16(w) => row.iter_mut().zip(&w[at..]).for_each(|(x, w)| *x = w.to_f32() - *x * inverse),
@@ -199,7 +196,7 @@ pub fn head_weight_gradient(
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
     let mut errors = Buffer::dirty(rows * TILE);
     for_each_tile(kernel, w, hidden, false, |tile| {
-        errors.par_chunks_mut(ROWS * TILE).enumerate().for_each(|(i, errors)| {
+        team::chunks(&mut errors, ROWS * TILE, |i, errors| {
             let first = i * ROWS;
             tile.logits(kernel, &operand, first, errors.len() / TILE, errors);
             for (r, row) in errors.chunks_mut(TILE).enumerate() {
@@ -243,11 +240,11 @@ fn for_each_tile(kernel: Kernel, w: Elements, hidden: usize, gradient: bool, mut
     for first in (0..vocabulary).step_by(TILE) {
         let width = TILE.min(vocabulary - first);
         let k = kernel.depth(width);
-        let panels = across.units_mut().par_chunks_mut(depth * NR).take(width.div_ceil(NR)).enumerate().map(|(i, p)| (true, i, p));
-        let sums = along.units_mut()[..sums * NR * k].par_chunks_mut(k * NR).enumerate().map(|(i, p)| (false, i, p));
-        panels.chain(sums).for_each(|(is_across, i, panel)| match is_across {
-            true => pack_panel(kernel, view.t(), 0, hidden, first + i * NR, NR.min(width - i * NR), panel),
-            false => pack_panel(kernel, view, first, width, i * NR, NR.min(hidden - i * NR), panel),
+        team::chunks(&mut across.units_mut()[..width.div_ceil(NR) * depth * NR], depth * NR, |i, panel| {
+            pack_panel(kernel, view.t(), 0, hidden, first + i * NR, NR.min(width - i * NR), panel);
+        });
+        team::chunks(&mut along.units_mut()[..sums * NR * k], k * NR, |i, panel| {
+            pack_panel(kernel, view, first, width, i * NR, NR.min(hidden - i * NR), panel);
         });
         f(&Tile { first, width, hidden, depth, across: across.units(), along: along.units() });
     }

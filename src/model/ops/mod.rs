@@ -12,16 +12,16 @@ pub mod rms_norm;
 pub mod rope;
 pub mod simd;
 pub mod swiglu;
+pub mod team;
 
+#[cfg(test)]
+mod tests;
 
 use std::ops::{Deref, Range};
 
 use candle_core::{CpuStorage, Result, Storage, Tensor, bail};
 
 use self::gemm::Elements;
-
-/// Tokens that one task handles in an element-wise kernel.
-pub(crate) const TOKENS: usize = 16;
 
 /// A tensor's elements, readable while this lives.
 pub struct Held<'a> {

@@ -1,9 +1,7 @@
 //! RMSNorm: y = x / √(mean(x²) + ε) ⊙ w, over the last dimension (arXiv:1910.07467).
 
-use rayon::prelude::*;
-
-use super::TOKENS;
 use super::simd::{dispatch, sum};
+use super::team;
 
 /// 1 / √(mean(x²) + ε).
 #[inline(always)]
@@ -22,11 +20,14 @@ fn normalise(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
 /// y = norm of each row of `x`, rows as wide as `w`.
 pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
     let width = w.len();
-    y.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(TOKENS).for_each(|(y, x)| {
-        dispatch(
-            #[inline(always)]
-            || normalise(x, w, eps, y),
-        )
+    let rows = team::rows_per_task(y.len() / width);
+    team::chunks(y, rows * width, |i, y| {
+        for (y, x) in y.chunks_mut(width).zip(x[i * rows * width..].chunks(width)) {
+            dispatch(
+                #[inline(always)]
+                || normalise(x, w, eps, y),
+            );
+        }
     });
 }
 
@@ -52,11 +53,15 @@ fn add_weight_gradient(x: &[f32], g: &[f32], eps: f32, dw: &mut [f32]) {
 /// Adds the gradients for the upstream gradient `g` to `dx` and, when it is wanted, to `dw`.
 pub fn rms_norm_backward(x: &[f32], w: &[f32], g: &[f32], eps: f32, dx: &mut [f32], dw: Option<&mut [f32]>) {
     let width = w.len();
-    dx.par_chunks_mut(width).zip(x.par_chunks(width)).zip(g.par_chunks(width)).with_min_len(TOKENS).for_each(|((dx, x), g)| {
-        dispatch(
-            #[inline(always)]
-            || add_input_gradient(x, w, g, eps, dx),
-        )
+    let rows = team::rows_per_task(dx.len() / width);
+    team::chunks(dx, rows * width, |i, dx| {
+        let from = i * rows * width;
+        for ((dx, x), g) in dx.chunks_mut(width).zip(x[from..].chunks(width)).zip(g[from..].chunks(width)) {
+            dispatch(
+                #[inline(always)]
+                || add_input_gradient(x, w, g, eps, dx),
+            );
+        }
     });
     if let Some(dw) = dw {
         for (x, g) in x.chunks(width).zip(g.chunks(width)) {
@@ -82,7 +87,7 @@ pub struct HeadColumns {
 /// Norms every head in place (Qwen3), `w` being as wide as a head.
 pub fn head_norm(x: &mut [f32], heads: HeadColumns, w: &[f32], eps: f32) {
     let width = heads.count * w.len();
-    x.par_chunks_mut(heads.stride).with_min_len(TOKENS).for_each(|row| {
+    team::chunks(x, heads.stride, |_, row| {
         for head in row[heads.offset..heads.offset + width].chunks_mut(w.len()) {
             dispatch(
                 #[inline(always)]
@@ -110,7 +115,8 @@ pub fn head_norm_backward(x: &[f32], g: &mut [f32], heads: HeadColumns, w: &[f32
             }
         }
     }
-    g.par_chunks_mut(heads.stride).zip(x.par_chunks(heads.stride)).with_min_len(TOKENS).for_each(|(g, x)| {
+    team::chunks(g, heads.stride, |t, g| {
+        let x = &x[t * heads.stride..];
         let mut dx = vec![0f32; w.len()];
         for (g, x) in g[columns.clone()].chunks_mut(w.len()).zip(x[columns.clone()].chunks(w.len())) {
             dispatch(

@@ -2,10 +2,8 @@
 
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
-use super::TOKENS;
 use super::simd::dispatch;
+use super::team;
 
 /// cos and sin for each token of a row, `[T, D/2]` each, the attention factor multiplied in.
 #[derive(Clone, Debug)]
@@ -45,20 +43,24 @@ pub fn rotate(x: &mut [f32], stride: usize, heads: usize, table: &RopeTable, dir
     let half = table.half;
     let sign = if direction == Direction::Forward { 1.0 } else { -1.0 };
     debug_assert!(x.len() / stride * half == table.cos.len() && heads * 2 * half <= stride);
-    x.par_chunks_mut(stride).enumerate().with_min_len(TOKENS).for_each(|(t, row)| {
-        let (cos, sin) = (&table.cos[t * half..][..half], &table.sin[t * half..][..half]);
-        dispatch(
-            #[inline(always)]
-            || {
-                for head in row[..heads * 2 * half].chunks_mut(2 * half) {
-                    let (x1, x2) = head.split_at_mut(half);
-                    for i in 0..half {
-                        let (a, b, s) = (x1[i], x2[i], sin[i] * sign);
-                        x1[i] = a * cos[i] - b * s;
-                        x2[i] = b * cos[i] + a * s;
+    let rows = team::rows_per_task(x.len() / stride);
+    team::chunks(x, rows * stride, |task, x| {
+        for (r, row) in x.chunks_mut(stride).enumerate() {
+            let t = task * rows + r;
+            let (cos, sin) = (&table.cos[t * half..][..half], &table.sin[t * half..][..half]);
+            dispatch(
+                #[inline(always)]
+                || {
+                    for head in row[..heads * 2 * half].chunks_mut(2 * half) {
+                        let (x1, x2) = head.split_at_mut(half);
+                        for i in 0..half {
+                            let (a, b, s) = (x1[i], x2[i], sin[i] * sign);
+                            x1[i] = a * cos[i] - b * s;
+                            x2[i] = b * cos[i] + a * s;
+                        }
                     }
-                }
-            },
-        );
+                },
+            );
+        }
     });
 }

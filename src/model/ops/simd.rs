@@ -18,7 +18,8 @@ pub(crate) fn exp(x: f32) -> f32 {
     const LN2_HI: f32 = 0.693_359_4;
     const LN2_LO: f32 = -2.121_944_4e-4;
     let x = x.clamp(-87.0, 88.0);
-    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let n = rounded - ROUND;
     let r = x - n * LN2_HI - n * LN2_LO;
     let p = 1.987_569_1e-4;
     let p = p * r + 1.398_199_9e-3;
@@ -27,7 +28,8 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p * r + 1.666_666_5e-1;
     let p = p * r + 0.5;
     let y = p * r * r + r + 1.0;
-    y * f32::from_bits(((n as i32 + 127) << 23) as u32)
+    // The last bits of `rounded` are n: shifted into the exponent they make 2ⁿ.
+    y * f32::from_bits(rounded.to_bits().wrapping_add(127) << 23)
 }
 
 /// 1 / (1 + e^(−x)).
@@ -51,6 +53,30 @@ pub(crate) fn sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
     for (lane, a) in acc.iter_mut().enumerate().take(n - whole) {
         *a += f(whole + lane);
     }
+    fold(acc)
+}
+
+/// Replaces every x by e^(scale·x − m) and returns their sum, in the order of [`sum`].
+#[inline(always)]
+pub(crate) fn exp_sum(xs: &mut [f32], scale: f32, m: f32) -> f32 {
+    let mut acc = [0f32; LANES];
+    let mut chunks = xs.chunks_exact_mut(LANES);
+    for c in &mut chunks {
+        for (a, x) in acc.iter_mut().zip(c) {
+            *x = exp(*x * scale - m);
+            *a += *x;
+        }
+    }
+    for (a, x) in acc.iter_mut().zip(chunks.into_remainder()) {
+        *x = exp(*x * scale - m);
+        *a += *x;
+    }
+    fold(acc)
+}
+
+/// Adds the lanes pairwise.
+#[inline(always)]
+fn fold(mut acc: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {
@@ -59,6 +85,28 @@ pub(crate) fn sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
         width /= 2;
     }
     acc[0]
+}
+
+/// Replaces every x by e = e^(x − m) and returns (Σ e, Σ (x − m)·e, Σ e²), each in the order of [`sum`].
+#[inline(always)]
+pub(crate) fn exp_moments(xs: &mut [f32], m: f32) -> (f32, f32, f32) {
+    let (mut sums, mut weighted, mut squares) = ([0f32; LANES], [0f32; LANES], [0f32; LANES]);
+    let mut step = |c: &mut [f32]| {
+        for (lane, x) in c.iter_mut().enumerate() {
+            let t = *x - m;
+            let e = exp(t);
+            *x = e;
+            sums[lane] += e;
+            weighted[lane] += t * e;
+            squares[lane] += e * e;
+        }
+    };
+    let mut chunks = xs.chunks_exact_mut(LANES);
+    for c in &mut chunks {
+        step(c);
+    }
+    step(chunks.into_remainder());
+    (fold(sums), fold(weighted), fold(squares))
 }
 
 /// The largest value; −∞ for an empty slice.

@@ -7,8 +7,8 @@ use crate::domain::dpo::{Divergence, DpoConfig, LossType, ReferenceSync, Weighte
 use crate::domain::job::{Evaluation, Event, EventKind, Job, JobRequest, JobState, Progress, RowPolicy};
 use crate::domain::names;
 use crate::domain::training::{
-    ActivationCheckpointing, BatchConfig, BestMetric, LoraConfig, Method, OptimizerConfig, Precision, RunConfig, ScheduleKind, Seed, TrainingSpec,
-    Truncation, Warmup,
+    ActivationCheckpointing, BatchConfig, BestMetric, LoraConfig, Method, OptimizerConfig, Precision, RunConfig, ScheduleKind, Seed,
+    TrainingSpec, Truncation, Warmup,
 };
 use crate::domain::violation::Violations;
 use crate::jobs::error::ServiceError;

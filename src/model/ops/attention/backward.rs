@@ -2,14 +2,13 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::keys::{Along, Keys};
 use super::{Block, Heads, blocks, over_keys, sum_over_keys};
 use crate::model::layout::RowLayout;
 use crate::model::ops::buffer::Buffer;
 use crate::model::ops::gemm::{Kernel, NR, Operand, Product, Shared, View, panel_product};
 use crate::model::ops::simd::{dispatch, dot, exp};
+use crate::model::ops::team;
 
 /// Scores of all heads that are kept between the two sweeps; longer rows are done in several rounds.
 const SCORES: usize = 1 << 24;
@@ -80,14 +79,16 @@ struct Transposed {
 impl Sweep<'_> {
     fn round(&self, all: &[Block], round: Range<usize>, keep: bool) {
         let h = self.heads.query;
-        let transposed: Vec<Transposed> =
-            (round.start * h..round.end * h).into_par_iter().map(|i| self.by_queries(&all[i / h], i % h)).collect();
+        let transposed: Vec<Transposed> = team::map(round.len() * h, |i| self.by_queries(&all[round.start + i / h], i % h));
         // Keys of a segment that no block of the round sees still need zeros in the first round.
         let tasks: Vec<(usize, usize, usize)> = (0..self.layout.segments.len())
             .flat_map(|s| (0..self.layout.segments[s].tokens.len().div_ceil(NR)).map(move |i| (s, i)))
             .flat_map(|(s, i)| (0..self.heads.key).map(move |kv| (s, i, kv)))
             .collect();
-        tasks.into_par_iter().for_each(|(segment, i, kv)| self.by_keys(all, round.clone(), &transposed, segment, i, kv, keep));
+        team::for_each(tasks.len(), |task| {
+            let (segment, i, kv) = tasks[task];
+            self.by_keys(all, round.clone(), &transposed, segment, i, kv, keep);
+        });
     }
 
     /// dQ of one block and head.

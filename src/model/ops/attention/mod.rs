@@ -11,13 +11,12 @@ mod keys;
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 pub use self::backward::attention_backward;
 use self::keys::{Along, Keys};
 use super::buffer::Buffer;
 use super::gemm::{Kernel, NR, Operand, Product, Shared, View, panel_product};
-use super::simd::{dispatch, exp, max, sum};
+use super::simd::{dispatch, exp_sum, max};
+use super::team;
 use crate::model::layout::RowLayout;
 
 /// Queries in a block.
@@ -159,7 +158,8 @@ pub fn attention(kernel: Kernel, qkv: &[f32], heads: Heads, layout: &RowLayout, 
     // Long blocks first: what is left at the end is short.
     let mut tasks: Vec<(usize, usize)> = (0..blocks.len()).flat_map(|b| (0..heads.query).map(move |h| (b, h))).collect();
     tasks.sort_by_key(|(b, _)| std::cmp::Reverse(blocks[*b].columns()));
-    tasks.into_par_iter().for_each(|(b, head)| {
+    team::for_each(tasks.len(), |task| {
+        let (b, head) = tasks[task];
         let block = &blocks[b];
         let (rows, columns) = (block.queries.len(), block.columns());
         let mut s = Buffer::dirty(rows * columns);
@@ -198,11 +198,7 @@ fn softmax(s: &mut [f32], visible: &[Range<usize>; 2], scale: f32) -> (f32, f32)
     for part in visible {
         s[cleared..part.start].fill(0.0);
         cleared = part.end;
-        let part = &mut s[part.clone()];
-        for x in part.iter_mut() {
-            *x = exp(*x * scale - m);
-        }
-        total += sum(part.len(), |i| part[i]);
+        total += exp_sum(&mut s[part.clone()], scale, m);
     }
     s[cleared..].fill(0.0);
     (m, total)

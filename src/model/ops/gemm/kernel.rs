@@ -197,16 +197,7 @@ mod x86 {
     /// # Safety
     /// As [`super::panel_product`]; the processor has the kernel's instructions.
     #[inline]
-    pub unsafe fn strip(
-        pairs: bool,
-        rows: usize,
-        first: usize,
-        n: usize,
-        products: &[Product],
-        c: *mut f32,
-        stride: usize,
-        keep: bool,
-    ) {
+    pub unsafe fn strip(pairs: bool, rows: usize, first: usize, n: usize, products: &[Product], c: *mut f32, stride: usize, keep: bool) {
         // SAFETY: by the caller.
         unsafe {
             let c = c.add(first * stride);

@@ -11,13 +11,12 @@ mod pack;
 #[cfg(test)]
 mod tests;
 
-use rayon::prelude::*;
-
 pub use self::kernel::Kernel;
-pub use self::operand::Operand;
 pub(crate) use self::kernel::{Product, panel_product};
+pub use self::operand::Operand;
 pub(crate) use self::pack::pack_panel;
 use super::buffer::Buffer;
+use super::team;
 use half::bf16;
 
 /// Columns of a panel of B.
@@ -36,7 +35,7 @@ const PARALLEL_FROM: usize = 1 << 19;
 pub enum Threads {
     /// The caller is itself one of many parallel tasks.
     One,
-    /// The rayon pool.
+    /// The team.
     All,
 }
 
@@ -187,7 +186,7 @@ fn block_product(kernel: Kernel, (m, n): (usize, usize), pieces: &[Piece], c: &m
     let out = Shared(c.as_mut_ptr());
     for first in (0..panels).step_by(group) {
         let count = group.min(panels - first);
-        let pack = |(i, panel): (usize, &mut [u32])| {
+        let pack = |i: usize, panel: &mut [u32]| {
             let column = (first + i) * NR;
             let mut at = 0;
             for p in pieces {
@@ -197,8 +196,8 @@ fn block_product(kernel: Kernel, (m, n): (usize, usize), pieces: &[Piece], c: &m
         };
         let units = &mut packed.units_mut()[..count * depth * NR];
         match threads {
-            Threads::One => units.chunks_mut(depth * NR).enumerate().for_each(pack),
-            Threads::All => units.par_chunks_mut(depth * NR).enumerate().for_each(pack),
+            Threads::One => units.chunks_mut(depth * NR).enumerate().for_each(|(i, panel)| pack(i, panel)),
+            Threads::All => team::chunks(units, depth * NR, pack),
         }
         let units = &packed.units()[..count * depth * NR];
         let run = |rows: std::ops::Range<usize>, panels: std::ops::Range<usize>| {
@@ -224,14 +223,17 @@ fn block_product(kernel: Kernel, (m, n): (usize, usize), pieces: &[Piece], c: &m
         };
         match threads {
             Threads::One => run(0..m, 0..count),
-            Threads::All => grid(kernel, m, count).into_par_iter().for_each(|(rows, panels)| run(rows, panels)),
+            Threads::All => {
+                let tasks = grid(kernel, m, count);
+                team::for_each(tasks.len(), |i| run(tasks[i].0.clone(), tasks[i].1.clone()));
+            }
         }
     }
 }
 
 /// Cuts the output into tasks of equal size: by rows where there are enough, so that a task's part of A stays in its cache; else by panels too.
 fn grid(kernel: Kernel, m: usize, panels: usize) -> Vec<(std::ops::Range<usize>, std::ops::Range<usize>)> {
-    let threads = rayon::current_num_threads();
+    let threads = team::threads();
     let step = kernel.rows();
     let strips = m.div_ceil(step);
     // About 128 rows a task, and a multiple of the number of threads.

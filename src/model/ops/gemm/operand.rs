@@ -2,13 +2,12 @@
 
 use std::cell::RefCell;
 
-use half::bf16;
-use rayon::prelude::*;
-
 use super::kernel::{Kernel, Product};
 use super::pack::{interleave, round, transpose};
 use super::{Elements, ROW_PADDING, View};
 use crate::model::ops::buffer::Buffer;
+use crate::model::ops::team;
+use half::bf16;
 
 thread_local! {
     static LINES: RefCell<Vec<bf16>> = const { RefCell::new(Vec::new()) };
@@ -45,10 +44,10 @@ impl<'a> Operand<'a> {
         let mut own = Buffer::dirty((rows + ROW_PADDING) * depth);
         let units = own.units_mut();
         let lines = if view.col_stride == 1 { (CHUNK / depth.max(1)).clamp(1, rows.max(1)) } else { 64 };
-        let fill = |(i, part): (usize, &mut [u32])| fill_rows(kernel, view, i * lines, (rows - i * lines).min(lines), cols, depth, scale, part);
+        let fill = |i: usize, part: &mut [u32]| fill_rows(kernel, view, i * lines, (rows - i * lines).min(lines), cols, depth, scale, part);
         match rows * cols < CHUNK {
-            true => units[..rows * depth].chunks_mut((lines * depth).max(1)).enumerate().for_each(fill),
-            false => units[..rows * depth].par_chunks_mut(lines * depth).enumerate().for_each(fill),
+            true => units[..rows * depth].chunks_mut((lines * depth).max(1)).enumerate().for_each(|(i, part)| fill(i, part)),
+            false => team::chunks(&mut units[..rows * depth], lines * depth, fill),
         }
         Operand { kernel, rows, cols, units: Units::Own(own), stride: depth }
     }

@@ -1,0 +1,270 @@
+//! Each kernel's gradient against central finite differences, and its value against a plain version written with candle's own operations.
+
+use candle_core::{D, DType, Device, Tensor};
+
+use super::attention::{Heads, attention, attention_backward};
+use super::gemm::{Elements, Kernel};
+use super::head::{HeadOptions, head, head_weight_gradient};
+use super::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm, rms_norm_backward};
+use super::rope::{Direction, RopeTable, rotate};
+use super::swiglu::{swiglu, swiglu_backward};
+use crate::math::rng::kaiming_uniform;
+use crate::model::layout::RowLayout;
+
+/// The kernels that multiply in f32.
+fn kernels() -> impl Iterator<Item = Kernel> {
+    Kernel::available().into_iter().filter(|k| matches!(k, Kernel::Portable | Kernel::Avx512))
+}
+
+/// Uniform in (−1, 1).
+fn random(n: usize, seed: u64) -> Vec<f32> {
+    kaiming_uniform(seed, "test", n, 1)
+}
+
+fn matrix(values: &[f32], cols: usize) -> Tensor {
+    Tensor::from_slice(values, (values.len() / cols, cols), &Device::Cpu).unwrap()
+}
+
+fn values(t: &Tensor) -> Vec<f32> {
+    t.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// ‖a − b‖ / ‖b‖.
+fn relative(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let norm = |f: &dyn Fn(usize) -> f64| (0..a.len()).map(|i| f(i).powi(2)).sum::<f64>().sqrt();
+    norm(&|i| a[i] as f64 - b[i] as f64) / norm(&|i| b[i] as f64).max(1e-15)
+}
+
+/// Compares `gradient` with central differences of Σ f(x)⊙upstream along random directions.
+fn check_gradient(name: &str, x: &[f32], gradient: &[f32], upstream: &[f32], f: impl Fn(&[f32]) -> Vec<f32>) {
+    let objective = |x: &[f32]| -> f64 { f(x).iter().zip(upstream).map(|(y, u)| *y as f64 * *u as f64).sum() };
+    for trial in 0..3 {
+        let direction = random(x.len(), 1000 + trial);
+        let eps = 1e-2f32;
+        let moved = |sign: f32| objective(&x.iter().zip(&direction).map(|(x, d)| x + sign * eps * d).collect::<Vec<_>>());
+        let numeric = (moved(1.0) - moved(-1.0)) / (2.0 * eps as f64);
+        let terms = gradient.iter().zip(&direction).map(|(g, d)| *g as f64 * *d as f64);
+        let (analytic, scale) = (terms.clone().sum::<f64>(), terms.map(|t| t * t).sum::<f64>().sqrt());
+        assert!(
+            (numeric - analytic).abs() < 2e-3 * scale.max(1e-2) + 2e-3 * analytic.abs(),
+            "{name}, trial {trial}: {numeric} vs {analytic}"
+        );
+    }
+}
+
+#[test]
+fn rms_norm_matches_its_formula_and_its_differences() {
+    let (x, w, u) = (random(5 * 24, 1), random(24, 2), random(5 * 24, 3));
+    let norm = |x: &[f32], w: &[f32]| {
+        let mut y = vec![0f32; x.len()];
+        rms_norm(x, w, 1e-5, &mut y);
+        y
+    };
+    let t = matrix(&x, 24);
+    let rms = (t.sqr().unwrap().mean_keepdim(D::Minus1).unwrap() + 1e-5).unwrap().sqrt().unwrap();
+    let plain = t.broadcast_div(&rms).unwrap().broadcast_mul(&Tensor::from_slice(&w, 24, &Device::Cpu).unwrap()).unwrap();
+    assert!(relative(&norm(&x, &w), &values(&plain)) < 1e-6);
+    let (mut dx, mut dw) = (vec![0f32; x.len()], vec![0f32; 24]);
+    rms_norm_backward(&x, &w, &u, 1e-5, &mut dx, Some(&mut dw));
+    check_gradient("rms_norm x", &x, &dx, &u, |x| norm(x, &w));
+    check_gradient("rms_norm w", &w, &dw, &u, |w| norm(&x, w));
+}
+
+#[test]
+fn head_norm_is_the_norm_of_every_head_and_leaves_the_rest_alone() {
+    let heads = HeadColumns { stride: 30, offset: 8, count: 2 };
+    let (x, w, u) = (random(4 * 30, 4), random(8, 5), random(4 * 30, 6));
+    let norm = |x: &[f32], w: &[f32]| {
+        let mut y = x.to_vec();
+        head_norm(&mut y, heads, w, 1e-5);
+        y
+    };
+    let y = norm(&x, &w);
+    let mut one = vec![0f32; 8];
+    rms_norm(&x[38 + 8..][..8], &w, 1e-5, &mut one);
+    assert_eq!(y[38 + 8..][..8], one[..]);
+    assert_eq!(y[..8], x[..8]);
+    assert_eq!(y[24..30], x[24..30]);
+    let (mut dx, mut dw) = (u.clone(), vec![0f32; 8]);
+    head_norm_backward(&x, &mut dx, heads, &w, 1e-5, Some(&mut dw));
+    check_gradient("head_norm x", &x, &dx, &u, |x| norm(x, &w));
+    check_gradient("head_norm w", &w, &dw, &u, |w| norm(&x, w));
+}
+
+#[test]
+fn rope_rotates_and_its_transpose_is_its_gradient() {
+    let table = RopeTable::new(&[0, 1, 2, 7], &[1.0, 0.3, 0.05, 0.01], 1.1);
+    let rotated = |x: &[f32], direction| {
+        let mut y = x.to_vec();
+        rotate(&mut y, 20, 2, &table, direction);
+        y
+    };
+    let (x, u) = (random(80, 3), random(80, 4));
+    let y = rotated(&x, Direction::Forward);
+    for (i, f) in [1.0f32, 0.3, 0.05, 0.01].iter().enumerate() {
+        let angle = 7.0 * f;
+        let (a, b) = (x[60 + i], x[60 + 4 + i]);
+        assert!((y[60 + i] - 1.1 * (a * angle.cos() - b * angle.sin())).abs() < 1e-6);
+        assert!((y[60 + 4 + i] - 1.1 * (b * angle.cos() + a * angle.sin())).abs() < 1e-6);
+    }
+    assert_eq!(y[16..20], x[16..20], "what is not a rotated head stays");
+    check_gradient("rope", &x, &rotated(&u, Direction::Backward), &u, |x| rotated(x, Direction::Forward));
+}
+
+#[test]
+fn swiglu_matches_its_formula_and_its_differences() {
+    let x: Vec<f32> = random(6 * 80, 4).iter().map(|x| 4.0 * x).collect();
+    let u = random(6 * 40, 5);
+    let product = |x: &[f32]| {
+        let mut y = vec![0f32; 6 * 40];
+        swiglu(x, 40, &mut y);
+        y
+    };
+    let t = matrix(&x, 80);
+    let plain = (t.narrow(1, 0, 40).unwrap().silu().unwrap() * t.narrow(1, 40, 40).unwrap()).unwrap();
+    assert!(relative(&product(&x), &values(&plain)) < 1e-6);
+    let mut dx = x.clone();
+    swiglu_backward(&mut dx, 40, &u);
+    check_gradient("swiglu", &x, &dx, &u, product);
+}
+
+/// Attention with an explicit mask, in candle's own operations.
+fn plain_attention(qkv: &[f32], heads: Heads, layout: &RowLayout) -> Vec<f32> {
+    let t = layout.tokens();
+    let positions = layout.positions();
+    let mut mask = vec![f32::NEG_INFINITY; t * t];
+    for s in &layout.segments {
+        for i in s.tokens.clone() {
+            for j in s.prefix.clone().chain(s.tokens.start..i + 1) {
+                if heads.window.is_none_or(|w| (positions[i] - positions[j]) < w as u32) {
+                    mask[i * t + j] = 0.0;
+                }
+            }
+        }
+    }
+    let (mask, qkv) = (matrix(&mask, t), matrix(qkv, heads.row()));
+    let mut out = vec![0f32; t * heads.width()];
+    for h in 0..heads.query {
+        let take = |head: usize| qkv.narrow(1, head * heads.dim, heads.dim).unwrap().contiguous().unwrap();
+        let kv = h / (heads.query / heads.key);
+        let (q, k, v) = (take(h), take(heads.query + kv), take(heads.query + heads.key + kv));
+        let scores = ((q.matmul(&k.t().unwrap()).unwrap() * (1.0 / (heads.dim as f64).sqrt())).unwrap() + &mask).unwrap();
+        let e = scores.broadcast_sub(&scores.max_keepdim(1).unwrap()).unwrap().exp().unwrap();
+        let o = values(&e.broadcast_div(&e.sum_keepdim(1).unwrap()).unwrap().matmul(&v).unwrap());
+        for i in 0..t {
+            out[i * heads.width() + h * heads.dim..][..heads.dim].copy_from_slice(&o[i * heads.dim..][..heads.dim]);
+        }
+    }
+    out
+}
+
+fn attend(kernel: Kernel, qkv: &[f32], heads: Heads, layout: &RowLayout) -> (Vec<f32>, Vec<f32>) {
+    let (mut out, mut lse) = (vec![0f32; layout.tokens() * heads.width()], vec![0f32; layout.tokens() * heads.query]);
+    attention(kernel, qkv, heads, layout, &mut out, &mut lse);
+    (out, lse)
+}
+
+#[test]
+fn attention_equals_masked_attention_with_and_without_a_window() {
+    let mut layout = RowLayout::default();
+    layout.push_group(70, [66, 3]);
+    layout.push_group(5, [1, 80]);
+    for kernel in kernels() {
+        for (window, dim) in [(None, 8), (Some(1), 8), (Some(9), 40), (Some(72), 8)] {
+            let heads = Heads { query: 4, key: 2, dim, window };
+            let qkv = random(layout.tokens() * heads.row(), 11);
+            let error = relative(&attend(kernel, &qkv, heads, &layout).0, &plain_attention(&qkv, heads, &layout));
+            assert!(error < 1e-6, "{kernel:?}, window {window:?}: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn attention_gradients_match_differences() {
+    let mut layout = RowLayout::default();
+    layout.push_group(3, [4, 2]);
+    layout.push_group(2, [66]);
+    for kernel in kernels() {
+        for (window, dim) in [(None, 4), (Some(3), 36)] {
+            let heads = Heads { query: 4, key: 2, dim, window };
+            let qkv = random(layout.tokens() * heads.row(), 14);
+            let u = random(layout.tokens() * heads.width(), 15);
+            let (out, lse) = attend(kernel, &qkv, heads, &layout);
+            let mut dqkv = vec![f32::NAN; qkv.len()];
+            attention_backward(kernel, &qkv, heads, &layout, (&out, &lse), &u, &mut dqkv);
+            check_gradient("attention", &qkv, &dqkv, &u, |x| attend(kernel, x, heads, &layout).0);
+        }
+    }
+}
+
+#[test]
+fn bf16_attention_stays_near_f32() {
+    let mut layout = RowLayout::default();
+    layout.push_group(40, [66, 3]);
+    let heads = Heads { query: 4, key: 2, dim: 16, window: None };
+    let qkv = random(layout.tokens() * heads.row(), 14);
+    let u = random(layout.tokens() * heads.width(), 15);
+    let run = |kernel| {
+        let (out, lse) = attend(kernel, &qkv, heads, &layout);
+        let mut dqkv = vec![f32::NAN; qkv.len()];
+        attention_backward(kernel, &qkv, heads, &layout, (&out, &lse), &u, &mut dqkv);
+        (out, dqkv)
+    };
+    let (out, gradient) = run(Kernel::Portable);
+    for kernel in Kernel::available() {
+        let (o, g) = run(kernel);
+        assert!(
+            relative(&o, &out) < 0.01 && relative(&g, &gradient) < 0.02,
+            "{kernel:?}: {} {}",
+            relative(&o, &out),
+            relative(&g, &gradient)
+        );
+    }
+}
+
+const PLAIN: HeadOptions = HeadOptions { distribution: true, gradient: false };
+const GRADIENT: HeadOptions = HeadOptions { distribution: false, gradient: true };
+
+#[test]
+fn log_probs_and_distributions_match_a_full_softmax() {
+    // More rows than a task has, more tokens than a tile has.
+    let (rows, hidden, vocabulary) = (130, 8, 2100);
+    let h: Vec<f32> = random(rows * hidden, 17).iter().map(|x| 3.0 * x).collect();
+    let w = random(vocabulary * hidden, 18);
+    let targets: Vec<u32> = (0..rows as u32).map(|i| i * 397 % vocabulary as u32).collect();
+    let f64s = |v: &[f32]| matrix(v, hidden).to_dtype(DType::F64).unwrap();
+    let logits: Vec<Vec<f64>> = f64s(&h).matmul(&f64s(&w).t().unwrap()).unwrap().to_vec2().unwrap();
+    for kernel in kernels() {
+        let got = head(kernel, &h, Elements::F32(&w), hidden, &targets, PLAIN);
+        for (i, row) in logits.iter().enumerate() {
+            let m = row.iter().cloned().fold(f64::MIN, f64::max);
+            let lse = m + row.iter().map(|x| (x - m).exp()).sum::<f64>().ln();
+            let (y, d) = (targets[i] as usize, got.distributions[i]);
+            assert!((got.log_probs[i] as f64 - (row[y] - lse)).abs() < 1e-5);
+            assert!((d.mean_logit as f64 - row.iter().sum::<f64>() / row.len() as f64).abs() < 1e-5);
+            let entropy: f64 = -row.iter().map(|x| (x - lse).exp() * (x - lse)).sum::<f64>();
+            assert!((d.entropy as f64 - entropy).abs() < 2e-5, "{} vs {entropy}", d.entropy);
+            let p2: f64 = row.iter().map(|x| (2.0 * (x - lse)).exp()).sum();
+            assert!((d.log_sum_p2 as f64 - p2.ln()).abs() < 1e-5);
+            assert_eq!(d.is_argmax, row.iter().all(|x| *x <= row[y]));
+        }
+    }
+}
+
+#[test]
+fn log_prob_gradients_match_differences_for_a_frozen_and_a_trainable_head() {
+    let (rows, hidden, vocabulary) = (9, 8, 1100);
+    let h: Vec<f32> = random(rows * hidden, 19).iter().map(|x| 2.0 * x).collect();
+    let w = random(vocabulary * hidden, 20);
+    let targets: Vec<u32> = (0..rows as u32).map(|i| i * 130).collect();
+    let u = random(rows, 21);
+    for kernel in kernels() {
+        let out = head(kernel, &h, Elements::F32(&w), hidden, &targets, GRADIENT);
+        let dh: Vec<f32> = out.gradient.chunks(hidden).zip(&u).flat_map(|(row, u)| row.iter().map(move |x| x * u)).collect();
+        check_gradient("head h", &h, &dh, &u, |h| head(kernel, h, Elements::F32(&w), hidden, &targets, PLAIN).log_probs);
+        let mut dw = vec![0f32; w.len()];
+        head_weight_gradient(kernel, &h, Elements::F32(&w), hidden, &targets, &out.log_sum_exp, &u, &mut dw);
+        check_gradient("head w", &w, &dw, &u, |w| head(kernel, &h, Elements::F32(w), hidden, &targets, PLAIN).log_probs);
+    }
+}
