@@ -14,10 +14,12 @@ use bradley::model::decoder::Policy;
 use bradley::model::loader::load_model;
 use bradley::model::parameters::Parameters;
 use bradley::train::encode::PairEncoder;
+use bradley::train::estimate::plan;
 use bradley::train::pair::{EncodedPair, SequenceGroup};
 use bradley::train::reference::Reference;
+use bradley::train::reference_cache::ReferenceCache;
 use bradley::train::rows::read_rows;
-use bradley::train::scorer::{ReferenceCache, score_all};
+use bradley::train::scorer::score_all;
 use bradley::train::trainable::TrainablePolicy;
 use bradley::train::trainer::{Status, Trainer, TrainerInput};
 
@@ -55,10 +57,12 @@ fn main() -> anyhow::Result<()> {
         }?;
         let tokens: usize = chosen.iter().map(EncodedPair::sequence_tokens).sum();
         println!(
-            "{{\"seconds\": {seconds}, \"with_setup\": {}, \"pairs\": {}, \"tokens\": {tokens}, \"peak_bytes\": {}}}",
+            "{{\"seconds\": {seconds}, \"with_setup\": {}, \"pairs\": {}, \"tokens\": {tokens}, \"gflop\": {}, \"peak_bytes\": {}, \"estimate\": {}}}",
             start.elapsed().as_secs_f64(),
             chosen.len(),
-            peak_bytes()
+            gflop(&base, chosen, mode),
+            peak_bytes(),
+            estimated(&base, chosen, mode, batch, max_length),
         );
     }
     Ok(())
@@ -71,14 +75,23 @@ fn peak_bytes() -> u64 {
     line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()).unwrap_or_default() * 1024
 }
 
-/// A LoRA policy of rank 16 on all linear layers, and its base as the reference.
-fn lora(base: &Policy) -> anyhow::Result<Adapter> {
-    let config = LoraConfig { rank: 16, alpha: 32.0, target_modules: TARGET_MODULES.map(str::to_owned).to_vec(), ..LoraConfig::default() };
-    Ok(Adapter::init(&base.config, &config, 1)?)
+/// Rank 16 on all linear layers.
+fn lora() -> LoraConfig {
+    LoraConfig { rank: 16, alpha: 32.0, target_modules: TARGET_MODULES.map(str::to_owned).to_vec(), ..LoraConfig::default() }
+}
+
+fn spec(is_lora: bool, batch_size: usize, max_length: usize, precision: Precision) -> TrainingSpec {
+    TrainingSpec {
+        method: if is_lora { Method::Lora(lora()) } else { Method::Full },
+        batch: BatchConfig { batch_size, max_length, epochs: 1.0, ..BatchConfig::default() },
+        run: RunConfig { save_steps: 0, ..RunConfig::default() },
+        precision: Some(precision),
+        ..TrainingSpec::default()
+    }
 }
 
 fn score(base: &Policy, pairs: &[EncodedPair], cache: &mut ReferenceCache) -> anyhow::Result<f64> {
-    let policy = Policy { adapter: Some(Arc::new(lora(base)?)), ..base.clone() };
+    let policy = Policy { adapter: Some(Arc::new(Adapter::init(&base.config, &lora(), 1)?)), ..base.clone() };
     let groups: Vec<Vec<SequenceGroup>> = pairs.iter().map(EncodedPair::groups).collect();
     let start = Instant::now();
     for groups in groups.chunks(8) {
@@ -99,16 +112,10 @@ fn train(
     cache: &mut ReferenceCache,
 ) -> anyhow::Result<f64> {
     let policy = match is_lora {
-        true => TrainablePolicy::lora(base, &lora(base)?, base.precision)?,
+        true => TrainablePolicy::lora(base, &Adapter::init(&base.config, &lora(), 1)?, base.precision)?,
         false => TrainablePolicy::full(base, base.precision)?,
     };
-    let spec = TrainingSpec {
-        method: if is_lora { Method::Lora(LoraConfig::default()) } else { Method::Full },
-        batch: BatchConfig { batch_size, max_length, epochs: 1.0, ..BatchConfig::default() },
-        run: RunConfig { save_steps: 0, ..RunConfig::default() },
-        precision: Some(base.precision),
-        ..TrainingSpec::default()
-    };
+    let spec = spec(is_lora, batch_size, max_length, base.precision);
     let folder = tempfile::tempdir()?;
     let input = TrainerInput {
         spec,
@@ -120,10 +127,44 @@ fn train(
         resume: None,
         tokenizer: tokenizer.clone(),
         base: "base".into(),
+        memory: u64::MAX,
     };
     let mut trainer = Trainer::new(input)?;
     let (start, total) = (Instant::now(), trainer.total_steps());
     // The last checkpoint is not part of the figure: TRL's is not either.
     while trainer.step() < total && trainer.advance(cache, &mut |_| {})? == Status::Working {}
     Ok(start.elapsed().as_secs_f64())
+}
+
+/// Multiplications and additions of the matrix products that the round needs at least, in 10⁹: packed tokens, heads on completions only. The policy
+/// and the reference go forward, a training round also goes back.
+fn gflop(base: &Policy, pairs: &[EncodedPair], mode: &str) -> f64 {
+    let config = &base.config;
+    let head = (config.vocab_size * config.hidden_size) as f64;
+    let linear = config.parameter_count() as f64 - head;
+    let heads = (config.num_heads * config.head_dim * config.num_layers) as f64;
+    // Passes over the blocks, over the head and over attention, in forward passes.
+    let (blocks, heads_passes, attention) = match mode {
+        "train-lora" => (3.0, 3.0, 4.5),
+        "train-full" => (4.0, 4.0, 4.5),
+        _ => (2.0, 2.0, 2.0),
+    };
+    let of = |p: &EncodedPair| {
+        let (prompt, a, b) = (p.prompt.len() as f64, p.chosen.len() as f64, p.rejected.len() as f64);
+        let seen = prompt * prompt / 2.0 + a * (prompt + a / 2.0) + b * (prompt + b / 2.0);
+        2.0 * linear * blocks * p.packed_tokens() as f64 + 2.0 * head * heads_passes * (a + b) + 4.0 * heads * attention * seen
+    };
+    pairs.iter().map(of).sum::<f64>() / 1e9
+}
+
+/// The memory estimate, resident weights included; 0 for scoring.
+fn estimated(base: &Policy, pairs: &[EncodedPair], mode: &str, batch: usize, max_length: usize) -> u64 {
+    if mode == "score" {
+        return 0;
+    }
+    let longest = pairs.iter().map(EncodedPair::packed_tokens).max().unwrap_or(0);
+    let spec = spec(mode == "train-lora", batch, max_length, base.precision);
+    let bytes = if base.precision == Precision::Bf16 { 2 } else { 4 };
+    let (Ok(plan) | Err(plan)) = plan(&base.config, &spec, longest, u64::MAX);
+    base.config.parameter_count() as u64 * bytes + plan.total()
 }

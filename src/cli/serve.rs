@@ -1,5 +1,6 @@
 //! `bradley serve`: models, engine, service, ports.
 
+use anyhow::Context as _;
 use std::future::Future;
 use std::time::Duration;
 
@@ -91,8 +92,11 @@ async fn start_engine(settings: &Settings) -> anyhow::Result<engine::Engine> {
         // A pool that exists already, as in a test process, stays as it is.
         crate::model::ops::team::set_threads(settings.threads);
     }
-    let (models, hub, options) = (settings.models.clone(), settings.hub.clone(), settings.engine.clone());
+    let (models, hub, mut options) = (settings.models.clone(), settings.hub.clone(), settings.engine.clone());
+    options.reference_cache_file = Some(settings.data_dir.join("reference-cache.redb"));
+    let data_dir = settings.data_dir.clone();
     tokio::task::spawn_blocking(move || {
+        std::fs::create_dir_all(&data_dir).with_context(|| format!("{} cannot be made", data_dir.display()))?;
         let mut loaded: Vec<LoadedModel> = Vec::new();
         for (id, source) in &models {
             let start = std::time::Instant::now();

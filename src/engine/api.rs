@@ -177,6 +177,8 @@ pub struct EngineOptions {
     pub max_row_tokens: usize,
     /// Reference log-probs kept, in tokens.
     pub reference_cache_tokens: usize,
+    /// Where they are kept across restarts; `None` keeps them in memory only.
+    pub reference_cache_file: Option<PathBuf>,
     /// Adapters and full weights kept resident besides the base models.
     pub resident_policies: usize,
     /// Share of device time scoring may take while a job trains, in (0, 1].
@@ -194,6 +196,7 @@ impl Default for EngineOptions {
             batch_tokens: 4096,
             max_row_tokens: 16384,
             reference_cache_tokens: 1 << 22,
+            reference_cache_file: None,
             resident_policies: 8,
             scoring_share: 0.5,
             memory_limit: None,

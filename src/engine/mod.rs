@@ -22,7 +22,7 @@ use crate::domain::training::{Precision, TrainingSpec};
 use crate::model::export;
 use crate::model::loader::LoadedModel;
 use crate::model::tokenizer::ChatTokenizer;
-use crate::train::estimate::estimate;
+use crate::train::estimate::plan;
 
 /// A handle on the device worker; clones share it. The worker ends when it has drained or the last handle is dropped.
 pub struct Engine {
@@ -67,7 +67,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
     let bases = Arc::new(Bases::load(models, "cpu", options.precision)?);
     let queue = Arc::new(Queue::new(options.queue_tokens));
     queue.add_handle();
-    let worker = worker::Worker::new(queue.clone(), bases.clone(), &options);
+    let worker = worker::Worker::new(queue.clone(), bases.clone(), &options, available.saturating_sub(bases.bytes()));
     std::thread::Builder::new()
         .name("device-cpu".into())
         .spawn(move || worker.work())
@@ -119,14 +119,14 @@ impl Engine {
     /// The checks of [`Engine::train`] for rows of at most `longest_row` packed tokens.
     pub fn check(&self, model: &str, spec: &TrainingSpec, longest_row: usize) -> Result<(), EngineError> {
         let base = self.shared.bases.get(model)?;
-        let tokens = longest_row * spec.batch.batch_size;
-        let needed = self.shared.bases.bytes() + estimate(&base.policy.config, spec, tokens).total();
-        let available = memory_limit(&self.shared.options);
-        if needed > available {
-            let remedy = "lower batch_size or max_length, train with LoRA, or raise memory_limit".to_owned();
-            return Err(EngineError::OutOfMemory { needed_mib: needed >> 20, available_mib: available >> 20, remedy });
+        let (resident, available) = (self.shared.bases.bytes(), memory_limit(&self.shared.options));
+        match plan(&base.policy.config, spec, longest_row, available.saturating_sub(resident)) {
+            Ok(_) => Ok(()),
+            Err(least) => {
+                let remedy = "lower max_length, train with LoRA, leave activation_checkpointing to auto, or raise memory_limit".to_owned();
+                Err(EngineError::OutOfMemory { needed_mib: (resident + least.total()) >> 20, available_mib: available >> 20, remedy })
+            }
         }
-        Ok(())
     }
 
     /// Writes merged weights, config.json and the tokenizer into the folder `out`. Blocks.

@@ -16,7 +16,7 @@ use crate::train::trainable::TrainablePolicy;
 use crate::train::trainer::{Trainer, TrainerInput};
 
 /// Prepares `run`; its events and control stay with the caller.
-pub(super) fn prepare(run: &mut TrainingRun, bases: &Bases, residents: &mut Residents) -> Result<Trainer, EngineError> {
+pub(super) fn prepare(run: &mut TrainingRun, bases: &Bases, residents: &mut Residents, memory: u64) -> Result<Trainer, EngineError> {
     let base = bases.get(&run.model)?;
     let start = bases.open(&run.start)?;
     let precision = run.spec.precision.unwrap_or(start.precision);
@@ -32,6 +32,7 @@ pub(super) fn prepare(run: &mut TrainingRun, bases: &Bases, residents: &mut Resi
         resume: run.resume.clone(),
         tokenizer: base.tokenizer.clone(),
         base: base.info.source.clone(),
+        memory,
     };
     Trainer::new(input).map_err(|e| EngineError::Weights(e.to_string()))
 }

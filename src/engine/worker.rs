@@ -11,8 +11,10 @@ use super::residents::{Bases, Residents};
 use super::run;
 use crate::domain::job::JobError;
 use crate::model::decoder::Policy;
+use crate::model::ops::buffer::Buffer;
 use crate::train::pair::SequenceGroup;
-use crate::train::scorer::{self, Logps, ReferenceCache};
+use crate::train::reference_cache::ReferenceCache;
+use crate::train::scorer::{self, Logps};
 use crate::train::trainer::{Status, TrainError, Trainer};
 
 /// Tokens of a row that several items share: more would only need more memory.
@@ -27,6 +29,8 @@ pub(super) struct Worker {
     active: Option<Active>,
     batch_tokens: usize,
     share: f64,
+    /// Bytes a run may need.
+    memory: u64,
     /// Time that training must get before scoring may go on.
     owed_to_training: Duration,
 }
@@ -38,15 +42,19 @@ struct Active {
 }
 
 impl Worker {
-    pub fn new(queue: Arc<Queue>, bases: Arc<Bases>, options: &EngineOptions) -> Self {
+    pub fn new(queue: Arc<Queue>, bases: Arc<Bases>, options: &EngineOptions, memory: u64) -> Self {
         Worker {
             queue,
             bases,
             residents: Residents::new(options.resident_policies),
-            cache: ReferenceCache::new(options.reference_cache_tokens),
+            cache: match &options.reference_cache_file {
+                Some(path) => ReferenceCache::open(options.reference_cache_tokens, path),
+                None => ReferenceCache::new(options.reference_cache_tokens),
+            },
             active: None,
             batch_tokens: options.batch_tokens,
             share: options.scoring_share.clamp(0.01, 1.0),
+            memory,
             owed_to_training: Duration::ZERO,
         }
     }
@@ -173,10 +181,10 @@ impl Worker {
             Command::Drain => Some(RunEnd::Drained),
             Command::Run => None,
         };
-        let (bases, residents) = (&self.bases, &mut self.residents);
+        let (bases, residents, memory) = (&self.bases, &mut self.residents, self.memory);
         let prepared = match end {
             Some(end) => Err(end),
-            None => match guarded(|| run::prepare(&mut run, bases, residents)) {
+            None => match guarded(|| run::prepare(&mut run, bases, residents, memory)) {
                 Ok(Ok(trainer)) => Ok(trainer),
                 Ok(Err(e)) => Err(RunEnd::Failed(JobError { reason: "WEIGHTS_UNAVAILABLE".into(), message: e.to_string() })),
                 Err(panic) => Err(RunEnd::Failed(internal(panic))),
@@ -213,6 +221,7 @@ impl Worker {
             // Weights and optimizer are freed before anyone hears that the run is over.
             let Active { run, trainer } = active;
             drop(trainer);
+            Buffer::trim();
             send(&run, RunEvent::Ended(end));
         }
     }

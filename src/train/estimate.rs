@@ -1,28 +1,36 @@
-//! How much memory a run needs, by arithmetic on shapes.
+//! How much memory a run needs, by arithmetic on shapes, and how to fit it into what there is.
+//!
+//! `benches/compare.py` prints the estimate beside the measured peak.
 
-use crate::domain::training::{ActivationCheckpointing, Method, TrainingSpec};
+use crate::domain::training::{ActivationCheckpointing, Method, Precision, TARGET_MODULES, TrainingSpec};
 use crate::model::adapter::projection_shapes;
 use crate::model::config::ModelConfig;
+use crate::model::ops::attention::SCORES;
+use crate::train::backprop::Keep;
 
-/// Above this, `auto` recomputes activations.
-const TAPE_BUDGET: u64 = 1 << 30;
 const F32: u64 = 4;
+/// The program itself: code, runtime, tokenizer, packed panels of weights.
+const PROGRAM: u64 = 96 << 20;
+/// Buffers are rounded up, by a sixteenth on average.
+const ROUNDING: (u64, u64) = (17, 16);
 
-/// Bytes by purpose, besides the resident base weights.
+/// Bytes by purpose, besides the resident base weights, and the choices that they rest on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Estimate {
     /// Weights of its own, gradients and AdamW's moments.
     pub training_state: u64,
-    /// Activations of one micro-batch.
+    /// Activations of one row, the largest at one time.
     pub activations: u64,
-    /// Whether block activations are recomputed.
-    pub checkpointing: bool,
+    /// What the forward pass keeps.
+    pub keep: Keep,
+    /// Tokens of a packed row, unless one pair is longer.
+    pub row_tokens: usize,
 }
 
 impl Estimate {
-    /// All of it.
+    /// All of it, the program included.
     pub fn total(&self) -> u64 {
-        self.training_state + self.activations
+        PROGRAM + self.training_state + self.activations
     }
 }
 
@@ -30,39 +38,90 @@ impl Estimate {
 pub fn trainable_parameters(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
     match &spec.method {
         Method::Full => config.parameter_count() as u64,
-        Method::Lora(l) => {
-            let per_block: usize = projection_shapes(config)
-                .iter()
-                .zip(crate::domain::training::TARGET_MODULES)
-                .filter(|(_, name)| l.target_modules.iter().any(|m| m == name))
-                .map(|((out, input), _)| l.rank * (out + input))
-                .sum();
+        Method::Lora(_) => {
+            let per_block: usize = projection_shapes(config).iter().zip(ranks(spec)).map(|((out, input), rank)| rank * (out + input)).sum();
             (per_block * config.num_layers) as u64
         }
     }
 }
 
-/// What a run over micro-batches of `tokens` packed tokens needs.
-pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, tokens: usize) -> Estimate {
-    let (c, f) = (config.hidden_size as u64, config.intermediate_size as u64);
-    let (q, k) = ((config.num_heads * config.head_dim) as u64, (config.num_kv_heads * config.head_dim) as u64);
-    let (t, layers) = (tokens as u64, config.num_layers as u64);
-    // Per token and block on a tape: the input copy, two norms, q, k, v, rotated q and k, attention's output, two projections with their sums,
-    // gate, up and their product.
-    let tape = F32 * t * (7 * c + 3 * q + 3 * k + 3 * f);
-    let inputs = F32 * t * c * (layers + 1);
-    let checkpointing = match spec.batch.activation_checkpointing {
-        ActivationCheckpointing::On => true,
-        ActivationCheckpointing::Off => false,
-        ActivationCheckpointing::Auto => tape * layers > TAPE_BUDGET,
+/// LoRA's rank on each projection of a block.
+fn ranks(spec: &TrainingSpec) -> [usize; 7] {
+    TARGET_MODULES.map(|name| match &spec.method {
+        Method::Lora(l) if l.target_modules.iter().any(|m| m == name) => l.rank,
+        _ => 0,
+    })
+}
+
+/// What a run over pairs of at most `longest` packed tokens needs with these choices.
+pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, longest: usize, keep: Keep, row_tokens: usize) -> Estimate {
+    let t = longest.max(row_tokens.min(longest.saturating_mul(spec.batch.batch_size))) as u64;
+    let (c, f, h) = (config.hidden_size as u64, config.intermediate_size as u64, config.num_heads as u64);
+    let (q, k) = (h * config.head_dim as u64, (config.num_kv_heads * config.head_dim) as u64);
+    let (row, layers) = (q + 2 * k, config.num_layers as u64);
+    let ranks: u64 = ranks(spec).iter().map(|r| *r as u64).sum();
+    let raw = if config.qk_norm { row } else { 0 };
+    // Block input, q/k/v, attention's output and log-sum-exps, the sum after attention, gate and up, x·Aᵀ.
+    let tape = c + row + raw + q + h + c + 2 * f + ranks;
+    // In the backward pass of the feed-forward part: the product, its gradient, and the operands; of attention: gradients and packed heads.
+    let passing = (2 * f + 4 * c).max(3 * row + 2 * q + 2 * c);
+    let scores = 2 * (t * (t / 2 + 64) * h).min(SCORES as u64) * if spec.precision == Some(Precision::Bf16) { F32 / 2 } else { F32 };
+    let kept = match keep {
+        Keep::Tapes => layers * tape,
+        Keep::Inputs => layers * c + tape,
+        Keep::Nothing => 0,
     };
-    let activations = if checkpointing { inputs + 2 * tape } else { (layers + 1) * tape };
-    let head = F32 * (128 * config.vocab_size as u64 + t * c);
-    let trained = trainable_parameters(config, spec);
-    // Gradient, first and second moment; a full fine-tune also owns its weights and forms one more head-sized gradient on the way.
-    let training_state = match spec.method {
-        Method::Full => F32 * (4 * trained + config.vocab_size as u64 * c),
-        Method::Lora(_) => F32 * 4 * trained,
+    // The head keeps three states for each predictor, at most one for each token.
+    let activations = (F32 * t * (kept + passing + 4 * c) + scores) * ROUNDING.0 / ROUNDING.1;
+    // Gradient, first and second moment, and the weights that are trained.
+    let training_state = F32 * 4 * trainable_parameters(config, spec);
+    Estimate { training_state, activations, keep, row_tokens }
+}
+
+/// The fastest choices that stay within `available` bytes, the resident base weights not counted.
+///
+/// # Errors
+/// The leanest choices' estimate, when even that is too much.
+pub fn plan(config: &ModelConfig, spec: &TrainingSpec, longest: usize, available: u64) -> Result<Estimate, Estimate> {
+    let keeps: &[Keep] = match spec.batch.activation_checkpointing {
+        ActivationCheckpointing::On => &[Keep::Inputs],
+        ActivationCheckpointing::Off => &[Keep::Tapes],
+        ActivationCheckpointing::Auto => &[Keep::Tapes, Keep::Inputs],
     };
-    Estimate { training_state, activations: activations + head, checkpointing }
+    let wanted = spec.batch.row_tokens;
+    let mut last = estimate(config, spec, longest, keeps[0], wanted);
+    for &keep in keeps {
+        // Shorter rows before recomputation: they cost less time.
+        for row_tokens in [wanted, wanted / 2, longest.min(wanted)] {
+            last = estimate(config, spec, longest, keep, row_tokens.max(1));
+            if last.total() <= available {
+                return Ok(last);
+            }
+        }
+    }
+    Err(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> ModelConfig {
+        let json = r#"{"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+            "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": true}"#;
+        ModelConfig::from_hf_json(json, std::path::Path::new("config.json")).unwrap()
+    }
+
+    #[test]
+    fn less_memory_means_shorter_rows_then_recomputation_then_a_refusal() {
+        let (config, spec) = (config(), TrainingSpec::default());
+        let all = plan(&config, &spec, 300, u64::MAX).unwrap();
+        assert_eq!((all.keep, all.row_tokens), (Keep::Tapes, spec.batch.row_tokens));
+        let less = plan(&config, &spec, 300, all.total() - 1).unwrap();
+        assert!(less.keep == Keep::Tapes && less.row_tokens < all.row_tokens && less.total() < all.total());
+        let least = plan(&config, &spec, 300, 0).unwrap_err();
+        assert_eq!(plan(&config, &spec, 300, least.total()).unwrap(), least);
+        assert_eq!(least.keep, Keep::Inputs);
+        assert!(plan(&config, &spec, 300, least.total() - 1).is_err());
+    }
 }

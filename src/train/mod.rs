@@ -11,6 +11,7 @@ pub mod optimizer;
 pub mod pack;
 pub mod pair;
 pub mod reference;
+pub mod reference_cache;
 pub mod rows;
 pub mod scorer;
 pub mod trainable;

@@ -7,16 +7,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::backprop::Keep;
 use super::checkpoint::{self, CheckpointError, Contents, RunState};
-use super::estimate::estimate;
+use super::estimate::{self, Estimate};
 use super::event::RunEvent;
 use super::micro_batch::MicroBatch;
 use super::observe::{Evaluation, Window};
 use super::optimizer::AdamW;
 use super::pair::{EncodedPair, SequenceGroup};
 use super::reference::Reference;
-use super::scorer::{Logps, ReferenceCache};
+use super::reference_cache::ReferenceCache;
+use super::scorer::Logps;
 use super::trainable::{Gradients, TrainablePolicy};
 use crate::domain::job::{Metrics, Progress};
 use crate::domain::training::TrainingSpec;
@@ -69,6 +69,8 @@ pub struct TrainerInput {
     pub tokenizer: Arc<ChatTokenizer>,
     /// The base model's name, for adapter_config.json.
     pub base: String,
+    /// Bytes the run may need besides the resident base weights: decides what is recomputed.
+    pub memory: u64,
 }
 
 /// What is left to do.
@@ -111,7 +113,7 @@ pub struct Trainer {
     evaluation: Evaluation,
     latest: Metrics,
     saved_step: Option<u64>,
-    keep: Keep,
+    plan: Estimate,
     started: Instant,
     first_step: u64,
 }
@@ -119,7 +121,7 @@ pub struct Trainer {
 impl Trainer {
     /// Prepares a run; with `resume`, restores its state.
     pub fn new(input: TrainerInput) -> Result<Self, TrainError> {
-        let TrainerInput { spec, policy, mut reference, train, eval, checkpoints, resume, tokenizer, base } = input;
+        let TrainerInput { spec, policy, mut reference, train, eval, checkpoints, resume, tokenizer, base, memory } = input;
         let mut optimizer = AdamW::new(policy.trainables.iter().map(|t| t.var.elem_count()));
         let (mut state, mut latest, mut saved_step) = (RunState::default(), Metrics::new(), None);
         if let Some(dir) = &resume {
@@ -131,7 +133,7 @@ impl Trainer {
             (state, latest) = (restored.state, restored.metrics);
         }
         let longest = train.iter().map(EncodedPair::packed_tokens).max().unwrap_or(0);
-        let keep = if estimate(&policy.policy.config, &spec, longest).checkpointing { Keep::Inputs } else { Keep::Tapes };
+        let (Ok(plan) | Err(plan)) = estimate::plan(&policy.policy.config, &spec, longest, memory);
         let total_steps = spec.batch.total_steps(train.len());
         let first_step = state.step;
         let mut trainer = Trainer {
@@ -154,7 +156,7 @@ impl Trainer {
             phase: Phase::Done,
             latest,
             saved_step,
-            keep,
+            plan,
             first_step,
         };
         trainer.phase = trainer.first_phase();
@@ -266,11 +268,11 @@ impl Trainer {
     fn micro_batch(&mut self, scale: f64, cache: &mut ReferenceCache) -> Result<(), TrainError> {
         let chosen = self.batch_rows();
         let pairs: Vec<&EncodedPair> = chosen.iter().map(|i| &self.train[*i]).collect();
-        let row_tokens = self.spec.batch.row_tokens;
+        let row_tokens = self.plan.row_tokens;
         let references = references(&self.reference, &pairs, row_tokens, cache)?;
         let references = references.as_deref();
         let batch = MicroBatch { dpo: &self.spec.dpo, policy: &self.policy.policy, pairs: &pairs, references, row_tokens };
-        let (loss, metrics) = batch.train(self.keep, scale, &mut self.gradients)?;
+        let (loss, metrics) = batch.train(self.plan.keep, scale, &mut self.gradients)?;
         if !loss.is_finite() {
             return Err(self.non_finite("loss", loss, &chosen));
         }
@@ -375,7 +377,7 @@ impl Trainer {
     fn evaluate_unit(&mut self, next: usize, cache: &mut ReferenceCache, emit: &mut dyn FnMut(RunEvent)) -> Result<(), TrainError> {
         let end = (next + self.spec.batch.batch_size).min(self.eval.len());
         let pairs: Vec<&EncodedPair> = self.eval[next..end].iter().collect();
-        let row_tokens = self.spec.batch.row_tokens;
+        let row_tokens = self.plan.row_tokens;
         let references = references(&self.reference, &pairs, row_tokens, cache)?;
         let references = references.as_deref();
         let batch = MicroBatch { dpo: &self.spec.dpo, policy: &self.policy.policy, pairs: &pairs, references, row_tokens };

@@ -12,7 +12,7 @@ use bradley::model::peft;
 use bradley::train::event::RunEvent;
 use bradley::train::pair::EncodedPair;
 use bradley::train::reference::Reference;
-use bradley::train::scorer::ReferenceCache;
+use bradley::train::reference_cache::ReferenceCache;
 use bradley::train::trainable::TrainablePolicy;
 use bradley::train::trainer::{Status, Trainer, TrainerInput};
 
@@ -78,6 +78,7 @@ pub fn events(run: Run) -> Vec<RunEvent> {
         resume: run.resume,
         tokenizer: Arc::new(open("llama").tokenizer),
         base: "tiny".into(),
+        memory: u64::MAX,
     };
     let mut trainer = Trainer::new(input).unwrap();
     let mut cache = ReferenceCache::new(1 << 20);
@@ -219,6 +220,7 @@ fn a_continued_run_takes_the_steps_of_an_undisturbed_one_bit_for_bit() {
         resume: input.resume,
         tokenizer: Arc::new(open("llama").tokenizer),
         base: "tiny".into(),
+        memory: u64::MAX,
     });
     assert!(result.err().unwrap().to_string().contains("adapter_model.safetensors does not match its checksum"));
     std::fs::remove_dir_all(folder).unwrap();

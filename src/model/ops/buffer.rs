@@ -1,37 +1,113 @@
 //! Reused memory for activations: fresh pages cost more than the work on them, and a large allocation is fresh pages every time.
 //!
-//! Buffers come from one pool and go back to it when dropped. Their content is whatever was there before.
+//! Buffers come from one pool and go back to it when dropped. Their content is whatever was there before. The pool never holds more than an eighth over what was in
+//! use at one time since the last [`Buffer::trim`]: before it would grow past that, it gives back what it kept longest.
 
+use std::collections::VecDeque;
 use std::ops::{Deref, DerefMut};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Free buffers kept at most.
-const MAX_FREE: usize = 512;
+use memmap2::{Advice, MmapMut};
 
-static FREE: Mutex<Vec<Vec<f32>>> = Mutex::new(Vec::new());
+/// From so many values on a buffer is mapped on its own, so that giving it back gives its pages back.
+const MAPPED_FROM: usize = 1 << 16;
+
+static POOL: Mutex<Pool> = Mutex::new(Pool { free: VecDeque::new(), free_values: 0, live_values: 0, peak_values: 0 });
+
+/// Free storage, the longest unused first; sizes in values.
+struct Pool {
+    free: VecDeque<Storage>,
+    free_values: usize,
+    live_values: usize,
+    /// The most that was live at one time.
+    peak_values: usize,
+}
+
+#[derive(Debug)]
+enum Storage {
+    Heap(Vec<f32>),
+    Mapped(MmapMut),
+}
+
+impl Storage {
+    fn new(values: usize) -> Self {
+        if values >= MAPPED_FROM
+            && let Ok(map) = MmapMut::map_anon(values * 4)
+        {
+            // Only a hint: fewer, larger pages.
+            let _ = map.advise(Advice::HugePage);
+            return Storage::Mapped(map);
+        }
+        Storage::Heap(vec![0f32; values])
+    }
+
+    fn values(&self) -> usize {
+        match self {
+            Storage::Heap(v) => v.len(),
+            Storage::Mapped(m) => m.len() / 4,
+        }
+    }
+}
+
+fn pool() -> MutexGuard<'static, Pool> {
+    POOL.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Sizes are rounded up by at most an eighth, so that rows of about the same length share buffers.
+fn size_class(len: usize) -> usize {
+    let len = len.max(1024);
+    len.next_multiple_of(1 << (len.ilog2() - 3))
+}
+
+impl Pool {
+    fn take(&mut self, class: usize) -> Option<Storage> {
+        let fits = |s: &Storage| s.values() >= class && s.values() - class <= class / 4;
+        let best = self.free.iter().enumerate().filter(|(_, s)| fits(s)).min_by_key(|(_, s)| s.values()).map(|(i, _)| i);
+        let storage = best.and_then(|i| self.free.remove(i));
+        let values = storage.as_ref().map_or(class, Storage::values);
+        if storage.is_some() {
+            self.free_values -= values;
+        }
+        self.live_values += values;
+        self.peak_values = self.peak_values.max(self.live_values);
+        storage
+    }
+
+    /// What must go so that live and free together stay near the peak.
+    fn surplus(&mut self) -> Vec<Storage> {
+        let mut gone = Vec::new();
+        while self.live_values + self.free_values > self.peak_values + self.peak_values / 8 {
+            let Some(oldest) = self.free.pop_front() else { break };
+            self.free_values -= oldest.values();
+            gone.push(oldest);
+        }
+        gone
+    }
+}
 
 /// A slice of f32 (or of as many 4-byte units) from the pool.
 #[derive(Debug, Default)]
 pub struct Buffer {
-    storage: Vec<f32>,
+    storage: Option<Storage>,
     len: usize,
 }
 
 impl Buffer {
     /// `len` values with any content.
     pub fn dirty(len: usize) -> Self {
-        let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
-        let fits = |v: &Vec<f32>| v.len() >= len && v.len() / 2 <= len.max(1024);
-        let best = free.iter().enumerate().filter(|(_, v)| fits(v)).min_by_key(|(_, v)| v.len()).map(|(i, _)| i);
-        let storage = match best {
-            Some(i) => free.swap_remove(i),
-            None => {
-                drop(free);
-                // Sizes are rounded, so that rows of almost the same length share buffers.
-                vec![0f32; len.max(1).next_multiple_of(if len > 1 << 16 { 1 << 15 } else { 1 << 10 })]
-            }
+        if len == 0 {
+            return Buffer::default();
+        }
+        let class = size_class(len);
+        let (found, gone) = {
+            let mut pool = pool();
+            let found = pool.take(class);
+            let gone = if found.is_none() { pool.surplus() } else { Vec::new() };
+            (found, gone)
         };
-        Buffer { storage, len }
+        // Unmapping and mapping take time: not under the lock.
+        drop(gone);
+        Buffer { storage: Some(found.unwrap_or_else(|| Storage::new(class))), len }
     }
 
     /// `len` zeros.
@@ -62,9 +138,15 @@ impl Buffer {
         unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), values.len()) }
     }
 
-    /// Gives the free buffers back to the allocator, e.g. when a run has ended.
+    /// Gives all free buffers back, e.g. when a run has ended.
     pub fn trim() {
-        FREE.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        let gone = {
+            let mut pool = pool();
+            pool.free_values = 0;
+            pool.peak_values = pool.live_values;
+            std::mem::take(&mut pool.free)
+        };
+        drop(gone);
     }
 }
 
@@ -72,27 +154,34 @@ impl Deref for Buffer {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        &self.storage[..self.len]
+        match &self.storage {
+            None => &[],
+            Some(Storage::Heap(v)) => &v[..self.len],
+            // SAFETY: the map is page-aligned and has at least `len` values; every bit pattern is an f32.
+            Some(Storage::Mapped(m)) => unsafe { std::slice::from_raw_parts(m.as_ptr().cast(), self.len) },
+        }
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.storage[..self.len]
+        match &mut self.storage {
+            None => &mut [],
+            Some(Storage::Heap(v)) => &mut v[..self.len],
+            // SAFETY: as in `deref`, and exclusive.
+            Some(Storage::Mapped(m)) => unsafe { std::slice::from_raw_parts_mut(m.as_mut_ptr().cast(), self.len) },
+        }
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.storage.is_empty() {
-            return;
+        if let Some(storage) = self.storage.take() {
+            let mut pool = pool();
+            pool.live_values = pool.live_values.saturating_sub(storage.values());
+            pool.free_values += storage.values();
+            pool.free.push_back(storage);
         }
-        let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
-        if free.len() >= MAX_FREE {
-            // The one longest unused is the least likely to fit again.
-            free.remove(0);
-        }
-        free.push(std::mem::take(&mut self.storage));
     }
 }
 
@@ -102,13 +191,34 @@ mod tests {
 
     #[test]
     fn a_buffer_has_the_length_asked_for_and_zeros_are_zero() {
-        {
-            let mut b = Buffer::dirty(5000);
-            b.fill(7.0);
+        for len in [0, 1, 4900, MAPPED_FROM + 1] {
+            {
+                let mut b = Buffer::dirty(len);
+                b.fill(7.0);
+            }
+            let b = Buffer::zeros(len);
+            assert_eq!((b.len(), b.units().len()), (len, len));
+            assert!(b.iter().all(|x| *x == 0.0));
         }
-        let b = Buffer::zeros(4900);
-        assert_eq!(b.len(), 4900);
-        assert!(b.iter().all(|x| *x == 0.0));
-        assert_eq!(b.units().len(), 4900);
+    }
+
+    #[test]
+    fn size_classes_waste_little() {
+        for len in [1, 1024, 1025, 5000, 123_456, 10_000_001] {
+            let class = size_class(len);
+            assert!(class >= len && class <= (len + len / 8).max(1024) + 1, "{len} -> {class}");
+        }
+    }
+
+    #[test]
+    fn a_pool_never_keeps_more_than_was_live() {
+        let mut pool = Pool { free: VecDeque::new(), free_values: 0, live_values: 0, peak_values: 0 };
+        assert!(pool.take(2048).is_none());
+        pool.live_values = 0;
+        pool.free_values = 2048;
+        pool.free.push_back(Storage::new(2048));
+        assert!(pool.take(1024).is_none(), "too large to be used for half its size");
+        assert_eq!(pool.surplus().len(), 1);
+        assert_eq!(pool.free_values + pool.live_values, 1024);
     }
 }

@@ -11,7 +11,7 @@ use crate::model::ops::simd::{dispatch, dot, exp};
 use crate::model::ops::team;
 
 /// Scores of all heads that are kept between the two sweeps; longer rows are done in several rounds.
-const SCORES: usize = 1 << 24;
+pub const SCORES: usize = 1 << 24;
 
 /// Gradients of [`super::attention`] for `g = ∂loss/∂out` `[T, H·D]`, with its inputs and outputs; `dqkv` `[T, (H + 2K)·D]` is overwritten.
 pub fn attention_backward(

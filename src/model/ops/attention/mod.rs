@@ -11,7 +11,7 @@ mod keys;
 
 use std::ops::Range;
 
-pub use self::backward::attention_backward;
+pub use self::backward::{SCORES, attention_backward};
 use self::keys::{Along, Keys};
 use super::buffer::Buffer;
 use super::gemm::{Kernel, NR, Operand, Product, Shared, View, panel_product};
