@@ -3,6 +3,8 @@
 //! `offline MODEL PAIRS.jsonl train-lora|train-full|score f32|bf16 BATCH [max_length]`; a line is `FROM TO` (pairs of the file, or `FROM TO warm` to
 //! keep the reference cache of the round before).
 
+#![allow(clippy::print_stdout)]
+
 use std::io::BufRead;
 use std::sync::Arc;
 use std::time::Instant;
@@ -42,6 +44,9 @@ fn main() -> anyhow::Result<()> {
     let all: Vec<EncodedPair> = rows.filter_map(|row| encoder.encode_row(&row.ok()?).ok()).collect();
     let mut cache = ReferenceCache::new(1 << 24);
     println!("ready {}", all.len());
+    if mode == "lengths" {
+        return lengths(&base, &all);
+    }
     for line in std::io::stdin().lock().lines() {
         let line = line?;
         let words: Vec<&str> = line.split_whitespace().collect();
@@ -134,6 +139,23 @@ fn train(
     // The last checkpoint is not part of the figure: TRL's is not either.
     while trainer.step() < total && trainer.advance(cache, &mut |_| {})? == Status::Working {}
     Ok(start.elapsed().as_secs_f64())
+}
+
+/// Seconds a token of scoring one row, by its length: what grows is attention.
+fn lengths(base: &Policy, pairs: &[EncodedPair]) -> anyhow::Result<()> {
+    let text: Vec<u32> = pairs.iter().flat_map(|p| p.prompt.iter().chain(&p.chosen).copied()).collect();
+    for n in [64, 128, 256, 512, 1024, 2048, 4096] {
+        let row = [SequenceGroup { prompt: text[..n / 2].to_vec(), completions: vec![text[n / 2..n].to_vec()] }];
+        let mut times = Vec::new();
+        for _ in 0..5 {
+            let start = Instant::now();
+            score_all(base, &[&row], usize::MAX)?;
+            times.push(start.elapsed().as_secs_f64());
+        }
+        times.sort_by(f64::total_cmp);
+        println!("{{\"tokens\": {n}, \"seconds\": {}, \"microseconds_a_token\": {}}}", times[2], times[2] / n as f64 * 1e6);
+    }
+    Ok(())
 }
 
 /// Multiplications and additions of the matrix products that the round needs at least, in 10⁹: packed tokens, heads on completions only. The policy

@@ -76,7 +76,7 @@ def train(chosen):
             dataloader_drop_last=False,
         )
         config = lora() if mode == "train-lora" else None
-        trainer = DPOTrainer(model=load(), args=args, train_dataset=Dataset.from_list(chosen), processing_class=tokenizer, peft_config=config)
+        trainer = DPOTrainer(model=load(), ref_model=None if config else load(), args=args, train_dataset=Dataset.from_list(chosen), processing_class=tokenizer, peft_config=config)
         start = time.perf_counter()
         trainer.train()
         return time.perf_counter() - start

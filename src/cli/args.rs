@@ -122,6 +122,9 @@ pub struct DemoArgs {
     /// Passes over the training pairs.
     #[arg(long, default_value_t = 2.0)]
     pub epochs: f64,
+    /// What matrix products are computed in: f32 or bf16.
+    #[arg(long, default_value = "f32")]
+    pub precision: String,
     /// Keep the jobs and the trained adapter in this folder; without it a temporary one is used.
     #[arg(long)]
     pub data_dir: Option<PathBuf>,
@@ -205,6 +208,9 @@ pub struct TrainArgs {
     /// Seed.
     #[arg(long)]
     pub seed: Option<u64>,
+    /// What matrix products are computed in, f32 or bf16; the server's own without it.
+    #[arg(long)]
+    pub precision: Option<String>,
     /// Leave out rows that fail validation instead of refusing the job.
     #[arg(long)]
     pub skip_bad_rows: bool,

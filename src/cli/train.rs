@@ -82,6 +82,7 @@ fn job(
         }),
         run: Some(pb::RunConfig { save_steps: args.save_steps, eval_steps: args.eval_steps, ..Default::default() }),
         seed: args.seed,
+        precision: args.precision.clone().unwrap_or_default(),
         row_policy: if args.skip_bad_rows { pb::RowPolicy::Skip.into() } else { pb::RowPolicy::Reject.into() },
         ..Default::default()
     })

@@ -23,7 +23,7 @@ pub struct RowTape {
 
 enum Kept {
     /// Everything the backward pass needs.
-    Tape(BlockTape),
+    Tape(Box<BlockTape>),
     /// Only the block's input.
     Input(Buffer),
 }
@@ -48,7 +48,7 @@ pub fn forward(policy: &Policy, row: Arc<Row>, keep: Keep) -> Result<RowTape> {
         let input = (keep == Keep::Inputs).then(|| Buffer::copy_of(&x));
         let (y, tape) = policy.block(i, x, &row, keep == Keep::Tapes)?;
         x = y;
-        blocks.extend(tape.map(Kept::Tape).or(input.map(Kept::Input)));
+        blocks.extend(tape.map(|t| Kept::Tape(Box::new(t))).or(input.map(Kept::Input)));
     }
     let head = policy.head(&x, &row, HeadOptions { distribution: true, gradient: keep != Keep::Nothing })?;
     Ok(RowTape { row, blocks, head })
@@ -63,7 +63,7 @@ pub fn backward(policy: &Policy, tape: RowTape, upstream: &[f32], gradients: &mu
     let mut gx = policy.head_backward(head, &row, upstream, gradients)?;
     for (i, kept) in blocks.into_iter().enumerate().rev() {
         let tape = match kept {
-            Kept::Tape(tape) => tape,
+            Kept::Tape(tape) => *tape,
             Kept::Input(x) => match policy.block(i, x, &row, true)?.1 {
                 Some(tape) => tape,
                 None => bail!("block {i} left no tape"),

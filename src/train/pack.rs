@@ -77,9 +77,11 @@ fn cost(items: &[&[SequenceGroup]], members: &[usize], i: usize) -> usize {
     items[i].iter().map(|g| if last.iter().any(|l| l.prompt == g.prompt) { g.tokens() - g.prompt.len() } else { g.tokens() }).sum()
 }
 
+/// A completion: its item among the members, its place in the item, its tokens.
+type Answer<'a> = (usize, usize, &'a [u32]);
+
 fn pack_items(items: &[&[SequenceGroup]], members: Vec<usize>) -> PackedRow {
-    // Every prompt with its completions: (place among the members, place in the item, tokens).
-    let mut prompts: Vec<(&[u32], Vec<(usize, usize, &[u32])>)> = Vec::new();
+    let mut prompts: Vec<(&[u32], Vec<Answer>)> = Vec::new();
     let mut known: HashMap<&[u32], usize> = HashMap::new();
     let mut completions: Vec<Vec<Range<usize>>> = Vec::with_capacity(members.len());
     for (m, &i) in members.iter().enumerate() {

@@ -181,9 +181,25 @@ fn checkpointing_changes_no_bit() {
 }
 
 #[test]
-fn packed_rows_equal_separate_sequences() {
+fn bf16_log_probs_are_within_a_percent_of_f32() {
     for name in MODELS {
         let (model, tokenizer) = tiny(name);
+        for pair in encode(&rows("pairs.jsonl"), &tokenizer, 256) {
+            let exact = score(&model, &pair.groups()).unwrap();
+            let rounded = score(&model.with_precision(Precision::Bf16), &pair.groups()).unwrap();
+            for (e, r) in exact.iter().zip(&rounded) {
+                let sum = |v: &[f32]| v.iter().map(|x| *x as f64).sum::<f64>();
+                assert_close(name, sum(r), sum(e), 0.01, 0.1);
+            }
+        }
+    }
+}
+
+#[test]
+fn packed_rows_equal_separate_sequences() {
+    for (name, precision) in MODELS.into_iter().flat_map(|m| [(m, Precision::F32), (m, Precision::Bf16)]) {
+        let (model, tokenizer) = tiny(name);
+        let model = model.with_precision(precision);
         let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
         let all: Vec<_> = pairs.iter().map(EncodedPair::groups).collect();
         let packed = pack(&all.iter().map(Vec::as_slice).collect::<Vec<_>>());

@@ -49,7 +49,7 @@ impl Run {
         let adapter = peft::load(&golden(adapter), &model.config).unwrap();
         let reference = Reference::Frozen { policy: model.clone(), identity: "base".into() };
         Run {
-            policy: TrainablePolicy::lora(model, &adapter, Precision::F32).unwrap(),
+            policy: TrainablePolicy::lora(model, &adapter, model.precision).unwrap(),
             reference,
             pairs,
             eval: vec![],
@@ -179,16 +179,19 @@ fn bits(all: &[Metrics]) -> Vec<Vec<(String, u64)>> {
 
 #[test]
 fn the_same_seed_gives_the_same_metrics_bit_for_bit_and_another_seed_does_not() {
-    let run = |seed: u64| {
-        let (model, tokenizer) = tiny("llama");
-        let mut spec = shuffled(6);
-        spec.seed.0 = seed;
-        let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
-        bits(&train(Run { eval: pairs[..2].to_vec(), ..Run::lora(&model, "adapters/llama-start", pairs, spec) }))
-    };
-    let first = run(42);
-    assert_eq!(first, run(42));
-    assert_ne!(first, run(43));
+    for precision in [Precision::F32, Precision::Bf16] {
+        let run = |seed: u64| {
+            let (model, tokenizer) = tiny("llama");
+            let model = model.with_precision(precision);
+            let mut spec = shuffled(6);
+            spec.seed.0 = seed;
+            let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
+            bits(&train(Run { eval: pairs[..2].to_vec(), ..Run::lora(&model, "adapters/llama-start", pairs, spec) }))
+        };
+        let first = run(42);
+        assert_eq!(first, run(42));
+        assert_ne!(first, run(43));
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The real model: SmolLM2-135M-Instruct from its GGUF file, against transformers and TRL on the same weights.
 
 use bradley::domain::dataset::Text;
-use bradley::domain::training::{BatchConfig, Method, OptimizerConfig, ScheduleKind, TrainingSpec};
+use bradley::domain::training::{BatchConfig, Method, OptimizerConfig, Precision, ScheduleKind, TrainingSpec};
 use bradley::model::loader::load_model;
 use bradley::train::pair::EncodedPair;
 use bradley::train::scorer::score;
@@ -59,10 +59,13 @@ fn tokens_log_probs_and_a_full_fine_tune_are_those_of_transformers_and_trl() {
         let pair = &given;
         pairs.push(given.clone());
         let got = score(&model, &pair.groups()).unwrap();
+        let rounded = score(&model.with_precision(Precision::Bf16), &pair.groups()).unwrap();
         for (side, name) in ["chosen", "rejected"].into_iter().enumerate() {
             let want = numbers(&want[name]["logps"]);
             let total: f64 = got[side].iter().map(|x| *x as f64).sum();
             assert_close(&format!("row {i} {name}"), total, want.iter().sum(), 1e-4, 1e-3);
+            let bf16: f64 = rounded[side].iter().map(|x| *x as f64).sum();
+            assert_close(&format!("row {i} {name} in bf16"), bf16, total, 0.01, 1e-3);
             for (g, w) in got[side].iter().zip(want) {
                 assert_close(&format!("row {i} {name} token"), *g as f64, w, 1e-4, 1.0);
             }

@@ -10,8 +10,13 @@ use super::team;
 
 /// Columns of the vocabulary in a tile; a multiple of [`NR`].
 const TILE: usize = 1024;
-/// Rows that one task handles: their logits fit the L2 cache.
-const ROWS: usize = 64;
+/// Rows that one task handles at most: their logits fit the L2 cache.
+const MAX_ROWS: usize = 128;
+
+/// Rows of a task: two tasks a thread where that is enough, in whole tiles of the kernels. No row's result depends on it.
+fn rows_per_task(rows: usize) -> usize {
+    (rows / (2 * team::threads()) / 32 * 32).clamp(32, MAX_ROWS)
+}
 
 /// What else is known of the distribution that predicted a token.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -128,11 +133,12 @@ pub fn head(kernel: Kernel, h: &[f32], w: Elements, hidden: usize, targets: &[u3
     let (rows, vocabulary) = (targets.len(), w.len() / hidden);
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
     let mut running = vec![START; rows];
+    let per_task = rows_per_task(rows);
     let mut gradient = Buffer::dirty(if options.gradient { rows * hidden } else { 0 });
     for_each_tile(kernel, w, hidden, options.gradient, |tile| {
         let out = Shared(gradient.as_mut_ptr());
-        team::chunks(&mut running, ROWS, |i, running| {
-            let (first, n) = (i * ROWS, running.len());
+        team::chunks(&mut running, per_task, |i, running| {
+            let (first, n) = (i * per_task, running.len());
             let mut logits = Buffer::dirty(n * TILE);
             tile.logits(kernel, &operand, first, n, &mut logits);
             let rows = logits.chunks_mut(TILE).zip(running.iter_mut()).zip(&targets[first..first + n]);
@@ -195,9 +201,10 @@ pub fn head_weight_gradient(
     let rows = targets.len();
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
     let mut errors = Buffer::dirty(rows * TILE);
+    let per_task = rows_per_task(rows);
     for_each_tile(kernel, w, hidden, false, |tile| {
-        team::chunks(&mut errors, ROWS * TILE, |i, errors| {
-            let first = i * ROWS;
+        team::chunks(&mut errors, per_task * TILE, |i, errors| {
+            let first = i * per_task;
             tile.logits(kernel, &operand, first, errors.len() / TILE, errors);
             for (r, row) in errors.chunks_mut(TILE).enumerate() {
                 let (lse, g, y) = (log_sum_exp[first + r], g[first + r], targets[first + r] as usize);

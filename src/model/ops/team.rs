@@ -157,7 +157,9 @@ impl Team {
         }
     }
 
-    fn run(&self, tasks: usize, task: Task) {
+    /// Runs a loop, unless another one runs; says how it panicked, if it did.
+    fn run(&self, tasks: usize, task: Task) -> Option<Option<Box<dyn Any + Send>>> {
+        let Ok(_turn) = self.caller.try_lock() else { return None };
         // SAFETY: the reference is dropped from `current` before this function returns, and no helper is inside by then.
         let task: Task<'static> = unsafe { std::mem::transmute::<Task<'_>, Task<'static>>(task) };
         // SAFETY: the last loop is closed and all its helpers have left.
@@ -180,9 +182,7 @@ impl Team {
         }
         // SAFETY: everyone has left.
         unsafe { (*self.current.get()).task = None };
-        if let Some(panic) = self.panic.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            resume_unwind(panic);
-        }
+        Some(self.panic.lock().unwrap_or_else(PoisonError::into_inner).take())
     }
 }
 
@@ -192,9 +192,13 @@ pub fn for_each(tasks: usize, f: impl Fn(usize) + Sync) {
     if tasks > 1
         && team.helpers > 0
         && !INSIDE.get()
-        && let Ok(_caller) = team.caller.try_lock()
+        && let Some(panic) = team.run(tasks, &f)
     {
-        return team.run(tasks, &f);
+        // Nothing is locked any more: a panic here must not poison the team.
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
+        return;
     }
     (0..tasks).for_each(f);
 }
@@ -285,6 +289,7 @@ mod tests {
         let mut data = vec![0usize; 10];
         chunks(&mut data, 3, |i, c| c.fill(i));
         assert_eq!(data, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]);
+        assert!(!team().caller.is_poisoned(), "loops go on in parallel");
     }
 
     #[test]

@@ -1,0 +1,287 @@
+"""Bradley beside TRL and transformers on the same rows, interleaved round by round.
+
+  cargo build --release --benches --bins
+  python benches/compare.py MODEL.gguf PAIRS.jsonl [--rounds 5] [--train-pairs 4] [--score-pairs 8] [--out FILE.jsonl]
+
+The Python needs tests/goldens/requirements.txt, grpcio-tools and googleapis-common-protos. Every measurement is one JSON line in --out; the tables at
+the end are markdown, for BENCHMARKS.md. Training figures leave loading and tokenising out on both sides; every side is a fresh process in every round.
+"""
+
+import argparse
+import glob
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("model")
+parser.add_argument("pairs")
+parser.add_argument("--rounds", type=int, default=5)
+parser.add_argument("--train-pairs", type=int, default=4)
+parser.add_argument("--score-pairs", type=int, default=8)
+parser.add_argument("--max-length", type=int, default=512)
+parser.add_argument("--out", default="compare.jsonl")
+parser.add_argument("--only", choices=["rounds", "own"], help="only the comparison, or only what needs no other side")
+args = parser.parse_args()
+out = open(args.out, "a")
+
+
+def newest(pattern):
+    found = [p for p in glob.glob(str(ROOT / pattern)) if os.access(p, os.X_OK) and not p.endswith(".d")]
+    if not found:
+        sys.exit(f"{pattern} is not built: cargo build --release --benches --bins")
+    return max(found, key=os.path.getmtime)
+
+
+OFFLINE = newest("target/release/deps/offline-*")
+BRADLEY = str(ROOT / "target/release/bradley")
+
+
+def side(command, lines):
+    """A side's answers to some rounds, in a process of its own."""
+    env = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    done = subprocess.run(command, input="".join(l + "\n" for l in lines), capture_output=True, text=True, env=env)
+    answers = [json.loads(l) for l in done.stdout.splitlines() if l.startswith("{")]
+    if done.returncode or len(answers) != len(lines):
+        sys.exit(f"{command} failed:\n{done.stderr[-3000:]}")
+    return answers
+
+
+def note(name, precision, which, answer):
+    answer = dict(answer, name=name, precision=precision, side=which)
+    answer.setdefault("rate", answer.get("pairs", 0) / answer["seconds"])
+    print(json.dumps(answer), file=out, flush=True)
+    print(f"{name:24} {precision:5} {which:12} {answer['rate']:8.3f}/s  {answer.get('peak_bytes', 0) / 1e9:6.2f} GB", flush=True)
+    results.setdefault((name, precision), {}).setdefault(which, []).append(answer)
+
+
+results = {}
+
+
+def rows_for_both():
+    """Rows whose prompt both sides accept, in a file of their own."""
+    kept = []
+    for line in Path(args.pairs).read_text().splitlines():
+        row = json.loads(line)
+        if sum(len(m["content"]) for m in row["prompt"]) < 2.5 * args.max_length:
+            kept.append(json.dumps({k: row[k] for k in ("prompt", "chosen", "rejected")}))
+    path = Path(tempfile.mkdtemp()) / "pairs.jsonl"
+    path.write_text("\n".join(kept) + "\n")
+    return path, [json.loads(l) for l in kept]
+
+
+class Server:
+    """`bradley serve` with a LoRA checkpoint to score with: the base against itself would cost one pass only."""
+
+    def __init__(self, precision, rows):
+        self.folder = tempfile.mkdtemp()
+        port = 50100 if precision == "f32" else 50101
+        command = [BRADLEY, "serve", "--models", f"m={args.model}", "--precision", precision, "--listen", f"127.0.0.1:{port}"]
+        self.child = subprocess.Popen([*command, "--http-listen", "off", "--data-dir", self.folder, "--log", "warn"])
+        import grpc
+
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.max_receive_message_length", 1 << 28)])
+        grpc.channel_ready_future(self.channel).result(timeout=120)
+        self.scoring = pb["scoring_grpc"].ScoringServiceStub(self.channel)
+        self.training = pb["training_grpc"].TrainingServiceStub(self.channel)
+        job = self.submit(rows[-2:], steps=1)
+        self.wait(job)
+        self.policy = f"{job}/checkpoints/latest"
+
+    def submit(self, rows, steps):
+        d, t = pb["dataset"], pb["training"]
+        data = "".join(json.dumps(r) + "\n" for r in rows).encode()
+        upload = [
+            d.UploadDatasetRequest(metadata=d.UploadMetadata(display_name="bench", model="models/m")),
+            d.UploadDatasetRequest(chunk=data),
+        ]
+        dataset = pb["dataset_grpc"].DatasetServiceStub(self.channel).UploadDataset(iter(upload))
+        job = t.TrainingJob(policy="models/m", dataset=dataset.name)
+        job.lora.rank, job.lora.alpha = 16, 32
+        job.batch.batch_size, job.batch.max_length, job.batch.max_steps = 1, args.max_length, steps
+        return self.training.CreateTrainingJob(t.CreateTrainingJobRequest(training_job=job)).name
+
+    def wait(self, job):
+        t = pb["training"]
+        while True:
+            got = self.training.GetTrainingJob(t.GetTrainingJobRequest(name=job))
+            if got.state in (t.JOB_STATE_SUCCEEDED, t.JOB_STATE_FAILED, t.JOB_STATE_CANCELLED):
+                assert got.state == t.JOB_STATE_SUCCEEDED, got
+                return got
+            time.sleep(0.2)
+
+    def options(self):
+        return pb["scoring"].ScoringOptions(policy=self.policy, max_length=args.max_length)
+
+    def score(self, rows):
+        s = pb["scoring"]
+        pairs = [s.Pair(id=str(i), prompt=text(r["prompt"]), a=text(r["chosen"]), b=text(r["rejected"])) for i, r in enumerate(rows)]
+        start = time.perf_counter()
+        answer = self.scoring.ScorePairs(s.ScorePairsRequest(options=self.options(), pairs=pairs))
+        seconds = time.perf_counter() - start
+        assert all(r.HasField("score") for r in answer.results), answer
+        return {"seconds": seconds, "pairs": len(rows), "peak_bytes": self.peak()}
+
+    def completions(self, prompt, answers):
+        s = pb["scoring"]
+        request = s.ScoreCompletionsRequest(options=self.options(), prompt=text(prompt), completions=[text(a) for a in answers])
+        answer = self.scoring.ScoreCompletions(request)
+        assert len(answer.ranking) == len(answers), answer
+
+    def peak(self):
+        status = Path(f"/proc/{self.child.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+    def stop(self):
+        self.child.send_signal(signal.SIGTERM)
+        self.child.wait(60)
+
+
+def text(messages):
+    s = pb["scoring"]
+    return s.Text(chat=s.MessageList(messages=[s.Message(role=m["role"], content=m["content"]) for m in messages]))
+
+
+def stubs():
+    """The protos' Python modules."""
+    folder = tempfile.mkdtemp()
+    files = [str(p) for p in (ROOT / "proto/bradley").rglob("*.proto")]
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}", f"--python_out={folder}", f"--grpc_python_out={folder}"]
+    subprocess.run([*command, *files], check=True)
+    sys.path.insert(0, folder)
+    from importlib import import_module
+
+    modules = {}
+    for name in ("scoring", "training", "dataset"):
+        modules[name] = import_module(f"bradley.v1.{name}_pb2")
+        modules[f"{name}_grpc"] = import_module(f"bradley.v1.{name}_pb2_grpc")
+    return modules
+
+
+def rounds(path, rows, servers):
+    def trl(mode, precision, first, n, batch):
+        return side([sys.executable, str(HERE / "compare/trl_side.py"), args.model, str(path), mode, precision, str(batch), str(args.max_length)], [f"{first} {first + n}"])[0]
+
+    def own(mode, precision, first, n, batch):
+        return side([OFFLINE, args.model, str(path), mode, precision, str(batch), str(args.max_length)], [f"{first} {first + n}"])[0]
+
+    for r in range(args.rounds):
+        for mode, precision in (("train-lora", "f32"), ("train-lora", "bf16"), ("train-full", "f32")):
+            n = args.train_pairs
+            for which, run in (("TRL", trl), ("bradley", own)) if r % 2 == 0 else (("bradley", own), ("TRL", trl)):
+                note(mode, precision, which, run(mode, precision, r * n, n, n))
+        for precision in ("f32", "bf16"):
+            n = args.score_pairs
+            first = r * n
+            note("score", precision, "transformers", trl("score", precision, first, n, n))
+            note("score", precision, "bradley", servers[precision].score(rows[first : first + n]))
+            note("score", precision, "offline", own("score", precision, first, n, n))
+            note("score", precision, "warm cache", servers[precision].score(rows[first : first + n]))
+
+
+def answers(server, precision, rows, r):
+    """Eight short answers to one prompt of about 400 tokens: in one request, as pairs, and one by one."""
+    words = " ".join(m["content"] for row in rows for m in row["chosen"])[r * 1700 : (r + 1) * 1700]
+    shorts = [[{"role": "assistant", "content": row["chosen"][0]["content"][:60]}] for row in rows[:8]]
+
+    def prompt(kind):
+        return [{"role": "user", "content": f"{kind} {r}: {words}"}]
+
+    def timed(which, f):
+        start = time.perf_counter()
+        f()
+        note("8 answers", precision, which, {"seconds": time.perf_counter() - start, "pairs": 8})
+
+    s = pb["scoring"]
+    timed("one by one", lambda: [server.completions(prompt("a"), [x]) for x in shorts])
+
+    def as_pairs():
+        for a, b in zip(shorts[::2], shorts[1::2]):
+            server.scoring.ScorePairs(s.ScorePairsRequest(options=server.options(), pairs=[s.Pair(id="p", prompt=text(prompt("b")), a=text(a), b=text(b))]))
+
+    timed("as pairs", as_pairs)
+    timed("in one", lambda: server.completions(prompt("c"), shorts))
+
+
+def interleaving(server, precision, rows):
+    """Latency of single pairs and training speed, alone and together."""
+
+    def latencies(n, pause=0.25):
+        times = []
+        for i in range(n):
+            times.append(server.score([rows[i % 40 : i % 40 + 1][0]])["seconds"])
+            time.sleep(pause)
+        return sorted(times)
+
+    def speed(job, seconds):
+        t = pb["training"]
+        get = lambda: self_step(server.training.GetTrainingJob(t.GetTrainingJobRequest(name=job)))
+        while get() < 1:
+            time.sleep(0.1)
+        before, start = get(), time.perf_counter()
+        time.sleep(seconds) if isinstance(seconds, (int, float)) else seconds()
+        return (get() - before) / (time.perf_counter() - start)
+
+    def self_step(job):
+        return job.progress.step
+
+    latencies(40, 0)  # the reference cache is warm in both cases
+    idle = latencies(40)
+    job = server.submit(rows[:60], steps=1000)
+    alone = speed(job, 25)
+    busy = []
+    together = speed(job, lambda: busy.extend(latencies(40)))
+    server.training.CancelTrainingJob(pb["training"].CancelTrainingJobRequest(name=job))
+    p99 = lambda xs: sorted(xs)[min(len(xs) - 1, int(0.99 * len(xs)))]
+    figures = {"idle_p50": statistics.median(idle), "idle_p99": p99(idle), "busy_p50": statistics.median(busy), "busy_p99": p99(busy)}
+    figures |= {"steps_per_second_alone": alone, "steps_per_second_with_scoring": together, "micro_batch_seconds": 1 / alone}
+    print(json.dumps({"name": "interleaving", "precision": precision, **figures}), file=out, flush=True)
+    print("interleaving", precision, json.dumps({k: round(v, 3) for k, v in figures.items()}))
+
+
+def lengths(path):
+    for precision in ("f32", "bf16"):
+        for line in subprocess.run([OFFLINE, args.model, str(path), "lengths", precision, "1"], input="0 1\n", capture_output=True, text=True).stdout.splitlines():
+            if line.startswith("{"):
+                print(json.dumps(dict(json.loads(line), name="lengths", precision=precision)), file=out, flush=True)
+                print("lengths", precision, line)
+
+
+def table():
+    print("\n| what | precision | side | rate/s: median (min–max) | GFLOP/s | peak RSS GB | ratio to the first side: median (min–max) |\n|---|---|---|---|---|---|---|")
+    for (name, precision), sides in results.items():
+        base = next(iter(sides.values())) if "TRL" not in sides and "transformers" not in sides else sides.get("TRL") or sides.get("transformers")
+        for which, all_ in sides.items():
+            rates = [a["rate"] for a in all_]
+            ratios = [a["rate"] / b["rate"] for a, b in zip(all_, base)]
+            flops = [a["gflop"] / a["seconds"] for a in all_ if a.get("gflop")]
+            spread = lambda xs, f: f"{statistics.median(xs):{f}} ({min(xs):{f}}–{max(xs):{f}})"
+            peak = max(a.get("peak_bytes", 0) for a in all_) / 1e9
+            print(f"| {name} | {precision} | {which} | {spread(rates, '.3f')} | {statistics.median(flops) if flops else 0:.0f} | {peak:.2f} | {spread(ratios, '.2f')} |")
+
+
+path, rows = rows_for_both()
+pb = stubs()
+servers = {p: Server(p, rows) for p in ("f32", "bf16")}
+try:
+    if args.only != "own":
+        rounds(path, rows, servers)
+    if args.only != "rounds":
+        for precision, server in servers.items():
+            for r in range(args.rounds):
+                answers(server, precision, rows, r)
+            interleaving(server, precision, rows)
+        lengths(path)
+finally:
+    for server in servers.values():
+        server.stop()
+table()
