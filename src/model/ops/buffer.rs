@@ -62,8 +62,9 @@ fn size_class(len: usize) -> usize {
 impl Pool {
     fn take(&mut self, class: usize) -> Option<Storage> {
         let fits = |s: &Storage| s.values() >= class && s.values() - class <= class / 4;
-        let best = self.free.iter().enumerate().filter(|(_, s)| fits(s)).min_by_key(|(_, s)| s.values()).map(|(i, _)| i);
-        let storage = best.and_then(|i| self.free.remove(i));
+        // The one freed last is the likeliest to be in a cache.
+        let newest = self.free.iter().rposition(fits);
+        let storage = newest.and_then(|i| self.free.remove(i));
         let values = storage.as_ref().map_or(class, Storage::values);
         if storage.is_some() {
             self.free_values -= values;
