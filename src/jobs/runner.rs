@@ -46,26 +46,22 @@ pub(super) async fn recover(service: &Service) -> Result<()> {
     Ok(())
 }
 
-/// A folder without a row was complete when the server died: it is adopted. A row without its folder is dropped.
+/// The row is what makes a checkpoint: it is stored after every event up to its step. A folder without one is what a crash cut short (or a
+/// deletion did not finish) and goes; a row without its folder is dropped.
 async fn reconcile_checkpoints(service: &Service, job: &Job) -> Result<()> {
     let folder = service.inner.artifacts.checkpoints(&job.id);
-    let found = blocking(move || checkpoint::list(&folder)).await?.map_err(ServiceError::internal)?;
+    let found = blocking(move || checkpoint::steps(&folder)).await?.map_err(ServiceError::internal)?;
     let known = service.inner.store.checkpoints(&job.id).await?;
     for row in &known {
-        if !found.iter().any(|(_, s)| s.step == row.step) {
+        if !found.contains(&row.step) {
             tracing::warn!(job = job.id, step = row.step, "checkpoint folder is missing: its row is dropped");
             service.inner.store.delete_checkpoint(&job.id, row.step).await?;
         }
     }
-    for (_, summary) in found {
-        if !known.iter().any(|row| row.step == summary.step) {
-            let (step, adapter, size_bytes, metrics) = (summary.step, summary.adapter, summary.size_bytes, summary.metrics);
-            store_checkpoint(
-                service,
-                &job.id,
-                Checkpoint { job: job.id.clone(), step, best: false, adapter, size_bytes, metrics, create_time: now() },
-            )
-            .await?;
+    for step in found {
+        if !known.iter().any(|row| row.step == step) {
+            tracing::info!(job = job.id, step, "checkpoint was not acknowledged: its folder is removed");
+            service.drop_checkpoint_files(&job.id, step).await?;
         }
     }
     Ok(())
@@ -321,7 +317,8 @@ async fn store_event(service: &Service, job: &Job, event: RunEvent) -> Result<()
         }
         RunEvent::Checkpoint { step, best, adapter, size_bytes, metrics } => {
             let checkpoint = Checkpoint { job: id.clone(), step, best, adapter, size_bytes, metrics, create_time: now() };
-            store_checkpoint(service, id, checkpoint).await?;
+            let sequence = store.add_checkpoint(&checkpoint).await?;
+            service.inner.feed.notify(id, sequence);
             return retain(service, job).await;
         }
         RunEvent::Log { severity, message } => {
@@ -330,14 +327,6 @@ async fn store_event(service: &Service, job: &Job, event: RunEvent) -> Result<()
         RunEvent::Ended(_) => return Ok(()),
     };
     service.inner.feed.notify(id, sequence);
-    Ok(())
-}
-
-async fn store_checkpoint(service: &Service, job: &str, checkpoint: Checkpoint) -> Result<()> {
-    let event = EventKind::CheckpointCreated { step: checkpoint.step, best: checkpoint.best };
-    service.inner.store.put_checkpoint(&checkpoint).await?;
-    let (_, sequence) = service.inner.store.change_job(job, move |_| Ok(vec![event])).await?;
-    service.inner.feed.notify(job, sequence);
     Ok(())
 }
 

@@ -12,7 +12,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, S
 use self::rows::{CheckpointRow, DatasetRow, to_json};
 use super::error::{Result, ServiceError};
 use crate::domain::dataset::Dataset;
-use crate::domain::job::{Checkpoint, Millis};
+use crate::domain::job::{Checkpoint, EventKind, Millis};
 
 /// Reads that may run side by side.
 const READERS: u32 = 4;
@@ -72,8 +72,8 @@ impl Store {
 
     // ---- checkpoints
 
-    /// Adds or replaces a checkpoint; a best one takes the mark from the others.
-    pub async fn put_checkpoint(&self, c: &Checkpoint) -> Result<()> {
+    /// Adds or replaces a checkpoint and tells of it, in one transaction; a best one takes the mark from the others. Returns the event's sequence.
+    pub async fn add_checkpoint(&self, c: &Checkpoint) -> Result<u64> {
         let mut tx = self.writer.begin().await?;
         if c.best {
             sqlx::query("UPDATE checkpoints SET best = 0 WHERE job = ?").bind(&c.job).execute(&mut *tx).await?;
@@ -90,8 +90,9 @@ impl Store {
         .bind(c.create_time)
         .execute(&mut *tx)
         .await?;
+        let sequence = jobs::append(&mut tx, &c.job, &EventKind::CheckpointCreated { step: c.step, best: c.best }).await?;
         tx.commit().await?;
-        Ok(())
+        Ok(sequence)
     }
 
     /// A job's checkpoints, oldest first.

@@ -89,19 +89,6 @@ struct StateFile {
     files: BTreeMap<String, String>,
 }
 
-/// What is known of a complete checkpoint without reading its tensors.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Summary {
-    /// The optimizer step.
-    pub step: u64,
-    /// Whether it holds an adapter.
-    pub adapter: bool,
-    /// Metrics when it was written.
-    pub metrics: Metrics,
-    /// Bytes on disk.
-    pub size_bytes: u64,
-}
-
 /// What goes into a checkpoint.
 pub struct Contents<'a> {
     /// The weights.
@@ -249,24 +236,12 @@ fn read_state(dir: &Path) -> Result<StateFile, CheckpointError> {
     Ok(file)
 }
 
-/// The complete checkpoints in a job's folder, oldest first; leftovers of interrupted writes are not among them.
-pub fn list(folder: &Path) -> Result<Vec<(PathBuf, Summary)>, CheckpointError> {
-    let mut found = Vec::new();
-    let entries = match fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(found),
-        Err(e) => return Err(io_at(folder)(e)),
-    };
-    for entry in entries {
-        let path = entry.map_err(io_at(folder))?.path();
-        let step = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.parse::<u64>().ok());
-        if let (Some(step), true) = (step, path.join(STATE_FILE).is_file()) {
-            let file = read_state(&path)?;
-            found.push((path.clone(), Summary { step, adapter: file.adapter, metrics: file.metrics, size_bytes: size(&path)? }));
-        }
+/// The steps that have a folder, in no order; leftovers of interrupted writes are not among them.
+pub fn steps(folder: &Path) -> Result<Vec<u64>, CheckpointError> {
+    match fs::metadata(folder) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        _ => Ok(file_names(folder)?.iter().filter_map(|name| name.parse().ok()).collect()),
     }
-    found.sort_by_key(|(_, s)| s.step);
-    Ok(found)
 }
 
 fn damaged(path: &Path, reason: String) -> CheckpointError {

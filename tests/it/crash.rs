@@ -1,5 +1,6 @@
 //! SIGKILL and SIGTERM in mid-training: no job, no delivered event and no more than the steps since the last checkpoint are lost.
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bradley::rpc::pb;
@@ -45,6 +46,21 @@ fn losses(events: &[pb::TrainingEvent]) -> std::collections::BTreeMap<u64, u64> 
         .collect()
 }
 
+fn folder_of(data_dir: &Path, name: &str) -> PathBuf {
+    data_dir.join("jobs").join(name.trim_start_matches("trainingJobs/")).join("checkpoints")
+}
+
+/// A whole checkpoint folder whose row was never stored, as a kill between the two leaves it.
+fn leave_unacknowledged(data_dir: &Path, name: &str, step: u64) {
+    let folder = folder_of(data_dir, name);
+    let (from, to) = (folder.join("5"), folder.join(step.to_string()));
+    std::fs::create_dir(&to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint() {
     let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -66,6 +82,7 @@ async fn sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint() {
         let client = server.client().await;
         delivered = events_until(&client, &name, |e| step_of(e) >= Some(kill_after)).await;
         server.kill();
+        leave_unacknowledged(&server.data_dir, &name, 3);
         server = Server::start(dir.path());
     }
     let client = server.client().await;
@@ -84,6 +101,15 @@ async fn sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint() {
         }
     }
     assert_eq!(losses(&all), undisturbed, "the same losses, bit for bit");
+    let checkpoints: Vec<u64> = all
+        .iter()
+        .filter_map(|e| match &e.event {
+            Some(pb::training_event::Event::CheckpointCreated(c)) => Some(c.step),
+            _ => None,
+        })
+        .collect();
+    assert!(checkpoints.iter().all(|step| step % 5 == 0), "only a stored checkpoint is one: {checkpoints:?}");
+    assert!(!folder_of(&server.data_dir, &name).join("3").exists(), "what a crash cut short is removed");
     finish(&client, &waiting).await;
     assert_eq!(state(&client, &waiting).await, pb::JobState::Succeeded, "a queued job survives too");
 }

@@ -152,7 +152,7 @@ fn missing(id: &str) -> ServiceError {
 }
 
 /// Appends an event and returns its sequence.
-async fn append(tx: &mut Transaction<'_, Sqlite>, job: &str, event: &EventKind) -> Result<u64> {
+pub(super) async fn append(tx: &mut Transaction<'_, Sqlite>, job: &str, event: &EventKind) -> Result<u64> {
     let sequence: i64 = sqlx::query_scalar(
         "INSERT INTO events (job, sequence, time, body)
          VALUES (?1, (SELECT COALESCE(MAX(sequence), 0) + 1 FROM events WHERE job = ?1), ?2, ?3) RETURNING sequence",
