@@ -53,7 +53,9 @@ fn folder_of(data_dir: &Path, name: &str) -> PathBuf {
 /// A whole checkpoint folder whose row was never stored, as a kill between the two leaves it.
 fn leave_unacknowledged(data_dir: &Path, name: &str, step: u64) {
     let folder = folder_of(data_dir, name);
-    let (from, to) = (folder.join("5"), folder.join(step.to_string()));
+    let steps = std::fs::read_dir(&folder).unwrap().filter_map(|e| e.unwrap().file_name().to_str()?.parse::<u64>().ok());
+    let newest = steps.max().expect("a checkpoint was written");
+    let (from, to) = (folder.join(newest.to_string()), folder.join(step.to_string()));
     std::fs::create_dir(&to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
