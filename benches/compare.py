@@ -11,6 +11,8 @@ import argparse
 import glob
 import json
 import os
+import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -30,7 +32,7 @@ parser.add_argument("--train-pairs", type=int, default=4)
 parser.add_argument("--score-pairs", type=int, default=8)
 parser.add_argument("--max-length", type=int, default=512)
 parser.add_argument("--out", default="compare.jsonl")
-parser.add_argument("--only", choices=["rounds", "own"], help="only the comparison, or only what needs no other side")
+parser.add_argument("--only", choices=["rounds", "own", "large"], help="only the comparison, only what needs no other side, or only the 1.7B model")
 args = parser.parse_args()
 out = open(args.out, "a")
 
@@ -82,10 +84,10 @@ def rows_for_both():
 class Server:
     """`bradley serve` with a LoRA checkpoint to score with: the base against itself would cost one pass only."""
 
-    def __init__(self, precision, rows):
+    def __init__(self, precision, rows, model=args.model):
         self.folder = tempfile.mkdtemp()
         port = 50100 if precision == "f32" else 50101
-        command = [BRADLEY, "serve", "--models", f"m={args.model}", "--precision", precision, "--listen", f"127.0.0.1:{port}"]
+        command = [BRADLEY, "serve", "--models", f"m={model}", "--precision", precision, "--listen", f"127.0.0.1:{port}"]
         self.child = subprocess.Popen([*command, "--http-listen", "off", "--data-dir", self.folder, "--log", "warn"])
         import grpc
 
@@ -212,40 +214,54 @@ def answers(server, precision, rows, r):
     timed("in one", lambda: server.completions(prompt("c"), shorts))
 
 
-def interleaving(server, precision, rows):
-    """Latency of single pairs and training speed, alone and together."""
+def interleaving(server, precision, rows, requests=60, load=0.25):
+    """Latency of single pairs and training speed, alone and together. Pairs arrive at random (Poisson), whether or not earlier ones were answered,
+    at a rate that keeps the device busy for a quarter of the time."""
+    from concurrent.futures import ThreadPoolExecutor
 
-    def latencies(n, pause=0.25):
-        times = []
-        for i in range(n):
-            times.append(server.score([rows[i % 40 : i % 40 + 1][0]])["seconds"])
-            time.sleep(pause)
-        return sorted(times)
+    t = pb["training"]
+    pairs = rows[:40]
 
-    def speed(job, seconds):
-        t = pb["training"]
-        get = lambda: self_step(server.training.GetTrainingJob(t.GetTrainingJobRequest(name=job)))
-        while get() < 1:
+    def one(i):
+        return server.score(pairs[i % len(pairs) : i % len(pairs) + 1])["seconds"]
+
+    def arrivals(mean):
+        rng = random.Random(7)
+        start, times = time.perf_counter(), []
+        with ThreadPoolExecutor(32) as pool:
+            due = 0.0
+            for i in range(requests):
+                due += rng.expovariate(1 / mean)
+                time.sleep(max(0.0, start + due - time.perf_counter()))
+                times.append(pool.submit(one, i))
+            return sorted(f.result() for f in times)
+
+    def steps_per_second(job, during):
+        def step():
+            return server.training.GetTrainingJob(t.GetTrainingJobRequest(name=job)).progress.step
+
+        while step() < 1:
             time.sleep(0.1)
-        before, start = get(), time.perf_counter()
-        time.sleep(seconds) if isinstance(seconds, (int, float)) else seconds()
-        return (get() - before) / (time.perf_counter() - start)
+        before, start = step(), time.perf_counter()
+        during()
+        return (step() - before) / (time.perf_counter() - start)
 
-    def self_step(job):
-        return job.progress.step
-
-    latencies(40, 0)  # the reference cache is warm in both cases
-    idle = latencies(40)
-    job = server.submit(rows[:60], steps=1000)
-    alone = speed(job, 25)
+    for i in range(len(pairs)):
+        one(i)  # the reference cache is warm in both cases
+    service = statistics.mean(one(i) for i in range(len(pairs)))
+    idle = arrivals(service / load)
+    job = server.submit(rows[:60], steps=100000)
+    alone = [steps_per_second(job, lambda: time.sleep(40))]
     busy = []
-    together = speed(job, lambda: busy.extend(latencies(40)))
-    server.training.CancelTrainingJob(pb["training"].CancelTrainingJobRequest(name=job))
-    p99 = lambda xs: sorted(xs)[min(len(xs) - 1, int(0.99 * len(xs)))]
+    together = steps_per_second(job, lambda: busy.extend(arrivals(service / load)))
+    alone.append(steps_per_second(job, lambda: time.sleep(40)))
+    server.training.CancelTrainingJob(t.CancelTrainingJobRequest(name=job))
+    p99 = lambda xs: xs[min(len(xs) - 1, int(0.99 * len(xs)))]
     figures = {"idle_p50": statistics.median(idle), "idle_p99": p99(idle), "busy_p50": statistics.median(busy), "busy_p99": p99(busy)}
-    figures |= {"steps_per_second_alone": alone, "steps_per_second_with_scoring": together, "micro_batch_seconds": 1 / alone}
+    figures |= {"steps_per_second_alone": alone, "steps_per_second_with_scoring": together, "kept": together / statistics.mean(alone)}
+    figures["limit"] = 2 * figures["idle_p99"] + 1 / statistics.mean(alone)
     print(json.dumps({"name": "interleaving", "precision": precision, **figures}), file=out, flush=True)
-    print("interleaving", precision, json.dumps({k: round(v, 3) for k, v in figures.items()}))
+    print("interleaving", precision, json.dumps(figures))
 
 
 def lengths(path):
@@ -254,6 +270,34 @@ def lengths(path):
             if line.startswith("{"):
                 print(json.dumps(dict(json.loads(line), name="lengths", precision=precision)), file=out, flush=True)
                 print("lengths", precision, line)
+
+
+LARGE = """
+import sys, torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+gguf, folder = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(gguf.rpartition("/")[0] or ".", gguf_file=gguf.rpartition("/")[2])
+tokenizer.save_pretrained(folder)
+config = LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32, num_key_value_heads=32, vocab_size=49152,
+                     max_position_embeddings=8192, tie_word_embeddings=True, dtype="bfloat16")
+torch.set_default_dtype(torch.bfloat16)
+LlamaForCausalLM(config).save_pretrained(folder)
+"""
+
+
+def large(rows):
+    """LoRA training of a model of SmolLM2-1.7B's shape (random weights), through the service: what it takes."""
+    folder = tempfile.mkdtemp()
+    subprocess.run([sys.executable, "-c", LARGE, args.model, folder], check=True, capture_output=True)
+    server = Server("bf16", rows, folder)
+    try:
+        job = server.submit(rows[:4], steps=4)
+        start = time.perf_counter()
+        server.wait(job)
+        note("1.7B LoRA", "bf16", "bradley", {"seconds": time.perf_counter() - start, "pairs": 4, "peak_bytes": server.peak()})
+    finally:
+        server.stop()
+        shutil.rmtree(folder)
 
 
 def table():
@@ -271,16 +315,18 @@ def table():
 
 path, rows = rows_for_both()
 pb = stubs()
-servers = {p: Server(p, rows) for p in ("f32", "bf16")}
+servers = {p: Server(p, rows) for p in ("f32", "bf16")} if args.only != "large" else {}
 try:
-    if args.only != "own":
+    if args.only in (None, "rounds"):
         rounds(path, rows, servers)
-    if args.only != "rounds":
+    if args.only in (None, "own"):
         for precision, server in servers.items():
             for r in range(args.rounds):
                 answers(server, precision, rows, r)
             interleaving(server, precision, rows)
         lengths(path)
+    if args.only in (None, "large"):
+        large(rows)
 finally:
     for server in servers.values():
         server.stop()

@@ -17,6 +17,7 @@ use bradley::model::loader::load_model;
 use bradley::model::parameters::Parameters;
 use bradley::train::encode::PairEncoder;
 use bradley::train::estimate::plan;
+use bradley::train::host::Host;
 use bradley::train::pair::{EncodedPair, SequenceGroup};
 use bradley::train::reference::Reference;
 use bradley::train::reference_cache::ReferenceCache;
@@ -57,8 +58,8 @@ fn main() -> anyhow::Result<()> {
         let start = Instant::now();
         let batch = batch.parse()?;
         let seconds = match mode.as_str() {
-            "score" => score(&base, chosen, &mut cache),
-            mode => train(&base, chosen, mode == "train-lora", batch, max_length, &tokenizer, &mut cache),
+            "score" => score(&base, chosen, &cache),
+            mode => train(&base, chosen, mode == "train-lora", batch, max_length, &tokenizer, &cache),
         }?;
         let tokens: usize = chosen.iter().map(EncodedPair::sequence_tokens).sum();
         println!(
@@ -95,14 +96,14 @@ fn spec(is_lora: bool, batch_size: usize, max_length: usize, precision: Precisio
     }
 }
 
-fn score(base: &Policy, pairs: &[EncodedPair], cache: &mut ReferenceCache) -> anyhow::Result<f64> {
+fn score(base: &Policy, pairs: &[EncodedPair], cache: &ReferenceCache) -> anyhow::Result<f64> {
     let policy = Policy { adapter: Some(Arc::new(Adapter::init(&base.config, &lora(), 1)?)), ..base.clone() };
     let groups: Vec<Vec<SequenceGroup>> = pairs.iter().map(EncodedPair::groups).collect();
     let start = Instant::now();
     for groups in groups.chunks(8) {
         let items: Vec<&[SequenceGroup]> = groups.iter().map(Vec::as_slice).collect();
-        score_all(&policy, &items, 2048)?;
-        cache.score(base, "base", &items, 2048)?;
+        score_all(&policy, &items, 2048, &mut || {})?;
+        cache.score(base, "base", &items, 2048, &mut || {})?;
     }
     Ok(start.elapsed().as_secs_f64())
 }
@@ -114,7 +115,7 @@ fn train(
     batch_size: usize,
     max_length: usize,
     tokenizer: &Arc<bradley::model::tokenizer::ChatTokenizer>,
-    cache: &mut ReferenceCache,
+    cache: &ReferenceCache,
 ) -> anyhow::Result<f64> {
     let policy = match is_lora {
         true => TrainablePolicy::lora(base, &Adapter::init(&base.config, &lora(), 1)?, base.precision)?,
@@ -136,8 +137,9 @@ fn train(
     };
     let mut trainer = Trainer::new(input)?;
     let (start, total) = (Instant::now(), trainer.total_steps());
+    let mut host = Host { cache, pause: &mut || {}, emit: &mut |_| {} };
     // The last checkpoint is not part of the figure: TRL's is not either.
-    while trainer.step() < total && trainer.advance(cache, &mut |_| {})? == Status::Working {}
+    while trainer.step() < total && trainer.advance(&mut host)? == Status::Working {}
     Ok(start.elapsed().as_secs_f64())
 }
 
@@ -149,7 +151,7 @@ fn lengths(base: &Policy, pairs: &[EncodedPair]) -> anyhow::Result<()> {
         let mut times = Vec::new();
         for _ in 0..5 {
             let start = Instant::now();
-            score_all(base, &[&row], usize::MAX)?;
+            score_all(base, &[&row], usize::MAX, &mut || {})?;
             times.push(start.elapsed().as_secs_f64());
         }
         times.sort_by(f64::total_cmp);

@@ -7,6 +7,7 @@ pub mod api;
 mod queue;
 mod residents;
 mod run;
+mod scoring;
 mod worker;
 
 use std::path::Path;
@@ -67,7 +68,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
     let bases = Arc::new(Bases::load(models, "cpu", options.precision)?);
     let queue = Arc::new(Queue::new(options.queue_tokens));
     queue.add_handle();
-    let worker = worker::Worker::new(queue.clone(), bases.clone(), &options, available.saturating_sub(bases.bytes()));
+    let worker = worker::Worker::new(queue.clone(), bases.clone(), &options, available.saturating_sub(bases.needed()));
     std::thread::Builder::new()
         .name("device-cpu".into())
         .spawn(move || worker.work())
@@ -119,7 +120,7 @@ impl Engine {
     /// The checks of [`Engine::train`] for rows of at most `longest_row` packed tokens.
     pub fn check(&self, model: &str, spec: &TrainingSpec, longest_row: usize) -> Result<(), EngineError> {
         let base = self.shared.bases.get(model)?;
-        let (resident, available) = (self.shared.bases.bytes(), memory_limit(&self.shared.options));
+        let (resident, available) = (self.shared.bases.needed(), memory_limit(&self.shared.options));
         match plan(&base.policy.config, spec, longest_row, available.saturating_sub(resident)) {
             Ok(_) => Ok(()),
             Err(least) => {

@@ -137,6 +137,11 @@ impl Queue {
         inner.runs.drain(..).collect()
     }
 
+    /// What a batch of `budget` tokens takes, without waiting; empty when nothing waits.
+    pub fn take(&self, budget: usize) -> Vec<Entry> {
+        take_batch(&mut self.lock(), budget)
+    }
+
     /// Waits for work. With a run in progress it never waits: there is always something to train. `may_score` is false while scoring has had its
     /// share.
     pub fn next(&self, training: bool, may_score: bool, budget: usize) -> Work {

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::api::{EngineError, ModelInfo, WeightsRef};
+use super::scoring::ROW_TOKENS;
 use crate::domain::training::Precision;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Policy;
@@ -14,6 +15,7 @@ use crate::model::parameters::Parameters;
 use crate::model::peft;
 use crate::model::tokenizer::ChatTokenizer;
 use crate::model::weights::Weights;
+use crate::train::estimate;
 
 /// A base model in memory; shared by every policy on it.
 pub(super) struct Base {
@@ -62,9 +64,10 @@ impl Bases {
         self.order.iter().filter_map(|id| self.by_id.get(id)).map(|b| b.info.clone()).collect()
     }
 
-    /// Bytes of their weights.
-    pub fn bytes(&self) -> u64 {
-        self.by_id.values().map(|b| b.info.parameters * weight_bytes(self.precision)).sum()
+    /// Bytes of their weights, and of a scoring batch on the largest of them.
+    pub fn needed(&self) -> u64 {
+        let weights: u64 = self.by_id.values().map(|b| b.info.parameters * weight_bytes(self.precision)).sum();
+        weights + self.by_id.values().map(|b| estimate::scoring(&b.policy.config, ROW_TOKENS)).max().unwrap_or(0)
     }
 
     /// Loads what `weights` names, other than a running job.

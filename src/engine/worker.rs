@@ -1,38 +1,30 @@
-//! The device worker: one OS thread that owns a device and runs units of work, scoring batches between training units.
+//! The device worker: one OS thread that owns a device and runs units of work. A training unit lets scoring in between any two decoder blocks.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::api::{Command, CompletionLogps, EngineError, EngineOptions, RunEnd, RunEvent, ScoredItem, TrainingRun, WeightsRef};
-use super::queue::{Entry, Queue, Work};
-use super::residents::{Bases, Residents};
+use super::api::{Command, EngineOptions, RunEnd, RunEvent, TrainingRun};
+use super::queue::{Queue, Work};
+use super::residents::Bases;
 use super::run;
+use super::scoring::{Live, Scoring};
 use crate::domain::job::JobError;
-use crate::model::decoder::Policy;
 use crate::model::ops::buffer::Buffer;
-use crate::train::pair::SequenceGroup;
+use crate::train::host::Host;
 use crate::train::reference_cache::ReferenceCache;
-use crate::train::scorer::{self, Logps};
 use crate::train::trainer::{Status, TrainError, Trainer};
-
-/// Tokens of a row that several items share: more would only need more memory.
-const ROW_TOKENS: usize = 2048;
 
 /// What the thread owns.
 pub(super) struct Worker {
     queue: Arc<Queue>,
     bases: Arc<Bases>,
-    residents: Residents,
+    scoring: Scoring,
     cache: ReferenceCache,
     active: Option<Active>,
-    batch_tokens: usize,
-    share: f64,
     /// Bytes a run may need.
     memory: u64,
-    /// Time that training must get before scoring may go on.
-    owed_to_training: Duration,
 }
 
 /// The run on the device.
@@ -41,21 +33,25 @@ struct Active {
     trainer: Trainer,
 }
 
+impl Active {
+    /// Its weights as they are now.
+    fn live(&self) -> Live {
+        Live { job: self.run.job.clone(), policy: self.trainer.live_policy(), step: self.trainer.step() }
+    }
+}
+
 impl Worker {
     pub fn new(queue: Arc<Queue>, bases: Arc<Bases>, options: &EngineOptions, memory: u64) -> Self {
         Worker {
+            scoring: Scoring::new(queue.clone(), bases.clone(), options),
             queue,
             bases,
-            residents: Residents::new(options.resident_policies),
             cache: match &options.reference_cache_file {
                 Some(path) => ReferenceCache::open(options.reference_cache_tokens, path),
                 None => ReferenceCache::new(options.reference_cache_tokens),
             },
             active: None,
-            batch_tokens: options.batch_tokens,
-            share: options.scoring_share.clamp(0.01, 1.0),
             memory,
-            owed_to_training: Duration::ZERO,
         }
     }
 
@@ -63,109 +59,38 @@ impl Worker {
     pub fn work(mut self) {
         loop {
             for dir in self.queue.take_evicted() {
-                self.residents.evict(&dir);
+                self.scoring.residents.evict(&dir);
             }
             let training = self.active.is_some();
-            let may_score = !training || self.owed_to_training.is_zero();
-            match self.queue.next(training, may_score, self.batch_tokens) {
-                Work::Score(batch) => self.score_batch(batch),
+            let may_score = !training || self.scoring.has_its_turn();
+            match self.queue.next(training, may_score, self.scoring.batch_tokens) {
+                Work::Score(batch) => self.scoring.score_batch(batch, &self.cache, self.active.as_ref().map(Active::live).as_ref()),
                 Work::Train => self.train_unit(),
                 Work::Stop => return,
             }
         }
     }
 
-    // ---- scoring
-
-    fn score_batch(&mut self, batch: Vec<Entry>) {
-        let start = Instant::now();
-        let tokens: usize = batch.iter().map(|e| e.item.tokens()).sum();
-        metrics::histogram!("bradley_scoring_batch_tokens").record(tokens as f64);
-        for entries in by_weights(batch) {
-            for entry in &entries {
-                metrics::histogram!("bradley_scoring_queue_seconds").record(entry.enqueued.elapsed().as_secs_f64());
-            }
-            self.score_alike(entries);
-        }
-        let spent = start.elapsed();
-        metrics::histogram!("bradley_scoring_compute_seconds").record(spent.as_secs_f64());
-        metrics::counter!("bradley_scored_tokens_total").increment(tokens as u64);
-        self.queue.set_rate(tokens as f64 / spent.as_secs_f64().max(1e-6));
-        if self.active.is_some() {
-            self.owed_to_training += spent.mul_f64((1.0 - self.share) / self.share);
-        }
-    }
-
-    /// Scores entries of the same weights together; when that fails, each alone, so that one bad item fails only itself.
-    fn score_alike(&mut self, entries: Vec<Entry>) {
-        let together = guarded(|| self.score_items(&entries)).unwrap_or_else(|panic| Err(EngineError::Device(panic)));
-        match together {
-            Ok(scored) => entries.into_iter().zip(scored).for_each(|(entry, item)| answer(entry, Ok(item))),
-            Err(_) if entries.len() > 1 => entries.into_iter().for_each(|entry| self.score_alike(vec![entry])),
-            Err(e) => {
-                if let Some(entry) = entries.into_iter().next() {
-                    answer(entry, Err(e));
-                }
-            }
-        }
-    }
-
-    /// Scores entries that all name the same policy and reference.
-    fn score_items(&mut self, entries: &[Entry]) -> Result<Vec<ScoredItem>, EngineError> {
-        let Some(first) = entries.first() else { return Ok(Vec::new()) };
-        let (policy, live_step) = self.policy(&first.policy)?;
-        let items: Vec<&[SequenceGroup]> = entries.iter().map(|e| e.item.groups.as_slice()).collect();
-        let device = |e: candle_core::Error| EngineError::Device(e.to_string());
-        let reference = match &first.reference {
-            Some(weights) => {
-                let identity = self.bases.identity(weights)?;
-                let reference = self.residents.get(&self.bases, weights)?;
-                Some(self.cache.score(&reference, &identity, &items, ROW_TOKENS).map_err(device)?)
-            }
-            None => None,
-        };
-        // A base model scored against itself costs one pass.
-        let policy: Vec<Arc<Logps>> = match &reference {
-            Some(logps) if first.reference.as_ref() == Some(&first.policy) => logps.clone(),
-            _ => scorer::score_all(&policy, &items, ROW_TOKENS).map_err(device)?.into_iter().map(Arc::new).collect(),
-        };
-        let item = |(i, policy): (usize, Arc<Logps>)| {
-            let of = |n: usize| reference.as_ref().map(|r| r[i][n].clone());
-            let completions = policy.iter().enumerate().map(|(n, logps)| CompletionLogps { policy: logps.clone(), reference: of(n) });
-            ScoredItem { completions: completions.collect(), live_step }
-        };
-        Ok(policy.into_iter().enumerate().map(item).collect())
-    }
-
-    fn policy(&mut self, weights: &WeightsRef) -> Result<(Policy, Option<u64>), EngineError> {
-        match (weights, &self.active) {
-            (WeightsRef::Live { job }, Some(active)) if active.run.job == *job => {
-                Ok((active.trainer.live_policy(), Some(active.trainer.step())))
-            }
-            _ => Ok((self.residents.get(&self.bases, weights)?, None)),
-        }
-    }
-
-    // ---- training
-
     fn train_unit(&mut self) {
         let Some(active) = &mut self.active else {
             return self.start_run();
         };
-        let start = Instant::now();
         match active.run.control.command() {
             Command::Cancel => return self.end(RunEnd::Cancelled),
             Command::Drain => return self.drain_run(),
             Command::Run => {}
         }
+        let start = Instant::now();
+        let live = active.live();
         let events = active.run.events.clone();
-        let mut emit = emitter(&events);
-        let cache = &mut self.cache;
-        let trainer = &mut active.trainer;
-        let status = guarded(|| trainer.advance(cache, &mut emit));
-        let spent = start.elapsed();
+        let (scoring, cache, trainer) = (&mut self.scoring, &self.cache, &mut active.trainer);
+        scoring.lend();
+        let status = guarded(|| {
+            let mut pause = || scoring.interlude(cache, &live);
+            trainer.advance(&mut Host { cache, pause: &mut pause, emit: &mut emitter(&events) })
+        });
+        let spent = start.elapsed().saturating_sub(self.scoring.take_back());
         metrics::histogram!("bradley_training_unit_seconds").record(spent.as_secs_f64());
-        self.owed_to_training = self.owed_to_training.saturating_sub(spent);
         match status {
             Ok(Ok(Status::Working)) => {}
             Ok(Ok(Status::Finished)) => self.end(RunEnd::Succeeded),
@@ -181,7 +106,7 @@ impl Worker {
             Command::Drain => Some(RunEnd::Drained),
             Command::Run => None,
         };
-        let (bases, residents, memory) = (&self.bases, &mut self.residents, self.memory);
+        let (bases, residents, memory) = (&self.bases, &mut self.scoring.residents, self.memory);
         let prepared = match end {
             Some(end) => Err(end),
             None => match guarded(|| run::prepare(&mut run, bases, residents, memory)) {
@@ -194,7 +119,7 @@ impl Worker {
             Ok(trainer) => {
                 tracing::info!(job = run.job, from_step = trainer.step(), total_steps = trainer.total_steps(), "run started");
                 send(&run, RunEvent::Running { total_steps: trainer.total_steps(), from_step: trainer.step() });
-                self.owed_to_training = Duration::ZERO;
+                self.scoring.forget_debts();
                 self.active = Some(Active { run, trainer });
             }
             Err(end) => send(&run, RunEvent::Ended(end)),
@@ -227,24 +152,6 @@ impl Worker {
     }
 }
 
-/// Entries by the weights they name, in the order in which these first appear.
-fn by_weights(batch: Vec<Entry>) -> Vec<Vec<Entry>> {
-    let mut groups: Vec<Vec<Entry>> = Vec::new();
-    for entry in batch {
-        let alike = |group: &&mut Vec<Entry>| group.first().is_some_and(|e| e.policy == entry.policy && e.reference == entry.reference);
-        match groups.iter_mut().find(alike) {
-            Some(group) => group.push(entry),
-            None => groups.push(vec![entry]),
-        }
-    }
-    groups
-}
-
-/// The caller may have left meanwhile; nobody else wants the answer.
-fn answer(entry: Entry, result: Result<ScoredItem, EngineError>) {
-    let _ = entry.reply.send(result);
-}
-
 /// Sends and waits while the channel is full. A receiver that is gone means that the service is going down: the run notices by its control.
 fn send(run: &TrainingRun, event: RunEvent) {
     let _ = run.events.blocking_send(event);
@@ -257,7 +164,7 @@ fn emitter(events: &tokio::sync::mpsc::Sender<RunEvent>) -> impl FnMut(RunEvent)
 }
 
 /// Runs a unit of work; a panic in it is its own failure, not the thread's.
-fn guarded<R>(f: impl FnOnce() -> R) -> Result<R, String> {
+pub(super) fn guarded<R>(f: impl FnOnce() -> R) -> Result<R, String> {
     catch_unwind(AssertUnwindSafe(f)).map_err(|panic| describe(&*panic))
 }
 

@@ -3,8 +3,12 @@
 //! x' = x + O(attention(rope(Q(n), K(n)), V(n))) with n = norm(x); x'' = x' + down(silu(gate(m)) ⊙ up(m)) with m = norm(x'). The tape keeps what is
 //! expensive to form again; norms and the SwiGLU product are recomputed on the way back.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use candle_core::Result;
 
+use super::adapter::Adapter;
 use super::decoder::{Policy, PreparedRow};
 use super::gradients::{GradientSink, Place, Slot};
 use super::ops::Held;
@@ -50,14 +54,27 @@ struct Open<'a> {
     o: Group<'a>,
     gate_up: Group<'a>,
     down: Group<'a>,
+    /// Adapters on parts of the row: the same four groups, of which only the low-rank terms are used.
+    parts: Vec<(Range<usize>, [Group<'a>; 4])>,
 }
 
+/// The projections of each group.
+const QKV: &[usize] = &[projection::Q, projection::K, projection::V];
+const O: &[usize] = &[projection::O];
+const GATE_UP: &[usize] = &[projection::GATE, projection::UP];
+const DOWN: &[usize] = &[projection::DOWN];
+
 impl<'a> Open<'a> {
-    fn new(policy: &'a Policy, index: usize) -> Result<Self> {
+    fn new(policy: &'a Policy, index: usize, row: &'a PreparedRow) -> Result<Self> {
         let (config, block) = (&policy.config, &policy.parameters.blocks[index]);
         let kernel = policy.kernel();
-        let adapter = policy.adapter.as_ref().map(|a| (a.blocks[index].as_slice(), a.config.scale() as f32));
+        let terms = |a: &'a Arc<Adapter>| (a.blocks[index].as_slice(), a.config.scale() as f32);
+        let adapter = policy.adapter.as_ref().map(terms);
         let group = |indices: &[usize]| Group::open(kernel, index, &block.projections, adapter, indices);
+        let part = |(rows, adapter): &'a (Range<usize>, Arc<Adapter>)| {
+            let group = |indices: &[usize]| Group::open(kernel, index, &block.projections, Some(terms(adapter)), indices);
+            Ok::<_, candle_core::Error>((rows.clone(), [group(QKV)?, group(O)?, group(GATE_UP)?, group(DOWN)?]))
+        };
         Ok(Open {
             index,
             kernel,
@@ -72,11 +89,22 @@ impl<'a> Open<'a> {
             input_norm: Held::of(&block.input_norm)?,
             post_norm: Held::of(&block.post_norm)?,
             qk_norm: block.qk_norm.as_ref().map(|(q, k)| Ok::<_, candle_core::Error>((Held::of(q)?, Held::of(k)?))).transpose()?,
-            qkv: group(&[projection::Q, projection::K, projection::V])?,
-            o: group(&[projection::O])?,
-            gate_up: group(&[projection::GATE, projection::UP])?,
-            down: group(&[projection::DOWN])?,
+            qkv: group(QKV)?,
+            o: group(O)?,
+            gate_up: group(GATE_UP)?,
+            down: group(DOWN)?,
+            parts: row.adapters.iter().map(part).collect::<Result<_>>()?,
         })
+    }
+
+    /// Runs group `which` of [`Open::parts`]'s order; returns x·Aᵀ of the policy's own adapter.
+    fn project(&self, which: usize, x: &[f32], tokens: usize, y: &mut [f32], keep: bool) -> Result<Buffer> {
+        let group = [&self.qkv, &self.o, &self.gate_up, &self.down][which];
+        let u = group.forward(x, tokens, y, keep)?;
+        for (rows, groups) in &self.parts {
+            groups[which].add_low_rank(x, rows.clone(), y);
+        }
+        Ok(u)
     }
 
     fn columns(&self) -> (HeadColumns, HeadColumns) {
@@ -99,11 +127,11 @@ impl<'a> Open<'a> {
 
 /// Runs block `index` on `x` `[T, C]`; with `keep`, leaves a tape.
 pub fn forward(policy: &Policy, index: usize, mut x: Buffer, row: &PreparedRow, keep: bool) -> Result<(Buffer, Option<BlockTape>)> {
-    let open = Open::new(policy, index)?;
+    let open = Open::new(policy, index, row)?;
     let (tokens, heads) = (row.tokens(), open.heads);
     let mut qkv = Buffer::dirty(tokens * heads.row());
     let n = open.norm(&x, &open.input_norm)?;
-    let u_qkv = open.qkv.forward(&n, tokens, &mut qkv, false)?;
+    let u_qkv = open.project(0, &n, tokens, &mut qkv, false)?;
     let mut before_norm = None;
     if let Some((q, k)) = &open.qk_norm {
         before_norm = keep.then(|| Buffer::copy_of(&qkv));
@@ -115,17 +143,17 @@ pub fn forward(policy: &Policy, index: usize, mut x: Buffer, row: &PreparedRow, 
     let (mut attended, mut lse) = (Buffer::dirty(tokens * heads.width()), Buffer::dirty(tokens * heads.query));
     attention(open.kernel, &qkv, heads, &row.row().layout, &mut attended, &mut lse);
     let input = keep.then(|| Buffer::copy_of(&x));
-    let u_o = open.o.forward(&attended, tokens, &mut x, true)?;
+    let u_o = open.project(1, &attended, tokens, &mut x, true)?;
 
     let mut gate_up = Buffer::dirty(tokens * 2 * open.feed_forward);
     drop(n);
     let n = open.norm(&x, &open.post_norm)?;
-    let u_gate_up = open.gate_up.forward(&n, tokens, &mut gate_up, false)?;
+    let u_gate_up = open.project(2, &n, tokens, &mut gate_up, false)?;
     drop(n);
     let mut y = Buffer::dirty(tokens * open.feed_forward);
     swiglu(&gate_up, open.feed_forward, &mut y);
     let middle = keep.then(|| Buffer::copy_of(&x));
-    let u_down = open.down.forward(&y, tokens, &mut x, true)?;
+    let u_down = open.project(3, &y, tokens, &mut x, true)?;
     let tape = match (input, middle) {
         (Some(input), Some(middle)) => {
             Some(BlockTape { x: input, qkv, before_norm, attended, lse, middle, gate_up, low_rank: [u_qkv, u_o, u_gate_up, u_down] })
@@ -144,7 +172,7 @@ pub fn backward(
     gx: &mut [f32],
     sink: &mut dyn GradientSink,
 ) -> Result<()> {
-    let open = Open::new(policy, index)?;
+    let open = Open::new(policy, index, row)?;
     let (tokens, heads) = (row.tokens(), open.heads);
     let BlockTape { x, qkv, before_norm, attended, lse, middle, mut gate_up, low_rank: [u_qkv, u_o, u_gate_up, u_down] } = tape;
 

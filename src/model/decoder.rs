@@ -1,5 +1,6 @@
 //! The decoder: one parametrised Llama-family model over packed rows, forward and backward. The head runs on completion tokens only.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Result, bail};
@@ -50,6 +51,8 @@ pub struct Row {
 pub struct PreparedRow {
     row: Arc<Row>,
     pub(super) rope: RopeTable,
+    /// Adapters on parts of the row, besides the policy's own; only for passes without a tape.
+    pub(super) adapters: Vec<(Range<usize>, Arc<Adapter>)>,
 }
 
 impl PreparedRow {
@@ -84,6 +87,11 @@ impl Policy {
         Policy { precision, ..self.clone() }
     }
 
+    /// Whether both are the same base weights in the same precision, apart from their adapters.
+    pub fn shares_base(&self, other: &Policy) -> bool {
+        Arc::ptr_eq(&self.parameters, &other.parameters) && self.precision == other.precision
+    }
+
     /// The kernel of its matrix products on this machine.
     pub fn kernel(&self) -> Kernel {
         Kernel::best(self.precision)
@@ -102,7 +110,7 @@ impl Policy {
         }
         let (inv_freq, factor) = self.config.rope.inv_freq(self.config.head_dim);
         let rope = RopeTable::new(&row.layout.positions(), &inv_freq, factor);
-        Ok(PreparedRow { row, rope })
+        Ok(PreparedRow { row, rope, adapters: Vec::new() })
     }
 
     /// The embedded row `[T, C]`.
@@ -182,11 +190,24 @@ impl Policy {
         }
     }
 
-    /// Log-probs of the row's completion tokens `[N]`.
-    pub fn log_probs(&self, row: Arc<Row>) -> Result<Vec<f32>> {
-        let row = self.prepare(row)?;
+    /// Log-probs of the row's completion tokens `[N]`. `pause` is called before every block.
+    pub fn log_probs(&self, row: Arc<Row>, pause: &mut dyn FnMut()) -> Result<Vec<f32>> {
+        self.log_probs_of(self.prepare(row)?, pause)
+    }
+
+    /// [`Policy::log_probs`] with other adapters on parts of the row: the base's products are shared, each adapter's low-rank terms are added to its
+    /// own tokens. A token's numbers are those that it would have with its adapter alone, bit for bit.
+    pub fn log_probs_with(&self, row: Arc<Row>, adapters: Vec<(Range<usize>, Arc<Adapter>)>, pause: &mut dyn FnMut()) -> Result<Vec<f32>> {
+        if self.adapter.is_some() && !adapters.is_empty() {
+            bail!("adapters on parts of a row need a base without one");
+        }
+        self.log_probs_of(PreparedRow { adapters, ..self.prepare(row)? }, pause)
+    }
+
+    fn log_probs_of(&self, row: PreparedRow, pause: &mut dyn FnMut()) -> Result<Vec<f32>> {
         let mut x = self.embed(&row)?;
         for i in 0..self.num_blocks() {
+            pause();
             x = self.block(i, x, &row, false)?.0;
         }
         Ok(self.head(&x, &row, HeadOptions { distribution: false, gradient: false })?.output.log_probs)

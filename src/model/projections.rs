@@ -3,6 +3,8 @@
 //! y_i = x·W_iᵀ + b_i + s·(x·A_iᵀ)·B_iᵀ (arXiv:2106.09685). The adapter's term joins the sum over the inputs inside the kernel; the gradient of a
 //! frozen W is never formed.
 
+use std::ops::Range;
+
 use candle_core::Result;
 
 use super::adapter::LowRank;
@@ -86,11 +88,7 @@ impl<'a> Group<'a> {
     pub fn forward(&self, x: &[f32], tokens: usize, y: &mut [f32], keep: bool) -> Result<Buffer> {
         let kernel = self.kernel;
         let x = Operand::new(kernel, View::f32(x, self.input), tokens, self.input, 1.0);
-        let mut u = Buffer::dirty(tokens * self.ranks);
-        if self.ranks > 0 {
-            let a = View::f32(&self.stacked, self.input).t();
-            matmul(tokens, self.ranks, &[Term { a: &x, b: a }], &mut u, self.ranks, false, Threads::All);
-        }
+        let u = self.low_rank_inputs(&x, tokens);
         for m in &self.members {
             let y = &mut y[m.column..];
             let mut keep = keep;
@@ -105,15 +103,46 @@ impl<'a> Group<'a> {
             let weight = Term { a: &x, b: View::of(m.weight.elements(), self.input).t() };
             match &m.low_rank {
                 Some((_, b)) => {
-                    let rank = self.rank(m);
-                    let scaled = Operand::new(kernel, View::f32(&u[m.rank_column..], self.ranks), tokens, rank, self.scale);
-                    let low_rank = Term { a: &scaled, b: View::of(b.elements(), rank).t() };
+                    let scaled = self.scaled(m, &u, tokens);
+                    let low_rank = Term { a: &scaled, b: View::of(b.elements(), self.rank(m)).t() };
                     matmul(tokens, m.out, &[weight, low_rank], y, self.output, keep, Threads::All);
                 }
                 None => matmul(tokens, m.out, &[weight], y, self.output, keep, Threads::All),
             }
         }
         Ok(u)
+    }
+
+    /// Adds s·(x·A_iᵀ)·B_iᵀ to some rows of `y` `[T, Σout]`: the sum over k goes on where that over the base's ended, as it does in
+    /// [`Group::forward`].
+    pub fn add_low_rank(&self, x: &[f32], rows: Range<usize>, y: &mut [f32]) {
+        if self.ranks == 0 || rows.is_empty() {
+            return;
+        }
+        let (kernel, tokens) = (self.kernel, rows.len());
+        let x = Operand::new(kernel, View::f32(&x[rows.start * self.input..], self.input), tokens, self.input, 1.0);
+        let u = self.low_rank_inputs(&x, tokens);
+        for m in &self.members {
+            let Some((_, b)) = &m.low_rank else { continue };
+            let scaled = self.scaled(m, &u, tokens);
+            let y = &mut y[rows.start * self.output + m.column..];
+            matmul(tokens, m.out, &[Term { a: &scaled, b: View::of(b.elements(), self.rank(m)).t() }], y, self.output, true, Threads::All);
+        }
+    }
+
+    /// x·Aᵀ `[T, Σr]`.
+    fn low_rank_inputs(&self, x: &Operand, tokens: usize) -> Buffer {
+        let mut u = Buffer::dirty(tokens * self.ranks);
+        if self.ranks > 0 {
+            let a = View::f32(&self.stacked, self.input).t();
+            matmul(tokens, self.ranks, &[Term { a: x, b: a }], &mut u, self.ranks, false, Threads::All);
+        }
+        u
+    }
+
+    /// s·u of a member.
+    fn scaled<'u>(&self, m: &Member, u: &'u [f32], tokens: usize) -> Operand<'u> {
+        Operand::new(self.kernel, View::f32(&u[m.rank_column..], self.ranks), tokens, self.rank(m), self.scale)
     }
 
     /// Given g = ∂loss/∂y `[T, Σout]`, the input and what [`Group::forward`] returned: adds the parameters' gradients to `sink` and returns ∂loss/∂x

@@ -39,12 +39,13 @@ pub enum Keep {
     Nothing,
 }
 
-/// Runs the row forward.
-pub fn forward(policy: &Policy, row: Arc<Row>, keep: Keep) -> Result<RowTape> {
+/// Runs the row forward. `pause` is called before every block.
+pub fn forward(policy: &Policy, row: Arc<Row>, keep: Keep, pause: &mut dyn FnMut()) -> Result<RowTape> {
     let row = policy.prepare(row)?;
     let mut x = policy.embed(&row)?;
     let mut blocks = Vec::with_capacity(policy.num_blocks());
     for i in 0..policy.num_blocks() {
+        pause();
         let input = (keep == Keep::Inputs).then(|| Buffer::copy_of(&x));
         let (y, tape) = policy.block(i, x, &row, keep == Keep::Tapes)?;
         x = y;
@@ -54,14 +55,15 @@ pub fn forward(policy: &Policy, row: Arc<Row>, keep: Keep) -> Result<RowTape> {
     Ok(RowTape { row, blocks, head })
 }
 
-/// Runs the row backward from ∂loss/∂logp `[N]` and adds every trainable tensor's gradient to `gradients`.
-pub fn backward(policy: &Policy, tape: RowTape, upstream: &[f32], gradients: &mut Gradients) -> Result<()> {
+/// Runs the row backward from ∂loss/∂logp `[N]` and adds every trainable tensor's gradient to `gradients`. `pause` is called before every block.
+pub fn backward(policy: &Policy, tape: RowTape, upstream: &[f32], gradients: &mut Gradients, pause: &mut dyn FnMut()) -> Result<()> {
     let RowTape { row, blocks, head } = tape;
     if blocks.len() != policy.num_blocks() {
         bail!("the row was run forward without a tape");
     }
     let mut gx = policy.head_backward(head, &row, upstream, gradients)?;
     for (i, kept) in blocks.into_iter().enumerate().rev() {
+        pause();
         let tape = match kept {
             Kept::Tape(tape) => *tape,
             Kept::Input(x) => match policy.block(i, x, &row, true)?.1 {

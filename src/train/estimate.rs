@@ -78,6 +78,16 @@ pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, longest: usize, keep:
     Estimate { training_state, activations, keep, row_tokens }
 }
 
+/// Bytes of the activations of scoring a row of `tokens` tokens: a run may be interrupted for it.
+pub fn scoring(config: &ModelConfig, tokens: usize) -> u64 {
+    let (c, f) = (config.hidden_size as u64, config.intermediate_size as u64);
+    let q = (config.num_heads * config.head_dim) as u64;
+    let row = q + 2 * (config.num_kv_heads * config.head_dim) as u64;
+    // Feed-forward: gate, up, their product and its operand; attention: `[q | k | v]`, the packed heads and the output.
+    let passing = (4 * f).max(2 * row + q);
+    F32 * tokens as u64 * (2 * c + passing) * ROUNDING.0 / ROUNDING.1
+}
+
 /// The fastest choices that stay within `available` bytes, the resident base weights not counted.
 ///
 /// # Errors

@@ -58,16 +58,16 @@ fn sides<'a>(row: &PackedRow, tape: &'a RowTape) -> Vec<Sides<'a>> {
 
 impl MicroBatch<'_> {
     /// The mean loss and its metrics; adds `scale`·∂loss to `gradients`.
-    pub fn train(&self, keep: Keep, scale: f64, gradients: &mut Gradients) -> Result<(f64, Metrics)> {
-        self.run(keep, scale, Some(gradients))
+    pub fn train(&self, keep: Keep, scale: f64, gradients: &mut Gradients, pause: &mut dyn FnMut()) -> Result<(f64, Metrics)> {
+        self.run(keep, scale, Some(gradients), pause)
     }
 
     /// The mean loss and its metrics.
-    pub fn evaluate(&self) -> Result<(f64, Metrics)> {
-        self.run(Keep::Nothing, 1.0, None)
+    pub fn evaluate(&self, pause: &mut dyn FnMut()) -> Result<(f64, Metrics)> {
+        self.run(Keep::Nothing, 1.0, None, pause)
     }
 
-    fn run(&self, keep: Keep, scale: f64, mut gradients: Option<&mut Gradients>) -> Result<(f64, Metrics)> {
+    fn run(&self, keep: Keep, scale: f64, mut gradients: Option<&mut Gradients>, pause: &mut dyn FnMut()) -> Result<(f64, Metrics)> {
         let groups: Vec<Vec<SequenceGroup>> = self.pairs.iter().map(|p| p.groups()).collect();
         let items: Vec<&[SequenceGroup]> = groups.iter().map(Vec::as_slice).collect();
         let rows = pack_rows(&items, self.row_tokens);
@@ -77,13 +77,13 @@ impl MicroBatch<'_> {
         for rows in rows.chunks(at_once) {
             let mut tapes = Vec::with_capacity(rows.len());
             for row in rows {
-                tapes.push(backprop::forward(self.policy, row.row.clone(), keep)?);
+                tapes.push(backprop::forward(self.policy, row.row.clone(), keep, pause)?);
             }
             let (part, upstream) = self.part(rows, &tapes, scale, &mut observations);
             loss += part;
             let Some(gradients) = gradients.as_deref_mut().filter(|_| loss.is_finite()) else { continue };
             for (tape, upstream) in tapes.into_iter().zip(upstream) {
-                backprop::backward(self.policy, tape, &upstream, gradients)?;
+                backprop::backward(self.policy, tape, &upstream, gradients, pause)?;
             }
         }
         Ok((loss, micro_batch(loss, &observations)))

@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod encode;
 pub mod estimate;
 pub mod event;
+pub mod host;
 mod micro_batch;
 mod observe;
 pub mod optimizer;

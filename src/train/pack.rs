@@ -10,6 +10,9 @@ use super::pair::SequenceGroup;
 use crate::model::decoder::Row;
 use crate::model::layout::RowLayout;
 
+/// An item and whose it is: only items of one owner share prompts, and an owner's items lie side by side.
+pub type Owned<'a> = (usize, &'a [SequenceGroup]);
+
 /// A row and where the items' completions are among its targets.
 #[derive(Clone, Debug)]
 pub struct PackedRow {
@@ -17,18 +20,29 @@ pub struct PackedRow {
     pub row: Arc<Row>,
     /// Which items it holds.
     pub items: Vec<usize>,
+    /// The row's tokens by owner.
+    pub owners: Vec<(Range<usize>, usize)>,
     /// Per item, per completion in the order of its groups: the range in `row.targets`.
     pub completions: Vec<Vec<Range<usize>>>,
 }
 
 /// Packs all items into one row.
 pub fn pack(items: &[&[SequenceGroup]]) -> PackedRow {
-    pack_items(items, (0..items.len()).collect())
+    pack_items(&of_one_owner(items), (0..items.len()).collect())
+}
+
+fn of_one_owner<'a>(items: &[&'a [SequenceGroup]]) -> Vec<Owned<'a>> {
+    items.iter().map(|groups| (0, *groups)).collect()
 }
 
 /// Packs items into rows of at most `row_tokens` tokens (a longer item gets a row of its own), of about equal size. Items with the same prompt are
 /// brought together.
 pub fn pack_rows(items: &[&[SequenceGroup]], row_tokens: usize) -> Vec<PackedRow> {
+    pack_owned_rows(&of_one_owner(items), row_tokens)
+}
+
+/// [`pack_rows`] for items of several owners.
+pub fn pack_owned_rows(items: &[Owned], row_tokens: usize) -> Vec<PackedRow> {
     let order = by_prompt(items);
     let mut left = sizes(items, &order).iter().sum::<usize>();
     let mut rows_left = left.div_ceil(row_tokens).max(1);
@@ -54,45 +68,47 @@ pub fn pack_rows(items: &[&[SequenceGroup]], row_tokens: usize) -> Vec<PackedRow
     rows
 }
 
-/// The items' indices with those of the same first prompt side by side, in the order in which the prompts first appear.
-fn by_prompt(items: &[&[SequenceGroup]]) -> Vec<usize> {
-    let mut first: HashMap<&[u32], usize> = HashMap::new();
-    let mut keyed: Vec<(usize, usize)> = Vec::with_capacity(items.len());
-    for (i, groups) in items.iter().enumerate() {
+/// The items' indices by owner, those of the same first prompt side by side, in the order in which the prompts first appear.
+fn by_prompt(items: &[Owned]) -> Vec<usize> {
+    let mut first: HashMap<(usize, &[u32]), usize> = HashMap::new();
+    let mut keyed: Vec<(usize, usize, usize)> = Vec::with_capacity(items.len());
+    for (i, (owner, groups)) in items.iter().enumerate() {
         let prompt = groups.first().map_or(&[][..], |g| g.prompt.as_slice());
-        keyed.push((*first.entry(prompt).or_insert(i), i));
+        keyed.push((*owner, *first.entry((*owner, prompt)).or_insert(i), i));
     }
     keyed.sort_unstable();
-    keyed.into_iter().map(|(_, i)| i).collect()
+    keyed.into_iter().map(|(_, _, i)| i).collect()
 }
 
 /// Tokens that each item adds after the one before it.
-fn sizes(items: &[&[SequenceGroup]], order: &[usize]) -> Vec<usize> {
+fn sizes(items: &[Owned], order: &[usize]) -> Vec<usize> {
     order.iter().enumerate().map(|(k, &i)| cost(items, &order[k.saturating_sub(1)..k], i)).collect()
 }
 
 /// Tokens that item `i` adds to a row of `members`: prompts that are there already cost nothing.
-fn cost(items: &[&[SequenceGroup]], members: &[usize], i: usize) -> usize {
-    let last = members.last().map_or(&[][..], |m| items[*m]);
-    items[i].iter().map(|g| if last.iter().any(|l| l.prompt == g.prompt) { g.tokens() - g.prompt.len() } else { g.tokens() }).sum()
+fn cost(items: &[Owned], members: &[usize], i: usize) -> usize {
+    let (owner, groups) = items[i];
+    let last = members.last().map(|m| items[*m]).filter(|(other, _)| *other == owner).map_or(&[][..], |(_, groups)| groups);
+    groups.iter().map(|g| if last.iter().any(|l| l.prompt == g.prompt) { g.tokens() - g.prompt.len() } else { g.tokens() }).sum()
 }
 
 /// A completion: its item among the members, its place in the item, its tokens.
 type Answer<'a> = (usize, usize, &'a [u32]);
 
-fn pack_items(items: &[&[SequenceGroup]], members: Vec<usize>) -> PackedRow {
-    let mut prompts: Vec<(&[u32], Vec<Answer>)> = Vec::new();
-    let mut known: HashMap<&[u32], usize> = HashMap::new();
+fn pack_items(items: &[Owned], members: Vec<usize>) -> PackedRow {
+    let mut prompts: Vec<(usize, &[u32], Vec<Answer>)> = Vec::new();
+    let mut known: HashMap<(usize, &[u32]), usize> = HashMap::new();
     let mut completions: Vec<Vec<Range<usize>>> = Vec::with_capacity(members.len());
     for (m, &i) in members.iter().enumerate() {
         let mut nth = 0;
-        for g in items[i] {
-            let at = *known.entry(&g.prompt).or_insert_with(|| {
-                prompts.push((&g.prompt, Vec::new()));
+        let (owner, groups) = items[i];
+        for g in groups {
+            let at = *known.entry((owner, &g.prompt)).or_insert_with(|| {
+                prompts.push((owner, &g.prompt, Vec::new()));
                 prompts.len() - 1
             });
             for c in &g.completions {
-                prompts[at].1.push((m, nth, c));
+                prompts[at].2.push((m, nth, c));
                 nth += 1;
             }
         }
@@ -100,7 +116,9 @@ fn pack_items(items: &[&[SequenceGroup]], members: Vec<usize>) -> PackedRow {
     }
     let mut layout = RowLayout::default();
     let (mut ids, mut predictors, mut targets) = (Vec::new(), Vec::new(), Vec::new());
-    for (prompt, answers) in prompts {
+    let mut owners: Vec<(Range<usize>, usize)> = Vec::new();
+    for (owner, prompt, answers) in prompts {
+        let start = ids.len();
         let (prefix, ranges) = layout.push_group(prompt.len(), answers.iter().map(|(_, _, c)| c.len()));
         ids.extend_from_slice(prompt);
         for ((m, nth, tokens), range) in answers.into_iter().zip(ranges) {
@@ -111,8 +129,17 @@ fn pack_items(items: &[&[SequenceGroup]], members: Vec<usize>) -> PackedRow {
             completions[m][nth] = targets.len()..targets.len() + tokens.len();
             targets.extend_from_slice(tokens);
         }
+        match owners.last_mut().filter(|(_, last)| *last == owner) {
+            Some((tokens, _)) => tokens.end = ids.len(),
+            None => owners.push((start..ids.len(), owner)),
+        }
     }
-    PackedRow { row: Arc::new(Row { ids, layout: Arc::new(layout), predictors, targets: Arc::new(targets) }), items: members, completions }
+    PackedRow {
+        row: Arc::new(Row { ids, layout: Arc::new(layout), predictors, targets: Arc::new(targets) }),
+        items: members,
+        owners,
+        completions,
+    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! Reference log-probs by content, in memory and on disk.
 
+use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
@@ -18,9 +19,12 @@ const NUMERICS: u32 = 1;
 const SYNC: Duration = Duration::from_secs(2);
 
 /// Reference log-probs by content: they never change, so a second epoch or a repeated request costs the policy only.
-/// Bounded by tokens, in memory and on disk alike; the oldest entries leave first.
+/// Bounded by tokens, in memory and on disk alike; the oldest entries leave first. One thread uses it, also while it computes what is missing.
 #[derive(Debug)]
-pub struct ReferenceCache {
+pub struct ReferenceCache(RefCell<Inner>);
+
+#[derive(Debug)]
+struct Inner {
     limit: usize,
     tokens: usize,
     entries: HashMap<[u8; 32], Arc<Logps>>,
@@ -31,7 +35,7 @@ pub struct ReferenceCache {
 impl ReferenceCache {
     /// A cache for `limit` completion tokens, in memory only.
     pub fn new(limit: usize) -> Self {
-        ReferenceCache { limit, tokens: 0, entries: HashMap::new(), order: VecDeque::new(), disk: None }
+        Self::with_disk(limit, None)
     }
 
     /// A cache that outlives the process in the file `path`. Where that cannot be used, it says so in the log and keeps to memory.
@@ -39,35 +43,46 @@ impl ReferenceCache {
         let disk = CacheFile::open(path, limit as u64).inspect_err(|e| {
             tracing::warn!(path = %path.display(), error = %e, "reference log-probs are not kept across restarts: the cache file cannot be used");
         });
-        ReferenceCache { disk: disk.ok(), ..Self::new(limit) }
+        Self::with_disk(limit, disk.ok())
     }
 
-    /// The log-probs of every item under `reference`, whose weights `identity` names for good; what is missing is computed together.
-    pub fn score(&mut self, reference: &Policy, identity: &str, items: &[&[SequenceGroup]], row_tokens: usize) -> Result<Vec<Arc<Logps>>> {
+    fn with_disk(limit: usize, disk: Option<CacheFile>) -> Self {
+        ReferenceCache(RefCell::new(Inner { limit, tokens: 0, entries: HashMap::new(), order: VecDeque::new(), disk }))
+    }
+
+    /// The log-probs of every item under `reference`, whose weights `identity` names for good; what is missing is computed together. `pause` is called
+    /// between blocks; it may use the cache.
+    pub fn score(
+        &self,
+        reference: &Policy,
+        identity: &str,
+        items: &[&[SequenceGroup]],
+        row_tokens: usize,
+        pause: &mut dyn FnMut(),
+    ) -> Result<Vec<Arc<Logps>>> {
         // Kernels round differently: a number is only ever repeated where it would be computed.
         let identity = format!("{identity}@{:?}@{NUMERICS}", reference.kernel());
         let keys: Vec<[u8; 32]> = items.iter().map(|groups| key(&identity, groups)).collect();
-        let mut found: Vec<Option<Arc<Logps>>> = keys.iter().map(|k| self.get(k)).collect();
+        let mut found: Vec<Option<Arc<Logps>>> = {
+            let mut inner = self.0.borrow_mut();
+            keys.iter().map(|k| inner.get(k)).collect()
+        };
         let missing: Vec<usize> = (0..items.len()).filter(|i| found[*i].is_none()).collect();
         metrics::counter!("bradley_reference_cache_hits_total").increment((items.len() - missing.len()) as u64);
         metrics::counter!("bradley_reference_cache_misses_total").increment(missing.len() as u64);
         let wanted: Vec<&[SequenceGroup]> = missing.iter().map(|i| items[*i]).collect();
         let mut new = Vec::with_capacity(missing.len());
-        for (i, logps) in missing.into_iter().zip(score_all(reference, &wanted, row_tokens)?) {
+        for (i, logps) in missing.into_iter().zip(score_all(reference, &wanted, row_tokens, pause)?) {
             let logps = Arc::new(logps);
-            self.insert(keys[i], logps.clone());
             new.push((keys[i], logps.clone()));
             found[i] = Some(logps);
         }
-        if let Some(disk) = &mut self.disk
-            && let Err(e) = disk.insert(&new)
-        {
-            tracing::warn!(error = %e, "the reference cache file cannot be written: it is no longer used");
-            self.disk = None;
-        }
+        self.0.borrow_mut().keep(new);
         Ok(found.into_iter().flatten().collect())
     }
+}
 
+impl Inner {
     fn get(&mut self, key: &[u8; 32]) -> Option<Arc<Logps>> {
         if let Some(hit) = self.entries.get(key) {
             return Some(hit.clone());
@@ -75,6 +90,18 @@ impl ReferenceCache {
         let logps = Arc::new(self.disk.as_ref()?.get(key)?);
         self.insert(*key, logps.clone());
         Some(logps)
+    }
+
+    fn keep(&mut self, new: Vec<([u8; 32], Arc<Logps>)>) {
+        for (key, logps) in &new {
+            self.insert(*key, logps.clone());
+        }
+        if let Some(disk) = &mut self.disk
+            && let Err(e) = disk.insert(&new)
+        {
+            tracing::warn!(error = %e, "the reference cache file cannot be written: it is no longer used");
+            self.disk = None;
+        }
     }
 
     fn insert(&mut self, key: [u8; 32], logps: Arc<Logps>) {
@@ -252,6 +279,6 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("cache.redb");
         std::fs::write(&path, "not a database").unwrap();
-        assert!(ReferenceCache::open(10, &path).disk.is_none());
+        assert!(ReferenceCache::open(10, &path).0.borrow().disk.is_none());
     }
 }

@@ -5,7 +5,7 @@
 
 use candle_core::Result;
 
-use super::pack::pack_rows;
+use super::pack::{Owned, PackedRow, pack_owned_rows, pack_rows};
 use super::pair::SequenceGroup;
 use crate::model::decoder::Policy;
 
@@ -14,17 +14,34 @@ pub type Logps = Vec<Vec<f32>>;
 
 /// Scores one item without a tape.
 pub fn score(policy: &Policy, groups: &[SequenceGroup]) -> Result<Logps> {
-    Ok(score_all(policy, &[groups], usize::MAX)?.pop().unwrap_or_default())
+    Ok(score_all(policy, &[groups], usize::MAX, &mut || {})?.pop().unwrap_or_default())
 }
 
-/// Scores items together in rows of about `row_tokens` tokens.
-pub fn score_all(policy: &Policy, items: &[&[SequenceGroup]], row_tokens: usize) -> Result<Vec<Logps>> {
+/// Scores items together in rows of about `row_tokens` tokens. `pause` is called before every block of every row.
+pub fn score_all(policy: &Policy, items: &[&[SequenceGroup]], row_tokens: usize, pause: &mut dyn FnMut()) -> Result<Vec<Logps>> {
     let mut all = vec![Logps::new(); items.len()];
     for packed in pack_rows(items, row_tokens) {
-        let logps = policy.log_probs(packed.row.clone())?;
-        for (&item, ranges) in packed.items.iter().zip(&packed.completions) {
-            all[item] = ranges.iter().map(|r| logps[r.clone()].to_vec()).collect();
-        }
+        let logps = policy.log_probs(packed.row.clone(), pause)?;
+        spread(&packed, &logps, &mut all);
     }
     Ok(all)
+}
+
+/// Scores items of several policies that share their base weights: `items` says which of `policies` each is for. They share rows, not prompts.
+pub fn score_shared(policies: &[Policy], items: &[Owned], row_tokens: usize, pause: &mut dyn FnMut()) -> Result<Vec<Logps>> {
+    let Some(base) = policies.first().map(Policy::base) else { return Ok(Vec::new()) };
+    let mut all = vec![Logps::new(); items.len()];
+    for packed in pack_owned_rows(items, row_tokens) {
+        let adapters = packed.owners.iter().filter_map(|(tokens, owner)| Some((tokens.clone(), policies[*owner].adapter.clone()?)));
+        let logps = base.log_probs_with(packed.row.clone(), adapters.collect(), pause)?;
+        spread(&packed, &logps, &mut all);
+    }
+    Ok(all)
+}
+
+/// Gives every item of a row its log-probs.
+fn spread(packed: &PackedRow, logps: &[f32], all: &mut [Logps]) {
+    for (&item, ranges) in packed.items.iter().zip(&packed.completions) {
+        all[item] = ranges.iter().map(|r| logps[r.clone()].to_vec()).collect();
+    }
 }

@@ -10,12 +10,12 @@ use std::time::Instant;
 use super::checkpoint::{self, CheckpointError, Contents, RunState};
 use super::estimate::{self, Estimate};
 use super::event::RunEvent;
+use super::host::Host;
 use super::micro_batch::MicroBatch;
 use super::observe::{Evaluation, Window};
 use super::optimizer::AdamW;
 use super::pair::{EncodedPair, SequenceGroup};
 use super::reference::Reference;
-use super::reference_cache::ReferenceCache;
 use super::scorer::Logps;
 use super::trainable::{Gradients, TrainablePolicy};
 use crate::domain::job::{Metrics, Progress};
@@ -195,13 +195,13 @@ impl Trainer {
     }
 
     /// Does one unit of work.
-    pub fn advance(&mut self, cache: &mut ReferenceCache, emit: &mut dyn FnMut(RunEvent)) -> Result<Status, TrainError> {
+    pub fn advance(&mut self, host: &mut Host) -> Result<Status, TrainError> {
         match self.phase {
             Phase::Done => return Ok(Status::Finished),
-            Phase::Step { done } => self.step_unit(done, cache, emit)?,
-            Phase::Evaluate { next } => self.evaluate_unit(next, cache, emit)?,
+            Phase::Step { done } => self.step_unit(done, host)?,
+            Phase::Evaluate { next } => self.evaluate_unit(next, host)?,
             Phase::Save { best } => {
-                self.save(best, emit)?;
+                self.save(best, host.emit)?;
                 self.phase = self.after_save();
             }
         }
@@ -224,12 +224,12 @@ impl Trainer {
 
     // ---- one micro-batch, and the update when the step's last one is done
 
-    fn step_unit(&mut self, done: usize, cache: &mut ReferenceCache, emit: &mut dyn FnMut(RunEvent)) -> Result<(), TrainError> {
+    fn step_unit(&mut self, done: usize, host: &mut Host) -> Result<(), TrainError> {
         let (micro_batches, group) = self.group();
         if done == 0 {
             self.gradients.clear();
         }
-        self.micro_batch(1.0 / group as f64, cache)?;
+        self.micro_batch(1.0 / group as f64, host)?;
         self.state.micro_batch += 1;
         if done + 1 < group {
             self.phase = Phase::Step { done: done + 1 };
@@ -240,7 +240,7 @@ impl Trainer {
             self.state.epoch += 1;
             self.state.micro_batch = 0;
         }
-        self.after_update(emit);
+        self.after_update(host.emit);
         Ok(())
     }
 
@@ -265,14 +265,14 @@ impl Trainer {
         self.order.1.iter().skip(self.state.micro_batch * size).take(size).map(|i| *i as usize).collect()
     }
 
-    fn micro_batch(&mut self, scale: f64, cache: &mut ReferenceCache) -> Result<(), TrainError> {
+    fn micro_batch(&mut self, scale: f64, host: &mut Host) -> Result<(), TrainError> {
         let chosen = self.batch_rows();
         let pairs: Vec<&EncodedPair> = chosen.iter().map(|i| &self.train[*i]).collect();
         let row_tokens = self.plan.row_tokens;
-        let references = references(&self.reference, &pairs, row_tokens, cache)?;
+        let references = references(&self.reference, &pairs, row_tokens, host)?;
         let references = references.as_deref();
         let batch = MicroBatch { dpo: &self.spec.dpo, policy: &self.policy.policy, pairs: &pairs, references, row_tokens };
-        let (loss, metrics) = batch.train(self.plan.keep, scale, &mut self.gradients)?;
+        let (loss, metrics) = batch.train(self.plan.keep, scale, &mut self.gradients, host.pause)?;
         if !loss.is_finite() {
             return Err(self.non_finite("loss", loss, &chosen));
         }
@@ -374,14 +374,14 @@ impl Trainer {
 
     // ---- evaluation
 
-    fn evaluate_unit(&mut self, next: usize, cache: &mut ReferenceCache, emit: &mut dyn FnMut(RunEvent)) -> Result<(), TrainError> {
+    fn evaluate_unit(&mut self, next: usize, host: &mut Host) -> Result<(), TrainError> {
         let end = (next + self.spec.batch.batch_size).min(self.eval.len());
         let pairs: Vec<&EncodedPair> = self.eval[next..end].iter().collect();
         let row_tokens = self.plan.row_tokens;
-        let references = references(&self.reference, &pairs, row_tokens, cache)?;
+        let references = references(&self.reference, &pairs, row_tokens, host)?;
         let references = references.as_deref();
         let batch = MicroBatch { dpo: &self.spec.dpo, policy: &self.policy.policy, pairs: &pairs, references, row_tokens };
-        self.evaluation.add(batch.evaluate()?.1, pairs.len());
+        self.evaluation.add(batch.evaluate(host.pause)?.1, pairs.len());
         if end < self.eval.len() {
             self.phase = Phase::Evaluate { next: end };
             return Ok(());
@@ -390,7 +390,7 @@ impl Trainer {
         self.state.evaluated = Some(self.state.step);
         let best = self.judge(&metrics);
         self.latest.extend(metrics.clone());
-        emit(RunEvent::Eval { step: self.state.step, metrics });
+        (host.emit)(RunEvent::Eval { step: self.state.step, metrics });
         self.phase = self.after_evaluation(best);
         if !best && self.is_over() && self.state.step < self.total_steps {
             let message = format!(
@@ -398,7 +398,7 @@ impl Trainer {
                 self.state.stale_evaluations,
                 self.spec.run.metric_for_best.name()
             );
-            emit(RunEvent::Log { severity: "info", message });
+            (host.emit)(RunEvent::Log { severity: "info", message });
         }
         Ok(())
     }
@@ -425,10 +425,10 @@ fn references(
     reference: &Reference,
     pairs: &[&EncodedPair],
     row_tokens: usize,
-    cache: &mut ReferenceCache,
+    host: &mut Host,
 ) -> Result<Option<Vec<Arc<Logps>>>, TrainError> {
     let Some((policy, identity)) = reference.weights() else { return Ok(None) };
     let groups: Vec<Vec<SequenceGroup>> = pairs.iter().map(|p| p.groups()).collect();
     let items: Vec<&[SequenceGroup]> = groups.iter().map(Vec::as_slice).collect();
-    Ok(Some(cache.score(policy, identity, &items, row_tokens)?))
+    Ok(Some(host.cache.score(policy, identity, &items, row_tokens, host.pause)?))
 }

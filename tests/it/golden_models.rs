@@ -1,13 +1,18 @@
 //! Log-probs and gradients of every architecture, against transformers and TRL.
 
+use std::sync::Arc;
+
 use bradley::domain::dpo::DpoConfig;
-use bradley::domain::training::Precision;
+use bradley::domain::training::{LoraConfig, Precision, TARGET_MODULES};
 use bradley::math::loss::{PairLogps, batch_loss};
+use bradley::math::rng::kaiming_uniform;
+use bradley::model::adapter::Adapter;
+use bradley::model::decoder::Policy;
 use bradley::model::peft;
 use bradley::train::backprop::{Keep, backward, forward};
-use bradley::train::pack::pack;
+use bradley::train::pack::{Owned, pack};
 use bradley::train::pair::{EncodedPair, SequenceGroup};
-use bradley::train::scorer::score;
+use bradley::train::scorer::{score, score_shared};
 use bradley::train::trainable::{Gradients, TrainablePolicy};
 use candle_core::{Device, Tensor};
 
@@ -76,7 +81,7 @@ fn token_statistics_are_those_of_transformers() {
         let (model, tokenizer) = tiny(name);
         let rows = rows("pairs.jsonl");
         for (row, pair) in rows.iter().zip(encode(&rows, &tokenizer, 256)) {
-            let tape = forward(&model, pack(&[&pair.groups()]).row, Keep::Nothing).unwrap();
+            let tape = forward(&model, pack(&[&pair.groups()]).row, Keep::Nothing, &mut || {}).unwrap();
             let e = &expected[name][row.id.as_deref().unwrap()]["chosen"]["policy"];
             let (means, entropies, p2) = (numbers(&e["mean_logits"]), numbers(&e["entropy"]), numbers(&e["log_sum_p2"]));
             for (t, d) in tape.distributions()[..pair.chosen.len()].iter().enumerate() {
@@ -95,7 +100,7 @@ fn gradients(policy: &TrainablePolicy, pairs: &[EncodedPair], references: &[Vec<
     let groups: Vec<_> = pairs.iter().map(EncodedPair::groups).collect();
     let row = pack(&groups.iter().map(Vec::as_slice).collect::<Vec<_>>());
     let keep = if checkpointing { Keep::Inputs } else { Keep::Tapes };
-    let tape = forward(&policy.policy, row.row.clone(), keep).unwrap();
+    let tape = forward(&policy.policy, row.row.clone(), keep, &mut || {}).unwrap();
     let side = |i: usize, s: usize| &tape.log_probs()[row.completions[i][s].clone()];
     let inputs: Vec<PairLogps> = (0..pairs.len())
         .map(|i| PairLogps {
@@ -113,7 +118,7 @@ fn gradients(policy: &TrainablePolicy, pairs: &[EncodedPair], references: &[Vec<
         upstream[ranges[1].clone()].copy_from_slice(&loss.grad_rejected[i]);
     }
     let mut total = Gradients::zeros(policy);
-    backward(&policy.policy, tape, &upstream, &mut total).unwrap();
+    backward(&policy.policy, tape, &upstream, &mut total, &mut || {}).unwrap();
     let trainables = policy.trainables.iter().zip(total.values());
     trainables.map(|(t, g)| (t.name.clone(), Tensor::from_slice(g, t.var.shape(), &Device::Cpu).unwrap())).collect()
 }
@@ -203,13 +208,41 @@ fn packed_rows_equal_separate_sequences() {
         let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
         let all: Vec<_> = pairs.iter().map(EncodedPair::groups).collect();
         let packed = pack(&all.iter().map(Vec::as_slice).collect::<Vec<_>>());
-        let logps = model.log_probs(packed.row.clone()).unwrap();
+        let logps = model.log_probs(packed.row.clone(), &mut || {}).unwrap();
         for (i, pair) in pairs.iter().enumerate() {
             for (side, completion) in [&pair.chosen, &pair.rejected].into_iter().enumerate() {
                 let alone = SequenceGroup { prompt: pair.prompt.clone(), completions: vec![completion.clone()] };
                 let want = &score(&model, &[alone]).unwrap()[0];
                 assert_eq!(&logps[packed.completions[i][side].clone()], want, "{name}: bit for bit");
             }
+        }
+    }
+}
+
+#[test]
+fn adapters_that_share_rows_score_as_each_alone_bit_for_bit() {
+    for (name, precision) in MODELS.into_iter().flat_map(|m| [(m, Precision::F32), (m, Precision::Bf16)]) {
+        let (base, tokenizer) = tiny(name);
+        let base = base.with_precision(precision);
+        let with = |rank: usize, targets: &[&str], seed: u64| {
+            let config = LoraConfig { rank, target_modules: targets.iter().map(|t| t.to_string()).collect(), ..LoraConfig::default() };
+            let random = |name: &str, shape: &[usize]| {
+                let values = kaiming_uniform(seed, name, shape[0] * shape[1], shape[1]);
+                Tensor::from_vec(values, (shape[0], shape[1]), &Device::Cpu)
+            };
+            let adapter = Adapter::build(&base.config, &config, random).unwrap();
+            Policy { adapter: Some(Arc::new(adapter)), ..base.clone() }
+        };
+        let policies = [base.clone(), with(4, &TARGET_MODULES, 1), with(20, &["q_proj", "v_proj", "down_proj"], 2)];
+        let groups: Vec<_> = encode(&rows("pairs.jsonl"), &tokenizer, 256).iter().map(EncodedPair::groups).collect();
+        // Every policy scores every pair: the same prompts under several adapters in one row.
+        let items: Vec<Owned> = groups.iter().flat_map(|g| (0..policies.len()).map(move |p| (p, g.as_slice()))).collect();
+        for row_tokens in [150, usize::MAX] {
+            let together = score_shared(&policies, &items, row_tokens, &mut || {}).unwrap();
+            for ((owner, groups), logps) in items.iter().zip(&together) {
+                assert_eq!(*logps, score(&policies[*owner], groups).unwrap(), "{name} {precision:?}: adapter {owner}");
+            }
+            assert_ne!(together[0], together[1], "{name}: the adapters do something");
         }
     }
 }

@@ -10,9 +10,11 @@ use bradley::domain::training::{
 use bradley::model::decoder::Policy;
 use bradley::model::peft;
 use bradley::train::event::RunEvent;
+use bradley::train::host::Host;
 use bradley::train::pair::EncodedPair;
 use bradley::train::reference::Reference;
 use bradley::train::reference_cache::ReferenceCache;
+use bradley::train::scorer::score;
 use bradley::train::trainable::TrainablePolicy;
 use bradley::train::trainer::{Status, Trainer, TrainerInput};
 
@@ -68,6 +70,11 @@ fn scratch() -> PathBuf {
 
 /// Makes the run and returns every event.
 pub fn events(run: Run) -> Vec<RunEvent> {
+    events_with(run, &mut |_, _| {})
+}
+
+/// Makes the run; `pause(weights, cache)` is called between the blocks of every pass.
+fn events_with(run: Run, pause: &mut dyn FnMut(&Policy, &ReferenceCache)) -> Vec<RunEvent> {
     let input = TrainerInput {
         spec: run.spec,
         policy: run.policy,
@@ -81,9 +88,11 @@ pub fn events(run: Run) -> Vec<RunEvent> {
         memory: u64::MAX,
     };
     let mut trainer = Trainer::new(input).unwrap();
-    let mut cache = ReferenceCache::new(1 << 20);
+    let cache = ReferenceCache::new(1 << 20);
     let mut events = Vec::new();
-    while trainer.advance(&mut cache, &mut |e| events.push(e)).unwrap() == Status::Working {}
+    let live = trainer.live_policy();
+    let mut host = Host { cache: &cache, pause: &mut || pause(&live, &cache), emit: &mut |e| events.push(e) };
+    while trainer.advance(&mut host).unwrap() == Status::Working {}
     events
 }
 
@@ -192,6 +201,31 @@ fn the_same_seed_gives_the_same_metrics_bit_for_bit_and_another_seed_does_not() 
         assert_eq!(first, run(42));
         assert_ne!(first, run(43));
     }
+}
+
+#[test]
+fn scoring_between_the_blocks_of_a_pass_changes_neither_the_run_nor_the_scores() {
+    let (model, tokenizer) = tiny("llama");
+    let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
+    let groups = pairs[0].groups();
+    let other = score(&model, &groups).unwrap();
+    let make = || Run { eval: pairs[..2].to_vec(), ..Run::lora(&model, "adapters/llama-start", pairs.clone(), shuffled(3)) };
+    let undisturbed = bits(&train(make()));
+    let (mut calls, mut same) = (0, 0);
+    // What the run's own weights say must hold still within a step.
+    let mut last = Vec::new();
+    let disturbed = events_with(make(), &mut |live, cache| {
+        calls += 1;
+        assert_eq!(score(&model, &groups).unwrap(), other);
+        assert_eq!(*cache.score(&model, "base", &[&groups], 512, &mut || {}).unwrap()[0], other);
+        let now = score(live, &groups).unwrap();
+        same += usize::from(now == last);
+        last = now;
+    });
+    assert_eq!(bits(&steps(&disturbed)), undisturbed);
+    let blocks = model.num_blocks();
+    assert!(calls > 3 * 2 * 2 * blocks && calls % blocks == 0, "{calls} pauses in passes over {blocks} blocks");
+    assert_eq!(calls - same, 4, "the weights of the start and of each step");
 }
 
 #[test]

@@ -1,0 +1,249 @@
+//! The scoring half of a device worker: batches from the queue, and whose turn it is while a run trains.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::api::{CompletionLogps, EngineError, EngineOptions, ScoredItem, WeightsRef};
+use super::queue::{Entry, Queue};
+use super::residents::{Bases, Residents};
+use super::worker::guarded;
+use crate::model::decoder::Policy;
+use crate::train::pack::Owned;
+use crate::train::pair::SequenceGroup;
+use crate::train::reference_cache::ReferenceCache;
+use crate::train::scorer::{self, Logps};
+
+/// Tokens of a row that several items share: more would only need more memory.
+pub(super) const ROW_TOKENS: usize = 2048;
+
+/// An item's log-probs, or why there are none.
+type Scored = Result<Logps, EngineError>;
+
+/// The weights of the run in progress.
+pub(super) struct Live {
+    pub job: String,
+    pub policy: Policy,
+    pub step: u64,
+}
+
+/// Scores what waits, and keeps account of the time that it takes from training.
+pub(super) struct Scoring {
+    queue: Arc<Queue>,
+    bases: Arc<Bases>,
+    /// Weights in memory.
+    pub residents: Residents,
+    /// Tokens of a batch.
+    pub batch_tokens: usize,
+    share: f64,
+    /// Time that training must get before scoring may go on.
+    owed_to_training: Duration,
+    /// Since when training has the device.
+    training_since: Instant,
+    /// What scoring took since [`Scoring::lend`].
+    taken: Duration,
+}
+
+impl Scoring {
+    pub fn new(queue: Arc<Queue>, bases: Arc<Bases>, options: &EngineOptions) -> Self {
+        Scoring {
+            queue,
+            bases,
+            residents: Residents::new(options.resident_policies),
+            batch_tokens: options.batch_tokens,
+            share: options.scoring_share.clamp(0.01, 1.0),
+            owed_to_training: Duration::ZERO,
+            training_since: Instant::now(),
+            taken: Duration::ZERO,
+        }
+    }
+
+    // ---- turns
+
+    /// Whether training has had what it is owed.
+    pub fn has_its_turn(&self) -> bool {
+        self.owed_to_training.is_zero()
+    }
+
+    /// Forgets debts: another run begins.
+    pub fn forget_debts(&mut self) {
+        self.owed_to_training = Duration::ZERO;
+    }
+
+    /// Training has the device from now on.
+    pub fn lend(&mut self) {
+        self.training_since = Instant::now();
+        self.taken = Duration::ZERO;
+    }
+
+    /// Between two blocks of a training pass: scores one batch when something waits and it is scoring's turn.
+    pub fn interlude(&mut self, cache: &ReferenceCache, live: &Live) {
+        self.settle();
+        if !self.has_its_turn() {
+            return;
+        }
+        let batch = self.queue.take(self.batch_tokens);
+        if !batch.is_empty() {
+            let start = Instant::now();
+            self.score_batch(batch, cache, Some(live));
+            self.taken += start.elapsed();
+            self.training_since = Instant::now();
+        }
+    }
+
+    /// Training gives the device back; returns how long scoring had it meanwhile.
+    pub fn take_back(&mut self) -> Duration {
+        self.settle();
+        self.taken
+    }
+
+    fn settle(&mut self) {
+        self.owed_to_training = self.owed_to_training.saturating_sub(self.training_since.elapsed());
+        self.training_since = Instant::now();
+    }
+
+    // ---- batches
+
+    /// Scores a batch and answers whoever waits; with a run in progress, training is owed its share. Entries share a pass over each of the weights
+    /// that they name, policies and references alike.
+    pub fn score_batch(&mut self, batch: Vec<Entry>, cache: &ReferenceCache, live: Option<&Live>) {
+        let start = Instant::now();
+        let tokens: usize = batch.iter().map(|e| e.item.tokens()).sum();
+        metrics::histogram!("bradley_scoring_batch_tokens").record(tokens as f64);
+        for entry in &batch {
+            metrics::histogram!("bradley_scoring_queue_seconds").record(entry.enqueued.elapsed().as_secs_f64());
+        }
+        let mut references = vec_of_none(batch.len());
+        for members in groups(&batch, |e| e.reference.as_ref()) {
+            self.pass(&batch, members, &mut references, |scoring, entries| scoring.references(entries, cache));
+        }
+        // A base model scored against itself costs one pass.
+        let own = |e: &'_ Entry| e.reference.as_ref() != Some(&e.policy);
+        let mut policies = vec_of_none(batch.len());
+        for members in self.clusters(groups(&batch, |e| own(e).then_some(&e.policy)), &batch, live) {
+            self.pass(&batch, members, &mut policies, |scoring, entries| scoring.policies(entries, live));
+        }
+        for ((entry, reference), policy) in batch.into_iter().zip(references).zip(policies) {
+            let live_step = matches!(entry.policy, WeightsRef::Live { .. }).then(|| live.map(|l| l.step)).flatten();
+            // The caller may have left meanwhile; nobody else wants the answer.
+            let _ = entry.reply.send(combine(policy, reference, live_step));
+        }
+        let spent = start.elapsed();
+        metrics::histogram!("bradley_scoring_compute_seconds").record(spent.as_secs_f64());
+        metrics::counter!("bradley_scored_tokens_total").increment(tokens as u64);
+        self.queue.set_rate(tokens as f64 / spent.as_secs_f64().max(1e-6));
+        if live.is_some() {
+            self.owed_to_training += spent.mul_f64((1.0 - self.share) / self.share);
+        }
+    }
+
+    /// Runs `pass` over some entries together; when that fails, over each alone, so that a bad item fails only itself.
+    fn pass(
+        &mut self,
+        batch: &[Entry],
+        members: Vec<usize>,
+        results: &mut [Option<Scored>],
+        pass: impl Fn(&mut Self, &[&Entry]) -> Result<Vec<Logps>, EngineError>,
+    ) {
+        let mut run = |members: &[usize]| {
+            let entries: Vec<&Entry> = members.iter().map(|i| &batch[*i]).collect();
+            guarded(|| pass(self, &entries)).unwrap_or_else(|panic| Err(EngineError::Device(panic)))
+        };
+        match run(&members) {
+            Ok(scored) => members.into_iter().zip(scored).for_each(|(i, logps)| results[i] = Some(Ok(logps))),
+            Err(e) => match members.as_slice() {
+                [only] => results[*only] = Some(Err(e)),
+                all => all.iter().for_each(|i| results[*i] = Some(run(&[*i]).and_then(only_one))),
+            },
+        }
+    }
+
+    /// The log-probs of entries that name the same reference, under it.
+    fn references(&mut self, entries: &[&Entry], cache: &ReferenceCache) -> Result<Vec<Logps>, EngineError> {
+        let Some(weights) = entries.first().and_then(|e| e.reference.as_ref()) else { return Ok(Vec::new()) };
+        let identity = self.bases.identity(weights)?;
+        let reference = self.residents.get(&self.bases, weights)?;
+        let items: Vec<&[SequenceGroup]> = entries.iter().map(|e| e.item.groups.as_slice()).collect();
+        let logps = cache.score(&reference, &identity, &items, ROW_TOKENS, &mut || {}).map_err(device)?;
+        Ok(logps.iter().map(|l| l.as_ref().clone()).collect())
+    }
+
+    /// The log-probs of entries of one cluster, each under its own policy.
+    fn policies(&mut self, entries: &[&Entry], live: Option<&Live>) -> Result<Vec<Logps>, EngineError> {
+        let (mut named, mut policies): (Vec<&WeightsRef>, Vec<Policy>) = (Vec::new(), Vec::new());
+        let mut items: Vec<Owned> = Vec::with_capacity(entries.len());
+        for entry in entries {
+            let owner = match named.iter().position(|w| **w == entry.policy) {
+                Some(owner) => owner,
+                None => {
+                    policies.push(self.policy(&entry.policy, live)?);
+                    named.push(&entry.policy);
+                    named.len() - 1
+                }
+            };
+            items.push((owner, entry.item.groups.as_slice()));
+        }
+        if let [policy] = policies.as_slice() {
+            let items: Vec<&[SequenceGroup]> = items.iter().map(|(_, groups)| *groups).collect();
+            return scorer::score_all(policy, &items, ROW_TOKENS, &mut || {}).map_err(device);
+        }
+        scorer::score_shared(&policies, &items, ROW_TOKENS, &mut || {}).map_err(device)
+    }
+
+    /// Joins groups whose policies are adapters on the same base weights (or these themselves): they share a pass.
+    fn clusters(&mut self, groups: Vec<Vec<usize>>, batch: &[Entry], live: Option<&Live>) -> Vec<Vec<usize>> {
+        let mut clusters: Vec<(Option<Policy>, Vec<usize>)> = Vec::new();
+        for members in groups {
+            // What cannot be loaded fails in a pass of its own.
+            let policy = members.first().and_then(|i| self.policy(&batch[*i].policy, live).ok());
+            let alike = |other: &Policy| policy.as_ref().is_some_and(|p| p.shares_base(other));
+            match clusters.iter_mut().find(|(other, _)| other.as_ref().is_some_and(alike)) {
+                Some((_, all)) => all.extend(members),
+                None => clusters.push((policy, members)),
+            }
+        }
+        clusters.into_iter().map(|(_, members)| members).collect()
+    }
+
+    fn policy(&mut self, weights: &WeightsRef, live: Option<&Live>) -> Result<Policy, EngineError> {
+        match (weights, live) {
+            (WeightsRef::Live { job }, Some(live)) if live.job == *job => Ok(live.policy.clone()),
+            _ => self.residents.get(&self.bases, weights),
+        }
+    }
+}
+
+fn device(e: candle_core::Error) -> EngineError {
+    EngineError::Device(e.to_string())
+}
+
+fn only_one(mut logps: Vec<Logps>) -> Scored {
+    logps.pop().ok_or_else(|| EngineError::Device("an item came back without log-probs".into()))
+}
+
+fn vec_of_none(n: usize) -> Vec<Option<Scored>> {
+    (0..n).map(|_| None).collect()
+}
+
+/// The entries that name weights by `which`, grouped by these, in the order in which they first appear.
+fn groups<'a>(batch: &'a [Entry], which: impl Fn(&'a Entry) -> Option<&'a WeightsRef>) -> Vec<Vec<usize>> {
+    let mut groups: Vec<(&WeightsRef, Vec<usize>)> = Vec::new();
+    for (i, entry) in batch.iter().enumerate() {
+        let Some(weights) = which(entry) else { continue };
+        match groups.iter_mut().find(|(w, _)| *w == weights) {
+            Some((_, members)) => members.push(i),
+            None => groups.push((weights, vec![i])),
+        }
+    }
+    groups.into_iter().map(|(_, members)| members).collect()
+}
+
+/// An item's answer from what the passes gave; without a pass of its own, the policy's log-probs are the reference's.
+fn combine(policy: Option<Scored>, reference: Option<Scored>, live_step: Option<u64>) -> Result<ScoredItem, EngineError> {
+    let (policy, reference) = (policy.transpose()?, reference.transpose()?);
+    let Some(logps) = policy.as_ref().or(reference.as_ref()) else {
+        return Err(EngineError::Device("an item was scored by no weights".into()));
+    };
+    let of = |n: usize| reference.as_ref().map(|r| r[n].clone());
+    let completions = logps.iter().enumerate().map(|(n, logps)| CompletionLogps { policy: logps.clone(), reference: of(n) });
+    Ok(ScoredItem { completions: completions.collect(), live_step })
+}

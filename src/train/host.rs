@@ -1,0 +1,14 @@
+//! What a run has of the thread that drives it.
+
+use super::event::RunEvent;
+use super::reference_cache::ReferenceCache;
+
+/// The surroundings of one unit of work.
+pub struct Host<'a> {
+    /// Reference log-probs by content.
+    pub cache: &'a ReferenceCache,
+    /// Called between the blocks of every pass, milliseconds apart: the thread may do other work there, such as scoring.
+    pub pause: &'a mut dyn FnMut(),
+    /// Takes what the run reports.
+    pub emit: &'a mut dyn FnMut(RunEvent),
+}
