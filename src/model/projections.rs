@@ -149,6 +149,7 @@ impl<'a> Group<'a> {
     /// `[T, in]`. With v_i = s·g_i·B_i: dx = Σ g_i·W_i + v_i·A_i, dA_i = v_iᵀ·x, dB_i = s·g_iᵀ·u_i, dW_i = g_iᵀ·x, db_i = Σ_tokens g_i.
     pub fn backward(&self, x: &[f32], u: &[f32], g: &[f32], tokens: usize, sink: &mut dyn GradientSink) -> Result<Buffer> {
         let kernel = self.kernel;
+        let x = Operand::new(kernel, View::f32(x, self.input), tokens, self.input, 1.0);
         let view = |m: &Member| View::f32(&g[m.column..], self.output);
         let gs: Vec<Operand> = self.members.iter().map(|m| Operand::new(kernel, view(m), tokens, m.out, 1.0)).collect();
         let mut v = Buffer::dirty(tokens * self.ranks);
@@ -168,18 +169,18 @@ impl<'a> Group<'a> {
         let mut dx = Buffer::dirty(tokens * self.input);
         matmul(tokens, self.input, &terms, &mut dx, self.input, false, Threads::All);
         if self.ranks > 0 {
-            self.low_rank_gradients(x, u, g, &v, tokens, sink);
+            self.low_rank_gradients(&x, u, &gs, &v, tokens, sink);
         }
-        self.weight_gradients(x, g, tokens, sink);
+        self.weight_gradients(&x, g, tokens, sink);
         Ok(dx)
     }
 
-    fn low_rank_gradients(&self, x: &[f32], u: &[f32], g: &[f32], v: &[f32], tokens: usize, sink: &mut dyn GradientSink) {
+    fn low_rank_gradients(&self, x: &Operand, u: &[f32], gs: &[Operand], v: &[f32], tokens: usize, sink: &mut dyn GradientSink) {
         let kernel = self.kernel;
         let transposed = Operand::new(kernel, View::f32(v, self.ranks).t(), self.ranks, tokens, self.scale);
         let mut da = Buffer::dirty(self.ranks * self.input);
-        matmul(self.ranks, self.input, &[Term { a: &transposed, b: View::f32(x, self.input) }], &mut da, self.input, false, Threads::All);
-        for m in &self.members {
+        matmul(self.ranks, self.input, &[Term { a: &transposed, b: x.view() }], &mut da, self.input, false, Threads::All);
+        for (m, g) in self.members.iter().zip(gs) {
             let rank = self.rank(m);
             if rank == 0 {
                 continue;
@@ -191,8 +192,7 @@ impl<'a> Group<'a> {
                 // dBᵀ `[r, out]`: the long side belongs in the columns.
                 let u = Operand::new(kernel, View::f32(&u[m.rank_column..], self.ranks).t(), rank, tokens, self.scale);
                 let mut db = Buffer::dirty(rank * m.out);
-                let g = View::f32(&g[m.column..], self.output);
-                matmul(rank, m.out, &[Term { a: &u, b: g }], &mut db, m.out, false, Threads::All);
+                matmul(rank, m.out, &[Term { a: &u, b: g.view() }], &mut db, m.out, false, Threads::All);
                 for (o, slot) in slot.chunks_mut(rank).enumerate() {
                     slot.iter_mut().enumerate().for_each(|(r, s)| *s += db[r * m.out + o]);
                 }
@@ -200,11 +200,11 @@ impl<'a> Group<'a> {
         }
     }
 
-    fn weight_gradients(&self, x: &[f32], g: &[f32], tokens: usize, sink: &mut dyn GradientSink) {
+    fn weight_gradients(&self, x: &Operand, g: &[f32], tokens: usize, sink: &mut dyn GradientSink) {
         for m in &self.members {
             if let Some(slot) = sink.slot(Place::Block(self.block, Slot::Weight(m.index))) {
                 let g = Operand::new(self.kernel, View::f32(&g[m.column..], self.output).t(), m.out, tokens, 1.0);
-                matmul(m.out, self.input, &[Term { a: &g, b: View::f32(x, self.input) }], slot, self.input, true, Threads::All);
+                matmul(m.out, self.input, &[Term { a: &g, b: x.view() }], slot, self.input, true, Threads::All);
             }
             if m.bias.is_some()
                 && let Some(slot) = sink.slot(Place::Block(self.block, Slot::Bias(m.index)))

@@ -3,7 +3,7 @@
 //! Buffers come from one pool and go back to it when dropped. Their content is whatever was there before. The pool never holds more than an eighth over what was in
 //! use at one time since the last [`Buffer::trim`]: before it would grow past that, it gives back what it kept longest.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -12,11 +12,14 @@ use memmap2::{Advice, MmapMut};
 /// From so many values on a buffer is mapped on its own, so that giving it back gives its pages back.
 const MAPPED_FROM: usize = 1 << 16;
 
-static POOL: Mutex<Pool> = Mutex::new(Pool { free: VecDeque::new(), free_values: 0, live_values: 0, peak_values: 0 });
+static POOL: Mutex<Pool> = Mutex::new(Pool::new());
 
-/// Free storage, the longest unused first; sizes in values.
+/// Free storage; sizes in values.
 struct Pool {
-    free: VecDeque<Storage>,
+    /// By size, then by age: when each was freed.
+    free: BTreeMap<usize, VecDeque<(u64, Storage)>>,
+    /// Counts what was freed.
+    clock: u64,
     free_values: usize,
     live_values: usize,
     /// The most that was live at one time.
@@ -60,11 +63,14 @@ fn size_class(len: usize) -> usize {
 }
 
 impl Pool {
+    const fn new() -> Self {
+        Pool { free: BTreeMap::new(), clock: 0, free_values: 0, live_values: 0, peak_values: 0 }
+    }
+
+    /// Storage for `class` values, counted as live. The smallest free one that fits, up to twice as large: rows differ in length, and fresh pages cost
+    /// more than the room. Of several the one freed last: it is the likeliest to be in a cache.
     fn take(&mut self, class: usize) -> Option<Storage> {
-        let fits = |s: &Storage| s.values() >= class && s.values() - class <= class / 4;
-        // The one freed last is the likeliest to be in a cache.
-        let newest = self.free.iter().rposition(fits);
-        let storage = newest.and_then(|i| self.free.remove(i));
+        let storage = self.free.range_mut(class..=2 * class).find_map(|(_, same)| same.pop_back()).map(|(_, storage)| storage);
         let values = storage.as_ref().map_or(class, Storage::values);
         if storage.is_some() {
             self.free_values -= values;
@@ -74,14 +80,24 @@ impl Pool {
         storage
     }
 
-    /// What must go so that live and free together stay near the peak.
+    fn give_back(&mut self, storage: Storage) {
+        let values = storage.values();
+        self.live_values = self.live_values.saturating_sub(values);
+        self.free_values += values;
+        self.clock += 1;
+        self.free.entry(values).or_default().push_back((self.clock, storage));
+    }
+
+    /// What must go so that live and free together stay near the peak, the longest unused first.
     fn surplus(&mut self) -> Vec<Storage> {
         let mut gone = Vec::new();
         while self.live_values + self.free_values > self.peak_values + self.peak_values / 8 {
-            let Some(oldest) = self.free.pop_front() else { break };
-            self.free_values -= oldest.values();
-            gone.push(oldest);
+            let oldest = self.free.values_mut().filter(|same| !same.is_empty()).min_by_key(|same| same.front().map(|(age, _)| *age));
+            let Some((_, storage)) = oldest.and_then(VecDeque::pop_front) else { break };
+            self.free_values -= storage.values();
+            gone.push(storage);
         }
+        self.free.retain(|_, same| !same.is_empty());
         gone
     }
 }
@@ -178,10 +194,7 @@ impl DerefMut for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         if let Some(storage) = self.storage.take() {
-            let mut pool = pool();
-            pool.live_values = pool.live_values.saturating_sub(storage.values());
-            pool.free_values += storage.values();
-            pool.free.push_back(storage);
+            pool().give_back(storage);
         }
     }
 }
@@ -212,14 +225,16 @@ mod tests {
     }
 
     #[test]
-    fn a_pool_never_keeps_more_than_was_live() {
-        let mut pool = Pool { free: VecDeque::new(), free_values: 0, live_values: 0, peak_values: 0 };
+    fn a_pool_never_keeps_more_than_was_live_and_reuses_what_is_near() {
+        let mut pool = Pool::new();
         assert!(pool.take(2048).is_none());
-        pool.live_values = 0;
-        pool.free_values = 2048;
-        pool.free.push_back(Storage::new(2048));
-        assert!(pool.take(1024).is_none(), "too large to be used for half its size");
+        pool.give_back(Storage::new(2048));
+        assert!(pool.take(1000).is_none(), "too large to be used for less than half its size");
         assert_eq!(pool.surplus().len(), 1);
-        assert_eq!(pool.free_values + pool.live_values, 1024);
+        assert_eq!(pool.free_values + pool.live_values, 1000);
+        pool.give_back(Storage::new(1000));
+        pool.give_back(Storage::new(1024));
+        assert_eq!(pool.take(1000).map(|s| s.values()), Some(1000), "the smallest that fits");
+        assert_eq!(pool.take(1000).map(|s| s.values()), Some(1024), "then the next");
     }
 }

@@ -8,6 +8,11 @@ use super::kernel::Product;
 /// Rows and columns of a tile of C.
 const TILE: usize = 16;
 
+/// Units of depth after which the sums go to C and back: a panel's part, 36 KiB, stays in the L1 cache while the rows pass.
+const CHUNK_DEPTH: usize = 288;
+/// Products in such a chunk.
+const CHUNK_PRODUCTS: usize = 8;
+
 /// Whether the processor has AMX with bf16 and the kernel lets this process use it.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(super) fn available() -> bool {
@@ -67,14 +72,40 @@ pub(super) unsafe fn panel_product(m: usize, n: usize, products: &[Product], c: 
             unsafe { std::arch::asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, preserves_flags)) };
         }
     });
+    let mut chunk = [Product::EMPTY; CHUNK_PRODUCTS];
+    let (mut count, mut depth, mut keep) = (0, 0, keep);
     // SAFETY: by the caller. The tiles are this thread's own.
-    unsafe {
+    let mut flush = |chunk: &[Product]| unsafe {
         for i in (0..m).step_by(2 * TILE) {
             for j in (0..n).step_by(2 * TILE) {
-                square((i, j), (m, n), products, c, stride, keep);
+                square((i, j), (m, n), chunk, c, stride, keep);
             }
         }
+        keep = true;
+    };
+    for piece in products.iter().flat_map(pieces) {
+        if count > 0 && (depth + piece.depth > CHUNK_DEPTH + TILE || count == CHUNK_PRODUCTS) {
+            flush(&chunk[..count]);
+            (count, depth) = (0, 0);
+        }
+        chunk[count] = piece;
+        (count, depth) = (count + 1, depth + piece.depth);
     }
+    flush(&chunk[..count]);
+}
+
+/// A product cut along its depth into pieces of equal size, so that a panel's part fits the L1 cache. The sums go on in C, which is exact.
+#[cfg(target_arch = "x86_64")]
+fn pieces(p: &Product) -> impl Iterator<Item = Product> + use<> {
+    let p = *p;
+    let steps = p.depth / TILE;
+    let parts = p.depth.div_ceil(CHUNK_DEPTH);
+    (0..parts).map(move |i| {
+        let (start, end) = (steps * i / parts * TILE, steps * (i + 1) / parts * TILE);
+        // SAFETY: both stay inside the product.
+        let (a, b) = unsafe { (p.a.add(start), p.b.add(start * NR)) };
+        Product { a, b, depth: end - start, ..p }
+    })
 }
 
 /// The square of C from `(i, j)` on.
@@ -121,6 +152,7 @@ unsafe fn accumulate(i: usize, j: usize, both: bool, products: &[Product], c: *m
         } else {
             asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nomem, nostack));
         }
+        // A passes by the L1 cache (`t1`), which is the panel's.
         for p in products {
             let a = p.a.add(i * p.stride);
             let b = p.b.add(j);
@@ -129,12 +161,12 @@ unsafe fn accumulate(i: usize, j: usize, both: bool, products: &[Product], c: *m
             if both {
                 asm!(
                     "2:",
-                    "tileloadd tmm4, [{a0} + {row}*1]",
+                    "tileloaddt1 tmm4, [{a0} + {row}*1]",
                     "tileloadd tmm6, [{b} + {panel}*1]",
-                    "tileloadd tmm5, [{a1} + {row}*1]",
-                    "tileloadd tmm7, [{b} + {panel}*1 + 64]",
                     "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{b} + {panel}*1 + 64]",
                     "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloaddt1 tmm5, [{a1} + {row}*1]",
                     "tdpbf16ps tmm2, tmm5, tmm6",
                     "tdpbf16ps tmm3, tmm5, tmm7",
                     "add {a0}, 64",
@@ -154,7 +186,7 @@ unsafe fn accumulate(i: usize, j: usize, both: bool, products: &[Product], c: *m
             } else {
                 asm!(
                     "2:",
-                    "tileloadd tmm4, [{a0} + {row}*1]",
+                    "tileloaddt1 tmm4, [{a0} + {row}*1]",
                     "tileloadd tmm6, [{b} + {panel}*1]",
                     "tileloadd tmm7, [{b} + {panel}*1 + 64]",
                     "tdpbf16ps tmm0, tmm4, tmm6",

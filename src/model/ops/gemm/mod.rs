@@ -27,6 +27,8 @@ pub(crate) const ROW_PADDING: usize = 16;
 const BLOCK_DEPTH: usize = 1024;
 /// Units of B packed at one time: they fit the L3 cache.
 const BLOCK_UNITS: usize = 1 << 20;
+/// Up to so many units of A, which then stay in the L2 cache, every thread packs the panels that it multiplies.
+const SMALL_A: usize = 1 << 18;
 /// Below this many multiplications, threads cost more than they save.
 const PARALLEL_FROM: usize = 1 << 19;
 
@@ -178,56 +180,88 @@ impl Shared {
     }
 }
 
+/// Everything that the tasks of a block share.
+struct BlockTask<'a> {
+    kernel: Kernel,
+    m: usize,
+    n: usize,
+    pieces: &'a [Piece<'a>],
+    depth: usize,
+    out: Shared,
+    stride: usize,
+    keep: bool,
+}
+
+impl BlockTask<'_> {
+    /// Packs a panel of B.
+    fn pack(&self, panel: usize, units: &mut [u32]) {
+        let column = panel * NR;
+        let mut at = 0;
+        for p in self.pieces {
+            let to = &mut units[at * NR..(at + p.depth) * NR];
+            pack_panel(self.kernel, p.term.b, p.start, p.k, column, NR.min(self.n - column), to);
+            at += p.depth;
+        }
+    }
+
+    /// Some rows of A times a packed panel.
+    fn run(&self, rows: std::ops::Range<usize>, panel: usize, units: &[u32]) {
+        let column = panel * NR;
+        let mut products = [Product::EMPTY; 8];
+        let (mut at, mut keep) = (0, self.keep);
+        for eight in self.pieces.chunks(8) {
+            for (slot, p) in products.iter_mut().zip(eight) {
+                *slot = p.term.a.product(rows.start, p.start, p.depth, &units[at..]);
+                at += p.depth * NR;
+            }
+            // SAFETY: rows and columns lie inside the output, which the assertion in `matmul` bounds; tasks have disjoint rows or panels.
+            // The products point into operands that cover rows and depth, padding included.
+            unsafe {
+                let dst = self.out.at(rows.start * self.stride + column);
+                panel_product(self.kernel, rows.len(), NR.min(self.n - column), &products[..eight.len()], dst, self.stride, keep);
+            }
+            keep = true;
+        }
+    }
+}
+
 fn block_product(kernel: Kernel, (m, n): (usize, usize), pieces: &[Piece], c: &mut [f32], stride: usize, keep: bool, threads: Threads) {
     let depth: usize = pieces.iter().map(|p| p.depth).sum();
-    let panels = n.div_ceil(NR);
+    let task = BlockTask { kernel, m, n, pieces, depth, out: Shared(c.as_mut_ptr()), stride, keep };
+    match threads {
+        Threads::One => by_panels(&task, 0..n.div_ceil(NR)),
+        Threads::All if m * depth <= SMALL_A && n.div_ceil(NR) >= 2 * team::threads() => {
+            let (panels, tasks) = (n.div_ceil(NR), (8 * team::threads()).min(n.div_ceil(NR)));
+            team::for_each(tasks, |i| by_panels(&task, panels * i / tasks..panels * (i + 1) / tasks));
+        }
+        Threads::All => by_rows(&task),
+    }
+}
+
+/// Packs one panel after the other and multiplies it at once, while it is in the nearest cache: for few rows, whose A is there too.
+fn by_panels(task: &BlockTask, panels: std::ops::Range<usize>) {
+    let mut packed = Buffer::dirty(task.depth * NR);
+    for panel in panels {
+        task.pack(panel, packed.units_mut());
+        task.run(0..task.m, panel, packed.units());
+    }
+}
+
+/// Packs a group of panels together, then shares the rows out: a task's part of A stays in its cache while the panels pass.
+fn by_rows(task: &BlockTask) {
+    let (depth, panels) = (task.depth, task.n.div_ceil(NR));
     let group = (BLOCK_UNITS / (depth * NR)).clamp(1, panels);
     let mut packed = Buffer::dirty(group * depth * NR);
-    let out = Shared(c.as_mut_ptr());
     for first in (0..panels).step_by(group) {
         let count = group.min(panels - first);
-        let pack = |i: usize, panel: &mut [u32]| {
-            let column = (first + i) * NR;
-            let mut at = 0;
-            for p in pieces {
-                pack_panel(kernel, p.term.b, p.start, p.k, column, NR.min(n - column), &mut panel[at * NR..(at + p.depth) * NR]);
-                at += p.depth;
+        team::chunks(&mut packed.units_mut()[..count * depth * NR], depth * NR, |i, units| task.pack(first + i, units));
+        let units = packed.units();
+        let tasks = grid(task.kernel, task.m, count);
+        team::for_each(tasks.len(), |t| {
+            for i in tasks[t].1.clone() {
+                task.run(tasks[t].0.clone(), first + i, &units[i * depth * NR..(i + 1) * depth * NR]);
             }
-        };
-        let units = &mut packed.units_mut()[..count * depth * NR];
-        match threads {
-            Threads::One => units.chunks_mut(depth * NR).enumerate().for_each(|(i, panel)| pack(i, panel)),
-            Threads::All => team::chunks(units, depth * NR, pack),
-        }
-        let units = &packed.units()[..count * depth * NR];
-        let run = |rows: std::ops::Range<usize>, panels: std::ops::Range<usize>| {
-            for i in panels {
-                let column = (first + i) * NR;
-                let mut products = [Product::EMPTY; 8];
-                let mut at = i * depth * NR;
-                let mut keep = keep;
-                for eight in pieces.chunks(8) {
-                    for (slot, p) in products.iter_mut().zip(eight) {
-                        *slot = p.term.a.product(rows.start, p.start, p.depth, &units[at..]);
-                        at += p.depth * NR;
-                    }
-                    // SAFETY: rows and columns lie inside the output, which the assertion in `matmul` bounds; tasks have disjoint rows or panels.
-                    // The products point into operands that cover rows and depth, padding included.
-                    unsafe {
-                        let dst = out.at(rows.start * stride + column);
-                        panel_product(kernel, rows.len(), NR.min(n - column), &products[..eight.len()], dst, stride, keep);
-                    }
-                    keep = true;
-                }
-            }
-        };
-        match threads {
-            Threads::One => run(0..m, 0..count),
-            Threads::All => {
-                let tasks = grid(kernel, m, count);
-                team::for_each(tasks.len(), |i| run(tasks[i].0.clone(), tasks[i].1.clone()));
-            }
-        }
+        });
     }
 }
 
@@ -236,8 +270,9 @@ fn grid(kernel: Kernel, m: usize, panels: usize) -> Vec<(std::ops::Range<usize>,
     let threads = team::threads();
     let step = kernel.rows();
     let strips = m.div_ceil(step);
-    // About 128 rows a task, and a multiple of the number of threads.
-    let row_tasks = (threads * (m.div_ceil(128 * threads))).clamp(1, strips);
+    // About as many rows a task as A's part in the L2 cache allows, and a multiple of the number of threads.
+    let rows = if kernel == Kernel::Amx { 256 } else { 128 };
+    let row_tasks = (threads * (m.div_ceil(rows * threads))).clamp(1, strips);
     let panel_tasks = if row_tasks >= threads { 1 } else { (2 * threads).div_ceil(row_tasks).min(panels) };
     let cut = |n: usize, parts: usize, i: usize| n * i / parts;
     let mut tasks = Vec::with_capacity(row_tasks * panel_tasks);

@@ -52,6 +52,20 @@ impl<'a> Operand<'a> {
         Operand { kernel, rows, cols, units: Units::Own(own), stride: depth }
     }
 
+    /// The same matrix as a view, to be multiplied from the right: rounded already, where the kernel rounds.
+    pub fn view(&self) -> View<'_> {
+        match &self.units {
+            Units::Lent(values) => View::f32(values, self.stride),
+            Units::Own(own) if self.kernel.pairs() => {
+                let units = own.units();
+                // SAFETY: a unit is a pair of bf16, of which every bit pattern is valid, in the order of k.
+                let values = unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<bf16>(), 2 * units.len()) };
+                View::of(Elements::Bf16(values), 2 * self.stride)
+            }
+            Units::Own(own) => View::f32(own, self.stride),
+        }
+    }
+
     /// Its kernel.
     pub fn kernel(&self) -> Kernel {
         self.kernel
