@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Var, bail};
 
 use crate::domain::training::OptimizerConfig;
+use crate::model::ops::buffer::large_pages;
 use crate::model::ops::simd::dispatch;
 use crate::model::ops::team;
 
@@ -42,7 +43,9 @@ impl AdamW {
     /// Zero moments for tensors of these sizes.
     pub fn new(sizes: impl IntoIterator<Item = usize>) -> Self {
         let first: Vec<Vec<f32>> = sizes.into_iter().map(|n| vec![0f32; n]).collect();
-        AdamW { updates: 0, second: first.clone(), first }
+        let second: Vec<Vec<f32>> = first.iter().map(|m| vec![0f32; m.len()]).collect();
+        first.iter().chain(&second).for_each(|moments| large_pages(moments));
+        AdamW { updates: 0, first, second }
     }
 
     /// One update of every `(variable, decays)` with its gradient times `clip`.

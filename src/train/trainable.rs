@@ -9,6 +9,7 @@ use crate::domain::training::Precision;
 use crate::model::adapter::Adapter;
 use crate::model::decoder::Policy;
 use crate::model::gradients::{GradientSink, Place, Slot};
+use crate::model::ops::buffer::large_pages;
 use crate::model::ops::simd::{dispatch, dot};
 use crate::model::ops::team;
 use crate::model::parameters::PROJECTIONS;
@@ -115,7 +116,9 @@ pub struct Gradients {
 impl Gradients {
     /// All zero.
     pub fn zeros(policy: &TrainablePolicy) -> Self {
-        Gradients { values: policy.trainables.iter().map(|t| vec![0f32; t.var.elem_count()]).collect(), index: policy.index.clone() }
+        let values: Vec<Vec<f32>> = policy.trainables.iter().map(|t| vec![0f32; t.var.elem_count()]).collect();
+        values.iter().for_each(|v| large_pages(v));
+        Gradients { values, index: policy.index.clone() }
     }
 
     /// Sets all to zero for the next step.

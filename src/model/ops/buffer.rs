@@ -102,6 +102,18 @@ impl Pool {
     }
 }
 
+/// Asks for large pages under values that live long: fewer faults when they are first touched. Only a hint.
+pub fn large_pages(values: &[f32]) {
+    const PAGE: usize = 4096;
+    let start = (values.as_ptr() as usize).next_multiple_of(PAGE);
+    let end = (values.as_ptr() as usize + size_of_val(values)) / PAGE * PAGE;
+    #[cfg(target_os = "linux")]
+    if end > start {
+        // SAFETY: whole pages inside the slice; their content does not change.
+        unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_HUGEPAGE) };
+    }
+}
+
 /// A slice of f32 (or of as many 4-byte units) from the pool.
 #[derive(Debug, Default)]
 pub struct Buffer {

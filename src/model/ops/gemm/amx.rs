@@ -8,11 +8,6 @@ use super::kernel::Product;
 /// Rows and columns of a tile of C.
 const TILE: usize = 16;
 
-/// Units of depth after which the sums go to C and back: a panel's part, 36 KiB, stays in the L1 cache while the rows pass.
-const CHUNK_DEPTH: usize = 288;
-/// Products in such a chunk.
-const CHUNK_PRODUCTS: usize = 8;
-
 /// Whether the processor has AMX with bf16 and the kernel lets this process use it.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(super) fn available() -> bool {
@@ -72,40 +67,14 @@ pub(super) unsafe fn panel_product(m: usize, n: usize, products: &[Product], c: 
             unsafe { std::arch::asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, preserves_flags)) };
         }
     });
-    let mut chunk = [Product::EMPTY; CHUNK_PRODUCTS];
-    let (mut count, mut depth, mut keep) = (0, 0, keep);
     // SAFETY: by the caller. The tiles are this thread's own.
-    let mut flush = |chunk: &[Product]| unsafe {
+    unsafe {
         for i in (0..m).step_by(2 * TILE) {
             for j in (0..n).step_by(2 * TILE) {
-                square((i, j), (m, n), chunk, c, stride, keep);
+                square((i, j), (m, n), products, c, stride, keep);
             }
         }
-        keep = true;
-    };
-    for piece in products.iter().flat_map(pieces) {
-        if count > 0 && (depth + piece.depth > CHUNK_DEPTH + TILE || count == CHUNK_PRODUCTS) {
-            flush(&chunk[..count]);
-            (count, depth) = (0, 0);
-        }
-        chunk[count] = piece;
-        (count, depth) = (count + 1, depth + piece.depth);
     }
-    flush(&chunk[..count]);
-}
-
-/// A product cut along its depth into pieces of equal size, so that a panel's part fits the L1 cache. The sums go on in C, which is exact.
-#[cfg(target_arch = "x86_64")]
-fn pieces(p: &Product) -> impl Iterator<Item = Product> + use<> {
-    let p = *p;
-    let steps = p.depth / TILE;
-    let parts = p.depth.div_ceil(CHUNK_DEPTH);
-    (0..parts).map(move |i| {
-        let (start, end) = (steps * i / parts * TILE, steps * (i + 1) / parts * TILE);
-        // SAFETY: both stay inside the product.
-        let (a, b) = unsafe { (p.a.add(start), p.b.add(start * NR)) };
-        Product { a, b, depth: end - start, ..p }
-    })
 }
 
 /// The square of C from `(i, j)` on.

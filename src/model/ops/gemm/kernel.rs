@@ -87,6 +87,12 @@ fn detect() -> (Kernel, Kernel) {
     (f32, best(&[Kernel::Amx, Kernel::Avx512Bf16, f32]))
 }
 
+/// Units of depth after which the sums go to C: 36 KiB of a panel.
+const CHUNK_DEPTH: usize = 288;
+/// Pieces begin at multiples of what the kernels take at a time.
+const CHUNK_STEP: usize = 16;
+/// Products in a chunk.
+const CHUNK_PRODUCTS: usize = 8;
 /// Rows of A in registers at a time.
 const MR: usize = 14;
 
@@ -107,13 +113,44 @@ impl Product {
     pub const EMPTY: Product = Product { a: std::ptr::null(), stride: 0, b: std::ptr::null(), depth: 0 };
 }
 
-/// `c[m × n] = keep·c + Σ products`, rows of `c` `stride` apart, n ≤ [`NR`].
+/// `c[m × n] = keep·c + Σ products`, rows of `c` `stride` apart, n ≤ [`NR`]. After some depth the sums go to C and come back, which is exact: what
+/// they pass of the panel stays in the L1 cache while the rows go by.
 ///
 /// # Safety
 /// The products cover `m` rows (and, for pairs, [`super::ROW_PADDING`] more that are readable) and their depth; `c` is valid for the `m × n` elements
 /// and nobody else touches them.
 pub(crate) unsafe fn panel_product(kernel: Kernel, m: usize, n: usize, products: &[Product], c: *mut f32, stride: usize, keep: bool) {
     debug_assert!(n <= NR);
+    let mut chunk = [Product::EMPTY; CHUNK_PRODUCTS];
+    let (mut count, mut depth, mut keep) = (0, 0, keep);
+    for piece in products.iter().flat_map(pieces) {
+        if count > 0 && (depth + piece.depth > CHUNK_DEPTH + CHUNK_STEP || count == CHUNK_PRODUCTS) {
+            // SAFETY: by the caller.
+            unsafe { chunk_product(kernel, m, n, &chunk[..count], c, stride, keep) };
+            (count, depth, keep) = (0, 0, true);
+        }
+        chunk[count] = piece;
+        (count, depth) = (count + 1, depth + piece.depth);
+    }
+    // SAFETY: by the caller.
+    unsafe { chunk_product(kernel, m, n, &chunk[..count], c, stride, keep) };
+}
+
+/// A product cut along its depth into pieces of about equal size.
+fn pieces(p: &Product) -> impl Iterator<Item = Product> + use<> {
+    let p = *p;
+    let parts = p.depth.div_ceil(CHUNK_DEPTH);
+    let cut = move |i: usize| if i == parts { p.depth } else { p.depth * i / parts / CHUNK_STEP * CHUNK_STEP };
+    (0..parts).map(move |i| {
+        // SAFETY: both stay inside the product.
+        let (a, b) = unsafe { (p.a.add(cut(i)), p.b.add(cut(i) * NR)) };
+        Product { a, b, depth: cut(i + 1) - cut(i), ..p }
+    })
+}
+
+/// # Safety
+/// As [`panel_product`].
+unsafe fn chunk_product(kernel: Kernel, m: usize, n: usize, products: &[Product], c: *mut f32, stride: usize, keep: bool) {
     #[cfg(target_arch = "x86_64")]
     match kernel {
         Kernel::Portable => {}
