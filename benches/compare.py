@@ -191,7 +191,7 @@ def rounds(path, rows, servers):
 
 
 def answers(server, precision, rows, r):
-    """Eight short answers to one prompt of about 400 tokens: in one request, as pairs, and one by one."""
+    """Eight short answers to one prompt of about 400 tokens: one by one, each in a pair with the next, in four pairs, and in one request."""
     words = " ".join(m["content"] for row in rows for m in row["chosen"])[r * 1700 : (r + 1) * 1700]
     shorts = [[{"role": "assistant", "content": row["chosen"][0]["content"][:60]}] for row in rows[:8]]
 
@@ -206,11 +206,12 @@ def answers(server, precision, rows, r):
     s = pb["scoring"]
     timed("one by one", lambda: [server.completions(prompt("a"), [x]) for x in shorts])
 
-    def as_pairs():
-        for a, b in zip(shorts[::2], shorts[1::2]):
-            server.scoring.ScorePairs(s.ScorePairsRequest(options=server.options(), pairs=[s.Pair(id="p", prompt=text(prompt("b")), a=text(a), b=text(b))]))
+    def separate_pairs(kind, pairs):
+        for a, b in pairs:
+            server.scoring.ScorePairs(s.ScorePairsRequest(options=server.options(), pairs=[s.Pair(id="p", prompt=text(prompt(kind)), a=text(a), b=text(b))]))
 
-    timed("as pairs", as_pairs)
+    timed("eight pairs", lambda: separate_pairs("d", zip(shorts, shorts[1:] + shorts[:1])))
+    timed("four pairs", lambda: separate_pairs("b", zip(shorts[::2], shorts[1::2])))
     timed("in one", lambda: server.completions(prompt("c"), shorts))
 
 
