@@ -39,7 +39,7 @@ pub enum Command {
     Demo(DemoArgs),
     /// Upload a preference set and submit a training job.
     Train(Box<TrainArgs>),
-    /// Look at, cancel and delete training jobs.
+    /// Look at, change, pause, resume, cancel and delete training jobs.
     #[command(subcommand)]
     Jobs(JobsCommand),
     /// Follow a job's events until it ends.
@@ -157,6 +157,9 @@ pub struct TrainArgs {
     /// A title.
     #[arg(long, default_value = "")]
     pub name: String,
+    /// Higher goes first, and a running job of a lower one makes room.
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
+    pub priority: i32,
     /// Train every weight instead of a LoRA adapter.
     #[arg(long)]
     pub full: bool,
@@ -265,10 +268,41 @@ pub enum JobsCommand {
     List(ServerArgs),
     /// Show one job.
     Get(NamedArgs),
-    /// Stop a job.
+    /// Change a job's title, labels or priority.
+    Update(UpdateArgs),
+    /// Stop a job for now; it writes a checkpoint first.
+    Pause(NamedArgs),
+    /// Let a paused job go on.
+    Resume(NamedArgs),
+    /// Stop a job for good.
     Cancel(NamedArgs),
     /// Delete an ended job.
     Delete(NamedArgs),
+}
+
+/// Arguments of `jobs update`.
+#[derive(Debug, Args)]
+pub struct UpdateArgs {
+    /// The job.
+    #[command(flatten)]
+    pub named: NamedArgs,
+    /// A new title.
+    #[arg(long, required_unless_present_any = ["priority", "label"])]
+    pub title: Option<String>,
+    /// A new priority: higher goes first.
+    #[arg(long, allow_negative_numbers = true)]
+    pub priority: Option<i32>,
+    /// KEY=VALUE; given once or more, these replace all labels.
+    #[arg(long, value_parser = label)]
+    pub label: Vec<(String, String)>,
+    /// Only while the job still has this etag.
+    #[arg(long, default_value = "")]
+    pub etag: String,
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("a label is KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
 }
 
 /// `bradley datasets …`

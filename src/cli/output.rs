@@ -68,7 +68,7 @@ pub fn state(state: i32) -> String {
 pub fn job(j: &pb::TrainingJob) -> Value {
     let p = j.progress.unwrap_or_default();
     json!({
-        "name": j.name, "display_name": j.display_name, "state": state(j.state), "policy": j.policy, "reference": j.reference, "dataset": j.dataset,
+        "name": j.name, "display_name": j.display_name, "labels": j.labels, "priority": j.priority, "etag": j.etag, "state": state(j.state), "policy": j.policy, "reference": j.reference, "dataset": j.dataset,
         "step": p.step, "total_steps": p.total_steps, "epoch": p.epoch, "tokens": p.tokens, "eta_seconds": p.eta_seconds,
         "metrics": j.latest_metrics, "error": j.error.as_ref().map(|e| e.message.clone()), "skipped_rows": j.skipped_rows,
         "create_time": time(j.create_time.as_ref()), "start_time": time(j.start_time.as_ref()), "end_time": time(j.end_time.as_ref()),

@@ -3,7 +3,7 @@
 use super::args::{CheckpointsCommand, DatasetsCommand, Format, JobsCommand, ModelsCommand, NamedArgs, Output};
 use super::output::{self, bytes, state, time};
 use super::{Outcome, connect, full_name};
-use crate::rpc::client::Client;
+use crate::rpc::client::{Client, FieldMask};
 use crate::rpc::pb;
 
 /// Connects and completes the resource's name.
@@ -45,6 +45,33 @@ pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
         JobsCommand::Get(args) => {
             let (client, name) = open(&args, JOBS).await?;
             let job = client.training().get_training_job(pb::GetTrainingJobRequest { name }).await?.into_inner();
+            output::resource(output, &output::job(&job));
+        }
+        JobsCommand::Update(args) => {
+            let (client, name) = open(&args.named, JOBS).await?;
+            let changed =
+                [("display_name", args.title.is_some()), ("priority", args.priority.is_some()), ("labels", !args.label.is_empty())];
+            let paths = changed.into_iter().filter(|(_, named)| *named).map(|(field, _)| field.to_owned()).collect();
+            let training_job = Some(pb::TrainingJob {
+                name,
+                etag: args.etag,
+                display_name: args.title.unwrap_or_default(),
+                priority: args.priority.unwrap_or_default(),
+                labels: args.label.into_iter().collect(),
+                ..Default::default()
+            });
+            let request = pb::UpdateTrainingJobRequest { training_job, update_mask: Some(FieldMask { paths }) };
+            let job = client.training().update_training_job(request).await?.into_inner();
+            output::resource(output, &output::job(&job));
+        }
+        JobsCommand::Pause(args) => {
+            let (client, name) = open(&args, JOBS).await?;
+            let job = client.training().pause_training_job(pb::PauseTrainingJobRequest { name }).await?.into_inner();
+            output::resource(output, &output::job(&job));
+        }
+        JobsCommand::Resume(args) => {
+            let (client, name) = open(&args, JOBS).await?;
+            let job = client.training().resume_training_job(pb::ResumeTrainingJobRequest { name }).await?.into_inner();
             output::resource(output, &output::job(&job));
         }
         JobsCommand::Cancel(args) => {

@@ -60,6 +60,7 @@ pub async fn serve_on(
     let options = ServiceOptions {
         data_dir: settings.data_dir.clone(),
         max_upload_bytes: settings.max_upload_bytes,
+        events_kept: settings.events_kept,
         drain_timeout: settings.drain_timeout,
     };
     let service = Service::open(engine, options).await?;

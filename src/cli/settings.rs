@@ -33,6 +33,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("resident_policies", "8", "Adapters kept in memory besides the base models"),
     ("max_message_bytes", "16MiB", "The largest gRPC message"),
     ("max_upload_bytes", "16GiB", "The largest dataset"),
+    ("events_kept", "1000000", "Events kept of a job, the newest"),
     ("drain_timeout", "30", "Seconds that a shutdown may take"),
     ("log", "info", "Log filter, e.g. info or bradley=debug"),
     ("log_format", "text", "text or json"),
@@ -68,6 +69,8 @@ pub struct Settings {
     pub max_message_bytes: usize,
     /// The largest dataset.
     pub max_upload_bytes: u64,
+    /// Events kept of a job.
+    pub events_kept: u64,
     /// How long a shutdown may take.
     pub drain_timeout: Duration,
     /// The log filter.
@@ -174,6 +177,7 @@ impl Settings {
             },
             max_message_bytes: reader.bytes("max_message_bytes").unwrap_or_default() as usize,
             max_upload_bytes: reader.bytes("max_upload_bytes").unwrap_or_default(),
+            events_kept: reader.number("events_kept", 1).unwrap_or_default() as u64,
             drain_timeout: Duration::from_secs(reader.number("drain_timeout", 1).unwrap_or_default() as u64),
             log: reader
                 .parse("log", "a filter such as info or bradley=debug", |s| {

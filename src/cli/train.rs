@@ -55,6 +55,7 @@ fn job(
     };
     Ok(pb::TrainingJob {
         display_name: args.name.clone(),
+        priority: args.priority,
         policy,
         reference: args.reference.clone().unwrap_or_default(),
         dataset,

@@ -23,6 +23,10 @@ pub enum JobState {
     Preparing,
     /// Taking optimizer steps.
     Running,
+    /// A pause was asked for.
+    Pausing,
+    /// Stopped with a checkpoint until it is resumed.
+    Paused,
     /// A cancel was asked for.
     Cancelling,
     /// Ended by a cancel.
@@ -35,10 +39,12 @@ pub enum JobState {
 
 impl JobState {
     /// Every state.
-    pub const ALL: [JobState; 7] = [
+    pub const ALL: [JobState; 9] = [
         JobState::Queued,
         JobState::Preparing,
         JobState::Running,
+        JobState::Pausing,
+        JobState::Paused,
         JobState::Cancelling,
         JobState::Cancelled,
         JobState::Succeeded,
@@ -54,9 +60,12 @@ impl JobState {
     pub fn may_become(self, to: JobState) -> bool {
         use JobState::*;
         match self {
-            Queued => matches!(to, Preparing | Cancelled | Failed),
-            Preparing => matches!(to, Running | Cancelling | Failed | Queued),
-            Running => matches!(to, Succeeded | Failed | Cancelling | Queued),
+            Queued => matches!(to, Preparing | Paused | Cancelled | Failed),
+            Preparing => matches!(to, Running | Pausing | Cancelling | Failed | Queued),
+            Running => matches!(to, Succeeded | Failed | Pausing | Cancelling | Queued),
+            // It may end by itself before the pause takes hold.
+            Pausing => matches!(to, Paused | Succeeded | Failed | Cancelling),
+            Paused => matches!(to, Queued | Cancelled),
             Cancelling => matches!(to, Cancelled | Failed),
             Cancelled | Succeeded | Failed => false,
         }
@@ -68,6 +77,8 @@ impl JobState {
             JobState::Queued => "queued",
             JobState::Preparing => "preparing",
             JobState::Running => "running",
+            JobState::Pausing => "pausing",
+            JobState::Paused => "paused",
             JobState::Cancelling => "cancelling",
             JobState::Cancelled => "cancelled",
             JobState::Succeeded => "succeeded",
@@ -105,13 +116,16 @@ pub enum Evaluation {
     Fraction(f64),
 }
 
-/// What a client asked for, as pinned at creation.
+/// What a client asked for, as pinned at creation; title, labels and priority may change later.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct JobRequest {
     /// A title for people.
     pub display_name: String,
     /// Free labels.
     pub labels: BTreeMap<String, String>,
+    /// Higher goes first.
+    #[serde(default)]
+    pub priority: i32,
     /// What is trained.
     pub policy: PolicyName,
     /// `None`: the policy's own start weights.
@@ -155,7 +169,7 @@ pub struct JobError {
 pub struct Job {
     /// The id in `trainingJobs/{id}`.
     pub id: String,
-    /// Counts the changes; the etag.
+    /// Counts the changes.
     pub version: i64,
     /// What was asked for.
     pub request: JobRequest,
@@ -175,6 +189,20 @@ pub struct Job {
     pub start_time: Option<Millis>,
     /// Ended.
     pub end_time: Option<Millis>,
+}
+
+impl Job {
+    /// Changes whenever title, labels, priority or state do; progress leaves it.
+    pub fn etag(&self) -> String {
+        let mut hash = blake3::Hasher::new();
+        let r = &self.request;
+        for part in [r.display_name.as_str(), self.state.name()].into_iter().chain(r.labels.iter().flat_map(|(k, v)| [k.as_str(), v])) {
+            hash.update(&(part.len() as u64).to_le_bytes());
+            hash.update(part.as_bytes());
+        }
+        hash.update(&r.priority.to_le_bytes());
+        hash.finalize().to_hex()[..16].to_owned()
+    }
 }
 
 /// A complete state on disk.

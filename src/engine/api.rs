@@ -154,8 +154,8 @@ pub struct TrainingRun {
     pub eval: Vec<EncodedPair>,
     /// The folder of this job's checkpoints; each is the sub-folder named by its step.
     pub checkpoints: PathBuf,
-    /// The checkpoint folder to continue from.
-    pub resume: Option<PathBuf>,
+    /// Steps of the checkpoints to continue from, the newest first: the first that is whole is used.
+    pub resume: Vec<u64>,
     /// Where events go; bounded, the run waits when it is full.
     pub events: mpsc::Sender<RunEvent>,
     /// How it is told to stop.

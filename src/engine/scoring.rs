@@ -84,7 +84,10 @@ impl Scoring {
         let batch = self.queue.take(self.batch_tokens);
         if !batch.is_empty() {
             let start = Instant::now();
-            self.score_batch(batch, cache, Some(live));
+            if let Err(panic) = guarded(|| self.score_batch(batch, cache, Some(live))) {
+                // Whoever waited hears that their request was dropped; the run goes on.
+                tracing::error!(panic, "a scoring batch failed");
+            }
             self.taken += start.elapsed();
             self.training_since = Instant::now();
         }

@@ -109,7 +109,11 @@ impl Worker {
         let (bases, residents, memory) = (&self.bases, &mut self.scoring.residents, self.memory);
         let prepared = match end {
             Some(end) => Err(end),
-            None => match guarded(|| run::prepare(&mut run, bases, residents, memory)) {
+            None => match guarded(|| {
+                let events = run.events.clone();
+                let mut damaged = |step, reason| emitter(&events)(RunEvent::Damaged { step, reason });
+                run::prepare(&mut run, bases, residents, memory, &mut damaged)
+            }) {
                 Ok(Ok(trainer)) => Ok(trainer),
                 Ok(Err(e)) => Err(RunEnd::Failed(JobError { reason: "WEIGHTS_UNAVAILABLE".into(), message: e.to_string() })),
                 Err(panic) => Err(RunEnd::Failed(internal(panic))),

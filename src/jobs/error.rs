@@ -33,6 +33,12 @@ pub enum ServiceError {
         /// What and why.
         message: String,
     },
+    /// The resource changed since it was read.
+    #[error("{message}")]
+    Aborted {
+        /// What and why.
+        message: String,
+    },
     /// Not now; try again.
     #[error("{message}")]
     Unavailable {

@@ -67,7 +67,7 @@ impl Feed {
                 }
                 match store.job(&job).await {
                     // The cursor is at the last event already.
-                    Ok(j) if j.state.is_final() && store.newest_sequence(&job).await.is_ok_and(|n| n <= cursor) => return,
+                    Ok(j) if j.state.is_final() && store.newest_sequence(&job).await.is_ok_and(|newest| newest <= cursor) => return,
                     Ok(_) => {}
                     Err(e) => {
                         let _ = sender.send(Err(e)).await;

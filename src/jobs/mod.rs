@@ -6,6 +6,7 @@ pub mod artifacts;
 pub mod datasets;
 pub mod error;
 mod feed;
+pub mod lifecycle;
 mod policies;
 mod runner;
 pub mod scoring;

@@ -32,12 +32,13 @@ pub(super) async fn recover(service: &Service) -> Result<()> {
         reconcile_checkpoints(service, &job).await?;
         let to = match job.state {
             JobState::Preparing | JobState::Running => JobState::Queued,
+            JobState::Pausing => JobState::Paused,
             JobState::Cancelling => JobState::Cancelled,
             _ => continue,
         };
         let step = service.inner.store.checkpoints(&job.id).await?.last().map_or(0, |c| c.step);
         let reason = match to {
-            JobState::Queued => format!("the server was restarted; continues from step {step}"),
+            JobState::Queued | JobState::Paused => format!("the server was restarted; continues from step {step}"),
             _ => "the server was restarted while the job was being cancelled".to_owned(),
         };
         change_state(service, &job.id, to, &reason).await?;
@@ -67,7 +68,7 @@ async fn reconcile_checkpoints(service: &Service, job: &Job) -> Result<()> {
     Ok(())
 }
 
-/// Runs queued jobs, oldest first, until the service drains.
+/// Runs queued jobs, by priority and age, until the service drains.
 pub(super) async fn run(service: Service) {
     let mut draining = service.inner.draining.subscribe();
     loop {
@@ -117,8 +118,8 @@ async fn run_job(service: &Service, job: Job) -> Result<()> {
 async fn carry(service: &Service, job: &Job, control: Arc<RunControl>) -> Result<()> {
     match change_state(service, &job.id, JobState::Preparing, "a device is free").await {
         Ok(()) => {}
-        // Cancelled between the look at the queue and now.
-        Err(ServiceError::FailedPrecondition { .. }) => return Ok(()),
+        // Paused, cancelled or deleted between the look at the queue and now.
+        Err(ServiceError::FailedPrecondition { .. } | ServiceError::NotFound { .. }) => return Ok(()),
         Err(e) => return Err(e),
     }
     let prepared = match prepare(service, job).await {
@@ -146,7 +147,7 @@ async fn carry(service: &Service, job: &Job, control: Arc<RunControl>) -> Result
     let checkpoints = service.inner.artifacts.checkpoints(&job.id);
     let folder = checkpoints.clone();
     blocking(move || std::fs::create_dir_all(&folder).map_err(|e| super::artifacts::failed(&folder, e))).await??;
-    let newest = service.inner.store.checkpoints(&job.id).await?.pop();
+    let resume = service.inner.store.checkpoints(&job.id).await?.iter().rev().map(|c| c.step).collect();
     let run = TrainingRun {
         job: job.id.clone(),
         model: prepared.model,
@@ -155,10 +156,10 @@ async fn carry(service: &Service, job: &Job, control: Arc<RunControl>) -> Result
         spec: job.request.spec.clone(),
         train: prepared.train,
         eval: prepared.eval,
-        resume: newest.map(|c| checkpoints.join(c.step.to_string())),
+        resume,
         checkpoints,
         events,
-        control,
+        control: control.clone(),
     };
     if let Err(e) = service.inner.engine.train(run) {
         let end = match &e {
@@ -168,14 +169,37 @@ async fn carry(service: &Service, job: &Job, control: Arc<RunControl>) -> Result
         };
         return finish(service, &job.id, end).await;
     }
-    while let Some(event) = reported.recv().await {
-        if let RunEvent::Ended(end) = event {
-            return finish(service, &job.id, end).await;
+    loop {
+        let event = tokio::select! {
+            event = reported.recv() => event,
+            () = service.inner.wake.notified() => {
+                if let Err(e) = make_room(service, job, &control).await {
+                    // The run goes on; whoever waits is seen when it ends.
+                    tracing::warn!(job = job.id, error = %e, "the queue cannot be read");
+                }
+                continue;
+            }
+        };
+        match event {
+            Some(RunEvent::Ended(end)) => return finish(service, &job.id, end).await,
+            Some(event) => store_event(service, job, event).await?,
+            None => break,
         }
-        store_event(service, job, event).await?;
     }
     let message = "the device worker ended without a word".to_owned();
     finish(service, &job.id, RunEnd::Failed(JobError { reason: "INTERNAL".into(), message })).await
+}
+
+/// Asks the run to go back to the queue when a job of a higher priority waits there.
+async fn make_room(service: &Service, job: &Job, control: &RunControl) -> Result<()> {
+    let Some(next) = service.inner.store.next_queued().await? else { return Ok(()) };
+    // It may have been changed since the run began.
+    let priority = service.inner.store.job(&job.id).await?.request.priority;
+    if next.request.priority > priority {
+        tracing::info!(job = job.id, next = next.id, "the job makes room for one of a higher priority");
+        control.drain();
+    }
+    Ok(())
 }
 
 /// A job's data, ready for the device.
@@ -321,6 +345,13 @@ async fn store_event(service: &Service, job: &Job, event: RunEvent) -> Result<()
             service.inner.feed.notify(id, sequence);
             return retain(service, job).await;
         }
+        RunEvent::Damaged { step, reason } => {
+            tracing::warn!(job = id, step, reason, "damaged checkpoint");
+            store.delete_checkpoint(id, step).await?;
+            service.drop_checkpoint_files(id, step).await?;
+            let message = format!("checkpoint {step} is removed, the run continues from the one before: {reason}");
+            store.change_job(id, move |_| Ok(vec![EventKind::Log { severity: "warning".into(), message }])).await?
+        }
         RunEvent::Log { severity, message } => {
             store.change_job(id, move |_| Ok(vec![EventKind::Log { severity: severity.into(), message }])).await?
         }
@@ -346,6 +377,7 @@ async fn retain(service: &Service, job: &Job) -> Result<()> {
 
 /// The last state change of a run.
 async fn finish(service: &Service, id: &str, end: RunEnd) -> Result<()> {
+    let draining = service.is_draining();
     let (_, sequence) = service
         .inner
         .store
@@ -360,7 +392,13 @@ async fn finish(service: &Service, id: &str, end: RunEnd) -> Result<()> {
                 _ if cancelling => (JobState::Cancelled, "cancelled by a client".to_owned()),
                 RunEnd::Succeeded => (JobState::Succeeded, "all steps are taken".to_owned()),
                 RunEnd::Cancelled => (JobState::Cancelled, "cancelled by a client".to_owned()),
-                RunEnd::Drained => (JobState::Queued, format!("the server is shutting down; continues from step {}", job.progress.step)),
+                RunEnd::Drained if from == JobState::Pausing => {
+                    (JobState::Paused, format!("paused by a client; continues from step {}", job.progress.step))
+                }
+                RunEnd::Drained => {
+                    let why = if draining { "the server is shutting down" } else { "makes room for a job of a higher priority" };
+                    (JobState::Queued, format!("{why}; continues from step {}", job.progress.step))
+                }
             };
             if from.is_final() {
                 return Ok(Vec::new());

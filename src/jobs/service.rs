@@ -13,10 +13,11 @@ use super::artifacts::{Artifacts, Export, ExportFormat, describe};
 use super::datasets::blocking;
 use super::error::{Result, ServiceError};
 use super::feed::Feed;
+use super::lifecycle::check_changeable;
 use super::runner;
 use super::store::{Page, Store, now};
 use crate::domain::dataset::Dataset;
-use crate::domain::job::{Checkpoint, Evaluation, Event, EventKind, Job, JobRequest, JobState, Metrics, Progress, RowPolicy};
+use crate::domain::job::{Checkpoint, Evaluation, Event, Job, JobRequest, JobState, Metrics, Progress, RowPolicy};
 use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::domain::training::Method;
 use crate::domain::violation::Violations;
@@ -34,6 +35,8 @@ pub struct ServiceOptions {
     pub data_dir: PathBuf,
     /// The largest upload.
     pub max_upload_bytes: u64,
+    /// Events kept of a job, the newest.
+    pub events_kept: u64,
     /// How long a drain may take.
     pub drain_timeout: Duration,
 }
@@ -65,7 +68,7 @@ impl Service {
         let root = options.data_dir.clone();
         std::fs::create_dir_all(&root).map_err(|e| super::artifacts::failed(&root, e))?;
         let inner = Inner {
-            store: Store::open(&root).await?,
+            store: Store::open(&root, options.events_kept).await?,
             artifacts: Artifacts::open(&root)?,
             engine,
             feed: Feed::default(),
@@ -116,12 +119,7 @@ impl Service {
     async fn check_request(&self, mut request: JobRequest, request_id: Option<&str>) -> Result<JobRequest> {
         let mut bad = Violations::default();
         request.spec.validate("training_job", &mut bad);
-        if request.display_name.chars().count() > 256 {
-            bad.push("training_job.display_name", "has more than 256 characters");
-        }
-        if request.labels.len() > 64 || request.labels.iter().any(|(k, v)| k.is_empty() || k.len() > 128 || v.len() > 128) {
-            bad.push("training_job.labels", "must be at most 64 labels with keys of 1 to 128 and values of at most 128 bytes");
-        }
+        check_changeable(&request, &mut bad);
         if request_id.is_some_and(|id| id.len() > 128) {
             bad.push("request_id", "has more than 128 characters");
         }
@@ -200,47 +198,6 @@ impl Service {
         self.inner.store.jobs(states, page_size, page_token).await
     }
 
-    /// Cancels a job; one that is on the device stops after its current unit.
-    pub async fn cancel_job(&self, id: &str) -> Result<Job> {
-        let (job, sequence) = self
-            .inner
-            .store
-            .change_job(id, |job| {
-                let from = job.state;
-                job.state = match from {
-                    JobState::Queued => JobState::Cancelled,
-                    JobState::Preparing | JobState::Running => JobState::Cancelling,
-                    JobState::Cancelling => return Ok(Vec::new()),
-                    _ => {
-                        let message = format!("trainingJobs/{} is {} already", job.id, from.name());
-                        return Err(ServiceError::FailedPrecondition { reason: "ALREADY_ENDED", message });
-                    }
-                };
-                Ok(vec![EventKind::StateChange { from: Some(from), to: job.state, reason: "cancelled by a client".into() }])
-            })
-            .await?;
-        if let Some(control) = self.inner.controls.lock().unwrap_or_else(PoisonError::into_inner).get(id) {
-            control.cancel();
-        }
-        self.inner.feed.notify(id, sequence);
-        Ok(job)
-    }
-
-    /// Deletes an ended job with its events, checkpoints and exports.
-    pub async fn delete_job(&self, id: &str) -> Result<()> {
-        let job = self.inner.store.job(id).await?;
-        if !job.state.is_final() {
-            let message = format!("trainingJobs/{id} is {}: cancel it first", job.state.name());
-            return Err(ServiceError::FailedPrecondition { reason: "NOT_ENDED", message });
-        }
-        self.refuse_when_used(id, None).await?;
-        self.inner.store.delete_job(id).await?;
-        self.inner.engine.evict_policy(&self.inner.artifacts.checkpoints(id));
-        self.inner.feed.notify(id, u64::MAX);
-        let (artifacts, id) = (self.inner.artifacts.clone(), id.to_owned());
-        blocking(move || artifacts.remove_job(&id)).await?
-    }
-
     /// Events after `after`, and whether there are more.
     pub async fn list_events(&self, job: &str, after: u64, limit: usize) -> Result<(Vec<Event>, bool)> {
         self.check_cursor(job, after).await?;
@@ -264,7 +221,8 @@ impl Service {
                 format!("after_sequence is {after}, the newest event of trainingJobs/{job} is {newest}: use a sequence that was received");
             return Err(ServiceError::OutOfRange { message });
         }
-        Ok(())
+        // An expired cursor is refused at once, not by the stream.
+        self.inner.store.events(job, after, 1).await.map(|_| ())
     }
 
     // ---- datasets

@@ -32,6 +32,8 @@ pub struct Store {
     /// One connection: writes are serialised here and never meet `SQLITE_BUSY`.
     writer: SqlitePool,
     readers: SqlitePool,
+    /// Events kept of a job, the newest.
+    events_kept: i64,
 }
 
 /// The time, in milliseconds since 1970.
@@ -40,8 +42,8 @@ pub fn now() -> Millis {
 }
 
 impl Store {
-    /// Opens or creates `<data_dir>/bradley.db` and brings its schema up to date.
-    pub async fn open(data_dir: &Path) -> Result<Self> {
+    /// Opens or creates `<data_dir>/bradley.db` and brings its schema up to date. Of each job the newest `events_kept` events are kept.
+    pub async fn open(data_dir: &Path, events_kept: u64) -> Result<Self> {
         let options = SqliteConnectOptions::new()
             .filename(data_dir.join("bradley.db"))
             .create_if_missing(true)
@@ -55,7 +57,7 @@ impl Store {
             .run(&writer)
             .await
             .map_err(|e| ServiceError::internal(format!("the schema of {} cannot be brought up to date: {e}", data_dir.display())))?;
-        Ok(Store { writer, readers: pool(READERS).connect_with(options).await? })
+        Ok(Store { writer, readers: pool(READERS).connect_with(options).await?, events_kept: events_kept.clamp(1, i64::MAX as u64) as i64 })
     }
 
     /// Closes every connection; the WAL is folded into the database.
@@ -90,7 +92,7 @@ impl Store {
         .bind(c.create_time)
         .execute(&mut *tx)
         .await?;
-        let sequence = jobs::append(&mut tx, &c.job, &EventKind::CheckpointCreated { step: c.step, best: c.best }).await?;
+        let sequence = self.append(&mut tx, &c.job, &EventKind::CheckpointCreated { step: c.step, best: c.best }).await?;
         tx.commit().await?;
         Ok(sequence)
     }

@@ -1,5 +1,7 @@
 //! TRL's training metrics, by TRL's names.
 
+use serde::{Deserialize, Serialize};
+
 use crate::domain::job::Metrics;
 
 /// What is known of one completion token besides its log-prob.
@@ -61,10 +63,45 @@ pub fn micro_batch(loss: f64, pairs: &[PairObservation]) -> Metrics {
 }
 
 /// The unweighted mean of micro-batches' metrics, as TRL averages them between two log lines.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Average {
+    #[serde(with = "exact::map")]
     sums: Metrics,
     count: u64,
+}
+
+/// f64 by their bits: decimal text need not come back as the same number.
+pub mod exact {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    /// One number.
+    pub fn serialize<S: Serializer>(x: &f64, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_u64(x.to_bits())
+    }
+
+    /// One number.
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<f64, D::Error> {
+        u64::deserialize(d).map(f64::from_bits)
+    }
+
+    /// Numbers by name.
+    pub mod map {
+        use std::collections::BTreeMap;
+
+        use serde::{Deserialize, Deserializer, Serializer};
+
+        use crate::domain::job::Metrics;
+
+        /// Numbers by name.
+        pub fn serialize<S: Serializer>(all: &Metrics, s: S) -> Result<S::Ok, S::Error> {
+            s.collect_map(all.iter().map(|(name, x)| (name, x.to_bits())))
+        }
+
+        /// Numbers by name.
+        pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Metrics, D::Error> {
+            Ok(BTreeMap::<String, u64>::deserialize(d)?.into_iter().map(|(name, bits)| (name, f64::from_bits(bits))).collect())
+        }
+    }
 }
 
 impl Average {

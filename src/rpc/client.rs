@@ -1,7 +1,7 @@
 //! A thin client for the command line and the demo: connects with a clear error, uploads, follows events across reconnects, downloads safely.
 
-/// A point in time, as messages carry it.
-pub use prost_types::Timestamp;
+/// A point in time and a choice of fields, as messages carry them.
+pub use prost_types::{FieldMask, Timestamp};
 use std::path::Path;
 use std::time::Duration;
 
@@ -58,7 +58,7 @@ pub enum ClientError {
 impl ClientError {
     /// Whether the arguments are at fault (rather than the server or the network).
     pub fn is_usage(&self) -> bool {
-        matches!(self, ClientError::Refused(s) if matches!(s.code(), Code::InvalidArgument | Code::NotFound | Code::FailedPrecondition | Code::AlreadyExists | Code::OutOfRange))
+        matches!(self, ClientError::Refused(s) if matches!(s.code(), Code::InvalidArgument | Code::NotFound | Code::FailedPrecondition | Code::AlreadyExists | Code::Aborted | Code::OutOfRange))
     }
 }
 

@@ -10,6 +10,8 @@ use tonic::codegen::http::{HeaderValue, Request, Response};
 use tower::{Layer, Service};
 use tracing::Instrument;
 
+use super::status;
+
 /// The header that carries a request's id, taken from the client or made here, and given back.
 const REQUEST_ID: &str = "x-request-id";
 
@@ -59,6 +61,12 @@ where
                 Ok(response) => {
                     if let Ok(value) = HeaderValue::from_str(&id) {
                         response.headers_mut().insert(REQUEST_ID, value);
+                    }
+                    if let Some(status) = status::explained(response.headers()) {
+                        let headers = response.headers_mut();
+                        headers.remove("grpc-message");
+                        // It fails only for text that is no header, which `Status` encodes.
+                        let _ = status.add_header(headers);
                     }
                     // An error without an answer has its status among the headers; a stream's later error is its own event.
                     let code = response.headers().get("grpc-status").and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<i32>().ok());

@@ -1,5 +1,6 @@
 //! The one place where an error becomes a gRPC status, details included.
 
+use tonic::codegen::http::HeaderMap;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
@@ -26,6 +27,7 @@ pub fn status(e: ServiceError) -> Status {
         }
         ServiceError::FailedPrecondition { reason, .. } => (Code::FailedPrecondition, *reason),
         ServiceError::AlreadyExists { .. } => (Code::AlreadyExists, "REQUEST_ID_REUSED"),
+        ServiceError::Aborted { .. } => (Code::Aborted, "ETAG_STALE"),
         ServiceError::Unavailable { reason, retry_after, .. } => {
             details.set_retry_info(Some(*retry_after));
             (Code::Unavailable, *reason)
@@ -59,6 +61,15 @@ pub fn message(e: ServiceError) -> tonic_types::Status {
     })
 }
 
+/// What a call's headers must say when the transport ended it without a reason: it could not read the message. Ours always have one.
+pub fn explained(headers: &HeaderMap) -> Option<Status> {
+    let given = Status::from_header_map(headers).filter(|s| s.code() == Code::Internal && s.details().is_empty())?;
+    let mut details = ErrorDetails::new();
+    details.set_error_info("MALFORMED_MESSAGE", DOMAIN, std::collections::HashMap::new());
+    let message = format!("the request cannot be read as its protobuf message ({}): check it against the protos", given.message());
+    Some(Status::with_error_details(Code::InvalidArgument, message, details))
+}
+
 /// A stream that a client left half-way.
 pub fn incomplete(what: &str) -> Status {
     status(ServiceError::invalid("part", what))
@@ -78,6 +89,7 @@ mod tests {
             (ServiceError::not_found("job", "trainingJobs/x"), Code::NotFound, "NOT_FOUND"),
             (ServiceError::FailedPrecondition { reason: "IN_USE", message: "m".into() }, Code::FailedPrecondition, "IN_USE"),
             (ServiceError::AlreadyExists { message: "m".into() }, Code::AlreadyExists, "REQUEST_ID_REUSED"),
+            (ServiceError::Aborted { message: "m".into() }, Code::Aborted, "ETAG_STALE"),
             (ServiceError::Unavailable { reason: "QUEUE_FULL", message: "m".into(), retry_after }, Code::Unavailable, "QUEUE_FULL"),
             (ServiceError::ResourceExhausted { reason: "OUT_OF_MEMORY", message: "m".into() }, Code::ResourceExhausted, "OUT_OF_MEMORY"),
             (ServiceError::OutOfRange { message: "m".into() }, Code::OutOfRange, "CURSOR_OUT_OF_RANGE"),

@@ -48,6 +48,28 @@ impl TrainingService for Training {
         Ok(Response::new(pb::ListTrainingJobsResponse { training_jobs, next_page_token: page.next_page_token }))
     }
 
+    async fn update_training_job(&self, request: Request<pb::UpdateTrainingJobRequest>) -> Result<Response<pb::TrainingJob>, Status> {
+        let r = request.into_inner();
+        let job = r.training_job.unwrap_or_default();
+        let (id, etag) = (job_id("training_job.name", &job.name)?.to_owned(), job.etag.clone());
+        let changes = convert::changes(job, r.update_mask)?;
+        let etag = (!etag.is_empty()).then_some(etag.as_str());
+        let job = self.0.update_job(&id, etag, changes).await.map_err(status)?;
+        Ok(Response::new(convert::job(job)))
+    }
+
+    async fn pause_training_job(&self, request: Request<pb::PauseTrainingJobRequest>) -> Result<Response<pb::TrainingJob>, Status> {
+        let r = request.into_inner();
+        let job = self.0.pause_job(job_id("name", &r.name)?).await.map_err(status)?;
+        Ok(Response::new(convert::job(job)))
+    }
+
+    async fn resume_training_job(&self, request: Request<pb::ResumeTrainingJobRequest>) -> Result<Response<pb::TrainingJob>, Status> {
+        let r = request.into_inner();
+        let job = self.0.resume_job(job_id("name", &r.name)?).await.map_err(status)?;
+        Ok(Response::new(convert::job(job)))
+    }
+
     async fn cancel_training_job(&self, request: Request<pb::CancelTrainingJobRequest>) -> Result<Response<pb::TrainingJob>, Status> {
         let r = request.into_inner();
         let job = self.0.cancel_job(job_id("name", &r.name)?).await.map_err(status)?;

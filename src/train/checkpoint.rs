@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::observe::Window;
 use super::optimizer::AdamW;
 use super::trainable::TrainablePolicy;
 use crate::domain::job::Metrics;
@@ -49,6 +50,14 @@ pub enum CheckpointError {
         /// What is wrong.
         reason: String,
     },
+    /// Another build wrote it.
+    #[error("checkpoint {}: its format is version {found}, this build reads version {VERSION}: use the build that wrote it", path.display())]
+    Version {
+        /// The folder.
+        path: PathBuf,
+        /// Its format.
+        found: u32,
+    },
     /// Its weights could not be written or read.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -76,6 +85,9 @@ pub struct RunState {
     pub evaluated: Option<u64>,
     /// TR-DPO syncs made.
     pub reference_syncs: u64,
+    /// Metrics of the steps since the last log line.
+    #[serde(default)]
+    pub window: Window,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -87,6 +99,12 @@ struct StateFile {
     metrics: Metrics,
     /// BLAKE3 of every other file.
     files: BTreeMap<String, String>,
+}
+
+/// Read first: another version may have other fields.
+#[derive(Deserialize)]
+struct Versioned {
+    version: u32,
 }
 
 /// What goes into a checkpoint.
@@ -105,6 +123,17 @@ pub struct Contents<'a> {
     pub tokenizer: &'a ChatTokenizer,
     /// The base model's name, for adapter_config.json.
     pub base: &'a str,
+}
+
+impl CheckpointError {
+    /// Whether the files are at fault for good, rather than this build or a disk that may answer later.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            CheckpointError::Damaged { .. } => true,
+            CheckpointError::Io { source, .. } => matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof),
+            CheckpointError::Version { .. } | CheckpointError::Model(_) | CheckpointError::Candle(_) => false,
+        }
+    }
 }
 
 fn io_at(path: &Path) -> impl FnOnce(io::Error) -> CheckpointError + '_ {
@@ -214,6 +243,11 @@ fn fetch(dir: &Path, tensors: &Tensors, name: &str, shape: &candle_core::Shape) 
     }
 }
 
+/// Checks every file of a checkpoint against its checksum.
+pub fn check(dir: &Path) -> Result<(), CheckpointError> {
+    verify(dir).map(|_| ())
+}
+
 /// Reads a checkpoint's description and checks every file against its checksum.
 fn verify(dir: &Path) -> Result<StateFile, CheckpointError> {
     let file = read_state(dir)?;
@@ -229,11 +263,12 @@ fn verify(dir: &Path) -> Result<StateFile, CheckpointError> {
 fn read_state(dir: &Path) -> Result<StateFile, CheckpointError> {
     let path = dir.join(STATE_FILE);
     let text = fs::read(&path).map_err(io_at(&path))?;
-    let file: StateFile = serde_json::from_slice(&text).map_err(|e| damaged(dir, format!("{STATE_FILE}: {e}")))?;
-    if file.version != VERSION {
-        return Err(damaged(dir, format!("its format is version {}, this build reads version {VERSION}", file.version)));
+    let unreadable = |e: serde_json::Error| damaged(dir, format!("{STATE_FILE}: {e}"));
+    let Versioned { version } = serde_json::from_slice(&text).map_err(unreadable)?;
+    if version != VERSION {
+        return Err(CheckpointError::Version { path: dir.to_owned(), found: version });
     }
-    Ok(file)
+    serde_json::from_slice(&text).map_err(unreadable)
 }
 
 /// The steps that have a folder, in no order; leftovers of interrupted writes are not among them.

@@ -1,16 +1,21 @@
 //! Metrics between log lines and over evaluations.
 
+use serde::{Deserialize, Serialize};
+
 use crate::domain::job::Metrics;
-use crate::math::metrics::Average;
+use crate::math::metrics::{Average, exact};
 
 /// Metrics between two log lines.
-#[derive(Debug, Default)]
-pub(super) struct Window {
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Window {
     average: Average,
     /// Σ over steps of Σ over micro-batches of loss/group: a short group weighs as much as a full one, as in transformers.
+    #[serde(with = "exact")]
     loss: f64,
     steps: u64,
+    #[serde(with = "exact")]
     grad_norm: f64,
+    #[serde(with = "exact")]
     learning_rate: f64,
 }
 

@@ -109,7 +109,8 @@ pub struct Trainer {
     total_steps: u64,
     order: (u64, Vec<u32>),
     phase: Phase,
-    window: Window,
+    /// Tokens and window before the step in progress: what its repetition begins with.
+    before: (u64, Window),
     evaluation: Evaluation,
     latest: Metrics,
     saved_step: Option<u64>,
@@ -139,7 +140,7 @@ impl Trainer {
         let mut trainer = Trainer {
             gradients: Gradients::zeros(&policy),
             order: (u64::MAX, Vec::new()),
-            window: Window::default(),
+            before: Default::default(),
             evaluation: Evaluation::default(),
             started: Instant::now(),
             spec,
@@ -215,6 +216,7 @@ impl Trainer {
         {
             // The step's first micro-batches are repeated when the run continues: their gradients are not part of a checkpoint.
             self.state.micro_batch -= done;
+            (self.state.tokens, self.state.window) = std::mem::take(&mut self.before);
             self.phase = Phase::Step { done: 0 };
             self.gradients.clear();
         }
@@ -228,6 +230,7 @@ impl Trainer {
         let (micro_batches, group) = self.group();
         if done == 0 {
             self.gradients.clear();
+            self.before = (self.state.tokens, self.state.window.clone());
         }
         self.micro_batch(1.0 / group as f64, host)?;
         self.state.micro_batch += 1;
@@ -276,7 +279,7 @@ impl Trainer {
         if !loss.is_finite() {
             return Err(self.non_finite("loss", loss, &chosen));
         }
-        self.window.add(metrics, scale);
+        self.state.window.add(metrics, scale);
         self.state.tokens += pairs.iter().map(|p| p.sequence_tokens() as u64).sum::<u64>();
         Ok(())
     }
@@ -292,7 +295,7 @@ impl Trainer {
         let lr = self.learning_rate();
         let vars: Vec<_> = self.policy.trainables.iter().map(|t| (&t.var, t.decay)).collect();
         self.optimizer.step(o, lr, clip, &vars, self.gradients.values())?;
-        self.window.step(norm, lr);
+        self.state.window.step(norm, lr);
         self.state.step += 1;
         if let Some(sync) = self.spec.dpo.reference_sync
             && self.state.step.is_multiple_of(sync.every_steps as u64)
@@ -319,7 +322,7 @@ impl Trainer {
         let last = step >= self.total_steps;
         let progress = self.progress();
         if step.is_multiple_of(run.logging_steps) || last {
-            let mut metrics = self.window.take();
+            let mut metrics = self.state.window.take();
             metrics.insert("epoch".into(), progress.epoch);
             metrics.insert("num_tokens".into(), self.state.tokens as f64);
             self.latest.extend(metrics.clone());

@@ -56,6 +56,11 @@ impl Server {
         Server { child, address: format!("http://{address}"), http: format!("127.0.0.1:{http_port}"), data_dir: data_dir.to_owned() }
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// A connected client.
     pub async fn client(&self) -> Client {
         Client::connect(&self.address, Duration::from_secs(10)).await.unwrap()

@@ -23,8 +23,9 @@ impl Store {
             }
         }
         sqlx::query(
-            "INSERT INTO jobs (id, version, state, request, progress, latest_metrics, skipped_rows, create_time, request_id, request_hash)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO jobs
+                 (id, version, state, request, progress, latest_metrics, skipped_rows, create_time, request_id, request_hash, priority)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         )
         .bind(&job.id)
         .bind(job.version)
@@ -36,10 +37,11 @@ impl Store {
         .bind(job.create_time)
         .bind(request_id)
         .bind(request_hash)
+        .bind(job.request.priority)
         .execute(&mut *tx)
         .await?;
         let created = EventKind::StateChange { from: None, to: job.state, reason: "created".into() };
-        append(&mut tx, &job.id, &created).await?;
+        self.append(&mut tx, &job.id, &created).await?;
         tx.commit().await?;
         Ok(job.clone())
     }
@@ -73,10 +75,10 @@ impl Store {
         rows.into_iter().map(Job::try_from).collect()
     }
 
-    /// The oldest queued job.
+    /// The queued job whose turn it is: the oldest of the highest priority.
     pub async fn next_queued(&self) -> Result<Option<Job>> {
-        let row: Option<JobRow> =
-            sqlx::query_as("SELECT * FROM jobs WHERE state = 'queued' ORDER BY seq LIMIT 1").fetch_optional(&self.readers).await?;
+        let turn = "SELECT * FROM jobs WHERE state = 'queued' ORDER BY priority DESC, seq LIMIT 1";
+        let row: Option<JobRow> = sqlx::query_as(turn).fetch_optional(&self.readers).await?;
         row.map(Job::try_from).transpose()
     }
 
@@ -99,11 +101,14 @@ impl Store {
             job.end_time = Some(now());
         }
         sqlx::query(
-            "UPDATE jobs SET version = ?, state = ?, error = ?, progress = ?, latest_metrics = ?, skipped_rows = ?, start_time = ?, end_time = ?
+            "UPDATE jobs SET version = ?, state = ?, request = ?, priority = ?, error = ?, progress = ?, latest_metrics = ?, skipped_rows = ?,
+                 start_time = ?, end_time = ?
              WHERE id = ?",
         )
         .bind(job.version)
         .bind(job.state.name())
+        .bind(to_json(&job.request)?)
+        .bind(job.request.priority)
         .bind(job.error.as_ref().map(to_json).transpose()?)
         .bind(to_json(&job.progress)?)
         .bind(to_json(&job.latest_metrics)?)
@@ -115,7 +120,7 @@ impl Store {
         .await?;
         let mut newest = 0;
         for event in &events {
-            newest = append(&mut tx, id, event).await?;
+            newest = self.append(&mut tx, id, event).await?;
         }
         tx.commit().await?;
         Ok((job, newest))
@@ -128,6 +133,9 @@ impl Store {
     }
 
     /// Events after `after`, in order, at most `limit`.
+    ///
+    /// # Errors
+    /// `OutOfRange` when the next one is not kept any more.
     pub async fn events(&self, job: &str, after: u64, limit: usize) -> Result<Vec<Event>> {
         let rows: Vec<EventRow> =
             sqlx::query_as("SELECT sequence, time, body FROM events WHERE job = ? AND sequence > ? ORDER BY sequence LIMIT ?")
@@ -136,6 +144,13 @@ impl Store {
                 .bind(limit as i64)
                 .fetch_all(&self.readers)
                 .await?;
+        if let Some(oldest) = rows.first().map(|r| r.sequence as u64).filter(|first| *first > after.saturating_add(1)) {
+            let message = format!(
+                "after_sequence is {after}, the oldest event of trainingJobs/{job} that is kept is {oldest}: the ones between are gone, go on after {}",
+                oldest - 1
+            );
+            return Err(ServiceError::OutOfRange { message });
+        }
         rows.into_iter().map(Event::try_from).collect()
     }
 
@@ -145,22 +160,27 @@ impl Store {
             sqlx::query_scalar("SELECT MAX(sequence) FROM events WHERE job = ?").bind(job).fetch_one(&self.readers).await?;
         Ok(newest.unwrap_or(0) as u64)
     }
+
+    /// Appends an event, forgets the ones that it pushes past the limit, and returns its sequence.
+    pub(super) async fn append(&self, tx: &mut Transaction<'_, Sqlite>, job: &str, event: &EventKind) -> Result<u64> {
+        let sequence: i64 = sqlx::query_scalar(
+            "INSERT INTO events (job, sequence, time, body)
+             VALUES (?1, (SELECT COALESCE(MAX(sequence), 0) + 1 FROM events WHERE job = ?1), ?2, ?3) RETURNING sequence",
+        )
+        .bind(job)
+        .bind(now())
+        .bind(to_json(event)?)
+        .fetch_one(&mut **tx)
+        .await?;
+        sqlx::query("DELETE FROM events WHERE job = ? AND sequence <= ?")
+            .bind(job)
+            .bind(sequence.saturating_sub(self.events_kept))
+            .execute(&mut **tx)
+            .await?;
+        Ok(sequence as u64)
+    }
 }
 
 fn missing(id: &str) -> ServiceError {
     ServiceError::not_found("job", format!("trainingJobs/{id}"))
-}
-
-/// Appends an event and returns its sequence.
-pub(super) async fn append(tx: &mut Transaction<'_, Sqlite>, job: &str, event: &EventKind) -> Result<u64> {
-    let sequence: i64 = sqlx::query_scalar(
-        "INSERT INTO events (job, sequence, time, body)
-         VALUES (?1, (SELECT COALESCE(MAX(sequence), 0) + 1 FROM events WHERE job = ?1), ?2, ?3) RETURNING sequence",
-    )
-    .bind(job)
-    .bind(now())
-    .bind(to_json(event)?)
-    .fetch_one(&mut **tx)
-    .await?;
-    Ok(sequence as u64)
 }

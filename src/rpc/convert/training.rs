@@ -12,6 +12,7 @@ use crate::domain::training::{
 };
 use crate::domain::violation::Violations;
 use crate::jobs::error::ServiceError;
+use crate::jobs::lifecycle::JobChanges;
 use crate::rpc::pb;
 use crate::rpc::status::message;
 
@@ -84,9 +85,26 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
     // The ranges are the domain's to check, but all bad fields belong in one answer.
     spec.validate("training_job", &mut bad);
     let Some(policy) = policy else { return finish_never(bad) };
-    let request =
-        JobRequest { display_name: job.display_name, labels: job.labels, policy, reference, dataset: train, evaluation, spec, row_policy };
+    let (display_name, labels, priority) = (job.display_name, job.labels, job.priority);
+    let request = JobRequest { display_name, labels, priority, policy, reference, dataset: train, evaluation, spec, row_policy };
     finish(request, bad)
+}
+
+/// The fields of `job` that `mask` names; without a mask all that may change.
+pub(in crate::rpc) fn changes(job: pb::TrainingJob, mask: Option<prost_types::FieldMask>) -> Result<JobChanges, Status> {
+    const CHANGEABLE: [&str; 3] = ["display_name", "labels", "priority"];
+    let paths = mask.map(|m| m.paths).filter(|p| !p.is_empty()).unwrap_or_else(|| CHANGEABLE.map(str::to_owned).to_vec());
+    let mut bad = Violations::default();
+    for (i, path) in paths.iter().enumerate().filter(|(_, p)| !CHANGEABLE.contains(&p.as_str())) {
+        bad.push(format!("update_mask.paths[{i}]"), format!("{path:?} cannot be changed: use {}", CHANGEABLE.join(", ")));
+    }
+    let named = |name: &str| paths.iter().any(|p| p == name);
+    let changes = JobChanges {
+        display_name: named("display_name").then_some(job.display_name),
+        labels: named("labels").then_some(job.labels),
+        priority: named("priority").then_some(job.priority),
+    };
+    finish(changes, bad)
 }
 
 fn finish_never<T>(bad: Violations) -> Result<T, Status> {
@@ -236,6 +254,7 @@ fn run(c: pb::RunConfig, bad: &mut Violations) -> RunConfig {
 
 /// A job as stored.
 pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
+    let etag = j.etag();
     let r = j.request;
     let lora = match &r.spec.method {
         Method::Lora(l) => Some(pb::training_job::Method::Lora(lora_message(l))),
@@ -244,9 +263,10 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
     pb::TrainingJob {
         name: if j.id.is_empty() { String::new() } else { format!("trainingJobs/{}", j.id) },
         uid: j.id,
-        etag: format!("\"{}\"", j.version),
+        etag,
         display_name: r.display_name,
         labels: r.labels,
+        priority: r.priority,
         state: state(j.state).into(),
         error: j.error.map(|e| {
             let reason = e.reason.clone();
@@ -396,6 +416,8 @@ fn state(s: JobState) -> pb::JobState {
         JobState::Queued => pb::JobState::Queued,
         JobState::Preparing => pb::JobState::Preparing,
         JobState::Running => pb::JobState::Running,
+        JobState::Pausing => pb::JobState::Pausing,
+        JobState::Paused => pb::JobState::Paused,
         JobState::Cancelling => pb::JobState::Cancelling,
         JobState::Cancelled => pb::JobState::Cancelled,
         JobState::Succeeded => pb::JobState::Succeeded,

@@ -1,0 +1,156 @@
+//! What a client may do to a job that exists: change, pause, resume, cancel, delete. Transitions are the domain's to allow.
+
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+use std::sync::PoisonError;
+
+use super::datasets::blocking;
+use super::error::{Result, ServiceError};
+use super::service::Service;
+use crate::domain::job::{EventKind, Job, JobRequest, JobState};
+use crate::domain::violation::Violations;
+use crate::engine::api::RunControl;
+
+const PRIORITIES: RangeInclusive<i32> = -1000..=1000;
+
+/// What of a job may change while it lives; `None` leaves it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct JobChanges {
+    /// The title.
+    pub display_name: Option<String>,
+    /// The labels, all of them.
+    pub labels: Option<BTreeMap<String, String>>,
+    /// Higher goes first.
+    pub priority: Option<i32>,
+}
+
+/// Checks the fields that may change.
+pub(super) fn check_changeable(request: &JobRequest, bad: &mut Violations) {
+    if request.display_name.chars().count() > 256 {
+        bad.push("training_job.display_name", "has more than 256 characters");
+    }
+    if request.labels.len() > 64 || request.labels.iter().any(|(k, v)| k.is_empty() || k.len() > 128 || v.len() > 128) {
+        bad.push("training_job.labels", "must be at most 64 labels with keys of 1 to 128 and values of at most 128 bytes");
+    }
+    if !PRIORITIES.contains(&request.priority) {
+        bad.push("training_job.priority", format!("is {}: it must lie in -1000..=1000", request.priority));
+    }
+}
+
+fn refused(job: &Job, reason: &'static str, remedy: &str) -> ServiceError {
+    ServiceError::FailedPrecondition { reason, message: format!("trainingJobs/{} is {}: {remedy}", job.id, job.state.name()) }
+}
+
+impl Service {
+    /// Changes title, labels and priority; with `etag`, only while the job has it.
+    ///
+    /// # Errors
+    /// `Aborted` when the job has changed since the etag was read.
+    pub async fn update_job(&self, id: &str, etag: Option<&str>, changes: JobChanges) -> Result<Job> {
+        let (job, _) = self
+            .inner
+            .store
+            .change_job(id, |job| {
+                if etag.is_some_and(|e| e != job.etag()) {
+                    let message =
+                        format!("trainingJobs/{id} has changed since etag {:?} was read: read it again", etag.unwrap_or_default());
+                    return Err(ServiceError::Aborted { message });
+                }
+                let request = &mut job.request;
+                request.display_name = changes.display_name.unwrap_or(std::mem::take(&mut request.display_name));
+                request.labels = changes.labels.unwrap_or(std::mem::take(&mut request.labels));
+                request.priority = changes.priority.unwrap_or(request.priority);
+                let mut bad = Violations::default();
+                check_changeable(request, &mut bad);
+                bad.into_result()?;
+                Ok(Vec::new())
+            })
+            .await?;
+        self.inner.wake.notify_one();
+        Ok(job)
+    }
+
+    /// Pauses a job; one that is on the device writes a checkpoint after its current unit.
+    pub async fn pause_job(&self, id: &str) -> Result<Job> {
+        self.move_job(id, "paused by a client", RunControl::drain, |job| match job.state {
+            JobState::Queued => Ok(JobState::Paused),
+            JobState::Preparing | JobState::Running => Ok(JobState::Pausing),
+            JobState::Pausing | JobState::Paused => Ok(job.state),
+            JobState::Cancelling => Err(refused(job, "CANCELLING", "it will end soon")),
+            _ => Err(refused(job, "ALREADY_ENDED", "there is nothing to pause")),
+        })
+        .await
+    }
+
+    /// Puts a paused job back in the queue.
+    pub async fn resume_job(&self, id: &str) -> Result<Job> {
+        let job = self
+            .move_job(
+                id,
+                "resumed by a client",
+                |_| {},
+                |job| match job.state {
+                    JobState::Paused => Ok(JobState::Queued),
+                    JobState::Queued => Ok(JobState::Queued),
+                    JobState::Pausing => Err(refused(job, "PAUSING", "resume it when it is paused")),
+                    _ => Err(refused(job, "NOT_PAUSED", "only a paused job can be resumed")),
+                },
+            )
+            .await?;
+        self.inner.wake.notify_one();
+        Ok(job)
+    }
+
+    /// Cancels a job; one that is on the device stops after its current unit.
+    pub async fn cancel_job(&self, id: &str) -> Result<Job> {
+        self.move_job(id, "cancelled by a client", RunControl::cancel, |job| match job.state {
+            JobState::Queued | JobState::Paused => Ok(JobState::Cancelled),
+            JobState::Preparing | JobState::Running | JobState::Pausing | JobState::Cancelling => Ok(JobState::Cancelling),
+            _ => Err(refused(job, "ALREADY_ENDED", "there is nothing to cancel")),
+        })
+        .await
+    }
+
+    /// Moves a job to the state that `to` gives, tells its run by `command`, and its followers.
+    async fn move_job(
+        &self,
+        id: &str,
+        reason: &str,
+        command: impl FnOnce(&RunControl),
+        to: impl FnOnce(&Job) -> Result<JobState> + Send,
+    ) -> Result<Job> {
+        let (job, sequence) = self
+            .inner
+            .store
+            .change_job(id, |job| {
+                let (from, to) = (job.state, to(job)?);
+                if from == to {
+                    return Ok(Vec::new());
+                }
+                job.state = to;
+                Ok(vec![EventKind::StateChange { from: Some(from), to, reason: reason.to_owned() }])
+            })
+            .await?;
+        if let Some(control) = self.inner.controls.lock().unwrap_or_else(PoisonError::into_inner).get(id)
+            && matches!(job.state, JobState::Pausing | JobState::Cancelling)
+        {
+            command(control);
+        }
+        self.inner.feed.notify(id, sequence);
+        Ok(job)
+    }
+
+    /// Deletes an ended job with its events, checkpoints and exports.
+    pub async fn delete_job(&self, id: &str) -> Result<()> {
+        let job = self.inner.store.job(id).await?;
+        if !job.state.is_final() {
+            return Err(refused(&job, "NOT_ENDED", "cancel it first"));
+        }
+        self.refuse_when_used(id, None).await?;
+        self.inner.store.delete_job(id).await?;
+        self.inner.engine.evict_policy(&self.inner.artifacts.checkpoints(id));
+        self.inner.feed.notify(id, u64::MAX);
+        let (artifacts, id) = (self.inner.artifacts.clone(), id.to_owned());
+        blocking(move || artifacts.remove_job(&id)).await?
+    }
+}

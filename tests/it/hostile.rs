@@ -1,0 +1,204 @@
+//! Requests and files that nobody should send: generated and mutated by a seed. Each gets an answer with a reason; the server stays what it was.
+//!
+//! `BRADLEY_TEST_HOSTILE` is how many of each kind (default 100); the hostile round of a release takes 3000.
+
+use std::io::{Read, Write};
+use std::time::Duration;
+
+use bradley::rpc::pb;
+use prost::Message;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng as StdRng;
+use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
+use tonic::{Code, Request, Status};
+use tonic_types::StatusExt;
+
+use crate::server::{Server, job, pairs, score, scored, upload};
+use crate::support::golden;
+
+fn times() -> usize {
+    std::env::var("BRADLEY_TEST_HOSTILE").ok().and_then(|n| n.parse().ok()).unwrap_or(100)
+}
+
+/// Messages as the bytes they are.
+#[derive(Clone, Copy, Default)]
+struct Raw;
+
+impl Codec for Raw {
+    type Encode = Vec<u8>;
+    type Decode = Vec<u8>;
+    type Encoder = Raw;
+    type Decoder = Raw;
+
+    fn encoder(&mut self) -> Raw {
+        Raw
+    }
+
+    fn decoder(&mut self) -> Raw {
+        Raw
+    }
+}
+
+impl Encoder for Raw {
+    type Item = Vec<u8>;
+    type Error = Status;
+
+    fn encode(&mut self, item: Vec<u8>, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        bytes::BufMut::put_slice(buffer, &item);
+        Ok(())
+    }
+}
+
+impl Decoder for Raw {
+    type Item = Vec<u8>;
+    type Error = Status;
+
+    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Vec<u8>>, Status> {
+        let mut all = vec![0; bytes::Buf::remaining(buffer)];
+        bytes::Buf::copy_to_slice(buffer, &mut all);
+        Ok(Some(all))
+    }
+}
+
+/// Some bytes changed, cut, doubled or put in.
+fn mutate(rng: &mut StdRng, bytes: &[u8]) -> Vec<u8> {
+    let mut out = bytes.to_vec();
+    for _ in 0..rng.random_range(1..6) {
+        let at = rng.random_range(0..=out.len());
+        match rng.random_range(0..5) {
+            0 if at < out.len() => out[at] = rng.random(),
+            1 => out.truncate(at),
+            2 => out.insert(at, rng.random()),
+            3 => {
+                let piece = out[at / 2..at].to_vec();
+                out.splice(at..at, piece);
+            }
+            _ if at < out.len() => out[at] ^= 1 << rng.random_range(0..8),
+            _ => {}
+        }
+    }
+    out
+}
+
+/// An error must say why in a word, and never be ours.
+fn check(what: &str, e: &Status) {
+    let reason = e.get_details_error_info().map(|i| i.reason);
+    assert!(reason.is_some_and(|r| !r.is_empty() && r != "INTERNAL"), "{what}: {:?} {:?} has no reason", e.code(), e.message());
+    assert!(!matches!(e.code(), Code::Internal | Code::Unknown | Code::Cancelled), "{what}: {e}");
+}
+
+fn resident_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    status.lines().find(|l| l.starts_with("VmRSS:")).unwrap().split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let before = score(&client, "models/tiny", pairs()).await;
+    let mut rng = StdRng::seed_from_u64(11);
+
+    let options = Some(pb::ScoringOptions { policy: "models/tiny".into(), ..Default::default() });
+    let chat = pairs()[0].prompt.clone();
+    let seeds: Vec<(&str, Vec<u8>)> = vec![
+        // Only checked, never started: what a mutated job would train is not the question.
+        (
+            "TrainingService/CreateTrainingJob",
+            pb::CreateTrainingJobRequest { training_job: Some(job(&dataset.name, 1)), request_id: "r".into(), validate_only: true }
+                .encode_to_vec(),
+        ),
+        ("TrainingService/GetTrainingJob", pb::GetTrainingJobRequest { name: "trainingJobs/x".into() }.encode_to_vec()),
+        (
+            "TrainingService/ListTrainingJobs",
+            pb::ListTrainingJobsRequest { page_size: 3, page_token: "7".into(), states: vec![1, 2] }.encode_to_vec(),
+        ),
+        (
+            "TrainingService/UpdateTrainingJob",
+            pb::UpdateTrainingJobRequest {
+                training_job: Some(pb::TrainingJob { name: "trainingJobs/x".into(), ..job(&dataset.name, 1) }),
+                update_mask: None,
+            }
+            .encode_to_vec(),
+        ),
+        (
+            "TrainingService/ListTrainingEvents",
+            pb::ListTrainingEventsRequest { parent: "trainingJobs/x".into(), after_sequence: 1, page_size: 2 }.encode_to_vec(),
+        ),
+        ("DatasetService/GetDataset", pb::GetDatasetRequest { name: dataset.name.clone() }.encode_to_vec()),
+        ("CheckpointService/GetCheckpoint", pb::GetCheckpointRequest { name: "trainingJobs/x/checkpoints/1".into() }.encode_to_vec()),
+        ("ScoringService/ScorePairs", pb::ScorePairsRequest { options: options.clone(), pairs: pairs()[..1].to_vec() }.encode_to_vec()),
+        (
+            "ScoringService/ScoreCompletions",
+            pb::ScoreCompletionsRequest { options, prompt: chat.clone(), completions: vec![chat.unwrap()] }.encode_to_vec(),
+        ),
+    ];
+    let channel = tonic::transport::Endpoint::from_shared(server.address.clone()).unwrap().connect().await.unwrap();
+    let mut settled = 0;
+    for round in 0..times() {
+        for (method, seed) in &seeds {
+            let body = if rng.random_range(0..8) == 0 {
+                (0..rng.random_range(0..200)).map(|_| rng.random()).collect()
+            } else {
+                mutate(&mut rng, seed)
+            };
+            // Mutating may make it real: a job that would be started is only checked.
+            if *method == "TrainingService/CreateTrainingJob"
+                && pb::CreateTrainingJobRequest::decode(body.as_slice()).is_ok_and(|r| !r.validate_only)
+            {
+                continue;
+            }
+            let mut grpc = tonic::client::Grpc::new(channel.clone());
+            grpc.ready().await.unwrap();
+            let path = format!("/bradley.v1.{method}").parse().unwrap();
+            let call = grpc.unary(Request::new(body), path, Raw);
+            let answer =
+                tokio::time::timeout(Duration::from_secs(30), call).await.unwrap_or_else(|_| panic!("{method} hangs in round {round}"));
+            if let Err(e) = answer {
+                check(method, &e);
+            }
+        }
+        if round == times() / 4 {
+            settled = resident_kib(server.pid());
+        }
+    }
+
+    // Files: rows, and what is no row.
+    let jsonl = std::fs::read(golden("pairs.jsonl")).unwrap();
+    let file = dir.path().join("hostile");
+    for i in 0..times() {
+        let body = match i % 4 {
+            0 => "[".repeat(rng.random_range(1..100_000)).into_bytes(),
+            1 => [b"PAR1".as_slice(), &mutate(&mut rng, &jsonl), b"PAR1"].concat(),
+            _ => mutate(&mut rng, &jsonl),
+        };
+        std::fs::write(&file, body).unwrap();
+        let sent = client.upload_dataset(&file, pb::UploadMetadata { model: "models/tiny".into(), ..Default::default() }, |_| {});
+        match tokio::time::timeout(Duration::from_secs(30), sent).await.expect("an upload is answered") {
+            Ok(d) => {
+                client.datasets().delete_dataset(pb::DeleteDatasetRequest { name: d.name }).await.unwrap();
+            }
+            Err(bradley::rpc::client::ClientError::Refused(e)) => check("upload", &e),
+            Err(e) => panic!("{e}"),
+        }
+    }
+
+    // Bytes that are no HTTP/2.
+    let address = server.address.trim_start_matches("http://").to_owned();
+    for _ in 0..times() / 10 {
+        let mut connection = std::net::TcpStream::connect(&address).unwrap();
+        let bytes: Vec<u8> = (0..rng.random_range(1..2000)).map(|_| rng.random()).collect();
+        let _ = connection.write_all(&bytes);
+        connection.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+        let _ = connection.read(&mut [0; 64]);
+    }
+
+    let after = score(&client, "models/tiny", pairs()).await;
+    for (a, b) in before.results.iter().zip(&after.results) {
+        assert_eq!(scored(a), scored(b), "the service is what it was");
+    }
+    let grown = resident_kib(server.pid()).saturating_sub(settled);
+    assert!(grown < 64 << 10, "memory grew by {grown} KiB");
+}
