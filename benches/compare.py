@@ -215,7 +215,7 @@ def answers(server, precision, rows, r):
     timed("in one", lambda: server.completions(prompt("c"), shorts))
 
 
-def interleaving(server, precision, rows, requests=60, load=0.25):
+def interleaving(server, precision, rows, requests=40, load=0.25):
     """Latency of single pairs and training speed, alone and together. Pairs arrive at random (Poisson), whether or not earlier ones were answered,
     at a rate that keeps the device busy for a quarter of the time."""
     from concurrent.futures import ThreadPoolExecutor

@@ -16,6 +16,9 @@ use crate::train::scorer::{self, Logps};
 /// Tokens of a row that several items share: more would only need more memory.
 pub(super) const ROW_TOKENS: usize = 2048;
 
+/// Seconds of training beyond its share that are remembered: requests come in bursts, and the share is meant over longer times.
+const CREDIT: f64 = 10.0;
+
 /// An item's log-probs, or why there are none.
 type Scored = Result<Logps, EngineError>;
 
@@ -35,8 +38,8 @@ pub(super) struct Scoring {
     /// Tokens of a batch.
     pub batch_tokens: usize,
     share: f64,
-    /// Time that training must get before scoring may go on.
-    owed_to_training: Duration,
+    /// Seconds that training must get before scoring may go on; below 0 is what training had beyond its share, for a burst to spend.
+    owed_to_training: f64,
     /// Since when training has the device.
     training_since: Instant,
     /// What scoring took since [`Scoring::lend`].
@@ -51,7 +54,7 @@ impl Scoring {
             residents: Residents::new(options.resident_policies),
             batch_tokens: options.batch_tokens,
             share: options.scoring_share.clamp(0.01, 1.0),
-            owed_to_training: Duration::ZERO,
+            owed_to_training: 0.0,
             training_since: Instant::now(),
             taken: Duration::ZERO,
         }
@@ -61,12 +64,12 @@ impl Scoring {
 
     /// Whether training has had what it is owed.
     pub fn has_its_turn(&self) -> bool {
-        self.owed_to_training.is_zero()
+        self.owed_to_training <= 0.0
     }
 
     /// Forgets debts: another run begins.
     pub fn forget_debts(&mut self) {
-        self.owed_to_training = Duration::ZERO;
+        self.owed_to_training = 0.0;
     }
 
     /// Training has the device from now on.
@@ -100,7 +103,7 @@ impl Scoring {
     }
 
     fn settle(&mut self) {
-        self.owed_to_training = self.owed_to_training.saturating_sub(self.training_since.elapsed());
+        self.owed_to_training = (self.owed_to_training - self.training_since.elapsed().as_secs_f64()).max(-CREDIT);
         self.training_since = Instant::now();
     }
 
@@ -135,7 +138,7 @@ impl Scoring {
         metrics::counter!("bradley_scored_tokens_total").increment(tokens as u64);
         self.queue.set_rate(tokens as f64 / spent.as_secs_f64().max(1e-6));
         if live.is_some() {
-            self.owed_to_training += spent.mul_f64((1.0 - self.share) / self.share);
+            self.owed_to_training += spent.as_secs_f64() * (1.0 - self.share) / self.share;
         }
     }
 
