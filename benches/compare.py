@@ -32,7 +32,8 @@ parser.add_argument("--train-pairs", type=int, default=4)
 parser.add_argument("--score-pairs", type=int, default=8)
 parser.add_argument("--max-length", type=int, default=512)
 parser.add_argument("--out", default="compare.jsonl")
-parser.add_argument("--only", choices=["rounds", "own", "large"], help="only the comparison, only what needs no other side, or only the 1.7B model")
+parser.add_argument("--only", choices=["rounds", "own", "interleaving", "large"],
+                    help="only the comparison, only what needs no other side, only scoring while a job trains, or only the 1.7B model")
 args = parser.parse_args()
 out = open(args.out, "a")
 
@@ -215,19 +216,19 @@ def answers(server, precision, rows, r):
     timed("in one", lambda: server.completions(prompt("c"), shorts))
 
 
-def interleaving(server, precision, rows, requests=40, load=0.25):
-    """Latency of single pairs and training speed, alone and together. Pairs arrive at random (Poisson), whether or not earlier ones were answered,
-    at a rate that keeps the device busy for a quarter of the time."""
+def interleaving(server, precision, rows, windows=3, requests=24, load=1 / 6):
+    """Latency of single pairs and training speed, alone and together, in alternating windows. Pairs arrive at random (Poisson), whether or not earlier
+    ones were answered, at a rate that keeps the device busy for a sixth of the time."""
     from concurrent.futures import ThreadPoolExecutor
 
     t = pb["training"]
     pairs = rows[:40]
+    rng = random.Random(7)
 
     def one(i):
         return server.score(pairs[i % len(pairs) : i % len(pairs) + 1])["seconds"]
 
     def arrivals(mean):
-        rng = random.Random(7)
         start, times = time.perf_counter(), []
         with ThreadPoolExecutor(32) as pool:
             due = 0.0
@@ -235,34 +236,47 @@ def interleaving(server, precision, rows, requests=40, load=0.25):
                 due += rng.expovariate(1 / mean)
                 time.sleep(max(0.0, start + due - time.perf_counter()))
                 times.append(pool.submit(one, i))
-            return sorted(f.result() for f in times)
+            return [f.result() for f in times]
 
-    def steps_per_second(job, during):
-        def step():
-            return server.training.GetTrainingJob(t.GetTrainingJobRequest(name=job)).progress.step
+    def change(job, after):
+        """When the job's next step ended, and its tokens by then."""
+        while True:
+            progress = server.training.GetTrainingJob(t.GetTrainingJobRequest(name=job)).progress
+            if progress.step > after:
+                return time.perf_counter(), progress.tokens, progress.step
+            time.sleep(0.03)
 
-        while step() < 1:
-            time.sleep(0.1)
-        before, start = step(), time.perf_counter()
+    def window(job, during):
+        """Tokens, seconds and steps from one step's end to another's."""
+        start, tokens, step = change(job, server.training.GetTrainingJob(t.GetTrainingJobRequest(name=job)).progress.step)
         during()
-        return (step() - before) / (time.perf_counter() - start)
+        last = server.training.GetTrainingJob(t.GetTrainingJobRequest(name=job)).progress.step
+        end, until, last = change(job, last)
+        return until - tokens, end - start, last - step
 
     for i in range(len(pairs)):
         one(i)  # the reference cache is warm in both cases
     service = statistics.mean(one(i) for i in range(len(pairs)))
-    idle = arrivals(service / load)
+    seconds = requests * service / load
     job = server.submit(rows[:60], steps=100000)
-    alone = [steps_per_second(job, lambda: time.sleep(40))]
-    busy = []
-    together = steps_per_second(job, lambda: busy.extend(arrivals(service / load)))
-    alone.append(steps_per_second(job, lambda: time.sleep(40)))
+    change(job, 3)
+    server.training.PauseTrainingJob(t.PauseTrainingJobRequest(name=job))
+    idle, busy, alone, together = [], [], [], []
+    for _ in range(windows):
+        idle += arrivals(service / load)
+        server.training.ResumeTrainingJob(t.ResumeTrainingJobRequest(name=job))
+        alone.append(window(job, lambda: time.sleep(seconds)))
+        together.append(window(job, lambda: busy.extend(arrivals(service / load))))
+        server.training.PauseTrainingJob(t.PauseTrainingJobRequest(name=job))
     server.training.CancelTrainingJob(t.CancelTrainingJobRequest(name=job))
-    p99 = lambda xs: xs[min(len(xs) - 1, int(0.99 * len(xs)))]
-    figures = {"idle_p50": statistics.median(idle), "idle_p99": p99(idle), "busy_p50": statistics.median(busy), "busy_p99": p99(busy)}
-    figures |= {"steps_per_second_alone": alone, "steps_per_second_with_scoring": together, "kept": together / statistics.mean(alone)}
-    figures["limit"] = 2 * figures["idle_p99"] + 1 / statistics.mean(alone)
+    p99 = lambda xs: sorted(xs)[min(len(xs) - 1, int(0.99 * len(xs)))]
+    rate = lambda windows: sum(w[0] for w in windows) / sum(w[1] for w in windows)
+    figures = {"requests": len(busy), "idle_p50": statistics.median(idle), "idle_p99": p99(idle), "busy_p50": statistics.median(busy), "busy_p99": p99(busy)}
+    figures |= {"tokens_per_second_alone": rate(alone), "tokens_per_second_with_scoring": rate(together), "kept": rate(together) / rate(alone)}
+    figures |= {"steps": [sum(w[2] for w in alone), sum(w[2] for w in together)], "kept_by_window": [rate([b]) / rate([a]) for a, b in zip(alone, together)]}
+    figures["limit"] = 2 * figures["idle_p99"] + sum(w[1] for w in alone) / sum(w[2] for w in alone)
     print(json.dumps({"name": "interleaving", "precision": precision, **figures}), file=out, flush=True)
-    print("interleaving", precision, json.dumps(figures))
+    print("interleaving", precision, json.dumps(figures), flush=True)
 
 
 def lengths(path):
@@ -324,8 +338,10 @@ try:
         for precision, server in servers.items():
             for r in range(args.rounds):
                 answers(server, precision, rows, r)
-            interleaving(server, precision, rows)
         lengths(path)
+    if args.only in (None, "own", "interleaving"):
+        for precision, server in servers.items():
+            interleaving(server, precision, rows)
     if args.only in (None, "large"):
         large(rows)
 finally:

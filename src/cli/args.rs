@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::settings::SETTINGS;
+use crate::rpc::client::Target;
 
 /// Trains language models with Direct Preference Optimization over gRPC, and scores preference pairs with them.
 #[derive(Debug, Parser)]
@@ -57,6 +58,50 @@ pub enum Command {
     Models(ModelsCommand),
     /// Ask a server whether it is serving; for container health checks.
     Health(ServerArgs),
+    /// Make, list and revoke bearer tokens, in the server's database.
+    #[command(subcommand)]
+    Tokens(TokensCommand),
+}
+
+/// `bradley tokens …`
+#[derive(Debug, Subcommand)]
+pub enum TokensCommand {
+    /// Make a token and print it: it cannot be shown again.
+    Create {
+        /// Whose jobs and datasets it is for; tokens of one owner share them.
+        #[arg(long)]
+        owner: String,
+        /// What it allows, separated by commas: submit, score, admin.
+        #[arg(long, value_delimiter = ',', default_value = "submit,score")]
+        roles: Vec<String>,
+        /// Days until it ends; without this it does not.
+        #[arg(long)]
+        days: Option<u32>,
+        /// Where the database is.
+        #[command(flatten)]
+        database: DatabaseArgs,
+    },
+    /// List tokens, without their secrets.
+    List(DatabaseArgs),
+    /// Revoke a token: within seconds nobody is admitted with it.
+    Revoke {
+        /// Its id, as listed.
+        id: String,
+        /// Where the database is.
+        #[command(flatten)]
+        database: DatabaseArgs,
+    },
+}
+
+/// Where a server's database is.
+#[derive(Debug, Args)]
+pub struct DatabaseArgs {
+    /// The server's data directory.
+    #[arg(long, default_value = "bradley-data", env = "BRADLEY_DATA_DIR")]
+    pub data_dir: PathBuf,
+    /// The server's PostgreSQL database, if it uses one: postgres://…
+    #[arg(long, env = "BRADLEY_DATABASE_URL", hide_env_values = true)]
+    pub database_url: Option<String>,
 }
 
 /// Flags of `serve`: one for each setting.
@@ -108,9 +153,33 @@ impl Args for ServeArgs {
 /// Where the server is.
 #[derive(Clone, Debug, Args)]
 pub struct ServerArgs {
-    /// The server's address.
+    /// The server's address: http://HOST:PORT, or https://HOST:PORT with TLS.
     #[arg(long, default_value = "http://127.0.0.1:50051", env = "BRADLEY_SERVER")]
     pub server: String,
+    /// A bearer token, for servers that ask for one.
+    #[arg(long, env = "BRADLEY_TOKEN", hide_env_values = true)]
+    pub token: Option<String>,
+    /// The authority that signed the server's certificate (PEM), if the system does not know it.
+    #[arg(long, value_name = "FILE", env = "BRADLEY_TLS_SERVER_CA")]
+    pub tls_server_ca: Option<PathBuf>,
+    /// The client's own certificate (PEM), for servers that ask for one.
+    #[arg(long, value_name = "FILE", requires = "tls_client_key", env = "BRADLEY_TLS_CLIENT_CERT")]
+    pub tls_client_cert: Option<PathBuf>,
+    /// The key of the client's certificate (PEM).
+    #[arg(long, value_name = "FILE", requires = "tls_client_cert", env = "BRADLEY_TLS_CLIENT_KEY")]
+    pub tls_client_key: Option<PathBuf>,
+}
+
+impl ServerArgs {
+    /// As the client takes it.
+    pub fn target(&self) -> Target {
+        Target {
+            address: self.server.clone(),
+            token: self.token.clone(),
+            tls_ca: self.tls_server_ca.clone(),
+            tls_identity: self.tls_client_cert.clone().zip(self.tls_client_key.clone()),
+        }
+    }
 }
 
 /// Arguments of `demo`.

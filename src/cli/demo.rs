@@ -17,6 +17,7 @@ use super::watch::View;
 use super::{Failure, Outcome, connect, serve, telemetry};
 use crate::domain::dataset::PreferenceRow;
 use crate::rpc::client::Client;
+use crate::rpc::client::Target;
 use crate::rpc::pb::{self, training_event::Event};
 
 /// 124 pairs, a direct answer over a padded one, a quarter of them held out.
@@ -26,7 +27,7 @@ const MODEL_ID: &str = "demo";
 pub(super) async fn run(args: DemoArgs) -> Outcome {
     let start = Instant::now();
     let failed = |e: &dyn std::fmt::Display| Failure::Failed(e.to_string());
-    telemetry::log("warn", false);
+    telemetry::log("warn", false, None)?;
     let sources = Sources::collect(None, Default::default()).map_err(|e| failed(&e))?;
 
     line("1. The model");
@@ -164,7 +165,7 @@ impl Server {
 
     /// Connects when the models are loaded: the port is open from the start, the answers come then.
     async fn client(&self) -> Result<Client, Failure> {
-        let client = connect(&self.address).await?;
+        let client = connect(&Target::plain(&self.address)).await?;
         for _ in 0..1200 {
             if self.task.is_finished() {
                 return Err(Failure::Failed("the server stopped while it was starting; run `bradley serve` to see why".into()));

@@ -8,6 +8,7 @@ mod score;
 pub mod serve;
 pub mod settings;
 mod telemetry;
+mod tokens;
 mod train;
 mod watch;
 
@@ -18,7 +19,7 @@ use clap::Parser;
 
 use self::args::{Cli, Command, ServeArgs};
 use self::settings::{Settings, Sources};
-use crate::rpc::client::{Client, ClientError};
+use crate::rpc::client::{Client, ClientError, Target};
 
 /// How long a client waits for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -61,6 +62,8 @@ type Outcome = Result<(), Failure>;
 /// Parses the arguments and runs the command.
 pub fn main() -> ExitCode {
     tune_allocator();
+    // The one TLS stack's cryptography; it fails only if something chose before.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let cli = Cli::parse();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -87,10 +90,11 @@ async fn run(cli: Cli) -> Outcome {
         Command::Datasets(command) => resources::datasets(command, output).await,
         Command::Checkpoints(command) => resources::checkpoints(command, output).await,
         Command::Models(command) => resources::models(command, output).await,
-        Command::Health(server) => match connect(&server.server).await?.health().await? {
+        Command::Health(server) => match connect(&server.target()).await?.health().await? {
             true => Ok(()),
             false => Err(Failure::Failed(format!("{} is not serving", server.server))),
         },
+        Command::Tokens(command) => tokens::run(command, output).await,
     }
 }
 
@@ -101,13 +105,13 @@ async fn serve_command(args: ServeArgs) -> Outcome {
     };
     let sources = Sources::collect(args.config.as_deref(), args.flags).map_err(bad)?;
     let settings = Settings::resolve(&sources).map_err(bad)?;
-    telemetry::log(&settings.log, settings.log_json);
+    telemetry::log(&settings.log, settings.log_json, settings.audit_log.as_deref()).map_err(|e| Failure::Failed(e.to_string()))?;
     let metrics = telemetry::metrics().map_err(|e| Failure::Failed(format!("metrics: {e}")))?;
     Ok(serve::run(settings, metrics).await?)
 }
 
-async fn connect(address: &str) -> Result<Client, Failure> {
-    Ok(Client::connect(address, CONNECT_TIMEOUT).await?)
+async fn connect(target: &Target) -> Result<Client, Failure> {
+    Ok(Client::connect(target, CONNECT_TIMEOUT).await?)
 }
 
 /// A resource's full name: the collection's prefix may be left out.

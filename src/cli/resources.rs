@@ -8,14 +8,14 @@ use crate::rpc::pb;
 
 /// Connects and completes the resource's name.
 async fn open(args: &NamedArgs, collection: &str) -> Result<(Client, String), super::Failure> {
-    Ok((connect(&args.server.server).await?, full_name(collection, &args.name)))
+    Ok((connect(&args.server.target()).await?, full_name(collection, &args.name)))
 }
 
 pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
     const JOBS: &str = "trainingJobs";
     match command {
         JobsCommand::List(server) => {
-            let client = connect(&server.server).await?;
+            let client = connect(&server.target()).await?;
             let (mut all, mut page_token) = (Vec::new(), String::new());
             loop {
                 let request = pb::ListTrainingJobsRequest { page_size: 1000, page_token, states: vec![] };
@@ -91,7 +91,7 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
     const DATASETS: &str = "datasets";
     match command {
         DatasetsCommand::Upload(args) => {
-            let client = connect(&args.server.server).await?;
+            let client = connect(&args.server.target()).await?;
             let file_name = || args.file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
             let model = if args.model.is_empty() { String::new() } else { full_name("models", &args.model) };
             let metadata = pb::UploadMetadata {
@@ -108,7 +108,7 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
             output::resource(output, &output::dataset(&uploaded?));
         }
         DatasetsCommand::List(server) => {
-            let client = connect(&server.server).await?;
+            let client = connect(&server.target()).await?;
             let (mut all, mut page_token) = (Vec::new(), String::new());
             loop {
                 let page = client.datasets().list_datasets(pb::ListDatasetsRequest { page_size: 1000, page_token }).await?.into_inner();
@@ -199,7 +199,7 @@ fn format(f: Format) -> pb::ExportFormat {
 pub(super) async fn models(command: ModelsCommand, output: Output) -> Outcome {
     match command {
         ModelsCommand::List(server) => {
-            let client = connect(&server.server).await?;
+            let client = connect(&server.target()).await?;
             let all = client.models().list_models(pb::ListModelsRequest {}).await?.into_inner().models;
             let rows = all
                 .iter()

@@ -15,7 +15,7 @@ use crate::train::rows::{detect_format, read_rows};
 const AHEAD: usize = 64;
 
 pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
-    let client = connect(&args.server.server).await?;
+    let client = connect(&args.server.target()).await?;
     let rows = read(&args.data)?;
     let options = pb::ScoringOptions {
         policy: args.policy.clone(),

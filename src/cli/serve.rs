@@ -13,7 +13,7 @@ use super::settings::Settings;
 use crate::engine;
 use crate::jobs::service::{Service, ServiceOptions};
 use crate::model::loader::{LoadedModel, load_model};
-use crate::rpc::{ServeOptions, serve, serve_http};
+use crate::rpc::{ServeOptions, Tls, serve, serve_http};
 
 /// How often metrics that nobody scrapes are folded.
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -62,7 +62,13 @@ pub async fn serve_on(
         max_upload_bytes: settings.max_upload_bytes,
         events_kept: settings.events_kept,
         drain_timeout: settings.drain_timeout,
+        database_url: settings.database_url.clone(),
+        artifact_store: settings.artifact_store.clone(),
+        lease: settings.lease,
+        time_slice: settings.time_slice,
+        max_jobs_per_client: settings.max_jobs_per_client,
     };
+    let tls = settings.tls.clone().map(Tls::open).transpose()?;
     let service = Service::open(engine, options).await?;
     let (stop, mut stopping) = watch::channel(false);
     let http = http.map(|(listener, handle)| {
@@ -78,7 +84,17 @@ pub async fn serve_on(
         }))
     });
     tracing::info!(address = %listener.local_addr()?, "serving");
-    let options = ServeOptions { max_message_bytes: settings.max_message_bytes, drain_timeout: settings.drain_timeout };
+    if !settings.tokens && !settings.listen.ip().is_loopback() {
+        tracing::warn!("auth is off: whoever reaches {} may do everything", settings.listen);
+    }
+    let options = ServeOptions {
+        max_message_bytes: settings.max_message_bytes,
+        drain_timeout: settings.drain_timeout,
+        tls,
+        tokens: settings.tokens,
+        max_connections: settings.max_connections,
+        max_connection_age: settings.max_connection_age,
+    };
     let result = serve(listener, service, options, shutdown).await;
     // Probes are answered until the last call has ended.
     stop.send_replace(true);

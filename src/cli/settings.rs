@@ -14,6 +14,7 @@ use crate::domain::violation::Violations;
 use crate::engine::api::EngineOptions;
 use crate::model::loader::default_id;
 use crate::model::source::HubOptions;
+use crate::rpc::TlsFiles;
 
 /// Name, default and help of every setting. A flag is `--like-this`, a variable `BRADLEY_LIKE_THIS`, a TOML key `like_this`.
 pub const SETTINGS: &[(&str, &str, &str)] = &[
@@ -25,7 +26,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("precision", "f32", "What matrix products are computed in, and how frozen weights are kept: f32 or bf16"),
     ("threads", "0", "CPU threads for compute; 0 is all cores"),
     ("memory_limit", "0", "Memory a job may be estimated to need, e.g. 20GiB; 0 is nine tenths of the machine's"),
-    ("scoring_share", "0.5", "Share of device time scoring may take while a job trains, above 0 and at most 1"),
+    ("scoring_share", "0.3", "Share of device time scoring may take while a job trains, above 0 and at most 1"),
     ("queue_tokens", "1048576", "Tokens that may wait to be scored"),
     ("batch_tokens", "4096", "Tokens of one scoring batch"),
     ("max_row_tokens", "16384", "Tokens of the longest row that is accepted"),
@@ -35,6 +36,18 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("max_upload_bytes", "16GiB", "The largest dataset"),
     ("events_kept", "1000000", "Events kept of a job, the newest"),
     ("drain_timeout", "30", "Seconds that a shutdown may take"),
+    ("database_url", "", "PostgreSQL that replicas share: postgres://USER:PASSWORD@HOST/NAME; empty is SQLite in data_dir"),
+    ("artifact_url", "", "Where replicas share datasets and checkpoints: s3://, gs://, az:// or file:///FOLDER; empty is data_dir"),
+    ("lease", "30", "Seconds that a worker may be silent before another takes over its job"),
+    ("time_slice", "600", "Seconds that a job keeps the device while others of its priority wait"),
+    ("max_jobs_per_client", "1000", "Unfinished jobs that a client may have; 0 is any number"),
+    ("auth", "off", "tokens: callers need a bearer token (see bradley tokens); off: everyone may do everything"),
+    ("audit_log", "", "A file for the audit log, JSON lines; it is part of the log in any case"),
+    ("tls_cert", "", "The server's certificate chain (PEM); with tls_key, the gRPC port speaks TLS"),
+    ("tls_key", "", "The certificate's private key (PEM)"),
+    ("tls_client_ca", "", "Clients need a certificate signed by this authority (PEM)"),
+    ("max_connections", "4096", "Connections that may be open"),
+    ("max_connection_age", "0", "Seconds after which a client must connect anew, so that it spreads over replicas; 0 is never"),
     ("log", "info", "Log filter, e.g. info or bradley=debug"),
     ("log_format", "text", "text or json"),
 ];
@@ -51,7 +64,7 @@ pub struct Sources {
 }
 
 /// Checked settings.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Settings {
     /// `(id, source)` of each model.
     pub models: Vec<(String, String)>,
@@ -73,6 +86,26 @@ pub struct Settings {
     pub events_kept: u64,
     /// How long a shutdown may take.
     pub drain_timeout: Duration,
+    /// A database that replicas share.
+    pub database_url: Option<String>,
+    /// An artifact store that replicas share, with its vendor's variables.
+    pub artifact_store: Option<(String, BTreeMap<String, String>)>,
+    /// How long a worker may be silent.
+    pub lease: Duration,
+    /// How long a job keeps the device while others wait.
+    pub time_slice: Duration,
+    /// Unfinished jobs of one client.
+    pub max_jobs_per_client: Option<u64>,
+    /// Whether callers need a token.
+    pub tokens: bool,
+    /// The audit log's file.
+    pub audit_log: Option<PathBuf>,
+    /// The gRPC port's certificates.
+    pub tls: Option<TlsFiles>,
+    /// Connections that may be open.
+    pub max_connections: usize,
+    /// When clients must connect anew.
+    pub max_connection_age: Option<Duration>,
     /// The log filter.
     pub log: String,
     /// Whether logs are JSON.
@@ -151,8 +184,37 @@ impl Settings {
         let defaults = EngineOptions::default();
         let share =
             reader.parse("scoring_share", "a number above 0 and at most 1", |s| s.parse::<f64>().ok().filter(|v| *v > 0.0 && *v <= 1.0));
+        let seconds = |n: usize| Duration::from_secs(n as u64);
+        let some = |n: &usize| *n > 0;
+        let database_url = reader.optional("database_url", "a URL such as postgres://user:password@host/bradley", |s| {
+            (s.starts_with("postgres://") || s.starts_with("postgresql://")).then(|| s.to_owned())
+        });
+        let artifact_url = reader
+            .optional("artifact_url", "a URL such as s3://bucket/prefix or file:///folder", |s| s.contains("://").then(|| s.to_owned()));
+        if database_url.is_some() && artifact_url.is_none() {
+            reader
+                .bad
+                .push("artifact_url", "is not set: replicas that share a database must find the same files, e.g. file:///a/shared/folder");
+        }
+        let tls = reader.tls();
         let settings = Settings {
             models,
+            database_url,
+            artifact_store: artifact_url.map(|url| (url, vendor_variables(sources))),
+            lease: seconds(reader.number("lease", 1).unwrap_or_default()),
+            time_slice: seconds(reader.number("time_slice", 1).unwrap_or_default()),
+            max_jobs_per_client: reader.number("max_jobs_per_client", 0).filter(some).map(|n| n as u64),
+            tokens: reader
+                .parse("auth", "off or tokens", |s| match s {
+                    "off" => Some(false),
+                    "tokens" => Some(true),
+                    _ => None,
+                })
+                .unwrap_or_default(),
+            audit_log: reader.optional("audit_log", "a path", |s| Some(PathBuf::from(s))),
+            tls,
+            max_connections: reader.number("max_connections", 1).unwrap_or_default(),
+            max_connection_age: reader.number("max_connection_age", 0).filter(some).map(seconds),
             data_dir: reader.parse("data_dir", "a path", |s| (!s.is_empty()).then(|| PathBuf::from(s))).unwrap_or_default(),
             listen: reader
                 .parse("listen", "an address such as 0.0.0.0:50051", |s| s.parse().ok())
@@ -197,6 +259,12 @@ impl Settings {
     }
 }
 
+/// The variables by which object stores' vendors configure their clients.
+fn vendor_variables(sources: &Sources) -> BTreeMap<String, String> {
+    let vendors = ["AWS_", "GOOGLE_", "AZURE_"];
+    sources.environment.iter().filter(|(k, _)| vendors.iter().any(|v| k.starts_with(v))).map(|(k, v)| (k.clone(), v.clone())).collect()
+}
+
 /// The Hugging Face hub's own variables.
 pub fn hub(sources: &Sources) -> HubOptions {
     let path = |name: &str| sources.variable(name).map(PathBuf::from);
@@ -232,6 +300,24 @@ impl Reader<'_> {
             self.bad.push(origin, format!("is {text:?}: it must be {expected}"));
         }
         parsed
+    }
+
+    /// A setting that may be left empty.
+    fn optional<T>(&mut self, name: &str, expected: &str, parse: impl Fn(&str) -> Option<T>) -> Option<T> {
+        self.parse(name, expected, |s| if s.is_empty() { Some(None) } else { parse(s).map(Some) }).flatten()
+    }
+
+    fn tls(&mut self) -> Option<TlsFiles> {
+        let mut path = |name| self.optional(name, "a path", |s| Some(PathBuf::from(s)));
+        let (certificate, key, client_ca) = (path("tls_cert"), path("tls_key"), path("tls_client_ca"));
+        match (certificate, key) {
+            (Some(certificate), Some(key)) => Some(TlsFiles { certificate, key, client_ca }),
+            (None, None) if client_ca.is_none() => None,
+            _ => {
+                self.bad.push("tls_cert, tls_key", "must be set together, and with tls_client_ca");
+                None
+            }
+        }
     }
 
     fn number(&mut self, name: &str, least: usize) -> Option<usize> {
@@ -310,7 +396,7 @@ mod tests {
             &[("BRADLEY_SCORING_SHARE", "2")],
             "drain_timeout = 0\nmodles = \"x\"\nmodels = \"a=/x,a=/y\"",
         );
-        let bad = Settings::resolve(&s).unwrap_err();
+        let bad = Settings::resolve(&s).err().unwrap();
         let origins: Vec<&str> = bad.0.iter().map(|v| v.field.as_str()).collect();
         for expected in ["--listen", "BRADLEY_SCORING_SHARE", "bradley.toml: drain_timeout", "bradley.toml: modles", "bradley.toml: models"]
         {

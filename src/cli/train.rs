@@ -8,7 +8,7 @@ use crate::rpc::client::Client;
 use crate::rpc::pb;
 
 pub(super) async fn run(args: TrainArgs, output: Output) -> Outcome {
-    let client = connect(&args.server.server).await?;
+    let client = connect(&args.server.target()).await?;
     let policy = match &args.policy {
         Some(p) => p.clone(),
         None => only_model(&client).await?,

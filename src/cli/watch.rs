@@ -11,7 +11,7 @@ use crate::rpc::client::Client;
 use crate::rpc::pb::{self, training_event::Event};
 
 pub(super) async fn run(args: WatchArgs, output: Output) -> Outcome {
-    let client = connect(&args.server.server).await?;
+    let client = connect(&args.server.target()).await?;
     follow(&client, &full_name("trainingJobs", &args.job), args.after, output).await
 }
 

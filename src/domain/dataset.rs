@@ -187,4 +187,6 @@ pub struct Dataset {
     pub report: ValidationReport,
     /// When acknowledged.
     pub create_time: Millis,
+    /// The client that uploaded it; empty without authentication.
+    pub owner: String,
 }

@@ -138,6 +138,9 @@ pub struct JobRequest {
     pub spec: TrainingSpec,
     /// Bad rows.
     pub row_policy: RowPolicy,
+    /// Milliseconds that it is kept after its end; `None` is for ever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl_ms: Option<u64>,
 }
 
 /// How far a job is.
@@ -189,9 +192,18 @@ pub struct Job {
     pub start_time: Option<Millis>,
     /// Ended.
     pub end_time: Option<Millis>,
+    /// Since when it waits for a device: its place among jobs of its priority.
+    pub turn: Millis,
+    /// The client that made it; empty without authentication.
+    pub owner: String,
 }
 
 impl Job {
+    /// When it is deleted: its time to live after its end.
+    pub fn expire_time(&self) -> Option<Millis> {
+        Some(self.end_time?.saturating_add(self.request.ttl_ms? as Millis))
+    }
+
     /// Changes whenever title, labels, priority or state do; progress leaves it.
     pub fn etag(&self) -> String {
         let mut hash = blake3::Hasher::new();
@@ -222,6 +234,8 @@ pub struct Checkpoint {
     pub metrics: Metrics,
     /// When it was complete.
     pub create_time: Millis,
+    /// The hash of its state file, which lists the hashes of its other files; empty for those of older versions.
+    pub digest: String,
 }
 
 /// An event as stored.

@@ -154,8 +154,8 @@ pub struct TrainingRun {
     pub eval: Vec<EncodedPair>,
     /// The folder of this job's checkpoints; each is the sub-folder named by its step.
     pub checkpoints: PathBuf,
-    /// Steps of the checkpoints to continue from, the newest first: the first that is whole is used.
-    pub resume: Vec<u64>,
+    /// The checkpoint to continue from.
+    pub resume: Option<PathBuf>,
     /// Where events go; bounded, the run waits when it is full.
     pub events: mpsc::Sender<RunEvent>,
     /// How it is told to stop.
@@ -198,7 +198,7 @@ impl Default for EngineOptions {
             reference_cache_tokens: 1 << 22,
             reference_cache_file: None,
             resident_policies: 8,
-            scoring_share: 0.5,
+            scoring_share: 0.3,
             memory_limit: None,
         }
     }

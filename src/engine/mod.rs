@@ -130,6 +130,14 @@ impl Engine {
         }
     }
 
+    /// What a run over rows of at most `longest_row` packed tokens needs at its peak, the base models included, and what it may need, in bytes.
+    pub fn memory(&self, model: &str, spec: &TrainingSpec, longest_row: usize) -> Result<(u64, u64), EngineError> {
+        let base = self.shared.bases.get(model)?;
+        let (resident, available) = (self.shared.bases.needed(), memory_limit(&self.shared.options));
+        let (Ok(plan) | Err(plan)) = plan(&base.policy.config, spec, longest_row, available.saturating_sub(resident));
+        Ok((resident + plan.total(), available))
+    }
+
     /// Writes merged weights, config.json and the tokenizer into the folder `out`. Blocks.
     pub fn export_merged(&self, weights: &WeightsRef, out: &Path) -> Result<(), EngineError> {
         let policy = self.shared.bases.open(weights)?;

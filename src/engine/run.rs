@@ -1,6 +1,5 @@
 //! Turns a run as asked for into a trainer: resolves weights, initialises the adapter, picks the reference.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use candle_core::DType;
@@ -12,19 +11,12 @@ use crate::model::adapter::Adapter;
 use crate::model::decoder::Policy;
 use crate::model::export;
 use crate::model::peft;
-use crate::train::checkpoint;
 use crate::train::reference::Reference;
 use crate::train::trainable::TrainablePolicy;
 use crate::train::trainer::{Trainer, TrainerInput};
 
-/// Prepares `run`; its events and control stay with the caller. `damaged(step, reason)` is told of every checkpoint that cannot be used.
-pub(super) fn prepare(
-    run: &mut TrainingRun,
-    bases: &Bases,
-    residents: &mut Residents,
-    memory: u64,
-    damaged: &mut dyn FnMut(u64, String),
-) -> Result<Trainer, EngineError> {
+/// Prepares `run`; its events and control stay with the caller.
+pub(super) fn prepare(run: &mut TrainingRun, bases: &Bases, residents: &mut Residents, memory: u64) -> Result<Trainer, EngineError> {
     let base = bases.get(&run.model)?;
     let start = bases.open(&run.start)?;
     let precision = run.spec.precision.unwrap_or(start.precision);
@@ -37,30 +29,12 @@ pub(super) fn prepare(
         train: std::mem::take(&mut run.train),
         eval: std::mem::take(&mut run.eval),
         checkpoints: run.checkpoints.clone(),
-        resume: whole_checkpoint(run, damaged)?,
+        resume: run.resume.clone(),
         tokenizer: base.tokenizer.clone(),
         base: base.info.source.clone(),
         memory,
     };
     Trainer::new(input).map_err(|e| EngineError::Weights(e.to_string()))
-}
-
-/// The newest checkpoint whose files are as they were written. Without one the run begins anew, which gives the same numbers.
-fn whole_checkpoint(run: &TrainingRun, damaged: &mut dyn FnMut(u64, String)) -> Result<Option<PathBuf>, EngineError> {
-    for step in &run.resume {
-        let dir = run.checkpoints.join(step.to_string());
-        match checkpoint::check(&dir) {
-            Ok(()) => return Ok(Some(dir)),
-            Err(e) if e.is_damage() => {
-                // Gone before the run can write the same step again.
-                let _ = std::fs::remove_dir_all(&dir);
-                damaged(*step, e.to_string());
-            }
-            // Another build can use it, or the disk may answer later.
-            Err(e) => return Err(EngineError::Weights(e.to_string())),
-        }
-    }
-    Ok(None)
 }
 
 fn trainable(run: &TrainingRun, start: &Policy, precision: Precision) -> Result<TrainablePolicy, EngineError> {

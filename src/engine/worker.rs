@@ -1,9 +1,13 @@
 //! The device worker: one OS thread that owns a device and runs units of work. A training unit lets scoring in between any two decoder blocks.
 
 use std::any::Any;
+use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc::Sender;
+use tokio::sync::mpsc::error::TrySendError;
 
 use super::api::{Command, EngineOptions, RunEnd, RunEvent, TrainingRun};
 use super::queue::{Queue, Work};
@@ -15,6 +19,9 @@ use crate::model::ops::buffer::Buffer;
 use crate::train::host::Host;
 use crate::train::reference_cache::ReferenceCache;
 use crate::train::trainer::{Status, TrainError, Trainer};
+
+/// The wait before a full channel is tried again.
+const FULL: Duration = Duration::from_millis(2);
 
 /// What the thread owns.
 pub(super) struct Worker {
@@ -83,11 +90,13 @@ impl Worker {
         let start = Instant::now();
         let live = active.live();
         let events = active.run.events.clone();
-        let (scoring, cache, trainer) = (&mut self.scoring, &self.cache, &mut active.trainer);
-        scoring.lend();
+        let (cache, trainer) = (&self.cache, &mut active.trainer);
+        self.scoring.lend();
+        let scoring = RefCell::new(&mut self.scoring);
         let status = guarded(|| {
-            let mut pause = || scoring.interlude(cache, &live);
-            trainer.advance(&mut Host { cache, pause: &mut pause, emit: &mut emitter(&events) })
+            let mut pause = || scoring.borrow_mut().interlude(cache, &live);
+            let mut emit = |event| offer(&events, event, || scoring.borrow_mut().interlude(cache, &live));
+            trainer.advance(&mut Host { cache, pause: &mut pause, emit: &mut emit })
         });
         let spent = start.elapsed().saturating_sub(self.scoring.take_back());
         metrics::histogram!("bradley_training_unit_seconds").record(spent.as_secs_f64());
@@ -109,11 +118,7 @@ impl Worker {
         let (bases, residents, memory) = (&self.bases, &mut self.scoring.residents, self.memory);
         let prepared = match end {
             Some(end) => Err(end),
-            None => match guarded(|| {
-                let events = run.events.clone();
-                let mut damaged = |step, reason| emitter(&events)(RunEvent::Damaged { step, reason });
-                run::prepare(&mut run, bases, residents, memory, &mut damaged)
-            }) {
+            None => match guarded(|| run::prepare(&mut run, bases, residents, memory)) {
                 Ok(Ok(trainer)) => Ok(trainer),
                 Ok(Err(e)) => Err(RunEnd::Failed(JobError { reason: "WEIGHTS_UNAVAILABLE".into(), message: e.to_string() })),
                 Err(panic) => Err(RunEnd::Failed(internal(panic))),
@@ -161,7 +166,16 @@ fn send(run: &TrainingRun, event: RunEvent) {
     let _ = run.events.blocking_send(event);
 }
 
-fn emitter(events: &tokio::sync::mpsc::Sender<RunEvent>) -> impl FnMut(RunEvent) + '_ {
+/// Sends while scoring goes on: the store may be away for long.
+fn offer(events: &Sender<RunEvent>, mut event: RunEvent, mut meanwhile: impl FnMut()) {
+    while let Err(TrySendError::Full(back)) = events.try_send(event) {
+        event = back;
+        meanwhile();
+        std::thread::sleep(FULL);
+    }
+}
+
+fn emitter(events: &Sender<RunEvent>) -> impl FnMut(RunEvent) + '_ {
     |event| {
         let _ = events.blocking_send(event);
     }

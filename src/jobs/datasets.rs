@@ -6,10 +6,12 @@ use std::sync::Arc;
 use tokio::fs::File;
 use tokio::io::AsyncWriteExt;
 
+use super::access::AUDIT;
 use super::artifacts::failed;
 use super::error::{Result, ServiceError};
 use super::service::Service;
 use super::store::now;
+use crate::domain::access::Caller;
 use crate::domain::dataset::{Dataset, DatasetFormat, ValidationReport};
 use crate::domain::training::Truncation;
 use crate::model::tokenizer::ChatTokenizer;
@@ -33,6 +35,7 @@ pub struct UploadMeta {
 /// An upload in progress; dropping it removes what was written.
 pub struct DatasetUpload {
     service: Service,
+    owner: String,
     meta: UploadMeta,
     tokenizer: Option<Arc<ChatTokenizer>>,
     file: File,
@@ -53,10 +56,10 @@ impl Drop for Temporary {
 
 impl Service {
     /// Begins an upload.
-    pub async fn begin_upload(&self, meta: UploadMeta) -> Result<DatasetUpload> {
+    pub async fn begin_upload(&self, caller: &Caller, meta: UploadMeta) -> Result<DatasetUpload> {
         self.refuse_when_draining()?;
-        if meta.display_name.chars().count() > 256 {
-            return Err(ServiceError::invalid("metadata.display_name", "has more than 256 characters"));
+        if meta.display_name.chars().count() > 256 || meta.display_name.contains('\0') {
+            return Err(ServiceError::invalid("metadata.display_name", "must have at most 256 characters, none of them NUL"));
         }
         if meta.max_length < 2 {
             return Err(ServiceError::invalid("metadata.max_length", format!("is {}: it must be at least 2", meta.max_length)));
@@ -64,8 +67,8 @@ impl Service {
         let tokenizer = meta.model.as_deref().map(|m| self.inner.engine.tokenizer(m)).transpose()?;
         let temporary = Temporary(self.inner.artifacts.temporary());
         let file = File::create_new(&temporary.0).await.map_err(|e| failed(&temporary.0, e))?;
-        let service = self.clone();
-        Ok(DatasetUpload { service, meta, tokenizer, file, temporary, hash: blake3::Hasher::new(), size: 0, start: Vec::new() })
+        let (service, owner) = (self.clone(), caller.owner.clone());
+        Ok(DatasetUpload { service, owner, meta, tokenizer, file, temporary, hash: blake3::Hasher::new(), size: 0, start: Vec::new() })
     }
 }
 
@@ -105,6 +108,7 @@ impl DatasetUpload {
         let inner = self.service.inner.clone();
         let (artifacts, path, target) = (inner.artifacts.clone(), self.temporary.0.clone(), inner.artifacts.dataset(&id));
         blocking(move || artifacts.publish(&path, &target)).await??;
+        inner.artifacts.keep_dataset(&id).await?;
         let dataset = Dataset {
             id,
             display_name: self.meta.display_name.clone(),
@@ -113,8 +117,10 @@ impl DatasetUpload {
             content_hash: self.hash.finalize().to_hex().to_string(),
             report,
             create_time: now(),
+            owner: self.owner.clone(),
         };
         inner.store.insert_dataset(&dataset).await?;
+        tracing::info!(target: AUDIT, owner = self.owner, action = "upload", resource = format!("datasets/{}", dataset.id), "done");
         tracing::info!(dataset = dataset.id, rows = dataset.report.rows, valid = dataset.report.valid_rows, "dataset stored");
         Ok(dataset)
     }

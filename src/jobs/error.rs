@@ -19,6 +19,18 @@ pub enum ServiceError {
         /// Its name.
         name: String,
     },
+    /// The caller may not do it, or may not know whether there is such a thing.
+    #[error("{message}")]
+    PermissionDenied {
+        /// What and why.
+        message: String,
+    },
+    /// Nobody knows who the caller is.
+    #[error("{message}")]
+    Unauthenticated {
+        /// What and why.
+        message: String,
+    },
     /// The resource's state forbids it.
     #[error("{message}")]
     FailedPrecondition {
@@ -33,9 +45,11 @@ pub enum ServiceError {
         /// What and why.
         message: String,
     },
-    /// The resource changed since it was read.
+    /// Somebody else was faster: the resource changed since it was read, or another worker carries it on.
     #[error("{message}")]
     Aborted {
+        /// A stable word.
+        reason: &'static str,
         /// What and why.
         message: String,
     },
@@ -113,7 +127,27 @@ impl From<Violations> for ServiceError {
 
 impl From<sqlx::Error> for ServiceError {
     fn from(e: sqlx::Error) -> Self {
-        ServiceError::Internal { message: format!("the store failed: {e}") }
+        let message = format!("the database failed: {e}");
+        match may_answer_later(&e) {
+            true => ServiceError::Unavailable { reason: "STORE_UNAVAILABLE", message, retry_after: Duration::from_secs(1) },
+            false => ServiceError::Internal { message },
+        }
+    }
+}
+
+/// Whether the database is away, full or busy, rather than the statement wrong.
+fn may_answer_later(e: &sqlx::Error) -> bool {
+    use sqlx::Error::{Database, Io, PoolClosed, PoolTimedOut, Protocol, Tls, WorkerCrashed};
+    match e {
+        Io(_) | Tls(_) | Protocol(_) | PoolTimedOut | PoolClosed | WorkerCrashed => true,
+        Database(e) => match e.code().as_deref() {
+            // PostgreSQL: lost connections, conflicts, no resources, operator intervention, system errors, read-only standby.
+            Some(code) if code.len() == 5 => ["08", "40", "53", "57", "58"].iter().any(|class| code.starts_with(class)) || code == "25006",
+            // SQLite: busy, locked, I/O error, full, cannot open.
+            Some(code) => code.parse::<i32>().is_ok_and(|c| matches!(c & 0xff, 5 | 6 | 10 | 13 | 14)),
+            None => false,
+        },
+        _ => false,
     }
 }
 

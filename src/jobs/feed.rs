@@ -32,6 +32,12 @@ impl Feed {
         }
     }
 
+    /// The jobs that somebody follows.
+    pub fn followed(&self) -> Vec<String> {
+        let followed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        followed.iter().filter(|(_, sender)| sender.receiver_count() > 0).map(|(job, _)| job.clone()).collect()
+    }
+
     fn follow(&self, job: &str) -> watch::Receiver<u64> {
         let mut followed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         followed.retain(|_, sender| sender.receiver_count() > 0);

@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
-use std::sync::PoisonError;
 
-use super::datasets::blocking;
+use super::access::audit;
 use super::error::{Result, ServiceError};
 use super::service::Service;
+use super::store::now;
+use crate::domain::access::Caller;
 use crate::domain::job::{EventKind, Job, JobRequest, JobState};
 use crate::domain::violation::Violations;
-use crate::engine::api::RunControl;
 
 const PRIORITIES: RangeInclusive<i32> = -1000..=1000;
 
@@ -22,6 +22,8 @@ pub struct JobChanges {
     pub labels: Option<BTreeMap<String, String>>,
     /// Higher goes first.
     pub priority: Option<i32>,
+    /// Milliseconds that it is kept after its end; `Some(None)` is for ever.
+    pub ttl_ms: Option<Option<u64>>,
 }
 
 /// Checks the fields that may change.
@@ -46,7 +48,8 @@ impl Service {
     ///
     /// # Errors
     /// `Aborted` when the job has changed since the etag was read.
-    pub async fn update_job(&self, id: &str, etag: Option<&str>, changes: JobChanges) -> Result<Job> {
+    pub async fn update_job(&self, caller: &Caller, id: &str, etag: Option<&str>, changes: JobChanges) -> Result<Job> {
+        self.own_job(caller, id).await?;
         let (job, _) = self
             .inner
             .store
@@ -54,12 +57,13 @@ impl Service {
                 if etag.is_some_and(|e| e != job.etag()) {
                     let message =
                         format!("trainingJobs/{id} has changed since etag {:?} was read: read it again", etag.unwrap_or_default());
-                    return Err(ServiceError::Aborted { message });
+                    return Err(ServiceError::Aborted { reason: "ETAG_STALE", message });
                 }
                 let request = &mut job.request;
                 request.display_name = changes.display_name.unwrap_or(std::mem::take(&mut request.display_name));
                 request.labels = changes.labels.unwrap_or(std::mem::take(&mut request.labels));
                 request.priority = changes.priority.unwrap_or(request.priority);
+                request.ttl_ms = changes.ttl_ms.unwrap_or(request.ttl_ms);
                 let mut bad = Violations::default();
                 check_changeable(request, &mut bad);
                 bad.into_result()?;
@@ -67,12 +71,14 @@ impl Service {
             })
             .await?;
         self.inner.wake.notify_one();
+        audit(caller, "update", &format!("trainingJobs/{id}"));
         Ok(job)
     }
 
     /// Pauses a job; one that is on the device writes a checkpoint after its current unit.
-    pub async fn pause_job(&self, id: &str) -> Result<Job> {
-        self.move_job(id, "paused by a client", RunControl::drain, |job| match job.state {
+    pub async fn pause_job(&self, caller: &Caller, id: &str) -> Result<Job> {
+        self.own_job(caller, id).await?;
+        self.move_job(caller, id, "pause", "paused by a client", |job| match job.state {
             JobState::Queued => Ok(JobState::Paused),
             JobState::Preparing | JobState::Running => Ok(JobState::Pausing),
             JobState::Pausing | JobState::Paused => Ok(job.state),
@@ -83,27 +89,24 @@ impl Service {
     }
 
     /// Puts a paused job back in the queue.
-    pub async fn resume_job(&self, id: &str) -> Result<Job> {
+    pub async fn resume_job(&self, caller: &Caller, id: &str) -> Result<Job> {
+        self.own_job(caller, id).await?;
         let job = self
-            .move_job(
-                id,
-                "resumed by a client",
-                |_| {},
-                |job| match job.state {
-                    JobState::Paused => Ok(JobState::Queued),
-                    JobState::Queued => Ok(JobState::Queued),
-                    JobState::Pausing => Err(refused(job, "PAUSING", "resume it when it is paused")),
-                    _ => Err(refused(job, "NOT_PAUSED", "only a paused job can be resumed")),
-                },
-            )
+            .move_job(caller, id, "resume", "resumed by a client", |job| match job.state {
+                JobState::Paused => Ok(JobState::Queued),
+                JobState::Queued => Ok(JobState::Queued),
+                JobState::Pausing => Err(refused(job, "PAUSING", "resume it when it is paused")),
+                _ => Err(refused(job, "NOT_PAUSED", "only a paused job can be resumed")),
+            })
             .await?;
         self.inner.wake.notify_one();
         Ok(job)
     }
 
     /// Cancels a job; one that is on the device stops after its current unit.
-    pub async fn cancel_job(&self, id: &str) -> Result<Job> {
-        self.move_job(id, "cancelled by a client", RunControl::cancel, |job| match job.state {
+    pub async fn cancel_job(&self, caller: &Caller, id: &str) -> Result<Job> {
+        self.own_job(caller, id).await?;
+        self.move_job(caller, id, "cancel", "cancelled by a client", |job| match job.state {
             JobState::Queued | JobState::Paused => Ok(JobState::Cancelled),
             JobState::Preparing | JobState::Running | JobState::Pausing | JobState::Cancelling => Ok(JobState::Cancelling),
             _ => Err(refused(job, "ALREADY_ENDED", "there is nothing to cancel")),
@@ -111,12 +114,13 @@ impl Service {
         .await
     }
 
-    /// Moves a job to the state that `to` gives, tells its run by `command`, and its followers.
+    /// Moves a job to the state that `to` gives, and tells its run and its followers.
     async fn move_job(
         &self,
+        caller: &Caller,
         id: &str,
+        action: &'static str,
         reason: &str,
-        command: impl FnOnce(&RunControl),
         to: impl FnOnce(&Job) -> Result<JobState> + Send,
     ) -> Result<Job> {
         let (job, sequence) = self
@@ -128,29 +132,34 @@ impl Service {
                     return Ok(Vec::new());
                 }
                 job.state = to;
+                if to == JobState::Queued {
+                    job.turn = now();
+                }
                 Ok(vec![EventKind::StateChange { from: Some(from), to, reason: reason.to_owned() }])
             })
             .await?;
-        if let Some(control) = self.inner.controls.lock().unwrap_or_else(PoisonError::into_inner).get(id)
-            && matches!(job.state, JobState::Pausing | JobState::Cancelling)
-        {
-            command(control);
+        // Another replica's run is told by the database.
+        if let Some(held) = self.held(id) {
+            held.heed(job.state);
         }
         self.inner.feed.notify(id, sequence);
+        audit(caller, action, &format!("trainingJobs/{id}"));
         Ok(job)
     }
 
     /// Deletes an ended job with its events, checkpoints and exports.
-    pub async fn delete_job(&self, id: &str) -> Result<()> {
-        let job = self.inner.store.job(id).await?;
+    pub async fn delete_job(&self, caller: &Caller, id: &str) -> Result<()> {
+        let job = self.own_job(caller, id).await?;
         if !job.state.is_final() {
             return Err(refused(&job, "NOT_ENDED", "cancel it first"));
         }
         self.refuse_when_used(id, None).await?;
-        self.inner.store.delete_job(id).await?;
         self.inner.engine.evict_policy(&self.inner.artifacts.checkpoints(id));
+        // A deletion that fails half-way can be asked for again.
+        self.inner.artifacts.remove_job(id).await?;
+        self.inner.store.delete_job(id).await?;
+        audit(caller, "delete", &format!("trainingJobs/{id}"));
         self.inner.feed.notify(id, u64::MAX);
-        let (artifacts, id) = (self.inner.artifacts.clone(), id.to_owned());
-        blocking(move || artifacts.remove_job(&id)).await?
+        Ok(())
     }
 }

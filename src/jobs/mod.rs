@@ -2,13 +2,20 @@
 //!
 //! **What was acknowledged is on disk; what is delivered was stored first.**
 
+pub mod access;
 pub mod artifacts;
 pub mod datasets;
 pub mod error;
+pub mod estimate;
 mod feed;
+mod held;
+mod housekeeping;
 pub mod lifecycle;
 mod policies;
+mod remote;
+mod resume;
 mod runner;
 pub mod scoring;
 pub mod service;
 pub mod store;
+pub mod tokens;

@@ -35,7 +35,8 @@ impl Service {
             PolicyName::Checkpoint { job, which } => {
                 let job = self.inner.store.job(job).await?;
                 let model = self.base_model(&job).await?;
-                if *which == CheckpointRef::Latest && job.state == JobState::Running {
+                // Another replica's run cannot be looked into: there it is the newest checkpoint.
+                if *which == CheckpointRef::Latest && job.state == JobState::Running && self.held(&job.id).is_some() {
                     let weights = WeightsRef::Live { job: job.id.clone() };
                     return Ok(Resolved { weights, model, version: name.to_string(), job: Some(job) });
                 }
@@ -47,7 +48,7 @@ impl Service {
     /// Resolves a checkpoint that is on disk.
     pub(super) async fn resolve_stored(&self, job: Job, model: String, which: CheckpointRef) -> Result<Resolved> {
         let checkpoint = self.find_checkpoint(&job.id, which).await?;
-        let dir = self.inner.artifacts.checkpoint(&job.id, checkpoint.step);
+        let dir = self.inner.artifacts.fetch_checkpoint(&checkpoint).await?;
         let weights = match checkpoint.adapter {
             true => WeightsRef::Adapter { model: model.clone(), dir },
             false => WeightsRef::Full { model: model.clone(), dir },

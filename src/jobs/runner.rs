@@ -1,5 +1,6 @@
 //! Carries one job after another from the queue to its end, and stores everything that a run reports before anyone hears of it.
 
+use std::cmp::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -7,11 +8,13 @@ use tokio::sync::mpsc;
 
 use super::datasets::{blocking, unreadable};
 use super::error::{Result, ServiceError};
+use super::held::{Held, Room, patiently};
+use super::resume::newest_whole;
 use super::service::Service;
-use super::store::now;
+use super::store::{Also, Lease, now};
 use crate::domain::dataset::{Dataset, RowIssue, Severity};
 use crate::domain::job::{Checkpoint, Evaluation, EventKind, Job, JobError, JobState, RowPolicy};
-use crate::engine::api::{Command, EngineError, RunControl, RunEnd, RunEvent, TrainingRun};
+use crate::engine::api::{Command, EngineError, RunEnd, RunEvent, TrainingRun};
 use crate::math::rng::split;
 use crate::model::tokenizer::ChatTokenizer;
 use crate::train::checkpoint;
@@ -25,48 +28,8 @@ const CHANNEL: usize = 64;
 const MAX_SKIPPED_LISTED: usize = 1000;
 /// How long the runner waits after the store failed.
 const STORE_RETRY: Duration = Duration::from_secs(1);
-
-/// Puts jobs that a stopped server left behind back in the queue, and brings checkpoint rows and folders into line.
-pub(super) async fn recover(service: &Service) -> Result<()> {
-    for job in service.inner.store.unfinished_jobs().await? {
-        reconcile_checkpoints(service, &job).await?;
-        let to = match job.state {
-            JobState::Preparing | JobState::Running => JobState::Queued,
-            JobState::Pausing => JobState::Paused,
-            JobState::Cancelling => JobState::Cancelled,
-            _ => continue,
-        };
-        let step = service.inner.store.checkpoints(&job.id).await?.last().map_or(0, |c| c.step);
-        let reason = match to {
-            JobState::Queued | JobState::Paused => format!("the server was restarted; continues from step {step}"),
-            _ => "the server was restarted while the job was being cancelled".to_owned(),
-        };
-        change_state(service, &job.id, to, &reason).await?;
-        tracing::info!(job = job.id, to = to.name(), step, "job recovered");
-    }
-    Ok(())
-}
-
-/// The row is what makes a checkpoint: it is stored after every event up to its step. A folder without one is what a crash cut short (or a
-/// deletion did not finish) and goes; a row without its folder is dropped.
-async fn reconcile_checkpoints(service: &Service, job: &Job) -> Result<()> {
-    let folder = service.inner.artifacts.checkpoints(&job.id);
-    let found = blocking(move || checkpoint::steps(&folder)).await?.map_err(ServiceError::internal)?;
-    let known = service.inner.store.checkpoints(&job.id).await?;
-    for row in &known {
-        if !found.contains(&row.step) {
-            tracing::warn!(job = job.id, step = row.step, "checkpoint folder is missing: its row is dropped");
-            service.inner.store.delete_checkpoint(&job.id, row.step).await?;
-        }
-    }
-    for step in found {
-        if !known.iter().any(|row| row.step == step) {
-            tracing::info!(job = job.id, step, "checkpoint was not acknowledged: its folder is removed");
-            service.drop_checkpoint_files(&job.id, step).await?;
-        }
-    }
-    Ok(())
-}
+/// What other replicas get to take a queued job before a run makes room for it.
+const COURTESY: Duration = Duration::from_millis(500);
 
 /// Runs queued jobs, by priority and age, until the service drains.
 pub(super) async fn run(service: Service) {
@@ -75,17 +38,10 @@ pub(super) async fn run(service: Service) {
         if *draining.borrow() {
             return;
         }
-        match service.inner.store.next_queued().await {
-            Ok(Some(job)) => {
-                let id = job.id.clone();
-                if let Err(e) = run_job(&service, job).await {
-                    tracing::error!(job = id, error = %e, "the job could not be carried on");
-                    // The device may have finished; the store could not be told. Try to say so, then go on.
-                    let error = JobError { reason: "INTERNAL".into(), message: e.to_string() };
-                    if finish(&service, &id, RunEnd::Failed(error)).await.is_err() {
-                        tokio::time::sleep(STORE_RETRY).await;
-                    }
-                }
+        match service.inner.store.claim().await {
+            Ok(Some((job, lease, sequence))) => {
+                service.inner.feed.notify(&job.id, sequence);
+                run_job(&service, &job, lease).await;
             }
             Ok(None) => tokio::select! {
                 () = service.inner.wake.notified() => {}
@@ -99,55 +55,71 @@ pub(super) async fn run(service: Service) {
     }
 }
 
-async fn run_job(service: &Service, job: Job) -> Result<()> {
-    let control = Arc::new(RunControl::default());
-    service.inner.controls.lock().unwrap_or_else(PoisonError::into_inner).insert(job.id.clone(), control.clone());
-    // A drain that began just before the control was listed must not be missed.
+async fn run_job(service: &Service, job: &Job, lease: Lease) {
+    let held = Arc::new(Held::new(lease));
+    service.inner.held.lock().unwrap_or_else(PoisonError::into_inner).insert(job.id.clone(), held.clone());
+    // A drain that began just before the job was listed must not be missed.
     if service.is_draining() {
-        control.drain();
+        held.control.drain();
     }
-    let result = carry(service, &job, control.clone()).await;
-    if result.is_err() {
-        // Nobody listens to the run any more: the device must not go on with it.
-        control.cancel();
-    }
-    service.inner.controls.lock().unwrap_or_else(PoisonError::into_inner).remove(&job.id);
-    result
-}
-
-async fn carry(service: &Service, job: &Job, control: Arc<RunControl>) -> Result<()> {
-    match change_state(service, &job.id, JobState::Preparing, "a device is free").await {
-        Ok(()) => {}
-        // Paused, cancelled or deleted between the look at the queue and now.
-        Err(ServiceError::FailedPrecondition { .. } | ServiceError::NotFound { .. }) => return Ok(()),
-        Err(e) => return Err(e),
-    }
-    let prepared = match prepare(service, job).await {
-        Ok(prepared) => prepared,
+    let end = match carry(service, job, &held).await {
+        Ok(end) => Ok(end),
+        Err(ServiceError::Aborted { message, .. }) => Err(message),
         Err(e) => {
-            let reason = match &e {
-                ServiceError::FailedPrecondition { reason, .. } | ServiceError::ResourceExhausted { reason, .. } => *reason,
-                ServiceError::InvalidArgument(_) => "DATASET_INVALID",
-                ServiceError::NotFound { .. } => "NOT_FOUND",
-                _ => "INTERNAL",
-            };
-            return finish(service, &job.id, RunEnd::Failed(JobError { reason: reason.into(), message: e.to_string() })).await;
+            tracing::error!(job = job.id, error = %e, "the job could not be carried on");
+            Ok(RunEnd::Failed(failure(&e)))
         }
     };
-    if !prepared.skipped.is_empty() {
-        note_skipped(service, &job.id, &prepared.skipped).await?;
+    // Nobody listens to the run any more: the device must not go on with it.
+    held.control.cancel();
+    let told = match end {
+        Ok(end) => finish(service, &held, &end).await.map_err(|e| e.to_string()),
+        Err(lost) => Err(lost),
+    };
+    if let Err(e) = told {
+        tracing::warn!(job = job.id, error = e, "the run's end is not stored");
     }
-    match control.command() {
-        Command::Cancel => return finish(service, &job.id, RunEnd::Cancelled).await,
-        Command::Drain => return finish(service, &job.id, RunEnd::Drained).await,
-        Command::Run => {}
-    }
+    service.inner.held.lock().unwrap_or_else(PoisonError::into_inner).remove(&job.id);
+}
 
-    let (events, mut reported) = mpsc::channel(CHANNEL);
+/// Why a job fails by what its server could not do.
+fn failure(e: &ServiceError) -> JobError {
+    let reason = match e {
+        ServiceError::FailedPrecondition { reason, .. } | ServiceError::ResourceExhausted { reason, .. } => *reason,
+        ServiceError::InvalidArgument(_) => "DATASET_INVALID",
+        ServiceError::NotFound { .. } => "NOT_FOUND",
+        _ => "INTERNAL",
+    };
+    JobError { reason: reason.into(), message: e.to_string() }
+}
+
+/// How a run ends that was told to stop.
+fn stopped(command: Command) -> Option<RunEnd> {
+    match command {
+        Command::Cancel => Some(RunEnd::Cancelled),
+        Command::Drain => Some(RunEnd::Drained),
+        Command::Run => None,
+    }
+}
+
+/// Carries a job to its end, or to where it is told to stop.
+async fn carry(service: &Service, job: &Job, held: &Arc<Held>) -> Result<RunEnd> {
+    let prepared = held.while_wanted(|| prepare(service, job)).await;
+    if let Some(end) = stopped(held.control.command()) {
+        return Ok(end);
+    }
+    let prepared = prepared?;
+    if !prepared.skipped.is_empty() {
+        note_skipped(service, held, &prepared.skipped).await?;
+    }
     let checkpoints = service.inner.artifacts.checkpoints(&job.id);
     let folder = checkpoints.clone();
     blocking(move || std::fs::create_dir_all(&folder).map_err(|e| super::artifacts::failed(&folder, e))).await??;
-    let resume = service.inner.store.checkpoints(&job.id).await?.iter().rev().map(|c| c.step).collect();
+    let resume = newest_whole(service, held).await;
+    if let Some(end) = stopped(held.control.command()) {
+        return Ok(end);
+    }
+    let (events, mut reported) = mpsc::channel(CHANNEL);
     let run = TrainingRun {
         job: job.id.clone(),
         model: prepared.model,
@@ -156,63 +128,74 @@ async fn carry(service: &Service, job: &Job, control: Arc<RunControl>) -> Result
         spec: job.request.spec.clone(),
         train: prepared.train,
         eval: prepared.eval,
-        resume,
+        resume: resume?,
         checkpoints,
         events,
-        control: control.clone(),
+        control: held.control.clone(),
     };
     if let Err(e) = service.inner.engine.train(run) {
-        let end = match &e {
+        return Ok(match &e {
             EngineError::Draining => RunEnd::Drained,
             EngineError::OutOfMemory { .. } => RunEnd::Failed(JobError { reason: "OUT_OF_MEMORY".into(), message: e.to_string() }),
             _ => RunEnd::Failed(JobError { reason: "INTERNAL".into(), message: e.to_string() }),
-        };
-        return finish(service, &job.id, end).await;
+        });
     }
+    let slice = service.inner.options.time_slice;
+    let mut slices = tokio::time::interval_at(tokio::time::Instant::now() + slice, slice);
     loop {
-        let event = tokio::select! {
-            event = reported.recv() => event,
-            () = service.inner.wake.notified() => {
-                if let Err(e) = make_room(service, job, &control).await {
-                    // The run goes on; whoever waits is seen when it ends.
-                    tracing::warn!(job = job.id, error = %e, "the queue cannot be read");
+        let slice_over = tokio::select! {
+            event = reported.recv() => match event {
+                Some(RunEvent::Ended(end)) => return Ok(end),
+                Some(event) => {
+                    store_event(service, job, held, event).await?;
+                    continue;
                 }
-                continue;
+                None => break,
+            },
+            () = service.inner.wake.notified() => {
+                if service.inner.store.is_shared() {
+                    // A replica with a free device is given the time to take it.
+                    tokio::time::sleep(COURTESY).await;
+                }
+                false
             }
+            _ = slices.tick() => true,
         };
-        match event {
-            Some(RunEvent::Ended(end)) => return finish(service, &job.id, end).await,
-            Some(event) => store_event(service, job, event).await?,
-            None => break,
+        if let Err(e) = make_room(service, held, slice_over).await {
+            // The run goes on; whoever waits is seen when it ends.
+            tracing::warn!(job = job.id, error = %e, "the queue cannot be read");
         }
     }
     let message = "the device worker ended without a word".to_owned();
-    finish(service, &job.id, RunEnd::Failed(JobError { reason: "INTERNAL".into(), message })).await
+    Ok(RunEnd::Failed(JobError { reason: "INTERNAL".into(), message }))
 }
 
-/// Asks the run to go back to the queue when a job of a higher priority waits there.
-async fn make_room(service: &Service, job: &Job, control: &RunControl) -> Result<()> {
+/// Asks the run to go back to the queue when a job of a higher priority waits there, or one of the same when the run's time slice is over.
+async fn make_room(service: &Service, held: &Held, slice_over: bool) -> Result<()> {
     let Some(next) = service.inner.store.next_queued().await? else { return Ok(()) };
     // It may have been changed since the run began.
-    let priority = service.inner.store.job(&job.id).await?.request.priority;
-    if next.request.priority > priority {
-        tracing::info!(job = job.id, next = next.id, "the job makes room for one of a higher priority");
-        control.drain();
-    }
+    let priority = service.inner.store.job(&held.lease.job).await?.request.priority;
+    let room = match next.request.priority.cmp(&priority) {
+        Ordering::Greater => Room::Priority,
+        Ordering::Equal if slice_over => Room::Slice,
+        _ => return Ok(()),
+    };
+    tracing::info!(job = held.lease.job, next = next.id, ?room, "the job makes room for another");
+    held.make_room(room);
     Ok(())
 }
 
 /// A job's data, ready for the device.
-struct Prepared {
-    model: String,
+pub(super) struct Prepared {
+    pub model: String,
     start: crate::engine::api::WeightsRef,
-    reference: Option<crate::engine::api::WeightsRef>,
-    train: Vec<EncodedPair>,
-    eval: Vec<EncodedPair>,
-    skipped: Vec<RowIssue>,
+    pub reference: Option<crate::engine::api::WeightsRef>,
+    pub train: Vec<EncodedPair>,
+    pub eval: Vec<EncodedPair>,
+    pub skipped: Vec<RowIssue>,
 }
 
-async fn prepare(service: &Service, job: &Job) -> Result<Prepared> {
+pub(super) async fn prepare(service: &Service, job: &Job) -> Result<Prepared> {
     let start = service.start_weights(job).await?;
     let reference = service.reference_weights(job).await?.map(|r| r.weights);
     let tokenizer = service.inner.engine.tokenizer(&start.model)?;
@@ -221,9 +204,14 @@ async fn prepare(service: &Service, job: &Job) -> Result<Prepared> {
         Evaluation::Dataset(id) => Some(service.inner.store.dataset(id).await?),
         _ => None,
     };
-    let (inner, request) = (service.inner.clone(), job.request.clone());
+    let artifacts = &service.inner.artifacts;
+    artifacts.fetch_dataset(&dataset).await?;
+    if let Some(d) = &eval_dataset {
+        artifacts.fetch_dataset(d).await?;
+    }
+    let (artifacts, request) = (artifacts.clone(), job.request.clone());
     let (train, eval, skipped) = blocking(move || {
-        let load = |d: &Dataset| encode_dataset(&inner.artifacts.dataset(&d.id), d, &tokenizer, &request);
+        let load = |d: &Dataset| encode_dataset(&artifacts.dataset(&d.id), d, &tokenizer, &request);
         let (mut train, mut skipped) = load(&dataset)?;
         let mut eval = Vec::new();
         match (&request.evaluation, &eval_dataset) {
@@ -282,148 +270,125 @@ fn encode_dataset(
     Ok((pairs, issues))
 }
 
-async fn note_skipped(service: &Service, job: &str, skipped: &[RowIssue]) -> Result<()> {
+async fn note_skipped(service: &Service, held: &Held, skipped: &[RowIssue]) -> Result<()> {
     let listed: Vec<String> =
         skipped.iter().take(MAX_SKIPPED_LISTED).map(|i| format!("row {}, {} {}: {}", i.row, i.field, i.reason.name(), i.message)).collect();
     let message = format!("{} rows are left out, see skipped_rows; the first: {}", skipped.len(), listed[0]);
-    let event = EventKind::Log { severity: "warning".into(), message };
-    let (_, sequence) = service
-        .inner
-        .store
-        .change_job(job, move |j| {
-            j.skipped_rows = listed;
-            Ok(vec![event])
-        })
-        .await?;
-    service.inner.feed.notify(job, sequence);
-    Ok(())
+    let note = |j: &mut Job| {
+        // A job that is continued has told of them.
+        let known = j.skipped_rows == listed;
+        j.skipped_rows.clone_from(&listed);
+        Ok(if known { Vec::new() } else { vec![EventKind::Log { severity: "warning".into(), message: message.clone() }] })
+    };
+    held.write(service, note, Also::Nothing).await.map(|_| ())
 }
 
 /// Stores what a run reported, then tells the followers.
-async fn store_event(service: &Service, job: &Job, event: RunEvent) -> Result<()> {
-    let id = &job.id;
-    let store = &service.inner.store;
-    let (_, sequence) = match event {
+async fn store_event(service: &Service, job: &Job, held: &Held, event: RunEvent) -> Result<()> {
+    match event {
         RunEvent::Running { total_steps, from_step } => {
-            store
-                .change_job(id, move |j| {
-                    j.progress.total_steps = total_steps;
-                    j.progress.step = from_step;
-                    if j.state != JobState::Preparing {
-                        return Ok(Vec::new()); // being cancelled
-                    }
-                    j.state = JobState::Running;
-                    let reason = if from_step > 0 { format!("continues from step {from_step}") } else { "weights are loaded".into() };
-                    Ok(vec![EventKind::StateChange { from: Some(JobState::Preparing), to: JobState::Running, reason }])
-                })
-                .await?
+            let running = move |j: &mut Job| {
+                j.progress.total_steps = total_steps;
+                j.progress.step = from_step;
+                if j.state != JobState::Preparing {
+                    return Ok(Vec::new()); // being cancelled
+                }
+                j.state = JobState::Running;
+                let reason = if from_step > 0 { format!("continues from step {from_step}") } else { "weights are loaded".into() };
+                Ok(vec![EventKind::StateChange { from: Some(JobState::Preparing), to: JobState::Running, reason }])
+            };
+            held.write(service, running, Also::Nothing).await?;
         }
         RunEvent::Step { progress, metrics } => {
             metrics::counter!("bradley_training_steps_total").increment(1);
             if let Some(loss) = metrics.get("loss") {
                 metrics::gauge!("bradley_training_loss").set(*loss);
             }
-            store
-                .change_job(id, move |j| {
-                    j.latest_metrics.extend(metrics.clone());
-                    j.progress = progress.clone();
-                    Ok(vec![EventKind::Step { step: progress.step, progress, metrics }])
-                })
-                .await?
+            let step = |j: &mut Job| {
+                j.latest_metrics.extend(metrics.clone());
+                j.progress = progress.clone();
+                Ok(vec![EventKind::Step { step: progress.step, progress: progress.clone(), metrics: metrics.clone() }])
+            };
+            held.write(service, step, Also::Nothing).await?;
         }
         RunEvent::Eval { step, metrics } => {
-            store
-                .change_job(id, move |j| {
-                    j.latest_metrics.extend(metrics.clone());
-                    Ok(vec![EventKind::Eval { step, metrics }])
-                })
-                .await?
+            let eval = |j: &mut Job| {
+                j.latest_metrics.extend(metrics.clone());
+                Ok(vec![EventKind::Eval { step, metrics: metrics.clone() }])
+            };
+            held.write(service, eval, Also::Nothing).await?;
         }
         RunEvent::Checkpoint { step, best, adapter, size_bytes, metrics } => {
-            let checkpoint = Checkpoint { job: id.clone(), step, best, adapter, size_bytes, metrics, create_time: now() };
-            let sequence = store.add_checkpoint(&checkpoint).await?;
-            service.inner.feed.notify(id, sequence);
-            return retain(service, job).await;
-        }
-        RunEvent::Damaged { step, reason } => {
-            tracing::warn!(job = id, step, reason, "damaged checkpoint");
-            store.delete_checkpoint(id, step).await?;
-            service.drop_checkpoint_files(id, step).await?;
-            let message = format!("checkpoint {step} is removed, the run continues from the one before: {reason}");
-            store.change_job(id, move |_| Ok(vec![EventKind::Log { severity: "warning".into(), message }])).await?
+            let dir = service.inner.artifacts.checkpoint(&job.id, step);
+            let digest = blocking(move || checkpoint::digest(&dir)).await?.map_err(ServiceError::internal)?;
+            let upload = || service.inner.artifacts.keep_checkpoint(&job.id, step, &digest);
+            let kept = held.unless_cancelled(upload).await;
+            if held.control.command() == Command::Cancel && kept.is_err() {
+                return Ok(()); // nobody wants it
+            }
+            kept?;
+            let row =
+                Checkpoint { job: job.id.clone(), step, best, adapter, size_bytes, metrics, create_time: now(), digest: digest.clone() };
+            held.write(service, |_| Ok(vec![EventKind::CheckpointCreated { step, best }]), Also::Add(&row)).await?;
+            retain(service, job, held).await?;
         }
         RunEvent::Log { severity, message } => {
-            store.change_job(id, move |_| Ok(vec![EventKind::Log { severity: severity.into(), message }])).await?
+            let log = |_: &mut Job| Ok(vec![EventKind::Log { severity: severity.into(), message: message.clone() }]);
+            held.write(service, log, Also::Nothing).await?;
         }
-        RunEvent::Ended(_) => return Ok(()),
-    };
-    service.inner.feed.notify(id, sequence);
-    Ok(())
-}
-
-/// Keeps the newest checkpoints and the best one.
-async fn retain(service: &Service, job: &Job) -> Result<()> {
-    let all = service.inner.store.checkpoints(&job.id).await?;
-    let surplus = all.len().saturating_sub(job.request.spec.run.save_total_limit);
-    for old in all.iter().take(surplus).filter(|c| !c.best) {
-        if service.refuse_when_used(&job.id, Some(old.step)).await.is_err() {
-            continue; // another job starts from it or is measured against it
-        }
-        service.inner.store.delete_checkpoint(&job.id, old.step).await?;
-        service.drop_checkpoint_files(&job.id, old.step).await?;
+        RunEvent::Ended(_) => {}
     }
     Ok(())
 }
 
-/// The last state change of a run.
-async fn finish(service: &Service, id: &str, end: RunEnd) -> Result<()> {
-    let draining = service.is_draining();
-    let (_, sequence) = service
-        .inner
-        .store
-        .change_job(id, move |job| {
-            let from = job.state;
-            let cancelling = from == JobState::Cancelling;
-            let (to, reason) = match &end {
-                RunEnd::Failed(e) => {
-                    job.error = Some(e.clone());
-                    (JobState::Failed, e.message.clone())
-                }
-                _ if cancelling => (JobState::Cancelled, "cancelled by a client".to_owned()),
-                RunEnd::Succeeded => (JobState::Succeeded, "all steps are taken".to_owned()),
-                RunEnd::Cancelled => (JobState::Cancelled, "cancelled by a client".to_owned()),
-                RunEnd::Drained if from == JobState::Pausing => {
-                    (JobState::Paused, format!("paused by a client; continues from step {}", job.progress.step))
-                }
-                RunEnd::Drained => {
-                    let why = if draining { "the server is shutting down" } else { "makes room for a job of a higher priority" };
-                    (JobState::Queued, format!("{why}; continues from step {}", job.progress.step))
-                }
-            };
-            if from.is_final() {
-                return Ok(Vec::new());
-            }
-            job.state = to;
-            Ok(vec![EventKind::StateChange { from: Some(from), to, reason }])
-        })
-        .await?;
-    service.inner.feed.notify(id, sequence);
+/// Keeps the newest checkpoints and the best one.
+async fn retain(service: &Service, job: &Job, held: &Held) -> Result<()> {
+    let all = patiently(|| service.inner.store.checkpoints(&job.id)).await?;
+    let surplus = all.len().saturating_sub(job.request.spec.run.save_total_limit);
+    for old in all.iter().take(surplus).filter(|c| !c.best) {
+        if patiently(|| service.refuse_when_used(&job.id, Some(old.step))).await.is_err() {
+            continue; // another job starts from it or is measured against it
+        }
+        held.write(service, |_| Ok(Vec::new()), Also::Remove(old.step)).await?;
+        service.drop_checkpoint_files(&job.id, old.step).await;
+    }
     Ok(())
 }
 
-async fn change_state(service: &Service, id: &str, to: JobState, reason: &str) -> Result<()> {
-    let (_, sequence) = service
-        .inner
-        .store
-        .change_job(id, |job| {
-            let from = job.state;
-            job.state = to;
-            if to == JobState::Preparing && job.start_time.is_none() {
-                job.start_time = Some(now());
+/// The last state change of a run; the lease is given back with it.
+async fn finish(service: &Service, held: &Held, end: &RunEnd) -> Result<()> {
+    let room = held.room();
+    let change = move |job: &mut Job| {
+        let from = job.state;
+        let cancelling = from == JobState::Cancelling;
+        let (to, reason) = match end {
+            RunEnd::Failed(e) => {
+                job.error = Some(e.clone());
+                (JobState::Failed, e.message.clone())
             }
-            Ok(vec![EventKind::StateChange { from: Some(from), to, reason: reason.to_owned() }])
-        })
-        .await?;
-    service.inner.feed.notify(id, sequence);
-    Ok(())
+            _ if cancelling => (JobState::Cancelled, "cancelled by a client".to_owned()),
+            RunEnd::Succeeded => (JobState::Succeeded, "all steps are taken".to_owned()),
+            RunEnd::Cancelled => (JobState::Cancelled, "cancelled by a client".to_owned()),
+            RunEnd::Drained if from == JobState::Pausing => {
+                (JobState::Paused, format!("paused by a client; continues from step {}", job.progress.step))
+            }
+            RunEnd::Drained => {
+                let why = match room {
+                    None => "the server is shutting down",
+                    Some(Room::Priority) => "makes room for a job of a higher priority",
+                    Some(Room::Slice) => {
+                        job.turn = now();
+                        "its time slice is over"
+                    }
+                };
+                (JobState::Queued, format!("{why}; continues from step {}", job.progress.step))
+            }
+        };
+        if from.is_final() {
+            return Ok(Vec::new());
+        }
+        job.state = to;
+        Ok(vec![EventKind::StateChange { from: Some(from), to, reason }])
+    };
+    held.write(service, change, Also::Release).await.map(|_| ())
 }

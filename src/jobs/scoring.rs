@@ -6,6 +6,7 @@ use super::datasets::blocking;
 use super::error::{Result, ServiceError};
 use super::policies::Resolved;
 use super::service::Service;
+use crate::domain::access::Caller;
 use crate::domain::dataset::Text;
 use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::domain::training::Truncation;
@@ -77,13 +78,16 @@ pub struct ScoringSession {
 
 impl Service {
     /// Resolves what a scoring request names.
-    pub async fn scoring_session(&self, options: ScoreOptions) -> Result<ScoringSession> {
+    pub async fn scoring_session(&self, caller: &Caller, options: ScoreOptions) -> Result<ScoringSession> {
         self.refuse_when_draining()?;
         if let Some(beta) = options.beta.filter(|b| !(b.is_finite() && *b > 0.0)) {
             return Err(ServiceError::invalid("options.beta", format!("is {beta}: it must be a finite number above 0")));
         }
         if let Some(n) = options.max_length.filter(|n| !(2..=1 << 20).contains(n)) {
             return Err(ServiceError::invalid("options.max_length", format!("is {n}: it must lie in 2..=1048576")));
+        }
+        for name in [Some(&options.policy), options.reference.as_ref()].into_iter().flatten() {
+            self.check_weights(caller, name).await?;
         }
         let policy = self.resolve(&options.policy).await?;
         let reference = match (&options.reference, &policy.job) {

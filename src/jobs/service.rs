@@ -1,6 +1,6 @@
 //! The service as the RPC layer and tests see it: one method per thing that can be asked.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -9,27 +9,32 @@ use tokio::sync::{Notify, Semaphore, SemaphorePermit, watch};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 
+use super::access::audit;
 use super::artifacts::{Artifacts, Export, ExportFormat, describe};
 use super::datasets::blocking;
 use super::error::{Result, ServiceError};
 use super::feed::Feed;
+use super::held::Held;
 use super::lifecycle::check_changeable;
-use super::runner;
-use super::store::{Page, Store, now};
+use super::remote::Remote;
+use super::store::{Creation, Page, Store, StoreOptions, now};
+use super::tokens::Doorkeeper;
+use super::{housekeeping, runner};
+use crate::domain::access::Caller;
 use crate::domain::dataset::Dataset;
 use crate::domain::job::{Checkpoint, Evaluation, Event, Job, JobRequest, JobState, Metrics, Progress, RowPolicy};
 use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::domain::training::Method;
 use crate::domain::violation::Violations;
 use crate::engine::Engine;
-use crate::engine::api::{ModelInfo, RunControl, WeightsRef};
+use crate::engine::api::{ModelInfo, WeightsRef};
 use crate::model::peft;
 
 /// Requests that may tokenise side by side.
 const TOKENISERS: usize = 4;
 
 /// Limits and places.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct ServiceOptions {
     /// Where the database and artifacts live.
     pub data_dir: PathBuf,
@@ -39,6 +44,16 @@ pub struct ServiceOptions {
     pub events_kept: u64,
     /// How long a drain may take.
     pub drain_timeout: Duration,
+    /// `postgres://…`, shared by several replicas; `None` is SQLite in the data directory.
+    pub database_url: Option<String>,
+    /// An object store that holds the artifacts, and its vendor's variables; `None` is the data directory.
+    pub artifact_store: Option<(String, BTreeMap<String, String>)>,
+    /// How long a worker may be silent before its job goes to another.
+    pub lease: Duration,
+    /// How long a job may keep a device while others of its priority wait.
+    pub time_slice: Duration,
+    /// Unfinished jobs that one client may have.
+    pub max_jobs_per_client: Option<u64>,
 }
 
 /// The service; clones share it.
@@ -53,13 +68,17 @@ pub(super) struct Inner {
     pub artifacts: Artifacts,
     pub feed: Feed,
     pub options: ServiceOptions,
-    /// How the jobs on the device are told to stop.
-    pub controls: Mutex<HashMap<String, Arc<RunControl>>>,
+    /// The jobs that this process carries on.
+    pub held: Mutex<HashMap<String, Arc<Held>>>,
     /// Wakes the runner when a job was queued.
     pub wake: Notify,
     pub draining: watch::Sender<bool>,
     tokenisers: Semaphore,
     runner: Mutex<Option<JoinHandle<()>>>,
+    keepers: Mutex<Vec<JoinHandle<()>>>,
+    pub doorkeeper: Doorkeeper,
+    /// No other process has the data directory while this is open.
+    _lock: std::fs::File,
 }
 
 impl Service {
@@ -67,33 +86,64 @@ impl Service {
     pub async fn open(engine: Engine, options: ServiceOptions) -> Result<Service> {
         let root = options.data_dir.clone();
         std::fs::create_dir_all(&root).map_err(|e| super::artifacts::failed(&root, e))?;
+        let lock = lock(&root)?;
+        let remote = options.artifact_store.as_ref().map(|(url, variables)| Remote::open(url, variables)).transpose()?;
+        let store_options =
+            StoreOptions { database_url: options.database_url.clone(), events_kept: options.events_kept, lease: options.lease };
         let inner = Inner {
-            store: Store::open(&root, options.events_kept).await?,
-            artifacts: Artifacts::open(&root)?,
+            store: Store::open(&root, &store_options).await?,
+            artifacts: Artifacts::open(&root, remote)?,
             engine,
             feed: Feed::default(),
             options,
-            controls: Mutex::default(),
+            held: Mutex::default(),
             wake: Notify::new(),
             draining: watch::channel(false).0,
             tokenisers: Semaphore::new(TOKENISERS),
             runner: Mutex::default(),
+            keepers: Mutex::default(),
+            doorkeeper: Doorkeeper::default(),
+            _lock: lock,
         };
         let service = Service { inner: Arc::new(inner) };
-        runner::recover(&service).await?;
-        let handle = tokio::spawn(runner::run(service.clone()));
-        *service.inner.runner.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle);
+        service.inner.artifacts.ping().await?;
+        housekeeping::reclaim(&service, !service.inner.store.is_shared()).await?;
+        let runner = tokio::spawn(runner::run(service.clone()));
+        let keepers = [tokio::spawn(housekeeping::run(service.clone())), tokio::spawn(housekeeping::listen(service.clone()))];
+        *service.inner.runner.lock().unwrap_or_else(PoisonError::into_inner) = Some(runner);
+        service.inner.keepers.lock().unwrap_or_else(PoisonError::into_inner).extend(keepers);
         Ok(service)
+    }
+
+    /// The job of that id, if this process carries it on.
+    pub(super) fn held(&self, job: &str) -> Option<Arc<Held>> {
+        self.inner.held.lock().unwrap_or_else(PoisonError::into_inner).get(job).cloned()
     }
 
     // ---- training jobs
 
     /// Queues a job; see `CreateTrainingJob`.
-    pub async fn create_job(&self, request: JobRequest, request_id: Option<String>, validate_only: bool) -> Result<Job> {
+    pub async fn create_job(&self, caller: &Caller, request: JobRequest, request_id: Option<String>, validate_only: bool) -> Result<Job> {
         self.refuse_when_draining()?;
         let hash = serde_json::to_vec(&request).map(|b| blake3::hash(&b).to_hex().to_string()).map_err(ServiceError::internal)?;
-        let request = self.check_request(request, request_id.as_deref()).await?;
-        let job = Job {
+        let request = self.check_request(caller, request, request_id.as_deref()).await?;
+        let job = Service::draft(caller, request);
+        if validate_only {
+            return Ok(Job { id: String::new(), ..job });
+        }
+        let quota = self.inner.options.max_jobs_per_client;
+        let creation = Creation { request_id: request_id.as_deref(), request_hash: &hash, quota };
+        let job = self.inner.store.insert_job(&job, creation).await?;
+        tracing::info!(job = job.id, state = job.state.name(), "job created");
+        audit(caller, "create", &format!("trainingJobs/{}", job.id));
+        self.inner.wake.notify_one();
+        Ok(job)
+    }
+
+    /// A job that is not stored yet.
+    pub(super) fn draft(caller: &Caller, request: JobRequest) -> Job {
+        let now = now();
+        Job {
             id: uuid::Uuid::now_v7().to_string(),
             version: 1,
             request,
@@ -102,26 +152,21 @@ impl Service {
             progress: Progress::default(),
             latest_metrics: Metrics::new(),
             skipped_rows: Vec::new(),
-            create_time: now(),
+            create_time: now,
             start_time: None,
             end_time: None,
-        };
-        if validate_only {
-            return Ok(Job { id: String::new(), ..job });
+            turn: now,
+            owner: caller.owner.clone(),
         }
-        let job = self.inner.store.insert_job(&job, request_id.as_deref(), &hash).await?;
-        tracing::info!(job = job.id, state = job.state.name(), "job created");
-        self.inner.wake.notify_one();
-        Ok(job)
     }
 
     /// Checks everything that can be checked before the data is read; pins `latest` and `best` to steps.
-    async fn check_request(&self, mut request: JobRequest, request_id: Option<&str>) -> Result<JobRequest> {
+    pub(super) async fn check_request(&self, caller: &Caller, mut request: JobRequest, request_id: Option<&str>) -> Result<JobRequest> {
         let mut bad = Violations::default();
         request.spec.validate("training_job", &mut bad);
         check_changeable(&request, &mut bad);
-        if request_id.is_some_and(|id| id.len() > 128) {
-            bad.push("request_id", "has more than 128 characters");
+        if request_id.is_some_and(|id| id.len() > 128 || id.contains('\0')) {
+            bad.push("request_id", "must have at most 128 characters, none of them NUL");
         }
         if let Evaluation::Fraction(f) = request.evaluation
             && !(f > 0.0 && f < 1.0)
@@ -132,6 +177,9 @@ impl Service {
             bad.push("training_job.run.early_stopping_patience", "needs an evaluation: set eval_dataset or eval_fraction");
         }
         bad.into_result()?;
+        for name in [Some(&request.policy), request.reference.as_ref()].into_iter().flatten() {
+            self.check_weights(caller, name).await?;
+        }
 
         let start = self.resolve(&self.pin(&request.policy).await?).await?;
         request.policy = self.pin(&request.policy).await?;
@@ -156,7 +204,7 @@ impl Service {
             request.reference = Some(pinned);
         }
         for id in [Some(&request.dataset), eval_dataset(&request.evaluation)].into_iter().flatten() {
-            let dataset = self.inner.store.dataset(id).await?;
+            let dataset = self.own_dataset(caller, id).await?;
             if request.row_policy == RowPolicy::Reject && dataset.report.bad_rows() > 0 {
                 let first = dataset.report.issues.iter().find(|i| i.reason.severity() == crate::domain::dataset::Severity::Error);
                 let example = first.map(|i| format!(" (row {}, {}: {})", i.row, i.reason.name(), i.message)).unwrap_or_default();
@@ -189,18 +237,18 @@ impl Service {
     }
 
     /// One job.
-    pub async fn get_job(&self, id: &str) -> Result<Job> {
-        self.inner.store.job(id).await
+    pub async fn get_job(&self, caller: &Caller, id: &str) -> Result<Job> {
+        self.own_job(caller, id).await
     }
 
     /// Jobs in one of `states` (all when empty), newest first.
-    pub async fn list_jobs(&self, states: &[JobState], page_size: usize, page_token: &str) -> Result<Page<Job>> {
-        self.inner.store.jobs(states, page_size, page_token).await
+    pub async fn list_jobs(&self, caller: &Caller, states: &[JobState], page_size: usize, page_token: &str) -> Result<Page<Job>> {
+        self.inner.store.jobs(caller.shown(), states, page_size, page_token).await
     }
 
     /// Events after `after`, and whether there are more.
-    pub async fn list_events(&self, job: &str, after: u64, limit: usize) -> Result<(Vec<Event>, bool)> {
-        self.check_cursor(job, after).await?;
+    pub async fn list_events(&self, caller: &Caller, job: &str, after: u64, limit: usize) -> Result<(Vec<Event>, bool)> {
+        self.check_cursor(caller, job, after).await?;
         let mut events = self.inner.store.events(job, after, limit + 1).await?;
         let more = events.len() > limit;
         events.truncate(limit);
@@ -208,13 +256,13 @@ impl Service {
     }
 
     /// Every event after `after`, stored ones first, then live; ends with the job.
-    pub async fn stream_events(&self, job: &str, after: u64) -> Result<ReceiverStream<Result<Event>>> {
-        self.check_cursor(job, after).await?;
+    pub async fn stream_events(&self, caller: &Caller, job: &str, after: u64) -> Result<ReceiverStream<Result<Event>>> {
+        self.check_cursor(caller, job, after).await?;
         Ok(self.inner.feed.stream(self.inner.store.clone(), job.to_owned(), after, self.inner.draining.subscribe()))
     }
 
-    async fn check_cursor(&self, job: &str, after: u64) -> Result<()> {
-        self.inner.store.job(job).await?;
+    async fn check_cursor(&self, caller: &Caller, job: &str, after: u64) -> Result<()> {
+        self.own_job(caller, job).await?;
         let newest = self.inner.store.newest_sequence(job).await?;
         if after > newest {
             let message =
@@ -228,18 +276,18 @@ impl Service {
     // ---- datasets
 
     /// One dataset.
-    pub async fn get_dataset(&self, id: &str) -> Result<Dataset> {
-        self.inner.store.dataset(id).await
+    pub async fn get_dataset(&self, caller: &Caller, id: &str) -> Result<Dataset> {
+        self.own_dataset(caller, id).await
     }
 
     /// Datasets, newest first.
-    pub async fn list_datasets(&self, page_size: usize, page_token: &str) -> Result<Page<Dataset>> {
-        self.inner.store.datasets(page_size, page_token).await
+    pub async fn list_datasets(&self, caller: &Caller, page_size: usize, page_token: &str) -> Result<Page<Dataset>> {
+        self.inner.store.datasets(caller.shown(), page_size, page_token).await
     }
 
     /// Deletes a dataset that no unfinished job uses.
-    pub async fn delete_dataset(&self, id: &str) -> Result<()> {
-        self.inner.store.dataset(id).await?;
+    pub async fn delete_dataset(&self, caller: &Caller, id: &str) -> Result<()> {
+        self.own_dataset(caller, id).await?;
         for job in self.inner.store.unfinished_jobs().await? {
             if job.request.dataset == id || eval_dataset(&job.request.evaluation).is_some_and(|d| d == id) {
                 let message = format!("trainingJobs/{} is {} and uses datasets/{id}: wait for it or cancel it", job.id, job.state.name());
@@ -247,26 +295,27 @@ impl Service {
             }
         }
         self.inner.store.delete_dataset(id).await?;
-        self.inner.artifacts.remove_dataset(id)
+        audit(caller, "delete", &format!("datasets/{id}"));
+        self.inner.artifacts.remove_dataset(id).await
     }
 
     // ---- checkpoints
 
     /// One checkpoint.
-    pub async fn get_checkpoint(&self, job: &str, which: CheckpointRef) -> Result<Checkpoint> {
-        self.inner.store.job(job).await?;
+    pub async fn get_checkpoint(&self, caller: &Caller, job: &str, which: CheckpointRef) -> Result<Checkpoint> {
+        self.own_job(caller, job).await?;
         self.find_checkpoint(job, which).await
     }
 
     /// A job's checkpoints, oldest first.
-    pub async fn list_checkpoints(&self, job: &str) -> Result<Vec<Checkpoint>> {
-        self.inner.store.job(job).await?;
+    pub async fn list_checkpoints(&self, caller: &Caller, job: &str) -> Result<Vec<Checkpoint>> {
+        self.own_job(caller, job).await?;
         self.inner.store.checkpoints(job).await
     }
 
     /// Deletes a checkpoint, but not the one that an unfinished job would continue from.
-    pub async fn delete_checkpoint(&self, job: &str, step: u64) -> Result<()> {
-        let state = self.inner.store.job(job).await?.state;
+    pub async fn delete_checkpoint(&self, caller: &Caller, job: &str, step: u64) -> Result<()> {
+        let state = self.own_job(caller, job).await?.state;
         self.find_checkpoint(job, CheckpointRef::Step(step)).await?;
         let newest = self.find_checkpoint(job, CheckpointRef::Latest).await?.step;
         if !state.is_final() && newest == step {
@@ -276,13 +325,17 @@ impl Service {
         }
         self.refuse_when_used(job, Some(step)).await?;
         self.inner.store.delete_checkpoint(job, step).await?;
-        self.drop_checkpoint_files(job, step).await
+        self.drop_checkpoint_files(job, step).await;
+        audit(caller, "delete", &format!("trainingJobs/{job}/checkpoints/{step}"));
+        Ok(())
     }
 
-    pub(super) async fn drop_checkpoint_files(&self, job: &str, step: u64) -> Result<()> {
+    /// Removes the files of a checkpoint whose row is gone: what cannot be removed now goes with its job.
+    pub(super) async fn drop_checkpoint_files(&self, job: &str, step: u64) {
         self.inner.engine.evict_policy(&self.inner.artifacts.checkpoint(job, step));
-        let (artifacts, job) = (self.inner.artifacts.clone(), job.to_owned());
-        blocking(move || artifacts.remove_checkpoint(&job, step)).await?
+        if let Err(e) = self.inner.artifacts.remove_checkpoint(job, step).await {
+            tracing::warn!(job, step, error = %e, "the checkpoint's files are left until the job is deleted");
+        }
     }
 
     /// Refuses when another unfinished job starts from, or is measured against, these weights.
@@ -303,8 +356,14 @@ impl Service {
     }
 
     /// Writes a checkpoint as an adapter or merged; what was exported before is given again.
-    pub async fn export_checkpoint(&self, job: &str, which: CheckpointRef, format: Option<ExportFormat>) -> Result<Export> {
-        let job = self.inner.store.job(job).await?;
+    pub async fn export_checkpoint(
+        &self,
+        caller: &Caller,
+        job: &str,
+        which: CheckpointRef,
+        format: Option<ExportFormat>,
+    ) -> Result<Export> {
+        let job = self.own_job(caller, job).await?;
         let checkpoint = self.find_checkpoint(&job.id, which).await?;
         let format = format.unwrap_or(if checkpoint.adapter { ExportFormat::Adapter } else { ExportFormat::Merged });
         if format == ExportFormat::Adapter && !checkpoint.adapter {
@@ -312,10 +371,10 @@ impl Service {
             return Err(ServiceError::FailedPrecondition { reason: "NO_ADAPTER", message });
         }
         let model = self.base_model(&job).await?;
-        let id = job.id.clone();
+        let (id, job_id) = (job.id.clone(), job.id.clone());
         let weights = self.resolve_stored(job, model, CheckpointRef::Step(checkpoint.step)).await?.weights;
-        let inner = self.inner.clone();
-        blocking(move || {
+        let (inner, step) = (self.inner.clone(), checkpoint.step);
+        let (files, path) = blocking(move || {
             let target = inner.artifacts.export(&id, checkpoint.step, format);
             if !target.is_dir() {
                 let temporary = inner.artifacts.temporary();
@@ -337,9 +396,12 @@ impl Service {
                     }
                 }
             }
-            Ok(Export { files: describe(&target)?, path: target })
+            Ok::<_, ServiceError>((describe(&target)?, target))
         })
-        .await?
+        .await??;
+        let location = self.inner.artifacts.keep_export(&job_id, step, format).await?;
+        audit(caller, "export", &format!("trainingJobs/{job_id}/checkpoints/{step}"));
+        Ok(Export { files, path, location })
     }
 
     // ---- models
@@ -363,6 +425,14 @@ impl Service {
         self.inner.store.ping().await
     }
 
+    /// Who presents a bearer token.
+    ///
+    /// # Errors
+    /// `Unauthenticated` for one that is not valid.
+    pub async fn admit(&self, token: &str) -> Result<Caller> {
+        self.inner.doorkeeper.admit(&self.inner.store, token).await
+    }
+
     /// Whether new work is refused.
     pub fn is_draining(&self) -> bool {
         *self.inner.draining.borrow()
@@ -380,8 +450,8 @@ impl Service {
     pub async fn drain(&self) {
         self.inner.draining.send_replace(true);
         self.inner.engine.drain();
-        for control in self.inner.controls.lock().unwrap_or_else(PoisonError::into_inner).values() {
-            control.drain();
+        for held in self.inner.held.lock().unwrap_or_else(PoisonError::into_inner).values() {
+            held.control.drain();
         }
         let runner = self.inner.runner.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(runner) = runner
@@ -389,7 +459,24 @@ impl Service {
         {
             tracing::warn!("the running job did not reach a checkpoint in time: it continues from its last one");
         }
+        for keeper in self.inner.keepers.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            keeper.abort();
+        }
         self.inner.store.close().await;
+    }
+}
+
+/// Takes the data directory for this process.
+fn lock(root: &std::path::Path) -> Result<std::fs::File> {
+    let path = root.join("bradley.lock");
+    let file = std::fs::File::create(&path).map_err(|e| super::artifacts::failed(&path, e))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => {
+            let message = format!("another server uses the data directory {}: stop it, or give each its own", root.display());
+            Err(ServiceError::FailedPrecondition { reason: "DATA_DIR_IN_USE", message })
+        }
+        Err(std::fs::TryLockError::Error(e)) => Err(super::artifacts::failed(&path, e)),
     }
 }
 

@@ -1,21 +1,35 @@
-//! Jobs, events, checkpoints and datasets in SQLite. What a call acknowledges is on disk: WAL with `synchronous = FULL`.
+//! Jobs, events, checkpoints and datasets in SQLite or PostgreSQL. What a call acknowledges is on disk.
+//!
+//! The SQL is written once, in what both databases understand; [`Dialect`] holds the few places where they differ. All columns are BIGINT and TEXT.
 
+mod checkpoints;
+mod datasets;
 mod jobs;
+mod leases;
+mod listen;
 mod rows;
+mod tokens;
 
 use std::path::Path;
+use std::str::FromStr;
 use std::time::Duration;
 
-use sqlx::SqlitePool;
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
+use sqlx::{AnyPool, AssertSqlSafe};
 
-use self::rows::{CheckpointRow, DatasetRow, to_json};
+pub use self::jobs::Creation;
+pub use self::leases::{Also, Lease};
+pub use self::listen::Notice;
+pub use self::tokens::TokenRow;
 use super::error::{Result, ServiceError};
-use crate::domain::dataset::Dataset;
-use crate::domain::job::{Checkpoint, EventKind, Millis};
+use crate::domain::job::Millis;
 
-/// Reads that may run side by side.
+/// Connections of a SQLite store that read side by side.
 const READERS: u32 = 4;
+/// Connections to PostgreSQL, for reads and for writes each.
+const CONNECTIONS: u32 = 8;
+/// How long a call waits for a connection: with a database that does not answer, callers hear so in this time.
+const ACQUIRE: Duration = Duration::from_secs(5);
 
 /// A page of a list.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,14 +40,68 @@ pub struct Page<T> {
     pub next_page_token: String,
 }
 
-/// The database.
-#[derive(Clone, Debug)]
-pub struct Store {
-    /// One connection: writes are serialised here and never meet `SQLITE_BUSY`.
-    writer: SqlitePool,
-    readers: SqlitePool,
+/// Where the two databases differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Dialect {
+    Sqlite,
+    Postgres,
+}
+
+impl Dialect {
+    /// The database's own clock, in milliseconds since 1970: replicas need not agree on the time.
+    fn now(self) -> &'static str {
+        match self {
+            Dialect::Sqlite => "CAST(unixepoch('subsec') * 1000 AS INTEGER)",
+            Dialect::Postgres => "CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT)",
+        }
+    }
+
+    /// Ends a SELECT of a row that this transaction will change. SQLite has one writer.
+    fn for_update(self) -> &'static str {
+        match self {
+            Dialect::Sqlite => "",
+            Dialect::Postgres => " FOR UPDATE",
+        }
+    }
+
+    /// The same, passing over rows that another transaction holds.
+    fn skip_locked(self) -> &'static str {
+        match self {
+            Dialect::Sqlite => "",
+            Dialect::Postgres => " FOR UPDATE SKIP LOCKED",
+        }
+    }
+}
+
+/// How the store is opened.
+#[derive(Clone, PartialEq, Eq)]
+pub struct StoreOptions {
+    /// `postgres://…`; `None` is SQLite in the data directory.
+    pub database_url: Option<String>,
     /// Events kept of a job, the newest.
+    pub events_kept: u64,
+    /// How long a worker may be silent before its job goes to another.
+    pub lease: Duration,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        StoreOptions { database_url: None, events_kept: 1_000_000, lease: Duration::from_secs(30) }
+    }
+}
+
+/// The database.
+#[derive(Clone)]
+pub struct Store {
+    dialect: Dialect,
+    url: String,
+    /// With SQLite one connection: writes are serialised here and never meet `SQLITE_BUSY`.
+    writer: AnyPool,
+    readers: AnyPool,
     events_kept: i64,
+    lease: Duration,
+    /// This process among the replicas.
+    replica: String,
 }
 
 /// The time, in milliseconds since 1970.
@@ -42,25 +110,54 @@ pub fn now() -> Millis {
 }
 
 impl Store {
-    /// Opens or creates `<data_dir>/bradley.db` and brings its schema up to date. Of each job the newest `events_kept` events are kept.
-    pub async fn open(data_dir: &Path, events_kept: u64) -> Result<Self> {
-        let options = SqliteConnectOptions::new()
-            .filename(data_dir.join("bradley.db"))
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Full)
-            .foreign_keys(true)
-            .busy_timeout(Duration::from_secs(10));
-        let pool = |n: u32| SqlitePoolOptions::new().max_connections(n).acquire_timeout(Duration::from_secs(30));
-        let writer = pool(1).connect_with(options.clone()).await?;
-        sqlx::migrate!("src/jobs/migrations")
-            .run(&writer)
-            .await
-            .map_err(|e| ServiceError::internal(format!("the schema of {} cannot be brought up to date: {e}", data_dir.display())))?;
-        Ok(Store { writer, readers: pool(READERS).connect_with(options).await?, events_kept: events_kept.clamp(1, i64::MAX as u64) as i64 })
+    /// Opens the database, or creates `<data_dir>/bradley.db`, and brings its schema up to date.
+    pub async fn open(data_dir: &Path, options: &StoreOptions) -> Result<Self> {
+        sqlx::any::install_default_drivers();
+        let (dialect, url) = match &options.database_url {
+            Some(url) => (Dialect::Postgres, url.clone()),
+            None => (Dialect::Sqlite, sqlite_url(&data_dir.join("bradley.db"))),
+        };
+        let connect = AnyConnectOptions::from_str(&url).map_err(|e| ServiceError::internal(format!("database_url: {e}")))?;
+        let pool = |n: u32| {
+            AnyPoolOptions::new().max_connections(n).acquire_timeout(ACQUIRE).after_connect(move |connection, _| {
+                Box::pin(async move {
+                    if dialect == Dialect::Sqlite {
+                        for pragma in ["journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 10000"] {
+                            sqlx::query(AssertSqlSafe(format!("PRAGMA {pragma}"))).execute(&mut *connection).await?;
+                        }
+                    }
+                    Ok(())
+                })
+            })
+        };
+        let (writers, readers) = match dialect {
+            Dialect::Sqlite => (1, READERS),
+            Dialect::Postgres => (CONNECTIONS, CONNECTIONS),
+        };
+        let unreachable = |e| ServiceError::internal(format!("the database cannot be opened: {e}"));
+        let writer = pool(writers).connect_with(connect.clone()).await.map_err(unreachable)?;
+        let migrated = match dialect {
+            Dialect::Sqlite => sqlx::migrate!("src/jobs/migrations/sqlite").run(&writer).await,
+            Dialect::Postgres => sqlx::migrate!("src/jobs/migrations/postgres").run(&writer).await,
+        };
+        migrated.map_err(|e| ServiceError::internal(format!("the database's schema cannot be brought up to date: {e}")))?;
+        Ok(Store {
+            dialect,
+            url,
+            writer,
+            readers: pool(readers).connect_with(connect).await.map_err(unreachable)?,
+            events_kept: options.events_kept.clamp(1, i64::MAX as u64) as i64,
+            lease: options.lease,
+            replica: uuid::Uuid::now_v7().to_string(),
+        })
     }
 
-    /// Closes every connection; the WAL is folded into the database.
+    /// Whether other replicas may use the same database.
+    pub fn is_shared(&self) -> bool {
+        self.dialect == Dialect::Postgres
+    }
+
+    /// Closes every connection; SQLite folds its WAL into the database.
     pub async fn close(&self) {
         self.readers.close().await;
         self.writer.close().await;
@@ -71,86 +168,17 @@ impl Store {
         sqlx::query("SELECT 1").execute(&self.readers).await?;
         Ok(())
     }
+}
 
-    // ---- checkpoints
-
-    /// Adds or replaces a checkpoint and tells of it, in one transaction; a best one takes the mark from the others. Returns the event's sequence.
-    pub async fn add_checkpoint(&self, c: &Checkpoint) -> Result<u64> {
-        let mut tx = self.writer.begin().await?;
-        if c.best {
-            sqlx::query("UPDATE checkpoints SET best = 0 WHERE job = ?").bind(&c.job).execute(&mut *tx).await?;
-        }
-        sqlx::query(
-            "INSERT OR REPLACE INTO checkpoints (job, step, best, adapter, size_bytes, metrics, create_time) VALUES (?, ?, ?, ?, ?, ?, ?)",
-        )
-        .bind(&c.job)
-        .bind(c.step as i64)
-        .bind(c.best)
-        .bind(c.adapter)
-        .bind(c.size_bytes as i64)
-        .bind(to_json(&c.metrics)?)
-        .bind(c.create_time)
-        .execute(&mut *tx)
-        .await?;
-        let sequence = self.append(&mut tx, &c.job, &EventKind::CheckpointCreated { step: c.step, best: c.best }).await?;
-        tx.commit().await?;
-        Ok(sequence)
-    }
-
-    /// A job's checkpoints, oldest first.
-    pub async fn checkpoints(&self, job: &str) -> Result<Vec<Checkpoint>> {
-        let rows: Vec<CheckpointRow> =
-            sqlx::query_as("SELECT * FROM checkpoints WHERE job = ? ORDER BY step").bind(job).fetch_all(&self.readers).await?;
-        rows.into_iter().map(Checkpoint::try_from).collect()
-    }
-
-    /// Forgets a checkpoint.
-    pub async fn delete_checkpoint(&self, job: &str, step: u64) -> Result<()> {
-        sqlx::query("DELETE FROM checkpoints WHERE job = ? AND step = ?").bind(job).bind(step as i64).execute(&self.writer).await?;
-        Ok(())
-    }
-
-    // ---- datasets
-
-    /// Adds a dataset.
-    pub async fn insert_dataset(&self, d: &Dataset) -> Result<()> {
-        sqlx::query(
-            "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, report, create_time) VALUES (?, ?, ?, ?, ?, ?, ?)",
-        )
-        .bind(&d.id)
-        .bind(&d.display_name)
-        .bind(to_json(&d.format)?)
-        .bind(d.size_bytes as i64)
-        .bind(&d.content_hash)
-        .bind(to_json(&d.report)?)
-        .bind(d.create_time)
-        .execute(&self.writer)
-        .await?;
-        Ok(())
-    }
-
-    /// One dataset.
-    pub async fn dataset(&self, id: &str) -> Result<Dataset> {
-        let row: Option<DatasetRow> = sqlx::query_as("SELECT * FROM datasets WHERE id = ?").bind(id).fetch_optional(&self.readers).await?;
-        row.ok_or_else(|| ServiceError::not_found("dataset", format!("datasets/{id}")))?.try_into()
-    }
-
-    /// Datasets, newest first.
-    pub async fn datasets(&self, page_size: usize, page_token: &str) -> Result<Page<Dataset>> {
-        let before = parse_token(page_token)?;
-        let rows: Vec<DatasetRow> = sqlx::query_as("SELECT * FROM datasets WHERE seq < ? ORDER BY seq DESC LIMIT ?")
-            .bind(before)
-            .bind(page_size as i64 + 1)
-            .fetch_all(&self.readers)
-            .await?;
-        page(rows, page_size, |r| r.seq)
-    }
-
-    /// Forgets a dataset.
-    pub async fn delete_dataset(&self, id: &str) -> Result<()> {
-        sqlx::query("DELETE FROM datasets WHERE id = ?").bind(id).execute(&self.writer).await?;
-        Ok(())
-    }
+/// A file's URL: everything but letters, digits, `/`, `.`, `-` and `_` is escaped.
+fn sqlite_url(path: &Path) -> String {
+    use std::os::unix::ffi::OsStrExt;
+    let escape = |b: &u8| match b {
+        b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'.' | b'-' | b'_' => char::from(*b).to_string(),
+        other => format!("%{other:02X}"),
+    };
+    let escaped: String = path.as_os_str().as_bytes().iter().map(escape).collect();
+    format!("sqlite://{escaped}?mode=rwc")
 }
 
 fn parse_token(token: &str) -> Result<i64> {

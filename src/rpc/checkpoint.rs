@@ -7,6 +7,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use super::auth::whose;
 use super::convert::{invalid, job_id, timestamp};
 use super::pb::{self, checkpoint_service_server::CheckpointService, download_checkpoint_response::Part};
 use super::status::status;
@@ -27,9 +28,9 @@ pub(super) struct Checkpoints(pub Service);
 #[tonic::async_trait]
 impl CheckpointService for Checkpoints {
     async fn get_checkpoint(&self, request: Request<pb::GetCheckpointRequest>) -> Result<Response<pb::Checkpoint>, Status> {
-        let r = request.into_inner();
+        let (caller, r) = whose(request)?;
         let (job, which) = parse(&r.name)?;
-        let checkpoint = self.0.get_checkpoint(job, which).await.map_err(status)?;
+        let checkpoint = self.0.get_checkpoint(&caller, job, which).await.map_err(status)?;
         Ok(Response::new(convert(checkpoint)))
     }
 
@@ -37,8 +38,8 @@ impl CheckpointService for Checkpoints {
         &self,
         request: Request<pb::ListCheckpointsRequest>,
     ) -> Result<Response<pb::ListCheckpointsResponse>, Status> {
-        let r = request.into_inner();
-        let all = self.0.list_checkpoints(job_id("parent", &r.parent)?).await.map_err(status)?;
+        let (caller, r) = whose(request)?;
+        let all = self.0.list_checkpoints(&caller, job_id("parent", &r.parent)?).await.map_err(status)?;
         Ok(Response::new(pb::ListCheckpointsResponse { checkpoints: all.into_iter().map(convert).collect() }))
     }
 
@@ -46,11 +47,11 @@ impl CheckpointService for Checkpoints {
         &self,
         request: Request<pb::DeleteCheckpointRequest>,
     ) -> Result<Response<pb::DeleteCheckpointResponse>, Status> {
-        let r = request.into_inner();
+        let (caller, r) = whose(request)?;
         let (job, CheckpointRef::Step(step)) = parse(&r.name)? else {
             return Err(invalid("name", "must name a step: latest and best may move between the look and the deletion"));
         };
-        self.0.delete_checkpoint(job, step).await.map_err(status)?;
+        self.0.delete_checkpoint(&caller, job, step).await.map_err(status)?;
         Ok(Response::new(pb::DeleteCheckpointResponse {}))
     }
 
@@ -58,11 +59,11 @@ impl CheckpointService for Checkpoints {
         &self,
         request: Request<pb::ExportCheckpointRequest>,
     ) -> Result<Response<pb::ExportCheckpointResponse>, Status> {
-        let r = request.into_inner();
+        let (caller, r) = whose(request)?;
         let (job, which) = parse(&r.name)?;
-        let export = self.0.export_checkpoint(job, which, format(r.format)?).await.map_err(status)?;
+        let export = self.0.export_checkpoint(&caller, job, which, format(r.format)?).await.map_err(status)?;
         let files = export.files.into_iter().map(file).collect();
-        Ok(Response::new(pb::ExportCheckpointResponse { path: export.path.display().to_string(), files }))
+        Ok(Response::new(pb::ExportCheckpointResponse { path: export.location, files }))
     }
 
     type DownloadCheckpointStream = ReceiverStream<Result<pb::DownloadCheckpointResponse, Status>>;
@@ -71,9 +72,9 @@ impl CheckpointService for Checkpoints {
         &self,
         request: Request<pb::DownloadCheckpointRequest>,
     ) -> Result<Response<Self::DownloadCheckpointStream>, Status> {
-        let r = request.into_inner();
+        let (caller, r) = whose(request)?;
         let (job, which) = parse(&r.name)?;
-        let export = self.0.export_checkpoint(job, which, format(r.format)?).await.map_err(status)?;
+        let export = self.0.export_checkpoint(&caller, job, which, format(r.format)?).await.map_err(status)?;
         let (sender, receiver) = mpsc::channel(BUFFER);
         tokio::spawn(async move {
             for f in export.files {

@@ -2,7 +2,7 @@
 
 /// A point in time and a choice of fields, as messages carry them.
 pub use prost_types::{FieldMask, Timestamp};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -11,7 +11,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 /// What a server answers when it refuses.
 pub use tonic::Status;
-use tonic::transport::{Channel, Endpoint};
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic_types::StatusExt;
 
 use super::pb;
@@ -82,48 +85,106 @@ fn describe(status: &Status) -> String {
 /// The result of a call.
 pub type Result<T> = std::result::Result<T, ClientError>;
 
+/// Where a server is, and how a client shows who it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Target {
+    /// `http://HOST:PORT`, or `https://…` with TLS.
+    pub address: String,
+    /// A bearer token.
+    pub token: Option<String>,
+    /// The authority that signed the server's certificate, PEM; `None` is the system's.
+    pub tls_ca: Option<PathBuf>,
+    /// The client's own certificate and key, PEM, for servers that ask for one.
+    pub tls_identity: Option<(PathBuf, PathBuf)>,
+}
+
+impl Target {
+    /// A server without TLS and tokens.
+    pub fn plain(address: impl Into<String>) -> Self {
+        Target { address: address.into(), ..Target::default() }
+    }
+
+    fn tls(&self) -> Result<ClientTlsConfig> {
+        let read = |path: &Path| std::fs::read(path).map_err(|source| ClientError::File { path: path.display().to_string(), source });
+        let mut config = match &self.tls_ca {
+            Some(ca) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(ca)?)),
+            None => ClientTlsConfig::new().with_native_roots(),
+        };
+        if let Some((certificate, key)) = &self.tls_identity {
+            config = config.identity(Identity::from_pem(read(certificate)?, read(key)?));
+        }
+        Ok(config)
+    }
+}
+
+/// Adds the token to every call.
+#[derive(Clone)]
+pub struct Bearer(Option<MetadataValue<Ascii>>);
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: tonic::Request<()>) -> std::result::Result<tonic::Request<()>, Status> {
+        if let Some(token) = &self.0 {
+            request.metadata_mut().insert("authorization", token.clone());
+        }
+        Ok(request)
+    }
+}
+
+/// What calls go through.
+pub type Transport = InterceptedService<Channel, Bearer>;
+
 /// A connection to a server.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Client {
     channel: Channel,
+    bearer: Bearer,
 }
 
 impl Client {
-    /// Connects to `address`, e.g. `http://127.0.0.1:50051`.
-    pub async fn connect(address: &str, timeout: Duration) -> Result<Self> {
-        let unreachable = |reason: String| ClientError::Unreachable { address: address.to_owned(), reason };
-        let endpoint = Endpoint::from_shared(address.to_owned())
-            .map_err(|e| unreachable(e.to_string()))?
-            .connect_timeout(timeout)
-            .http2_keep_alive_interval(Duration::from_secs(30))
-            .keep_alive_while_idle(true);
+    /// Connects to a server.
+    pub async fn connect(target: &Target, timeout: Duration) -> Result<Self> {
+        let address = &target.address;
+        let unreachable = |reason: String| ClientError::Unreachable { address: address.clone(), reason };
+        let mut bearer = Bearer(None);
+        if let Some(token) = &target.token {
+            let mut value: MetadataValue<Ascii> = format!("Bearer {token}")
+                .parse()
+                .map_err(|_| ClientError::Protocol("the token holds characters that no token has".into()))?;
+            value.set_sensitive(true);
+            bearer = Bearer(Some(value));
+        }
+        let mut endpoint = Endpoint::from_shared(address.clone()).map_err(|e| unreachable(e.to_string()))?;
+        if address.starts_with("https:") {
+            endpoint = endpoint.tls_config(target.tls()?).map_err(|e| unreachable(root_cause(&e)))?;
+        }
+        let endpoint = endpoint.connect_timeout(timeout).http2_keep_alive_interval(Duration::from_secs(30)).keep_alive_while_idle(true);
         let channel = endpoint.connect().await.map_err(|e| unreachable(root_cause(&e)))?;
-        Ok(Client { channel })
+        Ok(Client { channel, bearer })
     }
 
     /// Training jobs.
-    pub fn training(&self) -> TrainingServiceClient<Channel> {
-        TrainingServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    pub fn training(&self) -> TrainingServiceClient<Transport> {
+        TrainingServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone()).max_decoding_message_size(MAX_MESSAGE)
     }
 
     /// Datasets.
-    pub fn datasets(&self) -> DatasetServiceClient<Channel> {
-        DatasetServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    pub fn datasets(&self) -> DatasetServiceClient<Transport> {
+        DatasetServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone()).max_decoding_message_size(MAX_MESSAGE)
     }
 
     /// Checkpoints.
-    pub fn checkpoints(&self) -> CheckpointServiceClient<Channel> {
-        CheckpointServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    pub fn checkpoints(&self) -> CheckpointServiceClient<Transport> {
+        CheckpointServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone()).max_decoding_message_size(MAX_MESSAGE)
     }
 
     /// Scoring.
-    pub fn scoring(&self) -> ScoringServiceClient<Channel> {
-        ScoringServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    pub fn scoring(&self) -> ScoringServiceClient<Transport> {
+        ScoringServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone()).max_decoding_message_size(MAX_MESSAGE)
     }
 
     /// Models.
-    pub fn models(&self) -> ModelServiceClient<Channel> {
-        ModelServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    pub fn models(&self) -> ModelServiceClient<Transport> {
+        ModelServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone()).max_decoding_message_size(MAX_MESSAGE)
     }
 
     /// Whether the server says SERVING.

@@ -2,6 +2,7 @@
 
 use tonic::{Request, Response, Status, Streaming};
 
+use super::auth::whose;
 use super::convert::{dataset as convert, dataset_id, page_size};
 use super::pb::{self, dataset_service_server::DatasetService, upload_dataset_request::Part};
 use super::status::{incomplete, status};
@@ -17,11 +18,11 @@ pub(super) struct Datasets(pub Service);
 #[tonic::async_trait]
 impl DatasetService for Datasets {
     async fn upload_dataset(&self, request: Request<Streaming<pb::UploadDatasetRequest>>) -> Result<Response<pb::Dataset>, Status> {
-        let mut stream = request.into_inner();
+        let (caller, mut stream) = whose(request)?;
         let Some(Part::Metadata(meta)) = stream.message().await?.and_then(|m| m.part) else {
             return Err(incomplete("the first message of an upload must be metadata"));
         };
-        let mut upload = self.0.begin_upload(convert::upload_meta(meta)?).await.map_err(status)?;
+        let mut upload = self.0.begin_upload(&caller, convert::upload_meta(meta)?).await.map_err(status)?;
         while let Some(message) = stream.message().await? {
             match message.part {
                 Some(Part::Chunk(bytes)) if bytes.len() <= MAX_CHUNK => upload.write(&bytes).await.map_err(status)?,
@@ -37,21 +38,21 @@ impl DatasetService for Datasets {
     }
 
     async fn get_dataset(&self, request: Request<pb::GetDatasetRequest>) -> Result<Response<pb::Dataset>, Status> {
-        let r = request.into_inner();
-        let dataset = self.0.get_dataset(dataset_id("name", &r.name)?).await.map_err(status)?;
+        let (caller, r) = whose(request)?;
+        let dataset = self.0.get_dataset(&caller, dataset_id("name", &r.name)?).await.map_err(status)?;
         Ok(Response::new(convert::dataset(dataset, true)))
     }
 
     async fn list_datasets(&self, request: Request<pb::ListDatasetsRequest>) -> Result<Response<pb::ListDatasetsResponse>, Status> {
-        let r = request.into_inner();
-        let page = self.0.list_datasets(page_size(r.page_size, 50)?, &r.page_token).await.map_err(status)?;
+        let (caller, r) = whose(request)?;
+        let page = self.0.list_datasets(&caller, page_size(r.page_size, 50)?, &r.page_token).await.map_err(status)?;
         let datasets = page.items.into_iter().map(|d| convert::dataset(d, false)).collect();
         Ok(Response::new(pb::ListDatasetsResponse { datasets, next_page_token: page.next_page_token }))
     }
 
     async fn delete_dataset(&self, request: Request<pb::DeleteDatasetRequest>) -> Result<Response<pb::DeleteDatasetResponse>, Status> {
-        let r = request.into_inner();
-        self.0.delete_dataset(dataset_id("name", &r.name)?).await.map_err(status)?;
+        let (caller, r) = whose(request)?;
+        self.0.delete_dataset(&caller, dataset_id("name", &r.name)?).await.map_err(status)?;
         Ok(Response::new(pb::DeleteDatasetResponse {}))
     }
 }

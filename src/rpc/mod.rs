@@ -2,11 +2,13 @@
 //!
 //! **Only this layer knows protobuf, and only `status.rs` makes a gRPC status.**
 
+mod auth;
 mod checkpoint;
 pub mod client;
 mod convert;
 mod dataset;
 mod http;
+mod listener;
 mod model;
 mod observe;
 pub mod pb;
@@ -21,9 +23,9 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tonic::codec::CompressionEncoding;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 
 pub use self::http::serve_http;
+pub use self::listener::{Tls, TlsError, TlsFiles};
 use self::pb::checkpoint_service_server::CheckpointServiceServer;
 use self::pb::dataset_service_server::DatasetServiceServer;
 use self::pb::model_service_server::ModelServiceServer;
@@ -37,6 +39,12 @@ const MAX_STREAMS: u32 = 1024;
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// HTTP/2 pings find out that a client's machine is gone.
 const KEEPALIVE: Duration = Duration::from_secs(30);
+/// How long the answer to a ping may take.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Bytes of a call's headers.
+const MAX_HEADERS: u32 = 16 << 10;
+/// What calls on a connection that has become too old get to end; event streams go on elsewhere from their last sequence.
+const AGE_GRACE: Duration = Duration::from_secs(60);
 
 /// Limits of the gRPC port.
 #[derive(Clone, Debug)]
@@ -45,6 +53,14 @@ pub struct ServeOptions {
     pub max_message_bytes: usize,
     /// How long open calls may go on after a drain began.
     pub drain_timeout: Duration,
+    /// Encryption, and whether clients need certificates.
+    pub tls: Option<Tls>,
+    /// Whether callers need a bearer token.
+    pub tokens: bool,
+    /// Connections that may be open.
+    pub max_connections: usize,
+    /// When a connection is closed so that its client spreads over the replicas anew; `None` is never.
+    pub max_connection_age: Option<Duration>,
 }
 
 /// Why the server could not serve.
@@ -88,10 +104,17 @@ pub async fn serve(
             .register_encoded_file_descriptor_set(pb::FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
-    let router = Server::builder()
-        .layer(observe::ObserveLayer)
+    let mut builder = Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
-        .max_concurrent_streams(MAX_STREAMS)
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .http2_max_header_list_size(MAX_HEADERS)
+        .max_concurrent_streams(MAX_STREAMS);
+    if let Some(age) = options.max_connection_age {
+        builder = builder.max_connection_age(age).max_connection_age_grace(AGE_GRACE);
+    }
+    let router = builder
+        .layer(observe::ObserveLayer)
+        .layer(auth::AuthLayer { service: service.clone(), required: options.tokens })
         .add_service(health_service)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?)
@@ -102,7 +125,7 @@ pub async fn serve(
         .add_service(models);
 
     let (stop, mut stopping) = watch::channel(false);
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let incoming = listener::incoming(listener, options.tls, options.max_connections);
     let server = router.serve_with_incoming_shutdown(incoming, async move {
         let _ = stopping.wait_for(|s| *s).await;
     });

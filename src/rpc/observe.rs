@@ -3,17 +3,22 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tonic::Code;
-use tonic::codegen::http::{HeaderValue, Request, Response};
+use tonic::body::Body;
+use tonic::codegen::http::{HeaderMap, HeaderValue, Request, Response};
 use tower::{Layer, Service};
 use tracing::Instrument;
 
 use super::status;
+use crate::jobs::error::ServiceError;
 
 /// The header that carries a request's id, taken from the client or made here, and given back.
 const REQUEST_ID: &str = "x-request-id";
+
+/// How much earlier than the transport a deadline is kept here.
+const TRANSPORT: Duration = Duration::from_millis(3);
 
 /// Adds [`Observe`] to a server.
 #[derive(Clone, Copy, Debug)]
@@ -33,16 +38,16 @@ pub(super) struct Observe<S> {
     inner: S,
 }
 
-impl<S, B, R> Service<Request<B>> for Observe<S>
+impl<S, B> Service<Request<B>> for Observe<S>
 where
-    S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
+    S: Service<Request<B>, Response = Response<Body>> + Clone + Send + 'static,
     S::Future: Send,
     S::Error: std::fmt::Display,
     B: Send + 'static,
 {
-    type Response = Response<R>;
+    type Response = Response<Body>;
     type Error = S::Error;
-    type Future = Pin<Box<dyn Future<Output = Result<Response<R>, S::Error>> + Send>>;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, S::Error>> + Send>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(cx)
@@ -53,10 +58,17 @@ where
         let id = request.headers().get(REQUEST_ID).and_then(|v| v.to_str().ok()).filter(|v| v.len() <= 128).map(str::to_owned);
         let id = id.unwrap_or_else(|| uuid::Uuid::now_v7().to_string());
         let span = tracing::info_span!("rpc", method, request_id = id);
+        let deadline = deadline(request.headers());
         let call = self.inner.call(request);
         let start = Instant::now();
         let observed = async move {
-            let mut result = call.await;
+            // Dropping the call abandons its work: what waits for the device never reaches it.
+            let mut result = match deadline {
+                Some(left) => tokio::time::timeout(left, call)
+                    .await
+                    .unwrap_or_else(|_| Ok(status::status(ServiceError::DeadlineExceeded).into_http())),
+                None => call.await,
+            };
             let code = match &mut result {
                 Ok(response) => {
                     if let Ok(value) = HeaderValue::from_str(&id) {
@@ -85,10 +97,49 @@ where
     }
 }
 
+/// What a client's `grpc-timeout` leaves, a little less: the transport ends the call on time, but without details.
+fn deadline(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get("grpc-timeout")?.to_str().ok()?;
+    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    // At most eight digits, by the protocol.
+    let n: u64 = Some(number).filter(|n| n.len() <= 8)?.parse().ok()?;
+    let left = match unit {
+        "H" => Duration::from_secs(n * 3600),
+        "M" => Duration::from_secs(n * 60),
+        "S" => Duration::from_secs(n),
+        "m" => Duration::from_millis(n),
+        "u" => Duration::from_micros(n),
+        "n" => Duration::from_nanos(n),
+        _ => return None,
+    };
+    Some(left.saturating_sub(TRANSPORT))
+}
+
 /// Only the server's own methods become label values: a client cannot make up new ones.
 fn label(path: &str) -> String {
     match path.strip_prefix('/').filter(|p| p.starts_with("bradley.v1.") || p.starts_with("grpc.")) {
         Some(p) if p.len() <= 96 && p.matches('/').count() == 1 => p.to_owned(),
         _ => "unknown".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deadlines_are_read_in_every_unit() {
+        let left = |text: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert("grpc-timeout", HeaderValue::from_str(text).unwrap());
+            deadline(&headers)
+        };
+        assert_eq!(left("2S"), Some(Duration::from_millis(1997)));
+        assert_eq!(left("50m"), Some(Duration::from_millis(47)));
+        assert_eq!(left("1n"), Some(Duration::ZERO));
+        assert_eq!(left("1H"), Some(Duration::from_secs(3600) - TRANSPORT));
+        for wrong in ["", "S", "1x", "123456789S", "é"] {
+            assert_eq!(left(wrong), None, "{wrong:?}");
+        }
     }
 }

@@ -5,6 +5,7 @@ use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::auth::whose;
 use super::convert::scoring as convert;
 use super::pb::{self, scoring_service_server::ScoringService, stream_score_pairs_request::Part};
 use super::status::{incomplete, message, status};
@@ -30,12 +31,12 @@ type Scored = Result<ScoredPair, ServiceError>;
 #[tonic::async_trait]
 impl ScoringService for Scoring {
     async fn score_pairs(&self, request: Request<pb::ScorePairsRequest>) -> Result<Response<pb::ScorePairsResponse>, Status> {
-        let r = request.into_inner();
+        let (caller, r) = whose(request)?;
         let (options, per_token) = convert::options(r.options)?;
         if r.pairs.is_empty() || r.pairs.len() > MAX_PAIRS {
             return Err(status(ServiceError::invalid("pairs", format!("has {} pairs: send 1 to {MAX_PAIRS}", r.pairs.len()))));
         }
-        let session = self.0.scoring_session(options).await.map_err(status)?;
+        let session = self.0.scoring_session(&caller, options).await.map_err(status)?;
         // Dropped with this call: what its client no longer waits for is abandoned.
         let mut tasks = JoinSet::new();
         let mut results: Vec<(String, Option<Scored>)> = Vec::with_capacity(r.pairs.len());
@@ -70,12 +71,12 @@ impl ScoringService for Scoring {
         &self,
         request: Request<Streaming<pb::StreamScorePairsRequest>>,
     ) -> Result<Response<Self::StreamScorePairsStream>, Status> {
-        let mut requests = request.into_inner();
+        let (caller, mut requests) = whose(request)?;
         let Some(Part::Options(options)) = requests.message().await?.and_then(|m| m.part) else {
             return Err(incomplete("the first message of a scoring stream must be options"));
         };
         let (options, per_token) = convert::options(Some(options))?;
-        let session = self.0.scoring_session(options).await.map_err(status)?;
+        let session = self.0.scoring_session(&caller, options).await.map_err(status)?;
         let (answers, receiver) = mpsc::channel(BUFFER);
         tokio::spawn(async move {
             if let Err(e) = follow(requests, &answers, &session, per_token).await {
@@ -89,7 +90,7 @@ impl ScoringService for Scoring {
         &self,
         request: Request<pb::ScoreCompletionsRequest>,
     ) -> Result<Response<pb::ScoreCompletionsResponse>, Status> {
-        let r = request.into_inner();
+        let (caller, r) = whose(request)?;
         let (options, per_token) = convert::options(r.options)?;
         let n = r.completions.len();
         if n == 0 || n > MAX_COMPLETIONS {
@@ -100,7 +101,7 @@ impl ScoringService for Scoring {
         for (i, c) in r.completions.into_iter().enumerate() {
             completions.push(convert::text(&format!("completions[{i}]"), Some(c)).map_err(status)?);
         }
-        let session = self.0.scoring_session(options).await.map_err(status)?;
+        let session = self.0.scoring_session(&caller, options).await.map_err(status)?;
         let scored = session.score_completions(&prompt, &completions).await.map_err(status)?;
         let good: Vec<usize> = scored.iter().enumerate().filter(|(_, s)| s.is_ok()).map(|(i, _)| i).collect();
         let rewards: Vec<f64> = scored.iter().flatten().map(|s| s.reward).collect();

@@ -25,9 +25,11 @@ pub fn status(e: ServiceError) -> Status {
             details.set_resource_info(*kind, name, "", "does not exist");
             (Code::NotFound, "NOT_FOUND")
         }
+        ServiceError::PermissionDenied { .. } => (Code::PermissionDenied, "PERMISSION_DENIED"),
+        ServiceError::Unauthenticated { .. } => (Code::Unauthenticated, "UNAUTHENTICATED"),
         ServiceError::FailedPrecondition { reason, .. } => (Code::FailedPrecondition, *reason),
         ServiceError::AlreadyExists { .. } => (Code::AlreadyExists, "REQUEST_ID_REUSED"),
-        ServiceError::Aborted { .. } => (Code::Aborted, "ETAG_STALE"),
+        ServiceError::Aborted { reason, .. } => (Code::Aborted, *reason),
         ServiceError::Unavailable { reason, retry_after, .. } => {
             details.set_retry_info(Some(*retry_after));
             (Code::Unavailable, *reason)
@@ -87,9 +89,11 @@ mod tests {
         let cases = [
             (ServiceError::invalid("training_job.dpo.beta", "is 0"), Code::InvalidArgument, "INVALID_ARGUMENT"),
             (ServiceError::not_found("job", "trainingJobs/x"), Code::NotFound, "NOT_FOUND"),
+            (ServiceError::PermissionDenied { message: "m".into() }, Code::PermissionDenied, "PERMISSION_DENIED"),
+            (ServiceError::Unauthenticated { message: "m".into() }, Code::Unauthenticated, "UNAUTHENTICATED"),
             (ServiceError::FailedPrecondition { reason: "IN_USE", message: "m".into() }, Code::FailedPrecondition, "IN_USE"),
             (ServiceError::AlreadyExists { message: "m".into() }, Code::AlreadyExists, "REQUEST_ID_REUSED"),
-            (ServiceError::Aborted { message: "m".into() }, Code::Aborted, "ETAG_STALE"),
+            (ServiceError::Aborted { reason: "ETAG_STALE", message: "m".into() }, Code::Aborted, "ETAG_STALE"),
             (ServiceError::Unavailable { reason: "QUEUE_FULL", message: "m".into(), retry_after }, Code::Unavailable, "QUEUE_FULL"),
             (ServiceError::ResourceExhausted { reason: "OUT_OF_MEMORY", message: "m".into() }, Code::ResourceExhausted, "OUT_OF_MEMORY"),
             (ServiceError::OutOfRange { message: "m".into() }, Code::OutOfRange, "CURSOR_OUT_OF_RANGE"),

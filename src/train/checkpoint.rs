@@ -248,6 +248,11 @@ pub fn check(dir: &Path) -> Result<(), CheckpointError> {
     verify(dir).map(|_| ())
 }
 
+/// What tells a checkpoint from any other: the hash of its state file, which lists the hashes of its other files.
+pub fn digest(dir: &Path) -> Result<String, CheckpointError> {
+    checksum(&dir.join(STATE_FILE))
+}
+
 /// Reads a checkpoint's description and checks every file against its checksum.
 fn verify(dir: &Path) -> Result<StateFile, CheckpointError> {
     let file = read_state(dir)?;

@@ -39,13 +39,6 @@ pub enum RunEvent {
         /// Metrics then.
         metrics: Metrics,
     },
-    /// A checkpoint could not be used to continue from and is no good to anyone.
-    Damaged {
-        /// Its step.
-        step: u64,
-        /// What is wrong with it.
-        reason: String,
-    },
     /// A message for people.
     Log {
         /// info, warning, error.

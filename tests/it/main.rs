@@ -1,6 +1,7 @@
 //! Integration tests, one binary.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+mod backends;
 mod clients;
 mod command_line;
 mod crash;
@@ -13,6 +14,8 @@ mod hostile;
 mod hub;
 mod layers;
 mod lifecycle;
+mod replicas;
+mod security;
 mod server;
 mod service;
 mod smollm2;

@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use bradley::rpc::client::Client;
+use bradley::rpc::client::{Client, Target};
 use bradley::rpc::pb;
 
 use crate::support::golden;
@@ -29,6 +29,11 @@ impl Server {
 
     /// Starts a server and waits until it serves.
     pub fn start_with(data_dir: &Path, models: &str, flags: &[&str]) -> Self {
+        Self::start_in(data_dir, models, flags, &[])
+    }
+
+    /// The same with variables of its environment.
+    pub fn start_in(data_dir: &Path, models: &str, flags: &[&str], environment: &[(&str, &str)]) -> Self {
         let http_port = free_port();
         let mut child = Command::new(env!("CARGO_BIN_EXE_bradley"))
             .args(["serve", "--listen", "127.0.0.1:0", "--log-format", "json", "--models", models])
@@ -37,6 +42,7 @@ impl Server {
             .arg("--data-dir")
             .arg(data_dir)
             .env_remove("BRADLEY_CONFIG")
+            .envs(environment.iter().copied())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
@@ -63,7 +69,7 @@ impl Server {
 
     /// A connected client.
     pub async fn client(&self) -> Client {
-        Client::connect(&self.address, Duration::from_secs(10)).await.unwrap()
+        Client::connect(&Target::plain(&self.address), Duration::from_secs(10)).await.unwrap()
     }
 
     /// SIGKILL.

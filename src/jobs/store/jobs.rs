@@ -1,31 +1,42 @@
 //! Jobs and their events. A change of a job and the events that tell of it are one transaction.
 
-use sqlx::{Sqlite, Transaction};
+use sqlx::{Any, AssertSqlSafe, Transaction};
 
 use super::rows::{EventRow, JobRow, to_json};
-use super::{Page, Store, now, page, parse_token};
+use super::{Dialect, Page, Store, now, page, parse_token};
 use crate::domain::job::{Event, EventKind, Job, JobState};
 use crate::jobs::error::{Result, ServiceError};
 
+/// How a client made a job.
+#[derive(Clone, Copy, Debug)]
+pub struct Creation<'a> {
+    /// The client's own id for the request, if any.
+    pub request_id: Option<&'a str>,
+    /// Of the request's body.
+    pub request_hash: &'a str,
+    /// Unfinished jobs that the owner may have.
+    pub quota: Option<u64>,
+}
+
 impl Store {
-    /// Adds a job with its first event, or returns the job that `request_id` already made from the same body.
-    pub async fn insert_job(&self, job: &Job, request_id: Option<&str>, request_hash: &str) -> Result<Job> {
+    /// Adds a job with its first event, or returns the job that the same owner's `request_id` already made from the same body.
+    ///
+    /// # Errors
+    /// `AlreadyExists` when it made another; `ResourceExhausted` when the owner has as many unfinished jobs as allowed.
+    pub async fn insert_job(&self, job: &Job, creation: Creation<'_>) -> Result<Job> {
         let mut tx = self.writer.begin().await?;
-        if let Some(id) = request_id {
-            let earlier: Option<JobRow> =
-                sqlx::query_as("SELECT * FROM jobs WHERE request_id = ?").bind(id).fetch_optional(&mut *tx).await?;
-            if let Some(earlier) = earlier {
-                if earlier.request_hash.as_deref() != Some(request_hash) {
-                    let message = format!("request_id {id:?} made trainingJobs/{} from another request: use a new request_id", earlier.id);
-                    return Err(ServiceError::AlreadyExists { message });
-                }
-                return earlier.try_into();
+        // Each owner's ids are their own.
+        let key = creation.request_id.map(|id| format!("{}/{id}", job.owner));
+        if let Some(quota) = creation.quota {
+            self.lock_owner(&mut tx, &job.owner).await?;
+            if key.is_none() || self.made_by(&mut tx, &key).await?.is_none() {
+                self.check_quota(&mut tx, &job.owner, quota).await?;
             }
         }
-        sqlx::query(
-            "INSERT INTO jobs
-                 (id, version, state, request, progress, latest_metrics, skipped_rows, create_time, request_id, request_hash, priority)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        let inserted: Option<i64> = sqlx::query_scalar(
+            "INSERT INTO jobs (id, version, state, request, progress, latest_metrics, skipped_rows, create_time, request_id, request_hash,
+                 priority, turn, owner)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) ON CONFLICT (request_id) DO NOTHING RETURNING seq",
         )
         .bind(&job.id)
         .bind(job.version)
@@ -35,65 +46,123 @@ impl Store {
         .bind(to_json(&job.latest_metrics)?)
         .bind(to_json(&job.skipped_rows)?)
         .bind(job.create_time)
-        .bind(request_id)
-        .bind(request_hash)
-        .bind(job.request.priority)
-        .execute(&mut *tx)
+        .bind(key.clone())
+        .bind(creation.request_hash)
+        .bind(i64::from(job.request.priority))
+        .bind(job.turn)
+        .bind(&job.owner)
+        .fetch_optional(&mut *tx)
         .await?;
+        if inserted.is_none() {
+            let earlier = self.made_by(&mut tx, &key).await?.ok_or_else(|| ServiceError::internal("a job could not be stored"))?;
+            if earlier.request_hash.as_deref() != Some(creation.request_hash) {
+                let id = creation.request_id.unwrap_or_default();
+                let message = format!("request_id {id:?} made trainingJobs/{} from another request: use a new request_id", earlier.id);
+                return Err(ServiceError::AlreadyExists { message });
+            }
+            return earlier.try_into();
+        }
         let created = EventKind::StateChange { from: None, to: job.state, reason: "created".into() };
-        self.append(&mut tx, &job.id, &created).await?;
+        let sequence = self.append(&mut tx, &job.id, &created).await?;
+        self.announce(&mut tx, job, sequence).await?;
         tx.commit().await?;
         Ok(job.clone())
     }
 
+    async fn made_by(&self, tx: &mut Transaction<'_, Any>, key: &Option<String>) -> Result<Option<JobRow>> {
+        Ok(sqlx::query_as("SELECT * FROM jobs WHERE request_id = $1").bind(key.clone()).fetch_optional(&mut **tx).await?)
+    }
+
+    /// Nobody else makes a job of this owner until the transaction ends.
+    async fn lock_owner(&self, tx: &mut Transaction<'_, Any>, owner: &str) -> Result<()> {
+        if self.dialect == Dialect::Postgres {
+            let lock = "SELECT COUNT(*) FROM (SELECT pg_advisory_xact_lock(hashtextextended($1, 0))) AS locked";
+            sqlx::query(lock).bind(owner).execute(&mut **tx).await?;
+        }
+        Ok(())
+    }
+
+    async fn check_quota(&self, tx: &mut Transaction<'_, Any>, owner: &str, quota: u64) -> Result<()> {
+        let count = format!("SELECT COUNT(*) FROM jobs WHERE owner = $1 AND state IN ({})", quoted(|s| !s.is_final()));
+        let unfinished: i64 = sqlx::query_scalar(AssertSqlSafe(count)).bind(owner).fetch_one(&mut **tx).await?;
+        if unfinished as u64 >= quota {
+            let message = format!("{unfinished} jobs of yours are unfinished, {quota} are allowed: wait for one or cancel one");
+            return Err(ServiceError::ResourceExhausted { reason: "TOO_MANY_JOBS", message });
+        }
+        Ok(())
+    }
+
     /// One job.
     pub async fn job(&self, id: &str) -> Result<Job> {
-        let row: Option<JobRow> = sqlx::query_as("SELECT * FROM jobs WHERE id = ?").bind(id).fetch_optional(&self.readers).await?;
+        let row: Option<JobRow> = sqlx::query_as("SELECT * FROM jobs WHERE id = $1").bind(id).fetch_optional(&self.readers).await?;
         row.ok_or_else(|| missing(id))?.try_into()
     }
 
-    /// Jobs in one of `states` (all when empty), newest first.
-    pub async fn jobs(&self, states: &[JobState], page_size: usize, page_token: &str) -> Result<Page<Job>> {
-        let wanted: Vec<&str> = if states.is_empty() { &JobState::ALL[..] } else { states }.iter().map(|s| s.name()).collect();
-        let rows: Vec<JobRow> =
-            sqlx::query_as("SELECT * FROM jobs WHERE state IN (SELECT value FROM json_each(?)) AND seq < ? ORDER BY seq DESC LIMIT ?")
-                .bind(to_json(&wanted)?)
-                .bind(parse_token(page_token)?)
-                .bind(page_size as i64 + 1)
-                .fetch_all(&self.readers)
-                .await?;
+    /// Jobs of `owner` (of everyone when `None`) in one of `states` (all when empty), newest first.
+    pub async fn jobs(&self, owner: Option<&str>, states: &[JobState], page_size: usize, page_token: &str) -> Result<Page<Job>> {
+        let wanted = quoted(|s| states.is_empty() || states.contains(&s));
+        let select =
+            format!("SELECT * FROM jobs WHERE state IN ({wanted}) AND seq < $1 AND ($2 = 0 OR owner = $3) ORDER BY seq DESC LIMIT $4");
+        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(select))
+            .bind(parse_token(page_token)?)
+            .bind(i64::from(owner.is_some()))
+            .bind(owner.unwrap_or_default())
+            .bind(page_size as i64 + 1)
+            .fetch_all(&self.readers)
+            .await?;
         page(rows, page_size, |r| r.seq)
     }
 
     /// Every job that is not in a final state, oldest first.
     pub async fn unfinished_jobs(&self) -> Result<Vec<Job>> {
-        let states: Vec<&str> = JobState::ALL.iter().filter(|s| !s.is_final()).map(|s| s.name()).collect();
-        let rows: Vec<JobRow> = sqlx::query_as("SELECT * FROM jobs WHERE state IN (SELECT value FROM json_each(?)) ORDER BY seq")
-            .bind(to_json(&states)?)
-            .fetch_all(&self.readers)
-            .await?;
+        let select = format!("SELECT * FROM jobs WHERE state IN ({}) ORDER BY seq", quoted(|s| !s.is_final()));
+        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(select)).fetch_all(&self.readers).await?;
         rows.into_iter().map(Job::try_from).collect()
     }
 
-    /// The queued job whose turn it is: the oldest of the highest priority.
+    /// Ended jobs whose time to live is over, at most `limit`.
+    pub async fn expired_jobs(&self, limit: usize) -> Result<Vec<Job>> {
+        let select = format!("SELECT * FROM jobs WHERE expire_time < {} ORDER BY expire_time LIMIT $1", self.dialect.now());
+        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(select)).bind(limit as i64).fetch_all(&self.readers).await?;
+        rows.into_iter().map(Job::try_from).collect()
+    }
+
+    /// The queued job whose turn it is: of the highest priority the one that waits longest.
     pub async fn next_queued(&self) -> Result<Option<Job>> {
-        let turn = "SELECT * FROM jobs WHERE state = 'queued' ORDER BY priority DESC, seq LIMIT 1";
-        let row: Option<JobRow> = sqlx::query_as(turn).fetch_optional(&self.readers).await?;
+        let row: Option<JobRow> = sqlx::query_as(NEXT).fetch_optional(&self.readers).await?;
         row.map(Job::try_from).transpose()
     }
 
-    /// Changes a job and appends the events that `change` returns, in one transaction. Returns the job and its newest sequence.
+    /// Changes a job for a client and appends the events that `change` returns, in one transaction. Returns the job and its newest sequence.
     ///
     /// # Errors
     /// Those of `change`; `FailedPrecondition` for an illegal state transition.
     pub async fn change_job(&self, id: &str, change: impl FnOnce(&mut Job) -> Result<Vec<EventKind>> + Send) -> Result<(Job, u64)> {
         let mut tx = self.writer.begin().await?;
-        let row: Option<JobRow> = sqlx::query_as("SELECT * FROM jobs WHERE id = ?").bind(id).fetch_optional(&mut *tx).await?;
-        let mut job: Job = row.ok_or_else(|| missing(id))?.try_into()?;
+        let row = self.locked(&mut tx, id).await?;
+        let changed = self.apply(&mut tx, row.try_into()?, change).await?;
+        tx.commit().await?;
+        Ok(changed)
+    }
+
+    /// A job's row, which nobody else changes until the transaction ends.
+    pub(super) async fn locked(&self, tx: &mut Transaction<'_, Any>, id: &str) -> Result<JobRow> {
+        let select = format!("SELECT * FROM jobs WHERE id = $1{}", self.dialect.for_update());
+        let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&mut **tx).await?;
+        row.ok_or_else(|| missing(id))
+    }
+
+    /// Stores what `change` makes of a job whose row is locked, and its events.
+    pub(super) async fn apply(
+        &self,
+        tx: &mut Transaction<'_, Any>,
+        mut job: Job,
+        change: impl FnOnce(&mut Job) -> Result<Vec<EventKind>>,
+    ) -> Result<(Job, u64)> {
         let before = job.state;
         let events = change(&mut job)?;
         if job.state != before && !before.may_become(job.state) {
-            let message = format!("trainingJobs/{id} is {}: it cannot become {}", before.name(), job.state.name());
+            let message = format!("trainingJobs/{} is {}: it cannot become {}", job.id, before.name(), job.state.name());
             return Err(ServiceError::FailedPrecondition { reason: "ILLEGAL_TRANSITION", message });
         }
         job.version += 1;
@@ -101,34 +170,36 @@ impl Store {
             job.end_time = Some(now());
         }
         sqlx::query(
-            "UPDATE jobs SET version = ?, state = ?, request = ?, priority = ?, error = ?, progress = ?, latest_metrics = ?, skipped_rows = ?,
-                 start_time = ?, end_time = ?
-             WHERE id = ?",
+            "UPDATE jobs SET version = $1, state = $2, request = $3, priority = $4, error = $5, progress = $6, latest_metrics = $7,
+                 skipped_rows = $8, start_time = $9, end_time = $10, turn = $11, expire_time = $12
+             WHERE id = $13",
         )
         .bind(job.version)
         .bind(job.state.name())
         .bind(to_json(&job.request)?)
-        .bind(job.request.priority)
+        .bind(i64::from(job.request.priority))
         .bind(job.error.as_ref().map(to_json).transpose()?)
         .bind(to_json(&job.progress)?)
         .bind(to_json(&job.latest_metrics)?)
         .bind(to_json(&job.skipped_rows)?)
         .bind(job.start_time)
         .bind(job.end_time)
-        .bind(id)
-        .execute(&mut *tx)
+        .bind(job.turn)
+        .bind(job.expire_time())
+        .bind(&job.id)
+        .execute(&mut **tx)
         .await?;
         let mut newest = 0;
         for event in &events {
-            newest = self.append(&mut tx, id, event).await?;
+            newest = self.append(tx, &job.id, event).await?;
         }
-        tx.commit().await?;
+        self.announce(tx, &job, newest).await?;
         Ok((job, newest))
     }
 
     /// Removes a job with its events and checkpoints.
     pub async fn delete_job(&self, id: &str) -> Result<()> {
-        sqlx::query("DELETE FROM jobs WHERE id = ?").bind(id).execute(&self.writer).await?;
+        sqlx::query("DELETE FROM jobs WHERE id = $1").bind(id).execute(&self.writer).await?;
         Ok(())
     }
 
@@ -138,7 +209,7 @@ impl Store {
     /// `OutOfRange` when the next one is not kept any more.
     pub async fn events(&self, job: &str, after: u64, limit: usize) -> Result<Vec<Event>> {
         let rows: Vec<EventRow> =
-            sqlx::query_as("SELECT sequence, time, body FROM events WHERE job = ? AND sequence > ? ORDER BY sequence LIMIT ?")
+            sqlx::query_as("SELECT sequence, time, body FROM events WHERE job = $1 AND sequence > $2 ORDER BY sequence LIMIT $3")
                 .bind(job)
                 .bind(after.min(i64::MAX as u64) as i64)
                 .bind(limit as i64)
@@ -156,29 +227,38 @@ impl Store {
 
     /// The newest sequence of a job.
     pub async fn newest_sequence(&self, job: &str) -> Result<u64> {
-        let newest: Option<i64> =
-            sqlx::query_scalar("SELECT MAX(sequence) FROM events WHERE job = ?").bind(job).fetch_one(&self.readers).await?;
-        Ok(newest.unwrap_or(0) as u64)
+        let newest: i64 = sqlx::query_scalar(NEWEST).bind(job).fetch_one(&self.readers).await?;
+        Ok(newest as u64)
     }
 
-    /// Appends an event, forgets the ones that it pushes past the limit, and returns its sequence.
-    pub(super) async fn append(&self, tx: &mut Transaction<'_, Sqlite>, job: &str, event: &EventKind) -> Result<u64> {
-        let sequence: i64 = sqlx::query_scalar(
-            "INSERT INTO events (job, sequence, time, body)
-             VALUES (?1, (SELECT COALESCE(MAX(sequence), 0) + 1 FROM events WHERE job = ?1), ?2, ?3) RETURNING sequence",
-        )
-        .bind(job)
-        .bind(now())
-        .bind(to_json(event)?)
-        .fetch_one(&mut **tx)
-        .await?;
-        sqlx::query("DELETE FROM events WHERE job = ? AND sequence <= ?")
+    /// Appends an event, forgets the ones that it pushes past the limit, and returns its sequence. The job's row is locked, so that sequences have
+    /// no gap.
+    pub(super) async fn append(&self, tx: &mut Transaction<'_, Any>, job: &str, event: &EventKind) -> Result<u64> {
+        let newest: i64 = sqlx::query_scalar(NEWEST).bind(job).fetch_one(&mut **tx).await?;
+        let sequence = newest + 1;
+        sqlx::query("INSERT INTO events (job, sequence, time, body) VALUES ($1, $2, $3, $4)")
+            .bind(job)
+            .bind(sequence)
+            .bind(now())
+            .bind(to_json(event)?)
+            .execute(&mut **tx)
+            .await?;
+        sqlx::query("DELETE FROM events WHERE job = $1 AND sequence <= $2")
             .bind(job)
             .bind(sequence.saturating_sub(self.events_kept))
             .execute(&mut **tx)
             .await?;
         Ok(sequence as u64)
     }
+}
+
+/// Whose turn it is.
+pub(super) const NEXT: &str = "SELECT * FROM jobs WHERE state = 'queued' ORDER BY priority DESC, turn, seq LIMIT 1";
+pub(super) const NEWEST: &str = "SELECT COALESCE(MAX(sequence), 0) FROM events WHERE job = $1";
+
+/// The names of some states, as a list for SQL.
+pub(super) fn quoted(wanted: impl Fn(JobState) -> bool) -> String {
+    JobState::ALL.into_iter().filter(|s| wanted(*s)).map(|s| format!("'{}'", s.name())).collect::<Vec<_>>().join(", ")
 }
 
 fn missing(id: &str) -> ServiceError {

@@ -1,4 +1,4 @@
-//! Rows as SQLite holds them, and how they become records.
+//! Rows as the database holds them, and how they become records.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -30,6 +30,10 @@ pub(super) struct JobRow {
     pub start_time: Option<Millis>,
     pub end_time: Option<Millis>,
     pub request_hash: Option<String>,
+    pub turn: Millis,
+    pub owner: String,
+    pub lease_token: i64,
+    pub lease_writes: i64,
 }
 
 impl TryFrom<JobRow> for Job {
@@ -49,6 +53,8 @@ impl TryFrom<JobRow> for Job {
             create_time: r.create_time,
             start_time: r.start_time,
             end_time: r.end_time,
+            turn: r.turn,
+            owner: r.owner,
         })
     }
 }
@@ -72,11 +78,12 @@ impl TryFrom<EventRow> for Event {
 pub(super) struct CheckpointRow {
     pub job: String,
     pub step: i64,
-    pub best: bool,
-    pub adapter: bool,
+    pub best: i64,
+    pub adapter: i64,
     pub size_bytes: i64,
     pub metrics: String,
     pub create_time: Millis,
+    pub digest: String,
 }
 
 impl TryFrom<CheckpointRow> for Checkpoint {
@@ -87,10 +94,11 @@ impl TryFrom<CheckpointRow> for Checkpoint {
             metrics: from_json(&r.metrics, "checkpoint metrics")?,
             job: r.job,
             step: r.step as u64,
-            best: r.best,
-            adapter: r.adapter,
+            best: r.best != 0,
+            adapter: r.adapter != 0,
             size_bytes: r.size_bytes as u64,
             create_time: r.create_time,
+            digest: r.digest,
         })
     }
 }
@@ -105,6 +113,7 @@ pub(super) struct DatasetRow {
     pub content_hash: String,
     pub report: String,
     pub create_time: Millis,
+    pub owner: String,
 }
 
 impl TryFrom<DatasetRow> for Dataset {
@@ -119,6 +128,7 @@ impl TryFrom<DatasetRow> for Dataset {
             size_bytes: r.size_bytes as u64,
             content_hash: r.content_hash,
             create_time: r.create_time,
+            owner: r.owner,
         })
     }
 }

@@ -12,11 +12,14 @@ use crate::domain::training::{
 };
 use crate::domain::violation::Violations;
 use crate::jobs::error::ServiceError;
+use crate::jobs::estimate::JobEstimate;
 use crate::jobs::lifecycle::JobChanges;
 use crate::rpc::pb;
 use crate::rpc::status::message;
 
 const LORA_LEARNING_RATE: f64 = 1e-4;
+/// A hundred years.
+const MAX_TTL: std::time::Duration = std::time::Duration::from_secs(100 * 366 * 24 * 3600);
 
 // ---- requests
 
@@ -85,14 +88,46 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
     // The ranges are the domain's to check, but all bad fields belong in one answer.
     spec.validate("training_job", &mut bad);
     let Some(policy) = policy else { return finish_never(bad) };
+    let ttl_ms = ttl(job.ttl, &mut bad);
     let (display_name, labels, priority) = (job.display_name, job.labels, job.priority);
-    let request = JobRequest { display_name, labels, priority, policy, reference, dataset: train, evaluation, spec, row_policy };
+    let request = JobRequest { display_name, labels, priority, policy, reference, dataset: train, evaluation, spec, row_policy, ttl_ms };
     finish(request, bad)
+}
+
+/// A time to live in milliseconds.
+fn ttl(given: Option<prost_types::Duration>, bad: &mut Violations) -> Option<u64> {
+    let ttl = given?;
+    match std::time::Duration::try_from(ttl) {
+        Ok(ttl) if ttl <= MAX_TTL => Some(ttl.as_millis() as u64),
+        _ => {
+            bad.push("training_job.ttl", format!("is {} s: it must lie between 0 and {} s", ttl.seconds, MAX_TTL.as_secs()));
+            None
+        }
+    }
+}
+
+/// What a job would cost.
+pub(in crate::rpc) fn estimate(e: JobEstimate) -> pb::EstimateTrainingJobResponse {
+    pb::EstimateTrainingJobResponse {
+        train_pairs: e.train_pairs,
+        eval_pairs: e.eval_pairs,
+        skipped_rows: e.skipped_rows,
+        total_steps: e.total_steps,
+        tokens: e.tokens,
+        longest_pair_tokens: e.longest_pair_tokens,
+        memory_bytes: e.memory_bytes,
+        memory_limit_bytes: e.memory_limit_bytes,
+        duration: Some(duration(e.seconds)),
+    }
+}
+
+fn duration(seconds: f64) -> prost_types::Duration {
+    prost_types::Duration { seconds: seconds as i64, nanos: (seconds.fract() * 1e9) as i32 }
 }
 
 /// The fields of `job` that `mask` names; without a mask all that may change.
 pub(in crate::rpc) fn changes(job: pb::TrainingJob, mask: Option<prost_types::FieldMask>) -> Result<JobChanges, Status> {
-    const CHANGEABLE: [&str; 3] = ["display_name", "labels", "priority"];
+    const CHANGEABLE: [&str; 4] = ["display_name", "labels", "priority", "ttl"];
     let paths = mask.map(|m| m.paths).filter(|p| !p.is_empty()).unwrap_or_else(|| CHANGEABLE.map(str::to_owned).to_vec());
     let mut bad = Violations::default();
     for (i, path) in paths.iter().enumerate().filter(|(_, p)| !CHANGEABLE.contains(&p.as_str())) {
@@ -103,6 +138,7 @@ pub(in crate::rpc) fn changes(job: pb::TrainingJob, mask: Option<prost_types::Fi
         display_name: named("display_name").then_some(job.display_name),
         labels: named("labels").then_some(job.labels),
         priority: named("priority").then_some(job.priority),
+        ttl_ms: named("ttl").then(|| ttl(job.ttl, &mut bad)),
     };
     finish(changes, bad)
 }
@@ -299,6 +335,8 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
         end_time: j.end_time.map(timestamp),
         latest_metrics: j.latest_metrics,
         skipped_rows: j.skipped_rows,
+        owner: j.owner,
+        ttl: r.ttl_ms.map(|ms| prost_types::Duration { seconds: (ms / 1000) as i64, nanos: (ms % 1000) as i32 * 1_000_000 }),
     }
 }
 

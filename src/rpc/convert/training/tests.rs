@@ -19,6 +19,8 @@ fn stored(request: JobRequest) -> Job {
         create_time: 1_700_000_000_123,
         start_time: None,
         end_time: None,
+        turn: 0,
+        owner: String::new(),
     }
 }
 

@@ -1,0 +1,101 @@
+//! What a job would cost, before it is made: its rows are tokenised as the job would, memory is the engine's own estimate, and time comes from scoring
+//! some of its pairs now.
+
+use std::time::Instant;
+
+use super::error::Result;
+use super::runner::prepare;
+use super::service::Service;
+use crate::domain::access::Caller;
+use crate::domain::job::JobRequest;
+use crate::domain::training::Method;
+use crate::engine::api::{ScoreItem, WeightsRef};
+use crate::train::pair::EncodedPair;
+
+/// Tokens that are scored to see how fast the device is.
+const CALIBRATION: usize = 1024;
+
+/// What a job would cost.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JobEstimate {
+    /// Pairs to train on.
+    pub train_pairs: u64,
+    /// Pairs to evaluate on.
+    pub eval_pairs: u64,
+    /// Rows that would be left out.
+    pub skipped_rows: u64,
+    /// Optimizer steps.
+    pub total_steps: u64,
+    /// Packed tokens of all steps: each prompt once for both answers.
+    pub tokens: u64,
+    /// The longest pair, in packed tokens.
+    pub longest_pair_tokens: u64,
+    /// Bytes at the peak, the resident base models included.
+    pub memory_bytes: u64,
+    /// Bytes that jobs may need on this server.
+    pub memory_limit_bytes: u64,
+    /// Seconds on a device that does nothing else.
+    pub seconds: f64,
+}
+
+impl Service {
+    /// Estimates a job without making it.
+    ///
+    /// # Errors
+    /// Those of `create_job`, as far as they can be found now.
+    pub async fn estimate_job(&self, caller: &Caller, request: JobRequest) -> Result<JobEstimate> {
+        self.refuse_when_draining()?;
+        let request = self.check_request(caller, request, None).await?;
+        let job = Service::draft(caller, request);
+        let _permit = self.tokenise_permit().await?;
+        let prepared = prepare(self, &job).await?;
+        let (train, eval) = (&prepared.train, &prepared.eval);
+        let packed = |pairs: &[EncodedPair]| pairs.iter().map(EncodedPair::packed_tokens).sum::<usize>();
+        let longest = train.iter().chain(eval).map(EncodedPair::packed_tokens).max().unwrap_or(0);
+        let spec = &job.request.spec;
+        let (memory_bytes, memory_limit_bytes) = self.inner.engine.memory(&prepared.model, spec, longest)?;
+
+        let total_steps = spec.batch.total_steps(train.len());
+        let epochs = total_steps as f64 / spec.batch.steps_per_epoch(train.len()).max(1) as f64;
+        let mean = packed(train) as f64 / train.len() as f64;
+        let tokens = epochs * train.len() as f64 * mean;
+        let evaluations = match (eval.is_empty(), spec.run.eval_steps) {
+            (true, _) => 0,
+            (false, 0) => 1,
+            (false, every) => total_steps.div_ceil(every),
+        };
+        let forward = self.seconds_per_token(&prepared.model, train).await?;
+        // In passes over a token: forward, and backward to the activations; full training goes back to the weights, too. The reference is computed
+        // once for each pair and then remembered.
+        let passes = if matches!(spec.method, Method::Full) { 3.0 } else { 2.0 };
+        let reference = if prepared.reference.is_some() { (packed(train) as f64).min(tokens) } else { 0.0 };
+        let evaluated = evaluations as f64 * packed(eval) as f64;
+        Ok(JobEstimate {
+            train_pairs: train.len() as u64,
+            eval_pairs: eval.len() as u64,
+            skipped_rows: prepared.skipped.len() as u64,
+            total_steps,
+            tokens: tokens.round() as u64,
+            longest_pair_tokens: longest as u64,
+            memory_bytes,
+            memory_limit_bytes,
+            seconds: forward * (passes * tokens + reference + evaluated),
+        })
+    }
+
+    /// Scores some pairs with the base model; while something else uses the device, its time is counted too.
+    async fn seconds_per_token(&self, model: &str, pairs: &[EncodedPair]) -> Result<f64> {
+        let (mut tokens, mut groups) = (0, Vec::new());
+        for pair in pairs {
+            if tokens > 0 && tokens + pair.packed_tokens() > CALIBRATION {
+                break;
+            }
+            tokens += pair.packed_tokens();
+            groups.extend(pair.groups());
+        }
+        let weights = WeightsRef::Base { model: model.to_owned() };
+        let start = Instant::now();
+        self.inner.engine.score(&weights, None, ScoreItem { groups }).await?;
+        Ok(start.elapsed().as_secs_f64() / tokens.max(1) as f64)
+    }
+}

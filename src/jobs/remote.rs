@@ -1,0 +1,183 @@
+//! Artifacts beyond one machine: an object store (S3, GCS, Azure, or a shared folder) that holds what every replica must find. The data directory is
+//! then a cache of it.
+//!
+//! A checkpoint lies under the hash of its contents, so that a worker that lost its lease can never overwrite what its successor wrote.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use object_store::path::Path as Key;
+use object_store::{ObjectStore, ObjectStoreExt, WriteMultipart};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio_stream::StreamExt;
+
+use super::artifacts::failed;
+use super::error::{Result, ServiceError};
+
+/// Bytes of one part of an upload.
+const PART: usize = 8 << 20;
+/// Parts of an upload on their way at a time.
+const PARTS: usize = 4;
+
+/// An object store, below a prefix.
+#[derive(Clone)]
+pub struct Remote {
+    store: Arc<dyn ObjectStore>,
+    prefix: Key,
+    url: String,
+}
+
+impl std::fmt::Debug for Remote {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // The store itself would show credentials.
+        f.debug_struct("Remote").field("url", &self.url).finish_non_exhaustive()
+    }
+}
+
+impl Remote {
+    /// Opens `s3://bucket/prefix`, `gs://…`, `az://…` or `file:///folder`; `options` are the vendors' variables (`AWS_REGION`, …).
+    pub fn open(url: &str, options: &BTreeMap<String, String>) -> Result<Self> {
+        let wrong = |e: &dyn std::fmt::Display| ServiceError::invalid("artifact_url", format!("{url:?} cannot be used: {e}"));
+        let parsed = reqwest::Url::parse(url).map_err(|e| wrong(&e))?;
+        if parsed.scheme() == "file" {
+            std::fs::create_dir_all(parsed.path()).map_err(|e| wrong(&e))?;
+        }
+        let options = options.iter().map(|(k, v)| (k.to_ascii_lowercase(), v.clone()));
+        let (store, prefix) = object_store::parse_url_opts(&parsed, options).map_err(|e| wrong(&e))?;
+        Ok(Remote { store: Arc::from(store), prefix, url: url.trim_end_matches('/').to_owned() })
+    }
+
+    /// The URL of something in the store.
+    pub fn url_of(&self, key: &str) -> String {
+        format!("{}/{key}", self.url)
+    }
+
+    fn key(&self, name: &str) -> Key {
+        self.prefix.parts().chain(Key::from(name).parts().collect::<Vec<_>>()).collect()
+    }
+
+    /// Uploads a file; it is there as a whole or not at all.
+    pub async fn put_file(&self, from: &Path, name: &str) -> Result<()> {
+        let mut file = tokio::fs::File::open(from).await.map_err(|e| failed(from, e))?;
+        let size = file.metadata().await.map_err(|e| failed(from, e))?.len() as usize;
+        let key = self.key(name);
+        if size <= PART {
+            let mut bytes = Vec::with_capacity(size);
+            file.read_to_end(&mut bytes).await.map_err(|e| failed(from, e))?;
+            self.store.put(&key, bytes.into()).await.map_err(|e| unavailable(name, &e))?;
+            return Ok(());
+        }
+        let upload = self.store.put_multipart(&key).await.map_err(|e| unavailable(name, &e))?;
+        let mut parts = WriteMultipart::new_with_chunk_size(upload, PART);
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            let n = match file.read(&mut buffer).await {
+                Ok(0) => break,
+                Ok(n) => n,
+                Err(e) => {
+                    let _ = parts.abort().await;
+                    return Err(failed(from, e));
+                }
+            };
+            parts.write(&buffer[..n]);
+            if let Err(e) = parts.wait_for_capacity(PARTS).await {
+                let _ = parts.abort().await;
+                return Err(unavailable(name, &e));
+            }
+        }
+        parts.finish().await.map_err(|e| unavailable(name, &e))?;
+        Ok(())
+    }
+
+    /// Uploads the plain files of a folder, `last` after all others.
+    pub async fn put_folder(&self, from: &Path, name: &str, last: &str) -> Result<()> {
+        let mut names = Vec::new();
+        let mut entries = tokio::fs::read_dir(from).await.map_err(|e| failed(from, e))?;
+        while let Some(entry) = entries.next_entry().await.map_err(|e| failed(from, e))? {
+            if entry.file_type().await.map_err(|e| failed(from, e))?.is_file() {
+                names.push(entry.file_name().to_string_lossy().into_owned());
+            }
+        }
+        names.sort_by_key(|n| n == last);
+        for file in names {
+            self.put_file(&from.join(&file), &format!("{name}/{file}")).await?;
+        }
+        Ok(())
+    }
+
+    /// Downloads a file.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none.
+    pub async fn get_file(&self, name: &str, to: &Path) -> Result<()> {
+        let found = self.store.get(&self.key(name)).await.map_err(|e| missing_or_unavailable(name, &e))?;
+        let mut bytes = found.into_stream();
+        let mut file = tokio::fs::File::create(to).await.map_err(|e| failed(to, e))?;
+        while let Some(chunk) = bytes.next().await {
+            file.write_all(&chunk.map_err(|e| unavailable(name, &e))?).await.map_err(|e| failed(to, e))?;
+        }
+        file.flush().await.map_err(|e| failed(to, e))
+    }
+
+    /// Downloads the files of a folder into one that exists.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none.
+    pub async fn get_folder(&self, name: &str, to: &Path) -> Result<()> {
+        let listed = self.store.list_with_delimiter(Some(&self.key(name))).await.map_err(|e| unavailable(name, &e))?;
+        if listed.objects.is_empty() {
+            return Err(ServiceError::not_found("artifact", self.url_of(name)));
+        }
+        for object in listed.objects {
+            if let Some(file) = object.location.filename() {
+                self.get_file(&format!("{name}/{file}"), &to.join(file)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes a file, or everything below a folder.
+    pub async fn remove(&self, name: &str) -> Result<()> {
+        let key = self.key(name);
+        let locations = self.store.list(Some(&key)).map(|object| object.map(|o| o.location));
+        let mut all: Vec<Key> = vec![key];
+        tokio::pin!(locations);
+        while let Some(location) = locations.next().await {
+            all.push(location.map_err(|e| unavailable(name, &e))?);
+        }
+        for key in all {
+            match self.store.delete(&key).await {
+                Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
+                Err(e) => return Err(unavailable(name, &e)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the store answers.
+    pub async fn ping(&self, patience: Duration) -> Result<()> {
+        let asked = tokio::time::timeout(patience, self.store.head(&self.key("ping"))).await;
+        match asked {
+            Ok(Ok(_) | Err(object_store::Error::NotFound { .. })) => Ok(()),
+            Ok(Err(e)) => Err(unavailable("ping", &e)),
+            Err(_) => Err(unavailable("ping", &"it did not answer in time")),
+        }
+    }
+}
+
+fn missing_or_unavailable(name: &str, e: &object_store::Error) -> ServiceError {
+    match e {
+        object_store::Error::NotFound { .. } => ServiceError::not_found("artifact", name),
+        _ => unavailable(name, e),
+    }
+}
+
+fn unavailable(name: &str, e: &dyn std::fmt::Display) -> ServiceError {
+    ServiceError::Unavailable {
+        reason: "ARTIFACTS_UNAVAILABLE",
+        message: format!("the artifact store failed at {name}: {e}"),
+        retry_after: Duration::from_secs(2),
+    }
+}

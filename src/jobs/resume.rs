@@ -1,0 +1,68 @@
+//! What a run continues from: checkpoint rows and folders brought into line, damaged ones passed over.
+
+use std::path::PathBuf;
+
+use super::datasets::blocking;
+use super::error::{Result, ServiceError};
+use super::held::Held;
+use super::service::Service;
+use super::store::Also;
+use crate::domain::job::{Checkpoint, EventKind};
+use crate::train::checkpoint;
+
+/// The newest checkpoint that is whole; `None` begins anew, which gives the same numbers. Ones that are lost or damaged are removed, and the job's
+/// followers told.
+pub(super) async fn newest_whole(service: &Service, held: &Held) -> Result<Option<PathBuf>> {
+    let job = &held.lease.job;
+    let known = held.while_wanted(|| service.inner.store.checkpoints(job)).await?;
+    remove_unknown(service, job, &known).await?;
+    for c in known.iter().rev() {
+        let reason = match held.while_wanted(|| whole(service, c)).await {
+            Ok(dir) => return Ok(Some(dir)),
+            Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_MISSING" | "ARTIFACT_DAMAGED", message }) => message,
+            Err(e) => return Err(e),
+        };
+        tracing::warn!(job, step = c.step, reason, "damaged checkpoint");
+        let message = format!("checkpoint {} is removed, the run continues from the one before: {reason}", c.step);
+        let told = |_: &mut _| Ok(vec![EventKind::Log { severity: "warning".into(), message: message.clone() }]);
+        held.write(service, told, Also::Remove(c.step)).await?;
+        service.drop_checkpoint_files(job, c.step).await;
+    }
+    Ok(None)
+}
+
+/// The row is what makes a checkpoint: it is stored after every event up to its step. A folder without one is what a crash cut short, or what another
+/// replica made meanwhile in another way.
+async fn remove_unknown(service: &Service, job: &str, known: &[Checkpoint]) -> Result<()> {
+    let folder = service.inner.artifacts.checkpoints(job);
+    let found = blocking(move || checkpoint::steps(&folder)).await?.map_err(ServiceError::internal)?;
+    for step in found.into_iter().filter(|step| !known.iter().any(|row| row.step == *step)) {
+        tracing::info!(job, step, "checkpoint was not acknowledged: its folder is removed");
+        service.inner.engine.evict_policy(&service.inner.artifacts.checkpoint(job, step));
+        service.inner.artifacts.drop_local_checkpoint(job, step).await?;
+    }
+    Ok(())
+}
+
+/// A checkpoint's folder, every file as it was written. A damaged copy of one that the artifact store has is fetched again.
+async fn whole(service: &Service, c: &Checkpoint) -> Result<PathBuf> {
+    let artifacts = &service.inner.artifacts;
+    let dir = artifacts.fetch_checkpoint(c).await?;
+    let Err(damage) = checked(dir.clone()).await? else { return Ok(dir) };
+    if !artifacts.is_copy() {
+        return Err(damage);
+    }
+    artifacts.drop_local_checkpoint(&c.job, c.step).await?;
+    let dir = artifacts.fetch_checkpoint(c).await?;
+    checked(dir.clone()).await?.map(|()| dir)
+}
+
+/// The outer failure is one to hear of, the inner one is damage.
+async fn checked(dir: PathBuf) -> Result<Result<()>> {
+    match blocking(move || checkpoint::check(&dir)).await? {
+        Ok(()) => Ok(Ok(())),
+        Err(e) if e.is_damage() => Ok(Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", message: e.to_string() })),
+        // Another build can use it, or the disk may answer later.
+        Err(e) => Err(ServiceError::FailedPrecondition { reason: "WEIGHTS_UNAVAILABLE", message: e.to_string() }),
+    }
+}

@@ -1,0 +1,47 @@
+//! Checkpoints. Rows are added and removed by whoever holds the job's lease (see `leases`), or by a client when the job has ended.
+
+use sqlx::{Any, Transaction};
+
+use super::Store;
+use super::rows::{CheckpointRow, to_json};
+use crate::domain::job::Checkpoint;
+use crate::jobs::error::Result;
+
+impl Store {
+    /// Adds or replaces a checkpoint; a best one takes the mark from the others.
+    pub(super) async fn put_checkpoint(&self, tx: &mut Transaction<'_, Any>, c: &Checkpoint) -> Result<()> {
+        if c.best {
+            sqlx::query("UPDATE checkpoints SET best = 0 WHERE job = $1").bind(&c.job).execute(&mut **tx).await?;
+        }
+        sqlx::query(
+            "INSERT INTO checkpoints (job, step, best, adapter, size_bytes, metrics, create_time, digest)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+             ON CONFLICT (job, step) DO UPDATE SET best = excluded.best, adapter = excluded.adapter, size_bytes = excluded.size_bytes,
+                 metrics = excluded.metrics, create_time = excluded.create_time, digest = excluded.digest",
+        )
+        .bind(&c.job)
+        .bind(c.step as i64)
+        .bind(i64::from(c.best))
+        .bind(i64::from(c.adapter))
+        .bind(c.size_bytes as i64)
+        .bind(to_json(&c.metrics)?)
+        .bind(c.create_time)
+        .bind(&c.digest)
+        .execute(&mut **tx)
+        .await?;
+        Ok(())
+    }
+
+    /// A job's checkpoints, oldest first.
+    pub async fn checkpoints(&self, job: &str) -> Result<Vec<Checkpoint>> {
+        let rows: Vec<CheckpointRow> =
+            sqlx::query_as("SELECT * FROM checkpoints WHERE job = $1 ORDER BY step").bind(job).fetch_all(&self.readers).await?;
+        rows.into_iter().map(Checkpoint::try_from).collect()
+    }
+
+    /// Forgets a checkpoint.
+    pub async fn delete_checkpoint(&self, job: &str, step: u64) -> Result<()> {
+        sqlx::query("DELETE FROM checkpoints WHERE job = $1 AND step = $2").bind(job).bind(step as i64).execute(&self.writer).await?;
+        Ok(())
+    }
+}

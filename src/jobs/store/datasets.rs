@@ -1,0 +1,52 @@
+//! Datasets' rows; the bytes are the artifacts'.
+
+use super::rows::{DatasetRow, to_json};
+use super::{Page, Store, page, parse_token};
+use crate::domain::dataset::Dataset;
+use crate::jobs::error::{Result, ServiceError};
+
+impl Store {
+    /// Adds a dataset.
+    pub async fn insert_dataset(&self, d: &Dataset) -> Result<()> {
+        sqlx::query(
+            "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, report, create_time, owner)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+        )
+        .bind(&d.id)
+        .bind(&d.display_name)
+        .bind(to_json(&d.format)?)
+        .bind(d.size_bytes as i64)
+        .bind(&d.content_hash)
+        .bind(to_json(&d.report)?)
+        .bind(d.create_time)
+        .bind(&d.owner)
+        .execute(&self.writer)
+        .await?;
+        Ok(())
+    }
+
+    /// One dataset.
+    pub async fn dataset(&self, id: &str) -> Result<Dataset> {
+        let row: Option<DatasetRow> = sqlx::query_as("SELECT * FROM datasets WHERE id = $1").bind(id).fetch_optional(&self.readers).await?;
+        row.ok_or_else(|| ServiceError::not_found("dataset", format!("datasets/{id}")))?.try_into()
+    }
+
+    /// Datasets of `owner` (of everyone when `None`), newest first.
+    pub async fn datasets(&self, owner: Option<&str>, page_size: usize, page_token: &str) -> Result<Page<Dataset>> {
+        let rows: Vec<DatasetRow> =
+            sqlx::query_as("SELECT * FROM datasets WHERE seq < $1 AND ($2 = 0 OR owner = $3) ORDER BY seq DESC LIMIT $4")
+                .bind(parse_token(page_token)?)
+                .bind(i64::from(owner.is_some()))
+                .bind(owner.unwrap_or_default())
+                .bind(page_size as i64 + 1)
+                .fetch_all(&self.readers)
+                .await?;
+        page(rows, page_size, |r| r.seq)
+    }
+
+    /// Forgets a dataset.
+    pub async fn delete_dataset(&self, id: &str) -> Result<()> {
+        sqlx::query("DELETE FROM datasets WHERE id = $1").bind(id).execute(&self.writer).await?;
+        Ok(())
+    }
+}

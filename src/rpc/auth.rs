@@ -1,0 +1,140 @@
+//! Who calls: a bearer token becomes a [`Caller`] that travels with the request, and its role is checked before a message is read.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use tonic::body::Body;
+use tonic::codegen::http::{HeaderMap, Request, Response, header};
+use tower::{Layer, Service as TowerService};
+
+use super::listener::Peer;
+use super::status::status;
+use crate::domain::access::{Caller, Role};
+use crate::jobs::access::{AUDIT, require};
+use crate::jobs::error::ServiceError;
+use crate::jobs::service::Service;
+
+/// Health is everyone's: probes have no token.
+const OPEN: &str = "/grpc.health.v1.Health/";
+
+/// Adds [`Auth`] to a server.
+#[derive(Clone)]
+pub(super) struct AuthLayer {
+    /// Knows the tokens.
+    pub service: Service,
+    /// Whether callers need one.
+    pub required: bool,
+}
+
+impl<S> Layer<S> for AuthLayer {
+    type Service = Auth<S>;
+
+    fn layer(&self, inner: S) -> Auth<S> {
+        Auth { inner, layer: self.clone() }
+    }
+}
+
+/// A service that knows its callers.
+#[derive(Clone)]
+pub(super) struct Auth<S> {
+    inner: S,
+    layer: AuthLayer,
+}
+
+impl<S, B> TowerService<Request<B>> for Auth<S>
+where
+    S: TowerService<Request<B>, Response = Response<Body>> + Clone + Send + 'static,
+    S::Future: Send,
+    B: Send + 'static,
+{
+    type Response = Response<Body>;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        // The clone is what was not polled ready: the ready one is taken.
+        let ready = self.inner.clone();
+        let mut inner = std::mem::replace(&mut self.inner, ready);
+        let layer = self.layer.clone();
+        Box::pin(async move {
+            match admit(&layer, request.uri().path(), request.headers()).await {
+                Ok(caller) => {
+                    request.extensions_mut().insert(caller);
+                    inner.call(request).await
+                }
+                Err(e) => {
+                    let peer = request.extensions().get::<Peer>().map(|p| p.0.to_string());
+                    tracing::warn!(target: AUDIT, peer, reason = %e, "refused");
+                    Ok(status(e).into_http())
+                }
+            }
+        })
+    }
+}
+
+async fn admit(layer: &AuthLayer, path: &str, headers: &HeaderMap) -> Result<Caller, ServiceError> {
+    if !layer.required || path.starts_with(OPEN) {
+        return Ok(Caller::anyone());
+    }
+    let token = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()).and_then(bearer);
+    let Some(token) = token else {
+        let message = "this server needs a token: send the metadata \"authorization: Bearer TOKEN\"".to_owned();
+        return Err(ServiceError::Unauthenticated { message });
+    };
+    let caller = layer.service.admit(token).await?;
+    if let Some(role) = needed(path) {
+        require(&caller, role)?;
+    }
+    Ok(caller)
+}
+
+fn bearer(value: &str) -> Option<&str> {
+    let (scheme, token) = value.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+}
+
+/// The role that a method needs; `None` is any. What is not known here needs the most.
+fn needed(path: &str) -> Option<Role> {
+    match path.trim_start_matches('/').split('/').next() {
+        Some("bradley.v1.ModelService" | "grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection") => None,
+        Some("bradley.v1.ScoringService") => Some(Role::Score),
+        Some("bradley.v1.TrainingService" | "bradley.v1.DatasetService" | "bradley.v1.CheckpointService") => Some(Role::Submit),
+        _ => Some(Role::Admin),
+    }
+}
+
+/// The caller that [`Auth`] found, and the message. A request that did not come through it has none.
+pub(super) fn whose<T>(request: tonic::Request<T>) -> Result<(Caller, T), tonic::Status> {
+    let caller = request.extensions().get::<Caller>().cloned();
+    match caller {
+        Some(caller) => Ok((caller, request.into_inner())),
+        None => Err(status(ServiceError::Unauthenticated { message: "nobody is known to call".into() })),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_service_has_its_role() {
+        assert_eq!(needed("/bradley.v1.ScoringService/ScorePairs"), Some(Role::Score));
+        assert_eq!(needed("/bradley.v1.TrainingService/CreateTrainingJob"), Some(Role::Submit));
+        assert_eq!(needed("/bradley.v1.ModelService/ListModels"), None);
+        assert_eq!(needed("/bradley.v1.Unheard/Of"), Some(Role::Admin));
+        assert_eq!(needed("bradley.v1.ScoringServiceX/Y"), Some(Role::Admin));
+    }
+
+    #[test]
+    fn a_bearer_is_told_from_other_schemes() {
+        assert_eq!(bearer("Bearer abc"), Some("abc"));
+        assert_eq!(bearer("bearer  abc "), Some("abc"));
+        assert_eq!(bearer("Basic abc"), None);
+        assert_eq!(bearer("abc"), None);
+    }
+}

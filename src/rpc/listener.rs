@@ -1,0 +1,231 @@
+//! Connections: accepted one by one, at most so many at a time, with TLS when it is configured. Certificates are read again when their files change.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{RootCertStore, ServerConfig};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::server::Connected;
+
+/// How long a client may take for a TLS handshake.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// How often certificate files are looked at.
+const ROTATION: Duration = Duration::from_secs(10);
+/// Connections that wait for the server to take them up.
+const BUFFER: usize = 64;
+/// The wait after a failed accept, e.g. without file descriptors left.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// Where certificates are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// The server's certificate chain, PEM.
+    pub certificate: PathBuf,
+    /// Its private key, PEM.
+    pub key: PathBuf,
+    /// Clients must show a certificate that this authority signed.
+    pub client_ca: Option<PathBuf>,
+}
+
+/// Why TLS cannot be used: the file, and what is wrong with it.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {reason}", path.display())]
+pub struct TlsError {
+    path: PathBuf,
+    reason: String,
+}
+
+/// The TLS configuration in force.
+#[derive(Clone)]
+pub struct Tls(watch::Receiver<Arc<ServerConfig>>);
+
+impl Tls {
+    /// Reads the files, and reads them again whenever they change. A change that cannot be used is logged, and the old certificates stay.
+    ///
+    /// # Errors
+    /// When they cannot be used now.
+    pub fn open(files: TlsFiles) -> Result<Self, TlsError> {
+        let mut known = contents(&files)?;
+        let (sender, receiver) = watch::channel(Arc::new(configure(&files)?));
+        tokio::spawn(async move {
+            while !sender.is_closed() {
+                tokio::time::sleep(ROTATION).await;
+                let current = match contents(&files) {
+                    Ok(current) if current != known => current,
+                    Ok(_) => continue,
+                    Err(e) => {
+                        tracing::error!(error = %e, "the TLS files cannot be read: the certificates in use stay");
+                        continue;
+                    }
+                };
+                match configure(&files) {
+                    Ok(config) => {
+                        tracing::info!(certificate = %files.certificate.display(), "new TLS certificates are in use");
+                        metrics::counter!("bradley_tls_reloads_total").increment(1);
+                        sender.send_replace(Arc::new(config));
+                        known = current;
+                    }
+                    // The key may be written after the certificate: looked at again.
+                    Err(e) => tracing::error!(error = %e, "the new TLS files cannot be used: the certificates in use stay"),
+                }
+            }
+        });
+        Ok(Tls(receiver))
+    }
+
+    fn acceptor(&self) -> TlsAcceptor {
+        TlsAcceptor::from(self.0.borrow().clone())
+    }
+}
+
+impl fmt::Debug for Tls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Tls")
+    }
+}
+
+fn at(path: &Path, e: impl fmt::Display) -> TlsError {
+    TlsError { path: path.to_owned(), reason: e.to_string() }
+}
+
+fn contents(files: &TlsFiles) -> Result<Vec<Vec<u8>>, TlsError> {
+    let paths = [Some(&files.certificate), Some(&files.key), files.client_ca.as_ref()];
+    paths.into_iter().flatten().map(|p| std::fs::read(p).map_err(|e| at(p, e))).collect()
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let all: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path).map_err(|e| at(path, e))?.collect();
+    let all = all.map_err(|e| at(path, e))?;
+    if all.is_empty() { Err(at(path, "it holds no PEM certificate")) } else { Ok(all) }
+}
+
+fn configure(files: &TlsFiles) -> Result<ServerConfig, TlsError> {
+    let chain = certificates(&files.certificate)?;
+    let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|e| at(&files.key, e))?;
+    let builder = ServerConfig::builder();
+    let builder = match &files.client_ca {
+        None => builder.with_no_client_auth(),
+        Some(path) => {
+            let mut roots = RootCertStore::empty();
+            for authority in certificates(path)? {
+                roots.add(authority).map_err(|e| at(path, e))?;
+            }
+            builder.with_client_cert_verifier(WebPkiClientVerifier::builder(Arc::new(roots)).build().map_err(|e| at(path, e))?)
+        }
+    };
+    let mut config = builder.with_single_cert(chain, key).map_err(|e| at(&files.certificate, e))?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(config)
+}
+
+/// Accepts connections until the receiver is dropped. Beyond `limit` open ones, further clients wait in the system's backlog.
+pub(super) fn incoming(listener: TcpListener, tls: Option<Tls>, limit: usize) -> ReceiverStream<io::Result<Connection>> {
+    let (sender, receiver) = mpsc::channel(BUFFER);
+    let places = Arc::new(Semaphore::new(limit));
+    tokio::spawn(async move {
+        loop {
+            let Ok(place) = places.clone().acquire_owned().await else { return };
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = sender.closed() => return,
+            };
+            let (stream, peer) = match accepted {
+                Ok(accepted) => accepted,
+                Err(e) => {
+                    tracing::warn!(error = %e, "a connection cannot be accepted");
+                    tokio::time::sleep(ACCEPT_RETRY).await;
+                    continue;
+                }
+            };
+            // It only costs latency where it cannot be set.
+            let _ = stream.set_nodelay(true);
+            let Some(tls) = &tls else {
+                if sender.send(Ok(Connection { io: Io::Plain(stream), peer, _place: place })).await.is_err() {
+                    return;
+                }
+                continue;
+            };
+            let (acceptor, sender) = (tls.acceptor(), sender.clone());
+            tokio::spawn(async move {
+                match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
+                    Ok(Ok(stream)) => {
+                        let _ = sender.send(Ok(Connection { io: Io::Tls(Box::new(stream)), peer, _place: place })).await;
+                    }
+                    Ok(Err(e)) => tracing::info!(%peer, error = %e, "a TLS handshake failed"),
+                    Err(_) => tracing::info!(%peer, "a TLS handshake took too long"),
+                }
+            });
+        }
+    });
+    ReceiverStream::new(receiver)
+}
+
+enum Io {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// An accepted connection; it has one of the limited places while it is open.
+pub(super) struct Connection {
+    io: Io,
+    peer: SocketAddr,
+    _place: OwnedSemaphorePermit,
+}
+
+/// What requests know of their connection.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Peer(pub SocketAddr);
+
+impl Connected for Connection {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        Peer(self.peer)
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().io {
+            Io::Plain(s) => Pin::new(s).poll_read(cx, buf),
+            Io::Tls(s) => Pin::new(s).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match &mut self.get_mut().io {
+            Io::Plain(s) => Pin::new(s).poll_write(cx, buf),
+            Io::Tls(s) => Pin::new(s).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().io {
+            Io::Plain(s) => Pin::new(s).poll_flush(cx),
+            Io::Tls(s) => Pin::new(s).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().io {
+            Io::Plain(s) => Pin::new(s).poll_shutdown(cx),
+            Io::Tls(s) => Pin::new(s).poll_shutdown(cx),
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! Several servers on one PostgreSQL and one S3 store: a queue shared exactly once, dead and frozen workers, backends that go away.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use bradley::rpc::client::Client;
+use bradley::rpc::pb;
+use bradley::rpc::pb::training_event::Event;
+use tonic::Code;
+use tonic_types::StatusExt;
+
+use crate::backends::{Postgres, S3, signal};
+use crate::server::{Server, finish, job, pairs, score, scored, state, submit, upload};
+use crate::support::golden;
+
+/// Starts a replica with short leases.
+fn replica(dir: &Path, postgres: &Postgres, s3: &S3) -> Server {
+    let url = postgres.url();
+    let flags = ["--database-url", &url, "--artifact-url", "s3://bradley/runs", "--lease", "3"];
+    let environment = s3.environment();
+    let environment: Vec<(&str, &str)> = environment.iter().map(|(k, v)| (*k, v.as_str())).collect();
+    Server::start_in(dir, &format!("tiny={}", golden("models/llama").display()), &flags, &environment)
+}
+
+fn checkpointing(dataset: &str, steps: u64) -> pb::TrainingJob {
+    let mut wanted = job(dataset, steps);
+    wanted.run = Some(pb::RunConfig { save_steps: Some(10), save_total_limit: Some(2), ..Default::default() });
+    wanted
+}
+
+fn step_of(e: &pb::TrainingEvent) -> Option<(u64, u64)> {
+    match &e.event {
+        Some(Event::StepMetrics(s)) => Some((s.step, s.metrics["loss"].to_bits())),
+        _ => None,
+    }
+}
+
+fn losses(events: &[pb::TrainingEvent]) -> BTreeMap<u64, u64> {
+    events.iter().filter_map(step_of).collect()
+}
+
+fn changes(events: &[pb::TrainingEvent]) -> Vec<(pb::JobState, String)> {
+    let change = |e: &pb::TrainingEvent| match &e.event {
+        Some(Event::StateChange(s)) => Some((s.to(), s.reason.clone())),
+        _ => None,
+    };
+    events.iter().filter_map(change).collect()
+}
+
+/// What every history must be: no gap, one end, and steps that only a worker's end repeats.
+fn check_history(events: &[pb::TrainingEvent]) {
+    assert!(events.iter().enumerate().all(|(i, e)| e.sequence == i as u64 + 1), "sequences have no gap");
+    let ends = changes(events).iter().filter(|(to, _)| *to == pb::JobState::Succeeded).count();
+    assert_eq!(ends, 1, "a job succeeds exactly once");
+    let (mut last, mut restarted) = (0, false);
+    for e in events {
+        match (&e.event, step_of(e)) {
+            (Some(Event::StateChange(s)), _) if s.to() == pb::JobState::Queued => restarted = true,
+            (_, Some((step, _))) => {
+                assert!(step == last + 1 || (restarted && step <= last), "step {step} after {last}: two workers at once");
+                (last, restarted) = (step, false);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The adapter of a job's last checkpoint.
+async fn adapter(client: &Client, job: &str) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let name = format!("{job}/checkpoints/latest");
+    client.download_checkpoint(&name, pb::ExportFormat::Adapter, dir.path()).await.unwrap();
+    std::fs::read(dir.path().join("adapter_model.safetensors")).unwrap()
+}
+
+async fn until(what: &str, limit: Duration, mut done: impl AsyncFnMut() -> bool) {
+    let start = Instant::now();
+    while !done().await {
+        assert!(start.elapsed() < limit, "{what} does not happen");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Losses and adapter of the same job on a server of its own, with SQLite.
+async fn undisturbed(steps: u64) -> (BTreeMap<u64, u64>, Vec<u8>) {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let name = submit(&client, checkpointing(&dataset.name, steps)).await;
+    let events = finish(&client, &name).await;
+    (losses(&events), adapter(&client, &name).await)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn twenty_jobs_of_two_replicas_succeed_exactly_once_though_one_is_killed() {
+    let test = "twenty_jobs";
+    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (expected, weights) = undisturbed(60).await;
+    let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut a = replica(dir_a.path(), &postgres, &s3);
+    let b = replica(dir_b.path(), &postgres, &s3);
+    let (client_a, client_b) = (a.client().await, b.client().await);
+    let dataset = upload(&client_a, "pairs.jsonl").await;
+    let mut jobs = Vec::new();
+    for i in 0..20 {
+        let client = if i % 2 == 0 { &client_a } else { &client_b };
+        jobs.push(submit(client, checkpointing(&dataset.name, 60)).await);
+    }
+    // Half-way, while it has a job.
+    until("half of the jobs", Duration::from_secs(120), async || {
+        let mut done = 0;
+        for name in &jobs {
+            done += usize::from(state(&client_b, name).await == pb::JobState::Succeeded);
+        }
+        done >= 8
+    })
+    .await;
+    a.kill();
+    let mut recovered = 0;
+    for name in &jobs {
+        let events = finish(&client_b, name).await;
+        assert_eq!(state(&client_b, name).await, pb::JobState::Succeeded, "{:?}", changes(&events));
+        check_history(&events);
+        assert_eq!(losses(&events), expected, "the same losses, bit for bit");
+        assert!(adapter(&client_b, name).await == weights, "the same weights, bit for bit");
+        recovered += changes(&events).iter().filter(|(_, reason)| reason.contains("worker is gone")).count();
+    }
+    assert!(recovered <= 1, "only the killed server's one job is taken over: {recovered}");
+    // Each of them scores on a replica that may not have trained it.
+    let policy = format!("{}/checkpoints/latest", jobs[0]);
+    assert!(score(&client_b, &policy, pairs()).await.results.iter().all(|r| scored(r).probability > 0.0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_worker_writes_nothing_after_its_lease_was_taken() {
+    let test = "a_frozen_worker";
+    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (expected, weights) = undisturbed(400).await;
+    let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let a = replica(dir_a.path(), &postgres, &s3);
+    let client_a = a.client().await;
+    let dataset = upload(&client_a, "pairs.jsonl").await;
+    let name = submit(&client_a, checkpointing(&dataset.name, 400)).await;
+    // The other replica follows the events of a job that it does not run, as they come.
+    let b = replica(dir_b.path(), &postgres, &s3);
+    let client_b = b.client().await;
+    let follow = client_b.follow(&name, 0, |e| step_of(&e).is_none_or(|(step, _)| step < 25));
+    tokio::time::timeout(Duration::from_secs(60), follow).await.expect("events come").unwrap();
+    signal(a.pid(), libc::SIGSTOP);
+    let events = finish(&client_b, &name).await;
+    signal(a.pid(), libc::SIGCONT);
+    check_history(&events);
+    assert!(changes(&events).iter().any(|(_, reason)| reason.contains("worker is gone")), "{:?}", changes(&events));
+    assert_eq!(losses(&events), expected);
+    // The thawed one finds out, gives up, adds nothing, and goes on serving.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert_eq!(finish(&client_a, &name).await, events, "nothing was written after the end");
+    assert!(adapter(&client_b, &name).await == weights && adapter(&client_a, &name).await == weights);
+    let next = submit(&client_a, checkpointing(&dataset.name, 20)).await;
+    finish(&client_a, &next).await;
+    assert_eq!(state(&client_b, &next).await, pb::JobState::Succeeded);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_of_one_replica_commands_a_job_on_another() {
+    let test = "a_client_of_one_replica";
+    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let a = replica(dir_a.path(), &postgres, &s3);
+    let client_a = a.client().await;
+    let dataset = upload(&client_a, "pairs.jsonl").await;
+    let name = submit(&client_a, checkpointing(&dataset.name, 100_000)).await;
+    until("the run", Duration::from_secs(60), async || state(&client_a, &name).await == pb::JobState::Running).await;
+    let b = replica(dir_b.path(), &postgres, &s3);
+    let client_b = b.client().await;
+    client_b.training().pause_training_job(pb::PauseTrainingJobRequest { name: name.clone() }).await.unwrap();
+    until("the pause", Duration::from_secs(20), async || state(&client_b, &name).await == pb::JobState::Paused).await;
+    client_a.training().resume_training_job(pb::ResumeTrainingJobRequest { name: name.clone() }).await.unwrap();
+    until("the run", Duration::from_secs(20), async || state(&client_a, &name).await == pb::JobState::Running).await;
+    client_b.training().cancel_training_job(pb::CancelTrainingJobRequest { name: name.clone() }).await.unwrap();
+    until("the end", Duration::from_secs(20), async || state(&client_b, &name).await == pb::JobState::Cancelled).await;
+    // Deleted from one, it is gone from both, its objects included.
+    assert!(!s3.keys("runs/jobs").is_empty());
+    client_b.training().delete_training_job(pb::DeleteTrainingJobRequest { name: name.clone() }).await.unwrap();
+    let gone = client_a.training().get_training_job(pb::GetTrainingJobRequest { name }).await.unwrap_err();
+    assert_eq!(gone.code(), Code::NotFound);
+    assert_eq!(s3.keys("runs/jobs"), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_waits_for_its_database_and_its_artifact_store() {
+    let test = "a_run_waits";
+    let (Some(mut postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (expected, weights) = undisturbed(400).await;
+    let dir = tempfile::tempdir().unwrap();
+    let server = replica(dir.path(), &postgres, &s3);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let name = submit(&client, checkpointing(&dataset.name, 400)).await;
+    let reaches = async |step: u64| {
+        let follow = client.follow(&name, 0, |e| step_of(&e).is_none_or(|(s, _)| s < step));
+        tokio::time::timeout(Duration::from_secs(60), follow).await.expect("events come").unwrap();
+    };
+    reaches(15).await;
+    s3.freeze();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    s3.thaw();
+    reaches(45).await;
+    postgres.crash();
+    let away = client.training().get_training_job(pb::GetTrainingJobRequest { name: name.clone() }).await.unwrap_err();
+    assert_eq!(away.code(), Code::Unavailable, "{away}");
+    assert!(away.get_details_retry_info().is_some());
+    // Scoring with a base model needs neither.
+    assert!(score(&client, "models/tiny", pairs()).await.results.iter().all(|r| scored(r).probability > 0.0));
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    postgres.resume();
+    let events = finish(&client, &name).await;
+    assert_eq!(state(&client, &name).await, pb::JobState::Succeeded);
+    check_history(&events);
+    assert_eq!(losses(&events), expected);
+    assert!(adapter(&client, &name).await == weights);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_passed_over() {
+    let test = "a_damaged_copy";
+    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (expected, weights) = undisturbed(60).await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = replica(dir.path(), &postgres, &s3);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let name = submit(&client, checkpointing(&dataset.name, 60)).await;
+    let follow = client.follow(&name, 0, |e| !matches!(&e.event, Some(Event::CheckpointCreated(c)) if c.step >= 20));
+    tokio::time::timeout(Duration::from_secs(60), follow).await.expect("events come").unwrap();
+    server.kill();
+    let id = name.trim_start_matches("trainingJobs/");
+    let folder = dir.path().join("jobs").join(id).join("checkpoints");
+    let mut steps: Vec<u64> = std::fs::read_dir(&folder).unwrap().filter_map(|e| e.unwrap().file_name().to_str()?.parse().ok()).collect();
+    steps.sort();
+    // The newest acknowledged one is lost everywhere, the one before has a damaged copy here.
+    let keys = s3.keys(&format!("runs/jobs/{id}/checkpoints/{}/", steps[steps.len() - 1]));
+    assert!(keys.iter().any(|k| k.ends_with("adapter_model.safetensors")), "{keys:?}");
+    keys.iter().for_each(|key| s3.remove(key));
+    std::fs::remove_dir_all(folder.join(steps[steps.len() - 1].to_string())).unwrap();
+    std::fs::write(folder.join(steps[steps.len() - 2].to_string()).join("optimizer.safetensors"), b"damage").unwrap();
+
+    let server = replica(dir.path(), &postgres, &s3);
+    let client = server.client().await;
+    let events = finish(&client, &name).await;
+    assert_eq!(state(&client, &name).await, pb::JobState::Succeeded, "{:?}", changes(&events));
+    let logs: Vec<&str> = events
+        .iter()
+        .filter_map(|e| match &e.event {
+            Some(Event::Log(l)) => Some(l.message.as_str()),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(logs.len(), 1, "{logs:?}");
+    assert!(logs[0].contains("not in the artifact store"), "{logs:?}");
+    let from = format!("continues from step {}", steps[steps.len() - 2]);
+    assert!(changes(&events).iter().any(|(to, reason)| *to == pb::JobState::Running && *reason == from), "{:?}", changes(&events));
+    assert_eq!(losses(&events), expected);
+    assert!(adapter(&client, &name).await == weights);
+}

@@ -1,0 +1,1 @@
+//! Tokens, roles, ownership, TLS.
