@@ -67,6 +67,8 @@ pub async fn serve_on(
         lease: settings.lease,
         time_slice: settings.time_slice,
         max_jobs_per_client: settings.max_jobs_per_client,
+        max_scoring_tokens_per_client: settings.max_scoring_tokens_per_client,
+        adapter_dir: settings.adapter_dir.clone(),
     };
     let tls = settings.tls.clone().map(Tls::open).transpose()?;
     let service = Service::open(engine, options).await?;

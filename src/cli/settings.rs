@@ -41,6 +41,8 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("lease", "30", "Seconds that a worker may be silent before another takes over its job"),
     ("time_slice", "600", "Seconds that a job keeps the device while others of its priority wait"),
     ("max_jobs_per_client", "1000", "Unfinished jobs that a client may have; 0 is any number"),
+    ("max_scoring_tokens_per_client", "0", "Tokens that a client may have in the scoring queue; 0 is any number"),
+    ("adapter_dir", "", "A folder with PEFT adapters that jobs may start from, by name"),
     ("auth", "off", "tokens: callers need a bearer token (see bradley tokens); off: everyone may do everything"),
     ("audit_log", "", "A file for the audit log, JSON lines; it is part of the log in any case"),
     ("tls_cert", "", "The server's certificate chain (PEM); with tls_key, the gRPC port speaks TLS"),
@@ -96,6 +98,10 @@ pub struct Settings {
     pub time_slice: Duration,
     /// Unfinished jobs of one client.
     pub max_jobs_per_client: Option<u64>,
+    /// Tokens of one client in the scoring queue.
+    pub max_scoring_tokens_per_client: Option<usize>,
+    /// Adapters that jobs may start from.
+    pub adapter_dir: Option<PathBuf>,
     /// Whether callers need a token.
     pub tokens: bool,
     /// The audit log's file.
@@ -204,6 +210,8 @@ impl Settings {
             lease: seconds(reader.number("lease", 1).unwrap_or_default()),
             time_slice: seconds(reader.number("time_slice", 1).unwrap_or_default()),
             max_jobs_per_client: reader.number("max_jobs_per_client", 0).filter(some).map(|n| n as u64),
+            max_scoring_tokens_per_client: reader.number("max_scoring_tokens_per_client", 0).filter(some),
+            adapter_dir: reader.optional("adapter_dir", "a path", |s| Some(PathBuf::from(s))),
             tokens: reader
                 .parse("auth", "off or tokens", |s| match s {
                     "off" => Some(false),

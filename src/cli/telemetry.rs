@@ -7,7 +7,7 @@ use std::sync::Mutex;
 
 use anyhow::Context as _;
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
-use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
@@ -32,7 +32,8 @@ pub fn log(filter: &str, json: bool, audit: Option<&Path>) -> anyhow::Result<()>
         Some(path) => {
             let file = OpenOptions::new().create(true).append(true).open(path).with_context(|| format!("audit_log {}", path.display()))?;
             let lines = tracing_subscriber::fmt::layer().json().with_writer(Mutex::new(file));
-            Some(lines.with_filter(Targets::new().with_target(AUDIT, LevelFilter::INFO)))
+            // A line tells of its call by the span that it lies in.
+            Some(lines.with_filter(filter_fn(|m| m.target() == AUDIT || m.is_span())))
         }
     };
     let _ = tracing_subscriber::registry().with(audit).with(lines.with_filter(filter)).try_init();

@@ -99,7 +99,9 @@ async fn retry<T, F: Future<Output = Result<T>> + Send>(
     let mut wait = RETRY.0;
     loop {
         match f().await {
-            Err(ServiceError::Unavailable { reason, message, .. }) if reason != "DRAINING" && wanted() => {
+            Err(ServiceError::Unavailable { reason, message, .. } | ServiceError::ResourceExhausted { reason, message })
+                if matches!(reason, "STORE_UNAVAILABLE" | "ARTIFACTS_UNAVAILABLE" | "STORAGE_FULL") && wanted() =>
+            {
                 tracing::warn!(reason, error = message, "waiting");
                 metrics::counter!("bradley_store_retries_total", "reason" => reason).increment(1);
                 tokio::time::sleep(wait).await;

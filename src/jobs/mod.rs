@@ -17,5 +17,6 @@ mod resume;
 mod runner;
 pub mod scoring;
 pub mod service;
+mod shares;
 pub mod store;
 pub mod tokens;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::artifacts::failed;
 use super::datasets::blocking;
 use super::error::{Result, ServiceError};
 use super::held::Held;
@@ -16,6 +17,8 @@ pub(super) async fn newest_whole(service: &Service, held: &Held) -> Result<Optio
     let job = &held.lease.job;
     let known = held.while_wanted(|| service.inner.store.checkpoints(job)).await?;
     remove_unknown(service, job, &known).await?;
+    let folder = service.inner.artifacts.checkpoints(job);
+    blocking(move || std::fs::create_dir_all(&folder).map_err(|e| failed(&folder, e))).await??;
     for c in known.iter().rev() {
         let reason = match held.while_wanted(|| whole(service, c)).await {
             Ok(dir) => return Ok(Some(dir)),

@@ -113,9 +113,7 @@ async fn carry(service: &Service, job: &Job, held: &Arc<Held>) -> Result<RunEnd>
         note_skipped(service, held, &prepared.skipped).await?;
     }
     let checkpoints = service.inner.artifacts.checkpoints(&job.id);
-    let folder = checkpoints.clone();
-    blocking(move || std::fs::create_dir_all(&folder).map_err(|e| super::artifacts::failed(&folder, e))).await??;
-    let resume = newest_whole(service, held).await;
+    let resume = held.while_wanted(|| newest_whole(service, held)).await;
     if let Some(end) = stopped(held.control.command()) {
         return Ok(end);
     }

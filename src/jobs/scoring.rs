@@ -68,6 +68,7 @@ pub struct ScoredPair {
 #[derive(Clone)]
 pub struct ScoringSession {
     service: Service,
+    owner: String,
     policy: Arc<Resolved>,
     reference: Option<Arc<Resolved>>,
     tokenizer: Arc<ChatTokenizer>,
@@ -110,6 +111,7 @@ impl Service {
             max_length: options.max_length.or(spec.map(|s| s.batch.max_length)).unwrap_or(1024),
             truncation: Service::truncation(policy.job.as_ref()),
             service: self.clone(),
+            owner: caller.owner.clone(),
             policy: Arc::new(policy),
             reference: reference.map(Arc::new),
         })
@@ -208,6 +210,10 @@ impl ScoringSession {
             .await??
         };
         let item = ScoreItem { groups: group(&encoded) };
+        let _share = match self.service.inner.options.max_scoring_tokens_per_client {
+            Some(limit) => Some(self.service.inner.shares.take(&self.owner, item.tokens(), limit)?),
+            None => None,
+        };
         let engine = &self.service.inner.engine;
         let reference = self.reference.as_ref().map(|r| &r.weights);
         let scored = match engine.score(&self.policy.weights, reference, item.clone()).await {

@@ -17,6 +17,7 @@ use super::feed::Feed;
 use super::held::Held;
 use super::lifecycle::check_changeable;
 use super::remote::Remote;
+use super::shares::Shares;
 use super::store::{Creation, Page, Store, StoreOptions, now};
 use super::tokens::Doorkeeper;
 use super::{housekeeping, runner};
@@ -54,6 +55,10 @@ pub struct ServiceOptions {
     pub time_slice: Duration,
     /// Unfinished jobs that one client may have.
     pub max_jobs_per_client: Option<u64>,
+    /// Tokens that one client may have in the scoring queue.
+    pub max_scoring_tokens_per_client: Option<usize>,
+    /// The folder with PEFT adapters that jobs may start from.
+    pub adapter_dir: Option<PathBuf>,
 }
 
 /// The service; clones share it.
@@ -77,6 +82,7 @@ pub(super) struct Inner {
     runner: Mutex<Option<JoinHandle<()>>>,
     keepers: Mutex<Vec<JoinHandle<()>>>,
     pub doorkeeper: Doorkeeper,
+    pub shares: Arc<Shares>,
     /// No other process has the data directory while this is open.
     _lock: std::fs::File,
 }
@@ -103,6 +109,7 @@ impl Service {
             runner: Mutex::default(),
             keepers: Mutex::default(),
             doorkeeper: Doorkeeper::default(),
+            shares: Arc::default(),
             _lock: lock,
         };
         let service = Service { inner: Arc::new(inner) };
@@ -188,10 +195,10 @@ impl Service {
                 "LoRA starts from a base model or from a LoRA checkpoint: export the full checkpoint merged and serve it as a model";
             return Err(ServiceError::FailedPrecondition { reason: "FULL_CHECKPOINT", message: message.into() });
         }
-        if let Method::Lora(lora) = &request.spec.method
+        if let Method::Lora(lora) = &mut request.spec.method
             && let Some(dir) = &lora.init_adapter
         {
-            self.check_adapter(dir, &start.weights).await?;
+            lora.init_adapter = Some(self.find_adapter(dir, &start.weights).await?);
         }
         if let Some(reference) = &request.reference {
             let pinned = self.pin(reference).await?;
@@ -222,18 +229,25 @@ impl Service {
         Ok(request)
     }
 
-    async fn check_adapter(&self, dir: &str, start: &WeightsRef) -> Result<()> {
+    /// The PEFT adapter folder of that name below the one that is configured; links do not lead out of it.
+    async fn find_adapter(&self, name: &str, start: &WeightsRef) -> Result<String> {
         let field = "training_job.lora.init_adapter";
         let WeightsRef::Base { .. } = start else {
             return Err(ServiceError::invalid(field, "the policy is a checkpoint with an adapter of its own: name one of the two"));
         };
-        if !std::path::Path::new(dir).join(peft::CONFIG_FILE).is_file() {
-            return Err(ServiceError::invalid(
-                field,
-                format!("{dir:?} has no {}: name a PEFT adapter folder on the server", peft::CONFIG_FILE),
-            ));
+        let Some(root) = self.inner.options.adapter_dir.clone() else {
+            return Err(ServiceError::invalid(field, "this server has no folder of adapters: set adapter_dir, or leave the field empty"));
+        };
+        let wanted = root.join(name);
+        let found = blocking(move || {
+            let (root, dir) = (root.canonicalize().ok()?, wanted.canonicalize().ok()?);
+            (dir.starts_with(&root) && dir.join(peft::CONFIG_FILE).is_file()).then_some(dir)
+        })
+        .await?;
+        match found.as_deref().and_then(std::path::Path::to_str) {
+            Some(dir) => Ok(dir.to_owned()),
+            None => Err(ServiceError::invalid(field, format!("{name:?} is no PEFT adapter folder below the server's adapter_dir"))),
         }
-        Ok(())
     }
 
     /// One job.

@@ -49,7 +49,7 @@ impl ScoringService for Scoring {
             let (i, scored) = done.map_err(|e| status(ServiceError::internal(format!("a scoring task failed: {e}"))))?;
             results[i].1 = Some(scored);
         }
-        if results.iter().all(|(_, r)| matches!(r, Some(Err(ServiceError::Unavailable { .. }))))
+        if results.iter().all(|(_, r)| matches!(r, Some(Err(ServiceError::Unavailable { .. } | ServiceError::ResourceExhausted { .. }))))
             && let Some((_, Some(Err(e)))) = results.pop()
         {
             return Err(status(e));

@@ -34,7 +34,12 @@ pub fn status(e: ServiceError) -> Status {
             details.set_retry_info(Some(*retry_after));
             (Code::Unavailable, *reason)
         }
-        ServiceError::ResourceExhausted { reason, .. } => (Code::ResourceExhausted, *reason),
+        ServiceError::ResourceExhausted { reason, .. } => {
+            if matches!(*reason, "TOO_MANY_JOBS" | "TOO_MANY_TOKENS") {
+                details.add_quota_failure_violation("client", &message);
+            }
+            (Code::ResourceExhausted, *reason)
+        }
         ServiceError::OutOfRange { .. } => (Code::OutOfRange, "CURSOR_OUT_OF_RANGE"),
         ServiceError::DeadlineExceeded => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
         ServiceError::Internal { .. } => {

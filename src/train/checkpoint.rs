@@ -149,18 +149,31 @@ pub fn save(folder: &Path, contents: &Contents) -> Result<u64, CheckpointError> 
         return size(&target);
     }
     remove_if_present(&temporary)?;
-    fs::create_dir_all(&temporary).map_err(io_at(&temporary))?;
+    if let Err(e) = write(&temporary, contents) {
+        // On a full disk half a checkpoint is in the way of everyone.
+        let _ = fs::remove_dir_all(&temporary);
+        return Err(e);
+    }
+    // Only a damaged one can be in the way.
+    remove_if_present(&target)?;
+    fs::rename(&temporary, &target).map_err(io_at(&target))?;
+    sync_folder(folder)?;
+    size(&target)
+}
 
+/// Writes and syncs a checkpoint's files into a new folder.
+fn write(temporary: &Path, contents: &Contents) -> Result<(), CheckpointError> {
+    fs::create_dir_all(temporary).map_err(io_at(temporary))?;
     match &contents.policy.policy.adapter {
-        Some(adapter) => peft::save(&temporary, adapter, contents.base)?,
-        None => export::save_merged(&temporary, &contents.policy.policy, contents.tokenizer)?,
+        Some(adapter) => peft::save(temporary, adapter, contents.base)?,
+        None => export::save_merged(temporary, &contents.policy.policy, contents.tokenizer)?,
     }
     peft::save_tensors(&temporary.join(OPTIMIZER_FILE), &moments(contents)?)?;
     if let Some(reference) = contents.reference {
         peft::save_tensors(&temporary.join(REFERENCE_FILE), &reference.parameters.named())?;
     }
     let mut files = BTreeMap::new();
-    for name in file_names(&temporary)? {
+    for name in file_names(temporary)? {
         let path = temporary.join(&name);
         files.insert(name, checksum(&path)?);
         File::open(&path).and_then(|f| f.sync_all()).map_err(io_at(&path))?;
@@ -176,13 +189,7 @@ pub fn save(folder: &Path, contents: &Contents) -> Result<u64, CheckpointError> 
     let path = temporary.join(STATE_FILE);
     fs::write(&path, serde_json::to_vec_pretty(&state).map_err(|e| damaged(&path, e.to_string()))?).map_err(io_at(&path))?;
     File::open(&path).and_then(|f| f.sync_all()).map_err(io_at(&path))?;
-    sync_folder(&temporary)?;
-
-    // Only a damaged one can be in the way.
-    remove_if_present(&target)?;
-    fs::rename(&temporary, &target).map_err(io_at(&target))?;
-    sync_folder(folder)?;
-    size(&target)
+    sync_folder(temporary)
 }
 
 fn moments(contents: &Contents) -> Result<Vec<(String, Tensor)>, CheckpointError> {

@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::checkpoint::{self, CheckpointError, Contents, RunState};
 use super::estimate::{self, Estimate};
@@ -93,6 +93,20 @@ enum Phase {
     Done,
 }
 
+/// How long a run waits for a checkpoint that cannot be written, before it fails.
+const SAVE_PATIENCE: Duration = Duration::from_secs(3600);
+/// How long until it tries again.
+const SAVE_RETRY: Duration = Duration::from_secs(1);
+/// The thread's naps meanwhile.
+const IDLE: Duration = Duration::from_millis(20);
+
+/// A checkpoint that could not be written yet.
+#[derive(Clone, Copy)]
+struct Unsaved {
+    since: Instant,
+    next: Instant,
+}
+
 /// A run in progress.
 pub struct Trainer {
     spec: TrainingSpec,
@@ -114,6 +128,7 @@ pub struct Trainer {
     evaluation: Evaluation,
     latest: Metrics,
     saved_step: Option<u64>,
+    unsaved: Option<Unsaved>,
     plan: Estimate,
     started: Instant,
     first_step: u64,
@@ -157,6 +172,7 @@ impl Trainer {
             phase: Phase::Done,
             latest,
             saved_step,
+            unsaved: None,
             plan,
             first_step,
         };
@@ -201,10 +217,7 @@ impl Trainer {
             Phase::Done => return Ok(Status::Finished),
             Phase::Step { done } => self.step_unit(done, host)?,
             Phase::Evaluate { next } => self.evaluate_unit(next, host)?,
-            Phase::Save { best } => {
-                self.save(best, host.emit)?;
-                self.phase = self.after_save();
-            }
+            Phase::Save { best } => self.save_unit(best, host)?,
         }
         Ok(if matches!(self.phase, Phase::Done) { Status::Finished } else { Status::Working })
     }
@@ -222,6 +235,31 @@ impl Trainer {
         }
         let best = matches!(self.phase, Phase::Save { best: true });
         if self.saved_step != Some(self.state.step) && self.state.step > 0 { self.save(best, emit) } else { Ok(()) }
+    }
+
+    /// Writes a checkpoint. When it cannot be written (the disk is full, say) the run waits and tries again: what was trained is worth more than the wait.
+    fn save_unit(&mut self, best: bool, host: &mut Host) -> Result<(), TrainError> {
+        if self.unsaved.is_some_and(|u| u.next > Instant::now()) {
+            (host.pause)();
+            std::thread::sleep(IDLE);
+            return Ok(());
+        }
+        let Err(e) = self.save(best, host.emit) else {
+            self.unsaved = None;
+            self.phase = self.after_save();
+            return Ok(());
+        };
+        let now = Instant::now();
+        let since = self.unsaved.map_or(now, |u| u.since);
+        if now - since > SAVE_PATIENCE {
+            return Err(e);
+        }
+        if self.unsaved.is_none() {
+            let message = format!("the checkpoint of step {} cannot be written, the run waits until it can: {e}", self.state.step);
+            (host.emit)(RunEvent::Log { severity: "warning", message });
+        }
+        self.unsaved = Some(Unsaved { since, next: now + SAVE_RETRY });
+        Ok(())
     }
 
     // ---- one micro-batch, and the update when the step's last one is done

@@ -1,7 +1,10 @@
 //! Real backends as child processes: PostgreSQL and an S3 server (moto), each on a port of its own.
 
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::support::needed;
@@ -91,15 +94,25 @@ impl S3 {
             .spawn()
             .unwrap();
         let s3 = S3 { child, port };
-        wait_for("moto", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+        wait_for("moto", || TcpStream::connect(("127.0.0.1", port)).is_ok());
         wait_for("the bucket", || s3.request("PUT", "/bradley").is_ok_and(|answer| answer.starts_with("HTTP/1.1 200")));
         Some(s3)
     }
 
+    /// Its port.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// What a server must be told to use it.
     pub fn environment(&self) -> Vec<(&'static str, String)> {
+        self.environment_at(self.port)
+    }
+
+    /// The same through a proxy.
+    pub fn environment_at(&self, port: u16) -> Vec<(&'static str, String)> {
         vec![
-            ("AWS_ENDPOINT", format!("http://127.0.0.1:{}", self.port)),
+            ("AWS_ENDPOINT", format!("http://127.0.0.1:{port}")),
             ("AWS_ALLOW_HTTP", "true".into()),
             ("AWS_REGION", "us-east-1".into()),
             ("AWS_ACCESS_KEY_ID", "test".into()),
@@ -129,8 +142,7 @@ impl S3 {
     }
 
     fn request(&self, method: &str, path: &str) -> std::io::Result<String> {
-        use std::io::{Read, Write};
-        let mut connection = std::net::TcpStream::connect(("127.0.0.1", self.port))?;
+        let mut connection = TcpStream::connect(("127.0.0.1", self.port))?;
         let head = "Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request\r\nContent-Length: 0";
         write!(connection, "{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{head}\r\nConnection: close\r\n\r\n")?;
         let mut answer = String::new();
@@ -144,6 +156,85 @@ impl Drop for S3 {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// What a [`Proxy`] does to connections.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Fault {
+    /// Nothing.
+    None,
+    /// Answers 503 itself.
+    Error,
+    /// Waits before it passes anything on.
+    Slow(Duration),
+    /// Closes connections, open ones too.
+    Reset,
+}
+
+/// A TCP proxy in front of a backend that can misbehave.
+pub struct Proxy {
+    port: u16,
+    fault: Arc<Mutex<Fault>>,
+}
+
+impl Proxy {
+    /// Starts one before a port of this machine; its threads end with the process.
+    pub fn start(backend: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let proxy = Proxy { port: listener.local_addr().unwrap().port(), fault: Arc::new(Mutex::new(Fault::None)) };
+        let fault = proxy.fault.clone();
+        std::thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let fault = fault.clone();
+                std::thread::spawn(move || serve(client, backend, &fault));
+            }
+        });
+        proxy
+    }
+
+    /// Its port.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Misbehaves from now on.
+    pub fn set(&self, fault: Fault) {
+        *self.fault.lock().unwrap() = fault;
+    }
+}
+
+fn serve(mut client: TcpStream, backend: u16, fault: &Arc<Mutex<Fault>>) {
+    if *fault.lock().unwrap() == Fault::Error {
+        let _ = client.read(&mut [0; 65536]);
+        let _ = client.write_all(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        return;
+    }
+    let Ok(server) = TcpStream::connect(("127.0.0.1", backend)) else { return };
+    let (Ok(from_server), Ok(to_client)) = (server.try_clone(), client.try_clone()) else { return };
+    let shared = fault.clone();
+    let back = std::thread::spawn(move || pump(from_server, to_client, &shared));
+    pump(client, server, fault);
+    let _ = back.join();
+}
+
+/// Passes bytes on until one side ends, or the proxy misbehaves.
+fn pump(mut from: TcpStream, mut to: TcpStream, fault: &Mutex<Fault>) {
+    let mut buffer = vec![0; 65536];
+    loop {
+        let read = from.read(&mut buffer);
+        let now = *fault.lock().unwrap();
+        match now {
+            Fault::Slow(time) => std::thread::sleep(time),
+            Fault::None => {}
+            Fault::Error | Fault::Reset => break,
+        }
+        match read {
+            Ok(n) if n > 0 && to.write_all(&buffer[..n]).is_ok() => {}
+            _ => break,
+        }
+    }
+    let _ = from.shutdown(Shutdown::Both);
+    let _ = to.shutdown(Shutdown::Both);
 }
 
 /// Sends a signal to a process.
@@ -167,7 +258,7 @@ fn is_root() -> bool {
 }
 
 fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 fn wait_for(what: &str, done: impl Fn() -> bool) {

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod backends;
+mod campaign;
 mod clients;
 mod command_line;
 mod crash;

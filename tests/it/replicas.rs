@@ -23,7 +23,7 @@ fn replica(dir: &Path, postgres: &Postgres, s3: &S3) -> Server {
     Server::start_in(dir, &format!("tiny={}", golden("models/llama").display()), &flags, &environment)
 }
 
-fn checkpointing(dataset: &str, steps: u64) -> pb::TrainingJob {
+pub fn checkpointing(dataset: &str, steps: u64) -> pb::TrainingJob {
     let mut wanted = job(dataset, steps);
     wanted.run = Some(pb::RunConfig { save_steps: Some(10), save_total_limit: Some(2), ..Default::default() });
     wanted
@@ -36,7 +36,7 @@ fn step_of(e: &pb::TrainingEvent) -> Option<(u64, u64)> {
     }
 }
 
-fn losses(events: &[pb::TrainingEvent]) -> BTreeMap<u64, u64> {
+pub fn losses(events: &[pb::TrainingEvent]) -> BTreeMap<u64, u64> {
     events.iter().filter_map(step_of).collect()
 }
 
@@ -49,7 +49,7 @@ fn changes(events: &[pb::TrainingEvent]) -> Vec<(pb::JobState, String)> {
 }
 
 /// What every history must be: no gap, one end, and steps that only a worker's end repeats.
-fn check_history(events: &[pb::TrainingEvent]) {
+pub fn check_history(events: &[pb::TrainingEvent]) {
     assert!(events.iter().enumerate().all(|(i, e)| e.sequence == i as u64 + 1), "sequences have no gap");
     let ends = changes(events).iter().filter(|(to, _)| *to == pb::JobState::Succeeded).count();
     assert_eq!(ends, 1, "a job succeeds exactly once");
@@ -67,7 +67,7 @@ fn check_history(events: &[pb::TrainingEvent]) {
 }
 
 /// The adapter of a job's last checkpoint.
-async fn adapter(client: &Client, job: &str) -> Vec<u8> {
+pub async fn adapter(client: &Client, job: &str) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     let name = format!("{job}/checkpoints/latest");
     client.download_checkpoint(&name, pb::ExportFormat::Adapter, dir.path()).await.unwrap();
@@ -83,7 +83,7 @@ async fn until(what: &str, limit: Duration, mut done: impl AsyncFnMut() -> bool)
 }
 
 /// Losses and adapter of the same job on a server of its own, with SQLite.
-async fn undisturbed(steps: u64) -> (BTreeMap<u64, u64>, Vec<u8>) {
+pub async fn undisturbed(steps: u64) -> (BTreeMap<u64, u64>, Vec<u8>) {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;

@@ -1,1 +1,401 @@
-//! Tokens, roles, ownership, TLS.
+//! Nobody gets in: tokens, roles, ownership, TLS, quotas, deadlines.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use bradley::rpc::client::{Client, ClientError, Status, Target};
+use bradley::rpc::pb;
+use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
+use tonic::Code;
+use tonic_types::StatusExt;
+
+use crate::server::{Server, finish, job, pairs, score, state, submit, upload};
+use crate::support::{golden, needed};
+
+fn bradley(arguments: &[&str]) -> String {
+    let done = Command::new(env!("CARGO_BIN_EXE_bradley")).args(arguments).output().unwrap();
+    assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
+    String::from_utf8(done.stdout).unwrap()
+}
+
+/// Makes a token; returns its id and the token.
+fn token(data_dir: &Path, owner: &str, roles: &str) -> (String, String) {
+    let dir = data_dir.to_str().unwrap();
+    let made = bradley(&["--output", "json", "tokens", "create", "--owner", owner, "--roles", roles, "--data-dir", dir]);
+    let made: serde_json::Value = serde_json::from_str(&made).unwrap();
+    (made["id"].as_str().unwrap().into(), made["token"].as_str().unwrap().into())
+}
+
+async fn client_with(server: &Server, token: &str) -> Client {
+    let target = Target { token: Some(token.into()), ..Target::plain(&server.address) };
+    Client::connect(&target, Duration::from_secs(10)).await.unwrap()
+}
+
+async fn get(client: &Client, name: &str) -> Result<pb::TrainingJob, Status> {
+    client.training().get_training_job(pb::GetTrainingJobRequest { name: name.into() }).await.map(|r| r.into_inner())
+}
+
+fn tiny() -> String {
+    format!("tiny={}", golden("models/llama").display())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_roles_and_owners_decide_who_may_do_what() {
+    let dir = tempfile::tempdir().unwrap();
+    let audit = dir.path().join("audit.jsonl");
+    let (a_id, a_token) = token(dir.path(), "team-a", "submit,score");
+    let (_, b_token) = token(dir.path(), "team-b", "submit,score");
+    let (_, scorer_token) = token(dir.path(), "team-b", "score");
+    let (_, admin_token) = token(dir.path(), "ops", "admin");
+    let server = Server::start_with(dir.path(), &tiny(), &["--auth", "tokens", "--audit-log", audit.to_str().unwrap()]);
+
+    let nobody = server.client().await;
+    assert!(nobody.health().await.unwrap(), "probes need no token");
+    let refused = nobody.models().list_models(pb::ListModelsRequest {}).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated);
+    assert_eq!(refused.get_details_error_info().unwrap().reason, "UNAUTHENTICATED");
+    let mut forged = a_token.clone();
+    forged.replace_range(forged.len() - 1.., if a_token.ends_with('0') { "1" } else { "0" });
+    for wrong in [forged.as_str(), "brd_x_y", "x", &format!("brd_{a_id}_{}", "0".repeat(64))] {
+        let client = client_with(&server, wrong).await;
+        assert_eq!(client.models().list_models(pb::ListModelsRequest {}).await.unwrap_err().code(), Code::Unauthenticated, "{wrong}");
+        assert_eq!(get(&client, "trainingJobs/x").await.unwrap_err().code(), Code::Unauthenticated, "{wrong}");
+    }
+
+    let (a, b) = (client_with(&server, &a_token).await, client_with(&server, &b_token).await);
+    let (scorer, admin) = (client_with(&server, &scorer_token).await, client_with(&server, &admin_token).await);
+    let dataset = upload(&a, "pairs.jsonl").await;
+    let name = submit(&a, job(&dataset.name, 4)).await;
+    finish(&a, &name).await;
+    assert_eq!(get(&a, &name).await.unwrap().owner, "team-a");
+
+    // What another owns looks like what does not exist.
+    let others = get(&b, &name).await.unwrap_err();
+    let nothing = get(&b, "trainingJobs/none").await.unwrap_err();
+    assert_eq!((others.code(), nothing.code()), (Code::PermissionDenied, Code::PermissionDenied));
+    assert_eq!(others.message().replace(&name, "X"), nothing.message().replace("trainingJobs/none", "X"));
+    let theirs = pb::CreateTrainingJobRequest { training_job: Some(job(&dataset.name, 1)), ..Default::default() };
+    assert_eq!(b.training().create_training_job(theirs).await.unwrap_err().code(), Code::PermissionDenied, "another's dataset");
+    let policy = format!("{name}/checkpoints/latest");
+    let options = Some(pb::ScoringOptions { policy: policy.clone(), ..Default::default() });
+    let request = pb::ScorePairsRequest { options, pairs: pairs() };
+    assert_eq!(scorer.scoring().score_pairs(request.clone()).await.unwrap_err().code(), Code::PermissionDenied, "another's checkpoint");
+    let deletion = pb::DeleteTrainingJobRequest { name: name.clone() };
+    assert_eq!(b.training().delete_training_job(deletion).await.unwrap_err().code(), Code::PermissionDenied);
+    let mut listed = Vec::new();
+    for client in [&a, &b, &admin] {
+        let jobs = client.training().list_training_jobs(pb::ListTrainingJobsRequest::default()).await.unwrap().into_inner();
+        let datasets = client.datasets().list_datasets(pb::ListDatasetsRequest::default()).await.unwrap().into_inner();
+        listed.push((jobs.training_jobs.len(), datasets.datasets.len()));
+    }
+    assert_eq!(listed, [(1, 1), (0, 0), (1, 1)]);
+
+    // Roles.
+    assert!(score(&scorer, "models/tiny", pairs()).await.results.len() > 1);
+    assert_eq!(get(&scorer, &name).await.unwrap_err().code(), Code::PermissionDenied);
+    assert!(admin.scoring().score_pairs(request).await.is_ok(), "an administrator may do everything");
+    assert!(get(&admin, &name).await.is_ok());
+    assert_eq!(get(&admin, "trainingJobs/none").await.unwrap_err().code(), Code::NotFound);
+
+    // A revoked token is refused within seconds.
+    bradley(&["tokens", "revoke", &a_id, "--data-dir", dir.path().to_str().unwrap()]);
+    let start = Instant::now();
+    while get(&a, &name).await.is_ok() {
+        assert!(start.elapsed() < Duration::from_secs(15), "a revoked token is still admitted");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert_eq!(get(&a, &name).await.unwrap_err().code(), Code::Unauthenticated);
+
+    // Secrets are in no file of the server's; who did what is in the audit log.
+    let secret = a_token.rsplit('_').next().unwrap().as_bytes().to_vec();
+    let log = std::fs::read_to_string(&audit).unwrap();
+    for file in ["bradley.db", "bradley.db-wal", "audit.jsonl"] {
+        let bytes = std::fs::read(dir.path().join(file)).unwrap_or_default();
+        assert!(!bytes.windows(secret.len()).any(|w| w == secret), "{file} holds a secret");
+    }
+    let lines: Vec<serde_json::Value> = log.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let done = |owner: &str, action: &str, resource: &str| {
+        lines.iter().any(|l| {
+            let f = &l["fields"];
+            f["owner"] == owner && f["action"] == action && f["resource"] == resource && l["span"]["request_id"].is_string()
+        })
+    };
+    assert!(done("team-a", "upload", &dataset.name) && done("team-a", "create", &name), "{log}");
+    assert!(lines.iter().any(|l| l["fields"]["message"] == "refused" && l["fields"]["peer"].is_string()), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_have_quotas_and_jobs_a_time_to_live() {
+    let dir = tempfile::tempdir().unwrap();
+    let flags = ["--max-jobs-per-client", "2", "--lease", "1", "--max-scoring-tokens-per-client", "64"];
+    let server = Server::start_with(dir.path(), &tiny(), &flags);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let long = submit(&client, job(&dataset.name, 100_000)).await;
+    let again =
+        pb::CreateTrainingJobRequest { training_job: Some(job(&dataset.name, 100_000)), request_id: "r".into(), ..Default::default() };
+    let other = client.training().create_training_job(again.clone()).await.unwrap().into_inner().name;
+    let third = pb::CreateTrainingJobRequest { training_job: Some(job(&dataset.name, 1)), ..Default::default() };
+    let refused = client.training().create_training_job(third).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert_eq!(refused.get_details_error_info().unwrap().reason, "TOO_MANY_JOBS");
+    assert!(refused.get_details_quota_failure().is_some());
+    let same = client.training().create_training_job(again).await.unwrap().into_inner().name;
+    assert_eq!(same, other, "a repeated request makes no job and needs no quota");
+    client.training().cancel_training_job(pb::CancelTrainingJobRequest { name: other.clone() }).await.unwrap();
+    finish(&client, &other).await;
+    let mut short_lived = job(&dataset.name, 1);
+    short_lived.ttl = Some(prost_types::Duration { seconds: 1, nanos: 0 });
+    short_lived.priority = 1;
+    let second = submit(&client, short_lived).await;
+    // Its time to live over, a job is gone with its files.
+    let folder = dir.path().join("jobs").join(second.trim_start_matches("trainingJobs/"));
+    let start = Instant::now();
+    while get(&client, &second).await.is_ok() {
+        assert!(start.elapsed() < Duration::from_secs(60), "the job outlives its time");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert!(!folder.exists());
+    assert!(get(&client, &long).await.is_ok());
+
+    // Many pairs at once are more than the client's share of the queue.
+    let many: Vec<pb::Pair> = (0..8).flat_map(|_| pairs()).collect();
+    let options = Some(pb::ScoringOptions { policy: "models/tiny".into(), ..Default::default() });
+    let answer = client.scoring().score_pairs(pb::ScorePairsRequest { options, pairs: many }).await.unwrap().into_inner();
+    let refused = answer.results.iter().filter(|r| matches!(&r.result, Some(pb::pair_result::Result::Error(e)) if e.code == 8)).count();
+    assert!(refused > 0 && refused < answer.results.len(), "{refused} of {} are refused", answer.results.len());
+    client.training().cancel_training_job(pb::CancelTrainingJobRequest { name: long.clone() }).await.unwrap();
+    finish(&client, &long).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_of_one_priority_take_turns() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start_with(dir.path(), &tiny(), &["--time-slice", "1"]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let jobs = [submit(&client, job(&dataset.name, 100_000)).await, submit(&client, job(&dataset.name, 100_000)).await];
+    let mut runs = [0, 0];
+    let start = Instant::now();
+    // Both come to the device more than once.
+    while runs.iter().any(|n| *n < 2) {
+        assert!(start.elapsed() < Duration::from_secs(60), "{runs:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        for (name, runs) in jobs.iter().zip(&mut runs) {
+            *runs = started(&client, name).await;
+        }
+    }
+    for name in &jobs {
+        client.training().cancel_training_job(pb::CancelTrainingJobRequest { name: name.clone() }).await.unwrap();
+    }
+}
+
+/// How often a job came to the device.
+async fn started(client: &Client, name: &str) -> usize {
+    let (mut n, mut after) = (0, 0);
+    loop {
+        let request = pb::ListTrainingEventsRequest { parent: name.into(), after_sequence: after, page_size: 1000 };
+        let page = client.training().list_training_events(request).await.unwrap().into_inner();
+        let running =
+            |e: &&pb::TrainingEvent| matches!(&e.event, Some(pb::training_event::Event::StateChange(s)) if s.to() == pb::JobState::Running);
+        n += page.events.iter().filter(running).count();
+        after = page.events.last().map_or(after, |e| e.sequence);
+        if !page.more {
+            return n;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_estimate_says_what_the_job_then_takes() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let mut wanted = job(&dataset.name, 0);
+    wanted.batch = Some(pb::BatchConfig { batch_size: Some(2), max_length: Some(256), epochs: Some(3.0), ..Default::default() });
+    wanted.evaluation = Some(pb::training_job::Evaluation::EvalFraction(0.25));
+    let request = pb::EstimateTrainingJobRequest { training_job: Some(wanted.clone()) };
+    let estimate = client.training().estimate_training_job(request).await.unwrap().into_inner();
+    let name = submit(&client, wanted).await;
+    finish(&client, &name).await;
+    let done = get(&client, &name).await.unwrap();
+    assert_eq!(estimate.total_steps, done.progress.unwrap().total_steps);
+    assert_eq!(estimate.train_pairs + estimate.eval_pairs, crate::support::rows("pairs.jsonl").len() as u64);
+    assert!(estimate.eval_pairs > 0 && estimate.tokens > estimate.train_pairs && estimate.longest_pair_tokens > 2);
+    assert!(estimate.memory_bytes > 0 && estimate.memory_bytes < estimate.memory_limit_bytes);
+    let seconds = estimate.duration.unwrap();
+    assert!(seconds.seconds >= 0 && (seconds.seconds > 0 || seconds.nanos > 0));
+    let missing =
+        client.training().estimate_training_job(pb::EstimateTrainingJobRequest { training_job: Some(job("datasets/none", 1)) }).await;
+    assert_eq!(missing.unwrap_err().code(), Code::NotFound);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_adapter_to_start_from_lies_in_the_configured_folder() {
+    let (dir, adapters, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let server = Server::start_with(dir.path(), &tiny(), &["--adapter-dir", adapters.path().to_str().unwrap()]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let first = submit(&client, job(&dataset.name, 2)).await;
+    finish(&client, &first).await;
+    let name = format!("{first}/checkpoints/latest");
+    for folder in [adapters.path().join("mine"), outside.path().join("theirs")] {
+        client.download_checkpoint(&name, pb::ExportFormat::Adapter, &folder).await.unwrap();
+    }
+    std::os::unix::fs::symlink(outside.path(), adapters.path().join("link")).unwrap();
+    let from = |adapter: &str| {
+        let mut wanted = job(&dataset.name, 1);
+        let lora = pb::LoraConfig { rank: Some(4), init_adapter: adapter.into(), ..Default::default() };
+        wanted.method = Some(pb::training_job::Method::Lora(lora));
+        pb::CreateTrainingJobRequest { training_job: Some(wanted), ..Default::default() }
+    };
+    let theirs = outside.path().join("theirs");
+    for bad in
+        [theirs.to_str().unwrap(), "link/theirs", &format!("../{}/theirs", outside.path().file_name().unwrap().to_str().unwrap()), ".."]
+    {
+        let refused = client.training().create_training_job(from(bad)).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument, "{bad}");
+    }
+    let second = client.training().create_training_job(from("mine")).await.unwrap().into_inner();
+    finish(&client, &second.name).await;
+    assert_eq!(state(&client, &second.name).await, pb::JobState::Succeeded);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_server_on_the_same_folder_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let _server = Server::start(dir.path());
+    let second = Command::new(env!("CARGO_BIN_EXE_bradley"))
+        .args(["serve", "--listen", "127.0.0.1:0", "--http-listen", "off", "--models", &tiny(), "--data-dir"])
+        .arg(dir.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&second.stderr);
+    assert!(!second.status.success() && said.contains("another server uses the data directory"), "{said}");
+}
+
+/// An authority of its own, and what it signs.
+struct Authority {
+    certificate: String,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Authority {
+    fn new() -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let certificate = params.self_signed(&key).unwrap().pem();
+        Authority { certificate, issuer: Issuer::new(params, key) }
+    }
+
+    /// Certificate and key, PEM.
+    fn sign(&self, usage: ExtendedKeyUsagePurpose) -> (String, String) {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec!["localhost".into()]).unwrap();
+        params.extended_key_usages = vec![usage];
+        (params.signed_by(&key, &self.issuer).unwrap().pem(), key.serialize_pem())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_asks_for_certificates_and_takes_up_new_ones() {
+    let (dir, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let at = |name: &str| files.path().join(name);
+    let write = |name: &str, text: &str| std::fs::write(at(name), text).unwrap();
+    let (first, clients) = (Authority::new(), Authority::new());
+    let serve = |authority: &Authority| {
+        let (certificate, key) = authority.sign(ExtendedKeyUsagePurpose::ServerAuth);
+        write("server.pem", &certificate);
+        write("server.key", &key);
+        write("ca.pem", &authority.certificate);
+    };
+    serve(&first);
+    write("clients.pem", &clients.certificate);
+    let (certificate, key) = clients.sign(ExtendedKeyUsagePurpose::ClientAuth);
+    write("client.pem", &certificate);
+    write("client.key", &key);
+    let (certificate, key) = first.sign(ExtendedKeyUsagePurpose::ClientAuth);
+    write("stranger.pem", &certificate);
+    write("stranger.key", &key);
+    let path = |name: &str| at(name).to_str().unwrap().to_owned();
+    let (cert, key, ca) = (path("server.pem"), path("server.key"), path("clients.pem"));
+    let flags = ["--tls-cert", &cert, "--tls-key", &key, "--tls-client-ca", &ca];
+    let server = Server::start_with(dir.path(), &tiny(), &flags);
+    let port = server.address.rsplit(':').next().unwrap().to_owned();
+
+    let connect = async |identity: Option<&str>| {
+        let target = Target {
+            address: format!("https://localhost:{port}"),
+            token: None,
+            tls_ca: Some(at("ca.pem")),
+            tls_identity: identity.map(|name| (at(&format!("{name}.pem")), at(&format!("{name}.key")))),
+        };
+        let client = Client::connect(&target, Duration::from_secs(5)).await?;
+        client.models().list_models(pb::ListModelsRequest {}).await?;
+        Ok::<Client, ClientError>(client)
+    };
+    let client = connect(Some("client")).await.unwrap();
+    assert!(connect(None).await.is_err(), "without a certificate");
+    assert!(connect(Some("stranger")).await.is_err(), "with another authority's certificate");
+    let plain = Client::connect(&Target::plain(&server.address), Duration::from_secs(5)).await;
+    if let Ok(plain) = plain {
+        assert!(plain.health().await.is_err(), "without TLS");
+    }
+    if let Some(grpcurl) = needed("BRADLEY_TEST_GRPCURL", "tls_asks_for_certificates") {
+        let done = Command::new(grpcurl)
+            .args(["-cacert", &path("ca.pem"), "-cert", &path("client.pem"), "-key", &path("client.key")])
+            .args([&format!("localhost:{port}"), "bradley.v1.ModelService/ListModels"])
+            .output()
+            .unwrap();
+        assert!(String::from_utf8_lossy(&done.stdout).contains("models/tiny"), "{}", String::from_utf8_lossy(&done.stderr));
+    }
+
+    // Damaged files change nothing; new ones are taken up while old connections go on.
+    let old = std::fs::read_to_string(at("server.pem")).unwrap();
+    write("server.pem", "-----BEGIN CERTIFICATE-----\nnonsense");
+    tokio::time::sleep(Duration::from_secs(11)).await;
+    connect(Some("client")).await.unwrap();
+    write("server.pem", &old);
+    serve(&Authority::new());
+    let start = Instant::now();
+    while connect(Some("client")).await.is_err() {
+        assert!(start.elapsed() < Duration::from_secs(30), "the new certificate is not used");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    client.models().list_models(pb::ListModelsRequest {}).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn work_past_its_deadline_is_dropped_and_said_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let options = Some(pb::ScoringOptions { policy: "models/tiny".into(), ..Default::default() });
+    let many: Vec<pb::Pair> = (0..40).flat_map(|_| pairs()).take(1024).collect();
+    let mut request = tonic::Request::new(pb::ScorePairsRequest { options, pairs: many });
+    // Raw, so that only the server keeps it.
+    request.metadata_mut().insert("grpc-timeout", "20m".parse().unwrap());
+    let late = client.scoring().score_pairs(request).await.unwrap_err();
+    assert!(matches!(late.code(), Code::DeadlineExceeded | Code::Cancelled), "{late}");
+    // The queue is empty soon after: nobody waits for those pairs.
+    let start = Instant::now();
+    score(&client, "models/tiny", pairs()).await;
+    assert!(start.elapsed() < Duration::from_secs(20));
+    let metrics = http_get(&server.http, "/metrics").await;
+    let counted = metrics.lines().any(|l| {
+        l.starts_with("bradley_requests_total") && l.contains("ScorePairs") && l.contains("code=\"DeadlineExceeded\"") && l.ends_with(" 1")
+    });
+    assert!(counted, "{metrics}");
+}
+
+async fn http_get(address: &str, path: &str) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut connection = tokio::net::TcpStream::connect(address).await.unwrap();
+    connection.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer).await.unwrap();
+    answer
+}

@@ -1,0 +1,376 @@
+//! A campaign of faults, seeded: every round disturbs a job in one way at a random moment, then compares it with an undisturbed run.
+//!
+//!   BRADLEY_TEST_CAMPAIGN=200 BRADLEY_TEST_SEED=7 cargo test --test it campaign -- --nocapture
+//!
+//! Rounds alternate between two replicas on PostgreSQL and S3, and one server on SQLite and a folder (a small file system of its own, where the test
+//! may mount one). The table at the end is the result; every line of it is asserted round by round.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use bradley::rpc::client::{Client, Target};
+use bradley::rpc::pb;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use crate::backends::{Fault, Postgres, Proxy, S3, signal};
+use crate::replicas::{adapter, check_history, checkpointing, losses, undisturbed};
+use crate::server::{Server, upload};
+use crate::support::golden;
+
+/// Steps of a round's job: about a second.
+const STEPS: u64 = 150;
+/// Seconds of a lease.
+const LEASE: &str = "2";
+/// Rounds without BRADLEY_TEST_CAMPAIGN: each fault about once.
+const ROUNDS: usize = 14;
+/// How long a round's job may take.
+const LIMIT: Duration = Duration::from_secs(90);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Disturbance {
+    KillInTraining,
+    KillInCreate,
+    KillInUpload,
+    Freeze,
+    DatabaseAway,
+    S3Errors,
+    S3Slow,
+    S3Resets,
+    Damage,
+    DiskFull,
+    Drain,
+}
+
+const CLUSTER: [Disturbance; 9] = [
+    Disturbance::KillInTraining,
+    Disturbance::Freeze,
+    Disturbance::DatabaseAway,
+    Disturbance::S3Errors,
+    Disturbance::KillInCreate,
+    Disturbance::S3Slow,
+    Disturbance::KillInUpload,
+    Disturbance::S3Resets,
+    Disturbance::Drain,
+];
+const SINGLE: [Disturbance; 5] =
+    [Disturbance::KillInTraining, Disturbance::DiskFull, Disturbance::Damage, Disturbance::KillInCreate, Disturbance::KillInUpload];
+
+#[derive(Debug, Default)]
+struct Tally {
+    rounds: BTreeMap<Disturbance, usize>,
+    jobs_acknowledged: usize,
+    jobs_present: usize,
+    uploads_acknowledged: usize,
+    uploads_present: usize,
+    events_delivered: usize,
+    events_persisted: usize,
+    workers_replaced: usize,
+    weights_equal: usize,
+}
+
+/// Servers that come and go; where they are now is known to whoever follows.
+struct Fleet {
+    servers: Vec<Option<Server>>,
+    dirs: Vec<PathBuf>,
+    flags: Vec<String>,
+    environment: Vec<(&'static str, String)>,
+    addresses: Arc<Mutex<Vec<String>>>,
+}
+
+impl Fleet {
+    fn start(dirs: Vec<PathBuf>, flags: Vec<String>, environment: Vec<(&'static str, String)>) -> Self {
+        let mut fleet = Fleet { servers: dirs.iter().map(|_| None).collect(), dirs, flags, environment, addresses: Arc::default() };
+        (0..fleet.servers.len()).for_each(|i| fleet.restart(i));
+        fleet
+    }
+
+    fn restart(&mut self, i: usize) {
+        let flags: Vec<&str> = self.flags.iter().map(String::as_str).collect();
+        let environment: Vec<(&str, &str)> = self.environment.iter().map(|(k, v)| (*k, v.as_str())).collect();
+        let models = format!("tiny={}", golden("models/llama").display());
+        self.servers[i] = Some(Server::start_in(&self.dirs[i], &models, &flags, &environment));
+        *self.addresses.lock().unwrap() = self.servers.iter().flatten().map(|s| s.address.clone()).collect();
+    }
+
+    fn kill(&mut self, i: usize) {
+        self.servers[i].take().unwrap().kill();
+    }
+
+    async fn client(&self) -> Client {
+        loop {
+            if let Some(client) = connect(&self.addresses).await {
+                return client;
+            }
+        }
+    }
+}
+
+async fn connect(addresses: &Mutex<Vec<String>>) -> Option<Client> {
+    let address = {
+        let all = addresses.lock().unwrap();
+        all[rand::rng().random_range(0..all.len())].clone()
+    };
+    match Client::connect(&Target::plain(address), Duration::from_secs(1)).await {
+        Ok(client) => Some(client),
+        Err(_) => {
+            tokio::time::sleep(Duration::from_millis(30)).await;
+            None
+        }
+    }
+}
+
+/// Follows a job through every fault; each event must come once and in order.
+async fn follow(addresses: Arc<Mutex<Vec<String>>>, job: String) -> Vec<pb::TrainingEvent> {
+    let mut seen: Vec<pb::TrainingEvent> = Vec::new();
+    loop {
+        let Some(client) = connect(&addresses).await else { continue };
+        let request = pb::StreamTrainingEventsRequest { parent: job.clone(), after_sequence: seen.len() as u64 };
+        let asked = tokio::time::timeout(Duration::from_secs(3), client.training().stream_training_events(request)).await;
+        let Ok(Ok(stream)) = asked else { continue };
+        let mut stream = stream.into_inner();
+        // A frozen server says nothing: go on with another.
+        while let Ok(Ok(Some(event))) = tokio::time::timeout(Duration::from_secs(4), stream.message()).await {
+            assert_eq!(event.sequence, seen.len() as u64 + 1, "an event is lost or comes twice");
+            let over = matches!(&event.event, Some(pb::training_event::Event::StateChange(s)) if is_final(s.to()));
+            seen.push(event);
+            if over {
+                return seen;
+            }
+        }
+    }
+}
+
+fn is_final(state: pb::JobState) -> bool {
+    matches!(state, pb::JobState::Succeeded | pb::JobState::Failed | pb::JobState::Cancelled)
+}
+
+/// Creates a job, again and again under one request_id until it is acknowledged.
+async fn create(addresses: Arc<Mutex<Vec<String>>>, dataset: String, request_id: String) -> String {
+    loop {
+        let Some(client) = connect(&addresses).await else { continue };
+        let job = Some(checkpointing(&dataset, STEPS));
+        let request = pb::CreateTrainingJobRequest { training_job: job, request_id: request_id.clone(), ..Default::default() };
+        match tokio::time::timeout(Duration::from_secs(3), client.training().create_training_job(request)).await {
+            Ok(Ok(created)) => return created.into_inner().name,
+            Ok(Err(e)) if e.code() == tonic::Code::InvalidArgument => panic!("{e}"),
+            _ => tokio::time::sleep(Duration::from_millis(30)).await,
+        }
+    }
+}
+
+/// A small file system; a plain folder where none may be mounted.
+struct Disk {
+    folder: tempfile::TempDir,
+    mounted: bool,
+}
+
+impl Disk {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=48m", "tmpfs"])
+            .arg(folder.path())
+            .output()
+            .is_ok_and(|o| o.status.success());
+        Disk { folder, mounted }
+    }
+
+    /// Leaves no byte free.
+    fn fill(&self) {
+        use std::io::Write;
+        let mut file = std::fs::File::create(self.folder.path().join("filler")).unwrap();
+        for size in [1 << 20, 4096, 1] {
+            while file.write_all(&vec![1; size]).is_ok() {}
+        }
+    }
+
+    fn free(&self) {
+        std::fs::remove_file(self.folder.path().join("filler")).unwrap();
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        if self.mounted {
+            let _ = Command::new("umount").arg("-l").arg(self.folder.path()).status();
+        }
+    }
+}
+
+/// Damages the newest checkpoint below a data directory, of one job.
+fn damage(dir: &Path, job: &str, rng: &mut StdRng) -> bool {
+    let folder = dir.join("jobs").join(job.trim_start_matches("trainingJobs/")).join("checkpoints");
+    let steps = std::fs::read_dir(&folder).into_iter().flatten().filter_map(|e| e.ok()?.file_name().to_str()?.parse::<u64>().ok());
+    let Some(newest) = steps.max() else { return false };
+    let files = ["adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"];
+    let file = folder.join(newest.to_string()).join(files[rng.random_range(0..files.len())]);
+    let Ok(mut bytes) = std::fs::read(&file) else { return false };
+    let at = rng.random_range(0..bytes.len());
+    bytes[at] ^= 1 << rng.random_range(0..8);
+    std::fs::write(&file, bytes).is_ok()
+}
+
+struct Campaign {
+    cluster: Fleet,
+    single: Fleet,
+    postgres: Postgres,
+    proxy: Proxy,
+    disk: Disk,
+    expected: (BTreeMap<u64, u64>, Vec<u8>),
+    tally: Tally,
+}
+
+impl Campaign {
+    async fn round(&mut self, number: usize, datasets: &[String; 2], rng: &mut StdRng) {
+        let clustered = number.is_multiple_of(2);
+        let mut disturbance = if clustered { CLUSTER[number / 2 % CLUSTER.len()] } else { SINGLE[number / 2 % SINGLE.len()] };
+        if disturbance == Disturbance::DiskFull && !self.disk.mounted {
+            disturbance = Disturbance::KillInTraining;
+        }
+        *self.tally.rounds.entry(disturbance).or_default() += 1;
+        let fleet = if clustered { &mut self.cluster } else { &mut self.single };
+        let dataset = datasets[usize::from(!clustered)].clone();
+        let victim = rng.random_range(0..fleet.servers.len());
+
+        let creation = tokio::spawn(create(fleet.addresses.clone(), dataset, format!("round-{number}")));
+        if disturbance == Disturbance::KillInCreate {
+            tokio::time::sleep(Duration::from_micros(rng.random_range(0..8000))).await;
+            fleet.kill(victim);
+            fleet.restart(victim);
+        }
+        let job = tokio::time::timeout(LIMIT, creation).await.expect("the job is acknowledged").unwrap();
+        self.tally.jobs_acknowledged += 1;
+        let following = tokio::spawn(follow(fleet.addresses.clone(), job.clone()));
+        tokio::time::sleep(Duration::from_millis(rng.random_range(0..900))).await;
+        let pause = Duration::from_millis(rng.random_range(200..2500));
+        match disturbance {
+            Disturbance::KillInCreate => {}
+            Disturbance::KillInTraining => {
+                fleet.kill(victim);
+                fleet.restart(victim);
+            }
+            Disturbance::KillInUpload => {
+                let client = fleet.client().await;
+                let uploading = tokio::spawn(async move {
+                    let metadata = pb::UploadMetadata { display_name: "campaign".into(), ..Default::default() };
+                    client.upload_dataset(&golden("pairs.jsonl"), metadata, |_| {}).await.ok()
+                });
+                tokio::time::sleep(Duration::from_micros(rng.random_range(0..80_000))).await;
+                fleet.kill(victim);
+                let uploaded = uploading.await.unwrap();
+                fleet.restart(victim);
+                if let Some(dataset) = uploaded {
+                    self.tally.uploads_acknowledged += 1;
+                    // Its row and its file are there, on whichever replica.
+                    let request = pb::EstimateTrainingJobRequest { training_job: Some(checkpointing(&dataset.name, 2)) };
+                    fleet.client().await.training().estimate_training_job(request).await.expect("the dataset is there");
+                    self.tally.uploads_present += 1;
+                }
+            }
+            Disturbance::Drain => {
+                fleet.servers[victim].take().unwrap().terminate(Duration::from_secs(40));
+                fleet.restart(victim);
+            }
+            Disturbance::Freeze => {
+                let pid = fleet.servers[victim].as_ref().unwrap().pid();
+                signal(pid, libc::SIGSTOP);
+                // Past its lease, as often as not.
+                tokio::time::sleep(Duration::from_secs(1) + 2 * pause).await;
+                signal(pid, libc::SIGCONT);
+            }
+            Disturbance::DatabaseAway => {
+                self.postgres.crash();
+                tokio::time::sleep(pause).await;
+                self.postgres.resume();
+            }
+            Disturbance::S3Errors | Disturbance::S3Slow | Disturbance::S3Resets => {
+                self.proxy.set(match disturbance {
+                    Disturbance::S3Errors => Fault::Error,
+                    Disturbance::S3Slow => Fault::Slow(Duration::from_millis(300)),
+                    _ => Fault::Reset,
+                });
+                tokio::time::sleep(pause).await;
+                self.proxy.set(Fault::None);
+            }
+            Disturbance::Damage => {
+                fleet.kill(victim);
+                damage(&fleet.dirs[victim], &job, rng);
+                fleet.restart(victim);
+            }
+            Disturbance::DiskFull => {
+                self.disk.fill();
+                tokio::time::sleep(pause).await;
+                self.disk.free();
+            }
+        }
+        let delivered = tokio::time::timeout(LIMIT, following).await.expect("the job ends").unwrap();
+        self.check(clustered, &job, delivered, disturbance).await;
+    }
+
+    async fn check(&mut self, clustered: bool, job: &str, delivered: Vec<pb::TrainingEvent>, disturbance: Disturbance) {
+        let fleet = if clustered { &self.cluster } else { &self.single };
+        let client = fleet.client().await;
+        let request = pb::GetTrainingJobRequest { name: job.into() };
+        let stored = client.training().get_training_job(request).await.unwrap().into_inner();
+        assert_eq!(stored.state(), pb::JobState::Succeeded, "{disturbance:?}: {:?}", stored.error);
+        self.tally.jobs_present += 1;
+        let mut persisted = Vec::new();
+        loop {
+            let after_sequence = persisted.len() as u64;
+            let request = pb::ListTrainingEventsRequest { parent: job.into(), after_sequence, page_size: 1000 };
+            let page = client.training().list_training_events(request).await.unwrap().into_inner();
+            persisted.extend(page.events);
+            if !page.more {
+                break;
+            }
+        }
+        self.tally.events_delivered += delivered.len();
+        self.tally.events_persisted += persisted.len();
+        assert!(delivered == persisted, "{disturbance:?}: what was delivered is not what is stored");
+        check_history(&persisted);
+        assert_eq!(losses(&persisted), self.expected.0, "{disturbance:?}: other losses");
+        assert!(adapter(&client, job).await == self.expected.1, "{disturbance:?}: other weights");
+        self.tally.weights_equal += 1;
+        let gone = |e: &&pb::TrainingEvent| matches!(&e.event, Some(pb::training_event::Event::StateChange(s)) if s.reason.contains("worker is gone"));
+        self.tally.workers_replaced += persisted.iter().filter(gone).count();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_lost_or_done_twice_whatever_fails() {
+    let test = "nothing_is_lost_or_done_twice";
+    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let number = |variable: &str, default: usize| std::env::var(variable).ok().map_or(default, |v| v.parse().unwrap());
+    let (rounds, seed) = (number("BRADLEY_TEST_CAMPAIGN", ROUNDS), number("BRADLEY_TEST_SEED", 1));
+    let mut rng = StdRng::seed_from_u64(seed as u64);
+    let proxy = Proxy::start(s3.port());
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let disk = Disk::new();
+    let strings = |all: &[&str]| all.iter().map(|s| s.to_string()).collect::<Vec<_>>();
+    let flags = strings(&["--database-url", &postgres.url(), "--artifact-url", "s3://bradley/runs", "--lease", LEASE]);
+    let cluster = Fleet::start(dirs.iter().map(|d| d.path().to_owned()).collect(), flags, s3.environment_at(proxy.port()));
+    let single = Fleet::start(vec![disk.folder.path().to_owned()], strings(&["--lease", LEASE]), Vec::new());
+    let mut datasets = [String::new(), String::new()];
+    for (fleet, dataset) in [&cluster, &single].into_iter().zip(&mut datasets) {
+        *dataset = upload(&fleet.client().await, "pairs.jsonl").await.name;
+    }
+    let expected = undisturbed(STEPS).await;
+    let mut campaign = Campaign { cluster, single, postgres, proxy, disk, expected, tally: Tally::default() };
+    let start = Instant::now();
+    for number in 0..rounds {
+        campaign.round(number, &datasets, &mut rng).await;
+    }
+    let t = &campaign.tally;
+    println!("| fault campaign | seed {seed}, {rounds} rounds, {} s |\n|---|---|", start.elapsed().as_secs());
+    t.rounds.iter().for_each(|(disturbance, n)| println!("| rounds with {disturbance:?} | {n} |"));
+    println!("| jobs acknowledged, present and succeeded | {}, {} |", t.jobs_acknowledged, t.jobs_present);
+    println!("| uploads acknowledged, present | {}, {} |", t.uploads_acknowledged, t.uploads_present);
+    println!("| events delivered, persisted | {}, {} |", t.events_delivered, t.events_persisted);
+    println!("| workers replaced, jobs executed twice | {}, 0 |", t.workers_replaced);
+    println!("| final weights equal to an undisturbed run's | {} of {} |", t.weights_equal, rounds);
+    assert_eq!((t.jobs_present, t.weights_equal, t.uploads_present), (rounds, rounds, t.uploads_acknowledged));
+}
