@@ -15,7 +15,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
-use sqlx::{AnyPool, AssertSqlSafe};
+use sqlx::{AnyConnection, AnyPool, AssertSqlSafe, Connection as _};
 
 pub use self::jobs::Creation;
 pub use self::leases::{Also, Lease};
@@ -119,16 +119,11 @@ impl Store {
         };
         let connect = AnyConnectOptions::from_str(&url).map_err(|e| ServiceError::internal(format!("database_url: {e}")))?;
         let pool = |n: u32| {
-            AnyPoolOptions::new().max_connections(n).acquire_timeout(ACQUIRE).after_connect(move |connection, _| {
-                Box::pin(async move {
-                    if dialect == Dialect::Sqlite {
-                        for pragma in ["journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 10000"] {
-                            sqlx::query(AssertSqlSafe(format!("PRAGMA {pragma}"))).execute(&mut *connection).await?;
-                        }
-                    }
-                    Ok(())
-                })
-            })
+            AnyPoolOptions::new()
+                .max_connections(n)
+                .acquire_timeout(ACQUIRE)
+                .after_connect(move |connection, _| Box::pin(prepare(dialect, connection)))
+                .after_release(move |connection, _| Box::pin(is_clean(dialect, connection)))
         };
         let (writers, readers) = match dialect {
             Dialect::Sqlite => (1, READERS),
@@ -168,6 +163,26 @@ impl Store {
         sqlx::query("SELECT 1").execute(&self.readers).await?;
         Ok(())
     }
+}
+
+/// Sets a new connection up.
+async fn prepare(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Result<()> {
+    if dialect == Dialect::Sqlite {
+        for pragma in ["journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 10000"] {
+            sqlx::query(AssertSqlSafe(format!("PRAGMA {pragma}"))).execute(&mut *connection).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a connection has no transaction left open. On a full disk SQLite rolls back by itself, and sqlx, whose own rollback then fails, takes the
+/// transaction to be still open: later ones would be savepoints inside it, and what they "commit" could be lost. Such a connection is closed.
+async fn is_clean(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Result<bool> {
+    if dialect == Dialect::Sqlite {
+        // A rollback on its way is done before this is answered.
+        connection.ping().await?;
+    }
+    Ok(!connection.is_in_transaction())
 }
 
 /// A file's URL: everything but letters, digits, `/`, `.`, `-` and `_` is escaped.

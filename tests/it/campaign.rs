@@ -1,6 +1,6 @@
 //! A campaign of faults, seeded: every round disturbs a job in one way at a random moment, then compares it with an undisturbed run.
 //!
-//!   BRADLEY_TEST_CAMPAIGN=200 BRADLEY_TEST_SEED=7 cargo test --test it campaign -- --nocapture
+//!   BRADLEY_TEST_CAMPAIGN=200 BRADLEY_TEST_SEED=7 [BRADLEY_TEST_FAULT=DiskFull] cargo test --test it campaign -- --nocapture
 //!
 //! Rounds alternate between two replicas on PostgreSQL and S3, and one server on SQLite and a folder (a small file system of its own, where the test
 //! may mount one). The table at the end is the result; every line of it is asserted round by round.
@@ -227,7 +227,10 @@ struct Campaign {
 impl Campaign {
     async fn round(&mut self, number: usize, datasets: &[String; 2], rng: &mut StdRng) {
         let clustered = number.is_multiple_of(2);
-        let mut disturbance = if clustered { CLUSTER[number / 2 % CLUSTER.len()] } else { SINGLE[number / 2 % SINGLE.len()] };
+        let kinds = if clustered { &CLUSTER[..] } else { &SINGLE[..] };
+        let only = std::env::var("BRADLEY_TEST_FAULT").ok();
+        let named = kinds.iter().find(|d| only.as_deref() == Some(format!("{d:?}").as_str()));
+        let mut disturbance = named.copied().unwrap_or(kinds[number / 2 % kinds.len()]);
         if disturbance == Disturbance::DiskFull && !self.disk.mounted {
             disturbance = Disturbance::KillInTraining;
         }
@@ -307,7 +310,11 @@ impl Campaign {
                 self.disk.free();
             }
         }
-        let delivered = tokio::time::timeout(LIMIT, following).await.expect("the job ends").unwrap();
+        let Ok(delivered) = tokio::time::timeout(LIMIT, following).await else {
+            let died: Vec<_> = fleet.servers.iter_mut().flatten().map(Server::exit_status).collect();
+            panic!("round {number}, {disturbance:?}: {job} does not end; servers that ended: {died:?}");
+        };
+        let delivered = delivered.unwrap();
         self.check(clustered, &job, delivered, disturbance).await;
     }
 

@@ -6,7 +6,7 @@ use crate::server::Server;
 use crate::support::golden;
 
 fn bradley(server: Option<&Server>, args: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_bradley"));
+    let mut command = Command::new(crate::support::binary());
     command.args(args).env_remove("BRADLEY_SERVER").env_remove("BRADLEY_MODELS").env_remove("BRADLEY_CONFIG");
     if let Some(s) = server {
         command.env("BRADLEY_SERVER", &s.address);

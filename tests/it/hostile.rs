@@ -87,7 +87,8 @@ fn check(what: &str, e: &Status) {
     assert!(!matches!(e.code(), Code::Internal | Code::Unknown | Code::Cancelled), "{what}: {e}");
 }
 
-fn resident_kib(pid: u32) -> u64 {
+/// A process's memory.
+pub fn resident_kib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     status.lines().find(|l| l.starts_with("VmRSS:")).unwrap().split_whitespace().nth(1).unwrap().parse().unwrap()
 }

@@ -20,4 +20,5 @@ mod security;
 mod server;
 mod service;
 mod smollm2;
+mod soak;
 mod support;

@@ -14,7 +14,7 @@ use crate::server::{Server, finish, job, pairs, score, state, submit, upload};
 use crate::support::{golden, needed};
 
 fn bradley(arguments: &[&str]) -> String {
-    let done = Command::new(env!("CARGO_BIN_EXE_bradley")).args(arguments).output().unwrap();
+    let done = Command::new(crate::support::binary()).args(arguments).output().unwrap();
     assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
     String::from_utf8(done.stdout).unwrap()
 }
@@ -267,7 +267,7 @@ async fn an_adapter_to_start_from_lies_in_the_configured_folder() {
 async fn a_second_server_on_the_same_folder_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let _server = Server::start(dir.path());
-    let second = Command::new(env!("CARGO_BIN_EXE_bradley"))
+    let second = Command::new(crate::support::binary())
         .args(["serve", "--listen", "127.0.0.1:0", "--http-listen", "off", "--models", &tiny(), "--data-dir"])
         .arg(dir.path())
         .output()

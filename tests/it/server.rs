@@ -35,7 +35,7 @@ impl Server {
     /// The same with variables of its environment.
     pub fn start_in(data_dir: &Path, models: &str, flags: &[&str], environment: &[(&str, &str)]) -> Self {
         let http_port = free_port();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_bradley"))
+        let mut child = Command::new(crate::support::binary())
             .args(["serve", "--listen", "127.0.0.1:0", "--log-format", "json", "--models", models])
             .args(["--http-listen", &format!("127.0.0.1:{http_port}")])
             .args(flags)
@@ -60,6 +60,11 @@ impl Server {
         });
         let address = address.recv_timeout(Duration::from_secs(120)).expect("the server starts");
         Server { child, address: format!("http://{address}"), http: format!("127.0.0.1:{http_port}"), data_dir: data_dir.to_owned() }
+    }
+
+    /// How it ended, if it did.
+    pub fn exit_status(&mut self) -> Option<std::process::ExitStatus> {
+        self.child.try_wait().unwrap()
     }
 
     /// Its process.

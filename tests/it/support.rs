@@ -103,3 +103,8 @@ pub fn needed(variable: &str, test: &str) -> Option<String> {
         }
     }
 }
+
+/// The program under test; BRADLEY_TEST_BINARY names another build of it.
+pub fn binary() -> PathBuf {
+    std::env::var_os("BRADLEY_TEST_BINARY").map_or_else(|| env!("CARGO_BIN_EXE_bradley").into(), PathBuf::from)
+}

@@ -1,0 +1,256 @@
+//! A soak under twice the load that the server can take: a training job, and fifty clients of whom a third are slow or vanish.
+//!
+//!   BRADLEY_TEST_SOAK=1800 cargo test --test it soak -- --nocapture
+//!
+//! Memory must stay flat, accepted requests must be answered within what the queue's bound implies, and every refusal must say when to come back.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use bradley::rpc::client::Client;
+use bradley::rpc::pb;
+use rand::{Rng, SeedableRng};
+use tonic::Code;
+use tonic_types::StatusExt;
+
+use crate::hostile::resident_kib;
+use crate::server::{Server, job, pairs, submit, upload};
+use crate::support::golden;
+
+/// Clients that score as fast as they are meant to, that read slowly, and that leave without a word.
+const STEADY: usize = 34;
+const SLOW: usize = 8;
+const VANISHING: usize = 8;
+/// Pairs of a request.
+const BATCH: usize = 8;
+/// Seconds without BRADLEY_TEST_SOAK.
+const SHORT: u64 = 12;
+/// Tokens that may wait: what bounds the wait.
+const QUEUE_TOKENS: usize = 6000;
+
+#[derive(Default)]
+struct Seen {
+    accepted: AtomicU64,
+    refused: AtomicU64,
+    streamed: AtomicU64,
+    vanished: AtomicU64,
+    latencies: Mutex<Vec<f64>>,
+    /// What else was answered: must stay empty.
+    wrong: Mutex<BTreeMap<String, u64>>,
+}
+
+impl Seen {
+    fn wrong(&self, what: String) {
+        *self.wrong.lock().unwrap().entry(what).or_default() += 1;
+    }
+
+    /// A refusal must have its reason, and a time to come back or a quota.
+    fn refusal(&self, status: &tonic::Status) {
+        let retry = status.get_details_retry_info().is_some() || status.get_details_quota_failure().is_some();
+        let reasoned = status.get_details_error_info().is_some_and(|i| !i.reason.is_empty());
+        match status.code() {
+            Code::Unavailable | Code::ResourceExhausted if retry && reasoned => self.refused.fetch_add(1, Ordering::Relaxed),
+            _ => return self.wrong(format!("{status:?}")),
+        };
+    }
+}
+
+fn request(n: usize) -> pb::ScorePairsRequest {
+    let options = Some(pb::ScoringOptions { policy: "models/tiny".into(), ..Default::default() });
+    let all = pairs();
+    let pairs = (0..BATCH).map(|i| all[(n + i) % all.len()].clone()).collect();
+    pb::ScorePairsRequest { options, pairs }
+}
+
+/// One request; pairs that were refused inside an answer count as refusals.
+async fn once(client: &Client, n: usize, seen: &Seen) {
+    let start = Instant::now();
+    match client.scoring().score_pairs(request(n)).await {
+        Ok(answer) => {
+            let results = answer.into_inner().results;
+            if results.len() != BATCH {
+                seen.wrong(format!("{} results", results.len()));
+            }
+            let mut whole = true;
+            for r in &results {
+                if let Some(pb::pair_result::Result::Error(e)) = &r.result {
+                    whole = false;
+                    seen.refusal(&tonic::Status::with_details(
+                        Code::from(e.code),
+                        e.message.clone(),
+                        prost::Message::encode_to_vec(e).into(),
+                    ));
+                }
+            }
+            if whole {
+                seen.accepted.fetch_add(1, Ordering::Relaxed);
+                seen.latencies.lock().unwrap().push(start.elapsed().as_secs_f64());
+            }
+        }
+        Err(status) => seen.refusal(&status),
+    }
+}
+
+/// Sends on time, whether or not earlier requests are answered.
+async fn steady(client: Client, id: usize, interval: Duration, until: Instant, seen: Arc<Seen>) {
+    let mut open = tokio::task::JoinSet::new();
+    let mut due = tokio::time::interval(interval);
+    due.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    let mut n = id;
+    while Instant::now() < until {
+        due.tick().await;
+        n += STEADY;
+        let (client, seen) = (client.clone(), seen.clone());
+        open.spawn(async move { once(&client, n, &seen).await });
+        while open.try_join_next().is_some() {}
+    }
+    // Everyone who was accepted gets an answer.
+    if tokio::time::timeout(Duration::from_secs(60), async { while open.join_next().await.is_some() {} }).await.is_err() {
+        seen.wrong("no answer".into());
+    }
+}
+
+/// Streams pairs and reads the answers slowly.
+async fn slow(client: Client, until: Instant, seen: Arc<Seen>) {
+    use pb::stream_score_pairs_request::Part;
+    while Instant::now() < until {
+        let (sender, receiver) = tokio::sync::mpsc::channel(4);
+        let writer = tokio::spawn(async move {
+            let message = |part| pb::StreamScorePairsRequest { part: Some(part) };
+            let options = pb::ScoringOptions { policy: "models/tiny".into(), ..Default::default() };
+            let _ = sender.send(message(Part::Options(options))).await;
+            for pair in pairs().into_iter().cycle().take(600) {
+                if sender.send(message(Part::Pair(pair))).await.is_err() {
+                    return;
+                }
+            }
+        });
+        let stream = client.scoring().stream_score_pairs(tokio_stream::wrappers::ReceiverStream::new(receiver)).await;
+        match stream {
+            Ok(stream) => {
+                let mut stream = stream.into_inner();
+                while Instant::now() < until {
+                    match stream.message().await {
+                        Ok(Some(_)) => seen.streamed.fetch_add(1, Ordering::Relaxed),
+                        Ok(None) => break,
+                        Err(status) => {
+                            seen.refusal(&status);
+                            break;
+                        }
+                    };
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+            Err(status) => seen.refusal(&status),
+        }
+        writer.abort();
+    }
+}
+
+/// Begins calls and drops them, connection and all.
+async fn vanishing(address: String, seed: u64, until: Instant, seen: Arc<Seen>) {
+    let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
+    while Instant::now() < until {
+        let target = bradley::rpc::client::Target::plain(&address);
+        let Ok(client) = Client::connect(&target, Duration::from_secs(5)).await else {
+            seen.wrong("no connection".into());
+            continue;
+        };
+        let patience = Duration::from_millis(rng.random_range(0..300));
+        let n = rng.random_range(0..1000);
+        let mut scoring = client.scoring();
+        let _ = tokio::time::timeout(patience, scoring.score_pairs(request(n))).await;
+        seen.vanished.fetch_add(1, Ordering::Relaxed);
+        tokio::time::sleep(patience).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn twice_the_load_is_refused_politely_for_as_long_as_it_lasts() {
+    let seconds = std::env::var("BRADLEY_TEST_SOAK").ok().map_or(SHORT, |v| v.parse().unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let queue = QUEUE_TOKENS.to_string();
+    let flags = ["--queue-tokens", &queue, "--reference-cache-tokens", "0", "--events-kept", "2000"];
+    let server = Server::start_with(dir.path(), &format!("tiny={}", golden("models/llama").display()), &flags);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    submit(&client, job(&dataset.name, 100_000_000)).await;
+
+    // Capacity: requests a second that a few clients get through, one after another, while the job trains.
+    let probe = Arc::new(Seen::default());
+    let until = Instant::now() + Duration::from_secs((seconds / 20).clamp(2, 20));
+    let start = Instant::now();
+    let mut probes = tokio::task::JoinSet::new();
+    for id in 0..4 {
+        let (client, probe) = (client.clone(), probe.clone());
+        probes.spawn(async move {
+            let mut n = id;
+            while Instant::now() < until {
+                once(&client, n, &probe).await;
+                n += 4;
+            }
+        });
+    }
+    while probes.join_next().await.is_some() {}
+    let capacity = probe.accepted.load(Ordering::Relaxed) as f64 / start.elapsed().as_secs_f64();
+    assert!(capacity > 0.0 && probe.wrong.lock().unwrap().is_empty(), "{:?}", probe.wrong.lock().unwrap());
+
+    let seen = Arc::new(Seen::default());
+    let start = Instant::now();
+    let until = start + Duration::from_secs(seconds);
+    let interval = Duration::from_secs_f64(STEADY as f64 / (2.0 * capacity));
+    let mut clients = tokio::task::JoinSet::new();
+    for id in 0..STEADY {
+        clients.spawn(steady(server.client().await, id, interval, until, seen.clone()));
+    }
+    for _ in 0..SLOW {
+        clients.spawn(slow(server.client().await, until, seen.clone()));
+    }
+    for id in 0..VANISHING {
+        clients.spawn(vanishing(server.address.clone(), id as u64, until, seen.clone()));
+    }
+    let mut memory = Vec::new();
+    while Instant::now() < until {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        memory.push(resident_kib(server.pid()));
+    }
+    while let Some(done) = clients.join_next().await {
+        done.unwrap();
+    }
+
+    let mut latencies = seen.latencies.lock().unwrap().clone();
+    latencies.sort_by(f64::total_cmp);
+    let quantile = |q: f64| latencies[((latencies.len() - 1) as f64 * q) as usize];
+    let median = |samples: &[u64]| {
+        let mut samples = samples.to_vec();
+        samples.sort();
+        samples[samples.len() / 2]
+    };
+    // The first part is for pools and caches to fill.
+    let (early, late) = (median(&memory[memory.len() / 4..memory.len() / 2]), median(&memory[memory.len() * 3 / 4..]));
+    let count = |n: &AtomicU64| n.load(Ordering::Relaxed);
+    println!(
+        "| soak | {seconds} s, {} clients, {capacity:.1} requests/s of {BATCH} pairs at capacity, twice that offered |\n|---|---|",
+        STEADY + SLOW + VANISHING
+    );
+    println!(
+        "| requests answered in full | {} ({:.1}/s) |",
+        count(&seen.accepted),
+        count(&seen.accepted) as f64 / start.elapsed().as_secs_f64()
+    );
+    println!("| refusals, each with its reason and a time | {} |", count(&seen.refused));
+    println!("| pairs streamed to slow clients, calls left without a word | {}, {} |", count(&seen.streamed), count(&seen.vanished));
+    println!("| latency of answered requests: p50, p99, most | {:.2}, {:.2}, {:.2} s |", quantile(0.5), quantile(0.99), quantile(1.0));
+    println!(
+        "| memory: second quarter, last quarter, most | {}, {}, {} MiB |",
+        early >> 10,
+        late >> 10,
+        memory.iter().max().unwrap() >> 10
+    );
+    println!("| other answers | {:?} |", seen.wrong.lock().unwrap());
+    assert!(seen.wrong.lock().unwrap().is_empty(), "{:?}", seen.wrong.lock().unwrap());
+    assert!(count(&seen.accepted) > 0 && count(&seen.refused) > 0, "the load is no overload");
+    assert!(late < early + early / 20 + (8 << 10), "memory grew from {early} to {late} KiB");
+}
