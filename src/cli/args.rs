@@ -229,6 +229,12 @@ pub struct TrainArgs {
     /// Higher goes first, and a running job of a lower one makes room.
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     pub priority: i32,
+    /// Days that the job, its events and its checkpoints are kept after its end; without this until it is deleted.
+    #[arg(long, value_name = "DAYS")]
+    pub ttl_days: Option<u32>,
+    /// Only say what the job would cost, in tokens, steps, memory and time.
+    #[arg(long, conflicts_with_all = ["watch", "validate_only"])]
+    pub estimate: bool,
     /// Train every weight instead of a LoRA adapter.
     #[arg(long)]
     pub full: bool,

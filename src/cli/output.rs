@@ -53,6 +53,15 @@ pub fn resource(output: Output, value: &Value) {
     }
 }
 
+/// What a job would cost.
+pub fn estimate(e: &pb::EstimateTrainingJobResponse) -> Value {
+    let seconds = e.duration.as_ref().map_or(0.0, |d| d.seconds as f64 + f64::from(d.nanos) / 1e9);
+    json!({
+        "train_pairs": e.train_pairs, "eval_pairs": e.eval_pairs, "skipped_rows": e.skipped_rows, "total_steps": e.total_steps, "tokens": e.tokens,
+        "longest_pair_tokens": e.longest_pair_tokens, "memory_bytes": e.memory_bytes, "memory_limit_bytes": e.memory_limit_bytes, "seconds": seconds,
+    })
+}
+
 /// `2026-11-24T10:00:00Z`.
 pub fn time(t: Option<&Timestamp>) -> String {
     t.and_then(|t| jiff::Timestamp::new(t.seconds, 0).ok()).map(|t| t.to_string()).unwrap_or_default()

@@ -4,8 +4,11 @@ use std::path::Path;
 
 use super::args::{Output, TrainArgs};
 use super::{Failure, Outcome, connect, output, watch};
-use crate::rpc::client::Client;
+use crate::rpc::client::{Client, ProtoDuration};
 use crate::rpc::pb;
+
+/// Seconds.
+const DAY: i64 = 24 * 3600;
 
 pub(super) async fn run(args: TrainArgs, output: Output) -> Outcome {
     let client = connect(&args.server.target()).await?;
@@ -23,11 +26,14 @@ pub(super) async fn run(args: TrainArgs, output: Output) -> Outcome {
         (None, Some(f)) => Some(pb::training_job::Evaluation::EvalFraction(f)),
         (None, None) => None,
     };
-    let request = pb::CreateTrainingJobRequest {
-        training_job: Some(job(&args, policy, dataset, evaluation)?),
-        request_id: String::new(),
-        validate_only: args.validate_only,
-    };
+    let wanted = job(&args, policy, dataset, evaluation)?;
+    if args.estimate {
+        let request = pb::EstimateTrainingJobRequest { training_job: Some(wanted) };
+        let estimate = client.training().estimate_training_job(request).await?.into_inner();
+        output::resource(output, &output::estimate(&estimate));
+        return Ok(());
+    }
+    let request = pb::CreateTrainingJobRequest { training_job: Some(wanted), request_id: String::new(), validate_only: args.validate_only };
     let job = client.training().create_training_job(request).await?.into_inner();
     if args.validate_only {
         output::resource(output, &output::job(&job));
@@ -84,6 +90,7 @@ fn job(
         run: Some(pb::RunConfig { save_steps: args.save_steps, eval_steps: args.eval_steps, ..Default::default() }),
         seed: args.seed,
         precision: args.precision.clone().unwrap_or_default(),
+        ttl: args.ttl_days.map(|days| ProtoDuration { seconds: i64::from(days) * DAY, nanos: 0 }),
         row_policy: if args.skip_bad_rows { pb::RowPolicy::Skip.into() } else { pb::RowPolicy::Reject.into() },
         ..Default::default()
     })

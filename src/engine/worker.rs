@@ -1,8 +1,6 @@
 //! The device worker: one OS thread that owns a device and runs units of work. A training unit lets scoring in between any two decoder blocks.
 
-use std::any::Any;
 use std::cell::RefCell;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,6 +13,7 @@ use super::residents::Bases;
 use super::run;
 use super::scoring::{Live, Scoring};
 use crate::domain::job::JobError;
+use crate::model::guard::guarded;
 use crate::model::ops::buffer::Buffer;
 use crate::train::host::Host;
 use crate::train::reference_cache::ReferenceCache;
@@ -179,16 +178,6 @@ fn emitter(events: &Sender<RunEvent>) -> impl FnMut(RunEvent) + '_ {
     |event| {
         let _ = events.blocking_send(event);
     }
-}
-
-/// Runs a unit of work; a panic in it is its own failure, not the thread's.
-pub(super) fn guarded<R>(f: impl FnOnce() -> R) -> Result<R, String> {
-    catch_unwind(AssertUnwindSafe(f)).map_err(|panic| describe(&*panic))
-}
-
-fn describe(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|s| s.to_string()).or_else(|| panic.downcast_ref::<String>().cloned());
-    format!("a unit of work panicked: {}", text.unwrap_or_else(|| "no message".into()))
 }
 
 fn internal(message: String) -> JobError {

@@ -9,6 +9,7 @@ pub mod error;
 pub mod export;
 mod gguf;
 pub mod gradients;
+pub mod guard;
 pub mod layout;
 pub mod loader;
 pub mod ops;

@@ -1,7 +1,7 @@
 //! A thin client for the command line and the demo: connects with a clear error, uploads, follows events across reconnects, downloads safely.
 
 /// A point in time and a choice of fields, as messages carry them.
-pub use prost_types::{FieldMask, Timestamp};
+pub use prost_types::{Duration as ProtoDuration, FieldMask, Timestamp};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 

@@ -5,6 +5,7 @@ mod backends;
 mod campaign;
 mod clients;
 mod command_line;
+mod corpus;
 mod crash;
 mod gguf;
 mod golden_losses;

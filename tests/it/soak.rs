@@ -50,10 +50,11 @@ impl Seen {
     fn refusal(&self, status: &tonic::Status) {
         let retry = status.get_details_retry_info().is_some() || status.get_details_quota_failure().is_some();
         let reasoned = status.get_details_error_info().is_some_and(|i| !i.reason.is_empty());
-        match status.code() {
-            Code::Unavailable | Code::ResourceExhausted if retry && reasoned => self.refused.fetch_add(1, Ordering::Relaxed),
-            _ => return self.wrong(format!("{status:?}")),
-        };
+        if matches!(status.code(), Code::Unavailable | Code::ResourceExhausted) && retry && reasoned {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+        } else {
+            self.wrong(format!("{status:?}"));
+        }
     }
 }
 

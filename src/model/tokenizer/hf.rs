@@ -7,6 +7,7 @@ use tokenizers::Tokenizer;
 
 use super::{Parts, wrong};
 use crate::model::error::ModelError;
+use crate::model::guard::guarded;
 
 const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
@@ -29,7 +30,8 @@ pub(super) fn read(folder: &Path) -> Result<Parts, ModelError> {
     let path = folder.join(TOKENIZER);
     let bytes = take(TOKENIZER)?
         .ok_or_else(|| wrong(&path, "is missing: a fast tokenizer is needed (save it with transformers' save_pretrained)"))?;
-    let tokenizer = Tokenizer::from_bytes(&bytes).map_err(|e| wrong(&path, e.to_string()))?;
+    // The library panics at some malformed decoders.
+    let tokenizer = guarded(|| Tokenizer::from_bytes(&bytes)).map_err(|e| wrong(&path, e))?.map_err(|e| wrong(&path, e.to_string()))?;
 
     let object = |name: &str, bytes: Option<Vec<u8>>| -> Result<Value, ModelError> {
         match bytes {

@@ -41,6 +41,10 @@ impl GgufWeights {
 
     fn dequantise(&self, entry: &TensorEntry) -> Result<Tensor, ModelError> {
         let path = &self.gguf.path;
+        if entry.bytes == 0 {
+            // The library that dequantises would make a slice of a dangling pointer.
+            return Err(ModelError::corrupt(path, "a tensor has no elements".to_owned()));
+        }
         let mut bytes = vec![0u8; entry.bytes as usize];
         {
             let _guard = self.lock.lock();

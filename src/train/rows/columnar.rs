@@ -4,20 +4,24 @@ use std::fs::File;
 use std::path::Path;
 
 use parquet::file::reader::{FileReader, SerializedFileReader};
-use parquet::record::Field;
 use parquet::record::reader::RowIter;
+use parquet::record::{Field, Row};
 use serde_json::{Map, Value};
 
 use super::json::from_fields;
 use super::{DataError, RowReader, issue};
 use crate::domain::dataset::IssueReason;
+use crate::model::guard::guarded;
 
 const COLUMNS: [&str; 5] = ["prompt", "chosen", "rejected", "weight", "id"];
 
 pub(super) fn read(path: &Path) -> Result<RowReader, DataError> {
     let file = File::open(path).map_err(|source| DataError::Io { path: path.to_owned(), source })?;
     let bad = |reason: String| DataError::BadFile { path: path.to_owned(), reason };
-    let reader = SerializedFileReader::new(file).map_err(|e| bad(format!("not a readable Parquet file: {e}")))?;
+    // The library asserts, or calls unimplemented, at some damaged files.
+    let reader = guarded(|| SerializedFileReader::new(file))
+        .map_err(|e| bad(format!("not a readable Parquet file: {e}")))?
+        .map_err(|e| bad(format!("not a readable Parquet file: {e}")))?;
     let schema = reader.metadata().file_metadata().schema();
     let names: Vec<&str> = schema.get_fields().iter().map(|f| f.name()).collect();
     for needed in ["chosen", "rejected"] {
@@ -25,8 +29,8 @@ pub(super) fn read(path: &Path) -> Result<RowReader, DataError> {
             return Err(bad(format!("no column {needed:?} among {names:?}: a preference set has prompt, chosen and rejected")));
         }
     }
-    let rows = RowIter::from_file_into(Box::new(reader));
-    Ok(Box::new(rows.enumerate().map(|(i, record)| {
+    let rows = guarded(|| RowIter::from_file_into(Box::new(reader))).map_err(|e| bad(format!("not a readable Parquet file: {e}")))?;
+    Ok(Box::new(Records { rows: Some(rows) }.enumerate().map(|(i, record)| {
         let row = i as u64 + 1;
         let record = record.map_err(|e| issue(row, "", IssueReason::InvalidType, format!("the record cannot be decoded: {e}")))?;
         let wanted = record.get_column_iter().filter(|(name, _)| COLUMNS.contains(&name.as_str()));
@@ -39,6 +43,27 @@ pub(super) fn read(path: &Path) -> Result<RowReader, DataError> {
         }
         from_fields(row, fields)
     })))
+}
+
+/// Records until the file ends or the reader fails: after a failure nothing of it can be used.
+struct Records {
+    rows: Option<RowIter<'static>>,
+}
+
+impl Iterator for Records {
+    type Item = Result<Row, String>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let mut rows = self.rows.take()?;
+        let record = match guarded(|| rows.next()) {
+            Ok(Some(Ok(record))) => Ok(record),
+            Ok(None) => return None,
+            Ok(Some(Err(e))) => return Some(Err(e.to_string())),
+            Err(panic) => return Some(Err(panic)),
+        };
+        self.rows = Some(rows);
+        Some(record)
+    }
 }
 
 fn to_json(field: &Field) -> Result<Value, String> {

@@ -1,0 +1,17 @@
+//! A JSONL dataset: every line is a row or a finding.
+#![no_main]
+
+use std::io::Write;
+
+use bradley::domain::dataset::DatasetFormat;
+use bradley::train::rows::read_rows;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(data).unwrap();
+    let lines = data.split(|b| *b == b'\n').count();
+    if let Ok(rows) = read_rows(file.path(), DatasetFormat::Jsonl) {
+        assert!(rows.count() <= lines);
+    }
+});

@@ -1,0 +1,24 @@
+//! A safetensors file, as the weights of a PEFT adapter and of a model folder.
+#![no_main]
+
+use bradley::model::config::ModelConfig;
+use bradley::model::peft;
+use bradley::model::weights::Weights;
+use libfuzzer_sys::fuzz_target;
+
+const MODEL: &str = include_str!("../../goldens/models/llama/config.json");
+const ADAPTER: &str = include_str!("../../goldens/adapters/llama/adapter_config.json");
+
+fuzz_target!(|data: &[u8]| {
+    let dir = tempfile::tempdir().unwrap();
+    let config = ModelConfig::from_hf_json(MODEL, std::path::Path::new("config.json")).unwrap();
+    std::fs::write(dir.path().join(peft::CONFIG_FILE), ADAPTER).unwrap();
+    std::fs::write(dir.path().join(peft::WEIGHTS_FILE), data).unwrap();
+    let _ = peft::load(dir.path(), &config);
+    if let Ok(weights) = Weights::open_safetensors(&dir.path().join(peft::WEIGHTS_FILE)) {
+        for (name, shape) in config.tensor_shapes() {
+            let _ = weights.load(&name, &shape);
+        }
+        let _ = weights.fingerprint();
+    }
+});
