@@ -7,6 +7,8 @@ WORKDIR /build
 
 # Dependencies alone, so that this layer is made again only when they change.
 COPY Cargo.toml Cargo.lock ./
+# Only named by the workspace: nothing of it is built.
+COPY tests/fuzz/Cargo.toml tests/fuzz/
 RUN mkdir src && echo 'fn main() {}' | tee build.rs src/main.rs && touch src/lib.rs \
     && cargo build --release --locked && rm -r build.rs src
 

@@ -216,7 +216,7 @@ def answers(server, precision, rows, r):
     timed("in one", lambda: server.completions(prompt("c"), shorts))
 
 
-def interleaving(server, precision, rows, windows=3, requests=24, load=1 / 6):
+def interleaving(server, precision, rows, windows=3, requests=16, load=1 / 6):
     """Latency of single pairs and training speed, alone and together, in alternating windows. Pairs arrive at random (Poisson), whether or not earlier
     ones were answered, at a rate that keeps the device busy for a sixth of the time."""
     from concurrent.futures import ThreadPoolExecutor

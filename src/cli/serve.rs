@@ -67,6 +67,9 @@ pub async fn serve_on(
         lease: settings.lease,
         time_slice: settings.time_slice,
         max_jobs_per_client: settings.max_jobs_per_client,
+        max_client_priority: settings.max_client_priority,
+        max_dataset_bytes_per_client: settings.max_dataset_bytes_per_client,
+        max_dataset_text_bytes: settings.max_dataset_text_bytes,
         max_scoring_tokens_per_client: settings.max_scoring_tokens_per_client,
         adapter_dir: settings.adapter_dir.clone(),
     };
@@ -88,6 +91,9 @@ pub async fn serve_on(
     tracing::info!(address = %listener.local_addr()?, "serving");
     if !settings.tokens && !settings.listen.ip().is_loopback() {
         tracing::warn!("auth is off: whoever reaches {} may do everything", settings.listen);
+    }
+    if settings.tokens && settings.tls.is_none() && !settings.listen.ip().is_loopback() {
+        tracing::warn!("tokens travel in clear: set tls_cert and tls_key, or let only a proxy that speaks TLS reach {}", settings.listen);
     }
     let options = ServeOptions {
         max_message_bytes: settings.max_message_bytes,

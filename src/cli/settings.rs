@@ -26,7 +26,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("precision", "f32", "What matrix products are computed in, and how frozen weights are kept: f32 or bf16"),
     ("threads", "0", "CPU threads for compute; 0 is all cores"),
     ("memory_limit", "0", "Memory a job may be estimated to need, e.g. 20GiB; 0 is nine tenths of the machine's"),
-    ("scoring_share", "0.3", "Share of device time scoring may take while a job trains, above 0 and at most 1"),
+    ("scoring_share", "0.4", "Share of device time scoring may take while a job trains, above 0 and at most 1"),
     ("queue_tokens", "1048576", "Tokens that may wait to be scored"),
     ("batch_tokens", "4096", "Tokens of one scoring batch"),
     ("max_row_tokens", "16384", "Tokens of the longest row that is accepted"),
@@ -41,6 +41,9 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("lease", "30", "Seconds that a worker may be silent before another takes over its job"),
     ("time_slice", "600", "Seconds that a job keeps the device while others of its priority wait"),
     ("max_jobs_per_client", "1000", "Unfinished jobs that a client may have; 0 is any number"),
+    ("max_client_priority", "0", "The highest priority that clients may give their jobs; administrators may give any"),
+    ("max_dataset_bytes_per_client", "0", "Bytes of datasets that a client may keep; 0 is any number"),
+    ("max_dataset_text_bytes", "4GiB", "Bytes of text that a dataset may hold: a job has it in memory"),
     ("max_scoring_tokens_per_client", "0", "Tokens that a client may have in the scoring queue; 0 is any number"),
     ("adapter_dir", "", "A folder with PEFT adapters that jobs may start from, by name"),
     ("auth", "off", "tokens: callers need a bearer token (see bradley tokens); off: everyone may do everything"),
@@ -53,6 +56,9 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("log", "info", "Log filter, e.g. info or bradley=debug"),
     ("log_format", "text", "text or json"),
 ];
+
+/// Settings that are not shown.
+const SECRET: [&str; 1] = ["database_url"];
 
 /// Where a value came from, weakest first.
 #[derive(Clone, Debug, Default)]
@@ -98,6 +104,12 @@ pub struct Settings {
     pub time_slice: Duration,
     /// Unfinished jobs of one client.
     pub max_jobs_per_client: Option<u64>,
+    /// The highest priority that clients may give.
+    pub max_client_priority: i32,
+    /// Bytes of one client's datasets.
+    pub max_dataset_bytes_per_client: Option<u64>,
+    /// Bytes of a dataset's text.
+    pub max_dataset_text_bytes: u64,
     /// Tokens of one client in the scoring queue.
     pub max_scoring_tokens_per_client: Option<usize>,
     /// Adapters that jobs may start from.
@@ -210,6 +222,13 @@ impl Settings {
             lease: seconds(reader.number("lease", 1).unwrap_or_default()),
             time_slice: seconds(reader.number("time_slice", 1).unwrap_or_default()),
             max_jobs_per_client: reader.number("max_jobs_per_client", 0).filter(some).map(|n| n as u64),
+            max_client_priority: reader
+                .parse("max_client_priority", "a whole number from -1000 to 1000", |s| {
+                    s.parse().ok().filter(|n| (-1000..=1000).contains(n))
+                })
+                .unwrap_or_default(),
+            max_dataset_bytes_per_client: reader.bytes("max_dataset_bytes_per_client").filter(|n| *n > 0),
+            max_dataset_text_bytes: reader.bytes("max_dataset_text_bytes").unwrap_or_default(),
             max_scoring_tokens_per_client: reader.number("max_scoring_tokens_per_client", 0).filter(some),
             adapter_dir: reader.optional("adapter_dir", "a path", |s| Some(PathBuf::from(s))),
             tokens: reader
@@ -305,7 +324,9 @@ impl Reader<'_> {
         let (text, origin) = self.sources.get(name, default);
         let parsed = parse(text.trim());
         if parsed.is_none() {
-            self.bad.push(origin, format!("is {text:?}: it must be {expected}"));
+            // A URL may hold a password.
+            let shown = if SECRET.contains(&name) { "cannot be used".to_owned() } else { format!("is {text:?}") };
+            self.bad.push(origin, format!("{shown}: it must be {expected}"));
         }
         parsed
     }

@@ -37,12 +37,14 @@ pub struct Caller {
     pub owner: String,
     /// What the caller may do.
     pub roles: Vec<Role>,
+    /// The id of the token that says so; it may be revoked while a call goes on.
+    pub token: Option<String>,
 }
 
 impl Caller {
     /// Anyone, on a server without authentication; also the server itself.
     pub fn anyone() -> Caller {
-        Caller { owner: String::new(), roles: vec![Role::Admin] }
+        Caller { owner: String::new(), roles: vec![Role::Admin], token: None }
     }
 
     /// Whether the caller has `role`.
@@ -72,10 +74,10 @@ mod tests {
 
     #[test]
     fn only_an_admin_sees_what_others_own() {
-        let caller = Caller { owner: "team-a".into(), roles: vec![Role::Submit] };
+        let caller = Caller { owner: "team-a".into(), roles: vec![Role::Submit], token: None };
         assert!(caller.may_see("team-a") && !caller.may_see("team-b") && !caller.may_see(""));
         assert!(caller.may(Role::Submit) && !caller.may(Role::Score) && caller.shown() == Some("team-a"));
-        let admin = Caller { owner: "ops".into(), roles: vec![Role::Admin] };
+        let admin = Caller { owner: "ops".into(), roles: vec![Role::Admin], token: None };
         assert!(admin.may_see("team-a") && Role::ALL.iter().all(|r| admin.may(*r)) && admin.shown().is_none());
     }
 }

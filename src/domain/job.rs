@@ -13,6 +13,31 @@ pub type Millis = i64;
 /// Metrics by their TRL names.
 pub type Metrics = BTreeMap<String, f64>;
 
+/// Metrics in JSON, which has no infinities: what is not finite is left out, and what is null is taken for left out.
+pub mod finite {
+    use std::collections::BTreeMap;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    use super::Metrics;
+
+    /// The finite ones.
+    pub fn serialize<S: Serializer>(all: &Metrics, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_map(all.iter().filter(|(_, v)| v.is_finite()))
+    }
+
+    /// The ones that are numbers.
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Metrics, D::Error> {
+        let all = BTreeMap::<String, Option<f64>>::deserialize(d)?;
+        Ok(all.into_iter().filter_map(|(name, v)| Some((name, v?))).collect())
+    }
+}
+
+/// [`Metrics`] on their way to or from the store.
+#[derive(Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Finite(#[serde(with = "finite")] pub Metrics);
+
 /// Where a job is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -126,6 +151,9 @@ pub struct JobRequest {
     /// Higher goes first.
     #[serde(default)]
     pub priority: i32,
+    /// The base model under it, which stays known when the jobs that it continues are deleted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
     /// What is trained.
     pub policy: PolicyName,
     /// `None`: the policy's own start weights.
@@ -269,6 +297,7 @@ pub enum EventKind {
         /// How far.
         progress: Progress,
         /// By name.
+        #[serde(with = "finite")]
         metrics: Metrics,
     },
     /// One evaluation.
@@ -276,6 +305,7 @@ pub enum EventKind {
         /// After which step.
         step: u64,
         /// By name.
+        #[serde(with = "finite")]
         metrics: Metrics,
     },
     /// A checkpoint is complete.
@@ -297,6 +327,17 @@ pub enum EventKind {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn metrics_that_are_no_numbers_are_left_out() {
+        let metrics = Metrics::from([("a".into(), f64::NAN), ("b".into(), 1.5), ("c".into(), f64::INFINITY)]);
+        let event = EventKind::Eval { step: 1, metrics };
+        let text = serde_json::to_string(&event).unwrap();
+        let EventKind::Eval { metrics, .. } = serde_json::from_str(&text).unwrap() else { panic!() };
+        assert_eq!(metrics, Metrics::from([("b".into(), 1.5)]));
+        let old = r#"{"kind":"eval","step":1,"metrics":{"a":null,"b":2.0}}"#;
+        assert!(serde_json::from_str::<EventKind>(old).is_ok(), "what an older version stored");
+    }
 
     #[test]
     fn final_states_have_no_way_out_and_every_other_state_has_one() {

@@ -198,7 +198,7 @@ impl Default for EngineOptions {
             reference_cache_tokens: 1 << 22,
             reference_cache_file: None,
             resident_policies: 8,
-            scoring_share: 0.3,
+            scoring_share: 0.4,
             memory_limit: None,
         }
     }

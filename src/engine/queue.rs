@@ -91,6 +91,11 @@ impl Queue {
         Ok(())
     }
 
+    /// Whether the engine is stopping.
+    pub fn is_draining(&self) -> bool {
+        self.lock().draining
+    }
+
     /// Queues a run.
     pub fn push_run(&self, run: TrainingRun) -> Result<(), EngineError> {
         let mut inner = self.lock();

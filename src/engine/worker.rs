@@ -22,6 +22,9 @@ use crate::train::trainer::{Status, TrainError, Trainer};
 /// The wait before a full channel is tried again.
 const FULL: Duration = Duration::from_millis(2);
 
+/// The wait before a checkpoint that could not be written is tried again.
+const SAVE_RETRY: Duration = Duration::from_millis(500);
+
 /// What the thread owns.
 pub(super) struct Worker {
     queue: Arc<Queue>,
@@ -141,6 +144,14 @@ impl Worker {
         let saved = guarded(|| trainer.save_now(&mut emitter(&events)));
         match saved {
             Ok(Ok(())) => {}
+            Ok(Err(e)) if !self.queue.is_draining() => {
+                // Nothing is in a hurry: the steps are worth the wait, and whoever waits for them may cancel.
+                tracing::warn!(error = %e, "the checkpoint of a run that makes room cannot be written: trying again");
+                let live = active.live();
+                self.scoring.interlude(&self.cache, &live);
+                std::thread::sleep(SAVE_RETRY);
+                return;
+            }
             // The job continues from its last good checkpoint; only the steps since are repeated.
             Ok(Err(e)) => tracing::error!(error = %e, "checkpoint at drain failed"),
             Err(panic) => tracing::error!(panic, "checkpoint at drain failed"),

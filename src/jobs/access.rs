@@ -29,7 +29,9 @@ fn seen<T>(caller: &Caller, found: Result<T>, owner: impl Fn(&T) -> &str, name: 
     match found {
         Ok(it) if caller.may_see(owner(&it)) => Ok(it),
         Ok(_) | Err(ServiceError::NotFound { .. }) if !caller.is_admin() => {
-            Err(ServiceError::PermissionDenied { message: format!("{} does not exist, or is not yours", name()) })
+            let name = name();
+            tracing::warn!(target: AUDIT, owner = caller.owner, resource = name, "refused");
+            Err(ServiceError::PermissionDenied { message: format!("{name} does not exist, or is not yours") })
         }
         other => other,
     }

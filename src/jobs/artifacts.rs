@@ -1,9 +1,11 @@
 //! Files beside the database: datasets, checkpoints, exports. Everything is made under a temporary name and renamed when it is whole. With an object
 //! store, that is where they are kept, and the data directory holds copies.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::datasets::blocking;
@@ -11,7 +13,28 @@ use super::error::{Result, ServiceError};
 use super::remote::Remote;
 use crate::domain::dataset::Dataset;
 use crate::domain::job::Checkpoint;
-use crate::train::checkpoint;
+use crate::train::checkpoint::{self, CheckpointError};
+
+/// A file or folder that is removed unless it has been renamed.
+pub(super) struct Temporary(pub PathBuf);
+
+impl Temporary {
+    /// It is somebody's now.
+    pub fn keep(mut self) {
+        self.0 = PathBuf::new();
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        if !self.0.as_os_str().is_empty() {
+            let _ = remove(&self.0);
+        }
+    }
+}
+
+/// The file that says that the data directory has never held an only copy.
+const COPIES: &str = "copies-only";
 
 /// How long the object store may take to say that it is there.
 const PING: Duration = Duration::from_secs(5);
@@ -21,6 +44,9 @@ const PING: Duration = Duration::from_secs(5);
 pub struct Artifacts {
     root: PathBuf,
     remote: Option<Remote>,
+    /// Checkpoints that this process has found whole.
+    checked: Arc<Mutex<HashSet<PathBuf>>>,
+    fetching: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// One file of an export.
@@ -68,10 +94,16 @@ impl ExportFormat {
 impl Artifacts {
     /// Creates the folders and removes what an interrupted upload or export left.
     pub fn open(root: &Path, remote: Option<Remote>) -> Result<Self> {
-        let artifacts = Artifacts { root: root.to_owned(), remote };
+        let artifacts = Artifacts { root: root.to_owned(), remote, checked: Arc::default(), fetching: Arc::default() };
         remove(&artifacts.temporary_folder())?;
+        let mut empty = true;
         for dir in [artifacts.temporary_folder(), root.join("datasets"), root.join("jobs")] {
             fs::create_dir_all(&dir).map_err(|e| failed(&dir, e))?;
+            empty &= fs::read_dir(&dir).map_err(|e| failed(&dir, e))?.next().is_none();
+        }
+        if artifacts.remote.is_some() && empty {
+            let marker = root.join(COPIES);
+            File::create(&marker).map_err(|e| failed(&marker, e))?;
         }
         Ok(artifacts)
     }
@@ -79,6 +111,11 @@ impl Artifacts {
     /// Whether the data directory is a copy of an object store.
     pub fn is_copy(&self) -> bool {
         self.remote.is_some()
+    }
+
+    /// Whether it has been one from its first day: then nothing in it is the only copy.
+    pub fn holds_copies_only(&self) -> bool {
+        self.is_copy() && self.root.join(COPIES).exists()
     }
 
     /// Whether the object store answers, if there is one.
@@ -123,9 +160,10 @@ impl Artifacts {
     }
 
     /// Removes a checkpoint's folder and the exports made from it.
-    pub async fn remove_checkpoint(&self, job: &str, step: u64) -> Result<()> {
+    pub async fn remove_checkpoint(&self, job: &str, step: u64, digest: &str) -> Result<()> {
         if let Some(remote) = &self.remote {
-            remote.remove(&format!("jobs/{job}/checkpoints/{step}")).await?;
+            // Exactly this one: a successor may have made the step anew meanwhile.
+            remote.remove(&checkpoint_key(job, step, digest)).await?;
             for format in ExportFormat::ALL {
                 remote.remove(&export_key(job, step, format)).await?;
             }
@@ -135,9 +173,41 @@ impl Artifacts {
 
     /// Removes what this machine has of a checkpoint.
     pub async fn drop_local_checkpoint(&self, job: &str, step: u64) -> Result<()> {
+        self.checked.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.checkpoint(job, step));
         let mut paths: Vec<PathBuf> = ExportFormat::ALL.iter().map(|format| self.export(job, step, *format)).collect();
         paths.push(self.checkpoint(job, step));
         blocking(move || paths.iter().try_for_each(|p| remove(p))).await?
+    }
+
+    /// The jobs and datasets that have files here.
+    pub async fn local(&self) -> Result<(Vec<String>, Vec<String>)> {
+        let folders = [self.root.join("jobs"), self.root.join("datasets")];
+        blocking(move || {
+            let names = |folder: &PathBuf| -> Result<Vec<String>> {
+                let entries = fs::read_dir(folder).map_err(|e| failed(folder, e))?;
+                Ok(entries.filter_map(|e| e.ok()?.file_name().into_string().ok()).collect())
+            };
+            Ok((names(&folders[0])?, names(&folders[1])?))
+        })
+        .await?
+    }
+
+    /// How long a dataset's file has been here.
+    pub fn dataset_age(&self, id: &str) -> Option<Duration> {
+        fs::metadata(self.dataset(id)).ok()?.modified().ok()?.elapsed().ok()
+    }
+
+    /// Removes what this machine has of a job.
+    pub async fn drop_local_job(&self, job: &str) -> Result<()> {
+        let path = self.job(job);
+        self.checked.lock().unwrap_or_else(PoisonError::into_inner).retain(|p| !p.starts_with(&path));
+        blocking(move || remove(&path)).await?
+    }
+
+    /// Removes what this machine has of a dataset.
+    pub async fn drop_local_dataset(&self, id: &str) -> Result<()> {
+        let path = self.dataset(id);
+        blocking(move || remove(&path)).await?
     }
 
     /// Removes everything of a job.
@@ -145,8 +215,7 @@ impl Artifacts {
         if let Some(remote) = &self.remote {
             remote.remove(&format!("jobs/{job}")).await?;
         }
-        let path = self.job(job);
-        blocking(move || remove(&path)).await?
+        self.drop_local_job(job).await
     }
 
     /// Removes a dataset's file.
@@ -154,8 +223,7 @@ impl Artifacts {
         if let Some(remote) = &self.remote {
             remote.remove(&dataset_key(id)).await?;
         }
-        let path = self.dataset(id);
-        blocking(move || remove(&path)).await?
+        self.drop_local_dataset(id).await
     }
 
     // ---- to and from the object store
@@ -178,16 +246,15 @@ impl Artifacts {
         if tokio::fs::try_exists(&path).await.unwrap_or(false) {
             return Ok(path);
         }
-        let temporary = self.temporary();
-        remote.get_file(&dataset_key(&dataset.id), &temporary).await.map_err(|e| lost(e, &format!("datasets/{}", dataset.id)))?;
+        let temporary = Temporary(self.temporary());
+        remote.get_file(&dataset_key(&dataset.id), &temporary.0).await.map_err(|e| lost(e, &format!("datasets/{}", dataset.id)))?;
         let (artifacts, expected, name) = (self.clone(), dataset.content_hash.clone(), dataset.id.clone());
         blocking(move || {
-            if hash_file(&temporary)?.1 != expected {
-                let _ = fs::remove_file(&temporary);
+            if hash_file(&temporary.0)?.1 != expected {
                 let message = format!("the stored file of datasets/{name} does not match its hash: upload it again");
                 return Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", message });
             }
-            artifacts.publish(&temporary, &path)?;
+            artifacts.publish(&temporary.0, &path)?;
             Ok(path)
         })
         .await?
@@ -205,48 +272,76 @@ impl Artifacts {
     /// `FailedPrecondition` (`ARTIFACT_MISSING`, `ARTIFACT_DAMAGED`) when it is lost or changed.
     pub async fn fetch_checkpoint(&self, c: &Checkpoint) -> Result<PathBuf> {
         let dir = self.checkpoint(&c.job, c.step);
-        let (here, expected) = (dir.clone(), c.digest.clone());
-        // Another replica's folder of this step, left from before a lease was lost, is not this checkpoint.
-        let same = move || checkpoint::digest(&here).is_ok_and(|digest| expected.is_empty() || digest == expected);
-        if blocking(same).await? {
+        if self.is_here(c).await? {
+            return Ok(dir);
+        }
+        // One at a time: a second caller finds what the first has fetched.
+        let _fetching = self.fetching.lock().await;
+        if self.is_here(c).await? {
             return Ok(dir);
         }
         let name = format!("trainingJobs/{}/checkpoints/{}", c.job, c.step);
         let Some(remote) = &self.remote else {
-            let message = format!("the files of {name} are missing or changed under the data directory");
+            let why = blocking(move || checkpoint::check(&dir)).await?.err();
+            let why = why.map_or_else(|| format!("{} has changed", checkpoint::STATE_FILE), |e| e.to_string());
+            let message = format!("the files of {name} are missing or damaged: {why}");
             return Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_MISSING", message });
         };
-        let temporary = self.temporary();
-        fs::create_dir_all(&temporary).map_err(|e| failed(&temporary, e))?;
-        let fetched = remote.get_folder(&checkpoint_key(&c.job, c.step, &c.digest), &temporary).await;
+        let temporary = Temporary(self.temporary());
+        fs::create_dir_all(&temporary.0).map_err(|e| failed(&temporary.0, e))?;
+        let fetched = remote.get_folder(&checkpoint_key(&c.job, c.step, &c.digest), &temporary.0).await;
         let (artifacts, expected) = (self.clone(), c.digest.clone());
         blocking(move || {
             let placed = fetched.map_err(|e| lost(e, &name)).and_then(|()| {
-                let whole = checkpoint::check(&temporary).and_then(|()| checkpoint::digest(&temporary));
+                let whole = checkpoint::check(&temporary.0).and_then(|()| checkpoint::digest(&temporary.0));
                 if !whole.as_ref().is_ok_and(|digest| *digest == expected) {
                     let why = whole.err().map_or("its hash is another".to_owned(), |e| e.to_string());
                     let message = format!("the stored files of {name} are damaged: {why}");
                     return Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", message });
                 }
                 remove(&dir)?;
-                artifacts.publish(&temporary, &dir)
+                artifacts.publish(&temporary.0, &dir)
             });
-            let _ = fs::remove_dir_all(&temporary);
-            match placed {
-                // Another call may have fetched it meanwhile.
-                Err(e) if !checkpoint::digest(&dir).is_ok_and(|digest| digest == expected) => Err(e),
-                _ => Ok(dir),
+            placed.map(|()| dir)
+        })
+        .await?
+    }
+
+    /// Whether the checkpoint's folder is on this machine, as it was written. Another replica's folder of the same step, left from before a lease was
+    /// lost, is not this checkpoint.
+    async fn is_here(&self, c: &Checkpoint) -> Result<bool> {
+        let (dir, expected, checked) = (self.checkpoint(&c.job, c.step), c.digest.clone(), self.checked.clone());
+        blocking(move || {
+            match checkpoint::digest(&dir) {
+                Ok(digest) if expected.is_empty() || digest == expected => {}
+                Err(e) if !e.is_damage() => return Err(unanswered(&e)),
+                _ => return Ok(false),
+            }
+            // Every file, once for each process.
+            let known = || checked.lock().unwrap_or_else(PoisonError::into_inner);
+            if known().contains(&dir) {
+                return Ok(true);
+            }
+            match checkpoint::check(&dir) {
+                Ok(()) => {
+                    known().insert(dir);
+                    Ok(true)
+                }
+                Err(e) if !e.is_damage() => Err(unanswered(&e)),
+                Err(_) => Ok(false),
             }
         })
         .await?
     }
 
-    /// Keeps an export whose folder is whole here; returns where clients find it.
-    pub async fn keep_export(&self, job: &str, step: u64, format: ExportFormat) -> Result<String> {
+    /// Keeps an export whose folder is whole here, unless it was not made just now and is kept; returns where clients find it.
+    pub async fn keep_export(&self, job: &str, step: u64, format: ExportFormat, made: bool) -> Result<String> {
         let path = self.export(job, step, format);
         let Some(remote) = &self.remote else { return Ok(path.display().to_string()) };
         let key = export_key(job, step, format);
-        remote.put_folder(&path, &key, "").await?;
+        if made || !remote.has_folder(&key).await? {
+            remote.put_folder(&path, &key, "").await?;
+        }
         Ok(remote.url_of(&key))
     }
 
@@ -307,6 +402,12 @@ fn checkpoint_key(job: &str, step: u64, digest: &str) -> String {
 
 fn export_key(job: &str, step: u64, format: ExportFormat) -> String {
     format!("jobs/{job}/exports/{step}-{}", format.name())
+}
+
+/// A file that may be read later.
+pub(super) fn unanswered(e: &CheckpointError) -> ServiceError {
+    let message = format!("{e}");
+    ServiceError::Unavailable { reason: "STORAGE_UNAVAILABLE", message, retry_after: Duration::from_secs(2) }
 }
 
 /// What the object store does not have is gone for good.

@@ -1,13 +1,12 @@
 //! Uploads: bytes to a temporary file, validation, rename, row; acknowledged only after all four.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use tokio::fs::File;
 use tokio::io::AsyncWriteExt;
 
 use super::access::AUDIT;
-use super::artifacts::failed;
+use super::artifacts::{Temporary, failed};
 use super::error::{Result, ServiceError};
 use super::service::Service;
 use super::store::now;
@@ -45,15 +44,6 @@ pub struct DatasetUpload {
     start: Vec<u8>,
 }
 
-/// A file that is removed unless it has been renamed.
-struct Temporary(PathBuf);
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
 impl Service {
     /// Begins an upload.
     pub async fn begin_upload(&self, caller: &Caller, meta: UploadMeta) -> Result<DatasetUpload> {
@@ -63,6 +53,13 @@ impl Service {
         }
         if meta.max_length < 2 {
             return Err(ServiceError::invalid("metadata.max_length", format!("is {}: it must be at least 2", meta.max_length)));
+        }
+        if let Some(limit) = self.inner.options.max_dataset_bytes_per_client {
+            let kept = self.inner.store.dataset_bytes(&caller.owner).await?;
+            if kept >= limit {
+                let message = format!("your datasets have {kept} bytes, {limit} are allowed: delete one");
+                return Err(ServiceError::ResourceExhausted { reason: "TOO_MANY_BYTES", message });
+            }
         }
         let tokenizer = meta.model.as_deref().map(|m| self.inner.engine.tokenizer(m)).transpose()?;
         let temporary = Temporary(self.inner.artifacts.temporary());
@@ -96,9 +93,12 @@ impl DatasetUpload {
         self.file.flush().await.map_err(|e| failed(&self.temporary.0, e))?;
         let format = self.meta.format.unwrap_or_else(|| detect_format(&self.start));
         let (path, tokenizer, max_length) = (self.temporary.0.clone(), self.tokenizer.clone(), self.meta.max_length);
+        let permit = self.service.heavy_permit().await?;
+        let limit = self.service.inner.options.max_dataset_text_bytes;
         let report = blocking(move || {
+            let _permit = permit;
             let lengths = tokenizer.as_deref().map(|t| PairEncoder::new(t, max_length, Truncation::KeepStart));
-            validate_rows(&path, format, lengths).map_err(|e| unreadable(&e))
+            validate_rows(&path, format, lengths, limit).map_err(|e| unreadable(&e))
         })
         .await??;
         if report.valid_rows == 0 {
@@ -107,6 +107,8 @@ impl DatasetUpload {
         let id = uuid::Uuid::now_v7().to_string();
         let inner = self.service.inner.clone();
         let (artifacts, path, target) = (inner.artifacts.clone(), self.temporary.0.clone(), inner.artifacts.dataset(&id));
+        // Until the row is stored, the file belongs to nobody.
+        let unowned = Temporary(target.clone());
         blocking(move || artifacts.publish(&path, &target)).await??;
         inner.artifacts.keep_dataset(&id).await?;
         let dataset = Dataset {
@@ -119,7 +121,15 @@ impl DatasetUpload {
             create_time: now(),
             owner: self.owner.clone(),
         };
-        inner.store.insert_dataset(&dataset).await?;
+        if let Err(e) = inner.store.insert_dataset(&dataset).await {
+            // The row may be there all the same, its answer lost: then the file must stay.
+            match inner.store.dataset(&dataset.id).await {
+                Err(ServiceError::NotFound { .. }) => drop(inner.artifacts.remove_dataset(&dataset.id).await),
+                _ => unowned.keep(),
+            }
+            return Err(e);
+        }
+        unowned.keep();
         tracing::info!(target: AUDIT, owner = self.owner, action = "upload", resource = format!("datasets/{}", dataset.id), "done");
         tracing::info!(dataset = dataset.id, rows = dataset.report.rows, valid = dataset.report.valid_rows, "dataset stored");
         Ok(dataset)
@@ -130,6 +140,7 @@ impl DatasetUpload {
 pub(super) fn unreadable(e: &DataError) -> ServiceError {
     match e {
         DataError::BadFile { reason, .. } => ServiceError::invalid("chunk", reason.clone()),
+        DataError::TooLarge { .. } => ServiceError::ResourceExhausted { reason: "DATASET_TOO_LARGE", message: e.to_string() },
         DataError::Io { .. } => ServiceError::internal(e),
     }
 }

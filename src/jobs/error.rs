@@ -141,8 +141,10 @@ fn may_answer_later(e: &sqlx::Error) -> bool {
     match e {
         Io(_) | Tls(_) | Protocol(_) | PoolTimedOut | PoolClosed | WorkerCrashed => true,
         Database(e) => match e.code().as_deref() {
-            // PostgreSQL: lost connections, conflicts, no resources, operator intervention, system errors, read-only standby.
-            Some(code) if code.len() == 5 => ["08", "40", "53", "57", "58"].iter().any(|class| code.starts_with(class)) || code == "25006",
+            // PostgreSQL: lost connections, conflicts, no resources, locks, operator intervention, system errors, read-only standby, an idle session ended.
+            Some(code) if code.len() == 5 => {
+                ["08", "40", "53", "55", "57", "58"].iter().any(|class| code.starts_with(class)) || matches!(code, "25006" | "25P03")
+            }
             // SQLite: busy, locked, I/O error, full, cannot open.
             Some(code) => code.parse::<i32>().is_ok_and(|c| matches!(c & 0xff, 5 | 6 | 10 | 13 | 14)),
             None => false,

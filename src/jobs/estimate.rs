@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use super::error::Result;
+use super::error::{Result, ServiceError};
 use super::runner::prepare;
 use super::service::Service;
 use crate::domain::access::Caller;
@@ -47,8 +47,14 @@ impl Service {
         self.refuse_when_draining()?;
         let request = self.check_request(caller, request, None).await?;
         let job = Service::draft(caller, request);
-        let _permit = self.tokenise_permit().await?;
-        let prepared = prepare(self, &job).await?;
+        // A task of its own: a caller who leaves does not make room for more of this work.
+        let (service, permit) = (self.clone(), self.heavy_permit().await?);
+        let whole = job.clone();
+        let prepared = tokio::spawn(async move {
+            let _permit = permit;
+            prepare(&service, &whole).await
+        });
+        let prepared = prepared.await.map_err(ServiceError::internal)??;
         let (train, eval) = (&prepared.train, &prepared.eval);
         let packed = |pairs: &[EncodedPair]| pairs.iter().map(EncodedPair::packed_tokens).sum::<usize>();
         let longest = train.iter().chain(eval).map(EncodedPair::packed_tokens).max().unwrap_or(0);

@@ -7,7 +7,8 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::error::{Result, ServiceError};
-use super::store::Store;
+use super::service::Service;
+use crate::domain::access::Caller;
 use crate::domain::job::{Event, EventKind};
 
 /// Events read from the store at a time.
@@ -45,13 +46,16 @@ impl Feed {
     }
 
     /// Every event after `after`, stored ones first, then live until the job has ended. When `draining` turns true the stream ends with
-    /// `Unavailable`: the client goes on elsewhere from its last sequence.
-    pub fn stream(&self, store: Store, job: String, after: u64, mut draining: watch::Receiver<bool>) -> ReceiverStream<Result<Event>> {
+    /// `Unavailable`: the client goes on elsewhere from its last sequence. It ends with the caller's token, too.
+    pub fn stream(&self, service: &Service, caller: Caller, job: String, after: u64) -> ReceiverStream<Result<Event>> {
         let (sender, receiver) = mpsc::channel(BUFFER);
+        let (service, store, mut draining) = (service.clone(), service.inner.store.clone(), service.inner.draining.subscribe());
         // Subscribed before the first read: an event stored in between is noticed.
         let mut changes = self.follow(&job);
         tokio::spawn(async move {
             let mut cursor = after;
+            let invalid = service.until_invalid(&caller);
+            tokio::pin!(invalid);
             loop {
                 let page = match store.events(&job, cursor, PAGE).await {
                     Ok(page) => page,
@@ -81,6 +85,10 @@ impl Feed {
                     }
                 }
                 let drained = tokio::select! {
+                    e = &mut invalid => {
+                        let _ = sender.send(Err(e)).await;
+                        return;
+                    }
                     gone = async { changes.wait_for(|newest| *newest > cursor).await.is_err() } => if gone { return } else { false },
                     () = sender.closed() => return,
                     drained = async { draining.wait_for(|d| *d).await.is_ok() } => drained,

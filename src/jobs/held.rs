@@ -100,7 +100,7 @@ async fn retry<T, F: Future<Output = Result<T>> + Send>(
     loop {
         match f().await {
             Err(ServiceError::Unavailable { reason, message, .. } | ServiceError::ResourceExhausted { reason, message })
-                if matches!(reason, "STORE_UNAVAILABLE" | "ARTIFACTS_UNAVAILABLE" | "STORAGE_FULL") && wanted() =>
+                if matches!(reason, "STORE_UNAVAILABLE" | "ARTIFACTS_UNAVAILABLE" | "STORAGE_UNAVAILABLE" | "STORAGE_FULL") && wanted() =>
             {
                 tracing::warn!(reason, error = message, "waiting");
                 metrics::counter!("bradley_store_retries_total", "reason" => reason).increment(1);

@@ -1,22 +1,37 @@
 //! What happens by itself: leases are renewed, jobs of dead workers put back, expired ones deleted, and other replicas' changes passed on.
 
 use std::sync::PoisonError;
+use std::time::Duration;
 
-use super::error::Result;
+use super::error::{Result, ServiceError};
 use super::service::Service;
 use super::store::Notice;
 use crate::domain::access::Caller;
+use crate::domain::job::JobState;
 
+/// Every how many rounds old copies are looked for.
+const SWEEP: u64 = 60;
+/// What an upload may take between its file and its row.
+const UPLOADING: Duration = Duration::from_secs(3600);
 /// Expired jobs that are deleted at a time.
 const DELETIONS: usize = 64;
 
-/// Keeps house until the service drains and its last run has ended.
-pub(super) async fn run(service: Service) {
+/// Renews leases for ever: nothing else may hold this up.
+pub(super) async fn renewals(service: Service) {
     // Two renewals may fail before a lease runs out.
     let pause = service.inner.store.lease_time() / 3;
     loop {
         tokio::time::sleep(pause).await;
-        renew(&service).await;
+        renew(&service, pause).await;
+    }
+}
+
+/// Keeps house until the service drains.
+pub(super) async fn run(service: Service) {
+    let pause = service.inner.store.lease_time() / 3;
+    for tick in 0_u64.. {
+        tokio::time::sleep(pause).await;
+        metrics::gauge!("bradley_store_up").set(f64::from(u8::from(service.inner.store.ping().await.is_ok())));
         if service.is_draining() {
             continue;
         }
@@ -26,17 +41,43 @@ pub(super) async fn run(service: Service) {
         if let Err(e) = expire(&service).await {
             tracing::warn!(error = %e, "expired jobs cannot be deleted");
         }
-        if service.inner.store.is_shared() {
-            refresh(&service).await;
+        // Restores what a caller who left, or a lost connection, kept from being told.
+        refresh(&service).await;
+        if tick.is_multiple_of(SWEEP)
+            && let Err(e) = sweep(&service).await
+        {
+            tracing::warn!(error = %e, "copies of what was deleted elsewhere cannot be removed");
         }
     }
 }
 
+/// Removes local copies of jobs and datasets that another replica deleted.
+async fn sweep(service: &Service) -> Result<()> {
+    if !service.inner.artifacts.holds_copies_only() {
+        return Ok(());
+    }
+    let (jobs, datasets) = service.inner.artifacts.local().await?;
+    for id in jobs {
+        if matches!(service.inner.store.job(&id).await, Err(ServiceError::NotFound { .. })) {
+            service.inner.artifacts.drop_local_job(&id).await?;
+        }
+    }
+    for id in datasets {
+        // One that is being uploaded has no row yet.
+        let old = service.inner.artifacts.dataset_age(&id).is_some_and(|age| age > UPLOADING);
+        if old && matches!(service.inner.store.dataset(&id).await, Err(ServiceError::NotFound { .. })) {
+            service.inner.artifacts.drop_local_dataset(&id).await?;
+        }
+    }
+    Ok(())
+}
+
 /// Renews the leases of this process; a run whose lease is another's is stopped, and told what clients asked for meanwhile.
-async fn renew(service: &Service) {
+async fn renew(service: &Service, patience: Duration) {
     let all: Vec<_> = service.inner.held.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
     for held in all {
-        match service.inner.store.renew(&held.lease).await {
+        let renewed = tokio::time::timeout(patience, service.inner.store.renew(&held.lease)).await;
+        match renewed.unwrap_or_else(|_| Err(ServiceError::internal("the database does not answer"))) {
             Ok(Some(state)) => held.heed(state),
             Ok(None) => {
                 tracing::warn!(job = held.lease.job, "another worker has the job: its run here is stopped");
@@ -90,7 +131,9 @@ pub(super) async fn listen(service: Service) {
             if let Some(held) = service.held(&notice.job) {
                 held.heed(notice.state);
             }
-            inner.wake.notify_one();
+            if notice.state == JobState::Queued {
+                inner.wake.notify_one();
+            }
         }
         None => heard.notify_one(),
     };

@@ -39,6 +39,14 @@ pub(super) fn check_changeable(request: &JobRequest, bad: &mut Violations) {
     }
 }
 
+/// Clients may not push each other aside without end.
+pub(super) fn check_priority(caller: &Caller, priority: i32, highest: i32, bad: &mut Violations) {
+    if !caller.is_admin() && priority > highest {
+        let message = format!("is {priority}: {highest} is the highest that this server lets clients give (max_client_priority)");
+        bad.push("training_job.priority", message);
+    }
+}
+
 fn refused(job: &Job, reason: &'static str, remedy: &str) -> ServiceError {
     ServiceError::FailedPrecondition { reason, message: format!("trainingJobs/{} is {}: {remedy}", job.id, job.state.name()) }
 }
@@ -50,6 +58,7 @@ impl Service {
     /// `Aborted` when the job has changed since the etag was read.
     pub async fn update_job(&self, caller: &Caller, id: &str, etag: Option<&str>, changes: JobChanges) -> Result<Job> {
         self.own_job(caller, id).await?;
+        let highest = self.inner.options.max_client_priority;
         let (job, _) = self
             .inner
             .store
@@ -66,6 +75,9 @@ impl Service {
                 request.ttl_ms = changes.ttl_ms.unwrap_or(request.ttl_ms);
                 let mut bad = Violations::default();
                 check_changeable(request, &mut bad);
+                if changes.priority.is_some() {
+                    check_priority(caller, request.priority, highest, &mut bad);
+                }
                 bad.into_result()?;
                 Ok(Vec::new())
             })
@@ -153,7 +165,7 @@ impl Service {
         if !job.state.is_final() {
             return Err(refused(&job, "NOT_ENDED", "cancel it first"));
         }
-        self.refuse_when_used(id, None).await?;
+        self.refuse_when_used(caller, id, None).await?;
         self.inner.engine.evict_policy(&self.inner.artifacts.checkpoints(id));
         // A deletion that fails half-way can be asked for again.
         self.inner.artifacts.remove_job(id).await?;

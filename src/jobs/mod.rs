@@ -4,6 +4,7 @@
 
 pub mod access;
 pub mod artifacts;
+pub mod checkpoints;
 pub mod datasets;
 pub mod error;
 pub mod estimate;

@@ -83,6 +83,9 @@ impl Service {
 
     /// The base model under a job, through the jobs that it continues.
     pub(super) async fn base_model(&self, job: &Job) -> Result<String> {
+        if let Some(model) = &job.request.model {
+            return Ok(model.clone());
+        }
         let mut policy = job.request.policy.clone();
         for _ in 0..MAX_DEPTH {
             match policy {

@@ -138,14 +138,24 @@ impl Remote {
         Ok(())
     }
 
+    /// Whether there is anything in a folder.
+    pub async fn has_folder(&self, name: &str) -> Result<bool> {
+        let listed = self.store.list_with_delimiter(Some(&self.key(name))).await.map_err(|e| unavailable(name, &e))?;
+        Ok(!listed.objects.is_empty())
+    }
+
     /// Removes a file, or everything below a folder.
     pub async fn remove(&self, name: &str) -> Result<()> {
         let key = self.key(name);
         let locations = self.store.list(Some(&key)).map(|object| object.map(|o| o.location));
-        let mut all: Vec<Key> = vec![key];
+        let mut all: Vec<Key> = Vec::new();
         tokio::pin!(locations);
         while let Some(location) = locations.next().await {
             all.push(location.map_err(|e| unavailable(name, &e))?);
+        }
+        if all.is_empty() {
+            // A file, or nothing; a shared folder's directories are no objects.
+            all.push(key.clone());
         }
         for key in all {
             match self.store.delete(&key).await {
@@ -162,7 +172,7 @@ impl Remote {
         match asked {
             Ok(Ok(_) | Err(object_store::Error::NotFound { .. })) => Ok(()),
             Ok(Err(e)) => Err(unavailable("ping", &e)),
-            Err(_) => Err(unavailable("ping", &"it did not answer in time")),
+            Err(_) => Err(away("ping", "it did not answer in time")),
         }
     }
 }
@@ -174,10 +184,24 @@ fn missing_or_unavailable(name: &str, e: &object_store::Error) -> ServiceError {
     }
 }
 
-fn unavailable(name: &str, e: &dyn std::fmt::Display) -> ServiceError {
+/// What went wrong, in a word: the vendor's answer may hold parts of credentials, and goes no further than the debug log.
+fn unavailable(name: &str, e: &object_store::Error) -> ServiceError {
+    use object_store::Error::{NotSupported, PermissionDenied, Precondition, Unauthenticated, UnknownConfigurationKey};
+    tracing::debug!(name, error = %e, "the artifact store failed");
+    let why = match e {
+        PermissionDenied { .. } => "permission denied",
+        Unauthenticated { .. } => "the credentials are not accepted",
+        Precondition { .. } => "somebody else changed it",
+        NotSupported { .. } | UnknownConfigurationKey { .. } => "it is not configured rightly",
+        _ => "it does not answer, or answers with an error",
+    };
+    away(name, why)
+}
+
+fn away(name: &str, why: &str) -> ServiceError {
     ServiceError::Unavailable {
         reason: "ARTIFACTS_UNAVAILABLE",
-        message: format!("the artifact store failed at {name}: {e}"),
+        message: format!("the artifact store failed at {name}: {why}"),
         retry_after: Duration::from_secs(2),
     }
 }

@@ -2,14 +2,14 @@
 
 use std::path::PathBuf;
 
-use super::artifacts::failed;
+use super::artifacts::{failed, unanswered};
 use super::datasets::blocking;
 use super::error::{Result, ServiceError};
 use super::held::Held;
 use super::service::Service;
 use super::store::Also;
 use crate::domain::job::{Checkpoint, EventKind};
-use crate::train::checkpoint;
+use crate::train::checkpoint::{self, CheckpointError};
 
 /// The newest checkpoint that is whole; `None` begins anew, which gives the same numbers. Ones that are lost or damaged are removed, and the job's
 /// followers told.
@@ -29,7 +29,7 @@ pub(super) async fn newest_whole(service: &Service, held: &Held) -> Result<Optio
         let message = format!("checkpoint {} is removed, the run continues from the one before: {reason}", c.step);
         let told = |_: &mut _| Ok(vec![EventKind::Log { severity: "warning".into(), message: message.clone() }]);
         held.write(service, told, Also::Remove(c.step)).await?;
-        service.drop_checkpoint_files(job, c.step).await;
+        service.drop_checkpoint_files(c).await;
     }
     Ok(None)
 }
@@ -65,7 +65,11 @@ async fn checked(dir: PathBuf) -> Result<Result<()>> {
     match blocking(move || checkpoint::check(&dir)).await? {
         Ok(()) => Ok(Ok(())),
         Err(e) if e.is_damage() => Ok(Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", message: e.to_string() })),
-        // Another build can use it, or the disk may answer later.
-        Err(e) => Err(ServiceError::FailedPrecondition { reason: "WEIGHTS_UNAVAILABLE", message: e.to_string() }),
+        // Another build can use it.
+        Err(e @ CheckpointError::Version { .. }) => {
+            Err(ServiceError::FailedPrecondition { reason: "WEIGHTS_UNAVAILABLE", message: e.to_string() })
+        }
+        // The disk may answer later.
+        Err(e) => Err(unanswered(&e)),
     }
 }

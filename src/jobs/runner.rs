@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use super::datasets::{blocking, unreadable};
 use super::error::{Result, ServiceError};
@@ -12,6 +13,7 @@ use super::held::{Held, Room, patiently};
 use super::resume::newest_whole;
 use super::service::Service;
 use super::store::{Also, Lease, now};
+use crate::domain::access::Caller;
 use crate::domain::dataset::{Dataset, RowIssue, Severity};
 use crate::domain::job::{Checkpoint, Evaluation, EventKind, Job, JobError, JobState, RowPolicy};
 use crate::engine::api::{Command, EngineError, RunEnd, RunEvent, TrainingRun};
@@ -139,7 +141,10 @@ async fn carry(service: &Service, job: &Job, held: &Arc<Held>) -> Result<RunEnd>
         });
     }
     let slice = service.inner.options.time_slice;
-    let mut slices = tokio::time::interval_at(tokio::time::Instant::now() + slice, slice);
+    let mut slices = tokio::time::interval_at(Instant::now() + slice, slice);
+    // Other replicas with a free device are given the time to take a queued job before this run makes room for it.
+    let courtesy = if service.inner.store.is_shared() { COURTESY } else { Duration::ZERO };
+    let mut look: Option<Instant> = None;
     loop {
         let slice_over = tokio::select! {
             event = reported.recv() => match event {
@@ -151,14 +156,13 @@ async fn carry(service: &Service, job: &Job, held: &Arc<Held>) -> Result<RunEnd>
                 None => break,
             },
             () = service.inner.wake.notified() => {
-                if service.inner.store.is_shared() {
-                    // A replica with a free device is given the time to take it.
-                    tokio::time::sleep(COURTESY).await;
-                }
-                false
+                look.get_or_insert(Instant::now() + courtesy);
+                continue;
             }
+            () = tokio::time::sleep_until(look.unwrap_or_else(Instant::now)), if look.is_some() => false,
             _ = slices.tick() => true,
         };
+        look = None;
         if let Err(e) = make_room(service, held, slice_over).await {
             // The run goes on; whoever waits is seen when it ends.
             tracing::warn!(job = job.id, error = %e, "the queue cannot be read");
@@ -342,13 +346,14 @@ async fn store_event(service: &Service, job: &Job, held: &Held, event: RunEvent)
 /// Keeps the newest checkpoints and the best one.
 async fn retain(service: &Service, job: &Job, held: &Held) -> Result<()> {
     let all = patiently(|| service.inner.store.checkpoints(&job.id)).await?;
+    let server = Caller::anyone();
     let surplus = all.len().saturating_sub(job.request.spec.run.save_total_limit);
     for old in all.iter().take(surplus).filter(|c| !c.best) {
-        if patiently(|| service.refuse_when_used(&job.id, Some(old.step))).await.is_err() {
+        if patiently(|| service.refuse_when_used(&server, &job.id, Some(old.step))).await.is_err() {
             continue; // another job starts from it or is measured against it
         }
         held.write(service, |_| Ok(Vec::new()), Also::Remove(old.step)).await?;
-        service.drop_checkpoint_files(&job.id, old.step).await;
+        service.drop_checkpoint_files(old).await;
     }
     Ok(())
 }

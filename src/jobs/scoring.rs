@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use tokio::sync::OwnedSemaphorePermit;
+
 use super::datasets::blocking;
 use super::error::{Result, ServiceError};
 use super::policies::Resolved;
@@ -14,6 +16,16 @@ use crate::engine::api::{EngineError, ScoreItem, ScoredItem, WeightsRef};
 use crate::math::score::{preference_probability, reward, total};
 use crate::model::tokenizer::ChatTokenizer;
 use crate::train::encode::{EncodeError, EncodedCompletion, PairEncoder, group};
+
+/// Bytes of one pair's text, or of a prompt and its answers: what the longest row could use is less than a tenth.
+const MAX_TEXT: usize = 16 << 20;
+
+fn text_bytes(text: &Text) -> usize {
+    match text {
+        Text::Plain(s) => s.len(),
+        Text::Chat(messages) => messages.iter().map(|m| m.role.len() + m.content.len()).sum(),
+    }
+}
 
 /// What a request wants to score with.
 #[derive(Clone, Debug, PartialEq)]
@@ -129,6 +141,21 @@ impl ScoringSession {
         self.reference.as_ref().map(|r| r.version.clone())
     }
 
+    /// Room for a request's text beside that of others; waits for it.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a text that is longer than any row could use.
+    pub async fn room(&self, prompt: &Text, answers: &[&Text]) -> Result<OwnedSemaphorePermit> {
+        let bytes = text_bytes(prompt) * answers.len().max(1) + answers.iter().map(|a| text_bytes(a)).sum::<usize>();
+        if bytes > MAX_TEXT {
+            let message =
+                format!("prompt and answers have {bytes} bytes of text, the prompt counted for each answer: {MAX_TEXT} are the limit");
+            return Err(ServiceError::invalid("pair", message));
+        }
+        let room = self.service.inner.texts.clone();
+        room.acquire_many_owned(bytes.div_ceil(1024) as u32).await.map_err(|_| ServiceError::draining())
+    }
+
     /// Scores one pair; its numbers do not depend on other requests.
     pub async fn score_pair(&self, prompt: &Text, a: &Text, b: &Text) -> Result<ScoredPair> {
         let answers = vec![a.clone(), b.clone()];
@@ -163,8 +190,9 @@ impl ScoringSession {
     #[allow(clippy::type_complexity)]
     async fn sort_out(&self, prompt: &Text, completions: &[Text]) -> Result<(Vec<usize>, Vec<Option<Result<ScoredCompletion>>>)> {
         let (session, prompt, completions) = (self.clone(), prompt.clone(), completions.to_vec());
-        let _permit = self.service.tokenise_permit().await?;
+        let permit = self.service.tokenise_permit().await?;
         blocking(move || {
+            let _permit = permit;
             let encoder = session.encoder();
             let mut usable = Vec::new();
             let mut results: Vec<Option<Result<ScoredCompletion>>> = Vec::new();
@@ -194,8 +222,10 @@ impl ScoringSession {
     ) -> Result<(Vec<EncodedCompletion>, ScoredItem)> {
         let (session, prompt) = (self.clone(), prompt.clone());
         let encoded = {
-            let _permit = self.service.tokenise_permit().await?;
+            let permit = self.service.tokenise_permit().await?;
             blocking(move || {
+                // Until the work is done, even when nobody waits for it any more.
+                let _permit = permit;
                 session.encoder().encode_completions(&prompt, &answers).map_err(|e| {
                     let field = match &e {
                         EncodeError::EmptyCompletion { field } | EncodeError::MixedForms { field } => {

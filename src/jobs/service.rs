@@ -5,17 +5,17 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Notify, Semaphore, SemaphorePermit, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::access::audit;
-use super::artifacts::{Artifacts, Export, ExportFormat, describe};
+use super::artifacts::Artifacts;
 use super::datasets::blocking;
 use super::error::{Result, ServiceError};
 use super::feed::Feed;
 use super::held::Held;
-use super::lifecycle::check_changeable;
+use super::lifecycle::{check_changeable, check_priority};
 use super::remote::Remote;
 use super::shares::Shares;
 use super::store::{Creation, Page, Store, StoreOptions, now};
@@ -23,8 +23,7 @@ use super::tokens::Doorkeeper;
 use super::{housekeeping, runner};
 use crate::domain::access::Caller;
 use crate::domain::dataset::Dataset;
-use crate::domain::job::{Checkpoint, Evaluation, Event, Job, JobRequest, JobState, Metrics, Progress, RowPolicy};
-use crate::domain::names::{CheckpointRef, PolicyName};
+use crate::domain::job::{Evaluation, Event, Job, JobRequest, JobState, Metrics, Progress, RowPolicy};
 use crate::domain::training::Method;
 use crate::domain::violation::Violations;
 use crate::engine::Engine;
@@ -33,6 +32,10 @@ use crate::model::peft;
 
 /// Requests that may tokenise side by side.
 const TOKENISERS: usize = 4;
+/// Estimates, validations and exports side by side.
+const HEAVY: usize = 2;
+/// KiB of text that may be on their way to the device.
+const TEXTS: usize = 256 << 10;
 
 /// Limits and places.
 #[derive(Clone)]
@@ -55,6 +58,12 @@ pub struct ServiceOptions {
     pub time_slice: Duration,
     /// Unfinished jobs that one client may have.
     pub max_jobs_per_client: Option<u64>,
+    /// The highest priority that a client may give its jobs; administrators may give any.
+    pub max_client_priority: i32,
+    /// Bytes of datasets that one client may keep.
+    pub max_dataset_bytes_per_client: Option<u64>,
+    /// Bytes of text that a dataset may hold: a job has its tokens in memory.
+    pub max_dataset_text_bytes: u64,
     /// Tokens that one client may have in the scoring queue.
     pub max_scoring_tokens_per_client: Option<usize>,
     /// The folder with PEFT adapters that jobs may start from.
@@ -78,7 +87,11 @@ pub(super) struct Inner {
     /// Wakes the runner when a job was queued.
     pub wake: Notify,
     pub draining: watch::Sender<bool>,
-    tokenisers: Semaphore,
+    tokenisers: Arc<Semaphore>,
+    /// Work that takes long: estimates, validation of uploads, exports.
+    heavy: Arc<Semaphore>,
+    /// KiB of text on their way to the device.
+    pub texts: Arc<Semaphore>,
     runner: Mutex<Option<JoinHandle<()>>>,
     keepers: Mutex<Vec<JoinHandle<()>>>,
     pub doorkeeper: Doorkeeper,
@@ -105,7 +118,9 @@ impl Service {
             held: Mutex::default(),
             wake: Notify::new(),
             draining: watch::channel(false).0,
-            tokenisers: Semaphore::new(TOKENISERS),
+            tokenisers: Arc::new(Semaphore::new(TOKENISERS)),
+            heavy: Arc::new(Semaphore::new(HEAVY)),
+            texts: Arc::new(Semaphore::new(TEXTS)),
             runner: Mutex::default(),
             keepers: Mutex::default(),
             doorkeeper: Doorkeeper::default(),
@@ -116,7 +131,11 @@ impl Service {
         service.inner.artifacts.ping().await?;
         housekeeping::reclaim(&service, !service.inner.store.is_shared()).await?;
         let runner = tokio::spawn(runner::run(service.clone()));
-        let keepers = [tokio::spawn(housekeeping::run(service.clone())), tokio::spawn(housekeeping::listen(service.clone()))];
+        let keepers = [
+            tokio::spawn(housekeeping::renewals(service.clone())),
+            tokio::spawn(housekeeping::run(service.clone())),
+            tokio::spawn(housekeeping::listen(service.clone())),
+        ];
         *service.inner.runner.lock().unwrap_or_else(PoisonError::into_inner) = Some(runner);
         service.inner.keepers.lock().unwrap_or_else(PoisonError::into_inner).extend(keepers);
         Ok(service)
@@ -183,6 +202,7 @@ impl Service {
         if request.evaluation == Evaluation::None && request.spec.run.early_stopping_patience > 0 {
             bad.push("training_job.run.early_stopping_patience", "needs an evaluation: set eval_dataset or eval_fraction");
         }
+        check_priority(caller, request.priority, self.inner.options.max_client_priority, &mut bad);
         bad.into_result()?;
         for name in [Some(&request.policy), request.reference.as_ref()].into_iter().flatten() {
             self.check_weights(caller, name).await?;
@@ -190,6 +210,7 @@ impl Service {
 
         let start = self.resolve(&self.pin(&request.policy).await?).await?;
         request.policy = self.pin(&request.policy).await?;
+        request.model = Some(start.model.clone());
         if let (Method::Lora(_), WeightsRef::Full { .. }) = (&request.spec.method, &start.weights) {
             let message =
                 "LoRA starts from a base model or from a LoRA checkpoint: export the full checkpoint merged and serve it as a model";
@@ -272,7 +293,7 @@ impl Service {
     /// Every event after `after`, stored ones first, then live; ends with the job.
     pub async fn stream_events(&self, caller: &Caller, job: &str, after: u64) -> Result<ReceiverStream<Result<Event>>> {
         self.check_cursor(caller, job, after).await?;
-        Ok(self.inner.feed.stream(self.inner.store.clone(), job.to_owned(), after, self.inner.draining.subscribe()))
+        Ok(self.inner.feed.stream(self, caller.clone(), job.to_owned(), after))
     }
 
     async fn check_cursor(&self, caller: &Caller, job: &str, after: u64) -> Result<()> {
@@ -304,118 +325,16 @@ impl Service {
         self.own_dataset(caller, id).await?;
         for job in self.inner.store.unfinished_jobs().await? {
             if job.request.dataset == id || eval_dataset(&job.request.evaluation).is_some_and(|d| d == id) {
-                let message = format!("trainingJobs/{} is {} and uses datasets/{id}: wait for it or cancel it", job.id, job.state.name());
+                let message = match caller.may_see(&job.owner) {
+                    true => format!("trainingJobs/{} is {} and uses datasets/{id}: wait for it or cancel it", job.id, job.state.name()),
+                    false => format!("another client's job uses datasets/{id}: try again later"),
+                };
                 return Err(ServiceError::FailedPrecondition { reason: "IN_USE", message });
             }
         }
         self.inner.store.delete_dataset(id).await?;
         audit(caller, "delete", &format!("datasets/{id}"));
         self.inner.artifacts.remove_dataset(id).await
-    }
-
-    // ---- checkpoints
-
-    /// One checkpoint.
-    pub async fn get_checkpoint(&self, caller: &Caller, job: &str, which: CheckpointRef) -> Result<Checkpoint> {
-        self.own_job(caller, job).await?;
-        self.find_checkpoint(job, which).await
-    }
-
-    /// A job's checkpoints, oldest first.
-    pub async fn list_checkpoints(&self, caller: &Caller, job: &str) -> Result<Vec<Checkpoint>> {
-        self.own_job(caller, job).await?;
-        self.inner.store.checkpoints(job).await
-    }
-
-    /// Deletes a checkpoint, but not the one that an unfinished job would continue from.
-    pub async fn delete_checkpoint(&self, caller: &Caller, job: &str, step: u64) -> Result<()> {
-        let state = self.own_job(caller, job).await?.state;
-        self.find_checkpoint(job, CheckpointRef::Step(step)).await?;
-        let newest = self.find_checkpoint(job, CheckpointRef::Latest).await?.step;
-        if !state.is_final() && newest == step {
-            let message =
-                format!("trainingJobs/{job} is {} and would continue from step {step}: delete it when the job has ended", state.name());
-            return Err(ServiceError::FailedPrecondition { reason: "IN_USE", message });
-        }
-        self.refuse_when_used(job, Some(step)).await?;
-        self.inner.store.delete_checkpoint(job, step).await?;
-        self.drop_checkpoint_files(job, step).await;
-        audit(caller, "delete", &format!("trainingJobs/{job}/checkpoints/{step}"));
-        Ok(())
-    }
-
-    /// Removes the files of a checkpoint whose row is gone: what cannot be removed now goes with its job.
-    pub(super) async fn drop_checkpoint_files(&self, job: &str, step: u64) {
-        self.inner.engine.evict_policy(&self.inner.artifacts.checkpoint(job, step));
-        if let Err(e) = self.inner.artifacts.remove_checkpoint(job, step).await {
-            tracing::warn!(job, step, error = %e, "the checkpoint's files are left until the job is deleted");
-        }
-    }
-
-    /// Refuses when another unfinished job starts from, or is measured against, these weights.
-    pub(super) async fn refuse_when_used(&self, job: &str, step: Option<u64>) -> Result<()> {
-        for other in self.inner.store.unfinished_jobs().await? {
-            let names = [Some(&other.request.policy), other.request.reference.as_ref()];
-            let used = names.into_iter().flatten().any(|name| match name {
-                PolicyName::Checkpoint { job: j, which } => j == job && step.is_none_or(|s| *which == CheckpointRef::Step(s)),
-                PolicyName::Model(_) => false,
-            });
-            if used && other.id != job {
-                let message =
-                    format!("trainingJobs/{} is {} and needs these weights: wait for it or cancel it", other.id, other.state.name());
-                return Err(ServiceError::FailedPrecondition { reason: "IN_USE", message });
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes a checkpoint as an adapter or merged; what was exported before is given again.
-    pub async fn export_checkpoint(
-        &self,
-        caller: &Caller,
-        job: &str,
-        which: CheckpointRef,
-        format: Option<ExportFormat>,
-    ) -> Result<Export> {
-        let job = self.own_job(caller, job).await?;
-        let checkpoint = self.find_checkpoint(&job.id, which).await?;
-        let format = format.unwrap_or(if checkpoint.adapter { ExportFormat::Adapter } else { ExportFormat::Merged });
-        if format == ExportFormat::Adapter && !checkpoint.adapter {
-            let message = format!("trainingJobs/{} is a full fine-tune and has no adapter: export it MERGED", job.id);
-            return Err(ServiceError::FailedPrecondition { reason: "NO_ADAPTER", message });
-        }
-        let model = self.base_model(&job).await?;
-        let (id, job_id) = (job.id.clone(), job.id.clone());
-        let weights = self.resolve_stored(job, model, CheckpointRef::Step(checkpoint.step)).await?.weights;
-        let (inner, step) = (self.inner.clone(), checkpoint.step);
-        let (files, path) = blocking(move || {
-            let target = inner.artifacts.export(&id, checkpoint.step, format);
-            if !target.is_dir() {
-                let temporary = inner.artifacts.temporary();
-                std::fs::create_dir_all(&temporary).map_err(|e| super::artifacts::failed(&temporary, e))?;
-                match format {
-                    ExportFormat::Merged => inner.engine.export_merged(&weights, &temporary)?,
-                    ExportFormat::Adapter => {
-                        for name in [peft::CONFIG_FILE, peft::WEIGHTS_FILE] {
-                            let from = inner.artifacts.checkpoint(&id, checkpoint.step).join(name);
-                            std::fs::copy(&from, temporary.join(name)).map_err(|e| super::artifacts::failed(&from, e))?;
-                        }
-                    }
-                }
-                if let Err(e) = inner.artifacts.publish(&temporary, &target) {
-                    let _ = std::fs::remove_dir_all(&temporary);
-                    // Another call may have made the same export meanwhile.
-                    if !target.is_dir() {
-                        return Err(e);
-                    }
-                }
-            }
-            Ok::<_, ServiceError>((describe(&target)?, target))
-        })
-        .await??;
-        let location = self.inner.artifacts.keep_export(&job_id, step, format).await?;
-        audit(caller, "export", &format!("trainingJobs/{job_id}/checkpoints/{step}"));
-        Ok(Export { files, path, location })
     }
 
     // ---- models
@@ -433,10 +352,11 @@ impl Service {
 
     // ---- the server's own life
 
-    /// Whether the store answers.
-    pub async fn ready(&self) -> Result<()> {
+    /// Whether requests should come here: not while draining. With a store that is away the server still scores, and all replicas lack it alike, so
+    /// that is said and no reason to send requests elsewhere.
+    pub async fn ready(&self) -> Result<&'static str> {
         self.refuse_when_draining()?;
-        self.inner.store.ping().await
+        Ok(if self.inner.store.ping().await.is_ok() { "ok" } else { "ok, but the database does not answer" })
     }
 
     /// Who presents a bearer token.
@@ -445,6 +365,12 @@ impl Service {
     /// `Unauthenticated` for one that is not valid.
     pub async fn admit(&self, token: &str) -> Result<Caller> {
         self.inner.doorkeeper.admit(&self.inner.store, token).await
+    }
+
+    /// Returns when the caller's token has been revoked or has expired: long calls end then.
+    pub async fn until_invalid(&self, caller: &Caller) -> ServiceError {
+        super::tokens::until_invalid(&self.inner.store, caller).await;
+        ServiceError::Unauthenticated { message: "the bearer token is no longer valid".into() }
     }
 
     /// Whether new work is refused.
@@ -456,8 +382,14 @@ impl Service {
         if self.is_draining() { Err(ServiceError::draining()) } else { Ok(()) }
     }
 
-    pub(super) async fn tokenise_permit(&self) -> Result<SemaphorePermit<'_>> {
-        self.inner.tokenisers.acquire().await.map_err(|_| ServiceError::draining())
+    /// A place to tokenise in. It moves into the work: a caller who leaves does not make room for more of it.
+    pub(super) async fn tokenise_permit(&self) -> Result<OwnedSemaphorePermit> {
+        self.inner.tokenisers.clone().acquire_owned().await.map_err(|_| ServiceError::draining())
+    }
+
+    /// The same for work that takes long.
+    pub(super) async fn heavy_permit(&self) -> Result<OwnedSemaphorePermit> {
+        self.inner.heavy.clone().acquire_owned().await.map_err(|_| ServiceError::draining())
     }
 
     /// Refuses new work, lets the running job write a checkpoint and go back to the queue, and closes the store, all within `drain_timeout`.

@@ -171,6 +171,11 @@ async fn prepare(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Resu
         for pragma in ["journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 10000"] {
             sqlx::query(AssertSqlSafe(format!("PRAGMA {pragma}"))).execute(&mut *connection).await?;
         }
+    } else {
+        // A replica that is frozen in a transaction must not hold its locks, and nobody waits long for one.
+        for setting in ["idle_in_transaction_session_timeout = '10s'", "lock_timeout = '5s'", "statement_timeout = '60s'"] {
+            sqlx::query(AssertSqlSafe(format!("SET {setting}"))).execute(&mut *connection).await?;
+        }
     }
     Ok(())
 }

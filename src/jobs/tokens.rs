@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rand::RngCore;
+use tokio::sync::Semaphore;
 
 use super::error::{Result, ServiceError};
 use super::store::{Store, TokenRow, now};
@@ -17,6 +18,8 @@ const BELIEVED: Duration = Duration::from_secs(5);
 /// Tokens believed at a time.
 const REMEMBERED: usize = 4096;
 const PREFIX: &str = "brd";
+/// Looks into the database at a time.
+const LOOKS: usize = 2;
 
 /// What is known of a token, without its secret.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,14 +76,38 @@ pub async fn revoke(store: &Store, id: &str) -> Result<()> {
     }
 }
 
+/// Returns when the caller's token is no longer valid, for calls that go on; never for one without.
+pub(super) async fn until_invalid(store: &Store, caller: &Caller) {
+    let Some(id) = &caller.token else { return std::future::pending().await };
+    loop {
+        tokio::time::sleep(BELIEVED).await;
+        match store.token(id).await {
+            Ok(Some(row)) if row.expire_time.is_none_or(|t| t > now()) => {}
+            // What cannot be looked up now is looked up again.
+            Err(_) => {}
+            Ok(_) => return,
+        }
+    }
+}
+
 fn described(row: TokenRow) -> Token {
     let roles = row.roles.split(',').filter_map(Role::parse).collect();
     Token { id: row.id, owner: row.owner, roles, create_time: row.create_time, expire_time: row.expire_time }
 }
 
 /// Who has which token; answers are believed for a few seconds.
-#[derive(Debug, Default)]
-pub(super) struct Doorkeeper(Mutex<HashMap<blake3::Hash, (Caller, Instant)>>);
+#[derive(Debug)]
+pub(super) struct Doorkeeper {
+    known: Mutex<HashMap<blake3::Hash, (Caller, Instant)>>,
+    /// Strangers' guesses must not take all connections to the database.
+    looks: Semaphore,
+}
+
+impl Default for Doorkeeper {
+    fn default() -> Self {
+        Doorkeeper { known: Mutex::default(), looks: Semaphore::new(LOOKS) }
+    }
+}
 
 impl Doorkeeper {
     /// Who presents `token`.
@@ -89,7 +116,7 @@ impl Doorkeeper {
     /// `Unauthenticated` for one that is not known, expired or revoked; the answer does not say which.
     pub async fn admit(&self, store: &Store, token: &str) -> Result<Caller> {
         let key = blake3::hash(token.as_bytes());
-        if let Some((caller, until)) = self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&key)
+        if let Some((caller, until)) = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&key)
             && *until > Instant::now()
         {
             return Ok(caller.clone());
@@ -100,15 +127,18 @@ impl Doorkeeper {
         if id.len() != 16 || secret.len() != 64 || !is_valid_id(id) {
             return Err(refused());
         }
-        let row = store.token(id).await?.ok_or_else(refused)?;
+        let row = {
+            let _look = self.looks.acquire().await.map_err(ServiceError::internal)?;
+            store.token(id).await?.ok_or_else(refused)?
+        };
         // Compared in constant time.
         let expected = blake3::Hash::from_hex(&row.hash).map_err(ServiceError::internal)?;
         if expected != blake3::hash(secret.as_bytes()) || row.expire_time.is_some_and(|t| t <= now()) {
             return Err(refused());
         }
         let token = described(row);
-        let caller = Caller { owner: token.owner, roles: token.roles };
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let caller = Caller { owner: token.owner, roles: token.roles, token: Some(token.id) };
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.len() >= REMEMBERED {
             let at = Instant::now();
             known.retain(|_, (_, until)| *until > at);

@@ -2,7 +2,9 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use tonic::body::Body;
 use tonic::codegen::http::{HeaderMap, Request, Response, header};
@@ -15,8 +17,10 @@ use crate::jobs::access::{AUDIT, require};
 use crate::jobs::error::ServiceError;
 use crate::jobs::service::Service;
 
-/// Health is everyone's: probes have no token.
-const OPEN: &str = "/grpc.health.v1.Health/";
+/// A look at the health is everyone's: probes have no token. Watching it holds a stream open, which is not.
+const OPEN: &str = "/grpc.health.v1.Health/Check";
+/// Refusals that are logged in a second; the others are only counted, so that strangers cannot fill a disk.
+const LOGGED: u32 = 20;
 
 /// Adds [`Auth`] to a server.
 #[derive(Clone)]
@@ -25,6 +29,29 @@ pub(super) struct AuthLayer {
     pub service: Service,
     /// Whether callers need one.
     pub required: bool,
+    /// How many refusals are logged.
+    pub log: Arc<Rate>,
+}
+
+/// A limit on log lines.
+#[derive(Debug, Default)]
+pub(super) struct Rate(Mutex<Option<(Instant, u32)>>);
+
+impl Rate {
+    /// Whether one more may be written in this second.
+    fn may(&self) -> bool {
+        let mut window = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *window {
+            Some((since, n)) if since.elapsed() < Duration::from_secs(1) => {
+                *n += 1;
+                *n <= LOGGED
+            }
+            _ => {
+                *window = Some((Instant::now(), 1));
+                true
+            }
+        }
+    }
 }
 
 impl<S> Layer<S> for AuthLayer {
@@ -68,8 +95,11 @@ where
                     inner.call(request).await
                 }
                 Err(e) => {
-                    let peer = request.extensions().get::<Peer>().map(|p| p.0.to_string());
-                    tracing::warn!(target: AUDIT, peer, reason = %e, "refused");
+                    metrics::counter!("bradley_refused_total").increment(1);
+                    if layer.log.may() {
+                        let peer = request.extensions().get::<Peer>().map(|p| p.0.to_string());
+                        tracing::warn!(target: AUDIT, peer, reason = %e, "refused");
+                    }
                     Ok(status(e).into_http())
                 }
             }
@@ -78,7 +108,7 @@ where
 }
 
 async fn admit(layer: &AuthLayer, path: &str, headers: &HeaderMap) -> Result<Caller, ServiceError> {
-    if !layer.required || path.starts_with(OPEN) {
+    if !layer.required || path == OPEN {
         return Ok(Caller::anyone());
     }
     let token = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()).and_then(bearer);
@@ -101,7 +131,12 @@ fn bearer(value: &str) -> Option<&str> {
 /// The role that a method needs; `None` is any. What is not known here needs the most.
 fn needed(path: &str) -> Option<Role> {
     match path.trim_start_matches('/').split('/').next() {
-        Some("bradley.v1.ModelService" | "grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection") => None,
+        Some(
+            "bradley.v1.ModelService"
+            | "grpc.health.v1.Health"
+            | "grpc.reflection.v1.ServerReflection"
+            | "grpc.reflection.v1alpha.ServerReflection",
+        ) => None,
         Some("bradley.v1.ScoringService") => Some(Role::Score),
         Some("bradley.v1.TrainingService" | "bradley.v1.DatasetService" | "bradley.v1.CheckpointService") => Some(Role::Submit),
         _ => Some(Role::Admin),

@@ -11,7 +11,7 @@ use tokio::net::TcpListener;
 
 use crate::jobs::service::Service;
 
-/// Serves `/metrics`, `/livez` (the process answers) and `/readyz` (the store answers and the server is not draining) until `shutdown`.
+/// Serves `/metrics`, `/livez` (the process answers) and `/readyz` (the server is not draining) until `shutdown`.
 pub async fn serve_http(
     listener: TcpListener,
     service: Service,
@@ -27,7 +27,7 @@ pub async fn serve_http(
 
 async fn ready(State(service): State<Service>) -> (StatusCode, String) {
     match service.ready().await {
-        Ok(()) => (StatusCode::OK, "ok\n".into()),
+        Ok(state) => (StatusCode::OK, format!("{state}\n")),
         Err(e) => (StatusCode::SERVICE_UNAVAILABLE, format!("{e}\n")),
     }
 }

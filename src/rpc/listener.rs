@@ -1,6 +1,7 @@
 //! Connections: accepted one by one, at most so many at a time, with TLS when it is configured. Certificates are read again when their files change.
 
 use std::fmt;
+use std::future::Future as _;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use rustls::{RootCertStore, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::time::Sleep;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -23,6 +25,8 @@ use tonic::transport::server::Connected;
 
 /// How long a client may take for a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// How long a client may take to begin speaking HTTP/2, and how many bytes show that it did: the protocol's preface.
+const PREFACE: (Duration, usize) = (Duration::from_secs(10), 24);
 /// How often certificate files are looked at.
 const ROTATION: Duration = Duration::from_secs(10);
 /// Connections that wait for the server to take them up.
@@ -154,7 +158,7 @@ pub(super) fn incoming(listener: TcpListener, tls: Option<Tls>, limit: usize) ->
             // It only costs latency where it cannot be set.
             let _ = stream.set_nodelay(true);
             let Some(tls) = &tls else {
-                if sender.send(Ok(Connection { io: Io::Plain(stream), peer, _place: place })).await.is_err() {
+                if sender.send(Ok(Connection::new(Io::Plain(stream), peer, place))).await.is_err() {
                     return;
                 }
                 continue;
@@ -163,7 +167,7 @@ pub(super) fn incoming(listener: TcpListener, tls: Option<Tls>, limit: usize) ->
             tokio::spawn(async move {
                 match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
                     Ok(Ok(stream)) => {
-                        let _ = sender.send(Ok(Connection { io: Io::Tls(Box::new(stream)), peer, _place: place })).await;
+                        let _ = sender.send(Ok(Connection::new(Io::Tls(Box::new(stream)), peer, place))).await;
                     }
                     Ok(Err(e)) => tracing::info!(%peer, error = %e, "a TLS handshake failed"),
                     Err(_) => tracing::info!(%peer, "a TLS handshake took too long"),
@@ -183,7 +187,16 @@ enum Io {
 pub(super) struct Connection {
     io: Io,
     peer: SocketAddr,
+    /// Until when it must have begun to speak; the transport itself waits for ever.
+    silent: Option<Pin<Box<Sleep>>>,
+    read: usize,
     _place: OwnedSemaphorePermit,
+}
+
+impl Connection {
+    fn new(io: Io, peer: SocketAddr, place: OwnedSemaphorePermit) -> Self {
+        Connection { io, peer, silent: Some(Box::pin(tokio::time::sleep(PREFACE.0))), read: 0, _place: place }
+    }
 }
 
 /// What requests know of their connection.
@@ -200,10 +213,21 @@ impl Connected for Connection {
 
 impl AsyncRead for Connection {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match &mut self.get_mut().io {
+        let this = self.get_mut();
+        let before = buf.filled().len();
+        let polled = match &mut this.io {
             Io::Plain(s) => Pin::new(s).poll_read(cx, buf),
             Io::Tls(s) => Pin::new(s).poll_read(cx, buf),
+        };
+        if let Some(silent) = &mut this.silent {
+            this.read += buf.filled().len() - before;
+            if this.read >= PREFACE.1 {
+                this.silent = None;
+            } else if silent.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
         }
+        polled
     }
 }
 

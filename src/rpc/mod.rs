@@ -17,6 +17,7 @@ mod status;
 mod training;
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
@@ -114,7 +115,7 @@ pub async fn serve(
     }
     let router = builder
         .layer(observe::ObserveLayer)
-        .layer(auth::AuthLayer { service: service.clone(), required: options.tokens })
+        .layer(auth::AuthLayer { service: service.clone(), required: options.tokens, log: Arc::default() })
         .add_service(health_service)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?)

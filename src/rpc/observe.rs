@@ -1,17 +1,20 @@
 //! One span, one counter and one histogram for every call.
 
+use std::collections::HashSet;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::LazyLock;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use prost::Message as _;
 use tonic::Code;
 use tonic::body::Body;
 use tonic::codegen::http::{HeaderMap, HeaderValue, Request, Response};
 use tower::{Layer, Service};
 use tracing::Instrument;
 
-use super::status;
+use super::{pb, status};
 use crate::jobs::error::ServiceError;
 
 /// The header that carries a request's id, taken from the client or made here, and given back.
@@ -54,7 +57,7 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let method = request.uri().path().to_owned();
+        let method = known(request.uri().path());
         let id = request.headers().get(REQUEST_ID).and_then(|v| v.to_str().ok()).filter(|v| v.len() <= 128).map(str::to_owned);
         let id = id.unwrap_or_else(|| uuid::Uuid::now_v7().to_string());
         let span = tracing::info_span!("rpc", method, request_id = id);
@@ -87,9 +90,9 @@ where
                 Err(_) => Code::Internal,
             };
             let seconds = start.elapsed().as_secs_f64();
-            let (method_label, code_label) = (label(&method), format!("{code:?}"));
-            metrics::counter!("bradley_requests_total", "method" => method_label.clone(), "code" => code_label).increment(1);
-            metrics::histogram!("bradley_request_seconds", "method" => method_label).record(seconds);
+            let code_label = format!("{code:?}");
+            metrics::counter!("bradley_requests_total", "method" => method, "code" => code_label).increment(1);
+            metrics::histogram!("bradley_request_seconds", "method" => method).record(seconds);
             tracing::debug!(code = ?code, seconds, "request served");
             result
         };
@@ -115,17 +118,44 @@ fn deadline(headers: &HeaderMap) -> Option<Duration> {
     Some(left.saturating_sub(TRANSPORT))
 }
 
-/// Only the server's own methods become label values: a client cannot make up new ones.
-fn label(path: &str) -> String {
-    match path.strip_prefix('/').filter(|p| p.starts_with("bradley.v1.") || p.starts_with("grpc.")) {
-        Some(p) if p.len() <= 96 && p.matches('/').count() == 1 => p.to_owned(),
-        _ => "unknown".to_owned(),
-    }
+/// A method's name, if the server has it: strangers cannot make up metric series or fill logs with names of their own.
+pub(super) fn known(path: &str) -> &'static str {
+    METHODS.get(path).map_or("unknown", String::as_str)
 }
+
+/// `/package.Service/Method` of every service that is served.
+static METHODS: LazyLock<HashSet<String>> = LazyLock::new(|| {
+    let sets = [pb::FILE_DESCRIPTOR_SET, tonic_health::pb::FILE_DESCRIPTOR_SET];
+    let files = sets.iter().filter_map(|bytes| prost_types::FileDescriptorSet::decode(*bytes).ok()).flat_map(|set| set.file);
+    let mut all: HashSet<String> = files
+        .flat_map(|file| {
+            let package = file.package().to_owned();
+            file.service.into_iter().flat_map(move |service| {
+                let name = format!("/{package}.{}", service.name());
+                service.method.into_iter().map(move |m| format!("{name}/{}", m.name()))
+            })
+        })
+        .collect();
+    all.extend(["v1", "v1alpha"].map(|v| format!("/grpc.reflection.{v}.ServerReflection/ServerReflectionInfo")));
+    all
+});
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_methods_that_exist_have_names() {
+        for path in [
+            "/bradley.v1.ScoringService/ScorePairs",
+            "/bradley.v1.TrainingService/EstimateTrainingJob",
+            "/grpc.health.v1.Health/Check",
+            "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        ] {
+            assert_eq!(known(path), path);
+        }
+        assert_eq!(known("/bradley.v1.ScoringService/Nothing"), "unknown");
+    }
 
     #[test]
     fn deadlines_are_read_in_every_unit() {

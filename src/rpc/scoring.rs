@@ -78,8 +78,13 @@ impl ScoringService for Scoring {
         let (options, per_token) = convert::options(Some(options))?;
         let session = self.0.scoring_session(&caller, options).await.map_err(status)?;
         let (answers, receiver) = mpsc::channel(BUFFER);
+        let service = self.0.clone();
         tokio::spawn(async move {
-            if let Err(e) = follow(requests, &answers, &session, per_token).await {
+            let ended = tokio::select! {
+                ended = follow(requests, &answers, &session, per_token) => ended,
+                e = service.until_invalid(&caller) => Err(status(e)),
+            };
+            if let Err(e) = ended {
                 let _ = answers.send(Err(e)).await;
             }
         });
@@ -102,6 +107,7 @@ impl ScoringService for Scoring {
             completions.push(convert::text(&format!("completions[{i}]"), Some(c)).map_err(status)?);
         }
         let session = self.0.scoring_session(&caller, options).await.map_err(status)?;
+        let _room = session.room(&prompt, &completions.iter().collect::<Vec<_>>()).await.map_err(status)?;
         let scored = session.score_completions(&prompt, &completions).await.map_err(status)?;
         let good: Vec<usize> = scored.iter().enumerate().filter(|(_, s)| s.is_ok()).map(|(i, _)| i).collect();
         let rewards: Vec<f64> = scored.iter().flatten().map(|s| s.reward).collect();
@@ -128,6 +134,7 @@ impl ScoringService for Scoring {
 
 async fn score(session: &ScoringSession, pair: pb::Pair) -> Scored {
     let (prompt, a, b) = convert::pair(pair)?;
+    let _room = session.room(&prompt, &[&a, &b]).await?;
     session.score_pair(&prompt, &a, &b).await
 }
 
@@ -154,8 +161,21 @@ async fn follow(
         tokio::select! {
             next = requests.message(), if open && tasks.len() < IN_FLIGHT => match next? {
                 Some(pb::StreamScorePairsRequest { part: Some(Part::Pair(pair)) }) => {
-                    let session = session.clone();
-                    tasks.spawn(async move { (pair.id.clone(), score(&session, pair).await) });
+                    let (session, id) = (session.clone(), pair.id.clone());
+                    // The next message is not read before there is room for this one's text.
+                    match convert::pair(pair) {
+                        Ok((prompt, a, b)) => {
+                            let room = session.room(&prompt, &[&a, &b]).await;
+                            tasks.spawn(async move {
+                                let scored = match room {
+                                    Ok(_room) => session.score_pair(&prompt, &a, &b).await,
+                                    Err(e) => Err(e),
+                                };
+                                (id, scored)
+                            });
+                        }
+                        Err(e) => drop(tasks.spawn(async move { (id, Err(e)) })),
+                    }
                 }
                 Some(_) => return Err(incomplete("after the options every message of a scoring stream must be a pair")),
                 None => open = false,

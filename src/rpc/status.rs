@@ -12,7 +12,7 @@ pub const DOMAIN: &str = "bradley.dev";
 
 /// Maps an error to its status: code, message, and BadRequest, ErrorInfo, RetryInfo or ResourceInfo details.
 pub fn status(e: ServiceError) -> Status {
-    let message = e.to_string();
+    let mut message = e.to_string();
     let mut details = ErrorDetails::new();
     let (code, reason) = match &e {
         ServiceError::InvalidArgument(v) => {
@@ -35,7 +35,7 @@ pub fn status(e: ServiceError) -> Status {
             (Code::Unavailable, *reason)
         }
         ServiceError::ResourceExhausted { reason, .. } => {
-            if matches!(*reason, "TOO_MANY_JOBS" | "TOO_MANY_TOKENS") {
+            if reason.starts_with("TOO_MANY") {
                 details.add_quota_failure_violation("client", &message);
             }
             (Code::ResourceExhausted, *reason)
@@ -43,7 +43,9 @@ pub fn status(e: ServiceError) -> Status {
         ServiceError::OutOfRange { .. } => (Code::OutOfRange, "CURSOR_OUT_OF_RANGE"),
         ServiceError::DeadlineExceeded => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
         ServiceError::Internal { .. } => {
+            // Paths and statements are the operator's to read; the answer's x-request-id finds them.
             tracing::error!(error = message, "internal error");
+            message = "an internal error, which the server's log describes".to_owned();
             (Code::Internal, "INTERNAL")
         }
     };
@@ -56,9 +58,19 @@ pub fn bad_request(v: Violations) -> Status {
     status(ServiceError::InvalidArgument(v))
 }
 
+/// Why a job failed, as a message.
+pub fn job_error(code: Code, reason: &str, text: String) -> tonic_types::Status {
+    let mut details = ErrorDetails::new();
+    details.set_error_info(reason, DOMAIN, std::collections::HashMap::new());
+    decoded(Status::with_error_details(code, text, details))
+}
+
 /// The same as a message that travels inside an answer.
 pub fn message(e: ServiceError) -> tonic_types::Status {
-    let status = status(e);
+    decoded(status(e))
+}
+
+fn decoded(status: Status) -> tonic_types::Status {
     use prost::Message;
     // The details header is the encoded google.rpc.Status itself.
     tonic_types::Status::decode(status.details()).unwrap_or(tonic_types::Status {

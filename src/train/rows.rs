@@ -21,6 +21,12 @@ pub enum DataError {
         /// Its answer.
         source: std::io::Error,
     },
+    /// The rows hold more text than a job may have in memory.
+    #[error("the rows hold more than {limit} bytes of text: split the dataset, or raise max_dataset_text_bytes")]
+    TooLarge {
+        /// The limit.
+        limit: u64,
+    },
     /// The file is not what its format says.
     #[error("{}: {reason}", path.display())]
     BadFile {

@@ -32,7 +32,7 @@ pub enum TrainError {
     /// The loss or the gradient is not a number.
     #[error("{what} is {value} at step {step} (rows {rows:?}): lower the learning rate, or look at these rows")]
     NonFinite {
-        /// loss or grad_norm.
+        /// loss, grad_norm or eval_loss.
         what: &'static str,
         /// inf or NaN.
         value: f64,
@@ -428,6 +428,9 @@ impl Trainer {
             return Ok(());
         }
         let metrics = std::mem::take(&mut self.evaluation).finish();
+        if let Some(&value) = metrics.get("eval_loss").filter(|v| !v.is_finite()) {
+            return Err(TrainError::NonFinite { what: "eval_loss", value, step: self.state.step, rows: Vec::new() });
+        }
         self.state.evaluated = Some(self.state.step);
         let best = self.judge(&metrics);
         self.latest.extend(metrics.clone());

@@ -17,14 +17,32 @@ pub struct LoadedRows {
 }
 
 /// Checks every row; with an encoder, lengths too.
-pub fn validate_rows(path: &Path, format: DatasetFormat, lengths: Option<PairEncoder>) -> Result<ValidationReport, DataError> {
-    scan(path, format, lengths, |_| {})
+///
+/// # Errors
+/// `TooLarge` when the rows hold more than `limit` bytes of text: a small compressed file may hold any number.
+pub fn validate_rows(path: &Path, format: DatasetFormat, lengths: Option<PairEncoder>, limit: u64) -> Result<ValidationReport, DataError> {
+    let mut left = limit;
+    scan(path, format, lengths, |row| {
+        let bytes = [&row.prompt, &row.chosen, &row.rejected].map(text_bytes).iter().sum();
+        left = left.checked_sub(bytes).ok_or(DataError::TooLarge { limit })?;
+        Ok(())
+    })
+}
+
+fn text_bytes(text: &Text) -> u64 {
+    match text {
+        Text::Plain(s) => s.len() as u64,
+        Text::Chat(messages) => messages.iter().map(|m| (m.role.len() + m.content.len()) as u64).sum(),
+    }
 }
 
 /// The rows that can be used, with the report that says why others cannot.
 pub fn load_rows(path: &Path, format: DatasetFormat) -> Result<LoadedRows, DataError> {
     let mut rows = Vec::new();
-    let report = scan(path, format, None, |row| rows.push(row))?;
+    let report = scan(path, format, None, |row| {
+        rows.push(row);
+        Ok(())
+    })?;
     Ok(LoadedRows { rows, report })
 }
 
@@ -32,7 +50,7 @@ fn scan(
     path: &Path,
     format: DatasetFormat,
     lengths: Option<PairEncoder>,
-    mut keep: impl FnMut(PreferenceRow),
+    mut keep: impl FnMut(PreferenceRow) -> Result<(), DataError>,
 ) -> Result<ValidationReport, DataError> {
     let mut report = ValidationReport::default();
     let mut seen = Seen::default();
@@ -54,7 +72,7 @@ fn scan(
         issues.into_iter().for_each(|i| report.add(i));
         if usable {
             report.valid_rows += 1;
-            keep(row);
+            keep(row)?;
         }
     }
     Ok(report)

@@ -170,3 +170,25 @@ async fn probes_and_metrics_answer_on_the_http_port() {
     }
     assert!(server.data_dir.join("bradley.db").is_file());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_diverges_fails_and_poisons_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start(dir.path());
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let mut wild = job(&dataset.name, 3);
+    wild.optimizer = Some(pb::OptimizerConfig { learning_rate: Some(1e38), max_grad_norm: Some(0.0), ..Default::default() });
+    wild.evaluation = Some(pb::training_job::Evaluation::EvalFraction(0.3));
+    wild.run = Some(pb::RunConfig { eval_steps: Some(1), ..Default::default() });
+    let name = submit(&client, wild).await;
+    finish(&client, &name).await;
+    let request = pb::GetTrainingJobRequest { name: name.clone() };
+    let failed = client.training().get_training_job(request.clone()).await.unwrap().into_inner();
+    assert_eq!(failed.state(), pb::JobState::Failed);
+    server.kill();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    assert_eq!(client.training().get_training_job(request).await.unwrap().into_inner(), failed);
+    finish(&client, &submit(&client, job(&dataset.name, 2)).await).await;
+}

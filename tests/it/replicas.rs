@@ -265,3 +265,46 @@ async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_passed_over() {
     assert_eq!(losses(&events), expected);
     assert!(adapter(&client, &name).await == weights);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shared_folder_serves_as_the_artifact_store() {
+    let (dir, shared) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let url = format!("file://{}", shared.path().display());
+    let server = Server::start_with(dir.path(), &format!("tiny={}", golden("models/llama").display()), &["--artifact-url", &url]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let first = submit(&client, checkpointing(&dataset.name, 40)).await;
+    finish(&client, &first).await;
+    let kept: Vec<_> = std::fs::read_dir(shared.path().join("jobs").join(first.trim_start_matches("trainingJobs/")).join("checkpoints"))
+        .unwrap()
+        .collect();
+    assert!(kept.len() >= 2, "{kept:?}");
+    // The local copies are no loss.
+    std::fs::remove_dir_all(dir.path().join("jobs").join(first.trim_start_matches("trainingJobs/"))).unwrap();
+    let mut second = checkpointing(&dataset.name, 10);
+    second.policy = format!("{first}/checkpoints/latest");
+    let second = submit(&client, second).await;
+    finish(&client, &second).await;
+    assert_eq!(state(&client, &second).await, pb::JobState::Succeeded);
+    let name = format!("{second}/checkpoints/latest");
+    let export = pb::ExportCheckpointRequest { name: name.clone(), format: pb::ExportFormat::Adapter.into() };
+    let export = client.checkpoints().export_checkpoint(export).await.unwrap().into_inner();
+    let exported = std::path::PathBuf::from(export.path.trim_start_matches("file://")).join("adapter_model.safetensors");
+    assert!(export.path.starts_with("file://") && exported.is_file(), "{}", export.path);
+
+    // What a finished job continued may go: its own weights stay usable.
+    client.training().delete_training_job(pb::DeleteTrainingJobRequest { name: first.clone() }).await.unwrap();
+    let objects = |job: &str| walk(&shared.path().join("jobs").join(job.trim_start_matches("trainingJobs/")));
+    assert_eq!(objects(&first), 0);
+    assert!(!adapter(&client, &second).await.is_empty());
+    client.training().delete_training_job(pb::DeleteTrainingJobRequest { name: second.clone() }).await.unwrap();
+    assert_eq!(objects(&second), 0);
+    client.datasets().delete_dataset(pb::DeleteDatasetRequest { name: dataset.name }).await.unwrap();
+    assert_eq!(walk(&shared.path().join("datasets")), 0);
+}
+
+/// Files below a folder.
+fn walk(folder: &Path) -> usize {
+    let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
+    entries.map(|e| e.unwrap().path()).map(|p| if p.is_dir() { walk(&p) } else { 1 }).sum()
+}

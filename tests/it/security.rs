@@ -98,7 +98,19 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
     assert!(get(&admin, &name).await.is_ok());
     assert_eq!(get(&admin, "trainingJobs/none").await.unwrap_err().code(), Code::NotFound);
 
-    // A revoked token is refused within seconds.
+    // A revoked token is refused within seconds, and what is open with it ends.
+    let long = submit(&a, job(&dataset.name, 100_000)).await;
+    let request = pb::StreamTrainingEventsRequest { parent: long.clone(), after_sequence: 0 };
+    let mut open = a.training().stream_training_events(request).await.unwrap().into_inner();
+    let ended = tokio::spawn(async move {
+        loop {
+            match open.message().await {
+                Ok(Some(_)) => {}
+                Ok(None) => return None,
+                Err(e) => return Some(e.code()),
+            }
+        }
+    });
     bradley(&["tokens", "revoke", &a_id, "--data-dir", dir.path().to_str().unwrap()]);
     let start = Instant::now();
     while get(&a, &name).await.is_ok() {
@@ -106,6 +118,17 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     assert_eq!(get(&a, &name).await.unwrap_err().code(), Code::Unauthenticated);
+    let ended = tokio::time::timeout(Duration::from_secs(30), ended).await.expect("the stream ends").unwrap();
+    assert_eq!(ended, Some(Code::Unauthenticated));
+    admin.training().cancel_training_job(pb::CancelTrainingJobRequest { name: long }).await.unwrap();
+
+    // Clients do not push each other aside.
+    let mut urgent = job(&dataset.name, 1);
+    urgent.priority = 1;
+    let pushed = b.training().create_training_job(pb::CreateTrainingJobRequest { training_job: Some(urgent), ..Default::default() }).await;
+    let bad = pushed.unwrap_err();
+    let fields: Vec<String> = bad.get_details_bad_request().unwrap().field_violations.into_iter().map(|v| v.field).collect();
+    assert_eq!(fields, ["training_job.priority"]);
 
     // Secrets are in no file of the server's; who did what is in the audit log.
     let secret = a_token.rsplit('_').next().unwrap().as_bytes().to_vec();
@@ -274,6 +297,41 @@ async fn a_second_server_on_the_same_folder_is_refused() {
         .unwrap();
     let said = String::from_utf8_lossy(&second.stderr);
     assert!(!second.status.success() && said.contains("another server uses the data directory"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_hold_no_place_and_make_up_no_names() {
+    use tokio::io::AsyncReadExt;
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start_with(dir.path(), &tiny(), &["--max-connections", "2", "--max-dataset-text-bytes", "100"]);
+    let address = server.address.trim_start_matches("http://").to_owned();
+    let mut silent = [tokio::net::TcpStream::connect(&address).await.unwrap(), tokio::net::TcpStream::connect(&address).await.unwrap()];
+    for connection in &mut silent {
+        let closed = tokio::time::timeout(Duration::from_secs(30), connection.read(&mut [0; 8])).await.expect("it is closed");
+        // A goodbye frame, or nothing.
+        let _ = closed;
+    }
+    drop(silent);
+    let client = server.client().await;
+    assert!(client.health().await.unwrap(), "the places are free again");
+
+    let channel = tonic::transport::Endpoint::from_shared(server.address.clone()).unwrap().connect().await.unwrap();
+    for i in 0..20 {
+        let mut grpc = tonic::client::Grpc::new(channel.clone());
+        grpc.ready().await.unwrap();
+        let path = format!("/bradley.v1.Made{i}/Up").parse().unwrap();
+        let codec = tonic_prost::ProstCodec::<pb::ListModelsRequest, pb::ListModelsResponse>::default();
+        let refused = grpc.unary(tonic::Request::new(pb::ListModelsRequest {}), path, codec).await.unwrap_err();
+        assert_eq!(refused.code(), Code::Unimplemented);
+    }
+    let metrics = http_get(&server.http, "/metrics").await;
+    assert!(metrics.contains("method=\"unknown\"") && !metrics.contains("Made"), "{metrics}");
+
+    let metadata = pb::UploadMetadata::default();
+    let large = client.upload_dataset(&golden("pairs.jsonl"), metadata, |_| {}).await.unwrap_err();
+    let ClientError::Refused(large) = large else { panic!("{large}") };
+    assert_eq!(large.get_details_error_info().unwrap().reason, "DATASET_TOO_LARGE");
+    assert_eq!(std::fs::read_dir(dir.path().join("datasets")).unwrap().count(), 0);
 }
 
 /// An authority of its own, and what it signs.

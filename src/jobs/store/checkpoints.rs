@@ -4,7 +4,7 @@ use sqlx::{Any, Transaction};
 
 use super::Store;
 use super::rows::{CheckpointRow, to_json};
-use crate::domain::job::Checkpoint;
+use crate::domain::job::{Checkpoint, Finite};
 use crate::jobs::error::Result;
 
 impl Store {
@@ -24,7 +24,7 @@ impl Store {
         .bind(i64::from(c.best))
         .bind(i64::from(c.adapter))
         .bind(c.size_bytes as i64)
-        .bind(to_json(&c.metrics)?)
+        .bind(to_json(&Finite(c.metrics.clone()))?)
         .bind(c.create_time)
         .bind(&c.digest)
         .execute(&mut **tx)

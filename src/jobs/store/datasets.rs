@@ -44,6 +44,14 @@ impl Store {
         page(rows, page_size, |r| r.seq)
     }
 
+    /// Bytes of an owner's datasets.
+    pub async fn dataset_bytes(&self, owner: &str) -> Result<u64> {
+        // PostgreSQL's sum of BIGINT is NUMERIC.
+        let sum = "SELECT CAST(COALESCE(SUM(size_bytes), 0) AS BIGINT) FROM datasets WHERE owner = $1";
+        let bytes: i64 = sqlx::query_scalar(sum).bind(owner).fetch_one(&self.readers).await?;
+        Ok(bytes as u64)
+    }
+
     /// Forgets a dataset.
     pub async fn delete_dataset(&self, id: &str) -> Result<()> {
         sqlx::query("DELETE FROM datasets WHERE id = $1").bind(id).execute(&self.writer).await?;

@@ -4,7 +4,7 @@ use sqlx::{Any, AssertSqlSafe, Transaction};
 
 use super::rows::{EventRow, JobRow, to_json};
 use super::{Dialect, Page, Store, now, page, parse_token};
-use crate::domain::job::{Event, EventKind, Job, JobState};
+use crate::domain::job::{Event, EventKind, Finite, Job, JobState};
 use crate::jobs::error::{Result, ServiceError};
 
 /// How a client made a job.
@@ -43,7 +43,7 @@ impl Store {
         .bind(job.state.name())
         .bind(to_json(&job.request)?)
         .bind(to_json(&job.progress)?)
-        .bind(to_json(&job.latest_metrics)?)
+        .bind(to_json(&Finite(job.latest_metrics.clone()))?)
         .bind(to_json(&job.skipped_rows)?)
         .bind(job.create_time)
         .bind(key.clone())
@@ -117,7 +117,8 @@ impl Store {
     pub async fn unfinished_jobs(&self) -> Result<Vec<Job>> {
         let select = format!("SELECT * FROM jobs WHERE state IN ({}) ORDER BY seq", quoted(|s| !s.is_final()));
         let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(select)).fetch_all(&self.readers).await?;
-        rows.into_iter().map(Job::try_from).collect()
+        // One that cannot be read must not stand in the way of all others.
+        Ok(rows.into_iter().filter_map(|row| Job::try_from(row).inspect_err(|e| tracing::error!(error = %e, "a job")).ok()).collect())
     }
 
     /// Ended jobs whose time to live is over, at most `limit`.
@@ -180,7 +181,7 @@ impl Store {
         .bind(i64::from(job.request.priority))
         .bind(job.error.as_ref().map(to_json).transpose()?)
         .bind(to_json(&job.progress)?)
-        .bind(to_json(&job.latest_metrics)?)
+        .bind(to_json(&Finite(job.latest_metrics.clone()))?)
         .bind(to_json(&job.skipped_rows)?)
         .bind(job.start_time)
         .bind(job.end_time)

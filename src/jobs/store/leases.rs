@@ -8,8 +8,11 @@ use sqlx::AssertSqlSafe;
 use super::jobs::{NEWEST, NEXT, quoted};
 use super::rows::JobRow;
 use super::{Store, now};
-use crate::domain::job::{Checkpoint, EventKind, Job, JobState};
+use crate::domain::job::{Checkpoint, EventKind, Job, JobError, JobState};
 use crate::jobs::error::{Result, ServiceError};
+
+/// Workers that may die over a job without getting further in it: what kills each of them must not kill them for ever.
+const MAX_RECLAIMS: i64 = 5;
 
 /// The right to carry a job on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,13 +125,30 @@ impl Store {
             let again = format!("SELECT * FROM jobs WHERE id = $2 AND state IN ({held}) AND {expired}{}", self.dialect.skip_locked());
             let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(again)).bind(i64::from(all)).bind(&id).fetch_optional(&mut *tx).await?;
             let Some(row) = row else { continue };
+            let (reclaims, before) = (row.reclaims, row.reclaim_step);
+            let job = match Job::try_from(row) {
+                Ok(job) => job,
+                Err(e) => {
+                    tracing::error!(job = id, error = %e, "a job that cannot be read is left as it is");
+                    continue;
+                }
+            };
             let newest: Option<i64> =
                 sqlx::query_scalar("SELECT MAX(step) FROM checkpoints WHERE job = $1").bind(&id).fetch_one(&mut *tx).await?;
             let step = newest.unwrap_or(0);
+            let reached = job.progress.step as i64;
+            let reclaims = if reached > before { 1 } else { reclaims + 1 };
             let changed = self
-                .apply(&mut tx, row.try_into()?, |job| {
+                .apply(&mut tx, job, |job| {
                     let from = job.state;
                     let (to, reason) = match from {
+                        JobState::Preparing | JobState::Running if reclaims > MAX_RECLAIMS => {
+                            let message = format!(
+                                "its worker died {reclaims} times without getting beyond step {reached}: the job may need more memory than there is"
+                            );
+                            job.error = Some(JobError { reason: "WORKER_LOST".into(), message: message.clone() });
+                            (JobState::Failed, message)
+                        }
                         JobState::Pausing => (JobState::Paused, format!("its worker is gone; continues from step {step}")),
                         JobState::Cancelling => (JobState::Cancelled, "its worker is gone".to_owned()),
                         _ => (JobState::Queued, format!("its worker is gone; continues from step {step}")),
@@ -138,8 +158,10 @@ impl Store {
                 })
                 .await?;
             // Whoever had the lease can write no more.
-            let void = "UPDATE jobs SET lease_token = lease_token + 1, lease_owner = NULL, lease_until = 0 WHERE id = $1";
-            sqlx::query(void).bind(&id).execute(&mut *tx).await?;
+            let void =
+                "UPDATE jobs SET lease_token = lease_token + 1, lease_owner = NULL, lease_until = 0, reclaims = $1, reclaim_step = $2
+                 WHERE id = $3";
+            sqlx::query(void).bind(reclaims).bind(reached.max(before)).bind(&id).execute(&mut *tx).await?;
             tx.commit().await?;
             moved.push(changed);
         }

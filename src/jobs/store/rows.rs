@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::domain::dataset::Dataset;
-use crate::domain::job::{Checkpoint, Event, Job, JobState, Millis};
+use crate::domain::job::{Checkpoint, Event, Finite, Job, JobState, Millis};
 use crate::jobs::error::{Result, ServiceError};
 
 pub(super) fn to_json<T: Serialize>(value: &T) -> Result<String> {
@@ -34,6 +34,8 @@ pub(super) struct JobRow {
     pub owner: String,
     pub lease_token: i64,
     pub lease_writes: i64,
+    pub reclaims: i64,
+    pub reclaim_step: i64,
 }
 
 impl TryFrom<JobRow> for Job {
@@ -46,7 +48,7 @@ impl TryFrom<JobRow> for Job {
             request: from_json(&r.request, "job request")?,
             error: r.error.map(|e| from_json(&e, "job error")).transpose()?,
             progress: from_json(&r.progress, "job progress")?,
-            latest_metrics: from_json(&r.latest_metrics, "job metrics")?,
+            latest_metrics: from_json::<Finite>(&r.latest_metrics, "job metrics")?.0,
             skipped_rows: from_json(&r.skipped_rows, "list of skipped rows")?,
             id: r.id,
             version: r.version,
@@ -91,7 +93,7 @@ impl TryFrom<CheckpointRow> for Checkpoint {
 
     fn try_from(r: CheckpointRow) -> Result<Checkpoint> {
         Ok(Checkpoint {
-            metrics: from_json(&r.metrics, "checkpoint metrics")?,
+            metrics: from_json::<Finite>(&r.metrics, "checkpoint metrics")?.0,
             job: r.job,
             step: r.step as u64,
             best: r.best != 0,

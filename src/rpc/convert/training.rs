@@ -1,6 +1,6 @@
 //! Training jobs and their events.
 
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::{finish, timestamp};
 use crate::domain::dpo::{Divergence, DpoConfig, LossType, ReferenceSync, WeightedLoss};
@@ -11,11 +11,10 @@ use crate::domain::training::{
     TrainingSpec, Truncation, Warmup,
 };
 use crate::domain::violation::Violations;
-use crate::jobs::error::ServiceError;
 use crate::jobs::estimate::JobEstimate;
 use crate::jobs::lifecycle::JobChanges;
 use crate::rpc::pb;
-use crate::rpc::status::message;
+use crate::rpc::status::job_error;
 
 const LORA_LEARNING_RATE: f64 = 1e-4;
 /// A hundred years.
@@ -90,7 +89,9 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
     let Some(policy) = policy else { return finish_never(bad) };
     let ttl_ms = ttl(job.ttl, &mut bad);
     let (display_name, labels, priority) = (job.display_name, job.labels, job.priority);
-    let request = JobRequest { display_name, labels, priority, policy, reference, dataset: train, evaluation, spec, row_policy, ttl_ms };
+    let model = None; // the service finds it
+    let request =
+        JobRequest { display_name, labels, priority, model, policy, reference, dataset: train, evaluation, spec, row_policy, ttl_ms };
     finish(request, bad)
 }
 
@@ -304,12 +305,7 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
         labels: r.labels,
         priority: r.priority,
         state: state(j.state).into(),
-        error: j.error.map(|e| {
-            let reason = e.reason.clone();
-            let mut status = message(ServiceError::Internal { message: e.message });
-            status.code = code_of(&reason);
-            status
-        }),
+        error: j.error.map(|e| job_error(code_of(&e.reason), &e.reason, e.message)),
         policy: r.policy.to_string(),
         reference: r.reference.map(|p| p.to_string()).unwrap_or_default(),
         dataset: format!("datasets/{}", r.dataset),
@@ -341,15 +337,14 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
 }
 
 /// The google.rpc code of a job's error.
-fn code_of(reason: &str) -> i32 {
-    use tonic::Code;
-    let code = match reason {
+fn code_of(reason: &str) -> Code {
+    match reason {
         "OUT_OF_MEMORY" => Code::ResourceExhausted,
         "DATASET_INVALID" | "NON_FINITE_LOSS" | "WEIGHTS_UNAVAILABLE" => Code::FailedPrecondition,
         "NOT_FOUND" => Code::NotFound,
+        "WORKER_LOST" => Code::Aborted,
         _ => Code::Internal,
-    };
-    code as i32
+    }
 }
 
 fn dpo_message(c: &DpoConfig) -> pb::DpoConfig {

@@ -19,6 +19,8 @@ CREATE TABLE jobs (
     lease_token BIGINT NOT NULL DEFAULT 0,
     lease_until BIGINT NOT NULL DEFAULT 0,
     lease_writes BIGINT NOT NULL DEFAULT 0,
+    reclaims BIGINT NOT NULL DEFAULT 0,
+    reclaim_step BIGINT NOT NULL DEFAULT 0,
     turn BIGINT NOT NULL DEFAULT 0,
     owner TEXT NOT NULL DEFAULT '',
     expire_time BIGINT

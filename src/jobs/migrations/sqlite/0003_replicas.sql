@@ -3,6 +3,9 @@ ALTER TABLE jobs ADD COLUMN lease_owner TEXT;
 ALTER TABLE jobs ADD COLUMN lease_token INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE jobs ADD COLUMN lease_until INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE jobs ADD COLUMN lease_writes INTEGER NOT NULL DEFAULT 0;
+-- How often its worker was lost without getting beyond a step.
+ALTER TABLE jobs ADD COLUMN reclaims INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN reclaim_step INTEGER NOT NULL DEFAULT 0;
 -- Since when it waits: its place among jobs of one priority.
 ALTER TABLE jobs ADD COLUMN turn INTEGER NOT NULL DEFAULT 0;
 UPDATE jobs SET turn = create_time;

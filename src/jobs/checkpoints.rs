@@ -1,0 +1,123 @@
+//! Checkpoints as clients see them: looked at, deleted, exported.
+
+use super::access::audit;
+use super::artifacts::{Export, ExportFormat, Temporary, describe};
+use super::datasets::blocking;
+use super::error::{Result, ServiceError};
+use super::service::Service;
+use crate::domain::access::Caller;
+use crate::domain::job::Checkpoint;
+use crate::domain::names::{CheckpointRef, PolicyName};
+use crate::model::peft;
+
+impl Service {
+    /// One checkpoint.
+    pub async fn get_checkpoint(&self, caller: &Caller, job: &str, which: CheckpointRef) -> Result<Checkpoint> {
+        self.own_job(caller, job).await?;
+        self.find_checkpoint(job, which).await
+    }
+
+    /// A job's checkpoints, oldest first.
+    pub async fn list_checkpoints(&self, caller: &Caller, job: &str) -> Result<Vec<Checkpoint>> {
+        self.own_job(caller, job).await?;
+        self.inner.store.checkpoints(job).await
+    }
+
+    /// Deletes a checkpoint, but not the one that an unfinished job would continue from.
+    pub async fn delete_checkpoint(&self, caller: &Caller, job: &str, step: u64) -> Result<()> {
+        let state = self.own_job(caller, job).await?.state;
+        let checkpoint = self.find_checkpoint(job, CheckpointRef::Step(step)).await?;
+        let newest = self.find_checkpoint(job, CheckpointRef::Latest).await?.step;
+        if !state.is_final() && newest == step {
+            let message =
+                format!("trainingJobs/{job} is {} and would continue from step {step}: delete it when the job has ended", state.name());
+            return Err(ServiceError::FailedPrecondition { reason: "IN_USE", message });
+        }
+        self.refuse_when_used(caller, job, Some(step)).await?;
+        self.inner.store.delete_checkpoint(job, step).await?;
+        self.drop_checkpoint_files(&checkpoint).await;
+        audit(caller, "delete", &format!("trainingJobs/{job}/checkpoints/{step}"));
+        Ok(())
+    }
+
+    /// Removes the files of a checkpoint whose row is gone: what cannot be removed now goes with its job.
+    pub(super) async fn drop_checkpoint_files(&self, c: &Checkpoint) {
+        let (job, step) = (&c.job, c.step);
+        self.inner.engine.evict_policy(&self.inner.artifacts.checkpoint(job, step));
+        if let Err(e) = self.inner.artifacts.remove_checkpoint(job, step, &c.digest).await {
+            tracing::warn!(job, step, error = %e, "the checkpoint's files are left until the job is deleted");
+        }
+    }
+
+    /// Refuses when another unfinished job starts from, or is measured against, these weights.
+    pub(super) async fn refuse_when_used(&self, caller: &Caller, job: &str, step: Option<u64>) -> Result<()> {
+        for other in self.inner.store.unfinished_jobs().await? {
+            let names = [Some(&other.request.policy), other.request.reference.as_ref()];
+            let used = names.into_iter().flatten().any(|name| match name {
+                PolicyName::Checkpoint { job: j, which } => j == job && step.is_none_or(|s| *which == CheckpointRef::Step(s)),
+                PolicyName::Model(_) => false,
+            });
+            if used && other.id != job {
+                let message = match caller.may_see(&other.owner) {
+                    true => {
+                        format!("trainingJobs/{} is {} and needs these weights: wait for it or cancel it", other.id, other.state.name())
+                    }
+                    false => "another client's job needs these weights: try again later".to_owned(),
+                };
+                return Err(ServiceError::FailedPrecondition { reason: "IN_USE", message });
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a checkpoint as an adapter or merged; what was exported before is given again.
+    pub async fn export_checkpoint(
+        &self,
+        caller: &Caller,
+        job: &str,
+        which: CheckpointRef,
+        format: Option<ExportFormat>,
+    ) -> Result<Export> {
+        let job = self.own_job(caller, job).await?;
+        let checkpoint = self.find_checkpoint(&job.id, which).await?;
+        let format = format.unwrap_or(if checkpoint.adapter { ExportFormat::Adapter } else { ExportFormat::Merged });
+        if format == ExportFormat::Adapter && !checkpoint.adapter {
+            let message = format!("trainingJobs/{} is a full fine-tune and has no adapter: export it MERGED", job.id);
+            return Err(ServiceError::FailedPrecondition { reason: "NO_ADAPTER", message });
+        }
+        let model = self.base_model(&job).await?;
+        let (id, job_id) = (job.id.clone(), job.id.clone());
+        let weights = self.resolve_stored(job, model, CheckpointRef::Step(checkpoint.step)).await?.weights;
+        let (inner, step) = (self.inner.clone(), checkpoint.step);
+        let permit = self.heavy_permit().await?;
+        let (files, path, made) = blocking(move || {
+            let _permit = permit;
+            let mut made = false;
+            let target = inner.artifacts.export(&id, checkpoint.step, format);
+            if !target.is_dir() {
+                let temporary = Temporary(inner.artifacts.temporary());
+                std::fs::create_dir_all(&temporary.0).map_err(|e| super::artifacts::failed(&temporary.0, e))?;
+                match format {
+                    ExportFormat::Merged => inner.engine.export_merged(&weights, &temporary.0)?,
+                    ExportFormat::Adapter => {
+                        for name in [peft::CONFIG_FILE, peft::WEIGHTS_FILE] {
+                            let from = inner.artifacts.checkpoint(&id, checkpoint.step).join(name);
+                            std::fs::copy(&from, temporary.0.join(name)).map_err(|e| super::artifacts::failed(&from, e))?;
+                        }
+                    }
+                }
+                match inner.artifacts.publish(&temporary.0, &target) {
+                    Ok(()) => made = true,
+                    // Another call may have made the same export meanwhile.
+                    Err(e) if !target.is_dir() => return Err(e),
+                    Err(_) => {}
+                }
+            }
+            Ok::<_, ServiceError>((describe(&target)?, target, made))
+        })
+        .await??;
+        let location = self.inner.artifacts.keep_export(&job_id, step, format, made).await?;
+        audit(caller, "export", &format!("trainingJobs/{job_id}/checkpoints/{step}"));
+        Ok(Export { files, path, location })
+    }
+}
