@@ -1,6 +1,6 @@
 //! Jobs, events, checkpoints and datasets in SQLite or PostgreSQL. What a call acknowledges is on disk.
 //!
-//! The SQL is written once, in what both databases understand; [`Dialect`] holds the few places where they differ. All columns are BIGINT and TEXT.
+//! The SQL is written once, in what both databases understand; `Dialect` holds the few places where they differ. All columns are BIGINT and TEXT.
 
 mod checkpoints;
 mod datasets;
