@@ -5,9 +5,10 @@ use super::artifacts::{Export, ExportFormat, Temporary, describe};
 use super::datasets::blocking;
 use super::error::{Result, ServiceError};
 use super::service::Service;
+use super::uses::{Needed, check};
 use crate::domain::access::Caller;
 use crate::domain::job::Checkpoint;
-use crate::domain::names::{CheckpointRef, PolicyName};
+use crate::domain::names::CheckpointRef;
 use crate::model::peft;
 
 impl Service {
@@ -33,8 +34,8 @@ impl Service {
                 format!("trainingJobs/{job} is {} and would continue from step {step}: delete it when the job has ended", state.name());
             return Err(ServiceError::FailedPrecondition { reason: "IN_USE", message });
         }
-        self.refuse_when_used(caller, job, Some(step)).await?;
-        self.inner.store.delete_checkpoint(job, step).await?;
+        let needed = Needed::Weights { job, step: Some(step) };
+        self.inner.store.delete_checkpoint(job, step, |users| check(caller, users, needed)).await?;
         self.drop_checkpoint_files(&checkpoint).await;
         audit(caller, "delete", &format!("trainingJobs/{job}/checkpoints/{step}"));
         Ok(())
@@ -47,27 +48,6 @@ impl Service {
         if let Err(e) = self.inner.artifacts.remove_checkpoint(job, step, &c.digest).await {
             tracing::warn!(job, step, error = %e, "the checkpoint's files are left until the job is deleted");
         }
-    }
-
-    /// Refuses when another unfinished job starts from, or is measured against, these weights.
-    pub(super) async fn refuse_when_used(&self, caller: &Caller, job: &str, step: Option<u64>) -> Result<()> {
-        for other in self.inner.store.unfinished_jobs().await? {
-            let names = [Some(&other.request.policy), other.request.reference.as_ref()];
-            let used = names.into_iter().flatten().any(|name| match name {
-                PolicyName::Checkpoint { job: j, which } => j == job && step.is_none_or(|s| *which == CheckpointRef::Step(s)),
-                PolicyName::Model(_) => false,
-            });
-            if used && other.id != job {
-                let message = match caller.may_see(&other.owner) {
-                    true => {
-                        format!("trainingJobs/{} is {} and needs these weights: wait for it or cancel it", other.id, other.state.name())
-                    }
-                    false => "another client's job needs these weights: try again later".to_owned(),
-                };
-                return Err(ServiceError::FailedPrecondition { reason: "IN_USE", message });
-            }
-        }
-        Ok(())
     }
 
     /// Writes a checkpoint as an adapter or merged; what was exported before is given again.

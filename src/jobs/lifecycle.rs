@@ -7,6 +7,7 @@ use super::access::audit;
 use super::error::{Result, ServiceError};
 use super::service::Service;
 use super::store::now;
+use super::uses::{Needed, check};
 use crate::domain::access::Caller;
 use crate::domain::job::{EventKind, Job, JobRequest, JobState};
 use crate::domain::violation::Violations;
@@ -165,7 +166,7 @@ impl Service {
         if !job.state.is_final() {
             return Err(refused(&job, "NOT_ENDED", "cancel it first"));
         }
-        self.refuse_when_used(caller, id, None).await?;
+        check(caller, &self.inner.store.unfinished_jobs().await?, Needed::Weights { job: id, step: None })?;
         self.inner.engine.evict_policy(&self.inner.artifacts.checkpoints(id));
         // A deletion that fails half-way can be asked for again.
         self.inner.artifacts.remove_job(id).await?;

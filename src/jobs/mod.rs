@@ -21,3 +21,4 @@ pub mod service;
 mod shares;
 pub mod store;
 pub mod tokens;
+mod uses;

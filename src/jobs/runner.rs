@@ -13,7 +13,6 @@ use super::held::{Held, Room, patiently};
 use super::resume::newest_whole;
 use super::service::Service;
 use super::store::{Also, Lease, now};
-use crate::domain::access::Caller;
 use crate::domain::dataset::{Dataset, RowIssue, Severity};
 use crate::domain::job::{Checkpoint, Evaluation, EventKind, Job, JobError, JobState, RowPolicy};
 use crate::engine::api::{Command, EngineError, RunEnd, RunEvent, TrainingRun};
@@ -346,14 +345,14 @@ async fn store_event(service: &Service, job: &Job, held: &Held, event: RunEvent)
 /// Keeps the newest checkpoints and the best one.
 async fn retain(service: &Service, job: &Job, held: &Held) -> Result<()> {
     let all = patiently(|| service.inner.store.checkpoints(&job.id)).await?;
-    let server = Caller::anyone();
     let surplus = all.len().saturating_sub(job.request.spec.run.save_total_limit);
     for old in all.iter().take(surplus).filter(|c| !c.best) {
-        if patiently(|| service.refuse_when_used(&server, &job.id, Some(old.step))).await.is_err() {
-            continue; // another job starts from it or is measured against it
+        match held.write(service, |_| Ok(Vec::new()), Also::Retire(old.step)).await {
+            Ok(_) => service.drop_checkpoint_files(old).await,
+            // Another job starts from it or is measured against it.
+            Err(ServiceError::FailedPrecondition { .. }) => {}
+            Err(e) => return Err(e),
         }
-        held.write(service, |_| Ok(Vec::new()), Also::Remove(old.step)).await?;
-        service.drop_checkpoint_files(old).await;
     }
     Ok(())
 }

@@ -20,6 +20,7 @@ use super::remote::Remote;
 use super::shares::Shares;
 use super::store::{Creation, Page, Store, StoreOptions, now};
 use super::tokens::Doorkeeper;
+use super::uses::{Needed, check};
 use super::{housekeeping, runner};
 use crate::domain::access::Caller;
 use crate::domain::dataset::Dataset;
@@ -323,16 +324,7 @@ impl Service {
     /// Deletes a dataset that no unfinished job uses.
     pub async fn delete_dataset(&self, caller: &Caller, id: &str) -> Result<()> {
         self.own_dataset(caller, id).await?;
-        for job in self.inner.store.unfinished_jobs().await? {
-            if job.request.dataset == id || eval_dataset(&job.request.evaluation).is_some_and(|d| d == id) {
-                let message = match caller.may_see(&job.owner) {
-                    true => format!("trainingJobs/{} is {} and uses datasets/{id}: wait for it or cancel it", job.id, job.state.name()),
-                    false => format!("another client's job uses datasets/{id}: try again later"),
-                };
-                return Err(ServiceError::FailedPrecondition { reason: "IN_USE", message });
-            }
-        }
-        self.inner.store.delete_dataset(id).await?;
+        self.inner.store.delete_dataset(id, |users| check(caller, users, Needed::Dataset(id))).await?;
         audit(caller, "delete", &format!("datasets/{id}"));
         self.inner.artifacts.remove_dataset(id).await
     }

@@ -308,3 +308,42 @@ fn walk(folder: &Path) -> usize {
     let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
     entries.map(|e| e.unwrap().path()).map(|p| if p.is_dir() { walk(&p) } else { 1 }).sum()
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_job_and_the_deletion_of_what_it_needs_exclude_each_other() {
+    let test = "a_new_job_and_the_deletion";
+    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (a, b) = (replica(dir_a.path(), &postgres, &s3), replica(dir_b.path(), &postgres, &s3));
+    let (client_a, client_b) = (a.client().await, b.client().await);
+    let mut outcomes = [0, 0];
+    for i in 0..24_u64 {
+        let dataset = upload(&client_a, "pairs.jsonl").await.name;
+        let create = async {
+            tokio::time::sleep(Duration::from_micros(i * 200)).await;
+            let request = pb::CreateTrainingJobRequest { training_job: Some(job(&dataset, 1)), ..Default::default() };
+            client_a.training().create_training_job(request).await
+        };
+        let delete = async { client_b.datasets().delete_dataset(pb::DeleteDatasetRequest { name: dataset.clone() }).await };
+        match tokio::join!(create, delete) {
+            (Ok(created), Err(refused)) => {
+                assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+                let name = created.into_inner().name;
+                finish(&client_b, &name).await;
+                assert_eq!(state(&client_b, &name).await, pb::JobState::Succeeded);
+                outcomes[0] += 1;
+            }
+            (Err(refused), Ok(_)) => {
+                assert_eq!(refused.code(), Code::NotFound, "{refused}");
+                outcomes[1] += 1;
+            }
+            (Ok(created), Ok(_)) => {
+                // Deleted after the job had ended: that is no conflict.
+                let name = created.into_inner().name;
+                assert_eq!(state(&client_a, &name).await, pb::JobState::Succeeded, "the dataset of an unfinished job is gone");
+            }
+            (Err(a), Err(b)) => panic!("{a}; {b}"),
+        }
+    }
+    assert!(outcomes[1] > 0, "{outcomes:?}: they never met");
+}

@@ -1,10 +1,10 @@
 //! Checkpoints. Rows are added and removed by whoever holds the job's lease (see `leases`), or by a client when the job has ended.
 
-use sqlx::{Any, Transaction};
+use sqlx::{Any, AssertSqlSafe, Transaction};
 
 use super::Store;
 use super::rows::{CheckpointRow, to_json};
-use crate::domain::job::{Checkpoint, Finite};
+use crate::domain::job::{Checkpoint, Finite, Job};
 use crate::jobs::error::Result;
 
 impl Store {
@@ -39,9 +39,19 @@ impl Store {
         rows.into_iter().map(Checkpoint::try_from).collect()
     }
 
-    /// Forgets a checkpoint.
-    pub async fn delete_checkpoint(&self, job: &str, step: u64) -> Result<()> {
-        sqlx::query("DELETE FROM checkpoints WHERE job = $1 AND step = $2").bind(job).bind(step as i64).execute(&self.writer).await?;
+    /// Forgets a checkpoint, unless `refuse` finds an unfinished job that needs it.
+    pub async fn delete_checkpoint(&self, job: &str, step: u64, refuse: impl FnOnce(&[Job]) -> Result<()>) -> Result<()> {
+        let mut tx = self.writer.begin().await?;
+        self.lock_checkpoint(&mut tx, job, step).await?;
+        refuse(&self.unfinished_in(&mut tx).await?)?;
+        sqlx::query("DELETE FROM checkpoints WHERE job = $1 AND step = $2").bind(job).bind(step as i64).execute(&mut *tx).await?;
+        Ok(tx.commit().await?)
+    }
+
+    /// Whoever makes a job that needs the checkpoint waits until the transaction ends.
+    pub(super) async fn lock_checkpoint(&self, tx: &mut Transaction<'_, Any>, job: &str, step: u64) -> Result<()> {
+        let lock = format!("SELECT step FROM checkpoints WHERE job = $1 AND step = $2{}", self.dialect.for_update());
+        sqlx::query(AssertSqlSafe(lock)).bind(job).bind(step as i64).fetch_optional(&mut **tx).await?;
         Ok(())
     }
 }

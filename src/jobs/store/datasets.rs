@@ -1,8 +1,11 @@
 //! Datasets' rows; the bytes are the artifacts'.
 
+use sqlx::AssertSqlSafe;
+
 use super::rows::{DatasetRow, to_json};
 use super::{Page, Store, page, parse_token};
 use crate::domain::dataset::Dataset;
+use crate::domain::job::Job;
 use crate::jobs::error::{Result, ServiceError};
 
 impl Store {
@@ -52,9 +55,13 @@ impl Store {
         Ok(bytes as u64)
     }
 
-    /// Forgets a dataset.
-    pub async fn delete_dataset(&self, id: &str) -> Result<()> {
-        sqlx::query("DELETE FROM datasets WHERE id = $1").bind(id).execute(&self.writer).await?;
-        Ok(())
+    /// Forgets a dataset, unless `refuse` finds an unfinished job that needs it.
+    pub async fn delete_dataset(&self, id: &str, refuse: impl FnOnce(&[Job]) -> Result<()>) -> Result<()> {
+        let mut tx = self.writer.begin().await?;
+        let lock = format!("SELECT seq FROM datasets WHERE id = $1{}", self.dialect.for_update());
+        sqlx::query(AssertSqlSafe(lock)).bind(id).fetch_optional(&mut *tx).await?;
+        refuse(&self.unfinished_in(&mut tx).await?)?;
+        sqlx::query("DELETE FROM datasets WHERE id = $1").bind(id).execute(&mut *tx).await?;
+        Ok(tx.commit().await?)
     }
 }

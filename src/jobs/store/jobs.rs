@@ -4,7 +4,8 @@ use sqlx::{Any, AssertSqlSafe, Transaction};
 
 use super::rows::{EventRow, JobRow, to_json};
 use super::{Dialect, Page, Store, now, page, parse_token};
-use crate::domain::job::{Event, EventKind, Finite, Job, JobState};
+use crate::domain::job::{Evaluation, Event, EventKind, Finite, Job, JobState};
+use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::jobs::error::{Result, ServiceError};
 
 /// How a client made a job.
@@ -33,6 +34,7 @@ impl Store {
                 self.check_quota(&mut tx, &job.owner, quota).await?;
             }
         }
+        self.check_needs(&mut tx, job).await?;
         let inserted: Option<i64> = sqlx::query_scalar(
             "INSERT INTO jobs (id, version, state, request, progress, latest_metrics, skipped_rows, create_time, request_id, request_hash,
                  priority, turn, owner)
@@ -67,6 +69,28 @@ impl Store {
         self.announce(&mut tx, job, sequence).await?;
         tx.commit().await?;
         Ok(job.clone())
+    }
+
+    /// Finds everything that a job needs still there, and keeps it there until the transaction ends.
+    async fn check_needs(&self, tx: &mut Transaction<'_, Any>, job: &Job) -> Result<()> {
+        let request = &job.request;
+        let eval = match &request.evaluation {
+            Evaluation::Dataset(id) => Some(id),
+            _ => None,
+        };
+        for id in [Some(&request.dataset), eval].into_iter().flatten() {
+            let select = format!("SELECT seq FROM datasets WHERE id = $1{}", self.dialect.for_share());
+            let found = sqlx::query(AssertSqlSafe(select)).bind(id).fetch_optional(&mut **tx).await?;
+            found.ok_or_else(|| ServiceError::not_found("dataset", format!("datasets/{id}")))?;
+        }
+        for name in [Some(&request.policy), request.reference.as_ref()].into_iter().flatten() {
+            if let PolicyName::Checkpoint { job, which: CheckpointRef::Step(step) } = name {
+                let select = format!("SELECT step FROM checkpoints WHERE job = $1 AND step = $2{}", self.dialect.for_share());
+                let found = sqlx::query(AssertSqlSafe(select)).bind(job).bind(*step as i64).fetch_optional(&mut **tx).await?;
+                found.ok_or_else(|| ServiceError::not_found("checkpoint", name.to_string()))?;
+            }
+        }
+        Ok(())
     }
 
     async fn made_by(&self, tx: &mut Transaction<'_, Any>, key: &Option<String>) -> Result<Option<JobRow>> {
@@ -115,10 +139,14 @@ impl Store {
 
     /// Every job that is not in a final state, oldest first.
     pub async fn unfinished_jobs(&self) -> Result<Vec<Job>> {
-        let select = format!("SELECT * FROM jobs WHERE state IN ({}) ORDER BY seq", quoted(|s| !s.is_final()));
-        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(select)).fetch_all(&self.readers).await?;
-        // One that cannot be read must not stand in the way of all others.
-        Ok(rows.into_iter().filter_map(|row| Job::try_from(row).inspect_err(|e| tracing::error!(error = %e, "a job")).ok()).collect())
+        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(unfinished())).fetch_all(&self.readers).await?;
+        Ok(readable(rows))
+    }
+
+    /// The same, as a transaction sees them.
+    pub(super) async fn unfinished_in(&self, tx: &mut Transaction<'_, Any>) -> Result<Vec<Job>> {
+        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(unfinished())).fetch_all(&mut **tx).await?;
+        Ok(readable(rows))
     }
 
     /// Ended jobs whose time to live is over, at most `limit`.
@@ -256,6 +284,15 @@ impl Store {
 /// Whose turn it is.
 pub(super) const NEXT: &str = "SELECT * FROM jobs WHERE state = 'queued' ORDER BY priority DESC, turn, seq LIMIT 1";
 pub(super) const NEWEST: &str = "SELECT COALESCE(MAX(sequence), 0) FROM events WHERE job = $1";
+
+fn unfinished() -> String {
+    format!("SELECT * FROM jobs WHERE state IN ({}) ORDER BY seq", quoted(|s| !s.is_final()))
+}
+
+/// One that cannot be read must not stand in the way of all others.
+fn readable(rows: Vec<JobRow>) -> Vec<Job> {
+    rows.into_iter().filter_map(|row| Job::try_from(row).inspect_err(|e| tracing::error!(error = %e, "a job")).ok()).collect()
+}
 
 /// The names of some states, as a list for SQL.
 pub(super) fn quoted(wanted: impl Fn(JobState) -> bool) -> String {

@@ -8,8 +8,10 @@ use sqlx::AssertSqlSafe;
 use super::jobs::{NEWEST, NEXT, quoted};
 use super::rows::JobRow;
 use super::{Store, now};
+use crate::domain::access::Caller;
 use crate::domain::job::{Checkpoint, EventKind, Job, JobError, JobState};
 use crate::jobs::error::{Result, ServiceError};
+use crate::jobs::uses::{Needed, check};
 
 /// Workers that may die over a job without getting further in it: what kills each of them must not kill them for ever.
 const MAX_RECLAIMS: i64 = 5;
@@ -29,8 +31,10 @@ pub enum Also<'a> {
     Nothing,
     /// Adds a checkpoint.
     Add(&'a Checkpoint),
-    /// Forgets the checkpoint of that step.
+    /// Forgets the checkpoint of that step: it is lost.
     Remove(u64),
+    /// Forgets the checkpoint of that step, unless an unfinished job needs it.
+    Retire(u64),
     /// Gives the lease back: the run is over.
     Release,
 }
@@ -94,6 +98,11 @@ impl Store {
             let newest: i64 = sqlx::query_scalar(NEWEST).bind(&lease.job).fetch_one(&mut *tx).await?;
             return Ok((row.try_into()?, newest as u64));
         }
+        if let Also::Retire(step) = also {
+            let needed = Needed::Weights { job: &lease.job, step: Some(step) };
+            self.lock_checkpoint(&mut tx, &lease.job, step).await?;
+            check(&Caller::anyone(), &self.unfinished_in(&mut tx).await?, needed)?;
+        }
         let changed = self.apply(&mut tx, row.try_into()?, change).await?;
         let number_it = match also {
             Also::Release => "UPDATE jobs SET lease_writes = $1, lease_owner = NULL, lease_until = 0 WHERE id = $2",
@@ -102,7 +111,7 @@ impl Store {
         sqlx::query(number_it).bind(number).bind(&lease.job).execute(&mut *tx).await?;
         match also {
             Also::Add(checkpoint) => self.put_checkpoint(&mut tx, checkpoint).await?,
-            Also::Remove(step) => {
+            Also::Remove(step) | Also::Retire(step) => {
                 let remove = "DELETE FROM checkpoints WHERE job = $1 AND step = $2";
                 sqlx::query(remove).bind(&lease.job).bind(step as i64).execute(&mut *tx).await?;
             }
