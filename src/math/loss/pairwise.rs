@@ -112,10 +112,12 @@ pub(super) fn value_and_slopes(config: &DpoConfig, loss: LossType, s: &Sums) -> 
         LossType::Discopop => {
             let (z, tau) = (beta * delta, config.discopop_tau);
             let m = sigmoid(z / tau);
-            let (logistic, exponential) = (-log_sigmoid(z), (-z).exp());
-            let dm = m * sigmoid(-z / tau) / tau;
-            let slope = -sigmoid(-z) * (1.0 - m) - exponential * m + dm * (exponential - logistic);
-            of_delta((logistic * (1.0 - m) + exponential * m, beta * slope))
+            let logistic = -log_sigmoid(z);
+            // m·e^(−z), which is finite where e^(−z) alone is not.
+            let exponential = (log_sigmoid(z / tau) - z).exp();
+            let rise = sigmoid(-z / tau) / tau;
+            let slope = -sigmoid(-z) * (1.0 - m) - exponential + rise * (exponential - m * logistic);
+            of_delta((logistic * (1.0 - m) + exponential, beta * slope))
         }
         LossType::SigmoidNorm => {
             let z = beta * (s_w / s.n_w - s_l / s.n_l);
