@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::settings::SETTINGS;
 use crate::rpc::client::Target;
+use crate::train::rows::apart::DECODE;
 
 /// Trains language models with Direct Preference Optimization over gRPC, and scores preference pairs with them.
 #[derive(Debug, Parser)]
@@ -61,6 +62,12 @@ pub enum Command {
     /// Make, list and revoke bearer tokens, in the server's database.
     #[command(subcommand)]
     Tokens(TokensCommand),
+    /// What a server starts to decode a stranger's Parquet file.
+    #[command(hide = true, name = DECODE)]
+    Decode {
+        /// The file.
+        path: PathBuf,
+    },
 }
 
 /// `bradley tokens …`

@@ -20,6 +20,7 @@ use clap::Parser;
 use self::args::{Cli, Command, ServeArgs};
 use self::settings::{Settings, Sources};
 use crate::rpc::client::{Client, ClientError, Target};
+use crate::train::rows::apart;
 
 /// How long a client waits for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -65,6 +66,9 @@ pub fn main() -> ExitCode {
     // The one TLS stack's cryptography; it fails only if something chose before.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let cli = Cli::parse();
+    if let Command::Decode { path } = &cli.command {
+        return decode(path);
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => return report(Failure::Failed(format!("the async runtime did not start: {e}"))),
@@ -95,7 +99,26 @@ async fn run(cli: Cli) -> Outcome {
             false => Err(Failure::Failed(format!("{} is not serving", server.server))),
         },
         Command::Tokens(command) => tokens::run(command, output).await,
+        Command::Decode { path } => Err(Failure::Usage(format!("{} is decoded without a runtime", path.display()))),
     }
+}
+
+/// Decodes a stranger's file for the server that started this process, within limits that bind before the first byte is read.
+fn decode(path: &std::path::Path) -> ExitCode {
+    let bytes = std::fs::metadata(path).map_or(0, |m| m.len());
+    limit(libc::RLIMIT_AS, apart::MEMORY);
+    limit(libc::RLIMIT_CPU, apart::seconds(bytes));
+    limit(libc::RLIMIT_CORE, 0);
+    match apart::decode(path, std::io::stdout().lock()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn limit(resource: libc::__rlimit_resource_t, to: u64) {
+    let limit = libc::rlimit { rlim_cur: to, rlim_max: to };
+    // SAFETY: the call reads one struct that lives as long as it.
+    unsafe { libc::setrlimit(resource, &raw const limit) };
 }
 
 async fn serve_command(args: ServeArgs) -> Outcome {

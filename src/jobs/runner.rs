@@ -245,6 +245,12 @@ fn encode_dataset(
     request: &crate::domain::job::JobRequest,
 ) -> Result<(Vec<EncodedPair>, Vec<RowIssue>)> {
     let loaded = load_rows(path, dataset.format).map_err(|e| unreadable(&e))?;
+    // Decoding has limits, and a job must not train on the part before one that uploading did not meet.
+    let (now, uploaded) = (loaded.report.rows, dataset.report.rows);
+    if now != uploaded {
+        let message = format!("datasets/{} has {now} rows that can be read now, {uploaded} at its upload: upload it again", dataset.id);
+        return Err(ServiceError::FailedPrecondition { reason: "DATASET_INVALID", message });
+    }
     let encoder = PairEncoder::new(tokenizer, request.spec.batch.max_length, request.spec.batch.truncation);
     let mut issues: Vec<RowIssue> = loaded.report.issues.into_iter().filter(|i| i.reason.severity() == Severity::Error).collect();
     let mut pairs = Vec::with_capacity(loaded.rows.len());

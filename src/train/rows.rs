@@ -1,9 +1,12 @@
 //! Preference rows from JSONL and Parquet files, streamed.
 
+pub mod apart;
 mod columnar;
 mod json;
 
 use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
 
 use crate::domain::dataset::{DatasetFormat, IssueReason, PreferenceRow, RowIssue};
 
@@ -45,15 +48,20 @@ pub fn detect_format(first_bytes: &[u8]) -> DatasetFormat {
     if first_bytes.starts_with(b"PAR1") { DatasetFormat::Parquet } else { DatasetFormat::Jsonl }
 }
 
-/// Opens a file.
+/// Opens a file of one's own; a stranger's Parquet file is for [`apart::read_rows`].
 ///
 /// # Errors
 /// When it cannot be opened or, for Parquet, its footer or columns are not usable.
 pub fn read_rows(path: &Path, format: DatasetFormat) -> Result<RowReader, DataError> {
     match format {
         DatasetFormat::Jsonl => json::read(path),
-        DatasetFormat::Parquet => columnar::read(path),
+        DatasetFormat::Parquet => Ok(numbered(columnar::decode(path)?)),
     }
+}
+
+/// The rows of records that were decoded.
+fn numbered(records: impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + 'static) -> RowReader {
+    Box::new(records.enumerate().map(|(i, fields)| json::from_fields(i as u64 + 1, fields?)))
 }
 
 /// A finding about a row that has no id yet.

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::encode::PairEncoder;
-use super::rows::{DataError, read_rows};
+use super::rows::{DataError, apart};
 use crate::domain::dataset::{DatasetFormat, IssueReason, PreferenceRow, RowIssue, Severity, Text, ValidationReport};
 
 /// The usable rows of a file and what was found about all of them.
@@ -54,7 +54,7 @@ fn scan(
 ) -> Result<ValidationReport, DataError> {
     let mut report = ValidationReport::default();
     let mut seen = Seen::default();
-    for row in read_rows(path, format)? {
+    for row in apart::read_rows(path, format)? {
         report.rows += 1;
         let row = match row {
             Ok(row) => row,

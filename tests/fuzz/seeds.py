@@ -14,8 +14,8 @@ CORPUS = HERE / "corpus"
 GOLDENS = HERE.parent / "goldens"
 
 
-def put(target, name, data):
-    path = CORPUS / target / name
+def put(target, name, data, within=CORPUS):
+    path = within / target / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
 
@@ -67,7 +67,7 @@ for name, table in (("plain", rows), ("chat", chats)):
     for compression in ("none", "snappy", "zstd"):
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(table), sink, compression=compression)
-        put("parquet", f"{name}-{compression}", sink.getvalue().to_pybytes())
+        put("parquet", f"{name}-{compression}", sink.getvalue().to_pybytes(), within=GOLDENS)
 
 (CORPUS / "gguf").mkdir(parents=True, exist_ok=True)
 tiny_gguf(CORPUS / "gguf" / "llama")

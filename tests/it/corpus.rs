@@ -29,9 +29,8 @@ fn taken(target: &str, parse: impl Fn(&PathBuf) -> bool) -> usize {
 
 #[test]
 fn rows_are_read_or_found_wanting() {
-    let good = |format| move |file: &PathBuf| read_rows(file, format).is_ok_and(|rows| rows.take(1000).any(|r| r.is_ok()));
-    assert_eq!(taken("rows", good(DatasetFormat::Jsonl)), 7);
-    assert!(taken("parquet", good(DatasetFormat::Parquet)) >= 3);
+    let good = |file: &PathBuf| read_rows(file, DatasetFormat::Jsonl).is_ok_and(|rows| rows.take(1000).any(|r| r.is_ok()));
+    assert_eq!(taken("rows", good), 7);
 }
 
 #[test]

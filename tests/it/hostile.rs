@@ -16,7 +16,7 @@ use tonic_types::StatusExt;
 use crate::server::{Server, job, pairs, score, scored, upload};
 use crate::support::golden;
 
-fn times() -> usize {
+pub fn times() -> usize {
     std::env::var("BRADLEY_TEST_HOSTILE").ok().and_then(|n| n.parse().ok()).unwrap_or(100)
 }
 
@@ -61,7 +61,7 @@ impl Decoder for Raw {
 }
 
 /// Some bytes changed, cut, doubled or put in.
-fn mutate(rng: &mut StdRng, bytes: &[u8]) -> Vec<u8> {
+pub fn mutate(rng: &mut StdRng, bytes: &[u8]) -> Vec<u8> {
     let mut out = bytes.to_vec();
     for _ in 0..rng.random_range(1..6) {
         let at = rng.random_range(0..=out.len());
@@ -81,7 +81,7 @@ fn mutate(rng: &mut StdRng, bytes: &[u8]) -> Vec<u8> {
 }
 
 /// An error must say why in a word, and never be ours.
-fn check(what: &str, e: &Status) {
+pub fn check(what: &str, e: &Status) {
     let reason = e.get_details_error_info().map(|i| i.reason);
     assert!(reason.is_some_and(|r| !r.is_empty() && r != "INTERNAL"), "{what}: {:?} {:?} has no reason", e.code(), e.message());
     assert!(!matches!(e.code(), Code::Internal | Code::Unknown | Code::Cancelled), "{what}: {e}");

@@ -7,6 +7,7 @@ mod clients;
 mod command_line;
 mod corpus;
 mod crash;
+mod datasets;
 mod gguf;
 mod golden_losses;
 mod golden_models;

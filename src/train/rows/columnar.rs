@@ -1,4 +1,7 @@
 //! Parquet: each record becomes the JSON object that a JSONL line would hold.
+//!
+//! The format's sizes are claims that its library believes: a file of a kilobyte may ask for gigabytes, or name a billion elements. So a
+//! server decodes a stranger's file in [another process](super::apart).
 
 use std::fs::File;
 use std::path::Path;
@@ -6,22 +9,22 @@ use std::path::Path;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row};
+use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
-use super::json::from_fields;
-use super::{DataError, RowReader, issue};
-use crate::domain::dataset::IssueReason;
+use super::{DataError, issue};
+use crate::domain::dataset::{IssueReason, RowIssue};
 use crate::model::guard::guarded;
 
 const COLUMNS: [&str; 5] = ["prompt", "chosen", "rejected", "weight", "id"];
 
-pub(super) fn read(path: &Path) -> Result<RowReader, DataError> {
+/// The wanted columns of each record.
+pub(super) fn decode(path: &Path) -> Result<impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + use<>, DataError> {
     let file = File::open(path).map_err(|source| DataError::Io { path: path.to_owned(), source })?;
     let bad = |reason: String| DataError::BadFile { path: path.to_owned(), reason };
     // The library asserts, or calls unimplemented, at some damaged files.
-    let reader = guarded(|| SerializedFileReader::new(file))
-        .map_err(|e| bad(format!("not a readable Parquet file: {e}")))?
-        .map_err(|e| bad(format!("not a readable Parquet file: {e}")))?;
+    let unreadable = |e: &dyn std::fmt::Display| bad(format!("not a readable Parquet file: {e}"));
+    let reader = guarded(|| SerializedFileReader::new(file)).map_err(|e| unreadable(&e))?.map_err(|e| unreadable(&e))?;
     let schema = reader.metadata().file_metadata().schema();
     let names: Vec<&str> = schema.get_fields().iter().map(|f| f.name()).collect();
     for needed in ["chosen", "rejected"] {
@@ -29,20 +32,22 @@ pub(super) fn read(path: &Path) -> Result<RowReader, DataError> {
             return Err(bad(format!("no column {needed:?} among {names:?}: a preference set has prompt, chosen and rejected")));
         }
     }
-    let rows = guarded(|| RowIter::from_file_into(Box::new(reader))).map_err(|e| bad(format!("not a readable Parquet file: {e}")))?;
-    Ok(Box::new(Records { rows: Some(rows) }.enumerate().map(|(i, record)| {
+    let wanted = schema.get_fields().iter().filter(|f| COLUMNS.contains(&f.name())).cloned().collect();
+    let wanted = Type::group_type_builder(schema.name()).with_fields(wanted).build().map_err(|e| unreadable(&e))?;
+    let rows = guarded(|| RowIter::from_file_into(Box::new(reader)).project(Some(wanted)));
+    let rows = rows.map_err(|e| unreadable(&e))?.map_err(|e| unreadable(&e))?;
+    Ok(Records { rows: Some(rows) }.enumerate().map(|(i, record)| {
         let row = i as u64 + 1;
         let record = record.map_err(|e| issue(row, "", IssueReason::InvalidType, format!("the record cannot be decoded: {e}")))?;
-        let wanted = record.get_column_iter().filter(|(name, _)| COLUMNS.contains(&name.as_str()));
         let mut fields = Map::new();
-        for (name, field) in wanted {
+        for (name, field) in record.get_column_iter() {
             let value = to_json(field).map_err(|kind| {
                 issue(row, name, IssueReason::InvalidType, format!("{name} holds {kind}: use text or a list of messages"))
             })?;
             fields.insert(name.clone(), value);
         }
-        from_fields(row, fields)
-    })))
+        Ok(fields)
+    }))
 }
 
 /// Records until the file ends or the reader fails: after a failure nothing of it can be used.

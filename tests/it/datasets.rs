@@ -1,0 +1,105 @@
+//! Parquet files through a server: decoded by a process of their own, so that what one costs is never the server's.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bradley::rpc::client::ClientError;
+use bradley::rpc::pb;
+use parquet::basic::Compression;
+use parquet::data_type::ByteArrayType;
+use parquet::file::properties::WriterProperties;
+use parquet::file::writer::SerializedFileWriter;
+use parquet::schema::parser::parse_message_type;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use crate::hostile::{check, mutate, resident_kib, times};
+use crate::server::{Server, finish, job, submit};
+use crate::support::golden;
+
+const MESSAGES: &str =
+    "(LIST) { repeated group list { required group element { optional binary role (UTF8); optional binary content (UTF8); } } }";
+
+async fn upload(server: &Server, file: &Path) -> Result<pb::Dataset, ClientError> {
+    server.client().await.upload_dataset(file, pb::UploadMetadata::default(), |_| {}).await
+}
+
+/// One record whose lists have so many messages without text: runs of levels, some bytes however many.
+fn endless_messages(path: &Path, messages: usize) {
+    let schema = ["prompt", "chosen", "rejected"].map(|c| format!("required group {c} {MESSAGES}")).concat();
+    let schema = Arc::new(parse_message_type(&format!("message pairs {{ {schema} }}")).unwrap());
+    let properties = WriterProperties::builder()
+        .set_compression(Compression::SNAPPY)
+        .set_dictionary_enabled(false)
+        .set_statistics_enabled(parquet::file::properties::EnabledStatistics::None);
+    let mut writer = SerializedFileWriter::new(std::fs::File::create(path).unwrap(), schema, Arc::new(properties.build())).unwrap();
+    let mut group = writer.next_row_group().unwrap();
+    let repetition: Vec<i16> = (0..messages).map(|i| i16::from(i > 0)).collect();
+    while let Some(mut column) = group.next_column().unwrap() {
+        column.typed::<ByteArrayType>().write_batch(&[], Some(&vec![1; messages]), Some(&repetition)).unwrap();
+        column.close().unwrap();
+    }
+    group.close().unwrap();
+    writer.close().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn parquet_is_decoded_beside_the_server_and_trained_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let dataset = upload(&server, &golden("parquet/plain-zstd")).await.unwrap();
+    assert_eq!(dataset.format(), pb::DatasetFormat::Parquet);
+    let report = dataset.report.unwrap();
+    assert!(report.valid_rows > 0, "{report:?}");
+    let name = submit(&server.client().await, job(&dataset.name, 2)).await;
+    let events = finish(&server.client().await, &name).await;
+    assert!(!events.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_small_parquet_file_that_wants_gigabytes_is_refused_and_costs_the_server_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let file = dir.path().join("endless.parquet");
+    endless_messages(&file, 30_000_000);
+    let size = std::fs::metadata(&file).unwrap().len();
+    assert!(size < 1 << 20, "{size} bytes");
+    let before = resident_kib(server.pid());
+    let refused = upload(&server, &file).await.unwrap_err().to_string();
+    assert!(refused.contains("decoding needs more than 1024 MiB of memory") && refused.contains("use JSONL"), "{refused}");
+    let grown = resident_kib(server.pid()).saturating_sub(before);
+    assert!(grown < 64 << 10, "the server grew by {grown} KiB");
+    // It still reads what can be read.
+    upload(&server, &golden("parquet/plain-none")).await.unwrap();
+}
+
+/// The goldens hold what a fuzzer found: an assertion, and a page that names 2.5 billion values. More of the kind is made here.
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_parquet_files_get_an_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let mut files: Vec<_> = std::fs::read_dir(golden("parquet")).unwrap().map(|e| std::fs::read(e.unwrap().path()).unwrap()).collect();
+    assert!(files.len() >= 8);
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    for i in 0..times() {
+        files.push(mutate(&mut rng, &files[i % 8]));
+    }
+    let before = resident_kib(server.pid());
+    let file = dir.path().join("damaged");
+    let (mut taken, mut refused) = (0, 0);
+    for bytes in files {
+        std::fs::write(&file, bytes).unwrap();
+        match tokio::time::timeout(Duration::from_secs(150), upload(&server, &file)).await.expect("an upload is answered") {
+            Ok(_) => taken += 1,
+            Err(ClientError::Refused(e)) => {
+                check("upload", &e);
+                refused += 1;
+            }
+            Err(e) => panic!("{e}"),
+        }
+    }
+    assert!(taken >= 3 && refused >= 10, "{taken} taken, {refused} refused");
+    let grown = resident_kib(server.pid()).saturating_sub(before);
+    assert!(grown < 64 << 10, "the server grew by {grown} KiB");
+}
