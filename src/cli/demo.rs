@@ -27,7 +27,7 @@ const MODEL_ID: &str = "demo";
 pub(super) async fn run(args: DemoArgs) -> Outcome {
     let start = Instant::now();
     let failed = |e: &dyn std::fmt::Display| Failure::Failed(e.to_string());
-    telemetry::log("warn", false, None)?;
+    telemetry::log("warn", false, None, None)?;
     let sources = Sources::collect(None, Default::default()).map_err(|e| failed(&e))?;
 
     line("1. The model");

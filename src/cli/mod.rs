@@ -2,6 +2,7 @@
 
 mod args;
 mod demo;
+mod metrics;
 mod output;
 mod resources;
 mod score;
@@ -24,6 +25,9 @@ use crate::train::rows::apart;
 
 /// How long a client waits for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long the last spans may take to be sent.
+const TRACES: Duration = Duration::from_secs(3);
 
 /// How a command ended; see the exit codes in `--help`.
 #[derive(Debug)]
@@ -128,9 +132,17 @@ async fn serve_command(args: ServeArgs) -> Outcome {
     };
     let sources = Sources::collect(args.config.as_deref(), args.flags).map_err(bad)?;
     let settings = Settings::resolve(&sources).map_err(bad)?;
-    telemetry::log(&settings.log, settings.log_json, settings.audit_log.as_deref()).map_err(|e| Failure::Failed(e.to_string()))?;
-    let metrics = telemetry::metrics().map_err(|e| Failure::Failed(format!("metrics: {e}")))?;
-    Ok(serve::run(settings, metrics).await?)
+    let traces = settings.traces.as_ref().map(|(endpoint, ratio)| telemetry::traces(endpoint, *ratio)).transpose();
+    let traces = traces.map_err(|e| Failure::Failed(format!("otlp_endpoint: {e:#}")))?;
+    telemetry::log(&settings.log, settings.log_json, settings.audit_log.as_deref(), traces.as_ref())
+        .map_err(|e| Failure::Failed(e.to_string()))?;
+    let metrics = metrics::install().map_err(|e| Failure::Failed(format!("metrics: {e}")))?;
+    let served = serve::run(settings, metrics).await;
+    if let Some(traces) = traces {
+        // What is left is sent; a collector that does not answer is not waited for.
+        let _ = tokio::task::spawn_blocking(move || traces.shutdown_with_timeout(TRACES)).await;
+    }
+    Ok(served?)
 }
 
 async fn connect(target: &Target) -> Result<Client, Failure> {

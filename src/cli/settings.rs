@@ -53,6 +53,8 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("tls_client_ca", "", "Clients need a certificate signed by this authority (PEM)"),
     ("max_connections", "4096", "Connections that may be open"),
     ("max_connection_age", "0", "Seconds after which a client must connect anew, so that it spreads over replicas; 0 is never"),
+    ("otlp_endpoint", "", "Where traces go, by OTLP over gRPC: http://HOST:4317; empty is nowhere"),
+    ("trace_ratio", "1", "Share of the traces that begin here that are exported, 0 to 1; callers decide about theirs"),
     ("log", "info", "Log filter, e.g. info or bradley=debug"),
     ("log_format", "text", "text or json"),
 ];
@@ -124,6 +126,8 @@ pub struct Settings {
     pub max_connections: usize,
     /// When clients must connect anew.
     pub max_connection_age: Option<Duration>,
+    /// Where traces go, and the share of those that begin here.
+    pub traces: Option<(String, f64)>,
     /// The log filter.
     pub log: String,
     /// Whether logs are JSON.
@@ -215,6 +219,11 @@ impl Settings {
                 .push("artifact_url", "is not set: replicas that share a database must find the same files, e.g. file:///a/shared/folder");
         }
         let tls = reader.tls();
+        let traces = reader.optional("otlp_endpoint", "a URL such as http://collector:4317", |s| {
+            (s.starts_with("http://") || s.starts_with("https://")).then(|| s.to_owned())
+        });
+        let trace_ratio =
+            reader.parse("trace_ratio", "a number from 0 to 1", |s| s.parse::<f64>().ok().filter(|r| (0.0..=1.0).contains(r)));
         let settings = Settings {
             models,
             database_url,
@@ -268,6 +277,7 @@ impl Settings {
             max_upload_bytes: reader.bytes("max_upload_bytes").unwrap_or_default(),
             events_kept: reader.number("events_kept", 1).unwrap_or_default() as u64,
             drain_timeout: Duration::from_secs(reader.number("drain_timeout", 1).unwrap_or_default() as u64),
+            traces: traces.zip(trace_ratio),
             log: reader
                 .parse("log", "a filter such as info or bradley=debug", |s| {
                     tracing_subscriber::EnvFilter::from_str(s).is_ok().then(|| s.to_owned())

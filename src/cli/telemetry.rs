@@ -1,12 +1,17 @@
-//! Logs and metrics of the process.
+//! Logs and traces of the process.
 
 use std::fs::OpenOptions;
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use anyhow::Context as _;
-use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+use opentelemetry::KeyValue;
+use opentelemetry::trace::TracerProvider as _;
+use opentelemetry_otlp::{SpanExporter, WithExportConfig as _};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -14,16 +19,30 @@ use tracing_subscriber::{EnvFilter, Layer as _};
 
 use crate::jobs::access::AUDIT;
 
-/// Upper bounds of duration histograms, in seconds.
-const SECONDS: [f64; 14] = [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0];
-/// Upper bounds of token-count histograms.
-const TOKENS: [f64; 10] = [32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
+/// How long a collector may take for a batch.
+const EXPORT: Duration = Duration::from_secs(5);
 
-/// Starts logging to standard error, and the audit log's lines to `audit`, too; a second call changes nothing.
+/// Starts sending spans by OTLP over gRPC, in batches, from a thread of its own. OTEL_EXPORTER_OTLP_HEADERS and OTEL_RESOURCE_ATTRIBUTES are heeded.
+///
+/// # Errors
+/// When the endpoint is no URL.
+pub fn traces(endpoint: &str, ratio: f64) -> anyhow::Result<SdkTracerProvider> {
+    let exporter = SpanExporter::builder().with_tonic().with_endpoint(endpoint).with_timeout(EXPORT).build()?;
+    let about = [KeyValue::new("service.version", env!("CARGO_PKG_VERSION"))];
+    let provider = SdkTracerProvider::builder()
+        .with_batch_exporter(exporter)
+        .with_sampler(Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(ratio))))
+        .with_resource(Resource::builder().with_service_name("bradley").with_attributes(about).build())
+        .build();
+    opentelemetry::global::set_tracer_provider(provider.clone());
+    Ok(provider)
+}
+
+/// Starts logging to standard error, the audit log's lines to `audit`, too, and this program's spans to `traces`; a second call changes nothing.
 ///
 /// # Errors
 /// When the audit log cannot be written.
-pub fn log(filter: &str, json: bool, audit: Option<&Path>) -> anyhow::Result<()> {
+pub fn log(filter: &str, json: bool, audit: Option<&Path>, traces: Option<&SdkTracerProvider>) -> anyhow::Result<()> {
     let filter = EnvFilter::from_str(filter).unwrap_or_else(|_| EnvFilter::new("info"));
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let lines = if json { lines.json().boxed() } else { lines.boxed() };
@@ -36,19 +55,11 @@ pub fn log(filter: &str, json: bool, audit: Option<&Path>) -> anyhow::Result<()>
             Some(lines.with_filter(filter_fn(|m| m.target() == AUDIT || m.is_span())))
         }
     };
-    let _ = tracing_subscriber::registry().with(audit).with(lines.with_filter(filter)).try_init();
+    let spans = traces.map(|provider| {
+        let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("bradley")).with_location(false).with_threads(false);
+        // Its spans only: the exporter has some of its own.
+        layer.with_filter(filter_fn(|m| m.is_span() && m.target().starts_with("bradley")))
+    });
+    let _ = tracing_subscriber::registry().with(spans).with(audit).with(lines.with_filter(filter)).try_init();
     Ok(())
-}
-
-/// Installs the process's metrics recorder.
-///
-/// # Errors
-/// When there is one already.
-pub fn metrics() -> Result<PrometheusHandle, BuildError> {
-    let handle = PrometheusBuilder::new()
-        .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SECONDS)?
-        .set_buckets_for_metric(Matcher::Suffix("_tokens".into()), &TOKENS)?
-        .install_recorder()?;
-    metrics::gauge!("bradley_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
-    Ok(handle)
 }

@@ -222,6 +222,8 @@ pub struct Job {
     pub end_time: Option<Millis>,
     /// Since when it waits for a device: its place among jobs of its priority.
     pub turn: Millis,
+    /// The trace of the call that made it, as W3C's `traceparent`.
+    pub trace: Option<String>,
     /// The client that made it; empty without authentication.
     pub owner: String,
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
@@ -135,6 +135,21 @@ impl RunControl {
     }
 }
 
+/// An event on its way to whoever stores it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Report {
+    /// When it was made.
+    pub made: Instant,
+    /// What it says.
+    pub event: RunEvent,
+}
+
+impl From<RunEvent> for Report {
+    fn from(event: RunEvent) -> Self {
+        Report { made: Instant::now(), event }
+    }
+}
+
 /// A training run, ready to start: the data is tokenised, the names are resolved.
 #[derive(Debug)]
 pub struct TrainingRun {
@@ -157,7 +172,7 @@ pub struct TrainingRun {
     /// The checkpoint to continue from.
     pub resume: Option<PathBuf>,
     /// Where events go; bounded, the run waits when it is full.
-    pub events: mpsc::Sender<RunEvent>,
+    pub events: mpsc::Sender<Report>,
     /// How it is told to stop.
     pub control: Arc<RunControl>,
 }

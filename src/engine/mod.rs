@@ -8,6 +8,7 @@ mod queue;
 mod residents;
 mod run;
 mod scoring;
+pub mod trace;
 mod worker;
 
 use std::path::Path;
@@ -61,6 +62,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
     let bytes = residents::weight_bytes(options.precision);
     let needed: u64 = models.iter().map(|m| m.config.parameter_count() as u64 * bytes).sum();
     let available = memory_limit(&options);
+    metrics::gauge!("bradley_memory_limit_bytes").set(available as f64);
     if needed > available {
         let remedy = "load fewer or smaller models, or raise memory_limit".to_owned();
         return Err(EngineError::OutOfMemory { needed_mib: needed >> 20, available_mib: available >> 20, remedy });
@@ -102,7 +104,8 @@ impl Engine {
             return Err(EngineError::RowTooLong { tokens, limit });
         }
         let (reply, answer) = oneshot::channel();
-        let entry = Entry { item, policy: policy.clone(), reference: reference.cloned(), enqueued: Instant::now(), reply };
+        let entry =
+            Entry { item, policy: policy.clone(), reference: reference.cloned(), enqueued: Instant::now(), trace: trace::current(), reply };
         self.shared.queue.push(entry)?;
         answer.await.unwrap_or(Err(EngineError::Draining))
     }
@@ -158,7 +161,7 @@ impl Engine {
     pub fn drain(&self) {
         for run in self.shared.queue.drain() {
             // The channel was never used: there is room for one event.
-            let _ = run.events.try_send(RunEvent::Ended(RunEnd::Drained));
+            let _ = run.events.try_send(RunEvent::Ended(RunEnd::Drained).into());
         }
     }
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use opentelemetry::Context;
 use tokio::sync::oneshot;
 
 use super::api::{EngineError, ScoreItem, ScoredItem, TrainingRun, WeightsRef};
@@ -20,6 +21,8 @@ pub(super) struct Entry {
     pub policy: WeightsRef,
     pub reference: Option<WeightsRef>,
     pub enqueued: Instant,
+    /// The trace that it is part of.
+    pub trace: Context,
     pub reply: oneshot::Sender<Result<ScoredItem, EngineError>>,
 }
 
@@ -54,6 +57,7 @@ pub(super) struct Queue {
 
 impl Queue {
     pub fn new(limit: usize) -> Self {
+        metrics::gauge!("bradley_scoring_queue_limit_tokens").set(limit as f64);
         Queue { limit, inner: Mutex::new(Inner::default()), changed: Condvar::new() }
     }
 
@@ -204,7 +208,8 @@ mod tests {
     fn entry(tokens: usize) -> (Entry, oneshot::Receiver<Result<ScoredItem, EngineError>>) {
         let (reply, receiver) = oneshot::channel();
         let item = ScoreItem { groups: vec![SequenceGroup { prompt: vec![0; tokens - 1], completions: vec![vec![0]] }] };
-        (Entry { item, policy: WeightsRef::Base { model: "m".into() }, reference: None, enqueued: Instant::now(), reply }, receiver)
+        let policy = WeightsRef::Base { model: "m".into() };
+        (Entry { item, policy, reference: None, enqueued: Instant::now(), trace: Context::new(), reply }, receiver)
     }
 
     #[test]

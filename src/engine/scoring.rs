@@ -1,11 +1,14 @@
 //! The scoring half of a device worker: batches from the queue, and whose turn it is while a run trains.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
+
+use opentelemetry::KeyValue;
 
 use super::api::{CompletionLogps, EngineError, EngineOptions, ScoredItem, WeightsRef};
 use super::queue::{Entry, Queue};
 use super::residents::{Bases, Residents};
+use super::trace;
 use crate::model::decoder::Policy;
 use crate::model::guard::guarded;
 use crate::train::pack::Owned;
@@ -112,11 +115,13 @@ impl Scoring {
     /// Scores a batch and answers whoever waits; with a run in progress, training is owed its share. Entries share a pass over each of the weights
     /// that they name, policies and references alike.
     pub fn score_batch(&mut self, batch: Vec<Entry>, cache: &ReferenceCache, live: Option<&Live>) {
-        let start = Instant::now();
+        let (start, began) = (Instant::now(), SystemTime::now());
         let tokens: usize = batch.iter().map(|e| e.item.tokens()).sum();
-        metrics::histogram!("bradley_scoring_batch_tokens").record(tokens as f64);
+        observe(&batch, tokens);
         for entry in &batch {
-            metrics::histogram!("bradley_scoring_queue_seconds").record(entry.enqueued.elapsed().as_secs_f64());
+            let waited = entry.enqueued.elapsed();
+            metrics::histogram!("bradley_scoring_queue_seconds").record(waited.as_secs_f64());
+            trace::record("scoring.queue", &entry.trace, began - waited, waited, Vec::new());
         }
         let mut references = vec_of_none(batch.len());
         for members in groups(&batch, |e| e.reference.as_ref()) {
@@ -128,6 +133,8 @@ impl Scoring {
         for members in self.clusters(groups(&batch, |e| own(e).then_some(&e.policy)), &batch, live) {
             self.pass(&batch, members, &mut policies, |scoring, entries| scoring.policies(entries, live));
         }
+        // Told before the answers: a caller's span outlives those within it.
+        trace_batch(&batch, began, start.elapsed(), tokens);
         for ((entry, reference), policy) in batch.into_iter().zip(references).zip(policies) {
             let live_step = matches!(entry.policy, WeightsRef::Live { .. }).then(|| live.map(|l| l.step)).flatten();
             // The caller may have left meanwhile; nobody else wants the answer.
@@ -220,6 +227,26 @@ impl Scoring {
 
 fn device(e: candle_core::Error) -> EngineError {
     EngineError::Device(e.to_string())
+}
+
+/// Counts a batch, and the tokens that sequences padded to the longest would have cost and packed ones do not. Prompts that items share are saved, too,
+/// but not counted.
+fn observe(batch: &[Entry], tokens: usize) {
+    metrics::histogram!("bradley_scoring_batch_items").record(batch.len() as f64);
+    metrics::histogram!("bradley_scoring_batch_tokens").record(tokens as f64);
+    let groups = batch.iter().flat_map(|e| &e.item.groups);
+    let lengths = groups.flat_map(|g| g.completions.iter().map(|c| g.prompt.len() + c.len()));
+    let (sequences, longest, alone) = lengths.fold((0, 0, 0), |(n, max, sum), len| (n + 1, len.max(max), sum + len));
+    metrics::counter!("bradley_scoring_saved_tokens_total", "by" => "padding").increment((sequences * longest - alone) as u64);
+    metrics::counter!("bradley_scoring_saved_tokens_total", "by" => "shared_prompt").increment(alone.saturating_sub(tokens) as u64);
+}
+
+/// One span for the batch, linked to its callers' spans, and one in each caller's trace, linked to it.
+fn trace_batch(batch: &[Entry], began: SystemTime, took: Duration, tokens: usize) {
+    let about = vec![KeyValue::new("bradley.batch.items", batch.len() as i64), KeyValue::new("bradley.batch.tokens", tokens as i64)];
+    if let Some(shared) = trace::shared("scoring.batch", batch.iter().map(|e| &e.trace), began, took, about) {
+        batch.iter().for_each(|entry| trace::linked("scoring.device", &entry.trace, began, took, &shared));
+    }
 }
 
 fn only_one(mut logps: Vec<Logps>) -> Scored {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::TrySendError;
 
-use super::api::{Command, EngineOptions, RunEnd, RunEvent, TrainingRun};
+use super::api::{Command, EngineOptions, Report, RunEnd, RunEvent, TrainingRun};
 use super::queue::{Queue, Work};
 use super::residents::Bases;
 use super::run;
@@ -173,21 +173,22 @@ impl Worker {
 
 /// Sends and waits while the channel is full. A receiver that is gone means that the service is going down: the run notices by its control.
 fn send(run: &TrainingRun, event: RunEvent) {
-    let _ = run.events.blocking_send(event);
+    let _ = run.events.blocking_send(event.into());
 }
 
 /// Sends while scoring goes on: the store may be away for long.
-fn offer(events: &Sender<RunEvent>, mut event: RunEvent, mut meanwhile: impl FnMut()) {
-    while let Err(TrySendError::Full(back)) = events.try_send(event) {
-        event = back;
+fn offer(events: &Sender<Report>, event: RunEvent, mut meanwhile: impl FnMut()) {
+    let mut report = Report::from(event);
+    while let Err(TrySendError::Full(back)) = events.try_send(report) {
+        report = back;
         meanwhile();
         std::thread::sleep(FULL);
     }
 }
 
-fn emitter(events: &Sender<RunEvent>) -> impl FnMut(RunEvent) + '_ {
+fn emitter(events: &Sender<Report>) -> impl FnMut(RunEvent) + '_ {
     |event| {
-        let _ = events.blocking_send(event);
+        let _ = events.blocking_send(event.into());
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
+use super::counted::Counted;
 use super::error::{Result, ServiceError};
 use super::service::Service;
 use crate::domain::access::Caller;
@@ -53,6 +54,7 @@ impl Feed {
         // Subscribed before the first read: an event stored in between is noticed.
         let mut changes = self.follow(&job);
         tokio::spawn(async move {
+            let _open = Counted::new("bradley_event_streams");
             let mut cursor = after;
             let invalid = service.until_invalid(&caller);
             tokio::pin!(invalid);

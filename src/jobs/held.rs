@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::error::{Result, ServiceError};
 use super::service::Service;
 use super::store::{Also, Lease};
-use crate::domain::job::{EventKind, Job, JobState};
+use crate::domain::job::{EventKind, Job, JobState, Metrics, Progress};
 use crate::engine::api::{Command, RunControl};
 
 /// The first wait after the store did not answer, and the longest.
@@ -31,13 +31,25 @@ pub(super) struct Held {
     pub control: RunControlRef,
     written: AtomicI64,
     room: Mutex<Option<Room>>,
+    /// How far the run is, for whoever watches the process.
+    shown: Mutex<Shown>,
 }
+
+/// A gauge's name and value, of the last step that was logged.
+type Shown = Vec<(&'static str, f64)>;
+
+/// Gauges of a run, and which of its metrics each shows.
+const SHOWN: [(&str, &str); 3] = [
+    ("bradley_training_loss", "loss"),
+    ("bradley_training_margin", "rewards/margins"),
+    ("bradley_training_accuracy", "rewards/accuracies"),
+];
 
 type RunControlRef = std::sync::Arc<RunControl>;
 
 impl Held {
     pub fn new(lease: Lease) -> Self {
-        Held { lease, control: RunControlRef::default(), written: AtomicI64::new(0), room: Mutex::default() }
+        Held { lease, control: RunControlRef::default(), written: AtomicI64::new(0), room: Mutex::default(), shown: Mutex::default() }
     }
 
     /// Does what a client's change of the state asks of the run.
@@ -58,6 +70,19 @@ impl Held {
     /// Why it was sent back, if it was.
     pub fn room(&self) -> Option<Room> {
         *self.room.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes a logged step.
+    pub fn show(&self, progress: &Progress, metrics: &Metrics) {
+        let shown = SHOWN.iter().filter_map(|(gauge, metric)| Some((*gauge, *metrics.get(*metric)?)));
+        let ratio = progress.step as f64 / progress.total_steps.max(1) as f64;
+        let all = shown.chain([("bradley_training_progress_ratio", ratio)]).collect();
+        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = all;
+    }
+
+    /// What was noted last.
+    pub fn shown(&self) -> Shown {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Stores a change of the job and tells its followers. While the store does not answer this waits; the write is not made twice.

@@ -3,6 +3,8 @@
 use std::sync::PoisonError;
 use std::time::Duration;
 
+use tokio::time::MissedTickBehavior;
+
 use super::error::{Result, ServiceError};
 use super::service::Service;
 use super::store::Notice;
@@ -28,9 +30,10 @@ pub(super) async fn renewals(service: Service) {
 
 /// Keeps house until the service drains.
 pub(super) async fn run(service: Service) {
-    let pause = service.inner.store.lease_time() / 3;
+    let mut pause = tokio::time::interval(service.inner.store.lease_time() / 3);
+    pause.set_missed_tick_behavior(MissedTickBehavior::Delay);
     for tick in 0_u64.. {
-        tokio::time::sleep(pause).await;
+        pause.tick().await;
         metrics::gauge!("bradley_store_up").set(f64::from(u8::from(service.inner.store.ping().await.is_ok())));
         if service.is_draining() {
             continue;
@@ -41,6 +44,9 @@ pub(super) async fn run(service: Service) {
         if let Err(e) = expire(&service).await {
             tracing::warn!(error = %e, "expired jobs cannot be deleted");
         }
+        if let Err(e) = count(&service).await {
+            tracing::debug!(error = %e, "jobs cannot be counted");
+        }
         // Restores what a caller who left, or a lost connection, kept from being told.
         refresh(&service).await;
         if tick.is_multiple_of(SWEEP)
@@ -49,6 +55,16 @@ pub(super) async fn run(service: Service) {
             tracing::warn!(error = %e, "copies of what was deleted elsewhere cannot be removed");
         }
     }
+}
+
+/// Shows how many jobs are in each state, of all replicas.
+async fn count(service: &Service) -> Result<()> {
+    let counts = service.inner.store.job_counts().await?;
+    for state in JobState::ALL {
+        let n = counts.get(state.name()).copied().unwrap_or_default();
+        metrics::gauge!("bradley_jobs", "state" => state.name()).set(n as f64);
+    }
+    Ok(())
 }
 
 /// Removes local copies of jobs and datasets that another replica deleted.
@@ -93,11 +109,19 @@ async fn renew(service: &Service, patience: Duration) {
 pub(super) async fn reclaim(service: &Service, all: bool) -> Result<()> {
     for (job, sequence) in service.inner.store.reclaim(all).await? {
         tracing::info!(job = job.id, to = job.state.name(), "job recovered");
-        metrics::counter!("bradley_jobs_recovered_total").increment(1);
+        match job.state.is_final() {
+            true => job_ended(job.state),
+            false => metrics::counter!("bradley_jobs_recovered_total").increment(1),
+        }
         service.inner.feed.notify(&job.id, sequence);
         service.inner.wake.notify_one();
     }
     Ok(())
+}
+
+/// Counts a job that this process brought to its end.
+pub(super) fn job_ended(state: JobState) {
+    metrics::counter!("bradley_jobs_ended_total", "state" => state.name()).increment(1);
 }
 
 async fn expire(service: &Service) -> Result<()> {

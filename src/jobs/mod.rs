@@ -5,6 +5,7 @@
 pub mod access;
 pub mod artifacts;
 pub mod checkpoints;
+pub mod counted;
 pub mod datasets;
 pub mod error;
 pub mod estimate;

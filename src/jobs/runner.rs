@@ -2,20 +2,25 @@
 
 use std::cmp::Ordering;
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use opentelemetry::{Context, KeyValue};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use tracing::Instrument as _;
+use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
 use super::datasets::{blocking, unreadable};
 use super::error::{Result, ServiceError};
 use super::held::{Held, Room, patiently};
+use super::housekeeping::job_ended;
 use super::resume::newest_whole;
 use super::service::Service;
 use super::store::{Also, Lease, now};
 use crate::domain::dataset::{Dataset, RowIssue, Severity};
 use crate::domain::job::{Checkpoint, Evaluation, EventKind, Job, JobError, JobState, RowPolicy};
-use crate::engine::api::{Command, EngineError, RunEnd, RunEvent, TrainingRun};
+use crate::engine::api::{Command, EngineError, Report, RunEnd, RunEvent, TrainingRun};
+use crate::engine::trace;
 use crate::math::rng::split;
 use crate::model::tokenizer::ChatTokenizer;
 use crate::train::checkpoint;
@@ -56,7 +61,16 @@ pub(super) async fn run(service: Service) {
     }
 }
 
+/// Carries a job in a span of the trace in which it was made.
 async fn run_job(service: &Service, job: &Job, lease: Lease) {
+    let caller = trace::parse(job.trace.as_deref(), None);
+    let span = tracing::info_span!("training job", training_job = job.id, trace_id = trace::id(&caller));
+    // It fails only where no spans are exported.
+    let _ = span.set_parent(caller);
+    carry_on(service, job, lease).instrument(span).await;
+}
+
+async fn carry_on(service: &Service, job: &Job, lease: Lease) {
     let held = Arc::new(Held::new(lease));
     service.inner.held.lock().unwrap_or_else(PoisonError::into_inner).insert(job.id.clone(), held.clone());
     // A drain that began just before the job was listed must not be missed.
@@ -105,7 +119,7 @@ fn stopped(command: Command) -> Option<RunEnd> {
 
 /// Carries a job to its end, or to where it is told to stop.
 async fn carry(service: &Service, job: &Job, held: &Arc<Held>) -> Result<RunEnd> {
-    let prepared = held.while_wanted(|| prepare(service, job)).await;
+    let prepared = held.while_wanted(|| prepare(service, job)).instrument(tracing::info_span!("training.prepare")).await;
     if let Some(end) = stopped(held.control.command()) {
         return Ok(end);
     }
@@ -144,12 +158,15 @@ async fn carry(service: &Service, job: &Job, held: &Arc<Held>) -> Result<RunEnd>
     // Other replicas with a free device are given the time to take a queued job before this run makes room for it.
     let courtesy = if service.inner.store.is_shared() { COURTESY } else { Duration::ZERO };
     let mut look: Option<Instant> = None;
+    let (context, mut stage) = (trace::current(), std::time::Instant::now());
     loop {
         let slice_over = tokio::select! {
-            event = reported.recv() => match event {
-                Some(RunEvent::Ended(end)) => return Ok(end),
-                Some(event) => {
+            report = reported.recv() => match report {
+                Some(Report { event: RunEvent::Ended(end), .. }) => return Ok(end),
+                Some(Report { made, event }) => {
+                    trace_stage(&context, &event, made, made - std::mem::replace(&mut stage, made));
                     store_event(service, job, held, event).await?;
+                    metrics::histogram!("bradley_event_lag_seconds").record(made.elapsed().as_secs_f64());
                     continue;
                 }
                 None => break,
@@ -169,6 +186,24 @@ async fn carry(service: &Service, job: &Job, held: &Arc<Held>) -> Result<RunEnd>
     }
     let message = "the device worker ended without a word".to_owned();
     Ok(RunEnd::Failed(JobError { reason: "INTERNAL".into(), message }))
+}
+
+/// What the device did since the event before, as a span.
+fn trace_stage(context: &Context, event: &RunEvent, made: std::time::Instant, took: Duration) {
+    let (name, about) = match event {
+        RunEvent::Running { from_step, .. } => ("training.load", vec![("from_step", *from_step as f64)]),
+        RunEvent::Step { progress, metrics } => {
+            let loss = metrics.get("loss").map(|loss| ("loss", *loss));
+            ("training.steps", [Some(("step", progress.step as f64)), loss].into_iter().flatten().collect())
+        }
+        RunEvent::Eval { step, .. } => ("training.evaluate", vec![("step", *step as f64)]),
+        RunEvent::Checkpoint { step, size_bytes, .. } => {
+            ("training.checkpoint", vec![("step", *step as f64), ("bytes", *size_bytes as f64)])
+        }
+        RunEvent::Log { .. } | RunEvent::Ended(_) => return,
+    };
+    let about = about.into_iter().map(|(key, value)| KeyValue::new(key, value)).collect();
+    trace::record(name, context, SystemTime::now() - made.elapsed() - took, took, about);
 }
 
 /// Asks the run to go back to the queue when a job of a higher priority waits there, or one of the same when the run's time slice is over.
@@ -307,10 +342,7 @@ async fn store_event(service: &Service, job: &Job, held: &Held, event: RunEvent)
             held.write(service, running, Also::Nothing).await?;
         }
         RunEvent::Step { progress, metrics } => {
-            metrics::counter!("bradley_training_steps_total").increment(1);
-            if let Some(loss) = metrics.get("loss") {
-                metrics::gauge!("bradley_training_loss").set(*loss);
-            }
+            held.show(&progress, &metrics);
             let step = |j: &mut Job| {
                 j.latest_metrics.extend(metrics.clone());
                 j.progress = progress.clone();
@@ -329,7 +361,9 @@ async fn store_event(service: &Service, job: &Job, held: &Held, event: RunEvent)
             let dir = service.inner.artifacts.checkpoint(&job.id, step);
             let digest = blocking(move || checkpoint::digest(&dir)).await?.map_err(ServiceError::internal)?;
             let upload = || service.inner.artifacts.keep_checkpoint(&job.id, step, &digest);
+            let start = Instant::now();
             let kept = held.unless_cancelled(upload).await;
+            metrics::histogram!("bradley_checkpoint_seconds", "phase" => "keep").record(start.elapsed().as_secs_f64());
             if held.control.command() == Command::Cancel && kept.is_err() {
                 return Ok(()); // nobody wants it
             }
@@ -398,5 +432,9 @@ async fn finish(service: &Service, held: &Held, end: &RunEnd) -> Result<()> {
         job.state = to;
         Ok(vec![EventKind::StateChange { from: Some(from), to, reason }])
     };
-    held.write(service, change, Also::Release).await.map(|_| ())
+    let job = held.write(service, change, Also::Release).await?;
+    if job.state.is_final() {
+        job_ended(job.state);
+    }
+    Ok(())
 }

@@ -1,6 +1,7 @@
 //! Scoring: names resolved once per request, tokenising off the async threads, the engine's log-probs turned into rewards.
 
 use std::sync::Arc;
+use std::time::{Instant, SystemTime};
 
 use tokio::sync::OwnedSemaphorePermit;
 
@@ -13,6 +14,7 @@ use crate::domain::dataset::Text;
 use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::domain::training::Truncation;
 use crate::engine::api::{EngineError, ScoreItem, ScoredItem, WeightsRef};
+use crate::engine::trace;
 use crate::math::score::{preference_probability, reward, total};
 use crate::model::tokenizer::ChatTokenizer;
 use crate::train::encode::{EncodeError, EncodedCompletion, PairEncoder, group};
@@ -168,6 +170,7 @@ impl ScoringSession {
         let (Some(a), Some(b)) = (sides.next(), sides.next()) else {
             return Err(ServiceError::internal("a pair came back with fewer than two sides"));
         };
+        metrics::counter!("bradley_scored_pairs_total").increment(1);
         let margin = a.reward - b.reward;
         Ok(ScoredPair { probability: preference_probability(margin), margin, a, b, policy_version })
     }
@@ -223,10 +226,16 @@ impl ScoringSession {
         let (session, prompt) = (self.clone(), prompt.clone());
         let encoded = {
             let permit = self.service.tokenise_permit().await?;
+            let caller = trace::current();
             blocking(move || {
                 // Until the work is done, even when nobody waits for it any more.
                 let _permit = permit;
-                session.encoder().encode_completions(&prompt, &answers).map_err(|e| {
+                let start = Instant::now();
+                let encoded = session.encoder().encode_completions(&prompt, &answers);
+                let took = start.elapsed();
+                metrics::histogram!("bradley_scoring_tokenize_seconds").record(took.as_secs_f64());
+                trace::record("scoring.tokenize", &caller, SystemTime::now() - took, took, Vec::new());
+                encoded.map_err(|e| {
                     let field = match &e {
                         EncodeError::EmptyCompletion { field } | EncodeError::MixedForms { field } => {
                             let index = field.trim_start_matches("completions[").trim_end_matches(']').parse::<usize>().ok();

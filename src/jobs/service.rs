@@ -27,8 +27,8 @@ use crate::domain::dataset::Dataset;
 use crate::domain::job::{Evaluation, Event, Job, JobRequest, JobState, Metrics, Progress, RowPolicy};
 use crate::domain::training::Method;
 use crate::domain::violation::Violations;
-use crate::engine::Engine;
 use crate::engine::api::{ModelInfo, WeightsRef};
+use crate::engine::{Engine, trace};
 use crate::model::peft;
 
 /// Requests that may tokenise side by side.
@@ -184,6 +184,7 @@ impl Service {
             end_time: None,
             turn: now,
             owner: caller.owner.clone(),
+            trace: trace::format(&trace::current()),
         }
     }
 
@@ -349,6 +350,12 @@ impl Service {
     pub async fn ready(&self) -> Result<&'static str> {
         self.refuse_when_draining()?;
         Ok(if self.inner.store.ping().await.is_ok() { "ok" } else { "ok, but the database does not answer" })
+    }
+
+    /// Gauges of each run that this process carries on: its job, the gauge's name and its value.
+    pub fn runs(&self) -> Vec<(String, &'static str, f64)> {
+        let held = self.inner.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.iter().flat_map(|(job, held)| held.shown().into_iter().map(|(gauge, value)| (job.clone(), gauge, value))).collect()
     }
 
     /// Who presents a bearer token.

@@ -1,5 +1,6 @@
 //! The plain HTTP port: metrics and probes.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 
 use axum::Router;
@@ -18,11 +19,29 @@ pub async fn serve_http(
     metrics: PrometheusHandle,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
-    let router = Router::new()
-        .route("/livez", get(|| async { "ok\n" }))
-        .route("/readyz", get(ready).with_state(service))
-        .route("/metrics", get(|| async move { metrics.render() }));
+    let process = metrics_process::Collector::default();
+    process.describe();
+    let shown = service.clone();
+    let router = Router::new().route("/livez", get(|| async { "ok\n" })).route("/readyz", get(ready).with_state(service)).route(
+        "/metrics",
+        get(|| async move {
+            process.collect();
+            metrics.render() + &runs(&shown.runs())
+        }),
+    );
     axum::serve(listener, router).with_graceful_shutdown(shutdown).await
+}
+
+const HELP: &str = "Of the last logged step of a job that runs in this process; gone when it ends.";
+
+/// Gauges that end with their run: the recorder would keep the last value of every job for ever.
+fn runs(shown: &[(String, &'static str, f64)]) -> String {
+    let mut gauges: BTreeMap<&str, String> = BTreeMap::new();
+    for (job, gauge, value) in shown {
+        let lines = gauges.entry(gauge).or_insert_with(|| format!("# HELP {gauge} {HELP}\n# TYPE {gauge} gauge\n"));
+        *lines += &format!("{gauge}{{training_job=\"{job}\"}} {value}\n");
+    }
+    gauges.into_values().collect()
 }
 
 async fn ready(State(service): State<Service>) -> (StatusCode, String) {

@@ -23,6 +23,8 @@ use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
+use crate::jobs::counted::Counted;
+
 /// How long a client may take for a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How long a client may take to begin speaking HTTP/2, and how many bytes show that it did: the protocol's preface.
@@ -191,11 +193,13 @@ pub(super) struct Connection {
     silent: Option<Pin<Box<Sleep>>>,
     read: usize,
     _place: OwnedSemaphorePermit,
+    _open: Counted,
 }
 
 impl Connection {
     fn new(io: Io, peer: SocketAddr, place: OwnedSemaphorePermit) -> Self {
-        Connection { io, peer, silent: Some(Box::pin(tokio::time::sleep(PREFACE.0))), read: 0, _place: place }
+        let silent = Some(Box::pin(tokio::time::sleep(PREFACE.0)));
+        Connection { io, peer, silent, read: 0, _place: place, _open: Counted::new("bradley_connections") }
     }
 }
 

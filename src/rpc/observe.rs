@@ -13,8 +13,11 @@ use tonic::body::Body;
 use tonic::codegen::http::{HeaderMap, HeaderValue, Request, Response};
 use tower::{Layer, Service};
 use tracing::Instrument;
+use tracing::field::Empty;
+use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
 use super::{pb, status};
+use crate::engine::trace;
 use crate::jobs::error::ServiceError;
 
 /// The header that carries a request's id, taken from the client or made here, and given back.
@@ -60,7 +63,9 @@ where
         let method = known(request.uri().path());
         let id = request.headers().get(REQUEST_ID).and_then(|v| v.to_str().ok()).filter(|v| v.len() <= 128).map(str::to_owned);
         let id = id.unwrap_or_else(|| uuid::Uuid::now_v7().to_string());
-        let span = tracing::info_span!("rpc", method, request_id = id);
+        let span = span(method, &id, request.headers());
+        let trace = span.context();
+        let traceparent = trace::format(&trace);
         let deadline = deadline(request.headers());
         let call = self.inner.call(request);
         let start = Instant::now();
@@ -74,8 +79,10 @@ where
             };
             let code = match &mut result {
                 Ok(response) => {
-                    if let Ok(value) = HeaderValue::from_str(&id) {
-                        response.headers_mut().insert(REQUEST_ID, value);
+                    for (name, value) in [(REQUEST_ID, Some(&id)), (trace::TRACEPARENT, traceparent.as_ref())] {
+                        if let Some(value) = value.and_then(|v| HeaderValue::from_str(v).ok()) {
+                            response.headers_mut().insert(name, value);
+                        }
                     }
                     if let Some(status) = status::explained(response.headers()) {
                         let headers = response.headers_mut();
@@ -91,6 +98,11 @@ where
             };
             let seconds = start.elapsed().as_secs_f64();
             let code_label = format!("{code:?}");
+            let this = tracing::Span::current();
+            this.set_attribute("rpc.grpc.status_code", code as i64);
+            if is_ours(code) {
+                this.set_status(opentelemetry::trace::Status::error(code_label.clone()));
+            }
             metrics::counter!("bradley_requests_total", "method" => method, "code" => code_label).increment(1);
             metrics::histogram!("bradley_request_seconds", "method" => method).record(seconds);
             tracing::debug!(code = ?code, seconds, "request served");
@@ -98,6 +110,31 @@ where
         };
         Box::pin(observed.instrument(span))
     }
+}
+
+/// The call's span, in the caller's trace if it sent one; logs show the trace's id also where no spans are exported.
+fn span(method: &'static str, id: &str, headers: &HeaderMap) -> tracing::Span {
+    let header = |name| headers.get(name).and_then(|v| v.to_str().ok());
+    let caller = trace::parse(header(trace::TRACEPARENT), header("tracestate"));
+    let name = method.trim_start_matches('/');
+    let span = tracing::info_span!("rpc", method, request_id = id, trace_id = Empty, otel.name = name, otel.kind = "server");
+    let known = trace::id(&caller);
+    // It fails only where no spans are exported.
+    let _ = span.set_parent(caller);
+    if let Some(trace_id) = known.or_else(|| trace::id(&span.context())) {
+        span.record("trace_id", trace_id);
+    }
+    if let Some((service, method)) = name.split_once('/') {
+        span.set_attribute("rpc.system", "grpc");
+        span.set_attribute("rpc.service", service);
+        span.set_attribute("rpc.method", method);
+    }
+    span
+}
+
+/// Whether a code tells of the server's fault, not of the caller's: only such a span is an error.
+fn is_ours(code: Code) -> bool {
+    matches!(code, Code::Unknown | Code::DeadlineExceeded | Code::Unimplemented | Code::Internal | Code::Unavailable | Code::DataLoss)
 }
 
 /// What a client's `grpc-timeout` leaves, a little less: the transport ends the call on time, but without details.

@@ -4,6 +4,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument as _;
 
 use super::auth::whose;
 use super::convert::scoring as convert;
@@ -43,7 +44,7 @@ impl ScoringService for Scoring {
         for (i, pair) in r.pairs.into_iter().enumerate() {
             results.push((pair.id.clone(), None));
             let session = session.clone();
-            tasks.spawn(async move { (i, score(&session, pair).await) });
+            tasks.spawn(async move { (i, score(&session, pair).await) }.in_current_span());
         }
         while let Some(done) = tasks.join_next().await {
             let (i, scored) = done.map_err(|e| status(ServiceError::internal(format!("a scoring task failed: {e}"))))?;
@@ -79,7 +80,7 @@ impl ScoringService for Scoring {
         let session = self.0.scoring_session(&caller, options).await.map_err(status)?;
         let (answers, receiver) = mpsc::channel(BUFFER);
         let service = self.0.clone();
-        tokio::spawn(async move {
+        let followed = async move {
             let ended = tokio::select! {
                 ended = follow(requests, &answers, &session, per_token) => ended,
                 e = service.until_invalid(&caller) => Err(status(e)),
@@ -87,7 +88,8 @@ impl ScoringService for Scoring {
             if let Err(e) = ended {
                 let _ = answers.send(Err(e)).await;
             }
-        });
+        };
+        tokio::spawn(followed.in_current_span());
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 
@@ -166,13 +168,14 @@ async fn follow(
                     match convert::pair(pair) {
                         Ok((prompt, a, b)) => {
                             let room = session.room(&prompt, &[&a, &b]).await;
-                            tasks.spawn(async move {
+                            let scored = async move {
                                 let scored = match room {
                                     Ok(_room) => session.score_pair(&prompt, &a, &b).await,
                                     Err(e) => Err(e),
                                 };
                                 (id, scored)
-                            });
+                            };
+                            tasks.spawn(scored.in_current_span());
                         }
                         Err(e) => drop(tasks.spawn(async move { (id, Err(e)) })),
                     }

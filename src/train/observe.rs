@@ -1,9 +1,18 @@
-//! Metrics between log lines and over evaluations.
+//! Metrics between log lines and over evaluations, and what the process counts of every step.
+
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::domain::job::Metrics;
 use crate::math::metrics::{Average, exact};
+
+/// Counts an optimizer step, logged or not. Its time is that on the wall: scoring in between is part of it.
+pub fn step(took: Duration, tokens: u64) {
+    metrics::counter!("bradley_training_steps_total").increment(1);
+    metrics::counter!("bradley_training_tokens_total").increment(tokens);
+    metrics::histogram!("bradley_training_step_seconds").record(took.as_secs_f64());
+}
 
 /// Metrics between two log lines.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

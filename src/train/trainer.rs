@@ -12,7 +12,7 @@ use super::estimate::{self, Estimate};
 use super::event::RunEvent;
 use super::host::Host;
 use super::micro_batch::MicroBatch;
-use super::observe::{Evaluation, Window};
+use super::observe::{self, Evaluation, Window};
 use super::optimizer::AdamW;
 use super::pair::{EncodedPair, SequenceGroup};
 use super::reference::Reference;
@@ -125,6 +125,7 @@ pub struct Trainer {
     phase: Phase,
     /// Tokens and window before the step in progress: what its repetition begins with.
     before: (u64, Window),
+    step_started: Instant,
     evaluation: Evaluation,
     latest: Metrics,
     saved_step: Option<u64>,
@@ -156,6 +157,7 @@ impl Trainer {
             gradients: Gradients::zeros(&policy),
             order: (u64::MAX, Vec::new()),
             before: Default::default(),
+            step_started: Instant::now(),
             evaluation: Evaluation::default(),
             started: Instant::now(),
             spec,
@@ -269,6 +271,7 @@ impl Trainer {
         if done == 0 {
             self.gradients.clear();
             self.before = (self.state.tokens, self.state.window.clone());
+            self.step_started = Instant::now();
         }
         self.micro_batch(1.0 / group as f64, host)?;
         self.state.micro_batch += 1;
@@ -277,6 +280,7 @@ impl Trainer {
             return Ok(());
         }
         self.update()?;
+        observe::step(self.step_started.elapsed(), self.state.tokens - self.before.0);
         if self.state.micro_batch >= micro_batches {
             self.state.epoch += 1;
             self.state.micro_batch = 0;
@@ -319,6 +323,7 @@ impl Trainer {
         }
         self.state.window.add(metrics, scale);
         self.state.tokens += pairs.iter().map(|p| p.sequence_tokens() as u64).sum::<u64>();
+        metrics::counter!("bradley_training_pairs_total").increment(pairs.len() as u64);
         Ok(())
     }
 
@@ -406,7 +411,9 @@ impl Trainer {
             tokenizer: &self.tokenizer,
             base: &self.base,
         };
+        let start = Instant::now();
         let size_bytes = checkpoint::save(&self.checkpoints, &contents)?;
+        metrics::histogram!("bradley_checkpoint_seconds", "phase" => "write").record(start.elapsed().as_secs_f64());
         self.saved_step = Some(self.state.step);
         let (step, metrics) = (self.state.step, self.latest.clone());
         emit(RunEvent::Checkpoint { step, best, adapter: self.policy.is_lora(), size_bytes, metrics });

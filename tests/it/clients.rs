@@ -1,7 +1,8 @@
-//! Clients written by others: grpcurl through reflection, Python's grpcio with the protos, peft with the adapter.
+//! Clients written by others: grpcurl through reflection, Python's grpcio with the protos, peft with the adapter, OpenTelemetry's SDK.
 
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use crate::server::Server;
 use crate::support::{golden, needed};
@@ -50,6 +51,37 @@ fn grpcio_and_peft_go_through_the_whole_cycle() {
     let base = golden("models/llama");
     let said = cycle(&server, &python, &golden("pairs.jsonl"), base.to_str().unwrap(), "tiny", &dir.path().join("adapter"));
     assert!(said.contains("peft agrees within"), "{said}");
+}
+
+#[test]
+fn opentelemetrys_client_and_sink_see_one_trace_for_a_score_and_for_a_job() {
+    let Some(python) = needed("BRADLEY_TEST_PYTHON", "the OpenTelemetry test") else { return };
+    let mut client = Command::new(python)
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/traces.py"))
+        .arg(protos())
+        .arg(golden("pairs.jsonl"))
+        .arg("tiny")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut port = String::new();
+    let mut said = BufReader::new(client.stdout.take().unwrap());
+    said.read_line(&mut port).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let endpoint = format!("http://127.0.0.1:{}", port.trim());
+    // The exporter's own variable: spans are sent after 200 ms instead of 5 s.
+    let flags = ["--otlp-endpoint", &endpoint];
+    let models = format!("tiny={}", golden("models/llama").display());
+    let server = Server::start_in(dir.path(), &models, &flags, &[("OTEL_BSP_SCHEDULE_DELAY", "200")]);
+    writeln!(client.stdin.take().unwrap(), "{}", server.address.trim_start_matches("http://")).unwrap();
+    let output = client.wait_with_output().unwrap();
+    let mut rest = String::new();
+    said.read_to_string(&mut rest).unwrap();
+    assert!(output.status.success(), "{rest}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(rest.contains("score:") && rest.contains("job:"), "{rest}");
+    println!("{rest}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,5 +1,7 @@
 //! Jobs and their events. A change of a job and the events that tell of it are one transaction.
 
+use std::collections::HashMap;
+
 use sqlx::{Any, AssertSqlSafe, Transaction};
 
 use super::rows::{EventRow, JobRow, to_json};
@@ -37,8 +39,8 @@ impl Store {
         self.check_needs(&mut tx, job).await?;
         let inserted: Option<i64> = sqlx::query_scalar(
             "INSERT INTO jobs (id, version, state, request, progress, latest_metrics, skipped_rows, create_time, request_id, request_hash,
-                 priority, turn, owner)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) ON CONFLICT (request_id) DO NOTHING RETURNING seq",
+                 priority, turn, owner, trace)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) ON CONFLICT (request_id) DO NOTHING RETURNING seq",
         )
         .bind(&job.id)
         .bind(job.version)
@@ -53,6 +55,7 @@ impl Store {
         .bind(i64::from(job.request.priority))
         .bind(job.turn)
         .bind(&job.owner)
+        .bind(&job.trace)
         .fetch_optional(&mut *tx)
         .await?;
         if inserted.is_none() {
@@ -135,6 +138,12 @@ impl Store {
             .fetch_all(&self.readers)
             .await?;
         page(rows, page_size, |r| r.seq)
+    }
+
+    /// How many jobs are in each state that any is in, by its name.
+    pub async fn job_counts(&self) -> Result<HashMap<String, i64>> {
+        let rows: Vec<(String, i64)> = sqlx::query_as("SELECT state, COUNT(*) FROM jobs GROUP BY state").fetch_all(&self.readers).await?;
+        Ok(rows.into_iter().collect())
     }
 
     /// Every job that is not in a final state, oldest first.

@@ -36,6 +36,7 @@ pub(super) struct JobRow {
     pub lease_writes: i64,
     pub reclaims: i64,
     pub reclaim_step: i64,
+    pub trace: Option<String>,
 }
 
 impl TryFrom<JobRow> for Job {
@@ -57,6 +58,7 @@ impl TryFrom<JobRow> for Job {
             end_time: r.end_time,
             turn: r.turn,
             owner: r.owner,
+            trace: r.trace,
         })
     }
 }

@@ -20,6 +20,7 @@ fn stored(request: JobRequest) -> Job {
         start_time: None,
         end_time: None,
         turn: 0,
+        trace: None,
         owner: String::new(),
     }
 }
