@@ -6,6 +6,8 @@ use std::{env, fs};
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
     let files = ["training", "dataset", "checkpoint", "scoring", "model"].map(|f| format!("bradley/v1/{f}.proto"));
+    // Error details, so that clients by reflection can read them.
+    let files = files.into_iter().chain(["google/rpc/error_details.proto".to_owned()]);
     let descriptors = protox::compile(files, ["proto"])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("bradley.bin"), prost_bytes(&descriptors))?;

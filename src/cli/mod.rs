@@ -110,17 +110,25 @@ async fn run(cli: Cli) -> Outcome {
 /// Decodes a stranger's file for the server that started this process, within limits that bind before the first byte is read.
 fn decode(path: &std::path::Path) -> ExitCode {
     let bytes = std::fs::metadata(path).map_or(0, |m| m.len());
-    limit(libc::RLIMIT_AS, apart::MEMORY);
-    limit(libc::RLIMIT_CPU, apart::seconds(bytes));
-    limit(libc::RLIMIT_CORE, 0);
+    limit(libc::RLIMIT_AS, apart::MEMORY, apart::MEMORY);
+    // SIGXCPU first, which tells it from a kill.
+    limit(libc::RLIMIT_CPU, apart::seconds(bytes), apart::seconds(bytes) + 5);
+    limit(libc::RLIMIT_CORE, 0, 0);
+    // Should memory run out, this process goes, not the server; it may fail where /proc is not writable.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "1000");
+    // Signals to the process group are the server's: it ends this process.
+    for ignored in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        // SAFETY: no handler is installed.
+        unsafe { libc::signal(ignored, libc::SIG_IGN) };
+    }
     match apart::decode(path, std::io::stdout().lock()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     }
 }
 
-fn limit(resource: libc::__rlimit_resource_t, to: u64) {
-    let limit = libc::rlimit { rlim_cur: to, rlim_max: to };
+fn limit(resource: libc::__rlimit_resource_t, soft: u64, hard: u64) {
+    let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
     // SAFETY: the call reads one struct that lives as long as it.
     unsafe { libc::setrlimit(resource, &raw const limit) };
 }

@@ -18,10 +18,10 @@ pub fn current() -> Context {
     tracing::Span::current().context()
 }
 
-/// What `traceparent` and `tracestate` say; nothing when they are not what W3C's Trace Context allows.
-pub fn parse(traceparent: Option<&str>, tracestate: Option<&str>) -> Context {
-    let fields = [(TRACEPARENT, traceparent), ("tracestate", tracestate)];
-    let fields: HashMap<String, String> = fields.into_iter().filter_map(|(k, v)| Some((k.to_owned(), v?.to_owned()))).collect();
+/// What a `traceparent` says; nothing when it is not what W3C's Trace Context allows. A `tracestate` is not taken: it may be long, and would be part of
+/// every span.
+pub fn parse(traceparent: Option<&str>) -> Context {
+    let fields: HashMap<String, String> = traceparent.map(|t| (TRACEPARENT.to_owned(), t.to_owned())).into_iter().collect();
     TraceContextPropagator::new().extract_with_context(&Context::new(), &fields)
 }
 
@@ -78,18 +78,18 @@ mod tests {
 
     #[test]
     fn a_traceparent_is_read_and_written_and_nonsense_is_none() {
-        let context = parse(Some(PARENT), None);
+        let context = parse(Some(PARENT));
         assert_eq!(format(&context).as_deref(), Some(PARENT));
         assert_eq!(id(&context).as_deref(), Some("0af7651916cd43dd8448eb211c80319c"));
         for wrong in [None, Some(""), Some("00-0-0-0"), Some("00-00000000000000000000000000000000-b7ad6b7169203331-01")] {
-            let context = parse(wrong, None);
+            let context = parse(wrong);
             assert_eq!((format(&context), id(&context)), (None, None), "{wrong:?}");
         }
     }
 
     #[test]
     fn what_is_not_recorded_costs_no_span() {
-        let unsampled = parse(Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"), None);
+        let unsampled = parse(Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"));
         assert!(record("x", &unsampled, SystemTime::now(), Duration::ZERO, Vec::new()).is_none());
         assert!(shared("x", [&unsampled, &Context::new()].into_iter(), SystemTime::now(), Duration::ZERO, Vec::new()).is_none());
     }

@@ -1,6 +1,7 @@
 //! Uploads: bytes to a temporary file, validation, rename, row; acknowledged only after all four.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::fs::File;
 use tokio::io::AsyncWriteExt;
@@ -141,6 +142,9 @@ pub(super) fn unreadable(e: &DataError) -> ServiceError {
     match e {
         DataError::BadFile { reason, .. } => ServiceError::invalid("chunk", reason.clone()),
         DataError::TooLarge { .. } => ServiceError::ResourceExhausted { reason: "DATASET_TOO_LARGE", message: e.to_string() },
+        DataError::Interrupted { .. } => {
+            ServiceError::Unavailable { reason: "STORAGE_UNAVAILABLE", message: e.to_string(), retry_after: Duration::from_secs(5) }
+        }
         DataError::Io { .. } => ServiceError::internal(e),
     }
 }

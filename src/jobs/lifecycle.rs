@@ -5,6 +5,7 @@ use std::ops::RangeInclusive;
 
 use super::access::audit;
 use super::error::{Result, ServiceError};
+use super::housekeeping::job_ended;
 use super::service::Service;
 use super::store::now;
 use super::uses::{Needed, check};
@@ -136,11 +137,13 @@ impl Service {
         reason: &str,
         to: impl FnOnce(&Job) -> Result<JobState> + Send,
     ) -> Result<Job> {
+        let mut ended = false;
         let (job, sequence) = self
             .inner
             .store
             .change_job(id, |job| {
                 let (from, to) = (job.state, to(job)?);
+                ended = from != to && to.is_final();
                 if from == to {
                     return Ok(Vec::new());
                 }
@@ -151,6 +154,9 @@ impl Service {
                 Ok(vec![EventKind::StateChange { from: Some(from), to, reason: reason.to_owned() }])
             })
             .await?;
+        if ended {
+            job_ended(job.state);
+        }
         // Another replica's run is told by the database.
         if let Some(held) = self.held(id) {
             held.heed(job.state);

@@ -63,7 +63,7 @@ pub(super) async fn run(service: Service) {
 
 /// Carries a job in a span of the trace in which it was made.
 async fn run_job(service: &Service, job: &Job, lease: Lease) {
-    let caller = trace::parse(job.trace.as_deref(), None);
+    let caller = trace::parse(job.trace.as_deref());
     let span = tracing::info_span!("training job", training_job = job.id, trace_id = trace::id(&caller));
     // It fails only where no spans are exported.
     let _ = span.set_parent(caller);
@@ -164,7 +164,9 @@ async fn carry(service: &Service, job: &Job, held: &Arc<Held>) -> Result<RunEnd>
             report = reported.recv() => match report {
                 Some(Report { event: RunEvent::Ended(end), .. }) => return Ok(end),
                 Some(Report { made, event }) => {
-                    trace_stage(&context, &event, made, made - std::mem::replace(&mut stage, made));
+                    if !matches!(event, RunEvent::Log { .. }) {
+                        trace_stage(&context, &event, made, made - std::mem::replace(&mut stage, made));
+                    }
                     store_event(service, job, held, event).await?;
                     metrics::histogram!("bradley_event_lag_seconds").record(made.elapsed().as_secs_f64());
                     continue;

@@ -114,8 +114,7 @@ where
 
 /// The call's span, in the caller's trace if it sent one; logs show the trace's id also where no spans are exported.
 fn span(method: &'static str, id: &str, headers: &HeaderMap) -> tracing::Span {
-    let header = |name| headers.get(name).and_then(|v| v.to_str().ok());
-    let caller = trace::parse(header(trace::TRACEPARENT), header("tracestate"));
+    let caller = trace::parse(headers.get(trace::TRACEPARENT).and_then(|v| v.to_str().ok()));
     let name = method.trim_start_matches('/');
     let span = tracing::info_span!("rpc", method, request_id = id, trace_id = Empty, otel.name = name, otel.kind = "server");
     let known = trace::id(&caller);

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use crate::domain::dataset::{DatasetFormat, IssueReason, PreferenceRow, RowIssue};
 
 /// A line longer than this is refused, not read into memory.
-pub const MAX_LINE_BYTES: usize = 64 << 20;
+pub const MAX_LINE_BYTES: usize = 16 << 20;
 
 /// Why a file could not be read at all. What is wrong with a single row is a [`RowIssue`].
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +23,12 @@ pub enum DataError {
         path: PathBuf,
         /// Its answer.
         source: std::io::Error,
+    },
+    /// The process that decoded the file was killed, not by limits of its own.
+    #[error("{}: the process that decodes it was killed, perhaps because the machine has no memory left: retry later", path.display())]
+    Interrupted {
+        /// The file.
+        path: PathBuf,
     },
     /// The rows hold more text than a job may have in memory.
     #[error("the rows hold more than {limit} bytes of text: split the dataset, or raise max_dataset_text_bytes")]
@@ -48,7 +54,7 @@ pub fn detect_format(first_bytes: &[u8]) -> DatasetFormat {
     if first_bytes.starts_with(b"PAR1") { DatasetFormat::Parquet } else { DatasetFormat::Jsonl }
 }
 
-/// Opens a file of one's own; a stranger's Parquet file is for [`apart::read_rows`].
+/// Opens a file of one's own; a stranger's Parquet file is for [`apart::for_each_row`].
 ///
 /// # Errors
 /// When it cannot be opened or, for Parquet, its footer or columns are not usable.

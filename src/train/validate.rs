@@ -54,13 +54,13 @@ fn scan(
 ) -> Result<ValidationReport, DataError> {
     let mut report = ValidationReport::default();
     let mut seen = Seen::default();
-    for row in apart::read_rows(path, format)? {
+    apart::for_each_row(path, format, |row| {
         report.rows += 1;
         let row = match row {
             Ok(row) => row,
             Err(issue) => {
                 report.add(issue);
-                continue;
+                return Ok(());
             }
         };
         let mut issues = check(&row);
@@ -74,7 +74,8 @@ fn scan(
             report.valid_rows += 1;
             keep(row)?;
         }
-    }
+        Ok(())
+    })?;
     Ok(report)
 }
 

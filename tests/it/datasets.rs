@@ -7,7 +7,7 @@ use std::time::Duration;
 use bradley::rpc::client::ClientError;
 use bradley::rpc::pb;
 use parquet::basic::Compression;
-use parquet::data_type::ByteArrayType;
+use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
@@ -25,7 +25,7 @@ async fn upload(server: &Server, file: &Path) -> Result<pb::Dataset, ClientError
     server.client().await.upload_dataset(file, pb::UploadMetadata::default(), |_| {}).await
 }
 
-/// One record whose lists have so many messages without text: runs of levels, some bytes however many.
+/// A good record, then one whose lists have so many messages without text: runs of levels, some bytes however many.
 fn endless_messages(path: &Path, messages: usize) {
     let schema = ["prompt", "chosen", "rejected"].map(|c| format!("required group {c} {MESSAGES}")).concat();
     let schema = Arc::new(parse_message_type(&format!("message pairs {{ {schema} }}")).unwrap());
@@ -34,6 +34,14 @@ fn endless_messages(path: &Path, messages: usize) {
         .set_dictionary_enabled(false)
         .set_statistics_enabled(parquet::file::properties::EnabledStatistics::None);
     let mut writer = SerializedFileWriter::new(std::fs::File::create(path).unwrap(), schema, Arc::new(properties.build())).unwrap();
+    let mut group = writer.next_row_group().unwrap();
+    let mut texts = ["user", "Q", "assistant", "yes", "assistant", "no"].into_iter();
+    while let Some(mut column) = group.next_column().unwrap() {
+        let text = ByteArray::from(texts.next().unwrap());
+        column.typed::<ByteArrayType>().write_batch(&[text], Some(&[2]), Some(&[0])).unwrap();
+        column.close().unwrap();
+    }
+    group.close().unwrap();
     let mut group = writer.next_row_group().unwrap();
     let repetition: Vec<i16> = (0..messages).map(|i| i16::from(i > 0)).collect();
     while let Some(mut column) = group.next_column().unwrap() {
@@ -68,6 +76,11 @@ async fn a_small_parquet_file_that_wants_gigabytes_is_refused_and_costs_the_serv
     let before = resident_kib(server.pid());
     let refused = upload(&server, &file).await.unwrap_err().to_string();
     assert!(refused.contains("decoding needs more than 1024 MiB of memory") && refused.contains("use JSONL"), "{refused}");
+    // One that can be decoded costs no more: its good record is kept, the other is a finding.
+    endless_messages(&file, 100_000);
+    let report = upload(&server, &file).await.unwrap().report.unwrap();
+    assert_eq!((report.rows, report.valid_rows), (2, 1), "{report:?}");
+    assert!(report.issues[0].message.contains("100000 messages"), "{report:?}");
     let grown = resident_kib(server.pid()).saturating_sub(before);
     assert!(grown < 64 << 10, "the server grew by {grown} KiB");
     // It still reads what can be read.

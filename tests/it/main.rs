@@ -8,6 +8,7 @@ mod command_line;
 mod corpus;
 mod crash;
 mod datasets;
+mod gateway;
 mod gguf;
 mod golden_losses;
 mod golden_models;

@@ -1,6 +1,7 @@
 //! The real binary as a child process, on loopback ports of its own.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -77,6 +78,15 @@ impl Server {
         Client::connect(&Target::plain(&self.address), Duration::from_secs(10)).await.unwrap()
     }
 
+    /// What `/metrics` says.
+    pub fn metrics(&self) -> String {
+        let mut connection = TcpStream::connect(&self.http).unwrap();
+        write!(connection, "GET /metrics HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        connection.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
     /// SIGKILL.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
@@ -105,7 +115,8 @@ impl Drop for Server {
     }
 }
 
-fn free_port() -> u16 {
+/// A port that was free a moment ago.
+pub fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 

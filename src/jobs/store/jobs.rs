@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use sqlx::{Any, AssertSqlSafe, Transaction};
 
-use super::rows::{EventRow, JobRow, to_json};
+use super::rows::{EventRow, JOB, JobRow, to_json};
 use super::{Dialect, Page, Store, now, page, parse_token};
 use crate::domain::job::{Evaluation, Event, EventKind, Finite, Job, JobState};
 use crate::domain::names::{CheckpointRef, PolicyName};
@@ -97,7 +97,8 @@ impl Store {
     }
 
     async fn made_by(&self, tx: &mut Transaction<'_, Any>, key: &Option<String>) -> Result<Option<JobRow>> {
-        Ok(sqlx::query_as("SELECT * FROM jobs WHERE request_id = $1").bind(key.clone()).fetch_optional(&mut **tx).await?)
+        let select = format!("SELECT {JOB} FROM jobs WHERE request_id = $1");
+        Ok(sqlx::query_as(AssertSqlSafe(select)).bind(key.clone()).fetch_optional(&mut **tx).await?)
     }
 
     /// Nobody else makes a job of this owner until the transaction ends.
@@ -121,7 +122,8 @@ impl Store {
 
     /// One job.
     pub async fn job(&self, id: &str) -> Result<Job> {
-        let row: Option<JobRow> = sqlx::query_as("SELECT * FROM jobs WHERE id = $1").bind(id).fetch_optional(&self.readers).await?;
+        let select = format!("SELECT {JOB} FROM jobs WHERE id = $1");
+        let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&self.readers).await?;
         row.ok_or_else(|| missing(id))?.try_into()
     }
 
@@ -129,7 +131,7 @@ impl Store {
     pub async fn jobs(&self, owner: Option<&str>, states: &[JobState], page_size: usize, page_token: &str) -> Result<Page<Job>> {
         let wanted = quoted(|s| states.is_empty() || states.contains(&s));
         let select =
-            format!("SELECT * FROM jobs WHERE state IN ({wanted}) AND seq < $1 AND ($2 = 0 OR owner = $3) ORDER BY seq DESC LIMIT $4");
+            format!("SELECT {JOB} FROM jobs WHERE state IN ({wanted}) AND seq < $1 AND ($2 = 0 OR owner = $3) ORDER BY seq DESC LIMIT $4");
         let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(select))
             .bind(parse_token(page_token)?)
             .bind(i64::from(owner.is_some()))
@@ -160,14 +162,14 @@ impl Store {
 
     /// Ended jobs whose time to live is over, at most `limit`.
     pub async fn expired_jobs(&self, limit: usize) -> Result<Vec<Job>> {
-        let select = format!("SELECT * FROM jobs WHERE expire_time < {} ORDER BY expire_time LIMIT $1", self.dialect.now());
+        let select = format!("SELECT {JOB} FROM jobs WHERE expire_time < {} ORDER BY expire_time LIMIT $1", self.dialect.now());
         let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(select)).bind(limit as i64).fetch_all(&self.readers).await?;
         rows.into_iter().map(Job::try_from).collect()
     }
 
     /// The queued job whose turn it is: of the highest priority the one that waits longest.
     pub async fn next_queued(&self) -> Result<Option<Job>> {
-        let row: Option<JobRow> = sqlx::query_as(NEXT).fetch_optional(&self.readers).await?;
+        let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(next())).fetch_optional(&self.readers).await?;
         row.map(Job::try_from).transpose()
     }
 
@@ -185,7 +187,7 @@ impl Store {
 
     /// A job's row, which nobody else changes until the transaction ends.
     pub(super) async fn locked(&self, tx: &mut Transaction<'_, Any>, id: &str) -> Result<JobRow> {
-        let select = format!("SELECT * FROM jobs WHERE id = $1{}", self.dialect.for_update());
+        let select = format!("SELECT {JOB} FROM jobs WHERE id = $1{}", self.dialect.for_update());
         let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&mut **tx).await?;
         row.ok_or_else(|| missing(id))
     }
@@ -291,11 +293,14 @@ impl Store {
 }
 
 /// Whose turn it is.
-pub(super) const NEXT: &str = "SELECT * FROM jobs WHERE state = 'queued' ORDER BY priority DESC, turn, seq LIMIT 1";
+pub(super) fn next() -> String {
+    format!("SELECT {JOB} FROM jobs WHERE state = 'queued' ORDER BY priority DESC, turn, seq LIMIT 1")
+}
+
 pub(super) const NEWEST: &str = "SELECT COALESCE(MAX(sequence), 0) FROM events WHERE job = $1";
 
 fn unfinished() -> String {
-    format!("SELECT * FROM jobs WHERE state IN ({}) ORDER BY seq", quoted(|s| !s.is_final()))
+    format!("SELECT {JOB} FROM jobs WHERE state IN ({}) ORDER BY seq", quoted(|s| !s.is_final()))
 }
 
 /// One that cannot be read must not stand in the way of all others.

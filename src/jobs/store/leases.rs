@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use sqlx::AssertSqlSafe;
 
-use super::jobs::{NEWEST, NEXT, quoted};
-use super::rows::JobRow;
+use super::jobs::{NEWEST, next, quoted};
+use super::rows::{JOB, JobRow};
 use super::{Store, now};
 use crate::domain::access::Caller;
 use crate::domain::job::{Checkpoint, EventKind, Job, JobError, JobState};
@@ -52,7 +52,7 @@ impl Store {
     /// Takes the queued job whose turn it is: it becomes `Preparing`, and the lease its caller's. Two replicas never get the same one.
     pub async fn claim(&self) -> Result<Option<(Job, Lease, u64)>> {
         let mut tx = self.writer.begin().await?;
-        let next = AssertSqlSafe(format!("{NEXT}{}", self.dialect.skip_locked()));
+        let next = AssertSqlSafe(format!("{}{}", next(), self.dialect.skip_locked()));
         let Some(row) = sqlx::query_as::<_, JobRow>(next).fetch_optional(&mut *tx).await? else { return Ok(None) };
         let token = row.lease_token + 1;
         let prepare = |job: &mut Job| {
@@ -131,7 +131,7 @@ impl Store {
         let mut moved = Vec::new();
         for id in ids {
             let mut tx = self.writer.begin().await?;
-            let again = format!("SELECT * FROM jobs WHERE id = $2 AND state IN ({held}) AND {expired}{}", self.dialect.skip_locked());
+            let again = format!("SELECT {JOB} FROM jobs WHERE id = $2 AND state IN ({held}) AND {expired}{}", self.dialect.skip_locked());
             let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(again)).bind(i64::from(all)).bind(&id).fetch_optional(&mut *tx).await?;
             let Some(row) = row else { continue };
             let (reclaims, before) = (row.reclaims, row.reclaim_step);

@@ -15,6 +15,10 @@ fn from_json<T: DeserializeOwned>(text: &str, what: &str) -> Result<T> {
     serde_json::from_str(text).map_err(|e| ServiceError::internal(format!("the stored {what} cannot be read: {e}")))
 }
 
+/// The columns of a [`JobRow`], by name: servers of this version go on when a newer one has added others.
+pub(super) const JOB: &str = "seq, id, version, state, request, error, progress, latest_metrics, skipped_rows, create_time, start_time, end_time, \
+     request_hash, turn, owner, lease_token, lease_writes, reclaims, reclaim_step, trace";
+
 #[derive(sqlx::FromRow)]
 pub(super) struct JobRow {
     pub seq: i64,

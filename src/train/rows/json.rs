@@ -9,6 +9,9 @@ use serde_json::{Map, Value};
 use super::{DataError, MAX_LINE_BYTES, RowReader, issue};
 use crate::domain::dataset::{ChatMessage, IssueReason, PreferenceRow, RowIssue, Text};
 
+/// Messages of one text: each has a token at least, so that no row with more could be used.
+const MAX_MESSAGES: usize = 16384;
+
 pub(super) fn read(path: &Path) -> Result<RowReader, DataError> {
     let file = File::open(path).map_err(|source| DataError::Io { path: path.to_owned(), source })?;
     Ok(Box::new(Lines { reader: BufReader::with_capacity(1 << 18, file), row: 0, failed: false }))
@@ -149,6 +152,9 @@ fn to_text(row: u64, field: &str, value: Value) -> Result<Text, RowIssue> {
     let wrong = |message: String| issue(row, field, IssueReason::InvalidType, message);
     match value {
         Value::String(s) => Ok(Text::Plain(s)),
+        Value::Array(messages) if messages.len() > MAX_MESSAGES => {
+            Err(wrong(format!("{field} has {} messages: {MAX_MESSAGES} are the limit", messages.len())))
+        }
         Value::Array(messages) => {
             let mut chat = Vec::with_capacity(messages.len());
             for (i, m) in messages.into_iter().enumerate() {

@@ -1,0 +1,198 @@
+{{/* The pod of the StatefulSet and the Deployment. */}}
+{{- define "bradley.podTemplate" -}}
+{{- $name := include "bradley.fullname" . -}}
+{{- $shared := include "bradley.shared" . -}}
+{{- $secret := include "bradley.secretData" . -}}
+metadata:
+  labels:
+    {{- include "bradley.serverLabels" . | nindent 4 }}
+    {{- with .Values.podLabels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  annotations:
+    # The server reads its settings once: what changes them starts new pods.
+    checksum/config: {{ include "bradley.configData" . | sha256sum }}
+    {{- if $secret }}
+    checksum/secret: {{ $secret | sha256sum }}
+    {{- end }}
+    {{- if not .Values.metrics.monitor }}
+    prometheus.io/scrape: "true"
+    prometheus.io/port: "9090"
+    prometheus.io/path: /metrics
+    {{- end }}
+    {{- with .Values.podAnnotations }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+spec:
+  serviceAccountName: {{ include "bradley.serviceAccountName" . }}
+  automountServiceAccountToken: false
+  # Else a Service named bradley would put BRADLEY_… variables of its own into the environment.
+  enableServiceLinks: false
+  # The sleep of preStop is part of it; 15 seconds are for what comes before and after the drain.
+  terminationGracePeriodSeconds: {{ add (default 30 .Values.config.drain_timeout | int) (int .Values.preStopSleepSeconds) 15 }}
+  {{- with .Values.priorityClassName }}
+  priorityClassName: {{ . }}
+  {{- end }}
+  {{- with .Values.runtimeClassName }}
+  runtimeClassName: {{ . }}
+  {{- end }}
+  {{- with .Values.imagePullSecrets }}
+  imagePullSecrets:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  securityContext:
+    {{- toYaml .Values.podSecurityContext | nindent 4 }}
+  containers:
+    - name: bradley
+      image: {{ include "bradley.image" . | quote }}
+      imagePullPolicy: {{ .Values.image.pullPolicy }}
+      args: [serve]
+      envFrom:
+        - configMapRef:
+            name: {{ $name }}
+        {{- if $secret }}
+        - secretRef:
+            name: {{ $name }}
+        {{- end }}
+        {{- with .Values.artifacts.existingSecret }}
+        - secretRef:
+            name: {{ . }}
+        {{- end }}
+      env:
+        {{- include "bradley.hubEnv" . | nindent 8 }}
+        {{- with .Values.database.existingSecret }}
+        - name: BRADLEY_DATABASE_URL
+          valueFrom:
+            secretKeyRef:
+              name: {{ . }}
+              key: {{ $.Values.database.existingSecretKey }}
+        {{- end }}
+        {{- with .Values.extraEnv }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      ports:
+        - name: grpc
+          containerPort: 50051
+        - name: http
+          containerPort: 9090
+      startupProbe:
+        {{- include "bradley.probe" (dict "path" "/livez" "timing" .Values.probes.startup) | nindent 8 }}
+      livenessProbe:
+        {{- include "bradley.probe" (dict "path" "/livez" "timing" .Values.probes.liveness) | nindent 8 }}
+      readinessProbe:
+        {{- include "bradley.probe" (dict "path" "/readyz" "timing" .Values.probes.readiness) | nindent 8 }}
+      {{- if .Values.preStopSleepSeconds }}
+      lifecycle:
+        preStop:
+          # The kubelet sleeps: the image has no shell.
+          sleep:
+            seconds: {{ .Values.preStopSleepSeconds }}
+      {{- end }}
+      {{- $resources := deepCopy .Values.resources }}
+      {{- if .Values.gpu.enabled }}
+      {{- $resources = mergeOverwrite $resources (dict "limits" (dict .Values.gpu.resource .Values.gpu.count)) }}
+      {{- end }}
+      {{- with $resources }}
+      resources:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+      securityContext:
+        {{- toYaml .Values.securityContext | nindent 8 }}
+      volumeMounts:
+        - name: data
+          mountPath: /var/lib/bradley
+        {{- if .Values.modelCache.existingClaim }}
+        - name: models
+          mountPath: /var/lib/bradley/huggingface
+          {{- with .Values.modelCache.subPath }}
+          subPath: {{ . }}
+          {{- end }}
+        {{- end }}
+        - name: tmp
+          mountPath: /tmp
+        {{- if .Values.tls.enabled }}
+        # Whole folders: files of a subPath would not follow their Secret.
+        - name: tls
+          mountPath: /etc/bradley/tls
+          readOnly: true
+        {{- if .Values.tls.clientCa.existingSecret }}
+        - name: client-ca
+          mountPath: /etc/bradley/client-ca
+          readOnly: true
+        {{- end }}
+        {{- end }}
+        {{- with .Values.extraVolumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+  volumes:
+    {{- if $shared }}
+    - name: data
+      emptyDir:
+        sizeLimit: {{ .Values.cache.sizeLimit }}
+    {{- else if not .Values.persistence.enabled }}
+    - name: data
+      emptyDir:
+        sizeLimit: {{ .Values.persistence.size }}
+    {{- else if .Values.persistence.existingClaim }}
+    - name: data
+      persistentVolumeClaim:
+        claimName: {{ .Values.persistence.existingClaim }}
+    {{- end }}
+    {{- with .Values.modelCache.existingClaim }}
+    - name: models
+      persistentVolumeClaim:
+        claimName: {{ . }}
+    {{- end }}
+    - name: tmp
+      emptyDir: {}
+    {{- if .Values.tls.enabled }}
+    - name: tls
+      secret:
+        secretName: {{ include "bradley.tlsSecret" . }}
+        # fsGroup gives the group read access.
+        defaultMode: 0440
+        items:
+          - key: tls.crt
+            path: tls.crt
+          - key: tls.key
+            path: tls.key
+    {{- with .Values.tls.clientCa.existingSecret }}
+    - name: client-ca
+      secret:
+        secretName: {{ . }}
+        defaultMode: 0440
+        items:
+          - key: {{ $.Values.tls.clientCa.key }}
+            path: ca.crt
+    {{- end }}
+    {{- end }}
+    {{- with .Values.extraVolumes }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  {{- with .Values.nodeSelector }}
+  nodeSelector:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .Values.tolerations }}
+  tolerations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .Values.affinity }}
+  affinity:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- if .Values.topologySpreadConstraints }}
+  topologySpreadConstraints:
+    {{- toYaml .Values.topologySpreadConstraints | nindent 4 }}
+  {{- else if include "bradley.several" . }}
+  topologySpreadConstraints:
+    - maxSkew: 1
+      topologyKey: kubernetes.io/hostname
+      whenUnsatisfiable: ScheduleAnyway
+      labelSelector:
+        matchLabels:
+          {{- include "bradley.serverLabels" . | nindent 10 }}
+      # Each rollout's pods are spread among themselves.
+      matchLabelKeys: [pod-template-hash]
+  {{- end }}
+{{- end -}}

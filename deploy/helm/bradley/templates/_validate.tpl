@@ -1,0 +1,57 @@
+{{/* What the schema cannot refuse, as it looks at more than one value. Every message says what to do. */}}
+{{- define "bradley.validate" -}}
+{{- $v := .Values -}}
+{{- $wrong := list -}}
+{{- $database := or $v.database.url $v.database.existingSecret -}}
+{{- if and $v.database.url $v.database.existingSecret -}}
+{{- $wrong = append $wrong "database.url and database.existingSecret are both set: keep one" -}}
+{{- end -}}
+{{- if and $database (not $v.artifacts.url) -}}
+{{- $wrong = append $wrong "a database is set, but not artifacts.url: replicas that share a database must find the same files" -}}
+{{- end -}}
+{{- if and (include "bradley.several" .) (not (and $database $v.artifacts.url)) -}}
+{{- $wrong = append $wrong "more than one replica needs database.url (or database.existingSecret) and artifacts.url: SQLite and files on a volume belong to one process" -}}
+{{- end -}}
+{{- if and $v.artifacts.secretEnv $v.artifacts.existingSecret -}}
+{{- $wrong = append $wrong "artifacts.secretEnv and artifacts.existingSecret are both set: keep one" -}}
+{{- end -}}
+{{- if and $v.huggingface.token $v.huggingface.existingSecret -}}
+{{- $wrong = append $wrong "huggingface.token and huggingface.existingSecret are both set: keep one" -}}
+{{- end -}}
+{{- if and $v.autoscaling.hpa.enabled $v.autoscaling.keda.enabled -}}
+{{- $wrong = append $wrong "autoscaling.hpa and autoscaling.keda are both enabled: KEDA makes a HorizontalPodAutoscaler of its own, keep one" -}}
+{{- end -}}
+{{- if lt (int $v.autoscaling.maxReplicas) (int $v.autoscaling.minReplicas) -}}
+{{- $wrong = append $wrong "autoscaling.maxReplicas is below autoscaling.minReplicas" -}}
+{{- end -}}
+{{- $inline := or $v.tls.certificate $v.tls.key $v.tls.ca -}}
+{{- if $v.tls.enabled -}}
+{{- if and $inline $v.tls.existingSecret -}}
+{{- $wrong = append $wrong "tls.existingSecret and tls.certificate, tls.key or tls.ca are both set: keep one" -}}
+{{- else if not (or $v.tls.existingSecret (and $v.tls.certificate $v.tls.key)) -}}
+{{- $wrong = append $wrong "tls.enabled needs tls.existingSecret, or tls.certificate and tls.key" -}}
+{{- end -}}
+{{- else if or $inline $v.tls.existingSecret $v.tls.clientCa.existingSecret -}}
+{{- $wrong = append $wrong "certificates are set, but tls.enabled is false: the port would be plain text" -}}
+{{- end -}}
+{{- if $v.modelCache.prePull.enabled -}}
+{{- if not $v.modelCache.existingClaim -}}
+{{- $wrong = append $wrong "modelCache.prePull needs modelCache.existingClaim: the data's volume does not exist before the first pod" -}}
+{{- end -}}
+{{- if $v.huggingface.token -}}
+{{- $wrong = append $wrong "modelCache.prePull needs huggingface.existingSecret instead of huggingface.token: the Job runs before the chart's Secret exists" -}}
+{{- end -}}
+{{- if $v.huggingface.offline -}}
+{{- $wrong = append $wrong "modelCache.prePull and huggingface.offline are both set: the Job has to ask the hub" -}}
+{{- end -}}
+{{- end -}}
+{{- if and $v.grpcRoute.enabled (not $v.grpcRoute.parentRefs) -}}
+{{- $wrong = append $wrong "grpcRoute.enabled needs grpcRoute.parentRefs" -}}
+{{- end -}}
+{{- if and $v.ingress.enabled (not $v.ingress.hosts) -}}
+{{- $wrong = append $wrong "ingress.enabled needs ingress.hosts" -}}
+{{- end -}}
+{{- if $wrong -}}
+{{- fail (printf "\n- %s" (join "\n- " $wrong)) -}}
+{{- end -}}
+{{- end -}}

@@ -1,0 +1,287 @@
+//! Replicas behind a balancer, as a rollout replaces them: Envoy with deploy/gateway/envoy.yaml, and a client that balances by itself.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use bradley::rpc::client::Client;
+use bradley::rpc::client::Target;
+use bradley::rpc::pb;
+
+use crate::backends::Postgres;
+use crate::replicas::{adapter, check_history, checkpointing, losses, undisturbed};
+use crate::server::{Server, finish, free_port, pairs, score, scored, state, submit, upload};
+use crate::support::{golden, needed};
+
+fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Envoy; it finds replicas in a file, as it would ask a cluster.
+struct Envoy {
+    child: Child,
+    dir: tempfile::TempDir,
+    port: u16,
+}
+
+impl Envoy {
+    fn start(test: &str, replicas: &[&Server]) -> Option<Self> {
+        let (program, python) = (needed("BRADLEY_TEST_ENVOY", test)?, needed("BRADLEY_TEST_PYTHON", test)?);
+        let dir = tempfile::tempdir().unwrap();
+        let descriptors = dir.path().join("bradley.pb");
+        let files = ["training", "dataset", "checkpoint", "scoring", "model"].map(|f| format!("bradley/v1/{f}.proto"));
+        let files = files.into_iter().chain(["google/rpc/error_details.proto".to_owned()]);
+        let made = Command::new(python)
+            .args(["-m", "grpc_tools.protoc", "--include_imports"])
+            .arg(format!("-I{}", repository().join("proto").display()))
+            .arg(format!("--descriptor_set_out={}", descriptors.display()))
+            .args(files)
+            .status();
+        assert!(made.unwrap().success());
+        let port = free_port();
+        let config = std::fs::read_to_string(repository().join("deploy/gateway/envoy.yaml")).unwrap();
+        let (before, rest) = config.split_once("      # discovery:").unwrap();
+        let (_, after) = rest.split_once("      # end of discovery\n").unwrap();
+        let discovery = format!(
+            "      type: EDS\n      eds_cluster_config: {{service_name: bradley, eds_config: {{resource_api_version: V3, path_config_source: {{path: {}}}}}}}\n",
+            dir.path().join("replicas.yaml").display()
+        );
+        let config = format!("{before}{discovery}{after}")
+            .replace("/etc/envoy/bradley.pb", descriptors.to_str().unwrap())
+            .replace("{address: 0.0.0.0, port_value: 8080}", &format!("{{address: 127.0.0.1, port_value: {port}}}"));
+        assert!(config.contains(&format!("port_value: {port}")));
+        std::fs::write(dir.path().join("envoy.yaml"), config).unwrap();
+        discover(dir.path(), replicas);
+        let child = Command::new(program)
+            .arg("-c")
+            .arg(dir.path().join("envoy.yaml"))
+            .args(["--use-dynamic-base-id", "--concurrency", "1", "--log-level", "error"])
+            .spawn()
+            .unwrap();
+        let envoy = Envoy { child, dir, port };
+        let start = Instant::now();
+        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+            assert!(start.elapsed() < Duration::from_secs(60), "Envoy does not listen");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Some(envoy)
+    }
+
+    /// The replicas are these from now on.
+    fn discover(&self, replicas: &[&Server]) {
+        discover(self.dir.path(), replicas);
+    }
+
+    async fn client(&self) -> Client {
+        let target = Target::plain(format!("http://127.0.0.1:{}", self.port));
+        Client::connect(&target, Duration::from_secs(10)).await.unwrap()
+    }
+
+    /// One request of its REST side: the status and the body.
+    fn rest(&self, method: &str, path: &str, body: &str) -> (u16, serde_json::Value) {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let head = format!("{method} {path} HTTP/1.1\r\nhost: gateway\r\ncontent-type: application/json\r\nconnection: close\r\n");
+        write!(stream, "{head}content-length: {}\r\n\r\n{body}", body.len()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{method} {path}: {answer:?}"));
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        // Chunks, if any, are of one line each: their sizes stand between.
+        let text = match head.to_lowercase().contains("transfer-encoding: chunked") {
+            true => body.split("\r\n").skip(1).step_by(2).collect::<String>(),
+            false => body.to_owned(),
+        };
+        // What Envoy itself refuses is no JSON.
+        (status, serde_json::from_str(&text).unwrap_or(serde_json::Value::String(text)))
+    }
+}
+
+impl Drop for Envoy {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Writes the file by a rename: it is read when it appears.
+fn discover(dir: &Path, replicas: &[&Server]) {
+    let endpoint = |s: &&Server| {
+        let port = s.address.rsplit(':').next().unwrap();
+        format!("{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}}}}}")
+    };
+    let all: Vec<String> = replicas.iter().map(endpoint).collect();
+    let kind = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment";
+    let text = format!("resources:\n- \"@type\": {kind}\n  cluster_name: bradley\n  endpoints: [{{lb_endpoints: [{}]}}]\n", all.join(", "));
+    std::fs::write(dir.join("next.yaml"), text).unwrap();
+    std::fs::rename(dir.join("next.yaml"), dir.join("replicas.yaml")).unwrap();
+}
+
+fn done(state: pb::JobState) -> bool {
+    matches!(state, pb::JobState::Succeeded | pb::JobState::Failed | pb::JobState::Cancelled)
+}
+
+/// Clients that score without a pause and count.
+struct Load {
+    stop: Arc<AtomicBool>,
+    answered: Arc<AtomicUsize>,
+    clients: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl Load {
+    async fn start(envoy: &Envoy, clients: usize) -> Self {
+        let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let expected = score(&envoy.client().await, "models/tiny", pairs()).await;
+        let mut tasks = Vec::new();
+        for _ in 0..clients {
+            let (client, stop, answered, expected) = (envoy.client().await, stop.clone(), answered.clone(), expected.clone());
+            tasks.push(tokio::spawn(async move {
+                while !stop.load(Ordering::Relaxed) {
+                    // It fails the test by a panic when the call fails.
+                    let got = score(&client, "models/tiny", pairs()).await;
+                    for (a, b) in got.results.iter().zip(&expected.results) {
+                        assert_eq!(scored(a), scored(b), "the same numbers from every replica");
+                    }
+                    answered.fetch_add(1, Ordering::Relaxed);
+                }
+            }));
+        }
+        Load { stop, answered, clients: tasks }
+    }
+
+    fn answered(&self) -> usize {
+        self.answered.load(Ordering::Relaxed)
+    }
+
+    /// Waits until so many further requests were answered.
+    async fn more(&self, n: usize) {
+        let (start, begun) = (self.answered(), Instant::now());
+        while self.answered() < start + n {
+            assert!(begun.elapsed() < Duration::from_secs(60), "the load stands still");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn end(self) -> usize {
+        self.stop.store(true, Ordering::Relaxed);
+        for client in self.clients {
+            client.await.expect("no request failed");
+        }
+        self.answered.load(Ordering::Relaxed)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn both_replicas_are_replaced_in_turn_and_no_request_fails() {
+    let test = "both_replicas_are_replaced";
+    let Some(postgres) = Postgres::start(test) else { return };
+    let (expected, weights) = undisturbed(1500).await;
+    let shared = tempfile::tempdir().unwrap();
+    let (database, artifacts) = (postgres.url(), format!("file://{}", shared.path().display()));
+    let models = format!("tiny={}", golden("models/llama").display());
+    let flags = ["--database-url", &database, "--artifact-url", &artifacts, "--lease", "3"];
+    let folders: Vec<PathBuf> = (0..4).map(|i| shared.path().join(format!("replica-{i}"))).collect();
+    let start = |i: usize| Server::start_with(&folders[i], &models, &flags);
+    let mut replicas = vec![start(0), start(1)];
+    let Some(envoy) = Envoy::start(test, &replicas.iter().collect::<Vec<_>>()) else { return };
+    let client = envoy.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let name = submit(&client, checkpointing(&dataset.name, 1500)).await;
+    let load = Load::start(&envoy, 6).await;
+    load.more(100).await;
+    for next in [2, 3] {
+        // A new replica first; then the old one is told to stop while calls are on their way to it.
+        let added = start(next);
+        envoy.discover(&[&replicas[0], &replicas[1], &added]);
+        load.more(100).await;
+        assert!(!done(state(&client, &name).await), "the job runs while replicas are replaced");
+        let mut old = replicas.remove(0);
+        envoy.discover(&[&replicas[0], &added]);
+        assert!(tokio::task::block_in_place(|| old.terminate(Duration::from_secs(40))).success());
+        replicas.push(added);
+        load.more(100).await;
+    }
+    let answered = load.end().await;
+    let events = finish(&client, &name).await;
+    assert_eq!(state(&client, &name).await, pb::JobState::Succeeded);
+    check_history(&events);
+    assert_eq!(losses(&events), expected, "the run went on bit for bit");
+    assert!(adapter(&client, &name).await == weights);
+    println!("{answered} requests, none failed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rest_with_json_is_the_same_service() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let Some(envoy) = Envoy::start("rest_with_json", &[&server]) else { return };
+    let (status, models) = envoy.rest("GET", "/v1/models", "");
+    assert_eq!((status, models["models"][0]["name"].as_str()), (200, Some("models/tiny")), "{models}");
+
+    let text = |role: &str, content: &str| serde_json::json!({"chat": {"messages": [{"role": role, "content": content}]}});
+    let pair = serde_json::json!({"id": "x", "prompt": text("user", "Name a colour."), "a": text("assistant", "Blue."), "b": text("assistant", "No.")});
+    let body = serde_json::json!({"options": {"policy": "models/tiny"}, "pairs": [pair]});
+    let (status, answer) = envoy.rest("POST", "/v1/scoring:scorePairs", &body.to_string());
+    assert_eq!(status, 200, "{answer}");
+    assert_eq!(answer["results"][0]["score"]["probability"].as_f64(), Some(0.5), "a model is its own reference: {answer}");
+
+    let completions = serde_json::json!([text("assistant", "Blue."), text("assistant", "It depends.")]);
+    let body =
+        serde_json::json!({"options": {"policy": "models/tiny"}, "prompt": text("user", "Name a colour."), "completions": completions});
+    let (status, ranked) = envoy.rest("POST", "/v1/scoring:scoreCompletions", &body.to_string());
+    assert_eq!((status, ranked["results"].as_array().map(Vec::len)), (200, Some(2)), "{ranked}");
+
+    // Errors keep their reasons and fields.
+    let (status, missing) = envoy.rest("GET", "/v1/models/none", "");
+    assert_eq!((status, missing["code"].as_i64()), (404, Some(5)), "{missing}");
+    let wrong = serde_json::json!({"options": {"policy": "models/tiny", "beta": -1}, "pairs": []});
+    let (status, wrong) = envoy.rest("POST", "/v1/scoring:scorePairs", &wrong.to_string());
+    assert_eq!(status, 400, "{wrong}");
+    assert!(wrong["details"].to_string().contains("fieldViolations"), "{wrong}");
+    let (status, _) = envoy.rest("GET", "/v1/nothing", "");
+    assert_eq!(status, 404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_with_the_service_config_does_not_notice_that_a_replica_stops() {
+    let Some(python) = needed("BRADLEY_TEST_PYTHON", "the service config's test") else { return };
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let mut stopping = Server::start(dirs[0].path());
+    let staying = Server::start(dirs[1].path());
+    let address = |s: &Server| s.address.trim_start_matches("http://").to_owned();
+    let mut client = Command::new(python)
+        .arg(repository().join("tests/clients/balanced.py"))
+        .arg(repository().join("proto"))
+        .arg(repository().join("deploy/gateway/service-config.json"))
+        .arg("tiny")
+        .arg(format!("{},{}", address(&stopping), address(&staying)))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(client.stdout.take().unwrap());
+    let mut line = String::new();
+    said.read_line(&mut line).unwrap();
+    assert_eq!(line.trim(), "started");
+    // Both are used.
+    for server in [&stopping, &staying] {
+        let scored = || server.metrics().lines().find_map(|l| l.strip_prefix("bradley_scored_pairs_total ")?.parse::<u64>().ok());
+        let start = Instant::now();
+        while scored().is_none_or(|n| n < 10) {
+            assert!(start.elapsed() < Duration::from_secs(60), "one of the replicas is not used");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    assert!(tokio::task::block_in_place(|| stopping.terminate(Duration::from_secs(40))).success());
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    drop(client.stdin.take());
+    let output = client.wait_with_output().unwrap();
+    said.read_to_string(&mut line).unwrap();
+    assert!(output.status.success(), "{line}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(line.contains("none failed"), "{line}");
+}
