@@ -9,6 +9,7 @@ use tokenizers::Tokenizer;
 
 use super::chat::{ChatMessage, ChatTemplate};
 use super::error::ModelError;
+use super::guard::guarded;
 
 /// A tokenizer that knows its model's special tokens and chat format.
 #[derive(Debug)]
@@ -49,18 +50,22 @@ impl ChatTokenizer {
         let id = |token: Option<String>| token.and_then(|t| parts.tokenizer.token_to_id(&t).map(|id| (t, id)));
         let (bos, eos) = (id(parts.bos_token), id(parts.eos_token));
         let template = parts.template.map(|source| ChatTemplate::new(&source, parts.special_tokens)).transpose()?;
-        Ok(ChatTokenizer { bos, eos, template, tokenizer: parts.tokenizer, files: parts.files, path: path.to_owned() })
+        let assembled = ChatTokenizer { bos, eos, template, tokenizer: parts.tokenizer, files: parts.files, path: path.to_owned() };
+        // A template that names tokens which are not there is found now, not by the first request.
+        assembled.encode("", true)?;
+        Ok(assembled)
     }
 
     /// The token ids of `text`; with `add_special_tokens`, BOS where the tokenizer adds one.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, ModelError> {
-        let encoding = self.tokenizer.encode_fast(text, add_special_tokens).map_err(|e| wrong(&self.path, e.to_string()))?;
-        Ok(encoding.get_ids().to_vec())
+        // The library panics at some of what a file may hold.
+        let encoding = guarded(|| self.tokenizer.encode_fast(text, add_special_tokens)).map_err(|e| wrong(&self.path, e))?;
+        Ok(encoding.map_err(|e| wrong(&self.path, e.to_string()))?.get_ids().to_vec())
     }
 
     /// The text of `ids`, special tokens included.
     pub fn decode(&self, ids: &[u32]) -> Result<String, ModelError> {
-        self.tokenizer.decode(ids, false).map_err(|e| wrong(&self.path, e.to_string()))
+        guarded(|| self.tokenizer.decode(ids, false)).map_err(|e| wrong(&self.path, e))?.map_err(|e| wrong(&self.path, e.to_string()))
     }
 
     /// The token that ends a sequence.
