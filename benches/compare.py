@@ -34,6 +34,8 @@ parser.add_argument("--max-length", type=int, default=512)
 parser.add_argument("--out", default="compare.jsonl")
 parser.add_argument("--only", choices=["rounds", "own", "interleaving", "large"],
                     help="only the comparison, only what needs no other side, only scoring while a job trains, or only the 1.7B model")
+parser.add_argument("--match", nargs="*", metavar="WHAT:PRECISION",
+                    help="of the comparison, only these: train-lora:f32, train-lora:bf16, train-full:f32, score:f32, score:bf16")
 args = parser.parse_args()
 out = open(args.out, "a")
 
@@ -177,12 +179,19 @@ def rounds(path, rows, servers):
     def own(mode, precision, first, n, batch):
         return side([OFFLINE, args.model, str(path), mode, precision, str(batch), str(args.max_length)], [f"{first} {first + n}"])[0]
 
+    def wanted(mode, precision):
+        return not args.match or f"{mode}:{precision}" in args.match
+
     for r in range(args.rounds):
         for mode, precision in (("train-lora", "f32"), ("train-lora", "bf16"), ("train-full", "f32")):
+            if not wanted(mode, precision):
+                continue
             n = args.train_pairs
             for which, run in (("TRL", trl), ("bradley", own)) if r % 2 == 0 else (("bradley", own), ("TRL", trl)):
                 note(mode, precision, which, run(mode, precision, r * n, n, n))
         for precision in ("f32", "bf16"):
+            if not wanted("score", precision):
+                continue
             n = args.score_pairs
             first = r * n
             note("score", precision, "transformers", trl("score", precision, first, n, n))
@@ -330,7 +339,8 @@ def table():
 
 path, rows = rows_for_both()
 pb = stubs()
-servers = {p: Server(p, rows) for p in ("f32", "bf16")} if args.only != "large" else {}
+only_training = args.only == "rounds" and args.match and not any(m.startswith("score") for m in args.match)
+servers = {p: Server(p, rows) for p in ("f32", "bf16")} if args.only != "large" and not only_training else {}
 try:
     if args.only in (None, "rounds"):
         rounds(path, rows, servers)
