@@ -8,7 +8,7 @@
 # Every base is an argument, so that a mirror or a local image can take its place.
 ARG BUILD_IMAGE=rust:1.95-bookworm
 # glibc must not be newer than the run-time image's: Ubuntu 22.04 has 2.35, Debian 12 has 2.36.
-ARG CUDA_BUILD_IMAGE=nvidia/cuda:12.8.1-devel-ubuntu22.04
+ARG CUDA_BUILD_IMAGE=nvidia/cuda:13.0.2-devel-ubuntu22.04
 # glibc, libgcc and CA certificates; no shell and no package manager.
 ARG RUNTIME_IMAGE=gcr.io/distroless/cc-debian12:nonroot
 
@@ -37,8 +37,7 @@ RUN touch build.rs src/lib.rs src/main.rs && rm target/release/bradley && cargo 
 
 FROM ${BUILD_IMAGE} AS rust
 
-# As `build`, with the CUDA toolkit. The feature is a stub so far: a server with `--device cuda` says that it has no kernels.
-# What is needed here once they are written: nvcc, which this base has, and the kernels' sources among what is copied.
+# As `build`, with the CUDA toolkit, whose nvcc build.rs calls. CUDA 13.0: drivers from 580 on load what it makes.
 FROM ${CUDA_BUILD_IMAGE} AS build-cuda
 WORKDIR /build
 # hadolint ignore=DL3008 # Old versions vanish from the mirrors; nothing of these packages is in the image.
@@ -58,7 +57,8 @@ COPY build.rs ./
 COPY proto proto
 COPY src src
 RUN touch build.rs src/lib.rs src/main.rs && rm target/release/bradley && cargo auditable build --release --locked --features cuda \
-    && mkdir -p out/data && strip -o out/bradley target/release/bradley
+    && mkdir -p out/data out/lib && strip -o out/bradley target/release/bradley \
+    && cp -L /usr/local/cuda/lib64/libcublas.so.13 /usr/local/cuda/lib64/libcublasLt.so.13 out/lib/
 
 
 # All of an image but the program and the data folder.
@@ -90,9 +90,12 @@ LABEL org.opencontainers.image.title="bradley" \
 
 
 FROM runtime AS cuda
-# libcuda comes with the driver, from the NVIDIA container toolkit, which reads these two. cuBLAS and NVRTC will be copied here when the kernels use them.
+# libcuda comes with the driver, from the NVIDIA container toolkit, which reads the first two.
 ENV NVIDIA_VISIBLE_DEVICES=all \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    LD_LIBRARY_PATH=/usr/local/lib \
+    BRADLEY_DEVICE=auto
+COPY --from=build-cuda /build/out/lib /usr/local/lib
 COPY --from=build-cuda /build/out/bradley /usr/local/bin/bradley
 COPY --from=build-cuda --chown=10001:10001 /build/out/data /var/lib/bradley
 VOLUME /var/lib/bradley

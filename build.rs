@@ -1,7 +1,11 @@
 //! Compiles `proto/` into OUT_DIR with protox, so that no protoc is needed, and writes the descriptor set that reflection serves.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::{env, fs};
+
+/// The CUDA kernels; `all.cu` includes them all.
+const KERNELS: &str = "src/model/cuda/kernels";
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
@@ -11,8 +15,30 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let descriptors = protox::compile(files, ["proto"])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("bradley.bin"), prost_bytes(&descriptors))?;
+    if env::var_os("CARGO_FEATURE_CUDA").is_some() {
+        compile_kernels(&out.join("kernels.ptx"))?;
+    }
     tonic_prost_build::configure().extern_path(".google.rpc.Status", "::tonic_types::Status").btree_map(".").compile_fds(descriptors)?;
     Ok(())
+}
+
+/// Compiles the CUDA kernels to PTX, which drivers compile for their GPUs: compute capability 8.0 and newer.
+fn compile_kernels(ptx: &Path) -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo:rerun-if-changed={KERNELS}");
+    for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH"] {
+        println!("cargo:rerun-if-env-changed={variable}");
+    }
+    let of_home = |variable| env::var_os(variable).map(|home| PathBuf::from(home).join("bin/nvcc"));
+    let nvcc = env::var_os("NVCC").map(PathBuf::from).or_else(|| of_home("CUDA_HOME")).or_else(|| of_home("CUDA_PATH"));
+    let nvcc = nvcc.unwrap_or_else(|| "nvcc".into());
+    let status = Command::new(&nvcc)
+        .args(["-ptx", "-arch=compute_80", "-O3", "-std=c++17", "-o"])
+        .args([ptx, &Path::new(KERNELS).join("all.cu")])
+        .status()
+        .map_err(|e| {
+            format!("the feature cuda needs NVIDIA's compiler, and {} did not start: {e}; set NVCC or CUDA_HOME", nvcc.display())
+        })?;
+    if status.success() { Ok(()) } else { Err(format!("{} failed with {status}", nvcc.display()).into()) }
 }
 
 fn prost_bytes(set: &prost_types::FileDescriptorSet) -> Vec<u8> {

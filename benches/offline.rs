@@ -1,7 +1,8 @@
 //! The engine without the service, one side of `benches/compare.py`: reads a line per round from stdin, does the round, prints its figures as JSON.
 //!
-//! `offline MODEL PAIRS.jsonl train-lora|train-full|score f32|bf16 BATCH [max_length]`; a line is `FROM TO` (pairs of the file, or `FROM TO warm` to
-//! keep the reference cache of the round before).
+//! `offline MODEL[@SHAPE] PAIRS.jsonl train-lora|train-full|score f32|bf16 BATCH [max_length]`; a line is `FROM TO` (pairs of the file, or `FROM TO warm` to
+//! keep the reference cache of the round before). SHAPE 1b or 8b: Llama 3's, with weights that are made up, and MODEL's tokenizer. BRADLEY_BENCH_DEVICE: where
+//! to compute, `cuda:0` say.
 
 #![allow(clippy::print_stdout)]
 
@@ -11,12 +12,15 @@ use std::time::Instant;
 
 use bradley::domain::dataset::DatasetFormat;
 use bradley::domain::training::{BatchConfig, LoraConfig, Method, Precision, RunConfig, TARGET_MODULES, TrainingSpec, Truncation};
+use bradley::math::rng::kaiming_uniform;
 use bradley::model::adapter::Adapter;
+use bradley::model::config::ModelConfig;
 use bradley::model::decoder::Policy;
+use bradley::model::device::{ComputeDevice, DeviceChoice};
 use bradley::model::loader::load_model;
 use bradley::model::parameters::Parameters;
 use bradley::train::encode::PairEncoder;
-use bradley::train::estimate::plan;
+use bradley::train::estimate::{Memory, plan};
 use bradley::train::host::Host;
 use bradley::train::pair::{EncodedPair, SequenceGroup};
 use bradley::train::reference::Reference;
@@ -25,6 +29,7 @@ use bradley::train::rows::read_rows;
 use bradley::train::scorer::score_all;
 use bradley::train::trainable::TrainablePolicy;
 use bradley::train::trainer::{Status, Trainer, TrainerInput};
+use candle_core::{DType, Device, Tensor};
 
 fn main() -> anyhow::Result<()> {
     bradley::cli::tune_allocator();
@@ -36,10 +41,17 @@ fn main() -> anyhow::Result<()> {
     };
     let max_length = rest.first().map_or(Ok(512), |s| s.parse())?;
     let precision = Precision::parse(precision).ok_or_else(|| anyhow::anyhow!("the precision is f32 or bf16"))?;
+    let (model, shape) = model.split_once('@').map_or((model.as_str(), None), |(model, shape)| (model, Some(shape)));
     let loaded = load_model(None, model, &Default::default())?;
     let tokenizer = Arc::new(loaded.tokenizer);
-    let parameters = Arc::new(Parameters::load(&loaded.config, &loaded.weights, precision)?);
-    let base = Policy { config: Arc::new(loaded.config), parameters, adapter: None, precision };
+    let (config, parameters) = match shape {
+        Some(shape) => made_up(shape, precision)?,
+        None => (loaded.config.clone(), Parameters::load(&loaded.config, &loaded.weights, precision)?),
+    };
+    let device = std::env::var("BRADLEY_BENCH_DEVICE").unwrap_or("cpu".into());
+    let device = DeviceChoice::parse(&device).ok_or_else(|| anyhow::anyhow!("BRADLEY_BENCH_DEVICE is cpu or cuda:N"))?;
+    let device = ComputeDevice::open(device).map_err(anyhow::Error::msg)?;
+    let base = Policy { config: Arc::new(config), parameters: Arc::new(parameters), adapter: None, precision, device };
     let encoder = PairEncoder::new(&tokenizer, max_length, Truncation::KeepStart);
     let rows = read_rows(pairs.as_ref(), DatasetFormat::Jsonl)?;
     let all: Vec<EncodedPair> = rows.filter_map(|row| encoder.encode_row(&row.ok()?).ok()).collect();
@@ -67,15 +79,45 @@ fn main() -> anyhow::Result<()> {
             start.elapsed().as_secs_f64(),
             chosen.len(),
             gflop(&base, chosen, mode),
-            peak_bytes(),
+            peak_bytes(&base),
             estimated(&base, chosen, mode, batch, max_length),
         );
     }
     Ok(())
 }
 
-/// VmHWM: the most memory this process ever had resident.
-fn peak_bytes() -> u64 {
+/// A model of Llama 3.2 1B's or Llama 3.1 8B's shape, its weights a repeated block of small numbers.
+fn made_up(shape: &str, precision: Precision) -> anyhow::Result<(ModelConfig, Parameters)> {
+    let (hidden, forward, layers, heads, tied) = match shape {
+        "1b" => (2048, 8192, 16, 32, true),
+        "8b" => (4096, 14336, 32, 32, false),
+        _ => anyhow::bail!("the shape is 1b or 8b"),
+    };
+    let json = format!(
+        r#"{{"model_type": "llama", "hidden_size": {hidden}, "intermediate_size": {forward}, "num_hidden_layers": {layers}, "num_attention_heads": {heads},
+        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": {tied}}}"#
+    );
+    let config = ModelConfig::from_hf_json(&json, "config.json".as_ref())?;
+    let noise = kaiming_uniform(1, "noise", 1 << 20, hidden);
+    let parameters = Parameters::build(&config, |_, shape| -> anyhow::Result<Tensor> {
+        let n = shape.iter().product();
+        if shape.len() == 1 {
+            return Ok(Tensor::ones(shape, DType::F32, &Device::Cpu)?);
+        }
+        let values = noise.iter().cycle().take(n);
+        Ok(match precision {
+            Precision::F32 => Tensor::from_vec(values.copied().collect::<Vec<f32>>(), shape, &Device::Cpu)?,
+            Precision::Bf16 => Tensor::from_vec(values.map(|x| half::bf16::from_f32(*x)).collect::<Vec<_>>(), shape, &Device::Cpu)?,
+        })
+    })?;
+    Ok((config, parameters))
+}
+
+/// The most memory that was ever in use: the GPU's own, or what this process had resident (VmHWM).
+fn peak_bytes(policy: &Policy) -> u64 {
+    if let Some(bytes) = policy.device.peak_memory() {
+        return bytes;
+    }
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap_or_default();
     line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()).unwrap_or_default() * 1024
@@ -189,6 +231,6 @@ fn estimated(base: &Policy, pairs: &[EncodedPair], mode: &str, batch: usize, max
     let longest = pairs.iter().map(EncodedPair::packed_tokens).max().unwrap_or(0);
     let spec = spec(mode == "train-lora", batch, max_length, base.precision);
     let bytes = if base.precision == Precision::Bf16 { 2 } else { 4 };
-    let (Ok(plan) | Err(plan)) = plan(&base.config, &spec, longest, u64::MAX);
+    let (Ok(plan) | Err(plan)) = plan(&base.config, &spec, longest, u64::MAX, Memory::of(&base.device));
     base.config.parameter_count() as u64 * bytes + plan.total()
 }

@@ -12,6 +12,7 @@ use crate::domain::names::is_valid_id;
 use crate::domain::training::Precision;
 use crate::domain::violation::Violations;
 use crate::engine::api::EngineOptions;
+use crate::model::device::DeviceChoice;
 use crate::model::loader::default_id;
 use crate::model::source::HubOptions;
 use crate::rpc::TlsFiles;
@@ -22,10 +23,14 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("data_dir", "bradley-data", "Where jobs, datasets and checkpoints are kept"),
     ("listen", "127.0.0.1:50051", "The gRPC address"),
     ("http_listen", "127.0.0.1:9090", "The address of /metrics, /livez and /readyz; off turns it off"),
-    ("device", "cpu", "The device"),
+    ("device", "cpu", "Where to compute: cpu, cuda:N (a GPU), or auto (the GPU with the most free memory, else cpu)"),
     ("precision", "f32", "What matrix products are computed in, and how frozen weights are kept: f32 or bf16"),
     ("threads", "0", "CPU threads for compute; 0 is all cores"),
-    ("memory_limit", "0", "Memory a job may be estimated to need, e.g. 20GiB; 0 is nine tenths of the machine's"),
+    (
+        "memory_limit",
+        "0",
+        "Memory a job may be estimated to need, e.g. 20GiB; 0 is nine tenths of the machine's, or of what is free on the GPU",
+    ),
     ("scoring_share", "0.4", "Share of device time scoring may take while a job trains, above 0 and at most 1"),
     ("queue_tokens", "1048576", "Tokens that may wait to be scored"),
     ("batch_tokens", "4096", "Tokens of one scoring batch"),
@@ -262,7 +267,7 @@ impl Settings {
                 .flatten(),
             threads: reader.number("threads", 0).unwrap_or_default(),
             engine: EngineOptions {
-                device: reader.parse("device", "cpu", |s| (!s.is_empty()).then(|| s.to_owned())).unwrap_or_default(),
+                device: reader.parse("device", "cpu, cuda:N or auto", DeviceChoice::parse).unwrap_or(DeviceChoice::Cpu),
                 precision: reader.parse("precision", "f32 or bf16", Precision::parse).unwrap_or_default(),
                 queue_tokens: reader.number("queue_tokens", 1).unwrap_or(defaults.queue_tokens),
                 batch_tokens: reader.number("batch_tokens", 1).unwrap_or(defaults.batch_tokens),

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use crate::domain::training::{Precision, TrainingSpec};
+use crate::model::device::DeviceChoice;
 pub use crate::train::event::{RunEnd, RunEvent};
 use crate::train::pair::{EncodedPair, SequenceGroup};
 
@@ -180,8 +181,8 @@ pub struct TrainingRun {
 /// Limits and sizes of the engine.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EngineOptions {
-    /// cpu (cuda:N is reported as unimplemented in this build).
-    pub device: String,
+    /// Where passes are computed.
+    pub device: DeviceChoice,
     /// How frozen weights are kept and what scoring computes in; jobs may choose their own.
     pub precision: Precision,
     /// Tokens that may wait to be scored; more is refused with `QueueFull`.
@@ -205,7 +206,7 @@ pub struct EngineOptions {
 impl Default for EngineOptions {
     fn default() -> Self {
         EngineOptions {
-            device: "cpu".into(),
+            device: DeviceChoice::Cpu,
             precision: Precision::F32,
             queue_tokens: 1 << 20,
             batch_tokens: 4096,

@@ -21,10 +21,11 @@ use self::api::{EngineError, EngineOptions, ModelInfo, RunEnd, RunEvent, ScoreIt
 use self::queue::{Entry, Queue};
 use self::residents::Bases;
 use crate::domain::training::{Precision, TrainingSpec};
+use crate::model::device::ComputeDevice;
 use crate::model::export;
 use crate::model::loader::LoadedModel;
 use crate::model::tokenizer::ChatTokenizer;
-use crate::train::estimate::plan;
+use crate::train::estimate::{Memory, plan};
 
 /// A handle on the device worker; clones share it. The worker ends when it has drained or the last handle is dropped.
 pub struct Engine {
@@ -35,6 +36,8 @@ struct Shared {
     queue: Arc<Queue>,
     bases: Arc<Bases>,
     options: EngineOptions,
+    /// Bytes that the estimate may reach.
+    available: u64,
 }
 
 impl Clone for Engine {
@@ -55,27 +58,24 @@ impl Drop for Engine {
 /// # Errors
 /// When the device is not available, a tensor cannot be read, or the weights do not fit the memory limit.
 pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine, EngineError> {
-    if options.device != "cpu" {
-        let built = if cfg!(feature = "cuda") { "the cuda kernels are unimplemented" } else { "this build has no cuda feature" };
-        return Err(EngineError::Device(format!("device {:?}: {built}; use cpu", options.device)));
-    }
+    let device = ComputeDevice::open(options.device).map_err(|e| EngineError::Device(format!("{:?}: {e}", options.device)))?;
     let bytes = residents::weight_bytes(options.precision);
     let needed: u64 = models.iter().map(|m| m.config.parameter_count() as u64 * bytes).sum();
-    let available = memory_limit(&options);
+    let available = memory_limit(&options, &device);
     metrics::gauge!("bradley_memory_limit_bytes").set(available as f64);
     if needed > available {
         let remedy = "load fewer or smaller models, or raise memory_limit".to_owned();
         return Err(EngineError::OutOfMemory { needed_mib: needed >> 20, available_mib: available >> 20, remedy });
     }
-    let bases = Arc::new(Bases::load(models, "cpu", options.precision)?);
+    let bases = Arc::new(Bases::load(models, device, options.precision)?);
     let queue = Arc::new(Queue::new(options.queue_tokens));
     queue.add_handle();
     let worker = worker::Worker::new(queue.clone(), bases.clone(), &options, available.saturating_sub(bases.needed()));
     std::thread::Builder::new()
-        .name("device-cpu".into())
+        .name(format!("device-{}", bases.device().name()))
         .spawn(move || worker.work())
         .map_err(|e| EngineError::Device(format!("its thread did not start: {e}")))?;
-    Ok(Engine { shared: Arc::new(Shared { queue, bases, options }) })
+    Ok(Engine { shared: Arc::new(Shared { queue, bases, options, available }) })
 }
 
 impl Engine {
@@ -123,8 +123,8 @@ impl Engine {
     /// The checks of [`Engine::train`] for rows of at most `longest_row` packed tokens.
     pub fn check(&self, model: &str, spec: &TrainingSpec, longest_row: usize) -> Result<(), EngineError> {
         let base = self.shared.bases.get(model)?;
-        let (resident, available) = (self.shared.bases.needed(), memory_limit(&self.shared.options));
-        match plan(&base.policy.config, spec, longest_row, available.saturating_sub(resident)) {
+        let (resident, available) = (self.shared.bases.needed(), self.shared.available);
+        match plan(&base.policy.config, spec, longest_row, available.saturating_sub(resident), self.memory_kind()) {
             Ok(_) => Ok(()),
             Err(least) => {
                 let remedy = "lower max_length, train with LoRA, leave activation_checkpointing to auto, or raise memory_limit".to_owned();
@@ -133,11 +133,15 @@ impl Engine {
         }
     }
 
+    fn memory_kind(&self) -> Memory {
+        Memory::of(self.shared.bases.device())
+    }
+
     /// What a run over rows of at most `longest_row` packed tokens needs at its peak, the base models included, and what it may need, in bytes.
     pub fn memory(&self, model: &str, spec: &TrainingSpec, longest_row: usize) -> Result<(u64, u64), EngineError> {
         let base = self.shared.bases.get(model)?;
-        let (resident, available) = (self.shared.bases.needed(), memory_limit(&self.shared.options));
-        let (Ok(plan) | Err(plan)) = plan(&base.policy.config, spec, longest_row, available.saturating_sub(resident));
+        let (resident, available) = (self.shared.bases.needed(), self.shared.available);
+        let (Ok(plan) | Err(plan)) = plan(&base.policy.config, spec, longest_row, available.saturating_sub(resident), self.memory_kind());
         Ok((resident + plan.total(), available))
     }
 
@@ -166,9 +170,12 @@ impl Engine {
     }
 }
 
-/// The configured limit, else nine tenths of the machine's memory.
-fn memory_limit(options: &EngineOptions) -> u64 {
+/// The configured limit, else nine tenths of what is free on the GPU, or of the machine's memory.
+fn memory_limit(options: &EngineOptions, device: &ComputeDevice) -> u64 {
     options.memory_limit.unwrap_or_else(|| {
+        if let Some(free) = device.free_memory() {
+            return free / 10 * 9;
+        }
         let total = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
             let line = text.lines().find(|l| l.starts_with("MemTotal:"))?;
             line.split_whitespace().nth(1)?.parse::<u64>().ok()

@@ -9,6 +9,7 @@ use super::scoring::ROW_TOKENS;
 use crate::domain::training::Precision;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Policy;
+use crate::model::device::ComputeDevice;
 use crate::model::export;
 use crate::model::loader::LoadedModel;
 use crate::model::parameters::Parameters;
@@ -30,6 +31,7 @@ pub(super) struct Bases {
     /// In the order of the settings.
     order: Vec<String>,
     precision: Precision,
+    device: ComputeDevice,
 }
 
 /// Bytes of a frozen weight.
@@ -42,16 +44,27 @@ pub(super) fn weight_bytes(precision: Precision) -> u64 {
 
 impl Bases {
     /// Loads every model's weights.
-    pub fn load(models: Vec<LoadedModel>, device: &str, precision: Precision) -> Result<Self, EngineError> {
+    pub fn load(models: Vec<LoadedModel>, device: ComputeDevice, precision: Precision) -> Result<Self, EngineError> {
         let (mut bases, mut order) = (HashMap::new(), Vec::new());
         for model in models {
             let parameters = Parameters::load(&model.config, &model.weights, precision).map_err(|e| EngineError::Weights(e.to_string()))?;
-            let info = describe(&model, device);
+            let info = describe(&model, &device.name());
             order.push(model.id.clone());
-            let policy = Policy { config: Arc::new(model.config), parameters: Arc::new(parameters), adapter: None, precision };
+            let policy = Policy {
+                config: Arc::new(model.config),
+                parameters: Arc::new(parameters),
+                adapter: None,
+                precision,
+                device: device.clone(),
+            };
             bases.insert(model.id, Base { info, policy, tokenizer: Arc::new(model.tokenizer) });
         }
-        Ok(Bases { by_id: bases, order, precision })
+        Ok(Bases { by_id: bases, order, precision, device })
+    }
+
+    /// Where they compute.
+    pub fn device(&self) -> &ComputeDevice {
+        &self.device
     }
 
     /// One of them.
@@ -82,7 +95,7 @@ impl Bases {
             WeightsRef::Full { model, dir } => {
                 let base = &self.get(model)?.policy;
                 let parameters = load_full(&base.config, &dir.join(export::WEIGHTS_FILE), self.precision).map_err(EngineError::Weights)?;
-                Ok(Policy { config: base.config.clone(), parameters: Arc::new(parameters), adapter: None, precision: base.precision })
+                Ok(Policy { parameters: Arc::new(parameters), adapter: None, ..base.clone() })
             }
             WeightsRef::Live { job } => Err(EngineError::NotResident(job.clone())),
         }

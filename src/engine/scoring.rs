@@ -159,7 +159,11 @@ impl Scoring {
     ) {
         let mut run = |members: &[usize]| {
             let entries: Vec<&Entry> = members.iter().map(|i| &batch[*i]).collect();
-            guarded(|| pass(self, &entries)).unwrap_or_else(|panic| Err(EngineError::Device(panic)))
+            let done = guarded(|| pass(self, &entries)).unwrap_or_else(|panic| Err(EngineError::Device(panic)));
+            if done.is_err() && self.bases.device().take_out_of_memory() {
+                self.bases.device().trim();
+            }
+            done
         };
         match run(&members) {
             Ok(scored) => members.into_iter().zip(scored).for_each(|(i, logps)| results[i] = Some(Ok(logps))),

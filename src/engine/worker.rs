@@ -13,8 +13,8 @@ use super::residents::Bases;
 use super::run;
 use super::scoring::{Live, Scoring};
 use crate::domain::job::JobError;
+use crate::model::device::ComputeDevice;
 use crate::model::guard::guarded;
-use crate::model::ops::buffer::Buffer;
 use crate::train::host::Host;
 use crate::train::reference_cache::ReferenceCache;
 use crate::train::trainer::{Status, TrainError, Trainer};
@@ -34,6 +34,7 @@ pub(super) struct Worker {
     active: Option<Active>,
     /// Bytes a run may need.
     memory: u64,
+    device: ComputeDevice,
 }
 
 /// The run on the device.
@@ -54,13 +55,14 @@ impl Worker {
         Worker {
             scoring: Scoring::new(queue.clone(), bases.clone(), options),
             queue,
-            bases,
             cache: match &options.reference_cache_file {
                 Some(path) => ReferenceCache::open(options.reference_cache_tokens, path),
                 None => ReferenceCache::new(options.reference_cache_tokens),
             },
             active: None,
             memory,
+            device: bases.device().clone(),
+            bases,
         }
     }
 
@@ -165,7 +167,7 @@ impl Worker {
             // Weights and optimizer are freed before anyone hears that the run is over.
             let Active { run, trainer } = active;
             drop(trainer);
-            Buffer::trim();
+            self.device.trim();
             send(&run, RunEvent::Ended(end));
         }
     }

@@ -8,6 +8,7 @@ use candle_core::{Result, bail};
 use super::adapter::Adapter;
 use super::block::{self, BlockTape};
 use super::config::ModelConfig;
+use super::device::ComputeDevice;
 use super::gradients::{GradientSink, Place};
 use super::layout::RowLayout;
 use super::ops::Held;
@@ -31,6 +32,8 @@ pub struct Policy {
     pub adapter: Option<Arc<Adapter>>,
     /// What matrix products are computed in.
     pub precision: Precision,
+    /// Where.
+    pub device: ComputeDevice,
 }
 
 /// A packed row, ready for the decoder.
@@ -72,8 +75,6 @@ pub struct HeadTape {
     /// The predictors' hidden states before and after the last norm `[N, C]`.
     before_norm: Buffer,
     normed: Buffer,
-    /// What came out.
-    pub output: HeadOutput,
 }
 
 impl Policy {
@@ -95,6 +96,15 @@ impl Policy {
     /// The kernel of its matrix products on this machine.
     pub fn kernel(&self) -> Kernel {
         Kernel::best(self.precision)
+    }
+
+    /// Names what decides the last bits of its numbers: the kernel, or the GPU and the precision.
+    pub fn arithmetic(&self) -> String {
+        match &self.device {
+            ComputeDevice::Cpu => format!("{:?}", self.kernel()),
+            #[cfg(feature = "cuda")]
+            ComputeDevice::Cuda(cuda) => format!("{} {:?}", cuda.gpu().name(), self.precision),
+        }
     }
 
     /// Decoder blocks.
@@ -146,7 +156,7 @@ impl Policy {
     }
 
     /// Log-probs of the row's completion tokens, from the last block's output `[T, C]`.
-    pub fn head(&self, x: &[f32], row: &PreparedRow, options: HeadOptions) -> Result<HeadTape> {
+    pub fn head(&self, x: &[f32], row: &PreparedRow, options: HeadOptions) -> Result<(HeadOutput, HeadTape)> {
         let width = self.config.hidden_size;
         let mut before_norm = Buffer::dirty(row.row.predictors.len() * width);
         team::chunks(&mut before_norm, width, |i, to| to.copy_from_slice(&x[row.row.predictors[i] as usize * width..][..width]));
@@ -154,13 +164,20 @@ impl Policy {
         rms_norm(&before_norm, Held::of(&self.parameters.norm)?.f32()?, self.config.rms_norm_eps as f32, &mut normed);
         let w = Held::of(self.parameters.head())?;
         let output = head(self.kernel(), &normed, w.elements(), width, &row.row.targets, options);
-        Ok(HeadTape { before_norm, normed, output })
+        Ok((output, HeadTape { before_norm, normed }))
     }
 
     /// ∂loss/∂(last block's output) `[T, C]`, given g = ∂loss/∂log p `[N]`.
-    pub fn head_backward(&self, tape: HeadTape, row: &PreparedRow, g: &[f32], sink: &mut dyn GradientSink) -> Result<Buffer> {
+    pub fn head_backward(
+        &self,
+        tape: HeadTape,
+        mut output: HeadOutput,
+        row: &PreparedRow,
+        g: &[f32],
+        sink: &mut dyn GradientSink,
+    ) -> Result<Buffer> {
         let width = self.config.hidden_size;
-        let HeadTape { before_norm, normed, mut output } = tape;
+        let HeadTape { before_norm, normed } = tape;
         if output.gradient.len() != g.len() * width {
             bail!("backward was not asked for in the head's forward pass");
         }
@@ -205,11 +222,15 @@ impl Policy {
     }
 
     fn log_probs_of(&self, row: PreparedRow, pause: &mut dyn FnMut()) -> Result<Vec<f32>> {
+        #[cfg(feature = "cuda")]
+        if let ComputeDevice::Cuda(cuda) = &self.device {
+            return cuda.log_probs(self, &row, pause);
+        }
         let mut x = self.embed(&row)?;
         for i in 0..self.num_blocks() {
             pause();
             x = self.block(i, x, &row, false)?.0;
         }
-        Ok(self.head(&x, &row, HeadOptions { distribution: false, gradient: false })?.output.log_probs)
+        Ok(self.head(&x, &row, HeadOptions { distribution: false, gradient: false })?.0.log_probs)
     }
 }

@@ -30,7 +30,7 @@ pub fn save_merged(dir: &Path, policy: &Policy, tokenizer: &ChatTokenizer) -> Re
 /// The same function as `policy` without an adapter; shares every tensor that the adapter leaves alone.
 pub fn merged(policy: &Policy) -> Result<Policy, ModelError> {
     let parameters = policy.parameters.map(|name, t| merge(policy, name, t))?;
-    Ok(Policy { config: policy.config.clone(), parameters: Arc::new(parameters), adapter: None, precision: policy.precision })
+    Ok(Policy { config: policy.config.clone(), parameters: Arc::new(parameters), adapter: None, ..policy.clone() })
 }
 
 fn merge(policy: &Policy, name: &str, w: &Tensor) -> Result<Tensor, ModelError> {

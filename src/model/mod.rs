@@ -4,7 +4,10 @@ pub mod adapter;
 pub mod block;
 pub mod chat;
 pub mod config;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod decoder;
+pub mod device;
 pub mod error;
 pub mod export;
 mod gguf;

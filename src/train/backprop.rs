@@ -10,15 +10,28 @@ use candle_core::{Result, bail};
 
 use super::trainable::Gradients;
 use crate::model::block::BlockTape;
+#[cfg(feature = "cuda")]
+use crate::model::cuda::{DeviceTape, KeepBlocks};
 use crate::model::decoder::{HeadTape, Policy, PreparedRow, Row};
+#[cfg(feature = "cuda")]
+use crate::model::device::ComputeDevice;
 use crate::model::ops::buffer::Buffer;
-use crate::model::ops::head::{HeadOptions, TokenDistribution};
+use crate::model::ops::head::{HeadOptions, HeadOutput, TokenDistribution};
 
 /// A row after its forward pass, ready to go back.
 pub struct RowTape {
     row: PreparedRow,
-    blocks: Vec<Kept>,
-    head: HeadTape,
+    output: HeadOutput,
+    tape: Tape,
+}
+
+enum Tape {
+    Cpu {
+        blocks: Vec<Kept>,
+        head: HeadTape,
+    },
+    #[cfg(feature = "cuda")]
+    Cuda(Box<DeviceTape>),
 }
 
 enum Kept {
@@ -42,6 +55,16 @@ pub enum Keep {
 /// Runs the row forward. `pause` is called before every block.
 pub fn forward(policy: &Policy, row: Arc<Row>, keep: Keep, pause: &mut dyn FnMut()) -> Result<RowTape> {
     let row = policy.prepare(row)?;
+    #[cfg(feature = "cuda")]
+    if let ComputeDevice::Cuda(cuda) = &policy.device {
+        let keep = match keep {
+            Keep::Tapes => KeepBlocks::Tapes,
+            Keep::Inputs => KeepBlocks::Inputs,
+            Keep::Nothing => KeepBlocks::Nothing,
+        };
+        let (output, tape) = cuda.forward(policy, &row, keep, pause)?;
+        return Ok(RowTape { row, output, tape: Tape::Cuda(Box::new(tape)) });
+    }
     let mut x = policy.embed(&row)?;
     let mut blocks = Vec::with_capacity(policy.num_blocks());
     for i in 0..policy.num_blocks() {
@@ -51,17 +74,22 @@ pub fn forward(policy: &Policy, row: Arc<Row>, keep: Keep, pause: &mut dyn FnMut
         x = y;
         blocks.extend(tape.map(|t| Kept::Tape(Box::new(t))).or(input.map(Kept::Input)));
     }
-    let head = policy.head(&x, &row, HeadOptions { distribution: true, gradient: keep != Keep::Nothing })?;
-    Ok(RowTape { row, blocks, head })
+    let (output, head) = policy.head(&x, &row, HeadOptions { distribution: true, gradient: keep != Keep::Nothing })?;
+    Ok(RowTape { row, output, tape: Tape::Cpu { blocks, head } })
 }
 
 /// Runs the row backward from ∂loss/∂logp `[N]` and adds every trainable tensor's gradient to `gradients`. `pause` is called before every block.
 pub fn backward(policy: &Policy, tape: RowTape, upstream: &[f32], gradients: &mut Gradients, pause: &mut dyn FnMut()) -> Result<()> {
-    let RowTape { row, blocks, head } = tape;
+    let RowTape { row, output, tape } = tape;
+    let (blocks, head) = match tape {
+        Tape::Cpu { blocks, head } => (blocks, head),
+        #[cfg(feature = "cuda")]
+        Tape::Cuda(tape) => return gradients.on_device(policy, |cuda, sums| cuda.backward(policy, &row, *tape, upstream, sums, pause)),
+    };
     if blocks.len() != policy.num_blocks() {
         bail!("the row was run forward without a tape");
     }
-    let mut gx = policy.head_backward(head, &row, upstream, gradients)?;
+    let mut gx = policy.head_backward(head, output, &row, upstream, gradients)?;
     for (i, kept) in blocks.into_iter().enumerate().rev() {
         pause();
         let tape = match kept {
@@ -80,11 +108,11 @@ pub fn backward(policy: &Policy, tape: RowTape, upstream: &[f32], gradients: &mu
 impl RowTape {
     /// log p of every completion token `[N]`.
     pub fn log_probs(&self) -> &[f32] {
-        &self.head.output.log_probs
+        &self.output.log_probs
     }
 
     /// What else is known of each completion token.
     pub fn distributions(&self) -> &[TokenDistribution] {
-        &self.head.output.distributions
+        &self.output.distributions
     }
 }

@@ -5,14 +5,35 @@
 use crate::domain::training::{ActivationCheckpointing, Method, Precision, TARGET_MODULES, TrainingSpec};
 use crate::model::adapter::projection_shapes;
 use crate::model::config::ModelConfig;
+use crate::model::device::ComputeDevice;
 use crate::model::ops::attention::SCORES;
 use crate::train::backprop::Keep;
 
 const F32: u64 = 4;
+
+/// Whose memory is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// The machine's.
+    Host,
+    /// A GPU's own.
+    Gpu,
+}
+
+impl Memory {
+    /// Where a device's passes keep their activations.
+    pub fn of(device: &ComputeDevice) -> Self {
+        if device.free_memory().is_some() { Memory::Gpu } else { Memory::Host }
+    }
+}
+
 /// The program itself: code, runtime, tokenizer, packed panels of weights.
 const PROGRAM: u64 = 96 << 20;
 /// Buffers are rounded up, by a sixteenth on average.
 const ROUNDING: (u64, u64) = (17, 16);
+
+/// Columns of the vocabulary whose logits a GPU holds at a time, in both forms.
+const HEAD_TILE: u64 = 8192;
 
 /// Bytes by purpose, besides the resident base weights, and the choices that they rest on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +75,7 @@ fn ranks(spec: &TrainingSpec) -> [usize; 7] {
 }
 
 /// What a run over pairs of at most `longest` packed tokens needs with these choices.
-pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, longest: usize, keep: Keep, row_tokens: usize) -> Estimate {
+pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, longest: usize, keep: Keep, row_tokens: usize, memory: Memory) -> Estimate {
     let t = longest.max(row_tokens.min(longest.saturating_mul(spec.batch.batch_size))) as u64;
     let (c, f, h) = (config.hidden_size as u64, config.intermediate_size as u64, config.num_heads as u64);
     let (q, k) = (h * config.head_dim as u64, (config.num_kv_heads * config.head_dim) as u64);
@@ -75,6 +96,31 @@ pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, longest: usize, keep:
     let activations = (F32 * t * (kept + passing + 4 * c) + scores) * ROUNDING.0 / ROUNDING.1;
     // Gradient, first and second moment, and the weights that are trained.
     let training_state = F32 * 4 * trainable_parameters(config, spec);
+    if memory == Memory::Gpu {
+        return on_gpu(config, spec, t, keep, row_tokens);
+    }
+    Estimate { training_state, activations, keep, row_tokens }
+}
+
+/// The same for a GPU: masters and moments stay on the host; matrices and activations are in the job's precision, the residual stream in f32.
+fn on_gpu(config: &ModelConfig, spec: &TrainingSpec, t: u64, keep: Keep, row_tokens: usize) -> Estimate {
+    let (c, f, h) = (config.hidden_size as u64, config.intermediate_size as u64, config.num_heads as u64);
+    let (q, k) = (h * config.head_dim as u64, (config.num_kv_heads * config.head_dim) as u64);
+    let (row, layers) = (q + 2 * k, config.num_layers as u64);
+    let ranks: u64 = ranks(spec).iter().map(|r| *r as u64).sum();
+    let element = if spec.precision == Some(Precision::Bf16) { F32 / 2 } else { F32 };
+    let raw = if config.qk_norm { row } else { 0 };
+    let tape = F32 * (2 * c + h) + element * (row + raw + q + 2 * f + ranks);
+    let passing = F32 * c + element * (2 * f + 2 * c).max(3 * row + 2 * q);
+    let kept = match keep {
+        Keep::Tapes => layers * tape,
+        Keep::Inputs => F32 * layers * c + tape,
+        Keep::Nothing => 0,
+    };
+    let head = (F32 + element) * HEAD_TILE + F32 * 4 * c;
+    let activations = t * (kept + passing.max(head)) * ROUNDING.0 / ROUNDING.1;
+    // Gradients, and the weights that are trained.
+    let training_state = (F32 + element) * trainable_parameters(config, spec);
     Estimate { training_state, activations, keep, row_tokens }
 }
 
@@ -92,18 +138,18 @@ pub fn scoring(config: &ModelConfig, tokens: usize) -> u64 {
 ///
 /// # Errors
 /// The leanest choices' estimate, when even that is too much.
-pub fn plan(config: &ModelConfig, spec: &TrainingSpec, longest: usize, available: u64) -> Result<Estimate, Estimate> {
+pub fn plan(config: &ModelConfig, spec: &TrainingSpec, longest: usize, available: u64, memory: Memory) -> Result<Estimate, Estimate> {
     let keeps: &[Keep] = match spec.batch.activation_checkpointing {
         ActivationCheckpointing::On => &[Keep::Inputs],
         ActivationCheckpointing::Off => &[Keep::Tapes],
         ActivationCheckpointing::Auto => &[Keep::Tapes, Keep::Inputs],
     };
     let wanted = spec.batch.row_tokens;
-    let mut last = estimate(config, spec, longest, keeps[0], wanted);
+    let mut last = estimate(config, spec, longest, keeps[0], wanted, memory);
     for &keep in keeps {
         // Shorter rows before recomputation: they cost less time.
         for row_tokens in [wanted, wanted / 2, longest.min(wanted)] {
-            last = estimate(config, spec, longest, keep, row_tokens.max(1));
+            last = estimate(config, spec, longest, keep, row_tokens.max(1), memory);
             if last.total() <= available {
                 return Ok(last);
             }
@@ -123,15 +169,26 @@ mod tests {
     }
 
     #[test]
+    fn a_gpu_holds_neither_masters_nor_moments_and_bf16_takes_half() {
+        let (config, mut spec) = (config(), TrainingSpec::default());
+        let of = |spec: &TrainingSpec, memory| estimate(&config, spec, 300, Keep::Tapes, 1024, memory);
+        assert!(of(&spec, Memory::Gpu).training_state < of(&spec, Memory::Host).training_state);
+        let f32 = of(&spec, Memory::Gpu);
+        spec.precision = Some(Precision::Bf16);
+        let bf16 = of(&spec, Memory::Gpu);
+        assert!(bf16.activations < f32.activations && bf16.activations > f32.activations / 2);
+    }
+
+    #[test]
     fn less_memory_means_shorter_rows_then_recomputation_then_a_refusal() {
         let (config, spec) = (config(), TrainingSpec::default());
-        let all = plan(&config, &spec, 300, u64::MAX).unwrap();
+        let all = plan(&config, &spec, 300, u64::MAX, Memory::Host).unwrap();
         assert_eq!((all.keep, all.row_tokens), (Keep::Tapes, spec.batch.row_tokens));
-        let less = plan(&config, &spec, 300, all.total() - 1).unwrap();
+        let less = plan(&config, &spec, 300, all.total() - 1, Memory::Host).unwrap();
         assert!(less.keep == Keep::Tapes && less.row_tokens < all.row_tokens && less.total() < all.total());
-        let least = plan(&config, &spec, 300, 0).unwrap_err();
-        assert_eq!(plan(&config, &spec, 300, least.total()).unwrap(), least);
+        let least = plan(&config, &spec, 300, 0, Memory::Host).unwrap_err();
+        assert_eq!(plan(&config, &spec, 300, least.total(), Memory::Host).unwrap(), least);
         assert_eq!(least.keep, Keep::Inputs);
-        assert!(plan(&config, &spec, 300, least.total() - 1).is_err());
+        assert!(plan(&config, &spec, 300, least.total() - 1, Memory::Host).is_err());
     }
 }

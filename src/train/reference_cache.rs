@@ -61,7 +61,7 @@ impl ReferenceCache {
         pause: &mut dyn FnMut(),
     ) -> Result<Vec<Arc<Logps>>> {
         // Kernels round differently: a number is only ever repeated where it would be computed.
-        let identity = format!("{identity}@{:?}@{NUMERICS}", reference.kernel());
+        let identity = format!("{identity}@{}@{NUMERICS}", reference.arithmetic());
         let keys: Vec<[u8; 32]> = items.iter().map(|groups| key(&identity, groups)).collect();
         let mut found: Vec<Option<Arc<Logps>>> = {
             let mut inner = self.0.borrow_mut();

@@ -7,7 +7,11 @@ use candle_core::{Result, Tensor, Var, bail};
 
 use crate::domain::training::Precision;
 use crate::model::adapter::Adapter;
+#[cfg(feature = "cuda")]
+use crate::model::cuda::{Cuda, GradientBuffers};
 use crate::model::decoder::Policy;
+#[cfg(feature = "cuda")]
+use crate::model::device::ComputeDevice;
 use crate::model::gradients::{GradientSink, Place, Slot};
 use crate::model::ops::buffer::large_pages;
 use crate::model::ops::simd::{dispatch, dot};
@@ -47,7 +51,7 @@ impl TrainablePolicy {
     pub fn full(start: &Policy, precision: Precision) -> Result<Self> {
         let mut trainables = Vec::new();
         let parameters = start.parameters.map(|name, t| track(name, t, &mut trainables))?;
-        Self::over(Policy { config: start.config.clone(), parameters: Arc::new(parameters), adapter: None, precision }, trainables)
+        Self::over(Policy { parameters: Arc::new(parameters), adapter: None, precision, ..start.clone() }, trainables)
     }
 
     fn over(policy: Policy, trainables: Vec<Trainable>) -> Result<Self> {
@@ -111,6 +115,9 @@ fn place(name: &str) -> Option<Place> {
 pub struct Gradients {
     values: Vec<Vec<f32>>,
     index: HashMap<Place, usize>,
+    /// The sums while they grow, where the passes run on a GPU.
+    #[cfg(feature = "cuda")]
+    device: Option<GradientBuffers>,
 }
 
 impl Gradients {
@@ -118,12 +125,46 @@ impl Gradients {
     pub fn zeros(policy: &TrainablePolicy) -> Self {
         let values: Vec<Vec<f32>> = policy.trainables.iter().map(|t| vec![0f32; t.var.elem_count()]).collect();
         values.iter().for_each(|v| large_pages(v));
-        Gradients { values, index: policy.index.clone() }
+        Gradients {
+            values,
+            index: policy.index.clone(),
+            #[cfg(feature = "cuda")]
+            device: None,
+        }
     }
 
     /// Sets all to zero for the next step.
-    pub fn clear(&mut self) {
+    pub fn clear(&mut self) -> Result<()> {
         team::chunks(&mut self.values, 1, |_, g| g[0].fill(0.0));
+        #[cfg(feature = "cuda")]
+        if let Some(device) = &self.device {
+            device.clear()?;
+        }
+        Ok(())
+    }
+
+    /// Makes the host's values those of the device that summed them.
+    pub fn collect(&mut self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(device) = &self.device {
+            for (place, i) in &self.index {
+                device.download(*place, &mut self.values[*i])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs a pass on the policy's GPU with the sums there.
+    #[cfg(feature = "cuda")]
+    pub(super) fn on_device(&mut self, policy: &Policy, pass: impl FnOnce(&Cuda, &GradientBuffers) -> Result<()>) -> Result<()> {
+        let ComputeDevice::Cuda(cuda) = &policy.device else { bail!("the policy is not on a GPU") };
+        if self.device.is_none() {
+            self.device = Some(cuda.gradients(self.index.iter().map(|(place, i)| (*place, self.values[*i].len())))?);
+        }
+        match &self.device {
+            Some(sums) => pass(cuda, sums),
+            None => bail!("the GPU has no gradients"),
+        }
     }
 
     /// Per trainable tensor, in their order.

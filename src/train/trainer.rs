@@ -7,8 +7,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::backprop::Keep;
 use super::checkpoint::{self, CheckpointError, Contents, RunState};
-use super::estimate::{self, Estimate};
+use super::estimate::{self, Estimate, Memory};
 use super::event::RunEvent;
 use super::host::Host;
 use super::micro_batch::MicroBatch;
@@ -131,6 +132,8 @@ pub struct Trainer {
     saved_step: Option<u64>,
     unsaved: Option<Unsaved>,
     plan: Estimate,
+    /// Whether the plan was cut down because the device ran out of memory.
+    shortened: bool,
     started: Instant,
     first_step: u64,
 }
@@ -150,7 +153,7 @@ impl Trainer {
             (state, latest) = (restored.state, restored.metrics);
         }
         let longest = train.iter().map(EncodedPair::packed_tokens).max().unwrap_or(0);
-        let (Ok(plan) | Err(plan)) = estimate::plan(&policy.policy.config, &spec, longest, memory);
+        let (Ok(plan) | Err(plan)) = estimate::plan(&policy.policy.config, &spec, longest, memory, Memory::of(&policy.policy.device));
         let total_steps = spec.batch.total_steps(train.len());
         let first_step = state.step;
         let mut trainer = Trainer {
@@ -176,6 +179,7 @@ impl Trainer {
             saved_step,
             unsaved: None,
             plan,
+            shortened: false,
             first_step,
         };
         trainer.phase = trainer.first_phase();
@@ -230,13 +234,18 @@ impl Trainer {
             && done > 0
         {
             // The step's first micro-batches are repeated when the run continues: their gradients are not part of a checkpoint.
-            self.state.micro_batch -= done;
-            (self.state.tokens, self.state.window) = std::mem::take(&mut self.before);
-            self.phase = Phase::Step { done: 0 };
-            self.gradients.clear();
+            self.rewind(done)?;
         }
         let best = matches!(self.phase, Phase::Save { best: true });
         if self.saved_step != Some(self.state.step) && self.state.step > 0 { self.save(best, emit) } else { Ok(()) }
+    }
+
+    /// Back to the start of the step in progress, of which `done` micro-batches are done.
+    fn rewind(&mut self, done: usize) -> Result<(), TrainError> {
+        self.state.micro_batch -= done;
+        (self.state.tokens, self.state.window) = std::mem::take(&mut self.before);
+        self.phase = Phase::Step { done: 0 };
+        Ok(self.gradients.clear()?)
     }
 
     /// Writes a checkpoint. When it cannot be written (the disk is full, say) the run waits and tries again: what was trained is worth more than the wait.
@@ -269,11 +278,13 @@ impl Trainer {
     fn step_unit(&mut self, done: usize, host: &mut Host) -> Result<(), TrainError> {
         let (micro_batches, group) = self.group();
         if done == 0 {
-            self.gradients.clear();
+            self.gradients.clear()?;
             self.before = (self.state.tokens, self.state.window.clone());
             self.step_started = Instant::now();
         }
-        self.micro_batch(1.0 / group as f64, host)?;
+        if let Err(e) = self.micro_batch(1.0 / group as f64, host) {
+            return self.shorten(e, done, host);
+        }
         self.state.micro_batch += 1;
         if done + 1 < group {
             self.phase = Phase::Step { done: done + 1 };
@@ -287,6 +298,20 @@ impl Trainer {
         }
         self.after_update(host.emit);
         Ok(())
+    }
+
+    /// When the device ran out of memory, once: shorter rows, whose blocks are run again, and the step from its start. Any other error stands.
+    fn shorten(&mut self, e: TrainError, done: usize, host: &mut Host) -> Result<(), TrainError> {
+        let device = &self.policy.policy.device;
+        if !device.take_out_of_memory() || std::mem::replace(&mut self.shortened, true) {
+            return Err(e);
+        }
+        device.trim();
+        self.plan.row_tokens = (self.plan.row_tokens / 2).max(1);
+        self.plan.keep = Keep::Inputs;
+        let message = format!("{e}; going on with rows of {} tokens and activation checkpointing", self.plan.row_tokens);
+        (host.emit)(RunEvent::Log { severity: "warning", message });
+        self.rewind(done)
     }
 
     /// Micro-batches in this epoch, and in the current step's group (the last group of an epoch may be short).
@@ -328,6 +353,7 @@ impl Trainer {
     }
 
     fn update(&mut self) -> Result<(), TrainError> {
+        self.gradients.collect()?;
         let norm = self.gradients.norm();
         if !norm.is_finite() {
             let rows = self.batch_rows();
@@ -338,6 +364,7 @@ impl Trainer {
         let lr = self.learning_rate();
         let vars: Vec<_> = self.policy.trainables.iter().map(|t| (&t.var, t.decay)).collect();
         self.optimizer.step(o, lr, clip, &vars, self.gradients.values())?;
+        self.policy.policy.device.changed(&self.policy.policy);
         self.state.window.step(norm, lr);
         self.state.step += 1;
         if let Some(sync) = self.spec.dpo.reference_sync

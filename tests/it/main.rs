@@ -7,6 +7,8 @@ mod clients;
 mod command_line;
 mod corpus;
 mod crash;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod datasets;
 mod gateway;
 mod gguf;

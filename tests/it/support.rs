@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
 
 use bradley::domain::dataset::{DatasetFormat, PreferenceRow};
 use bradley::domain::training::Precision;
 use bradley::domain::training::Truncation;
 use bradley::model::decoder::Policy;
+use bradley::model::device::{ComputeDevice, DeviceChoice};
 use bradley::model::loader::{LoadedModel, load_model};
 use bradley::model::parameters::Parameters;
 use bradley::model::source::HubOptions;
@@ -24,7 +25,8 @@ pub const MODELS: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 
 /// A path below tests/goldens.
 pub fn golden(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(path)
+    // Tests start in the package's folder, wherever they were built.
+    std::env::current_dir().unwrap().join("tests/goldens").join(path)
 }
 
 /// A golden JSON file.
@@ -45,7 +47,23 @@ pub fn open(name: &str) -> LoadedModel {
 /// A model's weights and tokenizer.
 pub fn policy(model: LoadedModel) -> (Policy, ChatTokenizer) {
     let parameters = Parameters::load(&model.config, &model.weights, Precision::F32).unwrap();
-    (Policy { config: Arc::new(model.config), parameters: Arc::new(parameters), adapter: None, precision: Precision::F32 }, model.tokenizer)
+    let config = Arc::new(model.config);
+    (Policy { config, parameters: Arc::new(parameters), adapter: None, precision: Precision::F32, device: device() }, model.tokenizer)
+}
+
+/// Where the golden tests compute: BRADLEY_TEST_DEVICE, or the CPU.
+pub fn device() -> ComputeDevice {
+    static DEVICE: OnceLock<ComputeDevice> = OnceLock::new();
+    let open = || {
+        let name = std::env::var("BRADLEY_TEST_DEVICE").unwrap_or("cpu".into());
+        ComputeDevice::open(DeviceChoice::parse(&name).unwrap()).unwrap()
+    };
+    DEVICE.get_or_init(open).clone()
+}
+
+/// Whether bits do not depend on what shares a row: on a GPU cuBLAS picks its kernels by the product's shape.
+pub fn is_batch_invariant() -> bool {
+    matches!(device(), ComputeDevice::Cpu)
 }
 
 /// A tiny model, loaded.

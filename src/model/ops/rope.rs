@@ -27,6 +27,12 @@ impl RopeTable {
         }
         RopeTable { cos: cos.into(), sin: sin.into(), half }
     }
+
+    /// Both tables.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn tables(&self) -> (&[f32], &[f32]) {
+        (&self.cos, &self.sin)
+    }
 }
 
 /// Which way to rotate.

@@ -1,0 +1,49 @@
+//! Gradients on the device: f32 sums that are added up over a step's rows and fetched once, before the update.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::{Result, bail};
+
+use super::gpu::{Gpu, Memory};
+use super::kernels::Kind;
+use crate::model::gradients::Place;
+
+/// One sum per tensor that is trained.
+pub struct GradientBuffers {
+    gpu: Arc<Gpu>,
+    slots: HashMap<Place, Memory>,
+}
+
+impl std::fmt::Debug for GradientBuffers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} gradients on {:?}", self.slots.len(), self.gpu)
+    }
+}
+
+impl GradientBuffers {
+    /// Zeros for tensors of these sizes.
+    pub(super) fn new(gpu: &Arc<Gpu>, sizes: impl IntoIterator<Item = (Place, usize)>) -> Result<Self> {
+        let slots = sizes.into_iter().map(|(place, len)| Ok((place, gpu.zeros(Kind::F32, len)?))).collect::<Result<_>>()?;
+        Ok(GradientBuffers { gpu: gpu.clone(), slots })
+    }
+
+    pub(super) fn slot(&self, place: Place) -> Option<&Memory> {
+        self.slots.get(&place)
+    }
+
+    /// Sets all to zero.
+    pub fn clear(&self) -> Result<()> {
+        self.gpu.bind()?;
+        self.slots.values().try_for_each(|m| self.gpu.clear(m))
+    }
+
+    /// Copies a tensor's sum to the host.
+    pub fn download(&self, place: Place, to: &mut [f32]) -> Result<()> {
+        self.gpu.bind()?;
+        match self.slots.get(&place) {
+            Some(memory) if memory.len() == to.len() => self.gpu.download(memory, to),
+            _ => bail!("no gradient of {} elements for {place:?} is on the GPU", to.len()),
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! The head on the device: a tile of the vocabulary at a time, the softmax online, as in [`crate::model::ops::head`].
+
+use std::sync::Arc;
+
+use candle_core::Result;
+
+use super::gpu::{Gpu, Memory};
+use super::kernels::{Kind, Launch};
+use super::row::DeviceRow;
+use crate::model::ops::head::{HeadOptions, HeadOutput, TokenDistribution};
+
+/// Columns of the vocabulary in a tile: a product large enough for every multiprocessor.
+const TILE: usize = 8192;
+/// Floats of a row's softmax.
+const STATE: usize = 8;
+
+/// The head of a model.
+pub(super) struct Head<'a> {
+    pub gpu: &'a Arc<Gpu>,
+    pub kind: Kind,
+    /// `[V, C]`.
+    pub weight: &'a Memory,
+    pub hidden: usize,
+    pub vocabulary: usize,
+}
+
+/// What a pass over the vocabulary left.
+pub(super) struct Passed {
+    /// Without the gradient, which stays on the device.
+    pub output: HeadOutput,
+    /// ∂log p/∂h `[N, C]`, where it was asked for.
+    pub gradient: Option<Memory>,
+}
+
+impl Head<'_> {
+    fn tiles(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let vocabulary = self.vocabulary;
+        (0..vocabulary).step_by(TILE).map(move |first| (first, TILE.min(vocabulary - first)))
+    }
+
+    /// `logits` `[N, TILE]` of a tile.
+    fn logits(&self, h: &Memory, rows: usize, first: usize, width: usize, logits: &Memory) -> Result<()> {
+        let w = self.weight.matrix_at(first * self.hidden, self.hidden).t();
+        self.gpu.matmul([rows, width, self.hidden], h.matrix(self.hidden), w, logits.matrix(TILE), 1.0, 0.0)
+    }
+
+    /// Log-probs of the targets given `h` `[N, C]`.
+    pub fn forward(&self, h: &Memory, row: &DeviceRow, targets: &[u32], options: HeadOptions) -> Result<Passed> {
+        let (gpu, kind, rows, hidden) = (self.gpu, self.kind, targets.len(), self.hidden);
+        if rows == 0 {
+            return Ok(Passed { output: HeadOutput::default(), gradient: None });
+        }
+        let state = gpu.dirty(Kind::F32, rows * STATE)?;
+        gpu.launch("head_start", None, Launch::blocks(rows.div_ceil(256)), &[(&state).into(), rows.into()])?;
+        let logits = gpu.dirty(Kind::F32, rows * TILE)?;
+        let of_gradient = if options.gradient { rows } else { 0 };
+        let p = gpu.dirty(kind, of_gradient * TILE)?;
+        let scales = gpu.dirty(Kind::F32, rows)?;
+        let gradient = gpu.dirty(Kind::F32, of_gradient * hidden)?;
+        for (first, width) in self.tiles() {
+            self.logits(h, rows, first, width, &logits)?;
+            let args = [
+                (&state).into(),
+                (&p).into(),
+                (&scales).into(),
+                (&logits).into(),
+                (&row.target_ids).into(),
+                rows.into(),
+                width.into(),
+                TILE.into(),
+                first.into(),
+                options.distribution.into(),
+                options.gradient.into(),
+            ];
+            gpu.launch("head_tile", Some(kind), Launch::blocks(rows), &args)?;
+            if options.gradient {
+                if first > 0 {
+                    let args = [(&gradient).into(), (&scales).into(), rows.into(), hidden.into()];
+                    gpu.launch("head_rescale", None, Launch::blocks(rows), &args)?;
+                }
+                let beta = if first > 0 { 1.0 } else { 0.0 };
+                let w = self.weight.matrix_at(first * hidden, hidden);
+                gpu.matmul([rows, hidden, width], p.matrix(TILE), w, gradient.matrix(hidden), 1.0, beta)?;
+            }
+        }
+        if options.gradient {
+            let args = [(&gradient).into(), (&state).into(), self.weight.into(), (&row.target_ids).into(), rows.into(), hidden.into()];
+            gpu.launch("head_finish", Some(kind), Launch::blocks(rows), &args)?;
+        }
+        let mut states = vec![0f32; rows * STATE];
+        gpu.download(&state, &mut states)?;
+        let output = self.describe(&states, targets, options);
+        Ok(Passed { output, gradient: options.gradient.then_some(gradient) })
+    }
+
+    /// Numbers of each row's softmax.
+    fn describe(&self, states: &[f32], targets: &[u32], options: HeadOptions) -> HeadOutput {
+        let mut output = HeadOutput::default();
+        for (s, &target) in states.chunks(STATE).zip(targets) {
+            let [max, sum, weighted, squares, logits, of_target, argmax, _] = s else { continue };
+            let lse = max + sum.ln();
+            output.log_probs.push(of_target - lse);
+            output.log_sum_exp.push(lse);
+            if options.distribution {
+                output.distributions.push(TokenDistribution {
+                    mean_logit: logits / self.vocabulary as f32,
+                    entropy: sum.ln() - weighted / sum,
+                    log_sum_p2: squares.ln() - 2.0 * sum.ln(),
+                    is_argmax: argmax.to_bits() == target,
+                });
+            }
+        }
+        output
+    }
+
+    /// Adds ∂loss/∂W to `dw` `[V, C]`, given g = ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p).
+    pub fn weight_gradient(&self, h: &Memory, row: &DeviceRow, lse: &Memory, g: &Memory, dw: &Memory) -> Result<()> {
+        let (gpu, rows, hidden) = (self.gpu, row.targets, self.hidden);
+        let (logits, errors) = (gpu.dirty(Kind::F32, rows * TILE)?, gpu.dirty(self.kind, rows * TILE)?);
+        for (first, width) in self.tiles() {
+            self.logits(h, rows, first, width, &logits)?;
+            let args = [
+                (&errors).into(),
+                (&logits).into(),
+                lse.into(),
+                g.into(),
+                (&row.target_ids).into(),
+                rows.into(),
+                width.into(),
+                TILE.into(),
+                first.into(),
+            ];
+            gpu.launch("head_errors", Some(self.kind), Launch::blocks(rows), &args)?;
+            let to = dw.matrix_at(first * hidden, hidden);
+            gpu.matmul([width, hidden, rows], errors.matrix(TILE).t(), h.matrix(hidden), to, 1.0, 1.0)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,91 @@
+// Rows as floats, W elements at a time: 16-byte accesses where the addresses allow them, single elements elsewhere.
+#pragma once
+
+#include "common.cuh"
+
+// A width known to the compiler.
+template <int N> struct Width {
+    static constexpr int value = N;
+};
+
+// Calls body(Width<W>): W is what 16 bytes hold of T if `wide`, else 1. `wide` must be the same for all threads.
+// Floats beside bf16 move in two accesses of 16 bytes.
+template <class T, class Body> __device__ __forceinline__ void by_width(bool wide, Body body) {
+    if (wide) {
+        body(Width<Vector<T>::N>());
+    } else {
+        body(Width<1>());
+    }
+}
+
+// to = W elements from `from` on; for W > 1 a 16-byte boundary.
+template <int W, class T> __device__ __forceinline__ void load(float (&to)[W], const T* from) {
+    if constexpr (W == 1) {
+        to[0] = to_float(*from);
+    } else {
+        constexpr int N = Vector<T>::N;
+#pragma unroll
+        for (int k = 0; k < W / N; ++k) {
+            const Vector<T> part = load_16(from + k * N);
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                to[k * N + j] = to_float(part.v[j]);
+            }
+        }
+    }
+}
+
+// The W elements from `to` on = from, rounded to T; for W > 1 `to` is a 16-byte boundary.
+template <int W, class T> __device__ __forceinline__ void store(T* to, const float (&from)[W]) {
+    if constexpr (W == 1) {
+        *to = from_float<T>(from[0]);
+    } else {
+        constexpr int N = Vector<T>::N;
+#pragma unroll
+        for (int k = 0; k < W / N; ++k) {
+            Vector<T> part;
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                part.v[j] = from_float<T>(from[k * N + j]);
+            }
+            store_16(to + k * N, part);
+        }
+    }
+}
+
+// Number of this thread in the grid (blocks and grid in one dimension), and of all threads.
+__device__ __forceinline__ long long grid_thread() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
+__device__ __forceinline__ long long grid_threads() { return (long long)gridDim.x * blockDim.x; }
+
+// Walks over a table some columns wide, a cell a thread, in strides of the whole grid. Any grid covers the table, and
+// neighbours in a warp are neighbours in the table. Only the start divides.
+//     for (Cells at(columns); at.row < rows; at.next()) { ... at.row, at.column ... }
+struct Cells {
+    long long row;
+    int column;
+
+    __device__ __forceinline__ explicit Cells(int width) : columns(width) {
+        const unsigned long long first = grid_thread(), step = grid_threads();
+        const unsigned long long n = width;
+        row = first / n;
+        column = int(first % n);
+        row_step = step / n;
+        column_step = int(step % n);
+    }
+
+    __device__ __forceinline__ void next() {
+        row += row_step;
+        // column + column_step ≥ columns, without overflow.
+        if (column >= columns - column_step) {
+            column -= columns - column_step;
+            ++row;
+        } else {
+            column += column_step;
+        }
+    }
+
+private:
+    int columns;
+    long long row_step;
+    int column_step;
+};

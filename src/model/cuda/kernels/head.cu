@@ -1,0 +1,192 @@
+// The head, log-softmax and gather over one tile of the vocabulary after the other: [N, V] is never held.
+//
+// log p(y) = ⟨h, W_y⟩ − log Σ_v e^⟨h, W_v⟩. cuBLAS forms a tile of logits and adds Σ p_v·W_v; these kernels keep the
+// maximum, the sums and ∂log p/∂h = W_y − Σ_v p_v·W_v together, scaled down whenever a larger logit appears (the online
+// softmax of arXiv:2205.14135).
+#include "elements.cuh"
+
+// A row's softmax so far, floats of state[row, 8].
+enum State {
+    MAXIMUM,   // the largest logit l
+    TOTAL,     // Σ e^(l − max)
+    WEIGHTED,  // Σ (l − max)·e^(l − max)
+    SQUARES,   // Σ e^(2(l − max))
+    LOGITS,    // Σ l
+    TARGET,    // the target's logit
+    ARGMAX,    // where the largest is (the first one, on a tie), the bits of an unsigned
+    UNUSED,
+    STATE
+};
+
+// Every row's state before the first tile.   [ceil(rows / 256); 256]
+KERNEL void head_start(float* state, int rows) {
+    const long long row = grid_thread();
+    if (row < rows) {
+        float* const s = state + row * STATE;
+        s[MAXIMUM] = s[TARGET] = -INFINITY;
+        s[TOTAL] = s[WEIGHTED] = s[SQUARES] = s[LOGITS] = s[UNUSED] = 0.0f;
+        s[ARGMAX] = __uint_as_float(0);
+    }
+}
+
+// Takes in the logits of the tokens first..first + width, [rows, ld]. WEIGHTED, SQUARES, LOGITS and ARGMAX are kept only if
+// `distribution`. With `gradient`, p[i, j] = e^(l − max), of leading dimension ld too, and scales[i] = what sums over
+// older tiles are to be multiplied by (0 after the first tile). p may be the logits themselves.   [rows; 256]
+template <class T>
+__device__ __forceinline__ void head_tile(float* state, T* p, float* scales, const float* logits, const unsigned* targets,
+                                          int rows, int width, int ld, int first, int distribution, int gradient) {
+    const long long start = (long long)blockIdx.x * ld;
+    float* const s = state + (long long)blockIdx.x * STATE;
+    const float old = s[MAXIMUM];
+    // Only thread 0 needs it, before any thread may overwrite it; wraps to a large number below `first`.
+    const unsigned target = targets[blockIdx.x] - unsigned(first);
+    const bool has_target = threadIdx.x == 0 && target < unsigned(width);
+    const float of_target = has_target ? logits[start + target] : 0.0f;
+    const bool wide = rows_aligned_16(logits, ld) && width % Vector<T>::N == 0 && (!gradient || rows_aligned_16(p, ld));
+    by_width<T>(wide, [&](auto w) {
+        constexpr int W = decltype(w)::value;
+        float top = -INFINITY, logit_sum = 0.0f;
+        int at = 0;
+        for (int c = threadIdx.x * W; c < width; c += blockDim.x * W) {
+            float l[W];
+            load(l, logits + start + c);
+#pragma unroll
+            for (int j = 0; j < W; ++j) {
+                if (l[j] > top) {
+                    top = l[j];
+                    at = c + j;
+                }
+                logit_sum += l[j];
+            }
+        }
+        const float tile_max = block_max(top);
+        const bool larger = tile_max > old;
+        const float max = larger ? tile_max : old;
+        float argmax = 0.0f;
+        if (distribution && larger) {
+            // The smallest column that holds it. Columns of a tile, fewer than 2²⁴, are exact as floats.
+            argmax = -block_max(top == tile_max ? -float(at) : -INFINITY);
+        }
+        // After the barriers of block_max all logits were read once, and of_target too: p may replace them.
+        float sum = 0.0f, weighted = 0.0f, squares = 0.0f;
+        for (int c = threadIdx.x * W; c < width; c += blockDim.x * W) {
+            float l[W];
+            load(l, logits + start + c);
+#pragma unroll
+            for (int j = 0; j < W; ++j) {
+                const float t = l[j] - max, e = expf(t);
+                sum += e;
+                weighted += t * e;
+                squares += e * e;
+                l[j] = e;
+            }
+            if (gradient) {
+                store(p + start + c, l);
+            }
+        }
+        sum = block_sum(sum);
+        if (distribution) {
+            weighted = block_sum(weighted);
+            squares = block_sum(squares);
+            logit_sum = block_sum(logit_sum);
+        }
+        if (threadIdx.x != 0) {
+            return;
+        }
+        const float step = old - max;
+        const float scale = !larger ? 1.0f : old == -INFINITY ? 0.0f : expf(step);
+        if (distribution) {
+            const float older = larger && scale > 0.0f ? scale * (s[WEIGHTED] + step * s[TOTAL]) : s[WEIGHTED];
+            s[WEIGHTED] = older + weighted;
+            s[SQUARES] = s[SQUARES] * scale * scale + squares;
+            s[LOGITS] += logit_sum;
+            if (larger) {
+                s[ARGMAX] = __uint_as_float(unsigned(first) + unsigned(argmax));
+            }
+        }
+        s[TOTAL] = s[TOTAL] * scale + sum;
+        s[MAXIMUM] = max;
+        if (has_target) {
+            s[TARGET] = of_target;
+        }
+        if (gradient) {
+            scales[blockIdx.x] = scale;
+        }
+    });
+}
+INSTANTIATE(head_tile,
+            (float* state, T* p, float* scales, const float* logits, const unsigned* targets, int rows, int width, int ld,
+             int first, int distribution, int gradient),
+            (state, p, scales, logits, targets, rows, width, ld, first, distribution, gradient))
+
+// d[i, :] *= scales[i]; most rows keep their maximum, and 1 costs nothing.   [rows; 256]
+KERNEL void head_rescale(float* d, const float* scales, int rows, int width) {
+    const float scale = scales[blockIdx.x];
+    if (scale == 1.0f) {
+        return;
+    }
+    float* const row = d + (long long)blockIdx.x * width;
+    by_width<float>(rows_aligned_16(d, width), [&](auto w) {
+        constexpr int W = decltype(w)::value;
+        for (int c = threadIdx.x * W; c < width; c += blockDim.x * W) {
+            float v[W];
+            load(v, row + c);
+#pragma unroll
+            for (int j = 0; j < W; ++j) {
+                v[j] *= scale;
+            }
+            store(row + c, v);
+        }
+    });
+}
+
+// d = ∂log p/∂h: d[i, :] = W[y_i, :] − d[i, :] / Σ e^(l − max).   [rows; 256]
+template <class T>
+__device__ __forceinline__ void head_finish(float* d, const float* state, const T* w, const unsigned* targets, int rows,
+                                            int width) {
+    const float inverse = 1.0f / state[(long long)blockIdx.x * STATE + TOTAL];
+    float* const row = d + (long long)blockIdx.x * width;
+    const T* const of_target = w + (long long)targets[blockIdx.x] * width;
+    by_width<T>(rows_aligned_16(d, width) && rows_aligned_16(w, width), [&](auto elements) {
+        constexpr int W = decltype(elements)::value;
+        for (int c = threadIdx.x * W; c < width; c += blockDim.x * W) {
+            float v[W], weight[W];
+            load(v, row + c);
+            load(weight, of_target + c);
+#pragma unroll
+            for (int j = 0; j < W; ++j) {
+                v[j] = weight[j] - v[j] * inverse;
+            }
+            store(row + c, v);
+        }
+    });
+}
+INSTANTIATE(head_finish, (float* d, const float* state, const T* w, const unsigned* targets, int rows, int width),
+            (d, state, w, targets, rows, width))
+
+// ∂loss/∂logits of a tile, for ∂W = eᵀ·h: e[i, j] = g_i·(1{first + j = y_i} − e^(l − lse_i)), of leading dimension ld, as
+// the logits. e may be the logits themselves.   [rows; 256]
+template <class T>
+__device__ __forceinline__ void head_errors(T* e, const float* logits, const float* lse, const float* g,
+                                            const unsigned* targets, int rows, int width, int ld, int first) {
+    const long long start = (long long)blockIdx.x * ld;
+    const float of_row = g[blockIdx.x], log_sum = lse[blockIdx.x];
+    const unsigned target = targets[blockIdx.x] - unsigned(first);
+    const bool wide = rows_aligned_16(logits, ld) && rows_aligned_16(e, ld) && width % Vector<T>::N == 0;
+    by_width<T>(wide, [&](auto elements) {
+        constexpr int W = decltype(elements)::value;
+        for (int c = threadIdx.x * W; c < width; c += blockDim.x * W) {
+            float l[W];
+            load(l, logits + start + c);
+#pragma unroll
+            for (int j = 0; j < W; ++j) {
+                l[j] = of_row * ((unsigned(c + j) == target ? 1.0f : 0.0f) - expf(l[j] - log_sum));
+            }
+            store(e + start + c, l);
+        }
+    });
+}
+INSTANTIATE(head_errors,
+            (T* e, const float* logits, const float* lse, const float* g, const unsigned* targets, int rows, int width, int ld,
+             int first),
+            (e, logits, lse, g, targets, rows, width, ld, first))

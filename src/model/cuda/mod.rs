@@ -1,0 +1,261 @@
+//! The decoder's passes on an NVIDIA GPU: the same row in, the same numbers out as [`super::decoder`] gives on the CPU.
+//!
+//! Weights are copied to the device when they are first used; matrices and activations are in the pass's precision, the residual stream, sums, norms,
+//! softmax, losses and gradients in f32. Masters and the optimizer stay on the host: gradients are fetched once a step, changed weights sent once.
+//! Nothing waits for the device but the log-probs of a row. Products are cuBLAS's, everything else is `kernels/*.cu`.
+
+mod attention;
+mod block;
+mod gpu;
+mod gradients;
+mod head;
+mod kernels;
+mod projections;
+mod row;
+mod weights;
+
+use std::sync::Arc;
+
+use candle_core::{Result, bail};
+
+use self::block::{Block, BlockTape, Shape};
+pub use self::gpu::Gpu;
+use self::gpu::Memory;
+pub use self::gradients::GradientBuffers;
+use self::head::Head;
+use self::kernels::{Kind, Launch};
+use self::row::{DeviceRow, Scatter};
+use self::weights::{Copies, DeviceAdapter, DeviceWeights};
+use super::adapter::Adapter;
+use super::decoder::{Policy, PreparedRow};
+use super::gradients::Place;
+use super::ops::attention::Heads;
+use super::ops::head::{HeadOptions, HeadOutput};
+use super::parameters::Parameters;
+
+/// A GPU with the weights that are on it.
+pub struct Cuda {
+    gpu: Arc<Gpu>,
+    weights: Copies<Parameters, DeviceWeights>,
+    adapters: Copies<Adapter, DeviceAdapter>,
+}
+
+impl std::fmt::Debug for Cuda {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.gpu.fmt(f)
+    }
+}
+
+/// A row after its forward pass, ready to go back.
+pub struct DeviceTape {
+    row: DeviceRow,
+    blocks: Vec<Kept>,
+    before_norm: Memory,
+    normed: Memory,
+    gradient: Option<Memory>,
+    lse: Vec<f32>,
+}
+
+enum Kept {
+    Tape(Box<BlockTape>),
+    Input(Memory),
+}
+
+/// What the forward pass keeps of every block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeepBlocks {
+    /// All that the backward pass needs.
+    Tapes,
+    /// Its input; the block runs again in the backward pass.
+    Inputs,
+    /// Nothing.
+    Nothing,
+}
+
+/// A policy's weights on the device, and the shape of its passes.
+struct Opened<'a> {
+    gpu: &'a Arc<Gpu>,
+    kind: Kind,
+    policy: &'a Policy,
+    weights: Arc<DeviceWeights>,
+    adapter: Option<Arc<DeviceAdapter>>,
+    parts: Vec<(std::ops::Range<usize>, Arc<DeviceAdapter>)>,
+}
+
+impl Opened<'_> {
+    fn hidden(&self) -> usize {
+        self.policy.config.hidden_size
+    }
+
+    fn eps(&self) -> f32 {
+        self.policy.config.rms_norm_eps as f32
+    }
+
+    fn block<'b>(&'b self, index: usize, row: &'b DeviceRow) -> Block<'b> {
+        let config = &self.policy.config;
+        let heads = Heads {
+            query: config.num_heads,
+            key: config.num_kv_heads,
+            dim: config.head_dim,
+            window: config.sliding_window.get(index).copied().flatten(),
+        };
+        let shape = Shape { hidden: self.hidden(), feed_forward: config.intermediate_size, heads, eps: self.eps() };
+        let (weights, adapter) = (&self.weights.blocks[index], self.adapter.as_deref());
+        Block { gpu: self.gpu, kind: self.kind, index, shape, weights, adapter, parts: &self.parts, row }
+    }
+
+    fn head(&self) -> Head<'_> {
+        let (hidden, vocabulary) = (self.hidden(), self.policy.config.vocab_size);
+        Head { gpu: self.gpu, kind: self.kind, weight: self.weights.head(), hidden, vocabulary }
+    }
+
+    /// The embedded row `[T, C]`.
+    fn embed(&self, row: &DeviceRow) -> Result<Memory> {
+        let x = self.gpu.dirty(Kind::F32, row.tokens * self.hidden())?;
+        let args = [(&x).into(), (&self.weights.embed).into(), (&row.ids).into(), row.tokens.into(), self.hidden().into()];
+        self.gpu.launch("embed", Some(self.kind), Launch::blocks(row.tokens), &args)?;
+        Ok(x)
+    }
+
+    /// The predictors' hidden states before and after the last norm `[N, C]`.
+    fn last_norm(&self, x: &Memory, row: &DeviceRow) -> Result<(Memory, Memory)> {
+        let (rows, width) = (row.targets, self.hidden());
+        let before = self.gpu.dirty(Kind::F32, rows * width)?;
+        let args = [(&before).into(), x.into(), (&row.predictors).into(), rows.into(), width.into()];
+        self.gpu.launch("gather_rows", None, Launch::blocks(rows), &args)?;
+        let normed = self.gpu.dirty(self.kind, rows * width)?;
+        block::rms_norm(self.gpu, self.kind, &normed, &before, &self.weights.norm, [rows, width], self.eps())?;
+        Ok((before, normed))
+    }
+}
+
+impl Cuda {
+    /// Opens a GPU.
+    ///
+    /// # Errors
+    /// As [`Gpu::open`].
+    pub fn open(ordinal: usize) -> Result<Arc<Self>> {
+        Ok(Arc::new(Cuda { gpu: Gpu::open(ordinal)?, weights: Copies::default(), adapters: Copies::default() }))
+    }
+
+    /// The device.
+    pub fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    /// Zero gradients for tensors of these sizes.
+    pub fn gradients(&self, sizes: impl IntoIterator<Item = (Place, usize)>) -> Result<GradientBuffers> {
+        self.gpu.bind()?;
+        GradientBuffers::new(&self.gpu, sizes)
+    }
+
+    /// Tells that a policy's own weights were changed in place: its adapter's, or all of them.
+    pub fn changed(&self, policy: &Policy) {
+        match &policy.adapter {
+            Some(adapter) => self.adapters.forget(adapter),
+            None => self.weights.forget(&policy.parameters),
+        }
+    }
+
+    fn open_policy<'a>(&'a self, policy: &'a Policy, row: &PreparedRow) -> Result<Opened<'a>> {
+        self.gpu.bind()?;
+        let (gpu, kind) = (&self.gpu, Kind::of(policy.precision));
+        let adapter = |a: &Arc<Adapter>| self.adapters.adapter(gpu, kind, a);
+        Ok(Opened {
+            gpu,
+            kind,
+            policy,
+            weights: self.weights.weights(gpu, kind, &policy.parameters)?,
+            adapter: policy.adapter.as_ref().map(adapter).transpose()?,
+            parts: row.adapters.iter().map(|(rows, a)| Ok((rows.clone(), adapter(a)?))).collect::<Result<_>>()?,
+        })
+    }
+
+    /// Log-probs of the row's completion tokens `[N]`. `pause` is called before every block.
+    pub fn log_probs(&self, policy: &Policy, row: &PreparedRow, pause: &mut dyn FnMut()) -> Result<Vec<f32>> {
+        let opened = self.open_policy(policy, row)?;
+        let on_device = DeviceRow::new(&self.gpu, row)?;
+        let x = opened.embed(&on_device)?;
+        for i in 0..policy.num_blocks() {
+            pause();
+            opened.block(i, &on_device).forward(&x, false)?;
+        }
+        let (_, normed) = opened.last_norm(&x, &on_device)?;
+        let options = HeadOptions { distribution: false, gradient: false };
+        Ok(opened.head().forward(&normed, &on_device, &row.row().targets, options)?.output.log_probs)
+    }
+
+    /// Runs the row forward. `pause` is called before every block.
+    pub fn forward(
+        &self,
+        policy: &Policy,
+        row: &PreparedRow,
+        keep: KeepBlocks,
+        pause: &mut dyn FnMut(),
+    ) -> Result<(HeadOutput, DeviceTape)> {
+        let opened = self.open_policy(policy, row)?;
+        let on_device = DeviceRow::new(&self.gpu, row)?;
+        let x = opened.embed(&on_device)?;
+        let mut blocks = Vec::with_capacity(policy.num_blocks());
+        for i in 0..policy.num_blocks() {
+            pause();
+            let input = if keep == KeepBlocks::Inputs { Some(self.gpu.copy(&x)?) } else { None };
+            let tape = opened.block(i, &on_device).forward(&x, keep == KeepBlocks::Tapes)?;
+            blocks.extend(tape.map(|t| Kept::Tape(Box::new(t))).or(input.map(Kept::Input)));
+        }
+        let (before_norm, normed) = opened.last_norm(&x, &on_device)?;
+        let options = HeadOptions { distribution: true, gradient: keep != KeepBlocks::Nothing };
+        let passed = opened.head().forward(&normed, &on_device, &row.row().targets, options)?;
+        let lse = passed.output.log_sum_exp.clone();
+        Ok((passed.output, DeviceTape { row: on_device, blocks, before_norm, normed, gradient: passed.gradient, lse }))
+    }
+
+    /// Runs the row backward from ∂loss/∂logp `[N]` and adds every trainable tensor's gradient to `gradients`. `pause` is called before every block.
+    pub fn backward(
+        &self,
+        policy: &Policy,
+        row: &PreparedRow,
+        tape: DeviceTape,
+        upstream: &[f32],
+        gradients: &GradientBuffers,
+        pause: &mut dyn FnMut(),
+    ) -> Result<()> {
+        let opened = self.open_policy(policy, row)?;
+        let DeviceTape { row: on_device, blocks, before_norm, normed, gradient, lse } = tape;
+        let Some(gradient) = gradient.filter(|_| blocks.len() == policy.num_blocks()) else {
+            bail!("the row was run forward without a tape");
+        };
+        let (gpu, kind, width, rows) = (&self.gpu, opened.kind, opened.hidden(), on_device.targets);
+        let g = gpu.upload(Kind::F32, upstream)?;
+        let place = if policy.parameters.head.is_some() { Place::Head } else { Place::Embedding };
+        if let Some(slot) = gradients.slot(place) {
+            let lse = gpu.upload(Kind::F32, &lse)?;
+            opened.head().weight_gradient(&normed, &on_device, &lse, &g, slot)?;
+        }
+        let scaled = gpu.dirty(kind, rows * width)?;
+        let args = [(&scaled).into(), (&gradient).into(), (&g).into(), rows.into(), width.into()];
+        gpu.launch("scale_rows", Some(kind), Launch::blocks(rows), &args)?;
+        let dh = gpu.zeros(Kind::F32, rows * width)?;
+        let slot = gradients.slot(Place::Norm);
+        block::rms_norm_backward(gpu, kind, &dh, &before_norm, &opened.weights.norm, &scaled, [rows, width], opened.eps(), slot)?;
+        drop((gradient, scaled, before_norm, normed));
+        let gx = gpu.zeros(Kind::F32, on_device.tokens * width)?;
+        Scatter::new(gpu, &row.row().predictors)?.add(gpu, &gx, &dh, width)?;
+        for (i, kept) in blocks.into_iter().enumerate().rev() {
+            pause();
+            let block = opened.block(i, &on_device);
+            let tape = match kept {
+                Kept::Tape(tape) => *tape,
+                Kept::Input(x) => match block.forward(&x, true)? {
+                    Some(tape) => tape,
+                    None => bail!("block {i} left no tape"),
+                },
+            };
+            block.backward(tape, &gx, gradients)?;
+        }
+        if let Some(slot) = gradients.slot(Place::Embedding) {
+            Scatter::new(gpu, &row.row().ids)?.add(gpu, slot, &gx, width)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,118 @@
+//! A group of projections on the device, forward and backward: [`crate::model::projections`] in cuBLAS's products.
+//!
+//! y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ; with v = s·g·B: dx = g·W + v·A, dA = vᵀ·x, dB = s·gᵀ·(x·Aᵀ), dW = gᵀ·x, db = Σ_tokens g.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::Result;
+
+use super::gpu::{Gpu, Memory};
+use super::gradients::GradientBuffers;
+use super::kernels::{Kind, Launch};
+use super::weights::{GroupAdapter, GroupWeights};
+use crate::model::gradients::{Place, Slot};
+
+/// A group of a block.
+#[derive(Clone, Copy)]
+pub(super) struct Group<'a> {
+    pub gpu: &'a Arc<Gpu>,
+    /// Of weights and activations.
+    pub kind: Kind,
+    pub weights: &'a GroupWeights,
+    /// The policy's own adapter, and its scale.
+    pub adapter: Option<(&'a GroupAdapter, f32)>,
+}
+
+impl Group<'_> {
+    /// `y` `[T, Σout]` = keep·y + the projections of `x` `[T, in]`. Returns x·Aᵀ `[T, Σr]`, which the backward pass wants.
+    pub fn forward(&self, x: &Memory, tokens: usize, y: &Memory, keep: bool) -> Result<Option<Memory>> {
+        let (w, gpu) = (self.weights, self.gpu);
+        let beta = if keep { 1.0 } else { 0.0 };
+        gpu.matmul([tokens, w.output, w.input], x.matrix(w.input), w.weight.matrix(w.input).t(), y.matrix(w.output), 1.0, beta)?;
+        for m in &w.members {
+            if let Some(bias) = &m.bias {
+                let kind = if keep { Kind::F32 } else { self.kind };
+                let args = [y.at(m.column).into(), bias.into(), tokens.into(), m.out.into(), w.output.into(), true.into()];
+                gpu.launch("add_bias", Some(kind), Launch::strided(tokens * m.out), &args)?;
+            }
+        }
+        self.adapter.map(|(adapter, scale)| self.add_low_rank(adapter, scale, x, 0..tokens, y)).transpose().map(Option::flatten)
+    }
+
+    /// Adds s·(x·Aᵀ)·Bᵀ to some rows of `y`; returns x·Aᵀ of these rows.
+    pub fn add_low_rank(&self, adapter: &GroupAdapter, scale: f32, x: &Memory, rows: Range<usize>, y: &Memory) -> Result<Option<Memory>> {
+        let (w, gpu, tokens) = (self.weights, self.gpu, rows.len());
+        if adapter.ranks == 0 || tokens == 0 {
+            return Ok(None);
+        }
+        let u = gpu.dirty(self.kind, tokens * adapter.ranks)?;
+        let input = x.matrix_at(rows.start * w.input, w.input);
+        gpu.matmul([tokens, adapter.ranks, w.input], input, adapter.a.matrix(w.input).t(), u.matrix(adapter.ranks), 1.0, 0.0)?;
+        for (m, b) in w.members.iter().zip(&adapter.b) {
+            let Some((b, rank, column)) = b else { continue };
+            let to = y.matrix_at(rows.start * w.output + m.column, w.output);
+            gpu.matmul([tokens, m.out, *rank], u.matrix_at(*column, adapter.ranks), b.matrix(*rank).t(), to, scale, 1.0)?;
+        }
+        Ok(Some(u))
+    }
+
+    /// Given g = ∂loss/∂y `[T, Σout]`, the input and what [`Group::forward`] returned: adds the parameters' gradients and returns ∂loss/∂x `[T, in]`.
+    pub fn backward(
+        &self,
+        block: usize,
+        x: &Memory,
+        u: Option<&Memory>,
+        g: &Memory,
+        tokens: usize,
+        gradients: &GradientBuffers,
+    ) -> Result<Memory> {
+        let (w, gpu) = (self.weights, self.gpu);
+        let dx = gpu.dirty(self.kind, tokens * w.input)?;
+        gpu.matmul([tokens, w.input, w.output], g.matrix(w.output), w.weight.matrix(w.input), dx.matrix(w.input), 1.0, 0.0)?;
+        if let (Some((adapter, scale)), Some(u)) = (self.adapter, u) {
+            self.low_rank_backward(block, adapter, scale, x, u, g, tokens, &dx, gradients)?;
+        }
+        for m in &w.members {
+            let g_m = g.matrix_at(m.column, w.output);
+            if let Some(slot) = gradients.slot(Place::Block(block, Slot::Weight(m.index))) {
+                gpu.matmul([m.out, w.input, tokens], g_m.t(), x.matrix(w.input), slot.matrix(w.input), 1.0, 1.0)?;
+            }
+            if m.bias.is_some()
+                && let Some(slot) = gradients.slot(Place::Block(block, Slot::Bias(m.index)))
+            {
+                let args = [slot.into(), g.at(m.column).into(), tokens.into(), m.out.into(), w.output.into()];
+                gpu.launch("column_sum", Some(self.kind), Launch::columns(m.out), &args)?;
+            }
+        }
+        Ok(dx)
+    }
+
+    fn low_rank_backward(
+        &self,
+        block: usize,
+        adapter: &GroupAdapter,
+        scale: f32,
+        x: &Memory,
+        u: &Memory,
+        g: &Memory,
+        tokens: usize,
+        dx: &Memory,
+        gradients: &GradientBuffers,
+    ) -> Result<()> {
+        let (w, gpu, ranks) = (self.weights, self.gpu, adapter.ranks);
+        let v = gpu.dirty(self.kind, tokens * ranks)?;
+        for (m, b) in w.members.iter().zip(&adapter.b) {
+            let Some((b, rank, column)) = b else { continue };
+            let (g_m, v_m) = (g.matrix_at(m.column, w.output), v.matrix_at(*column, ranks));
+            gpu.matmul([tokens, *rank, m.out], g_m, b.matrix(*rank), v_m, scale, 0.0)?;
+            if let Some(slot) = gradients.slot(Place::Block(block, Slot::LoraA(m.index))) {
+                gpu.matmul([*rank, w.input, tokens], v_m.t(), x.matrix(w.input), slot.matrix(w.input), 1.0, 1.0)?;
+            }
+            if let Some(slot) = gradients.slot(Place::Block(block, Slot::LoraB(m.index))) {
+                gpu.matmul([m.out, *rank, tokens], g_m.t(), u.matrix_at(*column, ranks), slot.matrix(*rank), scale, 1.0)?;
+            }
+        }
+        gpu.matmul([tokens, w.input, ranks], v.matrix(ranks), adapter.a.matrix(w.input), dx.matrix(w.input), 1.0, 1.0)
+    }
+}

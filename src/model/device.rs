@@ -1,0 +1,156 @@
+//! Where passes are computed.
+
+#[cfg(feature = "cuda")]
+use std::sync::Arc;
+
+#[cfg(feature = "cuda")]
+use super::cuda::Cuda;
+
+/// A device that runs a decoder's passes.
+#[derive(Clone, Debug, Default)]
+pub enum ComputeDevice {
+    /// This machine's cores, with the kernels of [`super::ops`].
+    #[default]
+    Cpu,
+    /// An NVIDIA GPU.
+    #[cfg(feature = "cuda")]
+    Cuda(Arc<Cuda>),
+}
+
+/// What the setting `device` may say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The CPU.
+    Cpu,
+    /// GPU N.
+    Cuda(usize),
+    /// The GPU with the most free memory, or the CPU where there is none.
+    Auto,
+}
+
+impl DeviceChoice {
+    /// `cpu`, `cuda` (the first GPU), `cuda:N` or `auto`.
+    pub fn parse(text: &str) -> Option<Self> {
+        match text {
+            "cpu" => Some(DeviceChoice::Cpu),
+            "auto" => Some(DeviceChoice::Auto),
+            "cuda" => Some(DeviceChoice::Cuda(0)),
+            _ => text.strip_prefix("cuda:")?.parse().ok().map(DeviceChoice::Cuda),
+        }
+    }
+}
+
+impl ComputeDevice {
+    /// Opens the device of a choice.
+    ///
+    /// # Errors
+    /// Why a GPU that was asked for cannot be had.
+    pub fn open(choice: DeviceChoice) -> Result<Self, String> {
+        match choice {
+            DeviceChoice::Cpu => Ok(ComputeDevice::Cpu),
+            DeviceChoice::Cuda(ordinal) => Self::cuda(ordinal),
+            DeviceChoice::Auto => Ok(Self::best()),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(ordinal: usize) -> Result<Self, String> {
+        Cuda::open(ordinal).map(ComputeDevice::Cuda).map_err(|e| e.to_string())
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn cuda(_: usize) -> Result<Self, String> {
+        Err("this build has no GPU support: build it with --features cuda".into())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn best() -> Self {
+        let opened = (0..super::cuda::Gpu::count()).filter_map(|i| match Cuda::open(i) {
+            Ok(cuda) => Some(cuda),
+            Err(e) => {
+                tracing::warn!(gpu = i, error = %e, "a GPU is left out");
+                None
+            }
+        });
+        let best = opened.max_by_key(|cuda| cuda.gpu().memory().map_or(0, |(free, _)| free));
+        best.map_or(ComputeDevice::Cpu, ComputeDevice::Cuda)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn best() -> Self {
+        ComputeDevice::Cpu
+    }
+
+    /// `cpu` or `cuda:N`.
+    pub fn name(&self) -> String {
+        match self {
+            ComputeDevice::Cpu => "cpu".into(),
+            #[cfg(feature = "cuda")]
+            ComputeDevice::Cuda(cuda) => format!("cuda:{}", cuda.gpu().ordinal()),
+        }
+    }
+
+    /// Bytes of its own memory that are free; `None` for the CPU, which shares the machine's.
+    pub fn free_memory(&self) -> Option<u64> {
+        match self {
+            ComputeDevice::Cpu => None,
+            #[cfg(feature = "cuda")]
+            ComputeDevice::Cuda(cuda) => cuda.gpu().memory().ok().map(|(free, _)| free),
+        }
+    }
+
+    /// The most bytes of its own memory that were in use at one time; `None` for the CPU.
+    pub fn peak_memory(&self) -> Option<u64> {
+        match self {
+            ComputeDevice::Cpu => None,
+            #[cfg(feature = "cuda")]
+            ComputeDevice::Cuda(cuda) => Some(cuda.gpu().peak_bytes()),
+        }
+    }
+
+    /// Whether it ran out of memory since this was asked last.
+    pub fn take_out_of_memory(&self) -> bool {
+        match self {
+            ComputeDevice::Cpu => false,
+            #[cfg(feature = "cuda")]
+            ComputeDevice::Cuda(cuda) => cuda.gpu().take_out_of_memory(),
+        }
+    }
+
+    /// Tells that a policy's own weights were changed in place.
+    pub fn changed(&self, policy: &super::decoder::Policy) {
+        match self {
+            ComputeDevice::Cpu => {}
+            #[cfg(feature = "cuda")]
+            ComputeDevice::Cuda(cuda) => cuda.changed(policy),
+        }
+        let _ = policy;
+    }
+
+    /// Gives unused memory back.
+    pub fn trim(&self) {
+        super::ops::buffer::Buffer::trim();
+        #[cfg(feature = "cuda")]
+        if let ComputeDevice::Cuda(cuda) = self
+            && let Err(e) = cuda.gpu().trim()
+        {
+            tracing::warn!(error = %e, "unused memory of the GPU was not given back");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_have_names() {
+        assert_eq!(DeviceChoice::parse("cpu"), Some(DeviceChoice::Cpu));
+        assert_eq!(DeviceChoice::parse("auto"), Some(DeviceChoice::Auto));
+        assert_eq!(DeviceChoice::parse("cuda"), Some(DeviceChoice::Cuda(0)));
+        assert_eq!(DeviceChoice::parse("cuda:3"), Some(DeviceChoice::Cuda(3)));
+        for wrong in ["", "gpu", "cuda:", "cuda:x", "CPU"] {
+            assert_eq!(DeviceChoice::parse(wrong), None, "{wrong}");
+        }
+    }
+}

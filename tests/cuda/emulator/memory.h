@@ -1,0 +1,121 @@
+// Device memory of the emulator: filled with NaN when it is new and when it is freed, between guard zones that are
+// checked after every kernel and at every release, within a limit (EMULATE_MEMORY, in bytes).
+#pragma once
+
+#include "scheduler.h"
+
+#include <map>
+
+namespace emulate {
+
+constexpr size_t ALIGNMENT = 256;
+constexpr size_t DEFAULT_MEMORY = size_t(4) << 30;
+
+class Memory {
+  public:
+    static size_t limit() {
+        const char* text = getenv("EMULATE_MEMORY");
+        return text == nullptr ? DEFAULT_MEMORY : strtoull(text, nullptr, 10);
+    }
+    size_t used() {
+        std::lock_guard<std::mutex> lock(mutex_);
+        return used_;
+    }
+
+    // Null if that would exceed the limit.
+    void* allocate(size_t bytes) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        const size_t whole = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+        if (whole < bytes || used_ + whole > limit()) {
+            return nullptr;
+        }
+        auto* start = static_cast<unsigned char*>(aligned_alloc(ALIGNMENT, whole + 2 * GUARD));
+        if (start == nullptr) {
+            return nullptr;
+        }
+        unsigned char* data = start + GUARD;
+        memset(start, GUARD_BYTE, GUARD);
+        memset(data, POISON, bytes);
+        memset(data + bytes, GUARD_BYTE, whole - bytes + GUARD);
+        used_ += whole;
+        live_[reinterpret_cast<size_t>(data)] = bytes;
+        return data;
+    }
+
+    // False if `pointer` is not the start of live memory.
+    bool release(void* pointer) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        const auto found = live_.find(reinterpret_cast<size_t>(pointer));
+        if (found == live_.end()) {
+            return false;
+        }
+        check_one(found->first, found->second);
+        const size_t whole = (found->second + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+        auto* start = static_cast<unsigned char*>(pointer) - GUARD;
+        memset(start, POISON, whole + 2 * GUARD);
+        free(start);
+        used_ -= whole;
+        live_.erase(found);
+        return true;
+    }
+
+    // Whether [pointer, pointer + bytes) lies in one piece of live memory.
+    bool contains(const void* pointer, size_t bytes) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        const auto address = reinterpret_cast<size_t>(pointer);
+        auto after = live_.upper_bound(address);
+        if (after == live_.begin()) {
+            return false;
+        }
+        const auto& [start, size] = *--after;
+        return address - start <= size && bytes <= size - (address - start);
+    }
+
+    // To be called after every operation on the device, with its name: reports damaged guard zones and aborts.
+    void check_after(const char* operation) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        recent_[count_++ % RECENT] = operation;
+        for (const auto& [start, bytes] : live_) {
+            check_one(start, bytes);
+        }
+    }
+
+  private:
+    static constexpr size_t RECENT = 8;
+
+    void check_one(size_t start, size_t bytes) {
+        const auto* data = reinterpret_cast<const unsigned char*>(start);
+        const size_t behind = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT - bytes + GUARD;
+        for (size_t i = 0; i < GUARD; ++i) {
+            if (data[-1 - long(i)] != GUARD_BYTE) {
+                report(bytes, "before the start", i + 1);
+            }
+        }
+        for (size_t i = 0; i < behind; ++i) {
+            if (data[bytes + i] != GUARD_BYTE) {
+                report(bytes, "past the end", i);
+            }
+        }
+    }
+    [[noreturn]] void report(size_t bytes, const char* where, size_t distance) {
+        std::string names;
+        for (size_t i = count_ > RECENT ? count_ - RECENT : 0; i < count_; ++i) {
+            names += " " + recent_[i % RECENT];
+        }
+        fail("device memory of %zu bytes was written to %zu bytes %s; last operations:%s", bytes, distance, where,
+             names.c_str());
+    }
+
+    std::mutex mutex_;
+    std::map<size_t, size_t> live_;     // start, bytes
+    size_t used_ = 0;
+    std::string recent_[RECENT];
+    size_t count_ = 0;
+};
+
+inline Memory& memory() {
+    static Memory all;
+    return all;
+}
+
+}  // namespace emulate

@@ -1,0 +1,41 @@
+// The kernels that are compiled in, by name.
+#pragma once
+
+#include "memory.h"
+
+namespace emulate {
+
+struct Kernel {
+    const char* name;
+    // Takes the arguments as cuLaunchKernel gets them: pointers to the values.
+    void (*start)(const char* name, dim3 grid, dim3 block, size_t shared, void** parameters);
+};
+
+const Kernel* find_kernel(const char* name);
+
+// A pointer must be null or lie in live device memory, with the alignment of its type.
+template <class T> void check_argument(const char* name, size_t index, T value) {
+    if constexpr (std::is_pointer<T>::value) {
+        if (value != nullptr && !memory().contains(value, 0)) {
+            fail("argument %zu of %s is not in device memory: %p", index, name, (const void*)value);
+        }
+        if (reinterpret_cast<size_t>(value) % alignof(std::remove_pointer_t<T>) != 0) {
+            fail("argument %zu of %s is misaligned: %p", index, name, (const void*)value);
+        }
+    }
+}
+
+template <auto KERNEL_FUNCTION> struct Entry;
+template <class... P, void (*KERNEL_FUNCTION)(P...)> struct Entry<KERNEL_FUNCTION> {
+    static void start(const char* name, dim3 grid, dim3 block, size_t shared, void** parameters) {
+        start(name, grid, block, shared, parameters, std::index_sequence_for<P...>());
+    }
+    template <size_t... I>
+    static void start(const char* name, dim3 grid, dim3 block, size_t shared, void** parameters,
+                      std::index_sequence<I...>) {
+        (check_argument(name, I, *static_cast<P*>(parameters[I])), ...);
+        launch(name, KERNEL_FUNCTION, grid, block, shared, *static_cast<P*>(parameters[I])...);
+    }
+};
+
+}  // namespace emulate

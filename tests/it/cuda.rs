@@ -1,0 +1,224 @@
+//! The passes on a GPU against those on the CPU, on models that are wide enough for the tensor cores' kernels. BRADLEY_TEST_DEVICE=cuda:N names the GPU;
+//! with tests/cuda/emulator's libraries in LD_LIBRARY_PATH it is this machine's processor. The golden tests run on that device too.
+
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+
+use bradley::domain::training::{LoraConfig, Precision, TARGET_MODULES};
+use bradley::math::rng::kaiming_uniform;
+use bradley::model::adapter::Adapter;
+use bradley::model::config::ModelConfig;
+use bradley::model::decoder::Policy;
+use bradley::model::device::ComputeDevice;
+use bradley::model::parameters::Parameters;
+use bradley::rpc::pb::{self, training_event::Event};
+use bradley::train::backprop::{Keep, backward, forward};
+use bradley::train::pack::{PackedRow, pack};
+use bradley::train::pair::SequenceGroup;
+use bradley::train::trainable::{Gradients, TrainablePolicy};
+use candle_core::{DType, Device, Tensor};
+
+use crate::server::{Server, finish, job, pairs, score, scored, submit, upload};
+use crate::support::{assert_close, device, golden};
+
+/// The GPU under test, or `None` after saying that the test is skipped.
+fn gpu_name() -> Option<String> {
+    let name = device().name();
+    if name == "cpu" {
+        let _ = writeln!(std::io::stderr(), "skipped: this test needs a GPU or the emulator, and BRADLEY_TEST_DEVICE to name it");
+        return None;
+    }
+    Some(name)
+}
+
+fn is_emulated() -> bool {
+    matches!(device(), ComputeDevice::Cuda(cuda) if cuda.gpu().name().contains("Emulated"))
+}
+
+/// Shapes that reach every kernel: heads of 64 and of 128, norms on queries and keys, biases, a window, a head of its own.
+const SHAPES: [(&str, &str); 4] = [
+    ("llama", r#""model_type": "llama", "hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1"#),
+    (
+        "qwen2",
+        r#""model_type": "qwen2", "hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": false"#,
+    ),
+    ("qwen3", r#""model_type": "qwen3", "hidden_size": 160, "head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1"#),
+    (
+        "mistral",
+        r#""model_type": "mistral", "hidden_size": 128, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 40"#,
+    ),
+];
+
+fn random(shape: &str, seed: u64) -> Policy {
+    let json = format!(
+        r#"{{{shape}, "intermediate_size": 224, "num_hidden_layers": 2, "vocab_size": 300, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}}"#
+    );
+    let config = ModelConfig::from_hf_json(&json, Path::new("config.json")).unwrap();
+    let parameters = Parameters::build(&config, |name, shape| {
+        let mut values = kaiming_uniform(seed, name, shape.iter().product(), shape[shape.len() - 1].min(160));
+        match (shape.len(), name.contains("norm")) {
+            (1, true) => values.iter_mut().for_each(|x| *x += 1.0),
+            // Scores that differ: the gradient of an even attention is what rounding leaves.
+            (2, _) => values.iter_mut().for_each(|x| *x *= 1.7),
+            _ => {}
+        }
+        Tensor::from_vec(values, shape, &Device::Cpu)
+    });
+    Policy {
+        config: Arc::new(config),
+        parameters: Arc::new(parameters.unwrap()),
+        adapter: None,
+        precision: Precision::F32,
+        device: ComputeDevice::Cpu,
+    }
+}
+
+/// Two pairs, three answers to one prompt, and a prompt that is longer than a tile.
+fn row() -> PackedRow {
+    let ids = |n: usize, seed: usize| (0..n).map(|i| ((i * 31 + seed * 17) % 300) as u32).collect::<Vec<u32>>();
+    let group = |prompt, answers: &[usize]| SequenceGroup {
+        prompt: ids(prompt, prompt),
+        completions: answers.iter().map(|n| ids(*n, n + prompt)).collect(),
+    };
+    let groups = [group(70, &[5, 66]), group(3, &[1, 4, 9]), group(130, &[30, 2])];
+    pack(&groups.iter().map(std::slice::from_ref).collect::<Vec<_>>())
+}
+
+fn adapter(policy: &Policy) -> Adapter {
+    let config = LoraConfig { rank: 8, target_modules: TARGET_MODULES.map(str::to_owned).to_vec(), ..LoraConfig::default() };
+    // Small, as while it trains: a large random update makes gradients of what rounding leaves.
+    let values = |name: &str, shape: &[usize]| {
+        let values: Vec<f32> = kaiming_uniform(7, name, shape[0] * shape[1], shape[1]).iter().map(|x| x * 0.3).collect();
+        Tensor::from_vec(values, (shape[0], shape[1]), &Device::Cpu)
+    };
+    Adapter::build(&policy.config, &config, values).unwrap()
+}
+
+/// Log-probs and gradients for an upstream gradient that differs from token to token.
+fn passes(policy: &TrainablePolicy, row: &PackedRow, keep: Keep) -> (Vec<f32>, Vec<Vec<f32>>) {
+    let tape = forward(&policy.policy, row.row.clone(), keep, &mut || {}).unwrap();
+    let logps = tape.log_probs().to_vec();
+    let upstream: Vec<f32> = (0..logps.len()).map(|i| ((i % 7) as f32 + 1.0) / 40.0).collect();
+    let mut gradients = Gradients::zeros(policy);
+    backward(&policy.policy, tape, &upstream, &mut gradients, &mut || {}).unwrap();
+    gradients.collect().unwrap();
+    (logps, gradients.values().to_vec())
+}
+
+/// ‖a − b‖ / ‖b‖.
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    let (mut difference, mut norm) = (0f64, 0f64);
+    for (x, y) in a.iter().zip(b) {
+        difference += (*x as f64 - *y as f64).powi(2);
+        norm += (*y as f64).powi(2);
+    }
+    (difference / norm.max(1e-30)).sqrt()
+}
+
+#[test]
+fn a_gpu_computes_what_the_cpu_computes() {
+    let Some(_) = gpu_name() else { return };
+    let row = row();
+    for (name, shape) in SHAPES {
+        let base = random(shape, 1);
+        let on_cpu = Policy { parameters: Arc::new(rounded(&base.parameters)), ..base };
+        let on_gpu = Policy { device: device(), ..on_cpu.clone() };
+        let adapter = adapter(&on_cpu);
+        // In bf16 a tensor's gradient may be what rounding leaves of numbers that cancel, on the CPU too: there all gradients are compared together.
+        for (precision, logp, gradient) in [(Precision::F32, 1e-5, 1e-4), (Precision::Bf16, 1e-2, 5e-2)] {
+            for full in [false, true] {
+                let trainable = |policy: &Policy, precision| match full {
+                    true => TrainablePolicy::full(policy, precision).unwrap(),
+                    false => TrainablePolicy::lora(policy, &adapter, precision).unwrap(),
+                };
+                let (want, wanted) = passes(&trainable(&on_cpu, Precision::F32), &row, Keep::Tapes);
+                let policy = trainable(&on_gpu, precision);
+                let (got, gradients) = passes(&policy, &row, Keep::Tapes);
+                let what = format!("{name} {precision:?} full {full}");
+                assert!(distance(&got, &want) < logp, "{what}: log-probs are off by {:e}", distance(&got, &want));
+                let off = distance(&gradients.concat(), &wanted.concat());
+                assert!(off < gradient, "{what}: the gradients are off by {off:e}");
+                for ((t, g), w) in policy.trainables.iter().zip(&gradients).zip(&wanted).filter(|_| precision == Precision::F32) {
+                    let off = distance(g, w);
+                    assert!(off < gradient, "{what}: the gradient of {} is off by {off:e}", t.name);
+                }
+                let again = passes(&policy, &row, Keep::Inputs);
+                assert!(again == (got, gradients), "{what}: with its blocks run again the row gives other bits");
+            }
+        }
+    }
+}
+
+/// Weights that are exact in bf16, so that both precisions start from the same.
+fn rounded(p: &Parameters) -> Parameters {
+    p.map(|_, t| t.to_dtype(DType::BF16)?.to_dtype(DType::F32)).unwrap()
+}
+
+/// The losses of a job's steps.
+fn losses(events: &[pb::TrainingEvent]) -> Vec<f64> {
+    let loss = |e: &pb::TrainingEvent| match &e.event {
+        Some(Event::StepMetrics(s)) => Some(s.metrics["loss"]),
+        _ => None,
+    };
+    events.iter().filter_map(loss).collect()
+}
+
+#[tokio::test]
+async fn a_server_on_a_gpu_trains_and_scores_as_one_on_the_cpu() {
+    let Some(name) = gpu_name() else { return };
+    let mut outcomes = Vec::new();
+    for device in ["cpu", &name] {
+        let dir = tempfile::tempdir().unwrap();
+        let server = Server::start_with(dir.path(), &format!("tiny={}", golden("models/llama").display()), &["--device", device]);
+        let client = server.client().await;
+        let models = client.models().list_models(pb::ListModelsRequest::default()).await.unwrap().into_inner().models;
+        assert_eq!(models[0].device, device);
+        let dataset = upload(&client, "pairs.jsonl").await;
+        let job = submit(&client, job(&dataset.name, 8)).await;
+        let losses = losses(&finish(&client, &job).await);
+        assert_eq!(losses.len(), 8);
+        let results = score(&client, &format!("{job}/checkpoints/latest"), pairs()).await.results;
+        outcomes.push((losses, results.iter().map(|r| scored(r).margin).collect::<Vec<_>>()));
+    }
+    for (i, (cpu, gpu)) in outcomes[0].0.iter().zip(&outcomes[1].0).enumerate() {
+        assert_close(&format!("the loss of step {}", i + 1), *gpu, *cpu, 1e-3, 0.1);
+    }
+    for (cpu, gpu) in outcomes[0].1.iter().zip(&outcomes[1].1) {
+        assert_close("a margin after training", *gpu, *cpu, 1e-2, 0.1);
+    }
+}
+
+#[tokio::test]
+async fn a_run_that_does_not_fit_the_gpu_goes_on_with_shorter_rows_and_fails_when_that_is_not_enough() {
+    let Some(device) = gpu_name().filter(|_| is_emulated()) else { return };
+    // Room for one pair of a row, not for two; and room for none.
+    for (megabytes, succeeds) in [(46, true), (36, false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let memory = (megabytes << 20).to_string();
+        let flags = ["--device", &device, "--memory-limit", "20GiB"];
+        let models = format!("tiny={}", golden("models/llama").display());
+        let server = Server::start_in(dir.path(), &models, &flags, &[("EMULATE_MEMORY", &memory)]);
+        let client = server.client().await;
+        let dataset = upload(&client, "pairs.jsonl").await;
+        let job = submit(&client, job(&dataset.name, 3)).await;
+        let events = finish(&client, &job).await;
+        let logs: Vec<&str> =
+            events.iter().filter_map(|e| if let Some(Event::Log(l)) = &e.event { Some(l.message.as_str()) } else { None }).collect();
+        assert!(logs.iter().any(|l| l.contains("out of memory") && l.contains("going on with rows of")), "{megabytes}: {logs:?}");
+        let request = pb::GetTrainingJobRequest { name: job };
+        let ended = client.training().get_training_job(request).await.unwrap().into_inner();
+        let wanted = if succeeds { pb::JobState::Succeeded } else { pb::JobState::Failed };
+        assert_eq!(ended.state(), wanted, "{megabytes}: {:?}", ended.error);
+        assert_eq!(losses(&events).len(), if succeeds { 3 } else { 0 });
+        if !succeeds {
+            assert!(ended.error.unwrap().message.contains("out of memory"));
+        }
+    }
+}
+
+#[test]
+fn a_device_that_is_not_there_is_an_error_that_says_so() {
+    let error = ComputeDevice::open(bradley::model::device::DeviceChoice::Cuda(99)).unwrap_err();
+    assert!(error.contains("driver") || error.contains("no GPU 99"), "{error}");
+}
