@@ -94,7 +94,8 @@ FROM runtime AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     LD_LIBRARY_PATH=/usr/local/lib \
-    BRADLEY_DEVICE=auto
+    BRADLEY_DEVICE=auto \
+    CUDA_CACHE_PATH=/var/lib/bradley/cuda-cache
 COPY --from=build-cuda /build/out/lib /usr/local/lib
 COPY --from=build-cuda /build/out/bradley /usr/local/bin/bradley
 COPY --from=build-cuda --chown=10001:10001 /build/out/data /var/lib/bradley

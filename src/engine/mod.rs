@@ -19,13 +19,13 @@ use tokio::sync::oneshot;
 
 use self::api::{EngineError, EngineOptions, ModelInfo, RunEnd, RunEvent, ScoreItem, ScoredItem, TrainingRun, WeightsRef};
 use self::queue::{Entry, Queue};
-use self::residents::Bases;
+use self::residents::{Base, Bases};
 use crate::domain::training::{Precision, TrainingSpec};
 use crate::model::device::ComputeDevice;
 use crate::model::export;
 use crate::model::loader::LoadedModel;
 use crate::model::tokenizer::ChatTokenizer;
-use crate::train::estimate::{Memory, plan};
+use crate::train::estimate::{Memory, on_host, plan};
 
 /// A handle on the device worker; clones share it. The worker ends when it has drained or the last handle is dropped.
 pub struct Engine {
@@ -123,7 +123,14 @@ impl Engine {
     /// The checks of [`Engine::train`] for rows of at most `longest_row` packed tokens.
     pub fn check(&self, model: &str, spec: &TrainingSpec, longest_row: usize) -> Result<(), EngineError> {
         let base = self.shared.bases.get(model)?;
-        let (resident, available) = (self.shared.bases.needed(), self.shared.available);
+        let (resident, available) = (self.resident(base, spec), self.shared.available);
+        if self.memory_kind() == Memory::Gpu {
+            let (needed, available) = (self.shared.bases.on_host() + on_host(&base.policy.config, spec), machine_memory());
+            if needed > available {
+                let remedy = "on the host, for masters and moments: train with LoRA, or use a machine with more memory".to_owned();
+                return Err(EngineError::OutOfMemory { needed_mib: needed >> 20, available_mib: available >> 20, remedy });
+            }
+        }
         match plan(&base.policy.config, spec, longest_row, available.saturating_sub(resident), self.memory_kind()) {
             Ok(_) => Ok(()),
             Err(least) => {
@@ -133,6 +140,15 @@ impl Engine {
         }
     }
 
+    /// Bytes besides the run's own: the base models, and on a GPU their copies in the run's precision and a reference that moves.
+    fn resident(&self, base: &Base, spec: &TrainingSpec) -> u64 {
+        let server = self.precision();
+        let precision = spec.precision.unwrap_or(server);
+        let copies = u64::from(precision != server) + u64::from(spec.dpo.reference_sync.is_some());
+        let on_gpu = u64::from(self.memory_kind() == Memory::Gpu);
+        self.shared.bases.needed() + on_gpu * copies * base.info.parameters * residents::weight_bytes(precision)
+    }
+
     fn memory_kind(&self) -> Memory {
         Memory::of(self.shared.bases.device())
     }
@@ -140,7 +156,7 @@ impl Engine {
     /// What a run over rows of at most `longest_row` packed tokens needs at its peak, the base models included, and what it may need, in bytes.
     pub fn memory(&self, model: &str, spec: &TrainingSpec, longest_row: usize) -> Result<(u64, u64), EngineError> {
         let base = self.shared.bases.get(model)?;
-        let (resident, available) = (self.shared.bases.needed(), self.shared.available);
+        let (resident, available) = (self.resident(base, spec), self.shared.available);
         let (Ok(plan) | Err(plan)) = plan(&base.policy.config, spec, longest_row, available.saturating_sub(resident), self.memory_kind());
         Ok((resident + plan.total(), available))
     }
@@ -176,10 +192,15 @@ fn memory_limit(options: &EngineOptions, device: &ComputeDevice) -> u64 {
         if let Some(free) = device.free_memory() {
             return free / 10 * 9;
         }
-        let total = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-            let line = text.lines().find(|l| l.starts_with("MemTotal:"))?;
-            line.split_whitespace().nth(1)?.parse::<u64>().ok()
-        });
-        total.map_or(u64::MAX, |kib| kib * 1024 / 10 * 9)
+        machine_memory()
     })
+}
+
+/// Nine tenths of the machine's memory.
+fn machine_memory() -> u64 {
+    let total = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find(|l| l.starts_with("MemTotal:"))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+    });
+    total.map_or(u64::MAX, |kib| kib * 1024 / 10 * 9)
 }

@@ -62,6 +62,11 @@ impl Bases {
         Ok(Bases { by_id: bases, order, precision, device })
     }
 
+    /// What they compute in.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
     /// Where they compute.
     pub fn device(&self) -> &ComputeDevice {
         &self.device
@@ -79,8 +84,12 @@ impl Bases {
 
     /// Bytes of their weights, and of a scoring batch on the largest of them.
     pub fn needed(&self) -> u64 {
-        let weights: u64 = self.by_id.values().map(|b| b.info.parameters * weight_bytes(self.precision)).sum();
-        weights + self.by_id.values().map(|b| estimate::scoring(&b.policy.config, ROW_TOKENS)).max().unwrap_or(0)
+        self.on_host() + self.by_id.values().map(|b| estimate::scoring(&b.policy.config, ROW_TOKENS)).max().unwrap_or(0)
+    }
+
+    /// Bytes of their weights on the host, whatever computes.
+    pub fn on_host(&self) -> u64 {
+        self.by_id.values().map(|b| b.info.parameters * weight_bytes(self.precision)).sum()
     }
 
     /// Loads what `weights` names, other than a running job.

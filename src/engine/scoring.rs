@@ -89,6 +89,9 @@ impl Scoring {
         }
         let batch = self.queue.take(self.batch_tokens);
         if !batch.is_empty() {
+            // What training gave a GPU before is training's time.
+            self.bases.device().wait();
+            self.settle();
             let start = Instant::now();
             if let Err(panic) = guarded(|| self.score_batch(batch, cache, Some(live))) {
                 // Whoever waited hears that their request was dropped; the run goes on.

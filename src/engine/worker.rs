@@ -13,7 +13,6 @@ use super::residents::Bases;
 use super::run;
 use super::scoring::{Live, Scoring};
 use crate::domain::job::JobError;
-use crate::model::device::ComputeDevice;
 use crate::model::guard::guarded;
 use crate::train::host::Host;
 use crate::train::reference_cache::ReferenceCache;
@@ -34,7 +33,6 @@ pub(super) struct Worker {
     active: Option<Active>,
     /// Bytes a run may need.
     memory: u64,
-    device: ComputeDevice,
 }
 
 /// The run on the device.
@@ -61,7 +59,6 @@ impl Worker {
             },
             active: None,
             memory,
-            device: bases.device().clone(),
             bases,
         }
     }
@@ -69,6 +66,11 @@ impl Worker {
     /// Works until the queue is drained or no handle is left.
     pub fn work(mut self) {
         loop {
+            if self.bases.device().is_lost() {
+                // Jobs go on from their checkpoints in the next process; nothing could be computed in this one.
+                tracing::error!("the GPU failed for good: the process ends, so that another one can use it");
+                std::process::abort();
+            }
             for dir in self.queue.take_evicted() {
                 self.scoring.residents.evict(&dir);
             }
@@ -167,7 +169,7 @@ impl Worker {
             // Weights and optimizer are freed before anyone hears that the run is over.
             let Active { run, trainer } = active;
             drop(trainer);
-            self.device.trim();
+            self.bases.device().end_of_run(self.bases.precision());
             send(&run, RunEvent::Ended(end));
         }
     }

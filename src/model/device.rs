@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 #[cfg(feature = "cuda")]
 use super::cuda::Cuda;
+use crate::domain::training::Precision;
 
 /// A device that runs a decoder's passes.
 #[derive(Clone, Debug, Default)]
@@ -65,15 +66,15 @@ impl ComputeDevice {
 
     #[cfg(feature = "cuda")]
     fn best() -> Self {
-        let opened = (0..super::cuda::Gpu::count()).filter_map(|i| match Cuda::open(i) {
-            Ok(cuda) => Some(cuda),
-            Err(e) => {
-                tracing::warn!(gpu = i, error = %e, "a GPU is left out");
-                None
+        let mut free: Vec<(usize, u64)> = super::cuda::Gpu::free_of_all().into_iter().enumerate().collect();
+        free.sort_by_key(|(_, free)| std::cmp::Reverse(*free));
+        for (i, _) in free {
+            match Cuda::open(i) {
+                Ok(cuda) => return ComputeDevice::Cuda(cuda),
+                Err(e) => tracing::warn!(gpu = i, error = %e, "a GPU is left out"),
             }
-        });
-        let best = opened.max_by_key(|cuda| cuda.gpu().memory().map_or(0, |(free, _)| free));
-        best.map_or(ComputeDevice::Cpu, ComputeDevice::Cuda)
+        }
+        ComputeDevice::Cpu
     }
 
     #[cfg(not(feature = "cuda"))]
@@ -117,6 +118,24 @@ impl ComputeDevice {
         }
     }
 
+    /// Whether it failed for good: only a new process can use it again.
+    pub fn is_lost(&self) -> bool {
+        match self {
+            ComputeDevice::Cpu => false,
+            #[cfg(feature = "cuda")]
+            ComputeDevice::Cuda(cuda) => cuda.gpu().is_lost(),
+        }
+    }
+
+    /// Waits until it has done what it was given; nothing on the CPU, which is done when a call returns.
+    pub fn wait(&self) {
+        #[cfg(feature = "cuda")]
+        if let ComputeDevice::Cuda(cuda) = self {
+            // What went wrong, the next call says.
+            let _ = cuda.gpu().synchronize();
+        }
+    }
+
     /// Tells that a policy's own weights were changed in place.
     pub fn changed(&self, policy: &super::decoder::Policy) {
         match self {
@@ -125,6 +144,21 @@ impl ComputeDevice {
             ComputeDevice::Cuda(cuda) => cuda.changed(policy),
         }
         let _ = policy;
+    }
+
+    /// Gives the memory of a run that has ended back. `precision` is what others compute in.
+    pub fn end_of_run(&self, precision: Precision) {
+        super::ops::buffer::Buffer::trim();
+        match self {
+            ComputeDevice::Cpu => {}
+            #[cfg(feature = "cuda")]
+            ComputeDevice::Cuda(cuda) => {
+                if let Err(e) = cuda.end_of_run(precision) {
+                    tracing::warn!(error = %e, "a run's memory on the GPU was not given back");
+                }
+            }
+        }
+        let _ = precision;
     }
 
     /// Gives unused memory back.

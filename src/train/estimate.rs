@@ -102,6 +102,11 @@ pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, longest: usize, keep:
     Estimate { training_state, activations, keep, row_tokens }
 }
 
+/// Bytes that a run on a GPU has on the host: masters, gradients and both moments.
+pub fn on_host(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
+    F32 * 4 * trainable_parameters(config, spec)
+}
+
 /// The same for a GPU: masters and moments stay on the host; matrices and activations are in the job's precision, the residual stream in f32.
 fn on_gpu(config: &ModelConfig, spec: &TrainingSpec, t: u64, keep: Keep, row_tokens: usize) -> Estimate {
     let (c, f, h) = (config.hidden_size as u64, config.intermediate_size as u64, config.num_heads as u64);

@@ -3,6 +3,7 @@
 //! One unit is one micro-batch (forward, loss, backward), one optimizer update with what is due after it, or one batch of an evaluation.
 //! Everything is a function of the spec, the data and the seed: the same run gives the same numbers bit for bit, continued or not.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -152,6 +153,7 @@ impl Trainer {
             saved_step = Some(restored.state.step);
             (state, latest) = (restored.state, restored.metrics);
         }
+        policy.policy.device.take_out_of_memory();
         let longest = train.iter().map(EncodedPair::packed_tokens).max().unwrap_or(0);
         let (Ok(plan) | Err(plan)) = estimate::plan(&policy.policy.config, &spec, longest, memory, Memory::of(&policy.policy.device));
         let total_steps = spec.batch.total_steps(train.len());
@@ -283,7 +285,8 @@ impl Trainer {
             self.step_started = Instant::now();
         }
         if let Err(e) = self.micro_batch(1.0 / group as f64, host) {
-            return self.shorten(e, done, host);
+            self.shorten(e, host)?;
+            return self.rewind(done);
         }
         self.state.micro_batch += 1;
         if done + 1 < group {
@@ -300,18 +303,19 @@ impl Trainer {
         Ok(())
     }
 
-    /// When the device ran out of memory, once: shorter rows, whose blocks are run again, and the step from its start. Any other error stands.
-    fn shorten(&mut self, e: TrainError, done: usize, host: &mut Host) -> Result<(), TrainError> {
+    /// When the device ran out of memory, once: shorter rows, whose blocks are run again. Any other error stands.
+    fn shorten(&mut self, e: TrainError, host: &mut Host) -> Result<(), TrainError> {
         let device = &self.policy.policy.device;
         if !device.take_out_of_memory() || std::mem::replace(&mut self.shortened, true) {
             return Err(e);
         }
         device.trim();
-        self.plan.row_tokens = (self.plan.row_tokens / 2).max(1);
+        let longest = self.train.iter().chain(&self.eval).map(EncodedPair::packed_tokens).max().unwrap_or(1);
+        self.plan.row_tokens = (self.plan.row_tokens.min(longest * self.spec.batch.batch_size) / 2).max(1);
         self.plan.keep = Keep::Inputs;
         let message = format!("{e}; going on with rows of {} tokens and activation checkpointing", self.plan.row_tokens);
         (host.emit)(RunEvent::Log { severity: "warning", message });
-        self.rewind(done)
+        Ok(())
     }
 
     /// Micro-batches in this epoch, and in the current step's group (the last group of an epoch may be short).
@@ -340,8 +344,8 @@ impl Trainer {
         let pairs: Vec<&EncodedPair> = chosen.iter().map(|i| &self.train[*i]).collect();
         let row_tokens = self.plan.row_tokens;
         let references = references(&self.reference, &pairs, row_tokens, host)?;
-        let references = references.as_deref();
-        let batch = MicroBatch { dpo: &self.spec.dpo, policy: &self.policy.policy, pairs: &pairs, references, row_tokens };
+        let batch =
+            MicroBatch { dpo: &self.spec.dpo, policy: &self.policy.policy, pairs: &pairs, references: references.as_deref(), row_tokens };
         let (loss, metrics) = batch.train(self.plan.keep, scale, &mut self.gradients, host.pause)?;
         if !loss.is_finite() {
             return Err(self.non_finite("loss", loss, &chosen));
@@ -384,8 +388,6 @@ impl Trainer {
     fn non_finite(&self, what: &'static str, value: f64, chosen: &[usize]) -> TrainError {
         TrainError::NonFinite { what, value, step: self.state.step + 1, rows: chosen.iter().map(|i| self.train[*i].row).collect() }
     }
-
-    // ---- what is due after an update
 
     fn after_update(&mut self, emit: &mut dyn FnMut(RunEvent)) {
         let (step, run) = (self.state.step, &self.spec.run);
@@ -447,16 +449,12 @@ impl Trainer {
         Ok(())
     }
 
-    // ---- evaluation
-
     fn evaluate_unit(&mut self, next: usize, host: &mut Host) -> Result<(), TrainError> {
         let end = (next + self.spec.batch.batch_size).min(self.eval.len());
-        let pairs: Vec<&EncodedPair> = self.eval[next..end].iter().collect();
-        let row_tokens = self.plan.row_tokens;
-        let references = references(&self.reference, &pairs, row_tokens, host)?;
-        let references = references.as_deref();
-        let batch = MicroBatch { dpo: &self.spec.dpo, policy: &self.policy.policy, pairs: &pairs, references, row_tokens };
-        self.evaluation.add(batch.evaluate(host.pause)?.1, pairs.len());
+        match self.evaluate(next..end, host) {
+            Ok(metrics) => self.evaluation.add(metrics, end - next),
+            Err(e) => return self.shorten(e, host),
+        }
         if end < self.eval.len() {
             self.phase = Phase::Evaluate { next: end };
             return Ok(());
@@ -479,6 +477,15 @@ impl Trainer {
             (host.emit)(RunEvent::Log { severity: "info", message });
         }
         Ok(())
+    }
+
+    fn evaluate(&self, rows: Range<usize>, host: &mut Host) -> Result<Metrics, TrainError> {
+        let pairs: Vec<&EncodedPair> = self.eval[rows].iter().collect();
+        let row_tokens = self.plan.row_tokens;
+        let references = references(&self.reference, &pairs, row_tokens, host)?;
+        let batch =
+            MicroBatch { dpo: &self.spec.dpo, policy: &self.policy.policy, pairs: &pairs, references: references.as_deref(), row_tokens };
+        Ok(batch.evaluate(host.pause)?.1)
     }
 
     /// Whether this evaluation, after at least one step, is the best so far.

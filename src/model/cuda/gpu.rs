@@ -17,20 +17,32 @@ use super::kernels::{self, Arg, Kind, Launch};
 /// Workspace that cuBLAS gets, once: with it a product's result does not depend on what ran before. The size is what NVIDIA advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
 
+/// The part of the GPU's memory that is left to the driver.
+const RESERVE: usize = 64;
+
 /// A GPU, ready for work.
 pub struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    blas: blas_sys::cublasHandle_t,
+    /// One product is started at a time: the workspace is of all of them.
+    blas: Mutex<Blas>,
+    module: driver_sys::CUmodule,
     functions: HashMap<(&'static str, Option<Kind>), driver_sys::CUfunction>,
     pool: Mutex<Pool>,
     out_of_memory: AtomicBool,
+    lost: AtomicBool,
+    /// Bytes that are left to the driver, which loads code when it is first used.
+    reserve: usize,
     name: String,
-    _workspace: u64,
 }
 
-// SAFETY: the handles may be used from any thread that has the context bound, which every entry point does; cuBLAS's handle is used by the device thread
-// only, or before that thread starts.
+/// cuBLAS's handle and its workspace.
+struct Blas {
+    handle: blas_sys::cublasHandle_t,
+    workspace: u64,
+}
+
+// SAFETY: the handles may be used from any thread that has the context bound, which every entry point does.
 unsafe impl Send for Gpu {}
 // SAFETY: as above.
 unsafe impl Sync for Gpu {}
@@ -110,7 +122,7 @@ impl Gpu {
             bail!("cuBLAS (libcublas.so.13 or .12) was not found: install it, or name its folder in LD_LIBRARY_PATH");
         }
         let count = CudaContext::device_count().map_err(|e| failed("counting GPUs", e))?;
-        if ordinal as i32 >= count {
+        if ordinal >= count as usize {
             bail!("there is no GPU {ordinal}: the driver sees {count}");
         }
         let context = CudaContext::new(ordinal).map_err(|e| failed("opening the GPU", e))?;
@@ -120,26 +132,26 @@ impl Gpu {
             bail!("{name} has compute capability {major}.{minor}; the kernels need 8.0 or newer");
         }
         let stream = context.new_stream().map_err(|e| failed("making a stream", e))?;
-        let functions = load(kernels::image()?)?;
-        let blas = blas::create_handle().map_err(|e| blas_failed("starting", e))?;
-        // SAFETY: the handle and the stream are valid; the workspace is never freed while the handle is used.
-        let workspace = unsafe {
-            blas::set_stream(blas, stream.cu_stream().cast()).map_err(|e| blas_failed("choosing the stream", e))?;
-            let workspace = driver::malloc_sync(WORKSPACE).map_err(|e| failed("allocating cuBLAS's workspace", e))?;
-            let set = blas_sys::cublasSetWorkspace_v2(blas, workspace as *mut c_void, WORKSPACE);
-            set.result().map_err(|e| blas_failed("giving it a workspace", e))?;
-            workspace
-        };
+        // SAFETY: the image is a NUL-terminated text.
+        let module =
+            unsafe { driver::module::load_data(kernels::image()?.as_ptr().cast()) }.map_err(|e| failed("compiling the kernels", e))?;
+        let functions = functions(module)?;
+        let blas = Mutex::new(Blas::start(&stream)?);
+        let reserve = context.total_mem().map_err(|e| failed("asking for its memory", e))? / RESERVE;
         tracing::info!(gpu = name, ordinal, capability = format!("{major}.{minor}"), "GPU opened");
-        let (pool, out_of_memory) = (Mutex::default(), AtomicBool::new(false));
-        Ok(Arc::new(Gpu { context, stream, blas, functions, pool, out_of_memory, name, _workspace: workspace }))
+        let (pool, out_of_memory, lost) = (Mutex::default(), AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Arc::new(Gpu { context, stream, blas, module, functions, pool, out_of_memory, lost, reserve, name }))
     }
 
-    /// GPUs that the driver sees; none without a driver.
-    pub fn count() -> usize {
+    /// Free bytes of each GPU that the driver sees; none without a driver.
+    pub fn free_of_all() -> Vec<u64> {
         // SAFETY: as in `open`.
-        let present = unsafe { driver_sys::is_culib_present() };
-        if present { CudaContext::device_count().map_or(0, |n| n as usize) } else { 0 }
+        if !unsafe { driver_sys::is_culib_present() } {
+            return Vec::new();
+        }
+        let count = CudaContext::device_count().unwrap_or(0);
+        let free = |i| CudaContext::new(i).and_then(|context| context.mem_get_info()).map_or(0, |(free, _)| free as u64);
+        (0..count as usize).map(free).collect()
     }
 
     /// What the maker calls it.
@@ -166,6 +178,11 @@ impl Gpu {
     /// Whether an allocation failed since this was asked last.
     pub fn take_out_of_memory(&self) -> bool {
         self.out_of_memory.swap(false, Ordering::AcqRel)
+    }
+
+    /// Whether it failed in a way that every later call fails, too: only a new process can use it again.
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
     }
 
     /// Makes the calling thread use this GPU.
@@ -195,7 +212,7 @@ impl Gpu {
 
     /// Waits until the stream is done.
     pub fn synchronize(&self) -> Result<()> {
-        self.stream.synchronize().map_err(|e| failed("waiting for the GPU", e))
+        self.stream.synchronize().map_err(|e| self.noted("waiting for the GPU", e))
     }
 
     /// `len` elements with any content.
@@ -203,8 +220,8 @@ impl Gpu {
         let class = size_class(len * kind.bytes());
         let found = {
             let mut pool = self.pool();
-            // Up to twice as large: rows differ in length.
-            let fits = pool.free.range(class..=2 * class).next().map(|(class, _)| *class);
+            // Somewhat larger ones, too: rows differ in length.
+            let fits = pool.free.range(class..=class / 4 * 5).next().map(|(class, _)| *class);
             fits.and_then(|class| {
                 let same = pool.free.get_mut(&class)?;
                 let address = same.pop()?;
@@ -227,18 +244,45 @@ impl Gpu {
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
-        // SAFETY: the context is bound by the entry points.
-        if let Ok(address) = unsafe { driver::malloc_sync(bytes) } {
+        if let Some(address) = self.allocate_now(bytes) {
             return Ok(address);
         }
         // What the pool keeps in other sizes may be enough.
         self.trim()?;
-        // SAFETY: as above.
-        unsafe { driver::malloc_sync(bytes) }.map_err(|_| {
+        self.allocate_now(bytes).ok_or_else(|| {
             self.out_of_memory.store(true, Ordering::Release);
             let free = driver::mem_get_info().map_or(0, |(free, _)| free);
             candle_core::Error::Msg(format!("the GPU is out of memory: {} MiB are wanted, {} MiB are free", bytes >> 20, free >> 20))
         })
+    }
+
+    /// `None` when that would leave less than the reserve.
+    fn allocate_now(&self, bytes: usize) -> Option<u64> {
+        // SAFETY: the context is bound by the entry points.
+        let address = unsafe { driver::malloc_sync(bytes) }.ok()?;
+        if driver::mem_get_info().is_ok_and(|(free, _)| free >= self.reserve) {
+            return Some(address);
+        }
+        // SAFETY: nobody has it yet.
+        let _ = unsafe { driver::free_sync(address) };
+        None
+    }
+
+    /// The error of a driver's call; remembers when the GPU is lost or out of memory.
+    fn noted(&self, what: &str, e: DriverError) -> candle_core::Error {
+        use driver_sys::cudaError_enum as Code;
+        match e.0 {
+            Code::CUDA_ERROR_OUT_OF_MEMORY => self.out_of_memory.store(true, Ordering::Release),
+            Code::CUDA_ERROR_ILLEGAL_ADDRESS
+            | Code::CUDA_ERROR_MISALIGNED_ADDRESS
+            | Code::CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | Code::CUDA_ERROR_LAUNCH_FAILED
+            | Code::CUDA_ERROR_LAUNCH_TIMEOUT
+            | Code::CUDA_ERROR_ASSERT
+            | Code::CUDA_ERROR_ECC_UNCORRECTABLE => self.lost.store(true, Ordering::Release),
+            _ => {}
+        }
+        failed(what, e)
     }
 
     /// `len` zeros.
@@ -252,7 +296,7 @@ impl Gpu {
     pub fn clear(&self, memory: &Memory) -> Result<()> {
         let bytes = memory.len * memory.kind.bytes();
         // SAFETY: the memory is that long.
-        unsafe { driver::memset_d8_async(memory.address, 0, bytes, self.stream.cu_stream()) }.map_err(|e| failed("clearing memory", e))
+        unsafe { driver::memset_d8_async(memory.address, 0, bytes, self.stream.cu_stream()) }.map_err(|e| self.noted("clearing memory", e))
     }
 
     /// A copy of host values. `T` is as wide as an element.
@@ -267,14 +311,16 @@ impl Gpu {
     pub fn write<T: Copy>(&self, memory: &Memory, values: &[T]) -> Result<()> {
         assert!(size_of_val(values) <= memory.class, "write: {} bytes into {}", size_of_val(values), memory.class);
         // SAFETY: the memory is large enough. From pageable memory the driver copies into its own before it returns.
-        unsafe { driver::memcpy_htod_async(memory.address, values, self.stream.cu_stream()) }.map_err(|e| failed("copying to the GPU", e))
+        unsafe { driver::memcpy_htod_async(memory.address, values, self.stream.cu_stream()) }
+            .map_err(|e| self.noted("copying to the GPU", e))
     }
 
     /// Waits for the stream and copies the first elements to the host.
     pub fn download<T: Copy>(&self, memory: &Memory, to: &mut [T]) -> Result<()> {
         assert!(size_of_val(to) <= memory.class, "download: {} bytes of {}", size_of_val(to), memory.class);
         // SAFETY: the memory is large enough, and the wait makes sure that `to` is written before it is used.
-        unsafe { driver::memcpy_dtoh_async(to, memory.address, self.stream.cu_stream()) }.map_err(|e| failed("copying from the GPU", e))?;
+        unsafe { driver::memcpy_dtoh_async(to, memory.address, self.stream.cu_stream()) }
+            .map_err(|e| self.noted("copying from the GPU", e))?;
         self.synchronize()
     }
 
@@ -284,7 +330,7 @@ impl Gpu {
         let bytes = from.len * from.kind.bytes();
         // SAFETY: both are that long.
         unsafe { driver::memcpy_dtod_async(to.address, from.address, bytes, self.stream.cu_stream()) }
-            .map_err(|e| failed("copying on the GPU", e))?;
+            .map_err(|e| self.noted("copying on the GPU", e))?;
         Ok(to)
     }
 
@@ -297,12 +343,12 @@ impl Gpu {
         let mut slots: Vec<u64> = args.iter().map(|a| a.bits()).collect();
         let mut pointers: Vec<*mut c_void> = slots.iter_mut().map(|slot| std::ptr::from_mut(slot).cast()).collect();
         let ([x, y, z], stream) = (launch.grid, self.stream.cu_stream());
-        // SAFETY: the kernel belongs to a module that is never unloaded; arguments are in its order, each at the start of 8 bytes (little-endian), and
+        // SAFETY: the kernel belongs to a module that stays loaded; arguments are in its order, each at the start of 8 bytes (little-endian), and
         // name memory that stays until the stream is past the kernel.
         let launched = unsafe {
             driver::launch_kernel(function, (x, y, z), (launch.threads.0, launch.threads.1, 1), launch.shared, stream, &mut pointers)
         };
-        launched.map_err(|e| failed(name, e))
+        launched.map_err(|e| self.noted(name, e))
     }
 
     /// `c` `[m, n]` = β·c + α·a·b with a `[m, k]`, b `[k, n]` and f32 sums, `c` row-major.
@@ -311,6 +357,7 @@ impl Gpu {
             return Ok(());
         }
         debug_assert!(!c.transposed);
+        let blas = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
         let operation =
             |m: Matrix| if m.transposed { blas_sys::cublasOperation_t::CUBLAS_OP_T } else { blas_sys::cublasOperation_t::CUBLAS_OP_N };
         let pointer = |m: Matrix| m.address.0 as *mut c_void;
@@ -318,7 +365,7 @@ impl Gpu {
         // SAFETY: the callers' matrices lie inside their memory.
         let multiplied = unsafe {
             blas::gemm_ex(
-                self.blas,
+                blas.handle,
                 operation(b),
                 operation(a),
                 n as i32,
@@ -336,17 +383,51 @@ impl Gpu {
                 c.kind.cuda_type(),
                 c.stride as i32,
                 blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-                blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
+                blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DFALT,
             )
         };
-        multiplied.map_err(|e| blas_failed(&format!("a product of {m}x{k}x{n}"), e))
+        multiplied.map_err(|e| {
+            if e.0 == blas_sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED {
+                self.out_of_memory.store(true, Ordering::Release);
+            }
+            blas_failed(&format!("a product of {m}x{k}x{n}"), e)
+        })
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        if self.trim().is_err() {
+            return;
+        }
+        let blas = self.blas.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: nothing of these is used any more: all memory holds a reference to this.
+        unsafe {
+            let _ = blas::destroy_handle(blas.handle);
+            let _ = driver::free_sync(blas.workspace);
+            let _ = driver::module::unload(self.module);
+        }
+    }
+}
+
+impl Blas {
+    fn start(stream: &CudaStream) -> Result<Self> {
+        let handle = blas::create_handle().map_err(|e| blas_failed("starting", e))?;
+        // Sums of bf16 products are f32 throughout; those of f32 use no TF32.
+        let mode = blas_sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+        // SAFETY: the handle and the stream are valid; the workspace is freed after the handle.
+        unsafe {
+            blas::set_stream(handle, stream.cu_stream().cast()).map_err(|e| blas_failed("choosing the stream", e))?;
+            let workspace = driver::malloc_sync(WORKSPACE).map_err(|e| failed("allocating cuBLAS's workspace", e))?;
+            let set = blas_sys::cublasSetWorkspace_v2(handle, workspace as *mut c_void, WORKSPACE).result();
+            set.and_then(|()| blas_sys::cublasSetMathMode(handle, mode).result()).map_err(|e| blas_failed("configuring it", e))?;
+            Ok(Blas { handle, workspace })
+        }
     }
 }
 
 /// The functions of the module, all of them, so that a missing one is found at the start.
-fn load(image: CString) -> Result<HashMap<(&'static str, Option<Kind>), driver_sys::CUfunction>> {
-    // SAFETY: the image is a NUL-terminated text.
-    let module = unsafe { driver::module::load_data(image.as_ptr().cast()) }.map_err(|e| failed("compiling the kernels", e))?;
+fn functions(module: driver_sys::CUmodule) -> Result<HashMap<(&'static str, Option<Kind>), driver_sys::CUfunction>> {
     let mut functions = HashMap::new();
     for (name, kind, shared) in kernels::all() {
         let full = CString::new(match kind {

@@ -32,6 +32,7 @@ use super::gradients::Place;
 use super::ops::attention::Heads;
 use super::ops::head::{HeadOptions, HeadOutput};
 use super::parameters::Parameters;
+use crate::domain::training::Precision;
 
 /// A GPU with the weights that are on it.
 pub struct Cuda {
@@ -157,6 +158,13 @@ impl Cuda {
         }
     }
 
+    /// A run has ended: gives its memory back. `precision` is the server's.
+    pub fn end_of_run(&self, precision: Precision) -> Result<()> {
+        self.weights.sweep(Kind::of(precision));
+        self.adapters.sweep(Kind::of(precision));
+        self.gpu.trim()
+    }
+
     fn open_policy<'a>(&'a self, policy: &'a Policy, row: &PreparedRow) -> Result<Opened<'a>> {
         self.gpu.bind()?;
         let (gpu, kind) = (&self.gpu, Kind::of(policy.precision));
@@ -220,6 +228,9 @@ impl Cuda {
         gradients: &GradientBuffers,
         pause: &mut dyn FnMut(),
     ) -> Result<()> {
+        if row.row().targets.is_empty() {
+            return Ok(());
+        }
         let opened = self.open_policy(policy, row)?;
         let DeviceTape { row: on_device, blocks, before_norm, normed, gradient, lse } = tape;
         let Some(gradient) = gradient.filter(|_| blocks.len() == policy.num_blocks()) else {

@@ -200,6 +200,12 @@ impl<H, D> Copies<H, D> {
         Ok(device)
     }
 
+    /// Forgets copies whose originals are gone, and those in another precision than `kind`: a job's that has ended.
+    pub fn sweep(&self, kind: Kind) {
+        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|(host, k, _)| host.strong_count() > 0 && *k == kind);
+    }
+
     /// Forgets the copies of `host`: it was changed in place.
     pub fn forget(&self, host: &Arc<H>) {
         let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);

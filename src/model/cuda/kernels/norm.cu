@@ -185,7 +185,7 @@ INSTANTIATE(head_norm, (T* qkv, const float* w, int rows, int stride, int offset
 template <class T>
 __device__ __forceinline__ void head_norm_backward(T* g, float* partial, const T* before, const float* w, int rows, int stride,
                                                    int offset, int heads, int dim, float eps, int per_block) {
-    __shared__ float sums[HEAD_WARPS][MAX_DIM];
+    alignas(16) __shared__ float sums[HEAD_WARPS][MAX_DIM];
     const int warp = threadIdx.x / 32;
     const long long items = (long long)rows * heads, first = (long long)blockIdx.x * per_block;
     const long long end = first + per_block < items ? first + per_block : items;
