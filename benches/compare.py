@@ -13,7 +13,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+sys.path.insert(0, str(HERE / "compare"))
+
+from service import Service, pair, pb
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model")
@@ -84,94 +86,6 @@ def rows_for_both():
     return path, [json.loads(l) for l in kept]
 
 
-class Server:
-    """`bradley serve` with a LoRA checkpoint to score with: the base against itself would cost one pass only."""
-
-    def __init__(self, precision, rows, model=args.model):
-        self.folder = tempfile.mkdtemp()
-        port = 50100 if precision == "f32" else 50101
-        command = [BRADLEY, "serve", "--models", f"m={model}", "--precision", precision, "--listen", f"127.0.0.1:{port}"]
-        self.child = subprocess.Popen([*command, "--http-listen", "off", "--data-dir", self.folder, "--log", "warn"])
-        import grpc
-
-        self.channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.max_receive_message_length", 1 << 28)])
-        grpc.channel_ready_future(self.channel).result(timeout=120)
-        self.scoring = pb["scoring_grpc"].ScoringServiceStub(self.channel)
-        self.training = pb["training_grpc"].TrainingServiceStub(self.channel)
-        job = self.submit(rows[-2:], steps=1)
-        self.wait(job)
-        self.policy = f"{job}/checkpoints/latest"
-
-    def submit(self, rows, steps):
-        d, t = pb["dataset"], pb["training"]
-        data = "".join(json.dumps(r) + "\n" for r in rows).encode()
-        upload = [
-            d.UploadDatasetRequest(metadata=d.UploadMetadata(display_name="bench", model="models/m")),
-            d.UploadDatasetRequest(chunk=data),
-        ]
-        dataset = pb["dataset_grpc"].DatasetServiceStub(self.channel).UploadDataset(iter(upload))
-        job = t.TrainingJob(policy="models/m", dataset=dataset.name)
-        job.lora.rank, job.lora.alpha = 16, 32
-        job.batch.batch_size, job.batch.max_length, job.batch.max_steps = 1, args.max_length, steps
-        return self.training.CreateTrainingJob(t.CreateTrainingJobRequest(training_job=job)).name
-
-    def wait(self, job):
-        t = pb["training"]
-        while True:
-            got = self.training.GetTrainingJob(t.GetTrainingJobRequest(name=job))
-            if got.state in (t.JOB_STATE_SUCCEEDED, t.JOB_STATE_FAILED, t.JOB_STATE_CANCELLED):
-                assert got.state == t.JOB_STATE_SUCCEEDED, got
-                return got
-            time.sleep(0.2)
-
-    def options(self):
-        return pb["scoring"].ScoringOptions(policy=self.policy, max_length=args.max_length)
-
-    def score(self, rows):
-        s = pb["scoring"]
-        pairs = [s.Pair(id=str(i), prompt=text(r["prompt"]), a=text(r["chosen"]), b=text(r["rejected"])) for i, r in enumerate(rows)]
-        start = time.perf_counter()
-        answer = self.scoring.ScorePairs(s.ScorePairsRequest(options=self.options(), pairs=pairs))
-        seconds = time.perf_counter() - start
-        assert all(r.HasField("score") for r in answer.results), answer
-        return {"seconds": seconds, "pairs": len(rows), "peak_bytes": self.peak()}
-
-    def completions(self, prompt, answers):
-        s = pb["scoring"]
-        request = s.ScoreCompletionsRequest(options=self.options(), prompt=text(prompt), completions=[text(a) for a in answers])
-        answer = self.scoring.ScoreCompletions(request)
-        assert len(answer.ranking) == len(answers), answer
-
-    def peak(self):
-        status = Path(f"/proc/{self.child.pid}/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-    def stop(self):
-        self.child.send_signal(signal.SIGTERM)
-        self.child.wait(60)
-
-
-def text(messages):
-    s = pb["scoring"]
-    return s.Text(chat=s.MessageList(messages=[s.Message(role=m["role"], content=m["content"]) for m in messages]))
-
-
-def stubs():
-    """The protos' Python modules."""
-    folder = tempfile.mkdtemp()
-    files = [str(p) for p in (ROOT / "proto/bradley").rglob("*.proto")]
-    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}", f"--python_out={folder}", f"--grpc_python_out={folder}"]
-    subprocess.run([*command, *files], check=True)
-    sys.path.insert(0, folder)
-    from importlib import import_module
-
-    modules = {}
-    for name in ("scoring", "training", "dataset"):
-        modules[name] = import_module(f"bradley.v1.{name}_pb2")
-        modules[f"{name}_grpc"] = import_module(f"bradley.v1.{name}_pb2_grpc")
-    return modules
-
-
 def rounds(path, rows, servers):
     def trl(mode, precision, first, n, batch):
         return side([sys.executable, str(HERE / "compare/trl_side.py"), args.model, str(path), mode, precision, str(batch), str(args.max_length)], [f"{first} {first + n}"])[0]
@@ -218,7 +132,7 @@ def answers(server, precision, rows, r):
 
     def separate_pairs(kind, pairs):
         for a, b in pairs:
-            server.scoring.ScorePairs(s.ScorePairsRequest(options=server.options(), pairs=[s.Pair(id="p", prompt=text(prompt(kind)), a=text(a), b=text(b))]))
+            server.scoring.ScorePairs(s.ScorePairsRequest(options=server.options(), pairs=[pair("p", {"prompt": prompt(kind), "chosen": a, "rejected": b})]))
 
     timed("eight pairs", lambda: separate_pairs("d", zip(shorts, shorts[1:] + shorts[:1])))
     timed("four pairs", lambda: separate_pairs("b", zip(shorts[::2], shorts[1::2])))
@@ -313,7 +227,7 @@ def large(rows):
     """LoRA training of a model of SmolLM2-1.7B's shape (random weights), through the service: what it takes."""
     folder = tempfile.mkdtemp()
     subprocess.run([sys.executable, "-c", LARGE, args.model, folder], check=True, capture_output=True)
-    server = Server("bf16", rows, folder)
+    server = Service(BRADLEY, folder, "bf16", rows, args.max_length)
     try:
         job = server.submit(rows[:4], steps=4)
         start = time.perf_counter()
@@ -338,9 +252,9 @@ def table():
 
 
 path, rows = rows_for_both()
-pb = stubs()
 only_training = args.only == "rounds" and args.match and not any(m.startswith("score") for m in args.match)
-servers = {p: Server(p, rows) for p in ("f32", "bf16")} if args.only != "large" and not only_training else {}
+both = {"f32": 50100, "bf16": 50101}
+servers = {p: Service(BRADLEY, args.model, p, rows, args.max_length, port) for p, port in both.items()} if args.only != "large" and not only_training else {}
 try:
     if args.only in (None, "rounds"):
         rounds(path, rows, servers)
