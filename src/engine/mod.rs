@@ -58,7 +58,8 @@ impl Drop for Engine {
 /// # Errors
 /// When the device is not available, a tensor cannot be read, or the weights do not fit the memory limit.
 pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine, EngineError> {
-    let device = ComputeDevice::open(options.device).map_err(|e| EngineError::Device(format!("{:?}: {e}", options.device)))?;
+    let device = ComputeDevice::open(options.device).map_err(|e| EngineError::Device(format!("{}: {e}", options.device)))?;
+    tracing::info!(device = device.name(), asked = %options.device, "computing on");
     let bytes = residents::weight_bytes(options.precision);
     let needed: u64 = models.iter().map(|m| m.config.parameter_count() as u64 * bytes).sum();
     let available = memory_limit(&options, &device);

@@ -66,11 +66,7 @@ impl Worker {
     /// Works until the queue is drained or no handle is left.
     pub fn work(mut self) {
         loop {
-            if self.bases.device().is_lost() {
-                // Jobs go on from their checkpoints in the next process; nothing could be computed in this one.
-                tracing::error!("the GPU failed for good: the process ends, so that another one can use it");
-                std::process::abort();
-            }
+            self.leave_if_lost();
             for dir in self.queue.take_evicted() {
                 self.scoring.residents.evict(&dir);
             }
@@ -81,6 +77,15 @@ impl Worker {
                 Work::Train => self.train_unit(),
                 Work::Stop => return,
             }
+        }
+    }
+
+    /// Ends the process when the GPU failed for good, before a run is said to have failed: it goes on from its checkpoint in the next process, and nothing
+    /// could be computed in this one.
+    fn leave_if_lost(&self) {
+        if self.bases.device().is_lost() {
+            tracing::error!("the GPU failed for good: the process ends, so that another one can use it");
+            std::process::abort();
         }
     }
 
@@ -106,6 +111,7 @@ impl Worker {
         });
         let spent = start.elapsed().saturating_sub(self.scoring.take_back());
         metrics::histogram!("bradley_training_unit_seconds").record(spent.as_secs_f64());
+        self.leave_if_lost();
         match status {
             Ok(Ok(Status::Working)) => {}
             Ok(Ok(Status::Finished)) => self.end(RunEnd::Succeeded),

@@ -70,6 +70,17 @@ impl PreparedRow {
     }
 }
 
+/// What a forward pass keeps for the backward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Every block's tape.
+    Tapes,
+    /// Every block's input; the block runs again in the backward pass.
+    Inputs,
+    /// Nothing: for evaluation.
+    Nothing,
+}
+
 /// What the backward pass needs of the head.
 pub struct HeadTape {
     /// The predictors' hidden states before and after the last norm `[N, C]`.

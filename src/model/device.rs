@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 #[cfg(feature = "cuda")]
 use super::cuda::Cuda;
+use super::decoder::Policy;
+use super::ops::buffer::Buffer;
 use crate::domain::training::Precision;
 
 /// A device that runs a decoder's passes.
@@ -37,6 +39,16 @@ impl DeviceChoice {
             "auto" => Some(DeviceChoice::Auto),
             "cuda" => Some(DeviceChoice::Cuda(0)),
             _ => text.strip_prefix("cuda:")?.parse().ok().map(DeviceChoice::Cuda),
+        }
+    }
+}
+
+impl std::fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            DeviceChoice::Cpu => f.write_str("cpu"),
+            DeviceChoice::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+            DeviceChoice::Auto => f.write_str("auto"),
         }
     }
 }
@@ -137,33 +149,27 @@ impl ComputeDevice {
     }
 
     /// Tells that a policy's own weights were changed in place.
-    pub fn changed(&self, policy: &super::decoder::Policy) {
-        match self {
-            ComputeDevice::Cpu => {}
-            #[cfg(feature = "cuda")]
-            ComputeDevice::Cuda(cuda) => cuda.changed(policy),
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables))]
+    pub fn changed(&self, policy: &Policy) {
+        #[cfg(feature = "cuda")]
+        if let ComputeDevice::Cuda(cuda) = self {
+            cuda.changed(policy);
         }
-        let _ = policy;
     }
 
     /// Gives the memory of a run that has ended back. `precision` is what others compute in.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables))]
     pub fn end_of_run(&self, precision: Precision) {
-        super::ops::buffer::Buffer::trim();
-        match self {
-            ComputeDevice::Cpu => {}
-            #[cfg(feature = "cuda")]
-            ComputeDevice::Cuda(cuda) => {
-                if let Err(e) = cuda.end_of_run(precision) {
-                    tracing::warn!(error = %e, "a run's memory on the GPU was not given back");
-                }
-            }
+        #[cfg(feature = "cuda")]
+        if let ComputeDevice::Cuda(cuda) = self {
+            cuda.end_of_run(precision);
         }
-        let _ = precision;
+        self.trim();
     }
 
     /// Gives unused memory back.
     pub fn trim(&self) {
-        super::ops::buffer::Buffer::trim();
+        Buffer::trim();
         #[cfg(feature = "cuda")]
         if let ComputeDevice::Cuda(cuda) = self
             && let Err(e) = cuda.gpu().trim()

@@ -11,7 +11,8 @@ use candle_core::{Result, bail};
 use super::trainable::Gradients;
 use crate::model::block::BlockTape;
 #[cfg(feature = "cuda")]
-use crate::model::cuda::{DeviceTape, KeepBlocks};
+use crate::model::cuda::DeviceTape;
+pub use crate::model::decoder::Keep;
 use crate::model::decoder::{HeadTape, Policy, PreparedRow, Row};
 #[cfg(feature = "cuda")]
 use crate::model::device::ComputeDevice;
@@ -41,27 +42,11 @@ enum Kept {
     Input(Buffer),
 }
 
-/// What the forward pass keeps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Keep {
-    /// Every block's tape.
-    Tapes,
-    /// Every block's input; the block runs again in the backward pass.
-    Inputs,
-    /// Nothing: for evaluation.
-    Nothing,
-}
-
 /// Runs the row forward. `pause` is called before every block.
 pub fn forward(policy: &Policy, row: Arc<Row>, keep: Keep, pause: &mut dyn FnMut()) -> Result<RowTape> {
     let row = policy.prepare(row)?;
     #[cfg(feature = "cuda")]
     if let ComputeDevice::Cuda(cuda) = &policy.device {
-        let keep = match keep {
-            Keep::Tapes => KeepBlocks::Tapes,
-            Keep::Inputs => KeepBlocks::Inputs,
-            Keep::Nothing => KeepBlocks::Nothing,
-        };
         let (output, tape) = cuda.forward(policy, &row, keep, pause)?;
         return Ok(RowTape { row, output, tape: Tape::Cuda(Box::new(tape)) });
     }

@@ -4,6 +4,7 @@
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bradley::domain::training::{LoraConfig, Precision, TARGET_MODULES};
 use bradley::math::rng::kaiming_uniform;
@@ -19,7 +20,7 @@ use bradley::train::pair::SequenceGroup;
 use bradley::train::trainable::{Gradients, TrainablePolicy};
 use candle_core::{DType, Device, Tensor};
 
-use crate::server::{Server, finish, job, pairs, score, scored, submit, upload};
+use crate::server::{Server, finish, job, pairs, score, scored, state, submit, upload};
 use crate::support::{assert_close, device, golden};
 
 /// The GPU under test, or `None` after saying that the test is skipped.
@@ -215,6 +216,31 @@ async fn a_run_that_does_not_fit_the_gpu_goes_on_with_shorter_rows_and_fails_whe
             assert!(ended.error.unwrap().message.contains("out of memory"));
         }
     }
+}
+
+#[tokio::test]
+async fn a_gpu_that_fails_for_good_ends_the_process_and_the_next_one_goes_on() {
+    let Some(device) = gpu_name().filter(|_| is_emulated()) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let models = format!("tiny={}", golden("models/llama").display());
+    let flags = ["--device", &device];
+    let mut server = Server::start_in(dir.path(), &models, &flags, &[("EMULATE_LOST_AFTER", "2000")]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let mut wanted = job(&dataset.name, 30);
+    wanted.run = Some(pb::RunConfig { save_steps: Some(2), ..Default::default() });
+    let job = submit(&client, wanted).await;
+    let start = Instant::now();
+    while server.exit_status().is_none() {
+        assert!(start.elapsed() < Duration::from_secs(60), "the server goes on without its GPU");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let server = Server::start_with(dir.path(), &models, &flags);
+    let events = finish(&server.client().await, &job).await;
+    assert_eq!(state(&server.client().await, &job).await, pb::JobState::Succeeded);
+    let steps: Vec<u64> =
+        events.iter().filter_map(|e| if let Some(Event::StepMetrics(s)) = &e.event { Some(s.step) } else { None }).collect();
+    assert!(steps.ends_with(&[29, 30]) && steps.contains(&1), "{steps:?}");
 }
 
 #[test]

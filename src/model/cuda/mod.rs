@@ -27,7 +27,7 @@ use self::kernels::{Kind, Launch};
 use self::row::{DeviceRow, Scatter};
 use self::weights::{Copies, DeviceAdapter, DeviceWeights};
 use super::adapter::Adapter;
-use super::decoder::{Policy, PreparedRow};
+use super::decoder::{Keep, Policy, PreparedRow};
 use super::gradients::Place;
 use super::ops::attention::Heads;
 use super::ops::head::{HeadOptions, HeadOutput};
@@ -60,17 +60,6 @@ pub struct DeviceTape {
 enum Kept {
     Tape(Box<BlockTape>),
     Input(Memory),
-}
-
-/// What the forward pass keeps of every block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KeepBlocks {
-    /// All that the backward pass needs.
-    Tapes,
-    /// Its input; the block runs again in the backward pass.
-    Inputs,
-    /// Nothing.
-    Nothing,
 }
 
 /// A policy's weights on the device, and the shape of its passes.
@@ -158,11 +147,10 @@ impl Cuda {
         }
     }
 
-    /// A run has ended: gives its memory back. `precision` is the server's.
-    pub fn end_of_run(&self, precision: Precision) -> Result<()> {
+    /// A run has ended: forgets the weights that only it used. `precision` is the server's.
+    pub fn end_of_run(&self, precision: Precision) {
         self.weights.sweep(Kind::of(precision));
         self.adapters.sweep(Kind::of(precision));
-        self.gpu.trim()
     }
 
     fn open_policy<'a>(&'a self, policy: &'a Policy, row: &PreparedRow) -> Result<Opened<'a>> {
@@ -194,25 +182,19 @@ impl Cuda {
     }
 
     /// Runs the row forward. `pause` is called before every block.
-    pub fn forward(
-        &self,
-        policy: &Policy,
-        row: &PreparedRow,
-        keep: KeepBlocks,
-        pause: &mut dyn FnMut(),
-    ) -> Result<(HeadOutput, DeviceTape)> {
+    pub fn forward(&self, policy: &Policy, row: &PreparedRow, keep: Keep, pause: &mut dyn FnMut()) -> Result<(HeadOutput, DeviceTape)> {
         let opened = self.open_policy(policy, row)?;
         let on_device = DeviceRow::new(&self.gpu, row)?;
         let x = opened.embed(&on_device)?;
         let mut blocks = Vec::with_capacity(policy.num_blocks());
         for i in 0..policy.num_blocks() {
             pause();
-            let input = if keep == KeepBlocks::Inputs { Some(self.gpu.copy(&x)?) } else { None };
-            let tape = opened.block(i, &on_device).forward(&x, keep == KeepBlocks::Tapes)?;
+            let input = if keep == Keep::Inputs { Some(self.gpu.copy(&x)?) } else { None };
+            let tape = opened.block(i, &on_device).forward(&x, keep == Keep::Tapes)?;
             blocks.extend(tape.map(|t| Kept::Tape(Box::new(t))).or(input.map(Kept::Input)));
         }
         let (before_norm, normed) = opened.last_norm(&x, &on_device)?;
-        let options = HeadOptions { distribution: true, gradient: keep != KeepBlocks::Nothing };
+        let options = HeadOptions { distribution: true, gradient: keep != Keep::Nothing };
         let passed = opened.head().forward(&normed, &on_device, &row.row().targets, options)?;
         let lse = passed.output.log_sum_exp.clone();
         Ok((passed.output, DeviceTape { row: on_device, blocks, before_norm, normed, gradient: passed.gradient, lse }))

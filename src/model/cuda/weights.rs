@@ -173,11 +173,11 @@ fn tensor(gpu: &Arc<Gpu>, kind: Kind, t: &Tensor) -> Result<Memory> {
 
 /// Device copies of what lives on the host.
 pub(super) struct Copies<H, D> {
-    all: Mutex<Vec<Copy<H, D>>>,
+    all: Mutex<Vec<Entry<H, D>>>,
 }
 
 /// The original, what elements became, the copy.
-type Copy<H, D> = (Weak<H>, Kind, Arc<D>);
+type Entry<H, D> = (Weak<H>, Kind, Arc<D>);
 
 impl<H, D> Default for Copies<H, D> {
     fn default() -> Self {

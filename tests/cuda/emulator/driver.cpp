@@ -6,6 +6,7 @@
 
 #include <pthread.h>
 
+#include <atomic>
 #include <chrono>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -23,6 +24,7 @@ enum Result {
     NO_BINARY_FOR_GPU = 209,
     INVALID_HANDLE = 400,
     NOT_FOUND = 500,
+    ILLEGAL_ADDRESS = 700,
 };
 struct ErrorText {
     Result result;
@@ -33,6 +35,7 @@ constexpr ErrorText ERRORS[] = {
     {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE", "invalid argument"},
     {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory"},
     {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
+    {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
     {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT", "no context is current to this thread"},
     {NO_BINARY_FOR_GPU, "CUDA_ERROR_NO_BINARY_FOR_GPU", "the module is for a newer device"},
     {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE", "invalid handle"},
@@ -345,6 +348,12 @@ EXPORT Result cuFuncSetAttribute(Function* function, int key, int value) {
     }
     return SUCCESS;
 }
+// EMULATE_LOST_AFTER=n: after n launches every one fails, as after an access out of bounds.
+static bool lost() {
+    static const char* const text = getenv("EMULATE_LOST_AFTER");
+    static std::atomic<long long> launches{0};
+    return text != nullptr && ++launches > atoll(text);
+}
 EXPORT Result cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                              unsigned block_y, unsigned block_z, unsigned shared, Stream*, void** parameters,
                              void** extra) {
@@ -357,6 +366,9 @@ EXPORT Result cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_
     const bool block_fits = threads != 0 && threads <= 1024 && block_x <= 1024 && block_y <= 1024 && block_z <= 64;
     if (!grid_fits || !block_fits || shared > function->dynamic_shared || extra != nullptr) {
         return INVALID_VALUE;
+    }
+    if (lost()) {
+        return ILLEGAL_ADDRESS;
     }
     const emulate::Kernel& kernel = *function->kernel;
     kernel.start(kernel.name, dim3(grid_x, grid_y, grid_z), dim3(block_x, block_y, block_z), shared, parameters);

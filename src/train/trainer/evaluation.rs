@@ -1,0 +1,67 @@
+//! The trainer's evaluations: a batch a unit, and what their result decides.
+
+use std::ops::Range;
+
+use super::{MicroBatch, Phase, TrainError, Trainer, references};
+use crate::domain::job::Metrics;
+use crate::train::event::RunEvent;
+use crate::train::host::Host;
+use crate::train::pair::EncodedPair;
+
+impl Trainer {
+    pub(super) fn evaluate_unit(&mut self, next: usize, host: &mut Host) -> Result<(), TrainError> {
+        let end = (next + self.spec.batch.batch_size).min(self.eval.len());
+        match self.evaluate(next..end, host) {
+            Ok(metrics) => self.evaluation.add(metrics, end - next),
+            Err(e) => return self.shorten(e, host),
+        }
+        if end < self.eval.len() {
+            self.phase = Phase::Evaluate { next: end };
+            return Ok(());
+        }
+        let metrics = std::mem::take(&mut self.evaluation).finish();
+        if let Some(&value) = metrics.get("eval_loss").filter(|v| !v.is_finite()) {
+            return Err(TrainError::NonFinite { what: "eval_loss", value, step: self.state.step, rows: Vec::new() });
+        }
+        self.state.evaluated = Some(self.state.step);
+        let best = self.judge(&metrics);
+        self.latest.extend(metrics.clone());
+        (host.emit)(RunEvent::Eval { step: self.state.step, metrics });
+        self.phase = self.after_evaluation(best);
+        if !best && self.is_over() && self.state.step < self.total_steps {
+            let message = format!(
+                "stopped early: {} evaluations without a better {}",
+                self.state.stale_evaluations,
+                self.spec.run.metric_for_best.name()
+            );
+            (host.emit)(RunEvent::Log { severity: "info", message });
+        }
+        Ok(())
+    }
+
+    fn evaluate(&self, rows: Range<usize>, host: &mut Host) -> Result<Metrics, TrainError> {
+        let pairs: Vec<&EncodedPair> = self.eval[rows].iter().collect();
+        let row_tokens = self.plan.row_tokens;
+        let references = references(&self.reference, &pairs, row_tokens, host)?;
+        let batch =
+            MicroBatch { dpo: &self.spec.dpo, policy: &self.policy.policy, pairs: &pairs, references: references.as_deref(), row_tokens };
+        Ok(batch.evaluate(host.pause)?.1)
+    }
+
+    /// Whether this evaluation, after at least one step, is the best so far.
+    fn judge(&mut self, metrics: &Metrics) -> bool {
+        let metric = self.spec.run.metric_for_best;
+        let Some(&value) = metrics.get(metric.name()) else { return false };
+        if self.state.step == 0 {
+            return false;
+        }
+        let better = self.state.best.is_none_or(|(old, _)| metric.improves(value, old));
+        if better {
+            self.state.best = Some((value, self.state.step));
+            self.state.stale_evaluations = 0;
+        } else {
+            self.state.stale_evaluations += 1;
+        }
+        better
+    }
+}
