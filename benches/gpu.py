@@ -34,6 +34,7 @@ parser.add_argument("--rounds", type=int, default=3)
 parser.add_argument("--max-length", type=int, default=2048)
 parser.add_argument("--models", type=Path, default=Path("/dev/shm"))
 parser.add_argument("--device", default="cuda:0")
+parser.add_argument("--row-tokens", type=int, help="tokens of a packed row of Bradley's")
 parser.add_argument("--loads", type=int, nargs="+", default=[1, 4, 16, 64], help="clients that ask for a pair at a time")
 parser.add_argument("--seconds", type=float, default=6, help="of each load")
 parser.add_argument("--trl", nargs="*", default=["1", "2", "4", "1c", "4c", "8c", "4l"], help="its configurations: batch, c: gradient checkpointing, l: Liger's layers")
@@ -141,7 +142,7 @@ def trl(folder, path, mode, *adapter):
 
 
 def bradley(folder, path):
-    return Side([str(args.programs / "offline"), str(folder), str(path), "train-lora", "bf16", "16", str(args.max_length)], {"BRADLEY_BENCH_DEVICE": args.device}.items())
+    return Side([str(args.programs / "offline"), str(folder), str(path), "train-lora", "bf16", "16", str(args.max_length), *([str(args.row_tokens)] if args.row_tokens else [])], {"BRADLEY_BENCH_DEVICE": args.device}.items())
 
 
 def training(shape, folder, path):

@@ -1,8 +1,7 @@
 //! The engine without the service, one side of `benches/compare.py`: reads a line per round from stdin, does the round, prints its figures as JSON.
 //!
-//! `offline MODEL[@SHAPE] PAIRS.jsonl train-lora|train-full|score f32|bf16 BATCH [max_length]`; a line is `FROM TO` (pairs of the file, or `FROM TO warm` to
-//! keep the reference cache of the round before). SHAPE 1b or 8b: Llama 3's, with weights that are made up, and MODEL's tokenizer. BRADLEY_BENCH_DEVICE: where
-//! to compute, `cuda:0` say.
+//! `offline MODEL PAIRS.jsonl train-lora|train-full|score f32|bf16 BATCH [MAX_LENGTH [ROW_TOKENS]]`; a line is `FROM TO` (pairs of the file, or `FROM TO warm`
+//! to keep the reference cache of the round before). BRADLEY_BENCH_DEVICE: where to compute, `cuda:0` say.
 
 #![allow(clippy::print_stdout)]
 
@@ -12,9 +11,7 @@ use std::time::Instant;
 
 use bradley::domain::dataset::DatasetFormat;
 use bradley::domain::training::{BatchConfig, LoraConfig, Method, Precision, RunConfig, TARGET_MODULES, TrainingSpec, Truncation};
-use bradley::math::rng::kaiming_uniform;
 use bradley::model::adapter::Adapter;
-use bradley::model::config::ModelConfig;
 use bradley::model::decoder::Policy;
 use bradley::model::device::{ComputeDevice, DeviceChoice};
 use bradley::model::loader::load_model;
@@ -29,7 +26,6 @@ use bradley::train::rows::read_rows;
 use bradley::train::scorer::score_all;
 use bradley::train::trainable::TrainablePolicy;
 use bradley::train::trainer::{Status, Trainer, TrainerInput};
-use candle_core::{DType, Device, Tensor};
 
 fn main() -> anyhow::Result<()> {
     bradley::cli::tune_allocator();
@@ -40,18 +36,15 @@ fn main() -> anyhow::Result<()> {
         return Ok(());
     };
     let max_length = rest.first().map_or(Ok(512), |s| s.parse())?;
+    let row_tokens = rest.get(1).map_or(Ok(BatchConfig::default().row_tokens), |s| s.parse())?;
     let precision = Precision::parse(precision).ok_or_else(|| anyhow::anyhow!("the precision is f32 or bf16"))?;
-    let (model, shape) = model.split_once('@').map_or((model.as_str(), None), |(model, shape)| (model, Some(shape)));
     let loaded = load_model(None, model, &Default::default())?;
     let tokenizer = Arc::new(loaded.tokenizer);
-    let (config, parameters) = match shape {
-        Some(shape) => made_up(shape, precision)?,
-        None => (loaded.config.clone(), Parameters::load(&loaded.config, &loaded.weights, precision)?),
-    };
+    let parameters = Parameters::load(&loaded.config, &loaded.weights, precision)?;
     let device = std::env::var("BRADLEY_BENCH_DEVICE").unwrap_or("cpu".into());
     let device = DeviceChoice::parse(&device).ok_or_else(|| anyhow::anyhow!("BRADLEY_BENCH_DEVICE is cpu or cuda:N"))?;
     let device = ComputeDevice::open(device).map_err(anyhow::Error::msg)?;
-    let base = Policy { config: Arc::new(config), parameters: Arc::new(parameters), adapter: None, precision, device };
+    let base = Policy { config: Arc::new(loaded.config), parameters: Arc::new(parameters), adapter: None, precision, device };
     let encoder = PairEncoder::new(&tokenizer, max_length, Truncation::KeepStart);
     let rows = read_rows(pairs.as_ref(), DatasetFormat::Jsonl)?;
     let all: Vec<EncodedPair> = rows.filter_map(|row| encoder.encode_row(&row.ok()?).ok()).collect();
@@ -68,10 +61,10 @@ fn main() -> anyhow::Result<()> {
             cache = ReferenceCache::new(1 << 24);
         }
         let start = Instant::now();
-        let batch = batch.parse()?;
+        let spec = spec(mode == "train-lora", batch.parse()?, max_length, row_tokens, precision);
         let seconds = match mode.as_str() {
             "score" => score(&base, chosen, &cache),
-            mode => train(&base, chosen, mode == "train-lora", batch, max_length, &tokenizer, &cache),
+            _ => train(&base, chosen, spec.clone(), &tokenizer, &cache),
         }?;
         let tokens: usize = chosen.iter().map(EncodedPair::sequence_tokens).sum();
         println!(
@@ -80,37 +73,10 @@ fn main() -> anyhow::Result<()> {
             chosen.len(),
             gflop(&base, chosen, mode),
             peak_bytes(&base),
-            estimated(&base, chosen, mode, batch, max_length),
+            estimated(&base, chosen, mode, &spec),
         );
     }
     Ok(())
-}
-
-/// A model of Llama 3.2 1B's or Llama 3.1 8B's shape, its weights a repeated block of small numbers.
-fn made_up(shape: &str, precision: Precision) -> anyhow::Result<(ModelConfig, Parameters)> {
-    let (hidden, forward, layers, heads, tied) = match shape {
-        "1b" => (2048, 8192, 16, 32, true),
-        "8b" => (4096, 14336, 32, 32, false),
-        _ => anyhow::bail!("the shape is 1b or 8b"),
-    };
-    let json = format!(
-        r#"{{"model_type": "llama", "hidden_size": {hidden}, "intermediate_size": {forward}, "num_hidden_layers": {layers}, "num_attention_heads": {heads},
-        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": {tied}}}"#
-    );
-    let config = ModelConfig::from_hf_json(&json, "config.json".as_ref())?;
-    let noise = kaiming_uniform(1, "noise", 1 << 20, hidden);
-    let parameters = Parameters::build(&config, |_, shape| -> anyhow::Result<Tensor> {
-        let n = shape.iter().product();
-        if shape.len() == 1 {
-            return Ok(Tensor::ones(shape, DType::F32, &Device::Cpu)?);
-        }
-        let values = noise.iter().cycle().take(n);
-        Ok(match precision {
-            Precision::F32 => Tensor::from_vec(values.copied().collect::<Vec<f32>>(), shape, &Device::Cpu)?,
-            Precision::Bf16 => Tensor::from_vec(values.map(|x| half::bf16::from_f32(*x)).collect::<Vec<_>>(), shape, &Device::Cpu)?,
-        })
-    })?;
-    Ok((config, parameters))
 }
 
 /// The most memory that was ever in use: the GPU's own, or what this process had resident (VmHWM).
@@ -128,10 +94,10 @@ fn lora() -> LoraConfig {
     LoraConfig { rank: 16, alpha: 32.0, target_modules: TARGET_MODULES.map(str::to_owned).to_vec(), ..LoraConfig::default() }
 }
 
-fn spec(is_lora: bool, batch_size: usize, max_length: usize, precision: Precision) -> TrainingSpec {
+fn spec(is_lora: bool, batch_size: usize, max_length: usize, row_tokens: usize, precision: Precision) -> TrainingSpec {
     TrainingSpec {
         method: if is_lora { Method::Lora(lora()) } else { Method::Full },
-        batch: BatchConfig { batch_size, max_length, epochs: 1.0, ..BatchConfig::default() },
+        batch: BatchConfig { batch_size, max_length, row_tokens, epochs: 1.0, ..BatchConfig::default() },
         run: RunConfig { save_steps: 0, ..RunConfig::default() },
         precision: Some(precision),
         ..TrainingSpec::default()
@@ -153,17 +119,14 @@ fn score(base: &Policy, pairs: &[EncodedPair], cache: &ReferenceCache) -> anyhow
 fn train(
     base: &Policy,
     pairs: &[EncodedPair],
-    is_lora: bool,
-    batch_size: usize,
-    max_length: usize,
+    spec: TrainingSpec,
     tokenizer: &Arc<bradley::model::tokenizer::ChatTokenizer>,
     cache: &ReferenceCache,
 ) -> anyhow::Result<f64> {
-    let policy = match is_lora {
-        true => TrainablePolicy::lora(base, &Adapter::init(&base.config, &lora(), 1)?, base.precision)?,
-        false => TrainablePolicy::full(base, base.precision)?,
+    let policy = match &spec.method {
+        Method::Lora(lora) => TrainablePolicy::lora(base, &Adapter::init(&base.config, lora, 1)?, base.precision)?,
+        Method::Full => TrainablePolicy::full(base, base.precision)?,
     };
-    let spec = spec(is_lora, batch_size, max_length, base.precision);
     let folder = tempfile::tempdir()?;
     let input = TrainerInput {
         spec,
@@ -224,13 +187,12 @@ fn gflop(base: &Policy, pairs: &[EncodedPair], mode: &str) -> f64 {
 }
 
 /// The memory estimate, resident weights included; 0 for scoring.
-fn estimated(base: &Policy, pairs: &[EncodedPair], mode: &str, batch: usize, max_length: usize) -> u64 {
+fn estimated(base: &Policy, pairs: &[EncodedPair], mode: &str, spec: &TrainingSpec) -> u64 {
     if mode == "score" {
         return 0;
     }
     let longest = pairs.iter().map(EncodedPair::packed_tokens).max().unwrap_or(0);
-    let spec = spec(mode == "train-lora", batch, max_length, base.precision);
     let bytes = if base.precision == Precision::Bf16 { 2 } else { 4 };
-    let (Ok(plan) | Err(plan)) = plan(&base.config, &spec, longest, u64::MAX, Memory::of(&base.device));
+    let (Ok(plan) | Err(plan)) = plan(&base.config, spec, longest, u64::MAX, Memory::of(&base.device));
     base.config.parameter_count() as u64 * bytes + plan.total()
 }

@@ -1,6 +1,10 @@
 //! The decoder's weights under their Hugging Face names.
 
-use candle_core::{DType, Tensor};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::Tensor;
 
 use super::config::ModelConfig;
 use super::error::ModelError;
@@ -65,13 +69,20 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// Loads every tensor the configuration calls for, shapes checked: matrices as `precision` says, norms and biases in f32.
+    /// Loads every tensor the configuration calls for, shapes checked: matrices as `precision` says, norms and biases in f32. All cores read and convert.
     pub fn load(config: &ModelConfig, weights: &Weights, precision: Precision) -> Result<Self, ModelError> {
-        let matrices = if precision == Precision::Bf16 { DType::BF16 } else { DType::F32 };
-        Self::build(config, |name, shape| {
-            let dtype = if shape.len() == 2 { matrices } else { DType::F32 };
-            Ok(weights.load(name, shape)?.to_dtype(dtype)?)
-        })
+        let wanted = config.tensor_shapes();
+        let (next, loaded) = (AtomicUsize::new(0), Mutex::new(HashMap::new()));
+        let read = || {
+            while let Some((name, shape)) = wanted.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let tensor = weights.load(name, shape, precision);
+                loaded.lock().unwrap_or_else(PoisonError::into_inner).insert(name.as_str(), tensor);
+            }
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        std::thread::scope(|scope| (0..cores).for_each(|_| drop(scope.spawn(read))));
+        let mut loaded = loaded.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Self::build(config, |name, shape| loaded.remove(name).unwrap_or_else(|| weights.load(name, shape, precision)))
     }
 
     /// Builds the structure from `get(name, shape)`.

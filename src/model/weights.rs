@@ -1,4 +1,4 @@
-//! Weights on disk: safetensors (one file or shards) or GGUF. Tensors are read one at a time, as f32, under their Hugging Face names.
+//! Weights on disk: safetensors (one file or shards) or GGUF. Tensors are read one at a time, under their Hugging Face names.
 
 mod gguf;
 mod safetensors;
@@ -6,11 +6,12 @@ mod safetensors;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 pub(super) use self::gguf::GgufWeights;
 use self::safetensors::SafetensorsWeights;
 use super::error::ModelError;
+use crate::domain::training::Precision;
 
 /// The weights of one model.
 #[derive(Debug)]
@@ -48,13 +49,14 @@ impl Weights {
         Weights { kind, path: path.to_owned(), fingerprint: OnceLock::new() }
     }
 
-    /// The tensor `name` as contiguous f32 on the CPU.
+    /// The tensor `name`, contiguous, on the CPU: a matrix in `precision`, what has one dimension in f32.
     ///
     /// # Errors
     /// When it is missing, has another shape or an element type that cannot be read.
-    pub fn load(&self, name: &str, shape: &[usize]) -> Result<Tensor, ModelError> {
+    pub fn load(&self, name: &str, shape: &[usize], precision: Precision) -> Result<Tensor, ModelError> {
+        let dtype = if shape.len() == 2 && precision == Precision::Bf16 { DType::BF16 } else { DType::F32 };
         let tensor = match &self.kind {
-            Kind::Safetensors(w) => w.load(name)?,
+            Kind::Safetensors(w) => w.load(name, dtype == DType::BF16)?,
             Kind::Gguf(w) => w.load(name)?,
         };
         let tensor = tensor.ok_or_else(|| ModelError::MissingTensor { name: name.to_owned(), path: self.path.clone() })?;
@@ -66,7 +68,7 @@ impl Weights {
                 found: tensor.dims().to_vec(),
             });
         }
-        Ok(tensor)
+        Ok(tensor.to_dtype(dtype)?)
     }
 
     /// BLAKE3 of the files' contents, in hex; computed once.

@@ -3,7 +3,7 @@
 //!
 //! One stream, in whose order everything happens: memory that was given back may be taken again at once.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,11 +13,12 @@ use cudarc::cublas::{result as blas, sys as blas_sys};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result as driver, sys as driver_sys};
 
 use super::kernels::{self, Arg, Kind, Launch};
+use super::pool::Pool;
 
 /// Workspace that cuBLAS gets, once: with it a product's result does not depend on what ran before. The size is what NVIDIA advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
 
-/// The part of the GPU's memory that is left to the driver.
+/// The part of the GPU's memory that is left to the driver, which loads code when it is first used.
 const RESERVE: usize = 64;
 
 /// A GPU, ready for work.
@@ -31,8 +32,6 @@ pub struct Gpu {
     pool: Mutex<Pool>,
     out_of_memory: AtomicBool,
     lost: AtomicBool,
-    /// Bytes that are left to the driver, which loads code when it is first used.
-    reserve: usize,
     name: String,
 }
 
@@ -53,15 +52,6 @@ impl std::fmt::Debug for Gpu {
     }
 }
 
-/// Free memory by size, in bytes.
-#[derive(Default)]
-struct Pool {
-    free: BTreeMap<usize, Vec<u64>>,
-    free_bytes: usize,
-    live_bytes: usize,
-    peak_bytes: usize,
-}
-
 /// An address on the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Address(pub(super) u64);
@@ -71,7 +61,7 @@ pub struct Memory {
     gpu: Arc<Gpu>,
     address: u64,
     /// What was taken from the pool.
-    class: usize,
+    size: usize,
     kind: Kind,
     len: usize,
 }
@@ -99,12 +89,6 @@ fn failed(what: &str, e: DriverError) -> candle_core::Error {
 
 fn blas_failed(what: &str, e: blas::CublasError) -> candle_core::Error {
     candle_core::Error::Msg(format!("cuBLAS: {what}: {:?}", e.0))
-}
-
-/// Sizes are rounded up by at most an eighth, so that rows of about the same length share memory.
-fn size_class(bytes: usize) -> usize {
-    let bytes = bytes.max(4096);
-    bytes.next_multiple_of(1 << (bytes.ilog2() - 3))
 }
 
 impl Gpu {
@@ -137,10 +121,13 @@ impl Gpu {
             unsafe { driver::module::load_data(kernels::image()?.as_ptr().cast()) }.map_err(|e| failed("compiling the kernels", e))?;
         let functions = functions(module)?;
         let blas = Mutex::new(Blas::start(&stream)?);
-        let reserve = context.total_mem().map_err(|e| failed("asking for its memory", e))? / RESERVE;
+        let total = context.total_mem().map_err(|e| failed("asking for its memory", e))?;
+        let maps = driver_sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED;
+        let can_map = context.attribute(maps).is_ok_and(|supported| supported != 0);
+        let pool = Pool::open(ordinal, total, total / RESERVE, can_map).map_err(|e| failed("reserving addresses", e))?;
         tracing::info!(gpu = name, ordinal, capability = format!("{major}.{minor}"), "GPU opened");
-        let (pool, out_of_memory, lost) = (Mutex::default(), AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Arc::new(Gpu { context, stream, blas, module, functions, pool, out_of_memory, lost, reserve, name }))
+        let (pool, out_of_memory, lost) = (Mutex::new(pool), AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Arc::new(Gpu { context, stream, blas, module, functions, pool, out_of_memory, lost, name }))
     }
 
     /// Free bytes of each GPU that the driver sees; none without a driver.
@@ -167,12 +154,12 @@ impl Gpu {
     /// Bytes that are free (what the pool could give back included), and all bytes.
     pub fn memory(&self) -> Result<(u64, u64)> {
         let (free, total) = self.context.mem_get_info().map_err(|e| failed("asking for free memory", e))?;
-        Ok(((free + self.pool().free_bytes) as u64, total as u64))
+        Ok(((free + self.pool().free_bytes()) as u64, total as u64))
     }
 
     /// The most bytes that were in use at one time.
     pub fn peak_bytes(&self) -> u64 {
-        self.pool().peak_bytes as u64
+        self.pool().peak_bytes() as u64
     }
 
     /// Whether an allocation failed since this was asked last.
@@ -198,16 +185,7 @@ impl Gpu {
     pub fn trim(&self) -> Result<()> {
         self.bind()?;
         self.synchronize()?;
-        let free = {
-            let mut pool = self.pool();
-            (pool.free_bytes, pool.peak_bytes) = (0, pool.live_bytes);
-            std::mem::take(&mut pool.free)
-        };
-        for address in free.into_values().flatten() {
-            // SAFETY: it came from malloc_sync, is in nobody's hands, and the stream is done with it.
-            unsafe { driver::free_sync(address) }.map_err(|e| failed("freeing memory", e))?;
-        }
-        Ok(())
+        self.pool().trim().map_err(|e| failed("freeing memory", e))
     }
 
     /// Waits until the stream is done.
@@ -217,55 +195,24 @@ impl Gpu {
 
     /// `len` elements with any content.
     pub fn dirty(self: &Arc<Self>, kind: Kind, len: usize) -> Result<Memory> {
-        let class = size_class(len * kind.bytes());
-        let found = {
-            let mut pool = self.pool();
-            // Somewhat larger ones, too: rows differ in length.
-            let fits = pool.free.range(class..=class / 4 * 5).next().map(|(class, _)| *class);
-            fits.and_then(|class| {
-                let same = pool.free.get_mut(&class)?;
-                let address = same.pop()?;
-                if same.is_empty() {
-                    pool.free.remove(&class);
-                }
-                pool.free_bytes -= class;
-                Some((address, class))
-            })
-        };
-        let (address, class) = match found {
+        let bytes = len * kind.bytes();
+        let found = self.pool().take(bytes);
+        let (address, size) = match found {
             Some(found) => found,
-            None => (self.allocate(class)?, class),
+            None => self.take_after_trim(bytes)?,
         };
-        let mut pool = self.pool();
-        pool.live_bytes += class;
-        pool.peak_bytes = pool.peak_bytes.max(pool.live_bytes);
-        drop(pool);
-        Ok(Memory { gpu: self.clone(), address, class, kind, len })
+        Ok(Memory { gpu: self.clone(), address, size, kind, len })
     }
 
-    fn allocate(&self, bytes: usize) -> Result<u64> {
-        if let Some(address) = self.allocate_now(bytes) {
-            return Ok(address);
-        }
-        // What the pool keeps in other sizes may be enough.
+    /// What the pool keeps elsewhere may be enough.
+    fn take_after_trim(&self, bytes: usize) -> Result<(u64, usize)> {
         self.trim()?;
-        self.allocate_now(bytes).ok_or_else(|| {
+        let found = self.pool().take(bytes);
+        found.ok_or_else(|| {
             self.out_of_memory.store(true, Ordering::Release);
             let free = driver::mem_get_info().map_or(0, |(free, _)| free);
             candle_core::Error::Msg(format!("the GPU is out of memory: {} MiB are wanted, {} MiB are free", bytes >> 20, free >> 20))
         })
-    }
-
-    /// `None` when that would leave less than the reserve.
-    fn allocate_now(&self, bytes: usize) -> Option<u64> {
-        // SAFETY: the context is bound by the entry points.
-        let address = unsafe { driver::malloc_sync(bytes) }.ok()?;
-        if driver::mem_get_info().is_ok_and(|(free, _)| free >= self.reserve) {
-            return Some(address);
-        }
-        // SAFETY: nobody has it yet.
-        let _ = unsafe { driver::free_sync(address) };
-        None
     }
 
     /// The error of a driver's call; remembers when the GPU is lost or out of memory.
@@ -303,21 +250,21 @@ impl Gpu {
     pub fn upload<T: Copy>(self: &Arc<Self>, kind: Kind, values: &[T]) -> Result<Memory> {
         debug_assert_eq!(size_of::<T>(), kind.bytes());
         let memory = self.dirty(kind, values.len())?;
-        self.write(&memory, values)?;
+        self.write(&memory, 0, values)?;
         Ok(memory)
     }
 
-    /// Overwrites the first elements with host values.
-    pub fn write<T: Copy>(&self, memory: &Memory, values: &[T]) -> Result<()> {
-        assert!(size_of_val(values) <= memory.class, "write: {} bytes into {}", size_of_val(values), memory.class);
+    /// Overwrites elements from `offset` on with host values.
+    pub fn write<T: Copy>(&self, memory: &Memory, offset: usize, values: &[T]) -> Result<()> {
+        assert!(offset + values.len() <= memory.len, "write: {} elements at {offset} of {}", values.len(), memory.len);
         // SAFETY: the memory is large enough. From pageable memory the driver copies into its own before it returns.
-        unsafe { driver::memcpy_htod_async(memory.address, values, self.stream.cu_stream()) }
+        unsafe { driver::memcpy_htod_async(memory.at(offset).0, values, self.stream.cu_stream()) }
             .map_err(|e| self.noted("copying to the GPU", e))
     }
 
     /// Waits for the stream and copies the first elements to the host.
     pub fn download<T: Copy>(&self, memory: &Memory, to: &mut [T]) -> Result<()> {
-        assert!(size_of_val(to) <= memory.class, "download: {} bytes of {}", size_of_val(to), memory.class);
+        assert!(size_of_val(to) <= memory.size, "download: {} bytes of {}", size_of_val(to), memory.size);
         // SAFETY: the memory is large enough, and the wait makes sure that `to` is written before it is used.
         unsafe { driver::memcpy_dtoh_async(to, memory.address, self.stream.cu_stream()) }
             .map_err(|e| self.noted("copying from the GPU", e))?;
@@ -477,9 +424,6 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        let mut pool = self.gpu.pool();
-        pool.live_bytes -= self.class;
-        pool.free_bytes += self.class;
-        pool.free.entry(self.class).or_default().push(self.address);
+        self.gpu.pool().give(self.address, self.size);
     }
 }

@@ -10,6 +10,7 @@ mod gpu;
 mod gradients;
 mod head;
 mod kernels;
+mod pool;
 mod projections;
 mod row;
 mod weights;

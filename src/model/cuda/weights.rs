@@ -137,34 +137,21 @@ impl GroupAdapter {
     }
 }
 
-/// Tensors one after the other.
+/// Tensors one after the other; what has the right elements goes to the device from where it is.
 fn stack<'a>(gpu: &Arc<Gpu>, kind: Kind, tensors: impl Iterator<Item = &'a Tensor>) -> Result<Memory> {
-    match kind {
-        Kind::F32 => {
-            let mut all = Vec::new();
-            for t in tensors {
-                append_f32(&Held::of(t)?, &mut all);
-            }
-            gpu.upload(kind, &all)
+    let tensors: Vec<Held> = tensors.map(Held::of).collect::<Result<_>>()?;
+    let memory = gpu.dirty(kind, tensors.iter().map(|t| t.elements().len()).sum())?;
+    let mut at = 0;
+    for t in &tensors {
+        match (kind, t.elements()) {
+            (Kind::F32, Elements::F32(v)) => gpu.write(&memory, at, v)?,
+            (Kind::F32, Elements::Bf16(v)) => gpu.write(&memory, at, &v.iter().map(|x| x.to_f32()).collect::<Vec<f32>>())?,
+            (Kind::Bf16, Elements::F32(v)) => gpu.write(&memory, at, &v.iter().map(|x| half::bf16::from_f32(*x)).collect::<Vec<_>>())?,
+            (Kind::Bf16, Elements::Bf16(v)) => gpu.write(&memory, at, v)?,
         }
-        Kind::Bf16 => {
-            let mut all = Vec::new();
-            for t in tensors {
-                match Held::of(t)?.elements() {
-                    Elements::F32(v) => all.extend(v.iter().map(|x| half::bf16::from_f32(*x))),
-                    Elements::Bf16(v) => all.extend_from_slice(v),
-                }
-            }
-            gpu.upload(kind, &all)
-        }
+        at += t.elements().len();
     }
-}
-
-fn append_f32(held: &Held, all: &mut Vec<f32>) {
-    match held.elements() {
-        Elements::F32(v) => all.extend_from_slice(v),
-        Elements::Bf16(v) => all.extend(v.iter().map(|x| x.to_f32())),
-    }
+    Ok(memory)
 }
 
 fn tensor(gpu: &Arc<Gpu>, kind: Kind, t: &Tensor) -> Result<Memory> {

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::{Device, Tensor, WithDType};
 use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
@@ -28,6 +28,15 @@ struct Stored {
     dtype: Dtype,
     shape: Vec<usize>,
     bytes: Range<usize>,
+}
+
+impl Stored {
+    fn tensor<T: WithDType>(&self, name: &str, path: &Path, values: Vec<T>) -> Result<Tensor, ModelError> {
+        if values.len() != self.shape.iter().product::<usize>() {
+            return Err(ModelError::corrupt(path, format!("tensor '{name}' has {} values for the shape {:?}", values.len(), self.shape)));
+        }
+        Ok(Tensor::from_vec(values, self.shape.as_slice(), &Device::Cpu)?)
+    }
 }
 
 impl SafetensorsWeights {
@@ -82,24 +91,22 @@ impl SafetensorsWeights {
         Ok(weights)
     }
 
-    pub fn load(&self, name: &str) -> Result<Option<Tensor>, ModelError> {
+    /// As f32, or as bf16 where that is how it is stored and `keep_bf16` is set.
+    pub fn load(&self, name: &str, keep_bf16: bool) -> Result<Option<Tensor>, ModelError> {
         let Some(stored) = self.tensors.get(name) else { return Ok(None) };
         let (path, map) = &self.files[stored.file];
         let bytes = &map[stored.bytes.clone()];
-        let values: Vec<f32> = match stored.dtype {
-            Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-            Dtype::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-            Dtype::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-            other => {
-                return Err(ModelError::Unsupported {
-                    what: format!("{}: tensor '{name}' in {other:?} (supported: F32, F16, BF16)", path.display()),
-                });
-            }
+        let stored_bf16 = |b: &[u8]| bf16::from_le_bytes([b[0], b[1]]);
+        let tensor = match stored.dtype {
+            Dtype::F32 => stored.tensor(name, path, bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
+            Dtype::F16 => stored.tensor::<f32>(name, path, bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect()),
+            Dtype::BF16 if keep_bf16 => stored.tensor::<bf16>(name, path, bytes.chunks_exact(2).map(stored_bf16).collect()),
+            Dtype::BF16 => stored.tensor::<f32>(name, path, bytes.chunks_exact(2).map(|b| stored_bf16(b).to_f32()).collect()),
+            other => Err(ModelError::Unsupported {
+                what: format!("{}: tensor '{name}' in {other:?} (supported: F32, F16, BF16)", path.display()),
+            }),
         };
-        if values.len() != stored.shape.iter().product::<usize>() {
-            return Err(ModelError::corrupt(path, format!("tensor '{name}' has {} values for the shape {:?}", values.len(), stored.shape)));
-        }
-        Ok(Some(Tensor::from_vec(values, stored.shape.as_slice(), &Device::Cpu)?))
+        tensor.map(Some)
     }
 
     pub fn hash(&self, hash: &mut blake3::Hasher) {

@@ -183,6 +183,12 @@ EXPORT Result cuDeviceTotalMem_v2(size_t* bytes, int) {
     return SUCCESS;
 }
 EXPORT Result cuDeviceGetAttribute(int* value, int key, int) {
+    constexpr int VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED = 102;
+    if (key == VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED) {
+        const char* mapping = getenv("EMULATE_MAPPING");
+        *value = mapping != nullptr && *mapping == '1';
+        return SUCCESS;
+    }
     for (const Attribute& attribute : ATTRIBUTES) {
         if (attribute.key == key) {
             *value = attribute.value;
@@ -235,6 +241,29 @@ EXPORT Result cuMemFree_v2(void* pointer) {
 }
 EXPORT Result cuMemAllocAsync(void** pointer, size_t bytes, Stream*) { return cuMemAlloc_v2(pointer, bytes); }
 EXPORT Result cuMemFreeAsync(void* pointer, Stream*) { return cuMemFree_v2(pointer); }
+EXPORT Result cuMemAddressReserve(void** pointer, size_t bytes, size_t alignment, void*, unsigned long long) {
+    auto* start = static_cast<char*>(mmap(nullptr, bytes + alignment, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (start == MAP_FAILED) {
+        return OUT_OF_MEMORY;
+    }
+    *pointer = start + (alignment - reinterpret_cast<size_t>(start) % alignment) % alignment;
+    return SUCCESS;
+}
+EXPORT Result cuMemAddressFree(void* pointer, size_t bytes) { return munmap(pointer, bytes) == 0 ? SUCCESS : INVALID_VALUE; }
+// A handle is its memory's size.
+EXPORT Result cuMemCreate(size_t* handle, size_t bytes, const void*, unsigned long long) {
+    *handle = bytes;
+    return memory().create(bytes) ? SUCCESS : OUT_OF_MEMORY;
+}
+EXPORT Result cuMemRelease(size_t handle) {
+    memory().destroy(handle);
+    return SUCCESS;
+}
+EXPORT Result cuMemMap(void* pointer, size_t bytes, size_t offset, size_t handle, unsigned long long) {
+    return offset == 0 && bytes == handle && memory().map(pointer, bytes) ? SUCCESS : INVALID_VALUE;
+}
+EXPORT Result cuMemSetAccess(void*, size_t, const void*, size_t) { return SUCCESS; }
+EXPORT Result cuMemUnmap(void* pointer, size_t bytes) { return memory().unmap(pointer, bytes) ? SUCCESS : INVALID_VALUE; }
 EXPORT Result cuMemHostAlloc(void** pointer, size_t bytes, unsigned) {
     *pointer = malloc(bytes);
     return *pointer == nullptr ? OUT_OF_MEMORY : SUCCESS;

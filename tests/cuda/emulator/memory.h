@@ -1,8 +1,11 @@
 // Device memory of the emulator: filled with NaN when it is new and when it is freed, between guard zones that are
-// checked after every kernel and at every release, within a limit (EMULATE_MEMORY, in bytes).
+// checked after every kernel and at every release, within a limit (EMULATE_MEMORY, in bytes). Memory that is mapped
+// (EMULATE_MAPPING=1) has no guard zones; what is not mapped cannot be touched.
 #pragma once
 
 #include "scheduler.h"
+
+#include <sys/mman.h>
 
 #include <map>
 
@@ -59,10 +62,46 @@ class Memory {
         return true;
     }
 
-    // Whether [pointer, pointer + bytes) lies in one piece of live memory.
+    // Counts memory that will be mapped; false if that would exceed the limit.
+    bool create(size_t bytes) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (used_ + bytes > limit()) {
+            return false;
+        }
+        used_ += bytes;
+        return true;
+    }
+    void destroy(size_t bytes) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        used_ -= bytes;
+    }
+    // Of reserved addresses; false if some of them are mapped already.
+    bool map(void* pointer, size_t bytes) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        const auto start = reinterpret_cast<size_t>(pointer);
+        if (!mapped_.emplace(start, bytes).second || mprotect(pointer, bytes, PROT_READ | PROT_WRITE) != 0) {
+            return false;
+        }
+        memset(pointer, POISON, bytes);
+        return true;
+    }
+    bool unmap(void* pointer, size_t bytes) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        const auto found = mapped_.find(reinterpret_cast<size_t>(pointer));
+        if (found == mapped_.end() || found->second != bytes) {
+            return false;
+        }
+        mapped_.erase(found);
+        return madvise(pointer, bytes, MADV_DONTNEED) == 0 && mprotect(pointer, bytes, PROT_NONE) == 0;
+    }
+
+    // Whether [pointer, pointer + bytes) lies in one piece of live memory, or is mapped.
     bool contains(const void* pointer, size_t bytes) {
         std::lock_guard<std::mutex> lock(mutex_);
         const auto address = reinterpret_cast<size_t>(pointer);
+        if (is_mapped(address, bytes)) {
+            return true;
+        }
         auto after = live_.upper_bound(address);
         if (after == live_.begin()) {
             return false;
@@ -82,6 +121,23 @@ class Memory {
 
   private:
     static constexpr size_t RECENT = 8;
+
+    bool is_mapped(size_t address, size_t bytes) const {
+        const size_t end = address + bytes;
+        for (auto piece = mapped_.upper_bound(address); piece != mapped_.begin();) {
+            const auto& [start, size] = *--piece;
+            if (address < start || address >= start + size) {
+                return false;
+            }
+            // On to the piece that borders on this one.
+            address = start + size;
+            if (address >= end) {
+                return true;
+            }
+            piece = mapped_.upper_bound(address);
+        }
+        return false;
+    }
 
     void check_one(size_t start, size_t bytes) {
         const auto* data = reinterpret_cast<const unsigned char*>(start);
@@ -108,6 +164,7 @@ class Memory {
 
     std::mutex mutex_;
     std::map<size_t, size_t> live_;     // start, bytes
+    std::map<size_t, size_t> mapped_;
     size_t used_ = 0;
     std::string recent_[RECENT];
     size_t count_ = 0;

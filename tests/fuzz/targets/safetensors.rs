@@ -1,6 +1,7 @@
 //! A safetensors file, as the weights of a PEFT adapter and of a model folder.
 #![no_main]
 
+use bradley::domain::training::Precision;
 use bradley::model::config::ModelConfig;
 use bradley::model::peft;
 use bradley::model::weights::Weights;
@@ -17,7 +18,7 @@ fuzz_target!(|data: &[u8]| {
     let _ = peft::load(dir.path(), &config);
     if let Ok(weights) = Weights::open_safetensors(&dir.path().join(peft::WEIGHTS_FILE)) {
         for (name, shape) in config.tensor_shapes() {
-            let _ = weights.load(&name, &shape);
+            let _ = weights.load(&name, &shape, Precision::Bf16);
         }
         let _ = weights.fingerprint();
     }

@@ -1,0 +1,328 @@
+//! Where the device's memory is taken from and given back to, without a call of the driver most times.
+//!
+//! A pass takes memory block by block and gives it back in the opposite order, and the next row is longer or shorter. So free memory is kept as ranges of
+//! one large range of addresses, whose neighbours grow together; what is taken is the lowest range that is long enough; and chunks of the device's memory
+//! are mapped behind the addresses when they are first needed. The memory that is held stays near the most that was in use, whatever the rows' lengths.
+
+use std::collections::BTreeMap;
+
+use cudarc::driver::{DriverError, result as driver, sys};
+
+/// What is mapped at a time.
+const CHUNK: usize = 32 << 20;
+
+/// Every address and size is a multiple.
+const ALIGNMENT: usize = 512;
+
+/// Memory on the device, free and in use.
+pub(super) struct Pool {
+    source: Source,
+    live_bytes: usize,
+    peak_bytes: usize,
+    /// Bytes that are left to the driver.
+    reserve: usize,
+}
+
+enum Source {
+    Arena(Arena),
+    /// On a device that cannot map memory: pieces of the driver's, by size.
+    Pieces { free: BTreeMap<usize, Vec<u64>>, free_bytes: usize },
+}
+
+impl Pool {
+    /// The memory of GPU `ordinal`, which has `total` bytes; its context is current.
+    pub fn open(ordinal: usize, total: usize, reserve: usize, can_map: bool) -> Result<Self, DriverError> {
+        let source = match can_map {
+            true => Source::Arena(Arena::reserve(ordinal, total)?),
+            false => Source::Pieces { free: BTreeMap::new(), free_bytes: 0 },
+        };
+        Ok(Pool { source, live_bytes: 0, peak_bytes: 0, reserve })
+    }
+
+    /// At least so many bytes: the address, and how many they are; `None` when that would leave less than the reserve.
+    pub fn take(&mut self, bytes: usize) -> Option<(u64, usize)> {
+        let (address, size) = match &mut self.source {
+            Source::Arena(arena) => arena.take(bytes.max(1).next_multiple_of(ALIGNMENT), self.reserve)?,
+            Source::Pieces { free, free_bytes } => {
+                let class = size_class(bytes);
+                // Somewhat larger ones, too: rows differ in length.
+                let fits = free.range(class..=class / 4 * 5).next().map(|(class, _)| *class).unwrap_or(class);
+                match free.get_mut(&fits).and_then(Vec::pop) {
+                    Some(address) => {
+                        *free_bytes -= fits;
+                        (address, fits)
+                    }
+                    None => (allocate(class, self.reserve)?, class),
+                }
+            }
+        };
+        self.live_bytes += size;
+        self.peak_bytes = self.peak_bytes.max(self.live_bytes);
+        Some((address, size))
+    }
+
+    /// Gives back what was taken.
+    pub fn give(&mut self, address: u64, size: usize) {
+        self.live_bytes -= size;
+        match &mut self.source {
+            Source::Arena(arena) => arena.give(address, size),
+            Source::Pieces { free, free_bytes } => {
+                *free_bytes += size;
+                free.entry(size).or_default().push(address);
+            }
+        }
+    }
+
+    /// Gives free memory back to the driver; the device is done with it. The peak is counted anew.
+    pub fn trim(&mut self) -> Result<(), DriverError> {
+        self.peak_bytes = self.live_bytes;
+        match &mut self.source {
+            Source::Arena(arena) => arena.trim(),
+            Source::Pieces { free, free_bytes } => {
+                *free_bytes = 0;
+                // SAFETY: these came from the driver and are in nobody's hands.
+                std::mem::take(free).into_values().flatten().try_for_each(|address| unsafe { driver::free_sync(address) })
+            }
+        }
+    }
+
+    /// Bytes that are held and not in use.
+    pub fn free_bytes(&self) -> usize {
+        match &self.source {
+            Source::Arena(arena) => arena.mapped - self.live_bytes,
+            Source::Pieces { free_bytes, .. } => *free_bytes,
+        }
+    }
+
+    /// The most bytes that were in use at one time.
+    pub fn peak_bytes(&self) -> usize {
+        self.peak_bytes
+    }
+}
+
+/// Sizes are rounded up by at most an eighth, so that rows of about the same length share memory.
+fn size_class(bytes: usize) -> usize {
+    let bytes = bytes.max(4096);
+    bytes.next_multiple_of(1 << (bytes.ilog2() - 3))
+}
+
+/// A piece of the driver's.
+fn allocate(bytes: usize, reserve: usize) -> Option<u64> {
+    // SAFETY: the context is current.
+    let address = unsafe { driver::malloc_sync(bytes) }.ok()?;
+    if free_of_driver() >= reserve {
+        return Some(address);
+    }
+    // SAFETY: nobody has it yet.
+    let _ = unsafe { driver::free_sync(address) };
+    None
+}
+
+fn free_of_driver() -> usize {
+    driver::mem_get_info().map_or(0, |(free, _)| free)
+}
+
+/// A large range of addresses with memory behind the parts that were used.
+struct Arena {
+    base: u64,
+    reserved: usize,
+    place: sys::CUmemLocation,
+    ranges: Ranges,
+    chunks: Vec<Option<sys::CUmemGenericAllocationHandle>>,
+    /// Bytes of the chunks that are there.
+    mapped: usize,
+}
+
+impl Arena {
+    fn reserve(ordinal: usize, total: usize) -> Result<Self, DriverError> {
+        // Addresses cost nothing: twice the memory, for the holes between what is in use.
+        let reserved = (2 * total).next_multiple_of(CHUNK);
+        let mut base = 0;
+        // SAFETY: the address is written to a variable.
+        unsafe { sys::cuMemAddressReserve(&raw mut base, reserved, CHUNK, 0, 0) }.result()?;
+        let place = sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, id: ordinal as i32 };
+        Ok(Arena { base, reserved, place, ranges: Ranges::default(), chunks: vec![None; reserved / CHUNK], mapped: 0 })
+    }
+
+    fn take(&mut self, size: usize, reserve: usize) -> Option<(u64, usize)> {
+        let at = self.ranges.take(size);
+        if at + size <= self.reserved && (at / CHUNK..=(at + size - 1) / CHUNK).all(|chunk| self.map(chunk, reserve)) {
+            return Some((self.base + at as u64, size));
+        }
+        self.ranges.give(at, size);
+        None
+    }
+
+    fn give(&mut self, address: u64, size: usize) {
+        self.ranges.give((address - self.base) as usize, size);
+    }
+
+    /// Whether chunk `chunk` has memory, now if not before.
+    fn map(&mut self, chunk: usize, reserve: usize) -> bool {
+        if self.chunks[chunk].is_some() {
+            return true;
+        }
+        if free_of_driver() < reserve + CHUNK {
+            return false;
+        }
+        let handle = self.create(self.base + (chunk * CHUNK) as u64).ok();
+        self.mapped += handle.map_or(0, |_| CHUNK);
+        self.chunks[chunk] = handle;
+        handle.is_some()
+    }
+
+    /// A chunk of memory at an address.
+    fn create(&self, address: u64) -> Result<sys::CUmemGenericAllocationHandle, DriverError> {
+        let what = sys::CUmemAllocationProp {
+            type_: sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
+            requestedHandleTypes: sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_NONE,
+            location: self.place,
+            win32HandleMetaData: std::ptr::null_mut(),
+            allocFlags: sys::CUmemAllocationProp_st__bindgen_ty_1 { compressionType: 0, gpuDirectRDMACapable: 0, usage: 0, reserved: [0; 4] },
+        };
+        let access = sys::CUmemAccessDesc { location: self.place, flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE };
+        let mut handle = 0;
+        // SAFETY: the chunk's addresses are reserved and have no memory yet; what fails is undone.
+        unsafe {
+            sys::cuMemCreate(&raw mut handle, CHUNK, &raw const what, 0).result()?;
+            let mapped = sys::cuMemMap(address, CHUNK, 0, handle, 0).result();
+            let usable = mapped.and_then(|()| sys::cuMemSetAccess(address, CHUNK, &raw const access, 1).result());
+            if let Err(e) = usable {
+                let _ = mapped.map(|()| sys::cuMemUnmap(address, CHUNK));
+                let _ = sys::cuMemRelease(handle);
+                return Err(e);
+            }
+        }
+        Ok(handle)
+    }
+
+    /// Unmaps the chunks of which nothing is in use.
+    fn trim(&mut self) -> Result<(), DriverError> {
+        for chunk in 0..self.chunks.len() {
+            let Some(handle) = self.chunks[chunk].take_if(|_| self.ranges.is_free(chunk * CHUNK, CHUNK)) else { continue };
+            self.mapped -= CHUNK;
+            // SAFETY: the chunk is mapped there, and nobody uses it.
+            unsafe {
+                sys::cuMemUnmap(self.base + (chunk * CHUNK) as u64, CHUNK).result()?;
+                sys::cuMemRelease(handle).result()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // With memory in use the addresses stay: the process ends.
+        if self.trim().is_ok() && self.mapped == 0 {
+            // SAFETY: nothing is mapped any more.
+            let _ = unsafe { sys::cuMemAddressFree(self.base, self.reserved) };
+        }
+    }
+}
+
+/// Which part of an endless space is free.
+#[derive(Default)]
+struct Ranges {
+    /// Lengths by their starts: none is empty, none borders on another or on the end.
+    free: BTreeMap<usize, usize>,
+    /// From here on all is free.
+    end: usize,
+}
+
+impl Ranges {
+    /// The start of the lowest free range of that size.
+    fn take(&mut self, size: usize) -> usize {
+        let Some((at, length)) = self.free.iter().find(|(_, length)| **length >= size).map(|(at, length)| (*at, *length)) else {
+            self.end += size;
+            return self.end - size;
+        };
+        self.free.remove(&at);
+        if length > size {
+            self.free.insert(at + size, length - size);
+        }
+        at
+    }
+
+    fn give(&mut self, at: usize, size: usize) {
+        let (mut start, mut end) = (at, at + size);
+        if let Some((&before, &length)) = self.free.range(..at).next_back()
+            && before + length == start
+        {
+            self.free.remove(&before);
+            start = before;
+        }
+        if let Some(length) = self.free.remove(&end) {
+            end += length;
+        }
+        if end == self.end {
+            self.end = start;
+        } else {
+            self.free.insert(start, end - start);
+        }
+    }
+
+    fn is_free(&self, at: usize, size: usize) -> bool {
+        let until = (at + size).min(self.end);
+        at >= until || self.free.range(..=at).next_back().is_some_and(|(start, length)| start + length >= until)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_never_overlap_and_grow_together_again() {
+        let mut random = 7u64;
+        let mut next = move |n: u64| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (random >> 33) % n
+        };
+        let mut ranges = Ranges::default();
+        let mut taken: Vec<(usize, usize)> = Vec::new();
+        for _ in 0..20_000 {
+            if taken.is_empty() || next(100) < 51 {
+                let size = 1 + next(50) as usize;
+                let at = ranges.take(size);
+                assert!(taken.iter().all(|(a, s)| at + size <= *a || a + s <= at), "[{at}, {}) is in use", at + size);
+                taken.push((at, size));
+            } else {
+                let (at, size) = taken.swap_remove(next(taken.len() as u64) as usize);
+                assert!(!ranges.is_free(at, size));
+                ranges.give(at, size);
+                assert!(ranges.is_free(at, size));
+            }
+            let used: usize = taken.iter().map(|(_, s)| s).sum();
+            assert_eq!(ranges.end - ranges.free.values().sum::<usize>(), used);
+        }
+        for (at, size) in taken {
+            ranges.give(at, size);
+        }
+        assert!(ranges.free.is_empty() && ranges.end == 0);
+    }
+
+    #[test]
+    fn rows_of_any_length_take_no_more_than_the_longest() {
+        let mut ranges = Ranges::default();
+        let mut highest = 0;
+        for row in [900, 2048, 1300, 700, 1999, 2048, 64] {
+            let blocks: Vec<[(usize, usize); 3]> = (0..32)
+                .map(|_| {
+                    let passing = ranges.take(row * 5);
+                    let block = [row * 4, row * 12, row].map(|size| (ranges.take(size), size));
+                    ranges.give(passing, row * 5);
+                    block
+                })
+                .collect();
+            highest = highest.max(ranges.end);
+            for block in blocks.iter().rev() {
+                for (at, size) in block {
+                    ranges.give(*at, *size);
+                }
+            }
+        }
+        assert_eq!(ranges.end, 0);
+        assert!(highest <= 2048 * (17 * 32 + 5), "{highest}");
+    }
+}
