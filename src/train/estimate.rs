@@ -116,7 +116,9 @@ fn on_gpu(config: &ModelConfig, spec: &TrainingSpec, t: u64, keep: Keep, row_tok
     let element = if spec.precision == Some(Precision::Bf16) { F32 / 2 } else { F32 };
     let raw = if config.qk_norm { row } else { 0 };
     let tape = F32 * (2 * c + h) + element * (row + raw + q + 2 * f + ranks);
-    let passing = F32 * c + element * (2 * f + 2 * c).max(3 * row + 2 * q);
+    // While query heads share keys, the parts of their gradients are in f32.
+    let parts = if element < F32 && h > config.num_kv_heads as u64 { F32 * (2 * q + h) + element * (row + q) } else { 0 };
+    let passing = F32 * c + (element * (2 * f + 2 * c).max(3 * row + 2 * q)).max(parts);
     let kept = match keep {
         Keep::Tapes => layers * tape,
         Keep::Inputs => F32 * layers * c + tape,

@@ -183,7 +183,7 @@ impl Block<'_> {
     }
 
     fn attention_backward(&self, qkv: &Memory, attended: &Memory, lse: &Memory, go: &Memory) -> Result<Memory> {
-        use super::attention::{Pass, launch};
+        use super::attention::{Pass, launch, launch_keys};
         let (gpu, kind, tokens, h) = (self.gpu, self.kind, self.row.tokens, self.shape.heads);
         let delta = gpu.dirty(Kind::F32, tokens * h.query)?;
         let args = [(&delta).into(), attended.into(), go.into(), tokens.into(), h.query.into(), h.dim.into()];
@@ -192,7 +192,7 @@ impl Block<'_> {
         let first: [Arg; 5] = [(&dqkv).into(), qkv.into(), go.into(), lse.into(), (&delta).into()];
         let args = |tiles| [first.as_slice(), &self.attention_arguments(tiles)].concat();
         launch(gpu, kind, h.dim, Pass::Queries, [self.row.num_tiles, h.query], &args(&self.row.tiles))?;
-        launch(gpu, kind, h.dim, Pass::Keys, [self.row.num_key_tiles, h.key], &args(&self.row.key_tiles))?;
+        launch_keys(gpu, kind, h, [tokens, self.row.num_key_tiles], &dqkv, args(&self.row.key_tiles))?;
         Ok(dqkv)
     }
 

@@ -170,8 +170,8 @@ const GENERIC: [&str; 19] = [
     "attention_dq",
     "attention_dkv",
 ];
-/// Kernels whose elements are f32 always.
-const PLAIN: [&str; 5] = ["gather_rows", "scatter_rows", "head_start", "head_rescale", "cast_bf16"];
+/// Kernels whose elements are always of the same kinds.
+const PLAIN: [&str; 6] = ["gather_rows", "scatter_rows", "head_start", "head_rescale", "cast_bf16", "attention_sum"];
 
 /// Every kernel's name, its kinds and the dynamic shared memory that it asks for.
 pub(super) fn all() -> impl Iterator<Item = (&'static str, Option<Kind>, usize)> {

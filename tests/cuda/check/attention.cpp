@@ -137,13 +137,15 @@ struct Kernels {
     void (*delta)(float*, const T*, const T*, int, int, int);
     void (*dq)(T*, const T*, const T*, const float*, const float*, const int*, const unsigned*, int, int, int, int, float);
     void (*dkv)(T*, const T*, const T*, const float*, const float*, const int*, const unsigned*, int, int, int, int, float);
+    // In its place on tensor cores: a query head each.
+    void (*dkv_of_head)(T*, const T*, const T*, const float*, const float*, const int*, const unsigned*, int, int, int, int, float, float*);
     size_t forward_bytes, backward_bytes;
 };
 
-const Kernels<float> F32{attention_f32, attention_delta_f32, attention_dq_f32, attention_dkv_f32, 0, 0};
-const Kernels<bf16> BF16{attention_bf16, attention_delta_bf16, attention_dq_bf16, attention_dkv_bf16, 0, 0};
-const Kernels<bf16> MMA_64{attention_mma_64, attention_delta_bf16, attention_dq_mma_64, attention_dkv_mma_64, 32768, 40960};
-const Kernels<bf16> MMA_128{attention_mma_128, attention_delta_bf16, attention_dq_mma_128, attention_dkv_mma_128, 65536, 81920};
+const Kernels<float> F32{attention_f32, attention_delta_f32, attention_dq_f32, attention_dkv_f32, nullptr, 0, 0};
+const Kernels<bf16> BF16{attention_bf16, attention_delta_bf16, attention_dq_bf16, attention_dkv_bf16, nullptr, 0, 0};
+const Kernels<bf16> MMA_64{attention_mma_64, attention_delta_bf16, attention_dq_mma_64, nullptr, attention_dkv_mma_64, 32768, 40960};
+const Kernels<bf16> MMA_128{attention_mma_128, attention_delta_bf16, attention_dq_mma_128, nullptr, attention_dkv_mma_128, 65536, 81920};
 
 // What a kernel wrote, and the bits of it.
 template <class T>
@@ -189,15 +191,31 @@ Outputs<T> run(const Kernels<T>& kernels, const Layout& layout, const std::vecto
     for (size_t i = 0; i < o.dqkv.size(); i++)
         if (int(i % row) >= width && !is_poison(o.dqkv[i])) return expect(false, name + ": dq wrote outside of its columns"), o;
     const auto queries = o.dqkv;
-    emulate::launch(kernels.dkv, {tiles, unsigned(kv_heads)}, 128, kernels.backward_bytes, o.dqkv.data(), qkv.data(), dout.data(), o.lse.data(),
-                    o.delta.data(), layout.key_tiles.data(), positions, heads, kv_heads, dim, window, scale);
-    for (size_t i = 0; i < o.dqkv.size(); i++)
-        if (int(i % row) < width && memcmp(&o.dqkv[i], &queries[i], sizeof(T)) != 0)
-            return expect(false, name + ": dkv wrote outside of its columns"), o;
     const auto untouched = [&](const auto& values, int columns, const char* what) {
         for (size_t i = size_t(tokens) * columns; i < values.size(); i++)
             if (!is_poison(values[i])) return expect(false, name + ": wrote " + what + " after the last token");
     };
+    if (kernels.dkv != nullptr) {
+        emulate::launch(kernels.dkv, {tiles, unsigned(kv_heads)}, 128, kernels.backward_bytes, o.dqkv.data(), qkv.data(), dout.data(),
+                        o.lse.data(), o.delta.data(), layout.key_tiles.data(), positions, heads, kv_heads, dim, window, scale);
+    } else {
+        const bool shared = heads != kv_heads;
+        auto parts = poisoned<float>(shared ? size_t(rows) * 2 * width : 0);
+        emulate::launch(kernels.dkv_of_head, {tiles, unsigned(heads)}, 128, kernels.backward_bytes, o.dqkv.data(), qkv.data(), dout.data(),
+                        o.lse.data(), o.delta.data(), layout.key_tiles.data(), positions, heads, kv_heads, dim, window, scale,
+                        shared ? parts.data() : nullptr);
+        if constexpr (std::is_same_v<T, bf16>)
+            if (shared) {
+                expect(memcmp(o.dqkv.data(), queries.data(), queries.size() * sizeof(T)) == 0, name + ": dkv of a head wrote the sum's place");
+                untouched(parts, 2 * width, "parts");
+                const auto before = parts;
+                emulate::launch(attention_sum, unsigned(tokens), 256, 0, o.dqkv.data(), parts.data(), heads, kv_heads, dim);
+                expect(memcmp(parts.data(), before.data(), parts.size() * sizeof(float)) == 0, name + ": the sum wrote its parts");
+            }
+    }
+    for (size_t i = 0; i < o.dqkv.size(); i++)
+        if (int(i % row) < width && memcmp(&o.dqkv[i], &queries[i], sizeof(T)) != 0)
+            return expect(false, name + ": dkv wrote outside of its columns"), o;
     untouched(o.out, width, "out");
     untouched(o.dqkv, row, "dqkv");
     untouched(o.lse, heads, "lse");
@@ -287,6 +305,8 @@ void simt() {
 
 void mma() {
     for (int window : {0, 1, 5, 70}) check("mma", 2, MMA_64, ROW, 2, 1, 64, window);
+    // A key head for each query head, for which there is no sum.
+    for (int window : {0, 70}) check("mma", 2, MMA_64, ROW, 2, 2, 64, window);
     check("mma", 2, MMA_64, {{65, {2, 70}}}, 9, 3, 64, 0);
     check("mma", 2, MMA_64, {{1, {}}}, 4, 4, 64, 0);
     // Windows that end where a tile does.
@@ -294,7 +314,9 @@ void mma() {
     check("mma", 2, MMA_64, {{189, {2}}}, 2, 1, 64, 127);
     for (float shift : {-150.0f, 150.0f}) check("mma", 2, MMA_64, {{70, {3, 66}}}, 2, 1, 64, 0, shift);
     check("mma", 2, MMA_128, ROW, 1, 1, 128, 0);
-    check("mma", 2, MMA_128, ROW, 2, 1, 128, 70);
+    check("mma", 2, MMA_128, ROW, 2, 2, 128, 5);
+    for (int window : {0, 70}) check("mma", 2, MMA_128, ROW, 2, 1, 128, window);
+    check("mma", 2, MMA_128, {{130, {70, 1, 63}}}, 6, 2, 128, 0);
     check("mma", 2, MMA_128, {{63, {3}}}, 32, 8, 128, 5);
 }
 

@@ -8,154 +8,10 @@
 //   left a (16 × 16)    a0: row g, columns 2t 2t+1;  a1: row g + 8;  a2, a3: the same for columns 8 + 2t
 //   right b (16 × 8)    b0: rows 2t 2t+1, column g;  b1: rows 8 + 2t
 // so two neighbouring results make a left fragment without moving a value between lanes.
-#include "attention.cuh"
+#include "attention_mma.cuh"
+#include "elements.cuh"
 
 namespace attn {
-
-constexpr float LOG2E = 1.4426950408889634f;
-constexpr float LN2 = 0.6931471805599453f;
-
-// 2^x for x ≤ 0; what would be denormal is 0.
-__device__ __forceinline__ float power_of_2(float x) {
-#ifdef BRADLEY_EMULATE
-    return exp2f(x);
-#else
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#endif
-}
-
-// Results of 16 rows by N · 8 columns.
-template <int N>
-using Sums = float[N][4];
-
-template <int N>
-__device__ __forceinline__ void clear_sums(Sums<N>& sums) {
-#pragma unroll
-    for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) sums[n][i] = 0.0f;
-}
-
-// A tile is 64 rows of D in shared memory. The 16-byte chunks of a row are permuted by its number, so that the same chunk of 8 rows lies in 8
-// different groups of banks.
-template <int D>
-struct Tile {
-    bf16* at;
-
-    __device__ __forceinline__ Tile(bf16* shared, int number) : at(shared + number * TILE * D) {}
-
-    __device__ __forceinline__ bf16* chunk(int row, int number) const { return at + row * D + (number ^ (row & 7)) * 8; }
-
-    // Starts copying `count` rows; the rest becomes zero.
-    __device__ __forceinline__ void fetch(const bf16* from, size_t stride, int count) const {
-        constexpr int CHUNKS = D / 8, STEP = THREADS / CHUNKS;
-        const int c = threadIdx.x % CHUNKS;
-#pragma unroll
-        for (int step = 0; step < TILE; step += STEP) {
-            const int row = step + threadIdx.x / CHUNKS;
-            const bool inside = row < count;
-            cp_async_16(chunk(row, c), from + (inside ? row : 0) * stride + c * 8, inside);
-        }
-    }
-
-    // The left operand's fragment: rows `row`…+15, columns of D `column`…+15.
-    __device__ __forceinline__ void left(uint32_t (&a)[4], int row, int column) const {
-        const int lane = threadIdx.x % 32;
-        ldmatrix_x4(a, chunk(row + lane % 16, column / 8 + lane / 16));
-    }
-
-    // Of the transpose [D, 64] as a right operand, two fragments: its rows `column`…+15 and columns `row`…+7, and columns `row` + 8…+15.
-    __device__ __forceinline__ void right_transposed(uint32_t (&one)[2], uint32_t (&two)[2], int row, int column) const {
-        const int lane = threadIdx.x % 32;
-        uint32_t r[4];
-        ldmatrix_x4(r, chunk(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2));
-        one[0] = r[0], one[1] = r[1], two[0] = r[2], two[1] = r[3];
-    }
-
-    // As a right operand [64, D], two fragments: rows `row`…+15, columns `column`…+7 and `column` + 8…+15.
-    __device__ __forceinline__ void right(uint32_t (&one)[2], uint32_t (&two)[2], int row, int column) const {
-        const int lane = threadIdx.x % 32;
-        uint32_t r[4];
-        ldmatrix_x4_trans(r, chunk(row + lane % 16, column / 8 + lane / 16));
-        one[0] = r[0], one[1] = r[1], two[0] = r[2], two[1] = r[3];
-    }
-};
-
-// sums[own, other] = own·otherᵀ over D, for 16 own rows and 8N rows of the other tile from `first` on.
-template <int D, int N>
-__device__ __forceinline__ void scores(Sums<N>& sums, const Tile<D>& own, int row, const Tile<D>& other, int first) {
-    clear_sums<N>(sums);
-#pragma unroll
-    for (int column = 0; column < D; column += 16) {
-        uint32_t a[4];
-        own.left(a, row, column);
-#pragma unroll
-        for (int n = 0; n < N; n += 2) {
-            uint32_t one[2], two[2];
-            other.right_transposed(one, two, first + n * 8, column);
-            mma_m16n8k16_bf16(sums[n], a, one);
-            mma_m16n8k16_bf16(sums[n + 1], a, two);
-        }
-    }
-}
-
-// sums[own, d] += Σ_other weights[own, other]·other[d], over 16N rows of the other tile from `first` on.
-template <int D, int N>
-__device__ __forceinline__ void accumulate(Sums<D / 8>& sums, const uint32_t (&weights)[N][4], const Tile<D>& other, int first) {
-#pragma unroll
-    for (int k = 0; k < N; k++)
-#pragma unroll
-        for (int n = 0; n < D / 8; n += 2) {
-            uint32_t one[2], two[2];
-            other.right(one, two, first + k * 16, n * 8);
-            mma_m16n8k16_bf16(sums[n], weights[k], one);
-            mma_m16n8k16_bf16(sums[n + 1], weights[k], two);
-        }
-}
-
-// Results of 8N columns as left operands, rounded.
-template <int N>
-__device__ __forceinline__ void pack(uint32_t (&to)[N / 2][4], const Sums<N>& from) {
-#pragma unroll
-    for (int k = 0; k < N / 2; k++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float* pair = &from[2 * k + i / 2][i % 2 * 2];
-            to[k][i] = pack_bf16(pair[0], pair[1]);
-        }
-}
-
-// Writes the 16 rows of a warp, of which those below `count` exist.
-template <int D>
-__device__ __forceinline__ void store(bf16* to, size_t stride, int row, int count, const Sums<D / 8>& sums, float factor_low, float factor_high) {
-    const int lane = threadIdx.x % 32, low = row + lane / 4, high = low + 8;
-#pragma unroll
-    for (int n = 0; n < D / 8; n++) {
-        const int column = n * 8 + lane % 4 * 2;
-        if (low < count)
-            *reinterpret_cast<uint32_t*>(to + low * stride + column) = pack_bf16(sums[n][0] * factor_low, sums[n][1] * factor_low);
-        if (high < count)
-            *reinterpret_cast<uint32_t*>(to + high * stride + column) = pack_bf16(sums[n][2] * factor_high, sums[n][3] * factor_high);
-    }
-}
-
-// Over the 4 lanes that share a row of a result.
-__device__ __forceinline__ float row_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 1));
-    return fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 2));
-}
-
-__device__ __forceinline__ float row_sum(float x) {
-    x += __shfl_xor_sync(FULL_WARP, x, 1);
-    return x + __shfl_xor_sync(FULL_WARP, x, 2);
-}
-
-// Whether every query of the block sees every key of the tile.
-__device__ __forceinline__ bool all_seen(Range queries, Range keys, int apart, int window) {
-    return keys.size() == TILE && keys.end - 1 <= queries.start && queries.end - 1 - keys.start + apart < window;
-}
 
 template <int D>
 __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* qkv, const int* tiles, const unsigned* positions, Shape shape,
@@ -306,137 +162,145 @@ __device__ __forceinline__ void backward_queries_mma(bf16* dqkv, const bf16* qkv
         cp_async_commit();
         const Range keys = queries.keys.tile(n);
         const int apart = shift(positions, start) - shift(positions, keys.start);
-        const bool all = all_seen(queries.tile, keys, apart, window);
+        if (!all_seen(queries.tile, keys, apart, window)) {
+#pragma unroll
+            for (int b = 0; b < N; b++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int i = start + row + lane / 4 + e / 2 * 8, j = keys.start + b * 8 + lane % 4 * 2 + e % 2;
+                    if (j >= keys.end || j > i || i - j + apart >= window) s[b][e] = -INFINITY;
+                }
+        }
 #pragma unroll
         for (int b = 0; b < N; b++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const int i = start + row + lane / 4 + e / 2 * 8, j = keys.start + b * 8 + lane % 4 * 2 + e % 2;
-                const bool seen = all || (j < keys.end && j <= i && i - j + apart < window);
-                const float p = seen ? power_of_2(s[b][e] * scale2 - own_lse[e / 2]) : 0.0f;
-                s[b][e] = p * (dp[b][e] - own_delta[e / 2]) * scale;
-            }
+            for (int e = 0; e < 4; e++) s[b][e] = power_of_2(s[b][e] * scale2 - own_lse[e / 2]) * (dp[b][e] - own_delta[e / 2]);
         uint32_t ds[N / 2][4];
         pack<N>(ds, s);
         accumulate<D, N / 2>(sum, ds, k, 0);
     }
-    store<D>(dqkv + start * stride + size_t(head) * D, stride, row, count, sum, 1.0f, 1.0f);
+    store<D>(dqkv + start * stride + size_t(head) * D, stride, row, count, sum, scale, scale);
 }
 
+// For one query head. Where several share these keys and values, there are `parts` [T, 2K, H/K, D], of which attention_sum makes the gradients.
 template <int D>
 __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta,
-                                                  const int* tiles, const unsigned* positions, Shape shape, int window, float scale) {
-    // Queries are done 32 at a time: all 64 would not fit the registers beside dK and dV.
-    constexpr int HALF = TILE / 2, N = HALF / 8;
-    __shared__ float other_lse[2][TILE], other_delta[2][TILE];
-    __shared__ int other_position[2][TILE];
+                                                  const int* tiles, const unsigned* positions, Shape shape, int window, float scale, float* parts) {
+    constexpr int N = TILE / 8;
+    // Of a tile of queries. The next tile's are written while its delta is still read.
+    __shared__ float other_lse[TILE], other_delta[2][TILE];
+    __shared__ int other_position[TILE];
     SHARED(bf16, shared);
     // In shared memory: K, V, dO, two tiles of queries.
     const Tile<D> k(shared, 0), v(shared, 1), g(shared, 2);
     const Keys keys(tiles + 5 * blockIdx.x, positions, window);
-    const int kv = blockIdx.y, start = keys.tile.start, count = keys.tile.size(), own_shift = shift(positions, start);
+    const int head = blockIdx.y, kv = head / shape.group();
+    const int start = keys.tile.start, count = keys.tile.size(), own_shift = shift(positions, start);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
     const size_t stride = shape.row();
     const float scale2 = scale * LOG2E;
-
-    // What is to be done: tile n of queries with one of the group's heads, all tiles of a head before the next head.
-    struct Item {
-        int head, n;
+    const auto fetch_queries = [&](int n, int buffer) {
+        const Range others = keys.queries.tile(n);
+        Tile<D>(shared, 3 + buffer).fetch(qkv + others.start * stride + size_t(head) * D, stride, others.size());
     };
-    const int end = (kv + 1) * shape.group();
-    const auto next = [&](Item item) {
-        item.n = keys.next(item.n, positions, window);
-        // The first tile is never hidden: it holds these keys' own queries.
-        if (item.n >= keys.queries.tiles) item.n = 0, item.head++;
-        return item;
-    };
-    const auto fetch_queries = [&](Item item, int buffer) {
-        const Range others = keys.queries.tile(item.n);
-        Tile<D>(shared, 3 + buffer).fetch(qkv + others.start * stride + size_t(item.head) * D, stride, others.size());
-    };
-    const auto fetch_upstream = [&](Item item) {
-        const Range others = keys.queries.tile(item.n);
-        g.fetch(dout + others.start * shape.width() + size_t(item.head) * D, shape.width(), others.size());
+    const auto fetch_upstream = [&](int n) {
+        const Range others = keys.queries.tile(n);
+        g.fetch(dout + others.start * shape.width() + size_t(head) * D, shape.width(), others.size());
     };
     // Half of the threads carry a tile's lse and positions, the others its delta.
     const int carried = threadIdx.x % TILE;
     const bool carries_lse = threadIdx.x < TILE;
     float number = 0.0f;
     int position = 0;
-    const auto read = [&](Item item) {
-        const Range others = keys.queries.tile(item.n);
+    const auto read = [&](int n) {
+        const Range others = keys.queries.tile(n);
         const int i = others.start + carried;
         const bool inside = i < others.end;
-        const size_t at = size_t(i) * shape.heads + item.head;
+        const size_t at = size_t(i) * shape.heads + head;
         // A row that does not exist gets P = 0.
         number = carries_lse ? (inside ? lse[at] * LOG2E : INFINITY) : (inside ? delta[at] : 0.0f);
         position = inside ? int(positions[i]) : 0;
     };
     const auto leave = [&](int buffer) {
-        (carries_lse ? other_lse : other_delta)[buffer][carried] = number;
-        if (carries_lse) other_position[buffer][carried] = position;
+        (carries_lse ? other_lse : other_delta[buffer])[carried] = number;
+        if (carries_lse) other_position[carried] = position;
     };
 
-    Item item = next({kv * shape.group(), 0});
+    // The first tile is never hidden: it holds these keys' own queries.
+    int n = 0;
     k.fetch(qkv + start * stride + shape.key_column(kv), stride, count);
     v.fetch(qkv + start * stride + shape.value_column(kv), stride, count);
-    fetch_queries(item, 0);
-    fetch_upstream(item);
+    fetch_queries(n, 0);
+    fetch_upstream(n);
     cp_async_commit();
-    read(item);
+    read(n);
     leave(0);
     Sums<D / 8> dk, dv;
     clear_sums<D / 8>(dk);
     clear_sums<D / 8>(dv);
-    for (int buffer = 0; item.head < end; buffer ^= 1) {
-        const Item following = next({item.head, item.n + 1});
-        const bool more = following.head < end;
-        // The item's tiles have come, and all warps are done with the queries before.
+    for (int buffer = 0; n < keys.queries.tiles; buffer ^= 1) {
+        const int following = keys.next(n + 1, positions, window);
+        const bool more = following < keys.queries.tiles;
+        // The tiles have come, and all warps are done with the queries before.
         cp_async_wait<0>();
         __syncthreads();
-        if (more) fetch_queries(following, buffer ^ 1), read(following);
+        if (more) fetch_queries(following, buffer ^ 1);
         cp_async_commit();
         const Tile<D> q(shared, 3 + buffer);
-        const Range others = keys.queries.tile(item.n);
+        const Range others = keys.queries.tile(n);
         const bool all = window == NO_WINDOW && others.start >= keys.tile.end - 1;
-        uint32_t ds[2][N / 2][4];
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            Sums<N> s, dp;
-            scores<D, N>(s, k, row, q, half * HALF);
-            scores<D, N>(dp, v, row, g, half * HALF);
+        Sums<N> s;
+        scores<D, N>(s, k, row, q, 0);
+        if (!all) {
 #pragma unroll
             for (int b = 0; b < N; b++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    const int column = half * HALF + b * 8 + lane % 4 * 2 + e % 2, i = others.start + column;
-                    const int j = start + row + lane / 4 + e / 2 * 8;
-                    const bool seen = all || (j <= i && other_position[buffer][column] - (j + own_shift) < window);
-                    s[b][e] = seen ? power_of_2(s[b][e] * scale2 - other_lse[buffer][column]) : 0.0f;
-                    dp[b][e] = s[b][e] * (dp[b][e] - other_delta[buffer][column]) * scale;
+                    const int column = b * 8 + lane % 4 * 2 + e % 2, j = start + row + lane / 4 + e / 2 * 8;
+                    const int apart = other_position[column] - (j + own_shift);
+                    if ((j > others.start + column) | (apart >= window)) s[b][e] = -INFINITY;
                 }
-            uint32_t p[N / 2][4];
-            pack<N>(p, s);
-            pack<N>(ds[half], dp);
-            accumulate<D, N / 2>(dv, p, g, half * HALF);
         }
-        // All warps are done with the upstream gradient.
+#pragma unroll
+        for (int b = 0; b < N; b++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) s[b][e] = power_of_2(s[b][e] * scale2 - other_lse[b * 8 + lane % 4 * 2 + e % 2]);
+        uint32_t weights[N / 2][4];
+        pack<N>(weights, s);
+        accumulate<D, N / 2>(dv, weights, g, 0);
+        Sums<N> dp;
+        scores<D, N>(dp, v, row, g, 0);
+        // All warps are done with the upstream gradient, and with this tile's lse and positions.
         __syncthreads();
-        if (more) fetch_upstream(following);
+        if (more) fetch_upstream(following), read(following);
         cp_async_commit();
 #pragma unroll
-        for (int half = 0; half < 2; half++) accumulate<D, N / 2>(dk, ds[half], q, half * HALF);
+        for (int b = 0; b < N; b++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) s[b][e] *= dp[b][e] - other_delta[buffer][b * 8 + lane % 4 * 2 + e % 2];
+        pack<N>(weights, s);
+        accumulate<D, N / 2>(dk, weights, q, 0);
         if (more) leave(buffer ^ 1);
-        item = following;
+        n = following;
     }
-    store<D>(dqkv + start * stride + shape.key_column(kv), stride, row, count, dk, 1.0f, 1.0f);
-    store<D>(dqkv + start * stride + shape.value_column(kv), stride, row, count, dv, 1.0f, 1.0f);
+    if (parts == nullptr) {
+        bf16* to = dqkv + start * stride;
+        store<D>(to + shape.key_column(kv), stride, row, count, dk, scale, scale);
+        store<D>(to + shape.value_column(kv), stride, row, count, dv, 1.0f, 1.0f);
+    } else {
+        const size_t width = 2 * shape.width();
+        float* to = parts + start * width + size_t(head) * D;
+        store<D>(to, width, row, count, dk, scale, scale);
+        store<D>(to + shape.width(), width, row, count, dv, 1.0f, 1.0f);
+    }
 }
 
 }  // namespace attn
 
-// Forward [(tiles, H); 128]; dynamic shared memory: 4 tiles, i.e. 32768 bytes for D = 64, 65536 for D = 128, where
+// The backward kernels for D = 64 are held to the registers of 3 blocks a multiprocessor. Where dynamic shared memory is more than 48 KiB,
 // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES must be set.
+
+// Forward [(tiles, H); 128]; dynamic shared memory: 4 tiles, i.e. 32768 bytes for D = 64, 65536 for D = 128.
 KERNEL void attention_mma_64(bf16* out, float* lse, const bf16* qkv, const int* tiles, const unsigned* positions, int heads, int kv_heads,
                              int /*dim*/, int window, float scale) {
     attn::forward_mma<64>(out, lse, qkv, tiles, positions, {heads, kv_heads, 64}, attn::limit(window), scale);
@@ -447,10 +311,10 @@ KERNEL void attention_mma_128(bf16* out, float* lse, const bf16* qkv, const int*
     attn::forward_mma<128>(out, lse, qkv, tiles, positions, {heads, kv_heads, 128}, attn::limit(window), scale);
 }
 
-// Gradient of the queries [(tiles, H); 128]; dynamic shared memory: 5 tiles, i.e. 40960 bytes for D = 64, 81920 for D = 128, where
-// CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES must be set.
-KERNEL void attention_dq_mma_64(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta, const int* tiles,
-                                const unsigned* positions, int heads, int kv_heads, int /*dim*/, int window, float scale) {
+// Gradient of the queries [(tiles, H); 128]; dynamic shared memory: 5 tiles, i.e. 40960 bytes for D = 64, 81920 for D = 128.
+KERNEL __launch_bounds__(128, 3) void attention_dq_mma_64(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta,
+                                                          const int* tiles, const unsigned* positions, int heads, int kv_heads, int /*dim*/,
+                                                          int window, float scale) {
     attn::backward_queries_mma<64>(dqkv, qkv, dout, lse, delta, tiles, positions, {heads, kv_heads, 64}, attn::limit(window), scale);
 }
 
@@ -459,14 +323,36 @@ KERNEL void attention_dq_mma_128(bf16* dqkv, const bf16* qkv, const bf16* dout, 
     attn::backward_queries_mma<128>(dqkv, qkv, dout, lse, delta, tiles, positions, {heads, kv_heads, 128}, attn::limit(window), scale);
 }
 
-// Gradients of keys and values [(key tiles, K); 128]; dynamic shared memory: 5 tiles, i.e. 40960 bytes for D = 64, 81920 for D = 128, where
-// CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES must be set; 1536 bytes are static.
-KERNEL void attention_dkv_mma_64(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta, const int* key_tiles,
-                                 const unsigned* positions, int heads, int kv_heads, int /*dim*/, int window, float scale) {
-    attn::backward_keys_mma<64>(dqkv, qkv, dout, lse, delta, key_tiles, positions, {heads, kv_heads, 64}, attn::limit(window), scale);
+// Gradients of keys and values [(key tiles, H); 128]; dynamic shared memory: 5 tiles, i.e. 40960 bytes for D = 64, 81920 for D = 128; 1024 bytes
+// are static, so that two blocks fit the 164 KiB of an A100. With H = K, `parts` is null and dqkv is written; else `parts`, for attention_sum.
+KERNEL __launch_bounds__(128, 3) void attention_dkv_mma_64(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta,
+                                                           const int* key_tiles, const unsigned* positions, int heads, int kv_heads,
+                                                           int /*dim*/, int window, float scale, float* parts) {
+    attn::backward_keys_mma<64>(dqkv, qkv, dout, lse, delta, key_tiles, positions, {heads, kv_heads, 64}, attn::limit(window), scale, parts);
 }
 
 KERNEL void attention_dkv_mma_128(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta, const int* key_tiles,
-                                  const unsigned* positions, int heads, int kv_heads, int /*dim*/, int window, float scale) {
-    attn::backward_keys_mma<128>(dqkv, qkv, dout, lse, delta, key_tiles, positions, {heads, kv_heads, 128}, attn::limit(window), scale);
+                                  const unsigned* positions, int heads, int kv_heads, int /*dim*/, int window, float scale, float* parts) {
+    attn::backward_keys_mma<128>(dqkv, qkv, dout, lse, delta, key_tiles, positions, {heads, kv_heads, 128}, attn::limit(window), scale, parts);
+}
+
+// [T; 256] The k and v columns of dqkv: `parts` [T, 2K, H/K, D] summed over the query heads of a group, in order. D is a multiple of 8.
+KERNEL void attention_sum(bf16* dqkv, const float* parts, int heads, int kv_heads, int dim) {
+    const attn::Shape shape{heads, kv_heads, dim};
+    const int group = shape.group(), chunks = dim / 8;
+    bf16* to = dqkv + blockIdx.x * shape.row() + shape.key_column(0);
+    const float* from = parts + blockIdx.x * 2 * shape.width();
+    for (int i = threadIdx.x; i < 2 * kv_heads * chunks; i += blockDim.x) {
+        const float* part = from + size_t(i / chunks) * group * dim + i % chunks * 8;
+        float sum[8];
+        load<8>(sum, part);
+#pragma unroll 4
+        for (int n = 1; n < group; n++) {
+            float next[8];
+            load<8>(next, part + size_t(n) * dim);
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum[j] += next[j];
+        }
+        store<8>(to + i * 8, sum);
+    }
 }
