@@ -37,12 +37,12 @@ fn made_for(kind: Kind, dim: usize, pass: Pass) -> Option<(&'static str, usize)>
     found.map(|(.., name, shared)| (*name, *shared))
 }
 
-/// Starts the kernel of a pass over `tiles × heads` blocks.
-pub(super) fn launch(gpu: &Gpu, kind: Kind, dim: usize, pass: Pass, grid: [usize; 2], args: &[Arg]) -> Result<()> {
-    let launch = Launch::grid(grid, THREADS);
+/// Starts the kernel of a pass over `tiles × heads` blocks; on tensor cores, all heads of a tile before the next tile.
+pub(super) fn launch(gpu: &Gpu, kind: Kind, dim: usize, pass: Pass, [tiles, heads]: [usize; 2], args: &[Arg]) -> Result<()> {
     if let Some((name, shared)) = made_for(kind, dim, pass) {
-        return gpu.launch(name, None, launch.shared(shared), args);
+        return gpu.launch(name, None, Launch::grid([heads, tiles], THREADS).shared(shared), args);
     }
+    let launch = Launch::grid([tiles, heads], THREADS);
     let name = match pass {
         Pass::Forward => "attention",
         Pass::Queries => "attention_dq",

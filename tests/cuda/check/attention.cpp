@@ -182,11 +182,12 @@ Outputs<T> run(const Kernels<T>& kernels, const Layout& layout, const std::vecto
     Outputs<T> o{poisoned<T>(size_t(rows) * width), poisoned<T>(size_t(rows) * row), poisoned<float>(size_t(rows) * heads),
                  poisoned<float>(size_t(rows) * heads)};
     const unsigned tiles = layout.tiles.size() / 5;
+    const dim3 grid = kernels.dkv != nullptr ? dim3(tiles, heads) : dim3(heads, tiles);
     const unsigned* positions = layout.positions.data();
-    emulate::launch(kernels.forward, {tiles, unsigned(heads)}, 128, kernels.forward_bytes, o.out.data(), o.lse.data(), qkv.data(),
+    emulate::launch(kernels.forward, grid, 128, kernels.forward_bytes, o.out.data(), o.lse.data(), qkv.data(),
                     layout.tiles.data(), positions, heads, kv_heads, dim, window, scale);
     emulate::launch(kernels.delta, unsigned(tokens * heads + 3) / 4, 128, 0, o.delta.data(), o.out.data(), dout.data(), tokens, heads, dim);
-    emulate::launch(kernels.dq, {tiles, unsigned(heads)}, 128, kernels.backward_bytes, o.dqkv.data(), qkv.data(), dout.data(), o.lse.data(),
+    emulate::launch(kernels.dq, grid, 128, kernels.backward_bytes, o.dqkv.data(), qkv.data(), dout.data(), o.lse.data(),
                     o.delta.data(), layout.tiles.data(), positions, heads, kv_heads, dim, window, scale);
     for (size_t i = 0; i < o.dqkv.size(); i++)
         if (int(i % row) >= width && !is_poison(o.dqkv[i])) return expect(false, name + ": dq wrote outside of its columns"), o;
@@ -201,7 +202,7 @@ Outputs<T> run(const Kernels<T>& kernels, const Layout& layout, const std::vecto
     } else {
         const bool shared = heads != kv_heads;
         auto parts = poisoned<float>(shared ? size_t(rows) * 2 * width : 0);
-        emulate::launch(kernels.dkv_of_head, {tiles, unsigned(heads)}, 128, kernels.backward_bytes, o.dqkv.data(), qkv.data(), dout.data(),
+        emulate::launch(kernels.dkv_of_head, grid, 128, kernels.backward_bytes, o.dqkv.data(), qkv.data(), dout.data(),
                         o.lse.data(), o.delta.data(), layout.key_tiles.data(), positions, heads, kv_heads, dim, window, scale,
                         shared ? parts.data() : nullptr);
         if constexpr (std::is_same_v<T, bf16>)

@@ -19,8 +19,8 @@ __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* q
     constexpr int N = TILE / 8;
     SHARED(bf16, shared);
     // In shared memory: two tiles of keys, two of values.
-    const Queries queries(tiles + 5 * blockIdx.x, positions, window);
-    const int head = blockIdx.y, kv = head / shape.group(), start = queries.tile.start, count = queries.tile.size();
+    const Queries queries(tiles + 5 * blockIdx.y, positions, window);
+    const int head = blockIdx.x, kv = head / shape.group(), start = queries.tile.start, count = queries.tile.size();
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
     const size_t stride = shape.row();
     const auto fetch = [&](int n) {
@@ -117,8 +117,8 @@ __device__ __forceinline__ void backward_queries_mma(bf16* dqkv, const bf16* qkv
     SHARED(bf16, shared);
     // In shared memory: Q, dO, V, two tiles of keys.
     const Tile<D> q(shared, 0), g(shared, 1), v(shared, 2);
-    const Queries queries(tiles + 5 * blockIdx.x, positions, window);
-    const int head = blockIdx.y, kv = head / shape.group(), start = queries.tile.start, count = queries.tile.size();
+    const Queries queries(tiles + 5 * blockIdx.y, positions, window);
+    const int head = blockIdx.x, kv = head / shape.group(), start = queries.tile.start, count = queries.tile.size();
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
     const size_t stride = shape.row();
     const auto fetch_keys = [&](int n) {
@@ -193,8 +193,8 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
     SHARED(bf16, shared);
     // In shared memory: K, V, dO, two tiles of queries.
     const Tile<D> k(shared, 0), v(shared, 1), g(shared, 2);
-    const Keys keys(tiles + 5 * blockIdx.x, positions, window);
-    const int head = blockIdx.y, kv = head / shape.group();
+    const Keys keys(tiles + 5 * blockIdx.y, positions, window);
+    const int head = blockIdx.x, kv = head / shape.group();
     const int start = keys.tile.start, count = keys.tile.size(), own_shift = shift(positions, start);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
     const size_t stride = shape.row();
@@ -297,10 +297,11 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
 
 }  // namespace attn
 
+// All heads of a tile before the next tile: the host lists the longest first, and what is left at the end is short.
 // The backward kernels for D = 64 are held to the registers of 3 blocks a multiprocessor. Where dynamic shared memory is more than 48 KiB,
 // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES must be set.
 
-// Forward [(tiles, H); 128]; dynamic shared memory: 4 tiles, i.e. 32768 bytes for D = 64, 65536 for D = 128.
+// Forward [(H, tiles); 128]; dynamic shared memory: 4 tiles, i.e. 32768 bytes for D = 64, 65536 for D = 128.
 KERNEL void attention_mma_64(bf16* out, float* lse, const bf16* qkv, const int* tiles, const unsigned* positions, int heads, int kv_heads,
                              int /*dim*/, int window, float scale) {
     attn::forward_mma<64>(out, lse, qkv, tiles, positions, {heads, kv_heads, 64}, attn::limit(window), scale);
@@ -311,7 +312,7 @@ KERNEL void attention_mma_128(bf16* out, float* lse, const bf16* qkv, const int*
     attn::forward_mma<128>(out, lse, qkv, tiles, positions, {heads, kv_heads, 128}, attn::limit(window), scale);
 }
 
-// Gradient of the queries [(tiles, H); 128]; dynamic shared memory: 5 tiles, i.e. 40960 bytes for D = 64, 81920 for D = 128.
+// Gradient of the queries [(H, tiles); 128]; dynamic shared memory: 5 tiles, i.e. 40960 bytes for D = 64, 81920 for D = 128.
 KERNEL __launch_bounds__(128, 3) void attention_dq_mma_64(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta,
                                                           const int* tiles, const unsigned* positions, int heads, int kv_heads, int /*dim*/,
                                                           int window, float scale) {
@@ -323,7 +324,7 @@ KERNEL void attention_dq_mma_128(bf16* dqkv, const bf16* qkv, const bf16* dout, 
     attn::backward_queries_mma<128>(dqkv, qkv, dout, lse, delta, tiles, positions, {heads, kv_heads, 128}, attn::limit(window), scale);
 }
 
-// Gradients of keys and values [(key tiles, H); 128]; dynamic shared memory: 5 tiles, i.e. 40960 bytes for D = 64, 81920 for D = 128; 1024 bytes
+// Gradients of keys and values [(H, key tiles); 128]; dynamic shared memory: 5 tiles, i.e. 40960 bytes for D = 64, 81920 for D = 128; 1024 bytes
 // are static, so that two blocks fit the 164 KiB of an A100. With H = K, `parts` is null and dqkv is written; else `parts`, for attention_sum.
 KERNEL __launch_bounds__(128, 3) void attention_dkv_mma_64(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta,
                                                            const int* key_tiles, const unsigned* positions, int heads, int kv_heads,
