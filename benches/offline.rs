@@ -170,7 +170,8 @@ fn lengths(base: &Policy, pairs: &[EncodedPair]) -> anyhow::Result<()> {
 fn gflop(base: &Policy, pairs: &[EncodedPair], mode: &str) -> f64 {
     let config = &base.config;
     let head = (config.vocab_size * config.hidden_size) as f64;
-    let linear = config.parameter_count() as f64 - head;
+    // The embedding is looked up; a head of its own is the product that is counted beside.
+    let linear = config.parameter_count() as f64 - if config.tie_word_embeddings { head } else { 2.0 * head };
     let heads = (config.num_heads * config.head_dim * config.num_layers) as f64;
     // Passes over the blocks, over the head and over attention, in forward passes.
     let (blocks, heads_passes, attention) = match mode {

@@ -41,7 +41,7 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
     line("2. The server");
     let temporary = tempfile::tempdir().map_err(|e| failed(&e))?;
     let data_dir = args.data_dir.clone().unwrap_or_else(|| temporary.path().join("data"));
-    let server = Server::start(&source, &data_dir, &args.precision, &sources).await?;
+    let server = Server::start(&source, &data_dir, [&args.precision, &args.device], &sources).await?;
     let client = server.client().await?;
     let models = client.models().list_models(pb::ListModelsRequest {}).await?.into_inner().models;
     for m in &models {
@@ -134,13 +134,14 @@ struct Server {
 }
 
 impl Server {
-    async fn start(source: &str, data_dir: &Path, precision: &str, sources: &Sources) -> Result<Self, Failure> {
+    async fn start(source: &str, data_dir: &Path, [precision, device]: [&str; 2], sources: &Sources) -> Result<Self, Failure> {
         let flags = [
             ("models", format!("{MODEL_ID}={source}")),
             ("data_dir", data_dir.display().to_string()),
             ("listen", "127.0.0.1:0".into()),
             ("http_listen", "off".into()),
             ("precision", precision.to_owned()),
+            ("device", device.to_owned()),
         ];
         let own = Sources {
             flags: flags.into_iter().map(|(k, v)| (k.to_owned(), v)).collect(),

@@ -50,7 +50,13 @@ impl ScoringService for Scoring {
             let (i, scored) = done.map_err(|e| status(ServiceError::internal(format!("a scoring task failed: {e}"))))?;
             results[i].1 = Some(scored);
         }
-        if results.iter().all(|(_, r)| matches!(r, Some(Err(ServiceError::Unavailable { .. } | ServiceError::ResourceExhausted { .. }))))
+        // Another replica answers the call whole: a client or a gateway that repeats it must not have to look into the results.
+        if let Some(at) = results.iter().position(|(_, r)| matches!(r, Some(Err(ServiceError::Unavailable { .. }))))
+            && let (_, Some(Err(e))) = results.swap_remove(at)
+        {
+            return Err(status(e));
+        }
+        if results.iter().all(|(_, r)| matches!(r, Some(Err(ServiceError::ResourceExhausted { .. }))))
             && let Some((_, Some(Err(e)))) = results.pop()
         {
             return Err(status(e));
@@ -110,7 +116,12 @@ impl ScoringService for Scoring {
         }
         let session = self.0.scoring_session(&caller, options).await.map_err(status)?;
         let _room = session.room(&prompt, &completions.iter().collect::<Vec<_>>()).await.map_err(status)?;
-        let scored = session.score_completions(&prompt, &completions).await.map_err(status)?;
+        let mut scored = session.score_completions(&prompt, &completions).await.map_err(status)?;
+        if let Some(at) = scored.iter().position(|s| matches!(s, Err(ServiceError::Unavailable { .. })))
+            && let Err(e) = scored.swap_remove(at)
+        {
+            return Err(status(e));
+        }
         let good: Vec<usize> = scored.iter().enumerate().filter(|(_, s)| s.is_ok()).map(|(i, _)| i).collect();
         let rewards: Vec<f64> = scored.iter().flatten().map(|s| s.reward).collect();
         let order = ranking(&rewards).into_iter().map(|i| good[i] as u32).collect();

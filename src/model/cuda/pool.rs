@@ -26,7 +26,10 @@ pub(super) struct Pool {
 enum Source {
     Arena(Arena),
     /// On a device that cannot map memory: pieces of the driver's, by size.
-    Pieces { free: BTreeMap<usize, Vec<u64>>, free_bytes: usize },
+    Pieces {
+        free: BTreeMap<usize, Vec<u64>>,
+        free_bytes: usize,
+    },
 }
 
 impl Pool {
@@ -178,7 +181,12 @@ impl Arena {
             requestedHandleTypes: sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_NONE,
             location: self.place,
             win32HandleMetaData: std::ptr::null_mut(),
-            allocFlags: sys::CUmemAllocationProp_st__bindgen_ty_1 { compressionType: 0, gpuDirectRDMACapable: 0, usage: 0, reserved: [0; 4] },
+            allocFlags: sys::CUmemAllocationProp_st__bindgen_ty_1 {
+                compressionType: 0,
+                gpuDirectRDMACapable: 0,
+                usage: 0,
+                reserved: [0; 4],
+            },
         };
         let access = sys::CUmemAccessDesc { location: self.place, flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE };
         let mut handle = 0;

@@ -99,7 +99,9 @@ impl SafetensorsWeights {
         let stored_bf16 = |b: &[u8]| bf16::from_le_bytes([b[0], b[1]]);
         let tensor = match stored.dtype {
             Dtype::F32 => stored.tensor(name, path, bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
-            Dtype::F16 => stored.tensor::<f32>(name, path, bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect()),
+            Dtype::F16 => {
+                stored.tensor::<f32>(name, path, bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect())
+            }
             Dtype::BF16 if keep_bf16 => stored.tensor::<bf16>(name, path, bytes.chunks_exact(2).map(stored_bf16).collect()),
             Dtype::BF16 => stored.tensor::<f32>(name, path, bytes.chunks_exact(2).map(|b| stored_bf16(b).to_f32()).collect()),
             other => Err(ModelError::Unsupported {
