@@ -73,14 +73,14 @@ def model(shape):
 
 
 def usable_rows():
-    """Rows whose prompt both sides accept, in a file of their own."""
+    """Rows whose prompt both sides accept, also with a few words more, in a file of their own."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     rows = []
     for line in Path(args.pairs).read_text().splitlines():
         row = {k: json.loads(line)[k] for k in ("prompt", "chosen", "rejected")}
-        if len(tokenizer(tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True))["input_ids"]) < args.max_length:
+        if len(tokenizer(tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True))["input_ids"]) < args.max_length - 32:
             rows.append(row)
     path = args.models / "bradley-bench-pairs.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -103,8 +103,11 @@ class Sampler:
 
     def run(self):
         while True:
-            for p in self.nvml.nvmlDeviceGetComputeRunningProcesses(self.handle):
-                self.peaks[p.pid] = max(self.peaks.get(p.pid, 0), p.usedGpuMemory or 0)
+            try:
+                for p in self.nvml.nvmlDeviceGetComputeRunningProcesses(self.handle):
+                    self.peaks[p.pid] = max(self.peaks.get(p.pid, 0), p.usedGpuMemory or 0)
+            except self.nvml.NVMLError as e:
+                print("NVML:", e, flush=True)
             time.sleep(0.3)  # more often slows the other processes' calls of the driver
 
     def take(self, pid):
@@ -160,7 +163,10 @@ def training(shape, folder, path):
     theirs, tried = trl(folder, path, "train"), {}
     for config in [args.trl[0], *args.trl]:
         tried[config] = note(what="train", shape=shape, side="TRL, tried", config=config, **of_trl(config, 0))
-    best = min((c for c, a in tried.items() if "seconds" in a), key=lambda c: tried[c]["seconds"])
+    ran = [c for c, a in tried.items() if "seconds" in a]
+    if not ran:
+        sys.exit("TRL runs in none of these configurations")
+    best = min(ran, key=lambda c: tried[c]["seconds"])
     print(f"TRL's best: {best}", flush=True)
     answers = {"TRL": [], "bradley": []}
     for r in range(args.rounds):
@@ -170,6 +176,8 @@ def training(shape, folder, path):
             answers[which].append(note(what="train", shape=shape, side=which, config=best if which == "TRL" else "", round=r, **answer))
     theirs.close()
     rounds = [(t, b) for t, b in zip(answers["TRL"], answers["bradley"]) if "seconds" in t]
+    if not rounds:
+        return print("TRL ran out of memory in every round", flush=True)
     ratios = [t["seconds"] / b["seconds"] for t, b in rounds]
     for which, all_ in {"TRL " + best: [t for t, _ in rounds], "bradley": [b for _, b in rounds]}.items():
         rate = [a["pairs"] / a["seconds"] for a in all_]
@@ -215,10 +223,14 @@ def scoring(shape, folder, path, rows):
     for r in range(args.rounds):
         first, n = r * 32, 32
         tried = [theirs.ask(json.dumps({"batch": batch, "first": first, "pairs": n})) for batch in (4, 8)]
-        best = min((t for t in tried if "seconds" in t), key=lambda t: t["seconds"])
+        ran = [t for t in tried if "seconds" in t]
+        if not ran:
+            print("transformers ran out of memory", flush=True)
+            continue
+        best = min(ran, key=lambda t: t["seconds"])
         answers["transformers"].append(note(what="score", shape=shape, side="transformers", **best))
         answer = service.score(rows[first : first + n])
-        answer["peak_bytes"] = sampler.take(service.child.pid) or answer["peak_bytes"]
+        answer["peak_bytes"] = sampler.take(service.child.pid) or 0
         answers["bradley"].append(note(what="score", shape=shape, side="bradley", **answer))
     theirs.close()
     apart = [abs(a - b) for t, o in zip(answers["transformers"], answers["bradley"]) for a, b in zip(t["margins"], o["margins"])]
@@ -237,14 +249,15 @@ def scoring(shape, folder, path, rows):
 
 sampler, table, loads = Sampler(), [], []
 path, rows = usable_rows()
-for shape in args.shape:
-    folder = model(shape)
-    if "train" in args.what:
-        training(shape, folder, path)
-    if "score" in args.what:
-        scoring(shape, folder, path, rows)
-print("\n| shape | what | side | pairs/s: median (min–max) | TFLOP/s | peak GB | ratio: median (min–max) |\n|---|---|---|---|---|---|---|")
-print("\n".join(table))
-if loads:
+try:
+    for shape in args.shape:
+        folder = model(shape)
+        if "train" in args.what:
+            training(shape, folder, path)
+        if "score" in args.what:
+            scoring(shape, folder, path, rows)
+finally:
+    print("\n| shape | what | side | pairs/s: median (min–max) | TFLOP/s | peak GB | ratio: median (min–max) |\n|---|---|---|---|---|---|---|")
+    print("\n".join(table))
     print("\n| shape | clients, a pair at a time | pairs/s | p50 ms | p99 ms | requests |\n|---|---|---|---|---|---|")
     print("\n".join(loads))

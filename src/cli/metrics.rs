@@ -39,7 +39,7 @@ const COUNTERS: [(&str, &str); 4] = [
     ("bradley_store_retries_total", "Waits for the database, the artifact store or the disk, by reason."),
 ];
 
-const GAUGES: [(&str, &str); 10] = [
+const GAUGES: [(&str, &str); 12] = [
     ("bradley_build_info", "1; the version is a label."),
     ("bradley_connections", "Open connections to the gRPC port."),
     ("bradley_event_streams", "Open streams of training events."),
@@ -47,6 +47,8 @@ const GAUGES: [(&str, &str); 10] = [
     ("bradley_scoring_queue_items", "Items that wait to be scored."),
     ("bradley_scoring_queue_limit_tokens", "Tokens that may wait to be scored."),
     ("bradley_resident_policies", "Adapters and full weights in memory besides the base models."),
+    ("bradley_device_free_bytes", "A GPU's memory that is free or kept for the next passes."),
+    ("bradley_device_memory_bytes", "A GPU's memory, all of it."),
     ("bradley_memory_limit_bytes", "Memory that models and the running job may be estimated to need."),
     ("bradley_jobs", "Jobs in the database, by state; every replica shows the same."),
     ("bradley_store_up", "1 when the database answers."),

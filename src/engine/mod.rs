@@ -190,7 +190,7 @@ impl Engine {
 /// The configured limit, else nine tenths of what is free on the GPU, or of the machine's memory.
 fn memory_limit(options: &EngineOptions, device: &ComputeDevice) -> u64 {
     options.memory_limit.unwrap_or_else(|| {
-        if let Some(free) = device.free_memory() {
+        if let Some((free, _)) = device.memory() {
             return free / 10 * 9;
         }
         machine_memory()

@@ -67,6 +67,7 @@ impl Worker {
     pub fn work(mut self) {
         loop {
             self.leave_if_lost();
+            self.note_memory();
             for dir in self.queue.take_evicted() {
                 self.scoring.residents.evict(&dir);
             }
@@ -86,6 +87,14 @@ impl Worker {
         if self.bases.device().is_lost() {
             tracing::error!("the GPU failed for good: the process ends, so that another one can use it");
             std::process::abort();
+        }
+    }
+
+    fn note_memory(&self) {
+        let device = self.bases.device();
+        if let Some((free, total)) = device.memory() {
+            metrics::gauge!("bradley_device_free_bytes", "device" => device.name()).set(free as f64);
+            metrics::gauge!("bradley_device_memory_bytes", "device" => device.name()).set(total as f64);
         }
     }
 

@@ -5,6 +5,9 @@ use std::time::Duration;
 use crate::domain::violation::Violations;
 use crate::engine::api::EngineError;
 
+/// The reason of what a stopping server refuses.
+const DRAINING: &str = "DRAINING";
+
 /// Why a request could not be served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
@@ -109,10 +112,15 @@ impl ServiceError {
         ServiceError::Internal { message: message.to_string() }
     }
 
+    /// Whether it says that the server is stopping.
+    pub fn is_draining(&self) -> bool {
+        matches!(self, ServiceError::Unavailable { reason: DRAINING, .. })
+    }
+
     /// The server is stopping.
     pub fn draining() -> Self {
         ServiceError::Unavailable {
-            reason: "DRAINING",
+            reason: DRAINING,
             message: "the server is shutting down: retry, another replica or the restarted server will answer".into(),
             retry_after: Duration::from_secs(5),
         }

@@ -103,12 +103,12 @@ impl ComputeDevice {
         }
     }
 
-    /// Bytes of its own memory that are free; `None` for the CPU, which shares the machine's.
-    pub fn free_memory(&self) -> Option<u64> {
+    /// Bytes of its own memory: what is free, and all; `None` for the CPU, which shares the machine's.
+    pub fn memory(&self) -> Option<(u64, u64)> {
         match self {
             ComputeDevice::Cpu => None,
             #[cfg(feature = "cuda")]
-            ComputeDevice::Cuda(cuda) => cuda.gpu().memory().ok().map(|(free, _)| free),
+            ComputeDevice::Cuda(cuda) => cuda.gpu().bind().and_then(|()| cuda.gpu().memory()).ok(),
         }
     }
 

@@ -11,6 +11,9 @@ use super::error::ModelError;
 use super::weights::Weights;
 use crate::domain::training::Precision;
 
+/// Tensors that are read at one time at most: each is in memory twice or three times while it is converted.
+const READERS: usize = 8;
+
 /// y = x·Wᵀ + b.
 #[derive(Clone, Debug)]
 pub struct Projection {
@@ -69,18 +72,27 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// Loads every tensor the configuration calls for, shapes checked: matrices as `precision` says, norms and biases in f32. All cores read and convert.
+    /// Loads every tensor the configuration calls for, shapes checked: matrices as `precision` says, norms and biases in f32. Several cores read and convert.
     pub fn load(config: &ModelConfig, weights: &Weights, precision: Precision) -> Result<Self, ModelError> {
         let wanted = config.tensor_shapes();
         let (next, loaded) = (AtomicUsize::new(0), Mutex::new(HashMap::new()));
         let read = || {
             while let Some((name, shape)) = wanted.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let tensor = weights.load(name, shape, precision);
+                if tensor.is_err() {
+                    next.store(wanted.len(), Ordering::Relaxed);
+                }
                 loaded.lock().unwrap_or_else(PoisonError::into_inner).insert(name.as_str(), tensor);
             }
         };
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        std::thread::scope(|scope| (0..cores).for_each(|_| drop(scope.spawn(read))));
+        let cores = std::thread::available_parallelism().map_or(1, usize::from).min(READERS);
+        std::thread::scope(|scope| {
+            for _ in 1..cores {
+                // Without a further thread, fewer read.
+                let _ = std::thread::Builder::new().spawn_scoped(scope, read);
+            }
+            read();
+        });
         let mut loaded = loaded.into_inner().unwrap_or_else(PoisonError::into_inner);
         Self::build(config, |name, shape| loaded.remove(name).unwrap_or_else(|| weights.load(name, shape, precision)))
     }

@@ -47,16 +47,13 @@ impl ScoringService for Scoring {
             tasks.spawn(async move { (i, score(&session, pair).await) }.in_current_span());
         }
         while let Some(done) = tasks.join_next().await {
-            let (i, scored) = done.map_err(|e| status(ServiceError::internal(format!("a scoring task failed: {e}"))))?;
-            results[i].1 = Some(scored);
+            match done.map_err(|e| status(ServiceError::internal(format!("a scoring task failed: {e}"))))? {
+                // Another replica answers the call whole: a client or a gateway that repeats it must not have to look into the results.
+                (_, Err(e)) if e.is_draining() => return Err(status(e)),
+                (i, scored) => results[i].1 = Some(scored),
+            }
         }
-        // Another replica answers the call whole: a client or a gateway that repeats it must not have to look into the results.
-        if let Some(at) = results.iter().position(|(_, r)| matches!(r, Some(Err(ServiceError::Unavailable { .. }))))
-            && let (_, Some(Err(e))) = results.swap_remove(at)
-        {
-            return Err(status(e));
-        }
-        if results.iter().all(|(_, r)| matches!(r, Some(Err(ServiceError::ResourceExhausted { .. }))))
+        if results.iter().all(|(_, r)| matches!(r, Some(Err(ServiceError::Unavailable { .. } | ServiceError::ResourceExhausted { .. }))))
             && let Some((_, Some(Err(e)))) = results.pop()
         {
             return Err(status(e));
@@ -116,12 +113,7 @@ impl ScoringService for Scoring {
         }
         let session = self.0.scoring_session(&caller, options).await.map_err(status)?;
         let _room = session.room(&prompt, &completions.iter().collect::<Vec<_>>()).await.map_err(status)?;
-        let mut scored = session.score_completions(&prompt, &completions).await.map_err(status)?;
-        if let Some(at) = scored.iter().position(|s| matches!(s, Err(ServiceError::Unavailable { .. })))
-            && let Err(e) = scored.swap_remove(at)
-        {
-            return Err(status(e));
-        }
+        let scored = session.score_completions(&prompt, &completions).await.map_err(status)?;
         let good: Vec<usize> = scored.iter().enumerate().filter(|(_, s)| s.is_ok()).map(|(i, _)| i).collect();
         let rewards: Vec<f64> = scored.iter().flatten().map(|s| s.reward).collect();
         let order = ranking(&rewards).into_iter().map(|i| good[i] as u32).collect();

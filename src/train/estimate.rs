@@ -23,7 +23,7 @@ pub enum Memory {
 impl Memory {
     /// Where a device's passes keep their activations.
     pub fn of(device: &ComputeDevice) -> Self {
-        if device.free_memory().is_some() { Memory::Gpu } else { Memory::Host }
+        if device.memory().is_some() { Memory::Gpu } else { Memory::Host }
     }
 }
 

@@ -182,6 +182,8 @@ async fn a_server_on_a_gpu_trains_and_scores_as_one_on_the_cpu() {
         let losses = losses(&finish(&client, &job).await);
         assert_eq!(losses.len(), 8);
         let results = score(&client, &format!("{job}/checkpoints/latest"), pairs()).await.results;
+        let gauge = format!("bradley_device_free_bytes{{device=\"{device}\"}}");
+        assert_eq!(server.metrics().contains(&gauge), device != "cpu", "the GPU's memory is a metric");
         outcomes.push((losses, results.iter().map(|r| scored(r).margin).collect::<Vec<_>>()));
     }
     for (i, (cpu, gpu)) in outcomes[0].0.iter().zip(&outcomes[1].0).enumerate() {

@@ -124,7 +124,7 @@ impl Gpu {
         let total = context.total_mem().map_err(|e| failed("asking for its memory", e))?;
         let maps = driver_sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED;
         let can_map = context.attribute(maps).is_ok_and(|supported| supported != 0);
-        let pool = Pool::open(ordinal, total, total / RESERVE, can_map).map_err(|e| failed("reserving addresses", e))?;
+        let pool = Pool::open(ordinal, total, total / RESERVE, can_map);
         tracing::info!(gpu = name, ordinal, capability = format!("{major}.{minor}"), "GPU opened");
         let (pool, out_of_memory, lost) = (Mutex::new(pool), AtomicBool::new(false), AtomicBool::new(false));
         Ok(Arc::new(Gpu { context, stream, blas, module, functions, pool, out_of_memory, lost, name }))
@@ -184,8 +184,10 @@ impl Gpu {
     /// Gives all free memory back to the driver.
     pub fn trim(&self) -> Result<()> {
         self.bind()?;
+        // Nothing is given back between the wait and the trim.
+        let mut pool = self.pool();
         self.synchronize()?;
-        self.pool().trim().map_err(|e| failed("freeing memory", e))
+        pool.trim().map_err(|e| self.noted("freeing memory", e))
     }
 
     /// Waits until the stream is done.
@@ -226,6 +228,12 @@ impl Gpu {
             | Code::CUDA_ERROR_LAUNCH_FAILED
             | Code::CUDA_ERROR_LAUNCH_TIMEOUT
             | Code::CUDA_ERROR_ASSERT
+            | Code::CUDA_ERROR_UNKNOWN
+            | Code::CUDA_ERROR_HARDWARE_STACK_ERROR
+            | Code::CUDA_ERROR_INVALID_PC
+            | Code::CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | Code::CUDA_ERROR_NVLINK_UNCORRECTABLE
+            | Code::CUDA_ERROR_CONTAINED
             | Code::CUDA_ERROR_ECC_UNCORRECTABLE => self.lost.store(true, Ordering::Release),
             _ => {}
         }
@@ -334,8 +342,10 @@ impl Gpu {
             )
         };
         multiplied.map_err(|e| {
-            if e.0 == blas_sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED {
-                self.out_of_memory.store(true, Ordering::Release);
+            match e.0 {
+                blas_sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED => self.out_of_memory.store(true, Ordering::Release),
+                // What failed before on the device is told by the driver, which notes it.
+                _ => drop(self.synchronize()),
             }
             blas_failed(&format!("a product of {m}x{k}x{n}"), e)
         })

@@ -34,12 +34,13 @@ enum Source {
 
 impl Pool {
     /// The memory of GPU `ordinal`, which has `total` bytes; its context is current.
-    pub fn open(ordinal: usize, total: usize, reserve: usize, can_map: bool) -> Result<Self, DriverError> {
-        let source = match can_map {
-            true => Source::Arena(Arena::reserve(ordinal, total)?),
-            false => Source::Pieces { free: BTreeMap::new(), free_bytes: 0 },
-        };
-        Ok(Pool { source, live_bytes: 0, peak_bytes: 0, reserve })
+    pub fn open(ordinal: usize, total: usize, reserve: usize, can_map: bool) -> Self {
+        let arena = if can_map { Arena::reserve(ordinal, total) } else { Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_SUPPORTED)) };
+        let source = arena.map(Source::Arena).unwrap_or_else(|e| {
+            tracing::info!(ordinal, reason = ?e.0, "memory of the GPU is taken piece by piece");
+            Source::Pieces { free: BTreeMap::new(), free_bytes: 0 }
+        });
+        Pool { source, live_bytes: 0, peak_bytes: 0, reserve }
     }
 
     /// At least so many bytes: the address, and how many they are; `None` when that would leave less than the reserve.
@@ -49,7 +50,7 @@ impl Pool {
             Source::Pieces { free, free_bytes } => {
                 let class = size_class(bytes);
                 // Somewhat larger ones, too: rows differ in length.
-                let fits = free.range(class..=class / 4 * 5).next().map(|(class, _)| *class).unwrap_or(class);
+                let fits = free.range(class..=class / 4 * 5).find(|(_, pieces)| !pieces.is_empty()).map_or(class, |(class, _)| *class);
                 match free.get_mut(&fits).and_then(Vec::pop) {
                     Some(address) => {
                         *free_bytes -= fits;
@@ -165,13 +166,22 @@ impl Arena {
         if self.chunks[chunk].is_some() {
             return true;
         }
-        if free_of_driver() < reserve + CHUNK {
-            return false;
+        let Ok(handle) = self.create(self.base + (chunk * CHUNK) as u64) else { return false };
+        self.mapped += CHUNK;
+        self.chunks[chunk] = Some(handle);
+        // Another process may have taken what was free before.
+        free_of_driver() >= reserve || self.unmap(chunk).is_err()
+    }
+
+    fn unmap(&mut self, chunk: usize) -> Result<(), DriverError> {
+        let Some(handle) = self.chunks[chunk] else { return Ok(()) };
+        // SAFETY: the chunk is mapped there, and nobody uses it.
+        unsafe {
+            sys::cuMemUnmap(self.base + (chunk * CHUNK) as u64, CHUNK).result()?;
+            self.chunks[chunk] = None;
+            self.mapped -= CHUNK;
+            sys::cuMemRelease(handle).result()
         }
-        let handle = self.create(self.base + (chunk * CHUNK) as u64).ok();
-        self.mapped += handle.map_or(0, |_| CHUNK);
-        self.chunks[chunk] = handle;
-        handle.is_some()
     }
 
     /// A chunk of memory at an address.
@@ -207,12 +217,8 @@ impl Arena {
     /// Unmaps the chunks of which nothing is in use.
     fn trim(&mut self) -> Result<(), DriverError> {
         for chunk in 0..self.chunks.len() {
-            let Some(handle) = self.chunks[chunk].take_if(|_| self.ranges.is_free(chunk * CHUNK, CHUNK)) else { continue };
-            self.mapped -= CHUNK;
-            // SAFETY: the chunk is mapped there, and nobody uses it.
-            unsafe {
-                sys::cuMemUnmap(self.base + (chunk * CHUNK) as u64, CHUNK).result()?;
-                sys::cuMemRelease(handle).result()?;
+            if self.ranges.is_free(chunk * CHUNK, CHUNK) {
+                self.unmap(chunk)?;
             }
         }
         Ok(())
