@@ -1,13 +1,13 @@
 //! The decoder's weights under their Hugging Face names.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::Tensor;
 
 use super::config::ModelConfig;
 use super::error::ModelError;
+use super::ops::team;
 use super::weights::Weights;
 use crate::domain::training::Precision;
 
@@ -74,27 +74,23 @@ pub struct Parameters {
 impl Parameters {
     /// Loads every tensor the configuration calls for, shapes checked: matrices as `precision` says, norms and biases in f32. Several cores read and convert.
     pub fn load(config: &ModelConfig, weights: &Weights, precision: Precision) -> Result<Self, ModelError> {
-        let wanted = config.tensor_shapes();
-        let (next, loaded) = (AtomicUsize::new(0), Mutex::new(HashMap::new()));
-        let read = || {
-            while let Some((name, shape)) = wanted.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let tensor = weights.load(name, shape, precision);
-                if tensor.is_err() {
-                    next.store(wanted.len(), Ordering::Relaxed);
+        type Read = Option<Result<Tensor, ModelError>>;
+        let failed = AtomicBool::new(false);
+        let mut all: Vec<(String, Vec<usize>, Read)> =
+            config.tensor_shapes().into_iter().map(|(name, shape)| (name, shape, None)).collect();
+        let each = all.len().div_ceil(READERS);
+        team::chunks(&mut all, each, |_, part| {
+            for (name, shape, read) in part {
+                if failed.load(Ordering::Relaxed) {
+                    return;
                 }
-                loaded.lock().unwrap_or_else(PoisonError::into_inner).insert(name.as_str(), tensor);
+                let tensor = weights.load(name, shape, precision);
+                failed.fetch_or(tensor.is_err(), Ordering::Relaxed);
+                *read = Some(tensor);
             }
-        };
-        let cores = std::thread::available_parallelism().map_or(1, usize::from).min(READERS);
-        std::thread::scope(|scope| {
-            for _ in 1..cores {
-                // Without a further thread, fewer read.
-                let _ = std::thread::Builder::new().spawn_scoped(scope, read);
-            }
-            read();
         });
-        let mut loaded = loaded.into_inner().unwrap_or_else(PoisonError::into_inner);
-        Self::build(config, |name, shape| loaded.remove(name).unwrap_or_else(|| weights.load(name, shape, precision)))
+        let mut loaded: HashMap<String, Read> = all.into_iter().map(|(name, _, read)| (name, read)).collect();
+        Self::build(config, |name, shape| loaded.remove(name).flatten().unwrap_or_else(|| weights.load(name, shape, precision)))
     }
 
     /// Builds the structure from `get(name, shape)`.
