@@ -19,6 +19,7 @@ pub mod ops;
 pub mod parameters;
 pub mod peft;
 mod projections;
+mod ranges;
 pub mod rope;
 pub mod source;
 pub mod tokenizer;

@@ -1,110 +1,123 @@
 //! Reused memory for activations: fresh pages cost more than the work on them, and a large allocation is fresh pages every time.
 //!
-//! Buffers come from one pool and go back to it when dropped. Their content is whatever was there before. The pool never holds more than an eighth over what was in
-//! use at one time since the last [`Buffer::trim`]: before it would grow past that, it gives back what it kept longest.
+//! Buffers are parts of one large range of addresses, the lowest that is free ([`Ranges`]); their content is whatever was there before. Pages come when they are
+//! first touched and stay until [`Buffer::trim`], so what is held stays near the most that was in use at one time.
 
-use std::collections::{BTreeMap, VecDeque};
 use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use memmap2::{Advice, MmapMut};
+use crate::model::ranges::Ranges;
 
-/// From so many values on a buffer is mapped on its own, so that giving it back gives its pages back.
-const MAPPED_FROM: usize = 1 << 16;
+/// In bytes; every buffer begins at a multiple, so that none shares a cache line with another, or a vector's load crosses into one.
+const ALIGNMENT: usize = 128;
+/// Large pages are aligned so.
+const LARGE_PAGE: usize = 2 << 20;
+/// Bytes of a page at most.
+const PAGE: usize = 4096;
 
-static POOL: Mutex<Pool> = Mutex::new(Pool::new());
+static ARENA: Mutex<Arena> = Mutex::new(Arena { base: None, reserved: 0, usable: 0, highest: 0, ranges: Ranges::new() });
 
-/// Free storage; sizes in values.
-struct Pool {
-    /// By size, then by age: when each was freed.
-    free: BTreeMap<usize, VecDeque<(u64, Storage)>>,
-    /// Counts what was freed.
-    clock: u64,
-    free_values: usize,
-    live_values: usize,
-    /// The most that was live at one time.
-    peak_values: usize,
+/// The range of addresses; sizes in bytes.
+struct Arena {
+    /// `None` before the first buffer.
+    base: Option<Base>,
+    reserved: usize,
+    /// So many from the start may be touched.
+    usable: usize,
+    /// The end of what was in use since the last trim.
+    highest: usize,
+    ranges: Ranges,
 }
 
-#[derive(Debug)]
-enum Storage {
-    Heap(Vec<f32>),
-    Mapped(MmapMut),
+#[derive(Clone, Copy)]
+struct Base(NonNull<u8>);
+
+// SAFETY: an address; who may use what behind it is decided under the lock.
+unsafe impl Send for Base {}
+
+fn arena() -> MutexGuard<'static, Arena> {
+    ARENA.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Storage {
-    fn new(values: usize) -> Self {
-        if values >= MAPPED_FROM
-            && let Ok(map) = MmapMut::map_anon(values * 4)
-        {
-            // Only a hint: fewer, larger pages.
-            let _ = map.advise(Advice::HugePage);
-            return Storage::Mapped(map);
+impl Arena {
+    /// The start of the range, reserved now if not before; `None` where that is not allowed (`ulimit -v`).
+    fn base(&mut self) -> Option<NonNull<u8>> {
+        if self.base.is_none() && self.reserved == 0 {
+            // SAFETY: asks for a number.
+            let pages = unsafe { libc::sysconf(libc::_SC_PHYS_PAGES) }.max(1 << 18) as usize;
+            // Addresses cost nothing: twice the memory, for the holes between what is in use.
+            self.reserved = (2 * pages * PAGE).next_multiple_of(LARGE_PAGE);
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            // SAFETY: a new mapping, at an address of the system's choice.
+            let at = unsafe { libc::mmap(std::ptr::null_mut(), self.reserved + LARGE_PAGE, libc::PROT_NONE, flags, -1, 0) };
+            if at != libc::MAP_FAILED {
+                // SAFETY: the mapping is a large page longer than what is used of it.
+                self.base = NonNull::new(unsafe { at.cast::<u8>().add(at.align_offset(LARGE_PAGE)) }).map(Base);
+            }
         }
-        Storage::Heap(vec![0f32; values])
+        self.base.map(|b| b.0)
     }
 
-    fn values(&self) -> usize {
-        match self {
-            Storage::Heap(v) => v.len(),
-            Storage::Mapped(m) => m.len() / 4,
+    /// So many bytes, a multiple of [`ALIGNMENT`].
+    fn take(&mut self, size: usize) -> Option<NonNull<u8>> {
+        let base = self.base()?;
+        let at = self.ranges.take(size);
+        if at + size > self.usable && !self.grow(base, at + size) {
+            self.ranges.give(at, size);
+            return None;
+        }
+        self.highest = self.highest.max(at + size);
+        // SAFETY: inside the mapping.
+        Some(unsafe { base.add(at) })
+    }
+
+    /// Makes the first `needed` bytes usable.
+    fn grow(&mut self, base: NonNull<u8>, needed: usize) -> bool {
+        let until = needed.next_multiple_of(LARGE_PAGE);
+        if until > self.reserved {
+            return false;
+        }
+        // SAFETY: reserved and not in use yet; large pages are only a hint: fewer faults.
+        let usable = unsafe {
+            let start = base.add(self.usable).as_ptr().cast();
+            let length = until - self.usable;
+            let usable = libc::mprotect(start, length, libc::PROT_READ | libc::PROT_WRITE) == 0;
+            #[cfg(target_os = "linux")]
+            libc::madvise(start, length, libc::MADV_HUGEPAGE);
+            usable
+        };
+        if usable {
+            self.usable = until;
+        }
+        usable
+    }
+
+    fn give(&mut self, at: NonNull<u8>, size: usize) {
+        if let Some(Base(base)) = self.base {
+            self.ranges.give(at.as_ptr() as usize - base.as_ptr() as usize, size);
         }
     }
-}
 
-fn pool() -> MutexGuard<'static, Pool> {
-    POOL.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Sizes are rounded up by at most an eighth, so that rows of about the same length share buffers.
-fn size_class(len: usize) -> usize {
-    let len = len.max(1024);
-    len.next_multiple_of(1 << (len.ilog2() - 3))
-}
-
-impl Pool {
-    const fn new() -> Self {
-        Pool { free: BTreeMap::new(), clock: 0, free_values: 0, live_values: 0, peak_values: 0 }
-    }
-
-    /// Storage for `class` values, counted as live. The smallest free one that fits, up to twice as large: rows differ in length, and fresh pages cost
-    /// more than the room. Of several the one freed last: it is the likeliest to be in a cache.
-    fn take(&mut self, class: usize) -> Option<Storage> {
-        let storage = self.free.range_mut(class..=2 * class).find_map(|(_, same)| same.pop_back()).map(|(_, storage)| storage);
-        let values = storage.as_ref().map_or(class, Storage::values);
-        if storage.is_some() {
-            self.free_values -= values;
+    /// Gives the pages back of which nothing is in use.
+    fn trim(&mut self) {
+        let Some(Base(base)) = self.base else { return };
+        let end = self.ranges.end();
+        for (at, length) in self.ranges.holes().chain([(end, self.highest.max(end) - end)]) {
+            let (start, until) = (at.next_multiple_of(PAGE), (at + length).next_multiple_of(PAGE).min(self.usable));
+            // The page that the hole ends in belongs to what is behind it, unless that is nothing.
+            let until = if at == end { until } else { until.min((at + length) / PAGE * PAGE) };
+            if start < until {
+                // SAFETY: whole pages that nobody uses; they read as zero when they are used again.
+                unsafe { libc::madvise(base.add(start).as_ptr().cast(), until - start, libc::MADV_DONTNEED) };
+            }
         }
-        self.live_values += values;
-        self.peak_values = self.peak_values.max(self.live_values);
-        storage
-    }
-
-    fn give_back(&mut self, storage: Storage) {
-        let values = storage.values();
-        self.live_values = self.live_values.saturating_sub(values);
-        self.free_values += values;
-        self.clock += 1;
-        self.free.entry(values).or_default().push_back((self.clock, storage));
-    }
-
-    /// What must go so that live and free together stay near the peak, the longest unused first.
-    fn surplus(&mut self) -> Vec<Storage> {
-        let mut gone = Vec::new();
-        while self.live_values + self.free_values > self.peak_values + self.peak_values / 8 {
-            let oldest = self.free.values_mut().filter(|same| !same.is_empty()).min_by_key(|same| same.front().map(|(age, _)| *age));
-            let Some((_, storage)) = oldest.and_then(VecDeque::pop_front) else { break };
-            self.free_values -= storage.values();
-            gone.push(storage);
-        }
-        self.free.retain(|_, same| !same.is_empty());
-        gone
+        self.highest = end;
     }
 }
 
 /// Asks for large pages under values that live long: fewer faults when they are first touched. Only a hint.
 pub fn large_pages(values: &[f32]) {
-    const PAGE: usize = 4096;
     let start = (values.as_ptr() as usize).next_multiple_of(PAGE);
     let end = (values.as_ptr() as usize + size_of_val(values)) / PAGE * PAGE;
     #[cfg(target_os = "linux")]
@@ -114,7 +127,21 @@ pub fn large_pages(values: &[f32]) {
     }
 }
 
-/// A slice of f32 (or of as many 4-byte units) from the pool.
+/// Where a buffer's values are.
+#[derive(Debug)]
+enum Storage {
+    /// In the arena: the address, and the bytes that were taken.
+    Arena(NonNull<f32>, usize),
+    /// Where there is none.
+    Heap(Vec<f32>),
+}
+
+// SAFETY: the values belong to the buffer alone.
+unsafe impl Send for Storage {}
+// SAFETY: as above; shared references only read.
+unsafe impl Sync for Storage {}
+
+/// A slice of f32 (or of as many 4-byte units) from the arena.
 #[derive(Debug, Default)]
 pub struct Buffer {
     storage: Option<Storage>,
@@ -127,16 +154,10 @@ impl Buffer {
         if len == 0 {
             return Buffer::default();
         }
-        let class = size_class(len);
-        let (found, gone) = {
-            let mut pool = pool();
-            let found = pool.take(class);
-            let gone = if found.is_none() { pool.surplus() } else { Vec::new() };
-            (found, gone)
-        };
-        // Unmapping and mapping take time: not under the lock.
-        drop(gone);
-        Buffer { storage: Some(found.unwrap_or_else(|| Storage::new(class))), len }
+        let size = (len * size_of::<f32>()).next_multiple_of(ALIGNMENT);
+        let found = arena().take(size);
+        let storage = found.map_or_else(|| Storage::Heap(vec![0f32; len]), |at| Storage::Arena(at.cast(), size));
+        Buffer { storage: Some(storage), len }
     }
 
     /// `len` zeros.
@@ -167,15 +188,9 @@ impl Buffer {
         unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), values.len()) }
     }
 
-    /// Gives all free buffers back, e.g. when a run has ended.
+    /// Gives all free memory back, e.g. when a run has ended.
     pub fn trim() {
-        let gone = {
-            let mut pool = pool();
-            pool.free_values = 0;
-            pool.peak_values = pool.live_values;
-            std::mem::take(&mut pool.free)
-        };
-        drop(gone);
+        arena().trim();
     }
 }
 
@@ -185,9 +200,9 @@ impl Deref for Buffer {
     fn deref(&self) -> &[f32] {
         match &self.storage {
             None => &[],
-            Some(Storage::Heap(v)) => &v[..self.len],
-            // SAFETY: the map is page-aligned and has at least `len` values; every bit pattern is an f32.
-            Some(Storage::Mapped(m)) => unsafe { std::slice::from_raw_parts(m.as_ptr().cast(), self.len) },
+            Some(Storage::Heap(v)) => v,
+            // SAFETY: the buffer alone has these values, at least `len` of them; every bit pattern is an f32.
+            Some(Storage::Arena(at, _)) => unsafe { std::slice::from_raw_parts(at.as_ptr(), self.len) },
         }
     }
 }
@@ -196,17 +211,17 @@ impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
         match &mut self.storage {
             None => &mut [],
-            Some(Storage::Heap(v)) => &mut v[..self.len],
+            Some(Storage::Heap(v)) => v,
             // SAFETY: as in `deref`, and exclusive.
-            Some(Storage::Mapped(m)) => unsafe { std::slice::from_raw_parts_mut(m.as_mut_ptr().cast(), self.len) },
+            Some(Storage::Arena(at, _)) => unsafe { std::slice::from_raw_parts_mut(at.as_ptr(), self.len) },
         }
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if let Some(storage) = self.storage.take() {
-            pool().give_back(storage);
+        if let Some(Storage::Arena(at, size)) = &self.storage {
+            arena().give(at.cast(), *size);
         }
     }
 }
@@ -217,7 +232,7 @@ mod tests {
 
     #[test]
     fn a_buffer_has_the_length_asked_for_and_zeros_are_zero() {
-        for len in [0, 1, 4900, MAPPED_FROM + 1] {
+        for len in [0, 1, 4900, (1 << 16) + 1] {
             {
                 let mut b = Buffer::dirty(len);
                 b.fill(7.0);
@@ -229,24 +244,40 @@ mod tests {
     }
 
     #[test]
-    fn size_classes_waste_little() {
-        for len in [1, 1024, 1025, 5000, 123_456, 10_000_001] {
-            let class = size_class(len);
-            assert!(class >= len && class <= (len + len / 8).max(1024) + 1, "{len} -> {class}");
+    fn what_is_in_use_stays_when_the_rest_is_given_back() {
+        // Other tests take and give back meanwhile.
+        let mut kept: Vec<Buffer> = (1..60).map(|i| Buffer::copy_of(&vec![i as f32; i * 777])).collect();
+        for i in (0..kept.len()).rev().step_by(3) {
+            kept.remove(i);
         }
+        Buffer::trim();
+        let more: Vec<Buffer> = (1..60).map(|i| Buffer::copy_of(&vec![-1.0; i * 555])).collect();
+        for b in &kept {
+            let n = b[0];
+            assert!(b.iter().all(|x| *x == n) && b.len() == n as usize * 777);
+        }
+        assert!(more.iter().all(|b| b.iter().all(|x| *x == -1.0)));
     }
 
     #[test]
-    fn a_pool_never_keeps_more_than_was_live_and_reuses_what_is_near() {
-        let mut pool = Pool::new();
-        assert!(pool.take(2048).is_none());
-        pool.give_back(Storage::new(2048));
-        assert!(pool.take(1000).is_none(), "too large to be used for less than half its size");
-        assert_eq!(pool.surplus().len(), 1);
-        assert_eq!(pool.free_values + pool.live_values, 1000);
-        pool.give_back(Storage::new(1000));
-        pool.give_back(Storage::new(1024));
-        assert_eq!(pool.take(1000).map(|s| s.values()), Some(1000), "the smallest that fits");
-        assert_eq!(pool.take(1000).map(|s| s.values()), Some(1024), "then the next");
+    fn a_trim_gives_pages_back() {
+        let mut arena = Arena { base: None, reserved: 0, usable: 0, highest: 0, ranges: Ranges::new() };
+        let sizes = [5 * PAGE, 2 * LARGE_PAGE + ALIGNMENT, 3 * PAGE + ALIGNMENT];
+        let taken = sizes.map(|size| {
+            let at = arena.take(size).unwrap();
+            // SAFETY: that many bytes were taken.
+            unsafe { at.as_ptr().write_bytes(7, size) };
+            at
+        });
+        arena.give(taken[1], sizes[1]);
+        arena.trim();
+        // SAFETY: all of it is mapped; what was given back reads as zero, but for the pages it shares.
+        let byte = |at: NonNull<u8>, offset: usize| unsafe { at.add(offset).read() };
+        assert_eq!([byte(taken[0], sizes[0] - 1), byte(taken[2], 0), byte(taken[2], sizes[2] - 1)], [7; 3]);
+        assert_eq!(byte(taken[1], LARGE_PAGE), 0);
+        arena.give(taken[2], sizes[2]);
+        arena.trim();
+        assert_eq!(byte(taken[2], 2 * PAGE), 0);
+        assert_eq!(byte(taken[0], 0), 7);
     }
 }
