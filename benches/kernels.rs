@@ -91,7 +91,7 @@ fn head_390x576x49152(bencher: Bencher, precision: &str) {
     let rounded: Vec<half::bf16> = w.iter().map(|x| half::bf16::from_f32(*x)).collect();
     let w = if precision == "bf16" { Elements::Bf16(&rounded) } else { Elements::F32(&w) };
     let targets: Vec<u32> = (0..n as u32).collect();
-    let options = HeadOptions { distribution: true, gradient: true };
+    let options = HeadOptions { distribution: true, gradient: true, trained: None };
     bencher.counter(ItemsCount::new(4 * n * c * v)).bench_local(|| head(kernel(precision), &h, w, c, &targets, options));
 }
 

@@ -195,7 +195,7 @@ impl Policy {
         let place = if self.parameters.head.is_some() { Place::Head } else { Place::Embedding };
         if let Some(slot) = sink.slot(place) {
             let w = Held::of(self.parameters.head())?;
-            head_weight_gradient(self.kernel(), &normed, w.elements(), width, &row.row.targets, &output.log_sum_exp, g, slot);
+            head_weight_gradient(self.kernel(), &normed, w.elements(), width, &row.row.targets, &mut output, g, slot);
         }
         team::chunks(&mut output.gradient, width, |i, row| row.iter_mut().for_each(|x| *x *= g[i]));
         let mut dh = Buffer::zeros(before_norm.len());
@@ -242,6 +242,6 @@ impl Policy {
             pause();
             x = self.block(i, x, &row, false)?.0;
         }
-        Ok(self.head(&x, &row, HeadOptions { distribution: false, gradient: false })?.0.log_probs)
+        Ok(self.head(&x, &row, HeadOptions::default())?.0.log_probs)
     }
 }

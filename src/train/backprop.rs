@@ -17,7 +17,7 @@ use crate::model::decoder::{HeadTape, Policy, PreparedRow, Row};
 #[cfg(feature = "cuda")]
 use crate::model::device::ComputeDevice;
 use crate::model::ops::buffer::Buffer;
-use crate::model::ops::head::{HeadOptions, HeadOutput, TokenDistribution};
+use crate::model::ops::head::{HeadOptions, HeadOutput, KEPT, TokenDistribution};
 
 /// A row after its forward pass, ready to go back.
 pub struct RowTape {
@@ -59,7 +59,14 @@ pub fn forward(policy: &Policy, row: Arc<Row>, keep: Keep, pause: &mut dyn FnMut
         x = y;
         blocks.extend(tape.map(|t| Kept::Tape(Box::new(t))).or(input.map(Kept::Input)));
     }
-    let (output, head) = policy.head(&x, &row, HeadOptions { distribution: true, gradient: keep != Keep::Nothing })?;
+    // Without an adapter the head is trained, too.
+    let trained = match keep {
+        Keep::Tapes => Some(KEPT),
+        Keep::Inputs => Some(0),
+        Keep::Nothing => None,
+    };
+    let trained = trained.filter(|_| policy.adapter.is_none());
+    let (output, head) = policy.head(&x, &row, HeadOptions { distribution: true, gradient: keep != Keep::Nothing, trained })?;
     Ok(RowTape { row, output, tape: Tape::Cpu { blocks, head } })
 }
 

@@ -7,6 +7,7 @@ use crate::model::adapter::projection_shapes;
 use crate::model::config::ModelConfig;
 use crate::model::device::ComputeDevice;
 use crate::model::ops::attention::SCORES;
+use crate::model::ops::head::KEPT;
 use crate::train::backprop::Keep;
 
 const F32: u64 = 4;
@@ -29,7 +30,7 @@ impl Memory {
 
 /// The program itself: code, runtime, tokenizer, packed panels of weights.
 const PROGRAM: u64 = 96 << 20;
-/// Buffers are rounded up, by a sixteenth on average.
+/// A GPU's memory is mapped in chunks, and pieces leave gaps.
 const ROUNDING: (u64, u64) = (17, 16);
 
 /// Columns of the vocabulary whose logits a GPU holds at a time, in both forms.
@@ -92,8 +93,12 @@ pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, longest: usize, keep:
         Keep::Inputs => layers * c + tape,
         Keep::Nothing => 0,
     };
-    // The head keeps three states for each predictor, at most one for each token.
-    let activations = (F32 * t * (kept + passing + 4 * c) + scores) * ROUNDING.0 / ROUNDING.1;
+    // The probabilities that a trained head keeps. It has three states for each predictor, at most one for each token.
+    let head = match (&spec.method, keep) {
+        (Method::Full, Keep::Tapes) => F32 * (t * config.vocab_size as u64).min(KEPT as u64),
+        _ => 0,
+    };
+    let activations = F32 * t * (kept + passing + 4 * c) + scores + head;
     // Gradient, first and second moment, and the weights that are trained.
     let training_state = F32 * 4 * trainable_parameters(config, spec);
     if memory == Memory::Gpu {
@@ -138,7 +143,7 @@ pub fn scoring(config: &ModelConfig, tokens: usize) -> u64 {
     let row = q + 2 * (config.num_kv_heads * config.head_dim) as u64;
     // Feed-forward: gate, up, their product and its operand; attention: `[q | k | v]`, the packed heads and the output.
     let passing = (4 * f).max(2 * row + q);
-    F32 * tokens as u64 * (2 * c + passing) * ROUNDING.0 / ROUNDING.1
+    F32 * tokens as u64 * (2 * c + passing)
 }
 
 /// The fastest choices that stay within `available` bytes, the resident base weights not counted.

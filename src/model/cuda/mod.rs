@@ -178,7 +178,7 @@ impl Cuda {
             opened.block(i, &on_device).forward(&x, false)?;
         }
         let (_, normed) = opened.last_norm(&x, &on_device)?;
-        let options = HeadOptions { distribution: false, gradient: false };
+        let options = HeadOptions::default();
         Ok(opened.head().forward(&normed, &on_device, &row.row().targets, options)?.output.log_probs)
     }
 
@@ -195,7 +195,7 @@ impl Cuda {
             blocks.extend(tape.map(|t| Kept::Tape(Box::new(t))).or(input.map(Kept::Input)));
         }
         let (before_norm, normed) = opened.last_norm(&x, &on_device)?;
-        let options = HeadOptions { distribution: true, gradient: keep != Keep::Nothing };
+        let options = HeadOptions { distribution: true, gradient: keep != Keep::Nothing, trained: None };
         let passed = opened.head().forward(&normed, &on_device, &row.row().targets, options)?;
         let lse = passed.output.log_sum_exp.clone();
         Ok((passed.output, DeviceTape { row: on_device, blocks, before_norm, normed, gradient: passed.gradient, lse }))

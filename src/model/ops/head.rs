@@ -12,6 +12,8 @@ use super::team;
 const TILE: usize = 1024;
 /// Rows that one task handles at most: their logits fit the L2 cache.
 const MAX_ROWS: usize = 128;
+/// Probabilities that are worth keeping for the weight's gradient: 256 MiB.
+pub const KEPT: usize = 1 << 26;
 
 /// Rows of a task: two tasks a thread where that is enough, in whole tiles of the kernels. No row's result depends on it.
 fn rows_per_task(rows: usize) -> usize {
@@ -32,12 +34,14 @@ pub struct TokenDistribution {
 }
 
 /// What to compute besides log-probs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HeadOptions {
     /// Fill [`TokenDistribution`]s.
     pub distribution: bool,
     /// Form ∂log p/∂h.
     pub gradient: bool,
+    /// Whether [`head_weight_gradient`] follows, and how many probabilities may be kept for it: it forms the others again, with the same bits.
+    pub trained: Option<usize>,
 }
 
 /// What came out of the head.
@@ -51,6 +55,25 @@ pub struct HeadOutput {
     pub distributions: Vec<TokenDistribution>,
     /// ∂log p/∂h `[N, C]`, or empty.
     pub gradient: Buffer,
+    /// What was kept for the weight's gradient.
+    pub kept: Kept,
+}
+
+/// Probabilities of the first tiles of the vocabulary, up to a factor for each row and tile.
+#[derive(Debug, Default)]
+pub struct Kept {
+    /// e^(l − m) `[tiles, N, TILE]`, m being the row's largest logit up to and including the tile.
+    exponentials: Buffer,
+    /// m `[V / TILE, N]`, of all tiles.
+    maxima: Buffer,
+}
+
+impl Kept {
+    fn new(rows: usize, vocabulary: usize, at_most: usize) -> Self {
+        let all = vocabulary.div_ceil(TILE);
+        let tiles = (at_most / (rows.max(1) * TILE)).min(all);
+        Kept { exponentials: Buffer::dirty(tiles * rows * TILE), maxima: Buffer::dirty(all * rows) }
+    }
 }
 
 /// A row's softmax so far.
@@ -135,18 +158,29 @@ pub fn head(kernel: Kernel, h: &[f32], w: Elements, hidden: usize, targets: &[u3
     let mut running = vec![START; rows];
     let per_task = rows_per_task(rows);
     let mut gradient = Buffer::dirty(if options.gradient { rows * hidden } else { 0 });
-    for_each_tile(kernel, w, hidden, options.gradient, |tile| {
+    let mut kept = options.trained.map_or_else(Kept::default, |at_most| Kept::new(rows, vocabulary, at_most));
+    for_each_tile(kernel, w, hidden, 0, options.gradient, |tile| {
         let out = Shared(gradient.as_mut_ptr());
+        let keeps = (tile.first / TILE + 1) * rows * TILE <= kept.exponentials.len();
+        let (exponentials, maxima) = (Shared(kept.exponentials.as_mut_ptr()), Shared(kept.maxima.as_mut_ptr()));
         team::chunks(&mut running, per_task, |i, running| {
             let (first, n) = (i * per_task, running.len());
-            let mut logits = Buffer::dirty(n * TILE);
-            tile.logits(kernel, &operand, first, n, &mut logits);
+            let mut passing = Buffer::dirty(if keeps { 0 } else { n * TILE });
+            let place = tile.first / TILE * rows + first;
+            // SAFETY: what is kept has all rows of this tile, and this task alone touches its own.
+            let logits =
+                if keeps { unsafe { std::slice::from_raw_parts_mut(exponentials.at(place * TILE), n * TILE) } } else { &mut *passing };
+            tile.logits(kernel, &operand, first, n, logits);
             let rows = logits.chunks_mut(TILE).zip(running.iter_mut()).zip(&targets[first..first + n]);
             for (r, ((row, running), &y)) in rows.enumerate() {
                 dispatch(
                     #[inline(always)]
                     || {
                         let scale = running.take(&mut row[..tile.width], tile.first, y, options.distribution);
+                        if options.trained.is_some() {
+                            // SAFETY: there is one for each row and tile, and this task alone touches its rows'.
+                            unsafe { *maxima.at(place + r) = running.max };
+                        }
                         if options.gradient && tile.first > 0 && scale != 1.0 {
                             // SAFETY: this task alone touches its rows of the gradient.
                             let so_far = unsafe { std::slice::from_raw_parts_mut(out.at((first + r) * hidden), hidden) };
@@ -157,7 +191,7 @@ pub fn head(kernel: Kernel, h: &[f32], w: Elements, hidden: usize, targets: &[u3
             }
             if options.gradient {
                 // SAFETY: as above.
-                unsafe { tile.weighted_sum(kernel, &logits, n, out.at(first * hidden), tile.first > 0) };
+                unsafe { tile.weighted_sum(kernel, logits, n, out.at(first * hidden), tile.first > 0) };
             }
         });
     });
@@ -173,6 +207,7 @@ pub fn head(kernel: Kernel, h: &[f32], w: Elements, hidden: usize, targets: &[u3
         },
         log_sum_exp,
         gradient,
+        kept,
     }
 }
 
@@ -187,40 +222,64 @@ fn finish_gradient(gradient: &mut [f32], w: Elements, hidden: usize, targets: &[
     });
 }
 
-/// Adds ∂loss/∂W to `dw` `[V, C]`, given g = ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p), tile by tile.
+/// Adds ∂loss/∂W to `dw` `[V, C]`, given what [`head`] returned and g = ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p), tile by tile. Uses up
+/// what was kept.
 pub fn head_weight_gradient(
     kernel: Kernel,
     h: &[f32],
     w: Elements,
     hidden: usize,
     targets: &[u32],
-    log_sum_exp: &[f32],
+    output: &mut HeadOutput,
     g: &[f32],
     dw: &mut [f32],
 ) {
-    let rows = targets.len();
+    let (rows, vocabulary) = (targets.len(), w.len() / hidden);
+    let Kept { mut exponentials, maxima } = std::mem::take(&mut output.kept);
+    assert_eq!(maxima.len(), vocabulary.div_ceil(TILE) * rows, "the head's forward pass was not told that it is trained");
+    let per_task = rows_per_task(rows);
+    let m = |tile: usize, row: usize| maxima[tile * rows + row];
+    // e^(l − m) of some rows of a tile, from `first` on, becomes E.
+    let finish = |tile: usize, width: usize, first: usize, errors: &mut [f32]| {
+        for (row, i) in errors.chunks_mut(TILE).zip(first..) {
+            let (row, factor) = (&mut row[..width], -g[i] * exp(m(tile, i) - output.log_sum_exp[i]));
+            dispatch(
+                #[inline(always)]
+                || row.iter_mut().for_each(|x| *x *= factor),
+            );
+            if let Some(x) = (targets[i] as usize).checked_sub(tile * TILE).and_then(|y| row.get_mut(y)) {
+                *x += g[i];
+            }
+        }
+    };
+    let mut add = |tile: usize, width: usize, errors: &[f32]| {
+        let transposed = Operand::new(kernel, View::f32(errors, TILE).t(), width, rows, 1.0);
+        let term = Term { a: &transposed, b: View::f32(h, hidden) };
+        matmul(width, hidden, &[term], &mut dw[tile * TILE * hidden..], hidden, true, Threads::All);
+    };
+    let kept = exponentials.len() / (rows * TILE).max(1);
+    for (tile, errors) in exponentials.chunks_mut((rows * TILE).max(1)).enumerate() {
+        let width = TILE.min(vocabulary - tile * TILE);
+        team::chunks(errors, per_task * TILE, |i, errors| finish(tile, width, i * per_task, errors));
+        add(tile, width, errors);
+    }
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
     let mut errors = Buffer::dirty(rows * TILE);
-    let per_task = rows_per_task(rows);
-    for_each_tile(kernel, w, hidden, false, |tile| {
+    for_each_tile(kernel, w, hidden, kept * TILE, false, |part| {
+        let tile = part.first / TILE;
         team::chunks(&mut errors, per_task * TILE, |i, errors| {
             let first = i * per_task;
-            tile.logits(kernel, &operand, first, errors.len() / TILE, errors);
-            for (r, row) in errors.chunks_mut(TILE).enumerate() {
-                let (lse, g, y) = (log_sum_exp[first + r], g[first + r], targets[first + r] as usize);
-                let row = &mut row[..tile.width];
+            part.logits(kernel, &operand, first, errors.len() / TILE, errors);
+            for (row, i) in errors.chunks_mut(TILE).zip(first..) {
+                let m = m(tile, i);
                 dispatch(
                     #[inline(always)]
-                    || row.iter_mut().for_each(|x| *x = -g * exp(*x - lse)),
+                    || row[..part.width].iter_mut().for_each(|x| *x = exp(*x - m)),
                 );
-                if let Some(x) = y.checked_sub(tile.first).and_then(|y| row.get_mut(y)) {
-                    *x += g;
-                }
             }
+            finish(tile, part.width, first, errors);
         });
-        let transposed = Operand::new(kernel, View::f32(&errors, TILE).t(), tile.width, rows, 1.0);
-        let term = Term { a: &transposed, b: View::f32(h, hidden) };
-        matmul(tile.width, hidden, &[term], &mut dw[tile.first * hidden..], hidden, true, Threads::All);
+        add(tile, part.width, &errors);
     });
 }
 
@@ -237,14 +296,15 @@ struct Tile<'a> {
     along: &'a [u32],
 }
 
-fn for_each_tile(kernel: Kernel, w: Elements, hidden: usize, gradient: bool, mut f: impl FnMut(&Tile)) {
+/// Calls `f` with each tile from token `from` on.
+fn for_each_tile(kernel: Kernel, w: Elements, hidden: usize, from: usize, gradient: bool, mut f: impl FnMut(&Tile)) {
     let vocabulary = w.len() / hidden;
     let view = View::of(w, hidden);
     let depth = kernel.depth(hidden);
     let sums = if gradient { hidden.div_ceil(NR) } else { 0 };
     let mut across = Buffer::dirty(TILE * depth);
     let mut along = Buffer::dirty(sums * NR * kernel.depth(TILE));
-    for first in (0..vocabulary).step_by(TILE) {
+    for first in (from..vocabulary).step_by(TILE) {
         let width = TILE.min(vocabulary - first);
         let k = kernel.depth(width);
         team::chunks(&mut across.units_mut()[..width.div_ceil(NR) * depth * NR], depth * NR, |i, panel| {

@@ -4,7 +4,7 @@ use candle_core::{D, DType, Device, Tensor};
 
 use super::attention::{Heads, attention, attention_backward};
 use super::gemm::{Elements, Kernel};
-use super::head::{HeadOptions, head, head_weight_gradient};
+use super::head::{HeadOptions, KEPT, head, head_weight_gradient};
 use super::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm, rms_norm_backward};
 use super::rope::{Direction, RopeTable, rotate};
 use super::swiglu::{swiglu, swiglu_backward};
@@ -223,8 +223,7 @@ fn bf16_attention_stays_near_f32() {
     }
 }
 
-const PLAIN: HeadOptions = HeadOptions { distribution: true, gradient: false };
-const GRADIENT: HeadOptions = HeadOptions { distribution: false, gradient: true };
+const PLAIN: HeadOptions = HeadOptions { distribution: true, gradient: false, trained: None };
 
 #[test]
 fn log_probs_and_distributions_match_a_full_softmax() {
@@ -260,11 +259,18 @@ fn log_prob_gradients_match_differences_for_a_frozen_and_a_trainable_head() {
     let targets: Vec<u32> = (0..rows as u32).map(|i| i * 130).collect();
     let u = random(rows, 21);
     for kernel in kernels() {
-        let out = head(kernel, &h, Elements::F32(&w), hidden, &targets, GRADIENT);
+        // All probabilities are kept for the weight's gradient, those of the first tile, none.
+        let gradients = [KEPT, rows * 1024, 0].map(|kept| {
+            let options = HeadOptions { distribution: false, gradient: true, trained: Some(kept) };
+            let mut out = head(kernel, &h, Elements::F32(&w), hidden, &targets, options);
+            let mut dw = vec![0f32; w.len()];
+            head_weight_gradient(kernel, &h, Elements::F32(&w), hidden, &targets, &mut out, &u, &mut dw);
+            (out, dw)
+        });
+        assert!(gradients[1..].iter().all(|(_, dw)| *dw == gradients[0].1), "{kernel:?}: bits depend on what is kept");
+        let [(out, dw), ..] = gradients;
         let dh: Vec<f32> = out.gradient.chunks(hidden).zip(&u).flat_map(|(row, u)| row.iter().map(move |x| x * u)).collect();
         check_gradient("head h", &h, &dh, &u, |h| head(kernel, h, Elements::F32(&w), hidden, &targets, PLAIN).log_probs);
-        let mut dw = vec![0f32; w.len()];
-        head_weight_gradient(kernel, &h, Elements::F32(&w), hidden, &targets, &out.log_sum_exp, &u, &mut dw);
         check_gradient("head w", &w, &dw, &u, |w| head(kernel, &h, Elements::F32(w), hidden, &targets, PLAIN).log_probs);
     }
 }
