@@ -1,7 +1,7 @@
 """Bradley beside TRL and transformers on the same rows, interleaved round by round.
 
   cargo build --release --benches --bins
-  python benches/compare.py MODEL.gguf PAIRS.jsonl [--rounds 5] [--train-pairs 4] [--score-pairs 8] [--out FILE.jsonl]
+  python benches/compare.py MODEL.gguf PAIRS.jsonl [--rounds 5] [--train-pairs 4] [--train-steps 2] [--score-pairs 8] [--out FILE.jsonl]
 
 The Python needs tests/goldens/requirements.txt, grpcio-tools and googleapis-common-protos. Every measurement is one JSON line in --out; the tables at
 the end are markdown, for BENCHMARKS.md. Training figures leave loading and tokenising out on both sides; every side is a fresh process in every round.
@@ -30,7 +30,8 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("model")
 parser.add_argument("pairs")
 parser.add_argument("--rounds", type=int, default=5)
-parser.add_argument("--train-pairs", type=int, default=4)
+parser.add_argument("--train-pairs", type=int, default=4, help="pairs of a step")
+parser.add_argument("--train-steps", type=int, default=2, help="steps of a round: in the first one a process touches its memory for the first time")
 parser.add_argument("--score-pairs", type=int, default=8)
 parser.add_argument("--max-length", type=int, default=512)
 parser.add_argument("--out", default="compare.jsonl")
@@ -100,9 +101,9 @@ def rounds(path, rows, servers):
         for mode, precision in (("train-lora", "f32"), ("train-lora", "bf16"), ("train-full", "f32")):
             if not wanted(mode, precision):
                 continue
-            n = args.train_pairs
+            batch, n = args.train_pairs, args.train_pairs * args.train_steps
             for which, run in (("TRL", trl), ("bradley", own)) if r % 2 == 0 else (("bradley", own), ("TRL", trl)):
-                note(mode, precision, which, run(mode, precision, r * n, n, n))
+                note(mode, precision, which, run(mode, precision, r * n, n, batch))
         for precision in ("f32", "bf16"):
             if not wanted("score", precision):
                 continue

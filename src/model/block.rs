@@ -14,8 +14,8 @@ use super::gradients::{GradientSink, Place, Slot};
 use super::ops::Held;
 use super::ops::attention::{Heads, attention, attention_backward};
 use super::ops::buffer::Buffer;
-use super::ops::gemm::Kernel;
-use super::ops::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm, rms_norm_backward};
+use super::ops::gemm::{Kernel, Operand, View};
+use super::ops::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm_backward, rms_norm_operand};
 use super::ops::rope::{Direction, rotate};
 use super::ops::swiglu::{swiglu, swiglu_backward};
 use super::parameters::projection;
@@ -98,7 +98,7 @@ impl<'a> Open<'a> {
     }
 
     /// Runs group `which` of [`Open::parts`]'s order; returns x·Aᵀ of the policy's own adapter.
-    fn project(&self, which: usize, x: &[f32], tokens: usize, y: &mut [f32], keep: bool) -> Result<Buffer> {
+    fn project(&self, which: usize, x: &Operand, tokens: usize, y: &mut [f32], keep: bool) -> Result<Buffer> {
         let group = [&self.qkv, &self.o, &self.gate_up, &self.down][which];
         let u = group.forward(x, tokens, y, keep)?;
         for (rows, groups) in &self.parts {
@@ -113,10 +113,13 @@ impl<'a> Open<'a> {
         (HeadColumns { stride, offset: 0, count: h.query }, HeadColumns { stride, offset, count: h.key })
     }
 
-    fn norm(&self, x: &[f32], w: &Held) -> Result<Buffer> {
-        let mut n = Buffer::dirty(x.len());
-        rms_norm(x, w.f32()?, self.eps, &mut n);
-        Ok(n)
+    fn norm(&self, x: &[f32], w: &Held) -> Result<Operand<'static>> {
+        Ok(rms_norm_operand(self.kernel, x, w.f32()?, self.eps))
+    }
+
+    /// Attention's output `[T, H·D]`, to be multiplied.
+    fn attended<'b>(&self, attended: &'b [f32], tokens: usize) -> Operand<'b> {
+        Operand::new(self.kernel, View::f32(attended, self.heads.width()), tokens, self.heads.width(), 1.0)
     }
 
     fn add_norm_gradient(&self, x: &[f32], w: &Held, g: &[f32], slot: Slot, gx: &mut [f32], sink: &mut dyn GradientSink) -> Result<()> {
@@ -143,15 +146,14 @@ pub fn forward(policy: &Policy, index: usize, mut x: Buffer, row: &PreparedRow, 
     let (mut attended, mut lse) = (Buffer::dirty(tokens * heads.width()), Buffer::dirty(tokens * heads.query));
     attention(open.kernel, &qkv, heads, &row.row().layout, &mut attended, &mut lse);
     let input = keep.then(|| Buffer::copy_of(&x));
-    let u_o = open.project(1, &attended, tokens, &mut x, true)?;
+    let u_o = open.project(1, &open.attended(&attended, tokens), tokens, &mut x, true)?;
 
     let mut gate_up = Buffer::dirty(tokens * 2 * open.feed_forward);
     drop(n);
     let n = open.norm(&x, &open.post_norm)?;
     let u_gate_up = open.project(2, &n, tokens, &mut gate_up, false)?;
     drop(n);
-    let mut y = Buffer::dirty(tokens * open.feed_forward);
-    swiglu(&gate_up, open.feed_forward, &mut y);
+    let y = swiglu(open.kernel, &gate_up, open.feed_forward);
     let middle = keep.then(|| Buffer::copy_of(&x));
     let u_down = open.project(3, &y, tokens, &mut x, true)?;
     let tape = match (input, middle) {
@@ -177,8 +179,7 @@ pub fn backward(
     let BlockTape { x, qkv, before_norm, attended, lse, middle, mut gate_up, low_rank: [u_qkv, u_o, u_gate_up, u_down] } = tape;
 
     // Feed-forward part.
-    let mut y = Buffer::dirty(tokens * open.feed_forward);
-    swiglu(&gate_up, open.feed_forward, &mut y);
+    let y = swiglu(open.kernel, &gate_up, open.feed_forward);
     let gy = open.down.backward(&y, &u_down, gx, tokens, sink)?;
     drop((y, u_down));
     swiglu_backward(&mut gate_up, open.feed_forward, &gy);
@@ -190,7 +191,7 @@ pub fn backward(
     drop((gn, middle));
 
     // Attention part.
-    let go = open.o.backward(&attended, &u_o, gx, tokens, sink)?;
+    let go = open.o.backward(&open.attended(&attended, tokens), &u_o, gx, tokens, sink)?;
     let mut dqkv = Buffer::dirty(tokens * heads.row());
     attention_backward(open.kernel, &qkv, heads, &row.row().layout, (&attended, &lse), &go, &mut dqkv);
     drop((go, attended, lse, qkv, u_o));

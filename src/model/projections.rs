@@ -85,10 +85,8 @@ impl<'a> Group<'a> {
     }
 
     /// `y` `[T, Σout]` = keep·y + the projections of `x` `[T, in]`. Returns x·Aᵀ `[T, Σr]`, which the backward pass wants.
-    pub fn forward(&self, x: &[f32], tokens: usize, y: &mut [f32], keep: bool) -> Result<Buffer> {
-        let kernel = self.kernel;
-        let x = Operand::new(kernel, View::f32(x, self.input), tokens, self.input, 1.0);
-        let u = self.low_rank_inputs(&x, tokens);
+    pub fn forward(&self, x: &Operand, tokens: usize, y: &mut [f32], keep: bool) -> Result<Buffer> {
+        let u = self.low_rank_inputs(x, tokens);
         for m in &self.members {
             let y = &mut y[m.column..];
             let mut keep = keep;
@@ -100,7 +98,7 @@ impl<'a> Group<'a> {
                 }
                 keep = true;
             }
-            let weight = Term { a: &x, b: View::of(m.weight.elements(), self.input).t() };
+            let weight = Term { a: x, b: View::of(m.weight.elements(), self.input).t() };
             match &m.low_rank {
                 Some((_, b)) => {
                     let scaled = self.scaled(m, &u, tokens);
@@ -115,13 +113,12 @@ impl<'a> Group<'a> {
 
     /// Adds s·(x·A_iᵀ)·B_iᵀ to some rows of `y` `[T, Σout]`: the sum over k goes on where that over the base's ended, as it does in
     /// [`Group::forward`].
-    pub fn add_low_rank(&self, x: &[f32], rows: Range<usize>, y: &mut [f32]) {
+    pub fn add_low_rank(&self, x: &Operand, rows: Range<usize>, y: &mut [f32]) {
         if self.ranks == 0 || rows.is_empty() {
             return;
         }
-        let (kernel, tokens) = (self.kernel, rows.len());
-        let x = Operand::new(kernel, View::f32(&x[rows.start * self.input..], self.input), tokens, self.input, 1.0);
-        let u = self.low_rank_inputs(&x, tokens);
+        let tokens = rows.len();
+        let u = self.low_rank_inputs(&x.part(rows.clone()), tokens);
         for m in &self.members {
             let Some((_, b)) = &m.low_rank else { continue };
             let scaled = self.scaled(m, &u, tokens);
@@ -147,9 +144,8 @@ impl<'a> Group<'a> {
 
     /// Given g = ∂loss/∂y `[T, Σout]`, the input and what [`Group::forward`] returned: adds the parameters' gradients to `sink` and returns ∂loss/∂x
     /// `[T, in]`. With v_i = s·g_i·B_i: dx = Σ g_i·W_i + v_i·A_i, dA_i = v_iᵀ·x, dB_i = s·g_iᵀ·u_i, dW_i = g_iᵀ·x, db_i = Σ_tokens g_i.
-    pub fn backward(&self, x: &[f32], u: &[f32], g: &[f32], tokens: usize, sink: &mut dyn GradientSink) -> Result<Buffer> {
+    pub fn backward(&self, x: &Operand, u: &[f32], g: &[f32], tokens: usize, sink: &mut dyn GradientSink) -> Result<Buffer> {
         let kernel = self.kernel;
-        let x = Operand::new(kernel, View::f32(x, self.input), tokens, self.input, 1.0);
         let view = |m: &Member| View::f32(&g[m.column..], self.output);
         let gs: Vec<Operand> = self.members.iter().map(|m| Operand::new(kernel, view(m), tokens, m.out, 1.0)).collect();
         let mut v = Buffer::dirty(tokens * self.ranks);
@@ -169,9 +165,9 @@ impl<'a> Group<'a> {
         let mut dx = Buffer::dirty(tokens * self.input);
         matmul(tokens, self.input, &terms, &mut dx, self.input, false, Threads::All);
         if self.ranks > 0 {
-            self.low_rank_gradients(&x, u, &gs, &v, tokens, sink);
+            self.low_rank_gradients(x, u, &gs, &v, tokens, sink);
         }
-        self.weight_gradients(&x, g, tokens, sink);
+        self.weight_gradients(x, g, tokens, sink);
         Ok(dx)
     }
 

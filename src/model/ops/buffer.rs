@@ -1,6 +1,6 @@
 //! Reused memory for activations: fresh pages cost more than the work on them, and a large allocation is fresh pages every time.
 //!
-//! Buffers are parts of one large range of addresses, the lowest that is free ([`Ranges`]); their content is whatever was there before. Pages come when they are
+//! Buffers are parts of one large range of addresses, the lowest that is free (`model/ranges.rs`); their content is whatever was there before. Pages come when they are
 //! first touched and stay until [`Buffer::trim`], so what is held stays near the most that was in use at one time.
 
 use std::ops::{Deref, DerefMut};
@@ -13,8 +13,8 @@ use crate::model::ranges::Ranges;
 const ALIGNMENT: usize = 128;
 /// Large pages are aligned so.
 const LARGE_PAGE: usize = 2 << 20;
-/// Bytes of a page at most.
-const PAGE: usize = 4096;
+/// The largest pages that systems have by default, in bytes: what is a multiple of it is one of theirs.
+const PAGE: usize = 64 << 10;
 
 static ARENA: Mutex<Arena> = Mutex::new(Arena { base: None, reserved: 0, usable: 0, highest: 0, ranges: Ranges::new() });
 
@@ -44,10 +44,10 @@ impl Arena {
     /// The start of the range, reserved now if not before; `None` where that is not allowed (`ulimit -v`).
     fn base(&mut self) -> Option<NonNull<u8>> {
         if self.base.is_none() && self.reserved == 0 {
-            // SAFETY: asks for a number.
-            let pages = unsafe { libc::sysconf(libc::_SC_PHYS_PAGES) }.max(1 << 18) as usize;
+            // SAFETY: asks for two numbers.
+            let memory = unsafe { libc::sysconf(libc::_SC_PHYS_PAGES).max(1) as usize * libc::sysconf(libc::_SC_PAGESIZE).max(1) as usize };
             // Addresses cost nothing: twice the memory, for the holes between what is in use.
-            self.reserved = (2 * pages * PAGE).next_multiple_of(LARGE_PAGE);
+            self.reserved = (2 * memory.max(1 << 30)).next_multiple_of(LARGE_PAGE);
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
             // SAFETY: a new mapping, at an address of the system's choice.
             let at = unsafe { libc::mmap(std::ptr::null_mut(), self.reserved + LARGE_PAGE, libc::PROT_NONE, flags, -1, 0) };

@@ -167,9 +167,12 @@ pub fn head(kernel: Kernel, h: &[f32], w: Elements, hidden: usize, targets: &[u3
             let (first, n) = (i * per_task, running.len());
             let mut passing = Buffer::dirty(if keeps { 0 } else { n * TILE });
             let place = tile.first / TILE * rows + first;
-            // SAFETY: what is kept has all rows of this tile, and this task alone touches its own.
-            let logits =
-                if keeps { unsafe { std::slice::from_raw_parts_mut(exponentials.at(place * TILE), n * TILE) } } else { &mut *passing };
+            let logits = if keeps {
+                // SAFETY: what is kept has all rows of this tile, and this task alone touches its own.
+                unsafe { std::slice::from_raw_parts_mut(exponentials.at(place * TILE), n * TILE) }
+            } else {
+                &mut *passing
+            };
             tile.logits(kernel, &operand, first, n, logits);
             let rows = logits.chunks_mut(TILE).zip(running.iter_mut()).zip(&targets[first..first + n]);
             for (r, ((row, running), &y)) in rows.enumerate() {

@@ -1,5 +1,6 @@
 //! RMSNorm: y = x / √(mean(x²) + ε) ⊙ w, over the last dimension (arXiv:1910.07467).
 
+use super::gemm::{Kernel, Operand};
 use super::simd::{dispatch, sum};
 use super::team;
 
@@ -29,6 +30,17 @@ pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
             );
         }
     });
+}
+
+/// The norm of each row of `x`, to be multiplied.
+pub fn rms_norm_operand(kernel: Kernel, x: &[f32], w: &[f32], eps: f32) -> Operand<'static> {
+    let width = w.len();
+    Operand::computed(kernel, x.len() / width, width, |i, y| {
+        dispatch(
+            #[inline(always)]
+            || normalise(&x[i * width..][..width], w, eps, y),
+        );
+    })
 }
 
 /// With r = 1/rms: dx += r·(g⊙w − x·r²·mean(g⊙w⊙x)).

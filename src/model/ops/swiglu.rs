@@ -1,25 +1,22 @@
 //! SwiGLU: y = silu(gate) ⊙ up (arXiv:2002.05202).
 
+use super::gemm::{Kernel, Operand};
 use super::simd::{dispatch, sigmoid};
 use super::team;
 
-/// y `[T, F]` from `[gate | up]` `[T, 2F]`.
-pub fn swiglu(gate_up: &[f32], width: usize, y: &mut [f32]) {
-    let rows = team::rows_per_task(y.len() / width);
-    team::chunks(y, rows * width, |i, y| {
-        let gate_up = &gate_up[i * rows * 2 * width..];
+/// y `[T, F]` from `[gate | up]` `[T, 2F]`, to be multiplied.
+pub fn swiglu(kernel: Kernel, gate_up: &[f32], width: usize) -> Operand<'static> {
+    Operand::computed(kernel, gate_up.len() / (2 * width), width, |i, y| {
+        let (gate, up) = gate_up[2 * i * width..][..2 * width].split_at(width);
         dispatch(
             #[inline(always)]
             || {
-                for (y, row) in y.chunks_mut(width).zip(gate_up.chunks(2 * width)) {
-                    let (gate, up) = row.split_at(width);
-                    for ((y, a), b) in y.iter_mut().zip(gate).zip(up) {
-                        *y = a * sigmoid(*a) * b;
-                    }
+                for ((y, a), b) in y.iter_mut().zip(gate).zip(up) {
+                    *y = a * sigmoid(*a) * b;
                 }
             },
         )
-    });
+    })
 }
 
 /// Replaces `[gate | up]` by its gradient for the upstream gradient `g` `[T, F]`. With s = σ(gate): d_up = g·gate·s,

@@ -226,7 +226,8 @@ mod x86 {
 
     use super::{NR, Product};
 
-    /// Vectors side by side: with 14 rows there are registers left for B and for A, and B is streamed less often than with wider panels.
+    /// Vectors side by side: with 14 rows there are registers left for B and for A, and B is streamed less often than with wider panels. Half of
+    /// them where that is enough, as for a low rank.
     const V: usize = NR / 16;
     /// Units of depth that B is fetched ahead.
     const AHEAD: usize = 8;
@@ -240,9 +241,11 @@ mod x86 {
             let c = c.add(first * stride);
             macro_rules! rows {
                 ($($m:literal)*) => {
-                    match (rows, pairs) {
-                        $(($m, false) => f32_strip::<$m>(first, n, products, c, stride, keep),
-                          ($m, true) => bf16_strip::<$m>(first, n, products, c, stride, keep),)*
+                    match (rows, pairs, n > NR / 2) {
+                        $(($m, false, true) => f32_strip::<$m, V>(first, n, products, c, stride, keep),
+                          ($m, false, false) => f32_strip::<$m, { V / 2 }>(first, n, products, c, stride, keep),
+                          ($m, true, true) => bf16_strip::<$m, V>(first, n, products, c, stride, keep),
+                          ($m, true, false) => bf16_strip::<$m, { V / 2 }>(first, n, products, c, stride, keep),)*
                         _ => {}
                     }
                 };
@@ -254,7 +257,14 @@ mod x86 {
     macro_rules! strip {
         ($name:ident, $features:literal, $step:expr) => {
             #[target_feature(enable = $features)]
-            unsafe fn $name<const M: usize>(first: usize, n: usize, products: &[Product], c: *mut f32, stride: usize, keep: bool) {
+            unsafe fn $name<const M: usize, const V: usize>(
+                first: usize,
+                n: usize,
+                products: &[Product],
+                c: *mut f32,
+                stride: usize,
+                keep: bool,
+            ) {
                 // SAFETY: by the caller; columns beyond n are masked.
                 unsafe {
                     let mask = |v: usize| -> u16 {

@@ -1,6 +1,7 @@
 //! A in the form kernels read: rows of units, the depth padded with zeros.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use super::kernel::{Kernel, Product};
 use super::pack::{interleave, round, transpose};
@@ -11,6 +12,8 @@ use half::bf16;
 
 thread_local! {
     static LINES: RefCell<Vec<bf16>> = const { RefCell::new(Vec::new()) };
+    /// A row before it is rounded.
+    static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Elements that one task converts.
@@ -28,9 +31,18 @@ pub struct Operand<'a> {
 }
 
 enum Units<'a> {
-    /// f32 as it lies.
-    Lent(&'a [f32]),
+    /// f32 as it lies, or another operand's.
+    Lent(&'a [u32]),
     Own(Buffer),
+}
+
+impl Units<'_> {
+    fn all(&self) -> &[u32] {
+        match self {
+            Units::Lent(units) => units,
+            Units::Own(buffer) => buffer.units(),
+        }
+    }
 }
 
 impl<'a> Operand<'a> {
@@ -38,7 +50,7 @@ impl<'a> Operand<'a> {
     pub fn new(kernel: Kernel, view: View<'a>, rows: usize, cols: usize, scale: f32) -> Self {
         assert!(view.covers(rows, cols), "operand: the view is smaller than {rows}x{cols}");
         if let (false, Elements::F32(values), 1, 1.0) = (kernel.pairs(), view.elements, view.col_stride, scale) {
-            return Operand { kernel, rows, cols, units: Units::Lent(values), stride: view.row_stride };
+            return Operand { kernel, rows, cols, units: Units::Lent(units_of(values)), stride: view.row_stride };
         }
         let depth = kernel.depth(cols);
         let mut own = Buffer::dirty((rows + ROW_PADDING) * depth);
@@ -52,18 +64,22 @@ impl<'a> Operand<'a> {
         Operand { kernel, rows, cols, units: Units::Own(own), stride: depth }
     }
 
+    /// Some of its rows.
+    pub fn part(&self, rows: Range<usize>) -> Operand<'_> {
+        let units = &self.units.all()[rows.start * self.stride..];
+        Operand { kernel: self.kernel, rows: rows.len(), cols: self.cols, units: Units::Lent(units), stride: self.stride }
+    }
+
     /// The same matrix as a view, to be multiplied from the right: rounded already, where the kernel rounds.
     pub fn view(&self) -> View<'_> {
-        match &self.units {
-            Units::Lent(values) => View::f32(values, self.stride),
-            Units::Own(own) if self.kernel.pairs() => {
-                let units = own.units();
-                // SAFETY: a unit is a pair of bf16, of which every bit pattern is valid, in the order of k.
-                let values = unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<bf16>(), 2 * units.len()) };
-                View::of(Elements::Bf16(values), 2 * self.stride)
-            }
-            Units::Own(own) => View::f32(own, self.stride),
+        let units = self.units.all();
+        if self.kernel.pairs() {
+            // SAFETY: a unit is a pair of bf16, of which every bit pattern is valid, in the order of k.
+            let values = unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<bf16>(), 2 * units.len()) };
+            return View::of(Elements::Bf16(values), 2 * self.stride);
         }
+        // SAFETY: a unit is an f32, of which every bit pattern is valid.
+        View::f32(unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<f32>(), units.len()) }, self.stride)
     }
 
     /// Its kernel.
@@ -73,10 +89,7 @@ impl<'a> Operand<'a> {
 
     /// The product of its rows from `row` on, columns from `start` on (an even number), with a packed panel.
     pub(crate) fn product(&self, row: usize, start: usize, depth: usize, panel: &[u32]) -> Product {
-        let units = match &self.units {
-            Units::Lent(v) => v.as_ptr().cast(),
-            Units::Own(b) => b.units().as_ptr(),
-        };
+        let units = self.units.all().as_ptr();
         let offset = row * self.stride + self.kernel.units(start);
         debug_assert!(panel.len() >= depth * super::NR);
         // SAFETY: row and start lie inside the matrix.
@@ -190,13 +203,49 @@ fn round_scaled(kernel: Kernel, src: &[f32], scale: f32, dst: &mut [bf16]) {
     }
 }
 
+/// The bits of f32 values.
+fn units_of(values: &[f32]) -> &[u32] {
+    // SAFETY: same size and alignment, and every bit pattern is valid for both.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len()) }
+}
+
 impl Operand<'static> {
+    /// The operand `[rows, cols]` whose row i `fill(i, row)` writes. Where the kernel rounds, a row is rounded while it is in the nearest cache.
+    pub fn computed(kernel: Kernel, rows: usize, cols: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Self {
+        let depth = kernel.depth(cols);
+        let mut own = Buffer::dirty((rows + ROW_PADDING) * depth);
+        let lines = team::rows_per_task(rows);
+        if kernel.pairs() {
+            team::chunks(&mut own.units_mut()[..rows * depth], lines * depth, |i, part| {
+                ROW.with_borrow_mut(|row| {
+                    row.resize(cols, 0.0);
+                    for (r, units) in part.chunks_mut(depth).enumerate() {
+                        fill(i * lines + r, row);
+                        // SAFETY: a row of units is as many pairs of bf16.
+                        let to: &mut [bf16] = unsafe { std::slice::from_raw_parts_mut(units.as_mut_ptr().cast(), 2 * depth) };
+                        round(kernel, row, &mut to[..cols]);
+                        to[cols..].fill(bf16::ZERO);
+                    }
+                });
+            });
+        } else {
+            team::chunks(&mut own[..rows * depth], lines * depth, |i, part| {
+                part.chunks_mut(depth).enumerate().for_each(|(r, row)| fill(i * lines + r, row));
+            });
+        }
+        Operand { kernel, rows, cols, units: Units::Own(own), stride: depth }
+    }
+
     /// A copy of `view` `[rows, cols]` that outlives it.
     pub(crate) fn owned(kernel: Kernel, view: View, rows: usize, cols: usize) -> Operand<'static> {
         let Operand { kernel, rows, cols, units, stride } = Operand::new(kernel, view, rows, cols, 1.0);
         let units = match units {
             Units::Own(b) => Units::Own(b),
-            Units::Lent(v) => Units::Own(Buffer::copy_of(v)),
+            Units::Lent(units) => {
+                let mut own = Buffer::dirty(units.len());
+                own.units_mut().copy_from_slice(units);
+                Units::Own(own)
+            }
         };
         Operand { kernel, rows, cols, units, stride }
     }

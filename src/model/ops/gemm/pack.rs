@@ -101,7 +101,8 @@ fn lay_bf16(kernel: Kernel, src: &[bf16], stride: usize, along_k: bool, k: usize
             }
         }
     } else {
-        for (p, row) in dst.chunks_mut(NR).enumerate().take(k.div_ceil(2)) {
+        let done = interleave_panel(kernel, src, stride, pairs, n, dst);
+        for (p, row) in dst.chunks_mut(NR).enumerate().take(k.div_ceil(2)).skip(done) {
             let low = &src[2 * p * stride..][..n];
             let high = if 2 * p + 1 < k { Some(&src[(2 * p + 1) * stride..][..n]) } else { None };
             interleave(kernel, low, high, &mut row[..n]);
@@ -115,6 +116,19 @@ fn clear_columns(dst: &mut [u32], n: usize) {
     if n < NR {
         dst.chunks_mut(NR).for_each(|row| row[n..].fill(0));
     }
+}
+
+/// [`interleave`] for `pairs` pairs of rows, a whole panel wide; returns for how many it was done.
+fn interleave_panel(kernel: Kernel, src: &[bf16], stride: usize, pairs: usize, n: usize, dst: &mut [u32]) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if kernel.pairs() && n == NR && pairs > 0 {
+        assert!((2 * pairs - 1) * stride + NR <= src.len() && pairs * NR <= dst.len());
+        // SAFETY: the assertion bounds both sides; kernels over pairs exist only where the processor has AVX512_BF16, hence AVX512BW.
+        unsafe { x86::interleave_panel(src.as_ptr(), stride, pairs, dst.as_mut_ptr()) };
+        return pairs;
+    }
+    let _ = (kernel, src, stride, pairs, n, dst);
+    0
 }
 
 /// `dst[j] = low[j] | high[j] << 16`.
@@ -169,6 +183,11 @@ mod x86 {
 
     use half::bf16;
 
+    use super::NR;
+
+    /// Pairs of rows that are fetched ahead: rows are far apart, which the processor does not foresee.
+    const AHEAD: usize = 8;
+
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     pub fn round(src: &[f32], dst: &mut [bf16]) {
         let n = src.len().min(dst.len());
@@ -205,6 +224,29 @@ mod x86 {
                 _mm512_mask_storeu_epi32(dst.as_mut_ptr().add(i).cast(), mask, pair);
             }
             i += 16;
+        }
+    }
+
+    /// Pairs of rows, [`NR`] wide and `stride` apart, one after the other.
+    ///
+    /// # Safety
+    /// `src` is valid for the rows and `dst` for `pairs` times [`NR`] units.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub unsafe fn interleave_panel(src: *const bf16, stride: usize, pairs: usize, dst: *mut u32) {
+        // SAFETY: by the caller; a prefetch may go anywhere.
+        unsafe {
+            for p in 0..pairs {
+                let low = src.add(2 * p * stride);
+                let high = low.add(stride);
+                let ahead = low.wrapping_add(2 * AHEAD * stride);
+                _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(stride).cast());
+                for i in (0..NR).step_by(16) {
+                    let l = _mm512_cvtepu16_epi32(_mm256_loadu_si256(low.add(i).cast()));
+                    let h = _mm512_cvtepu16_epi32(_mm256_loadu_si256(high.add(i).cast()));
+                    _mm512_storeu_si512(dst.add(p * NR + i).cast(), _mm512_or_si512(l, _mm512_slli_epi32::<16>(h)));
+                }
+            }
         }
     }
 

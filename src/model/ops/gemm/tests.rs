@@ -84,6 +84,23 @@ fn a_sum_of_products_is_one_product_over_the_joined_depth() {
     }
 }
 
+#[test]
+fn an_operand_computed_row_by_row_is_the_one_of_the_whole_matrix_and_so_are_its_parts() {
+    let (m, n, k) = (45, 40, 71);
+    let (a, b) = (values("a", m * k), values("b", k * n));
+    for kernel in Kernel::available() {
+        let product = |a: &Operand, rows: usize| {
+            let mut c = vec![0f32; rows * n];
+            matmul(rows, n, &[Term { a, b: View::f32(&b, n) }], &mut c, n, false, Threads::All);
+            c
+        };
+        let whole = product(&Operand::new(kernel, View::f32(&a, k), m, k, 1.0), m);
+        let computed = Operand::computed(kernel, m, k, |i, row| row.copy_from_slice(&a[i * k..][..k]));
+        assert_eq!(product(&computed, m), whole, "{kernel:?}");
+        assert_eq!(product(&computed.part(7..31), 24), whole[7 * n..31 * n], "{kernel:?}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
