@@ -227,14 +227,17 @@ async fn a_run_waits_for_its_database_and_its_artifact_store() {
 async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_passed_over() {
     let test = "a_damaged_copy";
     let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
-    let (expected, weights) = undisturbed(60).await;
+    let (expected, weights) = undisturbed(400).await;
     let dir = tempfile::tempdir().unwrap();
     let mut server = replica(dir.path(), &postgres, &s3);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
-    let name = submit(&client, checkpointing(&dataset.name, 60)).await;
+    let name = submit(&client, checkpointing(&dataset.name, 400)).await;
     let follow = client.follow(&name, 0, |e| !matches!(&e.event, Some(Event::CheckpointCreated(c)) if c.step >= 20));
     tokio::time::timeout(Duration::from_secs(60), follow).await.expect("events come").unwrap();
+    // A run that is killed may leave a folder that was not acknowledged yet; one that has paused, none.
+    client.training().pause_training_job(pb::PauseTrainingJobRequest { name: name.clone() }).await.unwrap();
+    until("the pause", Duration::from_secs(20), async || state(&client, &name).await == pb::JobState::Paused).await;
     server.kill();
     let id = name.trim_start_matches("trainingJobs/");
     let folder = dir.path().join("jobs").join(id).join("checkpoints");
@@ -249,6 +252,7 @@ async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_passed_over() {
 
     let server = replica(dir.path(), &postgres, &s3);
     let client = server.client().await;
+    client.training().resume_training_job(pb::ResumeTrainingJobRequest { name: name.clone() }).await.unwrap();
     let events = finish(&client, &name).await;
     assert_eq!(state(&client, &name).await, pb::JobState::Succeeded, "{:?}", changes(&events));
     let logs: Vec<&str> = events
