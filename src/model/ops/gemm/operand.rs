@@ -66,6 +66,7 @@ impl<'a> Operand<'a> {
 
     /// Some of its rows.
     pub fn part(&self, rows: Range<usize>) -> Operand<'_> {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "operand: rows {rows:?} of {}", self.rows);
         let units = &self.units.all()[rows.start * self.stride..];
         Operand { kernel: self.kernel, rows: rows.len(), cols: self.cols, units: Units::Lent(units), stride: self.stride }
     }
