@@ -28,8 +28,8 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("programs", type=Path)
 parser.add_argument("tokenizer")
 parser.add_argument("pairs")
-parser.add_argument("--shape", choices=["tiny", "1b", "8b"], nargs="+", default=["8b"])
-parser.add_argument("--what", choices=["train", "score"], nargs="+", default=["train", "score"])
+parser.add_argument("--shape", choices=["tiny", "1b", "8b", "8b-2-layers"], nargs="+", default=["8b"])
+parser.add_argument("--what", choices=["train", "score"], nargs="*", default=["train", "score"])
 parser.add_argument("--rounds", type=int, default=3)
 parser.add_argument("--max-length", type=int, default=2048)
 parser.add_argument("--models", type=Path, default=Path("/dev/shm"))
@@ -38,15 +38,18 @@ parser.add_argument("--row-tokens", type=int, help="tokens of a packed row of Br
 parser.add_argument("--loads", type=int, nargs="+", default=[1, 4, 16, 64], help="clients that ask for a pair at a time")
 parser.add_argument("--seconds", type=float, default=6, help="of each load")
 parser.add_argument("--trl", nargs="*", default=["1", "2", "4", "1c", "4c", "8c", "4l"], help="its configurations: batch, c: gradient checkpointing, l: Liger's layers")
+parser.add_argument("--transformers", type=int, nargs="+", default=[4, 8, 16], help="its batches of pairs to score")
 parser.add_argument("--out", default="gpu.jsonl")
 args = parser.parse_args()
 out = open(args.out, "a")
+# Bytes on the GPU, for all shapes.
+ENGINE_NEEDS = 45e9
 
 MAKE = """
 import sys, torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 tokenizer, shape, folder = sys.argv[1:]
-hidden, forward, layers, heads, tied = {"tiny": (256, 512, 2, 8, True), "1b": (2048, 8192, 16, 32, True), "8b": (4096, 14336, 32, 32, False)}[shape]
+hidden, forward, layers, heads, tied = {"tiny": (256, 512, 2, 8, True), "1b": (2048, 8192, 16, 32, True), "8b": (4096, 14336, 32, 32, False), "8b-2-layers": (4096, 14336, 2, 32, False)}[shape]
 AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 torch.manual_seed(1)
 torch.set_default_dtype(torch.bfloat16)
@@ -91,12 +94,13 @@ class Sampler:
     """The most memory that each process held on the GPU."""
 
     def __init__(self):
-        self.peaks = {}
+        self.peaks, self.total = {}, 0
         try:
             import pynvml
 
             pynvml.nvmlInit()
             self.nvml, self.handle = pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
+            self.total = pynvml.nvmlDeviceGetMemoryInfo(self.handle).total
             threading.Thread(target=self.run, daemon=True).start()
         except Exception as e:
             print("no NVML:", e, flush=True)
@@ -144,14 +148,27 @@ def trl(folder, path, mode, *adapter):
     return side
 
 
-def bradley(folder, path, lines):
-    """The engine's answers, in a process of its own: TRL needs the whole card in its turn."""
-    rows = [str(args.row_tokens)] if args.row_tokens else []
-    command = [str(args.programs / "offline"), str(folder), str(path), "train-lora", "bf16", "16", str(args.max_length), *rows]
-    side = Side(command, {"BRADLEY_BENCH_DEVICE": args.device}.items())
-    answers = [side.ask(line) for line in lines]
-    side.close()
-    return answers[-1]
+class Engine:
+    """Bradley's engine: one process for all rounds where `room` bytes are left beside TRL, else one a round, for TRL needs the whole card in its turn."""
+
+    def __init__(self, folder, path, room):
+        rows = [str(args.row_tokens)] if args.row_tokens else []
+        self.command = [str(args.programs / "offline"), str(folder), str(path), "train-lora", "bf16", "16", str(args.max_length), *rows]
+        self.stays, self.side = room > ENGINE_NEEDS, None
+
+    def round(self, first):
+        if self.side is None:
+            self.side = Side(self.command, {"BRADLEY_BENCH_DEVICE": args.device}.items())
+        self.side.ask(f"{first} {first + 16}")
+        answer = self.side.ask(f"{first + 16} {first + 32}")
+        if not self.stays:
+            self.close()
+        return answer
+
+    def close(self):
+        if self.side:
+            self.side.close()
+        self.side = None
 
 
 def training(shape, folder, path):
@@ -169,12 +186,14 @@ def training(shape, folder, path):
     best = min(ran, key=lambda c: tried[c]["seconds"])
     print(f"TRL's best: {best}", flush=True)
     answers = {"TRL": [], "bradley": []}
+    engine = Engine(folder, path, sampler.total - tried[best].get("peak_bytes", 0))
     for r in range(args.rounds):
         first = r * 32
         for which in ("TRL", "bradley") if r % 2 == 0 else ("bradley", "TRL"):
-            answer = of_trl(best, first) if which == "TRL" else bradley(folder, path, [f"{first} {first + 16}", f"{first + 16} {first + 32}"])
+            answer = of_trl(best, first) if which == "TRL" else engine.round(first)
             answers[which].append(note(what="train", shape=shape, side=which, config=best if which == "TRL" else "", round=r, **answer))
     theirs.close()
+    engine.close()
     rounds = [(t, b) for t, b in zip(answers["TRL"], answers["bradley"]) if "seconds" in t]
     if not rounds:
         return print("TRL ran out of memory in every round", flush=True)
@@ -207,6 +226,28 @@ def load(service, rows, clients, seconds):
     return {"clients": clients, "seconds": took, "pairs": len(times), "p50": at(0.5), "p99": at(0.99)}
 
 
+def gflop(folder, rows):
+    """Of scoring these rows under policy and reference, in 10⁹: each prompt once, heads on completions only. The same count as offline.rs's."""
+    from transformers import AutoTokenizer
+
+    tokenizer, c = AutoTokenizer.from_pretrained(folder), json.loads((folder / "config.json").read_text())
+    hidden, head = c["hidden_size"], c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    width, keys = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
+    linear = c["num_hidden_layers"] * (2 * hidden * (width + keys) + 3 * hidden * c["intermediate_size"])
+
+
+    def length(messages, generate):
+        return len(tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate), add_special_tokens=False)["input_ids"])
+
+    total = 0
+    for row in rows:
+        prompt = length(row["prompt"], True)
+        sides = [min(length(row["prompt"] + row[side], False), args.max_length) - prompt for side in ("chosen", "rejected")]
+        seen = prompt * prompt / 2 + sum(n * (prompt + n / 2) for n in sides)
+        total += 2 * (2 * linear * (prompt + sum(sides)) + 2 * hidden * c["vocab_size"] * sum(sides) + 4 * width * c["num_hidden_layers"] * seen)
+    return total / 1e9
+
+
 def scoring(shape, folder, path, rows):
     from service import Service
 
@@ -217,20 +258,25 @@ def scoring(shape, folder, path, rows):
     note(what="service ready", shape=shape, seconds=time.perf_counter() - start)
     theirs = trl(folder, path, "score", str(adapter))
     service.score(rows[-8:])
-    for batch in (4, 8):
-        theirs.ask(json.dumps({"batch": batch, "first": len(rows) - 8, "pairs": 8}))
+    theirs.ask(json.dumps({"batch": 4, "first": len(rows) - 8, "pairs": 8}))
+    tried = {}
+    for batch in args.transformers:
+        tried[batch] = note(what="score", shape=shape, side="transformers, tried", batch=batch, **theirs.ask(json.dumps({"batch": batch, "first": len(rows) - 32, "pairs": 32})))
+    ran = [batch for batch, a in tried.items() if "seconds" in a]
+    if not ran:
+        sys.exit("transformers runs with none of these batches")
+    batch = min(ran, key=lambda b: tried[b]["seconds"])
     answers = {"transformers": [], "bradley": []}
     for r in range(args.rounds):
         first, n = r * 32, 32
-        tried = [theirs.ask(json.dumps({"batch": batch, "first": first, "pairs": n})) for batch in (4, 8)]
-        ran = [t for t in tried if "seconds" in t]
-        if not ran:
+        answer = theirs.ask(json.dumps({"batch": batch, "first": first, "pairs": n}))
+        if "seconds" not in answer:
             print("transformers ran out of memory", flush=True)
             continue
-        best = min(ran, key=lambda t: t["seconds"])
-        answers["transformers"].append(note(what="score", shape=shape, side="transformers", **best))
+        answers["transformers"].append(note(what="score", shape=shape, side="transformers", batch=batch, **answer))
         answer = service.score(rows[first : first + n])
         answer["peak_bytes"] = sampler.take(service.child.pid) or 0
+        answer["gflop"] = gflop(folder, rows[first : first + n])
         answers["bradley"].append(note(what="score", shape=shape, side="bradley", **answer))
     theirs.close()
     apart = [abs(a - b) for t, o in zip(answers["transformers"], answers["bradley"]) for a, b in zip(t["margins"], o["margins"])]
@@ -240,7 +286,8 @@ def scoring(shape, folder, path, rows):
         rate = [a["pairs"] / a["seconds"] for a in all_]
         peak = max(a.get("peak_bytes", 0) for a in all_) / 1e9
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})" if which == "bradley" else ""
-        table.append(f"| {shape} | score, 32 pairs a request | {which} | {statistics.median(rate):.2f} ({min(rate):.2f}–{max(rate):.2f}) | | {peak:.1f} | {ratio} |")
+        flops = f"{statistics.median(a['gflop'] / a['seconds'] / 1e3 for a in all_):.0f}" if which == "bradley" else ""
+        table.append(f"| {shape} | score, 32 pairs a request | {which} | {statistics.median(rate):.2f} ({min(rate):.2f}–{max(rate):.2f}) | {flops} | {peak:.1f} | {ratio} |")
     for clients in args.loads:
         a = note(what="load", shape=shape, **load(service, rows, clients, args.seconds))
         loads.append(f"| {shape} | {clients} | {a['pairs'] / a['seconds']:.2f} | {a['p50'] * 1e3:.0f} | {a['p99'] * 1e3:.0f} | {a['pairs']} |")

@@ -15,6 +15,10 @@ use crate::jobs::service::{Service, ServiceOptions};
 use crate::model::loader::{LoadedModel, load_model};
 use crate::rpc::{ServeOptions, Tls, serve, serve_http};
 
+/// How long the server waits, after its last answer, for what the device still computes: a batch that nobody waits for any more, or a block of a run that did
+/// not stop in time.
+const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
+
 /// How often metrics that nobody scrapes are folded.
 const UPKEEP: Duration = Duration::from_secs(5);
 
@@ -38,7 +42,8 @@ pub async fn run(settings: Settings, metrics: PrometheusHandle) -> anyhow::Resul
                 _ = int.recv() => {}
             }
             tracing::warn!("second signal: stopping at once");
-            std::process::exit(130);
+            // SAFETY: ends the process, without exit handlers: the device may be at work, and a GPU's libraries are not to be taken down meanwhile.
+            unsafe { libc::_exit(130) };
         });
     };
     serve_on(settings, listener, http.map(|l| (l, metrics)), shutdown).await
@@ -74,7 +79,7 @@ pub async fn serve_on(
         adapter_dir: settings.adapter_dir.clone(),
     };
     let tls = settings.tls.clone().map(Tls::open).transpose()?;
-    let service = Service::open(engine, options).await?;
+    let service = Service::open(engine.clone(), options).await?;
     let (stop, mut stopping) = watch::channel(false);
     let http = http.map(|(listener, handle)| {
         let (service, upkeep) = (service.clone(), handle.clone());
@@ -108,6 +113,11 @@ pub async fn serve_on(
     stop.send_replace(true);
     if let Some(http) = http {
         let _ = tokio::time::timeout(Duration::from_secs(1), http).await;
+    }
+    engine.drain();
+    let ended = tokio::task::spawn_blocking(move || engine.wait_for_end(DEVICE_PATIENCE)).await;
+    if !matches!(ended, Ok(true)) {
+        tracing::warn!("the device is still at work");
     }
     Ok(result?)
 }

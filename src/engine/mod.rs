@@ -13,7 +13,7 @@ mod worker;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
@@ -53,6 +53,15 @@ impl Drop for Engine {
     }
 }
 
+/// Tells the queue, when dropped, that its worker has ended.
+struct Ended(Arc<Queue>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
 /// Loads the models' weights and starts the device worker.
 ///
 /// # Errors
@@ -72,9 +81,14 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
     let queue = Arc::new(Queue::new(options.queue_tokens));
     queue.add_handle();
     let worker = worker::Worker::new(queue.clone(), bases.clone(), &options, available.saturating_sub(bases.needed()));
+    let ended = Ended(queue.clone());
     std::thread::Builder::new()
         .name(format!("device-{}", bases.device().name()))
-        .spawn(move || worker.work())
+        .spawn(move || {
+            // Whatever ends it, nobody waits for it in vain.
+            let _ended = ended;
+            worker.work();
+        })
         .map_err(|e| EngineError::Device(format!("its thread did not start: {e}")))?;
     Ok(Engine { shared: Arc::new(Shared { queue, bases, options, available }) })
 }
@@ -184,6 +198,12 @@ impl Engine {
             // The channel was never used: there is room for one event.
             let _ = run.events.try_send(RunEvent::Ended(RunEnd::Drained).into());
         }
+    }
+
+    /// Waits until a drained worker is done with the batch or the unit in progress; false when that takes longer than `patience`. A process must not end
+    /// before: the GPU's libraries are taken down by its exit handlers, whoever still calls them. Blocks.
+    pub fn wait_for_end(&self, patience: Duration) -> bool {
+        self.shared.queue.wait_for_end(patience)
     }
 }
 

@@ -46,6 +46,8 @@ struct Inner {
     /// Handles that can still bring work.
     handles: usize,
     tokens_per_second: Option<f64>,
+    /// The worker has ended.
+    ended: bool,
 }
 
 /// The bounded queue in front of one device.
@@ -98,6 +100,19 @@ impl Queue {
     /// Whether the engine is stopping.
     pub fn is_draining(&self) -> bool {
         self.lock().draining
+    }
+
+    /// The worker has ended; called when it has given up what it owned.
+    pub fn end(&self) {
+        self.lock().ended = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until the worker has ended; false when it has not within `patience`.
+    pub fn wait_for_end(&self, patience: Duration) -> bool {
+        let (inner, _) =
+            self.changed.wait_timeout_while(self.lock(), patience, |inner| !inner.ended).unwrap_or_else(PoisonError::into_inner);
+        inner.ended
     }
 
     /// Queues a run.
@@ -244,5 +259,15 @@ mod tests {
         assert!(matches!(waits.try_recv(), Ok(Err(EngineError::Draining))));
         assert!(matches!(queue.next(false, true, 100), Work::Stop));
         assert!(matches!(queue.push(entry(3).0), Err(EngineError::Draining)));
+    }
+
+    #[test]
+    fn the_end_of_the_worker_is_waited_for_but_not_for_ever() {
+        let queue = Queue::new(10);
+        assert!(!queue.wait_for_end(Duration::from_millis(1)));
+        std::thread::scope(|s| {
+            s.spawn(|| queue.end());
+            assert!(queue.wait_for_end(Duration::from_secs(60)));
+        });
     }
 }

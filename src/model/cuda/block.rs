@@ -54,7 +54,7 @@ pub(super) struct Block<'a> {
 
 impl Block<'_> {
     fn group(&self, which: usize) -> Group<'_> {
-        let adapter = self.adapter.map(|a| (&a.blocks[self.index][which], a.scale));
+        let adapter = self.adapter.map(|a| a.group(self.index, which));
         Group { gpu: self.gpu, kind: self.kind, weights: &self.weights.groups[which], adapter }
     }
 
@@ -62,7 +62,7 @@ impl Block<'_> {
         let group = self.group(which);
         let u = group.forward(x, self.row.tokens, y, keep)?;
         for (rows, adapter) in self.parts {
-            group.add_low_rank(&adapter.blocks[self.index][which], adapter.scale, x, rows.clone(), y)?;
+            group.add_low_rank(adapter.group(self.index, which), x, rows.clone(), y)?;
         }
         Ok(u)
     }

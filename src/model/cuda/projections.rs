@@ -10,7 +10,7 @@ use candle_core::Result;
 use super::gpu::{Gpu, Memory};
 use super::gradients::GradientBuffers;
 use super::kernels::{Kind, Launch};
-use super::weights::{GroupAdapter, GroupWeights};
+use super::weights::{GroupWeights, LowRankGroup};
 use crate::model::gradients::{Place, Slot};
 
 /// A group of a block.
@@ -20,8 +20,8 @@ pub(super) struct Group<'a> {
     /// Of weights and activations.
     pub kind: Kind,
     pub weights: &'a GroupWeights,
-    /// The policy's own adapter, and its scale.
-    pub adapter: Option<(&'a GroupAdapter, f32)>,
+    /// The policy's own adapter.
+    pub adapter: Option<LowRankGroup<'a>>,
 }
 
 impl Group<'_> {
@@ -37,22 +37,22 @@ impl Group<'_> {
                 gpu.launch("add_bias", Some(kind), Launch::strided(tokens * m.out), &args)?;
             }
         }
-        self.adapter.map(|(adapter, scale)| self.add_low_rank(adapter, scale, x, 0..tokens, y)).transpose().map(Option::flatten)
+        self.adapter.map(|adapter| self.add_low_rank(adapter, x, 0..tokens, y)).transpose().map(Option::flatten)
     }
 
     /// Adds s·(x·Aᵀ)·Bᵀ to some rows of `y`; returns x·Aᵀ of these rows.
-    pub fn add_low_rank(&self, adapter: &GroupAdapter, scale: f32, x: &Memory, rows: Range<usize>, y: &Memory) -> Result<Option<Memory>> {
-        let (w, gpu, tokens) = (self.weights, self.gpu, rows.len());
-        if adapter.ranks == 0 || tokens == 0 {
+    pub fn add_low_rank(&self, adapter: LowRankGroup<'_>, x: &Memory, rows: Range<usize>, y: &Memory) -> Result<Option<Memory>> {
+        let (w, gpu, tokens, ranks) = (self.weights, self.gpu, rows.len(), adapter.group.ranks);
+        if ranks == 0 || tokens == 0 {
             return Ok(None);
         }
-        let u = gpu.dirty(self.kind, tokens * adapter.ranks)?;
+        let u = gpu.dirty(self.kind, tokens * ranks)?;
         let input = x.matrix_at(rows.start * w.input, w.input);
-        gpu.matmul([tokens, adapter.ranks, w.input], input, adapter.a.matrix(w.input).t(), u.matrix(adapter.ranks), 1.0, 0.0)?;
-        for (m, b) in w.members.iter().zip(&adapter.b) {
-            let Some((b, rank, column)) = b else { continue };
+        gpu.matmul([tokens, ranks, w.input], input, adapter.a(w.input).t(), u.matrix(ranks), 1.0, 0.0)?;
+        for (m, b) in w.members.iter().zip(&adapter.group.b) {
+            let Some((b, rank, column)) = *b else { continue };
             let to = y.matrix_at(rows.start * w.output + m.column, w.output);
-            gpu.matmul([tokens, m.out, *rank], u.matrix_at(*column, adapter.ranks), b.matrix(*rank).t(), to, scale, 1.0)?;
+            gpu.matmul([tokens, m.out, rank], u.matrix_at(column, ranks), adapter.matrices.matrix_at(b, rank).t(), to, adapter.scale, 1.0)?;
         }
         Ok(Some(u))
     }
@@ -70,8 +70,8 @@ impl Group<'_> {
         let (w, gpu) = (self.weights, self.gpu);
         let dx = gpu.dirty(self.kind, tokens * w.input)?;
         gpu.matmul([tokens, w.input, w.output], g.matrix(w.output), w.weight.matrix(w.input), dx.matrix(w.input), 1.0, 0.0)?;
-        if let (Some((adapter, scale)), Some(u)) = (self.adapter, u) {
-            self.low_rank_backward(block, adapter, scale, x, u, g, tokens, &dx, gradients)?;
+        if let (Some(adapter), Some(u)) = (self.adapter, u) {
+            self.low_rank_backward(block, adapter, x, u, g, tokens, &dx, gradients)?;
         }
         for m in &w.members {
             let g_m = g.matrix_at(m.column, w.output);
@@ -91,8 +91,7 @@ impl Group<'_> {
     fn low_rank_backward(
         &self,
         block: usize,
-        adapter: &GroupAdapter,
-        scale: f32,
+        adapter: LowRankGroup<'_>,
         x: &Memory,
         u: &Memory,
         g: &Memory,
@@ -100,19 +99,19 @@ impl Group<'_> {
         dx: &Memory,
         gradients: &GradientBuffers,
     ) -> Result<()> {
-        let (w, gpu, ranks) = (self.weights, self.gpu, adapter.ranks);
+        let (w, gpu, ranks, scale) = (self.weights, self.gpu, adapter.group.ranks, adapter.scale);
         let v = gpu.dirty(self.kind, tokens * ranks)?;
-        for (m, b) in w.members.iter().zip(&adapter.b) {
-            let Some((b, rank, column)) = b else { continue };
-            let (g_m, v_m) = (g.matrix_at(m.column, w.output), v.matrix_at(*column, ranks));
-            gpu.matmul([tokens, *rank, m.out], g_m, b.matrix(*rank), v_m, scale, 0.0)?;
+        for (m, b) in w.members.iter().zip(&adapter.group.b) {
+            let Some((b, rank, column)) = *b else { continue };
+            let (g_m, v_m) = (g.matrix_at(m.column, w.output), v.matrix_at(column, ranks));
+            gpu.matmul([tokens, rank, m.out], g_m, adapter.matrices.matrix_at(b, rank), v_m, scale, 0.0)?;
             if let Some(slot) = gradients.slot(Place::Block(block, Slot::LoraA(m.index))) {
-                gpu.matmul([*rank, w.input, tokens], v_m.t(), x.matrix(w.input), slot.matrix(w.input), 1.0, 1.0)?;
+                gpu.matmul([rank, w.input, tokens], v_m.t(), x.matrix(w.input), slot.matrix(w.input), 1.0, 1.0)?;
             }
             if let Some(slot) = gradients.slot(Place::Block(block, Slot::LoraB(m.index))) {
-                gpu.matmul([m.out, *rank, tokens], g_m.t(), u.matrix_at(*column, ranks), slot.matrix(*rank), scale, 1.0)?;
+                gpu.matmul([m.out, rank, tokens], g_m.t(), u.matrix_at(column, ranks), slot.matrix(rank), scale, 1.0)?;
             }
         }
-        gpu.matmul([tokens, w.input, ranks], v.matrix(ranks), adapter.a.matrix(w.input), dx.matrix(w.input), 1.0, 1.0)
+        gpu.matmul([tokens, w.input, ranks], v.matrix(ranks), adapter.a(w.input), dx.matrix(w.input), 1.0, 1.0)
     }
 }

@@ -4,17 +4,23 @@
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use candle_core::{Result, Tensor};
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
 
-use super::gpu::{Gpu, Memory};
+use super::gpu::{Gpu, Matrix, Memory};
 use super::kernels::Kind;
 use crate::model::adapter::{Adapter, LowRank};
 use crate::model::ops::Held;
 use crate::model::ops::gemm::Elements;
+use crate::model::ops::team;
 use crate::model::parameters::{Parameters, Projection, projection};
 
 /// Projections that share their input: `[q | k | v]`, `o`, `[gate | up]`, `down`.
 pub(super) const GROUPS: [&[usize]; 4] =
     [&[projection::Q, projection::K, projection::V], &[projection::O], &[projection::GATE, projection::UP], &[projection::DOWN]];
+
+/// Elements: a matrix of an adapter begins at a multiple of them.
+const ALIGNMENT: usize = 64;
 
 /// One of a group.
 pub(super) struct Member {
@@ -94,46 +100,134 @@ impl GroupWeights {
     }
 }
 
-/// An adapter's part of a group.
+/// An adapter's part of a group: where its matrices begin in [`BlockAdapter::matrices`].
 pub(super) struct GroupAdapter {
     /// All A, one above the other, `[Σr, in]`.
-    pub a: Memory,
+    pub a: usize,
     /// Per member: B `[out, r]`, r, the first column among the ranks.
-    pub b: Vec<Option<(Memory, usize, usize)>>,
+    pub b: Vec<Option<(usize, usize, usize)>>,
     pub ranks: usize,
+}
+
+/// An adapter's part of a block. Its matrices are sent in one piece: training sends them anew in every step, and to start a copy takes longer than a small
+/// matrix's bytes do.
+pub(super) struct BlockAdapter {
+    pub matrices: Memory,
+    pub groups: [GroupAdapter; 4],
 }
 
 /// An adapter.
 pub(super) struct DeviceAdapter {
     pub scale: f32,
-    pub blocks: Vec<[GroupAdapter; 4]>,
+    pub blocks: Vec<BlockAdapter>,
 }
 
 impl DeviceAdapter {
     fn upload(gpu: &Arc<Gpu>, kind: Kind, adapter: &Adapter) -> Result<Self> {
-        let block = |block: &Vec<Option<LowRank>>| {
-            let group = |indices: &[usize]| GroupAdapter::upload(gpu, kind, block, indices);
-            Ok([group(GROUPS[0])?, group(GROUPS[1])?, group(GROUPS[2])?, group(GROUPS[3])?])
+        let blocks = &adapter.blocks;
+        let gathered = team::map(blocks.len(), |i| {
+            let mut pieces = Pieces::default();
+            let [qkv, o, gate_up, down] = GROUPS;
+            let groups = [
+                pieces.group(&blocks[i], qkv)?,
+                pieces.group(&blocks[i], o)?,
+                pieces.group(&blocks[i], gate_up)?,
+                pieces.group(&blocks[i], down)?,
+            ];
+            Ok::<_, candle_core::Error>((pieces.gather(kind)?, groups))
+        });
+        let block = |gathered: Result<(Gathered, [GroupAdapter; 4])>| {
+            let (values, groups) = gathered?;
+            let matrices = match values {
+                Gathered::F32(v) => gpu.upload(kind, &v)?,
+                Gathered::Bf16(v) => gpu.upload(kind, &v)?,
+            };
+            Ok(BlockAdapter { matrices, groups })
         };
-        Ok(DeviceAdapter { scale: adapter.config.scale() as f32, blocks: adapter.blocks.iter().map(block).collect::<Result<_>>()? })
+        Ok(DeviceAdapter { scale: adapter.config.scale() as f32, blocks: gathered.into_iter().map(block).collect::<Result<_>>()? })
     }
 }
 
-impl GroupAdapter {
-    fn upload(gpu: &Arc<Gpu>, kind: Kind, block: &[Option<LowRank>], indices: &[usize]) -> Result<Self> {
-        let (mut b, mut ranks) = (Vec::new(), 0);
+/// A group's matrices, ready for products.
+#[derive(Clone, Copy)]
+pub(super) struct LowRankGroup<'a> {
+    pub matrices: &'a Memory,
+    pub group: &'a GroupAdapter,
+    pub scale: f32,
+}
+
+impl DeviceAdapter {
+    /// The part of a group.
+    pub fn group(&self, block: usize, which: usize) -> LowRankGroup<'_> {
+        let block = &self.blocks[block];
+        LowRankGroup { matrices: &block.matrices, group: &block.groups[which], scale: self.scale }
+    }
+}
+
+impl LowRankGroup<'_> {
+    /// A `[Σr, in]`.
+    pub fn a(&self, input: usize) -> Matrix {
+        self.matrices.matrix_at(self.group.a, input)
+    }
+}
+
+/// Where in one piece of memory a block's matrices go.
+#[derive(Default)]
+struct Pieces<'a> {
+    placed: Vec<(usize, &'a Tensor)>,
+    len: usize,
+}
+
+/// The piece on the host.
+enum Gathered {
+    F32(Vec<f32>),
+    Bf16(Vec<bf16>),
+}
+
+impl<'a> Pieces<'a> {
+    /// Begins at an address that products are fastest from.
+    fn align(&mut self) -> usize {
+        self.len = self.len.next_multiple_of(ALIGNMENT);
+        self.len
+    }
+
+    fn place(&mut self, t: &'a Tensor) {
+        self.placed.push((self.len, t));
+        self.len += t.elem_count();
+    }
+
+    fn group(&mut self, block: &'a [Option<LowRank>], indices: &[usize]) -> Result<GroupAdapter> {
+        let (a, mut b, mut ranks) = (self.align(), Vec::new(), 0);
+        indices.iter().filter_map(|i| block[*i].as_ref()).for_each(|l| self.place(&l.a));
         for &i in indices {
             b.push(match &block[i] {
                 Some(low_rank) => {
-                    let rank = low_rank.a.dim(0)?;
+                    let (rank, at) = (low_rank.a.dim(0)?, self.align());
+                    self.place(&low_rank.b);
                     ranks += rank;
-                    Some((tensor(gpu, kind, &low_rank.b)?, rank, ranks - rank))
+                    Some((at, rank, ranks - rank))
                 }
                 None => None,
             });
         }
-        let a = stack(gpu, kind, indices.iter().filter_map(|i| block[*i].as_ref()).map(|l| &l.a))?;
         Ok(GroupAdapter { a, b, ranks })
+    }
+
+    fn gather(&self, kind: Kind) -> Result<Gathered> {
+        let mut all = match kind {
+            Kind::F32 => Gathered::F32(vec![0.0; self.len]),
+            Kind::Bf16 => Gathered::Bf16(vec![bf16::ZERO; self.len]),
+        };
+        for (at, t) in &self.placed {
+            let (held, range) = (Held::of(t)?, *at..at + t.elem_count());
+            match (&mut all, held.elements()) {
+                (Gathered::F32(to), Elements::F32(v)) => to[range].copy_from_slice(v),
+                (Gathered::F32(to), Elements::Bf16(v)) => v.convert_to_f32_slice(&mut to[range]),
+                (Gathered::Bf16(to), Elements::F32(v)) => to[range].convert_from_f32_slice(v),
+                (Gathered::Bf16(to), Elements::Bf16(v)) => to[range].copy_from_slice(v),
+            }
+        }
+        Ok(all)
     }
 }
 
@@ -146,7 +240,7 @@ fn stack<'a>(gpu: &Arc<Gpu>, kind: Kind, tensors: impl Iterator<Item = &'a Tenso
         match (kind, t.elements()) {
             (Kind::F32, Elements::F32(v)) => gpu.write(&memory, at, v)?,
             (Kind::F32, Elements::Bf16(v)) => gpu.write(&memory, at, &v.iter().map(|x| x.to_f32()).collect::<Vec<f32>>())?,
-            (Kind::Bf16, Elements::F32(v)) => gpu.write(&memory, at, &v.iter().map(|x| half::bf16::from_f32(*x)).collect::<Vec<_>>())?,
+            (Kind::Bf16, Elements::F32(v)) => gpu.write(&memory, at, &v.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>())?,
             (Kind::Bf16, Elements::Bf16(v)) => gpu.write(&memory, at, v)?,
         }
         at += t.elements().len();

@@ -13,6 +13,21 @@
 
 namespace attn {
 
+// Scores of a warp's 16 queries from `row` on with key tile n: -∞ where a key comes later, is out of the window, or is not of the tile's group.
+template <int N>
+__device__ __forceinline__ void hide(Sums<N>& s, const Queries& queries, int n, const unsigned* positions, int row, int lane, int window) {
+    const Range keys = queries.keys.tile(n);
+    const int start = queries.tile.start, apart = shift(positions, start) - shift(positions, keys.start);
+    if (all_seen(queries.tile, keys, apart, window)) return;
+#pragma unroll
+    for (int b = 0; b < N; b++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int i = start + row + lane / 4 + e / 2 * 8, j = keys.start + b * 8 + lane % 4 * 2 + e % 2;
+            if (j >= keys.end || j > i || i - j + apart >= window) s[b][e] = -INFINITY;
+        }
+}
+
 template <int D>
 __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* qkv, const int* tiles, const unsigned* positions, Shape shape,
                                             int window, float scale) {
@@ -64,17 +79,7 @@ __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* q
                 mma_m16n8k16_bf16(s[j], q[d], one);
                 mma_m16n8k16_bf16(s[j + 1], q[d], two);
             }
-        const Range keys = queries.keys.tile(n);
-        const int apart = shift(positions, start) - shift(positions, keys.start);
-        if (!all_seen(queries.tile, keys, apart, window)) {
-#pragma unroll
-            for (int b = 0; b < N; b++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int i = start + row + lane / 4 + e / 2 * 8, j = keys.start + b * 8 + lane % 4 * 2 + e % 2;
-                    if (j >= keys.end || j > i || i - j + apart >= window) s[b][e] = -INFINITY;
-                }
-        }
+        hide<N>(s, queries, n, positions, row, lane, window);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float highest = -INFINITY;
@@ -160,17 +165,7 @@ __device__ __forceinline__ void backward_queries_mma(bf16* dqkv, const bf16* qkv
         __syncthreads();
         if (n + 1 < queries.keys.tiles) fetch_values(n + 1);
         cp_async_commit();
-        const Range keys = queries.keys.tile(n);
-        const int apart = shift(positions, start) - shift(positions, keys.start);
-        if (!all_seen(queries.tile, keys, apart, window)) {
-#pragma unroll
-            for (int b = 0; b < N; b++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int i = start + row + lane / 4 + e / 2 * 8, j = keys.start + b * 8 + lane % 4 * 2 + e % 2;
-                    if (j >= keys.end || j > i || i - j + apart >= window) s[b][e] = -INFINITY;
-                }
-        }
+        hide<N>(s, queries, n, positions, row, lane, window);
 #pragma unroll
         for (int b = 0; b < N; b++)
 #pragma unroll
