@@ -5,6 +5,7 @@
 #include "registry.h"
 
 #include <pthread.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -79,7 +80,8 @@ struct Event {
 struct Stream {};
 struct Context {};
 
-Context the_context;
+// One a device.
+Context contexts[emulate::MOST_DEVICES];
 
 // Not thread_local: launches overwrite thread-local variables with NaN.
 pthread_key_t current_context() {
@@ -91,6 +93,13 @@ pthread_key_t current_context() {
     return key;
 }
 bool no_context() { return pthread_getspecific(current_context()) == nullptr; }
+const bool devices_are_told = [] {
+    emulate::current_device = [] {
+        const auto* context = static_cast<Context*>(pthread_getspecific(current_context()));
+        return context == nullptr ? 0 : int(context - contexts);
+    };
+    return true;
+}();
 
 bool is_word(char c) { return isalnum((unsigned char)c) || c == '_' || c == '$'; }
 
@@ -103,6 +112,18 @@ bool has_entry(const std::string& ptx, const std::string& name) {
         }
     }
     return false;
+}
+
+// NVIDIA's libraries are taken down by the process's exit handlers: who calls them meanwhile finds freed memory.
+std::atomic<bool> taken_down{false};
+struct TakeDown {
+    ~TakeDown() { taken_down = true; }
+} at_exit;
+void check_still_there() {
+    if (taken_down) {
+        fprintf(stderr, "emulator: called while the process ends\n");
+        _exit(97);
+    }
 }
 
 Result set(void* to, size_t pattern, size_t size, size_t n) {
@@ -120,6 +141,7 @@ Result set(void* to, size_t pattern, size_t size, size_t n) {
 
 // Only the addresses said to be on the device must be device memory.
 Result copy(void* to, bool to_device, const void* from, bool from_device, size_t n) {
+    check_still_there();
     if (no_context()) {
         return INVALID_CONTEXT;
     }
@@ -163,12 +185,12 @@ EXPORT Result cuGetErrorString(Result result, const char** text) {
     return INVALID_VALUE;
 }
 EXPORT Result cuDeviceGetCount(int* count) {
-    *count = 1;
+    *count = emulate::device_count();
     return SUCCESS;
 }
 EXPORT Result cuDeviceGet(int* device, int ordinal) {
-    *device = 0;
-    return ordinal == 0 ? SUCCESS : INVALID_DEVICE;
+    *device = ordinal;
+    return ordinal >= 0 && ordinal < emulate::device_count() ? SUCCESS : INVALID_DEVICE;
 }
 EXPORT Result cuDeviceGetName(char* name, int size, int) {
     snprintf(name, size_t(size), "Emulated device");
@@ -198,8 +220,8 @@ EXPORT Result cuDeviceGetAttribute(int* value, int key, int) {
     *value = 0;
     return SUCCESS;
 }
-EXPORT Result cuDevicePrimaryCtxRetain(Context** context, int) {
-    *context = &the_context;
+EXPORT Result cuDevicePrimaryCtxRetain(Context** context, int device) {
+    *context = &contexts[device];
     return SUCCESS;
 }
 EXPORT Result cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
@@ -250,17 +272,25 @@ EXPORT Result cuMemAddressReserve(void** pointer, size_t bytes, size_t alignment
     return SUCCESS;
 }
 EXPORT Result cuMemAddressFree(void* pointer, size_t bytes) { return munmap(pointer, bytes) == 0 ? SUCCESS : INVALID_VALUE; }
-// A handle is its memory's size.
-EXPORT Result cuMemCreate(size_t* handle, size_t bytes, const void*, unsigned long long) {
-    *handle = bytes;
-    return memory().create(bytes) ? SUCCESS : OUT_OF_MEMORY;
+// CUmemAllocationProp; a handle is its memory's size, and the device in the lowest bits, for sizes are multiples of large pages.
+struct Properties {
+    int type, handle_types, location_type, device;
+};
+EXPORT Result cuMemCreate(size_t* handle, size_t bytes, const Properties* properties, unsigned long long) {
+    if (bytes % emulate::MOST_DEVICES != 0 || properties->device < 0 || properties->device >= emulate::device_count()) {
+        return INVALID_VALUE;
+    }
+    *handle = bytes + size_t(properties->device);
+    return memory().create(bytes, properties->device) ? SUCCESS : OUT_OF_MEMORY;
 }
 EXPORT Result cuMemRelease(size_t handle) {
-    memory().destroy(handle);
+    const size_t device = handle % emulate::MOST_DEVICES;
+    memory().destroy(handle - device, int(device));
     return SUCCESS;
 }
 EXPORT Result cuMemMap(void* pointer, size_t bytes, size_t offset, size_t handle, unsigned long long) {
-    return offset == 0 && bytes == handle && memory().map(pointer, bytes) ? SUCCESS : INVALID_VALUE;
+    const size_t device = handle % emulate::MOST_DEVICES;
+    return offset == 0 && bytes == handle - device && memory().map(pointer, bytes, int(device)) ? SUCCESS : INVALID_VALUE;
 }
 EXPORT Result cuMemSetAccess(void*, size_t, const void*, size_t) { return SUCCESS; }
 EXPORT Result cuMemUnmap(void* pointer, size_t bytes) { return memory().unmap(pointer, bytes) ? SUCCESS : INVALID_VALUE; }
@@ -386,6 +416,7 @@ static bool lost() {
 EXPORT Result cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                              unsigned block_y, unsigned block_z, unsigned shared, Stream*, void** parameters,
                              void** extra) {
+    check_still_there();
     if (no_context()) {
         return INVALID_CONTEXT;
     }

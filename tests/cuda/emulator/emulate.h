@@ -122,8 +122,6 @@ inline void check_aligned(const void* p, size_t to) {
     }
 }
 
-inline void nothing(void* const*, unsigned) {}
-
 struct Shuffle {
     unsigned source;
     uint64_t value;

@@ -1,6 +1,7 @@
 // Device memory of the emulator: filled with NaN when it is new and when it is freed, between guard zones that are
 // checked after every kernel and at every release, within a limit (EMULATE_MEMORY, in bytes). Memory that is mapped
-// (EMULATE_MAPPING=1) has no guard zones; what is not mapped cannot be touched.
+// (EMULATE_MAPPING=1) has no guard zones; what is not mapped cannot be touched. With EMULATE_DEVICES=n there are n devices: the limit is of each, and memory
+// is found only by a thread that has its device's context.
 #pragma once
 
 #include "scheduler.h"
@@ -13,6 +14,14 @@ namespace emulate {
 
 constexpr size_t ALIGNMENT = 256;
 constexpr size_t DEFAULT_MEMORY = size_t(4) << 30;
+constexpr int MOST_DEVICES = 8;
+
+inline int device_count() {
+    const char* text = getenv("EMULATE_DEVICES");
+    return text == nullptr ? 1 : std::min(std::max(atoi(text), 0), MOST_DEVICES);
+}
+// Of the calling thread's context; the driver puts its own in place.
+inline int (*current_device)() = [] { return 0; };
 
 class Memory {
   public:
@@ -22,14 +31,15 @@ class Memory {
     }
     size_t used() {
         std::lock_guard<std::mutex> lock(mutex_);
-        return used_;
+        return used_[current_device()];
     }
 
     // Null if that would exceed the limit.
     void* allocate(size_t bytes) {
         std::lock_guard<std::mutex> lock(mutex_);
         const size_t whole = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-        if (whole < bytes || used_ + whole > limit()) {
+        const int device = current_device();
+        if (whole < bytes || used_[device] + whole > limit()) {
             return nullptr;
         }
         auto* start = static_cast<unsigned char*>(aligned_alloc(ALIGNMENT, whole + 2 * GUARD));
@@ -40,8 +50,8 @@ class Memory {
         memset(start, GUARD_BYTE, GUARD);
         memset(data, POISON, bytes);
         memset(data + bytes, GUARD_BYTE, whole - bytes + GUARD);
-        used_ += whole;
-        live_[reinterpret_cast<size_t>(data)] = bytes;
+        used_[device] += whole;
+        live_[reinterpret_cast<size_t>(data)] = Piece{bytes, device};
         return data;
     }
 
@@ -52,34 +62,35 @@ class Memory {
         if (found == live_.end()) {
             return false;
         }
-        check_one(found->first, found->second);
-        const size_t whole = (found->second + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+        const auto [bytes, device] = found->second;
+        check_one(found->first, bytes);
+        const size_t whole = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
         auto* start = static_cast<unsigned char*>(pointer) - GUARD;
         memset(start, POISON, whole + 2 * GUARD);
         free(start);
-        used_ -= whole;
+        used_[device] -= whole;
         live_.erase(found);
         return true;
     }
 
-    // Counts memory that will be mapped; false if that would exceed the limit.
-    bool create(size_t bytes) {
+    // Counts a device's memory that will be mapped; false if that would exceed the limit.
+    bool create(size_t bytes, int device) {
         std::lock_guard<std::mutex> lock(mutex_);
-        if (used_ + bytes > limit()) {
+        if (used_[device] + bytes > limit()) {
             return false;
         }
-        used_ += bytes;
+        used_[device] += bytes;
         return true;
     }
-    void destroy(size_t bytes) {
+    void destroy(size_t bytes, int device) {
         std::lock_guard<std::mutex> lock(mutex_);
-        used_ -= bytes;
+        used_[device] -= bytes;
     }
     // Of reserved addresses; false if some of them are mapped already.
-    bool map(void* pointer, size_t bytes) {
+    bool map(void* pointer, size_t bytes, int device) {
         std::lock_guard<std::mutex> lock(mutex_);
         const auto start = reinterpret_cast<size_t>(pointer);
-        if (!mapped_.emplace(start, bytes).second || mprotect(pointer, bytes, PROT_READ | PROT_WRITE) != 0) {
+        if (!mapped_.emplace(start, Piece{bytes, device}).second || mprotect(pointer, bytes, PROT_READ | PROT_WRITE) != 0) {
             return false;
         }
         memset(pointer, POISON, bytes);
@@ -88,14 +99,14 @@ class Memory {
     bool unmap(void* pointer, size_t bytes) {
         std::lock_guard<std::mutex> lock(mutex_);
         const auto found = mapped_.find(reinterpret_cast<size_t>(pointer));
-        if (found == mapped_.end() || found->second != bytes) {
+        if (found == mapped_.end() || found->second.bytes != bytes) {
             return false;
         }
         mapped_.erase(found);
         return madvise(pointer, bytes, MADV_DONTNEED) == 0 && mprotect(pointer, bytes, PROT_NONE) == 0;
     }
 
-    // Whether [pointer, pointer + bytes) lies in one piece of live memory, or is mapped.
+    // Whether [pointer, pointer + bytes) lies in one piece of the current device's live memory, or is mapped there.
     bool contains(const void* pointer, size_t bytes) {
         std::lock_guard<std::mutex> lock(mutex_);
         const auto address = reinterpret_cast<size_t>(pointer);
@@ -106,31 +117,35 @@ class Memory {
         if (after == live_.begin()) {
             return false;
         }
-        const auto& [start, size] = *--after;
-        return address - start <= size && bytes <= size - (address - start);
+        const auto& [start, piece] = *--after;
+        return piece.device == current_device() && address - start <= piece.bytes && bytes <= piece.bytes - (address - start);
     }
 
     // To be called after every operation on the device, with its name: reports damaged guard zones and aborts.
     void check_after(const char* operation) {
         std::lock_guard<std::mutex> lock(mutex_);
         recent_[count_++ % RECENT] = operation;
-        for (const auto& [start, bytes] : live_) {
-            check_one(start, bytes);
+        for (const auto& [start, piece] : live_) {
+            check_one(start, piece.bytes);
         }
     }
 
   private:
     static constexpr size_t RECENT = 8;
+    struct Piece {
+        size_t bytes;
+        int device;
+    };
 
     bool is_mapped(size_t address, size_t bytes) const {
         const size_t end = address + bytes;
         for (auto piece = mapped_.upper_bound(address); piece != mapped_.begin();) {
-            const auto& [start, size] = *--piece;
-            if (address < start || address >= start + size) {
+            const auto& [start, of] = *--piece;
+            if (of.device != current_device() || address < start || address >= start + of.bytes) {
                 return false;
             }
             // On to the piece that borders on this one.
-            address = start + size;
+            address = start + of.bytes;
             if (address >= end) {
                 return true;
             }
@@ -163,9 +178,9 @@ class Memory {
     }
 
     std::mutex mutex_;
-    std::map<size_t, size_t> live_;     // start, bytes
-    std::map<size_t, size_t> mapped_;
-    size_t used_ = 0;
+    std::map<size_t, Piece> live_;     // by start
+    std::map<size_t, Piece> mapped_;
+    size_t used_[MOST_DEVICES] = {};
     std::string recent_[RECENT];
     size_t count_ = 0;
 };

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "order.h"
+#include "races.h"
 
 #include <dlfcn.h>
 #include <link.h>
@@ -88,6 +89,8 @@ struct Place {
 
 // A warp operation: `arguments[lane]` for the lanes in `mask`.
 using Combine = void (*)(void* const* arguments, unsigned mask);
+// __syncwarp's.
+inline void nothing(void* const*, unsigned) {}
 
 struct Copy {
     void* to;
@@ -166,6 +169,10 @@ struct Worker {
     unsigned char* stacks;
     std::vector<unsigned char> shared_memory = std::vector<unsigned char>(MOST_SHARED + 2 * GUARD + 128);
     unsigned char* shared = nullptr;
+    Range variables = {};           // __shared__ ones
+#ifdef EMULATE_RACES
+    Races races;
+#endif
 
     Worker() {
         // The lowest page of every stack stays inaccessible, to stop an overflow.
@@ -184,7 +191,7 @@ struct Worker {
 
     // Shared memory starts every block with NaN: dynamic memory between guard zones, and `__shared__` variables,
     // which are thread-local variables of this module. So other thread-local variables do not survive a launch.
-    void poison(Range variables) {
+    void poison() {
         memset(shared - GUARD, GUARD_BYTE, GUARD);
         memset(shared, POISON, launch->shared);
         memset(shared + launch->shared, GUARD_BYTE, GUARD);
@@ -225,15 +232,18 @@ struct Worker {
         }
     }
 
-    void run_block(unsigned long long number, Range variables) {
+    void run_block(unsigned long long number) {
         const dim3 grid = launch->grid;
         here.block = uint3{unsigned(number % grid.x), unsigned(number / grid.x % grid.y),
                            unsigned(number / grid.x / grid.y)};
         here.grid_dim = uint3{grid.x, grid.y, grid.z};
         here.block_dim = uint3{launch->block.x, launch->block.y, launch->block.z};
         here.worker = this;
-        poison(variables);
+        poison();
         start_fibers();
+#ifdef EMULATE_RACES
+        races.begin(launch->shared + size_t(variables.end - variables.begin), (threads + WARP - 1) / WARP);
+#endif
         for (;;) {
             unsigned ready = 0;
             for (unsigned w = 0; w * WARP < threads; ++w) {
@@ -277,6 +287,11 @@ struct Worker {
             }
             if (same) {
                 first.combine(arguments, mask);
+#ifdef EMULATE_RACES
+                if (first.combine == &nothing && mask == warp.lanes) {
+                    races.warp_barrier(w);
+                }
+#endif
                 warp.in_warp &= ~mask;
                 warp.ready |= mask;
                 todo &= ~mask;
@@ -308,6 +323,9 @@ struct Worker {
         for (unsigned t = 0; t < threads; ++t) {
             *fibers[t].predicate = count;
         }
+#ifdef EMULATE_RACES
+        races.block_barrier();
+#endif
         for (unsigned w = 0; w * WARP < threads; ++w) {
             warps[w].ready = warps[w].in_block;
             warps[w].in_block = 0;
@@ -380,7 +398,7 @@ struct Worker {
     void run_blocks(Launch& of) {
         launch = &of;
         order = Order::from_environment();
-        const Range variables = thread_local_range();
+        variables = thread_local_range();
         const auto blocks = (unsigned long long)of.grid.x * of.grid.y * of.grid.z;
         for (auto i = of.next++; i < blocks; i = of.next++) {
             auto number = i;
@@ -389,7 +407,7 @@ struct Worker {
             } else if (order.kind == Order::RANDOM) {
                 number = of.order[i];
             }
-            run_block(number, variables);
+            run_block(number);
         }
     }
 };

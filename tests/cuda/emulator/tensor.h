@@ -68,6 +68,7 @@ template <bool TRANSPOSED> void ldmatrix_of_warp(void* const* arguments, unsigne
 }
 template <bool TRANSPOSED> void ldmatrix_x4(uint32_t (&r)[4], const void* address) {
     check_aligned(address, 16);
+    note_access(address, 16, false);
     Ldmatrix argument{r, address};
     here.worker->wait_in_warp(&ldmatrix_of_warp<TRANSPOSED>, "ldmatrix", ~0u, &argument);
 }
@@ -77,6 +78,7 @@ template <bool TRANSPOSED> void ldmatrix_x4(uint32_t (&r)[4], const void* addres
 inline void cp_async_16(void* to, const void* from, bool valid) {
     check_aligned(to, 16);
     check_aligned(from, 16);
+    note_access(to, 16, true);
     memset(to, POISON, 16);
     Fiber& fiber = *here.worker->current;
     fiber.copies.push_back(Copy{to, valid ? from : nullptr, fiber.group});
@@ -87,6 +89,7 @@ inline void cp_async_wait(unsigned newest) {
     size_t done = 0;
     for (; done < fiber.copies.size() && fiber.copies[done].group + newest < fiber.group; ++done) {
         const Copy& copy = fiber.copies[done];
+        note_access(copy.to, 16, true);
         if (copy.from == nullptr) {
             memset(copy.to, 0, 16);
         } else {
