@@ -17,7 +17,7 @@ use super::ops::buffer::Buffer;
 use super::ops::gemm::{Kernel, Operand, View};
 use super::ops::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm_backward, rms_norm_operand};
 use super::ops::rope::{Direction, rotate};
-use super::ops::swiglu::{swiglu, swiglu_backward};
+use super::ops::swiglu::{swiglu, swiglu_again, swiglu_backward, swiglu_gradients, swiglu_kept};
 use super::parameters::projection;
 use super::projections::Group;
 
@@ -35,9 +35,16 @@ pub struct BlockTape {
     /// After attention `[T, C]`.
     middle: Buffer,
     /// `[gate | up]` `[T, 2F]`.
-    gate_up: Buffer,
+    gate_up: GateUp,
     /// x·Aᵀ of the four groups.
     low_rank: [Buffer; 4],
+}
+
+/// The largest part of a tape.
+enum GateUp {
+    F32(Buffer),
+    /// Rounded, as its gradient will be: where products are computed in bf16 and only an adapter is trained.
+    Bf16(Operand<'static>),
 }
 
 /// A block's tensors, opened.
@@ -153,7 +160,12 @@ pub fn forward(policy: &Policy, index: usize, mut x: Buffer, row: &PreparedRow, 
     let n = open.norm(&x, &open.post_norm)?;
     let u_gate_up = open.project(2, &n, tokens, &mut gate_up, false)?;
     drop(n);
-    let y = swiglu(open.kernel, &gate_up, open.feed_forward);
+    let (y, gate_up) = if keep && open.kernel.pairs() && policy.adapter.is_some() {
+        let [y, kept] = swiglu_kept(open.kernel, &gate_up, open.feed_forward);
+        (y, GateUp::Bf16(kept))
+    } else {
+        (swiglu(open.kernel, &gate_up, open.feed_forward), GateUp::F32(gate_up))
+    };
     let middle = keep.then(|| Buffer::copy_of(&x));
     let u_down = open.project(3, &y, tokens, &mut x, true)?;
     let tape = match (input, middle) {
@@ -176,17 +188,31 @@ pub fn backward(
 ) -> Result<()> {
     let open = Open::new(policy, index, row)?;
     let (tokens, heads) = (row.tokens(), open.heads);
-    let BlockTape { x, qkv, before_norm, attended, lse, middle, mut gate_up, low_rank: [u_qkv, u_o, u_gate_up, u_down] } = tape;
+    let BlockTape { x, qkv, before_norm, attended, lse, middle, gate_up, low_rank: [u_qkv, u_o, u_gate_up, u_down] } = tape;
 
     // Feed-forward part.
-    let y = swiglu(open.kernel, &gate_up, open.feed_forward);
+    let width = open.feed_forward;
+    let y = match &gate_up {
+        GateUp::F32(gate_up) => swiglu(open.kernel, gate_up, width),
+        GateUp::Bf16(kept) => swiglu_again(kept, width),
+    };
     let gy = open.down.backward(&y, &u_down, gx, tokens, sink)?;
     drop((y, u_down));
-    swiglu_backward(&mut gate_up, open.feed_forward, &gy);
-    drop(gy);
-    let n = open.norm(&middle, &open.post_norm)?;
-    let gn = open.gate_up.backward(&n, &u_gate_up, &gate_up, tokens, sink)?;
-    drop((n, gate_up, u_gate_up));
+    let gn = match gate_up {
+        GateUp::F32(mut gate_up) => {
+            swiglu_backward(&mut gate_up, width, &gy);
+            drop(gy);
+            let n = open.norm(&middle, &open.post_norm)?;
+            open.gate_up.backward(&n, &u_gate_up, &gate_up, tokens, sink)?
+        }
+        GateUp::Bf16(kept) => {
+            let gradients = swiglu_gradients(&kept, width, &gy);
+            drop((gy, kept));
+            let n = open.norm(&middle, &open.post_norm)?;
+            open.gate_up.backward_frozen(&n, &u_gate_up, &gradients, tokens, sink)?
+        }
+    };
+    drop(u_gate_up);
     open.add_norm_gradient(&middle, &open.post_norm, &gn, Slot::PostNorm, gx, sink)?;
     drop((gn, middle));
 

@@ -145,11 +145,18 @@ impl<'a> Group<'a> {
     /// Given g = ∂loss/∂y `[T, Σout]`, the input and what [`Group::forward`] returned: adds the parameters' gradients to `sink` and returns ∂loss/∂x
     /// `[T, in]`. With v_i = s·g_i·B_i: dx = Σ g_i·W_i + v_i·A_i, dA_i = v_iᵀ·x, dB_i = s·g_iᵀ·u_i, dW_i = g_iᵀ·x, db_i = Σ_tokens g_i.
     pub fn backward(&self, x: &Operand, u: &[f32], g: &[f32], tokens: usize, sink: &mut dyn GradientSink) -> Result<Buffer> {
-        let kernel = self.kernel;
         let view = |m: &Member| View::f32(&g[m.column..], self.output);
-        let gs: Vec<Operand> = self.members.iter().map(|m| Operand::new(kernel, view(m), tokens, m.out, 1.0)).collect();
+        let gs: Vec<Operand> = self.members.iter().map(|m| Operand::new(self.kernel, view(m), tokens, m.out, 1.0)).collect();
+        let dx = self.backward_frozen(x, u, &gs, tokens, sink)?;
+        self.weight_gradients(x, g, tokens, sink);
+        Ok(dx)
+    }
+
+    /// The same where weights and biases are frozen, given each member's part of g.
+    pub fn backward_frozen(&self, x: &Operand, u: &[f32], gs: &[Operand], tokens: usize, sink: &mut dyn GradientSink) -> Result<Buffer> {
+        let kernel = self.kernel;
         let mut v = Buffer::dirty(tokens * self.ranks);
-        for (m, g) in self.members.iter().zip(&gs) {
+        for (m, g) in self.members.iter().zip(gs) {
             if let Some((_, b)) = &m.low_rank {
                 let rank = self.rank(m);
                 let term = Term { a: g, b: View::of(b.elements(), rank) };
@@ -158,16 +165,15 @@ impl<'a> Group<'a> {
         }
         let scaled = Operand::new(kernel, View::f32(&v, self.ranks.max(1)), tokens, self.ranks, self.scale);
         let mut terms: Vec<Term> =
-            self.members.iter().zip(&gs).map(|(m, g)| Term { a: g, b: View::of(m.weight.elements(), self.input) }).collect();
+            self.members.iter().zip(gs).map(|(m, g)| Term { a: g, b: View::of(m.weight.elements(), self.input) }).collect();
         if self.ranks > 0 {
             terms.push(Term { a: &scaled, b: View::f32(&self.stacked, self.input) });
         }
         let mut dx = Buffer::dirty(tokens * self.input);
         matmul(tokens, self.input, &terms, &mut dx, self.input, false, Threads::All);
         if self.ranks > 0 {
-            self.low_rank_gradients(x, u, &gs, &v, tokens, sink);
+            self.low_rank_gradients(x, u, gs, &v, tokens, sink);
         }
-        self.weight_gradients(x, g, tokens, sink);
         Ok(dx)
     }
 

@@ -7,6 +7,7 @@ use crate::model::adapter::projection_shapes;
 use crate::model::config::ModelConfig;
 use crate::model::device::ComputeDevice;
 use crate::model::ops::attention::SCORES;
+use crate::model::ops::gemm::Kernel;
 use crate::model::ops::head::KEPT;
 use crate::train::backprop::Keep;
 
@@ -84,9 +85,12 @@ pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, longest: usize, keep:
     let ranks: u64 = ranks(spec).iter().map(|r| *r as u64).sum();
     let raw = if config.qk_norm { row } else { 0 };
     // Block input, q/k/v, attention's output and log-sum-exps, the sum after attention, gate and up, x·Aᵀ.
-    let tape = c + row + raw + q + h + c + 2 * f + ranks;
+    // In half the memory where it is rounded.
+    let rounded = matches!(spec.method, Method::Lora(_)) && spec.precision.is_some_and(|p| Kernel::best(p).pairs());
+    let gate_up = if rounded { f } else { 2 * f };
+    let tape = c + row + raw + q + h + c + gate_up + ranks;
     // In the backward pass of the feed-forward part: the product, its gradient, and the operands; of attention: gradients and packed heads.
-    let passing = (2 * f + 4 * c).max(3 * row + 2 * q + 2 * c);
+    let passing = (if rounded { 5 * f / 2 } else { 2 * f } + 4 * c).max(3 * row + 2 * q + 2 * c);
     let scores = 2 * (t * (t / 2 + 64) * h).min(SCORES as u64) * if spec.precision == Some(Precision::Bf16) { F32 / 2 } else { F32 };
     let kept = match keep {
         Keep::Tapes => layers * tape,

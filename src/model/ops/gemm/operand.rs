@@ -83,6 +83,20 @@ impl<'a> Operand<'a> {
         View::f32(unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<f32>(), units.len()) }, self.stride)
     }
 
+    /// How many rows it has.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// A row of a rounded one.
+    pub fn bf16_row(&self, row: usize) -> &[bf16] {
+        assert!(self.kernel.pairs() && row < self.rows, "operand: row {row} of {}", self.rows);
+        let units = &self.units.all()[row * self.stride..][..self.stride];
+        // SAFETY: a unit is a pair of bf16, of which every bit pattern is valid, in the order of k.
+        let values = unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<bf16>(), 2 * units.len()) };
+        &values[..self.cols]
+    }
+
     /// Its kernel.
     pub fn kernel(&self) -> Kernel {
         self.kernel
@@ -204,6 +218,14 @@ fn round_scaled(kernel: Kernel, src: &[f32], scale: f32, dst: &mut [bf16]) {
     }
 }
 
+/// A row of pairs; what is beyond the values is 0.
+fn round_row(kernel: Kernel, row: &[f32], units: &mut [u32]) {
+    // SAFETY: a row of units is as many pairs of bf16.
+    let to: &mut [bf16] = unsafe { std::slice::from_raw_parts_mut(units.as_mut_ptr().cast(), 2 * units.len()) };
+    round(kernel, row, &mut to[..row.len()]);
+    to[row.len()..].fill(bf16::ZERO);
+}
+
 /// The bits of f32 values.
 fn units_of(values: &[f32]) -> &[u32] {
     // SAFETY: same size and alignment, and every bit pattern is valid for both.
@@ -222,10 +244,7 @@ impl Operand<'static> {
                     row.resize(cols, 0.0);
                     for (r, units) in part.chunks_mut(depth).enumerate() {
                         fill(i * lines + r, row);
-                        // SAFETY: a row of units is as many pairs of bf16.
-                        let to: &mut [bf16] = unsafe { std::slice::from_raw_parts_mut(units.as_mut_ptr().cast(), 2 * depth) };
-                        round(kernel, row, &mut to[..cols]);
-                        to[cols..].fill(bf16::ZERO);
+                        round_row(kernel, row, units);
                     }
                 });
             });
@@ -235,6 +254,32 @@ impl Operand<'static> {
             });
         }
         Operand { kernel, rows, cols, units: Units::Own(own), stride: depth }
+    }
+
+    /// Two operands of as many rows, whose row i `fill(i, first, second)` writes; for kernels that round.
+    pub fn computed_pair(kernel: Kernel, rows: usize, cols: [usize; 2], fill: impl Fn(usize, &mut [f32], &mut [f32]) + Sync) -> [Self; 2] {
+        assert!(kernel.pairs(), "operand: only rounded ones come in pairs");
+        let depths = cols.map(|cols| kernel.depth(cols));
+        let mut own = depths.map(|depth| Buffer::dirty((rows + ROW_PADDING) * depth));
+        let lines = team::rows_per_task(rows);
+        let [first, second] = &mut own;
+        let (first, second) = (&mut first.units_mut()[..rows * depths[0]], &mut second.units_mut()[..rows * depths[1]]);
+        team::chunks2(first, lines * depths[0], second, lines * depths[1], |i, first, second| {
+            ROW.with_borrow_mut(|row| {
+                row.resize(cols[0] + cols[1], 0.0);
+                let (x, y) = row.split_at_mut(cols[0]);
+                for (r, (first, second)) in first.chunks_mut(depths[0]).zip(second.chunks_mut(depths[1])).enumerate() {
+                    fill(i * lines + r, x, y);
+                    round_row(kernel, x, first);
+                    round_row(kernel, y, second);
+                }
+            });
+        });
+        let mut parts = own.into_iter().zip(cols).zip(depths);
+        std::array::from_fn(|_| match parts.next() {
+            Some(((own, cols), stride)) => Operand { kernel, rows, cols, units: Units::Own(own), stride },
+            None => unreachable!("there are two"),
+        })
     }
 
     /// A copy of `view` `[rows, cols]` that outlives it.
