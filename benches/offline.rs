@@ -44,7 +44,14 @@ fn main() -> anyhow::Result<()> {
     let device = std::env::var("BRADLEY_BENCH_DEVICE").unwrap_or("cpu".into());
     let device = DeviceChoice::parse(&device).ok_or_else(|| anyhow::anyhow!("BRADLEY_BENCH_DEVICE is cpu or cuda:N"))?;
     let device = ComputeDevice::open(device).map_err(anyhow::Error::msg)?;
-    let base = Policy { config: Arc::new(loaded.config), parameters: Arc::new(parameters), adapter: None, precision, device };
+    let base = Policy {
+        config: Arc::new(loaded.config),
+        parameters: Arc::new(parameters),
+        adapter: None,
+        precision,
+        device,
+        helpers: Arc::default(),
+    };
     let encoder = PairEncoder::new(&tokenizer, max_length, Truncation::KeepStart);
     let rows = read_rows(pairs.as_ref(), DatasetFormat::Jsonl)?;
     let all: Vec<EncodedPair> = rows.filter_map(|row| encoder.encode_row(&row.ok()?).ok()).collect();

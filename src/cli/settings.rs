@@ -23,7 +23,8 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("data_dir", "bradley-data", "Where jobs, datasets and checkpoints are kept"),
     ("listen", "127.0.0.1:50051", "The gRPC address"),
     ("http_listen", "127.0.0.1:9090", "The address of /metrics, /livez and /readyz; off turns it off"),
-    ("device", "cpu", "Where to compute: cpu, cuda:N (a GPU), or auto (the GPU with the most free memory, else cpu)"),
+    ("device", "cpu", "Where to compute: cpu, cuda:N (a GPU), several with commas between, each a worker, or auto (every GPU, else cpu)"),
+    ("data_parallel", "1", "Devices that a training run uses together, each for a share of its rows; 1 gives every run its own"),
     ("precision", "f32", "What matrix products are computed in, and how frozen weights are kept: f32 or bf16"),
     ("threads", "0", "CPU threads for compute; 0 is all cores"),
     (
@@ -267,7 +268,10 @@ impl Settings {
                 .flatten(),
             threads: reader.number("threads", 0).unwrap_or_default(),
             engine: EngineOptions {
-                device: reader.parse("device", "cpu, cuda:N or auto", DeviceChoice::parse).unwrap_or(DeviceChoice::Cpu),
+                devices: reader
+                    .parse("device", "cpu, cuda:N, auto, or different GPUs with commas between", DeviceChoice::parse_list)
+                    .unwrap_or_default(),
+                data_parallel: reader.number("data_parallel", 1).unwrap_or(1),
                 precision: reader.parse("precision", "f32 or bf16", Precision::parse).unwrap_or_default(),
                 queue_tokens: reader.number("queue_tokens", 1).unwrap_or(defaults.queue_tokens),
                 batch_tokens: reader.number("batch_tokens", 1).unwrap_or(defaults.batch_tokens),

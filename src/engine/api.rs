@@ -35,7 +35,7 @@ pub struct ModelInfo {
     pub chat_template: bool,
     /// BLAKE3 of the weights.
     pub fingerprint: String,
-    /// e.g. `cpu`.
+    /// Where it is, e.g. `cpu` or `cuda:0,cuda:1`.
     pub device: String,
 }
 
@@ -181,8 +181,10 @@ pub struct TrainingRun {
 /// Limits and sizes of the engine.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EngineOptions {
-    /// Where passes are computed.
-    pub device: DeviceChoice,
+    /// Where passes are computed; each is a worker's.
+    pub devices: Vec<DeviceChoice>,
+    /// Devices that a run uses together; 1 gives every run its own.
+    pub data_parallel: usize,
     /// How frozen weights are kept and what scoring computes in; jobs may choose their own.
     pub precision: Precision,
     /// Tokens that may wait to be scored; more is refused with `QueueFull`.
@@ -206,7 +208,8 @@ pub struct EngineOptions {
 impl Default for EngineOptions {
     fn default() -> Self {
         EngineOptions {
-            device: DeviceChoice::Cpu,
+            devices: vec![DeviceChoice::Cpu],
+            data_parallel: 1,
             precision: Precision::F32,
             queue_tokens: 1 << 20,
             batch_tokens: 4096,

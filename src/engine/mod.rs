@@ -1,7 +1,8 @@
 //! Device workers and scheduling of work units.
 //!
-//! **One OS thread owns a device and its weights**; it runs scoring batches and training micro-batches in turn. Everything else only fills its
-//! bounded queue and waits for answers.
+//! **One OS thread owns a device and its weights**; it runs scoring batches and training micro-batches in turn. Everything else only fills the
+//! bounded queue, which all devices' threads share, and waits for answers. With data parallelism a run uses the devices of a group: the first one's thread
+//! trains it, the others' score, and give their devices to the run's rows meanwhile.
 
 pub mod api;
 mod queue;
@@ -21,11 +22,12 @@ use self::api::{EngineError, EngineOptions, ModelInfo, RunEnd, RunEvent, ScoreIt
 use self::queue::{Entry, Queue};
 use self::residents::{Base, Bases};
 use crate::domain::training::{Precision, TrainingSpec};
-use crate::model::device::ComputeDevice;
+use crate::model::device::{ComputeDevice, DeviceChoice};
 use crate::model::export;
 use crate::model::loader::LoadedModel;
 use crate::model::tokenizer::ChatTokenizer;
 use crate::train::estimate::{Memory, on_host, plan};
+use crate::train::reference_cache::ReferenceCache;
 
 /// A handle on the device worker; clones share it. The worker ends when it has drained or the last handle is dropped.
 pub struct Engine {
@@ -34,10 +36,13 @@ pub struct Engine {
 
 struct Shared {
     queue: Arc<Queue>,
+    /// The models as the device with the most room for a run has them.
     bases: Arc<Bases>,
     options: EngineOptions,
-    /// Bytes that the estimate may reach.
+    /// Bytes that the estimate may reach there.
     available: u64,
+    /// Runs that can be in progress at one time.
+    concurrent_runs: usize,
 }
 
 impl Clone for Engine {
@@ -54,43 +59,94 @@ impl Drop for Engine {
 }
 
 /// Tells the queue, when dropped, that its worker has ended.
-struct Ended(Arc<Queue>);
+struct Ended(Arc<Queue>, usize);
 
 impl Drop for Ended {
     fn drop(&mut self) {
-        self.0.end();
+        self.0.end(self.1);
     }
 }
 
-/// Loads the models' weights and starts the device worker.
+/// Loads the models' weights and starts a worker for each device.
 ///
 /// # Errors
-/// When the device is not available, a tensor cannot be read, or the weights do not fit the memory limit.
+/// When a device is not available, a tensor cannot be read, or the weights do not fit the memory limit.
 pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine, EngineError> {
-    let device = ComputeDevice::open(options.device).map_err(|e| EngineError::Device(format!("{}: {e}", options.device)))?;
-    tracing::info!(device = device.name(), asked = %options.device, "computing on");
     let bytes = residents::weight_bytes(options.precision);
     let needed: u64 = models.iter().map(|m| m.config.parameter_count() as u64 * bytes).sum();
-    let available = memory_limit(&options, &device);
-    metrics::gauge!("bradley_memory_limit_bytes").set(available as f64);
-    if needed > available {
-        let remedy = "load fewer or smaller models, or raise memory_limit".to_owned();
-        return Err(EngineError::OutOfMemory { needed_mib: needed >> 20, available_mib: available >> 20, remedy });
-    }
-    let bases = Arc::new(Bases::load(models, device, options.precision)?);
-    let queue = Arc::new(Queue::new(options.queue_tokens));
+    let places = places(&options, needed)?;
+    let names: Vec<String> = places.iter().map(|(device, _)| device.name()).collect();
+    tracing::info!(devices = names.join(","), "computing on");
+    let loaded = Bases::load(models, places[0].0.clone(), &names.join(","), options.precision)?;
+    let all: Vec<Arc<Bases>> = places.iter().map(|(device, _)| Arc::new(loaded.on(device.clone()))).collect();
+    let queue = Arc::new(Queue::new(options.queue_tokens, all.len()));
     queue.add_handle();
-    let worker = worker::Worker::new(queue.clone(), bases.clone(), &options, available.saturating_sub(bases.needed()));
-    let ended = Ended(queue.clone());
-    std::thread::Builder::new()
-        .name(format!("device-{}", bases.device().name()))
-        .spawn(move || {
-            // Whatever ends it, nobody waits for it in vain.
-            let _ended = ended;
-            worker.work();
-        })
-        .map_err(|e| EngineError::Device(format!("its thread did not start: {e}")))?;
-    Ok(Engine { shared: Arc::new(Shared { queue, bases, options, available }) })
+    let cache = Arc::new(match &options.reference_cache_file {
+        Some(path) => ReferenceCache::open(options.reference_cache_tokens, path),
+        None => ReferenceCache::new(options.reference_cache_tokens),
+    });
+    let group = options.data_parallel.max(1);
+    if group > all.len() {
+        tracing::warn!(data_parallel = group, devices = all.len(), "a run uses the devices that there are");
+    }
+    let (mut roomiest, mut available) = (0, 0);
+    for (i, bases) in all.iter().enumerate() {
+        let training = i.is_multiple_of(group).then(|| {
+            let members = &places[i..(i + group).min(places.len())];
+            // The run needs as much of each.
+            let least = members.iter().map(|(_, available)| *available).min().unwrap_or_default();
+            if least > available {
+                (roomiest, available) = (i, least);
+            }
+            let helpers = members[1..].iter().map(|(device, _)| device.clone()).collect();
+            worker::Training { memory: least.saturating_sub(bases.needed()), helpers }
+        });
+        let worker = worker::Worker::new(i, queue.clone(), bases.clone(), cache.clone(), &options, training);
+        let ended = Ended(queue.clone(), i);
+        std::thread::Builder::new()
+            .name(format!("device-{}", bases.device().name()))
+            .spawn(move || {
+                // Whatever ends it, nobody waits for it in vain.
+                let _ended = ended;
+                worker.work();
+            })
+            .map_err(|e| EngineError::Device(format!("its thread did not start: {e}")))?;
+    }
+    metrics::gauge!("bradley_memory_limit_bytes").set(available as f64);
+    let concurrent_runs = all.len().div_ceil(group);
+    Ok(Engine { shared: Arc::new(Shared { queue, bases: all[roomiest].clone(), options, available, concurrent_runs }) })
+}
+
+/// The devices, each with the bytes that the estimate may reach on it. Where they were not named, those are left out that cannot hold the `needed` bytes.
+fn places(options: &EngineOptions, needed: u64) -> Result<Vec<(ComputeDevice, u64)>, EngineError> {
+    let (mut places, mut too_small) = (Vec::new(), None);
+    for choice in &options.devices {
+        for device in ComputeDevice::open_all(*choice).map_err(|e| EngineError::Device(format!("{choice}: {e}")))? {
+            let available = memory_limit(options, &device);
+            if needed <= available {
+                places.push((device, available));
+                continue;
+            }
+            let remedy = format!("on {}: load fewer or smaller models, or raise memory_limit", device.name());
+            let e = EngineError::OutOfMemory { needed_mib: needed >> 20, available_mib: available >> 20, remedy };
+            if *choice != DeviceChoice::Auto {
+                return Err(e);
+            }
+            tracing::warn!(error = %e, "a GPU is left out");
+            too_small = Some(e);
+        }
+    }
+    if places.is_empty()
+        && let Some(e) = too_small
+    {
+        return Err(e);
+    }
+    // Workers on the CPU share the machine's memory, and the weights in it.
+    if places.iter().all(|(device, _)| device.memory().is_none()) {
+        let workers = places.len().max(1) as u64;
+        places.iter_mut().for_each(|(_, available)| *available = needed + available.saturating_sub(needed) / workers);
+    }
+    Ok(places)
 }
 
 impl Engine {
@@ -102,6 +158,11 @@ impl Engine {
     /// What jobs compute in when they do not say.
     pub fn precision(&self) -> Precision {
         self.shared.options.precision
+    }
+
+    /// Runs that can be in progress at one time; more wait.
+    pub fn concurrent_runs(&self) -> usize {
+        self.shared.concurrent_runs
     }
 
     /// A base model's tokenizer.
@@ -140,7 +201,8 @@ impl Engine {
         let base = self.shared.bases.get(model)?;
         let (resident, available) = (self.resident(base, spec), self.shared.available);
         if self.memory_kind() == Memory::Gpu {
-            let (needed, available) = (self.shared.bases.on_host() + on_host(&base.policy.config, spec), machine_memory());
+            let (needed, available) =
+                (self.shared.bases.on_host() + on_host(&base.policy.config, spec, self.shared.options.data_parallel), machine_memory());
             if needed > available {
                 let remedy = "on the host, for masters and moments: train with LoRA, or use a machine with more memory".to_owned();
                 return Err(EngineError::OutOfMemory { needed_mib: needed >> 20, available_mib: available >> 20, remedy });
@@ -189,7 +251,7 @@ impl Engine {
 
     /// Forgets weights loaded from `dir` or below: the files are gone.
     pub fn evict_policy(&self, dir: &Path) {
-        self.shared.queue.evict(dir.to_owned());
+        self.shared.queue.evict(dir);
     }
 
     /// Refuses new work from now on and answers what waits. A run in progress is stopped through its control.
@@ -200,7 +262,7 @@ impl Engine {
         }
     }
 
-    /// Waits until a drained worker is done with the batch or the unit in progress; false when that takes longer than `patience`. A process must not end
+    /// Waits until the drained workers are done with the batch or the unit in progress; false when that takes longer than `patience`. A process must not end
     /// before: the GPU's libraries are taken down by its exit handlers, whoever still calls them. Blocks.
     pub fn wait_for_end(&self, patience: Duration) -> bool {
         self.shared.queue.wait_for_end(patience)

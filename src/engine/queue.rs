@@ -1,7 +1,7 @@
-//! What waits for the device: scoring items, bounded by tokens, and training runs.
+//! What waits for the devices: scoring items, bounded by tokens, and training runs. One queue for all workers: whoever is free takes what is oldest.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,12 +26,24 @@ pub(super) struct Entry {
     pub reply: oneshot::Sender<Result<ScoredItem, EngineError>>,
 }
 
-/// What the worker should do next.
+/// A worker that looks for work.
+#[derive(Clone, Copy)]
+pub(super) struct Seeker<'a> {
+    pub worker: usize,
+    /// The job that it trains.
+    pub job: Option<&'a str>,
+    /// Bytes that a run would find free; `None` when it takes no runs.
+    pub room: Option<u64>,
+}
+
+/// What a worker should do next.
 pub(super) enum Work {
     /// Score these, in order.
     Score(Vec<Entry>),
-    /// Nothing to score: train.
+    /// Nothing to score: go on with the run.
     Train,
+    /// Nothing to score: begin this run.
+    Begin(Box<TrainingRun>),
     /// Nothing to do, and nothing will come.
     Stop,
 }
@@ -41,16 +53,27 @@ struct Inner {
     entries: VecDeque<Entry>,
     tokens: usize,
     runs: VecDeque<TrainingRun>,
-    evicted: Vec<PathBuf>,
+    workers: Vec<WorkerState>,
     draining: bool,
     /// Handles that can still bring work.
     handles: usize,
+    /// Of one worker.
     tokens_per_second: Option<f64>,
-    /// The worker has ended.
+}
+
+/// What the queue knows of a worker.
+#[derive(Default)]
+struct WorkerState {
+    /// The job that it trains.
+    job: Option<String>,
+    /// Bytes that a run would find free; `None` when it takes none now.
+    room: Option<u64>,
+    /// Folders whose weights it has to forget.
+    evicted: Vec<PathBuf>,
     ended: bool,
 }
 
-/// The bounded queue in front of one device.
+/// The bounded queue in front of the devices.
 pub(super) struct Queue {
     limit: usize,
     inner: Mutex<Inner>,
@@ -58,9 +81,11 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    pub fn new(limit: usize) -> Self {
+    /// For `workers` workers, which are numbered from 0 on.
+    pub fn new(limit: usize, workers: usize) -> Self {
         metrics::gauge!("bradley_scoring_queue_limit_tokens").set(limit as f64);
-        Queue { limit, inner: Mutex::new(Inner::default()), changed: Condvar::new() }
+        let inner = Inner { workers: (0..workers).map(|_| WorkerState::default()).collect(), ..Inner::default() };
+        Queue { limit, inner: Mutex::new(inner), changed: Condvar::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -85,7 +110,7 @@ impl Queue {
         }
         let tokens = entry.item.tokens();
         if !inner.entries.is_empty() && inner.tokens + tokens > self.limit {
-            let rate = inner.tokens_per_second.unwrap_or(ASSUMED_RATE).max(1.0);
+            let rate = (inner.tokens_per_second.unwrap_or(ASSUMED_RATE) * inner.workers.len() as f64).max(1.0);
             let retry_after = Duration::from_secs_f64((inner.tokens as f64 / rate / 2.0).clamp(0.1, 30.0));
             metrics::counter!("bradley_scoring_rejected_total").increment(1);
             return Err(EngineError::QueueFull { queued: inner.tokens, limit: self.limit, retry_after });
@@ -102,17 +127,17 @@ impl Queue {
         self.lock().draining
     }
 
-    /// The worker has ended; called when it has given up what it owned.
-    pub fn end(&self) {
-        self.lock().ended = true;
+    /// A worker has ended; called when it has given up what it owned.
+    pub fn end(&self, worker: usize) {
+        self.lock().workers[worker] = WorkerState { ended: true, ..WorkerState::default() };
         self.changed.notify_all();
     }
 
-    /// Waits until the worker has ended; false when it has not within `patience`.
+    /// Waits until all workers have ended; false when they have not within `patience`.
     pub fn wait_for_end(&self, patience: Duration) -> bool {
-        let (inner, _) =
-            self.changed.wait_timeout_while(self.lock(), patience, |inner| !inner.ended).unwrap_or_else(PoisonError::into_inner);
-        inner.ended
+        let waits = |inner: &mut Inner| inner.workers.iter().any(|w| !w.ended);
+        let (inner, _) = self.changed.wait_timeout_while(self.lock(), patience, waits).unwrap_or_else(PoisonError::into_inner);
+        inner.workers.iter().all(|w| w.ended)
     }
 
     /// Queues a run.
@@ -130,16 +155,12 @@ impl Queue {
         Ok(())
     }
 
-    pub fn take_run(&self) -> Option<TrainingRun> {
-        self.lock().runs.pop_front()
+    pub fn evict(&self, dir: &Path) {
+        self.lock().workers.iter_mut().for_each(|w| w.evicted.push(dir.to_owned()));
     }
 
-    pub fn evict(&self, dir: PathBuf) {
-        self.lock().evicted.push(dir);
-    }
-
-    pub fn take_evicted(&self) -> Vec<PathBuf> {
-        std::mem::take(&mut self.lock().evicted)
+    pub fn take_evicted(&self, worker: usize) -> Vec<PathBuf> {
+        std::mem::take(&mut self.lock().workers[worker].evicted)
     }
 
     pub fn set_rate(&self, tokens_per_second: f64) {
@@ -161,24 +182,39 @@ impl Queue {
         inner.runs.drain(..).collect()
     }
 
-    /// What a batch of `budget` tokens takes, without waiting; empty when nothing waits.
-    pub fn take(&self, budget: usize) -> Vec<Entry> {
-        take_batch(&mut self.lock(), budget)
+    /// What a batch of `budget` tokens takes, without waiting; empty when nothing waits that the worker of `job` may score.
+    pub fn take(&self, job: &str, budget: usize) -> Vec<Entry> {
+        take_batch(&mut self.lock(), Some(job), budget)
     }
 
     /// Waits for work. With a run in progress it never waits: there is always something to train. `may_score` is false while scoring has had its
     /// share.
-    pub fn next(&self, training: bool, may_score: bool, budget: usize) -> Work {
+    pub fn next(&self, seeker: Seeker, may_score: bool, budget: usize) -> Work {
         let mut inner = self.lock();
+        let training = seeker.job.is_some();
+        let me = &mut inner.workers[seeker.worker];
+        if me.job.as_deref() != seeker.job {
+            me.job = seeker.job.map(str::to_owned);
+        }
+        me.room = seeker.room.filter(|_| !training);
         loop {
             if may_score {
-                let batch = take_batch(&mut inner, budget);
+                let batch = take_batch(&mut inner, seeker.job, budget);
                 if !batch.is_empty() {
                     return Work::Score(batch);
                 }
             }
-            if training || !inner.runs.is_empty() {
+            if training {
                 return Work::Train;
+            }
+            if has_most_room(&inner.workers, seeker.worker)
+                && let Some(run) = inner.runs.pop_front()
+            {
+                let me = &mut inner.workers[seeker.worker];
+                (me.job, me.room) = (Some(run.job.clone()), None);
+                // The next run goes to another worker, which may be waiting.
+                self.changed.notify_all();
+                return Work::Begin(Box::new(run));
             }
             if inner.draining || inner.handles == 0 {
                 return Work::Stop;
@@ -188,16 +224,36 @@ impl Queue {
     }
 }
 
-/// The oldest items up to `budget` tokens (at least one), without those whose caller has left.
-fn take_batch(inner: &mut Inner, budget: usize) -> Vec<Entry> {
-    let (mut batch, mut tokens) = (Vec::new(), 0);
-    while let Some(front) = inner.entries.front() {
-        let n = front.item.tokens();
-        let abandoned = front.reply.is_closed();
+/// Whether a run should go to worker `me`: of the workers without one it is the one with the most free memory, or the first of these.
+fn has_most_room(workers: &[WorkerState], me: usize) -> bool {
+    let Some(mine) = workers[me].room else { return false };
+    workers.iter().enumerate().all(|(i, w)| w.room.is_none_or(|room| room < mine || (room == mine && me <= i)))
+}
+
+/// Whether the worker that trains `job` may score the entry: weights in training are with the worker that trains them. What nobody trains is for anyone: its
+/// caller hears of that.
+fn may_take(workers: &[WorkerState], entry: &Entry, job: Option<&str>) -> bool {
+    let of_run = [Some(&entry.policy), entry.reference.as_ref()].into_iter().flatten().find_map(|w| match w {
+        WeightsRef::Live { job } => Some(job.as_str()),
+        _ => None,
+    });
+    of_run.is_none_or(|live| job == Some(live) || workers.iter().all(|w| w.job.as_deref() != Some(live)))
+}
+
+/// The oldest items that the worker of `job` may score, up to `budget` tokens (at least one), without those whose caller has left.
+fn take_batch(inner: &mut Inner, job: Option<&str>, budget: usize) -> Vec<Entry> {
+    let (mut batch, mut tokens, mut at) = (Vec::new(), 0, 0);
+    while let Some(entry) = inner.entries.get(at) {
+        let n = entry.item.tokens();
+        let abandoned = entry.reply.is_closed();
+        if !abandoned && !may_take(&inner.workers, entry, job) {
+            at += 1;
+            continue;
+        }
         if !abandoned && !batch.is_empty() && tokens + n > budget {
             break;
         }
-        let Some(entry) = inner.entries.pop_front() else { break };
+        let Some(entry) = inner.entries.remove(at) else { break };
         inner.tokens -= n;
         if abandoned {
             metrics::counter!("bradley_scoring_abandoned_total").increment(1);
@@ -218,7 +274,26 @@ fn report(inner: &Inner) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::training::TrainingSpec;
     use crate::train::pair::SequenceGroup;
+
+    const IDLE: Seeker = Seeker { worker: 0, job: None, room: Some(1) };
+
+    fn run(job: &str) -> TrainingRun {
+        TrainingRun {
+            job: job.into(),
+            model: "m".into(),
+            start: WeightsRef::Base { model: "m".into() },
+            reference: None,
+            spec: TrainingSpec::default(),
+            train: Vec::new(),
+            eval: Vec::new(),
+            checkpoints: PathBuf::new(),
+            resume: None,
+            events: tokio::sync::mpsc::channel(1).0,
+            control: Default::default(),
+        }
+    }
 
     fn entry(tokens: usize) -> (Entry, oneshot::Receiver<Result<ScoredItem, EngineError>>) {
         let (reply, receiver) = oneshot::channel();
@@ -229,7 +304,7 @@ mod tests {
 
     #[test]
     fn a_full_queue_refuses_and_an_abandoned_item_is_skipped() {
-        let queue = Queue::new(10);
+        let queue = Queue::new(10, 1);
         let (a, a_waits) = entry(6);
         let (b, b_waits) = entry(4);
         let (c, _c_waits) = entry(2);
@@ -237,7 +312,7 @@ mod tests {
         queue.push(b).unwrap();
         assert!(matches!(queue.push(c), Err(EngineError::QueueFull { queued: 10, limit: 10, .. })));
         drop(a_waits);
-        let Work::Score(batch) = queue.next(false, true, 100) else { panic!("there is work") };
+        let Work::Score(batch) = queue.next(IDLE, true, 100) else { panic!("there is work") };
         assert_eq!(batch.len(), 1, "the abandoned item never reaches the device");
         assert_eq!(batch[0].item.tokens(), 4);
         drop(b_waits);
@@ -245,29 +320,72 @@ mod tests {
 
     #[test]
     fn an_item_over_the_limit_is_taken_when_nothing_waits_so_that_it_is_not_refused_for_ever() {
-        let queue = Queue::new(10);
+        let queue = Queue::new(10, 1);
         assert!(queue.push(entry(50).0).is_ok());
     }
 
     #[test]
     fn draining_answers_what_waits_and_stops_the_worker() {
-        let queue = Queue::new(10);
+        let queue = Queue::new(10, 1);
         queue.add_handle();
         let (a, mut waits) = entry(3);
         queue.push(a).unwrap();
         assert!(queue.drain().is_empty());
         assert!(matches!(waits.try_recv(), Ok(Err(EngineError::Draining))));
-        assert!(matches!(queue.next(false, true, 100), Work::Stop));
+        assert!(matches!(queue.next(IDLE, true, 100), Work::Stop));
         assert!(matches!(queue.push(entry(3).0), Err(EngineError::Draining)));
     }
 
     #[test]
     fn the_end_of_the_worker_is_waited_for_but_not_for_ever() {
-        let queue = Queue::new(10);
+        let queue = Queue::new(10, 1);
         assert!(!queue.wait_for_end(Duration::from_millis(1)));
         std::thread::scope(|s| {
-            s.spawn(|| queue.end());
+            s.spawn(|| queue.end(0));
             assert!(queue.wait_for_end(Duration::from_secs(60)));
         });
+    }
+
+    #[test]
+    fn a_run_goes_to_the_worker_with_the_most_room_and_the_next_to_another() {
+        let queue = Queue::new(10, 3);
+        queue.add_handle();
+        let idle = |worker, room| Seeker { worker, job: None, room };
+        // Each is known to the queue once it has looked; a scoring item each keeps it from waiting.
+        for (worker, room) in [(0, Some(5)), (1, Some(9)), (2, None)] {
+            let (item, _waits) = entry(1);
+            queue.push(item).unwrap();
+            assert!(matches!(queue.next(idle(worker, room), true, 100), Work::Score(_)));
+        }
+        queue.push_run(run("a")).unwrap();
+        queue.push_run(run("b")).unwrap();
+        let Work::Begin(first) = queue.next(idle(1, Some(9)), true, 100) else { panic!("the roomiest takes it") };
+        let Work::Begin(second) = queue.next(idle(0, Some(5)), true, 100) else { panic!("the other one is busy") };
+        assert_eq!((first.job.as_str(), second.job.as_str()), ("a", "b"));
+        queue.drain();
+        assert!(matches!(queue.next(idle(2, None), true, 100), Work::Stop));
+    }
+
+    #[test]
+    fn weights_in_training_are_scored_by_the_worker_that_trains_them() {
+        let queue = Queue::new(100, 2);
+        let live = |job: &str| {
+            let (entry, waits) = entry(2);
+            (Entry { policy: WeightsRef::Live { job: job.into() }, ..entry }, waits)
+        };
+        let trains = |worker, job| Seeker { worker, job: Some(job), room: None };
+        for (worker, job) in [(0, "a"), (1, "b")] {
+            assert!(matches!(queue.next(trains(worker, job), true, 100), Work::Train));
+        }
+        let (of_b, _b) = live("b");
+        let (base, _base) = entry(3);
+        queue.push(of_b).unwrap();
+        queue.push(base).unwrap();
+        let Work::Score(first) = queue.next(trains(0, "a"), true, 100) else { panic!("the base can be scored anywhere") };
+        assert_eq!(first.iter().map(|e| e.item.tokens()).collect::<Vec<_>>(), [3]);
+        assert_eq!(queue.take("b", 100).len(), 1);
+        let (of_none, _none) = live("c");
+        queue.push(of_none).unwrap();
+        assert_eq!(queue.take("a", 100).len(), 1, "nobody trains it: its caller must hear that");
     }
 }

@@ -19,13 +19,14 @@ use crate::model::weights::Weights;
 use crate::train::estimate;
 
 /// A base model in memory; shared by every policy on it.
+#[derive(Clone)]
 pub(super) struct Base {
     pub info: ModelInfo,
     pub policy: Policy,
     pub tokenizer: Arc<ChatTokenizer>,
 }
 
-/// The base models by id.
+/// The base models by id, for one device.
 pub(super) struct Bases {
     by_id: HashMap<String, Base>,
     /// In the order of the settings.
@@ -43,12 +44,12 @@ pub(super) fn weight_bytes(precision: Precision) -> u64 {
 }
 
 impl Bases {
-    /// Loads every model's weights.
-    pub fn load(models: Vec<LoadedModel>, device: ComputeDevice, precision: Precision) -> Result<Self, EngineError> {
+    /// Loads every model's weights; `devices` names all that will have them.
+    pub fn load(models: Vec<LoadedModel>, device: ComputeDevice, devices: &str, precision: Precision) -> Result<Self, EngineError> {
         let (mut bases, mut order) = (HashMap::new(), Vec::new());
         for model in models {
             let parameters = Parameters::load(&model.config, &model.weights, precision).map_err(|e| EngineError::Weights(e.to_string()))?;
-            let info = describe(&model, &device.name());
+            let info = describe(&model, devices);
             order.push(model.id.clone());
             let policy = Policy {
                 config: Arc::new(model.config),
@@ -56,10 +57,18 @@ impl Bases {
                 adapter: None,
                 precision,
                 device: device.clone(),
+                helpers: Arc::default(),
             };
             bases.insert(model.id, Base { info, policy, tokenizer: Arc::new(model.tokenizer) });
         }
         Ok(Bases { by_id: bases, order, precision, device })
+    }
+
+    /// The same weights for another device.
+    pub fn on(&self, device: ComputeDevice) -> Self {
+        let moved = |base: &Base| Base { policy: Policy { device: device.clone(), ..base.policy.clone() }, ..base.clone() };
+        let by_id = self.by_id.iter().map(|(id, base)| (id.clone(), moved(base))).collect();
+        Bases { by_id, order: self.order.clone(), precision: self.precision, device }
     }
 
     /// What they compute in.
@@ -168,7 +177,7 @@ impl Residents {
         }
         let policy = found.1.clone();
         self.policies.push(found);
-        metrics::gauge!("bradley_resident_policies").set(self.policies.len() as f64);
+        metrics::gauge!("bradley_resident_policies", "device" => bases.device().name()).set(self.policies.len() as f64);
         Ok(policy)
     }
 

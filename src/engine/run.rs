@@ -9,19 +9,26 @@ use super::residents::{Bases, Residents};
 use crate::domain::training::{Method, Precision};
 use crate::model::adapter::Adapter;
 use crate::model::decoder::Policy;
+use crate::model::device::ComputeDevice;
 use crate::model::export;
 use crate::model::peft;
 use crate::train::reference::Reference;
 use crate::train::trainable::TrainablePolicy;
 use crate::train::trainer::{Trainer, TrainerInput};
 
-/// Prepares `run`; its events and control stay with the caller.
-pub(super) fn prepare(run: &mut TrainingRun, bases: &Bases, residents: &mut Residents, memory: u64) -> Result<Trainer, EngineError> {
+/// Prepares `run`; its events and control stay with the caller. `helpers` are the devices that share the rows with the worker's own.
+pub(super) fn prepare(
+    run: &mut TrainingRun,
+    bases: &Bases,
+    residents: &mut Residents,
+    memory: u64,
+    helpers: &Arc<[ComputeDevice]>,
+) -> Result<Trainer, EngineError> {
     let base = bases.get(&run.model)?;
-    let start = bases.open(&run.start)?;
+    let start = Policy { helpers: helpers.clone(), ..bases.open(&run.start)? };
     let precision = run.spec.precision.unwrap_or(start.precision);
     let policy = trainable(run, &start, precision)?;
-    let reference = reference(run, bases, residents, precision)?;
+    let reference = reference(run, bases, residents, precision, helpers)?;
     let input = TrainerInput {
         spec: run.spec.clone(),
         policy,
@@ -53,9 +60,15 @@ fn trainable(run: &TrainingRun, start: &Policy, precision: Precision) -> Result<
     }
 }
 
-fn reference(run: &TrainingRun, bases: &Bases, residents: &mut Residents, precision: Precision) -> Result<Reference, EngineError> {
+fn reference(
+    run: &TrainingRun,
+    bases: &Bases,
+    residents: &mut Residents,
+    precision: Precision,
+    helpers: &Arc<[ComputeDevice]>,
+) -> Result<Reference, EngineError> {
     let Some(weights) = run.reference.as_ref().filter(|_| run.spec.dpo.needs_reference()) else { return Ok(Reference::None) };
-    let policy = residents.get(bases, weights)?.with_precision(precision);
+    let policy = Policy { helpers: helpers.clone(), ..residents.get(bases, weights)?.with_precision(precision) };
     if run.spec.dpo.reference_sync.is_some() {
         let tensor = |e: candle_core::Error| EngineError::Device(e.to_string());
         let mut merged = export::merged(&policy).map_err(|e| EngineError::Weights(e.to_string()))?;

@@ -87,7 +87,7 @@ impl Scoring {
         if !self.has_its_turn() {
             return;
         }
-        let batch = self.queue.take(self.batch_tokens);
+        let batch = self.queue.take(&live.job, self.batch_tokens);
         if !batch.is_empty() {
             // What training gave a GPU before is training's time.
             self.bases.device().wait();

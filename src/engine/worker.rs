@@ -8,11 +8,12 @@ use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::TrySendError;
 
 use super::api::{Command, EngineOptions, Report, RunEnd, RunEvent, TrainingRun};
-use super::queue::{Queue, Work};
+use super::queue::{Queue, Seeker, Work};
 use super::residents::Bases;
 use super::run;
 use super::scoring::{Live, Scoring};
 use crate::domain::job::JobError;
+use crate::model::device::ComputeDevice;
 use crate::model::guard::guarded;
 use crate::train::host::Host;
 use crate::train::reference_cache::ReferenceCache;
@@ -26,13 +27,21 @@ const SAVE_RETRY: Duration = Duration::from_millis(500);
 
 /// What the thread owns.
 pub(super) struct Worker {
+    index: usize,
     queue: Arc<Queue>,
     bases: Arc<Bases>,
     scoring: Scoring,
-    cache: ReferenceCache,
+    cache: Arc<ReferenceCache>,
     active: Option<Active>,
-    /// Bytes a run may need.
-    memory: u64,
+    training: Option<Training>,
+}
+
+/// What a worker has for runs.
+pub(super) struct Training {
+    /// Bytes that one may need.
+    pub memory: u64,
+    /// Devices that take a share of its rows.
+    pub helpers: Arc<[ComputeDevice]>,
 }
 
 /// The run on the device.
@@ -49,33 +58,34 @@ impl Active {
 }
 
 impl Worker {
-    pub fn new(queue: Arc<Queue>, bases: Arc<Bases>, options: &EngineOptions, memory: u64) -> Self {
-        Worker {
-            scoring: Scoring::new(queue.clone(), bases.clone(), options),
-            queue,
-            cache: match &options.reference_cache_file {
-                Some(path) => ReferenceCache::open(options.reference_cache_tokens, path),
-                None => ReferenceCache::new(options.reference_cache_tokens),
-            },
-            active: None,
-            memory,
-            bases,
-        }
+    /// Worker number `index`; without `training` it scores only.
+    pub fn new(
+        index: usize,
+        queue: Arc<Queue>,
+        bases: Arc<Bases>,
+        cache: Arc<ReferenceCache>,
+        options: &EngineOptions,
+        training: Option<Training>,
+    ) -> Self {
+        let scoring = Scoring::new(queue.clone(), bases.clone(), options);
+        Worker { index, queue, bases, scoring, cache, active: None, training }
     }
 
     /// Works until the queue is drained or no handle is left.
     pub fn work(mut self) {
         loop {
             self.leave_if_lost();
-            self.note_memory();
-            for dir in self.queue.take_evicted() {
+            let free = self.note_memory();
+            for dir in self.queue.take_evicted(self.index) {
                 self.scoring.residents.evict(&dir);
             }
-            let training = self.active.is_some();
-            let may_score = !training || self.scoring.has_its_turn();
-            match self.queue.next(training, may_score, self.scoring.batch_tokens) {
+            let job = self.active.as_ref().map(|a| a.run.job.as_str());
+            let seeker = Seeker { worker: self.index, job, room: self.training.as_ref().map(|t| free.unwrap_or(t.memory)) };
+            let may_score = job.is_none() || self.scoring.has_its_turn();
+            match self.queue.next(seeker, may_score, self.scoring.batch_tokens) {
                 Work::Score(batch) => self.scoring.score_batch(batch, &self.cache, self.active.as_ref().map(Active::live).as_ref()),
                 Work::Train => self.train_unit(),
+                Work::Begin(run) => self.begin(*run),
                 Work::Stop => return,
             }
         }
@@ -84,24 +94,24 @@ impl Worker {
     /// Ends the process when the GPU failed for good, before a run is said to have failed: it goes on from its checkpoint in the next process, and nothing
     /// could be computed in this one.
     fn leave_if_lost(&self) {
-        if self.bases.device().is_lost() {
+        let helpers = self.training.iter().flat_map(|t| t.helpers.iter());
+        if std::iter::once(self.bases.device()).chain(helpers).any(ComputeDevice::is_lost) {
             tracing::error!("the GPU failed for good: the process ends, so that another one can use it");
             std::process::abort();
         }
     }
 
-    fn note_memory(&self) {
+    /// Bytes that are free on the device, where it has memory of its own.
+    fn note_memory(&self) -> Option<u64> {
         let device = self.bases.device();
-        if let Some((free, total)) = device.memory() {
-            metrics::gauge!("bradley_device_free_bytes", "device" => device.name()).set(free as f64);
-            metrics::gauge!("bradley_device_memory_bytes", "device" => device.name()).set(total as f64);
-        }
+        let (free, total) = device.memory()?;
+        metrics::gauge!("bradley_device_free_bytes", "device" => device.name()).set(free as f64);
+        metrics::gauge!("bradley_device_memory_bytes", "device" => device.name()).set(total as f64);
+        Some(free)
     }
 
     fn train_unit(&mut self) {
-        let Some(active) = &mut self.active else {
-            return self.start_run();
-        };
+        let Some(active) = &mut self.active else { return };
         match active.run.control.command() {
             Command::Cancel => return self.end(RunEnd::Cancelled),
             Command::Drain => return self.drain_run(),
@@ -129,17 +139,18 @@ impl Worker {
         }
     }
 
-    fn start_run(&mut self) {
-        let Some(mut run) = self.queue.take_run() else { return };
+    fn begin(&mut self, mut run: TrainingRun) {
         let end = match run.control.command() {
             Command::Cancel => Some(RunEnd::Cancelled),
             Command::Drain => Some(RunEnd::Drained),
             Command::Run => None,
         };
-        let (bases, residents, memory) = (&self.bases, &mut self.scoring.residents, self.memory);
+        let (bases, residents) = (&self.bases, &mut self.scoring.residents);
+        // The queue gives runs to workers that take them.
+        let Some(Training { memory, helpers }) = &self.training else { return };
         let prepared = match end {
             Some(end) => Err(end),
-            None => match guarded(|| run::prepare(&mut run, bases, residents, memory)) {
+            None => match guarded(|| run::prepare(&mut run, bases, residents, *memory, helpers)) {
                 Ok(Ok(trainer)) => Ok(trainer),
                 Ok(Err(e)) => Err(RunEnd::Failed(JobError { reason: "WEIGHTS_UNAVAILABLE".into(), message: e.to_string() })),
                 Err(panic) => Err(RunEnd::Failed(internal(panic))),
@@ -184,7 +195,8 @@ impl Worker {
             // Weights and optimizer are freed before anyone hears that the run is over.
             let Active { run, trainer } = active;
             drop(trainer);
-            self.bases.device().end_of_run(self.bases.precision());
+            let helpers = self.training.iter().flat_map(|t| t.helpers.iter());
+            std::iter::once(self.bases.device()).chain(helpers).for_each(|device| device.end_of_run(self.bases.precision()));
             send(&run, RunEvent::Ended(end));
         }
     }

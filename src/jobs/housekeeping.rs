@@ -114,7 +114,7 @@ pub(super) async fn reclaim(service: &Service, all: bool) -> Result<()> {
             false => metrics::counter!("bradley_jobs_recovered_total").increment(1),
         }
         service.inner.feed.notify(&job.id, sequence);
-        service.inner.wake.notify_one();
+        service.inner.wake();
     }
     Ok(())
 }
@@ -142,7 +142,7 @@ async fn refresh(service: &Service) {
             service.inner.feed.notify(&job, newest);
         }
     }
-    service.inner.wake.notify_one();
+    service.inner.wake();
 }
 
 /// Passes on what other replicas change, for ever.
@@ -156,7 +156,7 @@ pub(super) async fn listen(service: Service) {
                 held.heed(notice.state);
             }
             if notice.state == JobState::Queued {
-                inner.wake.notify_one();
+                inner.wake();
             }
         }
         None => heard.notify_one(),

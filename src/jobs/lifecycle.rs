@@ -84,7 +84,7 @@ impl Service {
                 Ok(Vec::new())
             })
             .await?;
-        self.inner.wake.notify_one();
+        self.inner.wake();
         audit(caller, "update", &format!("trainingJobs/{id}"));
         Ok(job)
     }
@@ -113,7 +113,7 @@ impl Service {
                 _ => Err(refused(job, "NOT_PAUSED", "only a paused job can be resumed")),
             })
             .await?;
-        self.inner.wake.notify_one();
+        self.inner.wake();
         Ok(job)
     }
 

@@ -1,6 +1,6 @@
-//! Carries one job after another from the queue to its end, and stores everything that a run reports before anyone hears of it.
+//! Carries one job after another from the queue to its end, several at one time where there are devices for them, and stores everything that a run reports before anyone hears of it.
 
-use std::cmp::Ordering;
+use std::cmp::{Ordering, Reverse};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -34,12 +34,12 @@ const CHANNEL: usize = 64;
 const MAX_SKIPPED_LISTED: usize = 1000;
 /// How long the runner waits after the store failed.
 const STORE_RETRY: Duration = Duration::from_secs(1);
-/// What other replicas get to take a queued job before a run makes room for it.
+/// What others get to take a queued job before a run makes room for it.
 const COURTESY: Duration = Duration::from_millis(500);
 
 /// Runs queued jobs, by priority and age, until the service drains.
 pub(super) async fn run(service: Service) {
-    let mut draining = service.inner.draining.subscribe();
+    let (mut draining, mut woken) = (service.inner.draining.subscribe(), service.inner.woken());
     loop {
         if *draining.borrow() {
             return;
@@ -50,7 +50,7 @@ pub(super) async fn run(service: Service) {
                 run_job(&service, &job, lease).await;
             }
             Ok(None) => tokio::select! {
-                () = service.inner.wake.notified() => {}
+                _ = woken.changed() => {}
                 _ = draining.wait_for(|d| *d) => return,
             },
             Err(e) => {
@@ -155,8 +155,11 @@ async fn carry(service: &Service, job: &Job, held: &Arc<Held>) -> Result<RunEnd>
     }
     let slice = service.inner.options.time_slice;
     let mut slices = tokio::time::interval_at(Instant::now() + slice, slice);
-    // Other replicas with a free device are given the time to take a queued job before this run makes room for it.
-    let courtesy = if service.inner.store.is_shared() { COURTESY } else { Duration::ZERO };
+    // Other replicas and devices that are free are given the time to take a queued job before this run makes room for it.
+    let others = service.inner.store.is_shared() || service.inner.engine.concurrent_runs() > 1;
+    let (courtesy, mut woken) = (if others { COURTESY } else { Duration::ZERO }, service.inner.woken());
+    // A job may have been queued while this one was prepared.
+    woken.mark_changed();
     let mut look: Option<Instant> = None;
     let (context, mut stage) = (trace::current(), std::time::Instant::now());
     loop {
@@ -173,7 +176,7 @@ async fn carry(service: &Service, job: &Job, held: &Arc<Held>) -> Result<RunEnd>
                 }
                 None => break,
             },
-            () = service.inner.wake.notified() => {
+            _ = woken.changed() => {
                 look.get_or_insert(Instant::now() + courtesy);
                 continue;
             }
@@ -208,16 +211,26 @@ fn trace_stage(context: &Context, event: &RunEvent, made: std::time::Instant, to
     trace::record(name, context, SystemTime::now() - made.elapsed() - took, took, about);
 }
 
-/// Asks the run to go back to the queue when a job of a higher priority waits there, or one of the same when the run's time slice is over.
+/// Asks the run to go back to the queue when a job of a higher priority waits there, or one of the same when the run's time slice is over. Of several runs
+/// in this process, one goes: of the lowest priority, the newest.
 async fn make_room(service: &Service, held: &Held, slice_over: bool) -> Result<()> {
     let Some(next) = service.inner.store.next_queued().await? else { return Ok(()) };
     // It may have been changed since the run began.
-    let priority = service.inner.store.job(&held.lease.job).await?.request.priority;
+    let job = service.inner.store.job(&held.lease.job).await?;
+    let priority = job.request.priority;
     let room = match next.request.priority.cmp(&priority) {
         Ordering::Greater => Room::Priority,
         Ordering::Equal if slice_over => Room::Slice,
         _ => return Ok(()),
     };
+    if room == Room::Priority {
+        for other in service.inner.others(&job.id) {
+            let other = service.inner.store.job(&other).await?;
+            if (other.request.priority, Reverse(other.create_time)) < (priority, Reverse(job.create_time)) {
+                return Ok(());
+            }
+        }
+    }
     tracing::info!(job = held.lease.job, next = next.id, ?room, "the job makes room for another");
     held.make_room(room);
     Ok(())

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -85,15 +85,15 @@ pub(super) struct Inner {
     pub options: ServiceOptions,
     /// The jobs that this process carries on.
     pub held: Mutex<HashMap<String, Arc<Held>>>,
-    /// Wakes the runner when a job was queued.
-    pub wake: Notify,
+    /// Changes when a job was queued: every runner looks.
+    queued: watch::Sender<u64>,
     pub draining: watch::Sender<bool>,
     tokenisers: Arc<Semaphore>,
     /// Work that takes long: estimates, validation of uploads, exports.
     heavy: Arc<Semaphore>,
     /// KiB of text on their way to the device.
     pub texts: Arc<Semaphore>,
-    runner: Mutex<Option<JoinHandle<()>>>,
+    runners: Mutex<Vec<JoinHandle<()>>>,
     keepers: Mutex<Vec<JoinHandle<()>>>,
     pub doorkeeper: Doorkeeper,
     pub shares: Arc<Shares>,
@@ -101,8 +101,25 @@ pub(super) struct Inner {
     _lock: std::fs::File,
 }
 
+impl Inner {
+    /// Tells the runners that a job was queued.
+    pub fn wake(&self) {
+        self.queued.send_modify(|count| *count += 1);
+    }
+
+    /// The other jobs that this process carries on.
+    pub fn others(&self, job: &str) -> Vec<String> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).keys().filter(|id| *id != job).cloned().collect()
+    }
+
+    /// Sees every wake from now on.
+    pub fn woken(&self) -> watch::Receiver<u64> {
+        self.queued.subscribe()
+    }
+}
+
 impl Service {
-    /// Opens the data directory, puts interrupted jobs back in the queue and starts the runner.
+    /// Opens the data directory, puts interrupted jobs back in the queue and starts a runner for each run that the devices take at one time.
     pub async fn open(engine: Engine, options: ServiceOptions) -> Result<Service> {
         let root = options.data_dir.clone();
         std::fs::create_dir_all(&root).map_err(|e| super::artifacts::failed(&root, e))?;
@@ -117,12 +134,12 @@ impl Service {
             feed: Feed::default(),
             options,
             held: Mutex::default(),
-            wake: Notify::new(),
+            queued: watch::channel(0).0,
             draining: watch::channel(false).0,
             tokenisers: Arc::new(Semaphore::new(TOKENISERS)),
             heavy: Arc::new(Semaphore::new(HEAVY)),
             texts: Arc::new(Semaphore::new(TEXTS)),
-            runner: Mutex::default(),
+            runners: Mutex::default(),
             keepers: Mutex::default(),
             doorkeeper: Doorkeeper::default(),
             shares: Arc::default(),
@@ -131,13 +148,13 @@ impl Service {
         let service = Service { inner: Arc::new(inner) };
         service.inner.artifacts.ping().await?;
         housekeeping::reclaim(&service, !service.inner.store.is_shared()).await?;
-        let runner = tokio::spawn(runner::run(service.clone()));
+        let runners = (0..service.inner.engine.concurrent_runs()).map(|_| tokio::spawn(runner::run(service.clone()))).collect();
         let keepers = [
             tokio::spawn(housekeeping::renewals(service.clone())),
             tokio::spawn(housekeeping::run(service.clone())),
             tokio::spawn(housekeeping::listen(service.clone())),
         ];
-        *service.inner.runner.lock().unwrap_or_else(PoisonError::into_inner) = Some(runner);
+        *service.inner.runners.lock().unwrap_or_else(PoisonError::into_inner) = runners;
         service.inner.keepers.lock().unwrap_or_else(PoisonError::into_inner).extend(keepers);
         Ok(service)
     }
@@ -163,7 +180,7 @@ impl Service {
         let job = self.inner.store.insert_job(&job, creation).await?;
         tracing::info!(job = job.id, state = job.state.name(), "job created");
         audit(caller, "create", &format!("trainingJobs/{}", job.id));
-        self.inner.wake.notify_one();
+        self.inner.wake();
         Ok(job)
     }
 
@@ -391,18 +408,21 @@ impl Service {
         self.inner.heavy.clone().acquire_owned().await.map_err(|_| ServiceError::draining())
     }
 
-    /// Refuses new work, lets the running job write a checkpoint and go back to the queue, and closes the store, all within `drain_timeout`.
+    /// Refuses new work, lets running jobs write a checkpoint and go back to the queue, and closes the store, all within `drain_timeout`.
     pub async fn drain(&self) {
         self.inner.draining.send_replace(true);
         self.inner.engine.drain();
         for held in self.inner.held.lock().unwrap_or_else(PoisonError::into_inner).values() {
             held.control.drain();
         }
-        let runner = self.inner.runner.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(runner) = runner
-            && tokio::time::timeout(self.inner.options.drain_timeout, runner).await.is_err()
-        {
-            tracing::warn!("the running job did not reach a checkpoint in time: it continues from its last one");
+        let runners = std::mem::take(&mut *self.inner.runners.lock().unwrap_or_else(PoisonError::into_inner));
+        let all = async {
+            for runner in runners {
+                let _ = runner.await;
+            }
+        };
+        if tokio::time::timeout(self.inner.options.drain_timeout, all).await.is_err() {
+            tracing::warn!("a running job did not reach a checkpoint in time: it continues from its last one");
         }
         for keeper in self.inner.keepers.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             keeper.abort();

@@ -34,6 +34,8 @@ pub struct Policy {
     pub precision: Precision,
     /// Where.
     pub device: ComputeDevice,
+    /// Devices that take a share of the rows where there are several: data parallelism.
+    pub helpers: Arc<[ComputeDevice]>,
 }
 
 /// A packed row, ready for the decoder.
@@ -92,6 +94,16 @@ impl Policy {
     /// The base model without the adapter.
     pub fn base(&self) -> Policy {
         Policy { adapter: None, ..self.clone() }
+    }
+
+    /// The same weights on another device alone.
+    pub fn on(&self, device: &ComputeDevice) -> Policy {
+        Policy { device: device.clone(), helpers: Arc::default(), ..self.clone() }
+    }
+
+    /// Its own device, then those that help it.
+    pub fn devices(&self) -> impl Iterator<Item = &ComputeDevice> {
+        std::iter::once(&self.device).chain(self.helpers.iter())
     }
 
     /// The same weights, multiplied in another precision.

@@ -27,7 +27,7 @@ pub enum DeviceChoice {
     Cpu,
     /// GPU N.
     Cuda(usize),
-    /// The GPU with the most free memory, or the CPU where there is none.
+    /// Every GPU, or the CPU where there is none.
     Auto,
 }
 
@@ -40,6 +40,16 @@ impl DeviceChoice {
             "cuda" => Some(DeviceChoice::Cuda(0)),
             _ => text.strip_prefix("cuda:")?.parse().ok().map(DeviceChoice::Cuda),
         }
+    }
+
+    /// Choices with commas between them; `auto` stands alone, a GPU is named once, and GPUs and the CPU do not mix: a pair must not get another score
+    /// depending on who was free.
+    pub fn parse_list(text: &str) -> Option<Vec<Self>> {
+        let all: Vec<Self> = text.split(',').map(|one| Self::parse(one.trim())).collect::<Option<_>>()?;
+        let cpus = all.iter().filter(|d| **d == DeviceChoice::Cpu).count();
+        let gpus: std::collections::HashSet<_> = all.iter().filter(|d| matches!(d, DeviceChoice::Cuda(_))).map(|d| d.to_string()).collect();
+        let fits = all.len() == 1 || cpus == all.len() || gpus.len() == all.len();
+        fits.then_some(all)
     }
 }
 
@@ -54,16 +64,24 @@ impl std::fmt::Display for DeviceChoice {
 }
 
 impl ComputeDevice {
-    /// Opens the device of a choice.
+    /// Opens the devices of a choice: one, unless it is [`DeviceChoice::Auto`].
     ///
     /// # Errors
     /// Why a GPU that was asked for cannot be had.
-    pub fn open(choice: DeviceChoice) -> Result<Self, String> {
+    pub fn open_all(choice: DeviceChoice) -> Result<Vec<Self>, String> {
         match choice {
-            DeviceChoice::Cpu => Ok(ComputeDevice::Cpu),
-            DeviceChoice::Cuda(ordinal) => Self::cuda(ordinal),
-            DeviceChoice::Auto => Ok(Self::best()),
+            DeviceChoice::Cpu => Ok(vec![ComputeDevice::Cpu]),
+            DeviceChoice::Cuda(ordinal) => Ok(vec![Self::cuda(ordinal)?]),
+            DeviceChoice::Auto => Ok(Self::all()),
         }
+    }
+
+    /// Opens the device of a choice, the first where there are several.
+    ///
+    /// # Errors
+    /// As [`ComputeDevice::open_all`].
+    pub fn open(choice: DeviceChoice) -> Result<Self, String> {
+        Ok(Self::open_all(choice)?.remove(0))
     }
 
     #[cfg(feature = "cuda")]
@@ -77,21 +95,15 @@ impl ComputeDevice {
     }
 
     #[cfg(feature = "cuda")]
-    fn best() -> Self {
-        let mut free: Vec<(usize, u64)> = super::cuda::Gpu::free_of_all().into_iter().enumerate().collect();
-        free.sort_by_key(|(_, free)| std::cmp::Reverse(*free));
-        for (i, _) in free {
-            match Cuda::open(i) {
-                Ok(cuda) => return ComputeDevice::Cuda(cuda),
-                Err(e) => tracing::warn!(gpu = i, error = %e, "a GPU is left out"),
-            }
-        }
-        ComputeDevice::Cpu
+    fn all() -> Vec<Self> {
+        let open = |i| Cuda::open(i).inspect_err(|e| tracing::warn!(gpu = i, error = %e, "a GPU is left out")).ok();
+        let found: Vec<Self> = (0..super::cuda::Gpu::count()).filter_map(open).map(ComputeDevice::Cuda).collect();
+        if found.is_empty() { vec![ComputeDevice::Cpu] } else { found }
     }
 
     #[cfg(not(feature = "cuda"))]
-    fn best() -> Self {
-        ComputeDevice::Cpu
+    fn all() -> Vec<Self> {
+        vec![ComputeDevice::Cpu]
     }
 
     /// `cpu` or `cuda:N`.
@@ -191,6 +203,13 @@ mod tests {
         assert_eq!(DeviceChoice::parse("cuda:3"), Some(DeviceChoice::Cuda(3)));
         for wrong in ["", "gpu", "cuda:", "cuda:x", "CPU"] {
             assert_eq!(DeviceChoice::parse(wrong), None, "{wrong}");
+        }
+        let all = |text| DeviceChoice::parse_list(text).map(|all| all.len());
+        for (text, devices) in [("cpu", 1), ("auto", 1), ("cuda:0,cuda:2", 2), ("cuda, cuda:1", 2), ("cpu,cpu", 2)] {
+            assert_eq!(all(text), Some(devices), "{text}");
+        }
+        for wrong in ["", "cpu,", "cpu,cuda:0", "auto,cpu", "cuda:0,auto", "auto,auto", "cuda,cuda:0"] {
+            assert_eq!(all(wrong), None, "{wrong}");
         }
     }
 }

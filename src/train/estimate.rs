@@ -111,9 +111,9 @@ pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, longest: usize, keep:
     Estimate { training_state, activations, keep, row_tokens }
 }
 
-/// Bytes that a run on a GPU has on the host: masters, gradients and both moments.
-pub fn on_host(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
-    F32 * 4 * trainable_parameters(config, spec)
+/// Bytes that a run on `devices` GPUs has on the host: masters, both moments, and the gradients of each GPU.
+pub fn on_host(config: &ModelConfig, spec: &TrainingSpec, devices: usize) -> u64 {
+    F32 * (3 + devices.max(1) as u64) * trainable_parameters(config, spec)
 }
 
 /// The same for a GPU: masters and moments stay on the host; matrices and activations are in the job's precision, the residual stream in f32.

@@ -1,6 +1,6 @@
 //! One micro-batch: forward, loss, metrics and, when training, backward.
 //!
-//! Rows go forward and back one after the other, so that one row's activations are held at a time. Only losses that compare pairs with each other
+//! Rows go forward and back one after the other, so that a device holds one row's activations at a time. Only losses that compare pairs with each other
 //! (AOT) need all rows forward first.
 
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use candle_core::Result;
 use super::backprop::{self, Keep, RowTape};
 use super::pack::{PackedRow, pack_rows};
 use super::pair::{EncodedPair, SequenceGroup};
+use super::parallel::over_devices;
 use super::scorer::Logps;
 use super::trainable::Gradients;
 use crate::domain::dpo::DpoConfig;
@@ -57,8 +58,8 @@ fn sides<'a>(row: &PackedRow, tape: &'a RowTape) -> Vec<Sides<'a>> {
 }
 
 impl MicroBatch<'_> {
-    /// The mean loss and its metrics; adds `scale`·∂loss to `gradients`.
-    pub fn train(&self, keep: Keep, scale: f64, gradients: &mut Gradients, pause: &mut dyn FnMut()) -> Result<(f64, Metrics)> {
+    /// The mean loss and its metrics; adds `scale`·∂loss to `gradients`, of which each of the policy's devices has its own.
+    pub fn train(&self, keep: Keep, scale: f64, gradients: &mut [Gradients], pause: &mut dyn FnMut()) -> Result<(f64, Metrics)> {
         self.run(keep, scale, Some(gradients), pause)
     }
 
@@ -67,24 +68,30 @@ impl MicroBatch<'_> {
         self.run(Keep::Nothing, 1.0, None, pause)
     }
 
-    fn run(&self, keep: Keep, scale: f64, mut gradients: Option<&mut Gradients>, pause: &mut dyn FnMut()) -> Result<(f64, Metrics)> {
+    fn run(&self, keep: Keep, scale: f64, mut gradients: Option<&mut [Gradients]>, pause: &mut dyn FnMut()) -> Result<(f64, Metrics)> {
         let groups: Vec<Vec<SequenceGroup>> = self.pairs.iter().map(|p| p.groups()).collect();
         let items: Vec<&[SequenceGroup]> = groups.iter().map(Vec::as_slice).collect();
         let rows = pack_rows(&items, self.row_tokens);
-        let at_once = if compares_pairs(self.dpo) { rows.len().max(1) } else { 1 };
+        let devices = self.policy.devices().count();
+        let at_once = if compares_pairs(self.dpo) { rows.len().max(1) } else { devices };
         let mut loss = 0.0;
         let mut observations = vec![PairObservation::default(); self.pairs.len()];
         for rows in rows.chunks(at_once) {
-            let mut tapes = Vec::with_capacity(rows.len());
-            for row in rows {
-                tapes.push(backprop::forward(self.policy, row.row.clone(), keep, pause)?);
-            }
+            let forward =
+                |policy: &Policy, row: &PackedRow, pause: &mut dyn FnMut()| backprop::forward(policy, row.row.clone(), keep, pause);
+            let tapes = over_devices(self.policy, rows.iter().collect(), pause, forward)?;
             let (part, upstream) = self.part(rows, &tapes, scale, &mut observations);
             loss += part;
             let Some(gradients) = gradients.as_deref_mut().filter(|_| loss.is_finite()) else { continue };
-            for (tape, upstream) in tapes.into_iter().zip(upstream) {
-                backprop::backward(self.policy, tape, &upstream, gradients, pause)?;
+            // Each row goes back where it went forward.
+            let mut shares: Vec<Vec<(RowTape, Vec<f32>)>> = (0..devices).map(|_| Vec::new()).collect();
+            for (i, row) in tapes.into_iter().zip(upstream).enumerate() {
+                shares[i % devices].push(row);
             }
+            let shares = shares.into_iter().zip(gradients).collect();
+            over_devices(self.policy, shares, pause, |policy, (share, gradients), pause| {
+                share.into_iter().try_for_each(|(tape, upstream)| backprop::backward(policy, tape, &upstream, gradients, pause))
+            })?;
         }
         Ok((loss, micro_batch(loss, &observations)))
     }

@@ -11,6 +11,7 @@ mod observe;
 pub mod optimizer;
 pub mod pack;
 pub mod pair;
+mod parallel;
 pub mod reference;
 pub mod reference_cache;
 pub mod rows;

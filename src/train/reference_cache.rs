@@ -1,9 +1,8 @@
 //! Reference log-probs by content, in memory and on disk.
 
-use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use candle_core::Result;
@@ -19,9 +18,9 @@ const NUMERICS: u32 = 1;
 const SYNC: Duration = Duration::from_secs(2);
 
 /// Reference log-probs by content: they never change, so a second epoch or a repeated request costs the policy only.
-/// Bounded by tokens, in memory and on disk alike; the oldest entries leave first. One thread uses it, also while it computes what is missing.
+/// Bounded by tokens, in memory and on disk alike; the oldest entries leave first. All device workers share it; nobody has it while something is computed.
 #[derive(Debug)]
-pub struct ReferenceCache(RefCell<Inner>);
+pub struct ReferenceCache(Mutex<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -47,7 +46,12 @@ impl ReferenceCache {
     }
 
     fn with_disk(limit: usize, disk: Option<CacheFile>) -> Self {
-        ReferenceCache(RefCell::new(Inner { limit, tokens: 0, entries: HashMap::new(), order: VecDeque::new(), disk }))
+        ReferenceCache(Mutex::new(Inner { limit, tokens: 0, entries: HashMap::new(), order: VecDeque::new(), disk }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // A panic in between leaves at most an entry out.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The log-probs of every item under `reference`, whose weights `identity` names for good; what is missing is computed together. `pause` is called
@@ -64,7 +68,7 @@ impl ReferenceCache {
         let identity = format!("{identity}@{}@{NUMERICS}", reference.arithmetic());
         let keys: Vec<[u8; 32]> = items.iter().map(|groups| key(&identity, groups)).collect();
         let mut found: Vec<Option<Arc<Logps>>> = {
-            let mut inner = self.0.borrow_mut();
+            let mut inner = self.lock();
             keys.iter().map(|k| inner.get(k)).collect()
         };
         let missing: Vec<usize> = (0..items.len()).filter(|i| found[*i].is_none()).collect();
@@ -77,7 +81,7 @@ impl ReferenceCache {
             new.push((keys[i], logps.clone()));
             found[i] = Some(logps);
         }
-        self.0.borrow_mut().keep(new);
+        self.lock().keep(new);
         Ok(found.into_iter().flatten().collect())
     }
 }
@@ -279,6 +283,6 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("cache.redb");
         std::fs::write(&path, "not a database").unwrap();
-        assert!(ReferenceCache::open(10, &path).0.borrow().disk.is_none());
+        assert!(ReferenceCache::open(10, &path).lock().disk.is_none());
     }
 }

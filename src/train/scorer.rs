@@ -7,6 +7,7 @@ use candle_core::Result;
 
 use super::pack::{Owned, PackedRow, pack_owned_rows, pack_rows};
 use super::pair::SequenceGroup;
+use super::parallel::over_devices;
 use crate::model::decoder::Policy;
 
 /// Per completion, the log-prob of each of its tokens.
@@ -17,12 +18,13 @@ pub fn score(policy: &Policy, groups: &[SequenceGroup]) -> Result<Logps> {
     Ok(score_all(policy, &[groups], usize::MAX, &mut || {})?.pop().unwrap_or_default())
 }
 
-/// Scores items together in rows of about `row_tokens` tokens. `pause` is called before every block of every row.
+/// Scores items together in rows of about `row_tokens` tokens, on all devices of the policy. `pause` is called before every block of the rows of its own.
 pub fn score_all(policy: &Policy, items: &[&[SequenceGroup]], row_tokens: usize, pause: &mut dyn FnMut()) -> Result<Vec<Logps>> {
     let mut all = vec![Logps::new(); items.len()];
-    for packed in pack_rows(items, row_tokens) {
-        let logps = policy.log_probs(packed.row.clone(), pause)?;
-        spread(&packed, &logps, &mut all);
+    let rows = pack_rows(items, row_tokens);
+    let pass = |policy: &Policy, packed: &PackedRow, pause: &mut dyn FnMut()| policy.log_probs(packed.row.clone(), pause);
+    for (packed, logps) in rows.iter().zip(over_devices(policy, rows.iter().collect(), pause, pass)?) {
+        spread(packed, &logps, &mut all);
     }
     Ok(all)
 }

@@ -154,6 +154,14 @@ impl Gradients {
         Ok(())
     }
 
+    /// Adds what another device has summed; afterwards the sums are those of both.
+    pub fn reduce(&mut self, other: &mut Gradients) -> Result<()> {
+        other.collect()?;
+        let theirs = &other.values;
+        team::chunks(&mut self.values, 1, |i, ours| ours[0].iter_mut().zip(&theirs[i]).for_each(|(sum, g)| *sum += g));
+        Ok(())
+    }
+
     /// Runs a pass on the policy's GPU with the sums there.
     #[cfg(feature = "cuda")]
     pub(super) fn on_device(&mut self, policy: &Policy, pass: impl FnOnce(&Cuda, &GradientBuffers) -> Result<()>) -> Result<()> {

@@ -27,6 +27,7 @@ use crate::math::clip::clip_coefficient;
 use crate::math::rng::epoch_order;
 use crate::math::schedule::learning_rate;
 use crate::model::decoder::Policy;
+use crate::model::device::ComputeDevice;
 use crate::model::tokenizer::ChatTokenizer;
 
 /// Why a run could not go on.
@@ -121,7 +122,8 @@ pub struct Trainer {
     tokenizer: Arc<ChatTokenizer>,
     base: String,
     optimizer: AdamW,
-    gradients: Gradients,
+    /// Of each of the policy's devices; the update sees the first, to which the others are added.
+    gradients: Vec<Gradients>,
     state: RunState,
     total_steps: u64,
     order: (u64, Vec<u32>),
@@ -154,13 +156,15 @@ impl Trainer {
             saved_step = Some(restored.state.step);
             (state, latest) = (restored.state, restored.metrics);
         }
-        policy.policy.device.take_out_of_memory();
+        policy.policy.devices().for_each(|device| {
+            device.take_out_of_memory();
+        });
         let longest = train.iter().map(EncodedPair::packed_tokens).max().unwrap_or(0);
         let (Ok(plan) | Err(plan)) = estimate::plan(&policy.policy.config, &spec, longest, memory, Memory::of(&policy.policy.device));
         let total_steps = spec.batch.total_steps(train.len());
         let first_step = state.step;
         let mut trainer = Trainer {
-            gradients: Gradients::zeros(&policy),
+            gradients: policy.policy.devices().map(|_| Gradients::zeros(&policy)).collect(),
             order: (u64::MAX, Vec::new()),
             before: Default::default(),
             step_started: Instant::now(),
@@ -248,7 +252,11 @@ impl Trainer {
         self.state.micro_batch -= done;
         (self.state.tokens, self.state.window) = std::mem::take(&mut self.before);
         self.phase = Phase::Step { done: 0 };
-        Ok(self.gradients.clear()?)
+        Ok(self.clear()?)
+    }
+
+    fn clear(&mut self) -> candle_core::Result<()> {
+        self.gradients.iter_mut().try_for_each(Gradients::clear)
     }
 
     /// Writes a checkpoint. When it cannot be written (the disk is full, say) the run waits and tries again: what was trained is worth more than the wait.
@@ -281,7 +289,7 @@ impl Trainer {
     fn step_unit(&mut self, done: usize, host: &mut Host) -> Result<(), TrainError> {
         let (micro_batches, group) = self.group();
         if done == 0 {
-            self.gradients.clear()?;
+            self.clear()?;
             self.before = (self.state.tokens, self.state.window.clone());
             self.step_started = Instant::now();
         }
@@ -306,11 +314,12 @@ impl Trainer {
 
     /// When the device ran out of memory, once: shorter rows, whose blocks are run again. Any other error stands.
     fn shorten(&mut self, e: TrainError, host: &mut Host) -> Result<(), TrainError> {
-        let device = &self.policy.policy.device;
-        if !device.take_out_of_memory() || std::mem::replace(&mut self.shortened, true) {
+        // All are asked: what each remembers must not be found later.
+        let short = self.policy.policy.devices().filter(|device| device.take_out_of_memory()).count() > 0;
+        if !short || std::mem::replace(&mut self.shortened, true) {
             return Err(e);
         }
-        device.trim();
+        self.policy.policy.devices().for_each(ComputeDevice::trim);
         let longest = self.train.iter().chain(&self.eval).map(EncodedPair::packed_tokens).max().unwrap_or(1);
         self.plan.row_tokens = (self.plan.row_tokens.min(longest * self.spec.batch.batch_size) / 2).max(1);
         self.plan.keep = Keep::Inputs;
@@ -358,8 +367,10 @@ impl Trainer {
     }
 
     fn update(&mut self) -> Result<(), TrainError> {
-        self.gradients.collect()?;
-        let norm = self.gradients.norm();
+        let Some((gradients, others)) = self.gradients.split_first_mut() else { return Ok(()) };
+        gradients.collect()?;
+        others.iter_mut().try_for_each(|other| gradients.reduce(other))?;
+        let norm = gradients.norm();
         if !norm.is_finite() {
             let rows = self.batch_rows();
             return Err(self.non_finite("grad_norm", norm, &rows));
@@ -368,8 +379,8 @@ impl Trainer {
         let clip = if o.max_grad_norm > 0.0 { clip_coefficient(norm, o.max_grad_norm) } else { 1.0 };
         let lr = self.learning_rate();
         let vars: Vec<_> = self.policy.trainables.iter().map(|t| (&t.var, t.decay)).collect();
-        self.optimizer.step(o, lr, clip, &vars, self.gradients.values())?;
-        self.policy.policy.device.changed(&self.policy.policy);
+        self.optimizer.step(o, lr, clip, &vars, self.gradients[0].values())?;
+        self.policy.policy.devices().for_each(|device| device.changed(&self.policy.policy));
         self.state.window.step(norm, lr);
         self.state.step += 1;
         if let Some(sync) = self.spec.dpo.reference_sync

@@ -72,6 +72,7 @@ fn random(shape: &str, seed: u64) -> Policy {
         adapter: None,
         precision: Precision::F32,
         device: ComputeDevice::Cpu,
+        helpers: Arc::default(),
     }
 }
 
@@ -246,6 +247,25 @@ async fn a_gpu_that_fails_for_good_ends_the_process_and_the_next_one_goes_on() {
     let steps: Vec<u64> =
         events.iter().filter_map(|e| if let Some(Event::StepMetrics(s)) = &e.event { Some(s.step) } else { None }).collect();
     assert!(steps.ends_with(&[13, 14]) && steps.contains(&1), "{steps:?}");
+}
+
+#[tokio::test]
+async fn a_server_ends_after_its_gpu_even_when_nobody_waits_for_what_it_computes() {
+    let Some(device) = gpu_name() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let models = format!("tiny={}", golden("models/llama").display());
+    let mut server = Server::start_with(dir.path(), &models, &["--device", &device]);
+    let client = server.client().await;
+    score(&client, "models/tiny", pairs()).await;
+    // Many pairs, each new; the caller leaves while they are computed. The emulator ends the process with another status when its libraries are called by then.
+    let many = (0..8).flat_map(|i| {
+        pairs().into_iter().map(move |mut p| {
+            p.id = format!("{}-{i}", p.id);
+            p
+        })
+    });
+    let left = tokio::time::timeout(Duration::from_millis(150), score(&client, "models/tiny", many.collect())).await;
+    assert!(server.terminate(Duration::from_secs(30)).success(), "after {left:?}");
 }
 
 #[test]

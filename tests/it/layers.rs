@@ -14,8 +14,8 @@ use self::scan::{PathUse, paths};
 const LAYERS: [&str; 8] = ["domain", "math", "model", "train", "engine", "jobs", "rpc", "cli"];
 /// They tie the layers together.
 const EXEMPT: [&str; 2] = ["lib.rs", "main.rs"];
-/// The compute threads.
-const TEAM: &str = "model/ops/team.rs";
+/// The compute threads, and those of a run's other devices.
+const THREADED: [&str; 2] = ["model/ops/team.rs", "train/parallel.rs"];
 /// Lines a source file may have; the aim is 500.
 const MAX_LINES: usize = 520;
 
@@ -127,12 +127,12 @@ fn environment(file: &str, path: &PathUse) -> Option<String> {
     (uses && !allowed).then(|| "touches the environment: only cli/settings does; take it as an argument".into())
 }
 
-/// A thread started outside the engine and the compute team.
+/// A thread started outside the engine and [`THREADED`].
 fn thread(file: &str, own: usize, path: &PathUse) -> Option<String> {
     const STARTS: [&str; 4] = ["spawn", "Builder", "scope", "*"];
     let starts = path.segments.windows(2).any(|w| w[0] == "thread" && STARTS.contains(&w[1].as_str()));
-    (starts && LAYERS[own] != "engine" && file != TEAM)
-        .then(|| format!("starts a thread: only engine and {TEAM} do (rpc and cli use tokio)"))
+    (starts && LAYERS[own] != "engine" && !THREADED.contains(&file))
+        .then(|| format!("starts a thread: only engine and {} do (rpc and cli use tokio)", THREADED.join(" and ")))
 }
 
 /// The path from the crate's root, or `None` where it names no module of this crate for certain.

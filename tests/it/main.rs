@@ -10,6 +10,7 @@ mod crash;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod datasets;
+mod devices;
 mod gateway;
 mod gguf;
 mod golden_losses;

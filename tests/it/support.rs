@@ -48,7 +48,17 @@ pub fn open(name: &str) -> LoadedModel {
 pub fn policy(model: LoadedModel) -> (Policy, ChatTokenizer) {
     let parameters = Parameters::load(&model.config, &model.weights, Precision::F32).unwrap();
     let config = Arc::new(model.config);
-    (Policy { config, parameters: Arc::new(parameters), adapter: None, precision: Precision::F32, device: device() }, model.tokenizer)
+    (
+        Policy {
+            config,
+            parameters: Arc::new(parameters),
+            adapter: None,
+            precision: Precision::F32,
+            device: device(),
+            helpers: Arc::default(),
+        },
+        model.tokenizer,
+    )
 }
 
 /// Where the golden tests compute: BRADLEY_TEST_DEVICE, or the CPU.

@@ -130,15 +130,13 @@ impl Gpu {
         Ok(Arc::new(Gpu { context, stream, blas, module, functions, pool, out_of_memory, lost, name }))
     }
 
-    /// Free bytes of each GPU that the driver sees; none without a driver.
-    pub fn free_of_all() -> Vec<u64> {
+    /// How many the driver sees; 0 without a driver.
+    pub fn count() -> usize {
         // SAFETY: as in `open`.
         if !unsafe { driver_sys::is_culib_present() } {
-            return Vec::new();
+            return 0;
         }
-        let count = CudaContext::device_count().unwrap_or(0);
-        let free = |i| CudaContext::new(i).and_then(|context| context.mem_get_info()).map_or(0, |(free, _)| free as u64);
-        (0..count as usize).map(free).collect()
+        CudaContext::device_count().map_or(0, |count| count as usize)
     }
 
     /// What the maker calls it.

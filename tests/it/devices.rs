@@ -1,0 +1,145 @@
+//! Several devices in one process: a run on each, or one run on all. `cpu,cpu` is two workers on this machine's cores; in the CUDA build with the emulator's
+//! libraries (BRADLEY_TEST_DEVICE=cuda:N) two emulated GPUs, whose memory no other device can touch.
+
+use std::time::{Duration, Instant};
+
+use bradley::rpc::pb::{self, training_event::Event};
+
+use crate::server::{Server, finish, job, pairs, score, scored, state, submit, upload};
+use crate::support::{assert_close, device, golden};
+
+/// What `--device` says, and the environment of a server that has these.
+type Devices = (&'static str, &'static [(&'static str, &'static str)]);
+
+const TWO_EMULATED: Devices = ("cuda:0,cuda:1", &[("EMULATE_DEVICES", "2")]);
+
+/// Two devices of each kind that can be had here.
+fn kinds() -> Vec<Devices> {
+    let mut kinds: Vec<Devices> = vec![("cpu,cpu", &[])];
+    if format!("{:?}", device()).contains("Emulated") {
+        kinds.push(TWO_EMULATED);
+    }
+    kinds
+}
+
+fn start(dir: &std::path::Path, (devices, environment): Devices, more: &[&str]) -> Server {
+    let models = format!("tiny={}", golden("models/llama").display());
+    let flags = [&["--device", devices], more].concat();
+    Server::start_in(dir, &models, &flags, environment)
+}
+
+async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let start = Instant::now();
+    while !holds().await {
+        assert!(start.elapsed() < Duration::from_secs(90), "in vain: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn each_device_trains_a_job_and_scores_its_weights() {
+    for devices in kinds() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut server = start(dir.path(), devices, &[]);
+        let client = server.client().await;
+        let models = client.models().list_models(pb::ListModelsRequest::default()).await.unwrap().into_inner().models;
+        assert_eq!(models[0].device, devices.0);
+        let dataset = upload(&client, "pairs.jsonl").await;
+        let endless = |rate| {
+            let optimizer = Some(pb::OptimizerConfig { learning_rate: Some(rate), ..Default::default() });
+            pb::TrainingJob { optimizer, ..job(&dataset.name, 100_000) }
+        };
+        let jobs = [submit(&client, endless(1e-2)).await, submit(&client, endless(1e-20)).await];
+        // A third one waits: there are two devices.
+        let third = submit(&client, job(&dataset.name, 2)).await;
+        until("both run", async || {
+            state(&client, &jobs[0]).await == pb::JobState::Running && state(&client, &jobs[1]).await == pb::JobState::Running
+        })
+        .await;
+        assert_eq!(state(&client, &third).await, pb::JobState::Queued);
+        // The weights that learn are scored by the worker that trains them, those that stand still by the other; so is a base model, by either.
+        until("the first one has learnt", async || {
+            let results = score(&client, &format!("{}/checkpoints/latest", jobs[0]), pairs()).await.results;
+            results.iter().any(|r| scored(r).margin.abs() > 1e-3)
+        })
+        .await;
+        for policy in [format!("{}/checkpoints/latest", jobs[1]), "models/tiny".into()] {
+            let results = score(&client, &policy, pairs()).await.results;
+            assert!(results.iter().all(|r| scored(r).margin.abs() < 1e-6), "{policy} learns nothing");
+        }
+        client.training().cancel_training_job(pb::CancelTrainingJobRequest { name: jobs[0].clone() }).await.unwrap();
+        finish(&client, &third).await;
+        assert_eq!(state(&client, &third).await, pb::JobState::Succeeded);
+        assert_eq!(state(&client, &jobs[1]).await, pb::JobState::Running, "its device is its own");
+        assert!(server.terminate(Duration::from_secs(60)).success());
+    }
+}
+
+#[tokio::test]
+async fn a_job_of_a_higher_priority_takes_the_place_of_the_lowest() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = start(dir.path(), ("cpu,cpu", &[]), &[]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let with = |priority, steps| pb::TrainingJob { priority, ..job(&dataset.name, steps) };
+    let (low, middle) = (submit(&client, with(0, 100_000)).await, submit(&client, with(1, 100_000)).await);
+    until("both run", async || {
+        state(&client, &low).await == pb::JobState::Running && state(&client, &middle).await == pb::JobState::Running
+    })
+    .await;
+    let high = submit(&client, with(2, 100_000)).await;
+    until("it runs", async || state(&client, &high).await == pb::JobState::Running).await;
+    until("the lowest waits", async || state(&client, &low).await == pb::JobState::Queued).await;
+    assert_eq!(state(&client, &middle).await, pb::JobState::Running);
+}
+
+/// The losses and gradient norms of 8 steps in rows of at most 48 tokens, and margins after them.
+async fn learnt(devices: Devices, more: &[&str]) -> (Vec<[f64; 2]>, Vec<f64>) {
+    let dir = tempfile::tempdir().unwrap();
+    let server = start(dir.path(), devices, more);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let mut wanted = job(&dataset.name, 8);
+    if let Some(batch) = &mut wanted.batch {
+        (batch.batch_size, batch.row_tokens) = (Some(5), Some(48));
+    }
+    let name = submit(&client, wanted).await;
+    let events = finish(&client, &name).await;
+    let step = |e: &pb::TrainingEvent| match &e.event {
+        Some(Event::StepMetrics(s)) => Some([s.metrics["loss"], s.metrics["grad_norm"]]),
+        _ => None,
+    };
+    let results = score(&client, &format!("{name}/checkpoints/latest"), pairs()).await.results;
+    (events.iter().filter_map(step).collect(), results.iter().map(|r| scored(r).margin).collect())
+}
+
+#[tokio::test]
+async fn a_run_on_two_devices_learns_what_it_learns_on_one_and_repeats_bit_for_bit() {
+    for devices in kinds() {
+        let alone = learnt((devices.0.split(',').next().unwrap(), devices.1), &[]).await;
+        let both = learnt(devices, &["--data-parallel", "2"]).await;
+        assert_eq!((alone.0.len(), both.0.len()), (8, 8));
+        // The first step's losses see the same weights; sums of gradients have another order.
+        for (i, (one, two)) in alone.0.iter().zip(&both.0).enumerate() {
+            assert_close(&format!("the loss of step {}", i + 1), two[0], one[0], 1e-4, 0.1);
+            assert_close(&format!("the gradient's norm in step {}", i + 1), two[1], one[1], 1e-3, 0.1);
+        }
+        for (one, two) in alone.1.iter().zip(&both.1) {
+            assert_close("a margin after training", *two, *one, 1e-3, 0.1);
+        }
+        assert_ne!(alone.0, both.0, "two devices add up in another order: were there two?");
+        assert_eq!(both, learnt(devices, &["--data-parallel", "2"]).await, "{}", devices.0);
+    }
+}
+
+#[test]
+fn devices_that_do_not_go_together_are_refused() {
+    for wrong in ["cpu,cuda:0", "cuda:0,cuda:0", "auto,cpu"] {
+        let out = std::process::Command::new(crate::support::binary())
+            .args(["serve", "--models", "m=nowhere", "--device", wrong, "--listen", "127.0.0.1:0"])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(!out.status.success() && said.contains("device") && said.contains(wrong), "{wrong}: {said}");
+    }
+}
