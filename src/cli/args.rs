@@ -201,7 +201,7 @@ pub struct DemoArgs {
     /// What matrix products are computed in: f32 or bf16.
     #[arg(long, default_value = "f32")]
     pub precision: String,
-    /// Where to compute: cpu, cuda:N, or auto (the GPU with the most free memory, else cpu).
+    /// Where to compute: cpu, cuda:N, or several with commas between, or auto (every GPU, else cpu).
     #[arg(long, default_value = "cpu")]
     pub device: String,
     /// Keep the jobs and the trained adapter in this folder; without it a temporary one is used.
