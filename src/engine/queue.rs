@@ -44,6 +44,8 @@ pub(super) enum Work {
     Train,
     /// Nothing to score: begin this run.
     Begin(Box<TrainingRun>),
+    /// Nothing to do, but there are weights to forget.
+    Forget,
     /// Nothing to do, and nothing will come.
     Stop,
 }
@@ -155,10 +157,13 @@ impl Queue {
         Ok(())
     }
 
+    /// Has every worker forget the weights in a folder; one that waits wakes up for it.
     pub fn evict(&self, dir: &Path) {
-        self.lock().workers.iter_mut().for_each(|w| w.evicted.push(dir.to_owned()));
+        self.lock().workers.iter_mut().filter(|w| !w.ended).for_each(|w| w.evicted.push(dir.to_owned()));
+        self.changed.notify_all();
     }
 
+    /// What a worker has to forget before it computes with anything from a folder.
     pub fn take_evicted(&self, worker: usize) -> Vec<PathBuf> {
         std::mem::take(&mut self.lock().workers[worker].evicted)
     }
@@ -218,6 +223,9 @@ impl Queue {
             }
             if inner.draining || inner.handles == 0 {
                 return Work::Stop;
+            }
+            if !inner.workers[seeker.worker].evicted.is_empty() {
+                return Work::Forget;
             }
             inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
@@ -364,6 +372,25 @@ mod tests {
         assert_eq!((first.job.as_str(), second.job.as_str()), ("a", "b"));
         queue.drain();
         assert!(matches!(queue.next(idle(2, None), true, 100), Work::Stop));
+    }
+
+    #[test]
+    fn an_idle_worker_wakes_up_to_forget_weights() {
+        let queue = Queue::new(10, 2);
+        queue.add_handle();
+        std::thread::scope(|s| {
+            let waits = s.spawn(|| queue.next(Seeker { worker: 1, ..IDLE }, true, 100));
+            while queue.lock().workers[1].room.is_none() {
+                std::thread::yield_now();
+            }
+            queue.evict(Path::new("/gone"));
+            assert!(matches!(waits.join(), Ok(Work::Forget)));
+        });
+        assert_eq!(queue.take_evicted(1), [PathBuf::from("/gone")]);
+        let (item, _waits) = entry(1);
+        queue.push(item).unwrap();
+        assert!(matches!(queue.next(IDLE, true, 100), Work::Score(_)), "who has work does that first: it forgets before it computes");
+        assert!(matches!(queue.next(IDLE, true, 100), Work::Forget));
     }
 
     #[test]

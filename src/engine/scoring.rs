@@ -34,6 +34,8 @@ pub(super) struct Live {
 
 /// Scores what waits, and keeps account of the time that it takes from training.
 pub(super) struct Scoring {
+    /// Whose half this is.
+    worker: usize,
     queue: Arc<Queue>,
     bases: Arc<Bases>,
     /// Weights in memory.
@@ -50,8 +52,9 @@ pub(super) struct Scoring {
 }
 
 impl Scoring {
-    pub fn new(queue: Arc<Queue>, bases: Arc<Bases>, options: &EngineOptions) -> Self {
+    pub fn new(worker: usize, queue: Arc<Queue>, bases: Arc<Bases>, options: &EngineOptions) -> Self {
         Scoring {
+            worker,
             queue,
             bases,
             residents: Residents::new(options.resident_policies),
@@ -115,9 +118,17 @@ impl Scoring {
 
     // ---- batches
 
+    /// Forgets weights whose folder is gone or will hold others.
+    pub fn forget_evicted(&mut self) {
+        for dir in self.queue.take_evicted(self.worker) {
+            self.residents.evict(&dir);
+        }
+    }
+
     /// Scores a batch and answers whoever waits; with a run in progress, training is owed its share. Entries share a pass over each of the weights
     /// that they name, policies and references alike.
     pub fn score_batch(&mut self, batch: Vec<Entry>, cache: &ReferenceCache, live: Option<&Live>) {
+        self.forget_evicted();
         let (start, began) = (Instant::now(), SystemTime::now());
         let tokens: usize = batch.iter().map(|e| e.item.tokens()).sum();
         observe(&batch, tokens);

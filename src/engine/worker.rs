@@ -67,7 +67,7 @@ impl Worker {
         options: &EngineOptions,
         training: Option<Training>,
     ) -> Self {
-        let scoring = Scoring::new(queue.clone(), bases.clone(), options);
+        let scoring = Scoring::new(index, queue.clone(), bases.clone(), options);
         Worker { index, queue, bases, scoring, cache, active: None, training }
     }
 
@@ -76,9 +76,7 @@ impl Worker {
         loop {
             self.leave_if_lost();
             let free = self.note_memory();
-            for dir in self.queue.take_evicted(self.index) {
-                self.scoring.residents.evict(&dir);
-            }
+            self.scoring.forget_evicted();
             let job = self.active.as_ref().map(|a| a.run.job.as_str());
             let seeker = Seeker { worker: self.index, job, room: self.training.as_ref().map(|t| free.unwrap_or(t.memory)) };
             let may_score = job.is_none() || self.scoring.has_its_turn();
@@ -86,6 +84,7 @@ impl Worker {
                 Work::Score(batch) => self.scoring.score_batch(batch, &self.cache, self.active.as_ref().map(Active::live).as_ref()),
                 Work::Train => self.train_unit(),
                 Work::Begin(run) => self.begin(*run),
+                Work::Forget => {}
                 Work::Stop => return,
             }
         }
