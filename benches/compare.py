@@ -31,7 +31,7 @@ parser.add_argument("model")
 parser.add_argument("pairs")
 parser.add_argument("--rounds", type=int, default=5)
 parser.add_argument("--train-pairs", type=int, default=4, help="pairs of a step")
-parser.add_argument("--train-steps", type=int, default=2, help="steps of a round: in the first one a process touches its memory for the first time")
+parser.add_argument("--train-steps", type=int, default=2, help="steps of a round: in the first one a process touches its memory for the first time, so those after it have a line of their own, too")
 parser.add_argument("--score-pairs", type=int, default=8)
 parser.add_argument("--max-length", type=int, default=512)
 parser.add_argument("--out", default="compare.jsonl")
@@ -70,6 +70,11 @@ def note(name, precision, which, answer):
     print(json.dumps(answer), file=out, flush=True)
     print(f"{name:24} {precision:5} {which:12} {answer['rate']:8.3f}/s  {answer.get('peak_bytes', 0) / 1e9:6.2f} GB", flush=True)
     results.setdefault((name, precision), {}).setdefault(which, []).append(answer)
+    pairs = answer.get("pairs", 0) - args.train_pairs
+    if answer.get("first_step") and pairs > 0:
+        left = answer["seconds"] - answer["first_step"]
+        later = {"rate": pairs / left, "seconds": left, "gflop": answer.get("gflop", 0) - answer.get("first_gflop", 0), "peak_bytes": answer["peak_bytes"]}
+        results.setdefault((f"{name}, from the second step on", precision), {}).setdefault(which, []).append(later)
 
 
 results = {}

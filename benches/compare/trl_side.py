@@ -57,8 +57,16 @@ def lora():
 
 
 def train(chosen):
+    """Seconds of the whole run, and of its first step."""
     from datasets import Dataset
+    from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
+
+    ends = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            ends.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
         args = DPOConfig(
@@ -74,12 +82,13 @@ def train(chosen):
             use_cpu=True,
             disable_tqdm=True,
             dataloader_drop_last=False,
+            train_sampling_strategy="sequential",  # the same pairs in a step on both sides
         )
         config = lora() if mode == "train-lora" else None
-        trainer = DPOTrainer(model=load(), ref_model=None if config else load(), args=args, train_dataset=Dataset.from_list(chosen), processing_class=tokenizer, peft_config=config)
+        trainer = DPOTrainer(model=load(), ref_model=None if config else load(), args=args, train_dataset=Dataset.from_list(chosen), processing_class=tokenizer, peft_config=config, callbacks=[Clock()])
         start = time.perf_counter()
         trainer.train()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, ends[0] - start
 
 
 def sequences(row):
@@ -112,7 +121,7 @@ def score(chosen):
         log_probs(model, chunk)
         with model.disable_adapter():
             log_probs(model, chunk)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, 0.0
 
 
 model = None
@@ -125,6 +134,6 @@ for line in sys.stdin:
     first, last = map(int, line.split()[:2])
     chosen = rows[first:last]
     tokens = sum(len(s) for row in chosen for _, s in sequences(row))
-    seconds = score(chosen) if mode == "score" else train(chosen)
+    seconds, first_step = score(chosen) if mode == "score" else train(chosen)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "pairs": len(chosen), "tokens": tokens, "peak_bytes": peak}), file=out, flush=True)
+    print(json.dumps({"seconds": seconds, "first_step": first_step, "pairs": len(chosen), "tokens": tokens, "peak_bytes": peak}), file=out, flush=True)
