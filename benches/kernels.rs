@@ -77,6 +77,12 @@ fn gate_forward_64x576x1536(bencher: Bencher, precision: &str) {
     product(bencher, precision, 64, 576, 1536, false);
 }
 
+/// The gradient of an adapter's A or B: a low rank of rows, summed over tokens.
+#[divan::bench(args = PRECISIONS)]
+fn adapter_gradient_16x550x1536(bencher: Bencher, precision: &str) {
+    product(bencher, precision, 16, 550, 1536, true);
+}
+
 /// A block of a 1.7B model (SmolLM2-1.7B: C 2048, F 8192).
 #[divan::bench(args = PRECISIONS)]
 fn gate_forward_550x2048x8192(bencher: Bencher, precision: &str) {

@@ -12,7 +12,11 @@ use super::gradients::{GradientSink, Place, Slot};
 use super::ops::Held;
 use super::ops::buffer::Buffer;
 use super::ops::gemm::{Kernel, Operand, Term, Threads, View, matmul};
+use super::ops::team;
 use super::parameters::Projection;
+
+/// Outputs whose gradients one task adds.
+const OUTPUTS: usize = 192;
 
 struct Member<'a> {
     /// Which projection of the block.
@@ -195,9 +199,12 @@ impl<'a> Group<'a> {
                 let u = Operand::new(kernel, View::f32(&u[m.rank_column..], self.ranks).t(), rank, tokens, self.scale);
                 let mut db = Buffer::dirty(rank * m.out);
                 matmul(rank, m.out, &[Term { a: &u, b: g.view() }], &mut db, m.out, false, Threads::All);
-                for (o, slot) in slot.chunks_mut(rank).enumerate() {
-                    slot.iter_mut().enumerate().for_each(|(r, s)| *s += db[r * m.out + o]);
-                }
+                let width = m.out;
+                team::chunks(slot, rank * OUTPUTS, |i, slots| {
+                    for (slot, o) in slots.chunks_mut(rank).zip(i * OUTPUTS..) {
+                        slot.iter_mut().enumerate().for_each(|(r, s)| *s += db[r * width + o]);
+                    }
+                });
             }
         }
     }

@@ -7,6 +7,7 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::team;
 use crate::model::ranges::Ranges;
 
 /// In bytes; every buffer begins at a multiple, so that none shares a cache line with another, or a vector's load crosses into one.
@@ -167,10 +168,11 @@ impl Buffer {
         b
     }
 
-    /// A copy of `values`.
+    /// A copy of `values`, made by all threads.
     pub fn copy_of(values: &[f32]) -> Self {
+        const PART: usize = 1 << 16;
         let mut b = Self::dirty(values.len());
-        b.copy_from_slice(values);
+        team::chunks(&mut b, PART, |i, to| to.copy_from_slice(&values[i * PART..][..to.len()]));
         b
     }
 

@@ -15,9 +15,11 @@ const MAX_ROWS: usize = 128;
 /// Probabilities that are worth keeping for the weight's gradient: 256 MiB.
 pub const KEPT: usize = 1 << 26;
 
-/// Rows of a task: two tasks a thread where that is enough, in whole tiles of the kernels. No row's result depends on it.
-fn rows_per_task(rows: usize) -> usize {
-    (rows / (2 * team::threads()) / 32 * 32).clamp(32, MAX_ROWS)
+/// Rows of a task: as many tasks for each thread, of about one size, in whole strips of the kernel. No row's result depends on it.
+fn rows_per_task(kernel: Kernel, rows: usize) -> usize {
+    let turns = 2 * team::threads();
+    let tasks = turns * rows.div_ceil(turns * MAX_ROWS).max(1);
+    rows.div_ceil(tasks).max(1).next_multiple_of(kernel.rows())
 }
 
 /// What else is known of the distribution that predicted a token.
@@ -156,7 +158,7 @@ pub fn head(kernel: Kernel, h: &[f32], w: Elements, hidden: usize, targets: &[u3
     let (rows, vocabulary) = (targets.len(), w.len() / hidden);
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
     let mut running = vec![START; rows];
-    let per_task = rows_per_task(rows);
+    let per_task = rows_per_task(kernel, rows);
     let mut gradient = Buffer::dirty(if options.gradient { rows * hidden } else { 0 });
     let mut kept = options.trained.map_or_else(Kept::default, |at_most| Kept::new(rows, vocabulary, at_most));
     for_each_tile(kernel, w, hidden, 0, options.gradient, |tile| {
@@ -174,11 +176,12 @@ pub fn head(kernel: Kernel, h: &[f32], w: Elements, hidden: usize, targets: &[u3
                 &mut *passing
             };
             tile.logits(kernel, &operand, first, n, logits);
-            let rows = logits.chunks_mut(TILE).zip(running.iter_mut()).zip(&targets[first..first + n]);
-            for (r, ((row, running), &y)) in rows.enumerate() {
+            let take = |r: usize, row: &mut [f32]| {
+                let (running, y) = (&mut running[r], targets[first + r]);
                 dispatch(
                     #[inline(always)]
                     || {
+                        row[tile.width..].fill(0.0);
                         let scale = running.take(&mut row[..tile.width], tile.first, y, options.distribution);
                         if options.trained.is_some() {
                             // SAFETY: there is one for each row and tile, and this task alone touches its rows'.
@@ -191,10 +194,14 @@ pub fn head(kernel: Kernel, h: &[f32], w: Elements, hidden: usize, targets: &[u3
                         }
                     },
                 );
-            }
+            };
             if options.gradient {
+                let p = Operand::prepared(kernel, logits, TILE, take);
                 // SAFETY: as above.
-                unsafe { tile.weighted_sum(kernel, logits, n, out.at(first * hidden), tile.first > 0) };
+                unsafe { tile.weighted_sum(kernel, &p, n, out.at(first * hidden), tile.first > 0) };
+            } else {
+                let mut take = take;
+                logits.chunks_mut(TILE).enumerate().for_each(|(r, row)| take(r, row));
             }
         });
     });
@@ -240,7 +247,7 @@ pub fn head_weight_gradient(
     let (rows, vocabulary) = (targets.len(), w.len() / hidden);
     let Kept { mut exponentials, maxima } = std::mem::take(&mut output.kept);
     assert_eq!(maxima.len(), vocabulary.div_ceil(TILE) * rows, "the head's forward pass was not told that it is trained");
-    let per_task = rows_per_task(rows);
+    let per_task = rows_per_task(kernel, rows);
     let m = |tile: usize, row: usize| maxima[tile * rows + row];
     // e^(l − m) of some rows of a tile, from `first` on, becomes E.
     let finish = |tile: usize, width: usize, first: usize, errors: &mut [f32]| {
@@ -331,13 +338,12 @@ impl Tile<'_> {
         }
     }
 
-    /// `to` `[n, C]` = keep·to + p·W over this tile, with `p` `[n, TILE]`.
+    /// `to` `[n, C]` = keep·to + p·W over this tile, with `p` `[n, TILE]`, zero beyond the tile's tokens.
     ///
     /// # Safety
     /// `to` is valid for `n` rows and nobody else touches them.
-    unsafe fn weighted_sum(&self, kernel: Kernel, p: &[f32], n: usize, to: *mut f32, keep: bool) {
+    unsafe fn weighted_sum(&self, kernel: Kernel, p: &Operand, n: usize, to: *mut f32, keep: bool) {
         let k = kernel.depth(self.width);
-        let p = Operand::new(kernel, View::f32(p, TILE), n, self.width, 1.0);
         for i in 0..self.hidden.div_ceil(NR) {
             let product = p.product(0, 0, k, &self.along[i * NR * k..]);
             // SAFETY: by the caller.

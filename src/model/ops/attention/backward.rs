@@ -102,7 +102,7 @@ impl Sweep<'_> {
         over_keys(kernel, &Operand::new(kernel, q, rows, heads.dim, 1.0), rows, &self.packed.keys, kv, block, &mut p);
         let g = View::f32(&self.g[at(block.queries.start)..], width);
         over_keys(kernel, &Operand::new(kernel, g, rows, heads.dim, 1.0), rows, &self.packed.values, kv, block, &mut ds);
-        for (i, (p, ds)) in p.chunks_mut(columns).zip(ds.chunks_mut(columns)).enumerate() {
+        let [p, ds] = Operand::prepared_pair(kernel, [&mut p, &mut ds], columns, |i, p, ds| {
             let t = block.queries.start + i;
             let (out, g) = (&self.out[at(t)..at(t) + heads.dim], &self.g[at(t)..at(t) + heads.dim]);
             let lse = self.lse[t * heads.query + head];
@@ -125,17 +125,13 @@ impl Sweep<'_> {
                     ds[cleared..].fill(0.0);
                 },
             );
-        }
-        let whole = Operand::new(kernel, View::f32(&ds, columns), rows, columns, 1.0);
+        });
         // SAFETY: this task alone writes dQ of its queries and head.
         unsafe {
             let to = self.dqkv.at(block.queries.start * row + head * heads.dim);
-            sum_over_keys(kernel, &whole, rows, &self.packed.key_rows, kv, block, to, row);
+            sum_over_keys(kernel, &ds, rows, &self.packed.key_rows, kv, block, to, row);
         }
-        Transposed {
-            p: Operand::owned(kernel, View::f32(&p, columns).t(), columns, rows),
-            ds: Operand::owned(kernel, View::f32(&ds, columns).t(), columns, rows),
-        }
+        Transposed { p: p.transposed(), ds: ds.transposed() }
     }
 
     /// dK and dV of the `i`-th panel of a segment's keys.

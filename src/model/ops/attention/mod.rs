@@ -167,7 +167,7 @@ pub fn attention(kernel: Kernel, qkv: &[f32], heads: Heads, layout: &RowLayout, 
         let q = Operand::new(kernel, q, rows, heads.dim, 1.0);
         over_keys(kernel, &q, rows, &keys, head / group, block, &mut s);
         let mut inverse = [0f32; BLOCK];
-        for (i, s) in s.chunks_mut(columns).enumerate() {
+        let p = Operand::prepared(kernel, &mut s, columns, |i, s| {
             let visible = block.visible(i, heads.window);
             let (m, total) = dispatch(
                 #[inline(always)]
@@ -176,8 +176,7 @@ pub fn attention(kernel: Kernel, qkv: &[f32], heads: Heads, layout: &RowLayout, 
             inverse[i] = 1.0 / total;
             // SAFETY: this task alone writes its queries and head.
             unsafe { *lse.at((block.queries.start + i) * heads.query + head) = m + total.ln() };
-        }
-        let p = Operand::new(kernel, View::f32(&s, columns), rows, columns, 1.0);
+        });
         // SAFETY: as above; the rows of the output lie `width` apart.
         unsafe {
             let to = out.at(block.queries.start * width + head * heads.dim);

@@ -75,7 +75,7 @@ impl Kernel {
     }
 
     /// Rows the kernel likes to have at a time.
-    pub(super) fn rows(self) -> usize {
+    pub(crate) fn rows(self) -> usize {
         if self == Kernel::Amx { 32 } else { MR }
     }
 }

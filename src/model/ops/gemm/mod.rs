@@ -29,6 +29,9 @@ const BLOCK_DEPTH: usize = 1024;
 const BLOCK_UNITS: usize = 1 << 20;
 /// Up to so many units of A, which then stay in the L2 cache, every thread packs the panels that it multiplies.
 const SMALL_A: usize = 1 << 18;
+/// Up to so many rows of A, reading B is what takes time: its rows are read one after the other, a slice of this many units at a time.
+const NARROW: usize = 64;
+const SLICE_DEPTH: usize = 64;
 /// Below this many multiplications, threads cost more than they save.
 const PARALLEL_FROM: usize = 1 << 19;
 
@@ -131,25 +134,28 @@ pub fn matmul(m: usize, n: usize, terms: &[Term], c: &mut [f32], stride: usize, 
     }
     let work: usize = terms.iter().map(|t| m * n * t.a.cols).sum();
     let threads = if work < PARALLEL_FROM { Threads::One } else { threads };
+    if m <= NARROW && kernel != Kernel::Amx && terms.iter().all(|t| t.b.col_stride == 1) {
+        return by_slices(kernel, (m, n), &blocks(kernel, terms, SLICE_DEPTH), c, stride, keep, threads);
+    }
     let mut keep = keep;
-    for block in blocks(kernel, terms) {
+    for block in blocks(kernel, terms, BLOCK_DEPTH) {
         block_product(kernel, (m, n), &block, c, stride, keep, threads);
         keep = true;
     }
 }
 
-/// Cuts the sum over all terms into blocks of at most [`BLOCK_DEPTH`] units.
-fn blocks<'a>(kernel: Kernel, terms: &[Term<'a>]) -> Vec<Vec<Piece<'a>>> {
+/// Cuts the sum over all terms into blocks of at most `most` units.
+fn blocks<'a>(kernel: Kernel, terms: &[Term<'a>], most: usize) -> Vec<Vec<Piece<'a>>> {
     let mut blocks: Vec<Vec<Piece>> = Vec::new();
     let mut room = 0;
     for term in terms {
         let mut start = 0;
         while start < term.a.cols {
-            let k = (term.a.cols - start).min(kernel.elements(BLOCK_DEPTH));
+            let k = (term.a.cols - start).min(kernel.elements(most));
             let depth = kernel.depth(k);
             if depth > room {
                 blocks.push(Vec::new());
-                room = BLOCK_DEPTH;
+                room = most;
             }
             room -= depth;
             if let Some(block) = blocks.last_mut() {
@@ -236,6 +242,20 @@ fn block_product(kernel: Kernel, (m, n): (usize, usize), pieces: &[Piece], c: &m
         }
         Threads::All => by_rows(&task),
     }
+}
+
+/// Slices of B's rows outside, panels inside: for so few rows that the output stays in the L2 cache.
+fn by_slices(kernel: Kernel, (m, n): (usize, usize), slices: &[Vec<Piece>], c: &mut [f32], stride: usize, keep: bool, threads: Threads) {
+    let panels = n.div_ceil(NR);
+    let tasks = if threads == Threads::All { panels.min(2 * team::threads()) } else { 1 };
+    let out = Shared(c.as_mut_ptr());
+    team::for_each(tasks, |i| {
+        for (s, pieces) in slices.iter().enumerate() {
+            let depth = pieces.iter().map(|p| p.depth).sum();
+            let task = BlockTask { kernel, m, n, pieces, depth, out, stride, keep: keep || s > 0 };
+            by_panels(&task, panels * i / tasks..panels * (i + 1) / tasks);
+        }
+    });
 }
 
 /// Packs one panel after the other and multiplies it at once, while it is in the nearest cache: for few rows, whose A is there too.

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::kernel::{Kernel, Product};
-use super::pack::{interleave, round, transpose};
+use super::pack::{interleave, round, transpose, transpose_pairs};
 use super::{Elements, ROW_PADDING, View};
 use crate::model::ops::buffer::Buffer;
 use crate::model::ops::team;
@@ -64,6 +64,39 @@ impl<'a> Operand<'a> {
         Operand { kernel, rows, cols, units: Units::Own(own), stride: depth }
     }
 
+    /// The operand `[rows, cols]` of what `prepare(i, row)` makes of each row of `values`. Where the kernel rounds, a row is rounded while it is in the
+    /// nearest cache. Uses one thread.
+    pub(crate) fn prepared(kernel: Kernel, values: &'a mut [f32], cols: usize, mut prepare: impl FnMut(usize, &mut [f32])) -> Self {
+        let mut rounded = Rounded::new(kernel, values.len() / cols, cols);
+        for (i, row) in values.chunks_exact_mut(cols).enumerate() {
+            prepare(i, row);
+            rounded.write(i, row);
+        }
+        rounded.operand(values)
+    }
+
+    /// Two operands of one shape, as [`Operand::prepared`] makes them.
+    pub(crate) fn prepared_pair(
+        kernel: Kernel,
+        [first, second]: [&'a mut [f32]; 2],
+        cols: usize,
+        mut prepare: impl FnMut(usize, &mut [f32], &mut [f32]),
+    ) -> [Self; 2] {
+        let mut rounded = [first.len(), second.len()].map(|len| Rounded::new(kernel, len / cols, cols));
+        for (i, (x, y)) in first.chunks_exact_mut(cols).zip(second.chunks_exact_mut(cols)).enumerate() {
+            prepare(i, x, y);
+            rounded[0].write(i, x);
+            rounded[1].write(i, y);
+        }
+        let [x, y] = rounded;
+        [x.operand(first), y.operand(second)]
+    }
+
+    /// Its transpose `[cols, rows]`, a copy.
+    pub(crate) fn transposed(&self) -> Operand<'static> {
+        Operand::owned(self.kernel, self.view().t(), self.cols, self.rows)
+    }
+
     /// Some of its rows.
     pub fn part(&self, rows: Range<usize>) -> Operand<'_> {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "operand: rows {rows:?} of {}", self.rows);
@@ -109,6 +142,36 @@ impl<'a> Operand<'a> {
         debug_assert!(panel.len() >= depth * super::NR);
         // SAFETY: row and start lie inside the matrix.
         Product { a: unsafe { units.add(offset) }, stride: self.stride, b: panel.as_ptr(), depth }
+    }
+}
+
+/// An operand whose rows are rounded one after the other, if its kernel rounds.
+struct Rounded {
+    kernel: Kernel,
+    rows: usize,
+    cols: usize,
+    depth: usize,
+    own: Buffer,
+}
+
+impl Rounded {
+    fn new(kernel: Kernel, rows: usize, cols: usize) -> Self {
+        let depth = kernel.depth(cols);
+        let own = if kernel.pairs() { Buffer::dirty((rows + ROW_PADDING) * depth) } else { Buffer::default() };
+        Rounded { kernel, rows, cols, depth, own }
+    }
+
+    fn write(&mut self, i: usize, row: &[f32]) {
+        if self.kernel.pairs() {
+            round_row(self.kernel, row, &mut self.own.units_mut()[i * self.depth..(i + 1) * self.depth]);
+        }
+    }
+
+    /// The operand; `values` as they lie where the kernel does not round.
+    fn operand(self, values: &[f32]) -> Operand<'_> {
+        let Rounded { kernel, rows, cols, depth, own } = self;
+        let units = if kernel.pairs() { Units::Own(own) } else { Units::Lent(units_of(values)) };
+        Operand { kernel, rows, cols, units, stride: depth }
     }
 }
 
@@ -176,6 +239,9 @@ fn pairs(
             to[cols..].fill(bf16::ZERO);
         }
         return;
+    }
+    if let (Elements::Bf16(v), 1.0) = (view.elements, scale) {
+        return transpose_pairs(&v[first..], view.col_stride, cols, rows, dst, depth);
     }
     // Contiguous along the rows of A: two neighbouring k are rounded, interleaved into pairs, and the pairs are transposed.
     let mut paired = Buffer::dirty(used * rows);

@@ -177,6 +177,34 @@ pub(super) unsafe fn transpose(src: *const u32, len: usize, stride: usize, rows:
     }
 }
 
+/// `dst[c·dst_stride + p] = src[2p·stride + c] | src[(2p + 1)·stride + c] << 16` for c < cols and 2p < rows; what is beyond the last row is 0, up to
+/// `dst_stride`. For kernels over pairs.
+pub(super) fn transpose_pairs(src: &[bf16], stride: usize, rows: usize, cols: usize, dst: &mut [u32], dst_stride: usize) {
+    if rows == 0 || cols == 0 {
+        return;
+    }
+    assert!((rows - 1) * stride + cols <= src.len() && cols * dst_stride <= dst.len() && rows.div_ceil(2) <= dst_stride);
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx512bw") && std::arch::is_x86_feature_detected!("avx512vl") {
+        for c in (0..cols).step_by(16) {
+            for p in (0..dst_stride).step_by(16) {
+                let (rows, cols) = (rows.saturating_sub(2 * p).min(32), (cols - c).min(16));
+                // SAFETY: the assertion bounds both sides, of which only so many rows, columns and units are touched; the instructions are there.
+                unsafe {
+                    let from = src.as_ptr().add((2 * p * stride + c).min(src.len()));
+                    let to = dst.as_mut_ptr().add(c * dst_stride + p);
+                    x86::transpose_pairs16(from, stride, rows, cols, to, dst_stride, (dst_stride - p).min(16));
+                }
+            }
+        }
+        return;
+    }
+    let at = |r: usize, c: usize| if r < rows { u32::from(src[r * stride + c].to_bits()) } else { 0 };
+    for (c, line) in dst.chunks_mut(dst_stride).enumerate().take(cols) {
+        line.iter_mut().enumerate().for_each(|(p, unit)| *unit = at(2 * p, c) | at(2 * p + 1, c) << 16);
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
@@ -262,40 +290,93 @@ mod x86 {
             for (i, row) in r.iter_mut().enumerate() {
                 *row = _mm512_loadu_si512(src.add(i * stride).cast());
             }
-            let mut t = r;
-            for i in 0..8 {
-                t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-                t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-            }
-            for i in 0..4 {
-                r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-                r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-                r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-                r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-            }
-            for i in 0..4 {
-                t[i] = _mm512_shuffle_i32x4::<0x88>(r[i], r[4 + i]);
-                t[4 + i] = _mm512_shuffle_i32x4::<0xdd>(r[i], r[4 + i]);
-                t[8 + i] = _mm512_shuffle_i32x4::<0x88>(r[8 + i], r[12 + i]);
-                t[12 + i] = _mm512_shuffle_i32x4::<0xdd>(r[8 + i], r[12 + i]);
-            }
-            for i in 0..4 {
-                for (column, value) in [
-                    (i, _mm512_shuffle_i32x4::<0x88>(t[i], t[8 + i])),
-                    (4 + i, _mm512_shuffle_i32x4::<0x88>(t[4 + i], t[12 + i])),
-                    (8 + i, _mm512_shuffle_i32x4::<0xdd>(t[i], t[8 + i])),
-                    (12 + i, _mm512_shuffle_i32x4::<0xdd>(t[4 + i], t[12 + i])),
-                ] {
-                    _mm512_storeu_si512(dst.add(column * dst_stride).cast(), value);
-                }
+            for (i, column) in columns(r).into_iter().enumerate() {
+                _mm512_storeu_si512(dst.add(i * dst_stride).cast(), column);
             }
         }
+    }
+
+    /// The first `pairs` units of up to 16 columns, each of two neighbouring rows of up to 32; rows beyond are 0.
+    ///
+    /// # Safety
+    /// `src` is valid for `rows` rows of `cols` elements, `dst` for `cols` rows of `pairs` units.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub unsafe fn transpose_pairs16(
+        src: *const bf16,
+        stride: usize,
+        rows: usize,
+        cols: usize,
+        dst: *mut u32,
+        dst_stride: usize,
+        pairs: usize,
+    ) {
+        let mask = |n: usize| if n >= 16 { u16::MAX } else { (1u16 << n) - 1 };
+        let mut r = [_mm512_setzero_si512(); 16];
+        for (i, pair) in r.iter_mut().enumerate().take(rows.div_ceil(2)) {
+            let high = if 2 * i + 1 < rows { mask(cols) } else { 0 };
+            // SAFETY: masked to rows and columns that the caller has.
+            unsafe {
+                let l = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask(cols), src.add(2 * i * stride).cast()));
+                let h = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(high, src.wrapping_add((2 * i + 1) * stride).cast()));
+                *pair = _mm512_or_si512(l, _mm512_slli_epi32::<16>(h));
+            }
+        }
+        for (i, column) in columns(r).into_iter().enumerate().take(cols) {
+            // SAFETY: as above.
+            unsafe { _mm512_mask_storeu_epi32(dst.add(i * dst_stride).cast(), mask(pairs), column) };
+        }
+    }
+
+    /// The columns of sixteen rows of sixteen units.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn columns(mut r: [__m512i; 16]) -> [__m512i; 16] {
+        let mut t = r;
+        for i in 0..8 {
+            t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+            t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+        }
+        for i in 0..4 {
+            r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+            r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+            r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+            r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+        }
+        for i in 0..4 {
+            t[i] = _mm512_shuffle_i32x4::<0x88>(r[i], r[4 + i]);
+            t[4 + i] = _mm512_shuffle_i32x4::<0xdd>(r[i], r[4 + i]);
+            t[8 + i] = _mm512_shuffle_i32x4::<0x88>(r[8 + i], r[12 + i]);
+            t[12 + i] = _mm512_shuffle_i32x4::<0xdd>(r[8 + i], r[12 + i]);
+        }
+        for i in 0..4 {
+            r[i] = _mm512_shuffle_i32x4::<0x88>(t[i], t[8 + i]);
+            r[4 + i] = _mm512_shuffle_i32x4::<0x88>(t[4 + i], t[12 + i]);
+            r[8 + i] = _mm512_shuffle_i32x4::<0xdd>(t[i], t[8 + i]);
+            r[12 + i] = _mm512_shuffle_i32x4::<0xdd>(t[4 + i], t[12 + i]);
+        }
+        r
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn transposing_pairs_puts_neighbouring_rows_side_by_side() {
+        for (rows, cols, beyond) in [(64, 32, 0), (33, 47, 3), (1, 5, 1), (64, 352, 0), (31, 16, 0)] {
+            let (stride, depth) = (cols + 3, usize::div_ceil(rows, 2) + beyond);
+            let src: Vec<bf16> = (0..rows * stride).map(|i| bf16::from_bits(i as u16 + 1)).collect();
+            let mut dst = vec![u32::MAX; cols * depth];
+            transpose_pairs(&src[..(rows - 1) * stride + cols], stride, rows, cols, &mut dst, depth);
+            let at = |r: usize, c: usize| if r < rows { u32::from(src[r * stride + c].to_bits()) } else { 0 };
+            for c in 0..cols {
+                for p in 0..depth {
+                    assert_eq!(dst[c * depth + p], at(2 * p, c) | at(2 * p + 1, c) << 16, "({p}, {c}) of {rows}x{cols}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn transposing_moves_every_unit_to_its_place() {

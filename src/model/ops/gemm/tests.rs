@@ -101,6 +101,35 @@ fn an_operand_computed_row_by_row_is_the_one_of_the_whole_matrix_and_so_are_its_
     }
 }
 
+#[test]
+fn operands_prepared_in_place_and_their_transposes_are_those_of_the_finished_matrix() {
+    let n = 40;
+    for (m, k) in [(45, 71), (64, 352), (1, 2), (3, 64)] {
+        let (a, b, down) = (values("a", m * k), values("b", k * n), values("down", m * n));
+        let done: Vec<f32> = a.iter().enumerate().map(|(i, x)| x * (i / k + 1) as f32).collect();
+        for kernel in Kernel::available() {
+            let product = |a: &Operand, rows: usize, b: &[f32]| {
+                let mut c = vec![0f32; rows * n];
+                matmul(rows, n, &[Term { a, b: View::f32(b, n) }], &mut c, n, false, Threads::All);
+                c
+            };
+            let scale = |i: usize, row: &mut [f32]| row.iter_mut().for_each(|x| *x *= (i + 1) as f32);
+            let (mut one, mut two, mut three) = (a.clone(), a.clone(), a.clone());
+            let prepared = Operand::prepared(kernel, &mut one, k, scale);
+            let [first, second] = Operand::prepared_pair(kernel, [&mut two, &mut three], k, |i, x, y| {
+                scale(i, x);
+                y.copy_from_slice(x);
+            });
+            let whole = product(&Operand::new(kernel, View::f32(&done, k), m, k, 1.0), m, &b);
+            let transposed = product(&Operand::new(kernel, View::f32(&done, k).t(), k, m, 1.0), k, &down);
+            for operand in [prepared, first, second] {
+                assert_eq!(product(&operand, m, &b), whole, "{kernel:?} {m}x{k}");
+                assert_eq!(product(&operand.transposed(), k, &down), transposed, "{kernel:?} {m}x{k}");
+            }
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
@@ -112,10 +141,12 @@ proptest! {
         for kernel in Kernel::available() {
             let all = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);
             let one = Operand::new(kernel, View::f32(&a[row * k..], k), 1, k, 1.0);
-            let (mut x, mut y) = (vec![0f32; m * n], vec![0f32; n]);
-            matmul(m, n, &[Term { a: &all, b: View::f32(&b, k).t() }], &mut x, n, false, Threads::All);
-            matmul(1, n, &[Term { a: &one, b: View::f32(&b, k).t() }], &mut y, n, false, Threads::One);
-            prop_assert_eq!(&x[row * n..(row + 1) * n], &y[..], "{:?}", kernel);
+            for b in [View::f32(&b, k).t(), View::f32(&b, n)] {
+                let (mut x, mut y) = (vec![0f32; m * n], vec![0f32; n]);
+                matmul(m, n, &[Term { a: &all, b }], &mut x, n, false, Threads::All);
+                matmul(1, n, &[Term { a: &one, b }], &mut y, n, false, Threads::One);
+                prop_assert_eq!(&x[row * n..(row + 1) * n], &y[..], "{:?}", kernel);
+            }
         }
     }
 }
