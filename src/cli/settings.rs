@@ -224,6 +224,15 @@ impl Settings {
                 .bad
                 .push("artifact_url", "is not set: replicas that share a database must find the same files, e.g. file:///a/shared/folder");
         }
+        let devices = reader
+            .parse("device", "cpu, cuda:N, auto, or different GPUs with commas between", DeviceChoice::parse_list)
+            .unwrap_or_default();
+        let data_parallel = reader.number("data_parallel", 1).unwrap_or(1);
+        // How many `auto` finds is known when the engine starts, which warns.
+        if !devices.is_empty() && !devices.contains(&DeviceChoice::Auto) && data_parallel > devices.len() {
+            let problem = format!("is {data_parallel}, but device names {}: name as many devices, or lower it", devices.len());
+            reader.bad.push("data_parallel", problem);
+        }
         let tls = reader.tls();
         let traces = reader.optional("otlp_endpoint", "a URL such as http://collector:4317", |s| {
             (s.starts_with("http://") || s.starts_with("https://")).then(|| s.to_owned())
@@ -268,10 +277,8 @@ impl Settings {
                 .flatten(),
             threads: reader.number("threads", 0).unwrap_or_default(),
             engine: EngineOptions {
-                devices: reader
-                    .parse("device", "cpu, cuda:N, auto, or different GPUs with commas between", DeviceChoice::parse_list)
-                    .unwrap_or_default(),
-                data_parallel: reader.number("data_parallel", 1).unwrap_or(1),
+                devices,
+                data_parallel,
                 precision: reader.parse("precision", "f32 or bf16", Precision::parse).unwrap_or_default(),
                 queue_tokens: reader.number("queue_tokens", 1).unwrap_or(defaults.queue_tokens),
                 batch_tokens: reader.number("batch_tokens", 1).unwrap_or(defaults.batch_tokens),
@@ -450,6 +457,14 @@ mod tests {
         {
             assert!(origins.contains(&expected), "{expected} is missing from {origins:?}");
         }
+    }
+
+    #[test]
+    fn a_run_cannot_use_more_devices_than_are_named() {
+        let resolve = |device, n| Settings::resolve(&sources(&[("models", "/x"), ("device", device), ("data_parallel", n)], &[], ""));
+        let bad = resolve("cuda:0,cuda:1", "3").err().unwrap();
+        assert!(bad.0.iter().any(|v| v.field == "data_parallel" && v.description.contains("device names 2")), "{bad:?}");
+        assert!(resolve("cuda:0,cuda:1", "2").is_ok() && resolve("auto", "8").is_ok() && resolve("cpu", "1").is_ok());
     }
 
     #[test]

@@ -17,7 +17,7 @@ use super::ops::buffer::Buffer;
 use super::ops::gemm::{Kernel, Operand, View};
 use super::ops::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm_backward, rms_norm_operand};
 use super::ops::rope::{Direction, rotate};
-use super::ops::swiglu::{swiglu, swiglu_again, swiglu_backward, swiglu_gradients, swiglu_kept};
+use super::ops::swiglu::{GateUp, GradientTiles, KeepGateUp, SwigluTiles, swiglu, swiglu_backward};
 use super::parameters::projection;
 use super::projections::Group;
 
@@ -40,19 +40,13 @@ pub struct BlockTape {
     low_rank: [Buffer; 4],
 }
 
-/// The largest part of a tape.
-enum GateUp {
-    F32(Buffer),
-    /// Rounded, as its gradient will be: where products are computed in bf16 and only an adapter is trained.
-    Bf16(Operand<'static>),
-}
-
 /// A block's tensors, opened.
 struct Open<'a> {
     index: usize,
     kernel: Kernel,
     heads: Heads,
-    feed_forward: usize,
+    /// F.
+    width: usize,
     eps: f32,
     input_norm: Held<'a>,
     post_norm: Held<'a>,
@@ -91,7 +85,7 @@ impl<'a> Open<'a> {
                 dim: config.head_dim,
                 window: config.sliding_window.get(index).copied().flatten(),
             },
-            feed_forward: config.intermediate_size,
+            width: config.intermediate_size,
             eps: config.rms_norm_eps as f32,
             input_norm: Held::of(&block.input_norm)?,
             post_norm: Held::of(&block.post_norm)?,
@@ -112,6 +106,33 @@ impl<'a> Open<'a> {
             groups[which].add_low_rank(x, rows.clone(), y);
         }
         Ok(u)
+    }
+
+    /// y = silu(gate) ⊙ up `[T, F]`, what is kept of `[gate | up]`, and x·Aᵀ of both. A tape for an adapter's gradient, where the kernel rounds, is rounded.
+    fn feed_forward(&self, x: &Operand, tokens: usize, keep: bool, adapted: bool) -> Result<(Operand<'static>, Option<GateUp>, Buffer)> {
+        let keep = match keep {
+            false => KeepGateUp::No,
+            true if self.kernel.pairs() && adapted => KeepGateUp::Bf16,
+            true => KeepGateUp::F32,
+        };
+        if self.parts.is_empty() && self.gate_up.is_tiled::<2>() {
+            let tiles = SwigluTiles::new(self.kernel, tokens, self.width, keep);
+            // SAFETY: each tile is given to one task.
+            let u = self.gate_up.forward_tiles(x, tokens, |rows, columns, [gate, up]| unsafe { tiles.take(rows, columns, gate, up) });
+            let (y, kept) = tiles.finish();
+            return Ok((y, kept, u));
+        }
+        let mut gate_up = Buffer::dirty(tokens * 2 * self.width);
+        let u = self.project(2, x, tokens, &mut gate_up, false)?;
+        let y = swiglu(self.kernel, &gate_up, self.width);
+        let kept = match keep {
+            KeepGateUp::No => None,
+            KeepGateUp::F32 => Some(GateUp::F32(gate_up)),
+            KeepGateUp::Bf16 => {
+                Some(GateUp::Bf16(Operand::owned(self.kernel, View::f32(&gate_up, 2 * self.width), tokens, 2 * self.width)))
+            }
+        };
+        Ok((y, kept, u))
     }
 
     fn columns(&self) -> (HeadColumns, HeadColumns) {
@@ -155,21 +176,14 @@ pub fn forward(policy: &Policy, index: usize, mut x: Buffer, row: &PreparedRow, 
     let input = keep.then(|| Buffer::copy_of(&x));
     let u_o = open.project(1, &open.attended(&attended, tokens), tokens, &mut x, true)?;
 
-    let mut gate_up = Buffer::dirty(tokens * 2 * open.feed_forward);
     drop(n);
     let n = open.norm(&x, &open.post_norm)?;
-    let u_gate_up = open.project(2, &n, tokens, &mut gate_up, false)?;
+    let (y, gate_up, u_gate_up) = open.feed_forward(&n, tokens, keep, policy.adapter.is_some())?;
     drop(n);
-    let (y, gate_up) = if keep && open.kernel.pairs() && policy.adapter.is_some() {
-        let [y, kept] = swiglu_kept(open.kernel, &gate_up, open.feed_forward);
-        (y, GateUp::Bf16(kept))
-    } else {
-        (swiglu(open.kernel, &gate_up, open.feed_forward), GateUp::F32(gate_up))
-    };
     let middle = keep.then(|| Buffer::copy_of(&x));
     let u_down = open.project(3, &y, tokens, &mut x, true)?;
-    let tape = match (input, middle) {
-        (Some(input), Some(middle)) => {
+    let tape = match (input, middle, gate_up) {
+        (Some(input), Some(middle), Some(gate_up)) => {
             Some(BlockTape { x: input, qkv, before_norm, attended, lse, middle, gate_up, low_rank: [u_qkv, u_o, u_gate_up, u_down] })
         }
         _ => None,
@@ -191,28 +205,33 @@ pub fn backward(
     let BlockTape { x, qkv, before_norm, attended, lse, middle, gate_up, low_rank: [u_qkv, u_o, u_gate_up, u_down] } = tape;
 
     // Feed-forward part.
-    let width = open.feed_forward;
-    let y = match &gate_up {
-        GateUp::F32(gate_up) => swiglu(open.kernel, gate_up, width),
-        GateUp::Bf16(kept) => swiglu_again(kept, width),
-    };
-    let gy = open.down.backward(&y, &u_down, gx, tokens, sink)?;
-    drop((y, u_down));
+    let width = open.width;
     let gn = match gate_up {
         GateUp::F32(mut gate_up) => {
+            let y = swiglu(open.kernel, &gate_up, width);
+            let gy = open.down.backward(&y, &u_down, gx, tokens, sink)?;
+            drop(y);
             swiglu_backward(&mut gate_up, width, &gy);
             drop(gy);
             let n = open.norm(&middle, &open.post_norm)?;
             open.gate_up.backward(&n, &u_gate_up, &gate_up, tokens, sink)?
         }
         GateUp::Bf16(kept) => {
-            let gradients = swiglu_gradients(&kept, width, &gy);
-            drop((gy, kept));
+            let (y, gradients) = {
+                let g = [Operand::new(open.kernel, View::f32(gx, open.down.output()), tokens, open.down.output(), 1.0)];
+                let tiles = GradientTiles::new(&kept, width);
+                // SAFETY: each tile is given to one task.
+                let v = open.down.backward_tiles(&g, tokens, |rows, columns, [gy]| unsafe { tiles.take(rows, columns, gy) });
+                let (y, gradients) = tiles.finish();
+                open.down.low_rank_gradients(&y, &u_down, &g, &v, tokens, sink);
+                (y, gradients)
+            };
+            drop((y, kept));
             let n = open.norm(&middle, &open.post_norm)?;
             open.gate_up.backward_frozen(&n, &u_gate_up, &gradients, tokens, sink)?
         }
     };
-    drop(u_gate_up);
+    drop((u_gate_up, u_down));
     open.add_norm_gradient(&middle, &open.post_norm, &gn, Slot::PostNorm, gx, sink)?;
     drop((gn, middle));
 

@@ -11,7 +11,7 @@ use super::adapter::LowRank;
 use super::gradients::{GradientSink, Place, Slot};
 use super::ops::Held;
 use super::ops::buffer::Buffer;
-use super::ops::gemm::{Kernel, Operand, Term, Threads, View, matmul};
+use super::ops::gemm::{Kernel, NR, Operand, Term, Threads, View, matmul, matmul_tiles};
 use super::ops::team;
 use super::parameters::Projection;
 
@@ -83,6 +83,11 @@ impl<'a> Group<'a> {
         Ok(Group { kernel, block, members, input, output, stacked, ranks, scale: adapter.map_or(1.0, |(_, scale)| scale) })
     }
 
+    /// Σout.
+    pub fn output(&self) -> usize {
+        self.output
+    }
+
     /// Rank of a member.
     fn rank(&self, m: &Member) -> usize {
         m.low_rank.as_ref().map_or(0, |(a, _)| a.elements().len() / self.input)
@@ -113,6 +118,32 @@ impl<'a> Group<'a> {
             }
         }
         Ok(u)
+    }
+
+    /// Whether [`Group::forward_tiles`] can do it: `P` projections without a bias, of one width that is whole panels.
+    pub fn is_tiled<const P: usize>(&self) -> bool {
+        let fits = |m: &Member| m.bias.is_none() && m.out == self.members[0].out && m.out.is_multiple_of(NR);
+        self.members.len() == P && self.members.iter().all(fits)
+    }
+
+    /// [`Group::forward`] whose output is handed on a tile of each projection at a time.
+    pub fn forward_tiles<const P: usize>(
+        &self,
+        x: &Operand,
+        tokens: usize,
+        finish: impl Fn(Range<usize>, Range<usize>, [&mut [f32]; P]) + Sync,
+    ) -> Buffer {
+        let u = self.low_rank_inputs(x, tokens);
+        let scaled: Vec<Operand> = self.members.iter().map(|m| self.scaled(m, &u, tokens)).collect();
+        let terms = |p: usize| -> Vec<Term> {
+            let m = &self.members[p];
+            let weight = Term { a: x, b: View::of(m.weight.elements(), self.input).t() };
+            let low_rank = m.low_rank.as_ref().map(|(_, b)| Term { a: &scaled[p], b: View::of(b.elements(), self.rank(m)).t() });
+            std::iter::once(weight).chain(low_rank).collect()
+        };
+        let terms: [Vec<Term>; P] = std::array::from_fn(terms);
+        matmul_tiles(tokens, self.members[0].out, terms.each_ref().map(Vec::as_slice), finish);
+        u
     }
 
     /// Adds s·(x·A_iᵀ)·B_iᵀ to some rows of `y` `[T, Σout]`: the sum over k goes on where that over the base's ended, as it does in
@@ -158,6 +189,24 @@ impl<'a> Group<'a> {
 
     /// The same where weights and biases are frozen, given each member's part of g.
     pub fn backward_frozen(&self, x: &Operand, u: &[f32], gs: &[Operand], tokens: usize, sink: &mut dyn GradientSink) -> Result<Buffer> {
+        let mut dx = Buffer::dirty(tokens * self.input);
+        let v = self.input_gradient(gs, tokens, |terms| matmul(tokens, self.input, terms, &mut dx, self.input, false, Threads::All));
+        self.low_rank_gradients(x, u, gs, &v, tokens, sink);
+        Ok(dx)
+    }
+
+    /// ∂loss/∂x of frozen projections, handed on a tile at a time. Returns v, which [`Group::low_rank_gradients`] wants.
+    pub fn backward_tiles(
+        &self,
+        gs: &[Operand],
+        tokens: usize,
+        finish: impl Fn(Range<usize>, Range<usize>, [&mut [f32]; 1]) + Sync,
+    ) -> Buffer {
+        self.input_gradient(gs, tokens, |terms| matmul_tiles(tokens, self.input, [terms], finish))
+    }
+
+    /// Multiplies what ∂loss/∂x is the sum of; returns v.
+    fn input_gradient(&self, gs: &[Operand], tokens: usize, multiply: impl FnOnce(&[Term])) -> Buffer {
         let kernel = self.kernel;
         let mut v = Buffer::dirty(tokens * self.ranks);
         for (m, g) in self.members.iter().zip(gs) {
@@ -173,15 +222,15 @@ impl<'a> Group<'a> {
         if self.ranks > 0 {
             terms.push(Term { a: &scaled, b: View::f32(&self.stacked, self.input) });
         }
-        let mut dx = Buffer::dirty(tokens * self.input);
-        matmul(tokens, self.input, &terms, &mut dx, self.input, false, Threads::All);
-        if self.ranks > 0 {
-            self.low_rank_gradients(x, u, gs, &v, tokens, sink);
-        }
-        Ok(dx)
+        multiply(&terms);
+        v
     }
 
-    fn low_rank_gradients(&self, x: &Operand, u: &[f32], gs: &[Operand], v: &[f32], tokens: usize, sink: &mut dyn GradientSink) {
+    /// Adds the adapter's gradients to `sink`, given the input, its gradient's g and what the passes returned.
+    pub fn low_rank_gradients(&self, x: &Operand, u: &[f32], gs: &[Operand], v: &[f32], tokens: usize, sink: &mut dyn GradientSink) {
+        if self.ranks == 0 {
+            return;
+        }
         let kernel = self.kernel;
         let transposed = Operand::new(kernel, View::f32(v, self.ranks).t(), self.ranks, tokens, self.scale);
         let mut da = Buffer::dirty(self.ranks * self.input);

@@ -90,7 +90,7 @@ pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, longest: usize, keep:
     let gate_up = if rounded { f } else { 2 * f };
     let tape = c + row + raw + q + h + c + gate_up + ranks;
     // In the backward pass of the feed-forward part: the product, its gradient, and the operands; of attention: gradients and packed heads.
-    let passing = (if rounded { 5 * f / 2 } else { 2 * f } + 4 * c).max(3 * row + 2 * q + 2 * c);
+    let passing = (if rounded { 3 * f / 2 } else { 2 * f } + 4 * c).max(3 * row + 2 * q + 2 * c);
     let scores = 2 * (t * (t / 2 + 64) * h).min(SCORES as u64) * if spec.precision == Some(Precision::Bf16) { F32 / 2 } else { F32 };
     let kept = match keep {
         Keep::Tapes => layers * tape,

@@ -236,15 +236,6 @@ pub fn chunks<T: Send>(data: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T])
     for_each(len.div_ceil(chunk.max(1)), |i| f(i, unsafe { parts.chunk(len, chunk, i) }));
 }
 
-/// Runs `f(i, a, b)` over the chunks of two slices that have as many.
-pub fn chunks2<A: Send, B: Send>(a: &mut [A], chunk_a: usize, b: &mut [B], chunk_b: usize, f: impl Fn(usize, &mut [A], &mut [B]) + Sync) {
-    let (len_a, len_b) = (a.len(), b.len());
-    let tasks = len_a.div_ceil(chunk_a.max(1)).min(len_b.div_ceil(chunk_b.max(1)));
-    let (a, b) = (Parts(a.as_mut_ptr()), Parts(b.as_mut_ptr()));
-    // SAFETY: every index is handed out once.
-    for_each(tasks, |i| unsafe { f(i, a.chunk(len_a, chunk_a, i), b.chunk(len_b, chunk_b, i)) });
-}
-
 /// Runs `f(i, a, b, c)` over the chunks of three slices of one length.
 pub fn chunks3<T: Send>(a: &mut [T], b: &mut [T], c: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T], &mut [T], &mut [T]) + Sync) {
     let len = a.len().min(b.len()).min(c.len());

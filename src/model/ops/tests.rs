@@ -3,11 +3,11 @@
 use candle_core::{D, DType, Device, Tensor};
 
 use super::attention::{Heads, attention, attention_backward};
-use super::gemm::{Elements, Kernel, Operand};
+use super::gemm::{Elements, Kernel, NR, Operand, View};
 use super::head::{HeadOptions, KEPT, head, head_weight_gradient};
 use super::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm, rms_norm_backward};
 use super::rope::{Direction, RopeTable, rotate};
-use super::swiglu::{swiglu, swiglu_again, swiglu_backward, swiglu_gradients, swiglu_kept};
+use super::swiglu::{GateUp, GradientTiles, KeepGateUp, SwigluTiles, swiglu, swiglu_backward};
 use crate::math::rng::kaiming_uniform;
 use crate::model::layout::RowLayout;
 
@@ -128,24 +128,84 @@ fn swiglu_matches_its_formula_and_its_differences() {
     check_gradient("swiglu", &x, &dx, &u, product);
 }
 
+/// Hands `[T, F]` matrices out in tiles, as a product does.
+fn by_tiles<const P: usize>(all: [&[f32]; P], width: usize, take: impl Fn(std::ops::Range<usize>, std::ops::Range<usize>, [Vec<f32>; P])) {
+    let tokens = all[0].len() / width;
+    for first in (0..tokens).step_by(37) {
+        for column in (0..width).step_by(NR) {
+            let (rows, columns) = (first..(first + 37).min(tokens), column..(column + NR).min(width));
+            let tile = |x: &[f32]| {
+                // What is beyond the columns is anything.
+                let mut tile = vec![f32::NAN; rows.len() * NR];
+                for (to, row) in tile.chunks_mut(NR).zip(rows.clone()) {
+                    to[..columns.len()].copy_from_slice(&x[row * width..][columns.clone()]);
+                }
+                tile
+            };
+            take(rows.clone(), columns.clone(), all.map(tile));
+        }
+    }
+}
+
+/// The columns `from..from + F` of `[T, 2F]`.
+fn half(x: &[f32], width: usize, from: usize) -> Vec<f32> {
+    x.chunks(2 * width).flat_map(|row| row[from..from + width].to_vec()).collect()
+}
+
 #[test]
-fn swiglu_that_keeps_its_input_rounded_gives_the_same_product_and_nearly_the_same_gradients() {
-    let (tokens, width) = (13, 41);
+fn swiglu_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
+    let (tokens, width) = (45, 64);
     let x: Vec<f32> = random(tokens * 2 * width, 4).iter().map(|x| 4.0 * x).collect();
-    let u = random(tokens * width, 5);
-    for kernel in Kernel::available().into_iter().filter(|k| k.pairs()) {
-        let rows = |operand: &Operand| {
-            (0..tokens).flat_map(|i| operand.bf16_row(i).iter().map(|x| x.to_f32()).collect::<Vec<_>>()).collect::<Vec<f32>>()
+    let (gate, up) = (half(&x, width, 0), half(&x, width, width));
+    for kernel in Kernel::available() {
+        let rounds = kernel.pairs();
+        let bits = |operand: &Operand, width: usize| -> Vec<u32> {
+            (0..tokens)
+                .flat_map(|i| match operand.view().elements {
+                    Elements::F32(v) => v[i * width..][..width].iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
+                    Elements::Bf16(_) => operand.bf16_row(i).iter().map(|x| u32::from(x.to_bits())).collect(),
+                })
+                .collect()
         };
-        let [y, kept] = swiglu_kept(kernel, &x, width);
-        assert_eq!(rows(&y), rows(&swiglu(kernel, &x, width)), "{kernel:?}: the forward pass loses nothing");
-        assert!(relative(&rows(&kept), &x) < 3e-3, "{kernel:?}");
-        assert!(relative(&rows(&swiglu_again(&kept, width)), &rows(&y)) < 6e-3, "{kernel:?}");
-        let mut exact = x.clone();
-        swiglu_backward(&mut exact, width, &u);
-        let (gates, ups): (Vec<&[f32]>, Vec<&[f32]>) = exact.chunks(2 * width).map(|row| row.split_at(width)).unzip();
-        for (ours, exact) in swiglu_gradients(&kept, width, &u).iter().zip([gates.concat(), ups.concat()]) {
-            assert!(relative(&rows(ours), &exact) < 6e-3, "{kernel:?}");
+        for keep in [KeepGateUp::No, KeepGateUp::F32, KeepGateUp::Bf16].into_iter().filter(|k| rounds || *k != KeepGateUp::Bf16) {
+            let tiles = SwigluTiles::new(kernel, tokens, width, keep);
+            // SAFETY: there is one thread.
+            by_tiles([&gate, &up], width, |rows, columns, [gate, mut up]| unsafe { tiles.take(rows, columns, &gate, &mut up) });
+            let (y, kept) = tiles.finish();
+            assert_eq!(bits(&y, width), bits(&swiglu(kernel, &x, width), width), "{kernel:?} {keep:?}");
+            match (kept, keep) {
+                (None, KeepGateUp::No) => {}
+                (Some(GateUp::F32(kept)), KeepGateUp::F32) => assert_eq!(kept[..], x[..], "{kernel:?}"),
+                (Some(GateUp::Bf16(kept)), KeepGateUp::Bf16) => {
+                    let rounded = Operand::new(kernel, View::f32(&x, 2 * width), tokens, 2 * width, 1.0);
+                    assert_eq!(bits(&kept, 2 * width), bits(&rounded, 2 * width), "{kernel:?}");
+                }
+                _ => panic!("{kernel:?} keeps something else for {keep:?}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn swiglu_that_keeps_its_input_rounded_has_the_gradients_of_what_it_kept() {
+    for (tokens, width) in [(13, 41), (45, 64)] {
+        let x: Vec<f32> = random(tokens * 2 * width, 4).iter().map(|x| half::bf16::from_f32(4.0 * x).to_f32()).collect();
+        let u = random(tokens * width, 5);
+        for kernel in Kernel::available().into_iter().filter(|k| k.pairs()) {
+            let bits = |operand: &Operand| (0..tokens).flat_map(|i| operand.bf16_row(i).to_vec()).collect::<Vec<_>>();
+            let kept = Operand::new(kernel, View::f32(&x, 2 * width), tokens, 2 * width, 1.0);
+            let kept = Operand::owned(kernel, kept.view(), tokens, 2 * width);
+            let tiles = GradientTiles::new(&kept, width);
+            // SAFETY: there is one thread.
+            by_tiles([&u], width, |rows, columns, [g]| unsafe { tiles.take(rows, columns, &g) });
+            let (y, [gate, up]) = tiles.finish();
+            assert_eq!(bits(&y), bits(&swiglu(kernel, &x, width)), "{kernel:?}");
+            let mut exact = x.clone();
+            swiglu_backward(&mut exact, width, &u);
+            for (ours, from) in [(gate, 0), (up, width)] {
+                let exact = half(&exact, width, from);
+                assert_eq!(bits(&ours), bits(&Operand::new(kernel, View::f32(&exact, width), tokens, width, 1.0)), "{kernel:?} {width}");
+            }
         }
     }
 }

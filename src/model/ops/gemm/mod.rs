@@ -10,11 +10,13 @@ mod operand;
 mod pack;
 #[cfg(test)]
 mod tests;
+mod tiles;
 
 pub use self::kernel::Kernel;
 pub(crate) use self::kernel::{Product, panel_product};
 pub use self::operand::Operand;
 pub(crate) use self::pack::pack_panel;
+pub use self::tiles::{TiledOperand, matmul_tiles};
 use super::buffer::Buffer;
 use super::team;
 use half::bf16;
@@ -201,33 +203,55 @@ struct BlockTask<'a> {
 impl BlockTask<'_> {
     /// Packs a panel of B.
     fn pack(&self, panel: usize, units: &mut [u32]) {
-        let column = panel * NR;
-        let mut at = 0;
-        for p in self.pieces {
-            let to = &mut units[at * NR..(at + p.depth) * NR];
-            pack_panel(self.kernel, p.term.b, p.start, p.k, column, NR.min(self.n - column), to);
-            at += p.depth;
-        }
+        pack_pieces(self.kernel, self.pieces, self.n, panel, units);
     }
 
     /// Some rows of A times a packed panel.
     fn run(&self, rows: std::ops::Range<usize>, panel: usize, units: &[u32]) {
         let column = panel * NR;
-        let mut products = [Product::EMPTY; 8];
-        let (mut at, mut keep) = (0, self.keep);
-        for eight in self.pieces.chunks(8) {
-            for (slot, p) in products.iter_mut().zip(eight) {
-                *slot = p.term.a.product(rows.start, p.start, p.depth, &units[at..]);
-                at += p.depth * NR;
-            }
-            // SAFETY: rows and columns lie inside the output, which the assertion in `matmul` bounds; tasks have disjoint rows or panels.
-            // The products point into operands that cover rows and depth, padding included.
-            unsafe {
-                let dst = self.out.at(rows.start * self.stride + column);
-                panel_product(self.kernel, rows.len(), NR.min(self.n - column), &products[..eight.len()], dst, self.stride, keep);
-            }
-            keep = true;
+        // SAFETY: rows and columns lie inside the output, which the assertion in `matmul` bounds; tasks have disjoint rows or panels.
+        unsafe {
+            let dst = self.out.at(rows.start * self.stride + column);
+            multiply(self.kernel, self.pieces, rows, NR.min(self.n - column), units, dst, self.stride, self.keep);
         }
+    }
+}
+
+/// Packs panel number `panel` of B `[.., n]`, the pieces one after the other.
+fn pack_pieces(kernel: Kernel, pieces: &[Piece], n: usize, panel: usize, units: &mut [u32]) {
+    let column = panel * NR;
+    let mut at = 0;
+    for p in pieces {
+        let to = &mut units[at * NR..(at + p.depth) * NR];
+        pack_panel(kernel, p.term.b, p.start, p.k, column, NR.min(n - column), to);
+        at += p.depth;
+    }
+}
+
+/// `dst` = keep·dst + some rows of A times a packed panel, of which the first `columns` are wanted.
+///
+/// # Safety
+/// `dst` is valid for the rows, `stride` apart, and nobody else touches them; the pieces' operands have the rows.
+unsafe fn multiply(
+    kernel: Kernel,
+    pieces: &[Piece],
+    rows: std::ops::Range<usize>,
+    columns: usize,
+    units: &[u32],
+    dst: *mut f32,
+    stride: usize,
+    keep: bool,
+) {
+    let mut products = [Product::EMPTY; 8];
+    let (mut at, mut keep) = (0, keep);
+    for eight in pieces.chunks(8) {
+        for (slot, p) in products.iter_mut().zip(eight) {
+            *slot = p.term.a.product(rows.start, p.start, p.depth, &units[at..]);
+            at += p.depth * NR;
+        }
+        // SAFETY: by the caller; the products point into operands that cover rows and depth, padding included.
+        unsafe { panel_product(kernel, rows.len(), columns, &products[..eight.len()], dst, stride, keep) };
+        keep = true;
     }
 }
 

@@ -299,6 +299,11 @@ fn units_of(values: &[f32]) -> &[u32] {
 }
 
 impl Operand<'static> {
+    /// The operand `[rows, cols]` whose units a buffer has, each row padded.
+    pub(super) fn of_buffer(kernel: Kernel, rows: usize, cols: usize, own: Buffer) -> Self {
+        Operand { kernel, rows, cols, units: Units::Own(own), stride: kernel.depth(cols) }
+    }
+
     /// The operand `[rows, cols]` whose row i `fill(i, row)` writes. Where the kernel rounds, a row is rounded while it is in the nearest cache.
     pub fn computed(kernel: Kernel, rows: usize, cols: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Self {
         let depth = kernel.depth(cols);
@@ -320,32 +325,6 @@ impl Operand<'static> {
             });
         }
         Operand { kernel, rows, cols, units: Units::Own(own), stride: depth }
-    }
-
-    /// Two operands of as many rows, whose row i `fill(i, first, second)` writes; for kernels that round.
-    pub fn computed_pair(kernel: Kernel, rows: usize, cols: [usize; 2], fill: impl Fn(usize, &mut [f32], &mut [f32]) + Sync) -> [Self; 2] {
-        assert!(kernel.pairs(), "operand: only rounded ones come in pairs");
-        let depths = cols.map(|cols| kernel.depth(cols));
-        let mut own = depths.map(|depth| Buffer::dirty((rows + ROW_PADDING) * depth));
-        let lines = team::rows_per_task(rows);
-        let [first, second] = &mut own;
-        let (first, second) = (&mut first.units_mut()[..rows * depths[0]], &mut second.units_mut()[..rows * depths[1]]);
-        team::chunks2(first, lines * depths[0], second, lines * depths[1], |i, first, second| {
-            ROW.with_borrow_mut(|row| {
-                row.resize(cols[0] + cols[1], 0.0);
-                let (x, y) = row.split_at_mut(cols[0]);
-                for (r, (first, second)) in first.chunks_mut(depths[0]).zip(second.chunks_mut(depths[1])).enumerate() {
-                    fill(i * lines + r, x, y);
-                    round_row(kernel, x, first);
-                    round_row(kernel, y, second);
-                }
-            });
-        });
-        let mut parts = own.into_iter().zip(cols).zip(depths);
-        std::array::from_fn(|_| match parts.next() {
-            Some(((own, cols), stride)) => Operand { kernel, rows, cols, units: Units::Own(own), stride },
-            None => unreachable!("there are two"),
-        })
     }
 
     /// A copy of `view` `[rows, cols]` that outlives it.

@@ -57,6 +57,33 @@ pub(crate) fn round(kernel: Kernel, src: &[f32], dst: &mut [bf16]) {
     dst.convert_from_f32_slice(src);
 }
 
+/// `width` values of each of some rows of a tile, [`NR`] apart, as units (rounded, where the kernel rounds) in rows `stride` apart; what is beyond the values
+/// is 0, up to `units` of each row.
+///
+/// # Safety
+/// `dst` is valid for `units` units in each of the rows, and nobody else touches them.
+pub(super) unsafe fn round_rows(kernel: Kernel, tile: &[f32], rows: usize, width: usize, dst: *mut u32, stride: usize, units: usize) {
+    assert!(width <= NR && units >= kernel.depth(width) && (rows == 0 || tile.len() >= (rows - 1) * NR + width));
+    #[cfg(target_arch = "x86_64")]
+    if kernel.pairs() && width == NR && units == NR / 2 {
+        // SAFETY: by the assertion and the caller; kernels over pairs exist only where the processor has AVX512_BF16.
+        return unsafe { x86::round_tile(tile.as_ptr(), rows, dst, stride) };
+    }
+    for (i, values) in tile.chunks(NR).enumerate().take(rows) {
+        // SAFETY: by the caller.
+        let to = unsafe { std::slice::from_raw_parts_mut(dst.add(i * stride), units) };
+        if kernel.pairs() {
+            // SAFETY: a row of units is as many pairs of bf16.
+            let to: &mut [bf16] = unsafe { std::slice::from_raw_parts_mut(to.as_mut_ptr().cast(), 2 * units) };
+            round(kernel, &values[..width], &mut to[..width]);
+            to[width..].fill(bf16::ZERO);
+        } else {
+            to.iter_mut().zip(&values[..width]).for_each(|(unit, x)| *unit = x.to_bits());
+            to[width..].fill(0);
+        }
+    }
+}
+
 fn lay_f32(src: &[f32], stride: usize, along_k: bool, k: usize, n: usize, dst: &mut [u32]) {
     // SAFETY: same size and alignment, and every bit pattern is valid for both.
     let src: &[u32] = unsafe { std::slice::from_raw_parts(src.as_ptr().cast(), src.len()) };
@@ -234,6 +261,23 @@ mod x86 {
             unsafe {
                 let v = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, src.as_ptr().add(i)));
                 _mm256_mask_storeu_epi16(dst.as_mut_ptr().add(i).cast(), mask, std::mem::transmute::<__m256bh, __m256i>(v));
+            }
+        }
+    }
+
+    /// Rows of [`NR`] values, rounded into rows `stride` units apart.
+    ///
+    /// # Safety
+    /// Both sides are valid for the rows.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    pub unsafe fn round_tile(src: *const f32, rows: usize, dst: *mut u32, stride: usize) {
+        for i in 0..rows {
+            for v in 0..NR / 16 {
+                // SAFETY: by the caller; bf16 is a 16-bit integer in memory.
+                unsafe {
+                    let x = _mm512_cvtneps_pbh(_mm512_loadu_ps(src.add(i * NR + 16 * v)));
+                    _mm256_storeu_si256(dst.add(i * stride + 8 * v).cast(), std::mem::transmute::<__m256bh, __m256i>(x));
+                }
             }
         }
     }

@@ -130,6 +130,35 @@ fn operands_prepared_in_place_and_their_transposes_are_those_of_the_finished_mat
     }
 }
 
+#[test]
+fn tiles_are_the_parts_of_whole_products() {
+    // Few rows and many, depths of one block and of several, and columns that are no whole panel.
+    for (m, n, k) in [(3, 70, 40), (300, 160, 96), (140, 33, 2300), (1, 512, 7)] {
+        let (a, b, c, d) = (values("a", m * k), values("b", k * n), values("c", n * k), values("d", m * 6));
+        for kernel in Kernel::available() {
+            let operand = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);
+            let more = Operand::new(kernel, View::f32(&d, 6), m, 6, 0.5);
+            let first = [Term { a: &operand, b: View::f32(&b, n) }, Term { a: &more, b: View::f32(&b, n) }];
+            let second = [Term { a: &operand, b: View::f32(&c, k).t() }];
+            let whole = [&first[..], &second[..]].map(|terms| {
+                let mut y = vec![0f32; m * n];
+                matmul(m, n, terms, &mut y, n, false, Threads::All);
+                y
+            });
+            let parts = [vec![f32::NAN; m * n], vec![f32::NAN; m * n]].map(std::sync::Mutex::new);
+            matmul_tiles(m, n, [&first, &second], |rows, columns, tiles| {
+                for (y, tile) in parts.iter().zip(tiles) {
+                    let mut y = y.lock().unwrap();
+                    for (tile, row) in tile.chunks(NR).zip(rows.clone()) {
+                        y[row * n..][columns.clone()].copy_from_slice(&tile[..columns.len()]);
+                    }
+                }
+            });
+            assert_eq!(parts.map(|y| y.into_inner().unwrap()), whole, "{kernel:?} {m}x{k}x{n}");
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
