@@ -66,6 +66,7 @@ pub enum KeepGateUp {
 
 /// y from tiles of gate and of up: neither is written as a whole, but for what is kept.
 pub struct SwigluTiles {
+    tokens: usize,
     width: usize,
     y: TiledOperand,
     rounded: Option<TiledOperand>,
@@ -79,7 +80,7 @@ impl SwigluTiles {
         let mut kept = (keep == KeepGateUp::F32).then(|| (Buffer::dirty(tokens * 2 * width), Shared(std::ptr::null_mut())));
         kept.iter_mut().for_each(|(buffer, at)| *at = Shared(buffer.as_mut_ptr()));
         let rounded = (keep == KeepGateUp::Bf16).then(|| TiledOperand::new(kernel, tokens, 2 * width));
-        SwigluTiles { width, y: TiledOperand::new(kernel, tokens, width), rounded, kept }
+        SwigluTiles { tokens, width, y: TiledOperand::new(kernel, tokens, width), rounded, kept }
     }
 
     /// Takes a tile of each; `up` is overwritten.
@@ -95,8 +96,8 @@ impl SwigluTiles {
                 rounded.write(rows.clone(), self.width + columns.start, width, up);
             }
         }
-        if let Some((buffer, at)) = &self.kept {
-            assert!(rows.end * 2 * self.width <= buffer.len() && columns.end <= self.width);
+        if let Some((_, at)) = &self.kept {
+            assert!(rows.end <= self.tokens && columns.end <= self.width);
             for (i, row) in rows.clone().enumerate() {
                 for (tile, column) in [(gate, columns.start), (&*up, self.width + columns.start)] {
                     // SAFETY: inside the buffer by the assertion; this part is the caller's.
