@@ -258,7 +258,8 @@ async fn a_server_ends_after_its_gpu_even_when_nobody_waits_for_what_it_computes
     let mut server = Server::start_with(dir.path(), &models, &["--device", &device, "--drain-timeout", "1"]);
     let client = server.client().await;
     score(&client, "models/tiny", pairs()).await;
-    // Many pairs, each new; the caller leaves while they are computed. The emulator ends the process with another status when its libraries are called by then.
+    // Many pairs, each new; the caller leaves while they are computed. A server at work must end, and with success; that it waits for its device shows only
+    // by chance: the emulator ends the process with another status when its libraries are called in the moment of the exit.
     let many = |call: usize| {
         // Other prompts, so that nothing is known from before.
         let other = move |i: usize| {
