@@ -9,8 +9,8 @@ use super::simd::{dispatch, exp, exp_moments, exp_sum, max, sum};
 use super::team;
 
 /// Columns of the vocabulary in a tile; a multiple of [`NR`].
-const TILE: usize = 1024;
-/// Rows that one task handles at most, but for the last strip: their logits fit the L2 cache.
+const TILE: usize = 512;
+/// Rows that one task handles at most, but for the last strip: they and their logits fit the L2 cache together.
 const MAX_ROWS: usize = 128;
 /// Probabilities that are worth keeping for the weight's gradient: 256 MiB.
 pub const KEPT: usize = 1 << 26;

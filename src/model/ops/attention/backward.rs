@@ -144,16 +144,17 @@ impl Sweep<'_> {
             let (mut dk, mut dv) = (Vec::new(), Vec::new());
             for b in round.clone() {
                 let block = &all[b];
-                let column = match () {
-                    () if block.prefix == Some(segment) => i * NR,
-                    () if block.segment == segment && block.own > i * NR => block.shared_columns() + i * NR,
+                let (column, top) = match () {
+                    () if block.prefix == Some(segment) => (i * NR, 0),
+                    () if block.segment == segment && block.own > i * NR => (block.shared_columns() + i * NR, block.first_to_see(i)),
                     () => continue,
                 };
-                let depth = kernel.depth(block.queries.len());
+                // The queries before `top` see none of these keys.
+                let (skipped, depth) = (kernel.units(top), kernel.depth(block.queries.len()));
                 for head in kv * group..(kv + 1) * group {
                     let t = &transposed[(b - round.start) * heads.query + head];
-                    dk.push(t.ds.product(column, 0, depth, self.queries.units(head, b, panel)));
-                    dv.push(t.p.product(column, 0, depth, self.upstream.units(head, b, panel)));
+                    dk.push(t.ds.product(column, top, depth - skipped, &self.queries.units(head, b, panel)[skipped * NR..]));
+                    dv.push(t.p.product(column, top, depth - skipped, &self.upstream.units(head, b, panel)[skipped * NR..]));
                 }
             }
             // SAFETY: this task alone writes dK and dV of these keys and this key head.

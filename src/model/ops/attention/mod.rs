@@ -83,6 +83,11 @@ impl Block {
         self.shared_columns() + self.own.next_multiple_of(NR)
     }
 
+    /// The first query of the block that sees any of the `i`-th panel of its own segment's keys; a multiple of [`NR`].
+    fn first_to_see(&self, i: usize) -> usize {
+        (i * NR).saturating_sub(self.own - self.queries.len())
+    }
+
     /// For query `i` of the block: the columns it sees in the prefix, and in its own segment.
     fn visible(&self, i: usize, window: Option<usize>) -> [Range<usize>; 2] {
         let own = self.own - self.queries.len() + i + 1;
@@ -112,37 +117,42 @@ fn parts(block: &Block) -> impl Iterator<Item = (usize, usize, usize)> {
     prefix.into_iter().chain([(block.segment, block.own, block.shared_columns())])
 }
 
-/// `s[rows, columns] = A·B` over the key panels of a block, `a` being the queries' `[rows, D]` operand.
+/// `s[rows, columns] = A·B` over the key panels of a block, `a` being the queries' `[rows, D]` operand. Rows that see nothing of a panel are left as they are.
 fn over_keys(kernel: Kernel, a: &Operand, rows: usize, keys: &Keys, head: usize, block: &Block, s: &mut [f32]) {
     let columns = block.columns();
     assert!(s.len() >= rows * columns);
     for (segment, count, first) in parts(block) {
         for i in 0..count.div_ceil(NR) {
             let (depth, panel) = keys.across(head, segment, i);
+            let top = if segment == block.segment { block.first_to_see(i) } else { 0 };
             // SAFETY: the panel's columns are inside the padded row of `s`; the operand has `rows` rows.
             unsafe {
-                let to = s.as_mut_ptr().add(first + i * NR);
-                panel_product(kernel, rows, NR, &[a.product(0, 0, depth, panel)], to, columns, false);
+                let to = s.as_mut_ptr().add(top * columns + first + i * NR);
+                panel_product(kernel, rows - top, NR, &[a.product(top, 0, depth, panel)], to, columns, false);
             }
         }
     }
 }
 
-/// `to[rows, D] = A·B` summed over a block's keys, `a` being a `[rows, columns]` operand whose padding is zero.
+/// `to[rows, D] = A·B` summed over a block's keys, `a` being a `[rows, columns]` operand that is zero where a query does not see. A few rows at a time, so
+/// that the keys after them are left out.
 ///
 /// # Safety
 /// `to` is valid for `rows` rows of D, `stride` apart, and nobody else touches them.
 unsafe fn sum_over_keys(kernel: Kernel, a: &Operand, rows: usize, keys: &Along, head: usize, block: &Block, to: *mut f32, stride: usize) {
     for (panel, n) in keys.panels() {
-        let mut products = [Product::EMPTY; 2];
-        let mut count = 0;
-        for (segment, used, first) in parts(block) {
-            let units = keys.units(head, segment, panel);
-            products[count] = a.product(0, first, kernel.depth(used), units);
-            count += 1;
+        for top in (0..rows).step_by(NR) {
+            let some = NR.min(rows - top);
+            let mut products = [Product::EMPTY; 2];
+            let mut count = 0;
+            for (segment, used, first) in parts(block) {
+                let used = if segment == block.segment { used - (rows - top - some) } else { used };
+                products[count] = a.product(top, first, kernel.depth(used), keys.units(head, segment, panel));
+                count += 1;
+            }
+            // SAFETY: by the caller.
+            unsafe { panel_product(kernel, some, n, &products[..count], to.add(top * stride + panel * NR), stride, false) };
         }
-        // SAFETY: by the caller.
-        unsafe { panel_product(kernel, rows, n, &products[..count], to.add(panel * NR), stride, false) };
     }
 }
 

@@ -70,7 +70,7 @@ impl Kernel {
     }
 
     /// Units before element `k`, which is even for pairs.
-    pub(super) fn units(self, k: usize) -> usize {
+    pub(crate) fn units(self, k: usize) -> usize {
         if self.pairs() { k / 2 } else { k }
     }
 

@@ -12,6 +12,8 @@ mod pack;
 mod tests;
 mod tiles;
 
+use std::ops::Range;
+
 pub use self::kernel::Kernel;
 pub(crate) use self::kernel::{Product, panel_product};
 pub use self::operand::Operand;
@@ -27,10 +29,12 @@ pub const NR: usize = 32;
 pub(crate) const ROW_PADDING: usize = 16;
 /// Units of depth in a block of B: a panel of them fits the L2 cache.
 const BLOCK_DEPTH: usize = 1024;
-/// Units of B packed at one time: they fit the L3 cache.
-const BLOCK_UNITS: usize = 1 << 20;
-/// Up to so many units of A, which then stay in the L2 cache, every thread packs the panels that it multiplies.
-const SMALL_A: usize = 1 << 18;
+/// Units of B that a task packs before A passes them: all of its part, mostly.
+const GROUP_UNITS: usize = 1 << 19;
+/// Units of A that pass at a time: they stay in the L2 cache while the panels change.
+const PASS_UNITS: usize = 1 << 17;
+/// Rows that are worth a task of their own.
+const CUT_ROWS: usize = 32;
 /// Up to so many rows of A, reading B is what takes time: its rows are read one after the other, a slice of this many units at a time.
 const NARROW: usize = 64;
 const SLICE_DEPTH: usize = 64;
@@ -207,7 +211,7 @@ impl BlockTask<'_> {
     }
 
     /// Some rows of A times a packed panel.
-    fn run(&self, rows: std::ops::Range<usize>, panel: usize, units: &[u32]) {
+    fn run(&self, rows: Range<usize>, panel: usize, units: &[u32]) {
         let column = panel * NR;
         // SAFETY: rows and columns lie inside the output, which the assertion in `matmul` bounds; tasks have disjoint rows or panels.
         unsafe {
@@ -235,7 +239,7 @@ fn pack_pieces(kernel: Kernel, pieces: &[Piece], n: usize, panel: usize, units: 
 unsafe fn multiply(
     kernel: Kernel,
     pieces: &[Piece],
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
     columns: usize,
     units: &[u32],
     dst: *mut f32,
@@ -260,11 +264,13 @@ fn block_product(kernel: Kernel, (m, n): (usize, usize), pieces: &[Piece], c: &m
     let task = BlockTask { kernel, m, n, pieces, depth, out: Shared(c.as_mut_ptr()), stride, keep };
     match threads {
         Threads::One => by_panels(&task, 0..n.div_ceil(NR)),
-        Threads::All if m * depth <= SMALL_A && n.div_ceil(NR) >= 2 * team::threads() => {
-            let (panels, tasks) = (n.div_ceil(NR), (8 * team::threads()).min(n.div_ceil(NR)));
-            team::for_each(tasks, |i| by_panels(&task, panels * i / tasks..panels * (i + 1) / tasks));
-        }
-        Threads::All => by_rows(&task),
+        Threads::All => by_groups(
+            kernel,
+            (m, n.div_ceil(NR)),
+            (depth * NR, 0),
+            |panel, units| task.pack(panel, units),
+            |rows, panel, units, _| task.run(rows, panel, units),
+        ),
     }
 }
 
@@ -283,7 +289,7 @@ fn by_slices(kernel: Kernel, (m, n): (usize, usize), slices: &[Vec<Piece>], c: &
 }
 
 /// Packs one panel after the other and multiplies it at once, while it is in the nearest cache: for few rows, whose A is there too.
-fn by_panels(task: &BlockTask, panels: std::ops::Range<usize>) {
+fn by_panels(task: &BlockTask, panels: Range<usize>) {
     let mut packed = Buffer::dirty(task.depth * NR);
     for panel in panels {
         task.pack(panel, packed.units_mut());
@@ -291,40 +297,38 @@ fn by_panels(task: &BlockTask, panels: std::ops::Range<usize>) {
     }
 }
 
-/// Packs a group of panels together, then shares the rows out: a task's part of A stays in its cache while the panels pass.
-fn by_rows(task: &BlockTask) {
-    let (depth, panels) = (task.depth, task.n.div_ceil(NR));
-    let group = (BLOCK_UNITS / (depth * NR)).clamp(1, panels);
-    let mut packed = Buffer::dirty(group * depth * NR);
-    for first in (0..panels).step_by(group) {
-        let count = group.min(panels - first);
-        team::chunks(&mut packed.units_mut()[..count * depth * NR], depth * NR, |i, units| task.pack(first + i, units));
-        let units = packed.units();
-        let tasks = grid(task.kernel, task.m, count);
-        team::for_each(tasks.len(), |t| {
-            for i in tasks[t].1.clone() {
-                task.run(tasks[t].0.clone(), first + i, &units[i * depth * NR..(i + 1) * depth * NR]);
-            }
-        });
-    }
-}
-
-/// Cuts the output into tasks of equal size: by rows where there are enough, so that a task's part of A stays in its cache; else by panels too.
-fn grid(kernel: Kernel, m: usize, panels: usize) -> Vec<(std::ops::Range<usize>, std::ops::Range<usize>)> {
-    let threads = team::threads();
-    let step = kernel.rows();
+/// Shares out the panels: a task packs a group of them, `units` each, for itself alone, and takes a few rows of A at a time through all of them, so that a
+/// packed panel stays near the core that packed it. Where all rows pass at once, each panel is multiplied as soon as it is packed. A task has `room`
+/// values for each row to work in.
+fn by_groups(
+    kernel: Kernel,
+    (m, panels): (usize, usize),
+    (units, room): (usize, usize),
+    pack: impl Fn(usize, &mut [u32]) + Sync,
+    run: impl Fn(Range<usize>, usize, &[u32], &mut [f32]) + Sync,
+) {
+    let (threads, step) = (team::threads(), kernel.rows());
+    let pass = (PASS_UNITS * NR / units.max(1) / step).max(1) * step;
+    let held = if m <= pass { 1 } else { (GROUP_UNITS / units).max(1) };
+    let groups = if m <= pass { 8 * threads } else { panels.div_ceil(held).next_multiple_of(threads) }.min(panels);
+    // Fewer panels than threads, as for a low rank: the rows are shared out, too, and each task packs what it needs.
+    let cuts = if groups < threads { (2 * threads).div_ceil(groups).min(m.div_ceil(CUT_ROWS)) } else { 1 };
     let strips = m.div_ceil(step);
-    // About as many rows a task as A's part in the L2 cache allows, and a multiple of the number of threads.
-    let rows = if kernel == Kernel::Amx { 256 } else { 128 };
-    let row_tasks = (threads * (m.div_ceil(rows * threads))).clamp(1, strips);
-    let panel_tasks = if row_tasks >= threads { 1 } else { (2 * threads).div_ceil(row_tasks).min(panels) };
-    let cut = |n: usize, parts: usize, i: usize| n * i / parts;
-    let mut tasks = Vec::with_capacity(row_tasks * panel_tasks);
-    for r in 0..row_tasks {
-        let rows = cut(strips, row_tasks, r) * step..(cut(strips, row_tasks, r + 1) * step).min(m);
-        for p in 0..panel_tasks {
-            tasks.push((rows.clone(), cut(panels, panel_tasks, p)..cut(panels, panel_tasks, p + 1)));
+    team::for_each(groups * cuts, |task| {
+        let (group, cut) = (task % groups, task / groups);
+        let group = panels * group / groups..panels * (group + 1) / groups;
+        let rows = strips * cut / cuts * step..(strips * (cut + 1) / cuts * step).min(m);
+        let (mut packed, mut room) = (Buffer::dirty(held.min(group.len()) * units), Buffer::dirty(pass.min(m) * room));
+        for first in group.clone().step_by(held) {
+            let some = first..(first + held).min(group.end);
+            for panel in some.clone() {
+                pack(panel, &mut packed.units_mut()[(panel - first) * units..][..units]);
+            }
+            for start in rows.clone().step_by(pass) {
+                for panel in some.clone() {
+                    run(start..(start + pass).min(rows.end), panel, &packed.units()[(panel - first) * units..][..units], &mut room);
+                }
+            }
         }
-    }
-    tasks
+    });
 }

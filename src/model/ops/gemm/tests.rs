@@ -44,7 +44,7 @@ fn check(kernel: Kernel, m: usize, n: usize, k: usize, a_t: bool, b_t: bool, kee
 #[test]
 fn every_kernel_agrees_with_a_sum_in_f64() {
     for kernel in Kernel::available() {
-        for (m, n, k) in [(1, 1, 1), (6, 64, 32), (7, 65, 33), (50, 100, 129), (33, 16, 2100), (97, 192, 64)] {
+        for (m, n, k) in [(1, 1, 1), (6, 64, 32), (7, 65, 33), (50, 100, 129), (33, 16, 2100), (97, 192, 64), (300, 70, 700)] {
             for (a_t, b_t, keep) in [(false, true, false), (false, false, true), (true, false, true), (true, true, false)] {
                 check(kernel, m, n, k, a_t, b_t, keep);
             }
@@ -132,8 +132,8 @@ fn operands_prepared_in_place_and_their_transposes_are_those_of_the_finished_mat
 
 #[test]
 fn tiles_are_the_parts_of_whole_products() {
-    // Few rows and many, depths of one block and of several, and columns that are no whole panel.
-    for (m, n, k) in [(3, 70, 40), (300, 160, 96), (140, 33, 2300), (1, 512, 7)] {
+    // Few rows and many, some of which pass in several goes, depths of one block and of several, and columns that are no whole panel.
+    for (m, n, k) in [(3, 70, 40), (300, 160, 96), (140, 33, 2300), (600, 170, 500), (1, 512, 7)] {
         let (a, b, c, d) = (values("a", m * k), values("b", k * n), values("c", n * k), values("d", m * 6));
         for kernel in Kernel::available() {
             let operand = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::kernel::Kernel;
 use super::pack::round_rows;
-use super::{BLOCK_UNITS, Buffer, NR, Operand, Piece, ROW_PADDING, SMALL_A, Shared, Term, blocks, grid, multiply, pack_pieces, team};
+use super::{Buffer, NR, Operand, Piece, ROW_PADDING, Shared, Term, blocks, by_groups, multiply, pack_pieces};
 
 /// `P` products of one shape `[m, n]`: `finish(rows, columns, tiles)` gets every part of all of them once, tile p being `[rows, NR]` of product p, of which it
 /// may use the columns. Each number is the one that [`super::matmul`] gives, bit for bit.
@@ -29,31 +29,13 @@ pub fn matmul_tiles<const P: usize>(
     let depths = std::array::from_fn(|p| pieces[p].iter().map(|p| p.depth).sum());
     let tiled = Tiles { kernel, n, pieces, depths, finish };
     let (panels, units) = (n.div_ceil(NR), depths.iter().sum::<usize>() * NR);
-    if m * units <= P * SMALL_A * NR && panels >= 2 * team::threads() {
-        let tasks = (8 * team::threads()).min(panels);
-        return team::for_each(tasks, |i| {
-            let (mut packed, mut room) = (Buffer::dirty(units), Buffer::dirty(P * m * NR));
-            for panel in panels * i / tasks..panels * (i + 1) / tasks {
-                tiled.pack(panel, packed.units_mut());
-                tiled.run(0..m, panel, packed.units(), &mut room);
-            }
-        });
-    }
-    let group = (BLOCK_UNITS / units.max(1)).clamp(1, panels);
-    let mut packed = Buffer::dirty(group * units);
-    for first in (0..panels).step_by(group) {
-        let count = group.min(panels - first);
-        team::chunks(&mut packed.units_mut()[..count * units], units, |i, to| tiled.pack(first + i, to));
-        let packed = packed.units();
-        let tasks = grid(kernel, m, count);
-        team::for_each(tasks.len(), |t| {
-            let (rows, panels) = tasks[t].clone();
-            let mut room = Buffer::dirty(P * rows.len() * NR);
-            for i in panels {
-                tiled.run(rows.clone(), first + i, &packed[i * units..(i + 1) * units], &mut room);
-            }
-        });
-    }
+    by_groups(
+        kernel,
+        (m, panels),
+        (units, P * NR),
+        |panel, to| tiled.pack(panel, to),
+        |rows, panel, units, room| tiled.run(rows, panel, units, room),
+    );
 }
 
 /// What the tasks share.
