@@ -130,7 +130,7 @@ fn create_request(dataset: &str, epochs: f64) -> pb::CreateTrainingJobRequest {
 struct Server {
     address: String,
     stop: oneshot::Sender<()>,
-    task: tokio::task::JoinHandle<anyhow::Result<()>>,
+    task: tokio::task::JoinHandle<anyhow::Result<serve::Ended>>,
 }
 
 impl Server {

@@ -19,11 +19,20 @@ use crate::rpc::{ServeOptions, Tls, serve, serve_http};
 /// not stop in time.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
 
+/// How a server ended that was asked to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// Nothing is computed any more.
+    AtRest,
+    /// The device still computes: a GPU's libraries are not to be taken down meanwhile, so the process should leave without exit handlers.
+    AtWork,
+}
+
 /// How often metrics that nobody scrapes are folded.
 const UPKEEP: Duration = Duration::from_secs(5);
 
 /// Serves until SIGTERM or SIGINT; a second signal ends the process at once.
-pub async fn run(settings: Settings, metrics: PrometheusHandle) -> anyhow::Result<()> {
+pub async fn run(settings: Settings, metrics: PrometheusHandle) -> anyhow::Result<Ended> {
     let listener = TcpListener::bind(settings.listen).await.map_err(|e| anyhow::anyhow!("cannot listen on {}: {e}", settings.listen))?;
     let http = match settings.http_listen {
         Some(address) => Some(TcpListener::bind(address).await.map_err(|e| anyhow::anyhow!("cannot listen on {address}: {e}"))?),
@@ -42,7 +51,7 @@ pub async fn run(settings: Settings, metrics: PrometheusHandle) -> anyhow::Resul
                 _ = int.recv() => {}
             }
             tracing::warn!("second signal: stopping at once");
-            // SAFETY: ends the process, without exit handlers: the device may be at work, and a GPU's libraries are not to be taken down meanwhile.
+            // SAFETY: ends the process, without exit handlers, as for [`Ended::AtWork`].
             unsafe { libc::_exit(130) };
         });
     };
@@ -55,12 +64,12 @@ pub async fn serve_on(
     listener: TcpListener,
     http: Option<(TcpListener, PrometheusHandle)>,
     shutdown: impl Future<Output = ()>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Ended> {
     tokio::pin!(shutdown);
     let engine = tokio::select! {
         engine = start_engine(&settings) => engine?,
         // Nothing was acknowledged yet: there is nothing to drain.
-        () = &mut shutdown => return Ok(()),
+        () = &mut shutdown => return Ok(Ended::AtRest),
     };
     let options = ServiceOptions {
         data_dir: settings.data_dir.clone(),
@@ -116,10 +125,12 @@ pub async fn serve_on(
     }
     engine.drain();
     let ended = tokio::task::spawn_blocking(move || engine.wait_for_end(DEVICE_PATIENCE)).await;
-    if !matches!(ended, Ok(true)) {
-        tracing::warn!("the device is still at work");
+    result?;
+    if matches!(ended, Ok(true)) {
+        return Ok(Ended::AtRest);
     }
-    Ok(result?)
+    tracing::warn!("the device is still at work: ending all the same");
+    Ok(Ended::AtWork)
 }
 
 async fn start_engine(settings: &Settings) -> anyhow::Result<engine::Engine> {

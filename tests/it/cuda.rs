@@ -250,7 +250,7 @@ async fn a_gpu_that_fails_for_good_ends_the_process_and_the_next_one_goes_on() {
 }
 
 #[tokio::test]
-async fn a_server_ends_after_its_gpu_even_when_nobody_waits_for_what_it_computes() {
+async fn a_server_at_work_on_its_gpu_ends_with_success_when_it_is_told_to() {
     let Some(device) = gpu_name() else { return };
     let dir = tempfile::tempdir().unwrap();
     let models = format!("tiny={}", golden("models/llama").display());
