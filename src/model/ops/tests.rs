@@ -340,7 +340,7 @@ fn log_prob_gradients_match_differences_for_a_frozen_and_a_trainable_head() {
     let targets: Vec<u32> = (0..rows as u32).map(|i| i * 130).collect();
     let u = random(rows, 21);
     for kernel in kernels() {
-        // All probabilities are kept for the weight's gradient, those of the first tile, none.
+        // All probabilities are kept for the weight's gradient, those of the first tiles, none.
         let gradients = [KEPT, rows * 1024, 0].map(|kept| {
             let options = HeadOptions { distribution: false, gradient: true, trained: Some(kept) };
             let mut out = head(kernel, &h, Elements::F32(&w), hidden, &targets, options);
