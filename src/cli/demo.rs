@@ -182,8 +182,10 @@ impl Server {
 
     async fn stop(self) -> Outcome {
         let _ = self.stop.send(());
-        self.task.await.map_err(|e| Failure::Failed(e.to_string()))??;
-        Ok(())
+        match self.task.await.map_err(|e| Failure::Failed(e.to_string()))?? {
+            serve::Ended::AtRest => Ok(()),
+            serve::Ended::AtWork(result) => Ok(result?),
+        }
     }
 }
 

@@ -75,14 +75,14 @@ pub fn main() -> ExitCode {
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(e) => return report(Failure::Failed(format!("the async runtime did not start: {e}"))),
+        Err(e) => return ExitCode::from(report(Failure::Failed(format!("the async runtime did not start: {e}")))),
     };
     let outcome = runtime.block_on(run(cli));
     // A blocking task that hangs (a download, say) must not keep the process.
     runtime.shutdown_timeout(Duration::from_secs(1));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => report(failure),
+        Err(failure) => ExitCode::from(report(failure)),
     }
 }
 
@@ -150,11 +150,14 @@ async fn serve_command(args: ServeArgs) -> Outcome {
         // What is left is sent; a collector that does not answer is not waited for.
         let _ = tokio::task::spawn_blocking(move || traces.shutdown_with_timeout(TRACES)).await;
     }
-    if served? == serve::Ended::AtWork {
-        // SAFETY: ends the process, without exit handlers.
-        unsafe { libc::_exit(0) };
+    match served? {
+        serve::Ended::AtRest => Ok(()),
+        serve::Ended::AtWork(result) => {
+            let code = result.map_or_else(|e| report(e.into()), |()| 0);
+            // SAFETY: ends the process, without exit handlers.
+            unsafe { libc::_exit(code.into()) }
+        }
     }
-    Ok(())
 }
 
 async fn connect(target: &Target) -> Result<Client, Failure> {
@@ -166,15 +169,16 @@ fn full_name(collection: &str, name: &str) -> String {
     if name.starts_with(&format!("{collection}/")) { name.to_owned() } else { format!("{collection}/{name}") }
 }
 
+/// Tells of a failure; returns its exit code.
 #[allow(clippy::print_stderr)]
-fn report(failure: Failure) -> ExitCode {
+fn report(failure: Failure) -> u8 {
     let (message, code) = match failure {
         Failure::Failed(m) => (m, 1),
         Failure::Usage(m) => (m, 2),
         Failure::Unreachable(m) => (m, 3),
     };
     eprintln!("error: {message}");
-    ExitCode::from(code)
+    code
 }
 
 /// Large activations come and go at every step; without this glibc maps and unmaps them each time, and the page faults cost more than the work.

@@ -19,13 +19,14 @@ use crate::rpc::{ServeOptions, Tls, serve, serve_http};
 /// not stop in time.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
 
-/// How a server ended that was asked to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How a server ended.
+#[derive(Debug)]
 pub enum Ended {
     /// Nothing is computed any more.
     AtRest,
-    /// The device still computes: a GPU's libraries are not to be taken down meanwhile, so the process should leave without exit handlers.
-    AtWork,
+    /// The device still computes: a GPU's libraries are not to be taken down meanwhile, so the process should leave without exit handlers. With how
+    /// serving ended.
+    AtWork(anyhow::Result<()>),
 }
 
 /// How often metrics that nobody scrapes are folded.
@@ -125,12 +126,12 @@ pub async fn serve_on(
     }
     engine.drain();
     let ended = tokio::task::spawn_blocking(move || engine.wait_for_end(DEVICE_PATIENCE)).await;
-    result?;
     if matches!(ended, Ok(true)) {
+        result?;
         return Ok(Ended::AtRest);
     }
     tracing::warn!("the device is still at work: ending all the same");
-    Ok(Ended::AtWork)
+    Ok(Ended::AtWork(result.map_err(Into::into)))
 }
 
 async fn start_engine(settings: &Settings) -> anyhow::Result<engine::Engine> {
