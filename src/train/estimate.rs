@@ -7,8 +7,9 @@ use crate::model::adapter::projection_shapes;
 use crate::model::config::ModelConfig;
 use crate::model::device::ComputeDevice;
 use crate::model::ops::attention::SCORES;
-use crate::model::ops::gemm::Kernel;
+use crate::model::ops::gemm::{GROUP_BYTES, Kernel};
 use crate::model::ops::head::KEPT;
+use crate::model::ops::team;
 use crate::train::backprop::Keep;
 
 const F32: u64 = 4;
@@ -29,8 +30,8 @@ impl Memory {
     }
 }
 
-/// The program itself: code, runtime, tokenizer, packed panels of weights.
-const PROGRAM: u64 = 96 << 20;
+/// The program itself: code, runtime, tokenizer.
+const PROGRAM: u64 = 92 << 20;
 /// A GPU's memory is mapped in chunks, and pieces leave gaps.
 const ROUNDING: (u64, u64) = (17, 16);
 
@@ -51,9 +52,9 @@ pub struct Estimate {
 }
 
 impl Estimate {
-    /// All of it, the program included.
+    /// All of it, the program and the panels that its threads pack included.
     pub fn total(&self) -> u64 {
-        PROGRAM + self.training_state + self.activations
+        PROGRAM + team::threads() as u64 * GROUP_BYTES as u64 + self.training_state + self.activations
     }
 }
 

@@ -31,6 +31,8 @@ pub(crate) const ROW_PADDING: usize = 16;
 const BLOCK_DEPTH: usize = 1024;
 /// Units of B that a task packs before A passes them: all of its part, mostly.
 const GROUP_UNITS: usize = 1 << 19;
+/// So many bytes each thread may have packed at one time.
+pub const GROUP_BYTES: usize = GROUP_UNITS * size_of::<u32>();
 /// Units of A that pass at a time: they stay in the L2 cache while the panels change.
 const PASS_UNITS: usize = 1 << 17;
 /// Rows that are worth a task of their own.
