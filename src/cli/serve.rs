@@ -91,6 +91,7 @@ pub async fn serve_on(
     let tls = settings.tls.clone().map(Tls::open).transpose()?;
     let service = Service::open(engine.clone(), options).await?;
     let (stop, mut stopping) = watch::channel(false);
+    let http_address = http.as_ref().map(|(listener, _)| listener.local_addr()).transpose()?;
     let http = http.map(|(listener, handle)| {
         let (service, upkeep) = (service.clone(), handle.clone());
         tokio::spawn(async move {
@@ -103,7 +104,7 @@ pub async fn serve_on(
             let _ = stopping.wait_for(|s| *s).await;
         }))
     });
-    tracing::info!(address = %listener.local_addr()?, "serving");
+    tracing::info!(address = %listener.local_addr()?, http_address = http_address.map(tracing::field::display), "serving");
     if !settings.tokens && !settings.listen.ip().is_loopback() {
         tracing::warn!("auth is off: whoever reaches {} may do everything", settings.listen);
     }

@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::server::free_port;
 use crate::support::needed;
 
 /// PostgreSQL with an empty database; gone when dropped.
@@ -255,10 +256,6 @@ fn as_user(program: &Path) -> Command {
 fn is_root() -> bool {
     // SAFETY: geteuid only reads.
     unsafe { libc::geteuid() == 0 }
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 fn wait_for(what: &str, done: impl Fn() -> bool) {

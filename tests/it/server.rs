@@ -1,9 +1,10 @@
 //! The real binary as a child process, on loopback ports of its own.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -35,10 +36,8 @@ impl Server {
 
     /// The same with variables of its environment.
     pub fn start_in(data_dir: &Path, models: &str, flags: &[&str], environment: &[(&str, &str)]) -> Self {
-        let http_port = free_port();
         let mut child = Command::new(crate::support::binary())
-            .args(["serve", "--listen", "127.0.0.1:0", "--log-format", "json", "--models", models])
-            .args(["--http-listen", &format!("127.0.0.1:{http_port}")])
+            .args(["serve", "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--log-format", "json", "--models", models])
             .args(flags)
             .arg("--data-dir")
             .arg(data_dir)
@@ -47,20 +46,23 @@ impl Server {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let (told, address) = mpsc::channel();
+        let (told, addresses) = mpsc::channel();
         let errors = BufReader::new(child.stderr.take().unwrap());
         std::thread::spawn(move || {
             for line in errors.lines().map_while(Result::ok) {
                 let json: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
                 match json["fields"]["message"].as_str() {
-                    Some("serving") => drop(told.send(json["fields"]["address"].as_str().unwrap().to_owned())),
+                    Some("serving") => {
+                        let address = |name: &str| json["fields"][name].as_str().unwrap().to_owned();
+                        let _ = told.send((address("address"), address("http_address")));
+                    }
                     _ if json["level"] != "INFO" => eprintln!("server: {line}"),
                     _ => {}
                 }
             }
         });
-        let address = address.recv_timeout(Duration::from_secs(120)).expect("the server starts");
-        Server { child, address: format!("http://{address}"), http: format!("127.0.0.1:{http_port}"), data_dir: data_dir.to_owned() }
+        let (address, http) = addresses.recv_timeout(Duration::from_secs(120)).expect("the server starts");
+        Server { child, address: format!("http://{address}"), http, data_dir: data_dir.to_owned() }
     }
 
     /// How it ended, if it did.
@@ -115,9 +117,15 @@ impl Drop for Server {
     }
 }
 
-/// A port that was free a moment ago.
+/// A port that nobody listens at, another one at each call. It lies below those that systems give to whoever asks for any, so that nobody takes it meanwhile.
 pub fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let port = 10_000 + (97 * std::process::id() + NEXT.fetch_add(1, Ordering::Relaxed)) % 20_000;
+        if TcpListener::bind(("127.0.0.1", port as u16)).is_ok() {
+            return port as u16;
+        }
+    }
 }
 
 /// Uploads a golden file.
