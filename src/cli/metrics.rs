@@ -31,7 +31,7 @@ const PLAIN_COUNTERS: [(&str, &str); 12] = [
 /// Counters with labels.
 const COUNTERS: [(&str, &str); 4] = [
     ("bradley_jobs_ended_total", "Jobs that this process brought to an end, by state."),
-    ("bradley_requests_total", "Calls answered, by method and code."),
+    ("bradley_requests_total", "Calls that ended, by method and code; one that its client gave up is Cancelled."),
     (
         "bradley_scoring_saved_tokens_total",
         "Tokens that padding to a batch's longest sequence, or a prompt for each answer, would have cost.",

@@ -68,7 +68,7 @@ where
         let traceparent = trace::format(&trace);
         let deadline = deadline(request.headers());
         let call = self.inner.call(request);
-        let start = Instant::now();
+        let mut seen = Seen::new(method);
         let observed = async move {
             // Dropping the call abandons its work: what waits for the device never reaches it.
             let mut result = match deadline {
@@ -96,19 +96,43 @@ where
                 }
                 Err(_) => Code::Internal,
             };
-            let seconds = start.elapsed().as_secs_f64();
-            let code_label = format!("{code:?}");
-            let this = tracing::Span::current();
-            this.set_attribute("rpc.grpc.status_code", code as i64);
-            if is_ours(code) {
-                this.set_status(opentelemetry::trace::Status::error(code_label.clone()));
-            }
-            metrics::counter!("bradley_requests_total", "method" => method, "code" => code_label).increment(1);
-            metrics::histogram!("bradley_request_seconds", "method" => method).record(seconds);
-            tracing::debug!(code = ?code, seconds, "request served");
+            seen.ended(code);
             result
         };
         Box::pin(observed.instrument(span))
+    }
+}
+
+/// What is counted and logged of a call when it ends or, its client gone, is dropped: then it was cancelled.
+struct Seen {
+    method: &'static str,
+    start: Instant,
+    code: Code,
+}
+
+impl Seen {
+    fn new(method: &'static str) -> Self {
+        Seen { method, start: Instant::now(), code: Code::Cancelled }
+    }
+
+    fn ended(&mut self, code: Code) {
+        self.code = code;
+    }
+}
+
+impl Drop for Seen {
+    fn drop(&mut self) {
+        let Self { method, code, .. } = *self;
+        let seconds = self.start.elapsed().as_secs_f64();
+        let code_label = format!("{code:?}");
+        let this = tracing::Span::current();
+        this.set_attribute("rpc.grpc.status_code", code as i64);
+        if is_ours(code) {
+            this.set_status(opentelemetry::trace::Status::error(code_label.clone()));
+        }
+        metrics::counter!("bradley_requests_total", "method" => method, "code" => code_label).increment(1);
+        metrics::histogram!("bradley_request_seconds", "method" => method).record(seconds);
+        tracing::debug!(?code, seconds, "request served");
     }
 }
 

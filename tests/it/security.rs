@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use bradley::rpc::client::{Client, ClientError, Status, Target};
 use bradley::rpc::pb;
+use bradley::rpc::pb::scoring_service_client::ScoringServiceClient;
+use hyper_util::rt::TokioExecutor;
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use tonic::Code;
 use tonic_types::StatusExt;
@@ -434,19 +436,38 @@ async fn work_past_its_deadline_is_dropped_and_said_so() {
     let options = Some(pb::ScoringOptions { policy: "models/tiny".into(), ..Default::default() });
     let many: Vec<pb::Pair> = (0..40).flat_map(|_| pairs()).take(1024).collect();
     let mut request = tonic::Request::new(pb::ScorePairsRequest { options, pairs: many });
-    // Raw, so that only the server keeps it.
-    request.metadata_mut().insert("grpc-timeout", "20m".parse().unwrap());
-    let late = client.scoring().score_pairs(request).await.unwrap_err();
-    assert!(matches!(late.code(), Code::DeadlineExceeded | Code::Cancelled), "{late}");
+    request.metadata_mut().insert("grpc-timeout", "8m".parse().unwrap());
+    // tonic's own channel keeps the deadline of what it sends, too, and may be first; this one only carries it.
+    let carrier = hyper_util::client::legacy::Client::builder(TokioExecutor::new()).http2_only(true).build_http();
+    let origin = server.address.parse().unwrap();
+    let late = ScoringServiceClient::with_origin(carrier, origin).score_pairs(request).await.unwrap_err();
+    assert_eq!(late.code(), Code::DeadlineExceeded, "{late}");
     // The queue is empty soon after: nobody waits for those pairs.
     let start = Instant::now();
     score(&client, "models/tiny", pairs()).await;
     assert!(start.elapsed() < Duration::from_secs(20));
+    assert_eq!(counted(&server, "ScorePairs", "DeadlineExceeded").await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_its_client_gives_up_is_counted_as_cancelled() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let many: Vec<pb::Pair> = (0..40).flat_map(|_| pairs()).take(1024).collect();
+    let start = Instant::now();
+    while counted(&server, "ScorePairs", "Cancelled").await == 0 {
+        assert!(start.elapsed() < Duration::from_secs(60), "never counted");
+        // Given up while it waits or is computed, or before it arrived: then it is tried again.
+        let _ = tokio::time::timeout(Duration::from_millis(8), score(&client, "models/tiny", many.clone())).await;
+    }
+}
+
+/// How many calls of a method the server counts under a code.
+async fn counted(server: &Server, method: &str, code: &str) -> u64 {
     let metrics = http_get(&server.http, "/metrics").await;
-    let counted = metrics.lines().any(|l| {
-        l.starts_with("bradley_requests_total") && l.contains("ScorePairs") && l.contains("code=\"DeadlineExceeded\"") && l.ends_with(" 1")
-    });
-    assert!(counted, "{metrics}");
+    let of = format!("bradley_requests_total{{method=\"/bradley.v1.ScoringService/{method}\",code=\"{code}\"}} ");
+    metrics.lines().find_map(|l| l.strip_prefix(&of)).map_or(0, |n| n.parse().unwrap())
 }
 
 async fn http_get(address: &str, path: &str) -> String {
