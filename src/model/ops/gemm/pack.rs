@@ -305,6 +305,10 @@ mod x86 {
     /// `src` is valid for the rows and `dst` for `pairs` times [`NR`] units.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     pub unsafe fn interleave_panel(src: *const bf16, stride: usize, pairs: usize, dst: *mut u32) {
+        // Column j of the first row, then of the second, for j from 0 or from 16 on.
+        let counted = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        let first = _mm512_add_epi32(_mm512_mullo_epi32(counted, _mm512_set1_epi32(0x1_0001)), _mm512_set1_epi32(32 << 16));
+        let second = _mm512_add_epi32(first, _mm512_set1_epi32(16 * 0x1_0001));
         // SAFETY: by the caller; a prefetch may go anywhere.
         unsafe {
             for p in 0..pairs {
@@ -313,11 +317,9 @@ mod x86 {
                 let ahead = low.wrapping_add(2 * AHEAD * stride);
                 _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
                 _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(stride).cast());
-                for i in (0..NR).step_by(16) {
-                    let l = _mm512_cvtepu16_epi32(_mm256_loadu_si256(low.add(i).cast()));
-                    let h = _mm512_cvtepu16_epi32(_mm256_loadu_si256(high.add(i).cast()));
-                    _mm512_storeu_si512(dst.add(p * NR + i).cast(), _mm512_or_si512(l, _mm512_slli_epi32::<16>(h)));
-                }
+                let (l, h) = (_mm512_loadu_si512(low.cast()), _mm512_loadu_si512(high.cast()));
+                _mm512_storeu_si512(dst.add(p * NR).cast(), _mm512_permutex2var_epi16(l, first, h));
+                _mm512_storeu_si512(dst.add(p * NR + NR / 2).cast(), _mm512_permutex2var_epi16(l, second, h));
             }
         }
     }
