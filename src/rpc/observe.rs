@@ -115,6 +115,7 @@ impl Seen {
         Seen { method, start: Instant::now(), code: Code::Cancelled }
     }
 
+    /// A method, so that the call's future holds the whole of it: of an assignment it would hold the field alone.
     fn ended(&mut self, code: Code) {
         self.code = code;
     }
