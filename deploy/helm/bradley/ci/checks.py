@@ -3,6 +3,7 @@
     checks.py docs [--write]   README.md and values.schema.json say what values.yaml and the server's settings say (--write makes them so)
     checks.py lint             helm lint --strict, with every file of values
     checks.py refused          values that must be refused are, with the right words
+    checks.py memory           the server is told the limits of the host's and of the GPUs' memory that the values mean
     checks.py manifests        renders every file of values for every version of Kubernetes, and validates all manifests
     checks.py mutations        misspelt fields in these manifests are found, at every place where there can be one
     checks.py policies         checkov
@@ -182,13 +183,17 @@ def lint():
     print(f"{len(VALUES)} files of values")
 
 
+def template(values):
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        json.dump(values, file)
+        file.flush()
+        return helm("template", "bradley", CHART, "-f", file.name)
+
+
 def refused():
     cases = yaml.safe_load((CI / "refused.yaml").read_text())
     for case in cases:
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-            json.dump(case["values"], file)
-            file.flush()
-            result = helm("template", "bradley", CHART, "-f", file.name)
+        result = template(case["values"])
         check(result.returncode != 0, f"these values were not refused: {case['values']}")
         check(case["says"] in result.stderr, f"{case['values']} was refused with other words than {case['says']!r}: {result.stderr}")
     result = helm("template", "bradley", CHART, "--kube-version", "1.29.0")
@@ -205,6 +210,30 @@ def render(file, version):
 
 def documents(text):
     return [document for document in yaml.safe_load_all(text) if document]
+
+
+def memory():
+    """The host's limit follows from the container's memory, on CPU and on GPU pods. A GPU's limit is set only where the values set it."""
+    gpu, large = {"gpu": {"enabled": True}}, {"resources": {"limits": {"memory": "64Gi"}}}
+    cases = (
+        # Values, and the limits of the host's and of the GPUs' memory: 0.9 · (memory - 1 GiB), in MiB.
+        ({}, "4608MiB", None),
+        (large, "58060MiB", None),
+        (gpu, "4608MiB", None),
+        ({**gpu, **large}, "58060MiB", None),
+        ({"gpu": {"enabled": True, "device": "auto", "count": 8}, **large}, "58060MiB", None),
+        ({**gpu, **large, "config": {"device_memory_limit": "60GiB"}}, "58060MiB", "60GiB"),
+        ({**gpu, **large, "config": {"memory_limit": "20GiB"}}, "20GiB", None),
+        ({**gpu, **large, "config": {"memory_limit": "20GiB", "device_memory_limit": 8589934592}}, "20GiB", "8589934592"),
+        ({**gpu, "resources": {"limits": {"memory": None}}}, None, None),
+    )
+    for values, host, device in cases:
+        result = template(values)
+        check(result.returncode == 0, f"{values}: {result.stderr}")
+        config = next((document["data"] for document in documents(result.stdout) if document["kind"] == "ConfigMap"), {})
+        found = config.get("BRADLEY_MEMORY_LIMIT"), config.get("BRADLEY_DEVICE_MEMORY_LIMIT")
+        check(found == (host, device), f"{values}: the limits of the host and of a GPU are {found}, not {(host, device)}")
+    print(f"{len(cases)} cases")
 
 
 def rendered(versions):
@@ -501,7 +530,7 @@ def policies():
     print(f"checkov {summary['checkov_version']}: {summary['passed']} passed, {len(found)} found, all but {len(failures)} excused by {len(exceptions)} exceptions")
 
 
-COMMANDS = {"docs": docs, "lint": lint, "refused": refused, "manifests": manifests, "mutations": mutations, "policies": policies}
+COMMANDS = {"docs": docs, "lint": lint, "refused": refused, "memory": memory, "manifests": manifests, "mutations": mutations, "policies": policies}
 
 if __name__ == "__main__":
     command, *rest = sys.argv[1:]

@@ -99,7 +99,10 @@ HF_TOKEN: {{ . | quote }}
 {{- divf (mulf $number (get $bytes (regexFind "[a-zA-Z]*$" $text))) 1048576 | floor | int64 -}}
 {{- end -}}
 
-{{/* 0.9 · (limit − 1 GiB): one GiB is left to the process that decodes an uploaded Parquet file, a tenth to what an estimate does not see. */}}
+{{/*
+  The limit of the host's memory, on CPU and on GPU pods: 0.9 · (limit − 1 GiB). One GiB is left to the process that decodes an uploaded Parquet file, a tenth
+  to what an estimate does not see. It says nothing about a GPU's memory: the server asks each GPU at start, unless config.device_memory_limit is set.
+*/}}
 {{- define "bradley.memoryLimit" -}}
 {{- $limits := default (dict) .Values.resources.limits -}}
 {{- with $limits.memory -}}

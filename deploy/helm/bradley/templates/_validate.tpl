@@ -45,6 +45,9 @@
 {{- $wrong = append $wrong "modelCache.prePull and huggingface.offline are both set: the Job has to ask the hub" -}}
 {{- end -}}
 {{- end -}}
+{{- if and (hasKey $v.config "device_memory_limit") (not $v.gpu.enabled) -}}
+{{- $wrong = append $wrong "config.device_memory_limit limits the memory of GPUs, but gpu.enabled is false: remove it, or set config.memory_limit for the host's memory" -}}
+{{- end -}}
 {{- if and $v.grpcRoute.enabled (not $v.grpcRoute.parentRefs) -}}
 {{- $wrong = append $wrong "grpcRoute.enabled needs grpcRoute.parentRefs" -}}
 {{- end -}}
