@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bradley::domain::dataset::DatasetFormat;
+use bradley::domain::identity::ModelIdentity;
 use bradley::domain::training::{BatchConfig, LoraConfig, Method, Precision, RunConfig, TARGET_MODULES, TrainingSpec, Truncation};
 use bradley::model::adapter::Adapter;
 use bradley::model::decoder::Policy;
@@ -147,6 +148,7 @@ fn train(
         resume: None,
         tokenizer: tokenizer.clone(),
         base: "base".into(),
+        identity: ModelIdentity::default(),
         memory: u64::MAX,
     };
     let mut trainer = Trainer::new(input)?;

@@ -29,8 +29,9 @@ const PLAIN_COUNTERS: [(&str, &str); 12] = [
 ];
 
 /// Counters with labels.
-const COUNTERS: [(&str, &str); 4] = [
+const COUNTERS: [(&str, &str); 5] = [
     ("bradley_jobs_ended_total", "Jobs that this process brought to an end, by state."),
+    ("bradley_jobs_waiting_total", "Times that a job went back to the queue because what it needs was not there, by reason."),
     ("bradley_requests_total", "Calls that ended, by method and code; one that its client gave up is Cancelled."),
     (
         "bradley_scoring_saved_tokens_total",
@@ -39,7 +40,7 @@ const COUNTERS: [(&str, &str); 4] = [
     ("bradley_store_retries_total", "Waits for the database, the artifact store or the disk, by reason."),
 ];
 
-const GAUGES: [(&str, &str); 12] = [
+const GAUGES: [(&str, &str); 14] = [
     ("bradley_build_info", "1; the version is a label."),
     ("bradley_connections", "Open connections to the gRPC port."),
     ("bradley_event_streams", "Open streams of training events."),
@@ -49,9 +50,11 @@ const GAUGES: [(&str, &str); 12] = [
     ("bradley_resident_policies", "Adapters and full weights in memory besides the base models."),
     ("bradley_device_free_bytes", "A GPU's memory that is free or kept for the next passes."),
     ("bradley_device_memory_bytes", "A GPU's memory, all of it."),
-    ("bradley_memory_limit_bytes", "Memory that models and the running job may be estimated to need."),
+    ("bradley_memory_limit_bytes", "The machine's memory that models and jobs may be estimated to need."),
+    ("bradley_device_memory_limit_bytes", "A GPU's memory that models and its job may be estimated to need."),
     ("bradley_jobs", "Jobs in the database, by state; every replica shows the same."),
     ("bradley_store_up", "1 when the database answers."),
+    ("bradley_unreadable_jobs", "Unfinished jobs in the database that this version of the server cannot read."),
 ];
 
 const HISTOGRAMS: [(&str, &str); 10] = [
@@ -61,7 +64,10 @@ const HISTOGRAMS: [(&str, &str); 10] = [
     ("bradley_scoring_compute_seconds", "The device's time for a scoring batch."),
     ("bradley_scoring_batch_tokens", "Tokens of a scoring batch."),
     ("bradley_scoring_batch_items", "Items of a scoring batch."),
-    ("bradley_training_unit_seconds", "The device's time for a unit of training: a micro-batch, an evaluation batch or a checkpoint."),
+    (
+        "bradley_training_unit_seconds",
+        "The device's time for a unit of training: a micro-batch, an evaluation batch or a checkpoint; by device.",
+    ),
     ("bradley_training_step_seconds", "An optimizer step on the wall; scoring in between is part of it."),
     ("bradley_checkpoint_seconds", "A checkpoint's writing to disk, and its keeping in the artifact store, by phase."),
     ("bradley_event_lag_seconds", "From a training event's making to its being stored."),
@@ -80,6 +86,9 @@ pub fn install() -> Result<PrometheusHandle, BuildError> {
     for (name, help) in PLAIN_COUNTERS {
         describe_counter!(name, help);
         counter!(name).increment(0);
+    }
+    for reason in ["artifact_missing", "checkpoint_format", "model_changed"] {
+        counter!("bradley_jobs_waiting_total", "reason" => reason).increment(0);
     }
     for state in JobState::ALL.into_iter().filter(|s| s.is_final()) {
         counter!("bradley_jobs_ended_total", "state" => state.name()).increment(0);

@@ -135,7 +135,7 @@ fn limit(resource: libc::__rlimit_resource_t, soft: u64, hard: u64) {
 
 async fn serve_command(args: ServeArgs) -> Outcome {
     let bad = |v: crate::domain::violation::Violations| {
-        let lines: Vec<String> = v.0.iter().map(|v| format!("  {} {}", v.field, v.description)).collect();
+        let lines: Vec<String> = v.listed().iter().map(|v| format!("  {} {}", v.field, v.description)).collect();
         Failure::Usage(format!("these settings cannot be used:\n{}", lines.join("\n")))
     };
     let sources = Sources::collect(args.config.as_deref(), args.flags).map_err(bad)?;

@@ -17,6 +17,7 @@ const AHEAD: usize = 64;
 pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     let client = connect(&args.server.target()).await?;
     let rows = read(&args.data)?;
+    warn_of_ignored(&rows);
     let options = pb::ScoringOptions {
         policy: args.policy.clone(),
         reference: args.reference.clone(),
@@ -58,6 +59,15 @@ pub(super) fn read(path: &std::path::Path) -> Result<Vec<PreferenceRow>, Failure
         rows.push(row.map_err(|i| failed(&format!("row {}, {}: {}", i.row, i.field, i.message)))?);
     }
     Ok(rows)
+}
+
+/// Says which fields of the rows are not used.
+#[allow(clippy::print_stderr)]
+fn warn_of_ignored(rows: &[PreferenceRow]) {
+    let affected = rows.iter().filter(|row| !row.ignored.is_empty()).count();
+    if let Some(row) = rows.iter().find(|row| !row.ignored.is_empty()) {
+        eprintln!("warning: {affected} rows have fields that are not used, e.g. row {}: {}", row.row, row.ignored.join(", "));
+    }
 }
 
 /// Scores every row over one stream; results come back in the order of the rows.

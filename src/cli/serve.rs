@@ -19,6 +19,9 @@ use crate::rpc::{ServeOptions, Tls, serve, serve_http};
 /// not stop in time.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
 
+/// The fewest connections that a server is worth starting with.
+const MIN_CONNECTIONS: u64 = 16;
+
 /// How a server ended.
 #[derive(Debug)]
 pub enum Ended {
@@ -116,7 +119,7 @@ pub async fn serve_on(
         drain_timeout: settings.drain_timeout,
         tls,
         tokens: settings.tokens,
-        max_connections: settings.max_connections,
+        max_connections: connections_that_fit(settings.max_connections)?,
         max_connection_age: settings.max_connection_age,
     };
     let result = serve(listener, service, options, shutdown).await;
@@ -133,6 +136,46 @@ pub async fn serve_on(
     }
     tracing::warn!("the device is still at work: ending all the same");
     Ok(Ended::AtWork(result.map_err(Into::into)))
+}
+
+/// Descriptors that are not for gRPC connections: files, the database, the artifact store, uploads and the HTTP port need some.
+fn reserved_descriptors(limit: u64) -> u64 {
+    (limit / 8).clamp(160, 1024)
+}
+
+/// Raises the limit on file descriptors as far as the system allows and returns how many connections fit beside the reserve.
+fn connections_that_fit(wanted: usize) -> anyhow::Result<usize> {
+    let limit = raise_descriptor_limit();
+    let fitting = limit.saturating_sub(reserved_descriptors(limit));
+    anyhow::ensure!(
+        fitting >= MIN_CONNECTIONS,
+        "the limit on open files is {limit}: at least {} are needed (ulimit -n, LimitNOFILE, or the container runtime's setting)",
+        reserved_descriptors(limit) + MIN_CONNECTIONS
+    );
+    if (wanted as u64) > fitting {
+        tracing::warn!(
+            max_connections = wanted,
+            lowered_to = fitting,
+            open_files = limit,
+            "max_connections is lowered to what the limit on open files leaves"
+        );
+    }
+    Ok(wanted.min(fitting as usize))
+}
+
+/// Raises the soft limit on file descriptors to the hard one; returns the limit in force.
+fn raise_descriptor_limit() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the call writes one struct that lives as long as it.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
+        return u64::MAX;
+    }
+    let raised = libc::rlimit { rlim_cur: limit.rlim_max, ..limit };
+    // SAFETY: the call reads one struct that lives as long as it.
+    match unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const raised) } {
+        0 => raised.rlim_cur,
+        _ => limit.rlim_cur,
+    }
 }
 
 async fn start_engine(settings: &Settings) -> anyhow::Result<engine::Engine> {

@@ -27,11 +27,8 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("data_parallel", "1", "Devices that a training run uses together, each for a share of its rows; 1 gives every run its own"),
     ("precision", "f32", "What matrix products are computed in, and how frozen weights are kept: f32 or bf16"),
     ("threads", "0", "CPU threads for compute; 0 is all cores"),
-    (
-        "memory_limit",
-        "0",
-        "Memory a job may be estimated to need, e.g. 20GiB; 0 is nine tenths of the machine's, or of what is free on the GPU",
-    ),
+    ("memory_limit", "0", "Memory of this machine that models and a job may be estimated to need, e.g. 20GiB; 0 is nine tenths of it"),
+    ("device_memory_limit", "0", "The same of each GPU's own memory, e.g. 70GiB; 0 is nine tenths of what is free on it at the start"),
     ("scoring_share", "0.4", "Share of device time scoring may take while a job trains, above 0 and at most 1"),
     ("queue_tokens", "1048576", "Tokens that may wait to be scored"),
     ("batch_tokens", "4096", "Tokens of one scoring batch"),
@@ -153,9 +150,7 @@ impl Sources {
         let path = config.map(Path::to_owned).or_else(|| environment.get("BRADLEY_CONFIG").map(PathBuf::from));
         let file = match path {
             Some(path) => {
-                let wrong = |reason: String| {
-                    Violations(vec![crate::domain::violation::Violation { field: path.display().to_string(), description: reason }])
-                };
+                let wrong = |reason: String| Violations::one(path.display().to_string(), reason);
                 let text = std::fs::read_to_string(&path).map_err(|e| wrong(format!("cannot be read: {e}")))?;
                 let table = text.parse::<toml::Table>().map_err(|e| wrong(format!("is not TOML: {}", e.message())))?;
                 Some((path, table))
@@ -288,6 +283,7 @@ impl Settings {
                 resident_policies: reader.number("resident_policies", 1).unwrap_or(defaults.resident_policies),
                 scoring_share: share.unwrap_or(defaults.scoring_share),
                 memory_limit: reader.bytes("memory_limit").filter(|n| *n > 0),
+                device_memory_limit: reader.bytes("device_memory_limit").filter(|n| *n > 0),
             },
             max_message_bytes: reader.bytes("max_message_bytes").unwrap_or_default() as usize,
             max_upload_bytes: reader.bytes("max_upload_bytes").unwrap_or_default(),
@@ -399,7 +395,7 @@ impl Reader<'_> {
                 models.push((id, source));
             }
         }
-        if models.is_empty() && self.bad.0.is_empty() {
+        if models.is_empty() && self.bad.is_empty() {
             self.bad.push("--models", "is not set: name at least one model, e.g. --models HuggingFaceTB/SmolLM2-135M-Instruct");
         }
         models
@@ -452,7 +448,7 @@ mod tests {
             "drain_timeout = 0\nmodles = \"x\"\nmodels = \"a=/x,a=/y\"",
         );
         let bad = Settings::resolve(&s).err().unwrap();
-        let origins: Vec<&str> = bad.0.iter().map(|v| v.field.as_str()).collect();
+        let origins: Vec<&str> = bad.listed().iter().map(|v| v.field.as_str()).collect();
         for expected in ["--listen", "BRADLEY_SCORING_SHARE", "bradley.toml: drain_timeout", "bradley.toml: modles", "bradley.toml: models"]
         {
             assert!(origins.contains(&expected), "{expected} is missing from {origins:?}");
@@ -463,7 +459,7 @@ mod tests {
     fn a_run_cannot_use_more_devices_than_are_named() {
         let resolve = |device, n| Settings::resolve(&sources(&[("models", "/x"), ("device", device), ("data_parallel", n)], &[], ""));
         let bad = resolve("cuda:0,cuda:1", "3").err().unwrap();
-        assert!(bad.0.iter().any(|v| v.field == "data_parallel" && v.description.contains("device names 2")), "{bad:?}");
+        assert!(bad.listed().iter().any(|v| v.field == "data_parallel" && v.description.contains("device names 2")), "{bad:?}");
         assert!(resolve("cuda:0,cuda:1", "2").is_ok() && resolve("auto", "8").is_ok() && resolve("cpu", "1").is_ok());
     }
 

@@ -7,6 +7,8 @@ use super::{Failure, Outcome, connect, output, watch};
 use crate::rpc::client::{Client, ProtoDuration};
 use crate::rpc::pb;
 
+/// Jobs that may continue each other.
+const MAX_DEPTH: usize = 32;
 /// Seconds.
 const DAY: i64 = 24 * 3600;
 
@@ -16,25 +18,26 @@ pub(super) async fn run(args: TrainArgs, output: Output) -> Outcome {
         Some(p) => p.clone(),
         None => only_model(&client).await?,
     };
+    let checked = Checked { model: base_model(&client, &policy).await?, max_length: args.max_length.unwrap_or(0) };
     let dataset = match (&args.data, &args.dataset) {
-        (Some(path), _) => upload(&client, path, output).await?,
+        (Some(path), _) => upload_for_job(&client, path, &checked, &args, output).await?,
         (None, Some(name)) => super::full_name("datasets", name),
         (None, None) => return Err(Failure::Usage("name --data or --dataset".into())),
     };
     let evaluation = match (&args.eval_data, args.eval_fraction) {
-        (Some(path), _) => Some(pb::training_job::Evaluation::EvalDataset(upload(&client, path, output).await?)),
+        (Some(path), _) => Some(pb::training_job::Evaluation::EvalDataset(upload_for_job(&client, path, &checked, &args, output).await?)),
         (None, Some(f)) => Some(pb::training_job::Evaluation::EvalFraction(f)),
         (None, None) => None,
     };
     let wanted = job(&args, policy, dataset, evaluation)?;
     if args.estimate {
         let request = pb::EstimateTrainingJobRequest { training_job: Some(wanted) };
-        let estimate = client.training().estimate_training_job(request).await?.into_inner();
+        let estimate = client.training().estimate_training_job(request).await.map_err(in_flags)?.into_inner();
         output::resource(output, &output::estimate(&estimate));
         return Ok(());
     }
     let request = pb::CreateTrainingJobRequest { training_job: Some(wanted), request_id: String::new(), validate_only: args.validate_only };
-    let job = client.training().create_training_job(request).await?.into_inner();
+    let job = client.training().create_training_job(request).await.map_err(in_flags)?.into_inner();
     if args.validate_only {
         output::resource(output, &output::job(&job));
         return Ok(());
@@ -118,10 +121,55 @@ async fn only_model(client: &Client) -> Result<String, Failure> {
     }
 }
 
+/// What the lengths of an uploaded file's rows are checked with.
+#[derive(Clone, Debug, Default)]
+struct Checked {
+    /// `models/{id}`; empty leaves lengths unchecked.
+    model: String,
+    /// Tokens of prompt and answer; 0 is the server's default.
+    max_length: u32,
+}
+
+/// The base model under a policy, through the jobs that it continues; empty when it cannot be found out.
+async fn base_model(client: &Client, policy: &str) -> Result<String, Failure> {
+    let mut policy = policy.to_owned();
+    for _ in 0..MAX_DEPTH {
+        if policy.starts_with("models/") {
+            return Ok(policy);
+        }
+        let Some((job, _)) = policy.split_once("/checkpoints/") else { break };
+        let request = pb::GetTrainingJobRequest { name: job.to_owned() };
+        match client.training().get_training_job(request).await {
+            Ok(job) => policy = job.into_inner().policy,
+            // A job that was deleted since, or a name that the server will refuse with a reason.
+            Err(_) => break,
+        }
+    }
+    Ok(String::new())
+}
+
+/// Uploads a file, checked with the model and the length of the job, and stops where the job would be refused for its rows.
+async fn upload_for_job(client: &Client, path: &Path, checked: &Checked, args: &TrainArgs, output: Output) -> Result<String, Failure> {
+    let dataset = upload_checked(client, path, checked, output).await?;
+    let report = dataset.report.unwrap_or_default();
+    let bad = report.rows - report.valid_rows;
+    if bad == 0 || args.skip_bad_rows {
+        return Ok(dataset.name);
+    }
+    let is_error = |i: &&pb::RowIssue| i.severity() == pb::IssueSeverity::Error;
+    let example = report.issues.iter().find(is_error).map(|i| format!(" (row {}, {}: {})", i.row, i.reason, i.message));
+    let remedy = match report.counts.contains_key("prompt_fills_max_length") {
+        true => "give them more room with --max-length, correct the file, or leave them out with --skip-bad-rows",
+        false => "correct the file, or leave them out with --skip-bad-rows",
+    };
+    let (file, example) = (path.display(), example.unwrap_or_default());
+    Err(Failure::Failed(format!("{bad} of the {} rows of {file} cannot be used{example}: {remedy}", report.rows)))
+}
+
 /// Uploads a file and says what validation found.
-pub(super) async fn upload(client: &Client, path: &Path, output: Output) -> Result<String, Failure> {
+async fn upload_checked(client: &Client, path: &Path, checked: &Checked, output: Output) -> Result<pb::Dataset, Failure> {
     let display_name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    let metadata = pb::UploadMetadata { display_name, ..Default::default() };
+    let metadata = pb::UploadMetadata { display_name, model: checked.model.clone(), max_length: checked.max_length, ..Default::default() };
     let dataset = client.upload_dataset(path, metadata, |_| {}).await?;
     if output == Output::Table {
         let r = dataset.report.clone().unwrap_or_default();
@@ -130,5 +178,20 @@ pub(super) async fn upload(client: &Client, path: &Path, output: Output) -> Resu
             output::line(&format!("  row {}: {} {}: {}", i.row, i.field, i.reason, i.message));
         }
     }
-    Ok(dataset.name)
+    Ok(dataset)
+}
+
+/// A refusal in the words of the command line: the server speaks of the fields of its API.
+fn in_flags(status: crate::rpc::client::Status) -> Failure {
+    const FLAGS: [(&str, &str); 3] = [
+        ("set row_policy to SKIP to train on the other", "leave them out with --skip-bad-rows to train on the other"),
+        ("set row_policy to SKIP", "leave them out with --skip-bad-rows"),
+        ("with max_length", "with --max-length"),
+    ];
+    let replace = |message: String| FLAGS.iter().fold(message, |text, (field, flag)| text.replace(field, flag));
+    match Failure::from(status) {
+        Failure::Failed(m) => Failure::Failed(replace(m)),
+        Failure::Usage(m) => Failure::Usage(replace(m)),
+        Failure::Unreachable(m) => Failure::Unreachable(m),
+    }
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::job::Millis;
+use super::violation::shortened;
 
 /// A chat message.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -14,6 +15,9 @@ pub struct ChatMessage {
     /// The text.
     pub content: String,
 }
+
+/// Messages of one text: each has a token at least, so that no row with more could be used.
+pub const MAX_MESSAGES: usize = 16384;
 
 /// Plain text or chat messages.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -40,6 +44,9 @@ pub struct PreferenceRow {
     pub rejected: Text,
     /// Multiplies the row's loss; 1 unless given.
     pub weight: f64,
+    /// Paths of fields that the row has and that are not used, e.g. `chosen[0].reasoning_content`; the first of each name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ignored: Vec<String>,
 }
 
 /// The file format.
@@ -74,6 +81,10 @@ pub enum IssueReason {
     InvalidType,
     /// weight is not a finite number above 0.
     InvalidWeight,
+    /// A field that changes what a row means and that cannot be used: tools, tool calls, images.
+    UnsupportedField,
+    /// A field that is left out, although other tools use it (a warning).
+    IgnoredField,
     /// prompt, chosen or rejected is absent.
     MissingField,
     /// An answer without text.
@@ -100,6 +111,8 @@ impl IssueReason {
             IssueReason::InvalidUtf8 => "invalid_utf8",
             IssueReason::InvalidType => "invalid_type",
             IssueReason::InvalidWeight => "invalid_weight",
+            IssueReason::UnsupportedField => "unsupported_field",
+            IssueReason::IgnoredField => "ignored_field",
             IssueReason::MissingField => "missing_field",
             IssueReason::EmptyCompletion => "empty_completion",
             IssueReason::IdenticalAnswers => "identical_answers",
@@ -114,7 +127,7 @@ impl IssueReason {
     /// Errors make a row unusable. Contradictions are warnings on both rows' face but poison training, so they are errors.
     pub fn severity(self) -> Severity {
         match self {
-            IssueReason::Truncated | IssueReason::DuplicatePair => Severity::Warning,
+            IssueReason::Truncated | IssueReason::DuplicatePair | IssueReason::IgnoredField => Severity::Warning,
             _ => Severity::Error,
         }
     }
@@ -135,8 +148,25 @@ pub struct RowIssue {
     pub message: String,
 }
 
+impl RowIssue {
+    /// The same with texts of limited length.
+    pub fn shortened(self) -> Self {
+        let short = |text: String, limit: usize| if text.len() > limit { shortened(&text, limit) } else { text };
+        RowIssue {
+            id: self.id.map(|id| short(id, MAX_ISSUE_TEXT.0)),
+            field: short(self.field, MAX_ISSUE_TEXT.0),
+            message: short(self.message, MAX_ISSUE_TEXT.1),
+            ..self
+        }
+    }
+}
+
 /// How many findings a report lists in full.
 pub const MAX_LISTED_ISSUES: usize = 1000;
+/// Characters of a row's id, and of a finding's message, that a report keeps: rows are a client's own, and may be long.
+const MAX_ISSUE_TEXT: (usize, usize) = (199, 399);
+/// Characters of a value that a finding's message repeats.
+pub const MAX_QUOTED_VALUE: usize = 200;
 
 /// What validation found.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -147,7 +177,8 @@ pub struct ValidationReport {
     pub valid_rows: u64,
     /// Findings by reason.
     pub counts: BTreeMap<String, u64>,
-    /// The first [`MAX_LISTED_ISSUES`].
+    /// The first [`MAX_LISTED_ISSUES`]; none in a list of datasets.
+    #[serde(default)]
     pub issues: Vec<RowIssue>,
     /// Whether there were more.
     pub issues_truncated: bool,
@@ -158,7 +189,7 @@ impl ValidationReport {
     pub fn add(&mut self, issue: RowIssue) {
         *self.counts.entry(issue.reason.name().to_owned()).or_default() += 1;
         if self.issues.len() < MAX_LISTED_ISSUES {
-            self.issues.push(issue);
+            self.issues.push(issue.shortened());
         } else {
             self.issues_truncated = true;
         }
@@ -167,6 +198,12 @@ impl ValidationReport {
     /// Rows that cannot be used.
     pub fn bad_rows(&self) -> u64 {
         self.rows - self.valid_rows
+    }
+
+    /// Rows that no job can use. Whether a prompt is too long is for each job to say, with its own tokenizer and length.
+    pub fn bad_rows_of_any_job(&self) -> u64 {
+        let too_long = self.counts.get(IssueReason::PromptFillsMaxLength.name()).copied().unwrap_or(0);
+        self.bad_rows().saturating_sub(too_long)
     }
 }
 

@@ -207,6 +207,11 @@ impl DpoConfig {
         !self.reference_free && (self.losses.iter().any(|l| l.loss.needs_reference()) || self.dpop_lambda > 0.0)
     }
 
+    /// Whether a pair's loss depends on the other pairs of its micro-batch, by the order of their log-ratios.
+    pub fn compares_pairs(&self) -> bool {
+        self.losses.iter().any(|term| matches!(term.loss, LossType::Aot | LossType::AotUnpaired))
+    }
+
     /// Records every impossible setting under `field`, e.g. `dpo.beta`.
     pub fn validate(&self, field: &str, out: &mut Violations) {
         if self.losses.is_empty() {
@@ -243,6 +248,11 @@ impl DpoConfig {
         if self.dpop_lambda > 0.0 && !self.losses.iter().any(|l| l.loss == LossType::Sigmoid) {
             out.push(format!("{field}.dpop_lambda"), "acts inside the sigmoid loss only: add sigmoid to the losses or set it to 0");
         }
+        if self.wpo && self.compares_pairs() {
+            let message =
+                "weighs pairs, which aot and aot_unpaired cannot: they compare sorted log-ratios across pairs; remove one of the two";
+            out.push(format!("{field}.use_weighting"), message);
+        }
         out.non_negative(format!("{field}.simpo_gamma"), self.simpo_gamma);
         out.non_negative(format!("{field}.orpo_lambda"), self.orpo_lambda);
         if let Some(a) = self.ld_alpha
@@ -259,6 +269,10 @@ impl DpoConfig {
             }
             if self.reference_free {
                 out.push(format!("{field}.reference_sync"), "has no meaning with reference_free: remove one of them");
+            } else if !self.needs_reference() {
+                let names: Vec<&str> = self.losses.iter().map(|l| l.loss.name()).collect();
+                let message = format!("has no meaning: {} without a reference: remove it, or add a loss that has one", names.join(", "));
+                out.push(format!("{field}.reference_sync"), message);
             }
         }
     }

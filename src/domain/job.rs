@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::identity::Pins;
 use super::names::PolicyName;
 use super::training::TrainingSpec;
 
@@ -154,6 +155,9 @@ pub struct JobRequest {
     /// The base model under it, which stays known when the jobs that it continues are deleted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
+    /// The content that the job depends on; `None` for jobs of version 0.1 that have not started since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pins: Option<Pins>,
     /// What is trained.
     pub policy: PolicyName,
     /// `None`: the policy's own start weights.
@@ -206,7 +210,7 @@ pub struct Job {
     pub request: JobRequest,
     /// Where it is.
     pub state: JobState,
-    /// Why it failed.
+    /// Why it failed; of a queued job, why it was put back in the queue.
     pub error: Option<JobError>,
     /// How far it is.
     pub progress: Progress,

@@ -3,6 +3,7 @@
 pub mod access;
 pub mod dataset;
 pub mod dpo;
+pub mod identity;
 pub mod job;
 pub mod names;
 pub mod training;

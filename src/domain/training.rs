@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::dpo::DpoConfig;
-use super::violation::Violations;
+use super::violation::{Violations, quoted};
 
 /// The projections LoRA can adapt, in the decoder's order.
 pub const TARGET_MODULES: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
@@ -399,7 +399,7 @@ impl LoraConfig {
             if !TARGET_MODULES.contains(&m.as_str()) {
                 out.push(
                     format!("{field}.target_modules[{i}]"),
-                    format!("{m:?} is not a projection of the decoder: use {}", TARGET_MODULES.join(", ")),
+                    format!("{} is not a projection of the decoder: use {}", quoted(m), TARGET_MODULES.join(", ")),
                 );
             }
         }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
+use crate::domain::identity::ModelIdentity;
 use crate::domain::training::{Precision, TrainingSpec};
 use crate::model::device::DeviceChoice;
 pub use crate::train::event::{RunEnd, RunEvent};
@@ -33,8 +34,8 @@ pub struct ModelInfo {
     pub max_position_embeddings: usize,
     /// Whether chat rows can be rendered.
     pub chat_template: bool,
-    /// BLAKE3 of the weights.
-    pub fingerprint: String,
+    /// What it is, by content.
+    pub identity: ModelIdentity,
     /// Where it is, e.g. `cpu` or `cuda:0,cuda:1`.
     pub device: String,
 }
@@ -53,6 +54,8 @@ pub enum WeightsRef {
         model: String,
         /// The folder with adapter_config.json and adapter_model.safetensors.
         dir: PathBuf,
+        /// A hash of the adapter: the same folder may hold another one later.
+        content: String,
     },
     /// Full weights of a base model's shape.
     Full {
@@ -60,6 +63,8 @@ pub enum WeightsRef {
         model: String,
         /// The folder with model.safetensors.
         dir: PathBuf,
+        /// A hash of the weights.
+        content: String,
     },
     /// What a running job trains now.
     Live {
@@ -201,8 +206,10 @@ pub struct EngineOptions {
     pub resident_policies: usize,
     /// Share of device time scoring may take while a job trains, in (0, 1].
     pub scoring_share: f64,
-    /// Bytes the estimate may reach before a job is refused; `None` is the machine's memory.
+    /// Bytes of the machine's memory that the estimate may reach before a job is refused; `None` is nine tenths of it.
     pub memory_limit: Option<u64>,
+    /// The same of each GPU's own memory; `None` is nine tenths of what is free there at the start.
+    pub device_memory_limit: Option<u64>,
 }
 
 impl Default for EngineOptions {
@@ -219,6 +226,7 @@ impl Default for EngineOptions {
             resident_policies: 8,
             scoring_share: 0.4,
             memory_limit: None,
+            device_memory_limit: None,
         }
     }
 }

@@ -21,6 +21,7 @@ use tokio::sync::oneshot;
 use self::api::{EngineError, EngineOptions, ModelInfo, RunEnd, RunEvent, ScoreItem, ScoredItem, TrainingRun, WeightsRef};
 use self::queue::{Entry, Queue};
 use self::residents::{Base, Bases};
+use crate::domain::identity::ModelIdentity;
 use crate::domain::training::{Precision, TrainingSpec};
 use crate::model::device::{ComputeDevice, DeviceChoice};
 use crate::model::export;
@@ -74,7 +75,7 @@ impl Drop for Ended {
 pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine, EngineError> {
     let bytes = residents::weight_bytes(options.precision);
     let needed: u64 = models.iter().map(|m| m.config.parameter_count() as u64 * bytes).sum();
-    let places = places(&options, needed)?;
+    let places = places(&options, &models, needed)?;
     let names: Vec<String> = places.iter().map(|(device, _)| device.name()).collect();
     tracing::info!(devices = names.join(","), "computing on");
     let loaded = Bases::load(models, places[0].0.clone(), &names.join(","), options.precision)?;
@@ -101,7 +102,11 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
             let helpers = members[1..].iter().map(|(device, _)| device.clone()).collect();
             worker::Training { memory: least.saturating_sub(bases.needed()), helpers }
         });
-        let worker = worker::Worker::new(i, queue.clone(), bases.clone(), cache.clone(), &options, training);
+        let label = label(&names, i);
+        if bases.device().memory().is_some() {
+            metrics::gauge!("bradley_device_memory_limit_bytes", "device" => label.clone()).set(places[i].1 as f64);
+        }
+        let worker = worker::Worker::new(i, label, queue.clone(), bases.clone(), cache.clone(), &options, training);
         let ended = Ended(queue.clone(), i);
         std::thread::Builder::new()
             .name(format!("device-{}", bases.device().name()))
@@ -112,22 +117,47 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
             })
             .map_err(|e| EngineError::Device(format!("its thread did not start: {e}")))?;
     }
-    metrics::gauge!("bradley_memory_limit_bytes").set(available as f64);
+    metrics::gauge!("bradley_memory_limit_bytes").set(host_memory_limit(&options) as f64);
     let concurrent_runs = all.len().div_ceil(group);
     Ok(Engine { shared: Arc::new(Shared { queue, bases: all[roomiest].clone(), options, available, concurrent_runs }) })
 }
 
+/// A worker's name in metrics: its device's, numbered where several workers share one.
+fn label(devices: &[String], worker: usize) -> String {
+    let name = &devices[worker];
+    match devices.iter().filter(|other| *other == name).count() {
+        1 => name.clone(),
+        _ => format!("{name}:{worker}"),
+    }
+}
+
+/// Refuses a model whose heads are wider than the device's kernels can compute with.
+fn refuse_wide_heads(models: &[LoadedModel], device: &ComputeDevice) -> Result<(), EngineError> {
+    let Some(limit) = device.max_head_dim() else { return Ok(()) };
+    match models.iter().find(|m| m.config.head_dim > limit) {
+        None => Ok(()),
+        Some(m) => Err(EngineError::Weights(format!(
+            "models/{}: head_dim is {}, and {} computes with at most {limit}: serve it with --device cpu",
+            m.id,
+            m.config.head_dim,
+            device.name()
+        ))),
+    }
+}
+
 /// The devices, each with the bytes that the estimate may reach on it. Where they were not named, those are left out that cannot hold the `needed` bytes.
-fn places(options: &EngineOptions, needed: u64) -> Result<Vec<(ComputeDevice, u64)>, EngineError> {
+fn places(options: &EngineOptions, models: &[LoadedModel], needed: u64) -> Result<Vec<(ComputeDevice, u64)>, EngineError> {
     let (mut places, mut too_small) = (Vec::new(), None);
     for choice in &options.devices {
         for device in ComputeDevice::open_all(*choice).map_err(|e| EngineError::Device(format!("{choice}: {e}")))? {
+            refuse_wide_heads(models, &device)?;
             let available = memory_limit(options, &device);
             if needed <= available {
                 places.push((device, available));
                 continue;
             }
-            let remedy = format!("on {}: load fewer or smaller models, or raise memory_limit", device.name());
+            let setting = if device.memory().is_some() { "device_memory_limit" } else { "memory_limit" };
+            let remedy = format!("on {}: load fewer or smaller models, or raise {setting}", device.name());
             let e = EngineError::OutOfMemory { needed_mib: needed >> 20, available_mib: available >> 20, remedy };
             if *choice != DeviceChoice::Auto {
                 return Err(e);
@@ -163,6 +193,11 @@ impl Engine {
     /// Runs that can be in progress at one time; more wait.
     pub fn concurrent_runs(&self) -> usize {
         self.shared.concurrent_runs
+    }
+
+    /// What a base model is, by content.
+    pub fn identity(&self, model: &str) -> Result<ModelIdentity, EngineError> {
+        Ok(self.shared.bases.get(model)?.info.identity.clone())
     }
 
     /// A base model's tokenizer.
@@ -201,17 +236,24 @@ impl Engine {
         let base = self.shared.bases.get(model)?;
         let (resident, available) = (self.resident(base, spec), self.shared.available);
         if self.memory_kind() == Memory::Gpu {
-            let (needed, available) =
-                (self.shared.bases.on_host() + on_host(&base.policy.config, spec, self.shared.options.data_parallel), machine_memory());
+            let options = &self.shared.options;
+            let needed = self.shared.bases.on_host() + on_host(&base.policy.config, spec, options.data_parallel);
+            let available = host_memory_limit(options);
             if needed > available {
-                let remedy = "on the host, for masters and moments: train with LoRA, or use a machine with more memory".to_owned();
+                let remedy = "on the host, for masters and moments: train with LoRA, or raise memory_limit".to_owned();
                 return Err(EngineError::OutOfMemory { needed_mib: needed >> 20, available_mib: available >> 20, remedy });
             }
         }
         match plan(&base.policy.config, spec, longest_row, available.saturating_sub(resident), self.memory_kind()) {
             Ok(_) => Ok(()),
             Err(least) => {
-                let remedy = "lower max_length, train with LoRA, leave activation_checkpointing to auto, or raise memory_limit".to_owned();
+                let setting = if self.memory_kind() == Memory::Gpu { "device_memory_limit" } else { "memory_limit" };
+                let remedy = match spec.dpo.compares_pairs() {
+                    true => {
+                        format!("lower batch_size (the loss holds all pairs of a batch) or max_length, train with LoRA, or raise {setting}")
+                    }
+                    false => format!("lower max_length, train with LoRA, leave activation_checkpointing to auto, or raise {setting}"),
+                };
                 Err(EngineError::OutOfMemory { needed_mib: (resident + least.total()) >> 20, available_mib: available >> 20, remedy })
             }
         }
@@ -269,14 +311,17 @@ impl Engine {
     }
 }
 
-/// The configured limit, else nine tenths of what is free on the GPU, or of the machine's memory.
+/// Bytes that a device's passes may need: of a GPU's own memory, or of the machine's.
 fn memory_limit(options: &EngineOptions, device: &ComputeDevice) -> u64 {
-    options.memory_limit.unwrap_or_else(|| {
-        if let Some((free, _)) = device.memory() {
-            return free / 10 * 9;
-        }
-        machine_memory()
-    })
+    match device.memory() {
+        Some((free, _)) => options.device_memory_limit.unwrap_or(free / 10 * 9),
+        None => host_memory_limit(options),
+    }
+}
+
+/// Bytes of the machine's memory that may be needed.
+fn host_memory_limit(options: &EngineOptions) -> u64 {
+    options.memory_limit.unwrap_or_else(machine_memory)
 }
 
 /// Nine tenths of the machine's memory.

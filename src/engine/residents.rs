@@ -105,12 +105,12 @@ impl Bases {
     pub fn open(&self, weights: &WeightsRef) -> Result<Policy, EngineError> {
         match weights {
             WeightsRef::Base { model } => Ok(self.get(model)?.policy.clone()),
-            WeightsRef::Adapter { model, dir } => {
+            WeightsRef::Adapter { model, dir, .. } => {
                 let base = &self.get(model)?.policy;
                 let adapter = peft::load(dir, &base.config).map_err(|e| EngineError::Weights(e.to_string()))?;
                 Ok(Policy { adapter: Some(Arc::new(adapter)), ..base.clone() })
             }
-            WeightsRef::Full { model, dir } => {
+            WeightsRef::Full { model, dir, .. } => {
                 let base = &self.get(model)?.policy;
                 let parameters = load_full(&base.config, &dir.join(export::WEIGHTS_FILE), self.precision).map_err(EngineError::Weights)?;
                 Ok(Policy { parameters: Arc::new(parameters), adapter: None, ..base.clone() })
@@ -119,13 +119,13 @@ impl Bases {
         }
     }
 
-    /// A name for these weights that never means others: checkpoints are written once, under a job id that is never reused.
+    /// A name for these weights that never means others, nor the same ones stored in another precision.
     pub fn identity(&self, weights: &WeightsRef) -> Result<String, EngineError> {
-        let fingerprint = |model: &str| Ok::<_, EngineError>(self.get(model)?.info.fingerprint.clone());
+        let base = |model: &str| Ok::<_, EngineError>(format!("{} {}", self.get(model)?.info.identity.hash(), self.precision.name()));
         Ok(match weights {
-            WeightsRef::Base { model } => fingerprint(model)?,
-            WeightsRef::Adapter { model, dir } => format!("{}+{}", fingerprint(model)?, dir.display()),
-            WeightsRef::Full { model, dir } => format!("{}={}", fingerprint(model)?, dir.display()),
+            WeightsRef::Base { model } => base(model)?,
+            WeightsRef::Adapter { model, content, .. } => format!("{}+{content}", base(model)?),
+            WeightsRef::Full { model, content, .. } => format!("{}={content}", base(model)?),
             WeightsRef::Live { job } => return Err(EngineError::NotResident(job.clone())),
         })
     }
@@ -142,7 +142,7 @@ fn describe(model: &LoadedModel, device: &str) -> ModelInfo {
         hidden_size: model.config.hidden_size,
         max_position_embeddings: model.config.max_position_embeddings,
         chat_template: model.tokenizer.has_chat_template(),
-        fingerprint: model.weights.fingerprint(),
+        identity: model.identity(),
         device: device.to_owned(),
     }
 }

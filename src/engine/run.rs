@@ -39,6 +39,7 @@ pub(super) fn prepare(
         resume: run.resume.clone(),
         tokenizer: base.tokenizer.clone(),
         base: base.info.source.clone(),
+        identity: base.info.identity.clone(),
         memory,
     };
     Trainer::new(input).map_err(|e| EngineError::Weights(e.to_string()))

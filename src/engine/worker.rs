@@ -28,6 +28,8 @@ const SAVE_RETRY: Duration = Duration::from_millis(500);
 /// What the thread owns.
 pub(super) struct Worker {
     index: usize,
+    /// Its name in metrics.
+    label: String,
     queue: Arc<Queue>,
     bases: Arc<Bases>,
     scoring: Scoring,
@@ -61,6 +63,7 @@ impl Worker {
     /// Worker number `index`; without `training` it scores only.
     pub fn new(
         index: usize,
+        label: String,
         queue: Arc<Queue>,
         bases: Arc<Bases>,
         cache: Arc<ReferenceCache>,
@@ -68,7 +71,7 @@ impl Worker {
         training: Option<Training>,
     ) -> Self {
         let scoring = Scoring::new(index, queue.clone(), bases.clone(), options);
-        Worker { index, queue, bases, scoring, cache, active: None, training }
+        Worker { index, label, queue, bases, scoring, cache, active: None, training }
     }
 
     /// Works until the queue is drained or no handle is left.
@@ -128,7 +131,7 @@ impl Worker {
             trainer.advance(&mut Host { cache, pause: &mut pause, emit: &mut emit })
         });
         let spent = start.elapsed().saturating_sub(self.scoring.take_back());
-        metrics::histogram!("bradley_training_unit_seconds").record(spent.as_secs_f64());
+        metrics::histogram!("bradley_training_unit_seconds", "device" => self.label.clone()).record(spent.as_secs_f64());
         self.leave_if_lost();
         match status {
             Ok(Ok(Status::Working)) => {}

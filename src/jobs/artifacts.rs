@@ -1,18 +1,20 @@
 //! Files beside the database: datasets, checkpoints, exports. Everything is made under a temporary name and renamed when it is whole. With an object
 //! store, that is where they are kept, and the data directory holds copies.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use super::datasets::blocking;
 use super::error::{Result, ServiceError};
 use super::remote::Remote;
+use super::store::{ARTIFACT_STORE, Store};
 use crate::domain::dataset::Dataset;
 use crate::domain::job::Checkpoint;
+use crate::model::peft;
 use crate::train::checkpoint::{self, CheckpointError};
 
 /// A file or folder that is removed unless it has been renamed.
@@ -33,6 +35,9 @@ impl Drop for Temporary {
     }
 }
 
+/// The files of a PEFT adapter.
+pub const ADAPTER_FILES: [&str; 2] = [peft::CONFIG_FILE, peft::WEIGHTS_FILE];
+
 /// The file that says that the data directory has never held an only copy.
 const COPIES: &str = "copies-only";
 
@@ -44,6 +49,8 @@ const PING: Duration = Duration::from_secs(5);
 pub struct Artifacts {
     root: PathBuf,
     remote: Option<Remote>,
+    /// Which store the database knows as its own.
+    store_identity: Arc<OnceLock<String>>,
     /// Checkpoints that this process has found whole.
     checked: Arc<Mutex<HashSet<PathBuf>>>,
     fetching: Arc<tokio::sync::Mutex<()>>,
@@ -94,7 +101,8 @@ impl ExportFormat {
 impl Artifacts {
     /// Creates the folders and removes what an interrupted upload or export left.
     pub fn open(root: &Path, remote: Option<Remote>) -> Result<Self> {
-        let artifacts = Artifacts { root: root.to_owned(), remote, checked: Arc::default(), fetching: Arc::default() };
+        let artifacts =
+            Artifacts { root: root.to_owned(), remote, store_identity: Arc::default(), checked: Arc::default(), fetching: Arc::default() };
         remove(&artifacts.temporary_folder())?;
         let mut empty = true;
         for dir in [artifacts.temporary_folder(), root.join("datasets"), root.join("jobs")] {
@@ -123,6 +131,62 @@ impl Artifacts {
         match &self.remote {
             Some(remote) => remote.ping(PING).await,
             None => Ok(()),
+        }
+    }
+
+    /// Makes sure that the object store is the one whose files the database knows, or makes it that when the database knows none.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` (`WRONG_ARTIFACT_STORE`) for another one.
+    pub async fn identify(&self, store: &Store) -> Result<()> {
+        let Some(remote) = &self.remote else { return Ok(()) };
+        let wrong = |message: String| Err(ServiceError::FailedPrecondition { reason: "WRONG_ARTIFACT_STORE", message });
+        let (known, found) = (store.property(ARTIFACT_STORE).await?, remote.identity().await?);
+        let identity = match (known, found) {
+            (Some(known), Some(found)) if known == found => known,
+            (Some(known), found) => {
+                let found = found.map_or_else(|| "it has no identity object".to_owned(), |id| format!("its identity is {id}"));
+                return wrong(format!(
+                    "the artifact store {} is not the one that this database knows, which is {known} ({found}): mount that store, or correct \
+                     artifact_url; where a store was moved, its object bradley-store-id has to be copied, too",
+                    remote.url()
+                ));
+            }
+            (None, _) if store.is_shared() && store.has_artifacts().await? && remote.is_empty().await? => {
+                return wrong(format!(
+                    "the artifact store {} is empty, but the database has datasets or checkpoints: mount the right store, or correct artifact_url",
+                    remote.url()
+                ));
+            }
+            (None, found) => {
+                let is_new = found.is_none();
+                let identity = found.unwrap_or_else(|| uuid::Uuid::now_v7().to_string());
+                // Of several replicas that start at one time the database chooses one.
+                let chosen = store.set_property_once(ARTIFACT_STORE, &identity).await?;
+                if is_new || chosen != identity {
+                    remote.set_identity(&chosen).await?;
+                }
+                chosen
+            }
+        };
+        let _ = self.store_identity.set(identity);
+        Ok(())
+    }
+
+    /// Makes sure that the object store is still the one that it was at the start: a share that is no longer mounted leaves an empty folder, in
+    /// which nothing is to be written and of which nothing is to be believed.
+    ///
+    /// # Errors
+    /// `Unavailable` when it is not, or does not answer.
+    pub async fn check_store(&self) -> Result<()> {
+        let (Some(remote), Some(known)) = (&self.remote, self.store_identity.get()) else { return Ok(()) };
+        match remote.identity().await? {
+            Some(found) if found == *known => Ok(()),
+            _ => Err(ServiceError::Unavailable {
+                reason: "ARTIFACTS_UNAVAILABLE",
+                message: format!("the artifact store {} lacks its object bradley-store-id: is the share mounted?", remote.url()),
+                retry_after: Duration::from_secs(2),
+            }),
         }
     }
 
@@ -230,10 +294,9 @@ impl Artifacts {
 
     /// Keeps a dataset whose file is in place here.
     pub async fn keep_dataset(&self, id: &str) -> Result<()> {
-        match &self.remote {
-            Some(remote) => remote.put_file(&self.dataset(id), &dataset_key(id)).await,
-            None => Ok(()),
-        }
+        let Some(remote) = &self.remote else { return Ok(()) };
+        self.check_store().await?;
+        remote.put_file(&self.dataset(id), &dataset_key(id)).await
     }
 
     /// A dataset's file on this machine, fetched when it is not.
@@ -247,7 +310,9 @@ impl Artifacts {
             return Ok(path);
         }
         let temporary = Temporary(self.temporary());
-        remote.get_file(&dataset_key(&dataset.id), &temporary.0).await.map_err(|e| lost(e, &format!("datasets/{}", dataset.id)))?;
+        if let Err(e) = remote.get_file(&dataset_key(&dataset.id), &temporary.0).await {
+            return Err(self.explain_missing(e, &format!("datasets/{}", dataset.id)).await);
+        }
         let (artifacts, expected, name) = (self.clone(), dataset.content_hash.clone(), dataset.id.clone());
         blocking(move || {
             if hash_file(&temporary.0)?.1 != expected {
@@ -260,16 +325,95 @@ impl Artifacts {
         .await?
     }
 
+    /// What to answer when an object cannot be read: `Unavailable` where the store is not the right one.
+    async fn explain_missing(&self, e: ServiceError, name: &str) -> ServiceError {
+        if !matches!(e, ServiceError::NotFound { .. }) {
+            return e;
+        }
+        match self.check_store().await {
+            Ok(()) => missing(name),
+            Err(e) => e,
+        }
+    }
+
+    /// The folder with the job's own copy of the adapter that it starts from.
+    pub fn init_adapter(&self, job: &str) -> PathBuf {
+        self.job(job).join("init_adapter")
+    }
+
+    /// Copies an adapter that a job starts from, so that nobody can change it; returns the hash of the copy.
+    pub async fn keep_init_adapter(&self, job: &str, from: &Path) -> Result<String> {
+        let (artifacts, from, target) = (self.clone(), from.to_owned(), self.init_adapter(job));
+        let hash = blocking(move || {
+            let temporary = Temporary(artifacts.temporary());
+            fs::create_dir_all(&temporary.0).map_err(|e| failed(&temporary.0, e))?;
+            for name in ADAPTER_FILES {
+                fs::copy(from.join(name), temporary.0.join(name)).map_err(|e| failed(&from.join(name), e))?;
+            }
+            let hash = hash_files(&temporary.0, &ADAPTER_FILES)?;
+            artifacts.publish(&temporary.0, &target)?;
+            Ok::<_, ServiceError>(hash)
+        })
+        .await??;
+        if let Some(remote) = &self.remote {
+            self.check_store().await?;
+            remote.put_folder(&self.init_adapter(job), &init_adapter_key(job), "").await?;
+        }
+        Ok(hash)
+    }
+
+    /// A job's copy of the adapter that it starts from, on this machine.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` (`ARTIFACT_MISSING`, `ARTIFACT_DAMAGED`) when it is lost or changed.
+    pub async fn fetch_init_adapter(&self, job: &str, expected: &str) -> Result<PathBuf> {
+        let (dir, name) = (self.init_adapter(job), format!("trainingJobs/{job}'s init_adapter"));
+        let _fetching = self.fetching.lock().await;
+        let here = dir.clone();
+        let found = blocking(move || hash_files(&here, &ADAPTER_FILES)).await?;
+        let changed = |found: &str| {
+            let message = format!("the stored files of {name} were changed: their hash is {found}, the job was made with {expected}");
+            ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", message }
+        };
+        match (found, &self.remote) {
+            (Ok(found), _) if found == expected => return Ok(dir),
+            (Ok(found), None) => return Err(changed(&found)),
+            (Err(_), None) => return Err(missing(&name)),
+            (_, Some(_)) => {}
+        }
+        let Some(remote) = &self.remote else { return Ok(dir) };
+        let temporary = Temporary(self.temporary());
+        fs::create_dir_all(&temporary.0).map_err(|e| failed(&temporary.0, e))?;
+        if let Err(e) = remote.get_folder(&init_adapter_key(job), &temporary.0).await {
+            return Err(self.explain_missing(e, &name).await);
+        }
+        let fetched = temporary.0.clone();
+        match blocking(move || hash_files(&fetched, &ADAPTER_FILES)).await? {
+            Ok(found) if found == expected => {}
+            Ok(found) => return Err(changed(&found)),
+            Err(_) => return Err(missing(&name)),
+        }
+        let (artifacts, target) = (self.clone(), dir.clone());
+        blocking(move || {
+            remove(&target)?;
+            artifacts.publish(&temporary.0, &target)
+        })
+        .await??;
+        Ok(dir)
+    }
+
     /// Keeps a checkpoint whose folder is whole here.
     pub async fn keep_checkpoint(&self, job: &str, step: u64, digest: &str) -> Result<()> {
         let Some(remote) = &self.remote else { return Ok(()) };
+        self.check_store().await?;
         remote.put_folder(&self.checkpoint(job, step), &checkpoint_key(job, step, digest), checkpoint::STATE_FILE).await
     }
 
     /// A checkpoint's folder on this machine, fetched when it is not.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`ARTIFACT_MISSING`, `ARTIFACT_DAMAGED`) when it is lost or changed.
+    /// `FailedPrecondition`: `ARTIFACT_DAMAGED` when its files are proven to be others than were written, `ARTIFACT_MISSING` when the artifact store
+    /// does not have them (now), `CHECKPOINT_FORMAT` when another version of the server wrote them.
     pub async fn fetch_checkpoint(&self, c: &Checkpoint) -> Result<PathBuf> {
         let dir = self.checkpoint(&c.job, c.step);
         if self.is_here(c).await? {
@@ -282,27 +426,30 @@ impl Artifacts {
         }
         let name = format!("trainingJobs/{}/checkpoints/{}", c.job, c.step);
         let Some(remote) = &self.remote else {
+            // The folder lies beside the database: what is not in it any more is lost.
             let why = blocking(move || checkpoint::check(&dir)).await?.err();
             let why = why.map_or_else(|| format!("{} has changed", checkpoint::STATE_FILE), |e| e.to_string());
             let message = format!("the files of {name} are missing or damaged: {why}");
-            return Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_MISSING", message });
+            return Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", message });
         };
         let temporary = Temporary(self.temporary());
         fs::create_dir_all(&temporary.0).map_err(|e| failed(&temporary.0, e))?;
-        let fetched = remote.get_folder(&checkpoint_key(&c.job, c.step, &c.digest), &temporary.0).await;
+        if let Err(e) = remote.get_folder(&checkpoint_key(&c.job, c.step, &c.digest), &temporary.0).await {
+            return Err(self.explain_missing(e, &name).await);
+        }
         let (artifacts, expected) = (self.clone(), c.digest.clone());
         blocking(move || {
-            let placed = fetched.map_err(|e| lost(e, &name)).and_then(|()| {
-                let whole = checkpoint::check(&temporary.0).and_then(|()| checkpoint::digest(&temporary.0));
-                if !whole.as_ref().is_ok_and(|digest| *digest == expected) {
-                    let why = whole.err().map_or("its hash is another".to_owned(), |e| e.to_string());
-                    let message = format!("the stored files of {name} are damaged: {why}");
-                    return Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", message });
-                }
-                remove(&dir)?;
-                artifacts.publish(&temporary.0, &dir)
-            });
-            placed.map(|()| dir)
+            let state = checkpoint::digest(&temporary.0);
+            match state.and_then(|digest| checkpoint::check(&temporary.0).map(|()| digest)) {
+                Ok(digest) if digest == expected => {}
+                Ok(_) => return Err(damaged(&name, "its hash is another")),
+                // The list of objects may be behind, or an object gone: nothing that is here is wrong.
+                Err(e) if e.is_missing_file() => return Err(missing(&format!("{name} ({e})"))),
+                Err(e) => return Err(unusable(&e, &name)),
+            }
+            remove(&dir)?;
+            artifacts.publish(&temporary.0, &dir)?;
+            Ok(dir)
         })
         .await?
     }
@@ -311,10 +458,11 @@ impl Artifacts {
     /// lost, is not this checkpoint.
     async fn is_here(&self, c: &Checkpoint) -> Result<bool> {
         let (dir, expected, checked) = (self.checkpoint(&c.job, c.step), c.digest.clone(), self.checked.clone());
+        let name = format!("trainingJobs/{}/checkpoints/{}", c.job, c.step);
         blocking(move || {
             match checkpoint::digest(&dir) {
                 Ok(digest) if expected.is_empty() || digest == expected => {}
-                Err(e) if !e.is_damage() => return Err(unanswered(&e)),
+                Err(e) if !e.is_damage() => return Err(unusable(&e, &name)),
                 _ => return Ok(false),
             }
             // Every file, once for each process.
@@ -327,20 +475,29 @@ impl Artifacts {
                     known().insert(dir);
                     Ok(true)
                 }
-                Err(e) if !e.is_damage() => Err(unanswered(&e)),
+                Err(e) if !e.is_damage() => Err(unusable(&e, &name)),
                 Err(_) => Ok(false),
             }
         })
         .await?
     }
 
-    /// Keeps an export whose folder is whole here, unless it was not made just now and is kept; returns where clients find it.
-    pub async fn keep_export(&self, job: &str, step: u64, format: ExportFormat, made: bool) -> Result<String> {
+    /// Keeps an export whose folder with `files` is whole here; returns where clients find it. What the object store has already is not sent again: an
+    /// earlier call may have been given up half-way.
+    pub async fn keep_export(&self, job: &str, step: u64, format: ExportFormat, files: &[ExportedFile]) -> Result<String> {
         let path = self.export(job, step, format);
         let Some(remote) = &self.remote else { return Ok(path.display().to_string()) };
+        self.check_store().await?;
         let key = export_key(job, step, format);
-        if made || !remote.has_folder(&key).await? {
-            remote.put_folder(&path, &key, "").await?;
+        let kept = remote.folder(&key).await?;
+        let absent = |kept: &BTreeMap<String, u64>, file: &ExportedFile| kept.get(&file.path) != Some(&file.size_bytes);
+        for file in files.iter().filter(|file| absent(&kept, file)) {
+            remote.put_file(&path.join(&file.path), &format!("{key}/{}", file.path)).await?;
+        }
+        let kept = remote.folder(&key).await?;
+        if let Some(file) = files.iter().find(|file| absent(&kept, file)) {
+            let message = format!("{} is not in the artifact store yet: ask for the export again", file.path);
+            return Err(ServiceError::Unavailable { reason: "ARTIFACTS_UNAVAILABLE", message, retry_after: Duration::from_secs(2) });
         }
         Ok(remote.url_of(&key))
     }
@@ -404,21 +561,39 @@ fn export_key(job: &str, step: u64, format: ExportFormat) -> String {
     format!("jobs/{job}/exports/{step}-{}", format.name())
 }
 
-/// A file that may be read later.
-pub(super) fn unanswered(e: &CheckpointError) -> ServiceError {
-    let message = format!("{e}");
-    ServiceError::Unavailable { reason: "STORAGE_UNAVAILABLE", message, retry_after: Duration::from_secs(2) }
+fn init_adapter_key(job: &str) -> String {
+    format!("jobs/{job}/init_adapter")
 }
 
-/// What the object store does not have is gone for good.
-fn lost(e: ServiceError, name: &str) -> ServiceError {
+/// Why the files of a checkpoint cannot be used: they are damaged, of another version of the server, or may be readable later.
+pub(super) fn unusable(e: &CheckpointError, name: &str) -> ServiceError {
     match e {
-        ServiceError::NotFound { .. } => ServiceError::FailedPrecondition {
-            reason: "ARTIFACT_MISSING",
-            message: format!("the files of {name} are not in the artifact store"),
-        },
-        other => other,
+        e if e.is_damage() => damaged(name, e),
+        CheckpointError::Version { .. } => {
+            ServiceError::FailedPrecondition { reason: "CHECKPOINT_FORMAT", message: format!("{name} cannot be read: {e}") }
+        }
+        e => ServiceError::Unavailable { reason: "STORAGE_UNAVAILABLE", message: e.to_string(), retry_after: Duration::from_secs(2) },
     }
+}
+
+fn damaged(name: &str, why: impl std::fmt::Display) -> ServiceError {
+    ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", message: format!("the stored files of {name} are damaged: {why}") }
+}
+
+/// What the artifact store does not have may come back: a bucket that is restored, a list that is behind.
+fn missing(name: &str) -> ServiceError {
+    let message = format!("the files of {name} are not in the artifact store: restore them, or delete what they belong to");
+    ServiceError::FailedPrecondition { reason: "ARTIFACT_MISSING", message }
+}
+
+/// One hash of the named files of a folder.
+pub fn hash_files(dir: &Path, names: &[&str]) -> Result<String> {
+    let mut all = blake3::Hasher::new();
+    for name in names {
+        let (size, hash) = hash_file(&dir.join(name))?;
+        all.update(format!("{name} {size} {hash}\n").as_bytes());
+    }
+    Ok(all.finalize().to_hex().to_string())
 }
 
 fn remove(path: &Path) -> Result<()> {

@@ -1,15 +1,14 @@
 //! Checkpoints as clients see them: looked at, deleted, exported.
 
 use super::access::audit;
-use super::artifacts::{Export, ExportFormat, Temporary, describe};
+use super::artifacts::{ADAPTER_FILES, Export, ExportFormat, Temporary, describe};
 use super::datasets::blocking;
 use super::error::{Result, ServiceError};
 use super::service::Service;
 use super::uses::{Needed, check};
 use crate::domain::access::Caller;
-use crate::domain::job::Checkpoint;
+use crate::domain::job::{Checkpoint, JobState};
 use crate::domain::names::CheckpointRef;
-use crate::model::peft;
 
 impl Service {
     /// One checkpoint.
@@ -29,7 +28,7 @@ impl Service {
         let state = self.own_job(caller, job).await?.state;
         let checkpoint = self.find_checkpoint(job, CheckpointRef::Step(step)).await?;
         let newest = self.find_checkpoint(job, CheckpointRef::Latest).await?.step;
-        if !state.is_final() && newest == step {
+        if !state.is_final() && newest == step && !self.is_out_of_reach(state, &checkpoint).await {
             let message =
                 format!("trainingJobs/{job} is {} and would continue from step {step}: delete it when the job has ended", state.name());
             return Err(ServiceError::FailedPrecondition { reason: "IN_USE", message });
@@ -37,8 +36,19 @@ impl Service {
         let needed = Needed::Weights { job, step: Some(step) };
         self.inner.store.delete_checkpoint(job, step, |users| check(caller, users, needed)).await?;
         self.drop_checkpoint_files(&checkpoint).await;
+        self.inner.postponed.forget(job);
+        self.inner.wake();
         audit(caller, "delete", &format!("trainingJobs/{job}/checkpoints/{step}"));
         Ok(())
+    }
+
+    /// Whether a job that waits cannot continue from a checkpoint: deleting it lets the job go on from the one before.
+    async fn is_out_of_reach(&self, state: JobState, checkpoint: &Checkpoint) -> bool {
+        matches!(state, JobState::Queued | JobState::Paused)
+            && matches!(
+                self.inner.artifacts.fetch_checkpoint(checkpoint).await,
+                Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_MISSING" | "ARTIFACT_DAMAGED" | "CHECKPOINT_FORMAT", .. })
+            )
     }
 
     /// Removes the files of a checkpoint whose row is gone: what cannot be removed now goes with its job.
@@ -70,9 +80,8 @@ impl Service {
         let weights = self.resolve_stored(job, model, CheckpointRef::Step(checkpoint.step)).await?.weights;
         let (inner, step) = (self.inner.clone(), checkpoint.step);
         let permit = self.heavy_permit().await?;
-        let (files, path, made) = blocking(move || {
+        let (files, path) = blocking(move || {
             let _permit = permit;
-            let mut made = false;
             let target = inner.artifacts.export(&id, checkpoint.step, format);
             if !target.is_dir() {
                 let temporary = Temporary(inner.artifacts.temporary());
@@ -80,23 +89,23 @@ impl Service {
                 match format {
                     ExportFormat::Merged => inner.engine.export_merged(&weights, &temporary.0)?,
                     ExportFormat::Adapter => {
-                        for name in [peft::CONFIG_FILE, peft::WEIGHTS_FILE] {
+                        for name in ADAPTER_FILES {
                             let from = inner.artifacts.checkpoint(&id, checkpoint.step).join(name);
                             std::fs::copy(&from, temporary.0.join(name)).map_err(|e| super::artifacts::failed(&from, e))?;
                         }
                     }
                 }
                 match inner.artifacts.publish(&temporary.0, &target) {
-                    Ok(()) => made = true,
+                    Ok(()) => {}
                     // Another call may have made the same export meanwhile.
                     Err(e) if !target.is_dir() => return Err(e),
                     Err(_) => {}
                 }
             }
-            Ok::<_, ServiceError>((describe(&target)?, target, made))
+            Ok::<_, ServiceError>((describe(&target)?, target))
         })
         .await??;
-        let location = self.inner.artifacts.keep_export(&job_id, step, format, made).await?;
+        let location = self.inner.artifacts.keep_export(&job_id, step, format, &files).await?;
         audit(caller, "export", &format!("trainingJobs/{job_id}/checkpoints/{step}"));
         Ok(Export { files, path, location })
     }

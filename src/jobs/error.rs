@@ -97,9 +97,7 @@ pub type Result<T> = std::result::Result<T, ServiceError>;
 impl ServiceError {
     /// One bad field.
     pub fn invalid(field: impl Into<String>, description: impl Into<String>) -> Self {
-        let mut v = Violations::default();
-        v.push(field, description);
-        ServiceError::InvalidArgument(v)
+        ServiceError::InvalidArgument(Violations::one(field, description))
     }
 
     /// A missing resource.
@@ -136,6 +134,9 @@ impl From<Violations> for ServiceError {
 impl From<sqlx::Error> for ServiceError {
     fn from(e: sqlx::Error) -> Self {
         let message = format!("the database failed: {e}");
+        if is_stale_statement(&e) {
+            super::store::stale::note_refused();
+        }
         match may_answer_later(&e) {
             true => ServiceError::Unavailable { reason: "STORE_UNAVAILABLE", message, retry_after: Duration::from_secs(1) },
             false => ServiceError::Internal { message },
@@ -149,9 +150,10 @@ fn may_answer_later(e: &sqlx::Error) -> bool {
     match e {
         Io(_) | Tls(_) | Protocol(_) | PoolTimedOut | PoolClosed | WorkerCrashed => true,
         Database(e) => match e.code().as_deref() {
-            // PostgreSQL: lost connections, conflicts, no resources, locks, operator intervention, system errors, read-only standby, an idle session ended.
+            // PostgreSQL: lost connections, a schema that changed under a prepared statement, conflicts, no resources, locks, operator intervention, system
+            // errors, read-only standby, an idle session ended.
             Some(code) if code.len() == 5 => {
-                ["08", "40", "53", "55", "57", "58"].iter().any(|class| code.starts_with(class)) || matches!(code, "25006" | "25P03")
+                ["08", "0A", "40", "53", "55", "57", "58"].iter().any(|class| code.starts_with(class)) || matches!(code, "25006" | "25P03")
             }
             // SQLite: busy, locked, I/O error, full, cannot open.
             Some(code) => code.parse::<i32>().is_ok_and(|c| matches!(c & 0xff, 5 | 6 | 10 | 13 | 14)),
@@ -159,6 +161,11 @@ fn may_answer_later(e: &sqlx::Error) -> bool {
         },
         _ => false,
     }
+}
+
+/// Whether PostgreSQL refused a prepared statement because the schema has changed since it was prepared.
+fn is_stale_statement(e: &sqlx::Error) -> bool {
+    matches!(e, sqlx::Error::Database(e) if e.code().is_some_and(|code| code.len() == 5 && code.starts_with("0A")))
 }
 
 impl From<EngineError> for ServiceError {

@@ -45,7 +45,11 @@ impl Service {
     /// Those of `create_job`, as far as they can be found now.
     pub async fn estimate_job(&self, caller: &Caller, request: JobRequest) -> Result<JobEstimate> {
         self.refuse_when_draining()?;
-        let request = self.check_request(caller, request, None).await?;
+        let mut request = self.check_request(caller, request, None).await?;
+        if let Method::Lora(lora) = &mut request.spec.method {
+            // The rows do not depend on it, and a draft has no copy of it.
+            lora.init_adapter = None;
+        }
         let job = Service::draft(caller, request);
         // A task of its own: a caller who leaves does not make room for more of this work.
         let (service, permit) = (self.clone(), self.heavy_permit().await?);

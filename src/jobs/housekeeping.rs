@@ -8,7 +8,6 @@ use tokio::time::MissedTickBehavior;
 use super::error::{Result, ServiceError};
 use super::service::Service;
 use super::store::Notice;
-use crate::domain::access::Caller;
 use crate::domain::job::JobState;
 
 /// Every how many rounds old copies are looked for.
@@ -57,8 +56,9 @@ pub(super) async fn run(service: Service) {
     }
 }
 
-/// Shows how many jobs are in each state, of all replicas.
+/// Shows how many jobs are in each state, of all replicas, and how many of them this version cannot read.
 async fn count(service: &Service) -> Result<()> {
+    metrics::gauge!("bradley_unreadable_jobs").set(service.inner.store.unreadable_jobs().await? as f64);
     let counts = service.inner.store.job_counts().await?;
     for state in JobState::ALL {
         let n = counts.get(state.name()).copied().unwrap_or_default();
@@ -126,10 +126,10 @@ pub(super) fn job_ended(state: JobState) {
 
 async fn expire(service: &Service) -> Result<()> {
     for job in service.inner.store.expired_jobs(DELETIONS).await? {
-        match service.delete_job(&Caller::anyone(), &job.id).await {
-            Ok(()) => tracing::info!(job = job.id, "job deleted: its time to live is over"),
-            // Another job starts from it; or another replica was faster.
-            Err(e) => tracing::debug!(job = job.id, error = %e, "an expired job cannot be deleted yet"),
+        match service.delete_expired(&job).await {
+            Ok(()) => tracing::info!(job, "job deleted: its time to live is over"),
+            // Another job starts from it; another replica was faster; or its time to live was prolonged meanwhile.
+            Err(e) => tracing::debug!(job, error = %e, "an expired job cannot be deleted yet"),
         }
     }
     Ok(())

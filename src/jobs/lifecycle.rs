@@ -11,7 +11,7 @@ use super::store::now;
 use super::uses::{Needed, check};
 use crate::domain::access::Caller;
 use crate::domain::job::{EventKind, Job, JobRequest, JobState};
-use crate::domain::violation::Violations;
+use crate::domain::violation::{Violations, quoted};
 
 const PRIORITIES: RangeInclusive<i32> = -1000..=1000;
 
@@ -67,7 +67,7 @@ impl Service {
             .change_job(id, |job| {
                 if etag.is_some_and(|e| e != job.etag()) {
                     let message =
-                        format!("trainingJobs/{id} has changed since etag {:?} was read: read it again", etag.unwrap_or_default());
+                        format!("trainingJobs/{id} has changed since etag {} was read: read it again", quoted(etag.unwrap_or_default()));
                     return Err(ServiceError::Aborted { reason: "ETAG_STALE", message });
                 }
                 let request = &mut job.request;
@@ -103,8 +103,13 @@ impl Service {
     }
 
     /// Puts a paused job back in the queue.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` (`MODEL_CHANGED`) when the model that this server has is not the one that the job was made with.
     pub async fn resume_job(&self, caller: &Caller, id: &str) -> Result<Job> {
-        self.own_job(caller, id).await?;
+        let job = self.own_job(caller, id).await?;
+        self.check_base(&job)?;
+        self.inner.postponed.forget(id);
         let job = self
             .move_job(caller, id, "resume", "resumed by a client", |job| match job.state {
                 JobState::Paused => Ok(JobState::Queued),
@@ -168,17 +173,32 @@ impl Service {
 
     /// Deletes an ended job with its events, checkpoints and exports.
     pub async fn delete_job(&self, caller: &Caller, id: &str) -> Result<()> {
-        let job = self.own_job(caller, id).await?;
-        if !job.state.is_final() {
-            return Err(refused(&job, "NOT_ENDED", "cancel it first"));
-        }
-        check(caller, &self.inner.store.unfinished_jobs().await?, Needed::Weights { job: id, step: None })?;
+        self.own_job(caller, id).await?;
+        self.remove_job(caller, id, false).await
+    }
+
+    /// Deletes an ended job whose time to live is over.
+    ///
+    /// # Errors
+    /// `NotFound` when it has been prolonged since the job was looked for.
+    pub(super) async fn delete_expired(&self, id: &str) -> Result<()> {
+        self.remove_job(&Caller::anyone(), id, true).await
+    }
+
+    async fn remove_job(&self, caller: &Caller, id: &str, expired: bool) -> Result<()> {
+        let refuse = |job: &Job, unfinished: &[Job]| {
+            if !job.state.is_final() {
+                return Err(refused(job, "NOT_ENDED", "cancel it first"));
+            }
+            check(caller, unfinished, Needed::Weights { job: id, step: None })
+        };
+        // Files of a job without a row would be left for good: nothing is removed while the artifact store is away.
+        self.inner.artifacts.check_store().await?;
+        // The row goes first: what another client has changed or begun meanwhile is seen in the transaction that removes it.
+        self.inner.store.delete_job(id, expired, refuse).await?;
         self.inner.engine.evict_policy(&self.inner.artifacts.checkpoints(id));
-        // A deletion that fails half-way can be asked for again.
-        self.inner.artifacts.remove_job(id).await?;
-        self.inner.store.delete_job(id).await?;
         audit(caller, "delete", &format!("trainingJobs/{id}"));
         self.inner.feed.notify(id, u64::MAX);
-        Ok(())
+        self.inner.artifacts.remove_job(id).await
     }
 }

@@ -14,6 +14,7 @@ mod held;
 mod housekeeping;
 pub mod lifecycle;
 mod policies;
+mod postponed;
 mod remote;
 mod resume;
 mod runner;

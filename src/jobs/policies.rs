@@ -1,5 +1,9 @@
 //! From names to weights: which files a model's or checkpoint's name stands for.
 
+use std::path::PathBuf;
+
+use super::artifacts::{ADAPTER_FILES, hash_files};
+use super::datasets::blocking;
 use super::error::{Result, ServiceError};
 use super::service::Service;
 use crate::domain::job::{Checkpoint, Job, JobState};
@@ -34,6 +38,7 @@ impl Service {
             }
             PolicyName::Checkpoint { job, which } => {
                 let job = self.inner.store.job(job).await?;
+                self.check_base(&job)?;
                 let model = self.base_model(&job).await?;
                 // Another replica's run cannot be looked into: there it is the newest checkpoint.
                 if *which == CheckpointRef::Latest && job.state == JobState::Running && self.held(&job.id).is_some() {
@@ -45,13 +50,35 @@ impl Service {
         }
     }
 
+    /// Makes sure that the model which this server has is the one that a job was made with: its adapters and numbers mean nothing on another.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` (`MODEL_CHANGED`) with both hashes.
+    pub(super) fn check_base(&self, job: &Job) -> Result<()> {
+        let (Some(pins), Some(model)) = (&job.request.pins, &job.request.model) else { return Ok(()) };
+        let served = self.inner.engine.identity(model)?;
+        let Some(difference) = pins.base.difference(&served) else { return Ok(()) };
+        let (part, (pinned, found)) = (difference.part, difference.hashes);
+        let message = format!(
+            "trainingJobs/{} was made with models/{model} whose {part} has the hash {}, the {part} served now has {}: serve the model that the \
+             job was made with",
+            job.id,
+            or_none(pinned),
+            or_none(found)
+        );
+        Err(ServiceError::FailedPrecondition { reason: "MODEL_CHANGED", message })
+    }
+
     /// Resolves a checkpoint that is on disk.
     pub(super) async fn resolve_stored(&self, job: Job, model: String, which: CheckpointRef) -> Result<Resolved> {
+        self.check_base(&job)?;
         let checkpoint = self.find_checkpoint(&job.id, which).await?;
         let dir = self.inner.artifacts.fetch_checkpoint(&checkpoint).await?;
+        // Checkpoints of older versions have no hash; they are written once, under a job id that is never used again.
+        let content = if checkpoint.digest.is_empty() { dir.display().to_string() } else { checkpoint.digest };
         let weights = match checkpoint.adapter {
-            true => WeightsRef::Adapter { model: model.clone(), dir },
-            false => WeightsRef::Full { model: model.clone(), dir },
+            true => WeightsRef::Adapter { model: model.clone(), dir, content },
+            false => WeightsRef::Full { model: model.clone(), dir, content },
         };
         let version = format!("trainingJobs/{}/checkpoints/{}", job.id, checkpoint.step);
         Ok(Resolved { weights, model, job: Some(job), version })
@@ -108,18 +135,36 @@ impl Service {
     }
 
     /// The weights a job starts from.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` (`MODEL_CHANGED`, `ARTIFACT_MISSING`, `ARTIFACT_DAMAGED`) when they are not those that the job was made with.
     pub(super) async fn start_weights(&self, job: &Job) -> Result<Resolved> {
+        self.check_base(job)?;
         let mut start = self.resolve(&job.request.policy).await?;
         if let (Method::Lora(lora), WeightsRef::Base { model }) = (&job.request.spec.method, &start.weights)
-            && let Some(dir) = &lora.init_adapter
+            && let Some(name) = &lora.init_adapter
         {
-            start.weights = WeightsRef::Adapter { model: model.clone(), dir: dir.into() };
+            let (dir, content) = self.init_adapter(job, name).await?;
+            start.weights = WeightsRef::Adapter { model: model.clone(), dir, content };
         }
         Ok(start)
     }
 
+    /// The folder of the adapter that a job starts from, and its hash.
+    async fn init_adapter(&self, job: &Job, name: &str) -> Result<(PathBuf, String)> {
+        if let Some(hash) = job.request.pins.as_ref().and_then(|pins| pins.init_adapter.clone()) {
+            return Ok((self.inner.artifacts.fetch_init_adapter(&job.id, &hash).await?, hash));
+        }
+        // A job of version 0.1 has no copy: the name is the folder's path.
+        let dir = PathBuf::from(name);
+        let folder = dir.clone();
+        let hash = blocking(move || hash_files(&folder, &ADAPTER_FILES)).await??;
+        Ok((dir, hash))
+    }
+
     /// A job's pinned reference: the one it names, else its own start weights; `None` when the objective needs none.
     pub(super) async fn reference_weights(&self, job: &Job) -> Result<Option<Resolved>> {
+        self.check_base(job)?;
         if !job.request.spec.dpo.needs_reference() {
             return Ok(None);
         }
@@ -133,4 +178,9 @@ impl Service {
     pub(super) fn truncation(job: Option<&Job>) -> Truncation {
         job.map_or(Truncation::KeepStart, |j| j.request.spec.batch.truncation)
     }
+}
+
+/// A hash, or what stands for that of a part that a model does not have.
+fn or_none(hash: &str) -> &str {
+    if hash.is_empty() { "none" } else { hash }
 }

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt, WriteMultipart};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -16,6 +17,8 @@ use tokio_stream::StreamExt;
 use super::artifacts::failed;
 use super::error::{Result, ServiceError};
 
+/// The object that tells one store from another.
+const IDENTITY: &str = "bradley-store-id";
 /// Bytes of one part of an upload.
 const PART: usize = 8 << 20;
 /// Parts of an upload on their way at a time.
@@ -37,16 +40,59 @@ impl std::fmt::Debug for Remote {
 }
 
 impl Remote {
-    /// Opens `s3://bucket/prefix`, `gs://…`, `az://…` or `file:///folder`; `options` are the vendors' variables (`AWS_REGION`, …).
-    pub fn open(url: &str, options: &BTreeMap<String, String>) -> Result<Self> {
+    /// Opens `s3://bucket/prefix`, `gs://…`, `az://…` or `file:///folder`; `options` are the vendors' variables (`AWS_REGION`, …). With `is_new` a
+    /// folder is created; else one that is missing is a share that is not mounted.
+    pub fn open(url: &str, options: &BTreeMap<String, String>, is_new: bool) -> Result<Self> {
         let wrong = |e: &dyn std::fmt::Display| ServiceError::invalid("artifact_url", format!("{url:?} cannot be used: {e}"));
         let parsed = reqwest::Url::parse(url).map_err(|e| wrong(&e))?;
+        let vendor = options.iter().map(|(k, v)| (k.to_ascii_lowercase(), v.clone()));
+        let (mut store, prefix) = object_store::parse_url_opts(&parsed, vendor).map_err(|e| wrong(&e))?;
         if parsed.scheme() == "file" {
-            std::fs::create_dir_all(parsed.path()).map_err(|e| wrong(&e))?;
+            let folder = parsed.to_file_path().map_err(|()| wrong(&"it names no folder"))?;
+            if is_new {
+                std::fs::create_dir_all(&folder).map_err(|e| wrong(&e))?;
+            } else if !folder.is_dir() {
+                let message =
+                    format!("{} does not exist, but this database has files there: mount it, or correct the URL", folder.display());
+                return Err(wrong(&message));
+            }
+            store = Box::new(LocalFileSystem::new().with_fsync(true));
         }
-        let options = options.iter().map(|(k, v)| (k.to_ascii_lowercase(), v.clone()));
-        let (store, prefix) = object_store::parse_url_opts(&parsed, options).map_err(|e| wrong(&e))?;
         Ok(Remote { store: Arc::from(store), prefix, url: url.trim_end_matches('/').to_owned() })
+    }
+
+    /// The identity that was written into the store; `None` for a store that has none.
+    pub async fn identity(&self) -> Result<Option<String>> {
+        match self.store.get(&self.key(IDENTITY)).await {
+            Ok(found) => {
+                let bytes = found.bytes().await.map_err(|e| unavailable(IDENTITY, &e))?;
+                Ok(Some(String::from_utf8_lossy(&bytes).trim().to_owned()))
+            }
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(e) => Err(unavailable(IDENTITY, &e)),
+        }
+    }
+
+    /// Writes the store's identity.
+    pub async fn set_identity(&self, identity: &str) -> Result<()> {
+        self.store.put(&self.key(IDENTITY), identity.to_owned().into()).await.map_err(|e| unavailable(IDENTITY, &e))?;
+        Ok(())
+    }
+
+    /// Whether there is no object in it.
+    pub async fn is_empty(&self) -> Result<bool> {
+        let prefix = (!self.prefix.as_ref().is_empty()).then_some(&self.prefix);
+        let mut objects = self.store.list(prefix);
+        match objects.next().await {
+            None => Ok(true),
+            Some(Ok(_)) => Ok(false),
+            Some(Err(e)) => Err(unavailable("", &e)),
+        }
+    }
+
+    /// The store's URL.
+    pub fn url(&self) -> &str {
+        &self.url
     }
 
     /// The URL of something in the store.
@@ -138,10 +184,11 @@ impl Remote {
         Ok(())
     }
 
-    /// Whether there is anything in a folder.
-    pub async fn has_folder(&self, name: &str) -> Result<bool> {
+    /// The files of a folder with their sizes, by name.
+    pub async fn folder(&self, name: &str) -> Result<BTreeMap<String, u64>> {
         let listed = self.store.list_with_delimiter(Some(&self.key(name))).await.map_err(|e| unavailable(name, &e))?;
-        Ok(!listed.objects.is_empty())
+        let file = |o: object_store::ObjectMeta| Some((o.location.filename()?.to_owned(), o.size));
+        Ok(listed.objects.into_iter().filter_map(file).collect())
     }
 
     /// Removes a file, or everything below a folder.

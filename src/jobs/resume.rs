@@ -2,17 +2,20 @@
 
 use std::path::PathBuf;
 
-use super::artifacts::{failed, unanswered};
+use super::artifacts::{failed, unusable};
 use super::datasets::blocking;
 use super::error::{Result, ServiceError};
 use super::held::Held;
 use super::service::Service;
 use super::store::Also;
 use crate::domain::job::{Checkpoint, EventKind};
-use crate::train::checkpoint::{self, CheckpointError};
+use crate::train::checkpoint;
 
-/// The newest checkpoint that is whole; `None` begins anew, which gives the same numbers. Ones that are lost or damaged are removed, and the job's
-/// followers told.
+/// The newest checkpoint that is whole; `None` begins anew, which gives the same numbers. Ones that are proven to be damaged are removed, and the
+/// job's followers told.
+///
+/// # Errors
+/// `FailedPrecondition` (`ARTIFACT_MISSING`, `CHECKPOINT_FORMAT`) when the newest one may be usable later or elsewhere: nothing is removed then.
 pub(super) async fn newest_whole(service: &Service, held: &Held) -> Result<Option<PathBuf>> {
     let job = &held.lease.job;
     let known = held.while_wanted(|| service.inner.store.checkpoints(job)).await?;
@@ -22,9 +25,11 @@ pub(super) async fn newest_whole(service: &Service, held: &Held) -> Result<Optio
     for c in known.iter().rev() {
         let reason = match held.while_wanted(|| whole(service, c)).await {
             Ok(dir) => return Ok(Some(dir)),
-            Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_MISSING" | "ARTIFACT_DAMAGED", message }) => message,
+            Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", message }) => message,
             Err(e) => return Err(e),
         };
+        // Nothing that another store holds proves damage.
+        held.while_wanted(|| service.inner.artifacts.check_store()).await?;
         tracing::warn!(job, step = c.step, reason, "damaged checkpoint");
         let message = format!("checkpoint {} is removed, the run continues from the one before: {reason}", c.step);
         let told = |_: &mut _| Ok(vec![EventKind::Log { severity: "warning".into(), message: message.clone() }]);
@@ -51,25 +56,17 @@ async fn remove_unknown(service: &Service, job: &str, known: &[Checkpoint]) -> R
 async fn whole(service: &Service, c: &Checkpoint) -> Result<PathBuf> {
     let artifacts = &service.inner.artifacts;
     let dir = artifacts.fetch_checkpoint(c).await?;
-    let Err(damage) = checked(dir.clone()).await? else { return Ok(dir) };
-    if !artifacts.is_copy() {
-        return Err(damage);
+    match checked(dir.clone(), c).await {
+        Ok(()) => return Ok(dir),
+        Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", .. }) if artifacts.is_copy() => {}
+        Err(e) => return Err(e),
     }
     artifacts.drop_local_checkpoint(&c.job, c.step).await?;
     let dir = artifacts.fetch_checkpoint(c).await?;
-    checked(dir.clone()).await?.map(|()| dir)
+    checked(dir.clone(), c).await.map(|()| dir)
 }
 
-/// The outer failure is one to hear of, the inner one is damage.
-async fn checked(dir: PathBuf) -> Result<Result<()>> {
-    match blocking(move || checkpoint::check(&dir)).await? {
-        Ok(()) => Ok(Ok(())),
-        Err(e) if e.is_damage() => Ok(Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", message: e.to_string() })),
-        // Another build can use it.
-        Err(e @ CheckpointError::Version { .. }) => {
-            Err(ServiceError::FailedPrecondition { reason: "WEIGHTS_UNAVAILABLE", message: e.to_string() })
-        }
-        // The disk may answer later.
-        Err(e) => Err(unanswered(&e)),
-    }
+async fn checked(dir: PathBuf, c: &Checkpoint) -> Result<()> {
+    let name = format!("trainingJobs/{}/checkpoints/{}", c.job, c.step);
+    blocking(move || checkpoint::check(&dir)).await?.map_err(|e| unusable(&e, &name))
 }

@@ -18,6 +18,7 @@ use super::resume::newest_whole;
 use super::service::Service;
 use super::store::{Also, Lease, now};
 use crate::domain::dataset::{Dataset, RowIssue, Severity};
+use crate::domain::identity::Pins;
 use crate::domain::job::{Checkpoint, Evaluation, EventKind, Job, JobError, JobState, RowPolicy};
 use crate::engine::api::{Command, EngineError, Report, RunEnd, RunEvent, TrainingRun};
 use crate::engine::trace;
@@ -44,13 +45,15 @@ pub(super) async fn run(service: Service) {
         if *draining.borrow() {
             return;
         }
-        match service.inner.store.claim().await {
+        let due = service.inner.postponed.next_due();
+        match service.inner.store.claim(&service.inner.passed_over()).await {
             Ok(Some((job, lease, sequence))) => {
                 service.inner.feed.notify(&job.id, sequence);
                 run_job(&service, &job, lease).await;
             }
             Ok(None) => tokio::select! {
                 _ = woken.changed() => {}
+                () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
                 _ = draining.wait_for(|d| *d) => return,
             },
             Err(e) => {
@@ -78,15 +81,23 @@ async fn carry_on(service: &Service, job: &Job, lease: Lease) {
         held.control.drain();
     }
     let end = match carry(service, job, &held).await {
-        Ok(end) => Ok(end),
+        Ok(end) => Ok(End::Run(end)),
         Err(ServiceError::Aborted { message, .. }) => Err(message),
+        Err(e) if may_come(&e) => {
+            tracing::warn!(job = job.id, error = %e, "the job is put back in the queue: what it needs is not there");
+            Ok(End::Waits(failure(&e)))
+        }
         Err(e) => {
             tracing::error!(job = job.id, error = %e, "the job could not be carried on");
-            Ok(RunEnd::Failed(failure(&e)))
+            Ok(End::Run(RunEnd::Failed(failure(&e))))
         }
     };
     // Nobody listens to the run any more: the device must not go on with it.
     held.control.cancel();
+    match &end {
+        Ok(End::Waits(_)) => service.inner.postponed.postpone(&job.id, service.inner.options.lease),
+        _ => service.inner.postponed.forget(&job.id),
+    }
     let told = match end {
         Ok(end) => finish(service, &held, &end).await.map_err(|e| e.to_string()),
         Err(lost) => Err(lost),
@@ -94,7 +105,20 @@ async fn carry_on(service: &Service, job: &Job, lease: Lease) {
     if let Err(e) = told {
         tracing::warn!(job = job.id, error = e, "the run's end is not stored");
     }
-    service.inner.held.lock().unwrap_or_else(PoisonError::into_inner).remove(&job.id);
+    service.inner.let_go(&held);
+}
+
+/// How a job leaves this process.
+enum End {
+    /// Its run ended.
+    Run(RunEnd),
+    /// It goes back to the queue, because what it needs is not there.
+    Waits(JobError),
+}
+
+/// Whether a job could not begin for something that may come: objects that are restored, another version of the server, the right model.
+fn may_come(e: &ServiceError) -> bool {
+    matches!(e, ServiceError::FailedPrecondition { reason: "ARTIFACT_MISSING" | "CHECKPOINT_FORMAT" | "MODEL_CHANGED", .. })
 }
 
 /// Why a job fails by what its server could not do.
@@ -117,8 +141,24 @@ fn stopped(command: Command) -> Option<RunEnd> {
     }
 }
 
+/// Pins a job of version 0.1 to the model that is served now: it depended on no particular one.
+async fn pin_base(service: &Service, job: &Job, held: &Held) -> Result<Job> {
+    let base = service.inner.engine.identity(&service.base_model(job).await?)?;
+    let message = format!("the job is from before version 0.2 and is pinned now to the model {} as it is served", base.hash());
+    let pin = |j: &mut Job| {
+        j.request.pins.get_or_insert_with(|| Pins { base: base.clone(), init_adapter: None });
+        Ok(vec![EventKind::Log { severity: "warning".into(), message: message.clone() }])
+    };
+    held.write(service, pin, Also::Nothing).await
+}
+
 /// Carries a job to its end, or to where it is told to stop.
 async fn carry(service: &Service, job: &Job, held: &Arc<Held>) -> Result<RunEnd> {
+    let pinned = match job.request.pins {
+        Some(_) => job.clone(),
+        None => pin_base(service, job, held).await?,
+    };
+    let job = &pinned;
     let prepared = held.while_wanted(|| prepare(service, job)).instrument(tracing::info_span!("training.prepare")).await;
     if let Some(end) = stopped(held.control.command()) {
         return Ok(end);
@@ -214,7 +254,7 @@ fn trace_stage(context: &Context, event: &RunEvent, made: std::time::Instant, to
 /// Asks the run to go back to the queue when a job of a higher priority waits there, or one of the same when the run's time slice is over. Of several runs
 /// in this process, one goes: of the lowest priority, the newest.
 async fn make_room(service: &Service, held: &Held, slice_over: bool) -> Result<()> {
-    let Some(next) = service.inner.store.next_queued().await? else { return Ok(()) };
+    let Some(next) = service.inner.store.next_queued(&service.inner.passed_over()).await? else { return Ok(()) };
     // It may have been changed since the run began.
     let job = service.inner.store.job(&held.lease.job).await?;
     let priority = job.request.priority;
@@ -299,6 +339,16 @@ fn encode_dataset(
     let (now, uploaded) = (loaded.report.rows, dataset.report.rows);
     if now != uploaded {
         let message = format!("datasets/{} has {now} rows that can be read now, {uploaded} at its upload: upload it again", dataset.id);
+        return Err(ServiceError::FailedPrecondition { reason: "DATASET_INVALID", message });
+    }
+    if request.spec.dpo.compares_pairs()
+        && let Some(row) = loaded.rows.iter().find(|row| row.weight != 1.0)
+    {
+        let message = format!(
+            "row {} of datasets/{} has the weight {}, but aot and aot_unpaired compare sorted log-ratios across pairs and cannot weigh them: remove \
+             the weights, or choose another loss",
+            row.row, dataset.id, row.weight
+        );
         return Err(ServiceError::FailedPrecondition { reason: "DATASET_INVALID", message });
     }
     let encoder = PairEncoder::new(tokenizer, request.spec.batch.max_length, request.spec.batch.truncation);
@@ -413,23 +463,28 @@ async fn retain(service: &Service, job: &Job, held: &Held) -> Result<()> {
 }
 
 /// The last state change of a run; the lease is given back with it.
-async fn finish(service: &Service, held: &Held, end: &RunEnd) -> Result<()> {
+async fn finish(service: &Service, held: &Held, end: &End) -> Result<()> {
     let room = held.room();
     let change = move |job: &mut Job| {
         let from = job.state;
         let cancelling = from == JobState::Cancelling;
         let (to, reason) = match end {
-            RunEnd::Failed(e) => {
+            End::Run(RunEnd::Failed(e)) => {
                 job.error = Some(e.clone());
                 (JobState::Failed, e.message.clone())
             }
             _ if cancelling => (JobState::Cancelled, "cancelled by a client".to_owned()),
-            RunEnd::Succeeded => (JobState::Succeeded, "all steps are taken".to_owned()),
-            RunEnd::Cancelled => (JobState::Cancelled, "cancelled by a client".to_owned()),
-            RunEnd::Drained if from == JobState::Pausing => {
+            End::Waits(e) => {
+                job.error = Some(e.clone());
+                let to = if from == JobState::Pausing { JobState::Paused } else { JobState::Queued };
+                (to, format!("waits: {}", e.message))
+            }
+            End::Run(RunEnd::Succeeded) => (JobState::Succeeded, "all steps are taken".to_owned()),
+            End::Run(RunEnd::Cancelled) => (JobState::Cancelled, "cancelled by a client".to_owned()),
+            End::Run(RunEnd::Drained) if from == JobState::Pausing => {
                 (JobState::Paused, format!("paused by a client; continues from step {}", job.progress.step))
             }
-            RunEnd::Drained => {
+            End::Run(RunEnd::Drained) => {
                 let why = match room {
                     None => "the server is shutting down",
                     Some(Room::Priority) => "makes room for a job of a higher priority",
@@ -448,6 +503,9 @@ async fn finish(service: &Service, held: &Held, end: &RunEnd) -> Result<()> {
         Ok(vec![EventKind::StateChange { from: Some(from), to, reason }])
     };
     let job = held.write(service, change, Also::Release).await?;
+    if let End::Waits(error) = end {
+        metrics::counter!("bradley_jobs_waiting_total", "reason" => error.reason.to_lowercase()).increment(1);
+    }
     if job.state.is_final() {
         job_ended(job.state);
     }

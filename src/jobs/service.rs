@@ -16,21 +16,25 @@ use super::error::{Result, ServiceError};
 use super::feed::Feed;
 use super::held::Held;
 use super::lifecycle::{check_changeable, check_priority};
+use super::postponed::Postponed;
 use super::remote::Remote;
 use super::shares::Shares;
-use super::store::{Creation, Page, Store, StoreOptions, now};
+use super::store::{ARTIFACT_STORE, Creation, Page, Store, StoreOptions, now};
 use super::tokens::Doorkeeper;
 use super::uses::{Needed, check};
 use super::{housekeeping, runner};
 use crate::domain::access::Caller;
-use crate::domain::dataset::Dataset;
+use crate::domain::dataset::{Dataset, IssueReason, RowIssue, Severity};
+use crate::domain::identity::Pins;
 use crate::domain::job::{Evaluation, Event, Job, JobRequest, JobState, Metrics, Progress, RowPolicy};
-use crate::domain::training::Method;
-use crate::domain::violation::Violations;
+use crate::domain::training::{LoraConfig, Method};
+use crate::domain::violation::{Violations, quoted};
 use crate::engine::api::{ModelInfo, WeightsRef};
 use crate::engine::{Engine, trace};
 use crate::model::peft;
 
+/// The field that names an adapter to start from.
+const INIT_ADAPTER: &str = "training_job.lora.init_adapter";
 /// Requests that may tokenise side by side.
 const TOKENISERS: usize = 4;
 /// Estimates, validations and exports side by side.
@@ -85,6 +89,8 @@ pub(super) struct Inner {
     pub options: ServiceOptions,
     /// The jobs that this process carries on.
     pub held: Mutex<HashMap<String, Arc<Held>>>,
+    /// Queued jobs that it does not take for a while.
+    pub postponed: Postponed,
     /// Changes when a job was queued: every runner looks.
     queued: watch::Sender<u64>,
     pub draining: watch::Sender<bool>,
@@ -107,6 +113,24 @@ impl Inner {
         self.queued.send_modify(|count| *count += 1);
     }
 
+    /// Queued jobs that this process does not take: postponed ones, and those of which a run here has not ended yet, although its lease was lost.
+    pub fn passed_over(&self) -> Vec<String> {
+        let mut jobs = self.postponed.jobs();
+        jobs.extend(self.held.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned());
+        jobs
+    }
+
+    /// The run is over. Only its own entry is removed: the job may be carried on again already.
+    pub fn let_go(&self, held: &Arc<Held>) {
+        let mut all = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.get(&held.lease.job).is_some_and(|entry| Arc::ptr_eq(entry, held)) {
+            all.remove(&held.lease.job);
+        }
+        drop(all);
+        // The job may have been queued meanwhile, and passed over.
+        self.wake();
+    }
+
     /// The other jobs that this process carries on.
     pub fn others(&self, job: &str) -> Vec<String> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner).keys().filter(|id| *id != job).cloned().collect()
@@ -124,16 +148,21 @@ impl Service {
         let root = options.data_dir.clone();
         std::fs::create_dir_all(&root).map_err(|e| super::artifacts::failed(&root, e))?;
         let lock = lock(&root)?;
-        let remote = options.artifact_store.as_ref().map(|(url, variables)| Remote::open(url, variables)).transpose()?;
         let store_options =
             StoreOptions { database_url: options.database_url.clone(), events_kept: options.events_kept, lease: options.lease };
+        let store = Store::open(&root, &store_options).await?;
+        // A database that has files somewhere must find them there; only a new one may begin with an empty folder.
+        let is_new = store.property(ARTIFACT_STORE).await?.is_none() && !(store.is_shared() && store.has_artifacts().await?);
+        let open = |(url, variables): &(String, BTreeMap<String, String>)| Remote::open(url, variables, is_new);
+        let remote = options.artifact_store.as_ref().map(open).transpose()?;
         let inner = Inner {
-            store: Store::open(&root, &store_options).await?,
+            store,
             artifacts: Artifacts::open(&root, remote)?,
             engine,
             feed: Feed::default(),
             options,
             held: Mutex::default(),
+            postponed: Postponed::default(),
             queued: watch::channel(0).0,
             draining: watch::channel(false).0,
             tokenisers: Arc::new(Semaphore::new(TOKENISERS)),
@@ -147,6 +176,7 @@ impl Service {
         };
         let service = Service { inner: Arc::new(inner) };
         service.inner.artifacts.ping().await?;
+        service.inner.artifacts.identify(&service.inner.store).await?;
         housekeeping::reclaim(&service, !service.inner.store.is_shared()).await?;
         let runners = (0..service.inner.engine.concurrent_runs()).map(|_| tokio::spawn(runner::run(service.clone()))).collect();
         let keepers = [
@@ -171,17 +201,34 @@ impl Service {
         self.refuse_when_draining()?;
         let hash = serde_json::to_vec(&request).map(|b| blake3::hash(&b).to_hex().to_string()).map_err(ServiceError::internal)?;
         let request = self.check_request(caller, request, request_id.as_deref()).await?;
-        let job = Service::draft(caller, request);
+        let mut job = Service::draft(caller, request);
         if validate_only {
             return Ok(Job { id: String::new(), ..job });
         }
         let quota = self.inner.options.max_jobs_per_client;
         let creation = Creation { request_id: request_id.as_deref(), request_hash: &hash, quota };
-        let job = self.inner.store.insert_job(&job, creation).await?;
+        let has_copy = self.copy_init_adapter(&mut job).await?;
+        let inserted = self.inner.store.insert_job(&job, creation).await;
+        if has_copy && inserted.as_ref().map_or(true, |stored| stored.id != job.id) {
+            // The copy belongs to nobody; where its removal fails, the sweep finds it.
+            let _ = self.inner.artifacts.remove_job(&job.id).await;
+        }
+        let job = inserted?;
         tracing::info!(job = job.id, state = job.state.name(), "job created");
         audit(caller, "create", &format!("trainingJobs/{}", job.id));
         self.inner.wake();
         Ok(job)
+    }
+
+    /// Copies the adapter that a new job starts from into the job's artifacts and pins its content; returns whether there is one.
+    async fn copy_init_adapter(&self, job: &mut Job) -> Result<bool> {
+        let Method::Lora(LoraConfig { init_adapter: Some(name), .. }) = &job.request.spec.method else { return Ok(false) };
+        let from = self.find_adapter(name).await?;
+        let hash = self.inner.artifacts.keep_init_adapter(&job.id, &from).await?;
+        if let Some(pins) = &mut job.request.pins {
+            pins.init_adapter = Some(hash);
+        }
+        Ok(true)
     }
 
     /// A job that is not stored yet.
@@ -230,15 +277,18 @@ impl Service {
         let start = self.resolve(&self.pin(&request.policy).await?).await?;
         request.policy = self.pin(&request.policy).await?;
         request.model = Some(start.model.clone());
+        request.pins = Some(Pins { base: self.inner.engine.identity(&start.model)?, init_adapter: None });
         if let (Method::Lora(_), WeightsRef::Full { .. }) = (&request.spec.method, &start.weights) {
             let message =
                 "LoRA starts from a base model or from a LoRA checkpoint: export the full checkpoint merged and serve it as a model";
             return Err(ServiceError::FailedPrecondition { reason: "FULL_CHECKPOINT", message: message.into() });
         }
-        if let Method::Lora(lora) = &mut request.spec.method
-            && let Some(dir) = &lora.init_adapter
-        {
-            lora.init_adapter = Some(self.find_adapter(dir, &start.weights).await?);
+        if let Method::Lora(LoraConfig { init_adapter: Some(name), .. }) = &request.spec.method {
+            let WeightsRef::Base { .. } = &start.weights else {
+                let message = "the policy is a checkpoint with an adapter of its own: name one of the two";
+                return Err(ServiceError::invalid(INIT_ADAPTER, message));
+            };
+            self.find_adapter(name).await?;
         }
         if let Some(reference) = &request.reference {
             let pinned = self.pin(reference).await?;
@@ -252,13 +302,14 @@ impl Service {
         }
         for id in [Some(&request.dataset), eval_dataset(&request.evaluation)].into_iter().flatten() {
             let dataset = self.own_dataset(caller, id).await?;
-            if request.row_policy == RowPolicy::Reject && dataset.report.bad_rows() > 0 {
-                let first = dataset.report.issues.iter().find(|i| i.reason.severity() == crate::domain::dataset::Severity::Error);
+            let bad_rows = dataset.report.bad_rows_of_any_job();
+            if request.row_policy == RowPolicy::Reject && bad_rows > 0 {
+                let counts = |i: &&RowIssue| i.reason.severity() == Severity::Error && i.reason != IssueReason::PromptFillsMaxLength;
+                let first = dataset.report.issues.iter().find(counts);
                 let example = first.map(|i| format!(" (row {}, {}: {})", i.row, i.reason.name(), i.message)).unwrap_or_default();
                 let message = format!(
-                    "datasets/{id} has {} bad rows{example}: fix them, or set row_policy to SKIP to train on the other {}",
-                    dataset.report.bad_rows(),
-                    dataset.report.valid_rows
+                    "datasets/{id} has {bad_rows} bad rows{example}: fix them, or set row_policy to SKIP to train on the other {}",
+                    dataset.report.rows - bad_rows
                 );
                 return Err(ServiceError::FailedPrecondition { reason: "DATASET_INVALID", message });
             }
@@ -270,13 +321,10 @@ impl Service {
     }
 
     /// The PEFT adapter folder of that name below the one that is configured; links do not lead out of it.
-    async fn find_adapter(&self, name: &str, start: &WeightsRef) -> Result<String> {
-        let field = "training_job.lora.init_adapter";
-        let WeightsRef::Base { .. } = start else {
-            return Err(ServiceError::invalid(field, "the policy is a checkpoint with an adapter of its own: name one of the two"));
-        };
+    async fn find_adapter(&self, name: &str) -> Result<PathBuf> {
         let Some(root) = self.inner.options.adapter_dir.clone() else {
-            return Err(ServiceError::invalid(field, "this server has no folder of adapters: set adapter_dir, or leave the field empty"));
+            let message = "this server has no folder of adapters: set adapter_dir, or leave the field empty";
+            return Err(ServiceError::invalid(INIT_ADAPTER, message));
         };
         let wanted = root.join(name);
         let found = blocking(move || {
@@ -284,9 +332,12 @@ impl Service {
             (dir.starts_with(&root) && dir.join(peft::CONFIG_FILE).is_file()).then_some(dir)
         })
         .await?;
-        match found.as_deref().and_then(std::path::Path::to_str) {
-            Some(dir) => Ok(dir.to_owned()),
-            None => Err(ServiceError::invalid(field, format!("{name:?} is no PEFT adapter folder below the server's adapter_dir"))),
+        match found {
+            Some(dir) => Ok(dir),
+            None => Err(ServiceError::invalid(
+                INIT_ADAPTER,
+                format!("{} is no PEFT adapter folder below the server's adapter_dir", quoted(name)),
+            )),
         }
     }
 
@@ -342,6 +393,7 @@ impl Service {
     /// Deletes a dataset that no unfinished job uses.
     pub async fn delete_dataset(&self, caller: &Caller, id: &str) -> Result<()> {
         self.own_dataset(caller, id).await?;
+        self.inner.artifacts.check_store().await?;
         self.inner.store.delete_dataset(id, |users| check(caller, users, Needed::Dataset(id))).await?;
         audit(caller, "delete", &format!("datasets/{id}"));
         self.inner.artifacts.remove_dataset(id).await

@@ -7,7 +7,9 @@ mod datasets;
 mod jobs;
 mod leases;
 mod listen;
+mod properties;
 mod rows;
+pub(super) mod stale;
 mod tokens;
 
 use std::path::Path;
@@ -20,9 +22,11 @@ use sqlx::{AnyConnection, AnyPool, AssertSqlSafe, Connection as _};
 pub use self::jobs::Creation;
 pub use self::leases::{Also, Lease};
 pub use self::listen::Notice;
+pub use self::properties::ARTIFACT_STORE;
 pub use self::tokens::TokenRow;
 use super::error::{Result, ServiceError};
 use crate::domain::job::Millis;
+use crate::domain::violation::quoted;
 
 /// Connections of a SQLite store that read side by side.
 const READERS: u32 = 4;
@@ -131,6 +135,10 @@ impl Store {
                 .max_connections(n)
                 .acquire_timeout(ACQUIRE)
                 .after_connect(move |connection, _| Box::pin(prepare(dialect, connection)))
+                .before_acquire(|_, about| {
+                    let usable = stale::is_fresh(about.age);
+                    Box::pin(async move { Ok(usable) })
+                })
                 .after_release(move |connection, _| Box::pin(is_clean(dialect, connection)))
         };
         let (writers, readers) = match dialect {
@@ -139,11 +147,16 @@ impl Store {
         };
         let unreachable = |e| ServiceError::internal(format!("the database cannot be opened: {e}"));
         let writer = pool(writers).connect_with(connect.clone()).await.map_err(unreachable)?;
-        let migrated = match dialect {
-            Dialect::Sqlite => sqlx::migrate!("src/jobs/migrations/sqlite").run(&writer).await,
-            Dialect::Postgres => sqlx::migrate!("src/jobs/migrations/postgres").run(&writer).await,
+        let mut migrations = match dialect {
+            Dialect::Sqlite => sqlx::migrate!("src/jobs/migrations/sqlite"),
+            Dialect::Postgres => sqlx::migrate!("src/jobs/migrations/postgres"),
         };
-        migrated.map_err(|e| ServiceError::internal(format!("the database's schema cannot be brought up to date: {e}")))?;
+        // Migrations only add: a newer version may have used this database, and an older one must still start after a rollback.
+        migrations.set_ignore_missing(true);
+        migrations
+            .run(&writer)
+            .await
+            .map_err(|e| ServiceError::internal(format!("the database's schema cannot be brought up to date: {e}")))?;
         Ok(Store {
             dialect,
             url,
@@ -184,6 +197,9 @@ async fn prepare(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Resu
         for setting in ["idle_in_transaction_session_timeout = '10s'", "lock_timeout = '5s'", "statement_timeout = '60s'"] {
             sqlx::query(AssertSqlSafe(format!("SET {setting}"))).execute(&mut *connection).await?;
         }
+        // What is acknowledged is on disk, whatever the database's default is; a stricter setting stays.
+        let durable = "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'";
+        sqlx::query(durable).execute(&mut *connection).await?;
     }
     Ok(())
 }
@@ -212,10 +228,16 @@ fn sqlite_url(path: &Path) -> String {
 fn parse_token(token: &str) -> Result<i64> {
     match token {
         "" => Ok(i64::MAX),
-        t => t
-            .parse()
-            .map_err(|_| ServiceError::invalid("page_token", format!("{t:?} was not given out by this list: start again without it"))),
+        t => t.parse().map_err(|_| {
+            ServiceError::invalid("page_token", format!("{} was not given out by this list: start again without it", quoted(t)))
+        }),
     }
+}
+
+/// The records that this version can read: one that another version wrote must not stand in the way of all others.
+fn readable<R, T: TryFrom<R, Error = ServiceError>>(rows: Vec<R>) -> Vec<T> {
+    let read = |row| T::try_from(row).inspect_err(|e| tracing::error!(error = %e, "a stored record is left out"));
+    rows.into_iter().filter_map(|row| read(row).ok()).collect()
 }
 
 /// Cuts the one row too many that says whether there is a next page.
@@ -223,6 +245,5 @@ fn page<R, T: TryFrom<R, Error = ServiceError>>(mut rows: Vec<R>, size: usize, s
     let more = rows.len() > size;
     rows.truncate(size);
     let next_page_token = if more { rows.last().map(|r| seq(r).to_string()).unwrap_or_default() } else { String::new() };
-    let items = rows.into_iter().map(T::try_from).collect::<Result<_>>()?;
-    Ok(Page { items, next_page_token })
+    Ok(Page { items: readable(rows), next_page_token })
 }

@@ -46,11 +46,6 @@ pub struct BatchSize {
     pub chosen_tokens: usize,
 }
 
-/// Whether the loss of a pair depends on the other pairs, so that [`batch_loss`] must see all of them at once.
-pub fn compares_pairs(config: &DpoConfig) -> bool {
-    config.losses.iter().any(|term| matches!(term.loss, LossType::Aot | LossType::AotUnpaired))
-}
-
 /// The mean loss over a micro-batch; gradients are multiplied by `scale` (1 / micro-batches of the step). Row weights multiply each pair's term;
 /// the mean is still over the number of pairs.
 pub fn batch_loss(config: &DpoConfig, pairs: &[PairLogps], scale: f64) -> BatchLoss {
@@ -59,7 +54,7 @@ pub fn batch_loss(config: &DpoConfig, pairs: &[PairLogps], scale: f64) -> BatchL
 }
 
 /// What some `pairs` of a micro-batch of the size `whole` add to its mean loss, with their gradients. The parts add up to [`batch_loss`], unless the
-/// loss [`compares_pairs`].
+/// loss [`DpoConfig::compares_pairs`].
 pub fn partial_loss(config: &DpoConfig, pairs: &[PairLogps], whole: BatchSize, scale: f64) -> BatchLoss {
     let b = whole.pairs.max(1) as f64;
     let sums: Vec<Sums> = pairs.iter().map(|p| sums(config, p)).collect();

@@ -5,7 +5,7 @@ mod json;
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use self::json::Fields;
 use super::error::ModelError;
@@ -107,6 +107,32 @@ impl Architecture {
 }
 
 impl ModelConfig {
+    /// What the model computes, as a text that is the same however its configuration file is written. It is part of what jobs are pinned to: a field that
+    /// is added later must be left out where it has no effect, or every older job is refused.
+    pub fn canonical(&self) -> String {
+        let (frequencies, attention_factor) = self.rope.inv_freq(self.head_dim);
+        let bits: Vec<u32> = frequencies.iter().map(|f| f.to_bits()).collect();
+        let windows: Vec<usize> = self.sliding_window.iter().map(|w| w.unwrap_or(0)).collect();
+        json!([
+            ["architecture", self.architecture.as_str()],
+            ["vocab_size", self.vocab_size],
+            ["hidden_size", self.hidden_size],
+            ["intermediate_size", self.intermediate_size],
+            ["num_layers", self.num_layers],
+            ["num_heads", self.num_heads],
+            ["num_kv_heads", self.num_kv_heads],
+            ["head_dim", self.head_dim],
+            ["rms_norm_eps", self.rms_norm_eps],
+            ["rope_frequencies", bits],
+            ["rope_factor", attention_factor.to_bits()],
+            ["tie_word_embeddings", self.tie_word_embeddings],
+            ["biases", [self.qkv_bias, self.o_bias, self.mlp_bias]],
+            ["qk_norm", self.qk_norm],
+            ["sliding_window", windows],
+        ])
+        .to_string()
+    }
+
     /// Reads a config.json, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`). `path` is for messages.
     /// Absent optional fields get the defaults of transformers' config classes.
     ///

@@ -115,6 +115,15 @@ impl ComputeDevice {
         }
     }
 
+    /// The widest attention head that its kernels compute with; `None` is any.
+    pub fn max_head_dim(&self) -> Option<usize> {
+        match self {
+            ComputeDevice::Cpu => None,
+            #[cfg(feature = "cuda")]
+            ComputeDevice::Cuda(_) => Some(super::cuda::MAX_HEAD_DIM),
+        }
+    }
+
     /// Bytes of its own memory: what is free, and all; `None` for the CPU, which shares the machine's.
     pub fn memory(&self) -> Option<(u64, u64)> {
         match self {

@@ -8,6 +8,7 @@ use super::gguf::Gguf;
 use super::source::{HubOptions, Located, locate};
 use super::tokenizer::ChatTokenizer;
 use super::weights::{GgufWeights, Weights};
+use crate::domain::identity::ModelIdentity;
 use crate::domain::names::is_valid_id;
 
 /// A model whose weights are still on disk.
@@ -23,6 +24,18 @@ pub struct LoadedModel {
     pub tokenizer: ChatTokenizer,
     /// The source as it was named.
     pub origin: String,
+}
+
+impl LoadedModel {
+    /// What the model is, by content.
+    pub fn identity(&self) -> ModelIdentity {
+        ModelIdentity {
+            weights: self.weights.fingerprint(),
+            config: blake3::hash(self.config.canonical().as_bytes()).to_hex().to_string(),
+            tokenizer: self.tokenizer.content_hash().to_owned(),
+            chat_template: self.tokenizer.template_hash(),
+        }
+    }
 }
 
 /// Opens `source` (a folder, a GGUF file or a hub id) under `id`, or under an id made from the source's last part.

@@ -19,6 +19,7 @@ pub struct ChatTokenizer {
     eos: Option<(String, u32)>,
     template: Option<ChatTemplate>,
     files: Vec<(String, Vec<u8>)>,
+    content_hash: String,
     path: PathBuf,
 }
 
@@ -31,6 +32,8 @@ struct Parts {
     special_tokens: Vec<(String, String)>,
     template: Option<String>,
     files: Vec<(String, Vec<u8>)>,
+    /// What turns text into tokens, as it was read.
+    content: blake3::Hasher,
 }
 
 impl ChatTokenizer {
@@ -49,8 +52,14 @@ impl ChatTokenizer {
         parts.tokenizer.with_truncation(None).map_err(|e| wrong(path, e.to_string()))?;
         let id = |token: Option<String>| token.and_then(|t| parts.tokenizer.token_to_id(&t).map(|id| (t, id)));
         let (bos, eos) = (id(parts.bos_token), id(parts.eos_token));
+        let mut content = parts.content;
+        for (name, token) in &parts.special_tokens {
+            content.update(format!("\n{name} {token:?}").as_bytes());
+        }
+        let content_hash = content.finalize().to_hex().to_string();
         let template = parts.template.map(|source| ChatTemplate::new(&source, parts.special_tokens)).transpose()?;
-        let assembled = ChatTokenizer { bos, eos, template, tokenizer: parts.tokenizer, files: parts.files, path: path.to_owned() };
+        let assembled =
+            ChatTokenizer { bos, eos, template, tokenizer: parts.tokenizer, files: parts.files, content_hash, path: path.to_owned() };
         // A template that names tokens which are not there is found now, not by the first request.
         assembled.encode("", true)?;
         Ok(assembled)
@@ -103,6 +112,16 @@ impl ChatTokenizer {
             return Err(ModelError::ChatTemplate { reason });
         };
         template.render(messages, add_generation_prompt)
+    }
+
+    /// BLAKE3 of the tokenizer and its special tokens, in hex; the chat template is no part of it.
+    pub fn content_hash(&self) -> &str {
+        &self.content_hash
+    }
+
+    /// BLAKE3 of the chat template, in hex; empty without one.
+    pub fn template_hash(&self) -> String {
+        self.template.as_ref().map(|t| blake3::hash(t.source().as_bytes()).to_hex().to_string()).unwrap_or_default()
     }
 
     /// The files to write beside exported weights.

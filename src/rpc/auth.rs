@@ -97,7 +97,7 @@ where
                 Err(e) => {
                     metrics::counter!("bradley_refused_total").increment(1);
                     if layer.log.may() {
-                        let peer = request.extensions().get::<Peer>().map(|p| p.0.to_string());
+                        let peer = request.extensions().get::<Peer>().map(|p| p.address.to_string());
                         tracing::warn!(target: AUDIT, peer, reason = %e, "refused");
                     }
                     Ok(status(e).into_http())

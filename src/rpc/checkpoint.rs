@@ -13,6 +13,7 @@ use super::pb::{self, checkpoint_service_server::CheckpointService, download_che
 use super::status::status;
 use crate::domain::job::Checkpoint;
 use crate::domain::names::{self, CheckpointRef};
+use crate::domain::violation::quoted;
 use crate::jobs::artifacts::{ExportFormat, ExportedFile};
 use crate::jobs::error::ServiceError;
 use crate::jobs::service::Service;
@@ -124,7 +125,7 @@ async fn send_file(sender: &Sender, f: ExportedFile, path: PathBuf) -> bool {
 
 fn parse(name: &str) -> Result<(&str, CheckpointRef), Status> {
     names::parse_checkpoint(name).ok_or_else(|| {
-        invalid("name", format!("is {name:?}: it must look like trainingJobs/ID/checkpoints/STEP, with latest or best for STEP"))
+        invalid("name", format!("is {}: it must look like trainingJobs/ID/checkpoints/STEP, with latest or best for STEP", quoted(name)))
     })
 }
 

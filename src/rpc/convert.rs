@@ -9,7 +9,7 @@ use tonic::Status;
 use super::status::{bad_request, status};
 use crate::domain::job::Millis;
 use crate::domain::names;
-use crate::domain::violation::Violations;
+use crate::domain::violation::{Violations, quoted};
 use crate::jobs::error::ServiceError;
 
 /// Milliseconds to a timestamp.
@@ -33,12 +33,12 @@ pub(super) fn page_size(given: i32, default: usize) -> Result<usize, Status> {
 
 /// The id in `trainingJobs/{id}`.
 pub(super) fn job_id<'a>(field: &str, name: &'a str) -> Result<&'a str, Status> {
-    names::parse_job(name).ok_or_else(|| invalid(field, format!("is {name:?}: it must look like trainingJobs/ID")))
+    names::parse_job(name).ok_or_else(|| invalid(field, format!("is {}: it must look like trainingJobs/ID", quoted(name))))
 }
 
 /// The id in `datasets/{id}`.
 pub(super) fn dataset_id<'a>(field: &str, name: &'a str) -> Result<&'a str, Status> {
-    names::parse_dataset(name).ok_or_else(|| invalid(field, format!("is {name:?}: it must look like datasets/ID")))
+    names::parse_dataset(name).ok_or_else(|| invalid(field, format!("is {}: it must look like datasets/ID", quoted(name))))
 }
 
 /// `Ok` unless something was collected.

@@ -10,7 +10,11 @@ use axum::routing::get;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
 
+use super::listener::HttpListener;
 use crate::jobs::service::Service;
+
+/// Connections to the HTTP port: probes and scrapes need few, and each takes a file descriptor.
+pub const MAX_CONNECTIONS: usize = 32;
 
 /// Serves `/metrics`, `/livez` (the process answers) and `/readyz` (the server is not draining) until `shutdown`.
 pub async fn serve_http(
@@ -29,7 +33,7 @@ pub async fn serve_http(
             metrics.render() + &runs(&shown.runs())
         }),
     );
-    axum::serve(listener, router).with_graceful_shutdown(shutdown).await
+    axum::serve(HttpListener::new(listener, MAX_CONNECTIONS), router).with_graceful_shutdown(shutdown).await
 }
 
 const HELP: &str = "Of the last logged step of a job that runs in this process; gone when it ends.";

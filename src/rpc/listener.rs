@@ -1,4 +1,5 @@
-//! Connections: accepted one by one, at most so many at a time, with TLS when it is configured. Certificates are read again when their files change.
+//! Connections: accepted one by one, each with one of the limited places, with TLS when it is configured. Certificates are read again when their files
+//! change.
 
 use std::fmt;
 use std::future::Future as _;
@@ -16,13 +17,15 @@ use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::Sleep;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::transport::server::Connected;
 
+use super::connections::{Activity, Connections, Place};
 use crate::jobs::counted::Counted;
 
 /// How long a client may take for a TLS handshake.
@@ -138,27 +141,33 @@ fn configure(files: &TlsFiles) -> Result<ServerConfig, TlsError> {
     Ok(config)
 }
 
-/// Accepts connections until the receiver is dropped. Beyond `limit` open ones, further clients wait in the system's backlog.
+/// Accepts one connection and gives it a place.
+async fn accept(listener: &TcpListener, connections: &Arc<Connections>) -> (TcpStream, SocketAddr, Place) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, peer)) => {
+                // It only costs latency where it cannot be set.
+                let _ = stream.set_nodelay(true);
+                return (stream, peer, connections.place().await);
+            }
+            Err(e) => {
+                tracing::warn!(error = %e, "a connection cannot be accepted");
+                tokio::time::sleep(ACCEPT_RETRY).await;
+            }
+        }
+    }
+}
+
+/// Accepts connections until the receiver is dropped. Beyond `limit` open ones, the idlest is closed; while none is idle, further clients wait.
 pub(super) fn incoming(listener: TcpListener, tls: Option<Tls>, limit: usize) -> ReceiverStream<io::Result<Connection>> {
     let (sender, receiver) = mpsc::channel(BUFFER);
-    let places = Arc::new(Semaphore::new(limit));
+    let connections = Connections::new(limit);
     tokio::spawn(async move {
         loop {
-            let Ok(place) = places.clone().acquire_owned().await else { return };
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
+            let (stream, peer, place) = tokio::select! {
+                accepted = accept(&listener, &connections) => accepted,
                 () = sender.closed() => return,
             };
-            let (stream, peer) = match accepted {
-                Ok(accepted) => accepted,
-                Err(e) => {
-                    tracing::warn!(error = %e, "a connection cannot be accepted");
-                    tokio::time::sleep(ACCEPT_RETRY).await;
-                    continue;
-                }
-            };
-            // It only costs latency where it cannot be set.
-            let _ = stream.set_nodelay(true);
             let Some(tls) = &tls else {
                 if sender.send(Ok(Connection::new(Io::Plain(stream), peer, place))).await.is_err() {
                     return;
@@ -185,6 +194,33 @@ enum Io {
     Tls(Box<TlsStream<TcpStream>>),
 }
 
+/// The plain HTTP port's connections. Its calls are not counted: a connection is idle while nothing is received.
+pub(super) struct HttpListener {
+    listener: TcpListener,
+    connections: Arc<Connections>,
+}
+
+impl HttpListener {
+    /// At most `limit` connections.
+    pub fn new(listener: TcpListener, limit: usize) -> Self {
+        HttpListener { listener, connections: Connections::new(limit) }
+    }
+}
+
+impl axum::serve::Listener for HttpListener {
+    type Io = Connection;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Connection, SocketAddr) {
+        let (stream, peer, place) = accept(&self.listener, &self.connections).await;
+        (Connection { counts_calls: false, _open: None, ..Connection::new(Io::Plain(stream), peer, place) }, peer)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+}
+
 /// An accepted connection; it has one of the limited places while it is open.
 pub(super) struct Connection {
     io: Io,
@@ -192,37 +228,68 @@ pub(super) struct Connection {
     /// Until when it must have begun to speak; the transport itself waits for ever.
     silent: Option<Pin<Box<Sleep>>>,
     read: usize,
-    _place: OwnedSemaphorePermit,
-    _open: Counted,
+    /// Whether somebody tells when its calls begin and end.
+    counts_calls: bool,
+    closing: Pin<Box<WaitForCancellationFutureOwned>>,
+    closed: bool,
+    place: Place,
+    _open: Option<Counted>,
 }
 
 impl Connection {
-    fn new(io: Io, peer: SocketAddr, place: OwnedSemaphorePermit) -> Self {
-        let silent = Some(Box::pin(tokio::time::sleep(PREFACE.0)));
-        Connection { io, peer, silent, read: 0, _place: place, _open: Counted::new("bradley_connections") }
+    fn new(io: Io, peer: SocketAddr, place: Place) -> Self {
+        Connection {
+            io,
+            peer,
+            silent: Some(Box::pin(tokio::time::sleep(PREFACE.0))),
+            read: 0,
+            counts_calls: true,
+            closing: Box::pin(place.activity.closing().cancelled_owned()),
+            closed: false,
+            place,
+            _open: Some(Counted::new("bradley_connections")),
+        }
+    }
+
+    /// Whether it is to be closed; else whoever polls is woken when it is.
+    fn is_closing(&mut self, cx: &mut Context<'_>) -> bool {
+        self.closed = self.closed || self.closing.as_mut().poll(cx).is_ready();
+        self.closed
     }
 }
 
 /// What requests know of their connection.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Peer(pub SocketAddr);
+#[derive(Clone, Debug)]
+pub(super) struct Peer {
+    /// The client's address.
+    pub address: SocketAddr,
+    /// What the connection does.
+    pub activity: Arc<Activity>,
+}
 
 impl Connected for Connection {
     type ConnectInfo = Peer;
 
     fn connect_info(&self) -> Peer {
-        Peer(self.peer)
+        Peer { address: self.peer, activity: self.place.activity.clone() }
     }
 }
 
 impl AsyncRead for Connection {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        if this.is_closing(cx) {
+            // As if the client had left: the transport ends the connection in good order.
+            return Poll::Ready(Ok(()));
+        }
         let before = buf.filled().len();
         let polled = match &mut this.io {
             Io::Plain(s) => Pin::new(s).poll_read(cx, buf),
             Io::Tls(s) => Pin::new(s).poll_read(cx, buf),
         };
+        if !this.counts_calls && buf.filled().len() > before {
+            this.place.activity.touch();
+        }
         if let Some(silent) = &mut this.silent {
             this.read += buf.filled().len() - before;
             if this.read >= PREFACE.1 {
@@ -237,7 +304,12 @@ impl AsyncRead for Connection {
 
 impl AsyncWrite for Connection {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        match &mut self.get_mut().io {
+        let this = self.get_mut();
+        // A client that reads nothing must not keep a connection that is to be closed.
+        if this.closed {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        match &mut this.io {
             Io::Plain(s) => Pin::new(s).poll_write(cx, buf),
             Io::Tls(s) => Pin::new(s).poll_write(cx, buf),
         }

@@ -5,6 +5,7 @@
 mod auth;
 mod checkpoint;
 pub mod client;
+mod connections;
 mod convert;
 mod dataset;
 mod http;
@@ -58,7 +59,7 @@ pub struct ServeOptions {
     pub tls: Option<Tls>,
     /// Whether callers need a bearer token.
     pub tokens: bool,
-    /// Connections that may be open.
+    /// Connections that may be open; beyond them the idlest is closed.
     pub max_connections: usize,
     /// When a connection is closed so that its client spreads over the replicas anew; `None` is never.
     pub max_connection_age: Option<Duration>,

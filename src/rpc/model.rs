@@ -6,6 +6,7 @@ use super::convert::invalid;
 use super::pb::{self, model_service_server::ModelService};
 use super::status::status;
 use crate::domain::names;
+use crate::domain::violation::quoted;
 use crate::engine::api::ModelInfo;
 use crate::jobs::service::Service;
 
@@ -16,7 +17,8 @@ pub(super) struct Models(pub Service);
 impl ModelService for Models {
     async fn get_model(&self, request: Request<pb::GetModelRequest>) -> Result<Response<pb::Model>, Status> {
         let r = request.into_inner();
-        let id = names::parse_model(&r.name).ok_or_else(|| invalid("name", format!("is {:?}: it must look like models/ID", r.name)))?;
+        let id =
+            names::parse_model(&r.name).ok_or_else(|| invalid("name", format!("is {}: it must look like models/ID", quoted(&r.name))))?;
         Ok(Response::new(convert(self.0.model(id).map_err(status)?)))
     }
 
@@ -36,7 +38,7 @@ fn convert(m: ModelInfo) -> pb::Model {
         hidden_size: m.hidden_size as u32,
         max_position_embeddings: m.max_position_embeddings as u32,
         chat_template: m.chat_template,
-        fingerprint: m.fingerprint,
+        fingerprint: m.identity.weights,
         device: m.device,
     }
 }

@@ -16,6 +16,8 @@ use tracing::Instrument;
 use tracing::field::Empty;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
+use super::connections::OpenCall;
+use super::listener::Peer;
 use super::{pb, status};
 use crate::engine::trace;
 use crate::jobs::error::ServiceError;
@@ -67,6 +69,8 @@ where
         let trace = span.context();
         let traceparent = trace::format(&trace);
         let deadline = deadline(request.headers());
+        // Its connection is in use until the answer has been sent to the end.
+        let open = request.extensions().get::<Peer>().map(|peer| peer.activity.begin_call());
         let call = self.inner.call(request);
         let mut seen = Seen::new(method);
         let observed = async move {
@@ -97,9 +101,32 @@ where
                 Err(_) => Code::Internal,
             };
             seen.ended(code);
-            result
+            result.map(|response| response.map(|body| Body::new(CountedBody { body, _open: open })))
         };
         Box::pin(observed.instrument(span))
+    }
+}
+
+/// An answer whose connection is in use until it has been sent.
+struct CountedBody {
+    body: Body,
+    _open: Option<OpenCall>,
+}
+
+impl http_body::Body for CountedBody {
+    type Data = <Body as http_body::Body>::Data;
+    type Error = <Body as http_body::Body>::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<http_body::Frame<Self::Data>, Self::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        self.body.size_hint()
     }
 }
 

@@ -4,25 +4,37 @@ use tonic::codegen::http::HeaderMap;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
-use crate::domain::violation::Violations;
+use crate::domain::violation::{Violations, shortened};
 use crate::jobs::error::ServiceError;
 
 /// The domain of every ErrorInfo.
 pub const DOMAIN: &str = "bradley.dev";
 
+// A status travels in headers, of which many clients accept 8 KiB. These limits keep all of it below 4 KiB: the message is sent twice (once in the
+// details), and the details are encoded as base64.
+/// Bytes of a message as the header has it: beside violations or a name, and alone.
+const MAX_MESSAGE: (usize, usize) = (640, 1400);
+/// Bytes of all violations.
+const MAX_VIOLATIONS: usize = 1664;
+/// Characters of one violation's field and description.
+const MAX_VIOLATION: (usize, usize) = (100, 400);
+/// Bytes that the encoding adds to a violation.
+const PER_VIOLATION: usize = 8;
+/// Characters of a resource's name.
+const MAX_NAME: usize = 300;
+
 /// Maps an error to its status: code, message, and BadRequest, ErrorInfo, RetryInfo or ResourceInfo details.
 pub fn status(e: ServiceError) -> Status {
-    let mut message = e.to_string();
+    let has_list = matches!(e, ServiceError::InvalidArgument(_) | ServiceError::NotFound { .. });
+    let mut message = cut(e.to_string(), if has_list { MAX_MESSAGE.0 } else { MAX_MESSAGE.1 });
     let mut details = ErrorDetails::new();
     let (code, reason) = match &e {
         ServiceError::InvalidArgument(v) => {
-            for violation in &v.0 {
-                details.add_bad_request_violation(&violation.field, &violation.description);
-            }
+            add_violations(&mut details, v);
             (Code::InvalidArgument, "INVALID_ARGUMENT")
         }
         ServiceError::NotFound { kind, name } => {
-            details.set_resource_info(*kind, name, "", "does not exist");
+            details.set_resource_info(*kind, shortened(name, MAX_NAME), "", "does not exist");
             (Code::NotFound, "NOT_FOUND")
         }
         ServiceError::PermissionDenied { .. } => (Code::PermissionDenied, "PERMISSION_DENIED"),
@@ -44,13 +56,51 @@ pub fn status(e: ServiceError) -> Status {
         ServiceError::DeadlineExceeded => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
         ServiceError::Internal { .. } => {
             // Paths and statements are the operator's to read; the answer's x-request-id finds them.
-            tracing::error!(error = message, "internal error");
+            tracing::error!(error = %e, "internal error");
             message = "an internal error, which the server's log describes".to_owned();
             (Code::Internal, "INTERNAL")
         }
     };
     details.set_error_info(reason, DOMAIN, std::collections::HashMap::new());
     Status::with_error_details(code, message, details)
+}
+
+/// Lists violations while there is room, and says how many are left out.
+fn add_violations(details: &mut ErrorDetails, violations: &Violations) {
+    let mut left = MAX_VIOLATIONS;
+    for (i, violation) in violations.listed().iter().enumerate() {
+        let field = shortened(&violation.field, MAX_VIOLATION.0);
+        let description = shortened(&violation.description, MAX_VIOLATION.1);
+        let bytes = field.len() + description.len() + PER_VIOLATION;
+        if bytes > left {
+            let more = violations.listed().len() - i + violations.more();
+            details.add_bad_request_violation("", format!("and {more} more"));
+            return;
+        }
+        left -= bytes;
+        details.add_bad_request_violation(field, description);
+    }
+    if violations.more() > 0 {
+        details.add_bad_request_violation("", format!("and {} more", violations.more()));
+    }
+}
+
+/// Bytes of a character in the header: some are percent-encoded, three for each of their bytes.
+fn header_bytes(c: char) -> usize {
+    if c.is_ascii_graphic() && !"\"#%<>`?{}".contains(c) { 1 } else { 3 * c.len_utf8() }
+}
+
+/// A message that fits a header.
+fn cut(message: String, limit: usize) -> String {
+    let mut left = limit;
+    for (i, c) in message.char_indices() {
+        let bytes = header_bytes(c);
+        if bytes > left {
+            return format!("{}…", &message[..i]);
+        }
+        left -= bytes;
+    }
+    message
 }
 
 /// The status of bad fields.
@@ -123,6 +173,32 @@ mod tests {
             let info = s.get_details_error_info().unwrap();
             assert_eq!((info.reason.as_str(), info.domain.as_str()), (reason, DOMAIN));
             assert_eq!(s.get_details_retry_info().is_some(), code == Code::Unavailable);
+        }
+    }
+
+    #[test]
+    fn a_status_fits_the_headers_that_clients_accept() {
+        let on_the_wire = |s: &Status| {
+            let headers = s.clone().into_http::<()>().into_parts().0.headers;
+            ["grpc-message", "grpc-status-details-bin"].iter().map(|name| headers[*name].len()).sum::<usize>()
+        };
+        for text in ["x", " ", "é", "%"] {
+            let mut bad = Violations::default();
+            for i in 0..1000 {
+                bad.push(format!("training_job.dpo.losses[{i}].loss_type"), text.repeat(if i == 0 { 100_000 } else { 300 }));
+            }
+            let s = bad_request(bad);
+            assert!(on_the_wire(&s) <= 4096, "{} bytes", on_the_wire(&s));
+            let listed = s.get_details_bad_request().unwrap().field_violations;
+            let left_out = 1000 - (listed.len() - 1);
+            assert_eq!(listed.last().unwrap().description, format!("and {left_out} more"));
+            for e in [
+                ServiceError::not_found("job", text.repeat(100_000)),
+                ServiceError::FailedPrecondition { reason: "DATASET_INVALID", message: text.repeat(100_000) },
+            ] {
+                let s = status(e);
+                assert!(on_the_wire(&s) <= 4096, "{} bytes", on_the_wire(&s));
+            }
         }
     }
 

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::observe::Window;
 use super::optimizer::AdamW;
 use super::trainable::TrainablePolicy;
+use crate::domain::identity::{Difference, ModelIdentity};
 use crate::domain::job::Metrics;
 use crate::model::decoder::Policy;
 use crate::model::error::ModelError;
@@ -49,6 +50,18 @@ pub enum CheckpointError {
         path: PathBuf,
         /// What is wrong.
         reason: String,
+    },
+    /// Its run was on another base model.
+    #[error("checkpoint {}: it was trained on a base model whose {part} has the hash {pinned}, this one's is {found}", path.display())]
+    OtherModel {
+        /// The folder.
+        path: PathBuf,
+        /// The part of the model that differs.
+        part: &'static str,
+        /// The part's hash in the checkpoint.
+        pinned: String,
+        /// The part's hash in the model at hand.
+        found: String,
     },
     /// Another build wrote it.
     #[error("checkpoint {}: its format is version {found}, this build reads version {VERSION}: use the build that wrote it", path.display())]
@@ -95,6 +108,9 @@ struct StateFile {
     version: u32,
     adapter: bool,
     adam_updates: u64,
+    /// The base model that it was trained on; none in checkpoints of version 0.1.
+    #[serde(default)]
+    base: Option<ModelIdentity>,
     state: RunState,
     metrics: Metrics,
     /// BLAKE3 of every other file.
@@ -123,15 +139,25 @@ pub struct Contents<'a> {
     pub tokenizer: &'a ChatTokenizer,
     /// The base model's name, for adapter_config.json.
     pub base: &'a str,
+    /// The base model by content.
+    pub identity: &'a ModelIdentity,
 }
 
 impl CheckpointError {
+    /// Whether a file is not there, rather than wrong.
+    pub fn is_missing_file(&self) -> bool {
+        matches!(self, CheckpointError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+
     /// Whether the files are at fault for good, rather than this build or a disk that may answer later.
     pub fn is_damage(&self) -> bool {
         match self {
             CheckpointError::Damaged { .. } => true,
             CheckpointError::Io { source, .. } => matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof),
-            CheckpointError::Version { .. } | CheckpointError::Model(_) | CheckpointError::Candle(_) => false,
+            CheckpointError::OtherModel { .. }
+            | CheckpointError::Version { .. }
+            | CheckpointError::Model(_)
+            | CheckpointError::Candle(_) => false,
         }
     }
 }
@@ -182,6 +208,7 @@ fn write(temporary: &Path, contents: &Contents) -> Result<(), CheckpointError> {
         version: VERSION,
         adapter: contents.policy.is_lora(),
         adam_updates: contents.optimizer.updates,
+        base: Some(contents.identity.clone()),
         state: contents.state.clone(),
         metrics: contents.metrics.clone(),
         files,
@@ -212,9 +239,13 @@ pub struct Restored {
     pub reference: Option<Vec<(String, Tensor)>>,
 }
 
-/// Restores weights and moments into a policy and optimizer of the same shapes.
-pub fn restore(dir: &Path, policy: &TrainablePolicy, optimizer: &mut AdamW) -> Result<Restored, CheckpointError> {
+/// Restores weights and moments into a policy and optimizer of the same shapes, on the base model that the checkpoint was trained on.
+pub fn restore(dir: &Path, base: &ModelIdentity, policy: &TrainablePolicy, optimizer: &mut AdamW) -> Result<Restored, CheckpointError> {
     let file = verify(dir)?;
+    if let Some(Difference { part, hashes }) = file.base.as_ref().and_then(|pinned| pinned.difference(base)) {
+        let (pinned, found) = (hashes.0.to_owned(), hashes.1.to_owned());
+        return Err(CheckpointError::OtherModel { path: dir.to_owned(), part, pinned, found });
+    }
     if file.adapter != policy.is_lora() {
         return Err(damaged(dir, "it was written by a run of the other method (LoRA or full)".into()));
     }

@@ -43,7 +43,7 @@ const HEAD_TILE: u64 = 8192;
 pub struct Estimate {
     /// Weights of its own, gradients and AdamW's moments.
     pub training_state: u64,
-    /// Activations of one row, the largest at one time.
+    /// Activations of one row (of a micro-batch's rows where the loss compares its pairs), the largest at one time.
     pub activations: u64,
     /// What the forward pass keeps.
     pub keep: Keep,
@@ -77,6 +77,32 @@ fn ranks(spec: &TrainingSpec) -> [usize; 7] {
     })
 }
 
+/// What forward passes keep of a token until the backward pass.
+struct Kept {
+    /// Of a token of every row whose backward pass is still to come.
+    of_row: u64,
+    /// Besides, of a token of the row that goes back.
+    of_last_row: u64,
+}
+
+impl Kept {
+    fn new(keep: Keep, layers: u64, tape: u64, input: u64) -> Self {
+        match keep {
+            Keep::Tapes => Kept { of_row: layers * tape, of_last_row: 0 },
+            Keep::Inputs => Kept { of_row: layers * input, of_last_row: tape },
+            Keep::Nothing => Kept { of_row: 0, of_last_row: 0 },
+        }
+    }
+}
+
+/// Tokens of the rows that are kept at one time: one row of `row` tokens, or every row of a micro-batch where the loss compares its pairs.
+fn held_tokens(spec: &TrainingSpec, longest: usize, row: u64) -> u64 {
+    match spec.dpo.compares_pairs() {
+        true => row.max(longest.saturating_mul(spec.batch.batch_size) as u64),
+        false => row,
+    }
+}
+
 /// What a run over pairs of at most `longest` packed tokens needs with these choices.
 pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, longest: usize, keep: Keep, row_tokens: usize, memory: Memory) -> Estimate {
     let t = longest.max(row_tokens.min(longest.saturating_mul(spec.batch.batch_size))) as u64;
@@ -93,21 +119,18 @@ pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, longest: usize, keep:
     // In the backward pass of the feed-forward part: the product, its gradient, and the operands; of attention: gradients and packed heads.
     let passing = (if rounded { 3 * f / 2 } else { 2 * f } + 4 * c).max(3 * row + 2 * q + 2 * c);
     let scores = 2 * (t * (t / 2 + 64) * h).min(SCORES as u64) * if spec.precision == Some(Precision::Bf16) { F32 / 2 } else { F32 };
-    let kept = match keep {
-        Keep::Tapes => layers * tape,
-        Keep::Inputs => layers * c + tape,
-        Keep::Nothing => 0,
-    };
+    let Kept { of_row, of_last_row } = Kept::new(keep, layers, tape, c);
+    let held = held_tokens(spec, longest, t);
     // The probabilities that a trained head keeps. It has three states for each predictor, at most one for each token.
     let head = match (&spec.method, keep) {
-        (Method::Full, Keep::Tapes) => F32 * (t * config.vocab_size as u64).min(KEPT as u64),
+        (Method::Full, Keep::Tapes) => held.div_ceil(t.max(1)) * F32 * (t * config.vocab_size as u64).min(KEPT as u64),
         _ => 0,
     };
-    let activations = F32 * t * (kept + passing + 4 * c) + scores + head;
+    let activations = F32 * (held * of_row + t * (of_last_row + passing + 4 * c)) + scores + head;
     // Gradient, first and second moment, and the weights that are trained.
     let training_state = F32 * 4 * trainable_parameters(config, spec);
     if memory == Memory::Gpu {
-        return on_gpu(config, spec, t, keep, row_tokens);
+        return on_gpu(config, spec, t, held, keep, row_tokens);
     }
     Estimate { training_state, activations, keep, row_tokens }
 }
@@ -118,7 +141,7 @@ pub fn on_host(config: &ModelConfig, spec: &TrainingSpec, devices: usize) -> u64
 }
 
 /// The same for a GPU: masters and moments stay on the host; matrices and activations are in the job's precision, the residual stream in f32.
-fn on_gpu(config: &ModelConfig, spec: &TrainingSpec, t: u64, keep: Keep, row_tokens: usize) -> Estimate {
+fn on_gpu(config: &ModelConfig, spec: &TrainingSpec, t: u64, held: u64, keep: Keep, row_tokens: usize) -> Estimate {
     let (c, f, h) = (config.hidden_size as u64, config.intermediate_size as u64, config.num_heads as u64);
     let (q, k) = (h * config.head_dim as u64, (config.num_kv_heads * config.head_dim) as u64);
     let (row, layers) = (q + 2 * k, config.num_layers as u64);
@@ -129,13 +152,9 @@ fn on_gpu(config: &ModelConfig, spec: &TrainingSpec, t: u64, keep: Keep, row_tok
     // While query heads share keys, the parts of their gradients are in f32.
     let parts = if element < F32 && h > config.num_kv_heads as u64 { F32 * (2 * q + h) + element * (row + q) } else { 0 };
     let passing = F32 * c + (element * (2 * f + 2 * c).max(3 * row + 2 * q)).max(parts);
-    let kept = match keep {
-        Keep::Tapes => layers * tape,
-        Keep::Inputs => F32 * layers * c + tape,
-        Keep::Nothing => 0,
-    };
+    let Kept { of_row, of_last_row } = Kept::new(keep, layers, tape, F32 * c);
     let head = (F32 + element) * HEAD_TILE + F32 * 4 * c;
-    let activations = t * (kept + passing.max(head)) * ROUNDING.0 / ROUNDING.1;
+    let activations = (held * of_row + t * (of_last_row + passing.max(head))) * ROUNDING.0 / ROUNDING.1;
     // Gradients, and the weights that are trained.
     let training_state = (F32 + element) * trainable_parameters(config, spec);
     Estimate { training_state, activations, keep, row_tokens }
@@ -178,6 +197,7 @@ pub fn plan(config: &ModelConfig, spec: &TrainingSpec, longest: usize, available
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::dpo::LossType;
 
     fn config() -> ModelConfig {
         let json = r#"{"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -194,6 +214,21 @@ mod tests {
         spec.precision = Some(Precision::Bf16);
         let bf16 = of(&spec, Memory::Gpu);
         assert!(bf16.activations < f32.activations && bf16.activations > f32.activations / 2);
+    }
+
+    #[test]
+    fn a_loss_that_compares_pairs_holds_every_row_of_its_micro_batch() {
+        let (config, mut spec) = (config(), TrainingSpec::default());
+        spec.batch.batch_size = 16;
+        for memory in [Memory::Host, Memory::Gpu] {
+            let of = |spec: &TrainingSpec, keep| estimate(&config, spec, 1024, keep, 1024, memory).activations;
+            let (one, one_recomputed) = (of(&spec, Keep::Tapes), of(&spec, Keep::Inputs));
+            let mut aot = spec.clone();
+            aot.dpo.losses[0].loss = LossType::Aot;
+            assert!(of(&aot, Keep::Tapes) > 12 * one && of(&aot, Keep::Tapes) <= 16 * one, "{memory:?}");
+            // Halving the rows does not help, recomputation does.
+            assert!(of(&aot, Keep::Inputs) < of(&aot, Keep::Tapes) / 3 && of(&aot, Keep::Inputs) > 2 * one_recomputed, "{memory:?}");
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::scorer::Logps;
 use super::trainable::Gradients;
 use crate::domain::dpo::DpoConfig;
 use crate::domain::job::Metrics;
-use crate::math::loss::{BatchSize, PairLogps, compares_pairs, partial_loss};
+use crate::math::loss::{BatchSize, PairLogps, partial_loss};
 use crate::math::metrics::{PairObservation, TokenStats, micro_batch};
 use crate::math::score::{reward, total};
 use crate::model::decoder::Policy;
@@ -73,7 +73,7 @@ impl MicroBatch<'_> {
         let items: Vec<&[SequenceGroup]> = groups.iter().map(Vec::as_slice).collect();
         let rows = pack_rows(&items, self.row_tokens);
         let devices = self.policy.devices().count();
-        let at_once = if compares_pairs(self.dpo) { rows.len().max(1) } else { devices };
+        let at_once = if self.dpo.compares_pairs() { rows.len().max(1) } else { devices };
         let mut loss = 0.0;
         let mut observations = vec![PairObservation::default(); self.pairs.len()];
         for rows in rows.chunks(at_once) {

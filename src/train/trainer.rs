@@ -21,6 +21,7 @@ use super::pair::{EncodedPair, SequenceGroup};
 use super::reference::Reference;
 use super::scorer::Logps;
 use super::trainable::{Gradients, TrainablePolicy};
+use crate::domain::identity::ModelIdentity;
 use crate::domain::job::{Metrics, Progress};
 use crate::domain::training::TrainingSpec;
 use crate::math::clip::clip_coefficient;
@@ -73,6 +74,8 @@ pub struct TrainerInput {
     pub tokenizer: Arc<ChatTokenizer>,
     /// The base model's name, for adapter_config.json.
     pub base: String,
+    /// The base model by content: checkpoints record it, and a run continues on no other.
+    pub identity: ModelIdentity,
     /// Bytes the run may need besides the resident base weights: decides what is recomputed.
     pub memory: u64,
 }
@@ -121,6 +124,7 @@ pub struct Trainer {
     checkpoints: PathBuf,
     tokenizer: Arc<ChatTokenizer>,
     base: String,
+    identity: ModelIdentity,
     optimizer: AdamW,
     /// Of each of the policy's devices; the update sees the first, to which the others are added.
     gradients: Vec<Gradients>,
@@ -145,11 +149,11 @@ pub struct Trainer {
 impl Trainer {
     /// Prepares a run; with `resume`, restores its state.
     pub fn new(input: TrainerInput) -> Result<Self, TrainError> {
-        let TrainerInput { spec, policy, mut reference, train, eval, checkpoints, resume, tokenizer, base, memory } = input;
+        let TrainerInput { spec, policy, mut reference, train, eval, checkpoints, resume, tokenizer, base, identity, memory } = input;
         let mut optimizer = AdamW::new(policy.trainables.iter().map(|t| t.var.elem_count()));
         let (mut state, mut latest, mut saved_step) = (RunState::default(), Metrics::new(), None);
         if let Some(dir) = &resume {
-            let restored = checkpoint::restore(dir, &policy, &mut optimizer)?;
+            let restored = checkpoint::restore(dir, &identity, &policy, &mut optimizer)?;
             if let Some(tensors) = restored.reference {
                 reference.restore(tensors, restored.state.reference_syncs)?;
             }
@@ -178,6 +182,7 @@ impl Trainer {
             checkpoints,
             tokenizer,
             base,
+            identity,
             optimizer,
             state,
             total_steps,
@@ -451,6 +456,7 @@ impl Trainer {
             metrics: &self.latest,
             tokenizer: &self.tokenizer,
             base: &self.base,
+            identity: &self.identity,
         };
         let start = Instant::now();
         let size_bytes = checkpoint::save(&self.checkpoints, &contents)?;

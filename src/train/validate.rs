@@ -86,6 +86,10 @@ fn issue(row: &PreferenceRow, field: &str, reason: IssueReason, message: impl In
 /// What a row says by itself.
 fn check(row: &PreferenceRow) -> Vec<RowIssue> {
     let mut issues = Vec::new();
+    for field in &row.ignored {
+        let message = format!("{field} is not used: the model does not see it");
+        issues.push(issue(row, field, IssueReason::IgnoredField, message));
+    }
     if is_empty(&row.prompt) {
         issues.push(issue(row, "prompt", IssueReason::MissingField, "prompt is empty: an answer needs something to answer"));
     }
@@ -94,7 +98,8 @@ fn check(row: &PreferenceRow) -> Vec<RowIssue> {
             issues.push(issue(row, field, IssueReason::EmptyCompletion, format!("{field} has no text: give an answer or remove the row")));
         }
     }
-    if issues.is_empty() && row.chosen == row.rejected {
+    let usable = issues.iter().all(|i| i.reason.severity() == Severity::Warning);
+    if usable && row.chosen == row.rejected {
         issues.push(issue(row, "rejected", IssueReason::IdenticalAnswers, "chosen and rejected are the same: there is nothing to prefer"));
     }
     issues

@@ -7,12 +7,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bradley::domain::training::{LoraConfig, Precision, TARGET_MODULES};
+use bradley::engine::{self, api::EngineOptions};
 use bradley::math::rng::kaiming_uniform;
 use bradley::model::adapter::Adapter;
 use bradley::model::config::ModelConfig;
 use bradley::model::decoder::Policy;
-use bradley::model::device::ComputeDevice;
+use bradley::model::device::{ComputeDevice, DeviceChoice};
+use bradley::model::loader::load_model;
 use bradley::model::parameters::Parameters;
+use bradley::model::peft::save_tensors;
+use bradley::model::source::HubOptions;
 use bradley::rpc::pb::{self, training_event::Event};
 use bradley::train::backprop::{Keep, backward, forward};
 use bradley::train::pack::{PackedRow, pack};
@@ -37,8 +41,8 @@ fn is_emulated() -> bool {
     matches!(device(), ComputeDevice::Cuda(cuda) if cuda.gpu().name().contains("Emulated"))
 }
 
-/// Shapes that reach every kernel: heads of 64 and of 128, norms on queries and keys, biases, a window, a head of its own.
-const SHAPES: [(&str, &str); 4] = [
+/// Shapes that reach every kernel: heads of 64 and of 128, norms on queries and keys, biases, a window, one that is no limit, a head of its own.
+const SHAPES: [(&str, &str); 5] = [
     ("llama", r#""model_type": "llama", "hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1"#),
     (
         "qwen2",
@@ -48,6 +52,10 @@ const SHAPES: [(&str, &str); 4] = [
     (
         "mistral",
         r#""model_type": "mistral", "hidden_size": 128, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 40"#,
+    ),
+    (
+        "mistral without a window",
+        r#""model_type": "mistral", "hidden_size": 128, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 2147483647"#,
     ),
 ];
 
@@ -275,6 +283,48 @@ async fn a_server_at_work_on_its_gpu_ends_with_success_when_it_is_told_to() {
     let all = async { tokio::join!(many(0), many(1), many(2), many(3)) };
     let left = tokio::time::timeout(Duration::from_millis(500), all).await;
     assert!(server.terminate(Duration::from_secs(60)).success(), "after {left:?}");
+}
+
+/// A folder with a model of that shape and the tiny Llama's tokenizer.
+fn model_folder(shape: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let policy = random(shape, 1);
+    let config = serde_json::to_vec(&policy.config.hf_json).unwrap();
+    std::fs::write(folder.path().join("config.json"), config).unwrap();
+    save_tensors(&folder.path().join("model.safetensors"), &policy.parameters.named()).unwrap();
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(golden("models/llama").join(file), folder.path().join(file)).unwrap();
+    }
+    folder
+}
+
+fn start_engine(folder: &Path, change: impl FnOnce(&mut EngineOptions)) -> Result<(), String> {
+    let model = load_model(Some("m"), folder.to_str().unwrap(), &HubOptions::default()).unwrap();
+    let device = DeviceChoice::parse(&gpu_name().unwrap()).unwrap();
+    let mut options = EngineOptions { devices: vec![device], ..EngineOptions::default() };
+    change(&mut options);
+    engine::start(vec![model], options).map(|engine| engine.drain()).map_err(|e| e.to_string())
+}
+
+#[test]
+fn a_model_whose_heads_are_too_wide_for_the_kernels_is_refused() {
+    let Some(_) = gpu_name() else { return };
+    let shape = |width: usize| {
+        format!(r#""model_type": "qwen3", "hidden_size": 64, "head_dim": {width}, "num_attention_heads": 1, "num_key_value_heads": 1"#)
+    };
+    let refused = start_engine(model_folder(&shape(512)).path(), |_| {}).unwrap_err();
+    assert!(refused.contains("head_dim is 512") && refused.contains("--device cpu"), "{refused}");
+    assert_eq!(start_engine(model_folder(&shape(256)).path(), |_| {}), Ok(()));
+}
+
+#[test]
+fn a_gpu_has_a_memory_limit_of_its_own() {
+    let Some(_) = gpu_name() else { return };
+    let folder = model_folder(SHAPES[0].1);
+    // The container's memory says nothing about the GPU's.
+    assert_eq!(start_engine(folder.path(), |options| options.memory_limit = Some(1)), Ok(()));
+    let refused = start_engine(folder.path(), |options| options.device_memory_limit = Some(1)).unwrap_err();
+    assert!(refused.contains("raise device_memory_limit"), "{refused}");
 }
 
 #[test]

@@ -67,6 +67,11 @@ async fn each_device_trains_a_job_and_scores_its_weights() {
             let results = score(&client, &policy, pairs()).await.results;
             assert!(results.iter().all(|r| scored(r).margin.abs() < 1e-6), "{policy} learns nothing");
         }
+        // Each device's units are counted apart: an alert compares the devices that train with the jobs that run.
+        let metrics = server.metrics();
+        let training = metrics.lines().filter(|l| l.starts_with("bradley_training_unit_seconds_count{device="));
+        let of_each: Vec<&str> = training.collect();
+        assert_eq!(of_each.len(), 2, "{of_each:?}");
         client.training().cancel_training_job(pb::CancelTrainingJobRequest { name: jobs[0].clone() }).await.unwrap();
         finish(&client, &third).await;
         assert_eq!(state(&client, &third).await, pb::JobState::Succeeded);

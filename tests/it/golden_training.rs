@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use bradley::domain::identity::ModelIdentity;
 use bradley::domain::job::Metrics;
 use bradley::domain::training::{
     BatchConfig, LoraConfig, Method, OptimizerConfig, Precision, RunConfig, ScheduleKind, TrainingSpec, Warmup,
@@ -85,6 +86,7 @@ fn events_with(run: Run, pause: &mut dyn FnMut(&Policy, &ReferenceCache)) -> Vec
         resume: run.resume,
         tokenizer: Arc::new(open("llama").tokenizer),
         base: "tiny".into(),
+        identity: ModelIdentity::default(),
         memory: u64::MAX,
     };
     let mut trainer = Trainer::new(input).unwrap();
@@ -257,6 +259,7 @@ fn a_continued_run_takes_the_steps_of_an_undisturbed_one_bit_for_bit() {
         resume: input.resume,
         tokenizer: Arc::new(open("llama").tokenizer),
         base: "tiny".into(),
+        identity: ModelIdentity::default(),
         memory: u64::MAX,
     });
     assert!(result.err().unwrap().to_string().contains("adapter_model.safetensors does not match its checksum"));

@@ -1,6 +1,7 @@
 //! Integration tests, one binary.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+mod attacks;
 mod backends;
 mod campaign;
 mod clients;
@@ -21,6 +22,7 @@ mod hostile;
 mod hub;
 mod layers;
 mod lifecycle;
+mod pins;
 mod replicas;
 mod security;
 mod server;

@@ -5,7 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use bradley::rpc::client::{Client, Target};
@@ -21,6 +21,8 @@ pub struct Server {
     /// `127.0.0.1:PORT` of the HTTP port.
     pub http: String,
     pub data_dir: PathBuf,
+    /// Its log, without what is only informative.
+    log: Arc<Mutex<Vec<String>>>,
 }
 
 impl Server {
@@ -36,16 +38,25 @@ impl Server {
 
     /// The same with variables of its environment.
     pub fn start_in(data_dir: &Path, models: &str, flags: &[&str], environment: &[(&str, &str)]) -> Self {
-        let mut child = Command::new(crate::support::binary())
+        Self::start_as(data_dir, models, flags, |command| {
+            command.envs(environment.iter().copied());
+        })
+    }
+
+    /// The same; `prepare` changes how the process is started, e.g. limits its resources.
+    pub fn start_as(data_dir: &Path, models: &str, flags: &[&str], prepare: impl FnOnce(&mut Command)) -> Self {
+        let mut command = Command::new(crate::support::binary());
+        command
             .args(["serve", "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--log-format", "json", "--models", models])
             .args(flags)
             .arg("--data-dir")
             .arg(data_dir)
             .env_remove("BRADLEY_CONFIG")
-            .envs(environment.iter().copied())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+            .stderr(Stdio::piped());
+        prepare(&mut command);
+        let mut child = command.spawn().unwrap();
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let kept = log.clone();
         let (told, addresses) = mpsc::channel();
         let errors = BufReader::new(child.stderr.take().unwrap());
         std::thread::spawn(move || {
@@ -56,13 +67,16 @@ impl Server {
                         let address = |name: &str| json["fields"][name].as_str().unwrap().to_owned();
                         let _ = told.send((address("address"), address("http_address")));
                     }
-                    _ if json["level"] != "INFO" => eprintln!("server: {line}"),
+                    _ if json["level"] != "INFO" => {
+                        eprintln!("server: {line}");
+                        kept.lock().unwrap().push(line);
+                    }
                     _ => {}
                 }
             }
         });
         let (address, http) = addresses.recv_timeout(Duration::from_secs(120)).expect("the server starts");
-        Server { child, address: format!("http://{address}"), http, data_dir: data_dir.to_owned() }
+        Server { child, address: format!("http://{address}"), http, data_dir: data_dir.to_owned(), log }
     }
 
     /// How it ended, if it did.
@@ -73,6 +87,11 @@ impl Server {
     /// Its process.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Whether it has logged a warning or an error that contains `text`.
+    pub fn has_logged(&self, text: &str) -> bool {
+        self.log.lock().unwrap().iter().any(|line| line.contains(text))
     }
 
     /// A connected client.

@@ -3,7 +3,7 @@
 use sqlx::{Any, AssertSqlSafe, Transaction};
 
 use super::Store;
-use super::rows::{CheckpointRow, to_json};
+use super::rows::{CHECKPOINT, CheckpointRow, to_json};
 use crate::domain::job::{Checkpoint, Finite, Job};
 use crate::jobs::error::Result;
 
@@ -34,8 +34,8 @@ impl Store {
 
     /// A job's checkpoints, oldest first.
     pub async fn checkpoints(&self, job: &str) -> Result<Vec<Checkpoint>> {
-        let rows: Vec<CheckpointRow> =
-            sqlx::query_as("SELECT * FROM checkpoints WHERE job = $1 ORDER BY step").bind(job).fetch_all(&self.readers).await?;
+        let select = format!("SELECT {CHECKPOINT} FROM checkpoints WHERE job = $1 ORDER BY step");
+        let rows: Vec<CheckpointRow> = sqlx::query_as(AssertSqlSafe(select)).bind(job).fetch_all(&self.readers).await?;
         rows.into_iter().map(Checkpoint::try_from).collect()
     }
 

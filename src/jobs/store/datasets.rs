@@ -2,7 +2,7 @@
 
 use sqlx::AssertSqlSafe;
 
-use super::rows::{DatasetRow, to_json};
+use super::rows::{self, DatasetRow, to_json};
 use super::{Page, Store, page, parse_token};
 use crate::domain::dataset::Dataset;
 use crate::domain::job::Job;
@@ -30,20 +30,22 @@ impl Store {
 
     /// One dataset.
     pub async fn dataset(&self, id: &str) -> Result<Dataset> {
-        let row: Option<DatasetRow> = sqlx::query_as("SELECT * FROM datasets WHERE id = $1").bind(id).fetch_optional(&self.readers).await?;
+        let select = format!("SELECT {} FROM datasets WHERE id = $1", rows::dataset());
+        let row: Option<DatasetRow> = sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&self.readers).await?;
         row.ok_or_else(|| ServiceError::not_found("dataset", format!("datasets/{id}")))?.try_into()
     }
 
-    /// Datasets of `owner` (of everyone when `None`), newest first.
+    /// Datasets of `owner` (of everyone when `None`), newest first, without the findings that their reports list.
     pub async fn datasets(&self, owner: Option<&str>, page_size: usize, page_token: &str) -> Result<Page<Dataset>> {
-        let rows: Vec<DatasetRow> =
-            sqlx::query_as("SELECT * FROM datasets WHERE seq < $1 AND ($2 = 0 OR owner = $3) ORDER BY seq DESC LIMIT $4")
-                .bind(parse_token(page_token)?)
-                .bind(i64::from(owner.is_some()))
-                .bind(owner.unwrap_or_default())
-                .bind(page_size as i64 + 1)
-                .fetch_all(&self.readers)
-                .await?;
+        let columns = rows::dataset_in_list(self.dialect);
+        let select = format!("SELECT {columns} FROM datasets WHERE seq < $1 AND ($2 = 0 OR owner = $3) ORDER BY seq DESC LIMIT $4");
+        let rows: Vec<DatasetRow> = sqlx::query_as(AssertSqlSafe(select))
+            .bind(parse_token(page_token)?)
+            .bind(i64::from(owner.is_some()))
+            .bind(owner.unwrap_or_default())
+            .bind(page_size as i64 + 1)
+            .fetch_all(&self.readers)
+            .await?;
         page(rows, page_size, |r| r.seq)
     }
 

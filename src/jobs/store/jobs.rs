@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use sqlx::{Any, AssertSqlSafe, Transaction};
 
 use super::rows::{EventRow, JOB, JobRow, to_json};
-use super::{Dialect, Page, Store, now, page, parse_token};
+use super::{Dialect, Page, Store, now, page, parse_token, readable};
 use crate::domain::job::{Evaluation, Event, EventKind, Finite, Job, JobState};
 use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::jobs::error::{Result, ServiceError};
@@ -160,17 +160,41 @@ impl Store {
         Ok(readable(rows))
     }
 
-    /// Ended jobs whose time to live is over, at most `limit`.
-    pub async fn expired_jobs(&self, limit: usize) -> Result<Vec<Job>> {
-        let select = format!("SELECT {JOB} FROM jobs WHERE expire_time < {} ORDER BY expire_time LIMIT $1", self.dialect.now());
-        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(select)).bind(limit as i64).fetch_all(&self.readers).await?;
-        rows.into_iter().map(Job::try_from).collect()
+    /// Ids of ended jobs whose time to live is over, at most `limit`. By the time that one of them is deleted its time may have been prolonged.
+    pub async fn expired_jobs(&self, limit: usize) -> Result<Vec<String>> {
+        let select = format!("SELECT id FROM jobs WHERE {} ORDER BY expire_time LIMIT $1", self.is_expired());
+        Ok(sqlx::query_scalar(AssertSqlSafe(select)).bind(limit as i64).fetch_all(&self.readers).await?)
     }
 
-    /// The queued job whose turn it is: of the highest priority the one that waits longest.
-    pub async fn next_queued(&self) -> Result<Option<Job>> {
-        let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(next())).fetch_optional(&self.readers).await?;
-        row.map(Job::try_from).transpose()
+    fn is_expired(&self) -> String {
+        format!("expire_time < {}", self.dialect.now())
+    }
+
+    /// The queued job whose turn it is: of the highest priority the one that waits longest. `passed_over` names jobs that do not count.
+    pub async fn next_queued(&self, passed_over: &[String]) -> Result<Option<Job>> {
+        let mut passed_over = passed_over.to_vec();
+        loop {
+            let select = next(passed_over.len());
+            let mut query = sqlx::query_as::<_, JobRow>(AssertSqlSafe(select));
+            for id in &passed_over {
+                query = query.bind(id);
+            }
+            let Some(row) = query.fetch_optional(&self.readers).await? else { return Ok(None) };
+            let id = row.id.clone();
+            match Job::try_from(row) {
+                Ok(job) => return Ok(Some(job)),
+                // Another version's; the next one may be ours.
+                Err(_) => passed_over.push(id),
+            }
+        }
+    }
+
+    /// How many unfinished jobs this version of the server cannot read.
+    pub async fn unreadable_jobs(&self) -> Result<usize> {
+        let select = format!("SELECT {JOB} FROM jobs WHERE state NOT IN ({}) ORDER BY seq", quoted(JobState::is_final));
+        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(select)).fetch_all(&self.readers).await?;
+        let total = rows.len();
+        Ok(total - rows.into_iter().filter_map(|row| Job::try_from(row).ok()).count())
     }
 
     /// Changes a job for a client and appends the events that `change` returns, in one transaction. Returns the job and its newest sequence.
@@ -237,10 +261,25 @@ impl Store {
         Ok((job, newest))
     }
 
-    /// Removes a job with its events and checkpoints.
-    pub async fn delete_job(&self, id: &str) -> Result<()> {
-        sqlx::query("DELETE FROM jobs WHERE id = $1").bind(id).execute(&self.writer).await?;
-        Ok(())
+    /// Removes a job with its events and checkpoints, unless `refuse`, which is given the job as it is now and the unfinished jobs, finds a reason not
+    /// to. With `expired`, also unless the job's time to live has been prolonged.
+    ///
+    /// # Errors
+    /// Those of `refuse`; `NotFound` when there is no such job, or it is no longer expired.
+    pub async fn delete_job(&self, id: &str, expired: bool, refuse: impl FnOnce(&Job, &[Job]) -> Result<()> + Send) -> Result<()> {
+        let mut tx = self.writer.begin().await?;
+        let select = match expired {
+            true => format!("SELECT {JOB} FROM jobs WHERE id = $1 AND {}{}", self.is_expired(), self.dialect.for_update()),
+            false => format!("SELECT {JOB} FROM jobs WHERE id = $1{}", self.dialect.for_update()),
+        };
+        let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&mut *tx).await?;
+        let job: Job = row.ok_or_else(|| missing(id))?.try_into()?;
+        // Whoever makes a job that needs one of its checkpoints waits until this transaction ends.
+        let lock = format!("SELECT step FROM checkpoints WHERE job = $1 ORDER BY step{}", self.dialect.for_update());
+        sqlx::query(AssertSqlSafe(lock)).bind(id).fetch_all(&mut *tx).await?;
+        refuse(&job, &self.unfinished_in(&mut tx).await?)?;
+        sqlx::query("DELETE FROM jobs WHERE id = $1").bind(id).execute(&mut *tx).await?;
+        Ok(tx.commit().await?)
     }
 
     /// Events after `after`, in order, at most `limit`.
@@ -292,20 +331,20 @@ impl Store {
     }
 }
 
-/// Whose turn it is.
-pub(super) fn next() -> String {
-    format!("SELECT {JOB} FROM jobs WHERE state = 'queued' ORDER BY priority DESC, turn, seq LIMIT 1")
+/// Selects the queued job whose turn it is; so many parameters name jobs that are passed over.
+pub(super) fn next(passed_over: usize) -> String {
+    let parameters: Vec<String> = (1..=passed_over).map(|i| format!("${i}")).collect();
+    let others = match passed_over {
+        0 => String::new(),
+        _ => format!(" AND id NOT IN ({})", parameters.join(", ")),
+    };
+    format!("SELECT {JOB} FROM jobs WHERE state = 'queued'{others} ORDER BY priority DESC, turn, seq LIMIT 1")
 }
 
 pub(super) const NEWEST: &str = "SELECT COALESCE(MAX(sequence), 0) FROM events WHERE job = $1";
 
 fn unfinished() -> String {
     format!("SELECT {JOB} FROM jobs WHERE state IN ({}) ORDER BY seq", quoted(|s| !s.is_final()))
-}
-
-/// One that cannot be read must not stand in the way of all others.
-fn readable(rows: Vec<JobRow>) -> Vec<Job> {
-    rows.into_iter().filter_map(|row| Job::try_from(row).inspect_err(|e| tracing::error!(error = %e, "a job")).ok()).collect()
 }
 
 /// The names of some states, as a list for SQL.

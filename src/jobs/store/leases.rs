@@ -22,6 +22,8 @@ pub struct Lease {
     /// The job's id.
     pub job: String,
     token: i64,
+    /// The replica, and an id of this claim alone: after a fail-over of the database that lost commits a token may be given out twice.
+    owner: String,
 }
 
 /// What a run's write does besides changing the job, in the same transaction.
@@ -49,31 +51,52 @@ impl Store {
         format!("{} + {}", self.dialect.now(), self.lease.as_millis())
     }
 
-    /// Takes the queued job whose turn it is: it becomes `Preparing`, and the lease its caller's. Two replicas never get the same one.
-    pub async fn claim(&self) -> Result<Option<(Job, Lease, u64)>> {
+    /// Takes the queued job whose turn it is: it becomes `Preparing`, and the lease its caller's. Two replicas never get the same one. Jobs that
+    /// `passed_over` names, and those that this version cannot read, are left for others.
+    pub async fn claim(&self, passed_over: &[String]) -> Result<Option<(Job, Lease, u64)>> {
+        let mut passed_over = passed_over.to_vec();
         let mut tx = self.writer.begin().await?;
-        let next = AssertSqlSafe(format!("{}{}", next(), self.dialect.skip_locked()));
-        let Some(row) = sqlx::query_as::<_, JobRow>(next).fetch_optional(&mut *tx).await? else { return Ok(None) };
-        let token = row.lease_token + 1;
+        let (job, token) = loop {
+            let select = format!("{}{}", next(passed_over.len()), self.dialect.skip_locked());
+            let mut query = sqlx::query_as::<_, JobRow>(AssertSqlSafe(select));
+            for id in &passed_over {
+                query = query.bind(id);
+            }
+            let Some(row) = query.fetch_optional(&mut *tx).await? else { return Ok(None) };
+            let (id, token) = (row.id.clone(), row.lease_token + 1);
+            match Job::try_from(row) {
+                Ok(job) => break (job, token),
+                Err(e) => {
+                    tracing::warn!(job = id, error = %e, "a queued job is passed over");
+                    passed_over.push(id);
+                }
+            }
+        };
         let prepare = |job: &mut Job| {
             job.state = JobState::Preparing;
+            // Why it was put back in the queue before.
+            job.error = None;
             job.start_time.get_or_insert(now());
             Ok(vec![EventKind::StateChange { from: Some(JobState::Queued), to: JobState::Preparing, reason: "a device is free".into() }])
         };
-        let (job, sequence) = self.apply(&mut tx, row.try_into()?, prepare).await?;
+        let (job, sequence) = self.apply(&mut tx, job, prepare).await?;
+        let owner = format!("{}/{}", self.replica, uuid::Uuid::now_v7());
         let take =
             format!("UPDATE jobs SET lease_owner = $1, lease_token = $2, lease_until = {}, lease_writes = 0 WHERE id = $3", self.until());
-        sqlx::query(AssertSqlSafe(take)).bind(&self.replica).bind(token).bind(&job.id).execute(&mut *tx).await?;
+        sqlx::query(AssertSqlSafe(take)).bind(&owner).bind(token).bind(&job.id).execute(&mut *tx).await?;
         tx.commit().await?;
-        let lease = Lease { job: job.id.clone(), token };
+        let lease = Lease { job: job.id.clone(), token, owner };
         Ok(Some((job, lease, sequence)))
     }
 
     /// Prolongs a lease and returns the job's state; `None` when it is another's now, or the job is gone.
     pub async fn renew(&self, lease: &Lease) -> Result<Option<JobState>> {
-        let renew = format!("UPDATE jobs SET lease_until = {} WHERE id = $1 AND lease_token = $2 RETURNING state", self.until());
-        let state: Option<String> =
-            sqlx::query_scalar(AssertSqlSafe(renew)).bind(&lease.job).bind(lease.token).fetch_optional(&self.writer).await?;
+        let renew = format!(
+            "UPDATE jobs SET lease_until = {} WHERE id = $1 AND lease_token = $2 AND lease_owner = $3 RETURNING state",
+            self.until()
+        );
+        let renewed = sqlx::query_scalar(AssertSqlSafe(renew)).bind(&lease.job).bind(lease.token).bind(&lease.owner);
+        let state: Option<String> = renewed.fetch_optional(&self.writer).await?;
         Ok(state.and_then(|s| JobState::parse(&s)))
     }
 
@@ -90,7 +113,9 @@ impl Store {
     ) -> Result<(Job, u64)> {
         let mut tx = self.writer.begin().await?;
         let row = self.locked(&mut tx, &lease.job).await?;
-        if row.lease_token != lease.token {
+        // A lease that was given back has no owner: only a repeated last write may find that.
+        let given_back = row.lease_owner.is_none() && row.lease_writes >= number;
+        if row.lease_token != lease.token || !(given_back || row.lease_owner.as_ref() == Some(&lease.owner)) {
             let message = format!("trainingJobs/{} is carried on by another worker", lease.job);
             return Err(ServiceError::Aborted { reason: "LEASE_LOST", message });
         }

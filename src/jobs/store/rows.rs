@@ -3,6 +3,7 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::Dialect;
 use crate::domain::dataset::Dataset;
 use crate::domain::job::{Checkpoint, Event, Finite, Job, JobState, Millis};
 use crate::jobs::error::{Result, ServiceError};
@@ -17,7 +18,27 @@ fn from_json<T: DeserializeOwned>(text: &str, what: &str) -> Result<T> {
 
 /// The columns of a [`JobRow`], by name: servers of this version go on when a newer one has added others.
 pub(super) const JOB: &str = "seq, id, version, state, request, error, progress, latest_metrics, skipped_rows, create_time, start_time, end_time, \
-     request_hash, turn, owner, lease_token, lease_writes, reclaims, reclaim_step, trace";
+     request_hash, turn, owner, lease_token, lease_owner, lease_writes, reclaims, reclaim_step, trace";
+/// The columns of a [`CheckpointRow`].
+pub(super) const CHECKPOINT: &str = "job, step, best, adapter, size_bytes, metrics, create_time, digest";
+/// The columns of a [`DatasetRow`] but its report.
+const DATASET: &str = "seq, id, display_name, format, size_bytes, content_hash, create_time, owner";
+/// The columns of a [`TokenRow`](super::TokenRow).
+pub(super) const TOKEN: &str = "id, owner, roles, hash, create_time, expire_time";
+
+/// The columns of a [`DatasetRow`].
+pub(super) fn dataset() -> String {
+    format!("{DATASET}, report")
+}
+
+/// The same without the report's list of findings, which may be long.
+pub(super) fn dataset_in_list(dialect: Dialect) -> String {
+    let report = match dialect {
+        Dialect::Sqlite => "json_remove(report, '$.issues')",
+        Dialect::Postgres => "CAST(CAST(report AS JSONB) - 'issues' AS TEXT)",
+    };
+    format!("{DATASET}, {report} AS report")
+}
 
 #[derive(sqlx::FromRow)]
 pub(super) struct JobRow {
@@ -37,6 +58,7 @@ pub(super) struct JobRow {
     pub turn: Millis,
     pub owner: String,
     pub lease_token: i64,
+    pub lease_owner: Option<String>,
     pub lease_writes: i64,
     pub reclaims: i64,
     pub reclaim_step: i64,
@@ -46,15 +68,30 @@ pub(super) struct JobRow {
 impl TryFrom<JobRow> for Job {
     type Error = ServiceError;
 
+    /// # Errors
+    /// `FailedPrecondition` (`JOB_UNREADABLE`): another version of the server wrote the row.
     fn try_from(r: JobRow) -> Result<Job> {
+        let unreadable = |what: &str, why: &dyn std::fmt::Display| {
+            let message = format!(
+                "trainingJobs/{} cannot be read by this version of the server ({what}: {why}): use the version that wrote it",
+                r.id
+            );
+            ServiceError::FailedPrecondition { reason: "JOB_UNREADABLE", message }
+        };
+        fn parsed<T: DeserializeOwned>(
+            text: &str,
+            what: &str,
+            unreadable: &impl Fn(&str, &dyn std::fmt::Display) -> ServiceError,
+        ) -> Result<T> {
+            serde_json::from_str(text).map_err(|e| unreadable(what, &e))
+        }
         Ok(Job {
-            state: JobState::parse(&r.state)
-                .ok_or_else(|| ServiceError::internal(format!("job {} has the unknown state {}", r.id, r.state)))?,
-            request: from_json(&r.request, "job request")?,
-            error: r.error.map(|e| from_json(&e, "job error")).transpose()?,
-            progress: from_json(&r.progress, "job progress")?,
-            latest_metrics: from_json::<Finite>(&r.latest_metrics, "job metrics")?.0,
-            skipped_rows: from_json(&r.skipped_rows, "list of skipped rows")?,
+            state: JobState::parse(&r.state).ok_or_else(|| unreadable("its state", &r.state))?,
+            request: parsed(&r.request, "its request", &unreadable)?,
+            error: r.error.as_ref().map(|e| parsed(e, "its error", &unreadable)).transpose()?,
+            progress: parsed(&r.progress, "its progress", &unreadable)?,
+            latest_metrics: parsed::<Finite>(&r.latest_metrics, "its metrics", &unreadable)?.0,
+            skipped_rows: parsed(&r.skipped_rows, "its skipped rows", &unreadable)?,
             id: r.id,
             version: r.version,
             create_time: r.create_time,

@@ -1,6 +1,9 @@
 //! Tokens' rows.
 
+use sqlx::AssertSqlSafe;
+
 use super::Store;
+use super::rows::TOKEN;
 use crate::domain::job::Millis;
 use crate::jobs::error::Result;
 
@@ -38,12 +41,14 @@ impl Store {
 
     /// One token.
     pub async fn token(&self, id: &str) -> Result<Option<TokenRow>> {
-        Ok(sqlx::query_as("SELECT * FROM tokens WHERE id = $1").bind(id).fetch_optional(&self.readers).await?)
+        let select = format!("SELECT {TOKEN} FROM tokens WHERE id = $1");
+        Ok(sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&self.readers).await?)
     }
 
     /// Every token, oldest first.
     pub async fn tokens(&self) -> Result<Vec<TokenRow>> {
-        Ok(sqlx::query_as("SELECT * FROM tokens ORDER BY create_time, id").fetch_all(&self.readers).await?)
+        let select = format!("SELECT {TOKEN} FROM tokens ORDER BY create_time, id");
+        Ok(sqlx::query_as(AssertSqlSafe(select)).fetch_all(&self.readers).await?)
     }
 
     /// Forgets a token; false when there is none.

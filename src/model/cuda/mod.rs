@@ -58,6 +58,12 @@ pub struct DeviceTape {
     lse: Vec<f32>,
 }
 
+/// The widest head: a warp holds one in registers where queries and keys are normed and rotated (`MAX_DIM` in norm.cu).
+pub const MAX_HEAD_DIM: usize = 256;
+
+/// Windows from here on hide nothing: no row has as many positions. The kernels add positions to a window in 32 bits; it is their `NO_WINDOW`.
+const NO_WINDOW: usize = 1 << 30;
+
 enum Kept {
     Tape(Box<BlockTape>),
     Input(Memory),
@@ -88,7 +94,7 @@ impl Opened<'_> {
             query: config.num_heads,
             key: config.num_kv_heads,
             dim: config.head_dim,
-            window: config.sliding_window.get(index).copied().flatten(),
+            window: config.sliding_window.get(index).copied().flatten().filter(|window| *window < NO_WINDOW),
         };
         let shape = Shape { hidden: self.hidden(), feed_forward: config.intermediate_size, heads, eps: self.eps() };
         let (weights, adapter) = (&self.weights.blocks[index], self.adapter.as_deref());

@@ -38,9 +38,15 @@ pub(super) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
         let found = usize::try_from(id).ok().and_then(|i| tokens.get(i));
         found.cloned().map(Some).ok_or_else(|| gguf.invalid(key, format!("is {id}, the vocabulary has {} tokens", tokens.len())))
     };
+    let mut content = blake3::Hasher::new();
+    for text in tokens.iter().chain(merges) {
+        content.update(&(text.len() as u64).to_le_bytes());
+        content.update(text.as_bytes());
+    }
     let (bos, eos) = (token("tokenizer.ggml.bos_token_id")?, token("tokenizer.ggml.eos_token_id")?);
     let (unk, pad) = (token("tokenizer.ggml.unknown_token_id")?, token("tokenizer.ggml.padding_token_id")?);
     let add_bos = gguf.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(false);
+    content.update(format!("{types:?} {pre} {add_bos}").as_bytes());
 
     let added: Vec<Value> = tokens
         .iter()
@@ -79,7 +85,7 @@ pub(super) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
     config.insert("chat_template".into(), json!(template));
     let config = serde_json::to_vec_pretty(&config).map_err(|e| wrong(&gguf.path, e.to_string()))?;
     let files = vec![("tokenizer.json".to_owned(), file), ("tokenizer_config.json".to_owned(), config)];
-    Ok(Parts { tokenizer, bos_token: bos, eos_token: eos, special_tokens, template, files })
+    Ok(Parts { tokenizer, bos_token: bos, eos_token: eos, special_tokens, template, files, content })
 }
 
 struct Pipeline {

@@ -52,7 +52,9 @@ pub(super) fn read(folder: &Path) -> Result<Parts, ModelError> {
         None => template(&config),
     };
     let find = |name: &str| special_tokens.iter().find(|(n, _)| n == name).map(|(_, t)| t.clone());
-    Ok(Parts { bos_token: find("bos_token"), eos_token: find("eos_token"), tokenizer, special_tokens, template, files })
+    let mut content = blake3::Hasher::new();
+    content.update(&bytes);
+    Ok(Parts { bos_token: find("bos_token"), eos_token: find("eos_token"), tokenizer, special_tokens, template, files, content })
 }
 
 /// A special token is a string or an AddedToken object.

@@ -5,7 +5,7 @@ use tonic::Status;
 use super::{finish, timestamp};
 use crate::domain::dataset::{Dataset, DatasetFormat, RowIssue, Severity, ValidationReport};
 use crate::domain::names;
-use crate::domain::violation::Violations;
+use crate::domain::violation::{Violations, quoted};
 use crate::jobs::datasets::UploadMeta;
 use crate::rpc::pb;
 
@@ -26,7 +26,7 @@ pub(in crate::rpc) fn upload_meta(m: pb::UploadMetadata) -> Result<UploadMeta, S
         name => match names::parse_model(name) {
             Some(id) => Some(id.to_owned()),
             None => {
-                bad.push("metadata.model", format!("is {name:?}: it must be empty or look like models/ID"));
+                bad.push("metadata.model", format!("is {}: it must be empty or look like models/ID", quoted(name)));
                 None
             }
         },

@@ -3,9 +3,9 @@
 use tonic::Status;
 
 use super::finish;
-use crate::domain::dataset::{ChatMessage, Text};
+use crate::domain::dataset::{ChatMessage, MAX_MESSAGES, Text};
 use crate::domain::names;
-use crate::domain::violation::Violations;
+use crate::domain::violation::{Violations, quoted};
 use crate::jobs::error::ServiceError;
 use crate::jobs::scoring::{ScoreOptions, ScoredCompletion, ScoredPair};
 use crate::rpc::pb;
@@ -17,7 +17,7 @@ pub(in crate::rpc) fn options(o: Option<pb::ScoringOptions>) -> Result<(ScoreOpt
     let mut name = |field: &str, value: &str| {
         let parsed = names::parse_policy(value);
         if parsed.is_none() {
-            bad.push(field, format!("is {value:?}: it must look like models/ID or trainingJobs/ID/checkpoints/STEP"));
+            bad.push(field, format!("is {}: it must look like models/ID or trainingJobs/ID/checkpoints/STEP", quoted(value)));
         }
         parsed
     };
@@ -32,6 +32,10 @@ pub(in crate::rpc) fn options(o: Option<pb::ScoringOptions>) -> Result<(ScoreOpt
 pub(in crate::rpc) fn text(field: &str, t: Option<pb::Text>) -> Result<Text, ServiceError> {
     match t.and_then(|t| t.form) {
         Some(pb::text::Form::Plain(s)) => Ok(Text::Plain(s)),
+        Some(pb::text::Form::Chat(list)) if list.messages.len() > MAX_MESSAGES => {
+            let message = format!("has {} messages: {MAX_MESSAGES} are the limit", list.messages.len());
+            Err(ServiceError::invalid(field, message))
+        }
         Some(pb::text::Form::Chat(list)) => {
             Ok(Text::Chat(list.messages.into_iter().map(|m| ChatMessage { role: m.role, content: m.content }).collect()))
         }

@@ -8,15 +8,17 @@ use crate::domain::job::{Evaluation, Event, EventKind, Job, JobRequest, JobState
 use crate::domain::names;
 use crate::domain::training::{
     ActivationCheckpointing, BatchConfig, BestMetric, LoraConfig, Method, OptimizerConfig, Precision, RunConfig, ScheduleKind, Seed,
-    TrainingSpec, Truncation, Warmup,
+    TARGET_MODULES, TrainingSpec, Truncation, Warmup,
 };
-use crate::domain::violation::Violations;
+use crate::domain::violation::{Violations, quoted};
 use crate::jobs::estimate::JobEstimate;
 use crate::jobs::lifecycle::JobChanges;
 use crate::rpc::pb;
 use crate::rpc::status::job_error;
 
 const LORA_LEARNING_RATE: f64 = 1e-4;
+/// Paths of an update mask: about as many as a job has fields.
+const MAX_PATHS: usize = 32;
 /// A hundred years.
 const MAX_TTL: std::time::Duration = std::time::Duration::from_secs(100 * 366 * 24 * 3600);
 
@@ -27,14 +29,20 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
     let mut bad = Violations::default();
     let policy = names::parse_policy(&job.policy);
     if policy.is_none() {
-        bad.push("training_job.policy", format!("is {:?}: it must look like models/ID or trainingJobs/ID/checkpoints/STEP", job.policy));
+        bad.push(
+            "training_job.policy",
+            format!("is {}: it must look like models/ID or trainingJobs/ID/checkpoints/STEP", quoted(&job.policy)),
+        );
     }
     let reference = match job.reference.as_str() {
         "" => None,
         name => {
             let parsed = names::parse_policy(name);
             if parsed.is_none() {
-                bad.push("training_job.reference", format!("is {name:?}: it must be empty, models/ID or trainingJobs/ID/checkpoints/STEP"));
+                bad.push(
+                    "training_job.reference",
+                    format!("is {}: it must be empty, models/ID or trainingJobs/ID/checkpoints/STEP", quoted(name)),
+                );
             }
             parsed
         }
@@ -42,7 +50,7 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
     let mut dataset = |field: &str, name: &str| match names::parse_dataset(name) {
         Some(id) => id.to_owned(),
         None => {
-            bad.push(field, format!("is {name:?}: it must look like datasets/ID"));
+            bad.push(field, format!("is {}: it must look like datasets/ID", quoted(name)));
             String::new()
         }
     };
@@ -62,7 +70,7 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
     };
     let method = match job.method {
         Some(pb::training_job::Method::Full(_)) => Method::Full,
-        Some(pb::training_job::Method::Lora(l)) => Method::Lora(lora(l)),
+        Some(pb::training_job::Method::Lora(l)) => Method::Lora(lora(l, &mut bad)),
         None => Method::Lora(LoraConfig::default()),
     };
     let precision = match job.precision.as_str() {
@@ -70,7 +78,10 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
         name => {
             let parsed = Precision::parse(name);
             if parsed.is_none() {
-                bad.push("training_job.precision", format!("{name:?} is unknown: use f32, bf16, or leave it empty for the server's"));
+                bad.push(
+                    "training_job.precision",
+                    format!("{} is unknown: use f32, bf16, or leave it empty for the server's", quoted(name)),
+                );
             }
             parsed
         }
@@ -89,9 +100,21 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
     let Some(policy) = policy else { return finish_never(bad) };
     let ttl_ms = ttl(job.ttl, &mut bad);
     let (display_name, labels, priority) = (job.display_name, job.labels, job.priority);
-    let model = None; // the service finds it
-    let request =
-        JobRequest { display_name, labels, priority, model, policy, reference, dataset: train, evaluation, spec, row_policy, ttl_ms };
+    let request = JobRequest {
+        display_name,
+        labels,
+        priority,
+        // The service finds these two.
+        model: None,
+        pins: None,
+        policy,
+        reference,
+        dataset: train,
+        evaluation,
+        spec,
+        row_policy,
+        ttl_ms,
+    };
     finish(request, bad)
 }
 
@@ -131,8 +154,11 @@ pub(in crate::rpc) fn changes(job: pb::TrainingJob, mask: Option<prost_types::Fi
     const CHANGEABLE: [&str; 4] = ["display_name", "labels", "priority", "ttl"];
     let paths = mask.map(|m| m.paths).filter(|p| !p.is_empty()).unwrap_or_else(|| CHANGEABLE.map(str::to_owned).to_vec());
     let mut bad = Violations::default();
+    if !bad.at_most("update_mask.paths", paths.len(), MAX_PATHS) {
+        return finish_never(bad);
+    }
     for (i, path) in paths.iter().enumerate().filter(|(_, p)| !CHANGEABLE.contains(&p.as_str())) {
-        bad.push(format!("update_mask.paths[{i}]"), format!("{path:?} cannot be changed: use {}", CHANGEABLE.join(", ")));
+        bad.push(format!("update_mask.paths[{i}]"), format!("{} cannot be changed: use {}", quoted(path), CHANGEABLE.join(", ")));
     }
     let named = |name: &str| paths.iter().any(|p| p == name);
     let changes = JobChanges {
@@ -148,9 +174,13 @@ fn finish_never<T>(bad: Violations) -> Result<T, Status> {
     Err(crate::rpc::status::bad_request(bad))
 }
 
-fn dpo(c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
+fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
     let d = DpoConfig::default();
     let mut losses = Vec::new();
+    // A mix names each loss once at most; what is longer is not looked at.
+    if !bad.at_most("training_job.dpo.losses", c.losses.len(), LossType::ALL.len()) {
+        c.losses.clear();
+    }
     for (i, l) in c.losses.iter().enumerate() {
         match LossType::parse(&l.loss_type) {
             Some(loss) => losses.push(WeightedLoss { loss, weight: l.weight.unwrap_or(1.0) }),
@@ -158,7 +188,7 @@ fn dpo(c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
                 let known: Vec<&str> = LossType::ALL.iter().map(|l| l.name()).collect();
                 bad.push(
                     format!("training_job.dpo.losses[{i}].loss_type"),
-                    format!("{:?} is unknown: use {}", l.loss_type, known.join(", ")),
+                    format!("{} is unknown: use {}", quoted(&l.loss_type), known.join(", ")),
                 );
             }
         }
@@ -169,7 +199,7 @@ fn dpo(c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
         "js_divergence" => Divergence::JensenShannon,
         "alpha_divergence" => Divergence::Alpha { alpha: c.f_alpha.unwrap_or(0.5) },
         other => {
-            let message = format!("{other:?} is unknown: use reverse_kl, forward_kl, js_divergence or alpha_divergence");
+            let message = format!("{} is unknown: use reverse_kl, forward_kl, js_divergence or alpha_divergence", quoted(other));
             bad.push("training_job.dpo.f_divergence", message);
             Divergence::ReverseKl
         }
@@ -202,7 +232,7 @@ fn optimizer(c: pb::OptimizerConfig, method: &Method, bad: &mut Violations) -> O
         "cosine" => ScheduleKind::Cosine,
         "cosine_with_floor" | "cosine_with_min_lr" => ScheduleKind::CosineWithFloor { min_ratio: c.min_lr_ratio.unwrap_or(0.1) },
         other => {
-            let message = format!("{other:?} is unknown: use constant, linear, cosine or cosine_with_floor");
+            let message = format!("{} is unknown: use constant, linear, cosine or cosine_with_floor", quoted(other));
             bad.push("training_job.optimizer.lr_scheduler_type", message);
             d.schedule
         }
@@ -223,8 +253,11 @@ fn optimizer(c: pb::OptimizerConfig, method: &Method, bad: &mut Violations) -> O
     }
 }
 
-fn lora(c: pb::LoraConfig) -> LoraConfig {
+fn lora(mut c: pb::LoraConfig, bad: &mut Violations) -> LoraConfig {
     let d = LoraConfig::default();
+    if !bad.at_most("training_job.lora.target_modules", c.target_modules.len(), TARGET_MODULES.len()) {
+        c.target_modules.clear();
+    }
     let rank = c.rank.map_or(d.rank, |r| r as usize);
     LoraConfig {
         rank,
@@ -246,7 +279,7 @@ fn batch(c: pb::BatchConfig, bad: &mut Violations) -> BatchConfig {
             "" | "keep_start" => Truncation::KeepStart,
             "keep_end" => Truncation::KeepEnd,
             other => {
-                bad.push("training_job.batch.truncation_mode", format!("{other:?} is unknown: use keep_start or keep_end"));
+                bad.push("training_job.batch.truncation_mode", format!("{} is unknown: use keep_start or keep_end", quoted(other)));
                 d.truncation
             }
         },
@@ -259,7 +292,7 @@ fn batch(c: pb::BatchConfig, bad: &mut Violations) -> BatchConfig {
             "on" => ActivationCheckpointing::On,
             "off" => ActivationCheckpointing::Off,
             other => {
-                bad.push("training_job.batch.activation_checkpointing", format!("{other:?} is unknown: use auto, on or off"));
+                bad.push("training_job.batch.activation_checkpointing", format!("{} is unknown: use auto, on or off", quoted(other)));
                 d.activation_checkpointing
             }
         },
@@ -271,7 +304,7 @@ fn run(c: pb::RunConfig, bad: &mut Violations) -> RunConfig {
     let metric_for_best = match c.metric_for_best.as_str() {
         "" => d.metric_for_best,
         name => BestMetric::parse(name).unwrap_or_else(|| {
-            let message = format!("{name:?} is unknown: use eval_loss, eval_rewards/accuracies or eval_rewards/margins");
+            let message = format!("{} is unknown: use eval_loss, eval_rewards/accuracies or eval_rewards/margins", quoted(name));
             bad.push("training_job.run.metric_for_best", message);
             d.metric_for_best
         }),
@@ -340,7 +373,13 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
 fn code_of(reason: &str) -> Code {
     match reason {
         "OUT_OF_MEMORY" => Code::ResourceExhausted,
-        "DATASET_INVALID" | "NON_FINITE_LOSS" | "WEIGHTS_UNAVAILABLE" => Code::FailedPrecondition,
+        "DATASET_INVALID"
+        | "NON_FINITE_LOSS"
+        | "WEIGHTS_UNAVAILABLE"
+        | "ARTIFACT_MISSING"
+        | "ARTIFACT_DAMAGED"
+        | "CHECKPOINT_FORMAT"
+        | "MODEL_CHANGED" => Code::FailedPrecondition,
         "NOT_FOUND" => Code::NotFound,
         "WORKER_LOST" => Code::Aborted,
         _ => Code::Internal,
@@ -462,6 +501,9 @@ fn state(s: JobState) -> pb::JobState {
 pub(in crate::rpc) fn states(given: &[i32]) -> Result<Vec<JobState>, Status> {
     let mut bad = Violations::default();
     let mut wanted = Vec::new();
+    if !bad.at_most("states", given.len(), JobState::ALL.len()) {
+        return finish_never(bad);
+    }
     for (i, n) in given.iter().enumerate() {
         match JobState::ALL.into_iter().find(|s| state(*s) as i32 == *n) {
             Some(s) => wanted.push(s),

@@ -12,11 +12,17 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
+use super::json::{IGNORED, UNSUPPORTED, invalid_weight};
 use super::{DataError, issue};
 use crate::domain::dataset::{IssueReason, RowIssue};
 use crate::model::guard::guarded;
 
 const COLUMNS: [&str; 5] = ["prompt", "chosen", "rejected", "weight", "id"];
+
+/// Whether a column is decoded: those of a row, and those about which there is a finding where they hold something.
+fn is_wanted(column: &str) -> bool {
+    COLUMNS.contains(&column) || UNSUPPORTED.contains(&column) || IGNORED.contains(&column)
+}
 
 /// The wanted columns of each record.
 pub(super) fn decode(path: &Path) -> Result<impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + use<>, DataError> {
@@ -32,7 +38,7 @@ pub(super) fn decode(path: &Path) -> Result<impl Iterator<Item = Result<Map<Stri
             return Err(bad(format!("no column {needed:?} among {names:?}: a preference set has prompt, chosen and rejected")));
         }
     }
-    let wanted = schema.get_fields().iter().filter(|f| COLUMNS.contains(&f.name())).cloned().collect();
+    let wanted = schema.get_fields().iter().filter(|f| is_wanted(f.name())).cloned().collect();
     let wanted = Type::group_type_builder(schema.name()).with_fields(wanted).build().map_err(|e| unreadable(&e))?;
     let rows = guarded(|| RowIter::from_file_into(Box::new(reader)).project(Some(wanted)));
     let rows = rows.map_err(|e| unreadable(&e))?.map_err(|e| unreadable(&e))?;
@@ -41,9 +47,20 @@ pub(super) fn decode(path: &Path) -> Result<impl Iterator<Item = Result<Map<Stri
         let record = record.map_err(|e| issue(row, "", IssueReason::InvalidType, format!("the record cannot be decoded: {e}")))?;
         let mut fields = Map::new();
         for (name, field) in record.get_column_iter() {
-            let value = to_json(field).map_err(|kind| {
-                issue(row, name, IssueReason::InvalidType, format!("{name} holds {kind}: use text or a list of messages"))
-            })?;
+            if name == "weight"
+                && let Some(weight) = not_finite(field)
+            {
+                return Err(invalid_weight(row, &weight.to_string()));
+            }
+            let value = match to_json(field) {
+                Ok(value) => value,
+                // Bytes of an image, for example: what they are does not matter, there is a finding in any case.
+                Err(_) if !COLUMNS.contains(&name.as_str()) => Value::Bool(true),
+                Err(kind) => {
+                    let message = format!("{name} holds {kind}: use text or a list of messages");
+                    return Err(issue(row, name, IssueReason::InvalidType, message));
+                }
+            };
             fields.insert(name.clone(), value);
         }
         Ok(fields)
@@ -69,6 +86,17 @@ impl Iterator for Records {
         self.rows = Some(rows);
         Some(record)
     }
+}
+
+/// A number that JSON cannot express.
+fn not_finite(field: &Field) -> Option<f64> {
+    let number = match field {
+        Field::Float16(x) => f64::from(*x),
+        Field::Float(x) => f64::from(*x),
+        Field::Double(x) => *x,
+        _ => return None,
+    };
+    (!number.is_finite()).then_some(number)
 }
 
 fn to_json(field: &Field) -> Result<Value, String> {

@@ -7,10 +7,8 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::{DataError, MAX_LINE_BYTES, RowReader, issue};
-use crate::domain::dataset::{ChatMessage, IssueReason, PreferenceRow, RowIssue, Text};
-
-/// Messages of one text: each has a token at least, so that no row with more could be used.
-const MAX_MESSAGES: usize = 16384;
+use crate::domain::dataset::{ChatMessage, IssueReason, MAX_MESSAGES, MAX_QUOTED_VALUE, PreferenceRow, RowIssue, Text};
+use crate::domain::violation::shortened;
 
 pub(super) fn read(path: &Path) -> Result<RowReader, DataError> {
     let file = File::open(path).map_err(|source| DataError::Io { path: path.to_owned(), source })?;
@@ -90,7 +88,17 @@ fn parse(row: u64, line: &[u8]) -> Result<PreferenceRow, RowIssue> {
     }
 }
 
-/// A row from its columns; extra columns are ignored.
+/// Columns that change what a row means and that cannot be used yet: without them other tokens would be trained on.
+pub(super) const UNSUPPORTED: [&str; 7] = ["tools", "images", "image", "videos", "video", "audios", "audio"];
+/// Columns that other tools use and that are left out.
+pub(super) const IGNORED: [&str; 2] = ["chat_template_kwargs", "system"];
+/// The same among the keys of a message.
+const UNSUPPORTED_KEYS: [&str; 4] = ["tool_calls", "function_call", "images", "audio"];
+
+/// Keys of a column's messages that are reported as not used.
+const MAX_IGNORED: usize = 16;
+
+/// A row from its columns. Some that are not used are findings; others are ignored.
 pub(super) fn from_fields(row: u64, mut fields: Map<String, Value>) -> Result<PreferenceRow, RowIssue> {
     let id = match fields.remove("id") {
         None | Some(Value::Null) => None,
@@ -101,13 +109,15 @@ pub(super) fn from_fields(row: u64, mut fields: Map<String, Value>) -> Result<Pr
     let named = |i: RowIssue| RowIssue { id: id.clone(), ..i };
     let weight = match fields.remove("weight") {
         None | Some(Value::Null) => 1.0,
-        Some(v) => v.as_f64().filter(|w| w.is_finite() && *w > 0.0).ok_or_else(|| {
-            named(issue(row, "weight", IssueReason::InvalidWeight, format!("weight is {v}: it must be a finite number above 0")))
-        })?,
+        Some(v) => v.as_f64().filter(|w| w.is_finite() && *w > 0.0).ok_or_else(|| named(invalid_weight(row, &v.to_string())))?,
     };
+    if let Some(field) = UNSUPPORTED.into_iter().find(|f| fields.get(*f).is_some_and(has_content)) {
+        return Err(named(unsupported(row, field)));
+    }
+    let mut ignored: Vec<String> = IGNORED.into_iter().filter(|f| fields.get(*f).is_some_and(has_content)).map(str::to_owned).collect();
     let mut text = |field: &str| match fields.remove(field) {
         None | Some(Value::Null) => Ok(None),
-        Some(v) => to_text(row, field, v).map(Some).map_err(named),
+        Some(v) => to_text(row, field, v, &mut ignored).map(Some).map_err(named),
     };
     let (prompt, chosen, rejected) = (text("prompt")?, text("chosen")?, text("rejected")?);
     let need = |field: &str, t: Option<Text>| {
@@ -132,7 +142,30 @@ pub(super) fn from_fields(row: u64, mut fields: Map<String, Value>) -> Result<Pr
             return Err(named(issue(row, field, IssueReason::InvalidType, message)));
         }
     }
-    Ok(PreferenceRow { row, id, prompt, chosen, rejected, weight })
+    Ok(PreferenceRow { row, id, prompt, chosen, rejected, weight, ignored })
+}
+
+/// The finding about a weight that is no finite number above 0.
+pub(super) fn invalid_weight(row: u64, weight: &str) -> RowIssue {
+    let weight = shortened(weight, MAX_QUOTED_VALUE);
+    issue(row, "weight", IssueReason::InvalidWeight, format!("weight is {weight}: it must be a finite number above 0"))
+}
+
+fn unsupported(row: u64, field: &str) -> RowIssue {
+    let message =
+        format!("{field} cannot be used yet, and without it the row would mean something else: leave the row out, or remove {field}");
+    issue(row, field, IssueReason::UnsupportedField, message)
+}
+
+/// Whether a value says anything.
+fn has_content(value: &Value) -> bool {
+    match value {
+        Value::Null => false,
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(fields) => fields.values().any(has_content),
+        Value::String(text) => !text.is_empty(),
+        Value::Bool(_) | Value::Number(_) => true,
+    }
 }
 
 /// Splits two whole dialogues after the messages they share.
@@ -148,7 +181,8 @@ fn split_dialogues(row: u64, mut chosen: Vec<ChatMessage>, mut rejected: Vec<Cha
     Ok((Text::Chat(chosen), Text::Chat(answers.0), Text::Chat(answers.1)))
 }
 
-fn to_text(row: u64, field: &str, value: Value) -> Result<Text, RowIssue> {
+/// A column's text. Keys of messages that are not used are added to `ignored`.
+fn to_text(row: u64, field: &str, value: Value, ignored: &mut Vec<String>) -> Result<Text, RowIssue> {
     let wrong = |message: String| issue(row, field, IssueReason::InvalidType, message);
     match value {
         Value::String(s) => Ok(Text::Plain(s)),
@@ -157,7 +191,17 @@ fn to_text(row: u64, field: &str, value: Value) -> Result<Text, RowIssue> {
         }
         Value::Array(messages) => {
             let mut chat = Vec::with_capacity(messages.len());
+            let mut seen: Vec<String> = Vec::new();
             for (i, m) in messages.into_iter().enumerate() {
+                for (key, _) in m.as_object().into_iter().flatten().filter(|(_, v)| has_content(v)) {
+                    if UNSUPPORTED_KEYS.contains(&key.as_str()) {
+                        return Err(unsupported(row, &format!("{field}[{i}].{key}")));
+                    }
+                    if key != "role" && key != "content" && seen.len() < MAX_IGNORED && !seen.contains(key) {
+                        ignored.push(format!("{field}[{i}].{}", shortened(key, MAX_QUOTED_VALUE)));
+                        seen.push(key.clone());
+                    }
+                }
                 let part = |name: &str| match m.get(name) {
                     Some(Value::String(s)) => Ok(s.clone()),
                     Some(other) => Err(wrong(format!("{field}[{i}].{name} is {}: it must be a string", kind(other)))),

@@ -137,7 +137,8 @@ const char* const ORDERS[] = {"forward"};
 const std::vector<int> WINDOWS{70};
 #else
 const char* const ORDERS[] = {"forward", "reverse", "random:7"};
-const std::vector<int> WINDOWS{0, 1, 5, 70};
+// The last one is how some configurations say that there is no window: positions must not be added to it in 32 bits.
+const std::vector<int> WINDOWS{0, 1, 5, 70, 2147483647};
 #endif
 
 template <class T>

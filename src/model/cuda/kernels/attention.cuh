@@ -14,8 +14,8 @@ constexpr int THREADS = 128;
 // In place of "no window": no two positions are that far apart.
 constexpr int NO_WINDOW = 1 << 30;
 
-// The kernels' argument, where 0 is no limit.
-__device__ __forceinline__ int limit(int window) { return window == 0 ? NO_WINDOW : window; }
+// The kernels' argument, where 0 is no limit. A position is added to the window: beyond NO_WINDOW the sum might overflow.
+__device__ __forceinline__ int limit(int window) { return window <= 0 || window > NO_WINDOW ? NO_WINDOW : window; }
 
 struct Range {
     int start, end;

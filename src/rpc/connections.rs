@@ -1,0 +1,176 @@
+//! The open connections of a port: at most so many, and none that nobody uses. A connection costs a file descriptor, which files, the database and
+//! probes need, too, and a client without a token may open any number of connections.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// A connection without an open call is closed after this time.
+const MAX_IDLE: Duration = Duration::from_secs(300);
+/// How often idle connections are looked for.
+const SWEEP: Duration = Duration::from_secs(15);
+/// When all places are taken, a connection that has been idle for this time makes room: a new one gets the time to send its first request.
+const MIN_IDLE: Duration = Duration::from_secs(1);
+/// How often a client that waits for a place looks for one.
+const RETRY: Duration = Duration::from_millis(20);
+
+/// The connections of a port.
+#[derive(Debug)]
+pub(super) struct Connections {
+    places: Arc<Semaphore>,
+    open: Mutex<HashMap<u64, Arc<Activity>>>,
+    next: AtomicU64,
+}
+
+/// What a connection does.
+#[derive(Debug)]
+pub(super) struct Activity {
+    /// Calls whose answers have not been sent to the end.
+    calls: AtomicUsize,
+    /// Since when there is none.
+    idle_since: Mutex<Instant>,
+    close: CancellationToken,
+}
+
+/// A connection's place, given back when it is dropped.
+#[derive(Debug)]
+pub(super) struct Place {
+    pub activity: Arc<Activity>,
+    id: u64,
+    connections: Arc<Connections>,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// A call that is open while this lives.
+#[derive(Debug)]
+pub(super) struct OpenCall(Arc<Activity>);
+
+impl Activity {
+    fn new() -> Self {
+        Activity { calls: AtomicUsize::new(0), idle_since: Mutex::new(Instant::now()), close: CancellationToken::new() }
+    }
+
+    /// A call begins.
+    pub fn begin_call(self: &Arc<Self>) -> OpenCall {
+        self.calls.fetch_add(1, Ordering::AcqRel);
+        OpenCall(self.clone())
+    }
+
+    /// Something was received; for protocols whose calls are not counted.
+    pub fn touch(&self) {
+        *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    /// Tells when the connection is to be closed.
+    pub fn closing(&self) -> CancellationToken {
+        self.close.clone()
+    }
+
+    /// How long it has had no call; `None` while it has one.
+    fn idle(&self) -> Option<Duration> {
+        if self.calls.load(Ordering::Acquire) > 0 {
+            return None;
+        }
+        Some(self.idle_since.lock().unwrap_or_else(PoisonError::into_inner).elapsed())
+    }
+}
+
+impl Drop for OpenCall {
+    fn drop(&mut self) {
+        // First the time: whoever sees no call must not see an old one.
+        self.0.touch();
+        self.0.calls.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.connections.lock().remove(&self.id);
+    }
+}
+
+impl Connections {
+    /// At most `limit` connections. Idle ones are closed as long as the result, or a place, lives.
+    pub fn new(limit: usize) -> Arc<Self> {
+        let connections =
+            Arc::new(Connections { places: Arc::new(Semaphore::new(limit)), open: Mutex::default(), next: AtomicU64::new(0) });
+        let swept = Arc::downgrade(&connections);
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(SWEEP).await;
+                let Some(connections) = swept.upgrade() else { return };
+                connections.close_idle(MAX_IDLE);
+            }
+        });
+        connections
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Arc<Activity>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A place for an accepted connection. When all are taken, the connection that has been idle longest is closed; while none is, this waits.
+    pub async fn place(self: &Arc<Self>) -> Place {
+        loop {
+            if let Ok(permit) = self.places.clone().try_acquire_owned() {
+                let (id, activity) = (self.next.fetch_add(1, Ordering::Relaxed), Arc::new(Activity::new()));
+                self.lock().insert(id, activity.clone());
+                return Place { activity, id, connections: self.clone(), _permit: permit };
+            }
+            self.close_idlest();
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    fn close_idlest(&self) {
+        let open = self.lock();
+        let closable = open.values().filter(|a| !a.close.is_cancelled()).filter_map(|a| Some((a.idle()?, a)));
+        if let Some((_, idlest)) = closable.filter(|(idle, _)| *idle >= MIN_IDLE).max_by_key(|(idle, _)| *idle) {
+            idlest.close.cancel();
+        }
+    }
+
+    fn close_idle(&self, limit: Duration) {
+        let open = self.lock();
+        open.values().filter(|a| a.idle().is_some_and(|idle| idle >= limit)).for_each(|a| a.close.cancel());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_full_port_closes_the_idlest_connection_and_never_one_with_a_call() {
+        let connections = Connections::new(3);
+        let busy = connections.place().await;
+        let call = busy.activity.begin_call();
+        let first = connections.place().await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        let second = connections.place().await;
+        // Whoever comes now waits until the first idle one may be closed.
+        let waiting = tokio::spawn({
+            let connections = connections.clone();
+            async move { connections.place().await }
+        });
+        first.activity.closing().cancelled().await;
+        assert!(!busy.activity.close.is_cancelled() && !second.activity.close.is_cancelled());
+        drop(first);
+        let third = waiting.await.unwrap();
+        drop((second, third));
+        assert_eq!(connections.lock().len(), 1);
+        connections.close_idle(Duration::ZERO);
+        assert!(!busy.activity.close.is_cancelled());
+        // A call that has ended leaves an idle connection.
+        drop(call);
+        connections.close_idle(MAX_IDLE);
+        assert!(!busy.activity.close.is_cancelled());
+        connections.close_idle(Duration::ZERO);
+        assert!(busy.activity.close.is_cancelled());
+    }
+}
