@@ -44,6 +44,19 @@ impl Postgres {
         format!("postgres://bradley@127.0.0.1:{}/postgres", self.port)
     }
 
+    /// Runs SQL statements in one transaction and returns the rows, their columns separated by `|`.
+    pub fn sql(&self, statements: &str) -> Vec<String> {
+        let answer = Command::new(self.bin.join("psql"))
+            .args(["--no-psqlrc", "--quiet", "--tuples-only", "--no-align"])
+            .args(["--set", "ON_ERROR_STOP=1", "--command", statements])
+            .arg(self.url())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&answer.stderr);
+        assert!(answer.status.success(), "{statements}: {said}");
+        String::from_utf8(answer.stdout).unwrap().lines().map(str::to_owned).collect()
+    }
+
     /// Ends it as a crash does.
     pub fn crash(&mut self) {
         let Some(mut child) = self.child.take() else { return };

@@ -29,4 +29,6 @@ mod server;
 mod service;
 mod smollm2;
 mod soak;
+mod store_safety;
+mod store_versions;
 mod support;

@@ -1,0 +1,763 @@
+//! What a store must not lose: checkpoints of another format, artifacts of a store that is not
+//! mounted, acknowledged changes, exports, and runs whose lease another worker took.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use bradley::rpc::client::{Client, ClientError, FieldMask, Status};
+use bradley::rpc::pb::{self, training_event::Event};
+use bradley::train::checkpoint;
+use tempfile::TempDir;
+use tokio::sync::OnceCell;
+use tonic::Code;
+use tonic_types::{RpcStatusExt, StatusExt};
+
+use crate::backends::{Fault, Postgres, Proxy, S3, signal};
+use crate::replicas::{adapter, check_history, checkpointing, losses, undisturbed};
+use crate::server::{Server, finish, job, state, submit, upload};
+use crate::support::golden;
+
+/// Steps of the jobs that are compared with an undisturbed run.
+pub const STEPS: u64 = 120;
+/// How long a test waits for anything.
+pub const LIMIT: Duration = Duration::from_secs(120);
+/// Short leases, in seconds: as a flag, and as a time.
+const LEASE: &str = "3";
+const LEASE_TIME: Duration = Duration::from_secs(3);
+
+pub fn sane() -> bool {
+    std::env::var_os("SANITY").is_some()
+}
+// ---- servers
+
+pub fn models() -> String {
+    format!("tiny={}", golden("models/llama").display())
+}
+
+fn url_of(root: &Path) -> String {
+    format!("file://{}", root.display())
+}
+
+/// Starts a replica whose artifacts are in a shared folder.
+pub fn replica(dir: &Path, postgres: &Postgres, root: &Path, more: &[&str]) -> Server {
+    let (database, artifacts) = (postgres.url(), url_of(root));
+    let flags = ["--database-url", &database, "--artifact-url", &artifacts, "--lease", LEASE];
+    Server::start_with(dir, &models(), &[&flags, more].concat())
+}
+
+/// Starts a replica whose artifacts are in S3, behind a proxy.
+fn replica_on_s3(dir: &Path, postgres: &Postgres, s3: &S3, proxy: &Proxy, more: &[&str]) -> Server {
+    let (database, artifacts) = (postgres.url(), "s3://bradley/runs");
+    let flags = ["--database-url", &database, "--artifact-url", artifacts, "--lease", LEASE];
+    let environment = s3.environment_at(proxy.port());
+    let environment: Vec<_> = environment.iter().map(|(k, v)| (*k, v.as_str())).collect();
+    Server::start_in(dir, &models(), &[&flags, more].concat(), &environment)
+}
+
+/// Starts a replica that must refuse to serve, and returns what it says.
+fn refusal(dir: &Path, postgres: &Postgres, root: &Path) -> String {
+    let (database, artifacts) = (postgres.url(), url_of(root));
+    let mut child = Command::new(crate::support::binary())
+        .args(["serve", "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0"])
+        .args(["--log-format", "json", "--models", &models(), "--data-dir"])
+        .arg(dir)
+        .args(["--database-url", &database, "--artifact-url", &artifacts, "--lease", LEASE])
+        .env_remove("BRADLEY_CONFIG")
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (sender, lines) = mpsc::channel();
+    let errors = BufReader::new(child.stderr.take().unwrap());
+    std::thread::spawn(move || {
+        errors.lines().map_while(Result::ok).for_each(|line| drop(sender.send(line)));
+    });
+    let mut said = String::new();
+    // The channel closes when the process ends.
+    let mut refused = true;
+    loop {
+        match lines.recv_timeout(LIMIT) {
+            Ok(line) if !line.contains("\"serving\"") => said += &format!("{line}\n"),
+            Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            _ => {
+                refused = false;
+                break;
+            }
+        }
+    }
+    if !refused {
+        child.kill().unwrap();
+    }
+    let status = child.wait().unwrap();
+    assert!(refused, "the server starts with the artifact store {artifacts}");
+    assert!(!status.success(), "{said}");
+    said
+}
+
+// ---- jobs
+
+pub fn id(name: &str) -> &str {
+    name.trim_start_matches("trainingJobs/")
+}
+
+pub async fn until(what: &str, mut done: impl AsyncFnMut() -> bool) {
+    let start = Instant::now();
+    while !done().await {
+        assert!(start.elapsed() < LIMIT, "{what} does not happen");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+pub async fn try_get(client: &Client, name: &str) -> Result<pb::TrainingJob, Status> {
+    let request = pb::GetTrainingJobRequest { name: name.into() };
+    client.training().get_training_job(request).await.map(|r| r.into_inner())
+}
+
+pub async fn get(client: &Client, name: &str) -> pb::TrainingJob {
+    try_get(client, name).await.unwrap()
+}
+
+pub async fn pause(client: &Client, name: &str) {
+    let request = pb::PauseTrainingJobRequest { name: name.into() };
+    client.training().pause_training_job(request).await.unwrap();
+    until("the pause", async || state(client, name).await == pb::JobState::Paused).await;
+}
+
+async fn resume(client: &Client, name: &str) {
+    let request = pb::ResumeTrainingJobRequest { name: name.into() };
+    client.training().resume_training_job(request).await.unwrap();
+}
+
+pub async fn cancel(client: &Client, name: &str) {
+    let request = pb::CancelTrainingJobRequest { name: name.into() };
+    client.training().cancel_training_job(request).await.unwrap();
+}
+
+/// Follows a job until an event satisfies `enough`.
+pub async fn reaches(client: &Client, name: &str, enough: impl Fn(&Event) -> bool) {
+    let follow = client.follow(name, 0, |e| !e.event.as_ref().is_some_and(&enough));
+    tokio::time::timeout(LIMIT, follow).await.expect("the event comes").unwrap();
+}
+
+pub fn is_step(e: &Event, from: u64) -> bool {
+    matches!(e, Event::StepMetrics(s) if s.step >= from)
+}
+
+/// A job's events so far.
+async fn events(client: &Client, name: &str) -> Vec<pb::TrainingEvent> {
+    let mut all: Vec<pb::TrainingEvent> = Vec::new();
+    loop {
+        let after_sequence = all.last().map_or(0, |e| e.sequence);
+        let request = pb::ListTrainingEventsRequest { parent: name.into(), after_sequence, page_size: 1000 };
+        let page = client.training().list_training_events(request).await.unwrap().into_inner();
+        all.extend(page.events);
+        if !page.more {
+            return all;
+        }
+    }
+}
+
+/// State changes with their time in milliseconds.
+fn changes(events: &[pb::TrainingEvent]) -> Vec<(i64, pb::StateChange)> {
+    let change = |e: &pb::TrainingEvent| match &e.event {
+        Some(Event::StateChange(s)) => {
+            let time = e.time.unwrap();
+            Some((time.seconds * 1000 + i64::from(time.nanos) / 1_000_000, s.clone()))
+        }
+        _ => None,
+    };
+    events.iter().filter_map(change).collect()
+}
+
+/// What an event says in words: a log line, or the reason of a state change.
+fn words(e: &pb::TrainingEvent) -> Option<&str> {
+    match &e.event {
+        Some(Event::StateChange(s)) => Some(&s.reason),
+        Some(Event::Log(l)) => Some(&l.message),
+        _ => None,
+    }
+}
+
+fn reasons(events: &[pb::TrainingEvent]) -> Vec<&str> {
+    events.iter().filter_map(words).collect()
+}
+
+/// Waits until a job is back in the queue with an error of this reason, which an event tells too.
+async fn waits(client: &Client, name: &str, reason: &str) {
+    let start = Instant::now();
+    loop {
+        let job = get(client, name).await;
+        let error = job.error.clone().unwrap_or_default();
+        let found = error.get_details_error_info().map(|info| info.reason);
+        if job.state() == pb::JobState::Queued && found.as_deref() == Some(reason) {
+            assert_eq!(error.code, Code::FailedPrecondition as i32, "{error:?}");
+            let changes = changes(&events(client, name).await);
+            let told = changes.iter().any(|(_, c)| c.to() == pb::JobState::Queued && c.reason.contains(&error.message));
+            assert!(told, "no event says {:?}: {changes:?}", error.message);
+            return;
+        }
+        if matches!(job.state(), pb::JobState::Succeeded | pb::JobState::Failed) {
+            let events = events(client, name).await;
+            panic!("it does not wait, it ended {:?}: {:?}", job.state(), reasons(&events));
+        }
+        assert!(start.elapsed() < LIMIT, "no {reason}: {:?} {error:?}", job.state());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// A short job gets its turn and succeeds.
+pub async fn another_succeeds(client: &Client, dataset: &str) {
+    let other = submit(client, job(dataset, 2)).await;
+    finish(client, &other).await;
+    assert_eq!(state(client, &other).await, pb::JobState::Succeeded);
+}
+
+/// Losses and adapter of a job of [`STEPS`] steps that nothing disturbs.
+pub async fn expected() -> &'static (BTreeMap<u64, u64>, Vec<u8>) {
+    static EXPECTED: OnceCell<(BTreeMap<u64, u64>, Vec<u8>)> = OnceCell::const_new();
+    EXPECTED.get_or_init(|| undisturbed(STEPS)).await
+}
+
+// ---- files
+
+/// The files below a folder.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
+    let paths = entries.map(|e| e.unwrap().path());
+    let mut all: Vec<_> = paths.flat_map(|p| if p.is_dir() { files(&p) } else { vec![p] }).collect();
+    all.sort();
+    all
+}
+
+/// Rows of a job's checkpoints: steps and digests, the newest last.
+fn checkpoint_rows(postgres: &Postgres, name: &str) -> Vec<(u64, String)> {
+    let select = "SELECT step, digest FROM checkpoints WHERE job";
+    let rows = postgres.sql(&format!("{select} = '{}' ORDER BY step", id(name)));
+    let parse = |row: &String| {
+        let (step, digest) = row.split_once('|').unwrap();
+        (step.parse().unwrap(), digest.to_owned())
+    };
+    rows.iter().map(parse).collect()
+}
+
+/// A job of [`STEPS`] steps that was paused after some checkpoints. No server runs.
+struct Paused {
+    postgres: Postgres,
+    share: TempDir,
+    /// The data directory of the server that began the job.
+    dir: TempDir,
+    dataset: String,
+    name: String,
+}
+
+impl Paused {
+    async fn new(test: &str) -> Option<Paused> {
+        let postgres = Postgres::start(test)?;
+        let (share, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let mut server = replica(dir.path(), &postgres, share.path(), &[]);
+        let client = server.client().await;
+        let dataset = upload(&client, "pairs.jsonl").await.name;
+        let name = submit(&client, checkpointing(&dataset, STEPS)).await;
+        let second = |e: &Event| matches!(e, Event::CheckpointCreated(c) if c.step >= 20);
+        reaches(&client, &name, second).await;
+        pause(&client, &name).await;
+        assert!(server.terminate(LIMIT).success());
+        Some(Paused { postgres, share, dir, dataset, name })
+    }
+
+    /// The folder of the job's checkpoints in the artifact store.
+    fn stored(&self) -> PathBuf {
+        self.share.path().join("jobs").join(id(&self.name)).join("checkpoints")
+    }
+
+    /// The copy of a checkpoint in the first server's data directory.
+    fn copy(&self, step: u64) -> PathBuf {
+        let jobs = self.dir.path().join("jobs");
+        jobs.join(id(&self.name)).join("checkpoints").join(step.to_string())
+    }
+
+    /// Rewrites a checkpoint's state file, its folder's name, its copy and its row.
+    fn rewrite(&self, step: u64, digest: &str, state: &[u8]) -> String {
+        let folder = self.stored().join(step.to_string());
+        std::fs::write(folder.join(digest).join(checkpoint::STATE_FILE), state).unwrap();
+        let new = checkpoint::digest(&folder.join(digest)).unwrap();
+        std::fs::rename(folder.join(digest), folder.join(&new)).unwrap();
+        if self.copy(step).is_dir() {
+            std::fs::write(self.copy(step).join(checkpoint::STATE_FILE), state).unwrap();
+        }
+        let update = format!("UPDATE checkpoints SET digest = '{new}'");
+        self.postgres.sql(&format!("{update} WHERE job = '{}' AND step = {step}", id(&self.name)));
+        new
+    }
+
+    /// The job goes on from a checkpoint and ends as if nothing had happened.
+    async fn goes_on(&self, client: &Client, step: u64) {
+        let events = finish(client, &self.name).await;
+        let changes = changes(&events);
+        let done = get(client, &self.name).await;
+        assert_eq!(done.state(), pb::JobState::Succeeded, "{changes:?}");
+        assert_eq!(done.error, None, "the error is gone with its cause");
+        let from = format!("continues from step {step}");
+        let continued = |c: &pb::StateChange| c.to() == pb::JobState::Running && c.reason == from;
+        assert!(changes.iter().any(|(_, c)| continued(c)), "not {from}: {changes:?}");
+        check_history(&events);
+        let (expected, weights) = expected().await;
+        assert_eq!(losses(&events), *expected, "the same losses, bit for bit");
+        assert!(adapter(client, &self.name).await == *weights, "the same weights, bit for bit");
+    }
+}
+
+// ---- checkpoints of another format
+
+async fn another_format(test: &str, has_copy: bool) {
+    let Some(paused) = Paused::new(test).await else { return };
+    let rows = checkpoint_rows(&paused.postgres, &paused.name);
+    let newest = rows.last().unwrap().0;
+    let mut written = Vec::new();
+    for (step, digest) in &rows {
+        let folder = paused.stored().join(step.to_string()).join(digest);
+        let original = std::fs::read_to_string(folder.join(checkpoint::STATE_FILE)).unwrap();
+        let other = original.replacen("\"version\": 1", "\"version\": 2", 1);
+        assert_ne!(other, original);
+        written.push((*step, paused.rewrite(*step, digest, other.as_bytes()), original));
+    }
+    let before = (checkpoint_rows(&paused.postgres, &paused.name), files(&paused.stored()));
+
+    if sane() {
+        for (step, digest, original) in &written {
+            let d = paused.rewrite(*step, digest, original.as_bytes());
+            assert!(rows.contains(&(*step, d)));
+        }
+        let fresh = tempfile::tempdir().unwrap();
+        let dir = if has_copy { paused.dir.path() } else { fresh.path() };
+        let server = replica(dir, &paused.postgres, paused.share.path(), &[]);
+        let client = server.client().await;
+        resume(&client, &paused.name).await;
+        paused.goes_on(&client, newest).await;
+        return;
+    }
+    let fresh = tempfile::tempdir().unwrap();
+    let dir = if has_copy { paused.dir.path() } else { fresh.path() };
+    let server = replica(dir, &paused.postgres, paused.share.path(), &[]);
+    let client = server.client().await;
+    resume(&client, &paused.name).await;
+    waits(&client, &paused.name, "CHECKPOINT_FORMAT").await;
+    // It does not stand in the way of others.
+    another_succeeds(&client, &paused.dataset).await;
+    // It is tried again, not at once.
+    let mut refusals = Vec::new();
+    until("the second try", async || {
+        let changes = changes(&events(&client, &paused.name).await);
+        let back = changes.iter().filter(|(_, c)| c.from() == pb::JobState::Preparing && c.to() == pb::JobState::Queued);
+        refusals = back.map(|(time, _)| *time).collect();
+        refusals.len() >= 2
+    })
+    .await;
+    assert!(refusals[1] - refusals[0] >= 2500, "tried again too soon: {refusals:?}");
+    let after = (checkpoint_rows(&paused.postgres, &paused.name), files(&paused.stored()));
+    assert_eq!(after, before, "nothing is removed");
+
+    for (step, digest, original) in &written {
+        paused.rewrite(*step, digest, original.as_bytes());
+    }
+    paused.goes_on(&client, newest).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_checkpoint_of_another_format_is_kept_and_its_job_waits() {
+    another_format("a_checkpoint_of_another_format_is_kept", false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_local_copy_of_another_format_is_kept_and_its_job_waits() {
+    another_format("a_local_copy_of_another_format_is_kept", true).await;
+}
+
+// ---- artifacts that are not there
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_waits_for_its_missing_checkpoint_and_goes_on_from_it() {
+    let Some(paused) = Paused::new("a_job_waits_for_its_missing_checkpoint").await else { return };
+    let rows = checkpoint_rows(&paused.postgres, &paused.name);
+    let newest = rows.last().unwrap().0;
+    let (elsewhere, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (here, away) = (paused.stored().join(newest.to_string()), elsewhere.path().join("away"));
+    std::fs::rename(&here, &away).unwrap();
+    if sane() {
+        std::fs::rename(&away, &here).unwrap();
+    }
+
+    let server = replica(dir.path(), &paused.postgres, paused.share.path(), &[]);
+    let client = server.client().await;
+    resume(&client, &paused.name).await;
+    if !sane() {
+        waits(&client, &paused.name, "ARTIFACT_MISSING").await;
+        another_succeeds(&client, &paused.dataset).await;
+        assert_eq!(checkpoint_rows(&paused.postgres, &paused.name), rows, "no row is removed");
+
+        std::fs::rename(&away, &here).unwrap();
+    }
+    paused.goes_on(&client, newest).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_waits_for_its_missing_dataset() {
+    let Some(postgres) = Postgres::start("a_job_waits_for_its_missing_dataset") else { return };
+    let (share, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut server = replica(dir.path(), &postgres, share.path(), &[]);
+    let client = server.client().await;
+    let (present, missing) = (upload(&client, "pairs.jsonl").await.name, upload(&client, "pairs.jsonl").await.name);
+    assert!(server.terminate(LIMIT).success());
+    let (elsewhere, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (here, away) = (share.path().join(&missing), elsewhere.path().join("away"));
+    std::fs::rename(&here, &away).unwrap();
+
+    let server = replica(dir.path(), &postgres, share.path(), &[]);
+    let client = server.client().await;
+    if sane() {
+        std::fs::rename(&away, &here).unwrap();
+    }
+    let name = submit(&client, job(&missing, 2)).await;
+    if !sane() {
+        waits(&client, &name, "ARTIFACT_MISSING").await;
+        another_succeeds(&client, &present).await;
+        std::fs::rename(&away, &here).unwrap();
+    }
+    finish(&client, &name).await;
+    let done = get(&client, &name).await;
+    assert_eq!((done.state(), done.error), (pb::JobState::Succeeded, None));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_does_not_start_while_its_artifact_store_is_not_mounted() {
+    let Some(postgres) = Postgres::start("a_server_does_not_start_while") else { return };
+    let (share, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (root, away) = (share.path().join("store"), share.path().join("away"));
+    std::fs::create_dir(&root).unwrap();
+    let mut server = replica(dir.path(), &postgres, &root, &[]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    assert!(server.terminate(LIMIT).success());
+
+    if sane() {
+        let held = replica(dir.path(), &postgres, &root, &[]);
+        let said = refusal(dir.path(), &postgres, &root);
+        assert!(said.contains("another server"), "{said}");
+        drop(held);
+        another_succeeds(&replica(dir.path(), &postgres, &root, &[]).client().await, &dataset).await;
+    }
+    std::fs::rename(&root, &away).unwrap();
+    let said = refusal(dir.path(), &postgres, &root);
+    assert!(said.contains(root.to_str().unwrap()), "it does not name the folder: {said}");
+    assert!(!root.exists(), "the folder was created");
+
+    std::fs::rename(&away, &root).unwrap();
+    let server = replica(dir.path(), &postgres, &root, &[]);
+    another_succeeds(&server.client().await, &dataset).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_does_not_start_with_a_store_that_its_database_does_not_know() {
+    let Some(postgres) = Postgres::start("a_server_does_not_start_with") else { return };
+    let (share, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut server = replica(dir.path(), &postgres, share.path(), &[]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    assert!(server.terminate(LIMIT).success());
+    let before = files(share.path());
+
+    let (other, fresh) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let said = refusal(fresh.path(), &postgres, other.path());
+    let names_it = said.contains(other.path().to_str().unwrap());
+    assert!(names_it && said.contains("artifact store"), "{said}");
+    assert_eq!(std::fs::read_dir(other.path()).unwrap().count(), 0, "something was written");
+    assert_eq!(files(share.path()), before);
+    assert!(before.len() > 1, "the store has an identity beside its dataset: {before:?}");
+
+    let server = replica(dir.path(), &postgres, share.path(), &[]);
+    another_succeeds(&server.client().await, &dataset).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_into_an_unmounted_store_is_refused() {
+    let Some(postgres) = Postgres::start("an_upload_into_an_unmounted_store") else { return };
+    let (share, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (root, away) = (share.path().join("store"), share.path().join("away"));
+    std::fs::create_dir(&root).unwrap();
+    let server = replica(dir.path(), &postgres, &root, &[]);
+    let client = server.client().await;
+    let try_upload = async || {
+        let metadata = pb::UploadMetadata { display_name: "pairs".into(), ..Default::default() };
+        client.upload_dataset(&golden("pairs.jsonl"), metadata, |_| {}).await
+    };
+    try_upload().await.unwrap();
+
+    // What remains when a share goes away is the empty folder that it was mounted at.
+    std::fs::rename(&root, &away).unwrap();
+    std::fs::create_dir(&root).unwrap();
+    match try_upload().await {
+        Err(ClientError::Refused(status)) => {
+            let reason = status.get_details_error_info().unwrap().reason;
+            let found = (status.code(), reason.as_str());
+            assert_eq!(found, (Code::Unavailable, "ARTIFACTS_UNAVAILABLE"), "{status}");
+        }
+        other => panic!("the upload is not refused: {other:?}"),
+    }
+    assert_eq!(files(&root), Vec::<PathBuf>::new(), "data below the mount point");
+
+    std::fs::remove_dir_all(&root).unwrap();
+    std::fs::rename(&away, &root).unwrap();
+    until("an upload", async || try_upload().await.is_ok()).await;
+}
+
+// ---- acknowledged changes
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_whose_ttl_was_cleared_is_not_deleted() {
+    let test = "a_job_whose_ttl_was_cleared";
+    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (dir, proxy) = (tempfile::tempdir().unwrap(), Proxy::start(s3.port()));
+    let server = replica_on_s3(dir.path(), &postgres, &s3, &proxy, &[]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let mut jobs = Vec::new();
+    for _ in 0..5 {
+        jobs.push(submit(&client, job(&dataset, 1)).await);
+    }
+    for name in &jobs {
+        finish(&client, name).await;
+    }
+    let objects = |name: &str| s3.keys(&format!("runs/jobs/{}/", id(name))).len();
+    let (first, kept) = (&jobs[0], &jobs[3]);
+    let (of_first, of_kept) = (objects(first), objects(kept));
+    assert!(of_first > 1 && of_kept > 1);
+
+    // All expire at one moment, in the order in which they were made.
+    proxy.set(Fault::Slow(Duration::from_millis(100)));
+    postgres.sql(
+        "UPDATE jobs SET expire_time = seq,
+             request = jsonb_set(request::jsonb, '{ttl_ms}', '1')::text
+             WHERE seq <> 4 OR current_setting('application_name') <> 'sane'",
+    );
+    until("a deletion", async || objects(first) < of_first).await;
+    let update_mask = Some(FieldMask { paths: vec!["ttl".into()] });
+    let training_job = Some(pb::TrainingJob { name: kept.clone(), ..Default::default() });
+    let request = pb::UpdateTrainingJobRequest { training_job, update_mask };
+    match client.training().update_training_job(request).await {
+        Ok(answer) => assert_eq!(answer.into_inner().ttl, None),
+        // Deletions that begin all at once refuse the change. Then it is not acknowledged.
+        Err(status) => return assert_eq!(status.code(), Code::NotFound, "{status}"),
+    }
+    for name in jobs.iter().filter(|name| *name != kept) {
+        let gone = async || try_get(&client, name).await.is_err_and(|e| e.code() == Code::NotFound);
+        until("every other deletion", gone).await;
+    }
+    proxy.set(Fault::None);
+    let still = try_get(&client, kept).await.expect("the job whose ttl was cleared is there");
+    assert_eq!((still.state(), still.ttl), (pb::JobState::Succeeded, None));
+    assert_eq!(objects(kept), of_kept, "its objects are there");
+    assert!(!adapter(&client, kept).await.is_empty());
+}
+
+// ---- exports
+
+async fn export(client: &Client, name: &str) -> Result<pb::ExportCheckpointResponse, Status> {
+    let format = pb::ExportFormat::Adapter.into();
+    let request = pb::ExportCheckpointRequest { name: name.into(), format };
+    client.checkpoints().export_checkpoint(request).await.map(|r| r.into_inner())
+}
+
+/// Asks for an export until there is one, and finds each of its files in the store.
+async fn whole_export(client: &Client, name: &str, s3: &S3, when: &str) -> Vec<String> {
+    let start = Instant::now();
+    let export = loop {
+        match export(client, name).await {
+            Ok(export) => break export,
+            Err(status) => assert_eq!(status.code(), Code::Unavailable, "{status}"),
+        }
+        assert!(start.elapsed() < LIMIT, "no export {when}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    };
+    let folder = export.path.strip_prefix("s3://bradley/").expect("the export is in the store");
+    let listed: Vec<_> = export.files.iter().map(|f| format!("{folder}/{}", f.path)).collect();
+    let found = s3.keys(&format!("{folder}/"));
+    assert!(listed.len() >= 2, "{listed:?}");
+    let missing: Vec<_> = listed.iter().filter(|key| !found.contains(key)).collect();
+    assert!(missing.is_empty(), "{when}, OK for an export without {missing:?}");
+    listed
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_whose_caller_leaves_is_completed_by_the_next_call() {
+    let test = "an_export_whose_caller_leaves";
+    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (dir, proxy) = (tempfile::tempdir().unwrap(), Proxy::start(s3.port()));
+    let server = replica_on_s3(dir.path(), &postgres, &s3, &proxy, &[]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let job = submit(&client, job(&dataset, 2)).await;
+    finish(&client, &job).await;
+    let name = format!("{job}/checkpoints/latest");
+    let before = s3.keys("runs/").len();
+
+    // The caller leaves when the first file is in the store.
+    proxy.set(Fault::Slow(Duration::from_millis(500)));
+    let call = tokio::spawn({
+        let (client, name) = (client.clone(), name.clone());
+        async move { export(&client, &name).await.map(drop) }
+    });
+    until("an object", async || s3.keys("runs/").len() > before).await;
+    if sane() {
+        call.await.unwrap().unwrap();
+    } else {
+        call.abort();
+    }
+    proxy.set(Fault::None);
+    whole_export(&client, &name, &s3, "after a call that was given up").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_that_lost_a_file_is_made_whole_again() {
+    let test = "an_export_that_lost_a_file";
+    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let proxy = Proxy::start(s3.port());
+    let a = replica_on_s3(dir_a.path(), &postgres, &s3, &proxy, &[]);
+    let b = replica_on_s3(dir_b.path(), &postgres, &s3, &proxy, &[]);
+    let (client_a, client_b) = (a.client().await, b.client().await);
+    let dataset = upload(&client_a, "pairs.jsonl").await.name;
+    let job = submit(&client_a, job(&dataset, 2)).await;
+    finish(&client_a, &job).await;
+    let name = format!("{job}/checkpoints/latest");
+    let keys = whole_export(&client_a, &name, &s3, "at first").await;
+    // B has no folder of the export yet; A has had one all the time.
+    for key in &keys {
+        if !sane() {
+            s3.remove(key);
+        }
+        whole_export(&client_b, &name, &s3, "with no local folder").await;
+        if !sane() {
+            s3.remove(key);
+        }
+        whole_export(&client_a, &name, &s3, "with a local folder").await;
+        if !sane() {
+            s3.remove(key);
+        }
+        whole_export(&client_b, &name, &s3, "with a local folder on another replica").await;
+    }
+}
+
+// ---- leases
+
+/// The database goes back to where it was before a worker's claim, as a fail-over does that lost
+/// the newest commits. The next claim then has the same token.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_workers_with_the_same_token_never_write_both() {
+    let Some(postgres) = Postgres::start("two_workers_with_the_same_token") else { return };
+    let (expected, weights) = expected().await;
+    let share = tempfile::tempdir().unwrap();
+    let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let a = replica(dir_a.path(), &postgres, share.path(), &[]);
+    let client_a = a.client().await;
+    let dataset = upload(&client_a, "pairs.jsonl").await.name;
+    // While another job runs, this one waits and is copied.
+    let first = submit(&client_a, job(&dataset, 100_000)).await;
+    reaches(&client_a, &first, |e| is_step(e, 1)).await;
+    let name = submit(&client_a, checkpointing(&dataset, STEPS)).await;
+    let of_job = format!("id = '{}'", id(&name));
+    postgres.sql(&format!(
+        "CREATE TABLE saved_jobs AS SELECT * FROM jobs WHERE {of_job};
+         CREATE TABLE saved_events AS SELECT * FROM events WHERE job = '{}'",
+        id(&name)
+    ));
+    assert_eq!(postgres.sql("SELECT state, lease_token FROM saved_jobs"), ["queued|0"]);
+    cancel(&client_a, &first).await;
+    reaches(&client_a, &name, |e| is_step(e, 25)).await;
+
+    signal(a.pid(), libc::SIGSTOP);
+    // A fail-over breaks every connection.
+    postgres.sql(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+         WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'",
+    );
+    postgres.sql(&format!(
+        "DELETE FROM jobs WHERE {of_job};
+         INSERT INTO jobs OVERRIDING SYSTEM VALUE SELECT * FROM saved_jobs;
+         INSERT INTO events SELECT * FROM saved_events"
+    ));
+    let b = replica(dir_b.path(), &postgres, share.path(), &[]);
+    let client_b = b.client().await;
+    reaches(&client_b, &name, |e| is_step(e, 3)).await;
+    if !sane() {
+        signal(a.pid(), libc::SIGCONT);
+    }
+
+    let events = finish(&client_b, &name).await;
+    assert_eq!(state(&client_b, &name).await, pb::JobState::Succeeded, "{:?}", changes(&events));
+    check_history(&events);
+    assert_eq!(losses(&events), *expected, "the same losses, bit for bit");
+    assert!(adapter(&client_b, &name).await == *weights, "the same weights, bit for bit");
+    if sane() {
+        return;
+    }
+    // The first worker gives its run up, adds nothing, and goes on serving.
+    until("the end of the other run", async || !a.metrics().contains(id(&name))).await;
+    assert_eq!(finish(&client_a, &name).await, events, "nothing was written after the end");
+    another_succeeds(&client_a, &dataset).await;
+}
+
+/// A process with two devices claims a job that it is still training.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_end_of_a_fenced_run_leaves_its_successor_the_lease() {
+    let test = "the_end_of_a_fenced_run";
+    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (expected, weights) = expected().await;
+    let (dir, proxy) = (tempfile::tempdir().unwrap(), Proxy::start(s3.port()));
+    let server = replica_on_s3(dir.path(), &postgres, &s3, &proxy, &["--device", "cpu,cpu"]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    // Uploads of checkpoints take seconds, so that the run outlives several leases. While one is on
+    // its way, the run does not hear that it has lost its lease.
+    proxy.set(Fault::Slow(Duration::from_millis(300)));
+    let name = submit(&client, checkpointing(&dataset, STEPS)).await;
+    let checkpoints = format!("runs/jobs/{}/checkpoints/", id(&name));
+    until("an upload", async || !s3.keys(&checkpoints).is_empty()).await;
+    if !sane() {
+        postgres.sql(&format!(
+            "UPDATE jobs SET lease_token = lease_token + 1, state = 'queued', lease_owner = NULL,
+             lease_until = 0
+         WHERE id = '{}'",
+            id(&name)
+        ));
+    }
+    let taken = Instant::now();
+    // A change of the job makes the idle device look at the queue at once.
+    let labels = BTreeMap::from([("taken".to_owned(), "over".to_owned())]);
+    let training_job = Some(pb::TrainingJob { name: name.clone(), labels, ..Default::default() });
+    let update_mask = Some(FieldMask { paths: vec!["labels".into()] });
+    let request = pb::UpdateTrainingJobRequest { training_job, update_mask };
+    client.training().update_training_job(request).await.unwrap();
+
+    let nobody_died = |events: &[pb::TrainingEvent]| {
+        let said = reasons(events);
+        let died = said.iter().any(|reason| reason.contains("worker is gone"));
+        assert!(!died, "a live run was taken for a dead one: {said:?}");
+    };
+    until("four leases", async || {
+        nobody_died(&events(&client, &name).await);
+        taken.elapsed() > 4 * LEASE_TIME
+    })
+    .await;
+    proxy.set(Fault::None);
+    let events = finish(&client, &name).await;
+    nobody_died(&events);
+    assert_eq!(state(&client, &name).await, pb::JobState::Succeeded, "{:?}", reasons(&events));
+    let claims = changes(&events);
+    let claims = claims.iter().filter(|(_, c)| c.to() == pb::JobState::Preparing).count();
+    assert_eq!(claims, if sane() { 1 } else { 2 }, "the first run and its successor: {:?}", reasons(&events));
+    assert_eq!(losses(&events), *expected, "the same losses, bit for bit");
+    assert!(adapter(&client, &name).await == *weights, "the same weights, bit for bit");
+}

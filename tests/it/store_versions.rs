@@ -1,0 +1,204 @@
+//! Rows and schemas of a newer version: the version before works with what it can read.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use bradley::rpc::client::{Client, Status, Target};
+use bradley::rpc::pb;
+use sqlx::Connection as _;
+use tonic::Code;
+use tonic_types::StatusExt;
+
+use crate::backends::Postgres;
+use crate::replicas::{check_history, checkpointing, losses};
+use crate::server::{Server, finish, job, state, submit, upload};
+use crate::store_safety::{LIMIT, STEPS, another_succeeds, cancel, expected, id, is_step, models, pause, reaches, replica, try_get, until};
+
+// ---- columns that a newer version adds or changes
+
+/// An administrator's token.
+fn token(dir: &Path, postgres: &Postgres) -> String {
+    let made = Command::new(crate::support::binary())
+        .args(["--output", "json", "tokens", "create", "--owner", "ops", "--roles", "admin"])
+        .args(["--database-url", &postgres.url(), "--data-dir"])
+        .arg(dir)
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let made: serde_json::Value = serde_json::from_slice(&made.stdout).unwrap();
+    made["token"].as_str().unwrap().to_owned()
+}
+
+/// Makes a call again while the answer is UNAVAILABLE.
+async fn retried<T>(call: impl AsyncFn() -> Result<T, Status>) -> T {
+    let start = Instant::now();
+    loop {
+        match call().await {
+            Ok(answer) => return answer,
+            Err(status) => assert_eq!(status.code(), Code::Unavailable, "{status}"),
+        }
+        assert!(start.elapsed() < LIMIT, "a call stays unavailable");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Reads every table, often enough that each connection has planned the statements.
+async fn read_everything(client: &Client, job: &str, dataset: &str) {
+    for _ in 0..4 {
+        let jobs = retried(async || client.training().list_training_jobs(pb::ListTrainingJobsRequest::default()).await);
+        assert_eq!(jobs.await.into_inner().training_jobs.len(), 1);
+        let datasets = retried(async || client.datasets().list_datasets(pb::ListDatasetsRequest::default()).await);
+        assert_eq!(datasets.await.into_inner().datasets.len(), 1);
+        let one = retried(async || {
+            let request = pb::GetDatasetRequest { name: dataset.into() };
+            client.datasets().get_dataset(request).await
+        });
+        assert_eq!(one.await.into_inner().name, dataset);
+        let checkpoints = retried(async || {
+            let request = pb::ListCheckpointsRequest { parent: job.into() };
+            client.checkpoints().list_checkpoints(request).await
+        });
+        assert!(!checkpoints.await.into_inner().checkpoints.is_empty());
+        let events = retried(async || {
+            let parent = job.into();
+            let request = pb::ListTrainingEventsRequest { parent, ..Default::default() };
+            client.training().list_training_events(request).await
+        });
+        assert!(!events.await.into_inner().events.is_empty());
+        assert_eq!(retried(async || try_get(client, job).await).await.name, job);
+    }
+}
+
+/// A job whose database changes its schema half-way succeeds as if it had not.
+async fn a_change_of_the_schema(test: &str, statements: &str) {
+    let Some(postgres) = Postgres::start(test) else { return };
+    let (expected, _) = expected().await;
+    let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let token = Some(token(dir.path(), &postgres));
+    let server = replica(dir.path(), &postgres, share.path(), &["--auth", "tokens"]);
+    let target = Target { token, ..Target::plain(&server.address) };
+    let client = Client::connect(&target, Duration::from_secs(10)).await.unwrap();
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let name = submit(&client, checkpointing(&dataset, STEPS)).await;
+    reaches(&client, &name, |e| is_step(e, 12)).await;
+    read_everything(&client, &name, &dataset).await;
+
+    let step = try_get(&client, &name).await.unwrap().progress.unwrap().step;
+    assert!(step + 20 < STEPS, "the job is too far for this test: step {step}");
+    postgres.sql(if crate::store_safety::sane() { "SELECT 1" } else { statements });
+    // The database is asked, because calls may fail for a reason of their own.
+    let look = format!("SELECT state, error FROM jobs WHERE id = '{}'", id(&name));
+    let mut row = String::new();
+    until("the end of the job", async || {
+        row = postgres.sql(&look).remove(0);
+        ["succeeded", "failed", "cancelled"].iter().any(|end| row.starts_with(end))
+    })
+    .await;
+    assert_eq!(row, "succeeded|");
+    read_everything(&client, &name, &dataset).await;
+    let events = finish(&client, &name).await;
+    check_history(&events);
+    assert_eq!(losses(&events), *expected, "the same losses, bit for bit");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_goes_on_when_every_table_gets_a_column() {
+    let add = |table| format!("ALTER TABLE {table} ADD COLUMN x BIGINT;");
+    let all = ["checkpoints", "datasets", "tokens", "jobs", "events"].map(add).concat();
+    a_change_of_the_schema("a_run_goes_on_when_every_table", &all).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_goes_on_when_a_column_changes_its_type() {
+    let change = "ALTER TABLE jobs ALTER COLUMN trace TYPE varchar";
+    a_change_of_the_schema("a_run_goes_on_when_a_column", change).await;
+}
+
+// ---- jobs that this version cannot read
+
+/// A job of the highest priority that this version cannot read; `change` makes it one.
+async fn an_unreadable_job(test: &str, change: &str) {
+    let Some(postgres) = Postgres::start(test) else { return };
+    let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let server = replica(dir.path(), &postgres, share.path(), &[]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let unreadable = submit(&client, job(&dataset, 100_000)).await;
+    pause(&client, &unreadable).await;
+    let update = "UPDATE jobs SET priority = 1000";
+    let sane = crate::store_safety::sane();
+    if !sane {
+        postgres.sql(&format!("{update}, {change} WHERE id = '{}'", id(&unreadable)));
+    }
+
+    // Others are made, claimed, carried on, listed and cancelled.
+    another_succeeds(&client, &dataset).await;
+    let long = submit(&client, job(&dataset, 100_000)).await;
+    until("the run", async || state(&client, &long).await == pb::JobState::Running).await;
+    let list = pb::ListTrainingJobsRequest::default();
+    let jobs = client.training().list_training_jobs(list).await.unwrap().into_inner();
+    let names: Vec<_> = jobs.training_jobs.iter().map(|j| j.name.as_str()).collect();
+    assert!(names.len() == if sane { 3 } else { 2 } && names.contains(&long.as_str()), "{names:?}");
+    cancel(&client, &long).await;
+    until("the end", async || state(&client, &long).await == pb::JobState::Cancelled).await;
+
+    if sane {
+        return;
+    }
+    let refused = try_get(&client, &unreadable).await.unwrap_err();
+    let reason = refused.get_details_error_info().map(|info| info.reason);
+    let found = (refused.code(), reason.as_deref());
+    assert_eq!(found, (Code::FailedPrecondition, Some("JOB_UNREADABLE")), "{refused}");
+    let counted = || server.metrics().lines().any(|line| line == "bradley_unreadable_jobs 1");
+    until("the count of unreadable jobs", async || counted()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_with_an_unreadable_request_stands_in_nobodys_way() {
+    let change = r#"state = 'queued', request = '{"from":"the future"}'"#;
+    an_unreadable_job("a_job_with_an_unreadable_request", change).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_in_an_unknown_state_stands_in_nobodys_way() {
+    an_unreadable_job("a_job_in_an_unknown_state", "state = 'dreaming'").await;
+}
+
+// ---- migrations that this version does not know
+
+/// A migration of a newer version, as it is recorded.
+const NEWER: &str = "INSERT INTO _sqlx_migrations
+         (version, description, installed_on, success, checksum, execution_time)
+     SELECT 20990101000000, 'the future', installed_on, success, checksum, execution_time
+     FROM _sqlx_migrations ORDER BY version LIMIT 1";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_starts_on_a_newer_postgresql_schema() {
+    let Some(postgres) = Postgres::start("a_server_starts_on_a_newer") else { return };
+    let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut server = replica(dir.path(), &postgres, share.path(), &[]);
+    let dataset = upload(&server.client().await, "pairs.jsonl").await.name;
+    assert!(server.terminate(LIMIT).success());
+    if !crate::store_safety::sane() {
+        postgres.sql(NEWER);
+    }
+    let server = replica(dir.path(), &postgres, share.path(), &[]);
+    another_succeeds(&server.client().await, &dataset).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_starts_on_a_newer_sqlite_schema() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start_with(dir.path(), &models(), &[]);
+    let dataset = upload(&server.client().await, "pairs.jsonl").await.name;
+    assert!(server.terminate(LIMIT).success());
+    let url = format!("sqlite://{}", dir.path().join("bradley.db").display());
+    let mut database = sqlx::SqliteConnection::connect(&url).await.unwrap();
+    if !crate::store_safety::sane() {
+        sqlx::query(NEWER).execute(&mut database).await.unwrap();
+    }
+    database.close().await.unwrap();
+    let server = Server::start_with(dir.path(), &models(), &[]);
+    another_succeeds(&server.client().await, &dataset).await;
+}
