@@ -149,9 +149,12 @@ pub struct RowIssue {
 }
 
 impl RowIssue {
-    /// The same with texts of limited length.
+    /// The same with texts of limited length and without NUL characters, which databases do not store.
     pub fn shortened(self) -> Self {
-        let short = |text: String, limit: usize| if text.len() > limit { shortened(&text, limit) } else { text };
+        let short = |text: String, limit: usize| {
+            let text = if text.len() > limit { shortened(&text, limit) } else { text };
+            if text.contains('\0') { text.replace('\0', "\u{fffd}") } else { text }
+        };
         RowIssue {
             id: self.id.map(|id| short(id, MAX_ISSUE_TEXT.0)),
             field: short(self.field, MAX_ISSUE_TEXT.0),

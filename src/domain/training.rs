@@ -66,7 +66,7 @@ pub struct LoraConfig {
     pub target_modules: Vec<String>,
     /// scale = α/√r in place of α/r.
     pub use_rslora: bool,
-    /// A PEFT adapter folder to start from; its rank, alpha and targets win.
+    /// The name of a PEFT adapter to start from, below the server's folder of adapters; its rank, alpha and targets win.
     pub init_adapter: Option<String>,
 }
 

@@ -11,7 +11,6 @@ use crate::model::adapter::Adapter;
 use crate::model::decoder::Policy;
 use crate::model::device::ComputeDevice;
 use crate::model::export;
-use crate::model::peft;
 use crate::train::reference::Reference;
 use crate::train::trainable::TrainablePolicy;
 use crate::train::trainer::{Trainer, TrainerInput};
@@ -51,10 +50,9 @@ fn trainable(run: &TrainingRun, start: &Policy, precision: Precision) -> Result<
     match &run.spec.method {
         Method::Full => TrainablePolicy::full(&export::merged(start).map_err(weights)?, precision).map_err(tensor),
         Method::Lora(config) => {
-            let adapter = match (&start.adapter, &config.init_adapter) {
-                (Some(adapter), _) => (**adapter).clone(),
-                (None, Some(dir)) => peft::load(dir.as_ref(), &start.config).map_err(weights)?,
-                (None, None) => Adapter::init(&start.config, config, run.spec.seed.0).map_err(weights)?,
+            let adapter = match &start.adapter {
+                Some(adapter) => (**adapter).clone(),
+                None => Adapter::init(&start.config, config, run.spec.seed.0).map_err(weights)?,
             };
             TrainablePolicy::lora(&start.base(), &adapter, precision).map_err(tensor)
         }

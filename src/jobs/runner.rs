@@ -143,9 +143,11 @@ fn stopped(command: Command) -> Option<RunEnd> {
 
 /// Pins a job of version 0.1 to the model that is served now: it depended on no particular one.
 async fn pin_base(service: &Service, job: &Job, held: &Held) -> Result<Job> {
-    let base = service.inner.engine.identity(&service.base_model(job).await?)?;
+    let model = service.base_model(job).await?;
+    let base = service.inner.engine.identity(&model)?;
     let message = format!("the job is from before version 0.2 and is pinned now to the model {} as it is served", base.hash());
     let pin = |j: &mut Job| {
+        j.request.model.get_or_insert_with(|| model.clone());
         j.request.pins.get_or_insert_with(|| Pins { base: base.clone(), init_adapter: None });
         Ok(vec![EventKind::Log { severity: "warning".into(), message: message.clone() }])
     };

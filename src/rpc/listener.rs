@@ -174,9 +174,14 @@ pub(super) fn incoming(listener: TcpListener, tls: Option<Tls>, limit: usize) ->
                 }
                 continue;
             };
-            let (acceptor, sender) = (tls.acceptor(), sender.clone());
+            let (acceptor, sender, closing) = (tls.acceptor(), sender.clone(), place.activity.closing());
             tokio::spawn(async move {
-                match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
+                let handshake = tokio::select! {
+                    done = tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)) => done,
+                    // Its place is needed for a client that says something.
+                    () = closing.cancelled() => return,
+                };
+                match handshake {
                     Ok(Ok(stream)) => {
                         let _ = sender.send(Ok(Connection::new(Io::Tls(Box::new(stream)), peer, place))).await;
                     }

@@ -202,3 +202,23 @@ async fn a_server_starts_on_a_newer_sqlite_schema() {
     let server = Server::start_with(dir.path(), &models(), &[]);
     another_succeeds(&server.client().await, &dataset).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn datasets_are_listed_though_a_finding_has_a_character_that_the_database_lacks() {
+    let Some(postgres) = Postgres::start("datasets_are_listed") else { return };
+    let (dir, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let server = replica(dir.path(), &postgres, root.path(), &[]);
+    let client = server.client().await;
+    let rows = dir.path().join("rows.jsonl");
+    let bad = r#"{"id": "a\u0000b", "prompt": "p", "chosen": "x", "rejected": "x"}"#;
+    let good = r#"{"prompt": "p", "chosen": "x", "rejected": "y"}"#;
+    std::fs::write(&rows, format!("{bad}\n{good}\n")).unwrap();
+    let metadata = pb::UploadMetadata::default();
+    let dataset = client.upload_dataset(&rows, metadata, |_| {}).await.unwrap();
+    assert_eq!(dataset.report.unwrap().issues[0].id, "a\u{fffd}b");
+    // As version 0.1 stored it.
+    let sql = r"UPDATE datasets SET report = REPLACE(report, 'a' || CHR(65533) || 'b', 'a\u0000b')";
+    postgres.sql(sql);
+    let listed = client.datasets().list_datasets(pb::ListDatasetsRequest::default()).await;
+    assert_eq!(listed.unwrap().into_inner().datasets.len(), 1);
+}

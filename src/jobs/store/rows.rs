@@ -35,7 +35,10 @@ pub(super) fn dataset() -> String {
 pub(super) fn dataset_in_list(dialect: Dialect) -> String {
     let report = match dialect {
         Dialect::Sqlite => "json_remove(report, '$.issues')",
-        Dialect::Postgres => "CAST(CAST(report AS JSONB) - 'issues' AS TEXT)",
+        // JSONB has no NUL characters, which a row's id may have had in older reports.
+        Dialect::Postgres => {
+            r"CASE WHEN POSITION('\u0000' IN report) > 0 THEN report ELSE CAST(CAST(report AS JSONB) - 'issues' AS TEXT) END"
+        }
     };
     format!("{DATASET}, {report} AS report")
 }
