@@ -116,6 +116,7 @@ impl LossType {
 
 /// One term of the mix: `weight · mean(loss)`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct WeightedLoss {
     /// Which loss.
     pub loss: LossType,
@@ -142,6 +143,7 @@ pub enum Divergence {
 
 /// TR-DPO: every `every_steps` optimizer steps, ref ← α·π + (1−α)·ref.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ReferenceSync {
     /// The mixing weight α in (0, 1].
     pub alpha: f64,
@@ -151,7 +153,7 @@ pub struct ReferenceSync {
 
 /// The whole objective.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct DpoConfig {
     /// The mix; at least one term.
     pub losses: Vec<WeightedLoss>,

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// A base model by the content of its parts, each a BLAKE3 hash in hex.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ModelIdentity {
     /// The weight files.
     pub weights: String,
@@ -51,6 +52,7 @@ impl ModelIdentity {
 
 /// The content that a job depends on. It is pinned when the job is created.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Pins {
     /// The base model.
     pub base: ModelIdentity,

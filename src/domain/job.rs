@@ -144,6 +144,7 @@ pub enum Evaluation {
 
 /// What a client asked for, as pinned at creation; title, labels and priority may change later.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct JobRequest {
     /// A title for people.
     pub display_name: String,

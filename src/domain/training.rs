@@ -10,7 +10,7 @@ pub const TARGET_MODULES: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "
 
 /// A whole run, less the data: everything the trainer needs to know, pinned when the job is created.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct TrainingSpec {
     /// The objective.
     pub dpo: DpoConfig,
@@ -56,7 +56,7 @@ impl Default for Method {
 
 /// LoRA, named as in PEFT: ΔW = scale·B·A, A `[r, in]`, B `[out, r]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct LoraConfig {
     /// r.
     pub rank: usize,
@@ -92,7 +92,7 @@ impl LoraConfig {
 
 /// AdamW (f32 state, decoupled decay) and its schedule.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct OptimizerConfig {
     /// The peak learning rate.
     pub learning_rate: f64,
@@ -220,7 +220,7 @@ pub enum ActivationCheckpointing {
 
 /// Batches and lengths.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct BatchConfig {
     /// Pairs in a micro-batch.
     pub batch_size: usize,
@@ -309,7 +309,7 @@ impl BestMetric {
 
 /// Checkpoints, evaluation, logging.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct RunConfig {
     /// Steps between checkpoints; 0 keeps the final one only.
     pub save_steps: u64,

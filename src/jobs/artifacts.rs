@@ -139,9 +139,17 @@ impl Artifacts {
     /// # Errors
     /// `FailedPrecondition` (`WRONG_ARTIFACT_STORE`) for another one.
     pub async fn identify(&self, store: &Store) -> Result<()> {
-        let Some(remote) = &self.remote else { return Ok(()) };
         let wrong = |message: String| Err(ServiceError::FailedPrecondition { reason: "WRONG_ARTIFACT_STORE", message });
-        let (known, found) = (store.property(ARTIFACT_STORE).await?, remote.identity().await?);
+        let known = store.property(ARTIFACT_STORE).await?;
+        let Some(remote) = &self.remote else {
+            return match known {
+                None => Ok(()),
+                Some(known) => {
+                    wrong(format!("this database's files are in the artifact store with the identity {known}: set artifact_url"))
+                }
+            };
+        };
+        let found = remote.identity().await?;
         let identity = match (known, found) {
             (Some(known), Some(found)) if known == found => known,
             (Some(known), found) => {
@@ -159,14 +167,16 @@ impl Artifacts {
                 ));
             }
             (None, found) => {
-                let is_new = found.is_none();
-                let identity = found.unwrap_or_else(|| uuid::Uuid::now_v7().to_string());
-                // Of several replicas that start at one time the database chooses one.
+                // First the object: a start that fails in between can be repeated. Of several replicas that start at one time the store takes one's.
+                let identity = match found {
+                    Some(found) => found,
+                    None => remote.create_identity(&uuid::Uuid::now_v7().to_string()).await?,
+                };
                 let chosen = store.set_property_once(ARTIFACT_STORE, &identity).await?;
-                if is_new || chosen != identity {
-                    remote.set_identity(&chosen).await?;
+                if chosen != identity {
+                    return wrong(format!("the database knows the artifact store {chosen}, {} is {identity}", remote.url()));
                 }
-                chosen
+                identity
             }
         };
         let _ = self.store_identity.set(identity);
@@ -254,6 +264,11 @@ impl Artifacts {
             Ok((names(&folders[0])?, names(&folders[1])?))
         })
         .await?
+    }
+
+    /// How long a job's folder has been here.
+    pub fn job_age(&self, id: &str) -> Option<Duration> {
+        fs::metadata(self.job(id)).ok()?.modified().ok()?.elapsed().ok()
     }
 
     /// How long a dataset's file has been here.
@@ -368,6 +383,10 @@ impl Artifacts {
     /// `FailedPrecondition` (`ARTIFACT_MISSING`, `ARTIFACT_DAMAGED`) when it is lost or changed.
     pub async fn fetch_init_adapter(&self, job: &str, expected: &str) -> Result<PathBuf> {
         let (dir, name) = (self.init_adapter(job), format!("trainingJobs/{job}'s init_adapter"));
+        let known = || self.checked.lock().unwrap_or_else(PoisonError::into_inner);
+        if known().contains(&dir) && tokio::fs::try_exists(dir.join(peft::WEIGHTS_FILE)).await.unwrap_or(false) {
+            return Ok(dir);
+        }
         let _fetching = self.fetching.lock().await;
         let here = dir.clone();
         let found = blocking(move || hash_files(&here, &ADAPTER_FILES)).await?;
@@ -376,7 +395,10 @@ impl Artifacts {
             ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", message }
         };
         match (found, &self.remote) {
-            (Ok(found), _) if found == expected => return Ok(dir),
+            (Ok(found), _) if found == expected => {
+                known().insert(dir.clone());
+                return Ok(dir);
+            }
             (Ok(found), None) => return Err(changed(&found)),
             (Err(_), None) => return Err(missing(&name)),
             (_, Some(_)) => {}
@@ -399,6 +421,7 @@ impl Artifacts {
             artifacts.publish(&temporary.0, &target)
         })
         .await??;
+        known().insert(dir.clone());
         Ok(dir)
     }
 

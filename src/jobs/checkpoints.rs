@@ -75,9 +75,18 @@ impl Service {
             let message = format!("trainingJobs/{} is a full fine-tune and has no adapter: export it MERGED", job.id);
             return Err(ServiceError::FailedPrecondition { reason: "NO_ADAPTER", message });
         }
-        let model = self.base_model(&job).await?;
         let (id, job_id) = (job.id.clone(), job.id.clone());
-        let weights = self.resolve_stored(job, model, CheckpointRef::Step(checkpoint.step)).await?.weights;
+        let weights = match format {
+            // Files are copied: that needs no model, and the model may have been replaced since.
+            ExportFormat::Adapter => {
+                self.inner.artifacts.fetch_checkpoint(&checkpoint).await?;
+                None
+            }
+            ExportFormat::Merged => {
+                let model = self.base_model(&job).await?;
+                Some(self.resolve_stored(job, model, CheckpointRef::Step(checkpoint.step)).await?.weights)
+            }
+        };
         let (inner, step) = (self.inner.clone(), checkpoint.step);
         let permit = self.heavy_permit().await?;
         let (files, path) = blocking(move || {
@@ -86,9 +95,9 @@ impl Service {
             if !target.is_dir() {
                 let temporary = Temporary(inner.artifacts.temporary());
                 std::fs::create_dir_all(&temporary.0).map_err(|e| super::artifacts::failed(&temporary.0, e))?;
-                match format {
-                    ExportFormat::Merged => inner.engine.export_merged(&weights, &temporary.0)?,
-                    ExportFormat::Adapter => {
+                match &weights {
+                    Some(weights) => inner.engine.export_merged(weights, &temporary.0)?,
+                    None => {
                         for name in ADAPTER_FILES {
                             let from = inner.artifacts.checkpoint(&id, checkpoint.step).join(name);
                             std::fs::copy(&from, temporary.0.join(name)).map_err(|e| super::artifacts::failed(&from, e))?;

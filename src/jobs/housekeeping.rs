@@ -74,7 +74,9 @@ async fn sweep(service: &Service) -> Result<()> {
     }
     let (jobs, datasets) = service.inner.artifacts.local().await?;
     for id in jobs {
-        if matches!(service.inner.store.job(&id).await, Err(ServiceError::NotFound { .. })) {
+        // One that is being made has a copy of its adapter before it has a row.
+        let old = service.inner.artifacts.job_age(&id).is_some_and(|age| age > UPLOADING);
+        if old && matches!(service.inner.store.job(&id).await, Err(ServiceError::NotFound { .. })) {
             service.inner.artifacts.drop_local_job(&id).await?;
         }
     }

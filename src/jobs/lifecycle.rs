@@ -8,7 +8,7 @@ use super::error::{Result, ServiceError};
 use super::housekeeping::job_ended;
 use super::service::Service;
 use super::store::now;
-use super::uses::{Needed, check};
+use super::uses::{Needed, Users, check};
 use crate::domain::access::Caller;
 use crate::domain::job::{EventKind, Job, JobRequest, JobState};
 use crate::domain::violation::{Violations, quoted};
@@ -186,7 +186,7 @@ impl Service {
     }
 
     async fn remove_job(&self, caller: &Caller, id: &str, expired: bool) -> Result<()> {
-        let refuse = |job: &Job, unfinished: &[Job]| {
+        let refuse = |job: &Job, unfinished: &Users| {
             if !job.state.is_final() {
                 return Err(refused(job, "NOT_ENDED", "cancel it first"));
             }

@@ -9,7 +9,7 @@ use super::service::Service;
 use crate::domain::job::{Checkpoint, Job, JobState};
 use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::domain::training::{Method, Truncation};
-use crate::engine::api::WeightsRef;
+use crate::engine::api::{EngineError, WeightsRef};
 
 /// Jobs may continue each other this far.
 const MAX_DEPTH: usize = 32;
@@ -53,10 +53,21 @@ impl Service {
     /// Makes sure that the model which this server has is the one that a job was made with: its adapters and numbers mean nothing on another.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`MODEL_CHANGED`) with both hashes.
+    /// `FailedPrecondition` (`MODEL_CHANGED`) with both hashes, or when the server does not have the model at all.
     pub(super) fn check_base(&self, job: &Job) -> Result<()> {
         let (Some(pins), Some(model)) = (&job.request.pins, &job.request.model) else { return Ok(()) };
-        let served = self.inner.engine.identity(model)?;
+        let served = match self.inner.engine.identity(model) {
+            Ok(served) => served,
+            Err(EngineError::UnknownModel(_)) => {
+                let message = format!(
+                    "trainingJobs/{} was made with models/{model} (identity {}), which this server does not have: serve it",
+                    job.id,
+                    pins.base.hash()
+                );
+                return Err(ServiceError::FailedPrecondition { reason: "MODEL_CHANGED", message });
+            }
+            Err(e) => return Err(e.into()),
+        };
         let Some(difference) = pins.base.difference(&served) else { return Ok(()) };
         let (part, (pinned, found)) = (difference.part, difference.hashes);
         let message = format!(

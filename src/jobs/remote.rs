@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
-use object_store::{ObjectStore, ObjectStoreExt, WriteMultipart};
+use object_store::{ObjectStore, ObjectStoreExt, PutMode, WriteMultipart};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_stream::StreamExt;
 
@@ -73,10 +73,20 @@ impl Remote {
         }
     }
 
-    /// Writes the store's identity.
-    pub async fn set_identity(&self, identity: &str) -> Result<()> {
-        self.store.put(&self.key(IDENTITY), identity.to_owned().into()).await.map_err(|e| unavailable(IDENTITY, &e))?;
-        Ok(())
+    /// Writes the store's identity unless another process has done so meanwhile; returns the one that the store has then.
+    pub async fn create_identity(&self, identity: &str) -> Result<String> {
+        use object_store::Error::{AlreadyExists, NotImplemented, NotSupported, Precondition};
+        let (key, bytes) = (self.key(IDENTITY), identity.as_bytes().to_vec());
+        match self.store.put_opts(&key, bytes.clone().into(), PutMode::Create.into()).await {
+            Ok(_) | Err(AlreadyExists { .. } | Precondition { .. }) => {}
+            // A store without conditional writes: whoever writes last is read below, by all.
+            Err(NotSupported { .. } | NotImplemented { .. }) => {
+                self.store.put(&key, bytes.into()).await.map_err(|e| unavailable(IDENTITY, &e))?;
+            }
+            Err(e) => return Err(unavailable(IDENTITY, &e)),
+        }
+        let found = self.identity().await?;
+        found.ok_or_else(|| away(IDENTITY, "what was written cannot be read"))
     }
 
     /// Whether there is no object in it.

@@ -55,7 +55,13 @@ async fn remove_unknown(service: &Service, job: &str, known: &[Checkpoint]) -> R
 /// A checkpoint's folder, every file as it was written. A damaged copy of one that the artifact store has is fetched again.
 async fn whole(service: &Service, c: &Checkpoint) -> Result<PathBuf> {
     let artifacts = &service.inner.artifacts;
-    let dir = artifacts.fetch_checkpoint(c).await?;
+    let dir = match artifacts.fetch_checkpoint(c).await {
+        // What comes out wrong twice is wrong in the store, and no fault of the way here.
+        Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", .. }) if artifacts.is_copy() => {
+            artifacts.fetch_checkpoint(c).await?
+        }
+        fetched => fetched?,
+    };
     match checked(dir.clone(), c).await {
         Ok(()) => return Ok(dir),
         Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", .. }) if artifacts.is_copy() => {}

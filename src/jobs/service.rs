@@ -207,10 +207,17 @@ impl Service {
         }
         let quota = self.inner.options.max_jobs_per_client;
         let creation = Creation { request_id: request_id.as_deref(), request_hash: &hash, quota };
-        let has_copy = self.copy_init_adapter(&mut job).await?;
-        let inserted = self.inner.store.insert_job(&job, creation).await;
-        if has_copy && inserted.as_ref().map_or(true, |stored| stored.id != job.id) {
-            // The copy belongs to nobody; where its removal fails, the sweep finds it.
+        let inserted = match self.copy_init_adapter(&mut job, creation.request_id).await {
+            Ok(()) => self.inner.store.insert_job(&job, creation).await,
+            Err(e) => Err(e),
+        };
+        let is_stored = match &inserted {
+            Ok(stored) => stored.id == job.id,
+            // The row may be there all the same, its answer lost: then its files must stay.
+            Err(_) => !matches!(self.inner.store.job(&job.id).await, Err(ServiceError::NotFound { .. })),
+        };
+        if !is_stored && names_adapter(&job) {
+            // What cannot be removed now is swept up later, where it is a copy.
             let _ = self.inner.artifacts.remove_job(&job.id).await;
         }
         let job = inserted?;
@@ -220,15 +227,20 @@ impl Service {
         Ok(job)
     }
 
-    /// Copies the adapter that a new job starts from into the job's artifacts and pins its content; returns whether there is one.
-    async fn copy_init_adapter(&self, job: &mut Job) -> Result<bool> {
-        let Method::Lora(LoraConfig { init_adapter: Some(name), .. }) = &job.request.spec.method else { return Ok(false) };
+    /// Copies the adapter that a new job starts from, if any, into the job's artifacts and pins its content. A request that was made before needs no
+    /// other copy.
+    async fn copy_init_adapter(&self, job: &mut Job, request_id: Option<&str>) -> Result<()> {
+        let Method::Lora(LoraConfig { init_adapter: Some(name), .. }) = &job.request.spec.method else { return Ok(()) };
+        if self.inner.store.was_made(&job.owner, request_id).await? {
+            return Ok(());
+        }
         let from = self.find_adapter(name).await?;
+        let _permit = self.heavy_permit().await?;
         let hash = self.inner.artifacts.keep_init_adapter(&job.id, &from).await?;
         if let Some(pins) = &mut job.request.pins {
             pins.init_adapter = Some(hash);
         }
-        Ok(true)
+        Ok(())
     }
 
     /// A job that is not stored yet.
@@ -481,6 +493,11 @@ impl Service {
         }
         self.inner.store.close().await;
     }
+}
+
+/// Whether a job starts from an adapter of the server's.
+fn names_adapter(job: &Job) -> bool {
+    matches!(&job.request.spec.method, Method::Lora(lora) if lora.init_adapter.is_some())
 }
 
 /// Takes the data directory for this process.

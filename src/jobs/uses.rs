@@ -6,6 +6,15 @@ use crate::domain::access::Caller;
 use crate::domain::job::{Evaluation, Job};
 use crate::domain::names::{CheckpointRef, PolicyName};
 
+/// The unfinished jobs.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Users {
+    /// Those that this version of the server can read.
+    pub jobs: Vec<Job>,
+    /// The requests of the others, as they are stored: an id that occurs in one is needed.
+    pub unreadable: Vec<String>,
+}
+
 /// Something that a job may need.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Needed<'a> {
@@ -37,9 +46,14 @@ impl Needed<'_> {
     }
 }
 
-/// Refuses when one of `users`, the unfinished jobs, needs it.
-pub(super) fn check(caller: &Caller, users: &[Job], needed: Needed<'_>) -> Result<()> {
-    let Some(user) = users.iter().find(|user| needed.by(user)) else { return Ok(()) };
+/// Refuses when one of `users` needs it.
+pub(super) fn check(caller: &Caller, users: &Users, needed: Needed<'_>) -> Result<()> {
+    let (Needed::Dataset(id) | Needed::Weights { job: id, .. }) = needed;
+    if users.unreadable.iter().any(|request| request.contains(id)) {
+        let message = "a job that this version of the server cannot read needs it: use the version that wrote the job".to_owned();
+        return Err(ServiceError::FailedPrecondition { reason: "IN_USE", message });
+    }
+    let Some(user) = users.jobs.iter().find(|user| needed.by(user)) else { return Ok(()) };
     let what = match needed {
         Needed::Dataset(id) => format!("datasets/{id}"),
         Needed::Weights { .. } => "these weights".to_owned(),

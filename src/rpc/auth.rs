@@ -18,7 +18,7 @@ use crate::jobs::error::ServiceError;
 use crate::jobs::service::Service;
 
 /// A look at the health is everyone's: probes have no token. Watching it holds a stream open, which is not.
-const OPEN: &str = "/grpc.health.v1.Health/Check";
+pub(super) const OPEN: &str = "/grpc.health.v1.Health/Check";
 /// Refusals that are logged in a second; the others are only counted, so that strangers cannot fill a disk.
 const LOGGED: u32 = 20;
 

@@ -61,7 +61,7 @@ impl Activity {
         OpenCall(self.clone())
     }
 
-    /// Something was received; for protocols whose calls are not counted.
+    /// It was of use; for calls that are not counted.
     pub fn touch(&self) {
         *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }

@@ -199,7 +199,7 @@ enum Io {
     Tls(Box<TlsStream<TcpStream>>),
 }
 
-/// The plain HTTP port's connections. Its calls are not counted: a connection is idle while nothing is received.
+/// The plain HTTP port's connections. Its calls are not counted: a connection is idle while nothing is answered.
 pub(super) struct HttpListener {
     listener: TcpListener,
     connections: Arc<Connections>,
@@ -292,9 +292,6 @@ impl AsyncRead for Connection {
             Io::Plain(s) => Pin::new(s).poll_read(cx, buf),
             Io::Tls(s) => Pin::new(s).poll_read(cx, buf),
         };
-        if !this.counts_calls && buf.filled().len() > before {
-            this.place.activity.touch();
-        }
         if let Some(silent) = &mut this.silent {
             this.read += buf.filled().len() - before;
             if this.read >= PREFACE.1 {
@@ -311,8 +308,11 @@ impl AsyncWrite for Connection {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         // A client that reads nothing must not keep a connection that is to be closed.
-        if this.closed {
+        if this.is_closing(cx) {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        if !this.counts_calls {
+            this.place.activity.touch();
         }
         match &mut this.io {
             Io::Plain(s) => Pin::new(s).poll_write(cx, buf),
@@ -321,7 +321,11 @@ impl AsyncWrite for Connection {
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.get_mut().io {
+        let this = self.get_mut();
+        if this.is_closing(cx) {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        match &mut this.io {
             Io::Plain(s) => Pin::new(s).poll_flush(cx),
             Io::Tls(s) => Pin::new(s).poll_flush(cx),
         }

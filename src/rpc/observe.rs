@@ -16,6 +16,7 @@ use tracing::Instrument;
 use tracing::field::Empty;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
+use super::auth::OPEN;
 use super::connections::OpenCall;
 use super::listener::Peer;
 use super::{pb, status};
@@ -70,7 +71,11 @@ where
         let traceparent = trace::format(&trace);
         let deadline = deadline(request.headers());
         // Its connection is in use until the answer has been sent to the end.
-        let open = request.extensions().get::<Peer>().map(|peer| peer.activity.begin_call());
+        let open = request.extensions().get::<Peer>().and_then(|peer| {
+            // Probes have no token, so that a call which never ends must not keep its connection open.
+            peer.activity.touch();
+            (method != OPEN).then(|| peer.activity.begin_call())
+        });
         let call = self.inner.call(request);
         let mut seen = Seen::new(method);
         let observed = async move {

@@ -29,9 +29,6 @@ pub const LIMIT: Duration = Duration::from_secs(120);
 const LEASE: &str = "3";
 const LEASE_TIME: Duration = Duration::from_secs(3);
 
-pub fn sane() -> bool {
-    std::env::var_os("SANITY").is_some()
-}
 // ---- servers
 
 pub fn models() -> String {
@@ -326,19 +323,6 @@ async fn another_format(test: &str, has_copy: bool) {
     }
     let before = (checkpoint_rows(&paused.postgres, &paused.name), files(&paused.stored()));
 
-    if sane() {
-        for (step, digest, original) in &written {
-            let d = paused.rewrite(*step, digest, original.as_bytes());
-            assert!(rows.contains(&(*step, d)));
-        }
-        let fresh = tempfile::tempdir().unwrap();
-        let dir = if has_copy { paused.dir.path() } else { fresh.path() };
-        let server = replica(dir, &paused.postgres, paused.share.path(), &[]);
-        let client = server.client().await;
-        resume(&client, &paused.name).await;
-        paused.goes_on(&client, newest).await;
-        return;
-    }
     let fresh = tempfile::tempdir().unwrap();
     let dir = if has_copy { paused.dir.path() } else { fresh.path() };
     let server = replica(dir, &paused.postgres, paused.share.path(), &[]);
@@ -386,20 +370,15 @@ async fn a_job_waits_for_its_missing_checkpoint_and_goes_on_from_it() {
     let (elsewhere, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (here, away) = (paused.stored().join(newest.to_string()), elsewhere.path().join("away"));
     std::fs::rename(&here, &away).unwrap();
-    if sane() {
-        std::fs::rename(&away, &here).unwrap();
-    }
 
     let server = replica(dir.path(), &paused.postgres, paused.share.path(), &[]);
     let client = server.client().await;
     resume(&client, &paused.name).await;
-    if !sane() {
-        waits(&client, &paused.name, "ARTIFACT_MISSING").await;
-        another_succeeds(&client, &paused.dataset).await;
-        assert_eq!(checkpoint_rows(&paused.postgres, &paused.name), rows, "no row is removed");
+    waits(&client, &paused.name, "ARTIFACT_MISSING").await;
+    another_succeeds(&client, &paused.dataset).await;
+    assert_eq!(checkpoint_rows(&paused.postgres, &paused.name), rows, "no row is removed");
 
-        std::fs::rename(&away, &here).unwrap();
-    }
+    std::fs::rename(&away, &here).unwrap();
     paused.goes_on(&client, newest).await;
 }
 
@@ -417,15 +396,10 @@ async fn a_job_waits_for_its_missing_dataset() {
 
     let server = replica(dir.path(), &postgres, share.path(), &[]);
     let client = server.client().await;
-    if sane() {
-        std::fs::rename(&away, &here).unwrap();
-    }
     let name = submit(&client, job(&missing, 2)).await;
-    if !sane() {
-        waits(&client, &name, "ARTIFACT_MISSING").await;
-        another_succeeds(&client, &present).await;
-        std::fs::rename(&away, &here).unwrap();
-    }
+    waits(&client, &name, "ARTIFACT_MISSING").await;
+    another_succeeds(&client, &present).await;
+    std::fs::rename(&away, &here).unwrap();
     finish(&client, &name).await;
     let done = get(&client, &name).await;
     assert_eq!((done.state(), done.error), (pb::JobState::Succeeded, None));
@@ -442,13 +416,6 @@ async fn a_server_does_not_start_while_its_artifact_store_is_not_mounted() {
     let dataset = upload(&client, "pairs.jsonl").await.name;
     assert!(server.terminate(LIMIT).success());
 
-    if sane() {
-        let held = replica(dir.path(), &postgres, &root, &[]);
-        let said = refusal(dir.path(), &postgres, &root);
-        assert!(said.contains("another server"), "{said}");
-        drop(held);
-        another_succeeds(&replica(dir.path(), &postgres, &root, &[]).client().await, &dataset).await;
-    }
     std::fs::rename(&root, &away).unwrap();
     let said = refusal(dir.path(), &postgres, &root);
     assert!(said.contains(root.to_str().unwrap()), "it does not name the folder: {said}");
@@ -539,8 +506,7 @@ async fn a_job_whose_ttl_was_cleared_is_not_deleted() {
     proxy.set(Fault::Slow(Duration::from_millis(100)));
     postgres.sql(
         "UPDATE jobs SET expire_time = seq,
-             request = jsonb_set(request::jsonb, '{ttl_ms}', '1')::text
-             WHERE seq <> 4 OR current_setting('application_name') <> 'sane'",
+             request = jsonb_set(request::jsonb, '{ttl_ms}', '1')::text",
     );
     until("a deletion", async || objects(first) < of_first).await;
     let update_mask = Some(FieldMask { paths: vec!["ttl".into()] });
@@ -610,11 +576,7 @@ async fn an_export_whose_caller_leaves_is_completed_by_the_next_call() {
         async move { export(&client, &name).await.map(drop) }
     });
     until("an object", async || s3.keys("runs/").len() > before).await;
-    if sane() {
-        call.await.unwrap().unwrap();
-    } else {
-        call.abort();
-    }
+    call.abort();
     proxy.set(Fault::None);
     whole_export(&client, &name, &s3, "after a call that was given up").await;
 }
@@ -635,17 +597,11 @@ async fn an_export_that_lost_a_file_is_made_whole_again() {
     let keys = whole_export(&client_a, &name, &s3, "at first").await;
     // B has no folder of the export yet; A has had one all the time.
     for key in &keys {
-        if !sane() {
-            s3.remove(key);
-        }
+        s3.remove(key);
         whole_export(&client_b, &name, &s3, "with no local folder").await;
-        if !sane() {
-            s3.remove(key);
-        }
+        s3.remove(key);
         whole_export(&client_a, &name, &s3, "with a local folder").await;
-        if !sane() {
-            s3.remove(key);
-        }
+        s3.remove(key);
         whole_export(&client_b, &name, &s3, "with a local folder on another replica").await;
     }
 }
@@ -691,18 +647,13 @@ async fn two_workers_with_the_same_token_never_write_both() {
     let b = replica(dir_b.path(), &postgres, share.path(), &[]);
     let client_b = b.client().await;
     reaches(&client_b, &name, |e| is_step(e, 3)).await;
-    if !sane() {
-        signal(a.pid(), libc::SIGCONT);
-    }
+    signal(a.pid(), libc::SIGCONT);
 
     let events = finish(&client_b, &name).await;
     assert_eq!(state(&client_b, &name).await, pb::JobState::Succeeded, "{:?}", changes(&events));
     check_history(&events);
     assert_eq!(losses(&events), *expected, "the same losses, bit for bit");
     assert!(adapter(&client_b, &name).await == *weights, "the same weights, bit for bit");
-    if sane() {
-        return;
-    }
     // The first worker gives its run up, adds nothing, and goes on serving.
     until("the end of the other run", async || !a.metrics().contains(id(&name))).await;
     assert_eq!(finish(&client_a, &name).await, events, "nothing was written after the end");
@@ -725,14 +676,12 @@ async fn the_end_of_a_fenced_run_leaves_its_successor_the_lease() {
     let name = submit(&client, checkpointing(&dataset, STEPS)).await;
     let checkpoints = format!("runs/jobs/{}/checkpoints/", id(&name));
     until("an upload", async || !s3.keys(&checkpoints).is_empty()).await;
-    if !sane() {
-        postgres.sql(&format!(
-            "UPDATE jobs SET lease_token = lease_token + 1, state = 'queued', lease_owner = NULL,
+    postgres.sql(&format!(
+        "UPDATE jobs SET lease_token = lease_token + 1, state = 'queued', lease_owner = NULL,
              lease_until = 0
          WHERE id = '{}'",
-            id(&name)
-        ));
-    }
+        id(&name)
+    ));
     let taken = Instant::now();
     // A change of the job makes the idle device look at the queue at once.
     let labels = BTreeMap::from([("taken".to_owned(), "over".to_owned())]);
@@ -757,7 +706,7 @@ async fn the_end_of_a_fenced_run_leaves_its_successor_the_lease() {
     assert_eq!(state(&client, &name).await, pb::JobState::Succeeded, "{:?}", reasons(&events));
     let claims = changes(&events);
     let claims = claims.iter().filter(|(_, c)| c.to() == pb::JobState::Preparing).count();
-    assert_eq!(claims, if sane() { 1 } else { 2 }, "the first run and its successor: {:?}", reasons(&events));
+    assert_eq!(claims, 2, "the first run and its successor: {:?}", reasons(&events));
     assert_eq!(losses(&events), *expected, "the same losses, bit for bit");
     assert!(adapter(&client, &name).await == *weights, "the same weights, bit for bit");
 }

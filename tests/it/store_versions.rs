@@ -86,7 +86,7 @@ async fn a_change_of_the_schema(test: &str, statements: &str) {
 
     let step = try_get(&client, &name).await.unwrap().progress.unwrap().step;
     assert!(step + 20 < STEPS, "the job is too far for this test: step {step}");
-    postgres.sql(if crate::store_safety::sane() { "SELECT 1" } else { statements });
+    postgres.sql(statements);
     // The database is asked, because calls may fail for a reason of their own.
     let look = format!("SELECT state, error FROM jobs WHERE id = '{}'", id(&name));
     let mut row = String::new();
@@ -127,10 +127,7 @@ async fn an_unreadable_job(test: &str, change: &str) {
     let unreadable = submit(&client, job(&dataset, 100_000)).await;
     pause(&client, &unreadable).await;
     let update = "UPDATE jobs SET priority = 1000";
-    let sane = crate::store_safety::sane();
-    if !sane {
-        postgres.sql(&format!("{update}, {change} WHERE id = '{}'", id(&unreadable)));
-    }
+    postgres.sql(&format!("{update}, {change} WHERE id = '{}'", id(&unreadable)));
 
     // Others are made, claimed, carried on, listed and cancelled.
     another_succeeds(&client, &dataset).await;
@@ -139,13 +136,10 @@ async fn an_unreadable_job(test: &str, change: &str) {
     let list = pb::ListTrainingJobsRequest::default();
     let jobs = client.training().list_training_jobs(list).await.unwrap().into_inner();
     let names: Vec<_> = jobs.training_jobs.iter().map(|j| j.name.as_str()).collect();
-    assert!(names.len() == if sane { 3 } else { 2 } && names.contains(&long.as_str()), "{names:?}");
+    assert!(names.len() == 2 && names.contains(&long.as_str()), "{names:?}");
     cancel(&client, &long).await;
     until("the end", async || state(&client, &long).await == pb::JobState::Cancelled).await;
 
-    if sane {
-        return;
-    }
     let refused = try_get(&client, &unreadable).await.unwrap_err();
     let reason = refused.get_details_error_info().map(|info| info.reason);
     let found = (refused.code(), reason.as_deref());
@@ -180,9 +174,7 @@ async fn a_server_starts_on_a_newer_postgresql_schema() {
     let mut server = replica(dir.path(), &postgres, share.path(), &[]);
     let dataset = upload(&server.client().await, "pairs.jsonl").await.name;
     assert!(server.terminate(LIMIT).success());
-    if !crate::store_safety::sane() {
-        postgres.sql(NEWER);
-    }
+    postgres.sql(NEWER);
     let server = replica(dir.path(), &postgres, share.path(), &[]);
     another_succeeds(&server.client().await, &dataset).await;
 }
@@ -195,9 +187,7 @@ async fn a_server_starts_on_a_newer_sqlite_schema() {
     assert!(server.terminate(LIMIT).success());
     let url = format!("sqlite://{}", dir.path().join("bradley.db").display());
     let mut database = sqlx::SqliteConnection::connect(&url).await.unwrap();
-    if !crate::store_safety::sane() {
-        sqlx::query(NEWER).execute(&mut database).await.unwrap();
-    }
+    sqlx::query(NEWER).execute(&mut database).await.unwrap();
     database.close().await.unwrap();
     let server = Server::start_with(dir.path(), &models(), &[]);
     another_succeeds(&server.client().await, &dataset).await;

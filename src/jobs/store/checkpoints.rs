@@ -4,8 +4,9 @@ use sqlx::{Any, AssertSqlSafe, Transaction};
 
 use super::Store;
 use super::rows::{CHECKPOINT, CheckpointRow, to_json};
-use crate::domain::job::{Checkpoint, Finite, Job};
+use crate::domain::job::{Checkpoint, Finite};
 use crate::jobs::error::Result;
+use crate::jobs::uses::Users;
 
 impl Store {
     /// Adds or replaces a checkpoint; a best one takes the mark from the others.
@@ -40,7 +41,7 @@ impl Store {
     }
 
     /// Forgets a checkpoint, unless `refuse` finds an unfinished job that needs it.
-    pub async fn delete_checkpoint(&self, job: &str, step: u64, refuse: impl FnOnce(&[Job]) -> Result<()>) -> Result<()> {
+    pub(in crate::jobs) async fn delete_checkpoint(&self, job: &str, step: u64, refuse: impl FnOnce(&Users) -> Result<()>) -> Result<()> {
         let mut tx = self.writer.begin().await?;
         self.lock_checkpoint(&mut tx, job, step).await?;
         refuse(&self.unfinished_in(&mut tx).await?)?;

@@ -5,8 +5,8 @@ use sqlx::AssertSqlSafe;
 use super::rows::{self, DatasetRow, to_json};
 use super::{Page, Store, page, parse_token};
 use crate::domain::dataset::Dataset;
-use crate::domain::job::Job;
 use crate::jobs::error::{Result, ServiceError};
+use crate::jobs::uses::Users;
 
 impl Store {
     /// Adds a dataset.
@@ -58,7 +58,7 @@ impl Store {
     }
 
     /// Forgets a dataset, unless `refuse` finds an unfinished job that needs it.
-    pub async fn delete_dataset(&self, id: &str, refuse: impl FnOnce(&[Job]) -> Result<()>) -> Result<()> {
+    pub(in crate::jobs) async fn delete_dataset(&self, id: &str, refuse: impl FnOnce(&Users) -> Result<()>) -> Result<()> {
         let mut tx = self.writer.begin().await?;
         let lock = format!("SELECT seq FROM datasets WHERE id = $1{}", self.dialect.for_update());
         sqlx::query(AssertSqlSafe(lock)).bind(id).fetch_optional(&mut *tx).await?;

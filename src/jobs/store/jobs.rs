@@ -5,10 +5,11 @@ use std::collections::HashMap;
 use sqlx::{Any, AssertSqlSafe, Transaction};
 
 use super::rows::{EventRow, JOB, JobRow, to_json};
-use super::{Dialect, Page, Store, now, page, parse_token, readable};
+use super::{Dialect, Page, Store, now, page, parse_token};
 use crate::domain::job::{Evaluation, Event, EventKind, Finite, Job, JobState};
 use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::jobs::error::{Result, ServiceError};
+use crate::jobs::uses::Users;
 
 /// How a client made a job.
 #[derive(Clone, Copy, Debug)]
@@ -96,6 +97,14 @@ impl Store {
         Ok(())
     }
 
+    /// Whether an owner's `request_id` has made a job.
+    pub async fn was_made(&self, owner: &str, request_id: Option<&str>) -> Result<bool> {
+        let Some(id) = request_id else { return Ok(false) };
+        let count = "SELECT COUNT(*) FROM jobs WHERE request_id = $1";
+        let made: i64 = sqlx::query_scalar(count).bind(format!("{owner}/{id}")).fetch_one(&self.readers).await?;
+        Ok(made > 0)
+    }
+
     async fn made_by(&self, tx: &mut Transaction<'_, Any>, key: &Option<String>) -> Result<Option<JobRow>> {
         let select = format!("SELECT {JOB} FROM jobs WHERE request_id = $1");
         Ok(sqlx::query_as(AssertSqlSafe(select)).bind(key.clone()).fetch_optional(&mut **tx).await?)
@@ -148,16 +157,18 @@ impl Store {
         Ok(rows.into_iter().collect())
     }
 
-    /// Every job that is not in a final state, oldest first.
-    pub async fn unfinished_jobs(&self) -> Result<Vec<Job>> {
-        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(unfinished())).fetch_all(&self.readers).await?;
-        Ok(readable(rows))
-    }
-
-    /// The same, as a transaction sees them.
-    pub(super) async fn unfinished_in(&self, tx: &mut Transaction<'_, Any>) -> Result<Vec<Job>> {
+    /// The jobs that are not in a final state, as a transaction sees them.
+    pub(super) async fn unfinished_in(&self, tx: &mut Transaction<'_, Any>) -> Result<Users> {
         let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(unfinished())).fetch_all(&mut **tx).await?;
-        Ok(readable(rows))
+        let mut users = Users::default();
+        for row in rows {
+            let request = row.request.clone();
+            match Job::try_from(row) {
+                Ok(job) => users.jobs.push(job),
+                Err(_) => users.unreadable.push(request),
+            }
+        }
+        Ok(users)
     }
 
     /// Ids of ended jobs whose time to live is over, at most `limit`. By the time that one of them is deleted its time may have been prolonged.
@@ -170,11 +181,12 @@ impl Store {
         format!("expire_time < {}", self.dialect.now())
     }
 
-    /// The queued job whose turn it is: of the highest priority the one that waits longest. `passed_over` names jobs that do not count.
+    /// The queued job that a running one may have to make room for: of the highest priority the one that waits longest. `passed_over` names jobs that
+    /// do not count, and those do not either that went back to the queue because something was not there.
     pub async fn next_queued(&self, passed_over: &[String]) -> Result<Option<Job>> {
         let mut passed_over = passed_over.to_vec();
         loop {
-            let select = next(passed_over.len());
+            let select = next(passed_over.len(), " AND error IS NULL");
             let mut query = sqlx::query_as::<_, JobRow>(AssertSqlSafe(select));
             for id in &passed_over {
                 query = query.bind(id);
@@ -266,7 +278,12 @@ impl Store {
     ///
     /// # Errors
     /// Those of `refuse`; `NotFound` when there is no such job, or it is no longer expired.
-    pub async fn delete_job(&self, id: &str, expired: bool, refuse: impl FnOnce(&Job, &[Job]) -> Result<()> + Send) -> Result<()> {
+    pub(in crate::jobs) async fn delete_job(
+        &self,
+        id: &str,
+        expired: bool,
+        refuse: impl FnOnce(&Job, &Users) -> Result<()> + Send,
+    ) -> Result<()> {
         let mut tx = self.writer.begin().await?;
         let select = match expired {
             true => format!("SELECT {JOB} FROM jobs WHERE id = $1 AND {}{}", self.is_expired(), self.dialect.for_update()),
@@ -331,14 +348,14 @@ impl Store {
     }
 }
 
-/// Selects the queued job whose turn it is; so many parameters name jobs that are passed over.
-pub(super) fn next(passed_over: usize) -> String {
+/// Selects the queued job whose turn it is; so many parameters name jobs that are passed over, and `condition` leaves out others.
+pub(super) fn next(passed_over: usize, condition: &str) -> String {
     let parameters: Vec<String> = (1..=passed_over).map(|i| format!("${i}")).collect();
     let others = match passed_over {
         0 => String::new(),
         _ => format!(" AND id NOT IN ({})", parameters.join(", ")),
     };
-    format!("SELECT {JOB} FROM jobs WHERE state = 'queued'{others} ORDER BY priority DESC, turn, seq LIMIT 1")
+    format!("SELECT {JOB} FROM jobs WHERE state = 'queued'{others}{condition} ORDER BY priority DESC, turn, seq LIMIT 1")
 }
 
 pub(super) const NEWEST: &str = "SELECT COALESCE(MAX(sequence), 0) FROM events WHERE job = $1";

@@ -57,7 +57,7 @@ impl Store {
         let mut passed_over = passed_over.to_vec();
         let mut tx = self.writer.begin().await?;
         let (job, token) = loop {
-            let select = format!("{}{}", next(passed_over.len()), self.dialect.skip_locked());
+            let select = format!("{}{}", next(passed_over.len(), ""), self.dialect.skip_locked());
             let mut query = sqlx::query_as::<_, JobRow>(AssertSqlSafe(select));
             for id in &passed_over {
                 query = query.bind(id);
