@@ -72,7 +72,7 @@ name = training.CreateTrainingJob(training_pb2.CreateTrainingJobRequest(training
 # Stream, dropping the stream every seven events and going on by cursor.
 events, cursor = [], 0
 while True:
-    stream = training.StreamTrainingEvents(training_pb2.StreamTrainingEventsRequest(parent=name, after_sequence=cursor), timeout=120)
+    stream = training.StreamTrainingEvents(training_pb2.StreamTrainingEventsRequest(parent=name, after_sequence=cursor), timeout=600)
     ended = True
     for n, event in enumerate(stream):
         events.append(event)
