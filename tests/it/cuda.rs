@@ -211,7 +211,7 @@ async fn a_run_that_does_not_fit_the_gpu_goes_on_with_shorter_rows_and_fails_whe
     for (megabytes, succeeds) in [(46, true), (36, false)] {
         let dir = tempfile::tempdir().unwrap();
         let memory = (megabytes << 20).to_string();
-        let flags = ["--device", &device, "--memory-limit", "20GiB"];
+        let flags = ["--device", &device, "--device-memory-limit", "20GiB"];
         let models = format!("tiny={}", golden("models/llama").display());
         let server = Server::start_in(dir.path(), &models, &flags, &[("EMULATE_MEMORY", &memory)]);
         let client = server.client().await;
