@@ -121,7 +121,7 @@ async fn only_model(client: &Client) -> Result<String, Failure> {
     }
 }
 
-/// What the lengths of an uploaded file's rows are checked with.
+/// The tokenizer and the length with which the server checks the rows of an uploaded file.
 #[derive(Clone, Debug, Default)]
 struct Checked {
     /// `models/{id}`; empty leaves lengths unchecked.

@@ -209,7 +209,7 @@ impl DpoConfig {
         !self.reference_free && (self.losses.iter().any(|l| l.loss.needs_reference()) || self.dpop_lambda > 0.0)
     }
 
-    /// Whether a pair's loss depends on the other pairs of its micro-batch, by the order of their log-ratios.
+    /// Returns true if a pair's loss depends on the other pairs of its micro-batch (losses that sort log-ratios).
     pub fn compares_pairs(&self) -> bool {
         self.losses.iter().any(|term| matches!(term.loss, LossType::Aot | LossType::AotUnpaired))
     }

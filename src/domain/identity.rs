@@ -1,4 +1,4 @@
-//! What a model is, by content: a job works with exactly the bytes that it was made with.
+//! Content hashes that identify a base model. A job is pinned to the hashes of the model it was created with.
 
 use serde::{Deserialize, Serialize};
 
@@ -19,7 +19,7 @@ pub struct ModelIdentity {
 /// A part in which two models differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Difference<'a> {
-    /// Which part.
+    /// The name of the part, e.g. `weights`.
     pub part: &'static str,
     /// The part's hash in the first model, and in the second.
     pub hashes: (&'a str, &'a str),

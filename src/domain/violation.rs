@@ -45,12 +45,12 @@ impl Violations {
         &self.listed
     }
 
-    /// How many were found besides the listed ones.
+    /// The number of violations found besides the listed ones.
     pub fn more(&self) -> usize {
         self.more
     }
 
-    /// Whether none was found.
+    /// Returns true if no violation was found.
     pub fn is_empty(&self) -> bool {
         self.listed.is_empty()
     }

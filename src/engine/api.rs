@@ -34,7 +34,7 @@ pub struct ModelInfo {
     pub max_position_embeddings: usize,
     /// Whether chat rows can be rendered.
     pub chat_template: bool,
-    /// What it is, by content.
+    /// Content hashes of weights, configuration, tokenizer and chat template.
     pub identity: ModelIdentity,
     /// Where it is, e.g. `cpu` or `cuda:0,cuda:1`.
     pub device: String,

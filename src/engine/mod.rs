@@ -195,7 +195,7 @@ impl Engine {
         self.shared.concurrent_runs
     }
 
-    /// What a base model is, by content.
+    /// Returns the content hashes of a base model.
     pub fn identity(&self, model: &str) -> Result<ModelIdentity, EngineError> {
         Ok(self.shared.bases.get(model)?.info.identity.clone())
     }

@@ -49,7 +49,7 @@ const PING: Duration = Duration::from_secs(5);
 pub struct Artifacts {
     root: PathBuf,
     remote: Option<Remote>,
-    /// Which store the database knows as its own.
+    /// The identity of the artifact store that belongs to the database.
     store_identity: Arc<OnceLock<String>>,
     /// Checkpoints that this process has found whole.
     checked: Arc<Mutex<HashSet<PathBuf>>>,
@@ -340,7 +340,7 @@ impl Artifacts {
         .await?
     }
 
-    /// What to answer when an object cannot be read: `Unavailable` where the store is not the right one.
+    /// Maps a missing object to `ARTIFACT_MISSING`, or to `Unavailable` if this is not the database's store.
     async fn explain_missing(&self, e: ServiceError, name: &str) -> ServiceError {
         if !matches!(e, ServiceError::NotFound { .. }) {
             return e;
@@ -603,7 +603,7 @@ fn damaged(name: &str, why: impl std::fmt::Display) -> ServiceError {
     ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", message: format!("the stored files of {name} are damaged: {why}") }
 }
 
-/// What the artifact store does not have may come back: a bucket that is restored, a list that is behind.
+/// The error for files that the artifact store lacks now. They may come back: a bucket can be restored, a listing can lag.
 fn missing(name: &str) -> ServiceError {
     let message = format!("the files of {name} are not in the artifact store: restore them, or delete what they belong to");
     ServiceError::FailedPrecondition { reason: "ARTIFACT_MISSING", message }

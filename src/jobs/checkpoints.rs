@@ -42,7 +42,7 @@ impl Service {
         Ok(())
     }
 
-    /// Whether a job that waits cannot continue from a checkpoint: deleting it lets the job go on from the one before.
+    /// Returns true if a waiting job cannot read this checkpoint. Deleting it lets the job continue from the one before.
     async fn is_out_of_reach(&self, state: JobState, checkpoint: &Checkpoint) -> bool {
         matches!(state, JobState::Queued | JobState::Paused)
             && matches!(
