@@ -8,7 +8,7 @@ use std::sync::Arc;
 use candle_core::Result;
 
 use super::backprop::{self, Keep, RowTape};
-use super::pack::{PackedRow, pack_rows};
+use super::pack::{PackedRow, pack_rows_for_devices};
 use super::pair::{EncodedPair, SequenceGroup};
 use super::parallel::over_devices;
 use super::scorer::Logps;
@@ -71,8 +71,8 @@ impl MicroBatch<'_> {
     fn run(&self, keep: Keep, scale: f64, mut gradients: Option<&mut [Gradients]>, pause: &mut dyn FnMut()) -> Result<(f64, Metrics)> {
         let groups: Vec<Vec<SequenceGroup>> = self.pairs.iter().map(|p| p.groups()).collect();
         let items: Vec<&[SequenceGroup]> = groups.iter().map(Vec::as_slice).collect();
-        let rows = pack_rows(&items, self.row_tokens);
         let devices = self.policy.devices().count();
+        let rows = pack_rows_for_devices(&items, self.row_tokens, devices);
         let at_once = if self.dpo.compares_pairs() { rows.len().max(1) } else { devices };
         let mut loss = 0.0;
         let mut observations = vec![PairObservation::default(); self.pairs.len()];

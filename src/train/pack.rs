@@ -41,11 +41,22 @@ pub fn pack_rows(items: &[&[SequenceGroup]], row_tokens: usize) -> Vec<PackedRow
     pack_owned_rows(&of_one_owner(items), row_tokens)
 }
 
+/// [`pack_rows`] for `devices` that each take every `devices`-th row: the number of rows is a multiple of theirs where there are items enough, so that
+/// none waits for the others.
+pub fn pack_rows_for_devices(items: &[&[SequenceGroup]], row_tokens: usize, devices: usize) -> Vec<PackedRow> {
+    pack_multiple(&of_one_owner(items), row_tokens, devices)
+}
+
 /// [`pack_rows`] for items of several owners.
 pub fn pack_owned_rows(items: &[Owned], row_tokens: usize) -> Vec<PackedRow> {
+    pack_multiple(items, row_tokens, 1)
+}
+
+fn pack_multiple(items: &[Owned], row_tokens: usize, multiple: usize) -> Vec<PackedRow> {
     let order = by_prompt(items);
     let mut left = sizes(items, &order).iter().sum::<usize>();
-    let mut rows_left = left.div_ceil(row_tokens).max(1);
+    let needed = left.div_ceil(row_tokens).max(1);
+    let mut rows_left = needed.next_multiple_of(multiple).min(items.len().max(needed));
     let mut rows = Vec::new();
     let (mut members, mut tokens): (Vec<usize>, usize) = (Vec::new(), 0);
     for &i in &order {
@@ -175,6 +186,27 @@ mod tests {
                 assert_eq!(&rows[0].row.targets[range.clone()], answer);
             }
         }
+    }
+
+    #[test]
+    fn every_device_gets_as_many_rows_where_there_are_items_enough() {
+        let sizes = |n: usize, row_tokens: usize, devices: usize| {
+            let items: Vec<_> = (0..n).map(|i| item(i as u32, 3, &[2, 1 + i % 3])).collect();
+            let rows = pack_rows_for_devices(&borrowed(&items), row_tokens, devices);
+            let mut seen: Vec<usize> = rows.iter().flat_map(|r| r.items.clone()).collect();
+            seen.sort_unstable();
+            assert_eq!(seen, (0..n).collect::<Vec<_>>());
+            rows.iter().map(|r| r.row.ids.len()).collect::<Vec<usize>>()
+        };
+        // A micro-batch that fits one row is shared out all the same.
+        assert_eq!(sizes(8, 1000, 4).len(), 4);
+        // Five rows on four devices would leave three of them idle for half of the time.
+        let eight = sizes(16, 24, 4);
+        assert_eq!(eight.len(), 8, "{eight:?}");
+        assert!(eight.iter().max().unwrap() - eight.iter().min().unwrap() <= 7, "{eight:?}");
+        // There are no more rows than items.
+        assert_eq!(sizes(3, 1000, 4).len(), 3);
+        assert_eq!(sizes(8, 1000, 1).len(), 1);
     }
 
     #[test]

@@ -5,7 +5,7 @@
 
 use candle_core::Result;
 
-use super::pack::{Owned, PackedRow, pack_owned_rows, pack_rows};
+use super::pack::{Owned, PackedRow, pack_owned_rows, pack_rows_for_devices};
 use super::pair::SequenceGroup;
 use super::parallel::over_devices;
 use crate::model::decoder::Policy;
@@ -21,7 +21,7 @@ pub fn score(policy: &Policy, groups: &[SequenceGroup]) -> Result<Logps> {
 /// Scores items together in rows of about `row_tokens` tokens, on all devices of the policy. `pause` is called before every block of the rows of its own.
 pub fn score_all(policy: &Policy, items: &[&[SequenceGroup]], row_tokens: usize, pause: &mut dyn FnMut()) -> Result<Vec<Logps>> {
     let mut all = vec![Logps::new(); items.len()];
-    let rows = pack_rows(items, row_tokens);
+    let rows = pack_rows_for_devices(items, row_tokens, policy.devices().count());
     let pass = |policy: &Policy, packed: &PackedRow, pause: &mut dyn FnMut()| policy.log_probs(packed.row.clone(), pause);
     for (packed, logps) in rows.iter().zip(over_devices(policy, rows.iter().collect(), pause, pass)?) {
         spread(packed, &logps, &mut all);

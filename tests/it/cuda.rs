@@ -179,10 +179,11 @@ async fn a_server_on_a_gpu_trains_and_scores_as_one_on_the_cpu() {
     let Some(name) = gpu_name() else { return };
     let mut outcomes = Vec::new();
     let models = format!("tiny={}", golden("models/llama").display());
-    // With mapped memory, too, which a GPU has and the emulator only when asked.
-    for (device, mapping) in [("cpu", "0"), (&name, "0"), (&name, "1")] {
+    // With mapped memory, too, which a GPU has and the emulator only when asked; and with work that is done only when something waits for it.
+    for (device, mapping, late) in [("cpu", "0", "0"), (&name, "0", "0"), (&name, "1", "0"), (&name, "1", "1")] {
         let dir = tempfile::tempdir().unwrap();
-        let server = Server::start_in(dir.path(), &models, &["--device", device], &[("EMULATE_MAPPING", mapping)]);
+        let environment = [("EMULATE_MAPPING", mapping), ("EMULATE_LATE", late)];
+        let server = Server::start_in(dir.path(), &models, &["--device", device], &environment);
         let client = server.client().await;
         let models = client.models().list_models(pb::ListModelsRequest::default()).await.unwrap().into_inner().models;
         assert_eq!(models[0].device, device);
@@ -202,29 +203,34 @@ async fn a_server_on_a_gpu_trains_and_scores_as_one_on_the_cpu() {
         assert_close("a margin after training", *gpu, *cpu, 1e-2, 0.1);
     }
     assert_eq!(outcomes[1], outcomes[2], "where memory lies changes no bit");
+    assert_eq!(outcomes[2], outcomes[3], "when work is done changes no bit");
 }
 
 #[tokio::test]
 async fn a_run_that_does_not_fit_the_gpu_goes_on_with_shorter_rows_and_fails_when_that_is_not_enough() {
     let Some(device) = gpu_name().filter(|_| is_emulated()) else { return };
-    // Room for one pair of a row, not for two; and room for none.
-    for (megabytes, succeeds) in [(46, true), (36, false)] {
+    // Room for one pair of a row, not for two; and room for none. In the last case a call that gives memory back to the driver fails, too.
+    for (megabytes, mapping, release_fails, succeeds) in
+        [(46, "0", "0", true), (36, "0", "0", false), (48, "1", "0", true), (36, "1", "0", false), (48, "1", "1", true)]
+    {
         let dir = tempfile::tempdir().unwrap();
         let memory = (megabytes << 20).to_string();
         let flags = ["--device", &device, "--device-memory-limit", "20GiB"];
         let models = format!("tiny={}", golden("models/llama").display());
-        let server = Server::start_in(dir.path(), &models, &flags, &[("EMULATE_MEMORY", &memory)]);
+        let environment = [("EMULATE_MEMORY", &*memory), ("EMULATE_MAPPING", mapping), ("EMULATE_RELEASE_FAILS", release_fails)];
+        let server = Server::start_in(dir.path(), &models, &flags, &environment);
         let client = server.client().await;
         let dataset = upload(&client, "pairs.jsonl").await;
         let job = submit(&client, job(&dataset.name, 3)).await;
         let events = finish(&client, &job).await;
         let logs: Vec<&str> =
             events.iter().filter_map(|e| if let Some(Event::Log(l)) = &e.event { Some(l.message.as_str()) } else { None }).collect();
-        assert!(logs.iter().any(|l| l.contains("out of memory") && l.contains("going on with rows of")), "{megabytes}: {logs:?}");
+        let what = format!("{megabytes} MiB, mapping {mapping}, release fails {release_fails}");
+        assert!(logs.iter().any(|l| l.contains("out of memory") && l.contains("going on with rows of")), "{what}: {logs:?}");
         let request = pb::GetTrainingJobRequest { name: job };
         let ended = client.training().get_training_job(request).await.unwrap().into_inner();
         let wanted = if succeeds { pb::JobState::Succeeded } else { pb::JobState::Failed };
-        assert_eq!(ended.state(), wanted, "{megabytes}: {:?}", ended.error);
+        assert_eq!(ended.state(), wanted, "{what}: {:?}", ended.error);
         assert_eq!(losses(&events).len(), if succeeds { 3 } else { 0 });
         if !succeeds {
             assert!(ended.error.unwrap().message.contains("out of memory"));
@@ -238,7 +244,7 @@ async fn a_gpu_that_fails_for_good_ends_the_process_and_the_next_one_goes_on() {
     let dir = tempfile::tempdir().unwrap();
     let models = format!("tiny={}", golden("models/llama").display());
     let flags = ["--device", &device];
-    let mut server = Server::start_in(dir.path(), &models, &flags, &[("EMULATE_LOST_AFTER", "400")]);
+    let mut server = Server::start_in(dir.path(), &models, &flags, &[("EMULATE_LOST_AFTER", "400"), ("EMULATE_MAPPING", "1")]);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let mut wanted = job(&dataset.name, 14);
@@ -325,6 +331,18 @@ fn a_gpu_has_a_memory_limit_of_its_own() {
     assert_eq!(start_engine(folder.path(), |options| options.memory_limit = Some(1)), Ok(()));
     let refused = start_engine(folder.path(), |options| options.device_memory_limit = Some(1)).unwrap_err();
     assert!(refused.contains("raise device_memory_limit"), "{refused}");
+}
+
+#[test]
+fn a_gpu_that_rounds_f32_products_is_refused() {
+    let Some(device) = gpu_name().filter(|_| is_emulated()) else { return };
+    let out = std::process::Command::new(crate::support::binary())
+        .args(["serve", "--models", &format!("tiny={}", golden("models/llama").display()), "--device", &device, "--listen", "127.0.0.1:0"])
+        .env("EMULATE_TF32", "1")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(!out.status.success() && said.contains("NVIDIA_TF32_OVERRIDE"), "{said}");
 }
 
 #[test]

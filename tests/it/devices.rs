@@ -13,11 +13,14 @@ type Devices = (&'static str, &'static [(&'static str, &'static str)]);
 
 const TWO_EMULATED: Devices = ("cuda:0,cuda:1", &[("EMULATE_DEVICES", "2")]);
 
+/// The same with memory as GPUs have it, and with work that is done only when something waits for it.
+const TWO_EMULATED_LATE: Devices = ("cuda:0,cuda:1", &[("EMULATE_DEVICES", "2"), ("EMULATE_MAPPING", "1"), ("EMULATE_LATE", "1")]);
+
 /// Two devices of each kind that can be had here.
 fn kinds() -> Vec<Devices> {
     let mut kinds: Vec<Devices> = vec![("cpu,cpu", &[])];
     if format!("{:?}", device()).contains("Emulated") {
-        kinds.push(TWO_EMULATED);
+        kinds.extend([TWO_EMULATED, TWO_EMULATED_LATE]);
     }
     kinds
 }

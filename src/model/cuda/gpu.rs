@@ -14,6 +14,7 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result as driver, sys
 
 use super::kernels::{self, Arg, Kind, Launch};
 use super::pool::Pool;
+use super::staging::Staging;
 
 /// Workspace that cuBLAS gets, once: with it a product's result does not depend on what ran before. The size is what NVIDIA advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
@@ -30,6 +31,7 @@ pub struct Gpu {
     module: driver_sys::CUmodule,
     functions: HashMap<(&'static str, Option<Kind>), driver_sys::CUfunction>,
     pool: Mutex<Pool>,
+    staging: Mutex<Staging>,
     out_of_memory: AtomicBool,
     lost: AtomicBool,
     name: String,
@@ -80,6 +82,63 @@ impl Matrix {
     pub fn t(self) -> Self {
         Matrix { transposed: !self.transposed, ..self }
     }
+
+    /// Without its first rows, as the product sees them.
+    fn rows_from(self, row: usize) -> Self {
+        self.from(row * if self.transposed { 1 } else { self.stride })
+    }
+
+    /// Without its first columns.
+    fn columns_from(self, column: usize) -> Self {
+        self.from(column * if self.transposed { self.stride } else { 1 })
+    }
+
+    fn from(self, element: usize) -> Self {
+        Matrix { address: Address(self.address.0 + (element * self.kind.bytes()) as u64), ..self }
+    }
+}
+
+/// Elements, from the first to the last, that cuBLAS counts in 32 bits.
+const MAX_ELEMENTS: usize = i32::MAX as usize;
+
+/// One call of cuBLAS for a part of a product.
+struct Part {
+    shape: [usize; 3],
+    a: Matrix,
+    b: Matrix,
+    c: Matrix,
+    /// Whether an earlier part has written C: this one adds to it.
+    adds: bool,
+}
+
+/// Divides a product until no operand has more than `limit` elements from its first to its last row. Which dimension is halved depends on the operand
+/// that is too long: its rows as they lie in memory.
+fn parts([m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, limit: usize) -> Vec<Part> {
+    let mut todo = vec![Part { shape: [m, n, k], a, b, c, adds: false }];
+    let mut parts = Vec::new();
+    while let Some(part) = todo.pop() {
+        let [m, n, k] = part.shape;
+        let rows_of_a = if part.a.transposed { k } else { m };
+        let rows_of_b = if part.b.transposed { n } else { k };
+        let long = |rows: usize, of: Matrix| rows > 1 && rows * of.stride > limit;
+        // The later half waits below the earlier one: sums go on in order.
+        if long(m, part.c) || (long(rows_of_a, part.a) && !part.a.transposed) {
+            let half = m / 2;
+            todo.push(Part { shape: [m - half, n, k], a: part.a.rows_from(half), c: part.c.rows_from(half), ..part });
+            todo.push(Part { shape: [half, n, k], ..part });
+        } else if long(rows_of_a, part.a) || (long(rows_of_b, part.b) && !part.b.transposed) {
+            let half = k / 2;
+            todo.push(Part { shape: [m, n, k - half], a: part.a.columns_from(half), b: part.b.rows_from(half), adds: true, ..part });
+            todo.push(Part { shape: [m, n, half], ..part });
+        } else if long(rows_of_b, part.b) {
+            let half = n / 2;
+            todo.push(Part { shape: [m, n - half, k], b: part.b.columns_from(half), c: part.c.columns_from(half), ..part });
+            todo.push(Part { shape: [m, half, k], ..part });
+        } else {
+            parts.push(part);
+        }
+    }
+    parts
 }
 
 fn failed(what: &str, e: DriverError) -> candle_core::Error {
@@ -125,9 +184,12 @@ impl Gpu {
         let maps = driver_sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED;
         let can_map = context.attribute(maps).is_ok_and(|supported| supported != 0);
         let pool = Pool::open(ordinal, total, total / RESERVE, can_map);
+        let staging = Mutex::new(Staging::open().map_err(|e| failed("allocating page-locked memory", e))?);
         tracing::info!(gpu = name, ordinal, capability = format!("{major}.{minor}"), "GPU opened");
         let (pool, out_of_memory, lost) = (Mutex::new(pool), AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Arc::new(Gpu { context, stream, blas, module, functions, pool, out_of_memory, lost, name }))
+        let gpu = Arc::new(Gpu { context, stream, blas, module, functions, pool, staging, out_of_memory, lost, name });
+        gpu.refuse_reduced_precision()?;
+        Ok(gpu)
     }
 
     /// How many the driver sees; 0 without a driver.
@@ -151,7 +213,7 @@ impl Gpu {
 
     /// Bytes that are free (what the pool could give back included), and all bytes.
     pub fn memory(&self) -> Result<(u64, u64)> {
-        let (free, total) = self.context.mem_get_info().map_err(|e| failed("asking for free memory", e))?;
+        let (free, total) = self.context.mem_get_info().map_err(|e| self.noted("asking for free memory", e))?;
         Ok(((free + self.pool().free_bytes()) as u64, total as u64))
     }
 
@@ -172,7 +234,7 @@ impl Gpu {
 
     /// Makes the calling thread use this GPU.
     pub fn bind(&self) -> Result<()> {
-        self.context.bind_to_thread().map_err(|e| failed("choosing the GPU", e))
+        self.context.bind_to_thread().map_err(|e| self.noted("choosing the GPU", e))
     }
 
     fn pool(&self) -> MutexGuard<'_, Pool> {
@@ -232,6 +294,9 @@ impl Gpu {
             | Code::CUDA_ERROR_INVALID_ADDRESS_SPACE
             | Code::CUDA_ERROR_NVLINK_UNCORRECTABLE
             | Code::CUDA_ERROR_CONTAINED
+            | Code::CUDA_ERROR_CONTEXT_IS_DESTROYED
+            | Code::CUDA_ERROR_MPS_CLIENT_TERMINATED
+            | Code::CUDA_ERROR_MPS_RPC_FAILURE
             | Code::CUDA_ERROR_ECC_UNCORRECTABLE => self.lost.store(true, Ordering::Release),
             _ => {}
         }
@@ -263,9 +328,11 @@ impl Gpu {
     /// Overwrites elements from `offset` on with host values.
     pub fn write<T: Copy>(&self, memory: &Memory, offset: usize, values: &[T]) -> Result<()> {
         assert!(offset + values.len() <= memory.len, "write: {} elements at {offset} of {}", values.len(), memory.len);
-        // SAFETY: the memory is large enough. From pageable memory the driver copies into its own before it returns.
-        unsafe { driver::memcpy_htod_async(memory.at(offset).0, values, self.stream.cu_stream()) }
-            .map_err(|e| self.noted("copying to the GPU", e))
+        // SAFETY: any value of `T` may be read as bytes: it is a number.
+        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
+        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the memory is long enough, as asserted.
+        unsafe { staging.copy(memory.at(offset).0, bytes, self.stream.cu_stream()) }.map_err(|e| self.noted("copying to the GPU", e))
     }
 
     /// Waits for the stream and copies the first elements to the host.
@@ -287,6 +354,24 @@ impl Gpu {
         Ok(to)
     }
 
+    /// Refuses a GPU whose f32 products round their operands to TF32, which a setting of the environment can ask of cuBLAS (`NVIDIA_TF32_OVERRIDE`).
+    fn refuse_reduced_precision(self: &Arc<Self>) -> Result<()> {
+        const N: usize = 256;
+        // TF32 has 10 bits after the point: this is 1 there.
+        let value = 1.0 + 2f32.powi(-20);
+        let a = self.upload(Kind::F32, &vec![value; N * N])?;
+        let mut identity = vec![0f32; N * N];
+        identity.iter_mut().step_by(N + 1).for_each(|x| *x = 1.0);
+        let (b, c) = (self.upload(Kind::F32, &identity)?, self.zeros(Kind::F32, N * N)?);
+        self.matmul([N, N, N], a.matrix(N), b.matrix(N), c.matrix(N), 1.0, 0.0)?;
+        let mut product = vec![0f32; N * N];
+        self.download(&c, &mut product)?;
+        if product.iter().any(|x| *x != value) {
+            bail!("f32 products on {} are not exact to f32: unset NVIDIA_TF32_OVERRIDE and other settings that ask for TF32", self.name);
+        }
+        Ok(())
+    }
+
     /// Starts a kernel.
     pub fn launch(&self, name: &'static str, kind: Option<Kind>, launch: Launch, args: &[Arg]) -> Result<()> {
         let Some(&function) = self.functions.get(&(name, kind)) else { bail!("there is no kernel {name} for {kind:?}") };
@@ -304,8 +389,16 @@ impl Gpu {
         launched.map_err(|e| self.noted(name, e))
     }
 
-    /// `c` `[m, n]` = β·c + α·a·b with a `[m, k]`, b `[k, n]` and f32 sums, `c` row-major.
-    pub fn matmul(&self, [m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, alpha: f32, beta: f32) -> Result<()> {
+    /// `c` `[m, n]` = β·c + α·a·b with a `[m, k]`, b `[k, n]` and f32 sums, `c` row-major. Operands of more than 2³¹ elements, which cuBLAS does not
+    /// count, are multiplied in parts.
+    pub fn matmul(&self, shape: [usize; 3], a: Matrix, b: Matrix, c: Matrix, alpha: f32, beta: f32) -> Result<()> {
+        for part in parts(shape, a, b, c, MAX_ELEMENTS) {
+            self.multiply(part.shape, part.a, part.b, part.c, alpha, if part.adds { 1.0 } else { beta })?;
+        }
+        Ok(())
+    }
+
+    fn multiply(&self, [m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, alpha: f32, beta: f32) -> Result<()> {
         if m == 0 || n == 0 || k == 0 {
             return Ok(());
         }
@@ -355,6 +448,7 @@ impl Drop for Gpu {
         if self.trim().is_err() {
             return;
         }
+        self.staging.get_mut().unwrap_or_else(PoisonError::into_inner).close();
         let blas = self.blas.get_mut().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: nothing of these is used any more: all memory holds a reference to this.
         unsafe {
@@ -432,6 +526,63 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        // In debug builds, what reads memory after it was given back reads NaN.
+        if cfg!(debug_assertions) {
+            // SAFETY: the memory is that long. On a thread without the context the call fails, and changes nothing.
+            let _ = unsafe { driver::memset_d8_async(self.address, 0xff, self.size, self.gpu.stream.cu_stream()) };
+        }
         self.gpu.pool().give(self.address, self.size);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matrix(stride: usize) -> Matrix {
+        Matrix { address: Address(0), kind: Kind::F32, stride, transposed: false }
+    }
+
+    /// Runs the parts of a product on the host: addresses are positions in the operands.
+    fn multiply([m, n, k]: [usize; 3], a: (Matrix, &[f64]), b: (Matrix, &[f64]), c: Matrix, limit: usize) -> (usize, Vec<f64>) {
+        let at = |m: Matrix, row: usize, column: usize| {
+            let (row, column) = if m.transposed { (column, row) } else { (row, column) };
+            m.address.0 as usize / 4 + row * m.stride + column
+        };
+        // What no part writes stays what it was, and what a part adds to must have been written.
+        let mut out = vec![f64::NAN; m * c.stride];
+        let parts = parts([m, n, k], a.0, b.0, c, limit);
+        for part in &parts {
+            let [m, n, k] = part.shape;
+            for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                let sum: f64 = (0..k).map(|l| a.1[at(part.a, i, l)] * b.1[at(part.b, l, j)]).sum();
+                let to = &mut out[at(part.c, i, j)];
+                *to = if part.adds { *to + sum } else { sum };
+            }
+        }
+        (parts.len(), out)
+    }
+
+    #[test]
+    fn products_of_long_operands_are_divided_and_give_the_same() {
+        let values = |n: usize| (0..n).map(|i| ((i * 7919) % 23) as f64 - 11.0).collect::<Vec<f64>>();
+        let [m, n, k] = [37, 12, 29];
+        for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
+            let stored = |rows: usize, columns: usize, transposed: bool| match transposed {
+                true => (matrix(rows + 3).t(), columns * (rows + 3)),
+                false => (matrix(columns + 3), rows * (columns + 3)),
+            };
+            let ((a, a_len), (b, b_len)) = (stored(m, k, ta), stored(k, n, tb));
+            let (a_values, b_values, c) = (values(a_len), values(b_len), matrix(n + 2));
+            let run = |limit| multiply([m, n, k], (a, &a_values), (b, &b_values), c, limit);
+            let (one, whole) = run(MAX_ELEMENTS);
+            assert_eq!(one, 1);
+            for limit in [50, 100, 300] {
+                let (parts, divided) = run(limit);
+                assert!(parts > 1);
+                let same = whole.iter().zip(&divided).all(|(x, y)| x == y || (x.is_nan() && y.is_nan()));
+                assert!(same, "a transposed {ta}, b transposed {tb}, at most {limit} elements");
+            }
+        }
     }
 }

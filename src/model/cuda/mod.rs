@@ -13,6 +13,7 @@ mod kernels;
 mod pool;
 mod projections;
 mod row;
+mod staging;
 mod weights;
 
 use std::sync::Arc;

@@ -10,8 +10,14 @@ use cudarc::driver::{DriverError, result as driver, sys};
 
 use crate::model::ranges::Ranges;
 
-/// What is mapped at a time.
-const CHUNK: usize = 32 << 20;
+/// The most memory that is mapped at a time.
+const MAX_CHUNK: usize = 32 << 20;
+
+/// The least: devices map memory in pages of this size.
+const MIN_CHUNK: usize = 2 << 20;
+
+/// A device has at least so many chunks, so that a small one (a MIG slice) does not lose much to a chunk in part use.
+const MIN_CHUNKS: usize = 512;
 
 /// Every address and size is a multiple.
 const ALIGNMENT: usize = 512;
@@ -134,6 +140,8 @@ struct Arena {
     reserved: usize,
     place: sys::CUmemLocation,
     ranges: Ranges,
+    /// Bytes that are mapped at a time.
+    chunk: usize,
     chunks: Vec<Option<sys::CUmemGenericAllocationHandle>>,
     /// Bytes of the chunks that are there.
     mapped: usize,
@@ -142,17 +150,20 @@ struct Arena {
 impl Arena {
     fn reserve(ordinal: usize, total: usize) -> Result<Self, DriverError> {
         // Addresses cost nothing: twice the memory, for the holes between what is in use.
-        let reserved = (2 * total).next_multiple_of(CHUNK);
+        let chunk = (total / MIN_CHUNKS).next_multiple_of(MIN_CHUNK).clamp(MIN_CHUNK, MAX_CHUNK);
+        let reserved = (2 * total).next_multiple_of(chunk);
         let mut base = 0;
         // SAFETY: the address is written to a variable.
-        unsafe { sys::cuMemAddressReserve(&raw mut base, reserved, CHUNK, 0, 0) }.result()?;
+        unsafe { sys::cuMemAddressReserve(&raw mut base, reserved, chunk, 0, 0) }.result()?;
         let place = sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, id: ordinal as i32 };
-        Ok(Arena { base, reserved, place, ranges: Ranges::default(), chunks: vec![None; reserved / CHUNK], mapped: 0 })
+        let chunks = vec![None; reserved / chunk];
+        Ok(Arena { base, reserved, place, ranges: Ranges::default(), chunk, chunks, mapped: 0 })
     }
 
     fn take(&mut self, size: usize, reserve: usize) -> Option<(u64, usize)> {
         let at = self.ranges.take(size);
-        if at + size <= self.reserved && (at / CHUNK..=(at + size - 1) / CHUNK).all(|chunk| self.map(chunk, reserve)) {
+        let (first, last) = (at / self.chunk, (at + size - 1) / self.chunk);
+        if at + size <= self.reserved && (first..=last).all(|chunk| self.map(chunk, reserve)) {
             return Some((self.base + at as u64, size));
         }
         self.ranges.give(at, size);
@@ -163,25 +174,39 @@ impl Arena {
         self.ranges.give((address - self.base) as usize, size);
     }
 
-    /// Whether chunk `chunk` has memory, now if not before.
+    /// Maps chunk `chunk` unless it is mapped already. Returns false, and leaves the chunk out of use, when there is no memory for it or less than
+    /// `reserve` would be left.
     fn map(&mut self, chunk: usize, reserve: usize) -> bool {
         if self.chunks[chunk].is_some() {
             return true;
         }
-        let Ok(handle) = self.create(self.base + (chunk * CHUNK) as u64) else { return false };
-        self.mapped += CHUNK;
+        let Ok(handle) = self.create(self.address(chunk)) else { return false };
+        self.mapped += self.chunk;
         self.chunks[chunk] = Some(handle);
         // Another process may have taken what was free before.
-        free_of_driver() >= reserve || self.unmap(chunk).is_err()
+        if free_of_driver() >= reserve {
+            return true;
+        }
+        // Whatever comes of this, the caller must not use the chunk: its memory may be gone although the call failed.
+        if let Err(e) = self.unmap(chunk) {
+            tracing::warn!(reason = ?e.0, "memory of the GPU was not given back to the driver");
+        }
+        false
     }
 
+    /// The first address of a chunk.
+    fn address(&self, chunk: usize) -> u64 {
+        self.base + (chunk * self.chunk) as u64
+    }
+
+    /// Unmaps a chunk that nobody uses and releases its memory.
     fn unmap(&mut self, chunk: usize) -> Result<(), DriverError> {
         let Some(handle) = self.chunks[chunk] else { return Ok(()) };
         // SAFETY: the chunk is mapped there, and nobody uses it.
         unsafe {
-            sys::cuMemUnmap(self.base + (chunk * CHUNK) as u64, CHUNK).result()?;
+            sys::cuMemUnmap(self.address(chunk), self.chunk).result()?;
             self.chunks[chunk] = None;
-            self.mapped -= CHUNK;
+            self.mapped -= self.chunk;
             sys::cuMemRelease(handle).result()
         }
     }
@@ -204,11 +229,11 @@ impl Arena {
         let mut handle = 0;
         // SAFETY: the chunk's addresses are reserved and have no memory yet; what fails is undone.
         unsafe {
-            sys::cuMemCreate(&raw mut handle, CHUNK, &raw const what, 0).result()?;
-            let mapped = sys::cuMemMap(address, CHUNK, 0, handle, 0).result();
-            let usable = mapped.and_then(|()| sys::cuMemSetAccess(address, CHUNK, &raw const access, 1).result());
+            sys::cuMemCreate(&raw mut handle, self.chunk, &raw const what, 0).result()?;
+            let mapped = sys::cuMemMap(address, self.chunk, 0, handle, 0).result();
+            let usable = mapped.and_then(|()| sys::cuMemSetAccess(address, self.chunk, &raw const access, 1).result());
             if let Err(e) = usable {
-                let _ = mapped.map(|()| sys::cuMemUnmap(address, CHUNK));
+                let _ = mapped.map(|()| sys::cuMemUnmap(address, self.chunk));
                 let _ = sys::cuMemRelease(handle);
                 return Err(e);
             }
@@ -219,7 +244,7 @@ impl Arena {
     /// Unmaps the chunks of which nothing is in use.
     fn trim(&mut self) -> Result<(), DriverError> {
         for chunk in 0..self.chunks.len() {
-            if self.ranges.is_free(chunk * CHUNK, CHUNK) {
+            if self.ranges.is_free(chunk * self.chunk, self.chunk) {
                 self.unmap(chunk)?;
             }
         }

@@ -1,5 +1,6 @@
 // A stand-in for the cuBLAS library: matrix products on the CPU, with the checks of the original.
-// Matrices are column-major. Products are summed in f32, over k from 0 up.
+// Matrices are column-major. Products are summed in f32, over k from 0 up. EMULATE_TF32=1 rounds the operands of f32
+// products to TF32, as NVIDIA_TF32_OVERRIDE may make cuBLAS do.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -7,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -27,12 +29,14 @@ struct Handle {
 struct Driver {
     int (*contains)(const void*, size_t) = nullptr;
     void (*check_after)(const char*) = nullptr;
+    void (*defer)(void (*)(void*), void*) = nullptr;
     Driver() {
         if (void* library = dlopen("libcuda.so.1", RTLD_NOW)) {
             contains = reinterpret_cast<decltype(contains)>(dlsym(library, "emulate_contains"));
             check_after = reinterpret_cast<decltype(check_after)>(dlsym(library, "emulate_check_after"));
+            defer = reinterpret_cast<decltype(defer)>(dlsym(library, "emulate_defer"));
         }
-        if (contains == nullptr || check_after == nullptr) {
+        if (contains == nullptr || check_after == nullptr || defer == nullptr) {
             fprintf(stderr, "emulator: this cuBLAS needs the emulated libcuda.so.1\n");
             abort();
         }
@@ -41,6 +45,17 @@ struct Driver {
 const Driver& driver() {
     static const Driver driver;
     return driver;
+}
+
+// Does the work when the device comes to it.
+void defer(std::function<void()> work) {
+    driver().defer(
+        [](void* data) {
+            auto* work = static_cast<std::function<void()>*>(data);
+            (*work)();
+            delete work;
+        },
+        new std::function<void()>(std::move(work)));
 }
 
 float from_bits(uint32_t bits) {
@@ -122,42 +137,45 @@ Status product(Handle* handle, Operation op_a, Operation op_b, int m, int n, int
     if (m == 0 || n == 0 || batch == 0) {
         return SUCCESS;
     }
+    static const bool tf32 = getenv("EMULATE_TF32") != nullptr;
     int drop = 0;       // bits that the tensor cores do not take from an f32
     if (compute == COMPUTE_32F_FAST_16BF) {
         drop = 16;
     } else if (a.type == R_32F && (compute == COMPUTE_32F_FAST_TF32 ||
-                                   (compute == COMPUTE_32F && handle->math == TF32_TENSOR_OP_MATH))) {
+                                   (compute == COMPUTE_32F && (handle->math == TF32_TENSOR_OP_MATH || tf32)))) {
         drop = 13;
     }
-    const size_t rows = size_t(m), columns = size_t(n), depth = size_t(k);
-    std::vector<float> left(rows * depth), right(depth * columns), sums(rows);
-    for (int i = 0; i < batch; ++i) {
-        const size_t at_a = size_t(i * a.stride), at_b = size_t(i * b.stride), at_c = size_t(i * c.stride);
-        need_device("A", static_cast<const char*>(a.data) + at_a * size_of(a.type),
-                    transposed_a ? extent(depth, rows, a.ld, a.type) : extent(rows, depth, a.ld, a.type));
-        need_device("B", static_cast<const char*>(b.data) + at_b * size_of(b.type),
-                    transposed_b ? extent(columns, depth, b.ld, b.type) : extent(depth, columns, b.ld, b.type));
-        need_device("C", static_cast<const char*>(c.data) + at_c * size_of(c.type),
-                    extent(rows, columns, c.ld, c.type));
-        unpack(left, a, at_a, transposed_a, rows, depth, 1, rows, drop);        // left[l · m + row]
-        unpack(right, b, at_b, transposed_b, depth, columns, 1, depth, drop);   // right[column · k + l]
-        for (size_t column = 0; column < columns; ++column) {
-            std::fill(sums.begin(), sums.end(), 0.0f);
-            for (size_t l = 0; l < depth; ++l) {
-                const float* from = &left[l * rows];
-                const float factor = right[column * depth + l];
+    defer([=, alpha = *alpha, beta = *beta] {
+        const size_t rows = size_t(m), columns = size_t(n), depth = size_t(k);
+        std::vector<float> left(rows * depth), right(depth * columns), sums(rows);
+        for (int i = 0; i < batch; ++i) {
+            const size_t at_a = size_t(i * a.stride), at_b = size_t(i * b.stride), at_c = size_t(i * c.stride);
+            need_device("A", static_cast<const char*>(a.data) + at_a * size_of(a.type),
+                        transposed_a ? extent(depth, rows, a.ld, a.type) : extent(rows, depth, a.ld, a.type));
+            need_device("B", static_cast<const char*>(b.data) + at_b * size_of(b.type),
+                        transposed_b ? extent(columns, depth, b.ld, b.type) : extent(depth, columns, b.ld, b.type));
+            need_device("C", static_cast<const char*>(c.data) + at_c * size_of(c.type),
+                        extent(rows, columns, c.ld, c.type));
+            unpack(left, a, at_a, transposed_a, rows, depth, 1, rows, drop);        // left[l · m + row]
+            unpack(right, b, at_b, transposed_b, depth, columns, 1, depth, drop);   // right[column · k + l]
+            for (size_t column = 0; column < columns; ++column) {
+                std::fill(sums.begin(), sums.end(), 0.0f);
+                for (size_t l = 0; l < depth; ++l) {
+                    const float* from = &left[l * rows];
+                    const float factor = right[column * depth + l];
+                    for (size_t row = 0; row < rows; ++row) {
+                        sums[row] += from[row] * factor;
+                    }
+                }
                 for (size_t row = 0; row < rows; ++row) {
-                    sums[row] += from[row] * factor;
+                    const size_t at = at_c + column * size_t(c.ld) + row;
+                    const float before = beta == 0.0f ? 0.0f : beta * load(c.data, c.type, at);
+                    store(c_data, c.type, at, alpha * sums[row] + before);
                 }
             }
-            for (size_t row = 0; row < rows; ++row) {
-                const size_t at = at_c + column * size_t(c.ld) + row;
-                const float before = *beta == 0.0f ? 0.0f : *beta * load(c.data, c.type, at);
-                store(c_data, c.type, at, *alpha * sums[row] + before);
-            }
         }
-    }
-    driver().check_after("cublas");
+        driver().check_after("cublas");
+    });
     return SUCCESS;
 }
 

@@ -1,7 +1,9 @@
 // A stand-in for the CUDA driver library that runs the compiled-in kernels on the CPU.
 //
-// Every call is done when it returns, so streams and events order nothing. Modules are not compiled from their
-// image: it only has to name the kernels that are asked for, if it is PTX.
+// Every call is done when it returns, unless EMULATE_LATE=1: then copies, kernels and products wait in their device's
+// queue until something waits for them, as they may on a GPU, and read their sources only then. All streams of a device
+// are one. Modules are not compiled from their image: it only has to name the kernels that are asked for, if it is PTX.
+// EMULATE_RELEASE_FAILS=1: memory is released, and the call says that it failed.
 #include "registry.h"
 
 #include <pthread.h>
@@ -9,6 +11,9 @@
 
 #include <atomic>
 #include <chrono>
+#include <deque>
+#include <functional>
+#include <mutex>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -126,6 +131,47 @@ void check_still_there() {
     }
 }
 
+bool is_set(const char* variable) {
+    const char* text = getenv(variable);
+    return text != nullptr && *text == '1';
+}
+
+// What a device has been given to do and has not done.
+struct Queue {
+    std::recursive_mutex mutex;
+    std::deque<std::function<Result()>> waiting;
+    Result failure = SUCCESS;
+};
+Queue& queue() {
+    static Queue queues[emulate::MOST_DEVICES];
+    return queues[emulate::current_device()];
+}
+Result defer(std::function<Result()> work) {
+    static const bool late = is_set("EMULATE_LATE");
+    Queue& mine = queue();
+    std::lock_guard<std::recursive_mutex> lock(mine.mutex);
+    if (!late) {
+        return work();
+    }
+    mine.waiting.push_back(std::move(work));
+    return SUCCESS;
+}
+// Does what waits, in order. A failure is told by every later wait.
+Result finish() {
+    Queue& mine = queue();
+    std::lock_guard<std::recursive_mutex> lock(mine.mutex);
+    while (!mine.waiting.empty()) {
+        const std::function<Result()> work = std::move(mine.waiting.front());
+        mine.waiting.pop_front();
+        const Result result = work();
+        if (mine.failure == SUCCESS) {
+            mine.failure = result;
+        }
+    }
+    return mine.failure;
+}
+Result wait() { return no_context() ? INVALID_CONTEXT : finish(); }
+
 Result set(void* to, size_t pattern, size_t size, size_t n) {
     if (no_context()) {
         return INVALID_CONTEXT;
@@ -133,10 +179,12 @@ Result set(void* to, size_t pattern, size_t size, size_t n) {
     if (n != 0 && !memory().contains(to, size * n)) {
         return INVALID_VALUE;
     }
-    for (size_t i = 0; i < n; ++i) {
-        memcpy(static_cast<char*>(to) + i * size, &pattern, size);      // little-endian: the low bytes
-    }
-    return SUCCESS;
+    return defer([=] {
+        for (size_t i = 0; i < n; ++i) {
+            memcpy(static_cast<char*>(to) + i * size, &pattern, size);      // little-endian: the low bytes
+        }
+        return SUCCESS;
+    });
 }
 
 // Only the addresses said to be on the device must be device memory.
@@ -151,9 +199,12 @@ Result copy(void* to, bool to_device, const void* from, bool from_device, size_t
     if ((to_device && !memory().contains(to, n)) || (from_device && !memory().contains(from, n))) {
         return INVALID_VALUE;
     }
-    memmove(to, from, n);
-    return SUCCESS;
+    return defer([=] {
+        memmove(to, from, n);
+        return SUCCESS;
+    });
 }
+Result then_wait(Result result) { return result == SUCCESS ? wait() : result; }
 
 }  // namespace
 
@@ -207,8 +258,7 @@ EXPORT Result cuDeviceTotalMem_v2(size_t* bytes, int) {
 EXPORT Result cuDeviceGetAttribute(int* value, int key, int) {
     constexpr int VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED = 102;
     if (key == VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED) {
-        const char* mapping = getenv("EMULATE_MAPPING");
-        *value = mapping != nullptr && *mapping == '1';
+        *value = is_set("EMULATE_MAPPING");
         return SUCCESS;
     }
     for (const Attribute& attribute : ATTRIBUTES) {
@@ -233,7 +283,7 @@ EXPORT Result cuCtxGetCurrent(Context** context) {
     *context = static_cast<Context*>(pthread_getspecific(current_context()));
     return SUCCESS;
 }
-EXPORT Result cuCtxSynchronize() { return no_context() ? INVALID_CONTEXT : SUCCESS; }
+EXPORT Result cuCtxSynchronize() { return wait(); }
 
 // --------------------------------------------------------------------------------------------- memory
 
@@ -259,6 +309,7 @@ EXPORT Result cuMemFree_v2(void* pointer) {
     if (no_context()) {
         return INVALID_CONTEXT;
     }
+    finish();       // as the driver does
     return pointer == nullptr || memory().release(pointer) ? SUCCESS : INVALID_VALUE;
 }
 EXPORT Result cuMemAllocAsync(void** pointer, size_t bytes, Stream*) { return cuMemAlloc_v2(pointer, bytes); }
@@ -286,7 +337,7 @@ EXPORT Result cuMemCreate(size_t* handle, size_t bytes, const Properties* proper
 EXPORT Result cuMemRelease(size_t handle) {
     const size_t device = handle % emulate::MOST_DEVICES;
     memory().destroy(handle - device, int(device));
-    return SUCCESS;
+    return is_set("EMULATE_RELEASE_FAILS") ? INVALID_VALUE : SUCCESS;
 }
 EXPORT Result cuMemMap(void* pointer, size_t bytes, size_t offset, size_t handle, unsigned long long) {
     const size_t device = handle % emulate::MOST_DEVICES;
@@ -302,13 +353,13 @@ EXPORT Result cuMemFreeHost(void* pointer) {
     free(pointer);
     return SUCCESS;
 }
-EXPORT Result cuMemsetD8_v2(void* to, unsigned char value, size_t n) { return set(to, value, 1, n); }
+EXPORT Result cuMemsetD8_v2(void* to, unsigned char value, size_t n) { return then_wait(set(to, value, 1, n)); }
 EXPORT Result cuMemsetD8Async(void* to, unsigned char value, size_t n, Stream*) { return set(to, value, 1, n); }
-EXPORT Result cuMemsetD32_v2(void* to, unsigned value, size_t n) { return set(to, value, 4, n); }
+EXPORT Result cuMemsetD32_v2(void* to, unsigned value, size_t n) { return then_wait(set(to, value, 4, n)); }
 EXPORT Result cuMemsetD32Async(void* to, unsigned value, size_t n, Stream*) { return set(to, value, 4, n); }
-EXPORT Result cuMemcpyHtoD_v2(void* to, const void* from, size_t n) { return copy(to, true, from, false, n); }
-EXPORT Result cuMemcpyDtoH_v2(void* to, const void* from, size_t n) { return copy(to, false, from, true, n); }
-EXPORT Result cuMemcpyDtoD_v2(void* to, const void* from, size_t n) { return copy(to, true, from, true, n); }
+EXPORT Result cuMemcpyHtoD_v2(void* to, const void* from, size_t n) { return then_wait(copy(to, true, from, false, n)); }
+EXPORT Result cuMemcpyDtoH_v2(void* to, const void* from, size_t n) { return then_wait(copy(to, false, from, true, n)); }
+EXPORT Result cuMemcpyDtoD_v2(void* to, const void* from, size_t n) { return then_wait(copy(to, true, from, true, n)); }
 EXPORT Result cuMemcpyHtoDAsync_v2(void* to, const void* from, size_t n, Stream*) {
     return copy(to, true, from, false, n);
 }
@@ -329,11 +380,13 @@ EXPORT Result cuStreamDestroy_v2(Stream* stream) {
     delete stream;
     return SUCCESS;
 }
-EXPORT Result cuStreamSynchronize(Stream*) { return no_context() ? INVALID_CONTEXT : SUCCESS; }
+EXPORT Result cuStreamSynchronize(Stream*) { return wait(); }
 EXPORT Result cuStreamWaitEvent(Stream*, Event*, unsigned) { return SUCCESS; }
 EXPORT Result cuLaunchHostFunc(Stream*, void (*function)(void*), void* data) {
-    function(data);
-    return SUCCESS;
+    return defer([=] {
+        function(data);
+        return SUCCESS;
+    });
 }
 EXPORT Result cuEventCreate(Event** event, unsigned flags) {
     *event = new Event{(flags & 2) == 0, false, {}};        // 2: CU_EVENT_DISABLE_TIMING
@@ -348,8 +401,8 @@ EXPORT Result cuEventRecord(Event* event, Stream*) {
     event->time = std::chrono::steady_clock::now();
     return SUCCESS;
 }
-EXPORT Result cuEventQuery(Event*) { return SUCCESS; }
-EXPORT Result cuEventSynchronize(Event*) { return SUCCESS; }
+EXPORT Result cuEventQuery(Event*) { return wait(); }
+EXPORT Result cuEventSynchronize(Event* event) { return event->recorded ? wait() : SUCCESS; }
 EXPORT Result cuEventElapsedTime_v2(float* milliseconds, Event* start, Event* end) {
     if (!start->timed || !end->timed || !start->recorded || !end->recorded) {
         return INVALID_HANDLE;
@@ -431,12 +484,21 @@ EXPORT Result cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_
         return ILLEGAL_ADDRESS;
     }
     const emulate::Kernel& kernel = *function->kernel;
-    kernel.start(kernel.name, dim3(grid_x, grid_y, grid_z), dim3(block_x, block_y, block_z), shared, parameters);
-    memory().check_after(kernel.name);
-    return SUCCESS;
+    auto run = kernel.prepare(kernel.name, dim3(grid_x, grid_y, grid_z), dim3(block_x, block_y, block_z), shared, parameters);
+    return defer([&kernel, run = std::move(run)] {
+        run();
+        memory().check_after(kernel.name);
+        return SUCCESS;
+    });
 }
 
 // --------------------------------------------------------------- for the emulated cuBLAS, not part of CUDA
 
 EXPORT int emulate_contains(const void* pointer, size_t bytes) { return memory().contains(pointer, bytes); }
+EXPORT void emulate_defer(void (*work)(void*), void* data) {
+    defer([=] {
+        work(data);
+        return SUCCESS;
+    });
+}
 EXPORT void emulate_check_after(const char* operation) { memory().check_after(operation); }

@@ -5,7 +5,7 @@
 
 namespace emulate {
 
-#define KERNEL_NAME(name) {#name, &Entry<&name>::start},
+#define KERNEL_NAME(name) {#name, &Entry<&name>::prepare},
 static const Kernel KERNELS[] = {
 #include "names.inc"
 };

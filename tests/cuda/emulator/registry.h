@@ -3,12 +3,14 @@
 
 #include "memory.h"
 
+#include <functional>
+
 namespace emulate {
 
 struct Kernel {
     const char* name;
-    // Takes the arguments as cuLaunchKernel gets them: pointers to the values.
-    void (*start)(const char* name, dim3 grid, dim3 block, size_t shared, void** parameters);
+    // Takes the arguments as cuLaunchKernel gets them, as pointers to the values, which it copies; the result runs the kernel.
+    std::function<void()> (*prepare)(const char* name, dim3 grid, dim3 block, size_t shared, void** parameters);
 };
 
 const Kernel* find_kernel(const char* name);
@@ -27,14 +29,16 @@ template <class T> void check_argument(const char* name, size_t index, T value) 
 
 template <auto KERNEL_FUNCTION> struct Entry;
 template <class... P, void (*KERNEL_FUNCTION)(P...)> struct Entry<KERNEL_FUNCTION> {
-    static void start(const char* name, dim3 grid, dim3 block, size_t shared, void** parameters) {
-        start(name, grid, block, shared, parameters, std::index_sequence_for<P...>());
+    static std::function<void()> prepare(const char* name, dim3 grid, dim3 block, size_t shared, void** parameters) {
+        return prepare(name, grid, block, shared, parameters, std::index_sequence_for<P...>());
     }
     template <size_t... I>
-    static void start(const char* name, dim3 grid, dim3 block, size_t shared, void** parameters,
-                      std::index_sequence<I...>) {
+    static std::function<void()> prepare(const char* name, dim3 grid, dim3 block, size_t shared, void** parameters,
+                                         std::index_sequence<I...>) {
         (check_argument(name, I, *static_cast<P*>(parameters[I])), ...);
-        launch(name, KERNEL_FUNCTION, grid, block, shared, *static_cast<P*>(parameters[I])...);
+        return [=, arguments = std::tuple<P...>(*static_cast<P*>(parameters[I])...)] {
+            launch(name, KERNEL_FUNCTION, grid, block, shared, std::get<I>(arguments)...);
+        };
     }
 };
 
