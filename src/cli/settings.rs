@@ -24,6 +24,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("listen", "127.0.0.1:50051", "The gRPC address"),
     ("http_listen", "127.0.0.1:9090", "The address of /metrics, /livez and /readyz; off turns it off"),
     ("device", "cpu", "Where to compute: cpu, cuda:N (a GPU), several with commas between, each a worker, or auto (every GPU, else cpu)"),
+    ("missing_devices", "refuse", "When a device that is named cannot be opened: refuse to start, or skip it and start with the others"),
     ("data_parallel", "1", "Devices that a training run uses together, each for a share of its rows; 1 gives every run its own"),
     ("precision", "f32", "What matrix products are computed in, and how frozen weights are kept: f32 or bf16"),
     ("threads", "0", "CPU threads for compute; 0 is all cores"),
@@ -273,6 +274,13 @@ impl Settings {
             threads: reader.number("threads", 0).unwrap_or_default(),
             engine: EngineOptions {
                 devices,
+                skip_missing_devices: reader
+                    .parse("missing_devices", "refuse or skip", |s| match s {
+                        "refuse" => Some(false),
+                        "skip" => Some(true),
+                        _ => None,
+                    })
+                    .unwrap_or_default(),
                 data_parallel,
                 precision: reader.parse("precision", "f32 or bf16", Precision::parse).unwrap_or_default(),
                 queue_tokens: reader.number("queue_tokens", 1).unwrap_or(defaults.queue_tokens),

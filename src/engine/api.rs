@@ -188,6 +188,8 @@ pub struct TrainingRun {
 pub struct EngineOptions {
     /// Where passes are computed; each is a worker's.
     pub devices: Vec<DeviceChoice>,
+    /// Whether to start without those of the devices that cannot be opened, as long as one can.
+    pub skip_missing_devices: bool,
     /// Devices that a run uses together; 1 gives every run its own.
     pub data_parallel: usize,
     /// How frozen weights are kept and what scoring computes in; jobs may choose their own.
@@ -216,6 +218,7 @@ impl Default for EngineOptions {
     fn default() -> Self {
         EngineOptions {
             devices: vec![DeviceChoice::Cpu],
+            skip_missing_devices: false,
             data_parallel: 1,
             precision: Precision::F32,
             queue_tokens: 1 << 20,

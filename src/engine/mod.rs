@@ -147,9 +147,17 @@ fn refuse_wide_heads(models: &[LoadedModel], device: &ComputeDevice) -> Result<(
 
 /// The devices, each with the bytes that the estimate may reach on it. Where they were not named, those are left out that cannot hold the `needed` bytes.
 fn places(options: &EngineOptions, models: &[LoadedModel], needed: u64) -> Result<Vec<(ComputeDevice, u64)>, EngineError> {
-    let (mut places, mut too_small) = (Vec::new(), None);
+    let (mut places, mut left_out) = (Vec::new(), None);
     for choice in &options.devices {
-        for device in ComputeDevice::open_all(*choice).map_err(|e| EngineError::Device(format!("{choice}: {e}")))? {
+        let opened = match ComputeDevice::open_all(*choice).map_err(|e| EngineError::Device(format!("{choice}: {e}"))) {
+            Err(e) if options.skip_missing_devices => {
+                tracing::warn!(device = %choice, error = %e, "a device that was named cannot be opened: going on without it");
+                left_out = Some(e);
+                continue;
+            }
+            opened => opened?,
+        };
+        for device in opened {
             refuse_wide_heads(models, &device)?;
             let available = memory_limit(options, &device);
             if needed <= available {
@@ -163,11 +171,11 @@ fn places(options: &EngineOptions, models: &[LoadedModel], needed: u64) -> Resul
                 return Err(e);
             }
             tracing::warn!(error = %e, "a GPU is left out");
-            too_small = Some(e);
+            left_out = Some(e);
         }
     }
     if places.is_empty()
-        && let Some(e) = too_small
+        && let Some(e) = left_out
     {
         return Err(e);
     }

@@ -3,6 +3,8 @@
 
 use std::time::{Duration, Instant};
 
+use bradley::engine::{self, api::EngineOptions};
+use bradley::model::device::DeviceChoice;
 use bradley::rpc::pb::{self, training_event::Event};
 
 use crate::server::{Server, finish, job, pairs, score, scored, state, submit, upload};
@@ -138,6 +140,25 @@ async fn a_run_on_two_devices_learns_what_it_learns_on_one_and_repeats_bit_for_b
         assert_ne!(alone.0, both.0, "two devices add up in another order: were there two?");
         assert_eq!(both, learnt(devices, &["--data-parallel", "2"]).await, "{}", devices.0);
     }
+}
+
+#[tokio::test]
+async fn a_server_starts_without_a_device_that_is_missing_only_when_told_to() {
+    let model = bradley::model::loader::load_model;
+    let load = || model(Some("m"), golden("models/llama").to_str().unwrap(), &Default::default()).unwrap();
+    let missing = DeviceChoice::parse("cuda:97").unwrap();
+    let here = if device().name() == "cpu" { DeviceChoice::Cpu } else { DeviceChoice::Cuda(0) };
+    let start = |devices: Vec<DeviceChoice>, skip_missing_devices| {
+        engine::start(vec![load()], EngineOptions { devices, skip_missing_devices, ..EngineOptions::default() })
+    };
+    let refused = start(vec![here, missing], false).err().unwrap().to_string();
+    assert!(refused.contains("cuda:97"), "{refused}");
+    let started = start(vec![here, missing], true).unwrap();
+    assert_eq!(started.models()[0].device, here.to_string());
+    started.drain();
+    // Not one device is left.
+    let refused = start(vec![missing], true).err().unwrap().to_string();
+    assert!(refused.contains("cuda:97"), "{refused}");
 }
 
 #[test]
