@@ -209,10 +209,17 @@ async fn a_server_on_a_gpu_trains_and_scores_as_one_on_the_cpu() {
 #[tokio::test]
 async fn a_run_that_does_not_fit_the_gpu_goes_on_with_shorter_rows_and_fails_when_that_is_not_enough() {
     let Some(device) = gpu_name().filter(|_| is_emulated()) else { return };
-    // Room for one pair of a row, not for two; and room for none. In the last case a call that gives memory back to the driver fails, too.
-    for (megabytes, mapping, release_fails, succeeds) in
-        [(46, "0", "0", true), (36, "0", "0", false), (48, "1", "0", true), (36, "1", "0", false), (48, "1", "1", true)]
-    {
+    // Room for one pair of a row, not for two; and room for none. Mapped memory comes in larger pieces. In the last case the driver's call that gives
+    // memory back says that it failed: what was unmapped must not be handed out.
+    let cases = [
+        (46, "0", "0", None),
+        (36, "0", "0", Some("out of memory")),
+        (46, "1", "0", None),
+        (38, "1", "0", Some("out of memory")),
+        (46, "1", "1", Some("freeing memory")),
+    ];
+    for (megabytes, mapping, release_fails, error) in cases {
+        let what = format!("{megabytes} MiB, mapping {mapping}, release fails {release_fails}");
         let dir = tempfile::tempdir().unwrap();
         let memory = (megabytes << 20).to_string();
         let flags = ["--device", &device, "--device-memory-limit", "20GiB"];
@@ -225,15 +232,15 @@ async fn a_run_that_does_not_fit_the_gpu_goes_on_with_shorter_rows_and_fails_whe
         let events = finish(&client, &job).await;
         let logs: Vec<&str> =
             events.iter().filter_map(|e| if let Some(Event::Log(l)) = &e.event { Some(l.message.as_str()) } else { None }).collect();
-        let what = format!("{megabytes} MiB, mapping {mapping}, release fails {release_fails}");
-        assert!(logs.iter().any(|l| l.contains("out of memory") && l.contains("going on with rows of")), "{what}: {logs:?}");
+        let shortened = logs.iter().any(|l| l.contains("out of memory") && l.contains("going on with rows of"));
+        assert!(shortened || error == Some("freeing memory"), "{what}: {logs:?}");
         let request = pb::GetTrainingJobRequest { name: job };
         let ended = client.training().get_training_job(request).await.unwrap().into_inner();
-        let wanted = if succeeds { pb::JobState::Succeeded } else { pb::JobState::Failed };
+        let wanted = if error.is_none() { pb::JobState::Succeeded } else { pb::JobState::Failed };
         assert_eq!(ended.state(), wanted, "{what}: {:?}", ended.error);
-        assert_eq!(losses(&events).len(), if succeeds { 3 } else { 0 });
-        if !succeeds {
-            assert!(ended.error.unwrap().message.contains("out of memory"));
+        assert_eq!(losses(&events).len(), if error.is_none() { 3 } else { 0 }, "{what}");
+        if let Some(error) = error {
+            assert!(ended.error.unwrap().message.contains(error), "{what}");
         }
     }
 }
