@@ -277,6 +277,9 @@ pub enum EngineError {
     /// Loading failed: the files or their shapes are at fault.
     #[error("{0}")]
     Weights(String),
+    /// The device had too little free memory for a work unit; the worker goes on.
+    #[error("{0}: retry later, or send shorter rows")]
+    DeviceFull(String),
     /// A work unit failed; the worker goes on.
     #[error("the device failed: {0}")]
     Device(String),

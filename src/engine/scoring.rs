@@ -10,6 +10,7 @@ use super::queue::{Entry, Queue};
 use super::residents::{Bases, Residents};
 use super::trace;
 use crate::model::decoder::Policy;
+use crate::model::device::is_out_of_memory;
 use crate::model::guard::guarded;
 use crate::train::pack::Owned;
 use crate::train::pair::SequenceGroup;
@@ -174,7 +175,7 @@ impl Scoring {
         let mut run = |members: &[usize]| {
             let entries: Vec<&Entry> = members.iter().map(|i| &batch[*i]).collect();
             let done = guarded(|| pass(self, &entries)).unwrap_or_else(|panic| Err(EngineError::Device(panic)));
-            if done.is_err() && self.bases.device().take_out_of_memory() {
+            if matches!(done, Err(EngineError::DeviceFull(_))) {
                 self.bases.device().trim();
             }
             done
@@ -244,7 +245,7 @@ impl Scoring {
 }
 
 fn device(e: candle_core::Error) -> EngineError {
-    EngineError::Device(e.to_string())
+    if is_out_of_memory(&e) { EngineError::DeviceFull(e.to_string()) } else { EngineError::Device(e.to_string()) }
 }
 
 /// Counts a batch, and the tokens that sequences padded to the longest would have cost and packed ones do not. Prompts that items share are saved, too,

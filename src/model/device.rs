@@ -63,6 +63,22 @@ impl std::fmt::Display for DeviceChoice {
     }
 }
 
+/// An operation failed because the device has too little free memory.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct OutOfMemory(pub String);
+
+/// Returns whether an operation of a pass failed with [`OutOfMemory`]. The reason travels in the error, because several threads use a device: what one
+/// of them ran into is not the others'.
+pub fn is_out_of_memory(e: &candle_core::Error) -> bool {
+    use candle_core::Error;
+    match e {
+        Error::Cuda(e) => e.is::<OutOfMemory>(),
+        Error::Context { inner, .. } | Error::WithPath { inner, .. } | Error::WithBacktrace { inner, .. } => is_out_of_memory(inner),
+        _ => false,
+    }
+}
+
 impl ComputeDevice {
     /// Opens the devices of a choice: one, unless it is [`DeviceChoice::Auto`].
     ///
@@ -142,15 +158,6 @@ impl ComputeDevice {
         }
     }
 
-    /// Whether it ran out of memory since this was asked last.
-    pub fn take_out_of_memory(&self) -> bool {
-        match self {
-            ComputeDevice::Cpu => false,
-            #[cfg(feature = "cuda")]
-            ComputeDevice::Cuda(cuda) => cuda.gpu().take_out_of_memory(),
-        }
-    }
-
     /// Whether it failed for good: only a new process can use it again.
     pub fn is_lost(&self) -> bool {
         match self {
@@ -203,6 +210,16 @@ impl ComputeDevice {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_error_says_whether_memory_ran_out() {
+        let full = || candle_core::Error::Cuda(Box::new(OutOfMemory("the GPU is out of memory".into())));
+        assert!(is_out_of_memory(&full()));
+        assert!(is_out_of_memory(&full().bt()));
+        assert!(is_out_of_memory(&full().context("block 3")));
+        assert_eq!(full().to_string(), "the GPU is out of memory");
+        assert!(!is_out_of_memory(&candle_core::Error::Msg("the GPU is out of memory".into())));
+    }
 
     #[test]
     fn devices_have_names() {

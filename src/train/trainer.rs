@@ -28,7 +28,7 @@ use crate::math::clip::clip_coefficient;
 use crate::math::rng::epoch_order;
 use crate::math::schedule::learning_rate;
 use crate::model::decoder::Policy;
-use crate::model::device::ComputeDevice;
+use crate::model::device::{ComputeDevice, is_out_of_memory};
 use crate::model::tokenizer::ChatTokenizer;
 
 /// Why a run could not go on.
@@ -160,9 +160,6 @@ impl Trainer {
             saved_step = Some(restored.state.step);
             (state, latest) = (restored.state, restored.metrics);
         }
-        policy.policy.devices().for_each(|device| {
-            device.take_out_of_memory();
-        });
         let longest = train.iter().map(EncodedPair::packed_tokens).max().unwrap_or(0);
         let (Ok(plan) | Err(plan)) = estimate::plan(&policy.policy.config, &spec, longest, memory, Memory::of(&policy.policy.device));
         let total_steps = spec.batch.total_steps(train.len());
@@ -319,8 +316,7 @@ impl Trainer {
 
     /// When the device ran out of memory, once: shorter rows, whose blocks are run again. Any other error stands.
     fn shorten(&mut self, e: TrainError, host: &mut Host) -> Result<(), TrainError> {
-        // All are asked: what each remembers must not be found later.
-        let short = self.policy.policy.devices().filter(|device| device.take_out_of_memory()).count() > 0;
+        let short = matches!(&e, TrainError::Tensor(e) if is_out_of_memory(e));
         if !short || std::mem::replace(&mut self.shortened, true) {
             return Err(e);
         }

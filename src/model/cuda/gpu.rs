@@ -15,6 +15,7 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result as driver, sys
 use super::kernels::{self, Arg, Kind, Launch};
 use super::pool::Pool;
 use super::staging::Staging;
+use crate::model::device::OutOfMemory;
 
 /// Workspace that cuBLAS gets, once: with it a product's result does not depend on what ran before. The size is what NVIDIA advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
@@ -32,7 +33,6 @@ pub struct Gpu {
     functions: HashMap<(&'static str, Option<Kind>), driver_sys::CUfunction>,
     pool: Mutex<Pool>,
     staging: Mutex<Staging>,
-    out_of_memory: AtomicBool,
     lost: AtomicBool,
     name: String,
 }
@@ -146,6 +146,10 @@ fn failed(what: &str, e: DriverError) -> candle_core::Error {
     candle_core::Error::Msg(format!("CUDA: {what}: {name} ({:?})", e.0))
 }
 
+fn out_of_memory(message: String) -> candle_core::Error {
+    candle_core::Error::Cuda(Box::new(OutOfMemory(message)))
+}
+
 fn blas_failed(what: &str, e: blas::CublasError) -> candle_core::Error {
     candle_core::Error::Msg(format!("cuBLAS: {what}: {:?}", e.0))
 }
@@ -186,8 +190,8 @@ impl Gpu {
         let pool = Pool::open(ordinal, total, total / RESERVE, can_map);
         let staging = Mutex::new(Staging::open().map_err(|e| failed("allocating page-locked memory", e))?);
         tracing::info!(gpu = name, ordinal, capability = format!("{major}.{minor}"), "GPU opened");
-        let (pool, out_of_memory, lost) = (Mutex::new(pool), AtomicBool::new(false), AtomicBool::new(false));
-        let gpu = Arc::new(Gpu { context, stream, blas, module, functions, pool, staging, out_of_memory, lost, name });
+        let (pool, lost) = (Mutex::new(pool), AtomicBool::new(false));
+        let gpu = Arc::new(Gpu { context, stream, blas, module, functions, pool, staging, lost, name });
         gpu.refuse_reduced_precision()?;
         Ok(gpu)
     }
@@ -220,11 +224,6 @@ impl Gpu {
     /// The most bytes that were in use at one time.
     pub fn peak_bytes(&self) -> u64 {
         self.pool().peak_bytes() as u64
-    }
-
-    /// Whether an allocation failed since this was asked last.
-    pub fn take_out_of_memory(&self) -> bool {
-        self.out_of_memory.swap(false, Ordering::AcqRel)
     }
 
     /// Whether it failed in a way that every later call fails, too: only a new process can use it again.
@@ -271,17 +270,16 @@ impl Gpu {
         self.trim()?;
         let found = self.pool().take(bytes);
         found.ok_or_else(|| {
-            self.out_of_memory.store(true, Ordering::Release);
             let free = driver::mem_get_info().map_or(0, |(free, _)| free);
-            candle_core::Error::Msg(format!("the GPU is out of memory: {} MiB are wanted, {} MiB are free", bytes >> 20, free >> 20))
+            out_of_memory(format!("the GPU is out of memory: {} MiB are wanted, {} MiB are free", bytes >> 20, free >> 20))
         })
     }
 
-    /// The error of a driver's call; remembers when the GPU is lost or out of memory.
+    /// The error of a driver's call; remembers when the GPU is lost.
     fn noted(&self, what: &str, e: DriverError) -> candle_core::Error {
         use driver_sys::cudaError_enum as Code;
         match e.0 {
-            Code::CUDA_ERROR_OUT_OF_MEMORY => self.out_of_memory.store(true, Ordering::Release),
+            Code::CUDA_ERROR_OUT_OF_MEMORY => return out_of_memory(failed(what, e).to_string()),
             Code::CUDA_ERROR_ILLEGAL_ADDRESS
             | Code::CUDA_ERROR_MISALIGNED_ADDRESS
             | Code::CUDA_ERROR_ILLEGAL_INSTRUCTION
@@ -433,12 +431,13 @@ impl Gpu {
             )
         };
         multiplied.map_err(|e| {
-            match e.0 {
-                blas_sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED => self.out_of_memory.store(true, Ordering::Release),
-                // What failed before on the device is told by the driver, which notes it.
-                _ => drop(self.synchronize()),
+            let error = blas_failed(&format!("a product of {m}x{k}x{n}"), e);
+            if e.0 == blas_sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED {
+                return out_of_memory(error.to_string());
             }
-            blas_failed(&format!("a product of {m}x{k}x{n}"), e)
+            // What failed before on the device is told by the driver, which notes it.
+            drop(self.synchronize());
+            error
         })
     }
 }
