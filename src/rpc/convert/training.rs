@@ -2,13 +2,14 @@
 
 use tonic::{Code, Status};
 
-use super::{finish, timestamp};
+use super::{finish, identity, timestamp};
 use crate::domain::dpo::{Divergence, DpoConfig, LossType, ReferenceSync, WeightedLoss};
+use crate::domain::identity::Pins;
 use crate::domain::job::{Evaluation, Event, EventKind, Job, JobRequest, JobState, Progress, RowPolicy};
 use crate::domain::names;
 use crate::domain::training::{
-    ActivationCheckpointing, BatchConfig, BestMetric, LoraConfig, Method, OptimizerConfig, Precision, RunConfig, ScheduleKind, Seed,
-    TARGET_MODULES, TrainingSpec, Truncation, Warmup,
+    ActivationCheckpointing, BatchConfig, BestMetric, GivenLora, LoraConfig, Method, OptimizerConfig, Precision, RunConfig, ScheduleKind,
+    Seed, TARGET_MODULES, TrainingSpec, Truncation, Warmup,
 };
 use crate::domain::violation::{Violations, quoted};
 use crate::jobs::estimate::JobEstimate;
@@ -76,10 +77,13 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
             RowPolicy::Reject
         }
     };
-    let method = match job.method {
-        Some(pb::training_job::Method::Full(_)) => Method::Full,
-        Some(pb::training_job::Method::Lora(l)) => Method::Lora(lora(l, &mut bad)),
-        None => Method::Lora(LoraConfig::default()),
+    let (method, given_lora) = match job.method {
+        Some(pb::training_job::Method::Full(_)) => (Method::Full, GivenLora::default()),
+        Some(pb::training_job::Method::Lora(l)) => {
+            let (config, given) = lora(l, &mut bad);
+            (Method::Lora(config), given)
+        }
+        None => (Method::Lora(LoraConfig::default()), GivenLora::default()),
     };
     let precision = match job.precision.as_str() {
         "" => None,
@@ -120,6 +124,7 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
         dataset: train,
         evaluation,
         spec,
+        given_lora,
         row_policy,
         ttl_ms,
     };
@@ -306,19 +311,26 @@ fn optimizer(c: pb::OptimizerConfig, method: &Method, bad: &mut Violations) -> O
     }
 }
 
-fn lora(mut c: pb::LoraConfig, bad: &mut Violations) -> LoraConfig {
+fn lora(mut c: pb::LoraConfig, bad: &mut Violations) -> (LoraConfig, GivenLora) {
     let d = LoraConfig::default();
     if !bad.at_most("training_job.lora.target_modules", c.target_modules.len(), TARGET_MODULES.len()) {
         c.target_modules.clear();
     }
-    let rank = c.rank.map_or(d.rank, |r| r as usize);
-    LoraConfig {
+    let given = GivenLora {
+        rank: c.rank.map(|r| r as usize),
+        alpha: c.alpha,
+        target_modules: (!c.target_modules.is_empty()).then_some(c.target_modules),
+        use_rslora: c.use_rslora.then_some(true),
+    };
+    let rank = given.rank.unwrap_or(d.rank);
+    let config = LoraConfig {
         rank,
-        alpha: c.alpha.unwrap_or(2.0 * rank as f64),
-        target_modules: if c.target_modules.is_empty() { d.target_modules } else { c.target_modules },
+        alpha: given.alpha.unwrap_or(2.0 * rank as f64),
+        target_modules: given.target_modules.clone().unwrap_or(d.target_modules),
         use_rslora: c.use_rslora,
         init_adapter: (!c.init_adapter.is_empty()).then_some(c.init_adapter),
-    }
+    };
+    (config, given)
 }
 
 fn batch(c: pb::BatchConfig, bad: &mut Violations) -> BatchConfig {
@@ -418,7 +430,20 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
         latest_metrics: j.latest_metrics,
         skipped_rows: j.skipped_rows,
         owner: j.owner,
+        pins: r.pins.map(pins),
         ttl: r.ttl_ms.map(|ms| prost_types::Duration { seconds: (ms / 1000) as i64, nanos: (ms % 1000) as i32 * 1_000_000 }),
+    }
+}
+
+fn pins(pins: Pins) -> pb::JobPins {
+    let contents = pins.contents.unwrap_or_default();
+    pb::JobPins {
+        base: Some(identity(pins.base)),
+        init_adapter: pins.init_adapter.unwrap_or_default(),
+        policy: contents.policy.unwrap_or_default(),
+        reference: contents.reference.unwrap_or_default(),
+        dataset: contents.dataset,
+        eval_dataset: contents.eval_dataset.unwrap_or_default(),
     }
 }
 
@@ -432,6 +457,7 @@ fn code_of(reason: &str) -> Code {
         | "ARTIFACT_MISSING"
         | "ARTIFACT_DAMAGED"
         | "CHECKPOINT_FORMAT"
+        | "DATASET_CHANGED"
         | "MODEL_CHANGED" => Code::FailedPrecondition,
         "NOT_FOUND" => Code::NotFound,
         "WORKER_LOST" => Code::Aborted,
