@@ -266,10 +266,10 @@ pub struct TrainArgs {
     /// Peak learning rate.
     #[arg(long)]
     pub learning_rate: Option<f64>,
-    /// constant, linear, cosine or cosine_with_floor.
+    /// constant, constant_with_warmup, linear, cosine or cosine_with_floor.
     #[arg(long)]
     pub schedule: Option<String>,
-    /// Warm-up as a share of all steps.
+    /// Warm-up as a share of all steps; not with constant.
     #[arg(long)]
     pub warmup_ratio: Option<f64>,
     /// Pairs in a micro-batch.

@@ -8,6 +8,11 @@ use super::args::Output;
 use crate::rpc::client::Timestamp;
 use crate::rpc::pb;
 
+/// Fields of resources that hold hashes of content.
+const HASHES: [&str; 3] = ["identity", "pins", "base"];
+/// Digits of a hash in a table.
+const SHORT: usize = 12;
+
 /// Prints a line on standard output.
 pub fn line(text: &str) {
     println!("{text}");
@@ -46,11 +51,52 @@ pub fn list(output: Output, header: &[&str], rows: Vec<Vec<String>>, json: Vec<V
 pub fn resource(output: Output, value: &Value) {
     match (output, value) {
         (Output::Table, Value::Object(fields)) => {
-            let rows = fields.iter().map(|(k, v)| vec![k.clone(), v.as_str().map_or_else(|| v.to_string(), str::to_owned)]).collect();
+            let rows = fields.iter().flat_map(|(k, v)| cells(k, v)).map(|(field, value)| vec![field, value]).collect();
             line(&table(&["field", "value"], rows));
         }
         _ => json_document(value),
     }
+}
+
+/// The rows of a resource's field in a table. Hashes of content have a row each and are shortened; JSON has them whole.
+fn cells(field: &str, value: &Value) -> Vec<(String, String)> {
+    match value {
+        Value::Object(parts) if HASHES.contains(&field) => {
+            let rows = parts.iter().flat_map(|(part, value)| hash_cells(&format!("{field}.{part}"), value));
+            rows.collect()
+        }
+        _ => vec![(field.to_owned(), value.as_str().map_or_else(|| value.to_string(), str::to_owned))],
+    }
+}
+
+fn hash_cells(field: &str, value: &Value) -> Vec<(String, String)> {
+    match value {
+        Value::Object(parts) => parts.iter().flat_map(|(part, value)| hash_cells(&format!("{field}.{part}"), value)).collect(),
+        _ => vec![(field.to_owned(), short(value.as_str().unwrap_or_default()))],
+    }
+}
+
+/// The first 12 digits of a hash, which tell models and datasets apart.
+pub fn short(hash: &str) -> String {
+    hash.chars().take(SHORT).collect()
+}
+
+fn identity(i: &pb::ModelIdentity) -> Value {
+    json!({"weights": i.weights, "config": i.config, "tokenizer": i.tokenizer, "chat_template": i.chat_template})
+}
+
+fn pins(p: &pb::JobPins) -> Value {
+    let hashes = [
+        ("init_adapter", &p.init_adapter),
+        ("policy", &p.policy),
+        ("reference", &p.reference),
+        ("dataset", &p.dataset),
+        ("eval_dataset", &p.eval_dataset),
+    ];
+    let named = hashes.into_iter().filter(|(_, hash)| !hash.is_empty());
+    let mut all: serde_json::Map<String, Value> = named.map(|(name, hash)| (name.to_owned(), json!(hash))).collect();
+    all.extend(p.base.as_ref().map(|base| ("base".to_owned(), identity(base))));
+    Value::Object(all)
 }
 
 /// What a job would cost.
@@ -79,7 +125,7 @@ pub fn job(j: &pb::TrainingJob) -> Value {
     json!({
         "name": j.name, "display_name": j.display_name, "labels": j.labels, "priority": j.priority, "etag": j.etag, "state": state(j.state), "policy": j.policy, "reference": j.reference, "dataset": j.dataset,
         "step": p.step, "total_steps": p.total_steps, "epoch": p.epoch, "tokens": p.tokens, "eta_seconds": p.eta_seconds,
-        "metrics": j.latest_metrics, "error": j.error.as_ref().map(|e| e.message.clone()), "skipped_rows": j.skipped_rows,
+        "metrics": j.latest_metrics, "pins": j.pins.as_ref().map(pins), "error": j.error.as_ref().map(|e| e.message.clone()), "skipped_rows": j.skipped_rows,
         "create_time": time(j.create_time.as_ref()), "start_time": time(j.start_time.as_ref()), "end_time": time(j.end_time.as_ref()),
     })
 }
@@ -99,6 +145,7 @@ pub fn dataset(d: &pb::Dataset) -> Value {
 pub fn checkpoint(c: &pb::Checkpoint) -> Value {
     json!({
         "name": c.name, "step": c.step, "best": c.best, "adapter": c.adapter, "size_bytes": c.size_bytes, "metrics": c.metrics,
+        "base": c.base.as_ref().map(identity),
         "create_time": time(c.create_time.as_ref()),
     })
 }
@@ -109,6 +156,7 @@ pub fn model(m: &pb::Model) -> Value {
         "name": m.name, "source": m.source, "architecture": m.architecture, "parameters": m.parameters, "vocab_size": m.vocab_size,
         "num_layers": m.num_layers, "hidden_size": m.hidden_size, "max_position_embeddings": m.max_position_embeddings,
         "chat_template": m.chat_template, "fingerprint": m.fingerprint, "device": m.device,
+        "identity": m.identity.as_ref().map(identity),
     })
 }
 
@@ -129,4 +177,23 @@ pub fn event(e: &pb::TrainingEvent) -> Value {
 /// Bytes for people.
 pub fn bytes(n: u64) -> String {
     indicatif::HumanBytes(n).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hashes_are_short_in_tables_and_whole_in_json() {
+        let hash = |digit: &str| digit.repeat(64);
+        let base = pb::ModelIdentity { weights: hash("a"), config: hash("b"), tokenizer: hash("c"), chat_template: String::new() };
+        let pins = pb::JobPins { base: Some(base), dataset: hash("d"), ..Default::default() };
+        let job = job(&pb::TrainingJob { pins: Some(pins), ..Default::default() });
+        assert_eq!(job["pins"]["base"]["weights"], hash("a"));
+        assert_eq!(job["pins"]["dataset"], hash("d"));
+        let rows = cells("pins", &job["pins"]);
+        assert!(rows.contains(&("pins.base.weights".into(), "a".repeat(12))), "{rows:?}");
+        assert!(rows.contains(&("pins.dataset".into(), "d".repeat(12))), "{rows:?}");
+        assert!(!rows.iter().any(|(field, _)| field == "pins.reference"), "{rows:?}");
+    }
 }

@@ -209,13 +209,14 @@ pub(super) async fn models(command: ModelsCommand, output: Output) -> Outcome {
                         m.architecture.clone(),
                         format!("{:.0}M", m.parameters as f64 / 1e6),
                         m.device.clone(),
+                        output::short(&m.fingerprint),
                         m.source.clone(),
                     ]
                 })
                 .collect();
             output::list(
                 output,
-                &["name", "architecture", "parameters", "device", "source"],
+                &["name", "architecture", "parameters", "device", "weights", "source"],
                 rows,
                 all.iter().map(output::model).collect(),
             );

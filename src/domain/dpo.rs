@@ -99,6 +99,11 @@ impl LossType {
         !matches!(self, LossType::Sft | LossType::Simpo | LossType::Orpo)
     }
 
+    /// Returns true if the loss depends on ε, the label smoothing.
+    pub fn uses_label_smoothing(self) -> bool {
+        matches!(self, LossType::Sigmoid | LossType::ExoPair | LossType::Robust | LossType::Aot | LossType::AotUnpaired | LossType::Simpo)
+    }
+
     /// Whether an f-divergence other than reverse KL is defined for it (TRL rejects the others).
     pub fn accepts_divergence(self) -> bool {
         !matches!(
@@ -214,6 +219,27 @@ impl DpoConfig {
         self.losses.iter().any(|term| matches!(term.loss, LossType::Aot | LossType::AotUnpaired))
     }
 
+    /// Returns true if one of the terms is this loss.
+    pub fn has_loss(&self, loss: LossType) -> bool {
+        self.losses.iter().any(|term| term.loss == loss)
+    }
+
+    /// Records a violation if label smoothing is set and no loss of the mix depends on it.
+    fn refuse_unused_label_smoothing(&self, field: &str, out: &mut Violations) {
+        let is_used = self.losses.iter().any(|term| term.loss.uses_label_smoothing());
+        if self.label_smoothing <= 0.0 || is_used || self.losses.is_empty() {
+            return;
+        }
+        let names: Vec<&str> = self.losses.iter().map(|term| term.loss.name()).collect();
+        let smoothed = LossType::ALL.into_iter().filter(|loss| loss.uses_label_smoothing()).map(LossType::name);
+        let message = format!(
+            "has no effect on {}: leave it out or set it to 0, or use a loss with label smoothing ({})",
+            names.join(", "),
+            smoothed.collect::<Vec<_>>().join(", ")
+        );
+        out.push(format!("{field}.label_smoothing"), message);
+    }
+
     /// Records every impossible setting under `field`, e.g. `dpo.beta`.
     pub fn validate(&self, field: &str, out: &mut Violations) {
         if self.losses.is_empty() {
@@ -237,6 +263,7 @@ impl DpoConfig {
         if !(0.0..0.5).contains(&self.label_smoothing) {
             out.push(format!("{field}.label_smoothing"), format!("is {}: it must lie in [0, 0.5)", self.label_smoothing));
         }
+        self.refuse_unused_label_smoothing(field, out);
         if let Divergence::Alpha { alpha } = self.divergence
             && (!alpha.is_finite() || (alpha - 1.0).abs() < 1e-9)
         {

@@ -59,6 +59,26 @@ pub struct Pins {
     /// BLAKE3 of the adapter that the policy starts from; the job's artifacts hold a copy of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init_adapter: Option<String>,
+    /// What the job depends on besides; `None` in jobs of versions that did not pin it and that have not started since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub contents: Option<ContentPins>,
+}
+
+/// Content hashes of a job's inputs besides its base model.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ContentPins {
+    /// The checkpoint that the policy starts from, by its digest; `None` for a base model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<String>,
+    /// The checkpoint that the job names as its reference, by its digest; `None` for a base model and where none is named.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference: Option<String>,
+    /// BLAKE3 of the training dataset's file.
+    pub dataset: String,
+    /// BLAKE3 of the evaluation dataset's file, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eval_dataset: Option<String>,
 }
 
 #[cfg(test)]

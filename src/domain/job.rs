@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::identity::Pins;
 use super::names::PolicyName;
-use super::training::TrainingSpec;
+use super::training::{GivenLora, TrainingSpec};
 
 /// Milliseconds since the Unix epoch, UTC.
 pub type Millis = i64;
@@ -169,6 +169,9 @@ pub struct JobRequest {
     pub evaluation: Evaluation,
     /// Hyper-parameters.
     pub spec: TrainingSpec,
+    /// The fields of LoRA that the client named, which are checked against the adapter that the job starts from. Not stored.
+    #[serde(skip)]
+    pub given_lora: GivenLora,
     /// Bad rows.
     pub row_policy: RowPolicy,
     /// Milliseconds that it is kept after its end; `None` is for ever.

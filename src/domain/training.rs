@@ -1,5 +1,7 @@
 //! What a training run is asked to do: method, optimizer, batches, evaluation. Defaults follow TRL.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use super::dpo::DpoConfig;
@@ -66,8 +68,21 @@ pub struct LoraConfig {
     pub target_modules: Vec<String>,
     /// scale = α/√r in place of α/r.
     pub use_rslora: bool,
-    /// The name of a PEFT adapter to start from, below the server's folder of adapters; its rank, alpha and targets win.
+    /// The name of a PEFT adapter to start from, below the server's folder of adapters. The fields above are that adapter's.
     pub init_adapter: Option<String>,
+}
+
+/// The fields of [`LoraConfig`] that a client named. `None` stands for the default, or for what the start adapter has.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GivenLora {
+    /// The rank that was named.
+    pub rank: Option<usize>,
+    /// The α that was named.
+    pub alpha: Option<f64>,
+    /// The projections that were named.
+    pub target_modules: Option<Vec<String>>,
+    /// Whether rank-stabilised scaling was asked for; that it was not wanted cannot be said.
+    pub use_rslora: Option<bool>,
 }
 
 impl Default for LoraConfig {
@@ -87,6 +102,30 @@ impl LoraConfig {
     pub fn scale(&self) -> f64 {
         let r = self.rank as f64;
         self.alpha / if self.use_rslora { r.sqrt() } else { r }
+    }
+
+    /// Takes over rank, α and targets of the adapter that the run continues. Records a violation for each field that the
+    /// client named and that the adapter has otherwise. `whose` names the adapter in messages.
+    pub fn adopt(&mut self, adapter: &LoraConfig, given: &GivenLora, whose: &str, field: &str, out: &mut Violations) {
+        let mut differs = |name: &str, wanted: String, has: String| {
+            let message = format!("is {wanted}, but the job goes on with {whose}, which has {has}: leave it out or give the same");
+            out.push(format!("{field}.{name}"), message);
+        };
+        if let Some(rank) = given.rank.filter(|rank| *rank != adapter.rank) {
+            differs("rank", rank.to_string(), adapter.rank.to_string());
+        }
+        if let Some(alpha) = given.alpha.filter(|alpha| *alpha != adapter.alpha) {
+            differs("alpha", alpha.to_string(), adapter.alpha.to_string());
+        }
+        let sorted = |names: &[String]| names.iter().cloned().collect::<BTreeSet<String>>();
+        if let Some(targets) = given.target_modules.as_ref().filter(|t| sorted(t) != sorted(&adapter.target_modules)) {
+            differs("target_modules", targets.join(", "), adapter.target_modules.join(", "));
+        }
+        if let Some(use_rslora) = given.use_rslora.filter(|r| *r != adapter.use_rslora) {
+            differs("use_rslora", use_rslora.to_string(), adapter.use_rslora.to_string());
+        }
+        let init_adapter = self.init_adapter.take();
+        *self = LoraConfig { init_adapter, ..adapter.clone() };
     }
 }
 
@@ -426,6 +465,35 @@ impl BatchConfig {
         }
         if !(self.epochs.is_finite() && self.epochs > 0.0 && self.epochs <= 1e6) {
             out.push(format!("{field}.epochs"), format!("is {}: it must lie in (0, 1000000]", self.epochs));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_has_the_values_of_the_adapter_that_it_continues() {
+        let adapter = LoraConfig { rank: 4, alpha: 8.0, target_modules: vec!["q_proj".into(), "v_proj".into()], ..Default::default() };
+        let adopt = |given: &GivenLora| {
+            let (mut lora, mut bad) = (LoraConfig { init_adapter: Some("x".into()), ..Default::default() }, Violations::default());
+            lora.adopt(&adapter, given, "the adapter x", "lora", &mut bad);
+            (lora, bad.listed().iter().map(|v| v.field.clone()).collect::<Vec<_>>())
+        };
+        let effective = LoraConfig { init_adapter: Some("x".into()), ..adapter.clone() };
+        assert_eq!(adopt(&GivenLora::default()), (effective.clone(), vec![]));
+        let targets = |names: [&str; 2]| Some(names.map(str::to_owned).to_vec());
+        let same = GivenLora { rank: Some(4), alpha: Some(8.0), target_modules: targets(["v_proj", "q_proj"]), use_rslora: None };
+        assert_eq!(adopt(&same), (effective, vec![]));
+        let others = [
+            ("lora.rank", GivenLora { rank: Some(16), ..Default::default() }),
+            ("lora.alpha", GivenLora { alpha: Some(32.0), ..Default::default() }),
+            ("lora.target_modules", GivenLora { target_modules: targets(["q_proj", "k_proj"]), ..Default::default() }),
+            ("lora.use_rslora", GivenLora { use_rslora: Some(true), ..Default::default() }),
+        ];
+        for (field, given) in others {
+            assert_eq!(adopt(&given).1, [field]);
         }
     }
 }

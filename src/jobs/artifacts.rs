@@ -566,7 +566,7 @@ pub fn describe(dir: &Path) -> Result<Vec<ExportedFile>> {
 }
 
 /// A file's size and BLAKE3.
-fn hash_file(path: &Path) -> Result<(u64, String)> {
+pub(super) fn hash_file(path: &Path) -> Result<(u64, String)> {
     let mut hash = blake3::Hasher::new();
     let size = File::open(path).and_then(|mut f| io::copy(&mut f, &mut hash)).map_err(|e| failed(path, e))?;
     Ok((size, hash.finalize().to_hex().to_string()))

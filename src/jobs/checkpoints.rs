@@ -7,20 +7,26 @@ use super::error::{Result, ServiceError};
 use super::service::Service;
 use super::uses::{Needed, check};
 use crate::domain::access::Caller;
-use crate::domain::job::{Checkpoint, JobState};
+use crate::domain::identity::ModelIdentity;
+use crate::domain::job::{Checkpoint, Job, JobState};
 use crate::domain::names::CheckpointRef;
 
+/// The base model that a job is pinned to: its run goes on on no other.
+fn base(job: Job) -> Option<ModelIdentity> {
+    job.request.pins.map(|pins| pins.base)
+}
+
 impl Service {
-    /// One checkpoint.
-    pub async fn get_checkpoint(&self, caller: &Caller, job: &str, which: CheckpointRef) -> Result<Checkpoint> {
-        self.own_job(caller, job).await?;
-        self.find_checkpoint(job, which).await
+    /// Returns one checkpoint, and the base model that it was trained on.
+    pub async fn get_checkpoint(&self, caller: &Caller, job: &str, which: CheckpointRef) -> Result<(Checkpoint, Option<ModelIdentity>)> {
+        let owner = self.own_job(caller, job).await?;
+        Ok((self.find_checkpoint(job, which).await?, base(owner)))
     }
 
-    /// A job's checkpoints, oldest first.
-    pub async fn list_checkpoints(&self, caller: &Caller, job: &str) -> Result<Vec<Checkpoint>> {
-        self.own_job(caller, job).await?;
-        self.inner.store.checkpoints(job).await
+    /// Returns a job's checkpoints, oldest first, and the base model that they were trained on.
+    pub async fn list_checkpoints(&self, caller: &Caller, job: &str) -> Result<(Vec<Checkpoint>, Option<ModelIdentity>)> {
+        let owner = self.own_job(caller, job).await?;
+        Ok((self.inner.store.checkpoints(job).await?, base(owner)))
     }
 
     /// Deletes a checkpoint, but not the one that an unfinished job would continue from.

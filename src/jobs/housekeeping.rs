@@ -127,14 +127,24 @@ pub(super) fn job_ended(state: JobState) {
 }
 
 async fn expire(service: &Service) -> Result<()> {
-    for job in service.inner.store.expired_jobs(DELETIONS).await? {
-        match service.delete_expired(&job).await {
-            Ok(()) => tracing::info!(job, "job deleted: its time to live is over"),
-            // Another job starts from it; another replica was faster; or its time to live was prolonged meanwhile.
-            Err(e) => tracing::debug!(job, error = %e, "an expired job cannot be deleted yet"),
+    let mut left = 0;
+    loop {
+        // Those that have to stay do not hold up the ones after them.
+        let expired = service.inner.store.expired_jobs(DELETIONS, left).await?;
+        for job in &expired {
+            match service.delete_expired(job).await {
+                Ok(()) => tracing::info!(job, "job deleted: its time to live is over"),
+                // Another job needs it; another replica was faster; or its time to live was prolonged meanwhile.
+                Err(e) => {
+                    left += 1;
+                    tracing::debug!(job, error = %e, "an expired job cannot be deleted yet");
+                }
+            }
+        }
+        if expired.len() < DELETIONS {
+            return Ok(());
         }
     }
-    Ok(())
 }
 
 /// Tells followers what may have been missed.

@@ -186,11 +186,11 @@ impl Service {
     }
 
     async fn remove_job(&self, caller: &Caller, id: &str, expired: bool) -> Result<()> {
-        let refuse = |job: &Job, unfinished: &Users| {
+        let refuse = |job: &Job, users: &Users| {
             if !job.state.is_final() {
                 return Err(refused(job, "NOT_ENDED", "cancel it first"));
             }
-            check(caller, unfinished, Needed::Weights { job: id, step: None })
+            check(caller, users, Needed::Weights { job: id, step: None })
         };
         // Files of a job without a row would be left for good: nothing is removed while the artifact store is away.
         self.inner.artifacts.check_store().await?;

@@ -6,7 +6,8 @@ use super::artifacts::{ADAPTER_FILES, hash_files};
 use super::datasets::blocking;
 use super::error::{Result, ServiceError};
 use super::service::Service;
-use crate::domain::job::{Checkpoint, Job, JobState};
+use crate::domain::identity::ContentPins;
+use crate::domain::job::{Checkpoint, Evaluation, Job, JobRequest, JobState};
 use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::domain::training::{Method, Truncation};
 use crate::engine::api::{EngineError, WeightsRef};
@@ -145,6 +146,28 @@ impl Service {
         }
     }
 
+    /// Returns the content hashes of a job's inputs as they are now; `latest` and `best` have been replaced by steps.
+    pub(super) async fn content_pins(&self, request: &JobRequest) -> Result<ContentPins> {
+        let dataset = self.inner.store.dataset(&request.dataset).await?.content_hash;
+        let eval_dataset = match &request.evaluation {
+            Evaluation::Dataset(id) => Some(self.inner.store.dataset(id).await?.content_hash),
+            _ => None,
+        };
+        let policy = self.digest(&request.policy).await?;
+        let reference = match &request.reference {
+            Some(name) => self.digest(name).await?,
+            None => None,
+        };
+        Ok(ContentPins { policy, reference, dataset, eval_dataset })
+    }
+
+    /// Returns the digest of a checkpoint; `None` for a base model and for checkpoints of versions that had no digests.
+    async fn digest(&self, name: &PolicyName) -> Result<Option<String>> {
+        let PolicyName::Checkpoint { job, which } = name else { return Ok(None) };
+        let digest = self.find_checkpoint(job, *which).await?.digest;
+        Ok((!digest.is_empty()).then_some(digest))
+    }
+
     /// The weights a job starts from.
     ///
     /// # Errors
@@ -152,6 +175,7 @@ impl Service {
     pub(super) async fn start_weights(&self, job: &Job) -> Result<Resolved> {
         self.check_base(job)?;
         let mut start = self.resolve(&job.request.policy).await?;
+        check_content(job, "policy", |pins| pins.policy.as_ref(), &start)?;
         if let (Method::Lora(lora), WeightsRef::Base { model }) = (&job.request.spec.method, &start.weights)
             && let Some(name) = &lora.init_adapter
         {
@@ -180,7 +204,11 @@ impl Service {
             return Ok(None);
         }
         match &job.request.reference {
-            Some(name) => self.resolve(name).await.map(Some),
+            Some(name) => {
+                let reference = self.resolve(name).await?;
+                check_content(job, "reference", |pins| pins.reference.as_ref(), &reference)?;
+                Ok(Some(reference))
+            }
             None => self.start_weights(job).await.map(Some),
         }
     }
@@ -189,6 +217,21 @@ impl Service {
     pub(super) fn truncation(job: Option<&Job>) -> Truncation {
         job.map_or(Truncation::KeepStart, |j| j.request.spec.batch.truncation)
     }
+}
+
+/// Makes sure that a checkpoint which a job names has the content that it had when the job was made.
+///
+/// # Errors
+/// `FailedPrecondition` (`MODEL_CHANGED`) with both hashes.
+fn check_content(job: &Job, what: &str, pinned: impl Fn(&ContentPins) -> Option<&String>, found: &Resolved) -> Result<()> {
+    let contents = job.request.pins.as_ref().and_then(|pins| pins.contents.as_ref());
+    let (WeightsRef::Adapter { content, .. } | WeightsRef::Full { content, .. }) = &found.weights else { return Ok(()) };
+    let Some(pinned) = contents.and_then(pinned).filter(|pinned| *pinned != content) else { return Ok(()) };
+    let message = format!(
+        "trainingJobs/{} was made with a {what} of the content {pinned}, {} has {content} now: restore the checkpoint that the job was made with",
+        job.id, found.version
+    );
+    Err(ServiceError::FailedPrecondition { reason: "MODEL_CHANGED", message })
 }
 
 /// A hash, or what stands for that of a part that a model does not have.

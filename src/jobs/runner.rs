@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use tracing::Instrument as _;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
+use super::artifacts::hash_file;
 use super::datasets::{blocking, unreadable};
 use super::error::{Result, ServiceError};
 use super::held::{Held, Room, patiently};
@@ -141,14 +142,24 @@ fn stopped(command: Command) -> Option<RunEnd> {
     }
 }
 
-/// Pins a job of version 0.1 to the model that is served now: it depended on no particular one.
-async fn pin_base(service: &Service, job: &Job, held: &Held) -> Result<Job> {
+/// Pins a job of an earlier version to what is there now: it depended on nothing in particular.
+async fn pin_content(service: &Service, job: &Job, held: &Held) -> Result<Job> {
     let model = service.base_model(job).await?;
     let base = service.inner.engine.identity(&model)?;
-    let message = format!("the job is from before version 0.2 and is pinned now to the model {} as it is served", base.hash());
+    let contents = service.content_pins(&job.request).await?;
+    let message = match job.request.pins {
+        None => format!("the job is from before version 0.2 and is pinned now to the model {} as it is served", base.hash()),
+        Some(_) => format!(
+            "the job is from an earlier version and is pinned now to its inputs as they are: the dataset {}, the policy {}, the reference {}",
+            contents.dataset,
+            contents.policy.as_deref().unwrap_or("(a base model)"),
+            contents.reference.as_deref().unwrap_or("(a base model)"),
+        ),
+    };
     let pin = |j: &mut Job| {
         j.request.model.get_or_insert_with(|| model.clone());
-        j.request.pins.get_or_insert_with(|| Pins { base: base.clone(), init_adapter: None });
+        let pins = j.request.pins.get_or_insert_with(|| Pins { base: base.clone(), ..Pins::default() });
+        pins.contents.get_or_insert_with(|| contents.clone());
         Ok(vec![EventKind::Log { severity: "warning".into(), message: message.clone() }])
     };
     held.write(service, pin, Also::Nothing).await
@@ -156,9 +167,15 @@ async fn pin_base(service: &Service, job: &Job, held: &Held) -> Result<Job> {
 
 /// Carries a job to its end, or to where it is told to stop.
 async fn carry(service: &Service, job: &Job, held: &Arc<Held>) -> Result<RunEnd> {
-    let pinned = match job.request.pins {
-        Some(_) => job.clone(),
-        None => pin_base(service, job, held).await?,
+    let pinned = match &job.request.pins {
+        Some(Pins { contents: Some(_), .. }) => job.clone(),
+        _ => {
+            let pinned = held.while_wanted(|| pin_content(service, job, held)).await;
+            if let Some(end) = stopped(held.control.command()) {
+                return Ok(end);
+            }
+            pinned?
+        }
     };
     let job = &pinned;
     let prepared = held.while_wanted(|| prepare(service, job)).instrument(tracing::info_span!("training.prepare")).await;
@@ -304,12 +321,17 @@ pub(super) async fn prepare(service: &Service, job: &Job) -> Result<Prepared> {
     }
     let (artifacts, request) = (artifacts.clone(), job.request.clone());
     let (train, eval, skipped) = blocking(move || {
-        let load = |d: &Dataset| encode_dataset(&artifacts.dataset(&d.id), d, &tokenizer, &request);
-        let (mut train, mut skipped) = load(&dataset)?;
+        let contents = request.pins.as_ref().and_then(|pins| pins.contents.as_ref());
+        let load = |d: &Dataset, pinned: Option<&String>| {
+            let path = artifacts.dataset(&d.id);
+            check_dataset(&path, d, pinned.unwrap_or(&d.content_hash))?;
+            encode_dataset(&path, d, &tokenizer, &request)
+        };
+        let (mut train, mut skipped) = load(&dataset, contents.map(|c| &c.dataset))?;
         let mut eval = Vec::new();
         match (&request.evaluation, &eval_dataset) {
             (_, Some(d)) => {
-                let (rows, more) = load(d)?;
+                let (rows, more) = load(d, contents.and_then(|c| c.eval_dataset.as_ref()))?;
                 eval = rows;
                 skipped.extend(more);
             }
@@ -327,6 +349,22 @@ pub(super) async fn prepare(service: &Service, job: &Job) -> Result<Prepared> {
         return Err(ServiceError::invalid("training_job.dataset", "no row is left to train on"));
     }
     Ok(Prepared { model: start.model, start: start.weights, reference, train, eval, skipped })
+}
+
+/// Makes sure that a dataset's file has the content that the job was made with.
+///
+/// # Errors
+/// `FailedPrecondition` (`DATASET_CHANGED`) with both hashes.
+fn check_dataset(path: &std::path::Path, dataset: &Dataset, pinned: &str) -> Result<()> {
+    let (_, found) = hash_file(path)?;
+    if found == pinned {
+        return Ok(());
+    }
+    let message = format!(
+        "the file of datasets/{} has the content {found}, the job was made with {pinned}: restore it, or upload it again and make a new job",
+        dataset.id
+    );
+    Err(ServiceError::FailedPrecondition { reason: "DATASET_CHANGED", message })
 }
 
 /// Tokenises a dataset under the job's row policy.

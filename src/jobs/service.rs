@@ -31,6 +31,7 @@ use crate::domain::training::{LoraConfig, Method};
 use crate::domain::violation::{Violations, quoted};
 use crate::engine::api::{ModelInfo, WeightsRef};
 use crate::engine::{Engine, trace};
+use crate::model::error::ModelError;
 use crate::model::peft;
 
 /// The field that names an adapter to start from.
@@ -240,7 +241,8 @@ impl Service {
         if let Some(pins) = &mut job.request.pins {
             pins.init_adapter = Some(hash);
         }
-        Ok(())
+        // The folder may have been written to since it was looked at: the copy counts.
+        adopt_adapter(&mut job.request, self.inner.artifacts.init_adapter(&job.id)).await
     }
 
     /// A job that is not stored yet.
@@ -289,7 +291,6 @@ impl Service {
         let start = self.resolve(&self.pin(&request.policy).await?).await?;
         request.policy = self.pin(&request.policy).await?;
         request.model = Some(start.model.clone());
-        request.pins = Some(Pins { base: self.inner.engine.identity(&start.model)?, init_adapter: None });
         if let (Method::Lora(_), WeightsRef::Full { .. }) = (&request.spec.method, &start.weights) {
             let message =
                 "LoRA starts from a base model or from a LoRA checkpoint: export the full checkpoint merged and serve it as a model";
@@ -300,7 +301,10 @@ impl Service {
                 let message = "the policy is a checkpoint with an adapter of its own: name one of the two";
                 return Err(ServiceError::invalid(INIT_ADAPTER, message));
             };
-            self.find_adapter(name).await?;
+            let folder = self.find_adapter(name).await?;
+            adopt_adapter(&mut request, folder).await?;
+        } else if let WeightsRef::Adapter { dir, .. } = &start.weights {
+            adopt_adapter(&mut request, dir.clone()).await?;
         }
         if let Some(reference) = &request.reference {
             let pinned = self.pin(reference).await?;
@@ -326,6 +330,8 @@ impl Service {
                 return Err(ServiceError::FailedPrecondition { reason: "DATASET_INVALID", message });
             }
         }
+        let base = self.inner.engine.identity(&start.model)?;
+        request.pins = Some(Pins { base, init_adapter: None, contents: Some(self.content_pins(&request).await?) });
         // Pinned, so that the job goes on alike under a server with other settings.
         request.spec.precision.get_or_insert(self.inner.engine.precision());
         self.inner.engine.check(&start.model, &request.spec, 2 * request.spec.batch.max_length)?;
@@ -493,6 +499,34 @@ impl Service {
         }
         self.inner.store.close().await;
     }
+}
+
+/// Writes the rank, α and targets of the adapter in `folder`, from which a LoRA job starts, into the job's request.
+///
+/// # Errors
+/// `InvalidArgument` for each of them that the client named otherwise, and for an adapter that cannot be read.
+async fn adopt_adapter(request: &mut JobRequest, folder: PathBuf) -> Result<()> {
+    let JobRequest { spec, given_lora, policy, .. } = request;
+    let Method::Lora(lora) = &mut spec.method else { return Ok(()) };
+    let (field, whose) = match &lora.init_adapter {
+        Some(name) => (INIT_ADAPTER, format!("the init_adapter {}", quoted(name))),
+        None => ("training_job.policy", format!("the adapter of {policy}")),
+    };
+    let adapter = match blocking(move || peft::config(&folder)).await? {
+        Ok(adapter) => adapter,
+        Err(e) => {
+            tracing::warn!(error = %e, "an adapter cannot be read");
+            // Not the whole error, which names a path of this machine.
+            let reason = match e {
+                ModelError::Adapter { reason, .. } | ModelError::CorruptWeights { reason, .. } => reason,
+                _ => format!("{} or {} is missing or unreadable", peft::CONFIG_FILE, peft::WEIGHTS_FILE),
+            };
+            return Err(ServiceError::invalid(field, format!("{whose} cannot be read: {reason}")));
+        }
+    };
+    let mut bad = Violations::default();
+    lora.adopt(&adapter, given_lora, &whose, "training_job.lora", &mut bad);
+    Ok(bad.into_result()?)
 }
 
 /// Whether a job starts from an adapter of the server's.

@@ -1,4 +1,4 @@
-//! Who needs what: datasets and weights of unfinished jobs are not removed. The store asks in the transaction that removes, while it holds the row that
+//! Who needs what: datasets and weights of unfinished jobs are not removed, nor the references of jobs that have checkpoints. The store asks in the transaction that removes, while it holds the row that
 //! a new job's transaction would have to see.
 
 use super::error::{Result, ServiceError};
@@ -6,7 +6,7 @@ use crate::domain::access::Caller;
 use crate::domain::job::{Evaluation, Job};
 use crate::domain::names::{CheckpointRef, PolicyName};
 
-/// The unfinished jobs.
+/// The unfinished jobs. Where weights are removed, also ended jobs that have checkpoints: these are scored against a reference.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Users {
     /// Those that this version of the server can read.
@@ -35,8 +35,7 @@ impl Needed<'_> {
         match self {
             Needed::Dataset(id) => request.dataset == id || matches!(&request.evaluation, Evaluation::Dataset(d) if d == id),
             Needed::Weights { job, step } => {
-                let names = [Some(&request.policy), request.reference.as_ref()];
-                let named = names.into_iter().flatten().any(|name| match name {
+                let named = weights_of(user).any(|name| match name {
                     PolicyName::Checkpoint { job: j, which } => j == job && step.is_none_or(|s| *which == CheckpointRef::Step(s)),
                     PolicyName::Model(_) => false,
                 });
@@ -44,6 +43,18 @@ impl Needed<'_> {
             }
         }
     }
+}
+
+/// The weights that a job needs. An unfinished job needs its policy and its reference. Of an ended job, scoring with its checkpoints needs the reference,
+/// which is the policy where none is named, and looks for the base model along the policies where the job does not name it.
+fn weights_of(user: &Job) -> impl Iterator<Item = &PolicyName> {
+    let request = &user.request;
+    let unfinished = !user.state.is_final();
+    let measured = request.spec.dpo.needs_reference();
+    let needs_policy = unfinished || request.model.is_none() || (measured && request.reference.is_none());
+    let policy = Some(&request.policy).filter(|_| needs_policy);
+    let reference = request.reference.as_ref().filter(|_| unfinished || measured);
+    policy.into_iter().chain(reference)
 }
 
 /// Refuses when one of `users` needs it.
@@ -59,6 +70,9 @@ pub(super) fn check(caller: &Caller, users: &Users, needed: Needed<'_>) -> Resul
         Needed::Weights { .. } => "these weights".to_owned(),
     };
     let message = match caller.may_see(&user.owner) {
+        true if user.state.is_final() => {
+            format!("the checkpoints of trainingJobs/{} are scored against {what}: delete that job first", user.id)
+        }
         true => format!("trainingJobs/{} is {} and needs {what}: wait for it or cancel it", user.id, user.state.name()),
         false => format!("another client's job needs {what}: try again later"),
     };

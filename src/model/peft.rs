@@ -31,18 +31,37 @@ const OFF: [(&str, &str); 8] = [
     ("target_parameters", "null"),
 ];
 
-/// Reads an adapter made for a model of this shape.
-pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
+/// Reads an adapter's rank, α and targets, without its values.
+pub fn config(dir: &Path) -> Result<LoraConfig, ModelError> {
+    let fields = read_fields(dir)?;
+    let path = dir.join(WEIGHTS_FILE);
+    let bytes = map_weights(&path)?;
+    let tensors = SafeTensors::deserialize(&bytes).map_err(|e| ModelError::corrupt(&path, format!("{WEIGHTS_FILE}: {e}")))?;
+    read_config(&fields, &tensors).map_err(|reason| ModelError::Adapter { path: dir.to_owned(), reason })
+}
+
+/// Reads an adapter's configuration file and refuses one that asks for other maths.
+fn read_fields(dir: &Path) -> Result<Value, ModelError> {
     let wrong = |reason: String| ModelError::Adapter { path: dir.to_owned(), reason };
     let path = dir.join(CONFIG_FILE);
     let text = std::fs::read_to_string(&path).map_err(ModelError::io(&path))?;
     let fields: Value = serde_json::from_str(&text).map_err(|e| wrong(format!("{CONFIG_FILE} is not JSON: {e}")))?;
     check_supported(&fields).map_err(wrong)?;
+    Ok(fields)
+}
 
+fn map_weights(path: &Path) -> Result<memmap2::Mmap, ModelError> {
+    let file = std::fs::File::open(path).map_err(ModelError::io(path))?;
+    // SAFETY: the map is read-only and private to the caller; adapters are written once, by rename.
+    unsafe { memmap2::Mmap::map(&file) }.map_err(ModelError::io(path))
+}
+
+/// Reads an adapter made for a model of this shape.
+pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
+    let wrong = |reason: String| ModelError::Adapter { path: dir.to_owned(), reason };
+    let fields = read_fields(dir)?;
     let path = dir.join(WEIGHTS_FILE);
-    let file = std::fs::File::open(&path).map_err(ModelError::io(&path))?;
-    // SAFETY: the map is read-only and private to this call; adapters are written once, by rename.
-    let bytes = unsafe { memmap2::Mmap::map(&file) }.map_err(ModelError::io(&path))?;
+    let bytes = map_weights(&path)?;
     let tensors = SafeTensors::deserialize(&bytes).map_err(|e| ModelError::corrupt(&path, format!("{WEIGHTS_FILE}: {e}")))?;
 
     let config = read_config(&fields, &tensors).map_err(wrong)?;

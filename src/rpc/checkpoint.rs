@@ -8,9 +8,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::auth::whose;
-use super::convert::{invalid, job_id, timestamp};
+use super::convert::{identity, invalid, job_id, timestamp};
 use super::pb::{self, checkpoint_service_server::CheckpointService, download_checkpoint_response::Part};
 use super::status::status;
+use crate::domain::identity::ModelIdentity;
 use crate::domain::job::Checkpoint;
 use crate::domain::names::{self, CheckpointRef};
 use crate::domain::violation::quoted;
@@ -31,8 +32,8 @@ impl CheckpointService for Checkpoints {
     async fn get_checkpoint(&self, request: Request<pb::GetCheckpointRequest>) -> Result<Response<pb::Checkpoint>, Status> {
         let (caller, r) = whose(request)?;
         let (job, which) = parse(&r.name)?;
-        let checkpoint = self.0.get_checkpoint(&caller, job, which).await.map_err(status)?;
-        Ok(Response::new(convert(checkpoint)))
+        let (checkpoint, base) = self.0.get_checkpoint(&caller, job, which).await.map_err(status)?;
+        Ok(Response::new(convert(checkpoint, base)))
     }
 
     async fn list_checkpoints(
@@ -40,8 +41,9 @@ impl CheckpointService for Checkpoints {
         request: Request<pb::ListCheckpointsRequest>,
     ) -> Result<Response<pb::ListCheckpointsResponse>, Status> {
         let (caller, r) = whose(request)?;
-        let all = self.0.list_checkpoints(&caller, job_id("parent", &r.parent)?).await.map_err(status)?;
-        Ok(Response::new(pb::ListCheckpointsResponse { checkpoints: all.into_iter().map(convert).collect() }))
+        let (all, base) = self.0.list_checkpoints(&caller, job_id("parent", &r.parent)?).await.map_err(status)?;
+        let checkpoints = all.into_iter().map(|c| convert(c, base.clone())).collect();
+        Ok(Response::new(pb::ListCheckpointsResponse { checkpoints }))
     }
 
     async fn delete_checkpoint(
@@ -142,7 +144,7 @@ fn file(f: ExportedFile) -> pb::ExportedFile {
     pb::ExportedFile { path: f.path, size_bytes: f.size_bytes, content_hash: f.content_hash }
 }
 
-fn convert(c: Checkpoint) -> pb::Checkpoint {
+fn convert(c: Checkpoint, base: Option<ModelIdentity>) -> pb::Checkpoint {
     pb::Checkpoint {
         name: format!("trainingJobs/{}/checkpoints/{}", c.job, c.step),
         step: c.step,
@@ -151,5 +153,6 @@ fn convert(c: Checkpoint) -> pb::Checkpoint {
         metrics: c.metrics,
         create_time: Some(timestamp(c.create_time)),
         adapter: c.adapter,
+        base: base.map(identity),
     }
 }

@@ -6,7 +6,9 @@ pub(super) mod training;
 
 use tonic::Status;
 
+use super::pb;
 use super::status::{bad_request, status};
+use crate::domain::identity::ModelIdentity;
 use crate::domain::job::Millis;
 use crate::domain::names;
 use crate::domain::violation::{Violations, quoted};
@@ -15,6 +17,12 @@ use crate::jobs::error::ServiceError;
 /// Milliseconds to a timestamp.
 pub(super) fn timestamp(ms: Millis) -> prost_types::Timestamp {
     prost_types::Timestamp { seconds: ms.div_euclid(1000), nanos: (ms.rem_euclid(1000) * 1_000_000) as i32 }
+}
+
+/// A base model's content hashes.
+pub(super) fn identity(identity: ModelIdentity) -> pb::ModelIdentity {
+    let ModelIdentity { weights, config, tokenizer, chat_template } = identity;
+    pb::ModelIdentity { weights, config, tokenizer, chat_template }
 }
 
 /// One bad field.

@@ -2,7 +2,7 @@
 
 use tonic::{Request, Response, Status};
 
-use super::convert::invalid;
+use super::convert::{identity, invalid};
 use super::pb::{self, model_service_server::ModelService};
 use super::status::status;
 use crate::domain::names;
@@ -38,7 +38,8 @@ fn convert(m: ModelInfo) -> pb::Model {
         hidden_size: m.hidden_size as u32,
         max_position_embeddings: m.max_position_embeddings as u32,
         chat_template: m.chat_template,
-        fingerprint: m.identity.weights,
+        fingerprint: m.identity.weights.clone(),
+        identity: Some(identity(m.identity)),
         device: m.device,
     }
 }

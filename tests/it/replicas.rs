@@ -286,6 +286,7 @@ async fn a_shared_folder_serves_as_the_artifact_store() {
     std::fs::remove_dir_all(dir.path().join("jobs").join(first.trim_start_matches("trainingJobs/"))).unwrap();
     let mut second = checkpointing(&dataset.name, 10);
     second.policy = format!("{first}/checkpoints/latest");
+    second.reference = "models/tiny".into();
     let second = submit(&client, second).await;
     finish(&client, &second).await;
     assert_eq!(state(&client, &second).await, pb::JobState::Succeeded);
@@ -295,7 +296,7 @@ async fn a_shared_folder_serves_as_the_artifact_store() {
     let exported = std::path::PathBuf::from(export.path.trim_start_matches("file://")).join("adapter_model.safetensors");
     assert!(export.path.starts_with("file://") && exported.is_file(), "{}", export.path);
 
-    // What a finished job continued may go: its own weights stay usable.
+    // What a finished job continued may go, unless it is the job's reference, too: its own weights stay usable.
     client.training().delete_training_job(pb::DeleteTrainingJobRequest { name: first.clone() }).await.unwrap();
     let objects = |job: &str| walk(&shared.path().join("jobs").join(job.trim_start_matches("trainingJobs/")));
     assert_eq!(objects(&first), 0);

@@ -40,11 +40,11 @@ impl Store {
         rows.into_iter().map(Checkpoint::try_from).collect()
     }
 
-    /// Forgets a checkpoint, unless `refuse` finds an unfinished job that needs it.
+    /// Forgets a checkpoint, unless `refuse` finds a job that needs it.
     pub(in crate::jobs) async fn delete_checkpoint(&self, job: &str, step: u64, refuse: impl FnOnce(&Users) -> Result<()>) -> Result<()> {
         let mut tx = self.writer.begin().await?;
         self.lock_checkpoint(&mut tx, job, step).await?;
-        refuse(&self.unfinished_in(&mut tx).await?)?;
+        refuse(&self.users_of_weights_in(&mut tx, job).await?)?;
         sqlx::query("DELETE FROM checkpoints WHERE job = $1 AND step = $2").bind(job).bind(step as i64).execute(&mut *tx).await?;
         Ok(tx.commit().await?)
     }

@@ -22,6 +22,18 @@ pub struct Creation<'a> {
     pub quota: Option<u64>,
 }
 
+impl Users {
+    fn add(&mut self, rows: Vec<JobRow>) {
+        for row in rows {
+            let request = row.request.clone();
+            match Job::try_from(row) {
+                Ok(job) => self.jobs.push(job),
+                Err(_) => self.unreadable.push(request),
+            }
+        }
+    }
+}
+
 impl Store {
     /// Adds a job with its first event, or returns the job that the same owner's `request_id` already made from the same body.
     ///
@@ -161,20 +173,29 @@ impl Store {
     pub(super) async fn unfinished_in(&self, tx: &mut Transaction<'_, Any>) -> Result<Users> {
         let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(unfinished())).fetch_all(&mut **tx).await?;
         let mut users = Users::default();
-        for row in rows {
-            let request = row.request.clone();
-            match Job::try_from(row) {
-                Ok(job) => users.jobs.push(job),
-                Err(_) => users.unreadable.push(request),
-            }
-        }
+        users.add(rows);
         Ok(users)
     }
 
-    /// Ids of ended jobs whose time to live is over, at most `limit`. By the time that one of them is deleted its time may have been prolonged.
-    pub async fn expired_jobs(&self, limit: usize) -> Result<Vec<String>> {
-        let select = format!("SELECT id FROM jobs WHERE {} ORDER BY expire_time LIMIT $1", self.is_expired());
-        Ok(sqlx::query_scalar(AssertSqlSafe(select)).bind(limit as i64).fetch_all(&self.readers).await?)
+    /// The jobs that may need weights of `job`, as a transaction sees them: the unfinished ones, and the ended ones that have checkpoints and whose
+    /// requests name it.
+    pub(super) async fn users_of_weights_in(&self, tx: &mut Transaction<'_, Any>, job: &str) -> Result<Users> {
+        let mut users = self.unfinished_in(tx).await?;
+        let ended = format!(
+            "SELECT {JOB} FROM jobs WHERE state IN ({}) AND id <> $1 AND request LIKE $2
+                 AND EXISTS (SELECT 1 FROM checkpoints WHERE checkpoints.job = jobs.id) ORDER BY seq",
+            quoted(JobState::is_final)
+        );
+        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(ended)).bind(job).bind(format!("%{job}%")).fetch_all(&mut **tx).await?;
+        users.add(rows);
+        Ok(users)
+    }
+
+    /// Ids of ended jobs whose time to live is over, at most `limit` after the first `skipped`. By the time that one of them is deleted its time may have
+    /// been prolonged.
+    pub async fn expired_jobs(&self, limit: usize, skipped: usize) -> Result<Vec<String>> {
+        let select = format!("SELECT id FROM jobs WHERE {} ORDER BY expire_time, seq LIMIT $1 OFFSET $2", self.is_expired());
+        Ok(sqlx::query_scalar(AssertSqlSafe(select)).bind(limit as i64).bind(skipped as i64).fetch_all(&self.readers).await?)
     }
 
     fn is_expired(&self) -> String {
@@ -273,8 +294,8 @@ impl Store {
         Ok((job, newest))
     }
 
-    /// Removes a job with its events and checkpoints, unless `refuse`, which is given the job as it is now and the unfinished jobs, finds a reason not
-    /// to. With `expired`, also unless the job's time to live has been prolonged.
+    /// Removes a job with its events and checkpoints, unless `refuse`, which is given the job as it is now and those that may need its weights, finds a
+    /// reason not to. With `expired`, also unless the job's time to live has been prolonged.
     ///
     /// # Errors
     /// Those of `refuse`; `NotFound` when there is no such job, or it is no longer expired.
@@ -294,7 +315,7 @@ impl Store {
         // Whoever makes a job that needs one of its checkpoints waits until this transaction ends.
         let lock = format!("SELECT step FROM checkpoints WHERE job = $1 ORDER BY step{}", self.dialect.for_update());
         sqlx::query(AssertSqlSafe(lock)).bind(id).fetch_all(&mut *tx).await?;
-        refuse(&job, &self.unfinished_in(&mut tx).await?)?;
+        refuse(&job, &self.users_of_weights_in(&mut tx, id).await?)?;
         sqlx::query("DELETE FROM jobs WHERE id = $1").bind(id).execute(&mut *tx).await?;
         Ok(tx.commit().await?)
     }

@@ -126,7 +126,7 @@ impl Store {
         if let Also::Retire(step) = also {
             let needed = Needed::Weights { job: &lease.job, step: Some(step) };
             self.lock_checkpoint(&mut tx, &lease.job, step).await?;
-            check(&Caller::anyone(), &self.unfinished_in(&mut tx).await?, needed)?;
+            check(&Caller::anyone(), &self.users_of_weights_in(&mut tx, &lease.job).await?, needed)?;
         }
         let changed = self.apply(&mut tx, row.try_into()?, change).await?;
         let number_it = match also {

@@ -186,3 +186,24 @@ fn enormous_margins_stay_finite() {
         }
     }
 }
+
+/// Settings that a loss ignores are refused, which goes by [`LossType::uses_label_smoothing`].
+#[test]
+fn the_losses_that_use_label_smoothing_are_those_that_say_so() {
+    let logps = |n: usize, x: f32| vec![x; n];
+    let pair = |x: f32| Pair {
+        chosen: logps(3, -0.4 * x),
+        rejected: logps(2, -1.1 * x),
+        reference: (logps(3, -0.7), logps(2, -0.9)),
+        p2: (logps(3, -0.4), logps(2, -1.1)),
+        weight: 1.0,
+    };
+    let pairs = [pair(1.0), pair(0.5)];
+    for loss in LossType::ALL {
+        let of = |label_smoothing| {
+            let config = DpoConfig { label_smoothing, ..config(loss) };
+            batch_loss(&config, &view(&pairs, &config), 1.0).loss
+        };
+        assert_eq!(of(0.1) != of(0.2), loss.uses_label_smoothing(), "{}", loss.name());
+    }
+}

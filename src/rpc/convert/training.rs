@@ -2,13 +2,14 @@
 
 use tonic::{Code, Status};
 
-use super::{finish, timestamp};
+use super::{finish, identity, timestamp};
 use crate::domain::dpo::{Divergence, DpoConfig, LossType, ReferenceSync, WeightedLoss};
+use crate::domain::identity::Pins;
 use crate::domain::job::{Evaluation, Event, EventKind, Job, JobRequest, JobState, Progress, RowPolicy};
 use crate::domain::names;
 use crate::domain::training::{
-    ActivationCheckpointing, BatchConfig, BestMetric, LoraConfig, Method, OptimizerConfig, Precision, RunConfig, ScheduleKind, Seed,
-    TARGET_MODULES, TrainingSpec, Truncation, Warmup,
+    ActivationCheckpointing, BatchConfig, BestMetric, GivenLora, LoraConfig, Method, OptimizerConfig, Precision, RunConfig, ScheduleKind,
+    Seed, TARGET_MODULES, TrainingSpec, Truncation, Warmup,
 };
 use crate::domain::violation::{Violations, quoted};
 use crate::jobs::estimate::JobEstimate;
@@ -17,6 +18,14 @@ use crate::rpc::pb;
 use crate::rpc::status::job_error;
 
 const LORA_LEARNING_RATE: f64 = 1e-4;
+/// The divergence that has a parameter of its own.
+const ALPHA_DIVERGENCE: &str = "alpha_divergence";
+/// A schedule without warm-up.
+const CONSTANT: &str = "constant";
+/// The same learning rate after a warm-up, as transformers' get_constant_schedule_with_warmup.
+const CONSTANT_WITH_WARMUP: &str = "constant_with_warmup";
+/// The names of the schedule that ends at a floor: ours and transformers'.
+const FLOOR_SCHEDULES: [&str; 2] = ["cosine_with_floor", "cosine_with_min_lr"];
 /// Paths of an update mask: about as many as a job has fields.
 const MAX_PATHS: usize = 32;
 /// A hundred years.
@@ -68,10 +77,13 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
             RowPolicy::Reject
         }
     };
-    let method = match job.method {
-        Some(pb::training_job::Method::Full(_)) => Method::Full,
-        Some(pb::training_job::Method::Lora(l)) => Method::Lora(lora(l, &mut bad)),
-        None => Method::Lora(LoraConfig::default()),
+    let (method, given_lora) = match job.method {
+        Some(pb::training_job::Method::Full(_)) => (Method::Full, GivenLora::default()),
+        Some(pb::training_job::Method::Lora(l)) => {
+            let (config, given) = lora(l, &mut bad);
+            (Method::Lora(config), given)
+        }
+        None => (Method::Lora(LoraConfig::default()), GivenLora::default()),
     };
     let precision = match job.precision.as_str() {
         "" => None,
@@ -112,6 +124,7 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
         dataset: train,
         evaluation,
         spec,
+        given_lora,
         row_policy,
         ttl_ms,
     };
@@ -178,7 +191,8 @@ fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
     let d = DpoConfig::default();
     let mut losses = Vec::new();
     // A mix names each loss once at most; what is longer is not looked at.
-    if !bad.at_most("training_job.dpo.losses", c.losses.len(), LossType::ALL.len()) {
+    let few = bad.at_most("training_job.dpo.losses", c.losses.len(), LossType::ALL.len());
+    if !few {
         c.losses.clear();
     }
     for (i, l) in c.losses.iter().enumerate() {
@@ -197,15 +211,21 @@ fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
         "" | "reverse_kl" => Divergence::ReverseKl,
         "forward_kl" => Divergence::ForwardKl,
         "js_divergence" => Divergence::JensenShannon,
-        "alpha_divergence" => Divergence::Alpha { alpha: c.f_alpha.unwrap_or(0.5) },
+        ALPHA_DIVERGENCE => Divergence::Alpha { alpha: c.f_alpha.unwrap_or(0.5) },
         other => {
             let message = format!("{} is unknown: use reverse_kl, forward_kl, js_divergence or alpha_divergence", quoted(other));
             bad.push("training_job.dpo.f_divergence", message);
             Divergence::ReverseKl
         }
     };
+    // With an unknown loss nothing can be said of the settings that belong to one.
+    let all_known = few && losses.len() == c.losses.len();
+    let losses = if losses.is_empty() { d.losses } else { losses };
+    if all_known {
+        refuse_unused_dpo(&c, &losses, bad);
+    }
     DpoConfig {
-        losses: if c.losses.is_empty() || losses.is_empty() { d.losses } else { losses },
+        losses,
         beta: c.beta.unwrap_or(d.beta),
         label_smoothing: c.label_smoothing.unwrap_or(d.label_smoothing),
         divergence,
@@ -223,16 +243,54 @@ fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
     }
 }
 
+/// Records every setting that was given for a loss or a divergence which the objective does not have. Label smoothing is
+/// checked by the domain.
+fn refuse_unused_dpo(c: &pb::DpoConfig, losses: &[WeightedLoss], bad: &mut Violations) {
+    let settings = [
+        ("discopop_tau", c.discopop_tau, LossType::Discopop),
+        ("simpo_gamma", c.simpo_gamma, LossType::Simpo),
+        ("orpo_lambda", c.orpo_lambda, LossType::Orpo),
+    ];
+    for (name, given, loss) in settings {
+        if given.is_some() && !losses.iter().any(|term| term.loss == loss) {
+            let message = format!("acts on the {0} loss only: add {0} to the losses or leave it out", loss.name());
+            bad.push(format!("training_job.dpo.{name}"), message);
+        }
+    }
+    if c.f_alpha.is_some() && c.f_divergence != ALPHA_DIVERGENCE {
+        let message = "acts with alpha_divergence only: set f_divergence to alpha_divergence or leave it out";
+        bad.push("training_job.dpo.f_alpha", message);
+    }
+}
+
+/// Records every setting that was given for another schedule than the one that is used.
+fn refuse_unused_schedule(c: &pb::OptimizerConfig, bad: &mut Violations) {
+    let schedule = c.lr_scheduler_type.as_str();
+    if c.min_lr_ratio.is_some() && !FLOOR_SCHEDULES.contains(&schedule) {
+        let message = "acts with cosine_with_floor only: set lr_scheduler_type to cosine_with_floor or leave it out";
+        bad.push("training_job.optimizer.min_lr_ratio", message);
+    }
+    if schedule == CONSTANT {
+        let warmup = [("warmup_steps", c.warmup_steps.is_some_and(|n| n > 0)), ("warmup_ratio", c.warmup_ratio.is_some_and(|r| r != 0.0))];
+        for (name, _) in warmup.into_iter().filter(|(_, is_given)| *is_given) {
+            let message = "has no effect with constant: set lr_scheduler_type to constant_with_warmup or leave it out";
+            bad.push(format!("training_job.optimizer.{name}"), message);
+        }
+    }
+}
+
 fn optimizer(c: pb::OptimizerConfig, method: &Method, bad: &mut Violations) -> OptimizerConfig {
     let d = OptimizerConfig::default();
     let default_rate = if matches!(method, Method::Lora(_)) { LORA_LEARNING_RATE } else { d.learning_rate };
+    refuse_unused_schedule(&c, bad);
     let schedule = match c.lr_scheduler_type.as_str() {
         "" | "linear" => ScheduleKind::Linear,
-        "constant" | "constant_with_warmup" => ScheduleKind::Constant,
+        // They differ in what may be asked for: without warm-up they are the same.
+        CONSTANT | CONSTANT_WITH_WARMUP => ScheduleKind::Constant,
         "cosine" => ScheduleKind::Cosine,
-        "cosine_with_floor" | "cosine_with_min_lr" => ScheduleKind::CosineWithFloor { min_ratio: c.min_lr_ratio.unwrap_or(0.1) },
+        name if FLOOR_SCHEDULES.contains(&name) => ScheduleKind::CosineWithFloor { min_ratio: c.min_lr_ratio.unwrap_or(0.1) },
         other => {
-            let message = format!("{} is unknown: use constant, linear, cosine or cosine_with_floor", quoted(other));
+            let message = format!("{} is unknown: use constant, constant_with_warmup, linear, cosine or cosine_with_floor", quoted(other));
             bad.push("training_job.optimizer.lr_scheduler_type", message);
             d.schedule
         }
@@ -253,19 +311,26 @@ fn optimizer(c: pb::OptimizerConfig, method: &Method, bad: &mut Violations) -> O
     }
 }
 
-fn lora(mut c: pb::LoraConfig, bad: &mut Violations) -> LoraConfig {
+fn lora(mut c: pb::LoraConfig, bad: &mut Violations) -> (LoraConfig, GivenLora) {
     let d = LoraConfig::default();
     if !bad.at_most("training_job.lora.target_modules", c.target_modules.len(), TARGET_MODULES.len()) {
         c.target_modules.clear();
     }
-    let rank = c.rank.map_or(d.rank, |r| r as usize);
-    LoraConfig {
+    let given = GivenLora {
+        rank: c.rank.map(|r| r as usize),
+        alpha: c.alpha,
+        target_modules: (!c.target_modules.is_empty()).then_some(c.target_modules),
+        use_rslora: c.use_rslora.then_some(true),
+    };
+    let rank = given.rank.unwrap_or(d.rank);
+    let config = LoraConfig {
         rank,
-        alpha: c.alpha.unwrap_or(2.0 * rank as f64),
-        target_modules: if c.target_modules.is_empty() { d.target_modules } else { c.target_modules },
+        alpha: given.alpha.unwrap_or(2.0 * rank as f64),
+        target_modules: given.target_modules.clone().unwrap_or(d.target_modules),
         use_rslora: c.use_rslora,
         init_adapter: (!c.init_adapter.is_empty()).then_some(c.init_adapter),
-    }
+    };
+    (config, given)
 }
 
 fn batch(c: pb::BatchConfig, bad: &mut Violations) -> BatchConfig {
@@ -365,7 +430,20 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
         latest_metrics: j.latest_metrics,
         skipped_rows: j.skipped_rows,
         owner: j.owner,
+        pins: r.pins.map(pins),
         ttl: r.ttl_ms.map(|ms| prost_types::Duration { seconds: (ms / 1000) as i64, nanos: (ms % 1000) as i32 * 1_000_000 }),
+    }
+}
+
+fn pins(pins: Pins) -> pb::JobPins {
+    let contents = pins.contents.unwrap_or_default();
+    pb::JobPins {
+        base: Some(identity(pins.base)),
+        init_adapter: pins.init_adapter.unwrap_or_default(),
+        policy: contents.policy.unwrap_or_default(),
+        reference: contents.reference.unwrap_or_default(),
+        dataset: contents.dataset,
+        eval_dataset: contents.eval_dataset.unwrap_or_default(),
     }
 }
 
@@ -379,6 +457,7 @@ fn code_of(reason: &str) -> Code {
         | "ARTIFACT_MISSING"
         | "ARTIFACT_DAMAGED"
         | "CHECKPOINT_FORMAT"
+        | "DATASET_CHANGED"
         | "MODEL_CHANGED" => Code::FailedPrecondition,
         "NOT_FOUND" => Code::NotFound,
         "WORKER_LOST" => Code::Aborted,
@@ -391,7 +470,7 @@ fn dpo_message(c: &DpoConfig) -> pb::DpoConfig {
         Divergence::ReverseKl => ("reverse_kl", None),
         Divergence::ForwardKl => ("forward_kl", None),
         Divergence::JensenShannon => ("js_divergence", None),
-        Divergence::Alpha { alpha } => ("alpha_divergence", Some(alpha)),
+        Divergence::Alpha { alpha } => (ALPHA_DIVERGENCE, Some(alpha)),
     };
     pb::DpoConfig {
         losses: c.losses.iter().map(|l| pb::WeightedLoss { loss_type: l.loss.name().into(), weight: Some(l.weight) }).collect(),
@@ -399,11 +478,12 @@ fn dpo_message(c: &DpoConfig) -> pb::DpoConfig {
         label_smoothing: Some(c.label_smoothing),
         f_divergence: f_divergence.into(),
         f_alpha,
-        discopop_tau: Some(c.discopop_tau),
+        // What has no effect is left out: a client may make a job like this one from the answer.
+        discopop_tau: c.has_loss(LossType::Discopop).then_some(c.discopop_tau),
         rpo_alpha: c.rpo_alpha,
         dpop_lambda: Some(c.dpop_lambda),
-        simpo_gamma: Some(c.simpo_gamma),
-        orpo_lambda: Some(c.orpo_lambda),
+        simpo_gamma: c.has_loss(LossType::Simpo).then_some(c.simpo_gamma),
+        orpo_lambda: c.has_loss(LossType::Orpo).then_some(c.orpo_lambda),
         use_weighting: c.wpo,
         ld_alpha: c.ld_alpha,
         reference_free: c.reference_free,
@@ -413,7 +493,8 @@ fn dpo_message(c: &DpoConfig) -> pb::DpoConfig {
 
 fn optimizer_message(c: &OptimizerConfig) -> pb::OptimizerConfig {
     let (lr_scheduler_type, min_lr_ratio) = match c.schedule {
-        ScheduleKind::Constant => ("constant", None),
+        ScheduleKind::Constant if warms_up(c.warmup) => (CONSTANT_WITH_WARMUP, None),
+        ScheduleKind::Constant => (CONSTANT, None),
         ScheduleKind::Linear => ("linear", None),
         ScheduleKind::Cosine => ("cosine", None),
         ScheduleKind::CosineWithFloor { min_ratio } => ("cosine_with_floor", Some(min_ratio)),
@@ -433,6 +514,13 @@ fn optimizer_message(c: &OptimizerConfig) -> pb::OptimizerConfig {
         warmup_steps,
         warmup_ratio,
         min_lr_ratio,
+    }
+}
+
+fn warms_up(warmup: Warmup) -> bool {
+    match warmup {
+        Warmup::Steps(n) => n > 0,
+        Warmup::Ratio(r) => r > 0.0,
     }
 }
 

@@ -34,7 +34,12 @@ fn an_absent_field_has_its_default_and_a_job_survives_the_round_trip() {
     assert_eq!(job_request(full).unwrap().spec.optimizer.learning_rate, 1e-6);
     let message = job(stored(request.clone()));
     assert_eq!(message.create_time.unwrap().nanos, 123_000_000);
-    assert_eq!(job_request(message).unwrap(), request);
+    assert_eq!(again(message), request);
+}
+
+/// The request for a job like the one shown. Every field is named then.
+fn again(shown: pb::TrainingJob) -> JobRequest {
+    JobRequest { given_lora: GivenLora::default(), ..job_request(shown).unwrap() }
 }
 
 #[test]
@@ -74,4 +79,115 @@ fn every_bad_field_is_reported_at_once_under_its_proto_path() {
     ] {
         assert!(fields.contains(&format!("training_job.{expected}")), "{expected} is missing from {fields:?}");
     }
+}
+
+/// The paths of the fields that a job is refused for.
+fn refused_fields(job: pb::TrainingJob) -> Vec<String> {
+    let Err(status) = job_request(job) else { return Vec::new() };
+    status.get_details_bad_request().unwrap().field_violations.into_iter().map(|v| v.field).collect()
+}
+
+fn with_dpo(loss: &str, dpo: pb::DpoConfig) -> pb::TrainingJob {
+    let losses = vec![pb::WeightedLoss { loss_type: loss.into(), weight: None }];
+    pb::TrainingJob { dpo: Some(pb::DpoConfig { losses, ..dpo }), ..minimal() }
+}
+
+fn with_optimizer(optimizer: pb::OptimizerConfig) -> pb::TrainingJob {
+    pb::TrainingJob { optimizer: Some(optimizer), ..minimal() }
+}
+
+#[test]
+fn a_setting_of_the_objective_without_effect_is_refused() {
+    let default = pb::DpoConfig::default;
+    let settings = [
+        ("f_alpha", pb::DpoConfig { f_alpha: Some(0.3), ..default() }),
+        ("simpo_gamma", pb::DpoConfig { simpo_gamma: Some(0.5), ..default() }),
+        ("orpo_lambda", pb::DpoConfig { orpo_lambda: Some(0.2), ..default() }),
+        ("discopop_tau", pb::DpoConfig { discopop_tau: Some(0.1), ..default() }),
+    ];
+    for (name, dpo) in settings {
+        assert_eq!(refused_fields(with_dpo("sigmoid", dpo)), [format!("training_job.dpo.{name}")]);
+    }
+    let smoothed = pb::DpoConfig { label_smoothing: Some(0.1), ..default() };
+    for loss in ["hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "orpo"] {
+        assert_eq!(refused_fields(with_dpo(loss, smoothed.clone())), ["training_job.dpo.label_smoothing"], "{loss}");
+    }
+}
+
+#[test]
+fn a_setting_of_the_objective_with_effect_is_accepted() {
+    let default = pb::DpoConfig::default;
+    let alpha = pb::DpoConfig { f_divergence: "alpha_divergence".into(), f_alpha: Some(0.3), ..default() };
+    let smoothed = || pb::DpoConfig { label_smoothing: Some(0.1), ..default() };
+    let accepted = [
+        ("sigmoid", alpha),
+        ("simpo", pb::DpoConfig { simpo_gamma: Some(0.3), ..default() }),
+        ("orpo", pb::DpoConfig { orpo_lambda: Some(0.2), ..default() }),
+        ("discopop", pb::DpoConfig { discopop_tau: Some(0.1), ..default() }),
+        ("hinge", pb::DpoConfig { label_smoothing: Some(0.0), ..default() }),
+        ("sigmoid", smoothed()),
+        ("exo_pair", smoothed()),
+        ("robust", smoothed()),
+        ("aot", smoothed()),
+        ("aot_unpaired", smoothed()),
+        ("simpo", smoothed()),
+    ];
+    for (loss, dpo) in accepted {
+        let wanted = with_dpo(loss, dpo);
+        let request = job_request(wanted.clone()).unwrap_or_else(|e| panic!("{loss}: {e:?}"));
+        // A client may make the same job again from what it is shown.
+        assert_eq!(again(job(stored(request.clone()))), request, "{wanted:?}");
+    }
+}
+
+#[test]
+fn a_setting_of_the_schedule_without_effect_is_refused() {
+    let default = pb::OptimizerConfig::default;
+    let refused = [
+        ("min_lr_ratio", "", pb::OptimizerConfig { min_lr_ratio: Some(0.1), ..default() }),
+        ("min_lr_ratio", "cosine", pb::OptimizerConfig { min_lr_ratio: Some(0.1), ..default() }),
+        ("warmup_steps", "constant", pb::OptimizerConfig { warmup_steps: Some(3), ..default() }),
+        ("warmup_ratio", "constant", pb::OptimizerConfig { warmup_ratio: Some(0.1), ..default() }),
+    ];
+    for (name, schedule, optimizer) in refused {
+        let optimizer = pb::OptimizerConfig { lr_scheduler_type: schedule.into(), ..optimizer };
+        assert_eq!(refused_fields(with_optimizer(optimizer)), [format!("training_job.optimizer.{name}")], "{schedule}");
+    }
+    let status =
+        job_request(with_optimizer(pb::OptimizerConfig { lr_scheduler_type: "constant".into(), warmup_steps: Some(3), ..default() }));
+    let violations = status.unwrap_err().get_details_bad_request().unwrap().field_violations;
+    assert!(violations[0].description.contains("constant_with_warmup"), "{violations:?}");
+}
+
+#[test]
+fn a_constant_rate_after_a_warm_up_is_accepted_and_shown_by_its_name() {
+    let default = pb::OptimizerConfig::default;
+    let accepted = [
+        ("constant_with_warmup", "constant_with_warmup", pb::OptimizerConfig { warmup_steps: Some(3), ..default() }),
+        ("constant_with_warmup", "constant_with_warmup", pb::OptimizerConfig { warmup_ratio: Some(0.1), ..default() }),
+        ("constant", "constant", pb::OptimizerConfig { warmup_steps: Some(0), ..default() }),
+        ("cosine_with_floor", "cosine_with_floor", pb::OptimizerConfig { min_lr_ratio: Some(0.2), ..default() }),
+        ("cosine_with_min_lr", "cosine_with_floor", pb::OptimizerConfig { min_lr_ratio: Some(0.2), ..default() }),
+    ];
+    for (given, shown, optimizer) in accepted {
+        let request = job_request(with_optimizer(pb::OptimizerConfig { lr_scheduler_type: given.into(), ..optimizer })).unwrap();
+        let message = job(stored(request.clone()));
+        assert_eq!(message.optimizer.as_ref().unwrap().lr_scheduler_type, shown);
+        assert_eq!(again(message), request);
+    }
+}
+
+/// A job that was stored before such settings were refused must still be read and shown.
+#[test]
+fn a_stored_job_with_a_setting_without_effect_is_shown() {
+    let mut request = job_request(minimal()).unwrap();
+    request.spec.dpo.losses = vec![WeightedLoss { loss: LossType::Hinge, weight: 1.0 }];
+    (request.spec.dpo.label_smoothing, request.spec.dpo.simpo_gamma) = (0.1, 3.0);
+    (request.spec.optimizer.schedule, request.spec.optimizer.warmup) = (ScheduleKind::Constant, Warmup::Steps(5));
+    let read: JobRequest = serde_json::from_str(&serde_json::to_string(&request).unwrap()).unwrap();
+    assert_eq!(read, request);
+    let shown = job(stored(read));
+    assert_eq!(shown.optimizer.unwrap().lr_scheduler_type, "constant_with_warmup");
+    let dpo = shown.dpo.unwrap();
+    assert_eq!((dpo.label_smoothing, dpo.simpo_gamma), (Some(0.1), None));
 }

@@ -1,0 +1,355 @@
+//! What a job shows of its inputs, and that it goes on with these only: adapters, references and datasets.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use bradley::rpc::client::{Client, Status};
+use bradley::rpc::pb::{self, training_event::Event};
+use prost::Message as _;
+use sqlx::Connection as _;
+use tempfile::TempDir;
+use tonic::Code;
+use tonic_types::StatusExt as _;
+
+use crate::server::{Server, finish, job, pairs, score, state, submit, upload};
+use crate::support::golden;
+
+/// Steps of a job that is paused on its way.
+const STEPS: u64 = 120;
+const PATIENCE: Duration = Duration::from_secs(60);
+
+async fn get(client: &Client, name: &str) -> pb::TrainingJob {
+    let request = pb::GetTrainingJobRequest { name: name.into() };
+    client.training().get_training_job(request).await.unwrap().into_inner()
+}
+
+async fn create(client: &Client, wanted: pb::TrainingJob) -> Result<pb::TrainingJob, Status> {
+    let request = pb::CreateTrainingJobRequest { training_job: Some(wanted), ..Default::default() };
+    client.training().create_training_job(request).await.map(|r| r.into_inner())
+}
+
+async fn delete(client: &Client, name: &str) -> Result<(), Status> {
+    let request = pb::DeleteTrainingJobRequest { name: name.into() };
+    client.training().delete_training_job(request).await.map(|_| ())
+}
+
+async fn delete_checkpoint(client: &Client, name: &str) -> Result<(), Status> {
+    let request = pb::DeleteCheckpointRequest { name: name.into() };
+    client.checkpoints().delete_checkpoint(request).await.map(|_| ())
+}
+
+async fn resume(client: &Client, name: &str) {
+    let request = pb::ResumeTrainingJobRequest { name: name.into() };
+    client.training().resume_training_job(request).await.unwrap();
+}
+
+/// Waits until an event satisfies `enough`.
+async fn until(client: &Client, name: &str, enough: impl Fn(&Event) -> bool) {
+    let follow = client.follow(name, 0, |e| !e.event.as_ref().is_some_and(&enough));
+    tokio::time::timeout(PATIENCE, follow).await.expect("the event comes").unwrap();
+}
+
+/// Pauses a job after some steps.
+async fn pause(client: &Client, name: &str) {
+    until(client, name, |e| matches!(e, Event::StepMetrics(s) if s.step >= 3)).await;
+    let request = pb::PauseTrainingJobRequest { name: name.into() };
+    client.training().pause_training_job(request).await.unwrap();
+    until(client, name, |e| matches!(e, Event::StateChange(s) if s.to() == pb::JobState::Paused)).await;
+}
+
+async fn succeed(client: &Client, wanted: pb::TrainingJob) -> String {
+    let name = submit(client, wanted).await;
+    finish(client, &name).await;
+    let ended = get(client, &name).await;
+    assert_eq!(ended.state(), pb::JobState::Succeeded, "{:?}", ended.error);
+    name
+}
+
+fn latest(job: &str) -> String {
+    format!("{job}/checkpoints/latest")
+}
+
+/// The reason of a job's error.
+fn reason(error: &tonic_types::Status) -> String {
+    let status = Status::with_details(error.code.into(), error.message.clone(), error.encode_to_vec().into());
+    status.get_details_error_info().map(|i| i.reason).unwrap_or_default()
+}
+
+/// Waits until a job says why it cannot go on; returns its state and the reason.
+async fn trouble(client: &Client, name: &str) -> (pb::JobState, String) {
+    let start = Instant::now();
+    loop {
+        let shown = get(client, name).await;
+        if let Some(error) = &shown.error {
+            assert_eq!(error.code, Code::FailedPrecondition as i32, "{error:?}");
+            return (shown.state(), reason(error));
+        }
+        assert!(start.elapsed() < PATIENCE, "it goes on: {:?}", shown.state());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Changes the database of a server that is not running.
+async fn sql(data_dir: &Path, statement: &str) {
+    let url = format!("sqlite://{}", data_dir.join("bradley.db").display());
+    let mut database = sqlx::SqliteConnection::connect(&url).await.unwrap();
+    let changed = sqlx::raw_sql(sqlx::AssertSqlSafe(statement.to_owned())).execute(&mut database).await.unwrap();
+    assert!(changed.rows_affected() > 0, "{statement} changes nothing");
+    database.close().await.unwrap();
+}
+
+fn id(name: &str) -> &str {
+    name.trim_start_matches("trainingJobs/").trim_start_matches("datasets/")
+}
+
+// ---- the adapter that a job goes on with
+
+fn with_lora(lora: pb::LoraConfig, wanted: pb::TrainingJob) -> pb::TrainingJob {
+    pb::TrainingJob { method: Some(pb::training_job::Method::Lora(lora)), ..wanted }
+}
+
+fn lora(shown: &pb::TrainingJob) -> pb::LoraConfig {
+    let Some(pb::training_job::Method::Lora(lora)) = shown.method.clone() else { panic!("{shown:?}") };
+    lora
+}
+
+/// A job that goes on with an adapter of rank 4, α 6 and two targets: the values that are not named are the adapter's, others are refused.
+async fn goes_on_with_the_adapters_values(client: &Client, wanted: pb::TrainingJob, init_adapter: &str) {
+    let with = |lora: pb::LoraConfig| with_lora(pb::LoraConfig { init_adapter: init_adapter.into(), ..lora }, wanted.clone());
+    let targets = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
+    let default = pb::LoraConfig::default;
+    let refused = [
+        ("rank", pb::LoraConfig { rank: Some(8), ..default() }),
+        ("alpha", pb::LoraConfig { alpha: Some(8.0), ..default() }),
+        ("target_modules", pb::LoraConfig { target_modules: targets(&["q_proj"]), ..default() }),
+        ("use_rslora", pb::LoraConfig { use_rslora: true, ..default() }),
+    ];
+    for (field, lora) in refused {
+        let status = create(client, with(lora)).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{field}: {status}");
+        let fields: Vec<String> = status.get_details_bad_request().unwrap().field_violations.into_iter().map(|v| v.field).collect();
+        assert_eq!(fields, [format!("training_job.lora.{field}")]);
+    }
+    let named = pb::LoraConfig { rank: Some(4), alpha: Some(6.0), target_modules: targets(&["v_proj", "q_proj"]), ..default() };
+    for accepted in [default(), named] {
+        let shown = create(client, with(accepted)).await.unwrap();
+        for shown in [&shown, &get(client, &shown.name).await] {
+            let effective = lora(shown);
+            assert_eq!((effective.rank, effective.alpha), (Some(4), Some(6.0)));
+            assert_eq!(effective.target_modules, ["q_proj", "v_proj"]);
+        }
+        finish(client, &shown.name).await;
+        // What is trained is what is shown.
+        let checkpoint = latest(&shown.name);
+        let folder = tempfile::tempdir().unwrap();
+        client.download_checkpoint(&checkpoint, pb::ExportFormat::Adapter, folder.path()).await.unwrap();
+        let text = std::fs::read(folder.path().join("adapter_config.json")).unwrap();
+        let config: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        assert_eq!((config["r"].as_u64(), config["lora_alpha"].as_f64()), (Some(4), Some(6.0)));
+        // A client may make the same job again from what it is shown.
+        create(client, pb::TrainingJob { name: String::new(), ..shown }).await.unwrap();
+    }
+}
+
+fn small_adapter(dataset: &str) -> pb::TrainingJob {
+    let target_modules = vec!["q_proj".to_owned(), "v_proj".to_owned()];
+    with_lora(pb::LoraConfig { rank: Some(4), alpha: Some(6.0), target_modules, ..Default::default() }, job(dataset, 2))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_from_a_checkpoint_has_its_rank_alpha_and_targets() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let first = succeed(&client, small_adapter(&dataset)).await;
+    let wanted = pb::TrainingJob { policy: latest(&first), ..job(&dataset, 2) };
+    goes_on_with_the_adapters_values(&client, wanted, "").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_from_an_init_adapter_has_its_rank_alpha_and_targets() {
+    let (dir, adapters) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let models = format!("tiny={}", golden("models/llama").display());
+    let server = Server::start_with(dir.path(), &models, &["--adapter-dir", adapters.path().to_str().unwrap()]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let first = succeed(&client, small_adapter(&dataset)).await;
+    let folder = adapters.path().join("x");
+    client.download_checkpoint(&latest(&first), pb::ExportFormat::Adapter, &folder).await.unwrap();
+    goes_on_with_the_adapters_values(&client, job(&dataset, 2), "x").await;
+    // One that cannot be read is refused before there is a job, without a path of the server's.
+    std::fs::write(folder.join("adapter_config.json"), "{").unwrap();
+    let broken = with_lora(pb::LoraConfig { init_adapter: "x".into(), ..Default::default() }, job(&dataset, 2));
+    let status = create(&client, broken).await.unwrap_err();
+    let violation = status.get_details_bad_request().unwrap().field_violations.remove(0);
+    assert_eq!(violation.field, "training_job.lora.init_adapter");
+    assert!(!violation.description.contains(adapters.path().to_str().unwrap()), "{violation:?}");
+}
+
+// ---- identities
+
+#[tokio::test(flavor = "multi_thread")]
+async fn models_jobs_and_checkpoints_show_what_they_are_by_content() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let model = client.models().list_models(pb::ListModelsRequest::default()).await.unwrap().into_inner().models.remove(0);
+    let identity = model.identity.unwrap();
+    let is_hash = |hash: &str| hash.len() == 64 && hash.bytes().all(|b| b.is_ascii_hexdigit());
+    for part in [&identity.weights, &identity.config, &identity.tokenizer, &identity.chat_template] {
+        assert!(is_hash(part), "{identity:?}");
+    }
+    assert_eq!(identity.weights, model.fingerprint);
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let evaluation = Some(pb::training_job::Evaluation::EvalDataset(dataset.name.clone()));
+    let first = succeed(&client, pb::TrainingJob { evaluation, ..job(&dataset.name, 2) }).await;
+    let pins = get(&client, &first).await.pins.unwrap();
+    assert_eq!(pins.base.as_ref(), Some(&identity));
+    assert_eq!((&pins.dataset, &pins.eval_dataset), (&dataset.content_hash, &dataset.content_hash));
+    assert_eq!((pins.policy.as_str(), pins.reference.as_str()), ("", ""));
+    let other = succeed(&client, job(&dataset.name, 2)).await;
+    let second = pb::TrainingJob { policy: latest(&first), reference: latest(&other), ..job(&dataset.name, 2) };
+    let second = succeed(&client, second).await;
+    let pins = get(&client, &second).await.pins.unwrap();
+    assert!(is_hash(&pins.policy) && is_hash(&pins.reference) && pins.policy != pins.reference, "{pins:?}");
+    assert_eq!(pins.eval_dataset, "");
+    let request = pb::ListCheckpointsRequest { parent: second.clone() };
+    let listed = client.checkpoints().list_checkpoints(request).await.unwrap().into_inner().checkpoints;
+    let request = pb::GetCheckpointRequest { name: latest(&second) };
+    let one = client.checkpoints().get_checkpoint(request).await.unwrap().into_inner();
+    assert!(listed.iter().chain([&one]).all(|c| c.base.as_ref() == Some(&identity)), "{listed:?}");
+}
+
+/// A server with a paused job whose policy and reference are checkpoints of other jobs.
+struct Paused {
+    dir: TempDir,
+    server: Server,
+    client: Client,
+    dataset: String,
+    job: String,
+}
+
+impl Paused {
+    async fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let server = Server::start(dir.path());
+        let client = server.client().await;
+        let dataset = upload(&client, "pairs.jsonl").await.name;
+        let (policy, reference) = (succeed(&client, job(&dataset, 2)).await, succeed(&client, job(&dataset, 3)).await);
+        let wanted = pb::TrainingJob { policy: latest(&policy), reference: latest(&reference), ..job(&dataset, STEPS) };
+        let job = submit(&client, wanted).await;
+        pause(&client, &job).await;
+        Paused { dir, server, client, dataset, job }
+    }
+
+    /// Runs a statement while the server is stopped.
+    async fn restart_after(&mut self, statement: &str) {
+        assert!(self.server.terminate(PATIENCE).success());
+        sql(self.dir.path(), statement).await;
+        self.server = Server::start(self.dir.path());
+        self.client = self.server.client().await;
+    }
+
+    async fn warnings(&self) -> Vec<String> {
+        let request = pb::ListTrainingEventsRequest { parent: self.job.clone(), page_size: 1000, ..Default::default() };
+        let events = self.client.training().list_training_events(request).await.unwrap().into_inner().events;
+        let warning = |e: pb::TrainingEvent| match e.event {
+            Some(Event::Log(l)) if l.severity == "warning" => Some(l.message),
+            _ => None,
+        };
+        events.into_iter().filter_map(warning).collect()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_does_not_go_on_with_another_policy_or_reference() {
+    for (part, remedy) in [("policy", "policy"), ("reference", "reference")] {
+        let mut it = Paused::start().await;
+        let pins = get(&it.client, &it.job).await.pins.unwrap();
+        let pinned = if part == "policy" { pins.policy } else { pins.reference };
+        let (job, other) = (id(&it.job).to_owned(), "0".repeat(64));
+        // As if the checkpoint had other content than when the job was made.
+        it.restart_after(&format!("UPDATE jobs SET request = replace(request, '{pinned}', '{other}') WHERE id = '{job}'")).await;
+        resume(&it.client, &it.job).await;
+        assert_eq!(trouble(&it.client, &it.job).await, (pb::JobState::Queued, "MODEL_CHANGED".into()), "{part}");
+        let message = get(&it.client, &it.job).await.error.unwrap().message;
+        assert!(message.contains(&pinned) && message.contains(&other) && message.contains(remedy), "{message}");
+        // It goes on by itself when the content is again what it was.
+        it.restart_after(&format!("UPDATE jobs SET request = replace(request, '{other}', '{pinned}') WHERE id = '{job}'")).await;
+        finish(&it.client, &it.job).await;
+        assert_eq!(state(&it.client, &it.job).await, pb::JobState::Succeeded);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_does_not_go_on_with_another_dataset() {
+    let it = Paused::start().await;
+    let files = std::fs::read_dir(it.dir.path().join("datasets")).unwrap().map(|e| e.unwrap().path());
+    let files: Vec<PathBuf> = files.filter(|f| f.to_string_lossy().contains(id(&it.dataset))).collect();
+    let [file] = files.as_slice() else { panic!("{files:?}") };
+    let file = if file.is_dir() { std::fs::read_dir(file).unwrap().next().unwrap().unwrap().path() } else { file.clone() };
+    // The same rows, which can all be read, in another order.
+    let text = std::fs::read_to_string(&file).unwrap();
+    let reversed: Vec<&str> = text.lines().rev().collect();
+    std::fs::write(&file, reversed.join("\n") + "\n").unwrap();
+    resume(&it.client, &it.job).await;
+    assert_eq!(trouble(&it.client, &it.job).await, (pb::JobState::Failed, "DATASET_CHANGED".into()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_without_pins_is_pinned_at_its_next_start() {
+    // As the version before stored it, and as version 0.1 did.
+    for removed in ["$.pins.contents", "$.pins"] {
+        let mut it = Paused::start().await;
+        let pins = get(&it.client, &it.job).await.pins;
+        let job = id(&it.job).to_owned();
+        it.restart_after(&format!("UPDATE jobs SET request = json_remove(request, '{removed}') WHERE id = '{job}'")).await;
+        assert_ne!(get(&it.client, &it.job).await.pins, pins);
+        assert_eq!(it.warnings().await, Vec::<String>::new());
+        resume(&it.client, &it.job).await;
+        finish(&it.client, &it.job).await;
+        assert_eq!(get(&it.client, &it.job).await.pins, pins);
+        let told = it.warnings().await;
+        assert!(told.len() == 1 && told[0].contains("is pinned now"), "{told:?}");
+        assert_eq!(state(&it.client, &it.job).await, pb::JobState::Succeeded);
+    }
+}
+
+// ---- references of ended jobs
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_reference_of_an_ended_job_is_kept_while_the_job_has_checkpoints() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let named = |first: &str| pb::TrainingJob { reference: latest(first), ..job(&dataset, 2) };
+    // Without a name the reference is what the policy starts from.
+    let implied = |first: &str| pb::TrainingJob { policy: latest(first), ..job(&dataset, 2) };
+    let users: [&dyn Fn(&str) -> pb::TrainingJob; 2] = [&named, &implied];
+    for user in users {
+        let first = succeed(&client, job(&dataset, 2)).await;
+        let second = succeed(&client, user(&first)).await;
+        let before = score(&client, &latest(&second), pairs()).await;
+        let refusals = [delete(&client, &first).await, delete_checkpoint(&client, &format!("{first}/checkpoints/2")).await];
+        for refused in refusals {
+            let status = refused.unwrap_err();
+            assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
+            assert_eq!(status.get_details_error_info().unwrap().reason, "IN_USE");
+            assert!(status.message().contains(&second), "the user is not named: {status}");
+        }
+        assert_eq!(score(&client, &latest(&second), pairs()).await.results, before.results);
+        delete(&client, &second).await.unwrap();
+        delete(&client, &first).await.unwrap();
+    }
+    // A job that was only continued, or whose user has no checkpoint, is not needed.
+    let first = succeed(&client, job(&dataset, 2)).await;
+    let second = succeed(&client, pb::TrainingJob { reference: "models/tiny".into(), ..implied(&first) }).await;
+    delete(&client, &first).await.unwrap();
+    score(&client, &latest(&second), pairs()).await;
+    let first = succeed(&client, job(&dataset, 2)).await;
+    let second = succeed(&client, named(&first)).await;
+    delete_checkpoint(&client, &format!("{second}/checkpoints/2")).await.unwrap();
+    delete(&client, &first).await.unwrap();
+}
