@@ -22,11 +22,10 @@ use crate::domain::identity::Pins;
 use crate::domain::job::{Checkpoint, Evaluation, EventKind, Job, JobError, JobState, RowPolicy};
 use crate::engine::api::{Command, EngineError, Report, RunEnd, RunEvent, TrainingRun};
 use crate::engine::trace;
-use crate::math::rng::split;
 use crate::model::tokenizer::ChatTokenizer;
 use crate::train::checkpoint;
 use crate::train::encode::PairEncoder;
-use crate::train::pair::EncodedPair;
+use crate::train::pair::{EncodedPair, split_rows};
 use crate::train::validate::load_rows;
 
 /// Events on their way from the device to the store.
@@ -314,9 +313,7 @@ pub(super) async fn prepare(service: &Service, job: &Job) -> Result<Prepared> {
                 skipped.extend(more);
             }
             (Evaluation::Fraction(f), None) => {
-                let (kept, held_out) = split(train.len(), *f, request.spec.seed.0);
-                eval = held_out.into_iter().map(|i| train[i].clone()).collect();
-                train = kept.into_iter().map(|i| train[i].clone()).collect();
+                (train, eval) = split_rows(&train, *f, request.spec.seed.0);
             }
             _ => {}
         }
@@ -348,7 +345,7 @@ fn encode_dataset(
     {
         let message = format!(
             "row {} of datasets/{} has the weight {}, but aot and aot_unpaired compare sorted log-ratios across pairs and cannot weigh them: remove \
-             the weights, or choose another loss",
+             the weights (a row with several rejected answers has its weight divided among them), or choose another loss",
             row.row, dataset.id, row.weight
         );
         return Err(ServiceError::FailedPrecondition { reason: "DATASET_INVALID", message });

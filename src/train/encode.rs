@@ -76,7 +76,7 @@ impl<'a> PairEncoder<'a> {
                 EncodeError::MixedForms { field } => (field.clone(), IssueReason::InvalidType),
                 EncodeError::Model(_) => ("prompt".to_owned(), IssueReason::InvalidType),
             };
-            RowIssue { row: row.row, id: row.id.clone(), field, reason, message: e.to_string() }
+            RowIssue { row: row.row, id: row.id.clone(), field: row.column(&field), reason, message: e.to_string() }
         };
         let pair = self.encode_pair(&row.prompt, &row.chosen, &row.rejected).map_err(issue)?;
         Ok(EncodedPair { row: row.row, id: row.id.clone(), weight: row.weight, ..pair })

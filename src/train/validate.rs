@@ -54,33 +54,93 @@ fn scan(
 ) -> Result<ValidationReport, DataError> {
     let mut report = ValidationReport::default();
     let mut seen = Seen::default();
+    let mut tally = Tally::default();
     apart::for_each_row(path, format, |row| {
-        report.rows += 1;
+        let (Ok(PreferenceRow { row: number, .. }) | Err(RowIssue { row: number, .. })) = row;
+        tally.enter(number, &mut report);
         let row = match row {
             Ok(row) => row,
             Err(issue) => {
-                report.add(issue);
+                tally.add(issue, &mut report);
                 return Ok(());
             }
         };
+        tally.read(&row, &mut report);
         let mut issues = check(&row);
         issues.extend(seen.check(&row));
         if let (Some(encoder), true) = (&lengths, issues.iter().all(|i| i.reason.severity() == Severity::Warning)) {
             issues.extend(check_lengths(&row, encoder));
         }
         let usable = issues.iter().all(|i| i.reason.severity() == Severity::Warning);
-        issues.into_iter().for_each(|i| report.add(i));
+        issues.into_iter().for_each(|i| tally.add(i, &mut report));
         if usable {
-            report.valid_rows += 1;
+            tally.pairs += 1;
             keep(row)?;
         }
         Ok(())
     })?;
+    tally.finish(&mut report);
     Ok(report)
 }
 
+/// Counts rows from pairs: those of one row come one after another.
+#[derive(Default)]
+struct Tally {
+    /// The row whose pairs are being read; 0 before the first.
+    row: u64,
+    /// Whether that row has an error.
+    is_bad: bool,
+    /// Whether its shape is counted.
+    has_shape: bool,
+    /// What is said of it already: all its pairs have the same prompt and the same chosen answer.
+    said: Vec<(String, IssueReason)>,
+    /// Usable pairs so far.
+    pairs: u64,
+    /// Whether any row makes several pairs.
+    has_several: bool,
+}
+
+impl Tally {
+    /// Begins a row, unless `number` is that of the row being read.
+    fn enter(&mut self, number: u64, report: &mut ValidationReport) {
+        if number == self.row {
+            return;
+        }
+        self.leave(report);
+        (self.row, self.is_bad, self.has_shape) = (number, false, false);
+        self.said.clear();
+        report.rows += 1;
+    }
+
+    fn leave(&self, report: &mut ValidationReport) {
+        report.valid_rows += u64::from(self.row > 0 && !self.is_bad);
+    }
+
+    fn read(&mut self, pair: &PreferenceRow, report: &mut ValidationReport) {
+        if !self.has_shape {
+            *report.shapes.entry(pair.shape.name().to_owned()).or_default() += 1;
+        }
+        self.has_shape = true;
+        self.has_several |= pair.pair.is_some();
+    }
+
+    fn add(&mut self, issue: RowIssue, report: &mut ValidationReport) {
+        self.is_bad |= issue.reason.severity() == Severity::Error;
+        let said = (issue.field.clone(), issue.reason);
+        if !self.said.contains(&said) {
+            self.said.push(said);
+            report.add(issue);
+        }
+    }
+
+    fn finish(&self, report: &mut ValidationReport) {
+        self.leave(report);
+        report.pairs = if self.has_several { self.pairs } else { 0 };
+    }
+}
+
 fn issue(row: &PreferenceRow, field: &str, reason: IssueReason, message: impl Into<String>) -> RowIssue {
-    RowIssue { row: row.row, id: row.id.clone(), field: field.to_owned(), reason, message: message.into() }
+    RowIssue { row: row.row, id: row.id.clone(), field: row.column(field), reason, message: message.into() }
 }
 
 /// What a row says by itself.
@@ -197,5 +257,33 @@ mod tests {
             assert_eq!(r.counts[reason], 1, "{reason}");
         }
         assert!(r.issues.iter().any(|i| i.row == 3 && i.message.contains("row 1")));
+        assert_eq!((r.shapes["preference"], r.pairs), (6, 0));
+    }
+
+    #[test]
+    fn rows_that_make_several_pairs_count_once() {
+        let loaded = report(&[
+            r#"{"prompt":"p","chosen":"a","rejected":["b","c","d"]}"#,
+            r#"{"prompt":"q","chosen":"a","rejected":"b"}"#,
+            r#"{"prompt":"q","chosen":"a","rejected":["b","a",""],"system":"s"}"#,
+            r#"{"prompt":"q","chosen":" ","rejected":["b","c"]}"#,
+            r#"{"chosen":"1 2","rejected":"1 3"}"#,
+            r#"{"neither":1}"#,
+        ]);
+        let r = &loaded.report;
+        assert_eq!((r.rows, r.valid_rows, r.bad_rows(), r.pairs), (6, 3, 3, 6));
+        assert_eq!(loaded.rows.iter().map(|r| r.row).collect::<Vec<_>>(), [1, 1, 1, 2, 3, 5]);
+        let shapes: Vec<(&str, u64)> = r.shapes.iter().map(|(name, rows)| (name.as_str(), *rows)).collect();
+        assert_eq!(shapes, [("implicit_prompt_text", 1), ("preference", 1), ("several_rejected", 3)]);
+        let said: Vec<(u64, &str, IssueReason)> = r.issues.iter().map(|i| (i.row, i.field.as_str(), i.reason)).collect();
+        let expected = [
+            (3, "system", IssueReason::IgnoredField),
+            (3, "", IssueReason::DuplicatePair),
+            (3, "rejected[1]", IssueReason::IdenticalAnswers),
+            (3, "rejected[2]", IssueReason::EmptyCompletion),
+            (4, "chosen", IssueReason::EmptyCompletion),
+            (6, "chosen", IssueReason::MissingField),
+        ];
+        assert_eq!(said, expected);
     }
 }
