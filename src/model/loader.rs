@@ -51,6 +51,7 @@ pub fn load_model(id: Option<&str>, source: &str, hub: &HubOptions) -> Result<Lo
             let text = std::fs::read_to_string(&path).map_err(ModelError::io(&path))?;
             let config = ModelConfig::from_hf_json(&text, &path)?;
             let weights = Weights::open_folder(&folder)?;
+            weights.check_names(&config)?;
             Ok(LoadedModel { id, config, weights, tokenizer: ChatTokenizer::from_folder(&folder)?, origin })
         }
         Located::Gguf(path) => load_gguf(id, &path, origin),
@@ -66,6 +67,7 @@ fn load_gguf(id: String, path: &Path, origin: String) -> Result<LoadedModel, Mod
     let config = ModelConfig::from_gguf(&gguf, freqs.as_deref())?;
     let tokenizer = ChatTokenizer::from_gguf(&gguf)?;
     let weights = Weights::from_gguf(GgufWeights::new(gguf, &config), path);
+    weights.check_names(&config)?;
     Ok(LoadedModel { id, config, weights, tokenizer, origin })
 }
 

@@ -22,6 +22,7 @@ mod hostile;
 mod hub;
 mod layers;
 mod lifecycle;
+mod model_files;
 mod pins;
 mod replicas;
 mod security;
