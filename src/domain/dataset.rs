@@ -153,6 +153,8 @@ pub enum IssueReason {
     DuplicatePair,
     /// The same pair occurred before with the answers exchanged.
     ContradictoryPair,
+    /// Plain-text answers for a tokenizer that has no end-of-sequence token (a warning, once for a file).
+    NoEos,
 }
 
 impl IssueReason {
@@ -173,13 +175,14 @@ impl IssueReason {
             IssueReason::Truncated => "truncated",
             IssueReason::DuplicatePair => "duplicate_pair",
             IssueReason::ContradictoryPair => "contradictory_pair",
+            IssueReason::NoEos => "no_eos",
         }
     }
 
     /// Errors make a row unusable. Contradictions are warnings on both rows' face but poison training, so they are errors.
     pub fn severity(self) -> Severity {
         match self {
-            IssueReason::Truncated | IssueReason::DuplicatePair | IssueReason::IgnoredField => Severity::Warning,
+            IssueReason::Truncated | IssueReason::DuplicatePair | IssueReason::IgnoredField | IssueReason::NoEos => Severity::Warning,
             _ => Severity::Error,
         }
     }

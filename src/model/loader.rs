@@ -44,6 +44,18 @@ impl LoadedModel {
 /// Each names the file, and the field or tensor in it.
 pub fn load_model(id: Option<&str>, source: &str, hub: &HubOptions) -> Result<LoadedModel, ModelError> {
     let id = id.map_or_else(|| default_id(source), str::to_owned);
+    let model = open(id, source, hub)?;
+    if model.tokenizer.eos_token().is_none() {
+        tracing::warn!(
+            model = model.id,
+            "the tokenizer has no end-of-sequence token, or one that is not in its vocabulary: the model does not learn where plain-text \
+             answers end; set eos_token in tokenizer_config.json (tokenizer.ggml.eos_token_id in GGUF)"
+        );
+    }
+    Ok(model)
+}
+
+fn open(id: String, source: &str, hub: &HubOptions) -> Result<LoadedModel, ModelError> {
     let origin = source.to_owned();
     match locate(source, hub)? {
         Located::Folder(folder) => {

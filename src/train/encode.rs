@@ -66,6 +66,11 @@ impl<'a> PairEncoder<'a> {
         PairEncoder { tokenizer, max_length, truncation }
     }
 
+    /// Whether the tokenizer has an end-of-sequence token, which ends every plain-text answer.
+    pub fn has_eos(&self) -> bool {
+        self.tokenizer.eos_token().is_some()
+    }
+
     /// Encodes a validated row.
     pub fn encode_row(&self, row: &PreferenceRow) -> Result<EncodedPair, RowIssue> {
         let issue = |e: EncodeError| {

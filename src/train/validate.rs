@@ -105,6 +105,10 @@ pub fn load_rows(path: &Path, format: DatasetFormat) -> Result<LoadedRows, DataE
     Ok(LoadedRows { rows, report, bad })
 }
 
+/// Said of the first plain-text row when the tokenizer has no end-of-sequence token.
+const NO_EOS: &str = "the model's tokenizer has no end-of-sequence token, so the model does not learn where plain-text answers end: set \
+                      eos_token in its tokenizer_config.json, or end each answer with a text that stops generation";
+
 fn scan(
     path: &Path,
     format: DatasetFormat,
@@ -113,6 +117,7 @@ fn scan(
 ) -> Result<(ValidationReport, BadRows), DataError> {
     let mut seen = Seen::default();
     let mut tally = Tally::default();
+    let mut warns_of_eos = lengths.is_some_and(|encoder| !encoder.has_eos());
     apart::for_each_row(path, format, |row| {
         let (Ok(PreferenceRow { row: number, .. }) | Err(RowIssue { row: number, .. })) = row;
         tally.enter(number);
@@ -128,6 +133,10 @@ fn scan(
         issues.extend(seen.check(&row));
         if let (Some(encoder), true) = (&lengths, issues.iter().all(|i| i.reason.severity() == Severity::Warning)) {
             issues.extend(check_lengths(&row, encoder));
+        }
+        if warns_of_eos && matches!(row.chosen, Text::Plain(_)) {
+            warns_of_eos = false;
+            issues.push(issue(&row, "chosen", IssueReason::NoEos, NO_EOS));
         }
         let usable = issues.iter().all(|i| i.reason.severity() == Severity::Warning);
         issues.into_iter().for_each(|i| tally.add(i));

@@ -28,6 +28,7 @@ mod replicas;
 mod security;
 mod server;
 mod service;
+mod shapes;
 mod smollm2;
 mod soak;
 mod store_safety;
