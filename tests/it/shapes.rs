@@ -8,6 +8,7 @@ use bradley::rpc::pb;
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
+use parquet::schema::types::SchemaDescriptor;
 use serde_json::{Value, json};
 
 use crate::server::{Server, finish, job, submit};
@@ -102,13 +103,16 @@ async fn parquet_files_in_other_shapes_are_read() {
     for (shape, schema, columns, pairs) in cases {
         let file = dir.path().join(shape);
         let schema = Arc::new(parse_message_type(&format!("message rows {{ {schema} }}")).unwrap());
+        let leaves = SchemaDescriptor::new(schema.clone());
         let mut writer = SerializedFileWriter::new(std::fs::File::create(&file).unwrap(), schema, Arc::default()).unwrap();
         let mut group = writer.next_row_group().unwrap();
-        let mut columns = columns.iter();
+        let (mut columns, mut written) = (columns.iter(), 0);
         while let Some(mut column) = group.next_column().unwrap() {
             let values: Vec<ByteArray> = columns.next().unwrap().iter().map(|text| ByteArray::from(*text)).collect();
-            // Where a column is no list, no level is written.
-            let (defined, repeated) = (vec![1; values.len()], (0..values.len()).map(|i| i16::from(i > 0)).collect::<Vec<_>>());
+            let leaf = leaves.column(written);
+            written += 1;
+            let defined = vec![leaf.max_def_level(); values.len()];
+            let repeated: Vec<i16> = (0..values.len()).map(|i| i16::from(i > 0)).collect();
             column.typed::<ByteArrayType>().write_batch(&values, Some(&defined), Some(&repeated)).unwrap();
             column.close().unwrap();
         }
