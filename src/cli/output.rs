@@ -137,8 +137,20 @@ pub fn dataset(d: &pb::Dataset) -> Value {
         r.issues.iter().map(|i| json!({"row": i.row, "id": i.id, "field": i.field, "reason": i.reason, "message": i.message})).collect();
     json!({
         "name": d.name, "display_name": d.display_name, "size_bytes": d.size_bytes, "content_hash": d.content_hash, "rows": r.rows,
-        "valid_rows": r.valid_rows, "findings": r.counts, "issues": issues, "create_time": time(d.create_time.as_ref()),
+        "valid_rows": r.valid_rows, "shapes": r.shapes, "pairs": r.pairs, "findings": r.counts, "issues": issues, "create_time": time(d.create_time.as_ref()),
     })
+}
+
+/// Describes the shapes of a dataset's rows, unless all are plain preference rows that make one pair each.
+pub fn shapes(r: &pb::ValidationReport) -> Option<String> {
+    let mut shapes: Vec<(&String, &u64)> = r.shapes.iter().collect();
+    shapes.sort();
+    let mut parts: Vec<String> = shapes.iter().map(|(name, rows)| format!("{rows} {name}")).collect();
+    if r.pairs > 0 {
+        parts.push(format!("{} pairs in all", r.pairs));
+    }
+    let is_plain = r.pairs == 0 && shapes.iter().all(|(name, _)| *name == "preference");
+    (!is_plain).then(|| format!("rows by shape: {}", parts.join(", ")))
 }
 
 /// A checkpoint as JSON.

@@ -89,12 +89,21 @@ pub(super) async fn score(client: &Client, options: pb::ScoringOptions, rows: &[
         if let Some(mut result) = answer.result
             && let Some(i) = result.id.parse::<usize>().ok().filter(|i| *i < rows.len())
         {
-            result.id = rows[i].id.clone().unwrap_or_else(|| rows[i].row.to_string());
+            result.id = name(&rows[i]);
             results[i] = Some(result);
         }
     }
     let all: Option<Vec<pb::PairResult>> = results.into_iter().collect();
     all.ok_or_else(|| Failure::Failed("the server ended the stream before every pair was answered".into()))
+}
+
+/// The row's id, or its number with that of the pair where it makes several.
+fn name(row: &PreferenceRow) -> String {
+    match (&row.id, row.pair) {
+        (Some(id), _) => id.clone(),
+        (None, Some(pair)) => format!("{}#{pair}", row.row),
+        (None, None) => row.row.to_string(),
+    }
 }
 
 fn pair(id: String, row: &PreferenceRow) -> pb::Pair {

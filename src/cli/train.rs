@@ -174,6 +174,9 @@ async fn upload_checked(client: &Client, path: &Path, checked: &Checked, output:
     if output == Output::Table {
         let r = dataset.report.clone().unwrap_or_default();
         output::line(&format!("{} holds {} rows, {} of them usable", dataset.name, r.rows, r.valid_rows));
+        if let Some(shapes) = output::shapes(&r) {
+            output::line(&format!("  {shapes}"));
+        }
         for i in r.issues.iter().take(10) {
             output::line(&format!("  row {}: {} {}: {}", i.row, i.field, i.reason, i.message));
         }

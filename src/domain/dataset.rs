@@ -47,6 +47,58 @@ pub struct PreferenceRow {
     /// Paths of fields that the row has and that are not used, e.g. `chosen[0].reasoning_content`; the first of each name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ignored: Vec<String>,
+    /// The shape that the row has in the file.
+    #[serde(default)]
+    pub shape: RowShape,
+    /// Which of its row's pairs this is, from 1, where the row has several rejected answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pair: Option<u32>,
+}
+
+impl PreferenceRow {
+    /// A column as the row names it: of several rejected answers, the one of this pair.
+    pub fn column(&self, name: &str) -> String {
+        match self.pair {
+            Some(pair) if name == "rejected" => format!("rejected[{}]", pair.saturating_sub(1)),
+            _ => name.to_owned(),
+        }
+    }
+}
+
+/// The shapes of rows that are recognised; `train::rows` describes them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RowShape {
+    /// prompt, chosen and rejected.
+    #[default]
+    Preference,
+    /// Two whole dialogues, which share the prompt.
+    ImplicitPrompt,
+    /// Two plain texts, which share the prompt.
+    ImplicitPromptText,
+    /// OpenAI's input, preferred_output and non_preferred_output.
+    OpenaiPreference,
+    /// Texts of "Human:" and "Assistant:".
+    Hh,
+    /// Whole dialogues, with the text of their first user message as the prompt.
+    Ultrafeedback,
+    /// A list of rejected answers.
+    SeveralRejected,
+}
+
+impl RowShape {
+    /// The word on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            RowShape::Preference => "preference",
+            RowShape::ImplicitPrompt => "implicit_prompt",
+            RowShape::ImplicitPromptText => "implicit_prompt_text",
+            RowShape::OpenaiPreference => "openai_preference",
+            RowShape::Hh => "hh",
+            RowShape::Ultrafeedback => "ultrafeedback",
+            RowShape::SeveralRejected => "several_rejected",
+        }
+    }
 }
 
 /// The file format.
@@ -101,6 +153,8 @@ pub enum IssueReason {
     DuplicatePair,
     /// The same pair occurred before with the answers exchanged.
     ContradictoryPair,
+    /// Plain-text answers for a tokenizer that has no end-of-sequence token (a warning, once for a file).
+    NoEos,
 }
 
 impl IssueReason {
@@ -121,13 +175,14 @@ impl IssueReason {
             IssueReason::Truncated => "truncated",
             IssueReason::DuplicatePair => "duplicate_pair",
             IssueReason::ContradictoryPair => "contradictory_pair",
+            IssueReason::NoEos => "no_eos",
         }
     }
 
     /// Errors make a row unusable. Contradictions are warnings on both rows' face but poison training, so they are errors.
     pub fn severity(self) -> Severity {
         match self {
-            IssueReason::Truncated | IssueReason::DuplicatePair | IssueReason::IgnoredField => Severity::Warning,
+            IssueReason::Truncated | IssueReason::DuplicatePair | IssueReason::IgnoredField | IssueReason::NoEos => Severity::Warning,
             _ => Severity::Error,
         }
     }
@@ -185,6 +240,16 @@ pub struct ValidationReport {
     pub issues: Vec<RowIssue>,
     /// Whether there were more.
     pub issues_truncated: bool,
+    /// Rows that could be read, by the name of their shape.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub shapes: BTreeMap<String, u64>,
+    /// Pairs that can be used, where rows make several; 0 where every row makes one.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub pairs: u64,
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 impl ValidationReport {

@@ -102,7 +102,7 @@ impl DatasetUpload {
             validate_rows(&path, format, lengths, limit).map_err(|e| unreadable(&e))
         })
         .await??;
-        if report.valid_rows == 0 {
+        if report.valid_rows == 0 && report.pairs == 0 {
             return Err(ServiceError::invalid("chunk", nothing_usable(&report)));
         }
         let id = uuid::Uuid::now_v7().to_string();

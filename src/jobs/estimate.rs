@@ -83,7 +83,7 @@ impl Service {
         Ok(JobEstimate {
             train_pairs: train.len() as u64,
             eval_pairs: eval.len() as u64,
-            skipped_rows: prepared.skipped.len() as u64,
+            skipped_rows: prepared.skipped.rows(),
             total_steps,
             tokens: tokens.round() as u64,
             longest_pair_tokens: longest as u64,

@@ -18,22 +18,19 @@ use super::housekeeping::job_ended;
 use super::resume::newest_whole;
 use super::service::Service;
 use super::store::{Also, Lease, now};
-use crate::domain::dataset::{Dataset, RowIssue, Severity};
+use crate::domain::dataset::Dataset;
 use crate::domain::identity::Pins;
 use crate::domain::job::{Checkpoint, Evaluation, EventKind, Job, JobError, JobState, RowPolicy};
 use crate::engine::api::{Command, EngineError, Report, RunEnd, RunEvent, TrainingRun};
 use crate::engine::trace;
-use crate::math::rng::split;
 use crate::model::tokenizer::ChatTokenizer;
 use crate::train::checkpoint;
 use crate::train::encode::PairEncoder;
-use crate::train::pair::EncodedPair;
-use crate::train::validate::load_rows;
+use crate::train::pair::{EncodedPair, split_rows};
+use crate::train::validate::{BadRows, load_rows};
 
 /// Events on their way from the device to the store.
 const CHANNEL: usize = 64;
-/// Skipped rows that a job lists in words.
-const MAX_SKIPPED_LISTED: usize = 1000;
 /// How long the runner waits after the store failed.
 const STORE_RETRY: Duration = Duration::from_secs(1);
 /// What others get to take a queued job before a run makes room for it.
@@ -183,7 +180,7 @@ async fn carry(service: &Service, job: &Job, held: &Arc<Held>) -> Result<RunEnd>
         return Ok(end);
     }
     let prepared = prepared?;
-    if !prepared.skipped.is_empty() {
+    if prepared.skipped.rows() > 0 {
         note_skipped(service, held, &prepared.skipped).await?;
     }
     let checkpoints = service.inner.artifacts.checkpoints(&job.id);
@@ -302,7 +299,7 @@ pub(super) struct Prepared {
     pub reference: Option<crate::engine::api::WeightsRef>,
     pub train: Vec<EncodedPair>,
     pub eval: Vec<EncodedPair>,
-    pub skipped: Vec<RowIssue>,
+    pub skipped: BadRows,
 }
 
 pub(super) async fn prepare(service: &Service, job: &Job) -> Result<Prepared> {
@@ -336,9 +333,7 @@ pub(super) async fn prepare(service: &Service, job: &Job) -> Result<Prepared> {
                 skipped.extend(more);
             }
             (Evaluation::Fraction(f), None) => {
-                let (kept, held_out) = split(train.len(), *f, request.spec.seed.0);
-                eval = held_out.into_iter().map(|i| train[i].clone()).collect();
-                train = kept.into_iter().map(|i| train[i].clone()).collect();
+                (train, eval) = split_rows(&train, *f, request.spec.seed.0);
             }
             _ => {}
         }
@@ -373,7 +368,7 @@ fn encode_dataset(
     dataset: &Dataset,
     tokenizer: &ChatTokenizer,
     request: &crate::domain::job::JobRequest,
-) -> Result<(Vec<EncodedPair>, Vec<RowIssue>)> {
+) -> Result<(Vec<EncodedPair>, BadRows)> {
     let loaded = load_rows(path, dataset.format).map_err(|e| unreadable(&e))?;
     // Decoding has limits, and a job must not train on the part before one that uploading did not meet.
     let (now, uploaded) = (loaded.report.rows, dataset.report.rows);
@@ -386,27 +381,27 @@ fn encode_dataset(
     {
         let message = format!(
             "row {} of datasets/{} has the weight {}, but aot and aot_unpaired compare sorted log-ratios across pairs and cannot weigh them: remove \
-             the weights, or choose another loss",
+             the weights (a row with several rejected answers has its weight divided among them), or choose another loss",
             row.row, dataset.id, row.weight
         );
         return Err(ServiceError::FailedPrecondition { reason: "DATASET_INVALID", message });
     }
     let encoder = PairEncoder::new(tokenizer, request.spec.batch.max_length, request.spec.batch.truncation);
-    let mut issues: Vec<RowIssue> = loaded.report.issues.into_iter().filter(|i| i.reason.severity() == Severity::Error).collect();
+    let mut bad = loaded.bad;
     let mut pairs = Vec::with_capacity(loaded.rows.len());
     for row in &loaded.rows {
         match encoder.encode_row(row) {
             Ok(pair) => pairs.push(pair),
-            Err(issue) => issues.push(issue),
+            Err(issue) => bad.add(issue),
         }
     }
     if request.row_policy == RowPolicy::Reject
-        && let Some(first) = issues.first()
+        && let Some(first) = bad.first()
     {
         let message = format!(
             "datasets/{} has {} rows that cannot be used with max_length {}; row {}, {}: {}. Fix them, or set row_policy to SKIP",
             dataset.id,
-            issues.len(),
+            bad.rows(),
             request.spec.batch.max_length,
             first.row,
             first.reason.name(),
@@ -414,13 +409,13 @@ fn encode_dataset(
         );
         return Err(ServiceError::FailedPrecondition { reason: "DATASET_INVALID", message });
     }
-    Ok((pairs, issues))
+    Ok((pairs, bad))
 }
 
-async fn note_skipped(service: &Service, held: &Held, skipped: &[RowIssue]) -> Result<()> {
-    let listed: Vec<String> =
-        skipped.iter().take(MAX_SKIPPED_LISTED).map(|i| format!("row {}, {} {}: {}", i.row, i.field, i.reason.name(), i.message)).collect();
-    let message = format!("{} rows are left out, see skipped_rows; the first: {}", skipped.len(), listed[0]);
+async fn note_skipped(service: &Service, held: &Held, skipped: &BadRows) -> Result<()> {
+    let listed = skipped.lines();
+    let first = listed.first().map(String::as_str).unwrap_or_default();
+    let message = format!("{} rows are left out, see skipped_rows; the first: {first}", skipped.rows());
     let note = |j: &mut Job| {
         // A job that is continued has told of them.
         let known = j.skipped_rows == listed;

@@ -40,6 +40,20 @@ pub enum ModelError {
         /// The file or folder.
         path: PathBuf,
     },
+    /// A decoder layer has a tensor that the configuration does not call for.
+    #[error(
+        "{}: tensor '{name}'{} belongs to a decoder layer, but the configuration does not call for it, so the model would compute \
+         something else without it: correct config.json (attention_bias, mlp_bias, num_hidden_layers, model_type), or remove it",
+        path.display(), and_others(*others)
+    )]
+    UnexpectedTensor {
+        /// The first one, as the file names it.
+        name: String,
+        /// The file or folder.
+        path: PathBuf,
+        /// How many more there are.
+        others: usize,
+    },
     /// A stored tensor does not have the shape that the configuration gives it.
     #[error("{}: tensor '{name}' has shape {found:?}, the configuration gives {expected:?}", path.display())]
     ShapeMismatch {
@@ -91,6 +105,10 @@ pub enum ModelError {
     /// A tensor operation failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+}
+
+fn and_others(others: usize) -> String {
+    if others == 0 { String::new() } else { format!(" (and {others} others)") }
 }
 
 impl ModelError {

@@ -118,6 +118,11 @@ impl Gguf {
         Ok(Gguf { path: path.to_owned(), file, metadata, tensors })
     }
 
+    /// Every tensor's GGUF name.
+    pub(crate) fn tensor_names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
     /// A tensor by its GGUF name.
     pub(crate) fn tensor(&self, name: &str) -> Option<&TensorEntry> {
         self.tensors.get(name)

@@ -44,6 +44,18 @@ impl LoadedModel {
 /// Each names the file, and the field or tensor in it.
 pub fn load_model(id: Option<&str>, source: &str, hub: &HubOptions) -> Result<LoadedModel, ModelError> {
     let id = id.map_or_else(|| default_id(source), str::to_owned);
+    let model = open(id, source, hub)?;
+    if model.tokenizer.eos_token().is_none() {
+        tracing::warn!(
+            model = model.id,
+            "the tokenizer has no end-of-sequence token, or one that is not in its vocabulary: the model does not learn where plain-text \
+             answers end; set eos_token in tokenizer_config.json (tokenizer.ggml.eos_token_id in GGUF)"
+        );
+    }
+    Ok(model)
+}
+
+fn open(id: String, source: &str, hub: &HubOptions) -> Result<LoadedModel, ModelError> {
     let origin = source.to_owned();
     match locate(source, hub)? {
         Located::Folder(folder) => {
@@ -51,6 +63,7 @@ pub fn load_model(id: Option<&str>, source: &str, hub: &HubOptions) -> Result<Lo
             let text = std::fs::read_to_string(&path).map_err(ModelError::io(&path))?;
             let config = ModelConfig::from_hf_json(&text, &path)?;
             let weights = Weights::open_folder(&folder)?;
+            weights.check_names(&config)?;
             Ok(LoadedModel { id, config, weights, tokenizer: ChatTokenizer::from_folder(&folder)?, origin })
         }
         Located::Gguf(path) => load_gguf(id, &path, origin),
@@ -66,6 +79,7 @@ fn load_gguf(id: String, path: &Path, origin: String) -> Result<LoadedModel, Mod
     let config = ModelConfig::from_gguf(&gguf, freqs.as_deref())?;
     let tokenizer = ChatTokenizer::from_gguf(&gguf)?;
     let weights = Weights::from_gguf(GgufWeights::new(gguf, &config), path);
+    weights.check_names(&config)?;
     Ok(LoadedModel { id, config, weights, tokenizer, origin })
 }
 

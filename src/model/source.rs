@@ -64,33 +64,74 @@ pub fn locate(source: &str, hub: &HubOptions) -> Result<Located, ModelError> {
     download(name, revision, hub).map(Located::Folder).map_err(not_found)
 }
 
+/// The file in a snapshot's folder that lists the files of a download that ended.
+const COMPLETE: &str = ".bradley-complete.json";
+
 /// The snapshot folder with all the files a model needs; on failure, what was tried.
+///
+/// A download that was interrupted has no list of its files and is taken up again, at the commit that it was of. So is one of
+/// another program, which costs a request and no download where it is whole.
 fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, String> {
-    let repo = Repo::with_revision(name.to_owned(), RepoType::Model, revision.to_owned());
+    let repo_at = |revision: &str| Repo::with_revision(name.to_owned(), RepoType::Model, revision.to_owned());
+    let repo = repo_at(revision);
     let cache = hub.cache_dir.clone().map(Cache::new).unwrap_or_default();
-    let cached =
-        |repo: Repo| cache.repo(repo).get("config.json").and_then(|p| p.parent().map(Path::to_owned)).filter(|dir| is_complete(dir));
-    if let Some(dir) = cached(repo.clone()) {
+    let begun = cache.repo(repo.clone()).get("config.json").and_then(|p| p.parent().map(Path::to_owned));
+    if let Some(dir) = begun.as_ref().filter(|dir| is_complete(dir)) {
+        return Ok(dir.clone());
+    }
+    let cached = if begun.is_some() { "a download that did not end, or one of another program" } else { "not there" };
+    if hub.offline {
+        let Some(dir) = begun.filter(|dir| is_usable(dir)) else {
+            return Err(format!("the cache {} ({cached}), and offline mode forbids the hub", cache.path().display()));
+        };
+        tracing::warn!(model = name, "the cache does not say whether the model's download ended: it is used as it is, in offline mode");
         return Ok(dir);
     }
-    if hub.offline {
-        return Err(format!("the cache {} (not there), and offline mode forbids the hub", cache.path().display()));
-    }
     let endpoint = hub.endpoint.as_deref().unwrap_or("https://huggingface.co");
-    let failed = |e: &dyn fmt::Display| format!("the cache {} (not there) and the hub {endpoint} ({e})", cache.path().display());
+    let remedy = if begun.is_some() { "; HF_HUB_OFFLINE=1 uses the cache as it is" } else { "" };
+    let failed = |e: &dyn fmt::Display| format!("the cache {} ({cached}) and the hub {endpoint} ({e}){remedy}", cache.path().display());
     let api = ApiBuilder::from_cache(cache.clone())
         .with_endpoint(endpoint.to_owned())
         .with_token(hub.token.clone())
         .with_progress(false)
         .build()
         .map_err(|e| failed(&e))?;
-    let remote = api.repo(repo.clone());
-    let files: Vec<String> = remote.info().map_err(|e| failed(&e))?.siblings.into_iter().map(|s| s.rfilename).collect();
-    for file in files.iter().filter(|f| is_needed(f)) {
-        tracing::info!(model = name, file, "downloading");
-        remote.get(file).map_err(|e| failed(&e))?;
+    // A branch may have moved since: files of two commits do not make a model.
+    let commit = begun.as_ref().and_then(|dir| dir.file_name()?.to_str());
+    let remote = api.repo(commit.map_or_else(|| repo.clone(), repo_at));
+    let info = remote.info().map_err(|e| failed(&e))?;
+    if info.sha.is_empty() || !info.sha.bytes().all(|b| b.is_ascii_alphanumeric()) {
+        return Err(failed(&"its answer names no commit"));
     }
-    cached(repo).ok_or_else(|| failed(&"it has no config.json with safetensors weights and a tokenizer.json"))
+    let dir = cache.repo(repo.clone()).pointer_path(&info.sha);
+    let files: Vec<String> = info.siblings.into_iter().map(|s| s.rfilename).filter(|f| is_needed(f)).collect();
+    for file in files.iter().filter(|file| !dir.join(file).is_file()) {
+        tracing::info!(model = name, file, "downloading");
+        remote.download(file).map_err(|e| failed(&e))?;
+    }
+    if !is_usable(&dir) {
+        return Err(failed(&"it has no config.json with safetensors weights and a tokenizer.json"));
+    }
+    if begun.as_ref() != Some(&dir) {
+        cache.repo(repo).create_ref(&info.sha).map_err(|e| failed(&e))?;
+    }
+    if let Err(e) = mark_complete(&dir, &files) {
+        tracing::warn!(model = name, error = %e, "the cache cannot keep that the download ended: the hub is asked again next time");
+    }
+    Ok(dir)
+}
+
+/// Writes down which files a download brought, after the last of them.
+fn mark_complete(dir: &Path, files: &[String]) -> std::io::Result<()> {
+    let unfinished = dir.join(format!("{COMPLETE}.{}", std::process::id()));
+    std::fs::write(&unfinished, serde_json::to_vec(files)?)?;
+    std::fs::rename(&unfinished, dir.join(COMPLETE))
+}
+
+/// Whether a download ended and everything that it brought is there.
+fn is_complete(dir: &Path) -> bool {
+    let listed = std::fs::read(dir.join(COMPLETE)).ok().and_then(|list| serde_json::from_slice::<Vec<String>>(&list).ok());
+    is_usable(dir) && listed.is_some_and(|files| files.iter().all(|file| dir.join(file).is_file()))
 }
 
 fn is_needed(file: &str) -> bool {
@@ -105,7 +146,8 @@ fn is_needed(file: &str) -> bool {
     exact.contains(&file) || (file.starts_with("model") && file.ends_with(".safetensors") && !file.contains('/'))
 }
 
-fn is_complete(dir: &Path) -> bool {
+/// Whether the files are there without which no model can be opened.
+fn is_usable(dir: &Path) -> bool {
     let has = |f: &str| dir.join(f).is_file();
     has("config.json") && has("tokenizer.json") && (has("model.safetensors") || has("model.safetensors.index.json"))
 }

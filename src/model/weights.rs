@@ -3,6 +3,7 @@
 mod gguf;
 mod safetensors;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -10,6 +11,7 @@ use candle_core::{DType, Tensor};
 
 pub(super) use self::gguf::GgufWeights;
 use self::safetensors::SafetensorsWeights;
+use super::config::ModelConfig;
 use super::error::ModelError;
 use crate::domain::training::Precision;
 
@@ -71,6 +73,35 @@ impl Weights {
         Ok(tensor.to_dtype(dtype)?)
     }
 
+    /// Checks that the configuration calls for what is stored. A tensor elsewhere than in a decoder layer is only warned of: many
+    /// files have parts that no forward pass of the language model uses.
+    ///
+    /// # Errors
+    /// [`ModelError::UnexpectedTensor`] for tensors of decoder layers, e.g. biases that the configuration switches off.
+    pub fn check_names(&self, config: &ModelConfig) -> Result<(), ModelError> {
+        let called_for = config.tensor_shapes().into_iter().map(|(name, _)| name);
+        let (stored, called_for): (Vec<&str>, BTreeSet<String>) = match &self.kind {
+            Kind::Safetensors(w) => (w.names().collect(), called_for.collect()),
+            Kind::Gguf(w) => (w.names().collect(), called_for.filter_map(|name| gguf::gguf_name(&name)).collect()),
+        };
+        let mut unexpected: Vec<&str> = stored.into_iter().filter(|name| !called_for.contains(*name) && !is_harmless(name)).collect();
+        unexpected.sort_unstable();
+        let in_layers: Vec<&&str> = unexpected.iter().filter(|name| is_in_layer(name)).collect();
+        if let Some(first) = in_layers.first() {
+            let (name, others) = ((**first).to_owned(), in_layers.len() - 1);
+            return Err(ModelError::UnexpectedTensor { name, path: self.path.clone(), others });
+        }
+        if let Some(first) = unexpected.first() {
+            tracing::warn!(
+                path = %self.path.display(),
+                tensor = *first,
+                tensors = unexpected.len(),
+                "the weights hold tensors that the configuration does not call for: they are not used"
+            );
+        }
+        Ok(())
+    }
+
     /// BLAKE3 of the files' contents, in hex; computed once.
     pub fn fingerprint(&self) -> String {
         let compute = || {
@@ -83,4 +114,16 @@ impl Weights {
         };
         self.fingerprint.get_or_init(compute).clone()
     }
+}
+
+/// Whether a tensor belongs to a decoder layer, in either naming.
+fn is_in_layer(name: &str) -> bool {
+    name.starts_with("model.layers.") || name.starts_with("blk.")
+}
+
+/// Whether a tensor says nothing that the configuration and the other tensors do not: rotary frequencies, and the copy of a tied head.
+fn is_harmless(name: &str) -> bool {
+    const SUFFIXES: [&str; 2] = [".rotary_emb.inv_freq", ".attn_rot_embd"];
+    const NAMES: [&str; 2] = ["lm_head.weight", ModelConfig::GGUF_ROPE_FREQS];
+    NAMES.contains(&name) || SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
 }

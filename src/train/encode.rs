@@ -66,6 +66,11 @@ impl<'a> PairEncoder<'a> {
         PairEncoder { tokenizer, max_length, truncation }
     }
 
+    /// Whether the tokenizer has an end-of-sequence token, which ends every plain-text answer.
+    pub fn has_eos(&self) -> bool {
+        self.tokenizer.eos_token().is_some()
+    }
+
     /// Encodes a validated row.
     pub fn encode_row(&self, row: &PreferenceRow) -> Result<EncodedPair, RowIssue> {
         let issue = |e: EncodeError| {
@@ -76,7 +81,7 @@ impl<'a> PairEncoder<'a> {
                 EncodeError::MixedForms { field } => (field.clone(), IssueReason::InvalidType),
                 EncodeError::Model(_) => ("prompt".to_owned(), IssueReason::InvalidType),
             };
-            RowIssue { row: row.row, id: row.id.clone(), field, reason, message: e.to_string() }
+            RowIssue { row: row.row, id: row.id.clone(), field: row.column(&field), reason, message: e.to_string() }
         };
         let pair = self.encode_pair(&row.prompt, &row.chosen, &row.rejected).map_err(issue)?;
         Ok(EncodedPair { row: row.row, id: row.id.clone(), weight: row.weight, ..pair })

@@ -1,5 +1,7 @@
 //! Tokenised sequences: what the packer, the scorer and the trainer work on.
 
+use crate::math::rng::split;
+
 /// A prompt and the completions that follow it. The prompt is computed once for all of them.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct SequenceGroup {
@@ -59,5 +61,65 @@ impl EncodedPair {
     /// Tokens of prompt + chosen and prompt + rejected counted as two sequences, as TRL's num_tokens counts them.
     pub fn sequence_tokens(&self) -> usize {
         self.prompt.len() + self.chosen.len() + self.rejected_prompt.as_ref().unwrap_or(&self.prompt).len() + self.rejected.len()
+    }
+}
+
+/// Splits pairs for training and evaluation, `⌈fraction·rows⌉` rows for the latter, both in order. The pairs of one row follow each
+/// other and stay together, so that no prompt is trained on and evaluated because it had several rejected answers.
+pub fn split_rows(pairs: &[EncodedPair], fraction: f64, seed: u64) -> (Vec<EncodedPair>, Vec<EncodedPair>) {
+    let rows: Vec<&[EncodedPair]> = pairs.chunk_by(|a, b| a.row == b.row).collect();
+    let (train, eval) = split(rows.len(), fraction, seed);
+    let of_rows = |chosen: Vec<usize>| chosen.into_iter().flat_map(|row| rows[row]).cloned().collect();
+    (of_rows(train), of_rows(eval))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pairs(rows: &[u64]) -> Vec<EncodedPair> {
+        let pair = |row: &u64| EncodedPair {
+            row: *row,
+            id: None,
+            weight: 1.0,
+            prompt: vec![1],
+            chosen: vec![2],
+            rejected_prompt: None,
+            rejected: vec![3],
+            chosen_truncated: false,
+            rejected_truncated: false,
+        };
+        rows.iter().map(pair).collect()
+    }
+
+    fn numbers(pairs: &[EncodedPair]) -> Vec<u64> {
+        pairs.iter().map(|pair| pair.row).collect()
+    }
+
+    #[test]
+    fn rows_of_one_pair_are_split_as_pairs_always_were() {
+        let rows: Vec<u64> = (10..60).collect();
+        for seed in 0..20 {
+            let (train, eval) = split_rows(&pairs(&rows), 0.3, seed);
+            let (kept, held_out) = split(rows.len(), 0.3, seed);
+            let expected = |indices: Vec<usize>| indices.into_iter().map(|i| rows[i]).collect::<Vec<_>>();
+            assert_eq!((numbers(&train), numbers(&eval)), (expected(kept), expected(held_out)));
+        }
+    }
+
+    #[test]
+    fn the_pairs_of_a_row_fall_on_one_side() {
+        let rows: Vec<u64> = (1..=20).flat_map(|row| vec![row; 1 + row as usize % 4]).collect();
+        for seed in 0..20 {
+            let (train, eval) = split_rows(&pairs(&rows), 0.25, seed);
+            let (train, eval) = (numbers(&train), numbers(&eval));
+            assert!(eval.iter().all(|row| !train.contains(row)), "{train:?} {eval:?}");
+            let mut held_out = eval.clone();
+            held_out.dedup();
+            assert_eq!(held_out.len(), 5);
+            let mut all = [train, eval].concat();
+            all.sort_unstable();
+            assert_eq!(all, rows);
+        }
     }
 }

@@ -3,6 +3,7 @@
 pub mod apart;
 mod columnar;
 mod json;
+mod shapes;
 
 use std::path::{Path, PathBuf};
 
@@ -46,7 +47,8 @@ pub enum DataError {
     },
 }
 
-/// Rows in file order; a bad row does not end the iteration.
+/// Pairs in the order of their rows in the file: a row makes one, or one for each of several rejected answers, all with its number.
+/// A bad row does not end the iteration.
 pub type RowReader = Box<dyn Iterator<Item = Result<PreferenceRow, RowIssue>> + Send>;
 
 /// Parquet starts with `PAR1`; anything else is taken for JSONL.
@@ -67,7 +69,7 @@ pub fn read_rows(path: &Path, format: DatasetFormat) -> Result<RowReader, DataEr
 
 /// The rows of records that were decoded.
 fn numbered(records: impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + 'static) -> RowReader {
-    Box::new(records.enumerate().map(|(i, fields)| json::from_fields(i as u64 + 1, fields?)))
+    Box::new(records.enumerate().map(|(i, fields)| Ok((i as u64 + 1, fields?))).flat_map(shapes::pairs))
 }
 
 /// A finding about a row that has no id yet.

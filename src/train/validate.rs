@@ -1,11 +1,11 @@
 //! Says what is wrong with each row of a dataset, before anything is trained on it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use super::encode::PairEncoder;
 use super::rows::{DataError, apart};
-use crate::domain::dataset::{DatasetFormat, IssueReason, PreferenceRow, RowIssue, Severity, Text, ValidationReport};
+use crate::domain::dataset::{DatasetFormat, IssueReason, MAX_LISTED_ISSUES, PreferenceRow, RowIssue, Severity, Text, ValidationReport};
 
 /// The usable rows of a file and what was found about all of them.
 #[derive(Clone, Debug, Default)]
@@ -14,6 +14,64 @@ pub struct LoadedRows {
     pub rows: Vec<PreferenceRow>,
     /// Findings about every row.
     pub report: ValidationReport,
+    /// The rows with an error.
+    pub bad: BadRows,
+}
+
+/// Rows with an error: how many there are, and what is wrong with the first. The findings of a report do not tell, because warnings
+/// may fill its list.
+#[derive(Clone, Debug, Default)]
+pub struct BadRows {
+    numbers: HashSet<u64>,
+    rows: u64,
+    errors: u64,
+    listed: Vec<RowIssue>,
+    last: Option<(u64, String, IssueReason)>,
+}
+
+impl BadRows {
+    /// Adds an error. The pairs of one row may repeat it, which counts once.
+    pub fn add(&mut self, error: RowIssue) {
+        let this = (error.row, error.field.clone(), error.reason);
+        if self.last.as_ref() == Some(&this) {
+            return;
+        }
+        self.last = Some(this);
+        self.rows += u64::from(self.numbers.insert(error.row));
+        self.errors += 1;
+        if self.listed.len() < MAX_LISTED_ISSUES {
+            self.listed.push(error.shortened());
+        }
+    }
+
+    /// Adds the rows of another dataset.
+    pub fn extend(&mut self, other: BadRows) {
+        self.rows += other.rows;
+        self.errors += other.errors;
+        let room = MAX_LISTED_ISSUES - self.listed.len();
+        self.listed.extend(other.listed.into_iter().take(room));
+    }
+
+    /// How many rows have an error.
+    pub fn rows(&self) -> u64 {
+        self.rows
+    }
+
+    /// The first error.
+    pub fn first(&self) -> Option<&RowIssue> {
+        self.listed.first()
+    }
+
+    /// Describes the first errors, a line each, and counts the others on a last line.
+    pub fn lines(&self) -> Vec<String> {
+        let line = |i: &RowIssue| format!("row {}, {} {}: {}", i.row, i.field, i.reason.name(), i.message);
+        let mut lines: Vec<String> = self.listed.iter().map(line).collect();
+        let others = self.errors - lines.len() as u64;
+        if others > 0 {
+            lines.push(format!("… and {others} more"));
+        }
+        lines
+    }
 }
 
 /// Checks every row; with an encoder, lengths too.
@@ -22,11 +80,12 @@ pub struct LoadedRows {
 /// `TooLarge` when the rows hold more than `limit` bytes of text: a small compressed file may hold any number.
 pub fn validate_rows(path: &Path, format: DatasetFormat, lengths: Option<PairEncoder>, limit: u64) -> Result<ValidationReport, DataError> {
     let mut left = limit;
-    scan(path, format, lengths, |row| {
+    let (report, _) = scan(path, format, lengths, |row| {
         let bytes = [&row.prompt, &row.chosen, &row.rejected].map(text_bytes).iter().sum();
         left = left.checked_sub(bytes).ok_or(DataError::TooLarge { limit })?;
         Ok(())
-    })
+    })?;
+    Ok(report)
 }
 
 fn text_bytes(text: &Text) -> u64 {
@@ -39,48 +98,122 @@ fn text_bytes(text: &Text) -> u64 {
 /// The rows that can be used, with the report that says why others cannot.
 pub fn load_rows(path: &Path, format: DatasetFormat) -> Result<LoadedRows, DataError> {
     let mut rows = Vec::new();
-    let report = scan(path, format, None, |row| {
+    let (report, bad) = scan(path, format, None, |row| {
         rows.push(row);
         Ok(())
     })?;
-    Ok(LoadedRows { rows, report })
+    Ok(LoadedRows { rows, report, bad })
 }
+
+/// Said of the first plain-text row when the tokenizer has no end-of-sequence token.
+const NO_EOS: &str = "the model's tokenizer has no end-of-sequence token, so the model does not learn where plain-text answers end: set \
+                      eos_token in its tokenizer_config.json, or end each answer with a text that stops generation";
 
 fn scan(
     path: &Path,
     format: DatasetFormat,
     lengths: Option<PairEncoder>,
     mut keep: impl FnMut(PreferenceRow) -> Result<(), DataError>,
-) -> Result<ValidationReport, DataError> {
-    let mut report = ValidationReport::default();
+) -> Result<(ValidationReport, BadRows), DataError> {
     let mut seen = Seen::default();
+    let mut tally = Tally::default();
+    let mut warns_of_eos = lengths.is_some_and(|encoder| !encoder.has_eos());
     apart::for_each_row(path, format, |row| {
-        report.rows += 1;
+        let (Ok(PreferenceRow { row: number, .. }) | Err(RowIssue { row: number, .. })) = row;
+        tally.enter(number);
         let row = match row {
             Ok(row) => row,
             Err(issue) => {
-                report.add(issue);
+                tally.add(issue);
                 return Ok(());
             }
         };
+        tally.read(&row);
         let mut issues = check(&row);
         issues.extend(seen.check(&row));
         if let (Some(encoder), true) = (&lengths, issues.iter().all(|i| i.reason.severity() == Severity::Warning)) {
             issues.extend(check_lengths(&row, encoder));
         }
+        if warns_of_eos && matches!(row.chosen, Text::Plain(_)) {
+            warns_of_eos = false;
+            issues.push(issue(&row, "chosen", IssueReason::NoEos, NO_EOS));
+        }
         let usable = issues.iter().all(|i| i.reason.severity() == Severity::Warning);
-        issues.into_iter().for_each(|i| report.add(i));
+        issues.into_iter().for_each(|i| tally.add(i));
         if usable {
-            report.valid_rows += 1;
+            tally.pairs += 1;
             keep(row)?;
         }
         Ok(())
     })?;
-    Ok(report)
+    Ok(tally.finish())
+}
+
+/// Counts rows from pairs: those of one row come one after another.
+#[derive(Default)]
+struct Tally {
+    report: ValidationReport,
+    bad: BadRows,
+    /// The row whose pairs are being read; 0 before the first.
+    row: u64,
+    /// Whether that row has an error.
+    is_bad: bool,
+    /// Whether its shape is counted.
+    has_shape: bool,
+    /// What is said of it already: all its pairs have the same prompt and the same chosen answer.
+    said: Vec<(String, IssueReason)>,
+    /// Usable pairs so far.
+    pairs: u64,
+    /// Whether any row makes several pairs.
+    has_several: bool,
+}
+
+impl Tally {
+    /// Begins a row, unless `number` is that of the row being read.
+    fn enter(&mut self, number: u64) {
+        if number == self.row {
+            return;
+        }
+        self.leave();
+        (self.row, self.is_bad, self.has_shape) = (number, false, false);
+        self.said.clear();
+        self.report.rows += 1;
+    }
+
+    fn leave(&mut self) {
+        self.report.valid_rows += u64::from(self.row > 0 && !self.is_bad);
+    }
+
+    fn read(&mut self, pair: &PreferenceRow) {
+        if !self.has_shape {
+            *self.report.shapes.entry(pair.shape.name().to_owned()).or_default() += 1;
+        }
+        self.has_shape = true;
+        self.has_several |= pair.pair.is_some();
+    }
+
+    fn add(&mut self, issue: RowIssue) {
+        let said = (issue.field.clone(), issue.reason);
+        if self.said.contains(&said) {
+            return;
+        }
+        self.said.push(said);
+        if issue.reason.severity() == Severity::Error {
+            self.is_bad = true;
+            self.bad.add(issue.clone());
+        }
+        self.report.add(issue);
+    }
+
+    fn finish(mut self) -> (ValidationReport, BadRows) {
+        self.leave();
+        self.report.pairs = if self.has_several { self.pairs } else { 0 };
+        (self.report, self.bad)
+    }
 }
 
 fn issue(row: &PreferenceRow, field: &str, reason: IssueReason, message: impl Into<String>) -> RowIssue {
-    RowIssue { row: row.row, id: row.id.clone(), field: field.to_owned(), reason, message: message.into() }
+    RowIssue { row: row.row, id: row.id.clone(), field: row.column(field), reason, message: message.into() }
 }
 
 /// What a row says by itself.
@@ -197,5 +330,53 @@ mod tests {
             assert_eq!(r.counts[reason], 1, "{reason}");
         }
         assert!(r.issues.iter().any(|i| i.row == 3 && i.message.contains("row 1")));
+        assert_eq!((r.shapes["preference"], r.pairs), (6, 0));
+    }
+
+    #[test]
+    fn warnings_do_not_hide_bad_rows() {
+        let duplicate = r#"{"prompt":"p","chosen":"a","rejected":"b"}"#.to_owned();
+        let mut rows = vec![duplicate; MAX_LISTED_ISSUES + 1];
+        rows.extend((0..MAX_LISTED_ISSUES + 500).map(|i| format!(r#"{{"prompt":"p{i}","chosen":"","rejected":""}}"#)));
+        let rows: Vec<&str> = rows.iter().map(String::as_str).collect();
+        let loaded = report(&rows);
+        assert!(loaded.report.issues.iter().all(|i| i.reason == IssueReason::DuplicatePair), "the report's list is full of warnings");
+        assert_eq!(loaded.bad.rows(), loaded.report.bad_rows());
+        assert_eq!(loaded.bad.rows(), 1500);
+        let lines = loaded.bad.lines();
+        assert_eq!(lines.len(), MAX_LISTED_ISSUES + 1);
+        assert!(lines[0].starts_with("row 1002, chosen empty_completion") && lines[1].starts_with("row 1002, rejected"), "{lines:?}");
+        assert_eq!(lines[MAX_LISTED_ISSUES], "… and 2000 more");
+
+        let mut both = loaded.bad.clone();
+        both.extend(loaded.bad);
+        assert_eq!((both.rows(), both.lines().pop().unwrap().as_str()), (3000, "… and 5000 more"));
+    }
+
+    #[test]
+    fn rows_that_make_several_pairs_count_once() {
+        let loaded = report(&[
+            r#"{"prompt":"p","chosen":"a","rejected":["b","c","d"]}"#,
+            r#"{"prompt":"q","chosen":"a","rejected":"b"}"#,
+            r#"{"prompt":"q","chosen":"a","rejected":["b","a",""],"system":"s"}"#,
+            r#"{"prompt":"q","chosen":" ","rejected":["b","c"]}"#,
+            r#"{"chosen":"1 2","rejected":"1 3"}"#,
+            r#"{"neither":1}"#,
+        ]);
+        let r = &loaded.report;
+        assert_eq!((r.rows, r.valid_rows, r.bad_rows(), r.pairs), (6, 3, 3, 6));
+        assert_eq!(loaded.rows.iter().map(|r| r.row).collect::<Vec<_>>(), [1, 1, 1, 2, 3, 5]);
+        let shapes: Vec<(&str, u64)> = r.shapes.iter().map(|(name, rows)| (name.as_str(), *rows)).collect();
+        assert_eq!(shapes, [("implicit_prompt_text", 1), ("preference", 1), ("several_rejected", 3)]);
+        let said: Vec<(u64, &str, IssueReason)> = r.issues.iter().map(|i| (i.row, i.field.as_str(), i.reason)).collect();
+        let expected = [
+            (3, "system", IssueReason::IgnoredField),
+            (3, "", IssueReason::DuplicatePair),
+            (3, "rejected[1]", IssueReason::IdenticalAnswers),
+            (3, "rejected[2]", IssueReason::EmptyCompletion),
+            (4, "chosen", IssueReason::EmptyCompletion),
+            (6, "chosen", IssueReason::MissingField),
+        ];
+        assert_eq!(said, expected);
     }
 }

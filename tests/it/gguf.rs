@@ -40,6 +40,11 @@ fn gguf_name(name: &str) -> String {
 
 /// Writes a golden model as GGUF with matrices in `dtype` where their rows are whole blocks.
 fn convert(name: &str, out: &Path, dtype: GgmlDType) {
+    convert_with(name, out, dtype, &[]);
+}
+
+/// The same with further tensors, by llama.cpp's names.
+fn convert_with(name: &str, out: &Path, dtype: GgmlDType, more: &[(&str, Tensor)]) {
     let config: serde_json::Value = serde_json::from_slice(&std::fs::read(golden(&format!("models/{name}/config.json"))).unwrap()).unwrap();
     let tokenizer: serde_json::Value =
         serde_json::from_slice(&std::fs::read(golden(&format!("models/{name}/tokenizer.json"))).unwrap()).unwrap();
@@ -103,7 +108,9 @@ fn convert(name: &str, out: &Path, dtype: GgmlDType) {
         })
         .collect();
     let metadata: Vec<(&str, &Value)> = metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
-    let stored: Vec<(&str, &QTensor)> = stored.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    let more: Vec<(&str, QTensor)> = more.iter().map(|(n, t)| (*n, QTensor::quantize(t, GgmlDType::F32).unwrap())).collect();
+    let more = more.iter().map(|(n, t)| (*n, t));
+    let stored: Vec<(&str, &QTensor)> = stored.iter().map(|(n, t)| (n.as_str(), t)).chain(more).collect();
     write(&mut BufWriter::new(std::fs::File::create(out).unwrap()), &metadata, &stored).unwrap();
 }
 
@@ -168,4 +175,21 @@ fn a_truncated_or_hostile_file_is_an_error_that_names_it() {
         std::fs::write(&file, &changed).unwrap();
         let _ = load();
     }
+}
+
+#[test]
+fn tensors_that_the_metadata_does_not_call_for_are_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("tiny.gguf");
+    let some = || Tensor::ones(64, candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
+    let load = |more: &[(&str, Tensor)]| {
+        convert_with("llama", &file, GgmlDType::F32, more);
+        load_model(None, file.to_str().unwrap(), &Default::default())
+    };
+    // The first block has no bias, from which the others' absence follows.
+    let e = load(&[("blk.1.attn_q.bias", some()), ("blk.2.attn_q.bias", some())]).unwrap_err().to_string();
+    assert!(e.contains("'blk.1.attn_q.bias' (and 1 others)") && e.contains(file.to_str().unwrap()), "{e}");
+    let e = load(&[("blk.7.attn_norm.weight", some())]).unwrap_err().to_string();
+    assert!(e.contains("'blk.7.attn_norm.weight' belongs to a decoder layer"), "{e}");
+    load(&[("blk.0.attn_rot_embd", some()), ("something.else", some())]).unwrap();
 }

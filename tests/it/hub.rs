@@ -1,7 +1,7 @@
 //! The Hugging Face hub's protocol, spoken by a server on loopback: download with a token, the cache, offline mode.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use axum::Router;
 use axum::extract::{Path, State};
@@ -15,26 +15,84 @@ use crate::support::golden;
 
 const TOKEN: &str = "hf_only_for_this_test";
 const COMMIT: &str = "0123456789012345678901234567890123456789";
+const NEXT_COMMIT: &str = "1111111111111111111111111111111111111111";
 
-async fn info(headers: HeaderMap) -> Response {
+/// A hub with one repository of two commits.
+#[derive(Default)]
+struct Hub {
+    /// Files that were sent.
+    served: AtomicUsize,
+    /// Times that the list of files was asked for.
+    listed: AtomicUsize,
+    /// A file that cannot be had now.
+    broken: Mutex<Option<&'static str>>,
+    /// Whether the branch has moved to the second commit.
+    has_moved: AtomicBool,
+}
+
+impl Hub {
+    /// The commit of a revision.
+    fn commit(&self, revision: &str) -> Option<&'static str> {
+        match revision {
+            "main" if self.has_moved.load(Ordering::Relaxed) => Some(NEXT_COMMIT),
+            "main" | COMMIT => Some(COMMIT),
+            NEXT_COMMIT => Some(NEXT_COMMIT),
+            _ => None,
+        }
+    }
+
+    fn counts(&self) -> (usize, usize) {
+        (self.listed.load(Ordering::Relaxed), self.served.load(Ordering::Relaxed))
+    }
+
+    /// Serves it; its address.
+    async fn serve(self: &Arc<Self>) -> String {
+        let router = Router::new()
+            .route("/api/models/tiny/llama/revision/{revision}", get(info))
+            .route("/tiny/llama/resolve/{revision}/{file}", get(file))
+            .with_state(self.clone());
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        endpoint
+    }
+}
+
+/// In the order in which the hub lists files.
+fn names() -> Vec<String> {
+    let files = std::fs::read_dir(golden("models/llama")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<String> = files.chain(["README.md".into()]).collect();
+    names.sort();
+    names
+}
+
+async fn info(Path(revision): Path<String>, State(hub): State<Arc<Hub>>, headers: HeaderMap) -> Response {
     if !authorised(&headers) {
         return StatusCode::UNAUTHORIZED.into_response();
     }
-    let files = std::fs::read_dir(golden("models/llama")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
-    let siblings: Vec<_> = files.chain(["README.md".into()]).map(|f| serde_json::json!({"rfilename": f})).collect();
-    serde_json::json!({"sha": COMMIT, "siblings": siblings}).to_string().into_response()
+    let Some(commit) = hub.commit(&revision) else { return StatusCode::NOT_FOUND.into_response() };
+    hub.listed.fetch_add(1, Ordering::Relaxed);
+    let siblings: Vec<_> = names().into_iter().map(|f| serde_json::json!({"rfilename": f})).collect();
+    serde_json::json!({"sha": commit, "siblings": siblings}).to_string().into_response()
 }
 
 fn authorised(headers: &HeaderMap) -> bool {
     headers.get("authorization").is_some_and(|v| v == &format!("Bearer {TOKEN}"))
 }
 
-async fn file(Path(name): Path<String>, State(served): State<Arc<AtomicUsize>>, headers: HeaderMap) -> Response {
+async fn file(Path((revision, name)): Path<(String, String)>, State(hub): State<Arc<Hub>>, headers: HeaderMap) -> Response {
     if !authorised(&headers) {
         return StatusCode::UNAUTHORIZED.into_response();
     }
+    let Some(commit) = hub.commit(&revision) else { return StatusCode::NOT_FOUND.into_response() };
+    if hub.broken.lock().unwrap().is_some_and(|broken| broken == name) {
+        return StatusCode::INTERNAL_SERVER_ERROR.into_response();
+    }
     let Ok(bytes) = std::fs::read(golden("models/llama").join(&name)) else { return StatusCode::NOT_FOUND.into_response() };
-    served.fetch_add(1, Ordering::Relaxed);
+    // A client asks for the size first.
+    if headers.get("range").is_none_or(|range| range != "bytes=0-0") {
+        hub.served.fetch_add(1, Ordering::Relaxed);
+    }
     let total = bytes.len();
     let range = headers.get("range").and_then(|v| v.to_str().ok()).and_then(|v| v.strip_prefix("bytes=")).and_then(|v| v.split_once('-'));
     let (from, to) = match range {
@@ -42,7 +100,7 @@ async fn file(Path(name): Path<String>, State(served): State<Arc<AtomicUsize>>, 
         None => (0, total - 1),
     };
     let headers = [
-        ("x-repo-commit", COMMIT.to_owned()),
+        ("x-repo-commit", commit.to_owned()),
         ("etag", format!("\"{name}\"")),
         ("content-range", format!("bytes {from}-{to}/{total}")),
         ("accept-ranges", "bytes".to_owned()),
@@ -52,15 +110,8 @@ async fn file(Path(name): Path<String>, State(served): State<Arc<AtomicUsize>>, 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_comes_from_the_hub_once_and_then_from_the_cache() {
-    let served = Arc::new(AtomicUsize::new(0));
-    let router = Router::new()
-        .route("/api/models/tiny/llama/revision/main", get(info))
-        .route("/tiny/llama/resolve/main/{file}", get(file))
-        .with_state(served.clone());
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let endpoint = format!("http://{}", listener.local_addr().unwrap());
-    tokio::spawn(async move { axum::serve(listener, router).await });
-
+    let served = Arc::<Hub>::default();
+    let endpoint = served.serve().await;
     let cache = tempfile::tempdir().unwrap();
     let hub = HubOptions { endpoint: Some(endpoint), token: Some(TOKEN.into()), cache_dir: Some(cache.path().into()), offline: false };
     let open = |hub: HubOptions| tokio::task::spawn_blocking(move || load_model(None, "tiny/llama", &hub));
@@ -69,12 +120,56 @@ async fn a_model_comes_from_the_hub_once_and_then_from_the_cache() {
     assert!(e.contains("tiny/llama") && e.contains("401"), "{e}");
     let model = open(hub.clone()).await.unwrap().unwrap();
     assert_eq!((model.id.as_str(), model.config.num_layers), ("llama", 3));
-    let downloads = served.load(Ordering::Relaxed);
-    assert!(downloads > 0);
+    let before = served.counts();
+    assert!(before.0 > 0 && before.1 > 0);
     open(HubOptions { offline: true, ..hub.clone() }).await.unwrap().unwrap();
     open(hub.clone()).await.unwrap().unwrap();
-    assert_eq!(served.load(Ordering::Relaxed), downloads, "the second time comes from the cache");
+    assert_eq!(served.counts(), before, "the second time comes from the cache");
     let elsewhere = tempfile::tempdir().unwrap();
     let e = open(HubOptions { offline: true, cache_dir: Some(elsewhere.path().into()), ..hub }).await.unwrap().unwrap_err().to_string();
     assert!(e.contains("offline"), "{e}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interrupted_download_is_taken_up_again() {
+    let server = Arc::<Hub>::default();
+    let endpoint = server.serve().await;
+    let cache = tempfile::tempdir().unwrap();
+    let hub = HubOptions { endpoint: Some(endpoint), token: Some(TOKEN.into()), cache_dir: Some(cache.path().into()), offline: false };
+    let offline = HubOptions { offline: true, ..hub.clone() };
+    let open = |hub: HubOptions| tokio::task::spawn_blocking(move || load_model(None, "tiny/llama", &hub));
+    let snapshot = cache.path().join("models--tiny--llama/snapshots").join(COMMIT);
+    // The last file that the model needs: everything without which it cannot be opened is there.
+    *server.broken.lock().unwrap() = Some("tokenizer_config.json");
+    let e = open(hub.clone()).await.unwrap().unwrap_err().to_string();
+    assert!(e.contains("500"), "{e}");
+    assert!(snapshot.join("tokenizer.json").exists() && !snapshot.join("tokenizer_config.json").exists());
+    let e = open(hub.clone()).await.unwrap().unwrap_err().to_string();
+    assert!(e.contains("did not end") && e.contains("HF_HUB_OFFLINE=1"), "{e}");
+    assert!(open(offline.clone()).await.unwrap().unwrap().tokenizer.eos_token().is_none(), "the cache as it is");
+
+    // It goes on at its own commit, though the branch has moved.
+    *server.broken.lock().unwrap() = None;
+    server.has_moved.store(true, Ordering::Relaxed);
+    let before = server.counts();
+    let model = open(hub.clone()).await.unwrap().unwrap();
+    assert_eq!(model.tokenizer.eos_token(), Some("<|eot_id|>"));
+    assert_eq!(server.counts(), (before.0 + 1, before.1 + 1), "only the file that was missing is sent");
+    assert_eq!(snapshot.parent().unwrap().read_dir().unwrap().count(), 1, "files of one commit only");
+    open(hub.clone()).await.unwrap().unwrap();
+    assert_eq!(server.counts(), (before.0 + 1, before.1 + 1), "and the model is complete");
+
+    // A cache of another program, which keeps no list: the hub is asked once.
+    let lists =
+        || snapshot.read_dir().unwrap().map(|e| e.unwrap().path()).filter(|p| p.ends_with(".bradley-complete.json")).collect::<Vec<_>>();
+    std::fs::remove_file(&lists()[0]).unwrap();
+    open(offline).await.unwrap().unwrap();
+    assert!(lists().is_empty(), "offline nobody knows");
+    open(hub.clone()).await.unwrap().unwrap();
+    open(hub.clone()).await.unwrap().unwrap();
+    assert_eq!(server.counts(), (before.0 + 2, before.1 + 1));
+
+    // A file that the list names and that is gone.
+    std::fs::remove_file(snapshot.join("chat_template.jinja")).unwrap();
+    assert!(open(hub).await.unwrap().unwrap().tokenizer.has_chat_template());
 }

@@ -27,6 +27,11 @@ impl GgufWeights {
         GgufWeights { gguf, interleaved, lock: Mutex::new(()) }
     }
 
+    /// The stored tensors' names, as llama.cpp spells them.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.gguf.tensor_names()
+    }
+
     pub fn load(&self, name: &str) -> Result<Option<Tensor>, ModelError> {
         let Some(stored) = gguf_name(name) else { return Ok(None) };
         let Some(entry) = self.gguf.tensor(&stored) else { return Ok(None) };
@@ -78,7 +83,8 @@ fn deinterleave(t: &Tensor, heads: usize) -> Result<Tensor, ModelError> {
     Ok(t.reshape((heads, half, 2, width))?.transpose(1, 2)?.contiguous()?.reshape(t.shape())?)
 }
 
-fn gguf_name(name: &str) -> Option<String> {
+/// llama.cpp's name for a tensor.
+pub(super) fn gguf_name(name: &str) -> Option<String> {
     match name {
         "model.embed_tokens.weight" => return Some("token_embd.weight".into()),
         "model.norm.weight" => return Some("output_norm.weight".into()),

@@ -91,6 +91,11 @@ impl SafetensorsWeights {
         Ok(weights)
     }
 
+    /// The stored tensors' names.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
     /// As f32, or as bf16 where that is how it is stored and `keep_bf16` is set.
     pub fn load(&self, name: &str, keep_bf16: bool) -> Result<Option<Tensor>, ModelError> {
         let Some(stored) = self.tensors.get(name) else { return Ok(None) };

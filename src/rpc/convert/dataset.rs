@@ -58,6 +58,8 @@ fn report(r: ValidationReport, with_issues: bool) -> pb::ValidationReport {
         counts: r.counts,
         issues: if with_issues { r.issues.into_iter().map(issue).collect() } else { Vec::new() },
         issues_truncated: r.issues_truncated,
+        shapes: r.shapes,
+        pairs: r.pairs,
     }
 }
 

@@ -77,11 +77,12 @@ pub fn decode(path: &Path, out: impl Write) -> std::io::Result<()> {
             say(&mut out, &Line::Unusable(reason))?;
         }
         Ok(records) => {
-            for (i, row) in numbered(records).enumerate() {
+            for row in numbered(records) {
+                let (Ok(PreferenceRow { row: number, .. }) | Err(RowIssue { row: number, .. })) = row;
                 let line = row.map_or_else(Line::Issue, Line::Row);
                 if !say(&mut out, &line)? {
                     let message = format!("the record has more than {} MiB: split it", MAX_LINE_BYTES >> 20);
-                    say(&mut out, &Line::Issue(issue(i as u64 + 1, "", IssueReason::InvalidType, message)))?;
+                    say(&mut out, &Line::Issue(issue(number, "", IssueReason::InvalidType, message)))?;
                 }
             }
             say(&mut out, &Line::End)?;

@@ -13,6 +13,7 @@ use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
 use super::json::{IGNORED, UNSUPPORTED, invalid_weight};
+use super::shapes::OPENAI;
 use super::{DataError, issue};
 use crate::domain::dataset::{IssueReason, RowIssue};
 use crate::model::guard::guarded;
@@ -33,12 +34,16 @@ pub(super) fn decode(path: &Path) -> Result<impl Iterator<Item = Result<Map<Stri
     let reader = guarded(|| SerializedFileReader::new(file)).map_err(|e| unreadable(&e))?.map_err(|e| unreadable(&e))?;
     let schema = reader.metadata().file_metadata().schema();
     let names: Vec<&str> = schema.get_fields().iter().map(|f| f.name()).collect();
-    for needed in ["chosen", "rejected"] {
-        if !names.contains(&needed) {
-            return Err(bad(format!("no column {needed:?} among {names:?}: a preference set has prompt, chosen and rejected")));
+    let is_openai = !names.contains(&"chosen") && !names.contains(&"rejected") && OPENAI.iter().any(|column| names.contains(column));
+    let needed = if is_openai { &OPENAI[..] } else { &["chosen", "rejected"] };
+    for needed in needed {
+        if !names.contains(needed) {
+            return Err(bad(format!(
+                "no column {needed:?} among {names:?}: a preference set has prompt, chosen and rejected, or OpenAI's columns"
+            )));
         }
     }
-    let wanted = schema.get_fields().iter().filter(|f| is_wanted(f.name())).cloned().collect();
+    let wanted = schema.get_fields().iter().filter(|f| is_wanted(f.name()) || (is_openai && OPENAI.contains(&f.name()))).cloned().collect();
     let wanted = Type::group_type_builder(schema.name()).with_fields(wanted).build().map_err(|e| unreadable(&e))?;
     let rows = guarded(|| RowIter::from_file_into(Box::new(reader)).project(Some(wanted)));
     let rows = rows.map_err(|e| unreadable(&e))?.map_err(|e| unreadable(&e))?;

@@ -6,13 +6,15 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use super::shapes::{self, Record};
 use super::{DataError, MAX_LINE_BYTES, RowReader, issue};
-use crate::domain::dataset::{ChatMessage, IssueReason, MAX_MESSAGES, MAX_QUOTED_VALUE, PreferenceRow, RowIssue, Text};
+use crate::domain::dataset::{ChatMessage, IssueReason, MAX_MESSAGES, MAX_QUOTED_VALUE, PreferenceRow, RowIssue, RowShape, Text};
 use crate::domain::violation::shortened;
 
 pub(super) fn read(path: &Path) -> Result<RowReader, DataError> {
     let file = File::open(path).map_err(|source| DataError::Io { path: path.to_owned(), source })?;
-    Ok(Box::new(Lines { reader: BufReader::with_capacity(1 << 18, file), row: 0, failed: false }))
+    let lines = Lines { reader: BufReader::with_capacity(1 << 18, file), row: 0, failed: false };
+    Ok(Box::new(lines.flat_map(shapes::pairs)))
 }
 
 struct Lines {
@@ -22,7 +24,7 @@ struct Lines {
 }
 
 impl Iterator for Lines {
-    type Item = Result<PreferenceRow, RowIssue>;
+    type Item = Record;
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
@@ -76,14 +78,14 @@ impl Lines {
     }
 }
 
-fn parse(row: u64, line: &[u8]) -> Result<PreferenceRow, RowIssue> {
+fn parse(row: u64, line: &[u8]) -> Record {
     let text = std::str::from_utf8(line).map_err(|e| {
         issue(row, "", IssueReason::InvalidUtf8, format!("the line is not UTF-8 at byte {}: save the file as UTF-8", e.valid_up_to() + 1))
     })?;
     let value: Value = serde_json::from_str(text)
         .map_err(|e| issue(row, "", IssueReason::InvalidJson, format!("not JSON (column {}): {e}", e.column())))?;
     match value {
-        Value::Object(fields) => from_fields(row, fields),
+        Value::Object(fields) => Ok((row, fields)),
         other => Err(issue(row, "", IssueReason::InvalidJson, format!("a row is a JSON object, this is {}", kind(&other)))),
     }
 }
@@ -122,7 +124,8 @@ pub(super) fn from_fields(row: u64, mut fields: Map<String, Value>) -> Result<Pr
     let (prompt, chosen, rejected) = (text("prompt")?, text("chosen")?, text("rejected")?);
     let need = |field: &str, t: Option<Text>| {
         t.ok_or_else(|| {
-            named(issue(row, field, IssueReason::MissingField, format!("{field} is missing: a row has prompt, chosen and rejected")))
+            let shapes = "a row has prompt, chosen and rejected, or OpenAI's input, preferred_output and non_preferred_output";
+            named(issue(row, field, IssueReason::MissingField, format!("{field} is missing: {shapes}")))
         })
     };
     let (chosen, rejected) = (need("chosen", chosen)?, need("rejected", rejected)?);
@@ -130,7 +133,7 @@ pub(super) fn from_fields(row: u64, mut fields: Map<String, Value>) -> Result<Pr
         (Some(p), c, r) => (p, c, r),
         (None, Text::Chat(c), Text::Chat(r)) => split_dialogues(row, c, r).map_err(named)?,
         (None, ..) => {
-            let message = "prompt is missing, and only dialogues (lists of messages) can be split into prompt and answer: add a prompt";
+            let message = "prompt is missing, and only two dialogues or two texts can be split into prompt and answer: add a prompt";
             return Err(named(issue(row, "prompt", IssueReason::MissingField, message)));
         }
     };
@@ -142,7 +145,7 @@ pub(super) fn from_fields(row: u64, mut fields: Map<String, Value>) -> Result<Pr
             return Err(named(issue(row, field, IssueReason::InvalidType, message)));
         }
     }
-    Ok(PreferenceRow { row, id, prompt, chosen, rejected, weight, ignored })
+    Ok(PreferenceRow { row, id, prompt, chosen, rejected, weight, ignored, shape: RowShape::default(), pair: None })
 }
 
 /// The finding about a weight that is no finite number above 0.

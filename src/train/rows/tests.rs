@@ -67,7 +67,7 @@ fn each_bad_row_has_its_reason_and_the_next_one_is_still_read() {
         InvalidType,
         InvalidType,
         InvalidWeight,
-        MissingField,
+        DifferentPrompts,
         DifferentPrompts,
         InvalidType,
     ];

@@ -1,0 +1,317 @@
+//! Recognises rows in the shapes that other tools write and brings them into one: `prompt`, `chosen` and `rejected`.
+//!
+//! | shape | the row has |
+//! |---|---|
+//! | `preference` | `prompt`, `chosen` and `rejected` in one form |
+//! | `implicit_prompt` | `chosen` and `rejected` as whole dialogues: the messages that they share are the prompt |
+//! | `implicit_prompt_text` | `chosen` and `rejected` as plain texts without `prompt`, split as TRL's `extract_prompt` splits them |
+//! | `openai_preference` | `input.messages`, `preferred_output` and `non_preferred_output`, as OpenAI's fine-tuning takes them |
+//! | `hh` | `chosen` and `rejected` as texts of "\n\nHuman: …\n\nAssistant: …", as in Anthropic's HH-RLHF |
+//! | `ultrafeedback` | whole dialogues, and as `prompt` the text of their first user message (UltraFeedback, binarised) |
+//! | `several_rejected` | a list of rejected answers: it makes a pair with each of them |
+//!
+//! Every other column stays as it is. A row with several rejected answers counts as one row: each of its n pairs has the row's weight
+//! divided by n, and its id has the suffix `#1` to `#n`.
+
+use std::vec::IntoIter;
+
+use serde_json::{Map, Value, json};
+
+use super::{issue, json as rows};
+use crate::domain::dataset::{IssueReason, MAX_MESSAGES, PreferenceRow, RowIssue, RowShape};
+
+/// Rejected answers that a row may have.
+pub(super) const MAX_REJECTED: usize = 64;
+/// OpenAI's columns.
+pub(super) const OPENAI: [&str; 3] = ["input", "preferred_output", "non_preferred_output"];
+/// Our names for what those columns hold.
+const OPENAI_NAMES: [(&str, &str); 3] = [("prompt", "input.messages"), ("chosen", OPENAI[1]), ("rejected", OPENAI[2])];
+
+/// The columns of a row with its number, or why they cannot be read.
+pub(super) type Record = Result<(u64, Map<String, Value>), RowIssue>;
+
+/// Returns the pairs that a record makes: one, or one for each of several rejected answers. They are made one at a time, because
+/// each has a copy of the prompt.
+pub(super) fn pairs(record: Record) -> Pairs {
+    Pairs(match record {
+        Err(issue) => Rest::One(Some(Err(issue))),
+        Ok((row, fields)) if has_several_rejected(&fields) => match Several::new(row, fields) {
+            Ok(several) => Rest::Several(several),
+            Err(issue) => Rest::One(Some(Err(issue))),
+        },
+        Ok((row, fields)) => Rest::One(Some(read(row, fields))),
+    })
+}
+
+/// The pairs of one row.
+pub(super) struct Pairs(Rest);
+
+enum Rest {
+    One(Option<Result<PreferenceRow, RowIssue>>),
+    Several(Several),
+}
+
+impl Iterator for Pairs {
+    type Item = Result<PreferenceRow, RowIssue>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        match &mut self.0 {
+            Rest::One(pair) => pair.take(),
+            Rest::Several(several) => several.next(),
+        }
+    }
+}
+
+/// A row with several rejected answers.
+struct Several {
+    row: u64,
+    /// Every column but `rejected`.
+    fields: Map<String, Value>,
+    rejected: IntoIter<Value>,
+    id: Option<String>,
+    count: usize,
+}
+
+/// Whether `rejected` is a list of answers: texts or lists of messages. A list of objects is one answer.
+fn has_several_rejected(fields: &Map<String, Value>) -> bool {
+    let rejected = fields.get("rejected").and_then(Value::as_array);
+    rejected.and_then(|answers| answers.first()).is_some_and(|first| first.is_string() || first.is_array())
+}
+
+impl Several {
+    fn new(row: u64, mut fields: Map<String, Value>) -> Result<Self, RowIssue> {
+        let id = id(&fields);
+        let wrong = |field: &str, reason, message: String| RowIssue { id: id.clone(), ..issue(row, field, reason, message) };
+        let Some(Value::Array(rejected)) = fields.remove("rejected") else {
+            return Err(wrong("rejected", IssueReason::MissingField, "rejected is missing".to_owned()));
+        };
+        let count = rejected.len();
+        if count > MAX_REJECTED {
+            let message = format!("rejected has {count} answers: {MAX_REJECTED} are the limit, so split the row");
+            return Err(wrong("rejected", IssueReason::InvalidType, message));
+        }
+        if !rejected.iter().all(Value::is_string) && !rejected.iter().all(Value::is_array) {
+            let message = "rejected mixes texts and lists of messages: use one form for all answers";
+            return Err(wrong("rejected", IssueReason::InvalidType, message.to_owned()));
+        }
+        let splits_dialogues = |text: &str| hh_messages(text).is_some();
+        if is_absent(&fields, "prompt")
+            && rejected.iter().any(Value::is_string)
+            && !fields.get("chosen").and_then(Value::as_str).is_some_and(splits_dialogues)
+        {
+            let message = "prompt is missing: a row with several rejected answers in plain text needs one";
+            return Err(wrong("prompt", IssueReason::MissingField, message.to_owned()));
+        }
+        let weight = match fields.get("weight") {
+            None | Some(Value::Null) => Some(1.0),
+            Some(given) => given.as_f64(),
+        };
+        // Any other weight stays as it is, and is reported.
+        if let Some(weight) = weight.filter(|weight| *weight > 0.0) {
+            fields.insert("weight".to_owned(), json!(weight / count as f64));
+        }
+        Ok(Several { row, fields, rejected: rejected.into_iter(), id, count })
+    }
+
+    fn next(&mut self) -> Option<Result<PreferenceRow, RowIssue>> {
+        let answer = self.rejected.next()?;
+        let place = self.count - self.rejected.len();
+        let is_last = place == self.count;
+        let mut fields = if is_last { std::mem::take(&mut self.fields) } else { self.fields.clone() };
+        fields.insert("rejected".to_owned(), answer);
+        if let (Some(id), true) = (&self.id, self.count > 1) {
+            fields.insert("id".to_owned(), Value::String(format!("{id}#{place}")));
+        }
+        let pair = (self.count > 1).then_some(place as u32);
+        let named = [("rejected", format!("rejected[{}]", place - 1))];
+        let named = named.each_ref().map(|(ours, theirs)| (*ours, theirs.as_str()));
+        Some(match read(self.row, fields) {
+            Ok(row) => Ok(PreferenceRow { shape: RowShape::SeveralRejected, pair, ..row }),
+            Err(issue) => Err(renamed(issue, &named)),
+        })
+    }
+}
+
+/// Reads a row with one rejected answer.
+fn read(row: u64, mut fields: Map<String, Value>) -> Result<PreferenceRow, RowIssue> {
+    let id = id(&fields);
+    let shape = normalise(row, &mut fields).map_err(|issue| RowIssue { id, ..issue })?;
+    let mut pair = match rows::from_fields(row, fields) {
+        Err(issue) if shape == RowShape::OpenaiPreference => return Err(renamed(issue, &OPENAI_NAMES)),
+        pair => pair?,
+    };
+    if shape == RowShape::OpenaiPreference {
+        pair.ignored.iter_mut().for_each(|path| *path = renamed_path(path, &OPENAI_NAMES));
+    }
+    pair.shape = shape;
+    Ok(pair)
+}
+
+/// Brings the columns of a row into `prompt`, `chosen` and `rejected`. What has no shape that is known stays as it is, and is
+/// reported by whoever reads those columns.
+fn normalise(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowIssue> {
+    let has_answers = !is_absent(fields, "chosen") || !is_absent(fields, "rejected");
+    if !has_answers && OPENAI.iter().any(|column| !is_absent(fields, column)) {
+        return openai(row, fields);
+    }
+    let prompt = fields.get("prompt").filter(|prompt| !prompt.is_null());
+    match (prompt, fields.get("chosen"), fields.get("rejected")) {
+        (None, Some(Value::Array(_)), Some(Value::Array(_))) => Ok(RowShape::ImplicitPrompt),
+        (None, Some(Value::String(chosen)), Some(Value::String(rejected))) => {
+            let (shape, texts) = match (hh_messages(chosen), hh_messages(rejected)) {
+                (Some(chosen), Some(rejected)) => (RowShape::Hh, split_hh(row, chosen, rejected)?),
+                _ => (RowShape::ImplicitPromptText, split_texts(row, chosen, rejected)?),
+            };
+            for (column, text) in ["prompt", "chosen", "rejected"].into_iter().zip(texts) {
+                fields.insert(column.to_owned(), text);
+            }
+            Ok(shape)
+        }
+        (Some(Value::String(prompt)), Some(Value::Array(chosen)), Some(Value::Array(rejected)))
+            if [chosen, rejected].iter().all(|dialogue| first_user_text(dialogue) == Some(prompt)) =>
+        {
+            fields.remove("prompt");
+            Ok(RowShape::Ultrafeedback)
+        }
+        _ => Ok(RowShape::Preference),
+    }
+}
+
+fn is_absent(fields: &Map<String, Value>, column: &str) -> bool {
+    fields.get(column).is_none_or(Value::is_null)
+}
+
+/// The row's id as text, where it is one that can be used.
+fn id(fields: &Map<String, Value>) -> Option<String> {
+    match fields.get("id") {
+        Some(Value::String(id)) => Some(id.clone()),
+        Some(Value::Number(id)) => Some(id.to_string()),
+        _ => None,
+    }
+}
+
+/// Names a finding's field as the file does; `names` are pairs of our name and the file's.
+fn renamed(issue: RowIssue, names: &[(&str, &str)]) -> RowIssue {
+    let field = renamed_path(&issue.field, names);
+    let message = match issue.message.strip_prefix(&issue.field) {
+        Some(rest) if !issue.field.is_empty() => format!("{field}{rest}"),
+        _ => issue.message,
+    };
+    RowIssue { field, message, ..issue }
+}
+
+fn renamed_path(path: &str, names: &[(&str, &str)]) -> String {
+    let end = path.find(['[', '.']).unwrap_or(path.len());
+    let (column, rest) = path.split_at(end);
+    names.iter().find(|(ours, _)| *ours == column).map_or_else(|| path.to_owned(), |(_, theirs)| format!("{theirs}{rest}"))
+}
+
+/// OpenAI's preference rows. Whether tools may be called at the same time is said to the API and not to the model, so
+/// `parallel_tool_calls` is left out; what else `input` has becomes a column of the row.
+fn openai(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowIssue> {
+    let missing = |field: &str| {
+        let message =
+            format!("{field} is missing: OpenAI's preference rows have input.messages, preferred_output and non_preferred_output");
+        issue(row, field, IssueReason::MissingField, message)
+    };
+    let input = match fields.remove("input") {
+        Some(Value::Object(input)) => input,
+        None | Some(Value::Null) => return Err(missing("input")),
+        Some(_) => {
+            let message = "input is not an object: OpenAI's preference rows have the prompt as input.messages";
+            return Err(issue(row, "input", IssueReason::InvalidType, message));
+        }
+    };
+    let mut texts = Map::new();
+    for (ours, theirs) in OPENAI_NAMES {
+        let value = if ours == "prompt" { input.get("messages").cloned() } else { fields.remove(theirs) };
+        let value = value.filter(|v| !v.is_null()).ok_or_else(|| missing(theirs))?;
+        texts.insert(ours.to_owned(), value);
+    }
+    for (column, value) in input {
+        let is_used = column == "messages" || column == "parallel_tool_calls" || column == "id" || column == "weight";
+        if !is_used && is_absent(fields, &column) {
+            fields.insert(column, value);
+        }
+    }
+    fields.extend(texts);
+    Ok(RowShape::OpenaiPreference)
+}
+
+/// The text of a dialogue's first user message.
+fn first_user_text(dialogue: &[Value]) -> Option<&str> {
+    let first = dialogue.iter().find(|message| message.get("role").and_then(Value::as_str) == Some("user"))?;
+    first.get("content").and_then(Value::as_str)
+}
+
+/// Splits two plain texts into prompt and answers as TRL does. Where TRL would train on an empty prompt, the row is refused.
+fn split_texts(row: u64, chosen: &str, rejected: &str) -> Result<[Value; 3], RowIssue> {
+    for (field, text) in [("chosen", chosen), ("rejected", rejected)] {
+        if text.is_empty() {
+            let message = format!("{field} has no text: give an answer or remove the row");
+            return Err(issue(row, field, IssueReason::EmptyCompletion, message));
+        }
+    }
+    let end = end_of_prompt(chosen, rejected);
+    if end == 0 {
+        let message = "prompt is missing, and the two texts do not begin alike, so there is no common prompt: add a prompt";
+        return Err(issue(row, "prompt", IssueReason::DifferentPrompts, message));
+    }
+    Ok([&chosen[..end], &chosen[end..], &rejected[end..]].map(|text| json!(text)))
+}
+
+/// The byte where the prompt ends that TRL's `extract_prompt` finds: before the first character in which the texts differ, and before
+/// a space that precedes it. Where one text continues the other, or both are the same, it ends before the shorter one's last character.
+fn end_of_prompt(chosen: &str, rejected: &str) -> usize {
+    let mut last = (0, None);
+    for ((at, a), b) in chosen.char_indices().zip(rejected.chars()) {
+        if a != b {
+            return if last.1 == Some(' ') { last.0 } else { at };
+        }
+        last = (at, Some(a));
+    }
+    last.0
+}
+
+const USER: &str = "user";
+const ASSISTANT: &str = "assistant";
+
+/// The messages (role and content) of an HH dialogue, or `None` for any other text.
+fn hh_messages<'a>(text: &'a str) -> Option<Vec<(&'static str, &'a str)>> {
+    const MARKERS: [(&str, &str); 2] = [("\n\nHuman:", USER), ("\n\nAssistant:", ASSISTANT)];
+    let text = text.trim_start().strip_prefix("Human:")?;
+    let (mut role, mut start) = (USER, 0);
+    let mut messages = Vec::new();
+    let message = |role, content: &'a str| (role, content.strip_prefix(' ').unwrap_or(content));
+    for (end, _) in text.match_indices('\n') {
+        if let Some((marker, next)) = MARKERS.iter().find(|(marker, _)| text[end..].starts_with(marker)) {
+            messages.push(message(role, &text[start..end]));
+            (role, start) = (next, end + marker.len());
+        }
+    }
+    messages.push(message(role, &text[start..]));
+    messages.iter().any(|(role, _)| *role == ASSISTANT).then_some(messages)
+}
+
+/// Splits two HH dialogues after the messages that they share, where both go on with an answer of the assistant.
+fn split_hh(row: u64, chosen: Vec<(&str, &str)>, rejected: Vec<(&str, &str)>) -> Result<[Value; 3], RowIssue> {
+    for (field, messages) in [("chosen", chosen.len()), ("rejected", rejected.len())] {
+        if messages > MAX_MESSAGES {
+            let message = format!("{field} has {messages} messages: {MAX_MESSAGES} are the limit");
+            return Err(issue(row, field, IssueReason::InvalidType, message));
+        }
+    }
+    let alike = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b).count();
+    // Identical dialogues still have an answer each, which validation then reports as identical.
+    let alike = alike.min(chosen.len() - 1).min(rejected.len() - 1);
+    let both_answer = |at: &usize| chosen[*at].0 == ASSISTANT && rejected[*at].0 == ASSISTANT;
+    let Some(end) = (1..=alike).rev().find(both_answer) else {
+        let message = "the two dialogues share no first message, so there is no common prompt: pair answers to the same prompt";
+        return Err(issue(row, "rejected", IssueReason::DifferentPrompts, message));
+    };
+    let list = |messages: &[(&str, &str)]| messages.iter().map(|(role, content)| json!({"role": role, "content": content})).collect();
+    Ok([list(&chosen[..end]), list(&chosen[end..]), list(&rejected[end..])])
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,240 @@
+//! Every shape with what it becomes; implicit prompts against TRL's own results.
+
+use std::io::Write;
+
+use super::super::read_rows;
+use super::*;
+use crate::domain::dataset::{ChatMessage, DatasetFormat, Text};
+
+fn all(rows: &[Value]) -> Vec<Result<PreferenceRow, RowIssue>> {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    for row in rows {
+        writeln!(file, "{row}").unwrap();
+    }
+    read_rows(file.path(), DatasetFormat::Jsonl).unwrap().collect()
+}
+
+fn one(row: Value) -> PreferenceRow {
+    let mut rows = all(std::slice::from_ref(&row));
+    assert_eq!(rows.len(), 1, "{row}");
+    rows.remove(0).unwrap()
+}
+
+fn refusal(row: Value) -> (String, IssueReason, String) {
+    let mut rows = all(std::slice::from_ref(&row));
+    assert_eq!(rows.len(), 1, "{row}");
+    let issue = rows.remove(0).unwrap_err();
+    (issue.field, issue.reason, issue.message)
+}
+
+fn chat(messages: &[(&str, &str)]) -> Text {
+    let message = |(role, content): &(&str, &str)| ChatMessage { role: (*role).into(), content: (*content).into() };
+    Text::Chat(messages.iter().map(message).collect())
+}
+
+fn texts(row: &PreferenceRow) -> [&Text; 3] {
+    [&row.prompt, &row.chosen, &row.rejected]
+}
+
+fn golden(cases: &str) -> Vec<Value> {
+    let text = std::fs::read_to_string("tests/goldens/shapes.json").unwrap();
+    let mut golden: Value = serde_json::from_str(&text).unwrap();
+    serde_json::from_value(golden[cases].take()).unwrap()
+}
+
+#[test]
+fn texts_without_a_prompt_are_split_as_trl_splits_them() {
+    let (mut split, mut refused) = (0, 0);
+    for case in golden("texts") {
+        let (row, expected) = (&case["row"], &case["split"]);
+        let first = |field: &str| row[field].as_str().unwrap().chars().next();
+        // Nothing precedes the answers, or (TRL's index wraps) what does is in one of them only.
+        if expected["prompt"] == "" || first("chosen") != first("rejected") {
+            assert_eq!(refusal(row.clone()).1, IssueReason::DifferentPrompts, "{case}");
+            refused += 1;
+            continue;
+        }
+        let got = one(row.clone());
+        let plain = |field: &str| Text::Plain(expected[field].as_str().unwrap().to_owned());
+        assert_eq!(texts(&got), [&plain("prompt"), &plain("chosen"), &plain("rejected")], "{case}");
+        assert_eq!(got.shape, RowShape::ImplicitPromptText);
+        split += 1;
+    }
+    assert!(split > 150 && refused > 10, "{split} {refused}");
+}
+
+#[test]
+fn a_prompt_that_repeats_the_first_user_message_gives_way_to_the_dialogues() {
+    for case in golden("dialogues") {
+        let got = one(case["row"].clone());
+        assert_eq!(got.shape, RowShape::Ultrafeedback);
+        for (field, text) in ["prompt", "chosen", "rejected"].into_iter().zip(texts(&got)) {
+            assert_eq!(serde_json::to_value(text).unwrap(), case["split"][field], "{case}");
+        }
+        // The columns of the dataset that the shape is named after.
+        let mut row = case["row"].clone();
+        row["score_chosen"] = json!(8.5);
+        row["score_rejected"] = json!(3);
+        row["messages"] = row["chosen"].clone();
+        row["prompt_id"] = json!("f0e3");
+        assert_eq!(one(row), got);
+        let mut row = case["row"].clone();
+        row["prompt"] = json!("Another question?");
+        assert_eq!(refusal(row).1, IssueReason::InvalidType, "a prompt of plain text that is in no dialogue");
+    }
+}
+
+#[test]
+fn dialogues_and_plain_rows_keep_their_names() {
+    let dialogue = |answer: &str| json!([{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]);
+    assert_eq!(one(json!({"chosen": dialogue("a"), "rejected": dialogue("b")})).shape, RowShape::ImplicitPrompt);
+    assert_eq!(one(json!({"prompt": null, "chosen": dialogue("a"), "rejected": dialogue("b")})).shape, RowShape::ImplicitPrompt);
+    assert_eq!(one(json!({"prompt": "Q", "chosen": "a", "rejected": "b"})).shape, RowShape::Preference);
+    let (field, reason, message) = refusal(json!({"question": "Q", "response": "a"}));
+    assert_eq!((field.as_str(), reason), ("chosen", IssueReason::MissingField));
+    assert!(message.contains("prompt, chosen and rejected") && message.contains("preferred_output"), "{message}");
+}
+
+#[test]
+fn openais_rows_are_read() {
+    let messages = |role: &str, content: &str| json!([{"role": role, "content": content}]);
+    let row = json!({
+        "id": 7,
+        "input": {"messages": messages("user", "Hello, how cold is San Francisco today?"), "tools": [], "parallel_tool_calls": true},
+        "preferred_output": messages("assistant", "Today it is 13 °C there."),
+        "non_preferred_output": messages("assistant", "It is not particularly cold."),
+    });
+    let got = one(row.clone());
+    assert_eq!((got.shape, got.id.as_deref(), got.weight), (RowShape::OpenaiPreference, Some("7"), 1.0));
+    assert_eq!(got.prompt, chat(&[("user", "Hello, how cold is San Francisco today?")]));
+    assert_eq!(got.chosen, chat(&[("assistant", "Today it is 13 °C there.")]));
+    assert_eq!(got.rejected, chat(&[("assistant", "It is not particularly cold.")]));
+    assert!(got.ignored.is_empty());
+
+    // What is wrong is named as the file names it.
+    let mut missing = row.clone();
+    missing["non_preferred_output"] = json!(null);
+    let (field, reason, message) = refusal(missing);
+    assert_eq!((field.as_str(), reason), ("non_preferred_output", IssueReason::MissingField));
+    assert!(message.starts_with("non_preferred_output is missing"), "{message}");
+    let mut wrong = row.clone();
+    wrong["preferred_output"] = json!(3);
+    let (field, _, message) = refusal(wrong);
+    assert!(field == "preferred_output" && message.starts_with("preferred_output is a number"), "{field}: {message}");
+    for (input, field) in [(json!("Hello"), "input"), (json!({"messages": null}), "input.messages"), (json!(null), "input")] {
+        let mut wrong = row.clone();
+        wrong["input"] = input;
+        assert_eq!(refusal(wrong).0, field);
+    }
+    let mut wrong = row;
+    wrong["input"]["messages"][0]["content"] = json!(false);
+    assert_eq!(refusal(wrong).0, "input.messages");
+}
+
+#[test]
+fn openais_tools_become_the_rows() {
+    let tools = json!([{"type": "function", "function": {"name": "f", "parameters": {}}}]);
+    let mut fields = json!({
+        "input": {"messages": [{"role": "user", "content": "Q"}], "tools": tools, "chat_template_kwargs": {"a": 1}, "weight": 9},
+        "preferred_output": [{"role": "assistant", "content": "a"}],
+        "non_preferred_output": [{"role": "assistant", "content": "b"}],
+    });
+    let fields = fields.as_object_mut().unwrap();
+    assert_eq!(normalise(1, fields).unwrap(), RowShape::OpenaiPreference);
+    let mut names: Vec<&str> = fields.keys().map(String::as_str).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["chat_template_kwargs", "chosen", "prompt", "rejected", "tools"]);
+    assert_eq!(fields["tools"], tools);
+}
+
+#[test]
+fn hh_dialogues_become_messages() {
+    let start = "\n\nHuman: What is 2+2?\n\nAssistant: Do you mean the sum?\n\nHuman: Yes.\n\nAssistant:";
+    let row = one(json!({"chosen": format!("{start} It is 4."), "rejected": format!("{start} It is\n\n5.")}));
+    assert_eq!(row.shape, RowShape::Hh);
+    let prompt = chat(&[("user", "What is 2+2?"), ("assistant", "Do you mean the sum?"), ("user", "Yes.")]);
+    assert_eq!(texts(&row), [&prompt, &chat(&[("assistant", "It is 4.")]), &chat(&[("assistant", "It is\n\n5.")])]);
+
+    // Where the people differ, the prompt ends before the answer that both dialogues have.
+    let start = "\n\nHuman: Hi\n\nAssistant: Hello";
+    let row =
+        one(json!({"chosen": format!("{start}\n\nHuman: A\n\nAssistant: a"), "rejected": format!("{start}\n\nHuman: B\n\nAssistant: b")}));
+    assert_eq!(row.prompt, chat(&[("user", "Hi")]));
+    assert_eq!(row.rejected, chat(&[("assistant", "Hello"), ("user", "B"), ("assistant", "b")]));
+
+    // Three line breaks before a marker: the first belongs to the text.
+    let row = one(json!({"chosen": "Human: Hi\n\n\nAssistant: a", "rejected": "Human: Hi\n\n\nAssistant: b"}));
+    assert_eq!(row.prompt, chat(&[("user", "Hi\n")]));
+
+    let (_, reason, _) = refusal(json!({"chosen": "Human: Hi\n\nAssistant: a", "rejected": "Human: Ho\n\nAssistant: b"}));
+    assert_eq!(reason, IssueReason::DifferentPrompts);
+    // With a prompt the answers are plain text, as they always were.
+    let row = one(json!({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " a", "rejected": " b"}));
+    assert_eq!((row.shape, row.chosen), (RowShape::Preference, Text::Plain(" a".into())));
+    let many = "\n\nHuman: x".repeat(MAX_MESSAGES);
+    let (field, reason, _) = refusal(json!({"chosen": format!("{many}\n\nAssistant: a"), "rejected": "Human: x\n\nAssistant: b"}));
+    assert_eq!((field.as_str(), reason), ("chosen", IssueReason::InvalidType));
+}
+
+#[test]
+fn several_rejected_answers_share_the_rows_weight() {
+    let rows = all(&[
+        json!({"id": "q", "prompt": "Q", "chosen": "a", "rejected": ["b", "c", "d", "e"], "weight": 2}),
+        json!({"prompt": "P", "chosen": "a", "rejected": "b"}),
+        json!({"prompt": "P", "chosen": "a", "rejected": ["b"], "id": "single"}),
+    ]);
+    let rows: Vec<PreferenceRow> = rows.into_iter().map(Result::unwrap).collect();
+    assert_eq!(rows.iter().map(|r| r.row).collect::<Vec<_>>(), [1, 1, 1, 1, 2, 3]);
+    let ids: Vec<Option<&str>> = rows.iter().map(|r| r.id.as_deref()).collect();
+    assert_eq!(ids, [Some("q#1"), Some("q#2"), Some("q#3"), Some("q#4"), None, Some("single")]);
+    for (row, answer) in rows.iter().zip(["b", "c", "d", "e"]) {
+        assert_eq!((row.weight, row.shape), (0.5, RowShape::SeveralRejected));
+        assert_eq!(texts(row), [&Text::Plain("Q".into()), &Text::Plain("a".into()), &Text::Plain(answer.into())]);
+    }
+    assert_eq!(rows.iter().map(|r| r.pair).collect::<Vec<_>>(), [Some(1), Some(2), Some(3), Some(4), None, None]);
+    assert_eq!((rows[5].weight, rows[5].shape), (1.0, RowShape::SeveralRejected));
+}
+
+#[test]
+fn several_rejected_dialogues_and_answers_of_messages() {
+    let answer = |text: &str| json!([{"role": "assistant", "content": text}]);
+    let dialogue = |text: &str| json!([{"role": "user", "content": "Q"}, {"role": "assistant", "content": text}]);
+    let expected = [chat(&[("user", "Q")]), chat(&[("assistant", "a")])];
+    for row in [
+        json!({"prompt": [{"role": "user", "content": "Q"}], "chosen": answer("a"), "rejected": [answer("b"), answer("c")]}),
+        json!({"chosen": dialogue("a"), "rejected": [dialogue("b"), dialogue("c")]}),
+        json!({"prompt": "Q", "chosen": dialogue("a"), "rejected": [dialogue("b"), dialogue("c")]}),
+        json!({"chosen": "Human: Q\n\nAssistant: a", "rejected": ["Human: Q\n\nAssistant: b", "Human: Q\n\nAssistant: c"]}),
+    ] {
+        let rows: Vec<PreferenceRow> = all(std::slice::from_ref(&row)).into_iter().map(Result::unwrap).collect();
+        assert_eq!(rows.len(), 2, "{row}");
+        for (got, answer) in rows.iter().zip(["b", "c"]) {
+            assert_eq!(texts(got), [&expected[0], &expected[1], &chat(&[("assistant", answer)])], "{row}");
+            assert_eq!((got.weight, got.shape), (0.5, RowShape::SeveralRejected));
+        }
+    }
+}
+
+#[test]
+fn a_list_of_answers_that_cannot_be_used_is_named() {
+    let row = |rejected: Value| json!({"id": "q", "prompt": "Q", "chosen": "a", "rejected": rejected});
+    let (field, reason, message) = refusal(row(json!(["b", [{"role": "assistant", "content": "c"}]])));
+    assert_eq!((field.as_str(), reason), ("rejected", IssueReason::InvalidType));
+    assert!(message.contains("mixes"), "{message}");
+    assert_eq!(refusal(row(json!(vec!["b"; MAX_REJECTED + 1]))).1, IssueReason::InvalidType);
+    let without_prompt = json!({"chosen": "Q a", "rejected": ["Q b", "Q c"]});
+    assert_eq!(refusal(without_prompt).0, "prompt");
+
+    let rows = all(&[row(json!([[{"role": "assistant", "content": "b"}], [{"role": "assistant"}]]))]);
+    let fields: Vec<&str> = rows.iter().map(|r| r.as_ref().unwrap_err().field.as_str()).collect();
+    assert_eq!(fields, ["rejected[0]", "rejected[1]"]);
+    let mut weighed = row(json!(["b", "c"]));
+    for weight in [json!(-1), json!(0), json!("heavy")] {
+        weighed["weight"] = weight.clone();
+        let rows = all(std::slice::from_ref(&weighed));
+        let issue = rows[0].as_ref().unwrap_err();
+        assert_eq!(issue.reason, IssueReason::InvalidWeight);
+        assert!(issue.message.contains(&weight.to_string()), "{}", issue.message);
+        assert_eq!(issue.id.as_deref(), Some("q#1"));
+    }
+}
