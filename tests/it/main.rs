@@ -24,6 +24,7 @@ mod layers;
 mod lifecycle;
 mod pins;
 mod replicas;
+mod review;
 mod security;
 mod server;
 mod service;
