@@ -18,7 +18,7 @@ use bradley::model::device::{ComputeDevice, DeviceChoice};
 use bradley::model::loader::load_model;
 use bradley::model::parameters::Parameters;
 use bradley::train::encode::PairEncoder;
-use bradley::train::estimate::{Memory, plan};
+use bradley::train::estimate::{Lengths, Memory, plan};
 use bradley::train::host::Host;
 use bradley::train::pair::{EncodedPair, SequenceGroup};
 use bradley::train::reference::Reference;
@@ -209,8 +209,8 @@ fn estimated(base: &Policy, pairs: &[EncodedPair], mode: &str, spec: &TrainingSp
     if mode == "score" {
         return 0;
     }
-    let longest = pairs.iter().map(EncodedPair::packed_tokens).max().unwrap_or(0);
+    let lengths = Lengths::of(pairs, spec.batch.batch_size);
     let bytes = if base.precision == Precision::Bf16 { 2 } else { 4 };
-    let (Ok(plan) | Err(plan)) = plan(&base.config, spec, longest, u64::MAX, Memory::of(&base.device));
+    let (Ok(plan) | Err(plan)) = plan(&base.config, spec, lengths, u64::MAX, Memory::of(&base.device));
     base.config.parameter_count() as u64 * bytes + plan.total()
 }

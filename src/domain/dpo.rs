@@ -131,7 +131,7 @@ pub struct WeightedLoss {
 
 /// s(lr): how a log-ratio enters the loss.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case")]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Divergence {
     /// s = lr.
     ReverseKl,

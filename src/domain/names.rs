@@ -18,7 +18,7 @@ pub enum CheckpointRef {
 
 /// What names a set of weights.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum PolicyName {
     /// `models/{id}`.
     Model(String),

@@ -168,7 +168,7 @@ impl Default for OptimizerConfig {
 
 /// The shape of the learning rate after warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case")]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum ScheduleKind {
     /// Stays at the peak.
     Constant,

@@ -27,7 +27,7 @@ use crate::model::device::{ComputeDevice, DeviceChoice};
 use crate::model::export;
 use crate::model::loader::LoadedModel;
 use crate::model::tokenizer::ChatTokenizer;
-use crate::train::estimate::{Memory, on_host, plan};
+use crate::train::estimate::{Lengths, Memory, on_host, plan};
 use crate::train::reference_cache::ReferenceCache;
 
 /// A handle on the device worker; clones share it. The worker ends when it has drained or the last handle is dropped.
@@ -234,13 +234,14 @@ impl Engine {
     /// # Errors
     /// When it cannot fit the memory limit, or the engine is draining.
     pub fn train(&self, run: TrainingRun) -> Result<(), EngineError> {
-        let longest = run.train.iter().chain(&run.eval).map(|p| p.packed_tokens()).max().unwrap_or(0);
-        self.check(&run.model, &run.spec, longest)?;
+        let size = run.spec.batch.batch_size;
+        let lengths = Lengths::of(&run.train, size).max(Lengths::of(&run.eval, size));
+        self.check(&run.model, &run.spec, lengths)?;
         self.shared.queue.push_run(run)
     }
 
-    /// The checks of [`Engine::train`] for rows of at most `longest_row` packed tokens.
-    pub fn check(&self, model: &str, spec: &TrainingSpec, longest_row: usize) -> Result<(), EngineError> {
+    /// The checks of [`Engine::train`] for pairs of these lengths.
+    pub fn check(&self, model: &str, spec: &TrainingSpec, lengths: Lengths) -> Result<(), EngineError> {
         let base = self.shared.bases.get(model)?;
         let (resident, available) = (self.resident(base, spec), self.shared.available);
         if self.memory_kind() == Memory::Gpu {
@@ -252,7 +253,7 @@ impl Engine {
                 return Err(EngineError::OutOfMemory { needed_mib: needed >> 20, available_mib: available >> 20, remedy });
             }
         }
-        match plan(&base.policy.config, spec, longest_row, available.saturating_sub(resident), self.memory_kind()) {
+        match plan(&base.policy.config, spec, lengths, available.saturating_sub(resident), self.memory_kind()) {
             Ok(_) => Ok(()),
             Err(least) => {
                 let setting = if self.memory_kind() == Memory::Gpu { "device_memory_limit" } else { "memory_limit" };
@@ -280,11 +281,11 @@ impl Engine {
         Memory::of(self.shared.bases.device())
     }
 
-    /// What a run over rows of at most `longest_row` packed tokens needs at its peak, the base models included, and what it may need, in bytes.
-    pub fn memory(&self, model: &str, spec: &TrainingSpec, longest_row: usize) -> Result<(u64, u64), EngineError> {
+    /// What a run over pairs of these lengths needs at its peak, the base models included, and what it may need, in bytes.
+    pub fn memory(&self, model: &str, spec: &TrainingSpec, lengths: Lengths) -> Result<(u64, u64), EngineError> {
         let base = self.shared.bases.get(model)?;
         let (resident, available) = (self.resident(base, spec), self.shared.available);
-        let (Ok(plan) | Err(plan)) = plan(&base.policy.config, spec, longest_row, available.saturating_sub(resident), self.memory_kind());
+        let (Ok(plan) | Err(plan)) = plan(&base.policy.config, spec, lengths, available.saturating_sub(resident), self.memory_kind());
         Ok((resident + plan.total(), available))
     }
 

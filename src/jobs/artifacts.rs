@@ -13,7 +13,7 @@ use super::error::{Result, ServiceError};
 use super::remote::Remote;
 use super::store::{ARTIFACT_STORE, Store};
 use crate::domain::dataset::Dataset;
-use crate::domain::job::Checkpoint;
+use crate::domain::job::{Checkpoint, Millis};
 use crate::model::peft;
 use crate::train::checkpoint::{self, CheckpointError};
 
@@ -40,6 +40,9 @@ pub const ADAPTER_FILES: [&str; 2] = [peft::CONFIG_FILE, peft::WEIGHTS_FILE];
 
 /// The file that says that the data directory has never held an only copy.
 const COPIES: &str = "copies-only";
+
+/// The folder of the artifact store with the jobs' files.
+const JOBS: &str = "jobs";
 
 /// How long the object store may take to say that it is there.
 const PING: Duration = Duration::from_secs(5);
@@ -245,9 +248,14 @@ impl Artifacts {
         self.drop_local_checkpoint(job, step).await
     }
 
+    /// Has a checkpoint's files checked again before they are next used.
+    pub fn distrust_checkpoint(&self, job: &str, step: u64) {
+        self.checked.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.checkpoint(job, step));
+    }
+
     /// Removes what this machine has of a checkpoint.
     pub async fn drop_local_checkpoint(&self, job: &str, step: u64) -> Result<()> {
-        self.checked.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.checkpoint(job, step));
+        self.distrust_checkpoint(job, step);
         let mut paths: Vec<PathBuf> = ExportFormat::ALL.iter().map(|format| self.export(job, step, *format)).collect();
         paths.push(self.checkpoint(job, step));
         blocking(move || paths.iter().try_for_each(|p| remove(p))).await?
@@ -292,7 +300,7 @@ impl Artifacts {
     /// Removes everything of a job.
     pub async fn remove_job(&self, job: &str) -> Result<()> {
         if let Some(remote) = &self.remote {
-            remote.remove(&format!("jobs/{job}")).await?;
+            remote.remove(&format!("{JOBS}/{job}")).await?;
         }
         self.drop_local_job(job).await
     }
@@ -346,8 +354,27 @@ impl Artifacts {
             return e;
         }
         match self.check_store().await {
-            Ok(()) => missing(name),
+            Ok(()) => self.missing(name),
             Err(e) => e,
+        }
+    }
+
+    /// The error for files that are not where they are kept now. They may come back: a bucket or a folder can be restored, a listing can lag.
+    pub(super) fn missing(&self, name: &str) -> ServiceError {
+        let place = if self.is_copy() { "the artifact store" } else { "the data directory" };
+        let message = format!("the files of {name} are not in {place}: restore them, or delete what they belong to");
+        ServiceError::FailedPrecondition { reason: "ARTIFACT_MISSING", message }
+    }
+
+    /// Why the files of a checkpoint cannot be used: they are damaged, missing, of another version of the server, or may be readable later.
+    pub(super) fn unusable(&self, e: &CheckpointError, name: &str) -> ServiceError {
+        match e {
+            e if e.is_damage() => damaged(name, e),
+            e if e.is_missing_file() => self.missing(&format!("{name} ({e})")),
+            CheckpointError::Version { .. } => {
+                ServiceError::FailedPrecondition { reason: "CHECKPOINT_FORMAT", message: format!("{name} cannot be read: {e}") }
+            }
+            e => ServiceError::Unavailable { reason: "STORAGE_UNAVAILABLE", message: e.to_string(), retry_after: Duration::from_secs(2) },
         }
     }
 
@@ -377,6 +404,31 @@ impl Artifacts {
         Ok(hash)
     }
 
+    /// The jobs of which the artifact store has files.
+    pub async fn stored_jobs(&self) -> Result<Vec<String>> {
+        match &self.remote {
+            Some(remote) => remote.folders(JOBS).await,
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// When the artifact store got the copied adapter of a job of which it has no other file; `None` for any other job.
+    pub async fn only_init_adapter(&self, job: &str) -> Result<Option<Millis>> {
+        let Some(remote) = &self.remote else { return Ok(None) };
+        if remote.folders(&format!("{JOBS}/{job}")).await? != ["init_adapter"] {
+            return Ok(None);
+        }
+        remote.newest(&init_adapter_key(job)).await
+    }
+
+    /// Removes a job's copy of an adapter from the artifact store.
+    pub async fn remove_init_adapter(&self, job: &str) -> Result<()> {
+        match &self.remote {
+            Some(remote) => remote.remove(&init_adapter_key(job)).await,
+            None => Ok(()),
+        }
+    }
+
     /// A job's copy of the adapter that it starts from, on this machine.
     ///
     /// # Errors
@@ -400,7 +452,7 @@ impl Artifacts {
                 return Ok(dir);
             }
             (Ok(found), None) => return Err(changed(&found)),
-            (Err(_), None) => return Err(missing(&name)),
+            (Err(_), None) => return Err(self.missing(&name)),
             (_, Some(_)) => {}
         }
         let Some(remote) = &self.remote else { return Ok(dir) };
@@ -413,7 +465,7 @@ impl Artifacts {
         match blocking(move || hash_files(&fetched, &ADAPTER_FILES)).await? {
             Ok(found) if found == expected => {}
             Ok(found) => return Err(changed(&found)),
-            Err(_) => return Err(missing(&name)),
+            Err(_) => return Err(self.missing(&name)),
         }
         let (artifacts, target) = (self.clone(), dir.clone());
         blocking(move || {
@@ -449,11 +501,7 @@ impl Artifacts {
         }
         let name = format!("trainingJobs/{}/checkpoints/{}", c.job, c.step);
         let Some(remote) = &self.remote else {
-            // The folder lies beside the database: what is not in it any more is lost.
-            let why = blocking(move || checkpoint::check(&dir)).await?.err();
-            let why = why.map_or_else(|| format!("{} has changed", checkpoint::STATE_FILE), |e| e.to_string());
-            let message = format!("the files of {name} are missing or damaged: {why}");
-            return Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", message });
+            return Err(self.why_not_here(c, name).await?);
         };
         let temporary = Temporary(self.temporary());
         fs::create_dir_all(&temporary.0).map_err(|e| failed(&temporary.0, e))?;
@@ -466,9 +514,8 @@ impl Artifacts {
             match state.and_then(|digest| checkpoint::check(&temporary.0).map(|()| digest)) {
                 Ok(digest) if digest == expected => {}
                 Ok(_) => return Err(damaged(&name, "its hash is another")),
-                // The list of objects may be behind, or an object gone: nothing that is here is wrong.
-                Err(e) if e.is_missing_file() => return Err(missing(&format!("{name} ({e})"))),
-                Err(e) => return Err(unusable(&e, &name)),
+                // A file may be missing where the list of objects is behind, or an object gone: nothing that is here is wrong.
+                Err(e) => return Err(artifacts.unusable(&e, &name)),
             }
             remove(&dir)?;
             artifacts.publish(&temporary.0, &dir)?;
@@ -477,19 +524,36 @@ impl Artifacts {
         .await?
     }
 
+    /// Why a checkpoint is not on this machine, which has no other place to fetch it from. A state file that is not the one that was written proves
+    /// damage: it says which other files there should be. Files that are only missing prove nothing: the data directory may have been restored in
+    /// part, or be another one.
+    async fn why_not_here(&self, c: &Checkpoint, name: String) -> Result<ServiceError> {
+        let (dir, expected, artifacts) = (self.checkpoint(&c.job, c.step), c.digest.clone(), self.clone());
+        blocking(move || match checkpoint::digest(&dir) {
+            Ok(found) if !expected.is_empty() && found != expected => damaged(&name, format!("{} has changed", checkpoint::STATE_FILE)),
+            Err(e) => artifacts.unusable(&e, &name),
+            Ok(_) => match checkpoint::check(&dir) {
+                Err(e) => artifacts.unusable(&e, &name),
+                // It has come back meanwhile: the next try finds it.
+                Ok(()) => artifacts.missing(&name),
+            },
+        })
+        .await
+    }
+
     /// Whether the checkpoint's folder is on this machine, as it was written. Another replica's folder of the same step, left from before a lease was
     /// lost, is not this checkpoint.
     async fn is_here(&self, c: &Checkpoint) -> Result<bool> {
-        let (dir, expected, checked) = (self.checkpoint(&c.job, c.step), c.digest.clone(), self.checked.clone());
+        let (dir, expected, artifacts) = (self.checkpoint(&c.job, c.step), c.digest.clone(), self.clone());
         let name = format!("trainingJobs/{}/checkpoints/{}", c.job, c.step);
         blocking(move || {
             match checkpoint::digest(&dir) {
                 Ok(digest) if expected.is_empty() || digest == expected => {}
-                Err(e) if !e.is_damage() => return Err(unusable(&e, &name)),
+                Err(e) if !e.is_damage() && !e.is_missing_file() => return Err(artifacts.unusable(&e, &name)),
                 _ => return Ok(false),
             }
             // Every file, once for each process.
-            let known = || checked.lock().unwrap_or_else(PoisonError::into_inner);
+            let known = || artifacts.checked.lock().unwrap_or_else(PoisonError::into_inner);
             if known().contains(&dir) {
                 return Ok(true);
             }
@@ -498,7 +562,7 @@ impl Artifacts {
                     known().insert(dir);
                     Ok(true)
                 }
-                Err(e) if !e.is_damage() => Err(unusable(&e, &name)),
+                Err(e) if !e.is_damage() && !e.is_missing_file() => Err(artifacts.unusable(&e, &name)),
                 Err(_) => Ok(false),
             }
         })
@@ -577,36 +641,19 @@ fn dataset_key(id: &str) -> String {
 }
 
 fn checkpoint_key(job: &str, step: u64, digest: &str) -> String {
-    format!("jobs/{job}/checkpoints/{step}/{digest}")
+    format!("{JOBS}/{job}/checkpoints/{step}/{digest}")
 }
 
 fn export_key(job: &str, step: u64, format: ExportFormat) -> String {
-    format!("jobs/{job}/exports/{step}-{}", format.name())
+    format!("{JOBS}/{job}/exports/{step}-{}", format.name())
 }
 
 fn init_adapter_key(job: &str) -> String {
-    format!("jobs/{job}/init_adapter")
-}
-
-/// Why the files of a checkpoint cannot be used: they are damaged, of another version of the server, or may be readable later.
-pub(super) fn unusable(e: &CheckpointError, name: &str) -> ServiceError {
-    match e {
-        e if e.is_damage() => damaged(name, e),
-        CheckpointError::Version { .. } => {
-            ServiceError::FailedPrecondition { reason: "CHECKPOINT_FORMAT", message: format!("{name} cannot be read: {e}") }
-        }
-        e => ServiceError::Unavailable { reason: "STORAGE_UNAVAILABLE", message: e.to_string(), retry_after: Duration::from_secs(2) },
-    }
+    format!("{JOBS}/{job}/init_adapter")
 }
 
 fn damaged(name: &str, why: impl std::fmt::Display) -> ServiceError {
     ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", message: format!("the stored files of {name} are damaged: {why}") }
-}
-
-/// The error for files that the artifact store lacks now. They may come back: a bucket can be restored, a listing can lag.
-fn missing(name: &str) -> ServiceError {
-    let message = format!("the files of {name} are not in the artifact store: restore them, or delete what they belong to");
-    ServiceError::FailedPrecondition { reason: "ARTIFACT_MISSING", message }
 }
 
 /// One hash of the named files of a folder.

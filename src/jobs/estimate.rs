@@ -10,6 +10,7 @@ use crate::domain::access::Caller;
 use crate::domain::job::JobRequest;
 use crate::domain::training::Method;
 use crate::engine::api::{ScoreItem, WeightsRef};
+use crate::train::estimate::Lengths;
 use crate::train::pair::EncodedPair;
 
 /// Tokens that are scored to see how fast the device is.
@@ -61,9 +62,10 @@ impl Service {
         let prepared = prepared.await.map_err(ServiceError::internal)??;
         let (train, eval) = (&prepared.train, &prepared.eval);
         let packed = |pairs: &[EncodedPair]| pairs.iter().map(EncodedPair::packed_tokens).sum::<usize>();
-        let longest = train.iter().chain(eval).map(EncodedPair::packed_tokens).max().unwrap_or(0);
         let spec = &job.request.spec;
-        let (memory_bytes, memory_limit_bytes) = self.inner.engine.memory(&prepared.model, spec, longest)?;
+        let size = spec.batch.batch_size;
+        let lengths = Lengths::of(train, size).max(Lengths::of(eval, size));
+        let (memory_bytes, memory_limit_bytes) = self.inner.engine.memory(&prepared.model, spec, lengths)?;
 
         let total_steps = spec.batch.total_steps(train.len());
         let epochs = total_steps as f64 / spec.batch.steps_per_epoch(train.len()).max(1) as f64;
@@ -86,7 +88,7 @@ impl Service {
             skipped_rows: prepared.skipped.rows(),
             total_steps,
             tokens: tokens.round() as u64,
-            longest_pair_tokens: longest as u64,
+            longest_pair_tokens: lengths.longest as u64,
             memory_bytes,
             memory_limit_bytes,
             seconds: forward * (passes * tokens + reference + evaluated),

@@ -7,8 +7,8 @@ use tokio::time::MissedTickBehavior;
 
 use super::error::{Result, ServiceError};
 use super::service::Service;
-use super::store::Notice;
-use crate::domain::job::JobState;
+use super::store::{Expired, Notice, now};
+use crate::domain::job::{JobState, Millis};
 
 /// Every how many rounds old copies are looked for.
 const SWEEP: u64 = 60;
@@ -31,6 +31,7 @@ pub(super) async fn renewals(service: Service) {
 pub(super) async fn run(service: Service) {
     let mut pause = tokio::time::interval(service.inner.store.lease_time() / 3);
     pause.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut expired = Expired::default();
     for tick in 0_u64.. {
         pause.tick().await;
         metrics::gauge!("bradley_store_up").set(f64::from(u8::from(service.inner.store.ping().await.is_ok())));
@@ -40,7 +41,7 @@ pub(super) async fn run(service: Service) {
         if let Err(e) = reclaim(&service, false).await {
             tracing::warn!(error = %e, "jobs of dead workers cannot be looked for");
         }
-        if let Err(e) = expire(&service).await {
+        if let Err(e) = expire(&service, &mut expired).await {
             tracing::warn!(error = %e, "expired jobs cannot be deleted");
         }
         if let Err(e) = count(&service).await {
@@ -52,6 +53,11 @@ pub(super) async fn run(service: Service) {
             && let Err(e) = sweep(&service).await
         {
             tracing::warn!(error = %e, "copies of what was deleted elsewhere cannot be removed");
+        }
+        if tick.is_multiple_of(SWEEP)
+            && let Err(e) = sweep_store(&service).await
+        {
+            tracing::warn!(error = %e, "adapters of jobs that were not stored cannot be removed from the artifact store");
         }
     }
 }
@@ -85,6 +91,27 @@ async fn sweep(service: &Service) -> Result<()> {
         let old = service.inner.artifacts.dataset_age(&id).is_some_and(|age| age > UPLOADING);
         if old && matches!(service.inner.store.dataset(&id).await, Err(ServiceError::NotFound { .. })) {
             service.inner.artifacts.drop_local_dataset(&id).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes copies of adapters from the artifact store whose jobs were not stored: their server died between the two, or the store was away when it
+/// should have removed the copy. A job that has other files was stored once: its row may come back with a backup of the database.
+async fn sweep_store(service: &Service) -> Result<()> {
+    let artifacts = &service.inner.artifacts;
+    artifacts.check_store().await?;
+    let found = artifacts.stored_jobs().await?;
+    if found.is_empty() {
+        return Ok(());
+    }
+    // Read after the list of files: whoever stores a job has written its files before.
+    let known = service.inner.store.job_ids().await?;
+    for job in found.iter().filter(|job| !known.contains(*job)) {
+        let is_old = |written| now() - written > UPLOADING.as_millis() as Millis;
+        if artifacts.only_init_adapter(job).await?.is_some_and(is_old) {
+            tracing::info!(job, "an adapter was copied for a job that was never stored: the copy is removed");
+            artifacts.remove_init_adapter(job).await?;
         }
     }
     Ok(())
@@ -126,25 +153,18 @@ pub(super) fn job_ended(state: JobState) {
     metrics::counter!("bradley_jobs_ended_total", "state" => state.name()).increment(1);
 }
 
-async fn expire(service: &Service) -> Result<()> {
-    let mut left = 0;
-    loop {
-        // Those that have to stay do not hold up the ones after them.
-        let expired = service.inner.store.expired_jobs(DELETIONS, left).await?;
-        for job in &expired {
-            match service.delete_expired(job).await {
-                Ok(()) => tracing::info!(job, "job deleted: its time to live is over"),
-                // Another job needs it; another replica was faster; or its time to live was prolonged meanwhile.
-                Err(e) => {
-                    left += 1;
-                    tracing::debug!(job, error = %e, "an expired job cannot be deleted yet");
-                }
-            }
-        }
-        if expired.len() < DELETIONS {
-            return Ok(());
+/// Deletes the next expired jobs. Each round goes on where the one before ended, so that jobs which cannot be deleted do not hold up the others.
+async fn expire(service: &Service, after: &mut Expired) -> Result<()> {
+    let (jobs, next) = service.inner.store.expired_jobs(*after, DELETIONS).await?;
+    *after = next;
+    for job in jobs {
+        match service.delete_expired(&job).await {
+            Ok(()) => tracing::info!(job, "job deleted: its time to live is over"),
+            // Another job starts from it; another version wrote it; another replica was faster; or its time to live was prolonged meanwhile.
+            Err(e) => tracing::debug!(job, error = %e, "an expired job cannot be deleted yet"),
         }
     }
+    Ok(())
 }
 
 /// Tells followers what may have been missed.

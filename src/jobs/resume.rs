@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::artifacts::{failed, unusable};
+use super::artifacts::failed;
 use super::datasets::blocking;
 use super::error::{Result, ServiceError};
 use super::held::Held;
@@ -62,17 +62,20 @@ async fn whole(service: &Service, c: &Checkpoint) -> Result<PathBuf> {
         }
         fetched => fetched?,
     };
-    match checked(dir.clone(), c).await {
+    match checked(service, dir.clone(), c).await {
         Ok(()) => return Ok(dir),
-        Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", .. }) if artifacts.is_copy() => {}
-        Err(e) => return Err(e),
+        Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED" | "ARTIFACT_MISSING", .. }) if artifacts.is_copy() => {}
+        Err(e) => {
+            artifacts.distrust_checkpoint(&c.job, c.step);
+            return Err(e);
+        }
     }
     artifacts.drop_local_checkpoint(&c.job, c.step).await?;
     let dir = artifacts.fetch_checkpoint(c).await?;
-    checked(dir.clone(), c).await.map(|()| dir)
+    checked(service, dir.clone(), c).await.map(|()| dir)
 }
 
-async fn checked(dir: PathBuf, c: &Checkpoint) -> Result<()> {
+async fn checked(service: &Service, dir: PathBuf, c: &Checkpoint) -> Result<()> {
     let name = format!("trainingJobs/{}/checkpoints/{}", c.job, c.step);
-    blocking(move || checkpoint::check(&dir)).await?.map_err(|e| unusable(&e, &name))
+    blocking(move || checkpoint::check(&dir)).await?.map_err(|e| service.inner.artifacts.unusable(&e, &name))
 }

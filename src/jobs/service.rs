@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
+use tracing::Instrument as _;
 
 use super::access::audit;
 use super::artifacts::Artifacts;
@@ -33,6 +34,7 @@ use crate::engine::api::{ModelInfo, WeightsRef};
 use crate::engine::{Engine, trace};
 use crate::model::error::ModelError;
 use crate::model::peft;
+use crate::train::estimate::Lengths;
 
 /// The field that names an adapter to start from.
 const INIT_ADAPTER: &str = "training_job.lora.init_adapter";
@@ -202,13 +204,32 @@ impl Service {
         self.refuse_when_draining()?;
         let hash = serde_json::to_vec(&request).map(|b| blake3::hash(&b).to_hex().to_string()).map_err(ServiceError::internal)?;
         let request = self.check_request(caller, request, request_id.as_deref()).await?;
-        let mut job = Service::draft(caller, request);
+        let job = Service::draft(caller, request);
         if validate_only {
             return Ok(Job { id: String::new(), ..job });
         }
         let quota = self.inner.options.max_jobs_per_client;
-        let creation = Creation { request_id: request_id.as_deref(), request_hash: &hash, quota };
+        // A task of its own, which ends even if the caller leaves: nothing else removes what was copied for a job that is not stored then.
+        let (service, caller, (sender, made)) = (self.clone(), caller.clone(), oneshot::channel());
+        let making = async move {
+            let creation = Creation { request_id: request_id.as_deref(), request_hash: &hash, quota };
+            let made = service.store_job(job, creation, || sender.is_closed()).await;
+            if let Ok(job) = &made {
+                tracing::info!(job = job.id, state = job.state.name(), "job created");
+                audit(&caller, "create", &format!("trainingJobs/{}", job.id));
+                service.inner.wake();
+            }
+            let _ = sender.send(made);
+        };
+        tokio::spawn(making.in_current_span());
+        made.await.map_err(ServiceError::internal)?
+    }
+
+    /// Copies the adapter that a new job starts from and stores the job, unless its caller has left meanwhile. Removes the copy of a job that is not
+    /// stored.
+    async fn store_job(&self, mut job: Job, creation: Creation<'_>, has_left: impl Fn() -> bool) -> Result<Job> {
         let inserted = match self.copy_init_adapter(&mut job, creation.request_id).await {
+            Ok(()) if has_left() => Err(ServiceError::DeadlineExceeded),
             Ok(()) => self.inner.store.insert_job(&job, creation).await,
             Err(e) => Err(e),
         };
@@ -221,11 +242,7 @@ impl Service {
             // What cannot be removed now is swept up later, where it is a copy.
             let _ = self.inner.artifacts.remove_job(&job.id).await;
         }
-        let job = inserted?;
-        tracing::info!(job = job.id, state = job.state.name(), "job created");
-        audit(caller, "create", &format!("trainingJobs/{}", job.id));
-        self.inner.wake();
-        Ok(job)
+        inserted
     }
 
     /// Copies the adapter that a new job starts from, if any, into the job's artifacts and pins its content. A request that was made before needs no
@@ -334,7 +351,8 @@ impl Service {
         request.pins = Some(Pins { base, init_adapter: None, contents: Some(self.content_pins(&request).await?) });
         // Pinned, so that the job goes on alike under a server with other settings.
         request.spec.precision.get_or_insert(self.inner.engine.precision());
-        self.inner.engine.check(&start.model, &request.spec, 2 * request.spec.batch.max_length)?;
+        // How long a micro-batch gets is known when the rows are tokenised; the engine checks that before the run.
+        self.inner.engine.check(&start.model, &request.spec, Lengths::one(2 * request.spec.batch.max_length))?;
         Ok(request)
     }
 

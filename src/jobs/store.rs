@@ -12,14 +12,17 @@ mod rows;
 pub(super) mod stale;
 mod tokens;
 
+#[cfg(test)]
+mod tests;
+
 use std::path::Path;
 use std::str::FromStr;
 use std::time::Duration;
 
-use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
-use sqlx::{AnyConnection, AnyPool, AssertSqlSafe, Connection as _};
+use sqlx::any::{AnyConnectOptions, AnyPoolOptions, AnyRow};
+use sqlx::{AnyConnection, AnyPool, AssertSqlSafe, Connection as _, FromRow};
 
-pub use self::jobs::Creation;
+pub use self::jobs::{Creation, Expired};
 pub use self::leases::{Also, Lease};
 pub use self::listen::Notice;
 pub use self::properties::ARTIFACT_STORE;
@@ -34,6 +37,9 @@ const READERS: u32 = 4;
 const CONNECTIONS: u32 = 8;
 /// How long a call waits for a connection: with a database that does not answer, callers hear so in this time.
 const ACQUIRE: Duration = Duration::from_secs(5);
+
+/// The condition of a list's page.
+const OF_PAGE: &str = "seq < $1 AND ($2 = 0 OR owner = $3)";
 
 /// A page of a list.
 #[derive(Clone, Debug, PartialEq)]
@@ -179,6 +185,26 @@ impl Store {
         self.writer.close().await;
     }
 
+    /// A page of what `select` finds, which has [`OF_PAGE`] among its conditions: rows of `owner`, or of everyone when `None`, newest first.
+    async fn page<R, T>(&self, select: &str, owner: Option<&str>, size: usize, token: &str, seq: fn(&R) -> i64) -> Result<Page<T>>
+    where
+        R: for<'r> FromRow<'r, AnyRow> + Send + Unpin,
+        T: TryFrom<R, Error = ServiceError>,
+    {
+        let mut rows: Vec<R> = sqlx::query_as(AssertSqlSafe(format!("{select} ORDER BY seq DESC LIMIT $4")))
+            .bind(parse_token(token)?)
+            .bind(i64::from(owner.is_some()))
+            .bind(owner.unwrap_or_default())
+            // One row too many says that there is a next page.
+            .bind(size as i64 + 1)
+            .fetch_all(&self.readers)
+            .await?;
+        let more = rows.len() > size;
+        rows.truncate(size);
+        let next_page_token = if more { rows.last().map(|r| seq(r).to_string()).unwrap_or_default() } else { String::new() };
+        Ok(Page { items: readable(rows), next_page_token })
+    }
+
     /// Whether the store answers.
     pub async fn ping(&self) -> Result<()> {
         sqlx::query("SELECT 1").execute(&self.readers).await?;
@@ -238,12 +264,4 @@ fn parse_token(token: &str) -> Result<i64> {
 fn readable<R, T: TryFrom<R, Error = ServiceError>>(rows: Vec<R>) -> Vec<T> {
     let read = |row| T::try_from(row).inspect_err(|e| tracing::error!(error = %e, "a stored record is left out"));
     rows.into_iter().filter_map(|row| read(row).ok()).collect()
-}
-
-/// Cuts the one row too many that says whether there is a next page.
-fn page<R, T: TryFrom<R, Error = ServiceError>>(mut rows: Vec<R>, size: usize, seq: impl Fn(&R) -> i64) -> Result<Page<T>> {
-    let more = rows.len() > size;
-    rows.truncate(size);
-    let next_page_token = if more { rows.last().map(|r| seq(r).to_string()).unwrap_or_default() } else { String::new() };
-    Ok(Page { items: readable(rows), next_page_token })
 }

@@ -338,3 +338,67 @@ impl AsyncWrite for Connection {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    /// A port with one place, and a connection that has it, with its client.
+    async fn connected() -> (Arc<Connections>, Connection, TcpStream) {
+        let connections = Connections::new(1);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, peer, place) = accept(&listener, &connections).await;
+        (connections, Connection::new(Io::Plain(stream), peer, place), client)
+    }
+
+    /// Asserts that a dropped connection has given its place back.
+    async fn assert_free(connections: &Arc<Connections>) {
+        let place = tokio::time::timeout(Duration::from_secs(10), connections.place()).await;
+        assert!(place.is_ok(), "its place is not free");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_reads_nothing_does_not_keep_a_connection_that_is_to_be_closed() {
+        let (connections, mut connection, client) = connected().await;
+        let (closing, (sender, mut written)) = (connection.place.activity.closing(), mpsc::channel(1));
+        let writing = tokio::spawn(async move {
+            let block = vec![0; 1 << 16];
+            loop {
+                if let Err(e) = connection.write_all(&block).await {
+                    return e.kind();
+                }
+                let _ = sender.try_send(());
+            }
+        });
+        // The writer is inside its loop, and nobody ever reads: it ends only when it is told to.
+        written.recv().await.unwrap();
+        closing.cancel();
+        let ended = tokio::time::timeout(Duration::from_secs(10), writing).await;
+        assert_eq!(ended.expect("the writer is woken").unwrap(), io::ErrorKind::BrokenPipe);
+        assert_free(&connections).await;
+        drop(client);
+    }
+
+    #[tokio::test]
+    async fn every_use_of_a_connection_that_is_to_be_closed_ends_it() {
+        let (connections, mut connection, mut client) = connected().await;
+        connection.write_all(b"before").await.unwrap();
+        connection.flush().await.unwrap();
+        connection.place.activity.closing().cancel();
+        // A flush or a write, of which neither has read anything before.
+        let flushed = connection.flush().await;
+        assert_eq!(flushed.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        let wrote = connection.write(b"after").await;
+        assert_eq!(wrote.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        assert_eq!(connection.read(&mut [0; 8]).await.unwrap(), 0, "as if the client had left");
+        connection.shutdown().await.unwrap();
+        drop(connection);
+        assert_free(&connections).await;
+        let mut received = Vec::new();
+        client.read_to_end(&mut received).await.unwrap();
+        assert_eq!(received, b"before");
+    }
+}

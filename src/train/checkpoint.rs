@@ -149,11 +149,12 @@ impl CheckpointError {
         matches!(self, CheckpointError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
 
-    /// Whether the files are at fault for good, rather than this build or a disk that may answer later.
+    /// Whether the files are at fault for good, rather than this build or a disk that may answer later. A file that is not there may come back, and
+    /// proves no damage.
     pub fn is_damage(&self) -> bool {
         match self {
             CheckpointError::Damaged { .. } => true,
-            CheckpointError::Io { source, .. } => matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof),
+            CheckpointError::Io { source, .. } => source.kind() == io::ErrorKind::UnexpectedEof,
             CheckpointError::OtherModel { .. }
             | CheckpointError::Version { .. }
             | CheckpointError::Model(_)

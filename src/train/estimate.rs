@@ -11,6 +11,7 @@ use crate::model::ops::gemm::{GROUP_BYTES, Kernel};
 use crate::model::ops::head::KEPT;
 use crate::model::ops::team;
 use crate::train::backprop::Keep;
+use crate::train::pair::EncodedPair;
 
 const F32: u64 = 4;
 
@@ -27,6 +28,36 @@ impl Memory {
     /// Where a device's passes keep their activations.
     pub fn of(device: &ComputeDevice) -> Self {
         if device.memory().is_some() { Memory::Gpu } else { Memory::Host }
+    }
+}
+
+/// Lengths of a run's pairs, in packed tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lengths {
+    /// The longest pair.
+    pub longest: usize,
+    /// An upper bound for the pairs of a micro-batch together.
+    pub micro_batch: usize,
+}
+
+impl Lengths {
+    /// Lengths of the pairs of one set. Any pairs may meet in a micro-batch, so the bound is the sum
+    /// of the `batch_size` longest ones.
+    pub fn of(pairs: &[EncodedPair], batch_size: usize) -> Self {
+        let mut lengths: Vec<usize> = pairs.iter().map(EncodedPair::packed_tokens).collect();
+        lengths.sort_unstable_by(|a, b| b.cmp(a));
+        let micro_batch = lengths.iter().take(batch_size).sum();
+        Lengths { longest: lengths.first().copied().unwrap_or(0), micro_batch }
+    }
+
+    /// A single pair of `longest` tokens: the least that a run with such pairs needs.
+    pub fn one(longest: usize) -> Self {
+        Lengths { longest, micro_batch: longest }
+    }
+
+    /// The larger of each: micro-batches are drawn from one set or the other.
+    pub fn max(self, other: Self) -> Self {
+        Lengths { longest: self.longest.max(other.longest), micro_batch: self.micro_batch.max(other.micro_batch) }
     }
 }
 
@@ -96,16 +127,16 @@ impl Kept {
 }
 
 /// Tokens of the rows that are kept at one time: one row of `row` tokens, or every row of a micro-batch where the loss compares its pairs.
-fn held_tokens(spec: &TrainingSpec, longest: usize, row: u64) -> u64 {
+fn held_tokens(spec: &TrainingSpec, lengths: Lengths, row: u64) -> u64 {
     match spec.dpo.compares_pairs() {
-        true => row.max(longest.saturating_mul(spec.batch.batch_size) as u64),
+        true => row.max(lengths.micro_batch as u64),
         false => row,
     }
 }
 
-/// What a run over pairs of at most `longest` packed tokens needs with these choices.
-pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, longest: usize, keep: Keep, row_tokens: usize, memory: Memory) -> Estimate {
-    let t = longest.max(row_tokens.min(longest.saturating_mul(spec.batch.batch_size))) as u64;
+/// What a run over pairs of these lengths needs with these choices.
+pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, lengths: Lengths, keep: Keep, row_tokens: usize, memory: Memory) -> Estimate {
+    let t = lengths.longest.max(row_tokens.min(lengths.micro_batch)) as u64;
     let (c, f, h) = (config.hidden_size as u64, config.intermediate_size as u64, config.num_heads as u64);
     let (q, k) = (h * config.head_dim as u64, (config.num_kv_heads * config.head_dim) as u64);
     let (row, layers) = (q + 2 * k, config.num_layers as u64);
@@ -120,10 +151,12 @@ pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, longest: usize, keep:
     let passing = (if rounded { 3 * f / 2 } else { 2 * f } + 4 * c).max(3 * row + 2 * q + 2 * c);
     let scores = 2 * (t * (t / 2 + 64) * h).min(SCORES as u64) * if spec.precision == Some(Precision::Bf16) { F32 / 2 } else { F32 };
     let Kept { of_row, of_last_row } = Kept::new(keep, layers, tape, c);
-    let held = held_tokens(spec, longest, t);
-    // The probabilities that a trained head keeps. It has three states for each predictor, at most one for each token.
+    let held = held_tokens(spec, lengths, t);
+    // The probabilities that a trained head keeps of each row. It has three states for each predictor, at most one for each token. Rows that are
+    // held together may be many, at most one for each pair.
+    let rows = if spec.dpo.compares_pairs() { spec.batch.batch_size as u64 } else { 1 };
     let head = match (&spec.method, keep) {
-        (Method::Full, Keep::Tapes) => held.div_ceil(t.max(1)) * F32 * (t * config.vocab_size as u64).min(KEPT as u64),
+        (Method::Full, Keep::Tapes) => F32 * (held * config.vocab_size as u64).min(rows.saturating_mul(KEPT as u64)),
         _ => 0,
     };
     let activations = F32 * (held * of_row + t * (of_last_row + passing + 4 * c)) + scores + head;
@@ -174,18 +207,18 @@ pub fn scoring(config: &ModelConfig, tokens: usize) -> u64 {
 ///
 /// # Errors
 /// The leanest choices' estimate, when even that is too much.
-pub fn plan(config: &ModelConfig, spec: &TrainingSpec, longest: usize, available: u64, memory: Memory) -> Result<Estimate, Estimate> {
+pub fn plan(config: &ModelConfig, spec: &TrainingSpec, lengths: Lengths, available: u64, memory: Memory) -> Result<Estimate, Estimate> {
     let keeps: &[Keep] = match spec.batch.activation_checkpointing {
         ActivationCheckpointing::On => &[Keep::Inputs],
         ActivationCheckpointing::Off => &[Keep::Tapes],
         ActivationCheckpointing::Auto => &[Keep::Tapes, Keep::Inputs],
     };
     let wanted = spec.batch.row_tokens;
-    let mut last = estimate(config, spec, longest, keeps[0], wanted, memory);
+    let mut last = estimate(config, spec, lengths, keeps[0], wanted, memory);
     for &keep in keeps {
         // Shorter rows before recomputation: they cost less time.
-        for row_tokens in [wanted, wanted / 2, longest.min(wanted)] {
-            last = estimate(config, spec, longest, keep, row_tokens.max(1), memory);
+        for row_tokens in [wanted, wanted / 2, lengths.longest.min(wanted)] {
+            last = estimate(config, spec, lengths, keep, row_tokens.max(1), memory);
             if last.total() <= available {
                 return Ok(last);
             }
@@ -205,10 +238,70 @@ mod tests {
         ModelConfig::from_hf_json(json, std::path::Path::new("config.json")).unwrap()
     }
 
+    /// Pairs of one length.
+    fn uniform(length: usize, spec: &TrainingSpec) -> Lengths {
+        Lengths { longest: length, micro_batch: length * spec.batch.batch_size }
+    }
+
+    fn pair(tokens: usize) -> EncodedPair {
+        EncodedPair {
+            row: 1,
+            id: None,
+            weight: 1.0,
+            prompt: vec![1; tokens - 2],
+            chosen: vec![2],
+            rejected_prompt: None,
+            rejected: vec![3],
+            chosen_truncated: false,
+            rejected_truncated: false,
+        }
+    }
+
+    #[test]
+    fn a_micro_batch_is_at_most_the_longest_pairs_together() {
+        let pairs: Vec<EncodedPair> = [10, 900, 20, 30, 1000, 5].map(pair).into();
+        assert_eq!(Lengths::of(&pairs, 3), Lengths { longest: 1000, micro_batch: 1930 });
+        assert_eq!(Lengths::of(&pairs, 100), Lengths { longest: 1000, micro_batch: 1965 });
+        assert_eq!(Lengths::of(&[], 3), Lengths { longest: 0, micro_batch: 0 });
+        assert_eq!(Lengths::of(&pairs, 2).max(Lengths { longest: 1, micro_batch: 5000 }).micro_batch, 5000);
+    }
+
+    #[test]
+    fn one_long_pair_does_not_make_all_pairs_of_a_compared_batch_long() {
+        let (config, mut spec) = (config(), TrainingSpec::default());
+        spec.batch.batch_size = 16;
+        spec.dpo.losses[0].loss = LossType::Aot;
+        let mixed: Vec<EncodedPair> = (0..64).map(|i| pair(if i == 0 { 2048 } else { 128 })).collect();
+        let lengths = Lengths::of(&mixed, spec.batch.batch_size);
+        for memory in [Memory::Host, Memory::Gpu] {
+            let of = |lengths, keep| estimate(&config, &spec, lengths, keep, 1024, memory).activations;
+            let (all_long, bound) = (of(uniform(2048, &spec), Keep::Tapes), of(lengths, Keep::Tapes));
+            assert!(bound < all_long / 5, "{memory:?}: {bound} of {all_long}");
+            // Not below what the rows of the worst micro-batch keep: as much as one row of them all.
+            let tokens = 2048 + 15 * 128;
+            let kept = |tokens| of(Lengths { longest: 2048, micro_batch: tokens }, Keep::Tapes);
+            assert!(bound >= kept(tokens) && kept(tokens) > kept(tokens - 128), "{memory:?}");
+        }
+    }
+
+    #[test]
+    fn a_trained_head_keeps_its_probabilities_of_every_held_row() {
+        let (mut config, mut spec) = (config(), TrainingSpec::default());
+        spec.method = Method::Full;
+        spec.batch.batch_size = 16;
+        spec.dpo.losses[0].loss = LossType::Aot;
+        let of = |config: &ModelConfig| estimate(config, &spec, uniform(1100, &spec), Keep::Tapes, 2048, Memory::Host).activations;
+        let vocabulary = config.vocab_size as u64;
+        let with_words = of(&config);
+        config.vocab_size = 1;
+        // Two pairs do not fit into a row: 16 rows are held, each below the limit of a row's head, not 9 at that limit.
+        assert_eq!(with_words - of(&config), F32 * 16 * 1100 * (vocabulary - 1));
+    }
+
     #[test]
     fn a_gpu_holds_neither_masters_nor_moments_and_bf16_takes_half() {
         let (config, mut spec) = (config(), TrainingSpec::default());
-        let of = |spec: &TrainingSpec, memory| estimate(&config, spec, 300, Keep::Tapes, 1024, memory);
+        let of = |spec: &TrainingSpec, memory| estimate(&config, spec, uniform(300, spec), Keep::Tapes, 1024, memory);
         assert!(of(&spec, Memory::Gpu).training_state < of(&spec, Memory::Host).training_state);
         let f32 = of(&spec, Memory::Gpu);
         spec.precision = Some(Precision::Bf16);
@@ -221,7 +314,7 @@ mod tests {
         let (config, mut spec) = (config(), TrainingSpec::default());
         spec.batch.batch_size = 16;
         for memory in [Memory::Host, Memory::Gpu] {
-            let of = |spec: &TrainingSpec, keep| estimate(&config, spec, 1024, keep, 1024, memory).activations;
+            let of = |spec: &TrainingSpec, keep| estimate(&config, spec, uniform(1024, spec), keep, 1024, memory).activations;
             let (one, one_recomputed) = (of(&spec, Keep::Tapes), of(&spec, Keep::Inputs));
             let mut aot = spec.clone();
             aot.dpo.losses[0].loss = LossType::Aot;
@@ -234,13 +327,13 @@ mod tests {
     #[test]
     fn less_memory_means_shorter_rows_then_recomputation_then_a_refusal() {
         let (config, spec) = (config(), TrainingSpec::default());
-        let all = plan(&config, &spec, 300, u64::MAX, Memory::Host).unwrap();
+        let all = plan(&config, &spec, uniform(300, &spec), u64::MAX, Memory::Host).unwrap();
         assert_eq!((all.keep, all.row_tokens), (Keep::Tapes, spec.batch.row_tokens));
-        let less = plan(&config, &spec, 300, all.total() - 1, Memory::Host).unwrap();
+        let less = plan(&config, &spec, uniform(300, &spec), all.total() - 1, Memory::Host).unwrap();
         assert!(less.keep == Keep::Tapes && less.row_tokens < all.row_tokens && less.total() < all.total());
-        let least = plan(&config, &spec, 300, 0, Memory::Host).unwrap_err();
-        assert_eq!(plan(&config, &spec, 300, least.total(), Memory::Host).unwrap(), least);
+        let least = plan(&config, &spec, uniform(300, &spec), 0, Memory::Host).unwrap_err();
+        assert_eq!(plan(&config, &spec, uniform(300, &spec), least.total(), Memory::Host).unwrap(), least);
         assert_eq!(least.keep, Keep::Inputs);
-        assert!(plan(&config, &spec, 300, least.total() - 1, Memory::Host).is_err());
+        assert!(plan(&config, &spec, uniform(300, &spec), least.total() - 1, Memory::Host).is_err());
     }
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::backprop::Keep;
 use super::checkpoint::{self, CheckpointError, Contents, RunState};
-use super::estimate::{self, Estimate, Memory};
+use super::estimate::{self, Estimate, Lengths, Memory};
 use super::event::RunEvent;
 use super::host::Host;
 use super::micro_batch::MicroBatch;
@@ -160,8 +160,8 @@ impl Trainer {
             saved_step = Some(restored.state.step);
             (state, latest) = (restored.state, restored.metrics);
         }
-        let longest = train.iter().map(EncodedPair::packed_tokens).max().unwrap_or(0);
-        let (Ok(plan) | Err(plan)) = estimate::plan(&policy.policy.config, &spec, longest, memory, Memory::of(&policy.policy.device));
+        let lengths = Lengths::of(&train, spec.batch.batch_size);
+        let (Ok(plan) | Err(plan)) = estimate::plan(&policy.policy.config, &spec, lengths, memory, Memory::of(&policy.policy.device));
         let total_steps = spec.batch.total_steps(train.len());
         let first_step = state.step;
         let mut trainer = Trainer {
@@ -321,8 +321,9 @@ impl Trainer {
             return Err(e);
         }
         self.policy.policy.devices().for_each(ComputeDevice::trim);
-        let longest = self.train.iter().chain(&self.eval).map(EncodedPair::packed_tokens).max().unwrap_or(1);
-        self.plan.row_tokens = (self.plan.row_tokens.min(longest * self.spec.batch.batch_size) / 2).max(1);
+        let size = self.spec.batch.batch_size;
+        let lengths = Lengths::of(&self.train, size).max(Lengths::of(&self.eval, size));
+        self.plan.row_tokens = (self.plan.row_tokens.min(lengths.micro_batch) / 2).max(1);
         self.plan.keep = Keep::Inputs;
         let message = format!("{e}; going on with rows of {} tokens and activation checkpointing", self.plan.row_tokens);
         (host.emit)(RunEvent::Log { severity: "warning", message });

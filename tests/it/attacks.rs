@@ -234,12 +234,18 @@ async fn errors_quote_little_of_what_a_client_sent() {
 
 /// Speaks HTTP/2 as a client has to, so that no keep-alive finds the connection dead, but never
 /// makes a call. Ends when the server closes it.
-async fn idle_http2(mut connection: TcpStream) -> std::io::Result<()> {
+async fn idle_http2(connection: TcpStream) -> std::io::Result<()> {
+    speak_http2(connection, &[]).await
+}
+
+/// The same after some frames that open calls.
+pub async fn speak_http2(mut connection: TcpStream, frames: &[u8]) -> std::io::Result<()> {
     const SETTINGS: u8 = 4;
     const PING: u8 = 6;
     const ACK: u8 = 1;
     connection.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
     connection.write_all(&[0, 0, 0, SETTINGS, 0, 0, 0, 0, 0]).await?;
+    connection.write_all(frames).await?;
     loop {
         let mut header = [0; 9];
         connection.read_exact(&mut header).await?;

@@ -26,7 +26,7 @@ pub const STEPS: u64 = 120;
 /// How long a test waits for anything.
 pub const LIMIT: Duration = Duration::from_secs(120);
 /// Short leases, in seconds: as a flag, and as a time.
-const LEASE: &str = "3";
+pub const LEASE: &str = "3";
 const LEASE_TIME: Duration = Duration::from_secs(3);
 
 // ---- servers
@@ -35,7 +35,7 @@ pub fn models() -> String {
     format!("tiny={}", golden("models/llama").display())
 }
 
-fn url_of(root: &Path) -> String {
+pub fn url_of(root: &Path) -> String {
     format!("file://{}", root.display())
 }
 
@@ -58,11 +58,16 @@ fn replica_on_s3(dir: &Path, postgres: &Postgres, s3: &S3, proxy: &Proxy, more: 
 /// Starts a replica that must refuse to serve, and returns what it says.
 fn refusal(dir: &Path, postgres: &Postgres, root: &Path) -> String {
     let (database, artifacts) = (postgres.url(), url_of(root));
+    refused_start(dir, &["--database-url", &database, "--artifact-url", &artifacts, "--lease", LEASE])
+}
+
+/// Starts a server that must refuse to serve, and returns what it says.
+pub fn refused_start(dir: &Path, flags: &[&str]) -> String {
     let mut child = Command::new(crate::support::binary())
         .args(["serve", "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0"])
         .args(["--log-format", "json", "--models", &models(), "--data-dir"])
         .arg(dir)
-        .args(["--database-url", &database, "--artifact-url", &artifacts, "--lease", LEASE])
+        .args(flags)
         .env_remove("BRADLEY_CONFIG")
         .stderr(Stdio::piped())
         .spawn()
@@ -89,7 +94,7 @@ fn refusal(dir: &Path, postgres: &Postgres, root: &Path) -> String {
         child.kill().unwrap();
     }
     let status = child.wait().unwrap();
-    assert!(refused, "the server starts with the artifact store {artifacts}");
+    assert!(refused, "the server starts with {flags:?}");
     assert!(!status.success(), "{said}");
     said
 }
@@ -123,7 +128,7 @@ pub async fn pause(client: &Client, name: &str) {
     until("the pause", async || state(client, name).await == pb::JobState::Paused).await;
 }
 
-async fn resume(client: &Client, name: &str) {
+pub async fn resume(client: &Client, name: &str) {
     let request = pb::ResumeTrainingJobRequest { name: name.into() };
     client.training().resume_training_job(request).await.unwrap();
 }
@@ -144,7 +149,7 @@ pub fn is_step(e: &Event, from: u64) -> bool {
 }
 
 /// A job's events so far.
-async fn events(client: &Client, name: &str) -> Vec<pb::TrainingEvent> {
+pub async fn events(client: &Client, name: &str) -> Vec<pb::TrainingEvent> {
     let mut all: Vec<pb::TrainingEvent> = Vec::new();
     loop {
         let after_sequence = all.last().map_or(0, |e| e.sequence);
@@ -158,7 +163,7 @@ async fn events(client: &Client, name: &str) -> Vec<pb::TrainingEvent> {
 }
 
 /// State changes with their time in milliseconds.
-fn changes(events: &[pb::TrainingEvent]) -> Vec<(i64, pb::StateChange)> {
+pub fn changes(events: &[pb::TrainingEvent]) -> Vec<(i64, pb::StateChange)> {
     let change = |e: &pb::TrainingEvent| match &e.event {
         Some(Event::StateChange(s)) => {
             let time = e.time.unwrap();
@@ -183,7 +188,7 @@ fn reasons(events: &[pb::TrainingEvent]) -> Vec<&str> {
 }
 
 /// Waits until a job is back in the queue with an error of this reason, which an event tells too.
-async fn waits(client: &Client, name: &str, reason: &str) {
+pub async fn waits(client: &Client, name: &str, reason: &str) {
     let start = Instant::now();
     loop {
         let job = get(client, name).await;
@@ -221,7 +226,7 @@ pub async fn expected() -> &'static (BTreeMap<u64, u64>, Vec<u8>) {
 // ---- files
 
 /// The files below a folder.
-fn files(folder: &Path) -> Vec<PathBuf> {
+pub fn files(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
     let paths = entries.map(|e| e.unwrap().path());
     let mut all: Vec<_> = paths.flat_map(|p| if p.is_dir() { files(&p) } else { vec![p] }).collect();

@@ -3,7 +3,7 @@
 use sqlx::AssertSqlSafe;
 
 use super::rows::{self, DatasetRow, to_json};
-use super::{Page, Store, page, parse_token};
+use super::{OF_PAGE, Page, Store};
 use crate::domain::dataset::Dataset;
 use crate::jobs::error::{Result, ServiceError};
 use crate::jobs::uses::Users;
@@ -37,16 +37,8 @@ impl Store {
 
     /// Datasets of `owner` (of everyone when `None`), newest first, without the findings that their reports list.
     pub async fn datasets(&self, owner: Option<&str>, page_size: usize, page_token: &str) -> Result<Page<Dataset>> {
-        let columns = rows::dataset_in_list(self.dialect);
-        let select = format!("SELECT {columns} FROM datasets WHERE seq < $1 AND ($2 = 0 OR owner = $3) ORDER BY seq DESC LIMIT $4");
-        let rows: Vec<DatasetRow> = sqlx::query_as(AssertSqlSafe(select))
-            .bind(parse_token(page_token)?)
-            .bind(i64::from(owner.is_some()))
-            .bind(owner.unwrap_or_default())
-            .bind(page_size as i64 + 1)
-            .fetch_all(&self.readers)
-            .await?;
-        page(rows, page_size, |r| r.seq)
+        let select = format!("SELECT {} FROM datasets WHERE {OF_PAGE}", rows::dataset_in_list(self.dialect));
+        self.page(&select, owner, page_size, page_token, |row: &DatasetRow| row.seq).await
     }
 
     /// Bytes of an owner's datasets.

@@ -1,12 +1,12 @@
 //! Jobs and their events. A change of a job and the events that tell of it are one transaction.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use sqlx::{Any, AssertSqlSafe, Transaction};
 
 use super::rows::{EventRow, JOB, JobRow, to_json};
-use super::{Dialect, Page, Store, now, page, parse_token};
-use crate::domain::job::{Evaluation, Event, EventKind, Finite, Job, JobState};
+use super::{Dialect, OF_PAGE, Page, Store, now};
+use crate::domain::job::{Evaluation, Event, EventKind, Finite, Job, JobState, Millis};
 use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::jobs::error::{Result, ServiceError};
 use crate::jobs::uses::Users;
@@ -31,6 +31,20 @@ impl Users {
                 Err(_) => self.unreadable.push(request),
             }
         }
+    }
+}
+
+/// A place in the list of expired jobs, which is in the order of their expiry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expired {
+    time: Millis,
+    seq: i64,
+}
+
+impl Default for Expired {
+    /// Before all of them.
+    fn default() -> Self {
+        Expired { time: Millis::MIN, seq: i64::MIN }
     }
 }
 
@@ -148,19 +162,17 @@ impl Store {
         row.ok_or_else(|| missing(id))?.try_into()
     }
 
+    /// The ids of all jobs, of those too that this version cannot read.
+    pub async fn job_ids(&self) -> Result<HashSet<String>> {
+        let ids: Vec<String> = sqlx::query_scalar("SELECT id FROM jobs").fetch_all(&self.readers).await?;
+        Ok(ids.into_iter().collect())
+    }
+
     /// Jobs of `owner` (of everyone when `None`) in one of `states` (all when empty), newest first.
     pub async fn jobs(&self, owner: Option<&str>, states: &[JobState], page_size: usize, page_token: &str) -> Result<Page<Job>> {
         let wanted = quoted(|s| states.is_empty() || states.contains(&s));
-        let select =
-            format!("SELECT {JOB} FROM jobs WHERE state IN ({wanted}) AND seq < $1 AND ($2 = 0 OR owner = $3) ORDER BY seq DESC LIMIT $4");
-        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(select))
-            .bind(parse_token(page_token)?)
-            .bind(i64::from(owner.is_some()))
-            .bind(owner.unwrap_or_default())
-            .bind(page_size as i64 + 1)
-            .fetch_all(&self.readers)
-            .await?;
-        page(rows, page_size, |r| r.seq)
+        let select = format!("SELECT {JOB} FROM jobs WHERE state IN ({wanted}) AND {OF_PAGE}");
+        self.page(&select, owner, page_size, page_token, |row: &JobRow| row.seq).await
     }
 
     /// How many jobs are in each state that any is in, by its name.
@@ -191,11 +203,26 @@ impl Store {
         Ok(users)
     }
 
-    /// Ids of ended jobs whose time to live is over, at most `limit` after the first `skipped`. By the time that one of them is deleted its time may have
-    /// been prolonged.
-    pub async fn expired_jobs(&self, limit: usize, skipped: usize) -> Result<Vec<String>> {
-        let select = format!("SELECT id FROM jobs WHERE {} ORDER BY expire_time, seq LIMIT $1 OFFSET $2", self.is_expired());
-        Ok(sqlx::query_scalar(AssertSqlSafe(select)).bind(limit as i64).bind(skipped as i64).fetch_all(&self.readers).await?)
+    /// Ids of ended jobs whose time to live is over, at most `limit` after `after`, and where the next page begins: the first one again after the
+    /// last page. By the time that one of them is deleted its time may have been prolonged.
+    pub async fn expired_jobs(&self, after: Expired, limit: usize) -> Result<(Vec<String>, Expired)> {
+        let select = format!(
+            "SELECT id, expire_time, seq FROM jobs WHERE {} AND (expire_time > $1 OR (expire_time = $2 AND seq > $3))
+             ORDER BY expire_time, seq LIMIT $4",
+            self.is_expired()
+        );
+        let rows: Vec<(String, Millis, i64)> = sqlx::query_as(AssertSqlSafe(select))
+            .bind(after.time)
+            .bind(after.time)
+            .bind(after.seq)
+            .bind(limit as i64)
+            .fetch_all(&self.readers)
+            .await?;
+        let next = match rows.last() {
+            Some((_, time, seq)) if rows.len() == limit => Expired { time: *time, seq: *seq },
+            _ => Expired::default(),
+        };
+        Ok((rows.into_iter().map(|(id, ..)| id).collect(), next))
     }
 
     fn is_expired(&self) -> String {
