@@ -2,7 +2,7 @@
 
 use tonic::{Code, Status};
 
-use super::{finish, timestamp};
+use super::{finish, json, timestamp};
 use crate::domain::dpo::{Divergence, DpoConfig, LossType, ReferenceSync, WeightedLoss};
 use crate::domain::job::{Evaluation, Event, EventKind, Job, JobRequest, JobState, Progress, RowPolicy};
 use crate::domain::names;
@@ -99,6 +99,10 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
     spec.validate("training_job", &mut bad);
     let Some(policy) = policy else { return finish_never(bad) };
     let ttl_ms = ttl(job.ttl, &mut bad);
+    let chat_template_kwargs = json::kwargs(job.chat_template_kwargs).unwrap_or_else(|reason| {
+        bad.push("training_job.chat_template_kwargs", reason);
+        serde_json::Map::new()
+    });
     let (display_name, labels, priority) = (job.display_name, job.labels, job.priority);
     let request = JobRequest {
         display_name,
@@ -114,6 +118,7 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
         spec,
         row_policy,
         ttl_ms,
+        chat_template_kwargs,
     };
     finish(request, bad)
 }
@@ -365,6 +370,7 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
         latest_metrics: j.latest_metrics,
         skipped_rows: j.skipped_rows,
         owner: j.owner,
+        chat_template_kwargs: (!r.chat_template_kwargs.is_empty()).then(|| json::to_struct(&r.chat_template_kwargs)),
         ttl: r.ttl_ms.map(|ms| prost_types::Duration { seconds: (ms / 1000) as i64, nanos: (ms % 1000) as i32 * 1_000_000 }),
     }
 }
