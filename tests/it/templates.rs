@@ -175,10 +175,12 @@ fn a_template_for_tools_is_used_where_there_are_tools() {
     std::fs::write(more.join("tool_use.jinja"), "tools").unwrap();
     let tokenizer = ChatTokenizer::from_folder(&folder).unwrap();
     let messages = [ChatMessage::new("user", "a")];
-    let render =
-        |tokenizer: &ChatTokenizer, tools| tokenizer.apply_chat_template(&messages, &RenderOptions { tools, ..RenderOptions::new(true) });
+    let render = |tokenizer: &ChatTokenizer, tools: Option<Vec<Value>>| {
+        let options = RenderOptions { tools: tools.as_deref(), ..RenderOptions::new(true) };
+        tokenizer.apply_chat_template(&messages, &options)
+    };
     assert_eq!(render(&tokenizer, None).unwrap(), "default");
-    assert_eq!(render(&tokenizer, Some(&[json!({})])).unwrap(), "tools");
+    assert_eq!(render(&tokenizer, Some(vec![json!({})])).unwrap(), "tools");
     let with_two = tokenizer.template_hash();
     // Files win over the configuration; without them its list of named templates is used.
     std::fs::remove_dir_all(&more).unwrap();
@@ -189,7 +191,7 @@ fn a_template_for_tools_is_used_where_there_are_tools() {
     config["chat_template"] = json!([{"name": "tool_use", "template": "named tools"}]);
     std::fs::write(&path, config.to_string()).unwrap();
     let tokenizer = ChatTokenizer::from_folder(&folder).unwrap();
-    assert_eq!(render(&tokenizer, Some(&[])).unwrap(), "named tools");
+    assert_eq!(render(&tokenizer, Some(vec![])).unwrap(), "named tools");
     let e = render(&tokenizer, None).unwrap_err().to_string();
     assert!(e.contains("tool_use") && e.contains("none named \"default\""), "{e}");
 }
