@@ -22,7 +22,7 @@ const PRINTS_ALL: &str = r#"{%- if tools is not none %}{{ tools | tojson }}{% en
 {%- for message in messages %}
 {{ message.role }}:
 {%- generation -%}
-{{ message.content if message.content is string else message.content | tojson }}
+{% if message.content is string %}{{ message.content }}{% elif message.content is defined %}{{ message.content | tojson }}{% endif %}
 {%- endgeneration -%}
 {%- for call in message.tool_calls %} {{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %}
 {%- if message.reasoning_content %} r={{ message.reasoning_content }}{% endif %}
@@ -281,7 +281,7 @@ async fn a_message_over_grpc_is_the_message_of_a_row() {
     let dir = tempfile::tempdir().unwrap();
     let server = serve(dir.path(), "{{ messages | tojson }}", &[]);
     let client = server.client().await;
-    let call = json!({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1, "b": [true, null, 2.5]}}}]});
+    let call = json!({"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"a": 1, "b": [true, null, 2.5]}, "name": "f"}}]});
     let answer = |message: pb::Message| pb::Text { form: Some(pb::text::Form::Chat(pb::MessageList { messages: vec![message] })) };
     let further = json!({"content": "", "tool_calls": call["tool_calls"]});
     // The keys of the Struct are sorted; here they are sorted in the row, too.
