@@ -242,6 +242,9 @@ pub struct TrainArgs {
     /// Days that the job, its events and its checkpoints are kept after its end; without this until it is deleted.
     #[arg(long, value_name = "DAYS")]
     pub ttl_days: Option<u32>,
+    /// Variables for the chat template, as a JSON object: {"enable_thinking": false}. A row's own chat_template_kwargs win.
+    #[arg(long, value_name = "JSON")]
+    pub template_args: Option<String>,
     /// Only say what the job would cost, in tokens, steps, memory and time.
     #[arg(long, conflicts_with_all = ["watch", "validate_only"])]
     pub estimate: bool,
@@ -344,6 +347,12 @@ pub struct ScoreArgs {
     /// Default: the job's.
     #[arg(long)]
     pub max_length: Option<u32>,
+    /// Variables for the chat template, as a JSON object: {"enable_thinking": false}. A row's own chat_template_kwargs win.
+    #[arg(long, value_name = "JSON")]
+    pub template_args: Option<String>,
+    /// A file with a JSON array of tools, for rows without tools of their own.
+    #[arg(long, value_name = "FILE")]
+    pub tools: Option<PathBuf>,
 }
 
 /// `bradley jobs …`

@@ -194,9 +194,9 @@ fn write_split(folder: &Path) -> std::io::Result<(PathBuf, PathBuf)> {
     let (train, held_out) = (folder.join("train.jsonl"), folder.join("held-out.jsonl"));
     let (mut a, mut b) = (std::fs::File::create(&train)?, std::fs::File::create(&held_out)?);
     for text in PAIRS.lines().filter(|l| !l.trim().is_empty()) {
-        let row: serde_json::Value = serde_json::from_str(text)?;
-        let file = if row["split"] == "heldout" { &mut b } else { &mut a };
-        writeln!(file, "{text}")?;
+        let mut row: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text)?;
+        let file = if row.remove("split") == Some("heldout".into()) { &mut b } else { &mut a };
+        writeln!(file, "{}", serde_json::Value::Object(row))?;
     }
     Ok((train, held_out))
 }

@@ -6,8 +6,9 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use super::args::{Output, ScoreArgs};
 use super::{Failure, Outcome, connect, output};
-use crate::domain::dataset::{PreferenceRow, Text};
-use crate::rpc::client::Client;
+use crate::domain::dataset::{ChatMessage, PreferenceRow, Text};
+use crate::domain::message::TemplateArguments;
+use crate::rpc::client::{Client, ProtoStruct, json_struct};
 use crate::rpc::pb;
 use crate::train::rows::{detect_format, read_rows};
 
@@ -24,6 +25,12 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
         beta: args.beta,
         max_length: args.max_length,
         per_token_logprobs: false,
+        chat_template_kwargs: args.template_args.as_deref().map(template_arguments).transpose()?,
+        tools: Vec::new(),
+        tools_json: match &args.tools {
+            Some(path) => std::fs::read_to_string(path).map_err(|e| Failure::Failed(format!("{}: {e}", path.display())))?,
+            None => String::new(),
+        },
     };
     let results = score(&client, options, &rows).await?;
     let failed = results.iter().filter(|r| !matches!(r.result, Some(pb::pair_result::Result::Score(_)))).count();
@@ -59,6 +66,13 @@ pub(super) fn read(path: &std::path::Path) -> Result<Vec<PreferenceRow>, Failure
         rows.push(row.map_err(|i| failed(&format!("row {}, {}: {}", i.row, i.field, i.message)))?);
     }
     Ok(rows)
+}
+
+/// The value of `--template-args`.
+pub(super) fn template_arguments(text: &str) -> Result<ProtoStruct, Failure> {
+    let fields = serde_json::from_str(text)
+        .map_err(|e| Failure::Usage(format!("--template-args: {e}; give a JSON object such as {{\"enable_thinking\": false}}")))?;
+    Ok(json_struct(&fields))
 }
 
 /// Says which fields of the rows are not used.
@@ -107,18 +121,38 @@ fn name(row: &PreferenceRow) -> String {
 }
 
 fn pair(id: String, row: &PreferenceRow) -> pb::Pair {
-    pb::Pair { id, prompt: Some(text(&row.prompt)), a: Some(text(&row.chosen)), b: Some(text(&row.rejected)) }
+    let TemplateArguments { tools, kwargs } = &row.arguments;
+    pb::Pair {
+        id,
+        prompt: Some(text(&row.prompt)),
+        a: Some(text(&row.chosen)),
+        b: Some(text(&row.rejected)),
+        tools: Vec::new(),
+        tools_json: tools.as_ref().map(|tools| Value::from(tools.clone()).to_string()).unwrap_or_default(),
+        chat_template_kwargs: (!kwargs.is_empty()).then(|| json_struct(kwargs)),
+    }
 }
 
 fn text(t: &Text) -> pb::Text {
     let form = match t {
         Text::Plain(s) => pb::text::Form::Plain(s.clone()),
         Text::Chat(messages) => {
-            let messages = messages.iter().map(|m| pb::Message { role: m.role.clone(), content: m.content.clone() }).collect();
+            let messages = messages.iter().map(message).collect();
             pb::text::Form::Chat(pb::MessageList { messages })
         }
     };
     pb::Text { form: Some(form) }
+}
+
+/// A message; as JSON where it has other keys than a role and a text, so that they keep their order.
+fn message(message: &ChatMessage) -> pb::Message {
+    let fields = message.fields();
+    match fields.get("content").and_then(Value::as_str) {
+        Some(content) if fields.len() == 2 => {
+            pb::Message { role: message.role().to_owned(), content: content.to_owned(), ..Default::default() }
+        }
+        _ => pb::Message { fields_json: json!(fields).to_string(), ..Default::default() },
+    }
 }
 
 /// Averages over the scored pairs, a being the preferred side.

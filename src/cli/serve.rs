@@ -90,6 +90,7 @@ pub async fn serve_on(
         max_dataset_text_bytes: settings.max_dataset_text_bytes,
         max_scoring_tokens_per_client: settings.max_scoring_tokens_per_client,
         adapter_dir: settings.adapter_dir.clone(),
+        template_date: settings.template_date,
     };
     let tls = settings.tls.clone().map(Tls::open).transpose()?;
     let service = Service::open(engine.clone(), options).await?;

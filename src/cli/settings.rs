@@ -50,6 +50,11 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("max_dataset_text_bytes", "4GiB", "Bytes of text that a dataset may hold: a job has it in memory"),
     ("max_scoring_tokens_per_client", "0", "Tokens that a client may have in the scoring queue; 0 is any number"),
     ("adapter_dir", "", "A folder with PEFT adapters that jobs may start from, by name"),
+    (
+        "template_date",
+        "",
+        "The date that chat templates print for models, YYYY-MM-DD; empty is today's. Jobs have the date of their creation",
+    ),
     ("auth", "off", "tokens: callers need a bearer token (see bradley tokens); off: everyone may do everything"),
     ("audit_log", "", "A file for the audit log, JSON lines; it is part of the log in any case"),
     ("tls_cert", "", "The server's certificate chain (PEM); with tls_key, the gRPC port speaks TLS"),
@@ -120,6 +125,8 @@ pub struct Settings {
     pub max_scoring_tokens_per_client: Option<usize>,
     /// Adapters that jobs may start from.
     pub adapter_dir: Option<PathBuf>,
+    /// The date that chat templates print for models without a job.
+    pub template_date: Option<jiff::civil::Date>,
     /// Whether callers need a token.
     pub tokens: bool,
     /// The audit log's file.
@@ -251,6 +258,8 @@ impl Settings {
             max_dataset_text_bytes: reader.bytes("max_dataset_text_bytes").unwrap_or_default(),
             max_scoring_tokens_per_client: reader.number("max_scoring_tokens_per_client", 0).filter(some),
             adapter_dir: reader.optional("adapter_dir", "a path", |s| Some(PathBuf::from(s))),
+            template_date: reader
+                .optional("template_date", "a date such as 2026-07-26", |s| s.parse().ok().filter(|_| s.len() == "2026-07-26".len())),
             tokens: reader
                 .parse("auth", "off or tokens", |s| match s {
                     "off" => Some(false),

@@ -5,19 +5,9 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::job::Millis;
+use super::message::TemplateArguments;
+pub use super::message::{ChatMessage, MAX_MESSAGES};
 use super::violation::shortened;
-
-/// A chat message.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct ChatMessage {
-    /// system, user, assistant, …
-    pub role: String,
-    /// The text.
-    pub content: String,
-}
-
-/// Messages of one text: each has a token at least, so that no row with more could be used.
-pub const MAX_MESSAGES: usize = 16384;
 
 /// Plain text or chat messages.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -27,6 +17,16 @@ pub enum Text {
     Plain(String),
     /// Rendered with the chat template.
     Chat(Vec<ChatMessage>),
+}
+
+impl Text {
+    /// Bytes of its text.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Text::Plain(text) => text.len(),
+            Text::Chat(messages) => messages.iter().map(ChatMessage::bytes).sum(),
+        }
+    }
 }
 
 /// A prompt and two answers; the prompt and both answers have the same form (all plain or all chat).
@@ -44,7 +44,10 @@ pub struct PreferenceRow {
     pub rejected: Text,
     /// Multiplies the row's loss; 1 unless given.
     pub weight: f64,
-    /// Paths of fields that the row has and that are not used, e.g. `chosen[0].reasoning_content`; the first of each name.
+    /// The row's own tools and template arguments, which only dialogues have.
+    #[serde(default, skip_serializing_if = "TemplateArguments::is_empty")]
+    pub arguments: TemplateArguments,
+    /// Columns that the row has and that are neither used nor known, e.g. `score`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ignored: Vec<String>,
     /// The shape that the row has in the file.
@@ -133,9 +136,10 @@ pub enum IssueReason {
     InvalidType,
     /// weight is not a finite number above 0.
     InvalidWeight,
-    /// A field that changes what a row means and that cannot be used: tools, tool calls, images.
+    /// A field that changes what a row means and that cannot be used: images, audio, video, or tools
+    /// with plain text.
     UnsupportedField,
-    /// A field that is left out, although other tools use it (a warning).
+    /// A column that is not used (a warning).
     IgnoredField,
     /// prompt, chosen or rejected is absent.
     MissingField,
@@ -149,6 +153,10 @@ pub enum IssueReason {
     PromptFillsMaxLength,
     /// max_length cuts an answer (a warning).
     Truncated,
+    /// The end of the prompt's tokens is not in prompt + answer, so that it is left out (a warning).
+    PromptCut,
+    /// A token that the model has no embedding for.
+    TokenOutsideVocabulary,
     /// The same pair occurred before (a warning).
     DuplicatePair,
     /// The same pair occurred before with the answers exchanged.
@@ -173,6 +181,8 @@ impl IssueReason {
             IssueReason::DifferentPrompts => "different_prompts",
             IssueReason::PromptFillsMaxLength => "prompt_fills_max_length",
             IssueReason::Truncated => "truncated",
+            IssueReason::PromptCut => "prompt_cut",
+            IssueReason::TokenOutsideVocabulary => "token_outside_vocabulary",
             IssueReason::DuplicatePair => "duplicate_pair",
             IssueReason::ContradictoryPair => "contradictory_pair",
             IssueReason::NoEos => "no_eos",
@@ -182,9 +192,18 @@ impl IssueReason {
     /// Errors make a row unusable. Contradictions are warnings on both rows' face but poison training, so they are errors.
     pub fn severity(self) -> Severity {
         match self {
-            IssueReason::Truncated | IssueReason::DuplicatePair | IssueReason::IgnoredField | IssueReason::NoEos => Severity::Warning,
+            IssueReason::Truncated
+            | IssueReason::PromptCut
+            | IssueReason::DuplicatePair
+            | IssueReason::IgnoredField
+            | IssueReason::NoEos => Severity::Warning,
             _ => Severity::Error,
         }
+    }
+
+    /// Whether each job has to find this out with its own model and max_length.
+    pub fn depends_on_job(self) -> bool {
+        matches!(self, IssueReason::PromptFillsMaxLength | IssueReason::TokenOutsideVocabulary)
     }
 }
 
@@ -253,9 +272,14 @@ fn is_zero(n: &u64) -> bool {
 }
 
 impl ValidationReport {
+    /// Counts a finding without listing it.
+    pub fn count(&mut self, reason: IssueReason) {
+        *self.counts.entry(reason.name().to_owned()).or_default() += 1;
+    }
+
     /// Counts a finding and lists it while there is room.
     pub fn add(&mut self, issue: RowIssue) {
-        *self.counts.entry(issue.reason.name().to_owned()).or_default() += 1;
+        self.count(issue.reason);
         if self.issues.len() < MAX_LISTED_ISSUES {
             self.issues.push(issue.shortened());
         } else {
@@ -268,10 +292,12 @@ impl ValidationReport {
         self.rows - self.valid_rows
     }
 
-    /// Rows that no job can use. Whether a prompt is too long is for each job to say, with its own tokenizer and length.
+    /// Rows that no job can use. Whether a prompt is too long, or a token is outside the vocabulary, is for each job to say, with its own model and
+    /// length.
     pub fn bad_rows_of_any_job(&self) -> u64 {
-        let too_long = self.counts.get(IssueReason::PromptFillsMaxLength.name()).copied().unwrap_or(0);
-        self.bad_rows().saturating_sub(too_long)
+        let reasons = [IssueReason::PromptFillsMaxLength, IssueReason::TokenOutsideVocabulary];
+        let depending: u64 = reasons.iter().filter_map(|reason| self.counts.get(reason.name())).sum();
+        self.bad_rows().saturating_sub(depending)
     }
 }
 

@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::identity::Pins;
+use super::message::TemplateArguments;
 use super::names::PolicyName;
 use super::training::{GivenLora, TrainingSpec};
 
@@ -177,6 +179,9 @@ pub struct JobRequest {
     /// Milliseconds that it is kept after its end; `None` is for ever.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ttl_ms: Option<u64>,
+    /// Variables for the chat template; those of a row win.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub chat_template_kwargs: Map<String, Value>,
 }
 
 /// How far a job is.
@@ -237,6 +242,11 @@ pub struct Job {
 }
 
 impl Job {
+    /// What the chat template sees besides a row's own tools and variables.
+    pub fn template_arguments(&self) -> TemplateArguments {
+        TemplateArguments { tools: None, kwargs: self.request.chat_template_kwargs.clone() }
+    }
+
     /// When it is deleted: its time to live after its end.
     pub fn expire_time(&self) -> Option<Millis> {
         Some(self.end_time?.saturating_add(self.request.ttl_ms? as Millis))

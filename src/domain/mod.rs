@@ -5,6 +5,7 @@ pub mod dataset;
 pub mod dpo;
 pub mod identity;
 pub mod job;
+pub mod message;
 pub mod names;
 pub mod training;
 pub mod violation;

@@ -37,7 +37,8 @@ pub struct DatasetUpload {
     service: Service,
     owner: String,
     meta: UploadMeta,
-    tokenizer: Option<Arc<ChatTokenizer>>,
+    /// The tokenizer and the vocabulary of the model that lengths are checked with.
+    checked: Option<(Arc<ChatTokenizer>, usize)>,
     file: File,
     temporary: Temporary,
     hash: blake3::Hasher,
@@ -62,11 +63,14 @@ impl Service {
                 return Err(ServiceError::ResourceExhausted { reason: "TOO_MANY_BYTES", message });
             }
         }
-        let tokenizer = meta.model.as_deref().map(|m| self.inner.engine.tokenizer(m)).transpose()?;
+        let checked = match meta.model.as_deref() {
+            Some(model) => Some((self.inner.engine.tokenizer(model)?, self.model(model)?.vocab_size)),
+            None => None,
+        };
         let temporary = Temporary(self.inner.artifacts.temporary());
         let file = File::create_new(&temporary.0).await.map_err(|e| failed(&temporary.0, e))?;
         let (service, owner) = (self.clone(), caller.owner.clone());
-        Ok(DatasetUpload { service, owner, meta, tokenizer, file, temporary, hash: blake3::Hasher::new(), size: 0, start: Vec::new() })
+        Ok(DatasetUpload { service, owner, meta, checked, file, temporary, hash: blake3::Hasher::new(), size: 0, start: Vec::new() })
     }
 }
 
@@ -93,12 +97,15 @@ impl DatasetUpload {
     pub async fn finish(mut self) -> Result<Dataset> {
         self.file.flush().await.map_err(|e| failed(&self.temporary.0, e))?;
         let format = self.meta.format.unwrap_or_else(|| detect_format(&self.start));
-        let (path, tokenizer, max_length) = (self.temporary.0.clone(), self.tokenizer.clone(), self.meta.max_length);
+        let (path, checked, max_length) = (self.temporary.0.clone(), self.checked.clone(), self.meta.max_length);
+        let date = self.service.template_date(None);
         let permit = self.service.heavy_permit().await?;
         let limit = self.service.inner.options.max_dataset_text_bytes;
         let report = blocking(move || {
             let _permit = permit;
-            let lengths = tokenizer.as_deref().map(|t| PairEncoder::new(t, max_length, Truncation::KeepStart));
+            let lengths = checked.as_ref().map(|(tokenizer, vocab_size)| {
+                PairEncoder::new(tokenizer, max_length, Truncation::KeepStart).with_date(date).with_vocab_size(*vocab_size)
+            });
             validate_rows(&path, format, lengths, limit).map_err(|e| unreadable(&e))
         })
         .await??;

@@ -2,6 +2,10 @@
 
 use std::path::PathBuf;
 
+use jiff::civil::DateTime;
+use jiff::tz::TimeZone;
+use jiff::{Timestamp, civil};
+
 use super::artifacts::{ADAPTER_FILES, hash_files};
 use super::datasets::blocking;
 use super::error::{Result, ServiceError};
@@ -210,6 +214,17 @@ impl Service {
                 Ok(Some(reference))
             }
             None => self.start_weights(job).await.map(Some),
+        }
+    }
+
+    /// The date and time, in UTC, that chat templates print: of a job and its checkpoints the time of the job's creation, so that a resumed job has the same
+    /// tokens and scores do not change from day to day; else the server's `template_date`, or now.
+    pub(super) fn template_date(&self, job: Option<&Job>) -> DateTime {
+        let in_utc = |time: Timestamp| time.to_zoned(TimeZone::UTC).datetime();
+        match (job, self.inner.options.template_date) {
+            (Some(job), _) => in_utc(Timestamp::from_millisecond(job.create_time).unwrap_or_default()),
+            (None, Some(date)) => date.to_datetime(civil::Time::midnight()),
+            (None, None) => in_utc(Timestamp::now()),
         }
     }
 

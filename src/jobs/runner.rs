@@ -4,6 +4,7 @@ use std::cmp::{Ordering, Reverse};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use jiff::civil::DateTime;
 use opentelemetry::{Context, KeyValue};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -21,6 +22,7 @@ use super::store::{Also, Lease, now};
 use crate::domain::dataset::Dataset;
 use crate::domain::identity::Pins;
 use crate::domain::job::{Checkpoint, Evaluation, EventKind, Job, JobError, JobState, RowPolicy};
+use crate::domain::message::TemplateArguments;
 use crate::engine::api::{Command, EngineError, Report, RunEnd, RunEvent, TrainingRun};
 use crate::engine::trace;
 use crate::model::tokenizer::ChatTokenizer;
@@ -317,12 +319,18 @@ pub(super) async fn prepare(service: &Service, job: &Job) -> Result<Prepared> {
         artifacts.fetch_dataset(d).await?;
     }
     let (artifacts, request) = (artifacts.clone(), job.request.clone());
+    let context = RowContext {
+        tokenizer,
+        arguments: job.template_arguments(),
+        date: service.template_date(Some(job)),
+        vocab_size: service.model(&start.model)?.vocab_size,
+    };
     let (train, eval, skipped) = blocking(move || {
         let contents = request.pins.as_ref().and_then(|pins| pins.contents.as_ref());
         let load = |d: &Dataset, pinned: Option<&String>| {
             let path = artifacts.dataset(&d.id);
             check_dataset(&path, d, pinned.unwrap_or(&d.content_hash))?;
-            encode_dataset(&path, d, &tokenizer, &request)
+            encode_dataset(&path, d, &context, &request)
         };
         let (mut train, mut skipped) = load(&dataset, contents.map(|c| &c.dataset))?;
         let mut eval = Vec::new();
@@ -362,11 +370,19 @@ fn check_dataset(path: &std::path::Path, dataset: &Dataset, pinned: &str) -> Res
     Err(ServiceError::FailedPrecondition { reason: "DATASET_CHANGED", message })
 }
 
+/// What a job's rows are tokenised with.
+struct RowContext {
+    tokenizer: Arc<ChatTokenizer>,
+    arguments: TemplateArguments,
+    date: DateTime,
+    vocab_size: usize,
+}
+
 /// Tokenises a dataset under the job's row policy.
 fn encode_dataset(
     path: &std::path::Path,
     dataset: &Dataset,
-    tokenizer: &ChatTokenizer,
+    context: &RowContext,
     request: &crate::domain::job::JobRequest,
 ) -> Result<(Vec<EncodedPair>, BadRows)> {
     let loaded = load_rows(path, dataset.format).map_err(|e| unreadable(&e))?;
@@ -386,7 +402,10 @@ fn encode_dataset(
         );
         return Err(ServiceError::FailedPrecondition { reason: "DATASET_INVALID", message });
     }
-    let encoder = PairEncoder::new(tokenizer, request.spec.batch.max_length, request.spec.batch.truncation);
+    let encoder = PairEncoder::new(&context.tokenizer, request.spec.batch.max_length, request.spec.batch.truncation)
+        .with_arguments(&context.arguments)
+        .with_date(context.date)
+        .with_vocab_size(context.vocab_size);
     let mut bad = loaded.bad;
     let mut pairs = Vec::with_capacity(loaded.rows.len());
     for row in &loaded.rows {

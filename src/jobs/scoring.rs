@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
+use jiff::civil::DateTime;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::datasets::blocking;
@@ -11,6 +12,7 @@ use super::policies::Resolved;
 use super::service::Service;
 use crate::domain::access::Caller;
 use crate::domain::dataset::Text;
+use crate::domain::message::TemplateArguments;
 use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::domain::training::Truncation;
 use crate::engine::api::{EngineError, ScoreItem, ScoredItem, WeightsRef};
@@ -21,13 +23,6 @@ use crate::train::encode::{EncodeError, EncodedCompletion, PairEncoder, group};
 
 /// Bytes of one pair's text, or of a prompt and its answers: what the longest row could use is less than a tenth.
 const MAX_TEXT: usize = 16 << 20;
-
-fn text_bytes(text: &Text) -> usize {
-    match text {
-        Text::Plain(s) => s.len(),
-        Text::Chat(messages) => messages.iter().map(|m| m.role.len() + m.content.len()).sum(),
-    }
-}
 
 /// What a request wants to score with.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,6 +35,21 @@ pub struct ScoreOptions {
     pub beta: Option<f64>,
     /// `None`: the job's, or 1024.
     pub max_length: Option<usize>,
+    /// Tools, and variables for the chat template, for dialogues without their own.
+    pub arguments: TemplateArguments,
+}
+
+/// A prompt with two answers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PairToScore {
+    /// x.
+    pub prompt: Text,
+    /// y_a.
+    pub a: Text,
+    /// y_b.
+    pub b: Text,
+    /// Its own tools and variables for the chat template, which win over those of the request.
+    pub arguments: TemplateArguments,
 }
 
 /// What is known of one answer.
@@ -89,6 +99,22 @@ pub struct ScoringSession {
     beta: f64,
     max_length: usize,
     truncation: Truncation,
+    /// The request's tools and variables over those of the policy's job.
+    arguments: Arc<TemplateArguments>,
+    /// Whether the request names tools.
+    has_tools: bool,
+    /// The date that chat templates print.
+    date: DateTime,
+    vocab_size: usize,
+}
+
+/// How answers to one prompt are split off it.
+#[derive(Clone, Copy)]
+enum Answers {
+    /// As TRL splits pairs: after the prefix that both answers share with the prompt.
+    Pair,
+    /// Each as if it were alone.
+    Independent,
 }
 
 impl Service {
@@ -119,7 +145,12 @@ impl Service {
             return Err(ServiceError::invalid("options.reference", message));
         }
         let spec = policy.job.as_ref().map(|j| &j.request.spec);
+        let of_job = policy.job.as_ref().map(|j| j.template_arguments()).unwrap_or_default();
         Ok(ScoringSession {
+            has_tools: options.arguments.tools.iter().flatten().next().is_some(),
+            arguments: Arc::new(options.arguments.over(&of_job)),
+            date: self.template_date(policy.job.as_ref()),
+            vocab_size: self.model(&policy.model)?.vocab_size,
             tokenizer: self.inner.engine.tokenizer(&policy.model)?,
             beta: options.beta.or(spec.map(|s| s.dpo.beta)).unwrap_or(0.1),
             max_length: options.max_length.or(spec.map(|s| s.batch.max_length)).unwrap_or(1024),
@@ -143,15 +174,32 @@ impl ScoringSession {
         self.reference.as_ref().map(|r| r.version.clone())
     }
 
+    /// [`ScoringSession::room`] for a pair.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a text that is longer than any row could use.
+    pub async fn room_for_pair(&self, pair: &PairToScore) -> Result<OwnedSemaphorePermit> {
+        self.take_room(pair.arguments.bytes(), &pair.prompt, &[&pair.a, &pair.b]).await
+    }
+
     /// Room for a request's text beside that of others; waits for it.
     ///
     /// # Errors
     /// `InvalidArgument` for a text that is longer than any row could use.
     pub async fn room(&self, prompt: &Text, answers: &[&Text]) -> Result<OwnedSemaphorePermit> {
-        let bytes = text_bytes(prompt) * answers.len().max(1) + answers.iter().map(|a| text_bytes(a)).sum::<usize>();
+        self.take_room(0, prompt, answers).await
+    }
+
+    async fn take_room(&self, own_arguments: usize, prompt: &Text, answers: &[&Text]) -> Result<OwnedSemaphorePermit> {
+        let rendered_with = match prompt {
+            Text::Plain(_) => 0,
+            Text::Chat(_) => (self.arguments.bytes() + own_arguments) * answers.len().max(1),
+        };
+        let bytes = rendered_with + prompt.bytes() * answers.len().max(1) + answers.iter().map(|a| a.bytes()).sum::<usize>();
         if bytes > MAX_TEXT {
-            let message =
-                format!("prompt and answers have {bytes} bytes of text, the prompt counted for each answer: {MAX_TEXT} are the limit");
+            let message = format!(
+                "prompt and answers have {bytes} bytes of text, the prompt and its tools counted for each answer: {MAX_TEXT} are the limit"
+            );
             return Err(ServiceError::invalid("pair", message));
         }
         let room = self.service.inner.texts.clone();
@@ -159,9 +207,19 @@ impl ScoringSession {
     }
 
     /// Scores one pair; its numbers do not depend on other requests.
-    pub async fn score_pair(&self, prompt: &Text, a: &Text, b: &Text) -> Result<ScoredPair> {
-        let answers = vec![a.clone(), b.clone()];
-        let (encoded, scored) = self.score(prompt, answers, &["pair.a", "pair.b"]).await?;
+    pub async fn score_pair(&self, pair: &PairToScore) -> Result<ScoredPair> {
+        if let Text::Plain(_) = pair.prompt
+            && !pair.arguments.is_empty()
+        {
+            let field = if pair.arguments.tools.is_some() { "pair.tools" } else { "pair.chat_template_kwargs" };
+            return Err(needs_dialogue(field));
+        }
+        let arguments = match pair.arguments.is_empty() {
+            true => self.arguments.clone(),
+            false => Arc::new(pair.arguments.over(&self.arguments)),
+        };
+        let answers = vec![pair.a.clone(), pair.b.clone()];
+        let (encoded, scored) = self.score(&pair.prompt, answers, arguments, Answers::Pair).await?;
         let policy_version = match scored.live_step {
             Some(step) => format!("{}@{step}", self.policy.version),
             None => self.policy.version.clone(),
@@ -182,7 +240,7 @@ impl ScoringSession {
         if answers.is_empty() {
             return Ok(results.into_iter().map(|r| r.unwrap_or_else(|| Err(ServiceError::internal("unscored")))).collect());
         }
-        let (encoded, scored) = self.score(prompt, answers, &[]).await?;
+        let (encoded, scored) = self.score(prompt, answers, self.arguments.clone(), Answers::Independent).await?;
         for (i, described) in usable.into_iter().zip(self.describe(encoded, scored)) {
             results[i] = Some(Ok(described));
         }
@@ -196,7 +254,7 @@ impl ScoringSession {
         let permit = self.service.tokenise_permit().await?;
         blocking(move || {
             let _permit = permit;
-            let encoder = session.encoder();
+            let encoder = session.encoder(&session.arguments);
             let mut usable = Vec::new();
             let mut results: Vec<Option<Result<ScoredCompletion>>> = Vec::new();
             for (i, c) in completions.iter().enumerate() {
@@ -213,16 +271,29 @@ impl ScoringSession {
         .await
     }
 
-    fn encoder(&self) -> PairEncoder<'_> {
+    fn encoder<'a>(&'a self, arguments: &'a TemplateArguments) -> PairEncoder<'a> {
         PairEncoder::new(&self.tokenizer, self.max_length, self.truncation)
+            .with_arguments(arguments)
+            .with_date(self.date)
+            .with_vocab_size(self.vocab_size)
     }
 
     async fn score(
         &self,
         prompt: &Text,
         answers: Vec<Text>,
-        fields: &'static [&'static str],
+        arguments: Arc<TemplateArguments>,
+        kind: Answers,
     ) -> Result<(Vec<EncodedCompletion>, ScoredItem)> {
+        if let Text::Plain(_) = prompt
+            && self.has_tools
+        {
+            return Err(needs_dialogue("options.tools"));
+        }
+        let fields: &[&str] = match kind {
+            Answers::Pair => &["pair.a", "pair.b"],
+            Answers::Independent => &[],
+        };
         let (session, prompt) = (self.clone(), prompt.clone());
         let encoded = {
             let permit = self.service.tokenise_permit().await?;
@@ -231,13 +302,21 @@ impl ScoringSession {
                 // Until the work is done, even when nobody waits for it any more.
                 let _permit = permit;
                 let start = Instant::now();
-                let encoded = session.encoder().encode_completions(&prompt, &answers);
+                let encoder = session.encoder(&arguments);
+                let encoded = match kind {
+                    Answers::Pair => encoder.encode_together(&prompt, &answers),
+                    Answers::Independent => encoder.encode_completions(&prompt, &answers),
+                };
                 let took = start.elapsed();
                 metrics::histogram!("bradley_scoring_tokenize_seconds").record(took.as_secs_f64());
                 trace::record("scoring.tokenize", &caller, SystemTime::now() - took, took, Vec::new());
                 encoded.map_err(|e| {
                     let field = match &e {
-                        EncodeError::EmptyCompletion { field } | EncodeError::MixedForms { field } => {
+                        EncodeError::EmptyCompletion { field }
+                        | EncodeError::MixedForms { field }
+                        | EncodeError::TokenOutsideVocabulary { field, .. }
+                            if field != "prompt" =>
+                        {
                             let index = field.trim_start_matches("completions[").trim_end_matches(']').parse::<usize>().ok();
                             index.and_then(|i| fields.get(i).copied()).unwrap_or("completions")
                         }
@@ -289,9 +368,14 @@ impl ScoringSession {
     }
 }
 
+fn needs_dialogue(field: &str) -> ServiceError {
+    ServiceError::invalid(field, "needs chat messages, because the chat template shows it to the model: give chat, or leave it out")
+}
+
 fn encode_error(e: &EncodeError, prompt_field: &str, field: &str) -> ServiceError {
     let field = match e {
         EncodeError::EmptyCompletion { .. } | EncodeError::MixedForms { .. } => field,
+        EncodeError::TokenOutsideVocabulary { field: at, .. } if at != "prompt" => field,
         _ => prompt_field,
     };
     ServiceError::invalid(field, e.to_string())

@@ -25,7 +25,7 @@ use super::tokens::Doorkeeper;
 use super::uses::{Needed, check};
 use super::{housekeeping, runner};
 use crate::domain::access::Caller;
-use crate::domain::dataset::{Dataset, IssueReason, RowIssue, Severity};
+use crate::domain::dataset::{Dataset, RowIssue, Severity};
 use crate::domain::identity::Pins;
 use crate::domain::job::{Evaluation, Event, Job, JobRequest, JobState, Metrics, Progress, RowPolicy};
 use crate::domain::training::{LoraConfig, Method};
@@ -76,6 +76,8 @@ pub struct ServiceOptions {
     pub max_scoring_tokens_per_client: Option<usize>,
     /// The folder with PEFT adapters that jobs may start from.
     pub adapter_dir: Option<PathBuf>,
+    /// The date that chat templates print for models without a job; `None` is the present one.
+    pub template_date: Option<jiff::civil::Date>,
 }
 
 /// The service; clones share it.
@@ -337,7 +339,7 @@ impl Service {
             let dataset = self.own_dataset(caller, id).await?;
             let bad_rows = dataset.report.bad_rows_of_any_job();
             if request.row_policy == RowPolicy::Reject && bad_rows > 0 {
-                let counts = |i: &&RowIssue| i.reason.severity() == Severity::Error && i.reason != IssueReason::PromptFillsMaxLength;
+                let counts = |i: &&RowIssue| i.reason.severity() == Severity::Error && !i.reason.depends_on_job();
                 let first = dataset.report.issues.iter().find(counts);
                 let example = first.map(|i| format!(" (row {}, {}: {})", i.row, i.reason.name(), i.message)).unwrap_or_default();
                 let message = format!(

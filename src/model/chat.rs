@@ -1,8 +1,14 @@
-//! Chat templates, rendered as transformers renders them.
+//! Chat templates, rendered as transformers 5.23 renders them.
 
+mod json;
+
+use std::sync::LazyLock;
+
+use jiff::civil::DateTime;
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value};
-use minijinja::{Environment, Error, ErrorKind, context};
+use minijinja::value::Value;
+use minijinja::{Environment, Error, ErrorKind};
+use serde_json::Map;
 
 use super::error::ModelError;
 pub use crate::domain::dataset::ChatMessage;
@@ -10,6 +16,12 @@ pub use crate::domain::dataset::ChatMessage;
 /// Template instructions before a rendering is given up: a hostile template cannot hang the server.
 const FUEL: u64 = 50_000_000;
 const NAME: &str = "chat_template";
+/// The function of templates that prints the date.
+const STRFTIME: &str = "strftime_now";
+/// Keys under which messages hold their reasoning, the one that templates read most first.
+const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
+static NO_KWARGS: LazyLock<Map<String, serde_json::Value>> = LazyLock::new(Map::new);
 
 /// A compiled chat template with the special tokens it may print.
 #[derive(Debug)]
@@ -19,8 +31,32 @@ pub struct ChatTemplate {
     special_tokens: Vec<(String, String)>,
 }
 
+/// What a template sees besides the messages.
+#[derive(Clone, Copy, Debug)]
+pub struct RenderOptions<'a> {
+    /// Render up to where the assistant's answer begins.
+    pub add_generation_prompt: bool,
+    /// The tools that the model may call. `None` renders as transformers' `tools=None`.
+    pub tools: Option<&'a [serde_json::Value]>,
+    /// Further variables, as the keyword arguments of transformers' `apply_chat_template`. They may
+    /// replace special tokens such as `bos_token`.
+    pub kwargs: &'a Map<String, serde_json::Value>,
+    /// The date and time that `strftime_now` formats; `None` is the present, in UTC.
+    pub date: Option<DateTime>,
+}
+
+impl RenderOptions<'static> {
+    /// Options without tools, variables and date.
+    pub fn new(add_generation_prompt: bool) -> Self {
+        RenderOptions { add_generation_prompt, tools: None, kwargs: &NO_KWARGS, date: None }
+    }
+}
+
 impl ChatTemplate {
     /// Compiles a template; `special_tokens` are variables such as `bos_token`.
+    ///
+    /// # Errors
+    /// When the template engine cannot parse it.
     pub fn new(source: &str, special_tokens: Vec<(String, String)>) -> Result<Self, ModelError> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(|e| explain(&e))?;
@@ -30,11 +66,7 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
-        environment.add_function("strftime_now", |format: String| -> Result<String, Error> {
-            jiff::fmt::strtime::format(&format, &jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC))
-                .map_err(|e| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {e}")))
-        });
-        environment.add_filter("tojson", to_json);
+        environment.add_filter("tojson", json::to_json);
         environment.add_template_owned(NAME, without_generation_tags(source)).map_err(|e| explain(&e))?;
         Ok(ChatTemplate { environment, source: source.to_owned(), special_tokens })
     }
@@ -44,77 +76,102 @@ impl ChatTemplate {
         &self.source
     }
 
-    /// Renders a dialogue; with `add_generation_prompt`, up to where the assistant's answer begins.
-    pub fn render(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String, ModelError> {
-        let template = self.environment.get_template(NAME).map_err(|e| explain(&e))?;
-        let messages: Vec<Value> = messages.iter().map(|m| context! { role => m.role.as_str(), content => m.content.as_str() }).collect();
-        let variables = context! {
-            messages => messages,
-            add_generation_prompt => add_generation_prompt,
-            tools => (),
-            documents => (),
-            ..Value::from_pairs(self.special_tokens.iter().map(|(k, v)| (k.as_str(), v.as_str())))
-        };
-        template.render(variables).map_err(|e| explain(&e))
+    /// Renders a dialogue.
+    ///
+    /// # Errors
+    /// With what the template engine, or the template itself, says.
+    pub fn render(&self, messages: &[ChatMessage], options: &RenderOptions) -> Result<String, ModelError> {
+        let special_tokens = self.special_tokens.iter().map(|(name, token)| (name.as_str(), Value::from(token.as_str())));
+        let kwargs = options.kwargs.iter().map(|(name, value)| (name.as_str(), template_value(value)));
+        let tools = options.tools.map_or(Value::from(()), |tools| tools.iter().map(template_value).collect());
+        let fixed = [
+            ("messages", messages.iter().map(message).collect()),
+            ("tools", tools),
+            ("documents", Value::from(())),
+            ("add_generation_prompt", Value::from(options.add_generation_prompt)),
+        ];
+        // Of two variables of one name the later counts.
+        let variables = Value::from_pairs(special_tokens.chain(kwargs).chain(fixed));
+        let render = |environment: &Environment| environment.get_template(NAME)?.render(variables);
+        if !self.source.contains(STRFTIME) {
+            return render(&self.environment).map_err(|e| explain(&e));
+        }
+        let date = options.date.unwrap_or_else(|| jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC).datetime());
+        // A global of this rendering only, which macros see, too.
+        let mut environment = self.environment.clone();
+        environment.add_function(STRFTIME, move |format: String| -> Result<String, Error> {
+            jiff::fmt::strtime::format(&format, date).map_err(|e| Error::new(ErrorKind::InvalidOperation, format!("{STRFTIME}: {e}")))
+        });
+        render(&environment).map_err(|e| explain(&e))
     }
 }
 
-/// `{% generation %}` marks the assistant's tokens for transformers' masks and prints nothing.
-fn without_generation_tags(source: &str) -> String {
-    let mut out = source.to_owned();
-    for tag in ["generation", "endgeneration"] {
-        for (open, close) in [("{%", "%}"), ("{%-", "%}"), ("{%", "-%}"), ("{%-", "-%}")] {
-            let nothing = format!("{open} if true {close}").replace("if true", if tag == "generation" { "if true" } else { "endif" });
-            out = out.replace(&format!("{open} {tag} {close}"), &nothing);
-        }
-    }
-    out
-}
-
-/// Python's `json.dumps(x, ensure_ascii=False)`, which puts a space after `,` and `:`.
-fn to_json(value: Value, options: Kwargs) -> Result<Value, Error> {
-    let indent: Option<usize> = options.get("indent")?;
-    options.assert_all_used()?;
-    let json = serde_json::to_value(&value).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
-    let mut out = String::new();
-    dump(&json, indent, 0, &mut out);
-    Ok(Value::from_safe_string(out))
-}
-
-fn dump(json: &serde_json::Value, indent: Option<usize>, depth: usize, out: &mut String) {
-    use serde_json::Value as J;
-    let newline = |out: &mut String, depth: usize| {
-        if let Some(n) = indent {
-            out.push('\n');
-            out.extend(std::iter::repeat_n(' ', n * depth));
-        }
+/// A message as templates see it. Like transformers, this gives the reasoning under the names
+/// `thinking` and `reasoning_content` whichever name the message has it under.
+fn message(message: &ChatMessage) -> Value {
+    let fields = message.fields();
+    let Some(reasoning) = REASONING.iter().find_map(|key| fields.get(*key).filter(|value| !value.is_null())) else {
+        return template_object(fields);
     };
-    let separator = if indent.is_some() { "," } else { ", " };
-    match json {
-        J::Array(items) if !items.is_empty() => {
-            out.push('[');
-            for (i, item) in items.iter().enumerate() {
-                out.push_str(if i > 0 { separator } else { "" });
-                newline(out, depth + 1);
-                dump(item, indent, depth + 1, out);
-            }
-            newline(out, depth);
-            out.push(']');
-        }
-        J::Object(fields) if !fields.is_empty() => {
-            out.push('{');
-            for (i, (key, item)) in fields.iter().enumerate() {
-                out.push_str(if i > 0 { separator } else { "" });
-                newline(out, depth + 1);
-                out.push_str(&J::String(key.clone()).to_string());
-                out.push_str(": ");
-                dump(item, indent, depth + 1, out);
-            }
-            newline(out, depth);
-            out.push('}');
-        }
-        scalar => out.push_str(&scalar.to_string()),
+    let mut aliased = Map::new();
+    aliased.insert("thinking".to_owned(), reasoning.clone());
+    for (key, value) in fields {
+        aliased.insert(key.clone(), value.clone());
     }
+    aliased.insert("reasoning_content".to_owned(), reasoning.clone());
+    template_object(&aliased)
+}
+
+fn template_object(fields: &Map<String, serde_json::Value>) -> Value {
+    Value::from_pairs(fields.iter().map(|(key, value)| (key.as_str(), template_value(value))))
+}
+
+/// A JSON value for templates; objects keep the order of their keys.
+fn template_value(value: &serde_json::Value) -> Value {
+    use serde_json::Value as Json;
+    match value {
+        Json::Null => Value::from(()),
+        Json::Bool(flag) => Value::from(*flag),
+        Json::Number(number) => match (number.as_i64(), number.as_u64()) {
+            (Some(n), _) => Value::from(n),
+            (None, Some(n)) => Value::from(n),
+            (None, None) => Value::from(number.as_f64().unwrap_or_default()),
+        },
+        Json::String(text) => Value::from(text.as_str()),
+        Json::Array(items) => items.iter().map(template_value).collect(),
+        Json::Object(fields) => template_object(fields),
+    }
+}
+
+/// Replaces the tags `{% generation %}` and `{% endgeneration %}`, with any white space in them, by
+/// ones that print what is between them: they mark the assistant's tokens for transformers' masks.
+fn without_generation_tags(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(start) = rest.find("{%") {
+        let (before, tag) = rest.split_at(start + 2);
+        out.push_str(before);
+        rest = tag;
+        let Some(end) = tag.find("%}") else { break };
+        let inner = &tag[..end];
+        let (inner, open) = match inner.strip_prefix(['-', '+']) {
+            Some(stripped) => (stripped, &inner[..1]),
+            None => (inner, ""),
+        };
+        let (name, close) = match inner.strip_suffix(['-', '+']) {
+            Some(stripped) => (stripped, &inner[inner.len() - 1..]),
+            None => (inner, ""),
+        };
+        let replacement = match name.trim() {
+            "generation" => "if true",
+            "endgeneration" => "endif",
+            _ => continue,
+        };
+        out.push_str(&format!("{open} {replacement} {close}"));
+        rest = &tag[end..];
+    }
+    out.push_str(rest);
+    out
 }
 
 fn explain(e: &Error) -> ModelError {
@@ -126,50 +183,4 @@ fn explain(e: &Error) -> ModelError {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn say(role: &str, content: &str) -> ChatMessage {
-        ChatMessage { role: role.into(), content: content.into() }
-    }
-
-    #[test]
-    fn chatml_renders_with_and_without_a_generation_prompt() {
-        let t = ChatTemplate::new(
-            "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-            vec![],
-        )
-        .unwrap();
-        assert_eq!(t.render(&[say("user", "Hi")], true).unwrap(), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
-        assert_eq!(
-            t.render(&[say("user", "Hi"), say("assistant", "Yo")], false).unwrap(),
-            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n"
-        );
-    }
-
-    #[test]
-    fn blocks_are_trimmed_methods_work_and_special_tokens_are_variables() {
-        let t = ChatTemplate::new(
-            "{{ bos_token }}\n{%- for m in messages %}\n    {%- if m.role == 'user' %}\n[INST] {{ m.content.strip() }} [/INST]\n    {%- else %}\n {{ m['content'].split('|')[-1] }}{{ eos_token }}\n    {%- endif %}\n{%- endfor %}\n",
-            vec![("bos_token".into(), "<s>".into()), ("eos_token".into(), "</s>".into())],
-        )
-        .unwrap();
-        assert_eq!(t.render(&[say("user", " a "), say("assistant", "x|y")], false).unwrap(), "<s>[INST] a [/INST] y</s>");
-    }
-
-    #[test]
-    fn a_template_can_refuse_and_cannot_hang() {
-        let t = ChatTemplate::new("{{ raise_exception('roles must alternate') }}", vec![]).unwrap();
-        assert!(t.render(&[], false).unwrap_err().to_string().contains("roles must alternate"));
-        let t = ChatTemplate::new("{% for a in range(10000) %}{% for b in range(10000) %}{% endfor %}{% endfor %}", vec![]).unwrap();
-        assert!(t.render(&[], false).is_err());
-        assert!(ChatTemplate::new("{% for %}", vec![]).is_err());
-        assert!(ChatTemplate::new("{% include '/etc/passwd' %}", vec![]).is_ok_and(|t| t.render(&[], false).is_err()));
-    }
-
-    #[test]
-    fn tojson_is_pythons() {
-        let t = ChatTemplate::new("{{ messages | tojson }}", vec![]).unwrap();
-        assert_eq!(t.render(&[say("user", "é\"")], false).unwrap(), r#"[{"role": "user", "content": "é\""}]"#);
-    }
-}
+mod tests;

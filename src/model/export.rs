@@ -22,6 +22,9 @@ pub fn save_merged(dir: &Path, policy: &Policy, tokenizer: &ChatTokenizer) -> Re
     std::fs::write(&path, text).map_err(ModelError::io(&path))?;
     for (name, bytes) in tokenizer.files() {
         let path = dir.join(name);
+        if let Some(parent) = path.parent() {
+            std::fs::create_dir_all(parent).map_err(ModelError::io(parent))?;
+        }
         std::fs::write(&path, bytes).map_err(ModelError::io(&path))?;
     }
     Ok(())

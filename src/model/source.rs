@@ -143,7 +143,8 @@ fn is_needed(file: &str) -> bool {
         "chat_template.jinja",
         "model.safetensors.index.json",
     ];
-    exact.contains(&file) || (file.starts_with("model") && file.ends_with(".safetensors") && !file.contains('/'))
+    let is_template = file.starts_with("additional_chat_templates/") && file.ends_with(".jinja");
+    exact.contains(&file) || is_template || (file.starts_with("model") && file.ends_with(".safetensors") && !file.contains('/'))
 }
 
 /// Whether the files are there without which no model can be opened.

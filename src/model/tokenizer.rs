@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use tokenizers::Tokenizer;
 
-use super::chat::{ChatMessage, ChatTemplate};
+use super::chat::{ChatMessage, ChatTemplate, RenderOptions};
 use super::error::ModelError;
 use super::guard::guarded;
 
@@ -17,7 +17,7 @@ pub struct ChatTokenizer {
     tokenizer: Tokenizer,
     bos: Option<(String, u32)>,
     eos: Option<(String, u32)>,
-    template: Option<ChatTemplate>,
+    templates: Templates,
     files: Vec<(String, Vec<u8>)>,
     content_hash: String,
     path: PathBuf,
@@ -30,7 +30,8 @@ struct Parts {
     eos_token: Option<String>,
     /// Every special token variable a template may use.
     special_tokens: Vec<(String, String)>,
-    template: Option<String>,
+    /// Chat templates by name; a model with one of them has it as [`DEFAULT`].
+    templates: Vec<(String, String)>,
     files: Vec<(String, Vec<u8>)>,
     /// What turns text into tokens, as it was read.
     content: blake3::Hasher,
@@ -57,9 +58,9 @@ impl ChatTokenizer {
             content.update(format!("\n{name} {token:?}").as_bytes());
         }
         let content_hash = content.finalize().to_hex().to_string();
-        let template = parts.template.map(|source| ChatTemplate::new(&source, parts.special_tokens)).transpose()?;
+        let templates = Templates::compile(parts.templates, &parts.special_tokens, path);
         let assembled =
-            ChatTokenizer { bos, eos, template, tokenizer: parts.tokenizer, files: parts.files, content_hash, path: path.to_owned() };
+            ChatTokenizer { bos, eos, templates, tokenizer: parts.tokenizer, files: parts.files, content_hash, path: path.to_owned() };
         // A template that names tokens which are not there is found now, not by the first request.
         assembled.encode("", true)?;
         Ok(assembled)
@@ -99,19 +100,17 @@ impl ChatTokenizer {
 
     /// Whether dialogues can be rendered.
     pub fn has_chat_template(&self) -> bool {
-        self.template.is_some()
+        [&self.templates.default, &self.templates.tool_use].into_iter().flatten().any(|t| t.compiled.is_ok())
     }
 
     /// Renders a dialogue; encode the result without adding special tokens.
     ///
     /// # Errors
-    /// When the model has no chat template, or the template refuses these messages.
-    pub fn apply_chat_template(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String, ModelError> {
-        let Some(template) = &self.template else {
-            let reason = "this model has none: use plain-text prompts and completions, or a chat model".to_owned();
-            return Err(ModelError::ChatTemplate { reason });
-        };
-        template.render(messages, add_generation_prompt)
+    /// When the model has no chat template, or the template does not compile or refuses these
+    /// messages.
+    pub fn apply_chat_template(&self, messages: &[ChatMessage], options: &RenderOptions) -> Result<String, ModelError> {
+        let template = self.templates.find(options.tools.is_some()).map_err(|reason| ModelError::ChatTemplate { reason })?;
+        template.render(messages, options)
     }
 
     /// BLAKE3 of the tokenizer and its special tokens, in hex; the chat template is no part of it.
@@ -119,14 +118,73 @@ impl ChatTokenizer {
         &self.content_hash
     }
 
-    /// BLAKE3 of the chat template, in hex; empty without one.
+    /// BLAKE3 of the default chat template, in hex; empty without one.
     pub fn template_hash(&self) -> String {
-        self.template.as_ref().map(|t| blake3::hash(t.source().as_bytes()).to_hex().to_string()).unwrap_or_default()
+        self.templates.default.as_ref().map(|t| blake3::hash(t.source.as_bytes()).to_hex().to_string()).unwrap_or_default()
     }
 
     /// The files to write beside exported weights.
     pub fn files(&self) -> &[(String, Vec<u8>)] {
         &self.files
+    }
+}
+
+/// The name of the template that transformers uses when it is not asked for another.
+const DEFAULT: &str = "default";
+/// The name of the template that transformers uses for dialogues with tools.
+const TOOL_USE: &str = "tool_use";
+
+/// A model's chat templates.
+#[derive(Debug, Default)]
+struct Templates {
+    default: Option<NamedTemplate>,
+    tool_use: Option<NamedTemplate>,
+    /// The names of all, for errors.
+    names: Vec<String>,
+}
+
+/// A template that may not compile: it is an error of the dialogues that need it, not of the model,
+/// which can be used with plain text.
+#[derive(Debug)]
+struct NamedTemplate {
+    source: String,
+    compiled: Result<ChatTemplate, String>,
+}
+
+impl Templates {
+    fn compile(sources: Vec<(String, String)>, special_tokens: &[(String, String)], path: &Path) -> Self {
+        let mut templates = Templates::default();
+        for (name, source) in sources {
+            templates.names.push(name.clone());
+            let place = match name.as_str() {
+                DEFAULT => &mut templates.default,
+                TOOL_USE => &mut templates.tool_use,
+                _ => continue,
+            };
+            let compiled = ChatTemplate::new(&source, special_tokens.to_vec()).map_err(|e| {
+                let reason = match e {
+                    ModelError::ChatTemplate { reason } => reason,
+                    other => other.to_string(),
+                };
+                tracing::warn!(path = %path.display(), name, error = reason, "the chat template does not compile: only plain text can be used");
+                format!("the model's template {name:?} does not compile: {reason}; use plain-text prompts and completions, or serve another template")
+            });
+            *place = Some(NamedTemplate { source, compiled });
+        }
+        templates
+    }
+
+    /// The template that transformers chooses.
+    fn find(&self, with_tools: bool) -> Result<&ChatTemplate, String> {
+        let chosen = self.tool_use.as_ref().filter(|_| with_tools).or(self.default.as_ref());
+        match chosen {
+            Some(template) => template.compiled.as_ref().map_err(Clone::clone),
+            None if self.names.is_empty() => Err("this model has none: use plain-text prompts and completions, or a chat model".to_owned()),
+            None => Err(format!(
+                "this model has templates named {} and none named {DEFAULT:?}: use plain-text prompts and completions",
+                self.names.join(", ")
+            )),
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! A thin client for the command line and the demo: connects with a clear error, uploads, follows events across reconnects, downloads safely.
 
 /// A point in time and a choice of fields, as messages carry them.
-pub use prost_types::{Duration as ProtoDuration, FieldMask, Timestamp};
+pub use prost_types::{Duration as ProtoDuration, FieldMask, Struct as ProtoStruct, Timestamp};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -23,6 +23,11 @@ use super::pb::dataset_service_client::DatasetServiceClient;
 use super::pb::model_service_client::ModelServiceClient;
 use super::pb::scoring_service_client::ScoringServiceClient;
 use super::pb::training_service_client::TrainingServiceClient;
+
+/// A JSON object as messages carry it; the order of its keys is lost.
+pub fn json_struct(fields: &serde_json::Map<String, serde_json::Value>) -> prost_types::Struct {
+    super::convert::json::to_struct(fields)
+}
 
 /// Bytes in a piece of an upload.
 const CHUNK: usize = 1 << 20;

@@ -1,6 +1,7 @@
 //! Proto ↔ domain. Every bad field is collected with its proto path before anything is refused.
 
 pub(super) mod dataset;
+pub(super) mod json;
 pub(super) mod scoring;
 pub(super) mod training;
 

@@ -138,9 +138,9 @@ impl ScoringService for Scoring {
 }
 
 async fn score(session: &ScoringSession, pair: pb::Pair) -> Scored {
-    let (prompt, a, b) = convert::pair(pair)?;
-    let _room = session.room(&prompt, &[&a, &b]).await?;
-    session.score_pair(&prompt, &a, &b).await
+    let pair = convert::pair(pair)?;
+    let _room = session.room_for_pair(&pair).await?;
+    session.score_pair(&pair).await
 }
 
 fn pair_result(id: String, scored: Scored, per_token: bool) -> pb::PairResult {
@@ -169,11 +169,11 @@ async fn follow(
                     let (session, id) = (session.clone(), pair.id.clone());
                     // The next message is not read before there is room for this one's text.
                     match convert::pair(pair) {
-                        Ok((prompt, a, b)) => {
-                            let room = session.room(&prompt, &[&a, &b]).await;
+                        Ok(pair) => {
+                            let room = session.room_for_pair(&pair).await;
                             let scored = async move {
                                 let scored = match room {
-                                    Ok(_room) => session.score_pair(&prompt, &a, &b).await,
+                                    Ok(_room) => session.score_pair(&pair).await,
                                     Err(e) => Err(e),
                                 };
                                 (id, scored)

@@ -4,8 +4,14 @@
 //! to an answer that lacks it. The prompt's tokens are the longest prefix common to all of them, so that a merge across the boundary cannot be
 //! counted on the wrong side. Every later token counts, EOS included.
 
-use crate::domain::dataset::{IssueReason, PreferenceRow, RowIssue, Text};
+use std::sync::LazyLock;
+
+use jiff::civil::DateTime;
+
+use crate::domain::dataset::{ChatMessage, IssueReason, PreferenceRow, RowIssue, Text};
+use crate::domain::message::TemplateArguments;
 use crate::domain::training::Truncation;
+use crate::model::chat::RenderOptions;
 use crate::model::error::ModelError;
 use crate::model::tokenizer::ChatTokenizer;
 use crate::train::pair::{EncodedPair, SequenceGroup};
@@ -36,10 +42,29 @@ pub enum EncodeError {
         /// chosen, rejected or `completions[i]`.
         field: String,
     },
+    /// The tokenizer has tokens that the model does not have.
+    #[error(
+        "{field} has the token {token:?} with the id {id}, but the model's vocabulary ends at {vocab_size}: remove it, or serve the model with \
+         the tokenizer that belongs to it"
+    )]
+    TokenOutsideVocabulary {
+        /// prompt, chosen, rejected or `completions[i]`.
+        field: String,
+        /// The token's text.
+        token: String,
+        /// Its id.
+        id: u32,
+        /// Rows of the model's embedding.
+        vocab_size: usize,
+    },
     /// The tokenizer or the chat template refused.
     #[error(transparent)]
     Model(#[from] ModelError),
 }
+
+static NO_ARGUMENTS: LazyLock<TemplateArguments> = LazyLock::new(TemplateArguments::default);
+/// Tokens of a prompt's cut end that are decoded for a finding.
+const MAX_SHOWN_TAIL: usize = 64;
 
 /// Turns rows into tokens for one model and one max_length.
 #[derive(Clone, Copy, Debug)]
@@ -47,6 +72,28 @@ pub struct PairEncoder<'a> {
     tokenizer: &'a ChatTokenizer,
     max_length: usize,
     truncation: Truncation,
+    /// What the chat template sees besides the messages; a row's own tools and variables win.
+    arguments: &'a TemplateArguments,
+    /// The date that chat templates print; `None` is today's.
+    date: Option<DateTime>,
+    /// Rows of the model's embedding: ids from here on are refused. `None` does not check.
+    vocab_size: Option<usize>,
+}
+
+/// Where answers to one prompt begin.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Split {
+    /// After the longest prefix that the prompt and all answers share, as TRL splits pairs.
+    Common,
+    /// After the longest prefix that the prompt and the answer itself share.
+    Each,
+}
+
+/// Answers to one prompt as tokens.
+struct Encoded {
+    completions: Vec<EncodedCompletion>,
+    /// The end of the prompt's tokens that is in no completion's prompt.
+    cut: Vec<u32>,
 }
 
 /// One of N completions after encoding.
@@ -63,7 +110,22 @@ pub struct EncodedCompletion {
 impl<'a> PairEncoder<'a> {
     /// An encoder; `max_length` counts the tokens of prompt + completion.
     pub fn new(tokenizer: &'a ChatTokenizer, max_length: usize, truncation: Truncation) -> Self {
-        PairEncoder { tokenizer, max_length, truncation }
+        PairEncoder { tokenizer, max_length, truncation, arguments: &NO_ARGUMENTS, date: None, vocab_size: None }
+    }
+
+    /// The same with tools and variables for the chat template.
+    pub fn with_arguments(self, arguments: &'a TemplateArguments) -> Self {
+        PairEncoder { arguments, ..self }
+    }
+
+    /// The same with the date that chat templates print.
+    pub fn with_date(self, date: DateTime) -> Self {
+        PairEncoder { date: Some(date), ..self }
+    }
+
+    /// The same for a model with so many rows in its embedding: other tokens are refused.
+    pub fn with_vocab_size(self, vocab_size: usize) -> Self {
+        PairEncoder { vocab_size: Some(vocab_size), ..self }
     }
 
     /// Whether the tokenizer has an end-of-sequence token, which ends every plain-text answer.
@@ -73,26 +135,43 @@ impl<'a> PairEncoder<'a> {
 
     /// Encodes a validated row.
     pub fn encode_row(&self, row: &PreferenceRow) -> Result<EncodedPair, RowIssue> {
+        self.encode_row_with_cut(row).map(|(pair, _)| pair)
+    }
+
+    /// [`PairEncoder::encode_row`] with the text of the prompt's end that is left out, if any.
+    pub fn encode_row_with_cut(&self, row: &PreferenceRow) -> Result<(EncodedPair, Option<String>), RowIssue> {
         let issue = |e: EncodeError| {
             let (field, reason) = match &e {
                 EncodeError::PromptFillsMaxLength { .. } => ("prompt".to_owned(), IssueReason::PromptFillsMaxLength),
                 EncodeError::EmptyPrompt => ("prompt".to_owned(), IssueReason::MissingField),
                 EncodeError::EmptyCompletion { field } => (field.clone(), IssueReason::EmptyCompletion),
                 EncodeError::MixedForms { field } => (field.clone(), IssueReason::InvalidType),
+                EncodeError::TokenOutsideVocabulary { field, .. } => (field.clone(), IssueReason::TokenOutsideVocabulary),
                 EncodeError::Model(_) => ("prompt".to_owned(), IssueReason::InvalidType),
             };
             RowIssue { row: row.row, id: row.id.clone(), field: row.column(&field), reason, message: e.to_string() }
         };
-        let pair = self.encode_pair(&row.prompt, &row.chosen, &row.rejected).map_err(issue)?;
-        Ok(EncodedPair { row: row.row, id: row.id.clone(), weight: row.weight, ..pair })
+        let merged = row.arguments.over(self.arguments);
+        let encoder = self.with_arguments(&merged);
+        let (pair, cut) = encoder.pair_with_cut(&row.prompt, &row.chosen, &row.rejected).map_err(issue)?;
+        let tail = match cut.as_slice() {
+            [] => None,
+            cut => Some(self.tokenizer.decode(&cut[..cut.len().min(MAX_SHOWN_TAIL)]).map_err(|e| issue(e.into()))?),
+        };
+        Ok((EncodedPair { row: row.row, id: row.id.clone(), weight: row.weight, ..pair }, tail))
     }
 
     /// Encodes a prompt with two answers.
     pub fn encode_pair(&self, prompt: &Text, a: &Text, b: &Text) -> Result<EncodedPair, EncodeError> {
-        let mut sides = self.encode(prompt, &[("chosen".into(), a), ("rejected".into(), b)])?.into_iter();
+        self.pair_with_cut(prompt, a, b).map(|(pair, _)| pair)
+    }
+
+    fn pair_with_cut(&self, prompt: &Text, a: &Text, b: &Text) -> Result<(EncodedPair, Vec<u32>), EncodeError> {
+        let encoded = self.encode(prompt, &[("chosen".into(), a), ("rejected".into(), b)], Split::Common)?;
+        let mut sides = encoded.completions.into_iter();
         // One result per answer.
         let (Some(chosen), Some(rejected)) = (sides.next(), sides.next()) else { return Err(EncodeError::EmptyPrompt) };
-        Ok(EncodedPair {
+        let pair = EncodedPair {
             row: 0,
             id: None,
             weight: 1.0,
@@ -102,38 +181,54 @@ impl<'a> PairEncoder<'a> {
             rejected: rejected.tokens,
             chosen_truncated: chosen.truncated,
             rejected_truncated: rejected.truncated,
-        })
+        };
+        Ok((pair, encoded.cut))
     }
 
-    /// Encodes a prompt with N answers. An error in one answer is the call's error: use one call per answer to keep them apart.
+    /// Encodes a prompt with N answers, each as if it were alone. An error in one answer is the call's error: use one call per answer to keep them
+    /// apart.
     pub fn encode_completions(&self, prompt: &Text, completions: &[Text]) -> Result<Vec<EncodedCompletion>, EncodeError> {
-        let named: Vec<(String, &Text)> = completions.iter().enumerate().map(|(i, c)| (format!("completions[{i}]"), c)).collect();
-        self.encode(prompt, &named)
+        Ok(self.encode(prompt, &named(completions), Split::Each)?.completions)
     }
 
-    fn encode(&self, prompt: &Text, answers: &[(String, &Text)]) -> Result<Vec<EncodedCompletion>, EncodeError> {
+    /// Encodes a prompt with answers that are compared with each other, split as [`PairEncoder::encode_pair`] splits a pair.
+    pub fn encode_together(&self, prompt: &Text, completions: &[Text]) -> Result<Vec<EncodedCompletion>, EncodeError> {
+        Ok(self.encode(prompt, &named(completions), Split::Common)?.completions)
+    }
+
+    fn encode(&self, prompt: &Text, answers: &[(String, &Text)], split: Split) -> Result<Encoded, EncodeError> {
         let prompt_ids = match prompt {
             Text::Plain(text) => self.plain(text)?,
-            Text::Chat(messages) => self.tokenizer.encode(&self.tokenizer.apply_chat_template(messages, true)?, false)?,
+            Text::Chat(messages) => self.chat(messages, true)?,
         };
         let mut whole = Vec::with_capacity(answers.len());
-        let mut shared = prompt_ids.len();
+        let mut splits = Vec::with_capacity(answers.len());
         for (field, answer) in answers {
             let ids = match (prompt, answer) {
                 (Text::Plain(p), Text::Plain(a)) => self.plain(&format!("{p}{a}{}", self.missing_eos(a)))?,
                 (Text::Chat(p), Text::Chat(a)) => {
                     let dialogue: Vec<_> = p.iter().chain(a).cloned().collect();
-                    self.tokenizer.encode(&self.tokenizer.apply_chat_template(&dialogue, false)?, false)?
+                    self.chat(&dialogue, false)?
                 }
                 _ => return Err(EncodeError::MixedForms { field: field.clone() }),
             };
-            shared = shared.min(prompt_ids.iter().zip(&ids).take_while(|(a, b)| a == b).count());
+            splits.push(prompt_ids.iter().zip(&ids).take_while(|(a, b)| a == b).count());
             whole.push(ids);
         }
+        let shared = splits.iter().copied().min().unwrap_or(prompt_ids.len());
         if shared == 0 {
             return Err(EncodeError::EmptyPrompt);
         }
-        answers.iter().zip(whole).map(|((field, _), ids)| self.truncate(field, ids, shared)).collect()
+        let at = |own: usize| if split == Split::Common { shared } else { own };
+        let cut_off = answers.iter().zip(whole).zip(splits).map(|(((field, _), ids), own)| self.truncate(field, ids, at(own)));
+        Ok(Encoded { completions: cut_off.collect::<Result<_, _>>()?, cut: prompt_ids[shared..].to_vec() })
+    }
+
+    /// A rendered dialogue.
+    fn chat(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<Vec<u32>, EncodeError> {
+        let TemplateArguments { tools, kwargs } = self.arguments;
+        let options = RenderOptions { add_generation_prompt, tools: tools.as_deref(), kwargs, date: self.date };
+        Ok(self.tokenizer.encode(&self.tokenizer.apply_chat_template(messages, &options)?, false)?)
     }
 
     /// A plain prompt or text: BOS where the tokenizer adds one, but never a second one before text that already starts with it.
@@ -164,8 +259,21 @@ impl<'a> PairEncoder<'a> {
             // One token of context must stay: where the answer alone fills max_length, its first kept token is the context.
             Truncation::KeepEnd => (n - max, n, shared.max(n - max + 1)),
         };
+        self.check_vocabulary("prompt", &ids[from..split])?;
+        self.check_vocabulary(field, &ids[split..to])?;
         Ok(EncodedCompletion { prompt: ids[from..split].to_vec(), tokens: ids[split..to].to_vec(), truncated })
     }
+
+    fn check_vocabulary(&self, field: &str, ids: &[u32]) -> Result<(), EncodeError> {
+        let Some(vocab_size) = self.vocab_size else { return Ok(()) };
+        let Some(id) = ids.iter().copied().find(|id| *id as usize >= vocab_size) else { return Ok(()) };
+        Err(EncodeError::TokenOutsideVocabulary { field: field.to_owned(), token: self.tokenizer.decode(&[id])?, id, vocab_size })
+    }
+}
+
+/// Answers with their field names.
+fn named(completions: &[Text]) -> Vec<(String, &Text)> {
+    completions.iter().enumerate().map(|(i, c)| (format!("completions[{i}]"), c)).collect()
 }
 
 /// Groups encoded completions that share a prompt, keeping the order: the log-probs of a packed row come back in the order of `completions`.

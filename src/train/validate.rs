@@ -5,7 +5,10 @@ use std::path::Path;
 
 use super::encode::PairEncoder;
 use super::rows::{DataError, apart};
-use crate::domain::dataset::{DatasetFormat, IssueReason, MAX_LISTED_ISSUES, PreferenceRow, RowIssue, Severity, Text, ValidationReport};
+use crate::domain::dataset::{
+    ChatMessage, DatasetFormat, IssueReason, MAX_LISTED_ISSUES, PreferenceRow, RowIssue, Severity, Text, ValidationReport,
+};
+use crate::domain::violation::quoted;
 
 /// The usable rows of a file and what was found about all of them.
 #[derive(Clone, Debug, Default)]
@@ -81,18 +84,11 @@ impl BadRows {
 pub fn validate_rows(path: &Path, format: DatasetFormat, lengths: Option<PairEncoder>, limit: u64) -> Result<ValidationReport, DataError> {
     let mut left = limit;
     let (report, _) = scan(path, format, lengths, |row| {
-        let bytes = [&row.prompt, &row.chosen, &row.rejected].map(text_bytes).iter().sum();
-        left = left.checked_sub(bytes).ok_or(DataError::TooLarge { limit })?;
+        let bytes: usize = [&row.prompt, &row.chosen, &row.rejected].map(Text::bytes).iter().sum();
+        left = left.checked_sub((bytes + row.arguments.bytes()) as u64).ok_or(DataError::TooLarge { limit })?;
         Ok(())
     })?;
     Ok(report)
-}
-
-fn text_bytes(text: &Text) -> u64 {
-    match text {
-        Text::Plain(s) => s.len() as u64,
-        Text::Chat(messages) => messages.iter().map(|m| (m.role.len() + m.content.len()) as u64).sum(),
-    }
 }
 
 /// The rows that can be used, with the report that says why others cannot.
@@ -118,6 +114,7 @@ fn scan(
     let mut seen = Seen::default();
     let mut tally = Tally::default();
     let mut warns_of_eos = lengths.is_some_and(|encoder| !encoder.has_eos());
+    let mut columns = UnusedColumns::default();
     apart::for_each_row(path, format, |row| {
         let (Ok(PreferenceRow { row: number, .. }) | Err(RowIssue { row: number, .. })) = row;
         tally.enter(number);
@@ -129,6 +126,9 @@ fn scan(
             }
         };
         tally.read(&row);
+        for column in &row.ignored {
+            columns.report(&row, column, &mut tally);
+        }
         let mut issues = check(&row);
         issues.extend(seen.check(&row));
         if let (Some(encoder), true) = (&lengths, issues.iter().all(|i| i.reason.severity() == Severity::Warning)) {
@@ -205,6 +205,15 @@ impl Tally {
         self.report.add(issue);
     }
 
+    /// Counts a finding that is listed already, once in a row.
+    fn count(&mut self, field: &str, reason: IssueReason) {
+        let said = (field.to_owned(), reason);
+        if !self.said.contains(&said) {
+            self.said.push(said);
+            self.report.count(reason);
+        }
+    }
+
     fn finish(mut self) -> (ValidationReport, BadRows) {
         self.leave();
         self.report.pairs = if self.has_several { self.pairs } else { 0 };
@@ -219,10 +228,6 @@ fn issue(row: &PreferenceRow, field: &str, reason: IssueReason, message: impl In
 /// What a row says by itself.
 fn check(row: &PreferenceRow) -> Vec<RowIssue> {
     let mut issues = Vec::new();
-    for field in &row.ignored {
-        let message = format!("{field} is not used: the model does not see it");
-        issues.push(issue(row, field, IssueReason::IgnoredField, message));
-    }
     if is_empty(&row.prompt) {
         issues.push(issue(row, "prompt", IssueReason::MissingField, "prompt is empty: an answer needs something to answer"));
     }
@@ -241,20 +246,47 @@ fn check(row: &PreferenceRow) -> Vec<RowIssue> {
 fn is_empty(text: &Text) -> bool {
     match text {
         Text::Plain(s) => s.trim().is_empty(),
-        Text::Chat(messages) => messages.iter().all(|m| m.content.trim().is_empty()),
+        Text::Chat(messages) => messages.iter().all(ChatMessage::is_blank),
     }
 }
 
 fn check_lengths(row: &PreferenceRow, encoder: &PairEncoder) -> Vec<RowIssue> {
-    match encoder.encode_row(row) {
-        Err(problem) => vec![problem],
-        Ok(pair) => [("chosen", pair.chosen_truncated), ("rejected", pair.rejected_truncated)]
-            .into_iter()
-            .filter(|(_, cut)| *cut)
-            .map(|(field, _)| {
-                issue(row, field, IssueReason::Truncated, format!("max_length cuts {field}: raise it to train on the whole answer"))
-            })
-            .collect(),
+    let (pair, prompt_cut) = match encoder.encode_row_with_cut(row) {
+        Ok(encoded) => encoded,
+        Err(problem) => return vec![problem],
+    };
+    let mut issues = Vec::new();
+    for (field, cut) in [("chosen", pair.chosen_truncated), ("rejected", pair.rejected_truncated)] {
+        if cut {
+            let message = format!("max_length cuts {field}: raise it to train on the whole answer");
+            issues.push(issue(row, field, IssueReason::Truncated, message));
+        }
+    }
+    if let Some(tail) = prompt_cut {
+        let message = format!(
+            "the end {} of the prompt's tokens is left out, because prompt + answer does not begin with it: the model is trained on another \
+             context than it answers in. Use a chat template that renders the prompt alike with and without an answer, or end a plain prompt \
+             where a token ends",
+            quoted(&tail)
+        );
+        issues.push(issue(row, "prompt", IssueReason::PromptCut, message));
+    }
+    issues
+}
+
+/// The columns that were reported as not used. Each is listed once in a file, and counted in every
+/// row that has it.
+#[derive(Default)]
+struct UnusedColumns(HashSet<String>);
+
+impl UnusedColumns {
+    fn report(&mut self, row: &PreferenceRow, column: &str, tally: &mut Tally) {
+        if self.0.contains(column) || self.0.len() >= MAX_LISTED_ISSUES {
+            return tally.count(column, IssueReason::IgnoredField);
+        }
+        self.0.insert(column.to_owned());
+        let message = format!("{column} is not used: the model does not see it (further rows with this column are counted, not listed)");
+        tally.add(issue(row, column, IssueReason::IgnoredField, message));
     }
 }
 
@@ -264,11 +296,11 @@ struct Seen(HashMap<[u8; 32], u64>);
 
 impl Seen {
     fn check(&mut self, row: &PreferenceRow) -> Option<RowIssue> {
-        let forward = hash(&row.prompt, &row.chosen, &row.rejected);
+        let forward = hash(row, &row.chosen, &row.rejected);
         if let Some(first) = self.0.get(&forward) {
             return Some(issue(row, "", IssueReason::DuplicatePair, format!("the same pair as row {first}: it counts twice")));
         }
-        let backward = hash(&row.prompt, &row.rejected, &row.chosen);
+        let backward = hash(row, &row.rejected, &row.chosen);
         if let Some(first) = self.0.get(&backward).filter(|_| forward != backward) {
             let message = format!("row {first} prefers these answers the other way round: keep one of the two");
             return Some(issue(row, "", IssueReason::ContradictoryPair, message));
@@ -279,25 +311,30 @@ impl Seen {
 }
 
 /// Lengths are hashed too, so that no two different rows give the same bytes.
-fn hash(prompt: &Text, a: &Text, b: &Text) -> [u8; 32] {
+fn hash(row: &PreferenceRow, a: &Text, b: &Text) -> [u8; 32] {
     let mut hash = blake3::Hasher::new();
     let mut add = |s: &str| {
         hash.update(&(s.len() as u64).to_le_bytes());
         hash.update(s.as_bytes());
     };
-    for text in [prompt, a, b] {
+    for text in [&row.prompt, a, b] {
         match text {
             Text::Plain(s) => add(s),
             Text::Chat(messages) => {
                 add(&messages.len().to_string());
-                messages.iter().for_each(|m| {
-                    add(&m.role);
-                    add(&m.content);
-                });
+                messages.iter().for_each(|m| add(&json(m)));
             }
         }
     }
+    if !row.arguments.is_empty() {
+        add(&json(&row.arguments));
+    }
     *hash.finalize().as_bytes()
+}
+
+/// Every key and value in order, as JSON. A map of JSON values is always JSON.
+fn json(value: &impl serde::Serialize) -> String {
+    serde_json::to_string(value).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -578,22 +578,26 @@ async fn what_a_row_holds_besides_its_texts_is_never_dropped_in_silence() {
         row["chosen"][0]["tool_calls"] = json!([]);
         row["chosen"][0]["reasoning_content"] = json!("");
     });
+    add(&|row| row["chosen"][0]["content"] = json!([{"type": "image_url", "image_url": {"url": "a.png"}}]));
+    add(&|row| row["system"] = json!("Be long."));
+    // Only dialogues have tools.
+    rows.push(json!({"prompt": "1 2", "chosen": " 3", "rejected": " 4", "tools": tools}));
+    rows.push(json!({"prompt": "2 3", "chosen": " 4", "rejected": " 5", "chat_template_kwargs": {"a": 1}}));
     let file = jsonl(dir.path(), &rows);
     let report = upload_file(&client, &file).await.unwrap().report.unwrap();
+    // Tools, tool calls, reasoning, names and template arguments are used.
     let expected: BTreeSet<Finding<'_>> = [
-        (1, "tools", "unsupported_field", true),
-        (2, "chosen[0].tool_calls", "unsupported_field", true),
         (3, "images", "unsupported_field", true),
-        (4, "chat_template_kwargs", "ignored_field", false),
-        (5, "chosen[0].reasoning_content", "ignored_field", false),
-        (6, "rejected[0].thinking", "ignored_field", false),
-        (7, "prompt[0].name", "ignored_field", false),
         (8, "system", "ignored_field", false),
+        (11, "chosen[0].content[0].type", "unsupported_field", true),
+        (13, "tools", "unsupported_field", true),
+        (14, "chat_template_kwargs", "ignored_field", false),
     ]
     .into();
     assert_eq!(findings(&report), expected, "{report:?}");
-    assert_eq!((report.rows, report.valid_rows), (10, 7));
-    assert_eq!((report.counts["unsupported_field"], report.counts["ignored_field"]), (3, 5));
+    assert_eq!((report.rows, report.valid_rows), (14, 11));
+    // A column that is not used is listed once and counted in every row.
+    assert_eq!((report.counts["unsupported_field"], report.counts["ignored_field"]), (3, 3));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -639,17 +643,10 @@ async fn what_a_parquet_row_holds_besides_its_texts_is_never_dropped_in_silence(
     let file = dir.path().join("rows.parquet");
     write_parquet(&file, &schema, columns);
     let report = upload_file(&client, &file).await.unwrap().report.unwrap();
-    let expected: BTreeSet<Finding<'_>> = [
-        (1, "chosen[0].reasoning_content", "ignored_field", false),
-        (2, "chosen[0].tool_calls", "unsupported_field", true),
-        (3, "tools", "unsupported_field", true),
-        (4, "images", "unsupported_field", true),
-        (5, "chat_template_kwargs", "ignored_field", false),
-        (6, "system", "ignored_field", false),
-    ]
-    .into();
+    let expected: BTreeSet<Finding<'_>> = [(4, "images", "unsupported_field", true), (1, "system", "ignored_field", false)].into();
     assert_eq!(findings(&report), expected, "{report:?}");
-    assert_eq!((report.rows, report.valid_rows), (7, 4));
+    assert_eq!((report.rows, report.valid_rows), (7, 6));
+    assert_eq!(report.counts["ignored_field"], 6, "{report:?}");
 }
 
 // ---- objectives that cannot mean what they say

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use bradley::domain::dataset::DatasetFormat;
 use bradley::domain::training::Precision;
-use bradley::model::chat::ChatTemplate;
+use bradley::model::chat::{ChatTemplate, RenderOptions};
 use bradley::model::config::ModelConfig;
 use bradley::model::loader::load_model;
 use bradley::model::parameters::Parameters;
@@ -54,7 +54,10 @@ fn model_files_load_or_say_what_is_wrong() {
     assert_eq!(taken("tokenizer", tokenizer), 3);
     let text = |file: &PathBuf| std::fs::read_to_string(file).unwrap_or_default();
     assert!(taken("model_config", |f| ModelConfig::from_hf_json(&text(f), f).is_ok()) >= 4);
-    assert!(taken("chat_template", |f| ChatTemplate::new(&text(f), vec![]).is_ok_and(|t| t.render(&[], true).is_ok())) >= 4);
+    assert!(
+        taken("chat_template", |f| ChatTemplate::new(&text(f), vec![]).is_ok_and(|t| t.render(&[], &RenderOptions::new(true)).is_ok()))
+            >= 4
+    );
 
     let llama = golden("models/llama/config.json");
     let config = ModelConfig::from_hf_json(&text(&llama), &llama).unwrap();

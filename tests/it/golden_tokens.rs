@@ -2,6 +2,7 @@
 
 use bradley::domain::dataset::Text;
 use bradley::domain::training::Truncation;
+use bradley::model::chat::RenderOptions;
 use bradley::train::encode::{EncodeError, PairEncoder};
 
 use crate::support::{MODELS, encode, ids, json, rows, tiny};
@@ -33,9 +34,9 @@ fn dialogues_render_as_transformers_renders_them() {
         for row in rows("pairs.jsonl") {
             let e = &expected[name][row.id.as_deref().unwrap()];
             let (Text::Chat(prompt), Text::Chat(chosen)) = (&row.prompt, &row.chosen) else { panic!("a chat row") };
-            assert_eq!(tokenizer.apply_chat_template(prompt, true).unwrap(), e["text"].as_str().unwrap());
+            assert_eq!(tokenizer.apply_chat_template(prompt, &RenderOptions::new(true)).unwrap(), e["text"].as_str().unwrap());
             let whole: Vec<_> = prompt.iter().chain(chosen).cloned().collect();
-            assert_eq!(tokenizer.apply_chat_template(&whole, false).unwrap(), e["whole"].as_str().unwrap());
+            assert_eq!(tokenizer.apply_chat_template(&whole, &RenderOptions::new(false)).unwrap(), e["whole"].as_str().unwrap());
         }
     }
 }

@@ -36,3 +36,4 @@ mod soak;
 mod store_safety;
 mod store_versions;
 mod support;
+mod templates;

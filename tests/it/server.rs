@@ -193,11 +193,22 @@ pub async fn state(client: &Client, job: &str) -> pb::JobState {
 pub fn pairs() -> Vec<pb::Pair> {
     let text = |t: &bradley::domain::dataset::Text| {
         let bradley::domain::dataset::Text::Chat(messages) = t else { panic!("a chat row") };
-        let messages = messages.iter().map(|m| pb::Message { role: m.role.clone(), content: m.content.clone() }).collect();
+        let messages = messages
+            .iter()
+            .map(|m| pb::Message { role: m.role().into(), content: m.fields()["content"].as_str().unwrap().into(), ..Default::default() })
+            .collect();
         Some(pb::Text { form: Some(pb::text::Form::Chat(pb::MessageList { messages })) })
     };
     let rows = crate::support::rows("pairs.jsonl");
-    rows.iter().map(|r| pb::Pair { id: r.id.clone().unwrap(), prompt: text(&r.prompt), a: text(&r.chosen), b: text(&r.rejected) }).collect()
+    rows.iter()
+        .map(|r| pb::Pair {
+            id: r.id.clone().unwrap(),
+            prompt: text(&r.prompt),
+            a: text(&r.chosen),
+            b: text(&r.rejected),
+            ..Default::default()
+        })
+        .collect()
 }
 
 /// Scores pairs in one call.

@@ -167,7 +167,8 @@ async fn one_bad_pair_has_its_own_error_and_the_rest_is_scored() {
     batch[1].b = None;
     let plain = |s: &str| Some(pb::Text { form: Some(pb::text::Form::Plain(s.into())) });
     batch[2].a = plain("mixed");
-    batch[3] = pb::Pair { id: "long".into(), prompt: plain(&"the river ".repeat(6000)), a: plain("a"), b: plain("b") };
+    batch[3] =
+        pb::Pair { id: "long".into(), prompt: plain(&"the river ".repeat(6000)), a: plain("a"), b: plain("b"), ..Default::default() };
     let results = score(&client, "models/tiny", batch).await.results;
     let error = |i: usize| match &results[i].result {
         Some(pb::pair_result::Result::Error(e)) => e.clone(),

@@ -2,6 +2,7 @@
 
 use bradley::domain::dataset::Text;
 use bradley::domain::training::{BatchConfig, Method, OptimizerConfig, Precision, ScheduleKind, TrainingSpec};
+use bradley::model::chat::RenderOptions;
 use bradley::model::loader::load_model;
 use bradley::train::pair::EncodedPair;
 use bradley::train::scorer::score;
@@ -48,7 +49,7 @@ fn tokens_log_probs_and_a_full_fine_tune_are_those_of_transformers_and_trl() {
 
     for (i, (pair, want)) in encode(&rows, &tokenizer, 256).iter().zip(golden["pairs"].as_array().unwrap()).enumerate() {
         let Text::Chat(prompt) = &rows[i].prompt else { panic!("a chat row") };
-        assert_eq!(tokenizer.apply_chat_template(prompt, true).unwrap(), want["text"].as_str().unwrap());
+        assert_eq!(tokenizer.apply_chat_template(prompt, &RenderOptions::new(true)).unwrap(), want["text"].as_str().unwrap());
         let given = from_ids(want);
         match (ours, pair == &EncodedPair { row: pair.row, id: pair.id.clone(), ..given.clone() }) {
             (true, same) => assert!(same, "row {i}: other tokens than transformers"),

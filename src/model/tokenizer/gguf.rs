@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
-use super::{Parts, wrong};
+use super::{DEFAULT, Parts, TOOL_USE, wrong};
 use crate::model::error::ModelError;
 use crate::model::gguf::Gguf;
 
@@ -77,15 +77,20 @@ pub(super) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
     let tokenizer = Tokenizer::from_bytes(&file).map_err(|e| wrong(&gguf.path, e.to_string()))?;
 
     let template = gguf.string("tokenizer.chat_template")?.map(str::to_owned);
+    let tool_use = gguf.string("tokenizer.chat_template.tool_use")?.map(str::to_owned);
     let named = [("bos_token", bos.clone()), ("eos_token", eos.clone()), ("unk_token", unk), ("pad_token", pad)];
     let special_tokens: Vec<(String, String)> = named.into_iter().filter_map(|(n, t)| Some((n.to_owned(), t?))).collect();
     let mut config: serde_json::Map<String, Value> = special_tokens.iter().map(|(n, t)| (n.clone(), json!(t))).collect();
     config.insert("tokenizer_class".into(), json!("PreTrainedTokenizerFast"));
     config.insert("clean_up_tokenization_spaces".into(), json!(false));
-    config.insert("chat_template".into(), json!(template));
+    let templates: Vec<(String, String)> =
+        [(DEFAULT, template.clone()), (TOOL_USE, tool_use)].into_iter().filter_map(|(name, t)| Some((name.to_owned(), t?))).collect();
+    let named = |(name, template): &(String, String)| json!({"name": name, "template": template});
+    let stored = if templates.len() > 1 { templates.iter().map(named).collect() } else { json!(template) };
+    config.insert("chat_template".into(), stored);
     let config = serde_json::to_vec_pretty(&config).map_err(|e| wrong(&gguf.path, e.to_string()))?;
     let files = vec![("tokenizer.json".to_owned(), file), ("tokenizer_config.json".to_owned(), config)];
-    Ok(Parts { tokenizer, bos_token: bos, eos_token: eos, special_tokens, template, files, content })
+    Ok(Parts { tokenizer, bos_token: bos, eos_token: eos, special_tokens, templates, files, content })
 }
 
 struct Pipeline {

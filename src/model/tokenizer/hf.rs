@@ -1,17 +1,19 @@
-//! tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
+//! tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja and the
+//! further templates in additional_chat_templates.
 
 use std::path::Path;
 
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use super::{Parts, wrong};
+use super::{DEFAULT, Parts, wrong};
 use crate::model::error::ModelError;
 use crate::model::guard::guarded;
 
 const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
 const TEMPLATE: &str = "chat_template.jinja";
+const MORE_TEMPLATES: &str = "additional_chat_templates";
 const SPECIAL: &str = "special_tokens_map.json";
 
 pub(super) fn read(folder: &Path) -> Result<Parts, ModelError> {
@@ -47,14 +49,23 @@ pub(super) fn read(folder: &Path) -> Result<Parts, ModelError> {
             special_tokens.push((name.to_owned(), token));
         }
     }
-    let template = match take(TEMPLATE)? {
-        Some(bytes) => Some(String::from_utf8(bytes).map_err(|_| wrong(&folder.join(TEMPLATE), "is not UTF-8"))?),
-        None => template(&config),
-    };
+    let mut template_files: Vec<(String, String)> =
+        more_templates(folder)?.into_iter().map(|n| (n.clone(), format!("{MORE_TEMPLATES}/{n}.jinja"))).collect();
+    template_files.insert(0, (DEFAULT.to_owned(), TEMPLATE.to_owned()));
+    let mut templates = Vec::new();
+    for (name, file) in template_files {
+        if let Some(bytes) = take(&file)? {
+            templates.push((name, String::from_utf8(bytes).map_err(|_| wrong(&folder.join(&file), "is not UTF-8"))?));
+        }
+    }
+    // Files replace what the configuration holds.
+    if templates.is_empty() {
+        templates = configured_templates(&config);
+    }
     let find = |name: &str| special_tokens.iter().find(|(n, _)| n == name).map(|(_, t)| t.clone());
     let mut content = blake3::Hasher::new();
     content.update(&bytes);
-    Ok(Parts { bos_token: find("bos_token"), eos_token: find("eos_token"), tokenizer, special_tokens, template, files, content })
+    Ok(Parts { bos_token: find("bos_token"), eos_token: find("eos_token"), tokenizer, special_tokens, templates, files, content })
 }
 
 /// A special token is a string or an AddedToken object.
@@ -63,16 +74,32 @@ fn token(config: &Value, name: &str) -> Option<String> {
     value.as_str().or_else(|| value.get("content").and_then(Value::as_str)).map(str::to_owned)
 }
 
-/// One template, or a list of named ones of which `default` is used.
-fn template(config: &Value) -> Option<String> {
-    match config.get("chat_template")? {
-        Value::String(s) => Some(s.clone()),
-        Value::Array(named) => named
-            .iter()
-            .find(|t| t.get("name").and_then(Value::as_str) == Some("default"))
-            .and_then(|t| t.get("template"))
-            .and_then(Value::as_str)
-            .map(str::to_owned),
-        _ => None,
+/// One template, or a list of named ones.
+fn configured_templates(config: &Value) -> Vec<(String, String)> {
+    let named = |t: &Value| {
+        let text = |key: &str| t.get(key).and_then(Value::as_str).map(str::to_owned);
+        Some((text("name")?, text("template")?))
+    };
+    match config.get("chat_template") {
+        Some(Value::String(template)) => vec![(DEFAULT.to_owned(), template.clone())],
+        Some(Value::Array(templates)) => templates.iter().filter_map(named).collect(),
+        _ => Vec::new(),
     }
+}
+
+/// The names of the files in the folder of further templates, in alphabetical order.
+fn more_templates(folder: &Path) -> Result<Vec<String>, ModelError> {
+    let path = folder.join(MORE_TEMPLATES);
+    let entries = match std::fs::read_dir(&path) {
+        Ok(entries) => entries,
+        Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => return Ok(Vec::new()),
+        Err(e) => return Err(ModelError::io(&path)(e)),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let file = entry.map_err(ModelError::io(&path))?.file_name();
+        names.extend(file.to_str().and_then(|f| f.strip_suffix(".jinja")).map(str::to_owned));
+    }
+    names.sort();
+    Ok(names)
 }

@@ -2,12 +2,15 @@
 
 use tonic::Status;
 
-use super::finish;
+use serde_json::{Map, Value};
+
+use super::{finish, json};
 use crate::domain::dataset::{ChatMessage, MAX_MESSAGES, Text};
+use crate::domain::message::{MessageProblem, TemplateArguments};
 use crate::domain::names;
 use crate::domain::violation::{Violations, quoted};
 use crate::jobs::error::ServiceError;
-use crate::jobs::scoring::{ScoreOptions, ScoredCompletion, ScoredPair};
+use crate::jobs::scoring::{PairToScore, ScoreOptions, ScoredCompletion, ScoredPair};
 use crate::rpc::pb;
 
 /// What a request wants to score with, and whether per-token log-probs are wanted.
@@ -23,9 +26,13 @@ pub(in crate::rpc) fn options(o: Option<pb::ScoringOptions>) -> Result<(ScoreOpt
     };
     let policy = name("options.policy", &o.policy);
     let reference = if o.reference.is_empty() { None } else { name("options.reference", &o.reference) };
+    let arguments = json::arguments("options", o.tools, o.tools_json, o.chat_template_kwargs).unwrap_or_else(|(field, reason)| {
+        bad.push(field, reason);
+        TemplateArguments::default()
+    });
     let Some(policy) = policy else { return Err(crate::rpc::status::bad_request(bad)) };
     let max_length = o.max_length.map(|n| n as usize);
-    finish((ScoreOptions { policy, reference, beta: o.beta, max_length }, o.per_token_logprobs), bad)
+    finish((ScoreOptions { policy, reference, beta: o.beta, max_length, arguments }, o.per_token_logprobs), bad)
 }
 
 /// A text that must be present.
@@ -37,15 +44,47 @@ pub(in crate::rpc) fn text(field: &str, t: Option<pb::Text>) -> Result<Text, Ser
             Err(ServiceError::invalid(field, message))
         }
         Some(pb::text::Form::Chat(list)) => {
-            Ok(Text::Chat(list.messages.into_iter().map(|m| ChatMessage { role: m.role, content: m.content }).collect()))
+            let messages = list.messages.into_iter().enumerate();
+            Ok(Text::Chat(messages.map(|(i, m)| message(&format!("{field}.chat.messages[{i}]"), m)).collect::<Result<_, _>>()?))
         }
         None => Err(ServiceError::invalid(field, "is missing: set plain or chat")),
     }
 }
 
-/// A pair's texts: prompt, a, b.
-pub(in crate::rpc) fn pair(p: pb::Pair) -> Result<(Text, Text, Text), ServiceError> {
-    Ok((text("pair.prompt", p.prompt)?, text("pair.a", p.a)?, text("pair.b", p.b)?))
+/// A message with its further keys.
+fn message(field: &str, m: pb::Message) -> Result<ChatMessage, ServiceError> {
+    let further = match (m.fields, m.fields_json.as_str()) {
+        (None, "") => return Ok(ChatMessage::new(m.role, m.content)),
+        (Some(_), text) if !text.is_empty() => {
+            return Err(ServiceError::invalid(format!("{field}.fields_json"), "is given together with fields: use one of the two"));
+        }
+        (Some(given), _) => json::object(given).map_err(|e| ServiceError::invalid(format!("{field}.fields"), e))?,
+        (None, text) => json::parse_object(text).map_err(|e| ServiceError::invalid(format!("{field}.fields_json"), e))?,
+    };
+    if !m.role.is_empty() && further.contains_key("role") {
+        return Err(ServiceError::invalid(format!("{field}.role"), "is given twice: here and among the further keys"));
+    }
+    let mut fields = Map::new();
+    if !m.role.is_empty() {
+        fields.insert("role".to_owned(), Value::String(m.role));
+    }
+    if !m.content.is_empty() {
+        fields.insert("content".to_owned(), Value::String(m.content));
+    }
+    fields.extend(further);
+    ChatMessage::parse(Value::Object(fields)).map_err(|problem| {
+        let path = match &problem {
+            MessageProblem::Invalid { path, .. } | MessageProblem::Media { path } => path.clone(),
+        };
+        ServiceError::invalid(format!("{field}.{path}"), problem.to_string())
+    })
+}
+
+/// A pair to score.
+pub(in crate::rpc) fn pair(p: pb::Pair) -> Result<PairToScore, ServiceError> {
+    let arguments =
+        json::arguments("pair", p.tools, p.tools_json, p.chat_template_kwargs).map_err(|(field, e)| ServiceError::invalid(field, e))?;
+    Ok(PairToScore { prompt: text("pair.prompt", p.prompt)?, a: text("pair.a", p.a)?, b: text("pair.b", p.b)?, arguments })
 }
 
 /// A pair's score.

@@ -2,7 +2,7 @@
 
 use tonic::{Code, Status};
 
-use super::{finish, identity, timestamp};
+use super::{finish, identity, json, timestamp};
 use crate::domain::dpo::{Divergence, DpoConfig, LossType, ReferenceSync, WeightedLoss};
 use crate::domain::identity::Pins;
 use crate::domain::job::{Evaluation, Event, EventKind, Job, JobRequest, JobState, Progress, RowPolicy};
@@ -111,6 +111,10 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
     spec.validate("training_job", &mut bad);
     let Some(policy) = policy else { return finish_never(bad) };
     let ttl_ms = ttl(job.ttl, &mut bad);
+    let chat_template_kwargs = json::kwargs(job.chat_template_kwargs).unwrap_or_else(|reason| {
+        bad.push("training_job.chat_template_kwargs", reason);
+        serde_json::Map::new()
+    });
     let (display_name, labels, priority) = (job.display_name, job.labels, job.priority);
     let request = JobRequest {
         display_name,
@@ -127,6 +131,7 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
         given_lora,
         row_policy,
         ttl_ms,
+        chat_template_kwargs,
     };
     finish(request, bad)
 }
@@ -431,6 +436,7 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
         skipped_rows: j.skipped_rows,
         owner: j.owner,
         pins: r.pins.map(pins),
+        chat_template_kwargs: (!r.chat_template_kwargs.is_empty()).then(|| json::to_struct(&r.chat_template_kwargs)),
         ttl: r.ttl_ms.map(|ms| prost_types::Duration { seconds: (ms / 1000) as i64, nanos: (ms % 1000) as i32 * 1_000_000 }),
     }
 }

@@ -12,17 +12,18 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
-use super::json::{IGNORED, UNSUPPORTED, invalid_weight};
+use super::json::{KWARGS, MEDIA, TOOLS, invalid_weight};
 use super::shapes::OPENAI;
 use super::{DataError, issue};
 use crate::domain::dataset::{IssueReason, RowIssue};
+use crate::domain::message::without_nulls;
 use crate::model::guard::guarded;
 
-const COLUMNS: [&str; 5] = ["prompt", "chosen", "rejected", "weight", "id"];
+const COLUMNS: [&str; 7] = ["prompt", "chosen", "rejected", "weight", "id", TOOLS, KWARGS];
 
 /// Whether a column is decoded: those of a row, and those about which there is a finding where they hold something.
 fn is_wanted(column: &str) -> bool {
-    COLUMNS.contains(&column) || UNSUPPORTED.contains(&column) || IGNORED.contains(&column)
+    COLUMNS.contains(&column) || MEDIA.contains(&column)
 }
 
 /// The wanted columns of each record.
@@ -43,11 +44,14 @@ pub(super) fn decode(path: &Path) -> Result<impl Iterator<Item = Result<Map<Stri
             )));
         }
     }
-    let wanted = schema.get_fields().iter().filter(|f| is_wanted(f.name()) || (is_openai && OPENAI.contains(&f.name()))).cloned().collect();
+    let is_wanted = |name: &str| is_wanted(name) || (is_openai && OPENAI.contains(&name));
+    // They are not decoded, only reported as not used.
+    let unknown: Vec<String> = names.iter().filter(|name| !is_wanted(name)).map(|name| (*name).to_owned()).collect();
+    let wanted = schema.get_fields().iter().filter(|f| is_wanted(f.name())).cloned().collect();
     let wanted = Type::group_type_builder(schema.name()).with_fields(wanted).build().map_err(|e| unreadable(&e))?;
     let rows = guarded(|| RowIter::from_file_into(Box::new(reader)).project(Some(wanted)));
     let rows = rows.map_err(|e| unreadable(&e))?.map_err(|e| unreadable(&e))?;
-    Ok(Records { rows: Some(rows) }.enumerate().map(|(i, record)| {
+    Ok(Records { rows: Some(rows) }.enumerate().map(move |(i, record)| {
         let row = i as u64 + 1;
         let record = record.map_err(|e| issue(row, "", IssueReason::InvalidType, format!("the record cannot be decoded: {e}")))?;
         let mut fields = Map::new();
@@ -66,8 +70,10 @@ pub(super) fn decode(path: &Path) -> Result<impl Iterator<Item = Result<Map<Stri
                     return Err(issue(row, name, IssueReason::InvalidType, message));
                 }
             };
-            fields.insert(name.clone(), value);
+            // A column of structures has a null wherever a row lacks a key that another one has.
+            fields.insert(name.clone(), without_nulls(value));
         }
+        fields.extend(unknown.iter().map(|name| (name.clone(), Value::Bool(true))));
         Ok(fields)
     }))
 }

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use super::shapes::{self, Record};
 use super::{DataError, MAX_LINE_BYTES, RowReader, issue};
 use crate::domain::dataset::{ChatMessage, IssueReason, MAX_MESSAGES, MAX_QUOTED_VALUE, PreferenceRow, RowIssue, RowShape, Text};
+use crate::domain::message::{MessageProblem, TemplateArguments, check_kwargs, has_content, kind, tools_from_json};
 use crate::domain::violation::shortened;
 
 pub(super) fn read(path: &Path) -> Result<RowReader, DataError> {
@@ -90,17 +91,17 @@ fn parse(row: u64, line: &[u8]) -> Record {
     }
 }
 
-/// Columns that change what a row means and that cannot be used yet: without them other tokens would be trained on.
-pub(super) const UNSUPPORTED: [&str; 7] = ["tools", "images", "image", "videos", "video", "audios", "audio"];
-/// Columns that other tools use and that are left out.
-pub(super) const IGNORED: [&str; 2] = ["chat_template_kwargs", "system"];
-/// The same among the keys of a message.
-const UNSUPPORTED_KEYS: [&str; 4] = ["tool_calls", "function_call", "images", "audio"];
+/// Columns that hold something else than text, which models here do not see.
+pub(super) const MEDIA: [&str; 6] = ["images", "image", "videos", "video", "audios", "audio"];
+/// Columns of tools and of variables for the chat template.
+pub(super) const TOOLS: &str = "tools";
+pub(super) const KWARGS: &str = "chat_template_kwargs";
 
-/// Keys of a column's messages that are reported as not used.
+/// Unknown columns of a row that are reported.
 const MAX_IGNORED: usize = 16;
 
-/// A row from its columns. Some that are not used are findings; others are ignored.
+/// A row from its columns. Columns of other forms of rows than prompt, chosen and rejected have been
+/// made into these before; what is still unknown then is reported as not used.
 pub(super) fn from_fields(row: u64, mut fields: Map<String, Value>) -> Result<PreferenceRow, RowIssue> {
     let id = match fields.remove("id") {
         None | Some(Value::Null) => None,
@@ -113,13 +114,13 @@ pub(super) fn from_fields(row: u64, mut fields: Map<String, Value>) -> Result<Pr
         None | Some(Value::Null) => 1.0,
         Some(v) => v.as_f64().filter(|w| w.is_finite() && *w > 0.0).ok_or_else(|| named(invalid_weight(row, &v.to_string())))?,
     };
-    if let Some(field) = UNSUPPORTED.into_iter().find(|f| fields.get(*f).is_some_and(has_content)) {
+    if let Some(field) = MEDIA.into_iter().find(|f| fields.get(*f).is_some_and(has_content)) {
         return Err(named(unsupported(row, field)));
     }
-    let mut ignored: Vec<String> = IGNORED.into_iter().filter(|f| fields.get(*f).is_some_and(has_content)).map(str::to_owned).collect();
+    let arguments = arguments(row, &mut fields).map_err(named)?;
     let mut text = |field: &str| match fields.remove(field) {
         None | Some(Value::Null) => Ok(None),
-        Some(v) => to_text(row, field, v, &mut ignored).map(Some).map_err(named),
+        Some(v) => to_text(row, field, v).map(Some).map_err(named),
     };
     let (prompt, chosen, rejected) = (text("prompt")?, text("chosen")?, text("rejected")?);
     let need = |field: &str, t: Option<Text>| {
@@ -145,7 +146,43 @@ pub(super) fn from_fields(row: u64, mut fields: Map<String, Value>) -> Result<Pr
             return Err(named(issue(row, field, IssueReason::InvalidType, message)));
         }
     }
-    Ok(PreferenceRow { row, id, prompt, chosen, rejected, weight, ignored, shape: RowShape::default(), pair: None })
+    let mut ignored: Vec<String> = Vec::new();
+    let arguments = if plain(&prompt) {
+        if arguments.tools.iter().flatten().next().is_some() {
+            let message = "tools need a dialogue, because the chat template shows them to the model: make prompt, chosen and rejected lists \
+                           of messages, or remove tools";
+            return Err(named(issue(row, TOOLS, IssueReason::UnsupportedField, message)));
+        }
+        if !arguments.kwargs.is_empty() {
+            ignored.push(KWARGS.to_owned());
+        }
+        TemplateArguments::default()
+    } else {
+        arguments
+    };
+    let unknown = fields.iter().filter(|(name, value)| !MEDIA.contains(&name.as_str()) && has_content(value));
+    ignored.extend(unknown.take(MAX_IGNORED).map(|(name, _)| shortened(name, MAX_QUOTED_VALUE)));
+    Ok(PreferenceRow { row, id, prompt, chosen, rejected, weight, arguments, ignored, shape: RowShape::default(), pair: None })
+}
+
+/// A row's tools and variables for the chat template.
+fn arguments(row: u64, fields: &mut Map<String, Value>) -> Result<TemplateArguments, RowIssue> {
+    let wrong = |field: &str, reason: String| issue(row, field, IssueReason::InvalidType, format!("{field} {reason}"));
+    let tools = tools_from_json(fields.remove(TOOLS).unwrap_or_default()).map_err(|e| wrong(TOOLS, e))?;
+    let kwargs = match fields.remove(KWARGS) {
+        Some(Value::String(text)) if !text.trim().is_empty() => {
+            serde_json::from_str(&text).map_err(|e| wrong(KWARGS, format!("is a string that is not JSON: {e}")))?
+        }
+        Some(Value::String(_)) | None => Value::Null,
+        Some(other) => other,
+    };
+    let kwargs = match kwargs {
+        Value::Null => Map::new(),
+        Value::Object(kwargs) => kwargs,
+        other => return Err(wrong(KWARGS, format!("is {}: it must be a JSON object", kind(&other)))),
+    };
+    check_kwargs(&kwargs).map_err(|e| wrong(KWARGS, e))?;
+    Ok(TemplateArguments { tools, kwargs })
 }
 
 /// The finding about a weight that is no finite number above 0.
@@ -155,20 +192,11 @@ pub(super) fn invalid_weight(row: u64, weight: &str) -> RowIssue {
 }
 
 fn unsupported(row: u64, field: &str) -> RowIssue {
-    let message =
-        format!("{field} cannot be used yet, and without it the row would mean something else: leave the row out, or remove {field}");
+    let message = format!(
+        "{field} cannot be used, because models here see text only, and without it the row would mean something else: leave the row out, or \
+         remove {field}"
+    );
     issue(row, field, IssueReason::UnsupportedField, message)
-}
-
-/// Whether a value says anything.
-fn has_content(value: &Value) -> bool {
-    match value {
-        Value::Null => false,
-        Value::Array(items) => !items.is_empty(),
-        Value::Object(fields) => fields.values().any(has_content),
-        Value::String(text) => !text.is_empty(),
-        Value::Bool(_) | Value::Number(_) => true,
-    }
 }
 
 /// Splits two whole dialogues after the messages they share.
@@ -184,8 +212,8 @@ fn split_dialogues(row: u64, mut chosen: Vec<ChatMessage>, mut rejected: Vec<Cha
     Ok((Text::Chat(chosen), Text::Chat(answers.0), Text::Chat(answers.1)))
 }
 
-/// A column's text. Keys of messages that are not used are added to `ignored`.
-fn to_text(row: u64, field: &str, value: Value, ignored: &mut Vec<String>) -> Result<Text, RowIssue> {
+/// A column's text.
+fn to_text(row: u64, field: &str, value: Value) -> Result<Text, RowIssue> {
     let wrong = |message: String| issue(row, field, IssueReason::InvalidType, message);
     match value {
         Value::String(s) => Ok(Text::Plain(s)),
@@ -194,37 +222,15 @@ fn to_text(row: u64, field: &str, value: Value, ignored: &mut Vec<String>) -> Re
         }
         Value::Array(messages) => {
             let mut chat = Vec::with_capacity(messages.len());
-            let mut seen: Vec<String> = Vec::new();
-            for (i, m) in messages.into_iter().enumerate() {
-                for (key, _) in m.as_object().into_iter().flatten().filter(|(_, v)| has_content(v)) {
-                    if UNSUPPORTED_KEYS.contains(&key.as_str()) {
-                        return Err(unsupported(row, &format!("{field}[{i}].{key}")));
-                    }
-                    if key != "role" && key != "content" && seen.len() < MAX_IGNORED && !seen.contains(key) {
-                        ignored.push(format!("{field}[{i}].{}", shortened(key, MAX_QUOTED_VALUE)));
-                        seen.push(key.clone());
-                    }
-                }
-                let part = |name: &str| match m.get(name) {
-                    Some(Value::String(s)) => Ok(s.clone()),
-                    Some(other) => Err(wrong(format!("{field}[{i}].{name} is {}: it must be a string", kind(other)))),
-                    None => Err(wrong(format!("{field}[{i}].{name} is missing: a message is {{\"role\": …, \"content\": …}}"))),
-                };
-                chat.push(ChatMessage { role: part("role")?, content: part("content")? });
+            for (i, message) in messages.into_iter().enumerate() {
+                chat.push(ChatMessage::parse(message).map_err(|problem| match problem {
+                    MessageProblem::Media { path } => unsupported(row, &format!("{field}[{i}].{path}")),
+                    MessageProblem::Invalid { path, reason } if path.is_empty() => wrong(format!("{field}[{i}] {reason}")),
+                    MessageProblem::Invalid { path, reason } => wrong(format!("{field}[{i}].{path} {reason}")),
+                })?);
             }
             Ok(Text::Chat(chat))
         }
         other => Err(wrong(format!("{field} is {}: use a string or a list of messages", kind(&other)))),
-    }
-}
-
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
     }
 }

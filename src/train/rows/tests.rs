@@ -34,8 +34,8 @@ fn every_form_of_row_is_read() {
     let rows: Vec<PreferenceRow> = rows.into_iter().map(Result::unwrap).collect();
     assert_eq!((rows[0].row, rows[0].weight, rows[0].id.as_deref()), (1, 2.0, Some("7")));
     assert_eq!(rows[1].row, 3, "blank lines count as lines and not as rows");
-    assert_eq!(rows[2].prompt, Text::Chat(vec![ChatMessage { role: "user".into(), content: "Q".into() }]));
-    assert_eq!(rows[2].rejected, Text::Chat(vec![ChatMessage { role: "assistant".into(), content: "b".into() }]));
+    assert_eq!(rows[2].prompt, Text::Chat(vec![ChatMessage::new("user", "Q")]));
+    assert_eq!(rows[2].rejected, Text::Chat(vec![ChatMessage::new("assistant", "b")]));
 }
 
 #[test]
@@ -110,7 +110,7 @@ fn parquet_strings_and_message_lists_are_the_same_rows() {
     let rows: Vec<_> = read_rows(file.path(), DatasetFormat::Parquet).unwrap().map(Result::unwrap).collect();
     assert_eq!(rows.len(), 1);
     assert_eq!(rows[0].weight, 1.5);
-    assert_eq!(rows[0].chosen, Text::Chat(vec![ChatMessage { role: "assistant".into(), content: "yes".into() }]));
+    assert_eq!(rows[0].chosen, Text::Chat(vec![ChatMessage::new("assistant", "yes")]));
 }
 
 #[test]

@@ -2,16 +2,15 @@
 #![no_main]
 
 use bradley::domain::dataset::ChatMessage;
-use bradley::model::chat::ChatTemplate;
+use bradley::model::chat::{ChatTemplate, RenderOptions};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|source: &str| {
-    let say = |role: &str, content: &str| ChatMessage { role: role.into(), content: content.into() };
     let specials = vec![("bos_token".to_owned(), "<s>".to_owned()), ("eos_token".to_owned(), "</s>".to_owned())];
     if let Ok(template) = ChatTemplate::new(source, specials) {
-        let messages = [say("system", "be brief"), say("user", "Hi"), say("assistant", "Yo")];
+        let messages = [("system", "be brief"), ("user", "Hi"), ("assistant", "Yo")].map(|(role, text)| ChatMessage::new(role, text));
         for generation in [true, false] {
-            let _ = template.render(&messages, generation);
+            let _ = template.render(&messages, &RenderOptions::new(generation));
         }
     }
 });

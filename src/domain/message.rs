@@ -1,0 +1,342 @@
+//! Chat messages, and what a chat template sees besides them.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// Messages of one text: each has a token at least, so that no row with more could be used.
+pub const MAX_MESSAGES: usize = 16384;
+/// Tools of one row, job or scoring call.
+pub const MAX_TOOLS: usize = 1024;
+/// How deep objects and lists of a message, a tool or a template argument may lie in each other.
+pub const MAX_DEPTH: usize = 64;
+/// Bytes of the tools, and of the template arguments, of one row, job or scoring call.
+pub const MAX_ARGUMENT_BYTES: usize = 1 << 20;
+
+/// Names that transformers' `apply_chat_template` takes itself, so that no template sees a value
+/// which a caller gives under them.
+const RESERVED: [&str; 16] = [
+    "messages",
+    "conversation",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "tokenize",
+    "sanitize_control_tokens",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+];
+
+/// Kinds of content parts, and keys of messages, that hold something else than text.
+const MEDIA_PARTS: [&str; 11] =
+    ["image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url", "input_video", "file", "input_file"];
+const MEDIA_KEYS: [&str; 6] = ["images", "image", "videos", "video", "audios", "audio"];
+/// Keys that name a message or say what it answers; alone they are no text.
+const LABELS: [&str; 4] = ["role", "content", "name", "tool_call_id"];
+
+/// A chat message: a JSON object with at least a role. The chat template sees every key, in the
+/// order in which they were given.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "Value")]
+pub struct ChatMessage(Map<String, Value>);
+
+/// Why a JSON value is not a message that can be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MessageProblem {
+    /// A key is missing or has the wrong type.
+    Invalid {
+        /// The path in the message, e.g. `content[1].type`; empty for the message itself.
+        path: String,
+        /// What is wrong, to be read after the path.
+        reason: String,
+    },
+    /// The message holds an image, audio or video, which the models here do not see.
+    Media {
+        /// The path in the message.
+        path: String,
+    },
+}
+
+impl std::fmt::Display for MessageProblem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            MessageProblem::Invalid { path, reason } if path.is_empty() => write!(f, "the message {reason}"),
+            MessageProblem::Invalid { path, reason } => write!(f, "{path} {reason}"),
+            MessageProblem::Media { path } => write!(f, "{path} cannot be used: models here see text only"),
+        }
+    }
+}
+
+impl ChatMessage {
+    /// A message with a role and a text.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        let mut fields = Map::new();
+        fields.insert("role".to_owned(), Value::String(role.into()));
+        fields.insert("content".to_owned(), Value::String(content.into()));
+        ChatMessage(fields)
+    }
+
+    /// The message that a JSON object is. Keys with null are left out, as transformers leaves them
+    /// out before it renders.
+    ///
+    /// # Errors
+    /// In words, when the value is no message or holds media.
+    pub fn from_json(value: Value) -> Result<Self, String> {
+        Self::parse(value).map_err(|problem| problem.to_string())
+    }
+
+    /// [`ChatMessage::from_json`] with a problem that says where it lies.
+    pub fn parse(value: Value) -> Result<Self, MessageProblem> {
+        let wrong = |path: &str, reason: String| MessageProblem::Invalid { path: path.to_owned(), reason };
+        let Value::Object(mut fields) = value else {
+            return Err(wrong("", format!("is {}: it must be {{\"role\": …, \"content\": …}}", kind(&value))));
+        };
+        match fields.get("role") {
+            Some(Value::String(_)) => {}
+            None => return Err(wrong("role", "is missing: a message is {\"role\": …, \"content\": …}".into())),
+            Some(other) => return Err(wrong("role", format!("is {}: it must be a string", kind(other)))),
+        }
+        if let Some(key) = MEDIA_KEYS.into_iter().find(|key| fields.get(*key).is_some_and(has_content)) {
+            return Err(MessageProblem::Media { path: key.to_owned() });
+        }
+        match fields.get("content") {
+            Some(Value::String(_)) => {}
+            Some(Value::Array(parts)) => check_parts(parts)?,
+            None | Some(Value::Null) => {
+                let has_payload = fields.iter().any(|(key, value)| is_payload(key, value));
+                if !has_payload {
+                    let how = if fields.contains_key("content") { "null" } else { "missing" };
+                    let reason = format!("is {how}: a message has a content, or something else to say such as tool_calls");
+                    return Err(wrong("content", reason));
+                }
+            }
+            Some(other) => {
+                return Err(wrong("content", format!("is {}: it must be a string or a list of parts", kind(other))));
+            }
+        }
+        if let Some((key, _)) = fields.iter().find(|(_, value)| !is_within_depth(value, MAX_DEPTH)) {
+            return Err(wrong(key, too_deep()));
+        }
+        fields.retain(|_, value| !value.is_null());
+        Ok(ChatMessage(fields))
+    }
+
+    /// system, user, assistant, tool, …
+    pub fn role(&self) -> &str {
+        self.0.get("role").and_then(Value::as_str).unwrap_or_default()
+    }
+
+    /// Every key, in order.
+    pub fn fields(&self) -> &Map<String, Value> {
+        &self.0
+    }
+
+    /// Whether the message says nothing: no text, no tool call, no reasoning.
+    pub fn is_blank(&self) -> bool {
+        let has_text = match self.0.get("content") {
+            Some(Value::String(text)) => !text.trim().is_empty(),
+            Some(Value::Array(parts)) => {
+                parts.iter().any(|part| part.get("text").and_then(Value::as_str).is_some_and(|text| !text.trim().is_empty()))
+            }
+            _ => false,
+        };
+        !has_text && !self.0.iter().any(|(key, value)| is_payload(key, value))
+    }
+
+    /// Bytes of its text, keys included.
+    pub fn bytes(&self) -> usize {
+        self.0.iter().map(|(key, value)| key.len() + bytes(value)).sum()
+    }
+}
+
+impl TryFrom<Value> for ChatMessage {
+    type Error = String;
+
+    fn try_from(value: Value) -> Result<Self, String> {
+        ChatMessage::from_json(value)
+    }
+}
+
+/// What a chat template sees besides the messages.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TemplateArguments {
+    /// The tools that the model may call, each a JSON object; `None` is not the same as none for
+    /// some templates.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tools: Option<Vec<Value>>,
+    /// Further variables, e.g. `enable_thinking`.
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    pub kwargs: Map<String, Value>,
+}
+
+impl TemplateArguments {
+    /// Whether the template sees nothing of this.
+    pub fn is_empty(&self) -> bool {
+        self.tools.is_none() && self.kwargs.is_empty()
+    }
+
+    /// These arguments over those of `below`: tools and variables given here win.
+    pub fn over(&self, below: &TemplateArguments) -> TemplateArguments {
+        let mut kwargs = below.kwargs.clone();
+        kwargs.extend(self.kwargs.clone());
+        TemplateArguments { tools: self.tools.clone().or_else(|| below.tools.clone()), kwargs }
+    }
+
+    /// Bytes of their text, keys included.
+    pub fn bytes(&self) -> usize {
+        let tools: usize = self.tools.iter().flatten().map(bytes).sum();
+        tools + self.kwargs.iter().map(|(key, value)| key.len() + bytes(value)).sum::<usize>()
+    }
+}
+
+/// Tools from JSON: a list of objects, or a string that holds such a list, which is how tables of
+/// one type store them. Null is no tools.
+///
+/// # Errors
+/// In words, to be read after the field's name.
+pub fn tools_from_json(value: Value) -> Result<Option<Vec<Value>>, String> {
+    let value = match value {
+        Value::String(text) if text.trim().is_empty() => Value::Null,
+        Value::String(text) => serde_json::from_str(&text).map_err(|e| format!("is a string that is not JSON: {e}"))?,
+        other => other,
+    };
+    let tools = match value {
+        Value::Null => return Ok(None),
+        Value::Array(tools) => tools,
+        other => return Err(format!("is {}: it must be a list of JSON objects, or a JSON string of it", kind(&other))),
+    };
+    check_tools(&tools)?;
+    Ok(Some(tools))
+}
+
+/// Checks the form and the size of a list of tools.
+///
+/// # Errors
+/// In words, to be read after the field's name.
+pub fn check_tools(tools: &[Value]) -> Result<(), String> {
+    if tools.len() > MAX_TOOLS {
+        return Err(format!("has {} tools: {MAX_TOOLS} are the limit", tools.len()));
+    }
+    if let Some((i, other)) = tools.iter().enumerate().find(|(_, tool)| !tool.is_object()) {
+        return Err(format!("has {} at [{i}]: each tool is a JSON object", kind(other)));
+    }
+    check_size(tools.iter())
+}
+
+/// Checks the names and the size of template arguments.
+///
+/// # Errors
+/// In words, to be read after the field's name.
+pub fn check_kwargs(kwargs: &Map<String, Value>) -> Result<(), String> {
+    if let Some(name) = RESERVED.into_iter().find(|name| kwargs.contains_key(*name)) {
+        let remedy = match name {
+            "tools" => "give tools in their own field",
+            _ => "it is no variable that a template can be given: remove it",
+        };
+        return Err(format!("has the key {name:?}: {remedy}"));
+    }
+    check_size(kwargs.values())
+}
+
+fn check_size<'a>(values: impl Iterator<Item = &'a Value>) -> Result<(), String> {
+    let mut total = 0;
+    for value in values {
+        if !is_within_depth(value, MAX_DEPTH) {
+            return Err(too_deep());
+        }
+        total += bytes(value);
+    }
+    if total > MAX_ARGUMENT_BYTES {
+        return Err(format!("has {total} bytes: {MAX_ARGUMENT_BYTES} are the limit"));
+    }
+    Ok(())
+}
+
+fn too_deep() -> String {
+    format!("has objects and lists that lie more than {MAX_DEPTH} deep in each other: flatten it")
+}
+
+/// Whether a value says anything: not null, and not empty all through.
+pub fn has_content(value: &Value) -> bool {
+    match value {
+        Value::Null => false,
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(fields) => fields.values().any(has_content),
+        Value::String(text) => !text.is_empty(),
+        Value::Bool(_) | Value::Number(_) => true,
+    }
+}
+
+/// Removes keys with null from objects, all through a value. Tables of one type fill the keys that
+/// an object does not have with nulls; TRL's `remove_none_values` takes them out again like this.
+pub fn without_nulls(value: Value) -> Value {
+    match value {
+        Value::Array(items) => Value::Array(items.into_iter().map(without_nulls).collect()),
+        Value::Object(fields) => {
+            let present = fields.into_iter().filter(|(_, value)| !value.is_null());
+            Value::Object(present.map(|(key, value)| (key, without_nulls(value))).collect())
+        }
+        scalar => scalar,
+    }
+}
+
+/// The type of a JSON value, in words.
+pub fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+fn is_payload(key: &str, value: &Value) -> bool {
+    !LABELS.contains(&key) && has_content(value)
+}
+
+fn check_parts(parts: &[Value]) -> Result<(), MessageProblem> {
+    for (i, part) in parts.iter().enumerate() {
+        let path = format!("content[{i}]");
+        let Some(fields) = part.as_object() else {
+            let reason = format!("is {}: a part is {{\"type\": \"text\", \"text\": …}}", kind(part));
+            return Err(MessageProblem::Invalid { path, reason });
+        };
+        if fields.get("type").and_then(Value::as_str).is_some_and(|kind| MEDIA_PARTS.contains(&kind)) {
+            return Err(MessageProblem::Media { path: format!("{path}.type") });
+        }
+        if let Some(key) = MEDIA_PARTS.into_iter().find(|key| fields.get(*key).is_some_and(has_content)) {
+            return Err(MessageProblem::Media { path: format!("{path}.{key}") });
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of a value's strings and keys, and 8 for each other scalar.
+fn bytes(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(items) => items.iter().map(bytes).sum(),
+        Value::Object(fields) => fields.iter().map(|(key, value)| key.len() + bytes(value)).sum(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 8,
+    }
+}
+
+fn is_within_depth(value: &Value, depth: usize) -> bool {
+    match value {
+        Value::Array(items) => depth > 0 && items.iter().all(|item| is_within_depth(item, depth - 1)),
+        Value::Object(fields) => depth > 0 && fields.values().all(|item| is_within_depth(item, depth - 1)),
+        _ => true,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,121 @@
+//! JSON in requests: `google.protobuf.Struct`, and strings of JSON where the order of keys counts.
+
+use prost_types::value::Kind;
+use prost_types::{ListValue, NullValue, Struct};
+use serde_json::{Map, Number, Value};
+
+use crate::domain::message::{TemplateArguments, check_kwargs, check_tools, kind, tools_from_json};
+
+/// How deep objects and lists of a Struct may lie in each other. Protobuf's own limit, of which an
+/// error names no field, is a little above.
+const MAX_DEPTH: usize = 24;
+/// Whole numbers below this are exact as doubles.
+const EXACT: f64 = (1u64 << 53) as f64;
+
+/// A field that cannot be used, and why.
+pub(in crate::rpc) type Wrong = (String, String);
+
+/// The JSON object that a Struct stands for, its keys sorted.
+///
+/// # Errors
+/// In words, to be read after the field's name.
+pub(in crate::rpc) fn object(given: Struct) -> Result<Map<String, Value>, String> {
+    fields(given, MAX_DEPTH)
+}
+
+fn fields(given: Struct, depth: usize) -> Result<Map<String, Value>, String> {
+    // The map of a Struct is sorted.
+    given.fields.into_iter().map(|(key, value)| Ok((key, json(value, depth)?))).collect()
+}
+
+fn json(value: prost_types::Value, depth: usize) -> Result<Value, String> {
+    if depth == 0 {
+        return Err(format!(
+            "has objects and lists that lie more than {MAX_DEPTH} deep in each other: flatten it, or use the field for JSON"
+        ));
+    }
+    Ok(match value.kind {
+        None | Some(Kind::NullValue(_)) => Value::Null,
+        Some(Kind::BoolValue(flag)) => Value::Bool(flag),
+        Some(Kind::NumberValue(x)) => Value::Number(number(x)?),
+        Some(Kind::StringValue(text)) => Value::String(text),
+        Some(Kind::ListValue(list)) => Value::Array(list.values.into_iter().map(|item| json(item, depth - 1)).collect::<Result<_, _>>()?),
+        Some(Kind::StructValue(given)) => Value::Object(fields(given, depth - 1)?),
+    })
+}
+
+/// A Struct's number is a double: what is whole is meant as an integer.
+fn number(x: f64) -> Result<Number, String> {
+    if x.fract() == 0.0 && x.abs() < EXACT {
+        return Ok(Number::from(x as i64));
+    }
+    Number::from_f64(x).ok_or_else(|| format!("has the number {x}: JSON has finite numbers only"))
+}
+
+/// The Struct that stands for a JSON object.
+pub(in crate::rpc) fn to_struct(fields: &Map<String, Value>) -> Struct {
+    Struct { fields: fields.iter().map(|(key, value)| (key.clone(), to_value(value))).collect() }
+}
+
+fn to_value(value: &Value) -> prost_types::Value {
+    let kind = match value {
+        Value::Null => Kind::NullValue(NullValue::NullValue.into()),
+        Value::Bool(flag) => Kind::BoolValue(*flag),
+        Value::Number(n) => Kind::NumberValue(n.as_f64().unwrap_or_default()),
+        Value::String(text) => Kind::StringValue(text.clone()),
+        Value::Array(items) => Kind::ListValue(ListValue { values: items.iter().map(to_value).collect() }),
+        Value::Object(fields) => Kind::StructValue(to_struct(fields)),
+    };
+    prost_types::Value { kind: Some(kind) }
+}
+
+/// A JSON object in a string.
+///
+/// # Errors
+/// In words, to be read after the field's name.
+pub(in crate::rpc) fn parse_object(text: &str) -> Result<Map<String, Value>, String> {
+    match serde_json::from_str(text) {
+        Ok(Value::Object(fields)) => Ok(fields),
+        Ok(other) => Err(format!("is {}: it must be a JSON object", kind(&other))),
+        Err(e) => Err(format!("is not JSON: {e}")),
+    }
+}
+
+/// Variables for the chat template.
+///
+/// # Errors
+/// In words, to be read after the field's name.
+pub(in crate::rpc) fn kwargs(given: Option<Struct>) -> Result<Map<String, Value>, String> {
+    let kwargs = object(given.unwrap_or_default())?;
+    check_kwargs(&kwargs)?;
+    Ok(kwargs)
+}
+
+/// What a chat template is to see besides the messages; `place` is where the fields are, e.g.
+/// `options`.
+pub(in crate::rpc) fn arguments(
+    place: &str,
+    tools: Vec<Struct>,
+    tools_json: String,
+    given_kwargs: Option<Struct>,
+) -> Result<TemplateArguments, Wrong> {
+    let wrong = |name: &str, reason: String| (format!("{place}.{name}"), reason);
+    let tools = match (tools.is_empty(), tools_json.is_empty()) {
+        (true, true) => None,
+        (false, false) => return Err(wrong("tools_json", "is given together with tools: use one of the two".into())),
+        (false, true) => {
+            let tools: Result<Vec<Value>, String> = tools.into_iter().map(|tool| Ok(Value::Object(object(tool)?))).collect();
+            let tools = tools.and_then(|tools| check_tools(&tools).map(|()| tools)).map_err(|e| wrong("tools", e))?;
+            Some(tools)
+        }
+        (true, false) => {
+            let list = serde_json::from_str(&tools_json).map_err(|e| wrong("tools_json", format!("is not JSON: {e}")))?;
+            tools_from_json(list).map_err(|e| wrong("tools_json", e))?
+        }
+    };
+    let kwargs = kwargs(given_kwargs).map_err(|e| wrong("chat_template_kwargs", e))?;
+    Ok(TemplateArguments { tools, kwargs })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,414 @@
+//! Chat templates through rows, jobs and scoring calls: tools, template arguments, dates, and
+//! templates that cannot be used. What is rendered is compared with transformers itself.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use bradley::domain::dataset::ChatMessage;
+use bradley::model::chat::RenderOptions;
+use bradley::model::tokenizer::ChatTokenizer;
+use bradley::rpc::client::{Client, Status, json_struct};
+use bradley::rpc::pb;
+use serde_json::{Value, json};
+use tonic::Code;
+use tonic_types::StatusExt as _;
+
+use crate::server::{Server, finish, job, scored, submit};
+use crate::support::{golden, needed};
+
+/// A template that prints everything it is given: tools, arguments, every key, and the date.
+const PRINTS_ALL: &str = r#"{%- if tools is not none %}{{ tools | tojson }}{% endif -%}
+{%- if style is defined %}<{{ style }}>{% endif -%}
+{%- for message in messages %}
+{{ message.role }}:
+{%- generation -%}
+{% if message.content is string %}{{ message.content }}{% elif message.content is defined %}{{ message.content | tojson }}{% endif %}
+{%- endgeneration -%}
+{%- for call in message.tool_calls %} {{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %}
+{%- if message.reasoning_content %} r={{ message.reasoning_content }}{% endif %}
+{%- if message.role == 'assistant' %} {{ strftime_now('%Y-%m-%d') }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+assistant:{% endif %}"#;
+
+/// A copy of the tiny Llama with another chat template.
+fn model(dir: &Path, template: &str) -> PathBuf {
+    let folder = dir.join("model");
+    std::fs::create_dir_all(&folder).unwrap();
+    for file in std::fs::read_dir(golden("models/llama")).unwrap().map(|f| f.unwrap()) {
+        std::fs::copy(file.path(), folder.join(file.file_name())).unwrap();
+    }
+    std::fs::write(folder.join("chat_template.jinja"), template).unwrap();
+    folder
+}
+
+fn serve(dir: &Path, template: &str, flags: &[&str]) -> Server {
+    let models = format!("tiny={}", model(dir, template).display());
+    Server::start_with(&dir.join("data"), &models, flags)
+}
+
+fn chat(messages: Value) -> Option<pb::Text> {
+    let messages = messages.as_array().unwrap().iter();
+    let messages = messages.map(|m| pb::Message { fields_json: m.to_string(), ..Default::default() }).collect();
+    Some(pb::Text { form: Some(pb::text::Form::Chat(pb::MessageList { messages })) })
+}
+
+fn plain(text: &str) -> Option<pb::Text> {
+    Some(pb::Text { form: Some(pb::text::Form::Plain(text.into())) })
+}
+
+fn structure(value: Value) -> bradley::rpc::client::ProtoStruct {
+    json_struct(value.as_object().unwrap())
+}
+
+fn question() -> pb::Pair {
+    pb::Pair {
+        prompt: chat(json!([{"role": "user", "content": "1 2"}])),
+        a: chat(json!([{"role": "assistant", "content": "3"}])),
+        b: chat(json!([{"role": "assistant", "content": "4 5"}])),
+        ..Default::default()
+    }
+}
+
+async fn score(client: &Client, options: pb::ScoringOptions, pair: pb::Pair) -> Result<pb::PairScore, Status> {
+    let options = pb::ScoringOptions { per_token_logprobs: true, ..options };
+    let request = pb::ScorePairsRequest { options: Some(options), pairs: vec![pair] };
+    let answer = client.scoring().score_pairs(request).await?.into_inner();
+    match &answer.results[0].result {
+        Some(pb::pair_result::Result::Error(e)) => {
+            use prost::Message as _;
+            Err(Status::with_details(Code::from(e.code), e.message.clone(), e.encode_to_vec().into()))
+        }
+        _ => Ok(scored(&answer.results[0]).clone()),
+    }
+}
+
+fn tiny() -> pb::ScoringOptions {
+    pb::ScoringOptions { policy: "models/tiny".into(), ..Default::default() }
+}
+
+/// The fields that a refusal names.
+fn fields(status: &Status) -> Vec<String> {
+    assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+    let details = status.get_details_bad_request();
+    details.into_iter().flat_map(|d| d.field_violations).map(|v| v.field).collect()
+}
+
+fn prompt_tokens(score: &pb::PairScore) -> u32 {
+    score.a.as_ref().unwrap().prompt_tokens
+}
+
+fn answer(score: &pb::PairScore, tokenizer: &ChatTokenizer) -> String {
+    tokenizer.decode(&score.a.as_ref().unwrap().token_ids).unwrap()
+}
+
+#[test]
+fn dialogues_with_tools_render_as_in_transformers() {
+    let Some(python) = needed("BRADLEY_TEST_PYTHON", "dialogues_with_tools_render_as_in_transformers") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let everything = "{{ bos_token }}{{ tools | tojson(indent=2) }}|{{ messages | tojson(ensure_ascii=true, separators=(',', ':'), sort_keys=true) }}|\
+                      {{ messages | tojson }}|{{ x }}|{{ add_generation_prompt }}{% for m in messages if m.name is defined %}{{ loop.index }}{% break %}{% endfor %}\
+                      {%-  generation -%}  a  {%-endgeneration%}";
+    let tools = json!([{"type": "function", "function": {"name": "wéather", "parameters": {"z": 1, "a": {"type": ["string", "null"], "default": null, "x": 1.5, "y": 1e-7}}}}]);
+    let dialogues = json!([
+        [{"role": "user", "content": "Hi \"there\" \u{7f}𝄞"}],
+        [{"content": "no role first", "role": "user", "name": null}, {"role": "assistant", "content": null, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"q": "x", "b": null, "n": 2.0}}}]},
+         {"role": "tool", "tool_call_id": "1", "content": "{\"t\": 3}", "name": "f"}],
+        [{"role": "user", "content": [{"type": "text", "text": "part"}]}, {"role": "assistant", "reasoning": "think", "content": "so"},
+         {"role": "assistant", "thinking": "t", "content": "a", "reasoning_content": "r"}]
+    ]);
+    let kwargs = json!({"x": [1, 2.5, "s", null, true, {"k": "v's"}], "bos_token": "<B>"});
+    let mut cases = Vec::new();
+    for template in [PRINTS_ALL, everything] {
+        for dialogue in dialogues.as_array().unwrap() {
+            for (tools, kwargs) in [(json!(null), json!({})), (tools.clone(), kwargs.clone()), (json!([]), json!({"style": "brief"}))] {
+                for generation in [true, false] {
+                    cases.push(
+                        json!({"template": template, "messages": dialogue, "tools": tools, "kwargs": kwargs, "generation": generation}),
+                    );
+                }
+            }
+        }
+    }
+    let input = dir.path().join("cases.json");
+    std::fs::write(&input, json!(cases).to_string()).unwrap();
+    let program = "
+import json, sys, datetime
+from transformers import AutoTokenizer
+tok = AutoTokenizer.from_pretrained(sys.argv[1])
+out = []
+for c in json.load(open(sys.argv[2])):
+    kwargs = c['kwargs']
+    text = tok.apply_chat_template(c['messages'], tools=c['tools'], chat_template=c['template'], tokenize=False,
+                                   add_generation_prompt=c['generation'], **kwargs)
+    out.append(text)
+print(json.dumps([datetime.date.today().isoformat(), out]))
+";
+    let done =
+        Command::new(python).args(["-c", program]).arg(golden("models/llama")).arg(&input).env("HF_HUB_OFFLINE", "1").output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let text = String::from_utf8(done.stdout).unwrap();
+    let (today, expected): (jiff::civil::Date, Vec<String>) = serde_json::from_str(text.lines().last().unwrap())
+        .map(|(day, texts): (String, Vec<String>)| (day.parse().unwrap(), texts))
+        .unwrap();
+    for (case, expected) in cases.iter().zip(expected) {
+        let folder = model(dir.path(), case["template"].as_str().unwrap());
+        let tokenizer = ChatTokenizer::from_folder(&folder).unwrap();
+        let messages: Vec<ChatMessage> =
+            case["messages"].as_array().unwrap().iter().map(|m| ChatMessage::from_json(m.clone()).unwrap()).collect();
+        let options = RenderOptions {
+            add_generation_prompt: case["generation"].as_bool().unwrap(),
+            tools: case["tools"].as_array().map(Vec::as_slice),
+            kwargs: case["kwargs"].as_object().unwrap(),
+            date: Some(today.at(0, 0, 0, 0)),
+        };
+        assert_eq!(tokenizer.apply_chat_template(&messages, &options).unwrap(), expected, "{case}");
+    }
+}
+
+#[test]
+fn a_template_for_tools_is_used_where_there_are_tools() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = model(dir.path(), "default");
+    let more = folder.join("additional_chat_templates");
+    std::fs::create_dir_all(&more).unwrap();
+    std::fs::write(more.join("tool_use.jinja"), "tools").unwrap();
+    let tokenizer = ChatTokenizer::from_folder(&folder).unwrap();
+    let messages = [ChatMessage::new("user", "a")];
+    let render = |tokenizer: &ChatTokenizer, tools: Option<Vec<Value>>| {
+        let options = RenderOptions { tools: tools.as_deref(), ..RenderOptions::new(true) };
+        tokenizer.apply_chat_template(&messages, &options)
+    };
+    assert_eq!(render(&tokenizer, None).unwrap(), "default");
+    assert_eq!(render(&tokenizer, Some(vec![json!({})])).unwrap(), "tools");
+    let with_two = tokenizer.template_hash();
+    // Files win over the configuration; without them its list of named templates is used.
+    std::fs::remove_dir_all(&more).unwrap();
+    assert_eq!(ChatTokenizer::from_folder(&folder).unwrap().template_hash(), with_two);
+    std::fs::remove_file(folder.join("chat_template.jinja")).unwrap();
+    let path = folder.join("tokenizer_config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config["chat_template"] = json!([{"name": "tool_use", "template": "named tools"}]);
+    std::fs::write(&path, config.to_string()).unwrap();
+    let tokenizer = ChatTokenizer::from_folder(&folder).unwrap();
+    assert_eq!(render(&tokenizer, Some(vec![])).unwrap(), "named tools");
+    let e = render(&tokenizer, None).unwrap_err().to_string();
+    assert!(e.contains("tool_use") && e.contains("none named \"default\""), "{e}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_template_that_does_not_compile_leaves_plain_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = serve(dir.path(), "{% for %}", &[]);
+    let client = server.client().await;
+    let pair = pb::Pair { prompt: plain("1 2"), a: plain(" 3"), b: plain(" 4"), ..Default::default() };
+    assert!(prompt_tokens(&score(&client, tiny(), pair).await.unwrap()) > 0);
+    let refused = score(&client, tiny(), question()).await.unwrap_err();
+    assert!(refused.message().contains("does not compile"), "{}", refused.message());
+    let model = client.models().list_models(pb::ListModelsRequest {}).await.unwrap().into_inner().models.remove(0);
+    assert!(!model.chat_template);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn arguments_of_a_pair_win_over_those_of_the_call_and_those_over_the_jobs() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = serve(dir.path(), PRINTS_ALL, &[]);
+    let client = server.client().await;
+    // Words of one token each, so that the number of tokens tells which was rendered.
+    let with = |style: &str| Some(structure(json!({"style": style})));
+    let row = json!({
+        "prompt": [{"role": "user", "content": "1 2"}],
+        "chosen": [{"role": "assistant", "content": "3"}],
+        "rejected": [{"role": "assistant", "content": "4 5"}],
+    });
+    let own = json!({"chat_template_kwargs": {"style": "11111111"}, "tools": [{"name": "t"}]});
+    let mut lines = vec![row.clone(), row];
+    lines[1].as_object_mut().unwrap().extend(own.as_object().unwrap().clone());
+    let file = dir.path().join("rows.jsonl");
+    std::fs::write(&file, lines.iter().map(|l| format!("{l}\n")).collect::<String>()).unwrap();
+    let dataset = client.upload_dataset(&file, pb::UploadMetadata::default(), |_| {}).await.unwrap();
+    let report = dataset.report.unwrap();
+    assert_eq!((report.valid_rows, report.issues.len()), (2, 0), "{report:?}");
+
+    let wanted = pb::TrainingJob { chat_template_kwargs: with("1 2 3"), ..job(&dataset.name, 1) };
+    let bad = pb::TrainingJob { chat_template_kwargs: Some(structure(json!({"messages": 1}))), ..wanted.clone() };
+    let request = pb::CreateTrainingJobRequest { training_job: Some(bad), ..Default::default() };
+    assert_eq!(fields(&client.training().create_training_job(request).await.unwrap_err()), ["training_job.chat_template_kwargs"]);
+    let name = submit(&client, wanted.clone()).await;
+    finish(&client, &name).await;
+    let stored = client.training().get_training_job(pb::GetTrainingJobRequest { name: name.clone() }).await.unwrap().into_inner();
+    assert_eq!((stored.chat_template_kwargs, stored.state), (wanted.chat_template_kwargs, pb::JobState::Succeeded.into()));
+
+    let base = prompt_tokens(&score(&client, tiny(), question()).await.unwrap());
+    let checkpoint = pb::ScoringOptions { policy: format!("{name}/checkpoints/latest"), ..Default::default() };
+    let by_job = score(&client, checkpoint.clone(), question()).await.unwrap();
+    let explicit = pb::ScoringOptions { chat_template_kwargs: with("1 2 3"), ..checkpoint.clone() };
+    assert_eq!(score(&client, explicit, question()).await.unwrap(), by_job);
+    assert!(prompt_tokens(&by_job) > base);
+    let longer = pb::ScoringOptions { chat_template_kwargs: with("1 2 3 4 5 6"), ..checkpoint.clone() };
+    let by_call = score(&client, longer.clone(), question()).await.unwrap();
+    assert!(prompt_tokens(&by_call) > prompt_tokens(&by_job));
+    let pair = pb::Pair { chat_template_kwargs: with("1 2 3"), ..question() };
+    assert_eq!(score(&client, longer, pair).await.unwrap(), by_job);
+
+    // A pair's tools in the order of their keys, which only JSON keeps.
+    let tools_json = r#"[{"type": "function", "name": "t", "a": {"z": 1, "b": 2}}]"#;
+    let by_call = pb::ScoringOptions { tools_json: tools_json.into(), ..tiny() };
+    let by_pair = pb::Pair { tools_json: tools_json.into(), ..question() };
+    let with_tools = score(&client, by_call, question()).await.unwrap();
+    assert!(prompt_tokens(&with_tools) > base);
+    assert_eq!(score(&client, tiny(), by_pair.clone()).await.unwrap(), with_tools);
+    let sorted = pb::Pair { tools: vec![structure(json!({"type": "function", "name": "t", "a": {"z": 1, "b": 2}}))], ..question() };
+    let same = pb::Pair { tools_json: r#"[{"a": {"b": 2, "z": 1}, "name": "t", "type": "function"}]"#.into(), ..question() };
+    assert_eq!(score(&client, tiny(), sorted.clone()).await.unwrap(), score(&client, tiny(), same).await.unwrap());
+
+    // Refused by the name of the field.
+    let both = pb::Pair { tools: sorted.tools.clone(), ..by_pair };
+    assert_eq!(fields(&score(&client, tiny(), both).await.unwrap_err()), ["pair.tools_json"]);
+    let text = pb::Pair { prompt: plain("1 2"), a: plain(" 3"), b: plain(" 4"), ..Default::default() };
+    let tools_for_text = pb::Pair { tools: sorted.tools.clone(), ..text.clone() };
+    assert_eq!(fields(&score(&client, tiny(), tools_for_text).await.unwrap_err()), ["pair.tools"]);
+    let options = pb::ScoringOptions { tools: sorted.tools.clone(), ..tiny() };
+    assert_eq!(fields(&score(&client, options, text).await.unwrap_err()), ["options.tools"]);
+    let options = pb::ScoringOptions { chat_template_kwargs: Some(structure(json!({"documents": []}))), ..tiny() };
+    assert_eq!(fields(&score(&client, options, question()).await.unwrap_err()), ["options.chat_template_kwargs"]);
+    let image = pb::Pair { a: chat(json!([{"role": "assistant", "content": [{"type": "image"}]}])), ..question() };
+    assert_eq!(fields(&score(&client, tiny(), image).await.unwrap_err()), ["pair.a.chat.messages[0].content[0].type"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_over_grpc_is_the_message_of_a_row() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = serve(dir.path(), "{{ messages | tojson }}", &[]);
+    let client = server.client().await;
+    let call = json!({"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"a": 1, "b": [true, null, 2.5]}, "name": "f"}}]});
+    let answer = |message: pb::Message| pb::Text { form: Some(pb::text::Form::Chat(pb::MessageList { messages: vec![message] })) };
+    let further = json!({"content": "", "tool_calls": call["tool_calls"]});
+    // The keys of the Struct are sorted; here they are sorted in the row, too.
+    let by_struct = pb::Message { role: "assistant".into(), fields: Some(structure(further.clone())), ..Default::default() };
+    let by_json = pb::Message { role: "assistant".into(), fields_json: further.to_string(), ..Default::default() };
+    let whole = pb::Message { fields_json: call.to_string(), ..Default::default() };
+    let mut scores = Vec::new();
+    for message in [by_struct.clone(), by_json.clone(), whole] {
+        scores.push(score(&client, tiny(), pb::Pair { a: Some(answer(message)), ..question() }).await.unwrap());
+    }
+    assert_eq!((&scores[0], &scores[0]), (&scores[1], &scores[2]));
+    let both = pb::Message { fields: by_struct.fields, ..by_json };
+    let refused = score(&client, tiny(), pb::Pair { a: Some(answer(both)), ..question() }).await.unwrap_err();
+    assert_eq!(fields(&refused), ["pair.a.chat.messages[0].fields_json"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn templates_print_the_date_of_the_job_or_of_the_setting() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = serve(dir.path(), PRINTS_ALL, &["--template-date", "2001-02-03"]);
+    let tokenizer = ChatTokenizer::from_folder(&dir.path().join("model")).unwrap();
+    let client = server.client().await;
+    let by_model = score(&client, tiny(), question()).await.unwrap();
+    assert!(answer(&by_model, &tokenizer).contains("2001-02-03"), "{}", answer(&by_model, &tokenizer));
+
+    let file = dir.path().join("rows.jsonl");
+    let row = json!({
+        "prompt": [{"role": "user", "content": "1 2"}],
+        "chosen": [{"role": "assistant", "content": "3"}],
+        "rejected": [{"role": "assistant", "content": "4 5"}],
+    });
+    std::fs::write(&file, format!("{row}\n")).unwrap();
+    let dataset = client.upload_dataset(&file, pb::UploadMetadata::default(), |_| {}).await.unwrap();
+    let name = submit(&client, job(&dataset.name, 1)).await;
+    finish(&client, &name).await;
+    let stored = client.training().get_training_job(pb::GetTrainingJobRequest { name: name.clone() }).await.unwrap().into_inner();
+    let created = jiff::Timestamp::from_second(stored.create_time.unwrap().seconds).unwrap();
+    let options = pb::ScoringOptions { policy: format!("{name}/checkpoints/latest"), ..Default::default() };
+    let by_job = score(&client, options, question()).await.unwrap();
+    let expected = created.to_zoned(jiff::tz::TimeZone::UTC).date().to_string();
+    assert!(answer(&by_job, &tokenizer).contains(&expected), "{}", answer(&by_job, &tokenizer));
+}
+
+/// The prompt ends with what an answer may or may not begin with.
+const OPENS: &str = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% else %}A:{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}A: 7 7 7{% endif %}";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answers_numbers_do_not_depend_on_the_other_answers_and_a_cut_prompt_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = serve(dir.path(), OPENS, &[]);
+    let client = server.client().await;
+    let text = |answer: &str| chat(json!([{"role": "assistant", "content": answer}])).unwrap();
+    let complete = async |answers: &[&str]| {
+        let request = pb::ScoreCompletionsRequest {
+            options: Some(pb::ScoringOptions { per_token_logprobs: true, ..tiny() }),
+            prompt: chat(json!([{"role": "user", "content": "1 2"}])),
+            completions: answers.iter().map(|a| text(a)).collect(),
+        };
+        let answer = client.scoring().score_completions(request).await.unwrap().into_inner();
+        let scores = answer.results.into_iter().map(|r| match r.result {
+            Some(pb::completion_result::Result::Score(s)) => s,
+            other => panic!("{other:?}"),
+        });
+        scores.collect::<Vec<_>>()
+    };
+    let (follows, departs) = (" 7 7 7 8 9", " 1 2");
+    let alone = [complete(&[follows]).await.remove(0), complete(&[departs]).await.remove(0)];
+    assert!(alone[0].prompt_tokens > alone[1].prompt_tokens, "{alone:?}");
+    assert_eq!(complete(&[follows, departs]).await, alone);
+
+    // A pair has the prefix that all three share, as in TRL.
+    let pair = pb::Pair { a: Some(text(follows)), b: Some(text(departs)), ..question() };
+    let both = score(&client, tiny(), pair).await.unwrap();
+    assert_eq!((both.a.unwrap().prompt_tokens, both.b.unwrap().prompt_tokens), (alone[1].prompt_tokens, alone[1].prompt_tokens));
+
+    let row = |chosen: &str| {
+        json!({
+            "prompt": [{"role": "user", "content": "1 2"}],
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": " 7 7 7 1"}],
+        })
+    };
+    let file = dir.path().join("rows.jsonl");
+    std::fs::write(&file, format!("{}\n{}\n", row(follows), row(departs))).unwrap();
+    let metadata = pb::UploadMetadata { model: "models/tiny".into(), ..Default::default() };
+    let report = client.upload_dataset(&file, metadata, |_| {}).await.unwrap().report.unwrap();
+    let found: Vec<_> = report.issues.iter().map(|i| (i.row, i.field.as_str(), i.reason.as_str())).collect();
+    assert_eq!((found, report.valid_rows), (vec![(2, "prompt", "prompt_cut")], 2));
+    assert!(report.issues[0].message.contains("7 7 7\""), "{}", report.issues[0].message);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_the_model_does_not_have_is_a_finding() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = model(dir.path(), OPENS);
+    let path = folder.join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let more = json!({"id": 320, "content": "<extra>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
+    tokenizer["added_tokens"].as_array_mut().unwrap().push(more);
+    std::fs::write(&path, tokenizer.to_string()).unwrap();
+    let server = Server::start_with(&dir.path().join("data"), &format!("tiny={}", folder.display()), &[]);
+    let client = server.client().await;
+
+    let pair = |a: &str| pb::Pair { prompt: plain("1 2"), a: plain(a), b: plain(" 4"), ..Default::default() };
+    let refused = score(&client, tiny(), pair(" 3<extra>")).await.unwrap_err();
+    assert_eq!(fields(&refused), ["pair.a"]);
+    assert!(refused.message().contains("<extra>") && refused.message().contains("320"), "{}", refused.message());
+    score(&client, tiny(), pair(" 3")).await.unwrap();
+
+    let rows =
+        ["{\"prompt\":\"1 2\",\"chosen\":\" 3\",\"rejected\":\" 4\"}", "{\"prompt\":\"1<extra>\",\"chosen\":\" 3\",\"rejected\":\" 4\"}"];
+    let file = dir.path().join("rows.jsonl");
+    std::fs::write(&file, rows.join("\n")).unwrap();
+    let metadata = pb::UploadMetadata { model: "models/tiny".into(), ..Default::default() };
+    let dataset = client.upload_dataset(&file, metadata, |_| {}).await.unwrap();
+    let report = dataset.report.unwrap();
+    let found: Vec<_> = report.issues.iter().map(|i| (i.row, i.field.as_str(), i.reason.as_str())).collect();
+    assert_eq!((found, report.valid_rows), (vec![(2, "prompt", "token_outside_vocabulary")], 1));
+    // With the row left out the job trains; with it the job fails before its first step, and says why.
+    let skipping = pb::TrainingJob { row_policy: pb::RowPolicy::Skip.into(), ..job(&dataset.name, 1) };
+    for (wanted, expected) in [(skipping, pb::JobState::Succeeded), (job(&dataset.name, 1), pb::JobState::Failed)] {
+        let name = submit(&client, wanted).await;
+        finish(&client, &name).await;
+        let done = client.training().get_training_job(pb::GetTrainingJobRequest { name }).await.unwrap().into_inner();
+        assert_eq!(done.state(), expected, "{done:?}");
+        if let Some(error) = done.error {
+            assert!(error.message.contains("<extra>"), "{error:?}");
+        }
+    }
+}
