@@ -344,6 +344,9 @@ pub struct ScoreArgs {
     /// Default: the job's.
     #[arg(long)]
     pub max_length: Option<u32>,
+    /// How rewards add up an answer's tokens: as the job trained them, by their sum, or by their mean.
+    #[arg(long, default_value = "as_trained", value_parser = ["as_trained", "sum", "mean"])]
+    pub normalization: String,
 }
 
 /// `bradley jobs …`
