@@ -361,3 +361,6 @@ impl DpoConfig {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

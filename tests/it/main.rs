@@ -24,6 +24,7 @@ mod layers;
 mod lifecycle;
 mod pins;
 mod replicas;
+mod rewards;
 mod security;
 mod server;
 mod service;
