@@ -324,7 +324,14 @@ fn assert_violation<T: std::fmt::Debug>(answer: Result<T, Status>, field: &str) 
 /// The steps whose value beats those of all steps before.
 fn records(evaluations: &[(u64, f64)]) -> Vec<u64> {
     let mut best = f64::NEG_INFINITY;
-    evaluations.iter().filter(|(_, value)| *value > std::mem::replace(&mut best, value.max(best))).map(|(step, _)| *step).collect()
+    let mut steps = Vec::new();
+    for (step, value) in evaluations {
+        if *value > best {
+            best = *value;
+            steps.push(*step);
+        }
+    }
+    steps
 }
 
 #[test]
