@@ -353,6 +353,9 @@ pub struct ScoreArgs {
     /// A file with a JSON array of tools, for rows without tools of their own.
     #[arg(long, value_name = "FILE")]
     pub tools: Option<PathBuf>,
+    /// How rewards add up an answer's tokens: as the job trained them, by their sum, or by their mean.
+    #[arg(long, default_value = "as_trained", value_parser = ["as_trained", "sum", "mean"])]
+    pub normalization: String,
 }
 
 /// `bradley jobs …`

@@ -209,7 +209,7 @@ async fn upload(client: &Client, path: &Path, title: &str) -> Result<pb::Dataset
 
 async fn score_held_out(client: &Client, policy: &str, reference: &str, rows: &[PreferenceRow]) -> Result<Summary, Failure> {
     let options = pb::ScoringOptions { policy: policy.into(), reference: reference.into(), ..Default::default() };
-    Ok(Summary::of(&score::score(client, options, rows).await?))
+    Ok(Summary::of(&score::score(client, options, rows).await?.results))
 }
 
 /// The process's peak resident memory, where the system tells.

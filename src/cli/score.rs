@@ -31,21 +31,24 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
             Some(path) => std::fs::read_to_string(path).map_err(|e| Failure::Failed(format!("{}: {e}", path.display())))?,
             None => String::new(),
         },
+        normalization: normalization(&args.normalization).into(),
     };
-    let results = score(&client, options, &rows).await?;
+    let Scores { results, normalization, warnings } = score(&client, options, &rows).await?;
+    warnings.iter().for_each(|warning| warn(warning));
     let failed = results.iter().filter(|r| !matches!(r.result, Some(pb::pair_result::Result::Score(_)))).count();
     let summary = Summary::of(&results);
     match output {
-        Output::Json => results.iter().for_each(|r| output::json_line(&to_json(r))),
+        Output::Json => results.iter().for_each(|r| output::json_line(&to_json(r, normalization))),
         Output::Table => {
             let rows = results.iter().map(to_row).collect();
             output::line(&output::table(&["pair", "Pr(a ≻ b)", "margin", "reward a", "reward b", "tokens"], rows));
             output::line(&format!(
-                "{} pairs: accuracy {:.1}% (ties count half), mean probability {:.3}, mean margin {:+.3}",
+                "{} pairs: accuracy {:.1}% (ties count half), mean probability {:.3}, mean margin {:+.3}; rewards are {}s over tokens",
                 results.len() - failed,
                 100.0 * summary.accuracy,
                 summary.probability,
-                summary.margin
+                summary.margin,
+                name(normalization)
             ));
         }
     }
@@ -75,6 +78,15 @@ pub(super) fn template_arguments(text: &str) -> Result<ProtoStruct, Failure> {
     Ok(json_struct(&fields))
 }
 
+/// The option's value.
+fn normalization(name: &str) -> pb::RewardNormalization {
+    match name {
+        "sum" => pb::RewardNormalization::Sum,
+        "mean" => pb::RewardNormalization::Mean,
+        _ => pb::RewardNormalization::AsTrained,
+    }
+}
+
 /// Says which fields of the rows are not used.
 #[allow(clippy::print_stderr)]
 fn warn_of_ignored(rows: &[PreferenceRow]) {
@@ -84,8 +96,40 @@ fn warn_of_ignored(rows: &[PreferenceRow]) {
     }
 }
 
-/// Scores every row over one stream; results come back in the order of the rows.
-pub(super) async fn score(client: &Client, options: pb::ScoringOptions, rows: &[PreferenceRow]) -> Result<Vec<pb::PairResult>, Failure> {
+/// The option's name.
+fn name(normalization: pb::RewardNormalization) -> &'static str {
+    match normalization {
+        pb::RewardNormalization::Sum => "sum",
+        pb::RewardNormalization::Mean => "mean",
+        pb::RewardNormalization::AsTrained | pb::RewardNormalization::Unspecified => "as_trained",
+    }
+}
+
+#[allow(clippy::print_stderr)]
+fn warn(message: &str) {
+    eprintln!("warning: {message}");
+}
+
+/// Says which fields of the rows are not used.
+fn warn_of_ignored(rows: &[PreferenceRow]) {
+    let affected = rows.iter().filter(|row| !row.ignored.is_empty()).count();
+    if let Some(row) = rows.iter().find(|row| !row.ignored.is_empty()) {
+        warn(&format!("{affected} rows have fields that are not used, e.g. row {}: {}", row.row, row.ignored.join(", ")));
+    }
+}
+
+/// What the server answered.
+pub(super) struct Scores {
+    /// In the order of the rows.
+    pub results: Vec<pb::PairResult>,
+    /// The normalization of the rewards that was used.
+    normalization: pb::RewardNormalization,
+    /// What the server says about the weights that were named.
+    warnings: Vec<String>,
+}
+
+/// Scores every row over one stream.
+pub(super) async fn score(client: &Client, options: pb::ScoringOptions, rows: &[PreferenceRow]) -> Result<Scores, Failure> {
     use pb::stream_score_pairs_request::Part;
     let (sender, receiver) = mpsc::channel(AHEAD);
     let mut messages = vec![Part::Options(options)];
@@ -99,7 +143,10 @@ pub(super) async fn score(client: &Client, options: pb::ScoringOptions, rows: &[
     });
     let mut answers = client.scoring().stream_score_pairs(ReceiverStream::new(receiver)).await?.into_inner();
     let mut results: Vec<Option<pb::PairResult>> = vec![None; rows.len()];
-    while let Some(answer) = answers.message().await? {
+    let (mut normalization, mut warnings) = (pb::RewardNormalization::Unspecified, Vec::new());
+    while let Some(mut answer) = answers.message().await? {
+        normalization = answer.normalization();
+        warnings.append(&mut answer.warnings);
         if let Some(mut result) = answer.result
             && let Some(i) = result.id.parse::<usize>().ok().filter(|i| *i < rows.len())
         {
@@ -108,7 +155,8 @@ pub(super) async fn score(client: &Client, options: pb::ScoringOptions, rows: &[
         }
     }
     let all: Option<Vec<pb::PairResult>> = results.into_iter().collect();
-    all.ok_or_else(|| Failure::Failed("the server ended the stream before every pair was answered".into()))
+    let results = all.ok_or_else(|| Failure::Failed("the server ended the stream before every pair was answered".into()))?;
+    Ok(Scores { results, normalization, warnings })
 }
 
 /// The row's id, or its number with that of the pair where it makes several.
@@ -190,14 +238,14 @@ impl Summary {
     }
 }
 
-fn to_json(r: &pb::PairResult) -> Value {
+fn to_json(r: &pb::PairResult, normalization: pb::RewardNormalization) -> Value {
     match &r.result {
         Some(pb::pair_result::Result::Score(s)) => {
             let side = |c: &Option<pb::CompletionScore>| {
                 let c = c.clone().unwrap_or_default();
                 json!({"policy_logprob": c.policy_logprob, "reference_logprob": c.reference_logprob, "reward": c.reward, "tokens": c.tokens, "truncated": c.truncated})
             };
-            json!({"id": r.id, "probability": s.probability, "margin": s.margin, "a": side(&s.a), "b": side(&s.b)})
+            json!({"id": r.id, "probability": s.probability, "margin": s.margin, "normalization": name(normalization), "a": side(&s.a), "b": side(&s.b)})
         }
         Some(pb::pair_result::Result::Error(e)) => json!({"id": r.id, "error": e.message}),
         None => json!({"id": r.id, "error": "no result"}),

@@ -106,7 +106,7 @@ fn losses(text: Option<&str>) -> Result<Vec<pb::WeightedLoss>, Failure> {
     for part in text.unwrap_or_default().split(',').filter(|p| !p.is_empty()) {
         let (name, weight) = part.split_once('=').unwrap_or((part, "1"));
         let weight = weight.parse().map_err(|_| Failure::Usage(format!("--loss: the weight in {part:?} is not a number")))?;
-        losses.push(pb::WeightedLoss { loss_type: name.to_owned(), weight: Some(weight) });
+        losses.push(pb::WeightedLoss { loss_type: name.to_owned(), weight: Some(weight), ..Default::default() });
     }
     Ok(losses)
 }

@@ -95,6 +95,9 @@ impl View {
 }
 
 fn metrics(all: &std::collections::BTreeMap<String, f64>, prefix: &str) -> String {
-    let get = |name: &str| all.get(&format!("{prefix}{name}")).copied().unwrap_or(f64::NAN);
-    format!("loss {:.4}  margin {:+.3}  accuracy {:.0}%", get("loss"), get("rewards/margins"), 100.0 * get("rewards/accuracies"))
+    let find = |name: &str| all.get(&format!("{prefix}{name}")).copied();
+    let get = |name: &str| find(name).unwrap_or(f64::NAN);
+    // The reward as it is trained.
+    let reward = |name: &str| find(&format!("rewards_normalized/{name}")).unwrap_or_else(|| get(&format!("rewards/{name}")));
+    format!("loss {:.4}  margin {:+.3}  accuracy {:.0}%", get("loss"), reward("margins"), 100.0 * reward("accuracies"))
 }

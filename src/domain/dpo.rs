@@ -99,9 +99,19 @@ impl LossType {
         !matches!(self, LossType::Sft | LossType::Simpo | LossType::Orpo)
     }
 
-    /// Returns true if the loss depends on ε, the label smoothing.
-    pub fn uses_label_smoothing(self) -> bool {
+    /// Returns true if the value depends on ε.
+    pub fn smooths_labels(self) -> bool {
         matches!(self, LossType::Sigmoid | LossType::ExoPair | LossType::Robust | LossType::Aot | LossType::AotUnpaired | LossType::Simpo)
+    }
+
+    /// Returns how the reward that the loss trains adds up an answer's log-probs; `None` for
+    /// [`LossType::Sft`], which compares no answers.
+    pub fn normalization(self) -> Option<Normalization> {
+        match self {
+            LossType::Sft => None,
+            LossType::Ipo | LossType::SigmoidNorm | LossType::Simpo | LossType::Orpo => Some(Normalization::Mean),
+            _ => Some(Normalization::Sum),
+        }
     }
 
     /// Whether an f-divergence other than reverse KL is defined for it (TRL rejects the others).
@@ -119,6 +129,15 @@ impl LossType {
     }
 }
 
+/// How a reward adds up the log-ratios of an answer's tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Normalization {
+    /// r = β·Σ_t lr_t.
+    Sum,
+    /// r = β·(Σ_t lr_t)/n over the answer's n tokens.
+    Mean,
+}
+
 /// One term of the mix: `weight · mean(loss)`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -127,6 +146,16 @@ pub struct WeightedLoss {
     pub loss: LossType,
     /// Its weight in the sum.
     pub weight: f64,
+    /// ε of this term in [0, 0.5), for losses that smooth labels; `None` is the objective's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub label_smoothing: Option<f64>,
+}
+
+impl WeightedLoss {
+    /// A term with the objective's label smoothing.
+    pub fn new(loss: LossType, weight: f64) -> Self {
+        WeightedLoss { loss, weight, label_smoothing: None }
+    }
 }
 
 /// s(lr): how a log-ratio enters the loss.
@@ -164,7 +193,7 @@ pub struct DpoConfig {
     pub losses: Vec<WeightedLoss>,
     /// β > 0: the strength of the implicit reward, r = β·lr.
     pub beta: f64,
-    /// ε in [0, 0.5).
+    /// ε in [0, 0.5), of the terms that have none of their own.
     pub label_smoothing: f64,
     /// How log-ratios enter.
     pub divergence: Divergence,
@@ -191,7 +220,7 @@ pub struct DpoConfig {
 impl Default for DpoConfig {
     fn default() -> Self {
         DpoConfig {
-            losses: vec![WeightedLoss { loss: LossType::Sigmoid, weight: 1.0 }],
+            losses: vec![WeightedLoss::new(LossType::Sigmoid, 1.0)],
             beta: 0.1,
             label_smoothing: 0.0,
             divergence: Divergence::ReverseKl,
@@ -209,9 +238,37 @@ impl Default for DpoConfig {
 }
 
 impl DpoConfig {
-    /// Whether training needs reference log-probs at all.
+    /// Returns true if a run compares its policy with a reference: because the loss needs one, because the request names one, or for the metrics alone.
+    /// TRL's DPOTrainer reports rewards against the reference whatever its loss (sft too); its trainers of simpo and orpo have none.
+    pub fn has_reference(&self, named: bool) -> bool {
+        let without = |loss| matches!(loss, LossType::Simpo | LossType::Orpo);
+        !self.reference_free && (self.needs_reference() || named || !self.losses.iter().any(|term| without(term.loss)))
+    }
+
+    /// Whether the loss needs reference log-probs.
     pub fn needs_reference(&self) -> bool {
         !self.reference_free && (self.losses.iter().any(|l| l.loss.needs_reference()) || self.dpop_lambda > 0.0)
+    }
+
+    /// Returns the normalization of the reward that the objective trains: the mean over tokens if
+    /// every loss that compares answers does so by means, else the sum. A mix of both kinds has the
+    /// sum, which is what TRL logs for it.
+    pub fn reward_normalization(&self) -> Normalization {
+        let mut trained = self.losses.iter().filter_map(|term| term.loss.normalization()).peekable();
+        match trained.peek().is_some() && trained.all(|n| n == Normalization::Mean) {
+            true => Normalization::Mean,
+            false => Normalization::Sum,
+        }
+    }
+
+    /// Returns the normalization of the metrics `rewards/*`. TRL's CPOTrainer (simpo) and ORPOTrainer
+    /// log means over tokens; its DPOTrainer logs sums, also for ipo and sigmoid_norm.
+    pub fn logged_normalization(&self) -> Normalization {
+        let by_dpo_trainer = |loss| matches!(loss, LossType::Ipo | LossType::SigmoidNorm);
+        match self.losses.iter().any(|term| by_dpo_trainer(term.loss)) {
+            true => Normalization::Sum,
+            false => self.reward_normalization(),
+        }
     }
 
     /// Returns true if a pair's loss depends on the other pairs of its micro-batch (losses that sort log-ratios).
@@ -226,18 +283,40 @@ impl DpoConfig {
 
     /// Records a violation if label smoothing is set and no loss of the mix depends on it.
     fn refuse_unused_label_smoothing(&self, field: &str, out: &mut Violations) {
-        let is_used = self.losses.iter().any(|term| term.loss.uses_label_smoothing());
+        let is_used = self.losses.iter().any(|term| term.loss.smooths_labels() && term.label_smoothing.is_none());
         if self.label_smoothing <= 0.0 || is_used || self.losses.is_empty() {
             return;
         }
         let names: Vec<&str> = self.losses.iter().map(|term| term.loss.name()).collect();
-        let smoothed = LossType::ALL.into_iter().filter(|loss| loss.uses_label_smoothing()).map(LossType::name);
+        let smoothed = LossType::ALL.into_iter().filter(|loss| loss.smooths_labels()).map(LossType::name);
         let message = format!(
             "has no effect on {}: leave it out or set it to 0, or use a loss with label smoothing ({})",
             names.join(", "),
             smoothed.collect::<Vec<_>>().join(", ")
         );
         out.push(format!("{field}.label_smoothing"), message);
+    }
+
+    /// Returns the label smoothing ε of a term.
+    pub fn smoothing(&self, term: &WeightedLoss) -> f64 {
+        term.label_smoothing.unwrap_or(self.label_smoothing)
+    }
+
+    /// Records what is wrong with the label smoothing of term `i`.
+    fn validate_smoothing(&self, field: &str, i: usize, out: &mut Violations) {
+        let term = &self.losses[i];
+        let own = format!("{field}.losses[{i}].label_smoothing");
+        if let Some(eps) = term.label_smoothing {
+            if !(0.0..0.5).contains(&eps) {
+                out.push(&own, format!("is {eps}: it must lie in [0, 0.5)"));
+            } else if eps > 0.0 && !term.loss.smooths_labels() {
+                out.push(&own, format!("has no meaning for {}: remove it", term.loss.name()));
+            }
+        }
+        if term.loss == LossType::ExoPair && self.smoothing(term) <= 0.0 {
+            let at = if term.label_smoothing.is_some() { own } else { format!("{field}.label_smoothing") };
+            out.push(at, "exo_pair needs label_smoothing above 0, for example 0.001");
+        }
     }
 
     /// Records every impossible setting under `field`, e.g. `dpo.beta`.
@@ -255,9 +334,7 @@ impl DpoConfig {
                     format!("{} is defined for reverse_kl only: set divergence to reverse_kl or choose another loss", l.loss.name()),
                 );
             }
-            if l.loss == LossType::ExoPair && self.label_smoothing <= 0.0 {
-                out.push(format!("{field}.label_smoothing"), "exo_pair needs label_smoothing above 0, for example 0.001");
-            }
+            self.validate_smoothing(field, i, out);
         }
         out.positive(format!("{field}.beta"), self.beta);
         if !(0.0..0.5).contains(&self.label_smoothing) {
@@ -306,3 +383,6 @@ impl DpoConfig {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

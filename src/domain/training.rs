@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::dpo::DpoConfig;
+use super::dpo::{DpoConfig, Normalization};
 use super::violation::{Violations, quoted};
 
 /// The projections LoRA can adapt, in the decoder's order.
@@ -316,19 +316,28 @@ pub enum BestMetric {
     /// eval_loss, lower is better.
     #[default]
     EvalLoss,
-    /// eval_rewards/accuracies, higher is better.
+    /// The share of pairs whose chosen answer has the higher reward, higher is better.
     EvalAccuracy,
-    /// eval_rewards/margins, higher is better.
+    /// The mean margin of the rewards, higher is better.
     EvalMargin,
 }
 
 impl BestMetric {
-    /// The metric's name among the evaluation metrics.
+    /// The metric's name in a job's settings.
     pub fn name(self) -> &'static str {
         match self {
             BestMetric::EvalLoss => "eval_loss",
             BestMetric::EvalAccuracy => "eval_rewards/accuracies",
             BestMetric::EvalMargin => "eval_rewards/margins",
+        }
+    }
+
+    /// The name of the evaluation metric that is compared: of the reward as it is trained.
+    pub fn of(self, normalization: Normalization) -> &'static str {
+        match (self, normalization) {
+            (BestMetric::EvalAccuracy, Normalization::Mean) => "eval_rewards_normalized/accuracies",
+            (BestMetric::EvalMargin, Normalization::Mean) => "eval_rewards_normalized/margins",
+            _ => self.name(),
         }
     }
 

@@ -66,6 +66,15 @@ pub enum WeightsRef {
         /// A hash of the weights.
         content: String,
     },
+    /// The moving reference (TR-DPO) that a checkpoint of full weights holds.
+    StoredReference {
+        /// The base's id.
+        model: String,
+        /// The checkpoint's folder.
+        dir: PathBuf,
+        /// A hash of the checkpoint.
+        content: String,
+    },
     /// What a running job trains now.
     Live {
         /// The job's id.
@@ -165,7 +174,7 @@ pub struct TrainingRun {
     pub model: String,
     /// What the policy starts from; never `Live`.
     pub start: WeightsRef,
-    /// The frozen reference; `None` when the objective needs none; never `Live`.
+    /// The frozen reference; `None` when the objective has none; never `Live`.
     pub reference: Option<WeightsRef>,
     /// Hyper-parameters.
     pub spec: TrainingSpec,

@@ -293,7 +293,10 @@ impl Engine {
     pub fn export_merged(&self, weights: &WeightsRef, out: &Path) -> Result<(), EngineError> {
         let policy = self.shared.bases.open(weights)?;
         let model = match weights {
-            WeightsRef::Base { model } | WeightsRef::Adapter { model, .. } | WeightsRef::Full { model, .. } => model,
+            WeightsRef::Base { model }
+            | WeightsRef::Adapter { model, .. }
+            | WeightsRef::Full { model, .. }
+            | WeightsRef::StoredReference { model, .. } => model,
             WeightsRef::Live { job } => return Err(EngineError::NotResident(job.clone())),
         };
         let tokenizer = self.tokenizer(model)?;

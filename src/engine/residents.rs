@@ -16,6 +16,7 @@ use crate::model::parameters::Parameters;
 use crate::model::peft;
 use crate::model::tokenizer::ChatTokenizer;
 use crate::model::weights::Weights;
+use crate::train::checkpoint::REFERENCE_FILE;
 use crate::train::estimate;
 
 /// A base model in memory; shared by every policy on it.
@@ -110,13 +111,17 @@ impl Bases {
                 let adapter = peft::load(dir, &base.config).map_err(|e| EngineError::Weights(e.to_string()))?;
                 Ok(Policy { adapter: Some(Arc::new(adapter)), ..base.clone() })
             }
-            WeightsRef::Full { model, dir, .. } => {
-                let base = &self.get(model)?.policy;
-                let parameters = load_full(&base.config, &dir.join(export::WEIGHTS_FILE), self.precision).map_err(EngineError::Weights)?;
-                Ok(Policy { parameters: Arc::new(parameters), adapter: None, ..base.clone() })
-            }
+            WeightsRef::Full { model, dir, .. } => self.open_full(model, &dir.join(export::WEIGHTS_FILE)),
+            WeightsRef::StoredReference { model, dir, .. } => self.open_full(model, &dir.join(REFERENCE_FILE)),
             WeightsRef::Live { job } => Err(EngineError::NotResident(job.clone())),
         }
+    }
+
+    /// Loads full weights of a base model's shape.
+    fn open_full(&self, model: &str, file: &Path) -> Result<Policy, EngineError> {
+        let base = &self.get(model)?.policy;
+        let parameters = load_full(&base.config, file, self.precision).map_err(EngineError::Weights)?;
+        Ok(Policy { parameters: Arc::new(parameters), adapter: None, ..base.clone() })
     }
 
     /// A name for these weights that never means others, nor the same ones stored in another precision.
@@ -126,6 +131,7 @@ impl Bases {
             WeightsRef::Base { model } => base(model)?,
             WeightsRef::Adapter { model, content, .. } => format!("{}+{content}", base(model)?),
             WeightsRef::Full { model, content, .. } => format!("{}={content}", base(model)?),
+            WeightsRef::StoredReference { model, content, .. } => format!("{}~{content}", base(model)?),
             WeightsRef::Live { job } => return Err(EngineError::NotResident(job.clone())),
         })
     }
@@ -183,7 +189,11 @@ impl Residents {
 
     /// Forgets weights whose files are gone.
     pub fn evict(&mut self, gone: &Path) {
-        self.policies
-            .retain(|(w, _)| !matches!(w, WeightsRef::Adapter { dir, .. } | WeightsRef::Full { dir, .. } if dir.starts_with(gone)));
+        self.policies.retain(|(w, _)| match w {
+            WeightsRef::Adapter { dir, .. } | WeightsRef::Full { dir, .. } | WeightsRef::StoredReference { dir, .. } => {
+                !dir.starts_with(gone)
+            }
+            WeightsRef::Base { .. } | WeightsRef::Live { .. } => true,
+        });
     }
 }

@@ -66,7 +66,7 @@ fn reference(
     precision: Precision,
     helpers: &Arc<[ComputeDevice]>,
 ) -> Result<Reference, EngineError> {
-    let Some(weights) = run.reference.as_ref().filter(|_| run.spec.dpo.needs_reference()) else { return Ok(Reference::None) };
+    let Some(weights) = &run.reference else { return Ok(Reference::None) };
     let policy = Policy { helpers: helpers.clone(), ..residents.get(bases, weights)?.with_precision(precision) };
     if run.spec.dpo.reference_sync.is_some() {
         let tensor = |e: candle_core::Error| EngineError::Device(e.to_string());

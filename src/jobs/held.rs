@@ -38,11 +38,11 @@ pub(super) struct Held {
 /// A gauge's name and value, of the last step that was logged.
 type Shown = Vec<(&'static str, f64)>;
 
-/// Gauges of a run, and which of its metrics each shows.
-const SHOWN: [(&str, &str); 3] = [
-    ("bradley_training_loss", "loss"),
-    ("bradley_training_margin", "rewards/margins"),
-    ("bradley_training_accuracy", "rewards/accuracies"),
+/// Gauges of a run, and the metric that each shows: the first that the run has, so that rewards are those that it trains.
+const SHOWN: [(&str, &[&str]); 3] = [
+    ("bradley_training_loss", &["loss"]),
+    ("bradley_training_margin", &["rewards_normalized/margins", "rewards/margins"]),
+    ("bradley_training_accuracy", &["rewards_normalized/accuracies", "rewards/accuracies"]),
 ];
 
 type RunControlRef = std::sync::Arc<RunControl>;
@@ -74,7 +74,8 @@ impl Held {
 
     /// Notes a logged step.
     pub fn show(&self, progress: &Progress, metrics: &Metrics) {
-        let shown = SHOWN.iter().filter_map(|(gauge, metric)| Some((*gauge, *metrics.get(*metric)?)));
+        let value = |names: &[&str]| names.iter().find_map(|name| metrics.get(*name)).copied();
+        let shown = SHOWN.iter().filter_map(|(gauge, names)| Some((*gauge, value(names)?)));
         let ratio = progress.step as f64 / progress.total_steps.max(1) as f64;
         let all = shown.chain([("bradley_training_progress_ratio", ratio)]).collect();
         *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = all;

@@ -15,6 +15,7 @@ use crate::domain::job::{Checkpoint, Evaluation, Job, JobRequest, JobState};
 use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::domain::training::{Method, Truncation};
 use crate::engine::api::{EngineError, WeightsRef};
+use crate::train::checkpoint::REFERENCE_FILE;
 
 /// Jobs may continue each other this far.
 const MAX_DEPTH: usize = 32;
@@ -201,10 +202,10 @@ impl Service {
         Ok((dir, hash))
     }
 
-    /// A job's pinned reference: the one it names, else its own start weights; `None` when the objective needs none.
+    /// A job's pinned reference: the one it names, else its own start weights; `None` when the objective has none.
     pub(super) async fn reference_weights(&self, job: &Job) -> Result<Option<Resolved>> {
         self.check_base(job)?;
-        if !job.request.spec.dpo.needs_reference() {
+        if !job.request.spec.dpo.has_reference(job.request.reference.is_some()) {
             return Ok(None);
         }
         match &job.request.reference {
@@ -226,6 +227,40 @@ impl Service {
             (None, Some(date)) => date.to_datetime(civil::Time::midnight()),
             (None, None) => in_utc(Timestamp::now()),
         }
+    }
+
+    /// What a policy is scored against when the request names nothing: its job's reference, or for a model the model itself. A job that moves its
+    /// reference (TR-DPO) stores it in its checkpoints; while it trains, that of the newest one is used.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` (`NO_REFERENCE`) when a checkpoint lacks the reference that it should hold.
+    pub(super) async fn default_reference(&self, policy: &Resolved) -> Result<Option<Resolved>> {
+        let Some(job) = &policy.job else { return Ok(Some(policy.clone())) };
+        if job.request.spec.dpo.reference_sync.is_none() {
+            return self.reference_weights(job).await;
+        }
+        let stored = match &policy.weights {
+            WeightsRef::Live { .. } => match self.resolve_stored(job.clone(), policy.model.clone(), CheckpointRef::Latest).await {
+                Ok(stored) => stored,
+                // It has not been stored yet: the start is what there is.
+                Err(ServiceError::FailedPrecondition { reason: "NO_CHECKPOINT", .. }) => return self.reference_weights(job).await,
+                Err(e) => return Err(e),
+            },
+            _ => policy.clone(),
+        };
+        let WeightsRef::Full { model, dir, content } = stored.weights else {
+            return Err(ServiceError::internal(format!("{} moves its reference and is no full checkpoint", stored.version)));
+        };
+        let file = dir.join(REFERENCE_FILE);
+        if !blocking(move || file.is_file()).await? {
+            let message = format!(
+                "{} does not hold its job's moved reference ({REFERENCE_FILE}): name a reference, e.g. models/{model}, or another checkpoint",
+                stored.version
+            );
+            return Err(ServiceError::FailedPrecondition { reason: "NO_REFERENCE", message });
+        }
+        let weights = WeightsRef::StoredReference { model, dir, content };
+        Ok(Some(Resolved { weights, version: format!("{}/reference", stored.version), ..stored }))
     }
 
     /// How a job's rows are cut, for scoring with it.

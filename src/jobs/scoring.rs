@@ -12,17 +12,25 @@ use super::policies::Resolved;
 use super::service::Service;
 use crate::domain::access::Caller;
 use crate::domain::dataset::Text;
+use crate::domain::dpo::Normalization;
 use crate::domain::message::TemplateArguments;
 use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::domain::training::Truncation;
 use crate::engine::api::{EngineError, ScoreItem, ScoredItem, WeightsRef};
 use crate::engine::trace;
-use crate::math::score::{preference_probability, reward, total};
+use crate::math::score::{AnswerLogps, preference_probability, reward};
 use crate::model::tokenizer::ChatTokenizer;
 use crate::train::encode::{EncodeError, EncodedCompletion, PairEncoder, group};
 
 /// Bytes of one pair's text, or of a prompt and its answers: what the longest row could use is less than a tenth.
 const MAX_TEXT: usize = 16 << 20;
+
+/// A plain model is its own reference unless another is named.
+const SAME_WEIGHTS: &str = "policy and reference are the same weights: every reward is 0 and every probability is 0.5; name another reference, or a \
+                            trained checkpoint as the policy";
+
+const MOVING_REFERENCE: &str = "the job is training and moves its reference (TR-DPO): rewards are against the reference of its newest checkpoint, or its \
+                                start weights before the first; name a checkpoint to score it against the reference that it holds";
 
 /// What a request wants to score with.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,6 +43,8 @@ pub struct ScoreOptions {
     pub beta: Option<f64>,
     /// `None`: the job's, or 1024.
     pub max_length: Option<usize>,
+    /// `None`: as the job trains its reward, or the sum for a model.
+    pub normalization: Option<Normalization>,
     /// Tools, and variables for the chat template, for dialogues without their own.
     pub arguments: TemplateArguments,
 }
@@ -59,7 +69,7 @@ pub struct ScoredCompletion {
     pub policy_logprob: f64,
     /// Σ log π_ref; 0 without a reference.
     pub reference_logprob: f64,
-    /// β·lr.
+    /// β·lr, or β·lr/n, by the session's normalization.
     pub reward: f64,
     /// The completion's tokens.
     pub token_ids: Vec<u32>,
@@ -95,8 +105,10 @@ pub struct ScoringSession {
     owner: String,
     policy: Arc<Resolved>,
     reference: Option<Arc<Resolved>>,
+    warnings: Arc<[String]>,
     tokenizer: Arc<ChatTokenizer>,
     beta: f64,
+    normalization: Normalization,
     max_length: usize,
     truncation: Truncation,
     /// The request's tools and variables over those of the policy's job.
@@ -131,10 +143,9 @@ impl Service {
             self.check_weights(caller, name).await?;
         }
         let policy = self.resolve(&options.policy).await?;
-        let reference = match (&options.reference, &policy.job) {
-            (Some(name), _) => Some(self.resolve(name).await?),
-            (None, Some(job)) => self.reference_weights(job).await?,
-            (None, None) => Some(policy.clone()),
+        let reference = match &options.reference {
+            Some(name) => Some(self.resolve(name).await?),
+            None => self.default_reference(&policy).await?,
         };
         if let Some(WeightsRef::Live { job }) = reference.as_ref().map(|r| &r.weights) {
             let message = format!("trainingJobs/{job} is still training: a reference must not move, name a checkpoint by its step");
@@ -146,6 +157,14 @@ impl Service {
         }
         let spec = policy.job.as_ref().map(|j| &j.request.spec);
         let of_job = policy.job.as_ref().map(|j| j.template_arguments()).unwrap_or_default();
+        let mut warnings = Vec::new();
+        if reference.as_ref().is_some_and(|r| r.weights == policy.weights) {
+            warnings.push(SAME_WEIGHTS.to_owned());
+        }
+        let moves = spec.is_some_and(|s| s.dpo.reference_sync.is_some());
+        if moves && options.reference.is_none() && matches!(policy.weights, WeightsRef::Live { .. }) {
+            warnings.push(MOVING_REFERENCE.to_owned());
+        }
         Ok(ScoringSession {
             has_tools: options.arguments.tools.iter().flatten().next().is_some(),
             arguments: Arc::new(options.arguments.over(&of_job)),
@@ -153,12 +172,14 @@ impl Service {
             vocab_size: self.model(&policy.model)?.vocab_size,
             tokenizer: self.inner.engine.tokenizer(&policy.model)?,
             beta: options.beta.or(spec.map(|s| s.dpo.beta)).unwrap_or(0.1),
+            normalization: options.normalization.or(spec.map(|s| s.dpo.reward_normalization())).unwrap_or(Normalization::Sum),
             max_length: options.max_length.or(spec.map(|s| s.batch.max_length)).unwrap_or(1024),
             truncation: Service::truncation(policy.job.as_ref()),
             service: self.clone(),
             owner: caller.owner.clone(),
             policy: Arc::new(policy),
             reference: reference.map(Arc::new),
+            warnings: warnings.into(),
         })
     }
 }
@@ -180,6 +201,16 @@ impl ScoringSession {
     /// `InvalidArgument` for a text that is longer than any row could use.
     pub async fn room_for_pair(&self, pair: &PairToScore) -> Result<OwnedSemaphorePermit> {
         self.take_room(pair.arguments.bytes(), &pair.prompt, &[&pair.a, &pair.b]).await
+    }
+
+    /// How rewards add up the log-ratios of an answer's tokens.
+    pub fn normalization(&self) -> Normalization {
+        self.normalization
+    }
+
+    /// What whoever reads the scores should know about the weights that were named.
+    pub fn warnings(&self) -> Vec<String> {
+        self.warnings.to_vec()
     }
 
     /// Room for a request's text beside that of others; waits for it.
@@ -351,12 +382,11 @@ impl ScoringSession {
             .into_iter()
             .zip(scored.completions)
             .map(|(e, logps)| {
-                let policy_logprob = total(&logps.policy);
-                let reference = logps.reference.as_deref().map(total);
+                let answer = AnswerLogps::new(&logps.policy, logps.reference.as_deref());
                 ScoredCompletion {
-                    policy_logprob,
-                    reference_logprob: reference.unwrap_or(0.0),
-                    reward: reward(self.beta, policy_logprob, reference),
+                    policy_logprob: answer.policy,
+                    reference_logprob: answer.reference.unwrap_or(0.0),
+                    reward: reward(self.beta, self.normalization, answer),
                     prompt_tokens: e.prompt.len(),
                     truncated: e.truncated,
                     token_ids: e.tokens,

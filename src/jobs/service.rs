@@ -301,6 +301,9 @@ impl Service {
         if request.evaluation == Evaluation::None && request.spec.run.early_stopping_patience > 0 {
             bad.push("training_job.run.early_stopping_patience", "needs an evaluation: set eval_dataset or eval_fraction");
         }
+        if request.reference.is_some() && request.spec.dpo.reference_free {
+            bad.push("training_job.reference", "has no meaning with dpo.reference_free: remove one of them");
+        }
         check_priority(caller, request.priority, self.inner.options.max_client_priority, &mut bad);
         bad.into_result()?;
         for name in [Some(&request.policy), request.reference.as_ref()].into_iter().flatten() {

@@ -68,7 +68,7 @@ pub fn partial_loss(config: &DpoConfig, pairs: &[PairLogps], whole: BatchSize, s
         match term.loss {
             LossType::Sft => nll_factor += term.weight,
             LossType::Aot | LossType::AotUnpaired => {
-                let (values, ds) = sorted_transport(config, term.loss, &sums);
+                let (values, ds) = sorted_transport(config, term, &sums);
                 for i in 0..pairs.len() {
                     total += term.weight * weights[i] * values[i] / b;
                     // The k-th smallest of each side form the k-th loss; its slopes belong to the pairs they came from.
@@ -81,7 +81,7 @@ pub fn partial_loss(config: &DpoConfig, pairs: &[PairLogps], whole: BatchSize, s
                     nll_factor += term.weight;
                 }
                 for (i, s) in sums.iter().enumerate() {
-                    let (value, dw, dl) = value_and_slopes(config, loss, s);
+                    let (value, dw, dl) = value_and_slopes(config, term, s);
                     let factor = term.weight * weights[i] / b;
                     total += factor * value;
                     slopes[i].0 += factor * dw;

@@ -26,17 +26,57 @@ pub struct PairObservation {
     pub reward_chosen: f64,
     /// r_l.
     pub reward_rejected: f64,
+    /// r_w and r_l as means over tokens, for an objective that trains these.
+    pub normalized: Option<(f64, f64)>,
     /// Per chosen token.
     pub chosen: Vec<TokenStats>,
     /// Per rejected token.
     pub rejected: Vec<TokenStats>,
 }
 
+impl PairObservation {
+    /// Returns the metrics of which a batch has the mean over its pairs.
+    fn metrics(&self) -> Vec<(&'static str, f64)> {
+        let (chosen, rejected) = (self.reward_chosen, self.reward_rejected);
+        let mut metrics = vec![
+            ("rewards/chosen", chosen),
+            ("rewards/rejected", rejected),
+            ("rewards/accuracies", f64::from(chosen > rejected)),
+            ("rewards/margins", chosen - rejected),
+            ("logps/chosen", self.logp_chosen),
+            ("logps/rejected", self.logp_rejected),
+        ];
+        if let Some((chosen, rejected)) = self.normalized {
+            metrics.extend([
+                ("rewards_normalized/chosen", chosen),
+                ("rewards_normalized/rejected", rejected),
+                ("rewards_normalized/accuracies", f64::from(chosen > rejected)),
+                ("rewards_normalized/margins", chosen - rejected),
+            ]);
+        }
+        metrics
+    }
+}
+
+/// Adds the pairs' metrics to `sums`, pair by pair: the result does not depend on how the pairs are cut into batches.
+pub fn add_pairs(sums: &mut Metrics, pairs: &[PairObservation]) {
+    for (name, value) in pairs.iter().flat_map(PairObservation::metrics) {
+        *sums.entry(name.to_owned()).or_default() += value;
+    }
+}
+
 /// The metrics of one micro-batch.
 pub fn micro_batch(loss: f64, pairs: &[PairObservation]) -> Metrics {
-    let b = pairs.len().max(1) as f64;
-    let mean = |f: &dyn Fn(&PairObservation) -> f64| pairs.iter().map(f).sum::<f64>() / b;
-    // Token-weighted over the whole micro-batch.
+    let mut metrics = Metrics::new();
+    add_pairs(&mut metrics, pairs);
+    metrics.values_mut().for_each(|sum| *sum /= pairs.len().max(1) as f64);
+    metrics.insert("loss".into(), loss);
+    metrics.extend(tokens(pairs));
+    metrics
+}
+
+/// Returns the metrics that are means over the completion tokens of all `pairs`.
+pub fn tokens(pairs: &[PairObservation]) -> Metrics {
     let over = |side: &dyn Fn(&PairObservation) -> &[TokenStats], f: &dyn Fn(&TokenStats) -> f64| {
         let n: usize = pairs.iter().map(|p| side(p).len()).sum();
         (pairs.iter().flat_map(|p| side(p).iter().map(f)).sum::<f64>(), n)
@@ -45,13 +85,6 @@ pub fn micro_batch(loss: f64, pairs: &[PairObservation]) -> Metrics {
     let (cl, rl) = (over(&|p| &p.chosen, &|t| t.mean_logit), over(&|p| &p.rejected, &|t| t.mean_logit));
     let (ce, re) = (over(&|p| &p.chosen, &|t| t.entropy), over(&|p| &p.rejected, &|t| t.entropy));
     [
-        ("loss", loss),
-        ("rewards/chosen", mean(&|p| p.reward_chosen)),
-        ("rewards/rejected", mean(&|p| p.reward_rejected)),
-        ("rewards/accuracies", mean(&|p| f64::from(p.reward_chosen > p.reward_rejected))),
-        ("rewards/margins", mean(&|p| p.reward_chosen - p.reward_rejected)),
-        ("logps/chosen", mean(&|p| p.logp_chosen)),
-        ("logps/rejected", mean(&|p| p.logp_rejected)),
         ("logits/chosen", ratio(cl)),
         ("logits/rejected", ratio(rl)),
         ("entropy", ratio((ce.0 + re.0, ce.1 + re.1))),
@@ -133,6 +166,7 @@ mod tests {
             logp_rejected: -4.0,
             reward_chosen: 1.0,
             reward_rejected: 1.0,
+            normalized: None,
             chosen: vec![t(1.0, true)],
             rejected: vec![t(2.0, true), t(3.0, true)],
         };
@@ -143,5 +177,15 @@ mod tests {
         assert_eq!(m["entropy"], 11.0 / 8.0);
         assert_eq!(m["rewards/accuracies"], 0.5, "a tie is not a win");
         assert_eq!(m["rewards/margins"], 1.0);
+        assert!(m.keys().all(|name| !name.starts_with("rewards_normalized/")));
+    }
+
+    #[test]
+    fn normalized_rewards_have_metrics_of_their_own() {
+        let longer = PairObservation { reward_chosen: -9.0, reward_rejected: -8.0, normalized: Some((-1.0, -2.0)), ..Default::default() };
+        let m = micro_batch(0.0, &[longer.clone(), longer]);
+        assert_eq!((m["rewards/margins"], m["rewards/accuracies"]), (-1.0, 0.0));
+        assert_eq!((m["rewards_normalized/margins"], m["rewards_normalized/accuracies"]), (1.0, 1.0));
+        assert_eq!((m["rewards_normalized/chosen"], m["rewards_normalized/rejected"]), (-1.0, -2.0));
     }
 }

@@ -1,15 +1,37 @@
 //! The score of a pair: Pr(y_a ≻ y_b | x) = σ(r_a − r_b) with r = β·(log π_θ − log π_ref), the same reward that the loss trains.
+//!
+//! Losses that compare means over tokens (ipo, sigmoid_norm, simpo, orpo) train r = β·(log π_θ − log π_ref)/n instead. Training metrics and served
+//! scores both come from [`reward`], so that they agree to the last bit.
 
 use super::sigmoid;
+use crate::domain::dpo::Normalization;
 
-/// lr = log π_θ(y|x) − log π_ref(y|x); without a reference, log π_θ.
-pub fn log_ratio(policy: f64, reference: Option<f64>) -> f64 {
-    policy - reference.unwrap_or(0.0)
+/// An answer's log-probs, summed over its tokens, in nats.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AnswerLogps {
+    /// Σ log π_θ.
+    pub policy: f64,
+    /// Σ log π_ref; `None` without a reference.
+    pub reference: Option<f64>,
+    /// The number of the answer's tokens.
+    pub tokens: usize,
 }
 
-/// r = β·lr, the implicit reward (arXiv:2305.18290, eq. 5 without the partition function, which cancels in a pair).
-pub fn reward(beta: f64, policy: f64, reference: Option<f64>) -> f64 {
-    beta * log_ratio(policy, reference)
+impl AnswerLogps {
+    /// Adds up the log-probs of an answer's tokens.
+    pub fn new(policy: &[f32], reference: Option<&[f32]>) -> Self {
+        AnswerLogps { policy: total(policy), reference: reference.map(total), tokens: policy.len() }
+    }
+}
+
+/// Returns the implicit reward r = β·lr (arXiv:2305.18290, eq. 5 without the partition function, which cancels in a pair) with
+/// lr = log π_θ(y|x) − log π_ref(y|x), or log π_θ(y|x) without a reference; with [`Normalization::Mean`], lr is divided by the number of tokens.
+pub fn reward(beta: f64, normalization: Normalization, answer: AnswerLogps) -> f64 {
+    let log_ratio = answer.policy - answer.reference.unwrap_or(0.0);
+    match normalization {
+        Normalization::Sum => beta * log_ratio,
+        Normalization::Mean => beta * (log_ratio / answer.tokens.max(1) as f64),
+    }
 }
 
 /// σ(margin) with margin = r_a − r_b: the Bradley–Terry probability that a is preferred.
@@ -46,6 +68,19 @@ mod tests {
         for margin in [-800.0, -3.0, 0.0, 0.1, 40.0] {
             assert!((preference_probability(margin) + preference_probability(-margin) - 1.0).abs() < 1e-15);
         }
+    }
+
+    #[test]
+    fn a_mean_reward_is_that_of_one_token() {
+        // SimPO, β = 2: −100 nats over 100 tokens against −30 over 20.
+        let long = AnswerLogps::new(&[-1.0; 100], None);
+        let short = AnswerLogps::new(&[-1.5; 20], None);
+        let margin = |normalization| reward(2.0, normalization, long) - reward(2.0, normalization, short);
+        assert_eq!(margin(Normalization::Mean), 1.0);
+        assert_eq!(margin(Normalization::Sum), -140.0);
+        let against = AnswerLogps::new(&[-1.5, -2.5], Some(&[-1.0, -2.0]));
+        assert_eq!(reward(0.5, Normalization::Sum, against), -0.5);
+        assert_eq!(reward(0.5, Normalization::Mean, against), -0.25);
     }
 
     #[test]

@@ -66,6 +66,8 @@ impl ScoringService for Scoring {
             results,
             policy_version: session.policy_version(),
             reference_version: session.reference_version().unwrap_or_default(),
+            normalization: convert::normalization(session.normalization()),
+            warnings: session.warnings(),
         }))
     }
 
@@ -133,6 +135,8 @@ impl ScoringService for Scoring {
             ranking: order,
             policy_version: session.policy_version(),
             reference_version: session.reference_version().unwrap_or_default(),
+            normalization: convert::normalization(session.normalization()),
+            warnings: session.warnings(),
         }))
     }
 }
@@ -162,6 +166,8 @@ async fn follow(
 ) -> Result<(), Status> {
     let mut tasks: JoinSet<(String, Scored)> = JoinSet::new();
     let mut open = true;
+    // The first answer carries them.
+    let mut warnings = session.warnings();
     while open || !tasks.is_empty() {
         tokio::select! {
             next = requests.message(), if open && tasks.len() < IN_FLIGHT => match next? {
@@ -189,7 +195,12 @@ async fn follow(
             Some(done) = tasks.join_next() => {
                 let (id, scored) = done.map_err(|e| status(ServiceError::internal(format!("a scoring task failed: {e}"))))?;
                 let policy_version = scored.as_ref().map_or_else(|_| session.policy_version(), |s| s.policy_version.clone());
-                let answer = pb::StreamScorePairsResponse { result: Some(pair_result(id, scored, per_token)), policy_version };
+                let answer = pb::StreamScorePairsResponse {
+                    result: Some(pair_result(id, scored, per_token)),
+                    policy_version,
+                    normalization: convert::normalization(session.normalization()),
+                    warnings: std::mem::take(&mut warnings),
+                };
                 if answers.send(Ok(answer)).await.is_err() {
                     return Ok(()); // the client has left; dropping the tasks abandons their work
                 }

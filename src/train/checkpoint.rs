@@ -29,7 +29,8 @@ use crate::model::{export, peft};
 /// The file that makes a folder a checkpoint; written last.
 pub const STATE_FILE: &str = "trainer_state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
-const REFERENCE_FILE: &str = "reference.safetensors";
+/// TR-DPO's moving reference.
+pub const REFERENCE_FILE: &str = "reference.safetensors";
 const VERSION: u32 = 1;
 
 /// Why a checkpoint could not be written or read.
@@ -92,6 +93,9 @@ pub struct RunState {
     pub tokens: u64,
     /// The best evaluation so far and its step.
     pub best: Option<(f64, u64)>,
+    /// The name of the metric that `best` is a value of; empty in checkpoints of version 0.2.
+    #[serde(default)]
+    pub best_metric: String,
     /// Evaluations since the best.
     pub stale_evaluations: u32,
     /// The step of the last evaluation: a run that was drained before one that was due makes up for it.

@@ -13,11 +13,11 @@ use super::pair::{EncodedPair, SequenceGroup};
 use super::parallel::over_devices;
 use super::scorer::Logps;
 use super::trainable::Gradients;
-use crate::domain::dpo::DpoConfig;
+use crate::domain::dpo::{DpoConfig, Normalization};
 use crate::domain::job::Metrics;
 use crate::math::loss::{BatchSize, PairLogps, partial_loss};
 use crate::math::metrics::{PairObservation, TokenStats, micro_batch};
-use crate::math::score::{reward, total};
+use crate::math::score::{AnswerLogps, reward};
 use crate::model::decoder::Policy;
 
 /// Pairs whose mean loss is taken.
@@ -60,15 +60,22 @@ fn sides<'a>(row: &PackedRow, tape: &'a RowTape) -> Vec<Sides<'a>> {
 impl MicroBatch<'_> {
     /// The mean loss and its metrics; adds `scale`·∂loss to `gradients`, of which each of the policy's devices has its own.
     pub fn train(&self, keep: Keep, scale: f64, gradients: &mut [Gradients], pause: &mut dyn FnMut()) -> Result<(f64, Metrics)> {
-        self.run(keep, scale, Some(gradients), pause)
+        let (loss, observations) = self.run(keep, scale, Some(gradients), pause)?;
+        Ok((loss, micro_batch(loss, &observations)))
     }
 
-    /// The mean loss and its metrics.
-    pub fn evaluate(&self, pause: &mut dyn FnMut()) -> Result<(f64, Metrics)> {
+    /// The mean loss and what was seen of each pair.
+    pub fn evaluate(&self, pause: &mut dyn FnMut()) -> Result<(f64, Vec<PairObservation>)> {
         self.run(Keep::Nothing, 1.0, None, pause)
     }
 
-    fn run(&self, keep: Keep, scale: f64, mut gradients: Option<&mut [Gradients]>, pause: &mut dyn FnMut()) -> Result<(f64, Metrics)> {
+    fn run(
+        &self,
+        keep: Keep,
+        scale: f64,
+        mut gradients: Option<&mut [Gradients]>,
+        pause: &mut dyn FnMut(),
+    ) -> Result<(f64, Vec<PairObservation>)> {
         let groups: Vec<Vec<SequenceGroup>> = self.pairs.iter().map(|p| p.groups()).collect();
         let items: Vec<&[SequenceGroup]> = groups.iter().map(Vec::as_slice).collect();
         let devices = self.policy.devices().count();
@@ -93,7 +100,7 @@ impl MicroBatch<'_> {
                 share.into_iter().try_for_each(|(tape, upstream)| backprop::backward(policy, tape, &upstream, gradients, pause))
             })?;
         }
-        Ok((loss, micro_batch(loss, &observations)))
+        Ok((loss, observations))
     }
 
     /// What some rows add to the loss, and ∂loss/∂log p of each of their targets.
@@ -118,12 +125,22 @@ impl MicroBatch<'_> {
             upstream[r][ranges[1].clone()].copy_from_slice(&loss.grad_rejected[i]);
         }
         for s in all {
-            let logp = s.logps.map(total);
-            let r = |side: usize| reward(self.dpo.beta, logp[side], self.references.map(|r| total(&r[s.pair][side])));
-            let (reward_chosen, reward_rejected) = (r(0), r(1));
+            let answer = |side: usize| AnswerLogps::new(s.logps[side], self.references.map(|r| r[s.pair][side].as_slice()));
+            let (w, l) = (answer(0), answer(1));
+            let rewards = |normalization| (reward(self.dpo.beta, normalization, w), reward(self.dpo.beta, normalization, l));
+            let (reward_chosen, reward_rejected) = rewards(self.dpo.logged_normalization());
+            let trains_means = self.dpo.reward_normalization() == Normalization::Mean;
+            let normalized = trains_means.then(|| rewards(Normalization::Mean));
             let [chosen, rejected] = s.stats;
-            observations[s.pair] =
-                PairObservation { logp_chosen: logp[0], logp_rejected: logp[1], reward_chosen, reward_rejected, chosen, rejected };
+            observations[s.pair] = PairObservation {
+                logp_chosen: w.policy,
+                logp_rejected: l.policy,
+                reward_chosen,
+                reward_rejected,
+                normalized,
+                chosen,
+                rejected,
+            };
         }
         (loss.loss, upstream)
     }

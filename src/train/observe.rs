@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::job::Metrics;
-use crate::math::metrics::{Average, exact};
+use crate::math::metrics::{Average, PairObservation, add_pairs, exact, tokens};
 
 /// Counts an optimizer step, logged or not. Its time is that on the wall: scoring in between is part of it.
 pub fn step(took: Duration, tokens: u64) {
@@ -53,24 +53,30 @@ impl Window {
     }
 }
 
-/// Metrics over the evaluation rows, weighted by pairs so that a short last batch does not count as much as a full one.
+/// Metrics over the evaluation rows. Every pair counts the same, so that a short last batch does not count as much as a full one.
 #[derive(Debug, Default)]
 pub(super) struct Evaluation {
-    sums: Metrics,
+    /// Sums over pairs of rewards and log-probs. They are taken pair by pair: their means are the means of what scoring serves, to the last bit.
+    of_pairs: Metrics,
+    /// Sums of batches' means, each times the batch's pairs.
+    of_batches: Metrics,
     pairs: f64,
 }
 
 impl Evaluation {
-    /// Adds a batch of `pairs` pairs.
-    pub fn add(&mut self, metrics: Metrics, pairs: usize) {
-        for (k, v) in metrics {
-            *self.sums.entry(k).or_default() += v * pairs as f64;
+    /// Adds a batch with its mean loss.
+    pub fn add(&mut self, loss: f64, pairs: &[PairObservation]) {
+        add_pairs(&mut self.of_pairs, pairs);
+        let weight = pairs.len() as f64;
+        for (name, mean) in tokens(pairs).into_iter().chain([("loss".to_owned(), loss)]) {
+            *self.of_batches.entry(name).or_default() += mean * weight;
         }
-        self.pairs += pairs as f64;
+        self.pairs += weight;
     }
 
     /// The means, with the eval_ prefix.
     pub fn finish(self) -> Metrics {
-        self.sums.into_iter().map(|(k, v)| (format!("eval_{k}"), v / self.pairs.max(1.0))).collect()
+        let sums = self.of_pairs.into_iter().chain(self.of_batches);
+        sums.map(|(name, sum)| (format!("eval_{name}"), sum / self.pairs.max(1.0))).collect()
     }
 }

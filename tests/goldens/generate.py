@@ -4,10 +4,11 @@ import json
 import shutil
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
-from common import HERE, MODELS, build, load, randomise, rows, trainer
+from common import HERE, MODELS, build, load, randomise, rows, strip, trainer
 
 NAMES = ["llama", "mistral", "qwen2", "qwen3"]
 CHAT, PLAIN = rows("pairs.jsonl"), rows("plain.jsonl")
@@ -102,7 +103,11 @@ LOSSES = [
         ("nca_pair", dict(use_weighting=True)),
         ("sigmoid", dict(ld_alpha=0.3)),
     ]
-] + [dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0])]
+] + [
+    dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]),
+    # TRL smooths exo_pair, and sigmoid not at all.
+    dict(loss_type=["exo_pair", "sigmoid"], loss_weights=[1.0, 0.5], label_smoothing=0.05),
+]
 
 
 def losses():
@@ -203,6 +208,44 @@ def trajectories():
     write("trajectories.json", out)
 
 
+def rewards():
+    """The rewards that TRL's trainers log for losses of means and without a reference, and an SFT run with a reference."""
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    model, tok = load("llama")
+    data = CHAT[:4]
+    prepared = trainer(load("llama")[0], tok, data, ref=load("llama-ref")[0]).train_dataset
+    batch = {}
+    for side in ("chosen", "rejected"):
+        # The tokens are DPOTrainer's: what is compared is what becomes of their log-probs.
+        ids = [p["prompt_ids"] + p[f"{side}_ids"] for p in prepared]
+        labels = [[-100] * len(p["prompt_ids"]) + p[f"{side}_ids"] for p in prepared]
+        longest = max(map(len, ids))
+        pad = lambda rows, value: torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+        batch[f"{side}_input_ids"], batch[f"{side}_labels"] = pad(ids, tok.pad_token_id), pad(labels, -100)
+        batch[f"{side}_attention_mask"] = pad([[1] * len(row) for row in ids], 0)
+    logged = {}
+    for name, make, config, settings in (
+        ("simpo", CPOTrainer, CPOConfig, dict(loss_type="simpo", cpo_alpha=0.0, simpo_gamma=0.5, beta=2.0)),
+        ("orpo", ORPOTrainer, ORPOConfig, dict(beta=0.2)),
+    ):
+        args = config(output_dir="/tmp/bradley-goldens", use_cpu=True, bf16=False, report_to="none", max_length=256, disable_tqdm=True, **settings)
+        t = make(model=model, args=args, train_dataset=Dataset.from_list([strip(r) for r in data]), processing_class=tok)
+        with torch.no_grad():
+            loss, metrics = t.get_batch_loss_metrics(model, batch)
+        metrics = {k: float(v) for k, v in metrics.items() if k.startswith("rewards/")}
+        # ORPOTrainer's loss includes the prompt's NLL, which Bradley's does not.
+        logged[name] = dict(settings=settings, loss=loss.item() if name == "simpo" else None, metrics=metrics)
+
+    model, tok = load("llama")
+    settings = dict(loss_type=["sft"], max_steps=4, learning_rate=1e-3)
+    t = trainer(model, tok, CHAT, ref=load("llama")[0], **settings)
+    t.train()
+    steps = [{k: h[k] for k in KEYS if k in h} for h in t.state.log_history if "loss" in h]
+    write("rewards.json", dict(pairs=[r["id"] for r in data], logged=logged, sft=dict(settings=settings, steps=steps)))
+
+
 ROPES = [
     dict(rope_type="default"),
     dict(rope_type="linear", factor=4.0),
@@ -280,3 +323,4 @@ if __name__ == "__main__":
     losses()
     grads()
     trajectories()
+    rewards()

@@ -80,7 +80,7 @@ fn job_with(dataset: &str, dpo: pb::DpoConfig) -> pb::TrainingJob {
 }
 
 fn losses(names: impl IntoIterator<Item = impl Into<String>>) -> Vec<pb::WeightedLoss> {
-    let term = |loss_type| pb::WeightedLoss { loss_type, weight: None };
+    let term = |loss_type| pb::WeightedLoss { loss_type, weight: None, label_smoothing: None };
     names.into_iter().map(|name| term(name.into())).collect()
 }
 

@@ -14,9 +14,8 @@ fn config(settings: &Value) -> DpoConfig {
     let names: Vec<&str> = settings["loss_type"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
     let weights: Vec<f64> = settings.get("loss_weights").map_or(vec![1.0; names.len()], crate::support::numbers);
     DpoConfig {
-        losses: names.iter().zip(weights).map(|(n, weight)| WeightedLoss { loss: LossType::parse(n).unwrap(), weight }).collect(),
+        losses: names.iter().zip(weights).map(|(n, weight)| term(n, weight, number("label_smoothing"))).collect(),
         beta: number("beta").unwrap_or(d.beta),
-        label_smoothing: number("label_smoothing").unwrap_or(0.0),
         divergence: match settings.get("f_divergence_type").and_then(Value::as_str) {
             None => Divergence::ReverseKl,
             Some("forward_kl") => Divergence::ForwardKl,
@@ -27,6 +26,12 @@ fn config(settings: &Value) -> DpoConfig {
         ld_alpha: number("ld_alpha"),
         ..d
     }
+}
+
+/// TRL smooths fewer losses than Bradley can: each term has its own.
+fn term(name: &str, weight: f64, smoothing: Option<f64>) -> WeightedLoss {
+    let label_smoothing = smoothing.filter(|_| ["exo_pair", "robust", "aot", "aot_unpaired"].contains(&name));
+    WeightedLoss { loss: LossType::parse(name).unwrap(), weight, label_smoothing }
 }
 
 #[test]
@@ -68,7 +73,7 @@ fn losses_that_trl_dropped_follow_their_papers() {
             "orpo" => LossType::Orpo,
             _ => LossType::Sigmoid,
         };
-        let mut config = DpoConfig { losses: vec![WeightedLoss { loss, weight: 1.0 }], beta: number("beta"), ..DpoConfig::default() };
+        let mut config = DpoConfig { losses: vec![WeightedLoss::new(loss, 1.0)], beta: number("beta"), ..DpoConfig::default() };
         match name {
             "cdpo" => config.label_smoothing = number("label_smoothing"),
             "dpop" => config.dpop_lambda = number("dpop_lambda"),

@@ -27,6 +27,7 @@ mod pinned_inputs;
 mod pins;
 mod replicas;
 mod review;
+mod rewards;
 mod security;
 mod server;
 mod service;

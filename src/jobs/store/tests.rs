@@ -38,6 +38,8 @@ fn request(priority: i32) -> JobRequest {
         evaluation: Evaluation::None,
         spec: TrainingSpec::default(),
         row_policy: RowPolicy::Reject,
+        given_lora: Default::default(),
+        chat_template_kwargs: Default::default(),
         ttl_ms: None,
     }
 }
@@ -125,7 +127,7 @@ fn whole_request() -> JobRequest {
     let mut whole = request(0);
     whole.labels.insert("a".into(), "b".into());
     whole.model = Some("tiny".into());
-    whole.pins = Some(Pins { base: ModelIdentity::default(), init_adapter: Some("c".into()) });
+    whole.pins = Some(Pins { base: ModelIdentity::default(), init_adapter: Some("c".into()), ..Pins::default() });
     whole.policy = PolicyName::Checkpoint { job: "first".into(), which: CheckpointRef::Step(3) };
     whole.reference = Some(PolicyName::Checkpoint { job: "other".into(), which: CheckpointRef::Step(4) });
     whole.evaluation = Evaluation::Dataset("held-out".into());

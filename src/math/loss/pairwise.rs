@@ -1,6 +1,6 @@
 //! Each loss as a function of a pair's sums, with its slopes ∂/∂Σlog π_w and ∂/∂Σlog π_l.
 
-use crate::domain::dpo::{Divergence, DpoConfig, LossType};
+use crate::domain::dpo::{Divergence, DpoConfig, LossType, WeightedLoss};
 use crate::math::{log_sigmoid, sigmoid};
 
 /// What a loss sees of a pair.
@@ -56,8 +56,8 @@ fn smoothed(z: f64, eps: f64) -> (f64, f64) {
 }
 
 /// One pair's loss with its slopes in Σlog π_w and Σlog π_l. The losses over a whole batch (aot, sft) are not here; orpo is without its NLL.
-pub(super) fn value_and_slopes(config: &DpoConfig, loss: LossType, s: &Sums) -> (f64, f64, f64) {
-    let (beta, eps) = (config.beta, config.label_smoothing);
+pub(super) fn value_and_slopes(config: &DpoConfig, term: &WeightedLoss, s: &Sums) -> (f64, f64, f64) {
+    let (beta, eps) = (config.beta, config.smoothing(term));
     let (lr_w, lr_l) = (s.lr_w(), s.lr_l());
     let ((s_w, ds_w), (s_l, ds_l)) = (score(config.divergence, lr_w), score(config.divergence, lr_l));
     let delta = s_w - s_l;
@@ -65,7 +65,7 @@ pub(super) fn value_and_slopes(config: &DpoConfig, loss: LossType, s: &Sums) -> 
     let of_delta = |(value, slope): (f64, f64)| (value, slope * ds_w, -slope * ds_l);
     let (r_w, r_l) = (beta * lr_w, beta * lr_l);
 
-    match loss {
+    match term.loss {
         LossType::Sigmoid => {
             // DPOP (arXiv:2402.13228, eq. 3) subtracts λ·max(0, −lr_w) inside; λ = 0 is plain DPO.
             let lambda = config.dpop_lambda;
@@ -148,7 +148,7 @@ pub(super) fn value_and_slopes(config: &DpoConfig, loss: LossType, s: &Sums) -> 
 /// AOT (arXiv:2406.05882): losses of the sorted differences. Returns the k-th loss for each k, and for each pair its slopes with the index k of the
 /// loss that its chosen and its rejected side took part in.
 #[allow(clippy::type_complexity)]
-pub(super) fn sorted_transport(config: &DpoConfig, loss: LossType, sums: &[Sums]) -> (Vec<f64>, Vec<(f64, f64, usize, usize)>) {
+pub(super) fn sorted_transport(config: &DpoConfig, term: &WeightedLoss, sums: &[Sums]) -> (Vec<f64>, Vec<(f64, f64, usize, usize)>) {
     let order = |key: &dyn Fn(&Sums) -> f64| {
         let mut order: Vec<usize> = (0..sums.len()).collect();
         order.sort_by(|a, b| key(&sums[*a]).total_cmp(&key(&sums[*b])));
@@ -157,19 +157,19 @@ pub(super) fn sorted_transport(config: &DpoConfig, loss: LossType, sums: &[Sums]
     let mut values = Vec::with_capacity(sums.len());
     let mut slopes = vec![(0.0, 0.0, 0, 0); sums.len()];
     let beta = config.beta;
-    let (upper, lower) = match loss {
+    let (upper, lower) = match term.loss {
         LossType::AotUnpaired => (order(&Sums::lr_w), order(&Sums::lr_l)),
         _ => (order(&|s| s.policy_w - s.policy_l), order(&|s| s.reference_w - s.reference_l)),
     };
     for (k, (&i, &j)) in upper.iter().zip(&lower).enumerate() {
-        let delta = match loss {
+        let delta = match term.loss {
             LossType::AotUnpaired => sums[i].lr_w() - sums[j].lr_l(),
             _ => (sums[i].policy_w - sums[i].policy_l) - (sums[j].reference_w - sums[j].reference_l),
         };
-        let (value, slope) = smoothed(beta * delta, config.label_smoothing);
+        let (value, slope) = smoothed(beta * delta, config.smoothing(term));
         values.push(value);
         (slopes[i].0, slopes[i].2) = (beta * slope, k);
-        match loss {
+        match term.loss {
             LossType::AotUnpaired => (slopes[j].1, slopes[j].3) = (-beta * slope, k),
             _ => (slopes[i].1, slopes[i].3) = (-beta * slope, k),
         }

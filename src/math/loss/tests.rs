@@ -41,7 +41,7 @@ fn pair() -> impl Strategy<Value = Pair> {
 
 fn config(loss: LossType) -> DpoConfig {
     DpoConfig {
-        losses: vec![WeightedLoss { loss, weight: 0.7 }],
+        losses: vec![WeightedLoss::new(loss, 0.7)],
         beta: 0.3,
         label_smoothing: if loss == LossType::ExoPair { 0.01 } else { 0.1 },
         ..DpoConfig::default()
@@ -170,7 +170,7 @@ fn a_mix_is_the_sum_of_its_parts() {
         let c = DpoConfig { losses, ..DpoConfig::default() };
         batch_loss(&c, &view(&pairs, &c), 1.0).loss
     };
-    let (a, b) = (WeightedLoss { loss: LossType::Sigmoid, weight: 0.8 }, WeightedLoss { loss: LossType::Sft, weight: 0.3 });
+    let (a, b) = (WeightedLoss::new(LossType::Sigmoid, 0.8), WeightedLoss::new(LossType::Sft, 0.3));
     assert!((loss(vec![a, b]) - loss(vec![a]) - loss(vec![b])).abs() < 1e-12);
 }
 

@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 
 use super::{finish, json};
 use crate::domain::dataset::{ChatMessage, MAX_MESSAGES, Text};
+use crate::domain::dpo::Normalization;
 use crate::domain::message::{MessageProblem, TemplateArguments};
 use crate::domain::names;
 use crate::domain::violation::{Violations, quoted};
@@ -30,9 +31,26 @@ pub(in crate::rpc) fn options(o: Option<pb::ScoringOptions>) -> Result<(ScoreOpt
         bad.push(field, reason);
         TemplateArguments::default()
     });
+    let normalization = match pb::RewardNormalization::try_from(o.normalization) {
+        Ok(pb::RewardNormalization::Unspecified | pb::RewardNormalization::AsTrained) => None,
+        Ok(pb::RewardNormalization::Sum) => Some(Normalization::Sum),
+        Ok(pb::RewardNormalization::Mean) => Some(Normalization::Mean),
+        Err(_) => {
+            bad.push("options.normalization", format!("is {}: it must be AS_TRAINED, SUM or MEAN", o.normalization));
+            None
+        }
+    };
     let Some(policy) = policy else { return Err(crate::rpc::status::bad_request(bad)) };
     let max_length = o.max_length.map(|n| n as usize);
-    finish((ScoreOptions { policy, reference, beta: o.beta, max_length, arguments }, o.per_token_logprobs), bad)
+    finish((ScoreOptions { policy, reference, beta: o.beta, max_length, normalization, arguments }, o.per_token_logprobs), bad)
+}
+
+/// The normalization that was used: the sum or the mean.
+pub(in crate::rpc) fn normalization(n: Normalization) -> i32 {
+    match n {
+        Normalization::Sum => pb::RewardNormalization::Sum.into(),
+        Normalization::Mean => pb::RewardNormalization::Mean.into(),
+    }
 }
 
 /// A text that must be present.

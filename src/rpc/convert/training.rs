@@ -202,7 +202,7 @@ fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
     }
     for (i, l) in c.losses.iter().enumerate() {
         match LossType::parse(&l.loss_type) {
-            Some(loss) => losses.push(WeightedLoss { loss, weight: l.weight.unwrap_or(1.0) }),
+            Some(loss) => losses.push(WeightedLoss { loss, weight: l.weight.unwrap_or(1.0), label_smoothing: l.label_smoothing }),
             None => {
                 let known: Vec<&str> = LossType::ALL.iter().map(|l| l.name()).collect();
                 bad.push(
@@ -479,7 +479,7 @@ fn dpo_message(c: &DpoConfig) -> pb::DpoConfig {
         Divergence::Alpha { alpha } => (ALPHA_DIVERGENCE, Some(alpha)),
     };
     pb::DpoConfig {
-        losses: c.losses.iter().map(|l| pb::WeightedLoss { loss_type: l.loss.name().into(), weight: Some(l.weight) }).collect(),
+        losses: c.losses.iter().map(weighted_loss_message).collect(),
         beta: Some(c.beta),
         label_smoothing: Some(c.label_smoothing),
         f_divergence: f_divergence.into(),
@@ -495,6 +495,10 @@ fn dpo_message(c: &DpoConfig) -> pb::DpoConfig {
         reference_free: c.reference_free,
         reference_sync: c.reference_sync.map(|s| pb::ReferenceSync { alpha: Some(s.alpha), every_steps: Some(s.every_steps) }),
     }
+}
+
+fn weighted_loss_message(term: &WeightedLoss) -> pb::WeightedLoss {
+    pb::WeightedLoss { loss_type: term.loss.name().into(), weight: Some(term.weight), label_smoothing: term.label_smoothing }
 }
 
 fn optimizer_message(c: &OptimizerConfig) -> pb::OptimizerConfig {

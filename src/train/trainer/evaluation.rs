@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::{MicroBatch, Phase, TrainError, Trainer, references};
 use crate::domain::job::Metrics;
+use crate::math::metrics::PairObservation;
 use crate::train::event::RunEvent;
 use crate::train::host::Host;
 use crate::train::pair::EncodedPair;
@@ -12,7 +13,7 @@ impl Trainer {
     pub(super) fn evaluate_unit(&mut self, next: usize, host: &mut Host) -> Result<(), TrainError> {
         let end = (next + self.spec.batch.batch_size).min(self.eval.len());
         match self.evaluate(next..end, host) {
-            Ok(metrics) => self.evaluation.add(metrics, end - next),
+            Ok((loss, pairs)) => self.evaluation.add(loss, &pairs),
             Err(e) => return self.shorten(e, host),
         }
         if end < self.eval.len() {
@@ -29,35 +30,41 @@ impl Trainer {
         (host.emit)(RunEvent::Eval { step: self.state.step, metrics });
         self.phase = self.after_evaluation(best);
         if !best && self.is_over() && self.state.step < self.total_steps {
-            let message = format!(
-                "stopped early: {} evaluations without a better {}",
-                self.state.stale_evaluations,
-                self.spec.run.metric_for_best.name()
-            );
+            let message = format!("stopped early: {} evaluations without a better {}", self.state.stale_evaluations, self.best_metric());
             (host.emit)(RunEvent::Log { severity: "info", message });
         }
         Ok(())
     }
 
-    fn evaluate(&self, rows: Range<usize>, host: &mut Host) -> Result<Metrics, TrainError> {
+    fn evaluate(&self, rows: Range<usize>, host: &mut Host) -> Result<(f64, Vec<PairObservation>), TrainError> {
         let pairs: Vec<&EncodedPair> = self.eval[rows].iter().collect();
         let row_tokens = self.plan.row_tokens;
         let references = references(&self.reference, &pairs, row_tokens, host)?;
         let batch =
             MicroBatch { dpo: &self.spec.dpo, policy: &self.policy.policy, pairs: &pairs, references: references.as_deref(), row_tokens };
-        Ok(batch.evaluate(host.pause)?.1)
+        Ok(batch.evaluate(host.pause)?)
+    }
+
+    /// The name of the evaluation metric that decides which checkpoint is the best.
+    fn best_metric(&self) -> &'static str {
+        self.spec.run.metric_for_best.of(self.spec.dpo.reward_normalization())
     }
 
     /// Whether this evaluation, after at least one step, is the best so far.
     fn judge(&mut self, metrics: &Metrics) -> bool {
         let metric = self.spec.run.metric_for_best;
-        let Some(&value) = metrics.get(metric.name()) else { return false };
+        let name = self.best_metric();
+        let Some(&value) = metrics.get(name) else { return false };
         if self.state.step == 0 {
             return false;
         }
-        let better = self.state.best.is_none_or(|(old, _)| metric.improves(value, old));
+        // Version 0.2 did not store the name, and compared sums whatever the objective.
+        let compared = if self.state.best_metric.is_empty() { metric.name() } else { &self.state.best_metric };
+        let best = self.state.best.filter(|_| compared == name);
+        let better = best.is_none_or(|(old, _)| metric.improves(value, old));
         if better {
             self.state.best = Some((value, self.state.step));
+            self.state.best_metric = name.to_owned();
             self.state.stale_evaluations = 0;
         } else {
             self.state.stale_evaluations += 1;

@@ -50,7 +50,7 @@ fn every_bad_field_is_reported_at_once_under_its_proto_path() {
         reference: "?".into(),
         row_policy: 9,
         dpo: Some(pb::DpoConfig {
-            losses: vec![pb::WeightedLoss { loss_type: "nope".into(), weight: None }],
+            losses: vec![pb::WeightedLoss { loss_type: "nope".into(), weight: None, label_smoothing: None }],
             beta: Some(-1.0),
             f_divergence: "x".into(),
             ..Default::default()

@@ -28,7 +28,7 @@ fn refusal(row: Value) -> (String, IssueReason, String) {
 }
 
 fn chat(messages: &[(&str, &str)]) -> Text {
-    let message = |(role, content): &(&str, &str)| ChatMessage { role: (*role).into(), content: (*content).into() };
+    let message = |(role, content): &(&str, &str)| ChatMessage::new(*role, *content);
     Text::Chat(messages.iter().map(message).collect())
 }
 
