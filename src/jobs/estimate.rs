@@ -63,7 +63,7 @@ impl Service {
         let packed = |pairs: &[EncodedPair]| pairs.iter().map(EncodedPair::packed_tokens).sum::<usize>();
         let longest = train.iter().chain(eval).map(EncodedPair::packed_tokens).max().unwrap_or(0);
         let spec = &job.request.spec;
-        let (memory_bytes, memory_limit_bytes) = self.inner.engine.memory(&prepared.model, spec, longest)?;
+        let (memory_bytes, memory_limit_bytes) = self.inner.engine.memory(&prepared.model, prepared.reference.as_ref(), spec, longest)?;
 
         let total_steps = spec.batch.total_steps(train.len());
         let epochs = total_steps as f64 / spec.batch.steps_per_epoch(train.len()).max(1) as f64;
@@ -78,7 +78,17 @@ impl Service {
         // In passes over a token: forward, and backward to the activations; full training goes back to the weights, too. The reference is computed
         // once for each pair and then remembered.
         let passes = if matches!(spec.method, Method::Full) { 3.0 } else { 2.0 };
-        let reference = if prepared.reference.is_some() { (packed(train) as f64).min(tokens) } else { 0.0 };
+        let reference = match &prepared.reference {
+            Some(weights) => {
+                let model = weights.model().filter(|model| *model != prepared.model);
+                let rate = match model {
+                    Some(other) => self.seconds_per_token(other, train).await?,
+                    None => forward,
+                };
+                rate * (packed(train) as f64).min(tokens)
+            }
+            None => 0.0,
+        };
         let evaluated = evaluations as f64 * packed(eval) as f64;
         Ok(JobEstimate {
             train_pairs: train.len() as u64,
@@ -89,7 +99,7 @@ impl Service {
             longest_pair_tokens: longest as u64,
             memory_bytes,
             memory_limit_bytes,
-            seconds: forward * (passes * tokens + reference + evaluated),
+            seconds: forward * (passes * tokens + evaluated) + reference,
         })
     }
 

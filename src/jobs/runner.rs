@@ -148,7 +148,7 @@ async fn pin_base(service: &Service, job: &Job, held: &Held) -> Result<Job> {
     let message = format!("the job is from before version 0.2 and is pinned now to the model {} as it is served", base.hash());
     let pin = |j: &mut Job| {
         j.request.model.get_or_insert_with(|| model.clone());
-        j.request.pins.get_or_insert_with(|| Pins { base: base.clone(), init_adapter: None });
+        j.request.pins.get_or_insert_with(|| Pins { base: base.clone(), ..Pins::default() });
         Ok(vec![EventKind::Log { severity: "warning".into(), message: message.clone() }])
     };
     held.write(service, pin, Also::Nothing).await

@@ -25,7 +25,7 @@ use super::uses::{Needed, check};
 use super::{housekeeping, runner};
 use crate::domain::access::Caller;
 use crate::domain::dataset::{Dataset, IssueReason, RowIssue, Severity};
-use crate::domain::identity::Pins;
+use crate::domain::identity::{ModelIdentity, Pins};
 use crate::domain::job::{Evaluation, Event, Job, JobRequest, JobState, Metrics, Progress, RowPolicy};
 use crate::domain::training::{LoraConfig, Method};
 use crate::domain::violation::{Violations, quoted};
@@ -289,7 +289,7 @@ impl Service {
         let start = self.resolve(&self.pin(&request.policy).await?).await?;
         request.policy = self.pin(&request.policy).await?;
         request.model = Some(start.model.clone());
-        request.pins = Some(Pins { base: self.inner.engine.identity(&start.model)?, init_adapter: None });
+        let mut pins = Pins { base: self.inner.engine.identity(&start.model)?, ..Pins::default() };
         if let (Method::Lora(_), WeightsRef::Full { .. }) = (&request.spec.method, &start.weights) {
             let message =
                 "LoRA starts from a base model or from a LoRA checkpoint: export the full checkpoint merged and serve it as a model";
@@ -302,16 +302,20 @@ impl Service {
             };
             self.find_adapter(name).await?;
         }
-        if let Some(reference) = &request.reference {
-            let pinned = self.pin(reference).await?;
+        let mut reference = start.weights.clone();
+        if let Some(name) = &request.reference {
+            let pinned = self.pin(name).await?;
             let resolved = self.resolve(&pinned).await?;
+            self.check_tokenizers("training_job.reference", &start.model, &resolved.model)?;
             if resolved.model != start.model {
-                let message =
-                    format!("is on models/{}, the policy is on models/{}: both need the same tokenizer", resolved.model, start.model);
-                return Err(ServiceError::invalid("training_job.reference", message));
+                let reference_base = self.inner.engine.identity(&resolved.model)?;
+                check_mixable(&request, &pins.base, &resolved.model, &reference_base)?;
+                pins.reference_base = Some(reference_base);
             }
             request.reference = Some(pinned);
+            reference = resolved.weights;
         }
+        request.pins = Some(pins);
         for id in [Some(&request.dataset), eval_dataset(&request.evaluation)].into_iter().flatten() {
             let dataset = self.own_dataset(caller, id).await?;
             let bad_rows = dataset.report.bad_rows_of_any_job();
@@ -328,7 +332,7 @@ impl Service {
         }
         // Pinned, so that the job goes on alike under a server with other settings.
         request.spec.precision.get_or_insert(self.inner.engine.precision());
-        self.inner.engine.check(&start.model, &request.spec, 2 * request.spec.batch.max_length)?;
+        self.inner.engine.check(&start.model, Some(&reference), &request.spec, 2 * request.spec.batch.max_length)?;
         Ok(request)
     }
 
@@ -498,6 +502,19 @@ impl Service {
 /// Whether a job starts from an adapter of the server's.
 fn names_adapter(job: &Job) -> bool {
     matches!(&job.request.spec.method, Method::Lora(lora) if lora.init_adapter.is_some())
+}
+
+/// Refuses a reference that follows the policy (TR-DPO) on a model of another configuration: both models' weights are mixed, tensor by tensor.
+fn check_mixable(request: &JobRequest, policy: &ModelIdentity, model: &str, reference: &ModelIdentity) -> Result<()> {
+    if request.spec.dpo.reference_sync.is_none() || policy.config == reference.config {
+        return Ok(());
+    }
+    let message = format!(
+        "mixes the policy's weights into those of models/{model}, whose configuration has the hash {}, the policy's has {}: name a reference of the same \
+         architecture and shape, or remove reference_sync",
+        reference.config, policy.config
+    );
+    Err(ServiceError::invalid("training_job.dpo.reference_sync", message))
 }
 
 /// Takes the data directory for this process.

@@ -23,6 +23,7 @@ mod hub;
 mod layers;
 mod lifecycle;
 mod pins;
+mod references;
 mod replicas;
 mod security;
 mod server;
