@@ -59,6 +59,9 @@ pub struct Pins {
     /// BLAKE3 of the adapter that the policy starts from; the job's artifacts hold a copy of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init_adapter: Option<String>,
+    /// The base model under the reference, where that is another model than the policy's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference_base: Option<ModelIdentity>,
     /// What the job depends on besides; `None` in jobs of versions that did not pin it and that have not started since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub contents: Option<ContentPins>,
@@ -84,6 +87,17 @@ pub struct ContentPins {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pins_without_another_models_reference_are_written_as_before() {
+        let old = r#"{"base":{"weights":"1","config":"2","tokenizer":"3","chat_template":""}}"#;
+        let pins: Pins = serde_json::from_str(old).unwrap();
+        assert_eq!(pins.reference_base, None);
+        assert_eq!(serde_json::to_string(&pins).unwrap(), old);
+        let with = Pins { reference_base: Some(pins.base.clone()), ..pins };
+        let written = serde_json::to_string(&with).unwrap();
+        assert_eq!(serde_json::from_str::<Pins>(&written).unwrap(), with);
+    }
 
     #[test]
     fn every_part_counts_and_the_one_that_differs_is_named() {

@@ -82,6 +82,16 @@ pub enum WeightsRef {
     },
 }
 
+impl WeightsRef {
+    /// The id of the base model under the weights; `None` for a running job.
+    pub fn model(&self) -> Option<&str> {
+        match self {
+            WeightsRef::Base { model } | WeightsRef::Adapter { model, .. } | WeightsRef::Full { model, .. } => Some(model),
+            WeightsRef::Live { .. } => None,
+        }
+    }
+}
+
 /// Sequences to score together in one row, e.g. a pair: the numbers never depend on other items.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ScoreItem {
@@ -174,7 +184,7 @@ pub struct TrainingRun {
     pub model: String,
     /// What the policy starts from; never `Live`.
     pub start: WeightsRef,
-    /// The frozen reference; `None` when the objective has none; never `Live`.
+    /// The frozen reference, perhaps on another base model; `None` when the objective has none; never `Live`.
     pub reference: Option<WeightsRef>,
     /// Hyper-parameters.
     pub spec: TrainingSpec,

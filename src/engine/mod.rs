@@ -27,7 +27,7 @@ use crate::model::device::{ComputeDevice, DeviceChoice};
 use crate::model::export;
 use crate::model::loader::LoadedModel;
 use crate::model::tokenizer::ChatTokenizer;
-use crate::train::estimate::{Lengths, Memory, on_host, plan};
+use crate::train::estimate::{self, Lengths, Memory, on_host, plan};
 use crate::train::reference_cache::ReferenceCache;
 
 /// A handle on the device worker; clones share it. The worker ends when it has drained or the last handle is dropped.
@@ -236,14 +236,15 @@ impl Engine {
     pub fn train(&self, run: TrainingRun) -> Result<(), EngineError> {
         let size = run.spec.batch.batch_size;
         let lengths = Lengths::of(&run.train, size).max(Lengths::of(&run.eval, size));
-        self.check(&run.model, &run.spec, lengths)?;
+        self.check(&run.model, run.reference.as_ref(), &run.spec, lengths)?;
         self.shared.queue.push_run(run)
     }
 
     /// The checks of [`Engine::train`] for pairs of these lengths.
-    pub fn check(&self, model: &str, spec: &TrainingSpec, lengths: Lengths) -> Result<(), EngineError> {
+    pub fn check(&self, model: &str, reference: Option<&WeightsRef>, spec: &TrainingSpec, lengths: Lengths) -> Result<(), EngineError> {
         let base = self.shared.bases.get(model)?;
-        let (resident, available) = (self.resident(base, spec), self.shared.available);
+        let resident = self.resident(base, spec) + self.other_reference(base, reference, spec, lengths.longest)?;
+        let available = self.shared.available;
         if self.memory_kind() == Memory::Gpu {
             let options = &self.shared.options;
             let needed = self.shared.bases.on_host() + on_host(&base.policy.config, spec, options.data_parallel);
@@ -277,14 +278,41 @@ impl Engine {
         self.shared.bases.needed() + on_gpu * copies * base.info.parameters * residents::weight_bytes(precision)
     }
 
+    /// Bytes that a reference on another model than `base` needs besides: on a GPU a copy in the run's precision, and what the activations of its
+    /// rows need beyond those of the policy's, which the plan counts. Its weights as they are loaded are among the base models.
+    fn other_reference(
+        &self,
+        base: &Base,
+        reference: Option<&WeightsRef>,
+        spec: &TrainingSpec,
+        longest_row: usize,
+    ) -> Result<u64, EngineError> {
+        let Some(id) = reference.and_then(WeightsRef::model).filter(|id| *id != base.info.id && spec.dpo.needs_reference()) else {
+            return Ok(0);
+        };
+        let other = self.shared.bases.get(id)?;
+        let precision = spec.precision.unwrap_or(self.precision());
+        let is_copied = self.memory_kind() == Memory::Gpu && precision != self.precision();
+        let copy = u64::from(is_copied) * other.info.parameters * residents::weight_bytes(precision);
+        let row = |base: &Base| estimate::scoring(&base.policy.config, longest_row);
+        Ok(copy + row(other).saturating_sub(row(base)))
+    }
+
     fn memory_kind(&self) -> Memory {
         Memory::of(self.shared.bases.device())
     }
 
     /// What a run over pairs of these lengths needs at its peak, the base models included, and what it may need, in bytes.
-    pub fn memory(&self, model: &str, spec: &TrainingSpec, lengths: Lengths) -> Result<(u64, u64), EngineError> {
+    pub fn memory(
+        &self,
+        model: &str,
+        reference: Option<&WeightsRef>,
+        spec: &TrainingSpec,
+        lengths: Lengths,
+    ) -> Result<(u64, u64), EngineError> {
         let base = self.shared.bases.get(model)?;
-        let (resident, available) = (self.resident(base, spec), self.shared.available);
+        let resident = self.resident(base, spec) + self.other_reference(base, reference, spec, lengths.longest)?;
+        let available = self.shared.available;
         let (Ok(plan) | Err(plan)) = plan(&base.policy.config, spec, lengths, available.saturating_sub(resident), self.memory_kind());
         Ok((resident + plan.total(), available))
     }

@@ -73,7 +73,11 @@ fn reference(
         let mut merged = export::merged(&policy).map_err(|e| EngineError::Weights(e.to_string()))?;
         // It takes in small parts of the policy: bf16 would lose them.
         merged.parameters = Arc::new(merged.parameters.map(|_, t| t.to_dtype(DType::F32)).map_err(tensor)?);
-        return Ok(Reference::moving_from(merged, &run.job));
+        // The job's id alone does not say in which precision the server has the weights that it starts from.
+        return Ok(Reference::moving_from(merged, &format!("{} from {}", run.job, bases.identity(weights)?)));
     }
     Ok(Reference::Frozen { policy, identity: bases.identity(weights)? })
 }
+
+#[cfg(test)]
+mod tests;

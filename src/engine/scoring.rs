@@ -9,6 +9,7 @@ use super::api::{CompletionLogps, EngineError, EngineOptions, ScoredItem, Weight
 use super::queue::{Entry, Queue};
 use super::residents::{Bases, Residents};
 use super::trace;
+use crate::domain::training::Precision;
 use crate::model::decoder::Policy;
 use crate::model::device::is_out_of_memory;
 use crate::model::guard::guarded;
@@ -139,8 +140,9 @@ impl Scoring {
             trace::record("scoring.queue", &entry.trace, began - waited, waited, Vec::new());
         }
         let mut references = vec_of_none(batch.len());
-        for members in groups(&batch, |e| e.reference.as_ref()) {
-            self.pass(&batch, members, &mut references, |scoring, entries| scoring.references(entries, cache));
+        let precision = |e: &Entry| self.precision(e, live);
+        for members in groups(&batch, |e| e.reference.as_ref().map(|weights| (weights, precision(e)))) {
+            self.pass(&batch, members, &mut references, |scoring, entries| scoring.references(entries, cache, live));
         }
         // A base model scored against itself costs one pass.
         let own = |e: &'_ Entry| e.reference.as_ref() != Some(&e.policy);
@@ -189,11 +191,21 @@ impl Scoring {
         }
     }
 
-    /// The log-probs of entries that name the same reference, under it.
-    fn references(&mut self, entries: &[&Entry], cache: &ReferenceCache) -> Result<Vec<Logps>, EngineError> {
-        let Some(weights) = entries.first().and_then(|e| e.reference.as_ref()) else { return Ok(Vec::new()) };
+    /// The precision in which an entry is scored: a running job's own, else the server's. Its reference is scored in the same one, so that their
+    /// difference is that of the weights alone.
+    fn precision(&self, entry: &Entry, live: Option<&Live>) -> Precision {
+        match (&entry.policy, live) {
+            (WeightsRef::Live { job }, Some(live)) if live.job == *job => live.policy.precision,
+            _ => self.bases.precision(),
+        }
+    }
+
+    /// The log-probs of entries that name the same reference and are scored in the same precision, under it.
+    fn references(&mut self, entries: &[&Entry], cache: &ReferenceCache, live: Option<&Live>) -> Result<Vec<Logps>, EngineError> {
+        let Some(first) = entries.first() else { return Ok(Vec::new()) };
+        let Some(weights) = first.reference.as_ref() else { return Ok(Vec::new()) };
         let identity = self.bases.identity(weights)?;
-        let reference = self.residents.get(&self.bases, weights)?;
+        let reference = self.residents.get(&self.bases, weights)?.with_precision(self.precision(first, live));
         let items: Vec<&[SequenceGroup]> = entries.iter().map(|e| e.item.groups.as_slice()).collect();
         let logps = cache.score(&reference, &identity, &items, ROW_TOKENS, &mut || {}).map_err(device)?;
         Ok(logps.iter().map(|l| l.as_ref().clone()).collect())
@@ -276,14 +288,14 @@ fn vec_of_none(n: usize) -> Vec<Option<Scored>> {
     (0..n).map(|_| None).collect()
 }
 
-/// The entries that name weights by `which`, grouped by these, in the order in which they first appear.
-fn groups<'a>(batch: &'a [Entry], which: impl Fn(&'a Entry) -> Option<&'a WeightsRef>) -> Vec<Vec<usize>> {
-    let mut groups: Vec<(&WeightsRef, Vec<usize>)> = Vec::new();
+/// The entries that have a key by `which`, e.g. the weights that they name, grouped by it, in the order in which they first appear.
+fn groups<'a, K: PartialEq>(batch: &'a [Entry], which: impl Fn(&'a Entry) -> Option<K>) -> Vec<Vec<usize>> {
+    let mut groups: Vec<(K, Vec<usize>)> = Vec::new();
     for (i, entry) in batch.iter().enumerate() {
-        let Some(weights) = which(entry) else { continue };
-        match groups.iter_mut().find(|(w, _)| *w == weights) {
+        let Some(key) = which(entry) else { continue };
+        match groups.iter_mut().find(|(k, _)| *k == key) {
             Some((_, members)) => members.push(i),
-            None => groups.push((weights, vec![i])),
+            None => groups.push((key, vec![i])),
         }
     }
     groups.into_iter().map(|(_, members)| members).collect()
@@ -299,3 +311,6 @@ fn combine(policy: Option<Scored>, reference: Option<Scored>, live_step: Option<
     let completions = logps.iter().enumerate().map(|(n, logps)| CompletionLogps { policy: logps.clone(), reference: of(n) });
     Ok(ScoredItem { completions: completions.collect(), live_step })
 }
+
+#[cfg(test)]
+pub(super) mod tests;

@@ -65,7 +65,7 @@ impl Service {
         let spec = &job.request.spec;
         let size = spec.batch.batch_size;
         let lengths = Lengths::of(train, size).max(Lengths::of(eval, size));
-        let (memory_bytes, memory_limit_bytes) = self.inner.engine.memory(&prepared.model, spec, lengths)?;
+        let (memory_bytes, memory_limit_bytes) = self.inner.engine.memory(&prepared.model, prepared.reference.as_ref(), spec, lengths)?;
 
         let total_steps = spec.batch.total_steps(train.len());
         let epochs = total_steps as f64 / spec.batch.steps_per_epoch(train.len()).max(1) as f64;
@@ -80,7 +80,17 @@ impl Service {
         // In passes over a token: forward, and backward to the activations; full training goes back to the weights, too. The reference is computed
         // once for each pair and then remembered.
         let passes = if matches!(spec.method, Method::Full) { 3.0 } else { 2.0 };
-        let reference = if prepared.reference.is_some() { (packed(train) as f64).min(tokens) } else { 0.0 };
+        let reference = match &prepared.reference {
+            Some(weights) => {
+                let model = weights.model().filter(|model| *model != prepared.model);
+                let rate = match model {
+                    Some(other) => self.seconds_per_token(other, train).await?,
+                    None => forward,
+                };
+                rate * (packed(train) as f64).min(tokens)
+            }
+            None => 0.0,
+        };
         let evaluated = evaluations as f64 * packed(eval) as f64;
         Ok(JobEstimate {
             train_pairs: train.len() as u64,
@@ -91,7 +101,7 @@ impl Service {
             longest_pair_tokens: lengths.longest as u64,
             memory_bytes,
             memory_limit_bytes,
-            seconds: forward * (passes * tokens + reference + evaluated),
+            seconds: forward * (passes * tokens + evaluated) + reference,
         })
     }
 

@@ -109,6 +109,7 @@ impl Service {
     pub async fn resume_job(&self, caller: &Caller, id: &str) -> Result<Job> {
         let job = self.own_job(caller, id).await?;
         self.check_base(&job)?;
+        self.check_reference(&job).await?;
         self.inner.postponed.forget(id);
         let job = self
             .move_job(caller, id, "resume", "resumed by a client", |job| match job.state {

@@ -10,7 +10,7 @@ use super::artifacts::{ADAPTER_FILES, hash_files};
 use super::datasets::blocking;
 use super::error::{Result, ServiceError};
 use super::service::Service;
-use crate::domain::identity::ContentPins;
+use crate::domain::identity::{ContentPins, ModelIdentity};
 use crate::domain::job::{Checkpoint, Evaluation, Job, JobRequest, JobState};
 use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::domain::training::{Method, Truncation};
@@ -62,28 +62,78 @@ impl Service {
     /// `FailedPrecondition` (`MODEL_CHANGED`) with both hashes, or when the server does not have the model at all.
     pub(super) fn check_base(&self, job: &Job) -> Result<()> {
         let (Some(pins), Some(model)) = (&job.request.pins, &job.request.model) else { return Ok(()) };
+        self.check_identity(job, "with", model, &pins.base)
+    }
+
+    /// Makes sure that the model under a job's reference is the one that it was made with, where that is another model than the policy's.
+    ///
+    /// # Errors
+    /// Those of [`Service::check_base`], for the reference's model.
+    pub(super) async fn check_reference(&self, job: &Job) -> Result<()> {
+        let request = &job.request;
+        let pinned = request.pins.as_ref().and_then(|pins| pins.reference_base.as_ref());
+        let (Some(pinned), Some(name)) = (pinned, &request.reference) else { return Ok(()) };
+        if !request.spec.dpo.needs_reference() {
+            return Ok(());
+        }
+        self.check_identity(job, "with a reference on", &self.model_under(name).await?, pinned)
+    }
+
+    /// Compares the model that is served under an id with the one that a job is pinned to; `role` says what it is to the job.
+    fn check_identity(&self, job: &Job, role: &str, model: &str, pinned: &ModelIdentity) -> Result<()> {
         let served = match self.inner.engine.identity(model) {
             Ok(served) => served,
             Err(EngineError::UnknownModel(_)) => {
                 let message = format!(
-                    "trainingJobs/{} was made with models/{model} (identity {}), which this server does not have: serve it",
+                    "trainingJobs/{} was made {role} models/{model} (identity {}), which this server does not have: serve it",
                     job.id,
-                    pins.base.hash()
+                    pinned.hash()
                 );
                 return Err(ServiceError::FailedPrecondition { reason: "MODEL_CHANGED", message });
             }
             Err(e) => return Err(e.into()),
         };
-        let Some(difference) = pins.base.difference(&served) else { return Ok(()) };
-        let (part, (pinned, found)) = (difference.part, difference.hashes);
+        let Some(difference) = pinned.difference(&served) else { return Ok(()) };
+        let (part, (before, now)) = (difference.part, difference.hashes);
         let message = format!(
-            "trainingJobs/{} was made with models/{model} whose {part} has the hash {}, the {part} served now has {}: serve the model that the \
+            "trainingJobs/{} was made {role} models/{model} whose {part} has the hash {}, the {part} served now has {}: serve the model that the \
              job was made with",
             job.id,
-            or_none(pinned),
-            or_none(found)
+            or_none(before),
+            or_none(now)
         );
         Err(ServiceError::FailedPrecondition { reason: "MODEL_CHANGED", message })
+    }
+
+    /// Makes sure that a reference on `reference` can score what the tokenizer of `policy` makes: token ids mean the same tokens in both models, and the
+    /// reference has an embedding for each. Both are ids of base models; `field` names the reference in the request.
+    ///
+    /// # Errors
+    /// `InvalidArgument` with both tokenizers' hashes, or both vocabularies' sizes.
+    pub(super) fn check_tokenizers(&self, field: &str, policy: &str, reference: &str) -> Result<()> {
+        if policy == reference {
+            return Ok(());
+        }
+        let (ours, theirs) = (self.inner.engine.tokenizer(policy)?, self.inner.engine.tokenizer(reference)?);
+        if !ours.has_vocabulary_of(&theirs) {
+            let message = format!(
+                "is on models/{reference} whose tokenizer has the hash {}, the policy is on models/{policy} whose tokenizer has the hash {}, and \
+                 their vocabularies differ: the reference gets the policy's token ids, name one with the same tokenizer",
+                theirs.content_hash(),
+                ours.content_hash()
+            );
+            return Err(ServiceError::invalid(field, message));
+        }
+        let (has, policy_has) = (self.model(reference)?.vocab_size, self.model(policy)?.vocab_size);
+        if has < ours.vocabulary_rows().min(policy_has) {
+            let message = format!(
+                "is on models/{reference}, which has embeddings for {has} tokens; models/{policy} has them for {policy_has}, and their tokenizer has \
+                 ids up to {}: name a reference that has an embedding for every token",
+                ours.vocabulary_rows() - 1
+            );
+            return Err(ServiceError::invalid(field, message));
+        }
+        Ok(())
     }
 
     /// Resolves a checkpoint that is on disk.
@@ -138,6 +188,14 @@ impl Service {
             }
         }
         Err(ServiceError::internal(format!("trainingJobs/{} continues more than {MAX_DEPTH} jobs", job.id)))
+    }
+
+    /// The base model under a policy's name.
+    async fn model_under(&self, name: &PolicyName) -> Result<String> {
+        match name {
+            PolicyName::Model(id) => Ok(id.clone()),
+            PolicyName::Checkpoint { job, .. } => self.base_model(&self.inner.store.job(job).await?).await,
+        }
     }
 
     /// Replaces `latest` and `best` by the step that they mean now, so that what was pinned never moves.
@@ -203,11 +261,15 @@ impl Service {
     }
 
     /// A job's pinned reference: the one it names, else its own start weights; `None` when the objective has none.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` (`MODEL_CHANGED`) when it is on another model than the one that the job was made with.
     pub(super) async fn reference_weights(&self, job: &Job) -> Result<Option<Resolved>> {
         self.check_base(job)?;
         if !job.request.spec.dpo.has_reference(job.request.reference.is_some()) {
             return Ok(None);
         }
+        self.check_reference(job).await?;
         match &job.request.reference {
             Some(name) => {
                 let reference = self.resolve(name).await?;

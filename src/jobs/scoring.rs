@@ -151,9 +151,8 @@ impl Service {
             let message = format!("trainingJobs/{job} is still training: a reference must not move, name a checkpoint by its step");
             return Err(ServiceError::invalid("options.reference", message));
         }
-        if let Some(r) = reference.as_ref().filter(|r| r.model != policy.model) {
-            let message = format!("is on models/{}, the policy is on models/{}: both need the same tokenizer", r.model, policy.model);
-            return Err(ServiceError::invalid("options.reference", message));
+        if let Some(r) = &reference {
+            self.check_tokenizers("options.reference", &policy.model, &r.model)?;
         }
         let spec = policy.job.as_ref().map(|j| &j.request.spec);
         let of_job = policy.job.as_ref().map(|j| j.template_arguments()).unwrap_or_default();

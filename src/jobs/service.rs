@@ -26,7 +26,7 @@ use super::uses::{Needed, check};
 use super::{housekeeping, runner};
 use crate::domain::access::Caller;
 use crate::domain::dataset::{Dataset, RowIssue, Severity};
-use crate::domain::identity::Pins;
+use crate::domain::identity::{ModelIdentity, Pins};
 use crate::domain::job::{Evaluation, Event, Job, JobRequest, JobState, Metrics, Progress, RowPolicy};
 use crate::domain::training::{LoraConfig, Method};
 use crate::domain::violation::{Violations, quoted};
@@ -313,6 +313,7 @@ impl Service {
         let start = self.resolve(&self.pin(&request.policy).await?).await?;
         request.policy = self.pin(&request.policy).await?;
         request.model = Some(start.model.clone());
+        let mut pins = Pins { base: self.inner.engine.identity(&start.model)?, ..Pins::default() };
         if let (Method::Lora(_), WeightsRef::Full { .. }) = (&request.spec.method, &start.weights) {
             let message =
                 "LoRA starts from a base model or from a LoRA checkpoint: export the full checkpoint merged and serve it as a model";
@@ -328,15 +329,18 @@ impl Service {
         } else if let WeightsRef::Adapter { dir, .. } = &start.weights {
             adopt_adapter(&mut request, dir.clone()).await?;
         }
-        if let Some(reference) = &request.reference {
-            let pinned = self.pin(reference).await?;
+        let mut reference = start.weights.clone();
+        if let Some(name) = &request.reference {
+            let pinned = self.pin(name).await?;
             let resolved = self.resolve(&pinned).await?;
+            self.check_tokenizers("training_job.reference", &start.model, &resolved.model)?;
             if resolved.model != start.model {
-                let message =
-                    format!("is on models/{}, the policy is on models/{}: both need the same tokenizer", resolved.model, start.model);
-                return Err(ServiceError::invalid("training_job.reference", message));
+                let reference_base = self.inner.engine.identity(&resolved.model)?;
+                check_mixable(&request, &pins.base, &resolved.model, &reference_base)?;
+                pins.reference_base = Some(reference_base);
             }
             request.reference = Some(pinned);
+            reference = resolved.weights;
         }
         for id in [Some(&request.dataset), eval_dataset(&request.evaluation)].into_iter().flatten() {
             let dataset = self.own_dataset(caller, id).await?;
@@ -352,12 +356,12 @@ impl Service {
                 return Err(ServiceError::FailedPrecondition { reason: "DATASET_INVALID", message });
             }
         }
-        let base = self.inner.engine.identity(&start.model)?;
-        request.pins = Some(Pins { base, init_adapter: None, contents: Some(self.content_pins(&request).await?) });
+        pins.contents = Some(self.content_pins(&request).await?);
+        request.pins = Some(pins);
         // Pinned, so that the job goes on alike under a server with other settings.
         request.spec.precision.get_or_insert(self.inner.engine.precision());
         // How long a micro-batch gets is known when the rows are tokenised; the engine checks that before the run.
-        self.inner.engine.check(&start.model, &request.spec, Lengths::one(2 * request.spec.batch.max_length))?;
+        self.inner.engine.check(&start.model, Some(&reference), &request.spec, Lengths::one(2 * request.spec.batch.max_length))?;
         Ok(request)
     }
 
@@ -555,6 +559,19 @@ async fn adopt_adapter(request: &mut JobRequest, folder: PathBuf) -> Result<()> 
 /// Whether a job starts from an adapter of the server's.
 fn names_adapter(job: &Job) -> bool {
     matches!(&job.request.spec.method, Method::Lora(lora) if lora.init_adapter.is_some())
+}
+
+/// Refuses a reference that follows the policy (TR-DPO) on a model of another configuration: both models' weights are mixed, tensor by tensor.
+fn check_mixable(request: &JobRequest, policy: &ModelIdentity, model: &str, reference: &ModelIdentity) -> Result<()> {
+    if request.spec.dpo.reference_sync.is_none() || policy.config == reference.config {
+        return Ok(());
+    }
+    let message = format!(
+        "mixes the policy's weights into those of models/{model}, whose configuration has the hash {}, the policy's has {}: name a reference of the same \
+         architecture and shape, or remove reference_sync",
+        reference.config, policy.config
+    );
+    Err(ServiceError::invalid("training_job.dpo.reference_sync", message))
 }
 
 /// Takes the data directory for this process.

@@ -121,13 +121,21 @@ impl Policy {
         Kernel::best(self.precision)
     }
 
-    /// Names what decides the last bits of its numbers: the kernel, or the GPU and the precision.
+    /// Names what decides the last bits of its numbers: the precision, and the kernel or the GPU and its version of cuBLAS. Devices that share the
+    /// rows are all named, each kind once.
     pub fn arithmetic(&self) -> String {
-        match &self.device {
-            ComputeDevice::Cpu => format!("{:?}", self.kernel()),
-            #[cfg(feature = "cuda")]
-            ComputeDevice::Cuda(cuda) => format!("{} {:?}", cuda.gpu().name(), self.precision),
+        let mut names: Vec<String> = Vec::new();
+        for device in self.devices() {
+            let name = match device {
+                ComputeDevice::Cpu => self.kernel().arithmetic(),
+                #[cfg(feature = "cuda")]
+                ComputeDevice::Cuda(cuda) => format!("{} cuBLAS {}", cuda.gpu().name(), cuda.gpu().blas_version()),
+            };
+            if !names.contains(&name) {
+                names.push(name);
+            }
         }
+        format!("{} {}", names.join(" and "), self.precision.name())
     }
 
     /// Decoder blocks.

@@ -20,7 +20,32 @@ pub struct ChatTokenizer {
     templates: Templates,
     files: Vec<(String, Vec<u8>)>,
     content_hash: String,
+    vocabulary: Vocabulary,
     path: PathBuf,
+}
+
+/// The tokens and their ids, without the rules that turn text into them.
+#[derive(Debug)]
+struct Vocabulary {
+    /// BLAKE3 of every id with its token, in hex.
+    hash: String,
+    /// The largest id plus one: the embedding rows that a model needs for it.
+    rows: usize,
+}
+
+impl Vocabulary {
+    fn of(tokenizer: &Tokenizer) -> Self {
+        let mut tokens: Vec<(u32, String)> = tokenizer.get_vocab(true).into_iter().map(|(t, id)| (id, t)).collect();
+        tokens.sort_unstable();
+        let mut hash = blake3::Hasher::new();
+        for (id, token) in &tokens {
+            hash.update(&id.to_le_bytes());
+            hash.update(&(token.len() as u64).to_le_bytes());
+            hash.update(token.as_bytes());
+        }
+        let rows = tokens.last().map_or(0, |(id, _)| *id as usize + 1);
+        Vocabulary { hash: hash.finalize().to_hex().to_string(), rows }
+    }
 }
 
 /// What a tokenizer is made of.
@@ -58,9 +83,18 @@ impl ChatTokenizer {
             content.update(format!("\n{name} {token:?}").as_bytes());
         }
         let content_hash = content.finalize().to_hex().to_string();
+        let vocabulary = guarded(|| Vocabulary::of(&parts.tokenizer)).map_err(|e| wrong(path, e))?;
         let templates = Templates::compile(parts.templates, &parts.special_tokens, path);
-        let assembled =
-            ChatTokenizer { bos, eos, templates, tokenizer: parts.tokenizer, files: parts.files, content_hash, path: path.to_owned() };
+        let assembled = ChatTokenizer {
+            bos,
+            eos,
+            templates,
+            tokenizer: parts.tokenizer,
+            files: parts.files,
+            content_hash,
+            vocabulary,
+            path: path.to_owned(),
+        };
         // A template that names tokens which are not there is found now, not by the first request.
         assembled.encode("", true)?;
         Ok(assembled)
@@ -116,6 +150,17 @@ impl ChatTokenizer {
     /// BLAKE3 of the tokenizer and its special tokens, in hex; the chat template is no part of it.
     pub fn content_hash(&self) -> &str {
         &self.content_hash
+    }
+
+    /// Returns true if every token id means the same token in both. They may still split text differently, and differ in their special tokens'
+    /// roles and chat templates.
+    pub fn has_vocabulary_of(&self, other: &ChatTokenizer) -> bool {
+        self.vocabulary.hash == other.vocabulary.hash
+    }
+
+    /// The embedding rows that a model needs for its tokens: the largest id plus one.
+    pub fn vocabulary_rows(&self) -> usize {
+        self.vocabulary.rows
     }
 
     /// BLAKE3 of the default chat template, in hex; empty without one.

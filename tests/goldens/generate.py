@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import torch
 from datasets import Dataset
@@ -246,6 +247,35 @@ def rewards():
     write("rewards.json", dict(pairs=[r["id"] for r in data], logged=logged, sft=dict(settings=settings, steps=steps)))
 
 
+# A policy and a reference that is another model with the same tokenizer: of the same shape, and of another family.
+REFERENCES = [("llama", "llama-ref"), ("qwen2", "qwen3")]
+REFERENCE_RUNS = {"full": dict(max_steps=4, learning_rate=1e-3), "lora": dict(max_steps=4, learning_rate=1e-2)}
+
+
+def references():
+    """Log-probs under a policy and another model as its reference, and TRL's steps with that `ref_model`."""
+    out = []
+    for name, other in REFERENCES:
+        model, tok = load(name)
+        ref, ref_tok = load(other)
+        assert tok.get_vocab() == ref_tok.get_vocab()
+        scores = {}
+        for row, p in zip(CHAT, trainer(model, tok, CHAT, ref=ref).train_dataset, strict=True):
+            of = lambda m, side: token_logps(m, p["prompt_ids"], p[f"{side}_ids"])["logps"]
+            scores[row["id"]] = {s: dict(policy=of(model, s), reference=of(ref, s)) for s in ("chosen", "rejected")}
+        runs = {}
+        for run, settings in REFERENCE_RUNS.items():
+            policy, ref = load(name)[0], load(other)[0]
+            if run == "lora":
+                policy = PeftModel.from_pretrained(policy, HERE / "adapters" / f"{name}-start", is_trainable=True)
+            t = trainer(policy, tok, CHAT, ref=ref, **settings)
+            t.train()
+            steps = [{k: h[k] for k in KEYS if k in h} for h in t.state.log_history if "loss" in h]
+            runs[run] = dict(settings=settings, steps=steps)
+        out.append(dict(policy=name, reference=other, scores=scores, runs=runs))
+    write("references.json", out)
+
+
 ROPES = [
     dict(rope_type="default"),
     dict(rope_type="linear", factor=4.0),
@@ -315,12 +345,10 @@ def ropes():
     (HERE / "ropes.json").write_text(json.dumps(out, indent=1, default=str) + "\n")
 
 
+PARTS = [formulas, ropes, models, tokens_and_logps, losses, grads, trajectories, rewards, references]
+
 if __name__ == "__main__":
-    formulas()
-    ropes()
-    models()
-    tokens_and_logps()
-    losses()
-    grads()
-    trajectories()
-    rewards()
+    # With names of parts: only these, from the models that are there.
+    for part in PARTS:
+        if not sys.argv[1:] or part.__name__ in sys.argv[1:]:
+            part()

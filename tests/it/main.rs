@@ -25,6 +25,7 @@ mod lifecycle;
 mod model_files;
 mod pinned_inputs;
 mod pins;
+mod references;
 mod replicas;
 mod review;
 mod rewards;

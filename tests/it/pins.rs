@@ -20,13 +20,13 @@ const STEPS: u64 = 120;
 const UNDECIDED: f64 = std::f64::consts::LN_2;
 
 /// Waits until an event satisfies `enough`.
-async fn until(client: &Client, name: &str, enough: impl Fn(&Event) -> bool) {
+pub async fn until(client: &Client, name: &str, enough: impl Fn(&Event) -> bool) {
     let follow = client.follow(name, 0, |e| !e.event.as_ref().is_some_and(&enough));
     let followed = tokio::time::timeout(Duration::from_secs(60), follow).await;
     followed.expect("the event comes").unwrap();
 }
 
-fn is_step(event: &Event, from: u64) -> bool {
+pub fn is_step(event: &Event, from: u64) -> bool {
     matches!(event, Event::StepMetrics(s) if s.step >= from)
 }
 
@@ -35,25 +35,25 @@ fn became(event: &Event, wanted: pb::JobState) -> bool {
 }
 
 /// Pauses a job after some steps.
-async fn pause(client: &Client, name: &str) {
+pub async fn pause(client: &Client, name: &str) {
     until(client, name, |e| is_step(e, 3)).await;
     let request = pb::PauseTrainingJobRequest { name: name.into() };
     client.training().pause_training_job(request).await.unwrap();
     until(client, name, |e| became(e, pb::JobState::Paused)).await;
 }
 
-async fn resume(client: &Client, name: &str) -> Result<pb::TrainingJob, Status> {
+pub async fn resume(client: &Client, name: &str) -> Result<pb::TrainingJob, Status> {
     let request = pb::ResumeTrainingJobRequest { name: name.into() };
     client.training().resume_training_job(request).await.map(|r| r.into_inner())
 }
 
-async fn get(client: &Client, name: &str) -> pb::TrainingJob {
+pub async fn get(client: &Client, name: &str) -> pb::TrainingJob {
     let request = pb::GetTrainingJobRequest { name: name.into() };
     client.training().get_training_job(request).await.unwrap().into_inner()
 }
 
 /// Follows a job until it has succeeded; returns the bits of its losses by step.
-async fn succeed(client: &Client, name: &str) -> BTreeMap<u64, u64> {
+pub async fn succeed(client: &Client, name: &str) -> BTreeMap<u64, u64> {
     let events = finish(client, name).await;
     let ended = get(client, name).await;
     assert_eq!(ended.state(), pb::JobState::Succeeded, "{:?}", ended.error);
@@ -64,7 +64,7 @@ async fn succeed(client: &Client, name: &str) -> BTreeMap<u64, u64> {
     events.into_iter().filter_map(step).collect()
 }
 
-fn latest(job: &str) -> String {
+pub fn latest(job: &str) -> String {
     format!("{job}/checkpoints/latest")
 }
 
@@ -203,14 +203,14 @@ async fn a_job_names_its_adapter_as_the_client_did() {
 // ---- base models
 
 /// Replaces `old` wherever it occurs in a text file.
-fn replace(file: PathBuf, old: &str, new: &str) {
+pub fn replace(file: PathBuf, old: &str, new: &str) {
     let text = std::fs::read_to_string(&file).unwrap();
     assert!(text.contains(old), "{} has no {old:?}", file.display());
     std::fs::write(file, text.replace(old, new)).unwrap();
 }
 
 /// Changes some weights a little: the file stays valid, the numbers finite.
-fn perturb_weights(file: PathBuf) {
+pub fn perturb_weights(file: PathBuf) {
     let mut bytes = std::fs::read(&file).unwrap();
     let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     let data = &mut bytes[8 + header..];
@@ -222,7 +222,7 @@ fn perturb_weights(file: PathBuf) {
     std::fs::write(file, bytes).unwrap();
 }
 
-fn copy_files(from: &Path, to: &Path) {
+pub fn copy_files(from: &Path, to: &Path) {
     for entry in std::fs::read_dir(from).unwrap() {
         let path = entry.unwrap().path();
         std::fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
@@ -231,7 +231,7 @@ fn copy_files(from: &Path, to: &Path) {
 
 /// The words in a message that may be hashes: at least 12 hexadecimal digits. Parts of a job's id
 /// have dashes around them.
-fn hashes(message: &str) -> BTreeSet<&str> {
+pub fn hashes(message: &str) -> BTreeSet<&str> {
     let words = message.split(|c: char| !c.is_ascii_alphanumeric() && c != '-');
     words.filter(|w| w.len() >= 12 && w.bytes().all(|b| b.is_ascii_hexdigit())).collect()
 }
@@ -244,14 +244,14 @@ fn assert_changed(what: &str, code: Code, reason: &str, message: &str, part: &st
     assert!(message.to_lowercase().contains(part), "{what}: {part} is not named: {message}");
 }
 
-fn assert_refused<T>(what: &str, answer: Result<T, Status>, part: &str) {
+pub fn assert_refused<T>(what: &str, answer: Result<T, Status>, part: &str) {
     let Err(status) = answer else { panic!("{what} is accepted although the {part} changed") };
     let reason = status.get_details_error_info().map(|i| i.reason).unwrap_or_default();
     assert_changed(what, status.code(), &reason, status.message(), part);
 }
 
 /// Waits until a job waits for its model, and checks what it says.
-async fn assert_waits(client: &Client, name: &str, part: &str) {
+pub async fn assert_waits(client: &Client, name: &str, part: &str) {
     let start = Instant::now();
     loop {
         let shown = get(client, name).await;

@@ -35,6 +35,7 @@ pub struct Gpu {
     staging: Mutex<Staging>,
     lost: AtomicBool,
     name: String,
+    blas_version: i32,
 }
 
 /// cuBLAS's handle and its workspace.
@@ -183,7 +184,9 @@ impl Gpu {
         let module =
             unsafe { driver::module::load_data(kernels::image()?.as_ptr().cast()) }.map_err(|e| failed("compiling the kernels", e))?;
         let functions = functions(module)?;
-        let blas = Mutex::new(Blas::start(&stream)?);
+        let blas = Blas::start(&stream)?;
+        let blas_version = blas.version()?;
+        let blas = Mutex::new(blas);
         let total = context.total_mem().map_err(|e| failed("asking for its memory", e))?;
         let maps = driver_sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED;
         let can_map = context.attribute(maps).is_ok_and(|supported| supported != 0);
@@ -191,7 +194,7 @@ impl Gpu {
         let staging = Mutex::new(Staging::open().map_err(|e| failed("allocating page-locked memory", e))?);
         tracing::info!(gpu = name, ordinal, capability = format!("{major}.{minor}"), "GPU opened");
         let (pool, lost) = (Mutex::new(pool), AtomicBool::new(false));
-        let gpu = Arc::new(Gpu { context, stream, blas, module, functions, pool, staging, lost, name });
+        let gpu = Arc::new(Gpu { context, stream, blas, module, functions, pool, staging, lost, name, blas_version });
         gpu.refuse_reduced_precision()?;
         Ok(gpu)
     }
@@ -208,6 +211,11 @@ impl Gpu {
     /// What the maker calls it.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The version of cuBLAS, e.g. 130100: another one may multiply in another order.
+    pub fn blas_version(&self) -> i32 {
+        self.blas_version
     }
 
     /// Its index.
@@ -471,6 +479,14 @@ impl Blas {
             set.and_then(|()| blas_sys::cublasSetMathMode(handle, mode).result()).map_err(|e| blas_failed("configuring it", e))?;
             Ok(Blas { handle, workspace })
         }
+    }
+
+    fn version(&self) -> Result<i32> {
+        let mut version = 0;
+        // SAFETY: the handle is valid, and the number is written before the call returns.
+        let asked = unsafe { blas_sys::cublasGetVersion_v2(self.handle, &mut version) };
+        asked.result().map_err(|e| blas_failed("asking for its version", e))?;
+        Ok(version)
     }
 }
 

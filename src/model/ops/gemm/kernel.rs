@@ -29,6 +29,15 @@ impl Kernel {
         }
     }
 
+    /// Names the kernel and what decides how it rounds on this processor: the portable one only fuses multiplications and additions where it can.
+    pub fn arithmetic(self) -> String {
+        #[cfg(target_arch = "x86_64")]
+        let is_fused = self != Kernel::Portable || x86::has_avx2();
+        #[cfg(not(target_arch = "x86_64"))]
+        let is_fused = false;
+        format!("{self:?} {}{}", std::env::consts::ARCH, if is_fused { " fused" } else { "" })
+    }
+
     /// Those that this processor has.
     pub fn available() -> Vec<Kernel> {
         let mut all = vec![Kernel::Portable];

@@ -1,0 +1,37 @@
+//! What names a run's reference.
+
+use std::path::PathBuf;
+
+use super::*;
+use crate::domain::dpo::ReferenceSync;
+use crate::domain::training::TrainingSpec;
+use crate::engine::scoring::tests::{base, bases};
+
+fn run() -> TrainingRun {
+    let mut spec = TrainingSpec { method: Method::Full, ..Default::default() };
+    spec.dpo.reference_sync = Some(ReferenceSync { alpha: 0.5, every_steps: 1 });
+    TrainingRun {
+        job: "job".into(),
+        model: "tiny".into(),
+        start: base(),
+        reference: Some(base()),
+        spec,
+        train: Vec::new(),
+        eval: Vec::new(),
+        checkpoints: PathBuf::new(),
+        resume: None,
+        events: tokio::sync::mpsc::channel(1).0,
+        control: Default::default(),
+    }
+}
+
+#[test]
+fn a_moving_references_identity_says_how_its_weights_are_stored() {
+    let identity = |stored: Precision| {
+        let moving = reference(&run(), &bases(stored), &mut Residents::new(1), Precision::F32, &Arc::default());
+        moving.unwrap().weights().unwrap().1.to_owned()
+    };
+    // Weights that were rounded are others, although the job computes alike with both.
+    assert_ne!(identity(Precision::F32), identity(Precision::Bf16));
+    assert_eq!(identity(Precision::F32), identity(Precision::F32));
+}

@@ -1,0 +1,94 @@
+//! Which precision a batch is scored in.
+
+use std::path::Path;
+
+use opentelemetry::Context;
+use tokio::sync::oneshot;
+
+use super::*;
+use crate::engine::api::ScoreItem;
+use crate::model::device::ComputeDevice;
+use crate::model::loader::load_model;
+use crate::model::source::HubOptions;
+
+const JOB: &str = "job";
+
+/// A tiny model, as a server with that precision has it.
+pub(in crate::engine) fn bases(precision: Precision) -> Arc<Bases> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");
+    let model = load_model(Some("tiny"), folder.to_str().unwrap(), &HubOptions::default()).unwrap();
+    Arc::new(Bases::load(vec![model], ComputeDevice::Cpu, "cpu", precision).unwrap())
+}
+
+pub(in crate::engine) fn base() -> WeightsRef {
+    WeightsRef::Base { model: "tiny".into() }
+}
+
+fn groups_of_a_pair() -> Vec<SequenceGroup> {
+    let completions = vec![(0..20).map(|i| 30 + i).collect(), (0..20).map(|i| 90 - i).collect()];
+    vec![SequenceGroup { prompt: (10..30).collect(), completions }]
+}
+
+fn entry(policy: WeightsRef) -> (Entry, oneshot::Receiver<Result<ScoredItem, EngineError>>) {
+    let (reply, answer) = oneshot::channel();
+    let item = ScoreItem { groups: groups_of_a_pair() };
+    let entry = Entry { item, policy, reference: Some(base()), enqueued: Instant::now(), trace: Context::new(), reply };
+    (entry, answer)
+}
+
+/// Returns true if the base's log-probs in this precision are in the cache: then no block runs.
+/// They are there afterwards in any case.
+fn is_cached(cache: &ReferenceCache, bases: &Bases, precision: Precision) -> bool {
+    let policy = bases.open(&base()).unwrap().with_precision(precision);
+    let (identity, groups) = (bases.identity(&base()).unwrap(), groups_of_a_pair());
+    let mut blocks = 0;
+    cache.score(&policy, &identity, &[&groups], ROW_TOKENS, &mut || blocks += 1).unwrap();
+    blocks == 0
+}
+
+#[test]
+fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_servers() {
+    let precisions = [Precision::F32, Precision::Bf16];
+    for (server, job) in [precisions, [precisions[1], precisions[0]]].map(|[a, b]| (a, b)) {
+        let bases = bases(server);
+        let options = EngineOptions { precision: server, ..Default::default() };
+        let mut scoring = Scoring::new(0, Arc::new(Queue::new(1 << 20, 1)), bases.clone(), &options);
+        let policy = bases.open(&base()).unwrap().with_precision(job);
+        let live = Live { job: JOB.into(), policy, step: 0 };
+
+        let cache = ReferenceCache::new(1 << 20);
+        let (of_job, mut answer) = entry(WeightsRef::Live { job: JOB.into() });
+        scoring.score_batch(vec![of_job], &cache, Some(&live));
+        let scored = answer.try_recv().unwrap().unwrap();
+        for completion in scored.completions {
+            // The weights are the reference's: so is every bit, in the same arithmetic.
+            assert_eq!(Some(completion.policy), completion.reference);
+        }
+        assert!(is_cached(&cache, &bases, job), "the reference is scored in {job:?}");
+        assert!(!is_cached(&cache, &bases, server), "and not in {server:?}");
+
+        // In one batch, each against the reference in its own precision.
+        let cache = ReferenceCache::new(1 << 20);
+        let (of_job, mut answer) = entry(WeightsRef::Live { job: JOB.into() });
+        let (of_base, mut other_answer) = entry(base());
+        scoring.score_batch(vec![of_job, of_base], &cache, Some(&live));
+        assert!(answer.try_recv().unwrap().is_ok() && other_answer.try_recv().unwrap().is_ok());
+        assert!(is_cached(&cache, &bases, job) && is_cached(&cache, &bases, server));
+
+        // Another job's weights are not here: whoever asks for them asks the server.
+        let cache = ReferenceCache::new(1 << 20);
+        let (of_other, mut answer) = entry(WeightsRef::Live { job: "other".into() });
+        scoring.score_batch(vec![of_other], &cache, Some(&live));
+        assert!(answer.try_recv().unwrap().is_err());
+        assert!(is_cached(&cache, &bases, server) && !is_cached(&cache, &bases, job));
+    }
+}
+
+#[test]
+fn the_arithmetic_names_the_precision_and_each_kind_of_device_once() {
+    let alone = bases(Precision::F32).open(&base()).unwrap();
+    let helped = Policy { helpers: Arc::new([ComputeDevice::Cpu]), ..alone.clone() };
+    assert_eq!(alone.arithmetic(), helped.arithmetic(), "the helper computes alike");
+    let bf16 = alone.with_precision(Precision::Bf16);
+    assert_ne!(alone.arithmetic(), bf16.arithmetic());
+}
