@@ -12,6 +12,7 @@ use super::adapter::{Adapter, peft_name};
 use super::config::ModelConfig;
 use super::error::ModelError;
 use super::parameters::PROJECTIONS;
+use crate::domain::names::{BaseName, is_hub_id};
 use crate::domain::training::{LoraConfig, TARGET_MODULES};
 use crate::domain::violation::shortened;
 
@@ -201,13 +202,15 @@ fn to_f32(view: &TensorView, name: &str) -> Result<Tensor, String> {
     Tensor::from_vec(values, view.shape(), &candle_core::Device::Cpu).map_err(|e| e.to_string())
 }
 
-/// Writes an adapter so that `PeftModel.from_pretrained` loads it; `base` is the base model's name for people.
-pub fn save(dir: &Path, adapter: &Adapter, base: &str) -> Result<(), ModelError> {
+/// Writes an adapter so that `PeftModel.from_pretrained` loads it, and `AutoPeftModelForCausalLM`
+/// where the base model can be found under the name `base`.
+pub fn save(dir: &Path, adapter: &Adapter, base: &BaseName) -> Result<(), ModelError> {
     let c = &adapter.config;
     let config = json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base.name,
+        "revision": base.revision,
         "r": c.rank,
         "lora_alpha": c.alpha,
         "lora_dropout": 0.0,
@@ -224,6 +227,30 @@ pub fn save(dir: &Path, adapter: &Adapter, base: &str) -> Result<(), ModelError>
     let text = serde_json::to_vec_pretty(&config).unwrap_or_default();
     std::fs::write(&path, text).map_err(ModelError::io(&path))?;
     save_tensors(&dir.join(WEIGHTS_FILE), &adapter.named())
+}
+
+/// Returns an adapter_config.json with another name of the base model.
+///
+/// # Errors
+/// When `config` is not a JSON object.
+pub fn with_base(config: &[u8], base: &BaseName) -> Result<Vec<u8>, String> {
+    let wrong = |reason: String| format!("{CONFIG_FILE} is not a JSON object: {reason}");
+    let mut fields: serde_json::Map<String, Value> = serde_json::from_slice(config).map_err(|e| wrong(e.to_string()))?;
+    fields.insert("base_model_name_or_path".into(), json!(base.name));
+    fields.insert("revision".into(), json!(base.revision));
+    serde_json::to_vec_pretty(&fields).map_err(|e| wrong(e.to_string()))
+}
+
+/// Returns the base model's name in an adapter_config.json, or `id` where that is a path of the
+/// machine that wrote it: versions up to 0.2 wrote the model's source as it was typed.
+pub fn base_of(config: &[u8], id: &str) -> BaseName {
+    let fields: Value = serde_json::from_slice(config).unwrap_or_default();
+    let text = |field: &str| fields.get(field).and_then(Value::as_str);
+    let stored = BaseName::from_hub(text("base_model_name_or_path").unwrap_or_default());
+    match is_hub_id(&stored.name) {
+        true => BaseName { revision: stored.revision.or_else(|| text("revision").map(str::to_owned)), ..stored },
+        false => BaseName::from(id),
+    }
 }
 
 /// Writes f32 tensors as a safetensors file that torch reads.

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 
 use tokenizers::Tokenizer;
 
+pub use self::hf::{EXTRA_FILES, GENERATION_CONFIG, is_extra_template};
 use super::chat::{ChatMessage, ChatTemplate};
-use super::error::ModelError;
+use super::error::{ModelError, last_part};
 use super::guard::guarded;
 
 /// A tokenizer that knows its model's special tokens and chat format.
@@ -58,10 +59,12 @@ impl ChatTokenizer {
         }
         let content_hash = content.finalize().to_hex().to_string();
         let template = parts.template.map(|source| ChatTemplate::new(&source, parts.special_tokens)).transpose()?;
-        let assembled =
+        let mut assembled =
             ChatTokenizer { bos, eos, template, tokenizer: parts.tokenizer, files: parts.files, content_hash, path: path.to_owned() };
         // A template that names tokens which are not there is found now, not by the first request.
         assembled.encode("", true)?;
+        // Later errors are about clients' texts, and go to clients: without the server's folders.
+        assembled.path = PathBuf::from(last_part(path));
         Ok(assembled)
     }
 
@@ -124,7 +127,8 @@ impl ChatTokenizer {
         self.template.as_ref().map(|t| blake3::hash(t.source().as_bytes()).to_hex().to_string()).unwrap_or_default()
     }
 
-    /// The files to write beside exported weights.
+    /// The files to write beside exported weights, as they were read: of the tokenizer, the chat
+    /// templates and generation_config.json. A name may have a folder in it.
     pub fn files(&self) -> &[(String, Vec<u8>)] {
         &self.files
     }

@@ -14,6 +14,40 @@ const CONFIG: &str = "tokenizer_config.json";
 const TEMPLATE: &str = "chat_template.jinja";
 const SPECIAL: &str = "special_tokens_map.json";
 
+/// The folder of chat templates besides the default one.
+const EXTRA_TEMPLATES: &str = "additional_chat_templates";
+
+/// The decoding defaults of transformers' `generate`, the end-of-sequence tokens among them.
+pub const GENERATION_CONFIG: &str = "generation_config.json";
+
+/// Files that this program does not read, but that other programs want beside the weights.
+pub const EXTRA_FILES: [&str; 9] = [
+    GENERATION_CONFIG,
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "chat_template.json",
+];
+
+/// Returns true for `additional_chat_templates/NAME.jinja`.
+pub fn is_extra_template(file: &str) -> bool {
+    let name = file.strip_prefix(EXTRA_TEMPLATES).and_then(|rest| rest.strip_prefix('/'));
+    name.is_some_and(|name| name.ends_with(".jinja") && !name.starts_with('.') && !name.contains(['/', '\\']))
+}
+
+/// The names of the further chat templates in a model's folder, sorted.
+fn extra_templates(folder: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(folder.join(EXTRA_TEMPLATES)) else { return Vec::new() };
+    let names = entries.filter_map(|e| Some(format!("{EXTRA_TEMPLATES}/{}", e.ok()?.file_name().to_str()?)));
+    let mut names: Vec<String> = names.filter(|name| is_extra_template(name) && folder.join(name).is_file()).collect();
+    names.sort();
+    names
+}
+
 pub(super) fn read(folder: &Path) -> Result<Parts, ModelError> {
     let mut files = Vec::new();
     let mut take = |name: &str| -> Result<Option<Vec<u8>>, ModelError> {
@@ -51,6 +85,12 @@ pub(super) fn read(folder: &Path) -> Result<Parts, ModelError> {
         Some(bytes) => Some(String::from_utf8(bytes).map_err(|_| wrong(&folder.join(TEMPLATE), "is not UTF-8"))?),
         None => template(&config),
     };
+    for name in EXTRA_FILES {
+        take(name)?;
+    }
+    for name in extra_templates(folder) {
+        take(&name)?;
+    }
     let find = |name: &str| special_tokens.iter().find(|(n, _)| n == name).map(|(_, t)| t.clone());
     let mut content = blake3::Hasher::new();
     content.update(&bytes);
