@@ -200,8 +200,8 @@ fn describe(model: &LoadedModel, device: &str) -> ModelInfo {
     }
 }
 
-/// Whether a run needs weights that are not rounded: its passes are in f32, its masters start from
-/// them, or its reference takes in small parts of the policy.
+/// Returns true if a run's frozen weights must not be rounded: its passes are in f32, or its
+/// reference takes in small parts of the policy. Masters start from such weights in any case.
 pub(super) fn wants_exact(spec: &TrainingSpec, server: Precision) -> bool {
     spec.precision.unwrap_or(server) == Precision::F32 || spec.dpo.reference_sync.is_some()
 }
