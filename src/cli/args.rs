@@ -422,7 +422,8 @@ pub enum CheckpointsCommand {
     List(NamedArgs),
     /// Download a checkpoint's files.
     Download(DownloadArgs),
-    /// Export a checkpoint into the server's data directory.
+    /// Export a checkpoint into the server's data directory or artifact store; prints the folder
+    /// below it.
     Export(ExportArgs),
     /// Delete a checkpoint.
     Delete(NamedArgs),
@@ -486,6 +487,9 @@ pub struct ExportArgs {
     /// What to export.
     #[arg(long, value_enum, default_value_t = Format::Auto)]
     pub format: Format,
+    /// f32, bf16 or f16 for merged weights; default: what the base model is stored in.
+    #[arg(long, default_value = "")]
+    pub dtype: String,
 }
 
 /// Arguments of `checkpoints download`.
@@ -497,6 +501,9 @@ pub struct DownloadArgs {
     /// What to download.
     #[arg(long, value_enum, default_value_t = Format::Auto)]
     pub format: Format,
+    /// f32, bf16 or f16 for merged weights; default: what the base model is stored in.
+    #[arg(long, default_value = "")]
+    pub dtype: String,
     /// The folder to write to.
     #[arg(long)]
     pub out: PathBuf,

@@ -169,13 +169,14 @@ pub(super) async fn checkpoints(command: CheckpointsCommand, output: Output) -> 
         }
         CheckpointsCommand::Download(args) => {
             let (client, name) = open(&args.named, JOBS).await?;
-            let names = client.download_checkpoint(&name, format(args.format), &args.out).await?;
+            let request = pb::DownloadCheckpointRequest { name, format: format(args.format).into(), dtype: args.dtype };
+            let names = client.download(request, &args.out).await?;
             let rows = names.iter().map(|n| vec![args.out.join(n).display().to_string()]).collect();
             output::list(output, &["file"], rows, names.iter().map(|n| serde_json::json!(args.out.join(n))).collect());
         }
         CheckpointsCommand::Export(args) => {
             let (client, name) = open(&args.named, JOBS).await?;
-            let request = pb::ExportCheckpointRequest { name, format: format(args.format).into() };
+            let request = pb::ExportCheckpointRequest { name, format: format(args.format).into(), dtype: args.dtype };
             let export = client.checkpoints().export_checkpoint(request).await?.into_inner();
             let files: Vec<&str> = export.files.iter().map(|f| f.path.as_str()).collect();
             output::resource(output, &serde_json::json!({"path": export.path, "files": files}));

@@ -48,7 +48,7 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
                 100.0 * summary.accuracy,
                 summary.probability,
                 summary.margin,
-                name(normalization)
+                normalization_name(normalization)
             ));
         }
     }
@@ -87,17 +87,8 @@ fn normalization(name: &str) -> pb::RewardNormalization {
     }
 }
 
-/// Says which fields of the rows are not used.
-#[allow(clippy::print_stderr)]
-fn warn_of_ignored(rows: &[PreferenceRow]) {
-    let affected = rows.iter().filter(|row| !row.ignored.is_empty()).count();
-    if let Some(row) = rows.iter().find(|row| !row.ignored.is_empty()) {
-        eprintln!("warning: {affected} rows have fields that are not used, e.g. row {}: {}", row.row, row.ignored.join(", "));
-    }
-}
-
 /// The option's name.
-fn name(normalization: pb::RewardNormalization) -> &'static str {
+fn normalization_name(normalization: pb::RewardNormalization) -> &'static str {
     match normalization {
         pb::RewardNormalization::Sum => "sum",
         pb::RewardNormalization::Mean => "mean",
@@ -245,7 +236,7 @@ fn to_json(r: &pb::PairResult, normalization: pb::RewardNormalization) -> Value 
                 let c = c.clone().unwrap_or_default();
                 json!({"policy_logprob": c.policy_logprob, "reference_logprob": c.reference_logprob, "reward": c.reward, "tokens": c.tokens, "truncated": c.truncated})
             };
-            json!({"id": r.id, "probability": s.probability, "margin": s.margin, "normalization": name(normalization), "a": side(&s.a), "b": side(&s.b)})
+            json!({"id": r.id, "probability": s.probability, "margin": s.margin, "normalization": normalization_name(normalization), "a": side(&s.a), "b": side(&s.b)})
         }
         Some(pb::pair_result::Result::Error(e)) => json!({"id": r.id, "error": e.message}),
         None => json!({"id": r.id, "error": "no result"}),

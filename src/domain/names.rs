@@ -31,6 +31,38 @@ pub enum PolicyName {
     },
 }
 
+/// Returns true for `owner/name` as the Hugging Face hub forms it, without a revision.
+pub fn is_hub_id(name: &str) -> bool {
+    let plain = |p: &str| !p.is_empty() && !p.starts_with('.') && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+    name.split_once('/').is_some_and(|(owner, name)| plain(owner) && plain(name))
+}
+
+/// The name under which other programs load a base model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BaseName {
+    /// `owner/name` on the Hugging Face hub, else the id in `models/{id}`. Never a path.
+    pub name: String,
+    /// The hub's branch, tag or commit, where one was named.
+    pub revision: Option<String>,
+}
+
+impl BaseName {
+    /// Splits a hub id `owner/name[@revision]`.
+    pub fn from_hub(source: &str) -> Self {
+        let (name, revision) = match source.split_once('@') {
+            Some((name, revision)) => (name, Some(revision.to_owned())),
+            None => (source, None),
+        };
+        BaseName { name: name.to_owned(), revision }
+    }
+}
+
+impl From<&str> for BaseName {
+    fn from(name: &str) -> Self {
+        BaseName { name: name.to_owned(), revision: None }
+    }
+}
+
 /// An id is 1 to 128 letters, digits, `-`, `_` or `.`, and does not start with a dot.
 pub fn is_valid_id(id: &str) -> bool {
     !id.is_empty()

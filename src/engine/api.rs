@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use crate::domain::identity::ModelIdentity;
+use crate::domain::names::BaseName;
 use crate::domain::training::{Precision, TrainingSpec};
 use crate::model::device::DeviceChoice;
+use crate::model::error::ModelError;
 pub use crate::train::event::{RunEnd, RunEvent};
 use crate::train::pair::{EncodedPair, SequenceGroup};
 
@@ -18,8 +20,10 @@ use crate::train::pair::{EncodedPair, SequenceGroup};
 pub struct ModelInfo {
     /// The id in `models/{id}`.
     pub id: String,
-    /// A folder, a GGUF file or a hub id.
+    /// A hub id, or the last part of a local folder's or file's path.
     pub source: String,
+    /// The name under which others find the model.
+    pub base: BaseName,
     /// llama, mistral, qwen2 or qwen3.
     pub architecture: String,
     /// Tied ones once.
@@ -86,7 +90,10 @@ impl WeightsRef {
     /// The id of the base model under the weights; `None` for a running job.
     pub fn model(&self) -> Option<&str> {
         match self {
-            WeightsRef::Base { model } | WeightsRef::Adapter { model, .. } | WeightsRef::Full { model, .. } => Some(model),
+            WeightsRef::Base { model }
+            | WeightsRef::Adapter { model, .. }
+            | WeightsRef::Full { model, .. }
+            | WeightsRef::StoredReference { model, .. } => Some(model),
             WeightsRef::Live { .. } => None,
         }
     }
@@ -302,4 +309,13 @@ pub enum EngineError {
     /// A work unit failed; the worker goes on.
     #[error("the device failed: {0}")]
     Device(String),
+}
+
+impl EngineError {
+    /// Says why weights cannot be used: all of it in the log, without the server's folders to
+    /// clients.
+    pub(super) fn unusable(e: &ModelError) -> Self {
+        tracing::warn!(error = %e, "weights cannot be used");
+        EngineError::Weights(e.for_clients())
+    }
 }

@@ -24,9 +24,13 @@ use self::residents::{Base, Bases};
 use crate::domain::identity::ModelIdentity;
 use crate::domain::training::{Precision, TrainingSpec};
 use crate::model::device::{ComputeDevice, DeviceChoice};
-use crate::model::export;
+use crate::model::error::ModelError;
+use crate::model::export::{self, Layout};
 use crate::model::loader::LoadedModel;
-use crate::model::tokenizer::ChatTokenizer;
+use crate::model::peft;
+use crate::model::tokenizer::{ChatTokenizer, GENERATION_CONFIG};
+use crate::model::weights::{ElementType, Weights};
+use crate::train::checkpoint::REFERENCE_FILE;
 use crate::train::estimate::{self, Lengths, Memory, on_host, plan};
 use crate::train::reference_cache::ReferenceCache;
 
@@ -247,7 +251,8 @@ impl Engine {
         let available = self.shared.available;
         if self.memory_kind() == Memory::Gpu {
             let options = &self.shared.options;
-            let needed = self.shared.bases.on_host() + on_host(&base.policy.config, spec, options.data_parallel);
+            let exact = self.shared.bases.exact_copy(base, spec);
+            let needed = self.shared.bases.on_host() + exact + on_host(&base.policy.config, spec, options.data_parallel);
             let available = host_memory_limit(options);
             if needed > available {
                 let remedy = "on the host, for masters and moments: train with LoRA, or raise memory_limit".to_owned();
@@ -269,13 +274,17 @@ impl Engine {
         }
     }
 
-    /// Bytes besides the run's own: the base models, and on a GPU their copies in the run's precision and a reference that moves.
+    /// Bytes besides the run's own: the base models, on the CPU a copy that is not rounded where the run needs one, and on a GPU copies in the run's
+    /// precision and a reference that moves.
     fn resident(&self, base: &Base, spec: &TrainingSpec) -> u64 {
         let server = self.precision();
         let precision = spec.precision.unwrap_or(server);
         let copies = u64::from(precision != server) + u64::from(spec.dpo.reference_sync.is_some());
-        let on_gpu = u64::from(self.memory_kind() == Memory::Gpu);
-        self.shared.bases.needed() + on_gpu * copies * base.info.parameters * residents::weight_bytes(precision)
+        let besides = match self.memory_kind() {
+            Memory::Gpu => copies * base.info.parameters * residents::weight_bytes(precision),
+            Memory::Host => self.shared.bases.exact_copy(base, spec),
+        };
+        self.shared.bases.needed() + besides
     }
 
     /// Bytes that a reference on another model than `base` needs besides: on a GPU a copy in the run's precision, and what the activations of its
@@ -287,7 +296,7 @@ impl Engine {
         spec: &TrainingSpec,
         longest_row: usize,
     ) -> Result<u64, EngineError> {
-        let Some(id) = reference.and_then(WeightsRef::model).filter(|id| *id != base.info.id && spec.dpo.needs_reference()) else {
+        let Some(id) = reference.and_then(WeightsRef::model).filter(|id| *id != base.info.id) else {
             return Ok(0);
         };
         let other = self.shared.bases.get(id)?;
@@ -317,18 +326,49 @@ impl Engine {
         Ok((resident + plan.total(), available))
     }
 
-    /// Writes merged weights, config.json and the tokenizer into the folder `out`. Blocks.
-    pub fn export_merged(&self, weights: &WeightsRef, out: &Path) -> Result<(), EngineError> {
-        let policy = self.shared.bases.open(weights)?;
-        let model = match weights {
-            WeightsRef::Base { model }
-            | WeightsRef::Adapter { model, .. }
-            | WeightsRef::Full { model, .. }
-            | WeightsRef::StoredReference { model, .. } => model,
+    /// The element type that a model's weights are stored in, and exported in unless another is asked for.
+    pub fn element_type(&self, model: &str) -> Result<ElementType, EngineError> {
+        Ok(self.shared.bases.get(model)?.element_type)
+    }
+
+    /// Writes merged weights, the model's configuration and its tokenizer into the folder `out`. A checkpoint's own tensors are copied, a base
+    /// model's are taken as its files have them; each number is rounded to `dtype` once. Blocks.
+    ///
+    /// # Errors
+    /// `Weights` when a file cannot be read, or when a base model whose weights in memory are rounded has files that are gone or were changed.
+    pub fn export_merged(&self, weights: &WeightsRef, dtype: ElementType, out: &Path) -> Result<(), EngineError> {
+        let layout = Layout { dtype, shard_bytes: export::SHARD_BYTES };
+        let (model, adapter) = match weights {
+            WeightsRef::Base { model } | WeightsRef::Full { model, .. } | WeightsRef::StoredReference { model, .. } => (model, None),
+            WeightsRef::Adapter { model, dir, .. } => (model, Some(dir)),
             WeightsRef::Live { job } => return Err(EngineError::NotResident(job.clone())),
         };
-        let tokenizer = self.tokenizer(model)?;
-        export::save_merged(out, &policy, &tokenizer).map_err(|e| EngineError::Weights(e.to_string()))
+        let bases = &self.shared.bases;
+        let base = bases.get(model)?;
+        let (config, unusable) = (&base.policy.config, |e: ModelError| EngineError::unusable(&e));
+        let adapter = adapter.map(|dir| peft::load(dir, config)).transpose().map_err(unusable)?;
+        let source = match weights {
+            WeightsRef::Full { dir, .. } => Some(Weights::open_safetensors(&dir.join(export::WEIGHTS_FILE)).map_err(unusable)?),
+            WeightsRef::StoredReference { dir, .. } => Some(Weights::open_safetensors(&dir.join(REFERENCE_FILE)).map_err(unusable)?),
+            _ if base.is_exact => None,
+            _ => Some(bases.reopen(model)?),
+        };
+        let written = match &source {
+            Some(files) => {
+                let read = |name: &str, shape: &[usize]| files.load(name, shape, Precision::F32);
+                export::save_merged(out, config, adapter.as_ref(), layout, &read)
+            }
+            None => export::save_merged(out, config, adapter.as_ref(), layout, &base.policy.parameters.reader()),
+        };
+        written.map_err(unusable)?;
+        export::save_companions(out, config, &base.tokenizer, |_| true).map_err(unusable)
+    }
+
+    /// Writes a model's tokenizer and chat templates into the folder `out`. Blocks.
+    pub fn export_tokenizer(&self, model: &str, out: &Path) -> Result<(), EngineError> {
+        let base = self.shared.bases.get(model)?;
+        let wanted = |name: &str| name != GENERATION_CONFIG;
+        export::save_companions(out, &base.policy.config, &base.tokenizer, wanted).map_err(|e| EngineError::unusable(&e))
     }
 
     /// Forgets weights loaded from `dir` or below: the files are gone.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::api::{EngineError, ModelInfo, WeightsRef};
 use super::scoring::ROW_TOKENS;
-use crate::domain::training::Precision;
+use crate::domain::training::{Method, Precision, TrainingSpec};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Policy;
 use crate::model::device::ComputeDevice;
@@ -15,7 +15,7 @@ use crate::model::loader::LoadedModel;
 use crate::model::parameters::Parameters;
 use crate::model::peft;
 use crate::model::tokenizer::ChatTokenizer;
-use crate::model::weights::Weights;
+use crate::model::weights::{ElementType, WeightFiles, Weights};
 use crate::train::checkpoint::REFERENCE_FILE;
 use crate::train::estimate;
 
@@ -25,6 +25,12 @@ pub(super) struct Base {
     pub info: ModelInfo,
     pub policy: Policy,
     pub tokenizer: Arc<ChatTokenizer>,
+    /// Where its weights were read.
+    files: WeightFiles,
+    /// What most of its numbers are stored in.
+    pub element_type: ElementType,
+    /// Whether the weights in memory are those of the files, not rounded.
+    pub is_exact: bool,
 }
 
 /// The base models by id, for one device.
@@ -51,6 +57,8 @@ impl Bases {
         for model in models {
             let parameters = Parameters::load(&model.config, &model.weights, precision).map_err(|e| EngineError::Weights(e.to_string()))?;
             let info = describe(&model, devices);
+            let (files, element_type) = (model.weights.files(), model.weights.element_type());
+            let is_exact = model.weights.is_exact_in(precision);
             order.push(model.id.clone());
             let policy = Policy {
                 config: Arc::new(model.config),
@@ -60,7 +68,8 @@ impl Bases {
                 device: device.clone(),
                 helpers: Arc::default(),
             };
-            bases.insert(model.id, Base { info, policy, tokenizer: Arc::new(model.tokenizer) });
+            let tokenizer = Arc::new(model.tokenizer);
+            bases.insert(model.id, Base { info, policy, tokenizer, files, element_type, is_exact });
         }
         Ok(Bases { by_id: bases, order, precision, device })
     }
@@ -108,7 +117,7 @@ impl Bases {
             WeightsRef::Base { model } => Ok(self.get(model)?.policy.clone()),
             WeightsRef::Adapter { model, dir, .. } => {
                 let base = &self.get(model)?.policy;
-                let adapter = peft::load(dir, &base.config).map_err(|e| EngineError::Weights(e.to_string()))?;
+                let adapter = peft::load(dir, &base.config).map_err(|e| EngineError::unusable(&e))?;
                 Ok(Policy { adapter: Some(Arc::new(adapter)), ..base.clone() })
             }
             WeightsRef::Full { model, dir, .. } => self.open_full(model, &dir.join(export::WEIGHTS_FILE)),
@@ -120,13 +129,56 @@ impl Bases {
     /// Loads full weights of a base model's shape.
     fn open_full(&self, model: &str, file: &Path) -> Result<Policy, EngineError> {
         let base = &self.get(model)?.policy;
-        let parameters = load_full(&base.config, file, self.precision).map_err(EngineError::Weights)?;
+        let parameters = load_full(&base.config, file, self.precision)?;
         Ok(Policy { parameters: Arc::new(parameters), adapter: None, ..base.clone() })
+    }
+
+    /// Opens a base model's files again.
+    ///
+    /// # Errors
+    /// When they are gone, or are not the ones any more that were loaded.
+    pub fn reopen(&self, model: &str) -> Result<Weights, EngineError> {
+        let base = self.get(model)?;
+        base.files.open(&base.policy.config).map_err(|e| {
+            tracing::error!(model, error = %e, "the weights in their own precision cannot be read");
+            EngineError::Weights(format!(
+                "models/{model}: this needs the weights as their files have them, because the server computes in {} and the files are more \
+                 precise, but they cannot be read: {}; put the files back, restart the server with the model, or serve it in f32",
+                self.precision.name(),
+                e.for_clients()
+            ))
+        })
+    }
+
+    /// Loads a base model's weights as its files have them: those in memory, or in f32 from the files
+    /// if the ones in memory are rounded.
+    pub fn exact(&self, model: &str) -> Result<Policy, EngineError> {
+        let base = self.get(model)?;
+        if base.is_exact {
+            return Ok(base.policy.clone());
+        }
+        let weights = self.reopen(model)?;
+        let config = &base.policy.config;
+        let parameters = Parameters::load(config, &weights, Precision::F32).map_err(|e| EngineError::unusable(&e))?;
+        Ok(Policy { parameters: Arc::new(parameters), ..base.policy.clone() })
+    }
+
+    /// Bytes of the base weights that [`Bases::exact`] loads for a run and that live as long as it:
+    /// of a LoRA policy, and of a reference.
+    pub fn exact_copy(&self, base: &Base, spec: &TrainingSpec) -> u64 {
+        let is_frozen = matches!(spec.method, Method::Lora(_)) || spec.dpo.has_reference(true);
+        let is_copied = !base.is_exact && is_frozen && wants_exact(spec, self.precision);
+        if is_copied { base.info.parameters * weight_bytes(Precision::F32) } else { 0 }
     }
 
     /// A name for these weights that never means others, nor the same ones stored in another precision.
     pub fn identity(&self, weights: &WeightsRef) -> Result<String, EngineError> {
-        let base = |model: &str| Ok::<_, EngineError>(format!("{} {}", self.get(model)?.info.identity.hash(), self.precision.name()));
+        self.identity_in(weights, self.precision)
+    }
+
+    /// The same for weights that are in memory in `precision`.
+    pub fn identity_in(&self, weights: &WeightsRef, precision: Precision) -> Result<String, EngineError> {
+        let base = |model: &str| Ok::<_, EngineError>(format!("{} {}", self.get(model)?.info.identity.hash(), precision.name()));
         Ok(match weights {
             WeightsRef::Base { model } => base(model)?,
             WeightsRef::Adapter { model, content, .. } => format!("{}+{content}", base(model)?),
@@ -141,6 +193,7 @@ fn describe(model: &LoadedModel, device: &str) -> ModelInfo {
     ModelInfo {
         id: model.id.clone(),
         source: model.origin.clone(),
+        base: model.base.clone(),
         architecture: format!("{:?}", model.config.architecture).to_lowercase(),
         parameters: model.config.parameter_count() as u64,
         vocab_size: model.config.vocab_size,
@@ -153,9 +206,16 @@ fn describe(model: &LoadedModel, device: &str) -> ModelInfo {
     }
 }
 
-fn load_full(config: &ModelConfig, file: &Path, precision: Precision) -> Result<Parameters, String> {
-    let weights = Weights::open_safetensors(file).map_err(|e| e.to_string())?;
-    Parameters::load(config, &weights, precision).map_err(|e| e.to_string())
+/// Returns true if a run's frozen weights must not be rounded: its passes are in f32, or its
+/// reference takes in small parts of the policy. Masters start from such weights in any case.
+pub(super) fn wants_exact(spec: &TrainingSpec, server: Precision) -> bool {
+    spec.precision.unwrap_or(server) == Precision::F32 || spec.dpo.reference_sync.is_some()
+}
+
+/// Loads the full weights of a checkpoint's folder.
+pub(super) fn load_full(config: &ModelConfig, file: &Path, precision: Precision) -> Result<Parameters, EngineError> {
+    let weights = Weights::open_safetensors(file).map_err(|e| EngineError::unusable(&e))?;
+    Parameters::load(config, &weights, precision).map_err(|e| EngineError::unusable(&e))
 }
 
 /// Adapters and full weights that were used lately; the least recently used leaves first.

@@ -1,16 +1,20 @@
 //! Turns a run as asked for into a trainer: resolves weights, initialises the adapter, picks the reference.
 
+use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::DType;
 
-use super::api::{EngineError, TrainingRun};
-use super::residents::{Bases, Residents};
+use super::api::{EngineError, TrainingRun, WeightsRef};
+use super::residents::{Bases, Residents, load_full, wants_exact};
 use crate::domain::training::{Method, Precision};
 use crate::model::adapter::Adapter;
 use crate::model::decoder::Policy;
 use crate::model::device::ComputeDevice;
-use crate::model::export;
+use crate::model::error::ModelError;
+use crate::model::{export, peft};
+use crate::train::checkpoint::REFERENCE_FILE;
 use crate::train::reference::Reference;
 use crate::train::trainable::TrainablePolicy;
 use crate::train::trainer::{Trainer, TrainerInput};
@@ -24,10 +28,19 @@ pub(super) fn prepare(
     helpers: &Arc<[ComputeDevice]>,
 ) -> Result<Trainer, EngineError> {
     let base = bases.get(&run.model)?;
-    let start = Policy { helpers: helpers.clone(), ..bases.open(&run.start)? };
-    let precision = run.spec.precision.unwrap_or(start.precision);
-    let policy = trainable(run, &start, precision)?;
-    let reference = reference(run, bases, residents, precision, helpers)?;
+    let precision = run.spec.precision.unwrap_or(bases.precision());
+    let mut exact = ExactWeights { bases, models: HashMap::new() };
+    // Masters are f32, whatever the server keeps frozen weights in and the passes compute in.
+    let start = match run.spec.method == Method::Full || wants_exact(&run.spec, bases.precision()) {
+        true => exact.open(&run.start)?,
+        false => bases.open(&run.start)?,
+    };
+    let policy = trainable(run, &Policy { helpers: helpers.clone(), ..start }, precision)?;
+    let reference = reference(run, &mut exact, residents, precision, helpers)?;
+    let memory = match bases.device().memory() {
+        Some(_) => memory,
+        None => memory.saturating_sub(bases.exact_copy(base, &run.spec)),
+    };
     let input = TrainerInput {
         spec: run.spec.clone(),
         policy,
@@ -37,16 +50,66 @@ pub(super) fn prepare(
         checkpoints: run.checkpoints.clone(),
         resume: run.resume.clone(),
         tokenizer: base.tokenizer.clone(),
-        base: base.info.source.clone(),
+        base: base.info.base.clone(),
         identity: base.info.identity.clone(),
         memory,
     };
-    Trainer::new(input).map_err(|e| EngineError::Weights(e.to_string()))
+    Trainer::new(input).map_err(|e| {
+        tracing::warn!(job = run.job, error = %e, "the run cannot begin");
+        EngineError::Weights(e.for_clients())
+    })
+}
+
+/// Weights for a run that are not rounded; each base model is read at most once.
+struct ExactWeights<'a> {
+    bases: &'a Bases,
+    models: HashMap<String, Policy>,
+}
+
+impl ExactWeights<'_> {
+    fn base(&mut self, model: &str) -> Result<Policy, EngineError> {
+        if let Some(base) = self.models.get(model) {
+            return Ok(base.clone());
+        }
+        let base = self.bases.exact(model)?;
+        self.models.insert(model.to_owned(), base.clone());
+        Ok(base)
+    }
+
+    fn open(&mut self, weights: &WeightsRef) -> Result<Policy, EngineError> {
+        match weights {
+            WeightsRef::Base { model } => self.base(model),
+            WeightsRef::Adapter { model, dir, .. } => {
+                let base = self.base(model)?;
+                let adapter = peft::load(dir, &base.config).map_err(|e| EngineError::unusable(&e))?;
+                Ok(Policy { adapter: Some(Arc::new(adapter)), ..base })
+            }
+            WeightsRef::Full { model, dir, .. } => self.open_full(model, &dir.join(export::WEIGHTS_FILE)),
+            WeightsRef::StoredReference { model, dir, .. } => self.open_full(model, &dir.join(REFERENCE_FILE)),
+            WeightsRef::Live { job } => Err(EngineError::NotResident(job.clone())),
+        }
+    }
+
+    /// Loads full weights of a base model's shape.
+    fn open_full(&self, model: &str, file: &Path) -> Result<Policy, EngineError> {
+        let base = &self.bases.get(model)?.policy;
+        let parameters = load_full(&base.config, file, Precision::F32)?;
+        Ok(Policy { parameters: Arc::new(parameters), adapter: None, ..base.clone() })
+    }
+
+    /// Names weights that [`ExactWeights::open`] gave.
+    fn identity(&self, weights: &WeightsRef) -> Result<String, EngineError> {
+        let precision = match weights {
+            WeightsRef::Base { model } | WeightsRef::Adapter { model, .. } if self.bases.get(model)?.is_exact => self.bases.precision(),
+            _ => Precision::F32,
+        };
+        self.bases.identity_in(weights, precision)
+    }
 }
 
 fn trainable(run: &TrainingRun, start: &Policy, precision: Precision) -> Result<TrainablePolicy, EngineError> {
     let tensor = |e: candle_core::Error| EngineError::Device(e.to_string());
-    let weights = |e: crate::model::error::ModelError| EngineError::Weights(e.to_string());
+    let weights = |e: ModelError| EngineError::unusable(&e);
     match &run.spec.method {
         Method::Full => TrainablePolicy::full(&export::merged(start).map_err(weights)?, precision).map_err(tensor),
         Method::Lora(config) => {
@@ -61,22 +124,27 @@ fn trainable(run: &TrainingRun, start: &Policy, precision: Precision) -> Result<
 
 fn reference(
     run: &TrainingRun,
-    bases: &Bases,
+    exact: &mut ExactWeights,
     residents: &mut Residents,
     precision: Precision,
     helpers: &Arc<[ComputeDevice]>,
 ) -> Result<Reference, EngineError> {
     let Some(weights) = &run.reference else { return Ok(Reference::None) };
-    let policy = Policy { helpers: helpers.clone(), ..residents.get(bases, weights)?.with_precision(precision) };
+    let bases = exact.bases;
+    let (policy, identity) = match wants_exact(&run.spec, bases.precision()) {
+        true => (exact.open(weights)?, exact.identity(weights)?),
+        false => (residents.get(bases, weights)?, bases.identity(weights)?),
+    };
+    let policy = Policy { helpers: helpers.clone(), ..policy.with_precision(precision) };
     if run.spec.dpo.reference_sync.is_some() {
         let tensor = |e: candle_core::Error| EngineError::Device(e.to_string());
-        let mut merged = export::merged(&policy).map_err(|e| EngineError::Weights(e.to_string()))?;
+        let mut merged = export::merged(&policy).map_err(|e| EngineError::unusable(&e))?;
         // It takes in small parts of the policy: bf16 would lose them.
         merged.parameters = Arc::new(merged.parameters.map(|_, t| t.to_dtype(DType::F32)).map_err(tensor)?);
-        // The job's id alone does not say in which precision the server has the weights that it starts from.
-        return Ok(Reference::moving_from(merged, &format!("{} from {}", run.job, bases.identity(weights)?)));
+        // The job's id alone does not name the weights that it starts from.
+        return Ok(Reference::moving_from(merged, &format!("{} from {identity}", run.job)));
     }
-    Ok(Reference::Frozen { policy, identity: bases.identity(weights)? })
+    Ok(Reference::Frozen { policy, identity })
 }
 
 #[cfg(test)]

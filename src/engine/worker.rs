@@ -235,5 +235,6 @@ fn explain(e: &TrainError) -> JobError {
         TrainError::Checkpoint(_) => "CHECKPOINT_FAILED",
         TrainError::Tensor(_) => "DEVICE_FAILED",
     };
-    JobError { reason: reason.into(), message: e.to_string() }
+    tracing::warn!(error = %e, "the run failed");
+    JobError { reason: reason.into(), message: e.for_clients() }
 }

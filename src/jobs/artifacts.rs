@@ -2,6 +2,7 @@
 //! store, that is where they are kept, and the data directory holds copies.
 
 use std::collections::{BTreeMap, HashSet};
+use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use super::store::{ARTIFACT_STORE, Store};
 use crate::domain::dataset::Dataset;
 use crate::domain::job::{Checkpoint, Millis};
 use crate::model::peft;
+use crate::model::weights::ElementType;
 use crate::train::checkpoint::{self, CheckpointError};
 
 /// A file or folder that is removed unless it has been renamed.
@@ -75,7 +77,7 @@ pub struct ExportedFile {
 pub struct Export {
     /// The folder on this machine.
     pub path: PathBuf,
-    /// Where clients find it: the folder, or its URL in the object store.
+    /// The folder relative to the data directory, or to the object store's URL where there is one.
     pub location: String,
     /// Its files, by name.
     pub files: Vec<ExportedFile>,
@@ -90,16 +92,30 @@ pub enum ExportFormat {
     Merged,
 }
 
-impl ExportFormat {
-    const ALL: [ExportFormat; 2] = [ExportFormat::Adapter, ExportFormat::Merged];
+/// Names an export among those of its checkpoint: equal requests share it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExportName {
+    /// An adapter with the tokenizer's files.
+    Adapter,
+    /// An adapter whose base model is not served: nobody has its tokenizer.
+    AdapterAlone,
+    /// Merged weights.
+    Merged(ElementType),
+}
 
-    fn name(self) -> &'static str {
+impl fmt::Display for ExportName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            ExportFormat::Adapter => "adapter",
-            ExportFormat::Merged => "merged",
+            ExportName::Adapter => f.write_str("adapter"),
+            ExportName::AdapterAlone => f.write_str("adapter-alone"),
+            ExportName::Merged(dtype) => write!(f, "merged-{}", dtype.name()),
         }
     }
 }
+
+/// The folders of a checkpoint's exports as versions up to 0.2 made them: with other contents, and
+/// not given out any more.
+const OLD_EXPORTS: [&str; 2] = ["adapter", "merged"];
 
 impl Artifacts {
     /// Creates the folders and removes what an interrupted upload or export left.
@@ -197,7 +213,7 @@ impl Artifacts {
             Some(found) if found == *known => Ok(()),
             _ => Err(ServiceError::Unavailable {
                 reason: "ARTIFACTS_UNAVAILABLE",
-                message: format!("the artifact store {} lacks its object bradley-store-id: is the share mounted?", remote.url()),
+                message: "the artifact store lacks its object bradley-store-id: is the share mounted?".to_owned(),
                 retry_after: Duration::from_secs(2),
             }),
         }
@@ -232,8 +248,8 @@ impl Artifacts {
     }
 
     /// The folder of an export.
-    pub fn export(&self, job: &str, step: u64, format: ExportFormat) -> PathBuf {
-        self.job(job).join("exports").join(format!("{step}-{}", format.name()))
+    pub fn export(&self, job: &str, step: u64, name: ExportName) -> PathBuf {
+        self.root.join(export_key(job, step, name))
     }
 
     /// Removes a checkpoint's folder and the exports made from it.
@@ -241,8 +257,8 @@ impl Artifacts {
         if let Some(remote) = &self.remote {
             // Exactly this one: a successor may have made the step anew meanwhile.
             remote.remove(&checkpoint_key(job, step, digest)).await?;
-            for format in ExportFormat::ALL {
-                remote.remove(&export_key(job, step, format)).await?;
+            for exports in exports_keys(job, step) {
+                remote.remove(&exports).await?;
             }
         }
         self.drop_local_checkpoint(job, step).await
@@ -256,7 +272,7 @@ impl Artifacts {
     /// Removes what this machine has of a checkpoint.
     pub async fn drop_local_checkpoint(&self, job: &str, step: u64) -> Result<()> {
         self.distrust_checkpoint(job, step);
-        let mut paths: Vec<PathBuf> = ExportFormat::ALL.iter().map(|format| self.export(job, step, *format)).collect();
+        let mut paths: Vec<PathBuf> = exports_keys(job, step).map(|key| self.root.join(key)).into();
         paths.push(self.checkpoint(job, step));
         blocking(move || paths.iter().try_for_each(|p| remove(p))).await?
     }
@@ -369,12 +385,16 @@ impl Artifacts {
     /// Why the files of a checkpoint cannot be used: they are damaged, missing, of another version of the server, or may be readable later.
     pub(super) fn unusable(&self, e: &CheckpointError, name: &str) -> ServiceError {
         match e {
-            e if e.is_damage() => damaged(name, e),
-            e if e.is_missing_file() => self.missing(&format!("{name} ({e})")),
-            CheckpointError::Version { .. } => {
-                ServiceError::FailedPrecondition { reason: "CHECKPOINT_FORMAT", message: format!("{name} cannot be read: {e}") }
+            e if e.is_damage() => damaged(name, e.for_clients()),
+            e if e.is_missing_file() => self.missing(&format!("{name} ({})", e.for_clients())),
+            CheckpointError::Version { .. } => ServiceError::FailedPrecondition {
+                reason: "CHECKPOINT_FORMAT",
+                message: format!("{name} cannot be read: {}", e.for_clients()),
+            },
+            e => {
+                tracing::warn!(error = %e, "a checkpoint cannot be read now");
+                ServiceError::Unavailable { reason: "STORAGE_UNAVAILABLE", message: e.for_clients(), retry_after: Duration::from_secs(2) }
             }
-            e => ServiceError::Unavailable { reason: "STORAGE_UNAVAILABLE", message: e.to_string(), retry_after: Duration::from_secs(2) },
         }
     }
 
@@ -571,11 +591,10 @@ impl Artifacts {
 
     /// Keeps an export whose folder with `files` is whole here; returns where clients find it. What the object store has already is not sent again: an
     /// earlier call may have been given up half-way.
-    pub async fn keep_export(&self, job: &str, step: u64, format: ExportFormat, files: &[ExportedFile]) -> Result<String> {
-        let path = self.export(job, step, format);
-        let Some(remote) = &self.remote else { return Ok(path.display().to_string()) };
+    pub async fn keep_export(&self, job: &str, step: u64, name: ExportName, files: &[ExportedFile]) -> Result<String> {
+        let (path, key) = (self.export(job, step, name), export_key(job, step, name));
+        let Some(remote) = &self.remote else { return Ok(key) };
         self.check_store().await?;
-        let key = export_key(job, step, format);
         let kept = remote.folder(&key).await?;
         let absent = |kept: &BTreeMap<String, u64>, file: &ExportedFile| kept.get(&file.path) != Some(&file.size_bytes);
         for file in files.iter().filter(|file| absent(&kept, file)) {
@@ -586,7 +605,7 @@ impl Artifacts {
             let message = format!("{} is not in the artifact store yet: ask for the export again", file.path);
             return Err(ServiceError::Unavailable { reason: "ARTIFACTS_UNAVAILABLE", message, retry_after: Duration::from_secs(2) });
         }
-        Ok(remote.url_of(&key))
+        Ok(key)
     }
 
     /// Makes `temporary` durable as `target`.
@@ -599,34 +618,41 @@ impl Artifacts {
     }
 }
 
-/// Syncs a file, or a folder with the files in it.
+/// Syncs a file, or a folder with the files and folders in it.
 fn sync(path: &Path) -> Result<()> {
     if path.is_dir() {
         for entry in fs::read_dir(path).map_err(|e| failed(path, e))? {
-            let entry = entry.map_err(|e| failed(path, e))?.path();
-            if entry.is_file() {
-                File::open(&entry).and_then(|f| f.sync_all()).map_err(|e| failed(&entry, e))?;
+            let entry = entry.map_err(|e| failed(path, e))?;
+            let kind = entry.file_type().map_err(|e| failed(path, e))?;
+            if kind.is_file() || kind.is_dir() {
+                sync(&entry.path())?;
             }
         }
     }
     File::open(path).and_then(|f| f.sync_all()).map_err(|e| failed(path, e))
 }
 
-/// The plain files of a folder with their sizes and hashes; links are not followed.
+/// The plain files of a folder and of the folders in it, with their sizes and hashes; links are not followed.
 pub fn describe(dir: &Path) -> Result<Vec<ExportedFile>> {
     let mut files = Vec::new();
+    describe_below(dir, "", &mut files)?;
+    files.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(files)
+}
+
+fn describe_below(dir: &Path, prefix: &str, files: &mut Vec<ExportedFile>) -> Result<()> {
     for entry in fs::read_dir(dir).map_err(|e| failed(dir, e))? {
         let entry = entry.map_err(|e| failed(dir, e))?;
         let kind = entry.file_type().map_err(|e| failed(dir, e))?;
-        if !kind.is_file() {
-            continue;
+        let (path, name) = (entry.path(), format!("{prefix}{}", entry.file_name().to_string_lossy()));
+        if kind.is_dir() {
+            describe_below(&path, &format!("{name}/"), files)?;
+        } else if kind.is_file() {
+            let (size_bytes, content_hash) = hash_file(&path)?;
+            files.push(ExportedFile { path: name, size_bytes, content_hash });
         }
-        let path = entry.path();
-        let (size_bytes, content_hash) = hash_file(&path)?;
-        files.push(ExportedFile { path: entry.file_name().to_string_lossy().into_owned(), size_bytes, content_hash });
     }
-    files.sort_by(|a, b| a.path.cmp(&b.path));
-    Ok(files)
+    Ok(())
 }
 
 /// A file's size and BLAKE3.
@@ -644,8 +670,15 @@ fn checkpoint_key(job: &str, step: u64, digest: &str) -> String {
     format!("{JOBS}/{job}/checkpoints/{step}/{digest}")
 }
 
-fn export_key(job: &str, step: u64, format: ExportFormat) -> String {
-    format!("{JOBS}/{job}/exports/{step}-{}", format.name())
+fn export_key(job: &str, step: u64, name: ExportName) -> String {
+    format!("{JOBS}/{job}/exports/{step}/{name}")
+}
+
+/// The folders with all exports of a checkpoint.
+fn exports_keys(job: &str, step: u64) -> [String; 1 + OLD_EXPORTS.len()] {
+    let exports = format!("{JOBS}/{job}/exports/{step}");
+    let [adapter, merged] = OLD_EXPORTS.map(|name| format!("{exports}-{name}"));
+    [exports, adapter, merged]
 }
 
 fn init_adapter_key(job: &str) -> String {
@@ -679,7 +712,12 @@ pub fn failed(path: &Path, e: io::Error) -> ServiceError {
     let message = format!("{}: {e}", path.display());
     match e.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            ServiceError::ResourceExhausted { reason: "STORAGE_FULL", message: format!("{message}: free space under the data directory") }
+            // Clients learn what to ask for, the log says where.
+            tracing::warn!(error = message, "no space is left");
+            ServiceError::ResourceExhausted {
+                reason: "STORAGE_FULL",
+                message: format!("{e}: free space under the server's data directory"),
+            }
         }
         _ => ServiceError::Internal { message },
     }

@@ -1,7 +1,9 @@
 //! Checkpoints as clients see them: looked at, deleted, exported.
 
+use std::path::{Path, PathBuf};
+
 use super::access::audit;
-use super::artifacts::{ADAPTER_FILES, Export, ExportFormat, Temporary, describe};
+use super::artifacts::{Export, ExportFormat, ExportName, Temporary, describe, failed};
 use super::datasets::blocking;
 use super::error::{Result, ServiceError};
 use super::service::Service;
@@ -9,7 +11,11 @@ use super::uses::{Needed, check};
 use crate::domain::access::Caller;
 use crate::domain::identity::ModelIdentity;
 use crate::domain::job::{Checkpoint, Job, JobState};
-use crate::domain::names::CheckpointRef;
+use crate::domain::names::{BaseName, CheckpointRef};
+use crate::engine::Engine;
+use crate::engine::api::WeightsRef;
+use crate::model::peft;
+use crate::model::weights::ElementType;
 
 /// The base model that a job is pinned to: its run goes on on no other.
 fn base(job: Job) -> Option<ModelIdentity> {
@@ -67,49 +73,43 @@ impl Service {
     }
 
     /// Writes a checkpoint as an adapter or merged; what was exported before is given again.
-    pub async fn export_checkpoint(
-        &self,
-        caller: &Caller,
-        job: &str,
-        which: CheckpointRef,
-        format: Option<ExportFormat>,
-    ) -> Result<Export> {
+    ///
+    /// # Errors
+    /// `FailedPrecondition` (`NO_ADAPTER`, `MODEL_CHANGED`, `WEIGHTS_UNUSABLE`, …), and `InvalidArgument` for an element type of an adapter.
+    pub async fn export_checkpoint(&self, caller: &Caller, job: &str, which: CheckpointRef, wanted: ExportRequest) -> Result<Export> {
         let job = self.own_job(caller, job).await?;
         let checkpoint = self.find_checkpoint(&job.id, which).await?;
-        let format = format.unwrap_or(if checkpoint.adapter { ExportFormat::Adapter } else { ExportFormat::Merged });
+        let format = wanted.format.unwrap_or(if checkpoint.adapter { ExportFormat::Adapter } else { ExportFormat::Merged });
         if format == ExportFormat::Adapter && !checkpoint.adapter {
             let message = format!("trainingJobs/{} is a full fine-tune and has no adapter: export it MERGED", job.id);
             return Err(ServiceError::FailedPrecondition { reason: "NO_ADAPTER", message });
         }
-        let (id, job_id) = (job.id.clone(), job.id.clone());
-        let weights = match format {
-            // Files are copied: that needs no model, and the model may have been replaced since.
-            ExportFormat::Adapter => {
-                self.inner.artifacts.fetch_checkpoint(&checkpoint).await?;
-                None
+        let (id, step) = (job.id.clone(), checkpoint.step);
+        let (name, contents) = match format {
+            ExportFormat::Adapter if wanted.dtype.is_some() => {
+                let message = "is for merged weights, an adapter is exported in f32 as it was trained: leave it empty, or ask for MERGED";
+                return Err(ServiceError::invalid("dtype", message));
             }
+            ExportFormat::Adapter => self.adapter_contents(&job, &checkpoint).await?,
             ExportFormat::Merged => {
                 let model = self.base_model(&job).await?;
-                Some(self.resolve_stored(job, model, CheckpointRef::Step(checkpoint.step)).await?.weights)
+                let weights = self.resolve_stored(job, model.clone(), CheckpointRef::Step(step)).await?.weights;
+                let dtype = match wanted.dtype {
+                    Some(dtype) => dtype,
+                    None => self.inner.engine.element_type(&model)?,
+                };
+                (ExportName::Merged(dtype), Contents::Merged { weights, dtype })
             }
         };
-        let (inner, step) = (self.inner.clone(), checkpoint.step);
+        let (inner, job_id) = (self.inner.clone(), id.clone());
         let permit = self.heavy_permit().await?;
         let (files, path) = blocking(move || {
             let _permit = permit;
-            let target = inner.artifacts.export(&id, checkpoint.step, format);
+            let target = inner.artifacts.export(&job_id, step, name);
             if !target.is_dir() {
                 let temporary = Temporary(inner.artifacts.temporary());
-                std::fs::create_dir_all(&temporary.0).map_err(|e| super::artifacts::failed(&temporary.0, e))?;
-                match &weights {
-                    Some(weights) => inner.engine.export_merged(weights, &temporary.0)?,
-                    None => {
-                        for name in ADAPTER_FILES {
-                            let from = inner.artifacts.checkpoint(&id, checkpoint.step).join(name);
-                            std::fs::copy(&from, temporary.0.join(name)).map_err(|e| super::artifacts::failed(&from, e))?;
-                        }
-                    }
-                }
+                std::fs::create_dir_all(&temporary.0).map_err(|e| failed(&temporary.0, e))?;
+                write(&inner.engine, &contents, &temporary.0)?;
                 match inner.artifacts.publish(&temporary.0, &target) {
                     Ok(()) => {}
                     // Another call may have made the same export meanwhile.
@@ -120,8 +120,67 @@ impl Service {
             Ok::<_, ServiceError>((describe(&target)?, target))
         })
         .await??;
-        let location = self.inner.artifacts.keep_export(&job_id, step, format, &files).await?;
-        audit(caller, "export", &format!("trainingJobs/{job_id}/checkpoints/{step}"));
+        let location = self.inner.artifacts.keep_export(&id, step, name, &files).await?;
+        audit(caller, "export", &format!("trainingJobs/{id}/checkpoints/{step}"));
         Ok(Export { files, path, location })
+    }
+
+    /// The adapter's files are copied: that needs no model, and the model may have been replaced since. Where it is served as it was, its tokenizer goes
+    /// with them.
+    async fn adapter_contents(&self, job: &Job, checkpoint: &Checkpoint) -> Result<(ExportName, Contents)> {
+        let folder = self.inner.artifacts.fetch_checkpoint(checkpoint).await?;
+        let model = self.base_model(job).await?;
+        let served = self.check_base(job).ok().and_then(|()| self.model(&model).ok());
+        Ok(match served {
+            Some(info) => (ExportName::Adapter, Contents::Adapter { folder, base: Some(info.base), model }),
+            None => (ExportName::AdapterAlone, Contents::Adapter { folder, base: None, model }),
+        })
+    }
+}
+
+/// What a client asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExportRequest {
+    /// By the job's method when absent.
+    pub format: Option<ExportFormat>,
+    /// The element type of merged weights; the base model's when absent.
+    pub dtype: Option<ElementType>,
+}
+
+/// What is written into an export's folder.
+enum Contents {
+    Merged {
+        weights: WeightsRef,
+        dtype: ElementType,
+    },
+    Adapter {
+        /// The checkpoint's.
+        folder: PathBuf,
+        /// The base model's name; `None` when it is not served as it was.
+        base: Option<BaseName>,
+        /// The base model's id.
+        model: String,
+    },
+}
+
+fn write(engine: &Engine, contents: &Contents, out: &Path) -> Result<()> {
+    match contents {
+        Contents::Merged { weights, dtype } => Ok(engine.export_merged(weights, *dtype, out)?),
+        Contents::Adapter { folder, base, model } => {
+            let (from, to) = (folder.join(peft::WEIGHTS_FILE), out.join(peft::WEIGHTS_FILE));
+            std::fs::copy(&from, &to).map_err(|e| failed(&from, e))?;
+            let (from, to) = (folder.join(peft::CONFIG_FILE), out.join(peft::CONFIG_FILE));
+            let config = std::fs::read(&from).map_err(|e| failed(&from, e))?;
+            let name = match base {
+                Some(base) => base.clone(),
+                None => peft::base_of(&config, model),
+            };
+            let config = peft::with_base(&config, &name).map_err(ServiceError::internal)?;
+            std::fs::write(&to, config).map_err(|e| failed(&to, e))?;
+            match base {
+                Some(_) => Ok(engine.export_tokenizer(model, out)?),
+                None => Ok(()),
+            }
+        }
     }
 }

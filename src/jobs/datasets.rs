@@ -149,9 +149,11 @@ pub(super) fn unreadable(e: &DataError) -> ServiceError {
     match e {
         DataError::BadFile { reason, .. } => ServiceError::invalid("chunk", reason.clone()),
         DataError::TooLarge { .. } => ServiceError::ResourceExhausted { reason: "DATASET_TOO_LARGE", message: e.to_string() },
-        DataError::Interrupted { .. } => {
-            ServiceError::Unavailable { reason: "STORAGE_UNAVAILABLE", message: e.to_string(), retry_after: Duration::from_secs(5) }
-        }
+        DataError::Interrupted { .. } => ServiceError::Unavailable {
+            reason: "STORAGE_UNAVAILABLE",
+            message: "the process that decodes the file was killed, perhaps because the machine has no memory left: retry later".to_owned(),
+            retry_after: Duration::from_secs(5),
+        },
         DataError::Io { .. } => ServiceError::internal(e),
     }
 }

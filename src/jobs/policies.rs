@@ -73,9 +73,6 @@ impl Service {
         let request = &job.request;
         let pinned = request.pins.as_ref().and_then(|pins| pins.reference_base.as_ref());
         let (Some(pinned), Some(name)) = (pinned, &request.reference) else { return Ok(()) };
-        if !request.spec.dpo.needs_reference() {
-            return Ok(());
-        }
         self.check_identity(job, "with a reference on", &self.model_under(name).await?, pinned)
     }
 

@@ -106,11 +106,6 @@ impl Remote {
         &self.url
     }
 
-    /// The URL of something in the store.
-    pub fn url_of(&self, key: &str) -> String {
-        format!("{}/{key}", self.url)
-    }
-
     fn key(&self, name: &str) -> Key {
         self.prefix.parts().chain(Key::from(name).parts().collect::<Vec<_>>()).collect()
     }
@@ -185,7 +180,7 @@ impl Remote {
     pub async fn get_folder(&self, name: &str, to: &Path) -> Result<()> {
         let listed = self.store.list_with_delimiter(Some(&self.key(name))).await.map_err(|e| unavailable(name, &e))?;
         if listed.objects.is_empty() {
-            return Err(ServiceError::not_found("artifact", self.url_of(name)));
+            return Err(ServiceError::not_found("artifact", name));
         }
         for object in listed.objects {
             if let Some(file) = object.location.filename() {
@@ -195,11 +190,18 @@ impl Remote {
         Ok(())
     }
 
-    /// The files of a folder with their sizes, by name.
+    /// The files of a folder and of the folders in it with their sizes, by their names below it.
     pub async fn folder(&self, name: &str) -> Result<BTreeMap<String, u64>> {
-        let listed = self.store.list_with_delimiter(Some(&self.key(name))).await.map_err(|e| unavailable(name, &e))?;
-        let file = |o: object_store::ObjectMeta| Some((o.location.filename()?.to_owned(), o.size));
-        Ok(listed.objects.into_iter().filter_map(file).collect())
+        let key = self.key(name);
+        let (mut listed, mut files) = (self.store.list(Some(&key)), BTreeMap::new());
+        while let Some(object) = listed.next().await {
+            let object = object.map_err(|e| unavailable(name, &e))?;
+            if let Some(parts) = object.location.prefix_match(&key) {
+                let parts: Vec<String> = parts.map(|part| part.as_ref().to_owned()).collect();
+                files.insert(parts.join("/"), object.size);
+            }
+        }
+        Ok(files)
     }
 
     /// The names of the folders in a folder.

@@ -129,7 +129,12 @@ fn failure(e: &ServiceError) -> JobError {
         ServiceError::NotFound { .. } => "NOT_FOUND",
         _ => "INTERNAL",
     };
-    JobError { reason: reason.into(), message: e.to_string() }
+    let message = match e {
+        // As in an answer: paths and statements are the operator's to read.
+        ServiceError::Internal { .. } => "an internal error, which the server's log describes".to_owned(),
+        e => e.to_string(),
+    };
+    JobError { reason: reason.into(), message }
 }
 
 /// How a run ends that was told to stop.

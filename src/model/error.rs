@@ -86,6 +86,29 @@ pub enum ModelError {
         /// What the template engine, or the template itself, says.
         reason: String,
     },
+    /// Weight files hold something else than when they were loaded.
+    #[error(
+        "{}: the files were changed after they had been loaded (their hash was {expected}, it is {found} now)",
+        path.display()
+    )]
+    Changed {
+        /// The file or folder.
+        path: PathBuf,
+        /// BLAKE3 of the contents when they were loaded.
+        expected: String,
+        /// BLAKE3 of the contents now.
+        found: String,
+    },
+    /// A value does not fit the element type that was asked for.
+    #[error("tensor '{name}' has the value {value}, which {dtype} cannot hold: export it as f32 or bf16")]
+    TooLarge {
+        /// The tensor's Hugging Face name.
+        name: String,
+        /// The value.
+        value: f32,
+        /// The element type.
+        dtype: &'static str,
+    },
     /// The operating system refused.
     #[error("{}: {source}", path.display())]
     Io {
@@ -111,7 +134,38 @@ fn and_others(others: usize) -> String {
     if others == 0 { String::new() } else { format!(" (and {others} others)") }
 }
 
+/// The last part of a path: what clients may see of it.
+pub fn last_part(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
 impl ModelError {
+    /// Returns the message with the file's name in place of its path. Folders of the server are
+    /// nothing that a client can use or should see.
+    pub fn for_clients(&self) -> String {
+        let text = self.to_string();
+        match self.path().filter(|path| path.is_absolute()) {
+            Some(path) => text.replace(&path.display().to_string(), &last_part(path)),
+            None => text,
+        }
+    }
+
+    fn path(&self) -> Option<&Path> {
+        match self {
+            ModelError::NotFound { model, .. } => Some(Path::new(model)),
+            ModelError::InvalidConfig { path, .. }
+            | ModelError::CorruptWeights { path, .. }
+            | ModelError::MissingTensor { path, .. }
+            | ModelError::UnexpectedTensor { path, .. }
+            | ModelError::ShapeMismatch { path, .. }
+            | ModelError::Tokenizer { path, .. }
+            | ModelError::Changed { path, .. }
+            | ModelError::Io { path, .. }
+            | ModelError::Adapter { path, .. } => Some(path),
+            ModelError::Unsupported { .. } | ModelError::ChatTemplate { .. } | ModelError::TooLarge { .. } | ModelError::Candle(_) => None,
+        }
+    }
+
     /// [`ModelError::Io`] about `path`, for `map_err`.
     pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError + '_ {
         move |source| ModelError::Io { path: path.to_owned(), source }

@@ -128,6 +128,11 @@ impl Gguf {
         self.tensors.get(name)
     }
 
+    /// All tensors.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = &TensorEntry> {
+        self.tensors.values()
+    }
+
     /// The values of an f32 tensor.
     pub(crate) fn read_f32(&self, entry: &TensorEntry) -> Result<Vec<f32>, ModelError> {
         if entry.dtype != GgmlDType::F32 {

@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use super::config::ModelConfig;
-use super::error::ModelError;
+use super::error::{ModelError, last_part};
 use super::gguf::Gguf;
 use super::source::{HubOptions, Located, locate};
 use super::tokenizer::ChatTokenizer;
 use super::weights::{GgufWeights, Weights};
 use crate::domain::identity::ModelIdentity;
-use crate::domain::names::is_valid_id;
+use crate::domain::names::{BaseName, is_valid_id};
 
 /// A model whose weights are still on disk.
 #[derive(Debug)]
@@ -22,8 +22,10 @@ pub struct LoadedModel {
     pub weights: Weights,
     /// The tokenizer and chat template.
     pub tokenizer: ChatTokenizer,
-    /// The source as it was named.
+    /// The source as clients see it: the hub id as it was named, or the last part of a path.
     pub origin: String,
+    /// The name under which PEFT and transformers find it.
+    pub base: BaseName,
 }
 
 impl LoadedModel {
@@ -56,21 +58,30 @@ pub fn load_model(id: Option<&str>, source: &str, hub: &HubOptions) -> Result<Lo
 }
 
 fn open(id: String, source: &str, hub: &HubOptions) -> Result<LoadedModel, ModelError> {
-    let origin = source.to_owned();
-    match locate(source, hub)? {
+    let located = locate(source, hub)?;
+    let is_local = Path::new(source).exists();
+    let (origin, base) = match is_local {
+        // `.` and `..` have no last part.
+        true => match last_part(Path::new(source)) {
+            last if last.is_empty() => (id.clone(), BaseName::from(id.as_str())),
+            last => (last, BaseName::from(id.as_str())),
+        },
+        false => (source.to_owned(), BaseName::from_hub(source)),
+    };
+    match located {
         Located::Folder(folder) => {
             let path = folder.join("config.json");
             let text = std::fs::read_to_string(&path).map_err(ModelError::io(&path))?;
             let config = ModelConfig::from_hf_json(&text, &path)?;
             let weights = Weights::open_folder(&folder)?;
             weights.check_names(&config)?;
-            Ok(LoadedModel { id, config, weights, tokenizer: ChatTokenizer::from_folder(&folder)?, origin })
+            Ok(LoadedModel { id, config, weights, tokenizer: ChatTokenizer::from_folder(&folder)?, origin, base })
         }
-        Located::Gguf(path) => load_gguf(id, &path, origin),
+        Located::Gguf(path) => load_gguf(id, &path, origin, base),
     }
 }
 
-fn load_gguf(id: String, path: &Path, origin: String) -> Result<LoadedModel, ModelError> {
+fn load_gguf(id: String, path: &Path, origin: String, base: BaseName) -> Result<LoadedModel, ModelError> {
     let gguf = Gguf::open(path)?;
     let freqs = match gguf.tensor(ModelConfig::GGUF_ROPE_FREQS) {
         Some(entry) => Some(gguf.read_f32(entry)?),
@@ -80,7 +91,7 @@ fn load_gguf(id: String, path: &Path, origin: String) -> Result<LoadedModel, Mod
     let tokenizer = ChatTokenizer::from_gguf(&gguf)?;
     let weights = Weights::from_gguf(GgufWeights::new(gguf, &config), path);
     weights.check_names(&config)?;
-    Ok(LoadedModel { id, config, weights, tokenizer, origin })
+    Ok(LoadedModel { id, config, weights, tokenizer, origin, base })
 }
 
 /// The last part of a path or hub id, without extension and revision, with other characters than an id's made `-`.

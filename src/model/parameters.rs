@@ -171,6 +171,18 @@ impl Parameters {
         }
     }
 
+    /// Returns a function that finds a tensor by its name.
+    ///
+    /// # Errors
+    /// The function returns [`ModelError::MissingTensor`] for a name that is not there.
+    pub fn reader(&self) -> impl Fn(&str, &[usize]) -> Result<Tensor, ModelError> {
+        let tensors: HashMap<String, Tensor> = self.named().into_iter().collect();
+        move |name, _| {
+            let missing = || ModelError::MissingTensor { name: name.to_owned(), path: "memory".into() };
+            tensors.get(name).cloned().ok_or_else(missing)
+        }
+    }
+
     /// The same storage, untracked: operations on it leave no tape.
     pub fn detached(&self) -> Self {
         let detached: Result<Parameters, std::convert::Infallible> = self.map(|_, t| Ok(t.detach()));

@@ -12,23 +12,78 @@ use super::adapter::{Adapter, peft_name};
 use super::config::ModelConfig;
 use super::error::ModelError;
 use super::parameters::PROJECTIONS;
+use crate::domain::names::{BaseName, is_hub_id};
 use crate::domain::training::{LoraConfig, TARGET_MODULES};
+use crate::domain::violation::shortened;
 
 /// The file with rank, α and targets.
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// The file with A and B.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
-/// Settings that change the maths and that this decoder does not apply, with the value at which they are off.
-const OFF: [(&str, &str); 8] = [
-    ("use_dora", "false"),
-    ("fan_in_fan_out", "false"),
-    ("lora_bias", "false"),
-    ("modules_to_save", "null"),
-    ("rank_pattern", "{}"),
-    ("alpha_pattern", "{}"),
-    ("layers_to_transform", "null"),
-    ("target_parameters", "null"),
+/// Characters of a refused value that a message repeats.
+const MAX_VALUE: usize = 200;
+
+/// The fields of adapter_config.json that may have any value: this module reads them elsewhere, or
+/// they have no effect on what the adapter computes once it is trained.
+const FREE: [&str; 16] = [
+    // Read by `read_config`. The tensors say which projections and layers have an update, so the
+    // patterns that chose them are not needed.
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "target_modules",
+    "exclude_modules",
+    // Metadata.
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    // Training only.
+    "inference_mode",
+    "lora_dropout",
+    // Where PEFT computes, not what.
+    "runtime_config",
+    "megatron_core",
+    // Read by PEFT only together with a field that must be off.
+    "qalora_group_size",
+    "ensure_weight_tying",
+];
+
+/// The other fields of PEFT 0.21.2's `LoraConfig`, each with the values at which it does nothing that
+/// this decoder does not do. `null` is one of them for every field.
+const OFF: [(&str, &[&str]); 27] = [
+    // PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base weights when the adapter is loaded.
+    // `true`, `false`, Gaussian and orthogonal starts touch only A and B, which the file replaces.
+    ("init_lora_weights", &["true", "false", "\"gaussian\"", "\"orthogonal\""]),
+    ("bias", &["\"none\""]),
+    ("fan_in_fan_out", &["false"]),
+    ("lora_bias", &["false"]),
+    ("use_dora", &["false"]),
+    ("use_qalora", &["false"]),
+    ("modules_to_save", &["[]"]),
+    ("rank_pattern", &["{}"]),
+    ("alpha_pattern", &["{}"]),
+    ("layers_to_transform", &["[]"]),
+    ("layers_pattern", &["[]", "\"\""]),
+    ("layer_replication", &["[]"]),
+    ("target_parameters", &["[]"]),
+    ("loftq_config", &["{}"]),
+    ("trainable_token_indices", &[]),
+    ("alora_invocation_tokens", &[]),
+    ("arrow_config", &[]),
+    ("corda_config", &[]),
+    ("eva_config", &[]),
+    ("kasa_config", &[]),
+    ("lora_ga_config", &[]),
+    ("megatron_config", &[]),
+    ("monteclora_config", &[]),
+    ("use_bdlora", &[]),
+    ("velora_config", &[]),
+    // Of PEFT before 0.4.
+    ("enable_lora", &[]),
+    ("merge_weights", &["false"]),
 ];
 
 /// Reads an adapter's rank, α and targets, without its values.
@@ -107,17 +162,26 @@ fn check_supported(fields: &Value) -> Result<(), String> {
     if fields.get("peft_type").and_then(Value::as_str) != Some("LORA") {
         return Err(format!("peft_type is {}: only LORA adapters are supported", fields.get("peft_type").unwrap_or(&Value::Null)));
     }
-    for (field, off) in OFF {
-        let value = fields.get(field).unwrap_or(&Value::Null);
-        let empty = value.is_null() || value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(|o| o.is_empty());
-        if !empty && value.to_string().as_str() != off {
-            return Err(format!("{field} is {value}: unsupported, only {off} is"));
+    let Some(fields) = fields.as_object() else { return Err(format!("{CONFIG_FILE} is not a JSON object")) };
+    for (field, value) in fields {
+        let name = field.as_str();
+        if name == "peft_type" || FREE.contains(&name) || value.is_null() {
+            continue;
+        }
+        // A field of another version of PEFT: only a switch that is off is surely harmless.
+        let off = OFF.iter().find(|(known, _)| *known == name).map_or(&["false"] as &[&str], |(_, off)| off);
+        if !off.contains(&value.to_string().as_str()) {
+            let allowed: Vec<&str> = off.iter().copied().chain(["null"]).collect();
+            return Err(format!(
+                "{} is {}: only {} is supported, because other values change what the adapter computes; \
+                 merge the adapter into its base model with PEFT and serve the result, or train a plain LoRA",
+                shortened(field, MAX_VALUE),
+                shortened(&value.to_string(), MAX_VALUE),
+                allowed.join(" or ")
+            ));
         }
     }
-    match fields.get("bias").and_then(Value::as_str) {
-        None | Some("none") => Ok(()),
-        Some(other) => Err(format!("bias is {other:?}: unsupported, only \"none\" is")),
-    }
+    Ok(())
 }
 
 /// Rank and α from the config; the targets from the tensors, because `target_modules` may be a pattern.
@@ -125,6 +189,10 @@ fn read_config(fields: &Value, tensors: &SafeTensors) -> Result<LoraConfig, Stri
     let rank = fields.get("r").and_then(Value::as_u64).filter(|r| (1..=4096).contains(r)).ok_or("r must be an integer in 1..=4096")?;
     let alpha = fields.get("lora_alpha").and_then(Value::as_f64).filter(|a| a.is_finite() && *a > 0.0);
     let alpha = alpha.ok_or("lora_alpha must be a number above 0")?;
+    let use_rslora = match fields.get("use_rslora") {
+        None | Some(Value::Null) => false,
+        Some(value) => value.as_bool().ok_or("use_rslora must be true or false")?,
+    };
     let present: BTreeSet<usize> =
         tensors.names().iter().filter_map(|n| PROJECTIONS.iter().position(|p| n.contains(&format!(".{p}.lora_")))).collect();
     if present.is_empty() {
@@ -134,7 +202,7 @@ fn read_config(fields: &Value, tensors: &SafeTensors) -> Result<LoraConfig, Stri
         rank: rank as usize,
         alpha,
         target_modules: present.into_iter().map(|p| TARGET_MODULES[p].to_owned()).collect(),
-        use_rslora: fields.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+        use_rslora,
         init_adapter: None,
     })
 }
@@ -153,13 +221,15 @@ fn to_f32(view: &TensorView, name: &str) -> Result<Tensor, String> {
     Tensor::from_vec(values, view.shape(), &candle_core::Device::Cpu).map_err(|e| e.to_string())
 }
 
-/// Writes an adapter so that `PeftModel.from_pretrained` loads it; `base` is the base model's name for people.
-pub fn save(dir: &Path, adapter: &Adapter, base: &str) -> Result<(), ModelError> {
+/// Writes an adapter so that `PeftModel.from_pretrained` loads it, and `AutoPeftModelForCausalLM`
+/// where the base model can be found under the name `base`.
+pub fn save(dir: &Path, adapter: &Adapter, base: &BaseName) -> Result<(), ModelError> {
     let c = &adapter.config;
     let config = json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base.name,
+        "revision": base.revision,
         "r": c.rank,
         "lora_alpha": c.alpha,
         "lora_dropout": 0.0,
@@ -176,6 +246,30 @@ pub fn save(dir: &Path, adapter: &Adapter, base: &str) -> Result<(), ModelError>
     let text = serde_json::to_vec_pretty(&config).unwrap_or_default();
     std::fs::write(&path, text).map_err(ModelError::io(&path))?;
     save_tensors(&dir.join(WEIGHTS_FILE), &adapter.named())
+}
+
+/// Returns an adapter_config.json with another name of the base model.
+///
+/// # Errors
+/// When `config` is not a JSON object.
+pub fn with_base(config: &[u8], base: &BaseName) -> Result<Vec<u8>, String> {
+    let wrong = |reason: String| format!("{CONFIG_FILE} is not a JSON object: {reason}");
+    let mut fields: serde_json::Map<String, Value> = serde_json::from_slice(config).map_err(|e| wrong(e.to_string()))?;
+    fields.insert("base_model_name_or_path".into(), json!(base.name));
+    fields.insert("revision".into(), json!(base.revision));
+    serde_json::to_vec_pretty(&fields).map_err(|e| wrong(e.to_string()))
+}
+
+/// Returns the base model's name in an adapter_config.json, or `id` where that is a path of the
+/// machine that wrote it: versions up to 0.2 wrote the model's source as it was typed.
+pub fn base_of(config: &[u8], id: &str) -> BaseName {
+    let fields: Value = serde_json::from_slice(config).unwrap_or_default();
+    let text = |field: &str| fields.get(field).and_then(Value::as_str);
+    let stored = BaseName::from_hub(text("base_model_name_or_path").unwrap_or_default());
+    match is_hub_id(&stored.name) {
+        true => BaseName { revision: stored.revision.or_else(|| text("revision").map(str::to_owned)), ..stored },
+        false => BaseName::from(id),
+    }
 }
 
 /// Writes f32 tensors as a safetensors file that torch reads.
@@ -219,3 +313,6 @@ impl safetensors::View for Bytes {
         self.shape.iter().product::<usize>() * 4
     }
 }
+
+#[cfg(test)]
+mod tests;

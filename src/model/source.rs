@@ -7,6 +7,8 @@ use hf_hub::api::sync::ApiBuilder;
 use hf_hub::{Cache, Repo, RepoType};
 
 use super::error::ModelError;
+use super::tokenizer::{EXTRA_FILES, is_extra_template};
+use crate::domain::names::is_hub_id;
 
 /// How the hub is reached.
 #[derive(Clone, Default)]
@@ -56,9 +58,7 @@ pub fn locate(source: &str, hub: &HubOptions) -> Result<Located, ModelError> {
     }
     let not_found = |tried: String| ModelError::NotFound { model: source.to_owned(), tried };
     let (name, revision) = source.split_once('@').unwrap_or((source, "main"));
-    let parts: Vec<&str> = name.split('/').collect();
-    let plain = |p: &&str| !p.is_empty() && !p.starts_with('.') && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
-    if parts.len() != 2 || !parts.iter().all(plain) {
+    if !is_hub_id(name) {
         return Err(not_found("a folder or file of that name (none), and it is not a hub id of the form owner/name".into()));
     }
     download(name, revision, hub).map(Located::Folder).map_err(not_found)
@@ -143,8 +143,10 @@ fn is_needed(file: &str) -> bool {
         "chat_template.jinja",
         "model.safetensors.index.json",
     ];
-    let is_template = file.starts_with("additional_chat_templates/") && file.ends_with(".jinja");
-    exact.contains(&file) || is_template || (file.starts_with("model") && file.ends_with(".safetensors") && !file.contains('/'))
+    exact.contains(&file)
+        || EXTRA_FILES.contains(&file)
+        || is_extra_template(file)
+        || (file.starts_with("model") && file.ends_with(".safetensors") && !file.contains('/'))
 }
 
 /// Whether the files are there without which no model can be opened.

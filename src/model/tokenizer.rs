@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 
 use tokenizers::Tokenizer;
 
+pub use self::hf::{EXTRA_FILES, GENERATION_CONFIG, is_extra_template};
 use super::chat::{ChatMessage, ChatTemplate, RenderOptions};
-use super::error::ModelError;
+use super::error::{ModelError, last_part};
 use super::guard::guarded;
 
 /// A tokenizer that knows its model's special tokens and chat format.
@@ -85,7 +86,7 @@ impl ChatTokenizer {
         let content_hash = content.finalize().to_hex().to_string();
         let vocabulary = guarded(|| Vocabulary::of(&parts.tokenizer)).map_err(|e| wrong(path, e))?;
         let templates = Templates::compile(parts.templates, &parts.special_tokens, path);
-        let assembled = ChatTokenizer {
+        let mut assembled = ChatTokenizer {
             bos,
             eos,
             templates,
@@ -97,6 +98,8 @@ impl ChatTokenizer {
         };
         // A template that names tokens which are not there is found now, not by the first request.
         assembled.encode("", true)?;
+        // Later errors are about clients' texts, and go to clients: without the server's folders.
+        assembled.path = PathBuf::from(last_part(path));
         Ok(assembled)
     }
 
@@ -168,7 +171,8 @@ impl ChatTokenizer {
         self.templates.default.as_ref().map(|t| blake3::hash(t.source.as_bytes()).to_hex().to_string()).unwrap_or_default()
     }
 
-    /// The files to write beside exported weights.
+    /// The files to write beside exported weights, as they were read: of the tokenizer, the chat
+    /// templates and generation_config.json. A name may have a folder in it.
     pub fn files(&self) -> &[(String, Vec<u8>)] {
         &self.files
     }

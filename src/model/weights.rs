@@ -13,7 +13,93 @@ pub(super) use self::gguf::GgufWeights;
 use self::safetensors::SafetensorsWeights;
 use super::config::ModelConfig;
 use super::error::ModelError;
+use super::gguf::Gguf;
 use crate::domain::training::Precision;
+
+/// An element type that weights are exported in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ElementType {
+    /// IEEE single precision.
+    F32,
+    /// The upper half of f32.
+    Bf16,
+    /// IEEE half precision.
+    F16,
+}
+
+impl ElementType {
+    /// All of them, the first is preferred where two are equally common.
+    pub const ALL: [ElementType; 3] = [ElementType::F32, ElementType::Bf16, ElementType::F16];
+
+    /// The name in requests and file names.
+    pub fn name(self) -> &'static str {
+        match self {
+            ElementType::F32 => "f32",
+            ElementType::Bf16 => "bf16",
+            ElementType::F16 => "f16",
+        }
+    }
+
+    /// The element type that a request names.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|t| t.name() == name)
+    }
+
+    /// The name in config.json.
+    pub fn torch_name(self) -> &'static str {
+        match self {
+            ElementType::F32 => "float32",
+            ElementType::Bf16 => "bfloat16",
+            ElementType::F16 => "float16",
+        }
+    }
+
+    /// Bytes of an element.
+    pub fn size(self) -> usize {
+        match self {
+            ElementType::F32 => 4,
+            ElementType::Bf16 | ElementType::F16 => 2,
+        }
+    }
+}
+
+/// Tensors of one kind: their element type, number of dimensions and number of elements.
+pub(super) struct StoredAs {
+    dtype: ElementType,
+    dims: usize,
+    elements: usize,
+}
+
+/// Where a model's weights were read, for reading them again after they have been closed.
+#[derive(Clone, Debug)]
+pub struct WeightFiles {
+    /// A GGUF file, or safetensors files in the order in which they were opened.
+    files: Vec<PathBuf>,
+    is_gguf: bool,
+    path: PathBuf,
+    fingerprint: String,
+}
+
+impl WeightFiles {
+    /// Opens the files again.
+    ///
+    /// # Errors
+    /// When one is gone or cannot be read, and [`ModelError::Changed`] when they hold something
+    /// else than before: the contents are hashed.
+    pub fn open(&self, config: &ModelConfig) -> Result<Weights, ModelError> {
+        let kind = match self.is_gguf {
+            true => Kind::Gguf(GgufWeights::new(Gguf::open(&self.path)?, config)),
+            false => Kind::Safetensors(SafetensorsWeights::open(&self.files)?),
+        };
+        let weights = Weights::new(kind, &self.path);
+        let found = weights.fingerprint();
+        if found != self.fingerprint {
+            let expected = self.fingerprint.clone();
+            return Err(ModelError::Changed { path: self.path.clone(), expected, found });
+        }
+        Ok(weights)
+    }
+}
 
 /// The weights of one model.
 #[derive(Debug)]
@@ -100,6 +186,42 @@ impl Weights {
             );
         }
         Ok(())
+    }
+
+    /// Returns the element type that most of the numbers have. Quantised ones count as f16: that
+    /// is what their scales are stored in, and it rounds less than bf16.
+    pub fn element_type(&self) -> ElementType {
+        let tensors = self.stored();
+        let count = |dtype| tensors.iter().filter(|t| t.dtype == dtype).map(|t| t.elements).sum::<usize>();
+        let mut best = ElementType::F32;
+        for dtype in ElementType::ALL {
+            if count(dtype) > count(best) {
+                best = dtype;
+            }
+        }
+        best
+    }
+
+    /// Returns true if [`Weights::load`] in `precision` rounds nothing.
+    pub fn is_exact_in(&self, precision: Precision) -> bool {
+        let is_bf16 = |t: &StoredAs| t.dims != 2 || t.dtype == ElementType::Bf16;
+        precision == Precision::F32 || self.stored().iter().all(is_bf16)
+    }
+
+    fn stored(&self) -> Vec<StoredAs> {
+        match &self.kind {
+            Kind::Safetensors(w) => w.stored(),
+            Kind::Gguf(w) => w.stored(),
+        }
+    }
+
+    /// Returns what is needed to open the same weights again.
+    pub fn files(&self) -> WeightFiles {
+        let (files, is_gguf) = match &self.kind {
+            Kind::Safetensors(w) => (w.paths(), false),
+            Kind::Gguf(_) => (vec![self.path.clone()], true),
+        };
+        WeightFiles { files, is_gguf, path: self.path.clone(), fingerprint: self.fingerprint() }
     }
 
     /// BLAKE3 of the files' contents, in hex; computed once.

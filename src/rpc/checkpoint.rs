@@ -16,8 +16,10 @@ use crate::domain::job::Checkpoint;
 use crate::domain::names::{self, CheckpointRef};
 use crate::domain::violation::quoted;
 use crate::jobs::artifacts::{ExportFormat, ExportedFile};
+use crate::jobs::checkpoints::ExportRequest;
 use crate::jobs::error::ServiceError;
 use crate::jobs::service::Service;
+use crate::model::weights::ElementType;
 
 /// Bytes in a piece of a download.
 const CHUNK: usize = 256 << 10;
@@ -64,7 +66,7 @@ impl CheckpointService for Checkpoints {
     ) -> Result<Response<pb::ExportCheckpointResponse>, Status> {
         let (caller, r) = whose(request)?;
         let (job, which) = parse(&r.name)?;
-        let export = self.0.export_checkpoint(&caller, job, which, format(r.format)?).await.map_err(status)?;
+        let export = self.0.export_checkpoint(&caller, job, which, wanted(r.format, &r.dtype)?).await.map_err(status)?;
         let files = export.files.into_iter().map(file).collect();
         Ok(Response::new(pb::ExportCheckpointResponse { path: export.location, files }))
     }
@@ -77,7 +79,7 @@ impl CheckpointService for Checkpoints {
     ) -> Result<Response<Self::DownloadCheckpointStream>, Status> {
         let (caller, r) = whose(request)?;
         let (job, which) = parse(&r.name)?;
-        let export = self.0.export_checkpoint(&caller, job, which, format(r.format)?).await.map_err(status)?;
+        let export = self.0.export_checkpoint(&caller, job, which, wanted(r.format, &r.dtype)?).await.map_err(status)?;
         let (sender, receiver) = mpsc::channel(BUFFER);
         tokio::spawn(async move {
             for f in export.files {
@@ -129,6 +131,16 @@ fn parse(name: &str) -> Result<(&str, CheckpointRef), Status> {
     names::parse_checkpoint(name).ok_or_else(|| {
         invalid("name", format!("is {}: it must look like trainingJobs/ID/checkpoints/STEP, with latest or best for STEP", quoted(name)))
     })
+}
+
+fn wanted(given: i32, dtype: &str) -> Result<ExportRequest, Status> {
+    let dtype = match dtype {
+        "" => None,
+        name => Some(
+            ElementType::parse(name).ok_or_else(|| invalid("dtype", format!("is {}: it must be f32, bf16, f16 or empty", quoted(name))))?,
+        ),
+    };
+    Ok(ExportRequest { format: format(given)?, dtype })
 }
 
 fn format(given: i32) -> Result<Option<ExportFormat>, Status> {

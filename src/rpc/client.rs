@@ -273,8 +273,13 @@ impl Client {
 
     /// Downloads a checkpoint's files into the folder `out`; returns their names.
     pub async fn download_checkpoint(&self, name: &str, format: pb::ExportFormat, out: &Path) -> Result<Vec<String>> {
+        let request = pb::DownloadCheckpointRequest { name: name.to_owned(), format: format.into(), dtype: String::new() };
+        self.download(request, out).await
+    }
+
+    /// Downloads what `request` names into the folder `out`; returns the files' names.
+    pub async fn download(&self, request: pb::DownloadCheckpointRequest, out: &Path) -> Result<Vec<String>> {
         use pb::download_checkpoint_response::Part;
-        let request = pb::DownloadCheckpointRequest { name: name.to_owned(), format: format.into() };
         let mut stream = self.checkpoints().download_checkpoint(request).await?.into_inner();
         let failed = |path: &Path, source| ClientError::File { path: path.display().to_string(), source };
         tokio::fs::create_dir_all(out).await.map_err(|e| failed(out, e))?;
@@ -282,11 +287,13 @@ impl Client {
         while let Some(message) = stream.message().await? {
             match message.part {
                 Some(Part::File(file)) => {
-                    let plain = !file.path.is_empty() && !file.path.contains(['/', '\\']) && !file.path.starts_with('.');
-                    if !plain {
+                    if !is_plain(&file.path) {
                         return Err(ClientError::Protocol(format!("it names the file {:?}", file.path)));
                     }
                     let path = out.join(&file.path);
+                    if let Some(folder) = path.parent() {
+                        tokio::fs::create_dir_all(folder).await.map_err(|e| failed(folder, e))?;
+                    }
                     open = Some((tokio::fs::File::create(&path).await.map_err(|e| failed(&path, e))?, path));
                     names.push(file.path);
                 }
@@ -302,6 +309,12 @@ impl Client {
         }
         Ok(names)
     }
+}
+
+/// Whether a file's name leads to below the folder that it is joined to, at most one folder deep.
+fn is_plain(name: &str) -> bool {
+    let part = |p: &str| !p.is_empty() && !p.starts_with('.') && !p.contains(['\\', ':']);
+    name.split('/').count() <= 2 && name.split('/').all(part)
 }
 
 fn root_cause(e: &dyn std::error::Error) -> String {

@@ -21,8 +21,10 @@ use super::optimizer::AdamW;
 use super::trainable::TrainablePolicy;
 use crate::domain::identity::{Difference, ModelIdentity};
 use crate::domain::job::Metrics;
+use crate::domain::names::BaseName;
 use crate::model::decoder::Policy;
-use crate::model::error::ModelError;
+use crate::model::error::{ModelError, last_part};
+use crate::model::export::Layout;
 use crate::model::tokenizer::ChatTokenizer;
 use crate::model::{export, peft};
 
@@ -142,12 +144,25 @@ pub struct Contents<'a> {
     /// Written beside full weights.
     pub tokenizer: &'a ChatTokenizer,
     /// The base model's name, for adapter_config.json.
-    pub base: &'a str,
+    pub base: &'a BaseName,
     /// The base model by content.
     pub identity: &'a ModelIdentity,
 }
 
 impl CheckpointError {
+    /// Returns the message without folders of the server.
+    pub fn for_clients(&self) -> String {
+        let path = match self {
+            CheckpointError::Io { path, .. }
+            | CheckpointError::Damaged { path, .. }
+            | CheckpointError::OtherModel { path, .. }
+            | CheckpointError::Version { path, .. } => path,
+            CheckpointError::Model(e) => return e.for_clients(),
+            CheckpointError::Candle(e) => return e.to_string(),
+        };
+        self.to_string().replace(&path.display().to_string(), &last_part(path))
+    }
+
     /// Whether a file is not there, rather than wrong.
     pub fn is_missing_file(&self) -> bool {
         matches!(self, CheckpointError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
@@ -197,7 +212,7 @@ fn write(temporary: &Path, contents: &Contents) -> Result<(), CheckpointError> {
     fs::create_dir_all(temporary).map_err(io_at(temporary))?;
     match &contents.policy.policy.adapter {
         Some(adapter) => peft::save(temporary, adapter, contents.base)?,
-        None => export::save_merged(temporary, &contents.policy.policy, contents.tokenizer)?,
+        None => save_full(temporary, &contents.policy.policy, contents.tokenizer)?,
     }
     peft::save_tensors(&temporary.join(OPTIMIZER_FILE), &moments(contents)?)?;
     if let Some(reference) = contents.reference {
@@ -222,6 +237,12 @@ fn write(temporary: &Path, contents: &Contents) -> Result<(), CheckpointError> {
     fs::write(&path, serde_json::to_vec_pretty(&state).map_err(|e| damaged(&path, e.to_string()))?).map_err(io_at(&path))?;
     File::open(&path).and_then(|f| f.sync_all()).map_err(io_at(&path))?;
     sync_folder(temporary)
+}
+
+/// Writes full weights with what transformers needs to load them, as files without folders.
+fn save_full(dir: &Path, policy: &Policy, tokenizer: &ChatTokenizer) -> Result<(), ModelError> {
+    export::save_merged(dir, &policy.config, None, Layout::CHECKPOINT, &policy.parameters.reader())?;
+    export::save_companions(dir, &policy.config, tokenizer, |name| !name.contains('/'))
 }
 
 fn moments(contents: &Contents) -> Result<Vec<(String, Tensor)>, CheckpointError> {

@@ -23,6 +23,7 @@ use super::scorer::Logps;
 use super::trainable::{Gradients, TrainablePolicy};
 use crate::domain::identity::ModelIdentity;
 use crate::domain::job::{Metrics, Progress};
+use crate::domain::names::BaseName;
 use crate::domain::training::TrainingSpec;
 use crate::math::clip::clip_coefficient;
 use crate::math::rng::epoch_order;
@@ -54,6 +55,16 @@ pub enum TrainError {
     Tensor(#[from] candle_core::Error),
 }
 
+impl TrainError {
+    /// Returns the message without folders of the server.
+    pub fn for_clients(&self) -> String {
+        match self {
+            TrainError::Checkpoint(e) => e.for_clients(),
+            e => e.to_string(),
+        }
+    }
+}
+
 /// What a run needs.
 pub struct TrainerInput {
     /// Hyper-parameters.
@@ -73,7 +84,7 @@ pub struct TrainerInput {
     /// For full checkpoints.
     pub tokenizer: Arc<ChatTokenizer>,
     /// The base model's name, for adapter_config.json.
-    pub base: String,
+    pub base: BaseName,
     /// The base model by content: checkpoints record it, and a run continues on no other.
     pub identity: ModelIdentity,
     /// Bytes the run may need besides the resident base weights: decides what is recomputed.
@@ -123,7 +134,7 @@ pub struct Trainer {
     eval: Vec<EncodedPair>,
     checkpoints: PathBuf,
     tokenizer: Arc<ChatTokenizer>,
-    base: String,
+    base: BaseName,
     identity: ModelIdentity,
     optimizer: AdamW,
     /// Of each of the policy's devices; the update sees the first, to which the others are added.
@@ -279,7 +290,9 @@ impl Trainer {
             return Err(e);
         }
         if self.unsaved.is_none() {
-            let message = format!("the checkpoint of step {} cannot be written, the run waits until it can: {e}", self.state.step);
+            tracing::warn!(step = self.state.step, error = %e, "the checkpoint cannot be written");
+            let why = e.for_clients();
+            let message = format!("the checkpoint of step {} cannot be written, the run waits until it can: {why}", self.state.step);
             (host.emit)(RunEvent::Log { severity: "warning", message });
         }
         self.unsaved = Some(Unsaved { since, next: now + SAVE_RETRY });

@@ -48,10 +48,15 @@ fn from_a_file_of_pairs_to_an_adapter() {
 
     let out = dir.path().join("adapter");
     let files = json(&server, &["checkpoints", "download", &latest, "--out", out.to_str().unwrap()]);
-    assert_eq!(files.as_array().unwrap().len(), 2);
+    // The adapter's two files, and the tokenizer's.
+    assert_eq!(files.as_array().unwrap().len(), 5, "{files}");
     assert!(out.join("adapter_config.json").is_file() && out.join("adapter_model.safetensors").is_file());
     let export = json(&server, &["checkpoints", "export", &latest, "--format", "merged"]);
-    assert!(std::path::Path::new(export["path"].as_str().unwrap()).join("model.safetensors").is_file());
+    let folder = export["path"].as_str().unwrap();
+    assert!(folder.starts_with("jobs/") && folder.ends_with("/exports/12/merged-f32"), "{folder}");
+    assert!(server.data_dir.join(folder).join("model.safetensors").is_file());
+    let export = json(&server, &["checkpoints", "export", &latest, "--format", "merged", "--dtype", "bf16"]);
+    assert!(export["path"].as_str().unwrap().ends_with("/exports/12/merged-bf16"), "{export}");
 
     let events = succeed(&server, &["watch", &name, "--output", "json"]);
     assert!(events.lines().all(|l| serde_json::from_str::<serde_json::Value>(l).is_ok()));

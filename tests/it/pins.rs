@@ -305,7 +305,7 @@ async fn nothing_goes_on_with_another(part: &str, change: impl FnOnce(&Path)) {
     };
     let merged = async |client: &Client| {
         let format = pb::ExportFormat::Merged.into();
-        let request = pb::ExportCheckpointRequest { name: latest(&ended), format };
+        let request = pb::ExportCheckpointRequest { name: latest(&ended), format, ..Default::default() };
         client.checkpoints().export_checkpoint(request).await
     };
     assert_refused("scoring", scoring().await, part);

@@ -344,7 +344,7 @@ async fn nothing_is_measured_against_another_reference_than_its_jobs() {
     // What does not need that reference works, and new jobs get the one that is there.
     score_against(&client, &latest(&undisturbed), "models/a").await.unwrap();
     let format = pb::ExportFormat::Merged.into();
-    let export = pb::ExportCheckpointRequest { name: latest(&undisturbed), format };
+    let export = pb::ExportCheckpointRequest { name: latest(&undisturbed), format, ..Default::default() };
     client.checkpoints().export_checkpoint(export).await.unwrap();
     let new = submit(&client, against(2)).await;
     let losses = succeed(&client, &new).await;

@@ -291,10 +291,10 @@ async fn a_shared_folder_serves_as_the_artifact_store() {
     finish(&client, &second).await;
     assert_eq!(state(&client, &second).await, pb::JobState::Succeeded);
     let name = format!("{second}/checkpoints/latest");
-    let export = pb::ExportCheckpointRequest { name: name.clone(), format: pb::ExportFormat::Adapter.into() };
+    let export = pb::ExportCheckpointRequest { name: name.clone(), format: pb::ExportFormat::Adapter.into(), ..Default::default() };
     let export = client.checkpoints().export_checkpoint(export).await.unwrap().into_inner();
-    let exported = std::path::PathBuf::from(export.path.trim_start_matches("file://")).join("adapter_model.safetensors");
-    assert!(export.path.starts_with("file://") && exported.is_file(), "{}", export.path);
+    let exported = shared.path().join(&export.path).join("adapter_model.safetensors");
+    assert!(export.path.starts_with("jobs/") && exported.is_file(), "{}", export.path);
 
     // What a finished job continued may go, unless it is the job's reference, too: its own weights stay usable.
     client.training().delete_training_job(pb::DeleteTrainingJobRequest { name: first.clone() }).await.unwrap();

@@ -285,7 +285,7 @@ async fn an_adapter_is_exported_though_its_base_model_has_changed() {
         let client = server.client().await;
         assert!(adapter(&client, &name).await == trained, "{models}: the adapter is what was trained");
         let format = pb::ExportFormat::Merged.into();
-        let request = pb::ExportCheckpointRequest { name: format!("{name}/checkpoints/latest"), format };
+        let request = pb::ExportCheckpointRequest { name: format!("{name}/checkpoints/latest"), format, ..Default::default() };
         let refused = client.checkpoints().export_checkpoint(request).await.unwrap_err();
         let found = (refused.code(), reason(&refused));
         assert_eq!(found, (Code::FailedPrecondition, "MODEL_CHANGED".into()), "{models}: {refused}");

@@ -187,7 +187,7 @@ fn enormous_margins_stay_finite() {
     }
 }
 
-/// Settings that a loss ignores are refused, which goes by [`LossType::uses_label_smoothing`].
+/// Settings that a loss ignores are refused, which goes by [`LossType::smooths_labels`].
 #[test]
 fn the_losses_that_use_label_smoothing_are_those_that_say_so() {
     let logps = |n: usize, x: f32| vec![x; n];
@@ -204,6 +204,6 @@ fn the_losses_that_use_label_smoothing_are_those_that_say_so() {
             let config = DpoConfig { label_smoothing, ..config(loss) };
             batch_loss(&config, &view(&pairs, &config), 1.0).loss
         };
-        assert_eq!(of(0.1) != of(0.2), loss.uses_label_smoothing(), "{}", loss.name());
+        assert_eq!(of(0.1) != of(0.2), loss.smooths_labels(), "{}", loss.name());
     }
 }

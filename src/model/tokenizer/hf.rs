@@ -13,8 +13,32 @@ use crate::model::guard::guarded;
 const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
 const TEMPLATE: &str = "chat_template.jinja";
-const MORE_TEMPLATES: &str = "additional_chat_templates";
 const SPECIAL: &str = "special_tokens_map.json";
+
+/// The folder of chat templates besides the default one.
+const EXTRA_TEMPLATES: &str = "additional_chat_templates";
+
+/// The decoding defaults of transformers' `generate`, the end-of-sequence tokens among them.
+pub const GENERATION_CONFIG: &str = "generation_config.json";
+
+/// Files that this program does not read, but that other programs want beside the weights.
+pub const EXTRA_FILES: [&str; 9] = [
+    GENERATION_CONFIG,
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "chat_template.json",
+];
+
+/// Returns true for `additional_chat_templates/NAME.jinja`.
+pub fn is_extra_template(file: &str) -> bool {
+    let name = file.strip_prefix(EXTRA_TEMPLATES).and_then(|rest| rest.strip_prefix('/'));
+    name.is_some_and(|name| name.ends_with(".jinja") && !name.starts_with('.') && !name.contains(['/', '\\']))
+}
 
 pub(super) fn read(folder: &Path) -> Result<Parts, ModelError> {
     let mut files = Vec::new();
@@ -50,7 +74,7 @@ pub(super) fn read(folder: &Path) -> Result<Parts, ModelError> {
         }
     }
     let mut template_files: Vec<(String, String)> =
-        more_templates(folder)?.into_iter().map(|n| (n.clone(), format!("{MORE_TEMPLATES}/{n}.jinja"))).collect();
+        more_templates(folder)?.into_iter().map(|n| (n.clone(), format!("{EXTRA_TEMPLATES}/{n}.jinja"))).collect();
     template_files.insert(0, (DEFAULT.to_owned(), TEMPLATE.to_owned()));
     let mut templates = Vec::new();
     for (name, file) in template_files {
@@ -61,6 +85,9 @@ pub(super) fn read(folder: &Path) -> Result<Parts, ModelError> {
     // Files replace what the configuration holds.
     if templates.is_empty() {
         templates = configured_templates(&config);
+    }
+    for name in EXTRA_FILES {
+        take(name)?;
     }
     let find = |name: &str| special_tokens.iter().find(|(n, _)| n == name).map(|(_, t)| t.clone());
     let mut content = blake3::Hasher::new();
@@ -89,7 +116,7 @@ fn configured_templates(config: &Value) -> Vec<(String, String)> {
 
 /// The names of the files in the folder of further templates, in alphabetical order.
 fn more_templates(folder: &Path) -> Result<Vec<String>, ModelError> {
-    let path = folder.join(MORE_TEMPLATES);
+    let path = folder.join(EXTRA_TEMPLATES);
     let entries = match std::fs::read_dir(&path) {
         Ok(entries) => entries,
         Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => return Ok(Vec::new()),

@@ -3,12 +3,14 @@
 use std::io::{Read, Seek, SeekFrom};
 use std::sync::Mutex;
 
+use candle_core::quantized::GgmlDType;
 use candle_core::quantized::ggml_file::qtensor_from_ggml;
 use candle_core::{DType, Device, Tensor};
 
 use crate::model::config::{Architecture, ModelConfig};
 use crate::model::error::ModelError;
 use crate::model::gguf::{Gguf, TensorEntry};
+use crate::model::weights::{ElementType, StoredAs};
 
 /// An opened GGUF file with what its names and layout mean.
 #[derive(Debug)]
@@ -60,6 +62,19 @@ impl GgufWeights {
         let quantised = qtensor_from_ggml(entry.dtype, &bytes, entry.shape.clone(), &Device::Cpu)?;
         drop(bytes);
         Ok(quantised.dequantize(&Device::Cpu)?.to_dtype(DType::F32)?)
+    }
+
+    /// The element type and size of every tensor; quantised ones are said to be f16.
+    pub fn stored(&self) -> Vec<StoredAs> {
+        let of = |t: &TensorEntry| {
+            let dtype = match t.dtype {
+                GgmlDType::F32 => ElementType::F32,
+                GgmlDType::BF16 => ElementType::Bf16,
+                _ => ElementType::F16,
+            };
+            StoredAs { dtype, dims: t.shape.len(), elements: t.shape.iter().product() }
+        };
+        self.gguf.tensors().map(of).collect()
     }
 
     pub fn hash(&self, hash: &mut blake3::Hasher) {

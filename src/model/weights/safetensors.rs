@@ -11,7 +11,8 @@ use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-use crate::model::error::ModelError;
+use crate::model::error::{ModelError, last_part};
+use crate::model::weights::{ElementType, StoredAs};
 
 const FILE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -110,10 +111,29 @@ impl SafetensorsWeights {
             Dtype::BF16 if keep_bf16 => stored.tensor::<bf16>(name, path, bytes.chunks_exact(2).map(stored_bf16).collect()),
             Dtype::BF16 => stored.tensor::<f32>(name, path, bytes.chunks_exact(2).map(|b| stored_bf16(b).to_f32()).collect()),
             other => Err(ModelError::Unsupported {
-                what: format!("{}: tensor '{name}' in {other:?} (supported: F32, F16, BF16)", path.display()),
+                what: format!("{}: tensor '{name}' in {other:?} (supported: F32, F16, BF16)", last_part(path)),
             }),
         };
         tensor.map(Some)
+    }
+
+    /// The element type and size of every tensor that can be read.
+    pub fn stored(&self) -> Vec<StoredAs> {
+        let of = |t: &Stored| {
+            let dtype = match t.dtype {
+                Dtype::F32 => ElementType::F32,
+                Dtype::BF16 => ElementType::Bf16,
+                Dtype::F16 => ElementType::F16,
+                _ => return None,
+            };
+            Some(StoredAs { dtype, dims: t.shape.len(), elements: t.shape.iter().product() })
+        };
+        self.tensors.values().filter_map(of).collect()
+    }
+
+    /// The files, in the order in which they are hashed.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        self.files.iter().map(|(path, _)| path.clone()).collect()
     }
 
     pub fn hash(&self, hash: &mut blake3::Hasher) {

@@ -88,7 +88,7 @@ fn refused_fields(job: pb::TrainingJob) -> Vec<String> {
 }
 
 fn with_dpo(loss: &str, dpo: pb::DpoConfig) -> pb::TrainingJob {
-    let losses = vec![pb::WeightedLoss { loss_type: loss.into(), weight: None }];
+    let losses = vec![pb::WeightedLoss { loss_type: loss.into(), ..Default::default() }];
     pb::TrainingJob { dpo: Some(pb::DpoConfig { losses, ..dpo }), ..minimal() }
 }
 
@@ -181,7 +181,7 @@ fn a_constant_rate_after_a_warm_up_is_accepted_and_shown_by_its_name() {
 #[test]
 fn a_stored_job_with_a_setting_without_effect_is_shown() {
     let mut request = job_request(minimal()).unwrap();
-    request.spec.dpo.losses = vec![WeightedLoss { loss: LossType::Hinge, weight: 1.0 }];
+    request.spec.dpo.losses = vec![WeightedLoss { loss: LossType::Hinge, weight: 1.0, label_smoothing: None }];
     (request.spec.dpo.label_smoothing, request.spec.dpo.simpo_gamma) = (0.1, 3.0);
     (request.spec.optimizer.schedule, request.spec.optimizer.warmup) = (ScheduleKind::Constant, Warmup::Steps(5));
     let read: JobRequest = serde_json::from_str(&serde_json::to_string(&request).unwrap()).unwrap();

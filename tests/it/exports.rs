@@ -1,0 +1,289 @@
+//! Exports as users load them, and the precision that full weights keep on their way.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use bradley::domain::dataset::Text;
+use bradley::domain::training::Precision;
+use bradley::model::weights::ElementType;
+use bradley::rpc::client::Client;
+use bradley::rpc::pb::{self, training_event::Event};
+use serde_json::json;
+use tonic::Code;
+
+use crate::server::{Server, finish, job, pairs, score, scored, state, submit, upload};
+use crate::support::{golden, needed, open, rows};
+
+/// Copies a golden model to `folder`, for tests that change or remove it.
+fn copy_model(name: &str, folder: &Path) {
+    std::fs::create_dir_all(folder).unwrap();
+    for entry in std::fs::read_dir(golden("models").join(name)).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), folder.join(entry.file_name())).unwrap();
+    }
+}
+
+async fn get(client: &Client, name: &str) -> pb::TrainingJob {
+    let request = pb::GetTrainingJobRequest { name: name.into() };
+    client.training().get_training_job(request).await.unwrap().into_inner()
+}
+
+/// Follows a job that must succeed; returns the bits of each step's metrics.
+async fn steps(client: &Client, name: &str) -> Vec<Vec<(String, u64)>> {
+    let events = finish(client, name).await;
+    let ended = get(client, name).await;
+    assert_eq!(ended.state(), pb::JobState::Succeeded, "{:?}", ended.error);
+    let bits = |s: pb::StepMetrics| {
+        let mut all: Vec<(String, u64)> = s.metrics.into_iter().map(|(k, v)| (k, v.to_bits())).collect();
+        all.sort();
+        all
+    };
+    let step = |e: pb::TrainingEvent| match e.event {
+        Some(Event::StepMetrics(s)) => Some(bits(s)),
+        _ => None,
+    };
+    events.into_iter().filter_map(step).collect()
+}
+
+async fn download(client: &Client, job: &str, format: pb::ExportFormat, dtype: &str, out: PathBuf) -> PathBuf {
+    let request = pb::DownloadCheckpointRequest { name: format!("{job}/checkpoints/latest"), format: format.into(), dtype: dtype.into() };
+    client.download(request, &out).await.unwrap();
+    out
+}
+
+/// A full fine-tune whose passes are in f32, with a learning rate at which bf16 would lose most changes.
+fn full(dataset: &str, steps: u64) -> pb::TrainingJob {
+    pb::TrainingJob {
+        method: Some(pb::training_job::Method::Full(pb::FullConfig {})),
+        optimizer: Some(pb::OptimizerConfig { learning_rate: Some(1e-5), ..Default::default() }),
+        precision: "f32".into(),
+        ..job(dataset, steps)
+    }
+}
+
+/// Two servers on the same files, which keep frozen weights in f32 and in bf16.
+async fn two_precisions(dir: &Path) -> [(Server, Client, String); 2] {
+    assert!(!open("llama").weights.is_exact_in(Precision::Bf16), "the weights must not be representable in bf16");
+    let mut made = Vec::new();
+    for precision in ["f32", "bf16"] {
+        let models = format!("tiny={}", golden("models/llama").display());
+        let server = Server::start_with(&dir.join(precision), &models, &["--precision", precision]);
+        let client = server.client().await;
+        let dataset = upload(&client, "pairs.jsonl").await.name;
+        made.push((server, client, dataset));
+    }
+    made.try_into().unwrap_or_else(|_| panic!("two servers"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_fine_tune_in_f32_is_the_same_on_a_bf16_server_bit_for_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut trained, mut continued, mut lora, mut exported) = (vec![], vec![], vec![], vec![]);
+    for (server, client, dataset) in &two_precisions(dir.path()).await {
+        let first = submit(client, full(dataset, 12)).await;
+        trained.push(steps(client, &first).await);
+        // A new job that starts from the checkpoint starts from its f32 tensors.
+        let second = pb::TrainingJob { policy: format!("{first}/checkpoints/latest"), ..full(dataset, 3) };
+        let second = submit(client, second).await;
+        continued.push(steps(client, &second).await);
+        let adapter = pb::TrainingJob { precision: "f32".into(), ..job(dataset, 4) };
+        lora.push(steps(client, &submit(client, adapter).await).await);
+        // The export is the checkpoint, tensor by tensor.
+        let out = download(client, &second, pb::ExportFormat::Merged, "", server.data_dir.join("out")).await;
+        let id = second.trim_start_matches("trainingJobs/");
+        let checkpoint = server.data_dir.join("jobs").join(id).join("checkpoints/3/model.safetensors");
+        let weights = std::fs::read(out.join("model.safetensors")).unwrap();
+        assert!(weights == std::fs::read(checkpoint).unwrap(), "the export of the f32 base is the checkpoint's file");
+        exported.push(weights);
+    }
+    assert_eq!(trained[0].len(), 12);
+    assert_eq!(trained[0], trained[1], "12 steps from the base model");
+    assert_eq!(continued[0], continued[1], "3 steps from its checkpoint");
+    assert_eq!(lora[0], lora[1], "LoRA in f32");
+    assert!(exported[0] == exported[1], "the exported weights");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_needs_files_that_are_gone_says_so() {
+    let (dir, models) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let folder = models.path().join("tiny");
+    copy_model("llama", &folder);
+    let server = Server::start_with(dir.path(), folder.to_str().unwrap(), &["--precision", "bf16"]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let weights = folder.join("model.safetensors");
+    let original = std::fs::read(&weights).unwrap();
+    let mut changed = original.clone();
+    *changed.last_mut().unwrap() ^= 1;
+    for (contents, expected) in [(Some(&changed), "were changed"), (None, "model.safetensors")] {
+        // A new file, as whoever replaces a model writes it: the server may have the old one mapped.
+        std::fs::remove_file(&weights).unwrap();
+        if let Some(bytes) = contents {
+            std::fs::write(&weights, bytes).unwrap();
+        }
+        let name = submit(&client, full(&dataset, 2)).await;
+        finish(&client, &name).await;
+        assert_eq!(state(&client, &name).await, pb::JobState::Failed);
+        let error = get(&client, &name).await.error.unwrap().message;
+        assert!(error.contains("models/tiny") && error.contains(expected) && error.contains("put the files back"), "{error}");
+        assert!(!error.contains(models.path().to_str().unwrap()), "{error}");
+    }
+    // A run in bf16 LoRA needs nothing but what is in memory.
+    let name = submit(&client, job(&dataset, 2)).await;
+    steps(&client, &name).await;
+    std::fs::write(&weights, &original).unwrap();
+    let name = submit(&client, full(&dataset, 2)).await;
+    assert_eq!(steps(&client, &name).await.len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn exports_load_in_transformers_and_peft_and_say_what_the_service_says() {
+    let Some(python) = needed("BRADLEY_TEST_PYTHON", "the test of exports") else { return };
+    let (dir, place) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    // Users find the base under the name that the adapter gives. Another token ends its answers than config.json says.
+    let base = place.path().join("some-base");
+    copy_model("llama-bf16", &base);
+    std::fs::write(base.join("generation_config.json"), r#"{"bos_token_id": 0, "eos_token_id": 9, "pad_token_id": 1}"#).unwrap();
+    let server = Server::start_with(dir.path(), &format!("some-base={}", base.display()), &[]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let name = submit(&client, pb::TrainingJob { policy: "models/some-base".into(), ..job(&dataset, 8) }).await;
+    steps(&client, &name).await;
+
+    let merged = download(&client, &name, pb::ExportFormat::Merged, "", place.path().join("merged")).await;
+    let adapter = download(&client, &name, pb::ExportFormat::Adapter, "", place.path().join("adapter")).await;
+    let served = score(&client, &format!("{name}/checkpoints/latest"), pairs()).await;
+    let text = |t: &Text| match t {
+        Text::Chat(messages) => json!(messages),
+        Text::Plain(_) => panic!("a chat row"),
+    };
+    let rows = rows("pairs.jsonl");
+    let expected: Vec<_> = rows
+        .iter()
+        .zip(&served.results)
+        .map(|(row, result)| {
+            let logps = &scored(result).a.as_ref().unwrap().policy_token_logprobs;
+            json!({"prompt": text(&row.prompt), "chosen": text(&row.chosen), "logps": logps})
+        })
+        .collect();
+    let file = place.path().join("expected.json");
+    std::fs::write(&file, json!({"dtype": "torch.bfloat16", "eos": 9, "pairs": expected}).to_string()).unwrap();
+    let output = Command::new(python)
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/exports.py"))
+        .args([&merged, &adapter, &file])
+        .current_dir(place.path())
+        .env("HF_HUB_OFFLINE", "1")
+        .output()
+        .unwrap();
+    let (said, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{said}\n{errors}");
+    let number = |what: &str| -> f64 {
+        let line = said.lines().find_map(|l| l.strip_prefix(what)).unwrap_or_else(|| panic!("{what}: {said}"));
+        line.trim().parse().unwrap()
+    };
+    println!("{said}");
+    // PEFT adds the same adapter to the same base: only the order of f32 sums differs.
+    assert!(number("peft ") < 1e-4, "{said}");
+    // The merge rounds each changed weight to bf16 once, by at most 2^-8 of it. The errors of a product's terms are independent and mostly cancel, so
+    // that log-probs stay within that unit. The base without its adapter is far beyond it.
+    assert!(number("merged ") < 2f64.powi(-8), "{said}");
+    assert!(said.contains("generate stops at 9"), "{said}");
+
+    // The folder is a model of its own: what is served from it is what was exported.
+    let (again, model) = (tempfile::tempdir().unwrap(), format!("merged={}", merged.display()));
+    let other = Server::start_with(again.path(), &model, &[]);
+    let from_merged = score(&other.client().await, "models/merged", pairs()).await;
+    for (m, w) in from_merged.results.iter().zip(&served.results) {
+        let (m, w) = (scored(m).a.clone().unwrap().policy_logprob, scored(w).a.clone().unwrap().policy_logprob);
+        assert!((m - w).abs() < 2f64.powi(-8) * w.abs(), "{m} is not {w}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_is_made_in_the_element_type_that_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let name = submit(&client, job(&dataset, 2)).await;
+    steps(&client, &name).await;
+    for (dtype, torch) in [("f32", "float32"), ("bf16", "bfloat16"), ("f16", "float16"), ("", "float32")] {
+        let out = download(&client, &name, pb::ExportFormat::Merged, dtype, dir.path().join(format!("out-{dtype}"))).await;
+        let config: serde_json::Value = serde_json::from_slice(&std::fs::read(out.join("config.json")).unwrap()).unwrap();
+        assert_eq!(config["dtype"], torch);
+        let weights = bradley::model::weights::Weights::open_folder(&out).unwrap();
+        let wanted = ElementType::parse(if dtype.is_empty() { "f32" } else { dtype }).unwrap();
+        assert_eq!(weights.element_type(), wanted);
+    }
+    let ask = async |format: pb::ExportFormat, dtype: &str| {
+        let request =
+            pb::ExportCheckpointRequest { name: format!("{name}/checkpoints/latest"), format: format.into(), dtype: dtype.into() };
+        client.checkpoints().export_checkpoint(request).await.map(|r| r.into_inner())
+    };
+    for (format, dtype) in [(pb::ExportFormat::Merged, "int8"), (pb::ExportFormat::Adapter, "bf16"), (pb::ExportFormat::Unspecified, "f32")]
+    {
+        let e = ask(format, dtype).await.unwrap_err();
+        assert!(e.code() == Code::InvalidArgument && e.message().contains("dtype"), "{e}");
+    }
+    // Deleting the checkpoint takes its exports along.
+    let folder = ask(pb::ExportFormat::Merged, "f16").await.unwrap().path;
+    let exports = server.data_dir.join(&folder).parent().unwrap().to_owned();
+    assert!(exports.is_dir());
+    let request = pb::DeleteCheckpointRequest { name: format!("{name}/checkpoints/2") };
+    client.checkpoints().delete_checkpoint(request).await.unwrap();
+    assert!(!exports.exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_answer_names_a_folder_of_the_server() {
+    let (dir, adapters, models) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let folder = models.path().join("tiny");
+    copy_model("llama", &folder);
+    let flags = ["--adapter-dir", adapters.path().to_str().unwrap()];
+    let server = Server::start_with(dir.path(), folder.to_str().unwrap(), &flags);
+    let client = server.client().await;
+    let hidden = [dir.path(), adapters.path(), models.path()].map(|path| path.to_str().unwrap().to_owned());
+    let told = |what: &str, text: &str| {
+        for path in &hidden {
+            assert!(!text.contains(path.as_str()), "{what}: {text}");
+        }
+    };
+    let listed = client.models().list_models(pb::ListModelsRequest {}).await.unwrap().into_inner().models;
+    assert_eq!(listed[0].source, "tiny");
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let name = submit(&client, job(&dataset, 2)).await;
+    steps(&client, &name).await;
+    let latest = format!("{name}/checkpoints/latest");
+
+    let request = pb::ExportCheckpointRequest { name: latest.clone(), ..Default::default() };
+    let export = client.checkpoints().export_checkpoint(request).await.unwrap().into_inner();
+    told("an export", &format!("{export:?}"));
+    let out = download(&client, &name, pb::ExportFormat::Adapter, "", adapters.path().join("mine")).await;
+    let config = std::fs::read_to_string(out.join("adapter_config.json")).unwrap();
+    told("adapter_config.json", &config);
+    assert!(config.contains(r#""base_model_name_or_path": "tiny""#), "{config}");
+
+    // An adapter that cannot be used, and one without weights.
+    std::fs::write(out.join("adapter_config.json"), config.replace(r#""use_dora": false"#, r#""use_dora": true"#)).unwrap();
+    let mut wanted = job(&dataset, 1);
+    let lora = pb::LoraConfig { rank: Some(4), init_adapter: "mine".into(), ..Default::default() };
+    wanted.method = Some(pb::training_job::Method::Lora(lora));
+    let unusable = submit(&client, wanted.clone()).await;
+    let events = finish(&client, &unusable).await;
+    let failed = get(&client, &unusable).await;
+    assert!(failed.error.as_ref().unwrap().message.contains("use_dora is true"), "{:?}", failed.error);
+    told("a job with an unusable adapter", &format!("{failed:?} {events:?}"));
+    std::fs::remove_file(out.join("adapter_model.safetensors")).unwrap();
+    let request = pb::CreateTrainingJobRequest { training_job: Some(wanted), ..Default::default() };
+    told("an adapter without weights", &client.training().create_training_job(request).await.unwrap_err().to_string());
+
+    // A checkpoint whose weights are gone.
+    let id = name.trim_start_matches("trainingJobs/");
+    std::fs::remove_file(dir.path().join("jobs").join(id).join("checkpoints/2/adapter_model.safetensors")).unwrap();
+    let options = Some(pb::ScoringOptions { policy: latest.clone(), ..Default::default() });
+    let scored = client.scoring().score_pairs(pb::ScorePairsRequest { options, pairs: pairs() }).await;
+    told("scoring with a damaged checkpoint", &format!("{scored:?}"));
+    let merged = pb::ExportCheckpointRequest { name: latest, format: pb::ExportFormat::Merged.into(), ..Default::default() };
+    let refused = client.checkpoints().export_checkpoint(merged).await.unwrap_err();
+    told("an export of a damaged checkpoint", &format!("{refused:?}"));
+}
