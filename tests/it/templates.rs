@@ -222,7 +222,7 @@ async fn arguments_of_a_pair_win_over_those_of_the_call_and_those_over_the_jobs(
         "rejected": [{"role": "assistant", "content": "4 5"}],
     });
     let own = json!({"chat_template_kwargs": {"style": "11111111"}, "tools": [{"name": "t"}]});
-    let mut lines = vec![row.clone(), row];
+    let mut lines = [row.clone(), row];
     lines[1].as_object_mut().unwrap().extend(own.as_object().unwrap().clone());
     let file = dir.path().join("rows.jsonl");
     std::fs::write(&file, lines.iter().map(|l| format!("{l}\n")).collect::<String>()).unwrap();
