@@ -1,6 +1,7 @@
 //! Chat templates, rendered as transformers 5.23 renders them.
 
 mod json;
+mod python;
 
 use std::sync::LazyLock;
 
@@ -62,12 +63,14 @@ impl ChatTemplate {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(|e| explain(&e))?;
         environment.set_syntax(syntax);
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        python::install(&mut environment);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_filter("tojson", json::to_json);
-        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(|e| explain(&e))?;
+        // jinja2 reads every line ending as \n.
+        let lines = source.replace("\r\n", "\n").replace('\r', "\n");
+        environment.add_template_owned(NAME, without_generation_tags(&lines)).map_err(|e| explain(&e))?;
         Ok(ChatTemplate { environment, source: source.to_owned(), special_tokens })
     }
 
@@ -144,7 +147,7 @@ fn template_value(value: &serde_json::Value) -> Value {
 }
 
 /// Replaces the tags `{% generation %}` and `{% endgeneration %}`, with any white space in them, by
-/// ones that print what is between them: they mark the assistant's tokens for transformers' masks.
+/// ones that print what is between them, in a scope of its own: they mark the assistant's tokens for transformers' masks.
 fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -163,8 +166,8 @@ fn without_generation_tags(source: &str) -> String {
             None => (inner, ""),
         };
         let replacement = match name.trim() {
-            "generation" => "if true",
-            "endgeneration" => "endif",
+            "generation" => "with",
+            "endgeneration" => "endwith",
             _ => continue,
         };
         out.push_str(&format!("{open} {replacement} {close}"));

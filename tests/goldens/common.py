@@ -125,7 +125,7 @@ def rows(file):
 
 
 def strip(row):
-    return {k: v for k, v in row.items() if k in ("prompt", "chosen", "rejected")}
+    return {k: v for k, v in row.items() if k in ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")}
 
 
 def trainer(model, tok, data, ref=None, peft_config=None, out="/tmp/bradley-goldens", **settings):

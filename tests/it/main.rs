@@ -40,3 +40,4 @@ mod store_safety;
 mod store_versions;
 mod support;
 mod templates;
+mod tokenizers;

@@ -177,7 +177,7 @@ fn number(value: &Value) -> Result<String, Error> {
 }
 
 /// Python's `repr` of a float.
-fn float(x: f64) -> String {
+pub(super) fn float(x: f64) -> String {
     if !x.is_finite() {
         return if x.is_nan() {
             "NaN"

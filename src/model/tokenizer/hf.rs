@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
 use super::{DEFAULT, Parts, wrong};
@@ -13,6 +13,9 @@ use crate::model::guard::guarded;
 const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
 const TEMPLATE: &str = "chat_template.jinja";
+const MODEL_CONFIG: &str = "config.json";
+/// Model types for which transformers uses another class whatever tokenizer_config.json names.
+const OTHER_CLASS: [&str; 3] = ["mistral", "mixtral", "qwen2"];
 const SPECIAL: &str = "special_tokens_map.json";
 
 /// The folder of chat templates besides the default one.
@@ -56,9 +59,6 @@ pub(super) fn read(folder: &Path) -> Result<Parts, ModelError> {
     let path = folder.join(TOKENIZER);
     let bytes = take(TOKENIZER)?
         .ok_or_else(|| wrong(&path, "is missing: a fast tokenizer is needed (save it with transformers' save_pretrained)"))?;
-    // The library panics at some malformed decoders.
-    let tokenizer = guarded(|| Tokenizer::from_bytes(&bytes)).map_err(|e| wrong(&path, e))?.map_err(|e| wrong(&path, e.to_string()))?;
-
     let object = |name: &str, bytes: Option<Vec<u8>>| -> Result<Value, ModelError> {
         match bytes {
             Some(b) => serde_json::from_slice(&b).map_err(|e| wrong(&folder.join(name), format!("not JSON: {e}"))),
@@ -66,6 +66,11 @@ pub(super) fn read(folder: &Path) -> Result<Parts, ModelError> {
         }
     };
     let config = object(CONFIG, take(CONFIG)?)?;
+    let pipeline = as_class(&bytes, &config, model_type(folder).as_deref());
+    // The library panics at some malformed decoders.
+    let tokenizer = guarded(|| Tokenizer::from_bytes(pipeline.as_deref().unwrap_or(&bytes)))
+        .map_err(|e| wrong(&path, e))?
+        .map_err(|e| wrong(&path, e.to_string()))?;
     let special = object(SPECIAL, take(SPECIAL)?)?;
     let mut special_tokens = Vec::new();
     for name in ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"] {
@@ -93,6 +98,58 @@ pub(super) fn read(folder: &Path) -> Result<Parts, ModelError> {
     let mut content = blake3::Hasher::new();
     content.update(&bytes);
     Ok(Parts { bos_token: find("bos_token"), eos_token: find("eos_token"), tokenizer, special_tokens, templates, files, content })
+}
+
+/// `model_type` of config.json, where the folder has one.
+fn model_type(folder: &Path) -> Option<String> {
+    let bytes = std::fs::read(folder.join(MODEL_CONFIG)).ok()?;
+    let config: Value = serde_json::from_slice(&bytes).ok()?;
+    config.get("model_type").and_then(Value::as_str).map(str::to_owned)
+}
+
+/// The tokenizer.json that transformers makes of the file, where it does not use the file as it is.
+///
+/// Its class LlamaTokenizer takes the vocabulary and the merges out of a SentencePiece tokenizer's
+/// file and makes the rest itself (models/llama/tokenization_llama.py): a space goes in front of
+/// every piece of text that does not begin with one, where the normaliser in the file of Llama 2
+/// adds one in any case. A model is trained and compared with transformers' tokens, so the class wins.
+fn as_class(tokenizer: &[u8], config: &Value, model_type: Option<&str>) -> Option<Vec<u8>> {
+    let class = config.get("tokenizer_class").and_then(Value::as_str)?;
+    if class.strip_suffix("Fast").unwrap_or(class) != "LlamaTokenizer" || model_type.is_some_and(|m| OTHER_CLASS.contains(&m)) {
+        return None;
+    }
+    let mut file: Value = serde_json::from_slice(tokenizer).ok()?;
+    let is_sentencepiece = file["model"]["type"].as_str().is_none_or(|t| t == "BPE") && file["model"]["merges"].is_array();
+    if !is_sentencepiece || has_byte_level(&file["pre_tokenizer"]) || has_byte_level(&file["decoder"]) {
+        return None;
+    }
+    let flag = |name: &str| config.get(name).and_then(Value::as_bool);
+    let adds_space = flag("add_prefix_space").unwrap_or(true);
+    let prepend_scheme = match (adds_space, flag("legacy").unwrap_or(false)) {
+        (true, true) => "always",
+        (true, false) => "first",
+        (false, _) => "never",
+    };
+    let mut decoders = vec![
+        json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
+        json!({"type": "ByteFallback"}),
+        json!({"type": "Fuse"}),
+    ];
+    if adds_space {
+        decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+    }
+    let pre_tokenizer = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": prepend_scheme, "split": false});
+    let parts = file.as_object_mut()?;
+    parts.insert("normalizer".to_owned(), Value::Null);
+    parts.insert("pre_tokenizer".to_owned(), pre_tokenizer);
+    parts.insert("decoder".to_owned(), json!({"type": "Sequence", "decoders": decoders}));
+    serde_json::to_vec(&file).ok()
+}
+
+/// Whether a pre-tokenizer or decoder works on bytes, alone or as a part of a sequence.
+fn has_byte_level(part: &Value) -> bool {
+    let parts = ["pretokenizers", "decoders"].iter().find_map(|key| part[*key].as_array());
+    part["type"] == "ByteLevel" || parts.is_some_and(|parts| parts.iter().any(has_byte_level))
 }
 
 /// A special token is a string or an AddedToken object.
@@ -130,3 +187,6 @@ fn more_templates(folder: &Path) -> Result<Vec<String>, ModelError> {
     names.sort();
     Ok(names)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,245 @@
+//! Real tokenizers and every chat template of TRL over the dialogues and texts of
+//! tests/goldens/dialogues.json: token for token, and character for character, as transformers.
+//!
+//! What is expected is computed here and now: tests/goldens/real_tokenizers.py runs transformers on
+//! the tokenizers that .ci/tokenizers fetches.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+use std::sync::OnceLock;
+
+use bradley::domain::training::{BatchConfig, Method, OptimizerConfig, ScheduleKind, TrainingSpec};
+use bradley::model::chat::{ChatMessage, ChatTemplate, RenderOptions};
+use bradley::model::loader::load_model;
+use bradley::model::source::HubOptions;
+use bradley::model::tokenizer::ChatTokenizer;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::golden_training::{Run, train};
+use crate::support::{assert_close, encode, golden, ids, json, needed, policy, rows};
+
+/// The tokenizers of .ci/tokenizers.list.
+const TOKENIZERS: [&str; 7] = ["deepseek_v3", "gemma3", "gptoss", "llama2", "llama3", "llama3_1", "qwen3"];
+/// Texts, and dialogues, that each tokenizer is tried with at least.
+const MIN_CASES: usize = 40;
+/// Chat templates of TRL 1.16.
+const TEMPLATES: usize = 72;
+
+/// Renderings of TRL's templates that differ, as (template, dialogue, reason). One that no longer
+/// differs fails the test.
+const EXCEPTIONS: [(&str, &str, &str); 0] = [];
+
+/// What transformers makes of everything.
+struct Expected {
+    /// Holds a folder for each tokenizer.
+    folder: TempDir,
+    values: Value,
+}
+
+/// Runs transformers once for all tests; `None` where the tests are skipped.
+fn expected(test: &str) -> Option<&'static Expected> {
+    static EXPECTED: OnceLock<Option<Expected>> = OnceLock::new();
+    let compute = || {
+        let tokenizers = needed("BRADLEY_TEST_TOKENIZERS", test)?;
+        let python = needed("BRADLEY_TEST_PYTHON", test)?;
+        let folder = tempfile::tempdir().unwrap();
+        let script = golden("real_tokenizers.py");
+        let run = Command::new(python).arg(script).arg(tokenizers).arg(folder.path()).output().unwrap();
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        let values = serde_json::from_slice(&std::fs::read(folder.path().join("expected.json")).unwrap()).unwrap();
+        Some(Expected { folder, values })
+    };
+    EXPECTED.get_or_init(compute).as_ref()
+}
+
+impl Expected {
+    fn tokenizer(&self, name: &str) -> (ChatTokenizer, &Value) {
+        let path: &Path = &self.folder.path().join(name);
+        (ChatTokenizer::from_folder(path).unwrap(), &self.values["tokenizers"][name])
+    }
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap()
+}
+
+fn list(value: &Value) -> &[Value] {
+    value.as_array().unwrap()
+}
+
+/// One rendering of a dialogue, as real_tokenizers.py describes it.
+struct Chat<'a> {
+    dialogue: &'a str,
+    messages: Vec<ChatMessage>,
+    tools: Option<&'a [Value]>,
+    expected: &'a Value,
+}
+
+impl<'a> Chat<'a> {
+    fn new(corpus: &'a Value, expected: &'a Value) -> Self {
+        let dialogue = &corpus["dialogues"][expected["dialogue"].as_u64().unwrap() as usize];
+        let tools = match &dialogue["tools"] {
+            Value::String(name) => Some(list(&corpus["tools"][name])),
+            Value::Array(tools) => Some(tools.as_slice()),
+            _ => None,
+        };
+        let messages = list(&dialogue["messages"]).iter().map(|m| ChatMessage::from_json(m.clone()).unwrap()).collect();
+        Chat { dialogue: text(&dialogue["name"]), messages, tools, expected }
+    }
+
+    fn options(&self, date: &str) -> RenderOptions<'a> {
+        RenderOptions {
+            add_generation_prompt: self.expected["add_generation_prompt"].as_bool().unwrap(),
+            tools: self.tools,
+            kwargs: self.expected["kwargs"].as_object().unwrap(),
+            date: Some(date.parse::<jiff::civil::Date>().unwrap().at(0, 0, 0, 0)),
+        }
+    }
+
+    /// How a rendering differs from the expected one; where transformers raises, Bradley must, too.
+    fn difference(&self, rendered: Result<&str, String>) -> Option<String> {
+        let problem = match (self.expected["text"].as_str(), rendered) {
+            (Some(expected), Ok(rendered)) if expected == rendered => return None,
+            (None, Err(_)) => return None,
+            (Some(expected), Ok(rendered)) => {
+                let same = expected.chars().zip(rendered.chars()).take_while(|(a, b)| a == b).count();
+                let rest = |s: &str| s.chars().skip(same.saturating_sub(10)).take(60).collect::<String>();
+                format!("{:?} is not {:?}", rest(rendered), rest(expected))
+            }
+            (Some(_), Err(error)) => format!("fails: {error}"),
+            (None, Ok(_)) => format!("renders, where transformers raises {}", self.expected["error"]),
+        };
+        let kwargs = &self.expected["kwargs"];
+        Some(format!("{}, {kwargs}, generation prompt {}: {problem}", self.dialogue, self.expected["add_generation_prompt"]))
+    }
+}
+
+fn assert_none(differences: &[String], compared: usize) {
+    let first: Vec<&String> = differences.iter().take(20).collect();
+    assert!(differences.is_empty(), "{} of {compared} differ: {first:#?}", differences.len());
+}
+
+#[test]
+fn texts_have_transformers_tokens_and_come_back() {
+    let Some(expected) = expected("texts_have_transformers_tokens_and_come_back") else { return };
+    let (mut compared, mut differences) = (0, Vec::new());
+    for name in TOKENIZERS {
+        let (tokenizer, values) = expected.tokenizer(name);
+        assert!(list(&values["encoded"]).len() >= 2 * MIN_CASES);
+        for case in list(&values["encoded"]) {
+            compared += 1;
+            let special = case["add_special_tokens"].as_bool().unwrap();
+            let tokens = tokenizer.encode(text(&case["text"]), special).unwrap();
+            if tokens != ids(&case["ids"]) {
+                differences.push(format!("{name}: {case} is {tokens:?}"));
+            }
+        }
+        for case in list(&values["decoded"]) {
+            compared += 1;
+            let decoded = tokenizer.decode(&ids(&case["ids"])).unwrap();
+            if decoded != text(&case["text"]) {
+                differences.push(format!("{name}: {case} is {decoded:?}"));
+            }
+        }
+    }
+    println!("{compared} texts compared");
+    assert_none(&differences, compared);
+}
+
+#[test]
+fn dialogues_have_transformers_tokens() {
+    let Some(expected) = expected("dialogues_have_transformers_tokens") else { return };
+    let corpus = json("dialogues.json");
+    let date = text(&expected.values["date"]);
+    let (mut compared, mut differences) = (0, Vec::new());
+    for name in TOKENIZERS {
+        let (tokenizer, values) = expected.tokenizer(name);
+        let mut accepted = BTreeSet::new();
+        for case in list(&values["chats"]) {
+            compared += 1;
+            let chat = Chat::new(&corpus, case);
+            let rendered = tokenizer.apply_chat_template(&chat.messages, &chat.options(date)).map_err(|e| e.to_string());
+            differences.extend(chat.difference(rendered.as_deref().map_err(Clone::clone)).map(|d| format!("{name}: {d}")));
+            // As TRL does: the rendered text holds every special token already.
+            if let (Ok(rendered), Some(_)) = (rendered, case.get("ids")) {
+                accepted.insert(chat.dialogue);
+                let tokens = tokenizer.encode(&rendered, false).unwrap();
+                if tokens != ids(&case["ids"]) {
+                    differences.push(format!("{name}: {}: {tokens:?} is not {}", chat.dialogue, case["ids"]));
+                }
+            }
+        }
+        assert!(accepted.len() >= MIN_CASES, "{name} accepts {}", accepted.len());
+    }
+    println!("{compared} dialogues compared");
+    assert_none(&differences, compared);
+}
+
+#[test]
+fn every_template_of_trl_renders_as_in_jinja2() {
+    let Some(expected) = expected("every_template_of_trl_renders_as_in_jinja2") else { return };
+    let corpus = json("dialogues.json");
+    let date = text(&expected.values["date"]);
+    let special = expected.values["special_tokens"].as_object().unwrap();
+    let special: Vec<(String, String)> = special.iter().map(|(name, token)| (name.clone(), text(token).to_owned())).collect();
+    let templates = expected.values["templates"].as_object().unwrap();
+    assert_eq!(templates.len(), TEMPLATES);
+    let (mut compared, mut differences) = (0, Vec::new());
+    let mut unseen: BTreeSet<_> = EXCEPTIONS.iter().map(|(template, dialogue, _)| (*template, *dialogue)).collect();
+    for (name, values) in templates {
+        let template = ChatTemplate::new(text(&values["source"]), special.clone()).unwrap_or_else(|e| panic!("{name}: {e}"));
+        for case in list(&values["chats"]) {
+            compared += 1;
+            let chat = Chat::new(&corpus, case);
+            let rendered = template.render(&chat.messages, &chat.options(date)).map_err(|e| e.to_string());
+            let Some(difference) = chat.difference(rendered.as_deref().map_err(Clone::clone)) else { continue };
+            unseen.remove(&(name.as_str(), chat.dialogue));
+            if !EXCEPTIONS.iter().any(|(template, dialogue, _)| *template == name && *dialogue == chat.dialogue) {
+                differences.push(format!("{name}: {difference}"));
+            }
+        }
+    }
+    println!("{} templates, {compared} renderings compared, {} exceptions", templates.len(), EXCEPTIONS.len());
+    assert_none(&differences, compared);
+    assert!(unseen.is_empty(), "no exceptions any more: {unseen:?}");
+}
+
+/// A tiny Qwen3 with the real tokenizer, on rows with tools and template arguments.
+#[test]
+fn a_run_on_rows_with_tools_is_trls() {
+    let name = "a_run_on_rows_with_tools_is_trls";
+    let (Some(tokenizers), Some(python)) = (needed("BRADLEY_TEST_TOKENIZERS", name), needed("BRADLEY_TEST_PYTHON", name)) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = Path::new(&tokenizers).join("qwen3");
+    let run = Command::new(python).arg(golden("tools_training.py")).arg(tokenizer).arg(folder.path()).output().unwrap();
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    let expected: Value = serde_json::from_slice(&std::fs::read(folder.path().join("expected.json")).unwrap()).unwrap();
+
+    let path = folder.path().join("model");
+    let (model, tokenizer) = policy(load_model(None, path.to_str().unwrap(), &HubOptions::default()).unwrap());
+    let pairs = encode(&rows("tools_pairs.jsonl"), &tokenizer, 1024);
+    assert_eq!(pairs.len(), list(&expected["pairs"]).len());
+    for (pair, want) in pairs.iter().zip(list(&expected["pairs"])) {
+        assert_eq!(pair.prompt, ids(&want["prompt"]), "{:?} prompt", pair.id);
+        assert_eq!(pair.chosen, ids(&want["chosen"]), "{:?} chosen", pair.id);
+        assert_eq!(pair.rejected, ids(&want["rejected"]), "{:?} rejected", pair.id);
+    }
+    let spec = TrainingSpec {
+        method: Method::Full,
+        optimizer: OptimizerConfig { learning_rate: 1e-3, schedule: ScheduleKind::Constant, ..Default::default() },
+        batch: BatchConfig { batch_size: 2, max_length: 1024, max_steps: Some(4), shuffle: false, ..Default::default() },
+        ..Default::default()
+    };
+    let got = train(Run::full(&model, &model, pairs, spec));
+    let want = list(&expected["steps"]);
+    assert_eq!(got.len(), want.len());
+    for (step, (got, want)) in got.iter().zip(want).enumerate() {
+        for metric in ["loss", "grad_norm"] {
+            assert_close(&format!("step {} {metric}", step + 1), got[metric], want[metric].as_f64().unwrap(), 1e-3, 1e-2);
+        }
+    }
+}
