@@ -31,7 +31,17 @@ type Scored = Result<Logps, EngineError>;
 pub(super) struct Live {
     pub job: String,
     pub policy: Policy,
+    /// Its frozen reference, as the run has it: a run in f32 on a bf16 server has weights that are not rounded.
+    pub reference: Option<LiveReference>,
     pub step: u64,
+}
+
+/// The frozen reference of the run in progress.
+pub(super) struct LiveReference {
+    pub weights: WeightsRef,
+    pub policy: Policy,
+    /// Names the weights in the cache of log-probs.
+    pub identity: String,
 }
 
 /// Scores what waits, and keeps account of the time that it takes from training.
@@ -204,8 +214,15 @@ impl Scoring {
     fn references(&mut self, entries: &[&Entry], cache: &ReferenceCache, live: Option<&Live>) -> Result<Vec<Logps>, EngineError> {
         let Some(first) = entries.first() else { return Ok(Vec::new()) };
         let Some(weights) = first.reference.as_ref() else { return Ok(Vec::new()) };
-        let identity = self.bases.identity(weights)?;
-        let reference = self.residents.get(&self.bases, weights)?.with_precision(self.precision(first, live));
+        let of_run = live
+            .filter(|live| matches!(&first.policy, WeightsRef::Live { job } if *job == live.job))
+            .and_then(|live| live.reference.as_ref())
+            .filter(|reference| reference.weights == *weights);
+        let (reference, identity) = match of_run {
+            Some(reference) => (reference.policy.clone(), reference.identity.clone()),
+            None => (self.residents.get(&self.bases, weights)?, self.bases.identity(weights)?),
+        };
+        let reference = reference.with_precision(self.precision(first, live));
         let items: Vec<&[SequenceGroup]> = entries.iter().map(|e| e.item.groups.as_slice()).collect();
         let logps = cache.score(&reference, &identity, &items, ROW_TOKENS, &mut || {}).map_err(device)?;
         Ok(logps.iter().map(|l| l.as_ref().clone()).collect())

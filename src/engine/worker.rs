@@ -11,8 +11,9 @@ use super::api::{Command, EngineOptions, Report, RunEnd, RunEvent, TrainingRun};
 use super::queue::{Queue, Seeker, Work};
 use super::residents::Bases;
 use super::run;
-use super::scoring::{Live, Scoring};
+use super::scoring::{Live, LiveReference, Scoring};
 use crate::domain::job::JobError;
+use crate::model::decoder::Policy;
 use crate::model::device::ComputeDevice;
 use crate::model::guard::guarded;
 use crate::train::host::Host;
@@ -55,7 +56,13 @@ struct Active {
 impl Active {
     /// Its weights as they are now.
     fn live(&self) -> Live {
-        Live { job: self.run.job.clone(), policy: self.trainer.live_policy(), step: self.trainer.step() }
+        let reference =
+            self.run.reference.as_ref().zip(self.trainer.frozen_reference()).map(|(weights, (policy, identity))| LiveReference {
+                weights: weights.clone(),
+                policy: Policy { helpers: Arc::default(), ..policy.clone() },
+                identity: identity.to_owned(),
+            });
+        Live { job: self.run.job.clone(), policy: self.trainer.live_policy(), reference, step: self.trainer.step() }
     }
 }
 

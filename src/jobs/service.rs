@@ -324,8 +324,11 @@ impl Service {
                 let message = "the policy is a checkpoint with an adapter of its own: name one of the two";
                 return Err(ServiceError::invalid(INIT_ADAPTER, message));
             };
-            let folder = self.find_adapter(name).await?;
-            adopt_adapter(&mut request, folder).await?;
+            // A repeated request answers with the job that was made, whatever became of the folder.
+            if !self.inner.store.was_made(&caller.owner, request_id).await? {
+                let folder = self.find_adapter(name).await?;
+                adopt_adapter(&mut request, folder).await?;
+            }
         } else if let WeightsRef::Adapter { dir, .. } = &start.weights {
             adopt_adapter(&mut request, dir.clone()).await?;
         }

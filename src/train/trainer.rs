@@ -227,6 +227,11 @@ impl Trainer {
         self.policy.policy.clone()
     }
 
+    /// The reference, unless it moves, and its name in the cache of log-probs.
+    pub fn frozen_reference(&self) -> Option<(&Policy, &str)> {
+        self.reference.weights().filter(|_| self.reference.moving().is_none())
+    }
+
     /// Optimizer steps taken.
     pub fn step(&self) -> u64 {
         self.state.step

@@ -343,8 +343,11 @@ fn the_best_checkpoint_is_that_of_the_reward_as_it_is_trained() {
     let short_chosen: Vec<EncodedPair> = pairs.iter().map(|p| EncodedPair { chosen: cut(&p.chosen), ..p.clone() }).collect();
     let wrong: Vec<EncodedPair> =
         pairs.iter().map(|p| EncodedPair { chosen: p.rejected.clone(), rejected: cut(&p.chosen), ..p.clone() }).collect();
+    // Long answers that training prefers rule the sums, short ones that it does not prefer the means.
+    let short_and_wrong = |p: &EncodedPair| EncodedPair { chosen: cut(&p.rejected), rejected: cut(&p.chosen), ..p.clone() };
+    let mixed: Vec<EncodedPair> = pairs.iter().take(1).cloned().chain(pairs.iter().map(short_and_wrong)).collect();
     let mut differ = 0;
-    for eval in [short_rejected, short_chosen, wrong] {
+    for eval in [short_rejected, short_chosen, wrong, mixed] {
         let spec = TrainingSpec {
             dpo: DpoConfig { losses: vec![WeightedLoss::new(LossType::Ipo, 1.0)], ..DpoConfig::default() },
             method: Method::Lora(LoraConfig::default()),

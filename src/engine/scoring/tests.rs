@@ -54,7 +54,7 @@ fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_se
         let options = EngineOptions { precision: server, ..Default::default() };
         let mut scoring = Scoring::new(0, Arc::new(Queue::new(1 << 20, 1)), bases.clone(), &options);
         let policy = bases.open(&base()).unwrap().with_precision(job);
-        let live = Live { job: JOB.into(), policy, step: 0 };
+        let live = Live { job: JOB.into(), policy, reference: None, step: 0 };
 
         let cache = ReferenceCache::new(1 << 20);
         let (of_job, mut answer) = entry(WeightsRef::Live { job: JOB.into() });

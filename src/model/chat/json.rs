@@ -1,6 +1,6 @@
 //! The filter `tojson`: Python's `json.dumps` as transformers gives it to templates.
 
-use minijinja::value::{Kwargs, Rest, Value, ValueKind, from_args};
+use minijinja::value::{Kwargs, Rest, Value, ValueKind, ValueOrKwargs, from_args};
 use minijinja::{Error, ErrorKind};
 
 /// Objects and lists in each other before serialisation is given up.
@@ -22,7 +22,8 @@ struct Style {
 }
 
 /// `tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
-pub(super) fn to_json(value: Value, arguments: Rest<Value>) -> Result<Value, Error> {
+pub(super) fn to_json(value: Value, arguments: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    let arguments = arguments.into_values();
     let (positional, options): (&[Value], Kwargs) = from_args(&arguments)?;
     if positional.len() > NAMES.len() {
         return Err(Error::from(ErrorKind::TooManyArguments));
