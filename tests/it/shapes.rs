@@ -67,7 +67,8 @@ async fn a_file_may_mix_shapes_and_a_row_make_several_pairs() {
     assert_eq!(shapes(&report), expected);
     assert_eq!((report.rows, report.valid_rows, report.pairs), (20, 20, 48));
     // The scores of UltraFeedback's row are not used.
-    let unused: Vec<&str> = report.issues.iter().map(|issue| issue.field.as_str()).collect();
+    let mut unused: Vec<&str> = report.issues.iter().map(|issue| issue.field.as_str()).collect();
+    unused.sort_unstable();
     assert_eq!((report.counts.len(), report.counts["ignored_field"], unused), (1, 2, vec!["score_chosen", "score_rejected"]));
     let request = pb::GetDatasetRequest { name: dataset.name.clone() };
     assert_eq!(client.datasets().get_dataset(request).await.unwrap().into_inner().report.unwrap(), report);
