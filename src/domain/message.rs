@@ -37,6 +37,9 @@ const RESERVED: [&str; 16] = [
 const MEDIA_PARTS: [&str; 11] =
     ["image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url", "input_video", "file", "input_file"];
 const MEDIA_KEYS: [&str; 6] = ["images", "image", "videos", "video", "audios", "audio"];
+/// Keys with which a message without text says something.
+const ANSWERS: [&str; 7] = ["tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "reasoning_text", "refusal"];
+
 /// Keys that name a message or say what it answers; alone they are no text.
 const LABELS: [&str; 4] = ["role", "content", "name", "tool_call_id"];
 
@@ -146,7 +149,7 @@ impl ChatMessage {
             }
             _ => false,
         };
-        !has_text && !self.0.iter().any(|(key, value)| is_payload(key, value))
+        !has_text && !self.0.iter().any(|(key, value)| ANSWERS.contains(&key.as_str()) && has_content(value))
     }
 
     /// Bytes of its text, keys included.
@@ -254,7 +257,7 @@ fn check_size<'a>(values: impl Iterator<Item = &'a Value>) -> Result<(), String>
         total += bytes(value);
     }
     if total > MAX_ARGUMENT_BYTES {
-        return Err(format!("has {total} bytes: {MAX_ARGUMENT_BYTES} are the limit"));
+        return Err(format!("takes {total} bytes of memory: {MAX_ARGUMENT_BYTES} are the limit"));
     }
     Ok(())
 }
@@ -320,13 +323,16 @@ fn check_parts(parts: &[Value]) -> Result<(), MessageProblem> {
     Ok(())
 }
 
-/// Bytes of a value's strings and keys, and 8 for each other scalar.
+/// Bytes that a value takes in memory without its text: a list of a million empty texts is not small.
+const VALUE_BYTES: usize = 72;
+
+/// Bytes that a value takes in memory, about.
 fn bytes(value: &Value) -> usize {
     match value {
-        Value::String(text) => text.len(),
-        Value::Array(items) => items.iter().map(bytes).sum(),
-        Value::Object(fields) => fields.iter().map(|(key, value)| key.len() + bytes(value)).sum(),
-        Value::Null | Value::Bool(_) | Value::Number(_) => 8,
+        Value::String(text) => text.len().max(VALUE_BYTES),
+        Value::Array(items) => VALUE_BYTES + items.iter().map(bytes).sum::<usize>(),
+        Value::Object(fields) => VALUE_BYTES + fields.iter().map(|(key, value)| key.len() + bytes(value)).sum::<usize>(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => VALUE_BYTES,
     }
 }
 

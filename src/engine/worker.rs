@@ -140,6 +140,8 @@ impl Worker {
         let spent = start.elapsed().saturating_sub(self.scoring.take_back());
         metrics::histogram!("bradley_training_unit_seconds", "device" => self.label.clone()).record(spent.as_secs_f64());
         self.leave_if_lost();
+        // The run's weights must not outlive it here.
+        drop(live);
         match status {
             Ok(Ok(Status::Working)) => {}
             Ok(Ok(Status::Finished)) => self.end(RunEnd::Succeeded),

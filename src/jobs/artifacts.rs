@@ -14,7 +14,7 @@ use super::error::{Result, ServiceError};
 use super::remote::Remote;
 use super::store::{ARTIFACT_STORE, Store};
 use crate::domain::dataset::Dataset;
-use crate::domain::job::{Checkpoint, Millis};
+use crate::domain::job::Checkpoint;
 use crate::model::peft;
 use crate::model::weights::ElementType;
 use crate::train::checkpoint::{self, CheckpointError};
@@ -422,31 +422,6 @@ impl Artifacts {
             remote.put_folder(&self.init_adapter(job), &init_adapter_key(job), "").await?;
         }
         Ok(hash)
-    }
-
-    /// The jobs of which the artifact store has files.
-    pub async fn stored_jobs(&self) -> Result<Vec<String>> {
-        match &self.remote {
-            Some(remote) => remote.folders(JOBS).await,
-            None => Ok(Vec::new()),
-        }
-    }
-
-    /// When the artifact store got the copied adapter of a job of which it has no other file; `None` for any other job.
-    pub async fn only_init_adapter(&self, job: &str) -> Result<Option<Millis>> {
-        let Some(remote) = &self.remote else { return Ok(None) };
-        if remote.folders(&format!("{JOBS}/{job}")).await? != ["init_adapter"] {
-            return Ok(None);
-        }
-        remote.newest(&init_adapter_key(job)).await
-    }
-
-    /// Removes a job's copy of an adapter from the artifact store.
-    pub async fn remove_init_adapter(&self, job: &str) -> Result<()> {
-        match &self.remote {
-            Some(remote) => remote.remove(&init_adapter_key(job)).await,
-            None => Ok(()),
-        }
     }
 
     /// A job's copy of the adapter that it starts from, on this machine.

@@ -7,8 +7,8 @@ use tokio::time::MissedTickBehavior;
 
 use super::error::{Result, ServiceError};
 use super::service::Service;
-use super::store::{Expired, Notice, now};
-use crate::domain::job::{JobState, Millis};
+use super::store::{Expired, Notice};
+use crate::domain::job::JobState;
 
 /// Every how many rounds old copies are looked for.
 const SWEEP: u64 = 60;
@@ -54,11 +54,6 @@ pub(super) async fn run(service: Service) {
         {
             tracing::warn!(error = %e, "copies of what was deleted elsewhere cannot be removed");
         }
-        if tick.is_multiple_of(SWEEP)
-            && let Err(e) = sweep_store(&service).await
-        {
-            tracing::warn!(error = %e, "adapters of jobs that were not stored cannot be removed from the artifact store");
-        }
     }
 }
 
@@ -73,7 +68,8 @@ async fn count(service: &Service) -> Result<()> {
     Ok(())
 }
 
-/// Removes local copies of jobs and datasets that another replica deleted.
+/// Removes local copies of jobs and datasets that another replica deleted. What the artifact store has is left alone: that a database does not know a
+/// job proves nothing, for it may be an older one, or another.
 async fn sweep(service: &Service) -> Result<()> {
     if !service.inner.artifacts.holds_copies_only() {
         return Ok(());
@@ -91,27 +87,6 @@ async fn sweep(service: &Service) -> Result<()> {
         let old = service.inner.artifacts.dataset_age(&id).is_some_and(|age| age > UPLOADING);
         if old && matches!(service.inner.store.dataset(&id).await, Err(ServiceError::NotFound { .. })) {
             service.inner.artifacts.drop_local_dataset(&id).await?;
-        }
-    }
-    Ok(())
-}
-
-/// Removes copies of adapters from the artifact store whose jobs were not stored: their server died between the two, or the store was away when it
-/// should have removed the copy. A job that has other files was stored once: its row may come back with a backup of the database.
-async fn sweep_store(service: &Service) -> Result<()> {
-    let artifacts = &service.inner.artifacts;
-    artifacts.check_store().await?;
-    let found = artifacts.stored_jobs().await?;
-    if found.is_empty() {
-        return Ok(());
-    }
-    // Read after the list of files: whoever stores a job has written its files before.
-    let known = service.inner.store.job_ids().await?;
-    for job in found.iter().filter(|job| !known.contains(*job)) {
-        let is_old = |written| now() - written > UPLOADING.as_millis() as Millis;
-        if artifacts.only_init_adapter(job).await?.is_some_and(is_old) {
-            tracing::info!(job, "an adapter was copied for a job that was never stored: the copy is removed");
-            artifacts.remove_init_adapter(job).await?;
         }
     }
     Ok(())

@@ -16,7 +16,6 @@ use tokio_stream::StreamExt;
 
 use super::artifacts::failed;
 use super::error::{Result, ServiceError};
-use crate::domain::job::Millis;
 
 /// The object that tells one store from another.
 const IDENTITY: &str = "bradley-store-id";
@@ -204,19 +203,6 @@ impl Remote {
         Ok(files)
     }
 
-    /// The names of the folders in a folder.
-    pub async fn folders(&self, name: &str) -> Result<Vec<String>> {
-        let listed = self.store.list_with_delimiter(Some(&self.key(name))).await.map_err(|e| unavailable(name, &e))?;
-        let folder = |key: Key| key.filename().map(str::to_owned);
-        Ok(listed.common_prefixes.into_iter().filter_map(folder).collect())
-    }
-
-    /// When the newest object of a folder was written, in milliseconds since 1970; `None` if there is none.
-    pub async fn newest(&self, name: &str) -> Result<Option<Millis>> {
-        let listed = self.store.list_with_delimiter(Some(&self.key(name))).await.map_err(|e| unavailable(name, &e))?;
-        Ok(listed.objects.iter().map(|o| o.last_modified.timestamp_millis()).max())
-    }
-
     /// Removes a file, or everything below a folder.
     pub async fn remove(&self, name: &str) -> Result<()> {
         let key = self.key(name);
@@ -298,30 +284,5 @@ mod tests {
         // Whoever comes later takes it, too, and what is there never changes.
         assert_eq!(b.create_identity("c").await.unwrap(), chosen);
         assert_eq!(a.identity().await.unwrap(), Some(chosen));
-    }
-
-    #[tokio::test]
-    async fn folders_and_their_newest_object_are_found() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = folder_store(dir.path());
-        let file = dir.path().join("file");
-        std::fs::write(&file, b"x").unwrap();
-        for name in ["jobs/a/init_adapter/config", "jobs/a/checkpoints/1/2/state", "jobs/b/init_adapter/config"] {
-            store.put_file(&file, name).await.unwrap();
-        }
-        let sorted = async |name| {
-            let mut folders = store.folders(name).await.unwrap();
-            folders.sort();
-            folders
-        };
-        assert_eq!(sorted("jobs").await, ["a", "b"]);
-        assert_eq!(sorted("jobs/a").await, ["checkpoints", "init_adapter"]);
-        assert_eq!(sorted("jobs/c").await, Vec::<String>::new());
-        let old = std::time::UNIX_EPOCH + Duration::from_secs(1_000_000);
-        let object = dir.path().join("jobs/b/init_adapter/config");
-        std::fs::File::options().write(true).open(object).unwrap().set_modified(old).unwrap();
-        assert_eq!(store.newest("jobs/b/init_adapter").await.unwrap(), Some(1_000_000_000));
-        assert!(store.newest("jobs/a/init_adapter").await.unwrap() > Some(1_000_000_000));
-        assert_eq!(store.newest("jobs/c/init_adapter").await.unwrap(), None);
     }
 }

@@ -118,7 +118,10 @@ enum End {
 
 /// Whether a job could not begin for something that may come: objects that are restored, another version of the server, the right model.
 fn may_come(e: &ServiceError) -> bool {
-    matches!(e, ServiceError::FailedPrecondition { reason: "ARTIFACT_MISSING" | "CHECKPOINT_FORMAT" | "MODEL_CHANGED", .. })
+    matches!(
+        e,
+        ServiceError::FailedPrecondition { reason: "ARTIFACT_MISSING" | "CHECKPOINT_FORMAT" | "DATASET_CHANGED" | "MODEL_CHANGED", .. }
+    )
 }
 
 /// Why a job fails by what its server could not do.

@@ -241,7 +241,7 @@ impl Service {
             Err(_) => !matches!(self.inner.store.job(&job.id).await, Err(ServiceError::NotFound { .. })),
         };
         if !is_stored && names_adapter(&job) {
-            // What cannot be removed now is swept up later, where it is a copy.
+            // What cannot be removed now stays: a copy on this machine is swept up later, one in the artifact store is not.
             let _ = self.inner.artifacts.remove_job(&job.id).await;
         }
         inserted

@@ -50,7 +50,7 @@ impl Needed<'_> {
 fn weights_of(user: &Job) -> impl Iterator<Item = &PolicyName> {
     let request = &user.request;
     let unfinished = !user.state.is_final();
-    let measured = request.spec.dpo.needs_reference();
+    let measured = request.spec.dpo.has_reference(request.reference.is_some());
     let needs_policy = unfinished || request.model.is_none() || (measured && request.reference.is_none());
     let policy = Some(&request.policy).filter(|_| needs_policy);
     let reference = request.reference.as_ref().filter(|_| unfinished || measured);

@@ -166,9 +166,17 @@ impl ChatTokenizer {
         self.vocabulary.rows
     }
 
-    /// BLAKE3 of the default chat template, in hex; empty without one.
+    /// BLAKE3 of the chat template, in hex, of both where dialogues with tools have one of their own; empty without any.
     pub fn template_hash(&self) -> String {
-        self.templates.default.as_ref().map(|t| blake3::hash(t.source.as_bytes()).to_hex().to_string()).unwrap_or_default()
+        let of = |text: &str| blake3::hash(text.as_bytes()).to_hex().to_string();
+        match (&self.templates.default, &self.templates.tool_use) {
+            (None, None) => String::new(),
+            (Some(default), None) => of(&default.source),
+            (default, Some(tools)) => {
+                let default = default.as_ref().map_or("", |t| t.source.as_str());
+                of(&format!("{}\n{default}\n{}", default.len(), tools.source))
+            }
+        }
     }
 
     /// The files to write beside exported weights, as they were read: of the tokenizer, the chat

@@ -48,6 +48,8 @@ fn a_message_is_blank_when_it_says_nothing() {
         (json!({"role": "user", "content": [{"type": "text", "text": "a"}]}), false),
         (json!({"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}), false),
         (json!({"role": "assistant", "content": "", "tool_calls": []}), true),
+        (json!({"role": "assistant", "content": "", "model": "gpt-4", "weight": 1}), true),
+        (json!({"role": "assistant", "content": "", "reasoning_content": "Hm."}), false),
     ] {
         assert_eq!(ChatMessage::from_json(value.clone()).unwrap().is_blank(), blank, "{value}");
     }
@@ -66,6 +68,9 @@ fn tools_are_a_list_or_a_string_of_it() {
     }
     let many = vec![json!({}); MAX_TOOLS + 1];
     assert!(check_tools(&many).unwrap_err().contains("1025 tools"));
+    // Many values that have no text take memory, too.
+    let empty = [json!({"list": vec![""; MAX_ARGUMENT_BYTES / 64]})];
+    assert!(check_tools(&empty).unwrap_err().contains("bytes"));
     let long = [json!({"description": "d".repeat(MAX_ARGUMENT_BYTES)})];
     assert!(check_tools(&long).unwrap_err().contains("bytes"));
     let mut deep = json!({});

@@ -1,6 +1,6 @@
 //! Jobs and their events. A change of a job and the events that tell of it are one transaction.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use sqlx::{Any, AssertSqlSafe, Transaction};
 
@@ -160,12 +160,6 @@ impl Store {
         let select = format!("SELECT {JOB} FROM jobs WHERE id = $1");
         let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&self.readers).await?;
         row.ok_or_else(|| missing(id))?.try_into()
-    }
-
-    /// The ids of all jobs, of those too that this version cannot read.
-    pub async fn job_ids(&self) -> Result<HashSet<String>> {
-        let ids: Vec<String> = sqlx::query_scalar("SELECT id FROM jobs").fetch_all(&self.readers).await?;
-        Ok(ids.into_iter().collect())
     }
 
     /// Jobs of `owner` (of everyone when `None`) in one of `states` (all when empty), newest first.

@@ -5,6 +5,8 @@ use minijinja::{Error, ErrorKind};
 
 /// Objects and lists in each other before serialisation is given up.
 const MAX_DEPTH: usize = 500;
+/// Bytes of JSON before serialisation is given up: indentation multiplies what a small value takes.
+const MAX_JSON: usize = 32 << 20;
 /// Characters of one level of indentation.
 const MAX_INDENT: usize = 64;
 
@@ -77,6 +79,9 @@ impl Style {
     fn dump(&self, value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
         if depth > MAX_DEPTH {
             return Err(refused(format!("tojson: objects and lists lie more than {MAX_DEPTH} deep in each other")));
+        }
+        if out.len() > MAX_JSON {
+            return Err(refused(format!("tojson: the text has more than {} MiB", MAX_JSON >> 20)));
         }
         match value.kind() {
             ValueKind::None => out.push_str("null"),

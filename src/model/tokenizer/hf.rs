@@ -96,7 +96,8 @@ pub(super) fn read(folder: &Path) -> Result<Parts, ModelError> {
     }
     let find = |name: &str| special_tokens.iter().find(|(n, _)| n == name).map(|(_, t)| t.clone());
     let mut content = blake3::Hasher::new();
-    content.update(&bytes);
+    // What decides the tokens: another class, or flag of the class, is another tokenizer.
+    content.update(pipeline.as_deref().unwrap_or(&bytes));
     Ok(Parts { bos_token: find("bos_token"), eos_token: find("eos_token"), tokenizer, special_tokens, templates, files, content })
 }
 
