@@ -93,6 +93,8 @@ pub async fn serve_on(
         template_date: settings.template_date,
     };
     let tls = settings.tls.clone().map(Tls::open).transpose()?;
+    // Before anything is served: connections of the HTTP port need descriptors, too.
+    let max_connections = connections_that_fit(settings.max_connections)?;
     let service = Service::open(engine.clone(), options).await?;
     let (stop, mut stopping) = watch::channel(false);
     let http_address = http.as_ref().map(|(listener, _)| listener.local_addr()).transpose()?;
@@ -120,7 +122,7 @@ pub async fn serve_on(
         drain_timeout: settings.drain_timeout,
         tls,
         tokens: settings.tokens,
-        max_connections: connections_that_fit(settings.max_connections)?,
+        max_connections,
         max_connection_age: settings.max_connection_age,
     };
     let result = serve(listener, service, options, shutdown).await;
