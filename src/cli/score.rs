@@ -109,13 +109,13 @@ fn warn_of_ignored(rows: &[PreferenceRow]) {
     }
 }
 
-/// What the server answered.
+/// The server's answer to a file of pairs.
 pub(super) struct Scores {
     /// In the order of the rows.
     pub results: Vec<pb::PairResult>,
     /// The normalization of the rewards that was used.
     normalization: pb::RewardNormalization,
-    /// What the server says about the weights that were named.
+    /// The server's warnings about the weights that were named.
     warnings: Vec<String>,
 }
 

@@ -53,7 +53,7 @@ pub struct PreferenceRow {
     /// The shape that the row has in the file.
     #[serde(default)]
     pub shape: RowShape,
-    /// Which of its row's pairs this is, from 1, where the row has several rejected answers.
+    /// The pair's place among its row's pairs, from 1, where the row has several rejected answers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pair: Option<u32>,
 }
@@ -201,7 +201,7 @@ impl IssueReason {
         }
     }
 
-    /// Whether each job has to find this out with its own model and max_length.
+    /// Returns true if each job has to check this with its own model and max_length.
     pub fn depends_on_job(self) -> bool {
         matches!(self, IssueReason::PromptFillsMaxLength | IssueReason::TokenOutsideVocabulary)
     }

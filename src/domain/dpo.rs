@@ -245,7 +245,7 @@ impl DpoConfig {
         !self.reference_free && (self.needs_reference() || named || !self.losses.iter().any(|term| without(term.loss)))
     }
 
-    /// Whether the loss needs reference log-probs.
+    /// Returns true if the loss needs reference log-probs.
     pub fn needs_reference(&self) -> bool {
         !self.reference_free && (self.losses.iter().any(|l| l.loss.needs_reference()) || self.dpop_lambda > 0.0)
     }

@@ -62,7 +62,7 @@ pub struct Pins {
     /// The base model under the reference, where that is another model than the policy's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reference_base: Option<ModelIdentity>,
-    /// What the job depends on besides; `None` in jobs of versions that did not pin it and that have not started since.
+    /// Hashes of the job's other inputs; `None` in jobs of versions that did not pin it and that have not started since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub contents: Option<ContentPins>,
 }

@@ -242,7 +242,7 @@ pub struct Job {
 }
 
 impl Job {
-    /// What the chat template sees besides a row's own tools and variables.
+    /// The tools and variables that the chat template gets where a row has none of its own.
     pub fn template_arguments(&self) -> TemplateArguments {
         TemplateArguments { tools: None, kwargs: self.request.chat_template_kwargs.clone() }
     }

@@ -56,7 +56,7 @@ pub enum MessageProblem {
     Invalid {
         /// The path in the message, e.g. `content[1].type`; empty for the message itself.
         path: String,
-        /// What is wrong, to be read after the path.
+        /// The problem, to be read after the path.
         reason: String,
     },
     /// The message holds an image, audio or video, which the models here do not see.
@@ -140,7 +140,7 @@ impl ChatMessage {
         &self.0
     }
 
-    /// Whether the message says nothing: no text, no tool call, no reasoning.
+    /// Returns true if the message says nothing: no text, no tool call, no reasoning.
     pub fn is_blank(&self) -> bool {
         let has_text = match self.0.get("content") {
             Some(Value::String(text)) => !text.trim().is_empty(),
