@@ -52,6 +52,14 @@ fn imports_run_down_the_layers() {
     assert!(breaches.is_empty(), "{} breaches of the architecture (ARCHITECTURE.md says why):\n{}", breaches.len(), breaches.join("\n"));
 }
 
+/// The device's folder is the only place that is compiled in two ways: everything else calls methods that exist in both builds.
+#[test]
+fn the_feature_cuda_is_asked_for_once_outside_its_folder() {
+    let outside: Vec<String> = lines_with(r#"feature = "cuda""#, |file| !file.starts_with("model/cuda/"));
+    assert_eq!(outside.len(), 1, "{outside:#?}");
+    assert!(outside[0].starts_with("model/mod.rs:"), "{outside:#?}");
+}
+
 /// Kernels are started by the typed functions of one file, which check their operands.
 #[test]
 fn kernels_are_launched_from_one_file() {

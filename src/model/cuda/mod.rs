@@ -63,7 +63,7 @@ pub struct DeviceTape {
 }
 
 /// The widest attention head: a warp holds one in registers where queries and keys are normed and rotated (`MAX_DIM` in norm.cu).
-pub const MAX_HEAD_DIM: usize = 256;
+const MAX_HEAD_DIM: usize = 256;
 
 /// Windows from here on hide nothing: no row has as many positions. The kernels add positions to a window in 32 bits; it is their `NO_WINDOW`.
 const NO_WINDOW: usize = 1 << 30;
