@@ -5,8 +5,9 @@
 use crate::domain::training::{ActivationCheckpointing, Method, Precision, TARGET_MODULES, TrainingSpec};
 use crate::model::adapter::projection_shapes;
 use crate::model::config::ModelConfig;
+use crate::model::cuda::sizes::{BlockShape, head_bytes};
 use crate::model::device::ComputeDevice;
-use crate::model::ops::attention::SCORES;
+use crate::model::ops::attention::{Heads, SCORES};
 use crate::model::ops::gemm::{GROUP_BYTES, Kernel};
 use crate::model::ops::head::KEPT;
 use crate::model::ops::team;
@@ -65,9 +66,6 @@ impl Lengths {
 const PROGRAM: u64 = 92 << 20;
 /// A GPU's memory is mapped in chunks, and pieces leave gaps.
 const ROUNDING: (u64, u64) = (17, 16);
-
-/// Columns of the vocabulary whose logits a GPU holds at a time, in both forms.
-const HEAD_TILE: u64 = 8192;
 
 /// Bytes by purpose, besides the resident base weights, and the choices that they rest on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,19 +173,14 @@ pub fn on_host(config: &ModelConfig, spec: &TrainingSpec, devices: usize) -> u64
 
 /// The same for a GPU: masters and moments stay on the host; matrices and activations are in the job's precision, the residual stream in f32.
 fn on_gpu(config: &ModelConfig, spec: &TrainingSpec, t: u64, held: u64, keep: Keep, row_tokens: usize) -> Estimate {
-    let (c, f, h) = (config.hidden_size as u64, config.intermediate_size as u64, config.num_heads as u64);
-    let (q, k) = (h * config.head_dim as u64, (config.num_kv_heads * config.head_dim) as u64);
-    let (row, layers) = (q + 2 * k, config.num_layers as u64);
-    let ranks: u64 = ranks(spec).iter().map(|r| *r as u64).sum();
     let element = if spec.precision == Some(Precision::Bf16) { F32 / 2 } else { F32 };
-    let raw = if config.qk_norm { row } else { 0 };
-    let tape = F32 * (2 * c + h) + element * (row + raw + q + 2 * f + ranks);
-    // While query heads share keys, the parts of their gradients are in f32.
-    let parts = if element < F32 && h > config.num_kv_heads as u64 { F32 * (2 * q + h) + element * (row + q) } else { 0 };
-    let passing = F32 * c + (element * (2 * f + 2 * c).max(3 * row + 2 * q)).max(parts);
-    let Kept { of_row, of_last_row } = Kept::new(keep, layers, tape, F32 * c);
-    let head = (F32 + element) * HEAD_TILE + F32 * 4 * c;
-    let activations = (held * of_row + t * (of_last_row + passing.max(head))) * ROUNDING.0 / ROUNDING.1;
+    let heads = Heads { query: config.num_heads, key: config.num_kv_heads, dim: config.head_dim, window: None };
+    let block = BlockShape { hidden: config.hidden_size, feed_forward: config.intermediate_size, heads, qk_norm: config.qk_norm };
+    let bytes = element as usize;
+    let tape = block.tape_bytes(bytes, ranks(spec).iter().sum()) as u64;
+    let Kept { of_row, of_last_row } = Kept::new(keep, config.num_layers as u64, tape, block.input_bytes() as u64);
+    let passing = block.backward_bytes(bytes).max(head_bytes(config.hidden_size, bytes)) as u64;
+    let activations = (held * of_row + t * (of_last_row + passing)) * ROUNDING.0 / ROUNDING.1;
     // Gradients, and the weights that are trained.
     let training_state = (F32 + element) * trainable_parameters(config, spec);
     Estimate { training_state, activations, keep, row_tokens }

@@ -7,10 +7,8 @@ use candle_core::{Result, Tensor, Var, bail};
 
 use crate::domain::training::Precision;
 use crate::model::adapter::Adapter;
-#[cfg(feature = "cuda")]
 use crate::model::cuda::{Cuda, GradientBuffers};
 use crate::model::decoder::Policy;
-#[cfg(feature = "cuda")]
 use crate::model::device::ComputeDevice;
 use crate::model::gradients::{GradientSink, Place, Slot};
 use crate::model::ops::buffer::large_pages;
@@ -116,7 +114,6 @@ pub struct Gradients {
     values: Vec<Vec<f32>>,
     index: HashMap<Place, usize>,
     /// The sums while they grow, where the passes run on a GPU.
-    #[cfg(feature = "cuda")]
     device: Option<GradientBuffers>,
 }
 
@@ -125,18 +122,12 @@ impl Gradients {
     pub fn zeros(policy: &TrainablePolicy) -> Self {
         let values: Vec<Vec<f32>> = policy.trainables.iter().map(|t| vec![0f32; t.var.elem_count()]).collect();
         values.iter().for_each(|v| large_pages(v));
-        Gradients {
-            values,
-            index: policy.index.clone(),
-            #[cfg(feature = "cuda")]
-            device: None,
-        }
+        Gradients { values, index: policy.index.clone(), device: None }
     }
 
     /// Sets all to zero for the next step.
     pub fn clear(&mut self) -> Result<()> {
         team::chunks(&mut self.values, 1, |_, g| g[0].fill(0.0));
-        #[cfg(feature = "cuda")]
         if let Some(device) = &self.device {
             device.clear()?;
         }
@@ -145,7 +136,6 @@ impl Gradients {
 
     /// Makes the host's values those of the device that summed them.
     pub fn collect(&mut self) -> Result<()> {
-        #[cfg(feature = "cuda")]
         if let Some(device) = &self.device {
             for (place, i) in &self.index {
                 device.download(*place, &mut self.values[*i])?;
@@ -163,7 +153,6 @@ impl Gradients {
     }
 
     /// Runs a pass on the policy's GPU with the sums there.
-    #[cfg(feature = "cuda")]
     pub(super) fn on_device(&mut self, policy: &Policy, pass: impl FnOnce(&Cuda, &GradientBuffers) -> Result<()>) -> Result<()> {
         let ComputeDevice::Cuda(cuda) = &policy.device else { bail!("the policy is not on a GPU") };
         if self.device.is_none() {

@@ -52,6 +52,32 @@ fn imports_run_down_the_layers() {
     assert!(breaches.is_empty(), "{} breaches of the architecture (ARCHITECTURE.md says why):\n{}", breaches.len(), breaches.join("\n"));
 }
 
+/// The device's folder is the only place that is compiled in two ways: everything else calls methods that exist in both builds.
+#[test]
+fn the_feature_cuda_is_asked_for_once_outside_its_folder() {
+    let outside: Vec<String> = lines_with(r#"feature = "cuda""#, |file| !file.starts_with("model/cuda/"));
+    assert_eq!(outside.len(), 1, "{outside:#?}");
+    assert!(outside[0].starts_with("model/mod.rs:"), "{outside:#?}");
+}
+
+/// Kernels are started by the typed functions of one file, which check their operands.
+#[test]
+fn kernels_are_launched_from_one_file() {
+    let launches = lines_with("gpu.launch(", |file| file.starts_with("model/cuda/"));
+    let (typed, raw): (Vec<String>, Vec<String>) = launches.into_iter().partition(|line| line.starts_with("model/cuda/ops.rs:"));
+    assert!(typed.len() > 20, "only {} launches seen: the scan is broken", typed.len());
+    assert!(raw.is_empty(), "add a typed function to model/cuda/ops.rs instead: {raw:#?}");
+}
+
+/// Lines of the chosen files that contain `text`, as `file:line: content`.
+fn lines_with(text: &str, chosen: impl Fn(&str) -> bool) -> Vec<String> {
+    let in_file = |(file, source): &(String, String)| -> Vec<String> {
+        let numbered = source.lines().enumerate().filter(|(_, line)| line.contains(text));
+        numbered.map(|(i, line)| format!("{file}:{}: {}", i + 1, line.trim())).collect()
+    };
+    sources().iter().filter(|(file, _)| chosen(file)).flat_map(in_file).collect()
+}
+
 /// One thing to say per breach, each with the file and the line. `file` is relative to `src`.
 fn breaches(file: &str, source: &str) -> Vec<String> {
     if EXEMPT.contains(&file) {

@@ -10,9 +10,11 @@ mod gpu;
 mod gradients;
 mod head;
 mod kernels;
+mod ops;
 mod pool;
 mod projections;
 mod row;
+pub mod sizes;
 mod staging;
 mod weights;
 
@@ -20,13 +22,14 @@ use std::sync::Arc;
 
 use candle_core::{Result, bail};
 
-use self::block::{Block, BlockTape, Shape};
+use self::block::{Block, BlockTape, NormBackward};
 pub use self::gpu::Gpu;
 use self::gpu::Memory;
 pub use self::gradients::GradientBuffers;
 use self::head::Head;
-use self::kernels::{Kind, Launch};
+use self::kernels::Kind;
 use self::row::{DeviceRow, Scatter};
+use self::sizes::BlockShape;
 use self::weights::{Copies, DeviceAdapter, DeviceWeights};
 use super::adapter::Adapter;
 use super::decoder::{Keep, Policy, PreparedRow};
@@ -59,8 +62,8 @@ pub struct DeviceTape {
     lse: Vec<f32>,
 }
 
-/// The widest head: a warp holds one in registers where queries and keys are normed and rotated (`MAX_DIM` in norm.cu).
-pub const MAX_HEAD_DIM: usize = 256;
+/// The widest attention head: a warp holds one in registers where queries and keys are normed and rotated (`MAX_DIM` in norm.cu).
+const MAX_HEAD_DIM: usize = 256;
 
 /// Windows from here on hide nothing: no row has as many positions. The kernels add positions to a window in 32 bits; it is their `NO_WINDOW`.
 const NO_WINDOW: usize = 1 << 30;
@@ -97,9 +100,9 @@ impl Opened<'_> {
             dim: config.head_dim,
             window: config.sliding_window.get(index).copied().flatten().filter(|window| *window < NO_WINDOW),
         };
-        let shape = Shape { hidden: self.hidden(), feed_forward: config.intermediate_size, heads, eps: self.eps() };
+        let shape = BlockShape { hidden: self.hidden(), feed_forward: config.intermediate_size, heads, qk_norm: config.qk_norm };
         let (weights, adapter) = (&self.weights.blocks[index], self.adapter.as_deref());
-        Block { gpu: self.gpu, kind: self.kind, index, shape, weights, adapter, parts: &self.parts, row }
+        Block { gpu: self.gpu, kind: self.kind, index, shape, eps: self.eps(), weights, adapter, parts: &self.parts, row }
     }
 
     fn head(&self) -> Head<'_> {
@@ -110,8 +113,7 @@ impl Opened<'_> {
     /// The embedded row `[T, C]`.
     fn embed(&self, row: &DeviceRow) -> Result<Memory> {
         let x = self.gpu.dirty(Kind::F32, row.tokens * self.hidden())?;
-        let args = [(&x).into(), (&self.weights.embed).into(), (&row.ids).into(), row.tokens.into(), self.hidden().into()];
-        self.gpu.launch("embed", Some(self.kind), Launch::blocks(row.tokens), &args)?;
+        ops::embed(self.gpu, &x, &self.weights.embed, &row.ids, self.hidden())?;
         Ok(x)
     }
 
@@ -119,10 +121,9 @@ impl Opened<'_> {
     fn last_norm(&self, x: &Memory, row: &DeviceRow) -> Result<(Memory, Memory)> {
         let (rows, width) = (row.targets, self.hidden());
         let before = self.gpu.dirty(Kind::F32, rows * width)?;
-        let args = [(&before).into(), x.into(), (&row.predictors).into(), rows.into(), width.into()];
-        self.gpu.launch("gather_rows", None, Launch::blocks(rows), &args)?;
+        ops::gather_rows(self.gpu, &before, x, &row.predictors, width)?;
         let normed = self.gpu.dirty(self.kind, rows * width)?;
-        block::rms_norm(self.gpu, self.kind, &normed, &before, &self.weights.norm, [rows, width], self.eps())?;
+        ops::rms_norm(self.gpu, &normed, &before, &self.weights.norm, self.eps())?;
         Ok((before, normed))
     }
 }
@@ -134,6 +135,56 @@ impl Cuda {
     /// As [`Gpu::open`].
     pub fn open(ordinal: usize) -> Result<Arc<Self>> {
         Ok(Arc::new(Cuda { gpu: Gpu::open(ordinal)?, weights: Copies::default(), adapters: Copies::default() }))
+    }
+
+    /// Opens every GPU that can be opened.
+    pub fn open_all() -> Vec<Arc<Self>> {
+        let open = |i| Cuda::open(i).inspect_err(|e| tracing::warn!(gpu = i, error = %e, "a GPU is left out")).ok();
+        (0..Gpu::count()).filter_map(open).collect()
+    }
+
+    /// Returns `cuda:N`.
+    pub fn name(&self) -> String {
+        format!("cuda:{}", self.gpu.ordinal())
+    }
+
+    /// Names what decides the last bits of its results: the GPU and its version of cuBLAS.
+    pub fn arithmetic(&self) -> String {
+        format!("{} cuBLAS {}", self.gpu.name(), self.gpu.blas_version())
+    }
+
+    /// Returns the widest attention head that the kernels compute with.
+    pub fn max_head_dim(&self) -> usize {
+        MAX_HEAD_DIM
+    }
+
+    /// Returns the bytes of memory that are free, and all bytes; `None` if the driver does not tell.
+    pub fn memory(&self) -> Option<(u64, u64)> {
+        self.gpu.bind().and_then(|()| self.gpu.memory()).ok()
+    }
+
+    /// Returns the most bytes of memory that were in use at one time.
+    pub fn peak_bytes(&self) -> u64 {
+        self.gpu.peak_bytes()
+    }
+
+    /// Returns whether it failed for good: only a new process can use it again.
+    pub fn is_lost(&self) -> bool {
+        self.gpu.is_lost()
+    }
+
+    /// Waits until it has done what it was given.
+    pub fn wait(&self) {
+        // What went wrong, the next call says.
+        let _ = self.gpu.synchronize();
+    }
+
+    /// Returns unused memory to the driver.
+    ///
+    /// # Errors
+    /// When the GPU fails.
+    pub fn trim(&self) -> Result<()> {
+        self.gpu.trim()
     }
 
     /// The device.
@@ -234,11 +285,11 @@ impl Cuda {
             opened.head().weight_gradient(&normed, &on_device, &lse, &g, slot)?;
         }
         let scaled = gpu.dirty(kind, rows * width)?;
-        let args = [(&scaled).into(), (&gradient).into(), (&g).into(), rows.into(), width.into()];
-        gpu.launch("scale_rows", Some(kind), Launch::blocks(rows), &args)?;
+        ops::scale_rows(gpu, &scaled, &gradient, &g, width)?;
         let dh = gpu.zeros(Kind::F32, rows * width)?;
         let slot = gradients.slot(Place::Norm);
-        block::rms_norm_backward(gpu, kind, &dh, &before_norm, &opened.weights.norm, &scaled, [rows, width], opened.eps(), slot)?;
+        let norm = NormBackward { x: &before_norm, w: &opened.weights.norm, g: &scaled, eps: opened.eps(), slot };
+        norm.add_to(gpu, &dh)?;
         drop((gradient, scaled, before_norm, normed));
         let gx = gpu.zeros(Kind::F32, on_device.tokens * width)?;
         Scatter::new(gpu, &row.row().predictors)?.add(gpu, &gx, &dh, width)?;

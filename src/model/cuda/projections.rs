@@ -9,7 +9,8 @@ use candle_core::Result;
 
 use super::gpu::{Gpu, Memory};
 use super::gradients::GradientBuffers;
-use super::kernels::{Kind, Launch};
+use super::kernels::Kind;
+use super::ops::{self, Columns};
 use super::weights::{GroupWeights, LowRankGroup};
 use crate::model::gradients::{Place, Slot};
 
@@ -32,9 +33,7 @@ impl Group<'_> {
         gpu.matmul([tokens, w.output, w.input], x.matrix(w.input), w.weight.matrix(w.input).t(), y.matrix(w.output), 1.0, beta)?;
         for m in &w.members {
             if let Some(bias) = &m.bias {
-                let kind = if keep { Kind::F32 } else { self.kind };
-                let args = [y.at(m.column).into(), bias.into(), tokens.into(), m.out.into(), w.output.into(), true.into()];
-                gpu.launch("add_bias", Some(kind), Launch::strided(tokens * m.out), &args)?;
+                ops::add_bias(gpu, Columns { matrix: y, stride: w.output, first: m.column, count: m.out }, bias)?;
             }
         }
         self.adapter.map(|adapter| self.add_low_rank(adapter, x, 0..tokens, y)).transpose().map(Option::flatten)
@@ -81,8 +80,7 @@ impl Group<'_> {
             if m.bias.is_some()
                 && let Some(slot) = gradients.slot(Place::Block(block, Slot::Bias(m.index)))
             {
-                let args = [slot.into(), g.at(m.column).into(), tokens.into(), m.out.into(), w.output.into()];
-                gpu.launch("column_sum", Some(self.kind), Launch::columns(m.out), &args)?;
+                ops::column_sum(gpu, slot, Columns { matrix: g, stride: w.output, first: m.column, count: m.out })?;
             }
         }
         Ok(dx)
