@@ -101,7 +101,11 @@ fn fields_that_do_not_change_the_maths_are_accepted() {
         ("init_lora_weights", json!("gaussian")),
         ("init_lora_weights", json!("orthogonal")),
         ("init_lora_weights", json!("eva")),
-        ("eva_config", json!({"rho": 2.0, "tau": 0.99, "use_label_mask": true, "whiten": false})),
+        // As PEFT 0.21.2 writes it with such an adapter.
+        (
+            "eva_config",
+            json!({"rho": 1.0, "tau": 0.99, "use_label_mask": true, "label_mask_value": -100, "whiten": false, "adjust_scaling_factors": true}),
+        ),
         ("lora_dropout", json!(0.1)),
         ("inference_mode", json!(false)),
         ("task_type", Value::Null),
