@@ -105,7 +105,7 @@ impl Shared {
     /// Starts a server on both, with a data folder of its own.
     pub fn replica(&self, data_dir: &Path, models: &str, flags: &[&str]) -> Server {
         let artifacts = format!("file://{}", self.artifacts.path().display());
-        let shared = ["--database-url", &self.postgres.url(), "--artifact-url", &artifacts, "--lease", "3"];
+        let shared = ["--database-url", &self.postgres.url(), "--artifact-url", &artifacts, "--lease", "6"];
         Server::start_with(data_dir, models, &[&shared, flags].concat())
     }
 }
