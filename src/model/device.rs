@@ -195,14 +195,15 @@ impl ComputeDevice {
         self.trim();
     }
 
-    /// Gives unused memory back.
+    /// Gives unused memory back, that of copies of weights which are gone included.
     pub fn trim(&self) {
         Buffer::trim();
         #[cfg(feature = "cuda")]
-        if let ComputeDevice::Cuda(cuda) = self
-            && let Err(e) = cuda.gpu().trim()
-        {
-            tracing::warn!(error = %e, "unused memory of the GPU was not given back");
+        if let ComputeDevice::Cuda(cuda) = self {
+            cuda.forget_unused();
+            if let Err(e) = cuda.gpu().trim() {
+                tracing::warn!(error = %e, "unused memory of the GPU was not given back");
+            }
         }
     }
 }

@@ -161,6 +161,12 @@ impl Cuda {
         self.adapters.sweep(Kind::of(precision));
     }
 
+    /// Forgets the copies of weights that are no longer in the host's memory.
+    pub fn forget_unused(&self) {
+        self.weights.forget_unused();
+        self.adapters.forget_unused();
+    }
+
     fn open_policy<'a>(&'a self, policy: &'a Policy, row: &PreparedRow) -> Result<Opened<'a>> {
         self.gpu.bind()?;
         let (gpu, kind) = (&self.gpu, Kind::of(policy.precision));
