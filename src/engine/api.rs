@@ -230,11 +230,12 @@ pub struct EngineOptions {
     pub reference_cache_tokens: usize,
     /// Where they are kept across restarts; `None` keeps them in memory only.
     pub reference_cache_file: Option<PathBuf>,
-    /// Adapters and full weights kept resident besides the base models.
+    /// Adapters and full weights kept resident besides the base models, as far as memory allows.
     pub resident_policies: usize,
     /// Share of device time scoring may take while a job trains, in (0, 1].
     pub scoring_share: f64,
-    /// Bytes of the machine's memory that the estimate may reach before a job is refused; `None` is nine tenths of it.
+    /// Bytes of the machine's memory that the estimate may reach before a job is refused; `None` is nine tenths of it, or of
+    /// the limit of the process's control group where that is lower.
     pub memory_limit: Option<u64>,
     /// The same of each GPU's own memory; `None` is nine tenths of what is free there at the start.
     pub device_memory_limit: Option<u64>,
@@ -299,6 +300,19 @@ pub enum EngineError {
         available_mib: u64,
         /// What would make it fit.
         remedy: String,
+    },
+    /// Weights do not fit beside what must stay in memory.
+    #[error(
+        "these weights need {needed_mib} MiB of memory, {available_mib} MiB are left for them beside the base models and the run in \
+         progress: retry when that has ended, or raise {setting}"
+    )]
+    NoRoom {
+        /// What they need.
+        needed_mib: u64,
+        /// What is left.
+        available_mib: u64,
+        /// The settings that limit it.
+        setting: &'static str,
     },
     /// Loading failed: the files or their shapes are at fault.
     #[error("{0}")]

@@ -5,6 +5,7 @@
 //! trains it, the others' score, and give their devices to the run's rows meanwhile.
 
 pub mod api;
+mod memory;
 mod queue;
 mod residents;
 mod run;
@@ -14,13 +15,15 @@ mod worker;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
 use self::api::{EngineError, EngineOptions, ModelInfo, RunEnd, RunEvent, ScoreItem, ScoredItem, TrainingRun, WeightsRef};
+use self::memory::{Extra, HostMemory, Needs, Room};
 use self::queue::{Entry, Queue};
-use self::residents::{Base, Bases};
+use self::residents::Bases;
 use crate::domain::identity::ModelIdentity;
 use crate::domain::training::{Precision, TrainingSpec};
 use crate::model::device::{ComputeDevice, DeviceChoice};
@@ -31,7 +34,7 @@ use crate::model::peft;
 use crate::model::tokenizer::{ChatTokenizer, GENERATION_CONFIG};
 use crate::model::weights::{ElementType, Weights};
 use crate::train::checkpoint::REFERENCE_FILE;
-use crate::train::estimate::{self, Lengths, Memory, on_host, plan};
+use crate::train::estimate::{Lengths, Memory, on_host, plan};
 use crate::train::reference_cache::ReferenceCache;
 
 /// A handle on the device worker; clones share it. The worker ends when it has drained or the last handle is dropped.
@@ -84,7 +87,10 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
     tracing::info!(devices = names.join(","), "computing on");
     let loaded = Bases::load(models, places[0].0.clone(), &names.join(","), options.precision)?;
     let all: Vec<Arc<Bases>> = places.iter().map(|(device, _)| Arc::new(loaded.on(device.clone()))).collect();
-    let queue = Arc::new(Queue::new(options.queue_tokens, all.len()));
+    // Runs on GPUs share the machine's memory. On the CPU each worker has its part of it.
+    let on_gpu = places.iter().any(|(device, _)| device.memory().is_some());
+    let host = if on_gpu { memory::host_limit(&options).saturating_sub(loaded.on_host()) } else { u64::MAX };
+    let queue = Arc::new(Queue::new(options.queue_tokens, all.len()).sharing(HostMemory::new(host)));
     queue.add_handle();
     let cache = Arc::new(match &options.reference_cache_file {
         Some(path) => ReferenceCache::open(options.reference_cache_tokens, path),
@@ -95,7 +101,12 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
         tracing::warn!(data_parallel = group, devices = all.len(), "a run uses the devices that there are");
     }
     let (mut roomiest, mut available) = (0, 0);
+    let mut run_bytes: Arc<AtomicU64> = Arc::default();
     for (i, bases) in all.iter().enumerate() {
+        if i.is_multiple_of(group) {
+            // A run needs as much of each device in its group.
+            run_bytes = Arc::default();
+        }
         let training = i.is_multiple_of(group).then(|| {
             let members = &places[i..(i + group).min(places.len())];
             // The run needs as much of each.
@@ -110,7 +121,9 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
         if bases.device().memory().is_some() {
             metrics::gauge!("bradley_device_memory_limit_bytes", "device" => label.clone()).set(places[i].1 as f64);
         }
-        let worker = worker::Worker::new(i, label, queue.clone(), bases.clone(), cache.clone(), &options, training);
+        let room = Room::new(places[i].1.saturating_sub(bases.needed()), run_bytes.clone(), queue.host_memory().clone(), all.len());
+        let mut worker = worker::Worker::new(i, label, queue.clone(), bases.clone(), cache.clone(), &options, training);
+        worker.limit_residents(room);
         let ended = Ended(queue.clone(), i);
         std::thread::Builder::new()
             .name(format!("device-{}", bases.device().name()))
@@ -121,7 +134,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
             })
             .map_err(|e| EngineError::Device(format!("its thread did not start: {e}")))?;
     }
-    metrics::gauge!("bradley_memory_limit_bytes").set(host_memory_limit(&options) as f64);
+    metrics::gauge!("bradley_memory_limit_bytes").set(memory::host_limit(&options) as f64);
     let concurrent_runs = all.len().div_ceil(group);
     Ok(Engine { shared: Arc::new(Shared { queue, bases: all[roomiest].clone(), options, available, concurrent_runs }) })
 }
@@ -163,7 +176,7 @@ fn places(options: &EngineOptions, models: &[LoadedModel], needed: u64) -> Resul
         };
         for device in opened {
             refuse_wide_heads(models, &device)?;
-            let available = memory_limit(options, &device);
+            let available = memory::limit(options, &device);
             if needed <= available {
                 places.push((device, available));
                 continue;
@@ -233,36 +246,49 @@ impl Engine {
         answer.await.unwrap_or(Err(EngineError::Draining))
     }
 
-    /// Queues a run behind the one in progress, if any. Its events tell the rest, `Ended` last.
+    /// Queues a run behind those in progress, if any. Its events tell the rest, `Ended` last.
     ///
     /// # Errors
     /// When it cannot fit the memory limit, or the engine is draining.
     pub fn train(&self, run: TrainingRun) -> Result<(), EngineError> {
         let size = run.spec.batch.batch_size;
         let lengths = Lengths::of(&run.train, size).max(Lengths::of(&run.eval, size));
-        self.check(&run.model, run.reference.as_ref(), &run.spec, lengths)?;
-        self.shared.queue.push_run(run)
+        let needs = self.needs(&run.model, run.reference.as_ref(), &run.spec, lengths)?;
+        self.shared.queue.push_run(run, needs)
     }
 
     /// The checks of [`Engine::train`] for pairs of these lengths.
     pub fn check(&self, model: &str, reference: Option<&WeightsRef>, spec: &TrainingSpec, lengths: Lengths) -> Result<(), EngineError> {
-        let base = self.shared.bases.get(model)?;
-        let resident = self.resident(base, spec) + self.other_reference(base, reference, spec, lengths.longest)?;
+        self.needs(model, reference, spec, lengths).map(|_| ())
+    }
+
+    /// Returns what a run needs of memory, if the limits allow it.
+    fn needs(&self, model: &str, reference: Option<&WeightsRef>, spec: &TrainingSpec, lengths: Lengths) -> Result<Needs, EngineError> {
+        let bases = &self.shared.bases;
+        let config = &bases.get(model)?.policy.config;
+        let extra = self.extra(model, reference, spec, lengths)?;
         let available = self.shared.available;
+        let mut host = 0;
         if self.memory_kind() == Memory::Gpu {
             let options = &self.shared.options;
-            let exact = self.shared.bases.exact_copy(base, spec);
-            let needed = self.shared.bases.on_host() + exact + on_host(&base.policy.config, spec, options.data_parallel);
-            let available = host_memory_limit(options);
+            host = extra.host + on_host(config, spec, options.data_parallel);
+            let (needed, available) = (bases.on_host() + host, memory::host_limit(options));
             if needed > available {
-                let remedy = "on the host, for masters and moments: train with LoRA, or raise memory_limit".to_owned();
+                let remedy = "on the host, for masters, moments and copies of weights: train with LoRA, or raise memory_limit".to_owned();
                 return Err(EngineError::OutOfMemory { needed_mib: needed >> 20, available_mib: available >> 20, remedy });
             }
         }
-        match plan(&base.policy.config, spec, lengths, available.saturating_sub(resident), self.memory_kind()) {
-            Ok(_) => Ok(()),
+        let resident = bases.needed() + extra.device;
+        let plan_within = |bytes| plan(config, spec, lengths, bytes, self.memory_kind());
+        match plan_within(available.saturating_sub(resident)) {
+            Ok(granted) => {
+                // A device that has less than the roomiest one may be enough.
+                let (Ok(leanest) | Err(leanest)) = plan_within(0);
+                let minimum = extra.device + leanest.total().min(granted.total());
+                Ok(Needs { extra: extra.device, minimum, host })
+            }
             Err(least) => {
-                let setting = if self.memory_kind() == Memory::Gpu { "device_memory_limit" } else { "memory_limit" };
+                let setting = bases.memory_setting();
                 let remedy = match spec.dpo.compares_pairs() {
                     true => {
                         format!("lower batch_size (the loss holds all pairs of a batch) or max_length, train with LoRA, or raise {setting}")
@@ -274,44 +300,17 @@ impl Engine {
         }
     }
 
-    /// Bytes besides the run's own: the base models, on the CPU a copy that is not rounded where the run needs one, and on a GPU copies in the run's
-    /// precision and a reference that moves.
-    fn resident(&self, base: &Base, spec: &TrainingSpec) -> u64 {
-        let server = self.precision();
-        let precision = spec.precision.unwrap_or(server);
-        let copies = u64::from(precision != server) + u64::from(spec.dpo.reference_sync.is_some());
-        let besides = match self.memory_kind() {
-            Memory::Gpu => copies * base.info.parameters * residents::weight_bytes(precision),
-            Memory::Host => self.shared.bases.exact_copy(base, spec),
-        };
-        self.shared.bases.needed() + besides
-    }
-
-    /// Bytes that a reference on another model than `base` needs besides: on a GPU a copy in the run's precision, and what the activations of its
-    /// rows need beyond those of the policy's, which the plan counts. Its weights as they are loaded are among the base models.
-    fn other_reference(
-        &self,
-        base: &Base,
-        reference: Option<&WeightsRef>,
-        spec: &TrainingSpec,
-        longest_row: usize,
-    ) -> Result<u64, EngineError> {
-        let Some(id) = reference.and_then(WeightsRef::model).filter(|id| *id != base.info.id) else {
-            return Ok(0);
-        };
-        let other = self.shared.bases.get(id)?;
-        let precision = spec.precision.unwrap_or(self.precision());
-        let is_copied = self.memory_kind() == Memory::Gpu && precision != self.precision();
-        let copy = u64::from(is_copied) * other.info.parameters * residents::weight_bytes(precision);
-        let row = |base: &Base| estimate::scoring(&base.policy.config, longest_row);
-        Ok(copy + row(other).saturating_sub(row(base)))
+    /// Bytes that a run needs besides the base models and its plan.
+    fn extra(&self, model: &str, reference: Option<&WeightsRef>, spec: &TrainingSpec, lengths: Lengths) -> Result<Extra, EngineError> {
+        memory::extra(&self.shared.bases, model, reference, spec, lengths, self.memory_kind())
     }
 
     fn memory_kind(&self) -> Memory {
         Memory::of(self.shared.bases.device())
     }
 
-    /// What a run over pairs of these lengths needs at its peak, the base models included, and what it may need, in bytes.
+    /// What a run over pairs of these lengths needs at its peak, the base models included, and what it may need, in bytes. A run that does not fit is
+    /// told what it needs at least.
     pub fn memory(
         &self,
         model: &str,
@@ -320,7 +319,7 @@ impl Engine {
         lengths: Lengths,
     ) -> Result<(u64, u64), EngineError> {
         let base = self.shared.bases.get(model)?;
-        let resident = self.resident(base, spec) + self.other_reference(base, reference, spec, lengths.longest)?;
+        let resident = self.shared.bases.needed() + self.extra(model, reference, spec, lengths)?.device;
         let available = self.shared.available;
         let (Ok(plan) | Err(plan)) = plan(&base.policy.config, spec, lengths, available.saturating_sub(resident), self.memory_kind());
         Ok((resident + plan.total(), available))
@@ -389,26 +388,4 @@ impl Engine {
     pub fn wait_for_end(&self, patience: Duration) -> bool {
         self.shared.queue.wait_for_end(patience)
     }
-}
-
-/// Bytes that a device's passes may need: of a GPU's own memory, or of the machine's.
-fn memory_limit(options: &EngineOptions, device: &ComputeDevice) -> u64 {
-    match device.memory() {
-        Some((free, _)) => options.device_memory_limit.unwrap_or(free / 10 * 9),
-        None => host_memory_limit(options),
-    }
-}
-
-/// Bytes of the machine's memory that may be needed.
-fn host_memory_limit(options: &EngineOptions) -> u64 {
-    options.memory_limit.unwrap_or_else(machine_memory)
-}
-
-/// Nine tenths of the machine's memory.
-fn machine_memory() -> u64 {
-    let total = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text.lines().find(|l| l.starts_with("MemTotal:"))?;
-        line.split_whitespace().nth(1)?.parse::<u64>().ok()
-    });
-    total.map_or(u64::MAX, |kib| kib * 1024 / 10 * 9)
 }

@@ -8,12 +8,15 @@ use std::time::{Duration, Instant};
 use opentelemetry::Context;
 use tokio::sync::oneshot;
 
-use super::api::{EngineError, ScoreItem, ScoredItem, TrainingRun, WeightsRef};
+use super::api::{Command, EngineError, RunEvent, ScoreItem, ScoredItem, TrainingRun, WeightsRef};
+use super::memory::{HostMemory, Needs};
 
 /// Runs that may wait behind the running one.
 const MAX_WAITING_RUNS: usize = 16;
 /// Tokens a second assumed until a rate has been measured, for the first retry hint.
 const ASSUMED_RATE: f64 = 500.0;
+/// How often an idle worker looks whether a run that waits for memory or for a larger device was told to stop.
+const LOOK: Duration = Duration::from_millis(200);
 
 /// One scoring item and who waits for it.
 pub(super) struct Entry {
@@ -34,6 +37,32 @@ pub(super) struct Seeker<'a> {
     pub job: Option<&'a str>,
     /// Bytes that a run would find free; `None` when it takes no runs.
     pub room: Option<u64>,
+    /// Bytes that a run may need there besides the base models.
+    pub limit: u64,
+}
+
+/// A run that waits for a device.
+struct Waiting {
+    run: TrainingRun,
+    needs: Needs,
+    /// Whether its client was told that it waits for memory.
+    told: bool,
+}
+
+impl Waiting {
+    /// Tells the run's client once that the run waits for memory, of which `left` bytes are left.
+    fn tell(&mut self, left: u64) {
+        if std::mem::replace(&mut self.told, true) {
+            return;
+        }
+        let message = format!(
+            "the run waits until another one has ended: it needs about {} MiB of the machine's memory, {} MiB are left of memory_limit",
+            self.needs.host.div_ceil(1 << 20),
+            left >> 20
+        );
+        // Nothing was sent yet: there is room for one event.
+        let _ = self.run.events.try_send(RunEvent::Log { severity: "info", message }.into());
+    }
 }
 
 /// What a worker should do next.
@@ -43,7 +72,7 @@ pub(super) enum Work {
     /// Nothing to score: go on with the run.
     Train,
     /// Nothing to score: begin this run.
-    Begin(Box<TrainingRun>),
+    Begin(Box<TrainingRun>, Needs),
     /// Nothing to do, but there are weights to forget.
     Forget,
     /// Nothing to do, and nothing will come.
@@ -54,7 +83,7 @@ pub(super) enum Work {
 struct Inner {
     entries: VecDeque<Entry>,
     tokens: usize,
-    runs: VecDeque<TrainingRun>,
+    runs: VecDeque<Waiting>,
     workers: Vec<WorkerState>,
     draining: bool,
     /// Handles that can still bring work.
@@ -70,14 +99,22 @@ struct WorkerState {
     job: Option<String>,
     /// Bytes that a run would find free; `None` when it takes none now.
     room: Option<u64>,
+    /// Bytes that a run may need there.
+    limit: u64,
+    /// Bytes of the machine's memory that its run needs.
+    host: u64,
     /// Folders whose weights it has to forget.
     evicted: Vec<PathBuf>,
+    /// Whether it has to look if its weights still have room.
+    must_fit: bool,
     ended: bool,
 }
 
 /// The bounded queue in front of the devices.
 pub(super) struct Queue {
     limit: usize,
+    /// What runs in progress share.
+    host: HostMemory,
     inner: Mutex<Inner>,
     changed: Condvar,
 }
@@ -87,7 +124,17 @@ impl Queue {
     pub fn new(limit: usize, workers: usize) -> Self {
         metrics::gauge!("bradley_scoring_queue_limit_tokens").set(limit as f64);
         let inner = Inner { workers: (0..workers).map(|_| WorkerState::default()).collect(), ..Inner::default() };
-        Queue { limit, inner: Mutex::new(inner), changed: Condvar::new() }
+        Queue { limit, host: HostMemory::new(u64::MAX), inner: Mutex::new(inner), changed: Condvar::new() }
+    }
+
+    /// Lets runs be in progress together only where this memory of the machine is enough for all.
+    pub fn sharing(self, host: HostMemory) -> Self {
+        Queue { host, ..self }
+    }
+
+    /// The machine's memory that runs in progress share.
+    pub fn host_memory(&self) -> &HostMemory {
+        &self.host
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -131,7 +178,9 @@ impl Queue {
 
     /// A worker has ended; called when it has given up what it owned.
     pub fn end(&self, worker: usize) {
-        self.lock().workers[worker] = WorkerState { ended: true, ..WorkerState::default() };
+        let mut inner = self.lock();
+        inner.workers[worker] = WorkerState { ended: true, ..WorkerState::default() };
+        self.count_host(&inner);
         self.changed.notify_all();
     }
 
@@ -143,7 +192,7 @@ impl Queue {
     }
 
     /// Queues a run.
-    pub fn push_run(&self, run: TrainingRun) -> Result<(), EngineError> {
+    pub fn push_run(&self, run: TrainingRun, needs: Needs) -> Result<(), EngineError> {
         let mut inner = self.lock();
         if inner.draining {
             return Err(EngineError::Draining);
@@ -152,7 +201,7 @@ impl Queue {
             let limit = MAX_WAITING_RUNS;
             return Err(EngineError::QueueFull { queued: inner.runs.len(), limit, retry_after: Duration::from_secs(30) });
         }
-        inner.runs.push_back(run);
+        inner.runs.push_back(Waiting { run, needs, told: false });
         self.changed.notify_all();
         Ok(())
     }
@@ -166,6 +215,17 @@ impl Queue {
     /// What a worker has to forget before it computes with anything from a folder.
     pub fn take_evicted(&self, worker: usize) -> Vec<PathBuf> {
         std::mem::take(&mut self.lock().workers[worker].evicted)
+    }
+
+    /// Has every worker evict the weights that have no room beside the runs in progress; one that waits wakes up for it.
+    pub fn have_all_fit(&self) {
+        self.lock().workers.iter_mut().filter(|w| !w.ended).for_each(|w| w.must_fit = true);
+        self.changed.notify_all();
+    }
+
+    /// Returns true once if a worker has to evict weights that have no room.
+    pub fn take_must_fit(&self, worker: usize) -> bool {
+        std::mem::take(&mut self.lock().workers[worker].must_fit)
     }
 
     pub fn set_rate(&self, tokens_per_second: f64) {
@@ -184,12 +244,47 @@ impl Queue {
         }
         report(&inner);
         self.changed.notify_all();
-        inner.runs.drain(..).collect()
+        inner.runs.drain(..).map(|waiting| waiting.run).collect()
     }
 
     /// What a batch of `budget` tokens takes, without waiting; empty when nothing waits that the worker of `job` may score.
     pub fn take(&self, job: &str, budget: usize) -> Vec<Entry> {
         take_batch(&mut self.lock(), Some(job), budget)
+    }
+
+    /// Notes what the runs in progress need of the machine's memory.
+    fn count_host(&self, inner: &Inner) {
+        self.host.set_in_use(inner.workers.iter().map(|w| w.host).sum());
+    }
+
+    /// Takes the run that worker `me` should begin, if there is one. A run passes another only when that one waits for a larger device; a run that
+    /// waits for the machine's memory is passed by none.
+    fn next_run(&self, inner: &mut Inner, me: usize) -> Option<Waiting> {
+        let Inner { runs, workers, .. } = inner;
+        // A worker that takes no runs has no room.
+        workers[me].room?;
+        // The worker ends it at once.
+        if let Some(stopped) = runs.iter().position(|waiting| waiting.run.control.command() != Command::Run) {
+            return runs.remove(stopped);
+        }
+        let mut in_use: u64 = workers.iter().map(|w| w.host).sum();
+        for (i, waiting) in runs.iter_mut().enumerate() {
+            let needs = waiting.needs;
+            if !workers.iter().any(|w| w.room.is_some() && w.limit >= needs.minimum) {
+                continue;
+            }
+            // Alone it fits: that was checked before it was queued.
+            if in_use > 0 && !self.host.allows(in_use.saturating_add(needs.host)) {
+                waiting.tell(self.host.left());
+                return None;
+            }
+            if has_most_room(workers, me, needs.minimum) {
+                return runs.remove(i);
+            }
+            // Another worker is about to take it.
+            in_use = in_use.saturating_add(needs.host);
+        }
+        None
     }
 
     /// Waits for work. With a run in progress it never waits: there is always something to train. `may_score` is false while scoring has had its
@@ -201,7 +296,12 @@ impl Queue {
         if me.job.as_deref() != seeker.job {
             me.job = seeker.job.map(str::to_owned);
         }
-        me.room = seeker.room.filter(|_| !training);
+        (me.room, me.limit) = (seeker.room.filter(|_| !training), seeker.limit);
+        if !training && std::mem::take(&mut me.host) > 0 {
+            // A run may have waited for the memory of the one that has ended.
+            self.count_host(&inner);
+            self.changed.notify_all();
+        }
         loop {
             if may_score {
                 let batch = take_batch(&mut inner, seeker.job, budget);
@@ -212,30 +312,36 @@ impl Queue {
             if training {
                 return Work::Train;
             }
-            if has_most_room(&inner.workers, seeker.worker)
-                && let Some(run) = inner.runs.pop_front()
-            {
+            if let Some(Waiting { run, needs, .. }) = self.next_run(&mut inner, seeker.worker) {
                 let me = &mut inner.workers[seeker.worker];
-                (me.job, me.room) = (Some(run.job.clone()), None);
+                (me.job, me.room, me.host) = (Some(run.job.clone()), None, needs.host);
+                self.count_host(&inner);
                 // The next run goes to another worker, which may be waiting.
                 self.changed.notify_all();
-                return Work::Begin(Box::new(run));
+                return Work::Begin(Box::new(run), needs);
             }
             if inner.draining || inner.handles == 0 {
                 return Work::Stop;
             }
-            if !inner.workers[seeker.worker].evicted.is_empty() {
+            let me = &inner.workers[seeker.worker];
+            if me.must_fit || !me.evicted.is_empty() {
                 return Work::Forget;
             }
-            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+            inner = match inner.runs.is_empty() {
+                true => self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
+                // Nobody tells the queue when a run that waits is told to stop.
+                false => self.changed.wait_timeout(inner, LOOK).unwrap_or_else(PoisonError::into_inner).0,
+            };
         }
     }
 }
 
-/// Whether a run should go to worker `me`: of the workers without one it is the one with the most free memory, or the first of these.
-fn has_most_room(workers: &[WorkerState], me: usize) -> bool {
-    let Some(mine) = workers[me].room else { return false };
-    workers.iter().enumerate().all(|(i, w)| w.room.is_none_or(|room| room < mine || (room == mine && me <= i)))
+/// Whether a run that needs at least `minimum` bytes should go to worker `me`: of the workers without a run that may give it as much, it is the one
+/// with the most free memory, or the first of these.
+fn has_most_room(workers: &[WorkerState], me: usize, minimum: u64) -> bool {
+    let room = |w: &WorkerState| w.room.filter(|_| w.limit >= minimum);
+    let Some(mine) = room(&workers[me]) else { return false };
+    workers.iter().enumerate().all(|(i, w)| room(w).is_none_or(|room| room < mine || (room == mine && me <= i)))
 }
 
 /// Whether the worker that trains `job` may score the entry: weights in training are with the worker that trains them. What nobody trains is for anyone: its
@@ -285,7 +391,7 @@ mod tests {
     use crate::domain::training::TrainingSpec;
     use crate::train::pair::SequenceGroup;
 
-    const IDLE: Seeker = Seeker { worker: 0, job: None, room: Some(1) };
+    const IDLE: Seeker = Seeker { worker: 0, job: None, room: Some(1), limit: u64::MAX };
 
     fn run(job: &str) -> TrainingRun {
         TrainingRun {
@@ -358,20 +464,107 @@ mod tests {
     fn a_run_goes_to_the_worker_with_the_most_room_and_the_next_to_another() {
         let queue = Queue::new(10, 3);
         queue.add_handle();
-        let idle = |worker, room| Seeker { worker, job: None, room };
+        let idle = |worker, room| Seeker { worker, job: None, room, limit: u64::MAX };
         // Each is known to the queue once it has looked; a scoring item each keeps it from waiting.
         for (worker, room) in [(0, Some(5)), (1, Some(9)), (2, None)] {
             let (item, _waits) = entry(1);
             queue.push(item).unwrap();
             assert!(matches!(queue.next(idle(worker, room), true, 100), Work::Score(_)));
         }
-        queue.push_run(run("a")).unwrap();
-        queue.push_run(run("b")).unwrap();
-        let Work::Begin(first) = queue.next(idle(1, Some(9)), true, 100) else { panic!("the roomiest takes it") };
-        let Work::Begin(second) = queue.next(idle(0, Some(5)), true, 100) else { panic!("the other one is busy") };
+        queue.push_run(run("a"), Needs::default()).unwrap();
+        queue.push_run(run("b"), Needs::default()).unwrap();
+        let Work::Begin(first, _) = queue.next(idle(1, Some(9)), true, 100) else { panic!("the roomiest takes it") };
+        let Work::Begin(second, _) = queue.next(idle(0, Some(5)), true, 100) else { panic!("the other one is busy") };
         assert_eq!((first.job.as_str(), second.job.as_str()), ("a", "b"));
         queue.drain();
         assert!(matches!(queue.next(idle(2, None), true, 100), Work::Stop));
+    }
+
+    /// Makes an idle worker known to the queue; a scoring item keeps it from waiting.
+    fn looks(queue: &Queue, seeker: Seeker) {
+        let (item, _waits) = entry(1);
+        queue.push(item).unwrap();
+        assert!(matches!(queue.next(seeker, true, 100), Work::Score(_)));
+    }
+
+    #[test]
+    fn a_run_goes_to_a_worker_that_may_give_it_its_minimum() {
+        let queue = Queue::new(10, 2);
+        queue.add_handle();
+        let idle = |worker, room, limit| Seeker { worker, job: None, room: Some(room), limit };
+        // The first has more free now, but may not give a run as much.
+        let (small, large) = (idle(0, 90, 50), idle(1, 70, 70));
+        looks(&queue, small);
+        looks(&queue, large);
+        let needs = |minimum| Needs { minimum, ..Needs::default() };
+        queue.push_run(run("large"), needs(60)).unwrap();
+        queue.push_run(run("larger"), needs(70)).unwrap();
+        assert!(queue.next_run(&mut queue.lock(), 0).is_none(), "the small worker leaves large runs to the other");
+        queue.push_run(run("small"), needs(50)).unwrap();
+        let Work::Begin(first, _) = queue.next(large, true, 100) else { panic!("the large worker takes the large run") };
+        // The second large run waits for the large worker, and is passed by one that cannot take its place.
+        let Work::Begin(second, carried) = queue.next(small, true, 100) else { panic!("the small run does not wait") };
+        assert_eq!((first.job.as_str(), second.job.as_str()), ("large", "small"));
+        assert_eq!(carried, needs(50));
+        let Work::Begin(third, _) = queue.next(large, true, 100) else { panic!("the large worker is free again") };
+        assert_eq!(third.job, "larger");
+    }
+
+    #[test]
+    fn runs_start_together_only_where_the_machine_has_memory_for_both() {
+        let queue = Queue::new(10, 2).sharing(HostMemory::new(100));
+        queue.add_handle();
+        let idle = |worker| Seeker { worker, ..IDLE };
+        let with_events = |job: &str| {
+            let (events, told) = tokio::sync::mpsc::channel(1);
+            (TrainingRun { events, ..run(job) }, told)
+        };
+        let needs = |host| Needs { host, ..Needs::default() };
+        let (second, mut told) = with_events("second");
+        queue.push_run(run("first"), needs(60)).unwrap();
+        queue.push_run(second, needs(50)).unwrap();
+        queue.push_run(run("third"), needs(10)).unwrap();
+        assert!(matches!(queue.next(idle(0), true, 100), Work::Begin(first, _) if first.job == "first"));
+        assert_eq!(queue.host_memory().left(), 40);
+        // The other worker has nothing to do: it begins neither the second run nor one behind it.
+        looks(&queue, idle(1));
+        for _ in 0..2 {
+            assert!(queue.next_run(&mut queue.lock(), 1).is_none());
+        }
+        let RunEvent::Log { message, .. } = told.try_recv().unwrap().event else { panic!("its client hears why it waits") };
+        assert!(message.contains("memory_limit"), "{message}");
+        assert!(told.try_recv().is_err(), "once");
+        // A run that waits can be told to stop.
+        let (cancelled, _told) = with_events("cancelled");
+        cancelled.control.cancel();
+        queue.push_run(cancelled, needs(50)).unwrap();
+        assert!(matches!(queue.next(idle(1), true, 100), Work::Begin(run, _) if run.job == "cancelled"));
+        looks(&queue, idle(1));
+        // The first has ended: its worker looks for work without a job.
+        looks(&queue, idle(0));
+        assert_eq!(queue.host_memory().left(), 100);
+        assert!(matches!(queue.next(idle(0), true, 100), Work::Begin(second, _) if second.job == "second"));
+        assert!(matches!(queue.next(idle(1), true, 100), Work::Begin(third, _) if third.job == "third"));
+        assert_eq!(queue.host_memory().left(), 40);
+        // A worker that ends gives back what its run had.
+        queue.end(0);
+        assert_eq!(queue.host_memory().left(), 90);
+    }
+
+    #[test]
+    fn an_idle_worker_wakes_up_to_evict_weights_that_have_no_room() {
+        let queue = Queue::new(10, 2);
+        queue.add_handle();
+        std::thread::scope(|s| {
+            let waits = s.spawn(|| queue.next(Seeker { worker: 1, ..IDLE }, true, 100));
+            while queue.lock().workers[1].room.is_none() {
+                std::thread::yield_now();
+            }
+            queue.have_all_fit();
+            assert!(matches!(waits.join(), Ok(Work::Forget)));
+        });
+        assert!(queue.take_must_fit(1) && !queue.take_must_fit(1));
+        assert!(queue.take_must_fit(0), "every worker looks");
     }
 
     #[test]
@@ -400,7 +593,7 @@ mod tests {
             let (entry, waits) = entry(2);
             (Entry { policy: WeightsRef::Live { job: job.into() }, ..entry }, waits)
         };
-        let trains = |worker, job| Seeker { worker, job: Some(job), room: None };
+        let trains = |worker, job| Seeker { worker, job: Some(job), room: None, limit: 0 };
         for (worker, job) in [(0, "a"), (1, "b")] {
             assert!(matches!(queue.next(trains(worker, job), true, 100), Work::Train));
         }

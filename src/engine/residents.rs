@@ -5,8 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::api::{EngineError, ModelInfo, WeightsRef};
+use super::memory::Room;
 use super::scoring::ROW_TOKENS;
-use crate::domain::training::{Method, Precision, TrainingSpec};
+use crate::domain::training::{Precision, TrainingSpec};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Policy;
 use crate::model::device::ComputeDevice;
@@ -91,6 +92,14 @@ impl Bases {
         &self.device
     }
 
+    /// The setting that limits the memory of their passes.
+    pub fn memory_setting(&self) -> &'static str {
+        match self.device.memory() {
+            Some(_) => "device_memory_limit",
+            None => "memory_limit",
+        }
+    }
+
     /// One of them.
     pub fn get(&self, id: &str) -> Result<&Base, EngineError> {
         self.by_id.get(id).ok_or_else(|| EngineError::UnknownModel(id.to_owned()))
@@ -163,12 +172,14 @@ impl Bases {
         Ok(Policy { parameters: Arc::new(parameters), ..base.policy.clone() })
     }
 
-    /// Bytes of the base weights that [`Bases::exact`] loads for a run and that live as long as it:
-    /// of a LoRA policy, and of a reference.
-    pub fn exact_copy(&self, base: &Base, spec: &TrainingSpec) -> u64 {
-        let is_frozen = matches!(spec.method, Method::Lora(_)) || spec.dpo.has_reference(true);
-        let is_copied = !base.is_exact && is_frozen && wants_exact(spec, self.precision);
-        if is_copied { base.info.parameters * weight_bytes(Precision::F32) } else { 0 }
+    /// Bytes of full weights besides the base models'; `None` for others, whose size is known when they are loaded.
+    fn full_bytes(&self, weights: &WeightsRef) -> Result<Option<u64>, EngineError> {
+        match weights {
+            WeightsRef::Full { model, .. } | WeightsRef::StoredReference { model, .. } => {
+                Ok(Some(self.get(model)?.info.parameters * weight_bytes(self.precision)))
+            }
+            WeightsRef::Base { .. } | WeightsRef::Adapter { .. } | WeightsRef::Live { .. } => Ok(None),
+        }
     }
 
     /// A name for these weights that never means others, nor the same ones stored in another precision.
@@ -218,42 +229,168 @@ pub(super) fn load_full(config: &ModelConfig, file: &Path, precision: Precision)
     Parameters::load(config, &weights, precision).map_err(|e| EngineError::unusable(&e))
 }
 
-/// Adapters and full weights that were used lately; the least recently used leaves first.
+/// Weights in the cache.
+struct Resident {
+    weights: WeightsRef,
+    policy: Policy,
+    bytes: u64,
+    /// Whether a run has them: its own needs count full weights then.
+    of_run: bool,
+}
+
+impl Resident {
+    /// Returns true if something computes with these weights, so that evicting them would free nothing.
+    fn is_in_use(&self) -> bool {
+        match &self.policy.adapter {
+            Some(adapter) => Arc::strong_count(adapter) > 1,
+            None => Arc::strong_count(&self.policy.parameters) > 1,
+        }
+    }
+
+    /// Bytes that no run counts.
+    fn counted(&self) -> u64 {
+        let is_run_s = self.of_run && self.policy.adapter.is_none() && self.is_in_use();
+        if is_run_s { 0 } else { self.bytes }
+    }
+}
+
+/// LRU cache of adapters and full weights, bounded by bytes and by number.
 pub(super) struct Residents {
     limit: usize,
+    room: Room,
     /// Most recently used last.
-    policies: Vec<(WeightsRef, Policy)>,
+    all: Vec<Resident>,
 }
 
 impl Residents {
+    /// At most `limit` of them, however large.
     pub fn new(limit: usize) -> Self {
-        Residents { limit: limit.max(1), policies: Vec::new() }
+        Residents { limit: limit.max(1), room: Room::unlimited(), all: Vec::new() }
     }
 
+    /// Lets them take no more bytes than `room` has.
+    pub fn limit_bytes(&mut self, room: Room) {
+        self.room = room;
+        self.fit();
+    }
+
+    /// Returns weights, and loads them unless they are there.
+    ///
+    /// # Errors
+    /// `NoRoom` when there is no room for them although everything that nothing computes with was evicted; those of opening them.
     pub fn get(&mut self, bases: &Bases, weights: &WeightsRef) -> Result<Policy, EngineError> {
+        self.load(bases, weights, false)
+    }
+
+    /// The same for a run, whose needs count full weights: for these room was granted.
+    pub fn get_for_run(&mut self, bases: &Bases, weights: &WeightsRef) -> Result<Policy, EngineError> {
+        self.load(bases, weights, true)
+    }
+
+    fn load(&mut self, bases: &Bases, weights: &WeightsRef, for_run: bool) -> Result<Policy, EngineError> {
         if let WeightsRef::Base { .. } = weights {
             return bases.open(weights);
         }
-        let found = match self.policies.iter().position(|(w, _)| w == weights) {
-            Some(i) => self.policies.remove(i),
-            None => (weights.clone(), bases.open(weights)?),
+        let mut found = match self.all.iter().position(|r| r.weights == *weights) {
+            Some(i) => self.all.remove(i),
+            None => {
+                let (policy, bytes) = match bases.full_bytes(weights)? {
+                    Some(bytes) => {
+                        self.make_room(bases, bytes, for_run)?;
+                        (bases.open(weights)?, bytes)
+                    }
+                    // Adapters are small.
+                    None => {
+                        let policy = bases.open(weights)?;
+                        let bytes = adapter_bytes(&policy);
+                        self.make_room(bases, bytes, for_run)?;
+                        (policy, bytes)
+                    }
+                };
+                Resident { weights: weights.clone(), policy, bytes, of_run: false }
+            }
         };
-        if self.policies.len() >= self.limit {
-            self.policies.remove(0);
-        }
-        let policy = found.1.clone();
-        self.policies.push(found);
-        metrics::gauge!("bradley_resident_policies", "device" => bases.device().name()).set(self.policies.len() as f64);
+        found.of_run |= for_run;
+        let policy = found.policy.clone();
+        self.all.push(found);
+        self.report(bases);
         Ok(policy)
+    }
+
+    /// Evicts the least recently used weights that nothing computes with, until one more of `bytes` bytes has room.
+    fn make_room(&mut self, bases: &Bases, bytes: u64, for_run: bool) -> Result<(), EngineError> {
+        while self.left() < bytes || self.all.len() >= self.limit {
+            if !self.evict_oldest() {
+                break;
+            }
+        }
+        let left = self.left();
+        if bytes <= left || for_run {
+            return Ok(());
+        }
+        let setting = if bases.device().memory().is_some() { "device_memory_limit or memory_limit" } else { "memory_limit" };
+        Err(EngineError::NoRoom { needed_mib: bytes.div_ceil(1 << 20), available_mib: left >> 20, setting })
+    }
+
+    /// Bytes that are left for more weights.
+    fn left(&self) -> u64 {
+        self.room.bytes().saturating_sub(self.counted())
+    }
+
+    fn counted(&self) -> u64 {
+        self.all.iter().map(Resident::counted).sum()
+    }
+
+    /// Evicts the least recently used weights that nothing computes with; false when there are none.
+    fn evict_oldest(&mut self) -> bool {
+        let oldest = self.all.iter().position(|r| !r.is_in_use());
+        oldest.map(|i| self.all.remove(i)).is_some()
+    }
+
+    /// Reserves `bytes` for the run on these devices, and evicts what has no room beside it. 0 means that the run is over.
+    pub fn reserve_for_run(&mut self, bytes: u64) {
+        if bytes == 0 {
+            self.all.iter_mut().for_each(|r| r.of_run = false);
+        }
+        self.room.reserve_for_run(bytes);
+        self.fit();
+    }
+
+    /// Evicts what has no room beside the runs in progress.
+    pub fn fit(&mut self) {
+        while self.counted() > self.room.bytes() && self.evict_oldest() {}
+    }
+
+    #[cfg(test)]
+    pub fn is_empty(&self) -> bool {
+        self.all.is_empty()
+    }
+
+    /// Evicts everything that nothing computes with.
+    pub fn evict_unused(&mut self) {
+        self.all.retain(Resident::is_in_use);
     }
 
     /// Forgets weights whose files are gone.
     pub fn evict(&mut self, gone: &Path) {
-        self.policies.retain(|(w, _)| match w {
+        self.all.retain(|r| match &r.weights {
             WeightsRef::Adapter { dir, .. } | WeightsRef::Full { dir, .. } | WeightsRef::StoredReference { dir, .. } => {
                 !dir.starts_with(gone)
             }
             WeightsRef::Base { .. } | WeightsRef::Live { .. } => true,
         });
     }
+
+    fn report(&self, bases: &Bases) {
+        metrics::gauge!("bradley_resident_policies", "device" => bases.device().name()).set(self.all.len() as f64);
+    }
 }
+
+/// Bytes of a policy's adapter in memory.
+fn adapter_bytes(policy: &Policy) -> u64 {
+    let tensors = policy.adapter.iter().flat_map(|adapter| adapter.named());
+    tensors.map(|(_, t)| (t.elem_count() * t.dtype().size_in_bytes()) as u64).sum()
+}
+
+#[cfg(test)]
+mod tests;

@@ -17,9 +17,10 @@ use crate::model::{export, peft};
 use crate::train::checkpoint::REFERENCE_FILE;
 use crate::train::reference::Reference;
 use crate::train::trainable::TrainablePolicy;
-use crate::train::trainer::{Trainer, TrainerInput};
+use crate::train::trainer::{TrainError, Trainer, TrainerInput};
 
-/// Prepares `run`; its events and control stay with the caller. `helpers` are the devices that share the rows with the worker's own.
+/// Prepares `run`; its events and control stay with the caller. `memory` is what its plan may need; copies of weights do not count towards it (see
+/// [`super::memory::extra`]). `helpers` are the devices that share the rows with the worker's own.
 pub(super) fn prepare(
     run: &mut TrainingRun,
     bases: &Bases,
@@ -37,10 +38,6 @@ pub(super) fn prepare(
     };
     let policy = trainable(run, &Policy { helpers: helpers.clone(), ..start }, precision)?;
     let reference = reference(run, &mut exact, residents, precision, helpers)?;
-    let memory = match bases.device().memory() {
-        Some(_) => memory,
-        None => memory.saturating_sub(bases.exact_copy(base, &run.spec)),
-    };
     let input = TrainerInput {
         spec: run.spec.clone(),
         policy,
@@ -56,7 +53,15 @@ pub(super) fn prepare(
     };
     Trainer::new(input).map_err(|e| {
         tracing::warn!(job = run.job, error = %e, "the run cannot begin");
-        EngineError::Weights(e.for_clients())
+        match &e {
+            TrainError::NoPlan { needed_mib, available_mib } => EngineError::OutOfMemory {
+                needed_mib: *needed_mib,
+                available_mib: *available_mib,
+                remedy: format!("lower max_length, train with LoRA, or raise {}", bases.memory_setting()),
+            },
+            e if e.is_out_of_memory() => EngineError::DeviceFull(e.for_clients()),
+            e => EngineError::Weights(e.for_clients()),
+        }
     })
 }
 
@@ -133,7 +138,7 @@ fn reference(
     let bases = exact.bases;
     let (policy, identity) = match wants_exact(&run.spec, bases.precision()) {
         true => (exact.open(weights)?, exact.identity(weights)?),
-        false => (residents.get(bases, weights)?, bases.identity(weights)?),
+        false => (residents.get_for_run(bases, weights)?, bases.identity(weights)?),
     };
     let policy = Policy { helpers: helpers.clone(), ..policy.with_precision(precision) };
     if run.spec.dpo.reference_sync.is_some() {

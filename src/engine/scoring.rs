@@ -130,8 +130,11 @@ impl Scoring {
 
     // ---- batches
 
-    /// Forgets weights whose folder is gone or will hold others.
+    /// Forgets weights whose folder is gone or will hold others, and those that have no room beside the runs in progress.
     pub fn forget_evicted(&mut self) {
+        if self.queue.take_must_fit(self.worker) {
+            self.residents.fit();
+        }
         for dir in self.queue.take_evicted(self.worker) {
             self.residents.evict(&dir);
         }
@@ -176,7 +179,8 @@ impl Scoring {
         }
     }
 
-    /// Runs `pass` over some entries together; when that fails, over each alone, so that a bad item fails only itself.
+    /// Runs `pass` over some entries together; when that fails, over each alone, so that a bad item fails only itself. When the device runs out of
+    /// memory, weights that nothing computes with are evicted and the pass runs once more.
     fn pass(
         &mut self,
         batch: &[Entry],
@@ -186,11 +190,14 @@ impl Scoring {
     ) {
         let mut run = |members: &[usize]| {
             let entries: Vec<&Entry> = members.iter().map(|i| &batch[*i]).collect();
-            let done = guarded(|| pass(self, &entries)).unwrap_or_else(|panic| Err(EngineError::Device(panic)));
-            if matches!(done, Err(EngineError::DeviceFull(_))) {
-                self.bases.device().trim();
+            let once = |scoring: &mut Self| guarded(|| pass(scoring, &entries)).unwrap_or_else(|panic| Err(EngineError::Device(panic)));
+            match once(self) {
+                Err(EngineError::DeviceFull(_)) => {
+                    self.free_memory();
+                    once(self)
+                }
+                done => done,
             }
-            done
         };
         match run(&members) {
             Ok(scored) => members.into_iter().zip(scored).for_each(|(i, logps)| results[i] = Some(Ok(logps))),
@@ -199,6 +206,12 @@ impl Scoring {
                 all => all.iter().for_each(|i| results[*i] = Some(run(&[*i]).and_then(only_one))),
             },
         }
+    }
+
+    /// Frees the memory of weights that nothing computes with, and what the device keeps for later use.
+    pub fn free_memory(&mut self) {
+        self.residents.evict_unused();
+        self.bases.device().trim();
     }
 
     /// The precision in which an entry is scored: a running job's own, else the server's. Its reference is scored in the same one, so that their

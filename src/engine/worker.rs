@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::TrySendError;
 
-use super::api::{Command, EngineOptions, Report, RunEnd, RunEvent, TrainingRun};
+use super::api::{Command, EngineError, EngineOptions, Report, RunEnd, RunEvent, TrainingRun};
+use super::memory::{Needs, Room};
 use super::queue::{Queue, Seeker, Work};
 use super::residents::Bases;
 use super::run;
@@ -81,6 +82,11 @@ impl Worker {
         Worker { index, label, queue, bases, scoring, cache, active: None, training }
     }
 
+    /// Limits the bytes of adapters and full weights that it keeps resident.
+    pub fn limit_residents(&mut self, room: Room) {
+        self.scoring.residents.limit_bytes(room);
+    }
+
     /// Works until the queue is drained or no handle is left.
     pub fn work(mut self) {
         loop {
@@ -88,12 +94,14 @@ impl Worker {
             let free = self.note_memory();
             self.scoring.forget_evicted();
             let job = self.active.as_ref().map(|a| a.run.job.as_str());
-            let seeker = Seeker { worker: self.index, job, room: self.training.as_ref().map(|t| free.unwrap_or(t.memory)) };
+            let training = self.training.as_ref();
+            let (room, limit) = (training.map(|t| free.unwrap_or(t.memory)), training.map_or(0, |t| t.memory));
+            let seeker = Seeker { worker: self.index, job, room, limit };
             let may_score = job.is_none() || self.scoring.has_its_turn();
             match self.queue.next(seeker, may_score, self.scoring.batch_tokens) {
                 Work::Score(batch) => self.scoring.score_batch(batch, &self.cache, self.active.as_ref().map(Active::live).as_ref()),
                 Work::Train => self.train_unit(),
-                Work::Begin(run) => self.begin(*run),
+                Work::Begin(run, needs) => self.begin(*run, needs),
                 Work::Forget => {}
                 Work::Stop => return,
             }
@@ -130,6 +138,7 @@ impl Worker {
         let live = active.live();
         let events = active.run.events.clone();
         let (cache, trainer) = (&self.cache, &mut active.trainer);
+        let was_shortened = trainer.is_shortened();
         self.scoring.lend();
         let scoring = RefCell::new(&mut self.scoring);
         let status = guarded(|| {
@@ -139,9 +148,14 @@ impl Worker {
         });
         let spent = start.elapsed().saturating_sub(self.scoring.take_back());
         metrics::histogram!("bradley_training_unit_seconds", "device" => self.label.clone()).record(spent.as_secs_f64());
+        let ran_out_of_memory = trainer.is_shortened() && !was_shortened;
         self.leave_if_lost();
         // The run's weights must not outlive it here.
         drop(live);
+        if ran_out_of_memory {
+            // The run repeats the step in shorter rows, and has the memory of weights that nothing uses.
+            self.scoring.free_memory();
+        }
         match status {
             Ok(Ok(Status::Working)) => {}
             Ok(Ok(Status::Finished)) => self.end(RunEnd::Succeeded),
@@ -150,7 +164,7 @@ impl Worker {
         }
     }
 
-    fn begin(&mut self, mut run: TrainingRun) {
+    fn begin(&mut self, mut run: TrainingRun, needs: Needs) {
         let end = match run.control.command() {
             Command::Cancel => Some(RunEnd::Cancelled),
             Command::Drain => Some(RunEnd::Drained),
@@ -159,22 +173,35 @@ impl Worker {
         let (bases, residents) = (&self.bases, &mut self.scoring.residents);
         // The queue gives runs to workers that take them.
         let Some(Training { memory, helpers }) = &self.training else { return };
+        let for_plan = memory.saturating_sub(needs.extra);
         let prepared = match end {
             Some(end) => Err(end),
-            None => match guarded(|| run::prepare(&mut run, bases, residents, *memory, helpers)) {
+            None => match guarded(|| {
+                residents.reserve_for_run(needs.minimum);
+                self.queue.have_all_fit();
+                run::prepare(&mut run, bases, residents, for_plan, helpers)
+            }) {
                 Ok(Ok(trainer)) => Ok(trainer),
+                Ok(Err(e @ (EngineError::OutOfMemory { .. } | EngineError::DeviceFull(_)))) => {
+                    Err(RunEnd::Failed(JobError { reason: "OUT_OF_MEMORY".into(), message: e.to_string() }))
+                }
                 Ok(Err(e)) => Err(RunEnd::Failed(JobError { reason: "WEIGHTS_UNAVAILABLE".into(), message: e.to_string() })),
                 Err(panic) => Err(RunEnd::Failed(internal(panic))),
             },
         };
         match prepared {
             Ok(trainer) => {
+                self.scoring.residents.reserve_for_run(needs.extra + trainer.planned_bytes());
+                self.queue.have_all_fit();
                 tracing::info!(job = run.job, from_step = trainer.step(), total_steps = trainer.total_steps(), "run started");
                 send(&run, RunEvent::Running { total_steps: trainer.total_steps(), from_step: trainer.step() });
                 self.scoring.forget_debts();
                 self.active = Some(Active { run, trainer });
             }
-            Err(end) => send(&run, RunEvent::Ended(end)),
+            Err(end) => {
+                self.scoring.residents.reserve_for_run(0);
+                send(&run, RunEvent::Ended(end));
+            }
         }
     }
 
@@ -206,6 +233,7 @@ impl Worker {
             // Weights and optimizer are freed before anyone hears that the run is over.
             let Active { run, trainer } = active;
             drop(trainer);
+            self.scoring.residents.reserve_for_run(0);
             let helpers = self.training.iter().flat_map(|t| t.helpers.iter());
             std::iter::once(self.bases.device()).chain(helpers).for_each(|device| device.end_of_run(self.bases.precision()));
             send(&run, RunEvent::Ended(end));
@@ -238,11 +266,13 @@ fn internal(message: String) -> JobError {
     JobError { reason: "INTERNAL".into(), message }
 }
 
-fn explain(e: &TrainError) -> JobError {
+/// Says why a run failed, by a reason that its client can act on.
+pub(super) fn explain(e: &TrainError) -> JobError {
     let reason = match e {
+        e if e.is_out_of_memory() => "OUT_OF_MEMORY",
         TrainError::NonFinite { .. } => "NON_FINITE_LOSS",
         TrainError::Checkpoint(_) => "CHECKPOINT_FAILED",
-        TrainError::Tensor(_) => "DEVICE_FAILED",
+        TrainError::Tensor(_) | TrainError::NoPlan { .. } => "DEVICE_FAILED",
     };
     tracing::warn!(error = %e, "the run failed");
     JobError { reason: reason.into(), message: e.for_clients() }

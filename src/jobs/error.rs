@@ -177,7 +177,7 @@ impl From<EngineError> for ServiceError {
             EngineError::RowTooLong { .. } => ServiceError::invalid("pairs", message),
             EngineError::NotResident(_) => ServiceError::FailedPrecondition { reason: "NOT_RUNNING", message },
             EngineError::Draining => ServiceError::draining(),
-            EngineError::OutOfMemory { .. } | EngineError::DeviceFull(_) => {
+            EngineError::OutOfMemory { .. } | EngineError::NoRoom { .. } | EngineError::DeviceFull(_) => {
                 ServiceError::ResourceExhausted { reason: "OUT_OF_MEMORY", message }
             }
             EngineError::Weights(_) => ServiceError::FailedPrecondition { reason: "WEIGHTS_UNUSABLE", message },

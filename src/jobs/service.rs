@@ -364,7 +364,8 @@ impl Service {
         // Pinned, so that the job goes on alike under a server with other settings.
         request.spec.precision.get_or_insert(self.inner.engine.precision());
         // How long a micro-batch gets is known when the rows are tokenised; the engine checks that before the run.
-        self.inner.engine.check(&start.model, Some(&reference), &request.spec, Lengths::one(2 * request.spec.batch.max_length))?;
+        let reference = request.spec.dpo.has_reference(request.reference.is_some()).then_some(&reference);
+        self.inner.engine.check(&start.model, reference, &request.spec, Lengths::one(2 * request.spec.batch.max_length))?;
         Ok(request)
     }
 

@@ -177,7 +177,7 @@ impl ComputeDevice {
         self.trim();
     }
 
-    /// Gives unused memory back.
+    /// Gives unused memory back, that of copies of weights which are gone included.
     pub fn trim(&self) {
         Buffer::trim();
         if let ComputeDevice::Cuda(cuda) = self

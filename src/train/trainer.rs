@@ -50,12 +50,32 @@ pub enum TrainError {
     /// A checkpoint could not be written or read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// Not even the leanest plan fits the memory that the run may use.
+    #[error(
+        "the run needs at least {needed_mib} MiB besides copies of weights, {available_mib} MiB are left for it: \
+         lower max_length, train with LoRA, or give it more memory"
+    )]
+    NoPlan {
+        /// What the leanest plan needs.
+        needed_mib: u64,
+        /// What there is.
+        available_mib: u64,
+    },
     /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }
 
 impl TrainError {
+    /// Returns true if memory ran out, or would.
+    pub fn is_out_of_memory(&self) -> bool {
+        match self {
+            TrainError::Tensor(e) => is_out_of_memory(e),
+            TrainError::NoPlan { .. } => true,
+            TrainError::NonFinite { .. } | TrainError::Checkpoint(_) => false,
+        }
+    }
+
     /// Returns the message without folders of the server.
     pub fn for_clients(&self) -> String {
         match self {
@@ -174,7 +194,11 @@ impl Trainer {
             (state, latest) = (restored.state, restored.metrics);
         }
         let lengths = Lengths::of(&train, spec.batch.batch_size);
-        let (Ok(plan) | Err(plan)) = estimate::plan(&policy.policy.config, &spec, lengths, memory, Memory::of(&policy.policy.device));
+        let plan = estimate::plan(&policy.policy.config, &spec, lengths, memory, Memory::of(&policy.policy.device));
+        let plan = plan.map_err(|leanest| {
+            let needed_mib = leanest.total().div_ceil(1 << 20);
+            TrainError::NoPlan { needed_mib, available_mib: memory >> 20 }
+        })?;
         let total_steps = spec.batch.total_steps(train.len());
         let first_step = state.step;
         let mut trainer = Trainer {
@@ -243,6 +267,16 @@ impl Trainer {
     /// Optimizer steps in all.
     pub fn total_steps(&self) -> u64 {
         self.total_steps
+    }
+
+    /// Bytes that the run plans to need on each of its devices, besides copies of weights.
+    pub fn planned_bytes(&self) -> u64 {
+        self.plan.total()
+    }
+
+    /// Returns true if a device ran out of memory and rows were shortened for it.
+    pub fn is_shortened(&self) -> bool {
+        self.shortened
     }
 
     /// Does one unit of work.
@@ -337,8 +371,7 @@ impl Trainer {
 
     /// When the device ran out of memory, once: shorter rows, whose blocks are run again. Any other error stands.
     fn shorten(&mut self, e: TrainError, host: &mut Host) -> Result<(), TrainError> {
-        let short = matches!(&e, TrainError::Tensor(e) if is_out_of_memory(e));
-        if !short || std::mem::replace(&mut self.shortened, true) {
+        if !e.is_out_of_memory() || std::mem::replace(&mut self.shortened, true) {
             return Err(e);
         }
         self.policy.policy.devices().for_each(ComputeDevice::trim);

@@ -309,3 +309,27 @@ fn evaluation_finds_the_best_checkpoint_and_early_stopping_ends_the_run() {
     assert!(matches!(all.last(), Some(RunEvent::Checkpoint { .. }) | Some(RunEvent::Log { .. })));
     std::fs::remove_dir_all(folder).unwrap();
 }
+
+#[test]
+fn a_run_without_memory_for_its_leanest_plan_does_not_start() {
+    let (model, tokenizer) = tiny("llama");
+    let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
+    let run = Run::lora(&model, "adapters/llama-start", pairs, shuffled(1));
+    let folder = run.folder.clone();
+    let result = Trainer::new(TrainerInput {
+        spec: run.spec,
+        policy: run.policy,
+        reference: run.reference,
+        train: run.pairs,
+        eval: vec![],
+        checkpoints: run.folder,
+        resume: None,
+        tokenizer: Arc::new(tokenizer),
+        base: "tiny".into(),
+        identity: ModelIdentity::default(),
+        memory: 1 << 20,
+    });
+    let e = result.err().unwrap();
+    assert!(e.is_out_of_memory() && e.to_string().contains("1 MiB are left for it"), "{e}");
+    std::fs::remove_dir_all(folder).unwrap();
+}

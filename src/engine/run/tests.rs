@@ -1,11 +1,12 @@
-//! What names a run's reference.
+//! What names a run's reference, and in how much memory a run starts.
 
 use std::path::PathBuf;
 
 use super::*;
 use crate::domain::dpo::ReferenceSync;
 use crate::domain::training::TrainingSpec;
-use crate::engine::scoring::tests::{base, bases};
+use crate::engine::scoring::tests::{base, bases, pair};
+use crate::train::estimate::{Lengths, Memory, plan};
 
 fn run() -> TrainingRun {
     let mut spec = TrainingSpec { method: Method::Full, ..Default::default() };
@@ -35,4 +36,39 @@ fn a_moving_reference_starts_from_unrounded_weights_on_every_server() {
     };
     assert_eq!(identity(Precision::F32), identity(Precision::Bf16));
     assert!(identity(Precision::F32).contains(Precision::F32.name()));
+}
+
+#[test]
+fn a_run_starts_with_its_leanest_plan_and_with_none_below() {
+    let bases = bases(Precision::F32);
+    let start = |memory| {
+        let mut run = TrainingRun { train: vec![pair(40); 3], ..run() };
+        prepare(&mut run, &bases, &mut Residents::new(1), memory, &Arc::default())
+    };
+    let (config, spec) = (&bases.get("tiny").unwrap().policy.config, run().spec);
+    let lengths = Lengths::of(&vec![pair(40); 3], spec.batch.batch_size);
+    let leanest = plan(config, &spec, lengths, 0, Memory::Host).unwrap_err().total();
+    assert_eq!(start(leanest).unwrap().planned_bytes(), leanest);
+    let Err(EngineError::OutOfMemory { needed_mib, available_mib, remedy }) = start(leanest - 1).map(|_| ()) else {
+        panic!("there is no plan");
+    };
+    assert!(needed_mib > available_mib && available_mib == (leanest - 1) >> 20 && remedy.contains("lower max_length"), "{remedy}");
+}
+
+#[test]
+fn weights_of_a_runs_reference_are_kept_where_others_find_them() {
+    let bases = bases(Precision::F32);
+    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");
+    let checkpoint = WeightsRef::Full { model: "tiny".into(), dir, content: "hash".into() };
+    let mut frozen = TrainingRun { reference: Some(checkpoint), ..run() };
+    frozen.spec.dpo.reference_sync = None;
+    frozen.spec.precision = Some(Precision::Bf16);
+    let mut exact = ExactWeights { bases: &bases, models: HashMap::new() };
+    let mut residents = Residents::new(1);
+    let reference = reference(&frozen, &mut exact, &mut residents, Precision::Bf16, &Arc::default()).unwrap();
+    residents.evict_unused();
+    assert!(!residents.is_empty(), "the run has it");
+    drop(reference);
+    residents.evict_unused();
+    assert!(residents.is_empty());
 }

@@ -1,5 +1,6 @@
-//! Which precision a batch is scored in.
+//! Which precision a batch is scored in, and what happens when the device runs out of memory.
 
+use std::cell::Cell;
 use std::path::Path;
 
 use opentelemetry::Context;
@@ -10,6 +11,7 @@ use crate::engine::api::ScoreItem;
 use crate::model::device::ComputeDevice;
 use crate::model::loader::load_model;
 use crate::model::source::HubOptions;
+use crate::train::pair::EncodedPair;
 
 const JOB: &str = "job";
 
@@ -22,6 +24,21 @@ pub(in crate::engine) fn bases(precision: Precision) -> Arc<Bases> {
 
 pub(in crate::engine) fn base() -> WeightsRef {
     WeightsRef::Base { model: "tiny".into() }
+}
+
+/// A pair of so many packed tokens.
+pub(in crate::engine) fn pair(tokens: usize) -> EncodedPair {
+    EncodedPair {
+        row: 1,
+        id: None,
+        weight: 1.0,
+        prompt: vec![10; tokens - 2],
+        chosen: vec![30],
+        rejected_prompt: None,
+        rejected: vec![90],
+        chosen_truncated: false,
+        rejected_truncated: false,
+    }
 }
 
 fn groups_of_a_pair() -> Vec<SequenceGroup> {
@@ -82,6 +99,62 @@ fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_se
         assert!(answer.try_recv().unwrap().is_err());
         assert!(is_cached(&cache, &bases, server) && !is_cached(&cache, &bases, job));
     }
+}
+
+/// Scoring with a full checkpoint in memory that nothing computes with.
+fn scoring_with_a_checkpoint() -> (Scoring, WeightsRef) {
+    let bases = bases(Precision::F32);
+    let queue = Arc::new(Queue::new(1 << 20, 1));
+    let mut scoring = Scoring::new(0, queue, bases.clone(), &EngineOptions::default());
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");
+    let checkpoint = WeightsRef::Full { model: "tiny".into(), dir, content: "hash".into() };
+    scoring.residents.get(&bases, &checkpoint).unwrap();
+    (scoring, checkpoint)
+}
+
+#[test]
+fn a_pass_without_memory_is_repeated_once_without_the_weights_that_nothing_uses() {
+    let (mut scoring, _) = scoring_with_a_checkpoint();
+    let (batch, _answers): (Vec<Entry>, Vec<_>) = [entry(base()), entry(base())].into_iter().unzip();
+    let (calls, mut results) = (Cell::new(0), vec_of_none(2));
+    scoring.pass(&batch, vec![0, 1], &mut results, |scoring, entries| {
+        calls.set(calls.get() + 1);
+        // There is memory once the checkpoint is gone.
+        match scoring.residents.is_empty() {
+            true => Ok(vec![Logps::default(); entries.len()]),
+            false => Err(EngineError::DeviceFull("the GPU is out of memory".into())),
+        }
+    });
+    assert_eq!(calls.get(), 2, "both items together, twice");
+    assert!(results.iter().all(|r| matches!(r, Some(Ok(_)))));
+
+    // What has no memory even then fails, each item alone, and is not tried for ever.
+    let (calls, mut results) = (Cell::new(0), vec_of_none(2));
+    scoring.pass(&batch, vec![0, 1], &mut results, |_, _| {
+        calls.set(calls.get() + 1);
+        Err(EngineError::DeviceFull("the GPU is out of memory".into()))
+    });
+    assert_eq!(calls.get(), 6, "together and each alone, each twice");
+    assert!(results.iter().all(|r| matches!(r, Some(Err(EngineError::DeviceFull(_))))));
+}
+
+#[test]
+fn other_errors_evict_nothing_and_weights_in_use_stay() {
+    let (mut scoring, checkpoint) = scoring_with_a_checkpoint();
+    let (one, _answer) = entry(base());
+    let (calls, mut results) = (Cell::new(0), vec_of_none(1));
+    scoring.pass(&[one], vec![0], &mut results, |_, _| {
+        calls.set(calls.get() + 1);
+        Err(EngineError::Device("an illegal address".into()))
+    });
+    assert!(calls.get() == 1 && !scoring.residents.is_empty());
+    let bases = scoring.bases.clone();
+    let held = scoring.residents.get(&bases, &checkpoint).unwrap();
+    scoring.free_memory();
+    assert!(!scoring.residents.is_empty());
+    drop(held);
+    scoring.free_memory();
+    assert!(scoring.residents.is_empty());
 }
 
 #[test]

@@ -184,6 +184,8 @@ impl Cuda {
     /// # Errors
     /// When the GPU fails.
     pub fn trim(&self) -> Result<()> {
+        self.weights.forget_unused();
+        self.adapters.forget_unused();
         self.gpu.trim()
     }
 

@@ -287,6 +287,12 @@ impl<H, D> Copies<H, D> {
         all.retain(|(host, k, _)| host.strong_count() > 0 && *k == kind);
     }
 
+    /// Forgets copies whose originals are gone.
+    pub fn forget_unused(&self) {
+        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|(host, ..)| host.strong_count() > 0);
+    }
+
     /// Forgets the copies of `host`: it was changed in place.
     pub fn forget(&self, host: &Arc<H>) {
         let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
