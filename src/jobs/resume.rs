@@ -2,12 +2,11 @@
 
 use std::path::PathBuf;
 
-use super::artifacts::failed;
-use super::datasets::blocking;
-use super::error::{Result, ServiceError};
+use super::blocking::blocking;
+use super::error::{Result, ServiceError, failed};
 use super::held::Held;
 use super::service::Service;
-use super::store::Also;
+use super::store::leases::Also;
 use crate::domain::job::{Checkpoint, EventKind};
 use crate::train::checkpoint;
 
