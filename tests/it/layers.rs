@@ -207,7 +207,7 @@ fn breaches(file: &str, source: &str) -> Vec<String> {
     for path in paths(source) {
         let reasons = [
             upward(&module, rank, &path),
-            foreign(file, rank, &path),
+            foreign(rank, &path),
             status(file, &path),
             if is_test(&path) { None } else { environment(file, &path).or_else(|| thread(file, rank, &path)) },
         ];
@@ -231,10 +231,10 @@ fn upward(module: &[String], own: usize, path: &PathUse) -> Option<String> {
 }
 
 /// Protobuf and gRPC outside rpc, and the async runtime below the engine.
-fn foreign(file: &str, own: usize, path: &PathUse) -> Option<String> {
+fn foreign(own: usize, path: &PathUse) -> Option<String> {
     let first = path.segments.first()?;
     let is = |name: &str| first == name || first.strip_prefix(name).is_some_and(|rest| rest.starts_with('_'));
-    if (is("tonic") || is("prost")) && !file.starts_with("rpc/") {
+    if (is("tonic") || is("prost")) && LAYERS[own] != "rpc" {
         return Some("only rpc knows gRPC and protobuf: use what rpc::client and rpc::pb offer".into());
     }
     let engine = layer_rank("engine")?;
@@ -375,6 +375,7 @@ fn what_is_legal_passes() {
         ("model/ops.rs", "// use crate::rpc;\n/* crate::rpc /* crate::cli */ */ /// [`crate::rpc`]\nconst S: &str = \"crate::rpc::x\";"),
         ("model/ops.rs", "const S: &[u8] = br#\"\" crate::rpc \"#; const C: char = '\"'; fn f<'a>(x: &'a str) { let c = b'\\''; }"),
         ("engine/worker.rs", "use tokio::sync::oneshot; match s { Status::Finished => std::thread::Builder::new() }"),
+        ("rpc.rs", "use tonic::transport::Server; use self::pb::x; pub use self::http::serve_http;"),
         ("rpc/status.rs", "Status::with_error_details(code, m, d); tonic::Code::Ok;"),
         ("cli/settings.rs", "std::env::vars_os();"),
         ("cli/demo.rs", "use crate::rpc::{client::Client, pb}; std::env::temp_dir(); std::thread::available_parallelism();"),
