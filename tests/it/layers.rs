@@ -81,118 +81,6 @@ fn imports_run_down_the_layers() {
     assert!(breaches.is_empty(), "{} breaches of the architecture (ARCHITECTURE.md says why):\n{}", breaches.len(), breaches.join("\n"));
 }
 
-#[test]
-fn no_two_files_import_each_other() {
-    let sources = sources();
-    let count = imports(&sources).len();
-    assert!(count > sources.len(), "only {count} imports between {} files: the scan is broken", sources.len());
-    let found = cycles(&sources, &NOT_YET);
-    assert!(
-        found.is_empty(),
-        "files import each other. Move what they share into a file that imports none of them; a parent \
-         that imports its children, if only for `pub use`, must hold nothing that they import:\n{}",
-        found.join("\n")
-    );
-}
-
-/// An import of one file by another; both are indices into the list of sources.
-struct Import {
-    from: usize,
-    to: usize,
-    /// The line in `from`.
-    line: usize,
-}
-
-/// Returns what the files import of each other, tests left out. `mod x;` is no import; `x::y` is one
-/// where `x` is a child module in a file of its own.
-fn imports(sources: &[(String, String)]) -> Vec<Import> {
-    let indices: HashMap<Vec<String>, usize> = sources.iter().enumerate().map(|(i, (file, _))| (module_of(file), i)).collect();
-    let mut found = Vec::new();
-    for (from, (file, source)) in sources.iter().enumerate() {
-        let module = module_of(file);
-        let is_test = |path: &PathUse| module.iter().chain(&path.inside).any(|m| m == "tests");
-        for path in paths(source).iter().filter(|p| !p.is_visibility && !is_test(p)) {
-            let child = || relative(&module, path).filter(|target| indices.contains_key(&target[..=module.len()]));
-            let target = resolve(&module, path).or_else(child).unwrap_or_default();
-            // The names after the file's own are items in it.
-            let to = (0..=target.len()).rev().find_map(|n| indices.get(&target[..n]).copied());
-            if let Some(to) = to.filter(|to| *to != from && !target.is_empty()) {
-                found.push(Import { from, to, line: path.line });
-            }
-        }
-    }
-    found
-}
-
-/// Returns the path from the crate's root if the first name of `path` is a child of `module`.
-fn relative(module: &[String], path: &PathUse) -> Option<Vec<String>> {
-    let may_be = path.inside.is_empty() && !path.is_external && path.segments.len() > 1;
-    may_be.then(|| module.iter().chain(&path.segments).cloned().collect())
-}
-
-/// Returns one line for each set of files that import each other, directly or through others, and that
-/// no group of `not_yet` contains, and one for each file of `not_yet` that is in no cycle.
-fn cycles(sources: &[(String, String)], not_yet: &[&[&str]]) -> Vec<String> {
-    let imports = imports(sources);
-    let reached: Vec<BTreeSet<usize>> = (0..sources.len()).map(|file| reached_from(file, &imports)).collect();
-    let (mut found, mut done) = (Vec::new(), BTreeSet::new());
-    for file in 0..sources.len() {
-        if !reached[file].contains(&file) || done.contains(&file) {
-            continue;
-        }
-        let tangled: BTreeSet<usize> = reached[file].iter().copied().filter(|other| reached[*other].contains(&file)).collect();
-        let names: Vec<&str> = tangled.iter().map(|i| sources[*i].0.as_str()).collect();
-        if !not_yet.iter().any(|group| names.iter().all(|name| group.contains(name))) {
-            // A file that is not expected there shows what is new.
-            let is_new = |i: &&usize| !not_yet.iter().any(|group| group.contains(&sources[**i].0.as_str()));
-            let start = tangled.iter().find(is_new).copied().unwrap_or(file);
-            found.push(format!("{} ({} files import each other)", shortest_cycle(start, &imports, sources), tangled.len()));
-        }
-        done.extend(tangled);
-    }
-    for name in not_yet.iter().copied().flatten() {
-        if !sources.iter().position(|(file, _)| file == name).is_some_and(|i| reached[i].contains(&i)) {
-            found.push(format!("src/{name}: is in no cycle any more: remove it from NOT_YET"));
-        }
-    }
-    found
-}
-
-/// Returns the files that `file` imports, directly or through others; itself only if it is in a cycle.
-fn reached_from(file: usize, imports: &[Import]) -> BTreeSet<usize> {
-    let (mut reached, mut waiting) = (BTreeSet::new(), vec![file]);
-    while let Some(from) = waiting.pop() {
-        waiting.extend(imports.iter().filter(|i| i.from == from).map(|i| i.to).filter(|to| reached.insert(*to)));
-    }
-    reached
-}
-
-/// Returns the shortest way of imports from a file in a cycle back to itself, each with its line.
-fn shortest_cycle(start: usize, imports: &[Import], sources: &[(String, String)]) -> String {
-    // For each file that has been reached, the import that did.
-    let mut by: HashMap<usize, &Import> = HashMap::new();
-    let mut waiting = VecDeque::from([start]);
-    while let Some(from) = waiting.pop_front()
-        && !by.contains_key(&start)
-    {
-        for import in imports.iter().filter(|i| i.from == from) {
-            by.entry(import.to).or_insert_with(|| {
-                waiting.push_back(import.to);
-                import
-            });
-        }
-    }
-    let (mut way, mut at) = (format!("src/{}", sources[start].0), start);
-    loop {
-        let import = by[&at];
-        way = format!("src/{}:{} -> {way}", sources[import.from].0, import.line);
-        at = import.from;
-        if at == start {
-            return way;
-        }
-    }
-}
-
 /// One thing to say per breach, each with the file and the line. `file` is relative to `src`.
 fn breaches(file: &str, source: &str) -> Vec<String> {
     if EXEMPT.contains(&file) {
@@ -321,6 +209,118 @@ fn walk(folder: &Path, files: &mut Vec<PathBuf>) {
             walk(&path, files);
         } else if path.extension().is_some_and(|e| e == "rs") {
             files.push(path);
+        }
+    }
+}
+
+#[test]
+fn no_two_files_import_each_other() {
+    let sources = sources();
+    let count = imports(&sources).len();
+    assert!(count > sources.len(), "only {count} imports between {} files: the scan is broken", sources.len());
+    let found = cycles(&sources, &NOT_YET);
+    assert!(
+        found.is_empty(),
+        "files import each other. Move what they share into a file that imports none of them; a parent \
+         that imports its children, if only for `pub use`, must hold nothing that they import:\n{}",
+        found.join("\n")
+    );
+}
+
+/// An import of one file by another; both are indices into the list of sources.
+struct Import {
+    from: usize,
+    to: usize,
+    /// The line in `from`.
+    line: usize,
+}
+
+/// Returns what the files import of each other, tests left out. `mod x;` is no import; `x::y` is one
+/// where `x` is a child module in a file of its own.
+fn imports(sources: &[(String, String)]) -> Vec<Import> {
+    let indices: HashMap<Vec<String>, usize> = sources.iter().enumerate().map(|(i, (file, _))| (module_of(file), i)).collect();
+    let mut found = Vec::new();
+    for (from, (file, source)) in sources.iter().enumerate() {
+        let module = module_of(file);
+        let is_test = |path: &PathUse| module.iter().chain(&path.inside).any(|m| m == "tests");
+        for path in paths(source).iter().filter(|p| !p.is_visibility && !is_test(p)) {
+            let child = || relative(&module, path).filter(|target| indices.contains_key(&target[..=module.len()]));
+            let target = resolve(&module, path).or_else(child).unwrap_or_default();
+            // The names after the file's own are items in it.
+            let to = (0..=target.len()).rev().find_map(|n| indices.get(&target[..n]).copied());
+            if let Some(to) = to.filter(|to| *to != from && !target.is_empty()) {
+                found.push(Import { from, to, line: path.line });
+            }
+        }
+    }
+    found
+}
+
+/// Returns the path from the crate's root if the first name of `path` is a child of `module`.
+fn relative(module: &[String], path: &PathUse) -> Option<Vec<String>> {
+    let may_be = path.inside.is_empty() && !path.is_external && path.segments.len() > 1;
+    may_be.then(|| module.iter().chain(&path.segments).cloned().collect())
+}
+
+/// Returns one line for each set of files that import each other, directly or through others, and that
+/// no group of `not_yet` contains, and one for each file of `not_yet` that is in no cycle.
+fn cycles(sources: &[(String, String)], not_yet: &[&[&str]]) -> Vec<String> {
+    let imports = imports(sources);
+    let reached: Vec<BTreeSet<usize>> = (0..sources.len()).map(|file| reached_from(file, &imports)).collect();
+    let (mut found, mut done) = (Vec::new(), BTreeSet::new());
+    for file in 0..sources.len() {
+        if !reached[file].contains(&file) || done.contains(&file) {
+            continue;
+        }
+        let tangled: BTreeSet<usize> = reached[file].iter().copied().filter(|other| reached[*other].contains(&file)).collect();
+        let names: Vec<&str> = tangled.iter().map(|i| sources[*i].0.as_str()).collect();
+        if !not_yet.iter().any(|group| names.iter().all(|name| group.contains(name))) {
+            // A file that is not expected there shows what is new.
+            let is_new = |i: &&usize| !not_yet.iter().any(|group| group.contains(&sources[**i].0.as_str()));
+            let start = tangled.iter().find(is_new).copied().unwrap_or(file);
+            found.push(format!("{} ({} files import each other)", shortest_cycle(start, &imports, sources), tangled.len()));
+        }
+        done.extend(tangled);
+    }
+    for name in not_yet.iter().copied().flatten() {
+        if !sources.iter().position(|(file, _)| file == name).is_some_and(|i| reached[i].contains(&i)) {
+            found.push(format!("src/{name}: is in no cycle any more: remove it from NOT_YET"));
+        }
+    }
+    found
+}
+
+/// Returns the files that `file` imports, directly or through others; itself only if it is in a cycle.
+fn reached_from(file: usize, imports: &[Import]) -> BTreeSet<usize> {
+    let (mut reached, mut waiting) = (BTreeSet::new(), vec![file]);
+    while let Some(from) = waiting.pop() {
+        waiting.extend(imports.iter().filter(|i| i.from == from).map(|i| i.to).filter(|to| reached.insert(*to)));
+    }
+    reached
+}
+
+/// Returns the shortest way of imports from a file in a cycle back to itself, each with its line.
+fn shortest_cycle(start: usize, imports: &[Import], sources: &[(String, String)]) -> String {
+    // For each file that has been reached, the import that did.
+    let mut by: HashMap<usize, &Import> = HashMap::new();
+    let mut waiting = VecDeque::from([start]);
+    while let Some(from) = waiting.pop_front()
+        && !by.contains_key(&start)
+    {
+        for import in imports.iter().filter(|i| i.from == from) {
+            by.entry(import.to).or_insert_with(|| {
+                waiting.push_back(import.to);
+                import
+            });
+        }
+    }
+    let (mut way, mut at) = (format!("src/{}", sources[start].0), start);
+    loop {
+        let import = by[&at];
+        way = format!("src/{}:{} -> {way}", sources[import.from].0, import.line);
+        at = import.from;
+        if at == start {
+            return way;
         }
     }
 }
