@@ -10,11 +10,13 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
 use super::args::{DemoArgs, Output};
+use super::failure::{Failure, Outcome};
 use super::output::line;
+use super::remote::connect;
 use super::score::{self, Summary};
 use super::settings::{Settings, Sources, hub};
 use super::watch::View;
-use super::{Failure, Outcome, connect, serve, telemetry};
+use super::{serve, telemetry};
 use crate::domain::dataset::PreferenceRow;
 use crate::rpc::client::Client;
 use crate::rpc::client::Target;

@@ -1,13 +1,14 @@
 //! `bradley jobs | datasets | checkpoints | models`: the plain calls.
 
 use super::args::{CheckpointsCommand, DatasetsCommand, Format, JobsCommand, ModelsCommand, NamedArgs, Output};
+use super::failure::{Failure, Outcome};
 use super::output::{self, bytes, state, time};
-use super::{Outcome, connect, full_name};
+use super::remote::{connect, full_name};
 use crate::rpc::client::{Client, FieldMask};
 use crate::rpc::pb;
 
 /// Connects and completes the resource's name.
-async fn open(args: &NamedArgs, collection: &str) -> Result<(Client, String), super::Failure> {
+async fn open(args: &NamedArgs, collection: &str) -> Result<(Client, String), Failure> {
     Ok((connect(&args.server.target()).await?, full_name(collection, &args.name)))
 }
 

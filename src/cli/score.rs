@@ -5,7 +5,9 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::args::{Output, ScoreArgs};
-use super::{Failure, Outcome, connect, output};
+use super::failure::{Failure, Outcome};
+use super::output;
+use super::remote::connect;
 use crate::domain::dataset::{ChatMessage, PreferenceRow, Text};
 use crate::domain::message::TemplateArguments;
 use crate::rpc::client::Client;

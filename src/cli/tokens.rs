@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use super::args::{DatabaseArgs, Output, TokensCommand};
-use super::{Failure, Outcome, output};
+use super::failure::{Failure, Outcome};
+use super::output;
 use crate::domain::access::Role;
 use crate::jobs::error::ServiceError;
 use crate::jobs::store::{Store, StoreOptions};

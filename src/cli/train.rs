@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use super::args::{Output, TrainArgs};
-use super::{Failure, Outcome, connect, output, watch};
+use super::failure::{Failure, Outcome};
+use super::remote::{connect, full_name};
+use super::{output, watch};
 use crate::rpc::client::{Client, ProtoDuration};
 use crate::rpc::pb;
 
@@ -21,7 +23,7 @@ pub(super) async fn run(args: TrainArgs, output: Output) -> Outcome {
     let checked = Checked { model: base_model(&client, &policy).await?, max_length: args.max_length.unwrap_or(0) };
     let dataset = match (&args.data, &args.dataset) {
         (Some(path), _) => upload_for_job(&client, path, &checked, &args, output).await?,
-        (None, Some(name)) => super::full_name("datasets", name),
+        (None, Some(name)) => full_name("datasets", name),
         (None, None) => return Err(Failure::Usage("name --data or --dataset".into())),
     };
     let evaluation = match (&args.eval_data, args.eval_fraction) {

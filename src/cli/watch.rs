@@ -5,8 +5,9 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::args::{Output, WatchArgs};
+use super::failure::{Failure, Outcome};
 use super::output::{self, state};
-use super::{Failure, Outcome, connect, full_name};
+use super::remote::{connect, full_name};
 use crate::rpc::client::Client;
 use crate::rpc::pb::{self, training_event::Event};
 

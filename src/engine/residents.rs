@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use super::api::{EngineError, ModelInfo, WeightsRef};
 use super::memory::Room;
-use super::scoring::ROW_TOKENS;
 use crate::domain::training::{Precision, TrainingSpec};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Policy;
@@ -19,6 +18,9 @@ use crate::model::tokenizer::ChatTokenizer;
 use crate::model::weights::{ElementType, WeightFiles, Weights};
 use crate::train::checkpoint::REFERENCE_FILE;
 use crate::train::estimate;
+
+/// Tokens of a row that several items share: more would only need more memory.
+pub(super) const ROW_TOKENS: usize = 2048;
 
 /// A base model in memory; shared by every policy on it.
 #[derive(Clone)]

@@ -7,7 +7,7 @@ use opentelemetry::KeyValue;
 
 use super::api::{CompletionLogps, EngineError, EngineOptions, ScoredItem, WeightsRef};
 use super::queue::{Entry, Queue};
-use super::residents::{Bases, Residents};
+use super::residents::{Bases, ROW_TOKENS, Residents};
 use super::trace;
 use crate::domain::training::Precision;
 use crate::model::decoder::Policy;
@@ -17,9 +17,6 @@ use crate::train::pack::Owned;
 use crate::train::pair::SequenceGroup;
 use crate::train::reference_cache::ReferenceCache;
 use crate::train::scorer::{self, Logps};
-
-/// Tokens of a row that several items share: more would only need more memory.
-pub(super) const ROW_TOKENS: usize = 2048;
 
 /// Seconds of training beyond its share that are remembered: requests come in bursts, and the share is meant over longer times.
 const CREDIT: f64 = 10.0;

@@ -1,19 +1,12 @@
 //! Whose a job or a dataset is. Permission comes before existence: to a caller who may not see it, what exists and what does not look the same.
 
+use super::audit::AUDIT;
 use super::error::{Result, ServiceError};
 use super::service::Service;
 use crate::domain::access::{Caller, Role};
 use crate::domain::dataset::Dataset;
 use crate::domain::job::Job;
 use crate::domain::names::PolicyName;
-
-/// Where the audit log's lines go: who did what to which resource, and who was refused. They lie in the span of their call, which has its id.
-pub const AUDIT: &str = "audit";
-
-/// Notes what a caller did.
-pub(super) fn audit(caller: &Caller, action: &'static str, resource: &str) {
-    tracing::info!(target: AUDIT, owner = caller.owner, action, resource, "done");
-}
 
 /// Refuses a caller without `role`.
 pub fn require(caller: &Caller, role: Role) -> Result<()> {

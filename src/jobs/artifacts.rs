@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use super::datasets::blocking;
-use super::error::{Result, ServiceError};
+use super::blocking::blocking;
+use super::error::{Result, ServiceError, failed};
 use super::remote::Remote;
-use super::store::{ARTIFACT_STORE, Store};
+use super::store::Store;
+use super::store::properties::ARTIFACT_STORE;
 use crate::domain::dataset::Dataset;
 use crate::domain::job::Checkpoint;
 use crate::model::peft;
@@ -724,22 +725,6 @@ fn remove(path: &Path) -> Result<()> {
     match result {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed(path, e)),
         _ => Ok(()),
-    }
-}
-
-/// A file-system failure; a full disk is told apart, because it has a remedy.
-pub fn failed(path: &Path, e: io::Error) -> ServiceError {
-    let message = format!("{}: {e}", path.display());
-    match e.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            // Clients learn what to ask for, the log says where.
-            tracing::warn!(error = message, "no space is left");
-            ServiceError::ResourceExhausted {
-                reason: "STORAGE_FULL",
-                message: format!("{e}: free space under the server's data directory"),
-            }
-        }
-        _ => ServiceError::Internal { message },
     }
 }
 

@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use super::access::audit;
-use super::artifacts::{Export, ExportFormat, ExportName, Temporary, describe, failed};
-use super::datasets::blocking;
-use super::error::{Result, ServiceError};
+use super::artifacts::{Export, ExportFormat, ExportName, Temporary, describe};
+use super::audit::audit;
+use super::blocking::blocking;
+use super::error::{Result, ServiceError, failed};
 use super::service::Service;
 use super::uses::{Needed, check};
 use crate::domain::access::Caller;

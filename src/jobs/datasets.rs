@@ -1,14 +1,14 @@
 //! Uploads: bytes to a temporary file, validation, rename, row; acknowledged only after all four.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::fs::File;
 use tokio::io::AsyncWriteExt;
 
-use super::access::AUDIT;
-use super::artifacts::{Temporary, failed};
-use super::error::{Result, ServiceError};
+use super::artifacts::Temporary;
+use super::audit::AUDIT;
+use super::blocking::blocking;
+use super::error::{Result, ServiceError, failed, unreadable};
 use super::service::Service;
 use super::store::now;
 use crate::domain::access::Caller;
@@ -16,7 +16,7 @@ use crate::domain::dataset::{Dataset, DatasetFormat, ValidationReport};
 use crate::domain::training::Truncation;
 use crate::model::tokenizer::ChatTokenizer;
 use crate::train::encode::PairEncoder;
-use crate::train::rows::{DataError, detect_format};
+use crate::train::rows::detect_format;
 use crate::train::validate::validate_rows;
 
 /// What an upload says of itself.
@@ -144,20 +144,6 @@ impl DatasetUpload {
     }
 }
 
-/// What is wrong with a file, without the server's path in it.
-pub(super) fn unreadable(e: &DataError) -> ServiceError {
-    match e {
-        DataError::BadFile { reason, .. } => ServiceError::invalid("chunk", reason.clone()),
-        DataError::TooLarge { .. } => ServiceError::ResourceExhausted { reason: "DATASET_TOO_LARGE", message: e.to_string() },
-        DataError::Interrupted { .. } => ServiceError::Unavailable {
-            reason: "STORAGE_UNAVAILABLE",
-            message: "the process that decodes the file was killed, perhaps because the machine has no memory left: retry later".to_owned(),
-            retry_after: Duration::from_secs(5),
-        },
-        DataError::Io { .. } => ServiceError::internal(e),
-    }
-}
-
 fn nothing_usable(report: &ValidationReport) -> String {
     if report.rows == 0 {
         return "the file holds no row: send one JSON object a line, or a Parquet file".into();
@@ -165,9 +151,4 @@ fn nothing_usable(report: &ValidationReport) -> String {
     let first: Vec<String> =
         report.issues.iter().take(5).map(|i| format!("row {}, {} {}: {}", i.row, i.field, i.reason.name(), i.message)).collect();
     format!("none of the {} rows can be used; {}", report.rows, first.join("; "))
-}
-
-/// Runs what would hold up a tokio thread.
-pub(super) async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(f).await.map_err(|e| ServiceError::internal(format!("a background task failed: {e}")))
 }

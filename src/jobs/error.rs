@@ -1,9 +1,12 @@
 //! The closed set of errors the service answers with; `rpc` maps each to one status.
 
+use std::io;
+use std::path::Path;
 use std::time::Duration;
 
 use crate::domain::violation::Violations;
 use crate::engine::api::EngineError;
+use crate::train::rows::DataError;
 
 /// The reason of what a stopping server refuses.
 const DRAINING: &str = "DRAINING";
@@ -183,5 +186,35 @@ impl From<EngineError> for ServiceError {
             EngineError::Weights(_) => ServiceError::FailedPrecondition { reason: "WEIGHTS_UNUSABLE", message },
             EngineError::Device(_) => ServiceError::Internal { message },
         }
+    }
+}
+
+/// A file-system failure; a full disk is told apart, because it has a remedy.
+pub(super) fn failed(path: &Path, e: io::Error) -> ServiceError {
+    let message = format!("{}: {e}", path.display());
+    match e.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            // Clients learn what to ask for, the log says where.
+            tracing::warn!(error = message, "no space is left");
+            ServiceError::ResourceExhausted {
+                reason: "STORAGE_FULL",
+                message: format!("{e}: free space under the server's data directory"),
+            }
+        }
+        _ => ServiceError::Internal { message },
+    }
+}
+
+/// What is wrong with a dataset's file, without the server's path in it.
+pub(super) fn unreadable(e: &DataError) -> ServiceError {
+    match e {
+        DataError::BadFile { reason, .. } => ServiceError::invalid("chunk", reason.clone()),
+        DataError::TooLarge { .. } => ServiceError::ResourceExhausted { reason: "DATASET_TOO_LARGE", message: e.to_string() },
+        DataError::Interrupted { .. } => ServiceError::Unavailable {
+            reason: "STORAGE_UNAVAILABLE",
+            message: "the process that decodes the file was killed, perhaps because the machine has no memory left: retry later".to_owned(),
+            retry_after: Duration::from_secs(5),
+        },
+        DataError::Io { .. } => ServiceError::internal(e),
     }
 }

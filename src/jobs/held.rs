@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::error::{Result, ServiceError};
 use super::service::Service;
-use super::store::{Also, Lease};
+use super::store::leases::{Also, Lease};
 use crate::domain::job::{EventKind, Job, JobState, Metrics, Progress};
 use crate::engine::api::{Command, RunControl};
 

@@ -7,7 +7,8 @@ use tokio::time::MissedTickBehavior;
 
 use super::error::{Result, ServiceError};
 use super::service::Service;
-use super::store::{Expired, Notice};
+use super::store::jobs::Expired;
+use super::store::listen::Notice;
 use crate::domain::job::JobState;
 
 /// Every how many rounds old copies are looked for.

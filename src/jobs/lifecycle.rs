@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
-use super::access::audit;
+use super::audit::audit;
 use super::error::{Result, ServiceError};
 use super::housekeeping::job_ended;
 use super::service::Service;

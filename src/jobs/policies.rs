@@ -7,7 +7,7 @@ use jiff::tz::TimeZone;
 use jiff::{Timestamp, civil};
 
 use super::artifacts::{ADAPTER_FILES, hash_files};
-use super::datasets::blocking;
+use super::blocking::blocking;
 use super::error::{Result, ServiceError};
 use super::service::Service;
 use crate::domain::identity::{ContentPins, ModelIdentity};

@@ -14,8 +14,7 @@ use object_store::{ObjectStore, ObjectStoreExt, PutMode, WriteMultipart};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_stream::StreamExt;
 
-use super::artifacts::failed;
-use super::error::{Result, ServiceError};
+use super::error::{Result, ServiceError, failed};
 
 /// The object that tells one store from another.
 const IDENTITY: &str = "bradley-store-id";

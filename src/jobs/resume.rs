@@ -2,13 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use super::artifacts::failed;
-use super::datasets::blocking;
-use super::error::{Result, ServiceError};
+use super::blocking::blocking;
+use super::error::{Result, ServiceError, failed};
 use super::held::Held;
 use super::runner::Prepared;
 use super::service::Service;
-use super::store::Also;
+use super::store::leases::Also;
 use crate::domain::job::{Checkpoint, EventKind, Job};
 use crate::train::checkpoint;
 use crate::train::trainer::tokens_until;

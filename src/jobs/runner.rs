@@ -11,13 +11,14 @@ use tokio::time::Instant;
 use tracing::Instrument as _;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
-use super::datasets::{blocking, unreadable};
-use super::error::{Result, ServiceError};
+use super::blocking::blocking;
+use super::error::{Result, ServiceError, unreadable};
 use super::held::{Held, Room, patiently};
 use super::housekeeping::job_ended;
 use super::resume::{check_pairs, newest_whole};
 use super::service::Service;
-use super::store::{Also, Lease, now};
+use super::store::leases::{Also, Lease};
+use super::store::now;
 use crate::domain::dataset::{Dataset, PreferenceRow};
 use crate::domain::identity::Pins;
 use crate::domain::job::{Checkpoint, Evaluation, EventKind, Job, JobError, JobState, RowPolicy};

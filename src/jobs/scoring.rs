@@ -6,7 +6,7 @@ use std::time::{Instant, SystemTime};
 use jiff::civil::DateTime;
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::datasets::blocking;
+use super::blocking::blocking;
 use super::error::{Result, ServiceError};
 use super::policies::Resolved;
 use super::service::Service;

@@ -10,9 +10,9 @@ use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 use tracing::Instrument as _;
 
-use super::access::audit;
 use super::artifacts::Artifacts;
-use super::datasets::blocking;
+use super::audit::audit;
+use super::blocking::blocking;
 use super::error::{Result, ServiceError};
 use super::feed::Feed;
 use super::held::Held;
@@ -20,7 +20,9 @@ use super::lifecycle::{check_changeable, check_priority};
 use super::postponed::Postponed;
 use super::remote::Remote;
 use super::shares::Shares;
-use super::store::{ARTIFACT_STORE, Creation, Page, Store, StoreOptions, now};
+use super::store::jobs::Creation;
+use super::store::properties::ARTIFACT_STORE;
+use super::store::{Page, Store, StoreOptions, now};
 use super::tokens::Doorkeeper;
 use super::uses::{Needed, check};
 use super::{housekeeping, runner};
@@ -151,7 +153,7 @@ impl Service {
     /// Opens the data directory, puts interrupted jobs back in the queue and starts a runner for each run that the devices take at one time.
     pub async fn open(engine: Engine, options: ServiceOptions) -> Result<Service> {
         let root = options.data_dir.clone();
-        std::fs::create_dir_all(&root).map_err(|e| super::artifacts::failed(&root, e))?;
+        std::fs::create_dir_all(&root).map_err(|e| super::error::failed(&root, e))?;
         let lock = lock(&root)?;
         let store_options =
             StoreOptions { database_url: options.database_url.clone(), events_kept: options.events_kept, lease: options.lease };
@@ -581,14 +583,14 @@ fn check_mixable(request: &JobRequest, policy: &ModelIdentity, model: &str, refe
 /// Takes the data directory for this process.
 fn lock(root: &std::path::Path) -> Result<std::fs::File> {
     let path = root.join("bradley.lock");
-    let file = std::fs::File::create(&path).map_err(|e| super::artifacts::failed(&path, e))?;
+    let file = std::fs::File::create(&path).map_err(|e| super::error::failed(&path, e))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(std::fs::TryLockError::WouldBlock) => {
             let message = format!("another server uses the data directory {}: stop it, or give each its own", root.display());
             Err(ServiceError::FailedPrecondition { reason: "DATA_DIR_IN_USE", message })
         }
-        Err(std::fs::TryLockError::Error(e)) => Err(super::artifacts::failed(&path, e)),
+        Err(std::fs::TryLockError::Error(e)) => Err(super::error::failed(&path, e)),
     }
 }
 

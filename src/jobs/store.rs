@@ -4,13 +4,13 @@
 
 mod checkpoints;
 mod datasets;
-mod jobs;
-mod leases;
-mod listen;
-mod properties;
+pub mod jobs;
+pub mod leases;
+pub mod listen;
+pub mod properties;
 mod rows;
 pub(super) mod stale;
-mod tokens;
+pub mod tokens;
 
 #[cfg(test)]
 mod tests;
@@ -23,11 +23,6 @@ use sqlx::any::{AnyConnectOptions, AnyPoolOptions, AnyRow};
 use sqlx::{AnyConnection, AnyPool, AssertSqlSafe, Connection as _, FromRow};
 use tokio_stream::StreamExt as _;
 
-pub use self::jobs::{Creation, Expired};
-pub use self::leases::{Also, Lease};
-pub use self::listen::Notice;
-pub use self::properties::ARTIFACT_STORE;
-pub use self::tokens::TokenRow;
 use super::error::{Result, ServiceError};
 use crate::domain::job::Millis;
 use crate::domain::violation::quoted;

@@ -8,7 +8,8 @@ use rand::RngCore;
 use tokio::sync::Semaphore;
 
 use super::error::{Result, ServiceError};
-use super::store::{Store, TokenRow, now};
+use super::store::tokens::TokenRow;
+use super::store::{Store, now};
 use crate::domain::access::{Caller, Role};
 use crate::domain::job::Millis;
 use crate::domain::names::is_valid_id;

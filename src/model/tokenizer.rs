@@ -2,12 +2,14 @@
 
 mod gguf;
 mod hf;
+mod parts;
 
 use std::path::{Path, PathBuf};
 
 use tokenizers::Tokenizer;
 
 pub use self::hf::{EXTRA_FILES, GENERATION_CONFIG, is_extra_template};
+use self::parts::{DEFAULT, Parts, TOOL_USE, wrong};
 use super::chat::{ChatMessage, ChatTemplate, RenderOptions};
 use super::error::{ModelError, last_part};
 use super::guard::guarded;
@@ -47,20 +49,6 @@ impl Vocabulary {
         let rows = tokens.last().map_or(0, |(id, _)| *id as usize + 1);
         Vocabulary { hash: hash.finalize().to_hex().to_string(), rows }
     }
-}
-
-/// What a tokenizer is made of.
-struct Parts {
-    tokenizer: Tokenizer,
-    bos_token: Option<String>,
-    eos_token: Option<String>,
-    /// Every special token variable a template may use.
-    special_tokens: Vec<(String, String)>,
-    /// Chat templates by name; a model with one of them has it as [`DEFAULT`].
-    templates: Vec<(String, String)>,
-    files: Vec<(String, Vec<u8>)>,
-    /// What turns text into tokens, as it was read.
-    content: blake3::Hasher,
 }
 
 impl ChatTokenizer {
@@ -186,11 +174,6 @@ impl ChatTokenizer {
     }
 }
 
-/// The name of the template that transformers uses when it is not asked for another.
-const DEFAULT: &str = "default";
-/// The name of the template that transformers uses for dialogues with tools.
-const TOOL_USE: &str = "tool_use";
-
 /// A model's chat templates.
 #[derive(Debug, Default)]
 struct Templates {
@@ -243,8 +226,4 @@ impl Templates {
             )),
         }
     }
-}
-
-fn wrong(path: &Path, reason: impl Into<String>) -> ModelError {
-    ModelError::Tokenizer { path: path.to_owned(), reason: reason.into() }
 }

@@ -2,6 +2,7 @@
 
 mod gguf;
 mod safetensors;
+mod stored;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -11,64 +12,12 @@ use candle_core::{DType, Tensor};
 
 pub(super) use self::gguf::GgufWeights;
 use self::safetensors::SafetensorsWeights;
+pub use self::stored::ElementType;
+use self::stored::StoredAs;
 use super::config::ModelConfig;
 use super::error::ModelError;
 use super::gguf::Gguf;
 use crate::domain::training::Precision;
-
-/// An element type that weights are exported in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ElementType {
-    /// IEEE single precision.
-    F32,
-    /// The upper half of f32.
-    Bf16,
-    /// IEEE half precision.
-    F16,
-}
-
-impl ElementType {
-    /// All of them, the first is preferred where two are equally common.
-    pub const ALL: [ElementType; 3] = [ElementType::F32, ElementType::Bf16, ElementType::F16];
-
-    /// The name in requests and file names.
-    pub fn name(self) -> &'static str {
-        match self {
-            ElementType::F32 => "f32",
-            ElementType::Bf16 => "bf16",
-            ElementType::F16 => "f16",
-        }
-    }
-
-    /// The element type that a request names.
-    pub fn parse(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|t| t.name() == name)
-    }
-
-    /// The name in config.json.
-    pub fn torch_name(self) -> &'static str {
-        match self {
-            ElementType::F32 => "float32",
-            ElementType::Bf16 => "bfloat16",
-            ElementType::F16 => "float16",
-        }
-    }
-
-    /// Bytes of an element.
-    pub fn size(self) -> usize {
-        match self {
-            ElementType::F32 => 4,
-            ElementType::Bf16 | ElementType::F16 => 2,
-        }
-    }
-}
-
-/// Tensors of one kind: their element type, number of dimensions and number of elements.
-pub(super) struct StoredAs {
-    dtype: ElementType,
-    dims: usize,
-    elements: usize,
-}
 
 /// Where a model's weights were read, for reading them again after they have been closed.
 #[derive(Clone, Debug)]

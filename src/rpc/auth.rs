@@ -13,7 +13,8 @@ use tower::{Layer, Service as TowerService};
 use super::listener::Peer;
 use super::status::status;
 use crate::domain::access::{Caller, Role};
-use crate::jobs::access::{AUDIT, require};
+use crate::jobs::access::require;
+use crate::jobs::audit::AUDIT;
 use crate::jobs::error::ServiceError;
 use crate::jobs::service::Service;
 

@@ -23,7 +23,7 @@ pub(super) const JOB: &str = "seq, id, version, state, request, error, progress,
 pub(super) const CHECKPOINT: &str = "job, step, best, adapter, size_bytes, metrics, create_time, digest";
 /// The columns of a [`DatasetRow`] but its report.
 const DATASET: &str = "seq, id, display_name, format, size_bytes, content_hash, create_time, owner";
-/// The columns of a [`TokenRow`](super::TokenRow).
+/// The columns of a [`TokenRow`](super::tokens::TokenRow).
 pub(super) const TOKEN: &str = "id, owner, roles, hash, create_time, expire_time";
 
 /// The columns of a [`DatasetRow`].

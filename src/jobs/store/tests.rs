@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+use super::jobs::{Creation, Expired};
 use super::*;
 use crate::domain::access::Caller;
 use crate::domain::dpo::{Divergence, ReferenceSync};

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
-use super::{DEFAULT, Parts, TOOL_USE, wrong};
+use super::parts::{DEFAULT, Parts, TOOL_USE, wrong};
 use crate::model::error::ModelError;
 use crate::model::gguf::Gguf;
 

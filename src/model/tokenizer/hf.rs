@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
-use super::{DEFAULT, Parts, wrong};
+use super::parts::{DEFAULT, Parts, wrong};
 use crate::model::error::ModelError;
 use crate::model::guard::guarded;
 

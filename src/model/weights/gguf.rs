@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::model::config::{Architecture, ModelConfig};
 use crate::model::error::ModelError;
 use crate::model::gguf::{Gguf, TensorEntry};
-use crate::model::weights::{ElementType, StoredAs};
+use crate::model::weights::stored::{ElementType, StoredAs};
 
 /// An opened GGUF file with what its names and layout mean.
 #[derive(Debug)]

@@ -12,7 +12,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
 use crate::model::error::{ModelError, last_part};
-use crate::model::weights::{ElementType, StoredAs};
+use crate::model::weights::stored::{ElementType, StoredAs};
 
 const FILE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";

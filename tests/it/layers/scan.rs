@@ -9,6 +9,10 @@ pub struct PathUse {
     pub line: usize,
     /// The inline modules around it, outermost first.
     pub inside: Vec<String>,
+    /// Whether it stands in `pub(in ..)`: it names who may import, and imports nothing.
+    pub is_visibility: bool,
+    /// Whether it begins with `::`: the first name is a crate.
+    pub is_external: bool,
 }
 
 /// A name, `::`, or one other character; a literal is `"`.
@@ -38,8 +42,12 @@ pub fn paths(source: &str) -> Vec<PathUse> {
                 depth = depth.saturating_sub(1);
                 i += 1;
             }
+            // Not the first name of `use ::x`.
+            "use" => i += 1,
             name if is_name(name) => {
                 let (first, line) = (found.len(), tokens[i].line);
+                let is_visibility = i >= 3 && (text(i - 3), text(i - 2), text(i - 1)) == ("pub", "(", "in");
+                let is_external = i >= 1 && text(i - 1) == "::";
                 i = read(&tokens, i, Vec::new(), &mut found);
                 // `use crate as x` hides every later path through x: as bad as a glob.
                 if text(i) == "as" && matches!(name, "crate" | "super") {
@@ -48,6 +56,7 @@ pub fn paths(source: &str) -> Vec<PathUse> {
                 for path in &mut found[first..] {
                     path.line = line.max(path.line);
                     path.inside = modules.iter().map(|(name, _)| name.clone()).collect();
+                    (path.is_visibility, path.is_external) = (is_visibility, is_external);
                 }
             }
             _ => i += 1,
@@ -92,7 +101,7 @@ fn read(tokens: &[Token], mut i: usize, mut segments: Vec<String>, found: &mut V
             break;
         }
     }
-    found.push(PathUse { segments, line, inside: Vec::new() });
+    found.push(PathUse { segments, line, inside: Vec::new(), is_visibility: false, is_external: false });
     i
 }
 

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
+use super::blocks::{Block, Heads, blocks, over_keys, sum_over_keys};
 use super::keys::{Along, Keys};
-use super::{Block, Heads, blocks, over_keys, sum_over_keys};
 use crate::model::layout::RowLayout;
 use crate::model::ops::buffer::Buffer;
 use crate::model::ops::gemm::{Kernel, NR, Operand, Product, Shared, View, panel_product};

@@ -2,8 +2,7 @@
 //!
 //! The instructions are written as assembly: the intrinsics are not stable. A tile holds 16 rows of 64 bytes.
 
-use super::NR;
-use super::kernel::Product;
+use super::panel::{NR, Product};
 
 /// Rows and columns of a tile of C.
 const TILE: usize = 16;
@@ -58,7 +57,7 @@ thread_local! {
 }
 
 /// # Safety
-/// As [`super::kernel::panel_product`], with [`super::ROW_PADDING`] readable rows after the last; [`available`] said yes.
+/// As [`super::kernel::panel_product`], with [`super::panel::ROW_PADDING`] readable rows after the last; [`available`] said yes.
 #[cfg(target_arch = "x86_64")]
 pub(super) unsafe fn panel_product(m: usize, n: usize, products: &[Product], c: *mut f32, stride: usize, keep: bool) {
     CONFIGURED.with(|done| {

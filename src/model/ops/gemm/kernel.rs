@@ -2,7 +2,8 @@
 
 use std::sync::OnceLock;
 
-use super::{NR, amx};
+use super::amx;
+use super::panel::{NR, Product};
 use crate::domain::training::Precision;
 
 /// How products are computed. Which one is best is found out when the program runs.
@@ -105,28 +106,11 @@ const CHUNK_PRODUCTS: usize = 8;
 /// Rows of A in registers at a time.
 const MR: usize = 14;
 
-/// Rows of A, from some point on, and the panel they are multiplied with.
-#[derive(Clone, Copy)]
-pub(crate) struct Product {
-    /// First unit of the first row.
-    pub a: *const u32,
-    /// Units between rows.
-    pub stride: usize,
-    /// `[depth][NR]`.
-    pub b: *const u32,
-    /// Units.
-    pub depth: usize,
-}
-
-impl Product {
-    pub const EMPTY: Product = Product { a: std::ptr::null(), stride: 0, b: std::ptr::null(), depth: 0 };
-}
-
 /// `c[m × n] = keep·c + Σ products`, rows of `c` `stride` apart, n ≤ [`NR`]. After some depth the sums go to C and come back, which is exact: what
 /// they pass of the panel stays in the L1 cache while the rows go by.
 ///
 /// # Safety
-/// The products cover `m` rows (and, for pairs, [`super::ROW_PADDING`] more that are readable) and their depth; `c` is valid for the `m × n` elements
+/// The products cover `m` rows (and, for pairs, [`super::panel::ROW_PADDING`] more that are readable) and their depth; `c` is valid for the `m × n` elements
 /// and nobody else touches them.
 pub(crate) unsafe fn panel_product(kernel: Kernel, m: usize, n: usize, products: &[Product], c: *mut f32, stride: usize, keep: bool) {
     debug_assert!(n <= NR);

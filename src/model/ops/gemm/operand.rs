@@ -3,9 +3,10 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::kernel::{Kernel, Product};
+use super::kernel::Kernel;
 use super::pack::{interleave, round, transpose, transpose_pairs};
-use super::{Elements, ROW_PADDING, View};
+use super::panel::{NR, Product, ROW_PADDING};
+use super::view::{Elements, View};
 use crate::model::ops::buffer::Buffer;
 use crate::model::ops::team;
 use half::bf16;
@@ -139,7 +140,7 @@ impl<'a> Operand<'a> {
     pub(crate) fn product(&self, row: usize, start: usize, depth: usize, panel: &[u32]) -> Product {
         let units = self.units.all().as_ptr();
         let offset = row * self.stride + self.kernel.units(start);
-        debug_assert!(panel.len() >= depth * super::NR);
+        debug_assert!(panel.len() >= depth * NR);
         // SAFETY: row and start lie inside the matrix.
         Product { a: unsafe { units.add(offset) }, stride: self.stride, b: panel.as_ptr(), depth }
     }

@@ -6,7 +6,8 @@ use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
 use super::kernel::Kernel;
-use super::{Elements, NR, View};
+use super::panel::NR;
+use super::view::{Elements, View};
 
 thread_local! {
     /// Where a panel is converted to another element type before it is laid out.

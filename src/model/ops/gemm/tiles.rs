@@ -3,8 +3,11 @@
 use std::ops::Range;
 
 use super::kernel::Kernel;
+use super::operand::Operand;
 use super::pack::round_rows;
-use super::{Buffer, NR, Operand, Piece, ROW_PADDING, Shared, Term, blocks, by_groups, multiply, pack_pieces};
+use super::panel::{NR, ROW_PADDING};
+use super::product::{Piece, Shared, Term, blocks, by_groups, multiply, pack_pieces};
+use crate::model::ops::buffer::Buffer;
 
 /// `P` products of one shape `[m, n]`: `finish(rows, columns, tiles)` gets every part of all of them once, tile p being `[rows, NR]` of product p, of which it
 /// may use the columns. Each number is the one that [`super::matmul`] gives, bit for bit.

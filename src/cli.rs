@@ -2,8 +2,10 @@
 
 mod args;
 mod demo;
+mod failure;
 mod metrics;
 mod output;
+mod remote;
 mod resources;
 mod score;
 pub mod serve;
@@ -19,50 +21,13 @@ use std::time::Duration;
 use clap::Parser;
 
 use self::args::{Cli, Command, ServeArgs};
+use self::failure::{Failure, Outcome};
+use self::remote::connect;
 use self::settings::{Settings, Sources};
-use crate::rpc::client::{Client, ClientError, Target};
 use crate::train::rows::apart;
-
-/// How long a client waits for a connection.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the last spans may take to be sent.
 const TRACES: Duration = Duration::from_secs(3);
-
-/// How a command ended; see the exit codes in `--help`.
-#[derive(Debug)]
-enum Failure {
-    /// Exit code 1.
-    Failed(String),
-    /// Exit code 2.
-    Usage(String),
-    /// Exit code 3.
-    Unreachable(String),
-}
-
-impl From<anyhow::Error> for Failure {
-    fn from(e: anyhow::Error) -> Self {
-        Failure::Failed(format!("{e:#}"))
-    }
-}
-
-impl From<ClientError> for Failure {
-    fn from(e: ClientError) -> Self {
-        match &e {
-            ClientError::Unreachable { .. } => Failure::Unreachable(e.to_string()),
-            e if e.is_usage() => Failure::Usage(e.to_string()),
-            e => Failure::Failed(e.to_string()),
-        }
-    }
-}
-
-impl From<crate::rpc::client::Status> for Failure {
-    fn from(s: crate::rpc::client::Status) -> Self {
-        ClientError::from(s).into()
-    }
-}
-
-type Outcome = Result<(), Failure>;
 
 /// Parses the arguments and runs the command.
 pub fn main() -> ExitCode {
@@ -158,15 +123,6 @@ async fn serve_command(args: ServeArgs) -> Outcome {
             unsafe { libc::_exit(code.into()) }
         }
     }
-}
-
-async fn connect(target: &Target) -> Result<Client, Failure> {
-    Ok(Client::connect(target, CONNECT_TIMEOUT).await?)
-}
-
-/// A resource's full name: the collection's prefix may be left out.
-fn full_name(collection: &str, name: &str) -> String {
-    if name.starts_with(&format!("{collection}/")) { name.to_owned() } else { format!("{collection}/{name}") }
 }
 
 /// Tells of a failure; returns its exit code.

@@ -4,6 +4,8 @@
 
 pub mod access;
 pub mod artifacts;
+pub mod audit;
+mod blocking;
 pub mod checkpoints;
 pub mod counted;
 pub mod datasets;

@@ -1,32 +1,15 @@
-//! Matrix products: C = keep·C + Σ_t A_t·B_t, packed, for f32 and for bf16 operands with f32 accumulation.
-//!
-//! B (the weights, mostly) is packed into panels of [`NR`] columns on the way, a block at a time, so that one row-major copy of a weight serves the
-//! forward product x·Wᵀ and the backward product g·W. A is used as it lies (f32) or rounded row by row (bf16). The sum over k runs in one order that
-//! depends on nothing but k: **a row of C is the same bit for bit whatever other rows are computed with it, and on however many threads**.
-
-mod amx;
-mod kernel;
-mod operand;
-mod pack;
-#[cfg(test)]
-mod tests;
-mod tiles;
+//! Sums of products: cut into blocks of a depth that the caches hold, shared out among the threads.
 
 use std::ops::Range;
 
-pub use self::kernel::Kernel;
-pub(crate) use self::kernel::{Product, panel_product};
-pub use self::operand::Operand;
-pub(crate) use self::pack::pack_panel;
-pub use self::tiles::{TiledOperand, matmul_tiles};
-use super::buffer::Buffer;
-use super::team;
-use half::bf16;
+use super::kernel::{Kernel, panel_product};
+use super::operand::Operand;
+use super::pack::pack_panel;
+use super::panel::{NR, Product};
+use super::view::View;
+use crate::model::ops::buffer::Buffer;
+use crate::model::ops::team;
 
-/// Columns of a panel of B.
-pub const NR: usize = 32;
-/// Rows that a kernel may read past the last one of A, so that tiles need no edge case.
-pub(crate) const ROW_PADDING: usize = 16;
 /// Units of depth in a block of B: a panel of them fits the L2 cache.
 const BLOCK_DEPTH: usize = 1024;
 /// Units of B that a task packs before A passes them: all of its part, mostly.
@@ -52,60 +35,6 @@ pub enum Threads {
     All,
 }
 
-/// Elements of a matrix.
-#[derive(Clone, Copy, Debug)]
-pub enum Elements<'a> {
-    /// 32-bit.
-    F32(&'a [f32]),
-    /// 16-bit, as bf16 models store their weights.
-    Bf16(&'a [bf16]),
-}
-
-impl Elements<'_> {
-    /// How many.
-    pub fn len(&self) -> usize {
-        match self {
-            Elements::F32(v) => v.len(),
-            Elements::Bf16(v) => v.len(),
-        }
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
-
-/// A read-only strided view of an `m × n` matrix; one of the strides is 1.
-#[derive(Clone, Copy, Debug)]
-pub struct View<'a> {
-    pub(crate) elements: Elements<'a>,
-    pub(crate) row_stride: usize,
-    pub(crate) col_stride: usize,
-}
-
-impl<'a> View<'a> {
-    /// f32, row-major, with rows `stride` apart.
-    pub fn f32(values: &'a [f32], stride: usize) -> Self {
-        View { elements: Elements::F32(values), row_stride: stride, col_stride: 1 }
-    }
-
-    /// Row-major with rows `stride` apart.
-    pub fn of(elements: Elements<'a>, stride: usize) -> Self {
-        View { elements, row_stride: stride, col_stride: 1 }
-    }
-
-    /// The transpose, without a copy.
-    pub fn t(self) -> Self {
-        View { elements: self.elements, row_stride: self.col_stride, col_stride: self.row_stride }
-    }
-
-    /// Whether every element of an `m × n` matrix is inside.
-    pub(crate) fn covers(&self, rows: usize, cols: usize) -> bool {
-        rows == 0 || cols == 0 || (rows - 1) * self.row_stride + (cols - 1) * self.col_stride < self.elements.len()
-    }
-}
-
 /// One A·B of a sum of products.
 #[derive(Clone, Copy)]
 pub struct Term<'a> {
@@ -116,14 +45,14 @@ pub struct Term<'a> {
 }
 
 /// A piece of a term whose depth fits a block.
-struct Piece<'a> {
+pub(super) struct Piece<'a> {
     term: Term<'a>,
     /// Where it starts in k, in elements.
     start: usize,
     /// Elements of k.
     k: usize,
     /// Padded units of k.
-    depth: usize,
+    pub(super) depth: usize,
 }
 
 /// `c = keep·c + Σ A·B` with `c` row-major `[m, n]`, rows `stride` apart; `keep` adds to what is there.
@@ -153,7 +82,7 @@ pub fn matmul(m: usize, n: usize, terms: &[Term], c: &mut [f32], stride: usize, 
 }
 
 /// Cuts the sum over all terms into blocks of at most `most` units.
-fn blocks<'a>(kernel: Kernel, terms: &[Term<'a>], most: usize) -> Vec<Vec<Piece<'a>>> {
+pub(super) fn blocks<'a>(kernel: Kernel, terms: &[Term<'a>], most: usize) -> Vec<Vec<Piece<'a>>> {
     let mut blocks: Vec<Vec<Piece>> = Vec::new();
     let mut room = 0;
     for term in terms {
@@ -224,7 +153,7 @@ impl BlockTask<'_> {
 }
 
 /// Packs panel number `panel` of B `[.., n]`, the pieces one after the other.
-fn pack_pieces(kernel: Kernel, pieces: &[Piece], n: usize, panel: usize, units: &mut [u32]) {
+pub(super) fn pack_pieces(kernel: Kernel, pieces: &[Piece], n: usize, panel: usize, units: &mut [u32]) {
     let column = panel * NR;
     let mut at = 0;
     for p in pieces {
@@ -238,7 +167,7 @@ fn pack_pieces(kernel: Kernel, pieces: &[Piece], n: usize, panel: usize, units: 
 ///
 /// # Safety
 /// `dst` is valid for the rows, `stride` apart, and nobody else touches them; the pieces' operands have the rows.
-unsafe fn multiply(
+pub(super) unsafe fn multiply(
     kernel: Kernel,
     pieces: &[Piece],
     rows: Range<usize>,
@@ -302,7 +231,7 @@ fn by_panels(task: &BlockTask, panels: Range<usize>) {
 /// Shares out the panels: a task packs a group of them, `units` each, for itself alone, and takes a few rows of A at a time through all of them, so that a
 /// packed panel stays near the core that packed it. Where all rows pass at once, each panel is multiplied as soon as it is packed. A task has `room`
 /// values for each row to work in.
-fn by_groups(
+pub(super) fn by_groups(
     kernel: Kernel,
     (m, panels): (usize, usize),
     (units, room): (usize, usize),

@@ -1,0 +1,39 @@
+//! How a command ends.
+
+use crate::rpc::client::{ClientError, Status};
+
+/// How a command ended; see the exit codes in `--help`.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// Exit code 1.
+    Failed(String),
+    /// Exit code 2.
+    Usage(String),
+    /// Exit code 3.
+    Unreachable(String),
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(e: anyhow::Error) -> Self {
+        Failure::Failed(format!("{e:#}"))
+    }
+}
+
+impl From<ClientError> for Failure {
+    fn from(e: ClientError) -> Self {
+        match &e {
+            ClientError::Unreachable { .. } => Failure::Unreachable(e.to_string()),
+            e if e.is_usage() => Failure::Usage(e.to_string()),
+            e => Failure::Failed(e.to_string()),
+        }
+    }
+}
+
+impl From<Status> for Failure {
+    fn from(s: Status) -> Self {
+        ClientError::from(s).into()
+    }
+}
+
+/// What a command returns.
+pub(super) type Outcome = Result<(), Failure>;

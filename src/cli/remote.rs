@@ -1,0 +1,19 @@
+//! The server that a command talks to.
+
+use std::time::Duration;
+
+use super::failure::Failure;
+use crate::rpc::client::{Client, Target};
+
+/// How long a client waits for a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Connects to a server.
+pub(super) async fn connect(target: &Target) -> Result<Client, Failure> {
+    Ok(Client::connect(target, CONNECT_TIMEOUT).await?)
+}
+
+/// A resource's full name: the collection's prefix may be left out.
+pub(super) fn full_name(collection: &str, name: &str) -> String {
+    if name.starts_with(&format!("{collection}/")) { name.to_owned() } else { format!("{collection}/{name}") }
+}

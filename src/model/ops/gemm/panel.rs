@@ -1,0 +1,23 @@
+//! A panel of B, and the rows of A that a kernel multiplies with it.
+
+/// Columns of a panel of B.
+pub const NR: usize = 32;
+/// Rows that a kernel may read past the last one of A, so that tiles need no edge case.
+pub(crate) const ROW_PADDING: usize = 16;
+
+/// Rows of A, from some point on, and the panel they are multiplied with.
+#[derive(Clone, Copy)]
+pub(crate) struct Product {
+    /// First unit of the first row.
+    pub a: *const u32,
+    /// Units between rows.
+    pub stride: usize,
+    /// `[depth][NR]`.
+    pub b: *const u32,
+    /// Units.
+    pub depth: usize,
+}
+
+impl Product {
+    pub const EMPTY: Product = Product { a: std::ptr::null(), stride: 0, b: std::ptr::null(), depth: 0 };
+}
