@@ -6,6 +6,7 @@
 
 pub mod api;
 mod memory;
+mod needs;
 mod queue;
 mod residents;
 mod run;
@@ -21,7 +22,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use self::api::{EngineError, EngineOptions, ModelInfo, RunEnd, RunEvent, ScoreItem, ScoredItem, TrainingRun, WeightsRef};
-use self::memory::{Extra, HostMemory, Needs, Room};
+use self::memory::{HostMemory, Room};
+use self::needs::{Extra, Needs};
 use self::queue::{Entry, Queue};
 use self::residents::Bases;
 use crate::domain::identity::ModelIdentity;
@@ -302,7 +304,7 @@ impl Engine {
 
     /// Bytes that a run needs besides the base models and its plan.
     fn extra(&self, model: &str, reference: Option<&WeightsRef>, spec: &TrainingSpec, lengths: Lengths) -> Result<Extra, EngineError> {
-        memory::extra(&self.shared.bases, model, reference, spec, lengths, self.memory_kind())
+        needs::extra(&self.shared.bases, model, reference, spec, lengths, self.memory_kind())
     }
 
     fn memory_kind(&self) -> Memory {

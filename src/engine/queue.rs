@@ -9,7 +9,8 @@ use opentelemetry::Context;
 use tokio::sync::oneshot;
 
 use super::api::{Command, EngineError, RunEvent, ScoreItem, ScoredItem, TrainingRun, WeightsRef};
-use super::memory::{HostMemory, Needs};
+use super::memory::HostMemory;
+use super::needs::Needs;
 
 /// Runs that may wait behind the running one.
 const MAX_WAITING_RUNS: usize = 16;

@@ -20,7 +20,7 @@ use crate::train::trainable::TrainablePolicy;
 use crate::train::trainer::{TrainError, Trainer, TrainerInput};
 
 /// Prepares `run`; its events and control stay with the caller. `memory` is what its plan may need; copies of weights do not count towards it (see
-/// [`super::memory::extra`]). `helpers` are the devices that share the rows with the worker's own.
+/// [`super::needs::extra`]). `helpers` are the devices that share the rows with the worker's own.
 pub(super) fn prepare(
     run: &mut TrainingRun,
     bases: &Bases,

@@ -8,7 +8,8 @@ use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::TrySendError;
 
 use super::api::{Command, EngineError, EngineOptions, Report, RunEnd, RunEvent, TrainingRun};
-use super::memory::{Needs, Room};
+use super::memory::Room;
+use super::needs::Needs;
 use super::queue::{Queue, Seeker, Work};
 use super::residents::Bases;
 use super::run;
