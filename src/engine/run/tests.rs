@@ -29,8 +29,9 @@ fn run() -> TrainingRun {
 fn a_moving_reference_starts_from_unrounded_weights_on_every_server() {
     let identity = |stored: Precision| {
         let bases = bases(stored);
-        let mut exact = ExactWeights { bases: &bases, models: HashMap::new() };
-        let moving = reference(&run(), &mut exact, &mut Residents::new(1), Precision::F32, &Arc::default());
+        let exact = ExactWeights { bases: &bases, read: read_exact(&models_to_read(&run(), &bases), &bases, &Default::default()).unwrap() };
+        assert_eq!(exact.read.len(), usize::from(stored == Precision::Bf16), "read where the ones in memory are rounded");
+        let moving = reference(&run(), &exact, &mut Residents::new(1), Precision::F32, &Arc::default());
         moving.unwrap().weights().unwrap().1.to_owned()
     };
     assert_eq!(identity(Precision::F32), identity(Precision::Bf16));
