@@ -464,7 +464,8 @@ fn code_of(reason: &str) -> Code {
         | "ARTIFACT_DAMAGED"
         | "CHECKPOINT_FORMAT"
         | "DATASET_CHANGED"
-        | "MODEL_CHANGED" => Code::FailedPrecondition,
+        | "MODEL_CHANGED"
+        | "MODEL_FILES_CHANGED" => Code::FailedPrecondition,
         "NOT_FOUND" => Code::NotFound,
         "WORKER_LOST" => Code::Aborted,
         _ => Code::Internal,
