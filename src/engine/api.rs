@@ -84,6 +84,11 @@ pub enum WeightsRef {
         /// The job's id.
         job: String,
     },
+    /// The moving reference (TR-DPO) of a running job as it is now; only of the same job's `Live`.
+    LiveReference {
+        /// The job's id.
+        job: String,
+    },
 }
 
 impl WeightsRef {
@@ -94,7 +99,7 @@ impl WeightsRef {
             | WeightsRef::Adapter { model, .. }
             | WeightsRef::Full { model, .. }
             | WeightsRef::StoredReference { model, .. } => Some(model),
-            WeightsRef::Live { .. } => None,
+            WeightsRef::Live { .. } | WeightsRef::LiveReference { .. } => None,
         }
     }
 }
@@ -317,6 +322,10 @@ pub enum EngineError {
     /// Loading failed: the files or their shapes are at fault.
     #[error("{0}")]
     Weights(String),
+    /// A base model's weights cannot be read again as they were loaded: its files are gone or were
+    /// changed.
+    #[error("{0}")]
+    FilesChanged(String),
     /// The device had too little free memory for a work unit; the worker goes on.
     #[error("{0}: retry later, or send shorter rows")]
     DeviceFull(String),

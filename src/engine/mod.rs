@@ -336,13 +336,14 @@ impl Engine {
     /// model's are taken as its files have them; each number is rounded to `dtype` once. Blocks.
     ///
     /// # Errors
-    /// `Weights` when a file cannot be read, or when a base model whose weights in memory are rounded has files that are gone or were changed.
+    /// `Weights` when a file cannot be read, and `FilesChanged` when a base model whose weights in memory are rounded has files that are gone or
+    /// were changed.
     pub fn export_merged(&self, weights: &WeightsRef, dtype: ElementType, out: &Path) -> Result<(), EngineError> {
         let layout = Layout { dtype, shard_bytes: export::SHARD_BYTES };
         let (model, adapter) = match weights {
             WeightsRef::Base { model } | WeightsRef::Full { model, .. } | WeightsRef::StoredReference { model, .. } => (model, None),
             WeightsRef::Adapter { model, dir, .. } => (model, Some(dir)),
-            WeightsRef::Live { job } => return Err(EngineError::NotResident(job.clone())),
+            WeightsRef::Live { job } | WeightsRef::LiveReference { job } => return Err(EngineError::NotResident(job.clone())),
         };
         let bases = &self.shared.bases;
         let base = bases.get(model)?;
@@ -351,8 +352,7 @@ impl Engine {
         let source = match weights {
             WeightsRef::Full { dir, .. } => Some(Weights::open_safetensors(&dir.join(export::WEIGHTS_FILE)).map_err(unusable)?),
             WeightsRef::StoredReference { dir, .. } => Some(Weights::open_safetensors(&dir.join(REFERENCE_FILE)).map_err(unusable)?),
-            _ if base.is_exact => None,
-            _ => Some(bases.reopen(model)?),
+            _ => bases.reopen(model)?,
         };
         let written = match &source {
             Some(files) => {
@@ -361,7 +361,8 @@ impl Engine {
             }
             None => export::save_merged(out, config, adapter.as_ref(), layout, &base.policy.parameters.reader()),
         };
-        written.map_err(unusable)?;
+        // Of all files only a base model's are checked against what was loaded.
+        written.map_err(|e| bases.unreadable(model, &e))?;
         export::save_companions(out, config, &base.tokenizer, |_| true).map_err(unusable)
     }
 

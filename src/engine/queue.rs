@@ -349,7 +349,7 @@ fn has_most_room(workers: &[WorkerState], me: usize, minimum: u64) -> bool {
 /// caller hears of that.
 fn may_take(workers: &[WorkerState], entry: &Entry, job: Option<&str>) -> bool {
     let of_run = [Some(&entry.policy), entry.reference.as_ref()].into_iter().flatten().find_map(|w| match w {
-        WeightsRef::Live { job } => Some(job.as_str()),
+        WeightsRef::Live { job } | WeightsRef::LiveReference { job } => Some(job.as_str()),
         _ => None,
     });
     of_run.is_none_or(|live| job == Some(live) || workers.iter().all(|w| w.job.as_deref() != Some(live)))
@@ -604,6 +604,11 @@ mod tests {
         queue.push(base).unwrap();
         let Work::Score(first) = queue.next(trains(0, "a"), true, 100) else { panic!("the base can be scored anywhere") };
         assert_eq!(first.iter().map(|e| e.item.tokens()).collect::<Vec<_>>(), [3]);
+        assert_eq!(queue.take("b", 100).len(), 1);
+        // Its moving reference is there, too, whatever is compared with it.
+        let (entry, _waits) = entry(2);
+        queue.push(Entry { reference: Some(WeightsRef::LiveReference { job: "b".into() }), ..entry }).unwrap();
+        assert!(queue.take("a", 100).is_empty());
         assert_eq!(queue.take("b", 100).len(), 1);
         let (of_none, _none) = live("c");
         queue.push(of_none).unwrap();

@@ -4,12 +4,13 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::api::{EngineError, ModelInfo, WeightsRef};
+use super::api::{Command, EngineError, ModelInfo, RunControl, WeightsRef};
 use super::memory::Room;
 use crate::domain::training::{Precision, TrainingSpec};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Policy;
 use crate::model::device::ComputeDevice;
+use crate::model::error::ModelError;
 use crate::model::export;
 use crate::model::loader::LoadedModel;
 use crate::model::parameters::Parameters;
@@ -28,8 +29,8 @@ pub(super) struct Base {
     pub info: ModelInfo,
     pub policy: Policy,
     pub tokenizer: Arc<ChatTokenizer>,
-    /// Where its weights were read.
-    files: WeightFiles,
+    /// Where its weights are read as the files have them; `None` where the ones in memory are these.
+    files: Option<WeightFiles>,
     /// What most of its numbers are stored in.
     pub element_type: ElementType,
     /// Whether the weights in memory are those of the files, not rounded.
@@ -57,11 +58,14 @@ impl Bases {
     /// Loads every model's weights; `devices` names all that will have them.
     pub fn load(models: Vec<LoadedModel>, device: ComputeDevice, devices: &str, precision: Precision) -> Result<Self, EngineError> {
         let (mut bases, mut order) = (HashMap::new(), Vec::new());
-        for model in models {
+        for mut model in models {
+            let is_exact = model.weights.is_exact_in(precision);
+            if !is_exact {
+                model.weights.record_digests();
+            }
             let parameters = Parameters::load(&model.config, &model.weights, precision).map_err(|e| EngineError::Weights(e.to_string()))?;
             let info = describe(&model, devices);
-            let (files, element_type) = (model.weights.files(), model.weights.element_type());
-            let is_exact = model.weights.is_exact_in(precision);
+            let (files, element_type) = ((!is_exact).then(|| model.weights.files()), model.weights.element_type());
             order.push(model.id.clone());
             let policy = Policy {
                 config: Arc::new(model.config),
@@ -133,7 +137,7 @@ impl Bases {
             }
             WeightsRef::Full { model, dir, .. } => self.open_full(model, &dir.join(export::WEIGHTS_FILE)),
             WeightsRef::StoredReference { model, dir, .. } => self.open_full(model, &dir.join(REFERENCE_FILE)),
-            WeightsRef::Live { job } => Err(EngineError::NotResident(job.clone())),
+            WeightsRef::Live { job } | WeightsRef::LiveReference { job } => Err(EngineError::NotResident(job.clone())),
         }
     }
 
@@ -144,34 +148,43 @@ impl Bases {
         Ok(Policy { parameters: Arc::new(parameters), adapter: None, ..base.clone() })
     }
 
-    /// Opens a base model's files again.
+    /// Opens the files of a base model whose weights in memory are rounded; `None` where they are
+    /// not. Every tensor that is read is checked, see [`WeightFiles`].
     ///
     /// # Errors
-    /// When they are gone, or are not the ones any more that were loaded.
-    pub fn reopen(&self, model: &str) -> Result<Weights, EngineError> {
-        let base = self.get(model)?;
-        base.files.open(&base.policy.config).map_err(|e| {
-            tracing::error!(model, error = %e, "the weights in their own precision cannot be read");
-            EngineError::Weights(format!(
-                "models/{model}: this needs the weights as their files have them, because the server computes in {} and the files are more \
-                 precise, but they cannot be read: {}; put the files back, restart the server with the model, or serve it in f32",
-                self.precision.name(),
-                e.for_clients()
-            ))
-        })
+    /// `FilesChanged` when the files are gone.
+    pub fn reopen(&self, model: &str) -> Result<Option<Weights>, EngineError> {
+        let files = self.get(model)?.files.as_ref();
+        files.map(WeightFiles::open).transpose().map_err(|e| self.unreadable(model, &e))
     }
 
-    /// Loads a base model's weights as its files have them: those in memory, or in f32 from the files
-    /// if the ones in memory are rounded.
-    pub fn exact(&self, model: &str) -> Result<Policy, EngineError> {
-        let base = self.get(model)?;
-        if base.is_exact {
-            return Ok(base.policy.clone());
-        }
-        let weights = self.reopen(model)?;
-        let config = &base.policy.config;
-        let parameters = Parameters::load(config, &weights, Precision::F32).map_err(|e| EngineError::unusable(&e))?;
-        Ok(Policy { parameters: Arc::new(parameters), ..base.policy.clone() })
+    /// Says why a base model's files cannot be read again.
+    pub fn unreadable(&self, model: &str, e: &ModelError) -> EngineError {
+        let ModelError::Changed { .. } = e else { return EngineError::unusable(e) };
+        tracing::error!(model, error = %e, "the weights in their own precision cannot be read");
+        EngineError::FilesChanged(format!(
+            "models/{model}: this needs the weights as their files have them, because the server computes in {} and the files are more \
+             precise, but {}; put the files back, restart the server with the model, or serve it in f32",
+            self.precision.name(),
+            e.for_clients()
+        ))
+    }
+
+    /// Reads a base model's weights in f32 as its files have them; `None` where those in memory are
+    /// not rounded. Blocks, and runs on the calling thread alone: scoring goes on with the others.
+    ///
+    /// # Errors
+    /// `FilesChanged` when the files are gone or hold something else than what was loaded, and
+    /// `Draining` as soon as `control` says that the run is not wanted.
+    pub fn exact(&self, model: &str, control: &RunControl) -> Result<Option<Parameters>, EngineError> {
+        let Some(files) = self.reopen(model)? else { return Ok(None) };
+        let read = |name: &str, shape: &[usize]| {
+            if control.command() != Command::Run {
+                return Err(EngineError::Draining);
+            }
+            files.load(name, shape, Precision::F32).map_err(|e| self.unreadable(model, &e))
+        };
+        Parameters::build(&self.get(model)?.policy.config, read).map(Some)
     }
 
     /// Bytes of full weights besides the base models'; `None` for others, whose size is known when they are loaded.
@@ -180,7 +193,7 @@ impl Bases {
             WeightsRef::Full { model, .. } | WeightsRef::StoredReference { model, .. } => {
                 Ok(Some(self.get(model)?.info.parameters * weight_bytes(self.precision)))
             }
-            WeightsRef::Base { .. } | WeightsRef::Adapter { .. } | WeightsRef::Live { .. } => Ok(None),
+            WeightsRef::Base { .. } | WeightsRef::Adapter { .. } | WeightsRef::Live { .. } | WeightsRef::LiveReference { .. } => Ok(None),
         }
     }
 
@@ -197,7 +210,7 @@ impl Bases {
             WeightsRef::Adapter { model, content, .. } => format!("{}+{content}", base(model)?),
             WeightsRef::Full { model, content, .. } => format!("{}={content}", base(model)?),
             WeightsRef::StoredReference { model, content, .. } => format!("{}~{content}", base(model)?),
-            WeightsRef::Live { job } => return Err(EngineError::NotResident(job.clone())),
+            WeightsRef::Live { job } | WeightsRef::LiveReference { job } => return Err(EngineError::NotResident(job.clone())),
         })
     }
 }
@@ -379,7 +392,7 @@ impl Residents {
             WeightsRef::Adapter { dir, .. } | WeightsRef::Full { dir, .. } | WeightsRef::StoredReference { dir, .. } => {
                 !dir.starts_with(gone)
             }
-            WeightsRef::Base { .. } | WeightsRef::Live { .. } => true,
+            WeightsRef::Base { .. } | WeightsRef::Live { .. } | WeightsRef::LiveReference { .. } => true,
         });
     }
 

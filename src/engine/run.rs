@@ -6,38 +6,79 @@ use std::sync::Arc;
 
 use candle_core::DType;
 
-use super::api::{EngineError, TrainingRun, WeightsRef};
+use super::api::{EngineError, RunControl, TrainingRun, WeightsRef};
 use super::residents::{Bases, Residents, load_full, wants_exact};
-use crate::domain::training::{Method, Precision};
+use crate::domain::training::{Method, Precision, TrainingSpec};
 use crate::model::adapter::Adapter;
 use crate::model::decoder::Policy;
 use crate::model::device::ComputeDevice;
 use crate::model::error::ModelError;
+use crate::model::parameters::Parameters;
 use crate::model::{export, peft};
 use crate::train::checkpoint::REFERENCE_FILE;
 use crate::train::reference::Reference;
 use crate::train::trainable::TrainablePolicy;
 use crate::train::trainer::{TrainError, Trainer, TrainerInput};
 
-/// Prepares `run`; its events and control stay with the caller. `memory` is what its plan may need; copies of weights do not count towards it (see
+/// Base weights in f32 that are not rounded, by model id.
+pub(super) type ExactBases = HashMap<String, Arc<Parameters>>;
+
+/// Returns the base models whose weights a run needs unrounded and that the server has in memory
+/// only rounded.
+pub(super) fn models_to_read(run: &TrainingRun, bases: &Bases) -> Vec<String> {
+    let start = starts_exact(&run.spec, bases.precision()).then_some(&run.start);
+    let reference = run.reference.as_ref().filter(|_| wants_exact(&run.spec, bases.precision()));
+    let mut models = Vec::new();
+    for weights in [start, reference].into_iter().flatten() {
+        let (WeightsRef::Base { model } | WeightsRef::Adapter { model, .. }) = weights else { continue };
+        if !models.contains(model) && bases.get(model).is_ok_and(|base| !base.is_exact) {
+            models.push(model.clone());
+        }
+    }
+    models
+}
+
+/// Reads the models of [`models_to_read`] again. Blocks: the worker has it done by another thread,
+/// so that the device goes on scoring.
+///
+/// # Errors
+/// Those of [`Bases::exact`].
+pub(super) fn read_exact(models: &[String], bases: &Bases, control: &RunControl) -> Result<ExactBases, EngineError> {
+    let mut exact = ExactBases::new();
+    for model in models {
+        if let Some(parameters) = bases.exact(model, control)? {
+            exact.insert(model.clone(), Arc::new(parameters));
+        }
+    }
+    Ok(exact)
+}
+
+/// Returns true if the policy must not start from rounded weights: masters are f32, whatever the
+/// server keeps frozen weights in and the passes compute in.
+fn starts_exact(spec: &TrainingSpec, server: Precision) -> bool {
+    spec.method == Method::Full || wants_exact(spec, server)
+}
+
+/// Prepares `run`; its events and control stay with the caller. `read` is what [`read_exact`] read
+/// for it. `memory` is what its plan may need; copies of weights do not count towards it (see
 /// [`super::needs::extra`]). `helpers` are the devices that share the rows with the worker's own.
 pub(super) fn prepare(
     run: &mut TrainingRun,
     bases: &Bases,
+    read: ExactBases,
     residents: &mut Residents,
     memory: u64,
     helpers: &Arc<[ComputeDevice]>,
 ) -> Result<Trainer, EngineError> {
     let base = bases.get(&run.model)?;
     let precision = run.spec.precision.unwrap_or(bases.precision());
-    let mut exact = ExactWeights { bases, models: HashMap::new() };
-    // Masters are f32, whatever the server keeps frozen weights in and the passes compute in.
-    let start = match run.spec.method == Method::Full || wants_exact(&run.spec, bases.precision()) {
+    let exact = ExactWeights { bases, read };
+    let start = match starts_exact(&run.spec, bases.precision()) {
         true => exact.open(&run.start)?,
         false => bases.open(&run.start)?,
     };
     let policy = trainable(run, &Policy { helpers: helpers.clone(), ..start }, precision)?;
-    let reference = reference(run, &mut exact, residents, precision, helpers)?;
+    let reference = reference(run, &exact, residents, precision, helpers)?;
     let input = TrainerInput {
         spec: run.spec.clone(),
         policy,
@@ -65,23 +106,24 @@ pub(super) fn prepare(
     })
 }
 
-/// Weights for a run that are not rounded; each base model is read at most once.
+/// Weights for a run that are not rounded.
 struct ExactWeights<'a> {
     bases: &'a Bases,
-    models: HashMap<String, Policy>,
+    /// What [`read_exact`] read for it.
+    read: ExactBases,
 }
 
 impl ExactWeights<'_> {
-    fn base(&mut self, model: &str) -> Result<Policy, EngineError> {
-        if let Some(base) = self.models.get(model) {
-            return Ok(base.clone());
+    fn base(&self, model: &str) -> Result<Policy, EngineError> {
+        let base = self.bases.get(model)?;
+        match self.read.get(model) {
+            Some(parameters) => Ok(Policy { parameters: parameters.clone(), ..base.policy.clone() }),
+            None if base.is_exact => Ok(base.policy.clone()),
+            None => Err(EngineError::Device(format!("the unrounded weights of models/{model} were not read before the run began"))),
         }
-        let base = self.bases.exact(model)?;
-        self.models.insert(model.to_owned(), base.clone());
-        Ok(base)
     }
 
-    fn open(&mut self, weights: &WeightsRef) -> Result<Policy, EngineError> {
+    fn open(&self, weights: &WeightsRef) -> Result<Policy, EngineError> {
         match weights {
             WeightsRef::Base { model } => self.base(model),
             WeightsRef::Adapter { model, dir, .. } => {
@@ -91,7 +133,7 @@ impl ExactWeights<'_> {
             }
             WeightsRef::Full { model, dir, .. } => self.open_full(model, &dir.join(export::WEIGHTS_FILE)),
             WeightsRef::StoredReference { model, dir, .. } => self.open_full(model, &dir.join(REFERENCE_FILE)),
-            WeightsRef::Live { job } => Err(EngineError::NotResident(job.clone())),
+            WeightsRef::Live { job } | WeightsRef::LiveReference { job } => Err(EngineError::NotResident(job.clone())),
         }
     }
 
@@ -129,7 +171,7 @@ fn trainable(run: &TrainingRun, start: &Policy, precision: Precision) -> Result<
 
 fn reference(
     run: &TrainingRun,
-    exact: &mut ExactWeights,
+    exact: &ExactWeights,
     residents: &mut Residents,
     precision: Precision,
     helpers: &Arc<[ComputeDevice]>,

@@ -28,13 +28,15 @@ type Scored = Result<Logps, EngineError>;
 pub(super) struct Live {
     pub job: String,
     pub policy: Policy,
-    /// Its frozen reference, as the run has it: a run in f32 on a bf16 server has weights that are not rounded.
+    /// Its reference, as the run has it: a run in f32 on a bf16 server has weights that are not rounded.
     pub reference: Option<LiveReference>,
+    /// Optimizer steps that the policy has taken, and after which the reference was moved last.
     pub step: u64,
 }
 
-/// The frozen reference of the run in progress.
+/// The reference of the run in progress; one that moves (TR-DPO) as it is at the policy's step.
 pub(super) struct LiveReference {
+    /// The name that entries have for it.
     pub weights: WeightsRef,
     pub policy: Policy,
     /// Names the weights in the cache of log-probs.

@@ -1,18 +1,18 @@
 //! The device worker: one OS thread that owns a device and runs units of work. A training unit lets scoring in between any two decoder blocks.
 
-use std::cell::RefCell;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::TrySendError;
 
-use super::api::{Command, EngineError, EngineOptions, Report, RunEnd, RunEvent, TrainingRun};
+use super::api::{Command, EngineError, EngineOptions, Report, RunControl, RunEnd, RunEvent, TrainingRun, WeightsRef};
 use super::memory::Room;
 use super::needs::Needs;
 use super::queue::{Queue, Seeker, Work};
 use super::residents::Bases;
-use super::run;
+use super::run::{self, ExactBases};
 use super::scoring::{Live, LiveReference, Scoring};
 use crate::domain::job::JobError;
 use crate::model::decoder::Policy;
@@ -28,6 +28,9 @@ const FULL: Duration = Duration::from_millis(2);
 /// The wait before a checkpoint that could not be written is tried again.
 const SAVE_RETRY: Duration = Duration::from_millis(500);
 
+/// How often a worker looks whether the weights of its run have been read; it scores between.
+const READING: Duration = Duration::from_millis(2);
+
 /// What the thread owns.
 pub(super) struct Worker {
     index: usize,
@@ -37,6 +40,7 @@ pub(super) struct Worker {
     bases: Arc<Bases>,
     scoring: Scoring,
     cache: Arc<ReferenceCache>,
+    starting: Option<Starting>,
     active: Option<Active>,
     training: Option<Training>,
 }
@@ -49,6 +53,18 @@ pub(super) struct Training {
     pub helpers: Arc<[ComputeDevice]>,
 }
 
+/// A run whose unrounded base weights are being read by a thread of its own.
+///
+/// Reading, hashing and converting a model's files takes from seconds to minutes, for which scoring
+/// must not wait. It begins when the run has its device: a run that waits in the queue takes no
+/// memory.
+struct Starting {
+    run: TrainingRun,
+    needs: Needs,
+    /// The weights, or the message of a panic.
+    reading: JoinHandle<Result<Result<ExactBases, EngineError>, String>>,
+}
+
 /// The run on the device.
 struct Active {
     run: TrainingRun,
@@ -56,15 +72,20 @@ struct Active {
 }
 
 impl Active {
-    /// Its weights as they are now.
+    /// Its policy and its reference as they are now. They are of one step until the trainer takes
+    /// the next: the policy's tensors change in place, a moving reference is replaced.
     fn live(&self) -> Live {
-        let reference =
-            self.run.reference.as_ref().zip(self.trainer.frozen_reference()).map(|(weights, (policy, identity))| LiveReference {
-                weights: weights.clone(),
-                policy: Policy { helpers: Arc::default(), ..policy.clone() },
-                identity: identity.to_owned(),
-            });
-        Live { job: self.run.job.clone(), policy: self.trainer.live_policy(), reference, step: self.trainer.step() }
+        let job = self.run.job.clone();
+        let weights = match self.trainer.moves_reference() {
+            true => Some(WeightsRef::LiveReference { job: job.clone() }),
+            false => self.run.reference.clone(),
+        };
+        let reference = weights.zip(self.trainer.reference()).map(|(weights, (policy, identity))| LiveReference {
+            weights,
+            policy: Policy { helpers: Arc::default(), ..policy.clone() },
+            identity: identity.to_owned(),
+        });
+        Live { job, policy: self.trainer.live_policy(), reference, step: self.trainer.step() }
     }
 }
 
@@ -80,7 +101,7 @@ impl Worker {
         training: Option<Training>,
     ) -> Self {
         let scoring = Scoring::new(index, queue.clone(), bases.clone(), options);
-        Worker { index, label, queue, bases, scoring, cache, active: None, training }
+        Worker { index, label, queue, bases, scoring, cache, starting: None, active: None, training }
     }
 
     /// Limits the bytes of adapters and full weights that it keeps resident.
@@ -94,13 +115,15 @@ impl Worker {
             self.leave_if_lost();
             let free = self.note_memory();
             self.scoring.forget_evicted();
-            let job = self.active.as_ref().map(|a| a.run.job.as_str());
+            let run = self.active.as_ref().map(|a| &a.run).or(self.starting.as_ref().map(|s| &s.run));
+            let job = run.map(|run| run.job.as_str());
             let training = self.training.as_ref();
             let (room, limit) = (training.map(|t| free.unwrap_or(t.memory)), training.map_or(0, |t| t.memory));
             let seeker = Seeker { worker: self.index, job, room, limit };
-            let may_score = job.is_none() || self.scoring.has_its_turn();
+            let may_score = self.active.is_none() || self.scoring.has_its_turn();
             match self.queue.next(seeker, may_score, self.scoring.batch_tokens) {
                 Work::Score(batch) => self.scoring.score_batch(batch, &self.cache, self.active.as_ref().map(Active::live).as_ref()),
+                Work::Train if self.starting.is_some() => self.go_on_starting(),
                 Work::Train => self.train_unit(),
                 Work::Begin(run, needs) => self.begin(*run, needs),
                 Work::Forget => {}
@@ -140,19 +163,26 @@ impl Worker {
         let events = active.run.events.clone();
         let (cache, trainer) = (&self.cache, &mut active.trainer);
         let was_shortened = trainer.is_shortened();
-        self.scoring.lend();
-        let scoring = RefCell::new(&mut self.scoring);
+        let scoring = &mut self.scoring;
+        let mut reports: Vec<Report> = Vec::new();
+        scoring.lend();
         let status = guarded(|| {
-            let mut pause = || scoring.borrow_mut().interlude(cache, &live);
-            let mut emit = |event| offer(&events, event, || scoring.borrow_mut().interlude(cache, &live));
+            let mut pause = || scoring.interlude(cache, &live);
+            let mut emit = |event: RunEvent| reports.push(event.into());
             trainer.advance(&mut Host { cache, pause: &mut pause, emit: &mut emit })
         });
+        drop(live);
+        if status.is_ok() {
+            // The unit's last act may have been an update: scored is what the policy and its reference are now.
+            let live = active.live();
+            for report in reports {
+                offer(&events, report, || scoring.interlude(cache, &live));
+            }
+        }
         let spent = start.elapsed().saturating_sub(self.scoring.take_back());
         metrics::histogram!("bradley_training_unit_seconds", "device" => self.label.clone()).record(spent.as_secs_f64());
-        let ran_out_of_memory = trainer.is_shortened() && !was_shortened;
+        let ran_out_of_memory = active.trainer.is_shortened() && !was_shortened;
         self.leave_if_lost();
-        // The run's weights must not outlive it here.
-        drop(live);
         if ran_out_of_memory {
             // The run repeats the step in shorter rows, and has the memory of weights that nothing uses.
             self.scoring.free_memory();
@@ -165,28 +195,61 @@ impl Worker {
         }
     }
 
-    fn begin(&mut self, mut run: TrainingRun, needs: Needs) {
-        let end = match run.control.command() {
-            Command::Cancel => Some(RunEnd::Cancelled),
-            Command::Drain => Some(RunEnd::Drained),
-            Command::Run => None,
+    /// Begins a run: at once, or when the base weights have been read that it needs unrounded.
+    fn begin(&mut self, run: TrainingRun, needs: Needs) {
+        self.scoring.residents.reserve_for_run(needs.minimum);
+        self.queue.have_all_fit();
+        let models = run::models_to_read(&run, &self.bases);
+        if models.is_empty() || stopped(&run.control).is_some() {
+            return self.start(run, needs, ExactBases::new());
+        }
+        let (bases, control) = (self.bases.clone(), run.control.clone());
+        let reading =
+            std::thread::Builder::new().name("read-weights".into()).spawn(move || guarded(|| run::read_exact(&models, &bases, &control)));
+        match reading {
+            Ok(reading) => self.starting = Some(Starting { run, needs, reading }),
+            Err(e) => self.end_before_start(&run, RunEnd::Failed(internal(format!("no thread can be started: {e}")))),
+        }
+    }
+
+    /// Starts the run whose weights are being read, if they have been read, or ends it.
+    fn go_on_starting(&mut self) {
+        let Some(Starting { run, needs, reading }) = self.starting.take() else { return };
+        if let Some(end) = stopped(&run.control) {
+            // The thread sees it, too, and stops at its next tensor.
+            return self.end_before_start(&run, end);
+        }
+        if !reading.is_finished() {
+            self.starting = Some(Starting { run, needs, reading });
+            return std::thread::sleep(READING);
+        }
+        let end = match reading.join() {
+            Ok(Ok(Ok(read))) => return self.start(run, needs, read),
+            Ok(Ok(Err(EngineError::FilesChanged(message)))) => RunEnd::NotBegun(JobError { reason: "MODEL_FILES_CHANGED".into(), message }),
+            Ok(Ok(Err(e))) => RunEnd::Failed(unavailable(&e)),
+            Ok(Err(panic)) => RunEnd::Failed(internal(panic)),
+            Err(_) => RunEnd::Failed(internal("the thread that reads weights ended without a word".into())),
         };
+        self.end_before_start(&run, end);
+    }
+
+    /// Tells that a run has not started, and gives back what was reserved for it.
+    fn end_before_start(&mut self, run: &TrainingRun, end: RunEnd) {
+        self.scoring.residents.reserve_for_run(0);
+        send(run, RunEvent::Ended(end));
+    }
+
+    fn start(&mut self, mut run: TrainingRun, needs: Needs, read: ExactBases) {
+        let end = stopped(&run.control);
         let (bases, residents) = (&self.bases, &mut self.scoring.residents);
         // The queue gives runs to workers that take them.
         let Some(Training { memory, helpers }) = &self.training else { return };
         let for_plan = memory.saturating_sub(needs.extra);
         let prepared = match end {
             Some(end) => Err(end),
-            None => match guarded(|| {
-                residents.reserve_for_run(needs.minimum);
-                self.queue.have_all_fit();
-                run::prepare(&mut run, bases, residents, for_plan, helpers)
-            }) {
+            None => match guarded(|| run::prepare(&mut run, bases, read, residents, for_plan, helpers)) {
                 Ok(Ok(trainer)) => Ok(trainer),
-                Ok(Err(e @ (EngineError::OutOfMemory { .. } | EngineError::DeviceFull(_)))) => {
-                    Err(RunEnd::Failed(JobError { reason: "OUT_OF_MEMORY".into(), message: e.to_string() }))
-                }
-                Ok(Err(e)) => Err(RunEnd::Failed(JobError { reason: "WEIGHTS_UNAVAILABLE".into(), message: e.to_string() })),
+                Ok(Err(e)) => Err(RunEnd::Failed(unavailable(&e))),
                 Err(panic) => Err(RunEnd::Failed(internal(panic))),
             },
         };
@@ -199,10 +262,7 @@ impl Worker {
                 self.scoring.forget_debts();
                 self.active = Some(Active { run, trainer });
             }
-            Err(end) => {
-                self.scoring.residents.reserve_for_run(0);
-                send(&run, RunEvent::Ended(end));
-            }
+            Err(end) => self.end_before_start(&run, end),
         }
     }
 
@@ -248,8 +308,7 @@ fn send(run: &TrainingRun, event: RunEvent) {
 }
 
 /// Sends while scoring goes on: the store may be away for long.
-fn offer(events: &Sender<Report>, event: RunEvent, mut meanwhile: impl FnMut()) {
-    let mut report = Report::from(event);
+fn offer(events: &Sender<Report>, mut report: Report, mut meanwhile: impl FnMut()) {
     while let Err(TrySendError::Full(back)) = events.try_send(report) {
         report = back;
         meanwhile();
@@ -261,6 +320,23 @@ fn emitter(events: &Sender<Report>) -> impl FnMut(RunEvent) + '_ {
     |event| {
         let _ = events.blocking_send(event.into());
     }
+}
+
+/// How a run ends that was told to stop before it began.
+fn stopped(control: &RunControl) -> Option<RunEnd> {
+    match control.command() {
+        Command::Cancel => Some(RunEnd::Cancelled),
+        Command::Drain => Some(RunEnd::Drained),
+        Command::Run => None,
+    }
+}
+
+fn unavailable(e: &EngineError) -> JobError {
+    let reason = match e {
+        EngineError::OutOfMemory { .. } | EngineError::DeviceFull(_) => "OUT_OF_MEMORY",
+        _ => "WEIGHTS_UNAVAILABLE",
+    };
+    JobError { reason: reason.into(), message: e.to_string() }
 }
 
 fn internal(message: String) -> JobError {
@@ -278,3 +354,6 @@ pub(super) fn explain(e: &TrainError) -> JobError {
     tracing::warn!(error = %e, "the run failed");
     JobError { reason: reason.into(), message: e.for_clients() }
 }
+
+#[cfg(test)]
+mod tests;

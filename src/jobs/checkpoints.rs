@@ -75,7 +75,7 @@ impl Service {
     /// Writes a checkpoint as an adapter or merged; what was exported before is given again.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`NO_ADAPTER`, `MODEL_CHANGED`, `WEIGHTS_UNUSABLE`, …), and `InvalidArgument` for an element type of an adapter.
+    /// `FailedPrecondition` (`NO_ADAPTER`, `MODEL_CHANGED`, `MODEL_FILES_CHANGED`, `WEIGHTS_UNUSABLE`, …), and `InvalidArgument` for an element type of an adapter.
     pub async fn export_checkpoint(&self, caller: &Caller, job: &str, which: CheckpointRef, wanted: ExportRequest) -> Result<Export> {
         let job = self.own_job(caller, job).await?;
         let checkpoint = self.find_checkpoint(&job.id, which).await?;

@@ -183,6 +183,7 @@ impl From<EngineError> for ServiceError {
             EngineError::OutOfMemory { .. } | EngineError::NoRoom { .. } | EngineError::DeviceFull(_) => {
                 ServiceError::ResourceExhausted { reason: "OUT_OF_MEMORY", message }
             }
+            EngineError::FilesChanged(_) => ServiceError::FailedPrecondition { reason: "MODEL_FILES_CHANGED", message },
             EngineError::Weights(_) => ServiceError::FailedPrecondition { reason: "WEIGHTS_UNUSABLE", message },
             EngineError::Device(_) => ServiceError::Internal { message },
         }

@@ -289,7 +289,7 @@ impl Service {
     }
 
     /// What a policy is scored against when the request names nothing: its job's reference, or for a model the model itself. A job that moves its
-    /// reference (TR-DPO) stores it in its checkpoints; while it trains, that of the newest one is used.
+    /// reference (TR-DPO) stores it in its checkpoints; what a running job trains now is scored against the reference that the run has at that step.
     ///
     /// # Errors
     /// `FailedPrecondition` (`NO_REFERENCE`) when a checkpoint lacks the reference that it should hold.
@@ -298,28 +298,22 @@ impl Service {
         if job.request.spec.dpo.reference_sync.is_none() {
             return self.reference_weights(job).await;
         }
-        let stored = match &policy.weights {
-            WeightsRef::Live { .. } => match self.resolve_stored(job.clone(), policy.model.clone(), CheckpointRef::Latest).await {
-                Ok(stored) => stored,
-                // It has not been stored yet: the start is what there is.
-                Err(ServiceError::FailedPrecondition { reason: "NO_CHECKPOINT", .. }) => return self.reference_weights(job).await,
-                Err(e) => return Err(e),
-            },
-            _ => policy.clone(),
-        };
-        let WeightsRef::Full { model, dir, content } = stored.weights else {
-            return Err(ServiceError::internal(format!("{} moves its reference and is no full checkpoint", stored.version)));
+        let version = format!("{}/reference", policy.version);
+        if let WeightsRef::Live { job } = &policy.weights {
+            return Ok(Some(Resolved { weights: WeightsRef::LiveReference { job: job.clone() }, version, ..policy.clone() }));
+        }
+        let WeightsRef::Full { model, dir, content } = policy.weights.clone() else {
+            return Err(ServiceError::internal(format!("{} moves its reference and is no full checkpoint", policy.version)));
         };
         let file = dir.join(REFERENCE_FILE);
         if !blocking(move || file.is_file()).await? {
             let message = format!(
                 "{} does not hold its job's moved reference ({REFERENCE_FILE}): name a reference, e.g. models/{model}, or another checkpoint",
-                stored.version
+                policy.version
             );
             return Err(ServiceError::FailedPrecondition { reason: "NO_REFERENCE", message });
         }
-        let weights = WeightsRef::StoredReference { model, dir, content };
-        Ok(Some(Resolved { weights, version: format!("{}/reference", stored.version), ..stored }))
+        Ok(Some(Resolved { weights: WeightsRef::StoredReference { model, dir, content }, version, ..policy.clone() }))
     }
 
     /// How a job's rows are cut, for scoring with it.

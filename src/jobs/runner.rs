@@ -81,6 +81,15 @@ async fn carry_on(service: &Service, job: &Job, lease: Lease) {
         held.control.drain();
     }
     let end = match carry(service, job, &held).await {
+        Ok(RunEnd::NotBegun(e)) => {
+            tracing::warn!(
+                job = job.id,
+                reason = e.reason,
+                error = e.message,
+                "the job is put back in the queue: what it needs is not there"
+            );
+            Ok(End::Waits(e))
+        }
         Ok(end) => Ok(End::Run(end)),
         Err(ServiceError::Aborted { message, .. }) => Err(message),
         Err(e) if may_come(&e) => {
@@ -543,7 +552,7 @@ async fn finish(service: &Service, held: &Held, end: &End) -> Result<()> {
                 (JobState::Failed, e.message.clone())
             }
             _ if cancelling => (JobState::Cancelled, "cancelled by a client".to_owned()),
-            End::Waits(e) => {
+            End::Waits(e) | End::Run(RunEnd::NotBegun(e)) => {
                 job.error = Some(e.clone());
                 let to = if from == JobState::Pausing { JobState::Paused } else { JobState::Queued };
                 (to, format!("waits: {}", e.message))

@@ -29,8 +29,8 @@ const MAX_TEXT: usize = 16 << 20;
 const SAME_WEIGHTS: &str = "policy and reference are the same weights: every reward is 0 and every probability is 0.5; name another reference, or a \
                             trained checkpoint as the policy";
 
-const MOVING_REFERENCE: &str = "the job is training and moves its reference (TR-DPO): rewards are against the reference of its newest checkpoint, or its \
-                                start weights before the first; name a checkpoint to score it against the reference that it holds";
+const MOVING_REFERENCE: &str = "the job is training and moves its reference (TR-DPO): each pair's rewards are against the reference as it is at the step \
+                                that scores the pair; name a checkpoint to score it against the reference that it holds";
 
 /// What a request wants to score with.
 #[derive(Clone, Debug, PartialEq)]
@@ -370,7 +370,11 @@ impl ScoringSession {
             Err(EngineError::NotResident(_)) => {
                 let Some(job) = self.policy.job.clone() else { return Err(ServiceError::internal("a live policy without a job")) };
                 let stored = self.service.resolve_stored(job, self.policy.model.clone(), CheckpointRef::Latest).await?;
-                engine.score(&stored.weights, reference, item).await?
+                let stored_reference = match reference {
+                    Some(WeightsRef::LiveReference { .. }) => self.service.default_reference(&stored).await?.map(|r| r.weights),
+                    _ => None,
+                };
+                engine.score(&stored.weights, stored_reference.as_ref().or(reference), item).await?
             }
             other => other?,
         };

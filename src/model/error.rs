@@ -86,18 +86,13 @@ pub enum ModelError {
         /// What the template engine, or the template itself, says.
         reason: String,
     },
-    /// Weight files hold something else than when they were loaded.
-    #[error(
-        "{}: the files were changed after they had been loaded (their hash was {expected}, it is {found} now)",
-        path.display()
-    )]
+    /// A weight file holds something else than when it was loaded, or cannot be read any more.
+    #[error("{}: the file is no longer what was loaded from it: {reason}", path.display())]
     Changed {
-        /// The file or folder.
+        /// The file.
         path: PathBuf,
-        /// BLAKE3 of the contents when they were loaded.
-        expected: String,
-        /// BLAKE3 of the contents now.
-        found: String,
+        /// The tensor with its hash then and now, or the operating system's answer.
+        reason: String,
     },
     /// A value does not fit the element type that was asked for.
     #[error("tensor '{name}' has the value {value}, which {dtype} cannot hold: export it as f32 or bf16")]

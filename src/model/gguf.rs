@@ -21,8 +21,11 @@ pub(crate) struct Gguf {
     /// For reading tensors.
     pub file: File,
     metadata: BTreeMap<String, Metadata>,
-    tensors: BTreeMap<String, TensorEntry>,
+    tensors: TensorEntries,
 }
+
+/// The directory of a file: tensors by their GGUF names.
+pub(crate) type TensorEntries = BTreeMap<String, TensorEntry>;
 
 /// A tensor's place; checked to lie inside the file.
 #[derive(Clone, Debug)]
@@ -116,6 +119,17 @@ impl Gguf {
             }
         }
         Ok(Gguf { path: path.to_owned(), file, metadata, tensors })
+    }
+
+    /// Opens a file whose header was read before, without reading it again; it has no metadata then.
+    pub(crate) fn reopen(path: &Path, tensors: TensorEntries) -> Result<Self, ModelError> {
+        let file = File::open(path).map_err(ModelError::io(path))?;
+        Ok(Gguf { path: path.to_owned(), file, metadata: BTreeMap::new(), tensors })
+    }
+
+    /// The directory, for [`Gguf::reopen`].
+    pub(crate) fn entries(&self) -> TensorEntries {
+        self.tensors.clone()
     }
 
     /// Every tensor's GGUF name.

@@ -4,50 +4,77 @@ mod gguf;
 mod safetensors;
 mod stored;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use candle_core::{DType, Tensor};
 
+use self::gguf::GgufDirectory;
 pub(super) use self::gguf::GgufWeights;
-use self::safetensors::SafetensorsWeights;
+use self::safetensors::{SafetensorsDirectory, SafetensorsWeights};
 pub use self::stored::ElementType;
 use self::stored::StoredAs;
 use super::config::ModelConfig;
 use super::error::ModelError;
-use super::gguf::Gguf;
 use crate::domain::training::Precision;
 
-/// Where a model's weights were read, for reading them again after they have been closed.
+/// BLAKE3 of the tensors' bytes as they are stored, by the tensors' Hugging Face names.
+type Digests = HashMap<String, blake3::Hash>;
+
+/// Where a model's weights were read, for reading the same numbers again after the files have been
+/// closed.
+///
+/// Others may replace, cut off or overwrite the files at any time, also while they are read. So they
+/// are not mapped: the bytes of one tensor are read into memory, and the hash of these bytes must be
+/// that of the bytes that were loaded before. What is used is what was checked, and only what is
+/// used is read and hashed. Where a tensor lies, its shape and its element type are those of the
+/// first time; the headers are not read again.
 #[derive(Clone, Debug)]
 pub struct WeightFiles {
-    /// A GGUF file, or safetensors files in the order in which they were opened.
-    files: Vec<PathBuf>,
-    is_gguf: bool,
     path: PathBuf,
-    fingerprint: String,
+    directory: Directory,
+    digests: Arc<Digests>,
+}
+
+#[derive(Clone, Debug)]
+enum Directory {
+    Safetensors(SafetensorsDirectory),
+    Gguf(GgufDirectory),
 }
 
 impl WeightFiles {
-    /// Opens the files again.
+    /// Opens the files again. [`Weights::load`] then checks every tensor that it reads.
     ///
     /// # Errors
-    /// When one is gone or cannot be read, and [`ModelError::Changed`] when they hold something
-    /// else than before: the contents are hashed.
-    pub fn open(&self, config: &ModelConfig) -> Result<Weights, ModelError> {
-        let kind = match self.is_gguf {
-            true => Kind::Gguf(GgufWeights::new(Gguf::open(&self.path)?, config)),
-            false => Kind::Safetensors(SafetensorsWeights::open(&self.files)?),
+    /// [`ModelError::Changed`] when a file is gone or cannot be opened.
+    pub fn open(&self) -> Result<Weights, ModelError> {
+        let kind = match &self.directory {
+            Directory::Safetensors(d) => d.open().map(Kind::Safetensors),
+            Directory::Gguf(d) => d.open(&self.path).map(Kind::Gguf),
         };
-        let weights = Weights::new(kind, &self.path);
-        let found = weights.fingerprint();
-        if found != self.fingerprint {
-            let expected = self.fingerprint.clone();
-            return Err(ModelError::Changed { path: self.path.clone(), expected, found });
-        }
-        Ok(weights)
+        let digests = Digesting::Expected(self.digests.clone());
+        Ok(Weights { digests, ..Weights::new(kind.map_err(unreadable_again)?, &self.path) })
     }
+}
+
+/// A file that could be read once is not what it was when it cannot be read again.
+fn unreadable_again(e: ModelError) -> ModelError {
+    match e {
+        ModelError::Io { path, source } => ModelError::Changed { path, reason: source.to_string() },
+        e => e,
+    }
+}
+
+/// What the hash of a tensor's bytes is for.
+#[derive(Debug)]
+enum Digesting {
+    /// Nothing is hashed.
+    Off,
+    /// It is remembered.
+    Recorded(Mutex<Digests>),
+    /// It must be this one.
+    Expected(Arc<Digests>),
 }
 
 /// The weights of one model.
@@ -56,6 +83,7 @@ pub struct Weights {
     kind: Kind,
     path: PathBuf,
     fingerprint: OnceLock<String>,
+    digests: Digesting,
 }
 
 #[derive(Debug)]
@@ -83,18 +111,24 @@ impl Weights {
     }
 
     fn new(kind: Kind, path: &Path) -> Self {
-        Weights { kind, path: path.to_owned(), fingerprint: OnceLock::new() }
+        Weights { kind, path: path.to_owned(), fingerprint: OnceLock::new(), digests: Digesting::Off }
     }
 
     /// The tensor `name`, contiguous, on the CPU: a matrix in `precision`, what has one dimension in f32.
     ///
     /// # Errors
-    /// When it is missing, has another shape or an element type that cannot be read.
+    /// When it is missing, has another shape or an element type that cannot be read, and
+    /// [`ModelError::Changed`] when its file was opened by [`WeightFiles::open`] and is not what it was.
     pub fn load(&self, name: &str, shape: &[usize], precision: Precision) -> Result<Tensor, ModelError> {
         let dtype = if shape.len() == 2 && precision == Precision::Bf16 { DType::BF16 } else { DType::F32 };
+        let check = |file: &Path, bytes: &[u8]| self.check_digest(name, file, bytes);
         let tensor = match &self.kind {
-            Kind::Safetensors(w) => w.load(name, dtype == DType::BF16)?,
-            Kind::Gguf(w) => w.load(name)?,
+            Kind::Safetensors(w) => w.load(name, dtype == DType::BF16, &check),
+            Kind::Gguf(w) => w.load(name, &check),
+        };
+        let tensor = match &self.digests {
+            Digesting::Expected(_) => tensor.map_err(unreadable_again)?,
+            Digesting::Off | Digesting::Recorded(_) => tensor?,
         };
         let tensor = tensor.ok_or_else(|| ModelError::MissingTensor { name: name.to_owned(), path: self.path.clone() })?;
         if tensor.dims() != shape {
@@ -106,6 +140,28 @@ impl Weights {
             });
         }
         Ok(tensor.to_dtype(dtype)?)
+    }
+
+    /// Records or checks the hash of a tensor's bytes.
+    fn check_digest(&self, name: &str, file: &Path, bytes: &[u8]) -> Result<(), ModelError> {
+        match &self.digests {
+            Digesting::Off => Ok(()),
+            Digesting::Recorded(digests) => {
+                let digest = blake3::hash(bytes);
+                // Nothing panics while the map is changed.
+                digests.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), digest);
+                Ok(())
+            }
+            Digesting::Expected(digests) => {
+                let (expected, found) = (digests.get(name), blake3::hash(bytes));
+                if expected == Some(&found) {
+                    return Ok(());
+                }
+                let expected = expected.map_or_else(|| "none".to_owned(), |hash| hash.to_string());
+                let reason = format!("tensor '{name}' had the hash {expected}, it has {found} now");
+                Err(ModelError::Changed { path: file.to_owned(), reason })
+            }
+        }
     }
 
     /// Checks that the configuration calls for what is stored. A tensor elsewhere than in a decoder layer is only warned of: many
@@ -164,13 +220,24 @@ impl Weights {
         }
     }
 
-    /// Returns what is needed to open the same weights again.
+    /// Makes [`Weights::load`] record the hashes of what it reads, for [`Weights::files`].
+    pub fn record_digests(&mut self) {
+        self.digests = Digesting::Recorded(Mutex::default());
+    }
+
+    /// Returns what is needed to read the same weights again: those that were loaded since
+    /// [`Weights::record_digests`].
     pub fn files(&self) -> WeightFiles {
-        let (files, is_gguf) = match &self.kind {
-            Kind::Safetensors(w) => (w.paths(), false),
-            Kind::Gguf(_) => (vec![self.path.clone()], true),
+        let directory = match &self.kind {
+            Kind::Safetensors(w) => Directory::Safetensors(w.directory()),
+            Kind::Gguf(w) => Directory::Gguf(w.directory()),
         };
-        WeightFiles { files, is_gguf, path: self.path.clone(), fingerprint: self.fingerprint() }
+        let digests = match &self.digests {
+            Digesting::Off => Arc::default(),
+            Digesting::Recorded(digests) => Arc::new(digests.lock().unwrap_or_else(PoisonError::into_inner).clone()),
+            Digesting::Expected(digests) => digests.clone(),
+        };
+        WeightFiles { path: self.path.clone(), directory, digests }
     }
 
     /// BLAKE3 of the files' contents, in hex; computed once.
@@ -198,3 +265,6 @@ fn is_harmless(name: &str) -> bool {
     const NAMES: [&str; 2] = ["lm_head.weight", ModelConfig::GGUF_ROPE_FREQS];
     NAMES.contains(&name) || SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
 }
+
+#[cfg(test)]
+mod tests;

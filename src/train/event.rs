@@ -61,4 +61,7 @@ pub enum RunEnd {
     Drained,
     /// It could not go on.
     Failed(JobError),
+    /// It could not begin here and now, and has done nothing: what it needs may come back, or be
+    /// somewhere else.
+    NotBegun(JobError),
 }

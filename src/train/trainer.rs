@@ -254,9 +254,14 @@ impl Trainer {
         self.policy.policy.clone()
     }
 
-    /// The reference, unless it moves, and its name in the cache of log-probs.
-    pub fn frozen_reference(&self) -> Option<(&Policy, &str)> {
-        self.reference.weights().filter(|_| self.reference.moving().is_none())
+    /// The reference as it is now, and its name in the cache of log-probs.
+    pub fn reference(&self) -> Option<(&Policy, &str)> {
+        self.reference.weights()
+    }
+
+    /// Returns true if the reference follows the policy (TR-DPO).
+    pub fn moves_reference(&self) -> bool {
+        self.reference.moving().is_some()
     }
 
     /// Optimizer steps taken.

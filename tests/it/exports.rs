@@ -10,8 +10,10 @@ use bradley::rpc::client::Client;
 use bradley::rpc::pb::{self, training_event::Event};
 use serde_json::json;
 use tonic::Code;
+use tonic_types::StatusExt as _;
 
-use crate::server::{Server, finish, job, pairs, score, scored, state, submit, upload};
+use crate::server::{Server, finish, job, pairs, score, scored, submit, upload};
+use crate::store_safety::waits;
 use crate::support::{golden, needed, open, rows};
 
 /// Copies a golden model to `folder`, for tests that change or remove it.
@@ -104,36 +106,49 @@ async fn a_full_fine_tune_in_f32_is_the_same_on_a_bf16_server_bit_for_bit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_that_needs_files_that_are_gone_says_so() {
+async fn what_needs_files_that_are_gone_or_changed_waits_for_them() {
     let (dir, models) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let folder = models.path().join("tiny");
     copy_model("llama", &folder);
-    let server = Server::start_with(dir.path(), folder.to_str().unwrap(), &["--precision", "bf16"]);
+    let server = Server::start_with(dir.path(), folder.to_str().unwrap(), &["--precision", "bf16", "--lease", "2"]);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let weights = folder.join("model.safetensors");
     let original = std::fs::read(&weights).unwrap();
     let mut changed = original.clone();
     *changed.last_mut().unwrap() ^= 1;
-    for (contents, expected) in [(Some(&changed), "were changed"), (None, "model.safetensors")] {
-        // A new file, as whoever replaces a model writes it: the server may have the old one mapped.
-        std::fs::remove_file(&weights).unwrap();
-        if let Some(bytes) = contents {
-            std::fs::write(&weights, bytes).unwrap();
+    for (contents, expected) in [(Some(&changed), "had the hash"), (None, "model.safetensors")] {
+        match contents {
+            // In its place: the same file has other content.
+            Some(bytes) => std::fs::write(&weights, bytes).unwrap(),
+            None => std::fs::remove_file(&weights).unwrap(),
         }
         let name = submit(&client, full(&dataset, 2)).await;
-        finish(&client, &name).await;
-        assert_eq!(state(&client, &name).await, pb::JobState::Failed);
+        waits(&client, &name, "MODEL_FILES_CHANGED").await;
         let error = get(&client, &name).await.error.unwrap().message;
         assert!(error.contains("models/tiny") && error.contains(expected) && error.contains("put the files back"), "{error}");
         assert!(!error.contains(models.path().to_str().unwrap()), "{error}");
+        let metrics = server.metrics();
+        let counter = r#"bradley_jobs_waiting_total{reason="model_files_changed"}"#;
+        assert!(metrics.contains(counter) && !metrics.contains(&format!("{counter} 0")), "the operator sees that it waits");
+        // A run in bf16 LoRA needs nothing but what is in memory, and gets its turn; its merged export needs the files.
+        let other = submit(&client, job(&dataset, 2)).await;
+        steps(&client, &other).await;
+        let merged = pb::ExportCheckpointRequest {
+            name: format!("{other}/checkpoints/latest"),
+            format: pb::ExportFormat::Merged.into(),
+            ..Default::default()
+        };
+        let refused = client.checkpoints().export_checkpoint(merged.clone()).await.unwrap_err();
+        assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+        assert_eq!(refused.get_details_error_info().unwrap().reason, "MODEL_FILES_CHANGED");
+        waits(&client, &name, "MODEL_FILES_CHANGED").await;
+        // It goes on by itself.
+        std::fs::write(&weights, &original).unwrap();
+        assert_eq!(steps(&client, &name).await.len(), 2);
+        assert_eq!(get(&client, &name).await.error, None);
+        client.checkpoints().export_checkpoint(merged).await.unwrap();
     }
-    // A run in bf16 LoRA needs nothing but what is in memory.
-    let name = submit(&client, job(&dataset, 2)).await;
-    steps(&client, &name).await;
-    std::fs::write(&weights, &original).unwrap();
-    let name = submit(&client, full(&dataset, 2)).await;
-    assert_eq!(steps(&client, &name).await.len(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -14,6 +14,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
 use crate::golden_training::{Run, events, train};
+use crate::pins::{is_step, pause, until};
 use crate::server::{Server, finish, job, pairs, score, scored, state, submit, upload};
 use crate::support::{assert_close, binary, encode, golden, json, rows, tiny};
 
@@ -232,6 +233,62 @@ async fn a_checkpoint_of_tr_dpo_is_scored_against_the_reference_that_it_holds() 
     assert_eq!(status.get_details_error_info().unwrap().reason, "NO_REFERENCE");
     assert!(status.message().contains("reference.safetensors") && status.message().contains("name a reference"), "{status}");
     score_with(&client, named).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_that_step() {
+    for precision in ["f32", "bf16"] {
+        let dir = tempfile::tempdir().unwrap();
+        let models = format!("tiny={}", golden("models/llama").display());
+        let server = Server::start_with(dir.path(), &models, &["--precision", precision]);
+        let client = server.client().await;
+        let dataset = upload(&client, "pairs.jsonl").await.name;
+        // After each step the reference is the policy, and only that step's is: margins against it are 0. Checkpoints are of other steps.
+        let reference_sync = Some(pb::ReferenceSync { alpha: Some(1.0), every_steps: Some(1) });
+        let wanted = pb::TrainingJob {
+            method: Some(pb::training_job::Method::Full(pb::FullConfig {})),
+            dpo: Some(pb::DpoConfig { reference_sync, ..Default::default() }),
+            optimizer: Some(pb::OptimizerConfig { learning_rate: Some(1e-3), ..Default::default() }),
+            run: Some(pb::RunConfig { save_steps: Some(3), save_total_limit: Some(1), ..Default::default() }),
+            ..job(&dataset, 100_000)
+        };
+        let name = submit(&client, wanted).await;
+        let policy = format!("{name}/checkpoints/latest");
+        until(&client, &name, |e| is_step(e, 5)).await;
+
+        use pb::stream_score_pairs_request::Part;
+        let options = pb::ScoringOptions { policy: policy.clone(), per_token_logprobs: true, ..Default::default() };
+        let ask = |part: Part| pb::StreamScorePairsRequest { part: Some(part) };
+        let (messages, receiver) = tokio::sync::mpsc::channel(4);
+        messages.send(ask(Part::Options(options.clone()))).await.unwrap();
+        messages.send(ask(Part::Pair(pairs().remove(0)))).await.unwrap();
+        let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
+        let mut stream = client.scoring().stream_score_pairs(stream).await.unwrap().into_inner();
+        let answer = stream.message().await.unwrap().unwrap();
+        assert!(answer.policy_version.starts_with(&format!("{policy}@")), "{}", answer.policy_version);
+        assert_eq!(scored(&answer.result.unwrap()).margin, 0.0, "{precision}, streamed from {}", answer.policy_version);
+
+        let served = score(&client, &policy, pairs()).await;
+        assert_eq!(served.reference_version, format!("{policy}/reference"));
+        assert!(served.warnings.iter().any(|w| w.contains("TR-DPO")), "{:?}", served.warnings);
+        for result in &served.results {
+            assert_eq!(scored(result).margin, 0.0, "{precision}, {}", result.id);
+        }
+        // A reference that is named is the one that is used.
+        let against_start = score_with(&client, pb::ScoringOptions { reference: "models/tiny".into(), ..options }).await.unwrap();
+        assert!(against_start.results.iter().any(|r| scored(r).margin != 0.0), "the policy has changed");
+        assert_eq!(state(&client, &name).await, pb::JobState::Running);
+
+        // What was asked for while it ran is its checkpoint once it does not, against the reference that this holds.
+        pause(&client, &name).await;
+        messages.send(ask(Part::Pair(pairs().remove(0)))).await.unwrap();
+        drop(messages);
+        let answer = stream.message().await.unwrap().unwrap();
+        let stored = score(&client, &policy, pairs()).await;
+        assert!(stored.reference_version.ends_with("/reference") && !stored.reference_version.contains("latest"), "{stored:?}");
+        assert_eq!(scored(&answer.result.unwrap()), scored(&stored.results[0]), "{precision}");
+        assert!(stream.message().await.unwrap().is_none());
+    }
 }
 
 /// The files of that name below a folder.

@@ -208,27 +208,3 @@ fn an_adapter_names_its_base_as_peft_loads_it() {
     let renamed = peft::with_base(br#"{"r": 4, "base_model_name_or_path": "/srv"}"#, &BaseName::from("id")).unwrap();
     assert_eq!(serde_json::from_slice::<Value>(&renamed).unwrap(), json!({"r": 4, "base_model_name_or_path": "id", "revision": null}));
 }
-
-#[test]
-fn weights_are_opened_again_only_as_they_were() {
-    let dir = tempfile::tempdir().unwrap();
-    for entry in std::fs::read_dir(golden("models/llama-sharded")).unwrap() {
-        let entry = entry.unwrap();
-        std::fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
-    }
-    let model = load_model(None, dir.path().to_str().unwrap(), &HubOptions::default()).unwrap();
-    let files = model.weights.files();
-    assert_eq!(files.open(&model.config).unwrap().fingerprint(), model.weights.fingerprint());
-    drop(model.weights);
-    let shard = dir.path().join("model-00001-of-00004.safetensors");
-    let mut bytes = std::fs::read(&shard).unwrap();
-    *bytes.last_mut().unwrap() ^= 1;
-    std::fs::write(&shard, &bytes).unwrap();
-    let e = files.open(&model.config).unwrap_err();
-    assert!(matches!(e, ModelError::Changed { .. }), "{e}");
-    std::fs::remove_file(&shard).unwrap();
-    let e = files.open(&model.config).unwrap_err();
-    assert!(e.to_string().contains(dir.path().to_str().unwrap()), "{e}");
-    let told = e.for_clients();
-    assert!(told.contains("model-00001-of-00004.safetensors") && !told.contains(dir.path().to_str().unwrap()), "{told}");
-}

@@ -1,6 +1,7 @@
 //! GGUF tensors, dequantised one at a time and given their Hugging Face names and layout.
 
 use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
 use std::sync::Mutex;
 
 use candle_core::quantized::GgmlDType;
@@ -9,8 +10,8 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::model::config::{Architecture, ModelConfig};
 use crate::model::error::ModelError;
-use crate::model::gguf::{Gguf, TensorEntry};
-use crate::model::weights::stored::{ElementType, StoredAs};
+use crate::model::gguf::{Gguf, TensorEntries, TensorEntry};
+use crate::model::weights::stored::{Check, ElementType, StoredAs};
 
 /// An opened GGUF file with what its names and layout mean.
 #[derive(Debug)]
@@ -20,6 +21,21 @@ pub(in crate::model) struct GgufWeights {
     interleaved: Option<(usize, usize)>,
     /// Reads share one file position.
     lock: Mutex<()>,
+}
+
+/// Which tensors are where, without the open file.
+#[derive(Clone, Debug)]
+pub(super) struct GgufDirectory {
+    tensors: TensorEntries,
+    interleaved: Option<(usize, usize)>,
+}
+
+impl GgufDirectory {
+    /// Opens the file as it is now.
+    pub fn open(&self, path: &Path) -> Result<GgufWeights, ModelError> {
+        let gguf = Gguf::reopen(path, self.tensors.clone())?;
+        Ok(GgufWeights { gguf, interleaved: self.interleaved, lock: Mutex::new(()) })
+    }
 }
 
 impl GgufWeights {
@@ -34,10 +50,16 @@ impl GgufWeights {
         self.gguf.tensor_names()
     }
 
-    pub fn load(&self, name: &str) -> Result<Option<Tensor>, ModelError> {
+    /// Returns what is needed to open the file again.
+    pub(super) fn directory(&self) -> GgufDirectory {
+        GgufDirectory { tensors: self.gguf.entries(), interleaved: self.interleaved }
+    }
+
+    /// As f32. `check` gets the file and the tensor's bytes before they are dequantised.
+    pub fn load(&self, name: &str, check: &Check) -> Result<Option<Tensor>, ModelError> {
         let Some(stored) = gguf_name(name) else { return Ok(None) };
         let Some(entry) = self.gguf.tensor(&stored) else { return Ok(None) };
-        let tensor = self.dequantise(entry)?;
+        let tensor = self.dequantise(entry, check)?;
         let heads = match (self.interleaved, name) {
             (Some((q, _)), n) if n.contains(".q_proj.") => q,
             (Some((_, k)), n) if n.contains(".k_proj.") => k,
@@ -46,7 +68,7 @@ impl GgufWeights {
         Ok(Some(deinterleave(&tensor, heads)?))
     }
 
-    fn dequantise(&self, entry: &TensorEntry) -> Result<Tensor, ModelError> {
+    fn dequantise(&self, entry: &TensorEntry, check: &Check) -> Result<Tensor, ModelError> {
         let path = &self.gguf.path;
         if entry.bytes == 0 {
             // The library that dequantises would make a slice of a dangling pointer.
@@ -59,6 +81,7 @@ impl GgufWeights {
             file.seek(SeekFrom::Start(entry.offset)).map_err(ModelError::io(path))?;
             file.read_exact(&mut bytes).map_err(ModelError::io(path))?;
         }
+        check(path, &bytes)?;
         let quantised = qtensor_from_ggml(entry.dtype, &bytes, entry.shape.clone(), &Device::Cpu)?;
         drop(bytes);
         Ok(quantised.dequantize(&Device::Cpu)?.to_dtype(DType::F32)?)

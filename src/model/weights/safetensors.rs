@@ -1,9 +1,12 @@
-//! safetensors by mmap: the header is checked when a file is opened, tensors are converted when they are asked for.
+//! safetensors: files are mapped and their headers checked when they are opened, tensors are converted when they are asked for.
 
+use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{Device, Tensor, WithDType};
 use half::{bf16, f16};
@@ -12,15 +15,56 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
 use crate::model::error::{ModelError, last_part};
-use crate::model::weights::stored::{ElementType, StoredAs};
+use crate::model::weights::stored::{Check, ElementType, StoredAs};
 
 const FILE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
 #[derive(Debug)]
 pub(super) struct SafetensorsWeights {
-    files: Vec<(PathBuf, Mmap)>,
-    tensors: HashMap<String, Stored>,
+    files: Vec<(PathBuf, Contents)>,
+    tensors: Arc<HashMap<String, Stored>>,
+}
+
+/// How a file's bytes are had.
+#[derive(Debug)]
+enum Contents {
+    /// Mapped: the process is killed (SIGBUS) when the file is cut off while it is read.
+    Mapped(Mmap),
+    /// Read into memory when they are asked for.
+    Read(File),
+}
+
+impl Contents {
+    fn bytes(&self, range: Range<usize>) -> std::io::Result<Cow<'_, [u8]>> {
+        match self {
+            Contents::Mapped(map) => Ok(Cow::Borrowed(&map[range])),
+            Contents::Read(file) => {
+                let mut bytes = vec![0; range.len()];
+                file.read_exact_at(&mut bytes, range.start as u64)?;
+                Ok(Cow::Owned(bytes))
+            }
+        }
+    }
+}
+
+/// Which tensors are where, without the open files.
+#[derive(Clone, Debug)]
+pub(super) struct SafetensorsDirectory {
+    paths: Vec<PathBuf>,
+    tensors: Arc<HashMap<String, Stored>>,
+}
+
+impl SafetensorsDirectory {
+    /// Opens the files as they are now, without mapping them.
+    pub fn open(&self) -> Result<SafetensorsWeights, ModelError> {
+        let open = |path: &PathBuf| {
+            let file = File::open(path).map_err(ModelError::io(path))?;
+            Ok((path.clone(), Contents::Read(file)))
+        };
+        let files = self.paths.iter().map(open).collect::<Result<_, ModelError>>()?;
+        Ok(SafetensorsWeights { files, tensors: self.tensors.clone() })
+    }
 }
 
 #[derive(Debug)]
@@ -69,7 +113,7 @@ impl SafetensorsWeights {
     }
 
     pub fn open(paths: &[PathBuf]) -> Result<Self, ModelError> {
-        let mut weights = SafetensorsWeights { files: Vec::new(), tensors: HashMap::new() };
+        let (mut files, mut tensors) = (Vec::new(), HashMap::new());
         for (file, path) in paths.iter().enumerate() {
             let handle = File::open(path).map_err(ModelError::io(path))?;
             // SAFETY: the map is read-only; weight files are not written while a server uses them, as with every mmap-based loader.
@@ -85,11 +129,11 @@ impl SafetensorsWeights {
                         format!("tensor '{name}' ends at byte {}, the file at {}", bytes.end, map.len()),
                     ));
                 }
-                weights.tensors.insert(name, Stored { file, dtype: info.dtype, shape: info.shape.clone(), bytes });
+                tensors.insert(name, Stored { file, dtype: info.dtype, shape: info.shape.clone(), bytes });
             }
-            weights.files.push((path.clone(), map));
+            files.push((path.clone(), Contents::Mapped(map)));
         }
-        Ok(weights)
+        Ok(SafetensorsWeights { files, tensors: Arc::new(tensors) })
     }
 
     /// The stored tensors' names.
@@ -97,11 +141,13 @@ impl SafetensorsWeights {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// As f32, or as bf16 where that is how it is stored and `keep_bf16` is set.
-    pub fn load(&self, name: &str, keep_bf16: bool) -> Result<Option<Tensor>, ModelError> {
+    /// As f32, or as bf16 where that is how it is stored and `keep_bf16` is set. `check` gets the
+    /// file and the tensor's bytes before they are converted.
+    pub fn load(&self, name: &str, keep_bf16: bool, check: &Check) -> Result<Option<Tensor>, ModelError> {
         let Some(stored) = self.tensors.get(name) else { return Ok(None) };
-        let (path, map) = &self.files[stored.file];
-        let bytes = &map[stored.bytes.clone()];
+        let (path, contents) = &self.files[stored.file];
+        let bytes = contents.bytes(stored.bytes.clone()).map_err(ModelError::io(path))?;
+        check(path, &bytes)?;
         let stored_bf16 = |b: &[u8]| bf16::from_le_bytes([b[0], b[1]]);
         let tensor = match stored.dtype {
             Dtype::F32 => stored.tensor(name, path, bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
@@ -131,14 +177,29 @@ impl SafetensorsWeights {
         self.tensors.values().filter_map(of).collect()
     }
 
-    /// The files, in the order in which they are hashed.
-    pub fn paths(&self) -> Vec<PathBuf> {
-        self.files.iter().map(|(path, _)| path.clone()).collect()
+    /// Returns a tensor's file, and where its bytes begin there.
+    #[cfg(test)]
+    pub fn place(&self, name: &str) -> (PathBuf, u64) {
+        let stored = &self.tensors[name];
+        (self.files[stored.file].0.clone(), stored.bytes.start as u64)
+    }
+
+    /// Returns what is needed to open the files again.
+    pub fn directory(&self) -> SafetensorsDirectory {
+        SafetensorsDirectory { paths: self.files.iter().map(|(path, _)| path.clone()).collect(), tensors: self.tensors.clone() }
     }
 
     pub fn hash(&self, hash: &mut blake3::Hasher) {
-        for (_, map) in &self.files {
-            hash.update(map);
+        for (_, contents) in &self.files {
+            match contents {
+                Contents::Mapped(map) => {
+                    hash.update(map);
+                }
+                Contents::Read(file) => {
+                    // A file that cannot be read any more has no tensors either; its fingerprint does not matter then.
+                    let _ = std::io::copy(&mut &*file, hash);
+                }
+            }
         }
     }
 }

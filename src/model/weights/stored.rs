@@ -1,5 +1,9 @@
 //! How tensors are stored, whatever the files' format.
 
+use std::path::Path;
+
+use crate::model::error::ModelError;
+
 /// An element type that weights are exported in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ElementType {
@@ -53,3 +57,6 @@ pub(in crate::model) struct StoredAs {
     pub dims: usize,
     pub elements: usize,
 }
+
+/// Gets a file's path and the bytes of a tensor in it before they are used.
+pub(in crate::model) type Check<'a> = dyn Fn(&Path, &[u8]) -> Result<(), ModelError> + 'a;

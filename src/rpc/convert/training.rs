@@ -468,6 +468,7 @@ fn code_of(reason: &str) -> Code {
         | "CHECKPOINT_FORMAT"
         | "DATASET_CHANGED"
         | "MODEL_CHANGED"
+        | "MODEL_FILES_CHANGED"
         | "ROWS_CHANGED" => Code::FailedPrecondition,
         "NOT_FOUND" => Code::NotFound,
         "WORKER_LOST" => Code::Aborted,

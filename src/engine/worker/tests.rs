@@ -1,0 +1,219 @@
+//! An engine on the CPU with runs whose events nobody reads: such a run stands still where it reports.
+
+use std::path::{Path, PathBuf};
+
+use tokio::sync::mpsc::{Receiver, channel};
+
+use super::*;
+use crate::domain::dpo::ReferenceSync;
+use crate::domain::training::{BatchConfig, Method, OptimizerConfig, Precision, ScheduleKind, TrainingSpec};
+use crate::engine::api::ScoreItem;
+use crate::engine::{Engine, start};
+use crate::model::export;
+use crate::model::loader::load_model;
+use crate::model::source::HubOptions;
+use crate::model::weights::ElementType;
+use crate::train::pair::{EncodedPair, SequenceGroup};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A copy of a tiny model's files, which a test may change.
+fn copied_model() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama")).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+    }
+    folder
+}
+
+fn engine(model: &Path, precision: Precision) -> Engine {
+    let model = load_model(Some("tiny"), model.to_str().unwrap(), &HubOptions::default()).unwrap();
+    start(vec![model], EngineOptions { precision, ..Default::default() }).unwrap()
+}
+
+fn base() -> WeightsRef {
+    WeightsRef::Base { model: "tiny".into() }
+}
+
+fn pair() -> EncodedPair {
+    EncodedPair {
+        row: 1,
+        id: None,
+        weight: 1.0,
+        prompt: (10..30).collect(),
+        chosen: (0..20).map(|i| 30 + i).collect(),
+        rejected_prompt: None,
+        rejected: (0..20).map(|i| 90 - i).collect(),
+        chosen_truncated: false,
+        rejected_truncated: false,
+    }
+}
+
+fn groups() -> Vec<SequenceGroup> {
+    pair().groups()
+}
+
+/// A run with room for one event, and that event's receiver.
+fn run(method: Method, checkpoints: PathBuf) -> (TrainingRun, Receiver<Report>) {
+    let (events, receiver) = channel(1);
+    let spec = TrainingSpec {
+        method,
+        batch: BatchConfig { batch_size: 1, max_steps: Some(10), ..Default::default() },
+        optimizer: OptimizerConfig { learning_rate: 1e-3, schedule: ScheduleKind::Constant, ..Default::default() },
+        ..Default::default()
+    };
+    let run = TrainingRun {
+        job: "job".into(),
+        model: "tiny".into(),
+        start: base(),
+        reference: Some(base()),
+        spec,
+        train: vec![pair()],
+        eval: Vec::new(),
+        checkpoints,
+        resume: None,
+        events,
+        control: Arc::default(),
+    };
+    (run, receiver)
+}
+
+/// A run that needs no other weights than those in memory.
+fn run_lora(checkpoints: PathBuf) -> (TrainingRun, Receiver<Report>) {
+    run(Method::default(), checkpoints)
+}
+
+/// Waits for the next event of a run.
+async fn next(events: &mut Receiver<Report>) -> RunEvent {
+    tokio::time::timeout(PATIENCE, events.recv()).await.expect("an event comes").expect("the run reports").event
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_whose_models_files_are_gone_or_changed_has_not_begun() {
+    let (model, dir) = (copied_model(), tempfile::tempdir().unwrap());
+    let engine = engine(model.path(), Precision::Bf16);
+    let weights = model.path().join(export::WEIGHTS_FILE);
+    let original = std::fs::read(&weights).unwrap();
+    let mut changed = original.clone();
+    *changed.last_mut().unwrap() ^= 1;
+    let told = |message: &str| {
+        assert!(message.contains("models/tiny") && message.contains("model.safetensors"), "{message}");
+        assert!(!message.contains(model.path().to_str().unwrap()), "{message}");
+    };
+    for contents in [None, Some(&changed)] {
+        match contents {
+            None => std::fs::remove_file(&weights).unwrap(),
+            Some(bytes) => std::fs::write(&weights, bytes).unwrap(),
+        }
+        let (run, mut events) = run(Method::Full, dir.path().join("failed"));
+        engine.train(run).unwrap();
+        match next(&mut events).await {
+            RunEvent::Ended(RunEnd::NotBegun(e)) => {
+                assert_eq!(e.reason, "MODEL_FILES_CHANGED");
+                told(&e.message);
+            }
+            other => panic!("{other:?}"),
+        }
+        let out = tempfile::tempdir().unwrap();
+        match engine.export_merged(&base(), ElementType::F32, out.path()) {
+            Err(EngineError::FilesChanged(message)) => told(&message),
+            other => panic!("{other:?}"),
+        }
+        // What is in memory is enough for a run in bf16.
+        let (run, mut events) = run_lora(dir.path().join("lora"));
+        let control = run.control.clone();
+        engine.train(run).unwrap();
+        let begun = next(&mut events).await;
+        assert!(matches!(begun, RunEvent::Running { .. }), "{begun:?}");
+        control.cancel();
+    }
+    std::fs::write(&weights, original).unwrap();
+    let (run, mut events) = run(Method::Full, dir.path().join("full"));
+    let control = run.control.clone();
+    engine.train(run).unwrap();
+    let begun = next(&mut events).await;
+    assert!(matches!(begun, RunEvent::Running { .. }), "{begun:?}");
+    control.cancel();
+    engine.drain();
+    drop(events);
+    assert!(engine.wait_for_end(PATIENCE));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_device_scores_while_the_files_of_a_run_are_read() {
+    let (model, dir) = (copied_model(), tempfile::tempdir().unwrap());
+    let engine = engine(model.path(), Precision::Bf16);
+    let weights = model.path().join(export::WEIGHTS_FILE);
+    std::fs::remove_file(&weights).unwrap();
+    // To open it takes until somebody opens the other end.
+    let path = std::ffi::CString::new(weights.to_str().unwrap()).unwrap();
+    // SAFETY: the path is a string that ends in 0.
+    assert_eq!(unsafe { libc::mkfifo(path.as_ptr(), 0o600) }, 0);
+    let (first, mut first_events) = run(Method::Full, dir.path().join("1"));
+    let control = first.control.clone();
+    engine.train(first).unwrap();
+    let policy = base();
+    let scored = engine.score(&policy, None, ScoreItem { groups: groups() });
+    tokio::time::timeout(PATIENCE, scored).await.expect("scoring does not wait for the files").unwrap();
+    // Nor does whoever stops the run.
+    control.cancel();
+    let ended = next(&mut first_events).await;
+    assert!(matches!(ended, RunEvent::Ended(RunEnd::Cancelled)), "{ended:?}");
+    // The next run reads what comes out of the other end: nothing.
+    let (second, mut second_events) = run(Method::Full, dir.path().join("2"));
+    engine.train(second).unwrap();
+    let other_end = std::fs::OpenOptions::new().read(true).write(true).open(&weights).unwrap();
+    match next(&mut second_events).await {
+        RunEvent::Ended(RunEnd::NotBegun(e)) => assert_eq!(e.reason, "MODEL_FILES_CHANGED"),
+        other => panic!("{other:?}"),
+    }
+    drop(other_end);
+    engine.drain();
+    assert!(engine.wait_for_end(PATIENCE));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_moving_reference_is_scored_as_it_is_at_the_policys_step() {
+    let (model, dir) = (copied_model(), tempfile::tempdir().unwrap());
+    let engine = engine(model.path(), Precision::F32);
+    let (mut run, events) = run(Method::Full, dir.path().into());
+    // After each step the reference is the policy.
+    run.spec.dpo.reference_sync = Some(ReferenceSync { alpha: 1.0, every_steps: 1 });
+    let control = run.control.clone();
+    engine.train(run).unwrap();
+    let (policy, reference) = (WeightsRef::Live { job: "job".into() }, WeightsRef::LiveReference { job: "job".into() });
+    let began = Instant::now();
+    let trained = loop {
+        assert!(began.elapsed() < PATIENCE, "the run takes its first step");
+        match engine.score(&policy, Some(&reference), ScoreItem { groups: groups() }).await {
+            Ok(scored) => {
+                for completion in &scored.completions {
+                    assert_eq!(Some(&completion.policy), completion.reference.as_ref(), "step {:?}", scored.live_step);
+                }
+                // The run has no room for the event of its first step: it stands there.
+                if scored.live_step == Some(1) {
+                    break scored;
+                }
+            }
+            Err(EngineError::NotResident(_)) => tokio::time::sleep(Duration::from_millis(5)).await,
+            Err(e) => panic!("{e}"),
+        }
+    };
+    let start = engine.score(&policy, Some(&base()), ScoreItem { groups: groups() }).await.unwrap();
+    assert_ne!(start.completions[0].reference, trained.completions[0].reference, "it has moved");
+    assert_eq!((start.live_step, &start.completions[0].policy), (Some(1), &trained.completions[0].policy));
+    // Both end with the run: whoever asks for them then is told, and may ask for what is stored.
+    control.cancel();
+    drop(events);
+    loop {
+        assert!(began.elapsed() < PATIENCE, "the run ends");
+        match engine.score(&policy, Some(&reference), ScoreItem { groups: groups() }).await {
+            Ok(_) => {}
+            Err(EngineError::NotResident(job)) => break assert_eq!(job, "job"),
+            Err(e) => panic!("{e}"),
+        }
+    }
+    engine.drain();
+    assert!(engine.wait_for_end(PATIENCE));
+}
