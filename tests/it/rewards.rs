@@ -14,8 +14,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
 use crate::golden_training::{Run, events, train};
-use crate::pins::{is_step, pause, until};
-use crate::server::{Server, finish, job, pairs, score, scored, state, submit, upload};
+use crate::server::{Server, finish, is_step, job, pairs, pause, score, scored, state, submit, until, upload};
 use crate::support::{assert_close, binary, encode, golden, json, rows, tiny};
 
 /// An objective of one loss.
