@@ -128,12 +128,12 @@ async fn what_needs_files_that_are_gone_or_changed_waits_for_them() {
         let error = get(&client, &name).await.error.unwrap().message;
         assert!(error.contains("models/tiny") && error.contains(expected) && error.contains("put the files back"), "{error}");
         assert!(!error.contains(models.path().to_str().unwrap()), "{error}");
-        let metrics = server.metrics();
-        let counter = r#"bradley_jobs_waiting_total{reason="model_files_changed"}"#;
-        assert!(metrics.contains(counter) && !metrics.contains(&format!("{counter} 0")), "the operator sees that it waits");
         // A run in bf16 LoRA needs nothing but what is in memory, and gets its turn; its merged export needs the files.
         let other = submit(&client, job(&dataset, 2)).await;
         steps(&client, &other).await;
+        let metrics = server.metrics();
+        let counter = r#"bradley_jobs_waiting_total{reason="model_files_changed"}"#;
+        assert!(metrics.contains(counter) && !metrics.contains(&format!("{counter} 0")), "the operator sees that it waits");
         let merged = pb::ExportCheckpointRequest {
             name: format!("{other}/checkpoints/latest"),
             format: pb::ExportFormat::Merged.into(),
