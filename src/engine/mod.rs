@@ -138,12 +138,12 @@ fn label(devices: &[String], worker: usize) -> String {
 /// Refuses a model whose heads are wider than the device's kernels can compute with.
 fn refuse_wide_heads(models: &[LoadedModel], device: &ComputeDevice) -> Result<(), EngineError> {
     let Some(limit) = device.max_head_dim() else { return Ok(()) };
-    match models.iter().find(|m| m.config.head_dim > limit) {
+    match models.iter().find(|m| m.config.spec.head_dim() > limit) {
         None => Ok(()),
         Some(m) => Err(EngineError::Weights(format!(
             "models/{}: head_dim is {}, and {} computes with at most {limit}: serve it with --device cpu",
             m.id,
-            m.config.head_dim,
+            m.config.spec.head_dim(),
             device.name()
         ))),
     }

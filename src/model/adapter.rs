@@ -5,6 +5,7 @@ use candle_core::{Device, Tensor};
 use super::config::ModelConfig;
 use super::error::ModelError;
 use super::parameters::PROJECTIONS;
+use super::spec::{BlockSpec, FeedForward};
 use crate::domain::training::{LoraConfig, TARGET_MODULES};
 use crate::math::rng;
 
@@ -26,10 +27,10 @@ pub struct Adapter {
     pub blocks: Vec<Vec<Option<LowRank>>>,
 }
 
-/// `[out, in]` of each projection of a block.
-pub fn projection_shapes(config: &ModelConfig) -> [(usize, usize); 7] {
-    let (c, d, f) = (config.hidden_size, config.head_dim, config.intermediate_size);
-    let (q, k) = (config.num_heads * d, config.num_kv_heads * d);
+/// `[out, in]` of each projection of a block, C being `width`.
+pub fn projection_shapes(width: usize, block: &BlockSpec) -> [(usize, usize); 7] {
+    let FeedForward::Gated { width: f, .. } = block.feed_forward;
+    let (c, q, k) = (width, block.attention().query_width(), block.attention().kv_width());
     [(q, c), (k, c), (k, c), (c, q), (f, c), (f, c), (c, f)]
 }
 
@@ -50,11 +51,10 @@ impl Adapter {
 
     /// Builds the structure from `get(PEFT name, shape)`.
     pub fn build<E>(model: &ModelConfig, config: &LoraConfig, mut get: impl FnMut(&str, &[usize]) -> Result<Tensor, E>) -> Result<Self, E> {
-        let shapes = projection_shapes(model);
-        let mut blocks = Vec::with_capacity(model.num_layers);
-        for i in 0..model.num_layers {
+        let mut blocks = Vec::with_capacity(model.spec.blocks.len());
+        for (i, spec) in model.spec.blocks.iter().enumerate() {
             let mut block = Vec::with_capacity(PROJECTIONS.len());
-            for (p, (out, input)) in shapes.into_iter().enumerate() {
+            for (p, (out, input)) in projection_shapes(model.spec.hidden_size, spec).into_iter().enumerate() {
                 let wanted = config.target_modules.iter().any(|m| m == TARGET_MODULES[p]);
                 block.push(match wanted {
                     true => Some(LowRank {

@@ -20,6 +20,7 @@ use super::ops::rope::{Direction, rotate};
 use super::ops::swiglu::{GateUp, GradientTiles, KeepGateUp, SwigluTiles, swiglu, swiglu_backward};
 use super::parameters::projection;
 use super::projections::Group;
+use super::spec::{Activation, BlockSpec, FeedForward, Mixer, Norms};
 
 /// What the backward pass needs of one block.
 pub struct BlockTape {
@@ -67,7 +68,13 @@ const DOWN: &[usize] = &[projection::DOWN];
 
 impl<'a> Open<'a> {
     fn new(policy: &'a Policy, index: usize, row: &'a PreparedRow) -> Result<Self> {
-        let (config, block) = (&policy.config, &policy.parameters.blocks[index]);
+        let (spec, block) = (&policy.config.spec, &policy.parameters.blocks[index]);
+        let BlockSpec {
+            mixer: Mixer::Attention(attention),
+            mixer_norms: Norms::Pre,
+            feed_forward: FeedForward::Gated { width, activation: Activation::Silu, bias: _ },
+            feed_forward_norms: Norms::Pre,
+        } = spec.blocks[index];
         let kernel = policy.kernel();
         let terms = |a: &'a Arc<Adapter>| (a.blocks[index].as_slice(), a.config.scale() as f32);
         let adapter = policy.adapter.as_ref().map(terms);
@@ -79,14 +86,9 @@ impl<'a> Open<'a> {
         Ok(Open {
             index,
             kernel,
-            heads: Heads {
-                query: config.num_heads,
-                key: config.num_kv_heads,
-                dim: config.head_dim,
-                window: config.sliding_window.get(index).copied().flatten(),
-            },
-            width: config.intermediate_size,
-            eps: config.rms_norm_eps as f32,
+            heads: Heads { query: attention.heads, key: attention.kv_heads, dim: attention.head_dim, window: attention.window },
+            width,
+            eps: spec.rms_norm_eps as f32,
             input_norm: Held::of(&block.input_norm)?,
             post_norm: Held::of(&block.post_norm)?,
             qk_norm: block.qk_norm.as_ref().map(|(q, k)| Ok::<_, candle_core::Error>((Held::of(q)?, Held::of(k)?))).transpose()?,

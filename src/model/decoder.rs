@@ -145,18 +145,19 @@ impl Policy {
 
     /// Computes a row's rotary tables.
     pub fn prepare(&self, row: Arc<Row>) -> Result<PreparedRow> {
-        let vocabulary = self.config.vocab_size;
+        let vocabulary = self.config.spec.vocab_size;
         if let Some(bad) = row.ids.iter().chain(row.targets.iter()).find(|id| **id as usize >= vocabulary) {
             bail!("token id {bad} is outside the model's vocabulary of {vocabulary}");
         }
-        let (inv_freq, factor) = self.config.rope.inv_freq(self.config.head_dim);
+        let spec = &self.config.spec;
+        let (inv_freq, factor) = spec.rope.inv_freq(spec.head_dim());
         let rope = RopeTable::new(&row.layout.positions(), &inv_freq, factor);
         Ok(PreparedRow { row, rope, adapters: Vec::new() })
     }
 
     /// The embedded row `[T, C]`.
     pub fn embed(&self, row: &PreparedRow) -> Result<Buffer> {
-        let width = self.config.hidden_size;
+        let width = self.config.spec.hidden_size;
         let held = Held::of(&self.parameters.embed)?;
         let mut x = Buffer::dirty(row.tokens() * width);
         for (to, &id) in x.chunks_mut(width).zip(&row.row.ids) {
@@ -188,11 +189,11 @@ impl Policy {
 
     /// Log-probs of the row's completion tokens, from the last block's output `[T, C]`.
     pub fn head(&self, x: &[f32], row: &PreparedRow, options: HeadOptions) -> Result<(HeadOutput, HeadTape)> {
-        let width = self.config.hidden_size;
+        let width = self.config.spec.hidden_size;
         let mut before_norm = Buffer::dirty(row.row.predictors.len() * width);
         team::chunks(&mut before_norm, width, |i, to| to.copy_from_slice(&x[row.row.predictors[i] as usize * width..][..width]));
         let mut normed = Buffer::dirty(before_norm.len());
-        rms_norm(&before_norm, Held::of(&self.parameters.norm)?.f32()?, self.config.rms_norm_eps as f32, &mut normed);
+        rms_norm(&before_norm, Held::of(&self.parameters.norm)?.f32()?, self.config.spec.rms_norm_eps as f32, &mut normed);
         let w = Held::of(self.parameters.head())?;
         let output = head(self.kernel(), &normed, w.elements(), width, &row.row.targets, options);
         Ok((output, HeadTape { before_norm, normed }))
@@ -207,7 +208,7 @@ impl Policy {
         g: &[f32],
         sink: &mut dyn GradientSink,
     ) -> Result<Buffer> {
-        let width = self.config.hidden_size;
+        let width = self.config.spec.hidden_size;
         let HeadTape { before_norm, normed } = tape;
         if output.gradient.len() != g.len() * width {
             bail!("backward was not asked for in the head's forward pass");
@@ -220,7 +221,14 @@ impl Policy {
         team::chunks(&mut output.gradient, width, |i, row| row.iter_mut().for_each(|x| *x *= g[i]));
         let mut dh = Buffer::zeros(before_norm.len());
         let norm = Held::of(&self.parameters.norm)?;
-        rms_norm_backward(&before_norm, norm.f32()?, &output.gradient, self.config.rms_norm_eps as f32, &mut dh, sink.slot(Place::Norm));
+        rms_norm_backward(
+            &before_norm,
+            norm.f32()?,
+            &output.gradient,
+            self.config.spec.rms_norm_eps as f32,
+            &mut dh,
+            sink.slot(Place::Norm),
+        );
         let mut gx = Buffer::zeros(row.tokens() * width);
         for (from, &p) in dh.chunks(width).zip(&row.row.predictors) {
             gx[p as usize * width..][..width].iter_mut().zip(from).for_each(|(x, d)| *x += d);
@@ -230,7 +238,7 @@ impl Policy {
 
     /// Adds the gradient of the embedded row `[T, C]` to the embedding's, when that is trained.
     pub fn embed_backward(&self, row: &PreparedRow, gx: &[f32], sink: &mut dyn GradientSink) {
-        let width = self.config.hidden_size;
+        let width = self.config.spec.hidden_size;
         if let Some(slot) = sink.slot(Place::Embedding) {
             for (from, &id) in gx.chunks(width).zip(&row.row.ids) {
                 slot[id as usize * width..][..width].iter_mut().zip(from).for_each(|(s, g)| *s += g);

@@ -5,9 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::Tensor;
 
+use super::adapter::projection_shapes;
 use super::config::ModelConfig;
 use super::error::ModelError;
 use super::ops::team;
+use super::spec::{FeedForward, QkNorm};
 use super::weights::Weights;
 use crate::domain::training::Precision;
 
@@ -95,13 +97,14 @@ impl Parameters {
 
     /// Builds the structure from `get(name, shape)`.
     pub fn build<E>(config: &ModelConfig, mut get: impl FnMut(&str, &[usize]) -> Result<Tensor, E>) -> Result<Self, E> {
-        let (c, d, f, v) = (config.hidden_size, config.head_dim, config.intermediate_size, config.vocab_size);
-        let (q, k) = (config.num_heads * d, config.num_kv_heads * d);
-        let shapes = [(q, c), (k, c), (k, c), (c, q), (f, c), (f, c), (c, f)];
-        let biased = [config.qkv_bias, config.qkv_bias, config.qkv_bias, config.o_bias, config.mlp_bias, config.mlp_bias, config.mlp_bias];
+        let (c, v) = (config.spec.hidden_size, config.spec.vocab_size);
         let embed = get("model.embed_tokens.weight", &[v, c])?;
-        let mut blocks = Vec::with_capacity(config.num_layers);
-        for i in 0..config.num_layers {
+        let mut blocks = Vec::with_capacity(config.spec.blocks.len());
+        for (i, block) in config.spec.blocks.iter().enumerate() {
+            let (attention, shapes) = (block.attention(), projection_shapes(c, block));
+            let FeedForward::Gated { bias: mlp_bias, .. } = block.feed_forward;
+            let (d, qkv_bias) = (attention.head_dim, attention.qkv_bias);
+            let biased = [qkv_bias, qkv_bias, qkv_bias, attention.output_bias, mlp_bias, mlp_bias, mlp_bias];
             let mut at = |name: &str, shape: &[usize]| get(&format!("model.layers.{i}.{name}"), shape);
             let mut projections = Vec::with_capacity(PROJECTIONS.len());
             for ((name, (out, input)), bias) in PROJECTIONS.iter().zip(shapes).zip(biased) {
@@ -113,15 +116,15 @@ impl Parameters {
             blocks.push(Block {
                 input_norm: at("input_layernorm.weight", &[c])?,
                 projections,
-                qk_norm: match config.qk_norm {
-                    true => Some((at("self_attn.q_norm.weight", &[d])?, at("self_attn.k_norm.weight", &[d])?)),
-                    false => None,
+                qk_norm: match attention.qk_norm {
+                    QkNorm::PerHead => Some((at("self_attn.q_norm.weight", &[d])?, at("self_attn.k_norm.weight", &[d])?)),
+                    QkNorm::Absent => None,
                 },
                 post_norm: at("post_attention_layernorm.weight", &[c])?,
             });
         }
         let norm = get("model.norm.weight", &[c])?;
-        let head = if config.tie_word_embeddings { None } else { Some(get("lm_head.weight", &[v, c])?) };
+        let head = if config.spec.tie_word_embeddings { None } else { Some(get("lm_head.weight", &[v, c])?) };
         Ok(Parameters { embed, blocks, norm, head })
     }
 

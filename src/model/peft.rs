@@ -126,7 +126,7 @@ pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
             wrong(format!(
                 "tensor {name} is missing: the adapter must cover {} in every one of the {} layers",
                 config.target_modules.join(", "),
-                model.num_layers
+                model.spec.blocks.len()
             ))
         })?;
         used += 1;
@@ -144,14 +144,14 @@ pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
         let extra = tensors.names().into_iter().find(|n| !covered(n, model, &config)).map(|n| n.to_string()).unwrap_or_default();
         return Err(wrong(format!(
             "tensor {extra} belongs to no projection of this model ({} layers): the adapter was made for another one",
-            model.num_layers
+            model.spec.blocks.len()
         )));
     }
     Ok(adapter)
 }
 
 fn covered(name: &str, model: &ModelConfig, config: &LoraConfig) -> bool {
-    (0..model.num_layers).any(|i| {
+    (0..model.spec.blocks.len()).any(|i| {
         (0..PROJECTIONS.len()).any(|p| {
             config.target_modules.iter().any(|m| m == TARGET_MODULES[p]) && ["lora_A", "lora_B"].iter().any(|w| peft_name(i, p, w) == name)
         })

@@ -54,7 +54,7 @@ fn rope_scalings_are_those_of_transformers() {
         let kind = case["config"]["rope_parameters"].to_string();
         let config =
             bradley::model::config::ModelConfig::from_hf_json(&case["config"].to_string(), std::path::Path::new("config.json")).unwrap();
-        let (inv_freq, factor) = config.rope.inv_freq(config.head_dim);
+        let (inv_freq, factor) = config.spec.rope.inv_freq(config.spec.head_dim());
         let want = numbers(&case["inv_freq"]);
         assert_eq!(inv_freq.len(), want.len());
         for (g, w) in inv_freq.iter().zip(want) {

@@ -2,8 +2,9 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Architecture, ModelConfig};
+use super::ModelConfig;
 use crate::model::error::ModelError;
+use crate::model::families::Architecture;
 use crate::model::gguf::Gguf;
 use crate::model::rope::{RopeConfig, RopeScaling};
 
@@ -58,7 +59,7 @@ impl ModelConfig {
         let context = keys.required("context_length")?;
 
         let mut config = Map::new();
-        config.insert("architectures".into(), json!([architecture.causal_lm_class()]));
+        config.insert("architectures".into(), json!([architecture.family().causal_lm_class]));
         config.insert("model_type".into(), json!(architecture.as_str()));
         config.insert("vocab_size".into(), json!(embedding.shape.first()));
         config.insert("hidden_size".into(), json!(width));

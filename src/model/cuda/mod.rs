@@ -34,6 +34,7 @@ use super::gradients::Place;
 use super::ops::attention::Heads;
 use super::ops::head::{HeadOptions, HeadOutput};
 use super::parameters::Parameters;
+use super::spec::{Activation, BlockSpec, FeedForward, Mixer, Norms};
 use crate::domain::training::Precision;
 
 /// A GPU with the weights that are on it.
@@ -82,28 +83,33 @@ struct Opened<'a> {
 
 impl Opened<'_> {
     fn hidden(&self) -> usize {
-        self.policy.config.hidden_size
+        self.policy.config.spec.hidden_size
     }
 
     fn eps(&self) -> f32 {
-        self.policy.config.rms_norm_eps as f32
+        self.policy.config.spec.rms_norm_eps as f32
     }
 
     fn block<'b>(&'b self, index: usize, row: &'b DeviceRow) -> Block<'b> {
-        let config = &self.policy.config;
+        let BlockSpec {
+            mixer: Mixer::Attention(attention),
+            mixer_norms: Norms::Pre,
+            feed_forward: FeedForward::Gated { width: feed_forward, activation: Activation::Silu, bias: _ },
+            feed_forward_norms: Norms::Pre,
+        } = self.policy.config.spec.blocks[index];
         let heads = Heads {
-            query: config.num_heads,
-            key: config.num_kv_heads,
-            dim: config.head_dim,
-            window: config.sliding_window.get(index).copied().flatten().filter(|window| *window < NO_WINDOW),
+            query: attention.heads,
+            key: attention.kv_heads,
+            dim: attention.head_dim,
+            window: attention.window.filter(|window| *window < NO_WINDOW),
         };
-        let shape = Shape { hidden: self.hidden(), feed_forward: config.intermediate_size, heads, eps: self.eps() };
+        let shape = Shape { hidden: self.hidden(), feed_forward, heads, eps: self.eps() };
         let (weights, adapter) = (&self.weights.blocks[index], self.adapter.as_deref());
         Block { gpu: self.gpu, kind: self.kind, index, shape, weights, adapter, parts: &self.parts, row }
     }
 
     fn head(&self) -> Head<'_> {
-        let (hidden, vocabulary) = (self.hidden(), self.policy.config.vocab_size);
+        let (hidden, vocabulary) = (self.hidden(), self.policy.config.spec.vocab_size);
         Head { gpu: self.gpu, kind: self.kind, weight: self.weights.head(), hidden, vocabulary }
     }
 

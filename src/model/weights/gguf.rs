@@ -7,7 +7,7 @@ use candle_core::quantized::GgmlDType;
 use candle_core::quantized::ggml_file::qtensor_from_ggml;
 use candle_core::{DType, Device, Tensor};
 
-use crate::model::config::{Architecture, ModelConfig};
+use crate::model::config::ModelConfig;
 use crate::model::error::ModelError;
 use crate::model::gguf::{Gguf, TensorEntry};
 use crate::model::weights::{ElementType, StoredAs};
@@ -24,8 +24,8 @@ pub(in crate::model) struct GgufWeights {
 
 impl GgufWeights {
     pub fn new(gguf: Gguf, config: &ModelConfig) -> Self {
-        let interleaved =
-            matches!(config.architecture, Architecture::Llama | Architecture::Mistral).then_some((config.num_heads, config.num_kv_heads));
+        let attention = config.spec.blocks[0].attention();
+        let interleaved = config.architecture.family().is_interleaved_in_gguf.then_some((attention.heads, attention.kv_heads));
         GgufWeights { gguf, interleaved, lock: Mutex::new(()) }
     }
 
