@@ -27,6 +27,7 @@ use crate::model::device::{ComputeDevice, DeviceChoice};
 use crate::model::error::ModelError;
 use crate::model::export::{self, Layout};
 use crate::model::loader::LoadedModel;
+use crate::model::params::ParamSpec;
 use crate::model::peft;
 use crate::model::tokenizer::{ChatTokenizer, GENERATION_CONFIG};
 use crate::model::weights::{ElementType, Weights};
@@ -355,7 +356,7 @@ impl Engine {
         };
         let written = match &source {
             Some(files) => {
-                let read = |name: &str, shape: &[usize]| files.load(name, shape, Precision::F32);
+                let read = |param: &ParamSpec| files.load(param, Precision::F32);
                 export::save_merged(out, config, adapter.as_ref(), layout, &read)
             }
             None => export::save_merged(out, config, adapter.as_ref(), layout, &base.policy.parameters.reader()),

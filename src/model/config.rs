@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use self::json::{Fields, invalid};
 use super::error::ModelError;
 use super::families::Architecture;
+use super::params;
 use super::spec::{Activation, FeedForward, ModelSpec, Norms, QkNorm};
 
 /// A configuration: the decoder that it describes, and what else config.json says.
@@ -33,7 +34,8 @@ impl ModelConfig {
     /// What the model computes, as a text that is the same however its configuration file is written. It is part of what jobs are pinned to: a field that
     /// is added later must be left out where it has no effect, or every older job is refused.
     ///
-    /// The blocks of the families that it covers differ in their windows only, so it describes the first one and lists the windows of all.
+    /// The blocks of the families that it covers differ in their windows only, so it describes the
+    /// first one and lists the windows of all.
     pub fn canonical(&self) -> String {
         let spec = &self.spec;
         let (frequencies, attention_factor) = spec.rope.inv_freq(spec.head_dim());
@@ -88,49 +90,9 @@ impl ModelConfig {
         Ok(ModelConfig { architecture, spec, bos_token_id, eos_token_ids, hf_json: json })
     }
 
-    /// Every parameter by its Hugging Face name, with its shape (`[out, in]` for projections); `lm_head` only if untied.
-    pub fn tensor_shapes(&self) -> Vec<(String, Vec<usize>)> {
-        let c = self.spec.hidden_size;
-        let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![self.spec.vocab_size, c])];
-        for (layer, block) in self.spec.blocks.iter().enumerate() {
-            let attention = block.attention();
-            let FeedForward::Gated { width: f, bias: mlp_bias, .. } = block.feed_forward;
-            let (q, kv) = (attention.query_width(), attention.kv_width());
-            let mut push = |name: &str, shape: &[usize]| shapes.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
-            push("input_layernorm.weight", &[c]);
-            for (name, out, input, bias) in [
-                ("q", q, c, attention.qkv_bias),
-                ("k", kv, c, attention.qkv_bias),
-                ("v", kv, c, attention.qkv_bias),
-                ("o", c, q, attention.output_bias),
-            ] {
-                push(&format!("self_attn.{name}_proj.weight"), &[out, input]);
-                if bias {
-                    push(&format!("self_attn.{name}_proj.bias"), &[out]);
-                }
-            }
-            if attention.qk_norm == QkNorm::PerHead {
-                push("self_attn.q_norm.weight", &[attention.head_dim]);
-                push("self_attn.k_norm.weight", &[attention.head_dim]);
-            }
-            push("post_attention_layernorm.weight", &[c]);
-            for (name, out, input) in [("gate", f, c), ("up", f, c), ("down", c, f)] {
-                push(&format!("mlp.{name}_proj.weight"), &[out, input]);
-                if mlp_bias {
-                    push(&format!("mlp.{name}_proj.bias"), &[out]);
-                }
-            }
-        }
-        shapes.push(("model.norm.weight".to_owned(), vec![c]));
-        if !self.spec.tie_word_embeddings {
-            shapes.push(("lm_head.weight".to_owned(), vec![self.spec.vocab_size, c]));
-        }
-        shapes
-    }
-
     /// Parameters, tied ones once.
     pub fn parameter_count(&self) -> usize {
-        self.tensor_shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
+        params::parameter_count(&self.spec)
     }
 }
 

@@ -18,6 +18,7 @@ pub mod layout;
 pub mod loader;
 pub mod ops;
 pub mod parameters;
+pub mod params;
 pub mod peft;
 mod projections;
 mod ranges;

@@ -1,7 +1,8 @@
 //! A decoder as plain data: a family of models is other values of these types, not other code.
 //!
-//! An enum with one variant is a place for the next one. Code takes such an enum apart with a pattern that cannot fail today, so that a new variant
-//! does not compile until every use of it has been decided.
+//! An enum with one variant is a place for the next one. Code takes such an enum apart with a
+//! pattern that cannot fail today, so that a new variant does not compile until every use of it has
+//! been decided.
 
 use super::rope::RopeConfig;
 
@@ -24,7 +25,8 @@ pub struct ModelSpec {
     pub blocks: Vec<BlockSpec>,
 }
 
-/// One decoder block: a mixer (what lets tokens see each other), then a feed-forward part, each added to the residual stream.
+/// One decoder block: a mixer (what lets tokens see each other), then a feed-forward part, each
+/// added to the residual stream.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BlockSpec {
     /// The first part.
@@ -68,7 +70,8 @@ pub struct AttentionSpec {
 pub enum QkNorm {
     /// None.
     Absent,
-    /// Over the D numbers of each head, with one weight `[D]` for all query heads and one for all key heads.
+    /// Over the D numbers of each head, with one weight `[D]` for all query heads and one for all
+    /// key heads.
     PerHead,
 }
 

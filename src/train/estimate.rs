@@ -2,15 +2,15 @@
 //!
 //! `benches/compare.py` prints the estimate beside the measured peak.
 
-use crate::domain::training::{ActivationCheckpointing, Method, Precision, TARGET_MODULES, TrainingSpec};
-use crate::model::adapter::projection_shapes;
+use crate::domain::training::{ActivationCheckpointing, Method, Precision, TrainingSpec};
 use crate::model::config::ModelConfig;
 use crate::model::device::ComputeDevice;
 use crate::model::ops::attention::SCORES;
 use crate::model::ops::gemm::{GROUP_BYTES, Kernel};
 use crate::model::ops::head::KEPT;
 use crate::model::ops::team;
-use crate::model::spec::{BlockSpec, FeedForward, ModelSpec, QkNorm};
+use crate::model::params::{LoraSpec, LoraTensor, lora_params};
+use crate::model::spec::{FeedForward, ModelSpec, QkNorm};
 use crate::train::backprop::Keep;
 use crate::train::pair::EncodedPair;
 
@@ -94,22 +94,20 @@ impl Estimate {
 pub fn trainable_parameters(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
     match &spec.method {
         Method::Full => config.parameter_count() as u64,
-        Method::Lora(_) => {
-            let (width, ranks) = (config.spec.hidden_size, ranks(spec));
-            let of_block = |block: &BlockSpec| -> usize {
-                projection_shapes(width, block).iter().zip(ranks).map(|((out, input), rank)| rank * (out + input)).sum()
-            };
-            config.spec.blocks.iter().map(of_block).sum::<usize>() as u64
+        Method::Lora(lora) => {
+            let updates = lora_params(&config.spec, lora);
+            updates.iter().flat_map(LoraSpec::tensors).map(LoraTensor::elements).sum::<usize>() as u64
         }
     }
 }
 
-/// LoRA's rank on each projection of a block.
-fn ranks(spec: &TrainingSpec) -> [usize; 7] {
-    TARGET_MODULES.map(|name| match &spec.method {
-        Method::Lora(l) if l.target_modules.iter().any(|m| m == name) => l.rank,
-        _ => 0,
-    })
+/// Returns the sum of LoRA's ranks on the linear layers of a block, of the block where it is
+/// largest.
+fn ranks(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
+    let Method::Lora(lora) = &spec.method else { return 0 };
+    let mut of_block = vec![0; config.spec.blocks.len()];
+    lora_params(&config.spec, lora).iter().for_each(|update| of_block[update.block] += update.a.shape[0] as u64);
+    of_block.into_iter().max().unwrap_or(0)
 }
 
 /// Numbers that a block has of a token in each of its parts, of the block where they are most.
@@ -182,8 +180,7 @@ fn held_tokens(spec: &TrainingSpec, lengths: Lengths, row: u64) -> u64 {
 /// What a run over pairs of these lengths needs with these choices.
 pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, lengths: Lengths, keep: Keep, row_tokens: usize, memory: Memory) -> Estimate {
     let t = lengths.longest.max(row_tokens.min(lengths.micro_batch)) as u64;
-    let (c, layers) = (config.spec.hidden_size as u64, config.spec.blocks.len() as u64);
-    let ranks: u64 = ranks(spec).iter().map(|r| *r as u64).sum();
+    let (c, layers, ranks) = (config.spec.hidden_size as u64, config.spec.blocks.len() as u64, ranks(config, spec));
     let Widths { feed_forward: f, heads: h, query: q, row, raw, .. } = Widths::of(&config.spec);
     // Block input, q/k/v, attention's output and log-sum-exps, the sum after attention, gate and up, x·Aᵀ.
     // In half the memory where it is rounded.
@@ -218,8 +215,7 @@ pub fn on_host(config: &ModelConfig, spec: &TrainingSpec, devices: usize) -> u64
 
 /// The same for a GPU: masters and moments stay on the host; matrices and activations are in the job's precision, the residual stream in f32.
 fn on_gpu(config: &ModelConfig, spec: &TrainingSpec, t: u64, held: u64, keep: Keep, row_tokens: usize) -> Estimate {
-    let (c, layers) = (config.spec.hidden_size as u64, config.spec.blocks.len() as u64);
-    let ranks: u64 = ranks(spec).iter().map(|r| *r as u64).sum();
+    let (c, layers, ranks) = (config.spec.hidden_size as u64, config.spec.blocks.len() as u64, ranks(config, spec));
     let Widths { feed_forward: f, heads: h, kv_heads, query: q, row, raw } = Widths::of(&config.spec);
     let element = if spec.precision == Some(Precision::Bf16) { F32 / 2 } else { F32 };
     let tape = F32 * (2 * c + h) + element * (row + raw + q + 2 * f + ranks);

@@ -52,6 +52,44 @@ fn imports_run_down_the_layers() {
     assert!(breaches.is_empty(), "{} breaches of the architecture (ARCHITECTURE.md says why):\n{}", breaches.len(), breaches.join("\n"));
 }
 
+/// Parts of the names of a model's tensors, in transformers' files and in GGUF.
+const TENSOR_NAMES: [&str; 14] = [
+    "embed_tokens",
+    "lm_head",
+    "layernorm",
+    "self_attn",
+    "_proj",
+    "model.layers",
+    "model.norm",
+    "lora_A",
+    "lora_B",
+    "token_embd",
+    "blk.",
+    "attn_q",
+    "attn_norm",
+    "ffn_",
+];
+
+#[test]
+fn names_of_tensors_stand_in_one_table() {
+    const TABLE: &str = "model/params.rs";
+    // The legal values of `target_modules` stand below the model; a unit test compares them with
+    // the table.
+    const DOMAIN: &str = "domain/training.rs";
+    let sources = sources();
+    let (_, table) = sources.iter().find(|(file, _)| file == TABLE).unwrap();
+    for name in TENSOR_NAMES {
+        assert!(table.contains(name), "{name} is not in {TABLE}: the scan is broken");
+    }
+    let others = sources.iter().filter(|(file, _)| file != TABLE && file != DOMAIN && !file.ends_with("tests.rs"));
+    let spelled: Vec<String> = others
+        .flat_map(|(file, source)| source.lines().enumerate().map(move |(i, line)| (file, i + 1, line)))
+        .filter(|(.., line)| TENSOR_NAMES.iter().any(|name| line.contains(name)))
+        .map(|(file, number, line)| format!("src/{file}:{number}: {}", line.trim()))
+        .collect();
+    assert!(spelled.is_empty(), "only src/{TABLE} spells the names of tensors:\n{}", spelled.join("\n"));
+}
+
 /// One thing to say per breach, each with the file and the line. `file` is relative to `src`.
 fn breaches(file: &str, source: &str) -> Vec<String> {
     if EXEMPT.contains(&file) {

@@ -1,4 +1,5 @@
-//! Above these a header is taken for garbage: no allocation or product over configured sizes can overflow.
+//! Above these a header is taken for garbage: no allocation or product over configured sizes can
+//! overflow.
 
 pub const LAYERS: usize = 4096;
 pub const HEADS: usize = 4096;

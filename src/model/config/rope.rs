@@ -1,4 +1,5 @@
-//! Rotary frequencies in config.json, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
+//! Rotary frequencies in config.json, of transformers 4 (`rope_theta`, `rope_scaling`) or 5
+//! (`rope_parameters`).
 
 use super::json::Fields;
 use super::limits;

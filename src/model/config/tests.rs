@@ -5,7 +5,8 @@ fn golden(path: &str) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
-/// BLAKE3 of [`ModelConfig::canonical`] as the version before [`ModelSpec`] computed it. Jobs are pinned to these hashes.
+/// BLAKE3 of [`ModelConfig::canonical`] as the version before [`ModelSpec`] computed it. Jobs are
+/// pinned to these hashes.
 const IDENTITIES: [(&str, &str); 11] = [
     ("llama, tied", "a1ce60e9825dde3acf374eb4cbe15450845129661ca9cf99c8986ed326600b76"),
     ("llama with biases", "a7b959e8cde8c005ce73770243903932b8bb0b835ba3dea69f698f22d4e3f414"),
@@ -55,7 +56,8 @@ fn an_absent_field_means_what_the_familys_class_in_transformers_means() {
         // Null means as many as query heads in every family.
         assert_eq!(read(model_type, r#", "num_key_value_heads": null"#).blocks[0].attention().kv_heads, 64, "{model_type}");
     }
-    // Qwen's window is off unless it is switched on; it begins behind `max_window_layers`, 28 of them where that is absent.
+    // Qwen's window is off unless it is switched on; it begins behind `max_window_layers`, 28 of
+    // them where that is absent.
     let windows = |more: &str| -> Vec<Option<usize>> {
         let blocks = read("qwen2", &format!(r#", "use_sliding_window": true, "sliding_window": 16{more}"#)).blocks;
         blocks.iter().map(|b| b.attention().window).collect()

@@ -234,8 +234,7 @@ impl Cuda {
         };
         let (gpu, kind, width, rows) = (&self.gpu, opened.kind, opened.hidden(), on_device.targets);
         let g = gpu.upload(Kind::F32, upstream)?;
-        let place = if policy.parameters.head.is_some() { Place::Head } else { Place::Embedding };
-        if let Some(slot) = gradients.slot(place) {
+        if let Some(slot) = gradients.slot(policy.parameters.head_id()) {
             let lse = gpu.upload(Kind::F32, &lse)?;
             opened.head().weight_gradient(&normed, &on_device, &lse, &g, slot)?;
         }

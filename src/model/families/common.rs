@@ -110,7 +110,8 @@ impl Common {
         }
     }
 
-    /// Returns a block of this attention and a gated feed-forward part without biases, each behind a norm.
+    /// Returns a block of this attention and a gated feed-forward part without biases, each behind
+    /// a norm.
     pub fn block(&self, attention: AttentionSpec) -> BlockSpec {
         BlockSpec {
             mixer: Mixer::Attention(attention),

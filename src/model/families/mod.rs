@@ -1,4 +1,5 @@
-//! Families of models, one small file each: what their config.json means, as a [`crate::model::spec::ModelSpec`].
+//! Families of models, one small file each: what their config.json means, as a
+//! [`crate::model::spec::ModelSpec`].
 
 mod common;
 mod llama;

@@ -1,4 +1,5 @@
-//! Qwen3: RMSNorm on each head's q and k, optional biases in attention; the upper layers may have a sliding window.
+//! Qwen3: RMSNorm on each head's q and k, optional biases in attention; the upper layers may have a
+//! sliding window.
 
 use super::common::{Common, Defaults, Family, windows_of_layers};
 use crate::model::config::json::Fields;
