@@ -1,6 +1,6 @@
 //! `bradley score`: streams the pairs of a file to the server and prints their scores.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -8,7 +8,7 @@ use super::args::{Output, ScoreArgs};
 use super::{Failure, Outcome, connect, output};
 use crate::domain::dataset::{ChatMessage, PreferenceRow, Text};
 use crate::domain::message::TemplateArguments;
-use crate::rpc::client::{Client, ProtoStruct, json_struct};
+use crate::rpc::client::Client;
 use crate::rpc::pb;
 use crate::train::rows::{detect_format, read_rows};
 
@@ -25,7 +25,8 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
         beta: args.beta,
         max_length: args.max_length,
         per_token_logprobs: false,
-        chat_template_kwargs: args.template_args.as_deref().map(template_arguments).transpose()?,
+        chat_template_kwargs: None,
+        chat_template_kwargs_json: template_arguments(args.template_args.as_deref())?,
         tools: Vec::new(),
         tools_json: match &args.tools {
             Some(path) => std::fs::read_to_string(path).map_err(|e| Failure::Failed(format!("{}: {e}", path.display())))?,
@@ -71,11 +72,13 @@ pub(super) fn read(path: &std::path::Path) -> Result<Vec<PreferenceRow>, Failure
     Ok(rows)
 }
 
-/// The value of `--template-args`.
-pub(super) fn template_arguments(text: &str) -> Result<ProtoStruct, Failure> {
-    let fields = serde_json::from_str(text)
+/// The value of `--template-args`, which goes to the server as it is: a Struct would lose the order
+/// of keys, and 1.0 would become 1. Empty without the flag.
+pub(super) fn template_arguments(text: Option<&str>) -> Result<String, Failure> {
+    let Some(text) = text else { return Ok(String::new()) };
+    let _: Map<String, Value> = serde_json::from_str(text)
         .map_err(|e| Failure::Usage(format!("--template-args: {e}; give a JSON object such as {{\"enable_thinking\": false}}")))?;
-    Ok(json_struct(&fields))
+    Ok(text.to_owned())
 }
 
 /// The option's value.
@@ -168,7 +171,8 @@ fn pair(id: String, row: &PreferenceRow) -> pb::Pair {
         b: Some(text(&row.rejected)),
         tools: Vec::new(),
         tools_json: tools.as_ref().map(|tools| Value::from(tools.clone()).to_string()).unwrap_or_default(),
-        chat_template_kwargs: (!kwargs.is_empty()).then(|| json_struct(kwargs)),
+        chat_template_kwargs: None,
+        chat_template_kwargs_json: if kwargs.is_empty() { String::new() } else { json!(kwargs).to_string() },
     }
 }
 

@@ -94,7 +94,7 @@ fn job(
         seed: args.seed,
         precision: args.precision.clone().unwrap_or_default(),
         ttl: args.ttl_days.map(|days| ProtoDuration { seconds: i64::from(days) * DAY, nanos: 0 }),
-        chat_template_kwargs: args.template_args.as_deref().map(super::score::template_arguments).transpose()?,
+        chat_template_kwargs_json: super::score::template_arguments(args.template_args.as_deref())?,
         row_policy: if args.skip_bad_rows { pb::RowPolicy::Skip.into() } else { pb::RowPolicy::Reject.into() },
         ..Default::default()
     })

@@ -59,6 +59,26 @@ pub struct PreferenceRow {
 }
 
 impl PreferenceRow {
+    /// Returns what version 0.2.0 did not use of the row, or could not read: a job of that version
+    /// saw other tokens. `None` for a row that means the same to both versions.
+    pub fn new_since_0_2_0(&self) -> Option<String> {
+        if !matches!(self.shape, RowShape::Preference | RowShape::ImplicitPrompt) {
+            return Some(self.shape.name().to_owned());
+        }
+        if self.arguments.tools.is_some() {
+            return Some("tools".to_owned());
+        }
+        if !self.arguments.kwargs.is_empty() {
+            return Some("chat_template_kwargs".to_owned());
+        }
+        let fields = [("prompt", &self.prompt), ("chosen", &self.chosen), ("rejected", &self.rejected)];
+        fields.into_iter().find_map(|(field, text)| {
+            let Text::Chat(messages) = text else { return None };
+            let new = messages.iter().enumerate().find_map(|(i, message)| Some((i, message.new_since_0_2_0()?)));
+            new.map(|(i, key)| format!("{field}[{i}].{key}"))
+        })
+    }
+
     /// A column as the row names it: of several rejected answers, the one of this pair.
     pub fn column(&self, name: &str) -> String {
         match self.pair {
@@ -265,6 +285,10 @@ pub struct ValidationReport {
     /// Pairs that can be used, where rows make several; 0 where every row makes one.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub pairs: u64,
+    /// Rows with an error that no model and no length avoids; `None` in reports of version 0.2.0,
+    /// where a row has at most one finding that depends on the job.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unusable_rows: Option<u64>,
 }
 
 fn is_zero(n: &u64) -> bool {
@@ -295,9 +319,11 @@ impl ValidationReport {
     /// Rows that no job can use. Whether a prompt is too long, or a token is outside the vocabulary, is for each job to say, with its own model and
     /// length.
     pub fn bad_rows_of_any_job(&self) -> u64 {
-        let reasons = [IssueReason::PromptFillsMaxLength, IssueReason::TokenOutsideVocabulary];
-        let depending: u64 = reasons.iter().filter_map(|reason| self.counts.get(reason.name())).sum();
-        self.bad_rows().saturating_sub(depending)
+        self.unusable_rows.unwrap_or_else(|| {
+            let reasons = [IssueReason::PromptFillsMaxLength, IssueReason::TokenOutsideVocabulary];
+            let depending: u64 = reasons.iter().filter_map(|reason| self.counts.get(reason.name())).sum();
+            self.bad_rows().saturating_sub(depending)
+        })
     }
 }
 

@@ -140,6 +140,14 @@ impl ChatMessage {
         &self.0
     }
 
+    /// Returns a key that version 0.2.0 did not use: it saw a role and a text, and nothing else.
+    pub(super) fn new_since_0_2_0(&self) -> Option<&str> {
+        if !self.0.get("content").is_some_and(Value::is_string) {
+            return Some("content");
+        }
+        self.0.keys().map(String::as_str).find(|key| !matches!(*key, "role" | "content"))
+    }
+
     /// Returns true if the message says nothing: no text, no tool call, no reasoning.
     pub fn is_blank(&self) -> bool {
         let has_text = match self.0.get("content") {

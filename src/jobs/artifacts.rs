@@ -338,30 +338,60 @@ impl Artifacts {
         remote.put_file(&self.dataset(id), &dataset_key(id)).await
     }
 
-    /// A dataset's file on this machine, fetched when it is not.
+    /// Returns a dataset's file on this machine, whose content has the hash `expected`. With an
+    /// object store, a file that is missing here, damaged or unreadable is fetched from there.
     ///
     /// # Errors
-    /// `FailedPrecondition` when it is lost or changed.
-    pub async fn fetch_dataset(&self, dataset: &Dataset) -> Result<PathBuf> {
-        let path = self.dataset(&dataset.id);
-        let Some(remote) = &self.remote else { return Ok(path) };
-        if tokio::fs::try_exists(&path).await.unwrap_or(false) {
+    /// `FailedPrecondition`: `ARTIFACT_MISSING` when the file is not where it is kept,
+    /// `DATASET_CHANGED` when it has other content there.
+    pub async fn fetch_dataset(&self, dataset: &Dataset, expected: &str) -> Result<PathBuf> {
+        let (path, expected, id) = (self.dataset(&dataset.id), expected.to_owned(), dataset.id.clone());
+        let is_here = path.clone();
+        let found = blocking(move || hash_if_present(&is_here)).await?;
+        if matches!(&found, Ok(Some(hash)) if *hash == expected) {
             return Ok(path);
         }
-        let temporary = Temporary(self.temporary());
-        if let Err(e) = remote.get_file(&dataset_key(&dataset.id), &temporary.0).await {
-            return Err(self.explain_missing(e, &format!("datasets/{}", dataset.id)).await);
+        let Some(remote) = &self.remote else {
+            return Err(match found? {
+                Some(found) => dataset_changed(&id, &found, &expected),
+                None => self.dataset_missing(&id),
+            });
+        };
+        if !matches!(found, Ok(None)) {
+            tracing::warn!(dataset = id, expected, ?found, "the local copy of a dataset is damaged and is fetched again");
         }
-        let (artifacts, expected, name) = (self.clone(), dataset.content_hash.clone(), dataset.id.clone());
+        let temporary = Temporary(self.temporary());
+        if let Err(e) = remote.get_file(&dataset_key(&id), &temporary.0).await {
+            return Err(match e {
+                // Of another store, or one that is not mounted, nothing is believed.
+                ServiceError::NotFound { .. } => self.check_store().await.err().unwrap_or_else(|| self.dataset_missing(&id)),
+                e => e,
+            });
+        }
+        let artifacts = self.clone();
         blocking(move || {
-            if hash_file(&temporary.0)?.1 != expected {
-                let message = format!("the stored file of datasets/{name} does not match its hash: upload it again");
-                return Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", message });
+            let (_, found) = hash_file(&temporary.0)?;
+            if found != expected {
+                return Err(dataset_changed(&id, &found, &expected));
             }
             artifacts.publish(&temporary.0, &path)?;
             Ok(path)
         })
         .await?
+    }
+
+    /// The error for a dataset whose file is not where it is kept now.
+    fn dataset_missing(&self, id: &str) -> ServiceError {
+        let message = format!(
+            "the file of datasets/{id} is not in {}: restore it from a backup, or upload the dataset again and create the job anew",
+            self.place()
+        );
+        ServiceError::FailedPrecondition { reason: "ARTIFACT_MISSING", message }
+    }
+
+    /// Where files are kept, in words.
+    fn place(&self) -> &'static str {
+        if self.is_copy() { "the artifact store" } else { "the data directory" }
     }
 
     /// Maps a missing object to `ARTIFACT_MISSING`, or to `Unavailable` if this is not the database's store.
@@ -377,8 +407,7 @@ impl Artifacts {
 
     /// The error for files that are not where they are kept now. They may come back: a bucket or a folder can be restored, a listing can lag.
     pub(super) fn missing(&self, name: &str) -> ServiceError {
-        let place = if self.is_copy() { "the artifact store" } else { "the data directory" };
-        let message = format!("the files of {name} are not in {place}: restore them, or delete what they belong to");
+        let message = format!("the files of {name} are not in {}: restore them, or delete what they belong to", self.place());
         ServiceError::FailedPrecondition { reason: "ARTIFACT_MISSING", message }
     }
 
@@ -630,8 +659,24 @@ fn describe_below(dir: &Path, prefix: &str, files: &mut Vec<ExportedFile>) -> Re
     Ok(())
 }
 
+/// The error for a dataset's file with other content than a job was made with.
+fn dataset_changed(id: &str, found: &str, expected: &str) -> ServiceError {
+    let message = format!(
+        "the file of datasets/{id} has the content {found}, the job was made with {expected}: restore it, or upload it again and make a new job"
+    );
+    ServiceError::FailedPrecondition { reason: "DATASET_CHANGED", message }
+}
+
+/// Returns a file's BLAKE3, or `None` where there is no file.
+fn hash_if_present(path: &Path) -> Result<Option<String>> {
+    match fs::exists(path) {
+        Ok(false) => Ok(None),
+        _ => hash_file(path).map(|(_, hash)| Some(hash)),
+    }
+}
+
 /// A file's size and BLAKE3.
-pub(super) fn hash_file(path: &Path) -> Result<(u64, String)> {
+fn hash_file(path: &Path) -> Result<(u64, String)> {
     let mut hash = blake3::Hasher::new();
     let size = File::open(path).and_then(|mut f| io::copy(&mut f, &mut hash)).map_err(|e| failed(path, e))?;
     Ok((size, hash.finalize().to_hex().to_string()))
@@ -697,3 +742,6 @@ pub fn failed(path: &Path, e: io::Error) -> ServiceError {
         _ => ServiceError::Internal { message },
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,15 +1,17 @@
 //! What a run continues from: checkpoint rows and folders brought into line, damaged ones passed over.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::artifacts::failed;
 use super::datasets::blocking;
 use super::error::{Result, ServiceError};
 use super::held::Held;
+use super::runner::Prepared;
 use super::service::Service;
 use super::store::Also;
-use crate::domain::job::{Checkpoint, EventKind};
+use crate::domain::job::{Checkpoint, EventKind, Job};
 use crate::train::checkpoint;
+use crate::train::trainer::tokens_until;
 
 /// The newest checkpoint that is whole; `None` begins anew, which gives the same numbers. Ones that are proven to be damaged are removed, and the
 /// job's followers told.
@@ -37,6 +39,37 @@ pub(super) async fn newest_whole(service: &Service, held: &Held) -> Result<Optio
         service.drop_checkpoint_files(c).await;
     }
     Ok(None)
+}
+
+/// Makes sure that a run goes on from a checkpoint with the pairs with which it began: another
+/// version of the server may read or tokenise the rows in another way. Checkpoints of version 0.2.0
+/// have no digest of their pairs. For these, rows must have nothing that it did not use, and the
+/// pairs that the run has used must have as many tokens as it counted.
+///
+/// # Errors
+/// `FailedPrecondition` (`ROWS_CHANGED`) when the pairs are others.
+pub(super) async fn check_pairs(service: &Service, job: &Job, dir: &Path, prepared: Prepared) -> Result<Prepared> {
+    let (artifacts, spec, dir) = (service.inner.artifacts.clone(), job.request.spec.clone(), dir.to_owned());
+    let folder = format!("trainingJobs/{}/checkpoints", job.id);
+    blocking(move || {
+        let (pinned, state) = checkpoint::progress(&dir).map_err(|e| artifacts.unusable(&e, &folder))?;
+        let why = match (pinned, &prepared.new_since_0_2_0) {
+            (Some(pinned), _) if pinned == prepared.digest => return Ok(prepared),
+            (Some(pinned), _) => format!("its run's pairs have the digest {pinned}, this server makes pairs with {} of the rows", prepared.digest),
+            (None, Some(new)) => format!("version 0.2.0 wrote it and did not use {new}, which the model sees now"),
+            (None, None) => match tokens_until(&spec, &prepared.train, &state) {
+                tokens if tokens == state.tokens => return Ok(prepared),
+                tokens => format!("its run has used {} tokens, with this server's tokens of the rows it would be {tokens}", state.tokens),
+            },
+        };
+        let message = format!(
+            "the run cannot go on from {folder}/{}: {why}. Let the version of the server that wrote it end the job, or cancel the job and create it \
+             again",
+            state.step
+        );
+        Err(ServiceError::FailedPrecondition { reason: "ROWS_CHANGED", message })
+    })
+    .await?
 }
 
 /// The row is what makes a checkpoint: it is stored after every event up to its step. A folder without one is what a crash cut short, or what another

@@ -11,15 +11,14 @@ use tokio::time::Instant;
 use tracing::Instrument as _;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
-use super::artifacts::hash_file;
 use super::datasets::{blocking, unreadable};
 use super::error::{Result, ServiceError};
 use super::held::{Held, Room, patiently};
 use super::housekeeping::job_ended;
-use super::resume::newest_whole;
+use super::resume::{check_pairs, newest_whole};
 use super::service::Service;
 use super::store::{Also, Lease, now};
-use crate::domain::dataset::Dataset;
+use crate::domain::dataset::{Dataset, PreferenceRow};
 use crate::domain::identity::Pins;
 use crate::domain::job::{Checkpoint, Evaluation, EventKind, Job, JobError, JobState, RowPolicy};
 use crate::domain::message::TemplateArguments;
@@ -28,7 +27,7 @@ use crate::engine::trace;
 use crate::model::tokenizer::ChatTokenizer;
 use crate::train::checkpoint;
 use crate::train::encode::PairEncoder;
-use crate::train::pair::{EncodedPair, split_rows};
+use crate::train::pair::{EncodedPair, digest, split_rows};
 use crate::train::validate::{BadRows, load_rows};
 
 /// Events on their way from the device to the store.
@@ -120,7 +119,10 @@ enum End {
 fn may_come(e: &ServiceError) -> bool {
     matches!(
         e,
-        ServiceError::FailedPrecondition { reason: "ARTIFACT_MISSING" | "CHECKPOINT_FORMAT" | "DATASET_CHANGED" | "MODEL_CHANGED", .. }
+        ServiceError::FailedPrecondition {
+            reason: "ARTIFACT_MISSING" | "CHECKPOINT_FORMAT" | "DATASET_CHANGED" | "MODEL_CHANGED" | "ROWS_CHANGED",
+            ..
+        }
     )
 }
 
@@ -189,7 +191,7 @@ async fn carry(service: &Service, job: &Job, held: &Arc<Held>) -> Result<RunEnd>
     if let Some(end) = stopped(held.control.command()) {
         return Ok(end);
     }
-    let prepared = prepared?;
+    let mut prepared = prepared?;
     if prepared.skipped.rows() > 0 {
         note_skipped(service, held, &prepared.skipped).await?;
     }
@@ -197,6 +199,10 @@ async fn carry(service: &Service, job: &Job, held: &Arc<Held>) -> Result<RunEnd>
     let resume = held.while_wanted(|| newest_whole(service, held)).await;
     if let Some(end) = stopped(held.control.command()) {
         return Ok(end);
+    }
+    let resume = resume?;
+    if let Some(dir) = &resume {
+        prepared = check_pairs(service, job, dir, prepared).await?;
     }
     let (events, mut reported) = mpsc::channel(CHANNEL);
     let run = TrainingRun {
@@ -207,7 +213,7 @@ async fn carry(service: &Service, job: &Job, held: &Arc<Held>) -> Result<RunEnd>
         spec: job.request.spec.clone(),
         train: prepared.train,
         eval: prepared.eval,
-        resume: resume?,
+        resume,
         checkpoints,
         events,
         control: held.control.clone(),
@@ -309,6 +315,10 @@ pub(super) struct Prepared {
     pub reference: Option<crate::engine::api::WeightsRef>,
     pub train: Vec<EncodedPair>,
     pub eval: Vec<EncodedPair>,
+    /// The digest of both lists of pairs.
+    pub digest: String,
+    /// What version 0.2.0 did not use of the rows, where there is any.
+    pub new_since_0_2_0: Option<String>,
     pub skipped: BadRows,
 }
 
@@ -321,61 +331,47 @@ pub(super) async fn prepare(service: &Service, job: &Job) -> Result<Prepared> {
         Evaluation::Dataset(id) => Some(service.inner.store.dataset(id).await?),
         _ => None,
     };
-    let artifacts = &service.inner.artifacts;
-    artifacts.fetch_dataset(&dataset).await?;
-    if let Some(d) = &eval_dataset {
-        artifacts.fetch_dataset(d).await?;
-    }
-    let (artifacts, request) = (artifacts.clone(), job.request.clone());
+    let (artifacts, pinned) = (&service.inner.artifacts, job.request.pins.as_ref().and_then(|pins| pins.contents.as_ref()));
+    let expected = pinned.map_or(&dataset.content_hash, |contents| &contents.dataset);
+    let file = artifacts.fetch_dataset(&dataset, expected).await?;
+    let eval_file = match eval_dataset {
+        Some(d) => {
+            let expected = pinned.and_then(|contents| contents.eval_dataset.as_ref()).unwrap_or(&d.content_hash);
+            let path = artifacts.fetch_dataset(&d, expected).await?;
+            Some((d, path))
+        }
+        None => None,
+    };
+    let request = job.request.clone();
     let context = RowContext {
         tokenizer,
         arguments: job.template_arguments(),
         date: service.template_date(Some(job)),
         vocab_size: service.model(&start.model)?.vocab_size,
     };
-    let (train, eval, skipped) = blocking(move || {
-        let contents = request.pins.as_ref().and_then(|pins| pins.contents.as_ref());
-        let load = |d: &Dataset, pinned: Option<&String>| {
-            let path = artifacts.dataset(&d.id);
-            check_dataset(&path, d, pinned.unwrap_or(&d.content_hash))?;
-            encode_dataset(&path, d, &context, &request)
-        };
-        let (mut train, mut skipped) = load(&dataset, contents.map(|c| &c.dataset))?;
+    let (train, eval, digest, new_since_0_2_0, skipped) = blocking(move || {
+        let Encoded { pairs: mut train, bad: mut skipped, mut new_since_0_2_0 } = encode_dataset(&file, &dataset, &context, &request)?;
         let mut eval = Vec::new();
-        match (&request.evaluation, &eval_dataset) {
-            (_, Some(d)) => {
-                let (rows, more) = load(d, contents.and_then(|c| c.eval_dataset.as_ref()))?;
-                eval = rows;
-                skipped.extend(more);
+        match (&request.evaluation, &eval_file) {
+            (_, Some((d, path))) => {
+                let more = encode_dataset(path, d, &context, &request)?;
+                eval = more.pairs;
+                skipped.extend(more.bad);
+                new_since_0_2_0 = new_since_0_2_0.or(more.new_since_0_2_0);
             }
             (Evaluation::Fraction(f), None) => {
                 (train, eval) = split_rows(&train, *f, request.spec.seed.0);
             }
             _ => {}
         }
-        Ok::<_, ServiceError>((train, eval, skipped))
+        let digest = digest(&train, &eval);
+        Ok::<_, ServiceError>((train, eval, digest, new_since_0_2_0, skipped))
     })
     .await??;
     if train.is_empty() {
         return Err(ServiceError::invalid("training_job.dataset", "no row is left to train on"));
     }
-    Ok(Prepared { model: start.model, start: start.weights, reference, train, eval, skipped })
-}
-
-/// Makes sure that a dataset's file has the content that the job was made with.
-///
-/// # Errors
-/// `FailedPrecondition` (`DATASET_CHANGED`) with both hashes.
-fn check_dataset(path: &std::path::Path, dataset: &Dataset, pinned: &str) -> Result<()> {
-    let (_, found) = hash_file(path)?;
-    if found == pinned {
-        return Ok(());
-    }
-    let message = format!(
-        "the file of datasets/{} has the content {found}, the job was made with {pinned}: restore it, or upload it again and make a new job",
-        dataset.id
-    );
-    Err(ServiceError::FailedPrecondition { reason: "DATASET_CHANGED", message })
+    Ok(Prepared { model: start.model, start: start.weights, reference, train, eval, digest, new_since_0_2_0, skipped })
 }
 
 /// What a job's rows are tokenised with.
@@ -386,13 +382,22 @@ struct RowContext {
     vocab_size: usize,
 }
 
+/// The pairs of a dataset.
+struct Encoded {
+    pairs: Vec<EncodedPair>,
+    /// Rows that are left out.
+    bad: BadRows,
+    /// What version 0.2.0 did not use of the first row that has any such thing.
+    new_since_0_2_0: Option<String>,
+}
+
 /// Tokenises a dataset under the job's row policy.
 fn encode_dataset(
     path: &std::path::Path,
     dataset: &Dataset,
     context: &RowContext,
     request: &crate::domain::job::JobRequest,
-) -> Result<(Vec<EncodedPair>, BadRows)> {
+) -> Result<Encoded> {
     let loaded = load_rows(path, dataset.format).map_err(|e| unreadable(&e))?;
     // Decoding has limits, and a job must not train on the part before one that uploading did not meet.
     let (now, uploaded) = (loaded.report.rows, dataset.report.rows);
@@ -436,7 +441,8 @@ fn encode_dataset(
         );
         return Err(ServiceError::FailedPrecondition { reason: "DATASET_INVALID", message });
     }
-    Ok((pairs, bad))
+    let new = |row: &PreferenceRow| Some(format!("{} of row {} of datasets/{}", row.new_since_0_2_0()?, row.row, dataset.id));
+    Ok(Encoded { pairs, bad, new_since_0_2_0: loaded.rows.iter().find_map(new) })
 }
 
 async fn note_skipped(service: &Service, held: &Held, skipped: &BadRows) -> Result<()> {

@@ -199,7 +199,7 @@ impl ScoringSession {
     /// # Errors
     /// `InvalidArgument` for a text that is longer than any row could use.
     pub async fn room_for_pair(&self, pair: &PairToScore) -> Result<OwnedSemaphorePermit> {
-        self.take_room(pair.arguments.bytes(), &pair.prompt, &[&pair.a, &pair.b]).await
+        self.take_room("pair", pair.arguments.bytes(), &pair.prompt, &[&pair.a, &pair.b]).await
     }
 
     /// How rewards add up the log-ratios of an answer's tokens.
@@ -212,15 +212,16 @@ impl ScoringSession {
         self.warnings.to_vec()
     }
 
-    /// Room for a request's text beside that of others; waits for it.
+    /// Room for a prompt and its completions beside the texts of others; waits for it.
     ///
     /// # Errors
     /// `InvalidArgument` for a text that is longer than any row could use.
     pub async fn room(&self, prompt: &Text, answers: &[&Text]) -> Result<OwnedSemaphorePermit> {
-        self.take_room(0, prompt, answers).await
+        self.take_room("completions", 0, prompt, answers).await
     }
 
-    async fn take_room(&self, own_arguments: usize, prompt: &Text, answers: &[&Text]) -> Result<OwnedSemaphorePermit> {
+    /// Takes room for a text whose field in the request is `field`.
+    async fn take_room(&self, field: &str, own_arguments: usize, prompt: &Text, answers: &[&Text]) -> Result<OwnedSemaphorePermit> {
         let rendered_with = match prompt {
             Text::Plain(_) => 0,
             Text::Chat(_) => (self.arguments.bytes() + own_arguments) * answers.len().max(1),
@@ -230,7 +231,7 @@ impl ScoringSession {
             let message = format!(
                 "prompt and answers have {bytes} bytes of text, the prompt and its tools counted for each answer: {MAX_TEXT} are the limit"
             );
-            return Err(ServiceError::invalid("pair", message));
+            return Err(ServiceError::invalid(field, message));
         }
         let room = self.service.inner.texts.clone();
         room.acquire_many_owned(bytes.div_ceil(1024) as u32).await.map_err(|_| ServiceError::draining())

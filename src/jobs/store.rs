@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions, AnyRow};
 use sqlx::{AnyConnection, AnyPool, AssertSqlSafe, Connection as _, FromRow};
+use tokio_stream::StreamExt as _;
 
 pub use self::jobs::{Creation, Expired};
 pub use self::leases::{Also, Lease};
@@ -38,8 +39,20 @@ const CONNECTIONS: u32 = 8;
 /// How long a call waits for a connection: with a database that does not answer, callers hear so in this time.
 const ACQUIRE: Duration = Duration::from_secs(5);
 
+/// Bytes of text in the rows of a page, which ends before the row that would exceed them: most
+/// clients take answers of 4 MiB at most.
+const PAGE_BYTES: usize = 2 << 20;
+
 /// The condition of a list's page.
 const OF_PAGE: &str = "seq < $1 AND ($2 = 0 OR owner = $3)";
+
+/// A row that lists give out.
+trait ListedRow {
+    /// Its place in the list.
+    fn seq(&self) -> i64;
+    /// Bytes of its text.
+    fn bytes(&self) -> usize;
+}
 
 /// A page of a list.
 #[derive(Clone, Debug, PartialEq)]
@@ -186,22 +199,31 @@ impl Store {
     }
 
     /// A page of what `select` finds, which has [`OF_PAGE`] among its conditions: rows of `owner`, or of everyone when `None`, newest first.
-    async fn page<R, T>(&self, select: &str, owner: Option<&str>, size: usize, token: &str, seq: fn(&R) -> i64) -> Result<Page<T>>
+    /// It has `size` rows at most, and fewer where their text exceeds [`PAGE_BYTES`]. A row that
+    /// alone exceeds them is a page.
+    async fn page<R, T>(&self, select: &str, owner: Option<&str>, size: usize, token: &str) -> Result<Page<T>>
     where
-        R: for<'r> FromRow<'r, AnyRow> + Send + Unpin,
+        R: ListedRow + for<'r> FromRow<'r, AnyRow> + Send + Unpin,
         T: TryFrom<R, Error = ServiceError>,
     {
-        let mut rows: Vec<R> = sqlx::query_as(AssertSqlSafe(format!("{select} ORDER BY seq DESC LIMIT $4")))
+        // Read one by one, because 1000 large rows would take gigabytes.
+        let mut found = sqlx::query_as::<_, R>(AssertSqlSafe(format!("{select} ORDER BY seq DESC LIMIT $4")))
             .bind(parse_token(token)?)
             .bind(i64::from(owner.is_some()))
             .bind(owner.unwrap_or_default())
             // One row too many says that there is a next page.
             .bind(size as i64 + 1)
-            .fetch_all(&self.readers)
-            .await?;
-        let more = rows.len() > size;
-        rows.truncate(size);
-        let next_page_token = if more { rows.last().map(|r| seq(r).to_string()).unwrap_or_default() } else { String::new() };
+            .fetch(&self.readers);
+        let (mut rows, mut bytes, mut next_page_token) = (Vec::new(), 0, String::new());
+        while let Some(row) = found.next().await {
+            let row = row?;
+            bytes += row.bytes();
+            if let Some(last) = rows.last().filter(|_| rows.len() >= size || bytes > PAGE_BYTES) {
+                next_page_token = R::seq(last).to_string();
+                break;
+            }
+            rows.push(row);
+        }
         Ok(Page { items: readable(rows), next_page_token })
     }
 

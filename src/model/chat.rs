@@ -1,6 +1,7 @@
 //! Chat templates, rendered as transformers 5.23 renders them.
 
 mod json;
+mod percent;
 mod python;
 
 use std::sync::LazyLock;
@@ -64,13 +65,15 @@ impl ChatTemplate {
         environment.set_syntax(syntax);
         environment.set_fuel(Some(FUEL));
         python::install(&mut environment);
+        percent::install(&mut environment);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_filter("tojson", json::to_json);
         // jinja2 reads every line ending as \n.
         let lines = source.replace("\r\n", "\n").replace('\r', "\n");
-        environment.add_template_owned(NAME, without_generation_tags(&lines)).map_err(|e| explain(&e))?;
+        let lines = percent::rewrite(&without_generation_tags(&lines));
+        environment.add_template_owned(NAME, lines).map_err(|e| explain(&e))?;
         Ok(ChatTemplate { environment, source: source.to_owned(), special_tokens })
     }
 
@@ -182,7 +185,11 @@ fn explain(e: &Error) -> ModelError {
         Some(detail) => format!("{detail}{}", e.line().map(|l| format!(" (line {l})")).unwrap_or_default()),
         None => e.to_string(),
     };
-    ModelError::ChatTemplate { reason }
+    let hint = match percent::is_about_operator(e) {
+        true => "; formatting with % is supported directly behind a string literal: elsewhere the template must use the filter format",
+        false => "",
+    };
+    ModelError::ChatTemplate { reason: reason + hint }
 }
 
 #[cfg(test)]

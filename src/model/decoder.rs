@@ -127,11 +127,7 @@ impl Policy {
     pub fn arithmetic(&self) -> String {
         let mut names: Vec<String> = Vec::new();
         for device in self.devices() {
-            let name = match device {
-                ComputeDevice::Cpu => self.kernel().arithmetic(),
-                #[cfg(feature = "cuda")]
-                ComputeDevice::Cuda(cuda) => format!("{} cuBLAS {}", cuda.gpu().name(), cuda.gpu().blas_version()),
-            };
+            let name = device.arithmetic(self.kernel());
             if !names.contains(&name) {
                 names.push(name);
             }
@@ -256,7 +252,6 @@ impl Policy {
     }
 
     fn log_probs_of(&self, row: PreparedRow, pause: &mut dyn FnMut()) -> Result<Vec<f32>> {
-        #[cfg(feature = "cuda")]
         if let ComputeDevice::Cuda(cuda) = &self.device {
             return cuda.log_probs(self, &row, pause);
         }

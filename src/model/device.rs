@@ -1,12 +1,11 @@
 //! Where passes are computed.
 
-#[cfg(feature = "cuda")]
 use std::sync::Arc;
 
-#[cfg(feature = "cuda")]
 use super::cuda::Cuda;
 use super::decoder::Policy;
 use super::ops::buffer::Buffer;
+use super::ops::gemm::Kernel;
 use crate::domain::training::Precision;
 
 /// A device that runs a decoder's passes.
@@ -15,8 +14,7 @@ pub enum ComputeDevice {
     /// This machine's cores, with the kernels of [`super::ops`].
     #[default]
     Cpu,
-    /// An NVIDIA GPU.
-    #[cfg(feature = "cuda")]
+    /// An NVIDIA GPU; there is none in builds without the feature `cuda`.
     Cuda(Arc<Cuda>),
 }
 
@@ -100,34 +98,28 @@ impl ComputeDevice {
         Ok(Self::open_all(choice)?.remove(0))
     }
 
-    #[cfg(feature = "cuda")]
     fn cuda(ordinal: usize) -> Result<Self, String> {
         Cuda::open(ordinal).map(ComputeDevice::Cuda).map_err(|e| e.to_string())
     }
 
-    #[cfg(not(feature = "cuda"))]
-    fn cuda(_: usize) -> Result<Self, String> {
-        Err("this build has no GPU support: build it with --features cuda".into())
-    }
-
-    #[cfg(feature = "cuda")]
     fn all() -> Vec<Self> {
-        let open = |i| Cuda::open(i).inspect_err(|e| tracing::warn!(gpu = i, error = %e, "a GPU is left out")).ok();
-        let found: Vec<Self> = (0..super::cuda::Gpu::count()).filter_map(open).map(ComputeDevice::Cuda).collect();
+        let found: Vec<Self> = Cuda::open_all().into_iter().map(ComputeDevice::Cuda).collect();
         if found.is_empty() { vec![ComputeDevice::Cpu] } else { found }
     }
 
-    #[cfg(not(feature = "cuda"))]
-    fn all() -> Vec<Self> {
-        vec![ComputeDevice::Cpu]
+    /// Names what decides the last bits of its results, in GEMM with `kernel` on the CPU.
+    pub fn arithmetic(&self, kernel: Kernel) -> String {
+        match self {
+            ComputeDevice::Cpu => kernel.arithmetic(),
+            ComputeDevice::Cuda(cuda) => cuda.arithmetic(),
+        }
     }
 
     /// `cpu` or `cuda:N`.
     pub fn name(&self) -> String {
         match self {
             ComputeDevice::Cpu => "cpu".into(),
-            #[cfg(feature = "cuda")]
-            ComputeDevice::Cuda(cuda) => format!("cuda:{}", cuda.gpu().ordinal()),
+            ComputeDevice::Cuda(cuda) => cuda.name(),
         }
     }
 
@@ -135,8 +127,7 @@ impl ComputeDevice {
     pub fn max_head_dim(&self) -> Option<usize> {
         match self {
             ComputeDevice::Cpu => None,
-            #[cfg(feature = "cuda")]
-            ComputeDevice::Cuda(_) => Some(super::cuda::MAX_HEAD_DIM),
+            ComputeDevice::Cuda(cuda) => Some(cuda.max_head_dim()),
         }
     }
 
@@ -144,8 +135,7 @@ impl ComputeDevice {
     pub fn memory(&self) -> Option<(u64, u64)> {
         match self {
             ComputeDevice::Cpu => None,
-            #[cfg(feature = "cuda")]
-            ComputeDevice::Cuda(cuda) => cuda.gpu().bind().and_then(|()| cuda.gpu().memory()).ok(),
+            ComputeDevice::Cuda(cuda) => cuda.memory(),
         }
     }
 
@@ -153,8 +143,7 @@ impl ComputeDevice {
     pub fn peak_memory(&self) -> Option<u64> {
         match self {
             ComputeDevice::Cpu => None,
-            #[cfg(feature = "cuda")]
-            ComputeDevice::Cuda(cuda) => Some(cuda.gpu().peak_bytes()),
+            ComputeDevice::Cuda(cuda) => Some(cuda.peak_bytes()),
         }
     }
 
@@ -162,33 +151,26 @@ impl ComputeDevice {
     pub fn is_lost(&self) -> bool {
         match self {
             ComputeDevice::Cpu => false,
-            #[cfg(feature = "cuda")]
-            ComputeDevice::Cuda(cuda) => cuda.gpu().is_lost(),
+            ComputeDevice::Cuda(cuda) => cuda.is_lost(),
         }
     }
 
     /// Waits until it has done what it was given; nothing on the CPU, which is done when a call returns.
     pub fn wait(&self) {
-        #[cfg(feature = "cuda")]
         if let ComputeDevice::Cuda(cuda) = self {
-            // What went wrong, the next call says.
-            let _ = cuda.gpu().synchronize();
+            cuda.wait();
         }
     }
 
     /// Tells that a policy's own weights were changed in place.
-    #[cfg_attr(not(feature = "cuda"), expect(unused_variables))]
     pub fn changed(&self, policy: &Policy) {
-        #[cfg(feature = "cuda")]
         if let ComputeDevice::Cuda(cuda) = self {
             cuda.changed(policy);
         }
     }
 
     /// Gives the memory of a run that has ended back. `precision` is what others compute in.
-    #[cfg_attr(not(feature = "cuda"), expect(unused_variables))]
     pub fn end_of_run(&self, precision: Precision) {
-        #[cfg(feature = "cuda")]
         if let ComputeDevice::Cuda(cuda) = self {
             cuda.end_of_run(precision);
         }
@@ -198,9 +180,8 @@ impl ComputeDevice {
     /// Gives unused memory back.
     pub fn trim(&self) {
         Buffer::trim();
-        #[cfg(feature = "cuda")]
         if let ComputeDevice::Cuda(cuda) = self
-            && let Err(e) = cuda.gpu().trim()
+            && let Err(e) = cuda.trim()
         {
             tracing::warn!(error = %e, "unused memory of the GPU was not given back");
         }

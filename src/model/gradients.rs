@@ -1,8 +1,6 @@
 //! Where the backward pass puts gradients.
 
 use super::params::ParamId;
-#[cfg(feature = "cuda")]
-pub use super::params::{BlockParam as Slot, ParamId as Place};
 
 /// Takes gradients in.
 pub trait GradientSink {

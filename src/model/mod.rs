@@ -4,7 +4,8 @@ pub mod adapter;
 pub mod block;
 pub mod chat;
 pub mod config;
-#[cfg(feature = "cuda")]
+// Without the feature, the types of `cuda` have no values.
+#[cfg_attr(not(feature = "cuda"), path = "cuda/absent.rs")]
 pub mod cuda;
 pub mod decoder;
 pub mod device;

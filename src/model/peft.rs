@@ -26,7 +26,7 @@ const MAX_VALUE: usize = 200;
 
 /// The fields of adapter_config.json that may have any value: this module reads them elsewhere, or
 /// they have no effect on what the adapter computes once it is trained.
-const FREE: [&str; 16] = [
+const FREE: [&str; 17] = [
     // Read by `read_config`. The tensors say which projections and layers have an update, so the
     // patterns that chose them are not needed.
     "r",
@@ -43,6 +43,8 @@ const FREE: [&str; 16] = [
     // Training only.
     "inference_mode",
     "lora_dropout",
+    // How A is chosen when `init_lora_weights` is "eva".
+    "eva_config",
     // Where PEFT computes, not what.
     "runtime_config",
     "megatron_core",
@@ -53,10 +55,10 @@ const FREE: [&str; 16] = [
 
 /// The other fields of PEFT 0.21.2's `LoraConfig`, each with the values at which it does nothing that
 /// this decoder does not do. `null` is one of them for every field.
-const OFF: [(&str, &[&str]); 27] = [
-    // PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base weights when the adapter is loaded.
-    // `true`, `false`, Gaussian and orthogonal starts touch only A and B, which the file replaces.
-    ("init_lora_weights", &["true", "false", "\"gaussian\"", "\"orthogonal\""]),
+const OFF: [(&str, &[&str]); 26] = [
+    // `true`, `false`, Gaussian, orthogonal and EVA starts touch only A and B, which the file
+    // replaces; for the others see `why_refused`.
+    ("init_lora_weights", &["true", "false", "\"gaussian\"", "\"orthogonal\"", "\"eva\""]),
     ("bias", &["\"none\""]),
     ("fan_in_fan_out", &["false"]),
     ("lora_bias", &["false"]),
@@ -74,7 +76,6 @@ const OFF: [(&str, &[&str]); 27] = [
     ("alora_invocation_tokens", &[]),
     ("arrow_config", &[]),
     ("corda_config", &[]),
-    ("eva_config", &[]),
     ("kasa_config", &[]),
     ("lora_ga_config", &[]),
     ("megatron_config", &[]),
@@ -167,15 +168,27 @@ fn check_supported(fields: &Value) -> Result<(), String> {
         if !off.contains(&value.to_string().as_str()) {
             let allowed: Vec<&str> = off.iter().copied().chain(["null"]).collect();
             return Err(format!(
-                "{} is {}: only {} is supported, because other values change what the adapter computes; \
+                "{} is {}: only {} is supported, because {}; \
                  merge the adapter into its base model with PEFT and serve the result, or train a plain LoRA",
                 shortened(field, MAX_VALUE),
                 shortened(&value.to_string(), MAX_VALUE),
-                allowed.join(" or ")
+                allowed.join(" or "),
+                why_refused(name, value)
             ));
         }
     }
     Ok(())
+}
+
+/// Says what another value of a field than the supported ones does.
+fn why_refused(field: &str, value: &Value) -> &'static str {
+    let start = value.as_str().filter(|_| field == "init_lora_weights").unwrap_or_default().to_lowercase();
+    let changes_base = ["pissa", "corda", "olora", "loftq", "lora_ga"].iter().any(|name| start.starts_with(name));
+    match start.as_str() {
+        _ if changes_base => "with this value PEFT changes the base model's weights when it loads the adapter",
+        "mica" => "with this value PEFT trains only A",
+        _ => "other values change what the adapter computes",
+    }
 }
 
 /// Rank and α from the config; the targets from the tensors, because `target_modules` may be a pattern.

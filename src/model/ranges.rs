@@ -44,6 +44,7 @@ impl Ranges {
 
     /// Frees what was taken.
     pub fn give(&mut self, at: usize, size: usize) {
+        debug_assert!(size == 0 || !self.is_free(at, size), "[{at}, {}) is freed twice", at + size);
         let (mut start, mut end) = (at, at + size);
         if let Some((&before, &length)) = self.free.range(..at).next_back()
             && before + length == start
@@ -62,7 +63,6 @@ impl Ranges {
     }
 
     /// Whether nothing there is in use.
-    #[cfg(any(test, feature = "cuda"))]
     pub fn is_free(&self, at: usize, size: usize) -> bool {
         let until = (at + size).min(self.end);
         at >= until || self.free.range(..=at).next_back().is_some_and(|(start, length)| start + length >= until)

@@ -10,11 +10,9 @@ use candle_core::{Result, bail};
 
 use super::trainable::Gradients;
 use crate::model::block::BlockTape;
-#[cfg(feature = "cuda")]
 use crate::model::cuda::DeviceTape;
 pub use crate::model::decoder::Keep;
 use crate::model::decoder::{HeadTape, Policy, PreparedRow, Row};
-#[cfg(feature = "cuda")]
 use crate::model::device::ComputeDevice;
 use crate::model::ops::buffer::Buffer;
 use crate::model::ops::head::{HeadOptions, HeadOutput, KEPT, TokenDistribution};
@@ -27,11 +25,7 @@ pub struct RowTape {
 }
 
 enum Tape {
-    Cpu {
-        blocks: Vec<Kept>,
-        head: HeadTape,
-    },
-    #[cfg(feature = "cuda")]
+    Cpu { blocks: Vec<Kept>, head: HeadTape },
     Cuda(Box<DeviceTape>),
 }
 
@@ -45,7 +39,6 @@ enum Kept {
 /// Runs the row forward. `pause` is called before every block.
 pub fn forward(policy: &Policy, row: Arc<Row>, keep: Keep, pause: &mut dyn FnMut()) -> Result<RowTape> {
     let row = policy.prepare(row)?;
-    #[cfg(feature = "cuda")]
     if let ComputeDevice::Cuda(cuda) = &policy.device {
         let (output, tape) = cuda.forward(policy, &row, keep, pause)?;
         return Ok(RowTape { row, output, tape: Tape::Cuda(Box::new(tape)) });
@@ -75,7 +68,6 @@ pub fn backward(policy: &Policy, tape: RowTape, upstream: &[f32], gradients: &mu
     let RowTape { row, output, tape } = tape;
     let (blocks, head) = match tape {
         Tape::Cpu { blocks, head } => (blocks, head),
-        #[cfg(feature = "cuda")]
         Tape::Cuda(tape) => return gradients.on_device(policy, |cuda, sums| cuda.backward(policy, &row, *tape, upstream, sums, pause)),
     };
     if blocks.len() != policy.num_blocks() {

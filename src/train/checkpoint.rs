@@ -117,6 +117,9 @@ struct StateFile {
     /// The base model that it was trained on; none in checkpoints of version 0.1.
     #[serde(default)]
     base: Option<ModelIdentity>,
+    /// The digest of the run's pairs; none in checkpoints of version 0.2.0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pairs: Option<String>,
     state: RunState,
     metrics: Metrics,
     /// BLAKE3 of every other file.
@@ -147,6 +150,8 @@ pub struct Contents<'a> {
     pub base: &'a BaseName,
     /// The base model by content.
     pub identity: &'a ModelIdentity,
+    /// The digest of the run's pairs.
+    pub pairs: &'a str,
 }
 
 impl CheckpointError {
@@ -229,6 +234,7 @@ fn write(temporary: &Path, contents: &Contents) -> Result<(), CheckpointError> {
         adapter: contents.policy.is_lora(),
         adam_updates: contents.optimizer.updates,
         base: Some(contents.identity.clone()),
+        pairs: Some(contents.pairs.to_owned()),
         state: contents.state.clone(),
         metrics: contents.metrics.clone(),
         files,
@@ -310,6 +316,12 @@ fn fetch(dir: &Path, tensors: &Tensors, name: &str, shape: &candle_core::Shape) 
 /// Checks every file of a checkpoint against its checksum.
 pub fn check(dir: &Path) -> Result<(), CheckpointError> {
     verify(dir).map(|_| ())
+}
+
+/// Returns the digest of the pairs of a checkpoint's run, if it has one, and where the run stands.
+pub fn progress(dir: &Path) -> Result<(Option<String>, RunState), CheckpointError> {
+    let file = read_state(dir)?;
+    Ok((file.pairs, file.state))
 }
 
 /// What tells a checkpoint from any other: the hash of its state file, which lists the hashes of its other files.

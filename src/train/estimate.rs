@@ -4,6 +4,7 @@
 
 use crate::domain::training::{ActivationCheckpointing, Method, Precision, TrainingSpec};
 use crate::model::config::ModelConfig;
+use crate::model::cuda::sizes::{BlockShape, head_bytes};
 use crate::model::device::ComputeDevice;
 use crate::model::ops::attention::SCORES;
 use crate::model::ops::gemm::{GROUP_BYTES, Kernel};
@@ -67,9 +68,6 @@ const PROGRAM: u64 = 92 << 20;
 /// A GPU's memory is mapped in chunks, and pieces leave gaps.
 const ROUNDING: (u64, u64) = (17, 16);
 
-/// Columns of the vocabulary whose logits a GPU holds at a time, in both forms.
-const HEAD_TILE: u64 = 8192;
-
 /// Bytes by purpose, besides the resident base weights, and the choices that they rest on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Estimate {
@@ -116,8 +114,6 @@ struct Widths {
     feed_forward: u64,
     /// H.
     heads: u64,
-    /// K.
-    kv_heads: u64,
     /// The queries, and attention's output.
     query: u64,
     /// `[q | k | v]`.
@@ -128,7 +124,7 @@ struct Widths {
 
 impl Widths {
     fn of(spec: &ModelSpec) -> Self {
-        let mut widest = Widths { feed_forward: 0, heads: 0, kv_heads: 0, query: 0, row: 0, raw: 0 };
+        let mut widest = Widths { feed_forward: 0, heads: 0, query: 0, row: 0, raw: 0 };
         for block in &spec.blocks {
             let attention = block.attention();
             let FeedForward::Gated { width, .. } = block.feed_forward;
@@ -141,7 +137,6 @@ impl Widths {
             widest = Widths {
                 feed_forward: widest.feed_forward.max(width as u64),
                 heads: widest.heads.max(attention.heads as u64),
-                kv_heads: widest.kv_heads.max(attention.kv_heads as u64),
                 query: widest.query.max(query),
                 row: widest.row.max(row),
                 raw: widest.raw.max(raw),
@@ -181,7 +176,7 @@ fn held_tokens(spec: &TrainingSpec, lengths: Lengths, row: u64) -> u64 {
 pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, lengths: Lengths, keep: Keep, row_tokens: usize, memory: Memory) -> Estimate {
     let t = lengths.longest.max(row_tokens.min(lengths.micro_batch)) as u64;
     let (c, layers, ranks) = (config.spec.hidden_size as u64, config.spec.blocks.len() as u64, ranks(config, spec));
-    let Widths { feed_forward: f, heads: h, query: q, row, raw, .. } = Widths::of(&config.spec);
+    let Widths { feed_forward: f, heads: h, query: q, row, raw } = Widths::of(&config.spec);
     // Block input, q/k/v, attention's output and log-sum-exps, the sum after attention, gate and up, x·Aᵀ.
     // In half the memory where it is rounded.
     let rounded = matches!(spec.method, Method::Lora(_)) && spec.precision.is_some_and(|p| Kernel::best(p).pairs());
@@ -215,16 +210,15 @@ pub fn on_host(config: &ModelConfig, spec: &TrainingSpec, devices: usize) -> u64
 
 /// The same for a GPU: masters and moments stay on the host; matrices and activations are in the job's precision, the residual stream in f32.
 fn on_gpu(config: &ModelConfig, spec: &TrainingSpec, t: u64, held: u64, keep: Keep, row_tokens: usize) -> Estimate {
-    let (c, layers, ranks) = (config.spec.hidden_size as u64, config.spec.blocks.len() as u64, ranks(config, spec));
-    let Widths { feed_forward: f, heads: h, kv_heads, query: q, row, raw } = Widths::of(&config.spec);
     let element = if spec.precision == Some(Precision::Bf16) { F32 / 2 } else { F32 };
-    let tape = F32 * (2 * c + h) + element * (row + raw + q + 2 * f + ranks);
-    // While query heads share keys, the parts of their gradients are in f32.
-    let parts = if element < F32 && h > kv_heads { F32 * (2 * q + h) + element * (row + q) } else { 0 };
-    let passing = F32 * c + (element * (2 * f + 2 * c).max(3 * row + 2 * q)).max(parts);
-    let Kept { of_row, of_last_row } = Kept::new(keep, layers, tape, F32 * c);
-    let head = (F32 + element) * HEAD_TILE + F32 * 4 * c;
-    let activations = (held * of_row + t * (of_last_row + passing.max(head))) * ROUNDING.0 / ROUNDING.1;
+    let (hidden, bytes, ranks) = (config.spec.hidden_size, element as usize, ranks(config, spec) as usize);
+    let blocks: Vec<BlockShape> = config.spec.blocks.iter().map(|block| BlockShape::of(hidden, block)).collect();
+    let tape = blocks.iter().map(|block| block.tape_bytes(bytes, ranks)).max().unwrap_or(0) as u64;
+    let input = blocks.iter().map(BlockShape::input_bytes).max().unwrap_or(0) as u64;
+    let Kept { of_row, of_last_row } = Kept::new(keep, blocks.len() as u64, tape, input);
+    let backward = blocks.iter().map(|block| block.backward_bytes(bytes)).max().unwrap_or(0);
+    let passing = backward.max(head_bytes(hidden, bytes)) as u64;
+    let activations = (held * of_row + t * (of_last_row + passing)) * ROUNDING.0 / ROUNDING.1;
     // Gradients, and the weights that are trained.
     let training_state = (F32 + element) * trainable_parameters(config, spec);
     Estimate { training_state, activations, keep, row_tokens }

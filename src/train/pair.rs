@@ -64,6 +64,29 @@ impl EncodedPair {
     }
 }
 
+/// Returns the BLAKE3 hash, in hex, of everything that a run reads from its pairs: token ids, where
+/// prompts and answers begin, and weights, in order.
+pub fn digest(train: &[EncodedPair], eval: &[EncodedPair]) -> String {
+    let mut hash = blake3::Hasher::new();
+    let mut bytes = Vec::new();
+    for pairs in [train, eval] {
+        hash.update(&(pairs.len() as u64).to_le_bytes());
+        for pair in pairs {
+            bytes.clear();
+            bytes.extend(pair.weight.to_bits().to_le_bytes());
+            // A length before each part, so that no two different pairs give the same bytes. A
+            // prompt has a token at least: an empty one stands for the prompt that both share.
+            let rejected_prompt = pair.rejected_prompt.as_deref().unwrap_or_default();
+            for ids in [&pair.prompt[..], &pair.chosen[..], rejected_prompt, &pair.rejected[..]] {
+                bytes.extend((ids.len() as u64).to_le_bytes());
+                bytes.extend(ids.iter().flat_map(|id| id.to_le_bytes()));
+            }
+            hash.update(&bytes);
+        }
+    }
+    hash.finalize().to_hex().to_string()
+}
+
 /// Splits pairs for training and evaluation, `⌈fraction·rows⌉` rows for the latter, both in order. The pairs of one row follow each
 /// other and stay together, so that no prompt is trained on and evaluated because it had several rejected answers.
 pub fn split_rows(pairs: &[EncodedPair], fraction: f64, seed: u64) -> (Vec<EncodedPair>, Vec<EncodedPair>) {
@@ -94,6 +117,40 @@ mod tests {
 
     fn numbers(pairs: &[EncodedPair]) -> Vec<u64> {
         pairs.iter().map(|pair| pair.row).collect()
+    }
+
+    #[test]
+    fn a_digest_tells_pairs_with_other_tokens_places_or_weights_apart() {
+        let all = pairs(&[1, 2]);
+        let changed = |change: &dyn Fn(&mut EncodedPair)| {
+            let mut all = all.clone();
+            change(&mut all[1]);
+            digest(&all, &[])
+        };
+        let differing = [
+            digest(&all, &[]),
+            digest(&all[..1], &[]),
+            digest(&all[..1], &all[1..]),
+            digest(&[], &all),
+            changed(&|pair| pair.weight = 0.5),
+            changed(&|pair| pair.prompt = vec![9]),
+            changed(&|pair| pair.chosen = vec![9]),
+            changed(&|pair| pair.rejected = vec![9]),
+            changed(&|pair| pair.rejected_prompt = Some(vec![1])),
+            // The same tokens, of which another number is the prompt.
+            changed(&|pair| (pair.prompt, pair.chosen) = (vec![1, 2], vec![2])),
+            changed(&|pair| (pair.prompt, pair.chosen) = (vec![1], vec![2, 2])),
+        ];
+        for (i, a) in differing.iter().enumerate() {
+            assert!(differing[i + 1..].iter().all(|b| a != b), "{i}");
+        }
+        // What only names a pair does not count.
+        assert_eq!(changed(&|pair| (pair.row, pair.id) = (7, Some("x".into()))), differing[0]);
+        let mut swapped = all.clone();
+        swapped[0].weight = 2.0;
+        let in_order = digest(&swapped, &[]);
+        swapped.reverse();
+        assert_ne!(digest(&swapped, &[]), in_order);
     }
 
     #[test]

@@ -3,16 +3,12 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-#[cfg(feature = "cuda")]
-use candle_core::bail;
-use candle_core::{Result, Tensor, Var};
+use candle_core::{Result, Tensor, Var, bail};
 
 use crate::domain::training::Precision;
 use crate::model::adapter::Adapter;
-#[cfg(feature = "cuda")]
 use crate::model::cuda::{Cuda, GradientBuffers};
 use crate::model::decoder::Policy;
-#[cfg(feature = "cuda")]
 use crate::model::device::ComputeDevice;
 use crate::model::gradients::GradientSink;
 use crate::model::ops::buffer::large_pages;
@@ -110,7 +106,6 @@ pub struct Gradients {
     values: Vec<Vec<f32>>,
     index: HashMap<ParamId, usize>,
     /// The sums while they grow, where the passes run on a GPU.
-    #[cfg(feature = "cuda")]
     device: Option<GradientBuffers>,
 }
 
@@ -119,18 +114,12 @@ impl Gradients {
     pub fn zeros(policy: &TrainablePolicy) -> Self {
         let values: Vec<Vec<f32>> = policy.trainables.iter().map(|t| vec![0f32; t.var.elem_count()]).collect();
         values.iter().for_each(|v| large_pages(v));
-        Gradients {
-            values,
-            index: policy.index.clone(),
-            #[cfg(feature = "cuda")]
-            device: None,
-        }
+        Gradients { values, index: policy.index.clone(), device: None }
     }
 
     /// Sets all to zero for the next step.
     pub fn clear(&mut self) -> Result<()> {
         team::chunks(&mut self.values, 1, |_, g| g[0].fill(0.0));
-        #[cfg(feature = "cuda")]
         if let Some(device) = &self.device {
             device.clear()?;
         }
@@ -139,7 +128,6 @@ impl Gradients {
 
     /// Makes the host's values those of the device that summed them.
     pub fn collect(&mut self) -> Result<()> {
-        #[cfg(feature = "cuda")]
         if let Some(device) = &self.device {
             for (id, i) in &self.index {
                 device.download(*id, &mut self.values[*i])?;
@@ -157,7 +145,6 @@ impl Gradients {
     }
 
     /// Runs a pass on the policy's GPU with the sums there.
-    #[cfg(feature = "cuda")]
     pub(super) fn on_device(&mut self, policy: &Policy, pass: impl FnOnce(&Cuda, &GradientBuffers) -> Result<()>) -> Result<()> {
         let ComputeDevice::Cuda(cuda) = &policy.device else { bail!("the policy is not on a GPU") };
         if self.device.is_none() {

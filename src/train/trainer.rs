@@ -17,7 +17,7 @@ use super::host::Host;
 use super::micro_batch::MicroBatch;
 use super::observe::{self, Evaluation, Window};
 use super::optimizer::AdamW;
-use super::pair::{EncodedPair, SequenceGroup};
+use super::pair::{EncodedPair, SequenceGroup, digest};
 use super::reference::Reference;
 use super::scorer::Logps;
 use super::trainable::{Gradients, TrainablePolicy};
@@ -136,6 +136,8 @@ pub struct Trainer {
     tokenizer: Arc<ChatTokenizer>,
     base: BaseName,
     identity: ModelIdentity,
+    /// The digest of both lists of pairs, which checkpoints record.
+    pairs: String,
     optimizer: AdamW,
     /// Of each of the policy's devices; the update sees the first, to which the others are added.
     gradients: Vec<Gradients>,
@@ -182,6 +184,7 @@ impl Trainer {
             step_started: Instant::now(),
             evaluation: Evaluation::default(),
             started: Instant::now(),
+            pairs: digest(&train, &eval),
             spec,
             policy,
             reference,
@@ -359,11 +362,7 @@ impl Trainer {
     fn batch_rows(&mut self) -> Vec<usize> {
         if self.order.0 != self.state.epoch {
             let n = self.train.len();
-            let order = match self.spec.batch.shuffle {
-                true => epoch_order(n, self.spec.seed.0, self.state.epoch),
-                false => (0..n as u32).collect(),
-            };
-            self.order = (self.state.epoch, order);
+            self.order = (self.state.epoch, order(&self.spec, n, self.state.epoch));
         }
         let size = self.spec.batch.batch_size;
         self.order.1.iter().skip(self.state.micro_batch * size).take(size).map(|i| *i as usize).collect()
@@ -472,6 +471,7 @@ impl Trainer {
             tokenizer: &self.tokenizer,
             base: &self.base,
             identity: &self.identity,
+            pairs: &self.pairs,
         };
         let start = Instant::now();
         let size_bytes = checkpoint::save(&self.checkpoints, &contents)?;
@@ -481,6 +481,23 @@ impl Trainer {
         emit(RunEvent::Checkpoint { step, best, adapter: self.policy.is_lora(), size_bytes, metrics });
         Ok(())
     }
+}
+
+/// The order of `n` pairs in an epoch.
+fn order(spec: &TrainingSpec, n: usize, epoch: u64) -> Vec<u32> {
+    match spec.batch.shuffle {
+        true => epoch_order(n, spec.seed.0, epoch),
+        false => (0..n as u32).collect(),
+    }
+}
+
+/// Returns the tokens of the pairs that a run on `train` has used when it is at the epoch and
+/// micro-batch of `state`.
+pub fn tokens_until(spec: &TrainingSpec, train: &[EncodedPair], state: &RunState) -> u64 {
+    let tokens = |pair: &EncodedPair| pair.sequence_tokens() as u64;
+    let whole_epochs = state.epoch.saturating_mul(train.iter().map(tokens).sum());
+    let begun = order(spec, train.len(), state.epoch).into_iter().take(state.micro_batch.saturating_mul(spec.batch.batch_size));
+    whole_epochs.saturating_add(begun.map(|i| tokens(&train[i as usize])).sum())
 }
 
 fn references(

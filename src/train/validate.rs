@@ -25,22 +25,31 @@ pub struct LoadedRows {
 /// may fill its list.
 #[derive(Clone, Debug, Default)]
 pub struct BadRows {
-    numbers: HashSet<u64>,
     rows: u64,
     errors: u64,
     listed: Vec<RowIssue>,
     last: Option<(u64, String, IssueReason)>,
+    /// The row that was counted last; 0 before the first.
+    counted: u64,
+    /// Counted rows that also have a pair without an error, in file order. Only these can come
+    /// again, when their pairs are tokenised. Each of them has such a pair, and the text of all
+    /// these pairs is limited (`max_dataset_text_bytes`), which bounds this list.
+    in_part: Vec<u64>,
 }
 
 impl BadRows {
-    /// Adds an error. The pairs of one row may repeat it, which counts once.
+    /// Adds an error. The pairs of one row may repeat it, which counts once. Rows come in file
+    /// order, once when the file is read and once when usable pairs are tokenised.
     pub fn add(&mut self, error: RowIssue) {
         let this = (error.row, error.field.clone(), error.reason);
         if self.last.as_ref() == Some(&this) {
             return;
         }
         self.last = Some(this);
-        self.rows += u64::from(self.numbers.insert(error.row));
+        if error.row != self.counted && self.in_part.binary_search(&error.row).is_err() {
+            self.counted = error.row;
+            self.rows += 1;
+        }
         self.errors += 1;
         if self.listed.len() < MAX_LISTED_ISSUES {
             self.listed.push(error.shortened());
@@ -142,6 +151,7 @@ fn scan(
         issues.into_iter().for_each(|i| tally.add(i));
         if usable {
             tally.pairs += 1;
+            tally.has_usable_pair = true;
             keep(row)?;
         }
         Ok(())
@@ -158,6 +168,10 @@ struct Tally {
     row: u64,
     /// Whether that row has an error.
     is_bad: bool,
+    /// Whether it has an error that no model and no length avoids.
+    is_bad_for_any_job: bool,
+    /// Whether one of its pairs has no error.
+    has_usable_pair: bool,
     /// Whether its shape is counted.
     has_shape: bool,
     /// What is said of it already: all its pairs have the same prompt and the same chosen answer.
@@ -175,13 +189,18 @@ impl Tally {
             return;
         }
         self.leave();
-        (self.row, self.is_bad, self.has_shape) = (number, false, false);
+        (self.row, self.is_bad, self.is_bad_for_any_job) = (number, false, false);
+        (self.has_usable_pair, self.has_shape) = (false, false);
         self.said.clear();
         self.report.rows += 1;
     }
 
     fn leave(&mut self) {
         self.report.valid_rows += u64::from(self.row > 0 && !self.is_bad);
+        *self.report.unusable_rows.get_or_insert_default() += u64::from(self.is_bad_for_any_job);
+        if self.is_bad && self.has_usable_pair {
+            self.bad.in_part.push(self.row);
+        }
     }
 
     fn read(&mut self, pair: &PreferenceRow) {
@@ -200,6 +219,7 @@ impl Tally {
         self.said.push(said);
         if issue.reason.severity() == Severity::Error {
             self.is_bad = true;
+            self.is_bad_for_any_job |= !issue.reason.depends_on_job();
             self.bad.add(issue.clone());
         }
         self.report.add(issue);
@@ -388,6 +408,45 @@ mod tests {
         let mut both = loaded.bad.clone();
         both.extend(loaded.bad);
         assert_eq!((both.rows(), both.lines().pop().unwrap().as_str()), (3000, "… and 5000 more"));
+    }
+
+    #[test]
+    fn findings_that_depend_on_the_job_are_no_rows() {
+        let mut tally = Tally::default();
+        let mut add = |row: u64, field: &str, reason: IssueReason| {
+            tally.enter(row);
+            tally.add(RowIssue { row, id: None, field: field.into(), reason, message: String::new() });
+        };
+        // Two pairs of one row, for another model perhaps both usable.
+        add(1, "rejected[0]", IssueReason::TokenOutsideVocabulary);
+        add(1, "rejected[1]", IssueReason::TokenOutsideVocabulary);
+        add(2, "chosen", IssueReason::EmptyCompletion);
+        add(3, "prompt", IssueReason::PromptFillsMaxLength);
+        add(3, "rejected[1]", IssueReason::IdenticalAnswers);
+        add(4, "chosen", IssueReason::Truncated);
+        let (report, _) = tally.finish();
+        assert_eq!((report.rows, report.bad_rows(), report.bad_rows_of_any_job()), (4, 3, 2));
+        // As version 0.2.0 stored it.
+        let old = ValidationReport { unusable_rows: None, ..report };
+        assert_eq!(old.bad_rows_of_any_job(), 0);
+    }
+
+    #[test]
+    fn a_row_that_is_bad_in_several_ways_counts_once() {
+        let loaded = report(&[
+            r#"{"prompt":"p","chosen":"a","rejected":["b","",""]}"#,
+            r#"{"prompt":"q","chosen":"a","rejected":["b","c"]}"#,
+            r#"{"prompt":"r","chosen":"a","rejected":["","b"]}"#,
+            r#"{"prompt":"s","chosen":"","rejected":["a","b"]}"#,
+            r#"{"prompt":"t","chosen":"a","rejected":["a","b"]}"#,
+        ]);
+        let mut bad = loaded.bad;
+        assert_eq!((bad.rows(), loaded.rows.iter().map(|r| r.row).collect::<Vec<_>>()), (4, vec![1, 2, 2, 3, 5]));
+        // When they are tokenised, the usable pairs of some of these rows turn out to be too long.
+        for row in [1, 2, 2, 3, 5] {
+            bad.add(RowIssue { row, id: None, field: "prompt".into(), reason: IssueReason::PromptFillsMaxLength, message: String::new() });
+        }
+        assert_eq!(bad.rows(), 5, "only the second row was good");
     }
 
     #[test]

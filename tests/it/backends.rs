@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crate::server::free_port;
+use crate::server::{Server, free_port};
 use crate::support::needed;
 
 /// PostgreSQL with an empty database; gone when dropped.
@@ -87,6 +87,26 @@ impl Postgres {
 impl Drop for Postgres {
     fn drop(&mut self) {
         self.crash();
+    }
+}
+
+/// What several servers share: a PostgreSQL, and a folder as their artifact store.
+pub struct Shared {
+    postgres: Postgres,
+    artifacts: tempfile::TempDir,
+}
+
+impl Shared {
+    /// Starts the database; `None` where there is no PostgreSQL.
+    pub fn start(test: &str) -> Option<Self> {
+        Some(Shared { postgres: Postgres::start(test)?, artifacts: tempfile::tempdir().unwrap() })
+    }
+
+    /// Starts a server on both, with a data folder of its own.
+    pub fn replica(&self, data_dir: &Path, models: &str, flags: &[&str]) -> Server {
+        let artifacts = format!("file://{}", self.artifacts.path().display());
+        let shared = ["--database-url", &self.postgres.url(), "--artifact-url", &artifacts, "--lease", "6"];
+        Server::start_with(data_dir, models, &[&shared, flags].concat())
     }
 }
 

@@ -3,11 +3,13 @@
 use std::io::BufWriter;
 use std::path::Path;
 
+use bradley::model::export::save_companions;
 use bradley::model::loader::load_model;
 use bradley::train::scorer::score;
 use candle_core::Tensor;
 use candle_core::quantized::gguf_file::{Value, write};
 use candle_core::quantized::{GgmlDType, QTensor};
+use serde_json::json;
 
 use crate::support::{MODELS, encode, golden, policy, rows, tensors, tiny};
 
@@ -45,6 +47,11 @@ fn convert(name: &str, out: &Path, dtype: GgmlDType) {
 
 /// The same with further tensors, by llama.cpp's names.
 fn convert_with(name: &str, out: &Path, dtype: GgmlDType, more: &[(&str, Tensor)]) {
+    convert_as(name, out, dtype, more, &[]);
+}
+
+/// The same with other metadata: keys that the converter has get these values.
+fn convert_as(name: &str, out: &Path, dtype: GgmlDType, more: &[(&str, Tensor)], other: &[(&str, Value)]) {
     let config: serde_json::Value = serde_json::from_slice(&std::fs::read(golden(&format!("models/{name}/config.json"))).unwrap()).unwrap();
     let tokenizer: serde_json::Value =
         serde_json::from_slice(&std::fs::read(golden(&format!("models/{name}/tokenizer.json"))).unwrap()).unwrap();
@@ -95,6 +102,8 @@ fn convert_with(name: &str, out: &Path, dtype: GgmlDType, more: &[(&str, Tensor)
     if name == "mistral" {
         metadata.push((key("attention.sliding_window"), Value::U32(number("sliding_window"))));
     }
+    metadata.retain(|(key, _)| other.iter().all(|(name, _)| name != key));
+    metadata.extend(other.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
     let stored: Vec<(String, QTensor)> = tensors(&format!("models/{name}/model.safetensors"))
         .into_iter()
         .map(|(n, t)| {
@@ -129,6 +138,42 @@ fn a_converted_model_is_the_same_model() {
             for pair in &pairs {
                 assert_eq!(score(&model, &pair.groups()).unwrap(), score(&original, &pair.groups()).unwrap(), "{name}");
             }
+        }
+    }
+}
+
+/// The `eos_token_id` of such a file ends a text; another token ends a turn, as in files of Llama 3.
+#[test]
+fn the_end_of_a_turn_stops_generation_beside_the_end_of_a_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("turns.gguf");
+    let (end_of_text, end_of_turn) = (0, 2);
+    let (eos, eot) = (("tokenizer.ggml.eos_token_id", Value::U32(end_of_text)), ("tokenizer.ggml.eot_token_id", Value::U32(end_of_turn)));
+    let plain = ("tokenizer.chat_template", Value::String("{{ messages[0]['content'] }}{{ eos_token }}".into()));
+    let both = vec![end_of_text, end_of_turn];
+    let cases = [
+        (vec![eos.clone()], both.clone()),
+        (vec![eos.clone(), eot.clone()], both.clone()),
+        (vec![eos.clone(), eot, plain.clone()], both),
+        (vec![eos, plain], vec![end_of_text]),
+    ];
+    let (_, original) = tiny("qwen2");
+    for (metadata, stops) in cases {
+        convert_as("qwen2", &file, GgmlDType::F32, &[], &metadata);
+        let model = load_model(None, file.to_str().unwrap(), &Default::default()).unwrap();
+        assert_eq!(model.config.eos_token_ids, stops, "{metadata:?}");
+        // As in the Hugging Face tokenizer that the file was made from.
+        assert_eq!(model.tokenizer.eos_id(), Some(end_of_text));
+        let out = tempfile::tempdir().unwrap();
+        save_companions(out.path(), &model.config, &model.tokenizer, |_| true).unwrap();
+        let text = std::fs::read(out.path().join("generation_config.json")).unwrap();
+        let saved: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        let wanted = if stops.len() == 1 { json!(stops[0]) } else { json!(stops) };
+        assert_eq!(saved["eos_token_id"], wanted);
+        // Dialogues end as the template ends them, whatever the tokenizer's eos_token is.
+        if metadata.iter().all(|(key, _)| *key != "tokenizer.chat_template") {
+            let rows = rows("pairs.jsonl");
+            assert_eq!(encode(&rows, &model.tokenizer, 256), encode(&rows, &original, 256));
         }
     }
 }

@@ -10,14 +10,15 @@ use bradley::domain::training::{
 };
 use bradley::model::decoder::Policy;
 use bradley::model::peft;
+use bradley::train::checkpoint;
 use bradley::train::event::RunEvent;
 use bradley::train::host::Host;
-use bradley::train::pair::EncodedPair;
+use bradley::train::pair::{EncodedPair, digest};
 use bradley::train::reference::Reference;
 use bradley::train::reference_cache::ReferenceCache;
 use bradley::train::scorer::score;
 use bradley::train::trainable::TrainablePolicy;
-use bradley::train::trainer::{Status, Trainer, TrainerInput};
+use bradley::train::trainer::{Status, Trainer, TrainerInput, tokens_until};
 
 use crate::support::{assert_close, encode, golden, json, open, rows, tiny};
 
@@ -263,6 +264,28 @@ fn a_continued_run_takes_the_steps_of_an_undisturbed_one_bit_for_bit() {
         memory: u64::MAX,
     });
     assert!(result.err().unwrap().to_string().contains("adapter_model.safetensors does not match its checksum"));
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
+fn a_checkpoint_knows_its_pairs_and_how_many_of_their_tokens_were_used() {
+    let (model, tokenizer) = tiny("llama");
+    let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
+    let (spec, eval) = (shuffled(7), pairs[..2].to_vec());
+    let mut longer = pairs.clone();
+    longer.iter_mut().for_each(|pair| pair.chosen.push(1));
+    let run = Run { eval: eval.clone(), ..Run::lora(&model, "adapters/llama-start", pairs.clone(), spec.clone()) };
+    let folder = run.folder.clone();
+    events(run);
+    let steps = checkpoint::steps(&folder).unwrap();
+    assert!(steps.len() >= 3, "{steps:?}");
+    for step in steps {
+        let (recorded, state) = checkpoint::progress(&folder.join(step.to_string())).unwrap();
+        assert_eq!(recorded, Some(digest(&pairs, &eval)), "step {step}");
+        assert!(state.step == step && state.tokens > 0);
+        assert_eq!(tokens_until(&spec, &pairs, &state), state.tokens, "step {step}");
+        assert!(tokens_until(&spec, &longer, &state) > state.tokens, "step {step}");
+    }
     std::fs::remove_dir_all(folder).unwrap();
 }
 

@@ -70,24 +70,44 @@ const TENSOR_NAMES: [&str; 14] = [
     "ffn_",
 ];
 
+/// The names of tensors stand in one table.
 #[test]
 fn names_of_tensors_stand_in_one_table() {
     const TABLE: &str = "model/params.rs";
     // The legal values of `target_modules` stand below the model; a unit test compares them with
     // the table.
     const DOMAIN: &str = "domain/training.rs";
-    let sources = sources();
-    let (_, table) = sources.iter().find(|(file, _)| file == TABLE).unwrap();
     for name in TENSOR_NAMES {
-        assert!(table.contains(name), "{name} is not in {TABLE}: the scan is broken");
+        assert!(!lines_with(name, |file| file == TABLE).is_empty(), "{name} is not in {TABLE}: the scan is broken");
+        let elsewhere = lines_with(name, |file| file != TABLE && file != DOMAIN && !file.ends_with("tests.rs"));
+        assert!(elsewhere.is_empty(), "only src/{TABLE} spells the names of tensors: {elsewhere:#?}");
     }
-    let others = sources.iter().filter(|(file, _)| file != TABLE && file != DOMAIN && !file.ends_with("tests.rs"));
-    let spelled: Vec<String> = others
-        .flat_map(|(file, source)| source.lines().enumerate().map(move |(i, line)| (file, i + 1, line)))
-        .filter(|(.., line)| TENSOR_NAMES.iter().any(|name| line.contains(name)))
-        .map(|(file, number, line)| format!("src/{file}:{number}: {}", line.trim()))
-        .collect();
-    assert!(spelled.is_empty(), "only src/{TABLE} spells the names of tensors:\n{}", spelled.join("\n"));
+}
+
+/// The device's folder is the only place that is compiled in two ways: everything else calls methods that exist in both builds.
+#[test]
+fn the_feature_cuda_is_asked_for_once_outside_its_folder() {
+    let outside: Vec<String> = lines_with(r#"feature = "cuda""#, |file| !file.starts_with("model/cuda/"));
+    assert_eq!(outside.len(), 1, "{outside:#?}");
+    assert!(outside[0].starts_with("model/mod.rs:"), "{outside:#?}");
+}
+
+/// Kernels are started by the typed functions of one file, which check their operands.
+#[test]
+fn kernels_are_launched_from_one_file() {
+    let launches = lines_with("gpu.launch(", |file| file.starts_with("model/cuda/"));
+    let (typed, raw): (Vec<String>, Vec<String>) = launches.into_iter().partition(|line| line.starts_with("model/cuda/ops.rs:"));
+    assert!(typed.len() > 20, "only {} launches seen: the scan is broken", typed.len());
+    assert!(raw.is_empty(), "add a typed function to model/cuda/ops.rs instead: {raw:#?}");
+}
+
+/// Lines of the chosen files that contain `text`, as `file:line: content`.
+fn lines_with(text: &str, chosen: impl Fn(&str) -> bool) -> Vec<String> {
+    let in_file = |(file, source): &(String, String)| -> Vec<String> {
+        let numbered = source.lines().enumerate().filter(|(_, line)| line.contains(text));
+        numbered.map(|(i, line)| format!("{file}:{}: {}", i + 1, line.trim())).collect()
+    };
+    sources().iter().filter(|(file, _)| chosen(file)).flat_map(in_file).collect()
 }
 
 /// One thing to say per breach, each with the file and the line. `file` is relative to `src`.

@@ -39,5 +39,6 @@ mod soak;
 mod store_safety;
 mod store_versions;
 mod support;
+mod swaps;
 mod templates;
 mod tokenizers;

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use bradley::rpc::client::{Client, Status};
 use bradley::rpc::pb::{self, training_event::Event};
+use bradley::train::checkpoint;
 use prost::Message as _;
 use sqlx::Connection as _;
 use tempfile::TempDir;
@@ -232,10 +233,14 @@ struct Paused {
 
 impl Paused {
     async fn start() -> Self {
+        Self::on(&golden("pairs.jsonl")).await
+    }
+
+    async fn on(rows: &Path) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let server = Server::start(dir.path());
         let client = server.client().await;
-        let dataset = upload(&client, "pairs.jsonl").await.name;
+        let dataset = client.upload_dataset(rows, pb::UploadMetadata::default(), |_| {}).await.unwrap().name;
         let (policy, reference) = (succeed(&client, job(&dataset, 2)).await, succeed(&client, job(&dataset, 3)).await);
         let wanted = pb::TrainingJob { policy: latest(&policy), reference: latest(&reference), ..job(&dataset, STEPS) };
         let job = submit(&client, wanted).await;
@@ -249,6 +254,41 @@ impl Paused {
         sql(self.dir.path(), statement).await;
         self.server = Server::start(self.dir.path());
         self.client = self.server.client().await;
+    }
+
+    /// Changes what the job's checkpoints say of their run, while the server is stopped.
+    async fn restart_with(&mut self, change: impl Fn(&mut serde_json::Value)) {
+        assert!(self.server.terminate(PATIENCE).success());
+        let job = id(&self.job);
+        let folder = self.dir.path().join("jobs").join(job).join("checkpoints");
+        for step in checkpoint::steps(&folder).unwrap() {
+            let dir = folder.join(step.to_string());
+            let file = dir.join(checkpoint::STATE_FILE);
+            let mut state = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+            change(&mut state);
+            std::fs::write(&file, state.to_string()).unwrap();
+            let digest = checkpoint::digest(&dir).unwrap();
+            sql(self.dir.path(), &format!("UPDATE checkpoints SET digest = '{digest}' WHERE job = '{job}' AND step = {step}")).await;
+        }
+        self.server = Server::start(self.dir.path());
+        self.client = self.server.client().await;
+    }
+
+    /// Waits until the job is refused for its rows, with all of `words` in the message.
+    async fn is_refused_for_its_rows(&self, words: &[&str]) {
+        let start = Instant::now();
+        loop {
+            let shown = get(&self.client, &self.job).await;
+            let error = shown.error.unwrap_or_default();
+            if words.iter().all(|word| error.message.contains(word)) {
+                assert_eq!((shown.state, reason(&error)), (pb::JobState::Queued.into(), "ROWS_CHANGED".to_owned()));
+                assert_eq!(error.code, Code::FailedPrecondition as i32);
+                assert!(error.message.contains("create it again"), "{error:?}");
+                return;
+            }
+            assert!(start.elapsed() < PATIENCE, "{words:?} are not in {error:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     async fn warnings(&self) -> Vec<String> {
@@ -297,6 +337,66 @@ async fn a_job_does_not_go_on_with_another_dataset() {
     assert_eq!(trouble(&it.client, &it.job).await, (pb::JobState::Queued, "DATASET_CHANGED".into()));
     // It goes on by itself when the file is again what it was.
     std::fs::write(&file, text).unwrap();
+    finish(&it.client, &it.job).await;
+    assert_eq!(state(&it.client, &it.job).await, pb::JobState::Succeeded);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_waits_for_the_file_of_its_dataset() {
+    let it = Paused::start().await;
+    let (file, away) = (it.dir.path().join("datasets").join(id(&it.dataset)), it.dir.path().join("away"));
+    std::fs::rename(&file, &away).unwrap();
+    let request = pb::EstimateTrainingJobRequest { training_job: Some(job(&it.dataset, 2)) };
+    let status = it.client.training().estimate_training_job(request).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
+    assert_eq!(status.get_details_error_info().unwrap().reason, "ARTIFACT_MISSING");
+    let says = |word: &str| status.message().contains(word);
+    assert!(says(&it.dataset) && says("data directory") && says("upload the dataset again"), "{status}");
+    resume(&it.client, &it.job).await;
+    assert_eq!(trouble(&it.client, &it.job).await, (pb::JobState::Queued, "ARTIFACT_MISSING".into()));
+    // It goes on by itself when the file is back.
+    std::fs::rename(&away, &file).unwrap();
+    finish(&it.client, &it.job).await;
+    assert_eq!(state(&it.client, &it.job).await, pb::JobState::Succeeded);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_does_not_go_on_with_other_tokens() {
+    let mut it = Paused::start().await;
+    // As if this version made other pairs of the rows than the one that began the job.
+    let other = "0".repeat(64);
+    it.restart_with(|state| state["pairs"] = other.clone().into()).await;
+    resume(&it.client, &it.job).await;
+    it.is_refused_for_its_rows(&[&other]).await;
+    // Version 0.2.0 recorded no pairs, only how many tokens it had used.
+    let used = |state: &mut serde_json::Value, more: i64| {
+        state.as_object_mut().unwrap().remove("pairs");
+        let tokens = state["state"]["tokens"].as_i64().unwrap();
+        state["state"]["tokens"] = (tokens + more).into();
+    };
+    it.restart_with(|state| used(state, 1)).await;
+    it.is_refused_for_its_rows(&["tokens"]).await;
+    // With its rows as they were it goes on.
+    it.restart_with(|state| used(state, -1)).await;
+    finish(&it.client, &it.job).await;
+    assert_eq!(state(&it.client, &it.job).await, pb::JobState::Succeeded);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_of_version_0_2_0_does_not_go_on_with_keys_that_it_did_not_use() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("rows.jsonl");
+    let text = std::fs::read_to_string(golden("pairs.jsonl")).unwrap();
+    let mut rows: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    rows[3]["prompt"][0]["name"] = "Ada".into();
+    std::fs::write(&file, rows.iter().map(|row| format!("{row}\n")).collect::<String>()).unwrap();
+    let mut it = Paused::on(&file).await;
+    let pairs = std::cell::RefCell::new(serde_json::Value::Null);
+    it.restart_with(|state| *pairs.borrow_mut() = state.as_object_mut().unwrap().remove("pairs").unwrap()).await;
+    resume(&it.client, &it.job).await;
+    it.is_refused_for_its_rows(&["0.2.0", "prompt[0].name of row 4", &it.dataset]).await;
+    // A checkpoint of this version says that the run began with them.
+    it.restart_with(|state| state["pairs"] = pairs.borrow().clone()).await;
     finish(&it.client, &it.job).await;
     assert_eq!(state(&it.client, &it.job).await, pb::JobState::Succeeded);
 }

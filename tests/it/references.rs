@@ -12,11 +12,11 @@ use tempfile::TempDir;
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
-use crate::pins::{
-    assert_refused, assert_waits, copy_files, get, hashes, is_step, latest, pause, perturb_weights, replace, resume, succeed, until,
+use crate::server::{
+    Server, assert_refused, assert_waits, finish, get, is_step, job, latest, pairs, pause, resume, score, scored, state, submit, succeed,
+    until, upload,
 };
-use crate::server::{Server, finish, job, pairs, score, scored, state, submit, upload};
-use crate::support::{assert_close, golden, json, numbers};
+use crate::support::{assert_close, copy_files, golden, hashes, json, numbers, perturb_weights, replace};
 
 /// Steps of a job that is paused on its way.
 const STEPS: u64 = 120;

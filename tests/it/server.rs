@@ -1,5 +1,6 @@
 //! The real binary as a child process, on loopback ports of its own.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -8,10 +9,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
-use bradley::rpc::client::{Client, Target};
-use bradley::rpc::pb;
+use bradley::rpc::client::{Client, Status, Target};
+use bradley::rpc::pb::{self, training_event::Event};
+use prost::Message as _;
+use tonic::Code;
+use tonic_types::StatusExt as _;
 
-use crate::support::golden;
+use crate::support::{golden, hashes};
 
 /// A running server; killed when dropped.
 pub struct Server {
@@ -223,4 +227,96 @@ pub fn scored(r: &pb::PairResult) -> &pb::PairScore {
         Some(pb::pair_result::Result::Score(s)) => s,
         other => panic!("{}: {other:?}", r.id),
     }
+}
+
+/// Waits until an event satisfies `enough`.
+pub async fn until(client: &Client, name: &str, enough: impl Fn(&Event) -> bool) {
+    let follow = client.follow(name, 0, |e| !e.event.as_ref().is_some_and(&enough));
+    let followed = tokio::time::timeout(Duration::from_secs(60), follow).await;
+    followed.expect("the event comes").unwrap();
+}
+
+/// Whether an event is a step's, of `from` or a later one.
+pub fn is_step(event: &Event, from: u64) -> bool {
+    matches!(event, Event::StepMetrics(s) if s.step >= from)
+}
+
+/// Whether an event says that a job has become `wanted`.
+pub fn became(event: &Event, wanted: pb::JobState) -> bool {
+    matches!(event, Event::StateChange(s) if s.to() == wanted)
+}
+
+/// Pauses a job after some steps.
+pub async fn pause(client: &Client, name: &str) {
+    until(client, name, |e| is_step(e, 3)).await;
+    let request = pb::PauseTrainingJobRequest { name: name.into() };
+    client.training().pause_training_job(request).await.unwrap();
+    until(client, name, |e| became(e, pb::JobState::Paused)).await;
+}
+
+/// Resumes a job.
+pub async fn resume(client: &Client, name: &str) -> Result<pb::TrainingJob, Status> {
+    let request = pb::ResumeTrainingJobRequest { name: name.into() };
+    client.training().resume_training_job(request).await.map(|r| r.into_inner())
+}
+
+/// A job as it is now.
+pub async fn get(client: &Client, name: &str) -> pb::TrainingJob {
+    let request = pb::GetTrainingJobRequest { name: name.into() };
+    client.training().get_training_job(request).await.unwrap().into_inner()
+}
+
+/// Follows a job until it has succeeded; returns the bits of its losses by step.
+pub async fn succeed(client: &Client, name: &str) -> BTreeMap<u64, u64> {
+    let events = finish(client, name).await;
+    let ended = get(client, name).await;
+    assert_eq!(ended.state(), pb::JobState::Succeeded, "{:?}", ended.error);
+    let step = |e: pb::TrainingEvent| match e.event {
+        Some(Event::StepMetrics(s)) => Some((s.step, s.metrics["loss"].to_bits())),
+        _ => None,
+    };
+    events.into_iter().filter_map(step).collect()
+}
+
+/// The name of a job's last checkpoint.
+pub fn latest(job: &str) -> String {
+    format!("{job}/checkpoints/latest")
+}
+
+/// Checks that an error is about the change of `part` of a model, and says from what to what.
+fn assert_changed(what: &str, code: Code, reason: &str, message: &str, part: &str) {
+    assert_eq!(code, Code::FailedPrecondition, "{what}: {message}");
+    assert_eq!(reason, "MODEL_CHANGED", "{what}: {message}");
+    assert!(hashes(message).len() >= 2, "{what}: two hashes are expected: {message}");
+    assert!(message.to_lowercase().contains(part), "{what}: {part} is not named: {message}");
+}
+
+/// Checks that an answer is a refusal because `part` of a model changed.
+pub fn assert_refused<T>(what: &str, answer: Result<T, Status>, part: &str) {
+    let Err(status) = answer else { panic!("{what} is accepted although the {part} changed") };
+    let reason = status.get_details_error_info().map(|i| i.reason).unwrap_or_default();
+    assert_changed(what, status.code(), &reason, status.message(), part);
+}
+
+/// Waits until a job waits for its model, and checks what it says.
+pub async fn assert_waits(client: &Client, name: &str, part: &str) {
+    let start = Instant::now();
+    loop {
+        let shown = get(client, name).await;
+        if let (pb::JobState::Queued, Some(error)) = (shown.state(), &shown.error) {
+            let details = error.encode_to_vec().into();
+            let status = Status::with_details(error.code.into(), error.message.clone(), details);
+            let reason = status.get_details_error_info().map(|i| i.reason).unwrap_or_default();
+            return assert_changed("a waiting job", status.code(), &reason, &error.message, part);
+        }
+        let late = start.elapsed() > Duration::from_secs(30);
+        assert!(!late, "it should wait: {:?}, {:?}", shown.state(), shown.error);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// The events of a job.
+pub async fn events(client: &Client, name: &str) -> Vec<pb::TrainingEvent> {
+    let request = pb::ListTrainingEventsRequest { parent: name.into(), ..Default::default() };
+    client.training().list_training_events(request).await.unwrap().into_inner().events
 }

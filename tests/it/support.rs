@@ -1,8 +1,8 @@
 //! What several test modules need: golden files, models, and comparisons.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use bradley::domain::dataset::{DatasetFormat, PreferenceRow};
@@ -135,4 +135,39 @@ pub fn needed(variable: &str, test: &str) -> Option<String> {
 /// The program under test; BRADLEY_TEST_BINARY names another build of it.
 pub fn binary() -> PathBuf {
     std::env::var_os("BRADLEY_TEST_BINARY").map_or_else(|| env!("CARGO_BIN_EXE_bradley").into(), PathBuf::from)
+}
+
+/// Replaces `old` wherever it occurs in a text file.
+pub fn replace(file: PathBuf, old: &str, new: &str) {
+    let text = std::fs::read_to_string(&file).unwrap();
+    assert!(text.contains(old), "{} has no {old:?}", file.display());
+    std::fs::write(file, text.replace(old, new)).unwrap();
+}
+
+/// Changes some weights a little: the file stays valid, the numbers finite.
+pub fn perturb_weights(file: PathBuf) {
+    let mut bytes = std::fs::read(&file).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let data = &mut bytes[8 + header..];
+    let middle = data.len() / 8 * 4;
+    for number in data[middle..].chunks_exact_mut(4).take(2000) {
+        // An upper bit of the mantissa of a little-endian f32.
+        number[2] ^= 0x20;
+    }
+    std::fs::write(file, bytes).unwrap();
+}
+
+/// Copies the files of a folder.
+pub fn copy_files(from: &Path, to: &Path) {
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+    }
+}
+
+/// The words in a message that may be hashes: at least 12 hexadecimal digits. Parts of a job's id
+/// have dashes around them.
+pub fn hashes(message: &str) -> BTreeSet<&str> {
+    let words = message.split(|c: char| !c.is_ascii_alphanumeric() && c != '-');
+    words.filter(|w| w.len() >= 12 && w.bytes().all(|b| b.is_ascii_hexdigit())).collect()
 }

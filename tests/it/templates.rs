@@ -280,6 +280,80 @@ async fn arguments_of_a_pair_win_over_those_of_the_call_and_those_over_the_jobs(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn template_arguments_as_json_are_those_of_a_row_and_of_the_command_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = serve(dir.path(), PRINTS_ALL, &[]);
+    let client = server.client().await;
+    // A Struct has sorted keys, and no numbers but doubles: it would print {'a': 1, 'b': 1}.
+    let text = r#"{"style":{"b":1.0,"a":1}}"#;
+    let value: Value = serde_json::from_str(text).unwrap();
+    let by_call = pb::ScoringOptions { chat_template_kwargs_json: text.into(), ..tiny() };
+    let expected = score(&client, by_call.clone(), question()).await.unwrap();
+    let by_pair = pb::Pair { chat_template_kwargs_json: text.into(), ..question() };
+    assert_eq!(score(&client, tiny(), by_pair.clone()).await.unwrap(), expected);
+    let by_struct = pb::ScoringOptions { chat_template_kwargs: Some(structure(value.clone())), ..tiny() };
+    assert_ne!(score(&client, by_struct.clone(), question()).await.unwrap(), expected);
+
+    // The command line, with the arguments in a row and in a flag.
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(crate::support::binary());
+        let done = command.args(arguments).env("BRADLEY_SERVER", &server.address).env_remove("BRADLEY_CONFIG").output().unwrap();
+        assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
+        String::from_utf8(done.stdout).unwrap()
+    };
+    let mut row = json!({
+        "prompt": [{"role": "user", "content": "1 2"}],
+        "chosen": [{"role": "assistant", "content": "3"}],
+        "rejected": [{"role": "assistant", "content": "4 5"}],
+    });
+    let file = dir.path().join("rows.jsonl");
+    let path = file.to_str().unwrap();
+    std::fs::write(&file, row.to_string()).unwrap();
+    let flags = ["score", "--policy", "models/tiny", "--data", path, "--output", "json"];
+    let by_flag = run(&[&flags[..], &["--template-args", text]].concat());
+    row["chat_template_kwargs"] = value.clone();
+    std::fs::write(&file, row.to_string()).unwrap();
+    for said in [by_flag, run(&flags)] {
+        let said: Value = serde_json::from_str(said.trim()).unwrap();
+        assert_eq!(said["a"]["policy_logprob"].as_f64(), Some(expected.a.as_ref().unwrap().policy_logprob), "{said}");
+    }
+
+    // A job that the command line makes shows them as they were given, and scores with them.
+    run(&["train", "--data", path, "--template-args", text, "--rank", "4", "--batch-size", "1", "--max-steps", "1", "--watch"]);
+    let list = pb::ListTrainingJobsRequest::default();
+    let made = client.training().list_training_jobs(list).await.unwrap().into_inner().training_jobs.remove(0);
+    assert_eq!((made.chat_template_kwargs.clone(), made.chat_template_kwargs_json.as_str()), (None, text));
+    let trained = pb::ScoringOptions { policy: format!("{}/checkpoints/latest", made.name), ..Default::default() };
+    let explicit = pb::ScoringOptions { chat_template_kwargs_json: text.into(), ..trained.clone() };
+    assert_eq!(score(&client, trained, question()).await.unwrap(), score(&client, explicit, question()).await.unwrap());
+
+    // Refused by the name of the field.
+    let both = pb::ScoringOptions { chat_template_kwargs: by_struct.chat_template_kwargs.clone(), ..by_call };
+    assert_eq!(fields(&score(&client, both, question()).await.unwrap_err()), ["options.chat_template_kwargs_json"]);
+    let both = pb::Pair { chat_template_kwargs: by_struct.chat_template_kwargs.clone(), ..by_pair };
+    assert_eq!(fields(&score(&client, tiny(), both).await.unwrap_err()), ["pair.chat_template_kwargs_json"]);
+    let both = pb::TrainingJob { chat_template_kwargs: by_struct.chat_template_kwargs, ..made };
+    let request = pb::CreateTrainingJobRequest { training_job: Some(both), ..Default::default() };
+    let refused = client.training().create_training_job(request).await.unwrap_err();
+    assert_eq!(fields(&refused), ["training_job.chat_template_kwargs_json"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn completions_with_too_much_text_are_refused_by_their_field() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    // The prompt is counted for each answer.
+    let request = pb::ScoreCompletionsRequest {
+        options: Some(tiny()),
+        prompt: plain(&"1 ".repeat(40_000)),
+        completions: (0..256).map(|_| plain(" 2").unwrap()).collect(),
+    };
+    let refused = client.scoring().score_completions(request).await.unwrap_err();
+    assert_eq!(fields(&refused), ["completions"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_message_over_grpc_is_the_message_of_a_row() {
     let dir = tempfile::tempdir().unwrap();
     let server = serve(dir.path(), "{{ messages | tojson }}", &[]);

@@ -38,7 +38,7 @@ impl Store {
     /// Datasets of `owner` (of everyone when `None`), newest first, without the findings that their reports list.
     pub async fn datasets(&self, owner: Option<&str>, page_size: usize, page_token: &str) -> Result<Page<Dataset>> {
         let select = format!("SELECT {} FROM datasets WHERE {OF_PAGE}", rows::dataset_in_list(self.dialect));
-        self.page(&select, owner, page_size, page_token, |row: &DatasetRow| row.seq).await
+        self.page::<DatasetRow, _>(&select, owner, page_size, page_token).await
     }
 
     /// Bytes of an owner's datasets.

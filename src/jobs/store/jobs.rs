@@ -166,7 +166,7 @@ impl Store {
     pub async fn jobs(&self, owner: Option<&str>, states: &[JobState], page_size: usize, page_token: &str) -> Result<Page<Job>> {
         let wanted = quoted(|s| states.is_empty() || states.contains(&s));
         let select = format!("SELECT {JOB} FROM jobs WHERE state IN ({wanted}) AND {OF_PAGE}");
-        self.page(&select, owner, page_size, page_token, |row: &JobRow| row.seq).await
+        self.page::<JobRow, _>(&select, owner, page_size, page_token).await
     }
 
     /// How many jobs are in each state that any is in, by its name.

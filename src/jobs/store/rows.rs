@@ -3,7 +3,7 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::Dialect;
+use super::{Dialect, ListedRow};
 use crate::domain::dataset::Dataset;
 use crate::domain::job::{Checkpoint, Event, Finite, Job, JobState, Millis};
 use crate::jobs::error::{Result, ServiceError};
@@ -66,6 +66,17 @@ pub(super) struct JobRow {
     pub reclaims: i64,
     pub reclaim_step: i64,
     pub trace: Option<String>,
+}
+
+impl ListedRow for JobRow {
+    fn seq(&self) -> i64 {
+        self.seq
+    }
+
+    fn bytes(&self) -> usize {
+        let error = self.error.as_ref().map_or(0, String::len);
+        self.request.len() + self.skipped_rows.len() + self.latest_metrics.len() + error
+    }
 }
 
 impl TryFrom<JobRow> for Job {
@@ -162,6 +173,16 @@ pub(super) struct DatasetRow {
     pub report: String,
     pub create_time: Millis,
     pub owner: String,
+}
+
+impl ListedRow for DatasetRow {
+    fn seq(&self) -> i64 {
+        self.seq
+    }
+
+    fn bytes(&self) -> usize {
+        self.display_name.len() + self.report.len()
+    }
 }
 
 impl TryFrom<DatasetRow> for Dataset {

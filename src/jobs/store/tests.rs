@@ -226,3 +226,27 @@ async fn lists_are_paged_newest_first_and_by_owner() {
     assert!(store.jobs(None, &[JobState::Paused], 5, "").await.unwrap().items.is_empty());
     assert!(store.jobs(None, &[], 5, "x").await.is_err());
 }
+
+#[tokio::test]
+async fn a_page_ends_before_its_rows_are_too_large_for_an_answer() {
+    let (_dir, store) = open().await;
+    let large = Value::String("x".repeat(PAGE_BYTES / 5 * 2));
+    for i in 0..9 {
+        let mut request = request(0);
+        // The fifth job alone is larger than a page.
+        let texts = if i == 4 { 4 } else { 1 };
+        request.chat_template_kwargs = (0..texts).map(|n| (format!("text{n}"), large.clone())).collect();
+        insert(&store, &job(&format!("job-{i}"), request), None).await;
+    }
+    let (mut token, mut pages) = (String::new(), Vec::new());
+    loop {
+        let page = store.jobs(None, &[], 1000, &token).await.unwrap();
+        pages.push(page.items.into_iter().map(|job| job.id).collect::<Vec<_>>());
+        token = page.next_page_token;
+        if token.is_empty() {
+            break;
+        }
+    }
+    let expected: [&[&str]; 5] = [&["job-8", "job-7"], &["job-6", "job-5"], &["job-4"], &["job-3", "job-2"], &["job-1", "job-0"]];
+    assert_eq!(pages, expected);
+}

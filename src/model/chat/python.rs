@@ -40,7 +40,7 @@ fn print(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error
 }
 
 /// Python's `str` of a value.
-fn text(state: &State, value: &Value) -> Result<String, Error> {
+pub(super) fn text(state: &State, value: &Value) -> Result<String, Error> {
     match value.as_str() {
         Some(text) => Ok(text.to_owned()),
         None if value.is_undefined() => Ok(String::new()),
@@ -53,7 +53,7 @@ fn text(state: &State, value: &Value) -> Result<String, Error> {
 }
 
 /// Writes Python's `repr` of a value.
-fn represent(state: &State, value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+pub(super) fn represent(state: &State, value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
     if depth > MAX_DEPTH {
         return Err(refused(format!("containers lie more than {MAX_DEPTH} deep in each other")));
     }
@@ -291,11 +291,11 @@ fn justify(text: &str, method: &str, width: usize, filler: char) -> String {
 }
 
 /// Pays for data that is about to be made.
-fn pay(state: &State, bytes: usize) -> Result<(), Error> {
+pub(super) fn pay(state: &State, bytes: usize) -> Result<(), Error> {
     state.consume_fuel((bytes / BYTES_PER_FUEL) as u64)
 }
 
-fn refused(reason: impl Into<String>) -> Error {
+pub(super) fn refused(reason: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, reason.into())
 }
 

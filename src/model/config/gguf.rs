@@ -1,5 +1,7 @@
 //! The same configuration from GGUF metadata: turned into the config.json it stands for, then read like one.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value, json};
 
 use super::ModelConfig;
@@ -13,6 +15,8 @@ use crate::model::rope::{RopeConfig, RopeScaling};
 const ROPE_FREQS: &str = "rope_freqs.weight";
 /// The ramp of every published Llama 3.x; GGUF does not store it.
 const LLAMA3_RAMP: (f64, f64, usize) = (1.0, 4.0, 8192);
+/// Tokens that end a turn or a message where a chat template prints them.
+const TURN_ENDS: [&str; 3] = ["<|eot_id|>", "<|eom_id|>", "<|im_end|>"];
 
 impl ModelConfig {
     /// Reads the configuration of a GGUF file.
@@ -78,9 +82,8 @@ impl ModelConfig {
         config.insert("tie_word_embeddings".into(), json!(!has(&gguf_head())));
         let window = keys.integer("attention.sliding_window")?.filter(|n| *n > 0);
         config.insert("sliding_window".into(), json!(window));
-        for (key, field) in [("tokenizer.ggml.bos_token_id", "bos_token_id"), ("tokenizer.ggml.eos_token_id", "eos_token_id")] {
-            config.insert(field.into(), json!(gguf.integer(key)?));
-        }
+        config.insert("bos_token_id".into(), json!(gguf.integer("tokenizer.ggml.bos_token_id")?));
+        config.insert("eos_token_id".into(), stop_tokens(gguf)?);
         let theta = shortest(keys.number("rope.freq_base")?.unwrap_or(10_000.0));
         config.insert("rope_theta".into(), json!(theta));
         if let Some(scaling) = scaling(&keys, context, theta, head_dim as usize, rope_freqs)? {
@@ -91,6 +94,29 @@ impl ModelConfig {
 
     /// The tensor whose contents [`ModelConfig::from_gguf`] takes as `rope_freqs`.
     pub(crate) const GGUF_ROPE_FREQS: &str = ROPE_FREQS;
+}
+
+/// Returns the tokens at which generation stops, as the `eos_token_id` of a config.json lists them.
+///
+/// The first is the end of a text, which alone is the tokenizer's `eos_token`. A Llama 3 ends the
+/// assistant's turns with another token: an export that does not list it would generate on and on.
+/// Many files have no key for it, so that it is also found in the chat template.
+fn stop_tokens(gguf: &Gguf) -> Result<Value, ModelError> {
+    let mut ids = Vec::new();
+    for role in ["eos", "eot", "eom"] {
+        ids.extend(gguf.integer(&format!("tokenizer.ggml.{role}_token_id"))?);
+    }
+    let template = gguf.string("tokenizer.chat_template")?.unwrap_or_default();
+    let printed: Vec<&str> = TURN_ENDS.into_iter().filter(|token| template.contains(token)).collect();
+    let tokens = gguf.strings("tokenizer.ggml.tokens")?.unwrap_or_default();
+    ids.extend(tokens.iter().zip(0_u64..).filter(|(token, _)| printed.contains(&token.as_str())).map(|(_, id)| id));
+    let mut seen = BTreeSet::new();
+    ids.retain(|id| seen.insert(*id));
+    Ok(match ids.as_slice() {
+        [] => Value::Null,
+        [one] => json!(one),
+        several => json!(several),
+    })
 }
 
 /// Keys are prefixed by the architecture.

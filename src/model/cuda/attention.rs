@@ -1,74 +1,65 @@
-//! Which attention kernel runs: on tensor cores where it is made for the head's width, else the generic one.
+//! Attention of a packed row on the device: the buffers and the order of the kernels.
 
 use std::sync::Arc;
 
 use candle_core::Result;
 
 use super::gpu::{Gpu, Memory};
-use super::kernels::{Arg, Kind, Launch};
-use crate::model::ops::attention::Heads;
+use super::kernels::Kind;
+use super::ops::{self, AttentionBackward, AttentionTiles};
+use super::row::DeviceRow;
+use super::sizes::BlockShape;
 
-/// Threads of a block.
-const THREADS: usize = 128;
-
-/// A kernel's part of the work.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Pass {
-    Forward,
-    /// Gradients of queries.
-    Queries,
-    /// Gradients of keys and values.
-    Keys,
+/// Attention of a block on a row.
+#[derive(Clone, Copy)]
+pub(super) struct Attention<'a> {
+    pub gpu: &'a Arc<Gpu>,
+    pub kind: Kind,
+    pub shape: BlockShape,
+    pub row: &'a DeviceRow,
 }
 
-/// Tensor-core kernels: pass, head width, name, bytes of shared memory.
-pub(super) const MMA: [(Pass, usize, &str, usize); 6] = [
-    (Pass::Forward, 64, "attention_mma_64", 32 << 10),
-    (Pass::Forward, 128, "attention_mma_128", 64 << 10),
-    (Pass::Queries, 64, "attention_dq_mma_64", 40 << 10),
-    (Pass::Queries, 128, "attention_dq_mma_128", 80 << 10),
-    (Pass::Keys, 64, "attention_dkv_mma_64", 40 << 10),
-    (Pass::Keys, 128, "attention_dkv_mma_128", 80 << 10),
-];
-
-/// Name and shared memory of the tensor-core kernel, where there is one.
-fn made_for(kind: Kind, dim: usize, pass: Pass) -> Option<(&'static str, usize)> {
-    let found = MMA.iter().find(|(p, d, ..)| kind == Kind::Bf16 && *p == pass && *d == dim);
-    found.map(|(.., name, shared)| (*name, *shared))
+/// What the backward pass needs of the forward pass.
+pub(super) struct Attended<'a> {
+    /// `[T, (H + 2K)·D]`
+    pub qkv: &'a Memory,
+    /// `[T, H·D]`
+    pub output: &'a Memory,
+    /// `[T, H]`
+    pub lse: &'a Memory,
 }
 
-/// Starts the kernel of a pass over `tiles × heads` blocks; on tensor cores, all heads of a tile before the next tile.
-pub(super) fn launch(gpu: &Gpu, kind: Kind, dim: usize, pass: Pass, [tiles, heads]: [usize; 2], args: &[Arg]) -> Result<()> {
-    if let Some((name, shared)) = made_for(kind, dim, pass) {
-        return gpu.launch(name, None, Launch::grid([heads, tiles], THREADS).shared(shared), args);
+impl Attention<'_> {
+    fn over<'a>(&'a self, tiles: &'a Memory) -> AttentionTiles<'a> {
+        AttentionTiles { heads: self.shape.heads, tiles, positions: &self.row.positions }
     }
-    let launch = Launch::grid([tiles, heads], THREADS);
-    let name = match pass {
-        Pass::Forward => "attention",
-        Pass::Queries => "attention_dq",
-        Pass::Keys => "attention_dkv",
-    };
-    gpu.launch(name, Some(kind), launch, args)
-}
 
-/// Starts [`Pass::Keys`]. On tensor cores a block does one query head, or there would be fewer blocks than a GPU runs at one time; the parts of the
-/// heads that share keys and values are added up afterwards.
-pub(super) fn launch_keys(
-    gpu: &Arc<Gpu>,
-    kind: Kind,
-    heads: Heads,
-    [tokens, tiles]: [usize; 2],
-    dqkv: &Memory,
-    mut args: Vec<Arg>,
-) -> Result<()> {
-    if made_for(kind, heads.dim, Pass::Keys).is_none() {
-        return launch(gpu, kind, heads.dim, Pass::Keys, [tiles, heads.key], &args);
+    /// Returns the output `[T, H·D]` and the log-sum-exps `[T, H]`.
+    pub fn forward(&self, qkv: &Memory) -> Result<(Memory, Memory)> {
+        let (gpu, tokens, shape) = (self.gpu, self.row.tokens, self.shape);
+        let output = gpu.dirty(self.kind, tokens * shape.attended())?;
+        let lse = gpu.dirty(Kind::F32, tokens * shape.log_sum_exps())?;
+        ops::attention(gpu, &output, &lse, qkv, self.over(&self.row.tiles))?;
+        Ok((output, lse))
     }
-    let shared = heads.query != heads.key;
-    let parts = shared.then(|| gpu.dirty(Kind::F32, 2 * tokens * heads.width())).transpose()?;
-    args.push(parts.as_ref().map_or(Arg::Pointer(0), Arg::from));
-    launch(gpu, kind, heads.dim, Pass::Keys, [tiles, heads.query], &args)?;
-    let Some(parts) = &parts else { return Ok(()) };
-    let args = [dqkv.into(), parts.into(), heads.query.into(), heads.key.into(), heads.dim.into()];
-    gpu.launch("attention_sum", None, Launch::blocks(tokens), &args)
+
+    /// Returns the gradient of `qkv`, given that of the output, `dout`.
+    pub fn backward(&self, forward: Attended<'_>, dout: &Memory) -> Result<Memory> {
+        let (gpu, kind, tokens, shape) = (self.gpu, self.kind, self.row.tokens, self.shape);
+        let Attended { qkv, output, lse } = forward;
+        let delta = gpu.dirty(Kind::F32, tokens * shape.log_sum_exps())?;
+        ops::attention_delta(gpu, &delta, output, dout, shape.heads)?;
+        let dqkv = gpu.dirty(kind, tokens * shape.qkv())?;
+        let operands = AttentionBackward { dqkv: &dqkv, qkv, dout, lse, delta: &delta };
+        ops::attention_dq(gpu, operands, self.over(&self.row.tiles))?;
+        let parts = match ops::has_key_gradient_parts(kind, shape.heads) {
+            true => Some(gpu.dirty(Kind::F32, tokens * shape.key_gradient_parts())?),
+            false => None,
+        };
+        ops::attention_dkv(gpu, operands, self.over(&self.row.key_tiles), parts.as_ref())?;
+        if let Some(parts) = &parts {
+            ops::attention_sum(gpu, &dqkv, parts, shape.heads)?;
+        }
+        Ok(dqkv)
+    }
 }

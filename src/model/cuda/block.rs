@@ -6,19 +6,19 @@ use std::sync::Arc;
 
 use candle_core::Result;
 
+use super::attention::{Attended, Attention};
 use super::gpu::{Gpu, Memory};
 use super::gradients::GradientBuffers;
-use super::kernels::{Arg, Kind, Launch};
+use super::kernels::Kind;
+use super::ops::{self, Columns, HeadColumns, HeadNormBackward, RmsNormBackward};
 use super::projections::Group;
 use super::row::DeviceRow;
+use super::sizes::BlockShape;
 use super::weights::{BlockWeights, DeviceAdapter};
-use crate::model::gradients::{Place, Slot};
-use crate::model::ops::attention::Heads;
+use crate::model::ops::rope::Direction;
+use crate::model::params::{BlockParam, ParamId};
 
-/// Rows whose products a block of threads sums for a norm's gradient.
-const ROWS_A_BLOCK: usize = 64;
-
-/// What the backward pass needs of one block.
+/// What the backward pass needs of one block. [`BlockShape::tape_bytes`] is its size.
 pub(super) struct BlockTape {
     x: Memory,
     qkv: Memory,
@@ -30,21 +30,14 @@ pub(super) struct BlockTape {
     low_rank: [Option<Memory>; 4],
 }
 
-/// Shapes of a block.
-#[derive(Clone, Copy)]
-pub(super) struct Shape {
-    pub hidden: usize,
-    pub feed_forward: usize,
-    pub heads: Heads,
-    pub eps: f32,
-}
-
 /// A block with its adapter, on a row.
 pub(super) struct Block<'a> {
     pub gpu: &'a Arc<Gpu>,
     pub kind: Kind,
     pub index: usize,
-    pub shape: Shape,
+    pub shape: BlockShape,
+    /// ε of the norms.
+    pub eps: f32,
     pub weights: &'a BlockWeights,
     pub adapter: Option<&'a DeviceAdapter>,
     /// Adapters on parts of the row.
@@ -69,63 +62,57 @@ impl Block<'_> {
 
     fn norm(&self, x: &Memory, w: &Memory) -> Result<Memory> {
         let n = self.gpu.dirty(self.kind, self.row.tokens * self.shape.hidden)?;
-        rms_norm(self.gpu, self.kind, &n, x, w, [self.row.tokens, self.shape.hidden], self.shape.eps)?;
+        ops::rms_norm(self.gpu, &n, x, w, self.eps)?;
         Ok(n)
     }
 
-    /// Tokens, stride, and how many heads are rotated.
-    fn rotate(&self, qkv: &Memory, sign: f32) -> Result<()> {
+    /// Rotates queries and keys, or back.
+    fn rotate(&self, qkv: &Memory, direction: Direction) -> Result<()> {
         let h = self.shape.heads;
-        let (row, heads) = (self.row, h.query + h.key);
-        let args =
-            [qkv.into(), (&row.cos).into(), (&row.sin).into(), row.tokens.into(), h.row().into(), heads.into(), h.dim.into(), sign.into()];
-        self.gpu.launch("rope", Some(self.kind), Launch::blocks(row.tokens), &args)
+        ops::rope(self.gpu, qkv, &self.row.cos, &self.row.sin, self.head_columns(0, h.query + h.key), direction)
     }
 
-    /// Queries and keys with their norms: weight, first column, heads.
-    fn head_norms(&self) -> impl Iterator<Item = (&Memory, usize, usize, Slot)> {
+    /// Places of `heads` heads of `[q | k | v]`, from column `first` on.
+    fn head_columns(&self, first: usize, heads: usize) -> HeadColumns {
+        HeadColumns { rows: self.row.tokens, stride: self.shape.qkv(), first, heads, dim: self.shape.heads.dim }
+    }
+
+    /// Queries and keys with their norms: weight, places, gradient.
+    fn head_norms(&self) -> impl Iterator<Item = (&Memory, HeadColumns, BlockParam)> {
         let h = self.shape.heads;
+        let (queries, keys) = (self.head_columns(0, h.query), self.head_columns(h.query * h.dim, h.key));
         let both = self.weights.qk_norm.as_ref();
-        both.into_iter().flat_map(move |(q, k)| [(q, 0, h.query, Slot::QueryNorm), (k, h.query * h.dim, h.key, Slot::KeyNorm)])
+        both.into_iter().flat_map(move |(q, k)| [(q, queries, BlockParam::QueryNorm), (k, keys, BlockParam::KeyNorm)])
     }
 
-    /// The arguments that all attention kernels end with.
-    fn attention_arguments(&self, tiles: &Memory) -> [Arg; 7] {
-        let h = self.shape.heads;
-        let scale = 1.0 / (h.dim as f32).sqrt();
-        [tiles.into(), (&self.row.positions).into(), h.query.into(), h.key.into(), h.dim.into(), h.window.unwrap_or(0).into(), scale.into()]
+    fn attention(&self) -> Attention<'_> {
+        Attention { gpu: self.gpu, kind: self.kind, shape: self.shape, row: self.row }
     }
 
     fn swiglu(&self, gate_up: &Memory) -> Result<Memory> {
-        let (tokens, width) = (self.row.tokens, self.shape.feed_forward);
-        let y = self.gpu.dirty(self.kind, tokens * width)?;
-        let args = [(&y).into(), gate_up.into(), tokens.into(), width.into()];
-        self.gpu.launch("swiglu", Some(self.kind), Launch::strided(tokens * width), &args)?;
+        let width = self.shape.feed_forward;
+        let y = self.gpu.dirty(self.kind, self.row.tokens * width)?;
+        ops::swiglu(self.gpu, &y, gate_up, width)?;
         Ok(y)
     }
 
     /// Runs the block on `x` `[T, C]` in place; with `keep`, leaves a tape.
     pub fn forward(&self, x: &Memory, keep: bool) -> Result<Option<BlockTape>> {
-        let (gpu, kind, tokens, h) = (self.gpu, self.kind, self.row.tokens, self.shape.heads);
-        let qkv = gpu.dirty(kind, tokens * h.row())?;
+        let (gpu, kind, tokens, shape) = (self.gpu, self.kind, self.row.tokens, self.shape);
+        let qkv = gpu.dirty(kind, tokens * shape.qkv())?;
         let n = self.norm(x, &self.weights.input_norm)?;
         let u_qkv = self.project(0, &n, &qkv, false)?;
         drop(n);
         let before_norm = if keep && self.weights.qk_norm.is_some() { Some(gpu.copy(&qkv)?) } else { None };
-        for (w, offset, heads, _) in self.head_norms() {
-            let args =
-                [(&qkv).into(), w.into(), tokens.into(), h.row().into(), offset.into(), heads.into(), h.dim.into(), self.shape.eps.into()];
-            gpu.launch("head_norm", Some(kind), Launch::grid([(tokens * heads).div_ceil(4), 1], 128), &args)?;
+        for (w, heads, _) in self.head_norms() {
+            ops::head_norm(gpu, &qkv, w, heads, self.eps)?;
         }
-        self.rotate(&qkv, 1.0)?;
-        let (attended, lse) = (gpu.dirty(kind, tokens * h.width())?, gpu.dirty(Kind::F32, tokens * h.query)?);
-        let mut args: Vec<Arg> = vec![(&attended).into(), (&lse).into(), (&qkv).into()];
-        args.extend(self.attention_arguments(&self.row.tiles));
-        super::attention::launch(gpu, kind, h.dim, super::attention::Pass::Forward, [self.row.num_tiles, h.query], &args)?;
+        self.rotate(&qkv, Direction::Forward)?;
+        let (attended, lse) = self.attention().forward(&qkv)?;
         let input = keep.then(|| gpu.copy(x)).transpose()?;
         let u_o = self.project(1, &attended, x, true)?;
 
-        let gate_up = gpu.dirty(kind, tokens * 2 * self.shape.feed_forward)?;
+        let gate_up = gpu.dirty(kind, tokens * shape.gate_up())?;
         let n = self.norm(x, &self.weights.post_norm)?;
         let u_gate_up = self.project(2, &n, &gate_up, false)?;
         drop(n);
@@ -142,7 +129,7 @@ impl Block<'_> {
 
     /// Turns `gx` `[T, C]` from the gradient of the block's output into that of its input.
     pub fn backward(&self, tape: BlockTape, gx: &Memory, gradients: &GradientBuffers) -> Result<()> {
-        let (gpu, kind, tokens, h) = (self.gpu, self.kind, self.row.tokens, self.shape.heads);
+        let (gpu, kind, tokens) = (self.gpu, self.kind, self.row.tokens);
         let BlockTape { x, qkv, before_norm, attended, lse, middle, gate_up, low_rank: [u_qkv, u_o, u_gate_up, u_down] } = tape;
         let group = |which, x: &Memory, u: Option<&Memory>, g: &Memory| self.group(which).backward(self.index, x, u, g, tokens, gradients);
         let rounded = |gx: &Memory| round(gpu, kind, gx);
@@ -154,13 +141,12 @@ impl Block<'_> {
             None => group(3, &y, u_down.as_ref(), gx)?,
         };
         drop((y, u_down));
-        let args = [(&gate_up).into(), (&gy).into(), tokens.into(), self.shape.feed_forward.into()];
-        gpu.launch("swiglu_backward", Some(kind), Launch::strided(tokens * self.shape.feed_forward), &args)?;
+        ops::swiglu_backward(gpu, &gate_up, &gy, self.shape.feed_forward)?;
         drop(gy);
         let n = self.norm(&middle, &self.weights.post_norm)?;
         let gn = group(2, &n, u_gate_up.as_ref(), &gate_up)?;
         drop((n, gate_up, u_gate_up));
-        self.norm_backward(gx, &middle, &self.weights.post_norm, &gn, Slot::PostNorm, gradients)?;
+        self.norm_backward(gx, &middle, &self.weights.post_norm, &gn, BlockParam::PostNorm, gradients)?;
         drop((gn, middle));
 
         // Attention part.
@@ -168,111 +154,71 @@ impl Block<'_> {
             Some(g) => group(1, &attended, u_o.as_ref(), &g)?,
             None => group(1, &attended, u_o.as_ref(), gx)?,
         };
-        let dqkv = self.attention_backward(&qkv, &attended, &lse, &go)?;
+        let forward = Attended { qkv: &qkv, output: &attended, lse: &lse };
+        let dqkv = self.attention().backward(forward, &go)?;
         drop((go, attended, lse, qkv, u_o));
-        self.rotate(&dqkv, -1.0)?;
+        self.rotate(&dqkv, Direction::Backward)?;
         if let Some(before) = &before_norm {
-            for (w, offset, heads, slot) in self.head_norms() {
-                self.head_norm_backward(&dqkv, before, w, [offset, heads], gradients.slot(Place::Block(self.index, slot)))?;
+            for (w, heads, slot) in self.head_norms() {
+                self.head_norm_backward(&dqkv, before, w, heads, gradients.slot(ParamId::Block(self.index, slot)))?;
             }
         }
         let n = self.norm(&x, &self.weights.input_norm)?;
         let gn = group(0, &n, u_qkv.as_ref(), &dqkv)?;
-        debug_assert_eq!(dqkv.len(), tokens * h.row());
-        self.norm_backward(gx, &x, &self.weights.input_norm, &gn, Slot::InputNorm, gradients)
+        self.norm_backward(gx, &x, &self.weights.input_norm, &gn, BlockParam::InputNorm, gradients)
     }
 
-    fn attention_backward(&self, qkv: &Memory, attended: &Memory, lse: &Memory, go: &Memory) -> Result<Memory> {
-        use super::attention::{Pass, launch, launch_keys};
-        let (gpu, kind, tokens, h) = (self.gpu, self.kind, self.row.tokens, self.shape.heads);
-        let delta = gpu.dirty(Kind::F32, tokens * h.query)?;
-        let args = [(&delta).into(), attended.into(), go.into(), tokens.into(), h.query.into(), h.dim.into()];
-        gpu.launch("attention_delta", Some(kind), Launch::grid([(tokens * h.query).div_ceil(4), 1], 128), &args)?;
-        let dqkv = gpu.dirty(kind, tokens * h.row())?;
-        let first: [Arg; 5] = [(&dqkv).into(), qkv.into(), go.into(), lse.into(), (&delta).into()];
-        let args = |tiles| [first.as_slice(), &self.attention_arguments(tiles)].concat();
-        launch(gpu, kind, h.dim, Pass::Queries, [self.row.num_tiles, h.query], &args(&self.row.tiles))?;
-        launch_keys(gpu, kind, h, [tokens, self.row.num_key_tiles], &dqkv, args(&self.row.key_tiles))?;
-        Ok(dqkv)
-    }
-
-    fn head_norm_backward(
-        &self,
-        g: &Memory,
-        before: &Memory,
-        w: &Memory,
-        [offset, heads]: [usize; 2],
-        slot: Option<&Memory>,
-    ) -> Result<()> {
-        let (gpu, tokens, h) = (self.gpu, self.row.tokens, self.shape.heads);
-        let blocks = (tokens * heads).div_ceil(ROWS_A_BLOCK);
-        let partial = slot.map(|_| gpu.dirty(Kind::F32, blocks * h.dim)).transpose()?;
-        let args = [
-            g.into(),
-            partial.as_ref().map_or(Arg::Pointer(0), Arg::from),
-            before.into(),
-            w.into(),
-            tokens.into(),
-            h.row().into(),
-            offset.into(),
-            heads.into(),
-            h.dim.into(),
-            self.shape.eps.into(),
-            ROWS_A_BLOCK.into(),
-        ];
-        gpu.launch("head_norm_backward", Some(self.kind), Launch::grid([blocks, 1], 128), &args)?;
+    fn head_norm_backward(&self, g: &Memory, before: &Memory, w: &Memory, heads: HeadColumns, slot: Option<&Memory>) -> Result<()> {
+        let (gpu, dim) = (self.gpu, heads.dim);
+        let parts = ops::weight_partials(heads.items());
+        let partial = slot.map(|_| gpu.dirty(Kind::F32, parts * dim)).transpose()?;
+        ops::head_norm_backward(gpu, HeadNormBackward { g, partial: partial.as_ref(), before, w, eps: self.eps }, heads)?;
         match (slot, &partial) {
-            (Some(slot), Some(partial)) => add_columns(gpu, slot, partial, [blocks, h.dim]),
+            (Some(slot), Some(partial)) => ops::column_sum(gpu, slot, Columns::all(partial, dim)),
             _ => Ok(()),
         }
     }
 
-    fn norm_backward(&self, gx: &Memory, x: &Memory, w: &Memory, g: &Memory, slot: Slot, gradients: &GradientBuffers) -> Result<()> {
-        let slot = gradients.slot(Place::Block(self.index, slot));
-        rms_norm_backward(self.gpu, self.kind, gx, x, w, g, [self.row.tokens, self.shape.hidden], self.shape.eps, slot)
+    fn norm_backward(&self, gx: &Memory, x: &Memory, w: &Memory, g: &Memory, norm: BlockParam, gradients: &GradientBuffers) -> Result<()> {
+        let slot = gradients.slot(ParamId::Block(self.index, norm));
+        NormBackward { x, w, g, eps: self.eps, slot }.add_to(self.gpu, gx)
     }
 }
 
-/// `gx` rounded to the pass's precision; `None` where that is f32 already.
+/// Returns `gx` rounded to the pass's precision; `None` where that is f32 already.
 fn round(gpu: &Arc<Gpu>, kind: Kind, gx: &Memory) -> Result<Option<Memory>> {
     if kind == Kind::F32 {
         return Ok(None);
     }
     let g = gpu.dirty(kind, gx.len())?;
-    gpu.launch("cast_bf16", None, Launch::strided(gx.len()), &[(&g).into(), gx.into(), Arg::Long(gx.len() as i64)])?;
+    ops::cast_bf16(gpu, &g, gx)?;
     Ok(Some(g))
 }
 
-/// `out[c] += Σ_r g[r, c]`.
-fn add_columns(gpu: &Gpu, out: &Memory, g: &Memory, [rows, columns]: [usize; 2]) -> Result<()> {
-    let args = [out.into(), g.into(), rows.into(), columns.into(), columns.into()];
-    gpu.launch("column_sum", Some(Kind::F32), Launch::columns(columns), &args)
+/// The backward pass of an RMSNorm over rows.
+pub(super) struct NormBackward<'a> {
+    /// The norm's input `[n, width]`.
+    pub x: &'a Memory,
+    /// `[width]`
+    pub w: &'a Memory,
+    /// Gradient of the output `[n, width]`.
+    pub g: &'a Memory,
+    pub eps: f32,
+    /// Where the gradient of `w` is added up, if it is trained.
+    pub slot: Option<&'a Memory>,
 }
 
-/// y = x / √(mean x² + ε) ⊙ w.
-pub(super) fn rms_norm(gpu: &Gpu, kind: Kind, y: &Memory, x: &Memory, w: &Memory, [rows, width]: [usize; 2], eps: f32) -> Result<()> {
-    gpu.launch("rms_norm", Some(kind), Launch::blocks(rows), &[y.into(), x.into(), w.into(), rows.into(), width.into(), eps.into()])
-}
-
-/// Adds the gradient of x to `gx`, and that of w to `slot`.
-pub(super) fn rms_norm_backward(
-    gpu: &Arc<Gpu>,
-    kind: Kind,
-    gx: &Memory,
-    x: &Memory,
-    w: &Memory,
-    g: &Memory,
-    [rows, width]: [usize; 2],
-    eps: f32,
-    slot: Option<&Memory>,
-) -> Result<()> {
-    let inverse = gpu.dirty(Kind::F32, rows)?;
-    let args = [gx.into(), (&inverse).into(), x.into(), w.into(), g.into(), rows.into(), width.into(), eps.into()];
-    gpu.launch("rms_norm_backward", Some(kind), Launch::blocks(rows), &args)?;
-    let Some(slot) = slot else { return Ok(()) };
-    let blocks = rows.div_ceil(ROWS_A_BLOCK);
-    let partial = gpu.dirty(Kind::F32, blocks * width)?;
-    let args = [(&partial).into(), x.into(), (&inverse).into(), g.into(), rows.into(), width.into(), ROWS_A_BLOCK.into()];
-    gpu.launch("rms_norm_weight", Some(kind), Launch::grid([width.div_ceil(256), blocks], 256), &args)?;
-    add_columns(gpu, slot, &partial, [blocks, width])
+impl NormBackward<'_> {
+    /// Adds the gradient of the input to `gx`, and that of the weight to its slot.
+    pub fn add_to(&self, gpu: &Arc<Gpu>, gx: &Memory) -> Result<()> {
+        let NormBackward { x, w, g, eps, slot } = *self;
+        let width = w.len();
+        let rows = x.len().checked_div(width).unwrap_or(0);
+        let inverse = gpu.dirty(Kind::F32, rows)?;
+        ops::rms_norm_backward(gpu, RmsNormBackward { gx, inverse: &inverse, x, w, g, eps })?;
+        let Some(slot) = slot else { return Ok(()) };
+        let partial = gpu.dirty(Kind::F32, ops::weight_partials(rows) * width)?;
+        ops::rms_norm_weight(gpu, &partial, x, &inverse, g, width)?;
+        ops::column_sum(gpu, slot, Columns::all(&partial, width))
+    }
 }

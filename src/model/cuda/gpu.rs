@@ -378,8 +378,8 @@ impl Gpu {
         Ok(())
     }
 
-    /// Starts a kernel.
-    pub fn launch(&self, name: &'static str, kind: Option<Kind>, launch: Launch, args: &[Arg]) -> Result<()> {
+    /// Starts a kernel. Only the typed functions of [`super::ops`] call this.
+    pub(super) fn launch(&self, name: &'static str, kind: Option<Kind>, launch: Launch, args: &[Arg]) -> Result<()> {
         let Some(&function) = self.functions.get(&(name, kind)) else { bail!("there is no kernel {name} for {kind:?}") };
         if launch.grid.contains(&0) {
             return Ok(());
@@ -515,6 +515,11 @@ impl Memory {
     /// Elements.
     pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// The kind of its elements.
+    pub fn kind(&self) -> Kind {
+        self.kind
     }
 
     /// Its first element.

@@ -5,14 +5,11 @@ use std::sync::Arc;
 use candle_core::Result;
 
 use super::gpu::{Gpu, Memory};
-use super::kernels::{Kind, Launch};
+use super::kernels::Kind;
+use super::ops::{self, HeadErrors, HeadFinish, HeadTile, LogitTile, SOFTMAX_STATE};
 use super::row::DeviceRow;
+use super::sizes::{HEAD_TILE, head_tile};
 use crate::model::ops::head::{HeadOptions, HeadOutput, TokenDistribution};
-
-/// Columns of the vocabulary in a tile: a product large enough for every multiprocessor.
-const TILE: usize = 8192;
-/// Floats of a row's softmax.
-const STATE: usize = 8;
 
 /// The head of a model.
 pub(super) struct Head<'a> {
@@ -35,13 +32,13 @@ pub(super) struct Passed {
 impl Head<'_> {
     fn tiles(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
         let vocabulary = self.vocabulary;
-        (0..vocabulary).step_by(TILE).map(move |first| (first, TILE.min(vocabulary - first)))
+        (0..vocabulary).step_by(HEAD_TILE).map(move |first| (first, HEAD_TILE.min(vocabulary - first)))
     }
 
-    /// `logits` `[N, TILE]` of a tile.
+    /// `logits` `[N, HEAD_TILE]` of a tile.
     fn logits(&self, h: &Memory, rows: usize, first: usize, width: usize, logits: &Memory) -> Result<()> {
         let w = self.weight.matrix_at(first * self.hidden, self.hidden).t();
-        self.gpu.matmul([rows, width, self.hidden], h.matrix(self.hidden), w, logits.matrix(TILE), 1.0, 0.0)
+        self.gpu.matmul([rows, width, self.hidden], h.matrix(self.hidden), w, logits.matrix(HEAD_TILE), 1.0, 0.0)
     }
 
     /// Log-probs of the targets given `h` `[N, C]`.
@@ -50,44 +47,40 @@ impl Head<'_> {
         if rows == 0 {
             return Ok(Passed { output: HeadOutput::default(), gradient: None });
         }
-        let state = gpu.dirty(Kind::F32, rows * STATE)?;
-        gpu.launch("head_start", None, Launch::blocks(rows.div_ceil(256)), &[(&state).into(), rows.into()])?;
-        let logits = gpu.dirty(Kind::F32, rows * TILE)?;
+        let target_ids = &row.target_ids;
+        let state = gpu.dirty(Kind::F32, rows * SOFTMAX_STATE)?;
+        ops::head_start(gpu, &state)?;
+        let logits = gpu.dirty(Kind::F32, head_tile(rows))?;
         let of_gradient = if options.gradient { rows } else { 0 };
-        let p = gpu.dirty(kind, of_gradient * TILE)?;
+        let p = gpu.dirty(kind, head_tile(of_gradient))?;
         let scales = gpu.dirty(Kind::F32, rows)?;
         let gradient = gpu.dirty(Kind::F32, of_gradient * hidden)?;
         for (first, width) in self.tiles() {
             self.logits(h, rows, first, width, &logits)?;
-            let args = [
-                (&state).into(),
-                (&p).into(),
-                (&scales).into(),
-                (&logits).into(),
-                (&row.target_ids).into(),
-                rows.into(),
-                width.into(),
-                TILE.into(),
-                first.into(),
-                options.distribution.into(),
-                options.gradient.into(),
-            ];
-            gpu.launch("head_tile", Some(kind), Launch::blocks(rows), &args)?;
+            let tile = HeadTile {
+                state: &state,
+                p: &p,
+                scales: &scales,
+                tile: LogitTile { logits: &logits, stride: HEAD_TILE, first, width },
+                targets: target_ids,
+                distribution: options.distribution,
+                gradient: options.gradient,
+            };
+            ops::head_tile(gpu, tile)?;
             if options.gradient {
                 if first > 0 {
-                    let args = [(&gradient).into(), (&scales).into(), rows.into(), hidden.into()];
-                    gpu.launch("head_rescale", None, Launch::blocks(rows), &args)?;
+                    ops::head_rescale(gpu, &gradient, &scales, hidden)?;
                 }
                 let beta = if first > 0 { 1.0 } else { 0.0 };
                 let w = self.weight.matrix_at(first * hidden, hidden);
-                gpu.matmul([rows, hidden, width], p.matrix(TILE), w, gradient.matrix(hidden), 1.0, beta)?;
+                gpu.matmul([rows, hidden, width], p.matrix(HEAD_TILE), w, gradient.matrix(hidden), 1.0, beta)?;
             }
         }
         if options.gradient {
-            let args = [(&gradient).into(), (&state).into(), self.weight.into(), (&row.target_ids).into(), rows.into(), hidden.into()];
-            gpu.launch("head_finish", Some(kind), Launch::blocks(rows), &args)?;
+            let finish = HeadFinish { d: &gradient, state: &state, w: self.weight, targets: target_ids, width: hidden };
+            ops::head_finish(gpu, finish)?;
         }
-        let mut states = vec![0f32; rows * STATE];
+        let mut states = vec![0f32; rows * SOFTMAX_STATE];
         gpu.download(&state, &mut states)?;
         let output = self.describe(&states, targets, options);
         Ok(Passed { output, gradient: options.gradient.then_some(gradient) })
@@ -96,7 +89,7 @@ impl Head<'_> {
     /// Numbers of each row's softmax.
     fn describe(&self, states: &[f32], targets: &[u32], options: HeadOptions) -> HeadOutput {
         let mut output = HeadOutput::default();
-        for (s, &target) in states.chunks(STATE).zip(targets) {
+        for (s, &target) in states.chunks(SOFTMAX_STATE).zip(targets) {
             let [max, sum, weighted, squares, logits, of_target, argmax, _] = s else { continue };
             let lse = max + sum.ln();
             output.log_probs.push(of_target - lse);
@@ -116,23 +109,13 @@ impl Head<'_> {
     /// Adds ∂loss/∂W to `dw` `[V, C]`, given g = ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p).
     pub fn weight_gradient(&self, h: &Memory, row: &DeviceRow, lse: &Memory, g: &Memory, dw: &Memory) -> Result<()> {
         let (gpu, rows, hidden) = (self.gpu, row.targets, self.hidden);
-        let (logits, errors) = (gpu.dirty(Kind::F32, rows * TILE)?, gpu.dirty(self.kind, rows * TILE)?);
+        let (logits, errors) = (gpu.dirty(Kind::F32, head_tile(rows))?, gpu.dirty(self.kind, head_tile(rows))?);
         for (first, width) in self.tiles() {
             self.logits(h, rows, first, width, &logits)?;
-            let args = [
-                (&errors).into(),
-                (&logits).into(),
-                lse.into(),
-                g.into(),
-                (&row.target_ids).into(),
-                rows.into(),
-                width.into(),
-                TILE.into(),
-                first.into(),
-            ];
-            gpu.launch("head_errors", Some(self.kind), Launch::blocks(rows), &args)?;
+            let tile = LogitTile { logits: &logits, stride: HEAD_TILE, first, width };
+            ops::head_errors(gpu, HeadErrors { errors: &errors, tile, lse, g, targets: &row.target_ids })?;
             let to = dw.matrix_at(first * hidden, hidden);
-            gpu.matmul([width, hidden, rows], errors.matrix(TILE).t(), h.matrix(hidden), to, 1.0, 1.0)?;
+            gpu.matmul([width, hidden, rows], errors.matrix(HEAD_TILE).t(), h.matrix(hidden), to, 1.0, 1.0)?;
         }
         Ok(())
     }

@@ -5,8 +5,8 @@ use std::ffi::CString;
 use candle_core::Result;
 use cudarc::cublas::sys::cudaDataType;
 
-use super::attention;
 use super::gpu::{Address, Memory};
+use super::ops;
 use crate::domain::training::Precision;
 
 /// Made by build.rs.
@@ -176,7 +176,7 @@ const PLAIN: [&str; 6] = ["gather_rows", "scatter_rows", "head_start", "head_res
 /// Every kernel's name, its kinds and the dynamic shared memory that it asks for.
 pub(super) fn all() -> impl Iterator<Item = (&'static str, Option<Kind>, usize)> {
     let generic = GENERIC.into_iter().flat_map(|name| [Kind::F32, Kind::Bf16].map(|kind| (name, Some(kind), 0)));
-    let tensor_core = attention::MMA.into_iter().map(|(.., name, shared)| (name, None, shared));
+    let tensor_core = ops::tensor_core_kernels().map(|(name, shared)| (name, None, shared));
     generic.chain(PLAIN.into_iter().map(|name| (name, None, 0))).chain(tensor_core)
 }
 

@@ -10,9 +10,11 @@ mod gpu;
 mod gradients;
 mod head;
 mod kernels;
+mod ops;
 mod pool;
 mod projections;
 mod row;
+pub mod sizes;
 mod staging;
 mod weights;
 
@@ -20,21 +22,20 @@ use std::sync::Arc;
 
 use candle_core::{Result, bail};
 
-use self::block::{Block, BlockTape, Shape};
+use self::block::{Block, BlockTape, NormBackward};
 pub use self::gpu::Gpu;
 use self::gpu::Memory;
 pub use self::gradients::GradientBuffers;
 use self::head::Head;
-use self::kernels::{Kind, Launch};
+use self::kernels::Kind;
 use self::row::{DeviceRow, Scatter};
+use self::sizes::BlockShape;
 use self::weights::{Copies, DeviceAdapter, DeviceWeights};
 use super::adapter::Adapter;
 use super::decoder::{Keep, Policy, PreparedRow};
-use super::gradients::Place;
-use super::ops::attention::Heads;
 use super::ops::head::{HeadOptions, HeadOutput};
 use super::parameters::Parameters;
-use super::spec::{Activation, BlockSpec, FeedForward, Mixer, Norms};
+use super::params::ParamId;
 use crate::domain::training::Precision;
 
 /// A GPU with the weights that are on it.
@@ -60,8 +61,8 @@ pub struct DeviceTape {
     lse: Vec<f32>,
 }
 
-/// The widest head: a warp holds one in registers where queries and keys are normed and rotated (`MAX_DIM` in norm.cu).
-pub const MAX_HEAD_DIM: usize = 256;
+/// The widest attention head: a warp holds one in registers where queries and keys are normed and rotated (`MAX_DIM` in norm.cu).
+const MAX_HEAD_DIM: usize = 256;
 
 /// Windows from here on hide nothing: no row has as many positions. The kernels add positions to a window in 32 bits; it is their `NO_WINDOW`.
 const NO_WINDOW: usize = 1 << 30;
@@ -91,21 +92,10 @@ impl Opened<'_> {
     }
 
     fn block<'b>(&'b self, index: usize, row: &'b DeviceRow) -> Block<'b> {
-        let BlockSpec {
-            mixer: Mixer::Attention(attention),
-            mixer_norms: Norms::Pre,
-            feed_forward: FeedForward::Gated { width: feed_forward, activation: Activation::Silu, bias: _ },
-            feed_forward_norms: Norms::Pre,
-        } = self.policy.config.spec.blocks[index];
-        let heads = Heads {
-            query: attention.heads,
-            key: attention.kv_heads,
-            dim: attention.head_dim,
-            window: attention.window.filter(|window| *window < NO_WINDOW),
-        };
-        let shape = Shape { hidden: self.hidden(), feed_forward, heads, eps: self.eps() };
+        let mut shape = BlockShape::of(self.hidden(), &self.policy.config.spec.blocks[index]);
+        shape.heads.window = shape.heads.window.filter(|window| *window < NO_WINDOW);
         let (weights, adapter) = (&self.weights.blocks[index], self.adapter.as_deref());
-        Block { gpu: self.gpu, kind: self.kind, index, shape, weights, adapter, parts: &self.parts, row }
+        Block { gpu: self.gpu, kind: self.kind, index, shape, eps: self.eps(), weights, adapter, parts: &self.parts, row }
     }
 
     fn head(&self) -> Head<'_> {
@@ -116,8 +106,7 @@ impl Opened<'_> {
     /// The embedded row `[T, C]`.
     fn embed(&self, row: &DeviceRow) -> Result<Memory> {
         let x = self.gpu.dirty(Kind::F32, row.tokens * self.hidden())?;
-        let args = [(&x).into(), (&self.weights.embed).into(), (&row.ids).into(), row.tokens.into(), self.hidden().into()];
-        self.gpu.launch("embed", Some(self.kind), Launch::blocks(row.tokens), &args)?;
+        ops::embed(self.gpu, &x, &self.weights.embed, &row.ids, self.hidden())?;
         Ok(x)
     }
 
@@ -125,10 +114,9 @@ impl Opened<'_> {
     fn last_norm(&self, x: &Memory, row: &DeviceRow) -> Result<(Memory, Memory)> {
         let (rows, width) = (row.targets, self.hidden());
         let before = self.gpu.dirty(Kind::F32, rows * width)?;
-        let args = [(&before).into(), x.into(), (&row.predictors).into(), rows.into(), width.into()];
-        self.gpu.launch("gather_rows", None, Launch::blocks(rows), &args)?;
+        ops::gather_rows(self.gpu, &before, x, &row.predictors, width)?;
         let normed = self.gpu.dirty(self.kind, rows * width)?;
-        block::rms_norm(self.gpu, self.kind, &normed, &before, &self.weights.norm, [rows, width], self.eps())?;
+        ops::rms_norm(self.gpu, &normed, &before, &self.weights.norm, self.eps())?;
         Ok((before, normed))
     }
 }
@@ -142,13 +130,63 @@ impl Cuda {
         Ok(Arc::new(Cuda { gpu: Gpu::open(ordinal)?, weights: Copies::default(), adapters: Copies::default() }))
     }
 
+    /// Opens every GPU that can be opened.
+    pub fn open_all() -> Vec<Arc<Self>> {
+        let open = |i| Cuda::open(i).inspect_err(|e| tracing::warn!(gpu = i, error = %e, "a GPU is left out")).ok();
+        (0..Gpu::count()).filter_map(open).collect()
+    }
+
+    /// Returns `cuda:N`.
+    pub fn name(&self) -> String {
+        format!("cuda:{}", self.gpu.ordinal())
+    }
+
+    /// Names what decides the last bits of its results: the GPU and its version of cuBLAS.
+    pub fn arithmetic(&self) -> String {
+        format!("{} cuBLAS {}", self.gpu.name(), self.gpu.blas_version())
+    }
+
+    /// Returns the widest attention head that the kernels compute with.
+    pub fn max_head_dim(&self) -> usize {
+        MAX_HEAD_DIM
+    }
+
+    /// Returns the bytes of memory that are free, and all bytes; `None` if the driver does not tell.
+    pub fn memory(&self) -> Option<(u64, u64)> {
+        self.gpu.bind().and_then(|()| self.gpu.memory()).ok()
+    }
+
+    /// Returns the most bytes of memory that were in use at one time.
+    pub fn peak_bytes(&self) -> u64 {
+        self.gpu.peak_bytes()
+    }
+
+    /// Returns whether it failed for good: only a new process can use it again.
+    pub fn is_lost(&self) -> bool {
+        self.gpu.is_lost()
+    }
+
+    /// Waits until it has done what it was given.
+    pub fn wait(&self) {
+        // What went wrong, the next call says.
+        let _ = self.gpu.synchronize();
+    }
+
+    /// Returns unused memory to the driver.
+    ///
+    /// # Errors
+    /// When the GPU fails.
+    pub fn trim(&self) -> Result<()> {
+        self.gpu.trim()
+    }
+
     /// The device.
     pub fn gpu(&self) -> &Arc<Gpu> {
         &self.gpu
     }
 
     /// Zero gradients for tensors of these sizes.
-    pub fn gradients(&self, sizes: impl IntoIterator<Item = (Place, usize)>) -> Result<GradientBuffers> {
+    pub fn gradients(&self, sizes: impl IntoIterator<Item = (ParamId, usize)>) -> Result<GradientBuffers> {
         self.gpu.bind()?;
         GradientBuffers::new(&self.gpu, sizes)
     }
@@ -239,11 +277,11 @@ impl Cuda {
             opened.head().weight_gradient(&normed, &on_device, &lse, &g, slot)?;
         }
         let scaled = gpu.dirty(kind, rows * width)?;
-        let args = [(&scaled).into(), (&gradient).into(), (&g).into(), rows.into(), width.into()];
-        gpu.launch("scale_rows", Some(kind), Launch::blocks(rows), &args)?;
+        ops::scale_rows(gpu, &scaled, &gradient, &g, width)?;
         let dh = gpu.zeros(Kind::F32, rows * width)?;
-        let slot = gradients.slot(Place::Norm);
-        block::rms_norm_backward(gpu, kind, &dh, &before_norm, &opened.weights.norm, &scaled, [rows, width], opened.eps(), slot)?;
+        let slot = gradients.slot(ParamId::Norm);
+        let norm = NormBackward { x: &before_norm, w: &opened.weights.norm, g: &scaled, eps: opened.eps(), slot };
+        norm.add_to(gpu, &dh)?;
         drop((gradient, scaled, before_norm, normed));
         let gx = gpu.zeros(Kind::F32, on_device.tokens * width)?;
         Scatter::new(gpu, &row.row().predictors)?.add(gpu, &gx, &dh, width)?;
@@ -259,7 +297,7 @@ impl Cuda {
             };
             block.backward(tape, &gx, gradients)?;
         }
-        if let Some(slot) = gradients.slot(Place::Embedding) {
+        if let Some(slot) = gradients.slot(ParamId::Embedding) {
             Scatter::new(gpu, &row.row().ids)?.add(gpu, slot, &gx, width)?;
         }
         Ok(())

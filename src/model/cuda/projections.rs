@@ -9,9 +9,10 @@ use candle_core::Result;
 
 use super::gpu::{Gpu, Memory};
 use super::gradients::GradientBuffers;
-use super::kernels::{Kind, Launch};
+use super::kernels::Kind;
+use super::ops::{self, Columns};
 use super::weights::{GroupWeights, LowRankGroup};
-use crate::model::gradients::{Place, Slot};
+use crate::model::params::{BlockParam, ParamId};
 
 /// A group of a block.
 #[derive(Clone, Copy)]
@@ -32,9 +33,7 @@ impl Group<'_> {
         gpu.matmul([tokens, w.output, w.input], x.matrix(w.input), w.weight.matrix(w.input).t(), y.matrix(w.output), 1.0, beta)?;
         for m in &w.members {
             if let Some(bias) = &m.bias {
-                let kind = if keep { Kind::F32 } else { self.kind };
-                let args = [y.at(m.column).into(), bias.into(), tokens.into(), m.out.into(), w.output.into(), true.into()];
-                gpu.launch("add_bias", Some(kind), Launch::strided(tokens * m.out), &args)?;
+                ops::add_bias(gpu, Columns { matrix: y, stride: w.output, first: m.column, count: m.out }, bias)?;
             }
         }
         self.adapter.map(|adapter| self.add_low_rank(adapter, x, 0..tokens, y)).transpose().map(Option::flatten)
@@ -75,14 +74,13 @@ impl Group<'_> {
         }
         for m in &w.members {
             let g_m = g.matrix_at(m.column, w.output);
-            if let Some(slot) = gradients.slot(Place::Block(block, Slot::Weight(m.index))) {
+            if let Some(slot) = gradients.slot(ParamId::Block(block, BlockParam::Weight(m.index))) {
                 gpu.matmul([m.out, w.input, tokens], g_m.t(), x.matrix(w.input), slot.matrix(w.input), 1.0, 1.0)?;
             }
             if m.bias.is_some()
-                && let Some(slot) = gradients.slot(Place::Block(block, Slot::Bias(m.index)))
+                && let Some(slot) = gradients.slot(ParamId::Block(block, BlockParam::Bias(m.index)))
             {
-                let args = [slot.into(), g.at(m.column).into(), tokens.into(), m.out.into(), w.output.into()];
-                gpu.launch("column_sum", Some(self.kind), Launch::columns(m.out), &args)?;
+                ops::column_sum(gpu, slot, Columns { matrix: g, stride: w.output, first: m.column, count: m.out })?;
             }
         }
         Ok(dx)
@@ -105,10 +103,10 @@ impl Group<'_> {
             let Some((b, rank, column)) = *b else { continue };
             let (g_m, v_m) = (g.matrix_at(m.column, w.output), v.matrix_at(column, ranks));
             gpu.matmul([tokens, rank, m.out], g_m, adapter.matrices.matrix_at(b, rank), v_m, scale, 0.0)?;
-            if let Some(slot) = gradients.slot(Place::Block(block, Slot::LoraA(m.index))) {
+            if let Some(slot) = gradients.slot(ParamId::Block(block, BlockParam::LoraA(m.index))) {
                 gpu.matmul([rank, w.input, tokens], v_m.t(), x.matrix(w.input), slot.matrix(w.input), 1.0, 1.0)?;
             }
-            if let Some(slot) = gradients.slot(Place::Block(block, Slot::LoraB(m.index))) {
+            if let Some(slot) = gradients.slot(ParamId::Block(block, BlockParam::LoraB(m.index))) {
                 gpu.matmul([m.out, rank, tokens], g_m.t(), u.matrix_at(column, ranks), slot.matrix(rank), scale, 1.0)?;
             }
         }

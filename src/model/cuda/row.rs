@@ -7,6 +7,7 @@ use candle_core::Result;
 
 use super::gpu::{Gpu, Memory};
 use super::kernels::Kind;
+use super::ops::{self, ScatterRows, TILE_ENTRY};
 use crate::model::decoder::PreparedRow;
 use crate::model::layout::RowLayout;
 
@@ -27,10 +28,8 @@ pub(super) struct DeviceRow {
     pub sin: Memory,
     /// `[n, 5]`: first and last query, start of their segment, start and end of their prompt.
     pub tiles: Memory,
-    pub num_tiles: usize,
     /// `[n, 5]`: first and last key, end of their segment, start and end of the queries in other segments that see them.
     pub key_tiles: Memory,
-    pub num_key_tiles: usize,
     /// `[N]`.
     pub predictors: Memory,
     pub target_ids: Memory,
@@ -48,9 +47,7 @@ impl DeviceRow {
             positions: gpu.upload(Kind::F32, &source.layout.positions())?,
             cos: gpu.upload(Kind::F32, cos)?,
             sin: gpu.upload(Kind::F32, sin)?,
-            num_tiles: tiles.len(),
             tiles: gpu.upload(Kind::F32, tiles.as_flattened())?,
-            num_key_tiles: key_tiles.len(),
             key_tiles: gpu.upload(Kind::F32, key_tiles.as_flattened())?,
             predictors: gpu.upload(Kind::F32, &source.predictors)?,
             target_ids: gpu.upload(Kind::F32, &source.targets)?,
@@ -58,7 +55,7 @@ impl DeviceRow {
     }
 }
 
-fn query_tiles(layout: &RowLayout) -> Vec<[i32; 5]> {
+fn query_tiles(layout: &RowLayout) -> Vec<[i32; TILE_ENTRY]> {
     let mut all = Vec::new();
     for s in &layout.segments {
         for start in s.tokens.clone().step_by(TILE) {
@@ -70,7 +67,7 @@ fn query_tiles(layout: &RowLayout) -> Vec<[i32; 5]> {
     all
 }
 
-fn key_tiles(layout: &RowLayout) -> Vec<[i32; 5]> {
+fn key_tiles(layout: &RowLayout) -> Vec<[i32; TILE_ENTRY]> {
     let mut all = Vec::new();
     for s in &layout.segments {
         let dependent = dependents(layout, &s.tokens);
@@ -84,7 +81,7 @@ fn key_tiles(layout: &RowLayout) -> Vec<[i32; 5]> {
 }
 
 /// What is left at the end is short.
-fn longest_first(tiles: &mut [[i32; 5]], work: impl Fn(&[i32; 5]) -> i32) {
+fn longest_first(tiles: &mut [[i32; TILE_ENTRY]], work: impl Fn(&[i32; TILE_ENTRY]) -> i32) {
     tiles.sort_by_key(|t| std::cmp::Reverse(work(t)));
 }
 
@@ -99,7 +96,6 @@ pub(super) struct Scatter {
     rows: Memory,
     offsets: Memory,
     order: Memory,
-    unique: usize,
 }
 
 impl Scatter {
@@ -117,15 +113,13 @@ impl Scatter {
         }
         offsets.push(order.len() as u32);
         let upload = |values: &[u32]| gpu.upload(Kind::F32, values);
-        Ok(Scatter { unique: rows.len(), rows: upload(&rows)?, offsets: upload(&offsets)?, order: upload(&order)? })
+        Ok(Scatter { rows: upload(&rows)?, offsets: upload(&offsets)?, order: upload(&order)? })
     }
 
     /// Adds the rows of `from` to their places in `to`.
     pub fn add(&self, gpu: &Gpu, to: &Memory, from: &Memory, width: usize) -> Result<()> {
-        use super::kernels::Launch;
-        let args =
-            [to.into(), from.into(), (&self.rows).into(), (&self.offsets).into(), (&self.order).into(), self.unique.into(), width.into()];
-        gpu.launch("scatter_rows", None, Launch::blocks(self.unique), &args)
+        let Scatter { rows, offsets, order } = self;
+        ops::scatter_rows(gpu, ScatterRows { to, from, rows, offsets, order, width })
     }
 }
 

@@ -28,9 +28,8 @@ impl RopeTable {
         RopeTable { cos: cos.into(), sin: sin.into(), half }
     }
 
-    /// Both tables.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn tables(&self) -> (&[f32], &[f32]) {
+    /// Returns the tables of cos and of sin.
+    pub fn tables(&self) -> (&[f32], &[f32]) {
         (&self.cos, &self.sin)
     }
 }

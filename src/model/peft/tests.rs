@@ -43,8 +43,8 @@ fn a_field_that_changes_the_maths_is_refused_by_name_and_value() {
         ("init_lora_weights", json!("corda")),
         ("init_lora_weights", json!("loftq")),
         ("init_lora_weights", json!("lora_ga")),
-        ("init_lora_weights", json!("eva")),
         ("init_lora_weights", json!("mica")),
+        ("init_lora_weights", json!("a_start_of_a_later_version")),
         ("bias", json!("all")),
         ("bias", json!("lora_only")),
         ("fan_in_fan_out", json!(true)),
@@ -64,7 +64,6 @@ fn a_field_that_changes_the_maths_is_refused_by_name_and_value() {
         ("alora_invocation_tokens", json!([5, 6])),
         ("arrow_config", json!({"top_k": 3})),
         ("corda_config", json!({"corda_method": "kpm"})),
-        ("eva_config", json!({"rho": 2.0})),
         // PEFT makes a configuration of an empty object, and with it the variant is on.
         ("kasa_config", json!({})),
         ("lora_ga_config", json!({"direction": "ArB2r"})),
@@ -84,6 +83,12 @@ fn a_field_that_changes_the_maths_is_refused_by_name_and_value() {
     for (field, _) in OFF {
         assert!(cases.iter().any(|(name, _)| *name == field), "{field} has no case");
     }
+    for start in ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"] {
+        let e = load_with("init_lora_weights", &json!(start)).unwrap_err();
+        assert!(e.contains("PEFT changes the base model's weights when it loads the adapter"), "{start}: {e}");
+    }
+    let e = load_with("init_lora_weights", &json!("mica")).unwrap_err();
+    assert!(e.contains("PEFT trains only A"), "{e}");
     let e = load_with("use_rslora", &json!("yes")).unwrap_err();
     assert!(e.contains("use_rslora must be true or false"), "{e}");
 }
@@ -95,6 +100,12 @@ fn fields_that_do_not_change_the_maths_are_accepted() {
         ("init_lora_weights", json!(false)),
         ("init_lora_weights", json!("gaussian")),
         ("init_lora_weights", json!("orthogonal")),
+        ("init_lora_weights", json!("eva")),
+        // As PEFT 0.21.2 writes it with such an adapter.
+        (
+            "eva_config",
+            json!({"rho": 1.0, "tau": 0.99, "use_label_mask": true, "label_mask_value": -100, "whiten": false, "adjust_scaling_factors": true}),
+        ),
         ("lora_dropout", json!(0.1)),
         ("inference_mode", json!(false)),
         ("task_type", Value::Null),

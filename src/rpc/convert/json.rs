@@ -81,14 +81,34 @@ pub(in crate::rpc) fn parse_object(text: &str) -> Result<Map<String, Value>, Str
     }
 }
 
-/// Variables for the chat template.
-///
-/// # Errors
-/// In words, to be read after the field's name.
-pub(in crate::rpc) fn kwargs(given: Option<Struct>) -> Result<Map<String, Value>, String> {
-    let kwargs = object(given.unwrap_or_default())?;
-    check_kwargs(&kwargs)?;
-    Ok(kwargs)
+/// Variables for the chat template, from the one of two fields that is given; `place` is where the
+/// fields are, e.g. `options`.
+pub(in crate::rpc) fn kwargs(place: &str, given: Option<Struct>, text: &str) -> Result<Map<String, Value>, Wrong> {
+    let (name, kwargs) = match (given, text) {
+        (None, "") => return Ok(Map::new()),
+        (Some(given), "") => ("chat_template_kwargs", object(given)),
+        (None, text) => ("chat_template_kwargs_json", parse_object(text)),
+        (Some(_), _) => {
+            let reason = "is given together with chat_template_kwargs: use one of the two".to_owned();
+            ("chat_template_kwargs_json", Err(reason))
+        }
+    };
+    let checked = kwargs.and_then(|kwargs| check_kwargs(&kwargs).map(|()| kwargs));
+    checked.map_err(|reason| (format!("{place}.{name}"), reason))
+}
+
+/// The two fields for variables of the chat template. The Struct is set where it stands for the
+/// very same JSON, else the text; neither is set without variables.
+pub(in crate::rpc) fn kwargs_fields(kwargs: Map<String, Value>) -> (Option<Struct>, String) {
+    if kwargs.is_empty() {
+        return (None, String::new());
+    }
+    let given = to_struct(&kwargs);
+    let text = Value::Object(kwargs).to_string();
+    match object(given.clone()).map(|read| Value::Object(read).to_string()) {
+        Ok(read) if read == text => (Some(given), String::new()),
+        _ => (None, text),
+    }
 }
 
 /// What a chat template is to see besides the messages; `place` is where the fields are, e.g.
@@ -98,6 +118,7 @@ pub(in crate::rpc) fn arguments(
     tools: Vec<Struct>,
     tools_json: String,
     given_kwargs: Option<Struct>,
+    kwargs_json: &str,
 ) -> Result<TemplateArguments, Wrong> {
     let wrong = |name: &str, reason: String| (format!("{place}.{name}"), reason);
     let tools = match (tools.is_empty(), tools_json.is_empty()) {
@@ -113,8 +134,7 @@ pub(in crate::rpc) fn arguments(
             tools_from_json(list).map_err(|e| wrong("tools_json", e))?
         }
     };
-    let kwargs = kwargs(given_kwargs).map_err(|e| wrong("chat_template_kwargs", e))?;
-    Ok(TemplateArguments { tools, kwargs })
+    Ok(TemplateArguments { tools, kwargs: kwargs(place, given_kwargs, kwargs_json)? })
 }
 
 #[cfg(test)]

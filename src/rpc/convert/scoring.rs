@@ -27,10 +27,12 @@ pub(in crate::rpc) fn options(o: Option<pb::ScoringOptions>) -> Result<(ScoreOpt
     };
     let policy = name("options.policy", &o.policy);
     let reference = if o.reference.is_empty() { None } else { name("options.reference", &o.reference) };
-    let arguments = json::arguments("options", o.tools, o.tools_json, o.chat_template_kwargs).unwrap_or_else(|(field, reason)| {
-        bad.push(field, reason);
-        TemplateArguments::default()
-    });
+    let arguments = json::arguments("options", o.tools, o.tools_json, o.chat_template_kwargs, &o.chat_template_kwargs_json).unwrap_or_else(
+        |(field, reason)| {
+            bad.push(field, reason);
+            TemplateArguments::default()
+        },
+    );
     let normalization = match pb::RewardNormalization::try_from(o.normalization) {
         Ok(pb::RewardNormalization::Unspecified | pb::RewardNormalization::AsTrained) => None,
         Ok(pb::RewardNormalization::Sum) => Some(Normalization::Sum),
@@ -100,8 +102,8 @@ fn message(field: &str, m: pb::Message) -> Result<ChatMessage, ServiceError> {
 
 /// A pair to score.
 pub(in crate::rpc) fn pair(p: pb::Pair) -> Result<PairToScore, ServiceError> {
-    let arguments =
-        json::arguments("pair", p.tools, p.tools_json, p.chat_template_kwargs).map_err(|(field, e)| ServiceError::invalid(field, e))?;
+    let arguments = json::arguments("pair", p.tools, p.tools_json, p.chat_template_kwargs, &p.chat_template_kwargs_json)
+        .map_err(|(field, e)| ServiceError::invalid(field, e))?;
     Ok(PairToScore { prompt: text("pair.prompt", p.prompt)?, a: text("pair.a", p.a)?, b: text("pair.b", p.b)?, arguments })
 }
 

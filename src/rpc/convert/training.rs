@@ -111,8 +111,9 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
     spec.validate("training_job", &mut bad);
     let Some(policy) = policy else { return finish_never(bad) };
     let ttl_ms = ttl(job.ttl, &mut bad);
-    let chat_template_kwargs = json::kwargs(job.chat_template_kwargs).unwrap_or_else(|reason| {
-        bad.push("training_job.chat_template_kwargs", reason);
+    let kwargs = json::kwargs("training_job", job.chat_template_kwargs, &job.chat_template_kwargs_json);
+    let chat_template_kwargs = kwargs.unwrap_or_else(|(field, reason)| {
+        bad.push(field, reason);
         serde_json::Map::new()
     });
     let (display_name, labels, priority) = (job.display_name, job.labels, job.priority);
@@ -400,6 +401,7 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
         Method::Lora(l) => Some(pb::training_job::Method::Lora(lora_message(l))),
         Method::Full => Some(pb::training_job::Method::Full(pb::FullConfig {})),
     };
+    let (chat_template_kwargs, chat_template_kwargs_json) = json::kwargs_fields(r.chat_template_kwargs);
     pb::TrainingJob {
         name: if j.id.is_empty() { String::new() } else { format!("trainingJobs/{}", j.id) },
         uid: j.id,
@@ -436,7 +438,8 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
         skipped_rows: j.skipped_rows,
         owner: j.owner,
         pins: r.pins.map(pins),
-        chat_template_kwargs: (!r.chat_template_kwargs.is_empty()).then(|| json::to_struct(&r.chat_template_kwargs)),
+        chat_template_kwargs,
+        chat_template_kwargs_json,
         ttl: r.ttl_ms.map(|ms| prost_types::Duration { seconds: (ms / 1000) as i64, nanos: (ms % 1000) as i32 * 1_000_000 }),
     }
 }
@@ -464,7 +467,8 @@ fn code_of(reason: &str) -> Code {
         | "ARTIFACT_DAMAGED"
         | "CHECKPOINT_FORMAT"
         | "DATASET_CHANGED"
-        | "MODEL_CHANGED" => Code::FailedPrecondition,
+        | "MODEL_CHANGED"
+        | "ROWS_CHANGED" => Code::FailedPrecondition,
         "NOT_FOUND" => Code::NotFound,
         "WORKER_LOST" => Code::Aborted,
         _ => Code::Internal,

@@ -39,6 +39,37 @@ fn every_form_of_row_is_read() {
 }
 
 #[test]
+fn what_version_0_2_0_did_not_use_of_a_row_is_named() {
+    let chat = |messages: &str, more: &str| {
+        let answer = r#"[{"role":"assistant","content":"a"}]"#;
+        format!(r#"{{"prompt":[{messages}],"chosen":{answer},"rejected":[{{"role":"assistant","content":"b"}}]{more}}}"#)
+    };
+    let hello = r#"{"role":"user","content":"Hi"}"#;
+    let cases = [
+        (r#"{"prompt":"2","chosen":"4","rejected":"5","weight":2,"id":7,"extra":[1]}"#.to_owned(), None),
+        (chat(hello, ""), None),
+        (chat(r#"{"content":"Hi","role":"user","name":null}"#, r#","tools":null,"chat_template_kwargs":{}"#), None),
+        (
+            r#"{"chosen":[{"role":"user","content":"Q"},{"role":"assistant","content":"a"}],
+                "rejected":[{"role":"user","content":"Q"},{"role":"assistant","content":"b"}]}"#
+                .replace('\n', ""),
+            None,
+        ),
+        (chat(hello, r#","tools":[{"name":"t"}]"#), Some("tools")),
+        (chat(hello, r#","chat_template_kwargs":{"a":1}"#), Some("chat_template_kwargs")),
+        (chat(r#"{"role":"system","content":"S"},{"role":"user","content":"Hi","name":"x"}"#, ""), Some("prompt[1].name")),
+        (chat(r#"{"role":"user","content":[{"type":"text","text":"Hi"}]}"#, ""), Some("prompt[0].content")),
+        (chat(r#"{"role":"user","content":"Hi","reasoning_content":"r"}"#, ""), Some("prompt[0].reasoning_content")),
+        (r#"{"prompt":"2","chosen":"4","rejected":["5","6"]}"#.to_owned(), Some("several_rejected")),
+        (r#"{"chosen":"2 4","rejected":"2 5"}"#.to_owned(), Some("implicit_prompt_text")),
+    ];
+    for (line, expected) in cases {
+        let row = jsonl(line.as_bytes()).remove(0).unwrap();
+        assert_eq!(row.new_since_0_2_0().as_deref(), expected, "{line}");
+    }
+}
+
+#[test]
 fn each_bad_row_has_its_reason_and_the_next_one_is_still_read() {
     let mut bytes = Vec::new();
     for line in [

@@ -46,7 +46,8 @@ impl Heads {
         self.query * self.dim
     }
 
-    fn scale(&self) -> f32 {
+    /// Factor of the scores, 1/√D.
+    pub fn scale(&self) -> f32 {
         1.0 / (self.dim as f32).sqrt()
     }
 

@@ -34,15 +34,48 @@ fn a_deep_struct_is_refused() {
 fn tools_come_as_structs_or_as_json_but_not_as_both() {
     let tool = json!({"type": "function", "function": {"name": "f"}});
     let text = format!("[{tool}]");
-    let from_structs = arguments("pair", vec![given(tool.clone())], String::new(), None).unwrap();
-    let from_text = arguments("pair", vec![], text.clone(), None).unwrap();
+    let from_structs = arguments("pair", vec![given(tool.clone())], String::new(), None, "").unwrap();
+    let from_text = arguments("pair", vec![], text.clone(), None, "").unwrap();
     assert_eq!(from_structs, from_text);
     assert_eq!(serde_json::to_string(&from_text.tools).unwrap(), text.to_string(), "the order of keys is that of the text");
-    let both = arguments("pair", vec![given(tool)], text, None).unwrap_err();
+    let both = arguments("pair", vec![given(tool)], text, None, "").unwrap_err();
     assert_eq!(both.0, "pair.tools_json");
-    assert_eq!(arguments("options", vec![], "{".into(), None).unwrap_err().0, "options.tools_json");
-    assert_eq!(arguments("options", vec![], "{}".into(), None).unwrap_err().0, "options.tools_json");
-    let reserved = arguments("options", vec![], String::new(), Some(given(json!({"messages": []})))).unwrap_err();
+    assert_eq!(arguments("options", vec![], "{".into(), None, "").unwrap_err().0, "options.tools_json");
+    assert_eq!(arguments("options", vec![], "{}".into(), None, "").unwrap_err().0, "options.tools_json");
+    let reserved = arguments("options", vec![], String::new(), Some(given(json!({"messages": []}))), "").unwrap_err();
     assert_eq!(reserved.0, "options.chat_template_kwargs");
-    assert_eq!(arguments("options", vec![], String::new(), None).unwrap(), TemplateArguments::default());
+    assert_eq!(arguments("options", vec![], String::new(), None, "").unwrap(), TemplateArguments::default());
+}
+
+#[test]
+fn template_arguments_come_as_a_struct_or_as_json_but_not_as_both() {
+    let text = r#"{"b":1.0,"a":{"z":1,"c":2.5}}"#;
+    let from_text = kwargs("options", None, text).unwrap();
+    assert_eq!(Value::Object(from_text.clone()).to_string(), text, "the order of keys and the kinds of numbers are those of the text");
+    let from_struct = kwargs("options", Some(to_struct(&from_text)), "").unwrap();
+    assert_eq!(Value::Object(from_struct.clone()).to_string(), r#"{"a":{"c":2.5,"z":1},"b":1}"#);
+    // What is given back makes the same arguments again.
+    for arguments in [from_text, from_struct, Map::new()] {
+        let (given, json) = kwargs_fields(arguments.clone());
+        assert!(given.is_none() || json.is_empty());
+        let again = kwargs("training_job", given, &json).unwrap();
+        assert_eq!(Value::Object(again).to_string(), Value::Object(arguments).to_string());
+    }
+    let mut deep = json!({"x": 1});
+    for _ in 0..MAX_DEPTH + 8 {
+        deep = json!({"a": deep});
+    }
+    let deep = kwargs("pair", None, &deep.to_string()).unwrap();
+    assert_eq!(kwargs_fields(deep.clone()), (None, Value::Object(deep).to_string()), "a Struct may not be so deep");
+
+    let refused = [
+        kwargs("pair", Some(Struct::default()), "{}"),
+        kwargs("pair", None, "[1]"),
+        kwargs("pair", None, "{"),
+        kwargs("pair", None, r#"{"messages": []}"#),
+    ];
+    for refused in refused {
+        assert_eq!(refused.unwrap_err().0, "pair.chat_template_kwargs_json");
+    }
+    assert_eq!(arguments("pair", vec![], String::new(), None, text).unwrap().kwargs["b"], json!(1.0));
 }

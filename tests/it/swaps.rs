@@ -1,0 +1,248 @@
+//! The model behind an id is swapped for another one, part by part, and an adapter folder is
+//! overwritten: between restarts of one server, and between two replicas on one PostgreSQL. What
+//! was made with the first model does not go on with the second.
+//!
+//! pins.rs tests what becomes of jobs on an overwritten adapter when one server is restarted.
+
+use std::path::Path;
+use std::time::Duration;
+
+use bradley::rpc::client::{Client, Status};
+use bradley::rpc::pb;
+use tempfile::TempDir;
+
+use crate::backends::Shared;
+use crate::pins::{Adapters, STEPS, UNDECIDED};
+use crate::server::{
+    Server, assert_refused, assert_waits, became, events, finish, get, is_step, job, latest, pairs, pause, resume, score, scored, state,
+    submit, succeed, until, upload,
+};
+use crate::support::{copy_files, golden, perturb_weights, replace};
+
+/// The parts of a model, as errors name them.
+const PARTS: [&str; 4] = ["weights", "config", "tokenizer", "chat template"];
+/// What a server gets to end in.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Changes a part of the model in a folder.
+fn change(model: &Path, part: &str) {
+    match part {
+        "weights" => perturb_weights(model.join("model.safetensors")),
+        "config" => replace(model.join("config.json"), "\"rope_theta\": 10000.0", "\"rope_theta\": 20000.0"),
+        // In the vocabulary and among the added tokens: the template's header gets other tokens.
+        "tokenizer" => replace(model.join("tokenizer.json"), "<|end_header_id|>", "<|end_of_header|>"),
+        "chat template" => replace(model.join("chat_template.jinja"), "message['content'] | trim", "message['content']"),
+        other => panic!("a model has no {other}"),
+    }
+}
+
+/// A copy of the tiny Llama.
+fn copy_of_model() -> TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    copy_files(&golden("models/llama"), copy.path());
+    copy
+}
+
+fn models(folder: &Path) -> String {
+    format!("tiny={}", folder.display())
+}
+
+async fn export(client: &Client, name: &str) -> Result<(), Status> {
+    let format = pb::ExportFormat::Merged.into();
+    let request = pb::ExportCheckpointRequest { name: latest(name), format, ..Default::default() };
+    client.checkpoints().export_checkpoint(request).await.map(|_| ())
+}
+
+async fn score_checkpoint(client: &Client, name: &str) -> Result<(), Status> {
+    let options = Some(pb::ScoringOptions { policy: latest(name), ..Default::default() });
+    let request = pb::ScorePairsRequest { options, pairs: pairs() };
+    client.scoring().score_pairs(request).await.map(|_| ())
+}
+
+/// Jobs that were made with a model before another one takes its place: one has ended, one is
+/// paused and one has the device.
+struct Made {
+    dataset: String,
+    ended: String,
+    paused: String,
+    running: String,
+    /// The scores of the ended job's checkpoint.
+    scores: pb::ScorePairsResponse,
+}
+
+impl Made {
+    async fn on(client: &Client) -> Self {
+        let dataset = upload(client, "pairs.jsonl").await.name;
+        let ended = submit(client, job(&dataset, 3)).await;
+        succeed(client, &ended).await;
+        let scores = score(client, &latest(&ended), pairs()).await;
+        let paused = submit(client, job(&dataset, STEPS)).await;
+        pause(client, &paused).await;
+        let running = submit(client, job(&dataset, 100_000)).await;
+        until(client, &running, |e| is_step(e, 1)).await;
+        Made { dataset, ended, paused, running, scores }
+    }
+
+    /// Makes a job that waits for the device.
+    async fn queue(&self, client: &Client) -> String {
+        submit(client, job(&self.dataset, 2)).await
+    }
+
+    /// Checks what a server refuses whose model has another `part`.
+    async fn are_refused(&self, client: &Client, part: &str) {
+        assert_refused("scoring", score_checkpoint(client, &self.ended).await, part);
+        assert_refused("a merged export", export(client, &self.ended).await, part);
+        assert_refused("going on", resume(client, &self.paused).await, part);
+        assert_eq!(state(client, &self.paused).await, pb::JobState::Paused);
+    }
+
+    /// Makes a job with the model that a server has, which must work; returns its name.
+    async fn new_works(&self, client: &Client) -> String {
+        let new = submit(client, job(&self.dataset, 2)).await;
+        succeed(client, &new).await;
+        score(client, &latest(&new), pairs()).await;
+        export(client, &new).await.unwrap();
+        new
+    }
+
+    /// Ends the job that has, or wants, the device for long.
+    async fn give_up_running(&self, client: &Client) {
+        let request = pb::CancelTrainingJobRequest { name: self.running.clone() };
+        client.training().cancel_training_job(request).await.unwrap();
+        finish(client, &self.running).await;
+        assert_eq!(state(client, &self.running).await, pb::JobState::Cancelled);
+    }
+
+    /// Checks that a server with the first model goes on with everything, and with the `queued`
+    /// jobs by itself.
+    async fn go_on(&self, client: &Client, queued: &[String]) {
+        let scores = score(client, &latest(&self.ended), pairs()).await;
+        for (before, after) in self.scores.results.iter().zip(&scores.results) {
+            assert_eq!(scored(before), scored(after), "the scores are what they were");
+        }
+        export(client, &self.ended).await.unwrap();
+        for name in queued {
+            assert_eq!(succeed(client, name).await.len(), 2);
+            assert_eq!(get(client, name).await.error, None);
+        }
+        resume(client, &self.paused).await.unwrap();
+        assert_eq!(succeed(client, &self.paused).await.len() as u64, STEPS);
+    }
+}
+
+/// Checks that no server has begun to run a job.
+async fn assert_never_ran(client: &Client, name: &str) {
+    let told = events(client, name).await;
+    let ran = |e: &pb::TrainingEvent| e.event.as_ref().is_some_and(|e| is_step(e, 0) || became(e, pb::JobState::Running));
+    assert!(!told.iter().any(ran), "{told:?}");
+}
+
+// ---- base models
+
+/// Kills a server and starts it again on a model with another `part`, then again on the first.
+async fn nothing_goes_on_after_a_restart_with_another(part: &str) {
+    let (data, model) = (tempfile::tempdir().unwrap(), copy_of_model());
+    let serve = || Server::start_with(data.path(), &models(model.path()), &["--lease", "2"]);
+    let mut server = serve();
+    let client = server.client().await;
+    let made = Made::on(&client).await;
+    let queued = made.queue(&client).await;
+    assert_eq!(state(&client, &queued).await, pb::JobState::Queued);
+    server.kill();
+
+    change(model.path(), part);
+    let mut server = serve();
+    let client = server.client().await;
+    made.are_refused(&client, part).await;
+    for waiting in [&made.running, &queued] {
+        assert_waits(&client, waiting, part).await;
+    }
+    made.new_works(&client).await;
+    // What waits can be given up, and has not been run meanwhile.
+    made.give_up_running(&client).await;
+    assert_waits(&client, &queued, part).await;
+    assert_never_ran(&client, &queued).await;
+    server.kill();
+
+    copy_files(&golden("models/llama"), model.path());
+    let server = serve();
+    made.go_on(&server.client().await, &[queued]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_goes_on_after_a_restart_with_other_weights() {
+    nothing_goes_on_after_a_restart_with_another("weights").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_goes_on_after_a_restart_with_another_configuration() {
+    nothing_goes_on_after_a_restart_with_another("config").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_goes_on_after_a_restart_with_another_tokenizer() {
+    nothing_goes_on_after_a_restart_with_another("tokenizer").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_goes_on_after_a_restart_with_another_chat_template() {
+    nothing_goes_on_after_a_restart_with_another("chat template").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_goes_on_on_a_replica_with_another_part_of_the_model() {
+    let Some(shared) = Shared::start("a_replica_with_another_part") else { return };
+    let data = tempfile::tempdir().unwrap();
+    let first = shared.replica(data.path(), &models(&golden("models/llama")), &[]);
+    let client = first.client().await;
+    let made = Made::on(&client).await;
+    let mut queued = Vec::new();
+    for part in PARTS {
+        let (data, model) = (tempfile::tempdir().unwrap(), copy_of_model());
+        change(model.path(), part);
+        let mut second = shared.replica(data.path(), &models(model.path()), &[]);
+        let other = second.client().await;
+        made.are_refused(&other, part).await;
+        // The first replica is busy; the second is free, takes the job and puts it back.
+        let waiting = made.queue(&client).await;
+        assert_waits(&other, &waiting, part).await;
+        let new = made.new_works(&other).await;
+        // What the second replica made means nothing on the first.
+        assert_refused("scoring on the first replica", score_checkpoint(&client, &new).await, part);
+        assert_never_ran(&client, &waiting).await;
+        assert!(second.terminate(PATIENCE).success());
+        queued.push(waiting);
+    }
+    assert_eq!(state(&client, &made.running).await, pb::JobState::Running);
+    made.give_up_running(&client).await;
+    made.go_on(&client, &queued).await;
+}
+
+// ---- adapters
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_adapter_that_is_overwritten_between_replicas_changes_nothing_for_the_jobs_before() {
+    let Some(shared) = Shared::start("an_adapter_that_is_overwritten") else { return };
+    let start = move |data: &Path, models: &str, flags: &[&str]| shared.replica(data, models, flags);
+    let mut it = Adapters::start_as(Box::new(start)).await;
+    let undisturbed = submit(&it.client, it.job(STEPS)).await;
+    let wanted = succeed(&it.client, &undisturbed).await;
+    let before = score(&it.client, &latest(&undisturbed), pairs()).await;
+    let paused = submit(&it.client, it.job(STEPS)).await;
+    pause(&it.client, &paused).await;
+    it.overwrite();
+    let data = tempfile::tempdir().unwrap();
+    let second = it.another(data.path());
+    let client = second.client().await;
+    // The first replica remembers the adapter: the second has to go on alone.
+    assert!(it.server.terminate(PATIENCE).success());
+    let after = score(&client, &latest(&undisturbed), pairs()).await;
+    for (a, b) in before.results.iter().zip(&after.results) {
+        assert_eq!(scored(a).margin.to_bits(), scored(b).margin.to_bits(), "{}", a.id);
+    }
+    resume(&client, &paused).await.unwrap();
+    assert_eq!(succeed(&client, &paused).await, wanted, "step by step the losses of the undisturbed run");
+    let new = submit(&client, it.job(3)).await;
+    let first = f64::from_bits(succeed(&client, &new).await[&1]);
+    assert!((first - UNDECIDED).abs() < 1e-6, "a new job is measured against the new adapter: {first}");
+}
