@@ -204,9 +204,6 @@ impl Linear {
 }
 
 impl LinearGroup {
-    /// All of them, in the order in which a block computes them.
-    pub const ALL: [LinearGroup; 4] = [LinearGroup::Qkv, LinearGroup::Output, LinearGroup::GateUp, LinearGroup::Down];
-
     /// Returns the linear layers of the group, in the order of their outputs.
     pub fn members(self) -> &'static [Linear] {
         match self {
@@ -219,7 +216,7 @@ impl LinearGroup {
 }
 
 impl<T> PerGroup<T> {
-    /// Makes each value with `make`, in the order of [`LinearGroup::ALL`].
+    /// Makes each value with `make`, in the order in which a block computes the groups.
     pub fn build<E>(mut make: impl FnMut(LinearGroup) -> Result<T, E>) -> Result<Self, E> {
         Ok(PerGroup {
             qkv: make(LinearGroup::Qkv)?,

@@ -15,7 +15,7 @@ use crate::model::ops::Held;
 use crate::model::ops::gemm::Elements;
 use crate::model::ops::team;
 use crate::model::parameters::Parameters;
-use crate::model::params::{BlockParam, Linear, LinearGroup, ParamId};
+use crate::model::params::{BlockParam, Linear, LinearGroup, ParamId, PerGroup};
 
 /// Elements: a matrix of an adapter begins at a multiple of them.
 const ALIGNMENT: usize = 64;
@@ -44,8 +44,7 @@ pub(super) struct BlockWeights {
     pub input_norm: Memory,
     pub post_norm: Memory,
     pub qk_norm: Option<(Memory, Memory)>,
-    /// In the order of [`LinearGroup::ALL`].
-    pub groups: Vec<GroupWeights>,
+    pub groups: PerGroup<GroupWeights>,
 }
 
 /// All of a decoder's.
@@ -69,7 +68,7 @@ impl DeviceWeights {
                     true => Some((norm(BlockParam::QueryNorm)?, norm(BlockParam::KeyNorm)?)),
                     false => None,
                 },
-                groups: LinearGroup::ALL.into_iter().map(group).collect::<Result<_>>()?,
+                groups: PerGroup::build(group)?,
             })
         };
         Ok(DeviceWeights {
@@ -115,8 +114,7 @@ pub(super) struct GroupAdapter {
 /// matrix's bytes do.
 pub(super) struct BlockAdapter {
     pub matrices: Memory,
-    /// In the order of [`LinearGroup::ALL`].
-    pub groups: Vec<GroupAdapter>,
+    pub groups: PerGroup<GroupAdapter>,
 }
 
 /// An adapter.
@@ -129,10 +127,10 @@ impl DeviceAdapter {
     fn upload(gpu: &Arc<Gpu>, kind: Kind, adapter: &Adapter) -> Result<Self> {
         let gathered = team::map(adapter.num_blocks(), |block| {
             let mut pieces = Pieces::default();
-            let groups = LinearGroup::ALL.into_iter().map(|group| pieces.group(adapter, block, group)).collect::<Result<Vec<_>>>()?;
+            let groups = PerGroup::build(|group| pieces.group(adapter, block, group))?;
             Ok::<_, candle_core::Error>((pieces.gather(kind)?, groups))
         });
-        let block = |gathered: Result<(Gathered, Vec<GroupAdapter>)>| {
+        let block = |gathered: Result<(Gathered, PerGroup<GroupAdapter>)>| {
             let (values, groups) = gathered?;
             let matrices = match values {
                 Gathered::F32(v) => gpu.upload(kind, &v)?,
@@ -154,9 +152,9 @@ pub(super) struct LowRankGroup<'a> {
 
 impl DeviceAdapter {
     /// The part of a group.
-    pub fn group(&self, block: usize, which: usize) -> LowRankGroup<'_> {
+    pub fn group(&self, block: usize, which: LinearGroup) -> LowRankGroup<'_> {
         let block = &self.blocks[block];
-        LowRankGroup { matrices: &block.matrices, group: &block.groups[which], scale: self.scale }
+        LowRankGroup { matrices: &block.matrices, group: block.groups.get(which), scale: self.scale }
     }
 }
 
