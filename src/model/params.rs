@@ -137,6 +137,17 @@ pub struct LoraTensor {
     pub shape: [usize; 2],
 }
 
+/// A linear layer with a low-rank update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoraLayer {
+    /// The block's index.
+    pub block: usize,
+    /// The linear layer of that block.
+    pub linear: Linear,
+    /// `[out, in]`.
+    pub shape: [usize; 2],
+}
+
 /// The low-rank update of one linear layer: W' = W + scale·B·A.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoraSpec {
@@ -170,6 +181,9 @@ const HF_BLOCKS: &str = "model.layers.";
 const GGUF_BLOCKS: &str = "blk.";
 /// What PEFT puts before the name of a module of the base model.
 const PEFT_MODEL: &str = "base_model.model.";
+/// PEFT's names for the two factors of an update.
+const LORA_A: &str = "lora_A";
+const LORA_B: &str = "lora_B";
 
 /// The file's name of the head, which files of a tied model may hold as a copy of the embedding.
 pub const HF_HEAD: &str = "lm_head.weight";
@@ -286,46 +300,43 @@ impl LoraTensor {
 /// Returns every parameter of a model once, in the order of a forward pass. Exports are divided
 /// into files in this order.
 pub fn params(spec: &ModelSpec) -> Vec<ParamSpec> {
-    let width = spec.hidden_size;
-    let mut table = Table::default();
-    table.push(ParamId::Embedding, EMBEDDING, Role::Matrix, &[spec.vocab_size, width]);
-    for (index, block) in spec.blocks.iter().enumerate() {
-        table.block(index, block, width);
-    }
-    table.push(ParamId::Norm, NORM, Role::Norm, &[width]);
-    if !spec.tie_word_embeddings {
-        table.push(ParamId::Head, HEAD, Role::Matrix, &[spec.vocab_size, width]);
-    }
-    table.0
+    let mut table = Vec::new();
+    each_row(spec, |row| table.push(row.named()));
+    table
 }
 
 /// Returns the number of elements of all parameters, tied ones counted once.
 pub fn parameter_count(spec: &ModelSpec) -> usize {
-    params(spec).iter().map(ParamSpec::elements).sum()
+    let mut count = 0;
+    each_row(spec, |row| count += row.shape.iter().product::<usize>());
+    count
+}
+
+/// Returns the linear layers that an adapter with the targets of `config` updates, block by block.
+pub fn lora_layers(spec: &ModelSpec, config: &LoraConfig) -> Vec<LoraLayer> {
+    let mut layers = Vec::new();
+    each_row(spec, |row| {
+        let is_wanted = row.lora_target().is_some_and(|target| config.target_modules.iter().any(|wanted| wanted == target));
+        if let (true, ParamId::Block(block, BlockParam::Weight(linear)), &[out, input]) = (is_wanted, row.id, row.shape) {
+            layers.push(LoraLayer { block, linear, shape: [out, input] });
+        }
+    });
+    layers
 }
 
 /// Returns the low-rank updates of an adapter with the targets of `config`, block by block.
 pub fn lora_params(spec: &ModelSpec, config: &LoraConfig) -> Vec<LoraSpec> {
-    let update = |param: ParamSpec| {
-        let target = param.lora_target?;
-        if !config.target_modules.iter().any(|wanted| wanted == target) {
-            return None;
-        }
-        let ParamId::Block(block, BlockParam::Weight(linear)) = param.id else { return None };
-        let module = param.name().strip_suffix(".weight")?;
-        let tensor = |id, which: &str, shape| LoraTensor {
-            id: ParamId::Block(block, id),
-            name: format!("{PEFT_MODEL}{module}.{which}.weight"),
-            shape,
-        };
-        Some(LoraSpec {
+    let update = |LoraLayer { block, linear, shape: [out, input] }| {
+        let tensor =
+            |param, which: &str, shape| LoraTensor { id: ParamId::Block(block, param), name: peft_name(block, linear, which), shape };
+        LoraSpec {
             block,
             linear,
-            a: tensor(BlockParam::LoraA(linear), "lora_A", [config.rank, param.shape[1]]),
-            b: tensor(BlockParam::LoraB(linear), "lora_B", [param.shape[0], config.rank]),
-        })
+            a: tensor(BlockParam::LoraA(linear), LORA_A, [config.rank, input]),
+            b: tensor(BlockParam::LoraB(linear), LORA_B, [out, config.rank]),
+        }
     };
-    params(spec).into_iter().filter_map(update).collect()
+    lora_layers(spec, config).into_iter().map(update).collect()
 }
 
 /// Returns GGUF's name for the embedding.
@@ -345,7 +356,11 @@ pub fn gguf_bias(block: usize, linear: Linear) -> String {
 
 /// Returns PEFT's name for the A of a linear layer.
 pub fn peft_example(block: usize, linear: Linear) -> String {
-    format!("{PEFT_MODEL}{HF_BLOCKS}{block}.{}.lora_A.weight", linear.module().hf)
+    peft_name(block, linear, LORA_A)
+}
+
+fn peft_name(block: usize, linear: Linear, which: &str) -> String {
+    format!("{PEFT_MODEL}{HF_BLOCKS}{block}.{}.{which}.weight", linear.module().hf)
 }
 
 /// Returns true if a stored tensor belongs to a decoder block, by its name in either format.
@@ -361,29 +376,60 @@ fn file_name(module: &str, role: Role) -> String {
     }
 }
 
-/// The rows of [`params`] so far.
-#[derive(Default)]
-struct Table(Vec<ParamSpec>);
+/// A row of the table without its names, which some readers do not need.
+struct Row<'a> {
+    id: ParamId,
+    module: Module,
+    role: Role,
+    shape: &'a [usize],
+    rotated_heads: Option<usize>,
+}
 
-impl Table {
-    fn push(&mut self, id: ParamId, module: Module, role: Role, shape: &[usize]) {
-        let (hf, gguf) = match id {
+impl Row<'_> {
+    fn lora_target(&self) -> Option<&'static str> {
+        match self.id {
+            ParamId::Block(_, BlockParam::Weight(linear)) => Some(linear.lora_target()),
+            _ => None,
+        }
+    }
+
+    fn named(&self) -> ParamSpec {
+        let (hf, gguf) = match self.id {
             ParamId::Block(index, _) => (format!("{HF_BLOCKS}{index}."), format!("{GGUF_BLOCKS}{index}.")),
             ParamId::Embedding | ParamId::Norm | ParamId::Head => (String::new(), String::new()),
         };
-        let lora_target = match id {
-            ParamId::Block(_, BlockParam::Weight(linear)) => Some(linear.lora_target()),
-            _ => None,
-        };
-        self.0.push(ParamSpec {
-            id,
-            hf: Source { name: hf + &file_name(module.hf, role) },
-            gguf: Source { name: gguf + &file_name(module.gguf, role) },
-            shape: shape.to_vec(),
-            role,
-            lora_target,
-            rotated_heads: None,
-        });
+        ParamSpec {
+            id: self.id,
+            hf: Source { name: hf + &file_name(self.module.hf, self.role) },
+            gguf: Source { name: gguf + &file_name(self.module.gguf, self.role) },
+            shape: self.shape.to_vec(),
+            role: self.role,
+            lora_target: self.lora_target(),
+            rotated_heads: self.rotated_heads,
+        }
+    }
+}
+
+/// Calls `visit` with every row of the table, in its order.
+fn each_row(spec: &ModelSpec, visit: impl FnMut(Row<'_>)) {
+    let width = spec.hidden_size;
+    let mut rows = Rows(visit);
+    rows.push(ParamId::Embedding, EMBEDDING, Role::Matrix, &[spec.vocab_size, width]);
+    for (index, block) in spec.blocks.iter().enumerate() {
+        rows.block(index, block, width);
+    }
+    rows.push(ParamId::Norm, NORM, Role::Norm, &[width]);
+    if !spec.tie_word_embeddings {
+        rows.push(ParamId::Head, HEAD, Role::Matrix, &[spec.vocab_size, width]);
+    }
+}
+
+/// Where the rows go.
+struct Rows<F>(F);
+
+impl<F: FnMut(Row<'_>)> Rows<F> {
+    fn push(&mut self, id: ParamId, module: Module, role: Role, shape: &[usize]) {
+        (self.0)(Row { id, module, role, shape, rotated_heads: None });
     }
 
     fn block(&mut self, index: usize, block: &BlockSpec, width: usize) {
@@ -427,12 +473,13 @@ impl Table {
 
     /// Adds the tensors of a linear layer, given its `[out, in]`.
     fn linear(&mut self, index: usize, linear: Linear, shape: [usize; 2], bias: bool, rotated_heads: Option<usize>) {
-        let before = self.0.len();
-        self.push(ParamId::Block(index, BlockParam::Weight(linear)), linear.module(), Role::Matrix, &shape);
+        let module = linear.module();
+        let id = ParamId::Block(index, BlockParam::Weight(linear));
+        (self.0)(Row { id, module, role: Role::Matrix, shape: &shape, rotated_heads });
         if bias {
-            self.push(ParamId::Block(index, BlockParam::Bias(linear)), linear.module(), Role::Bias, &shape[..1]);
+            let id = ParamId::Block(index, BlockParam::Bias(linear));
+            (self.0)(Row { id, module, role: Role::Bias, shape: &shape[..1], rotated_heads });
         }
-        self.0[before..].iter_mut().for_each(|row| row.rotated_heads = rotated_heads);
     }
 }
 

@@ -10,7 +10,7 @@ use crate::model::ops::attention::SCORES;
 use crate::model::ops::gemm::{GROUP_BYTES, Kernel};
 use crate::model::ops::head::KEPT;
 use crate::model::ops::team;
-use crate::model::params::{LoraSpec, LoraTensor, lora_params};
+use crate::model::params::{LoraLayer, lora_layers};
 use crate::model::spec::{FeedForward, ModelSpec, QkNorm};
 use crate::train::backprop::Keep;
 use crate::train::pair::EncodedPair;
@@ -93,8 +93,8 @@ pub fn trainable_parameters(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
     match &spec.method {
         Method::Full => config.parameter_count() as u64,
         Method::Lora(lora) => {
-            let updates = lora_params(&config.spec, lora);
-            updates.iter().flat_map(LoraSpec::tensors).map(LoraTensor::elements).sum::<usize>() as u64
+            let of_layer = |layer: &LoraLayer| lora.rank * layer.shape.iter().sum::<usize>();
+            lora_layers(&config.spec, lora).iter().map(of_layer).sum::<usize>() as u64
         }
     }
 }
@@ -104,7 +104,7 @@ pub fn trainable_parameters(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
 fn ranks(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
     let Method::Lora(lora) = &spec.method else { return 0 };
     let mut of_block = vec![0; config.spec.blocks.len()];
-    lora_params(&config.spec, lora).iter().for_each(|update| of_block[update.block] += update.a.shape[0] as u64);
+    lora_layers(&config.spec, lora).iter().for_each(|layer| of_block[layer.block] += lora.rank as u64);
     of_block.into_iter().max().unwrap_or(0)
 }
 

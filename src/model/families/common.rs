@@ -19,14 +19,16 @@ pub struct Family {
     pub spec: fn(&Fields<'_>) -> Result<ModelSpec, ModelError>,
 }
 
-/// What a family's config class in transformers takes where a field is absent.
-pub(super) struct Defaults {
+/// How a family's config class in transformers reads the fields: what it takes where one is absent.
+pub(super) struct FieldRules {
     /// `num_key_value_heads`; `None` means as many as query heads.
     pub kv_heads: Option<usize>,
     /// `head_dim`; `None` means C / heads.
     pub head_dim: Option<usize>,
     /// `max_position_embeddings`.
     pub max_position_embeddings: usize,
+    /// Whether the family has `mlp_bias`, false where it is absent; others ignore it.
+    pub has_mlp_bias: bool,
 }
 
 /// The fields that all families have. What they do with some of them differs.
@@ -42,6 +44,7 @@ pub(super) struct Common {
     kv_heads: usize,
     head_dim: usize,
     intermediate_size: usize,
+    mlp_bias: bool,
     activation: Activation,
     vocab_size: usize,
     max_position_embeddings: usize,
@@ -55,7 +58,7 @@ impl Common {
     ///
     /// # Errors
     /// [`ModelError::InvalidConfig`] names the field.
-    pub fn read(fields: &Fields<'_>, defaults: &Defaults) -> Result<Self, ModelError> {
+    pub fn read(fields: &Fields<'_>, rules: &FieldRules) -> Result<Self, ModelError> {
         let activation = activation(fields)?;
         let hidden_size = fields.size("hidden_size", limits::WIDTH)?;
         let num_layers = fields.size("num_hidden_layers", limits::LAYERS)?;
@@ -64,14 +67,14 @@ impl Common {
             Some(n) => n,
             // A null means the same as in Llama: as many as query heads.
             None if fields.has("num_key_value_heads") => heads,
-            None => defaults.kv_heads.unwrap_or(heads),
+            None => rules.kv_heads.unwrap_or(heads),
         };
         if heads % kv_heads != 0 {
             return Err(fields.invalid("num_key_value_heads", format!("{kv_heads} does not divide num_attention_heads, {heads}")));
         }
-        let head_dim = head_dim(fields, defaults, hidden_size, heads)?;
+        let head_dim = head_dim(fields, rules, hidden_size, heads)?;
         let max_position_embeddings =
-            fields.optional_size("max_position_embeddings", limits::POSITIONS)?.unwrap_or(defaults.max_position_embeddings);
+            fields.optional_size("max_position_embeddings", limits::POSITIONS)?.unwrap_or(rules.max_position_embeddings);
         let rms_norm_eps = fields.number("rms_norm_eps")?.unwrap_or(1e-6);
         if !(rms_norm_eps > 0.0 && rms_norm_eps < 1.0) {
             return Err(fields.invalid("rms_norm_eps", format!("is {rms_norm_eps}; must lie between 0 and 1")));
@@ -90,6 +93,7 @@ impl Common {
             rms_norm_eps,
             rope: rope(fields, max_position_embeddings)?,
             tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(false),
+            mlp_bias: rules.has_mlp_bias && fields.flag("mlp_bias")?.unwrap_or(false),
             window: match fields.optional_size("sliding_window", limits::POSITIONS)? {
                 None if !fields.has("sliding_window") => Some(4096),
                 window => window,
@@ -110,13 +114,12 @@ impl Common {
         }
     }
 
-    /// Returns a block of this attention and a gated feed-forward part without biases, each behind
-    /// a norm.
+    /// Returns a block of this attention and a gated feed-forward part, each behind a norm.
     pub fn block(&self, attention: AttentionSpec) -> BlockSpec {
         BlockSpec {
             mixer: Mixer::Attention(attention),
             mixer_norms: Norms::Pre,
-            feed_forward: FeedForward::Gated { width: self.intermediate_size, activation: self.activation, bias: false },
+            feed_forward: FeedForward::Gated { width: self.intermediate_size, activation: self.activation, bias: self.mlp_bias },
             feed_forward_norms: Norms::Pre,
         }
     }
@@ -142,8 +145,8 @@ fn activation(fields: &Fields<'_>) -> Result<Activation, ModelError> {
     }
 }
 
-fn head_dim(fields: &Fields<'_>, defaults: &Defaults, hidden_size: usize, heads: usize) -> Result<usize, ModelError> {
-    let head_dim = match fields.optional_size("head_dim", limits::HEAD_DIM)?.or(defaults.head_dim) {
+fn head_dim(fields: &Fields<'_>, rules: &FieldRules, hidden_size: usize, heads: usize) -> Result<usize, ModelError> {
+    let head_dim = match fields.optional_size("head_dim", limits::HEAD_DIM)?.or(rules.head_dim) {
         Some(n) => n,
         None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
         None => {

@@ -43,6 +43,7 @@ fn every_family_has_the_parameters_that_other_tools_say() {
         assert_eq!(found, wanted, "{}", case["name"]);
         // Every row has a name and an id of its own.
         assert_eq!((table.len(), found.len()), (wanted.len(), wanted.len()), "{}", case["name"]);
+        assert_eq!(table.iter().map(ParamSpec::elements).sum::<usize>(), parameter_count(&spec(&case["config"])), "{}", case["name"]);
         assert_eq!(table.iter().map(|p| p.id).collect::<std::collections::HashSet<_>>().len(), table.len(), "{}", case["name"]);
     }
 }
@@ -66,6 +67,11 @@ fn adapters_have_the_tensors_that_peft_makes() {
             let found: BTreeMap<&str, Vec<usize>> = tensors.iter().map(|t| (t.name.as_str(), t.shape.to_vec())).collect();
             assert_eq!(found, wanted, "{}", case["name"]);
             assert_eq!(tensors.len(), wanted.len(), "{}", case["name"]);
+            // The layers are those that the rows of the table say.
+            let says = |p: &ParamSpec| p.lora_target.is_some_and(|target| config.target_modules.iter().any(|t| t == target));
+            let rows: Vec<ParamId> = params(&spec).iter().filter(|p| says(p)).map(|p| p.id).collect();
+            let weights: Vec<ParamId> = table.iter().map(|u| ParamId::Block(u.block, BlockParam::Weight(u.linear))).collect();
+            assert_eq!(weights, rows, "{}", case["name"]);
             // A layer is found by the name of its tensors, and no other one is.
             for update in &table {
                 for name in update.tensors().map(|t| t.name.as_str()) {
