@@ -185,11 +185,11 @@ fn lengths(base: &Policy, pairs: &[EncodedPair]) -> anyhow::Result<()> {
 /// Multiplications and additions of the matrix products that the round needs at least, in 10⁹: packed tokens, heads on completions only. The policy
 /// and the reference go forward, a training round also goes back.
 fn gflop(base: &Policy, pairs: &[EncodedPair], mode: &str) -> f64 {
-    let config = &base.config;
-    let head = (config.vocab_size * config.hidden_size) as f64;
+    let spec = &base.config.spec;
+    let head = (spec.vocab_size * spec.hidden_size) as f64;
     // The embedding is looked up; a head of its own is the product that is counted beside.
-    let linear = config.parameter_count() as f64 - if config.tie_word_embeddings { head } else { 2.0 * head };
-    let heads = (config.num_heads * config.head_dim * config.num_layers) as f64;
+    let linear = base.config.parameter_count() as f64 - if spec.tie_word_embeddings { head } else { 2.0 * head };
+    let heads = spec.blocks.iter().map(|block| block.attention().query_width()).sum::<usize>() as f64;
     // Passes over the blocks, over the head and over attention, in forward passes.
     let (blocks, heads_passes, attention) = match mode {
         "train-lora" => (3.0, 3.0, 4.5),

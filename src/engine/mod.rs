@@ -32,6 +32,7 @@ use crate::model::device::{ComputeDevice, DeviceChoice};
 use crate::model::error::ModelError;
 use crate::model::export::{self, Layout};
 use crate::model::loader::LoadedModel;
+use crate::model::params::ParamSpec;
 use crate::model::peft;
 use crate::model::tokenizer::{ChatTokenizer, GENERATION_CONFIG};
 use crate::model::weights::{ElementType, Weights};
@@ -153,12 +154,12 @@ fn label(devices: &[String], worker: usize) -> String {
 /// Refuses a model whose heads are wider than the device's kernels can compute with.
 fn refuse_wide_heads(models: &[LoadedModel], device: &ComputeDevice) -> Result<(), EngineError> {
     let Some(limit) = device.max_head_dim() else { return Ok(()) };
-    match models.iter().find(|m| m.config.head_dim > limit) {
+    match models.iter().find(|m| m.config.spec.head_dim() > limit) {
         None => Ok(()),
         Some(m) => Err(EngineError::Weights(format!(
             "models/{}: head_dim is {}, and {} computes with at most {limit}: serve it with --device cpu",
             m.id,
-            m.config.head_dim,
+            m.config.spec.head_dim(),
             device.name()
         ))),
     }
@@ -356,7 +357,7 @@ impl Engine {
         };
         let written = match &source {
             Some(files) => {
-                let read = |name: &str, shape: &[usize]| files.load(name, shape, Precision::F32);
+                let read = |param: &ParamSpec| files.load(param, Precision::F32);
                 export::save_merged(out, config, adapter.as_ref(), layout, &read)
             }
             None => export::save_merged(out, config, adapter.as_ref(), layout, &base.policy.parameters.reader()),

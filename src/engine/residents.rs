@@ -14,6 +14,7 @@ use crate::model::error::ModelError;
 use crate::model::export;
 use crate::model::loader::LoadedModel;
 use crate::model::parameters::Parameters;
+use crate::model::params::ParamSpec;
 use crate::model::peft;
 use crate::model::tokenizer::ChatTokenizer;
 use crate::model::weights::{ElementType, WeightFiles, Weights};
@@ -178,11 +179,11 @@ impl Bases {
     /// `Draining` as soon as `control` says that the run is not wanted.
     pub fn exact(&self, model: &str, control: &RunControl) -> Result<Option<Parameters>, EngineError> {
         let Some(files) = self.reopen(model)? else { return Ok(None) };
-        let read = |name: &str, shape: &[usize]| {
+        let read = |param: &ParamSpec| {
             if control.command() != Command::Run {
                 return Err(EngineError::Draining);
             }
-            files.load(name, shape, Precision::F32).map_err(|e| self.unreadable(model, &e))
+            files.load(param, Precision::F32).map_err(|e| self.unreadable(model, &e))
         };
         Parameters::build(&self.get(model)?.policy.config, read).map(Some)
     }
@@ -222,10 +223,10 @@ fn describe(model: &LoadedModel, device: &str) -> ModelInfo {
         base: model.base.clone(),
         architecture: format!("{:?}", model.config.architecture).to_lowercase(),
         parameters: model.config.parameter_count() as u64,
-        vocab_size: model.config.vocab_size,
-        num_layers: model.config.num_layers,
-        hidden_size: model.config.hidden_size,
-        max_position_embeddings: model.config.max_position_embeddings,
+        vocab_size: model.config.spec.vocab_size,
+        num_layers: model.config.spec.blocks.len(),
+        hidden_size: model.config.spec.hidden_size,
+        max_position_embeddings: model.config.spec.max_position_embeddings,
         chat_template: model.tokenizer.has_chat_template(),
         identity: model.identity(),
         device: device.to_owned(),

@@ -1,11 +1,15 @@
-//! LoRA adapters (arXiv:2106.09685): W' = W + scale·B·A on chosen projections of every block.
+//! LoRA adapters (arXiv:2106.09685): W' = W + scale·B·A on chosen linear layers of every block.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
 use super::config::ModelConfig;
 use super::error::ModelError;
-use super::parameters::PROJECTIONS;
-use crate::domain::training::{LoraConfig, TARGET_MODULES};
+use super::params::{Linear, LoraSpec, LoraTensor, lora_params};
+use crate::domain::training::LoraConfig;
 use crate::math::rng;
 
 /// One low-rank update.
@@ -22,94 +26,80 @@ pub struct LowRank {
 pub struct Adapter {
     /// Rank, α, targets.
     pub config: LoraConfig,
-    /// Per block, per [`PROJECTIONS`] entry.
-    pub blocks: Vec<Vec<Option<LowRank>>>,
+    table: Arc<Table>,
+    /// In the table's order.
+    updates: Vec<LowRank>,
 }
 
-/// `[out, in]` of each projection of a block.
-pub fn projection_shapes(config: &ModelConfig) -> [(usize, usize); 7] {
-    let (c, d, f) = (config.hidden_size, config.head_dim, config.intermediate_size);
-    let (q, k) = (config.num_heads * d, config.num_kv_heads * d);
-    [(q, c), (k, c), (k, c), (c, q), (f, c), (f, c), (c, f)]
+#[derive(Debug)]
+struct Table {
+    num_blocks: usize,
+    updates: Vec<LoraSpec>,
+    index: HashMap<(usize, Linear), usize>,
+}
+
+impl Table {
+    fn of(model: &ModelConfig, config: &LoraConfig) -> Arc<Self> {
+        let updates = lora_params(&model.spec, config);
+        let index = updates.iter().enumerate().map(|(i, update)| ((update.block, update.linear), i)).collect();
+        Arc::new(Table { num_blocks: model.spec.blocks.len(), updates, index })
+    }
 }
 
 impl Adapter {
     /// A fresh adapter: A from U(−1/√in, 1/√in) as PEFT draws it, B zero, so that it changes nothing yet. Each tensor's draw depends on `seed` and
     /// its name only.
     pub fn init(model: &ModelConfig, config: &LoraConfig, seed: u64) -> Result<Self, ModelError> {
-        let r = config.rank;
-        Self::build(model, config, |name, shape| {
-            let values = match name.ends_with("lora_A.weight") {
-                true => rng::kaiming_uniform(seed, name, shape[0] * shape[1], shape[1]),
-                false => vec![0f32; shape[0] * shape[1]],
+        Self::build(model, config, |tensor| {
+            let [rows, columns] = tensor.shape;
+            let values = match tensor.is_a() {
+                true => rng::kaiming_uniform(seed, &tensor.name, tensor.elements(), columns),
+                false => vec![0f32; tensor.elements()],
             };
-            debug_assert!(shape.contains(&r));
-            Ok(Tensor::from_vec(values, (shape[0], shape[1]), &Device::Cpu)?)
+            Ok(Tensor::from_vec(values, (rows, columns), &Device::Cpu)?)
         })
     }
 
-    /// Builds the structure from `get(PEFT name, shape)`.
-    pub fn build<E>(model: &ModelConfig, config: &LoraConfig, mut get: impl FnMut(&str, &[usize]) -> Result<Tensor, E>) -> Result<Self, E> {
-        let shapes = projection_shapes(model);
-        let mut blocks = Vec::with_capacity(model.num_layers);
-        for i in 0..model.num_layers {
-            let mut block = Vec::with_capacity(PROJECTIONS.len());
-            for (p, (out, input)) in shapes.into_iter().enumerate() {
-                let wanted = config.target_modules.iter().any(|m| m == TARGET_MODULES[p]);
-                block.push(match wanted {
-                    true => Some(LowRank {
-                        a: get(&peft_name(i, p, "lora_A"), &[config.rank, input])?,
-                        b: get(&peft_name(i, p, "lora_B"), &[out, config.rank])?,
-                    }),
-                    false => None,
-                });
-            }
-            blocks.push(block);
-        }
-        Ok(Adapter { config: config.clone(), blocks })
+    /// Makes each tensor with `get`: block by block, A before B.
+    pub fn build<E>(model: &ModelConfig, config: &LoraConfig, mut get: impl FnMut(&LoraTensor) -> Result<Tensor, E>) -> Result<Self, E> {
+        let table = Table::of(model, config);
+        let update = |spec: &LoraSpec| Ok::<_, E>(LowRank { a: get(&spec.a)?, b: get(&spec.b)? });
+        let updates = table.updates.iter().map(update).collect::<Result<_, E>>()?;
+        Ok(Adapter { config: config.clone(), table, updates })
     }
 
-    /// The same structure with every tensor replaced by `f(PEFT name, tensor)`, in a fixed order.
-    pub fn map<E>(&self, mut f: impl FnMut(&str, &Tensor) -> Result<Tensor, E>) -> Result<Self, E> {
-        let mut blocks = Vec::with_capacity(self.blocks.len());
-        for (i, block) in self.blocks.iter().enumerate() {
-            let mut mapped = Vec::with_capacity(block.len());
-            for (p, low_rank) in block.iter().enumerate() {
-                mapped.push(match low_rank {
-                    Some(l) => Some(LowRank { a: f(&peft_name(i, p, "lora_A"), &l.a)?, b: f(&peft_name(i, p, "lora_B"), &l.b)? }),
-                    None => None,
-                });
-            }
-            blocks.push(mapped);
-        }
-        Ok(Adapter { config: self.config.clone(), blocks })
+    /// Returns the number of decoder blocks of the model that it was made for.
+    pub fn num_blocks(&self) -> usize {
+        self.table.num_blocks
     }
 
-    /// Every tensor with its PEFT name.
+    /// Returns the update of a linear layer, if it has one.
+    pub fn get(&self, block: usize, linear: Linear) -> Option<&LowRank> {
+        self.table.index.get(&(block, linear)).map(|i| &self.updates[*i])
+    }
+
+    /// Replaces every tensor by `f(its row of the table, tensor)`: block by block, A before B.
+    pub fn map<E>(&self, mut f: impl FnMut(&LoraTensor, &Tensor) -> Result<Tensor, E>) -> Result<Self, E> {
+        let mapped =
+            |(spec, low_rank): (&LoraSpec, &LowRank)| Ok::<_, E>(LowRank { a: f(&spec.a, &low_rank.a)?, b: f(&spec.b, &low_rank.b)? });
+        let updates = self.table.updates.iter().zip(&self.updates).map(mapped).collect::<Result<_, E>>()?;
+        Ok(Adapter { config: self.config.clone(), table: self.table.clone(), updates })
+    }
+
+    /// Returns every tensor with its PEFT name.
     pub fn named(&self) -> Vec<(String, Tensor)> {
-        let mut all = Vec::new();
-        for (i, block) in self.blocks.iter().enumerate() {
-            for (p, low_rank) in block.iter().enumerate() {
-                if let Some(l) = low_rank {
-                    all.push((peft_name(i, p, "lora_A"), l.a.clone()));
-                    all.push((peft_name(i, p, "lora_B"), l.b.clone()));
-                }
-            }
-        }
-        all
+        let both = |(spec, low_rank): (&LoraSpec, &LowRank)| {
+            [(spec.a.name.clone(), low_rank.a.clone()), (spec.b.name.clone(), low_rank.b.clone())]
+        };
+        self.table.updates.iter().zip(&self.updates).flat_map(both).collect()
     }
 
     /// The same storage, untracked.
     pub fn detached(&self) -> Self {
-        let detached: Result<Adapter, std::convert::Infallible> = self.map(|_, t| Ok(t.detach()));
+        let detached: Result<Adapter, Infallible> = self.map(|_, t| Ok(t.detach()));
         match detached {
             Ok(a) => a,
             Err(never) => match never {},
         }
     }
-}
-
-/// The name PEFT gives an adapter tensor, `which` being `lora_A` or `lora_B`.
-pub fn peft_name(block: usize, projection: usize, which: &str) -> String {
-    format!("base_model.model.model.layers.{block}.{}.{which}.weight", PROJECTIONS[projection])
 }

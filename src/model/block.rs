@@ -10,7 +10,7 @@ use candle_core::Result;
 
 use super::adapter::Adapter;
 use super::decoder::{Policy, PreparedRow};
-use super::gradients::{GradientSink, Place, Slot};
+use super::gradients::GradientSink;
 use super::ops::Held;
 use super::ops::attention::{Heads, attention, attention_backward};
 use super::ops::buffer::Buffer;
@@ -18,8 +18,9 @@ use super::ops::gemm::{Kernel, Operand, View};
 use super::ops::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm_backward, rms_norm_operand};
 use super::ops::rope::{Direction, rotate};
 use super::ops::swiglu::{GateUp, GradientTiles, KeepGateUp, SwigluTiles, swiglu, swiglu_backward};
-use super::parameters::projection;
+use super::params::{BlockParam, LinearGroup, ParamId, PerGroup};
 use super::projections::Group;
+use super::spec::{Activation, BlockSpec, FeedForward, Mixer, Norms, QkNorm};
 
 /// What the backward pass needs of one block.
 pub struct BlockTape {
@@ -36,8 +37,8 @@ pub struct BlockTape {
     middle: Buffer,
     /// `[gate | up]` `[T, 2F]`.
     gate_up: GateUp,
-    /// x·Aᵀ of the four groups.
-    low_rank: [Buffer; 4],
+    /// x·Aᵀ of each group.
+    low_rank: PerGroup<Buffer>,
 }
 
 /// A block's tensors, opened.
@@ -51,59 +52,45 @@ struct Open<'a> {
     input_norm: Held<'a>,
     post_norm: Held<'a>,
     qk_norm: Option<(Held<'a>, Held<'a>)>,
-    qkv: Group<'a>,
-    o: Group<'a>,
-    gate_up: Group<'a>,
-    down: Group<'a>,
-    /// Adapters on parts of the row: the same four groups, of which only the low-rank terms are used.
-    parts: Vec<(Range<usize>, [Group<'a>; 4])>,
+    groups: PerGroup<Group<'a>>,
+    /// Adapters on parts of the row: the same groups, of which only the low-rank terms are used.
+    parts: Vec<(Range<usize>, PerGroup<Group<'a>>)>,
 }
-
-/// The projections of each group.
-const QKV: &[usize] = &[projection::Q, projection::K, projection::V];
-const O: &[usize] = &[projection::O];
-const GATE_UP: &[usize] = &[projection::GATE, projection::UP];
-const DOWN: &[usize] = &[projection::DOWN];
 
 impl<'a> Open<'a> {
     fn new(policy: &'a Policy, index: usize, row: &'a PreparedRow) -> Result<Self> {
-        let (config, block) = (&policy.config, &policy.parameters.blocks[index]);
-        let kernel = policy.kernel();
-        let terms = |a: &'a Arc<Adapter>| (a.blocks[index].as_slice(), a.config.scale() as f32);
-        let adapter = policy.adapter.as_ref().map(terms);
-        let group = |indices: &[usize]| Group::open(kernel, index, &block.projections, adapter, indices);
-        let part = |(rows, adapter): &'a (Range<usize>, Arc<Adapter>)| {
-            let group = |indices: &[usize]| Group::open(kernel, index, &block.projections, Some(terms(adapter)), indices);
-            Ok::<_, candle_core::Error>((rows.clone(), [group(QKV)?, group(O)?, group(GATE_UP)?, group(DOWN)?]))
-        };
+        let (spec, parameters, kernel) = (&policy.config.spec, &*policy.parameters, policy.kernel());
+        let BlockSpec {
+            mixer: Mixer::Attention(attention),
+            mixer_norms: Norms::Pre,
+            feed_forward: FeedForward::Gated { width, activation: Activation::Silu, bias: _ },
+            feed_forward_norms: Norms::Pre,
+        } = spec.blocks[index];
+        let tensor = |param| Held::of(parameters.tensor(ParamId::Block(index, param))?);
+        let groups = |adapter: Option<&'a Adapter>| PerGroup::build(|group| Group::open(kernel, index, parameters, adapter, group));
+        let part = |(rows, adapter): &'a (Range<usize>, Arc<Adapter>)| Ok((rows.clone(), groups(Some(adapter))?));
         Ok(Open {
             index,
             kernel,
-            heads: Heads {
-                query: config.num_heads,
-                key: config.num_kv_heads,
-                dim: config.head_dim,
-                window: config.sliding_window.get(index).copied().flatten(),
+            heads: Heads { query: attention.heads, key: attention.kv_heads, dim: attention.head_dim, window: attention.window },
+            width,
+            eps: spec.rms_norm_eps as f32,
+            input_norm: tensor(BlockParam::InputNorm)?,
+            post_norm: tensor(BlockParam::PostNorm)?,
+            qk_norm: match attention.qk_norm {
+                QkNorm::Absent => None,
+                QkNorm::PerHead => Some((tensor(BlockParam::QueryNorm)?, tensor(BlockParam::KeyNorm)?)),
             },
-            width: config.intermediate_size,
-            eps: config.rms_norm_eps as f32,
-            input_norm: Held::of(&block.input_norm)?,
-            post_norm: Held::of(&block.post_norm)?,
-            qk_norm: block.qk_norm.as_ref().map(|(q, k)| Ok::<_, candle_core::Error>((Held::of(q)?, Held::of(k)?))).transpose()?,
-            qkv: group(QKV)?,
-            o: group(O)?,
-            gate_up: group(GATE_UP)?,
-            down: group(DOWN)?,
+            groups: groups(policy.adapter.as_deref())?,
             parts: row.adapters.iter().map(part).collect::<Result<_>>()?,
         })
     }
 
-    /// Runs group `which` of [`Open::parts`]'s order; returns x·Aᵀ of the policy's own adapter.
-    fn project(&self, which: usize, x: &Operand, tokens: usize, y: &mut [f32], keep: bool) -> Result<Buffer> {
-        let group = [&self.qkv, &self.o, &self.gate_up, &self.down][which];
-        let u = group.forward(x, tokens, y, keep)?;
+    /// Runs a group; returns x·Aᵀ of the policy's own adapter.
+    fn project(&self, group: LinearGroup, x: &Operand, tokens: usize, y: &mut [f32], keep: bool) -> Result<Buffer> {
+        let u = self.groups.get(group).forward(x, tokens, y, keep)?;
         for (rows, groups) in &self.parts {
-            groups[which].add_low_rank(x, rows.clone(), y);
+            groups.get(group).add_low_rank(x, rows.clone(), y);
         }
         Ok(u)
     }
@@ -115,15 +102,16 @@ impl<'a> Open<'a> {
             true if self.kernel.pairs() && adapted => KeepGateUp::Bf16,
             true => KeepGateUp::F32,
         };
-        if self.parts.is_empty() && self.gate_up.is_tiled::<2>() {
+        if self.parts.is_empty() && self.groups.gate_up.is_tiled::<2>() {
             let tiles = SwigluTiles::new(self.kernel, tokens, self.width, keep);
+            let group = &self.groups.gate_up;
             // SAFETY: each tile is given to one task.
-            let u = self.gate_up.forward_tiles(x, tokens, |rows, columns, [gate, up]| unsafe { tiles.take(rows, columns, gate, up) });
+            let u = group.forward_tiles(x, tokens, |rows, columns, [gate, up]| unsafe { tiles.take(rows, columns, gate, up) });
             let (y, kept) = tiles.finish();
             return Ok((y, kept, u));
         }
         let mut gate_up = Buffer::dirty(tokens * 2 * self.width);
-        let u = self.project(2, x, tokens, &mut gate_up, false)?;
+        let u = self.project(LinearGroup::GateUp, x, tokens, &mut gate_up, false)?;
         let y = swiglu(self.kernel, &gate_up, self.width);
         let kept = match keep {
             KeepGateUp::No => None,
@@ -150,8 +138,16 @@ impl<'a> Open<'a> {
         Operand::new(self.kernel, View::f32(attended, self.heads.width()), tokens, self.heads.width(), 1.0)
     }
 
-    fn add_norm_gradient(&self, x: &[f32], w: &Held, g: &[f32], slot: Slot, gx: &mut [f32], sink: &mut dyn GradientSink) -> Result<()> {
-        rms_norm_backward(x, w.f32()?, g, self.eps, gx, sink.slot(Place::Block(self.index, slot)));
+    fn add_norm_gradient(
+        &self,
+        x: &[f32],
+        w: &Held,
+        g: &[f32],
+        norm: BlockParam,
+        gx: &mut [f32],
+        sink: &mut dyn GradientSink,
+    ) -> Result<()> {
+        rms_norm_backward(x, w.f32()?, g, self.eps, gx, sink.slot(ParamId::Block(self.index, norm)));
         Ok(())
     }
 }
@@ -162,7 +158,7 @@ pub fn forward(policy: &Policy, index: usize, mut x: Buffer, row: &PreparedRow, 
     let (tokens, heads) = (row.tokens(), open.heads);
     let mut qkv = Buffer::dirty(tokens * heads.row());
     let n = open.norm(&x, &open.input_norm)?;
-    let u_qkv = open.project(0, &n, tokens, &mut qkv, false)?;
+    let u_qkv = open.project(LinearGroup::Qkv, &n, tokens, &mut qkv, false)?;
     let mut before_norm = None;
     if let Some((q, k)) = &open.qk_norm {
         before_norm = keep.then(|| Buffer::copy_of(&qkv));
@@ -174,17 +170,18 @@ pub fn forward(policy: &Policy, index: usize, mut x: Buffer, row: &PreparedRow, 
     let (mut attended, mut lse) = (Buffer::dirty(tokens * heads.width()), Buffer::dirty(tokens * heads.query));
     attention(open.kernel, &qkv, heads, &row.row().layout, &mut attended, &mut lse);
     let input = keep.then(|| Buffer::copy_of(&x));
-    let u_o = open.project(1, &open.attended(&attended, tokens), tokens, &mut x, true)?;
+    let u_output = open.project(LinearGroup::Output, &open.attended(&attended, tokens), tokens, &mut x, true)?;
 
     drop(n);
     let n = open.norm(&x, &open.post_norm)?;
     let (y, gate_up, u_gate_up) = open.feed_forward(&n, tokens, keep, policy.adapter.is_some())?;
     drop(n);
     let middle = keep.then(|| Buffer::copy_of(&x));
-    let u_down = open.project(3, &y, tokens, &mut x, true)?;
+    let u_down = open.project(LinearGroup::Down, &y, tokens, &mut x, true)?;
     let tape = match (input, middle, gate_up) {
         (Some(input), Some(middle), Some(gate_up)) => {
-            Some(BlockTape { x: input, qkv, before_norm, attended, lse, middle, gate_up, low_rank: [u_qkv, u_o, u_gate_up, u_down] })
+            let low_rank = PerGroup { qkv: u_qkv, output: u_output, gate_up: u_gate_up, down: u_down };
+            Some(BlockTape { x: input, qkv, before_norm, attended, lse, middle, gate_up, low_rank })
         }
         _ => None,
     };
@@ -202,51 +199,53 @@ pub fn backward(
 ) -> Result<()> {
     let open = Open::new(policy, index, row)?;
     let (tokens, heads) = (row.tokens(), open.heads);
-    let BlockTape { x, qkv, before_norm, attended, lse, middle, gate_up, low_rank: [u_qkv, u_o, u_gate_up, u_down] } = tape;
+    let BlockTape { x, qkv, before_norm, attended, lse, middle, gate_up, low_rank } = tape;
+    let PerGroup { qkv: u_qkv, output: u_output, gate_up: u_gate_up, down: u_down } = low_rank;
+    let groups = &open.groups;
 
     // Feed-forward part.
     let width = open.width;
     let gn = match gate_up {
         GateUp::F32(mut gate_up) => {
             let y = swiglu(open.kernel, &gate_up, width);
-            let gy = open.down.backward(&y, &u_down, gx, tokens, sink)?;
+            let gy = groups.down.backward(&y, &u_down, gx, tokens, sink)?;
             drop(y);
             swiglu_backward(&mut gate_up, width, &gy);
             drop(gy);
             let n = open.norm(&middle, &open.post_norm)?;
-            open.gate_up.backward(&n, &u_gate_up, &gate_up, tokens, sink)?
+            groups.gate_up.backward(&n, &u_gate_up, &gate_up, tokens, sink)?
         }
         GateUp::Bf16(kept) => {
             let (y, gradients) = {
-                let g = [Operand::new(open.kernel, View::f32(gx, open.down.output()), tokens, open.down.output(), 1.0)];
+                let g = [Operand::new(open.kernel, View::f32(gx, groups.down.output()), tokens, groups.down.output(), 1.0)];
                 let tiles = GradientTiles::new(&kept, width);
                 // SAFETY: each tile is given to one task.
-                let v = open.down.backward_tiles(&g, tokens, |rows, columns, [gy]| unsafe { tiles.take(rows, columns, gy) });
+                let v = groups.down.backward_tiles(&g, tokens, |rows, columns, [gy]| unsafe { tiles.take(rows, columns, gy) });
                 let (y, gradients) = tiles.finish();
-                open.down.low_rank_gradients(&y, &u_down, &g, &v, tokens, sink);
+                groups.down.low_rank_gradients(&y, &u_down, &g, &v, tokens, sink);
                 (y, gradients)
             };
             drop((y, kept));
             let n = open.norm(&middle, &open.post_norm)?;
-            open.gate_up.backward_frozen(&n, &u_gate_up, &gradients, tokens, sink)?
+            groups.gate_up.backward_frozen(&n, &u_gate_up, &gradients, tokens, sink)?
         }
     };
     drop((u_gate_up, u_down));
-    open.add_norm_gradient(&middle, &open.post_norm, &gn, Slot::PostNorm, gx, sink)?;
+    open.add_norm_gradient(&middle, &open.post_norm, &gn, BlockParam::PostNorm, gx, sink)?;
     drop((gn, middle));
 
     // Attention part.
-    let go = open.o.backward(&open.attended(&attended, tokens), &u_o, gx, tokens, sink)?;
+    let go = groups.output.backward(&open.attended(&attended, tokens), &u_output, gx, tokens, sink)?;
     let mut dqkv = Buffer::dirty(tokens * heads.row());
     attention_backward(open.kernel, &qkv, heads, &row.row().layout, (&attended, &lse), &go, &mut dqkv);
-    drop((go, attended, lse, qkv, u_o));
+    drop((go, attended, lse, qkv, u_output));
     rotate(&mut dqkv, heads.row(), heads.query + heads.key, &row.rope, Direction::Backward);
     if let (Some((q, k)), Some(before)) = (&open.qk_norm, &before_norm) {
         let (queries, keys) = open.columns();
-        head_norm_backward(before, &mut dqkv, queries, q.f32()?, open.eps, sink.slot(Place::Block(index, Slot::QueryNorm)));
-        head_norm_backward(before, &mut dqkv, keys, k.f32()?, open.eps, sink.slot(Place::Block(index, Slot::KeyNorm)));
+        head_norm_backward(before, &mut dqkv, queries, q.f32()?, open.eps, sink.slot(ParamId::Block(index, BlockParam::QueryNorm)));
+        head_norm_backward(before, &mut dqkv, keys, k.f32()?, open.eps, sink.slot(ParamId::Block(index, BlockParam::KeyNorm)));
     }
     let n = open.norm(&x, &open.input_norm)?;
-    let gn = open.qkv.backward(&n, &u_qkv, &dqkv, tokens, sink)?;
-    open.add_norm_gradient(&x, &open.input_norm, &gn, Slot::InputNorm, gx, sink)
+    let gn = groups.qkv.backward(&n, &u_qkv, &dqkv, tokens, sink)?;
+    open.add_norm_gradient(&x, &open.input_norm, &gn, BlockParam::InputNorm, gx, sink)
 }

@@ -9,7 +9,7 @@ use super::adapter::Adapter;
 use super::block::{self, BlockTape};
 use super::config::ModelConfig;
 use super::device::ComputeDevice;
-use super::gradients::{GradientSink, Place};
+use super::gradients::GradientSink;
 use super::layout::RowLayout;
 use super::ops::Held;
 use super::ops::buffer::Buffer;
@@ -19,6 +19,7 @@ use super::ops::rms_norm::{rms_norm, rms_norm_backward};
 use super::ops::rope::RopeTable;
 use super::ops::team;
 use super::parameters::Parameters;
+use super::params::ParamId;
 use crate::domain::training::Precision;
 
 /// Weights that give probabilities: a base model, perhaps with an adapter on it.
@@ -136,24 +137,25 @@ impl Policy {
 
     /// Decoder blocks.
     pub fn num_blocks(&self) -> usize {
-        self.parameters.blocks.len()
+        self.parameters.num_blocks()
     }
 
     /// Computes a row's rotary tables.
     pub fn prepare(&self, row: Arc<Row>) -> Result<PreparedRow> {
-        let vocabulary = self.config.vocab_size;
+        let vocabulary = self.config.spec.vocab_size;
         if let Some(bad) = row.ids.iter().chain(row.targets.iter()).find(|id| **id as usize >= vocabulary) {
             bail!("token id {bad} is outside the model's vocabulary of {vocabulary}");
         }
-        let (inv_freq, factor) = self.config.rope.inv_freq(self.config.head_dim);
+        let spec = &self.config.spec;
+        let (inv_freq, factor) = spec.rope.inv_freq(spec.head_dim());
         let rope = RopeTable::new(&row.layout.positions(), &inv_freq, factor);
         Ok(PreparedRow { row, rope, adapters: Vec::new() })
     }
 
     /// The embedded row `[T, C]`.
     pub fn embed(&self, row: &PreparedRow) -> Result<Buffer> {
-        let width = self.config.hidden_size;
-        let held = Held::of(&self.parameters.embed)?;
+        let width = self.config.spec.hidden_size;
+        let held = Held::of(self.parameters.tensor(ParamId::Embedding)?)?;
         let mut x = Buffer::dirty(row.tokens() * width);
         for (to, &id) in x.chunks_mut(width).zip(&row.row.ids) {
             let at = id as usize * width;
@@ -184,12 +186,13 @@ impl Policy {
 
     /// Log-probs of the row's completion tokens, from the last block's output `[T, C]`.
     pub fn head(&self, x: &[f32], row: &PreparedRow, options: HeadOptions) -> Result<(HeadOutput, HeadTape)> {
-        let width = self.config.hidden_size;
+        let width = self.config.spec.hidden_size;
         let mut before_norm = Buffer::dirty(row.row.predictors.len() * width);
         team::chunks(&mut before_norm, width, |i, to| to.copy_from_slice(&x[row.row.predictors[i] as usize * width..][..width]));
         let mut normed = Buffer::dirty(before_norm.len());
-        rms_norm(&before_norm, Held::of(&self.parameters.norm)?.f32()?, self.config.rms_norm_eps as f32, &mut normed);
-        let w = Held::of(self.parameters.head())?;
+        let norm = Held::of(self.parameters.tensor(ParamId::Norm)?)?;
+        rms_norm(&before_norm, norm.f32()?, self.config.spec.rms_norm_eps as f32, &mut normed);
+        let w = Held::of(self.parameters.head()?)?;
         let output = head(self.kernel(), &normed, w.elements(), width, &row.row.targets, options);
         Ok((output, HeadTape { before_norm, normed }))
     }
@@ -203,20 +206,20 @@ impl Policy {
         g: &[f32],
         sink: &mut dyn GradientSink,
     ) -> Result<Buffer> {
-        let width = self.config.hidden_size;
+        let width = self.config.spec.hidden_size;
         let HeadTape { before_norm, normed } = tape;
         if output.gradient.len() != g.len() * width {
             bail!("backward was not asked for in the head's forward pass");
         }
-        let place = if self.parameters.head.is_some() { Place::Head } else { Place::Embedding };
-        if let Some(slot) = sink.slot(place) {
-            let w = Held::of(self.parameters.head())?;
+        if let Some(slot) = sink.slot(self.parameters.head_id()) {
+            let w = Held::of(self.parameters.head()?)?;
             head_weight_gradient(self.kernel(), &normed, w.elements(), width, &row.row.targets, &mut output, g, slot);
         }
         team::chunks(&mut output.gradient, width, |i, row| row.iter_mut().for_each(|x| *x *= g[i]));
         let mut dh = Buffer::zeros(before_norm.len());
-        let norm = Held::of(&self.parameters.norm)?;
-        rms_norm_backward(&before_norm, norm.f32()?, &output.gradient, self.config.rms_norm_eps as f32, &mut dh, sink.slot(Place::Norm));
+        let norm = Held::of(self.parameters.tensor(ParamId::Norm)?)?;
+        let eps = self.config.spec.rms_norm_eps as f32;
+        rms_norm_backward(&before_norm, norm.f32()?, &output.gradient, eps, &mut dh, sink.slot(ParamId::Norm));
         let mut gx = Buffer::zeros(row.tokens() * width);
         for (from, &p) in dh.chunks(width).zip(&row.row.predictors) {
             gx[p as usize * width..][..width].iter_mut().zip(from).for_each(|(x, d)| *x += d);
@@ -226,8 +229,8 @@ impl Policy {
 
     /// Adds the gradient of the embedded row `[T, C]` to the embedding's, when that is trained.
     pub fn embed_backward(&self, row: &PreparedRow, gx: &[f32], sink: &mut dyn GradientSink) {
-        let width = self.config.hidden_size;
-        if let Some(slot) = sink.slot(Place::Embedding) {
+        let width = self.config.spec.hidden_size;
+        if let Some(slot) = sink.slot(ParamId::Embedding) {
             for (from, &id) in gx.chunks(width).zip(&row.row.ids) {
                 slot[id as usize * width..][..width].iter_mut().zip(from).for_each(|(s, g)| *s += g);
             }

@@ -15,7 +15,7 @@ use super::config::ModelConfig;
 use super::decoder::Policy;
 use super::error::ModelError;
 use super::ops::with_values;
-use super::parameters::PROJECTIONS;
+use super::params::{BlockParam, ParamId, ParamSpec, params};
 use super::tokenizer::{ChatTokenizer, GENERATION_CONFIG};
 use super::weights::ElementType;
 
@@ -40,11 +40,11 @@ impl Layout {
     pub const CHECKPOINT: Layout = Layout { dtype: ElementType::F32, shard_bytes: u64::MAX };
 }
 
-/// Returns the weight of a name and shape.
-pub type ReadWeight<'a> = dyn Fn(&str, &[usize]) -> Result<Tensor, ModelError> + 'a;
+/// Returns the tensor of a parameter.
+pub type ReadWeight<'a> = dyn Fn(&ParamSpec) -> Result<Tensor, ModelError> + 'a;
 
 /// Writes the weights of a model with `adapter` merged in: W + scale·B·A, formed in f32 and rounded
-/// once. `read(name, shape)` returns a base weight; one is asked for at a time.
+/// once. `read` returns a base weight; one is asked for at a time.
 ///
 /// # Errors
 /// When a weight cannot be read, does not fit the element type, or the disk refuses.
@@ -55,8 +55,9 @@ pub fn save_merged(
     layout: Layout,
     read: &ReadWeight,
 ) -> Result<(), ModelError> {
-    let tensors = config.tensor_shapes();
-    let shards = split(&tensors, layout);
+    let tensors = params(&config.spec);
+    let bytes = |param: &ParamSpec| (param.elements() * layout.dtype.size()) as u64;
+    let shards = split(&tensors, bytes, layout.shard_bytes);
     let failed = RefCell::new(None);
     let mut weight_map = Map::new();
     for (i, shard) in shards.iter().enumerate() {
@@ -64,10 +65,11 @@ pub fn save_merged(
             1 => WEIGHTS_FILE.to_owned(),
             n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
         };
-        let views = shard.iter().map(|(name, shape)| {
+        let views = shard.iter().map(|&param| {
+            let name = &param.hf.name;
             weight_map.insert(name.clone(), json!(file));
-            let value = move || encode(name, &merge(adapter, name, read(name, shape)?)?, layout.dtype);
-            (name.clone(), Lazy { value, shape: shape.as_slice(), dtype: layout.dtype, failed: &failed })
+            let value = move || encode(name, &merge(adapter, param.id, read(param)?)?, layout.dtype);
+            (name.clone(), Lazy { value, shape: param.shape.as_slice(), dtype: layout.dtype, failed: &failed })
         });
         let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
         let path = dir.join(&file);
@@ -79,7 +81,7 @@ pub fn save_merged(
         written.map_err(|e| ModelError::Io { path, source: std::io::Error::other(e.to_string()) })?;
     }
     if shards.len() > 1 {
-        let elements: usize = tensors.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        let elements: usize = tensors.iter().map(ParamSpec::elements).sum();
         let size = elements * layout.dtype.size();
         weight_map.sort_keys();
         let index = json!({"metadata": {"total_parameters": elements, "total_size": size}, "weight_map": weight_map});
@@ -145,19 +147,17 @@ fn generation_config(config: &ModelConfig) -> Value {
     Value::Object(json)
 }
 
-type Named = (String, Vec<usize>);
-
 /// Divides the tensors among files in their order, as huggingface_hub's
 /// `split_state_dict_into_shards_factory` does: a tensor above the limit has a file of its own.
-fn split(tensors: &[Named], layout: Layout) -> Vec<Vec<&Named>> {
+fn split<T>(tensors: &[T], bytes: impl Fn(&T) -> u64, limit: u64) -> Vec<Vec<&T>> {
     let (mut shards, mut current, mut size) = (Vec::new(), Vec::new(), 0u64);
     for tensor in tensors {
-        let bytes = tensor.1.iter().product::<usize>() as u64 * layout.dtype.size() as u64;
-        if bytes > layout.shard_bytes {
+        let bytes = bytes(tensor);
+        if bytes > limit {
             shards.push(vec![tensor]);
             continue;
         }
-        if size + bytes > layout.shard_bytes {
+        if size + bytes > limit {
             shards.push(std::mem::take(&mut current));
             size = 0;
         }
@@ -230,14 +230,14 @@ fn encode(name: &str, tensor: &Tensor, dtype: ElementType) -> Result<Vec<u8>, Mo
 
 /// The same function as `policy` without an adapter; shares every tensor that the adapter leaves alone.
 pub fn merged(policy: &Policy) -> Result<Policy, ModelError> {
-    let parameters = policy.parameters.map(|name, t| merge(policy.adapter.as_deref(), name, t.clone()))?;
+    let parameters = policy.parameters.map(|param, t| merge(policy.adapter.as_deref(), param.id, t.clone()))?;
     Ok(Policy { config: policy.config.clone(), parameters: Arc::new(parameters), adapter: None, ..policy.clone() })
 }
 
-/// W + scale·B·A in f32 where `adapter` has an update for the weight `name`, else W.
-fn merge(adapter: Option<&Adapter>, name: &str, w: Tensor) -> Result<Tensor, ModelError> {
+/// W + scale·B·A in f32 where `adapter` has an update for the parameter, else W.
+fn merge(adapter: Option<&Adapter>, id: ParamId, w: Tensor) -> Result<Tensor, ModelError> {
     let Some(adapter) = adapter else { return Ok(w) };
-    match low_rank(adapter, name) {
+    match low_rank(adapter, id) {
         Some(l) => {
             let update = (l.b.detach().matmul(&l.a.detach())? * adapter.config.scale())?;
             Ok((w.to_dtype(DType::F32)? + update)?)
@@ -246,11 +246,11 @@ fn merge(adapter: Option<&Adapter>, name: &str, w: Tensor) -> Result<Tensor, Mod
     }
 }
 
-fn low_rank<'a>(adapter: &'a Adapter, name: &str) -> Option<&'a LowRank> {
-    let (block, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
-    let weight = rest.strip_suffix(".weight")?;
-    let projection = PROJECTIONS.iter().position(|p| *p == weight)?;
-    adapter.blocks.get(block.parse::<usize>().ok()?)?[projection].as_ref()
+fn low_rank(adapter: &Adapter, id: ParamId) -> Option<&LowRank> {
+    match id {
+        ParamId::Block(block, BlockParam::Weight(linear)) => adapter.get(block, linear),
+        _ => None,
+    }
 }
 
 #[cfg(test)]

@@ -1,74 +1,52 @@
-//! The decoder's weights under their Hugging Face names.
+//! The decoder's weights, one tensor for each row of the table of parameters ([`super::params`]).
 
 use std::collections::HashMap;
+use std::convert::Infallible;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use candle_core::Tensor;
+use candle_core::{Tensor, bail};
 
 use super::config::ModelConfig;
 use super::error::ModelError;
 use super::ops::team;
+use super::params::{BlockParam, Linear, ParamId, ParamSpec, params};
 use super::weights::Weights;
 use crate::domain::training::Precision;
 
 /// Tensors that are read at one time at most: each is in memory twice or three times while it is converted.
 const READERS: usize = 8;
 
-/// y = x·Wᵀ + b.
-#[derive(Clone, Debug)]
-pub struct Projection {
+/// A linear layer's tensors: y = x·Wᵀ + b.
+#[derive(Clone, Copy, Debug)]
+pub struct Projection<'a> {
     /// W `[out, in]`.
-    pub weight: Tensor,
+    pub weight: &'a Tensor,
     /// b `[out]`.
-    pub bias: Option<Tensor>,
-}
-
-/// The seven projections of a block, in the order of [`crate::domain::training::TARGET_MODULES`].
-pub const PROJECTIONS: [&str; 7] =
-    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"];
-
-/// Indices into [`PROJECTIONS`].
-pub mod projection {
-    /// Queries.
-    pub const Q: usize = 0;
-    /// Keys.
-    pub const K: usize = 1;
-    /// Values.
-    pub const V: usize = 2;
-    /// Attention output.
-    pub const O: usize = 3;
-    /// SwiGLU's gate.
-    pub const GATE: usize = 4;
-    /// SwiGLU's other factor.
-    pub const UP: usize = 5;
-    /// Feed-forward output.
-    pub const DOWN: usize = 6;
-}
-
-/// One decoder block.
-#[derive(Clone, Debug)]
-pub struct Block {
-    /// RMSNorm before attention, `[C]`.
-    pub input_norm: Tensor,
-    /// By [`projection`].
-    pub projections: Vec<Projection>,
-    /// RMSNorm over D on queries and on keys (Qwen3).
-    pub qk_norm: Option<(Tensor, Tensor)>,
-    /// RMSNorm before the feed-forward part, `[C]`.
-    pub post_norm: Tensor,
+    pub bias: Option<&'a Tensor>,
 }
 
 /// All weights of a decoder.
 #[derive(Clone, Debug)]
 pub struct Parameters {
-    /// `[V, C]`.
-    pub embed: Tensor,
-    /// In order.
-    pub blocks: Vec<Block>,
-    /// The last RMSNorm, `[C]`.
-    pub norm: Tensor,
-    /// `[V, C]`; `None` when tied to `embed`.
-    pub head: Option<Tensor>,
+    table: Arc<Table>,
+    /// In the table's order.
+    tensors: Vec<Tensor>,
+}
+
+#[derive(Debug)]
+struct Table {
+    num_blocks: usize,
+    params: Vec<ParamSpec>,
+    index: HashMap<ParamId, usize>,
+}
+
+impl Table {
+    fn of(config: &ModelConfig) -> Arc<Self> {
+        let params = params(&config.spec);
+        let index = params.iter().enumerate().map(|(i, param)| (param.id, i)).collect();
+        Arc::new(Table { num_blocks: config.spec.blocks.len(), params, index })
+    }
 }
 
 impl Parameters {
@@ -76,116 +54,106 @@ impl Parameters {
     pub fn load(config: &ModelConfig, weights: &Weights, precision: Precision) -> Result<Self, ModelError> {
         type Read = Option<Result<Tensor, ModelError>>;
         let failed = AtomicBool::new(false);
-        let mut all: Vec<(String, Vec<usize>, Read)> =
-            config.tensor_shapes().into_iter().map(|(name, shape)| (name, shape, None)).collect();
+        let table = Table::of(config);
+        let mut all: Vec<(&ParamSpec, Read)> = table.params.iter().map(|param| (param, None)).collect();
         let each = all.len().div_ceil(READERS);
         team::chunks(&mut all, each, |_, part| {
-            for (name, shape, read) in part {
+            for (param, read) in part {
                 if failed.load(Ordering::Relaxed) {
                     return;
                 }
-                let tensor = weights.load(name, shape, precision);
+                let tensor = weights.load(param, precision);
                 failed.fetch_or(tensor.is_err(), Ordering::Relaxed);
                 *read = Some(tensor);
             }
         });
-        let mut loaded: HashMap<String, Read> = all.into_iter().map(|(name, _, read)| (name, read)).collect();
-        Self::build(config, |name, shape| loaded.remove(name).flatten().unwrap_or_else(|| weights.load(name, shape, precision)))
+        // After an error, what was not read yet is read here, so that the error is always that of
+        // the first tensor that has one.
+        let read = |(param, read): (&ParamSpec, Read)| read.unwrap_or_else(|| weights.load(param, precision));
+        let tensors = all.into_iter().map(read).collect::<Result<_, _>>()?;
+        Ok(Parameters { table, tensors })
     }
 
-    /// Builds the structure from `get(name, shape)`.
-    pub fn build<E>(config: &ModelConfig, mut get: impl FnMut(&str, &[usize]) -> Result<Tensor, E>) -> Result<Self, E> {
-        let (c, d, f, v) = (config.hidden_size, config.head_dim, config.intermediate_size, config.vocab_size);
-        let (q, k) = (config.num_heads * d, config.num_kv_heads * d);
-        let shapes = [(q, c), (k, c), (k, c), (c, q), (f, c), (f, c), (c, f)];
-        let biased = [config.qkv_bias, config.qkv_bias, config.qkv_bias, config.o_bias, config.mlp_bias, config.mlp_bias, config.mlp_bias];
-        let embed = get("model.embed_tokens.weight", &[v, c])?;
-        let mut blocks = Vec::with_capacity(config.num_layers);
-        for i in 0..config.num_layers {
-            let mut at = |name: &str, shape: &[usize]| get(&format!("model.layers.{i}.{name}"), shape);
-            let mut projections = Vec::with_capacity(PROJECTIONS.len());
-            for ((name, (out, input)), bias) in PROJECTIONS.iter().zip(shapes).zip(biased) {
-                projections.push(Projection {
-                    weight: at(&format!("{name}.weight"), &[out, input])?,
-                    bias: if bias { Some(at(&format!("{name}.bias"), &[out])?) } else { None },
-                });
-            }
-            blocks.push(Block {
-                input_norm: at("input_layernorm.weight", &[c])?,
-                projections,
-                qk_norm: match config.qk_norm {
-                    true => Some((at("self_attn.q_norm.weight", &[d])?, at("self_attn.k_norm.weight", &[d])?)),
-                    false => None,
-                },
-                post_norm: at("post_attention_layernorm.weight", &[c])?,
-            });
-        }
-        let norm = get("model.norm.weight", &[c])?;
-        let head = if config.tie_word_embeddings { None } else { Some(get("lm_head.weight", &[v, c])?) };
-        Ok(Parameters { embed, blocks, norm, head })
+    /// Makes each tensor with `get`, in the table's order.
+    pub fn build<E>(config: &ModelConfig, get: impl FnMut(&ParamSpec) -> Result<Tensor, E>) -> Result<Self, E> {
+        let table = Table::of(config);
+        let tensors = table.params.iter().map(get).collect::<Result<_, E>>()?;
+        Ok(Parameters { table, tensors })
     }
 
-    /// The head `[V, C]`.
-    pub fn head(&self) -> &Tensor {
-        self.head.as_ref().unwrap_or(&self.embed)
+    /// Returns the number of decoder blocks.
+    pub fn num_blocks(&self) -> usize {
+        self.table.num_blocks
     }
 
-    /// The same structure with every tensor replaced by `f(name, tensor)`, in a fixed order.
-    pub fn map<E>(&self, mut f: impl FnMut(&str, &Tensor) -> Result<Tensor, E>) -> Result<Self, E> {
-        let embed = f("model.embed_tokens.weight", &self.embed)?;
-        let mut blocks = Vec::with_capacity(self.blocks.len());
-        for (i, b) in self.blocks.iter().enumerate() {
-            let mut at = |name: &str, t: &Tensor| f(&format!("model.layers.{i}.{name}"), t);
-            let mut projections = Vec::with_capacity(b.projections.len());
-            for (name, p) in PROJECTIONS.iter().zip(&b.projections) {
-                projections.push(Projection {
-                    weight: at(&format!("{name}.weight"), &p.weight)?,
-                    bias: p.bias.as_ref().map(|t| at(&format!("{name}.bias"), t)).transpose()?,
-                });
-            }
-            blocks.push(Block {
-                input_norm: at("input_layernorm.weight", &b.input_norm)?,
-                projections,
-                qk_norm: match &b.qk_norm {
-                    Some((q, k)) => Some((at("self_attn.q_norm.weight", q)?, at("self_attn.k_norm.weight", k)?)),
-                    None => None,
-                },
-                post_norm: at("post_attention_layernorm.weight", &b.post_norm)?,
-            });
-        }
-        let norm = f("model.norm.weight", &self.norm)?;
-        let head = self.head.as_ref().map(|t| f("lm_head.weight", t)).transpose()?;
-        Ok(Parameters { embed, blocks, norm, head })
+    /// Returns every tensor with its row of the table, in the table's order.
+    pub fn iter(&self) -> impl Iterator<Item = (&ParamSpec, &Tensor)> {
+        self.table.params.iter().zip(&self.tensors)
     }
 
-    /// Every tensor with its name, in the order of [`Parameters::map`].
-    pub fn named(&self) -> Vec<(String, Tensor)> {
-        let mut all = Vec::new();
-        let copied: Result<Parameters, std::convert::Infallible> = self.map(|name, t| {
-            all.push((name.to_owned(), t.clone()));
-            Ok(t.clone())
-        });
-        match copied {
-            Ok(_) => all,
-            Err(never) => match never {},
-        }
+    /// Returns a tensor; `None` when the model has none of this id.
+    pub fn get(&self, id: ParamId) -> Option<&Tensor> {
+        self.table.index.get(&id).map(|i| &self.tensors[*i])
     }
 
-    /// Returns a function that finds a tensor by its name.
+    /// Returns a tensor that the model must have.
     ///
     /// # Errors
-    /// The function returns [`ModelError::MissingTensor`] for a name that is not there.
-    pub fn reader(&self) -> impl Fn(&str, &[usize]) -> Result<Tensor, ModelError> {
-        let tensors: HashMap<String, Tensor> = self.named().into_iter().collect();
-        move |name, _| {
-            let missing = || ModelError::MissingTensor { name: name.to_owned(), path: "memory".into() };
-            tensors.get(name).cloned().ok_or_else(missing)
+    /// When it has none of this id.
+    pub fn tensor(&self, id: ParamId) -> candle_core::Result<&Tensor> {
+        match self.get(id) {
+            Some(tensor) => Ok(tensor),
+            None => bail!("the model has no {id:?}"),
+        }
+    }
+
+    /// Returns the tensors of a linear layer.
+    ///
+    /// # Errors
+    /// When the block has no such layer.
+    pub fn linear(&self, block: usize, linear: Linear) -> candle_core::Result<Projection<'_>> {
+        let weight = self.tensor(ParamId::Block(block, BlockParam::Weight(linear)))?;
+        Ok(Projection { weight, bias: self.get(ParamId::Block(block, BlockParam::Bias(linear))) })
+    }
+
+    /// Returns which tensor the head is: its own, or the embedding when the two are tied.
+    pub fn head_id(&self) -> ParamId {
+        if self.get(ParamId::Head).is_some() { ParamId::Head } else { ParamId::Embedding }
+    }
+
+    /// Returns the head `[V, C]`.
+    ///
+    /// # Errors
+    /// Never, for a table of [`params`].
+    pub fn head(&self) -> candle_core::Result<&Tensor> {
+        self.tensor(self.head_id())
+    }
+
+    /// Replaces every tensor by `f(its row of the table, tensor)`, in the table's order.
+    pub fn map<E>(&self, mut f: impl FnMut(&ParamSpec, &Tensor) -> Result<Tensor, E>) -> Result<Self, E> {
+        let tensors = self.iter().map(|(param, tensor)| f(param, tensor)).collect::<Result<_, E>>()?;
+        Ok(Parameters { table: self.table.clone(), tensors })
+    }
+
+    /// Returns every tensor with its name, in the table's order.
+    pub fn named(&self) -> Vec<(String, Tensor)> {
+        self.iter().map(|(param, tensor)| (param.name().to_owned(), tensor.clone())).collect()
+    }
+
+    /// Returns a function that finds the tensor of a row of the table.
+    ///
+    /// # Errors
+    /// The function returns [`ModelError::MissingTensor`] for one that is not there.
+    pub fn reader(&self) -> impl Fn(&ParamSpec) -> Result<Tensor, ModelError> {
+        |param| {
+            let missing = || ModelError::MissingTensor { name: param.name().to_owned(), path: "memory".into() };
+            self.get(param.id).cloned().ok_or_else(missing)
         }
     }
 
     /// The same storage, untracked: operations on it leave no tape.
     pub fn detached(&self) -> Self {
-        let detached: Result<Parameters, std::convert::Infallible> = self.map(|_, t| Ok(t.detach()));
+        let detached: Result<Parameters, Infallible> = self.map(|_, t| Ok(t.detach()));
         match detached {
             Ok(p) => p,
             Err(never) => match never {},

@@ -8,12 +8,12 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
-use super::adapter::{Adapter, peft_name};
+use super::adapter::Adapter;
 use super::config::ModelConfig;
 use super::error::ModelError;
-use super::parameters::PROJECTIONS;
+use super::params::{Linear, lora_params, peft_example};
 use crate::domain::names::{BaseName, is_hub_id};
-use crate::domain::training::{LoraConfig, TARGET_MODULES};
+use crate::domain::training::LoraConfig;
 use crate::domain::violation::shortened;
 
 /// The file with rank, α and targets.
@@ -122,16 +122,17 @@ pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
 
     let config = read_config(&fields, &tensors).map_err(wrong)?;
     let mut used = 0;
-    let adapter = Adapter::build(model, &config, |name, shape| {
+    let layers = model.spec.blocks.len();
+    let adapter = Adapter::build(model, &config, |tensor| {
+        let (name, shape) = (tensor.name.as_str(), tensor.shape);
         let view = tensors.tensor(name).map_err(|_| {
             wrong(format!(
-                "tensor {name} is missing: the adapter must cover {} in every one of the {} layers",
-                config.target_modules.join(", "),
-                model.num_layers
+                "tensor {name} is missing: the adapter must cover {} in every one of the {layers} layers",
+                config.target_modules.join(", ")
             ))
         })?;
         used += 1;
-        if view.shape() != shape {
+        if view.shape() != shape.as_slice() {
             return Err(ModelError::ShapeMismatch {
                 name: name.into(),
                 path: path.clone(),
@@ -142,21 +143,14 @@ pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
         to_f32(&view, name).map_err(wrong)
     })?;
     if used != tensors.len() {
-        let extra = tensors.names().into_iter().find(|n| !covered(n, model, &config)).map(|n| n.to_string()).unwrap_or_default();
+        let table = lora_params(&model.spec, &config);
+        let covered: BTreeSet<&str> = table.iter().flat_map(|update| update.tensors()).map(|tensor| tensor.name.as_str()).collect();
+        let extra = tensors.names().into_iter().find(|n| !covered.contains(n)).unwrap_or_default();
         return Err(wrong(format!(
-            "tensor {extra} belongs to no projection of this model ({} layers): the adapter was made for another one",
-            model.num_layers
+            "tensor {extra} belongs to no projection of this model ({layers} layers): the adapter was made for another one"
         )));
     }
     Ok(adapter)
-}
-
-fn covered(name: &str, model: &ModelConfig, config: &LoraConfig) -> bool {
-    (0..model.num_layers).any(|i| {
-        (0..PROJECTIONS.len()).any(|p| {
-            config.target_modules.iter().any(|m| m == TARGET_MODULES[p]) && ["lora_A", "lora_B"].iter().any(|w| peft_name(i, p, w) == name)
-        })
-    })
 }
 
 fn check_supported(fields: &Value) -> Result<(), String> {
@@ -206,18 +200,16 @@ fn read_config(fields: &Value, tensors: &SafeTensors) -> Result<LoraConfig, Stri
         None | Some(Value::Null) => false,
         Some(value) => value.as_bool().ok_or("use_rslora must be true or false")?,
     };
-    let present: BTreeSet<usize> =
-        tensors.names().iter().filter_map(|n| PROJECTIONS.iter().position(|p| n.contains(&format!(".{p}.lora_")))).collect();
-    if present.is_empty() {
-        return Err(format!("{WEIGHTS_FILE} holds no tensor named like base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"));
+    let names = tensors.names();
+    let target_modules: Vec<String> = Linear::ALL
+        .into_iter()
+        .filter(|linear| names.iter().any(|name| linear.is_updated_by(name)))
+        .map(|linear| linear.lora_target().to_owned())
+        .collect();
+    if target_modules.is_empty() {
+        return Err(format!("{WEIGHTS_FILE} holds no tensor named like {}", peft_example(0, Linear::Query)));
     }
-    Ok(LoraConfig {
-        rank: rank as usize,
-        alpha,
-        target_modules: present.into_iter().map(|p| TARGET_MODULES[p].to_owned()).collect(),
-        use_rslora,
-        init_adapter: None,
-    })
+    Ok(LoraConfig { rank: rank as usize, alpha, target_modules, use_rslora, init_adapter: None })
 }
 
 fn to_f32(view: &TensorView, name: &str) -> Result<Tensor, String> {

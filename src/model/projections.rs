@@ -1,4 +1,5 @@
-//! Projections that share their input, with their adapters, computed together: `[q | k | v]`, `o`, `[gate | up]`, `down`.
+//! Linear layers that share their input, with their adapters, computed together: `[q | k | v]`,
+//! `o`, `[gate | up]`, `down`.
 //!
 //! y_i = x·W_iᵀ + b_i + s·(x·A_iᵀ)·B_iᵀ (arXiv:2106.09685). The adapter's term joins the sum over the inputs inside the kernel; the gradient of a
 //! frozen W is never formed.
@@ -7,20 +8,20 @@ use std::ops::Range;
 
 use candle_core::Result;
 
-use super::adapter::LowRank;
-use super::gradients::{GradientSink, Place, Slot};
+use super::adapter::Adapter;
+use super::gradients::GradientSink;
 use super::ops::Held;
 use super::ops::buffer::Buffer;
 use super::ops::gemm::{Kernel, NR, Operand, Term, Threads, View, matmul, matmul_tiles};
 use super::ops::team;
-use super::parameters::Projection;
+use super::parameters::Parameters;
+use super::params::{BlockParam, Linear, LinearGroup, ParamId};
 
 /// Outputs whose gradients one task adds.
 const OUTPUTS: usize = 192;
 
 struct Member<'a> {
-    /// Which projection of the block.
-    index: usize,
+    linear: Linear,
     weight: Held<'a>,
     bias: Option<Held<'a>>,
     low_rank: Option<(Held<'a>, Held<'a>)>,
@@ -45,27 +46,28 @@ pub(super) struct Group<'a> {
 }
 
 impl<'a> Group<'a> {
-    /// Opens the projections `indices` of block `block`.
+    /// Opens a group of block `block`.
     pub fn open(
         kernel: Kernel,
         block: usize,
-        projections: &'a [Projection],
-        adapter: Option<(&'a [Option<LowRank>], f32)>,
-        indices: &[usize],
+        parameters: &'a Parameters,
+        adapter: Option<&'a Adapter>,
+        group: LinearGroup,
     ) -> Result<Self> {
-        let (mut members, mut output, mut ranks, mut input) = (Vec::with_capacity(indices.len()), 0, 0, 0);
-        for &index in indices {
-            let p = &projections[index];
+        let linears = group.members();
+        let (mut members, mut output, mut ranks, mut input) = (Vec::with_capacity(linears.len()), 0, 0, 0);
+        for &linear in linears {
+            let p = parameters.linear(block, linear)?;
             let (out, width) = p.weight.dims2()?;
-            let low_rank = adapter.and_then(|(all, _)| all[index].as_ref());
+            let low_rank = adapter.and_then(|a| a.get(block, linear));
             let rank = match low_rank {
                 Some(l) => l.a.dim(0)?,
                 None => 0,
             };
             members.push(Member {
-                index,
-                weight: Held::of(&p.weight)?,
-                bias: p.bias.as_ref().map(Held::of).transpose()?,
+                linear,
+                weight: Held::of(p.weight)?,
+                bias: p.bias.map(Held::of).transpose()?,
                 low_rank: low_rank.map(|l| Ok::<_, candle_core::Error>((Held::of(&l.a)?, Held::of(&l.b)?))).transpose()?,
                 out,
                 column: output,
@@ -80,12 +82,18 @@ impl<'a> Group<'a> {
                 stacked[m.rank_column * input..][..a.len()].copy_from_slice(a);
             }
         }
-        Ok(Group { kernel, block, members, input, output, stacked, ranks, scale: adapter.map_or(1.0, |(_, scale)| scale) })
+        let scale = adapter.map_or(1.0, |a| a.config.scale() as f32);
+        Ok(Group { kernel, block, members, input, output, stacked, ranks, scale })
     }
 
     /// Σout.
     pub fn output(&self) -> usize {
         self.output
+    }
+
+    /// The id of a tensor of the block.
+    fn id(&self, param: BlockParam) -> ParamId {
+        ParamId::Block(self.block, param)
     }
 
     /// Rank of a member.
@@ -240,10 +248,10 @@ impl<'a> Group<'a> {
             if rank == 0 {
                 continue;
             }
-            if let Some(slot) = sink.slot(Place::Block(self.block, Slot::LoraA(m.index))) {
+            if let Some(slot) = sink.slot(self.id(BlockParam::LoraA(m.linear))) {
                 slot.iter_mut().zip(&da[m.rank_column * self.input..]).for_each(|(s, d)| *s += d);
             }
-            if let Some(slot) = sink.slot(Place::Block(self.block, Slot::LoraB(m.index))) {
+            if let Some(slot) = sink.slot(self.id(BlockParam::LoraB(m.linear))) {
                 // dBᵀ `[r, out]`: the long side belongs in the columns.
                 let u = Operand::new(kernel, View::f32(&u[m.rank_column..], self.ranks).t(), rank, tokens, self.scale);
                 let mut db = Buffer::dirty(rank * m.out);
@@ -260,12 +268,12 @@ impl<'a> Group<'a> {
 
     fn weight_gradients(&self, x: &Operand, g: &[f32], tokens: usize, sink: &mut dyn GradientSink) {
         for m in &self.members {
-            if let Some(slot) = sink.slot(Place::Block(self.block, Slot::Weight(m.index))) {
+            if let Some(slot) = sink.slot(self.id(BlockParam::Weight(m.linear))) {
                 let g = Operand::new(self.kernel, View::f32(&g[m.column..], self.output).t(), m.out, tokens, 1.0);
                 matmul(m.out, self.input, &[Term { a: &g, b: x.view() }], slot, self.input, true, Threads::All);
             }
             if m.bias.is_some()
-                && let Some(slot) = sink.slot(Place::Block(self.block, Slot::Bias(m.index)))
+                && let Some(slot) = sink.slot(self.id(BlockParam::Bias(m.linear)))
             {
                 for row in g[m.column..].chunks(self.output) {
                     slot.iter_mut().zip(row).for_each(|(s, g)| *s += g);

@@ -17,6 +17,7 @@ pub use self::stored::ElementType;
 use self::stored::StoredAs;
 use super::config::ModelConfig;
 use super::error::ModelError;
+use super::params::{self, ParamSpec, Role};
 use crate::domain::training::Precision;
 
 /// BLAKE3 of the tensors' bytes as they are stored, by the tensors' Hugging Face names.
@@ -114,28 +115,30 @@ impl Weights {
         Weights { kind, path: path.to_owned(), fingerprint: OnceLock::new(), digests: Digesting::Off }
     }
 
-    /// The tensor `name`, contiguous, on the CPU: a matrix in `precision`, what has one dimension in f32.
+    /// A parameter's tensor, contiguous, on the CPU: a matrix in `precision`, norms and biases in
+    /// f32.
     ///
     /// # Errors
     /// When it is missing, has another shape or an element type that cannot be read, and
     /// [`ModelError::Changed`] when its file was opened by [`WeightFiles::open`] and is not what it was.
-    pub fn load(&self, name: &str, shape: &[usize], precision: Precision) -> Result<Tensor, ModelError> {
-        let dtype = if shape.len() == 2 && precision == Precision::Bf16 { DType::BF16 } else { DType::F32 };
-        let check = |file: &Path, bytes: &[u8]| self.check_digest(name, file, bytes);
+    pub fn load(&self, param: &ParamSpec, precision: Precision) -> Result<Tensor, ModelError> {
+        let dtype = if param.role == Role::Matrix && precision == Precision::Bf16 { DType::BF16 } else { DType::F32 };
+        let check = |file: &Path, bytes: &[u8]| self.check_digest(&param.hf.name, file, bytes);
         let tensor = match &self.kind {
-            Kind::Safetensors(w) => w.load(name, dtype == DType::BF16, &check),
-            Kind::Gguf(w) => w.load(name, &check),
+            Kind::Safetensors(w) => w.load(&param.hf.name, dtype == DType::BF16, &check),
+            Kind::Gguf(w) => w.load(param, &check),
         };
         let tensor = match &self.digests {
             Digesting::Expected(_) => tensor.map_err(unreadable_again)?,
             Digesting::Off | Digesting::Recorded(_) => tensor?,
         };
-        let tensor = tensor.ok_or_else(|| ModelError::MissingTensor { name: name.to_owned(), path: self.path.clone() })?;
-        if tensor.dims() != shape {
+        let name = || param.name().to_owned();
+        let tensor = tensor.ok_or_else(|| ModelError::MissingTensor { name: name(), path: self.path.clone() })?;
+        if tensor.dims() != param.shape {
             return Err(ModelError::ShapeMismatch {
-                name: name.to_owned(),
+                name: name(),
                 path: self.path.clone(),
-                expected: shape.to_vec(),
+                expected: param.shape.clone(),
                 found: tensor.dims().to_vec(),
             });
         }
@@ -170,14 +173,14 @@ impl Weights {
     /// # Errors
     /// [`ModelError::UnexpectedTensor`] for tensors of decoder layers, e.g. biases that the configuration switches off.
     pub fn check_names(&self, config: &ModelConfig) -> Result<(), ModelError> {
-        let called_for = config.tensor_shapes().into_iter().map(|(name, _)| name);
-        let (stored, called_for): (Vec<&str>, BTreeSet<String>) = match &self.kind {
-            Kind::Safetensors(w) => (w.names().collect(), called_for.collect()),
-            Kind::Gguf(w) => (w.names().collect(), called_for.filter_map(|name| gguf::gguf_name(&name)).collect()),
+        let params = params::params(&config.spec);
+        let (stored, called_for): (Vec<&str>, BTreeSet<&str>) = match &self.kind {
+            Kind::Safetensors(w) => (w.names().collect(), params.iter().map(|p| p.hf.name.as_str()).collect()),
+            Kind::Gguf(w) => (w.names().collect(), params.iter().map(|p| p.gguf.name.as_str()).collect()),
         };
         let mut unexpected: Vec<&str> = stored.into_iter().filter(|name| !called_for.contains(*name) && !is_harmless(name)).collect();
         unexpected.sort_unstable();
-        let in_layers: Vec<&&str> = unexpected.iter().filter(|name| is_in_layer(name)).collect();
+        let in_layers: Vec<&&str> = unexpected.iter().filter(|name| params::is_in_block(name)).collect();
         if let Some(first) = in_layers.first() {
             let (name, others) = ((**first).to_owned(), in_layers.len() - 1);
             return Err(ModelError::UnexpectedTensor { name, path: self.path.clone(), others });
@@ -254,15 +257,10 @@ impl Weights {
     }
 }
 
-/// Whether a tensor belongs to a decoder layer, in either naming.
-fn is_in_layer(name: &str) -> bool {
-    name.starts_with("model.layers.") || name.starts_with("blk.")
-}
-
 /// Whether a tensor says nothing that the configuration and the other tensors do not: rotary frequencies, and the copy of a tied head.
 fn is_harmless(name: &str) -> bool {
     const SUFFIXES: [&str; 2] = [".rotary_emb.inv_freq", ".attn_rot_embd"];
-    const NAMES: [&str; 2] = ["lm_head.weight", ModelConfig::GGUF_ROPE_FREQS];
+    const NAMES: [&str; 2] = [params::HF_HEAD, ModelConfig::GGUF_ROPE_FREQS];
     NAMES.contains(&name) || SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
 }
 

@@ -2,15 +2,16 @@
 //!
 //! `benches/compare.py` prints the estimate beside the measured peak.
 
-use crate::domain::training::{ActivationCheckpointing, Method, Precision, TARGET_MODULES, TrainingSpec};
-use crate::model::adapter::projection_shapes;
+use crate::domain::training::{ActivationCheckpointing, Method, Precision, TrainingSpec};
 use crate::model::config::ModelConfig;
 use crate::model::cuda::sizes::{BlockShape, head_bytes};
 use crate::model::device::ComputeDevice;
-use crate::model::ops::attention::{Heads, SCORES};
+use crate::model::ops::attention::SCORES;
 use crate::model::ops::gemm::{GROUP_BYTES, Kernel};
 use crate::model::ops::head::KEPT;
 use crate::model::ops::team;
+use crate::model::params::{LoraLayer, lora_layers};
+use crate::model::spec::{FeedForward, ModelSpec, QkNorm};
 use crate::train::backprop::Keep;
 use crate::train::pair::EncodedPair;
 
@@ -91,19 +92,58 @@ impl Estimate {
 pub fn trainable_parameters(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
     match &spec.method {
         Method::Full => config.parameter_count() as u64,
-        Method::Lora(_) => {
-            let per_block: usize = projection_shapes(config).iter().zip(ranks(spec)).map(|((out, input), rank)| rank * (out + input)).sum();
-            (per_block * config.num_layers) as u64
+        Method::Lora(lora) => {
+            let of_layer = |layer: &LoraLayer| lora.rank * layer.shape.iter().sum::<usize>();
+            lora_layers(&config.spec, lora).iter().map(of_layer).sum::<usize>() as u64
         }
     }
 }
 
-/// LoRA's rank on each projection of a block.
-fn ranks(spec: &TrainingSpec) -> [usize; 7] {
-    TARGET_MODULES.map(|name| match &spec.method {
-        Method::Lora(l) if l.target_modules.iter().any(|m| m == name) => l.rank,
-        _ => 0,
-    })
+/// Returns the sum of LoRA's ranks on the linear layers of a block, of the block where it is
+/// largest.
+fn ranks(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
+    let Method::Lora(lora) = &spec.method else { return 0 };
+    let mut of_block = vec![0; config.spec.blocks.len()];
+    lora_layers(&config.spec, lora).iter().for_each(|layer| of_block[layer.block] += lora.rank as u64);
+    of_block.into_iter().max().unwrap_or(0)
+}
+
+/// Numbers that a block has of a token in each of its parts, of the block where they are most.
+struct Widths {
+    /// F.
+    feed_forward: u64,
+    /// H.
+    heads: u64,
+    /// The queries, and attention's output.
+    query: u64,
+    /// `[q | k | v]`.
+    row: u64,
+    /// The same before the norms on queries and keys; 0 without such norms.
+    raw: u64,
+}
+
+impl Widths {
+    fn of(spec: &ModelSpec) -> Self {
+        let mut widest = Widths { feed_forward: 0, heads: 0, query: 0, row: 0, raw: 0 };
+        for block in &spec.blocks {
+            let attention = block.attention();
+            let FeedForward::Gated { width, .. } = block.feed_forward;
+            let query = attention.query_width() as u64;
+            let row = query + 2 * attention.kv_width() as u64;
+            let raw = match attention.qk_norm {
+                QkNorm::Absent => 0,
+                QkNorm::PerHead => row,
+            };
+            widest = Widths {
+                feed_forward: widest.feed_forward.max(width as u64),
+                heads: widest.heads.max(attention.heads as u64),
+                query: widest.query.max(query),
+                row: widest.row.max(row),
+                raw: widest.raw.max(raw),
+            };
+        }
+        widest
+    }
 }
 
 /// What forward passes keep of a token until the backward pass.
@@ -135,11 +175,8 @@ fn held_tokens(spec: &TrainingSpec, lengths: Lengths, row: u64) -> u64 {
 /// What a run over pairs of these lengths needs with these choices.
 pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, lengths: Lengths, keep: Keep, row_tokens: usize, memory: Memory) -> Estimate {
     let t = lengths.longest.max(row_tokens.min(lengths.micro_batch)) as u64;
-    let (c, f, h) = (config.hidden_size as u64, config.intermediate_size as u64, config.num_heads as u64);
-    let (q, k) = (h * config.head_dim as u64, (config.num_kv_heads * config.head_dim) as u64);
-    let (row, layers) = (q + 2 * k, config.num_layers as u64);
-    let ranks: u64 = ranks(spec).iter().map(|r| *r as u64).sum();
-    let raw = if config.qk_norm { row } else { 0 };
+    let (c, layers, ranks) = (config.spec.hidden_size as u64, config.spec.blocks.len() as u64, ranks(config, spec));
+    let Widths { feed_forward: f, heads: h, query: q, row, raw } = Widths::of(&config.spec);
     // Block input, q/k/v, attention's output and log-sum-exps, the sum after attention, gate and up, x·Aᵀ.
     // In half the memory where it is rounded.
     let rounded = matches!(spec.method, Method::Lora(_)) && spec.precision.is_some_and(|p| Kernel::best(p).pairs());
@@ -154,7 +191,7 @@ pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, lengths: Lengths, kee
     // held together may be many, at most one for each pair.
     let rows = if spec.dpo.compares_pairs() { spec.batch.batch_size as u64 } else { 1 };
     let head = match (&spec.method, keep) {
-        (Method::Full, Keep::Tapes) => F32 * (held * config.vocab_size as u64).min(rows.saturating_mul(KEPT as u64)),
+        (Method::Full, Keep::Tapes) => F32 * (held * config.spec.vocab_size as u64).min(rows.saturating_mul(KEPT as u64)),
         _ => 0,
     };
     let activations = F32 * (held * of_row + t * (of_last_row + passing + 4 * c)) + scores + head;
@@ -174,12 +211,13 @@ pub fn on_host(config: &ModelConfig, spec: &TrainingSpec, devices: usize) -> u64
 /// The same for a GPU: masters and moments stay on the host; matrices and activations are in the job's precision, the residual stream in f32.
 fn on_gpu(config: &ModelConfig, spec: &TrainingSpec, t: u64, held: u64, keep: Keep, row_tokens: usize) -> Estimate {
     let element = if spec.precision == Some(Precision::Bf16) { F32 / 2 } else { F32 };
-    let heads = Heads { query: config.num_heads, key: config.num_kv_heads, dim: config.head_dim, window: None };
-    let block = BlockShape { hidden: config.hidden_size, feed_forward: config.intermediate_size, heads, qk_norm: config.qk_norm };
-    let bytes = element as usize;
-    let tape = block.tape_bytes(bytes, ranks(spec).iter().sum()) as u64;
-    let Kept { of_row, of_last_row } = Kept::new(keep, config.num_layers as u64, tape, block.input_bytes() as u64);
-    let passing = block.backward_bytes(bytes).max(head_bytes(config.hidden_size, bytes)) as u64;
+    let (hidden, bytes, ranks) = (config.spec.hidden_size, element as usize, ranks(config, spec) as usize);
+    let blocks: Vec<BlockShape> = config.spec.blocks.iter().map(|block| BlockShape::of(hidden, block)).collect();
+    let tape = blocks.iter().map(|block| block.tape_bytes(bytes, ranks)).max().unwrap_or(0) as u64;
+    let input = blocks.iter().map(BlockShape::input_bytes).max().unwrap_or(0) as u64;
+    let Kept { of_row, of_last_row } = Kept::new(keep, blocks.len() as u64, tape, input);
+    let backward = blocks.iter().map(|block| block.backward_bytes(bytes)).max().unwrap_or(0);
+    let passing = backward.max(head_bytes(hidden, bytes)) as u64;
     let activations = (held * of_row + t * (of_last_row + passing)) * ROUNDING.0 / ROUNDING.1;
     // Gradients, and the weights that are trained.
     let training_state = (F32 + element) * trainable_parameters(config, spec);
@@ -188,9 +226,8 @@ fn on_gpu(config: &ModelConfig, spec: &TrainingSpec, t: u64, held: u64, keep: Ke
 
 /// Bytes of the activations of scoring a row of `tokens` tokens: a run may be interrupted for it.
 pub fn scoring(config: &ModelConfig, tokens: usize) -> u64 {
-    let (c, f) = (config.hidden_size as u64, config.intermediate_size as u64);
-    let q = (config.num_heads * config.head_dim) as u64;
-    let row = q + 2 * (config.num_kv_heads * config.head_dim) as u64;
+    let c = config.spec.hidden_size as u64;
+    let Widths { feed_forward: f, query: q, row, .. } = Widths::of(&config.spec);
     // Feed-forward: gate, up, their product and its operand; attention: `[q | k | v]`, the packed heads and the output.
     let passing = (4 * f).max(2 * row + q);
     F32 * tokens as u64 * (2 * c + passing)
@@ -284,9 +321,9 @@ mod tests {
         spec.batch.batch_size = 16;
         spec.dpo.losses[0].loss = LossType::Aot;
         let of = |config: &ModelConfig| estimate(config, &spec, uniform(1100, &spec), Keep::Tapes, 2048, Memory::Host).activations;
-        let vocabulary = config.vocab_size as u64;
+        let vocabulary = config.spec.vocab_size as u64;
         let with_words = of(&config);
-        config.vocab_size = 1;
+        config.spec.vocab_size = 1;
         // Two pairs do not fit into a row: 16 rows are held, each below the limit of a row's head, not 9 at that limit.
         assert_eq!(with_words - of(&config), F32 * 16 * 1100 * (vocabulary - 1));
     }

@@ -54,7 +54,8 @@ mod tests {
         let json = r#"{"model_type": "llama", "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 4,
             "max_position_embeddings": 8, "rms_norm_eps": 1e-5}"#;
         let config = ModelConfig::from_hf_json(json, Path::new("config.json")).unwrap();
-        let parameters = Parameters::build(&config, |_, shape| Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu)).unwrap();
+        let parameters =
+            Parameters::build(&config, |param| Tensor::zeros(param.shape.as_slice(), candle_core::DType::F32, &Device::Cpu)).unwrap();
         Policy {
             config: Arc::new(config),
             parameters: Arc::new(parameters),

@@ -56,10 +56,9 @@ impl Reference {
         let Reference::Moving { policy: reference, identity, run } = self else {
             bail!("reference_sync needs a moving reference");
         };
-        let mut targets = policy.parameters.named().into_iter();
-        let mixed = reference.parameters.map(|_, old| match targets.next() {
-            Some((_, new)) => (new * alpha)? + (old * (1.0 - alpha))?,
-            None => bail!("the policy has fewer tensors than its reference"),
+        let mixed = reference.parameters.map(|param, old| match policy.parameters.get(param.id) {
+            Some(new) => (new * alpha)? + (old * (1.0 - alpha))?,
+            None => bail!("the policy has no tensor {}, its reference has", param.name()),
         })?;
         reference.parameters = Arc::new(mixed);
         *identity = format!("{run}#{count}");
@@ -70,9 +69,9 @@ impl Reference {
     pub fn restore(&mut self, tensors: Vec<(String, Tensor)>, count: u64) -> Result<()> {
         let Reference::Moving { policy, identity, run } = self else { return Ok(()) };
         let stored: std::collections::HashMap<String, Tensor> = tensors.into_iter().collect();
-        let restored = policy.parameters.map(|name, t| match stored.get(name) {
+        let restored = policy.parameters.map(|param, t| match stored.get(param.name()) {
             Some(s) if s.shape() == t.shape() => Ok(s.clone()),
-            _ => bail!("the stored reference has no fitting tensor {name}"),
+            _ => bail!("the stored reference has no fitting tensor {}", param.name()),
         })?;
         policy.parameters = Arc::new(restored);
         *identity = format!("{run}#{count}");

@@ -10,15 +10,17 @@ use crate::model::adapter::Adapter;
 use crate::model::cuda::{Cuda, GradientBuffers};
 use crate::model::decoder::Policy;
 use crate::model::device::ComputeDevice;
-use crate::model::gradients::{GradientSink, Place, Slot};
+use crate::model::gradients::GradientSink;
 use crate::model::ops::buffer::large_pages;
 use crate::model::ops::simd::{dispatch, dot};
 use crate::model::ops::team;
-use crate::model::parameters::PROJECTIONS;
+use crate::model::params::ParamId;
 
 /// One trainable tensor.
 #[derive(Clone, Debug)]
 pub struct Trainable {
+    /// Which parameter it is.
+    pub id: ParamId,
     /// Its Hugging Face or PEFT name.
     pub name: String,
     /// Its storage, updated in place.
@@ -34,31 +36,38 @@ pub struct TrainablePolicy {
     pub policy: Policy,
     /// What is trained, in a fixed order.
     pub trainables: Vec<Trainable>,
-    index: HashMap<Place, usize>,
+    index: HashMap<ParamId, usize>,
 }
 
 impl TrainablePolicy {
     /// Trains `adapter` on the frozen weights of `base`.
     pub fn lora(base: &Policy, adapter: &Adapter, precision: Precision) -> Result<Self> {
         let mut trainables = Vec::new();
-        let adapter = adapter.map(|name, t| track(name, t, &mut trainables))?;
-        Self::over(Policy { adapter: Some(Arc::new(adapter)), precision, ..base.clone() }, trainables)
+        let adapter = adapter.map(|tensor, t| {
+            let (trainable, shared) = track(tensor.id, &tensor.name, true, t)?;
+            trainables.push(trainable);
+            Ok::<_, candle_core::Error>(shared)
+        })?;
+        let policy = Policy { adapter: Some(Arc::new(adapter)), precision, ..base.clone() };
+        Ok(Self::over(policy, trainables))
     }
 
     /// Trains a copy of every weight of `start`, in f32.
     pub fn full(start: &Policy, precision: Precision) -> Result<Self> {
         let mut trainables = Vec::new();
-        let parameters = start.parameters.map(|name, t| track(name, t, &mut trainables))?;
-        Self::over(Policy { parameters: Arc::new(parameters), adapter: None, precision, ..start.clone() }, trainables)
+        let parameters = start.parameters.map(|param, t| {
+            let (trainable, shared) = track(param.id, param.name(), param.decays(), t)?;
+            trainables.push(trainable);
+            Ok::<_, candle_core::Error>(shared)
+        })?;
+        trainables.sort_by_key(|t| order(t.id));
+        let policy = Policy { parameters: Arc::new(parameters), adapter: None, precision, ..start.clone() };
+        Ok(Self::over(policy, trainables))
     }
 
-    fn over(policy: Policy, trainables: Vec<Trainable>) -> Result<Self> {
-        let mut index = HashMap::new();
-        for (i, t) in trainables.iter().enumerate() {
-            let Some(place) = place(&t.name) else { bail!("{} has no place in the decoder", t.name) };
-            index.insert(place, i);
-        }
-        Ok(TrainablePolicy { policy, trainables, index })
+    fn over(policy: Policy, trainables: Vec<Trainable>) -> Self {
+        let index = trainables.iter().enumerate().map(|(i, t)| (t.id, i)).collect();
+        TrainablePolicy { policy, trainables, index }
     }
 
     /// Numbers trained.
@@ -72,47 +81,30 @@ impl TrainablePolicy {
     }
 }
 
-fn track(name: &str, t: &Tensor, trainables: &mut Vec<Trainable>) -> Result<Tensor> {
+/// Makes a trainable copy of a tensor in f32, and the tensor that shares its storage.
+fn track(id: ParamId, name: &str, decay: bool, t: &Tensor) -> Result<(Trainable, Tensor)> {
     let var = Var::from_tensor(&t.detach().to_dtype(candle_core::DType::F32)?.contiguous()?)?;
-    let tensor = var.as_detached_tensor();
-    trainables.push(Trainable { name: name.to_owned(), var, decay: t.rank() >= 2 });
-    Ok(tensor)
+    let shared = var.as_detached_tensor();
+    Ok((Trainable { id, name: name.to_owned(), var, decay }, shared))
 }
 
-/// Where in the decoder a tensor belongs, by its Hugging Face or PEFT name.
-fn place(name: &str) -> Option<Place> {
-    let name = name.strip_prefix("base_model.model.").unwrap_or(name);
-    match name {
-        "model.embed_tokens.weight" => return Some(Place::Embedding),
-        "model.norm.weight" => return Some(Place::Norm),
-        "lm_head.weight" => return Some(Place::Head),
-        _ => {}
+/// The order in which a full fine-tune lists its tensors: that of the table, but each block's norms
+/// behind its linear layers. The gradient's norm is summed in it, so another order would change
+/// last bits.
+fn order(id: ParamId) -> (usize, usize, bool) {
+    match id {
+        ParamId::Embedding => (0, 0, false),
+        ParamId::Block(block, param) => (1, block, param.is_norm()),
+        ParamId::Norm => (2, 0, true),
+        ParamId::Head => (3, 0, false),
     }
-    let (block, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
-    let slot = match rest {
-        "input_layernorm.weight" => Slot::InputNorm,
-        "post_attention_layernorm.weight" => Slot::PostNorm,
-        "self_attn.q_norm.weight" => Slot::QueryNorm,
-        "self_attn.k_norm.weight" => Slot::KeyNorm,
-        _ => {
-            let index = PROJECTIONS.iter().position(|p| rest.starts_with(p))?;
-            match rest.strip_prefix(PROJECTIONS[index])? {
-                ".weight" => Slot::Weight(index),
-                ".bias" => Slot::Bias(index),
-                ".lora_A.weight" => Slot::LoraA(index),
-                ".lora_B.weight" => Slot::LoraB(index),
-                _ => return None,
-            }
-        }
-    };
-    Some(Place::Block(block.parse().ok()?, slot))
 }
 
 /// The gradient of every trainable tensor, summed over a step's micro-batches.
 #[derive(Debug)]
 pub struct Gradients {
     values: Vec<Vec<f32>>,
-    index: HashMap<Place, usize>,
+    index: HashMap<ParamId, usize>,
     /// The sums while they grow, where the passes run on a GPU.
     device: Option<GradientBuffers>,
 }
@@ -137,8 +129,8 @@ impl Gradients {
     /// Makes the host's values those of the device that summed them.
     pub fn collect(&mut self) -> Result<()> {
         if let Some(device) = &self.device {
-            for (place, i) in &self.index {
-                device.download(*place, &mut self.values[*i])?;
+            for (id, i) in &self.index {
+                device.download(*id, &mut self.values[*i])?;
             }
         }
         Ok(())
@@ -156,7 +148,7 @@ impl Gradients {
     pub(super) fn on_device(&mut self, policy: &Policy, pass: impl FnOnce(&Cuda, &GradientBuffers) -> Result<()>) -> Result<()> {
         let ComputeDevice::Cuda(cuda) = &policy.device else { bail!("the policy is not on a GPU") };
         if self.device.is_none() {
-            self.device = Some(cuda.gradients(self.index.iter().map(|(place, i)| (*place, self.values[*i].len())))?);
+            self.device = Some(cuda.gradients(self.index.iter().map(|(id, i)| (*id, self.values[*i].len())))?);
         }
         match &self.device {
             Some(sums) => pass(cuda, sums),
@@ -177,8 +169,8 @@ impl Gradients {
 }
 
 impl GradientSink for Gradients {
-    fn slot(&mut self, place: Place) -> Option<&mut [f32]> {
-        let i = *self.index.get(&place)?;
+    fn slot(&mut self, id: ParamId) -> Option<&mut [f32]> {
+        let i = *self.index.get(&id)?;
         Some(&mut self.values[i])
     }
 }
@@ -189,3 +181,6 @@ fn square_sum(c: &[f32]) -> f32 {
         || dot(c, c),
     )
 }
+
+#[cfg(test)]
+mod tests;

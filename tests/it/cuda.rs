@@ -15,6 +15,7 @@ use bradley::model::decoder::Policy;
 use bradley::model::device::{ComputeDevice, DeviceChoice};
 use bradley::model::loader::load_model;
 use bradley::model::parameters::Parameters;
+use bradley::model::params::LoraTensor;
 use bradley::model::peft::save_tensors;
 use bradley::model::source::HubOptions;
 use bradley::rpc::pb::{self, training_event::Event};
@@ -64,7 +65,8 @@ fn random(shape: &str, seed: u64) -> Policy {
         r#"{{{shape}, "intermediate_size": 224, "num_hidden_layers": 2, "vocab_size": 300, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}}"#
     );
     let config = ModelConfig::from_hf_json(&json, Path::new("config.json")).unwrap();
-    let parameters = Parameters::build(&config, |name, shape| {
+    let parameters = Parameters::build(&config, |param| {
+        let (name, shape) = (param.name(), param.shape.as_slice());
         let mut values = kaiming_uniform(seed, name, shape.iter().product(), shape[shape.len() - 1].min(160));
         match (shape.len(), name.contains("norm")) {
             (1, true) => values.iter_mut().for_each(|x| *x += 1.0),
@@ -98,9 +100,9 @@ fn row() -> PackedRow {
 fn adapter(policy: &Policy) -> Adapter {
     let config = LoraConfig { rank: 8, target_modules: TARGET_MODULES.map(str::to_owned).to_vec(), ..LoraConfig::default() };
     // Small, as while it trains: a large random update makes gradients of what rounding leaves.
-    let values = |name: &str, shape: &[usize]| {
-        let values: Vec<f32> = kaiming_uniform(7, name, shape[0] * shape[1], shape[1]).iter().map(|x| x * 0.3).collect();
-        Tensor::from_vec(values, (shape[0], shape[1]), &Device::Cpu)
+    let values = |tensor: &LoraTensor| {
+        let values = kaiming_uniform(7, &tensor.name, tensor.elements(), tensor.shape[1]).iter().map(|x| x * 0.3).collect();
+        Tensor::from_vec(values, &tensor.shape, &Device::Cpu)
     };
     Adapter::build(&policy.config, &config, values).unwrap()
 }

@@ -8,6 +8,7 @@ use bradley::math::loss::{PairLogps, batch_loss};
 use bradley::math::rng::kaiming_uniform;
 use bradley::model::adapter::Adapter;
 use bradley::model::decoder::Policy;
+use bradley::model::params::LoraTensor;
 use bradley::model::peft;
 use bradley::train::backprop::{Keep, backward, forward};
 use bradley::train::pack::{Owned, pack};
@@ -54,7 +55,7 @@ fn rope_scalings_are_those_of_transformers() {
         let kind = case["config"]["rope_parameters"].to_string();
         let config =
             bradley::model::config::ModelConfig::from_hf_json(&case["config"].to_string(), std::path::Path::new("config.json")).unwrap();
-        let (inv_freq, factor) = config.rope.inv_freq(config.head_dim);
+        let (inv_freq, factor) = config.spec.rope.inv_freq(config.spec.head_dim());
         let want = numbers(&case["inv_freq"]);
         assert_eq!(inv_freq.len(), want.len());
         for (g, w) in inv_freq.iter().zip(want) {
@@ -241,9 +242,9 @@ fn adapters_that_share_rows_score_as_each_alone_bit_for_bit() {
         let base = base.with_precision(precision);
         let with = |rank: usize, targets: &[&str], seed: u64| {
             let config = LoraConfig { rank, target_modules: targets.iter().map(|t| t.to_string()).collect(), ..LoraConfig::default() };
-            let random = |name: &str, shape: &[usize]| {
-                let values = kaiming_uniform(seed, name, shape[0] * shape[1], shape[1]);
-                Tensor::from_vec(values, (shape[0], shape[1]), &Device::Cpu)
+            let random = |tensor: &LoraTensor| {
+                let values = kaiming_uniform(seed, &tensor.name, tensor.elements(), tensor.shape[1]);
+                Tensor::from_vec(values, &tensor.shape, &Device::Cpu)
             };
             let adapter = Adapter::build(&base.config, &config, random).unwrap();
             Policy { adapter: Some(Arc::new(adapter)), ..base.clone() }

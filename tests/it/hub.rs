@@ -119,7 +119,7 @@ async fn a_model_comes_from_the_hub_once_and_then_from_the_cache() {
     let e = open(HubOptions { token: None, ..hub.clone() }).await.unwrap().unwrap_err().to_string();
     assert!(e.contains("tiny/llama") && e.contains("401"), "{e}");
     let model = open(hub.clone()).await.unwrap().unwrap();
-    assert_eq!((model.id.as_str(), model.config.num_layers), ("llama", 3));
+    assert_eq!((model.id.as_str(), model.config.spec.blocks.len()), ("llama", 3));
     let before = served.counts();
     assert!(before.0 > 0 && before.1 > 0);
     open(HubOptions { offline: true, ..hub.clone() }).await.unwrap().unwrap();

@@ -82,6 +82,38 @@ fn imports_run_down_the_layers() {
     assert!(breaches.is_empty(), "{} breaches of the architecture (ARCHITECTURE.md says why):\n{}", breaches.len(), breaches.join("\n"));
 }
 
+/// Parts of the names of a model's tensors, in transformers' files and in GGUF.
+const TENSOR_NAMES: [&str; 14] = [
+    "embed_tokens",
+    "lm_head",
+    "layernorm",
+    "self_attn",
+    "_proj",
+    "model.layers",
+    "model.norm",
+    "lora_A",
+    "lora_B",
+    "token_embd",
+    "blk.",
+    "attn_q",
+    "attn_norm",
+    "ffn_",
+];
+
+/// The names of tensors stand in one table.
+#[test]
+fn names_of_tensors_stand_in_one_table() {
+    const TABLE: &str = "model/params.rs";
+    // The legal values of `target_modules` stand below the model; a unit test compares them with
+    // the table.
+    const DOMAIN: &str = "domain/training.rs";
+    for name in TENSOR_NAMES {
+        assert!(!lines_with(name, |file| file == TABLE).is_empty(), "{name} is not in {TABLE}: the scan is broken");
+        let elsewhere = lines_with(name, |file| file != TABLE && file != DOMAIN && !file.ends_with("tests.rs"));
+        assert!(elsewhere.is_empty(), "only src/{TABLE} spells the names of tensors: {elsewhere:#?}");
+    }
+}
+
 /// The device's folder is the only place that is compiled in two ways: everything else calls methods that exist in both builds.
 #[test]
 fn the_feature_cuda_is_asked_for_once_outside_its_folder() {

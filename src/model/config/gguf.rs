@@ -4,9 +4,11 @@ use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
 
-use super::{Architecture, ModelConfig};
+use super::ModelConfig;
 use crate::model::error::ModelError;
+use crate::model::families::Architecture;
 use crate::model::gguf::Gguf;
+use crate::model::params::{Linear, gguf_bias, gguf_embedding, gguf_head};
 use crate::model::rope::{RopeConfig, RopeScaling};
 
 /// Where llama.cpp stores llama3 scaling: one divisor per frequency.
@@ -57,12 +59,13 @@ impl ModelConfig {
                 return Err(gguf.invalid(&keys.key(key), format!("must {what} the whole key of {head_dim}; the rest is not implemented")));
             }
         }
-        let embedding = gguf.tensor("token_embd.weight").ok_or_else(|| missing(gguf, "token_embd.weight"))?;
+        let embedding = gguf_embedding();
+        let embedding = gguf.tensor(&embedding).ok_or_else(|| missing(gguf, &embedding))?;
         let has = |name: &str| gguf.tensor(name).is_some();
         let context = keys.required("context_length")?;
 
         let mut config = Map::new();
-        config.insert("architectures".into(), json!([architecture.causal_lm_class()]));
+        config.insert("architectures".into(), json!([architecture.family().causal_lm_class]));
         config.insert("model_type".into(), json!(architecture.as_str()));
         config.insert("vocab_size".into(), json!(embedding.shape.first()));
         config.insert("hidden_size".into(), json!(width));
@@ -74,9 +77,9 @@ impl ModelConfig {
         config.insert("hidden_act".into(), json!("silu"));
         config.insert("max_position_embeddings".into(), json!(context));
         config.insert("rms_norm_eps".into(), json!(shortest(keys.number("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-6))));
-        config.insert("attention_bias".into(), json!(has("blk.0.attn_q.bias")));
-        config.insert("mlp_bias".into(), json!(has("blk.0.ffn_gate.bias")));
-        config.insert("tie_word_embeddings".into(), json!(!has("output.weight")));
+        config.insert("attention_bias".into(), json!(has(&gguf_bias(0, Linear::Query))));
+        config.insert("mlp_bias".into(), json!(has(&gguf_bias(0, Linear::Gate))));
+        config.insert("tie_word_embeddings".into(), json!(!has(&gguf_head())));
         let window = keys.integer("attention.sliding_window")?.filter(|n| *n > 0);
         config.insert("sliding_window".into(), json!(window));
         config.insert("bos_token_id".into(), json!(gguf.integer("tokenizer.ggml.bos_token_id")?));

@@ -1,40 +1,39 @@
 //! Typed access to a JSON object whose every error names the file and the field.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::invalid;
 use crate::model::error::ModelError;
 
 /// An object of a config file; `prefix` is its own place in the file, e.g. `rope_scaling.`.
-pub(super) struct Fields<'a> {
+pub(in crate::model) struct Fields<'a> {
     map: &'a Map<String, Value>,
     path: &'a Path,
     prefix: String,
 }
 
 impl<'a> Fields<'a> {
-    pub(super) fn new(json: &'a Value, path: &'a Path) -> Result<Self, ModelError> {
+    pub(in crate::model) fn new(json: &'a Value, path: &'a Path) -> Result<Self, ModelError> {
         let map = json.as_object().ok_or_else(|| invalid(path, "(whole file)", "not a JSON object"))?;
         Ok(Fields { map, path, prefix: String::new() })
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(in crate::model) fn path(&self) -> &Path {
         self.path
     }
 
-    pub(super) fn invalid(&self, field: &str, reason: impl Into<String>) -> ModelError {
+    pub(in crate::model) fn invalid(&self, field: &str, reason: impl Into<String>) -> ModelError {
         invalid(self.path, &format!("{}{field}", self.prefix), reason)
     }
 
     /// Whether the key is there, null included.
-    pub(super) fn has(&self, field: &str) -> bool {
+    pub(in crate::model) fn has(&self, field: &str) -> bool {
         self.map.contains_key(field)
     }
 
     /// Absent or null.
-    pub(super) fn is_null(&self, field: &str) -> bool {
+    pub(in crate::model) fn is_null(&self, field: &str) -> bool {
         self.get(field).is_none()
     }
 
@@ -46,40 +45,40 @@ impl<'a> Fields<'a> {
         self.get(field).map(|v| read(v).ok_or_else(|| self.invalid(field, format!("is {}; must be {kind}", shortened(v))))).transpose()
     }
 
-    pub(super) fn string(&self, field: &str) -> Result<Option<&'a str>, ModelError> {
+    pub(in crate::model) fn string(&self, field: &str) -> Result<Option<&'a str>, ModelError> {
         self.read(field, "a string", Value::as_str)
     }
 
-    pub(super) fn flag(&self, field: &str) -> Result<Option<bool>, ModelError> {
+    pub(in crate::model) fn flag(&self, field: &str) -> Result<Option<bool>, ModelError> {
         self.read(field, "true or false", Value::as_bool)
     }
 
-    pub(super) fn number(&self, field: &str) -> Result<Option<f64>, ModelError> {
+    pub(in crate::model) fn number(&self, field: &str) -> Result<Option<f64>, ModelError> {
         self.read(field, "a number", Value::as_f64)
     }
 
-    pub(super) fn integer(&self, field: &str) -> Result<Option<u64>, ModelError> {
+    pub(in crate::model) fn integer(&self, field: &str) -> Result<Option<u64>, ModelError> {
         self.read(field, "a non-negative integer", Value::as_u64)
     }
 
-    pub(super) fn strings(&self, field: &str) -> Result<Option<Vec<&'a str>>, ModelError> {
+    pub(in crate::model) fn strings(&self, field: &str) -> Result<Option<Vec<&'a str>>, ModelError> {
         self.read(field, "a list of strings", |v| v.as_array()?.iter().map(Value::as_str).collect())
     }
 
     /// A required size from 1 to `max`.
-    pub(super) fn size(&self, field: &str, max: usize) -> Result<usize, ModelError> {
+    pub(in crate::model) fn size(&self, field: &str, max: usize) -> Result<usize, ModelError> {
         self.optional_size(field, max)?.ok_or_else(|| self.invalid(field, "is missing"))
     }
 
     /// A size from 1 to `max`, if there is one.
-    pub(super) fn optional_size(&self, field: &str, max: usize) -> Result<Option<usize>, ModelError> {
+    pub(in crate::model) fn optional_size(&self, field: &str, max: usize) -> Result<Option<usize>, ModelError> {
         self.read(field, &format!("an integer from 1 to {max}"), |v| {
             v.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=max).contains(n))
         })
     }
 
     /// One id, a list of ids, or nothing.
-    pub(super) fn token_ids(&self, field: &str) -> Result<Vec<u32>, ModelError> {
+    pub(in crate::model) fn token_ids(&self, field: &str) -> Result<Vec<u32>, ModelError> {
         let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
         let ids = self.read(field, "a token id or a list of them", |v| match v {
             Value::Array(ids) => ids.iter().map(id).collect(),
@@ -88,10 +87,15 @@ impl<'a> Fields<'a> {
         Ok(ids.unwrap_or_default())
     }
 
-    pub(super) fn object(&self, field: &str) -> Result<Option<Fields<'a>>, ModelError> {
+    pub(in crate::model) fn object(&self, field: &str) -> Result<Option<Fields<'a>>, ModelError> {
         let map = self.read(field, "an object", Value::as_object)?;
         Ok(map.map(|map| Fields { map, path: self.path, prefix: format!("{}{field}.", self.prefix) }))
     }
+}
+
+/// Makes a [`ModelError::InvalidConfig`] about a field of `path`.
+pub(in crate::model) fn invalid(path: &Path, field: &str, reason: impl Into<String>) -> ModelError {
+    ModelError::InvalidConfig { path: PathBuf::from(path), field: field.to_owned(), reason: reason.into() }
 }
 
 /// A value for a message: hostile files do not get to fill the log.

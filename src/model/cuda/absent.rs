@@ -11,8 +11,8 @@ use candle_core::{Error, Result};
 
 use crate::domain::training::Precision;
 use crate::model::decoder::{Keep, Policy, PreparedRow};
-use crate::model::gradients::Place;
 use crate::model::ops::head::HeadOutput;
+use crate::model::params::ParamId;
 
 /// A GPU; never opened in this build.
 #[derive(Debug)]
@@ -91,7 +91,7 @@ impl Cuda {
     }
 
     /// Returns zero gradients for tensors of these sizes.
-    pub fn gradients(&self, _sizes: impl IntoIterator<Item = (Place, usize)>) -> Result<GradientBuffers> {
+    pub fn gradients(&self, _sizes: impl IntoIterator<Item = (ParamId, usize)>) -> Result<GradientBuffers> {
         match *self {}
     }
 
@@ -126,7 +126,7 @@ impl GradientBuffers {
     }
 
     /// Copies a tensor's sum to the host.
-    pub fn download(&self, _place: Place, _to: &mut [f32]) -> Result<()> {
+    pub fn download(&self, _id: ParamId, _to: &mut [f32]) -> Result<()> {
         match *self {}
     }
 }

@@ -15,8 +15,8 @@ use super::projections::Group;
 use super::row::DeviceRow;
 use super::sizes::BlockShape;
 use super::weights::{BlockWeights, DeviceAdapter};
-use crate::model::gradients::{Place, Slot};
 use crate::model::ops::rope::Direction;
+use crate::model::params::{BlockParam, LinearGroup, ParamId, PerGroup};
 
 /// What the backward pass needs of one block. [`BlockShape::tape_bytes`] is its size.
 pub(super) struct BlockTape {
@@ -27,7 +27,8 @@ pub(super) struct BlockTape {
     lse: Memory,
     middle: Memory,
     gate_up: Memory,
-    low_rank: [Option<Memory>; 4],
+    /// x·Aᵀ of each group.
+    low_rank: PerGroup<Option<Memory>>,
 }
 
 /// A block with its adapter, on a row.
@@ -46,12 +47,12 @@ pub(super) struct Block<'a> {
 }
 
 impl Block<'_> {
-    fn group(&self, which: usize) -> Group<'_> {
+    fn group(&self, which: LinearGroup) -> Group<'_> {
         let adapter = self.adapter.map(|a| a.group(self.index, which));
-        Group { gpu: self.gpu, kind: self.kind, weights: &self.weights.groups[which], adapter }
+        Group { gpu: self.gpu, kind: self.kind, weights: self.weights.groups.get(which), adapter }
     }
 
-    fn project(&self, which: usize, x: &Memory, y: &Memory, keep: bool) -> Result<Option<Memory>> {
+    fn project(&self, which: LinearGroup, x: &Memory, y: &Memory, keep: bool) -> Result<Option<Memory>> {
         let group = self.group(which);
         let u = group.forward(x, self.row.tokens, y, keep)?;
         for (rows, adapter) in self.parts {
@@ -78,11 +79,11 @@ impl Block<'_> {
     }
 
     /// Queries and keys with their norms: weight, places, gradient.
-    fn head_norms(&self) -> impl Iterator<Item = (&Memory, HeadColumns, Slot)> {
+    fn head_norms(&self) -> impl Iterator<Item = (&Memory, HeadColumns, BlockParam)> {
         let h = self.shape.heads;
         let (queries, keys) = (self.head_columns(0, h.query), self.head_columns(h.query * h.dim, h.key));
         let both = self.weights.qk_norm.as_ref();
-        both.into_iter().flat_map(move |(q, k)| [(q, queries, Slot::QueryNorm), (k, keys, Slot::KeyNorm)])
+        both.into_iter().flat_map(move |(q, k)| [(q, queries, BlockParam::QueryNorm), (k, keys, BlockParam::KeyNorm)])
     }
 
     fn attention(&self) -> Attention<'_> {
@@ -101,7 +102,7 @@ impl Block<'_> {
         let (gpu, kind, tokens, shape) = (self.gpu, self.kind, self.row.tokens, self.shape);
         let qkv = gpu.dirty(kind, tokens * shape.qkv())?;
         let n = self.norm(x, &self.weights.input_norm)?;
-        let u_qkv = self.project(0, &n, &qkv, false)?;
+        let u_qkv = self.project(LinearGroup::Qkv, &n, &qkv, false)?;
         drop(n);
         let before_norm = if keep && self.weights.qk_norm.is_some() { Some(gpu.copy(&qkv)?) } else { None };
         for (w, heads, _) in self.head_norms() {
@@ -110,18 +111,19 @@ impl Block<'_> {
         self.rotate(&qkv, Direction::Forward)?;
         let (attended, lse) = self.attention().forward(&qkv)?;
         let input = keep.then(|| gpu.copy(x)).transpose()?;
-        let u_o = self.project(1, &attended, x, true)?;
+        let u_output = self.project(LinearGroup::Output, &attended, x, true)?;
 
         let gate_up = gpu.dirty(kind, tokens * shape.gate_up())?;
         let n = self.norm(x, &self.weights.post_norm)?;
-        let u_gate_up = self.project(2, &n, &gate_up, false)?;
+        let u_gate_up = self.project(LinearGroup::GateUp, &n, &gate_up, false)?;
         drop(n);
         let y = self.swiglu(&gate_up)?;
         let middle = keep.then(|| gpu.copy(x)).transpose()?;
-        let u_down = self.project(3, &y, x, true)?;
+        let u_down = self.project(LinearGroup::Down, &y, x, true)?;
         Ok(match (input, middle) {
             (Some(x), Some(middle)) => {
-                Some(BlockTape { x, qkv, before_norm, attended, lse, middle, gate_up, low_rank: [u_qkv, u_o, u_gate_up, u_down] })
+                let low_rank = PerGroup { qkv: u_qkv, output: u_output, gate_up: u_gate_up, down: u_down };
+                Some(BlockTape { x, qkv, before_norm, attended, lse, middle, gate_up, low_rank })
             }
             _ => None,
         })
@@ -130,42 +132,43 @@ impl Block<'_> {
     /// Turns `gx` `[T, C]` from the gradient of the block's output into that of its input.
     pub fn backward(&self, tape: BlockTape, gx: &Memory, gradients: &GradientBuffers) -> Result<()> {
         let (gpu, kind, tokens) = (self.gpu, self.kind, self.row.tokens);
-        let BlockTape { x, qkv, before_norm, attended, lse, middle, gate_up, low_rank: [u_qkv, u_o, u_gate_up, u_down] } = tape;
+        let BlockTape { x, qkv, before_norm, attended, lse, middle, gate_up, low_rank } = tape;
+        let PerGroup { qkv: u_qkv, output: u_output, gate_up: u_gate_up, down: u_down } = low_rank;
         let group = |which, x: &Memory, u: Option<&Memory>, g: &Memory| self.group(which).backward(self.index, x, u, g, tokens, gradients);
         let rounded = |gx: &Memory| round(gpu, kind, gx);
 
         // Feed-forward part.
         let y = self.swiglu(&gate_up)?;
         let gy = match rounded(gx)? {
-            Some(g) => group(3, &y, u_down.as_ref(), &g)?,
-            None => group(3, &y, u_down.as_ref(), gx)?,
+            Some(g) => group(LinearGroup::Down, &y, u_down.as_ref(), &g)?,
+            None => group(LinearGroup::Down, &y, u_down.as_ref(), gx)?,
         };
         drop((y, u_down));
         ops::swiglu_backward(gpu, &gate_up, &gy, self.shape.feed_forward)?;
         drop(gy);
         let n = self.norm(&middle, &self.weights.post_norm)?;
-        let gn = group(2, &n, u_gate_up.as_ref(), &gate_up)?;
+        let gn = group(LinearGroup::GateUp, &n, u_gate_up.as_ref(), &gate_up)?;
         drop((n, gate_up, u_gate_up));
-        self.norm_backward(gx, &middle, &self.weights.post_norm, &gn, Slot::PostNorm, gradients)?;
+        self.norm_backward(gx, &middle, &self.weights.post_norm, &gn, BlockParam::PostNorm, gradients)?;
         drop((gn, middle));
 
         // Attention part.
         let go = match rounded(gx)? {
-            Some(g) => group(1, &attended, u_o.as_ref(), &g)?,
-            None => group(1, &attended, u_o.as_ref(), gx)?,
+            Some(g) => group(LinearGroup::Output, &attended, u_output.as_ref(), &g)?,
+            None => group(LinearGroup::Output, &attended, u_output.as_ref(), gx)?,
         };
         let forward = Attended { qkv: &qkv, output: &attended, lse: &lse };
         let dqkv = self.attention().backward(forward, &go)?;
-        drop((go, attended, lse, qkv, u_o));
+        drop((go, attended, lse, qkv, u_output));
         self.rotate(&dqkv, Direction::Backward)?;
         if let Some(before) = &before_norm {
             for (w, heads, slot) in self.head_norms() {
-                self.head_norm_backward(&dqkv, before, w, heads, gradients.slot(Place::Block(self.index, slot)))?;
+                self.head_norm_backward(&dqkv, before, w, heads, gradients.slot(ParamId::Block(self.index, slot)))?;
             }
         }
         let n = self.norm(&x, &self.weights.input_norm)?;
-        let gn = group(0, &n, u_qkv.as_ref(), &dqkv)?;
-        self.norm_backward(gx, &x, &self.weights.input_norm, &gn, Slot::InputNorm, gradients)
+        let gn = group(LinearGroup::Qkv, &n, u_qkv.as_ref(), &dqkv)?;
+        self.norm_backward(gx, &x, &self.weights.input_norm, &gn, BlockParam::InputNorm, gradients)
     }
 
     fn head_norm_backward(&self, g: &Memory, before: &Memory, w: &Memory, heads: HeadColumns, slot: Option<&Memory>) -> Result<()> {
@@ -179,8 +182,8 @@ impl Block<'_> {
         }
     }
 
-    fn norm_backward(&self, gx: &Memory, x: &Memory, w: &Memory, g: &Memory, slot: Slot, gradients: &GradientBuffers) -> Result<()> {
-        let slot = gradients.slot(Place::Block(self.index, slot));
+    fn norm_backward(&self, gx: &Memory, x: &Memory, w: &Memory, g: &Memory, norm: BlockParam, gradients: &GradientBuffers) -> Result<()> {
+        let slot = gradients.slot(ParamId::Block(self.index, norm));
         NormBackward { x, w, g, eps: self.eps, slot }.add_to(self.gpu, gx)
     }
 }

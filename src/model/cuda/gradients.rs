@@ -7,12 +7,12 @@ use candle_core::{Result, bail};
 
 use super::gpu::{Gpu, Memory};
 use super::kernels::Kind;
-use crate::model::gradients::Place;
+use crate::model::params::ParamId;
 
 /// One sum per tensor that is trained.
 pub struct GradientBuffers {
     gpu: Arc<Gpu>,
-    slots: HashMap<Place, Memory>,
+    slots: HashMap<ParamId, Memory>,
 }
 
 impl std::fmt::Debug for GradientBuffers {
@@ -23,13 +23,13 @@ impl std::fmt::Debug for GradientBuffers {
 
 impl GradientBuffers {
     /// Zeros for tensors of these sizes.
-    pub(super) fn new(gpu: &Arc<Gpu>, sizes: impl IntoIterator<Item = (Place, usize)>) -> Result<Self> {
-        let slots = sizes.into_iter().map(|(place, len)| Ok((place, gpu.zeros(Kind::F32, len)?))).collect::<Result<_>>()?;
+    pub(super) fn new(gpu: &Arc<Gpu>, sizes: impl IntoIterator<Item = (ParamId, usize)>) -> Result<Self> {
+        let slots = sizes.into_iter().map(|(id, len)| Ok((id, gpu.zeros(Kind::F32, len)?))).collect::<Result<_>>()?;
         Ok(GradientBuffers { gpu: gpu.clone(), slots })
     }
 
-    pub(super) fn slot(&self, place: Place) -> Option<&Memory> {
-        self.slots.get(&place)
+    pub(super) fn slot(&self, id: ParamId) -> Option<&Memory> {
+        self.slots.get(&id)
     }
 
     /// Sets all to zero.
@@ -39,11 +39,11 @@ impl GradientBuffers {
     }
 
     /// Copies a tensor's sum to the host.
-    pub fn download(&self, place: Place, to: &mut [f32]) -> Result<()> {
+    pub fn download(&self, id: ParamId, to: &mut [f32]) -> Result<()> {
         self.gpu.bind()?;
-        match self.slots.get(&place) {
+        match self.slots.get(&id) {
             Some(memory) if memory.len() == to.len() => self.gpu.download(memory, to),
-            _ => bail!("no gradient of {} elements for {place:?} is on the GPU", to.len()),
+            _ => bail!("no gradient of {} elements for {id:?} is on the GPU", to.len()),
         }
     }
 }

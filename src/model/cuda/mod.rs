@@ -33,10 +33,9 @@ use self::sizes::BlockShape;
 use self::weights::{Copies, DeviceAdapter, DeviceWeights};
 use super::adapter::Adapter;
 use super::decoder::{Keep, Policy, PreparedRow};
-use super::gradients::Place;
-use super::ops::attention::Heads;
 use super::ops::head::{HeadOptions, HeadOutput};
 use super::parameters::Parameters;
+use super::params::ParamId;
 use crate::domain::training::Precision;
 
 /// A GPU with the weights that are on it.
@@ -85,28 +84,22 @@ struct Opened<'a> {
 
 impl Opened<'_> {
     fn hidden(&self) -> usize {
-        self.policy.config.hidden_size
+        self.policy.config.spec.hidden_size
     }
 
     fn eps(&self) -> f32 {
-        self.policy.config.rms_norm_eps as f32
+        self.policy.config.spec.rms_norm_eps as f32
     }
 
     fn block<'b>(&'b self, index: usize, row: &'b DeviceRow) -> Block<'b> {
-        let config = &self.policy.config;
-        let heads = Heads {
-            query: config.num_heads,
-            key: config.num_kv_heads,
-            dim: config.head_dim,
-            window: config.sliding_window.get(index).copied().flatten().filter(|window| *window < NO_WINDOW),
-        };
-        let shape = BlockShape { hidden: self.hidden(), feed_forward: config.intermediate_size, heads, qk_norm: config.qk_norm };
+        let mut shape = BlockShape::of(self.hidden(), &self.policy.config.spec.blocks[index]);
+        shape.heads.window = shape.heads.window.filter(|window| *window < NO_WINDOW);
         let (weights, adapter) = (&self.weights.blocks[index], self.adapter.as_deref());
         Block { gpu: self.gpu, kind: self.kind, index, shape, eps: self.eps(), weights, adapter, parts: &self.parts, row }
     }
 
     fn head(&self) -> Head<'_> {
-        let (hidden, vocabulary) = (self.hidden(), self.policy.config.vocab_size);
+        let (hidden, vocabulary) = (self.hidden(), self.policy.config.spec.vocab_size);
         Head { gpu: self.gpu, kind: self.kind, weight: self.weights.head(), hidden, vocabulary }
     }
 
@@ -195,7 +188,7 @@ impl Cuda {
     }
 
     /// Zero gradients for tensors of these sizes.
-    pub fn gradients(&self, sizes: impl IntoIterator<Item = (Place, usize)>) -> Result<GradientBuffers> {
+    pub fn gradients(&self, sizes: impl IntoIterator<Item = (ParamId, usize)>) -> Result<GradientBuffers> {
         self.gpu.bind()?;
         GradientBuffers::new(&self.gpu, sizes)
     }
@@ -281,15 +274,14 @@ impl Cuda {
         };
         let (gpu, kind, width, rows) = (&self.gpu, opened.kind, opened.hidden(), on_device.targets);
         let g = gpu.upload(Kind::F32, upstream)?;
-        let place = if policy.parameters.head.is_some() { Place::Head } else { Place::Embedding };
-        if let Some(slot) = gradients.slot(place) {
+        if let Some(slot) = gradients.slot(policy.parameters.head_id()) {
             let lse = gpu.upload(Kind::F32, &lse)?;
             opened.head().weight_gradient(&normed, &on_device, &lse, &g, slot)?;
         }
         let scaled = gpu.dirty(kind, rows * width)?;
         ops::scale_rows(gpu, &scaled, &gradient, &g, width)?;
         let dh = gpu.zeros(Kind::F32, rows * width)?;
-        let slot = gradients.slot(Place::Norm);
+        let slot = gradients.slot(ParamId::Norm);
         let norm = NormBackward { x: &before_norm, w: &opened.weights.norm, g: &scaled, eps: opened.eps(), slot };
         norm.add_to(gpu, &dh)?;
         drop((gradient, scaled, before_norm, normed));
@@ -307,7 +299,7 @@ impl Cuda {
             };
             block.backward(tape, &gx, gradients)?;
         }
-        if let Some(slot) = gradients.slot(Place::Embedding) {
+        if let Some(slot) = gradients.slot(ParamId::Embedding) {
             Scatter::new(gpu, &row.row().ids)?.add(gpu, slot, &gx, width)?;
         }
         Ok(())

@@ -12,7 +12,7 @@ use super::gradients::GradientBuffers;
 use super::kernels::Kind;
 use super::ops::{self, Columns};
 use super::weights::{GroupWeights, LowRankGroup};
-use crate::model::gradients::{Place, Slot};
+use crate::model::params::{BlockParam, ParamId};
 
 /// A group of a block.
 #[derive(Clone, Copy)]
@@ -74,11 +74,11 @@ impl Group<'_> {
         }
         for m in &w.members {
             let g_m = g.matrix_at(m.column, w.output);
-            if let Some(slot) = gradients.slot(Place::Block(block, Slot::Weight(m.index))) {
+            if let Some(slot) = gradients.slot(ParamId::Block(block, BlockParam::Weight(m.index))) {
                 gpu.matmul([m.out, w.input, tokens], g_m.t(), x.matrix(w.input), slot.matrix(w.input), 1.0, 1.0)?;
             }
             if m.bias.is_some()
-                && let Some(slot) = gradients.slot(Place::Block(block, Slot::Bias(m.index)))
+                && let Some(slot) = gradients.slot(ParamId::Block(block, BlockParam::Bias(m.index)))
             {
                 ops::column_sum(gpu, slot, Columns { matrix: g, stride: w.output, first: m.column, count: m.out })?;
             }
@@ -103,10 +103,10 @@ impl Group<'_> {
             let Some((b, rank, column)) = *b else { continue };
             let (g_m, v_m) = (g.matrix_at(m.column, w.output), v.matrix_at(column, ranks));
             gpu.matmul([tokens, rank, m.out], g_m, adapter.matrices.matrix_at(b, rank), v_m, scale, 0.0)?;
-            if let Some(slot) = gradients.slot(Place::Block(block, Slot::LoraA(m.index))) {
+            if let Some(slot) = gradients.slot(ParamId::Block(block, BlockParam::LoraA(m.index))) {
                 gpu.matmul([rank, w.input, tokens], v_m.t(), x.matrix(w.input), slot.matrix(w.input), 1.0, 1.0)?;
             }
-            if let Some(slot) = gradients.slot(Place::Block(block, Slot::LoraB(m.index))) {
+            if let Some(slot) = gradients.slot(ParamId::Block(block, BlockParam::LoraB(m.index))) {
                 gpu.matmul([m.out, rank, tokens], g_m.t(), u.matrix_at(column, ranks), slot.matrix(rank), scale, 1.0)?;
             }
         }

@@ -5,6 +5,7 @@
 //! estimate is the same arithmetic in every build.
 
 use crate::model::ops::attention::Heads;
+use crate::model::spec::{Activation, BlockSpec, FeedForward, Mixer, Norms, QkNorm};
 
 /// Bytes of an f32.
 const F32: usize = 4;
@@ -27,6 +28,22 @@ pub struct BlockShape {
 }
 
 impl BlockShape {
+    /// Returns the shape of a block of a model whose residual stream is `hidden` wide.
+    pub fn of(hidden: usize, block: &BlockSpec) -> Self {
+        let BlockSpec {
+            mixer: Mixer::Attention(attention),
+            mixer_norms: Norms::Pre,
+            feed_forward: FeedForward::Gated { width: feed_forward, activation: Activation::Silu, bias: _ },
+            feed_forward_norms: Norms::Pre,
+        } = *block;
+        let qk_norm = match attention.qk_norm {
+            QkNorm::Absent => false,
+            QkNorm::PerHead => true,
+        };
+        let heads = Heads { query: attention.heads, key: attention.kv_heads, dim: attention.head_dim, window: attention.window };
+        BlockShape { hidden, feed_forward, heads, qk_norm }
+    }
+
     /// `[q | k | v]`, and their gradient.
     pub fn qkv(&self) -> usize {
         self.heads.row()

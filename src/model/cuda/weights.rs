@@ -1,5 +1,6 @@
-//! Weights on the device: matrices in the pass's precision, projections of one input stacked, norms and biases in f32. Copies are made when a policy
-//! is first used and kept while its weights live on the host.
+//! Weights on the device: matrices in the pass's precision, linear layers of one input stacked,
+//! norms and biases in f32. Copies are made when a policy is first used and kept while its weights
+//! live on the host.
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -9,23 +10,20 @@ use half::slice::HalfFloatSliceExt;
 
 use super::gpu::{Gpu, Matrix, Memory};
 use super::kernels::Kind;
-use crate::model::adapter::{Adapter, LowRank};
+use crate::model::adapter::Adapter;
 use crate::model::ops::Held;
 use crate::model::ops::gemm::Elements;
 use crate::model::ops::team;
-use crate::model::parameters::{Parameters, Projection, projection};
-
-/// Projections that share their input: `[q | k | v]`, `o`, `[gate | up]`, `down`.
-pub(super) const GROUPS: [&[usize]; 4] =
-    [&[projection::Q, projection::K, projection::V], &[projection::O], &[projection::GATE, projection::UP], &[projection::DOWN]];
+use crate::model::parameters::Parameters;
+use crate::model::params::{BlockParam, Linear, LinearGroup, ParamId, PerGroup};
 
 /// Elements: a matrix of an adapter begins at a multiple of them.
 const ALIGNMENT: usize = 64;
 
 /// One of a group.
 pub(super) struct Member {
-    /// Which projection of the block.
-    pub index: usize,
+    /// Which linear layer of the block.
+    pub index: Linear,
     pub out: usize,
     /// Its first row in the stacked weight, its first column in the joint output.
     pub column: usize,
@@ -46,7 +44,7 @@ pub(super) struct BlockWeights {
     pub input_norm: Memory,
     pub post_norm: Memory,
     pub qk_norm: Option<(Memory, Memory)>,
-    pub groups: [GroupWeights; 4],
+    pub groups: PerGroup<GroupWeights>,
 }
 
 /// All of a decoder's.
@@ -59,23 +57,25 @@ pub(super) struct DeviceWeights {
 
 impl DeviceWeights {
     fn upload(gpu: &Arc<Gpu>, kind: Kind, p: &Parameters) -> Result<Self> {
-        let block = |b: &crate::model::parameters::Block| {
-            let group = |indices: &[usize]| GroupWeights::upload(gpu, kind, &b.projections, indices);
+        let block = |index| {
+            let norm = |param| tensor(gpu, Kind::F32, p.tensor(ParamId::Block(index, param))?);
+            let has_head_norms = p.get(ParamId::Block(index, BlockParam::QueryNorm)).is_some();
+            let group = |group: LinearGroup| GroupWeights::upload(gpu, kind, p, index, group);
             Ok::<_, candle_core::Error>(BlockWeights {
-                input_norm: tensor(gpu, Kind::F32, &b.input_norm)?,
-                post_norm: tensor(gpu, Kind::F32, &b.post_norm)?,
-                qk_norm: match &b.qk_norm {
-                    Some((q, k)) => Some((tensor(gpu, Kind::F32, q)?, tensor(gpu, Kind::F32, k)?)),
-                    None => None,
+                input_norm: norm(BlockParam::InputNorm)?,
+                post_norm: norm(BlockParam::PostNorm)?,
+                qk_norm: match has_head_norms {
+                    true => Some((norm(BlockParam::QueryNorm)?, norm(BlockParam::KeyNorm)?)),
+                    false => None,
                 },
-                groups: [group(GROUPS[0])?, group(GROUPS[1])?, group(GROUPS[2])?, group(GROUPS[3])?],
+                groups: PerGroup::build(group)?,
             })
         };
         Ok(DeviceWeights {
-            embed: tensor(gpu, kind, &p.embed)?,
-            blocks: p.blocks.iter().map(block).collect::<Result<_>>()?,
-            norm: tensor(gpu, Kind::F32, &p.norm)?,
-            head: p.head.as_ref().map(|t| tensor(gpu, kind, t)).transpose()?,
+            embed: tensor(gpu, kind, p.tensor(ParamId::Embedding)?)?,
+            blocks: (0..p.num_blocks()).map(block).collect::<Result<_>>()?,
+            norm: tensor(gpu, Kind::F32, p.tensor(ParamId::Norm)?)?,
+            head: p.get(ParamId::Head).map(|t| tensor(gpu, kind, t)).transpose()?,
         })
     }
 
@@ -86,16 +86,17 @@ impl DeviceWeights {
 }
 
 impl GroupWeights {
-    fn upload(gpu: &Arc<Gpu>, kind: Kind, projections: &[Projection], indices: &[usize]) -> Result<Self> {
-        let (mut members, mut output, mut input) = (Vec::new(), 0, 0);
-        for &index in indices {
-            let p = &projections[index];
+    fn upload(gpu: &Arc<Gpu>, kind: Kind, parameters: &Parameters, block: usize, group: LinearGroup) -> Result<Self> {
+        let (mut members, mut weights, mut output, mut input) = (Vec::new(), Vec::new(), 0, 0);
+        for &index in group.members() {
+            let p = parameters.linear(block, index)?;
             let (out, width) = p.weight.dims2()?;
-            let bias = p.bias.as_ref().map(|b| tensor(gpu, Kind::F32, b)).transpose()?;
+            let bias = p.bias.map(|b| tensor(gpu, Kind::F32, b)).transpose()?;
             members.push(Member { index, out, column: output, bias });
+            weights.push(p.weight);
             (output, input) = (output + out, width);
         }
-        let weight = stack(gpu, kind, indices.iter().map(|i| &projections[*i].weight))?;
+        let weight = stack(gpu, kind, weights.into_iter())?;
         Ok(GroupWeights { weight, members, input, output })
     }
 }
@@ -113,7 +114,7 @@ pub(super) struct GroupAdapter {
 /// matrix's bytes do.
 pub(super) struct BlockAdapter {
     pub matrices: Memory,
-    pub groups: [GroupAdapter; 4],
+    pub groups: PerGroup<GroupAdapter>,
 }
 
 /// An adapter.
@@ -124,19 +125,12 @@ pub(super) struct DeviceAdapter {
 
 impl DeviceAdapter {
     fn upload(gpu: &Arc<Gpu>, kind: Kind, adapter: &Adapter) -> Result<Self> {
-        let blocks = &adapter.blocks;
-        let gathered = team::map(blocks.len(), |i| {
+        let gathered = team::map(adapter.num_blocks(), |block| {
             let mut pieces = Pieces::default();
-            let [qkv, o, gate_up, down] = GROUPS;
-            let groups = [
-                pieces.group(&blocks[i], qkv)?,
-                pieces.group(&blocks[i], o)?,
-                pieces.group(&blocks[i], gate_up)?,
-                pieces.group(&blocks[i], down)?,
-            ];
+            let groups = PerGroup::build(|group| pieces.group(adapter, block, group))?;
             Ok::<_, candle_core::Error>((pieces.gather(kind)?, groups))
         });
-        let block = |gathered: Result<(Gathered, [GroupAdapter; 4])>| {
+        let block = |gathered: Result<(Gathered, PerGroup<GroupAdapter>)>| {
             let (values, groups) = gathered?;
             let matrices = match values {
                 Gathered::F32(v) => gpu.upload(kind, &v)?,
@@ -158,9 +152,9 @@ pub(super) struct LowRankGroup<'a> {
 
 impl DeviceAdapter {
     /// The part of a group.
-    pub fn group(&self, block: usize, which: usize) -> LowRankGroup<'_> {
+    pub fn group(&self, block: usize, which: LinearGroup) -> LowRankGroup<'_> {
         let block = &self.blocks[block];
-        LowRankGroup { matrices: &block.matrices, group: &block.groups[which], scale: self.scale }
+        LowRankGroup { matrices: &block.matrices, group: block.groups.get(which), scale: self.scale }
     }
 }
 
@@ -196,11 +190,12 @@ impl<'a> Pieces<'a> {
         self.len += t.elem_count();
     }
 
-    fn group(&mut self, block: &'a [Option<LowRank>], indices: &[usize]) -> Result<GroupAdapter> {
+    fn group(&mut self, adapter: &'a Adapter, block: usize, group: LinearGroup) -> Result<GroupAdapter> {
         let (a, mut b, mut ranks) = (self.align(), Vec::new(), 0);
-        indices.iter().filter_map(|i| block[*i].as_ref()).for_each(|l| self.place(&l.a));
-        for &i in indices {
-            b.push(match &block[i] {
+        let members = group.members();
+        members.iter().filter_map(|linear| adapter.get(block, *linear)).for_each(|l| self.place(&l.a));
+        for &linear in members {
+            b.push(match adapter.get(block, linear) {
                 Some(low_rank) => {
                     let (rank, at) = (low_rank.a.dim(0)?, self.align());
                     self.place(&low_rank.b);

@@ -21,12 +21,12 @@ fn open(name: &str) -> LoadedModel {
 
 /// Writes a model's own weights.
 fn save(dir: &Path, model: &LoadedModel, adapter: Option<&Adapter>, layout: Layout) -> Result<(), ModelError> {
-    let read = |name: &str, shape: &[usize]| model.weights.load(name, shape, Precision::F32);
+    let read = |param: &ParamSpec| model.weights.load(param, Precision::F32);
     save_merged(dir, &model.config, adapter, layout, &read)
 }
 
-fn values(weights: &Weights, name: &str, shape: &[usize]) -> Vec<f32> {
-    weights.load(name, shape, Precision::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+fn values(weights: &Weights, param: &ParamSpec) -> Vec<f32> {
+    weights.load(param, Precision::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
 fn json_file(dir: &Path, name: &str) -> Value {
@@ -36,9 +36,8 @@ fn json_file(dir: &Path, name: &str) -> Value {
 #[test]
 fn tensors_are_divided_as_huggingface_hub_divides_them() {
     let sizes = |given: &[usize], limit: u64| -> Vec<Vec<usize>> {
-        let tensors: Vec<Named> = given.iter().map(|n| (n.to_string(), vec![*n])).collect();
-        let layout = Layout { dtype: ElementType::F16, shard_bytes: 2 * limit };
-        split(&tensors, layout).iter().map(|shard| shard.iter().map(|t| t.1[0]).collect()).collect()
+        let bytes = |elements: &usize| 2 * *elements as u64;
+        split(given, bytes, 2 * limit).iter().map(|shard| shard.iter().map(|n| **n).collect()).collect()
     };
     // The example of `split_state_dict_into_shards_factory`, and a tensor above the limit.
     assert_eq!(sizes(&[6, 6, 2, 6, 2, 2], 10), [vec![6], vec![6, 2], vec![6, 2, 2]]);
@@ -53,9 +52,9 @@ fn shards_hold_every_tensor_once_and_the_index_finds_them() {
     save(dir.path(), &model, None, layout).unwrap();
     assert!(!dir.path().join(WEIGHTS_FILE).exists());
     let index = json_file(dir.path(), INDEX_FILE);
-    let shapes = model.config.tensor_shapes();
+    let table = params(&model.config.spec);
     let map = index["weight_map"].as_object().unwrap();
-    assert_eq!(map.len(), shapes.len());
+    assert_eq!(map.len(), table.len());
     let parameters = model.config.parameter_count();
     assert_eq!(index["metadata"], json!({"total_parameters": parameters, "total_size": 4 * parameters}));
     let files: std::collections::BTreeSet<&str> = map.values().map(|v| v.as_str().unwrap()).collect();
@@ -65,8 +64,8 @@ fn shards_hold_every_tensor_once_and_the_index_finds_them() {
     }
     // The model itself reads them back.
     let again = Weights::open_folder(dir.path()).unwrap();
-    for (name, shape) in &shapes {
-        assert_eq!(values(&again, name, shape), values(&model.weights, name, shape), "{name}");
+    for param in &table {
+        assert_eq!(values(&again, param), values(&model.weights, param), "{}", param.name());
     }
 }
 
@@ -88,13 +87,14 @@ fn a_merge_is_rounded_once() {
     let written = Weights::open_safetensors(&dir.path().join(WEIGHTS_FILE)).unwrap();
     assert_eq!(written.element_type(), ElementType::Bf16);
     let (mut changed, mut otherwise) = (0, 0);
-    for (name, shape) in model.config.tensor_shapes() {
-        let base = values(&model.weights, &name, &shape);
-        let update = low_rank(&adapter, &name).map(|l| {
+    for param in params(&model.config.spec) {
+        let (name, shape) = (param.name(), &param.shape);
+        let base = values(&model.weights, &param);
+        let update = low_rank(&adapter, param.id).map(|l| {
             let (a, b): (Vec<Vec<f32>>, Vec<Vec<f32>>) = (l.a.to_vec2().unwrap(), l.b.to_vec2().unwrap());
             (a, b, adapter.config.scale())
         });
-        let got = values(&written, &name, &shape);
+        let got = values(&written, &param);
         for (i, w) in base.iter().enumerate() {
             let added = match &update {
                 Some((a, b, scale)) => {
@@ -120,9 +120,9 @@ fn a_merge_is_rounded_once() {
 fn a_value_beyond_f16_is_refused_by_its_tensor() {
     let (model, dir) = (open("models/llama"), tempfile::tempdir().unwrap());
     let layout = |dtype| Layout { dtype, shard_bytes: SHARD_BYTES };
-    let read = |name: &str, shape: &[usize]| -> Result<Tensor, ModelError> {
-        let value = if name == "model.norm.weight" { 7e4f32 } else { 1.0 };
-        Ok(Tensor::full(value, shape, &Device::Cpu)?)
+    let read = |param: &ParamSpec| -> Result<Tensor, ModelError> {
+        let value = if param.name() == "model.norm.weight" { 7e4f32 } else { 1.0 };
+        Ok(Tensor::full(value, param.shape.as_slice(), &Device::Cpu)?)
     };
     let e = save_merged(dir.path(), &model.config, None, layout(ElementType::F16), &read).unwrap_err().to_string();
     assert!(e.contains("'model.norm.weight'") && e.contains("70000") && e.contains("bf16"), "{e}");

@@ -1,4 +1,4 @@
-//! GGUF tensors, dequantised one at a time and given their Hugging Face names and layout.
+//! GGUF tensors, dequantised one at a time and given their Hugging Face layout.
 
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
@@ -8,17 +8,18 @@ use candle_core::quantized::GgmlDType;
 use candle_core::quantized::ggml_file::qtensor_from_ggml;
 use candle_core::{DType, Device, Tensor};
 
-use crate::model::config::{Architecture, ModelConfig};
+use crate::model::config::ModelConfig;
 use crate::model::error::ModelError;
 use crate::model::gguf::{Gguf, TensorEntries, TensorEntry};
+use crate::model::params::ParamSpec;
 use crate::model::weights::stored::{Check, ElementType, StoredAs};
 
 /// An opened GGUF file with what its names and layout mean.
 #[derive(Debug)]
 pub(in crate::model) struct GgufWeights {
     gguf: Gguf,
-    /// (query heads, key heads) when Q and K are stored in ggml's interleaved order.
-    interleaved: Option<(usize, usize)>,
+    /// Whether Q and K are stored in ggml's interleaved order.
+    is_interleaved: bool,
     /// Reads share one file position.
     lock: Mutex<()>,
 }
@@ -27,22 +28,21 @@ pub(in crate::model) struct GgufWeights {
 #[derive(Clone, Debug)]
 pub(super) struct GgufDirectory {
     tensors: TensorEntries,
-    interleaved: Option<(usize, usize)>,
+    is_interleaved: bool,
 }
 
 impl GgufDirectory {
     /// Opens the file as it is now.
     pub fn open(&self, path: &Path) -> Result<GgufWeights, ModelError> {
         let gguf = Gguf::reopen(path, self.tensors.clone())?;
-        Ok(GgufWeights { gguf, interleaved: self.interleaved, lock: Mutex::new(()) })
+        Ok(GgufWeights { gguf, is_interleaved: self.is_interleaved, lock: Mutex::new(()) })
     }
 }
 
 impl GgufWeights {
     pub fn new(gguf: Gguf, config: &ModelConfig) -> Self {
-        let interleaved =
-            matches!(config.architecture, Architecture::Llama | Architecture::Mistral).then_some((config.num_heads, config.num_kv_heads));
-        GgufWeights { gguf, interleaved, lock: Mutex::new(()) }
+        let is_interleaved = config.architecture.family().is_interleaved_in_gguf;
+        GgufWeights { gguf, is_interleaved, lock: Mutex::new(()) }
     }
 
     /// The stored tensors' names, as llama.cpp spells them.
@@ -52,20 +52,17 @@ impl GgufWeights {
 
     /// Returns what is needed to open the file again.
     pub(super) fn directory(&self) -> GgufDirectory {
-        GgufDirectory { tensors: self.gguf.entries(), interleaved: self.interleaved }
+        GgufDirectory { tensors: self.gguf.entries(), is_interleaved: self.is_interleaved }
     }
 
     /// As f32. `check` gets the file and the tensor's bytes before they are dequantised.
-    pub fn load(&self, name: &str, check: &Check) -> Result<Option<Tensor>, ModelError> {
-        let Some(stored) = gguf_name(name) else { return Ok(None) };
-        let Some(entry) = self.gguf.tensor(&stored) else { return Ok(None) };
+    pub fn load(&self, param: &ParamSpec, check: &Check) -> Result<Option<Tensor>, ModelError> {
+        let Some(entry) = self.gguf.tensor(&param.gguf.name) else { return Ok(None) };
         let tensor = self.dequantise(entry, check)?;
-        let heads = match (self.interleaved, name) {
-            (Some((q, _)), n) if n.contains(".q_proj.") => q,
-            (Some((_, k)), n) if n.contains(".k_proj.") => k,
-            _ => return Ok(Some(tensor)),
-        };
-        Ok(Some(deinterleave(&tensor, heads)?))
+        match param.rotated_heads.filter(|_| self.is_interleaved) {
+            Some(heads) => Ok(Some(deinterleave(&tensor, heads)?)),
+            None => Ok(Some(tensor)),
+        }
     }
 
     fn dequantise(&self, entry: &TensorEntry, check: &Check) -> Result<Tensor, ModelError> {
@@ -121,33 +118,6 @@ fn deinterleave(t: &Tensor, heads: usize) -> Result<Tensor, ModelError> {
     Ok(t.reshape((heads, half, 2, width))?.transpose(1, 2)?.contiguous()?.reshape(t.shape())?)
 }
 
-/// llama.cpp's name for a tensor.
-pub(super) fn gguf_name(name: &str) -> Option<String> {
-    match name {
-        "model.embed_tokens.weight" => return Some("token_embd.weight".into()),
-        "model.norm.weight" => return Some("output_norm.weight".into()),
-        "lm_head.weight" => return Some("output.weight".into()),
-        _ => {}
-    }
-    let (block, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
-    let (module, kind) = rest.rsplit_once('.')?;
-    let stored = match module {
-        "input_layernorm" => "attn_norm",
-        "post_attention_layernorm" => "ffn_norm",
-        "self_attn.q_proj" => "attn_q",
-        "self_attn.k_proj" => "attn_k",
-        "self_attn.v_proj" => "attn_v",
-        "self_attn.o_proj" => "attn_output",
-        "self_attn.q_norm" => "attn_q_norm",
-        "self_attn.k_norm" => "attn_k_norm",
-        "mlp.gate_proj" => "ffn_gate",
-        "mlp.up_proj" => "ffn_up",
-        "mlp.down_proj" => "ffn_down",
-        _ => return None,
-    };
-    Some(format!("blk.{block}.{stored}.{kind}"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -158,12 +128,5 @@ mod tests {
         let stored = Tensor::from_vec(vec![0f32, 2.0, 1.0, 3.0], (4, 1), &Device::Cpu).unwrap();
         let got: Vec<f32> = deinterleave(&stored, 1).unwrap().flatten_all().unwrap().to_vec1().unwrap();
         assert_eq!(got, [0.0, 1.0, 2.0, 3.0]);
-    }
-
-    #[test]
-    fn names_are_those_of_llama_cpp() {
-        assert_eq!(gguf_name("model.layers.3.mlp.up_proj.weight").unwrap(), "blk.3.ffn_up.weight");
-        assert_eq!(gguf_name("model.layers.0.self_attn.k_proj.bias").unwrap(), "blk.0.attn_k.bias");
-        assert_eq!(gguf_name("something.else"), None);
     }
 }

@@ -8,6 +8,7 @@ use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use super::*;
 use crate::model::gguf::Gguf;
 use crate::model::loader::load_model;
+use crate::model::params::params;
 use crate::model::source::HubOptions;
 
 const NORM: &str = "model.norm.weight";
@@ -25,6 +26,10 @@ struct Case {
     names: Vec<String>,
 }
 
+fn param(config: &ModelConfig, name: &str) -> ParamSpec {
+    params(&config.spec).into_iter().find(|param| param.name() == name).unwrap()
+}
+
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models").join(name)
 }
@@ -39,7 +44,7 @@ fn safetensors() -> Case {
     let model = load_model(None, folder.path().to_str().unwrap(), &HubOptions::default()).unwrap();
     let Kind::Safetensors(stored) = &model.weights.kind else { panic!("it is safetensors") };
     let (file, offset) = stored.place(NORM);
-    let names = model.config.tensor_shapes().into_iter().map(|(name, _)| name).collect();
+    let names = params(&model.config.spec).iter().map(|param| param.name().to_owned()).collect();
     Case { folder, config: model.config, weights: model.weights, file, name: NORM, offset, names }
 }
 
@@ -47,9 +52,8 @@ fn safetensors() -> Case {
 fn gguf() -> Case {
     let folder = tempfile::tempdir().unwrap();
     let model = load_model(None, golden("llama").to_str().unwrap(), &HubOptions::default()).unwrap();
-    let shapes: HashMap<String, Vec<usize>> = model.config.tensor_shapes().into_iter().collect();
     let stored = |name: &str| {
-        let tensor = model.weights.load(name, &shapes[name], Precision::F32).unwrap();
+        let tensor = model.weights.load(&param(&model.config, name), Precision::F32).unwrap();
         QTensor::quantize(&tensor, GgmlDType::F32).unwrap()
     };
     let (norm, queries) = (stored(NORM), stored(QUERIES));
@@ -66,8 +70,7 @@ fn gguf() -> Case {
 
 impl Case {
     fn load(&self, weights: &Weights, name: &str) -> Result<Vec<f32>, ModelError> {
-        let shapes: HashMap<String, Vec<usize>> = self.config.tensor_shapes().into_iter().collect();
-        Ok(weights.load(name, &shapes[name], Precision::F32)?.flatten_all()?.to_vec1()?)
+        Ok(weights.load(&param(&self.config, name), Precision::F32)?.flatten_all()?.to_vec1()?)
     }
 
     fn load_all(&self, weights: &Weights) -> Vec<Vec<f32>> {
@@ -79,9 +82,8 @@ impl Case {
         let mut weights = std::mem::replace(&mut self.weights, Weights::open_folder(&golden("llama")).unwrap());
         let wanted = self.load_all(&weights);
         weights.record_digests();
-        let shapes: HashMap<String, Vec<usize>> = self.config.tensor_shapes().into_iter().collect();
         for name in &self.names {
-            weights.load(name, &shapes[name], Precision::Bf16).unwrap();
+            weights.load(&param(&self.config, name), Precision::Bf16).unwrap();
         }
         (weights.files(), wanted)
     }

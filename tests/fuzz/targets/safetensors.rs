@@ -3,6 +3,7 @@
 
 use bradley::domain::training::Precision;
 use bradley::model::config::ModelConfig;
+use bradley::model::params::params;
 use bradley::model::peft;
 use bradley::model::weights::Weights;
 use libfuzzer_sys::fuzz_target;
@@ -17,8 +18,8 @@ fuzz_target!(|data: &[u8]| {
     std::fs::write(dir.path().join(peft::WEIGHTS_FILE), data).unwrap();
     let _ = peft::load(dir.path(), &config);
     if let Ok(weights) = Weights::open_safetensors(&dir.path().join(peft::WEIGHTS_FILE)) {
-        for (name, shape) in config.tensor_shapes() {
-            let _ = weights.load(&name, &shape, Precision::Bf16);
+        for param in params(&config.spec) {
+            let _ = weights.load(&param, Precision::Bf16);
         }
         let _ = weights.fingerprint();
     }
