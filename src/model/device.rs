@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use super::backend::PolicyView;
 use super::cuda::Cuda;
-use super::decoder::Policy;
+pub use super::error::{OutOfMemory, is_out_of_memory};
 use super::ops::buffer::Buffer;
 use super::ops::gemm::Kernel;
 use crate::domain::training::Precision;
@@ -58,22 +59,6 @@ impl std::fmt::Display for DeviceChoice {
             DeviceChoice::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
             DeviceChoice::Auto => f.write_str("auto"),
         }
-    }
-}
-
-/// An operation failed because the device has too little free memory.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct OutOfMemory(pub String);
-
-/// Returns whether an operation of a pass failed with [`OutOfMemory`]. The reason travels in the error, because several threads use a device: what one
-/// of them ran into is not the others'.
-pub fn is_out_of_memory(e: &candle_core::Error) -> bool {
-    use candle_core::Error;
-    match e {
-        Error::Cuda(e) => e.is::<OutOfMemory>(),
-        Error::Context { inner, .. } | Error::WithPath { inner, .. } | Error::WithBacktrace { inner, .. } => is_out_of_memory(inner),
-        _ => false,
     }
 }
 
@@ -163,7 +148,7 @@ impl ComputeDevice {
     }
 
     /// Tells that a policy's own weights were changed in place.
-    pub fn changed(&self, policy: &Policy) {
+    pub fn changed(&self, policy: PolicyView<'_>) {
         if let ComputeDevice::Cuda(cuda) = self {
             cuda.changed(policy);
         }
@@ -191,16 +176,6 @@ impl ComputeDevice {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_error_says_whether_memory_ran_out() {
-        let full = || candle_core::Error::Cuda(Box::new(OutOfMemory("the GPU is out of memory".into())));
-        assert!(is_out_of_memory(&full()));
-        assert!(is_out_of_memory(&full().bt()));
-        assert!(is_out_of_memory(&full().context("block 3")));
-        assert_eq!(full().to_string(), "the GPU is out of memory");
-        assert!(!is_out_of_memory(&candle_core::Error::Msg("the GPU is out of memory".into())));
-    }
 
     #[test]
     fn devices_have_names() {

@@ -1,9 +1,11 @@
 //! Model configuration, the decoder, its ops, tokenisation, chat templates, weight loading and adapters.
 
 pub mod adapter;
+pub mod backend;
 pub mod block;
 pub mod chat;
 pub mod config;
+pub mod cpu;
 // Without the feature, the types of `cuda` have no values.
 #[cfg_attr(not(feature = "cuda"), path = "cuda/absent.rs")]
 pub mod cuda;
@@ -20,10 +22,12 @@ pub mod loader;
 pub mod ops;
 pub mod parameters;
 pub mod params;
+pub mod pass;
 pub mod peft;
 mod projections;
 mod ranges;
 pub mod rope;
+pub mod row;
 pub mod source;
 pub mod spec;
 pub mod tokenizer;

@@ -145,12 +145,12 @@ impl Gradients {
     }
 
     /// Runs a pass on the policy's GPU with the sums there.
-    pub(super) fn on_device(&mut self, policy: &Policy, pass: impl FnOnce(&Cuda, &GradientBuffers) -> Result<()>) -> Result<()> {
+    pub(super) fn on_device(&mut self, policy: &Policy, pass: impl FnOnce(&Cuda, &mut GradientBuffers) -> Result<()>) -> Result<()> {
         let ComputeDevice::Cuda(cuda) = &policy.device else { bail!("the policy is not on a GPU") };
         if self.device.is_none() {
             self.device = Some(cuda.gradients(self.index.iter().map(|(id, i)| (*id, self.values[*i].len())))?);
         }
-        match &self.device {
+        match &mut self.device {
             Some(sums) => pass(cuda, sums),
             None => bail!("the GPU has no gradients"),
         }

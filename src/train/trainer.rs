@@ -437,7 +437,7 @@ impl Trainer {
         let lr = self.learning_rate();
         let vars: Vec<_> = self.policy.trainables.iter().map(|t| (&t.var, t.decay)).collect();
         self.optimizer.step(o, lr, clip, &vars, self.gradients[0].values())?;
-        self.policy.policy.devices().for_each(|device| device.changed(&self.policy.policy));
+        self.policy.policy.devices().for_each(|device| device.changed(self.policy.policy.view()));
         self.state.window.step(norm, lr);
         self.state.step += 1;
         if let Some(sync) = self.spec.dpo.reference_sync

@@ -10,9 +10,10 @@ use std::sync::Arc;
 use candle_core::{Error, Result};
 
 use crate::domain::training::Precision;
-use crate::model::decoder::{Keep, Policy, PreparedRow};
+use crate::model::backend::{Keep, PolicyView};
 use crate::model::ops::head::HeadOutput;
 use crate::model::params::ParamId;
+use crate::model::row::PreparedRow;
 
 /// A GPU; never opened in this build.
 #[derive(Debug)]
@@ -81,7 +82,7 @@ impl Cuda {
     }
 
     /// Tells that a policy's own weights were changed in place.
-    pub fn changed(&self, _policy: &Policy) {
+    pub fn changed(&self, _policy: PolicyView<'_>) {
         match *self {}
     }
 
@@ -95,26 +96,33 @@ impl Cuda {
         match *self {}
     }
 
-    /// Computes the log-probs of the row's completion tokens.
-    pub fn log_probs(&self, _policy: &Policy, _row: &PreparedRow, _pause: &mut dyn FnMut()) -> Result<Vec<f32>> {
+    /// Returns the log-probs of the row's completion tokens.
+    pub fn log_probs(&self, _policy: PolicyView<'_>, _row: &PreparedRow, _yield_point: &mut dyn FnMut()) -> Result<Vec<f32>> {
         match *self {}
     }
 
     /// Runs the row forward.
-    pub fn forward(&self, _policy: &Policy, _row: &PreparedRow, _keep: Keep, _pause: &mut dyn FnMut()) -> Result<(HeadOutput, DeviceTape)> {
+    pub fn forward(&self, _policy: PolicyView<'_>, _row: &PreparedRow, _keep: Keep, _yield_point: &mut dyn FnMut()) -> Result<DeviceTape> {
         match *self {}
     }
 
     /// Runs the row backward.
     pub fn backward(
         &self,
-        _policy: &Policy,
+        _policy: PolicyView<'_>,
         _row: &PreparedRow,
         _tape: DeviceTape,
         _upstream: &[f32],
-        _gradients: &GradientBuffers,
-        _pause: &mut dyn FnMut(),
+        _gradients: &mut GradientBuffers,
+        _yield_point: &mut dyn FnMut(),
     ) -> Result<()> {
+        match *self {}
+    }
+}
+
+impl DeviceTape {
+    /// Returns what came out of the head.
+    pub fn output(&self) -> &HeadOutput {
         match *self {}
     }
 }

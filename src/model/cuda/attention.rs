@@ -4,11 +4,13 @@ use std::sync::Arc;
 
 use candle_core::Result;
 
+use super::backend::CudaBackend;
 use super::gpu::{Gpu, Memory};
 use super::kernels::Kind;
 use super::ops::{self, AttentionBackward, AttentionTiles};
 use super::row::DeviceRow;
 use super::sizes::BlockShape;
+use crate::model::backend::Attended;
 
 /// Attention of a block on a row.
 #[derive(Clone, Copy)]
@@ -19,34 +21,24 @@ pub(super) struct Attention<'a> {
     pub row: &'a DeviceRow,
 }
 
-/// What the backward pass needs of the forward pass.
-pub(super) struct Attended<'a> {
-    /// `[T, (H + 2K)·D]`
-    pub qkv: &'a Memory,
-    /// `[T, H·D]`
-    pub output: &'a Memory,
-    /// `[T, H]`
-    pub lse: &'a Memory,
-}
-
 impl Attention<'_> {
     fn over<'a>(&'a self, tiles: &'a Memory) -> AttentionTiles<'a> {
         AttentionTiles { heads: self.shape.heads, tiles, positions: &self.row.positions }
     }
 
-    /// Returns the output `[T, H·D]` and the log-sum-exps `[T, H]`.
-    pub fn forward(&self, qkv: &Memory) -> Result<(Memory, Memory)> {
+    /// Computes attention, given `qkv` `[T, (H + 2K)·D]`.
+    pub fn forward(&self, qkv: &Memory) -> Result<Attended<CudaBackend>> {
         let (gpu, tokens, shape) = (self.gpu, self.row.tokens, self.shape);
         let output = gpu.dirty(self.kind, tokens * shape.attended())?;
-        let lse = gpu.dirty(Kind::F32, tokens * shape.log_sum_exps())?;
-        ops::attention(gpu, &output, &lse, qkv, self.over(&self.row.tiles))?;
-        Ok((output, lse))
+        let log_sum_exp = gpu.dirty(Kind::F32, tokens * shape.log_sum_exps())?;
+        ops::attention(gpu, &output, &log_sum_exp, qkv, self.over(&self.row.tiles))?;
+        Ok(Attended { output, log_sum_exp })
     }
 
     /// Returns the gradient of `qkv`, given that of the output, `dout`.
-    pub fn backward(&self, forward: Attended<'_>, dout: &Memory) -> Result<Memory> {
+    pub fn backward(&self, qkv: &Memory, attended: &Attended<CudaBackend>, dout: &Memory) -> Result<Memory> {
         let (gpu, kind, tokens, shape) = (self.gpu, self.kind, self.row.tokens, self.shape);
-        let Attended { qkv, output, lse } = forward;
+        let Attended { output, log_sum_exp: lse } = attended;
         let delta = gpu.dirty(Kind::F32, tokens * shape.log_sum_exps())?;
         ops::attention_delta(gpu, &delta, output, dout, shape.heads)?;
         let dqkv = gpu.dirty(kind, tokens * shape.qkv())?;

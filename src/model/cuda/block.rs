@@ -1,12 +1,13 @@
-//! One decoder block on the device, forward and backward: [`crate::model::block`] with the residual stream in f32 and all other activations in the
-//! pass's precision.
+//! The operations of one decoder block on the device: the residual stream is f32, all other
+//! activations are in the pass's precision.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Result;
 
-use super::attention::{Attended, Attention};
+use super::attention::Attention;
+use super::backend::{CudaBackend, Operand};
 use super::gpu::{Gpu, Memory};
 use super::gradients::GradientBuffers;
 use super::kernels::Kind;
@@ -15,27 +16,17 @@ use super::projections::Group;
 use super::row::DeviceRow;
 use super::sizes::BlockShape;
 use super::weights::{BlockWeights, DeviceAdapter};
+use crate::model::backend::{Attended, BlockOps, Gated, StreamNorm};
 use crate::model::ops::rope::Direction;
-use crate::model::params::{BlockParam, LinearGroup, ParamId, PerGroup};
-
-/// What the backward pass needs of one block. [`BlockShape::tape_bytes`] is its size.
-pub(super) struct BlockTape {
-    x: Memory,
-    qkv: Memory,
-    before_norm: Option<Memory>,
-    attended: Memory,
-    lse: Memory,
-    middle: Memory,
-    gate_up: Memory,
-    /// x·Aᵀ of each group.
-    low_rank: PerGroup<Option<Memory>>,
-}
+use crate::model::params::{BlockParam, LinearGroup, ParamId};
+use crate::model::spec::BlockSpec;
 
 /// A block with its adapter, on a row.
 pub(super) struct Block<'a> {
     pub gpu: &'a Arc<Gpu>,
     pub kind: Kind,
     pub index: usize,
+    pub spec: &'a BlockSpec,
     pub shape: BlockShape,
     /// ε of the norms.
     pub eps: f32,
@@ -52,7 +43,8 @@ impl Block<'_> {
         Group { gpu: self.gpu, kind: self.kind, weights: self.weights.groups.get(which), adapter }
     }
 
-    fn project(&self, which: LinearGroup, x: &Memory, y: &Memory, keep: bool) -> Result<Option<Memory>> {
+    /// Runs a group: y = keep·y + its outputs. Returns x·Aᵀ of the policy's own adapter.
+    fn run_group(&self, which: LinearGroup, x: &Memory, y: &Memory, keep: bool) -> Result<Option<Memory>> {
         let group = self.group(which);
         let u = group.forward(x, self.row.tokens, y, keep)?;
         for (rows, adapter) in self.parts {
@@ -61,16 +53,11 @@ impl Block<'_> {
         Ok(u)
     }
 
-    fn norm(&self, x: &Memory, w: &Memory) -> Result<Memory> {
-        let n = self.gpu.dirty(self.kind, self.row.tokens * self.shape.hidden)?;
-        ops::rms_norm(self.gpu, &n, x, w, self.eps)?;
-        Ok(n)
-    }
-
-    /// Rotates queries and keys, or back.
-    fn rotate(&self, qkv: &Memory, direction: Direction) -> Result<()> {
-        let h = self.shape.heads;
-        ops::rope(self.gpu, qkv, &self.row.cos, &self.row.sin, self.head_columns(0, h.query + h.key), direction)
+    fn norm_weight(&self, norm: StreamNorm) -> &Memory {
+        match norm {
+            StreamNorm::Mixer => &self.weights.input_norm,
+            StreamNorm::FeedForward => &self.weights.post_norm,
+        }
     }
 
     /// Places of `heads` heads of `[q | k | v]`, from column `first` on.
@@ -78,15 +65,15 @@ impl Block<'_> {
         HeadColumns { rows: self.row.tokens, stride: self.shape.qkv(), first, heads, dim: self.shape.heads.dim }
     }
 
-    /// Queries and keys with their norms: weight, places, gradient.
-    fn head_norms(&self) -> impl Iterator<Item = (&Memory, HeadColumns, BlockParam)> {
+    /// Queries and keys with their norms: weight, places, parameter.
+    fn normed_heads(&self) -> impl Iterator<Item = (&Memory, HeadColumns, BlockParam)> {
         let h = self.shape.heads;
         let (queries, keys) = (self.head_columns(0, h.query), self.head_columns(h.query * h.dim, h.key));
         let both = self.weights.qk_norm.as_ref();
         both.into_iter().flat_map(move |(q, k)| [(q, queries, BlockParam::QueryNorm), (k, keys, BlockParam::KeyNorm)])
     }
 
-    fn attention(&self) -> Attention<'_> {
+    fn over_row(&self) -> Attention<'_> {
         Attention { gpu: self.gpu, kind: self.kind, shape: self.shape, row: self.row }
     }
 
@@ -95,80 +82,6 @@ impl Block<'_> {
         let y = self.gpu.dirty(self.kind, self.row.tokens * width)?;
         ops::swiglu(self.gpu, &y, gate_up, width)?;
         Ok(y)
-    }
-
-    /// Runs the block on `x` `[T, C]` in place; with `keep`, leaves a tape.
-    pub fn forward(&self, x: &Memory, keep: bool) -> Result<Option<BlockTape>> {
-        let (gpu, kind, tokens, shape) = (self.gpu, self.kind, self.row.tokens, self.shape);
-        let qkv = gpu.dirty(kind, tokens * shape.qkv())?;
-        let n = self.norm(x, &self.weights.input_norm)?;
-        let u_qkv = self.project(LinearGroup::Qkv, &n, &qkv, false)?;
-        drop(n);
-        let before_norm = if keep && self.weights.qk_norm.is_some() { Some(gpu.copy(&qkv)?) } else { None };
-        for (w, heads, _) in self.head_norms() {
-            ops::head_norm(gpu, &qkv, w, heads, self.eps)?;
-        }
-        self.rotate(&qkv, Direction::Forward)?;
-        let (attended, lse) = self.attention().forward(&qkv)?;
-        let input = keep.then(|| gpu.copy(x)).transpose()?;
-        let u_output = self.project(LinearGroup::Output, &attended, x, true)?;
-
-        let gate_up = gpu.dirty(kind, tokens * shape.gate_up())?;
-        let n = self.norm(x, &self.weights.post_norm)?;
-        let u_gate_up = self.project(LinearGroup::GateUp, &n, &gate_up, false)?;
-        drop(n);
-        let y = self.swiglu(&gate_up)?;
-        let middle = keep.then(|| gpu.copy(x)).transpose()?;
-        let u_down = self.project(LinearGroup::Down, &y, x, true)?;
-        Ok(match (input, middle) {
-            (Some(x), Some(middle)) => {
-                let low_rank = PerGroup { qkv: u_qkv, output: u_output, gate_up: u_gate_up, down: u_down };
-                Some(BlockTape { x, qkv, before_norm, attended, lse, middle, gate_up, low_rank })
-            }
-            _ => None,
-        })
-    }
-
-    /// Turns `gx` `[T, C]` from the gradient of the block's output into that of its input.
-    pub fn backward(&self, tape: BlockTape, gx: &Memory, gradients: &GradientBuffers) -> Result<()> {
-        let (gpu, kind, tokens) = (self.gpu, self.kind, self.row.tokens);
-        let BlockTape { x, qkv, before_norm, attended, lse, middle, gate_up, low_rank } = tape;
-        let PerGroup { qkv: u_qkv, output: u_output, gate_up: u_gate_up, down: u_down } = low_rank;
-        let group = |which, x: &Memory, u: Option<&Memory>, g: &Memory| self.group(which).backward(self.index, x, u, g, tokens, gradients);
-        let rounded = |gx: &Memory| round(gpu, kind, gx);
-
-        // Feed-forward part.
-        let y = self.swiglu(&gate_up)?;
-        let gy = match rounded(gx)? {
-            Some(g) => group(LinearGroup::Down, &y, u_down.as_ref(), &g)?,
-            None => group(LinearGroup::Down, &y, u_down.as_ref(), gx)?,
-        };
-        drop((y, u_down));
-        ops::swiglu_backward(gpu, &gate_up, &gy, self.shape.feed_forward)?;
-        drop(gy);
-        let n = self.norm(&middle, &self.weights.post_norm)?;
-        let gn = group(LinearGroup::GateUp, &n, u_gate_up.as_ref(), &gate_up)?;
-        drop((n, gate_up, u_gate_up));
-        self.norm_backward(gx, &middle, &self.weights.post_norm, &gn, BlockParam::PostNorm, gradients)?;
-        drop((gn, middle));
-
-        // Attention part.
-        let go = match rounded(gx)? {
-            Some(g) => group(LinearGroup::Output, &attended, u_output.as_ref(), &g)?,
-            None => group(LinearGroup::Output, &attended, u_output.as_ref(), gx)?,
-        };
-        let forward = Attended { qkv: &qkv, output: &attended, lse: &lse };
-        let dqkv = self.attention().backward(forward, &go)?;
-        drop((go, attended, lse, qkv, u_output));
-        self.rotate(&dqkv, Direction::Backward)?;
-        if let Some(before) = &before_norm {
-            for (w, heads, slot) in self.head_norms() {
-                self.head_norm_backward(&dqkv, before, w, heads, gradients.slot(ParamId::Block(self.index, slot)))?;
-            }
-        }
-        let n = self.norm(&x, &self.weights.input_norm)?;
-        let gn = group(LinearGroup::Qkv, &n, u_qkv.as_ref(), &dqkv)?;
-        self.norm_backward(gx, &x, &self.weights.input_norm, &gn, BlockParam::InputNorm, gradients)
     }
 
     fn head_norm_backward(&self, g: &Memory, before: &Memory, w: &Memory, heads: HeadColumns, slot: Option<&Memory>) -> Result<()> {
@@ -181,10 +94,120 @@ impl Block<'_> {
             _ => Ok(()),
         }
     }
+}
 
-    fn norm_backward(&self, gx: &Memory, x: &Memory, w: &Memory, g: &Memory, norm: BlockParam, gradients: &GradientBuffers) -> Result<()> {
-        let slot = gradients.slot(ParamId::Block(self.index, norm));
-        NormBackward { x, w, g, eps: self.eps, slot }.add_to(self.gpu, gx)
+impl BlockOps<CudaBackend> for Block<'_> {
+    fn spec(&self) -> &BlockSpec {
+        self.spec
+    }
+
+    fn new_qkv(&self) -> Result<Memory> {
+        self.gpu.dirty(self.kind, self.row.tokens * self.shape.qkv())
+    }
+
+    fn new_gate_up(&self) -> Result<Memory> {
+        self.gpu.dirty(self.kind, self.row.tokens * self.shape.gate_up())
+    }
+
+    fn norm(&self, norm: StreamNorm, x: &Memory) -> Result<Operand<'static>> {
+        let n = self.gpu.dirty(self.kind, self.row.tokens * self.shape.hidden)?;
+        ops::rms_norm(self.gpu, &n, x, self.norm_weight(norm), self.eps)?;
+        Ok(Operand::Owned(n))
+    }
+
+    fn attention_operand<'b>(&self, output: &'b Memory) -> Operand<'b> {
+        Operand::Borrowed(output)
+    }
+
+    fn project(&self, group: LinearGroup, input: &Operand<'_>, out: &mut Memory) -> Result<Option<Memory>> {
+        self.run_group(group, input, out, false)
+    }
+
+    fn add_projection(&self, group: LinearGroup, input: &Operand<'_>, x: &mut Memory) -> Result<Option<Memory>> {
+        self.run_group(group, input, x, true)
+    }
+
+    fn head_norms(&self, qkv: &mut Memory) -> Result<()> {
+        self.normed_heads().try_for_each(|(w, heads, _)| ops::head_norm(self.gpu, qkv, w, heads, self.eps))
+    }
+
+    fn rotate(&self, qkv: &mut Memory, direction: Direction) -> Result<()> {
+        let h = self.shape.heads;
+        ops::rope(self.gpu, qkv, &self.row.cos, &self.row.sin, self.head_columns(0, h.query + h.key), direction)
+    }
+
+    fn attention(&self, qkv: &Memory) -> Result<Attended<CudaBackend>> {
+        self.over_row().forward(qkv)
+    }
+
+    fn feed_forward(&self, space: Memory, input: Operand<'static>, _save_tape: bool) -> Result<Gated<CudaBackend>> {
+        let low_rank = self.run_group(LinearGroup::GateUp, &input, &space, false)?;
+        drop(input);
+        let y = self.swiglu(&space)?;
+        Ok(Gated { y: Operand::Owned(y), gate_up: Some(space), low_rank })
+    }
+
+    fn feed_forward_backward(
+        &self,
+        gate_up: Memory,
+        low_rank: &Option<Memory>,
+        gx: &Memory,
+        gradients: &mut GradientBuffers,
+    ) -> Result<Memory> {
+        let y = Operand::Owned(self.swiglu(&gate_up)?);
+        let gy = self.add_projection_backward(LinearGroup::Down, &y, low_rank, gx, gradients)?;
+        ops::swiglu_backward(self.gpu, &gate_up, &gy, self.shape.feed_forward)?;
+        Ok(gate_up)
+    }
+
+    fn gate_up_backward(
+        &self,
+        input: &Operand<'_>,
+        low_rank: &Option<Memory>,
+        g: &Memory,
+        gradients: &mut GradientBuffers,
+    ) -> Result<Memory> {
+        self.project_backward(LinearGroup::GateUp, input, low_rank, g, gradients)
+    }
+
+    fn project_backward(
+        &self,
+        group: LinearGroup,
+        input: &Operand<'_>,
+        low_rank: &Option<Memory>,
+        g: &Memory,
+        gradients: &mut GradientBuffers,
+    ) -> Result<Memory> {
+        self.group(group).backward(self.index, input, low_rank.as_ref(), g, self.row.tokens, gradients)
+    }
+
+    fn add_projection_backward(
+        &self,
+        group: LinearGroup,
+        input: &Operand<'_>,
+        low_rank: &Option<Memory>,
+        gx: &Memory,
+        gradients: &mut GradientBuffers,
+    ) -> Result<Memory> {
+        match round(self.gpu, self.kind, gx)? {
+            Some(g) => self.project_backward(group, input, low_rank, &g, gradients),
+            None => self.project_backward(group, input, low_rank, gx, gradients),
+        }
+    }
+
+    fn attention_backward(&self, qkv: &Memory, attended: &Attended<CudaBackend>, g: &Memory) -> Result<Memory> {
+        self.over_row().backward(qkv, attended, g)
+    }
+
+    fn head_norms_backward(&self, before: &Memory, dqkv: &mut Memory, gradients: &mut GradientBuffers) -> Result<()> {
+        self.normed_heads().try_for_each(|(w, heads, weight)| {
+            self.head_norm_backward(dqkv, before, w, heads, gradients.slot(ParamId::Block(self.index, weight)))
+        })
+    }
+
+    fn norm_backward(&self, norm: StreamNorm, x: &Memory, g: &Memory, gx: &mut Memory, gradients: &mut GradientBuffers) -> Result<()> {
+        let slot = gradients.slot(ParamId::Block(self.index, norm.weight()));
+        NormBackward { x, w: self.norm_weight(norm), g, eps: self.eps, slot }.add_to(self.gpu, gx)
     }
 }
 

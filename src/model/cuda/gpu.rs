@@ -15,7 +15,7 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result as driver, sys
 use super::kernels::{self, Arg, Kind, Launch};
 use super::pool::Pool;
 use super::staging::Staging;
-use crate::model::device::OutOfMemory;
+use crate::model::error::OutOfMemory;
 
 /// Workspace that cuBLAS gets, once: with it a product's result does not depend on what ran before. The size is what NVIDIA advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
@@ -351,7 +351,7 @@ impl Gpu {
     }
 
     /// A copy on the device.
-    pub fn copy(self: &Arc<Self>, from: &Memory) -> Result<Memory> {
+    fn copy(self: &Arc<Self>, from: &Memory) -> Result<Memory> {
         let to = self.dirty(from.kind, from.len)?;
         let bytes = from.len * from.kind.bytes();
         // SAFETY: both are that long.
@@ -533,6 +533,11 @@ impl Memory {
         Address(self.address + (offset * self.kind.bytes()) as u64)
     }
 
+    /// Returns a copy.
+    pub fn copy(&self) -> Result<Memory> {
+        self.gpu.copy(self)
+    }
+
     /// As a matrix with rows `stride` elements apart.
     pub fn matrix(&self, stride: usize) -> Matrix {
         self.matrix_at(0, stride)
@@ -541,6 +546,18 @@ impl Memory {
     /// The same from element `offset` on.
     pub fn matrix_at(&self, offset: usize, stride: usize) -> Matrix {
         Matrix { address: self.at(offset), kind: self.kind, stride, transposed: false }
+    }
+}
+
+impl From<&Memory> for Arg {
+    fn from(m: &Memory) -> Self {
+        Arg::Pointer(m.address().0)
+    }
+}
+
+impl From<Address> for Arg {
+    fn from(a: Address) -> Self {
+        Arg::Pointer(a.0)
     }
 }
 

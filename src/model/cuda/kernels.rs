@@ -5,8 +5,6 @@ use std::ffi::CString;
 use candle_core::Result;
 use cudarc::cublas::sys::cudaDataType;
 
-use super::gpu::{Address, Memory};
-use super::ops;
 use crate::domain::training::Precision;
 
 /// Made by build.rs.
@@ -75,18 +73,6 @@ impl Arg {
             Arg::Long(l) => l as u64,
             Arg::Float(f) => f.to_bits() as u64,
         }
-    }
-}
-
-impl From<&Memory> for Arg {
-    fn from(m: &Memory) -> Self {
-        Arg::Pointer(m.address().0)
-    }
-}
-
-impl From<Address> for Arg {
-    fn from(a: Address) -> Self {
-        Arg::Pointer(a.0)
     }
 }
 
@@ -173,10 +159,36 @@ const GENERIC: [&str; 19] = [
 /// Kernels whose elements are always of the same kinds.
 const PLAIN: [&str; 6] = ["gather_rows", "scatter_rows", "head_start", "head_rescale", "cast_bf16", "attention_sum"];
 
+/// Part of attention that a kernel computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AttentionPass {
+    Forward,
+    /// Gradients of queries.
+    Queries,
+    /// Gradients of keys and values.
+    Keys,
+}
+
+/// Kernels on tensor cores: pass, head width, name, bytes of dynamic shared memory.
+const TENSOR_CORE: [(AttentionPass, usize, &str, usize); 6] = [
+    (AttentionPass::Forward, 64, "attention_mma_64", 32 << 10),
+    (AttentionPass::Forward, 128, "attention_mma_128", 64 << 10),
+    (AttentionPass::Queries, 64, "attention_dq_mma_64", 40 << 10),
+    (AttentionPass::Queries, 128, "attention_dq_mma_128", 80 << 10),
+    (AttentionPass::Keys, 64, "attention_dkv_mma_64", 40 << 10),
+    (AttentionPass::Keys, 128, "attention_dkv_mma_128", 80 << 10),
+];
+
+/// Returns name and shared memory of the tensor-core kernel for these heads, where there is one.
+pub(super) fn tensor_core_kernel(kind: Kind, dim: usize, pass: AttentionPass) -> Option<(&'static str, usize)> {
+    let found = TENSOR_CORE.iter().find(|(p, d, ..)| kind == Kind::Bf16 && *p == pass && *d == dim);
+    found.map(|(.., name, shared)| (*name, *shared))
+}
+
 /// Every kernel's name, its kinds and the dynamic shared memory that it asks for.
 pub(super) fn all() -> impl Iterator<Item = (&'static str, Option<Kind>, usize)> {
     let generic = GENERIC.into_iter().flat_map(|name| [Kind::F32, Kind::Bf16].map(|kind| (name, Some(kind), 0)));
-    let tensor_core = ops::tensor_core_kernels().map(|(name, shared)| (name, None, shared));
+    let tensor_core = TENSOR_CORE.into_iter().map(|(.., name, shared)| (name, None, shared));
     generic.chain(PLAIN.into_iter().map(|name| (name, None, 0))).chain(tensor_core)
 }
 

@@ -1,15 +1,17 @@
-//! The decoder's passes on an NVIDIA GPU: the same row in, the same numbers out as [`super::decoder`] gives on the CPU.
+//! The decoder's passes on an NVIDIA GPU: [`super::pass`] with what a GPU does for them.
 //!
 //! Weights are copied to the device when they are first used; matrices and activations are in the pass's precision, the residual stream, sums, norms,
 //! softmax, losses and gradients in f32. Masters and the optimizer stay on the host: gradients are fetched once a step, changed weights sent once.
 //! Nothing waits for the device but the log-probs of a row. Products are cuBLAS's, everything else is `kernels/*.cu`.
 
 mod attention;
+mod backend;
 mod block;
 mod gpu;
 mod gradients;
 mod head;
 mod kernels;
+mod opened;
 mod ops;
 mod pool;
 mod projections;
@@ -20,22 +22,22 @@ mod weights;
 
 use std::sync::Arc;
 
-use candle_core::{Result, bail};
+use candle_core::Result;
 
-use self::block::{Block, BlockTape, NormBackward};
+use self::backend::CudaBackend;
 pub use self::gpu::Gpu;
-use self::gpu::Memory;
 pub use self::gradients::GradientBuffers;
-use self::head::Head;
 use self::kernels::Kind;
-use self::row::{DeviceRow, Scatter};
-use self::sizes::BlockShape;
+use self::opened::{OpenPolicy, OpenRow};
+use self::row::DeviceRow;
 use self::weights::{Copies, DeviceAdapter, DeviceWeights};
 use super::adapter::Adapter;
-use super::decoder::{Keep, Policy, PreparedRow};
-use super::ops::head::{HeadOptions, HeadOutput};
+use super::backend::{Keep, PolicyView};
+use super::ops::head::HeadOutput;
 use super::parameters::Parameters;
 use super::params::ParamId;
+use super::pass::{self, Tape};
+use super::row::PreparedRow;
 use crate::domain::training::Precision;
 
 /// A GPU with the weights that are on it.
@@ -54,72 +56,18 @@ impl std::fmt::Debug for Cuda {
 /// A row after its forward pass, ready to go back.
 pub struct DeviceTape {
     row: DeviceRow,
-    blocks: Vec<Kept>,
-    before_norm: Memory,
-    normed: Memory,
-    gradient: Option<Memory>,
-    lse: Vec<f32>,
+    tape: Tape<CudaBackend>,
+}
+
+impl DeviceTape {
+    /// Returns what came out of the head, without the gradient, which stays on the device.
+    pub fn output(&self) -> &HeadOutput {
+        self.tape.output()
+    }
 }
 
 /// The widest attention head: a warp holds one in registers where queries and keys are normed and rotated (`MAX_DIM` in norm.cu).
 const MAX_HEAD_DIM: usize = 256;
-
-/// Windows from here on hide nothing: no row has as many positions. The kernels add positions to a window in 32 bits; it is their `NO_WINDOW`.
-const NO_WINDOW: usize = 1 << 30;
-
-enum Kept {
-    Tape(Box<BlockTape>),
-    Input(Memory),
-}
-
-/// A policy's weights on the device, and the shape of its passes.
-struct Opened<'a> {
-    gpu: &'a Arc<Gpu>,
-    kind: Kind,
-    policy: &'a Policy,
-    weights: Arc<DeviceWeights>,
-    adapter: Option<Arc<DeviceAdapter>>,
-    parts: Vec<(std::ops::Range<usize>, Arc<DeviceAdapter>)>,
-}
-
-impl Opened<'_> {
-    fn hidden(&self) -> usize {
-        self.policy.config.spec.hidden_size
-    }
-
-    fn eps(&self) -> f32 {
-        self.policy.config.spec.rms_norm_eps as f32
-    }
-
-    fn block<'b>(&'b self, index: usize, row: &'b DeviceRow) -> Block<'b> {
-        let mut shape = BlockShape::of(self.hidden(), &self.policy.config.spec.blocks[index]);
-        shape.heads.window = shape.heads.window.filter(|window| *window < NO_WINDOW);
-        let (weights, adapter) = (&self.weights.blocks[index], self.adapter.as_deref());
-        Block { gpu: self.gpu, kind: self.kind, index, shape, eps: self.eps(), weights, adapter, parts: &self.parts, row }
-    }
-
-    fn head(&self) -> Head<'_> {
-        let (hidden, vocabulary) = (self.hidden(), self.policy.config.spec.vocab_size);
-        Head { gpu: self.gpu, kind: self.kind, weight: self.weights.head(), hidden, vocabulary }
-    }
-
-    /// The embedded row `[T, C]`.
-    fn embed(&self, row: &DeviceRow) -> Result<Memory> {
-        let x = self.gpu.dirty(Kind::F32, row.tokens * self.hidden())?;
-        ops::embed(self.gpu, &x, &self.weights.embed, &row.ids, self.hidden())?;
-        Ok(x)
-    }
-
-    /// The predictors' hidden states before and after the last norm `[N, C]`.
-    fn last_norm(&self, x: &Memory, row: &DeviceRow) -> Result<(Memory, Memory)> {
-        let (rows, width) = (row.targets, self.hidden());
-        let before = self.gpu.dirty(Kind::F32, rows * width)?;
-        ops::gather_rows(self.gpu, &before, x, &row.predictors, width)?;
-        let normed = self.gpu.dirty(self.kind, rows * width)?;
-        ops::rms_norm(self.gpu, &normed, &before, &self.weights.norm, self.eps())?;
-        Ok((before, normed))
-    }
-}
 
 impl Cuda {
     /// Opens a GPU.
@@ -194,10 +142,10 @@ impl Cuda {
     }
 
     /// Tells that a policy's own weights were changed in place: its adapter's, or all of them.
-    pub fn changed(&self, policy: &Policy) {
-        match &policy.adapter {
+    pub fn changed(&self, policy: PolicyView<'_>) {
+        match policy.adapter {
             Some(adapter) => self.adapters.forget(adapter),
-            None => self.weights.forget(&policy.parameters),
+            None => self.weights.forget(policy.parameters),
         }
     }
 
@@ -207,101 +155,55 @@ impl Cuda {
         self.adapters.sweep(Kind::of(precision));
     }
 
-    fn open_policy<'a>(&'a self, policy: &'a Policy, row: &PreparedRow) -> Result<Opened<'a>> {
+    fn open_policy<'a>(&'a self, policy: PolicyView<'a>, row: &PreparedRow) -> Result<OpenPolicy<'a>> {
         self.gpu.bind()?;
         let (gpu, kind) = (&self.gpu, Kind::of(policy.precision));
         let adapter = |a: &Arc<Adapter>| self.adapters.adapter(gpu, kind, a);
-        Ok(Opened {
+        Ok(OpenPolicy {
             gpu,
             kind,
             policy,
-            weights: self.weights.weights(gpu, kind, &policy.parameters)?,
-            adapter: policy.adapter.as_ref().map(adapter).transpose()?,
+            weights: self.weights.weights(gpu, kind, policy.parameters)?,
+            adapter: policy.adapter.map(adapter).transpose()?,
             parts: row.adapters.iter().map(|(rows, a)| Ok((rows.clone(), adapter(a)?))).collect::<Result<_>>()?,
         })
     }
 
-    /// Log-probs of the row's completion tokens `[N]`. `pause` is called before every block.
-    pub fn log_probs(&self, policy: &Policy, row: &PreparedRow, pause: &mut dyn FnMut()) -> Result<Vec<f32>> {
-        let opened = self.open_policy(policy, row)?;
+    /// Returns the log-probs of the row's completion tokens `[N]`.
+    ///
+    /// # Errors
+    /// When the GPU fails or has no memory left; so do the other passes.
+    pub fn log_probs(&self, policy: PolicyView<'_>, row: &PreparedRow, yield_point: &mut dyn FnMut()) -> Result<Vec<f32>> {
+        let policy = self.open_policy(policy, row)?;
         let on_device = DeviceRow::new(&self.gpu, row)?;
-        let x = opened.embed(&on_device)?;
-        for i in 0..policy.num_blocks() {
-            pause();
-            opened.block(i, &on_device).forward(&x, false)?;
-        }
-        let (_, normed) = opened.last_norm(&x, &on_device)?;
-        let options = HeadOptions::default();
-        Ok(opened.head().forward(&normed, &on_device, &row.row().targets, options)?.output.log_probs)
+        pass::log_probs(&OpenRow { policy: &policy, source: row.row(), row: &on_device }, yield_point)
     }
 
-    /// Runs the row forward. `pause` is called before every block.
-    pub fn forward(&self, policy: &Policy, row: &PreparedRow, keep: Keep, pause: &mut dyn FnMut()) -> Result<(HeadOutput, DeviceTape)> {
-        let opened = self.open_policy(policy, row)?;
+    /// Runs the row forward.
+    pub fn forward(&self, policy: PolicyView<'_>, row: &PreparedRow, keep: Keep, yield_point: &mut dyn FnMut()) -> Result<DeviceTape> {
+        let policy = self.open_policy(policy, row)?;
         let on_device = DeviceRow::new(&self.gpu, row)?;
-        let x = opened.embed(&on_device)?;
-        let mut blocks = Vec::with_capacity(policy.num_blocks());
-        for i in 0..policy.num_blocks() {
-            pause();
-            let input = if keep == Keep::Inputs { Some(self.gpu.copy(&x)?) } else { None };
-            let tape = opened.block(i, &on_device).forward(&x, keep == Keep::Tapes)?;
-            blocks.extend(tape.map(|t| Kept::Tape(Box::new(t))).or(input.map(Kept::Input)));
-        }
-        let (before_norm, normed) = opened.last_norm(&x, &on_device)?;
-        let options = HeadOptions { distribution: true, gradient: keep != Keep::Nothing, trained: None };
-        let passed = opened.head().forward(&normed, &on_device, &row.row().targets, options)?;
-        let lse = passed.output.log_sum_exp.clone();
-        Ok((passed.output, DeviceTape { row: on_device, blocks, before_norm, normed, gradient: passed.gradient, lse }))
+        let tape = pass::forward(&OpenRow { policy: &policy, source: row.row(), row: &on_device }, keep, yield_point)?;
+        Ok(DeviceTape { row: on_device, tape })
     }
 
-    /// Runs the row backward from ∂loss/∂logp `[N]` and adds every trainable tensor's gradient to `gradients`. `pause` is called before every block.
+    /// Runs the row backward from ∂loss/∂log p `[N]` and adds every trainable tensor's gradient to
+    /// `gradients`.
     pub fn backward(
         &self,
-        policy: &Policy,
+        policy: PolicyView<'_>,
         row: &PreparedRow,
         tape: DeviceTape,
         upstream: &[f32],
-        gradients: &GradientBuffers,
-        pause: &mut dyn FnMut(),
+        gradients: &mut GradientBuffers,
+        yield_point: &mut dyn FnMut(),
     ) -> Result<()> {
         if row.row().targets.is_empty() {
             return Ok(());
         }
-        let opened = self.open_policy(policy, row)?;
-        let DeviceTape { row: on_device, blocks, before_norm, normed, gradient, lse } = tape;
-        let Some(gradient) = gradient.filter(|_| blocks.len() == policy.num_blocks()) else {
-            bail!("the row was run forward without a tape");
-        };
-        let (gpu, kind, width, rows) = (&self.gpu, opened.kind, opened.hidden(), on_device.targets);
-        let g = gpu.upload(Kind::F32, upstream)?;
-        if let Some(slot) = gradients.slot(policy.parameters.head_id()) {
-            let lse = gpu.upload(Kind::F32, &lse)?;
-            opened.head().weight_gradient(&normed, &on_device, &lse, &g, slot)?;
-        }
-        let scaled = gpu.dirty(kind, rows * width)?;
-        ops::scale_rows(gpu, &scaled, &gradient, &g, width)?;
-        let dh = gpu.zeros(Kind::F32, rows * width)?;
-        let slot = gradients.slot(ParamId::Norm);
-        let norm = NormBackward { x: &before_norm, w: &opened.weights.norm, g: &scaled, eps: opened.eps(), slot };
-        norm.add_to(gpu, &dh)?;
-        drop((gradient, scaled, before_norm, normed));
-        let gx = gpu.zeros(Kind::F32, on_device.tokens * width)?;
-        Scatter::new(gpu, &row.row().predictors)?.add(gpu, &gx, &dh, width)?;
-        for (i, kept) in blocks.into_iter().enumerate().rev() {
-            pause();
-            let block = opened.block(i, &on_device);
-            let tape = match kept {
-                Kept::Tape(tape) => *tape,
-                Kept::Input(x) => match block.forward(&x, true)? {
-                    Some(tape) => tape,
-                    None => bail!("block {i} left no tape"),
-                },
-            };
-            block.backward(tape, &gx, gradients)?;
-        }
-        if let Some(slot) = gradients.slot(ParamId::Embedding) {
-            Scatter::new(gpu, &row.row().ids)?.add(gpu, slot, &gx, width)?;
-        }
-        Ok(())
+        let policy = self.open_policy(policy, row)?;
+        let DeviceTape { row: on_device, tape } = tape;
+        let row = OpenRow { policy: &policy, source: row.row(), row: &on_device };
+        pass::backward(&row, tape, upstream, gradients, yield_point)
     }
 }

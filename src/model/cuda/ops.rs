@@ -2,7 +2,7 @@
 //!
 //! Each function takes the operands by name, derives the numbers of rows and blocks from their
 //! sizes, compares the operands with each other and starts the kernel. This is the only file that
-//! knows the order of a kernel's arguments, its grid, its threads and its shared memory.
+//! knows the order of a kernel's arguments, its grid and its threads.
 //!
 //! An operand of the wrong size is an error that names the kernel, the operand and both sizes:
 //! without the check the kernel would read or write another buffer's memory. Sizes are in elements.
@@ -15,7 +15,7 @@ use candle_core::{Result, bail};
 
 use super::gpu::{Gpu, Memory};
 use super::kernels::Kind::{Bf16, F32};
-use super::kernels::{Arg, Kind, Launch};
+use super::kernels::{Arg, AttentionPass, Kind, Launch, tensor_core_kernel};
 use crate::model::ops::attention::Heads;
 use crate::model::ops::rope::Direction;
 
@@ -488,42 +488,11 @@ pub(super) fn head_errors(gpu: &Gpu, h: HeadErrors<'_>) -> Result<()> {
 
 // ------------------------------------------------------------------------------------- attention
 
-/// Part of attention that a kernel computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Pass {
-    Forward,
-    /// Gradients of queries.
-    Queries,
-    /// Gradients of keys and values.
-    Keys,
-}
-
-/// Kernels on tensor cores: pass, head width, name, bytes of dynamic shared memory.
-const TENSOR_CORE: [(Pass, usize, &str, usize); 6] = [
-    (Pass::Forward, 64, "attention_mma_64", 32 << 10),
-    (Pass::Forward, 128, "attention_mma_128", 64 << 10),
-    (Pass::Queries, 64, "attention_dq_mma_64", 40 << 10),
-    (Pass::Queries, 128, "attention_dq_mma_128", 80 << 10),
-    (Pass::Keys, 64, "attention_dkv_mma_64", 40 << 10),
-    (Pass::Keys, 128, "attention_dkv_mma_128", 80 << 10),
-];
-
-/// Names and dynamic shared memory in bytes of the kernels on tensor cores.
-pub(super) fn tensor_core_kernels() -> impl Iterator<Item = (&'static str, usize)> {
-    TENSOR_CORE.into_iter().map(|(.., name, shared)| (name, shared))
-}
-
-/// Returns name and shared memory of the tensor-core kernel for these heads, where there is one.
-fn tensor_core_kernel(kind: Kind, dim: usize, pass: Pass) -> Option<(&'static str, usize)> {
-    let found = TENSOR_CORE.iter().find(|(p, d, ..)| kind == Bf16 && *p == pass && *d == dim);
-    found.map(|(.., name, shared)| (*name, *shared))
-}
-
 /// Returns whether [`attention_dkv`] writes a part for every query head, to be added up by
 /// [`attention_sum`]. The tensor-core kernel does: with one block for all query heads that share
 /// keys there would be fewer blocks than a GPU runs at a time.
 pub(super) fn has_key_gradient_parts(kind: Kind, heads: Heads) -> bool {
-    tensor_core_kernel(kind, heads.dim, Pass::Keys).is_some() && heads.query != heads.key
+    tensor_core_kernel(kind, heads.dim, AttentionPass::Keys).is_some() && heads.query != heads.key
 }
 
 /// Which tokens attend to which: the tiles that blocks of threads work on.
@@ -550,11 +519,11 @@ impl AttentionTiles<'_> {
 
     /// Starts the kernel of a pass, on tensor cores where there is one for these heads.
     /// `generic_heads` is the number of heads that the other kernel has blocks for.
-    fn launch(&self, gpu: &Gpu, pass: Pass, kind: Kind, generic_heads: usize, args: &[Arg]) -> Result<()> {
+    fn launch(&self, gpu: &Gpu, pass: AttentionPass, kind: Kind, generic_heads: usize, args: &[Arg]) -> Result<()> {
         let generic = match pass {
-            Pass::Forward => "attention",
-            Pass::Queries => "attention_dq",
-            Pass::Keys => "attention_dkv",
+            AttentionPass::Forward => "attention",
+            AttentionPass::Queries => "attention_dq",
+            AttentionPass::Keys => "attention_dkv",
         };
         let count = count_rows(generic, "tiles", self.tiles.len(), TILE_ENTRY)?;
         check(generic, &[("tiles", self.tiles, F32, count * TILE_ENTRY), ("positions", self.positions, F32, self.tokens())])?;
@@ -578,7 +547,7 @@ pub(super) fn attention(gpu: &Gpu, out: &Memory, lse: &Memory, qkv: &Memory, ove
         &[("out", out, kind, tokens * heads.width()), ("lse", lse, F32, tokens * heads.query), ("qkv", qkv, kind, tokens * heads.row())],
     )?;
     let args = [[out.into(), lse.into(), qkv.into()].as_slice(), &over.arguments()].concat();
-    over.launch(gpu, Pass::Forward, kind, heads.query, &args)
+    over.launch(gpu, AttentionPass::Forward, kind, heads.query, &args)
 }
 
 /// delta\[t, h\] = Σ_d out · dout of the head, with delta `[T, H]` in f32.
@@ -627,7 +596,7 @@ impl AttentionBackward<'_> {
 /// Computes the gradients of queries, over tiles of queries.
 pub(super) fn attention_dq(gpu: &Gpu, a: AttentionBackward<'_>, over: AttentionTiles<'_>) -> Result<()> {
     let args = [a.arguments("attention_dq", over)?.as_slice(), &over.arguments()].concat();
-    over.launch(gpu, Pass::Queries, a.qkv.kind(), over.heads.query, &args)
+    over.launch(gpu, AttentionPass::Queries, a.qkv.kind(), over.heads.query, &args)
 }
 
 /// Computes the gradients of keys and values, over tiles of keys. Where
@@ -641,10 +610,10 @@ pub(super) fn attention_dkv(gpu: &Gpu, a: AttentionBackward<'_>, over: Attention
     if let Some(parts) = parts {
         check("attention_dkv", &[("parts", parts, F32, 2 * over.tokens() * heads.width())])?;
     }
-    if tensor_core_kernel(kind, heads.dim, Pass::Keys).is_some() {
+    if tensor_core_kernel(kind, heads.dim, AttentionPass::Keys).is_some() {
         args.push(optional(parts));
     }
-    over.launch(gpu, Pass::Keys, kind, heads.key, &args)
+    over.launch(gpu, AttentionPass::Keys, kind, heads.key, &args)
 }
 
 /// Sums `parts` over the query heads that share keys, into the key and value columns of `dqkv`.

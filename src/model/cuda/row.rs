@@ -8,8 +8,8 @@ use candle_core::Result;
 use super::gpu::{Gpu, Memory};
 use super::kernels::Kind;
 use super::ops::{self, ScatterRows, TILE_ENTRY};
-use crate::model::decoder::PreparedRow;
 use crate::model::layout::RowLayout;
+use crate::model::row::PreparedRow;
 
 /// Tokens of a tile.
 const TILE: usize = 64;

@@ -1,0 +1,8 @@
+//! Passes on this machine's cores, with the kernels of [`super::ops`].
+
+mod backend;
+mod block;
+mod row;
+
+pub use self::backend::CpuBackend;
+pub use self::row::CpuRow;

@@ -1,0 +1,254 @@
+//! The operations of one decoder block on the CPU.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::Result;
+
+use super::backend::{CpuBackend, GateUpGradient, Gradients};
+use crate::model::adapter::Adapter;
+use crate::model::backend::{Attended, BlockOps, Gated, PolicyView, StreamNorm};
+use crate::model::ops::Held;
+use crate::model::ops::attention::{Heads, attention, attention_backward};
+use crate::model::ops::buffer::Buffer;
+use crate::model::ops::gemm::{Kernel, Operand, View};
+use crate::model::ops::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm_backward, rms_norm_operand};
+use crate::model::ops::rope::{Direction, rotate};
+use crate::model::ops::swiglu::{GateUp, GradientTiles, KeepGateUp, SwigluTiles, swiglu, swiglu_backward};
+use crate::model::params::{BlockParam, LinearGroup, ParamId, PerGroup};
+use crate::model::projections::Group;
+use crate::model::row::PreparedRow;
+use crate::model::spec::{Activation, BlockSpec, FeedForward, Mixer, Norms, QkNorm};
+
+/// A block's tensors, opened, and the row.
+pub struct CpuBlock<'a> {
+    index: usize,
+    spec: &'a BlockSpec,
+    kernel: Kernel,
+    heads: Heads,
+    /// F.
+    width: usize,
+    eps: f32,
+    /// Whether the policy has an adapter: only that is trained, then.
+    is_adapted: bool,
+    row: &'a PreparedRow,
+    input_norm: Held<'a>,
+    post_norm: Held<'a>,
+    qk_norm: Option<(Held<'a>, Held<'a>)>,
+    groups: PerGroup<Group<'a>>,
+    /// Adapters on parts of the row: the same groups, of which only the low-rank terms are used.
+    parts: Vec<(Range<usize>, PerGroup<Group<'a>>)>,
+}
+
+impl<'a> CpuBlock<'a> {
+    /// Opens block `index` of a policy.
+    pub fn open(policy: PolicyView<'a>, index: usize, row: &'a PreparedRow) -> Result<Self> {
+        let (spec, parameters, kernel) = (policy.spec, &**policy.parameters, Kernel::best(policy.precision));
+        let BlockSpec {
+            mixer: Mixer::Attention(attention),
+            mixer_norms: Norms::Pre,
+            feed_forward: FeedForward::Gated { width, activation: Activation::Silu, bias: _ },
+            feed_forward_norms: Norms::Pre,
+        } = spec.blocks[index];
+        let tensor = |param| Held::of(parameters.tensor(ParamId::Block(index, param))?);
+        let groups = |adapter: Option<&'a Adapter>| PerGroup::build(|group| Group::open(kernel, index, parameters, adapter, group));
+        let part = |(rows, adapter): &'a (Range<usize>, Arc<Adapter>)| Ok((rows.clone(), groups(Some(adapter))?));
+        Ok(CpuBlock {
+            index,
+            spec: &spec.blocks[index],
+            kernel,
+            heads: Heads { query: attention.heads, key: attention.kv_heads, dim: attention.head_dim, window: attention.window },
+            width,
+            eps: spec.rms_norm_eps as f32,
+            is_adapted: policy.adapter.is_some(),
+            row,
+            input_norm: tensor(StreamNorm::Mixer.weight())?,
+            post_norm: tensor(StreamNorm::FeedForward.weight())?,
+            qk_norm: match attention.qk_norm {
+                QkNorm::Absent => None,
+                QkNorm::PerHead => Some((tensor(BlockParam::QueryNorm)?, tensor(BlockParam::KeyNorm)?)),
+            },
+            groups: groups(policy.adapter.map(|adapter| &**adapter))?,
+            parts: row.adapters.iter().map(part).collect::<Result<_>>()?,
+        })
+    }
+
+    fn tokens(&self) -> usize {
+        self.row.tokens()
+    }
+
+    fn weight(&self, norm: StreamNorm) -> Result<&[f32]> {
+        match norm {
+            StreamNorm::Mixer => self.input_norm.f32(),
+            StreamNorm::FeedForward => self.post_norm.f32(),
+        }
+    }
+
+    /// Runs a group: y = keep·y + its outputs. Returns x·Aᵀ of the policy's own adapter.
+    fn run_group(&self, group: LinearGroup, x: &Operand, y: &mut [f32], keep: bool) -> Result<Buffer> {
+        let u = self.groups.get(group).forward(x, self.tokens(), y, keep)?;
+        for (rows, groups) in &self.parts {
+            groups.get(group).add_low_rank(x, rows.clone(), y);
+        }
+        Ok(u)
+    }
+
+    /// The columns of `[q | k | v]` that have queries, and those that have keys.
+    fn columns(&self) -> (HeadColumns, HeadColumns) {
+        let h = &self.heads;
+        let (stride, offset) = (h.row(), h.query * h.dim);
+        (HeadColumns { stride, offset: 0, count: h.query }, HeadColumns { stride, offset, count: h.key })
+    }
+}
+
+impl BlockOps<CpuBackend> for CpuBlock<'_> {
+    fn spec(&self) -> &BlockSpec {
+        self.spec
+    }
+
+    fn new_qkv(&self) -> Result<Buffer> {
+        Ok(Buffer::dirty(self.tokens() * self.heads.row()))
+    }
+
+    fn new_gate_up(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn norm(&self, norm: StreamNorm, x: &Buffer) -> Result<Operand<'static>> {
+        Ok(rms_norm_operand(self.kernel, x, self.weight(norm)?, self.eps))
+    }
+
+    fn attention_operand<'b>(&self, output: &'b Buffer) -> Operand<'b> {
+        Operand::new(self.kernel, View::f32(output, self.heads.width()), self.tokens(), self.heads.width(), 1.0)
+    }
+
+    fn project(&self, group: LinearGroup, input: &Operand<'_>, out: &mut Buffer) -> Result<Buffer> {
+        self.run_group(group, input, out, false)
+    }
+
+    fn add_projection(&self, group: LinearGroup, input: &Operand<'_>, x: &mut Buffer) -> Result<Buffer> {
+        self.run_group(group, input, x, true)
+    }
+
+    fn head_norms(&self, qkv: &mut Buffer) -> Result<()> {
+        if let Some((q, k)) = &self.qk_norm {
+            let (queries, keys) = self.columns();
+            head_norm(qkv, queries, q.f32()?, self.eps);
+            head_norm(qkv, keys, k.f32()?, self.eps);
+        }
+        Ok(())
+    }
+
+    fn rotate(&self, qkv: &mut Buffer, direction: Direction) -> Result<()> {
+        rotate(qkv, self.heads.row(), self.heads.query + self.heads.key, &self.row.rope, direction);
+        Ok(())
+    }
+
+    fn attention(&self, qkv: &Buffer) -> Result<Attended<CpuBackend>> {
+        let (tokens, heads) = (self.tokens(), self.heads);
+        let (mut output, mut log_sum_exp) = (Buffer::dirty(tokens * heads.width()), Buffer::dirty(tokens * heads.query));
+        attention(self.kernel, qkv, heads, &self.row.row().layout, &mut output, &mut log_sum_exp);
+        Ok(Attended { output, log_sum_exp })
+    }
+
+    /// A tape for an adapter's gradient, where the kernel rounds, is rounded.
+    fn feed_forward(&self, (): (), input: Operand<'static>, save_tape: bool) -> Result<Gated<CpuBackend>> {
+        let (tokens, width) = (self.tokens(), self.width);
+        let keep = match save_tape {
+            false => KeepGateUp::No,
+            true if self.kernel.pairs() && self.is_adapted => KeepGateUp::Bf16,
+            true => KeepGateUp::F32,
+        };
+        if self.parts.is_empty() && self.groups.gate_up.is_tiled::<2>() {
+            let tiles = SwigluTiles::new(self.kernel, tokens, width, keep);
+            let group = &self.groups.gate_up;
+            // SAFETY: each tile is given to one task.
+            let low_rank = group.forward_tiles(&input, tokens, |rows, columns, [gate, up]| unsafe { tiles.take(rows, columns, gate, up) });
+            let (y, gate_up) = tiles.finish();
+            return Ok(Gated { y, gate_up, low_rank });
+        }
+        let mut gate_up = Buffer::dirty(tokens * 2 * width);
+        let low_rank = self.run_group(LinearGroup::GateUp, &input, &mut gate_up, false)?;
+        let y = swiglu(self.kernel, &gate_up, width);
+        let gate_up = match keep {
+            KeepGateUp::No => None,
+            KeepGateUp::F32 => Some(GateUp::F32(gate_up)),
+            KeepGateUp::Bf16 => Some(GateUp::Bf16(Operand::owned(self.kernel, View::f32(&gate_up, 2 * width), tokens, 2 * width))),
+        };
+        Ok(Gated { y, gate_up, low_rank })
+    }
+
+    fn feed_forward_backward(&self, gate_up: GateUp, low_rank: &Buffer, gx: &Buffer, gradients: &mut Gradients) -> Result<GateUpGradient> {
+        let (tokens, width, down) = (self.tokens(), self.width, &self.groups.down);
+        match gate_up {
+            GateUp::F32(mut gate_up) => {
+                let y = swiglu(self.kernel, &gate_up, width);
+                let gy = down.backward(&y, low_rank, gx, tokens, gradients)?;
+                swiglu_backward(&mut gate_up, width, &gy);
+                Ok(GateUpGradient::F32(gate_up))
+            }
+            GateUp::Bf16(saved) => {
+                let g = [Operand::new(self.kernel, View::f32(gx, down.output()), tokens, down.output(), 1.0)];
+                let tiles = GradientTiles::new(&saved, width);
+                // SAFETY: each tile is given to one task.
+                let v = down.backward_tiles(&g, tokens, |rows, columns, [gy]| unsafe { tiles.take(rows, columns, gy) });
+                let (y, gradient) = tiles.finish();
+                down.low_rank_gradients(&y, low_rank, &g, &v, tokens, gradients);
+                Ok(GateUpGradient::Rounded(gradient))
+            }
+        }
+    }
+
+    fn gate_up_backward(&self, input: &Operand<'_>, low_rank: &Buffer, g: &GateUpGradient, gradients: &mut Gradients) -> Result<Buffer> {
+        match g {
+            GateUpGradient::F32(g) => self.groups.gate_up.backward(input, low_rank, g, self.tokens(), gradients),
+            GateUpGradient::Rounded(gs) => self.groups.gate_up.backward_frozen(input, low_rank, gs, self.tokens(), gradients),
+        }
+    }
+
+    fn project_backward(
+        &self,
+        group: LinearGroup,
+        input: &Operand<'_>,
+        low_rank: &Buffer,
+        g: &Buffer,
+        gradients: &mut Gradients,
+    ) -> Result<Buffer> {
+        self.groups.get(group).backward(input, low_rank, g, self.tokens(), gradients)
+    }
+
+    fn add_projection_backward(
+        &self,
+        group: LinearGroup,
+        input: &Operand<'_>,
+        low_rank: &Buffer,
+        gx: &Buffer,
+        gradients: &mut Gradients,
+    ) -> Result<Buffer> {
+        self.project_backward(group, input, low_rank, gx, gradients)
+    }
+
+    fn attention_backward(&self, qkv: &Buffer, attended: &Attended<CpuBackend>, g: &Buffer) -> Result<Buffer> {
+        let mut dqkv = Buffer::dirty(self.tokens() * self.heads.row());
+        let forward: (&[f32], &[f32]) = (&attended.output, &attended.log_sum_exp);
+        attention_backward(self.kernel, qkv, self.heads, &self.row.row().layout, forward, g, &mut dqkv);
+        Ok(dqkv)
+    }
+
+    fn head_norms_backward(&self, before: &Buffer, dqkv: &mut Buffer, gradients: &mut Gradients) -> Result<()> {
+        if let Some((q, k)) = &self.qk_norm {
+            let (queries, keys) = self.columns();
+            let query_slot = gradients.slot(ParamId::Block(self.index, BlockParam::QueryNorm));
+            head_norm_backward(before, dqkv, queries, q.f32()?, self.eps, query_slot);
+            let key_slot = gradients.slot(ParamId::Block(self.index, BlockParam::KeyNorm));
+            head_norm_backward(before, dqkv, keys, k.f32()?, self.eps, key_slot);
+        }
+        Ok(())
+    }
+
+    fn norm_backward(&self, norm: StreamNorm, x: &Buffer, g: &Buffer, gx: &mut Buffer, gradients: &mut Gradients) -> Result<()> {
+        let slot = gradients.slot(ParamId::Block(self.index, norm.weight()));
+        rms_norm_backward(x, self.weight(norm)?, g, self.eps, gx, slot);
+        Ok(())
+    }
+}

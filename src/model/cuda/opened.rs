@@ -1,0 +1,144 @@
+//! A policy that is opened for a pass over one row: the embedding, the last norm and the head.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::{Result, bail};
+
+use super::backend::{CudaBackend, HeadTape};
+use super::block::{Block, NormBackward};
+use super::gpu::{Gpu, Memory};
+use super::gradients::GradientBuffers;
+use super::head::Head;
+use super::kernels::Kind;
+use super::ops;
+use super::row::{DeviceRow, Scatter};
+use super::sizes::BlockShape;
+use super::weights::{DeviceAdapter, DeviceWeights};
+use crate::model::backend::{Keep, PolicyView, RowOps};
+use crate::model::ops::head::{HeadOptions, HeadOutput};
+use crate::model::params::ParamId;
+use crate::model::row::Row;
+
+/// Windows from here on hide nothing: no row has as many positions. The kernels add positions to a window in 32 bits; it is their `NO_WINDOW`.
+const NO_WINDOW: usize = 1 << 30;
+
+/// A policy's weights on the device, and the shape of its passes.
+pub(super) struct OpenPolicy<'a> {
+    pub gpu: &'a Arc<Gpu>,
+    pub kind: Kind,
+    pub policy: PolicyView<'a>,
+    pub weights: Arc<DeviceWeights>,
+    pub adapter: Option<Arc<DeviceAdapter>>,
+    /// Adapters on parts of the row.
+    pub parts: Vec<(Range<usize>, Arc<DeviceAdapter>)>,
+}
+
+impl OpenPolicy<'_> {
+    fn hidden(&self) -> usize {
+        self.policy.spec.hidden_size
+    }
+
+    fn eps(&self) -> f32 {
+        self.policy.spec.rms_norm_eps as f32
+    }
+
+    fn head(&self) -> Head<'_> {
+        let (hidden, vocabulary) = (self.hidden(), self.policy.spec.vocab_size);
+        Head { gpu: self.gpu, kind: self.kind, weight: self.weights.head(), hidden, vocabulary }
+    }
+}
+
+/// A policy with a row.
+#[derive(Clone, Copy)]
+pub(super) struct OpenRow<'a> {
+    pub policy: &'a OpenPolicy<'a>,
+    /// The row on the host.
+    pub source: &'a Row,
+    pub row: &'a DeviceRow,
+}
+
+impl OpenRow<'_> {
+    /// The predictors' hidden states before and after the last norm `[N, C]`.
+    fn last_norm(&self, x: &Memory) -> Result<(Memory, Memory)> {
+        let OpenPolicy { gpu, kind, weights, .. } = self.policy;
+        let (rows, width) = (self.row.targets, self.policy.hidden());
+        let before = gpu.dirty(Kind::F32, rows * width)?;
+        ops::gather_rows(gpu, &before, x, &self.row.predictors, width)?;
+        let normed = gpu.dirty(*kind, rows * width)?;
+        ops::rms_norm(gpu, &normed, &before, &weights.norm, self.policy.eps())?;
+        Ok((before, normed))
+    }
+}
+
+impl RowOps<CudaBackend> for OpenRow<'_> {
+    type Block<'b>
+        = Block<'b>
+    where
+        Self: 'b;
+
+    fn num_blocks(&self) -> usize {
+        self.policy.policy.parameters.num_blocks()
+    }
+
+    fn block(&self, index: usize) -> Result<Block<'_>> {
+        let OpenPolicy { gpu, kind, policy, weights, adapter, parts } = self.policy;
+        let spec = &policy.spec.blocks[index];
+        let mut shape = BlockShape::of(self.policy.hidden(), spec);
+        shape.heads.window = shape.heads.window.filter(|window| *window < NO_WINDOW);
+        let (weights, adapter, eps) = (&weights.blocks[index], adapter.as_deref(), self.policy.eps());
+        Ok(Block { gpu, kind: *kind, index, spec, shape, eps, weights, adapter, parts, row: self.row })
+    }
+
+    fn embed(&self) -> Result<Memory> {
+        let OpenPolicy { gpu, weights, .. } = self.policy;
+        let width = self.policy.hidden();
+        let x = gpu.dirty(Kind::F32, self.row.tokens * width)?;
+        ops::embed(gpu, &x, &weights.embed, &self.row.ids, width)?;
+        Ok(x)
+    }
+
+    fn embed_backward(&self, gx: &Memory, gradients: &mut GradientBuffers) -> Result<()> {
+        let gpu = self.policy.gpu;
+        match gradients.slot(ParamId::Embedding) {
+            Some(slot) => Scatter::new(gpu, &self.source.ids)?.add(gpu, slot, gx, self.policy.hidden()),
+            None => Ok(()),
+        }
+    }
+
+    fn log_probs(&self, x: &Memory) -> Result<Vec<f32>> {
+        let (_, normed) = self.last_norm(x)?;
+        let passed = self.policy.head().forward(&normed, self.row, &self.source.targets, HeadOptions::default())?;
+        Ok(passed.output.log_probs)
+    }
+
+    fn head(&self, x: &Memory, keep: Keep) -> Result<(HeadOutput, HeadTape)> {
+        let (before_norm, normed) = self.last_norm(x)?;
+        let options = HeadOptions { distribution: true, gradient: keep != Keep::Nothing, trained: None };
+        let passed = self.policy.head().forward(&normed, self.row, &self.source.targets, options)?;
+        Ok((passed.output, HeadTape { before_norm, normed, gradient: passed.gradient }))
+    }
+
+    fn head_backward(&self, tape: HeadTape, output: HeadOutput, upstream: &[f32], gradients: &mut GradientBuffers) -> Result<Memory> {
+        let HeadTape { before_norm, normed, gradient: Some(gradient) } = tape else {
+            bail!("the row was run forward without a tape");
+        };
+        let OpenPolicy { gpu, kind, policy, weights, .. } = self.policy;
+        let (width, rows) = (self.policy.hidden(), self.row.targets);
+        let g = gpu.upload(Kind::F32, upstream)?;
+        if let Some(slot) = gradients.slot(policy.parameters.head_id()) {
+            let lse = gpu.upload(Kind::F32, &output.log_sum_exp)?;
+            self.policy.head().weight_gradient(&normed, self.row, &lse, &g, slot)?;
+        }
+        let scaled = gpu.dirty(*kind, rows * width)?;
+        ops::scale_rows(gpu, &scaled, &gradient, &g, width)?;
+        let dh = gpu.zeros(Kind::F32, rows * width)?;
+        let slot = gradients.slot(ParamId::Norm);
+        let norm = NormBackward { x: &before_norm, w: &weights.norm, g: &scaled, eps: self.policy.eps(), slot };
+        norm.add_to(gpu, &dh)?;
+        drop((gradient, scaled, before_norm, normed));
+        let gx = gpu.zeros(Kind::F32, self.row.tokens * width)?;
+        Scatter::new(gpu, &self.source.predictors)?.add(gpu, &gx, &dh, width)?;
+        Ok(gx)
+    }
+}
