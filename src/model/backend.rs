@@ -115,6 +115,16 @@ pub struct Gated<B: Backend> {
     pub low_rank: B::LowRank,
 }
 
+/// The gradient of the output of a group of linear layers, in the form in which it is at hand.
+pub enum OutputGradient<'a, B: Backend> {
+    /// That of the residual stream, to which the output was added.
+    Stream(&'a B::Activation),
+    /// That of `[q | k | v]`.
+    Qkv(&'a B::Activation),
+    /// That of `[gate | up]`.
+    GateUp(&'a B::GateUpGradient),
+}
+
 /// A policy that is opened for a pass over one row. N is the number of completion tokens, C the
 /// width of the residual stream.
 ///
@@ -200,33 +210,13 @@ pub trait BlockOps<B: Backend> {
         gradients: &mut B::Gradients,
     ) -> Result<B::GateUpGradient>;
 
-    /// Returns the gradient of the input of gate and up.
-    fn gate_up_backward(
-        &self,
-        input: &B::Operand<'_>,
-        low_rank: &B::LowRank,
-        g: &B::GateUpGradient,
-        gradients: &mut B::Gradients,
-    ) -> Result<B::Activation>;
-
-    /// Returns the gradient of the input of [`BlockOps::project`], given that of its output.
-    fn project_backward(
+    /// Returns the gradient of the input of a group of linear layers, given that of its output.
+    fn linear_backward(
         &self,
         group: LinearGroup,
         input: &B::Operand<'_>,
         low_rank: &B::LowRank,
-        g: &B::Activation,
-        gradients: &mut B::Gradients,
-    ) -> Result<B::Activation>;
-
-    /// Returns the gradient of the input of [`BlockOps::add_projection`], given that of the residual
-    /// stream.
-    fn add_projection_backward(
-        &self,
-        group: LinearGroup,
-        input: &B::Operand<'_>,
-        low_rank: &B::LowRank,
-        gx: &B::Activation,
+        g: OutputGradient<'_, B>,
         gradients: &mut B::Gradients,
     ) -> Result<B::Activation>;
 

@@ -12,7 +12,7 @@
 
 use candle_core::Result;
 
-use super::backend::{Attended, Backend, BlockOps, Gated, StreamNorm};
+use super::backend::{Attended, Backend, BlockOps, Gated, OutputGradient, StreamNorm};
 use super::ops::rope::Direction;
 use super::params::{LinearGroup, PerGroup};
 use super::spec::{Activation, AttentionSpec, BlockSpec, FeedForward, Mixer, Norms, QkNorm};
@@ -106,13 +106,15 @@ pub fn block_backward<B: Backend>(
     let d_gate_up = block.feed_forward_backward(gate_up, &u_down, gx, gradients)?;
     let u_down = B::retire(u_down);
     let n = block.norm(StreamNorm::FeedForward, &middle)?;
-    let gn = block.gate_up_backward(&n, &u_gate_up, &d_gate_up, gradients)?;
+    let gn = block.linear_backward(LinearGroup::GateUp, &n, &u_gate_up, OutputGradient::GateUp(&d_gate_up), gradients)?;
     drop((n, d_gate_up, u_gate_up, u_down));
     block.norm_backward(StreamNorm::FeedForward, &middle, &gn, gx, gradients)?;
     drop((gn, middle));
 
     // Attention part.
-    let go = block.add_projection_backward(LinearGroup::Output, &block.attention_operand(&attended.output), &u_output, gx, gradients)?;
+    let operand = block.attention_operand(&attended.output);
+    let go = block.linear_backward(LinearGroup::Output, &operand, &u_output, OutputGradient::Stream(gx), gradients)?;
+    drop(operand);
     let mut dqkv = block.attention_backward(&qkv, &attended, &go)?;
     drop((go, attended, qkv, u_output));
     block.rotate(&mut dqkv, Direction::Backward)?;
@@ -121,6 +123,6 @@ pub fn block_backward<B: Backend>(
         (QkNorm::PerHead, None) | (QkNorm::Absent, _) => {}
     }
     let n = block.norm(StreamNorm::Mixer, &x)?;
-    let gn = block.project_backward(LinearGroup::Qkv, &n, &u_qkv, &dqkv, gradients)?;
+    let gn = block.linear_backward(LinearGroup::Qkv, &n, &u_qkv, OutputGradient::Qkv(&dqkv), gradients)?;
     block.norm_backward(StreamNorm::Mixer, &x, &gn, gx, gradients)
 }

@@ -122,10 +122,10 @@ fn a_block_and_the_loop_over_blocks_are_written_once() {
     const PASS: &str = "model/pass.rs";
     let calls = [
         (".new_qkv(", BLOCK),
+        (".attention_operand(", BLOCK),
         (".norm(StreamNorm::", BLOCK),
         (".feed_forward(", BLOCK),
         (".feed_forward_backward(", BLOCK),
-        (".gate_up_backward(", BLOCK),
         ("block_forward(&row.block", PASS),
         ("block_backward(&row.block", PASS),
     ];

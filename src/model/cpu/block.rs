@@ -7,7 +7,7 @@ use candle_core::Result;
 
 use super::backend::{CpuBackend, GateUpGradient, Gradients};
 use crate::model::adapter::Adapter;
-use crate::model::backend::{Attended, BlockOps, Gated, PolicyView, StreamNorm};
+use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, PolicyView, StreamNorm};
 use crate::model::ops::Held;
 use crate::model::ops::attention::{Heads, attention, attention_backward};
 use crate::model::ops::buffer::Buffer;
@@ -199,33 +199,23 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         }
     }
 
-    fn gate_up_backward(&self, input: &Operand<'_>, low_rank: &Buffer, g: &GateUpGradient, gradients: &mut Gradients) -> Result<Buffer> {
-        match g {
-            GateUpGradient::F32(g) => self.groups.gate_up.backward(input, low_rank, g, self.tokens(), gradients),
-            GateUpGradient::Rounded(gs) => self.groups.gate_up.backward_frozen(input, low_rank, gs, self.tokens(), gradients),
-        }
-    }
-
-    fn project_backward(
+    fn linear_backward(
         &self,
         group: LinearGroup,
         input: &Operand<'_>,
         low_rank: &Buffer,
-        g: &Buffer,
+        g: OutputGradient<'_, CpuBackend>,
         gradients: &mut Gradients,
     ) -> Result<Buffer> {
-        self.groups.get(group).backward(input, low_rank, g, self.tokens(), gradients)
-    }
-
-    fn add_projection_backward(
-        &self,
-        group: LinearGroup,
-        input: &Operand<'_>,
-        low_rank: &Buffer,
-        gx: &Buffer,
-        gradients: &mut Gradients,
-    ) -> Result<Buffer> {
-        self.project_backward(group, input, low_rank, gx, gradients)
+        let group = self.groups.get(group);
+        let g = match g {
+            OutputGradient::Stream(g) | OutputGradient::Qkv(g) => g,
+            OutputGradient::GateUp(GateUpGradient::F32(g)) => g,
+            OutputGradient::GateUp(GateUpGradient::Rounded(gs)) => {
+                return group.backward_frozen(input, low_rank, gs, self.tokens(), gradients);
+            }
+        };
+        group.backward(input, low_rank, g, self.tokens(), gradients)
     }
 
     fn attention_backward(&self, qkv: &Buffer, attended: &Attended<CpuBackend>, g: &Buffer) -> Result<Buffer> {

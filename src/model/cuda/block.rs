@@ -16,7 +16,7 @@ use super::projections::Group;
 use super::row::DeviceRow;
 use super::sizes::BlockShape;
 use super::weights::{BlockWeights, DeviceAdapter};
-use crate::model::backend::{Attended, BlockOps, Gated, StreamNorm};
+use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, StreamNorm};
 use crate::model::ops::rope::Direction;
 use crate::model::params::{BlockParam, LinearGroup, ParamId};
 use crate::model::spec::BlockSpec;
@@ -155,43 +155,26 @@ impl BlockOps<CudaBackend> for Block<'_> {
         gradients: &mut GradientBuffers,
     ) -> Result<Memory> {
         let y = Operand::Owned(self.swiglu(&gate_up)?);
-        let gy = self.add_projection_backward(LinearGroup::Down, &y, low_rank, gx, gradients)?;
+        let gy = self.linear_backward(LinearGroup::Down, &y, low_rank, OutputGradient::Stream(gx), gradients)?;
         ops::swiglu_backward(self.gpu, &gate_up, &gy, self.shape.feed_forward)?;
         Ok(gate_up)
     }
 
-    fn gate_up_backward(
-        &self,
-        input: &Operand<'_>,
-        low_rank: &Option<Memory>,
-        g: &Memory,
-        gradients: &mut GradientBuffers,
-    ) -> Result<Memory> {
-        self.project_backward(LinearGroup::GateUp, input, low_rank, g, gradients)
-    }
-
-    fn project_backward(
+    fn linear_backward(
         &self,
         group: LinearGroup,
         input: &Operand<'_>,
         low_rank: &Option<Memory>,
-        g: &Memory,
+        g: OutputGradient<'_, CudaBackend>,
         gradients: &mut GradientBuffers,
     ) -> Result<Memory> {
-        self.group(group).backward(self.index, input, low_rank.as_ref(), g, self.row.tokens, gradients)
-    }
-
-    fn add_projection_backward(
-        &self,
-        group: LinearGroup,
-        input: &Operand<'_>,
-        low_rank: &Option<Memory>,
-        gx: &Memory,
-        gradients: &mut GradientBuffers,
-    ) -> Result<Memory> {
-        match round(self.gpu, self.kind, gx)? {
-            Some(g) => self.project_backward(group, input, low_rank, &g, gradients),
-            None => self.project_backward(group, input, low_rank, gx, gradients),
+        let run = |g: &Memory| self.group(group).backward(self.index, input, low_rank.as_ref(), g, self.row.tokens, gradients);
+        match g {
+            OutputGradient::Stream(gx) => match round(self.gpu, self.kind, gx)? {
+                Some(rounded) => run(&rounded),
+                None => run(gx),
+            },
+            OutputGradient::Qkv(g) | OutputGradient::GateUp(g) => run(g),
         }
     }
 

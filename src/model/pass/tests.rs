@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 use super::*;
-use crate::model::backend::{Attended, BlockOps, Gated, StreamNorm};
+use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, StreamNorm};
 use crate::model::cuda::sizes::BlockShape;
 use crate::model::ops::rope::Direction;
 use crate::model::params::LinearGroup;
@@ -199,23 +199,16 @@ impl BlockOps<Counting> for CountingBlock<'_> {
         Ok(gate_up)
     }
 
-    fn gate_up_backward(&self, _input: &Option<Piece>, _low_rank: &Piece, _g: &Piece, (): &mut ()) -> Result<Piece> {
-        Ok(self.row.piece(ELEMENT * HIDDEN))
-    }
-
-    fn project_backward(&self, _: LinearGroup, _input: &Option<Piece>, _low_rank: &Piece, _g: &Piece, (): &mut ()) -> Result<Piece> {
-        Ok(self.row.piece(ELEMENT * HIDDEN))
-    }
-
-    fn add_projection_backward(
+    fn linear_backward(
         &self,
-        _group: LinearGroup,
+        group: LinearGroup,
         _input: &Option<Piece>,
         _low_rank: &Piece,
-        _gx: &Piece,
+        _g: OutputGradient<'_, Counting>,
         (): &mut (),
     ) -> Result<Piece> {
-        Ok(self.row.piece(ELEMENT * self.shape.attended()))
+        let width = if group == LinearGroup::Output { self.shape.attended() } else { HIDDEN };
+        Ok(self.row.piece(ELEMENT * width))
     }
 
     fn attention_backward(&self, _qkv: &Piece, _attended: &Attended<Counting>, _g: &Piece) -> Result<Piece> {
