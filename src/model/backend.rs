@@ -185,7 +185,7 @@ pub trait BlockOps<B: Backend> {
     fn project(&self, group: LinearGroup, input: &B::Operand<'_>, out: &mut B::Activation) -> Result<B::LowRank>;
 
     /// Adds the output of a linear layer to the residual stream.
-    fn add_projection(&self, group: LinearGroup, input: &B::Operand<'_>, x: &mut B::Activation) -> Result<B::LowRank>;
+    fn add_to_stream(&self, group: LinearGroup, input: &B::Operand<'_>, x: &mut B::Activation) -> Result<B::LowRank>;
 
     /// Norms every head of the queries and keys in place.
     fn head_norms(&self, qkv: &mut B::Activation) -> Result<()>;

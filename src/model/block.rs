@@ -68,7 +68,7 @@ pub fn block_forward<B: Backend>(block: &impl BlockOps<B>, x: &mut B::Activation
     block.rotate(&mut qkv, Direction::Forward)?;
     let attended = block.attention(&qkv)?;
     let input = save_tape.then(|| B::copy(x)).transpose()?;
-    let u_output = block.add_projection(LinearGroup::Output, &block.attention_operand(&attended.output), x)?;
+    let u_output = block.add_to_stream(LinearGroup::Output, &block.attention_operand(&attended.output), x)?;
     drop(n);
 
     // Feed-forward part.
@@ -76,7 +76,7 @@ pub fn block_forward<B: Backend>(block: &impl BlockOps<B>, x: &mut B::Activation
     let n = block.norm(StreamNorm::FeedForward, x)?;
     let Gated { y, gate_up, low_rank: u_gate_up } = block.feed_forward(space, n, save_tape)?;
     let middle = save_tape.then(|| B::copy(x)).transpose()?;
-    let u_down = block.add_projection(LinearGroup::Down, &y, x)?;
+    let u_down = block.add_to_stream(LinearGroup::Down, &y, x)?;
 
     Ok(match (input, middle, gate_up) {
         (Some(x), Some(middle), Some(gate_up)) => {

@@ -126,7 +126,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         self.run_group(group, input, out, false)
     }
 
-    fn add_projection(&self, group: LinearGroup, input: &Operand<'_>, x: &mut Buffer) -> Result<Buffer> {
+    fn add_to_stream(&self, group: LinearGroup, input: &Operand<'_>, x: &mut Buffer) -> Result<Buffer> {
         self.run_group(group, input, x, true)
     }
 

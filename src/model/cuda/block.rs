@@ -123,7 +123,7 @@ impl BlockOps<CudaBackend> for Block<'_> {
         self.run_group(group, input, out, false)
     }
 
-    fn add_projection(&self, group: LinearGroup, input: &Operand<'_>, x: &mut Memory) -> Result<Option<Memory>> {
+    fn add_to_stream(&self, group: LinearGroup, input: &Operand<'_>, x: &mut Memory) -> Result<Option<Memory>> {
         self.run_group(group, input, x, true)
     }
 

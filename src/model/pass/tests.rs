@@ -169,7 +169,7 @@ impl BlockOps<Counting> for CountingBlock<'_> {
         Ok(self.low_rank(group))
     }
 
-    fn add_projection(&self, group: LinearGroup, _input: &Option<Piece>, _x: &mut Piece) -> Result<Piece> {
+    fn add_to_stream(&self, group: LinearGroup, _input: &Option<Piece>, _x: &mut Piece) -> Result<Piece> {
         Ok(self.low_rank(group))
     }
 
