@@ -41,6 +41,9 @@ pub(super) struct Worker {
     scoring: Scoring,
     cache: Arc<ReferenceCache>,
     starting: Option<Starting>,
+    /// What reads the weights of a run that was stopped meanwhile. There is no memory for another
+    /// run before it has ended.
+    stopping: Option<Reading>,
     active: Option<Active>,
     training: Option<Training>,
 }
@@ -61,8 +64,17 @@ pub(super) struct Training {
 struct Starting {
     run: TrainingRun,
     needs: Needs,
-    /// The weights, or the message of a panic.
-    reading: JoinHandle<Result<Result<ExactBases, EngineError>, String>>,
+    reading: Reading,
+}
+
+/// A thread that reads weights, with these or the message of a panic.
+type Reading = JoinHandle<Result<Result<ExactBases, EngineError>, String>>;
+
+impl Starting {
+    /// Returns true if there is nothing more to wait for.
+    fn is_over(&self) -> bool {
+        self.reading.is_finished() || stopped(&self.run.control).is_some()
+    }
 }
 
 /// The run on the device.
@@ -101,7 +113,7 @@ impl Worker {
         training: Option<Training>,
     ) -> Self {
         let scoring = Scoring::new(index, queue.clone(), bases.clone(), options);
-        Worker { index, label, queue, bases, scoring, cache, starting: None, active: None, training }
+        Worker { index, label, queue, bases, scoring, cache, starting: None, stopping: None, active: None, training }
     }
 
     /// Limits the bytes of adapters and full weights that it keeps resident.
@@ -115,10 +127,18 @@ impl Worker {
             self.leave_if_lost();
             let free = self.note_memory();
             self.scoring.forget_evicted();
+            if self.starting.as_ref().is_some_and(Starting::is_over) {
+                // Before more is scored: requests may never end.
+                self.go_on_starting();
+            }
+            if self.stopping.take_if(|reading| reading.is_finished()).is_some() {
+                self.scoring.residents.reserve_for_run(0);
+            }
             let run = self.active.as_ref().map(|a| &a.run).or(self.starting.as_ref().map(|s| &s.run));
             let job = run.map(|run| run.job.as_str());
             let training = self.training.as_ref();
-            let (room, limit) = (training.map(|t| free.unwrap_or(t.memory)), training.map_or(0, |t| t.memory));
+            let takes_runs = training.filter(|_| self.stopping.is_none());
+            let (room, limit) = (takes_runs.map(|t| free.unwrap_or(t.memory)), training.map_or(0, |t| t.memory));
             let seeker = Seeker { worker: self.index, job, room, limit };
             let may_score = self.active.is_none() || self.scoring.has_its_turn();
             match self.queue.next(seeker, may_score, self.scoring.batch_tokens) {
@@ -172,13 +192,17 @@ impl Worker {
             trainer.advance(&mut Host { cache, pause: &mut pause, emit: &mut emit })
         });
         drop(live);
-        if status.is_ok() {
-            // The unit's last act may have been an update: scored is what the policy and its reference are now.
-            let live = active.live();
-            for report in reports {
-                offer(&events, report, || scoring.interlude(cache, &live));
-            }
+        // The unit's last act may have been an update: scored is what the policy and its reference are
+        // now. After a panic they are not to be trusted, but what was told before it is.
+        let live = status.is_ok().then(|| active.live());
+        for report in reports {
+            offer(&events, report, || {
+                if let Some(live) = &live {
+                    scoring.interlude(cache, live);
+                }
+            });
         }
+        drop(live);
         let spent = start.elapsed().saturating_sub(self.scoring.take_back());
         metrics::histogram!("bradley_training_unit_seconds", "device" => self.label.clone()).record(spent.as_secs_f64());
         let ran_out_of_memory = active.trainer.is_shortened() && !was_shortened;
@@ -197,10 +221,13 @@ impl Worker {
 
     /// Begins a run: at once, or when the base weights have been read that it needs unrounded.
     fn begin(&mut self, run: TrainingRun, needs: Needs) {
+        if let Some(end) = stopped(&run.control) {
+            return self.end_before_start(&run, end);
+        }
         self.scoring.residents.reserve_for_run(needs.minimum);
         self.queue.have_all_fit();
         let models = run::models_to_read(&run, &self.bases);
-        if models.is_empty() || stopped(&run.control).is_some() {
+        if models.is_empty() {
             return self.start(run, needs, ExactBases::new());
         }
         let (bases, control) = (self.bases.clone(), run.control.clone());
@@ -216,8 +243,9 @@ impl Worker {
     fn go_on_starting(&mut self) {
         let Some(Starting { run, needs, reading }) = self.starting.take() else { return };
         if let Some(end) = stopped(&run.control) {
-            // The thread sees it, too, and stops at its next tensor.
-            return self.end_before_start(&run, end);
+            // The thread sees it, too, and stops at its next tensor. Until then it has its memory.
+            self.stopping = Some(reading);
+            return send(&run, RunEvent::Ended(end));
         }
         if !reading.is_finished() {
             self.starting = Some(Starting { run, needs, reading });
