@@ -41,9 +41,6 @@ pub(super) struct Worker {
     scoring: Scoring,
     cache: Arc<ReferenceCache>,
     starting: Option<Starting>,
-    /// What reads the weights of a run that was stopped meanwhile. There is no memory for another
-    /// run before it has ended.
-    stopping: Option<Reading>,
     active: Option<Active>,
     training: Option<Training>,
 }
@@ -64,11 +61,8 @@ pub(super) struct Training {
 struct Starting {
     run: TrainingRun,
     needs: Needs,
-    reading: Reading,
+    reading: JoinHandle<Result<Result<ExactBases, EngineError>, String>>,
 }
-
-/// A thread that reads weights, with these or the message of a panic.
-type Reading = JoinHandle<Result<Result<ExactBases, EngineError>, String>>;
 
 impl Starting {
     /// Returns true if there is nothing more to wait for.
@@ -113,7 +107,7 @@ impl Worker {
         training: Option<Training>,
     ) -> Self {
         let scoring = Scoring::new(index, queue.clone(), bases.clone(), options);
-        Worker { index, label, queue, bases, scoring, cache, starting: None, stopping: None, active: None, training }
+        Worker { index, label, queue, bases, scoring, cache, starting: None, active: None, training }
     }
 
     /// Limits the bytes of adapters and full weights that it keeps resident.
@@ -131,14 +125,10 @@ impl Worker {
                 // Before more is scored: requests may never end.
                 self.go_on_starting();
             }
-            if self.stopping.take_if(|reading| reading.is_finished()).is_some() {
-                self.scoring.residents.reserve_for_run(0);
-            }
             let run = self.active.as_ref().map(|a| &a.run).or(self.starting.as_ref().map(|s| &s.run));
             let job = run.map(|run| run.job.as_str());
             let training = self.training.as_ref();
-            let takes_runs = training.filter(|_| self.stopping.is_none());
-            let (room, limit) = (takes_runs.map(|t| free.unwrap_or(t.memory)), training.map_or(0, |t| t.memory));
+            let (room, limit) = (training.map(|t| free.unwrap_or(t.memory)), training.map_or(0, |t| t.memory));
             let seeker = Seeker { worker: self.index, job, room, limit };
             let may_score = self.active.is_none() || self.scoring.has_its_turn();
             match self.queue.next(seeker, may_score, self.scoring.batch_tokens) {
@@ -243,9 +233,8 @@ impl Worker {
     fn go_on_starting(&mut self) {
         let Some(Starting { run, needs, reading }) = self.starting.take() else { return };
         if let Some(end) = stopped(&run.control) {
-            // The thread sees it, too, and stops at its next tensor. Until then it has its memory.
-            self.stopping = Some(reading);
-            return send(&run, RunEvent::Ended(end));
+            // The thread sees it, too, and stops at its next tensor.
+            return self.end_before_start(&run, end);
         }
         if !reading.is_finished() {
             self.starting = Some(Starting { run, needs, reading });
