@@ -62,7 +62,7 @@ pub(super) async fn check_pairs(job: &Job, (pinned, state): (Option<String>, Run
         let why = match (pinned, &prepared.new_since_0_2_0) {
             (Some(pinned), _) if pinned == prepared.digest => return Ok(prepared),
             (Some(pinned), _) => format!("its run's pairs have the digest {pinned}, this server makes pairs with {} of the rows", prepared.digest),
-            (None, Some(new)) => format!("the version that wrote it did not use {new}, which the model sees now"),
+            (None, Some(new)) => format!("version 0.2.0, or a build soon after it, wrote it and did not use {new}, which the model sees now"),
             (None, None) => match tokens_until(&spec, &prepared.train, &state) {
                 tokens if tokens == state.tokens => return Ok(prepared),
                 tokens => format!("its run has used {} tokens, with this server's tokens of the rows it would be {tokens}", state.tokens),
