@@ -87,7 +87,7 @@ pub fn install() -> Result<PrometheusHandle, BuildError> {
         describe_counter!(name, help);
         counter!(name).increment(0);
     }
-    for reason in ["artifact_missing", "checkpoint_format", "dataset_changed", "model_changed", "model_files_changed"] {
+    for reason in ["artifact_missing", "checkpoint_format", "dataset_changed", "model_changed", "model_files_changed", "rows_changed"] {
         counter!("bradley_jobs_waiting_total", "reason" => reason).increment(0);
     }
     for state in JobState::ALL.into_iter().filter(|s| s.is_final()) {

@@ -65,7 +65,7 @@ impl PreferenceRow {
         if !matches!(self.shape, RowShape::Preference | RowShape::ImplicitPrompt) {
             return Some(self.shape.name().to_owned());
         }
-        if self.arguments.tools.is_some() {
+        if self.arguments.tools.as_ref().is_some_and(|tools| !tools.is_empty()) {
             return Some("tools".to_owned());
         }
         if !self.arguments.kwargs.is_empty() {

@@ -145,7 +145,8 @@ impl ChatMessage {
         if !self.0.get("content").is_some_and(Value::is_string) {
             return Some("content");
         }
-        self.0.keys().map(String::as_str).find(|key| !matches!(*key, "role" | "content"))
+        let is_new = |(key, value): &(&String, &Value)| !matches!(key.as_str(), "role" | "content") && has_content(value);
+        self.0.iter().find(is_new).map(|(key, _)| key.as_str())
     }
 
     /// Returns true if the message says nothing: no text, no tool call, no reasoning.

@@ -266,7 +266,7 @@ impl Queue {
         workers[me].room?;
         // The worker ends it at once.
         if let Some(stopped) = runs.iter().position(|waiting| waiting.run.control.command() != Command::Run) {
-            return runs.remove(stopped);
+            return runs.remove(stopped).map(|waiting| Waiting { needs: Needs::default(), ..waiting });
         }
         let mut in_use: u64 = workers.iter().map(|w| w.host).sum();
         for (i, waiting) in runs.iter_mut().enumerate() {

@@ -293,7 +293,7 @@ impl Residents {
     /// Returns weights, and loads them unless they are there.
     ///
     /// # Errors
-    /// `NoRoom` when there is no room for them although everything that nothing computes with was evicted; those of opening them.
+    /// `NoRoom` when there is no room for full weights although everything that nothing computes with was evicted; those of opening them.
     pub fn get(&mut self, bases: &Bases, weights: &WeightsRef) -> Result<Policy, EngineError> {
         self.load(bases, weights, false)
     }
@@ -315,11 +315,11 @@ impl Residents {
                         self.make_room(bases, bytes, for_run)?;
                         (bases.open(weights)?, bytes)
                     }
-                    // Adapters are small.
+                    // Adapters are small: others make room for them, but none is refused.
                     None => {
                         let policy = bases.open(weights)?;
                         let bytes = adapter_bytes(&policy);
-                        self.make_room(bases, bytes, for_run)?;
+                        self.evict_for(bytes);
                         (policy, bytes)
                     }
                 };
@@ -333,13 +333,19 @@ impl Residents {
         Ok(policy)
     }
 
-    /// Evicts the least recently used weights that nothing computes with, until one more of `bytes` bytes has room.
-    fn make_room(&mut self, bases: &Bases, bytes: u64, for_run: bool) -> Result<(), EngineError> {
+    /// Evicts the least recently used weights that nothing computes with, until one more of `bytes`
+    /// bytes has room or none is left to evict.
+    fn evict_for(&mut self, bytes: u64) {
         while self.left() < bytes || self.all.len() >= self.limit {
             if !self.evict_oldest() {
                 break;
             }
         }
+    }
+
+    /// The same for full weights, which are refused where there is still no room for them.
+    fn make_room(&mut self, bases: &Bases, bytes: u64, for_run: bool) -> Result<(), EngineError> {
+        self.evict_for(bytes);
         let left = self.left();
         if bytes <= left || for_run {
             return Ok(());

@@ -61,8 +61,14 @@ pub(super) struct Training {
 struct Starting {
     run: TrainingRun,
     needs: Needs,
-    /// The weights, or the message of a panic.
     reading: JoinHandle<Result<Result<ExactBases, EngineError>, String>>,
+}
+
+impl Starting {
+    /// Returns true if there is nothing more to wait for.
+    fn is_over(&self) -> bool {
+        self.reading.is_finished() || stopped(&self.run.control).is_some()
+    }
 }
 
 /// The run on the device.
@@ -115,6 +121,10 @@ impl Worker {
             self.leave_if_lost();
             let free = self.note_memory();
             self.scoring.forget_evicted();
+            if self.starting.as_ref().is_some_and(Starting::is_over) {
+                // Before more is scored: requests may never end.
+                self.go_on_starting();
+            }
             let run = self.active.as_ref().map(|a| &a.run).or(self.starting.as_ref().map(|s| &s.run));
             let job = run.map(|run| run.job.as_str());
             let training = self.training.as_ref();
@@ -172,13 +182,17 @@ impl Worker {
             trainer.advance(&mut Host { cache, pause: &mut pause, emit: &mut emit })
         });
         drop(live);
-        if status.is_ok() {
-            // The unit's last act may have been an update: scored is what the policy and its reference are now.
-            let live = active.live();
-            for report in reports {
-                offer(&events, report, || scoring.interlude(cache, &live));
-            }
+        // The unit's last act may have been an update: scored is what the policy and its reference are
+        // now. After a panic they are not to be trusted, but what was told before it is.
+        let live = status.is_ok().then(|| active.live());
+        for report in reports {
+            offer(&events, report, || {
+                if let Some(live) = &live {
+                    scoring.interlude(cache, live);
+                }
+            });
         }
+        drop(live);
         let spent = start.elapsed().saturating_sub(self.scoring.take_back());
         metrics::histogram!("bradley_training_unit_seconds", "device" => self.label.clone()).record(spent.as_secs_f64());
         let ran_out_of_memory = active.trainer.is_shortened() && !was_shortened;
@@ -197,10 +211,13 @@ impl Worker {
 
     /// Begins a run: at once, or when the base weights have been read that it needs unrounded.
     fn begin(&mut self, run: TrainingRun, needs: Needs) {
+        if let Some(end) = stopped(&run.control) {
+            return self.end_before_start(&run, end);
+        }
         self.scoring.residents.reserve_for_run(needs.minimum);
         self.queue.have_all_fit();
         let models = run::models_to_read(&run, &self.bases);
-        if models.is_empty() || stopped(&run.control).is_some() {
+        if models.is_empty() {
             return self.start(run, needs, ExactBases::new());
         }
         let (bases, control) = (self.bases.clone(), run.control.clone());

@@ -9,7 +9,7 @@ use super::runner::Prepared;
 use super::service::Service;
 use super::store::leases::Also;
 use crate::domain::job::{Checkpoint, EventKind, Job};
-use crate::train::checkpoint;
+use crate::train::checkpoint::{self, RunState};
 use crate::train::trainer::tokens_until;
 
 /// The newest checkpoint that is whole; `None` begins anew, which gives the same numbers. Ones that are proven to be damaged are removed, and the
@@ -40,6 +40,14 @@ pub(super) async fn newest_whole(service: &Service, held: &Held) -> Result<Optio
     Ok(None)
 }
 
+/// Reads how far the run of a job's checkpoint in the folder `dir` had come, and the digest of its
+/// pairs where the checkpoint has it.
+pub(super) async fn progress(service: &Service, job: &Job, dir: &Path) -> Result<(Option<String>, RunState)> {
+    let (artifacts, dir) = (service.inner.artifacts.clone(), dir.to_owned());
+    let folder = format!("trainingJobs/{}/checkpoints", job.id);
+    blocking(move || checkpoint::progress(&dir).map_err(|e| artifacts.unusable(&e, &folder))).await?
+}
+
 /// Makes sure that a run goes on from a checkpoint with the pairs with which it began: another
 /// version of the server may read or tokenise the rows in another way. Checkpoints of version 0.2.0
 /// have no digest of their pairs. For these, rows must have nothing that it did not use, and the
@@ -47,15 +55,14 @@ pub(super) async fn newest_whole(service: &Service, held: &Held) -> Result<Optio
 ///
 /// # Errors
 /// `FailedPrecondition` (`ROWS_CHANGED`) when the pairs are others.
-pub(super) async fn check_pairs(service: &Service, job: &Job, dir: &Path, prepared: Prepared) -> Result<Prepared> {
-    let (artifacts, spec, dir) = (service.inner.artifacts.clone(), job.request.spec.clone(), dir.to_owned());
+pub(super) async fn check_pairs(job: &Job, (pinned, state): (Option<String>, RunState), prepared: Prepared) -> Result<Prepared> {
+    let spec = job.request.spec.clone();
     let folder = format!("trainingJobs/{}/checkpoints", job.id);
     blocking(move || {
-        let (pinned, state) = checkpoint::progress(&dir).map_err(|e| artifacts.unusable(&e, &folder))?;
         let why = match (pinned, &prepared.new_since_0_2_0) {
             (Some(pinned), _) if pinned == prepared.digest => return Ok(prepared),
             (Some(pinned), _) => format!("its run's pairs have the digest {pinned}, this server makes pairs with {} of the rows", prepared.digest),
-            (None, Some(new)) => format!("version 0.2.0 wrote it and did not use {new}, which the model sees now"),
+            (None, Some(new)) => format!("version 0.2.0, or a build soon after it, wrote it and did not use {new}, which the model sees now"),
             (None, None) => match tokens_until(&spec, &prepared.train, &state) {
                 tokens if tokens == state.tokens => return Ok(prepared),
                 tokens => format!("its run has used {} tokens, with this server's tokens of the rows it would be {tokens}", state.tokens),

@@ -15,7 +15,7 @@ use super::blocking::blocking;
 use super::error::{Result, ServiceError, unreadable};
 use super::held::{Held, Room, patiently};
 use super::housekeeping::job_ended;
-use super::resume::{check_pairs, newest_whole};
+use super::resume::{check_pairs, newest_whole, progress};
 use super::service::Service;
 use super::store::leases::{Also, Lease};
 use super::store::now;
@@ -212,7 +212,11 @@ async fn carry(service: &Service, job: &Job, held: &Arc<Held>) -> Result<RunEnd>
     }
     let resume = resume?;
     if let Some(dir) = &resume {
-        prepared = check_pairs(service, job, dir, prepared).await?;
+        let state = held.while_wanted(|| progress(service, job, dir)).await;
+        if let Some(end) = stopped(held.control.command()) {
+            return Ok(end);
+        }
+        prepared = check_pairs(job, state?, prepared).await?;
     }
     let (events, mut reported) = mpsc::channel(CHANNEL);
     let run = TrainingRun {

@@ -403,7 +403,10 @@ impl ScoringSession {
 }
 
 fn needs_dialogue(field: &str) -> ServiceError {
-    ServiceError::invalid(field, "needs chat messages, because the chat template shows it to the model: give chat, or leave it out")
+    ServiceError::invalid(
+        field,
+        "needs chat messages, because the chat template shows it to the model: give chat, or leave it out, its form as JSON too",
+    )
 }
 
 fn encode_error(e: &EncodeError, prompt_field: &str, field: &str) -> ServiceError {

@@ -21,7 +21,6 @@ use std::time::Duration;
 
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions, AnyRow};
 use sqlx::{AnyConnection, AnyPool, AssertSqlSafe, Connection as _, FromRow};
-use tokio_stream::StreamExt as _;
 
 use super::error::{Result, ServiceError};
 use crate::domain::job::Millis;
@@ -37,6 +36,8 @@ const ACQUIRE: Duration = Duration::from_secs(5);
 /// Bytes of text in the rows of a page, which ends before the row that would exceed them: most
 /// clients take answers of 4 MiB at most.
 const PAGE_BYTES: usize = 2 << 20;
+/// Rows of a page that are read from the database at a time.
+const ROWS_AT_A_TIME: usize = 32;
 
 /// The condition of a list's page.
 const OF_PAGE: &str = "seq < $1 AND ($2 = 0 OR owner = $3)";
@@ -201,25 +202,33 @@ impl Store {
         R: ListedRow + for<'r> FromRow<'r, AnyRow> + Send + Unpin,
         T: TryFrom<R, Error = ServiceError>,
     {
-        // Read one by one, because 1000 large rows would take gigabytes.
-        let mut found = sqlx::query_as::<_, R>(AssertSqlSafe(format!("{select} ORDER BY seq DESC LIMIT $4")))
-            .bind(parse_token(token)?)
-            .bind(i64::from(owner.is_some()))
-            .bind(owner.unwrap_or_default())
-            // One row too many says that there is a next page.
-            .bind(size as i64 + 1)
-            .fetch(&self.readers);
-        let (mut rows, mut bytes, mut next_page_token) = (Vec::new(), 0, String::new());
-        while let Some(row) = found.next().await {
-            let row = row?;
-            bytes += row.bytes();
-            if let Some(last) = rows.last().filter(|_| rows.len() >= size || bytes > PAGE_BYTES) {
-                next_page_token = R::seq(last).to_string();
-                break;
+        let select = format!("{select} ORDER BY seq DESC LIMIT $4");
+        let (mut rows, mut bytes, mut before) = (Vec::<R>::new(), 0, parse_token(token)?);
+        loop {
+            // A few at a time: 1000 large rows would take gigabytes. One row too many says that
+            // there is a next page.
+            let wanted = (size + 1 - rows.len()).min(ROWS_AT_A_TIME);
+            let found: Vec<R> = sqlx::query_as(AssertSqlSafe(select.clone()))
+                .bind(before)
+                .bind(i64::from(owner.is_some()))
+                .bind(owner.unwrap_or_default())
+                .bind(wanted as i64)
+                .fetch_all(&self.readers)
+                .await?;
+            let is_end = found.len() < wanted;
+            for row in found {
+                bytes += row.bytes();
+                if let Some(last) = rows.last().filter(|_| rows.len() >= size || bytes > PAGE_BYTES) {
+                    let next_page_token = R::seq(last).to_string();
+                    return Ok(Page { items: readable(rows), next_page_token });
+                }
+                before = R::seq(&row);
+                rows.push(row);
             }
-            rows.push(row);
+            if is_end {
+                return Ok(Page { items: readable(rows), next_page_token: String::new() });
+            }
         }
-        Ok(Page { items: readable(rows), next_page_token })
     }
 
     /// Whether the store answers.

@@ -196,10 +196,34 @@ impl<'a> Field<'a> {
                 }
                 self.put_number(number.is_sign_negative() && !number.is_nan(), "", &digits, out);
             }
+            'e' | 'E' | 'g' | 'G' => {
+                let number = float(value).ok_or_else(|| self.wrong("a number", value))?;
+                let precision = self.precision.unwrap_or(6);
+                let mut digits = match number.abs() {
+                    n if n.is_nan() => "nan".to_owned(),
+                    n if n.is_infinite() => "inf".to_owned(),
+                    n if matches!(self.conversion, 'e' | 'E') => scientific(n, precision, self.is_alternate),
+                    n => general(n, precision.max(1), self.is_alternate),
+                };
+                if self.conversion.is_ascii_uppercase() {
+                    digits.make_ascii_uppercase();
+                }
+                self.put_number(number.is_sign_negative() && !number.is_nan(), "", &digits, out);
+            }
+            'c' => {
+                let written = match value.as_str() {
+                    Some(text) => text.to_owned(),
+                    None => integer(value).and_then(|n| char::from_u32(u32::try_from(n).ok()?)).map(String::from).unwrap_or_default(),
+                };
+                if written.chars().count() != 1 {
+                    return Err(self.wrong("an integer or a single character", value));
+                }
+                self.put(&written, self.width.saturating_sub(1), out);
+            }
             other => {
                 return Err(refused(format!(
-                    "format: the conversion '%{other}' is not supported; supported are %s, %r, %d, %i, %u, %x, %X, %o, %f, %F and %%, \
-                     with a width and a precision in digits"
+                    "format: the conversion '%{other}' is not supported; supported are %s, %r, %d, %i, %u, %x, %X, %o, %f, %F, %e, %E, %g, \
+                     %G, %c and %%, with a width and a precision in digits"
                 )));
             }
         }
@@ -266,6 +290,35 @@ fn whole(value: &Value) -> Option<(bool, String)> {
         (ValueKind::Number | ValueKind::Bool, _) => Some((false, number)),
         _ => None,
     }
+}
+
+/// Writes a number that is not negative as C's `%e` does, e.g. `1.50e+03`.
+fn scientific(number: f64, precision: usize, keeps_point: bool) -> String {
+    let written = format!("{number:.precision$e}");
+    let (digits, exponent) = written.split_once('e').unwrap_or((&written, "0"));
+    let (sign, exponent) = exponent.strip_prefix('-').map_or(('+', exponent), |positive| ('-', positive));
+    let point = if keeps_point && precision == 0 { "." } else { "" };
+    format!("{digits}{point}e{sign}{exponent:0>2}")
+}
+
+/// Writes a number that is not negative with so many significant digits as C's `%g` does.
+fn general(number: f64, significant: usize, keeps_zeros: bool) -> String {
+    let written = format!("{number:.*e}", significant - 1);
+    let exponent: i32 = written.split_once('e').and_then(|(_, exponent)| exponent.parse().ok()).unwrap_or_default();
+    let is_fixed = exponent >= -4 && exponent < significant as i32;
+    let written = if is_fixed {
+        let precision = (significant as i32 - 1 - exponent).max(0) as usize;
+        let point = if keeps_zeros && precision == 0 { "." } else { "" };
+        format!("{number:.precision$}{point}")
+    } else {
+        scientific(number, significant - 1, keeps_zeros)
+    };
+    if keeps_zeros {
+        return written;
+    }
+    let (digits, exponent) = written.split_at(written.find('e').unwrap_or(written.len()));
+    let digits = if digits.contains('.') { digits.trim_end_matches('0').trim_end_matches('.') } else { digits };
+    format!("{digits}{exponent}")
 }
 
 fn integer(value: &Value) -> Option<i128> {
@@ -396,7 +449,9 @@ fn expression(source: &str, mut at: usize, end: &str, edits: &mut Vec<(usize, us
             Token::Close => depth = depth.saturating_sub(1),
             _ => {}
         }
-        if token != Token::Space {
+        // A sign belongs to the operand: the literal behind it is still one of the operator.
+        let is_sign = last == Token::Times && rest.starts_with('-');
+        if token != Token::Space && !is_sign {
             last = token;
         }
         at += length;

@@ -102,13 +102,14 @@ impl ModelConfig {
 /// assistant's turns with another token: an export that does not list it would generate on and on.
 /// Many files have no key for it, so that it is also found in the chat template.
 fn stop_tokens(gguf: &Gguf) -> Result<Value, ModelError> {
-    let mut ids = Vec::new();
-    for role in ["eos", "eot", "eom"] {
-        ids.extend(gguf.integer(&format!("tokenizer.ggml.{role}_token_id"))?);
-    }
+    let mut ids: Vec<u64> = gguf.integer("tokenizer.ggml.eos_token_id")?.into_iter().collect();
     let template = gguf.string("tokenizer.chat_template")?.unwrap_or_default();
     let printed: Vec<&str> = TURN_ENDS.into_iter().filter(|token| template.contains(token)).collect();
     let tokens = gguf.strings("tokenizer.ggml.tokens")?.unwrap_or_default();
+    // Where there is no such token, some files say so with a number that is no token's.
+    let is_token = |id: &u64| *id < tokens.len() as u64;
+    let ends = ["tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
+    ids.extend(ends.iter().filter_map(|key| gguf.integer(key).ok().flatten()).filter(is_token));
     ids.extend(tokens.iter().zip(0_u64..).filter(|(token, _)| printed.contains(&token.as_str())).map(|(_, id)| id));
     let mut seen = BTreeSet::new();
     ids.retain(|id| seen.insert(*id));
