@@ -15,6 +15,7 @@ use super::residents::Bases;
 use super::run::{self, ExactBases};
 use super::scoring::{Live, LiveReference, Scoring};
 use crate::domain::job::JobError;
+use crate::domain::reason::Reason;
 use crate::model::decoder::Policy;
 use crate::model::device::ComputeDevice;
 use crate::model::guard::guarded;
@@ -225,7 +226,9 @@ impl Worker {
         }
         let end = match reading.join() {
             Ok(Ok(Ok(read))) => return self.start(run, needs, read),
-            Ok(Ok(Err(EngineError::FilesChanged(message)))) => RunEnd::NotBegun(JobError { reason: "MODEL_FILES_CHANGED".into(), message }),
+            Ok(Ok(Err(EngineError::FilesChanged(message)))) => {
+                RunEnd::NotBegun(JobError { reason: Reason::ModelFilesChanged.into(), message })
+            }
             Ok(Ok(Err(e))) => RunEnd::Failed(unavailable(&e)),
             Ok(Err(panic)) => RunEnd::Failed(internal(panic)),
             Err(_) => RunEnd::Failed(internal("the thread that reads weights ended without a word".into())),
@@ -333,23 +336,23 @@ fn stopped(control: &RunControl) -> Option<RunEnd> {
 
 fn unavailable(e: &EngineError) -> JobError {
     let reason = match e {
-        EngineError::OutOfMemory { .. } | EngineError::DeviceFull(_) => "OUT_OF_MEMORY",
-        _ => "WEIGHTS_UNAVAILABLE",
+        EngineError::OutOfMemory { .. } | EngineError::DeviceFull(_) => Reason::OutOfMemory,
+        _ => Reason::WeightsUnavailable,
     };
     JobError { reason: reason.into(), message: e.to_string() }
 }
 
 fn internal(message: String) -> JobError {
-    JobError { reason: "INTERNAL".into(), message }
+    JobError { reason: Reason::Internal.into(), message }
 }
 
 /// Says why a run failed, by a reason that its client can act on.
 pub(super) fn explain(e: &TrainError) -> JobError {
     let reason = match e {
-        e if e.is_out_of_memory() => "OUT_OF_MEMORY",
-        TrainError::NonFinite { .. } => "NON_FINITE_LOSS",
-        TrainError::Checkpoint(_) => "CHECKPOINT_FAILED",
-        TrainError::Tensor(_) | TrainError::NoPlan { .. } => "DEVICE_FAILED",
+        e if e.is_out_of_memory() => Reason::OutOfMemory,
+        TrainError::NonFinite { .. } => Reason::NonFiniteLoss,
+        TrainError::Checkpoint(_) => Reason::CheckpointFailed,
+        TrainError::Tensor(_) | TrainError::NoPlan { .. } => Reason::DeviceFailed,
     };
     tracing::warn!(error = %e, "the run failed");
     JobError { reason: reason.into(), message: e.for_clients() }

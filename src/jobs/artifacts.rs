@@ -16,6 +16,7 @@ use super::store::Store;
 use super::store::properties::ARTIFACT_STORE;
 use crate::domain::dataset::Dataset;
 use crate::domain::job::Checkpoint;
+use crate::domain::reason::Reason;
 use crate::model::peft;
 use crate::model::weights::ElementType;
 use crate::train::checkpoint::{self, CheckpointError};
@@ -159,7 +160,7 @@ impl Artifacts {
     /// # Errors
     /// `FailedPrecondition` (`WRONG_ARTIFACT_STORE`) for another one.
     pub async fn identify(&self, store: &Store) -> Result<()> {
-        let wrong = |message: String| Err(ServiceError::FailedPrecondition { reason: "WRONG_ARTIFACT_STORE", message });
+        let wrong = |message: String| Err(ServiceError::FailedPrecondition { reason: Reason::WrongArtifactStore, message });
         let known = store.property(ARTIFACT_STORE).await?;
         let Some(remote) = &self.remote else {
             return match known {
@@ -213,7 +214,7 @@ impl Artifacts {
         match remote.identity().await? {
             Some(found) if found == *known => Ok(()),
             _ => Err(ServiceError::Unavailable {
-                reason: "ARTIFACTS_UNAVAILABLE",
+                reason: Reason::ArtifactsUnavailable,
                 message: "the artifact store lacks its object bradley-store-id: is the share mounted?".to_owned(),
                 retry_after: Duration::from_secs(2),
             }),
@@ -387,7 +388,7 @@ impl Artifacts {
             "the file of datasets/{id} is not in {}: restore it from a backup, or upload the dataset again and create the job anew",
             self.place()
         );
-        ServiceError::FailedPrecondition { reason: "ARTIFACT_MISSING", message }
+        ServiceError::FailedPrecondition { reason: Reason::ArtifactMissing, message }
     }
 
     /// Where files are kept, in words.
@@ -409,7 +410,7 @@ impl Artifacts {
     /// The error for files that are not where they are kept now. They may come back: a bucket or a folder can be restored, a listing can lag.
     pub(super) fn missing(&self, name: &str) -> ServiceError {
         let message = format!("the files of {name} are not in {}: restore them, or delete what they belong to", self.place());
-        ServiceError::FailedPrecondition { reason: "ARTIFACT_MISSING", message }
+        ServiceError::FailedPrecondition { reason: Reason::ArtifactMissing, message }
     }
 
     /// Why the files of a checkpoint cannot be used: they are damaged, missing, of another version of the server, or may be readable later.
@@ -418,12 +419,16 @@ impl Artifacts {
             e if e.is_damage() => damaged(name, e.for_clients()),
             e if e.is_missing_file() => self.missing(&format!("{name} ({})", e.for_clients())),
             CheckpointError::Version { .. } => ServiceError::FailedPrecondition {
-                reason: "CHECKPOINT_FORMAT",
+                reason: Reason::CheckpointFormat,
                 message: format!("{name} cannot be read: {}", e.for_clients()),
             },
             e => {
                 tracing::warn!(error = %e, "a checkpoint cannot be read now");
-                ServiceError::Unavailable { reason: "STORAGE_UNAVAILABLE", message: e.for_clients(), retry_after: Duration::from_secs(2) }
+                ServiceError::Unavailable {
+                    reason: Reason::StorageUnavailable,
+                    message: e.for_clients(),
+                    retry_after: Duration::from_secs(2),
+                }
             }
         }
     }
@@ -469,7 +474,7 @@ impl Artifacts {
         let found = blocking(move || hash_files(&here, &ADAPTER_FILES)).await?;
         let changed = |found: &str| {
             let message = format!("the stored files of {name} were changed: their hash is {found}, the job was made with {expected}");
-            ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", message }
+            ServiceError::FailedPrecondition { reason: Reason::ArtifactDamaged, message }
         };
         match (found, &self.remote) {
             (Ok(found), _) if found == expected => {
@@ -608,7 +613,7 @@ impl Artifacts {
         let kept = remote.folder(&key).await?;
         if let Some(file) = files.iter().find(|file| absent(&kept, file)) {
             let message = format!("{} is not in the artifact store yet: ask for the export again", file.path);
-            return Err(ServiceError::Unavailable { reason: "ARTIFACTS_UNAVAILABLE", message, retry_after: Duration::from_secs(2) });
+            return Err(ServiceError::Unavailable { reason: Reason::ArtifactsUnavailable, message, retry_after: Duration::from_secs(2) });
         }
         Ok(key)
     }
@@ -665,7 +670,7 @@ fn dataset_changed(id: &str, found: &str, expected: &str) -> ServiceError {
     let message = format!(
         "the file of datasets/{id} has the content {found}, the job was made with {expected}: restore it, or upload it again and make a new job"
     );
-    ServiceError::FailedPrecondition { reason: "DATASET_CHANGED", message }
+    ServiceError::FailedPrecondition { reason: Reason::DatasetChanged, message }
 }
 
 /// Returns a file's BLAKE3, or `None` where there is no file.
@@ -707,7 +712,7 @@ fn init_adapter_key(job: &str) -> String {
 }
 
 fn damaged(name: &str, why: impl std::fmt::Display) -> ServiceError {
-    ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", message: format!("the stored files of {name} are damaged: {why}") }
+    ServiceError::FailedPrecondition { reason: Reason::ArtifactDamaged, message: format!("the stored files of {name} are damaged: {why}") }
 }
 
 /// One hash of the named files of a folder.

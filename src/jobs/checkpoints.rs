@@ -12,6 +12,7 @@ use crate::domain::access::Caller;
 use crate::domain::identity::ModelIdentity;
 use crate::domain::job::{Checkpoint, Job, JobState};
 use crate::domain::names::{BaseName, CheckpointRef};
+use crate::domain::reason::Reason;
 use crate::engine::Engine;
 use crate::engine::api::WeightsRef;
 use crate::model::peft;
@@ -43,7 +44,7 @@ impl Service {
         if !state.is_final() && newest == step && !self.is_out_of_reach(state, &checkpoint).await {
             let message =
                 format!("trainingJobs/{job} is {} and would continue from step {step}: delete it when the job has ended", state.name());
-            return Err(ServiceError::FailedPrecondition { reason: "IN_USE", message });
+            return Err(ServiceError::FailedPrecondition { reason: Reason::InUse, message });
         }
         let needed = Needed::Weights { job, step: Some(step) };
         self.inner.store.delete_checkpoint(job, step, |users| check(caller, users, needed)).await?;
@@ -59,7 +60,10 @@ impl Service {
         matches!(state, JobState::Queued | JobState::Paused)
             && matches!(
                 self.inner.artifacts.fetch_checkpoint(checkpoint).await,
-                Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_MISSING" | "ARTIFACT_DAMAGED" | "CHECKPOINT_FORMAT", .. })
+                Err(ServiceError::FailedPrecondition {
+                    reason: Reason::ArtifactMissing | Reason::ArtifactDamaged | Reason::CheckpointFormat,
+                    ..
+                })
             )
     }
 
@@ -82,7 +86,7 @@ impl Service {
         let format = wanted.format.unwrap_or(if checkpoint.adapter { ExportFormat::Adapter } else { ExportFormat::Merged });
         if format == ExportFormat::Adapter && !checkpoint.adapter {
             let message = format!("trainingJobs/{} is a full fine-tune and has no adapter: export it MERGED", job.id);
-            return Err(ServiceError::FailedPrecondition { reason: "NO_ADAPTER", message });
+            return Err(ServiceError::FailedPrecondition { reason: Reason::NoAdapter, message });
         }
         let (id, step) = (job.id.clone(), checkpoint.step);
         let (name, contents) = match format {

@@ -13,6 +13,7 @@ use super::service::Service;
 use super::store::now;
 use crate::domain::access::Caller;
 use crate::domain::dataset::{Dataset, DatasetFormat, ValidationReport};
+use crate::domain::reason::Reason;
 use crate::domain::training::Truncation;
 use crate::model::tokenizer::ChatTokenizer;
 use crate::train::encode::PairEncoder;
@@ -60,7 +61,7 @@ impl Service {
             let kept = self.inner.store.dataset_bytes(&caller.owner).await?;
             if kept >= limit {
                 let message = format!("your datasets have {kept} bytes, {limit} are allowed: delete one");
-                return Err(ServiceError::ResourceExhausted { reason: "TOO_MANY_BYTES", message });
+                return Err(ServiceError::ResourceExhausted { reason: Reason::TooManyBytes, message });
             }
         }
         let checked = match meta.model.as_deref() {
@@ -81,7 +82,7 @@ impl DatasetUpload {
         self.size += bytes.len() as u64;
         if self.size > limit {
             let message = format!("the upload is larger than {limit} bytes: split it, or raise max_upload_bytes");
-            return Err(ServiceError::ResourceExhausted { reason: "UPLOAD_TOO_LARGE", message });
+            return Err(ServiceError::ResourceExhausted { reason: Reason::UploadTooLarge, message });
         }
         if self.start.len() < 4 {
             self.start.extend(bytes.iter().take(4 - self.start.len()));

@@ -4,12 +4,10 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+use crate::domain::reason::Reason;
 use crate::domain::violation::Violations;
 use crate::engine::api::EngineError;
 use crate::train::rows::DataError;
-
-/// The reason of what a stopping server refuses.
-const DRAINING: &str = "DRAINING";
 
 /// Why a request could not be served.
 #[derive(Debug, thiserror::Error)]
@@ -40,8 +38,8 @@ pub enum ServiceError {
     /// The resource's state forbids it.
     #[error("{message}")]
     FailedPrecondition {
-        /// A stable word.
-        reason: &'static str,
+        /// The stable word for it.
+        reason: Reason,
         /// What and why.
         message: String,
     },
@@ -54,16 +52,16 @@ pub enum ServiceError {
     /// Somebody else was faster: the resource changed since it was read, or another worker carries it on.
     #[error("{message}")]
     Aborted {
-        /// A stable word.
-        reason: &'static str,
+        /// The stable word for it.
+        reason: Reason,
         /// What and why.
         message: String,
     },
     /// Not now; try again.
     #[error("{message}")]
     Unavailable {
-        /// A stable word.
-        reason: &'static str,
+        /// The stable word for it.
+        reason: Reason,
         /// What and why.
         message: String,
         /// When to try again.
@@ -72,8 +70,8 @@ pub enum ServiceError {
     /// Over a limit that waiting does not lift.
     #[error("{message}")]
     ResourceExhausted {
-        /// A stable word.
-        reason: &'static str,
+        /// The stable word for it.
+        reason: Reason,
         /// What and why.
         message: String,
     },
@@ -115,13 +113,13 @@ impl ServiceError {
 
     /// Whether it says that the server is stopping.
     pub fn is_draining(&self) -> bool {
-        matches!(self, ServiceError::Unavailable { reason: DRAINING, .. })
+        matches!(self, ServiceError::Unavailable { reason: Reason::Draining, .. })
     }
 
     /// The server is stopping.
     pub fn draining() -> Self {
         ServiceError::Unavailable {
-            reason: DRAINING,
+            reason: Reason::Draining,
             message: "the server is shutting down: retry, another replica or the restarted server will answer".into(),
             retry_after: Duration::from_secs(5),
         }
@@ -141,7 +139,7 @@ impl From<sqlx::Error> for ServiceError {
             super::store::stale::note_refused();
         }
         match may_answer_later(&e) {
-            true => ServiceError::Unavailable { reason: "STORE_UNAVAILABLE", message, retry_after: Duration::from_secs(1) },
+            true => ServiceError::Unavailable { reason: Reason::StoreUnavailable, message, retry_after: Duration::from_secs(1) },
             false => ServiceError::Internal { message },
         }
     }
@@ -176,15 +174,15 @@ impl From<EngineError> for ServiceError {
         let message = e.to_string();
         match e {
             EngineError::UnknownModel(name) => ServiceError::not_found("model", format!("models/{name}")),
-            EngineError::QueueFull { retry_after, .. } => ServiceError::Unavailable { reason: "QUEUE_FULL", message, retry_after },
+            EngineError::QueueFull { retry_after, .. } => ServiceError::Unavailable { reason: Reason::QueueFull, message, retry_after },
             EngineError::RowTooLong { .. } => ServiceError::invalid("pairs", message),
-            EngineError::NotResident(_) => ServiceError::FailedPrecondition { reason: "NOT_RUNNING", message },
+            EngineError::NotResident(_) => ServiceError::FailedPrecondition { reason: Reason::NotRunning, message },
             EngineError::Draining => ServiceError::draining(),
             EngineError::OutOfMemory { .. } | EngineError::NoRoom { .. } | EngineError::DeviceFull(_) => {
-                ServiceError::ResourceExhausted { reason: "OUT_OF_MEMORY", message }
+                ServiceError::ResourceExhausted { reason: Reason::OutOfMemory, message }
             }
-            EngineError::FilesChanged(_) => ServiceError::FailedPrecondition { reason: "MODEL_FILES_CHANGED", message },
-            EngineError::Weights(_) => ServiceError::FailedPrecondition { reason: "WEIGHTS_UNUSABLE", message },
+            EngineError::FilesChanged(_) => ServiceError::FailedPrecondition { reason: Reason::ModelFilesChanged, message },
+            EngineError::Weights(_) => ServiceError::FailedPrecondition { reason: Reason::WeightsUnusable, message },
             EngineError::Device(_) => ServiceError::Internal { message },
         }
     }
@@ -198,7 +196,7 @@ pub(super) fn failed(path: &Path, e: io::Error) -> ServiceError {
             // Clients learn what to ask for, the log says where.
             tracing::warn!(error = message, "no space is left");
             ServiceError::ResourceExhausted {
-                reason: "STORAGE_FULL",
+                reason: Reason::StorageFull,
                 message: format!("{e}: free space under the server's data directory"),
             }
         }
@@ -210,9 +208,9 @@ pub(super) fn failed(path: &Path, e: io::Error) -> ServiceError {
 pub(super) fn unreadable(e: &DataError) -> ServiceError {
     match e {
         DataError::BadFile { reason, .. } => ServiceError::invalid("chunk", reason.clone()),
-        DataError::TooLarge { .. } => ServiceError::ResourceExhausted { reason: "DATASET_TOO_LARGE", message: e.to_string() },
+        DataError::TooLarge { .. } => ServiceError::ResourceExhausted { reason: Reason::DatasetTooLarge, message: e.to_string() },
         DataError::Interrupted { .. } => ServiceError::Unavailable {
-            reason: "STORAGE_UNAVAILABLE",
+            reason: Reason::StorageUnavailable,
             message: "the process that decodes the file was killed, perhaps because the machine has no memory left: retry later".to_owned(),
             retry_after: Duration::from_secs(5),
         },

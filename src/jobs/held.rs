@@ -10,6 +10,7 @@ use super::error::{Result, ServiceError};
 use super::service::Service;
 use super::store::leases::{Also, Lease};
 use crate::domain::job::{EventKind, Job, JobState, Metrics, Progress};
+use crate::domain::reason::Reason;
 use crate::engine::api::{Command, RunControl};
 
 /// The first wait after the store did not answer, and the longest.
@@ -126,10 +127,13 @@ async fn retry<T, F: Future<Output = Result<T>> + Send>(
     loop {
         match f().await {
             Err(ServiceError::Unavailable { reason, message, .. } | ServiceError::ResourceExhausted { reason, message })
-                if matches!(reason, "STORE_UNAVAILABLE" | "ARTIFACTS_UNAVAILABLE" | "STORAGE_UNAVAILABLE" | "STORAGE_FULL") && wanted() =>
+                if matches!(
+                    reason,
+                    Reason::StoreUnavailable | Reason::ArtifactsUnavailable | Reason::StorageUnavailable | Reason::StorageFull
+                ) && wanted() =>
             {
-                tracing::warn!(reason, error = message, "waiting");
-                metrics::counter!("bradley_store_retries_total", "reason" => reason).increment(1);
+                tracing::warn!(reason = reason.name(), error = message, "waiting");
+                metrics::counter!("bradley_store_retries_total", "reason" => reason.name()).increment(1);
                 tokio::time::sleep(wait).await;
                 wait = (wait * 2).min(RETRY.1);
             }

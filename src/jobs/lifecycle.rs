@@ -11,6 +11,7 @@ use super::store::now;
 use super::uses::{Needed, Users, check};
 use crate::domain::access::Caller;
 use crate::domain::job::{EventKind, Job, JobRequest, JobState};
+use crate::domain::reason::Reason;
 use crate::domain::violation::{Violations, quoted};
 
 const PRIORITIES: RangeInclusive<i32> = -1000..=1000;
@@ -49,7 +50,7 @@ pub(super) fn check_priority(caller: &Caller, priority: i32, highest: i32, bad: 
     }
 }
 
-fn refused(job: &Job, reason: &'static str, remedy: &str) -> ServiceError {
+fn refused(job: &Job, reason: Reason, remedy: &str) -> ServiceError {
     ServiceError::FailedPrecondition { reason, message: format!("trainingJobs/{} is {}: {remedy}", job.id, job.state.name()) }
 }
 
@@ -68,7 +69,7 @@ impl Service {
                 if etag.is_some_and(|e| e != job.etag()) {
                     let message =
                         format!("trainingJobs/{id} has changed since etag {} was read: read it again", quoted(etag.unwrap_or_default()));
-                    return Err(ServiceError::Aborted { reason: "ETAG_STALE", message });
+                    return Err(ServiceError::Aborted { reason: Reason::EtagStale, message });
                 }
                 let request = &mut job.request;
                 request.display_name = changes.display_name.unwrap_or(std::mem::take(&mut request.display_name));
@@ -96,8 +97,8 @@ impl Service {
             JobState::Queued => Ok(JobState::Paused),
             JobState::Preparing | JobState::Running => Ok(JobState::Pausing),
             JobState::Pausing | JobState::Paused => Ok(job.state),
-            JobState::Cancelling => Err(refused(job, "CANCELLING", "it will end soon")),
-            _ => Err(refused(job, "ALREADY_ENDED", "there is nothing to pause")),
+            JobState::Cancelling => Err(refused(job, Reason::Cancelling, "it will end soon")),
+            _ => Err(refused(job, Reason::AlreadyEnded, "there is nothing to pause")),
         })
         .await
     }
@@ -115,8 +116,8 @@ impl Service {
             .move_job(caller, id, "resume", "resumed by a client", |job| match job.state {
                 JobState::Paused => Ok(JobState::Queued),
                 JobState::Queued => Ok(JobState::Queued),
-                JobState::Pausing => Err(refused(job, "PAUSING", "resume it when it is paused")),
-                _ => Err(refused(job, "NOT_PAUSED", "only a paused job can be resumed")),
+                JobState::Pausing => Err(refused(job, Reason::Pausing, "resume it when it is paused")),
+                _ => Err(refused(job, Reason::NotPaused, "only a paused job can be resumed")),
             })
             .await?;
         self.inner.wake();
@@ -129,7 +130,7 @@ impl Service {
         self.move_job(caller, id, "cancel", "cancelled by a client", |job| match job.state {
             JobState::Queued | JobState::Paused => Ok(JobState::Cancelled),
             JobState::Preparing | JobState::Running | JobState::Pausing | JobState::Cancelling => Ok(JobState::Cancelling),
-            _ => Err(refused(job, "ALREADY_ENDED", "there is nothing to cancel")),
+            _ => Err(refused(job, Reason::AlreadyEnded, "there is nothing to cancel")),
         })
         .await
     }
@@ -189,7 +190,7 @@ impl Service {
     async fn remove_job(&self, caller: &Caller, id: &str, expired: bool) -> Result<()> {
         let refuse = |job: &Job, users: &Users| {
             if !job.state.is_final() {
-                return Err(refused(job, "NOT_ENDED", "cancel it first"));
+                return Err(refused(job, Reason::NotEnded, "cancel it first"));
             }
             check(caller, users, Needed::Weights { job: id, step: None })
         };

@@ -13,6 +13,7 @@ use super::service::Service;
 use crate::domain::identity::{ContentPins, ModelIdentity};
 use crate::domain::job::{Checkpoint, Evaluation, Job, JobRequest, JobState};
 use crate::domain::names::{CheckpointRef, PolicyName};
+use crate::domain::reason::Reason;
 use crate::domain::training::{Method, Truncation};
 use crate::engine::api::{EngineError, WeightsRef};
 use crate::train::checkpoint::REFERENCE_FILE;
@@ -86,7 +87,7 @@ impl Service {
                     job.id,
                     pinned.hash()
                 );
-                return Err(ServiceError::FailedPrecondition { reason: "MODEL_CHANGED", message });
+                return Err(ServiceError::FailedPrecondition { reason: Reason::ModelChanged, message });
             }
             Err(e) => return Err(e.into()),
         };
@@ -99,7 +100,7 @@ impl Service {
             or_none(before),
             or_none(now)
         );
-        Err(ServiceError::FailedPrecondition { reason: "MODEL_CHANGED", message })
+        Err(ServiceError::FailedPrecondition { reason: Reason::ModelChanged, message })
     }
 
     /// Makes sure that a reference on `reference` can score what the tokenizer of `policy` makes: token ids mean the same tokens in both models, and the
@@ -163,7 +164,7 @@ impl Service {
         match which {
             CheckpointRef::Step(_) => Err(ServiceError::not_found("checkpoint", format!("trainingJobs/{job}/checkpoints/{which}"))),
             _ => Err(ServiceError::FailedPrecondition {
-                reason: "NO_CHECKPOINT",
+                reason: Reason::NoCheckpoint,
                 message: format!(
                     "trainingJobs/{job} is {} and has no {which} checkpoint: wait for one, or set save_steps or an evaluation",
                     state.name()
@@ -311,7 +312,7 @@ impl Service {
                 "{} does not hold its job's moved reference ({REFERENCE_FILE}): name a reference, e.g. models/{model}, or another checkpoint",
                 policy.version
             );
-            return Err(ServiceError::FailedPrecondition { reason: "NO_REFERENCE", message });
+            return Err(ServiceError::FailedPrecondition { reason: Reason::NoReference, message });
         }
         Ok(Some(Resolved { weights: WeightsRef::StoredReference { model, dir, content }, version, ..policy.clone() }))
     }
@@ -334,7 +335,7 @@ fn check_content(job: &Job, what: &str, pinned: impl Fn(&ContentPins) -> Option<
         "trainingJobs/{} was made with a {what} of the content {pinned}, {} has {content} now: restore the checkpoint that the job was made with",
         job.id, found.version
     );
-    Err(ServiceError::FailedPrecondition { reason: "MODEL_CHANGED", message })
+    Err(ServiceError::FailedPrecondition { reason: Reason::ModelChanged, message })
 }
 
 /// A hash, or what stands for that of a part that a model does not have.

@@ -15,6 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_stream::StreamExt;
 
 use super::error::{Result, ServiceError, failed};
+use crate::domain::reason::Reason;
 
 /// The object that tells one store from another.
 const IDENTITY: &str = "bradley-store-id";
@@ -258,7 +259,7 @@ fn unavailable(name: &str, e: &object_store::Error) -> ServiceError {
 
 fn away(name: &str, why: &str) -> ServiceError {
     ServiceError::Unavailable {
-        reason: "ARTIFACTS_UNAVAILABLE",
+        reason: Reason::ArtifactsUnavailable,
         message: format!("the artifact store failed at {name}: {why}"),
         retry_after: Duration::from_secs(2),
     }

@@ -9,6 +9,7 @@ use super::runner::Prepared;
 use super::service::Service;
 use super::store::leases::Also;
 use crate::domain::job::{Checkpoint, EventKind, Job};
+use crate::domain::reason::Reason;
 use crate::train::checkpoint;
 use crate::train::trainer::tokens_until;
 
@@ -26,7 +27,7 @@ pub(super) async fn newest_whole(service: &Service, held: &Held) -> Result<Optio
     for c in known.iter().rev() {
         let reason = match held.while_wanted(|| whole(service, c)).await {
             Ok(dir) => return Ok(Some(dir)),
-            Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", message }) => message,
+            Err(ServiceError::FailedPrecondition { reason: Reason::ArtifactDamaged, message }) => message,
             Err(e) => return Err(e),
         };
         // Nothing that another store holds proves damage.
@@ -66,7 +67,7 @@ pub(super) async fn check_pairs(service: &Service, job: &Job, dir: &Path, prepar
              again",
             state.step
         );
-        Err(ServiceError::FailedPrecondition { reason: "ROWS_CHANGED", message })
+        Err(ServiceError::FailedPrecondition { reason: Reason::RowsChanged, message })
     })
     .await?
 }
@@ -89,14 +90,14 @@ async fn whole(service: &Service, c: &Checkpoint) -> Result<PathBuf> {
     let artifacts = &service.inner.artifacts;
     let dir = match artifacts.fetch_checkpoint(c).await {
         // What comes out wrong twice is wrong in the store, and no fault of the way here.
-        Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED", .. }) if artifacts.is_copy() => {
+        Err(ServiceError::FailedPrecondition { reason: Reason::ArtifactDamaged, .. }) if artifacts.is_copy() => {
             artifacts.fetch_checkpoint(c).await?
         }
         fetched => fetched?,
     };
     match checked(service, dir.clone(), c).await {
         Ok(()) => return Ok(dir),
-        Err(ServiceError::FailedPrecondition { reason: "ARTIFACT_DAMAGED" | "ARTIFACT_MISSING", .. }) if artifacts.is_copy() => {}
+        Err(ServiceError::FailedPrecondition { reason: Reason::ArtifactDamaged | Reason::ArtifactMissing, .. }) if artifacts.is_copy() => {}
         Err(e) => {
             artifacts.distrust_checkpoint(&c.job, c.step);
             return Err(e);

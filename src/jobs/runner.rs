@@ -23,6 +23,7 @@ use crate::domain::dataset::{Dataset, PreferenceRow};
 use crate::domain::identity::Pins;
 use crate::domain::job::{Checkpoint, Evaluation, EventKind, Job, JobError, JobState, RowPolicy};
 use crate::domain::message::TemplateArguments;
+use crate::domain::reason::Reason;
 use crate::engine::api::{Command, EngineError, Report, RunEnd, RunEvent, TrainingRun};
 use crate::engine::trace;
 use crate::model::tokenizer::ChatTokenizer;
@@ -84,7 +85,7 @@ async fn carry_on(service: &Service, job: &Job, lease: Lease) {
         Ok(RunEnd::NotBegun(e)) => {
             tracing::warn!(
                 job = job.id,
-                reason = e.reason,
+                reason = e.reason.name(),
                 error = e.message,
                 "the job is put back in the queue: what it needs is not there"
             );
@@ -130,7 +131,11 @@ fn may_come(e: &ServiceError) -> bool {
     matches!(
         e,
         ServiceError::FailedPrecondition {
-            reason: "ARTIFACT_MISSING" | "CHECKPOINT_FORMAT" | "DATASET_CHANGED" | "MODEL_CHANGED" | "ROWS_CHANGED",
+            reason: Reason::ArtifactMissing
+                | Reason::CheckpointFormat
+                | Reason::DatasetChanged
+                | Reason::ModelChanged
+                | Reason::RowsChanged,
             ..
         }
     )
@@ -140,9 +145,9 @@ fn may_come(e: &ServiceError) -> bool {
 fn failure(e: &ServiceError) -> JobError {
     let reason = match e {
         ServiceError::FailedPrecondition { reason, .. } | ServiceError::ResourceExhausted { reason, .. } => *reason,
-        ServiceError::InvalidArgument(_) => "DATASET_INVALID",
-        ServiceError::NotFound { .. } => "NOT_FOUND",
-        _ => "INTERNAL",
+        ServiceError::InvalidArgument(_) => Reason::DatasetInvalid,
+        ServiceError::NotFound { .. } => Reason::NotFound,
+        _ => Reason::Internal,
     };
     let message = match e {
         // As in an answer: paths and statements are the operator's to read.
@@ -231,8 +236,8 @@ async fn carry(service: &Service, job: &Job, held: &Arc<Held>) -> Result<RunEnd>
     if let Err(e) = service.inner.engine.train(run) {
         return Ok(match &e {
             EngineError::Draining => RunEnd::Drained,
-            EngineError::OutOfMemory { .. } => RunEnd::Failed(JobError { reason: "OUT_OF_MEMORY".into(), message: e.to_string() }),
-            _ => RunEnd::Failed(JobError { reason: "INTERNAL".into(), message: e.to_string() }),
+            EngineError::OutOfMemory { .. } => RunEnd::Failed(JobError { reason: Reason::OutOfMemory.into(), message: e.to_string() }),
+            _ => RunEnd::Failed(JobError { reason: Reason::Internal.into(), message: e.to_string() }),
         });
     }
     let slice = service.inner.options.time_slice;
@@ -272,7 +277,7 @@ async fn carry(service: &Service, job: &Job, held: &Arc<Held>) -> Result<RunEnd>
         }
     }
     let message = "the device worker ended without a word".to_owned();
-    Ok(RunEnd::Failed(JobError { reason: "INTERNAL".into(), message }))
+    Ok(RunEnd::Failed(JobError { reason: Reason::Internal.into(), message }))
 }
 
 /// What the device did since the event before, as a span.
@@ -413,7 +418,7 @@ fn encode_dataset(
     let (now, uploaded) = (loaded.report.rows, dataset.report.rows);
     if now != uploaded {
         let message = format!("datasets/{} has {now} rows that can be read now, {uploaded} at its upload: upload it again", dataset.id);
-        return Err(ServiceError::FailedPrecondition { reason: "DATASET_INVALID", message });
+        return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
     }
     if request.spec.dpo.compares_pairs()
         && let Some(row) = loaded.rows.iter().find(|row| row.weight != 1.0)
@@ -423,7 +428,7 @@ fn encode_dataset(
              the weights (a row with several rejected answers has its weight divided among them), or choose another loss",
             row.row, dataset.id, row.weight
         );
-        return Err(ServiceError::FailedPrecondition { reason: "DATASET_INVALID", message });
+        return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
     }
     let encoder = PairEncoder::new(&context.tokenizer, request.spec.batch.max_length, request.spec.batch.truncation)
         .with_arguments(&context.arguments)
@@ -449,7 +454,7 @@ fn encode_dataset(
             first.reason.name(),
             first.message
         );
-        return Err(ServiceError::FailedPrecondition { reason: "DATASET_INVALID", message });
+        return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
     }
     let new = |row: &PreferenceRow| Some(format!("{} of row {} of datasets/{}", row.new_since_0_2_0()?, row.row, dataset.id));
     Ok(Encoded { pairs, bad, new_since_0_2_0: loaded.rows.iter().find_map(new) })
@@ -582,7 +587,7 @@ async fn finish(service: &Service, held: &Held, end: &End) -> Result<()> {
     };
     let job = held.write(service, change, Also::Release).await?;
     if let End::Waits(error) = end {
-        metrics::counter!("bradley_jobs_waiting_total", "reason" => error.reason.to_lowercase()).increment(1);
+        metrics::counter!("bradley_jobs_waiting_total", "reason" => error.reason.name().to_lowercase()).increment(1);
     }
     if job.state.is_final() {
         job_ended(job.state);

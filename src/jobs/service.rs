@@ -30,6 +30,7 @@ use crate::domain::access::Caller;
 use crate::domain::dataset::{Dataset, RowIssue, Severity};
 use crate::domain::identity::{ModelIdentity, Pins};
 use crate::domain::job::{Evaluation, Event, Job, JobRequest, JobState, Metrics, Progress, RowPolicy};
+use crate::domain::reason::Reason;
 use crate::domain::training::{LoraConfig, Method};
 use crate::domain::violation::{Violations, quoted};
 use crate::engine::api::{ModelInfo, WeightsRef};
@@ -319,7 +320,7 @@ impl Service {
         if let (Method::Lora(_), WeightsRef::Full { .. }) = (&request.spec.method, &start.weights) {
             let message =
                 "LoRA starts from a base model or from a LoRA checkpoint: export the full checkpoint merged and serve it as a model";
-            return Err(ServiceError::FailedPrecondition { reason: "FULL_CHECKPOINT", message: message.into() });
+            return Err(ServiceError::FailedPrecondition { reason: Reason::FullCheckpoint, message: message.into() });
         }
         if let Method::Lora(LoraConfig { init_adapter: Some(name), .. }) = &request.spec.method {
             let WeightsRef::Base { .. } = &start.weights else {
@@ -358,7 +359,7 @@ impl Service {
                     "datasets/{id} has {bad_rows} bad rows{example}: fix them, or set row_policy to SKIP to train on the other {}",
                     dataset.report.rows - bad_rows
                 );
-                return Err(ServiceError::FailedPrecondition { reason: "DATASET_INVALID", message });
+                return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
             }
         }
         pins.contents = Some(self.content_pins(&request).await?);
@@ -588,7 +589,7 @@ fn lock(root: &std::path::Path) -> Result<std::fs::File> {
         Ok(()) => Ok(file),
         Err(std::fs::TryLockError::WouldBlock) => {
             let message = format!("another server uses the data directory {}: stop it, or give each its own", root.display());
-            Err(ServiceError::FailedPrecondition { reason: "DATA_DIR_IN_USE", message })
+            Err(ServiceError::FailedPrecondition { reason: Reason::DataDirInUse, message })
         }
         Err(std::fs::TryLockError::Error(e)) => Err(super::error::failed(&path, e)),
     }

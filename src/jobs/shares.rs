@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::error::{Result, ServiceError};
+use crate::domain::reason::Reason;
 
 /// Tokens in the queue, by client.
 #[derive(Debug, Default)]
@@ -27,7 +28,7 @@ impl Shares {
         let has = all.get(owner).copied().unwrap_or(0);
         if has > 0 && has + tokens > limit {
             let message = format!("{has} tokens of yours wait to be scored, {limit} are allowed: send more when some are answered");
-            return Err(ServiceError::ResourceExhausted { reason: "TOO_MANY_TOKENS", message });
+            return Err(ServiceError::ResourceExhausted { reason: Reason::TooManyTokens, message });
         }
         *all.entry(owner.to_owned()).or_default() += tokens;
         Ok(Share { shares: self.clone(), owner: owner.to_owned(), tokens })

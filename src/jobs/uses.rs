@@ -5,6 +5,7 @@ use super::error::{Result, ServiceError};
 use crate::domain::access::Caller;
 use crate::domain::job::{Evaluation, Job};
 use crate::domain::names::{CheckpointRef, PolicyName};
+use crate::domain::reason::Reason;
 
 /// The unfinished jobs. Where weights are removed, also ended jobs that have checkpoints: these are scored against a reference.
 #[derive(Clone, Debug, Default)]
@@ -62,7 +63,7 @@ pub(super) fn check(caller: &Caller, users: &Users, needed: Needed<'_>) -> Resul
     let (Needed::Dataset(id) | Needed::Weights { job: id, .. }) = needed;
     if users.unreadable.iter().any(|request| request.contains(id)) {
         let message = "a job that this version of the server cannot read needs it: use the version that wrote the job".to_owned();
-        return Err(ServiceError::FailedPrecondition { reason: "IN_USE", message });
+        return Err(ServiceError::FailedPrecondition { reason: Reason::InUse, message });
     }
     let Some(user) = users.jobs.iter().find(|user| needed.by(user)) else { return Ok(()) };
     let what = match needed {
@@ -76,5 +77,5 @@ pub(super) fn check(caller: &Caller, users: &Users, needed: Needed<'_>) -> Resul
         true => format!("trainingJobs/{} is {} and needs {what}: wait for it or cancel it", user.id, user.state.name()),
         false => format!("another client's job needs {what}: try again later"),
     };
-    Err(ServiceError::FailedPrecondition { reason: "IN_USE", message })
+    Err(ServiceError::FailedPrecondition { reason: Reason::InUse, message })
 }

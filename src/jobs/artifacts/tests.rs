@@ -4,6 +4,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::domain::dataset::{DatasetFormat, ValidationReport};
+use crate::domain::reason::Reason;
 
 const ROWS: &[u8] = b"rows";
 
@@ -48,7 +49,7 @@ impl Kept {
     }
 
     /// The reason and the message with which the file is refused.
-    async fn refusal(&self) -> (&'static str, String) {
+    async fn refusal(&self) -> (Reason, String) {
         match self.fetch().await.unwrap_err() {
             ServiceError::FailedPrecondition { reason, message } => {
                 assert!(message.contains("datasets/d") && message.contains("upload"), "{message}");
@@ -81,11 +82,11 @@ async fn a_dataset_that_the_store_does_not_have_whole_is_refused() {
     let kept = Kept::new(true).await;
     fs::write(kept.here(), b"damaged").unwrap();
     fs::write(kept.stored(), b"damaged, too").unwrap();
-    assert_eq!(kept.refusal().await.0, "DATASET_CHANGED");
+    assert_eq!(kept.refusal().await.0, Reason::DatasetChanged);
     assert_eq!(fs::read(kept.here()).unwrap(), b"damaged", "nothing is replaced by what is no better");
     fs::remove_file(kept.stored()).unwrap();
     let (reason, message) = kept.refusal().await;
-    assert!(reason == "ARTIFACT_MISSING" && message.contains("artifact store"), "{reason}: {message}");
+    assert!(reason == Reason::ArtifactMissing && message.contains("artifact store"), "{reason:?}: {message}");
 }
 
 #[tokio::test]
@@ -94,8 +95,8 @@ async fn without_a_store_a_missing_or_changed_dataset_is_refused_with_the_remedy
     assert_eq!(kept.fetch().await.unwrap(), kept.here());
     fs::write(kept.here(), b"other rows").unwrap();
     let (reason, message) = kept.refusal().await;
-    assert!(reason == "DATASET_CHANGED" && message.contains(&kept.dataset.content_hash), "{reason}: {message}");
+    assert!(reason == Reason::DatasetChanged && message.contains(&kept.dataset.content_hash), "{reason:?}: {message}");
     fs::remove_file(kept.here()).unwrap();
     let (reason, message) = kept.refusal().await;
-    assert!(reason == "ARTIFACT_MISSING" && message.contains("data directory"), "{reason}: {message}");
+    assert!(reason == Reason::ArtifactMissing && message.contains("data directory"), "{reason:?}: {message}");
 }

@@ -8,6 +8,7 @@ use super::rows::{EventRow, JOB, JobRow, to_json};
 use super::{Dialect, OF_PAGE, Page, Store, now};
 use crate::domain::job::{Evaluation, Event, EventKind, Finite, Job, JobState, Millis};
 use crate::domain::names::{CheckpointRef, PolicyName};
+use crate::domain::reason::Reason;
 use crate::jobs::error::{Result, ServiceError};
 use crate::jobs::uses::Users;
 
@@ -150,7 +151,7 @@ impl Store {
         let unfinished: i64 = sqlx::query_scalar(AssertSqlSafe(count)).bind(owner).fetch_one(&mut **tx).await?;
         if unfinished as u64 >= quota {
             let message = format!("{unfinished} jobs of yours are unfinished, {quota} are allowed: wait for one or cancel one");
-            return Err(ServiceError::ResourceExhausted { reason: "TOO_MANY_JOBS", message });
+            return Err(ServiceError::ResourceExhausted { reason: Reason::TooManyJobs, message });
         }
         Ok(())
     }
@@ -281,7 +282,7 @@ impl Store {
         let events = change(&mut job)?;
         if job.state != before && !before.may_become(job.state) {
             let message = format!("trainingJobs/{} is {}: it cannot become {}", job.id, before.name(), job.state.name());
-            return Err(ServiceError::FailedPrecondition { reason: "ILLEGAL_TRANSITION", message });
+            return Err(ServiceError::FailedPrecondition { reason: Reason::IllegalTransition, message });
         }
         job.version += 1;
         if job.state.is_final() && job.end_time.is_none() {

@@ -10,6 +10,7 @@ use super::rows::{JOB, JobRow};
 use super::{Store, now};
 use crate::domain::access::Caller;
 use crate::domain::job::{Checkpoint, EventKind, Job, JobError, JobState};
+use crate::domain::reason::Reason;
 use crate::jobs::error::{Result, ServiceError};
 use crate::jobs::uses::{Needed, check};
 
@@ -117,7 +118,7 @@ impl Store {
         let given_back = row.lease_owner.is_none() && row.lease_writes >= number;
         if row.lease_token != lease.token || !(given_back || row.lease_owner.as_ref() == Some(&lease.owner)) {
             let message = format!("trainingJobs/{} is carried on by another worker", lease.job);
-            return Err(ServiceError::Aborted { reason: "LEASE_LOST", message });
+            return Err(ServiceError::Aborted { reason: Reason::LeaseLost, message });
         }
         if row.lease_writes >= number {
             let newest: i64 = sqlx::query_scalar(NEWEST).bind(&lease.job).fetch_one(&mut *tx).await?;
@@ -180,7 +181,7 @@ impl Store {
                             let message = format!(
                                 "its worker died {reclaims} times without getting beyond step {reached}: the job may need more memory than there is"
                             );
-                            job.error = Some(JobError { reason: "WORKER_LOST".into(), message: message.clone() });
+                            job.error = Some(JobError { reason: Reason::WorkerLost.into(), message: message.clone() });
                             (JobState::Failed, message)
                         }
                         JobState::Pausing => (JobState::Paused, format!("its worker is gone; continues from step {step}")),

@@ -6,6 +6,7 @@ use serde::de::DeserializeOwned;
 use super::{Dialect, ListedRow};
 use crate::domain::dataset::Dataset;
 use crate::domain::job::{Checkpoint, Event, Finite, Job, JobState, Millis};
+use crate::domain::reason::Reason;
 use crate::jobs::error::{Result, ServiceError};
 
 pub(super) fn to_json<T: Serialize>(value: &T) -> Result<String> {
@@ -90,7 +91,7 @@ impl TryFrom<JobRow> for Job {
                 "trainingJobs/{} cannot be read by this version of the server ({what}: {why}): use the version that wrote it",
                 r.id
             );
-            ServiceError::FailedPrecondition { reason: "JOB_UNREADABLE", message }
+            ServiceError::FailedPrecondition { reason: Reason::JobUnreadable, message }
         };
         fn parsed<T: DeserializeOwned>(
             text: &str,

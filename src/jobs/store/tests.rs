@@ -11,6 +11,7 @@ use crate::domain::dpo::{Divergence, ReferenceSync};
 use crate::domain::identity::{ModelIdentity, Pins};
 use crate::domain::job::{Evaluation, Job, JobRequest, JobState, Metrics, Progress, RowPolicy};
 use crate::domain::names::{CheckpointRef, PolicyName};
+use crate::domain::reason::Reason;
 use crate::domain::training::{LoraConfig, Method, ScheduleKind, TrainingSpec};
 use crate::jobs::uses::{Needed, check};
 
@@ -186,12 +187,12 @@ async fn an_unreadable_job_stays_and_keeps_what_it_needs() {
     insert(&store, &job("newer", whole_request()), None).await;
     run(&store, "UPDATE jobs SET request = json_set(request, '$.spec.batch.from_the_future', 1) WHERE id = 'newer'").await;
 
-    let unreadable = |e: ServiceError| matches!(e, ServiceError::FailedPrecondition { reason: "JOB_UNREADABLE", .. });
+    let unreadable = |e: ServiceError| matches!(e, ServiceError::FailedPrecondition { reason: Reason::JobUnreadable, .. });
     assert!(unreadable(store.job("newer").await.unwrap_err()));
     assert!(store.claim(&[]).await.unwrap().is_none(), "nobody runs it without the setting");
     assert_eq!(store.unreadable_jobs().await.unwrap(), 1);
 
-    let in_use = |r: Result<()>| assert!(matches!(&r, Err(ServiceError::FailedPrecondition { reason: "IN_USE", .. })), "{r:?}");
+    let in_use = |r: Result<()>| assert!(matches!(&r, Err(ServiceError::FailedPrecondition { reason: Reason::InUse, .. })), "{r:?}");
     let anyone = Caller::anyone();
     for dataset in [DATASET, "held-out"] {
         in_use(store.delete_dataset(dataset, |users| check(&anyone, users, Needed::Dataset(dataset))).await);
