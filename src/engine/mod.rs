@@ -213,6 +213,14 @@ impl Engine {
         self.shared.bases.infos()
     }
 
+    /// One base model.
+    ///
+    /// # Errors
+    /// `UnknownModel` when the server does not have it.
+    pub fn model(&self, id: &str) -> Result<ModelInfo, EngineError> {
+        Ok(self.shared.bases.get(id)?.info.clone())
+    }
+
     /// What jobs compute in when they do not say.
     pub fn precision(&self) -> Precision {
         self.shared.options.precision

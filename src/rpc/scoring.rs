@@ -1,5 +1,7 @@
 //! ScoringService.
 
+use std::sync::Arc;
+
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
@@ -10,10 +12,10 @@ use super::auth::whose;
 use super::convert::scoring as convert;
 use super::pb::{self, scoring_service_server::ScoringService, stream_score_pairs_request::Part};
 use super::status::{incomplete, message, status};
-use crate::jobs::error::ServiceError;
-use crate::jobs::scoring::{ScoredPair, ScoringSession};
-use crate::jobs::service::Service;
 use crate::math::score::{best_of, ranking};
+use crate::service::auth::tokens::TokenService;
+use crate::service::error::ServiceError;
+use crate::service::scoring::{self, ScoredPair, ScoringSession};
 
 /// Pairs in a unary batch.
 const MAX_PAIRS: usize = 1024;
@@ -25,7 +27,11 @@ const IN_FLIGHT: usize = 256;
 const BUFFER: usize = 64;
 
 /// The gRPC face of scoring.
-pub(super) struct Scoring(pub Service);
+pub(super) struct Scoring {
+    pub scoring: Arc<scoring::ScoringService>,
+    /// Streams end with the tokens of their callers.
+    pub tokens: TokenService,
+}
 
 type Scored = Result<ScoredPair, ServiceError>;
 
@@ -37,7 +43,7 @@ impl ScoringService for Scoring {
         if r.pairs.is_empty() || r.pairs.len() > MAX_PAIRS {
             return Err(status(ServiceError::invalid("pairs", format!("has {} pairs: send 1 to {MAX_PAIRS}", r.pairs.len()))));
         }
-        let session = self.0.scoring_session(&caller, options).await.map_err(status)?;
+        let session = self.scoring.session(&caller, options).await.map_err(status)?;
         // Dropped with this call: what its client no longer waits for is abandoned.
         let mut tasks = JoinSet::new();
         let mut results: Vec<(String, Option<Scored>)> = Vec::with_capacity(r.pairs.len());
@@ -82,13 +88,13 @@ impl ScoringService for Scoring {
             return Err(incomplete("the first message of a scoring stream must be options"));
         };
         let (options, per_token) = convert::options(Some(options))?;
-        let session = self.0.scoring_session(&caller, options).await.map_err(status)?;
+        let session = self.scoring.session(&caller, options).await.map_err(status)?;
         let (answers, receiver) = mpsc::channel(BUFFER);
-        let service = self.0.clone();
+        let tokens = self.tokens.clone();
         let followed = async move {
             let ended = tokio::select! {
                 ended = follow(requests, &answers, &session, per_token) => ended,
-                e = service.until_invalid(&caller) => Err(status(e)),
+                e = tokens.until_invalid(&caller) => Err(status(e)),
             };
             if let Err(e) = ended {
                 let _ = answers.send(Err(e)).await;
@@ -113,7 +119,7 @@ impl ScoringService for Scoring {
         for (i, c) in r.completions.into_iter().enumerate() {
             completions.push(convert::text(&format!("completions[{i}]"), Some(c)).map_err(status)?);
         }
-        let session = self.0.scoring_session(&caller, options).await.map_err(status)?;
+        let session = self.scoring.session(&caller, options).await.map_err(status)?;
         let _room = session.room(&prompt, &completions.iter().collect::<Vec<_>>()).await.map_err(status)?;
         let scored = session.score_completions(&prompt, &completions).await.map_err(status)?;
         let good: Vec<usize> = scored.iter().enumerate().filter(|(_, s)| s.is_ok()).map(|(i, _)| i).collect();

@@ -6,7 +6,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::domain::reason::Reason;
 use crate::domain::violation::{Violations, shortened};
-use crate::jobs::error::ServiceError;
+use crate::service::error::ServiceError;
 
 /// The domain of every ErrorInfo.
 pub const DOMAIN: &str = "bradley.dev";

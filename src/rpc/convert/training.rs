@@ -13,10 +13,10 @@ use crate::domain::training::{
     Seed, TARGET_MODULES, TrainingSpec, Truncation, Warmup,
 };
 use crate::domain::violation::{Violations, quoted};
-use crate::jobs::estimate::JobEstimate;
-use crate::jobs::lifecycle::JobChanges;
 use crate::rpc::pb;
 use crate::rpc::status::job_error;
+use crate::service::jobs::estimate::JobEstimate;
+use crate::service::jobs::lifecycle::JobChanges;
 
 const LORA_LEARNING_RATE: f64 = 1e-4;
 /// The divergence that has a parameter of its own.
