@@ -1,4 +1,6 @@
-//! Scoring: names resolved once per request, tokenising off the async threads, the engine's log-probs turned into rewards.
+//! Scoring: names are resolved once per request, texts tokenised off the async threads, the engine's log-probs turned into rewards, answers ranked.
+//!
+//! A pair's way: [`ScoringService::session`] → [`ScoringSession::admit`] (text budget, tokens, quota) → [`AdmittedPair::score`].
 
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
@@ -7,7 +9,7 @@ use jiff::civil::DateTime;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::auth::access::check_weights;
-use super::auth::quota::ScoringQuota;
+use super::auth::quota::{QuotaShare, ScoringQuota};
 use super::blocking::blocking;
 use super::error::{Result, ServiceError};
 use super::limiter::Limiter;
@@ -23,9 +25,9 @@ use crate::domain::training::Truncation;
 use crate::engine::Engine;
 use crate::engine::api::{EngineError, ScoreItem, ScoredItem, WeightsRef};
 use crate::engine::trace;
-use crate::math::score::{AnswerLogps, preference_probability, reward};
+use crate::math::score::{AnswerLogps, best_of, preference_probability, ranking, reward};
 use crate::model::tokenizer::ChatTokenizer;
-use crate::train::encode::{EncodeError, EncodedCompletion, PairEncoder, group};
+use crate::train::encode::{EncodedCompletion, PairEncoder, Part, group};
 
 /// Bytes of one pair's text, or of a prompt and its answers: what the longest row could use is less than a tenth.
 const MAX_TEXT: usize = 16 << 20;
@@ -120,7 +122,26 @@ pub struct ScoringService {
     template_date: TemplateDate,
 }
 
-/// A request's names made concrete; cheap to clone.
+/// An answer among others to one prompt.
+#[derive(Debug)]
+pub struct RankedCompletion {
+    /// Its score, or why it has none.
+    pub score: Result<ScoredCompletion>,
+    /// The probability that it is the best; 0 without a score.
+    pub probability: f64,
+}
+
+/// Scored answers to one prompt.
+#[derive(Debug)]
+pub struct RankedCompletions {
+    /// One for each answer, in the order of the request.
+    pub answers: Vec<RankedCompletion>,
+    /// Indices of the answers that have a score, the best first.
+    pub ranking: Vec<usize>,
+}
+
+/// A request's names made concrete; cheap to clone. An item is scored in two steps, which its types keep in order: `admit` waits for room for its text,
+/// tokenises it once and takes its client's quota; `score` computes. What an item has taken is given back when it is scored or dropped.
 #[derive(Clone)]
 pub struct ScoringSession {
     service: Arc<ScoringService>,
@@ -142,13 +163,34 @@ pub struct ScoringSession {
     vocab_size: usize,
 }
 
-/// How answers to one prompt are split off it.
-#[derive(Clone, Copy)]
-enum Answers {
-    /// As TRL splits pairs: after the prefix that both answers share with the prompt.
-    Pair,
-    /// Each as if it were alone.
-    Independent,
+/// A pair whose text has room beside the texts of others.
+#[must_use = "the text budget is given back when this is dropped"]
+pub struct ReservedPair {
+    session: ScoringSession,
+    pair: PairToScore,
+    room: OwnedSemaphorePermit,
+}
+
+/// A pair that may be scored: within the text budget and its client's quota, and tokenised.
+#[must_use = "nothing is scored until `score` is called"]
+pub struct AdmittedPair(Admitted);
+
+/// Answers to one prompt that may be scored, in one row.
+#[must_use = "nothing is scored until `score` is called"]
+pub struct AdmittedCompletions {
+    /// One for each answer: `None` is the next one of the row.
+    errors: Vec<Option<ServiceError>>,
+    /// `None` when no answer can be encoded.
+    row: Option<Admitted>,
+}
+
+/// Tokens on their way to the device.
+struct Admitted {
+    session: ScoringSession,
+    encoded: Vec<EncodedCompletion>,
+    item: ScoreItem,
+    _quota: Option<QuotaShare>,
+    _room: OwnedSemaphorePermit,
 }
 
 impl ScoringService {
@@ -228,14 +270,6 @@ impl ScoringSession {
         self.reference.as_ref().map(|r| r.version.clone())
     }
 
-    /// [`ScoringSession::room`] for a pair.
-    ///
-    /// # Errors
-    /// `InvalidArgument` for a text that is longer than any row could use.
-    pub async fn room_for_pair(&self, pair: &PairToScore) -> Result<OwnedSemaphorePermit> {
-        self.take_room("pair", pair.arguments.bytes(), &pair.prompt, &[&pair.a, &pair.b]).await
-    }
-
     /// How rewards add up the log-ratios of an answer's tokens.
     pub fn normalization(&self) -> Normalization {
         self.normalization
@@ -246,12 +280,60 @@ impl ScoringSession {
         self.warnings.to_vec()
     }
 
-    /// Room for a prompt and its completions beside the texts of others; waits for it.
+    /// Waits for room for a pair's text beside the texts of others. A stream reads no further until it has it.
     ///
     /// # Errors
     /// `InvalidArgument` for a text that is longer than any row could use.
-    pub async fn room(&self, prompt: &Text, answers: &[&Text]) -> Result<OwnedSemaphorePermit> {
-        self.take_room("completions", 0, prompt, answers).await
+    pub async fn reserve(&self, pair: PairToScore) -> Result<ReservedPair> {
+        let room = self.take_room("pair", pair.arguments.bytes(), &pair.prompt, &[&pair.a, &pair.b]).await?;
+        Ok(ReservedPair { session: self.clone(), pair, room })
+    }
+
+    /// Admits a pair to be scored.
+    ///
+    /// # Errors
+    /// Those of [`ScoringSession::reserve`] and [`ReservedPair::admit`].
+    pub async fn admit(&self, pair: PairToScore) -> Result<AdmittedPair> {
+        self.reserve(pair).await?.admit().await
+    }
+
+    /// Admits N answers to one prompt; an answer that cannot be encoded has its own error.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a text that is longer than any row could use; `ResourceExhausted` when the client has too many tokens in the queue.
+    pub async fn admit_completions(&self, prompt: Text, completions: Vec<Text>) -> Result<AdmittedCompletions> {
+        let room = self.take_room("completions", 0, &prompt, &completions.iter().collect::<Vec<_>>()).await?;
+        let lacks_dialogue = self.lacks_dialogue(&prompt);
+        let encode = move |encoder: PairEncoder<'_>| encoder.encode_completions(&prompt, &completions);
+        let results = self.tokenize(self.arguments.clone(), encode).await?;
+        let (mut errors, mut encoded) = (Vec::with_capacity(results.len()), Vec::new());
+        for (i, result) in results.into_iter().enumerate() {
+            match result {
+                Ok(completion) => {
+                    encoded.push(completion);
+                    errors.push(None);
+                }
+                Err(e) => {
+                    let field = match e.part() {
+                        Part::Prompt => "prompt".to_owned(),
+                        Part::Chosen | Part::Rejected | Part::Answer(_) => format!("completions[{i}]"),
+                    };
+                    errors.push(Some(ServiceError::invalid(field, e.to_string())));
+                }
+            }
+        }
+        if encoded.is_empty() {
+            return Ok(AdmittedCompletions { errors, row: None });
+        }
+        if lacks_dialogue {
+            return Err(needs_dialogue("options.tools"));
+        }
+        Ok(AdmittedCompletions { errors, row: Some(self.admitted(encoded, room)?) })
+    }
+
+    /// Returns true if the request names tools, and the prompt is plain text, which no chat template renders.
+    fn lacks_dialogue(&self, prompt: &Text) -> bool {
+        self.has_tools && matches!(prompt, Text::Plain(_))
     }
 
     /// Takes room for a text whose field in the request is `field`.
@@ -270,145 +352,54 @@ impl ScoringSession {
         self.service.texts.acquire_many(bytes.div_ceil(1024) as u32).await
     }
 
-    /// Scores one pair; its numbers do not depend on other requests.
-    pub async fn score_pair(&self, pair: &PairToScore) -> Result<ScoredPair> {
-        if let Text::Plain(_) = pair.prompt
-            && !pair.arguments.is_empty()
-        {
-            let field = if pair.arguments.tools.is_some() { "pair.tools" } else { "pair.chat_template_kwargs" };
-            return Err(needs_dialogue(field));
-        }
-        let arguments = match pair.arguments.is_empty() {
-            true => self.arguments.clone(),
-            false => Arc::new(pair.arguments.over(&self.arguments)),
-        };
-        let answers = vec![pair.a.clone(), pair.b.clone()];
-        let (encoded, scored) = self.score(&pair.prompt, answers, arguments, Answers::Pair).await?;
-        let policy_version = match scored.live_step {
-            Some(step) => format!("{}@{step}", self.policy.version),
-            None => self.policy.version.clone(),
-        };
-        let mut sides = self.describe(encoded, scored).into_iter();
-        let (Some(a), Some(b)) = (sides.next(), sides.next()) else {
-            return Err(ServiceError::internal("a pair came back with fewer than two sides"));
-        };
-        metrics::counter!("bradley_scored_pairs_total").increment(1);
-        let margin = a.reward - b.reward;
-        Ok(ScoredPair { probability: preference_probability(margin), margin, a, b, policy_version })
-    }
-
-    /// Scores N answers to one prompt in one row; an answer that cannot be scored has its own error.
-    pub async fn score_completions(&self, prompt: &Text, completions: &[Text]) -> Result<Vec<Result<ScoredCompletion>>> {
-        let (usable, mut results) = self.sort_out(prompt, completions).await?;
-        let answers: Vec<Text> = usable.iter().map(|i| completions[*i].clone()).collect();
-        if answers.is_empty() {
-            return Ok(results.into_iter().map(|r| r.unwrap_or_else(|| Err(ServiceError::internal("unscored")))).collect());
-        }
-        let (encoded, scored) = self.score(prompt, answers, self.arguments.clone(), Answers::Independent).await?;
-        for (i, described) in usable.into_iter().zip(self.describe(encoded, scored)) {
-            results[i] = Some(Ok(described));
-        }
-        Ok(results.into_iter().map(|r| r.unwrap_or_else(|| Err(ServiceError::internal("unscored")))).collect())
-    }
-
-    /// Which completions can be encoded, and the errors of the others.
-    #[allow(clippy::type_complexity)]
-    async fn sort_out(&self, prompt: &Text, completions: &[Text]) -> Result<(Vec<usize>, Vec<Option<Result<ScoredCompletion>>>)> {
-        let (session, prompt, completions) = (self.clone(), prompt.clone(), completions.to_vec());
-        let permit = self.service.tokenizers.acquire().await?;
+    /// Runs `encode` off the async threads.
+    async fn tokenize<T: Send + 'static>(
+        &self,
+        arguments: Arc<TemplateArguments>,
+        encode: impl FnOnce(PairEncoder<'_>) -> T + Send + 'static,
+    ) -> Result<T> {
+        let (session, permit, caller) = (self.clone(), self.service.tokenizers.acquire().await?, trace::current());
         blocking(move || {
+            // Until the work is done, even when nobody waits for it any more.
             let _permit = permit;
-            let encoder = session.encoder(&session.arguments);
-            let mut usable = Vec::new();
-            let mut results: Vec<Option<Result<ScoredCompletion>>> = Vec::new();
-            for (i, c) in completions.iter().enumerate() {
-                match encoder.encode_completions(&prompt, std::slice::from_ref(c)) {
-                    Ok(_) => {
-                        usable.push(i);
-                        results.push(None);
-                    }
-                    Err(e) => results.push(Some(Err(encode_error(&e, "prompt", &format!("completions[{i}]"))))),
-                }
-            }
-            (usable, results)
+            let start = Instant::now();
+            let encoder = PairEncoder::new(&session.tokenizer, session.max_length, session.truncation)
+                .with_arguments(&arguments)
+                .with_date(session.date)
+                .with_vocab_size(session.vocab_size);
+            let encoded = encode(encoder);
+            let took = start.elapsed();
+            metrics::histogram!("bradley_scoring_tokenize_seconds").record(took.as_secs_f64());
+            trace::record("scoring.tokenize", &caller, SystemTime::now() - took, took, Vec::new());
+            encoded
         })
         .await
     }
 
-    fn encoder<'a>(&'a self, arguments: &'a TemplateArguments) -> PairEncoder<'a> {
-        PairEncoder::new(&self.tokenizer, self.max_length, self.truncation)
-            .with_arguments(arguments)
-            .with_date(self.date)
-            .with_vocab_size(self.vocab_size)
+    /// Takes the client's quota for a row.
+    fn admitted(&self, encoded: Vec<EncodedCompletion>, room: OwnedSemaphorePermit) -> Result<Admitted> {
+        let item = ScoreItem { groups: group(&encoded) };
+        let quota = self.service.quota.take(&self.owner, item.tokens())?;
+        Ok(Admitted { session: self.clone(), encoded, item, _quota: quota, _room: room })
     }
 
-    async fn score(
-        &self,
-        prompt: &Text,
-        answers: Vec<Text>,
-        arguments: Arc<TemplateArguments>,
-        kind: Answers,
-    ) -> Result<(Vec<EncodedCompletion>, ScoredItem)> {
-        if let Text::Plain(_) = prompt
-            && self.has_tools
-        {
-            return Err(needs_dialogue("options.tools"));
-        }
-        let fields: &[&str] = match kind {
-            Answers::Pair => &["pair.a", "pair.b"],
-            Answers::Independent => &[],
-        };
-        let (session, prompt) = (self.clone(), prompt.clone());
-        let encoded = {
-            let permit = self.service.tokenizers.acquire().await?;
-            let caller = trace::current();
-            blocking(move || {
-                // Until the work is done, even when nobody waits for it any more.
-                let _permit = permit;
-                let start = Instant::now();
-                let encoder = session.encoder(&arguments);
-                let encoded = match kind {
-                    Answers::Pair => encoder.encode_together(&prompt, &answers),
-                    Answers::Independent => encoder.encode_completions(&prompt, &answers),
-                };
-                let took = start.elapsed();
-                metrics::histogram!("bradley_scoring_tokenize_seconds").record(took.as_secs_f64());
-                trace::record("scoring.tokenize", &caller, SystemTime::now() - took, took, Vec::new());
-                encoded.map_err(|e| {
-                    let field = match &e {
-                        EncodeError::EmptyCompletion { field }
-                        | EncodeError::MixedForms { field }
-                        | EncodeError::TokenOutsideVocabulary { field, .. }
-                            if field != "prompt" =>
-                        {
-                            let index = field.trim_start_matches("completions[").trim_end_matches(']').parse::<usize>().ok();
-                            index.and_then(|i| fields.get(i).copied()).unwrap_or("completions")
-                        }
-                        _ => "pair.prompt",
-                    };
-                    encode_error(&e, "pair.prompt", field)
-                })
-            })
-            .await??
-        };
-        let item = ScoreItem { groups: group(&encoded) };
-        let _share = self.service.quota.take(&self.owner, item.tokens())?;
-        let engine = &self.service.engine;
+    /// Scores a row.
+    async fn score(&self, item: ScoreItem) -> Result<ScoredItem> {
+        let (engine, policies) = (&self.service.engine, &self.service.policies);
         let reference = self.reference.as_ref().map(|r| &r.weights);
-        let scored = match engine.score(&self.policy.weights, reference, item.clone()).await {
+        match engine.score(&self.policy.weights, reference, item.clone()).await {
             // The job ended between the request's start and now: its last checkpoint is what it trained.
             Err(EngineError::NotResident(_)) => {
                 let Some(job) = self.policy.job.clone() else { return Err(ServiceError::internal("a live policy without a job")) };
-                let stored = self.service.policies.resolve_stored(job, self.policy.model.clone(), CheckpointRef::Latest).await?;
+                let stored = policies.resolve_stored(job, self.policy.model.clone(), CheckpointRef::Latest).await?;
                 let stored_reference = match reference {
-                    Some(WeightsRef::LiveReference { .. }) => self.service.policies.default_reference(&stored).await?.map(|r| r.weights),
+                    Some(WeightsRef::LiveReference { .. }) => policies.default_reference(&stored).await?.map(|r| r.weights),
                     _ => None,
                 };
-                engine.score(&stored.weights, stored_reference.as_ref().or(reference), item).await?
+                Ok(engine.score(&stored.weights, stored_reference.as_ref().or(reference), item).await?)
             }
-            other => other?,
-        };
-        Ok((encoded, scored))
+            scored => Ok(scored?),
+        }
     }
 
     fn describe(&self, encoded: Vec<EncodedCompletion>, scored: ScoredItem) -> Vec<ScoredCompletion> {
@@ -432,15 +423,98 @@ impl ScoringSession {
     }
 }
 
+impl ReservedPair {
+    /// Tokenises the pair and takes its client's quota.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a pair that cannot be encoded; `ResourceExhausted` when the client has too many tokens in the queue.
+    pub async fn admit(self) -> Result<AdmittedPair> {
+        let ReservedPair { session, pair: PairToScore { prompt, a, b, arguments: own }, room } = self;
+        if let Text::Plain(_) = prompt
+            && !own.is_empty()
+        {
+            let field = if own.tools.is_some() { "pair.tools" } else { "pair.chat_template_kwargs" };
+            return Err(needs_dialogue(field));
+        }
+        let arguments = match own.is_empty() {
+            true => session.arguments.clone(),
+            false => Arc::new(own.over(&session.arguments)),
+        };
+        if session.lacks_dialogue(&prompt) {
+            return Err(needs_dialogue("options.tools"));
+        }
+        let encode = move |encoder: PairEncoder<'_>| encoder.encode_together(&prompt, &[a, b]);
+        let encoded = session.tokenize(arguments, encode).await?.map_err(|e| {
+            let field = match e.part() {
+                Part::Chosen | Part::Answer(0) => "pair.a",
+                Part::Rejected | Part::Answer(_) => "pair.b",
+                Part::Prompt => "pair.prompt",
+            };
+            ServiceError::invalid(field, e.to_string())
+        })?;
+        Ok(AdmittedPair(session.admitted(encoded, room)?))
+    }
+}
+
+impl AdmittedPair {
+    /// Scores the pair; its numbers do not depend on other requests.
+    pub async fn score(self) -> Result<ScoredPair> {
+        let policy_version = self.0.session.policy.version.clone();
+        let (scored, live_step) = self.0.score().await?;
+        let policy_version = match live_step {
+            Some(step) => format!("{policy_version}@{step}"),
+            None => policy_version,
+        };
+        let mut sides = scored.into_iter();
+        let (Some(a), Some(b)) = (sides.next(), sides.next()) else {
+            return Err(ServiceError::internal("a pair came back with fewer than two sides"));
+        };
+        metrics::counter!("bradley_scored_pairs_total").increment(1);
+        let margin = a.reward - b.reward;
+        Ok(ScoredPair { probability: preference_probability(margin), margin, a, b, policy_version })
+    }
+}
+
+impl AdmittedCompletions {
+    /// Scores the answers in one row, ranks them by their rewards, and gives each its probability to be the best.
+    pub async fn score(self) -> Result<RankedCompletions> {
+        let scored = match self.row {
+            Some(row) => row.score().await?.0,
+            None => Vec::new(),
+        };
+        Ok(ranked(self.errors, scored))
+    }
+}
+
+impl Admitted {
+    /// Returns the scores of the row's answers, and the step of a live policy.
+    async fn score(self) -> Result<(Vec<ScoredCompletion>, Option<u64>)> {
+        let scored = self.session.score(self.item.clone()).await?;
+        let live_step = scored.live_step;
+        Ok((self.session.describe(self.encoded, scored), live_step))
+    }
+}
+
+/// Puts the scores of the answers that have no error in their places, and ranks them.
+fn ranked(errors: Vec<Option<ServiceError>>, scored: Vec<ScoredCompletion>) -> RankedCompletions {
+    let with_score: Vec<usize> = errors.iter().enumerate().filter(|(_, e)| e.is_none()).map(|(i, _)| i).collect();
+    let rewards: Vec<f64> = scored.iter().map(|s| s.reward).collect();
+    let ranking = ranking(&rewards).into_iter().map(|i| with_score[i]).collect();
+    let mut scored = scored.into_iter().zip(best_of(&rewards));
+    let unscored = || (Err(ServiceError::internal("unscored")), 0.0);
+    let answers = errors.into_iter().map(|error| {
+        let (score, probability) = match error {
+            Some(e) => (Err(e), 0.0),
+            None => scored.next().map_or_else(unscored, |(score, probability)| (Ok(score), probability)),
+        };
+        RankedCompletion { score, probability }
+    });
+    RankedCompletions { answers: answers.collect(), ranking }
+}
+
 fn needs_dialogue(field: &str) -> ServiceError {
     ServiceError::invalid(field, "needs chat messages, because the chat template shows it to the model: give chat, or leave it out")
 }
 
-fn encode_error(e: &EncodeError, prompt_field: &str, field: &str) -> ServiceError {
-    let field = match e {
-        EncodeError::EmptyCompletion { .. } | EncodeError::MixedForms { .. } => field,
-        EncodeError::TokenOutsideVocabulary { field: at, .. } if at != "prompt" => field,
-        _ => prompt_field,
-    };
-    ServiceError::invalid(field, e.to_string())
-}
+#[cfg(test)]
+mod tests;
