@@ -1,19 +1,20 @@
 //! Runs jobs from the queue to their end, several at one time where there are devices for them, and stores everything that a run reports before anyone
 //! hears of it.
 //!
-//! The states of a job under a lease, and what moves it on. Whoever changes a state stores it with its event in one transaction
-//! ([`LeasedJob::write`], or a client's call); nothing else changes one.
+//! The states of a job under a lease, and what moves it on. A change of state is stored with its event in one transaction: by the run
+//! ([`LeasedJob::write`]), by a client's call, or by [`Store::reclaim`] when the worker is gone.
 //!
 //! | from | to | when |
 //! |---|---|---|
 //! | Queued | Preparing | a runner claims it: it has the lease from here on |
 //! | Preparing | Running | the device has loaded the weights |
-//! | Preparing, Running | Pausing, Cancelling | a client asks; the run is told to stop |
+//! | Preparing, Running | Pausing | a client asks; the run is told to write a checkpoint and stop |
+//! | Preparing, Running, Pausing | Cancelling | a client asks; the run is told to stop |
 //! | Preparing, Running | Queued | the run is drained or preempted, or what it needs is not there: then it is postponed here |
 //! | Pausing | Paused | the run is drained, or what it needs is not there |
 //! | Preparing, Running, Pausing, Cancelling | Failed | the run failed, or an input cannot be used |
-//! | Cancelling | Cancelled | the run has ended in whatever way but failed |
-//! | Preparing, Running, Pausing | Succeeded, Cancelled | the run has ended so; Cancelling wins over Succeeded |
+//! | Cancelling | Cancelled | the run ended in any way but a failure |
+//! | Preparing, Running, Pausing | Succeeded, Cancelled | the run ended so |
 //!
 //! The last write of a run gives the lease back. A run whose lease is another's stores nothing more.
 

@@ -18,7 +18,7 @@ fn plain(text: &str) -> Text {
 #[test]
 fn answers_beside_others_are_encoded_as_if_they_were_alone() {
     let tokenizer = tokenizer();
-    let encoder = PairEncoder::new(&tokenizer, 32, Truncation::KeepStart);
+    let encoder = PairEncoder::new(&tokenizer, 256, Truncation::KeepStart);
     let prompt = plain("The capital of France is");
     let answers = [plain(" Paris."), Text::Chat(vec![ChatMessage::new("assistant", "Paris.")]), plain("is it?")];
     let together = encoder.encode_completions(&prompt, &answers);
