@@ -8,12 +8,13 @@ use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::TrySendError;
 
 use super::api::{Command, EngineError, EngineOptions, Report, RunControl, RunEnd, RunEvent, TrainingRun, WeightsRef};
+use super::entry::ScoringQueue;
 use super::memory::Room;
 use super::needs::Needs;
-use super::queue::{Queue, Seeker, Work};
+use super::queue::{Seeker, Work};
 use super::residents::Bases;
 use super::run::{self, ExactBases};
-use super::scoring::{Live, LiveReference, Scoring};
+use super::scoring::{Live, LiveReference, Scoring, YieldPoint};
 use crate::domain::job::JobError;
 use crate::domain::reason::Reason;
 use crate::model::decoder::Policy;
@@ -37,7 +38,7 @@ pub(super) struct Worker {
     index: usize,
     /// Its name in metrics.
     label: String,
-    queue: Arc<Queue>,
+    queue: Arc<ScoringQueue>,
     bases: Arc<Bases>,
     scoring: Scoring,
     cache: Arc<ReferenceCache>,
@@ -95,7 +96,7 @@ impl Worker {
     pub fn new(
         index: usize,
         label: String,
-        queue: Arc<Queue>,
+        queue: Arc<ScoringQueue>,
         bases: Arc<Bases>,
         cache: Arc<ReferenceCache>,
         options: &EngineOptions,
@@ -121,7 +122,7 @@ impl Worker {
             let training = self.training.as_ref();
             let (room, limit) = (training.map(|t| free.unwrap_or(t.memory)), training.map_or(0, |t| t.memory));
             let seeker = Seeker { worker: self.index, job, room, limit };
-            let may_score = self.active.is_none() || self.scoring.has_its_turn();
+            let may_score = self.active.is_none() || self.scoring.fair_share.is_scorings_turn();
             match self.queue.next(seeker, may_score, self.scoring.batch_tokens) {
                 Work::Score(batch) => self.scoring.score_batch(batch, &self.cache, self.active.as_ref().map(Active::live).as_ref()),
                 Work::Train if self.starting.is_some() => self.go_on_starting(),
@@ -166,9 +167,10 @@ impl Worker {
         let was_shortened = trainer.is_shortened();
         let scoring = &mut self.scoring;
         let mut reports: Vec<Report> = Vec::new();
-        scoring.lend();
+        scoring.fair_share.start(Instant::now());
         let status = guarded(|| {
-            let mut pause = || scoring.interlude(cache, &live);
+            let mut yield_point = YieldPoint::new(scoring, cache, &live);
+            let mut pause = || yield_point.run();
             let mut emit = |event: RunEvent| reports.push(event.into());
             trainer.advance(&mut Host { cache, pause: &mut pause, emit: &mut emit })
         });
@@ -176,11 +178,12 @@ impl Worker {
         if status.is_ok() {
             // The unit's last act may have been an update: scored is what the policy and its reference are now.
             let live = active.live();
+            let mut yield_point = YieldPoint::new(scoring, cache, &live);
             for report in reports {
-                offer(&events, report, || scoring.interlude(cache, &live));
+                offer(&events, report, || yield_point.run());
             }
         }
-        let spent = start.elapsed().saturating_sub(self.scoring.take_back());
+        let spent = start.elapsed().saturating_sub(self.scoring.fair_share.stop(Instant::now()));
         metrics::histogram!("bradley_training_unit_seconds", "device" => self.label.clone()).record(spent.as_secs_f64());
         let ran_out_of_memory = active.trainer.is_shortened() && !was_shortened;
         self.leave_if_lost();
@@ -262,7 +265,7 @@ impl Worker {
                 self.queue.have_all_fit();
                 tracing::info!(job = run.job, from_step = trainer.step(), total_steps = trainer.total_steps(), "run started");
                 send(&run, RunEvent::Running { total_steps: trainer.total_steps(), from_step: trainer.step() });
-                self.scoring.forget_debts();
+                self.scoring.fair_share.reset();
                 self.active = Some(Active { run, trainer });
             }
             Err(end) => self.end_before_start(&run, end),
@@ -280,7 +283,7 @@ impl Worker {
                 // Nothing is in a hurry: the steps are worth the wait, and whoever waits for them may cancel.
                 tracing::warn!(error = %e, "the checkpoint of a run that makes room cannot be written: trying again");
                 let live = active.live();
-                self.scoring.interlude(&self.cache, &live);
+                YieldPoint::new(&mut self.scoring, &self.cache, &live).run();
                 std::thread::sleep(SAVE_RETRY);
                 return;
             }
