@@ -7,5 +7,6 @@ pub mod identity;
 pub mod job;
 pub mod message;
 pub mod names;
+pub mod reason;
 pub mod training;
 pub mod violation;

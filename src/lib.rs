@@ -1,13 +1,13 @@
 //! Bradley trains language models with Direct Preference Optimization over gRPC and scores preference pairs with them.
 //!
 //! The layers, lowest first; imports go down only (`tests/it/layers.rs` enforces it):
-//! [`domain`] ← [`math`] ← [`model`] ← [`train`] ← [`engine`] ← [`jobs`] ← [`rpc`] ← [`cli`].
+//! [`domain`] ← [`math`] ← [`model`] ← [`train`] ← [`engine`] ← [`service`] ← [`rpc`] ← [`cli`].
 
 pub mod cli;
 pub mod domain;
 pub mod engine;
-pub mod jobs;
 pub mod math;
 pub mod model;
 pub mod rpc;
+pub mod service;
 pub mod train;

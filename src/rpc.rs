@@ -33,7 +33,7 @@ use self::pb::dataset_service_server::DatasetServiceServer;
 use self::pb::model_service_server::ModelServiceServer;
 use self::pb::scoring_service_server::ScoringServiceServer;
 use self::pb::training_service_server::TrainingServiceServer;
-use crate::jobs::service::Service;
+use crate::service::Service;
 
 /// Streams that may be open on one connection.
 const MAX_STREAMS: u32 = 1024;
@@ -86,17 +86,17 @@ pub async fn serve(
 ) -> Result<(), ServeError> {
     let (health, health_service) = tonic_health::server::health_reporter();
     let max = options.max_message_bytes;
-    let training = TrainingServiceServer::new(training::Training(service.clone())).max_decoding_message_size(max);
-    let datasets = DatasetServiceServer::new(dataset::Datasets(service.clone()))
+    let training = TrainingServiceServer::new(training::Training(service.jobs.clone())).max_decoding_message_size(max);
+    let datasets = DatasetServiceServer::new(dataset::Datasets(service.datasets.clone()))
         .max_decoding_message_size(max)
         .accept_compressed(CompressionEncoding::Gzip);
-    let checkpoints = CheckpointServiceServer::new(checkpoint::Checkpoints(service.clone())).max_decoding_message_size(max);
-    let scoring = ScoringServiceServer::new(scoring::Scoring(service.clone()))
+    let checkpoints = CheckpointServiceServer::new(checkpoint::Checkpoints(service.checkpoints.clone())).max_decoding_message_size(max);
+    let scoring = ScoringServiceServer::new(scoring::Scoring { scoring: service.scoring.clone(), tokens: service.server.tokens().clone() })
         .max_decoding_message_size(max)
         .max_encoding_message_size(max)
         .accept_compressed(CompressionEncoding::Gzip)
         .send_compressed(CompressionEncoding::Gzip);
-    let models = ModelServiceServer::new(model::Models(service.clone())).max_decoding_message_size(max);
+    let models = ModelServiceServer::new(model::Models(service.server.clone())).max_decoding_message_size(max);
     for name in names() {
         health.set_service_status(name, tonic_health::ServingStatus::Serving).await;
     }
@@ -116,7 +116,7 @@ pub async fn serve(
     }
     let router = builder
         .layer(observe::ObserveLayer)
-        .layer(auth::AuthLayer { service: service.clone(), required: options.tokens, log: Arc::default() })
+        .layer(auth::AuthLayer { authenticator: service.server.tokens().clone(), required: options.tokens, log: Arc::default() })
         .add_service(health_service)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?)
@@ -143,7 +143,7 @@ pub async fn serve(
     }
     // Calls still run while the service drains: the event streams end with it.
     tokio::select! {
-        () = service.drain() => {}
+        () = service.server.drain() => {}
         result = &mut server => return Ok(result?),
     }
     stop.send_replace(true);

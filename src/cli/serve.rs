@@ -11,9 +11,9 @@ use tokio::sync::watch;
 
 use super::settings::Settings;
 use crate::engine;
-use crate::jobs::service::{Service, ServiceOptions};
 use crate::model::loader::{LoadedModel, load_model};
 use crate::rpc::{ServeOptions, Tls, serve, serve_http};
+use crate::service::{Service, ServiceOptions};
 
 /// How long the server waits, after its last answer, for what the device still computes: a batch that nobody waits for any more, or a block of a run that did
 /// not stop in time.
@@ -99,14 +99,14 @@ pub async fn serve_on(
     let (stop, mut stopping) = watch::channel(false);
     let http_address = http.as_ref().map(|(listener, _)| listener.local_addr()).transpose()?;
     let http = http.map(|(listener, handle)| {
-        let (service, upkeep) = (service.clone(), handle.clone());
+        let (server, upkeep) = (service.server.clone(), handle.clone());
         tokio::spawn(async move {
             loop {
                 tokio::time::sleep(UPKEEP).await;
                 upkeep.run_upkeep();
             }
         });
-        tokio::spawn(serve_http(listener, service, handle, async move {
+        tokio::spawn(serve_http(listener, server, handle, async move {
             let _ = stopping.wait_for(|s| *s).await;
         }))
     });

@@ -18,7 +18,7 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
 
-use crate::jobs::audit::AUDIT;
+use crate::service::audit::AUDIT;
 
 /// How long a collector may take for a batch.
 const EXPORT: Duration = Duration::from_secs(5);

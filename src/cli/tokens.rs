@@ -6,9 +6,9 @@ use super::args::{DatabaseArgs, Output, TokensCommand};
 use super::failure::{Failure, Outcome};
 use super::output;
 use crate::domain::access::Role;
-use crate::jobs::error::ServiceError;
-use crate::jobs::store::{Store, StoreOptions};
-use crate::jobs::tokens::{self, Token};
+use crate::service::auth::tokens::{self, Token};
+use crate::service::error::ServiceError;
+use crate::service::store::{Store, StoreOptions};
 
 const DAY: u64 = 24 * 3600;
 

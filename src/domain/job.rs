@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use super::identity::Pins;
 use super::message::TemplateArguments;
 use super::names::PolicyName;
+use super::reason::StoredReason;
 use super::training::{GivenLora, TrainingSpec};
 
 /// Milliseconds since the Unix epoch, UTC.
@@ -202,8 +203,8 @@ pub struct Progress {
 /// Why a job failed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JobError {
-    /// A stable word, e.g. `NON_FINITE_LOSS`, `OUT_OF_MEMORY`, `DATASET_INVALID`, `MODEL_UNAVAILABLE`, `INTERNAL`.
-    pub reason: String,
+    /// The reason, whose name is stored, e.g. `NON_FINITE_LOSS` or `DATASET_INVALID`.
+    pub reason: StoredReason,
     /// In words, with the remedy.
     pub message: String,
 }

@@ -1,4 +1,4 @@
-//! What the engine is asked and what it answers: plain records between `jobs` and the device workers.
+//! What the engine is asked and what it answers: plain records between `service` and the device workers.
 
 use std::path::PathBuf;
 use std::sync::Arc;

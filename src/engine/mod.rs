@@ -5,6 +5,8 @@
 //! trains it, the others' score, and give their devices to the run's rows meanwhile.
 
 pub mod api;
+mod entry;
+mod fair_share;
 mod memory;
 mod needs;
 mod queue;
@@ -22,9 +24,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use self::api::{EngineError, EngineOptions, ModelInfo, RunEnd, RunEvent, ScoreItem, ScoredItem, TrainingRun, WeightsRef};
+use self::entry::{Entry, ScoringQueue};
 use self::memory::{HostMemory, Room};
 use self::needs::{Extra, Needs};
-use self::queue::{Entry, Queue};
+use self::queue::Queue;
 use self::residents::Bases;
 use crate::domain::identity::ModelIdentity;
 use crate::domain::training::{Precision, TrainingSpec};
@@ -46,7 +49,7 @@ pub struct Engine {
 }
 
 struct Shared {
-    queue: Arc<Queue>,
+    queue: Arc<ScoringQueue>,
     /// The models as the device with the most room for a run has them.
     bases: Arc<Bases>,
     options: EngineOptions,
@@ -70,7 +73,7 @@ impl Drop for Engine {
 }
 
 /// Tells the queue, when dropped, that its worker has ended.
-struct Ended(Arc<Queue>, usize);
+struct Ended(Arc<ScoringQueue>, usize);
 
 impl Drop for Ended {
     fn drop(&mut self) {
@@ -93,7 +96,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
     // Runs on GPUs share the machine's memory. On the CPU each worker has its part of it.
     let on_gpu = places.iter().any(|(device, _)| device.memory().is_some());
     let host = if on_gpu { memory::host_limit(&options).saturating_sub(loaded.on_host()) } else { u64::MAX };
-    let queue = Arc::new(Queue::new(options.queue_tokens, all.len()).sharing(HostMemory::new(host)));
+    let queue: Arc<ScoringQueue> = Arc::new(Queue::new(options.queue_tokens, all.len()).sharing(HostMemory::new(host)));
     queue.add_handle();
     let cache = Arc::new(match &options.reference_cache_file {
         Some(path) => ReferenceCache::open(options.reference_cache_tokens, path),
@@ -211,6 +214,14 @@ impl Engine {
     /// The base models.
     pub fn models(&self) -> Vec<ModelInfo> {
         self.shared.bases.infos()
+    }
+
+    /// One base model.
+    ///
+    /// # Errors
+    /// `UnknownModel` when the server does not have it.
+    pub fn model(&self, id: &str) -> Result<ModelInfo, EngineError> {
+        Ok(self.shared.bases.get(id)?.info.clone())
     }
 
     /// What jobs compute in when they do not say.

@@ -1,14 +1,11 @@
-//! What waits for the devices: scoring items, bounded by tokens, and training runs. One queue for all workers: whoever is free takes what is oldest.
+//! What waits for the devices: small items of work, bounded by tokens, and training runs. One queue for all workers: whoever is free takes what is oldest.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use opentelemetry::Context;
-use tokio::sync::oneshot;
-
-use super::api::{Command, EngineError, RunEvent, ScoreItem, ScoredItem, TrainingRun, WeightsRef};
+use super::api::{Command, EngineError, RunEvent, TrainingRun};
 use super::memory::HostMemory;
 use super::needs::Needs;
 
@@ -19,15 +16,16 @@ const ASSUMED_RATE: f64 = 500.0;
 /// How often an idle worker looks whether a run that waits for memory or for a larger device was told to stop.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// One scoring item and who waits for it.
-pub(super) struct Entry {
-    pub item: ScoreItem,
-    pub policy: WeightsRef,
-    pub reference: Option<WeightsRef>,
-    pub enqueued: Instant,
-    /// The trace that it is part of.
-    pub trace: Context,
-    pub reply: oneshot::Sender<Result<ScoredItem, EngineError>>,
+/// A small piece of work, which is done in batches between the units of runs.
+pub(super) trait WorkItem {
+    /// Returns what it counts against the queue's limit and a batch's budget.
+    fn tokens(&self) -> usize;
+    /// Returns true if nobody waits for its answer any more.
+    fn is_abandoned(&self) -> bool;
+    /// Returns the job whose weights in training it needs: these are with the worker that trains them.
+    fn live_job(&self) -> Option<&str>;
+    /// Answers it with [`EngineError::Draining`].
+    fn refuse(self);
 }
 
 /// A worker that looks for work.
@@ -67,9 +65,9 @@ impl Waiting {
 }
 
 /// What a worker should do next.
-pub(super) enum Work {
+pub(super) enum Work<W> {
     /// Score these, in order.
-    Score(Vec<Entry>),
+    Score(Vec<W>),
     /// Nothing to score: go on with the run.
     Train,
     /// Nothing to score: begin this run.
@@ -80,9 +78,8 @@ pub(super) enum Work {
     Stop,
 }
 
-#[derive(Default)]
-struct Inner {
-    entries: VecDeque<Entry>,
+struct Inner<W> {
+    entries: VecDeque<W>,
     tokens: usize,
     runs: VecDeque<Waiting>,
     workers: Vec<WorkerState>,
@@ -112,19 +109,27 @@ struct WorkerState {
 }
 
 /// The bounded queue in front of the devices.
-pub(super) struct Queue {
+pub(super) struct Queue<W> {
     limit: usize,
     /// What runs in progress share.
     host: HostMemory,
-    inner: Mutex<Inner>,
+    inner: Mutex<Inner<W>>,
     changed: Condvar,
 }
 
-impl Queue {
+impl<W: WorkItem> Queue<W> {
     /// For `workers` workers, which are numbered from 0 on.
     pub fn new(limit: usize, workers: usize) -> Self {
         metrics::gauge!("bradley_scoring_queue_limit_tokens").set(limit as f64);
-        let inner = Inner { workers: (0..workers).map(|_| WorkerState::default()).collect(), ..Inner::default() };
+        let inner = Inner {
+            entries: VecDeque::new(),
+            tokens: 0,
+            runs: VecDeque::new(),
+            workers: (0..workers).map(|_| WorkerState::default()).collect(),
+            draining: false,
+            handles: 0,
+            tokens_per_second: None,
+        };
         Queue { limit, host: HostMemory::new(u64::MAX), inner: Mutex::new(inner), changed: Condvar::new() }
     }
 
@@ -138,7 +143,7 @@ impl Queue {
         &self.host
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    fn lock(&self) -> MutexGuard<'_, Inner<W>> {
         // The guarded code does not panic half-way through a change.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -153,12 +158,12 @@ impl Queue {
     }
 
     /// Queues an item, or says why not.
-    pub fn push(&self, entry: Entry) -> Result<(), EngineError> {
+    pub fn push(&self, entry: W) -> Result<(), EngineError> {
         let mut inner = self.lock();
         if inner.draining {
             return Err(EngineError::Draining);
         }
-        let tokens = entry.item.tokens();
+        let tokens = entry.tokens();
         if !inner.entries.is_empty() && inner.tokens + tokens > self.limit {
             let rate = (inner.tokens_per_second.unwrap_or(ASSUMED_RATE) * inner.workers.len() as f64).max(1.0);
             let retry_after = Duration::from_secs_f64((inner.tokens as f64 / rate / 2.0).clamp(0.1, 30.0));
@@ -187,7 +192,7 @@ impl Queue {
 
     /// Waits until all workers have ended; false when they have not within `patience`.
     pub fn wait_for_end(&self, patience: Duration) -> bool {
-        let waits = |inner: &mut Inner| inner.workers.iter().any(|w| !w.ended);
+        let waits = |inner: &mut Inner<W>| inner.workers.iter().any(|w| !w.ended);
         let (inner, _) = self.changed.wait_timeout_while(self.lock(), patience, waits).unwrap_or_else(PoisonError::into_inner);
         inner.workers.iter().all(|w| w.ended)
     }
@@ -241,7 +246,7 @@ impl Queue {
         inner.draining = true;
         inner.tokens = 0;
         for entry in inner.entries.drain(..) {
-            let _ = entry.reply.send(Err(EngineError::Draining));
+            entry.refuse();
         }
         report(&inner);
         self.changed.notify_all();
@@ -249,18 +254,18 @@ impl Queue {
     }
 
     /// What a batch of `budget` tokens takes, without waiting; empty when nothing waits that the worker of `job` may score.
-    pub fn take(&self, job: &str, budget: usize) -> Vec<Entry> {
+    pub fn take(&self, job: &str, budget: usize) -> Vec<W> {
         take_batch(&mut self.lock(), Some(job), budget)
     }
 
     /// Notes what the runs in progress need of the machine's memory.
-    fn count_host(&self, inner: &Inner) {
+    fn count_host(&self, inner: &Inner<W>) {
         self.host.set_in_use(inner.workers.iter().map(|w| w.host).sum());
     }
 
     /// Takes the run that worker `me` should begin, if there is one. A run passes another only when that one waits for a larger device; a run that
     /// waits for the machine's memory is passed by none.
-    fn next_run(&self, inner: &mut Inner, me: usize) -> Option<Waiting> {
+    fn next_run(&self, inner: &mut Inner<W>, me: usize) -> Option<Waiting> {
         let Inner { runs, workers, .. } = inner;
         // A worker that takes no runs has no room.
         workers[me].room?;
@@ -290,7 +295,7 @@ impl Queue {
 
     /// Waits for work. With a run in progress it never waits: there is always something to train. `may_score` is false while scoring has had its
     /// share.
-    pub fn next(&self, seeker: Seeker, may_score: bool, budget: usize) -> Work {
+    pub fn next(&self, seeker: Seeker, may_score: bool, budget: usize) -> Work<W> {
         let mut inner = self.lock();
         let training = seeker.job.is_some();
         let me = &mut inner.workers[seeker.worker];
@@ -347,20 +352,16 @@ fn has_most_room(workers: &[WorkerState], me: usize, minimum: u64) -> bool {
 
 /// Whether the worker that trains `job` may score the entry: weights in training are with the worker that trains them. What nobody trains is for anyone: its
 /// caller hears of that.
-fn may_take(workers: &[WorkerState], entry: &Entry, job: Option<&str>) -> bool {
-    let of_run = [Some(&entry.policy), entry.reference.as_ref()].into_iter().flatten().find_map(|w| match w {
-        WeightsRef::Live { job } | WeightsRef::LiveReference { job } => Some(job.as_str()),
-        _ => None,
-    });
-    of_run.is_none_or(|live| job == Some(live) || workers.iter().all(|w| w.job.as_deref() != Some(live)))
+fn may_take(workers: &[WorkerState], entry: &impl WorkItem, job: Option<&str>) -> bool {
+    entry.live_job().is_none_or(|live| job == Some(live) || workers.iter().all(|w| w.job.as_deref() != Some(live)))
 }
 
 /// The oldest items that the worker of `job` may score, up to `budget` tokens (at least one), without those whose caller has left.
-fn take_batch(inner: &mut Inner, job: Option<&str>, budget: usize) -> Vec<Entry> {
+fn take_batch<W: WorkItem>(inner: &mut Inner<W>, job: Option<&str>, budget: usize) -> Vec<W> {
     let (mut batch, mut tokens, mut at) = (Vec::new(), 0, 0);
     while let Some(entry) = inner.entries.get(at) {
-        let n = entry.item.tokens();
-        let abandoned = entry.reply.is_closed();
+        let n = entry.tokens();
+        let abandoned = entry.is_abandoned();
         if !abandoned && !may_take(&inner.workers, entry, job) {
             at += 1;
             continue;
@@ -381,15 +382,22 @@ fn take_batch(inner: &mut Inner, job: Option<&str>, budget: usize) -> Vec<Entry>
     batch
 }
 
-fn report(inner: &Inner) {
+fn report<W>(inner: &Inner<W>) {
     metrics::gauge!("bradley_scoring_queue_tokens").set(inner.tokens as f64);
     metrics::gauge!("bradley_scoring_queue_items").set(inner.entries.len() as f64);
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
+    use opentelemetry::Context;
+    use tokio::sync::oneshot;
+
     use super::*;
     use crate::domain::training::TrainingSpec;
+    use crate::engine::api::{ScoreItem, ScoredItem, WeightsRef};
+    use crate::engine::entry::Entry;
     use crate::train::pair::SequenceGroup;
 
     const IDLE: Seeker = Seeker { worker: 0, job: None, room: Some(1), limit: u64::MAX };
@@ -419,7 +427,7 @@ mod tests {
 
     #[test]
     fn a_full_queue_refuses_and_an_abandoned_item_is_skipped() {
-        let queue = Queue::new(10, 1);
+        let queue = Queue::<Entry>::new(10, 1);
         let (a, a_waits) = entry(6);
         let (b, b_waits) = entry(4);
         let (c, _c_waits) = entry(2);
@@ -435,13 +443,13 @@ mod tests {
 
     #[test]
     fn an_item_over_the_limit_is_taken_when_nothing_waits_so_that_it_is_not_refused_for_ever() {
-        let queue = Queue::new(10, 1);
+        let queue = Queue::<Entry>::new(10, 1);
         assert!(queue.push(entry(50).0).is_ok());
     }
 
     #[test]
     fn draining_answers_what_waits_and_stops_the_worker() {
-        let queue = Queue::new(10, 1);
+        let queue = Queue::<Entry>::new(10, 1);
         queue.add_handle();
         let (a, mut waits) = entry(3);
         queue.push(a).unwrap();
@@ -453,7 +461,7 @@ mod tests {
 
     #[test]
     fn the_end_of_the_worker_is_waited_for_but_not_for_ever() {
-        let queue = Queue::new(10, 1);
+        let queue = Queue::<Entry>::new(10, 1);
         assert!(!queue.wait_for_end(Duration::from_millis(1)));
         std::thread::scope(|s| {
             s.spawn(|| queue.end(0));
@@ -463,7 +471,7 @@ mod tests {
 
     #[test]
     fn a_run_goes_to_the_worker_with_the_most_room_and_the_next_to_another() {
-        let queue = Queue::new(10, 3);
+        let queue = Queue::<Entry>::new(10, 3);
         queue.add_handle();
         let idle = |worker, room| Seeker { worker, job: None, room, limit: u64::MAX };
         // Each is known to the queue once it has looked; a scoring item each keeps it from waiting.
@@ -482,7 +490,7 @@ mod tests {
     }
 
     /// Makes an idle worker known to the queue; a scoring item keeps it from waiting.
-    fn looks(queue: &Queue, seeker: Seeker) {
+    fn looks(queue: &Queue<Entry>, seeker: Seeker) {
         let (item, _waits) = entry(1);
         queue.push(item).unwrap();
         assert!(matches!(queue.next(seeker, true, 100), Work::Score(_)));
@@ -490,7 +498,7 @@ mod tests {
 
     #[test]
     fn a_run_goes_to_a_worker_that_may_give_it_its_minimum() {
-        let queue = Queue::new(10, 2);
+        let queue = Queue::<Entry>::new(10, 2);
         queue.add_handle();
         let idle = |worker, room, limit| Seeker { worker, job: None, room: Some(room), limit };
         // The first has more free now, but may not give a run as much.
@@ -513,7 +521,7 @@ mod tests {
 
     #[test]
     fn runs_start_together_only_where_the_machine_has_memory_for_both() {
-        let queue = Queue::new(10, 2).sharing(HostMemory::new(100));
+        let queue = Queue::<Entry>::new(10, 2).sharing(HostMemory::new(100));
         queue.add_handle();
         let idle = |worker| Seeker { worker, ..IDLE };
         let with_events = |job: &str| {
@@ -554,7 +562,7 @@ mod tests {
 
     #[test]
     fn an_idle_worker_wakes_up_to_evict_weights_that_have_no_room() {
-        let queue = Queue::new(10, 2);
+        let queue = Queue::<Entry>::new(10, 2);
         queue.add_handle();
         std::thread::scope(|s| {
             let waits = s.spawn(|| queue.next(Seeker { worker: 1, ..IDLE }, true, 100));
@@ -570,7 +578,7 @@ mod tests {
 
     #[test]
     fn an_idle_worker_wakes_up_to_forget_weights() {
-        let queue = Queue::new(10, 2);
+        let queue = Queue::<Entry>::new(10, 2);
         queue.add_handle();
         std::thread::scope(|s| {
             let waits = s.spawn(|| queue.next(Seeker { worker: 1, ..IDLE }, true, 100));
@@ -589,7 +597,7 @@ mod tests {
 
     #[test]
     fn weights_in_training_are_scored_by_the_worker_that_trains_them() {
-        let queue = Queue::new(100, 2);
+        let queue = Queue::<Entry>::new(100, 2);
         let live = |job: &str| {
             let (entry, waits) = entry(2);
             (Entry { policy: WeightsRef::Live { job: job.into() }, ..entry }, waits)

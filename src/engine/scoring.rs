@@ -6,7 +6,8 @@ use std::time::{Duration, Instant, SystemTime};
 use opentelemetry::KeyValue;
 
 use super::api::{CompletionLogps, EngineError, EngineOptions, ScoredItem, WeightsRef};
-use super::queue::{Entry, Queue};
+use super::entry::{Entry, ScoringQueue};
+use super::fair_share::FairShare;
 use super::residents::{Bases, ROW_TOKENS, Residents};
 use super::trace;
 use crate::domain::training::Precision;
@@ -17,9 +18,6 @@ use crate::train::pack::Owned;
 use crate::train::pair::SequenceGroup;
 use crate::train::reference_cache::ReferenceCache;
 use crate::train::scorer::{self, Logps};
-
-/// Seconds of training beyond its share that are remembered: requests come in bursts, and the share is meant over longer times.
-const CREDIT: f64 = 10.0;
 
 /// An item's log-probs, or why there are none.
 type Scored = Result<Logps, EngineError>;
@@ -47,87 +45,76 @@ pub(super) struct LiveReference {
 pub(super) struct Scoring {
     /// Whose half this is.
     worker: usize,
-    queue: Arc<Queue>,
+    queue: Arc<ScoringQueue>,
     bases: Arc<Bases>,
     /// Weights in memory.
     pub residents: Residents,
     /// Tokens of a batch.
     pub batch_tokens: usize,
-    share: f64,
-    /// Seconds that training must get before scoring may go on; below 0 is what training had beyond its share, for a burst to spend.
-    owed_to_training: f64,
-    /// Since when training has the device.
-    training_since: Instant,
-    /// What scoring took since [`Scoring::lend`].
-    taken: Duration,
+    /// Whose turn it is while a run is in progress.
+    pub fair_share: FairShare,
+}
+
+/// The hook that a training unit calls between two decoder blocks, milliseconds apart, and where it waits.
+///
+/// It runs on the device's thread inside the trainer's call, so that it re-enters the engine half-way through a unit. What may run inside:
+///
+/// - Scoring batches of any weights, with everything that takes: reading adapters and checkpoints, evicting them, the cache of reference log-probs
+///   (which holds no lock while it computes), answering callers.
+/// - The run's weights are read as they are in [`Live`], which does not change inside a unit: the trainer calls the hook only where no tensor is half
+///   updated. The trainer itself is borrowed by the unit: nothing here trains, begins or ends a run, or asks the queue for one.
+/// - It does not nest: passes of a batch get a hook that does nothing.
+/// - The unit's activations stay in memory meanwhile. A batch that runs out of memory frees weights that nothing computes with, and fails alone; a panic
+///   fails the batch, never the unit.
+pub(super) struct YieldPoint<'a> {
+    scoring: &'a mut Scoring,
+    cache: &'a ReferenceCache,
+    live: &'a Live,
+}
+
+impl<'a> YieldPoint<'a> {
+    /// Creates the hook of one unit, during which the run's weights are `live`.
+    pub fn new(scoring: &'a mut Scoring, cache: &'a ReferenceCache, live: &'a Live) -> Self {
+        YieldPoint { scoring, cache, live }
+    }
+
+    /// Scores one batch when something waits and it is scoring's turn.
+    pub fn run(&mut self) {
+        self.scoring.yield_to_scoring(self.cache, self.live);
+    }
 }
 
 impl Scoring {
-    pub fn new(worker: usize, queue: Arc<Queue>, bases: Arc<Bases>, options: &EngineOptions) -> Self {
+    pub fn new(worker: usize, queue: Arc<ScoringQueue>, bases: Arc<Bases>, options: &EngineOptions) -> Self {
         Scoring {
             worker,
             queue,
             bases,
             residents: Residents::new(options.resident_policies),
             batch_tokens: options.batch_tokens,
-            share: options.scoring_share.clamp(0.01, 1.0),
-            owed_to_training: 0.0,
-            training_since: Instant::now(),
-            taken: Duration::ZERO,
+            fair_share: FairShare::new(options.scoring_share, Instant::now()),
         }
     }
 
-    // ---- turns
-
-    /// Whether training has had what it is owed.
-    pub fn has_its_turn(&self) -> bool {
-        self.owed_to_training <= 0.0
-    }
-
-    /// Forgets debts: another run begins.
-    pub fn forget_debts(&mut self) {
-        self.owed_to_training = 0.0;
-    }
-
-    /// Training has the device from now on.
-    pub fn lend(&mut self) {
-        self.training_since = Instant::now();
-        self.taken = Duration::ZERO;
-    }
-
-    /// Between two blocks of a training pass: scores one batch when something waits and it is scoring's turn.
-    pub fn interlude(&mut self, cache: &ReferenceCache, live: &Live) {
-        self.settle();
-        if !self.has_its_turn() {
+    /// Scores one batch between two blocks of a training pass, when something waits and it is scoring's turn.
+    fn yield_to_scoring(&mut self, cache: &ReferenceCache, live: &Live) {
+        self.fair_share.pay(Instant::now());
+        if !self.fair_share.is_scorings_turn() {
             return;
         }
         let batch = self.queue.take(&live.job, self.batch_tokens);
         if !batch.is_empty() {
             // What training gave a GPU before is training's time.
             self.bases.device().wait();
-            self.settle();
             let start = Instant::now();
+            self.fair_share.pay(start);
             if let Err(panic) = guarded(|| self.score_batch(batch, cache, Some(live))) {
                 // Whoever waited hears that their request was dropped; the run goes on.
                 tracing::error!(panic, "a scoring batch failed");
             }
-            self.taken += start.elapsed();
-            self.training_since = Instant::now();
+            self.fair_share.resume(start, Instant::now());
         }
     }
-
-    /// Training gives the device back; returns how long scoring had it meanwhile.
-    pub fn take_back(&mut self) -> Duration {
-        self.settle();
-        self.taken
-    }
-
-    fn settle(&mut self) {
-        self.owed_to_training = (self.owed_to_training - self.training_since.elapsed().as_secs_f64()).max(-CREDIT);
-        self.training_since = Instant::now();
-    }
-
-    // ---- batches
 
     /// Forgets weights whose folder is gone or will hold others, and those that have no room beside the runs in progress.
     pub fn forget_evicted(&mut self) {
@@ -174,7 +161,7 @@ impl Scoring {
         metrics::counter!("bradley_scored_tokens_total").increment(tokens as u64);
         self.queue.set_rate(tokens as f64 / spent.as_secs_f64().max(1e-6));
         if live.is_some() {
-            self.owed_to_training += spent.as_secs_f64() * (1.0 - self.share) / self.share;
+            self.fair_share.charge(spent);
         }
     }
 

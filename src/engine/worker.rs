@@ -8,13 +8,15 @@ use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::TrySendError;
 
 use super::api::{Command, EngineError, EngineOptions, Report, RunControl, RunEnd, RunEvent, TrainingRun, WeightsRef};
+use super::entry::ScoringQueue;
 use super::memory::Room;
 use super::needs::Needs;
-use super::queue::{Queue, Seeker, Work};
+use super::queue::{Seeker, Work};
 use super::residents::Bases;
 use super::run::{self, ExactBases};
-use super::scoring::{Live, LiveReference, Scoring};
+use super::scoring::{Live, LiveReference, Scoring, YieldPoint};
 use crate::domain::job::JobError;
+use crate::domain::reason::Reason;
 use crate::model::decoder::Policy;
 use crate::model::device::ComputeDevice;
 use crate::model::guard::guarded;
@@ -36,7 +38,7 @@ pub(super) struct Worker {
     index: usize,
     /// Its name in metrics.
     label: String,
-    queue: Arc<Queue>,
+    queue: Arc<ScoringQueue>,
     bases: Arc<Bases>,
     scoring: Scoring,
     cache: Arc<ReferenceCache>,
@@ -100,7 +102,7 @@ impl Worker {
     pub fn new(
         index: usize,
         label: String,
-        queue: Arc<Queue>,
+        queue: Arc<ScoringQueue>,
         bases: Arc<Bases>,
         cache: Arc<ReferenceCache>,
         options: &EngineOptions,
@@ -130,7 +132,7 @@ impl Worker {
             let training = self.training.as_ref();
             let (room, limit) = (training.map(|t| free.unwrap_or(t.memory)), training.map_or(0, |t| t.memory));
             let seeker = Seeker { worker: self.index, job, room, limit };
-            let may_score = self.active.is_none() || self.scoring.has_its_turn();
+            let may_score = self.active.is_none() || self.scoring.fair_share.is_scorings_turn();
             match self.queue.next(seeker, may_score, self.scoring.batch_tokens) {
                 Work::Score(batch) => self.scoring.score_batch(batch, &self.cache, self.active.as_ref().map(Active::live).as_ref()),
                 Work::Train if self.starting.is_some() => self.go_on_starting(),
@@ -175,9 +177,10 @@ impl Worker {
         let was_shortened = trainer.is_shortened();
         let scoring = &mut self.scoring;
         let mut reports: Vec<Report> = Vec::new();
-        scoring.lend();
+        scoring.fair_share.start(Instant::now());
         let status = guarded(|| {
-            let mut pause = || scoring.interlude(cache, &live);
+            let mut yield_point = YieldPoint::new(scoring, cache, &live);
+            let mut pause = || yield_point.run();
             let mut emit = |event: RunEvent| reports.push(event.into());
             trainer.advance(&mut Host { cache, pause: &mut pause, emit: &mut emit })
         });
@@ -185,15 +188,16 @@ impl Worker {
         // The unit's last act may have been an update: scored is what the policy and its reference are
         // now. After a panic they are not to be trusted, but what was told before it is.
         let live = status.is_ok().then(|| active.live());
+        let mut yield_point = live.as_ref().map(|live| YieldPoint::new(scoring, cache, live));
         for report in reports {
             offer(&events, report, || {
-                if let Some(live) = &live {
-                    scoring.interlude(cache, live);
+                if let Some(yield_point) = &mut yield_point {
+                    yield_point.run();
                 }
             });
         }
         drop(live);
-        let spent = start.elapsed().saturating_sub(self.scoring.take_back());
+        let spent = start.elapsed().saturating_sub(self.scoring.fair_share.stop(Instant::now()));
         metrics::histogram!("bradley_training_unit_seconds", "device" => self.label.clone()).record(spent.as_secs_f64());
         let ran_out_of_memory = active.trainer.is_shortened() && !was_shortened;
         self.leave_if_lost();
@@ -242,7 +246,9 @@ impl Worker {
         }
         let end = match reading.join() {
             Ok(Ok(Ok(read))) => return self.start(run, needs, read),
-            Ok(Ok(Err(EngineError::FilesChanged(message)))) => RunEnd::NotBegun(JobError { reason: "MODEL_FILES_CHANGED".into(), message }),
+            Ok(Ok(Err(EngineError::FilesChanged(message)))) => {
+                RunEnd::NotBegun(JobError { reason: Reason::ModelFilesChanged.into(), message })
+            }
             Ok(Ok(Err(e))) => RunEnd::Failed(unavailable(&e)),
             Ok(Err(panic)) => RunEnd::Failed(internal(panic)),
             Err(_) => RunEnd::Failed(internal("the thread that reads weights ended without a word".into())),
@@ -276,7 +282,7 @@ impl Worker {
                 self.queue.have_all_fit();
                 tracing::info!(job = run.job, from_step = trainer.step(), total_steps = trainer.total_steps(), "run started");
                 send(&run, RunEvent::Running { total_steps: trainer.total_steps(), from_step: trainer.step() });
-                self.scoring.forget_debts();
+                self.scoring.fair_share.reset();
                 self.active = Some(Active { run, trainer });
             }
             Err(end) => self.end_before_start(&run, end),
@@ -294,7 +300,7 @@ impl Worker {
                 // Nothing is in a hurry: the steps are worth the wait, and whoever waits for them may cancel.
                 tracing::warn!(error = %e, "the checkpoint of a run that makes room cannot be written: trying again");
                 let live = active.live();
-                self.scoring.interlude(&self.cache, &live);
+                YieldPoint::new(&mut self.scoring, &self.cache, &live).run();
                 std::thread::sleep(SAVE_RETRY);
                 return;
             }
@@ -350,23 +356,23 @@ fn stopped(control: &RunControl) -> Option<RunEnd> {
 
 fn unavailable(e: &EngineError) -> JobError {
     let reason = match e {
-        EngineError::OutOfMemory { .. } | EngineError::DeviceFull(_) => "OUT_OF_MEMORY",
-        _ => "WEIGHTS_UNAVAILABLE",
+        EngineError::OutOfMemory { .. } | EngineError::DeviceFull(_) => Reason::OutOfMemory,
+        _ => Reason::WeightsUnavailable,
     };
     JobError { reason: reason.into(), message: e.to_string() }
 }
 
 fn internal(message: String) -> JobError {
-    JobError { reason: "INTERNAL".into(), message }
+    JobError { reason: Reason::Internal.into(), message }
 }
 
 /// Says why a run failed, by a reason that its client can act on.
 pub(super) fn explain(e: &TrainError) -> JobError {
     let reason = match e {
-        e if e.is_out_of_memory() => "OUT_OF_MEMORY",
-        TrainError::NonFinite { .. } => "NON_FINITE_LOSS",
-        TrainError::Checkpoint(_) => "CHECKPOINT_FAILED",
-        TrainError::Tensor(_) | TrainError::NoPlan { .. } => "DEVICE_FAILED",
+        e if e.is_out_of_memory() => Reason::OutOfMemory,
+        TrainError::NonFinite { .. } => Reason::NonFiniteLoss,
+        TrainError::Checkpoint(_) => Reason::CheckpointFailed,
+        TrainError::Tensor(_) | TrainError::NoPlan { .. } => Reason::DeviceFailed,
     };
     tracing::warn!(error = %e, "the run failed");
     JobError { reason: reason.into(), message: e.for_clients() }

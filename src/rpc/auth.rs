@@ -13,10 +13,10 @@ use tower::{Layer, Service as TowerService};
 use super::listener::Peer;
 use super::status::status;
 use crate::domain::access::{Caller, Role};
-use crate::jobs::access::require;
-use crate::jobs::audit::AUDIT;
-use crate::jobs::error::ServiceError;
-use crate::jobs::service::Service;
+use crate::service::audit::AUDIT;
+use crate::service::auth::access::require;
+use crate::service::auth::tokens::TokenService;
+use crate::service::error::ServiceError;
 
 /// A look at the health is everyone's: probes have no token. Watching it holds a stream open, which is not.
 pub(super) const OPEN: &str = "/grpc.health.v1.Health/Check";
@@ -27,7 +27,7 @@ const LOGGED: u32 = 20;
 #[derive(Clone)]
 pub(super) struct AuthLayer {
     /// Knows the tokens.
-    pub service: Service,
+    pub authenticator: TokenService,
     /// Whether callers need one.
     pub required: bool,
     /// How many refusals are logged.
@@ -117,7 +117,7 @@ async fn admit(layer: &AuthLayer, path: &str, headers: &HeaderMap) -> Result<Cal
         let message = "this server needs a token: send the metadata \"authorization: Bearer TOKEN\"".to_owned();
         return Err(ServiceError::Unauthenticated { message });
     };
-    let caller = layer.service.admit(token).await?;
+    let caller = layer.authenticator.admit(token).await?;
     if let Some(role) = needed(path) {
         require(&caller, role)?;
     }

@@ -15,11 +15,10 @@ use crate::domain::identity::ModelIdentity;
 use crate::domain::job::Checkpoint;
 use crate::domain::names::{self, CheckpointRef};
 use crate::domain::violation::quoted;
-use crate::jobs::artifacts::{ExportFormat, ExportedFile};
-use crate::jobs::checkpoints::ExportRequest;
-use crate::jobs::error::ServiceError;
-use crate::jobs::service::Service;
 use crate::model::weights::ElementType;
+use crate::service::artifacts::{ExportFormat, ExportedFile};
+use crate::service::checkpoints::{self, ExportRequest};
+use crate::service::error::ServiceError;
 
 /// Bytes in a piece of a download.
 const CHUNK: usize = 256 << 10;
@@ -27,7 +26,7 @@ const CHUNK: usize = 256 << 10;
 const BUFFER: usize = 4;
 
 /// The gRPC face of checkpoints.
-pub(super) struct Checkpoints(pub Service);
+pub(super) struct Checkpoints(pub checkpoints::CheckpointService);
 
 #[tonic::async_trait]
 impl CheckpointService for Checkpoints {

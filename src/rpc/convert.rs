@@ -13,7 +13,7 @@ use crate::domain::identity::ModelIdentity;
 use crate::domain::job::Millis;
 use crate::domain::names;
 use crate::domain::violation::{Violations, quoted};
-use crate::jobs::error::ServiceError;
+use crate::service::error::ServiceError;
 
 /// Milliseconds to a timestamp.
 pub(super) fn timestamp(ms: Millis) -> prost_types::Timestamp {

@@ -6,14 +6,14 @@ use super::auth::whose;
 use super::convert::{dataset as convert, dataset_id, page_size};
 use super::pb::{self, dataset_service_server::DatasetService, upload_dataset_request::Part};
 use super::status::{incomplete, status};
-use crate::jobs::error::ServiceError;
-use crate::jobs::service::Service;
+use crate::service::datasets;
+use crate::service::error::ServiceError;
 
 /// The largest piece of an upload.
 const MAX_CHUNK: usize = 4 << 20;
 
 /// The gRPC face of datasets.
-pub(super) struct Datasets(pub Service);
+pub(super) struct Datasets(pub datasets::DatasetService);
 
 #[tonic::async_trait]
 impl DatasetService for Datasets {

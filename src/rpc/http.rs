@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::State;
@@ -11,7 +12,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
 
 use super::listener::HttpListener;
-use crate::jobs::service::Service;
+use crate::service::server::Server;
 
 /// Connections to the HTTP port: probes and scrapes need few, and each takes a file descriptor.
 pub const MAX_CONNECTIONS: usize = 32;
@@ -19,18 +20,18 @@ pub const MAX_CONNECTIONS: usize = 32;
 /// Serves `/metrics`, `/livez` (the process answers) and `/readyz` (the server is not draining) until `shutdown`.
 pub async fn serve_http(
     listener: TcpListener,
-    service: Service,
+    server: Arc<Server>,
     metrics: PrometheusHandle,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
     let process = metrics_process::Collector::default();
     process.describe();
-    let shown = service.clone();
-    let router = Router::new().route("/livez", get(|| async { "ok\n" })).route("/readyz", get(ready).with_state(service)).route(
+    let shown = server.clone();
+    let router = Router::new().route("/livez", get(|| async { "ok\n" })).route("/readyz", get(ready).with_state(server)).route(
         "/metrics",
         get(|| async move {
             process.collect();
-            metrics.render() + &runs(&shown.runs())
+            metrics.render() + &runs(&shown.run_gauges())
         }),
     );
     axum::serve(HttpListener::new(listener, MAX_CONNECTIONS), router).with_graceful_shutdown(shutdown).await
@@ -48,8 +49,8 @@ fn runs(shown: &[(String, &'static str, f64)]) -> String {
     gauges.into_values().collect()
 }
 
-async fn ready(State(service): State<Service>) -> (StatusCode, String) {
-    match service.ready().await {
+async fn ready(State(server): State<Arc<Server>>) -> (StatusCode, String) {
+    match server.ready().await {
         Ok(state) => (StatusCode::OK, format!("{state}\n")),
         Err(e) => (StatusCode::SERVICE_UNAVAILABLE, format!("{e}\n")),
     }

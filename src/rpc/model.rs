@@ -1,5 +1,7 @@
 //! ModelService.
 
+use std::sync::Arc;
+
 use tonic::{Request, Response, Status};
 
 use super::convert::{identity, invalid};
@@ -8,10 +10,10 @@ use super::status::status;
 use crate::domain::names;
 use crate::domain::violation::quoted;
 use crate::engine::api::ModelInfo;
-use crate::jobs::service::Service;
+use crate::service::server::Server;
 
 /// The gRPC face of the base models.
-pub(super) struct Models(pub Service);
+pub(super) struct Models(pub Arc<Server>);
 
 #[tonic::async_trait]
 impl ModelService for Models {

@@ -21,7 +21,7 @@ use super::connections::OpenCall;
 use super::listener::Peer;
 use super::{pb, status};
 use crate::engine::trace;
-use crate::jobs::error::ServiceError;
+use crate::service::error::ServiceError;
 
 /// The header that carries a request's id, taken from the client or made here, and given back.
 const REQUEST_ID: &str = "x-request-id";

@@ -1,5 +1,7 @@
 //! ScoringService.
 
+use std::sync::Arc;
+
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
@@ -10,10 +12,9 @@ use super::auth::whose;
 use super::convert::scoring as convert;
 use super::pb::{self, scoring_service_server::ScoringService, stream_score_pairs_request::Part};
 use super::status::{incomplete, message, status};
-use crate::jobs::error::ServiceError;
-use crate::jobs::scoring::{ScoredPair, ScoringSession};
-use crate::jobs::service::Service;
-use crate::math::score::{best_of, ranking};
+use crate::service::auth::tokens::TokenService;
+use crate::service::error::ServiceError;
+use crate::service::scoring::{self, ReservedPair, ScoredPair, ScoringSession};
 
 /// Pairs in a unary batch.
 const MAX_PAIRS: usize = 1024;
@@ -25,7 +26,11 @@ const IN_FLIGHT: usize = 256;
 const BUFFER: usize = 64;
 
 /// The gRPC face of scoring.
-pub(super) struct Scoring(pub Service);
+pub(super) struct Scoring {
+    pub scoring: Arc<scoring::ScoringService>,
+    /// Streams end with the tokens of their callers.
+    pub tokens: TokenService,
+}
 
 type Scored = Result<ScoredPair, ServiceError>;
 
@@ -37,7 +42,7 @@ impl ScoringService for Scoring {
         if r.pairs.is_empty() || r.pairs.len() > MAX_PAIRS {
             return Err(status(ServiceError::invalid("pairs", format!("has {} pairs: send 1 to {MAX_PAIRS}", r.pairs.len()))));
         }
-        let session = self.0.scoring_session(&caller, options).await.map_err(status)?;
+        let session = self.scoring.session(&caller, options).await.map_err(status)?;
         // Dropped with this call: what its client no longer waits for is abandoned.
         let mut tasks = JoinSet::new();
         let mut results: Vec<(String, Option<Scored>)> = Vec::with_capacity(r.pairs.len());
@@ -82,13 +87,13 @@ impl ScoringService for Scoring {
             return Err(incomplete("the first message of a scoring stream must be options"));
         };
         let (options, per_token) = convert::options(Some(options))?;
-        let session = self.0.scoring_session(&caller, options).await.map_err(status)?;
+        let session = self.scoring.session(&caller, options).await.map_err(status)?;
         let (answers, receiver) = mpsc::channel(BUFFER);
-        let service = self.0.clone();
+        let tokens = self.tokens.clone();
         let followed = async move {
             let ended = tokio::select! {
                 ended = follow(requests, &answers, &session, per_token) => ended,
-                e = service.until_invalid(&caller) => Err(status(e)),
+                e = tokens.until_invalid(&caller) => Err(status(e)),
             };
             if let Err(e) = ended {
                 let _ = answers.send(Err(e)).await;
@@ -113,26 +118,22 @@ impl ScoringService for Scoring {
         for (i, c) in r.completions.into_iter().enumerate() {
             completions.push(convert::text(&format!("completions[{i}]"), Some(c)).map_err(status)?);
         }
-        let session = self.0.scoring_session(&caller, options).await.map_err(status)?;
-        let _room = session.room(&prompt, &completions.iter().collect::<Vec<_>>()).await.map_err(status)?;
-        let scored = session.score_completions(&prompt, &completions).await.map_err(status)?;
-        let good: Vec<usize> = scored.iter().enumerate().filter(|(_, s)| s.is_ok()).map(|(i, _)| i).collect();
-        let rewards: Vec<f64> = scored.iter().flatten().map(|s| s.reward).collect();
-        let order = ranking(&rewards).into_iter().map(|i| good[i] as u32).collect();
-        let mut chances = best_of(&rewards).into_iter();
+        let session = self.scoring.session(&caller, options).await.map_err(status)?;
+        let scored = session.admit_completions(prompt, completions).await.map_err(status)?.score().await.map_err(status)?;
         let results = scored
+            .answers
             .into_iter()
-            .map(|s| match s {
-                Ok(s) => pb::CompletionResult {
-                    result: Some(pb::completion_result::Result::Score(convert::completion(s, per_token))),
-                    probability: chances.next().unwrap_or_default(),
-                },
-                Err(e) => pb::CompletionResult { result: Some(pb::completion_result::Result::Error(message(e))), probability: 0.0 },
+            .map(|answer| {
+                let result = match answer.score {
+                    Ok(s) => pb::completion_result::Result::Score(convert::completion(s, per_token)),
+                    Err(e) => pb::completion_result::Result::Error(message(e)),
+                };
+                pb::CompletionResult { result: Some(result), probability: answer.probability }
             })
             .collect();
         Ok(Response::new(pb::ScoreCompletionsResponse {
             results,
-            ranking: order,
+            ranking: scored.ranking.into_iter().map(|i| i as u32).collect(),
             policy_version: session.policy_version(),
             reference_version: session.reference_version().unwrap_or_default(),
             normalization: convert::normalization(session.normalization()),
@@ -142,9 +143,11 @@ impl ScoringService for Scoring {
 }
 
 async fn score(session: &ScoringSession, pair: pb::Pair) -> Scored {
-    let pair = convert::pair(pair)?;
-    let _room = session.room_for_pair(&pair).await?;
-    session.score_pair(&pair).await
+    session.admit(convert::pair(pair)?).await?.score().await
+}
+
+async fn score_reserved(reserved: Result<ReservedPair, ServiceError>) -> Scored {
+    reserved?.admit().await?.score().await
 }
 
 fn pair_result(id: String, scored: Scored, per_token: bool) -> pb::PairResult {
@@ -172,18 +175,12 @@ async fn follow(
         tokio::select! {
             next = requests.message(), if open && tasks.len() < IN_FLIGHT => match next? {
                 Some(pb::StreamScorePairsRequest { part: Some(Part::Pair(pair)) }) => {
-                    let (session, id) = (session.clone(), pair.id.clone());
+                    let id = pair.id.clone();
                     // The next message is not read before there is room for this one's text.
                     match convert::pair(pair) {
                         Ok(pair) => {
-                            let room = session.room_for_pair(&pair).await;
-                            let scored = async move {
-                                let scored = match room {
-                                    Ok(_room) => session.score_pair(&pair).await,
-                                    Err(e) => Err(e),
-                                };
-                                (id, scored)
-                            };
+                            let reserved = session.reserve(pair).await;
+                            let scored = async move { (id, score_reserved(reserved).await) };
                             tasks.spawn(scored.in_current_span());
                         }
                         Err(e) => drop(tasks.spawn(async move { (id, Err(e)) })),

@@ -4,8 +4,9 @@ use tonic::codegen::http::HeaderMap;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
+use crate::domain::reason::Reason;
 use crate::domain::violation::{Violations, shortened};
-use crate::jobs::error::ServiceError;
+use crate::service::error::ServiceError;
 
 /// The domain of every ErrorInfo.
 pub const DOMAIN: &str = "bradley.dev";
@@ -31,37 +32,37 @@ pub fn status(e: ServiceError) -> Status {
     let (code, reason) = match &e {
         ServiceError::InvalidArgument(v) => {
             add_violations(&mut details, v);
-            (Code::InvalidArgument, "INVALID_ARGUMENT")
+            (Code::InvalidArgument, Reason::InvalidArgument)
         }
         ServiceError::NotFound { kind, name } => {
             details.set_resource_info(*kind, shortened(name, MAX_NAME), "", "does not exist");
-            (Code::NotFound, "NOT_FOUND")
+            (Code::NotFound, Reason::NotFound)
         }
-        ServiceError::PermissionDenied { .. } => (Code::PermissionDenied, "PERMISSION_DENIED"),
-        ServiceError::Unauthenticated { .. } => (Code::Unauthenticated, "UNAUTHENTICATED"),
+        ServiceError::PermissionDenied { .. } => (Code::PermissionDenied, Reason::PermissionDenied),
+        ServiceError::Unauthenticated { .. } => (Code::Unauthenticated, Reason::Unauthenticated),
         ServiceError::FailedPrecondition { reason, .. } => (Code::FailedPrecondition, *reason),
-        ServiceError::AlreadyExists { .. } => (Code::AlreadyExists, "REQUEST_ID_REUSED"),
+        ServiceError::AlreadyExists { .. } => (Code::AlreadyExists, Reason::RequestIdReused),
         ServiceError::Aborted { reason, .. } => (Code::Aborted, *reason),
         ServiceError::Unavailable { reason, retry_after, .. } => {
             details.set_retry_info(Some(*retry_after));
             (Code::Unavailable, *reason)
         }
         ServiceError::ResourceExhausted { reason, .. } => {
-            if reason.starts_with("TOO_MANY") {
+            if reason.is_quota() {
                 details.add_quota_failure_violation("client", &message);
             }
             (Code::ResourceExhausted, *reason)
         }
-        ServiceError::OutOfRange { .. } => (Code::OutOfRange, "CURSOR_OUT_OF_RANGE"),
-        ServiceError::DeadlineExceeded => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
+        ServiceError::OutOfRange { .. } => (Code::OutOfRange, Reason::CursorOutOfRange),
+        ServiceError::DeadlineExceeded => (Code::DeadlineExceeded, Reason::DeadlineExceeded),
         ServiceError::Internal { .. } => {
             // Paths and statements are the operator's to read; the answer's x-request-id finds them.
             tracing::error!(error = %e, "internal error");
             message = "an internal error, which the server's log describes".to_owned();
-            (Code::Internal, "INTERNAL")
+            (Code::Internal, Reason::Internal)
         }
     };
-    details.set_error_info(reason, DOMAIN, std::collections::HashMap::new());
+    details.set_error_info(reason.name(), DOMAIN, std::collections::HashMap::new());
     Status::with_error_details(code, message, details)
 }
 
@@ -134,7 +135,7 @@ fn decoded(status: Status) -> tonic_types::Status {
 pub fn explained(headers: &HeaderMap) -> Option<Status> {
     let given = Status::from_header_map(headers).filter(|s| s.code() == Code::Internal && s.details().is_empty())?;
     let mut details = ErrorDetails::new();
-    details.set_error_info("MALFORMED_MESSAGE", DOMAIN, std::collections::HashMap::new());
+    details.set_error_info(Reason::MalformedMessage.name(), DOMAIN, std::collections::HashMap::new());
     let message = format!("the request cannot be read as its protobuf message ({}): check it against the protos", given.message());
     Some(Status::with_error_details(Code::InvalidArgument, message, details))
 }
@@ -158,11 +159,15 @@ mod tests {
             (ServiceError::not_found("job", "trainingJobs/x"), Code::NotFound, "NOT_FOUND"),
             (ServiceError::PermissionDenied { message: "m".into() }, Code::PermissionDenied, "PERMISSION_DENIED"),
             (ServiceError::Unauthenticated { message: "m".into() }, Code::Unauthenticated, "UNAUTHENTICATED"),
-            (ServiceError::FailedPrecondition { reason: "IN_USE", message: "m".into() }, Code::FailedPrecondition, "IN_USE"),
+            (ServiceError::FailedPrecondition { reason: Reason::InUse, message: "m".into() }, Code::FailedPrecondition, "IN_USE"),
             (ServiceError::AlreadyExists { message: "m".into() }, Code::AlreadyExists, "REQUEST_ID_REUSED"),
-            (ServiceError::Aborted { reason: "ETAG_STALE", message: "m".into() }, Code::Aborted, "ETAG_STALE"),
-            (ServiceError::Unavailable { reason: "QUEUE_FULL", message: "m".into(), retry_after }, Code::Unavailable, "QUEUE_FULL"),
-            (ServiceError::ResourceExhausted { reason: "OUT_OF_MEMORY", message: "m".into() }, Code::ResourceExhausted, "OUT_OF_MEMORY"),
+            (ServiceError::Aborted { reason: Reason::EtagStale, message: "m".into() }, Code::Aborted, "ETAG_STALE"),
+            (ServiceError::Unavailable { reason: Reason::QueueFull, message: "m".into(), retry_after }, Code::Unavailable, "QUEUE_FULL"),
+            (
+                ServiceError::ResourceExhausted { reason: Reason::OutOfMemory, message: "m".into() },
+                Code::ResourceExhausted,
+                "OUT_OF_MEMORY",
+            ),
             (ServiceError::OutOfRange { message: "m".into() }, Code::OutOfRange, "CURSOR_OUT_OF_RANGE"),
             (ServiceError::DeadlineExceeded, Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
             (ServiceError::internal("m"), Code::Internal, "INTERNAL"),
@@ -194,7 +199,7 @@ mod tests {
             assert_eq!(listed.last().unwrap().description, format!("and {left_out} more"));
             for e in [
                 ServiceError::not_found("job", text.repeat(100_000)),
-                ServiceError::FailedPrecondition { reason: "DATASET_INVALID", message: text.repeat(100_000) },
+                ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message: text.repeat(100_000) },
             ] {
                 let s = status(e);
                 assert!(on_the_wire(&s) <= 4096, "{} bytes", on_the_wire(&s));

@@ -1,6 +1,7 @@
 //! TrainingService.
 
 use std::pin::Pin;
+use std::sync::Arc;
 
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
@@ -9,10 +10,10 @@ use super::auth::whose;
 use super::convert::{invalid, job_id, page_size, training as convert};
 use super::pb::{self, training_service_server::TrainingService};
 use super::status::status;
-use crate::jobs::service::Service;
+use crate::service::jobs::JobService;
 
 /// The gRPC face of training jobs.
-pub(super) struct Training(pub Service);
+pub(super) struct Training(pub Arc<JobService>);
 
 fn no_job() -> Status {
     invalid("training_job", "is missing")

@@ -4,6 +4,7 @@
 //! to an answer that lacks it. The prompt's tokens are the longest prefix common to all of them, so that a merge across the boundary cannot be
 //! counted on the wrong side. Every later token counts, EOS included.
 
+use std::fmt;
 use std::sync::LazyLock;
 
 use jiff::civil::DateTime;
@@ -15,6 +16,30 @@ use crate::model::chat::RenderOptions;
 use crate::model::error::ModelError;
 use crate::model::tokenizer::ChatTokenizer;
 use crate::train::pair::{EncodedPair, SequenceGroup};
+
+/// A part of what is encoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The prompt.
+    Prompt,
+    /// The preferred answer of a row.
+    Chosen,
+    /// The other answer of a row.
+    Rejected,
+    /// One of the answers of a list, from 0 on.
+    Answer(usize),
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Part::Prompt => f.write_str("prompt"),
+            Part::Chosen => f.write_str("chosen"),
+            Part::Rejected => f.write_str("rejected"),
+            Part::Answer(i) => write!(f, "completions[{i}]"),
+        }
+    }
+}
 
 /// Why a text cannot be made into tokens.
 #[derive(Debug, thiserror::Error)]
@@ -31,25 +56,25 @@ pub enum EncodeError {
     #[error("the prompt has no tokens, so nothing predicts the answer's first token: give a prompt")]
     EmptyPrompt,
     /// No token is the answer's.
-    #[error("{field} has no tokens of its own after the prompt")]
+    #[error("{at} has no tokens of its own after the prompt")]
     EmptyCompletion {
-        /// chosen, rejected or `completions[i]`.
-        field: String,
+        /// The answer.
+        at: Part,
     },
     /// Chat and plain text in one item.
-    #[error("{field} and the prompt must both be plain text or both be messages")]
+    #[error("{at} and the prompt must both be plain text or both be messages")]
     MixedForms {
-        /// chosen, rejected or `completions[i]`.
-        field: String,
+        /// The answer.
+        at: Part,
     },
     /// The tokenizer has tokens that the model does not have.
     #[error(
-        "{field} has the token {token:?} with the id {id}, but the model's vocabulary ends at {vocab_size}: remove it, or serve the model with \
+        "{at} has the token {token:?} with the id {id}, but the model's vocabulary ends at {vocab_size}: remove it, or serve the model with \
          the tokenizer that belongs to it"
     )]
     TokenOutsideVocabulary {
-        /// prompt, chosen, rejected or `completions[i]`.
-        field: String,
+        /// The prompt or the answer.
+        at: Part,
         /// The token's text.
         token: String,
         /// Its id.
@@ -60,6 +85,16 @@ pub enum EncodeError {
     /// The tokenizer or the chat template refused.
     #[error(transparent)]
     Model(#[from] ModelError),
+}
+
+impl EncodeError {
+    /// Returns the part that is at fault.
+    pub fn part(&self) -> Part {
+        match self {
+            EncodeError::EmptyCompletion { at } | EncodeError::MixedForms { at } | EncodeError::TokenOutsideVocabulary { at, .. } => *at,
+            EncodeError::PromptFillsMaxLength { .. } | EncodeError::EmptyPrompt | EncodeError::Model(_) => Part::Prompt,
+        }
+    }
 }
 
 static NO_ARGUMENTS: LazyLock<TemplateArguments> = LazyLock::new(TemplateArguments::default);
@@ -78,15 +113,6 @@ pub struct PairEncoder<'a> {
     date: Option<DateTime>,
     /// Rows of the model's embedding: ids from here on are refused. `None` does not check.
     vocab_size: Option<usize>,
-}
-
-/// Where answers to one prompt begin.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Split {
-    /// After the longest prefix that the prompt and all answers share, as TRL splits pairs.
-    Common,
-    /// After the longest prefix that the prompt and the answer itself share.
-    Each,
 }
 
 /// Answers to one prompt as tokens.
@@ -141,14 +167,14 @@ impl<'a> PairEncoder<'a> {
     /// [`PairEncoder::encode_row`] with the text of the prompt's end that is left out, if any.
     pub fn encode_row_with_cut(&self, row: &PreferenceRow) -> Result<(EncodedPair, Option<String>), RowIssue> {
         let issue = |e: EncodeError| {
-            let (field, reason) = match &e {
-                EncodeError::PromptFillsMaxLength { .. } => ("prompt".to_owned(), IssueReason::PromptFillsMaxLength),
-                EncodeError::EmptyPrompt => ("prompt".to_owned(), IssueReason::MissingField),
-                EncodeError::EmptyCompletion { field } => (field.clone(), IssueReason::EmptyCompletion),
-                EncodeError::MixedForms { field } => (field.clone(), IssueReason::InvalidType),
-                EncodeError::TokenOutsideVocabulary { field, .. } => (field.clone(), IssueReason::TokenOutsideVocabulary),
-                EncodeError::Model(_) => ("prompt".to_owned(), IssueReason::InvalidType),
+            let reason = match &e {
+                EncodeError::PromptFillsMaxLength { .. } => IssueReason::PromptFillsMaxLength,
+                EncodeError::EmptyPrompt => IssueReason::MissingField,
+                EncodeError::EmptyCompletion { .. } => IssueReason::EmptyCompletion,
+                EncodeError::MixedForms { .. } | EncodeError::Model(_) => IssueReason::InvalidType,
+                EncodeError::TokenOutsideVocabulary { .. } => IssueReason::TokenOutsideVocabulary,
             };
+            let field = e.part().to_string();
             RowIssue { row: row.row, id: row.id.clone(), field: row.column(&field), reason, message: e.to_string() }
         };
         let merged = row.arguments.over(self.arguments);
@@ -167,7 +193,7 @@ impl<'a> PairEncoder<'a> {
     }
 
     fn pair_with_cut(&self, prompt: &Text, a: &Text, b: &Text) -> Result<(EncodedPair, Vec<u32>), EncodeError> {
-        let encoded = self.encode(prompt, &[("chosen".into(), a), ("rejected".into(), b)], Split::Common)?;
+        let encoded = self.encode(prompt, &[(Part::Chosen, a), (Part::Rejected, b)])?;
         let mut sides = encoded.completions.into_iter();
         // One result per answer.
         let (Some(chosen), Some(rejected)) = (sides.next(), sides.next()) else { return Err(EncodeError::EmptyPrompt) };
@@ -185,43 +211,71 @@ impl<'a> PairEncoder<'a> {
         Ok((pair, encoded.cut))
     }
 
-    /// Encodes a prompt with N answers, each as if it were alone. An error in one answer is the call's error: use one call per answer to keep them
-    /// apart.
-    pub fn encode_completions(&self, prompt: &Text, completions: &[Text]) -> Result<Vec<EncodedCompletion>, EncodeError> {
-        Ok(self.encode(prompt, &named(completions), Split::Each)?.completions)
-    }
-
-    /// Encodes a prompt with answers that are compared with each other, split as [`PairEncoder::encode_pair`] splits a pair.
-    pub fn encode_together(&self, prompt: &Text, completions: &[Text]) -> Result<Vec<EncodedCompletion>, EncodeError> {
-        Ok(self.encode(prompt, &named(completions), Split::Common)?.completions)
-    }
-
-    fn encode(&self, prompt: &Text, answers: &[(String, &Text)], split: Split) -> Result<Encoded, EncodeError> {
-        let prompt_ids = match prompt {
-            Text::Plain(text) => self.plain(text)?,
-            Text::Chat(messages) => self.chat(messages, true)?,
+    /// Encodes a prompt with N answers, each as if it were alone: it begins after the longest prefix that the prompt and the answer itself share, an
+    /// error is its own, and says [`Part::Answer`]`(0)`.
+    pub fn encode_completions(&self, prompt: &Text, completions: &[Text]) -> Vec<Result<EncodedCompletion, EncodeError>> {
+        let prompt_ids = self.prompt(prompt);
+        let encode = |answer: &Text| -> Result<EncodedCompletion, EncodeError> {
+            match &prompt_ids {
+                Ok(prompt_ids) => self.encode_alone(prompt, prompt_ids, answer),
+                // Every answer gets the prompt's error, which cannot be copied.
+                Err(_) => self.encode_alone(prompt, &self.prompt(prompt)?, answer),
+            }
         };
+        completions.iter().map(encode).collect()
+    }
+
+    /// Encodes a prompt with answers that are compared with each other, split as [`PairEncoder::encode_pair`] splits a pair. An error names the answer
+    /// by its place in the list.
+    pub fn encode_together(&self, prompt: &Text, answers: &[Text]) -> Result<Vec<EncodedCompletion>, EncodeError> {
+        let answers: Vec<_> = answers.iter().enumerate().map(|(i, answer)| (Part::Answer(i), answer)).collect();
+        Ok(self.encode(prompt, &answers)?.completions)
+    }
+
+    fn encode_alone(&self, prompt: &Text, prompt_ids: &[u32], answer: &Text) -> Result<EncodedCompletion, EncodeError> {
+        let at = Part::Answer(0);
+        let ids = self.prompt_and_answer(prompt, at, answer)?;
+        match common_prefix(prompt_ids, &ids) {
+            0 => Err(EncodeError::EmptyPrompt),
+            shared => self.truncate(at, ids, shared),
+        }
+    }
+
+    /// Encodes answers that begin after the longest prefix that the prompt and all of them share, as TRL splits pairs.
+    fn encode(&self, prompt: &Text, answers: &[(Part, &Text)]) -> Result<Encoded, EncodeError> {
+        let prompt_ids = self.prompt(prompt)?;
         let mut whole = Vec::with_capacity(answers.len());
-        let mut splits = Vec::with_capacity(answers.len());
-        for (field, answer) in answers {
-            let ids = match (prompt, answer) {
-                (Text::Plain(p), Text::Plain(a)) => self.plain(&format!("{p}{a}{}", self.missing_eos(a)))?,
-                (Text::Chat(p), Text::Chat(a)) => {
-                    let dialogue: Vec<_> = p.iter().chain(a).cloned().collect();
-                    self.chat(&dialogue, false)?
-                }
-                _ => return Err(EncodeError::MixedForms { field: field.clone() }),
-            };
-            splits.push(prompt_ids.iter().zip(&ids).take_while(|(a, b)| a == b).count());
+        let mut shared = prompt_ids.len();
+        for (at, answer) in answers {
+            let ids = self.prompt_and_answer(prompt, *at, answer)?;
+            shared = shared.min(common_prefix(&prompt_ids, &ids));
             whole.push(ids);
         }
-        let shared = splits.iter().copied().min().unwrap_or(prompt_ids.len());
         if shared == 0 {
             return Err(EncodeError::EmptyPrompt);
         }
-        let at = |own: usize| if split == Split::Common { shared } else { own };
-        let cut_off = answers.iter().zip(whole).zip(splits).map(|(((field, _), ids), own)| self.truncate(field, ids, at(own)));
-        Ok(Encoded { completions: cut_off.collect::<Result<_, _>>()?, cut: prompt_ids[shared..].to_vec() })
+        let completions = answers.iter().zip(whole).map(|((at, _), ids)| self.truncate(*at, ids, shared));
+        Ok(Encoded { completions: completions.collect::<Result<_, _>>()?, cut: prompt_ids[shared..].to_vec() })
+    }
+
+    /// Returns the tokens of a prompt alone.
+    fn prompt(&self, prompt: &Text) -> Result<Vec<u32>, EncodeError> {
+        match prompt {
+            Text::Plain(text) => self.plain(text),
+            Text::Chat(messages) => self.chat(messages, true),
+        }
+    }
+
+    /// Returns the tokens of a prompt with an answer.
+    fn prompt_and_answer(&self, prompt: &Text, at: Part, answer: &Text) -> Result<Vec<u32>, EncodeError> {
+        match (prompt, answer) {
+            (Text::Plain(p), Text::Plain(a)) => self.plain(&format!("{p}{a}{}", self.missing_eos(a))),
+            (Text::Chat(p), Text::Chat(a)) => {
+                let dialogue: Vec<_> = p.iter().chain(a).cloned().collect();
+                self.chat(&dialogue, false)
+            }
+            _ => Err(EncodeError::MixedForms { at }),
+        }
     }
 
     /// A rendered dialogue.
@@ -244,10 +298,10 @@ impl<'a> PairEncoder<'a> {
         }
     }
 
-    fn truncate(&self, field: &str, ids: Vec<u32>, shared: usize) -> Result<EncodedCompletion, EncodeError> {
+    fn truncate(&self, at: Part, ids: Vec<u32>, shared: usize) -> Result<EncodedCompletion, EncodeError> {
         let (n, max) = (ids.len(), self.max_length);
         if n <= shared {
-            return Err(EncodeError::EmptyCompletion { field: field.to_owned() });
+            return Err(EncodeError::EmptyCompletion { at });
         }
         let truncated = n > max;
         let (from, to, split) = match self.truncation {
@@ -259,21 +313,21 @@ impl<'a> PairEncoder<'a> {
             // One token of context must stay: where the answer alone fills max_length, its first kept token is the context.
             Truncation::KeepEnd => (n - max, n, shared.max(n - max + 1)),
         };
-        self.check_vocabulary("prompt", &ids[from..split])?;
-        self.check_vocabulary(field, &ids[split..to])?;
+        self.check_vocabulary(Part::Prompt, &ids[from..split])?;
+        self.check_vocabulary(at, &ids[split..to])?;
         Ok(EncodedCompletion { prompt: ids[from..split].to_vec(), tokens: ids[split..to].to_vec(), truncated })
     }
 
-    fn check_vocabulary(&self, field: &str, ids: &[u32]) -> Result<(), EncodeError> {
+    fn check_vocabulary(&self, at: Part, ids: &[u32]) -> Result<(), EncodeError> {
         let Some(vocab_size) = self.vocab_size else { return Ok(()) };
         let Some(id) = ids.iter().copied().find(|id| *id as usize >= vocab_size) else { return Ok(()) };
-        Err(EncodeError::TokenOutsideVocabulary { field: field.to_owned(), token: self.tokenizer.decode(&[id])?, id, vocab_size })
+        Err(EncodeError::TokenOutsideVocabulary { at, token: self.tokenizer.decode(&[id])?, id, vocab_size })
     }
 }
 
-/// Answers with their field names.
-fn named(completions: &[Text]) -> Vec<(String, &Text)> {
-    completions.iter().enumerate().map(|(i, c)| (format!("completions[{i}]"), c)).collect()
+/// Returns how many tokens two lists have in common at their beginnings.
+fn common_prefix(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
 /// Groups encoded completions that share a prompt, keeping the order: the log-probs of a packed row come back in the order of `completions`.
@@ -287,3 +341,6 @@ pub fn group(completions: &[EncodedCompletion]) -> Vec<SequenceGroup> {
     }
     groups
 }
+
+#[cfg(test)]
+mod tests;

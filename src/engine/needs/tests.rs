@@ -7,6 +7,7 @@ use tokio::sync::mpsc;
 
 use super::*;
 use crate::domain::dpo::{LossType, ReferenceSync};
+use crate::domain::reason::Reason;
 use crate::domain::training::ActivationCheckpointing;
 use crate::engine::api::{EngineOptions, Report, RunEvent, TrainingRun};
 use crate::engine::scoring::tests::{base, pair};
@@ -220,5 +221,5 @@ fn a_job_that_ran_out_of_memory_says_so() {
     let other = candle_core::Error::Msg("an illegal address".into());
     let no_plan = TrainError::NoPlan { needed_mib: 2, available_mib: 1 };
     let reasons = [TrainError::Tensor(full), no_plan, TrainError::Tensor(other)].map(|e| explain(&e).reason);
-    assert_eq!(reasons, ["OUT_OF_MEMORY", "OUT_OF_MEMORY", "DEVICE_FAILED"]);
+    assert_eq!(reasons, [Reason::OutOfMemory, Reason::OutOfMemory, Reason::DeviceFailed]);
 }

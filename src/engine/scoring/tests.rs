@@ -69,7 +69,7 @@ fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_se
     for (server, job) in [precisions, [precisions[1], precisions[0]]].map(|[a, b]| (a, b)) {
         let bases = bases(server);
         let options = EngineOptions { precision: server, ..Default::default() };
-        let mut scoring = Scoring::new(0, Arc::new(Queue::new(1 << 20, 1)), bases.clone(), &options);
+        let mut scoring = Scoring::new(0, Arc::new(ScoringQueue::new(1 << 20, 1)), bases.clone(), &options);
         let policy = bases.open(&base()).unwrap().with_precision(job);
         let live = Live { job: JOB.into(), policy, reference: None, step: 0 };
 
@@ -104,7 +104,7 @@ fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_se
 /// Scoring with a full checkpoint in memory that nothing computes with.
 fn scoring_with_a_checkpoint() -> (Scoring, WeightsRef) {
     let bases = bases(Precision::F32);
-    let queue = Arc::new(Queue::new(1 << 20, 1));
+    let queue = Arc::new(ScoringQueue::new(1 << 20, 1));
     let mut scoring = Scoring::new(0, queue, bases.clone(), &EngineOptions::default());
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");
     let checkpoint = WeightsRef::Full { model: "tiny".into(), dir, content: "hash".into() };

@@ -6,6 +6,7 @@ use tokio::sync::mpsc::{Receiver, channel};
 
 use super::*;
 use crate::domain::dpo::ReferenceSync;
+use crate::domain::reason::Reason;
 use crate::domain::training::{BatchConfig, Method, OptimizerConfig, Precision, ScheduleKind, TrainingSpec};
 use crate::engine::api::ScoreItem;
 use crate::engine::{Engine, start};
@@ -110,7 +111,7 @@ async fn a_run_whose_models_files_are_gone_or_changed_has_not_begun() {
         engine.train(run).unwrap();
         match next(&mut events).await {
             RunEvent::Ended(RunEnd::NotBegun(e)) => {
-                assert_eq!(e.reason, "MODEL_FILES_CHANGED");
+                assert_eq!(e.reason, Reason::ModelFilesChanged);
                 told(&e.message);
             }
             other => panic!("{other:?}"),
@@ -165,7 +166,7 @@ async fn the_device_scores_while_the_files_of_a_run_are_read() {
     engine.train(second).unwrap();
     let other_end = std::fs::OpenOptions::new().read(true).write(true).open(&weights).unwrap();
     match next(&mut second_events).await {
-        RunEvent::Ended(RunEnd::NotBegun(e)) => assert_eq!(e.reason, "MODEL_FILES_CHANGED"),
+        RunEvent::Ended(RunEnd::NotBegun(e)) => assert_eq!(e.reason, Reason::ModelFilesChanged),
         other => panic!("{other:?}"),
     }
     drop(other_end);

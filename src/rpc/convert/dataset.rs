@@ -6,8 +6,8 @@ use super::{finish, timestamp};
 use crate::domain::dataset::{Dataset, DatasetFormat, RowIssue, Severity, ValidationReport};
 use crate::domain::names;
 use crate::domain::violation::{Violations, quoted};
-use crate::jobs::datasets::UploadMeta;
 use crate::rpc::pb;
+use crate::service::datasets::UploadMeta;
 
 /// What an upload says of itself.
 pub(in crate::rpc) fn upload_meta(m: pb::UploadMetadata) -> Result<UploadMeta, Status> {

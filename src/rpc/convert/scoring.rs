@@ -10,9 +10,9 @@ use crate::domain::dpo::Normalization;
 use crate::domain::message::{MessageProblem, TemplateArguments};
 use crate::domain::names;
 use crate::domain::violation::{Violations, quoted};
-use crate::jobs::error::ServiceError;
-use crate::jobs::scoring::{PairToScore, ScoreOptions, ScoredCompletion, ScoredPair};
 use crate::rpc::pb;
+use crate::service::error::ServiceError;
+use crate::service::scoring::{PairToScore, ScoreOptions, ScoredCompletion, ScoredPair};
 
 /// What a request wants to score with, and whether per-token log-probs are wanted.
 pub(in crate::rpc) fn options(o: Option<pb::ScoringOptions>) -> Result<(ScoreOptions, bool), Status> {

@@ -7,15 +7,16 @@ use crate::domain::dpo::{Divergence, DpoConfig, LossType, ReferenceSync, Weighte
 use crate::domain::identity::Pins;
 use crate::domain::job::{Evaluation, Event, EventKind, Job, JobRequest, JobState, Progress, RowPolicy};
 use crate::domain::names;
+use crate::domain::reason::{FailureCode, StoredReason};
 use crate::domain::training::{
     ActivationCheckpointing, BatchConfig, BestMetric, GivenLora, LoraConfig, Method, OptimizerConfig, Precision, RunConfig, ScheduleKind,
     Seed, TARGET_MODULES, TrainingSpec, Truncation, Warmup,
 };
 use crate::domain::violation::{Violations, quoted};
-use crate::jobs::estimate::JobEstimate;
-use crate::jobs::lifecycle::JobChanges;
 use crate::rpc::pb;
 use crate::rpc::status::job_error;
+use crate::service::jobs::estimate::JobEstimate;
+use crate::service::jobs::lifecycle::JobChanges;
 
 const LORA_LEARNING_RATE: f64 = 1e-4;
 /// The divergence that has a parameter of its own.
@@ -410,7 +411,7 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
         labels: r.labels,
         priority: r.priority,
         state: state(j.state).into(),
-        error: j.error.map(|e| job_error(code_of(&e.reason), &e.reason, e.message)),
+        error: j.error.map(|e| job_error(code_of(&e.reason), e.reason.name(), e.message)),
         policy: r.policy.to_string(),
         reference: r.reference.map(|p| p.to_string()).unwrap_or_default(),
         dataset: format!("datasets/{}", r.dataset),
@@ -457,22 +458,13 @@ fn pins(pins: Pins) -> pb::JobPins {
 }
 
 /// The google.rpc code of a job's error.
-fn code_of(reason: &str) -> Code {
-    match reason {
-        "OUT_OF_MEMORY" => Code::ResourceExhausted,
-        "DATASET_INVALID"
-        | "NON_FINITE_LOSS"
-        | "WEIGHTS_UNAVAILABLE"
-        | "ARTIFACT_MISSING"
-        | "ARTIFACT_DAMAGED"
-        | "CHECKPOINT_FORMAT"
-        | "DATASET_CHANGED"
-        | "MODEL_CHANGED"
-        | "MODEL_FILES_CHANGED"
-        | "ROWS_CHANGED" => Code::FailedPrecondition,
-        "NOT_FOUND" => Code::NotFound,
-        "WORKER_LOST" => Code::Aborted,
-        _ => Code::Internal,
+fn code_of(reason: &StoredReason) -> Code {
+    match reason.failure_code() {
+        FailureCode::ResourceExhausted => Code::ResourceExhausted,
+        FailureCode::FailedPrecondition => Code::FailedPrecondition,
+        FailureCode::NotFound => Code::NotFound,
+        FailureCode::Aborted => Code::Aborted,
+        FailureCode::Internal => Code::Internal,
     }
 }
 

@@ -1,0 +1,264 @@
+//! The stable words that say why a call was refused or a job failed.
+//!
+//! Clients dispatch on them, so that a name never changes. The code dispatches on [`Reason`], never
+//! on a name: [`Reason::name`] is for the wire, the store and metrics.
+
+use serde::{Deserialize, Serialize};
+
+/// The google.rpc code of a job's error, as far as jobs have them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailureCode {
+    /// FAILED_PRECONDITION.
+    FailedPrecondition,
+    /// RESOURCE_EXHAUSTED.
+    ResourceExhausted,
+    /// NOT_FOUND.
+    NotFound,
+    /// ABORTED.
+    Aborted,
+    /// INTERNAL.
+    Internal,
+}
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal => $code:ident,)+) => {
+        /// Why a call was refused or a job failed.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Reason {
+            $($(#[$doc])* $variant,)+
+        }
+
+        impl Reason {
+            /// All of them.
+            pub const ALL: &'static [Reason] = &[$(Reason::$variant,)+];
+
+            /// Returns the name that clients, the store and metrics see.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Reason::$variant => $name,)+
+                }
+            }
+
+            /// Returns the code of a job that failed for this reason. The code of a refused call
+            /// follows from its kind of error.
+            pub fn failure_code(self) -> FailureCode {
+                match self {
+                    $(Reason::$variant => FailureCode::$code,)+
+                }
+            }
+        }
+    };
+}
+
+// The one table of names and codes.
+reasons! {
+    // What a request or its caller is refused for.
+    /// A field cannot be accepted.
+    InvalidArgument = "INVALID_ARGUMENT" => Internal,
+    /// The message is not the method's protobuf message.
+    MalformedMessage = "MALFORMED_MESSAGE" => Internal,
+    /// There is no such resource.
+    NotFound = "NOT_FOUND" => NotFound,
+    /// The caller may not do it.
+    PermissionDenied = "PERMISSION_DENIED" => Internal,
+    /// The caller is not known.
+    Unauthenticated = "UNAUTHENTICATED" => Internal,
+    /// The request_id was used with another body.
+    RequestIdReused = "REQUEST_ID_REUSED" => Internal,
+    /// An event cursor lies outside of the stored events.
+    CursorOutOfRange = "CURSOR_OUT_OF_RANGE" => Internal,
+    /// The caller's deadline has passed.
+    DeadlineExceeded = "DEADLINE_EXCEEDED" => Internal,
+    /// A defect of the server or a broken disk.
+    Internal = "INTERNAL" => Internal,
+
+    // Limits.
+    /// The client has as many unfinished jobs as it may have.
+    TooManyJobs = "TOO_MANY_JOBS" => Internal,
+    /// The client has as many tokens in the scoring queue as it may have.
+    TooManyTokens = "TOO_MANY_TOKENS" => Internal,
+    /// The client's datasets have as many bytes as they may have.
+    TooManyBytes = "TOO_MANY_BYTES" => Internal,
+    /// The upload is larger than the server takes.
+    UploadTooLarge = "UPLOAD_TOO_LARGE" => Internal,
+    /// The dataset has more text than a job could hold.
+    DatasetTooLarge = "DATASET_TOO_LARGE" => Internal,
+    /// There is too little memory for it.
+    OutOfMemory = "OUT_OF_MEMORY" => ResourceExhausted,
+    /// The disk is full.
+    StorageFull = "STORAGE_FULL" => Internal,
+
+    // What may be there again in a moment.
+    /// The server is stopping.
+    Draining = "DRAINING" => Internal,
+    /// The scoring queue is full.
+    QueueFull = "QUEUE_FULL" => Internal,
+    /// The database does not answer.
+    StoreUnavailable = "STORE_UNAVAILABLE" => Internal,
+    /// The artifact store does not answer.
+    ArtifactsUnavailable = "ARTIFACTS_UNAVAILABLE" => Internal,
+    /// A file cannot be read now.
+    StorageUnavailable = "STORAGE_UNAVAILABLE" => Internal,
+
+    // The state of a job.
+    /// The job is being cancelled.
+    Cancelling = "CANCELLING" => Internal,
+    /// The job is being paused.
+    Pausing = "PAUSING" => Internal,
+    /// The job is not paused.
+    NotPaused = "NOT_PAUSED" => Internal,
+    /// The job has not ended.
+    NotEnded = "NOT_ENDED" => Internal,
+    /// The job has ended.
+    AlreadyEnded = "ALREADY_ENDED" => Internal,
+    /// The job is not running on this server.
+    NotRunning = "NOT_RUNNING" => Internal,
+    /// The job cannot change from its state to the other one.
+    IllegalTransition = "ILLEGAL_TRANSITION" => Internal,
+    /// The job has changed since its etag was read.
+    EtagStale = "ETAG_STALE" => Internal,
+    /// Another version of the server wrote the job.
+    JobUnreadable = "JOB_UNREADABLE" => Internal,
+    /// Another worker has the job's lease.
+    LeaseLost = "LEASE_LOST" => Internal,
+    /// The job's worker died again and again.
+    WorkerLost = "WORKER_LOST" => Aborted,
+
+    // What a job needs, or what needs it.
+    /// A job needs it.
+    InUse = "IN_USE" => Internal,
+    /// The job has no such checkpoint.
+    NoCheckpoint = "NO_CHECKPOINT" => Internal,
+    /// The checkpoint does not hold the reference that it should hold.
+    NoReference = "NO_REFERENCE" => Internal,
+    /// The checkpoint has no adapter.
+    NoAdapter = "NO_ADAPTER" => Internal,
+    /// LoRA cannot start from a checkpoint of full weights.
+    FullCheckpoint = "FULL_CHECKPOINT" => Internal,
+    /// Rows of the dataset cannot be used.
+    DatasetInvalid = "DATASET_INVALID" => FailedPrecondition,
+    /// The dataset is not the one that the job was made with.
+    DatasetChanged = "DATASET_CHANGED" => FailedPrecondition,
+    /// The tokens of the rows are not those that the run began with.
+    RowsChanged = "ROWS_CHANGED" => FailedPrecondition,
+    /// The model is not the one that the job was made with.
+    ModelChanged = "MODEL_CHANGED" => FailedPrecondition,
+    /// The model's files are not those that were loaded.
+    ModelFilesChanged = "MODEL_FILES_CHANGED" => FailedPrecondition,
+    /// Weights cannot be loaded.
+    WeightsUnusable = "WEIGHTS_UNUSABLE" => Internal,
+    /// A run's weights cannot be loaded.
+    WeightsUnavailable = "WEIGHTS_UNAVAILABLE" => FailedPrecondition,
+    /// Files are not where they should be.
+    ArtifactMissing = "ARTIFACT_MISSING" => FailedPrecondition,
+    /// Files are not as they were written.
+    ArtifactDamaged = "ARTIFACT_DAMAGED" => FailedPrecondition,
+    /// The checkpoint has the format of another version of the server.
+    CheckpointFormat = "CHECKPOINT_FORMAT" => FailedPrecondition,
+
+    // How a run fails.
+    /// The loss is not finite.
+    NonFiniteLoss = "NON_FINITE_LOSS" => FailedPrecondition,
+    /// A checkpoint cannot be written.
+    CheckpointFailed = "CHECKPOINT_FAILED" => Internal,
+    /// The device failed.
+    DeviceFailed = "DEVICE_FAILED" => Internal,
+
+    // Why the server does not start.
+    /// Another process has the data directory.
+    DataDirInUse = "DATA_DIR_IN_USE" => Internal,
+    /// The artifact store is another database's.
+    WrongArtifactStore = "WRONG_ARTIFACT_STORE" => Internal,
+}
+
+impl Reason {
+    /// Returns the reason with a name.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|reason| reason.name() == name)
+    }
+
+    /// Returns true if the caller has used up what one client may have.
+    pub fn is_quota(self) -> bool {
+        matches!(self, Reason::TooManyJobs | Reason::TooManyTokens | Reason::TooManyBytes)
+    }
+}
+
+/// The reason in a stored record, which another version of the server may have written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
+pub enum StoredReason {
+    /// One that this version knows.
+    Known(Reason),
+    /// The name of another one.
+    Unknown(String),
+}
+
+impl StoredReason {
+    /// Returns the name as it is stored.
+    pub fn name(&self) -> &str {
+        match self {
+            StoredReason::Known(reason) => reason.name(),
+            StoredReason::Unknown(name) => name,
+        }
+    }
+
+    /// Returns the code of a job that failed for this reason.
+    pub fn failure_code(&self) -> FailureCode {
+        match self {
+            StoredReason::Known(reason) => reason.failure_code(),
+            StoredReason::Unknown(_) => FailureCode::Internal,
+        }
+    }
+}
+
+impl PartialEq<Reason> for StoredReason {
+    fn eq(&self, other: &Reason) -> bool {
+        matches!(self, StoredReason::Known(reason) if reason == other)
+    }
+}
+
+impl From<Reason> for StoredReason {
+    fn from(reason: Reason) -> Self {
+        StoredReason::Known(reason)
+    }
+}
+
+impl From<String> for StoredReason {
+    fn from(name: String) -> Self {
+        Reason::parse(&name).map_or(StoredReason::Unknown(name), StoredReason::Known)
+    }
+}
+
+impl From<StoredReason> for String {
+    fn from(reason: StoredReason) -> Self {
+        reason.name().to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_is_one_reason_in_capitals() {
+        for reason in Reason::ALL {
+            assert_eq!(Reason::parse(reason.name()), Some(*reason));
+            assert!(reason.name().chars().all(|c| c.is_ascii_uppercase() || c == '_'));
+        }
+        assert_eq!(Reason::parse("in_use"), None);
+    }
+
+    #[test]
+    fn a_stored_reason_is_its_name_known_or_not() {
+        for (stored, expected) in [
+            ("\"OUT_OF_MEMORY\"", StoredReason::Known(Reason::OutOfMemory)),
+            ("\"OF_A_LATER_VERSION\"", StoredReason::Unknown("OF_A_LATER_VERSION".into())),
+        ] {
+            let read: StoredReason = serde_json::from_str(stored).unwrap();
+            assert_eq!(read, expected);
+            assert_eq!(serde_json::to_string(&read).unwrap(), stored);
+        }
+        assert_eq!(StoredReason::Known(Reason::OutOfMemory).failure_code(), FailureCode::ResourceExhausted);
+        assert_eq!(StoredReason::Unknown("X".into()).failure_code(), FailureCode::Internal);
+    }
+}

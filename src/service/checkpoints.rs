@@ -1,0 +1,198 @@
+//! Checkpoints as clients see them: looked at, deleted, exported.
+
+use std::path::{Path, PathBuf};
+
+use super::artifacts::{Artifacts, Export, ExportFormat, ExportName, Temporary, describe};
+use super::audit::audit;
+use super::auth::access::own_job;
+use super::blocking::blocking;
+use super::checkpoint_files::remove_checkpoint_files;
+use super::error::{Result, ServiceError, failed};
+use super::in_use::{Needed, check};
+use super::jobs::registry::RunRegistry;
+use super::limiter::Limiter;
+use super::policies::PolicyResolver;
+use super::store::Store;
+use crate::domain::access::Caller;
+use crate::domain::identity::ModelIdentity;
+use crate::domain::job::{Checkpoint, Job, JobState};
+use crate::domain::names::{BaseName, CheckpointRef};
+use crate::domain::reason::Reason;
+use crate::engine::Engine;
+use crate::engine::api::WeightsRef;
+use crate::model::peft;
+use crate::model::weights::ElementType;
+
+/// The base model that a job is pinned to: its run goes on on no other.
+fn base(job: Job) -> Option<ModelIdentity> {
+    job.request.pins.map(|pins| pins.base)
+}
+
+/// Shows, deletes and exports checkpoints.
+#[derive(Clone)]
+pub struct CheckpointService {
+    pub(super) store: Store,
+    pub(super) artifacts: Artifacts,
+    pub(super) engine: Engine,
+    pub(super) policies: PolicyResolver,
+    pub(super) runs: RunRegistry,
+    /// Exports share it with other work that takes long.
+    pub(super) heavy: Limiter,
+}
+
+impl CheckpointService {
+    /// Returns one checkpoint, and the base model that it was trained on.
+    pub async fn get_checkpoint(&self, caller: &Caller, job: &str, which: CheckpointRef) -> Result<(Checkpoint, Option<ModelIdentity>)> {
+        let owner = own_job(&self.store, caller, job).await?;
+        Ok((self.policies.find_checkpoint(job, which).await?, base(owner)))
+    }
+
+    /// Returns a job's checkpoints, oldest first, and the base model that they were trained on.
+    pub async fn list_checkpoints(&self, caller: &Caller, job: &str) -> Result<(Vec<Checkpoint>, Option<ModelIdentity>)> {
+        let owner = own_job(&self.store, caller, job).await?;
+        Ok((self.store.checkpoints(job).await?, base(owner)))
+    }
+
+    /// Deletes a checkpoint, but not the one that an unfinished job would continue from.
+    pub async fn delete_checkpoint(&self, caller: &Caller, job: &str, step: u64) -> Result<()> {
+        let state = own_job(&self.store, caller, job).await?.state;
+        let checkpoint = self.policies.find_checkpoint(job, CheckpointRef::Step(step)).await?;
+        let newest = self.policies.find_checkpoint(job, CheckpointRef::Latest).await?.step;
+        if !state.is_final() && newest == step && !self.is_out_of_reach(state, &checkpoint).await {
+            let message =
+                format!("trainingJobs/{job} is {} and would continue from step {step}: delete it when the job has ended", state.name());
+            return Err(ServiceError::FailedPrecondition { reason: Reason::InUse, message });
+        }
+        let needed = Needed::Weights { job, step: Some(step) };
+        self.store.delete_checkpoint(job, step, |users| check(caller, users, needed)).await?;
+        remove_checkpoint_files(&self.engine, &self.artifacts, &checkpoint).await;
+        self.runs.forget_postponed(job);
+        self.runs.wake();
+        audit(caller, "delete", &format!("trainingJobs/{job}/checkpoints/{step}"));
+        Ok(())
+    }
+
+    /// Returns true if a waiting job cannot read this checkpoint. Deleting it lets the job continue from the one before.
+    async fn is_out_of_reach(&self, state: JobState, checkpoint: &Checkpoint) -> bool {
+        matches!(state, JobState::Queued | JobState::Paused)
+            && matches!(
+                self.artifacts.fetch_checkpoint(checkpoint).await,
+                Err(ServiceError::FailedPrecondition {
+                    reason: Reason::ArtifactMissing | Reason::ArtifactDamaged | Reason::CheckpointFormat,
+                    ..
+                })
+            )
+    }
+
+    /// Writes a checkpoint as an adapter or merged; what was exported before is given again.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` (`NO_ADAPTER`, `MODEL_CHANGED`, `MODEL_FILES_CHANGED`, `WEIGHTS_UNUSABLE`, …), and `InvalidArgument` for an element type of an adapter.
+    pub async fn export_checkpoint(&self, caller: &Caller, job: &str, which: CheckpointRef, wanted: ExportRequest) -> Result<Export> {
+        let job = own_job(&self.store, caller, job).await?;
+        let checkpoint = self.policies.find_checkpoint(&job.id, which).await?;
+        let format = wanted.format.unwrap_or(if checkpoint.adapter { ExportFormat::Adapter } else { ExportFormat::Merged });
+        if format == ExportFormat::Adapter && !checkpoint.adapter {
+            let message = format!("trainingJobs/{} is a full fine-tune and has no adapter: export it MERGED", job.id);
+            return Err(ServiceError::FailedPrecondition { reason: Reason::NoAdapter, message });
+        }
+        let (id, step) = (job.id.clone(), checkpoint.step);
+        let (name, contents) = match format {
+            ExportFormat::Adapter if wanted.dtype.is_some() => {
+                let message = "is for merged weights, an adapter is exported in f32 as it was trained: leave it empty, or ask for MERGED";
+                return Err(ServiceError::invalid("dtype", message));
+            }
+            ExportFormat::Adapter => self.adapter_contents(&job, &checkpoint).await?,
+            ExportFormat::Merged => {
+                let model = self.policies.base_model(&job).await?;
+                let weights = self.policies.resolve_stored(job, model.clone(), CheckpointRef::Step(step)).await?.weights;
+                let dtype = match wanted.dtype {
+                    Some(dtype) => dtype,
+                    None => self.engine.element_type(&model)?,
+                };
+                (ExportName::Merged(dtype), Contents::Merged { weights, dtype })
+            }
+        };
+        let (artifacts, engine, job_id) = (self.artifacts.clone(), self.engine.clone(), id.clone());
+        let permit = self.heavy.acquire().await?;
+        let (files, path) = blocking(move || {
+            let _permit = permit;
+            let target = artifacts.export(&job_id, step, name);
+            if !target.is_dir() {
+                let temporary = Temporary(artifacts.temporary());
+                std::fs::create_dir_all(&temporary.0).map_err(|e| failed(&temporary.0, e))?;
+                write(&engine, &contents, &temporary.0)?;
+                match artifacts.publish(&temporary.0, &target) {
+                    Ok(()) => {}
+                    // Another call may have made the same export meanwhile.
+                    Err(e) if !target.is_dir() => return Err(e),
+                    Err(_) => {}
+                }
+            }
+            Ok::<_, ServiceError>((describe(&target)?, target))
+        })
+        .await??;
+        let location = self.artifacts.keep_export(&id, step, name, &files).await?;
+        audit(caller, "export", &format!("trainingJobs/{id}/checkpoints/{step}"));
+        Ok(Export { files, path, location })
+    }
+
+    /// The adapter's files are copied: that needs no model, and the model may have been replaced since. Where it is served as it was, its tokenizer goes
+    /// with them.
+    async fn adapter_contents(&self, job: &Job, checkpoint: &Checkpoint) -> Result<(ExportName, Contents)> {
+        let folder = self.artifacts.fetch_checkpoint(checkpoint).await?;
+        let model = self.policies.base_model(job).await?;
+        let served = self.policies.check_base(job).ok().and_then(|()| self.engine.model(&model).ok());
+        Ok(match served {
+            Some(info) => (ExportName::Adapter, Contents::Adapter { folder, base: Some(info.base), model }),
+            None => (ExportName::AdapterAlone, Contents::Adapter { folder, base: None, model }),
+        })
+    }
+}
+
+/// What a client asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExportRequest {
+    /// By the job's method when absent.
+    pub format: Option<ExportFormat>,
+    /// The element type of merged weights; the base model's when absent.
+    pub dtype: Option<ElementType>,
+}
+
+/// What is written into an export's folder.
+enum Contents {
+    Merged {
+        weights: WeightsRef,
+        dtype: ElementType,
+    },
+    Adapter {
+        /// The checkpoint's.
+        folder: PathBuf,
+        /// The base model's name; `None` when it is not served as it was.
+        base: Option<BaseName>,
+        /// The base model's id.
+        model: String,
+    },
+}
+
+fn write(engine: &Engine, contents: &Contents, out: &Path) -> Result<()> {
+    match contents {
+        Contents::Merged { weights, dtype } => Ok(engine.export_merged(weights, *dtype, out)?),
+        Contents::Adapter { folder, base, model } => {
+            let (from, to) = (folder.join(peft::WEIGHTS_FILE), out.join(peft::WEIGHTS_FILE));
+            std::fs::copy(&from, &to).map_err(|e| failed(&from, e))?;
+            let (from, to) = (folder.join(peft::CONFIG_FILE), out.join(peft::CONFIG_FILE));
+            let config = std::fs::read(&from).map_err(|e| failed(&from, e))?;
+            let name = match base {
+                Some(base) => base.clone(),
+                None => peft::base_of(&config, model),
+            };
+            let config = peft::with_base(&config, &name).map_err(ServiceError::internal)?;
+            std::fs::write(&to, config).map_err(|e| failed(&to, e))?;
+            match base {
+                Some(_) => Ok(engine.export_tokenizer(model, out)?),
+                None => Ok(()),
+            }
+        }
+    }
+}

@@ -1,0 +1,204 @@
+//! Uploads: bytes to a temporary file, validation, rename, row; acknowledged only after all four.
+
+use std::sync::Arc;
+
+use tokio::fs::File;
+use tokio::io::AsyncWriteExt;
+
+use super::artifacts::{Artifacts, Temporary};
+use super::audit::{AUDIT, audit};
+use super::auth::access::own_dataset;
+use super::blocking::blocking;
+use super::error::{Result, ServiceError, failed, unreadable};
+use super::in_use::{Needed, check};
+use super::limiter::Limiter;
+use super::shutdown::Shutdown;
+use super::store::{Page, Store, now};
+use super::template_date::TemplateDate;
+use crate::domain::access::Caller;
+use crate::domain::dataset::{Dataset, DatasetFormat, ValidationReport};
+use crate::domain::reason::Reason;
+use crate::domain::training::Truncation;
+use crate::engine::Engine;
+use crate::model::tokenizer::ChatTokenizer;
+use crate::train::encode::PairEncoder;
+use crate::train::rows::detect_format;
+use crate::train::validate::validate_rows;
+
+/// What an upload says of itself.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct UploadMeta {
+    /// A title, at most 256 characters.
+    pub display_name: String,
+    /// Guessed when absent.
+    pub format: Option<DatasetFormat>,
+    /// Also check lengths with this model's tokenizer.
+    pub model: Option<String>,
+    /// The limit they are checked against.
+    pub max_length: usize,
+}
+
+/// Limits on uploads.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct DatasetLimits {
+    /// The largest upload, in bytes.
+    pub max_upload_bytes: u64,
+    /// Bytes of datasets that one client may keep.
+    pub max_bytes_per_client: Option<u64>,
+    /// Bytes of text that a dataset may hold: a job has its tokens in memory.
+    pub max_text_bytes: u64,
+}
+
+/// Takes datasets in, shows and deletes them.
+#[derive(Clone)]
+pub struct DatasetService {
+    pub(super) store: Store,
+    pub(super) artifacts: Artifacts,
+    pub(super) engine: Engine,
+    /// Validation shares it with other work that takes long.
+    pub(super) heavy: Limiter,
+    pub(super) shutdown: Shutdown,
+    pub(super) template_date: TemplateDate,
+    pub(super) limits: DatasetLimits,
+}
+
+/// An upload in progress; dropping it removes what was written.
+pub struct DatasetUpload {
+    service: DatasetService,
+    owner: String,
+    meta: UploadMeta,
+    /// The tokenizer and the vocabulary of the model that lengths are checked with.
+    checked: Option<(Arc<ChatTokenizer>, usize)>,
+    file: File,
+    temporary: Temporary,
+    hash: blake3::Hasher,
+    size: u64,
+    start: Vec<u8>,
+}
+
+impl DatasetService {
+    /// Returns one dataset.
+    pub async fn get_dataset(&self, caller: &Caller, id: &str) -> Result<Dataset> {
+        own_dataset(&self.store, caller, id).await
+    }
+
+    /// Returns a page of datasets, newest first.
+    pub async fn list_datasets(&self, caller: &Caller, page_size: usize, page_token: &str) -> Result<Page<Dataset>> {
+        self.store.datasets(caller.shown(), page_size, page_token).await
+    }
+
+    /// Deletes a dataset that no unfinished job uses.
+    pub async fn delete_dataset(&self, caller: &Caller, id: &str) -> Result<()> {
+        own_dataset(&self.store, caller, id).await?;
+        self.artifacts.check_store().await?;
+        self.store.delete_dataset(id, |users| check(caller, users, Needed::Dataset(id))).await?;
+        audit(caller, "delete", &format!("datasets/{id}"));
+        self.artifacts.remove_dataset(id).await
+    }
+
+    /// Begins an upload.
+    pub async fn begin_upload(&self, caller: &Caller, meta: UploadMeta) -> Result<DatasetUpload> {
+        self.shutdown.refuse_new_work()?;
+        if meta.display_name.chars().count() > 256 || meta.display_name.contains('\0') {
+            return Err(ServiceError::invalid("metadata.display_name", "must have at most 256 characters, none of them NUL"));
+        }
+        if meta.max_length < 2 {
+            return Err(ServiceError::invalid("metadata.max_length", format!("is {}: it must be at least 2", meta.max_length)));
+        }
+        if let Some(limit) = self.limits.max_bytes_per_client {
+            let kept = self.store.dataset_bytes(&caller.owner).await?;
+            if kept >= limit {
+                let message = format!("your datasets have {kept} bytes, {limit} are allowed: delete one");
+                return Err(ServiceError::ResourceExhausted { reason: Reason::TooManyBytes, message });
+            }
+        }
+        let checked = match meta.model.as_deref() {
+            Some(model) => Some((self.engine.tokenizer(model)?, self.engine.model(model)?.vocab_size)),
+            None => None,
+        };
+        let temporary = Temporary(self.artifacts.temporary());
+        let file = File::create_new(&temporary.0).await.map_err(|e| failed(&temporary.0, e))?;
+        let (service, owner) = (self.clone(), caller.owner.clone());
+        Ok(DatasetUpload { service, owner, meta, checked, file, temporary, hash: blake3::Hasher::new(), size: 0, start: Vec::new() })
+    }
+}
+
+impl DatasetUpload {
+    /// Takes the next bytes.
+    pub async fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let limit = self.service.limits.max_upload_bytes;
+        self.size += bytes.len() as u64;
+        if self.size > limit {
+            let message = format!("the upload is larger than {limit} bytes: split it, or raise max_upload_bytes");
+            return Err(ServiceError::ResourceExhausted { reason: Reason::UploadTooLarge, message });
+        }
+        if self.start.len() < 4 {
+            self.start.extend(bytes.iter().take(4 - self.start.len()));
+        }
+        self.hash.update(bytes);
+        self.file.write_all(bytes).await.map_err(|e| failed(&self.temporary.0, e))
+    }
+
+    /// Validates and stores the dataset; when this returns it survives a crash.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when no row can be used, with the first findings.
+    pub async fn finish(mut self) -> Result<Dataset> {
+        self.file.flush().await.map_err(|e| failed(&self.temporary.0, e))?;
+        let format = self.meta.format.unwrap_or_else(|| detect_format(&self.start));
+        let (path, checked, max_length) = (self.temporary.0.clone(), self.checked.clone(), self.meta.max_length);
+        let date = self.service.template_date.of(None);
+        let permit = self.service.heavy.acquire().await?;
+        let limit = self.service.limits.max_text_bytes;
+        let report = blocking(move || {
+            let _permit = permit;
+            let lengths = checked.as_ref().map(|(tokenizer, vocab_size)| {
+                PairEncoder::new(tokenizer, max_length, Truncation::KeepStart).with_date(date).with_vocab_size(*vocab_size)
+            });
+            validate_rows(&path, format, lengths, limit).map_err(|e| unreadable(&e))
+        })
+        .await??;
+        if report.valid_rows == 0 && report.pairs == 0 {
+            return Err(ServiceError::invalid("chunk", nothing_usable(&report)));
+        }
+        let id = uuid::Uuid::now_v7().to_string();
+        let DatasetService { store, artifacts, .. } = &self.service;
+        let (path, target) = (self.temporary.0.clone(), artifacts.dataset(&id));
+        // Until the row is stored, the file belongs to nobody.
+        let unowned = Temporary(target.clone());
+        let publisher = artifacts.clone();
+        blocking(move || publisher.publish(&path, &target)).await??;
+        artifacts.keep_dataset(&id).await?;
+        let dataset = Dataset {
+            id,
+            display_name: self.meta.display_name.clone(),
+            format,
+            size_bytes: self.size,
+            content_hash: self.hash.finalize().to_hex().to_string(),
+            report,
+            create_time: now(),
+            owner: self.owner.clone(),
+        };
+        if let Err(e) = store.insert_dataset(&dataset).await {
+            // The row may be there all the same, its answer lost: then the file must stay.
+            match store.dataset(&dataset.id).await {
+                Err(ServiceError::NotFound { .. }) => drop(artifacts.remove_dataset(&dataset.id).await),
+                _ => unowned.keep(),
+            }
+            return Err(e);
+        }
+        unowned.keep();
+        tracing::info!(target: AUDIT, owner = self.owner, action = "upload", resource = format!("datasets/{}", dataset.id), "done");
+        tracing::info!(dataset = dataset.id, rows = dataset.report.rows, valid = dataset.report.valid_rows, "dataset stored");
+        Ok(dataset)
+    }
+}
+
+fn nothing_usable(report: &ValidationReport) -> String {
+    if report.rows == 0 {
+        return "the file holds no row: send one JSON object a line, or a Parquet file".into();
+    }
+    let first: Vec<String> =
+        report.issues.iter().take(5).map(|i| format!("row {}, {} {}: {}", i.row, i.field, i.reason.name(), i.message)).collect();
+    format!("none of the {} rows can be used; {}", report.rows, first.join("; "))
+}

@@ -1,0 +1,119 @@
+//! Making a job: checked, its adapter copied, stored once for each request_id.
+
+use tokio::sync::oneshot;
+use tracing::Instrument as _;
+
+use super::init_adapter::{adopt_adapter, names_adapter};
+use super::registry::RunRegistry;
+use super::validate::RequestValidator;
+use crate::domain::access::Caller;
+use crate::domain::job::{Job, JobRequest, JobState, Metrics, Progress};
+use crate::domain::training::{LoraConfig, Method};
+use crate::engine::trace;
+use crate::service::artifacts::Artifacts;
+use crate::service::audit::audit;
+use crate::service::error::{Result, ServiceError};
+use crate::service::limiter::Limiter;
+use crate::service::shutdown::Shutdown;
+use crate::service::store::jobs::Creation;
+use crate::service::store::{Store, now};
+
+/// Makes jobs.
+#[derive(Clone)]
+pub(in crate::service) struct JobCreator {
+    pub store: Store,
+    pub artifacts: Artifacts,
+    pub validator: RequestValidator,
+    pub runs: RunRegistry,
+    /// Copies of adapters share it with other work that takes long.
+    pub heavy: Limiter,
+    pub shutdown: Shutdown,
+    /// Unfinished jobs that one client may have.
+    pub max_jobs_per_client: Option<u64>,
+}
+
+impl JobCreator {
+    /// Queues a job; see `CreateTrainingJob`.
+    pub async fn create_job(&self, caller: &Caller, request: JobRequest, request_id: Option<String>, validate_only: bool) -> Result<Job> {
+        self.shutdown.refuse_new_work()?;
+        let hash = serde_json::to_vec(&request).map(|b| blake3::hash(&b).to_hex().to_string()).map_err(ServiceError::internal)?;
+        let request = self.validator.check_request(caller, request, request_id.as_deref()).await?;
+        let job = draft(caller, request);
+        if validate_only {
+            return Ok(Job { id: String::new(), ..job });
+        }
+        let quota = self.max_jobs_per_client;
+        // A task of its own, which ends even if the caller leaves: nothing else removes what was copied for a job that is not stored then.
+        let (creator, caller, (sender, made)) = (self.clone(), caller.clone(), oneshot::channel());
+        let making = async move {
+            let creation = Creation { request_id: request_id.as_deref(), request_hash: &hash, quota };
+            let made = creator.store_job(job, creation, || sender.is_closed()).await;
+            if let Ok(job) = &made {
+                tracing::info!(job = job.id, state = job.state.name(), "job created");
+                audit(&caller, "create", &format!("trainingJobs/{}", job.id));
+                creator.runs.wake();
+            }
+            let _ = sender.send(made);
+        };
+        tokio::spawn(making.in_current_span());
+        made.await.map_err(ServiceError::internal)?
+    }
+
+    /// Copies the adapter that a new job starts from and stores the job, unless its caller has left meanwhile. Removes the copy of a job that is not
+    /// stored.
+    async fn store_job(&self, mut job: Job, creation: Creation<'_>, has_left: impl Fn() -> bool) -> Result<Job> {
+        let inserted = match self.copy_init_adapter(&mut job, creation.request_id).await {
+            Ok(()) if has_left() => Err(ServiceError::DeadlineExceeded),
+            Ok(()) => self.store.insert_job(&job, creation).await,
+            Err(e) => Err(e),
+        };
+        let is_stored = match &inserted {
+            Ok(stored) => stored.id == job.id,
+            // The row may be there all the same, its answer lost: then its files must stay.
+            Err(_) => !matches!(self.store.job(&job.id).await, Err(ServiceError::NotFound { .. })),
+        };
+        if !is_stored && names_adapter(&job) {
+            // What cannot be removed now stays: a copy on this machine is swept up later, one in the artifact store is not.
+            let _ = self.artifacts.remove_job(&job.id).await;
+        }
+        inserted
+    }
+
+    /// Copies the adapter that a new job starts from, if any, into the job's artifacts and pins its content. A request that was made before needs no
+    /// other copy.
+    async fn copy_init_adapter(&self, job: &mut Job, request_id: Option<&str>) -> Result<()> {
+        let Method::Lora(LoraConfig { init_adapter: Some(name), .. }) = &job.request.spec.method else { return Ok(()) };
+        if self.store.was_made(&job.owner, request_id).await? {
+            return Ok(());
+        }
+        let from = self.validator.adapters.find(name).await?;
+        let _permit = self.heavy.acquire().await?;
+        let hash = self.artifacts.keep_init_adapter(&job.id, &from).await?;
+        if let Some(pins) = &mut job.request.pins {
+            pins.init_adapter = Some(hash);
+        }
+        // The folder may have been written to since it was looked at: the copy counts.
+        adopt_adapter(&mut job.request, self.artifacts.init_adapter(&job.id)).await
+    }
+}
+
+/// Returns a job that is not stored yet.
+pub(super) fn draft(caller: &Caller, request: JobRequest) -> Job {
+    let now = now();
+    Job {
+        id: uuid::Uuid::now_v7().to_string(),
+        version: 1,
+        request,
+        state: JobState::Queued,
+        error: None,
+        progress: Progress::default(),
+        latest_metrics: Metrics::new(),
+        skipped_rows: Vec::new(),
+        create_time: now,
+        start_time: None,
+        end_time: None,
+        turn: now,
+        owner: caller.owner.clone(),
+        trace: trace::format(&trace::current()),
+    }
+}

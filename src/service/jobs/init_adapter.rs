@@ -1,0 +1,74 @@
+//! The PEFT adapters of the server that LoRA jobs may start from.
+
+use std::path::PathBuf;
+
+use crate::domain::job::{Job, JobRequest};
+use crate::domain::training::Method;
+use crate::domain::violation::{Violations, quoted};
+use crate::model::error::ModelError;
+use crate::model::peft;
+use crate::service::blocking::blocking;
+use crate::service::error::{Result, ServiceError};
+
+/// The field that names an adapter to start from.
+pub(super) const INIT_ADAPTER: &str = "training_job.lora.init_adapter";
+
+/// The folder that has them, if there is one.
+#[derive(Clone, Debug)]
+pub(in crate::service) struct InitAdapters(pub Option<PathBuf>);
+
+impl InitAdapters {
+    /// The PEFT adapter folder of that name below the one that is configured; links do not lead out of it.
+    pub async fn find(&self, name: &str) -> Result<PathBuf> {
+        let Some(root) = self.0.clone() else {
+            let message = "this server has no folder of adapters: set adapter_dir, or leave the field empty";
+            return Err(ServiceError::invalid(INIT_ADAPTER, message));
+        };
+        let wanted = root.join(name);
+        let found = blocking(move || {
+            let (root, dir) = (root.canonicalize().ok()?, wanted.canonicalize().ok()?);
+            (dir.starts_with(&root) && dir.join(peft::CONFIG_FILE).is_file()).then_some(dir)
+        })
+        .await?;
+        match found {
+            Some(dir) => Ok(dir),
+            None => Err(ServiceError::invalid(
+                INIT_ADAPTER,
+                format!("{} is no PEFT adapter folder below the server's adapter_dir", quoted(name)),
+            )),
+        }
+    }
+}
+
+/// Writes the rank, α and targets of the adapter in `folder`, from which a LoRA job starts, into the job's request.
+///
+/// # Errors
+/// `InvalidArgument` for each of them that the client named otherwise, and for an adapter that cannot be read.
+pub(super) async fn adopt_adapter(request: &mut JobRequest, folder: PathBuf) -> Result<()> {
+    let JobRequest { spec, given_lora, policy, .. } = request;
+    let Method::Lora(lora) = &mut spec.method else { return Ok(()) };
+    let (field, whose) = match &lora.init_adapter {
+        Some(name) => (INIT_ADAPTER, format!("the init_adapter {}", quoted(name))),
+        None => ("training_job.policy", format!("the adapter of {policy}")),
+    };
+    let adapter = match blocking(move || peft::config(&folder)).await? {
+        Ok(adapter) => adapter,
+        Err(e) => {
+            tracing::warn!(error = %e, "an adapter cannot be read");
+            // Not the whole error, which names a path of this machine.
+            let reason = match e {
+                ModelError::Adapter { reason, .. } | ModelError::CorruptWeights { reason, .. } => reason,
+                _ => format!("{} or {} is missing or unreadable", peft::CONFIG_FILE, peft::WEIGHTS_FILE),
+            };
+            return Err(ServiceError::invalid(field, format!("{whose} cannot be read: {reason}")));
+        }
+    };
+    let mut bad = Violations::default();
+    lora.adopt(&adapter, given_lora, &whose, "training_job.lora", &mut bad);
+    Ok(bad.into_result()?)
+}
+
+/// Returns true if a job starts from an adapter of the server's.
+pub(super) fn names_adapter(job: &Job) -> bool {
+    matches!(&job.request.spec.method, Method::Lora(lora) if lora.init_adapter.is_some())
+}

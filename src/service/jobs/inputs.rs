@@ -1,0 +1,172 @@
+//! What a job trains on: its weights resolved, its rows read and tokenised.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use jiff::civil::DateTime;
+
+use crate::domain::dataset::{Dataset, PreferenceRow};
+use crate::domain::job::{Evaluation, Job, JobRequest, RowPolicy};
+use crate::domain::message::TemplateArguments;
+use crate::domain::reason::Reason;
+use crate::engine::Engine;
+use crate::engine::api::WeightsRef;
+use crate::model::tokenizer::ChatTokenizer;
+use crate::service::artifacts::Artifacts;
+use crate::service::blocking::blocking;
+use crate::service::error::{Result, ServiceError, unreadable};
+use crate::service::policies::PolicyResolver;
+use crate::service::store::Store;
+use crate::service::template_date::TemplateDate;
+use crate::train::encode::PairEncoder;
+use crate::train::pair::{EncodedPair, digest, split_rows};
+use crate::train::validate::{BadRows, load_rows};
+
+/// A job's data, ready for the device.
+pub(in crate::service) struct JobInputs {
+    /// The base model's id.
+    pub model: String,
+    pub start: WeightsRef,
+    pub reference: Option<WeightsRef>,
+    pub train: Vec<EncodedPair>,
+    pub eval: Vec<EncodedPair>,
+    /// The digest of both lists of pairs.
+    pub digest: String,
+    /// What version 0.2.0 did not use of the rows, where there is any.
+    pub new_since_0_2_0: Option<String>,
+    pub skipped: BadRows,
+}
+
+/// Loads what jobs train on.
+#[derive(Clone)]
+pub(in crate::service) struct InputLoader {
+    pub store: Store,
+    pub artifacts: Artifacts,
+    pub engine: Engine,
+    pub policies: PolicyResolver,
+    pub template_date: TemplateDate,
+}
+
+impl InputLoader {
+    /// Resolves a job's weights and tokenises its rows.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` when something is not as it was when the job was made, or the rows cannot be used.
+    pub async fn load(&self, job: &Job) -> Result<JobInputs> {
+        let start = self.policies.start_weights(job).await?;
+        let reference = self.policies.reference_weights(job).await?.map(|r| r.weights);
+        let tokenizer = self.engine.tokenizer(&start.model)?;
+        let dataset = self.store.dataset(&job.request.dataset).await?;
+        let eval_dataset = match &job.request.evaluation {
+            Evaluation::Dataset(id) => Some(self.store.dataset(id).await?),
+            _ => None,
+        };
+        let (artifacts, pinned) = (&self.artifacts, job.request.pins.as_ref().and_then(|pins| pins.contents.as_ref()));
+        let expected = pinned.map_or(&dataset.content_hash, |contents| &contents.dataset);
+        let file = artifacts.fetch_dataset(&dataset, expected).await?;
+        let eval_file = match eval_dataset {
+            Some(d) => {
+                let expected = pinned.and_then(|contents| contents.eval_dataset.as_ref()).unwrap_or(&d.content_hash);
+                let path = artifacts.fetch_dataset(&d, expected).await?;
+                Some((d, path))
+            }
+            None => None,
+        };
+        let request = job.request.clone();
+        let context = RowContext {
+            tokenizer,
+            arguments: job.template_arguments(),
+            date: self.template_date.of(Some(job)),
+            vocab_size: self.engine.model(&start.model)?.vocab_size,
+        };
+        let (train, eval, digest, new_since_0_2_0, skipped) = blocking(move || {
+            let Encoded { pairs: mut train, bad: mut skipped, mut new_since_0_2_0 } = encode_dataset(&file, &dataset, &context, &request)?;
+            let mut eval = Vec::new();
+            match (&request.evaluation, &eval_file) {
+                (_, Some((d, path))) => {
+                    let more = encode_dataset(path, d, &context, &request)?;
+                    eval = more.pairs;
+                    skipped.extend(more.bad);
+                    new_since_0_2_0 = new_since_0_2_0.or(more.new_since_0_2_0);
+                }
+                (Evaluation::Fraction(f), None) => {
+                    (train, eval) = split_rows(&train, *f, request.spec.seed.0);
+                }
+                _ => {}
+            }
+            let digest = digest(&train, &eval);
+            Ok::<_, ServiceError>((train, eval, digest, new_since_0_2_0, skipped))
+        })
+        .await??;
+        if train.is_empty() {
+            return Err(ServiceError::invalid("training_job.dataset", "no row is left to train on"));
+        }
+        Ok(JobInputs { model: start.model, start: start.weights, reference, train, eval, digest, new_since_0_2_0, skipped })
+    }
+}
+
+/// What a job's rows are tokenised with.
+struct RowContext {
+    tokenizer: Arc<ChatTokenizer>,
+    arguments: TemplateArguments,
+    date: DateTime,
+    vocab_size: usize,
+}
+
+/// The pairs of a dataset.
+struct Encoded {
+    pairs: Vec<EncodedPair>,
+    /// Rows that are left out.
+    bad: BadRows,
+    /// What version 0.2.0 did not use of the first row that has any such thing.
+    new_since_0_2_0: Option<String>,
+}
+
+/// Tokenises a dataset under the job's row policy.
+fn encode_dataset(path: &Path, dataset: &Dataset, context: &RowContext, request: &JobRequest) -> Result<Encoded> {
+    let loaded = load_rows(path, dataset.format).map_err(|e| unreadable(&e))?;
+    // Decoding has limits, and a job must not train on the part before one that uploading did not meet.
+    let (now, uploaded) = (loaded.report.rows, dataset.report.rows);
+    if now != uploaded {
+        let message = format!("datasets/{} has {now} rows that can be read now, {uploaded} at its upload: upload it again", dataset.id);
+        return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
+    }
+    if request.spec.dpo.compares_pairs()
+        && let Some(row) = loaded.rows.iter().find(|row| row.weight != 1.0)
+    {
+        let message = format!(
+            "row {} of datasets/{} has the weight {}, but aot and aot_unpaired compare sorted log-ratios across pairs and cannot weigh them: remove \
+             the weights (a row with several rejected answers has its weight divided among them), or choose another loss",
+            row.row, dataset.id, row.weight
+        );
+        return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
+    }
+    let encoder = PairEncoder::new(&context.tokenizer, request.spec.batch.max_length, request.spec.batch.truncation)
+        .with_arguments(&context.arguments)
+        .with_date(context.date)
+        .with_vocab_size(context.vocab_size);
+    let mut bad = loaded.bad;
+    let mut pairs = Vec::with_capacity(loaded.rows.len());
+    for row in &loaded.rows {
+        match encoder.encode_row(row) {
+            Ok(pair) => pairs.push(pair),
+            Err(issue) => bad.add(issue),
+        }
+    }
+    if request.row_policy == RowPolicy::Reject
+        && let Some(first) = bad.first()
+    {
+        let message = format!(
+            "datasets/{} has {} rows that cannot be used with max_length {}; row {}, {}: {}. Fix them, or set row_policy to SKIP",
+            dataset.id,
+            bad.rows(),
+            request.spec.batch.max_length,
+            first.row,
+            first.reason.name(),
+            first.message
+        );
+        return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
+    }
+    let new = |row: &PreferenceRow| Some(format!("{} of row {} of datasets/{}", row.new_since_0_2_0()?, row.row, dataset.id));
+    Ok(Encoded { pairs, bad, new_since_0_2_0: loaded.rows.iter().find_map(new) })
+}

@@ -1,0 +1,182 @@
+//! What a client may do to a job that exists: change, pause, resume, cancel, delete. Transitions are the domain's to allow.
+
+use std::collections::BTreeMap;
+
+use super::JobService;
+use super::registry::count_ended;
+use super::validate::{check_changeable, check_priority};
+use crate::domain::access::Caller;
+use crate::domain::job::{EventKind, Job, JobState};
+use crate::domain::reason::Reason;
+use crate::domain::violation::{Violations, quoted};
+use crate::service::audit::audit;
+use crate::service::auth::access::own_job;
+use crate::service::error::{Result, ServiceError};
+use crate::service::in_use::{Needed, Users, check};
+use crate::service::store::now;
+
+/// What of a job may change while it lives; `None` leaves it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct JobChanges {
+    /// The title.
+    pub display_name: Option<String>,
+    /// The labels, all of them.
+    pub labels: Option<BTreeMap<String, String>>,
+    /// Higher goes first.
+    pub priority: Option<i32>,
+    /// Milliseconds that it is kept after its end; `Some(None)` is for ever.
+    pub ttl_ms: Option<Option<u64>>,
+}
+
+fn refused(job: &Job, reason: Reason, remedy: &str) -> ServiceError {
+    ServiceError::FailedPrecondition { reason, message: format!("trainingJobs/{} is {}: {remedy}", job.id, job.state.name()) }
+}
+
+impl JobService {
+    /// Changes title, labels and priority; with `etag`, only while the job has it.
+    ///
+    /// # Errors
+    /// `Aborted` when the job has changed since the etag was read.
+    pub async fn update_job(&self, caller: &Caller, id: &str, etag: Option<&str>, changes: JobChanges) -> Result<Job> {
+        own_job(&self.store, caller, id).await?;
+        let highest = self.max_client_priority;
+        let (job, _) = self
+            .store
+            .change_job(id, |job| {
+                if etag.is_some_and(|e| e != job.etag()) {
+                    let message =
+                        format!("trainingJobs/{id} has changed since etag {} was read: read it again", quoted(etag.unwrap_or_default()));
+                    return Err(ServiceError::Aborted { reason: Reason::EtagStale, message });
+                }
+                let request = &mut job.request;
+                request.display_name = changes.display_name.unwrap_or(std::mem::take(&mut request.display_name));
+                request.labels = changes.labels.unwrap_or(std::mem::take(&mut request.labels));
+                request.priority = changes.priority.unwrap_or(request.priority);
+                request.ttl_ms = changes.ttl_ms.unwrap_or(request.ttl_ms);
+                let mut bad = Violations::default();
+                check_changeable(request, &mut bad);
+                if changes.priority.is_some() {
+                    check_priority(caller, request.priority, highest, &mut bad);
+                }
+                bad.into_result()?;
+                Ok(Vec::new())
+            })
+            .await?;
+        self.runs.wake();
+        audit(caller, "update", &format!("trainingJobs/{id}"));
+        Ok(job)
+    }
+
+    /// Pauses a job; one that is on the device writes a checkpoint after its current unit.
+    pub async fn pause_job(&self, caller: &Caller, id: &str) -> Result<Job> {
+        own_job(&self.store, caller, id).await?;
+        self.move_job(caller, id, "pause", "paused by a client", |job| match job.state {
+            JobState::Queued => Ok(JobState::Paused),
+            JobState::Preparing | JobState::Running => Ok(JobState::Pausing),
+            JobState::Pausing | JobState::Paused => Ok(job.state),
+            JobState::Cancelling => Err(refused(job, Reason::Cancelling, "it will end soon")),
+            _ => Err(refused(job, Reason::AlreadyEnded, "there is nothing to pause")),
+        })
+        .await
+    }
+
+    /// Puts a paused job back in the queue.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` (`MODEL_CHANGED`) when the model that this server has is not the one that the job was made with.
+    pub async fn resume_job(&self, caller: &Caller, id: &str) -> Result<Job> {
+        let job = own_job(&self.store, caller, id).await?;
+        self.policies.check_base(&job)?;
+        self.policies.check_reference(&job).await?;
+        self.runs.forget_postponed(id);
+        let job = self
+            .move_job(caller, id, "resume", "resumed by a client", |job| match job.state {
+                JobState::Paused => Ok(JobState::Queued),
+                JobState::Queued => Ok(JobState::Queued),
+                JobState::Pausing => Err(refused(job, Reason::Pausing, "resume it when it is paused")),
+                _ => Err(refused(job, Reason::NotPaused, "only a paused job can be resumed")),
+            })
+            .await?;
+        self.runs.wake();
+        Ok(job)
+    }
+
+    /// Cancels a job; one that is on the device stops after its current unit.
+    pub async fn cancel_job(&self, caller: &Caller, id: &str) -> Result<Job> {
+        own_job(&self.store, caller, id).await?;
+        self.move_job(caller, id, "cancel", "cancelled by a client", |job| match job.state {
+            JobState::Queued | JobState::Paused => Ok(JobState::Cancelled),
+            JobState::Preparing | JobState::Running | JobState::Pausing | JobState::Cancelling => Ok(JobState::Cancelling),
+            _ => Err(refused(job, Reason::AlreadyEnded, "there is nothing to cancel")),
+        })
+        .await
+    }
+
+    /// Moves a job to the state that `to` gives, and tells its run and its followers.
+    async fn move_job(
+        &self,
+        caller: &Caller,
+        id: &str,
+        action: &'static str,
+        reason: &str,
+        to: impl FnOnce(&Job) -> Result<JobState> + Send,
+    ) -> Result<Job> {
+        let mut ended = false;
+        let (job, sequence) = self
+            .store
+            .change_job(id, |job| {
+                let (from, to) = (job.state, to(job)?);
+                ended = from != to && to.is_final();
+                if from == to {
+                    return Ok(Vec::new());
+                }
+                job.state = to;
+                if to == JobState::Queued {
+                    job.turn = now();
+                }
+                Ok(vec![EventKind::StateChange { from: Some(from), to, reason: reason.to_owned() }])
+            })
+            .await?;
+        if ended {
+            count_ended(job.state);
+        }
+        // Another replica's run is told by the database.
+        if let Some(run) = self.runs.get(id) {
+            run.apply_requested_state(job.state);
+        }
+        self.events.notify(id, sequence);
+        audit(caller, action, &format!("trainingJobs/{id}"));
+        Ok(job)
+    }
+
+    /// Deletes an ended job with its events, checkpoints and exports.
+    pub async fn delete_job(&self, caller: &Caller, id: &str) -> Result<()> {
+        own_job(&self.store, caller, id).await?;
+        self.remove_job(caller, id, false).await
+    }
+
+    /// Deletes an ended job whose time to live is over.
+    ///
+    /// # Errors
+    /// `NotFound` when it has been prolonged since the job was looked for.
+    pub(in crate::service) async fn delete_expired(&self, id: &str) -> Result<()> {
+        self.remove_job(&Caller::anyone(), id, true).await
+    }
+
+    async fn remove_job(&self, caller: &Caller, id: &str, expired: bool) -> Result<()> {
+        let refuse = |job: &Job, users: &Users| {
+            if !job.state.is_final() {
+                return Err(refused(job, Reason::NotEnded, "cancel it first"));
+            }
+            check(caller, users, Needed::Weights { job: id, step: None })
+        };
+        // Files of a job without a row would be left for good: nothing is removed while the artifact store is away.
+        self.artifacts.check_store().await?;
+        // The row goes first: what another client has changed or begun meanwhile is seen in the transaction that removes it.
+        self.store.delete_job(id, expired, refuse).await?;
+        self.engine.evict_policy(&self.artifacts.checkpoints(id));
+        audit(caller, "delete", &format!("trainingJobs/{id}"));
+        self.events.notify(id, u64::MAX);
+        self.artifacts.remove_job(id).await
+    }
+}

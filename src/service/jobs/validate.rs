@@ -1,0 +1,160 @@
+//! The checks of a job before it is made.
+
+use std::ops::RangeInclusive;
+
+use super::init_adapter::{INIT_ADAPTER, InitAdapters, adopt_adapter};
+use crate::domain::access::Caller;
+use crate::domain::dataset::{RowIssue, Severity};
+use crate::domain::identity::{ModelIdentity, Pins};
+use crate::domain::job::{Evaluation, JobRequest, RowPolicy};
+use crate::domain::reason::Reason;
+use crate::domain::training::{LoraConfig, Method};
+use crate::domain::violation::Violations;
+use crate::engine::Engine;
+use crate::engine::api::WeightsRef;
+use crate::service::auth::access::{check_weights, own_dataset};
+use crate::service::error::{Result, ServiceError};
+use crate::service::policies::PolicyResolver;
+use crate::service::store::Store;
+use crate::train::estimate::Lengths;
+
+const PRIORITIES: RangeInclusive<i32> = -1000..=1000;
+
+/// Checks the fields that may change.
+pub(super) fn check_changeable(request: &JobRequest, bad: &mut Violations) {
+    if request.display_name.chars().count() > 256 {
+        bad.push("training_job.display_name", "has more than 256 characters");
+    }
+    if request.labels.len() > 64 || request.labels.iter().any(|(k, v)| k.is_empty() || k.len() > 128 || v.len() > 128) {
+        bad.push("training_job.labels", "must be at most 64 labels with keys of 1 to 128 and values of at most 128 bytes");
+    }
+    if !PRIORITIES.contains(&request.priority) {
+        bad.push("training_job.priority", format!("is {}: it must lie in -1000..=1000", request.priority));
+    }
+}
+
+/// Checks a priority against the highest that clients may give: they may not push each other aside without end.
+pub(super) fn check_priority(caller: &Caller, priority: i32, highest: i32, bad: &mut Violations) {
+    if !caller.is_admin() && priority > highest {
+        let message = format!("is {priority}: {highest} is the highest that this server lets clients give (max_client_priority)");
+        bad.push("training_job.priority", message);
+    }
+}
+
+/// Checks requests for jobs, and pins what they name.
+#[derive(Clone)]
+pub(in crate::service) struct RequestValidator {
+    pub store: Store,
+    pub engine: Engine,
+    pub policies: PolicyResolver,
+    pub adapters: InitAdapters,
+    /// The highest priority that a client may give its jobs; administrators may give any.
+    pub max_client_priority: i32,
+}
+
+impl RequestValidator {
+    /// Checks everything that can be checked before the data is read; pins `latest` and `best` to steps.
+    pub(super) async fn check_request(&self, caller: &Caller, mut request: JobRequest, request_id: Option<&str>) -> Result<JobRequest> {
+        let mut bad = Violations::default();
+        request.spec.validate("training_job", &mut bad);
+        check_changeable(&request, &mut bad);
+        if request_id.is_some_and(|id| id.len() > 128 || id.contains('\0')) {
+            bad.push("request_id", "must have at most 128 characters, none of them NUL");
+        }
+        if let Evaluation::Fraction(f) = request.evaluation
+            && !(f > 0.0 && f < 1.0)
+        {
+            bad.push("training_job.eval_fraction", format!("is {f}: it must lie between 0 and 1"));
+        }
+        if request.evaluation == Evaluation::None && request.spec.run.early_stopping_patience > 0 {
+            bad.push("training_job.run.early_stopping_patience", "needs an evaluation: set eval_dataset or eval_fraction");
+        }
+        if request.reference.is_some() && request.spec.dpo.reference_free {
+            bad.push("training_job.reference", "has no meaning with dpo.reference_free: remove one of them");
+        }
+        check_priority(caller, request.priority, self.max_client_priority, &mut bad);
+        bad.into_result()?;
+        for name in [Some(&request.policy), request.reference.as_ref()].into_iter().flatten() {
+            check_weights(&self.store, caller, name).await?;
+        }
+
+        // Pinned once: `latest` may move between two looks.
+        request.policy = self.policies.pin(&request.policy).await?;
+        let start = self.policies.resolve(&request.policy).await?;
+        request.model = Some(start.model.clone());
+        let mut pins = Pins { base: self.engine.identity(&start.model)?, ..Pins::default() };
+        if let (Method::Lora(_), WeightsRef::Full { .. }) = (&request.spec.method, &start.weights) {
+            let message =
+                "LoRA starts from a base model or from a LoRA checkpoint: export the full checkpoint merged and serve it as a model";
+            return Err(ServiceError::FailedPrecondition { reason: Reason::FullCheckpoint, message: message.into() });
+        }
+        if let Method::Lora(LoraConfig { init_adapter: Some(name), .. }) = &request.spec.method {
+            let WeightsRef::Base { .. } = &start.weights else {
+                let message = "the policy is a checkpoint with an adapter of its own: name one of the two";
+                return Err(ServiceError::invalid(INIT_ADAPTER, message));
+            };
+            // A repeated request answers with the job that was made, whatever became of the folder.
+            if !self.store.was_made(&caller.owner, request_id).await? {
+                let folder = self.adapters.find(name).await?;
+                adopt_adapter(&mut request, folder).await?;
+            }
+        } else if let WeightsRef::Adapter { dir, .. } = &start.weights {
+            adopt_adapter(&mut request, dir.clone()).await?;
+        }
+        let mut reference = start.weights.clone();
+        if let Some(name) = &request.reference {
+            let pinned = self.policies.pin(name).await?;
+            let resolved = self.policies.resolve(&pinned).await?;
+            self.policies.check_tokenizers("training_job.reference", &start.model, &resolved.model)?;
+            if resolved.model != start.model {
+                let reference_base = self.engine.identity(&resolved.model)?;
+                check_mixable(&request, &pins.base, &resolved.model, &reference_base)?;
+                pins.reference_base = Some(reference_base);
+            }
+            request.reference = Some(pinned);
+            reference = resolved.weights;
+        }
+        for id in [Some(&request.dataset), eval_dataset(&request.evaluation)].into_iter().flatten() {
+            let dataset = own_dataset(&self.store, caller, id).await?;
+            let bad_rows = dataset.report.bad_rows_of_any_job();
+            if request.row_policy == RowPolicy::Reject && bad_rows > 0 {
+                let counts = |i: &&RowIssue| i.reason.severity() == Severity::Error && !i.reason.depends_on_job();
+                let first = dataset.report.issues.iter().find(counts);
+                let example = first.map(|i| format!(" (row {}, {}: {})", i.row, i.reason.name(), i.message)).unwrap_or_default();
+                let message = format!(
+                    "datasets/{id} has {bad_rows} bad rows{example}: fix them, or set row_policy to SKIP to train on the other {}",
+                    dataset.report.rows - bad_rows
+                );
+                return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
+            }
+        }
+        pins.contents = Some(self.policies.content_pins(&request).await?);
+        request.pins = Some(pins);
+        // Pinned, so that the job goes on alike under a server with other settings.
+        request.spec.precision.get_or_insert(self.engine.precision());
+        // How long a micro-batch gets is known when the rows are tokenised; the engine checks that before the run.
+        let reference = request.spec.dpo.has_reference(request.reference.is_some()).then_some(&reference);
+        self.engine.check(&start.model, reference, &request.spec, Lengths::one(2 * request.spec.batch.max_length))?;
+        Ok(request)
+    }
+}
+
+/// Refuses a reference that follows the policy (TR-DPO) on a model of another configuration: both models' weights are mixed, tensor by tensor.
+fn check_mixable(request: &JobRequest, policy: &ModelIdentity, model: &str, reference: &ModelIdentity) -> Result<()> {
+    if request.spec.dpo.reference_sync.is_none() || policy.config == reference.config {
+        return Ok(());
+    }
+    let message = format!(
+        "mixes the policy's weights into those of models/{model}, whose configuration has the hash {}, the policy's has {}: name a reference of the same \
+         architecture and shape, or remove reference_sync",
+        reference.config, policy.config
+    );
+    Err(ServiceError::invalid("training_job.dpo.reference_sync", message))
+}
+
+fn eval_dataset(evaluation: &Evaluation) -> Option<&String> {
+    match evaluation {
+        Evaluation::Dataset(id) => Some(id),
+        _ => None,
+    }
+}

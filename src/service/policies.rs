@@ -1,0 +1,336 @@
+//! From names to weights: which files a model's or checkpoint's name stands for.
+
+use std::path::PathBuf;
+
+use super::artifacts::{ADAPTER_FILES, Artifacts, hash_files};
+use super::blocking::blocking;
+use super::error::{Result, ServiceError};
+use super::jobs::registry::RunRegistry;
+use super::store::Store;
+use crate::domain::identity::{ContentPins, ModelIdentity};
+use crate::domain::job::{Checkpoint, Evaluation, Job, JobRequest, JobState};
+use crate::domain::names::{CheckpointRef, PolicyName};
+use crate::domain::reason::Reason;
+use crate::domain::training::Method;
+use crate::engine::Engine;
+use crate::engine::api::{EngineError, WeightsRef};
+use crate::train::checkpoint::REFERENCE_FILE;
+
+/// Jobs may continue each other this far.
+const MAX_DEPTH: usize = 32;
+
+/// A name made concrete.
+#[derive(Clone, Debug)]
+pub(super) struct Resolved {
+    /// What the engine loads.
+    pub weights: WeightsRef,
+    /// The base model's id.
+    pub model: String,
+    /// The job it belongs to.
+    pub job: Option<Job>,
+    /// Its name, with the step.
+    pub version: String,
+}
+
+/// Resolves the names of weights.
+#[derive(Clone)]
+pub(super) struct PolicyResolver {
+    pub store: Store,
+    pub artifacts: Artifacts,
+    pub engine: Engine,
+    /// Tells which jobs run here: their weights are on the device.
+    pub runs: RunRegistry,
+}
+
+impl PolicyResolver {
+    /// Resolves a name; `latest` of a running job is what it trains now.
+    pub(super) async fn resolve(&self, name: &PolicyName) -> Result<Resolved> {
+        match name {
+            PolicyName::Model(id) => {
+                self.engine.model(id)?;
+                let weights = WeightsRef::Base { model: id.clone() };
+                Ok(Resolved { weights, model: id.clone(), job: None, version: name.to_string() })
+            }
+            PolicyName::Checkpoint { job, which } => {
+                let job = self.store.job(job).await?;
+                self.check_base(&job)?;
+                let model = self.base_model(&job).await?;
+                // Another replica's run cannot be looked into: there it is the newest checkpoint.
+                if *which == CheckpointRef::Latest && job.state == JobState::Running && self.runs.get(&job.id).is_some() {
+                    let weights = WeightsRef::Live { job: job.id.clone() };
+                    return Ok(Resolved { weights, model, version: name.to_string(), job: Some(job) });
+                }
+                self.resolve_stored(job, model, *which).await
+            }
+        }
+    }
+
+    /// Makes sure that the model which this server has is the one that a job was made with: its adapters and numbers mean nothing on another.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` (`MODEL_CHANGED`) with both hashes, or when the server does not have the model at all.
+    pub(super) fn check_base(&self, job: &Job) -> Result<()> {
+        let (Some(pins), Some(model)) = (&job.request.pins, &job.request.model) else { return Ok(()) };
+        self.check_identity(job, "with", model, &pins.base)
+    }
+
+    /// Makes sure that the model under a job's reference is the one that it was made with, where that is another model than the policy's.
+    ///
+    /// # Errors
+    /// Those of [`PolicyResolver::check_base`], for the reference's model.
+    pub(super) async fn check_reference(&self, job: &Job) -> Result<()> {
+        let request = &job.request;
+        let pinned = request.pins.as_ref().and_then(|pins| pins.reference_base.as_ref());
+        let (Some(pinned), Some(name)) = (pinned, &request.reference) else { return Ok(()) };
+        self.check_identity(job, "with a reference on", &self.model_under(name).await?, pinned)
+    }
+
+    /// Compares the model that is served under an id with the one that a job is pinned to; `role` says what it is to the job.
+    fn check_identity(&self, job: &Job, role: &str, model: &str, pinned: &ModelIdentity) -> Result<()> {
+        let served = match self.engine.identity(model) {
+            Ok(served) => served,
+            Err(EngineError::UnknownModel(_)) => {
+                let message = format!(
+                    "trainingJobs/{} was made {role} models/{model} (identity {}), which this server does not have: serve it",
+                    job.id,
+                    pinned.hash()
+                );
+                return Err(ServiceError::FailedPrecondition { reason: Reason::ModelChanged, message });
+            }
+            Err(e) => return Err(e.into()),
+        };
+        let Some(difference) = pinned.difference(&served) else { return Ok(()) };
+        let (part, (before, now)) = (difference.part, difference.hashes);
+        let message = format!(
+            "trainingJobs/{} was made {role} models/{model} whose {part} has the hash {}, the {part} served now has {}: serve the model that the \
+             job was made with",
+            job.id,
+            or_none(before),
+            or_none(now)
+        );
+        Err(ServiceError::FailedPrecondition { reason: Reason::ModelChanged, message })
+    }
+
+    /// Makes sure that a reference on `reference` can score what the tokenizer of `policy` makes: token ids mean the same tokens in both models, and the
+    /// reference has an embedding for each. Both are ids of base models; `field` names the reference in the request.
+    ///
+    /// # Errors
+    /// `InvalidArgument` with both tokenizers' hashes, or both vocabularies' sizes.
+    pub(super) fn check_tokenizers(&self, field: &str, policy: &str, reference: &str) -> Result<()> {
+        if policy == reference {
+            return Ok(());
+        }
+        let (ours, theirs) = (self.engine.tokenizer(policy)?, self.engine.tokenizer(reference)?);
+        if !ours.has_vocabulary_of(&theirs) {
+            let message = format!(
+                "is on models/{reference} whose tokenizer has the hash {}, the policy is on models/{policy} whose tokenizer has the hash {}, and \
+                 their vocabularies differ: the reference gets the policy's token ids, name one with the same tokenizer",
+                theirs.content_hash(),
+                ours.content_hash()
+            );
+            return Err(ServiceError::invalid(field, message));
+        }
+        let (has, policy_has) = (self.engine.model(reference)?.vocab_size, self.engine.model(policy)?.vocab_size);
+        if has < ours.vocabulary_rows().min(policy_has) {
+            let message = format!(
+                "is on models/{reference}, which has embeddings for {has} tokens; models/{policy} has them for {policy_has}, and their tokenizer has \
+                 ids up to {}: name a reference that has an embedding for every token",
+                ours.vocabulary_rows() - 1
+            );
+            return Err(ServiceError::invalid(field, message));
+        }
+        Ok(())
+    }
+
+    /// Resolves a checkpoint that is on disk.
+    pub(super) async fn resolve_stored(&self, job: Job, model: String, which: CheckpointRef) -> Result<Resolved> {
+        self.check_base(&job)?;
+        let checkpoint = self.find_checkpoint(&job.id, which).await?;
+        let dir = self.artifacts.fetch_checkpoint(&checkpoint).await?;
+        // Checkpoints of older versions have no hash; they are written once, under a job id that is never used again.
+        let content = if checkpoint.digest.is_empty() { dir.display().to_string() } else { checkpoint.digest };
+        let weights = match checkpoint.adapter {
+            true => WeightsRef::Adapter { model: model.clone(), dir, content },
+            false => WeightsRef::Full { model: model.clone(), dir, content },
+        };
+        let version = format!("trainingJobs/{}/checkpoints/{}", job.id, checkpoint.step);
+        Ok(Resolved { weights, model, job: Some(job), version })
+    }
+
+    /// The checkpoint's row.
+    pub(super) async fn find_checkpoint(&self, job: &str, which: CheckpointRef) -> Result<Checkpoint> {
+        let mut all = self.store.checkpoints(job).await?;
+        let found = match which {
+            CheckpointRef::Latest => all.pop(),
+            CheckpointRef::Best => all.into_iter().find(|c| c.best),
+            CheckpointRef::Step(step) => all.into_iter().find(|c| c.step == step),
+        };
+        if let Some(checkpoint) = found {
+            return Ok(checkpoint);
+        }
+        let state = self.store.job(job).await?.state;
+        match which {
+            CheckpointRef::Step(_) => Err(ServiceError::not_found("checkpoint", format!("trainingJobs/{job}/checkpoints/{which}"))),
+            _ => Err(ServiceError::FailedPrecondition {
+                reason: Reason::NoCheckpoint,
+                message: format!(
+                    "trainingJobs/{job} is {} and has no {which} checkpoint: wait for one, or set save_steps or an evaluation",
+                    state.name()
+                ),
+            }),
+        }
+    }
+
+    /// The base model under a job, through the jobs that it continues.
+    pub(super) async fn base_model(&self, job: &Job) -> Result<String> {
+        if let Some(model) = &job.request.model {
+            return Ok(model.clone());
+        }
+        let mut policy = job.request.policy.clone();
+        for _ in 0..MAX_DEPTH {
+            match policy {
+                PolicyName::Model(id) => return Ok(id),
+                PolicyName::Checkpoint { job, .. } => policy = self.store.job(&job).await?.request.policy,
+            }
+        }
+        Err(ServiceError::internal(format!("trainingJobs/{} continues more than {MAX_DEPTH} jobs", job.id)))
+    }
+
+    /// The base model under a policy's name.
+    async fn model_under(&self, name: &PolicyName) -> Result<String> {
+        match name {
+            PolicyName::Model(id) => Ok(id.clone()),
+            PolicyName::Checkpoint { job, .. } => self.base_model(&self.store.job(job).await?).await,
+        }
+    }
+
+    /// Replaces `latest` and `best` by the step that they mean now, so that what was pinned never moves.
+    pub(super) async fn pin(&self, name: &PolicyName) -> Result<PolicyName> {
+        match name {
+            PolicyName::Checkpoint { job, which } => {
+                let step = self.find_checkpoint(job, *which).await?.step;
+                Ok(PolicyName::Checkpoint { job: job.clone(), which: CheckpointRef::Step(step) })
+            }
+            model => Ok(model.clone()),
+        }
+    }
+
+    /// Returns the content hashes of a job's inputs as they are now; `latest` and `best` have been replaced by steps.
+    pub(super) async fn content_pins(&self, request: &JobRequest) -> Result<ContentPins> {
+        let dataset = self.store.dataset(&request.dataset).await?.content_hash;
+        let eval_dataset = match &request.evaluation {
+            Evaluation::Dataset(id) => Some(self.store.dataset(id).await?.content_hash),
+            _ => None,
+        };
+        let policy = self.digest(&request.policy).await?;
+        let reference = match &request.reference {
+            Some(name) => self.digest(name).await?,
+            None => None,
+        };
+        Ok(ContentPins { policy, reference, dataset, eval_dataset })
+    }
+
+    /// Returns the digest of a checkpoint; `None` for a base model and for checkpoints of versions that had no digests.
+    async fn digest(&self, name: &PolicyName) -> Result<Option<String>> {
+        let PolicyName::Checkpoint { job, which } = name else { return Ok(None) };
+        let digest = self.find_checkpoint(job, *which).await?.digest;
+        Ok((!digest.is_empty()).then_some(digest))
+    }
+
+    /// The weights a job starts from.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` (`MODEL_CHANGED`, `ARTIFACT_MISSING`, `ARTIFACT_DAMAGED`) when they are not those that the job was made with.
+    pub(super) async fn start_weights(&self, job: &Job) -> Result<Resolved> {
+        self.check_base(job)?;
+        let mut start = self.resolve(&job.request.policy).await?;
+        check_content(job, "policy", |pins| pins.policy.as_ref(), &start)?;
+        if let (Method::Lora(lora), WeightsRef::Base { model }) = (&job.request.spec.method, &start.weights)
+            && let Some(name) = &lora.init_adapter
+        {
+            let (dir, content) = self.init_adapter(job, name).await?;
+            start.weights = WeightsRef::Adapter { model: model.clone(), dir, content };
+        }
+        Ok(start)
+    }
+
+    /// The folder of the adapter that a job starts from, and its hash.
+    async fn init_adapter(&self, job: &Job, name: &str) -> Result<(PathBuf, String)> {
+        if let Some(hash) = job.request.pins.as_ref().and_then(|pins| pins.init_adapter.clone()) {
+            return Ok((self.artifacts.fetch_init_adapter(&job.id, &hash).await?, hash));
+        }
+        // A job of version 0.1 has no copy: the name is the folder's path.
+        let dir = PathBuf::from(name);
+        let folder = dir.clone();
+        let hash = blocking(move || hash_files(&folder, &ADAPTER_FILES)).await??;
+        Ok((dir, hash))
+    }
+
+    /// A job's pinned reference: the one it names, else its own start weights; `None` when the objective has none.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` (`MODEL_CHANGED`) when it is on another model than the one that the job was made with.
+    pub(super) async fn reference_weights(&self, job: &Job) -> Result<Option<Resolved>> {
+        self.check_base(job)?;
+        if !job.request.spec.dpo.has_reference(job.request.reference.is_some()) {
+            return Ok(None);
+        }
+        self.check_reference(job).await?;
+        match &job.request.reference {
+            Some(name) => {
+                let reference = self.resolve(name).await?;
+                check_content(job, "reference", |pins| pins.reference.as_ref(), &reference)?;
+                Ok(Some(reference))
+            }
+            None => self.start_weights(job).await.map(Some),
+        }
+    }
+
+    /// What a policy is scored against when the request names nothing: its job's reference, or for a model the model itself. A job that moves its
+    /// reference (TR-DPO) stores it in its checkpoints; what a running job trains now is scored against the reference that the run has at that step.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` (`NO_REFERENCE`) when a checkpoint lacks the reference that it should hold.
+    pub(super) async fn default_reference(&self, policy: &Resolved) -> Result<Option<Resolved>> {
+        let Some(job) = &policy.job else { return Ok(Some(policy.clone())) };
+        if job.request.spec.dpo.reference_sync.is_none() {
+            return self.reference_weights(job).await;
+        }
+        let version = format!("{}/reference", policy.version);
+        if let WeightsRef::Live { job } = &policy.weights {
+            return Ok(Some(Resolved { weights: WeightsRef::LiveReference { job: job.clone() }, version, ..policy.clone() }));
+        }
+        let WeightsRef::Full { model, dir, content } = policy.weights.clone() else {
+            return Err(ServiceError::internal(format!("{} moves its reference and is no full checkpoint", policy.version)));
+        };
+        let file = dir.join(REFERENCE_FILE);
+        if !blocking(move || file.is_file()).await? {
+            let message = format!(
+                "{} does not hold its job's moved reference ({REFERENCE_FILE}): name a reference, e.g. models/{model}, or another checkpoint",
+                policy.version
+            );
+            return Err(ServiceError::FailedPrecondition { reason: Reason::NoReference, message });
+        }
+        Ok(Some(Resolved { weights: WeightsRef::StoredReference { model, dir, content }, version, ..policy.clone() }))
+    }
+}
+
+/// Makes sure that a checkpoint which a job names has the content that it had when the job was made.
+///
+/// # Errors
+/// `FailedPrecondition` (`MODEL_CHANGED`) with both hashes.
+fn check_content(job: &Job, what: &str, pinned: impl Fn(&ContentPins) -> Option<&String>, found: &Resolved) -> Result<()> {
+    let contents = job.request.pins.as_ref().and_then(|pins| pins.contents.as_ref());
+    let (WeightsRef::Adapter { content, .. } | WeightsRef::Full { content, .. }) = &found.weights else { return Ok(()) };
+    let Some(pinned) = contents.and_then(pinned).filter(|pinned| *pinned != content) else { return Ok(()) };
+    let message = format!(
+        "trainingJobs/{} was made with a {what} of the content {pinned}, {} has {content} now: restore the checkpoint that the job was made with",
+        job.id, found.version
+    );
+    Err(ServiceError::FailedPrecondition { reason: Reason::ModelChanged, message })
+}
+
+/// A hash, or what stands for that of a part that a model does not have.
+fn or_none(hash: &str) -> &str {
+    if hash.is_empty() { "none" } else { hash }
+}

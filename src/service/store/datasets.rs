@@ -1,0 +1,61 @@
+//! Datasets' rows; the bytes are the artifacts'.
+
+use sqlx::AssertSqlSafe;
+
+use super::rows::{self, DatasetRow, to_json};
+use super::{OF_PAGE, Page, Store};
+use crate::domain::dataset::Dataset;
+use crate::service::error::{Result, ServiceError};
+use crate::service::in_use::Users;
+
+impl Store {
+    /// Adds a dataset.
+    pub async fn insert_dataset(&self, d: &Dataset) -> Result<()> {
+        sqlx::query(
+            "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, report, create_time, owner)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+        )
+        .bind(&d.id)
+        .bind(&d.display_name)
+        .bind(to_json(&d.format)?)
+        .bind(d.size_bytes as i64)
+        .bind(&d.content_hash)
+        .bind(to_json(&d.report)?)
+        .bind(d.create_time)
+        .bind(&d.owner)
+        .execute(&self.writer)
+        .await?;
+        Ok(())
+    }
+
+    /// One dataset.
+    pub async fn dataset(&self, id: &str) -> Result<Dataset> {
+        let select = format!("SELECT {} FROM datasets WHERE id = $1", rows::dataset());
+        let row: Option<DatasetRow> = sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&self.readers).await?;
+        row.ok_or_else(|| ServiceError::not_found("dataset", format!("datasets/{id}")))?.try_into()
+    }
+
+    /// Datasets of `owner` (of everyone when `None`), newest first, without the findings that their reports list.
+    pub async fn datasets(&self, owner: Option<&str>, page_size: usize, page_token: &str) -> Result<Page<Dataset>> {
+        let select = format!("SELECT {} FROM datasets WHERE {OF_PAGE}", rows::dataset_in_list(self.dialect));
+        self.page::<DatasetRow, _>(&select, owner, page_size, page_token).await
+    }
+
+    /// Bytes of an owner's datasets.
+    pub async fn dataset_bytes(&self, owner: &str) -> Result<u64> {
+        // PostgreSQL's sum of BIGINT is NUMERIC.
+        let sum = "SELECT CAST(COALESCE(SUM(size_bytes), 0) AS BIGINT) FROM datasets WHERE owner = $1";
+        let bytes: i64 = sqlx::query_scalar(sum).bind(owner).fetch_one(&self.readers).await?;
+        Ok(bytes as u64)
+    }
+
+    /// Forgets a dataset, unless `refuse` finds an unfinished job that needs it.
+    pub(in crate::service) async fn delete_dataset(&self, id: &str, refuse: impl FnOnce(&Users) -> Result<()>) -> Result<()> {
+        let mut tx = self.writer.begin().await?;
+        let lock = format!("SELECT seq FROM datasets WHERE id = $1{}", self.dialect.for_update());
+        sqlx::query(AssertSqlSafe(lock)).bind(id).fetch_optional(&mut *tx).await?;
+        refuse(&self.unfinished_in(&mut tx).await?)?;
+        sqlx::query("DELETE FROM datasets WHERE id = $1").bind(id).execute(&mut *tx).await?;
+        Ok(tx.commit().await?)
+    }
+}

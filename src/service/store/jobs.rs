@@ -1,0 +1,417 @@
+//! Jobs and their events. A change of a job and the events that tell of it are one transaction.
+
+use std::collections::HashMap;
+
+use sqlx::{Any, AssertSqlSafe, Transaction};
+
+use super::rows::{EventRow, JOB, JobRow, to_json};
+use super::{Dialect, OF_PAGE, Page, Store, now};
+use crate::domain::job::{Evaluation, Event, EventKind, Finite, Job, JobState, Millis};
+use crate::domain::names::{CheckpointRef, PolicyName};
+use crate::domain::reason::Reason;
+use crate::service::error::{Result, ServiceError};
+use crate::service::in_use::Users;
+
+/// How a client made a job.
+#[derive(Clone, Copy, Debug)]
+pub struct Creation<'a> {
+    /// The client's own id for the request, if any.
+    pub request_id: Option<&'a str>,
+    /// Of the request's body.
+    pub request_hash: &'a str,
+    /// Unfinished jobs that the owner may have.
+    pub quota: Option<u64>,
+}
+
+impl Users {
+    fn add(&mut self, rows: Vec<JobRow>) {
+        for row in rows {
+            let request = row.request.clone();
+            match Job::try_from(row) {
+                Ok(job) => self.jobs.push(job),
+                Err(_) => self.unreadable.push(request),
+            }
+        }
+    }
+}
+
+/// A place in the list of expired jobs, which is in the order of their expiry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expired {
+    time: Millis,
+    seq: i64,
+}
+
+impl Default for Expired {
+    /// Before all of them.
+    fn default() -> Self {
+        Expired { time: Millis::MIN, seq: i64::MIN }
+    }
+}
+
+impl Store {
+    /// Adds a job with its first event, or returns the job that the same owner's `request_id` already made from the same body.
+    ///
+    /// # Errors
+    /// `AlreadyExists` when it made another; `ResourceExhausted` when the owner has as many unfinished jobs as allowed.
+    pub async fn insert_job(&self, job: &Job, creation: Creation<'_>) -> Result<Job> {
+        let mut tx = self.writer.begin().await?;
+        // Each owner's ids are their own.
+        let key = creation.request_id.map(|id| format!("{}/{id}", job.owner));
+        if let Some(quota) = creation.quota {
+            self.lock_owner(&mut tx, &job.owner).await?;
+            if key.is_none() || self.made_by(&mut tx, &key).await?.is_none() {
+                self.check_quota(&mut tx, &job.owner, quota).await?;
+            }
+        }
+        self.check_needs(&mut tx, job).await?;
+        let inserted: Option<i64> = sqlx::query_scalar(
+            "INSERT INTO jobs (id, version, state, request, progress, latest_metrics, skipped_rows, create_time, request_id, request_hash,
+                 priority, turn, owner, trace)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) ON CONFLICT (request_id) DO NOTHING RETURNING seq",
+        )
+        .bind(&job.id)
+        .bind(job.version)
+        .bind(job.state.name())
+        .bind(to_json(&job.request)?)
+        .bind(to_json(&job.progress)?)
+        .bind(to_json(&Finite(job.latest_metrics.clone()))?)
+        .bind(to_json(&job.skipped_rows)?)
+        .bind(job.create_time)
+        .bind(key.clone())
+        .bind(creation.request_hash)
+        .bind(i64::from(job.request.priority))
+        .bind(job.turn)
+        .bind(&job.owner)
+        .bind(&job.trace)
+        .fetch_optional(&mut *tx)
+        .await?;
+        if inserted.is_none() {
+            let earlier = self.made_by(&mut tx, &key).await?.ok_or_else(|| ServiceError::internal("a job could not be stored"))?;
+            if earlier.request_hash.as_deref() != Some(creation.request_hash) {
+                let id = creation.request_id.unwrap_or_default();
+                let message = format!("request_id {id:?} made trainingJobs/{} from another request: use a new request_id", earlier.id);
+                return Err(ServiceError::AlreadyExists { message });
+            }
+            return earlier.try_into();
+        }
+        let created = EventKind::StateChange { from: None, to: job.state, reason: "created".into() };
+        let sequence = self.append(&mut tx, &job.id, &created).await?;
+        self.announce(&mut tx, job, sequence).await?;
+        tx.commit().await?;
+        Ok(job.clone())
+    }
+
+    /// Finds everything that a job needs still there, and keeps it there until the transaction ends.
+    async fn check_needs(&self, tx: &mut Transaction<'_, Any>, job: &Job) -> Result<()> {
+        let request = &job.request;
+        let eval = match &request.evaluation {
+            Evaluation::Dataset(id) => Some(id),
+            _ => None,
+        };
+        for id in [Some(&request.dataset), eval].into_iter().flatten() {
+            let select = format!("SELECT seq FROM datasets WHERE id = $1{}", self.dialect.for_share());
+            let found = sqlx::query(AssertSqlSafe(select)).bind(id).fetch_optional(&mut **tx).await?;
+            found.ok_or_else(|| ServiceError::not_found("dataset", format!("datasets/{id}")))?;
+        }
+        for name in [Some(&request.policy), request.reference.as_ref()].into_iter().flatten() {
+            if let PolicyName::Checkpoint { job, which: CheckpointRef::Step(step) } = name {
+                let select = format!("SELECT step FROM checkpoints WHERE job = $1 AND step = $2{}", self.dialect.for_share());
+                let found = sqlx::query(AssertSqlSafe(select)).bind(job).bind(*step as i64).fetch_optional(&mut **tx).await?;
+                found.ok_or_else(|| ServiceError::not_found("checkpoint", name.to_string()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether an owner's `request_id` has made a job.
+    pub async fn was_made(&self, owner: &str, request_id: Option<&str>) -> Result<bool> {
+        let Some(id) = request_id else { return Ok(false) };
+        let count = "SELECT COUNT(*) FROM jobs WHERE request_id = $1";
+        let made: i64 = sqlx::query_scalar(count).bind(format!("{owner}/{id}")).fetch_one(&self.readers).await?;
+        Ok(made > 0)
+    }
+
+    async fn made_by(&self, tx: &mut Transaction<'_, Any>, key: &Option<String>) -> Result<Option<JobRow>> {
+        let select = format!("SELECT {JOB} FROM jobs WHERE request_id = $1");
+        Ok(sqlx::query_as(AssertSqlSafe(select)).bind(key.clone()).fetch_optional(&mut **tx).await?)
+    }
+
+    /// Nobody else makes a job of this owner until the transaction ends.
+    async fn lock_owner(&self, tx: &mut Transaction<'_, Any>, owner: &str) -> Result<()> {
+        if self.dialect == Dialect::Postgres {
+            let lock = "SELECT COUNT(*) FROM (SELECT pg_advisory_xact_lock(hashtextextended($1, 0))) AS locked";
+            sqlx::query(lock).bind(owner).execute(&mut **tx).await?;
+        }
+        Ok(())
+    }
+
+    async fn check_quota(&self, tx: &mut Transaction<'_, Any>, owner: &str, quota: u64) -> Result<()> {
+        let count = format!("SELECT COUNT(*) FROM jobs WHERE owner = $1 AND state IN ({})", quoted(|s| !s.is_final()));
+        let unfinished: i64 = sqlx::query_scalar(AssertSqlSafe(count)).bind(owner).fetch_one(&mut **tx).await?;
+        if unfinished as u64 >= quota {
+            let message = format!("{unfinished} jobs of yours are unfinished, {quota} are allowed: wait for one or cancel one");
+            return Err(ServiceError::ResourceExhausted { reason: Reason::TooManyJobs, message });
+        }
+        Ok(())
+    }
+
+    /// One job.
+    pub async fn job(&self, id: &str) -> Result<Job> {
+        let select = format!("SELECT {JOB} FROM jobs WHERE id = $1");
+        let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&self.readers).await?;
+        row.ok_or_else(|| missing(id))?.try_into()
+    }
+
+    /// Jobs of `owner` (of everyone when `None`) in one of `states` (all when empty), newest first.
+    pub async fn jobs(&self, owner: Option<&str>, states: &[JobState], page_size: usize, page_token: &str) -> Result<Page<Job>> {
+        let wanted = quoted(|s| states.is_empty() || states.contains(&s));
+        let select = format!("SELECT {JOB} FROM jobs WHERE state IN ({wanted}) AND {OF_PAGE}");
+        self.page::<JobRow, _>(&select, owner, page_size, page_token).await
+    }
+
+    /// How many jobs are in each state that any is in, by its name.
+    pub async fn job_counts(&self) -> Result<HashMap<String, i64>> {
+        let rows: Vec<(String, i64)> = sqlx::query_as("SELECT state, COUNT(*) FROM jobs GROUP BY state").fetch_all(&self.readers).await?;
+        Ok(rows.into_iter().collect())
+    }
+
+    /// The jobs that are not in a final state, as a transaction sees them.
+    pub(super) async fn unfinished_in(&self, tx: &mut Transaction<'_, Any>) -> Result<Users> {
+        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(unfinished())).fetch_all(&mut **tx).await?;
+        let mut users = Users::default();
+        users.add(rows);
+        Ok(users)
+    }
+
+    /// The jobs that may need weights of `job`, as a transaction sees them: the unfinished ones, and the ended ones that have checkpoints and whose
+    /// requests name it.
+    pub(super) async fn users_of_weights_in(&self, tx: &mut Transaction<'_, Any>, job: &str) -> Result<Users> {
+        let mut users = self.unfinished_in(tx).await?;
+        let ended = format!(
+            "SELECT {JOB} FROM jobs WHERE state IN ({}) AND id <> $1 AND request LIKE $2
+                 AND EXISTS (SELECT 1 FROM checkpoints WHERE checkpoints.job = jobs.id) ORDER BY seq",
+            quoted(JobState::is_final)
+        );
+        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(ended)).bind(job).bind(format!("%{job}%")).fetch_all(&mut **tx).await?;
+        users.add(rows);
+        Ok(users)
+    }
+
+    /// Ids of ended jobs whose time to live is over, at most `limit` after `after`, and where the next page begins: the first one again after the
+    /// last page. By the time that one of them is deleted its time may have been prolonged.
+    pub async fn expired_jobs(&self, after: Expired, limit: usize) -> Result<(Vec<String>, Expired)> {
+        let select = format!(
+            "SELECT id, expire_time, seq FROM jobs WHERE {} AND (expire_time > $1 OR (expire_time = $2 AND seq > $3))
+             ORDER BY expire_time, seq LIMIT $4",
+            self.is_expired()
+        );
+        let rows: Vec<(String, Millis, i64)> = sqlx::query_as(AssertSqlSafe(select))
+            .bind(after.time)
+            .bind(after.time)
+            .bind(after.seq)
+            .bind(limit as i64)
+            .fetch_all(&self.readers)
+            .await?;
+        let next = match rows.last() {
+            Some((_, time, seq)) if rows.len() == limit => Expired { time: *time, seq: *seq },
+            _ => Expired::default(),
+        };
+        Ok((rows.into_iter().map(|(id, ..)| id).collect(), next))
+    }
+
+    fn is_expired(&self) -> String {
+        format!("expire_time < {}", self.dialect.now())
+    }
+
+    /// The queued job that a running one may have to make room for: of the highest priority the one that waits longest. `passed_over` names jobs that
+    /// do not count, and those do not either that went back to the queue because something was not there.
+    pub async fn next_queued(&self, passed_over: &[String]) -> Result<Option<Job>> {
+        let mut passed_over = passed_over.to_vec();
+        loop {
+            let select = next(passed_over.len(), " AND error IS NULL");
+            let mut query = sqlx::query_as::<_, JobRow>(AssertSqlSafe(select));
+            for id in &passed_over {
+                query = query.bind(id);
+            }
+            let Some(row) = query.fetch_optional(&self.readers).await? else { return Ok(None) };
+            let id = row.id.clone();
+            match Job::try_from(row) {
+                Ok(job) => return Ok(Some(job)),
+                // Another version's; the next one may be ours.
+                Err(_) => passed_over.push(id),
+            }
+        }
+    }
+
+    /// How many unfinished jobs this version of the server cannot read.
+    pub async fn unreadable_jobs(&self) -> Result<usize> {
+        let select = format!("SELECT {JOB} FROM jobs WHERE state NOT IN ({}) ORDER BY seq", quoted(JobState::is_final));
+        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(select)).fetch_all(&self.readers).await?;
+        let total = rows.len();
+        Ok(total - rows.into_iter().filter_map(|row| Job::try_from(row).ok()).count())
+    }
+
+    /// Changes a job for a client and appends the events that `change` returns, in one transaction. Returns the job and its newest sequence.
+    ///
+    /// # Errors
+    /// Those of `change`; `FailedPrecondition` for an illegal state transition.
+    pub async fn change_job(&self, id: &str, change: impl FnOnce(&mut Job) -> Result<Vec<EventKind>> + Send) -> Result<(Job, u64)> {
+        let mut tx = self.writer.begin().await?;
+        let row = self.locked(&mut tx, id).await?;
+        let changed = self.apply(&mut tx, row.try_into()?, change).await?;
+        tx.commit().await?;
+        Ok(changed)
+    }
+
+    /// A job's row, which nobody else changes until the transaction ends.
+    pub(super) async fn locked(&self, tx: &mut Transaction<'_, Any>, id: &str) -> Result<JobRow> {
+        let select = format!("SELECT {JOB} FROM jobs WHERE id = $1{}", self.dialect.for_update());
+        let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&mut **tx).await?;
+        row.ok_or_else(|| missing(id))
+    }
+
+    /// Stores what `change` makes of a job whose row is locked, and its events.
+    pub(super) async fn apply(
+        &self,
+        tx: &mut Transaction<'_, Any>,
+        mut job: Job,
+        change: impl FnOnce(&mut Job) -> Result<Vec<EventKind>>,
+    ) -> Result<(Job, u64)> {
+        let before = job.state;
+        let events = change(&mut job)?;
+        if job.state != before && !before.may_become(job.state) {
+            let message = format!("trainingJobs/{} is {}: it cannot become {}", job.id, before.name(), job.state.name());
+            return Err(ServiceError::FailedPrecondition { reason: Reason::IllegalTransition, message });
+        }
+        job.version += 1;
+        if job.state.is_final() && job.end_time.is_none() {
+            job.end_time = Some(now());
+        }
+        sqlx::query(
+            "UPDATE jobs SET version = $1, state = $2, request = $3, priority = $4, error = $5, progress = $6, latest_metrics = $7,
+                 skipped_rows = $8, start_time = $9, end_time = $10, turn = $11, expire_time = $12
+             WHERE id = $13",
+        )
+        .bind(job.version)
+        .bind(job.state.name())
+        .bind(to_json(&job.request)?)
+        .bind(i64::from(job.request.priority))
+        .bind(job.error.as_ref().map(to_json).transpose()?)
+        .bind(to_json(&job.progress)?)
+        .bind(to_json(&Finite(job.latest_metrics.clone()))?)
+        .bind(to_json(&job.skipped_rows)?)
+        .bind(job.start_time)
+        .bind(job.end_time)
+        .bind(job.turn)
+        .bind(job.expire_time())
+        .bind(&job.id)
+        .execute(&mut **tx)
+        .await?;
+        let mut newest = 0;
+        for event in &events {
+            newest = self.append(tx, &job.id, event).await?;
+        }
+        self.announce(tx, &job, newest).await?;
+        Ok((job, newest))
+    }
+
+    /// Removes a job with its events and checkpoints, unless `refuse`, which is given the job as it is now and those that may need its weights, finds a
+    /// reason not to. With `expired`, also unless the job's time to live has been prolonged.
+    ///
+    /// # Errors
+    /// Those of `refuse`; `NotFound` when there is no such job, or it is no longer expired.
+    pub(in crate::service) async fn delete_job(
+        &self,
+        id: &str,
+        expired: bool,
+        refuse: impl FnOnce(&Job, &Users) -> Result<()> + Send,
+    ) -> Result<()> {
+        let mut tx = self.writer.begin().await?;
+        let select = match expired {
+            true => format!("SELECT {JOB} FROM jobs WHERE id = $1 AND {}{}", self.is_expired(), self.dialect.for_update()),
+            false => format!("SELECT {JOB} FROM jobs WHERE id = $1{}", self.dialect.for_update()),
+        };
+        let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&mut *tx).await?;
+        let job: Job = row.ok_or_else(|| missing(id))?.try_into()?;
+        // Whoever makes a job that needs one of its checkpoints waits until this transaction ends.
+        let lock = format!("SELECT step FROM checkpoints WHERE job = $1 ORDER BY step{}", self.dialect.for_update());
+        sqlx::query(AssertSqlSafe(lock)).bind(id).fetch_all(&mut *tx).await?;
+        refuse(&job, &self.users_of_weights_in(&mut tx, id).await?)?;
+        sqlx::query("DELETE FROM jobs WHERE id = $1").bind(id).execute(&mut *tx).await?;
+        Ok(tx.commit().await?)
+    }
+
+    /// Events after `after`, in order, at most `limit`.
+    ///
+    /// # Errors
+    /// `OutOfRange` when the next one is not kept any more.
+    pub async fn events(&self, job: &str, after: u64, limit: usize) -> Result<Vec<Event>> {
+        let rows: Vec<EventRow> =
+            sqlx::query_as("SELECT sequence, time, body FROM events WHERE job = $1 AND sequence > $2 ORDER BY sequence LIMIT $3")
+                .bind(job)
+                .bind(after.min(i64::MAX as u64) as i64)
+                .bind(limit as i64)
+                .fetch_all(&self.readers)
+                .await?;
+        if let Some(oldest) = rows.first().map(|r| r.sequence as u64).filter(|first| *first > after.saturating_add(1)) {
+            let message = format!(
+                "after_sequence is {after}, the oldest event of trainingJobs/{job} that is kept is {oldest}: the ones between are gone, go on after {}",
+                oldest - 1
+            );
+            return Err(ServiceError::OutOfRange { message });
+        }
+        rows.into_iter().map(Event::try_from).collect()
+    }
+
+    /// The newest sequence of a job.
+    pub async fn newest_sequence(&self, job: &str) -> Result<u64> {
+        let newest: i64 = sqlx::query_scalar(NEWEST).bind(job).fetch_one(&self.readers).await?;
+        Ok(newest as u64)
+    }
+
+    /// Appends an event, forgets the ones that it pushes past the limit, and returns its sequence. The job's row is locked, so that sequences have
+    /// no gap.
+    pub(super) async fn append(&self, tx: &mut Transaction<'_, Any>, job: &str, event: &EventKind) -> Result<u64> {
+        let newest: i64 = sqlx::query_scalar(NEWEST).bind(job).fetch_one(&mut **tx).await?;
+        let sequence = newest + 1;
+        sqlx::query("INSERT INTO events (job, sequence, time, body) VALUES ($1, $2, $3, $4)")
+            .bind(job)
+            .bind(sequence)
+            .bind(now())
+            .bind(to_json(event)?)
+            .execute(&mut **tx)
+            .await?;
+        sqlx::query("DELETE FROM events WHERE job = $1 AND sequence <= $2")
+            .bind(job)
+            .bind(sequence.saturating_sub(self.events_kept))
+            .execute(&mut **tx)
+            .await?;
+        Ok(sequence as u64)
+    }
+}
+
+/// Selects the queued job whose turn it is; so many parameters name jobs that are passed over, and `condition` leaves out others.
+pub(super) fn next(passed_over: usize, condition: &str) -> String {
+    let parameters: Vec<String> = (1..=passed_over).map(|i| format!("${i}")).collect();
+    let others = match passed_over {
+        0 => String::new(),
+        _ => format!(" AND id NOT IN ({})", parameters.join(", ")),
+    };
+    format!("SELECT {JOB} FROM jobs WHERE state = 'queued'{others}{condition} ORDER BY priority DESC, turn, seq LIMIT 1")
+}
+
+pub(super) const NEWEST: &str = "SELECT COALESCE(MAX(sequence), 0) FROM events WHERE job = $1";
+
+fn unfinished() -> String {
+    format!("SELECT {JOB} FROM jobs WHERE state IN ({}) ORDER BY seq", quoted(|s| !s.is_final()))
+}
+
+/// The names of some states, as a list for SQL.
+pub(super) fn quoted(wanted: impl Fn(JobState) -> bool) -> String {
+    JobState::ALL.into_iter().filter(|s| wanted(*s)).map(|s| format!("'{}'", s.name())).collect::<Vec<_>>().join(", ")
+}
+
+fn missing(id: &str) -> ServiceError {
+    ServiceError::not_found("job", format!("trainingJobs/{id}"))
+}

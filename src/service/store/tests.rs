@@ -1,0 +1,254 @@
+//! Jobs that wait, that have expired, and that another version wrote.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use super::jobs::{Creation, Expired};
+use super::*;
+use crate::domain::access::Caller;
+use crate::domain::dpo::{Divergence, ReferenceSync};
+use crate::domain::identity::{ModelIdentity, Pins};
+use crate::domain::job::{Evaluation, Job, JobRequest, JobState, Metrics, Progress, RowPolicy};
+use crate::domain::names::{CheckpointRef, PolicyName};
+use crate::domain::reason::Reason;
+use crate::domain::training::{LoraConfig, Method, ScheduleKind, TrainingSpec};
+use crate::service::in_use::{Needed, check};
+
+const DATASET: &str = "0f0e0d0c";
+
+/// A store in a folder of its own, with a dataset.
+async fn open() -> (tempfile::TempDir, Store) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), &StoreOptions::default()).await.unwrap();
+    let insert = "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, report, create_time, owner)
+                  VALUES ($1, '', '\"jsonl\"', 0, '', '{}', 0, '')";
+    sqlx::query(insert).bind(DATASET).execute(&store.writer).await.unwrap();
+    (dir, store)
+}
+
+fn request(priority: i32) -> JobRequest {
+    JobRequest {
+        display_name: String::new(),
+        labels: BTreeMap::new(),
+        priority,
+        model: None,
+        pins: None,
+        policy: PolicyName::Model("tiny".into()),
+        reference: None,
+        dataset: DATASET.into(),
+        evaluation: Evaluation::None,
+        spec: TrainingSpec::default(),
+        row_policy: RowPolicy::Reject,
+        given_lora: Default::default(),
+        chat_template_kwargs: Default::default(),
+        ttl_ms: None,
+    }
+}
+
+fn job(id: &str, request: JobRequest) -> Job {
+    Job {
+        id: id.into(),
+        version: 1,
+        request,
+        state: JobState::Queued,
+        error: None,
+        progress: Progress::default(),
+        latest_metrics: Metrics::new(),
+        skipped_rows: Vec::new(),
+        create_time: 1,
+        start_time: None,
+        end_time: None,
+        turn: 1,
+        owner: "a".into(),
+        trace: None,
+    }
+}
+
+async fn insert(store: &Store, job: &Job, request_id: Option<&str>) {
+    let creation = Creation { request_id, request_hash: "", quota: None };
+    assert_eq!(store.insert_job(job, creation).await.unwrap().id, job.id);
+}
+
+async fn run(store: &Store, sql: &str) {
+    sqlx::query(AssertSqlSafe(sql.to_owned())).execute(&store.writer).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_job_that_waits_for_something_preempts_nobody_and_is_still_tried() {
+    let (_dir, store) = open().await;
+    insert(&store, &job("low", request(1)), None).await;
+    insert(&store, &job("high", request(9)), None).await;
+    let next = async || store.next_queued(&[]).await.unwrap().map(|job| job.id);
+    assert_eq!(next().await.as_deref(), Some("high"));
+    run(&store, r#"UPDATE jobs SET error = '{"reason":"MODEL_CHANGED","message":"?"}' WHERE id = 'high'"#).await;
+    assert_eq!(next().await.as_deref(), Some("low"));
+    run(&store, "UPDATE jobs SET state = 'paused' WHERE id = 'low'").await;
+    assert_eq!(next().await, None);
+    // A free device takes it, and then it waits for nothing.
+    let (claimed, ..) = store.claim(&[]).await.unwrap().unwrap();
+    assert_eq!((claimed.id.as_str(), claimed.error), ("high", None));
+}
+
+#[tokio::test]
+async fn a_request_id_is_known_to_its_owner_alone() {
+    let (_dir, store) = open().await;
+    insert(&store, &job("one", request(0)), Some("once")).await;
+    assert!(store.was_made("a", Some("once")).await.unwrap());
+    assert!(!store.was_made("a", Some("twice")).await.unwrap());
+    assert!(!store.was_made("b", Some("once")).await.unwrap());
+    assert!(!store.was_made("a", None).await.unwrap());
+}
+
+#[tokio::test]
+async fn expired_jobs_are_listed_page_by_page_though_none_of_them_is_deleted() {
+    let (_dir, store) = open().await;
+    for i in 0..7 {
+        insert(&store, &job(&format!("job-{i}"), request(0)), None).await;
+    }
+    // Two of them expired at one moment, one has time left.
+    run(&store, "UPDATE jobs SET state = 'succeeded', expire_time = CASE WHEN seq < 4 THEN 3 ELSE seq END").await;
+    run(&store, "UPDATE jobs SET expire_time = 9000000000000 WHERE id = 'job-6'").await;
+    let (mut after, mut pages) = (Expired::default(), Vec::new());
+    for _ in 0..4 {
+        let (page, next) = store.expired_jobs(after, 2).await.unwrap();
+        pages.push(page);
+        after = next;
+    }
+    let expected = [&["job-0", "job-1"][..], &["job-2", "job-3"], &["job-4", "job-5"], &[]];
+    assert_eq!(pages, expected);
+    assert_eq!(after, Expired::default(), "after the last page it begins anew");
+    let (all, after) = store.expired_jobs(after, 100).await.unwrap();
+    assert_eq!((all.len(), after), (6, Expired::default()));
+}
+
+// ---- jobs that another version wrote
+
+/// A request in which every part that may be left out is there.
+fn whole_request() -> JobRequest {
+    let mut whole = request(0);
+    whole.labels.insert("a".into(), "b".into());
+    whole.model = Some("tiny".into());
+    whole.pins = Some(Pins { base: ModelIdentity::default(), init_adapter: Some("c".into()), ..Pins::default() });
+    whole.policy = PolicyName::Checkpoint { job: "first".into(), which: CheckpointRef::Step(3) };
+    whole.reference = Some(PolicyName::Checkpoint { job: "other".into(), which: CheckpointRef::Step(4) });
+    whole.evaluation = Evaluation::Dataset("held-out".into());
+    whole.spec.dpo.divergence = Divergence::Alpha { alpha: 0.5 };
+    whole.spec.dpo.reference_sync = Some(ReferenceSync { alpha: 0.5, every_steps: 2 });
+    whole.spec.optimizer.schedule = ScheduleKind::CosineWithFloor { min_ratio: 0.1 };
+    whole.spec.method = Method::Lora(LoraConfig { init_adapter: Some("x".into()), ..LoraConfig::default() });
+    whole.ttl_ms = Some(1);
+    whole
+}
+
+/// Paths of all objects in a JSON value.
+fn objects(value: &Value, path: &str, found: &mut Vec<String>) {
+    match value {
+        Value::Object(fields) => {
+            found.push(path.to_owned());
+            fields.iter().for_each(|(name, field)| objects(field, &format!("{path}/{name}"), found));
+        }
+        Value::Array(items) => {
+            items.iter().enumerate().for_each(|(i, item)| objects(item, &format!("{path}/{i}"), found));
+        }
+        _ => {}
+    }
+}
+
+#[test]
+fn a_setting_that_this_version_does_not_know_makes_a_request_unreadable_wherever_it_is() {
+    let whole = serde_json::to_value(whole_request()).unwrap();
+    serde_json::from_value::<JobRequest>(whole.clone()).unwrap();
+    let mut parts = Vec::new();
+    objects(&whole, "", &mut parts);
+    let expected = ["/spec/dpo/losses/0", "/spec/dpo/divergence", "/spec/method", "/pins/base", "/policy/checkpoint", "/spec/run"];
+    assert!(expected.iter().all(|part| parts.iter().any(|found| found == part)), "{parts:?}");
+    for part in parts.iter().filter(|part| *part != "/labels") {
+        let mut newer = whole.clone();
+        newer.pointer_mut(part).unwrap()["from_the_future"] = 1.into();
+        let read = serde_json::from_value::<JobRequest>(newer);
+        assert!(read.is_err(), "what {part} has besides is dropped in silence");
+    }
+}
+
+#[tokio::test]
+async fn an_unreadable_job_stays_and_keeps_what_it_needs() {
+    let (_dir, store) = open().await;
+    for (first, step) in [("first", 3), ("other", 4)] {
+        insert(&store, &job(first, request(0)), None).await;
+        run(&store, &format!("UPDATE jobs SET state = 'succeeded' WHERE id = '{first}'")).await;
+        let row = format!("INSERT INTO checkpoints VALUES ('{first}', {step}, 0, 1, 1, '{{}}', 1, '')");
+        run(&store, &row).await;
+    }
+    let held_out = "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, report, create_time, owner)
+                    SELECT 'held-out', '', format, 0, '', report, 0, '' FROM datasets";
+    run(&store, held_out).await;
+    run(&store, &held_out.replace("'held-out'", "'unused'").replace("FROM datasets", "FROM datasets LIMIT 1")).await;
+    insert(&store, &job("newer", whole_request()), None).await;
+    run(&store, "UPDATE jobs SET request = json_set(request, '$.spec.batch.from_the_future', 1) WHERE id = 'newer'").await;
+
+    let unreadable = |e: ServiceError| matches!(e, ServiceError::FailedPrecondition { reason: Reason::JobUnreadable, .. });
+    assert!(unreadable(store.job("newer").await.unwrap_err()));
+    assert!(store.claim(&[]).await.unwrap().is_none(), "nobody runs it without the setting");
+    assert_eq!(store.unreadable_jobs().await.unwrap(), 1);
+
+    let in_use = |r: Result<()>| assert!(matches!(&r, Err(ServiceError::FailedPrecondition { reason: Reason::InUse, .. })), "{r:?}");
+    let anyone = Caller::anyone();
+    for dataset in [DATASET, "held-out"] {
+        in_use(store.delete_dataset(dataset, |users| check(&anyone, users, Needed::Dataset(dataset))).await);
+    }
+    for (job, step) in [("first", 3), ("other", 4)] {
+        let needed = |step| Needed::Weights { job, step };
+        in_use(store.delete_checkpoint(job, step, |users| check(&anyone, users, needed(Some(step)))).await);
+        in_use(store.delete_job(job, false, |_, users| check(&anyone, users, needed(None))).await);
+        assert_eq!(store.checkpoints(job).await.unwrap().len(), 1);
+    }
+    store.delete_dataset("unused", |users| check(&anyone, users, Needed::Dataset("unused"))).await.unwrap();
+}
+
+#[tokio::test]
+async fn lists_are_paged_newest_first_and_by_owner() {
+    let (_dir, store) = open().await;
+    for i in 0..5 {
+        let owner = if i == 2 { "b" } else { "a" };
+        insert(&store, &Job { owner: owner.into(), ..job(&format!("job-{i}"), request(0)) }, None).await;
+    }
+    let (mut token, mut pages) = (String::new(), Vec::new());
+    loop {
+        let page = store.jobs(Some("a"), &[JobState::Queued], 2, &token).await.unwrap();
+        pages.push(page.items.into_iter().map(|job| job.id).collect::<Vec<_>>());
+        token = page.next_page_token;
+        if token.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(pages, [["job-4", "job-3"], ["job-1", "job-0"]]);
+    let everyone = store.jobs(None, &[], 5, "").await.unwrap();
+    assert_eq!((everyone.items.len(), everyone.next_page_token.as_str()), (5, ""));
+    assert!(store.jobs(None, &[JobState::Paused], 5, "").await.unwrap().items.is_empty());
+    assert!(store.jobs(None, &[], 5, "x").await.is_err());
+}
+
+#[tokio::test]
+async fn a_page_ends_before_its_rows_are_too_large_for_an_answer() {
+    let (_dir, store) = open().await;
+    let large = Value::String("x".repeat(PAGE_BYTES / 5 * 2));
+    for i in 0..9 {
+        let mut request = request(0);
+        // The fifth job alone is larger than a page.
+        let texts = if i == 4 { 4 } else { 1 };
+        request.chat_template_kwargs = (0..texts).map(|n| (format!("text{n}"), large.clone())).collect();
+        insert(&store, &job(&format!("job-{i}"), request), None).await;
+    }
+    let (mut token, mut pages) = (String::new(), Vec::new());
+    loop {
+        let page = store.jobs(None, &[], 1000, &token).await.unwrap();
+        pages.push(page.items.into_iter().map(|job| job.id).collect::<Vec<_>>());
+        token = page.next_page_token;
+        if token.is_empty() {
+            break;
+        }
+    }
+    let expected: [&[&str]; 5] = [&["job-8", "job-7"], &["job-6", "job-5"], &["job-4"], &["job-3", "job-2"], &["job-1", "job-0"]];
+    assert_eq!(pages, expected);
+}
