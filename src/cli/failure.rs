@@ -35,5 +35,5 @@ impl From<Status> for Failure {
     }
 }
 
-/// What a command returns.
+/// The result of a command.
 pub(super) type Outcome = Result<(), Failure>;

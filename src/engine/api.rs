@@ -312,9 +312,9 @@ pub enum EngineError {
          progress: retry when that has ended, or raise {setting}"
     )]
     NoRoom {
-        /// What they need.
+        /// Memory that they need, in MiB.
         needed_mib: u64,
-        /// What is left.
+        /// Memory that is left for them, in MiB.
         available_mib: u64,
         /// The settings that limit it.
         setting: &'static str,

@@ -40,9 +40,9 @@ impl HostMemory {
 /// machine's memory, less what runs in progress need.
 #[derive(Clone, Debug)]
 pub(super) struct Room {
-    /// What the base models leave of the memory that the device's passes use.
+    /// Bytes that the base models leave in the memory that the device's passes use.
     device: u64,
-    /// What the run on the device, or on its group of devices, needs of that.
+    /// Bytes of these that the run on the device, or on its group of devices, needs.
     run: Arc<AtomicU64>,
     host: HostMemory,
     /// Workers that share the machine's memory.

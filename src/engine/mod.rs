@@ -323,7 +323,7 @@ impl Engine {
         Memory::of(self.shared.bases.device())
     }
 
-    /// What a run over pairs of these lengths needs at its peak, the base models included, and what it may need, in bytes. A run that does not fit is
+    /// Returns the bytes that a run over pairs of these lengths needs at its peak, the base models included, and its limit. A run that does not fit is
     /// told what it needs at least.
     pub fn memory(
         &self,

@@ -1,4 +1,4 @@
-//! What a run needs of the memory.
+//! Counts the memory that a run needs besides the base models.
 
 use super::api::{EngineError, WeightsRef};
 use super::residents::{Bases, wants_exact, weight_bytes};

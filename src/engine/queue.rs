@@ -44,7 +44,7 @@ pub(super) struct Seeker<'a> {
 struct Waiting {
     run: TrainingRun,
     needs: Needs,
-    /// Whether its client was told that it waits for memory.
+    /// True once its client has been told that it waits for memory.
     told: bool,
 }
 
@@ -103,7 +103,7 @@ struct WorkerState {
     host: u64,
     /// Folders whose weights it has to forget.
     evicted: Vec<PathBuf>,
-    /// Whether it has to look if its weights still have room.
+    /// True if it must check that its loaded weights still fit.
     must_fit: bool,
     ended: bool,
 }
@@ -111,7 +111,7 @@ struct WorkerState {
 /// The bounded queue in front of the devices.
 pub(super) struct Queue<W> {
     limit: usize,
-    /// What runs in progress share.
+    /// The host's memory, which runs in progress share.
     host: HostMemory,
     inner: Mutex<Inner<W>>,
     changed: Condvar,

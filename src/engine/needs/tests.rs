@@ -1,4 +1,4 @@
-//! What a run needs besides its plan, and whether it starts with what was granted.
+//! Checks the memory that a run needs besides its plan, and that a run starts with what was granted.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -75,7 +75,7 @@ fn weights_that_must_not_be_rounded_are_copied_of_each_model_once() {
     assert_eq!(needs(&bases, "tiny", Some(&model("tiny")), &run), (4 * tiny, (4 * tiny, 4 * tiny)));
     let both = 4 * (tiny + other);
     assert_eq!(needs(&bases, "tiny", Some(&model("other")), &run), (both, (both, both)));
-    // What is stored in bf16 is not rounded. A GPU needs a copy in f32 all the same.
+    // Weights that are stored in bf16 are not rounded. A GPU needs a copy in f32 all the same.
     assert_eq!(needs(&bases, "stored_in_bf16", Some(&model("stored_in_bf16")), &run), (0, (4 * stored, 0)));
     // A fully trained policy has its weights in the plan, its frozen reference has not.
     let run = spec(Method::Full, Precision::F32);
