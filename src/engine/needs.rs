@@ -26,6 +26,14 @@ pub(super) struct Needs {
     pub host: u64,
 }
 
+impl Needs {
+    /// Returns the bytes that the run's plan may use on a device with `memory` bytes for the run:
+    /// what the copies of weights leave.
+    pub fn left_for_plan(self, memory: u64) -> u64 {
+        memory.saturating_sub(self.extra)
+    }
+}
+
 /// Returns what a run needs besides the base models and its plan. Admission, the estimate and the
 /// start of a run all use this function, so that a run plans with what was granted.
 pub(super) fn extra(

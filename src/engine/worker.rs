@@ -267,7 +267,7 @@ impl Worker {
         let (bases, residents) = (&self.bases, &mut self.scoring.residents);
         // The queue gives runs to workers that take them.
         let Some(Training { memory, helpers }) = &self.training else { return };
-        let for_plan = memory.saturating_sub(needs.extra);
+        let for_plan = needs.left_for_plan(*memory);
         let prepared = match end {
             Some(end) => Err(end),
             None => match guarded(|| run::prepare(&mut run, bases, read, residents, for_plan, helpers)) {

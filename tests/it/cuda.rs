@@ -162,6 +162,25 @@ fn a_gpu_computes_what_the_cpu_computes() {
     }
 }
 
+/// Log-probs in the reference cache are of all devices that computed them.
+#[test]
+fn the_arithmetic_names_each_device_and_the_version_of_cublas() {
+    let ComputeDevice::Cuda(cuda) = device() else { return drop(gpu_name()) };
+    let name = cuda.gpu().name();
+    let on_cpu = random(SHAPES[0].1, 1);
+    let on_gpu = Policy { device: device(), ..on_cpu.clone() };
+    let helped = Policy { helpers: Arc::new([device()]), ..on_cpu.clone() };
+    let [cpu, gpu, both] = [&on_cpu, &on_gpu, &helped].map(Policy::arithmetic);
+    assert!(gpu.contains(name), "{gpu}");
+    let version: Vec<char> = gpu.split("cuBLAS ").nth(1).unwrap_or_default().chars().take_while(|c| !c.is_whitespace()).collect();
+    assert!(version.first().is_some_and(char::is_ascii_digit), "{gpu}");
+    assert!(![&gpu, &both].contains(&&cpu) && gpu != both, "{cpu}; {gpu}; {both}");
+    for device in [&cpu, &gpu] {
+        let name = device.trim_end_matches(on_cpu.precision.name()).trim();
+        assert!(both.contains(name), "{both} does not name {name}");
+    }
+}
+
 /// Weights that are exact in bf16, so that both precisions start from the same.
 fn rounded(p: &Parameters) -> Parameters {
     p.map(|_, t| t.to_dtype(DType::BF16)?.to_dtype(DType::F32)).unwrap()

@@ -206,6 +206,27 @@ fn a_run_starts_in_exactly_the_memory_that_its_estimate_names_and_is_refused_wit
     }
 }
 
+/// A run with unrounded weights plans with what their copy leaves: where all the memory would do for
+/// the fastest plan, it takes a leaner one.
+#[test]
+fn a_plan_has_the_memory_that_copies_of_weights_leave() {
+    let bases = bases(Precision::Bf16);
+    let config = &bases.get("tiny").unwrap().policy.config;
+    let run = lora(Precision::F32);
+    assert_eq!(run.batch.activation_checkpointing, ActivationCheckpointing::Auto);
+    let extra = extra(&bases, "tiny", Some(&model("tiny")), &run, LENGTHS, Memory::Host).unwrap().device;
+    let plan = |available| estimate::plan(config, &run, LENGTHS, available, Memory::Host);
+    let fastest = plan(u64::MAX).unwrap().total();
+    let leanest = plan(0).unwrap_err().total();
+    let memory = extra + fastest - 1;
+    assert!(leanest < fastest && fastest <= memory, "{leanest} {fastest} {extra}");
+    let needs = Needs { extra, minimum: extra + leanest, host: 0 };
+    let chosen = plan(needs.left_for_plan(memory)).unwrap();
+    assert!(extra + chosen.total() <= memory);
+    assert_eq!(plan(memory).unwrap().total(), fastest, "without the copy it would be this one");
+    assert!(plan(needs.left_for_plan(needs.minimum)).is_ok() && plan(needs.left_for_plan(needs.minimum - 1)).is_err());
+}
+
 #[test]
 fn copies_of_weights_are_part_of_the_estimate() {
     let [moving, unrounded, plain] = specs().try_into().unwrap();
