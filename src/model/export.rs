@@ -14,10 +14,10 @@ use super::adapter::{Adapter, LowRank};
 use super::config::ModelConfig;
 use super::decoder::Policy;
 use super::error::ModelError;
-use super::ops::with_values;
 use super::params::{BlockParam, ParamId, ParamSpec, params};
 use super::tokenizer::{ChatTokenizer, GENERATION_CONFIG};
 use super::weights::ElementType;
+use crate::compute::cpu::with_values;
 
 /// The file with the weights, where one file holds them all.
 pub const WEIGHTS_FILE: &str = "model.safetensors";

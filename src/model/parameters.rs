@@ -9,9 +9,9 @@ use candle_core::{Tensor, bail};
 
 use super::config::ModelConfig;
 use super::error::ModelError;
-use super::ops::team;
 use super::params::{BlockParam, Linear, ParamId, ParamSpec, params};
 use super::weights::Weights;
+use crate::compute::cpu::thread_pool;
 use crate::domain::training::Precision;
 
 /// Tensors that are read at one time at most: each is in memory twice or three times while it is converted.
@@ -57,7 +57,7 @@ impl Parameters {
         let table = Table::of(config);
         let mut all: Vec<(&ParamSpec, Read)> = table.params.iter().map(|param| (param, None)).collect();
         let each = all.len().div_ceil(READERS);
-        team::chunks(&mut all, each, |_, part| {
+        thread_pool::chunks(&mut all, each, |_, part| {
             for (param, read) in part {
                 if failed.load(Ordering::Relaxed) {
                     return;

@@ -309,7 +309,7 @@ impl safetensors::View for Bytes {
     }
 
     fn data(&self) -> std::borrow::Cow<'_, [u8]> {
-        let bytes = super::ops::with_values(&self.tensor, |v| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
+        let bytes = crate::compute::cpu::with_values(&self.tensor, |v| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
         // The tensor was made f32, contiguous and on the CPU by `new`, which is all that can fail here.
         std::borrow::Cow::Owned(bytes.unwrap_or_default())
     }

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::pair::SequenceGroup;
-use crate::model::layout::RowLayout;
+use crate::compute::layout::RowLayout;
 use crate::model::row::Row;
 
 /// An item and whose it is: only items of one owner share prompts, and an owner's items lie side by side.

@@ -9,9 +9,9 @@ use std::sync::Arc;
 
 use candle_core::{Error, Result};
 
+use crate::compute::cpu::head::HeadOutput;
 use crate::domain::training::Precision;
 use crate::model::backend::{Keep, PolicyView};
-use crate::model::ops::head::HeadOutput;
 use crate::model::params::ParamId;
 use crate::model::row::PreparedRow;
 

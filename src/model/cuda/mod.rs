@@ -7,17 +7,12 @@
 mod attention;
 mod backend;
 mod block;
-mod gpu;
 mod gradients;
 mod head;
-mod kernels;
 mod opened;
-mod ops;
-mod pool;
 mod projections;
 mod row;
 pub mod sizes;
-mod staging;
 mod weights;
 
 use std::sync::Arc;
@@ -25,19 +20,19 @@ use std::sync::Arc;
 use candle_core::Result;
 
 use self::backend::CudaBackend;
-pub use self::gpu::Gpu;
 pub use self::gradients::GradientBuffers;
-use self::kernels::Kind;
 use self::opened::{OpenPolicy, OpenRow};
 use self::row::DeviceRow;
 use self::weights::{Copies, DeviceAdapter, DeviceWeights};
 use super::adapter::Adapter;
 use super::backend::{Keep, PolicyView};
-use super::ops::head::HeadOutput;
 use super::parameters::Parameters;
 use super::params::ParamId;
 use super::pass::{self, Tape};
 use super::row::PreparedRow;
+use crate::compute::cpu::head::HeadOutput;
+pub use crate::compute::cuda::gpu::Gpu;
+use crate::compute::cuda::kernels::Kind;
 use crate::domain::training::Precision;
 
 /// A GPU with the weights that are on it.

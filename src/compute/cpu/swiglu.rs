@@ -7,7 +7,7 @@ use half::bf16;
 use super::buffer::Buffer;
 use super::gemm::{Kernel, NR, Operand, Shared, TiledOperand};
 use super::simd::{dispatch, sigmoid};
-use super::team;
+use super::thread_pool;
 
 /// y `[T, F]` from `[gate | up]` `[T, 2F]`, to be multiplied.
 pub fn swiglu(kernel: Kernel, gate_up: &[f32], width: usize) -> Operand<'static> {
@@ -27,8 +27,8 @@ pub fn swiglu(kernel: Kernel, gate_up: &[f32], width: usize) -> Operand<'static>
 /// Replaces `[gate | up]` by its gradient for the upstream gradient `g` `[T, F]`. With s = σ(gate): d_up = g·gate·s,
 /// d_gate = g·up·s·(1 + gate·(1 − s)).
 pub fn swiglu_backward(gate_up: &mut [f32], width: usize, g: &[f32]) {
-    let rows = team::rows_per_task(g.len() / width);
-    team::chunks(gate_up, rows * 2 * width, |i, gate_up| {
+    let rows = thread_pool::rows_per_task(g.len() / width);
+    thread_pool::chunks(gate_up, rows * 2 * width, |i, gate_up| {
         let g = &g[i * rows * width..];
         dispatch(
             #[inline(always)]

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::keys::{Along, Keys};
-use crate::model::layout::RowLayout;
-use crate::model::ops::gemm::{Kernel, NR, Operand, Product, panel_product};
+use crate::compute::cpu::gemm::{Kernel, NR, Operand, Product, panel_product};
+use crate::compute::layout::RowLayout;
 
 /// Queries in a block.
 pub(super) const BLOCK: usize = 64;

@@ -1,14 +1,14 @@
 //! Reused memory for activations: fresh pages cost more than the work on them, and a large allocation is fresh pages every time.
 //!
-//! Buffers are parts of one large range of addresses, the lowest that is free (`model/ranges.rs`); their content is whatever was there before. Pages come when they are
+//! Buffers are parts of one large range of addresses, the lowest that is free (`compute/free_list.rs`); their content is whatever was there before. Pages come when they are
 //! first touched and stay until [`Buffer::trim`], so what is held stays near the most that was in use at one time.
 
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::team;
-use crate::model::ranges::Ranges;
+use super::thread_pool;
+use crate::compute::free_list::FreeList;
 
 /// In bytes; every buffer begins at a multiple, so that none shares a cache line with another, or a vector's load crosses into one.
 const ALIGNMENT: usize = 128;
@@ -17,7 +17,7 @@ const LARGE_PAGE: usize = 2 << 20;
 /// The largest pages that systems have by default, in bytes: what is a multiple of it is one of theirs.
 const PAGE: usize = 64 << 10;
 
-static ARENA: Mutex<Arena> = Mutex::new(Arena { base: None, reserved: 0, usable: 0, highest: 0, ranges: Ranges::new() });
+static ARENA: Mutex<Arena> = Mutex::new(Arena { base: None, reserved: 0, usable: 0, highest: 0, ranges: FreeList::new() });
 
 /// The range of addresses; sizes in bytes.
 struct Arena {
@@ -28,7 +28,7 @@ struct Arena {
     usable: usize,
     /// The end of what was in use since the last trim.
     highest: usize,
-    ranges: Ranges,
+    ranges: FreeList,
 }
 
 #[derive(Clone, Copy)]
@@ -172,7 +172,7 @@ impl Buffer {
     pub fn copy_of(values: &[f32]) -> Self {
         const PART: usize = 1 << 16;
         let mut b = Self::dirty(values.len());
-        team::chunks(&mut b, PART, |i, to| to.copy_from_slice(&values[i * PART..][..to.len()]));
+        thread_pool::chunks(&mut b, PART, |i, to| to.copy_from_slice(&values[i * PART..][..to.len()]));
         b
     }
 
@@ -263,7 +263,7 @@ mod tests {
 
     #[test]
     fn a_trim_gives_pages_back() {
-        let mut arena = Arena { base: None, reserved: 0, usable: 0, highest: 0, ranges: Ranges::new() };
+        let mut arena = Arena { base: None, reserved: 0, usable: 0, highest: 0, ranges: FreeList::new() };
         let sizes = [5 * PAGE, 2 * LARGE_PAGE + ALIGNMENT, 3 * PAGE + ALIGNMENT];
         let taken = sizes.map(|size| {
             let at = arena.take(size).unwrap();

@@ -12,7 +12,7 @@ pub mod rms_norm;
 pub mod rope;
 pub mod simd;
 pub mod swiglu;
-pub mod team;
+pub mod thread_pool;
 
 #[cfg(test)]
 mod tests;

@@ -6,7 +6,7 @@
 use super::buffer::Buffer;
 use super::gemm::{Elements, Kernel, NR, Operand, Shared, Term, Threads, View, matmul, pack_panel, panel_product};
 use super::simd::{dispatch, exp, exp_moments, exp_sum, max, sum};
-use super::team;
+use super::thread_pool;
 
 /// Columns of the vocabulary in a tile; a multiple of [`NR`].
 const TILE: usize = 512;
@@ -17,7 +17,7 @@ pub const KEPT: usize = 1 << 26;
 
 /// Rows of a task: as many tasks for each thread, of about one size, in whole strips of the kernel. No row's result depends on it.
 fn rows_per_task(kernel: Kernel, rows: usize) -> usize {
-    let turns = 2 * team::threads();
+    let turns = 2 * thread_pool::threads();
     let tasks = turns * rows.div_ceil(turns * MAX_ROWS).max(1);
     rows.div_ceil(tasks).max(1).next_multiple_of(kernel.rows())
 }
@@ -165,7 +165,7 @@ pub fn head(kernel: Kernel, h: &[f32], w: Elements, hidden: usize, targets: &[u3
         let out = Shared(gradient.as_mut_ptr());
         let keeps = (tile.first / TILE + 1) * rows * TILE <= kept.exponentials.len();
         let (exponentials, maxima) = (Shared(kept.exponentials.as_mut_ptr()), Shared(kept.maxima.as_mut_ptr()));
-        team::chunks(&mut running, per_task, |i, running| {
+        thread_pool::chunks(&mut running, per_task, |i, running| {
             let (first, n) = (i * per_task, running.len());
             let mut passing = Buffer::dirty(if keeps { 0 } else { n * TILE });
             let place = tile.first / TILE * rows + first;
@@ -223,7 +223,7 @@ pub fn head(kernel: Kernel, h: &[f32], w: Elements, hidden: usize, targets: &[u3
 
 /// W_y − (Σ_v e^(l_v − max)·W_v) / Σ_v e^(l_v − max).
 fn finish_gradient(gradient: &mut [f32], w: Elements, hidden: usize, targets: &[u32], running: &[Running]) {
-    team::chunks(gradient, hidden, |i, row| {
+    thread_pool::chunks(gradient, hidden, |i, row| {
         let (at, inverse) = (targets[i] as usize * hidden, 1.0 / running[i].sum);
         match w {
             Elements::F32(w) => row.iter_mut().zip(&w[at..]).for_each(|(x, w)| *x = w - *x * inverse),
@@ -270,14 +270,14 @@ pub fn head_weight_gradient(
     let kept = exponentials.len() / (rows * TILE).max(1);
     for (tile, errors) in exponentials.chunks_mut((rows * TILE).max(1)).enumerate() {
         let width = TILE.min(vocabulary - tile * TILE);
-        team::chunks(errors, per_task * TILE, |i, errors| finish(tile, width, i * per_task, errors));
+        thread_pool::chunks(errors, per_task * TILE, |i, errors| finish(tile, width, i * per_task, errors));
         add(tile, width, errors);
     }
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
     let mut errors = Buffer::dirty(rows * TILE);
     for_each_tile(kernel, w, hidden, kept * TILE, false, |part| {
         let tile = part.first / TILE;
-        team::chunks(&mut errors, per_task * TILE, |i, errors| {
+        thread_pool::chunks(&mut errors, per_task * TILE, |i, errors| {
             let first = i * per_task;
             part.logits(kernel, &operand, first, errors.len() / TILE, errors);
             for (row, i) in errors.chunks_mut(TILE).zip(first..) {
@@ -317,10 +317,10 @@ fn for_each_tile(kernel: Kernel, w: Elements, hidden: usize, from: usize, gradie
     for first in (from..vocabulary).step_by(TILE) {
         let width = TILE.min(vocabulary - first);
         let k = kernel.depth(width);
-        team::chunks(&mut across.units_mut()[..width.div_ceil(NR) * depth * NR], depth * NR, |i, panel| {
+        thread_pool::chunks(&mut across.units_mut()[..width.div_ceil(NR) * depth * NR], depth * NR, |i, panel| {
             pack_panel(kernel, view.t(), 0, hidden, first + i * NR, NR.min(width - i * NR), panel);
         });
-        team::chunks(&mut along.units_mut()[..sums * NR * k], k * NR, |i, panel| {
+        thread_pool::chunks(&mut along.units_mut()[..sums * NR * k], k * NR, |i, panel| {
             pack_panel(kernel, view, first, width, i * NR, NR.min(hidden - i * NR), panel);
         });
         f(&Tile { first, width, hidden, depth, across: across.units(), along: along.units() });

@@ -1,9 +1,9 @@
 //! Keys and values packed for the kernels, per key head and segment, so that every query block that sees them shares the work.
 
-use crate::model::layout::RowLayout;
-use crate::model::ops::buffer::Buffer;
-use crate::model::ops::gemm::{Kernel, NR, View, pack_panel};
-use crate::model::ops::team;
+use crate::compute::cpu::buffer::Buffer;
+use crate::compute::cpu::gemm::{Kernel, NR, View, pack_panel};
+use crate::compute::cpu::thread_pool;
+use crate::compute::layout::RowLayout;
 
 /// Packed for products over D: Bᵀ `[D, keys]`, a panel being [`NR`] keys of one segment.
 pub(super) struct Keys {
@@ -35,7 +35,7 @@ impl Keys {
         }
         let panels = places.len();
         let mut units = Buffer::dirty(heads * panels * depth * NR);
-        team::chunks(units.units_mut(), depth * NR, |i, panel| {
+        thread_pool::chunks(units.units_mut(), depth * NR, |i, panel| {
             let (head, place) = (i / panels, &places[i % panels]);
             let view = View::f32(&tokens[place.start * row + at(head)..], row).t();
             pack_panel(kernel, view, 0, dim, 0, place.len(), panel);
@@ -90,7 +90,7 @@ impl Along {
         let panels = dim.div_ceil(NR);
         let depth = first[first.len() - 1];
         let mut units = Buffer::dirty(heads * panels * depth * NR);
-        team::chunks(units.units_mut(), depth * NR, |i, panel| {
+        thread_pool::chunks(units.units_mut(), depth * NR, |i, panel| {
             let (head, column) = (i / panels, i % panels * NR);
             for (stretch, s) in stretches.iter().enumerate() {
                 let view = View::f32(&tokens[s.start * row + at(head) + column..], row);

@@ -1,7 +1,7 @@
-//! Parallel loops over a fixed team of threads.
+//! Parallel loops over a fixed pool of threads.
 //!
-//! A forward pass is thousands of loops of a fraction of a millisecond each: a general pool's wake-ups between them cost a tenth of the time. Here
-//! the team's threads watch for the next loop for a moment before they sleep. One loop runs at a time; a loop inside a task, or while another
+//! A forward pass is thousands of loops of a fraction of a millisecond each: a general one's wake-ups between them cost a tenth of the time. Here
+//! the pool's threads watch for the next loop for a moment before they sleep. One loop runs at a time; a loop inside a task, or while another
 //! caller's loop runs, is done by its caller alone. Results do not depend on who did what: a task is a pure function of its index.
 
 use std::any::Any;
@@ -18,7 +18,7 @@ const CLOSED: u64 = 1 << 16;
 const NEXT_LOOP: u64 = 1 << 17;
 
 static THREADS: AtomicUsize = AtomicUsize::new(0);
-static TEAM: OnceLock<Team> = OnceLock::new();
+static POOL: OnceLock<ThreadPool> = OnceLock::new();
 
 thread_local! {
     static INSIDE: Cell<bool> = const { Cell::new(false) };
@@ -31,7 +31,7 @@ pub fn set_threads(threads: usize) {
 
 /// Threads that share a loop, the caller included.
 pub fn threads() -> usize {
-    team().helpers + 1
+    pool().helpers + 1
 }
 
 type Task<'a> = &'a (dyn Fn(usize) + Sync);
@@ -42,7 +42,7 @@ struct Loop {
     tasks: usize,
 }
 
-struct Team {
+struct ThreadPool {
     helpers: usize,
     /// Held by the caller of the running loop.
     caller: Mutex<()>,
@@ -57,12 +57,12 @@ struct Team {
 }
 
 // SAFETY: `current` changes only while no helper is inside, which `state` and `left` see to.
-unsafe impl Sync for Team {}
+unsafe impl Sync for ThreadPool {}
 // SAFETY: the task pointer is only used while its loop runs.
-unsafe impl Send for Team {}
+unsafe impl Send for ThreadPool {}
 
-fn team() -> &'static Team {
-    TEAM.get_or_init(|| {
+fn pool() -> &'static ThreadPool {
+    POOL.get_or_init(|| {
         let wanted = THREADS.load(Ordering::Relaxed);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let mut helpers = if wanted > 0 { wanted } else { cores } - 1;
@@ -73,7 +73,7 @@ fn team() -> &'static Team {
             }
         }
         helpers = started;
-        Team {
+        ThreadPool {
             helpers,
             caller: Mutex::new(()),
             state: AtomicU64::new(CLOSED),
@@ -90,19 +90,19 @@ fn team() -> &'static Team {
 /// A helper's life.
 fn help() {
     INSIDE.set(true);
-    let team = loop {
-        match TEAM.get() {
-            Some(team) => break team,
+    let pool = loop {
+        match POOL.get() {
+            Some(pool) => break pool,
             None => std::thread::yield_now(),
         }
     };
     let mut seen = 0;
     loop {
-        let state = team.wait_for_loop(seen);
+        let state = pool.wait_for_loop(seen);
         seen = state / NEXT_LOOP;
-        if team.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Acquire).is_ok() {
-            team.take_part();
-            team.left.fetch_add(1, Ordering::Release);
+        if pool.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+            pool.take_part();
+            pool.left.fetch_add(1, Ordering::Release);
         } else {
             // Another helper entered at the same time, or the loop was closed: look again.
             seen = seen.saturating_sub(1);
@@ -110,7 +110,7 @@ fn help() {
     }
 }
 
-impl Team {
+impl ThreadPool {
     /// The state of an open loop after number `seen`.
     fn wait_for_loop(&self, seen: u64) -> u64 {
         let open = |state: u64| state & CLOSED == 0 && state / NEXT_LOOP > seen;
@@ -188,13 +188,13 @@ impl Team {
 
 /// Runs `f(i)` for every i below `tasks`, on all threads.
 pub fn for_each(tasks: usize, f: impl Fn(usize) + Sync) {
-    let team = team();
+    let pool = pool();
     if tasks > 1
-        && team.helpers > 0
+        && pool.helpers > 0
         && !INSIDE.get()
-        && let Some(panic) = team.run(tasks, &f)
+        && let Some(panic) = pool.run(tasks, &f)
     {
-        // Nothing is locked any more: a panic here must not poison the team.
+        // Nothing is locked any more: a panic here must not poison the pool.
         if let Some(panic) = panic {
             resume_unwind(panic);
         }
@@ -274,13 +274,13 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_in_a_task_reaches_the_caller_and_the_team_goes_on() {
+    fn a_panic_in_a_task_reaches_the_caller_and_the_pool_goes_on() {
         let result = catch_unwind(|| for_each(100, |i| assert!(i != 50, "task {i}")));
         assert!(result.is_err());
         let mut data = vec![0usize; 10];
         chunks(&mut data, 3, |i, c| c.fill(i));
         assert_eq!(data, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]);
-        assert!(!team().caller.is_poisoned(), "loops go on in parallel");
+        assert!(!pool().caller.is_poisoned(), "loops go on in parallel");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! A GPU through the driver's API: memory from a pool, kernels by name, matrix products by cuBLAS. Both libraries are looked for when a GPU is asked
+//! A GPU through the driver's API: memory from an arena, kernels by name, matrix products by cuBLAS. Both libraries are looked for when a GPU is asked
 //! for, so that one program starts with and without them.
 //!
 //! One stream, in whose order everything happens: memory that was given back may be taken again at once.
@@ -12,10 +12,10 @@ use candle_core::{Result, bail};
 use cudarc::cublas::{result as blas, sys as blas_sys};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result as driver, sys as driver_sys};
 
+use super::arena::Arena;
 use super::kernels::{self, Arg, Kind, Launch};
-use super::pool::Pool;
 use super::staging::Staging;
-use crate::model::error::OutOfMemory;
+use crate::compute::out_of_memory::OutOfMemory;
 
 /// Workspace that cuBLAS gets, once: with it a product's result does not depend on what ran before. The size is what NVIDIA advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
@@ -31,7 +31,7 @@ pub struct Gpu {
     blas: Mutex<Blas>,
     module: driver_sys::CUmodule,
     functions: HashMap<(&'static str, Option<Kind>), driver_sys::CUfunction>,
-    pool: Mutex<Pool>,
+    arena: Mutex<Arena>,
     staging: Mutex<Staging>,
     lost: AtomicBool,
     name: String,
@@ -59,11 +59,11 @@ impl std::fmt::Debug for Gpu {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Address(pub(super) u64);
 
-/// Memory on the device; goes back to the pool when dropped.
+/// Memory on the device; goes back to the arena when dropped.
 pub struct Memory {
     gpu: Arc<Gpu>,
     address: u64,
-    /// What was taken from the pool.
+    /// What was taken from the arena.
     size: usize,
     kind: Kind,
     len: usize,
@@ -190,11 +190,11 @@ impl Gpu {
         let total = context.total_mem().map_err(|e| failed("asking for its memory", e))?;
         let maps = driver_sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED;
         let can_map = context.attribute(maps).is_ok_and(|supported| supported != 0);
-        let pool = Pool::open(ordinal, total, total / RESERVE, can_map);
+        let arena = Arena::open(ordinal, total, total / RESERVE, can_map);
         let staging = Mutex::new(Staging::open().map_err(|e| failed("allocating page-locked memory", e))?);
         tracing::info!(gpu = name, ordinal, capability = format!("{major}.{minor}"), "GPU opened");
-        let (pool, lost) = (Mutex::new(pool), AtomicBool::new(false));
-        let gpu = Arc::new(Gpu { context, stream, blas, module, functions, pool, staging, lost, name, blas_version });
+        let (arena, lost) = (Mutex::new(arena), AtomicBool::new(false));
+        let gpu = Arc::new(Gpu { context, stream, blas, module, functions, arena, staging, lost, name, blas_version });
         gpu.refuse_reduced_precision()?;
         Ok(gpu)
     }
@@ -223,15 +223,15 @@ impl Gpu {
         self.context.ordinal()
     }
 
-    /// Bytes that are free (what the pool could give back included), and all bytes.
+    /// Bytes that are free (what the arena could give back included), and all bytes.
     pub fn memory(&self) -> Result<(u64, u64)> {
         let (free, total) = self.context.mem_get_info().map_err(|e| self.noted("asking for free memory", e))?;
-        Ok(((free + self.pool().free_bytes()) as u64, total as u64))
+        Ok(((free + self.arena().free_bytes()) as u64, total as u64))
     }
 
     /// The most bytes that were in use at one time.
     pub fn peak_bytes(&self) -> u64 {
-        self.pool().peak_bytes() as u64
+        self.arena().peak_bytes() as u64
     }
 
     /// Whether it failed in a way that every later call fails, too: only a new process can use it again.
@@ -244,17 +244,17 @@ impl Gpu {
         self.context.bind_to_thread().map_err(|e| self.noted("choosing the GPU", e))
     }
 
-    fn pool(&self) -> MutexGuard<'_, Pool> {
-        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    fn arena(&self) -> MutexGuard<'_, Arena> {
+        self.arena.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Gives all free memory back to the driver.
     pub fn trim(&self) -> Result<()> {
         self.bind()?;
         // Nothing is given back between the wait and the trim.
-        let mut pool = self.pool();
+        let mut arena = self.arena();
         self.synchronize()?;
-        pool.trim().map_err(|e| self.noted("freeing memory", e))
+        arena.trim().map_err(|e| self.noted("freeing memory", e))
     }
 
     /// Waits until the stream is done.
@@ -265,7 +265,7 @@ impl Gpu {
     /// `len` elements with any content.
     pub fn dirty(self: &Arc<Self>, kind: Kind, len: usize) -> Result<Memory> {
         let bytes = len * kind.bytes();
-        let found = self.pool().take(bytes);
+        let found = self.arena().take(bytes);
         let (address, size) = match found {
             Some(found) => found,
             None => self.take_after_trim(bytes)?,
@@ -273,10 +273,10 @@ impl Gpu {
         Ok(Memory { gpu: self.clone(), address, size, kind, len })
     }
 
-    /// What the pool keeps elsewhere may be enough.
+    /// What the arena keeps elsewhere may be enough.
     fn take_after_trim(&self, bytes: usize) -> Result<(u64, usize)> {
         self.trim()?;
-        let found = self.pool().take(bytes);
+        let found = self.arena().take(bytes);
         found.ok_or_else(|| {
             let free = driver::mem_get_info().map_or(0, |(free, _)| free);
             out_of_memory(format!("the GPU is out of memory: {} MiB are wanted, {} MiB are free", bytes >> 20, free >> 20))
@@ -568,7 +568,7 @@ impl Drop for Memory {
             // SAFETY: the memory is that long. On a thread without the context the call fails, and changes nothing.
             let _ = unsafe { driver::memset_d8_async(self.address, 0xff, self.size, self.gpu.stream.cu_stream()) };
         }
-        self.gpu.pool().give(self.address, self.size);
+        self.gpu.arena().give(self.address, self.size);
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::simd::dispatch;
-use super::team;
+use super::thread_pool;
 
 /// cos and sin for each token of a row, `[T, D/2]` each, the attention factor multiplied in.
 #[derive(Clone, Debug)]
@@ -48,8 +48,8 @@ pub fn rotate(x: &mut [f32], stride: usize, heads: usize, table: &RopeTable, dir
     let half = table.half;
     let sign = if direction == Direction::Forward { 1.0 } else { -1.0 };
     debug_assert!(x.len() / stride * half == table.cos.len() && heads * 2 * half <= stride);
-    let rows = team::rows_per_task(x.len() / stride);
-    team::chunks(x, rows * stride, |task, x| {
+    let rows = thread_pool::rows_per_task(x.len() / stride);
+    thread_pool::chunks(x, rows * stride, |task, x| {
         for (r, row) in x.chunks_mut(stride).enumerate() {
             let t = task * rows + r;
             let (cos, sin) = (&table.cos[t * half..][..half], &table.sin[t * half..][..half]);

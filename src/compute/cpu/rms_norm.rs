@@ -2,7 +2,7 @@
 
 use super::gemm::{Kernel, Operand};
 use super::simd::{dispatch, sum};
-use super::team;
+use super::thread_pool;
 
 /// 1 / √(mean(x²) + ε).
 #[inline(always)]
@@ -21,8 +21,8 @@ fn normalise(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
 /// y = norm of each row of `x`, rows as wide as `w`.
 pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
     let width = w.len();
-    let rows = team::rows_per_task(y.len() / width);
-    team::chunks(y, rows * width, |i, y| {
+    let rows = thread_pool::rows_per_task(y.len() / width);
+    thread_pool::chunks(y, rows * width, |i, y| {
         for (y, x) in y.chunks_mut(width).zip(x[i * rows * width..].chunks(width)) {
             dispatch(
                 #[inline(always)]
@@ -65,8 +65,8 @@ fn add_weight_gradient(x: &[f32], g: &[f32], eps: f32, dw: &mut [f32]) {
 /// Adds the gradients for the upstream gradient `g` to `dx` and, when it is wanted, to `dw`.
 pub fn rms_norm_backward(x: &[f32], w: &[f32], g: &[f32], eps: f32, dx: &mut [f32], dw: Option<&mut [f32]>) {
     let width = w.len();
-    let rows = team::rows_per_task(dx.len() / width);
-    team::chunks(dx, rows * width, |i, dx| {
+    let rows = thread_pool::rows_per_task(dx.len() / width);
+    thread_pool::chunks(dx, rows * width, |i, dx| {
         let from = i * rows * width;
         for ((dx, x), g) in dx.chunks_mut(width).zip(x[from..].chunks(width)).zip(g[from..].chunks(width)) {
             dispatch(
@@ -99,7 +99,7 @@ pub struct HeadColumns {
 /// Norms every head in place (Qwen3), `w` being as wide as a head.
 pub fn head_norm(x: &mut [f32], heads: HeadColumns, w: &[f32], eps: f32) {
     let width = heads.count * w.len();
-    team::chunks(x, heads.stride, |_, row| {
+    thread_pool::chunks(x, heads.stride, |_, row| {
         for head in row[heads.offset..heads.offset + width].chunks_mut(w.len()) {
             dispatch(
                 #[inline(always)]
@@ -127,7 +127,7 @@ pub fn head_norm_backward(x: &[f32], g: &mut [f32], heads: HeadColumns, w: &[f32
             }
         }
     }
-    team::chunks(g, heads.stride, |t, g| {
+    thread_pool::chunks(g, heads.stride, |t, g| {
         let x = &x[t * heads.stride..];
         let mut dx = vec![0f32; w.len()];
         for (g, x) in g[columns.clone()].chunks_mut(w.len()).zip(x[columns.clone()].chunks(w.len())) {

@@ -4,11 +4,11 @@ use std::ops::Range;
 
 use super::blocks::{Block, Heads, blocks, over_keys, sum_over_keys};
 use super::keys::{Along, Keys};
-use crate::model::layout::RowLayout;
-use crate::model::ops::buffer::Buffer;
-use crate::model::ops::gemm::{Kernel, NR, Operand, Product, Shared, View, panel_product};
-use crate::model::ops::simd::{dispatch, dot, exp};
-use crate::model::ops::team;
+use crate::compute::cpu::buffer::Buffer;
+use crate::compute::cpu::gemm::{Kernel, NR, Operand, Product, Shared, View, panel_product};
+use crate::compute::cpu::simd::{dispatch, dot, exp};
+use crate::compute::cpu::thread_pool;
+use crate::compute::layout::RowLayout;
 
 /// Scores of all heads that are kept between the two sweeps; longer rows are done in several rounds.
 pub const SCORES: usize = 1 << 24;
@@ -79,13 +79,13 @@ struct Transposed {
 impl Sweep<'_> {
     fn round(&self, all: &[Block], round: Range<usize>, keep: bool) {
         let h = self.heads.query;
-        let transposed: Vec<Transposed> = team::map(round.len() * h, |i| self.by_queries(&all[round.start + i / h], i % h));
+        let transposed: Vec<Transposed> = thread_pool::map(round.len() * h, |i| self.by_queries(&all[round.start + i / h], i % h));
         // Keys of a segment that no block of the round sees still need zeros in the first round.
         let tasks: Vec<(usize, usize, usize)> = (0..self.layout.segments.len())
             .flat_map(|s| (0..self.layout.segments[s].tokens.len().div_ceil(NR)).map(move |i| (s, i)))
             .flat_map(|(s, i)| (0..self.heads.key).map(move |kv| (s, i, kv)))
             .collect();
-        team::for_each(tasks.len(), |task| {
+        thread_pool::for_each(tasks.len(), |task| {
             let (segment, i, kv) = tasks[task];
             self.by_keys(all, round.clone(), &transposed, segment, i, kv, keep);
         });

@@ -16,14 +16,14 @@ use candle_core::{Result, bail};
 use super::gpu::{Gpu, Memory};
 use super::kernels::Kind::{Bf16, F32};
 use super::kernels::{Arg, AttentionPass, Kind, Launch, tensor_core_kernel};
-use crate::model::ops::attention::Heads;
-use crate::model::ops::rope::Direction;
+use crate::compute::cpu::attention::Heads;
+use crate::compute::cpu::rope::Direction;
 
 /// Floats of a row's softmax in the head's kernels (`State` in head.cu).
-pub(super) const SOFTMAX_STATE: usize = 8;
+pub(crate) const SOFTMAX_STATE: usize = 8;
 
 /// Integers of an entry of a list of tiles, for attention.
-pub(super) const TILE_ENTRY: usize = 5;
+pub(crate) const TILE_ENTRY: usize = 5;
 
 /// Rows (for head norms: heads) whose terms one block of threads sums for the gradient of a norm's
 /// weight.
@@ -66,13 +66,13 @@ fn optional(memory: Option<&Memory>) -> Arg {
 }
 
 /// Number of partial sums for the gradient of a norm's weight over `rows` rows.
-pub(super) fn weight_partials(rows: usize) -> usize {
+pub(crate) fn weight_partials(rows: usize) -> usize {
     rows.div_ceil(ROWS_PER_PARTIAL)
 }
 
 /// Some columns of a row-major matrix.
 #[derive(Clone, Copy)]
-pub(super) struct Columns<'a> {
+pub(crate) struct Columns<'a> {
     pub matrix: &'a Memory,
     /// Width of the matrix.
     pub stride: usize,
@@ -104,7 +104,7 @@ fn check_columns(kernel: &str, operand: &str, end: usize, stride: usize) -> Resu
 /// Places of equally wide heads in the rows of a matrix: head h of row r starts at element
 /// r·stride + first + h·dim.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct HeadColumns {
+pub(crate) struct HeadColumns {
     pub rows: usize,
     pub stride: usize,
     pub first: usize,
@@ -128,7 +128,7 @@ impl HeadColumns {
 // ----------------------------------------------------------------------------------- moving rows
 
 /// x\[t, :\] = table\[ids\[t\], :\], with x `[T, width]` in f32, table `[V, width]`, ids `[T]`.
-pub(super) fn embed(gpu: &Gpu, x: &Memory, table: &Memory, ids: &Memory, width: usize) -> Result<()> {
+pub(crate) fn embed(gpu: &Gpu, x: &Memory, table: &Memory, ids: &Memory, width: usize) -> Result<()> {
     let tokens = ids.len();
     count_rows("embed", "table", table.len(), width)?;
     check("embed", &[("x", x, F32, tokens * width), ("ids", ids, F32, tokens)])?;
@@ -137,7 +137,7 @@ pub(super) fn embed(gpu: &Gpu, x: &Memory, table: &Memory, ids: &Memory, width: 
 }
 
 /// to\[i, :\] = from\[index\[i\], :\], with to `[n, width]`, from `[T, width]`, index `[n]`.
-pub(super) fn gather_rows(gpu: &Gpu, to: &Memory, from: &Memory, index: &Memory, width: usize) -> Result<()> {
+pub(crate) fn gather_rows(gpu: &Gpu, to: &Memory, from: &Memory, index: &Memory, width: usize) -> Result<()> {
     let rows = index.len();
     let source_rows = count_rows("gather_rows", "from", from.len(), width)?;
     check("gather_rows", &[("to", to, F32, rows * width), ("from", from, F32, source_rows * width), ("index", index, F32, rows)])?;
@@ -146,7 +146,7 @@ pub(super) fn gather_rows(gpu: &Gpu, to: &Memory, from: &Memory, index: &Memory,
 }
 
 /// Operands of [`scatter_rows`].
-pub(super) struct ScatterRows<'a> {
+pub(crate) struct ScatterRows<'a> {
     /// `[P, width]`
     pub to: &'a Memory,
     /// `[n, width]`
@@ -161,7 +161,7 @@ pub(super) struct ScatterRows<'a> {
 }
 
 /// to\[rows\[i\], :\] += Σ from\[order\[k\], :\] over k in offsets\[i\]..offsets\[i + 1\], in order.
-pub(super) fn scatter_rows(gpu: &Gpu, s: ScatterRows<'_>) -> Result<()> {
+pub(crate) fn scatter_rows(gpu: &Gpu, s: ScatterRows<'_>) -> Result<()> {
     let (unique, width) = (s.rows.len(), s.width);
     let target_rows = count_rows("scatter_rows", "to", s.to.len(), width)?;
     check(
@@ -179,7 +179,7 @@ pub(super) fn scatter_rows(gpu: &Gpu, s: ScatterRows<'_>) -> Result<()> {
 }
 
 /// to\[i, :\] = g\[i\] · from\[i, :\], with from `[n, width]` and g `[n]` in f32.
-pub(super) fn scale_rows(gpu: &Gpu, to: &Memory, from: &Memory, g: &Memory, width: usize) -> Result<()> {
+pub(crate) fn scale_rows(gpu: &Gpu, to: &Memory, from: &Memory, g: &Memory, width: usize) -> Result<()> {
     let (kind, rows) = (to.kind(), g.len());
     check("scale_rows", &[("to", to, kind, rows * width), ("from", from, F32, rows * width), ("g", g, F32, rows)])?;
     let args = [to.into(), from.into(), g.into(), rows.into(), width.into()];
@@ -187,7 +187,7 @@ pub(super) fn scale_rows(gpu: &Gpu, to: &Memory, from: &Memory, g: &Memory, widt
 }
 
 /// Rounds `from` to bf16.
-pub(super) fn cast_bf16(gpu: &Gpu, to: &Memory, from: &Memory) -> Result<()> {
+pub(crate) fn cast_bf16(gpu: &Gpu, to: &Memory, from: &Memory) -> Result<()> {
     let len = from.len();
     check("cast_bf16", &[("to", to, Bf16, len), ("from", from, F32, len)])?;
     gpu.launch("cast_bf16", None, Launch::strided(len), &[to.into(), from.into(), Arg::Long(len as i64)])
@@ -196,7 +196,7 @@ pub(super) fn cast_bf16(gpu: &Gpu, to: &Memory, from: &Memory) -> Result<()> {
 // ---------------------------------------------------------------------------------- element-wise
 
 /// Rotates the first heads of every row of `x` in place; cos and sin are `[T, D/2]`.
-pub(super) fn rope(gpu: &Gpu, x: &Memory, cos: &Memory, sin: &Memory, heads: HeadColumns, direction: Direction) -> Result<()> {
+pub(crate) fn rope(gpu: &Gpu, x: &Memory, cos: &Memory, sin: &Memory, heads: HeadColumns, direction: Direction) -> Result<()> {
     let HeadColumns { rows, stride, first, heads: count, dim } = heads;
     if first != 0 {
         bail!("CUDA: rope: heads must start at column 0, not {first}");
@@ -212,7 +212,7 @@ pub(super) fn rope(gpu: &Gpu, x: &Memory, cos: &Memory, sin: &Memory, heads: Hea
 }
 
 /// y = silu(gate) · up, with y `[T, width]` and gate_up = \[gate | up\] `[T, 2·width]`.
-pub(super) fn swiglu(gpu: &Gpu, y: &Memory, gate_up: &Memory, width: usize) -> Result<()> {
+pub(crate) fn swiglu(gpu: &Gpu, y: &Memory, gate_up: &Memory, width: usize) -> Result<()> {
     let tokens = count_rows("swiglu", "y", y.len(), width)?;
     check("swiglu", &[("gate_up", gate_up, y.kind(), 2 * y.len())])?;
     let args = [y.into(), gate_up.into(), tokens.into(), width.into()];
@@ -220,7 +220,7 @@ pub(super) fn swiglu(gpu: &Gpu, y: &Memory, gate_up: &Memory, width: usize) -> R
 }
 
 /// Replaces gate_up by its gradient, given that of y, `gy` `[T, width]`.
-pub(super) fn swiglu_backward(gpu: &Gpu, gate_up: &Memory, gy: &Memory, width: usize) -> Result<()> {
+pub(crate) fn swiglu_backward(gpu: &Gpu, gate_up: &Memory, gy: &Memory, width: usize) -> Result<()> {
     let tokens = count_rows("swiglu_backward", "gy", gy.len(), width)?;
     check("swiglu_backward", &[("gate_up", gate_up, gy.kind(), 2 * gy.len())])?;
     let args = [gate_up.into(), gy.into(), tokens.into(), width.into()];
@@ -228,7 +228,7 @@ pub(super) fn swiglu_backward(gpu: &Gpu, gate_up: &Memory, gy: &Memory, width: u
 }
 
 /// Adds a bias in f32 to every row of some columns.
-pub(super) fn add_bias(gpu: &Gpu, y: Columns<'_>, bias: &Memory) -> Result<()> {
+pub(crate) fn add_bias(gpu: &Gpu, y: Columns<'_>, bias: &Memory) -> Result<()> {
     let rows = y.rows("add_bias", "y")?;
     check("add_bias", &[("bias", bias, F32, y.count)])?;
     let add_to_y = true;
@@ -237,7 +237,7 @@ pub(super) fn add_bias(gpu: &Gpu, y: Columns<'_>, bias: &Memory) -> Result<()> {
 }
 
 /// out\[c\] += Σ_r g\[r, c\], with out in f32.
-pub(super) fn column_sum(gpu: &Gpu, out: &Memory, g: Columns<'_>) -> Result<()> {
+pub(crate) fn column_sum(gpu: &Gpu, out: &Memory, g: Columns<'_>) -> Result<()> {
     let rows = g.rows("column_sum", "g")?;
     check("column_sum", &[("out", out, F32, g.count)])?;
     let args = [out.into(), g.matrix.at(g.first).into(), rows.into(), g.count.into(), g.stride.into()];
@@ -247,7 +247,7 @@ pub(super) fn column_sum(gpu: &Gpu, out: &Memory, g: Columns<'_>) -> Result<()> 
 // ----------------------------------------------------------------------------------------- norms
 
 /// y = x / √(mean x² + ε) ⊙ w of every row, with x `[n, width]` and w `[width]` in f32.
-pub(super) fn rms_norm(gpu: &Gpu, y: &Memory, x: &Memory, w: &Memory, eps: f32) -> Result<()> {
+pub(crate) fn rms_norm(gpu: &Gpu, y: &Memory, x: &Memory, w: &Memory, eps: f32) -> Result<()> {
     let (kind, width) = (y.kind(), w.len());
     let rows = count_rows("rms_norm", "y", y.len(), width)?;
     check("rms_norm", &[("x", x, F32, y.len()), ("w", w, F32, width)])?;
@@ -256,7 +256,7 @@ pub(super) fn rms_norm(gpu: &Gpu, y: &Memory, x: &Memory, w: &Memory, eps: f32) 
 }
 
 /// Operands of [`rms_norm_backward`].
-pub(super) struct RmsNormBackward<'a> {
+pub(crate) struct RmsNormBackward<'a> {
     /// Receives the gradient of x on top of what it holds `[n, width]`, in f32.
     pub gx: &'a Memory,
     /// Receives 1 / √(mean x² + ε) of every row `[n]`, in f32.
@@ -271,7 +271,7 @@ pub(super) struct RmsNormBackward<'a> {
 }
 
 /// Adds the gradient of the norm's input to `gx`.
-pub(super) fn rms_norm_backward(gpu: &Gpu, n: RmsNormBackward<'_>) -> Result<()> {
+pub(crate) fn rms_norm_backward(gpu: &Gpu, n: RmsNormBackward<'_>) -> Result<()> {
     let (kind, width) = (n.g.kind(), n.w.len());
     let rows = count_rows("rms_norm_backward", "g", n.g.len(), width)?;
     check(
@@ -284,7 +284,7 @@ pub(super) fn rms_norm_backward(gpu: &Gpu, n: RmsNormBackward<'_>) -> Result<()>
 
 /// partial\[b, :\] = Σ g ⊙ x · inverse over the rows of part b of [`weight_partials`], with partial
 /// `[parts, width]`; their sum is the gradient of w.
-pub(super) fn rms_norm_weight(gpu: &Gpu, partial: &Memory, x: &Memory, inverse: &Memory, g: &Memory, width: usize) -> Result<()> {
+pub(crate) fn rms_norm_weight(gpu: &Gpu, partial: &Memory, x: &Memory, inverse: &Memory, g: &Memory, width: usize) -> Result<()> {
     let (kind, rows, parts) = (g.kind(), inverse.len(), weight_partials(inverse.len()));
     check(
         "rms_norm_weight",
@@ -300,7 +300,7 @@ pub(super) fn rms_norm_weight(gpu: &Gpu, partial: &Memory, x: &Memory, inverse: 
 }
 
 /// Norms heads in place, each over its own elements; w `[D]` in f32.
-pub(super) fn head_norm(gpu: &Gpu, x: &Memory, w: &Memory, heads: HeadColumns, eps: f32) -> Result<()> {
+pub(crate) fn head_norm(gpu: &Gpu, x: &Memory, w: &Memory, heads: HeadColumns, eps: f32) -> Result<()> {
     let HeadColumns { rows, stride, first, heads: count, dim } = heads;
     check("head_norm", &[("x", x, x.kind(), heads.elements("head_norm", "x")?), ("w", w, F32, dim)])?;
     let args = [x.into(), w.into(), rows.into(), stride.into(), first.into(), count.into(), dim.into(), eps.into()];
@@ -309,7 +309,7 @@ pub(super) fn head_norm(gpu: &Gpu, x: &Memory, w: &Memory, heads: HeadColumns, e
 }
 
 /// Operands of [`head_norm_backward`].
-pub(super) struct HeadNormBackward<'a> {
+pub(crate) struct HeadNormBackward<'a> {
     /// The gradient of the norm's output, which becomes that of its input.
     pub g: &'a Memory,
     /// Where wanted, receives the sums of g ⊙ x · inverse over the heads of each part of
@@ -323,7 +323,7 @@ pub(super) struct HeadNormBackward<'a> {
 }
 
 /// Replaces the gradient of normed heads by that of the heads before the norm.
-pub(super) fn head_norm_backward(gpu: &Gpu, n: HeadNormBackward<'_>, heads: HeadColumns) -> Result<()> {
+pub(crate) fn head_norm_backward(gpu: &Gpu, n: HeadNormBackward<'_>, heads: HeadColumns) -> Result<()> {
     let HeadColumns { rows, stride, first, heads: count, dim } = heads;
     let (kind, len, parts) = (n.g.kind(), heads.elements("head_norm_backward", "g")?, weight_partials(heads.items()));
     check("head_norm_backward", &[("g", n.g, kind, len), ("before", n.before, kind, len), ("w", n.w, F32, dim)])?;
@@ -349,7 +349,7 @@ pub(super) fn head_norm_backward(gpu: &Gpu, n: HeadNormBackward<'_>, heads: Head
 // ------------------------------------------------------------------------------------------ head
 
 /// Sets the softmax of every row to that of no logits, with state `[n, SOFTMAX_STATE]`.
-pub(super) fn head_start(gpu: &Gpu, state: &Memory) -> Result<()> {
+pub(crate) fn head_start(gpu: &Gpu, state: &Memory) -> Result<()> {
     let rows = count_rows("head_start", "state", state.len(), SOFTMAX_STATE)?;
     check("head_start", &[("state", state, F32, state.len())])?;
     gpu.launch("head_start", None, Launch::blocks(rows.div_ceil(256)), &[state.into(), rows.into()])
@@ -357,7 +357,7 @@ pub(super) fn head_start(gpu: &Gpu, state: &Memory) -> Result<()> {
 
 /// A tile of logits: tokens `first` to `first + width`, in rows of `stride` elements.
 #[derive(Clone, Copy)]
-pub(super) struct LogitTile<'a> {
+pub(crate) struct LogitTile<'a> {
     /// `[n, stride]`, in f32.
     pub logits: &'a Memory,
     pub stride: usize,
@@ -375,7 +375,7 @@ impl LogitTile<'_> {
 }
 
 /// Operands of [`head_tile`].
-pub(super) struct HeadTile<'a> {
+pub(crate) struct HeadTile<'a> {
     /// `[n, SOFTMAX_STATE]`, in f32.
     pub state: &'a Memory,
     /// With `gradient`, receives e^(l − max) of the tile, laid out as the logits.
@@ -391,7 +391,7 @@ pub(super) struct HeadTile<'a> {
 }
 
 /// Takes a tile of logits into every row's softmax.
-pub(super) fn head_tile(gpu: &Gpu, h: HeadTile<'_>) -> Result<()> {
+pub(crate) fn head_tile(gpu: &Gpu, h: HeadTile<'_>) -> Result<()> {
     let (kind, rows) = (h.p.kind(), h.targets.len());
     let elements = h.tile.elements("head_tile", rows)?;
     check(
@@ -420,14 +420,14 @@ pub(super) fn head_tile(gpu: &Gpu, h: HeadTile<'_>) -> Result<()> {
 }
 
 /// d\[i, :\] *= scales\[i\], in f32.
-pub(super) fn head_rescale(gpu: &Gpu, d: &Memory, scales: &Memory, width: usize) -> Result<()> {
+pub(crate) fn head_rescale(gpu: &Gpu, d: &Memory, scales: &Memory, width: usize) -> Result<()> {
     let rows = scales.len();
     check("head_rescale", &[("d", d, F32, rows * width), ("scales", scales, F32, rows)])?;
     gpu.launch("head_rescale", None, Launch::blocks(rows), &[d.into(), scales.into(), rows.into(), width.into()])
 }
 
 /// Operands of [`head_finish`].
-pub(super) struct HeadFinish<'a> {
+pub(crate) struct HeadFinish<'a> {
     /// Σ_v e^(l_v − max)·W_v, which becomes ∂log p/∂h `[n, width]`, in f32.
     pub d: &'a Memory,
     /// `[n, SOFTMAX_STATE]`, in f32.
@@ -440,7 +440,7 @@ pub(super) struct HeadFinish<'a> {
 }
 
 /// d\[i, :\] = W\[targets\[i\], :\] − d\[i, :\] / Σ e^(l − max).
-pub(super) fn head_finish(gpu: &Gpu, h: HeadFinish<'_>) -> Result<()> {
+pub(crate) fn head_finish(gpu: &Gpu, h: HeadFinish<'_>) -> Result<()> {
     let (kind, rows) = (h.w.kind(), h.targets.len());
     count_rows("head_finish", "w", h.w.len(), h.width)?;
     check(
@@ -452,7 +452,7 @@ pub(super) fn head_finish(gpu: &Gpu, h: HeadFinish<'_>) -> Result<()> {
 }
 
 /// Operands of [`head_errors`].
-pub(super) struct HeadErrors<'a> {
+pub(crate) struct HeadErrors<'a> {
     /// Receives ∂loss/∂logits, laid out as the logits.
     pub errors: &'a Memory,
     pub tile: LogitTile<'a>,
@@ -465,7 +465,7 @@ pub(super) struct HeadErrors<'a> {
 }
 
 /// errors\[i, j\] = g\[i\]·(1{first + j = targets\[i\]} − e^(logits\[i, j\] − lse\[i\])).
-pub(super) fn head_errors(gpu: &Gpu, h: HeadErrors<'_>) -> Result<()> {
+pub(crate) fn head_errors(gpu: &Gpu, h: HeadErrors<'_>) -> Result<()> {
     let (kind, rows) = (h.errors.kind(), h.targets.len());
     let elements = h.tile.elements("head_errors", rows)?;
     check(
@@ -491,13 +491,13 @@ pub(super) fn head_errors(gpu: &Gpu, h: HeadErrors<'_>) -> Result<()> {
 /// Returns whether [`attention_dkv`] writes a part for every query head, to be added up by
 /// [`attention_sum`]. The tensor-core kernel does: with one block for all query heads that share
 /// keys there would be fewer blocks than a GPU runs at a time.
-pub(super) fn has_key_gradient_parts(kind: Kind, heads: Heads) -> bool {
+pub(crate) fn has_key_gradient_parts(kind: Kind, heads: Heads) -> bool {
     tensor_core_kernel(kind, heads.dim, AttentionPass::Keys).is_some() && heads.query != heads.key
 }
 
 /// Which tokens attend to which: the tiles that blocks of threads work on.
 #[derive(Clone, Copy)]
-pub(super) struct AttentionTiles<'a> {
+pub(crate) struct AttentionTiles<'a> {
     pub heads: Heads,
     /// `[n, TILE_ENTRY]`: tiles of queries, or of keys for [`attention_dkv`].
     pub tiles: &'a Memory,
@@ -540,7 +540,7 @@ impl AttentionTiles<'_> {
 
 /// Computes attention's output `[T, H·D]` and log-sum-exps `[T, H]` in f32 from
 /// qkv = \[q | k | v\] `[T, (H + 2K)·D]`.
-pub(super) fn attention(gpu: &Gpu, out: &Memory, lse: &Memory, qkv: &Memory, over: AttentionTiles<'_>) -> Result<()> {
+pub(crate) fn attention(gpu: &Gpu, out: &Memory, lse: &Memory, qkv: &Memory, over: AttentionTiles<'_>) -> Result<()> {
     let (kind, tokens, heads) = (qkv.kind(), over.tokens(), over.heads);
     check(
         "attention",
@@ -551,7 +551,7 @@ pub(super) fn attention(gpu: &Gpu, out: &Memory, lse: &Memory, qkv: &Memory, ove
 }
 
 /// delta\[t, h\] = Σ_d out · dout of the head, with delta `[T, H]` in f32.
-pub(super) fn attention_delta(gpu: &Gpu, delta: &Memory, out: &Memory, dout: &Memory, heads: Heads) -> Result<()> {
+pub(crate) fn attention_delta(gpu: &Gpu, delta: &Memory, out: &Memory, dout: &Memory, heads: Heads) -> Result<()> {
     let kind = out.kind();
     let tokens = count_rows("attention_delta", "out", out.len(), heads.width())?;
     check("attention_delta", &[("delta", delta, F32, tokens * heads.query), ("dout", dout, kind, out.len())])?;
@@ -562,7 +562,7 @@ pub(super) fn attention_delta(gpu: &Gpu, delta: &Memory, out: &Memory, dout: &Me
 
 /// Operands of [`attention_dq`] and [`attention_dkv`].
 #[derive(Clone, Copy)]
-pub(super) struct AttentionBackward<'a> {
+pub(crate) struct AttentionBackward<'a> {
     /// Receives the gradient of `qkv`: its query columns by one kernel, the others by the other.
     pub dqkv: &'a Memory,
     /// `[T, (H + 2K)·D]`
@@ -594,14 +594,14 @@ impl AttentionBackward<'_> {
 }
 
 /// Computes the gradients of queries, over tiles of queries.
-pub(super) fn attention_dq(gpu: &Gpu, a: AttentionBackward<'_>, over: AttentionTiles<'_>) -> Result<()> {
+pub(crate) fn attention_dq(gpu: &Gpu, a: AttentionBackward<'_>, over: AttentionTiles<'_>) -> Result<()> {
     let args = [a.arguments("attention_dq", over)?.as_slice(), &over.arguments()].concat();
     over.launch(gpu, AttentionPass::Queries, a.qkv.kind(), over.heads.query, &args)
 }
 
 /// Computes the gradients of keys and values, over tiles of keys. Where
 /// [`has_key_gradient_parts`], they go to `parts` `[T, 2·H·D]` in f32 instead of `dqkv`.
-pub(super) fn attention_dkv(gpu: &Gpu, a: AttentionBackward<'_>, over: AttentionTiles<'_>, parts: Option<&Memory>) -> Result<()> {
+pub(crate) fn attention_dkv(gpu: &Gpu, a: AttentionBackward<'_>, over: AttentionTiles<'_>, parts: Option<&Memory>) -> Result<()> {
     let (kind, heads) = (a.qkv.kind(), over.heads);
     let mut args = [a.arguments("attention_dkv", over)?.as_slice(), &over.arguments()].concat();
     if parts.is_some() != has_key_gradient_parts(kind, heads) {
@@ -617,7 +617,7 @@ pub(super) fn attention_dkv(gpu: &Gpu, a: AttentionBackward<'_>, over: Attention
 }
 
 /// Sums `parts` over the query heads that share keys, into the key and value columns of `dqkv`.
-pub(super) fn attention_sum(gpu: &Gpu, dqkv: &Memory, parts: &Memory, heads: Heads) -> Result<()> {
+pub(crate) fn attention_sum(gpu: &Gpu, dqkv: &Memory, parts: &Memory, heads: Heads) -> Result<()> {
     let tokens = count_rows("attention_sum", "dqkv", dqkv.len(), heads.row())?;
     check("attention_sum", &[("dqkv", dqkv, Bf16, dqkv.len()), ("parts", parts, F32, 2 * tokens * heads.width())])?;
     let args = [dqkv.into(), parts.into(), heads.query.into(), heads.key.into(), heads.dim.into()];

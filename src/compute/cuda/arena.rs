@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use cudarc::driver::{DriverError, result as driver, sys};
 
-use crate::model::ranges::Ranges;
+use crate::compute::free_list::FreeList;
 
 /// The most memory that is mapped at a time.
 const MAX_CHUNK: usize = 32 << 20;
@@ -23,7 +23,7 @@ const MIN_CHUNKS: usize = 512;
 const ALIGNMENT: usize = 512;
 
 /// Memory on the device, free and in use.
-pub(super) struct Pool {
+pub(super) struct Arena {
     source: Source,
     live_bytes: usize,
     peak_bytes: usize,
@@ -32,7 +32,7 @@ pub(super) struct Pool {
 }
 
 enum Source {
-    Arena(Arena),
+    Mapped(Mapped),
     /// On a device that cannot map memory: pieces of the driver's, by size.
     Pieces {
         free: BTreeMap<usize, Vec<u64>>,
@@ -40,21 +40,21 @@ enum Source {
     },
 }
 
-impl Pool {
+impl Arena {
     /// The memory of GPU `ordinal`, which has `total` bytes; its context is current.
     pub fn open(ordinal: usize, total: usize, reserve: usize, can_map: bool) -> Self {
-        let arena = if can_map { Arena::reserve(ordinal, total) } else { Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_SUPPORTED)) };
-        let source = arena.map(Source::Arena).unwrap_or_else(|e| {
+        let arena = if can_map { Mapped::reserve(ordinal, total) } else { Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_SUPPORTED)) };
+        let source = arena.map(Source::Mapped).unwrap_or_else(|e| {
             tracing::info!(ordinal, reason = ?e.0, "memory of the GPU is taken piece by piece");
             Source::Pieces { free: BTreeMap::new(), free_bytes: 0 }
         });
-        Pool { source, live_bytes: 0, peak_bytes: 0, reserve }
+        Arena { source, live_bytes: 0, peak_bytes: 0, reserve }
     }
 
     /// At least so many bytes: the address, and how many they are; `None` when that would leave less than the reserve.
     pub fn take(&mut self, bytes: usize) -> Option<(u64, usize)> {
         let (address, size) = match &mut self.source {
-            Source::Arena(arena) => arena.take(bytes.max(1).next_multiple_of(ALIGNMENT), self.reserve)?,
+            Source::Mapped(arena) => arena.take(bytes.max(1).next_multiple_of(ALIGNMENT), self.reserve)?,
             Source::Pieces { free, free_bytes } => {
                 let class = size_class(bytes);
                 // Somewhat larger ones, too: rows differ in length.
@@ -77,7 +77,7 @@ impl Pool {
     pub fn give(&mut self, address: u64, size: usize) {
         self.live_bytes -= size;
         match &mut self.source {
-            Source::Arena(arena) => arena.give(address, size),
+            Source::Mapped(arena) => arena.give(address, size),
             Source::Pieces { free, free_bytes } => {
                 *free_bytes += size;
                 free.entry(size).or_default().push(address);
@@ -89,7 +89,7 @@ impl Pool {
     pub fn trim(&mut self) -> Result<(), DriverError> {
         self.peak_bytes = self.live_bytes;
         match &mut self.source {
-            Source::Arena(arena) => arena.trim(),
+            Source::Mapped(arena) => arena.trim(),
             Source::Pieces { free, free_bytes } => {
                 *free_bytes = 0;
                 // SAFETY: these came from the driver and are in nobody's hands.
@@ -101,7 +101,7 @@ impl Pool {
     /// Bytes that are held and not in use.
     pub fn free_bytes(&self) -> usize {
         match &self.source {
-            Source::Arena(arena) => arena.mapped - self.live_bytes,
+            Source::Mapped(arena) => arena.mapped - self.live_bytes,
             Source::Pieces { free_bytes, .. } => *free_bytes,
         }
     }
@@ -135,11 +135,11 @@ fn free_of_driver() -> usize {
 }
 
 /// A large range of addresses with memory behind the parts that were used.
-struct Arena {
+struct Mapped {
     base: u64,
     reserved: usize,
     place: sys::CUmemLocation,
-    ranges: Ranges,
+    ranges: FreeList,
     /// Bytes that are mapped at a time.
     chunk: usize,
     chunks: Vec<Option<sys::CUmemGenericAllocationHandle>>,
@@ -147,7 +147,7 @@ struct Arena {
     mapped: usize,
 }
 
-impl Arena {
+impl Mapped {
     fn reserve(ordinal: usize, total: usize) -> Result<Self, DriverError> {
         // Addresses cost nothing: twice the memory, for the holes between what is in use.
         let chunk = (total / MIN_CHUNKS).next_multiple_of(MIN_CHUNK).clamp(MIN_CHUNK, MAX_CHUNK);
@@ -157,7 +157,7 @@ impl Arena {
         unsafe { sys::cuMemAddressReserve(&raw mut base, reserved, chunk, 0, 0) }.result()?;
         let place = sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, id: ordinal as i32 };
         let chunks = vec![None; reserved / chunk];
-        Ok(Arena { base, reserved, place, ranges: Ranges::default(), chunk, chunks, mapped: 0 })
+        Ok(Mapped { base, reserved, place, ranges: FreeList::default(), chunk, chunks, mapped: 0 })
     }
 
     fn take(&mut self, size: usize, reserve: usize) -> Option<(u64, usize)> {
@@ -252,7 +252,7 @@ impl Arena {
     }
 }
 
-impl Drop for Arena {
+impl Drop for Mapped {
     fn drop(&mut self) {
         // With memory in use the addresses stay: the process ends.
         if self.trim().is_ok() && self.mapped == 0 {

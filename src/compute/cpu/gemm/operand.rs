@@ -7,8 +7,8 @@ use super::kernel::Kernel;
 use super::pack::{interleave, round, transpose, transpose_pairs};
 use super::panel::{NR, Product, ROW_PADDING};
 use super::view::{Elements, View};
-use crate::model::ops::buffer::Buffer;
-use crate::model::ops::team;
+use crate::compute::cpu::buffer::Buffer;
+use crate::compute::cpu::thread_pool;
 use half::bf16;
 
 thread_local! {
@@ -60,7 +60,7 @@ impl<'a> Operand<'a> {
         let fill = |i: usize, part: &mut [u32]| fill_rows(kernel, view, i * lines, (rows - i * lines).min(lines), cols, depth, scale, part);
         match rows * cols < CHUNK {
             true => units[..rows * depth].chunks_mut((lines * depth).max(1)).enumerate().for_each(|(i, part)| fill(i, part)),
-            false => team::chunks(&mut units[..rows * depth], lines * depth, fill),
+            false => thread_pool::chunks(&mut units[..rows * depth], lines * depth, fill),
         }
         Operand { kernel, rows, cols, units: Units::Own(own), stride: depth }
     }
@@ -309,9 +309,9 @@ impl Operand<'static> {
     pub fn computed(kernel: Kernel, rows: usize, cols: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Self {
         let depth = kernel.depth(cols);
         let mut own = Buffer::dirty((rows + ROW_PADDING) * depth);
-        let lines = team::rows_per_task(rows);
+        let lines = thread_pool::rows_per_task(rows);
         if kernel.pairs() {
-            team::chunks(&mut own.units_mut()[..rows * depth], lines * depth, |i, part| {
+            thread_pool::chunks(&mut own.units_mut()[..rows * depth], lines * depth, |i, part| {
                 ROW.with_borrow_mut(|row| {
                     row.resize(cols, 0.0);
                     for (r, units) in part.chunks_mut(depth).enumerate() {
@@ -321,7 +321,7 @@ impl Operand<'static> {
                 });
             });
         } else {
-            team::chunks(&mut own[..rows * depth], lines * depth, |i, part| {
+            thread_pool::chunks(&mut own[..rows * depth], lines * depth, |i, part| {
                 part.chunks_mut(depth).enumerate().for_each(|(r, row)| fill(i * lines + r, row));
             });
         }

@@ -19,8 +19,8 @@ use self::keys::{Along, Keys};
 use super::buffer::Buffer;
 use super::gemm::{Kernel, Operand, Shared, View};
 use super::simd::{dispatch, exp_sum, max};
-use super::team;
-use crate::model::layout::RowLayout;
+use super::thread_pool;
+use crate::compute::layout::RowLayout;
 
 /// `qkv` `[T, (H + 2K)·D]` → `out` `[T, H·D]`, scaled by 1/√D; `lse` `[T, H]` receives the log-sum-exp of each query.
 pub fn attention(kernel: Kernel, qkv: &[f32], heads: Heads, layout: &RowLayout, out: &mut [f32], lse: &mut [f32]) {
@@ -34,7 +34,7 @@ pub fn attention(kernel: Kernel, qkv: &[f32], heads: Heads, layout: &RowLayout, 
     // Long blocks first: what is left at the end is short.
     let mut tasks: Vec<(usize, usize)> = (0..blocks.len()).flat_map(|b| (0..heads.query).map(move |h| (b, h))).collect();
     tasks.sort_by_key(|(b, _)| std::cmp::Reverse(blocks[*b].columns()));
-    team::for_each(tasks.len(), |task| {
+    thread_pool::for_each(tasks.len(), |task| {
         let (b, head) = tasks[task];
         let block = &blocks[b];
         let (rows, columns) = (block.queries.len(), block.columns());

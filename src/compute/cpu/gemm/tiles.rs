@@ -7,7 +7,7 @@ use super::operand::Operand;
 use super::pack::round_rows;
 use super::panel::{NR, ROW_PADDING};
 use super::product::{Piece, Shared, Term, blocks, by_groups, multiply, pack_pieces};
-use crate::model::ops::buffer::Buffer;
+use crate::compute::cpu::buffer::Buffer;
 
 /// `P` products of one shape `[m, n]`: `finish(rows, columns, tiles)` gets every part of all of them once, tile p being `[rows, NR]` of product p, of which it
 /// may use the columns. Each number is the one that [`super::matmul`] gives, bit for bit.

@@ -7,8 +7,8 @@ use super::operand::Operand;
 use super::pack::pack_panel;
 use super::panel::{NR, Product};
 use super::view::View;
-use crate::model::ops::buffer::Buffer;
-use crate::model::ops::team;
+use crate::compute::cpu::buffer::Buffer;
+use crate::compute::cpu::thread_pool;
 
 /// Units of depth in a block of B: a panel of them fits the L2 cache.
 const BLOCK_DEPTH: usize = 1024;
@@ -31,7 +31,7 @@ const PARALLEL_FROM: usize = 1 << 19;
 pub enum Threads {
     /// The caller is itself one of many parallel tasks.
     One,
-    /// The team.
+    /// The thread pool.
     All,
 }
 
@@ -208,9 +208,9 @@ fn block_product(kernel: Kernel, (m, n): (usize, usize), pieces: &[Piece], c: &m
 /// Slices of B's rows outside, panels inside: for so few rows that the output stays in the L2 cache.
 fn by_slices(kernel: Kernel, (m, n): (usize, usize), slices: &[Vec<Piece>], c: &mut [f32], stride: usize, keep: bool, threads: Threads) {
     let panels = n.div_ceil(NR);
-    let tasks = if threads == Threads::All { panels.min(2 * team::threads()) } else { 1 };
+    let tasks = if threads == Threads::All { panels.min(2 * thread_pool::threads()) } else { 1 };
     let out = Shared(c.as_mut_ptr());
-    team::for_each(tasks, |i| {
+    thread_pool::for_each(tasks, |i| {
         for (s, pieces) in slices.iter().enumerate() {
             let depth = pieces.iter().map(|p| p.depth).sum();
             let task = BlockTask { kernel, m, n, pieces, depth, out, stride, keep: keep || s > 0 };
@@ -238,14 +238,14 @@ pub(super) fn by_groups(
     pack: impl Fn(usize, &mut [u32]) + Sync,
     run: impl Fn(Range<usize>, usize, &[u32], &mut [f32]) + Sync,
 ) {
-    let (threads, step) = (team::threads(), kernel.rows());
+    let (threads, step) = (thread_pool::threads(), kernel.rows());
     let pass = (PASS_UNITS * NR / units.max(1) / step).max(1) * step;
     let held = if m <= pass { 1 } else { (GROUP_UNITS / units).max(1) };
     let groups = if m <= pass { 8 * threads } else { panels.div_ceil(held).next_multiple_of(threads) }.min(panels);
     // Fewer panels than threads, as for a low rank: the rows are shared out, too, and each task packs what it needs.
     let cuts = if groups < threads { (2 * threads).div_ceil(groups).min(m.div_ceil(CUT_ROWS)) } else { 1 };
     let strips = m.div_ceil(step);
-    team::for_each(groups * cuts, |task| {
+    thread_pool::for_each(groups * cuts, |task| {
         let (group, cut) = (task % groups, task / groups);
         let group = panels * group / groups..panels * (group + 1) / groups;
         let rows = strips * cut / cuts * step..(strips * (cut + 1) / cuts * step).min(m);

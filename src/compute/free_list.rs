@@ -7,16 +7,16 @@ use std::collections::BTreeMap;
 
 /// Which part of an endless space is free.
 #[derive(Debug, Default)]
-pub(super) struct Ranges {
+pub(super) struct FreeList {
     /// Lengths by their starts: none is empty, none borders on another or on the end.
     free: BTreeMap<usize, usize>,
     /// From here on all is free.
     end: usize,
 }
 
-impl Ranges {
+impl FreeList {
     pub const fn new() -> Self {
-        Ranges { free: BTreeMap::new(), end: 0 }
+        FreeList { free: BTreeMap::new(), end: 0 }
     }
 
     /// Where the last range in use ends.
@@ -80,7 +80,7 @@ mod tests {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (random >> 33) % n
         };
-        let mut ranges = Ranges::default();
+        let mut ranges = FreeList::default();
         let mut taken: Vec<(usize, usize)> = Vec::new();
         for _ in 0..20_000 {
             if taken.is_empty() || next(100) < 51 {
@@ -105,7 +105,7 @@ mod tests {
 
     #[test]
     fn rows_of_any_length_take_no_more_than_the_longest() {
-        let mut ranges = Ranges::default();
+        let mut ranges = FreeList::default();
         let mut highest = 0;
         for row in [900, 2048, 1300, 700, 1999, 2048, 64] {
             let blocks: Vec<[(usize, usize); 3]> = (0..32)

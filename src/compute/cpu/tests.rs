@@ -8,8 +8,8 @@ use super::head::{HeadOptions, KEPT, head, head_weight_gradient};
 use super::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm, rms_norm_backward};
 use super::rope::{Direction, RopeTable, rotate};
 use super::swiglu::{GateUp, GradientTiles, KeepGateUp, SwigluTiles, swiglu, swiglu_backward};
+use crate::compute::layout::RowLayout;
 use crate::math::rng::kaiming_uniform;
-use crate::model::layout::RowLayout;
 
 /// The kernels that multiply in f32.
 fn kernels() -> impl Iterator<Item = Kernel> {

@@ -8,14 +8,14 @@ use std::ops::Range;
 
 use candle_core::Result;
 
-use super::adapter::Adapter;
-use super::gradients::GradientSink;
-use super::ops::Held;
-use super::ops::buffer::Buffer;
-use super::ops::gemm::{Kernel, NR, Operand, Term, Threads, View, matmul, matmul_tiles};
-use super::ops::team;
-use super::parameters::Parameters;
-use super::params::{BlockParam, Linear, LinearGroup, ParamId};
+use crate::compute::cpu::Held;
+use crate::compute::cpu::buffer::Buffer;
+use crate::compute::cpu::gemm::{Kernel, NR, Operand, Term, Threads, View, matmul, matmul_tiles};
+use crate::compute::cpu::thread_pool;
+use crate::model::adapter::Adapter;
+use crate::model::gradients::GradientSink;
+use crate::model::parameters::Parameters;
+use crate::model::params::{BlockParam, Linear, LinearGroup, ParamId};
 
 /// Outputs whose gradients one task adds.
 const OUTPUTS: usize = 192;
@@ -257,7 +257,7 @@ impl<'a> Group<'a> {
                 let mut db = Buffer::dirty(rank * m.out);
                 matmul(rank, m.out, &[Term { a: &u, b: g.view() }], &mut db, m.out, false, Threads::All);
                 let width = m.out;
-                team::chunks(slot, rank * OUTPUTS, |i, slots| {
+                thread_pool::chunks(slot, rank * OUTPUTS, |i, slots| {
                     for (slot, o) in slots.chunks_mut(rank).zip(i * OUTPUTS..) {
                         slot.iter_mut().enumerate().for_each(|(r, s)| *s += db[r * width + o]);
                     }
