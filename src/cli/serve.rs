@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use super::settings::Settings;
 use crate::engine;
-use crate::model::loader::{LoadedModel, load_model};
+use crate::formats::loader::{LoadedModel, load_model};
 use crate::rpc::{ServeOptions, Tls, serve, serve_http};
 use crate::service::{Service, ServiceOptions};
 

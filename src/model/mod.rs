@@ -1,9 +1,8 @@
-//! Model configuration, the decoder, its ops, tokenisation, chat templates, weight loading and adapters.
+//! What a model is: its configuration and parameters, and its passes, the same for every device.
 
 pub mod adapter;
 pub mod backend;
 pub mod block;
-pub mod chat;
 pub mod config;
 pub mod cpu;
 // Without the feature, the types of `cuda` have no values.
@@ -12,19 +11,12 @@ pub mod cuda;
 pub mod decoder;
 pub mod device;
 pub mod error;
-pub mod export;
 pub mod families;
-mod gguf;
 pub mod gradients;
 pub mod guard;
-pub mod loader;
 pub mod parameters;
 pub mod params;
 pub mod pass;
-pub mod peft;
 pub mod rope;
 pub mod row;
-pub mod source;
 pub mod spec;
-pub mod tokenizer;
-pub mod weights;

@@ -25,8 +25,8 @@ use crate::domain::training::Truncation;
 use crate::engine::Engine;
 use crate::engine::api::{EngineError, ScoreItem, ScoredItem, WeightsRef};
 use crate::engine::trace;
+use crate::formats::tokenizer::ChatTokenizer;
 use crate::math::score::{AnswerLogps, best_of, preference_probability, ranking, reward};
-use crate::model::tokenizer::ChatTokenizer;
 use crate::train::encode::{EncodedCompletion, PairEncoder, Part, group};
 
 /// Bytes of one pair's text, or of a prompt and its answers: what the longest row could use is less than a tenth.

@@ -12,9 +12,9 @@ use jiff::civil::DateTime;
 use crate::domain::dataset::{ChatMessage, IssueReason, PreferenceRow, RowIssue, Text};
 use crate::domain::message::TemplateArguments;
 use crate::domain::training::Truncation;
-use crate::model::chat::RenderOptions;
+use crate::formats::chat_template::RenderOptions;
+use crate::formats::tokenizer::ChatTokenizer;
 use crate::model::error::ModelError;
-use crate::model::tokenizer::ChatTokenizer;
 use crate::train::pair::{EncodedPair, SequenceGroup};
 
 /// A part of what is encoded.

@@ -25,12 +25,12 @@ use crate::domain::identity::ModelIdentity;
 use crate::domain::job::{Metrics, Progress};
 use crate::domain::names::BaseName;
 use crate::domain::training::TrainingSpec;
+use crate::formats::tokenizer::ChatTokenizer;
 use crate::math::clip::clip_coefficient;
 use crate::math::rng::epoch_order;
 use crate::math::schedule::learning_rate;
 use crate::model::decoder::Policy;
 use crate::model::device::{ComputeDevice, is_out_of_memory};
-use crate::model::tokenizer::ChatTokenizer;
 
 /// Why a run could not go on.
 #[derive(Debug, thiserror::Error)]

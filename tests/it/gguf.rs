@@ -3,8 +3,8 @@
 use std::io::BufWriter;
 use std::path::Path;
 
-use bradley::model::export::save_companions;
-use bradley::model::loader::load_model;
+use bradley::formats::export::save_companions;
+use bradley::formats::loader::load_model;
 use bradley::train::scorer::score;
 use candle_core::Tensor;
 use candle_core::quantized::gguf_file::{Value, write};

@@ -8,8 +8,8 @@ use bradley::domain::job::Metrics;
 use bradley::domain::training::{
     BatchConfig, LoraConfig, Method, OptimizerConfig, Precision, RunConfig, ScheduleKind, TrainingSpec, Warmup,
 };
+use bradley::formats::peft;
 use bradley::model::decoder::Policy;
-use bradley::model::peft;
 use bradley::train::checkpoint;
 use bradley::train::event::RunEvent;
 use bradley::train::host::Host;

@@ -36,6 +36,16 @@ impl Architecture {
         Self::ALL.into_iter().find(|a| a.as_str() == name)
     }
 
+    /// Returns the class that transformers loads a model of the family with.
+    pub(crate) fn causal_lm_class(self) -> &'static str {
+        self.family().causal_lm_class
+    }
+
+    /// Returns true if llama.cpp stores the rows of Q and K with the halves of each head interleaved.
+    pub(crate) fn is_interleaved_in_gguf(self) -> bool {
+        self.family().is_interleaved_in_gguf
+    }
+
     /// Returns the file that describes the family.
     pub(super) fn family(self) -> &'static Family {
         match self {

@@ -11,7 +11,7 @@ use crate::domain::message::TemplateArguments;
 use crate::domain::reason::Reason;
 use crate::engine::Engine;
 use crate::engine::api::WeightsRef;
-use crate::model::tokenizer::ChatTokenizer;
+use crate::formats::tokenizer::ChatTokenizer;
 use crate::service::artifacts::Artifacts;
 use crate::service::blocking::blocking;
 use crate::service::error::{Result, ServiceError, unreadable};

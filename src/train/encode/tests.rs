@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use super::*;
-use crate::model::loader::load_model;
-use crate::model::source::HubOptions;
+use crate::formats::loader::load_model;
+use crate::formats::source::HubOptions;
 
 fn tokenizer() -> ChatTokenizer {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");

@@ -3,7 +3,7 @@
 use serde_json::{Map, json};
 
 use super::rewrite;
-use crate::model::chat::{ChatTemplate, RenderOptions};
+use crate::formats::chat_template::{ChatTemplate, RenderOptions};
 
 /// Renders a template with the variable `x`.
 fn render(source: &str) -> Result<String, String> {

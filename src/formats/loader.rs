@@ -2,14 +2,15 @@
 
 use std::path::Path;
 
-use super::config::ModelConfig;
-use super::error::{ModelError, last_part};
-use super::gguf::Gguf;
+use super::gguf::reader::Gguf;
+use super::gguf::weights::GgufWeights;
 use super::source::{HubOptions, Located, locate};
 use super::tokenizer::ChatTokenizer;
-use super::weights::{GgufWeights, Weights};
+use super::weights::Weights;
 use crate::domain::identity::ModelIdentity;
 use crate::domain::names::{BaseName, is_valid_id};
+use crate::model::config::ModelConfig;
+use crate::model::error::{ModelError, last_part};
 
 /// A model whose weights are still on disk.
 #[derive(Debug)]

@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
 
-use super::ModelConfig;
+use super::reader::Gguf;
+use crate::model::config::ModelConfig;
 use crate::model::error::ModelError;
 use crate::model::families::Architecture;
-use crate::model::gguf::Gguf;
 use crate::model::params::{Linear, gguf_bias, gguf_embedding, gguf_head};
 use crate::model::rope::{RopeConfig, RopeScaling};
 
@@ -65,7 +65,7 @@ impl ModelConfig {
         let context = keys.required("context_length")?;
 
         let mut config = Map::new();
-        config.insert("architectures".into(), json!([architecture.family().causal_lm_class]));
+        config.insert("architectures".into(), json!([architecture.causal_lm_class()]));
         config.insert("model_type".into(), json!(architecture.as_str()));
         config.insert("vocab_size".into(), json!(embedding.shape.first()));
         config.insert("hidden_size".into(), json!(width));

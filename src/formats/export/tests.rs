@@ -6,10 +6,10 @@ use half::bf16;
 
 use super::*;
 use crate::domain::training::{LoraConfig, Precision};
-use crate::model::loader::{LoadedModel, load_model};
-use crate::model::peft;
-use crate::model::source::HubOptions;
-use crate::model::weights::Weights;
+use crate::formats::loader::{LoadedModel, load_model};
+use crate::formats::peft;
+use crate::formats::source::HubOptions;
+use crate::formats::weights::Weights;
 
 fn golden(path: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(path)

@@ -8,13 +8,13 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
-use super::adapter::Adapter;
-use super::config::ModelConfig;
-use super::error::ModelError;
-use super::params::{Linear, lora_params, peft_example};
 use crate::domain::names::{BaseName, is_hub_id};
 use crate::domain::training::LoraConfig;
 use crate::domain::violation::shortened;
+use crate::model::adapter::Adapter;
+use crate::model::config::ModelConfig;
+use crate::model::error::ModelError;
+use crate::model::params::{Linear, lora_params, peft_example};
 
 /// The file with rank, α and targets.
 pub const CONFIG_FILE: &str = "adapter_config.json";

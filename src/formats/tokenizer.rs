@@ -1,18 +1,17 @@
 //! Tokenizers with their special tokens and chat template, from Hugging Face files or GGUF metadata.
 
-mod gguf;
-mod hf;
-mod parts;
+pub(super) mod parts;
 
 use std::path::{Path, PathBuf};
 
 use tokenizers::Tokenizer;
 
-pub use self::hf::{EXTRA_FILES, GENERATION_CONFIG, is_extra_template};
 use self::parts::{DEFAULT, Parts, TOOL_USE, wrong};
-use super::chat::{ChatMessage, ChatTemplate, RenderOptions};
-use super::error::{ModelError, last_part};
-use super::guard::guarded;
+use super::chat_template::{ChatMessage, ChatTemplate, RenderOptions};
+pub use super::hf::tokenizer::{EXTRA_FILES, GENERATION_CONFIG, is_extra_template};
+use super::{gguf, hf};
+use crate::model::error::{ModelError, last_part};
+use crate::model::guard::guarded;
 
 /// A tokenizer that knows its model's special tokens and chat format.
 #[derive(Debug)]
@@ -54,11 +53,11 @@ impl Vocabulary {
 impl ChatTokenizer {
     /// Reads tokenizer.json, tokenizer_config.json and chat_template.jinja of a folder.
     pub fn from_folder(folder: &Path) -> Result<Self, ModelError> {
-        Self::assemble(hf::read(folder)?, folder)
+        Self::assemble(hf::tokenizer::read(folder)?, folder)
     }
 
-    pub(super) fn from_gguf(gguf: &super::gguf::Gguf) -> Result<Self, ModelError> {
-        Self::assemble(gguf::read(gguf)?, &gguf.path)
+    pub(super) fn from_gguf(gguf: &gguf::reader::Gguf) -> Result<Self, ModelError> {
+        Self::assemble(gguf::tokenizer::read(gguf)?, &gguf.path)
     }
 
     fn assemble(mut parts: Parts, path: &Path) -> Result<Self, ModelError> {

@@ -7,12 +7,12 @@ use tokenizers::Tokenizer;
 use crate::model::error::ModelError;
 
 /// The name of the template that transformers uses when it is not asked for another.
-pub(super) const DEFAULT: &str = "default";
+pub(in crate::formats) const DEFAULT: &str = "default";
 /// The name of the template that transformers uses for dialogues with tools.
-pub(super) const TOOL_USE: &str = "tool_use";
+pub(in crate::formats) const TOOL_USE: &str = "tool_use";
 
 /// What a tokenizer is made of.
-pub(super) struct Parts {
+pub(in crate::formats) struct Parts {
     pub tokenizer: Tokenizer,
     pub bos_token: Option<String>,
     pub eos_token: Option<String>,
@@ -26,6 +26,6 @@ pub(super) struct Parts {
 }
 
 /// The error for a tokenizer that cannot be used.
-pub(super) fn wrong(path: &Path, reason: impl Into<String>) -> ModelError {
+pub(in crate::formats) fn wrong(path: &Path, reason: impl Into<String>) -> ModelError {
     ModelError::Tokenizer { path: path.to_owned(), reason: reason.into() }
 }

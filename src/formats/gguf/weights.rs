@@ -8,15 +8,15 @@ use candle_core::quantized::GgmlDType;
 use candle_core::quantized::ggml_file::qtensor_from_ggml;
 use candle_core::{DType, Device, Tensor};
 
+use super::reader::{Gguf, TensorEntries, TensorEntry};
+use crate::formats::weights::stored::{Check, ElementType, StoredAs};
 use crate::model::config::ModelConfig;
 use crate::model::error::ModelError;
-use crate::model::gguf::{Gguf, TensorEntries, TensorEntry};
 use crate::model::params::ParamSpec;
-use crate::model::weights::stored::{Check, ElementType, StoredAs};
 
 /// An opened GGUF file with what its names and layout mean.
 #[derive(Debug)]
-pub(in crate::model) struct GgufWeights {
+pub(in crate::formats) struct GgufWeights {
     gguf: Gguf,
     /// Whether Q and K are stored in ggml's interleaved order.
     is_interleaved: bool,
@@ -26,7 +26,7 @@ pub(in crate::model) struct GgufWeights {
 
 /// Which tensors are where, without the open file.
 #[derive(Clone, Debug)]
-pub(super) struct GgufDirectory {
+pub(in crate::formats) struct GgufDirectory {
     tensors: TensorEntries,
     is_interleaved: bool,
 }
@@ -41,7 +41,7 @@ impl GgufDirectory {
 
 impl GgufWeights {
     pub fn new(gguf: Gguf, config: &ModelConfig) -> Self {
-        let is_interleaved = config.architecture.family().is_interleaved_in_gguf;
+        let is_interleaved = config.architecture.is_interleaved_in_gguf();
         GgufWeights { gguf, is_interleaved, lock: Mutex::new(()) }
     }
 
@@ -51,7 +51,7 @@ impl GgufWeights {
     }
 
     /// Returns what is needed to open the file again.
-    pub(super) fn directory(&self) -> GgufDirectory {
+    pub(in crate::formats) fn directory(&self) -> GgufDirectory {
         GgufDirectory { tensors: self.gguf.entries(), is_interleaved: self.is_interleaved }
     }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
-use super::parts::{DEFAULT, Parts, wrong};
+use crate::formats::tokenizer::parts::{DEFAULT, Parts, wrong};
 use crate::model::error::ModelError;
 use crate::model::guard::guarded;
 
@@ -43,7 +43,7 @@ pub fn is_extra_template(file: &str) -> bool {
     name.is_some_and(|name| name.ends_with(".jinja") && !name.starts_with('.') && !name.contains(['/', '\\']))
 }
 
-pub(super) fn read(folder: &Path) -> Result<Parts, ModelError> {
+pub(in crate::formats) fn read(folder: &Path) -> Result<Parts, ModelError> {
     let mut files = Vec::new();
     let mut take = |name: &str| -> Result<Option<Vec<u8>>, ModelError> {
         let path = folder.join(name);

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use hf_hub::api::sync::ApiBuilder;
 use hf_hub::{Cache, Repo, RepoType};
 
-use super::error::ModelError;
 use super::tokenizer::{EXTRA_FILES, is_extra_template};
 use crate::domain::names::is_hub_id;
+use crate::model::error::ModelError;
 
 /// How the hub is reached.
 #[derive(Clone, Default)]

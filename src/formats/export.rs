@@ -10,14 +10,14 @@ use candle_core::{DType, Tensor};
 use safetensors::{Dtype, View};
 use serde_json::{Map, Value, json};
 
-use super::adapter::{Adapter, LowRank};
-use super::config::ModelConfig;
-use super::decoder::Policy;
-use super::error::ModelError;
-use super::params::{BlockParam, ParamId, ParamSpec, params};
 use super::tokenizer::{ChatTokenizer, GENERATION_CONFIG};
 use super::weights::ElementType;
 use crate::compute::cpu::with_values;
+use crate::model::adapter::{Adapter, LowRank};
+use crate::model::config::ModelConfig;
+use crate::model::decoder::Policy;
+use crate::model::error::ModelError;
+use crate::model::params::{BlockParam, ParamId, ParamSpec, params};
 
 /// The file with the weights, where one file holds them all.
 pub const WEIGHTS_FILE: &str = "model.safetensors";

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::quantized::GgmlDType;
 
-use super::error::ModelError;
+use crate::model::error::ModelError;
 
 /// An opened GGUF file.
 #[derive(Debug)]

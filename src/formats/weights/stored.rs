@@ -52,11 +52,11 @@ impl ElementType {
 }
 
 /// Tensors of one kind: their element type, number of dimensions and number of elements.
-pub(in crate::model) struct StoredAs {
+pub(in crate::formats) struct StoredAs {
     pub dtype: ElementType,
     pub dims: usize,
     pub elements: usize,
 }
 
 /// Gets a file's path and the bytes of a tensor in it before they are used.
-pub(in crate::model) type Check<'a> = dyn Fn(&Path, &[u8]) -> Result<(), ModelError> + 'a;
+pub(in crate::formats) type Check<'a> = dyn Fn(&Path, &[u8]) -> Result<(), ModelError> + 'a;

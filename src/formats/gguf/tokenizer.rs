@@ -3,9 +3,9 @@
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
-use super::parts::{DEFAULT, Parts, TOOL_USE, wrong};
+use super::reader::Gguf;
+use crate::formats::tokenizer::parts::{DEFAULT, Parts, TOOL_USE, wrong};
 use crate::model::error::ModelError;
-use crate::model::gguf::Gguf;
 
 const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
@@ -13,7 +13,7 @@ const USER_DEFINED: i32 = 4;
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-pub(super) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
+pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
     let model = gguf.string("tokenizer.ggml.model")?.unwrap_or("none");
     if model != "gpt2" {
         let what = format!(

@@ -6,10 +6,10 @@ use std::io::{BufWriter, Seek as _, SeekFrom, Write as _};
 use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 
 use super::*;
-use crate::model::gguf::Gguf;
-use crate::model::loader::load_model;
+use crate::formats::gguf::reader::Gguf;
+use crate::formats::loader::load_model;
+use crate::formats::source::HubOptions;
 use crate::model::params::params;
-use crate::model::source::HubOptions;
 
 const NORM: &str = "model.norm.weight";
 const QUERIES: &str = "model.layers.0.self_attn.q_proj.weight";

@@ -1,8 +1,6 @@
 //! Weights on disk: safetensors (one file or shards) or GGUF. Tensors are read one at a time, under their Hugging Face names.
 
-mod gguf;
-mod safetensors;
-mod stored;
+pub(super) mod stored;
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -10,15 +8,15 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use candle_core::{DType, Tensor};
 
-use self::gguf::GgufDirectory;
-pub(super) use self::gguf::GgufWeights;
-use self::safetensors::{SafetensorsDirectory, SafetensorsWeights};
 pub use self::stored::ElementType;
 use self::stored::StoredAs;
-use super::config::ModelConfig;
-use super::error::ModelError;
-use super::params::{self, ParamSpec, Role};
+use super::gguf::weights::{GgufDirectory, GgufWeights};
+use super::hf::safetensors::{SafetensorsDirectory, SafetensorsWeights};
 use crate::domain::training::Precision;
+use crate::model::config::ModelConfig;
+use crate::model::error::ModelError;
+use crate::model::parameters::TensorSource;
+use crate::model::params::{self, ParamSpec, Role};
 
 /// BLAKE3 of the tensors' bytes as they are stored, by the tensors' Hugging Face names.
 type Digests = HashMap<String, blake3::Hash>;
@@ -254,6 +252,12 @@ impl Weights {
             hash.finalize().to_hex().to_string()
         };
         self.fingerprint.get_or_init(compute).clone()
+    }
+}
+
+impl TensorSource for Weights {
+    fn load(&self, param: &ParamSpec, precision: Precision) -> Result<Tensor, ModelError> {
+        Weights::load(self, param, precision)
     }
 }
 

@@ -14,14 +14,14 @@ use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
+use crate::formats::weights::stored::{Check, ElementType, StoredAs};
 use crate::model::error::{ModelError, last_part};
-use crate::model::weights::stored::{Check, ElementType, StoredAs};
 
 const FILE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
 #[derive(Debug)]
-pub(super) struct SafetensorsWeights {
+pub(in crate::formats) struct SafetensorsWeights {
     files: Vec<(PathBuf, Contents)>,
     tensors: Arc<HashMap<String, Stored>>,
 }
@@ -50,7 +50,7 @@ impl Contents {
 
 /// Which tensors are where, without the open files.
 #[derive(Clone, Debug)]
-pub(super) struct SafetensorsDirectory {
+pub(in crate::formats) struct SafetensorsDirectory {
     paths: Vec<PathBuf>,
     tensors: Arc<HashMap<String, Stored>>,
 }

@@ -12,8 +12,8 @@ use minijinja::value::Value;
 use minijinja::{Environment, Error, ErrorKind};
 use serde_json::Map;
 
-use super::error::ModelError;
 pub use crate::domain::dataset::ChatMessage;
+use crate::model::error::ModelError;
 
 /// Template instructions before a rendering is given up: a hostile template cannot hang the server.
 const FUEL: u64 = 50_000_000;
