@@ -36,12 +36,12 @@ use crate::formats::loader::LoadedModel;
 use crate::formats::peft;
 use crate::formats::tokenizer::{ChatTokenizer, GENERATION_CONFIG};
 use crate::formats::weights::{ElementType, Weights};
+use crate::infer::reference_cache::ReferenceCache;
 use crate::model::device::{ComputeDevice, DeviceChoice};
 use crate::model::error::ModelError;
 use crate::model::params::ParamSpec;
 use crate::train::checkpoint::REFERENCE_FILE;
 use crate::train::estimate::{Lengths, Memory, on_host, plan};
-use crate::train::reference_cache::ReferenceCache;
 
 /// A handle on the device worker; clones share it. The worker ends when it has drained or the last handle is dropped.
 pub struct Engine {

@@ -21,7 +21,7 @@ use crate::domain::reason::Reason;
 use crate::domain::training::Truncation;
 use crate::engine::Engine;
 use crate::formats::tokenizer::ChatTokenizer;
-use crate::train::encode::PairEncoder;
+use crate::infer::encode::PairEncoder;
 use crate::train::rows::detect_format;
 use crate::train::validate::validate_rows;
 

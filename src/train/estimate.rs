@@ -7,13 +7,13 @@ use crate::compute::cpu::gemm::{GROUP_BYTES, Kernel};
 use crate::compute::cpu::head::KEPT;
 use crate::compute::cpu::thread_pool;
 use crate::domain::training::{ActivationCheckpointing, Method, Precision, TrainingSpec};
+use crate::infer::pair::EncodedPair;
 use crate::model::config::ModelConfig;
 use crate::model::cuda::sizes::{BlockShape, head_bytes};
 use crate::model::device::ComputeDevice;
 use crate::model::params::{LoraLayer, lora_layers};
 use crate::model::spec::{FeedForward, ModelSpec, QkNorm};
 use crate::train::backprop::Keep;
-use crate::train::pair::EncodedPair;
 
 const F32: u64 = 4;
 

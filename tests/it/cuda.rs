@@ -11,6 +11,8 @@ use bradley::engine::{self, api::EngineOptions};
 use bradley::formats::loader::load_model;
 use bradley::formats::peft::save_tensors;
 use bradley::formats::source::HubOptions;
+use bradley::infer::pack::{PackedRow, pack};
+use bradley::infer::pair::SequenceGroup;
 use bradley::math::rng::kaiming_uniform;
 use bradley::model::adapter::Adapter;
 use bradley::model::config::ModelConfig;
@@ -20,8 +22,6 @@ use bradley::model::parameters::Parameters;
 use bradley::model::params::LoraTensor;
 use bradley::rpc::pb::{self, training_event::Event};
 use bradley::train::backprop::{Keep, backward, forward};
-use bradley::train::pack::{PackedRow, pack};
-use bradley::train::pair::SequenceGroup;
 use bradley::train::trainable::{Gradients, TrainablePolicy};
 use candle_core::{DType, Device, Tensor};
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use bradley::formats::export::save_companions;
 use bradley::formats::loader::load_model;
-use bradley::train::scorer::score;
+use bradley::infer::scorer::score;
 use candle_core::Tensor;
 use candle_core::quantized::gguf_file::{Value, write};
 use candle_core::quantized::{GgmlDType, QTensor};

@@ -5,15 +5,15 @@ use std::sync::Arc;
 use bradley::domain::dpo::DpoConfig;
 use bradley::domain::training::{LoraConfig, Precision, TARGET_MODULES};
 use bradley::formats::peft;
+use bradley::infer::pack::{Owned, pack};
+use bradley::infer::pair::{EncodedPair, SequenceGroup};
+use bradley::infer::scorer::{score, score_shared};
 use bradley::math::loss::{PairLogps, batch_loss};
 use bradley::math::rng::kaiming_uniform;
 use bradley::model::adapter::Adapter;
 use bradley::model::decoder::Policy;
 use bradley::model::params::LoraTensor;
 use bradley::train::backprop::{Keep, backward, forward};
-use bradley::train::pack::{Owned, pack};
-use bradley::train::pair::{EncodedPair, SequenceGroup};
-use bradley::train::scorer::{score, score_shared};
 use bradley::train::trainable::{Gradients, TrainablePolicy};
 use candle_core::{Device, Tensor};
 

@@ -3,7 +3,7 @@
 use bradley::domain::dataset::Text;
 use bradley::domain::training::Truncation;
 use bradley::formats::chat_template::RenderOptions;
-use bradley::train::encode::{EncodeError, PairEncoder};
+use bradley::infer::encode::{EncodeError, PairEncoder};
 
 use crate::support::{MODELS, encode, ids, json, rows, tiny};
 

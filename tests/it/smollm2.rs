@@ -4,8 +4,8 @@ use bradley::domain::dataset::Text;
 use bradley::domain::training::{BatchConfig, Method, OptimizerConfig, Precision, ScheduleKind, TrainingSpec};
 use bradley::formats::chat_template::RenderOptions;
 use bradley::formats::loader::load_model;
-use bradley::train::pair::EncodedPair;
-use bradley::train::scorer::score;
+use bradley::infer::pair::EncodedPair;
+use bradley::infer::scorer::score;
 use serde_json::Value;
 
 use crate::golden_training::{Run, train};

@@ -14,7 +14,7 @@ use crate::formats::export;
 use crate::formats::loader::load_model;
 use crate::formats::source::HubOptions;
 use crate::formats::weights::ElementType;
-use crate::train::pair::{EncodedPair, SequenceGroup};
+use crate::infer::pair::{EncodedPair, SequenceGroup};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 

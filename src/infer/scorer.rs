@@ -5,9 +5,9 @@
 
 use candle_core::Result;
 
+use super::data_parallel::over_devices;
 use super::pack::{Owned, PackedRow, pack_owned_rows, pack_rows_for_devices};
 use super::pair::SequenceGroup;
-use super::parallel::over_devices;
 use crate::model::decoder::Policy;
 
 /// Per completion, the log-prob of each of its tokens.

@@ -6,7 +6,7 @@ use crate::model::decoder::Policy;
 
 /// Runs `pass` on every row, row i on device i mod n, and gives the results in the order of the rows. The policy's own device works on the calling thread,
 /// which alone calls `pause`; each of its helpers has a thread for as long as this takes.
-pub(super) fn over_devices<T: Send, R: Send>(
+pub(crate) fn over_devices<T: Send, R: Send>(
     policy: &Policy,
     rows: Vec<T>,
     pause: &mut dyn FnMut(),

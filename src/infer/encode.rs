@@ -9,13 +9,13 @@ use std::sync::LazyLock;
 
 use jiff::civil::DateTime;
 
+use super::pair::{EncodedPair, SequenceGroup};
 use crate::domain::dataset::{ChatMessage, IssueReason, PreferenceRow, RowIssue, Text};
 use crate::domain::message::TemplateArguments;
 use crate::domain::training::Truncation;
 use crate::formats::chat_template::RenderOptions;
 use crate::formats::tokenizer::ChatTokenizer;
 use crate::model::error::ModelError;
-use crate::train::pair::{EncodedPair, SequenceGroup};
 
 /// A part of what is encoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
