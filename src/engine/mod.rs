@@ -13,7 +13,6 @@ mod queue;
 mod residents;
 mod run;
 mod scoring;
-pub mod trace;
 mod worker;
 
 use std::path::Path;

@@ -9,7 +9,6 @@ use super::api::{CompletionLogps, EngineError, EngineOptions, ScoredItem, Weight
 use super::entry::{Entry, ScoringQueue};
 use super::fair_share::FairShare;
 use super::residents::{Bases, ROW_TOKENS, Residents};
-use super::trace;
 use crate::domain::training::Precision;
 use crate::infer::pack::Owned;
 use crate::infer::pair::SequenceGroup;
@@ -18,6 +17,7 @@ use crate::infer::scorer::{self, Logps};
 use crate::model::decoder::Policy;
 use crate::model::device::is_out_of_memory;
 use crate::model::guard::guarded;
+use crate::telemetry::trace;
 
 /// An item's log-probs, or why there are none.
 type Scored = Result<Logps, EngineError>;
