@@ -2,7 +2,7 @@
 //!
 //! Weights are copied to the device when they are first used; matrices and activations are in the pass's precision, the residual stream, sums, norms,
 //! softmax, losses and gradients in f32. Masters and the optimizer stay on the host: gradients are fetched once a step, changed weights sent once.
-//! Nothing waits for the device but the log-probs of a row. Products are cuBLAS's, everything else is `kernels/*.cu`.
+//! Nothing waits for the device but the log-probs of a row. Products are cuBLAS's, everything else is `compute/cuda/kernels/*.cu`.
 
 mod attention;
 mod backend;

@@ -6,7 +6,7 @@ pub mod block;
 pub mod config;
 pub mod cpu;
 // Without the feature, the types of `cuda` have no values.
-#[cfg_attr(not(feature = "cuda"), path = "cuda/absent.rs")]
+#[cfg_attr(not(feature = "cuda"), path = "model/cuda/absent.rs")]
 pub mod cuda;
 pub mod decoder;
 pub mod device;
