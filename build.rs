@@ -5,7 +5,7 @@ use std::process::Command;
 use std::{env, fs};
 
 /// The CUDA kernels; `all.cu` includes them all.
-const KERNELS: &str = "src/model/cuda/kernels";
+const KERNELS: &str = "src/compute/cuda/kernels";
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");

@@ -3,20 +3,25 @@
 
 #![allow(clippy::print_stdout)]
 
+use bradley::compute::cpu::attention::{Heads, attention, attention_backward};
+use bradley::compute::cpu::gemm::{Elements, Kernel, Operand, Term, Threads, View, matmul};
+use bradley::compute::cpu::head::{HeadOptions, head};
+use bradley::compute::cpu::rms_norm::{rms_norm, rms_norm_backward};
+use bradley::compute::cpu::swiglu::{swiglu, swiglu_backward};
+use bradley::compute::cpu::thread_pool;
+use bradley::compute::layout::RowLayout;
 use bradley::domain::training::Precision;
-use bradley::model::layout::RowLayout;
-use bradley::model::ops::attention::{Heads, attention, attention_backward};
-use bradley::model::ops::gemm::{Elements, Kernel, Operand, Term, Threads, View, matmul};
-use bradley::model::ops::head::{HeadOptions, head};
-use bradley::model::ops::rms_norm::{rms_norm, rms_norm_backward};
-use bradley::model::ops::swiglu::{swiglu, swiglu_backward};
-use bradley::model::ops::team;
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
 
 fn main() {
     bradley::cli::tune_allocator();
-    println!("kernels: f32 {:?}, bf16 {:?}, {} threads", Kernel::best(Precision::F32), Kernel::best(Precision::Bf16), team::threads());
+    println!(
+        "kernels: f32 {:?}, bf16 {:?}, {} threads",
+        Kernel::best(Precision::F32),
+        Kernel::best(Precision::Bf16),
+        thread_pool::threads()
+    );
     divan::main();
 }
 
@@ -36,9 +41,9 @@ fn peak(bencher: Bencher, precision: &str) {
     let kernel = kernel(precision);
     let (m, k, n, times) = (560, 576, 96, 40);
     let (a, b) = (values(m * k), values(k * n));
-    let flops = 2 * m * k * n * times * team::threads();
+    let flops = 2 * m * k * n * times * thread_pool::threads();
     bencher.counter(ItemsCount::new(flops)).bench(|| {
-        team::for_each(team::threads(), |_| {
+        thread_pool::for_each(thread_pool::threads(), |_| {
             let a = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);
             let mut c = vec![0f32; m * n];
             for _ in 0..times {

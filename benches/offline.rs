@@ -12,19 +12,19 @@ use std::time::Instant;
 use bradley::domain::dataset::DatasetFormat;
 use bradley::domain::identity::ModelIdentity;
 use bradley::domain::training::{BatchConfig, LoraConfig, Method, Precision, RunConfig, TARGET_MODULES, TrainingSpec, Truncation};
+use bradley::formats::loader::load_model;
+use bradley::infer::encode::PairEncoder;
+use bradley::infer::pair::{EncodedPair, SequenceGroup};
+use bradley::infer::reference_cache::ReferenceCache;
+use bradley::infer::scorer::score_all;
 use bradley::model::adapter::Adapter;
 use bradley::model::decoder::Policy;
 use bradley::model::device::{ComputeDevice, DeviceChoice};
-use bradley::model::loader::load_model;
 use bradley::model::parameters::Parameters;
-use bradley::train::encode::PairEncoder;
 use bradley::train::estimate::{Lengths, Memory, plan};
 use bradley::train::host::Host;
-use bradley::train::pair::{EncodedPair, SequenceGroup};
 use bradley::train::reference::Reference;
-use bradley::train::reference_cache::ReferenceCache;
 use bradley::train::rows::read_rows;
-use bradley::train::scorer::score_all;
 use bradley::train::trainable::TrainablePolicy;
 use bradley::train::trainer::{Status, Trainer, TrainerInput};
 
@@ -130,7 +130,7 @@ fn train(
     base: &Policy,
     pairs: &[EncodedPair],
     spec: TrainingSpec,
-    tokenizer: &Arc<bradley::model::tokenizer::ChatTokenizer>,
+    tokenizer: &Arc<bradley::formats::tokenizer::ChatTokenizer>,
     cache: &ReferenceCache,
 ) -> anyhow::Result<(f64, f64)> {
     let policy = match &spec.method {

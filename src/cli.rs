@@ -3,7 +3,6 @@
 mod args;
 mod demo;
 mod failure;
-mod metrics;
 mod output;
 mod remote;
 mod resources;
@@ -24,6 +23,7 @@ use self::args::{Cli, Command, ServeArgs};
 use self::failure::{Failure, Outcome};
 use self::remote::connect;
 use self::settings::{Settings, Sources};
+use crate::telemetry::metrics;
 use crate::train::rows::apart;
 
 /// How long the last spans may take to be sent.

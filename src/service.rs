@@ -10,7 +10,6 @@ mod background;
 mod blocking;
 mod checkpoint_files;
 pub mod checkpoints;
-pub mod counted;
 pub mod datasets;
 pub mod error;
 mod events;

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use super::settings::Settings;
 use crate::engine;
-use crate::model::loader::{LoadedModel, load_model};
+use crate::formats::loader::{LoadedModel, load_model};
 use crate::rpc::{ServeOptions, Tls, serve, serve_http};
 use crate::service::{Service, ServiceOptions};
 
@@ -184,7 +184,7 @@ fn raise_descriptor_limit() -> u64 {
 async fn start_engine(settings: &Settings) -> anyhow::Result<engine::Engine> {
     if settings.threads > 0 {
         // A pool that exists already, as in a test process, stays as it is.
-        crate::model::ops::team::set_threads(settings.threads);
+        crate::compute::cpu::thread_pool::set_threads(settings.threads);
     }
     let (models, hub, mut options) = (settings.models.clone(), settings.hub.clone(), settings.engine.clone());
     options.reference_cache_file = Some(settings.data_dir.join("reference-cache.redb"));

@@ -12,9 +12,9 @@ use crate::domain::names::is_valid_id;
 use crate::domain::training::Precision;
 use crate::domain::violation::Violations;
 use crate::engine::api::EngineOptions;
+use crate::formats::loader::default_id;
+use crate::formats::source::HubOptions;
 use crate::model::device::DeviceChoice;
-use crate::model::loader::default_id;
-use crate::model::source::HubOptions;
 use crate::rpc::TlsFiles;
 
 /// Name, default and help of every setting. A flag is `--like-this`, a variable `BRADLEY_LIKE_THIS`, a TOML key `like_this`.

@@ -10,10 +10,10 @@ use tokio::sync::mpsc;
 use crate::domain::identity::ModelIdentity;
 use crate::domain::names::BaseName;
 use crate::domain::training::{Precision, TrainingSpec};
+use crate::infer::pair::{EncodedPair, SequenceGroup};
 use crate::model::device::DeviceChoice;
 use crate::model::error::ModelError;
 pub use crate::train::event::{RunEnd, RunEvent};
-use crate::train::pair::{EncodedPair, SequenceGroup};
 
 /// What is known of a resident base model.
 #[derive(Clone, Debug, PartialEq)]

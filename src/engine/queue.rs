@@ -398,7 +398,7 @@ mod tests {
     use crate::domain::training::TrainingSpec;
     use crate::engine::api::{ScoreItem, ScoredItem, WeightsRef};
     use crate::engine::entry::Entry;
-    use crate::train::pair::SequenceGroup;
+    use crate::infer::pair::SequenceGroup;
 
     const IDLE: Seeker = Seeker { worker: 0, job: None, room: Some(1), limit: u64::MAX };
 

@@ -9,15 +9,15 @@ use super::api::{CompletionLogps, EngineError, EngineOptions, ScoredItem, Weight
 use super::entry::{Entry, ScoringQueue};
 use super::fair_share::FairShare;
 use super::residents::{Bases, ROW_TOKENS, Residents};
-use super::trace;
 use crate::domain::training::Precision;
+use crate::infer::pack::Owned;
+use crate::infer::pair::SequenceGroup;
+use crate::infer::reference_cache::ReferenceCache;
+use crate::infer::scorer::{self, Logps};
 use crate::model::decoder::Policy;
 use crate::model::device::is_out_of_memory;
 use crate::model::guard::guarded;
-use crate::train::pack::Owned;
-use crate::train::pair::SequenceGroup;
-use crate::train::reference_cache::ReferenceCache;
-use crate::train::scorer::{self, Logps};
+use crate::telemetry::trace;
 
 /// An item's log-probs, or why there are none.
 type Scored = Result<Logps, EngineError>;

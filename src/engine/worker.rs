@@ -17,11 +17,11 @@ use super::run::{self, ExactBases};
 use super::scoring::{Live, LiveReference, Scoring, YieldPoint};
 use crate::domain::job::JobError;
 use crate::domain::reason::Reason;
+use crate::infer::reference_cache::ReferenceCache;
 use crate::model::decoder::Policy;
 use crate::model::device::ComputeDevice;
 use crate::model::guard::guarded;
 use crate::train::host::Host;
-use crate::train::reference_cache::ReferenceCache;
 use crate::train::trainer::{Status, TrainError, Trainer};
 
 /// The wait before a full channel is tried again.

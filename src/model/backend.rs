@@ -13,11 +13,11 @@ use std::sync::Arc;
 use candle_core::Result;
 
 use super::adapter::Adapter;
-use super::ops::head::HeadOutput;
-use super::ops::rope::Direction;
 use super::parameters::Parameters;
 use super::params::{BlockParam, LinearGroup};
 use super::spec::{BlockSpec, ModelSpec};
+use crate::compute::cpu::head::HeadOutput;
+use crate::compute::cpu::rope::Direction;
 use crate::domain::training::Precision;
 
 /// A policy as a pass reads it: everything but where it runs.

@@ -13,9 +13,9 @@
 use candle_core::Result;
 
 use super::backend::{Attended, Backend, BlockOps, Gated, OutputGradient, StreamNorm};
-use super::ops::rope::Direction;
 use super::params::{LinearGroup, PerGroup};
 use super::spec::{Activation, AttentionSpec, BlockSpec, FeedForward, Mixer, Norms, QkNorm};
+use crate::compute::cpu::rope::Direction;
 
 /// What the backward pass needs of one block.
 pub struct BlockTape<B: Backend> {

@@ -1,6 +1,5 @@
 //! A model's configuration, read from config.json or from GGUF metadata.
 
-mod gguf;
 pub(super) mod json;
 pub(super) mod limits;
 pub(super) mod rope;
@@ -74,7 +73,8 @@ impl ModelConfig {
         Self::from_hf_value(json, path)
     }
 
-    fn from_hf_value(json: Value, path: &Path) -> Result<Self, ModelError> {
+    /// Reads the value of a config.json; `path` is for messages.
+    pub(crate) fn from_hf_value(json: Value, path: &Path) -> Result<Self, ModelError> {
         let fields = Fields::new(&json, path)?;
         let architecture = architecture(&fields)?;
         if !fields.is_null("quantization_config") {

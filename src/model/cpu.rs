@@ -1,7 +1,8 @@
-//! Passes on this machine's cores, with the kernels of [`super::ops`].
+//! Passes on this machine's cores, with the kernels of [`crate::compute::cpu`].
 
 mod backend;
 mod block;
+mod projections;
 mod row;
 
 pub use self::backend::CpuBackend;

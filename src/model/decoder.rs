@@ -11,11 +11,11 @@ use super::backend::PolicyView;
 use super::config::ModelConfig;
 use super::cpu::CpuRow;
 use super::device::ComputeDevice;
-use super::ops::gemm::Kernel;
-use super::ops::rope::RopeTable;
 use super::parameters::Parameters;
 use super::pass;
 use super::row::{PreparedRow, Row};
+use crate::compute::cpu::gemm::Kernel;
+use crate::compute::cpu::rope::RopeTable;
 use crate::domain::training::Precision;
 
 /// Weights that give probabilities: a base model, perhaps with an adapter on it.

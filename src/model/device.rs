@@ -4,15 +4,15 @@ use std::sync::Arc;
 
 use super::backend::PolicyView;
 use super::cuda::Cuda;
-pub use super::error::{OutOfMemory, is_out_of_memory};
-use super::ops::buffer::Buffer;
-use super::ops::gemm::Kernel;
+use crate::compute::cpu::buffer::Buffer;
+use crate::compute::cpu::gemm::Kernel;
+pub use crate::compute::out_of_memory::{OutOfMemory, is_out_of_memory};
 use crate::domain::training::Precision;
 
 /// A device that runs a decoder's passes.
 #[derive(Clone, Debug, Default)]
 pub enum ComputeDevice {
-    /// This machine's cores, with the kernels of [`super::ops`].
+    /// This machine's cores, with the kernels of [`crate::compute::cpu`].
     #[default]
     Cpu,
     /// An NVIDIA GPU; there is none in builds without the feature `cuda`.

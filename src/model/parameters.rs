@@ -9,13 +9,22 @@ use candle_core::{Tensor, bail};
 
 use super::config::ModelConfig;
 use super::error::ModelError;
-use super::ops::team;
 use super::params::{BlockParam, Linear, ParamId, ParamSpec, params};
-use super::weights::Weights;
+use crate::compute::cpu::thread_pool;
 use crate::domain::training::Precision;
 
 /// Tensors that are read at one time at most: each is in memory twice or three times while it is converted.
 const READERS: usize = 8;
+
+/// Where tensors are read from.
+pub trait TensorSource: Sync {
+    /// Reads a parameter's tensor, contiguous, on the CPU: a matrix in `precision`, norms and
+    /// biases in f32.
+    ///
+    /// # Errors
+    /// When it cannot be read or is not what the table of parameters says.
+    fn load(&self, param: &ParamSpec, precision: Precision) -> Result<Tensor, ModelError>;
+}
 
 /// A linear layer's tensors: y = x·Wᵀ + b.
 #[derive(Clone, Copy, Debug)]
@@ -51,13 +60,13 @@ impl Table {
 
 impl Parameters {
     /// Loads every tensor the configuration calls for, shapes checked: matrices as `precision` says, norms and biases in f32. Several cores read and convert.
-    pub fn load(config: &ModelConfig, weights: &Weights, precision: Precision) -> Result<Self, ModelError> {
+    pub fn load(config: &ModelConfig, weights: &impl TensorSource, precision: Precision) -> Result<Self, ModelError> {
         type Read = Option<Result<Tensor, ModelError>>;
         let failed = AtomicBool::new(false);
         let table = Table::of(config);
         let mut all: Vec<(&ParamSpec, Read)> = table.params.iter().map(|param| (param, None)).collect();
         let each = all.len().div_ceil(READERS);
-        team::chunks(&mut all, each, |_, part| {
+        thread_pool::chunks(&mut all, each, |_, part| {
             for (param, read) in part {
                 if failed.load(Ordering::Relaxed) {
                     return;

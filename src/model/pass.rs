@@ -11,7 +11,7 @@ use candle_core::{Result, bail};
 
 use super::backend::{Backend, Keep, RowOps};
 use super::block::{BlockTape, block_backward, block_forward};
-use super::ops::head::HeadOutput;
+use crate::compute::cpu::head::HeadOutput;
 
 /// What the backward pass needs of the forward pass.
 pub struct Tape<B: Backend> {

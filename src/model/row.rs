@@ -4,8 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::adapter::Adapter;
-use super::layout::RowLayout;
-use super::ops::rope::RopeTable;
+use crate::compute::cpu::rope::RopeTable;
+use crate::compute::layout::RowLayout;
 
 /// A packed row, ready for the decoder.
 #[derive(Clone, Debug)]

@@ -15,7 +15,7 @@ use crate::domain::identity::ModelIdentity;
 use crate::domain::job::Checkpoint;
 use crate::domain::names::{self, CheckpointRef};
 use crate::domain::violation::quoted;
-use crate::model::weights::ElementType;
+use crate::formats::weights::ElementType;
 use crate::service::artifacts::{ExportFormat, ExportedFile};
 use crate::service::checkpoints::{self, ExportRequest};
 use crate::service::error::ServiceError;

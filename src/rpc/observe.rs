@@ -20,8 +20,8 @@ use super::auth::OPEN;
 use super::connections::OpenCall;
 use super::listener::Peer;
 use super::{pb, status};
-use crate::engine::trace;
 use crate::service::error::ServiceError;
+use crate::telemetry::trace;
 
 /// The header that carries a request's id, taken from the client or made here, and given back.
 const REQUEST_ID: &str = "x-request-id";

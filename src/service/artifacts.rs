@@ -17,8 +17,8 @@ use super::store::properties::ARTIFACT_STORE;
 use crate::domain::dataset::Dataset;
 use crate::domain::job::Checkpoint;
 use crate::domain::reason::Reason;
-use crate::model::peft;
-use crate::model::weights::ElementType;
+use crate::formats::peft;
+use crate::formats::weights::ElementType;
 use crate::train::checkpoint::{self, CheckpointError};
 
 /// A file or folder that is removed unless it has been renamed.

@@ -20,8 +20,8 @@ use crate::domain::names::{BaseName, CheckpointRef};
 use crate::domain::reason::Reason;
 use crate::engine::Engine;
 use crate::engine::api::WeightsRef;
-use crate::model::peft;
-use crate::model::weights::ElementType;
+use crate::formats::peft;
+use crate::formats::weights::ElementType;
 
 /// The base model that a job is pinned to: its run goes on on no other.
 fn base(job: Job) -> Option<ModelIdentity> {

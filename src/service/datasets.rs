@@ -20,8 +20,8 @@ use crate::domain::dataset::{Dataset, DatasetFormat, ValidationReport};
 use crate::domain::reason::Reason;
 use crate::domain::training::Truncation;
 use crate::engine::Engine;
-use crate::model::tokenizer::ChatTokenizer;
-use crate::train::encode::PairEncoder;
+use crate::formats::tokenizer::ChatTokenizer;
+use crate::infer::encode::PairEncoder;
 use crate::train::rows::detect_format;
 use crate::train::validate::validate_rows;
 

@@ -7,12 +7,12 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::auth::tokens::TokenService;
-use super::counted::Counted;
 use super::error::{Result, ServiceError};
 use super::shutdown::Shutdown;
 use super::store::Store;
 use crate::domain::access::Caller;
 use crate::domain::job::{Event, EventKind};
+use crate::telemetry::counted::Counted;
 
 /// Events read from the store at a time.
 const PAGE: usize = 256;

@@ -24,10 +24,10 @@ use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::domain::training::Truncation;
 use crate::engine::Engine;
 use crate::engine::api::{EngineError, ScoreItem, ScoredItem, WeightsRef};
-use crate::engine::trace;
+use crate::formats::tokenizer::ChatTokenizer;
+use crate::infer::encode::{EncodedCompletion, PairEncoder, Part, group};
 use crate::math::score::{AnswerLogps, best_of, preference_probability, ranking, reward};
-use crate::model::tokenizer::ChatTokenizer;
-use crate::train::encode::{EncodedCompletion, PairEncoder, Part, group};
+use crate::telemetry::trace;
 
 /// Bytes of one pair's text, or of a prompt and its answers: what the longest row could use is less than a tenth.
 const MAX_TEXT: usize = 16 << 20;

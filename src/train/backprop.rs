@@ -6,12 +6,12 @@ use std::sync::Arc;
 use candle_core::Result;
 
 use super::trainable::Gradients;
+use crate::compute::cpu::head::{HeadOutput, TokenDistribution};
 pub use crate::model::backend::Keep;
 use crate::model::cpu::{CpuBackend, CpuRow};
 use crate::model::cuda::DeviceTape;
 use crate::model::decoder::Policy;
 use crate::model::device::ComputeDevice;
-use crate::model::ops::head::{HeadOutput, TokenDistribution};
 use crate::model::pass;
 use crate::model::row::{PreparedRow, Row};
 

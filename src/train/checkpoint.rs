@@ -22,11 +22,11 @@ use super::trainable::TrainablePolicy;
 use crate::domain::identity::{Difference, ModelIdentity};
 use crate::domain::job::Metrics;
 use crate::domain::names::BaseName;
+use crate::formats::export::Layout;
+use crate::formats::tokenizer::ChatTokenizer;
+use crate::formats::{export, peft};
 use crate::model::decoder::Policy;
 use crate::model::error::{ModelError, last_part};
-use crate::model::export::Layout;
-use crate::model::tokenizer::ChatTokenizer;
-use crate::model::{export, peft};
 
 /// The file that makes a folder a checkpoint; written last.
 pub const STATE_FILE: &str = "trainer_state.json";

@@ -2,18 +2,18 @@
 //!
 //! `benches/compare.py` prints the estimate beside the measured peak.
 
+use crate::compute::cpu::attention::SCORES;
+use crate::compute::cpu::gemm::{GROUP_BYTES, Kernel};
+use crate::compute::cpu::head::KEPT;
+use crate::compute::cpu::thread_pool;
 use crate::domain::training::{ActivationCheckpointing, Method, Precision, TrainingSpec};
+use crate::infer::pair::EncodedPair;
 use crate::model::config::ModelConfig;
 use crate::model::cuda::sizes::{BlockShape, head_bytes};
 use crate::model::device::ComputeDevice;
-use crate::model::ops::attention::SCORES;
-use crate::model::ops::gemm::{GROUP_BYTES, Kernel};
-use crate::model::ops::head::KEPT;
-use crate::model::ops::team;
 use crate::model::params::{LoraLayer, lora_layers};
 use crate::model::spec::{FeedForward, ModelSpec, QkNorm};
 use crate::train::backprop::Keep;
-use crate::train::pair::EncodedPair;
 
 const F32: u64 = 4;
 
@@ -84,7 +84,7 @@ pub struct Estimate {
 impl Estimate {
     /// All of it, the program and the panels that its threads pack included.
     pub fn total(&self) -> u64 {
-        PROGRAM + team::threads() as u64 * GROUP_BYTES as u64 + self.training_state + self.activations
+        PROGRAM + thread_pool::threads() as u64 * GROUP_BYTES as u64 + self.training_state + self.activations
     }
 }
 

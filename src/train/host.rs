@@ -1,7 +1,7 @@
 //! What a run has of the thread that drives it.
 
 use super::event::RunEvent;
-use super::reference_cache::ReferenceCache;
+use crate::infer::reference_cache::ReferenceCache;
 
 /// The surroundings of one unit of work.
 pub struct Host<'a> {

@@ -8,13 +8,13 @@ use std::sync::Arc;
 use candle_core::Result;
 
 use super::backprop::{self, Keep, RowTape};
-use super::pack::{PackedRow, pack_rows_for_devices};
-use super::pair::{EncodedPair, SequenceGroup};
-use super::parallel::over_devices;
-use super::scorer::Logps;
 use super::trainable::Gradients;
 use crate::domain::dpo::{DpoConfig, Normalization};
 use crate::domain::job::Metrics;
+use crate::infer::data_parallel::over_devices;
+use crate::infer::pack::{PackedRow, pack_rows_for_devices};
+use crate::infer::pair::{EncodedPair, SequenceGroup};
+use crate::infer::scorer::Logps;
 use crate::math::loss::{BatchSize, PairLogps, partial_loss};
 use crate::math::metrics::{PairObservation, TokenStats, micro_batch};
 use crate::math::score::{AnswerLogps, reward};

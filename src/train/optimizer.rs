@@ -4,10 +4,10 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Var, bail};
 
+use crate::compute::cpu::buffer::large_pages;
+use crate::compute::cpu::simd::dispatch;
+use crate::compute::cpu::thread_pool;
 use crate::domain::training::OptimizerConfig;
-use crate::model::ops::buffer::large_pages;
-use crate::model::ops::simd::dispatch;
-use crate::model::ops::team;
 
 /// Elements one task updates.
 const CHUNK: usize = 1 << 15;
@@ -92,7 +92,7 @@ impl InplaceOp1 for Update<'_> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let (m, v) = &mut *state;
         let s = self.step;
-        team::chunks3(values, m, v, CHUNK, |i, p, m, v| {
+        thread_pool::chunks3(values, m, v, CHUNK, |i, p, m, v| {
             let g = &self.grad[i * CHUNK..];
             dispatch(
                 #[inline(always)]

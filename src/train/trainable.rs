@@ -5,15 +5,15 @@ use std::sync::Arc;
 
 use candle_core::{Result, Tensor, Var, bail};
 
+use crate::compute::cpu::buffer::large_pages;
+use crate::compute::cpu::simd::{dispatch, dot};
+use crate::compute::cpu::thread_pool;
 use crate::domain::training::Precision;
 use crate::model::adapter::Adapter;
 use crate::model::cuda::{Cuda, GradientBuffers};
 use crate::model::decoder::Policy;
 use crate::model::device::ComputeDevice;
 use crate::model::gradients::GradientSink;
-use crate::model::ops::buffer::large_pages;
-use crate::model::ops::simd::{dispatch, dot};
-use crate::model::ops::team;
 use crate::model::params::ParamId;
 
 /// One trainable tensor.
@@ -119,7 +119,7 @@ impl Gradients {
 
     /// Sets all to zero for the next step.
     pub fn clear(&mut self) -> Result<()> {
-        team::chunks(&mut self.values, 1, |_, g| g[0].fill(0.0));
+        thread_pool::chunks(&mut self.values, 1, |_, g| g[0].fill(0.0));
         if let Some(device) = &self.device {
             device.clear()?;
         }
@@ -140,7 +140,7 @@ impl Gradients {
     pub fn reduce(&mut self, other: &mut Gradients) -> Result<()> {
         other.collect()?;
         let theirs = &other.values;
-        team::chunks(&mut self.values, 1, |i, ours| ours[0].iter_mut().zip(&theirs[i]).for_each(|(sum, g)| *sum += g));
+        thread_pool::chunks(&mut self.values, 1, |i, ours| ours[0].iter_mut().zip(&theirs[i]).for_each(|(sum, g)| *sum += g));
         Ok(())
     }
 
@@ -163,7 +163,7 @@ impl Gradients {
 
     /// √Σ g², summed per tensor in f32 and over tensors in f64, in a fixed order.
     pub fn norm(&self) -> f64 {
-        let squares: Vec<f64> = team::map(self.values.len(), |i| self.values[i].chunks(1 << 14).map(|c| square_sum(c) as f64).sum());
+        let squares: Vec<f64> = thread_pool::map(self.values.len(), |i| self.values[i].chunks(1 << 14).map(|c| square_sum(c) as f64).sum());
         squares.iter().sum::<f64>().sqrt()
     }
 }

@@ -17,20 +17,20 @@ use super::host::Host;
 use super::micro_batch::MicroBatch;
 use super::observe::{self, Evaluation, Window};
 use super::optimizer::AdamW;
-use super::pair::{EncodedPair, SequenceGroup, digest};
 use super::reference::Reference;
-use super::scorer::Logps;
 use super::trainable::{Gradients, TrainablePolicy};
 use crate::domain::identity::ModelIdentity;
 use crate::domain::job::{Metrics, Progress};
 use crate::domain::names::BaseName;
 use crate::domain::training::TrainingSpec;
+use crate::formats::tokenizer::ChatTokenizer;
+use crate::infer::pair::{EncodedPair, SequenceGroup, digest};
+use crate::infer::scorer::Logps;
 use crate::math::clip::clip_coefficient;
 use crate::math::rng::epoch_order;
 use crate::math::schedule::learning_rate;
 use crate::model::decoder::Policy;
 use crate::model::device::{ComputeDevice, is_out_of_memory};
-use crate::model::tokenizer::ChatTokenizer;
 
 /// Why a run could not go on.
 #[derive(Debug, thiserror::Error)]

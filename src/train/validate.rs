@@ -3,12 +3,12 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
-use super::encode::PairEncoder;
 use super::rows::{DataError, apart};
 use crate::domain::dataset::{
     ChatMessage, DatasetFormat, IssueReason, MAX_LISTED_ISSUES, PreferenceRow, RowIssue, Severity, Text, ValidationReport,
 };
 use crate::domain::violation::quoted;
+use crate::infer::encode::PairEncoder;
 
 /// The usable rows of a file and what was found about all of them.
 #[derive(Clone, Debug, Default)]

@@ -4,12 +4,12 @@ use std::path::PathBuf;
 
 use bradley::domain::dataset::DatasetFormat;
 use bradley::domain::training::Precision;
-use bradley::model::chat::{ChatTemplate, RenderOptions};
+use bradley::formats::chat_template::{ChatTemplate, RenderOptions};
+use bradley::formats::loader::load_model;
+use bradley::formats::peft;
+use bradley::formats::tokenizer::ChatTokenizer;
 use bradley::model::config::ModelConfig;
-use bradley::model::loader::load_model;
 use bradley::model::parameters::Parameters;
-use bradley::model::peft;
-use bradley::model::tokenizer::ChatTokenizer;
 use bradley::train::rows::read_rows;
 
 use crate::support::golden;

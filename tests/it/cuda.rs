@@ -8,20 +8,20 @@ use std::time::{Duration, Instant};
 
 use bradley::domain::training::{LoraConfig, Precision, TARGET_MODULES};
 use bradley::engine::{self, api::EngineOptions};
+use bradley::formats::loader::load_model;
+use bradley::formats::peft::save_tensors;
+use bradley::formats::source::HubOptions;
+use bradley::infer::pack::{PackedRow, pack};
+use bradley::infer::pair::SequenceGroup;
 use bradley::math::rng::kaiming_uniform;
 use bradley::model::adapter::Adapter;
 use bradley::model::config::ModelConfig;
 use bradley::model::decoder::Policy;
 use bradley::model::device::{ComputeDevice, DeviceChoice};
-use bradley::model::loader::load_model;
 use bradley::model::parameters::Parameters;
 use bradley::model::params::LoraTensor;
-use bradley::model::peft::save_tensors;
-use bradley::model::source::HubOptions;
 use bradley::rpc::pb::{self, training_event::Event};
 use bradley::train::backprop::{Keep, backward, forward};
-use bradley::train::pack::{PackedRow, pack};
-use bradley::train::pair::SequenceGroup;
 use bradley::train::trainable::{Gradients, TrainablePolicy};
 use candle_core::{DType, Device, Tensor};
 

@@ -144,7 +144,7 @@ async fn a_run_on_two_devices_learns_what_it_learns_on_one_and_repeats_bit_for_b
 
 #[tokio::test]
 async fn a_server_starts_without_a_device_that_is_missing_only_when_told_to() {
-    let model = bradley::model::loader::load_model;
+    let model = bradley::formats::loader::load_model;
     let load = || model(Some("m"), golden("models/llama").to_str().unwrap(), &Default::default()).unwrap();
     let missing = DeviceChoice::parse("cuda:97").unwrap();
     let here = if device().name() == "cpu" { DeviceChoice::Cpu } else { DeviceChoice::Cuda(0) };

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use bradley::domain::dataset::Text;
 use bradley::domain::training::Precision;
-use bradley::model::weights::ElementType;
+use bradley::formats::weights::ElementType;
 use bradley::rpc::client::Client;
 use bradley::rpc::pb::{self, training_event::Event};
 use serde_json::json;
@@ -226,7 +226,7 @@ async fn an_export_is_made_in_the_element_type_that_is_asked_for() {
         let out = download(&client, &name, pb::ExportFormat::Merged, dtype, dir.path().join(format!("out-{dtype}"))).await;
         let config: serde_json::Value = serde_json::from_slice(&std::fs::read(out.join("config.json")).unwrap()).unwrap();
         assert_eq!(config["dtype"], torch);
-        let weights = bradley::model::weights::Weights::open_folder(&out).unwrap();
+        let weights = bradley::formats::weights::Weights::open_folder(&out).unwrap();
         let wanted = ElementType::parse(if dtype.is_empty() { "f32" } else { dtype }).unwrap();
         assert_eq!(weights.element_type(), wanted);
     }

@@ -3,9 +3,9 @@
 use std::io::BufWriter;
 use std::path::Path;
 
-use bradley::model::export::save_companions;
-use bradley::model::loader::load_model;
-use bradley::train::scorer::score;
+use bradley::formats::export::save_companions;
+use bradley::formats::loader::load_model;
+use bradley::infer::scorer::score;
 use candle_core::Tensor;
 use candle_core::quantized::gguf_file::{Value, write};
 use candle_core::quantized::{GgmlDType, QTensor};

@@ -4,16 +4,16 @@ use std::sync::Arc;
 
 use bradley::domain::dpo::DpoConfig;
 use bradley::domain::training::{LoraConfig, Precision, TARGET_MODULES};
+use bradley::formats::peft;
+use bradley::infer::pack::{Owned, pack};
+use bradley::infer::pair::{EncodedPair, SequenceGroup};
+use bradley::infer::scorer::{score, score_shared};
 use bradley::math::loss::{PairLogps, batch_loss};
 use bradley::math::rng::kaiming_uniform;
 use bradley::model::adapter::Adapter;
 use bradley::model::decoder::Policy;
 use bradley::model::params::LoraTensor;
-use bradley::model::peft;
 use bradley::train::backprop::{Keep, backward, forward};
-use bradley::train::pack::{Owned, pack};
-use bradley::train::pair::{EncodedPair, SequenceGroup};
-use bradley::train::scorer::{score, score_shared};
 use bradley::train::trainable::{Gradients, TrainablePolicy};
 use candle_core::{Device, Tensor};
 
@@ -279,7 +279,7 @@ fn a_damaged_or_foreign_file_is_an_error_that_names_it() {
         }
     };
     let load = |dir: &std::path::Path| {
-        let model = bradley::model::loader::load_model(None, dir.to_str().unwrap(), &Default::default())?;
+        let model = bradley::formats::loader::load_model(None, dir.to_str().unwrap(), &Default::default())?;
         bradley::model::parameters::Parameters::load(&model.config, &model.weights, Precision::F32)
     };
     let dir = folder.path().join("truncated");

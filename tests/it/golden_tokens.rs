@@ -2,8 +2,8 @@
 
 use bradley::domain::dataset::Text;
 use bradley::domain::training::Truncation;
-use bradley::model::chat::RenderOptions;
-use bradley::train::encode::{EncodeError, PairEncoder};
+use bradley::formats::chat_template::RenderOptions;
+use bradley::infer::encode::{EncodeError, PairEncoder};
 
 use crate::support::{MODELS, encode, ids, json, rows, tiny};
 

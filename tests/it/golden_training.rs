@@ -8,15 +8,15 @@ use bradley::domain::job::Metrics;
 use bradley::domain::training::{
     BatchConfig, LoraConfig, Method, OptimizerConfig, Precision, RunConfig, ScheduleKind, TrainingSpec, Warmup,
 };
+use bradley::formats::peft;
+use bradley::infer::pair::{EncodedPair, digest};
+use bradley::infer::reference_cache::ReferenceCache;
+use bradley::infer::scorer::score;
 use bradley::model::decoder::Policy;
-use bradley::model::peft;
 use bradley::train::checkpoint;
 use bradley::train::event::RunEvent;
 use bradley::train::host::Host;
-use bradley::train::pair::{EncodedPair, digest};
 use bradley::train::reference::Reference;
-use bradley::train::reference_cache::ReferenceCache;
-use bradley::train::scorer::score;
 use bradley::train::trainable::TrainablePolicy;
 use bradley::train::trainer::{Status, Trainer, TrainerInput, tokens_until};
 

@@ -8,8 +8,8 @@ use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use bradley::model::loader::load_model;
-use bradley::model::source::HubOptions;
+use bradley::formats::loader::load_model;
+use bradley::formats::source::HubOptions;
 
 use crate::support::golden;
 

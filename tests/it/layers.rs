@@ -13,18 +13,12 @@ use std::path::{Path, PathBuf};
 use self::scan::{PathUse, paths};
 
 /// Lowest first: a layer may import itself and what stands before it.
-const LAYERS: [&str; 8] = ["domain", "math", "model", "train", "engine", "service", "rpc", "cli"];
+const LAYERS: [&str; 12] =
+    ["domain", "telemetry", "math", "compute", "model", "formats", "infer", "train", "engine", "service", "rpc", "cli"];
 /// They tie the layers together.
 const EXEMPT: [&str; 2] = ["lib.rs", "main.rs"];
 /// The compute threads, and those of a run's other devices.
-const THREADED: [&str; 2] = ["model/ops/team.rs", "train/parallel.rs"];
-
-/// Groups of files that still import each other. The list only gets shorter: a file of it that is in no
-/// cycle any more is an error, as is a cycle that leaves its group.
-const NOT_YET: [&[&str]; 1] = [
-    // Rows of a dataset in their shapes.
-    &["train/rows.rs", "train/rows/columnar.rs", "train/rows/json.rs", "train/rows/shapes.rs"],
-];
+const THREADED: [&str; 2] = ["compute/cpu/thread_pool.rs", "infer/data_parallel.rs"];
 
 /// What makes a gRPC status.
 const STATUS_CONSTRUCTORS: [&str; 22] = [
@@ -93,21 +87,27 @@ fn names_of_tensors_stand_in_one_table() {
     }
 }
 
-/// The device's folder is the only place that is compiled in two ways: everything else calls methods that exist in both builds.
+/// What is compiled with the feature `cuda` only: what the GPU does, and what it does for a model.
+fn is_for_cuda(file: &str) -> bool {
+    ["compute", "model"].iter().any(|layer| file == format!("{layer}/cuda.rs") || file.starts_with(&format!("{layer}/cuda/")))
+}
+
+/// The device's folders are the only places that are compiled in two ways: everything else calls
+/// methods that exist in both builds.
 #[test]
-fn the_feature_cuda_is_asked_for_once_outside_its_folder() {
-    let outside: Vec<String> = lines_with(r#"feature = "cuda""#, |file| !file.starts_with("model/cuda/"));
+fn the_feature_cuda_is_asked_for_once_outside_its_folders() {
+    let outside: Vec<String> = lines_with(r#"feature = "cuda""#, |file| !is_for_cuda(file));
     assert_eq!(outside.len(), 1, "{outside:#?}");
-    assert!(outside[0].starts_with("model/mod.rs:"), "{outside:#?}");
+    assert!(outside[0].starts_with("model.rs:"), "{outside:#?}");
 }
 
 /// Kernels are started by the typed functions of one file, which check their operands.
 #[test]
 fn kernels_are_launched_from_one_file() {
-    let launches = lines_with("gpu.launch(", |file| file.starts_with("model/cuda/"));
-    let (typed, raw): (Vec<String>, Vec<String>) = launches.into_iter().partition(|line| line.starts_with("model/cuda/ops.rs:"));
+    let launches = lines_with("gpu.launch(", is_for_cuda);
+    let (typed, raw): (Vec<String>, Vec<String>) = launches.into_iter().partition(|line| line.starts_with("compute/cuda/ops.rs:"));
     assert!(typed.len() > 20, "only {} launches seen: the scan is broken", typed.len());
-    assert!(raw.is_empty(), "add a typed function to model/cuda/ops.rs instead: {raw:#?}");
+    assert!(raw.is_empty(), "add a typed function to compute/cuda/ops.rs instead: {raw:#?}");
 }
 
 /// The order of a block's steps stands in one file, the loop over the blocks in another, for all
@@ -282,7 +282,7 @@ fn no_two_files_import_each_other() {
     let sources = sources();
     let count = imports(&sources).len();
     assert!(count > sources.len(), "only {count} imports between {} files: the scan is broken", sources.len());
-    let found = cycles(&sources, &NOT_YET);
+    let found = cycles(&sources);
     assert!(
         found.is_empty(),
         "files import each other. Move what they share into a file that imports none of them; a parent \
@@ -326,9 +326,8 @@ fn relative(module: &[String], path: &PathUse) -> Option<Vec<String>> {
     may_be.then(|| module.iter().chain(&path.segments).cloned().collect())
 }
 
-/// Returns one line for each set of files that import each other, directly or through others, and that
-/// no group of `not_yet` contains, and one for each file of `not_yet` that is in no cycle.
-fn cycles(sources: &[(String, String)], not_yet: &[&[&str]]) -> Vec<String> {
+/// Returns one line for each set of files that import each other, directly or through others.
+fn cycles(sources: &[(String, String)]) -> Vec<String> {
     let imports = imports(sources);
     let reached: Vec<BTreeSet<usize>> = (0..sources.len()).map(|file| reached_from(file, &imports)).collect();
     let (mut found, mut done) = (Vec::new(), BTreeSet::new());
@@ -337,19 +336,8 @@ fn cycles(sources: &[(String, String)], not_yet: &[&[&str]]) -> Vec<String> {
             continue;
         }
         let tangled: BTreeSet<usize> = reached[file].iter().copied().filter(|other| reached[*other].contains(&file)).collect();
-        let names: Vec<&str> = tangled.iter().map(|i| sources[*i].0.as_str()).collect();
-        if !not_yet.iter().any(|group| names.iter().all(|name| group.contains(name))) {
-            // A file that is not expected there shows what is new.
-            let is_new = |i: &&usize| !not_yet.iter().any(|group| group.contains(&sources[**i].0.as_str()));
-            let start = tangled.iter().find(is_new).copied().unwrap_or(file);
-            found.push(format!("{} ({} files import each other)", shortest_cycle(start, &imports, sources), tangled.len()));
-        }
+        found.push(format!("{} ({} files import each other)", shortest_cycle(file, &imports, sources), tangled.len()));
         done.extend(tangled);
-    }
-    for name in not_yet.iter().copied().flatten() {
-        if !sources.iter().position(|(file, _)| file == name).is_some_and(|i| reached[i].contains(&i)) {
-            found.push(format!("src/{name}: is in no cycle any more: remove it from NOT_YET"));
-        }
     }
     found
 }
@@ -414,11 +402,14 @@ fn an_upward_import_is_caught_however_it_is_written() {
         &["`super::super::service::store` runs up from engine to service"],
     );
     assert_caught("engine/queue.rs", "use super::{super::{rpc::x, model::y}, api};", &["to rpc"]);
-    assert_caught("model/ops/mod.rs", "mod inner { use super::super::super::cli; }", &["to cli"]);
+    assert_caught("compute/cpu/mod.rs", "mod inner { use super::super::super::cli; }", &["to cli"]);
     assert_caught("model/config.rs", "use crate as root;\nuse crate::*;\nuse super::super::*;", &["root", "root", "root"]);
     assert_caught("model/config.rs", "pub(in crate::train) fn f() { crate::run() }", &["to train", "the crate's root"]);
     assert_caught("model/config.rs", "macro_rules! m { () => { $crate::rpc::f() } }", &["to rpc"]);
     assert_caught("service/mod.rs", "use ::bradley_x::y; use crate :: /* up */ rpc :: x;", &["to rpc"]);
+    assert_caught("telemetry/trace.rs", "use crate::math::score; use crate::domain::job;", &["from telemetry to math"]);
+    assert_caught("compute/cpu/head.rs", "use crate::model::params::ParamId;", &["from compute to model"]);
+    assert_caught("model/parameters.rs", "use crate::formats::weights::Weights;", &["from model to formats"]);
     assert_caught("stray.rs", "", &["belongs to no layer"]);
 }
 
@@ -429,7 +420,7 @@ fn what_belongs_to_one_layer_is_caught_elsewhere() {
     assert_caught("train/trainer.rs", "use tokio::sync::mpsc;", &["train is synchronous"]);
     assert_caught("rpc/scoring.rs", "let e = tonic::Status::internal(\"x\");", &["makes a status"]);
     assert_caught("rpc/scoring.rs", "return Err(Status::new(Code::Ok, m));", &["makes a status"]);
-    assert_caught("model/source.rs", "let t = std::env::var(\"HF_TOKEN\");", &["touches the environment"]);
+    assert_caught("formats/source.rs", "let t = std::env::var(\"HF_TOKEN\");", &["touches the environment"]);
     assert_caught("cli/demo.rs", "use std::env::{self, var_os};", &["touches the environment"]);
     assert_caught("service/runner.rs", "std::thread::spawn(|| ()); thread::Builder::new();", &["starts a thread", "starts a thread"]);
 }
@@ -439,9 +430,9 @@ fn what_is_legal_passes() {
     for (file, source) in [
         ("math/loss.rs", "use crate::domain::dpo; use super::metrics; pub(crate) mod x; pub(super) fn f() {}"),
         ("engine/queue/tests.rs", "use super::super::api; use super::*; std::thread::spawn(f);"),
-        ("model/ops.rs", "#[cfg(test)] mod tests { use super::*; use super::super::config; }"),
-        ("model/ops.rs", "// use crate::rpc;\n/* crate::rpc /* crate::cli */ */ /// [`crate::rpc`]\nconst S: &str = \"crate::rpc::x\";"),
-        ("model/ops.rs", "const S: &[u8] = br#\"\" crate::rpc \"#; const C: char = '\"'; fn f<'a>(x: &'a str) { let c = b'\\''; }"),
+        ("compute/cpu.rs", "#[cfg(test)] mod tests { use super::*; use super::super::config; }"),
+        ("compute/cpu.rs", "// use crate::rpc;\n/* crate::rpc /* crate::cli */ */ /// [`crate::rpc`]\nconst S: &str = \"crate::rpc::x\";"),
+        ("compute/cpu.rs", "const S: &[u8] = br#\"\" crate::rpc \"#; const C: char = '\"'; fn f<'a>(x: &'a str) { let c = b'\\''; }"),
         ("engine/worker.rs", "use tokio::sync::oneshot; match s { Status::Finished => std::thread::Builder::new() }"),
         ("rpc.rs", "use tonic::transport::Server; use self::pb::x; pub use self::http::serve_http;"),
         ("rpc/status.rs", "Status::with_error_details(code, m, d); tonic::Code::Ok;"),
@@ -455,22 +446,22 @@ fn what_is_legal_passes() {
 
 /// `cycles` of fabricated files must say exactly this.
 #[track_caller]
-fn assert_cycles(files: &[(&str, &str)], not_yet: &[&[&str]], expected: &[&str]) {
+fn assert_cycles(files: &[(&str, &str)], expected: &[&str]) {
     let sources: Vec<(String, String)> = files.iter().map(|(file, source)| ((*file).to_owned(), (*source).to_owned())).collect();
-    assert_eq!(cycles(&sources, not_yet), expected, "{files:#?}");
+    assert_eq!(cycles(&sources), expected, "{files:#?}");
 }
 
 #[test]
 fn an_import_cycle_is_caught_however_it_is_written() {
     // Directly, through others, and with a tail that is in no cycle.
     let direct = [("math/a.rs", "use super::b::X;"), ("math/b.rs", "\nfn f() { crate::math::a::g() }"), ("math/c.rs", "use super::a;")];
-    assert_cycles(&direct, &[], &["src/math/a.rs:1 -> src/math/b.rs:2 -> src/math/a.rs (2 files import each other)"]);
+    assert_cycles(&direct, &["src/math/a.rs:1 -> src/math/b.rs:2 -> src/math/a.rs (2 files import each other)"]);
     let through =
         [("math/a.rs", "use crate::math::{x, b::{self, X}};"), ("math/b.rs", "use super::c::*;"), ("math/c.rs", "use super::a::Y;")];
-    assert_cycles(&through, &[], &["src/math/a.rs:1 -> src/math/b.rs:1 -> src/math/c.rs:1 -> src/math/a.rs (3 files import each other)"]);
+    assert_cycles(&through, &["src/math/a.rs:1 -> src/math/b.rs:1 -> src/math/c.rs:1 -> src/math/a.rs (3 files import each other)"]);
     // The shortest one is shown of several that meet.
     let meeting = [("math/a.rs", "use super::b;\nuse super::c;"), ("math/b.rs", "use super::c;"), ("math/c.rs", "use super::a;")];
-    assert_cycles(&meeting, &[], &["src/math/a.rs:2 -> src/math/c.rs:1 -> src/math/a.rs (3 files import each other)"]);
+    assert_cycles(&meeting, &["src/math/a.rs:2 -> src/math/c.rs:1 -> src/math/a.rs (3 files import each other)"]);
     // A parent that uses its child, in both module styles and in every spelling.
     for parent in
         ["mod c;\nfn f() { c::g() }", "pub mod c;\npub use self::c::g;", "mod c;\npub(crate) use c::{g, h};", "\nuse crate::math::p::c;"]
@@ -478,19 +469,19 @@ fn an_import_cycle_is_caught_however_it_is_written() {
         for file in ["math/p.rs", "math/p/mod.rs"] {
             let files = [(file, parent), ("math/p/c.rs", "fn g() { super::x() }")];
             let expected = format!("src/{file}:2 -> src/math/p/c.rs:1 -> src/{file} (2 files import each other)");
-            assert_cycles(&files, &[], &[&expected]);
+            assert_cycles(&files, &[&expected]);
         }
     }
     // From an inline module, where `super` is the file itself.
     let inline = [("math/a.rs", "mod x { use super::super::b; }"), ("math/b.rs", "mod y { mod z { use super::super::super::a::X; } }")];
-    assert_cycles(&inline, &[], &["src/math/a.rs:1 -> src/math/b.rs:1 -> src/math/a.rs (2 files import each other)"]);
+    assert_cycles(&inline, &["src/math/a.rs:1 -> src/math/b.rs:1 -> src/math/a.rs (2 files import each other)"]);
     let root = [("lib.rs", "pub mod cli;\npub use cli::X;"), ("cli/mod.rs", "use crate::Y;")];
-    assert_cycles(&root, &[], &["src/lib.rs:2 -> src/cli/mod.rs:1 -> src/lib.rs (2 files import each other)"]);
+    assert_cycles(&root, &["src/lib.rs:2 -> src/cli/mod.rs:1 -> src/lib.rs (2 files import each other)"]);
 }
 
 #[test]
 fn what_is_no_cycle_passes() {
-    let passes = |files: &[(&str, &str)]| assert_cycles(files, &[], &[]);
+    let passes = |files: &[(&str, &str)]| assert_cycles(files, &[]);
     // A parent that declares its children, and children that share a file.
     passes(&[("math/p.rs", "mod c;\npub mod d;\nmod e;"), ("math/p/c.rs", "use super::{X, d};"), ("math/p/d.rs", "use super::X;")]);
     passes(&[
@@ -511,21 +502,81 @@ fn what_is_no_cycle_passes() {
     passes(&[("math/a.rs", "use super::b;"), ("math/b/tests.rs", "use crate::math::a; use super::X;"), ("math/b.rs", "mod tests;")]);
 }
 
+/// The map of the modules.
+fn architecture() -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("ARCHITECTURE.md")).unwrap()
+}
+
+/// Returns what stands between backticks, line by line.
+fn quoted(text: &str) -> Vec<&str> {
+    text.lines().flat_map(|line| line.split('`').skip(1).step_by(2)).collect()
+}
+
+/// Returns the quoted paths of Rust files that are neither in the repository nor under `src`.
+fn missing_files(text: &str) -> Vec<&str> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let is_path = |word: &&str| word.contains('/') && word.ends_with(".rs") && !word.contains(['*', '{', ' ']);
+    let exists = |path: &str| root.join(path).is_file() || root.join("src").join(path).is_file();
+    quoted(text).into_iter().filter(is_path).filter(|path| !exists(path)).collect()
+}
+
 #[test]
-fn the_list_of_cycles_that_are_left_only_gets_shorter() {
-    let [a, b] = [("math/a.rs", "use super::b;"), ("math/b.rs", "use super::a;")];
-    assert_cycles(&[a, b], &[&["math/a.rs", "math/b.rs"]], &[]);
-    // Another file joins, or two groups become one.
-    let [b, c] = [("math/b.rs", "use super::{a, c};"), ("math/c.rs", "use super::a;")];
-    let joined = "src/math/c.rs:1 -> src/math/a.rs:1 -> src/math/b.rs:1 -> src/math/c.rs (3 files import each other)";
-    assert_cycles(&[a, b, c], &[&["math/a.rs", "math/b.rs"]], &[joined]);
-    let [c, d] = [("math/c.rs", "use super::d;"), ("math/d.rs", "use super::{a, c};")];
-    let groups: [&[&str]; 2] = [&["math/a.rs", "math/b.rs"], &["math/c.rs", "math/d.rs"]];
-    assert_cycles(&[a, b, c, d], &groups, &["src/math/a.rs:1 -> src/math/b.rs:1 -> src/math/a.rs (4 files import each other)"]);
-    // A cycle is broken, in part or by a file that is gone.
-    let stale = |name: &str| format!("src/math/{name}: is in no cycle any more: remove it from NOT_YET");
-    let b = ("math/b.rs", "use super::a;");
-    assert_cycles(&[a, b, ("math/c.rs", "")], &[&["math/a.rs", "math/b.rs", "math/c.rs"]], &[&stale("c.rs")]);
-    assert_cycles(&[a, ("math/b.rs", "")], &[&["math/a.rs", "math/b.rs"]], &[&stale("a.rs"), &stale("b.rs")]);
-    assert_cycles(&[], &[&["math/a.rs"]], &[&stale("a.rs")]);
+fn every_path_in_the_map_exists() {
+    let text = architecture();
+    let paths = quoted(&text).into_iter().filter(|word| word.contains('/') && word.ends_with(".rs")).count();
+    assert!(paths > 20, "only {paths} paths seen in ARCHITECTURE.md: the scan is broken");
+    let missing = missing_files(&text);
+    assert!(missing.is_empty(), "ARCHITECTURE.md names files that do not exist: {missing:#?}");
+    let text = "see `src/lib.rs`, `math/loss.rs` and `x.rs`, not `math/no_such_file.rs` or `src/no_such_file.rs`";
+    assert_eq!(missing_files(text), ["math/no_such_file.rs", "src/no_such_file.rs"]);
+}
+
+/// The rows of the table of layers: the first cell's name, and what the second cell quotes.
+fn rows_of_the_table(text: &str) -> Vec<(&str, Vec<&str>)> {
+    let rows = text.lines().filter_map(|line| line.strip_prefix("| `")?.split_once("` |"));
+    rows.map(|(name, cell)| (name, quoted(cell))).collect()
+}
+
+/// Returns the names of the modules and folders in a folder, with those of the folders below it if `deep`.
+fn modules_in(folder: &Path, deep: bool) -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_stem().unwrap().to_string_lossy().into_owned();
+        if path.is_dir() {
+            names.extend(deep.then(|| modules_in(&path, true)).unwrap_or_default());
+            names.insert(name);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            names.insert(name);
+        }
+    }
+    names.remove("tests");
+    names
+}
+
+#[test]
+fn the_table_of_layers_lists_every_module_and_no_other() {
+    let text = architecture();
+    let rows = rows_of_the_table(&text);
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let layers = modules_in(&source, false);
+    let expected: BTreeSet<String> = LAYERS.iter().chain(&["lib", "main"]).map(|name| (*name).to_owned()).collect();
+    assert_eq!(layers, expected, "a folder of src is a layer");
+    for layer in LAYERS {
+        let of_layer = |name: &str| name == layer || name.strip_prefix(layer).is_some_and(|rest| rest.starts_with('/'));
+        let listed: BTreeSet<&str> = rows
+            .iter()
+            .filter(|(name, _)| of_layer(name))
+            .flat_map(|(name, words)| words.iter().copied().chain(name.rsplit('/').next()))
+            .collect();
+        let folder = source.join(layer);
+        let unlisted: Vec<String> = modules_in(&folder, false).into_iter().filter(|name| !listed.contains(name.as_str())).collect();
+        assert!(unlisted.is_empty(), "the row of `{layer}` in ARCHITECTURE.md lacks {unlisted:?}");
+        let below = modules_in(&folder, true);
+        let is_name =
+            |word: &&str| !LAYERS.contains(word) && word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
+        let gone: Vec<&str> =
+            listed.into_iter().filter(|word| *word != layer).filter(is_name).filter(|word| !below.contains(*word)).collect();
+        assert!(gone.is_empty(), "the row of `{layer}` in ARCHITECTURE.md names what is not there: {gone:?}");
+    }
 }

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use bradley::model::loader::load_model;
-use bradley::model::source::HubOptions;
+use bradley::formats::loader::load_model;
+use bradley::formats::source::HubOptions;
 use bradley::rpc::pb;
 use candle_core::{DType, Device, Tensor};
 

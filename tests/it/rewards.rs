@@ -5,10 +5,10 @@ use std::process::Command;
 
 use bradley::domain::dpo::{DpoConfig, LossType, WeightedLoss};
 use bradley::domain::training::{BatchConfig, BestMetric, LoraConfig, Method, OptimizerConfig, RunConfig, ScheduleKind, TrainingSpec};
+use bradley::infer::pair::EncodedPair;
 use bradley::rpc::client::Client;
 use bradley::rpc::pb::{self, RewardNormalization as Normalization, training_event::Event};
 use bradley::train::event::RunEvent;
-use bradley::train::pair::EncodedPair;
 use bradley::train::reference::Reference;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;

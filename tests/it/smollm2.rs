@@ -2,10 +2,10 @@
 
 use bradley::domain::dataset::Text;
 use bradley::domain::training::{BatchConfig, Method, OptimizerConfig, Precision, ScheduleKind, TrainingSpec};
-use bradley::model::chat::RenderOptions;
-use bradley::model::loader::load_model;
-use bradley::train::pair::EncodedPair;
-use bradley::train::scorer::score;
+use bradley::formats::chat_template::RenderOptions;
+use bradley::formats::loader::load_model;
+use bradley::infer::pair::EncodedPair;
+use bradley::infer::scorer::score;
 use serde_json::Value;
 
 use crate::golden_training::{Run, train};

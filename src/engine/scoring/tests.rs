@@ -8,10 +8,10 @@ use tokio::sync::oneshot;
 
 use super::*;
 use crate::engine::api::ScoreItem;
+use crate::formats::loader::load_model;
+use crate::formats::source::HubOptions;
+use crate::infer::pair::EncodedPair;
 use crate::model::device::ComputeDevice;
-use crate::model::loader::load_model;
-use crate::model::source::HubOptions;
-use crate::train::pair::EncodedPair;
 
 const JOB: &str = "job";
 

@@ -10,11 +10,11 @@ use crate::domain::reason::Reason;
 use crate::domain::training::{BatchConfig, Method, OptimizerConfig, Precision, ScheduleKind, TrainingSpec};
 use crate::engine::api::ScoreItem;
 use crate::engine::{Engine, start};
-use crate::model::export;
-use crate::model::loader::load_model;
-use crate::model::source::HubOptions;
-use crate::model::weights::ElementType;
-use crate::train::pair::{EncodedPair, SequenceGroup};
+use crate::formats::export;
+use crate::formats::loader::load_model;
+use crate::formats::source::HubOptions;
+use crate::formats::weights::ElementType;
+use crate::infer::pair::{EncodedPair, SequenceGroup};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 

@@ -2,11 +2,11 @@
 
 use candle_core::Result;
 
+use crate::compute::cpu::buffer::Buffer;
+use crate::compute::cpu::gemm;
+use crate::compute::cpu::swiglu::GateUp;
 use crate::model::backend::Backend;
 use crate::model::gradients::GradientSink;
-use crate::model::ops::buffer::Buffer;
-use crate::model::ops::gemm;
-use crate::model::ops::swiglu::GateUp;
 
 /// Where the gradients of parameters go.
 pub type Gradients = dyn GradientSink;

@@ -6,17 +6,17 @@ use std::sync::Arc;
 use candle_core::Result;
 
 use super::backend::{CpuBackend, GateUpGradient, Gradients};
+use super::projections::Group;
+use crate::compute::cpu::Held;
+use crate::compute::cpu::attention::{Heads, attention, attention_backward};
+use crate::compute::cpu::buffer::Buffer;
+use crate::compute::cpu::gemm::{Kernel, Operand, View};
+use crate::compute::cpu::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm_backward, rms_norm_operand};
+use crate::compute::cpu::rope::{Direction, rotate};
+use crate::compute::cpu::swiglu::{GateUp, GradientTiles, KeepGateUp, SwigluTiles, swiglu, swiglu_backward};
 use crate::model::adapter::Adapter;
 use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, PolicyView, StreamNorm};
-use crate::model::ops::Held;
-use crate::model::ops::attention::{Heads, attention, attention_backward};
-use crate::model::ops::buffer::Buffer;
-use crate::model::ops::gemm::{Kernel, Operand, View};
-use crate::model::ops::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm_backward, rms_norm_operand};
-use crate::model::ops::rope::{Direction, rotate};
-use crate::model::ops::swiglu::{GateUp, GradientTiles, KeepGateUp, SwigluTiles, swiglu, swiglu_backward};
 use crate::model::params::{BlockParam, LinearGroup, ParamId, PerGroup};
-use crate::model::projections::Group;
 use crate::model::row::PreparedRow;
 use crate::model::spec::{Activation, BlockSpec, FeedForward, Mixer, Norms, QkNorm};
 

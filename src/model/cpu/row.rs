@@ -4,13 +4,13 @@ use candle_core::{Result, bail};
 
 use super::backend::{CpuBackend, Gradients, HeadTape};
 use super::block::CpuBlock;
+use crate::compute::cpu::Held;
+use crate::compute::cpu::buffer::Buffer;
+use crate::compute::cpu::gemm::{Elements, Kernel};
+use crate::compute::cpu::head::{HeadOptions, HeadOutput, KEPT, head, head_weight_gradient};
+use crate::compute::cpu::rms_norm::{rms_norm, rms_norm_backward};
+use crate::compute::cpu::thread_pool;
 use crate::model::backend::{Keep, PolicyView, RowOps};
-use crate::model::ops::Held;
-use crate::model::ops::buffer::Buffer;
-use crate::model::ops::gemm::{Elements, Kernel};
-use crate::model::ops::head::{HeadOptions, HeadOutput, KEPT, head, head_weight_gradient};
-use crate::model::ops::rms_norm::{rms_norm, rms_norm_backward};
-use crate::model::ops::team;
 use crate::model::params::ParamId;
 use crate::model::row::PreparedRow;
 
@@ -48,7 +48,7 @@ impl<'a> CpuRow<'a> {
     fn run_head(&self, x: &[f32], options: HeadOptions) -> Result<(HeadOutput, HeadTape)> {
         let (width, row) = (self.width(), self.row.row());
         let mut before_norm = Buffer::dirty(row.predictors.len() * width);
-        team::chunks(&mut before_norm, width, |i, to| to.copy_from_slice(&x[row.predictors[i] as usize * width..][..width]));
+        thread_pool::chunks(&mut before_norm, width, |i, to| to.copy_from_slice(&x[row.predictors[i] as usize * width..][..width]));
         let mut normed = Buffer::dirty(before_norm.len());
         rms_norm(&before_norm, self.last_norm()?.f32()?, self.eps(), &mut normed);
         let w = Held::of(self.policy.parameters.head()?)?;
@@ -120,7 +120,7 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
             let w = Held::of(self.policy.parameters.head()?)?;
             head_weight_gradient(self.kernel(), &normed, w.elements(), width, &row.targets, &mut output, upstream, slot);
         }
-        team::chunks(&mut output.gradient, width, |i, row| row.iter_mut().for_each(|x| *x *= upstream[i]));
+        thread_pool::chunks(&mut output.gradient, width, |i, row| row.iter_mut().for_each(|x| *x *= upstream[i]));
         let mut dh = Buffer::zeros(before_norm.len());
         let slot = gradients.slot(ParamId::Norm);
         rms_norm_backward(&before_norm, self.last_norm()?.f32()?, &output.gradient, self.eps(), &mut dh, slot);

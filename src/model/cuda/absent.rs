@@ -1,4 +1,4 @@
-//! Stands in for `mod.rs` in builds without the feature `cuda`.
+//! Stands in for `cuda.rs` in builds without the feature `cuda`.
 //!
 //! It has the same items, as far as other modules use them. The types have no values, so code that
 //! runs passes on a GPU compiles in every build and is never reached in this one.
@@ -9,9 +9,9 @@ use std::sync::Arc;
 
 use candle_core::{Error, Result};
 
+use crate::compute::cpu::head::HeadOutput;
 use crate::domain::training::Precision;
 use crate::model::backend::{Keep, PolicyView};
-use crate::model::ops::head::HeadOutput;
 use crate::model::params::ParamId;
 use crate::model::row::PreparedRow;
 

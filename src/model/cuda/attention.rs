@@ -5,11 +5,11 @@ use std::sync::Arc;
 use candle_core::Result;
 
 use super::backend::CudaBackend;
-use super::gpu::{Gpu, Memory};
-use super::kernels::Kind;
-use super::ops::{self, AttentionBackward, AttentionTiles};
 use super::row::DeviceRow;
 use super::sizes::BlockShape;
+use crate::compute::cuda::gpu::{Gpu, Memory};
+use crate::compute::cuda::kernels::Kind;
+use crate::compute::cuda::ops::{self, AttentionBackward, AttentionTiles};
 use crate::model::backend::Attended;
 
 /// Attention of a block on a row.

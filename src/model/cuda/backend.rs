@@ -4,8 +4,8 @@ use std::ops::Deref;
 
 use candle_core::Result;
 
-use super::gpu::Memory;
 use super::gradients::GradientBuffers;
+use crate::compute::cuda::gpu::Memory;
 use crate::model::backend::Backend;
 
 /// An NVIDIA GPU.

@@ -8,16 +8,16 @@ use candle_core::Result;
 
 use super::attention::Attention;
 use super::backend::{CudaBackend, Operand};
-use super::gpu::{Gpu, Memory};
 use super::gradients::GradientBuffers;
-use super::kernels::Kind;
-use super::ops::{self, Columns, HeadColumns, HeadNormBackward, RmsNormBackward};
 use super::projections::Group;
 use super::row::DeviceRow;
 use super::sizes::BlockShape;
 use super::weights::{BlockWeights, DeviceAdapter};
+use crate::compute::cpu::rope::Direction;
+use crate::compute::cuda::gpu::{Gpu, Memory};
+use crate::compute::cuda::kernels::Kind;
+use crate::compute::cuda::ops::{self, Columns, HeadColumns, HeadNormBackward, RmsNormBackward};
 use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, StreamNorm};
-use crate::model::ops::rope::Direction;
 use crate::model::params::{BlockParam, LinearGroup, ParamId};
 use crate::model::spec::BlockSpec;
 

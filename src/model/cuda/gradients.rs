@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use candle_core::{Result, bail};
 
-use super::gpu::{Gpu, Memory};
-use super::kernels::Kind;
+use crate::compute::cuda::gpu::{Gpu, Memory};
+use crate::compute::cuda::kernels::Kind;
 use crate::model::params::ParamId;
 
 /// One sum per tensor that is trained.

@@ -1,15 +1,15 @@
-//! The head on the device: a tile of the vocabulary at a time, the softmax online, as in [`crate::model::ops::head`].
+//! The head on the device: a tile of the vocabulary at a time, the softmax online, as in [`crate::compute::cpu::head`].
 
 use std::sync::Arc;
 
 use candle_core::Result;
 
-use super::gpu::{Gpu, Memory};
-use super::kernels::Kind;
-use super::ops::{self, HeadErrors, HeadFinish, HeadTile, LogitTile, SOFTMAX_STATE};
 use super::row::DeviceRow;
 use super::sizes::{HEAD_TILE, head_tile};
-use crate::model::ops::head::{HeadOptions, HeadOutput, TokenDistribution};
+use crate::compute::cpu::head::{HeadOptions, HeadOutput, TokenDistribution};
+use crate::compute::cuda::gpu::{Gpu, Memory};
+use crate::compute::cuda::kernels::Kind;
+use crate::compute::cuda::ops::{self, HeadErrors, HeadFinish, HeadTile, LogitTile, SOFTMAX_STATE};
 
 /// The head of a model.
 pub(super) struct Head<'a> {

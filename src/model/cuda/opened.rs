@@ -7,16 +7,16 @@ use candle_core::{Result, bail};
 
 use super::backend::{CudaBackend, HeadTape};
 use super::block::{Block, NormBackward};
-use super::gpu::{Gpu, Memory};
 use super::gradients::GradientBuffers;
 use super::head::Head;
-use super::kernels::Kind;
-use super::ops;
 use super::row::{DeviceRow, Scatter};
 use super::sizes::BlockShape;
 use super::weights::{DeviceAdapter, DeviceWeights};
+use crate::compute::cpu::head::{HeadOptions, HeadOutput};
+use crate::compute::cuda::gpu::{Gpu, Memory};
+use crate::compute::cuda::kernels::Kind;
+use crate::compute::cuda::ops;
 use crate::model::backend::{Keep, PolicyView, RowOps};
-use crate::model::ops::head::{HeadOptions, HeadOutput};
 use crate::model::params::ParamId;
 use crate::model::row::Row;
 

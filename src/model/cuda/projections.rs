@@ -1,4 +1,4 @@
-//! A group of projections on the device, forward and backward: [`crate::model::projections`] in cuBLAS's products.
+//! A group of projections on the device, forward and backward: [`crate::model::cpu::projections`] in cuBLAS's products.
 //!
 //! y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ; with v = s·g·B: dx = g·W + v·A, dA = vᵀ·x, dB = s·gᵀ·(x·Aᵀ), dW = gᵀ·x, db = Σ_tokens g.
 
@@ -7,11 +7,11 @@ use std::sync::Arc;
 
 use candle_core::Result;
 
-use super::gpu::{Gpu, Memory};
 use super::gradients::GradientBuffers;
-use super::kernels::Kind;
-use super::ops::{self, Columns};
 use super::weights::{GroupWeights, LowRankGroup};
+use crate::compute::cuda::gpu::{Gpu, Memory};
+use crate::compute::cuda::kernels::Kind;
+use crate::compute::cuda::ops::{self, Columns};
 use crate::model::params::{BlockParam, ParamId};
 
 /// A group of a block.

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use candle_core::Result;
 
-use super::gpu::{Gpu, Memory};
-use super::kernels::Kind;
-use super::ops::{self, ScatterRows, TILE_ENTRY};
-use crate::model::layout::RowLayout;
+use crate::compute::cuda::gpu::{Gpu, Memory};
+use crate::compute::cuda::kernels::Kind;
+use crate::compute::cuda::ops::{self, ScatterRows, TILE_ENTRY};
+use crate::compute::layout::RowLayout;
 use crate::model::row::PreparedRow;
 
 /// Tokens of a tile.

@@ -4,7 +4,7 @@
 //! so that the two cannot drift apart. This file is compiled without the feature `cuda`, too: the
 //! estimate is the same arithmetic in every build.
 
-use crate::model::ops::attention::Heads;
+use crate::compute::cpu::attention::Heads;
 use crate::model::spec::{Activation, BlockSpec, FeedForward, Mixer, Norms, QkNorm};
 
 /// Bytes of an f32.

@@ -8,12 +8,12 @@ use candle_core::{Result, Tensor};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
-use super::gpu::{Gpu, Matrix, Memory};
-use super::kernels::Kind;
+use crate::compute::cpu::Held;
+use crate::compute::cpu::gemm::Elements;
+use crate::compute::cpu::thread_pool;
+use crate::compute::cuda::gpu::{Gpu, Matrix, Memory};
+use crate::compute::cuda::kernels::Kind;
 use crate::model::adapter::Adapter;
-use crate::model::ops::Held;
-use crate::model::ops::gemm::Elements;
-use crate::model::ops::team;
 use crate::model::parameters::Parameters;
 use crate::model::params::{BlockParam, Linear, LinearGroup, ParamId, PerGroup};
 
@@ -125,7 +125,7 @@ pub(super) struct DeviceAdapter {
 
 impl DeviceAdapter {
     fn upload(gpu: &Arc<Gpu>, kind: Kind, adapter: &Adapter) -> Result<Self> {
-        let gathered = team::map(adapter.num_blocks(), |block| {
+        let gathered = thread_pool::map(adapter.num_blocks(), |block| {
             let mut pieces = Pieces::default();
             let groups = PerGroup::build(|group| pieces.group(adapter, block, group))?;
             Ok::<_, candle_core::Error>((pieces.gather(kind)?, groups))

@@ -9,7 +9,6 @@ use super::validate::RequestValidator;
 use crate::domain::access::Caller;
 use crate::domain::job::{Job, JobRequest, JobState, Metrics, Progress};
 use crate::domain::training::{LoraConfig, Method};
-use crate::engine::trace;
 use crate::service::artifacts::Artifacts;
 use crate::service::audit::audit;
 use crate::service::error::{Result, ServiceError};
@@ -17,6 +16,7 @@ use crate::service::limiter::Limiter;
 use crate::service::shutdown::Shutdown;
 use crate::service::store::jobs::Creation;
 use crate::service::store::{Store, now};
+use crate::telemetry::trace;
 
 /// Makes jobs.
 #[derive(Clone)]

@@ -11,11 +11,11 @@ use crate::domain::job::JobRequest;
 use crate::domain::training::Method;
 use crate::engine::Engine;
 use crate::engine::api::{ScoreItem, WeightsRef};
+use crate::infer::pair::EncodedPair;
 use crate::service::error::{Result, ServiceError};
 use crate::service::limiter::Limiter;
 use crate::service::shutdown::Shutdown;
 use crate::train::estimate::Lengths;
-use crate::train::pair::EncodedPair;
 
 /// Tokens that are scored to see how fast the device is.
 const CALIBRATION: usize = 1024;

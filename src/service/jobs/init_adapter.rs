@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use crate::domain::job::{Job, JobRequest};
 use crate::domain::training::Method;
 use crate::domain::violation::{Violations, quoted};
+use crate::formats::peft;
 use crate::model::error::ModelError;
-use crate::model::peft;
 use crate::service::blocking::blocking;
 use crate::service::error::{Result, ServiceError};
 

@@ -11,15 +11,15 @@ use crate::domain::message::TemplateArguments;
 use crate::domain::reason::Reason;
 use crate::engine::Engine;
 use crate::engine::api::WeightsRef;
-use crate::model::tokenizer::ChatTokenizer;
+use crate::formats::tokenizer::ChatTokenizer;
+use crate::infer::encode::PairEncoder;
+use crate::infer::pair::{EncodedPair, digest, split_rows};
 use crate::service::artifacts::Artifacts;
 use crate::service::blocking::blocking;
 use crate::service::error::{Result, ServiceError, unreadable};
 use crate::service::policies::PolicyResolver;
 use crate::service::store::Store;
 use crate::service::template_date::TemplateDate;
-use crate::train::encode::PairEncoder;
-use crate::train::pair::{EncodedPair, digest, split_rows};
 use crate::train::validate::{BadRows, load_rows};
 
 /// A job's data, ready for the device.

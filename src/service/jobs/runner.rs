@@ -36,8 +36,8 @@ use super::resume::{CheckpointSource, check_pairs, newest_whole, progress};
 use crate::domain::identity::Pins;
 use crate::domain::job::{Checkpoint, EventKind, Job, JobError, JobState};
 use crate::domain::reason::Reason;
+use crate::engine::Engine;
 use crate::engine::api::{Command, EngineError, Report, RunEnd, RunEvent, TrainingRun};
-use crate::engine::{Engine, trace};
 use crate::service::artifacts::Artifacts;
 use crate::service::blocking::blocking;
 use crate::service::checkpoint_files::remove_checkpoint_files;
@@ -47,6 +47,7 @@ use crate::service::policies::PolicyResolver;
 use crate::service::shutdown::Shutdown;
 use crate::service::store::leases::{Also, Lease};
 use crate::service::store::{Store, now};
+use crate::telemetry::trace;
 use crate::train::checkpoint;
 use crate::train::validate::BadRows;
 

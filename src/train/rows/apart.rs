@@ -10,7 +10,8 @@ use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use super::{DataError, MAX_LINE_BYTES, columnar, issue, numbered};
+use super::reader::{DataError, MAX_LINE_BYTES, issue};
+use super::{columnar, numbered};
 use crate::domain::dataset::{DatasetFormat, IssueReason, PreferenceRow, RowIssue};
 
 /// The subcommand that [`decode`] answers.

@@ -12,9 +12,9 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
-use super::json::{KWARGS, MEDIA, TOOLS, invalid_weight};
+use super::reader::{DataError, issue};
+use super::row::{KWARGS, MEDIA, TOOLS, invalid_weight};
 use super::shapes::OPENAI;
-use super::{DataError, issue};
 use crate::domain::dataset::{IssueReason, RowIssue};
 use crate::domain::message::without_nulls;
 use crate::model::guard::guarded;

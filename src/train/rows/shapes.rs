@@ -17,7 +17,8 @@ use std::vec::IntoIter;
 
 use serde_json::{Map, Value, json};
 
-use super::{issue, json as rows};
+use super::reader::issue;
+use super::row;
 use crate::domain::dataset::{IssueReason, MAX_MESSAGES, PreferenceRow, RowIssue, RowShape};
 
 /// Rejected answers that a row may have.
@@ -136,7 +137,7 @@ impl Several {
 fn read(row: u64, mut fields: Map<String, Value>) -> Result<PreferenceRow, RowIssue> {
     let id = id(&fields);
     let shape = normalise(row, &mut fields).map_err(|issue| RowIssue { id, ..issue })?;
-    let mut pair = match rows::from_fields(row, fields) {
+    let mut pair = match row::from_fields(row, fields) {
         Err(issue) if shape == RowShape::OpenaiPreference => return Err(renamed(issue, &OPENAI_NAMES)),
         pair => pair?,
     };

@@ -10,7 +10,7 @@ use parquet::schema::parser::parse_message_type;
 use proptest::prelude::*;
 
 use super::*;
-use crate::domain::dataset::{ChatMessage, Text};
+use crate::domain::dataset::{ChatMessage, IssueReason, PreferenceRow, Text};
 
 fn jsonl(bytes: &[u8]) -> Vec<Result<PreferenceRow, RowIssue>> {
     let mut file = tempfile::NamedTempFile::new().unwrap();

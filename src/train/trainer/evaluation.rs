@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use super::{MicroBatch, Phase, TrainError, Trainer, references};
 use crate::domain::job::Metrics;
+use crate::infer::pair::EncodedPair;
 use crate::math::metrics::PairObservation;
 use crate::train::event::RunEvent;
 use crate::train::host::Host;
-use crate::train::pair::EncodedPair;
 
 impl Trainer {
     pub(super) fn evaluate_unit(&mut self, next: usize, host: &mut Host) -> Result<(), TrainError> {

@@ -1,8 +1,8 @@
 //! A PEFT adapter's configuration, beside weights that are whole.
 #![no_main]
 
+use bradley::formats::peft;
 use bradley::model::config::ModelConfig;
-use bradley::model::peft;
 use libfuzzer_sys::fuzz_target;
 
 const MODEL: &str = include_str!("../../goldens/models/llama/config.json");

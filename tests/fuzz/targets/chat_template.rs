@@ -2,7 +2,7 @@
 #![no_main]
 
 use bradley::domain::dataset::ChatMessage;
-use bradley::model::chat::{ChatTemplate, RenderOptions};
+use bradley::formats::chat_template::{ChatTemplate, RenderOptions};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|source: &str| {

@@ -4,7 +4,7 @@
 use std::io::Write;
 
 use bradley::domain::training::Precision;
-use bradley::model::loader::load_model;
+use bradley::formats::loader::load_model;
 use bradley::model::parameters::Parameters;
 use libfuzzer_sys::fuzz_target;
 

@@ -2,10 +2,10 @@
 #![no_main]
 
 use bradley::domain::training::Precision;
+use bradley::formats::peft;
+use bradley::formats::weights::Weights;
 use bradley::model::config::ModelConfig;
 use bradley::model::params::params;
-use bradley::model::peft;
-use bradley::model::weights::Weights;
 use libfuzzer_sys::fuzz_target;
 
 const MODEL: &str = include_str!("../../goldens/models/llama/config.json");

@@ -1,7 +1,7 @@
 //! A model folder's tokenizer.json.
 #![no_main]
 
-use bradley::model::tokenizer::ChatTokenizer;
+use bradley::formats::tokenizer::ChatTokenizer;
 use libfuzzer_sys::fuzz_target;
 
 // The library's panics are caught and made errors; one that is not caught still ends the process.

@@ -1,0 +1,66 @@
+//! The decoder's numerical kernels on the CPU: plain functions over slices, each with its backward pass written by hand.
+//!
+//! Legend: T tokens of the packed row, C hidden size, H query heads, K key/value heads, D head dimension, F feed-forward size, V vocabulary,
+//! r LoRA rank. Activations are row-major `[T, features]`, f32. Matrix products run in f32, or in bf16 with f32 sums ([`gemm::Kernel`]); everything
+//! else is f32. No result depends on the number of threads, and no token's result on the other rows it was packed with.
+
+pub mod attention;
+pub mod buffer;
+pub mod gemm;
+pub mod head;
+pub mod rms_norm;
+pub mod rope;
+pub mod simd;
+pub mod swiglu;
+pub mod thread_pool;
+
+#[cfg(test)]
+mod tests;
+
+use std::ops::{Deref, Range};
+
+use candle_core::{CpuStorage, Result, Storage, Tensor, bail};
+
+use self::gemm::Elements;
+
+/// A tensor's elements, readable while this lives.
+pub struct Held<'a> {
+    /// The tensor's read lock.
+    storage: Box<dyn Deref<Target = Storage> + 'a>,
+    range: Range<usize>,
+}
+
+impl<'a> Held<'a> {
+    /// Opens a contiguous f32 or bf16 tensor on the CPU.
+    pub fn of(t: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = t.storage_and_layout();
+        let Some((start, end)) = layout.contiguous_offsets() else { bail!("a weight must be contiguous, its layout is {layout:?}") };
+        match &*storage {
+            Storage::Cpu(CpuStorage::F32(_) | CpuStorage::BF16(_)) => Ok(Held { storage: Box::new(storage), range: start..end }),
+            Storage::Cpu(_) => bail!("a weight must be f32 or bf16"),
+            _ => bail!("unimplemented on this device"),
+        }
+    }
+
+    /// The elements.
+    pub fn elements(&self) -> Elements<'_> {
+        match &**self.storage {
+            Storage::Cpu(CpuStorage::F32(v)) => Elements::F32(&v[self.range.clone()]),
+            Storage::Cpu(CpuStorage::BF16(v)) => Elements::Bf16(&v[self.range.clone()]),
+            _ => Elements::F32(&[]),
+        }
+    }
+
+    /// The elements of an f32 tensor.
+    pub fn f32(&self) -> Result<&[f32]> {
+        match self.elements() {
+            Elements::F32(v) => Ok(v),
+            Elements::Bf16(_) => bail!("this tensor must be f32"),
+        }
+    }
+}
+
+/// Runs `f` on an f32 tensor's values.
+pub(crate) fn with_values<R>(t: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    Ok(f(Held::of(t)?.f32()?))
+}

@@ -1,0 +1,80 @@
+//! Grouped-query attention over the segments of a packed row, tiled by query blocks: no T×T matrix exists.
+//!
+//! Forward: per block and head, S = scale·Q·Kᵀ over the keys of the prompt and of the segment itself, P = softmax(S), O = P·V; the log-sum-exp of
+//! each row is kept. Backward recomputes P from it (arXiv:2205.14135, §3.1, without the on-chip part):
+//! dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P ⊙ (dP − rowsum(dO ⊙ O)), dQ = scale·dS·K, dK = scale·dSᵀ·Q.
+//!
+//! Blocks start where their segment starts, so a segment's numbers do not depend on where in the row it lies.
+
+mod backward;
+mod blocks;
+mod keys;
+
+use std::ops::Range;
+
+pub use self::backward::{SCORES, attention_backward};
+pub use self::blocks::Heads;
+use self::blocks::{BLOCK, blocks, over_keys, sum_over_keys};
+use self::keys::{Along, Keys};
+use super::buffer::Buffer;
+use super::gemm::{Kernel, Operand, Shared, View};
+use super::simd::{dispatch, exp_sum, max};
+use super::thread_pool;
+use crate::compute::layout::RowLayout;
+
+/// `qkv` `[T, (H + 2K)·D]` → `out` `[T, H·D]`, scaled by 1/√D; `lse` `[T, H]` receives the log-sum-exp of each query.
+pub fn attention(kernel: Kernel, qkv: &[f32], heads: Heads, layout: &RowLayout, out: &mut [f32], lse: &mut [f32]) {
+    let (row, width, group) = (heads.row(), heads.width(), heads.query / heads.key);
+    let tokens = layout.tokens();
+    assert!(qkv.len() >= tokens * row && out.len() >= tokens * width && lse.len() >= tokens * heads.query);
+    let blocks = blocks(layout);
+    let keys = Keys::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| heads.key_at(kv));
+    let values = Along::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| heads.value_at(kv));
+    let (out, lse) = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
+    // Long blocks first: what is left at the end is short.
+    let mut tasks: Vec<(usize, usize)> = (0..blocks.len()).flat_map(|b| (0..heads.query).map(move |h| (b, h))).collect();
+    tasks.sort_by_key(|(b, _)| std::cmp::Reverse(blocks[*b].columns()));
+    thread_pool::for_each(tasks.len(), |task| {
+        let (b, head) = tasks[task];
+        let block = &blocks[b];
+        let (rows, columns) = (block.queries.len(), block.columns());
+        let mut s = Buffer::dirty(rows * columns);
+        let q = View::f32(&qkv[block.queries.start * row + head * heads.dim..], row);
+        let q = Operand::new(kernel, q, rows, heads.dim, 1.0);
+        over_keys(kernel, &q, rows, &keys, head / group, block, &mut s);
+        let mut inverse = [0f32; BLOCK];
+        let p = Operand::prepared(kernel, &mut s, columns, |i, s| {
+            let visible = block.visible(i, heads.window);
+            let (m, total) = dispatch(
+                #[inline(always)]
+                || softmax(s, &visible, heads.scale()),
+            );
+            inverse[i] = 1.0 / total;
+            // SAFETY: this task alone writes its queries and head.
+            unsafe { *lse.at((block.queries.start + i) * heads.query + head) = m + total.ln() };
+        });
+        // SAFETY: as above; the rows of the output lie `width` apart.
+        unsafe {
+            let to = out.at(block.queries.start * width + head * heads.dim);
+            sum_over_keys(kernel, &p, rows, &values, head / group, block, to, width);
+            for (i, inverse) in inverse[..rows].iter().enumerate() {
+                std::slice::from_raw_parts_mut(to.add(i * width), heads.dim).iter_mut().for_each(|x| *x *= inverse);
+            }
+        }
+    });
+}
+
+/// Replaces scores by e^(scale·s − m) where they are visible, by 0 elsewhere; returns m and the sum.
+#[inline(always)]
+fn softmax(s: &mut [f32], visible: &[Range<usize>; 2], scale: f32) -> (f32, f32) {
+    let m = max(&s[visible[0].clone()]).max(max(&s[visible[1].clone()])) * scale;
+    let mut total = 0.0;
+    let mut cleared = 0;
+    for part in visible {
+        s[cleared..part.start].fill(0.0);
+        cleared = part.end;
+        total += exp_sum(&mut s[part.clone()], scale, m);
+    }
+    s[cleared..].fill(0.0);
+    (m, total)
+}

@@ -1,0 +1,181 @@
+//! The backward pass, in two sweeps so that no two tasks write the same gradient: first by queries (dQ; P and dS are left transposed), then by keys.
+
+use std::ops::Range;
+
+use super::blocks::{Block, Heads, blocks, over_keys, sum_over_keys};
+use super::keys::{Along, Keys};
+use crate::compute::cpu::buffer::Buffer;
+use crate::compute::cpu::gemm::{Kernel, NR, Operand, Product, Shared, View, panel_product};
+use crate::compute::cpu::simd::{dispatch, dot, exp};
+use crate::compute::cpu::thread_pool;
+use crate::compute::layout::RowLayout;
+
+/// Scores of all heads that are kept between the two sweeps; longer rows are done in several rounds.
+pub const SCORES: usize = 1 << 24;
+
+/// Gradients of [`super::attention`] for `g = ∂loss/∂out` `[T, H·D]`, with its inputs and outputs; `dqkv` `[T, (H + 2K)·D]` is overwritten.
+pub fn attention_backward(
+    kernel: Kernel,
+    qkv: &[f32],
+    heads: Heads,
+    layout: &RowLayout,
+    (out, lse): (&[f32], &[f32]),
+    g: &[f32],
+    dqkv: &mut [f32],
+) {
+    let (row, width) = (heads.row(), heads.width());
+    let tokens = layout.tokens();
+    assert!(qkv.len() >= tokens * row && g.len() >= tokens * width && out.len() >= tokens * width && lse.len() >= tokens * heads.query);
+    assert!(dqkv.len() >= tokens * row);
+    let all = blocks(layout);
+    let packed = Packed {
+        keys: Keys::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| heads.key_at(kv)),
+        values: Keys::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| heads.value_at(kv)),
+        key_rows: Along::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| heads.key_at(kv)),
+    };
+    let stretches: Vec<Range<usize>> = all.iter().map(|b| b.queries.clone()).collect();
+    let queries = Along::pack_stretches(kernel, &stretches, qkv, row, heads.dim, heads.query, |h| h * heads.dim);
+    let upstream = Along::pack_stretches(kernel, &stretches, g, width, heads.dim, heads.query, |h| h * heads.dim);
+    let sweep = Sweep { kernel, heads, layout, qkv, out, lse, g, packed, queries, upstream, dqkv: Shared(dqkv.as_mut_ptr()) };
+    let mut first = 0;
+    while first < all.len() {
+        let (mut end, mut scores) = (first, 0);
+        while end < all.len() && (end == first || scores + all[end].columns() * NR * heads.query <= SCORES) {
+            scores += all[end].columns() * NR * heads.query;
+            end += 1;
+        }
+        sweep.round(&all, first..end, first > 0);
+        first = end;
+    }
+}
+
+struct Packed {
+    keys: Keys,
+    values: Keys,
+    key_rows: Along,
+}
+
+struct Sweep<'a> {
+    kernel: Kernel,
+    heads: Heads,
+    layout: &'a RowLayout,
+    qkv: &'a [f32],
+    out: &'a [f32],
+    lse: &'a [f32],
+    g: &'a [f32],
+    packed: Packed,
+    /// Stretches are the query blocks.
+    queries: Along,
+    upstream: Along,
+    dqkv: Shared,
+}
+
+/// Pᵀ and dSᵀ `[columns, queries]` of one block and head.
+struct Transposed {
+    p: Operand<'static>,
+    ds: Operand<'static>,
+}
+
+impl Sweep<'_> {
+    fn round(&self, all: &[Block], round: Range<usize>, keep: bool) {
+        let h = self.heads.query;
+        let transposed: Vec<Transposed> = thread_pool::map(round.len() * h, |i| self.by_queries(&all[round.start + i / h], i % h));
+        // Keys of a segment that no block of the round sees still need zeros in the first round.
+        let tasks: Vec<(usize, usize, usize)> = (0..self.layout.segments.len())
+            .flat_map(|s| (0..self.layout.segments[s].tokens.len().div_ceil(NR)).map(move |i| (s, i)))
+            .flat_map(|(s, i)| (0..self.heads.key).map(move |kv| (s, i, kv)))
+            .collect();
+        thread_pool::for_each(tasks.len(), |task| {
+            let (segment, i, kv) = tasks[task];
+            self.by_keys(all, round.clone(), &transposed, segment, i, kv, keep);
+        });
+    }
+
+    /// dQ of one block and head.
+    fn by_queries(&self, block: &Block, head: usize) -> Transposed {
+        let (kernel, heads) = (self.kernel, self.heads);
+        let (row, width, kv) = (heads.row(), heads.width(), head / (heads.query / heads.key));
+        let (rows, columns) = (block.queries.len(), block.columns());
+        let (mut p, mut ds) = (Buffer::dirty(rows * columns), Buffer::dirty(rows * columns));
+        let at = |t: usize| t * width + head * heads.dim;
+        let q = View::f32(&self.qkv[block.queries.start * row + head * heads.dim..], row);
+        over_keys(kernel, &Operand::new(kernel, q, rows, heads.dim, 1.0), rows, &self.packed.keys, kv, block, &mut p);
+        let g = View::f32(&self.g[at(block.queries.start)..], width);
+        over_keys(kernel, &Operand::new(kernel, g, rows, heads.dim, 1.0), rows, &self.packed.values, kv, block, &mut ds);
+        let [p, ds] = Operand::prepared_pair(kernel, [&mut p, &mut ds], columns, |i, p, ds| {
+            let t = block.queries.start + i;
+            let (out, g) = (&self.out[at(t)..at(t) + heads.dim], &self.g[at(t)..at(t) + heads.dim]);
+            let lse = self.lse[t * heads.query + head];
+            let visible = block.visible(i, heads.window);
+            dispatch(
+                #[inline(always)]
+                || {
+                    let (delta, scale) = (dot(out, g), heads.scale());
+                    let mut cleared = 0;
+                    for part in &visible {
+                        p[cleared..part.start].fill(0.0);
+                        ds[cleared..part.start].fill(0.0);
+                        cleared = part.end;
+                        for (p, ds) in p[part.clone()].iter_mut().zip(&mut ds[part.clone()]) {
+                            *p = exp(*p * scale - lse);
+                            *ds = *p * (*ds - delta) * scale;
+                        }
+                    }
+                    p[cleared..].fill(0.0);
+                    ds[cleared..].fill(0.0);
+                },
+            );
+        });
+        // SAFETY: this task alone writes dQ of its queries and head.
+        unsafe {
+            let to = self.dqkv.at(block.queries.start * row + head * heads.dim);
+            sum_over_keys(kernel, &ds, rows, &self.packed.key_rows, kv, block, to, row);
+        }
+        Transposed { p: p.transposed(), ds: ds.transposed() }
+    }
+
+    /// dK and dV of the `i`-th panel of a segment's keys.
+    fn by_keys(&self, all: &[Block], round: Range<usize>, transposed: &[Transposed], segment: usize, i: usize, kv: usize, keep: bool) {
+        let (kernel, heads) = (self.kernel, self.heads);
+        let (row, group) = (heads.row(), heads.query / heads.key);
+        let start = self.layout.segments[segment].tokens.start + i * NR;
+        let keys = NR.min(self.layout.segments[segment].tokens.end - start);
+        for (panel, n) in self.queries.panels() {
+            let (mut dk, mut dv) = (Vec::new(), Vec::new());
+            for b in round.clone() {
+                let block = &all[b];
+                let (column, top) = match () {
+                    () if block.prefix == Some(segment) => (i * NR, 0),
+                    () if block.segment == segment && block.own > i * NR => (block.shared_columns() + i * NR, block.first_to_see(i)),
+                    () => continue,
+                };
+                // The queries before `top` see none of these keys.
+                let (skipped, depth) = (kernel.units(top), kernel.depth(block.queries.len()));
+                for head in kv * group..(kv + 1) * group {
+                    let t = &transposed[(b - round.start) * heads.query + head];
+                    dk.push(t.ds.product(column, top, depth - skipped, &self.queries.units(head, b, panel)[skipped * NR..]));
+                    dv.push(t.p.product(column, top, depth - skipped, &self.upstream.units(head, b, panel)[skipped * NR..]));
+                }
+            }
+            // SAFETY: this task alone writes dK and dV of these keys and this key head.
+            unsafe {
+                self.write(&dk, keys, n, self.dqkv.at(start * row + heads.key_at(kv) + panel * NR), keep);
+                self.write(&dv, keys, n, self.dqkv.at(start * row + heads.value_at(kv) + panel * NR), keep);
+            }
+        }
+    }
+
+    /// # Safety
+    /// `to` is valid for `keys` rows of `n` and nobody else touches them.
+    unsafe fn write(&self, products: &[Product], keys: usize, n: usize, to: *mut f32, keep: bool) {
+        let row = self.heads.row();
+        // SAFETY: by the caller; operands have all columns of their block as rows, padded to whole panels.
+        unsafe {
+            if products.is_empty() && !keep {
+                (0..keys).for_each(|r| to.add(r * row).write_bytes(0, n));
+            } else if !products.is_empty() {
+                panel_product(self.kernel, keys, n, products, to, row, keep);
+            }
+        }
+    }
+}

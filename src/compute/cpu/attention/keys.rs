@@ -1,0 +1,116 @@
+//! Keys and values packed for the kernels, per key head and segment, so that every query block that sees them shares the work.
+
+use crate::compute::cpu::buffer::Buffer;
+use crate::compute::cpu::gemm::{Kernel, NR, View, pack_panel};
+use crate::compute::cpu::thread_pool;
+use crate::compute::layout::RowLayout;
+
+/// Packed for products over D: Bᵀ `[D, keys]`, a panel being [`NR`] keys of one segment.
+pub(super) struct Keys {
+    units: Buffer,
+    depth: usize,
+    /// First panel of each segment.
+    first: Vec<usize>,
+    /// Panels of all segments.
+    panels: usize,
+}
+
+impl Keys {
+    /// Packs `heads` heads, the columns of head `h` of the `row`-wide tokens starting at `at(h)`.
+    pub fn pack(
+        kernel: Kernel,
+        layout: &RowLayout,
+        tokens: &[f32],
+        row: usize,
+        dim: usize,
+        heads: usize,
+        at: impl Fn(usize) -> usize + Sync,
+    ) -> Self {
+        let depth = kernel.depth(dim);
+        let mut first = Vec::with_capacity(layout.segments.len());
+        let mut places = Vec::new();
+        for s in &layout.segments {
+            first.push(places.len());
+            places.extend(s.tokens.clone().step_by(NR).map(|start| start..(start + NR).min(s.tokens.end)));
+        }
+        let panels = places.len();
+        let mut units = Buffer::dirty(heads * panels * depth * NR);
+        thread_pool::chunks(units.units_mut(), depth * NR, |i, panel| {
+            let (head, place) = (i / panels, &places[i % panels]);
+            let view = View::f32(&tokens[place.start * row + at(head)..], row).t();
+            pack_panel(kernel, view, 0, dim, 0, place.len(), panel);
+        });
+        Keys { units, depth, first, panels }
+    }
+
+    /// Depth and units of a segment's `i`-th panel.
+    pub fn across(&self, head: usize, segment: usize, i: usize) -> (usize, &[u32]) {
+        let at = (head * self.panels + self.first[segment] + i) * self.depth * NR;
+        (self.depth, &self.units.units()[at..at + self.depth * NR])
+    }
+}
+
+/// Packed for products over tokens: B `[tokens of a stretch, D]`, a panel being [`NR`] of D.
+pub(super) struct Along {
+    units: Buffer,
+    dim: usize,
+    /// First unit row of each stretch; the last entry is their number.
+    first: Vec<usize>,
+}
+
+impl Along {
+    /// Packs whole segments.
+    pub fn pack(
+        kernel: Kernel,
+        layout: &RowLayout,
+        tokens: &[f32],
+        row: usize,
+        dim: usize,
+        heads: usize,
+        at: impl Fn(usize) -> usize + Sync,
+    ) -> Self {
+        let stretches: Vec<_> = layout.segments.iter().map(|s| s.tokens.clone()).collect();
+        Self::pack_stretches(kernel, &stretches, tokens, row, dim, heads, at)
+    }
+
+    /// Packs the given stretches of tokens.
+    pub fn pack_stretches(
+        kernel: Kernel,
+        stretches: &[std::ops::Range<usize>],
+        tokens: &[f32],
+        row: usize,
+        dim: usize,
+        heads: usize,
+        at: impl Fn(usize) -> usize + Sync,
+    ) -> Self {
+        let mut first = vec![0];
+        for s in stretches {
+            first.push(first[first.len() - 1] + kernel.depth(s.len()));
+        }
+        let panels = dim.div_ceil(NR);
+        let depth = first[first.len() - 1];
+        let mut units = Buffer::dirty(heads * panels * depth * NR);
+        thread_pool::chunks(units.units_mut(), depth * NR, |i, panel| {
+            let (head, column) = (i / panels, i % panels * NR);
+            for (stretch, s) in stretches.iter().enumerate() {
+                let view = View::f32(&tokens[s.start * row + at(head) + column..], row);
+                let to = &mut panel[first[stretch] * NR..first[stretch + 1] * NR];
+                pack_panel(kernel, view, 0, s.len(), 0, NR.min(dim - column), to);
+            }
+        });
+        Along { units, dim, first }
+    }
+
+    /// Panels of D with their columns.
+    pub fn panels(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let dim = self.dim;
+        (0..dim.div_ceil(NR)).map(move |i| (i, NR.min(dim - i * NR)))
+    }
+
+    /// The units of a stretch in one panel of D.
+    pub fn units(&self, head: usize, stretch: usize, panel: usize) -> &[u32] {
+        let depth = self.first[self.first.len() - 1];
+        let base = (head * self.dim.div_ceil(NR) + panel) * depth;
+        &self.units.units()[(base + self.first[stretch]) * NR..(base + self.first[stretch + 1]) * NR]
+    }
+}

@@ -1,0 +1,344 @@
+//! A in the form kernels read: rows of units, the depth padded with zeros.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::kernel::Kernel;
+use super::pack::{interleave, round, transpose, transpose_pairs};
+use super::panel::{NR, Product, ROW_PADDING};
+use super::view::{Elements, View};
+use crate::compute::cpu::buffer::Buffer;
+use crate::compute::cpu::thread_pool;
+use half::bf16;
+
+thread_local! {
+    static LINES: RefCell<Vec<bf16>> = const { RefCell::new(Vec::new()) };
+    /// A row before it is rounded.
+    static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Elements that one task converts.
+const CHUNK: usize = 1 << 15;
+
+/// A matrix A `[rows, cols]` that can be multiplied from the left, any number of times.
+pub struct Operand<'a> {
+    pub(super) kernel: Kernel,
+    pub(super) rows: usize,
+    /// k, in elements.
+    pub(super) cols: usize,
+    units: Units<'a>,
+    /// Units between rows.
+    stride: usize,
+}
+
+enum Units<'a> {
+    /// f32 as it lies, or another operand's.
+    Lent(&'a [u32]),
+    Own(Buffer),
+}
+
+impl Units<'_> {
+    fn all(&self) -> &[u32] {
+        match self {
+            Units::Lent(units) => units,
+            Units::Own(buffer) => buffer.units(),
+        }
+    }
+}
+
+impl<'a> Operand<'a> {
+    /// The operand `scale·view` `[rows, cols]`. An unscaled row-major f32 view costs nothing when f32 is multiplied.
+    pub fn new(kernel: Kernel, view: View<'a>, rows: usize, cols: usize, scale: f32) -> Self {
+        assert!(view.covers(rows, cols), "operand: the view is smaller than {rows}x{cols}");
+        if let (false, Elements::F32(values), 1, 1.0) = (kernel.pairs(), view.elements, view.col_stride, scale) {
+            return Operand { kernel, rows, cols, units: Units::Lent(units_of(values)), stride: view.row_stride };
+        }
+        let depth = kernel.depth(cols);
+        let mut own = Buffer::dirty((rows + ROW_PADDING) * depth);
+        let units = own.units_mut();
+        let lines = if view.col_stride == 1 { (CHUNK / depth.max(1)).clamp(1, rows.max(1)) } else { 64 };
+        let fill = |i: usize, part: &mut [u32]| fill_rows(kernel, view, i * lines, (rows - i * lines).min(lines), cols, depth, scale, part);
+        match rows * cols < CHUNK {
+            true => units[..rows * depth].chunks_mut((lines * depth).max(1)).enumerate().for_each(|(i, part)| fill(i, part)),
+            false => thread_pool::chunks(&mut units[..rows * depth], lines * depth, fill),
+        }
+        Operand { kernel, rows, cols, units: Units::Own(own), stride: depth }
+    }
+
+    /// The operand `[rows, cols]` of what `prepare(i, row)` makes of each row of `values`. Where the kernel rounds, a row is rounded while it is in the
+    /// nearest cache. Uses one thread.
+    pub(crate) fn prepared(kernel: Kernel, values: &'a mut [f32], cols: usize, mut prepare: impl FnMut(usize, &mut [f32])) -> Self {
+        let mut rounded = Rounded::new(kernel, values.len() / cols, cols);
+        for (i, row) in values.chunks_exact_mut(cols).enumerate() {
+            prepare(i, row);
+            rounded.write(i, row);
+        }
+        rounded.operand(values)
+    }
+
+    /// Two operands of one shape, as [`Operand::prepared`] makes them.
+    pub(crate) fn prepared_pair(
+        kernel: Kernel,
+        [first, second]: [&'a mut [f32]; 2],
+        cols: usize,
+        mut prepare: impl FnMut(usize, &mut [f32], &mut [f32]),
+    ) -> [Self; 2] {
+        let mut rounded = [first.len(), second.len()].map(|len| Rounded::new(kernel, len / cols, cols));
+        for (i, (x, y)) in first.chunks_exact_mut(cols).zip(second.chunks_exact_mut(cols)).enumerate() {
+            prepare(i, x, y);
+            rounded[0].write(i, x);
+            rounded[1].write(i, y);
+        }
+        let [x, y] = rounded;
+        [x.operand(first), y.operand(second)]
+    }
+
+    /// Its transpose `[cols, rows]`, a copy.
+    pub(crate) fn transposed(&self) -> Operand<'static> {
+        Operand::owned(self.kernel, self.view().t(), self.cols, self.rows)
+    }
+
+    /// Some of its rows.
+    pub fn part(&self, rows: Range<usize>) -> Operand<'_> {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "operand: rows {rows:?} of {}", self.rows);
+        let units = &self.units.all()[rows.start * self.stride..];
+        Operand { kernel: self.kernel, rows: rows.len(), cols: self.cols, units: Units::Lent(units), stride: self.stride }
+    }
+
+    /// The same matrix as a view, to be multiplied from the right: rounded already, where the kernel rounds.
+    pub fn view(&self) -> View<'_> {
+        let units = self.units.all();
+        if self.kernel.pairs() {
+            // SAFETY: a unit is a pair of bf16, of which every bit pattern is valid, in the order of k.
+            let values = unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<bf16>(), 2 * units.len()) };
+            return View::of(Elements::Bf16(values), 2 * self.stride);
+        }
+        // SAFETY: a unit is an f32, of which every bit pattern is valid.
+        View::f32(unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<f32>(), units.len()) }, self.stride)
+    }
+
+    /// How many rows it has.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// A row of a rounded one.
+    pub fn bf16_row(&self, row: usize) -> &[bf16] {
+        assert!(self.kernel.pairs() && row < self.rows, "operand: row {row} of {}", self.rows);
+        let units = &self.units.all()[row * self.stride..][..self.stride];
+        // SAFETY: a unit is a pair of bf16, of which every bit pattern is valid, in the order of k.
+        let values = unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<bf16>(), 2 * units.len()) };
+        &values[..self.cols]
+    }
+
+    /// Its kernel.
+    pub fn kernel(&self) -> Kernel {
+        self.kernel
+    }
+
+    /// The product of its rows from `row` on, columns from `start` on (an even number), with a packed panel.
+    pub(crate) fn product(&self, row: usize, start: usize, depth: usize, panel: &[u32]) -> Product {
+        let units = self.units.all().as_ptr();
+        let offset = row * self.stride + self.kernel.units(start);
+        debug_assert!(panel.len() >= depth * NR);
+        // SAFETY: row and start lie inside the matrix.
+        Product { a: unsafe { units.add(offset) }, stride: self.stride, b: panel.as_ptr(), depth }
+    }
+}
+
+/// An operand whose rows are rounded one after the other, if its kernel rounds.
+struct Rounded {
+    kernel: Kernel,
+    rows: usize,
+    cols: usize,
+    depth: usize,
+    own: Buffer,
+}
+
+impl Rounded {
+    fn new(kernel: Kernel, rows: usize, cols: usize) -> Self {
+        let depth = kernel.depth(cols);
+        let own = if kernel.pairs() { Buffer::dirty((rows + ROW_PADDING) * depth) } else { Buffer::default() };
+        Rounded { kernel, rows, cols, depth, own }
+    }
+
+    fn write(&mut self, i: usize, row: &[f32]) {
+        if self.kernel.pairs() {
+            round_row(self.kernel, row, &mut self.own.units_mut()[i * self.depth..(i + 1) * self.depth]);
+        }
+    }
+
+    /// The operand; `values` as they lie where the kernel does not round.
+    fn operand(self, values: &[f32]) -> Operand<'_> {
+        let Rounded { kernel, rows, cols, depth, own } = self;
+        let units = if kernel.pairs() { Units::Own(own) } else { Units::Lent(units_of(values)) };
+        Operand { kernel, rows, cols, units, stride: depth }
+    }
+}
+
+/// Rows `first..first + rows` of the operand.
+fn fill_rows(kernel: Kernel, view: View, first: usize, rows: usize, cols: usize, depth: usize, scale: f32, dst: &mut [u32]) {
+    let (Elements::F32(_) | Elements::Bf16(_)) = view.elements;
+    if kernel.pairs() {
+        LINES.with_borrow_mut(|lines| pairs(kernel, view, first, rows, cols, depth, scale, dst, lines));
+    } else {
+        singles(view, first, rows, cols, depth, scale, dst);
+    }
+}
+
+fn singles(view: View, first: usize, rows: usize, cols: usize, depth: usize, scale: f32, dst: &mut [u32]) {
+    if let (Elements::F32(v), 1) = (view.elements, view.row_stride) {
+        let (start, stride) = (first, view.col_stride);
+        let len = (cols - 1) * stride + rows;
+        // SAFETY: `covers` was checked; f32 and u32 have the same layout.
+        unsafe { transpose(v[start..start + len].as_ptr().cast(), len, stride, cols, rows, dst, depth) };
+        if scale != 1.0 {
+            dst.iter_mut().for_each(|u| *u = (f32::from_bits(*u) * scale).to_bits());
+        }
+        return;
+    }
+    for (i, row) in dst.chunks_mut(depth).enumerate().take(rows) {
+        for (j, unit) in row.iter_mut().enumerate() {
+            *unit = (at(view, first + i, j) * scale).to_bits();
+        }
+    }
+}
+
+fn at(view: View, row: usize, col: usize) -> f32 {
+    let i = row * view.row_stride + col * view.col_stride;
+    match view.elements {
+        Elements::F32(v) => v[i],
+        Elements::Bf16(v) => v[i].to_f32(),
+    }
+}
+
+fn pairs(
+    kernel: Kernel,
+    view: View,
+    first: usize,
+    rows: usize,
+    cols: usize,
+    depth: usize,
+    scale: f32,
+    dst: &mut [u32],
+    lines: &mut Vec<bf16>,
+) {
+    let used = cols.div_ceil(2);
+    if view.col_stride == 1 {
+        for (i, row) in dst.chunks_mut(depth).enumerate().take(rows) {
+            let start = (first + i) * view.row_stride;
+            // SAFETY: a row of units is as many pairs of bf16.
+            let to: &mut [bf16] = unsafe { std::slice::from_raw_parts_mut(row.as_mut_ptr().cast(), 2 * depth) };
+            match view.elements {
+                Elements::F32(v) => round_scaled(kernel, &v[start..start + cols], scale, &mut to[..cols]),
+                Elements::Bf16(v) => {
+                    for (to, from) in to.iter_mut().zip(&v[start..start + cols]) {
+                        *to = if scale == 1.0 { *from } else { bf16::from_f32(from.to_f32() * scale) };
+                    }
+                }
+            }
+            to[cols..].fill(bf16::ZERO);
+        }
+        return;
+    }
+    if let (Elements::Bf16(v), 1.0) = (view.elements, scale) {
+        return transpose_pairs(&v[first..], view.col_stride, cols, rows, dst, depth);
+    }
+    // Contiguous along the rows of A: two neighbouring k are rounded, interleaved into pairs, and the pairs are transposed.
+    let mut paired = Buffer::dirty(used * rows);
+    lines.resize(2 * rows, bf16::ZERO);
+    for (p, units) in paired.units_mut().chunks_mut(rows).enumerate() {
+        for half in 0..2 {
+            let k = 2 * p + half;
+            let line = &mut lines[half * rows..(half + 1) * rows];
+            if k >= cols {
+                line.fill(bf16::ZERO);
+                continue;
+            }
+            let start = first + k * view.col_stride;
+            match view.elements {
+                Elements::F32(v) => round_scaled(kernel, &v[start..start + rows], scale, line),
+                Elements::Bf16(v) => {
+                    line.iter_mut().zip(&v[start..start + rows]).for_each(|(to, from)| *to = bf16::from_f32(from.to_f32() * scale))
+                }
+            }
+        }
+        let (low, high) = lines.split_at(rows);
+        interleave(kernel, low, Some(&high[..rows]), units);
+    }
+    // SAFETY: the buffer's own units.
+    unsafe { transpose(paired.units().as_ptr(), used * rows, rows, used, rows, dst, depth) };
+    if used < depth {
+        dst.chunks_mut(depth).take(rows).for_each(|row| row[used..].fill(0));
+    }
+}
+
+fn round_scaled(kernel: Kernel, src: &[f32], scale: f32, dst: &mut [bf16]) {
+    if scale == 1.0 {
+        return round(kernel, src, dst);
+    }
+    let mut scaled = [0f32; 256];
+    for (src, dst) in src.chunks(256).zip(dst.chunks_mut(256)) {
+        let scaled = &mut scaled[..src.len()];
+        scaled.iter_mut().zip(src).for_each(|(to, from)| *to = from * scale);
+        round(kernel, scaled, dst);
+    }
+}
+
+/// A row of pairs; what is beyond the values is 0.
+fn round_row(kernel: Kernel, row: &[f32], units: &mut [u32]) {
+    // SAFETY: a row of units is as many pairs of bf16.
+    let to: &mut [bf16] = unsafe { std::slice::from_raw_parts_mut(units.as_mut_ptr().cast(), 2 * units.len()) };
+    round(kernel, row, &mut to[..row.len()]);
+    to[row.len()..].fill(bf16::ZERO);
+}
+
+/// The bits of f32 values.
+fn units_of(values: &[f32]) -> &[u32] {
+    // SAFETY: same size and alignment, and every bit pattern is valid for both.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len()) }
+}
+
+impl Operand<'static> {
+    /// The operand `[rows, cols]` whose units a buffer has, each row padded.
+    pub(super) fn of_buffer(kernel: Kernel, rows: usize, cols: usize, own: Buffer) -> Self {
+        Operand { kernel, rows, cols, units: Units::Own(own), stride: kernel.depth(cols) }
+    }
+
+    /// The operand `[rows, cols]` whose row i `fill(i, row)` writes. Where the kernel rounds, a row is rounded while it is in the nearest cache.
+    pub fn computed(kernel: Kernel, rows: usize, cols: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Self {
+        let depth = kernel.depth(cols);
+        let mut own = Buffer::dirty((rows + ROW_PADDING) * depth);
+        let lines = thread_pool::rows_per_task(rows);
+        if kernel.pairs() {
+            thread_pool::chunks(&mut own.units_mut()[..rows * depth], lines * depth, |i, part| {
+                ROW.with_borrow_mut(|row| {
+                    row.resize(cols, 0.0);
+                    for (r, units) in part.chunks_mut(depth).enumerate() {
+                        fill(i * lines + r, row);
+                        round_row(kernel, row, units);
+                    }
+                });
+            });
+        } else {
+            thread_pool::chunks(&mut own[..rows * depth], lines * depth, |i, part| {
+                part.chunks_mut(depth).enumerate().for_each(|(r, row)| fill(i * lines + r, row));
+            });
+        }
+        Operand { kernel, rows, cols, units: Units::Own(own), stride: depth }
+    }
+
+    /// A copy of `view` `[rows, cols]` that outlives it.
+    pub(crate) fn owned(kernel: Kernel, view: View, rows: usize, cols: usize) -> Operand<'static> {
+        let Operand { kernel, rows, cols, units, stride } = Operand::new(kernel, view, rows, cols, 1.0);
+        let units = match units {
+            Units::Own(b) => Units::Own(b),
+            Units::Lent(units) => {
+                let mut own = Buffer::dirty(units.len());
+                own.units_mut().copy_from_slice(units);
+                Units::Own(own)
+            }
+        };
+        Operand { kernel, rows, cols, units, stride }
+    }
+}

@@ -1,0 +1,71 @@
+//! Rotary position embedding in the "rotate half" form (arXiv:2104.09864, as transformers lays it out).
+
+use std::sync::Arc;
+
+use super::simd::dispatch;
+use super::thread_pool;
+
+/// cos and sin for each token of a row, `[T, D/2]` each, the attention factor multiplied in.
+#[derive(Clone, Debug)]
+pub struct RopeTable {
+    cos: Arc<Vec<f32>>,
+    sin: Arc<Vec<f32>>,
+    half: usize,
+}
+
+impl RopeTable {
+    /// Angles `position · inv_freq`, formed in f32 as transformers does. `inv_freq` has D/2 entries.
+    pub fn new(positions: &[u32], inv_freq: &[f32], attention_factor: f32) -> Self {
+        let half = inv_freq.len();
+        let (mut cos, mut sin) = (Vec::with_capacity(positions.len() * half), Vec::with_capacity(positions.len() * half));
+        for &p in positions {
+            for f in inv_freq {
+                let (s, c) = (p as f32 * f).sin_cos();
+                cos.push(c * attention_factor);
+                sin.push(s * attention_factor);
+            }
+        }
+        RopeTable { cos: cos.into(), sin: sin.into(), half }
+    }
+
+    /// Returns the tables of cos and of sin.
+    pub fn tables(&self) -> (&[f32], &[f32]) {
+        (&self.cos, &self.sin)
+    }
+}
+
+/// Which way to rotate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// By the token's position.
+    Forward,
+    /// Back: the transpose of the rotation (times the attention factor), which is its gradient.
+    Backward,
+}
+
+/// Rotates the first `heads` heads of every token in place; tokens are rows `stride` wide.
+pub fn rotate(x: &mut [f32], stride: usize, heads: usize, table: &RopeTable, direction: Direction) {
+    let half = table.half;
+    let sign = if direction == Direction::Forward { 1.0 } else { -1.0 };
+    debug_assert!(x.len() / stride * half == table.cos.len() && heads * 2 * half <= stride);
+    let rows = thread_pool::rows_per_task(x.len() / stride);
+    thread_pool::chunks(x, rows * stride, |task, x| {
+        for (r, row) in x.chunks_mut(stride).enumerate() {
+            let t = task * rows + r;
+            let (cos, sin) = (&table.cos[t * half..][..half], &table.sin[t * half..][..half]);
+            dispatch(
+                #[inline(always)]
+                || {
+                    for head in row[..heads * 2 * half].chunks_mut(2 * half) {
+                        let (x1, x2) = head.split_at_mut(half);
+                        for i in 0..half {
+                            let (a, b, s) = (x1[i], x2[i], sin[i] * sign);
+                            x1[i] = a * cos[i] - b * s;
+                            x2[i] = b * cos[i] + a * s;
+                        }
+                    }
+                },
+            );
+        }
+    });
+}

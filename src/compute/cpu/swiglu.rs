@@ -1,0 +1,199 @@
+//! SwiGLU: y = silu(gate) ⊙ up (arXiv:2002.05202).
+
+use std::ops::Range;
+
+use half::bf16;
+
+use super::buffer::Buffer;
+use super::gemm::{Kernel, NR, Operand, Shared, TiledOperand};
+use super::simd::{dispatch, sigmoid};
+use super::thread_pool;
+
+/// y `[T, F]` from `[gate | up]` `[T, 2F]`, to be multiplied.
+pub fn swiglu(kernel: Kernel, gate_up: &[f32], width: usize) -> Operand<'static> {
+    Operand::computed(kernel, gate_up.len() / (2 * width), width, |i, y| {
+        let (gate, up) = gate_up[2 * i * width..][..2 * width].split_at(width);
+        dispatch(
+            #[inline(always)]
+            || {
+                for ((y, a), b) in y.iter_mut().zip(gate).zip(up) {
+                    *y = a * sigmoid(*a) * b;
+                }
+            },
+        )
+    })
+}
+
+/// Replaces `[gate | up]` by its gradient for the upstream gradient `g` `[T, F]`. With s = σ(gate): d_up = g·gate·s,
+/// d_gate = g·up·s·(1 + gate·(1 − s)).
+pub fn swiglu_backward(gate_up: &mut [f32], width: usize, g: &[f32]) {
+    let rows = thread_pool::rows_per_task(g.len() / width);
+    thread_pool::chunks(gate_up, rows * 2 * width, |i, gate_up| {
+        let g = &g[i * rows * width..];
+        dispatch(
+            #[inline(always)]
+            || {
+                for (row, g) in gate_up.chunks_mut(2 * width).zip(g.chunks(width)) {
+                    let (gate, up) = row.split_at_mut(width);
+                    for ((a, b), g) in gate.iter_mut().zip(up).zip(g) {
+                        let s = sigmoid(*a);
+                        (*a, *b) = (g * *b * s * (1.0 + *a * (1.0 - s)), g * *a * s);
+                    }
+                }
+            },
+        )
+    });
+}
+
+/// `[gate | up]` `[T, 2F]` until the backward pass.
+pub enum GateUp {
+    /// As it was computed.
+    F32(Buffer),
+    /// Rounded, as its gradient will be: half the memory. Where products are computed in bf16 and only an adapter is trained.
+    Bf16(Operand<'static>),
+}
+
+/// What is kept of `[gate | up]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeepGateUp {
+    /// Nothing.
+    No,
+    /// [`GateUp::F32`].
+    F32,
+    /// [`GateUp::Bf16`]; for kernels that round.
+    Bf16,
+}
+
+/// y from tiles of gate and of up: neither is written as a whole, but for what is kept.
+pub struct SwigluTiles {
+    tokens: usize,
+    width: usize,
+    y: TiledOperand,
+    rounded: Option<TiledOperand>,
+    kept: Option<(Buffer, Shared)>,
+}
+
+impl SwigluTiles {
+    /// For T tokens of F = `width`, a multiple of [`NR`].
+    pub fn new(kernel: Kernel, tokens: usize, width: usize, keep: KeepGateUp) -> Self {
+        assert!(width.is_multiple_of(NR), "swiglu: tiles of a width of {width}");
+        let mut kept = (keep == KeepGateUp::F32).then(|| (Buffer::dirty(tokens * 2 * width), Shared(std::ptr::null_mut())));
+        kept.iter_mut().for_each(|(buffer, at)| *at = Shared(buffer.as_mut_ptr()));
+        let rounded = (keep == KeepGateUp::Bf16).then(|| TiledOperand::new(kernel, tokens, 2 * width));
+        SwigluTiles { tokens, width, y: TiledOperand::new(kernel, tokens, width), rounded, kept }
+    }
+
+    /// Takes a tile of each; `up` is overwritten.
+    ///
+    /// # Safety
+    /// No other task has this part.
+    pub unsafe fn take(&self, rows: Range<usize>, columns: Range<usize>, gate: &[f32], up: &mut [f32]) {
+        let width = columns.len();
+        if let Some(rounded) = &self.rounded {
+            // SAFETY: by the caller.
+            unsafe {
+                rounded.write(rows.clone(), columns.start, width, gate);
+                rounded.write(rows.clone(), self.width + columns.start, width, up);
+            }
+        }
+        if let Some((_, at)) = &self.kept {
+            assert!(rows.end <= self.tokens && columns.end <= self.width);
+            for (i, row) in rows.clone().enumerate() {
+                for (tile, column) in [(gate, columns.start), (&*up, self.width + columns.start)] {
+                    // SAFETY: inside the buffer by the assertion; this part is the caller's.
+                    let to = unsafe { std::slice::from_raw_parts_mut(at.at(row * 2 * self.width + column), width) };
+                    to.copy_from_slice(&tile[i * NR..][..width]);
+                }
+            }
+        }
+        dispatch(
+            #[inline(always)]
+            || {
+                for (y, a) in up.iter_mut().zip(gate) {
+                    *y *= a * sigmoid(*a);
+                }
+            },
+        );
+        // SAFETY: by the caller.
+        unsafe { self.y.write(rows, columns.start, width, up) };
+    }
+
+    /// y, and what was kept.
+    pub fn finish(self) -> (Operand<'static>, Option<GateUp>) {
+        let rounded = self.rounded.map(|r| GateUp::Bf16(r.operand()));
+        (self.y.operand(), rounded.or(self.kept.map(|(buffer, _)| GateUp::F32(buffer))))
+    }
+}
+
+/// The gradients of gate and of up, as [`swiglu_backward`] gives them, and y again, from what was kept rounded and tiles of the upstream gradient.
+pub struct GradientTiles<'a> {
+    kept: &'a Operand<'static>,
+    width: usize,
+    y: TiledOperand,
+    gate: TiledOperand,
+    up: TiledOperand,
+}
+
+impl<'a> GradientTiles<'a> {
+    /// For what [`SwigluTiles`] kept; F = `width`.
+    pub fn new(kept: &'a Operand<'static>, width: usize) -> Self {
+        let tiled = || TiledOperand::new(kept.kernel(), kept.rows(), width);
+        GradientTiles { kept, width, y: tiled(), gate: tiled(), up: tiled() }
+    }
+
+    /// Takes a tile of the upstream gradient.
+    ///
+    /// # Safety
+    /// No other task has this part.
+    pub unsafe fn take(&self, rows: Range<usize>, columns: Range<usize>, g: &[f32]) {
+        let width = columns.len();
+        let (mut y, mut gate, mut up) = ([0f32; PART * NR], [0f32; PART * NR], [0f32; PART * NR]);
+        for first in rows.clone().step_by(PART) {
+            let part = first..(first + PART).min(rows.end);
+            let g = &g[(first - rows.start) * NR..];
+            dispatch(
+                #[inline(always)]
+                || {
+                    for (i, row) in part.clone().enumerate() {
+                        let kept = self.kept.bf16_row(row);
+                        widen(&kept[columns.clone()], &mut gate[i * NR..][..width]);
+                        widen(&kept[self.width + columns.start..][..width], &mut up[i * NR..][..width]);
+                    }
+                    let n = part.len() * NR;
+                    for (((y, a), b), g) in y[..n].iter_mut().zip(&mut gate[..n]).zip(&mut up[..n]).zip(g) {
+                        let s = sigmoid(*a);
+                        *y = *a * s * *b;
+                        (*a, *b) = (g * *b * s * (1.0 + *a * (1.0 - s)), g * *a * s);
+                    }
+                },
+            );
+            // SAFETY: by the caller.
+            unsafe {
+                self.y.write(part.clone(), columns.start, width, &y);
+                self.gate.write(part.clone(), columns.start, width, &gate);
+                self.up.write(part, columns.start, width, &up);
+            }
+        }
+    }
+
+    /// y, and the gradients of gate and of up, to be multiplied.
+    pub fn finish(self) -> (Operand<'static>, [Operand<'static>; 2]) {
+        (self.y.operand(), [self.gate.operand(), self.up.operand()])
+    }
+}
+
+/// Rows of a tile that are widened at a time.
+const PART: usize = 16;
+
+#[inline(always)]
+fn widened(x: bf16) -> f32 {
+    f32::from_bits((x.to_bits() as u32) << 16)
+}
+
+/// In a loop of its own: with fewer slices in a loop the compiler is sure to make vectors of it.
+#[inline(always)]
+fn widen(from: &[bf16], to: &mut [f32]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = widened(*from);
+    }
+}

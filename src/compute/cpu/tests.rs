@@ -1,0 +1,357 @@
+//! Each kernel's gradient against central finite differences, and its value against a plain version written with candle's own operations.
+
+use candle_core::{D, DType, Device, Tensor};
+
+use super::attention::{Heads, attention, attention_backward};
+use super::gemm::{Elements, Kernel, NR, Operand, View};
+use super::head::{HeadOptions, KEPT, head, head_weight_gradient};
+use super::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm, rms_norm_backward};
+use super::rope::{Direction, RopeTable, rotate};
+use super::swiglu::{GateUp, GradientTiles, KeepGateUp, SwigluTiles, swiglu, swiglu_backward};
+use crate::compute::layout::RowLayout;
+use crate::math::rng::kaiming_uniform;
+
+/// The kernels that multiply in f32.
+fn kernels() -> impl Iterator<Item = Kernel> {
+    Kernel::available().into_iter().filter(|k| matches!(k, Kernel::Portable | Kernel::Avx512))
+}
+
+/// Uniform in (−1, 1).
+fn random(n: usize, seed: u64) -> Vec<f32> {
+    kaiming_uniform(seed, "test", n, 1)
+}
+
+fn matrix(values: &[f32], cols: usize) -> Tensor {
+    Tensor::from_slice(values, (values.len() / cols, cols), &Device::Cpu).unwrap()
+}
+
+fn values(t: &Tensor) -> Vec<f32> {
+    t.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// ‖a − b‖ / ‖b‖.
+fn relative(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let norm = |f: &dyn Fn(usize) -> f64| (0..a.len()).map(|i| f(i).powi(2)).sum::<f64>().sqrt();
+    norm(&|i| a[i] as f64 - b[i] as f64) / norm(&|i| b[i] as f64).max(1e-15)
+}
+
+/// Compares `gradient` with central differences of Σ f(x)⊙upstream along random directions.
+fn check_gradient(name: &str, x: &[f32], gradient: &[f32], upstream: &[f32], f: impl Fn(&[f32]) -> Vec<f32>) {
+    let objective = |x: &[f32]| -> f64 { f(x).iter().zip(upstream).map(|(y, u)| *y as f64 * *u as f64).sum() };
+    for trial in 0..3 {
+        let direction = random(x.len(), 1000 + trial);
+        let eps = 1e-2f32;
+        let moved = |sign: f32| objective(&x.iter().zip(&direction).map(|(x, d)| x + sign * eps * d).collect::<Vec<_>>());
+        let numeric = (moved(1.0) - moved(-1.0)) / (2.0 * eps as f64);
+        let terms = gradient.iter().zip(&direction).map(|(g, d)| *g as f64 * *d as f64);
+        let (analytic, scale) = (terms.clone().sum::<f64>(), terms.map(|t| t * t).sum::<f64>().sqrt());
+        assert!(
+            (numeric - analytic).abs() < 2e-3 * scale.max(1e-2) + 2e-3 * analytic.abs(),
+            "{name}, trial {trial}: {numeric} vs {analytic}"
+        );
+    }
+}
+
+#[test]
+fn rms_norm_matches_its_formula_and_its_differences() {
+    let (x, w, u) = (random(5 * 24, 1), random(24, 2), random(5 * 24, 3));
+    let norm = |x: &[f32], w: &[f32]| {
+        let mut y = vec![0f32; x.len()];
+        rms_norm(x, w, 1e-5, &mut y);
+        y
+    };
+    let t = matrix(&x, 24);
+    let rms = (t.sqr().unwrap().mean_keepdim(D::Minus1).unwrap() + 1e-5).unwrap().sqrt().unwrap();
+    let plain = t.broadcast_div(&rms).unwrap().broadcast_mul(&Tensor::from_slice(&w, 24, &Device::Cpu).unwrap()).unwrap();
+    assert!(relative(&norm(&x, &w), &values(&plain)) < 1e-6);
+    let (mut dx, mut dw) = (vec![0f32; x.len()], vec![0f32; 24]);
+    rms_norm_backward(&x, &w, &u, 1e-5, &mut dx, Some(&mut dw));
+    check_gradient("rms_norm x", &x, &dx, &u, |x| norm(x, &w));
+    check_gradient("rms_norm w", &w, &dw, &u, |w| norm(&x, w));
+}
+
+#[test]
+fn head_norm_is_the_norm_of_every_head_and_leaves_the_rest_alone() {
+    let heads = HeadColumns { stride: 30, offset: 8, count: 2 };
+    let (x, w, u) = (random(4 * 30, 4), random(8, 5), random(4 * 30, 6));
+    let norm = |x: &[f32], w: &[f32]| {
+        let mut y = x.to_vec();
+        head_norm(&mut y, heads, w, 1e-5);
+        y
+    };
+    let y = norm(&x, &w);
+    let mut one = vec![0f32; 8];
+    rms_norm(&x[38 + 8..][..8], &w, 1e-5, &mut one);
+    assert_eq!(y[38 + 8..][..8], one[..]);
+    assert_eq!(y[..8], x[..8]);
+    assert_eq!(y[24..30], x[24..30]);
+    let (mut dx, mut dw) = (u.clone(), vec![0f32; 8]);
+    head_norm_backward(&x, &mut dx, heads, &w, 1e-5, Some(&mut dw));
+    check_gradient("head_norm x", &x, &dx, &u, |x| norm(x, &w));
+    check_gradient("head_norm w", &w, &dw, &u, |w| norm(&x, w));
+}
+
+#[test]
+fn rope_rotates_and_its_transpose_is_its_gradient() {
+    let table = RopeTable::new(&[0, 1, 2, 7], &[1.0, 0.3, 0.05, 0.01], 1.1);
+    let rotated = |x: &[f32], direction| {
+        let mut y = x.to_vec();
+        rotate(&mut y, 20, 2, &table, direction);
+        y
+    };
+    let (x, u) = (random(80, 3), random(80, 4));
+    let y = rotated(&x, Direction::Forward);
+    for (i, f) in [1.0f32, 0.3, 0.05, 0.01].iter().enumerate() {
+        let angle = 7.0 * f;
+        let (a, b) = (x[60 + i], x[60 + 4 + i]);
+        assert!((y[60 + i] - 1.1 * (a * angle.cos() - b * angle.sin())).abs() < 1e-6);
+        assert!((y[60 + 4 + i] - 1.1 * (b * angle.cos() + a * angle.sin())).abs() < 1e-6);
+    }
+    assert_eq!(y[16..20], x[16..20], "what is not a rotated head stays");
+    check_gradient("rope", &x, &rotated(&u, Direction::Backward), &u, |x| rotated(x, Direction::Forward));
+}
+
+#[test]
+fn swiglu_matches_its_formula_and_its_differences() {
+    let x: Vec<f32> = random(6 * 80, 4).iter().map(|x| 4.0 * x).collect();
+    let u = random(6 * 40, 5);
+    let product = |x: &[f32]| match swiglu(Kernel::Portable, x, 40).view().elements {
+        Elements::F32(y) => y[..6 * 40].to_vec(),
+        Elements::Bf16(_) => unreachable!("the kernel does not round"),
+    };
+    let t = matrix(&x, 80);
+    let plain = (t.narrow(1, 0, 40).unwrap().silu().unwrap() * t.narrow(1, 40, 40).unwrap()).unwrap();
+    assert!(relative(&product(&x), &values(&plain)) < 1e-6);
+    let mut dx = x.clone();
+    swiglu_backward(&mut dx, 40, &u);
+    check_gradient("swiglu", &x, &dx, &u, product);
+}
+
+/// Hands `[T, F]` matrices out in tiles, as a product does.
+fn by_tiles<const P: usize>(all: [&[f32]; P], width: usize, take: impl Fn(std::ops::Range<usize>, std::ops::Range<usize>, [Vec<f32>; P])) {
+    let tokens = all[0].len() / width;
+    for first in (0..tokens).step_by(37) {
+        for column in (0..width).step_by(NR) {
+            let (rows, columns) = (first..(first + 37).min(tokens), column..(column + NR).min(width));
+            let tile = |x: &[f32]| {
+                // What is beyond the columns is anything.
+                let mut tile = vec![f32::NAN; rows.len() * NR];
+                for (to, row) in tile.chunks_mut(NR).zip(rows.clone()) {
+                    to[..columns.len()].copy_from_slice(&x[row * width..][columns.clone()]);
+                }
+                tile
+            };
+            take(rows.clone(), columns.clone(), all.map(tile));
+        }
+    }
+}
+
+/// The columns `from..from + F` of `[T, 2F]`.
+fn half(x: &[f32], width: usize, from: usize) -> Vec<f32> {
+    x.chunks(2 * width).flat_map(|row| row[from..from + width].to_vec()).collect()
+}
+
+#[test]
+fn swiglu_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
+    let (tokens, width) = (45, 64);
+    let x: Vec<f32> = random(tokens * 2 * width, 4).iter().map(|x| 4.0 * x).collect();
+    let (gate, up) = (half(&x, width, 0), half(&x, width, width));
+    for kernel in Kernel::available() {
+        let rounds = kernel.pairs();
+        let bits = |operand: &Operand, width: usize| -> Vec<u32> {
+            (0..tokens)
+                .flat_map(|i| match operand.view().elements {
+                    Elements::F32(v) => v[i * width..][..width].iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
+                    Elements::Bf16(_) => operand.bf16_row(i).iter().map(|x| u32::from(x.to_bits())).collect(),
+                })
+                .collect()
+        };
+        for keep in [KeepGateUp::No, KeepGateUp::F32, KeepGateUp::Bf16].into_iter().filter(|k| rounds || *k != KeepGateUp::Bf16) {
+            let tiles = SwigluTiles::new(kernel, tokens, width, keep);
+            // SAFETY: there is one thread.
+            by_tiles([&gate, &up], width, |rows, columns, [gate, mut up]| unsafe { tiles.take(rows, columns, &gate, &mut up) });
+            let (y, kept) = tiles.finish();
+            assert_eq!(bits(&y, width), bits(&swiglu(kernel, &x, width), width), "{kernel:?} {keep:?}");
+            match (kept, keep) {
+                (None, KeepGateUp::No) => {}
+                (Some(GateUp::F32(kept)), KeepGateUp::F32) => assert_eq!(kept[..], x[..], "{kernel:?}"),
+                (Some(GateUp::Bf16(kept)), KeepGateUp::Bf16) => {
+                    let rounded = Operand::new(kernel, View::f32(&x, 2 * width), tokens, 2 * width, 1.0);
+                    assert_eq!(bits(&kept, 2 * width), bits(&rounded, 2 * width), "{kernel:?}");
+                }
+                _ => panic!("{kernel:?} keeps something else for {keep:?}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn swiglu_that_keeps_its_input_rounded_has_the_gradients_of_what_it_kept() {
+    for (tokens, width) in [(13, 41), (45, 64)] {
+        let x: Vec<f32> = random(tokens * 2 * width, 4).iter().map(|x| half::bf16::from_f32(4.0 * x).to_f32()).collect();
+        let u = random(tokens * width, 5);
+        for kernel in Kernel::available().into_iter().filter(|k| k.pairs()) {
+            let bits = |operand: &Operand| (0..tokens).flat_map(|i| operand.bf16_row(i).to_vec()).collect::<Vec<_>>();
+            let kept = Operand::new(kernel, View::f32(&x, 2 * width), tokens, 2 * width, 1.0);
+            let kept = Operand::owned(kernel, kept.view(), tokens, 2 * width);
+            let tiles = GradientTiles::new(&kept, width);
+            // SAFETY: there is one thread.
+            by_tiles([&u], width, |rows, columns, [g]| unsafe { tiles.take(rows, columns, &g) });
+            let (y, [gate, up]) = tiles.finish();
+            assert_eq!(bits(&y), bits(&swiglu(kernel, &x, width)), "{kernel:?}");
+            let mut exact = x.clone();
+            swiglu_backward(&mut exact, width, &u);
+            for (ours, from) in [(gate, 0), (up, width)] {
+                let exact = half(&exact, width, from);
+                assert_eq!(bits(&ours), bits(&Operand::new(kernel, View::f32(&exact, width), tokens, width, 1.0)), "{kernel:?} {width}");
+            }
+        }
+    }
+}
+
+/// Attention with an explicit mask, in candle's own operations.
+fn plain_attention(qkv: &[f32], heads: Heads, layout: &RowLayout) -> Vec<f32> {
+    let t = layout.tokens();
+    let positions = layout.positions();
+    let mut mask = vec![f32::NEG_INFINITY; t * t];
+    for s in &layout.segments {
+        for i in s.tokens.clone() {
+            for j in s.prefix.clone().chain(s.tokens.start..i + 1) {
+                if heads.window.is_none_or(|w| (positions[i] - positions[j]) < w as u32) {
+                    mask[i * t + j] = 0.0;
+                }
+            }
+        }
+    }
+    let (mask, qkv) = (matrix(&mask, t), matrix(qkv, heads.row()));
+    let mut out = vec![0f32; t * heads.width()];
+    for h in 0..heads.query {
+        let take = |head: usize| qkv.narrow(1, head * heads.dim, heads.dim).unwrap().contiguous().unwrap();
+        let kv = h / (heads.query / heads.key);
+        let (q, k, v) = (take(h), take(heads.query + kv), take(heads.query + heads.key + kv));
+        let scores = ((q.matmul(&k.t().unwrap()).unwrap() * (1.0 / (heads.dim as f64).sqrt())).unwrap() + &mask).unwrap();
+        let e = scores.broadcast_sub(&scores.max_keepdim(1).unwrap()).unwrap().exp().unwrap();
+        let o = values(&e.broadcast_div(&e.sum_keepdim(1).unwrap()).unwrap().matmul(&v).unwrap());
+        for i in 0..t {
+            out[i * heads.width() + h * heads.dim..][..heads.dim].copy_from_slice(&o[i * heads.dim..][..heads.dim]);
+        }
+    }
+    out
+}
+
+fn attend(kernel: Kernel, qkv: &[f32], heads: Heads, layout: &RowLayout) -> (Vec<f32>, Vec<f32>) {
+    let (mut out, mut lse) = (vec![0f32; layout.tokens() * heads.width()], vec![0f32; layout.tokens() * heads.query]);
+    attention(kernel, qkv, heads, layout, &mut out, &mut lse);
+    (out, lse)
+}
+
+#[test]
+fn attention_equals_masked_attention_with_and_without_a_window() {
+    let mut layout = RowLayout::default();
+    layout.push_group(70, [66, 3]);
+    layout.push_group(5, [1, 80]);
+    for kernel in kernels() {
+        for (window, dim) in [(None, 8), (Some(1), 8), (Some(9), 40), (Some(72), 8)] {
+            let heads = Heads { query: 4, key: 2, dim, window };
+            let qkv = random(layout.tokens() * heads.row(), 11);
+            let error = relative(&attend(kernel, &qkv, heads, &layout).0, &plain_attention(&qkv, heads, &layout));
+            assert!(error < 1e-6, "{kernel:?}, window {window:?}: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn attention_gradients_match_differences() {
+    let mut layout = RowLayout::default();
+    layout.push_group(3, [4, 2]);
+    layout.push_group(2, [66]);
+    for kernel in kernels() {
+        for (window, dim) in [(None, 4), (Some(3), 36)] {
+            let heads = Heads { query: 4, key: 2, dim, window };
+            let qkv = random(layout.tokens() * heads.row(), 14);
+            let u = random(layout.tokens() * heads.width(), 15);
+            let (out, lse) = attend(kernel, &qkv, heads, &layout);
+            let mut dqkv = vec![f32::NAN; qkv.len()];
+            attention_backward(kernel, &qkv, heads, &layout, (&out, &lse), &u, &mut dqkv);
+            check_gradient("attention", &qkv, &dqkv, &u, |x| attend(kernel, x, heads, &layout).0);
+        }
+    }
+}
+
+#[test]
+fn bf16_attention_stays_near_f32() {
+    let mut layout = RowLayout::default();
+    layout.push_group(40, [66, 3]);
+    let heads = Heads { query: 4, key: 2, dim: 16, window: None };
+    let qkv = random(layout.tokens() * heads.row(), 14);
+    let u = random(layout.tokens() * heads.width(), 15);
+    let run = |kernel| {
+        let (out, lse) = attend(kernel, &qkv, heads, &layout);
+        let mut dqkv = vec![f32::NAN; qkv.len()];
+        attention_backward(kernel, &qkv, heads, &layout, (&out, &lse), &u, &mut dqkv);
+        (out, dqkv)
+    };
+    let (out, gradient) = run(Kernel::Portable);
+    for kernel in Kernel::available() {
+        let (o, g) = run(kernel);
+        assert!(
+            relative(&o, &out) < 0.01 && relative(&g, &gradient) < 0.02,
+            "{kernel:?}: {} {}",
+            relative(&o, &out),
+            relative(&g, &gradient)
+        );
+    }
+}
+
+const PLAIN: HeadOptions = HeadOptions { distribution: true, gradient: false, trained: None };
+
+#[test]
+fn log_probs_and_distributions_match_a_full_softmax() {
+    // More rows than a task has, more tokens than a tile has.
+    let (rows, hidden, vocabulary) = (130, 8, 2100);
+    let h: Vec<f32> = random(rows * hidden, 17).iter().map(|x| 3.0 * x).collect();
+    let w = random(vocabulary * hidden, 18);
+    let targets: Vec<u32> = (0..rows as u32).map(|i| i * 397 % vocabulary as u32).collect();
+    let f64s = |v: &[f32]| matrix(v, hidden).to_dtype(DType::F64).unwrap();
+    let logits: Vec<Vec<f64>> = f64s(&h).matmul(&f64s(&w).t().unwrap()).unwrap().to_vec2().unwrap();
+    for kernel in kernels() {
+        let got = head(kernel, &h, Elements::F32(&w), hidden, &targets, PLAIN);
+        for (i, row) in logits.iter().enumerate() {
+            let m = row.iter().cloned().fold(f64::MIN, f64::max);
+            let lse = m + row.iter().map(|x| (x - m).exp()).sum::<f64>().ln();
+            let (y, d) = (targets[i] as usize, got.distributions[i]);
+            assert!((got.log_probs[i] as f64 - (row[y] - lse)).abs() < 1e-5);
+            assert!((d.mean_logit as f64 - row.iter().sum::<f64>() / row.len() as f64).abs() < 1e-5);
+            let entropy: f64 = -row.iter().map(|x| (x - lse).exp() * (x - lse)).sum::<f64>();
+            assert!((d.entropy as f64 - entropy).abs() < 2e-5, "{} vs {entropy}", d.entropy);
+            let p2: f64 = row.iter().map(|x| (2.0 * (x - lse)).exp()).sum();
+            assert!((d.log_sum_p2 as f64 - p2.ln()).abs() < 1e-5);
+            assert_eq!(d.is_argmax, row.iter().all(|x| *x <= row[y]));
+        }
+    }
+}
+
+#[test]
+fn log_prob_gradients_match_differences_for_a_frozen_and_a_trainable_head() {
+    let (rows, hidden, vocabulary) = (9, 8, 1100);
+    let h: Vec<f32> = random(rows * hidden, 19).iter().map(|x| 2.0 * x).collect();
+    let w = random(vocabulary * hidden, 20);
+    let targets: Vec<u32> = (0..rows as u32).map(|i| i * 130).collect();
+    let u = random(rows, 21);
+    for kernel in kernels() {
+        // All probabilities are kept for the weight's gradient, those of the first tiles, none.
+        let gradients = [KEPT, rows * 1024, 0].map(|kept| {
+            let options = HeadOptions { distribution: false, gradient: true, trained: Some(kept) };
+            let mut out = head(kernel, &h, Elements::F32(&w), hidden, &targets, options);
+            let mut dw = vec![0f32; w.len()];
+            head_weight_gradient(kernel, &h, Elements::F32(&w), hidden, &targets, &mut out, &u, &mut dw);
+            (out, dw)
+        });
+        assert!(gradients[1..].iter().all(|(_, dw)| *dw == gradients[0].1), "{kernel:?}: bits depend on what is kept");
+        let [(out, dw), ..] = gradients;
+        let dh: Vec<f32> = out.gradient.chunks(hidden).zip(&u).flat_map(|(row, u)| row.iter().map(move |x| x * u)).collect();
+        check_gradient("head h", &h, &dh, &u, |h| head(kernel, h, Elements::F32(&w), hidden, &targets, PLAIN).log_probs);
+        check_gradient("head w", &w, &dw, &u, |w| head(kernel, &h, Elements::F32(w), hidden, &targets, PLAIN).log_probs);
+    }
+}

@@ -1,0 +1,296 @@
+//! Parallel loops over a fixed pool of threads.
+//!
+//! A forward pass is thousands of loops of a fraction of a millisecond each: a general one's wake-ups between them cost a tenth of the time. Here
+//! the pool's threads watch for the next loop for a moment before they sleep. One loop runs at a time; a loop inside a task, or while another
+//! caller's loop runs, is done by its caller alone. Results do not depend on who did what: a task is a pure function of its index.
+
+use std::any::Any;
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long a thread watches for the next loop before it sleeps.
+const WATCH: Duration = Duration::from_micros(300);
+/// In the state: the loop takes no more helpers. Below it, the number of helpers that entered; above it, the loop's number.
+const CLOSED: u64 = 1 << 16;
+const NEXT_LOOP: u64 = 1 << 17;
+
+static THREADS: AtomicUsize = AtomicUsize::new(0);
+static POOL: OnceLock<ThreadPool> = OnceLock::new();
+
+thread_local! {
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Uses so many threads, all cores by default. Has no effect once a loop has run.
+pub fn set_threads(threads: usize) {
+    THREADS.store(threads, Ordering::Relaxed);
+}
+
+/// Threads that share a loop, the caller included.
+pub fn threads() -> usize {
+    pool().helpers + 1
+}
+
+type Task<'a> = &'a (dyn Fn(usize) + Sync);
+
+/// The loop that runs now.
+struct Loop {
+    task: Option<Task<'static>>,
+    tasks: usize,
+}
+
+struct ThreadPool {
+    helpers: usize,
+    /// Held by the caller of the running loop.
+    caller: Mutex<()>,
+    state: AtomicU64,
+    /// Written by the caller before it opens the loop, read by helpers after they entered.
+    current: std::cell::UnsafeCell<Loop>,
+    next: AtomicUsize,
+    left: AtomicUsize,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    sleeping: Mutex<usize>,
+    wake: Condvar,
+}
+
+// SAFETY: `current` changes only while no helper is inside, which `state` and `left` see to.
+unsafe impl Sync for ThreadPool {}
+// SAFETY: the task pointer is only used while its loop runs.
+unsafe impl Send for ThreadPool {}
+
+fn pool() -> &'static ThreadPool {
+    POOL.get_or_init(|| {
+        let wanted = THREADS.load(Ordering::Relaxed);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut helpers = if wanted > 0 { wanted } else { cores } - 1;
+        let mut started = 0;
+        for i in 0..helpers {
+            if std::thread::Builder::new().name(format!("compute-{i}")).spawn(help).is_ok() {
+                started += 1;
+            }
+        }
+        helpers = started;
+        ThreadPool {
+            helpers,
+            caller: Mutex::new(()),
+            state: AtomicU64::new(CLOSED),
+            current: std::cell::UnsafeCell::new(Loop { task: None, tasks: 0 }),
+            next: AtomicUsize::new(0),
+            left: AtomicUsize::new(0),
+            panic: Mutex::new(None),
+            sleeping: Mutex::new(0),
+            wake: Condvar::new(),
+        }
+    })
+}
+
+/// A helper's life.
+fn help() {
+    INSIDE.set(true);
+    let pool = loop {
+        match POOL.get() {
+            Some(pool) => break pool,
+            None => std::thread::yield_now(),
+        }
+    };
+    let mut seen = 0;
+    loop {
+        let state = pool.wait_for_loop(seen);
+        seen = state / NEXT_LOOP;
+        if pool.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+            pool.take_part();
+            pool.left.fetch_add(1, Ordering::Release);
+        } else {
+            // Another helper entered at the same time, or the loop was closed: look again.
+            seen = seen.saturating_sub(1);
+        }
+    }
+}
+
+impl ThreadPool {
+    /// The state of an open loop after number `seen`.
+    fn wait_for_loop(&self, seen: u64) -> u64 {
+        let open = |state: u64| state & CLOSED == 0 && state / NEXT_LOOP > seen;
+        loop {
+            let start = Instant::now();
+            loop {
+                for _ in 0..64 {
+                    let state = self.state.load(Ordering::Acquire);
+                    if open(state) {
+                        return state;
+                    }
+                    std::hint::spin_loop();
+                }
+                if start.elapsed() > WATCH {
+                    break;
+                }
+            }
+            let mut sleeping = self.sleeping.lock().unwrap_or_else(PoisonError::into_inner);
+            // The caller opens the loop before it takes this lock: either it sees us asleep or we see the loop.
+            if !open(self.state.load(Ordering::SeqCst)) {
+                *sleeping += 1;
+                sleeping = self.wake.wait(sleeping).unwrap_or_else(PoisonError::into_inner);
+                *sleeping -= 1;
+            }
+        }
+    }
+
+    fn take_part(&self) {
+        // SAFETY: we are between opening and the caller's wait for all who entered, so the loop stays as it is.
+        let Loop { task: Some(task), tasks } = (unsafe { &*self.current.get() }) else { return };
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            loop {
+                let i = self.next.fetch_add(1, Ordering::Relaxed);
+                if i >= *tasks {
+                    return;
+                }
+                task(i);
+            }
+        }));
+        if let Err(panic) = outcome {
+            // The others need not go on.
+            self.next.store(usize::MAX / 2, Ordering::Relaxed);
+            *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+        }
+    }
+
+    /// Runs a loop, unless another one runs; says how it panicked, if it did.
+    fn run(&self, tasks: usize, task: Task) -> Option<Option<Box<dyn Any + Send>>> {
+        let Ok(_turn) = self.caller.try_lock() else { return None };
+        // SAFETY: the reference is dropped from `current` before this function returns, and no helper is inside by then.
+        let task: Task<'static> = unsafe { std::mem::transmute::<Task<'_>, Task<'static>>(task) };
+        // SAFETY: the last loop is closed and all its helpers have left.
+        unsafe { *self.current.get() = Loop { task: Some(task), tasks } };
+        self.next.store(0, Ordering::Relaxed);
+        self.left.store(0, Ordering::Relaxed);
+        let number = self.state.load(Ordering::Relaxed) / NEXT_LOOP + 1;
+        self.state.store(number * NEXT_LOOP, Ordering::SeqCst);
+        if *self.sleeping.lock().unwrap_or_else(PoisonError::into_inner) > 0 {
+            self.wake.notify_all();
+        }
+        INSIDE.set(true);
+        self.take_part();
+        INSIDE.set(false);
+        let entered = (self.state.fetch_or(CLOSED, Ordering::AcqRel) & (CLOSED - 1)) as usize;
+        let mut spins = 0u32;
+        while self.left.load(Ordering::Acquire) < entered {
+            spins += 1;
+            if spins < 10_000 { std::hint::spin_loop() } else { std::thread::yield_now() }
+        }
+        // SAFETY: everyone has left.
+        unsafe { (*self.current.get()).task = None };
+        Some(self.panic.lock().unwrap_or_else(PoisonError::into_inner).take())
+    }
+}
+
+/// Runs `f(i)` for every i below `tasks`, on all threads.
+pub fn for_each(tasks: usize, f: impl Fn(usize) + Sync) {
+    let pool = pool();
+    if tasks > 1
+        && pool.helpers > 0
+        && !INSIDE.get()
+        && let Some(panic) = pool.run(tasks, &f)
+    {
+        // Nothing is locked any more: a panic here must not poison the pool.
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
+        return;
+    }
+    (0..tasks).for_each(f);
+}
+
+/// `f(i)` for every i below `tasks`, in order.
+pub fn map<R: Send>(tasks: usize, f: impl Fn(usize) -> R + Sync) -> Vec<R> {
+    let mut out: Vec<Option<R>> = (0..tasks).map(|_| None).collect();
+    chunks(&mut out, 1, |i, slot| slot[0] = Some(f(i)));
+    out.into_iter().flatten().collect()
+}
+
+/// A pointer that tasks share because each uses a part of its own.
+struct Parts<T>(*mut T);
+// SAFETY: tasks make disjoint slices of it.
+unsafe impl<T: Send> Sync for Parts<T> {}
+
+impl<T> Parts<T> {
+    /// The `i`-th chunk of `chunk` of a slice of `len`.
+    ///
+    /// # Safety
+    /// The slice outlives the chunk, and nobody else has chunk `i`.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn chunk(&self, len: usize, chunk: usize, i: usize) -> &mut [T] {
+        let start = i * chunk;
+        // SAFETY: inside the slice; exclusive by the caller.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), chunk.min(len - start)) }
+    }
+}
+
+/// Runs `f(i, chunk)` over `data` in chunks of `chunk` (the last may be shorter).
+pub fn chunks<T: Send>(data: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+    let len = data.len();
+    let parts = Parts(data.as_mut_ptr());
+    // SAFETY: every index is handed out once.
+    for_each(len.div_ceil(chunk.max(1)), |i| f(i, unsafe { parts.chunk(len, chunk, i) }));
+}
+
+/// Runs `f(i, a, b, c)` over the chunks of three slices of one length.
+pub fn chunks3<T: Send>(a: &mut [T], b: &mut [T], c: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T], &mut [T], &mut [T]) + Sync) {
+    let len = a.len().min(b.len()).min(c.len());
+    let (a, b, c) = (Parts(a.as_mut_ptr()), Parts(b.as_mut_ptr()), Parts(c.as_mut_ptr()));
+    // SAFETY: every index is handed out once.
+    for_each(len.div_ceil(chunk.max(1)), |i| unsafe { f(i, a.chunk(len, chunk, i), b.chunk(len, chunk, i), c.chunk(len, chunk, i)) });
+}
+
+/// Rows of `width` to a task, so that every thread gets a few tasks of `rows` rows in all.
+pub fn rows_per_task(rows: usize) -> usize {
+    rows.div_ceil(4 * threads()).max(4)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once_also_from_several_callers_and_nested() {
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for n in [0, 1, 2, 100, 1000] {
+                        let counts: Vec<AtomicUsize> = (0..n).map(|_| AtomicUsize::new(0)).collect();
+                        for_each(n, |i| {
+                            for_each(3, |_| {
+                                counts[i].fetch_add(1, Ordering::Relaxed);
+                            })
+                        });
+                        assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 3));
+                    }
+                });
+            }
+        });
+        assert_eq!(map(5, |i| i * i), [0, 1, 4, 9, 16]);
+    }
+
+    #[test]
+    fn a_panic_in_a_task_reaches_the_caller_and_the_pool_goes_on() {
+        let result = catch_unwind(|| for_each(100, |i| assert!(i != 50, "task {i}")));
+        assert!(result.is_err());
+        let mut data = vec![0usize; 10];
+        chunks(&mut data, 3, |i, c| c.fill(i));
+        assert_eq!(data, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]);
+        assert!(!pool().caller.is_poisoned(), "loops go on in parallel");
+    }
+
+    #[test]
+    fn helpers_that_slept_wake_up() {
+        for_each(2, |_| {});
+        std::thread::sleep(Duration::from_millis(20));
+        let sum = AtomicUsize::new(0);
+        for_each(64, |i| {
+            sum.fetch_add(i, Ordering::Relaxed);
+        });
+        assert_eq!(sum.into_inner(), 2016);
+    }
+}

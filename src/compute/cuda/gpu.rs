@@ -1,0 +1,625 @@
+//! A GPU through the driver's API: memory from an arena, kernels by name, matrix products by cuBLAS. Both libraries are looked for when a GPU is asked
+//! for, so that one program starts with and without them.
+//!
+//! One stream, in whose order everything happens: memory that was given back may be taken again at once.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::{Result, bail};
+use cudarc::cublas::{result as blas, sys as blas_sys};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result as driver, sys as driver_sys};
+
+use super::arena::Arena;
+use super::kernels::{self, Arg, Kind, Launch};
+use super::staging::Staging;
+use crate::compute::out_of_memory::OutOfMemory;
+
+/// Workspace that cuBLAS gets, once: with it a product's result does not depend on what ran before. The size is what NVIDIA advises for Hopper.
+const WORKSPACE: usize = 32 << 20;
+
+/// The part of the GPU's memory that is left to the driver, which loads code when it is first used.
+const RESERVE: usize = 64;
+
+/// A GPU, ready for work.
+pub struct Gpu {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    /// One product is started at a time: the workspace is of all of them.
+    blas: Mutex<Blas>,
+    module: driver_sys::CUmodule,
+    functions: HashMap<(&'static str, Option<Kind>), driver_sys::CUfunction>,
+    arena: Mutex<Arena>,
+    staging: Mutex<Staging>,
+    lost: AtomicBool,
+    name: String,
+    blas_version: i32,
+}
+
+/// cuBLAS's handle and its workspace.
+struct Blas {
+    handle: blas_sys::cublasHandle_t,
+    workspace: u64,
+}
+
+// SAFETY: the handles may be used from any thread that has the context bound, which every entry point does.
+unsafe impl Send for Gpu {}
+// SAFETY: as above.
+unsafe impl Sync for Gpu {}
+
+impl std::fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "cuda:{} ({})", self.context.ordinal(), self.name)
+    }
+}
+
+/// An address on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Address(pub(super) u64);
+
+/// Memory on the device; goes back to the arena when dropped.
+pub struct Memory {
+    gpu: Arc<Gpu>,
+    address: u64,
+    /// What was taken from the arena.
+    size: usize,
+    kind: Kind,
+    len: usize,
+}
+
+/// A matrix on the device, row-major with rows `stride` elements apart, or the transpose of one.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix {
+    address: Address,
+    kind: Kind,
+    stride: usize,
+    transposed: bool,
+}
+
+impl Matrix {
+    /// The transpose, without a copy.
+    pub fn t(self) -> Self {
+        Matrix { transposed: !self.transposed, ..self }
+    }
+
+    /// Without its first rows, as the product sees them.
+    fn rows_from(self, row: usize) -> Self {
+        self.from(row * if self.transposed { 1 } else { self.stride })
+    }
+
+    /// Without its first columns.
+    fn columns_from(self, column: usize) -> Self {
+        self.from(column * if self.transposed { self.stride } else { 1 })
+    }
+
+    fn from(self, element: usize) -> Self {
+        Matrix { address: Address(self.address.0 + (element * self.kind.bytes()) as u64), ..self }
+    }
+}
+
+/// Elements, from the first to the last, that cuBLAS counts in 32 bits.
+const MAX_ELEMENTS: usize = i32::MAX as usize;
+
+/// One call of cuBLAS for a part of a product.
+struct Part {
+    shape: [usize; 3],
+    a: Matrix,
+    b: Matrix,
+    c: Matrix,
+    /// Whether an earlier part has written C: this one adds to it.
+    adds: bool,
+}
+
+/// Divides a product until no operand has more than `limit` elements from its first to its last row. Which dimension is halved depends on the operand
+/// that is too long: its rows as they lie in memory.
+fn parts([m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, limit: usize) -> Vec<Part> {
+    let mut todo = vec![Part { shape: [m, n, k], a, b, c, adds: false }];
+    let mut parts = Vec::new();
+    while let Some(part) = todo.pop() {
+        let [m, n, k] = part.shape;
+        let rows_of_a = if part.a.transposed { k } else { m };
+        let rows_of_b = if part.b.transposed { n } else { k };
+        let long = |rows: usize, of: Matrix| rows > 1 && rows * of.stride > limit;
+        // The later half waits below the earlier one: sums go on in order.
+        if long(m, part.c) || (long(rows_of_a, part.a) && !part.a.transposed) {
+            let half = m / 2;
+            todo.push(Part { shape: [m - half, n, k], a: part.a.rows_from(half), c: part.c.rows_from(half), ..part });
+            todo.push(Part { shape: [half, n, k], ..part });
+        } else if long(rows_of_a, part.a) || (long(rows_of_b, part.b) && !part.b.transposed) {
+            let half = k / 2;
+            todo.push(Part { shape: [m, n, k - half], a: part.a.columns_from(half), b: part.b.rows_from(half), adds: true, ..part });
+            todo.push(Part { shape: [m, n, half], ..part });
+        } else if long(rows_of_b, part.b) {
+            let half = n / 2;
+            todo.push(Part { shape: [m, n - half, k], b: part.b.columns_from(half), c: part.c.columns_from(half), ..part });
+            todo.push(Part { shape: [m, half, k], ..part });
+        } else {
+            parts.push(part);
+        }
+    }
+    parts
+}
+
+fn failed(what: &str, e: DriverError) -> candle_core::Error {
+    let name = e.error_string().ok().and_then(|s| s.to_str().ok()).unwrap_or("unknown error");
+    candle_core::Error::Msg(format!("CUDA: {what}: {name} ({:?})", e.0))
+}
+
+fn out_of_memory(message: String) -> candle_core::Error {
+    candle_core::Error::Cuda(Box::new(OutOfMemory(message)))
+}
+
+fn blas_failed(what: &str, e: blas::CublasError) -> candle_core::Error {
+    candle_core::Error::Msg(format!("cuBLAS: {what}: {:?}", e.0))
+}
+
+impl Gpu {
+    /// Opens GPU `ordinal`, compiles the kernels for it and makes ready to multiply.
+    ///
+    /// # Errors
+    /// When there is no driver, no cuBLAS or no such GPU, or it is older than what the kernels need (compute capability 8.0).
+    pub fn open(ordinal: usize) -> Result<Arc<Self>> {
+        // SAFETY: loading a library runs its initialisers; NVIDIA's are what is asked for.
+        if !unsafe { driver_sys::is_culib_present() } {
+            bail!("no NVIDIA driver (libcuda.so.1) on this machine");
+        }
+        // SAFETY: as above.
+        if !unsafe { blas_sys::is_culib_present() } {
+            bail!("cuBLAS (libcublas.so.13 or .12) was not found: install it, or name its folder in LD_LIBRARY_PATH");
+        }
+        let count = CudaContext::device_count().map_err(|e| failed("counting GPUs", e))?;
+        if ordinal >= count as usize {
+            bail!("there is no GPU {ordinal}: the driver sees {count}");
+        }
+        let context = CudaContext::new(ordinal).map_err(|e| failed("opening the GPU", e))?;
+        let (major, minor) = context.compute_capability().map_err(|e| failed("asking for its capability", e))?;
+        let name = context.name().map_err(|e| failed("asking for its name", e))?;
+        if major < 8 {
+            bail!("{name} has compute capability {major}.{minor}; the kernels need 8.0 or newer");
+        }
+        let stream = context.new_stream().map_err(|e| failed("making a stream", e))?;
+        // SAFETY: the image is a NUL-terminated text.
+        let module =
+            unsafe { driver::module::load_data(kernels::image()?.as_ptr().cast()) }.map_err(|e| failed("compiling the kernels", e))?;
+        let functions = functions(module)?;
+        let blas = Blas::start(&stream)?;
+        let blas_version = blas.version()?;
+        let blas = Mutex::new(blas);
+        let total = context.total_mem().map_err(|e| failed("asking for its memory", e))?;
+        let maps = driver_sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED;
+        let can_map = context.attribute(maps).is_ok_and(|supported| supported != 0);
+        let arena = Arena::open(ordinal, total, total / RESERVE, can_map);
+        let staging = Mutex::new(Staging::open().map_err(|e| failed("allocating page-locked memory", e))?);
+        tracing::info!(gpu = name, ordinal, capability = format!("{major}.{minor}"), "GPU opened");
+        let (arena, lost) = (Mutex::new(arena), AtomicBool::new(false));
+        let gpu = Arc::new(Gpu { context, stream, blas, module, functions, arena, staging, lost, name, blas_version });
+        gpu.refuse_reduced_precision()?;
+        Ok(gpu)
+    }
+
+    /// How many the driver sees; 0 without a driver.
+    pub fn count() -> usize {
+        // SAFETY: as in `open`.
+        if !unsafe { driver_sys::is_culib_present() } {
+            return 0;
+        }
+        CudaContext::device_count().map_or(0, |count| count as usize)
+    }
+
+    /// What the maker calls it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The version of cuBLAS, e.g. 130100: another one may multiply in another order.
+    pub fn blas_version(&self) -> i32 {
+        self.blas_version
+    }
+
+    /// Its index.
+    pub fn ordinal(&self) -> usize {
+        self.context.ordinal()
+    }
+
+    /// Bytes that are free (what the arena could give back included), and all bytes.
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        let (free, total) = self.context.mem_get_info().map_err(|e| self.noted("asking for free memory", e))?;
+        Ok(((free + self.arena().free_bytes()) as u64, total as u64))
+    }
+
+    /// The most bytes that were in use at one time.
+    pub fn peak_bytes(&self) -> u64 {
+        self.arena().peak_bytes() as u64
+    }
+
+    /// Whether it failed in a way that every later call fails, too: only a new process can use it again.
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
+    /// Makes the calling thread use this GPU.
+    pub fn bind(&self) -> Result<()> {
+        self.context.bind_to_thread().map_err(|e| self.noted("choosing the GPU", e))
+    }
+
+    fn arena(&self) -> MutexGuard<'_, Arena> {
+        self.arena.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives all free memory back to the driver.
+    pub fn trim(&self) -> Result<()> {
+        self.bind()?;
+        // Nothing is given back between the wait and the trim.
+        let mut arena = self.arena();
+        self.synchronize()?;
+        arena.trim().map_err(|e| self.noted("freeing memory", e))
+    }
+
+    /// Waits until the stream is done.
+    pub fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize().map_err(|e| self.noted("waiting for the GPU", e))
+    }
+
+    /// `len` elements with any content.
+    pub fn dirty(self: &Arc<Self>, kind: Kind, len: usize) -> Result<Memory> {
+        let bytes = len * kind.bytes();
+        let found = self.arena().take(bytes);
+        let (address, size) = match found {
+            Some(found) => found,
+            None => self.take_after_trim(bytes)?,
+        };
+        Ok(Memory { gpu: self.clone(), address, size, kind, len })
+    }
+
+    /// What the arena keeps elsewhere may be enough.
+    fn take_after_trim(&self, bytes: usize) -> Result<(u64, usize)> {
+        self.trim()?;
+        let found = self.arena().take(bytes);
+        found.ok_or_else(|| {
+            let free = driver::mem_get_info().map_or(0, |(free, _)| free);
+            out_of_memory(format!("the GPU is out of memory: {} MiB are wanted, {} MiB are free", bytes >> 20, free >> 20))
+        })
+    }
+
+    /// The error of a driver's call; remembers when the GPU is lost.
+    fn noted(&self, what: &str, e: DriverError) -> candle_core::Error {
+        use driver_sys::cudaError_enum as Code;
+        match e.0 {
+            Code::CUDA_ERROR_OUT_OF_MEMORY => return out_of_memory(failed(what, e).to_string()),
+            Code::CUDA_ERROR_ILLEGAL_ADDRESS
+            | Code::CUDA_ERROR_MISALIGNED_ADDRESS
+            | Code::CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | Code::CUDA_ERROR_LAUNCH_FAILED
+            | Code::CUDA_ERROR_LAUNCH_TIMEOUT
+            | Code::CUDA_ERROR_ASSERT
+            | Code::CUDA_ERROR_UNKNOWN
+            | Code::CUDA_ERROR_HARDWARE_STACK_ERROR
+            | Code::CUDA_ERROR_INVALID_PC
+            | Code::CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | Code::CUDA_ERROR_NVLINK_UNCORRECTABLE
+            | Code::CUDA_ERROR_CONTAINED
+            | Code::CUDA_ERROR_CONTEXT_IS_DESTROYED
+            | Code::CUDA_ERROR_MPS_CLIENT_TERMINATED
+            | Code::CUDA_ERROR_MPS_RPC_FAILURE
+            | Code::CUDA_ERROR_ECC_UNCORRECTABLE => self.lost.store(true, Ordering::Release),
+            _ => {}
+        }
+        failed(what, e)
+    }
+
+    /// `len` zeros.
+    pub fn zeros(self: &Arc<Self>, kind: Kind, len: usize) -> Result<Memory> {
+        let memory = self.dirty(kind, len)?;
+        self.clear(&memory)?;
+        Ok(memory)
+    }
+
+    /// Sets all elements to zero.
+    pub fn clear(&self, memory: &Memory) -> Result<()> {
+        let bytes = memory.len * memory.kind.bytes();
+        // SAFETY: the memory is that long.
+        unsafe { driver::memset_d8_async(memory.address, 0, bytes, self.stream.cu_stream()) }.map_err(|e| self.noted("clearing memory", e))
+    }
+
+    /// A copy of host values. `T` is as wide as an element.
+    pub fn upload<T: Copy>(self: &Arc<Self>, kind: Kind, values: &[T]) -> Result<Memory> {
+        debug_assert_eq!(size_of::<T>(), kind.bytes());
+        let memory = self.dirty(kind, values.len())?;
+        self.write(&memory, 0, values)?;
+        Ok(memory)
+    }
+
+    /// Overwrites elements from `offset` on with host values.
+    pub fn write<T: Copy>(&self, memory: &Memory, offset: usize, values: &[T]) -> Result<()> {
+        assert!(offset + values.len() <= memory.len, "write: {} elements at {offset} of {}", values.len(), memory.len);
+        // SAFETY: any value of `T` may be read as bytes: it is a number.
+        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
+        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the memory is long enough, as asserted.
+        unsafe { staging.copy(memory.at(offset).0, bytes, self.stream.cu_stream()) }.map_err(|e| self.noted("copying to the GPU", e))
+    }
+
+    /// Waits for the stream and copies the first elements to the host.
+    pub fn download<T: Copy>(&self, memory: &Memory, to: &mut [T]) -> Result<()> {
+        assert!(size_of_val(to) <= memory.size, "download: {} bytes of {}", size_of_val(to), memory.size);
+        // SAFETY: the memory is large enough, and the wait makes sure that `to` is written before it is used.
+        unsafe { driver::memcpy_dtoh_async(to, memory.address, self.stream.cu_stream()) }
+            .map_err(|e| self.noted("copying from the GPU", e))?;
+        self.synchronize()
+    }
+
+    /// A copy on the device.
+    fn copy(self: &Arc<Self>, from: &Memory) -> Result<Memory> {
+        let to = self.dirty(from.kind, from.len)?;
+        let bytes = from.len * from.kind.bytes();
+        // SAFETY: both are that long.
+        unsafe { driver::memcpy_dtod_async(to.address, from.address, bytes, self.stream.cu_stream()) }
+            .map_err(|e| self.noted("copying on the GPU", e))?;
+        Ok(to)
+    }
+
+    /// Refuses a GPU whose f32 products round their operands to TF32, which a setting of the environment can ask of cuBLAS (`NVIDIA_TF32_OVERRIDE`).
+    fn refuse_reduced_precision(self: &Arc<Self>) -> Result<()> {
+        const N: usize = 256;
+        // TF32 has 10 bits after the point: this is 1 there.
+        let value = 1.0 + 2f32.powi(-20);
+        let a = self.upload(Kind::F32, &vec![value; N * N])?;
+        let mut identity = vec![0f32; N * N];
+        identity.iter_mut().step_by(N + 1).for_each(|x| *x = 1.0);
+        let (b, c) = (self.upload(Kind::F32, &identity)?, self.zeros(Kind::F32, N * N)?);
+        self.matmul([N, N, N], a.matrix(N), b.matrix(N), c.matrix(N), 1.0, 0.0)?;
+        let mut product = vec![0f32; N * N];
+        self.download(&c, &mut product)?;
+        if product.iter().any(|x| *x != value) {
+            bail!("f32 products on {} are not exact to f32: unset NVIDIA_TF32_OVERRIDE and other settings that ask for TF32", self.name);
+        }
+        Ok(())
+    }
+
+    /// Starts a kernel. Only the typed functions of [`super::ops`] call this.
+    pub(super) fn launch(&self, name: &'static str, kind: Option<Kind>, launch: Launch, args: &[Arg]) -> Result<()> {
+        let Some(&function) = self.functions.get(&(name, kind)) else { bail!("there is no kernel {name} for {kind:?}") };
+        if launch.grid.contains(&0) {
+            return Ok(());
+        }
+        let mut slots: Vec<u64> = args.iter().map(|a| a.bits()).collect();
+        let mut pointers: Vec<*mut c_void> = slots.iter_mut().map(|slot| std::ptr::from_mut(slot).cast()).collect();
+        let ([x, y, z], stream) = (launch.grid, self.stream.cu_stream());
+        // SAFETY: the kernel belongs to a module that stays loaded; arguments are in its order, each at the start of 8 bytes (little-endian), and
+        // name memory that stays until the stream is past the kernel.
+        let launched = unsafe {
+            driver::launch_kernel(function, (x, y, z), (launch.threads.0, launch.threads.1, 1), launch.shared, stream, &mut pointers)
+        };
+        launched.map_err(|e| self.noted(name, e))
+    }
+
+    /// `c` `[m, n]` = β·c + α·a·b with a `[m, k]`, b `[k, n]` and f32 sums, `c` row-major. Operands of more than 2³¹ elements, which cuBLAS does not
+    /// count, are multiplied in parts.
+    pub fn matmul(&self, shape: [usize; 3], a: Matrix, b: Matrix, c: Matrix, alpha: f32, beta: f32) -> Result<()> {
+        for part in parts(shape, a, b, c, MAX_ELEMENTS) {
+            self.multiply(part.shape, part.a, part.b, part.c, alpha, if part.adds { 1.0 } else { beta })?;
+        }
+        Ok(())
+    }
+
+    fn multiply(&self, [m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, alpha: f32, beta: f32) -> Result<()> {
+        if m == 0 || n == 0 || k == 0 {
+            return Ok(());
+        }
+        debug_assert!(!c.transposed);
+        let blas = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
+        let operation =
+            |m: Matrix| if m.transposed { blas_sys::cublasOperation_t::CUBLAS_OP_T } else { blas_sys::cublasOperation_t::CUBLAS_OP_N };
+        let pointer = |m: Matrix| m.address.0 as *mut c_void;
+        // cuBLAS counts by columns: a row-major matrix is its transpose, and cᵀ = bᵀ·aᵀ.
+        // SAFETY: the callers' matrices lie inside their memory.
+        let multiplied = unsafe {
+            blas::gemm_ex(
+                blas.handle,
+                operation(b),
+                operation(a),
+                n as i32,
+                m as i32,
+                k as i32,
+                std::ptr::from_ref(&alpha).cast(),
+                pointer(b),
+                b.kind.cuda_type(),
+                b.stride as i32,
+                pointer(a),
+                a.kind.cuda_type(),
+                a.stride as i32,
+                std::ptr::from_ref(&beta).cast(),
+                pointer(c),
+                c.kind.cuda_type(),
+                c.stride as i32,
+                blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DFALT,
+            )
+        };
+        multiplied.map_err(|e| {
+            let error = blas_failed(&format!("a product of {m}x{k}x{n}"), e);
+            if e.0 == blas_sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED {
+                return out_of_memory(error.to_string());
+            }
+            // What failed before on the device is told by the driver, which notes it.
+            drop(self.synchronize());
+            error
+        })
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        if self.trim().is_err() {
+            return;
+        }
+        self.staging.get_mut().unwrap_or_else(PoisonError::into_inner).close();
+        let blas = self.blas.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: nothing of these is used any more: all memory holds a reference to this.
+        unsafe {
+            let _ = blas::destroy_handle(blas.handle);
+            let _ = driver::free_sync(blas.workspace);
+            let _ = driver::module::unload(self.module);
+        }
+    }
+}
+
+impl Blas {
+    fn start(stream: &CudaStream) -> Result<Self> {
+        let handle = blas::create_handle().map_err(|e| blas_failed("starting", e))?;
+        // Sums of bf16 products are f32 throughout; those of f32 use no TF32.
+        let mode = blas_sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+        // SAFETY: the handle and the stream are valid; the workspace is freed after the handle.
+        unsafe {
+            blas::set_stream(handle, stream.cu_stream().cast()).map_err(|e| blas_failed("choosing the stream", e))?;
+            let workspace = driver::malloc_sync(WORKSPACE).map_err(|e| failed("allocating cuBLAS's workspace", e))?;
+            let set = blas_sys::cublasSetWorkspace_v2(handle, workspace as *mut c_void, WORKSPACE).result();
+            set.and_then(|()| blas_sys::cublasSetMathMode(handle, mode).result()).map_err(|e| blas_failed("configuring it", e))?;
+            Ok(Blas { handle, workspace })
+        }
+    }
+
+    fn version(&self) -> Result<i32> {
+        let mut version = 0;
+        // SAFETY: the handle is valid, and the number is written before the call returns.
+        let asked = unsafe { blas_sys::cublasGetVersion_v2(self.handle, &mut version) };
+        asked.result().map_err(|e| blas_failed("asking for its version", e))?;
+        Ok(version)
+    }
+}
+
+/// The functions of the module, all of them, so that a missing one is found at the start.
+fn functions(module: driver_sys::CUmodule) -> Result<HashMap<(&'static str, Option<Kind>), driver_sys::CUfunction>> {
+    let mut functions = HashMap::new();
+    for (name, kind, shared) in kernels::all() {
+        let full = CString::new(match kind {
+            Some(kind) => format!("{name}_{}", kind.suffix()),
+            None => name.to_owned(),
+        })
+        .map_err(candle_core::Error::wrap)?;
+        // SAFETY: the module stays loaded as long as the process.
+        let function = unsafe { driver::module::get_function(module, full) }.map_err(|e| failed(name, e))?;
+        if shared > 0 {
+            let attribute = driver_sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function is valid.
+            unsafe { driver::function::set_function_attribute(function, attribute, shared as i32) }.map_err(|e| failed(name, e))?;
+        }
+        functions.insert((name, kind), function);
+    }
+    Ok(functions)
+}
+
+impl Memory {
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The kind of its elements.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Its first element.
+    pub fn address(&self) -> Address {
+        Address(self.address)
+    }
+
+    /// Element `offset`.
+    pub fn at(&self, offset: usize) -> Address {
+        debug_assert!(offset <= self.len);
+        Address(self.address + (offset * self.kind.bytes()) as u64)
+    }
+
+    /// Returns a copy.
+    pub fn copy(&self) -> Result<Memory> {
+        self.gpu.copy(self)
+    }
+
+    /// As a matrix with rows `stride` elements apart.
+    pub fn matrix(&self, stride: usize) -> Matrix {
+        self.matrix_at(0, stride)
+    }
+
+    /// The same from element `offset` on.
+    pub fn matrix_at(&self, offset: usize, stride: usize) -> Matrix {
+        Matrix { address: self.at(offset), kind: self.kind, stride, transposed: false }
+    }
+}
+
+impl From<&Memory> for Arg {
+    fn from(m: &Memory) -> Self {
+        Arg::Pointer(m.address().0)
+    }
+}
+
+impl From<Address> for Arg {
+    fn from(a: Address) -> Self {
+        Arg::Pointer(a.0)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // In debug builds, what reads memory after it was given back reads NaN.
+        if cfg!(debug_assertions) {
+            // SAFETY: the memory is that long. On a thread without the context the call fails, and changes nothing.
+            let _ = unsafe { driver::memset_d8_async(self.address, 0xff, self.size, self.gpu.stream.cu_stream()) };
+        }
+        self.gpu.arena().give(self.address, self.size);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matrix(stride: usize) -> Matrix {
+        Matrix { address: Address(0), kind: Kind::F32, stride, transposed: false }
+    }
+
+    /// Runs the parts of a product on the host: addresses are positions in the operands.
+    fn multiply([m, n, k]: [usize; 3], a: (Matrix, &[f64]), b: (Matrix, &[f64]), c: Matrix, limit: usize) -> (usize, Vec<f64>) {
+        let at = |m: Matrix, row: usize, column: usize| {
+            let (row, column) = if m.transposed { (column, row) } else { (row, column) };
+            m.address.0 as usize / 4 + row * m.stride + column
+        };
+        // What no part writes stays what it was, and what a part adds to must have been written.
+        let mut out = vec![f64::NAN; m * c.stride];
+        let parts = parts([m, n, k], a.0, b.0, c, limit);
+        for part in &parts {
+            let [m, n, k] = part.shape;
+            for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                let sum: f64 = (0..k).map(|l| a.1[at(part.a, i, l)] * b.1[at(part.b, l, j)]).sum();
+                let to = &mut out[at(part.c, i, j)];
+                *to = if part.adds { *to + sum } else { sum };
+            }
+        }
+        (parts.len(), out)
+    }
+
+    #[test]
+    fn products_of_long_operands_are_divided_and_give_the_same() {
+        let values = |n: usize| (0..n).map(|i| ((i * 7919) % 23) as f64 - 11.0).collect::<Vec<f64>>();
+        let [m, n, k] = [37, 12, 29];
+        for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
+            let stored = |rows: usize, columns: usize, transposed: bool| match transposed {
+                true => (matrix(rows + 3).t(), columns * (rows + 3)),
+                false => (matrix(columns + 3), rows * (columns + 3)),
+            };
+            let ((a, a_len), (b, b_len)) = (stored(m, k, ta), stored(k, n, tb));
+            let (a_values, b_values, c) = (values(a_len), values(b_len), matrix(n + 2));
+            let run = |limit| multiply([m, n, k], (a, &a_values), (b, &b_values), c, limit);
+            let (one, whole) = run(MAX_ELEMENTS);
+            assert_eq!(one, 1);
+            for limit in [50, 100, 300] {
+                let (parts, divided) = run(limit);
+                assert!(parts > 1);
+                let same = whole.iter().zip(&divided).all(|(x, y)| x == y || (x.is_nan() && y.is_nan()));
+                assert!(same, "a transposed {ta}, b transposed {tb}, at most {limit} elements");
+            }
+        }
+    }
+}

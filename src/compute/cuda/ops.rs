@@ -1,0 +1,625 @@
+//! Typed launches of the kernels in `kernels/*.cu`, one function per kernel.
+//!
+//! Each function takes the operands by name, derives the numbers of rows and blocks from their
+//! sizes, compares the operands with each other and starts the kernel. This is the only file that
+//! knows the order of a kernel's arguments, its grid and its threads.
+//!
+//! An operand of the wrong size is an error that names the kernel, the operand and both sizes:
+//! without the check the kernel would read or write another buffer's memory. Sizes are in elements.
+//! Integers on the device have 32 bits, and their memory is [`Kind::F32`].
+
+#[cfg(test)]
+mod tests;
+
+use candle_core::{Result, bail};
+
+use super::gpu::{Gpu, Memory};
+use super::kernels::Kind::{Bf16, F32};
+use super::kernels::{Arg, AttentionPass, Kind, Launch, tensor_core_kernel};
+use crate::compute::cpu::attention::Heads;
+use crate::compute::cpu::rope::Direction;
+
+/// Floats of a row's softmax in the head's kernels (`State` in head.cu).
+pub(crate) const SOFTMAX_STATE: usize = 8;
+
+/// Integers of an entry of a list of tiles, for attention.
+pub(crate) const TILE_ENTRY: usize = 5;
+
+/// Rows (for head norms: heads) whose terms one block of threads sums for the gradient of a norm's
+/// weight.
+const ROWS_PER_PARTIAL: usize = 64;
+
+/// Threads of a block that gives each warp a head.
+const HEAD_THREADS: usize = 128;
+
+/// Heads that such a block works on.
+const HEADS_PER_BLOCK: usize = 4;
+
+/// Threads of a block of an attention kernel.
+const ATTENTION_THREADS: usize = 128;
+
+/// Compares what an operand is with what its kernel expects, both as the kind and the number of
+/// elements.
+fn compare(kernel: &str, operand: &str, is: (Kind, usize), expected: (Kind, usize)) -> Result<()> {
+    if is == expected {
+        return Ok(());
+    }
+    bail!("CUDA: {kernel}: {operand} has {} elements ({:?}), but {} ({:?}) fit the other operands", is.1, is.0, expected.1, expected.0)
+}
+
+/// Compares operands with what `kernel` expects: name, memory, kind, elements.
+fn check(kernel: &str, operands: &[(&str, &Memory, Kind, usize)]) -> Result<()> {
+    operands.iter().try_for_each(|&(name, memory, kind, len)| compare(kernel, name, (memory.kind(), memory.len()), (kind, len)))
+}
+
+/// Returns the number of rows of `width` elements in an operand of `len` elements.
+fn count_rows(kernel: &str, operand: &str, len: usize, width: usize) -> Result<usize> {
+    match len.checked_rem(width) {
+        Some(0) => Ok(len / width),
+        _ => bail!("CUDA: {kernel}: {operand} has {len} elements, which are no whole rows of {width}"),
+    }
+}
+
+/// A null pointer stands for an operand that is absent.
+fn optional(memory: Option<&Memory>) -> Arg {
+    memory.map_or(Arg::Pointer(0), Arg::from)
+}
+
+/// Number of partial sums for the gradient of a norm's weight over `rows` rows.
+pub(crate) fn weight_partials(rows: usize) -> usize {
+    rows.div_ceil(ROWS_PER_PARTIAL)
+}
+
+/// Some columns of a row-major matrix.
+#[derive(Clone, Copy)]
+pub(crate) struct Columns<'a> {
+    pub matrix: &'a Memory,
+    /// Width of the matrix.
+    pub stride: usize,
+    pub first: usize,
+    pub count: usize,
+}
+
+impl<'a> Columns<'a> {
+    /// All columns of a matrix that is `width` wide.
+    pub fn all(matrix: &'a Memory, width: usize) -> Self {
+        Columns { matrix, stride: width, first: 0, count: width }
+    }
+
+    /// Checks that the columns lie inside the matrix. Returns its number of rows.
+    fn rows(&self, kernel: &str, operand: &str) -> Result<usize> {
+        check_columns(kernel, operand, self.first + self.count, self.stride)?;
+        count_rows(kernel, operand, self.matrix.len(), self.stride)
+    }
+}
+
+/// Checks that columns up to `end` lie inside rows of `stride` elements.
+fn check_columns(kernel: &str, operand: &str, end: usize, stride: usize) -> Result<()> {
+    if end > stride {
+        bail!("CUDA: {kernel}: column {end} of {operand} is outside its rows of {stride} elements");
+    }
+    Ok(())
+}
+
+/// Places of equally wide heads in the rows of a matrix: head h of row r starts at element
+/// r·stride + first + h·dim.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct HeadColumns {
+    pub rows: usize,
+    pub stride: usize,
+    pub first: usize,
+    pub heads: usize,
+    pub dim: usize,
+}
+
+impl HeadColumns {
+    /// Checks that the heads lie inside the rows. Returns the number of elements of the matrix.
+    fn elements(&self, kernel: &str, operand: &str) -> Result<usize> {
+        check_columns(kernel, operand, self.first + self.heads * self.dim, self.stride)?;
+        Ok(self.rows * self.stride)
+    }
+
+    /// Number of heads in all rows.
+    pub fn items(&self) -> usize {
+        self.rows * self.heads
+    }
+}
+
+// ----------------------------------------------------------------------------------- moving rows
+
+/// x\[t, :\] = table\[ids\[t\], :\], with x `[T, width]` in f32, table `[V, width]`, ids `[T]`.
+pub(crate) fn embed(gpu: &Gpu, x: &Memory, table: &Memory, ids: &Memory, width: usize) -> Result<()> {
+    let tokens = ids.len();
+    count_rows("embed", "table", table.len(), width)?;
+    check("embed", &[("x", x, F32, tokens * width), ("ids", ids, F32, tokens)])?;
+    let args = [x.into(), table.into(), ids.into(), tokens.into(), width.into()];
+    gpu.launch("embed", Some(table.kind()), Launch::blocks(tokens), &args)
+}
+
+/// to\[i, :\] = from\[index\[i\], :\], with to `[n, width]`, from `[T, width]`, index `[n]`.
+pub(crate) fn gather_rows(gpu: &Gpu, to: &Memory, from: &Memory, index: &Memory, width: usize) -> Result<()> {
+    let rows = index.len();
+    let source_rows = count_rows("gather_rows", "from", from.len(), width)?;
+    check("gather_rows", &[("to", to, F32, rows * width), ("from", from, F32, source_rows * width), ("index", index, F32, rows)])?;
+    let args = [to.into(), from.into(), index.into(), rows.into(), width.into()];
+    gpu.launch("gather_rows", None, Launch::blocks(rows), &args)
+}
+
+/// Operands of [`scatter_rows`].
+pub(crate) struct ScatterRows<'a> {
+    /// `[P, width]`
+    pub to: &'a Memory,
+    /// `[n, width]`
+    pub from: &'a Memory,
+    /// The different rows of `to` that are added to `[U]`.
+    pub rows: &'a Memory,
+    /// Where the terms of each of them start in `order` `[U + 1]`.
+    pub offsets: &'a Memory,
+    /// Rows of `from` `[n]`.
+    pub order: &'a Memory,
+    pub width: usize,
+}
+
+/// to\[rows\[i\], :\] += Σ from\[order\[k\], :\] over k in offsets\[i\]..offsets\[i + 1\], in order.
+pub(crate) fn scatter_rows(gpu: &Gpu, s: ScatterRows<'_>) -> Result<()> {
+    let (unique, width) = (s.rows.len(), s.width);
+    let target_rows = count_rows("scatter_rows", "to", s.to.len(), width)?;
+    check(
+        "scatter_rows",
+        &[
+            ("to", s.to, F32, target_rows * width),
+            ("from", s.from, F32, s.order.len() * width),
+            ("rows", s.rows, F32, unique),
+            ("offsets", s.offsets, F32, unique + 1),
+            ("order", s.order, F32, s.order.len()),
+        ],
+    )?;
+    let args = [s.to.into(), s.from.into(), s.rows.into(), s.offsets.into(), s.order.into(), unique.into(), width.into()];
+    gpu.launch("scatter_rows", None, Launch::blocks(unique), &args)
+}
+
+/// to\[i, :\] = g\[i\] · from\[i, :\], with from `[n, width]` and g `[n]` in f32.
+pub(crate) fn scale_rows(gpu: &Gpu, to: &Memory, from: &Memory, g: &Memory, width: usize) -> Result<()> {
+    let (kind, rows) = (to.kind(), g.len());
+    check("scale_rows", &[("to", to, kind, rows * width), ("from", from, F32, rows * width), ("g", g, F32, rows)])?;
+    let args = [to.into(), from.into(), g.into(), rows.into(), width.into()];
+    gpu.launch("scale_rows", Some(kind), Launch::blocks(rows), &args)
+}
+
+/// Rounds `from` to bf16.
+pub(crate) fn cast_bf16(gpu: &Gpu, to: &Memory, from: &Memory) -> Result<()> {
+    let len = from.len();
+    check("cast_bf16", &[("to", to, Bf16, len), ("from", from, F32, len)])?;
+    gpu.launch("cast_bf16", None, Launch::strided(len), &[to.into(), from.into(), Arg::Long(len as i64)])
+}
+
+// ---------------------------------------------------------------------------------- element-wise
+
+/// Rotates the first heads of every row of `x` in place; cos and sin are `[T, D/2]`.
+pub(crate) fn rope(gpu: &Gpu, x: &Memory, cos: &Memory, sin: &Memory, heads: HeadColumns, direction: Direction) -> Result<()> {
+    let HeadColumns { rows, stride, first, heads: count, dim } = heads;
+    if first != 0 {
+        bail!("CUDA: rope: heads must start at column 0, not {first}");
+    }
+    let (kind, table) = (x.kind(), rows * (dim / 2));
+    check("rope", &[("x", x, kind, heads.elements("rope", "x")?), ("cos", cos, F32, table), ("sin", sin, F32, table)])?;
+    let sign: f32 = match direction {
+        Direction::Forward => 1.0,
+        Direction::Backward => -1.0,
+    };
+    let args = [x.into(), cos.into(), sin.into(), rows.into(), stride.into(), count.into(), dim.into(), sign.into()];
+    gpu.launch("rope", Some(kind), Launch::blocks(rows), &args)
+}
+
+/// y = silu(gate) · up, with y `[T, width]` and gate_up = \[gate | up\] `[T, 2·width]`.
+pub(crate) fn swiglu(gpu: &Gpu, y: &Memory, gate_up: &Memory, width: usize) -> Result<()> {
+    let tokens = count_rows("swiglu", "y", y.len(), width)?;
+    check("swiglu", &[("gate_up", gate_up, y.kind(), 2 * y.len())])?;
+    let args = [y.into(), gate_up.into(), tokens.into(), width.into()];
+    gpu.launch("swiglu", Some(y.kind()), Launch::strided(tokens * width), &args)
+}
+
+/// Replaces gate_up by its gradient, given that of y, `gy` `[T, width]`.
+pub(crate) fn swiglu_backward(gpu: &Gpu, gate_up: &Memory, gy: &Memory, width: usize) -> Result<()> {
+    let tokens = count_rows("swiglu_backward", "gy", gy.len(), width)?;
+    check("swiglu_backward", &[("gate_up", gate_up, gy.kind(), 2 * gy.len())])?;
+    let args = [gate_up.into(), gy.into(), tokens.into(), width.into()];
+    gpu.launch("swiglu_backward", Some(gy.kind()), Launch::strided(tokens * width), &args)
+}
+
+/// Adds a bias in f32 to every row of some columns.
+pub(crate) fn add_bias(gpu: &Gpu, y: Columns<'_>, bias: &Memory) -> Result<()> {
+    let rows = y.rows("add_bias", "y")?;
+    check("add_bias", &[("bias", bias, F32, y.count)])?;
+    let add_to_y = true;
+    let args = [y.matrix.at(y.first).into(), bias.into(), rows.into(), y.count.into(), y.stride.into(), add_to_y.into()];
+    gpu.launch("add_bias", Some(y.matrix.kind()), Launch::strided(rows * y.count), &args)
+}
+
+/// out\[c\] += Σ_r g\[r, c\], with out in f32.
+pub(crate) fn column_sum(gpu: &Gpu, out: &Memory, g: Columns<'_>) -> Result<()> {
+    let rows = g.rows("column_sum", "g")?;
+    check("column_sum", &[("out", out, F32, g.count)])?;
+    let args = [out.into(), g.matrix.at(g.first).into(), rows.into(), g.count.into(), g.stride.into()];
+    gpu.launch("column_sum", Some(g.matrix.kind()), Launch::columns(g.count), &args)
+}
+
+// ----------------------------------------------------------------------------------------- norms
+
+/// y = x / √(mean x² + ε) ⊙ w of every row, with x `[n, width]` and w `[width]` in f32.
+pub(crate) fn rms_norm(gpu: &Gpu, y: &Memory, x: &Memory, w: &Memory, eps: f32) -> Result<()> {
+    let (kind, width) = (y.kind(), w.len());
+    let rows = count_rows("rms_norm", "y", y.len(), width)?;
+    check("rms_norm", &[("x", x, F32, y.len()), ("w", w, F32, width)])?;
+    let args = [y.into(), x.into(), w.into(), rows.into(), width.into(), eps.into()];
+    gpu.launch("rms_norm", Some(kind), Launch::blocks(rows), &args)
+}
+
+/// Operands of [`rms_norm_backward`].
+pub(crate) struct RmsNormBackward<'a> {
+    /// Receives the gradient of x on top of what it holds `[n, width]`, in f32.
+    pub gx: &'a Memory,
+    /// Receives 1 / √(mean x² + ε) of every row `[n]`, in f32.
+    pub inverse: &'a Memory,
+    /// `[n, width]`, in f32.
+    pub x: &'a Memory,
+    /// `[width]`, in f32.
+    pub w: &'a Memory,
+    /// Gradient of y `[n, width]`.
+    pub g: &'a Memory,
+    pub eps: f32,
+}
+
+/// Adds the gradient of the norm's input to `gx`.
+pub(crate) fn rms_norm_backward(gpu: &Gpu, n: RmsNormBackward<'_>) -> Result<()> {
+    let (kind, width) = (n.g.kind(), n.w.len());
+    let rows = count_rows("rms_norm_backward", "g", n.g.len(), width)?;
+    check(
+        "rms_norm_backward",
+        &[("gx", n.gx, F32, n.g.len()), ("inverse", n.inverse, F32, rows), ("x", n.x, F32, n.g.len()), ("w", n.w, F32, width)],
+    )?;
+    let args = [n.gx.into(), n.inverse.into(), n.x.into(), n.w.into(), n.g.into(), rows.into(), width.into(), n.eps.into()];
+    gpu.launch("rms_norm_backward", Some(kind), Launch::blocks(rows), &args)
+}
+
+/// partial\[b, :\] = Σ g ⊙ x · inverse over the rows of part b of [`weight_partials`], with partial
+/// `[parts, width]`; their sum is the gradient of w.
+pub(crate) fn rms_norm_weight(gpu: &Gpu, partial: &Memory, x: &Memory, inverse: &Memory, g: &Memory, width: usize) -> Result<()> {
+    let (kind, rows, parts) = (g.kind(), inverse.len(), weight_partials(inverse.len()));
+    check(
+        "rms_norm_weight",
+        &[
+            ("partial", partial, F32, parts * width),
+            ("x", x, F32, rows * width),
+            ("inverse", inverse, F32, rows),
+            ("g", g, kind, rows * width),
+        ],
+    )?;
+    let args = [partial.into(), x.into(), inverse.into(), g.into(), rows.into(), width.into(), ROWS_PER_PARTIAL.into()];
+    gpu.launch("rms_norm_weight", Some(kind), Launch::grid([width.div_ceil(256), parts], 256), &args)
+}
+
+/// Norms heads in place, each over its own elements; w `[D]` in f32.
+pub(crate) fn head_norm(gpu: &Gpu, x: &Memory, w: &Memory, heads: HeadColumns, eps: f32) -> Result<()> {
+    let HeadColumns { rows, stride, first, heads: count, dim } = heads;
+    check("head_norm", &[("x", x, x.kind(), heads.elements("head_norm", "x")?), ("w", w, F32, dim)])?;
+    let args = [x.into(), w.into(), rows.into(), stride.into(), first.into(), count.into(), dim.into(), eps.into()];
+    let grid = Launch::grid([heads.items().div_ceil(HEADS_PER_BLOCK), 1], HEAD_THREADS);
+    gpu.launch("head_norm", Some(x.kind()), grid, &args)
+}
+
+/// Operands of [`head_norm_backward`].
+pub(crate) struct HeadNormBackward<'a> {
+    /// The gradient of the norm's output, which becomes that of its input.
+    pub g: &'a Memory,
+    /// Where wanted, receives the sums of g ⊙ x · inverse over the heads of each part of
+    /// [`weight_partials`] `[parts, D]`, in f32; their sum is the gradient of w.
+    pub partial: Option<&'a Memory>,
+    /// The norm's input, laid out as `g`.
+    pub before: &'a Memory,
+    /// `[D]`, in f32.
+    pub w: &'a Memory,
+    pub eps: f32,
+}
+
+/// Replaces the gradient of normed heads by that of the heads before the norm.
+pub(crate) fn head_norm_backward(gpu: &Gpu, n: HeadNormBackward<'_>, heads: HeadColumns) -> Result<()> {
+    let HeadColumns { rows, stride, first, heads: count, dim } = heads;
+    let (kind, len, parts) = (n.g.kind(), heads.elements("head_norm_backward", "g")?, weight_partials(heads.items()));
+    check("head_norm_backward", &[("g", n.g, kind, len), ("before", n.before, kind, len), ("w", n.w, F32, dim)])?;
+    if let Some(partial) = n.partial {
+        check("head_norm_backward", &[("partial", partial, F32, parts * dim)])?;
+    }
+    let args = [
+        n.g.into(),
+        optional(n.partial),
+        n.before.into(),
+        n.w.into(),
+        rows.into(),
+        stride.into(),
+        first.into(),
+        count.into(),
+        dim.into(),
+        n.eps.into(),
+        ROWS_PER_PARTIAL.into(),
+    ];
+    gpu.launch("head_norm_backward", Some(kind), Launch::grid([parts, 1], HEAD_THREADS), &args)
+}
+
+// ------------------------------------------------------------------------------------------ head
+
+/// Sets the softmax of every row to that of no logits, with state `[n, SOFTMAX_STATE]`.
+pub(crate) fn head_start(gpu: &Gpu, state: &Memory) -> Result<()> {
+    let rows = count_rows("head_start", "state", state.len(), SOFTMAX_STATE)?;
+    check("head_start", &[("state", state, F32, state.len())])?;
+    gpu.launch("head_start", None, Launch::blocks(rows.div_ceil(256)), &[state.into(), rows.into()])
+}
+
+/// A tile of logits: tokens `first` to `first + width`, in rows of `stride` elements.
+#[derive(Clone, Copy)]
+pub(crate) struct LogitTile<'a> {
+    /// `[n, stride]`, in f32.
+    pub logits: &'a Memory,
+    pub stride: usize,
+    pub first: usize,
+    pub width: usize,
+}
+
+impl LogitTile<'_> {
+    /// Checks the tile for `rows` rows. Returns the number of elements.
+    fn elements(&self, kernel: &str, rows: usize) -> Result<usize> {
+        check_columns(kernel, "logits", self.width, self.stride)?;
+        check(kernel, &[("logits", self.logits, F32, rows * self.stride)])?;
+        Ok(rows * self.stride)
+    }
+}
+
+/// Operands of [`head_tile`].
+pub(crate) struct HeadTile<'a> {
+    /// `[n, SOFTMAX_STATE]`, in f32.
+    pub state: &'a Memory,
+    /// With `gradient`, receives e^(l − max) of the tile, laid out as the logits.
+    pub p: &'a Memory,
+    /// With `gradient`, receives the factor for sums over earlier tiles `[n]`, in f32.
+    pub scales: &'a Memory,
+    pub tile: LogitTile<'a>,
+    /// Target token of every row `[n]`.
+    pub targets: &'a Memory,
+    /// Whether to track what describes the distribution.
+    pub distribution: bool,
+    pub gradient: bool,
+}
+
+/// Takes a tile of logits into every row's softmax.
+pub(crate) fn head_tile(gpu: &Gpu, h: HeadTile<'_>) -> Result<()> {
+    let (kind, rows) = (h.p.kind(), h.targets.len());
+    let elements = h.tile.elements("head_tile", rows)?;
+    check(
+        "head_tile",
+        &[
+            ("state", h.state, F32, rows * SOFTMAX_STATE),
+            ("p", h.p, kind, if h.gradient { elements } else { h.p.len() }),
+            ("scales", h.scales, F32, rows),
+            ("targets", h.targets, F32, rows),
+        ],
+    )?;
+    let args = [
+        h.state.into(),
+        h.p.into(),
+        h.scales.into(),
+        h.tile.logits.into(),
+        h.targets.into(),
+        rows.into(),
+        h.tile.width.into(),
+        h.tile.stride.into(),
+        h.tile.first.into(),
+        h.distribution.into(),
+        h.gradient.into(),
+    ];
+    gpu.launch("head_tile", Some(kind), Launch::blocks(rows), &args)
+}
+
+/// d\[i, :\] *= scales\[i\], in f32.
+pub(crate) fn head_rescale(gpu: &Gpu, d: &Memory, scales: &Memory, width: usize) -> Result<()> {
+    let rows = scales.len();
+    check("head_rescale", &[("d", d, F32, rows * width), ("scales", scales, F32, rows)])?;
+    gpu.launch("head_rescale", None, Launch::blocks(rows), &[d.into(), scales.into(), rows.into(), width.into()])
+}
+
+/// Operands of [`head_finish`].
+pub(crate) struct HeadFinish<'a> {
+    /// Σ_v e^(l_v − max)·W_v, which becomes ∂log p/∂h `[n, width]`, in f32.
+    pub d: &'a Memory,
+    /// `[n, SOFTMAX_STATE]`, in f32.
+    pub state: &'a Memory,
+    /// The head's matrix `[V, width]`.
+    pub w: &'a Memory,
+    /// Target token of every row `[n]`.
+    pub targets: &'a Memory,
+    pub width: usize,
+}
+
+/// d\[i, :\] = W\[targets\[i\], :\] − d\[i, :\] / Σ e^(l − max).
+pub(crate) fn head_finish(gpu: &Gpu, h: HeadFinish<'_>) -> Result<()> {
+    let (kind, rows) = (h.w.kind(), h.targets.len());
+    count_rows("head_finish", "w", h.w.len(), h.width)?;
+    check(
+        "head_finish",
+        &[("d", h.d, F32, rows * h.width), ("state", h.state, F32, rows * SOFTMAX_STATE), ("targets", h.targets, F32, rows)],
+    )?;
+    let args = [h.d.into(), h.state.into(), h.w.into(), h.targets.into(), rows.into(), h.width.into()];
+    gpu.launch("head_finish", Some(kind), Launch::blocks(rows), &args)
+}
+
+/// Operands of [`head_errors`].
+pub(crate) struct HeadErrors<'a> {
+    /// Receives ∂loss/∂logits, laid out as the logits.
+    pub errors: &'a Memory,
+    pub tile: LogitTile<'a>,
+    /// Log-sum-exp of every row `[n]`, in f32.
+    pub lse: &'a Memory,
+    /// ∂loss/∂log p of every row `[n]`, in f32.
+    pub g: &'a Memory,
+    /// Target token of every row `[n]`.
+    pub targets: &'a Memory,
+}
+
+/// errors\[i, j\] = g\[i\]·(1{first + j = targets\[i\]} − e^(logits\[i, j\] − lse\[i\])).
+pub(crate) fn head_errors(gpu: &Gpu, h: HeadErrors<'_>) -> Result<()> {
+    let (kind, rows) = (h.errors.kind(), h.targets.len());
+    let elements = h.tile.elements("head_errors", rows)?;
+    check(
+        "head_errors",
+        &[("errors", h.errors, kind, elements), ("lse", h.lse, F32, rows), ("g", h.g, F32, rows), ("targets", h.targets, F32, rows)],
+    )?;
+    let args = [
+        h.errors.into(),
+        h.tile.logits.into(),
+        h.lse.into(),
+        h.g.into(),
+        h.targets.into(),
+        rows.into(),
+        h.tile.width.into(),
+        h.tile.stride.into(),
+        h.tile.first.into(),
+    ];
+    gpu.launch("head_errors", Some(kind), Launch::blocks(rows), &args)
+}
+
+// ------------------------------------------------------------------------------------- attention
+
+/// Returns whether [`attention_dkv`] writes a part for every query head, to be added up by
+/// [`attention_sum`]. The tensor-core kernel does: with one block for all query heads that share
+/// keys there would be fewer blocks than a GPU runs at a time.
+pub(crate) fn has_key_gradient_parts(kind: Kind, heads: Heads) -> bool {
+    tensor_core_kernel(kind, heads.dim, AttentionPass::Keys).is_some() && heads.query != heads.key
+}
+
+/// Which tokens attend to which: the tiles that blocks of threads work on.
+#[derive(Clone, Copy)]
+pub(crate) struct AttentionTiles<'a> {
+    pub heads: Heads,
+    /// `[n, TILE_ENTRY]`: tiles of queries, or of keys for [`attention_dkv`].
+    pub tiles: &'a Memory,
+    /// Position of every token `[T]`.
+    pub positions: &'a Memory,
+}
+
+impl AttentionTiles<'_> {
+    fn tokens(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// The arguments that all attention kernels have in common.
+    fn arguments(&self) -> [Arg; 7] {
+        let Heads { query, key, dim, window } = self.heads;
+        let (tiles, positions) = (self.tiles.into(), self.positions.into());
+        [tiles, positions, query.into(), key.into(), dim.into(), window.unwrap_or(0).into(), self.heads.scale().into()]
+    }
+
+    /// Starts the kernel of a pass, on tensor cores where there is one for these heads.
+    /// `generic_heads` is the number of heads that the other kernel has blocks for.
+    fn launch(&self, gpu: &Gpu, pass: AttentionPass, kind: Kind, generic_heads: usize, args: &[Arg]) -> Result<()> {
+        let generic = match pass {
+            AttentionPass::Forward => "attention",
+            AttentionPass::Queries => "attention_dq",
+            AttentionPass::Keys => "attention_dkv",
+        };
+        let count = count_rows(generic, "tiles", self.tiles.len(), TILE_ENTRY)?;
+        check(generic, &[("tiles", self.tiles, F32, count * TILE_ENTRY), ("positions", self.positions, F32, self.tokens())])?;
+        match tensor_core_kernel(kind, self.heads.dim, pass) {
+            // All heads of a tile before the next tile.
+            Some((name, shared)) => {
+                let grid = Launch::grid([self.heads.query, count], ATTENTION_THREADS).shared(shared);
+                gpu.launch(name, None, grid, args)
+            }
+            None => gpu.launch(generic, Some(kind), Launch::grid([count, generic_heads], ATTENTION_THREADS), args),
+        }
+    }
+}
+
+/// Computes attention's output `[T, H·D]` and log-sum-exps `[T, H]` in f32 from
+/// qkv = \[q | k | v\] `[T, (H + 2K)·D]`.
+pub(crate) fn attention(gpu: &Gpu, out: &Memory, lse: &Memory, qkv: &Memory, over: AttentionTiles<'_>) -> Result<()> {
+    let (kind, tokens, heads) = (qkv.kind(), over.tokens(), over.heads);
+    check(
+        "attention",
+        &[("out", out, kind, tokens * heads.width()), ("lse", lse, F32, tokens * heads.query), ("qkv", qkv, kind, tokens * heads.row())],
+    )?;
+    let args = [[out.into(), lse.into(), qkv.into()].as_slice(), &over.arguments()].concat();
+    over.launch(gpu, AttentionPass::Forward, kind, heads.query, &args)
+}
+
+/// delta\[t, h\] = Σ_d out · dout of the head, with delta `[T, H]` in f32.
+pub(crate) fn attention_delta(gpu: &Gpu, delta: &Memory, out: &Memory, dout: &Memory, heads: Heads) -> Result<()> {
+    let kind = out.kind();
+    let tokens = count_rows("attention_delta", "out", out.len(), heads.width())?;
+    check("attention_delta", &[("delta", delta, F32, tokens * heads.query), ("dout", dout, kind, out.len())])?;
+    let args = [delta.into(), out.into(), dout.into(), tokens.into(), heads.query.into(), heads.dim.into()];
+    let grid = Launch::grid([(tokens * heads.query).div_ceil(HEADS_PER_BLOCK), 1], HEAD_THREADS);
+    gpu.launch("attention_delta", Some(kind), grid, &args)
+}
+
+/// Operands of [`attention_dq`] and [`attention_dkv`].
+#[derive(Clone, Copy)]
+pub(crate) struct AttentionBackward<'a> {
+    /// Receives the gradient of `qkv`: its query columns by one kernel, the others by the other.
+    pub dqkv: &'a Memory,
+    /// `[T, (H + 2K)·D]`
+    pub qkv: &'a Memory,
+    /// Gradient of the output `[T, H·D]`.
+    pub dout: &'a Memory,
+    /// `[T, H]`, in f32.
+    pub lse: &'a Memory,
+    /// From [`attention_delta`] `[T, H]`, in f32.
+    pub delta: &'a Memory,
+}
+
+impl AttentionBackward<'_> {
+    /// Checks the operands. Returns the first arguments of both kernels.
+    fn arguments(&self, kernel: &str, over: AttentionTiles<'_>) -> Result<[Arg; 5]> {
+        let (kind, tokens, heads) = (self.qkv.kind(), over.tokens(), over.heads);
+        check(
+            kernel,
+            &[
+                ("dqkv", self.dqkv, kind, tokens * heads.row()),
+                ("qkv", self.qkv, kind, tokens * heads.row()),
+                ("dout", self.dout, kind, tokens * heads.width()),
+                ("lse", self.lse, F32, tokens * heads.query),
+                ("delta", self.delta, F32, tokens * heads.query),
+            ],
+        )?;
+        Ok([self.dqkv.into(), self.qkv.into(), self.dout.into(), self.lse.into(), self.delta.into()])
+    }
+}
+
+/// Computes the gradients of queries, over tiles of queries.
+pub(crate) fn attention_dq(gpu: &Gpu, a: AttentionBackward<'_>, over: AttentionTiles<'_>) -> Result<()> {
+    let args = [a.arguments("attention_dq", over)?.as_slice(), &over.arguments()].concat();
+    over.launch(gpu, AttentionPass::Queries, a.qkv.kind(), over.heads.query, &args)
+}
+
+/// Computes the gradients of keys and values, over tiles of keys. Where
+/// [`has_key_gradient_parts`], they go to `parts` `[T, 2·H·D]` in f32 instead of `dqkv`.
+pub(crate) fn attention_dkv(gpu: &Gpu, a: AttentionBackward<'_>, over: AttentionTiles<'_>, parts: Option<&Memory>) -> Result<()> {
+    let (kind, heads) = (a.qkv.kind(), over.heads);
+    let mut args = [a.arguments("attention_dkv", over)?.as_slice(), &over.arguments()].concat();
+    if parts.is_some() != has_key_gradient_parts(kind, heads) {
+        bail!("CUDA: attention_dkv: parts are given: {}, but {heads:?} in {kind:?} need the opposite", parts.is_some());
+    }
+    if let Some(parts) = parts {
+        check("attention_dkv", &[("parts", parts, F32, 2 * over.tokens() * heads.width())])?;
+    }
+    if tensor_core_kernel(kind, heads.dim, AttentionPass::Keys).is_some() {
+        args.push(optional(parts));
+    }
+    over.launch(gpu, AttentionPass::Keys, kind, heads.key, &args)
+}
+
+/// Sums `parts` over the query heads that share keys, into the key and value columns of `dqkv`.
+pub(crate) fn attention_sum(gpu: &Gpu, dqkv: &Memory, parts: &Memory, heads: Heads) -> Result<()> {
+    let tokens = count_rows("attention_sum", "dqkv", dqkv.len(), heads.row())?;
+    check("attention_sum", &[("dqkv", dqkv, Bf16, dqkv.len()), ("parts", parts, F32, 2 * tokens * heads.width())])?;
+    let args = [dqkv.into(), parts.into(), heads.query.into(), heads.key.into(), heads.dim.into()];
+    gpu.launch("attention_sum", None, Launch::blocks(tokens), &args)
+}

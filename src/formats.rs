@@ -1,0 +1,11 @@
+//! Files and their formats: configurations, weights, tokenizers and adapters, read and written.
+
+pub mod chat_template;
+pub mod export;
+mod gguf;
+mod hf;
+pub mod loader;
+pub mod peft;
+pub mod source;
+pub mod tokenizer;
+pub mod weights;

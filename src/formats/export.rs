@@ -1,0 +1,257 @@
+//! Merged weights on disk, in transformers' layout: config.json, generation_config.json,
+//! safetensors in one file or in shards, and the tokenizer's files.
+
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+use safetensors::{Dtype, View};
+use serde_json::{Map, Value, json};
+
+use super::tokenizer::{ChatTokenizer, GENERATION_CONFIG};
+use super::weights::ElementType;
+use crate::compute::cpu::with_values;
+use crate::model::adapter::{Adapter, LowRank};
+use crate::model::config::ModelConfig;
+use crate::model::decoder::Policy;
+use crate::model::error::ModelError;
+use crate::model::params::{BlockParam, ParamId, ParamSpec, params};
+
+/// The file with the weights, where one file holds them all.
+pub const WEIGHTS_FILE: &str = "model.safetensors";
+/// The file that says which shard holds which tensor.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
+/// Bytes of a shard of an export.
+pub const SHARD_BYTES: u64 = 5_000_000_000;
+
+/// How weights are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// The element type of every tensor.
+    pub dtype: ElementType,
+    /// Bytes that a file holds at most; a tensor that is larger has a file of its own.
+    pub shard_bytes: u64,
+}
+
+impl Layout {
+    /// One file in f32, which loses nothing of the masters.
+    pub const CHECKPOINT: Layout = Layout { dtype: ElementType::F32, shard_bytes: u64::MAX };
+}
+
+/// Returns the tensor of a parameter.
+pub type ReadWeight<'a> = dyn Fn(&ParamSpec) -> Result<Tensor, ModelError> + 'a;
+
+/// Writes the weights of a model with `adapter` merged in: W + scale·B·A, formed in f32 and rounded
+/// once. `read` returns a base weight; one is asked for at a time.
+///
+/// # Errors
+/// When a weight cannot be read, does not fit the element type, or the disk refuses.
+pub fn save_merged(
+    dir: &Path,
+    config: &ModelConfig,
+    adapter: Option<&Adapter>,
+    layout: Layout,
+    read: &ReadWeight,
+) -> Result<(), ModelError> {
+    let tensors = params(&config.spec);
+    let bytes = |param: &ParamSpec| (param.elements() * layout.dtype.size()) as u64;
+    let shards = split(&tensors, bytes, layout.shard_bytes);
+    let failed = RefCell::new(None);
+    let mut weight_map = Map::new();
+    for (i, shard) in shards.iter().enumerate() {
+        let file = match shards.len() {
+            1 => WEIGHTS_FILE.to_owned(),
+            n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
+        };
+        let views = shard.iter().map(|&param| {
+            let name = &param.hf.name;
+            weight_map.insert(name.clone(), json!(file));
+            let value = move || encode(name, &merge(adapter, param.id, read(param)?)?, layout.dtype);
+            (name.clone(), Lazy { value, shape: param.shape.as_slice(), dtype: layout.dtype, failed: &failed })
+        });
+        let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
+        let path = dir.join(&file);
+        let written = safetensors::serialize_to_file(views, Some(metadata), &path);
+        // A tensor that could not be read was written as nothing: its error comes first.
+        if let Some(e) = failed.take() {
+            return Err(e);
+        }
+        written.map_err(|e| ModelError::Io { path, source: std::io::Error::other(e.to_string()) })?;
+    }
+    if shards.len() > 1 {
+        let elements: usize = tensors.iter().map(ParamSpec::elements).sum();
+        let size = elements * layout.dtype.size();
+        weight_map.sort_keys();
+        let index = json!({"metadata": {"total_parameters": elements, "total_size": size}, "weight_map": weight_map});
+        write_json(dir, INDEX_FILE, &index)?;
+    }
+    write_json(dir, "config.json", &config_json(config, layout.dtype))
+}
+
+/// Writes those of the tokenizer's files whose names are `wanted`, and a generation_config.json made
+/// from the configuration where that is wanted and the model has none.
+pub fn save_companions(
+    dir: &Path,
+    config: &ModelConfig,
+    tokenizer: &ChatTokenizer,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<(), ModelError> {
+    let files = tokenizer.files();
+    if wanted(GENERATION_CONFIG) && !files.iter().any(|(name, _)| name == GENERATION_CONFIG) {
+        write_json(dir, GENERATION_CONFIG, &generation_config(config))?;
+    }
+    for (name, bytes) in files.iter().filter(|(name, _)| wanted(name)) {
+        let path = dir.join(name);
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder).map_err(ModelError::io(folder))?;
+        }
+        std::fs::write(&path, bytes).map_err(ModelError::io(&path))?;
+    }
+    Ok(())
+}
+
+fn write_json(dir: &Path, name: &str, value: &Value) -> Result<(), ModelError> {
+    let path = dir.join(name);
+    let mut text = serde_json::to_vec_pretty(value).unwrap_or_default();
+    text.push(b'\n');
+    std::fs::write(&path, text).map_err(ModelError::io(&path))
+}
+
+/// The source's config.json with the element type of the weights, under the key that it has: older
+/// versions of transformers write `torch_dtype`, later ones `dtype`. All versions read the former.
+fn config_json(config: &ModelConfig, dtype: ElementType) -> Value {
+    let mut json = config.hf_json.clone();
+    if let Some(fields) = json.as_object_mut() {
+        let known: Vec<&str> = ["dtype", "torch_dtype"].into_iter().filter(|key| fields.contains_key(*key)).collect();
+        for key in if known.is_empty() { vec!["torch_dtype"] } else { known } {
+            fields.insert(key.to_owned(), json!(dtype.torch_name()));
+        }
+    }
+    json
+}
+
+/// The tokens that start and end a sequence, as config.json has them.
+fn generation_config(config: &ModelConfig) -> Value {
+    let mut json = Map::new();
+    json.insert("_from_model_config".into(), json!(true));
+    if let Some(bos) = config.bos_token_id {
+        json.insert("bos_token_id".into(), json!(bos));
+    }
+    match config.eos_token_ids.as_slice() {
+        [] => {}
+        [eos] => drop(json.insert("eos_token_id".into(), json!(eos))),
+        several => drop(json.insert("eos_token_id".into(), json!(several))),
+    }
+    Value::Object(json)
+}
+
+/// Divides the tensors among files in their order, as huggingface_hub's
+/// `split_state_dict_into_shards_factory` does: a tensor above the limit has a file of its own.
+fn split<T>(tensors: &[T], bytes: impl Fn(&T) -> u64, limit: u64) -> Vec<Vec<&T>> {
+    let (mut shards, mut current, mut size) = (Vec::new(), Vec::new(), 0u64);
+    for tensor in tensors {
+        let bytes = bytes(tensor);
+        if bytes > limit {
+            shards.push(vec![tensor]);
+            continue;
+        }
+        if size + bytes > limit {
+            shards.push(std::mem::take(&mut current));
+            size = 0;
+        }
+        current.push(tensor);
+        size += bytes;
+    }
+    if !current.is_empty() {
+        shards.push(current);
+    }
+    shards
+}
+
+/// A tensor whose bytes are formed when they are written. [`View`] has no way to fail, so an error
+/// is left in `failed`.
+struct Lazy<'a, F> {
+    value: F,
+    shape: &'a [usize],
+    dtype: ElementType,
+    failed: &'a RefCell<Option<ModelError>>,
+}
+
+impl<F: Fn() -> Result<Vec<u8>, ModelError>> View for Lazy<'_, F> {
+    fn dtype(&self) -> Dtype {
+        match self.dtype {
+            ElementType::F32 => Dtype::F32,
+            ElementType::Bf16 => Dtype::BF16,
+            ElementType::F16 => Dtype::F16,
+        }
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        if self.failed.borrow().is_some() {
+            return Cow::Borrowed(&[]);
+        }
+        match (self.value)() {
+            Ok(bytes) => Cow::Owned(bytes),
+            Err(e) => {
+                self.failed.replace(Some(e));
+                Cow::Borrowed(&[])
+            }
+        }
+    }
+
+    fn data_len(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.size()
+    }
+}
+
+/// The bytes of a tensor, each element rounded to the nearest of `dtype`.
+fn encode(name: &str, tensor: &Tensor, dtype: ElementType) -> Result<Vec<u8>, ModelError> {
+    let tensor = tensor.detach().to_dtype(DType::F32)?.contiguous()?;
+    with_values(&tensor, |values| {
+        // Weights that training made infinite are the run's own; ones that rounding would are not.
+        if dtype == ElementType::F16
+            && let Some(value) = values.iter().find(|x| x.is_finite() && half::f16::from_f32(**x).is_infinite())
+        {
+            return Err(ModelError::TooLarge { name: name.to_owned(), value: *value, dtype: dtype.name() });
+        }
+        Ok(match dtype {
+            ElementType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            ElementType::Bf16 => values.iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect(),
+            ElementType::F16 => values.iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect(),
+        })
+    })?
+}
+
+/// The same function as `policy` without an adapter; shares every tensor that the adapter leaves alone.
+pub fn merged(policy: &Policy) -> Result<Policy, ModelError> {
+    let parameters = policy.parameters.map(|param, t| merge(policy.adapter.as_deref(), param.id, t.clone()))?;
+    Ok(Policy { config: policy.config.clone(), parameters: Arc::new(parameters), adapter: None, ..policy.clone() })
+}
+
+/// W + scale·B·A in f32 where `adapter` has an update for the parameter, else W.
+fn merge(adapter: Option<&Adapter>, id: ParamId, w: Tensor) -> Result<Tensor, ModelError> {
+    let Some(adapter) = adapter else { return Ok(w) };
+    match low_rank(adapter, id) {
+        Some(l) => {
+            let update = (l.b.detach().matmul(&l.a.detach())? * adapter.config.scale())?;
+            Ok((w.to_dtype(DType::F32)? + update)?)
+        }
+        None => Ok(w),
+    }
+}
+
+fn low_rank(adapter: &Adapter, id: ParamId) -> Option<&LowRank> {
+    match id {
+        ParamId::Block(block, BlockParam::Weight(linear)) => adapter.get(block, linear),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests;

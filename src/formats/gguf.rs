@@ -1,0 +1,6 @@
+//! What llama.cpp's GGUF files hold: metadata, configuration, weights and tokenizer.
+
+pub(super) mod config;
+pub(super) mod reader;
+pub(super) mod tokenizer;
+pub(super) mod weights;

@@ -1,0 +1,193 @@
+//! tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja and the
+//! further templates in additional_chat_templates.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+use tokenizers::Tokenizer;
+
+use crate::formats::tokenizer::parts::{DEFAULT, Parts, wrong};
+use crate::model::error::ModelError;
+use crate::model::guard::guarded;
+
+const TOKENIZER: &str = "tokenizer.json";
+const CONFIG: &str = "tokenizer_config.json";
+const TEMPLATE: &str = "chat_template.jinja";
+const MODEL_CONFIG: &str = "config.json";
+/// Model types for which transformers uses another class whatever tokenizer_config.json names.
+const OTHER_CLASS: [&str; 3] = ["mistral", "mixtral", "qwen2"];
+const SPECIAL: &str = "special_tokens_map.json";
+
+/// The folder of chat templates besides the default one.
+const EXTRA_TEMPLATES: &str = "additional_chat_templates";
+
+/// The decoding defaults of transformers' `generate`, the end-of-sequence tokens among them.
+pub const GENERATION_CONFIG: &str = "generation_config.json";
+
+/// Files that this program does not read, but that other programs want beside the weights.
+pub const EXTRA_FILES: [&str; 9] = [
+    GENERATION_CONFIG,
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "chat_template.json",
+];
+
+/// Returns true for `additional_chat_templates/NAME.jinja`.
+pub fn is_extra_template(file: &str) -> bool {
+    let name = file.strip_prefix(EXTRA_TEMPLATES).and_then(|rest| rest.strip_prefix('/'));
+    name.is_some_and(|name| name.ends_with(".jinja") && !name.starts_with('.') && !name.contains(['/', '\\']))
+}
+
+pub(in crate::formats) fn read(folder: &Path) -> Result<Parts, ModelError> {
+    let mut files = Vec::new();
+    let mut take = |name: &str| -> Result<Option<Vec<u8>>, ModelError> {
+        let path = folder.join(name);
+        match std::fs::read(&path) {
+            Ok(bytes) => {
+                files.push((name.to_owned(), bytes.clone()));
+                Ok(Some(bytes))
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(ModelError::io(&path)(e)),
+        }
+    };
+    let path = folder.join(TOKENIZER);
+    let bytes = take(TOKENIZER)?
+        .ok_or_else(|| wrong(&path, "is missing: a fast tokenizer is needed (save it with transformers' save_pretrained)"))?;
+    let object = |name: &str, bytes: Option<Vec<u8>>| -> Result<Value, ModelError> {
+        match bytes {
+            Some(b) => serde_json::from_slice(&b).map_err(|e| wrong(&folder.join(name), format!("not JSON: {e}"))),
+            None => Ok(Value::Null),
+        }
+    };
+    let config = object(CONFIG, take(CONFIG)?)?;
+    let pipeline = as_class(&bytes, &config, model_type(folder).as_deref());
+    // The library panics at some malformed decoders.
+    let tokenizer = guarded(|| Tokenizer::from_bytes(pipeline.as_deref().unwrap_or(&bytes)))
+        .map_err(|e| wrong(&path, e))?
+        .map_err(|e| wrong(&path, e.to_string()))?;
+    let special = object(SPECIAL, take(SPECIAL)?)?;
+    let mut special_tokens = Vec::new();
+    for name in ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"] {
+        if let Some(token) = token(&config, name).or_else(|| token(&special, name)) {
+            special_tokens.push((name.to_owned(), token));
+        }
+    }
+    let mut template_files: Vec<(String, String)> =
+        more_templates(folder)?.into_iter().map(|n| (n.clone(), format!("{EXTRA_TEMPLATES}/{n}.jinja"))).collect();
+    template_files.insert(0, (DEFAULT.to_owned(), TEMPLATE.to_owned()));
+    let mut templates = Vec::new();
+    for (name, file) in template_files {
+        if let Some(bytes) = take(&file)? {
+            templates.push((name, String::from_utf8(bytes).map_err(|_| wrong(&folder.join(&file), "is not UTF-8"))?));
+        }
+    }
+    // Files replace what the configuration holds.
+    if templates.is_empty() {
+        templates = configured_templates(&config);
+    }
+    for name in EXTRA_FILES {
+        take(name)?;
+    }
+    let find = |name: &str| special_tokens.iter().find(|(n, _)| n == name).map(|(_, t)| t.clone());
+    let mut content = blake3::Hasher::new();
+    // What decides the tokens: another class, or flag of the class, is another tokenizer.
+    content.update(pipeline.as_deref().unwrap_or(&bytes));
+    Ok(Parts { bos_token: find("bos_token"), eos_token: find("eos_token"), tokenizer, special_tokens, templates, files, content })
+}
+
+/// `model_type` of config.json, where the folder has one.
+fn model_type(folder: &Path) -> Option<String> {
+    let bytes = std::fs::read(folder.join(MODEL_CONFIG)).ok()?;
+    let config: Value = serde_json::from_slice(&bytes).ok()?;
+    config.get("model_type").and_then(Value::as_str).map(str::to_owned)
+}
+
+/// The tokenizer.json that transformers makes of the file, where it does not use the file as it is.
+///
+/// Its class LlamaTokenizer takes the vocabulary and the merges out of a SentencePiece tokenizer's
+/// file and makes the rest itself (models/llama/tokenization_llama.py): a space goes in front of
+/// every piece of text that does not begin with one, where the normaliser in the file of Llama 2
+/// adds one in any case. A model is trained and compared with transformers' tokens, so the class wins.
+fn as_class(tokenizer: &[u8], config: &Value, model_type: Option<&str>) -> Option<Vec<u8>> {
+    let class = config.get("tokenizer_class").and_then(Value::as_str)?;
+    if class.strip_suffix("Fast").unwrap_or(class) != "LlamaTokenizer" || model_type.is_some_and(|m| OTHER_CLASS.contains(&m)) {
+        return None;
+    }
+    let mut file: Value = serde_json::from_slice(tokenizer).ok()?;
+    let is_sentencepiece = file["model"]["type"].as_str().is_none_or(|t| t == "BPE") && file["model"]["merges"].is_array();
+    if !is_sentencepiece || has_byte_level(&file["pre_tokenizer"]) || has_byte_level(&file["decoder"]) {
+        return None;
+    }
+    let flag = |name: &str| config.get(name).and_then(Value::as_bool);
+    let adds_space = flag("add_prefix_space").unwrap_or(true);
+    let prepend_scheme = match (adds_space, flag("legacy").unwrap_or(false)) {
+        (true, true) => "always",
+        (true, false) => "first",
+        (false, _) => "never",
+    };
+    let mut decoders = vec![
+        json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
+        json!({"type": "ByteFallback"}),
+        json!({"type": "Fuse"}),
+    ];
+    if adds_space {
+        decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+    }
+    let pre_tokenizer = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": prepend_scheme, "split": false});
+    let parts = file.as_object_mut()?;
+    parts.insert("normalizer".to_owned(), Value::Null);
+    parts.insert("pre_tokenizer".to_owned(), pre_tokenizer);
+    parts.insert("decoder".to_owned(), json!({"type": "Sequence", "decoders": decoders}));
+    serde_json::to_vec(&file).ok()
+}
+
+/// Whether a pre-tokenizer or decoder works on bytes, alone or as a part of a sequence.
+fn has_byte_level(part: &Value) -> bool {
+    let parts = ["pretokenizers", "decoders"].iter().find_map(|key| part[*key].as_array());
+    part["type"] == "ByteLevel" || parts.is_some_and(|parts| parts.iter().any(has_byte_level))
+}
+
+/// A special token is a string or an AddedToken object.
+fn token(config: &Value, name: &str) -> Option<String> {
+    let value = config.get(name)?;
+    value.as_str().or_else(|| value.get("content").and_then(Value::as_str)).map(str::to_owned)
+}
+
+/// One template, or a list of named ones.
+fn configured_templates(config: &Value) -> Vec<(String, String)> {
+    let named = |t: &Value| {
+        let text = |key: &str| t.get(key).and_then(Value::as_str).map(str::to_owned);
+        Some((text("name")?, text("template")?))
+    };
+    match config.get("chat_template") {
+        Some(Value::String(template)) => vec![(DEFAULT.to_owned(), template.clone())],
+        Some(Value::Array(templates)) => templates.iter().filter_map(named).collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// The names of the files in the folder of further templates, in alphabetical order.
+fn more_templates(folder: &Path) -> Result<Vec<String>, ModelError> {
+    let path = folder.join(EXTRA_TEMPLATES);
+    let entries = match std::fs::read_dir(&path) {
+        Ok(entries) => entries,
+        Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => return Ok(Vec::new()),
+        Err(e) => return Err(ModelError::io(&path)(e)),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let file = entry.map_err(ModelError::io(&path))?.file_name();
+        names.extend(file.to_str().and_then(|f| f.strip_suffix(".jinja")).map(str::to_owned));
+    }
+    names.sort();
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,118 @@
+//! Opens a model: configuration, weights and tokenizer from one source.
+
+use std::path::Path;
+
+use super::gguf::reader::Gguf;
+use super::gguf::weights::GgufWeights;
+use super::source::{HubOptions, Located, locate};
+use super::tokenizer::ChatTokenizer;
+use super::weights::Weights;
+use crate::domain::identity::ModelIdentity;
+use crate::domain::names::{BaseName, is_valid_id};
+use crate::model::config::ModelConfig;
+use crate::model::error::{ModelError, last_part};
+
+/// A model whose weights are still on disk.
+#[derive(Debug)]
+pub struct LoadedModel {
+    /// The id in `models/{id}`.
+    pub id: String,
+    /// The shape.
+    pub config: ModelConfig,
+    /// The weights.
+    pub weights: Weights,
+    /// The tokenizer and chat template.
+    pub tokenizer: ChatTokenizer,
+    /// The source as clients see it: the hub id as it was named, or the last part of a path.
+    pub origin: String,
+    /// The name under which PEFT and transformers find it.
+    pub base: BaseName,
+}
+
+impl LoadedModel {
+    /// What the model is, by content.
+    pub fn identity(&self) -> ModelIdentity {
+        ModelIdentity {
+            weights: self.weights.fingerprint(),
+            config: blake3::hash(self.config.canonical().as_bytes()).to_hex().to_string(),
+            tokenizer: self.tokenizer.content_hash().to_owned(),
+            chat_template: self.tokenizer.template_hash(),
+        }
+    }
+}
+
+/// Opens `source` (a folder, a GGUF file or a hub id) under `id`, or under an id made from the source's last part.
+///
+/// # Errors
+/// Each names the file, and the field or tensor in it.
+pub fn load_model(id: Option<&str>, source: &str, hub: &HubOptions) -> Result<LoadedModel, ModelError> {
+    let id = id.map_or_else(|| default_id(source), str::to_owned);
+    let model = open(id, source, hub)?;
+    if model.tokenizer.eos_token().is_none() {
+        tracing::warn!(
+            model = model.id,
+            "the tokenizer has no end-of-sequence token, or one that is not in its vocabulary: the model does not learn where plain-text \
+             answers end; set eos_token in tokenizer_config.json (tokenizer.ggml.eos_token_id in GGUF)"
+        );
+    }
+    Ok(model)
+}
+
+fn open(id: String, source: &str, hub: &HubOptions) -> Result<LoadedModel, ModelError> {
+    let located = locate(source, hub)?;
+    let is_local = Path::new(source).exists();
+    let (origin, base) = match is_local {
+        // `.` and `..` have no last part.
+        true => match last_part(Path::new(source)) {
+            last if last.is_empty() => (id.clone(), BaseName::from(id.as_str())),
+            last => (last, BaseName::from(id.as_str())),
+        },
+        false => (source.to_owned(), BaseName::from_hub(source)),
+    };
+    match located {
+        Located::Folder(folder) => {
+            let path = folder.join("config.json");
+            let text = std::fs::read_to_string(&path).map_err(ModelError::io(&path))?;
+            let config = ModelConfig::from_hf_json(&text, &path)?;
+            let weights = Weights::open_folder(&folder)?;
+            weights.check_names(&config)?;
+            Ok(LoadedModel { id, config, weights, tokenizer: ChatTokenizer::from_folder(&folder)?, origin, base })
+        }
+        Located::Gguf(path) => load_gguf(id, &path, origin, base),
+    }
+}
+
+fn load_gguf(id: String, path: &Path, origin: String, base: BaseName) -> Result<LoadedModel, ModelError> {
+    let gguf = Gguf::open(path)?;
+    let freqs = match gguf.tensor(ModelConfig::GGUF_ROPE_FREQS) {
+        Some(entry) => Some(gguf.read_f32(entry)?),
+        None => None,
+    };
+    let config = ModelConfig::from_gguf(&gguf, freqs.as_deref())?;
+    let tokenizer = ChatTokenizer::from_gguf(&gguf)?;
+    let weights = Weights::from_gguf(GgufWeights::new(gguf, &config), path);
+    weights.check_names(&config)?;
+    Ok(LoadedModel { id, config, weights, tokenizer, origin, base })
+}
+
+/// The last part of a path or hub id, without extension and revision, with other characters than an id's made `-`.
+pub fn default_id(source: &str) -> String {
+    let last = source.trim_end_matches('/').rsplit('/').next().unwrap_or(source);
+    let last = last.split('@').next().unwrap_or(last);
+    let last = last.strip_suffix(".gguf").unwrap_or(last);
+    let id: String = last.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' }).take(128).collect();
+    if is_valid_id(&id) { id } else { "model".into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_come_from_the_last_part() {
+        assert_eq!(default_id("HuggingFaceTB/SmolLM2-135M-Instruct@main"), "SmolLM2-135M-Instruct");
+        assert_eq!(default_id("/models/SmolLM2.Q4_1.gguf"), "SmolLM2.Q4_1");
+        assert_eq!(default_id("/models/tiny/"), "tiny");
+        assert_eq!(default_id("/.."), "model");
+    }
+}

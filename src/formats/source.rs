@@ -1,0 +1,172 @@
+//! Finds a model's files: a folder, a GGUF file, or the Hugging Face hub and its cache.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use hf_hub::api::sync::ApiBuilder;
+use hf_hub::{Cache, Repo, RepoType};
+
+use super::tokenizer::{EXTRA_FILES, is_extra_template};
+use crate::domain::names::is_hub_id;
+use crate::model::error::ModelError;
+
+/// How the hub is reached.
+#[derive(Clone, Default)]
+pub struct HubOptions {
+    /// HF_ENDPOINT; the public hub when absent.
+    pub endpoint: Option<String>,
+    /// HF_TOKEN.
+    pub token: Option<String>,
+    /// HF_HOME/hub or HF_HUB_CACHE; ~/.cache/huggingface/hub when absent.
+    pub cache_dir: Option<PathBuf>,
+    /// HF_HUB_OFFLINE: the cache only.
+    pub offline: bool,
+}
+
+impl fmt::Debug for HubOptions {
+    /// Never prints the token.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HubOptions")
+            .field("endpoint", &self.endpoint)
+            .field("token", &self.token.as_ref().map(|_| "<secret>"))
+            .field("cache_dir", &self.cache_dir)
+            .field("offline", &self.offline)
+            .finish()
+    }
+}
+
+/// Where a model's files are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Located {
+    /// config.json, safetensors, tokenizer.json.
+    Folder(PathBuf),
+    /// Everything in one file.
+    Gguf(PathBuf),
+}
+
+/// Finds `source`: an existing folder or .gguf file, else `owner/name[@revision]` on the hub.
+///
+/// # Errors
+/// [`ModelError::NotFound`] says what was tried.
+pub fn locate(source: &str, hub: &HubOptions) -> Result<Located, ModelError> {
+    let path = Path::new(source);
+    if path.is_dir() {
+        return Ok(Located::Folder(path.to_owned()));
+    }
+    if path.is_file() {
+        return Ok(Located::Gguf(path.to_owned()));
+    }
+    let not_found = |tried: String| ModelError::NotFound { model: source.to_owned(), tried };
+    let (name, revision) = source.split_once('@').unwrap_or((source, "main"));
+    if !is_hub_id(name) {
+        return Err(not_found("a folder or file of that name (none), and it is not a hub id of the form owner/name".into()));
+    }
+    download(name, revision, hub).map(Located::Folder).map_err(not_found)
+}
+
+/// The file in a snapshot's folder that lists the files of a download that ended.
+const COMPLETE: &str = ".bradley-complete.json";
+
+/// The snapshot folder with all the files a model needs; on failure, what was tried.
+///
+/// A download that was interrupted has no list of its files and is taken up again, at the commit that it was of. So is one of
+/// another program, which costs a request and no download where it is whole.
+fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, String> {
+    let repo_at = |revision: &str| Repo::with_revision(name.to_owned(), RepoType::Model, revision.to_owned());
+    let repo = repo_at(revision);
+    let cache = hub.cache_dir.clone().map(Cache::new).unwrap_or_default();
+    let begun = cache.repo(repo.clone()).get("config.json").and_then(|p| p.parent().map(Path::to_owned));
+    if let Some(dir) = begun.as_ref().filter(|dir| is_complete(dir)) {
+        return Ok(dir.clone());
+    }
+    let cached = if begun.is_some() { "a download that did not end, or one of another program" } else { "not there" };
+    if hub.offline {
+        let Some(dir) = begun.filter(|dir| is_usable(dir)) else {
+            return Err(format!("the cache {} ({cached}), and offline mode forbids the hub", cache.path().display()));
+        };
+        tracing::warn!(model = name, "the cache does not say whether the model's download ended: it is used as it is, in offline mode");
+        return Ok(dir);
+    }
+    let endpoint = hub.endpoint.as_deref().unwrap_or("https://huggingface.co");
+    let remedy = if begun.is_some() { "; HF_HUB_OFFLINE=1 uses the cache as it is" } else { "" };
+    let failed = |e: &dyn fmt::Display| format!("the cache {} ({cached}) and the hub {endpoint} ({e}){remedy}", cache.path().display());
+    let api = ApiBuilder::from_cache(cache.clone())
+        .with_endpoint(endpoint.to_owned())
+        .with_token(hub.token.clone())
+        .with_progress(false)
+        .build()
+        .map_err(|e| failed(&e))?;
+    // A branch may have moved since: files of two commits do not make a model.
+    let commit = begun.as_ref().and_then(|dir| dir.file_name()?.to_str());
+    let remote = api.repo(commit.map_or_else(|| repo.clone(), repo_at));
+    let info = remote.info().map_err(|e| failed(&e))?;
+    if info.sha.is_empty() || !info.sha.bytes().all(|b| b.is_ascii_alphanumeric()) {
+        return Err(failed(&"its answer names no commit"));
+    }
+    let dir = cache.repo(repo.clone()).pointer_path(&info.sha);
+    let files: Vec<String> = info.siblings.into_iter().map(|s| s.rfilename).filter(|f| is_needed(f)).collect();
+    for file in files.iter().filter(|file| !dir.join(file).is_file()) {
+        tracing::info!(model = name, file, "downloading");
+        remote.download(file).map_err(|e| failed(&e))?;
+    }
+    if !is_usable(&dir) {
+        return Err(failed(&"it has no config.json with safetensors weights and a tokenizer.json"));
+    }
+    if begun.as_ref() != Some(&dir) {
+        cache.repo(repo).create_ref(&info.sha).map_err(|e| failed(&e))?;
+    }
+    if let Err(e) = mark_complete(&dir, &files) {
+        tracing::warn!(model = name, error = %e, "the cache cannot keep that the download ended: the hub is asked again next time");
+    }
+    Ok(dir)
+}
+
+/// Writes down which files a download brought, after the last of them.
+fn mark_complete(dir: &Path, files: &[String]) -> std::io::Result<()> {
+    let unfinished = dir.join(format!("{COMPLETE}.{}", std::process::id()));
+    std::fs::write(&unfinished, serde_json::to_vec(files)?)?;
+    std::fs::rename(&unfinished, dir.join(COMPLETE))
+}
+
+/// Whether a download ended and everything that it brought is there.
+fn is_complete(dir: &Path) -> bool {
+    let listed = std::fs::read(dir.join(COMPLETE)).ok().and_then(|list| serde_json::from_slice::<Vec<String>>(&list).ok());
+    is_usable(dir) && listed.is_some_and(|files| files.iter().all(|file| dir.join(file).is_file()))
+}
+
+fn is_needed(file: &str) -> bool {
+    let exact = [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "model.safetensors.index.json",
+    ];
+    exact.contains(&file)
+        || EXTRA_FILES.contains(&file)
+        || is_extra_template(file)
+        || (file.starts_with("model") && file.ends_with(".safetensors") && !file.contains('/'))
+}
+
+/// Whether the files are there without which no model can be opened.
+fn is_usable(dir: &Path) -> bool {
+    let has = |f: &str| dir.join(f).is_file();
+    has("config.json") && has("tokenizer.json") && (has("model.safetensors") || has("model.safetensors.index.json"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_tried_is_named_and_secrets_are_not() {
+        let hub =
+            HubOptions { offline: true, cache_dir: Some("/nonexistent".into()), token: Some("hf_secret".into()), ..HubOptions::default() };
+        let e = locate("owner/name", &hub).unwrap_err().to_string();
+        assert!(e.contains("/nonexistent") && e.contains("offline"), "{e}");
+        let e = locate("../../etc/passwd-no", &hub).unwrap_err().to_string();
+        assert!(e.contains("owner/name"), "{e}");
+        assert!(!format!("{hub:?}").contains("hf_secret"));
+    }
+}

@@ -1,0 +1,272 @@
+//! Weights on disk: safetensors (one file or shards) or GGUF. Tensors are read one at a time, under their Hugging Face names.
+
+pub(super) mod stored;
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use candle_core::{DType, Tensor};
+
+pub use self::stored::ElementType;
+use self::stored::StoredAs;
+use super::gguf::weights::{GgufDirectory, GgufWeights};
+use super::hf::safetensors::{SafetensorsDirectory, SafetensorsWeights};
+use crate::domain::training::Precision;
+use crate::model::config::ModelConfig;
+use crate::model::error::ModelError;
+use crate::model::parameters::TensorSource;
+use crate::model::params::{self, ParamSpec, Role};
+
+/// BLAKE3 of the tensors' bytes as they are stored, by the tensors' Hugging Face names.
+type Digests = HashMap<String, blake3::Hash>;
+
+/// Where a model's weights were read, for reading the same numbers again after the files have been
+/// closed.
+///
+/// Others may replace, cut off or overwrite the files at any time, also while they are read. So they
+/// are not mapped: the bytes of one tensor are read into memory, and the hash of these bytes must be
+/// that of the bytes that were loaded before. What is used is what was checked, and only what is
+/// used is read and hashed. Where a tensor lies, its shape and its element type are those of the
+/// first time; the headers are not read again.
+#[derive(Clone, Debug)]
+pub struct WeightFiles {
+    path: PathBuf,
+    directory: Directory,
+    digests: Arc<Digests>,
+}
+
+#[derive(Clone, Debug)]
+enum Directory {
+    Safetensors(SafetensorsDirectory),
+    Gguf(GgufDirectory),
+}
+
+impl WeightFiles {
+    /// Opens the files again. [`Weights::load`] then checks every tensor that it reads.
+    ///
+    /// # Errors
+    /// [`ModelError::Changed`] when a file is gone or cannot be opened.
+    pub fn open(&self) -> Result<Weights, ModelError> {
+        let kind = match &self.directory {
+            Directory::Safetensors(d) => d.open().map(Kind::Safetensors),
+            Directory::Gguf(d) => d.open(&self.path).map(Kind::Gguf),
+        };
+        let digests = Digesting::Expected(self.digests.clone());
+        Ok(Weights { digests, ..Weights::new(kind.map_err(unreadable_again)?, &self.path) })
+    }
+}
+
+/// A file that could be read once is not what it was when it cannot be read again.
+fn unreadable_again(e: ModelError) -> ModelError {
+    match e {
+        ModelError::Io { path, source } => ModelError::Changed { path, reason: source.to_string() },
+        e => e,
+    }
+}
+
+/// What the hash of a tensor's bytes is for.
+#[derive(Debug)]
+enum Digesting {
+    /// Nothing is hashed.
+    Off,
+    /// It is remembered.
+    Recorded(Mutex<Digests>),
+    /// It must be this one.
+    Expected(Arc<Digests>),
+}
+
+/// The weights of one model.
+#[derive(Debug)]
+pub struct Weights {
+    kind: Kind,
+    path: PathBuf,
+    fingerprint: OnceLock<String>,
+    digests: Digesting,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Safetensors(SafetensorsWeights),
+    Gguf(GgufWeights),
+}
+
+impl Weights {
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists, in a folder.
+    ///
+    /// # Errors
+    /// When there is neither, or a file is truncated or malformed: the file is named.
+    pub fn open_folder(folder: &Path) -> Result<Self, ModelError> {
+        Ok(Self::new(Kind::Safetensors(SafetensorsWeights::open_folder(folder)?), folder))
+    }
+
+    /// Opens one safetensors file.
+    pub fn open_safetensors(file: &Path) -> Result<Self, ModelError> {
+        Ok(Self::new(Kind::Safetensors(SafetensorsWeights::open(&[file.to_owned()])?), file))
+    }
+
+    pub(super) fn from_gguf(weights: GgufWeights, path: &Path) -> Self {
+        Self::new(Kind::Gguf(weights), path)
+    }
+
+    fn new(kind: Kind, path: &Path) -> Self {
+        Weights { kind, path: path.to_owned(), fingerprint: OnceLock::new(), digests: Digesting::Off }
+    }
+
+    /// A parameter's tensor, contiguous, on the CPU: a matrix in `precision`, norms and biases in
+    /// f32.
+    ///
+    /// # Errors
+    /// When it is missing, has another shape or an element type that cannot be read, and
+    /// [`ModelError::Changed`] when its file was opened by [`WeightFiles::open`] and is not what it was.
+    pub fn load(&self, param: &ParamSpec, precision: Precision) -> Result<Tensor, ModelError> {
+        let dtype = if param.role == Role::Matrix && precision == Precision::Bf16 { DType::BF16 } else { DType::F32 };
+        let check = |file: &Path, bytes: &[u8]| self.check_digest(&param.hf.name, file, bytes);
+        let tensor = match &self.kind {
+            Kind::Safetensors(w) => w.load(&param.hf.name, dtype == DType::BF16, &check),
+            Kind::Gguf(w) => w.load(param, &check),
+        };
+        let tensor = match &self.digests {
+            Digesting::Expected(_) => tensor.map_err(unreadable_again)?,
+            Digesting::Off | Digesting::Recorded(_) => tensor?,
+        };
+        let name = || param.name().to_owned();
+        let tensor = tensor.ok_or_else(|| ModelError::MissingTensor { name: name(), path: self.path.clone() })?;
+        if tensor.dims() != param.shape {
+            return Err(ModelError::ShapeMismatch {
+                name: name(),
+                path: self.path.clone(),
+                expected: param.shape.clone(),
+                found: tensor.dims().to_vec(),
+            });
+        }
+        Ok(tensor.to_dtype(dtype)?)
+    }
+
+    /// Records or checks the hash of a tensor's bytes.
+    fn check_digest(&self, name: &str, file: &Path, bytes: &[u8]) -> Result<(), ModelError> {
+        match &self.digests {
+            Digesting::Off => Ok(()),
+            Digesting::Recorded(digests) => {
+                let digest = blake3::hash(bytes);
+                // Nothing panics while the map is changed.
+                digests.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), digest);
+                Ok(())
+            }
+            Digesting::Expected(digests) => {
+                let (expected, found) = (digests.get(name), blake3::hash(bytes));
+                if expected == Some(&found) {
+                    return Ok(());
+                }
+                let expected = expected.map_or_else(|| "none".to_owned(), |hash| hash.to_string());
+                let reason = format!("tensor '{name}' had the hash {expected}, it has {found} now");
+                Err(ModelError::Changed { path: file.to_owned(), reason })
+            }
+        }
+    }
+
+    /// Checks that the configuration calls for what is stored. A tensor elsewhere than in a decoder layer is only warned of: many
+    /// files have parts that no forward pass of the language model uses.
+    ///
+    /// # Errors
+    /// [`ModelError::UnexpectedTensor`] for tensors of decoder layers, e.g. biases that the configuration switches off.
+    pub fn check_names(&self, config: &ModelConfig) -> Result<(), ModelError> {
+        let params = params::params(&config.spec);
+        let (stored, called_for): (Vec<&str>, BTreeSet<&str>) = match &self.kind {
+            Kind::Safetensors(w) => (w.names().collect(), params.iter().map(|p| p.hf.name.as_str()).collect()),
+            Kind::Gguf(w) => (w.names().collect(), params.iter().map(|p| p.gguf.name.as_str()).collect()),
+        };
+        let mut unexpected: Vec<&str> = stored.into_iter().filter(|name| !called_for.contains(*name) && !is_harmless(name)).collect();
+        unexpected.sort_unstable();
+        let in_layers: Vec<&&str> = unexpected.iter().filter(|name| params::is_in_block(name)).collect();
+        if let Some(first) = in_layers.first() {
+            let (name, others) = ((**first).to_owned(), in_layers.len() - 1);
+            return Err(ModelError::UnexpectedTensor { name, path: self.path.clone(), others });
+        }
+        if let Some(first) = unexpected.first() {
+            tracing::warn!(
+                path = %self.path.display(),
+                tensor = *first,
+                tensors = unexpected.len(),
+                "the weights hold tensors that the configuration does not call for: they are not used"
+            );
+        }
+        Ok(())
+    }
+
+    /// Returns the element type that most of the numbers have. Quantised ones count as f16: that
+    /// is what their scales are stored in, and it rounds less than bf16.
+    pub fn element_type(&self) -> ElementType {
+        let tensors = self.stored();
+        let count = |dtype| tensors.iter().filter(|t| t.dtype == dtype).map(|t| t.elements).sum::<usize>();
+        let mut best = ElementType::F32;
+        for dtype in ElementType::ALL {
+            if count(dtype) > count(best) {
+                best = dtype;
+            }
+        }
+        best
+    }
+
+    /// Returns true if [`Weights::load`] in `precision` rounds nothing.
+    pub fn is_exact_in(&self, precision: Precision) -> bool {
+        let is_bf16 = |t: &StoredAs| t.dims != 2 || t.dtype == ElementType::Bf16;
+        precision == Precision::F32 || self.stored().iter().all(is_bf16)
+    }
+
+    fn stored(&self) -> Vec<StoredAs> {
+        match &self.kind {
+            Kind::Safetensors(w) => w.stored(),
+            Kind::Gguf(w) => w.stored(),
+        }
+    }
+
+    /// Makes [`Weights::load`] record the hashes of what it reads, for [`Weights::files`].
+    pub fn record_digests(&mut self) {
+        self.digests = Digesting::Recorded(Mutex::default());
+    }
+
+    /// Returns what is needed to read the same weights again: those that were loaded since
+    /// [`Weights::record_digests`].
+    pub fn files(&self) -> WeightFiles {
+        let directory = match &self.kind {
+            Kind::Safetensors(w) => Directory::Safetensors(w.directory()),
+            Kind::Gguf(w) => Directory::Gguf(w.directory()),
+        };
+        let digests = match &self.digests {
+            Digesting::Off => Arc::default(),
+            Digesting::Recorded(digests) => Arc::new(digests.lock().unwrap_or_else(PoisonError::into_inner).clone()),
+            Digesting::Expected(digests) => digests.clone(),
+        };
+        WeightFiles { path: self.path.clone(), directory, digests }
+    }
+
+    /// BLAKE3 of the files' contents, in hex; computed once.
+    pub fn fingerprint(&self) -> String {
+        let compute = || {
+            let mut hash = blake3::Hasher::new();
+            match &self.kind {
+                Kind::Safetensors(w) => w.hash(&mut hash),
+                Kind::Gguf(w) => w.hash(&mut hash),
+            }
+            hash.finalize().to_hex().to_string()
+        };
+        self.fingerprint.get_or_init(compute).clone()
+    }
+}
+
+impl TensorSource for Weights {
+    fn load(&self, param: &ParamSpec, precision: Precision) -> Result<Tensor, ModelError> {
+        Weights::load(self, param, precision)
+    }
+}
+
+/// Whether a tensor says nothing that the configuration and the other tensors do not: rotary frequencies, and the copy of a tied head.
+fn is_harmless(name: &str) -> bool {
+    const SUFFIXES: [&str; 2] = [".rotary_emb.inv_freq", ".attn_rot_embd"];
+    const NAMES: [&str; 2] = [params::HF_HEAD, ModelConfig::GGUF_ROPE_FREQS];
+    NAMES.contains(&name) || SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,149 @@
+//! Reading weights again from files that others may change at any time.
+
+use std::fs::OpenOptions;
+use std::io::{BufWriter, Seek as _, SeekFrom, Write as _};
+
+use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
+
+use super::*;
+use crate::formats::gguf::reader::Gguf;
+use crate::formats::loader::load_model;
+use crate::formats::source::HubOptions;
+use crate::model::params::params;
+
+const NORM: &str = "model.norm.weight";
+const QUERIES: &str = "model.layers.0.self_attn.q_proj.weight";
+
+/// A model in files of its own.
+struct Case {
+    folder: tempfile::TempDir,
+    config: ModelConfig,
+    weights: Weights,
+    /// The file with `name`, the tensors that are in it, and where the bytes of one of them lie.
+    file: PathBuf,
+    name: &'static str,
+    offset: u64,
+    names: Vec<String>,
+}
+
+fn param(config: &ModelConfig, name: &str) -> ParamSpec {
+    params(&config.spec).into_iter().find(|param| param.name() == name).unwrap()
+}
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models").join(name)
+}
+
+/// Llama in four files; the last one's last tensor is changed.
+fn safetensors() -> Case {
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(golden("llama-sharded")).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+    }
+    let model = load_model(None, folder.path().to_str().unwrap(), &HubOptions::default()).unwrap();
+    let Kind::Safetensors(stored) = &model.weights.kind else { panic!("it is safetensors") };
+    let (file, offset) = stored.place(NORM);
+    let names = params(&model.config.spec).iter().map(|param| param.name().to_owned()).collect();
+    Case { folder, config: model.config, weights: model.weights, file, name: NORM, offset, names }
+}
+
+/// Two tensors of the same Llama as a GGUF file, one of them in llama.cpp's order of rows.
+fn gguf() -> Case {
+    let folder = tempfile::tempdir().unwrap();
+    let model = load_model(None, golden("llama").to_str().unwrap(), &HubOptions::default()).unwrap();
+    let stored = |name: &str| {
+        let tensor = model.weights.load(&param(&model.config, name), Precision::F32).unwrap();
+        QTensor::quantize(&tensor, GgmlDType::F32).unwrap()
+    };
+    let (norm, queries) = (stored(NORM), stored(QUERIES));
+    let file = folder.path().join("model.gguf");
+    let mut writer = BufWriter::new(std::fs::File::create(&file).unwrap());
+    gguf_file::write(&mut writer, &[], &[("output_norm.weight", &norm), ("blk.0.attn_q.weight", &queries)]).unwrap();
+    writer.flush().unwrap();
+    let opened = Gguf::open(&file).unwrap();
+    let offset = opened.tensor("output_norm.weight").unwrap().offset;
+    let weights = Weights::from_gguf(GgufWeights::new(opened, &model.config), &file);
+    let names = vec![NORM.to_owned(), QUERIES.to_owned()];
+    Case { folder, config: model.config, weights, file, name: NORM, offset, names }
+}
+
+impl Case {
+    fn load(&self, weights: &Weights, name: &str) -> Result<Vec<f32>, ModelError> {
+        Ok(weights.load(&param(&self.config, name), Precision::F32)?.flatten_all()?.to_vec1()?)
+    }
+
+    fn load_all(&self, weights: &Weights) -> Vec<Vec<f32>> {
+        self.names.iter().map(|name| self.load(weights, name).unwrap()).collect()
+    }
+
+    /// Loads everything as a server does that computes in bf16, and closes the files.
+    fn close(&mut self) -> (WeightFiles, Vec<Vec<f32>>) {
+        let mut weights = std::mem::replace(&mut self.weights, Weights::open_folder(&golden("llama")).unwrap());
+        let wanted = self.load_all(&weights);
+        weights.record_digests();
+        for name in &self.names {
+            weights.load(&param(&self.config, name), Precision::Bf16).unwrap();
+        }
+        (weights.files(), wanted)
+    }
+}
+
+#[test]
+fn weights_are_read_again_bit_for_bit() {
+    for mut case in [safetensors(), gguf()] {
+        let (files, wanted) = case.close();
+        let again = files.open().unwrap();
+        assert_eq!(case.load_all(&again), wanted);
+        // And once more: what was checked can be checked again.
+        assert_eq!(case.load_all(&again.files().open().unwrap()), wanted);
+    }
+}
+
+#[test]
+fn what_is_overwritten_while_it_is_read_is_not_used() {
+    for mut case in [safetensors(), gguf()] {
+        let (files, wanted) = case.close();
+        let again = files.open().unwrap();
+        let before = |name: &str| &wanted[case.names.iter().position(|n| n == name).unwrap()];
+        assert_eq!(&case.load(&again, case.name).unwrap(), before(case.name));
+        let mut file = OpenOptions::new().write(true).open(&case.file).unwrap();
+        file.seek(SeekFrom::Start(case.offset)).unwrap();
+        file.write_all(&1.5f32.to_le_bytes()).unwrap();
+        for weights in [again, files.open().unwrap()] {
+            let e = case.load(&weights, case.name).unwrap_err();
+            assert!(matches!(&e, ModelError::Changed { path, .. } if *path == case.file), "{e}");
+            assert!(e.to_string().contains(case.name), "{e}");
+            // Only what is used counts.
+            assert_eq!(&case.load(&weights, QUERIES).unwrap(), before(QUERIES));
+        }
+    }
+}
+
+#[test]
+fn a_file_that_is_cut_off_or_gone_is_an_error_that_names_no_folder() {
+    for mut case in [safetensors(), gguf()] {
+        let (files, _) = case.close();
+        let again = files.open().unwrap();
+        // A map of the file would end the process here.
+        OpenOptions::new().write(true).open(&case.file).unwrap().set_len(16).unwrap();
+        let cut_off = case.load(&again, case.name).unwrap_err();
+        std::fs::remove_file(&case.file).unwrap();
+        let gone = files.open().map(|_| ()).unwrap_err();
+        let name = case.file.file_name().unwrap().to_str().unwrap();
+        for e in [cut_off, gone] {
+            assert!(matches!(&e, ModelError::Changed { .. }), "{e}");
+            let told = e.for_clients();
+            assert!(told.contains(name) && !told.contains(case.folder.path().to_str().unwrap()), "{told}");
+        }
+    }
+}
+
+#[test]
+fn what_was_not_loaded_before_cannot_be_read_again() {
+    let mut case = gguf();
+    case.weights.record_digests();
+    let files = case.weights.files();
+    let e = case.load(&files.open().unwrap(), NORM).unwrap_err();
+    assert!(matches!(&e, ModelError::Changed { .. }), "{e}");
+}

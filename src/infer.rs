@@ -1,0 +1,8 @@
+//! From text to log-probs: encoding, packing into rows, scoring, and the reference's cached log-probs.
+
+pub mod data_parallel;
+pub mod encode;
+pub mod pack;
+pub mod pair;
+pub mod reference_cache;
+pub mod scorer;

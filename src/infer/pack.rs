@@ -1,0 +1,225 @@
+//! Packs items (pairs, or answers to one prompt) into rows without padding. Within a row a prompt is laid down once, whichever items it belongs to.
+//!
+//! Where an item lands changes none of its numbers: tokens see only their own prompt and completion, and the kernels compute every token alike.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::pair::SequenceGroup;
+use crate::compute::layout::RowLayout;
+use crate::model::row::Row;
+
+/// An item and whose it is: only items of one owner share prompts, and an owner's items lie side by side.
+pub type Owned<'a> = (usize, &'a [SequenceGroup]);
+
+/// A row and where the items' completions are among its targets.
+#[derive(Clone, Debug)]
+pub struct PackedRow {
+    /// The row.
+    pub row: Arc<Row>,
+    /// Which items it holds.
+    pub items: Vec<usize>,
+    /// The row's tokens by owner.
+    pub owners: Vec<(Range<usize>, usize)>,
+    /// Per item, per completion in the order of its groups: the range in `row.targets`.
+    pub completions: Vec<Vec<Range<usize>>>,
+}
+
+/// Packs all items into one row.
+pub fn pack(items: &[&[SequenceGroup]]) -> PackedRow {
+    pack_items(&of_one_owner(items), (0..items.len()).collect())
+}
+
+fn of_one_owner<'a>(items: &[&'a [SequenceGroup]]) -> Vec<Owned<'a>> {
+    items.iter().map(|groups| (0, *groups)).collect()
+}
+
+/// Packs items into rows of at most `row_tokens` tokens (a longer item gets a row of its own), of about equal size. Items with the same prompt are
+/// brought together.
+pub fn pack_rows(items: &[&[SequenceGroup]], row_tokens: usize) -> Vec<PackedRow> {
+    pack_owned_rows(&of_one_owner(items), row_tokens)
+}
+
+/// [`pack_rows`] for `devices` that each take every `devices`-th row: the number of rows is a multiple of theirs where there are items enough, so that
+/// none waits for the others.
+pub fn pack_rows_for_devices(items: &[&[SequenceGroup]], row_tokens: usize, devices: usize) -> Vec<PackedRow> {
+    pack_multiple(&of_one_owner(items), row_tokens, devices)
+}
+
+/// [`pack_rows`] for items of several owners.
+pub fn pack_owned_rows(items: &[Owned], row_tokens: usize) -> Vec<PackedRow> {
+    pack_multiple(items, row_tokens, 1)
+}
+
+fn pack_multiple(items: &[Owned], row_tokens: usize, multiple: usize) -> Vec<PackedRow> {
+    let order = by_prompt(items);
+    let mut left = sizes(items, &order).iter().sum::<usize>();
+    let needed = left.div_ceil(row_tokens).max(1);
+    let mut rows_left = needed.next_multiple_of(multiple).min(items.len().max(needed));
+    let mut rows = Vec::new();
+    let (mut members, mut tokens): (Vec<usize>, usize) = (Vec::new(), 0);
+    for &i in &order {
+        let n = cost(items, &members, i);
+        // As close to an equal share of what is left as whole items allow.
+        let share = left.div_ceil(rows_left);
+        let over = tokens + n > row_tokens || (rows_left > 1 && tokens + n > share && tokens + n - share > share.saturating_sub(tokens));
+        if !members.is_empty() && over {
+            rows.push(pack_items(items, std::mem::take(&mut members)));
+            left = left.saturating_sub(tokens);
+            rows_left = rows_left.saturating_sub(1).max(left.div_ceil(row_tokens)).max(1);
+            tokens = 0;
+        }
+        tokens += cost(items, &members, i);
+        members.push(i);
+    }
+    if !members.is_empty() {
+        rows.push(pack_items(items, members));
+    }
+    rows
+}
+
+/// The items' indices by owner, those of the same first prompt side by side, in the order in which the prompts first appear.
+fn by_prompt(items: &[Owned]) -> Vec<usize> {
+    let mut first: HashMap<(usize, &[u32]), usize> = HashMap::new();
+    let mut keyed: Vec<(usize, usize, usize)> = Vec::with_capacity(items.len());
+    for (i, (owner, groups)) in items.iter().enumerate() {
+        let prompt = groups.first().map_or(&[][..], |g| g.prompt.as_slice());
+        keyed.push((*owner, *first.entry((*owner, prompt)).or_insert(i), i));
+    }
+    keyed.sort_unstable();
+    keyed.into_iter().map(|(_, _, i)| i).collect()
+}
+
+/// Tokens that each item adds after the one before it.
+fn sizes(items: &[Owned], order: &[usize]) -> Vec<usize> {
+    order.iter().enumerate().map(|(k, &i)| cost(items, &order[k.saturating_sub(1)..k], i)).collect()
+}
+
+/// Tokens that item `i` adds to a row of `members`: prompts that are there already cost nothing.
+fn cost(items: &[Owned], members: &[usize], i: usize) -> usize {
+    let (owner, groups) = items[i];
+    let last = members.last().map(|m| items[*m]).filter(|(other, _)| *other == owner).map_or(&[][..], |(_, groups)| groups);
+    groups.iter().map(|g| if last.iter().any(|l| l.prompt == g.prompt) { g.tokens() - g.prompt.len() } else { g.tokens() }).sum()
+}
+
+/// A completion: its item among the members, its place in the item, its tokens.
+type Answer<'a> = (usize, usize, &'a [u32]);
+
+fn pack_items(items: &[Owned], members: Vec<usize>) -> PackedRow {
+    let mut prompts: Vec<(usize, &[u32], Vec<Answer>)> = Vec::new();
+    let mut known: HashMap<(usize, &[u32]), usize> = HashMap::new();
+    let mut completions: Vec<Vec<Range<usize>>> = Vec::with_capacity(members.len());
+    for (m, &i) in members.iter().enumerate() {
+        let mut nth = 0;
+        let (owner, groups) = items[i];
+        for g in groups {
+            let at = *known.entry((owner, &g.prompt)).or_insert_with(|| {
+                prompts.push((owner, &g.prompt, Vec::new()));
+                prompts.len() - 1
+            });
+            for c in &g.completions {
+                prompts[at].2.push((m, nth, c));
+                nth += 1;
+            }
+        }
+        completions.push(vec![0..0; nth]);
+    }
+    let mut layout = RowLayout::default();
+    let (mut ids, mut predictors, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+    let mut owners: Vec<(Range<usize>, usize)> = Vec::new();
+    for (owner, prompt, answers) in prompts {
+        let start = ids.len();
+        let (prefix, ranges) = layout.push_group(prompt.len(), answers.iter().map(|(_, _, c)| c.len()));
+        ids.extend_from_slice(prompt);
+        for ((m, nth, tokens), range) in answers.into_iter().zip(ranges) {
+            ids.extend_from_slice(tokens);
+            // The last prompt token predicts the first token of every completion.
+            predictors.push(prefix.end as u32 - 1);
+            predictors.extend(range.start as u32..range.end as u32 - 1);
+            completions[m][nth] = targets.len()..targets.len() + tokens.len();
+            targets.extend_from_slice(tokens);
+        }
+        match owners.last_mut().filter(|(_, last)| *last == owner) {
+            Some((tokens, _)) => tokens.end = ids.len(),
+            None => owners.push((start..ids.len(), owner)),
+        }
+    }
+    PackedRow {
+        row: Arc::new(Row { ids, layout: Arc::new(layout), predictors, targets: Arc::new(targets) }),
+        items: members,
+        owners,
+        completions,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn item(prompt: u32, length: usize, answers: &[usize]) -> Vec<SequenceGroup> {
+        vec![SequenceGroup { prompt: vec![prompt; length], completions: answers.iter().map(|n| vec![90 + *n as u32; *n]).collect() }]
+    }
+
+    fn borrowed(items: &[Vec<SequenceGroup>]) -> Vec<&[SequenceGroup]> {
+        items.iter().map(Vec::as_slice).collect()
+    }
+
+    #[test]
+    fn the_last_prompt_token_predicts_every_first_token() {
+        let packed = pack(&borrowed(&[item(1, 3, &[2, 1])]));
+        assert_eq!(packed.row.ids, [1, 1, 1, 92, 92, 91]);
+        assert_eq!(packed.row.predictors, [2, 3, 2]);
+        assert_eq!(*packed.row.targets, [92, 92, 91]);
+        assert_eq!(packed.completions, [vec![0..2, 2..3]]);
+    }
+
+    #[test]
+    fn items_with_one_prompt_share_it() {
+        let items = [item(1, 3, &[2, 1]), item(2, 2, &[1, 1]), item(1, 3, &[1, 4])];
+        let rows = pack_rows(&borrowed(&items), 100);
+        assert_eq!(rows.len(), 1);
+        assert_eq!(rows[0].items, [0, 2, 1]);
+        assert_eq!(rows[0].row.ids.len(), 3 + 3 + 5 + 2 + 2);
+        for (k, &i) in rows[0].items.iter().enumerate() {
+            for (range, answer) in rows[0].completions[k].iter().zip(&items[i][0].completions) {
+                assert_eq!(&rows[0].row.targets[range.clone()], answer);
+            }
+        }
+    }
+
+    #[test]
+    fn every_device_gets_as_many_rows_where_there_are_items_enough() {
+        let sizes = |n: usize, row_tokens: usize, devices: usize| {
+            let items: Vec<_> = (0..n).map(|i| item(i as u32, 3, &[2, 1 + i % 3])).collect();
+            let rows = pack_rows_for_devices(&borrowed(&items), row_tokens, devices);
+            let mut seen: Vec<usize> = rows.iter().flat_map(|r| r.items.clone()).collect();
+            seen.sort_unstable();
+            assert_eq!(seen, (0..n).collect::<Vec<_>>());
+            rows.iter().map(|r| r.row.ids.len()).collect::<Vec<usize>>()
+        };
+        // A micro-batch that fits one row is shared out all the same.
+        assert_eq!(sizes(8, 1000, 4).len(), 4);
+        // Five rows on four devices would leave three of them idle for half of the time.
+        let eight = sizes(16, 24, 4);
+        assert_eq!(eight.len(), 8, "{eight:?}");
+        assert!(eight.iter().max().unwrap() - eight.iter().min().unwrap() <= 7, "{eight:?}");
+        // There are no more rows than items.
+        assert_eq!(sizes(3, 1000, 4).len(), 3);
+        assert_eq!(sizes(8, 1000, 1).len(), 1);
+    }
+
+    #[test]
+    fn rows_keep_the_limit_are_balanced_and_lose_no_item() {
+        let items: Vec<_> = (0..7).map(|i| item(i, 3, &[2, 1])).collect();
+        let rows = pack_rows(&borrowed(&items), 20);
+        let mut seen: Vec<usize> = rows.iter().flat_map(|r| r.items.clone()).collect();
+        seen.sort_unstable();
+        assert_eq!(seen, [0, 1, 2, 3, 4, 5, 6]);
+        let sizes: Vec<usize> = rows.iter().map(|r| r.row.ids.len()).collect();
+        assert!(sizes.iter().all(|n| *n <= 20), "{sizes:?}");
+        assert_eq!(sizes.len(), 3, "{sizes:?}");
+        let long = [item(1, 50, &[5, 5]), item(2, 2, &[1, 1])];
+        assert_eq!(pack_rows(&borrowed(&long), 20).len(), 2);
+    }
+}

@@ -1,0 +1,284 @@
+//! Linear layers that share their input, with their adapters, computed together: `[q | k | v]`,
+//! `o`, `[gate | up]`, `down`.
+//!
+//! y_i = x·W_iᵀ + b_i + s·(x·A_iᵀ)·B_iᵀ (arXiv:2106.09685). The adapter's term joins the sum over the inputs inside the kernel; the gradient of a
+//! frozen W is never formed.
+
+use std::ops::Range;
+
+use candle_core::Result;
+
+use crate::compute::cpu::Held;
+use crate::compute::cpu::buffer::Buffer;
+use crate::compute::cpu::gemm::{Kernel, NR, Operand, Term, Threads, View, matmul, matmul_tiles};
+use crate::compute::cpu::thread_pool;
+use crate::model::adapter::Adapter;
+use crate::model::gradients::GradientSink;
+use crate::model::parameters::Parameters;
+use crate::model::params::{BlockParam, Linear, LinearGroup, ParamId};
+
+/// Outputs whose gradients one task adds.
+const OUTPUTS: usize = 192;
+
+struct Member<'a> {
+    linear: Linear,
+    weight: Held<'a>,
+    bias: Option<Held<'a>>,
+    low_rank: Option<(Held<'a>, Held<'a>)>,
+    out: usize,
+    /// Its first column in the joint output.
+    column: usize,
+    /// Its first column among the ranks.
+    rank_column: usize,
+}
+
+/// Projections of one input.
+pub(super) struct Group<'a> {
+    kernel: Kernel,
+    block: usize,
+    members: Vec<Member<'a>>,
+    input: usize,
+    output: usize,
+    /// All A, one above the other, `[Σr, in]`.
+    stacked: Buffer,
+    ranks: usize,
+    scale: f32,
+}
+
+impl<'a> Group<'a> {
+    /// Opens a group of block `block`.
+    pub fn open(
+        kernel: Kernel,
+        block: usize,
+        parameters: &'a Parameters,
+        adapter: Option<&'a Adapter>,
+        group: LinearGroup,
+    ) -> Result<Self> {
+        let linears = group.members();
+        let (mut members, mut output, mut ranks, mut input) = (Vec::with_capacity(linears.len()), 0, 0, 0);
+        for &linear in linears {
+            let p = parameters.linear(block, linear)?;
+            let (out, width) = p.weight.dims2()?;
+            let low_rank = adapter.and_then(|a| a.get(block, linear));
+            let rank = match low_rank {
+                Some(l) => l.a.dim(0)?,
+                None => 0,
+            };
+            members.push(Member {
+                linear,
+                weight: Held::of(p.weight)?,
+                bias: p.bias.map(Held::of).transpose()?,
+                low_rank: low_rank.map(|l| Ok::<_, candle_core::Error>((Held::of(&l.a)?, Held::of(&l.b)?))).transpose()?,
+                out,
+                column: output,
+                rank_column: ranks,
+            });
+            (output, ranks, input) = (output + out, ranks + rank, width);
+        }
+        let mut stacked = Buffer::dirty(ranks * input);
+        for m in &members {
+            if let Some((a, _)) = &m.low_rank {
+                let a = a.f32()?;
+                stacked[m.rank_column * input..][..a.len()].copy_from_slice(a);
+            }
+        }
+        let scale = adapter.map_or(1.0, |a| a.config.scale() as f32);
+        Ok(Group { kernel, block, members, input, output, stacked, ranks, scale })
+    }
+
+    /// Σout.
+    pub fn output(&self) -> usize {
+        self.output
+    }
+
+    /// The id of a tensor of the block.
+    fn id(&self, param: BlockParam) -> ParamId {
+        ParamId::Block(self.block, param)
+    }
+
+    /// Rank of a member.
+    fn rank(&self, m: &Member) -> usize {
+        m.low_rank.as_ref().map_or(0, |(a, _)| a.elements().len() / self.input)
+    }
+
+    /// `y` `[T, Σout]` = keep·y + the projections of `x` `[T, in]`. Returns x·Aᵀ `[T, Σr]`, which the backward pass wants.
+    pub fn forward(&self, x: &Operand, tokens: usize, y: &mut [f32], keep: bool) -> Result<Buffer> {
+        let u = self.low_rank_inputs(x, tokens);
+        for m in &self.members {
+            let y = &mut y[m.column..];
+            let mut keep = keep;
+            if let Some(bias) = &m.bias {
+                for row in y.chunks_mut(self.output) {
+                    for (y, b) in row.iter_mut().zip(bias.f32()?) {
+                        *y = if keep { *y + b } else { *b };
+                    }
+                }
+                keep = true;
+            }
+            let weight = Term { a: x, b: View::of(m.weight.elements(), self.input).t() };
+            match &m.low_rank {
+                Some((_, b)) => {
+                    let scaled = self.scaled(m, &u, tokens);
+                    let low_rank = Term { a: &scaled, b: View::of(b.elements(), self.rank(m)).t() };
+                    matmul(tokens, m.out, &[weight, low_rank], y, self.output, keep, Threads::All);
+                }
+                None => matmul(tokens, m.out, &[weight], y, self.output, keep, Threads::All),
+            }
+        }
+        Ok(u)
+    }
+
+    /// Whether [`Group::forward_tiles`] can do it: `P` projections without a bias, of one width that is whole panels.
+    pub fn is_tiled<const P: usize>(&self) -> bool {
+        let fits = |m: &Member| m.bias.is_none() && m.out == self.members[0].out && m.out.is_multiple_of(NR);
+        self.members.len() == P && self.members.iter().all(fits)
+    }
+
+    /// [`Group::forward`] whose output is handed on a tile of each projection at a time.
+    pub fn forward_tiles<const P: usize>(
+        &self,
+        x: &Operand,
+        tokens: usize,
+        finish: impl Fn(Range<usize>, Range<usize>, [&mut [f32]; P]) + Sync,
+    ) -> Buffer {
+        let u = self.low_rank_inputs(x, tokens);
+        let scaled: Vec<Operand> = self.members.iter().map(|m| self.scaled(m, &u, tokens)).collect();
+        let terms = |p: usize| -> Vec<Term> {
+            let m = &self.members[p];
+            let weight = Term { a: x, b: View::of(m.weight.elements(), self.input).t() };
+            let low_rank = m.low_rank.as_ref().map(|(_, b)| Term { a: &scaled[p], b: View::of(b.elements(), self.rank(m)).t() });
+            std::iter::once(weight).chain(low_rank).collect()
+        };
+        let terms: [Vec<Term>; P] = std::array::from_fn(terms);
+        matmul_tiles(tokens, self.members[0].out, terms.each_ref().map(Vec::as_slice), finish);
+        u
+    }
+
+    /// Adds s·(x·A_iᵀ)·B_iᵀ to some rows of `y` `[T, Σout]`: the sum over k goes on where that over the base's ended, as it does in
+    /// [`Group::forward`].
+    pub fn add_low_rank(&self, x: &Operand, rows: Range<usize>, y: &mut [f32]) {
+        if self.ranks == 0 || rows.is_empty() {
+            return;
+        }
+        let tokens = rows.len();
+        let u = self.low_rank_inputs(&x.part(rows.clone()), tokens);
+        for m in &self.members {
+            let Some((_, b)) = &m.low_rank else { continue };
+            let scaled = self.scaled(m, &u, tokens);
+            let y = &mut y[rows.start * self.output + m.column..];
+            matmul(tokens, m.out, &[Term { a: &scaled, b: View::of(b.elements(), self.rank(m)).t() }], y, self.output, true, Threads::All);
+        }
+    }
+
+    /// x·Aᵀ `[T, Σr]`.
+    fn low_rank_inputs(&self, x: &Operand, tokens: usize) -> Buffer {
+        let mut u = Buffer::dirty(tokens * self.ranks);
+        if self.ranks > 0 {
+            let a = View::f32(&self.stacked, self.input).t();
+            matmul(tokens, self.ranks, &[Term { a: x, b: a }], &mut u, self.ranks, false, Threads::All);
+        }
+        u
+    }
+
+    /// s·u of a member.
+    fn scaled<'u>(&self, m: &Member, u: &'u [f32], tokens: usize) -> Operand<'u> {
+        Operand::new(self.kernel, View::f32(&u[m.rank_column..], self.ranks), tokens, self.rank(m), self.scale)
+    }
+
+    /// Given g = ∂loss/∂y `[T, Σout]`, the input and what [`Group::forward`] returned: adds the parameters' gradients to `sink` and returns ∂loss/∂x
+    /// `[T, in]`. With v_i = s·g_i·B_i: dx = Σ g_i·W_i + v_i·A_i, dA_i = v_iᵀ·x, dB_i = s·g_iᵀ·u_i, dW_i = g_iᵀ·x, db_i = Σ_tokens g_i.
+    pub fn backward(&self, x: &Operand, u: &[f32], g: &[f32], tokens: usize, sink: &mut dyn GradientSink) -> Result<Buffer> {
+        let view = |m: &Member| View::f32(&g[m.column..], self.output);
+        let gs: Vec<Operand> = self.members.iter().map(|m| Operand::new(self.kernel, view(m), tokens, m.out, 1.0)).collect();
+        let dx = self.backward_frozen(x, u, &gs, tokens, sink)?;
+        self.weight_gradients(x, g, tokens, sink);
+        Ok(dx)
+    }
+
+    /// The same where weights and biases are frozen, given each member's part of g.
+    pub fn backward_frozen(&self, x: &Operand, u: &[f32], gs: &[Operand], tokens: usize, sink: &mut dyn GradientSink) -> Result<Buffer> {
+        let mut dx = Buffer::dirty(tokens * self.input);
+        let v = self.input_gradient(gs, tokens, |terms| matmul(tokens, self.input, terms, &mut dx, self.input, false, Threads::All));
+        self.low_rank_gradients(x, u, gs, &v, tokens, sink);
+        Ok(dx)
+    }
+
+    /// ∂loss/∂x of frozen projections, handed on a tile at a time. Returns v, which [`Group::low_rank_gradients`] wants.
+    pub fn backward_tiles(
+        &self,
+        gs: &[Operand],
+        tokens: usize,
+        finish: impl Fn(Range<usize>, Range<usize>, [&mut [f32]; 1]) + Sync,
+    ) -> Buffer {
+        self.input_gradient(gs, tokens, |terms| matmul_tiles(tokens, self.input, [terms], finish))
+    }
+
+    /// Multiplies what ∂loss/∂x is the sum of; returns v.
+    fn input_gradient(&self, gs: &[Operand], tokens: usize, multiply: impl FnOnce(&[Term])) -> Buffer {
+        let kernel = self.kernel;
+        let mut v = Buffer::dirty(tokens * self.ranks);
+        for (m, g) in self.members.iter().zip(gs) {
+            if let Some((_, b)) = &m.low_rank {
+                let rank = self.rank(m);
+                let term = Term { a: g, b: View::of(b.elements(), rank) };
+                matmul(tokens, rank, &[term], &mut v[m.rank_column..], self.ranks, false, Threads::All);
+            }
+        }
+        let scaled = Operand::new(kernel, View::f32(&v, self.ranks.max(1)), tokens, self.ranks, self.scale);
+        let mut terms: Vec<Term> =
+            self.members.iter().zip(gs).map(|(m, g)| Term { a: g, b: View::of(m.weight.elements(), self.input) }).collect();
+        if self.ranks > 0 {
+            terms.push(Term { a: &scaled, b: View::f32(&self.stacked, self.input) });
+        }
+        multiply(&terms);
+        v
+    }
+
+    /// Adds the adapter's gradients to `sink`, given the input, its gradient's g and what the passes returned.
+    pub fn low_rank_gradients(&self, x: &Operand, u: &[f32], gs: &[Operand], v: &[f32], tokens: usize, sink: &mut dyn GradientSink) {
+        if self.ranks == 0 {
+            return;
+        }
+        let kernel = self.kernel;
+        let transposed = Operand::new(kernel, View::f32(v, self.ranks).t(), self.ranks, tokens, self.scale);
+        let mut da = Buffer::dirty(self.ranks * self.input);
+        matmul(self.ranks, self.input, &[Term { a: &transposed, b: x.view() }], &mut da, self.input, false, Threads::All);
+        for (m, g) in self.members.iter().zip(gs) {
+            let rank = self.rank(m);
+            if rank == 0 {
+                continue;
+            }
+            if let Some(slot) = sink.slot(self.id(BlockParam::LoraA(m.linear))) {
+                slot.iter_mut().zip(&da[m.rank_column * self.input..]).for_each(|(s, d)| *s += d);
+            }
+            if let Some(slot) = sink.slot(self.id(BlockParam::LoraB(m.linear))) {
+                // dBᵀ `[r, out]`: the long side belongs in the columns.
+                let u = Operand::new(kernel, View::f32(&u[m.rank_column..], self.ranks).t(), rank, tokens, self.scale);
+                let mut db = Buffer::dirty(rank * m.out);
+                matmul(rank, m.out, &[Term { a: &u, b: g.view() }], &mut db, m.out, false, Threads::All);
+                let width = m.out;
+                thread_pool::chunks(slot, rank * OUTPUTS, |i, slots| {
+                    for (slot, o) in slots.chunks_mut(rank).zip(i * OUTPUTS..) {
+                        slot.iter_mut().enumerate().for_each(|(r, s)| *s += db[r * width + o]);
+                    }
+                });
+            }
+        }
+    }
+
+    fn weight_gradients(&self, x: &Operand, g: &[f32], tokens: usize, sink: &mut dyn GradientSink) {
+        for m in &self.members {
+            if let Some(slot) = sink.slot(self.id(BlockParam::Weight(m.linear))) {
+                let g = Operand::new(self.kernel, View::f32(&g[m.column..], self.output).t(), m.out, tokens, 1.0);
+                matmul(m.out, self.input, &[Term { a: &g, b: x.view() }], slot, self.input, true, Threads::All);
+            }
+            if m.bias.is_some()
+                && let Some(slot) = sink.slot(self.id(BlockParam::Bias(m.linear)))
+            {
+                for row in g[m.column..].chunks(self.output) {
+                    slot.iter_mut().zip(row).for_each(|(s, g)| *s += g);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! Families of models, one small file each: what their config.json means, as a
+//! [`crate::model::spec::ModelSpec`].
+
+mod common;
+mod llama;
+mod mistral;
+mod qwen2;
+mod qwen3;
+
+pub(super) use self::common::Family;
+
+/// Model families with the Llama layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Architecture {
+    /// Llama 2 and 3.x, SmolLM2.
+    Llama,
+    /// Mistral: a sliding window on every layer.
+    Mistral,
+    /// Qwen2 and 2.5: biases on q, k and v.
+    Qwen2,
+    /// Qwen3: RMSNorm on each head's q and k.
+    Qwen3,
+}
+
+impl Architecture {
+    /// All of them.
+    pub const ALL: [Architecture; 4] = [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3];
+
+    /// As config.json's `model_type` spells it.
+    pub fn as_str(self) -> &'static str {
+        self.family().model_type
+    }
+
+    /// The family that `model_type` names.
+    pub fn from_model_type(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|a| a.as_str() == name)
+    }
+
+    /// Returns the class that transformers loads a model of the family with.
+    pub(crate) fn causal_lm_class(self) -> &'static str {
+        self.family().causal_lm_class
+    }
+
+    /// Returns true if llama.cpp stores the rows of Q and K with the halves of each head interleaved.
+    pub(crate) fn is_interleaved_in_gguf(self) -> bool {
+        self.family().is_interleaved_in_gguf
+    }
+
+    /// Returns the file that describes the family.
+    pub(super) fn family(self) -> &'static Family {
+        match self {
+            Architecture::Llama => &llama::FAMILY,
+            Architecture::Mistral => &mistral::FAMILY,
+            Architecture::Qwen2 => &qwen2::FAMILY,
+            Architecture::Qwen3 => &qwen3::FAMILY,
+        }
+    }
+}
