@@ -8,7 +8,7 @@ use crate::model::backend::{Keep, PolicyView, RowOps};
 use crate::model::ops::Held;
 use crate::model::ops::buffer::Buffer;
 use crate::model::ops::gemm::{Elements, Kernel};
-use crate::model::ops::head::{HeadOptions, HeadOutput, KEPT, head, head_weight_gradient};
+use crate::model::ops::head::{HeadInput, HeadOptions, HeadOutput, KEPT, head, head_weight_gradient};
 use crate::model::ops::rms_norm::{rms_norm, rms_norm_backward};
 use crate::model::ops::team;
 use crate::model::params::ParamId;
@@ -52,7 +52,8 @@ impl<'a> CpuRow<'a> {
         let mut normed = Buffer::dirty(before_norm.len());
         rms_norm(&before_norm, self.last_norm()?.f32()?, self.eps(), &mut normed);
         let w = Held::of(self.policy.parameters.head()?)?;
-        let output = head(self.kernel(), &normed, w.elements(), width, &row.targets, options);
+        let input = HeadInput { kernel: self.kernel(), h: &normed, w: w.elements(), hidden: width, targets: &row.targets };
+        let output = head(input, options);
         Ok((output, HeadTape { before_norm, normed }))
     }
 }
@@ -118,7 +119,8 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
         }
         if let Some(slot) = gradients.slot(self.policy.parameters.head_id()) {
             let w = Held::of(self.policy.parameters.head()?)?;
-            head_weight_gradient(self.kernel(), &normed, w.elements(), width, &row.targets, &mut output, upstream, slot);
+            let input = HeadInput { kernel: self.kernel(), h: &normed, w: w.elements(), hidden: width, targets: &row.targets };
+            head_weight_gradient(input, &mut output, upstream, slot);
         }
         team::chunks(&mut output.gradient, width, |i, row| row.iter_mut().for_each(|x| *x *= upstream[i]));
         let mut dh = Buffer::zeros(before_norm.len());

@@ -12,7 +12,7 @@ use super::gpu::{Gpu, Memory};
 use super::gradients::GradientBuffers;
 use super::kernels::Kind;
 use super::ops::{self, Columns, HeadColumns, HeadNormBackward, RmsNormBackward};
-use super::projections::Group;
+use super::projections::{Group, GroupBackward};
 use super::row::DeviceRow;
 use super::sizes::BlockShape;
 use super::weights::{BlockWeights, DeviceAdapter};
@@ -168,7 +168,10 @@ impl BlockOps<CudaBackend> for Block<'_> {
         g: OutputGradient<'_, CudaBackend>,
         gradients: &mut GradientBuffers,
     ) -> Result<Memory> {
-        let run = |g: &Memory| self.group(group).backward(self.index, input, low_rank.as_ref(), g, self.row.tokens, gradients);
+        let run = |g: &Memory| {
+            let pass = GroupBackward { block: self.index, tokens: self.row.tokens, x: input, u: low_rank.as_ref(), g };
+            self.group(group).backward(pass, gradients)
+        };
         match g {
             OutputGradient::Stream(gx) => match round(self.gpu, self.kind, gx)? {
                 Some(rounded) => run(&rounded),

@@ -57,7 +57,10 @@ impl<'a> Operand<'a> {
         let mut own = Buffer::dirty((rows + ROW_PADDING) * depth);
         let units = own.units_mut();
         let lines = if view.col_stride == 1 { (CHUNK / depth.max(1)).clamp(1, rows.max(1)) } else { 64 };
-        let fill = |i: usize, part: &mut [u32]| fill_rows(kernel, view, i * lines, (rows - i * lines).min(lines), cols, depth, scale, part);
+        let fill = |i: usize, part: &mut [u32]| {
+            let first = i * lines;
+            fill_rows(kernel, SourceRows { view, first, rows: (rows - first).min(lines), cols, scale }, depth, part);
+        };
         match rows * cols < CHUNK {
             true => units[..rows * depth].chunks_mut((lines * depth).max(1)).enumerate().for_each(|(i, part)| fill(i, part)),
             false => team::chunks(&mut units[..rows * depth], lines * depth, fill),
@@ -176,17 +179,33 @@ impl Rounded {
     }
 }
 
-/// Rows `first..first + rows` of the operand.
-fn fill_rows(kernel: Kernel, view: View, first: usize, rows: usize, cols: usize, depth: usize, scale: f32, dst: &mut [u32]) {
-    let (Elements::F32(_) | Elements::Bf16(_)) = view.elements;
+/// The rows of `scale·view` that one task converts.
+#[derive(Clone, Copy)]
+struct SourceRows<'a> {
+    view: View<'a>,
+    /// The first row, counted in the view.
+    first: usize,
+    /// The number of rows.
+    rows: usize,
+    /// Elements in a row: k.
+    cols: usize,
+    /// The factor of every element.
+    scale: f32,
+}
+
+/// Converts rows into `dst` `[rows, depth]`, where `depth` counts units, padding included.
+fn fill_rows(kernel: Kernel, source: SourceRows, depth: usize, dst: &mut [u32]) {
+    let (Elements::F32(_) | Elements::Bf16(_)) = source.view.elements;
     if kernel.pairs() {
-        LINES.with_borrow_mut(|lines| pairs(kernel, view, first, rows, cols, depth, scale, dst, lines));
+        LINES.with_borrow_mut(|lines| fill_rows_bf16(kernel, source, depth, dst, lines));
     } else {
-        singles(view, first, rows, cols, depth, scale, dst);
+        fill_rows_f32(source, depth, dst);
     }
 }
 
-fn singles(view: View, first: usize, rows: usize, cols: usize, depth: usize, scale: f32, dst: &mut [u32]) {
+/// [`fill_rows`] where a unit is one f32.
+fn fill_rows_f32(source: SourceRows, depth: usize, dst: &mut [u32]) {
+    let SourceRows { view, first, rows, cols, scale } = source;
     if let (Elements::F32(v), 1) = (view.elements, view.row_stride) {
         let (start, stride) = (first, view.col_stride);
         let len = (cols - 1) * stride + rows;
@@ -212,17 +231,9 @@ fn at(view: View, row: usize, col: usize) -> f32 {
     }
 }
 
-fn pairs(
-    kernel: Kernel,
-    view: View,
-    first: usize,
-    rows: usize,
-    cols: usize,
-    depth: usize,
-    scale: f32,
-    dst: &mut [u32],
-    lines: &mut Vec<bf16>,
-) {
+/// [`fill_rows`] where a unit is a pair of bf16; `lines` is scratch memory.
+fn fill_rows_bf16(kernel: Kernel, source: SourceRows, depth: usize, dst: &mut [u32], lines: &mut Vec<bf16>) {
+    let SourceRows { view, first, rows, cols, scale } = source;
     let used = cols.div_ceil(2);
     if view.col_stride == 1 {
         for (i, row) in dst.chunks_mut(depth).enumerate().take(rows) {
