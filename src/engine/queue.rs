@@ -560,18 +560,23 @@ mod tests {
         assert_eq!(queue.host_memory().left(), 90);
     }
 
-    #[test]
-    fn an_idle_worker_wakes_up_to_evict_weights_that_have_no_room() {
-        let queue = Queue::<Entry>::new(10, 2);
-        queue.add_handle();
+    /// Asserts that worker 1, which waits for work, is told to forget weights after `act`.
+    fn assert_wakes_to_forget(queue: &Queue<Entry>, act: impl FnOnce()) {
         std::thread::scope(|s| {
             let waits = s.spawn(|| queue.next(Seeker { worker: 1, ..IDLE }, true, 100));
             while queue.lock().workers[1].room.is_none() {
                 std::thread::yield_now();
             }
-            queue.have_all_fit();
+            act();
             assert!(matches!(waits.join(), Ok(Work::Forget)));
         });
+    }
+
+    #[test]
+    fn an_idle_worker_wakes_up_to_evict_weights_that_have_no_room() {
+        let queue = Queue::<Entry>::new(10, 2);
+        queue.add_handle();
+        assert_wakes_to_forget(&queue, || queue.have_all_fit());
         assert!(queue.take_must_fit(1) && !queue.take_must_fit(1));
         assert!(queue.take_must_fit(0), "every worker looks");
     }
@@ -580,14 +585,7 @@ mod tests {
     fn an_idle_worker_wakes_up_to_forget_weights() {
         let queue = Queue::<Entry>::new(10, 2);
         queue.add_handle();
-        std::thread::scope(|s| {
-            let waits = s.spawn(|| queue.next(Seeker { worker: 1, ..IDLE }, true, 100));
-            while queue.lock().workers[1].room.is_none() {
-                std::thread::yield_now();
-            }
-            queue.evict(Path::new("/gone"));
-            assert!(matches!(waits.join(), Ok(Work::Forget)));
-        });
+        assert_wakes_to_forget(&queue, || queue.evict(Path::new("/gone")));
         assert_eq!(queue.take_evicted(1), [PathBuf::from("/gone")]);
         let (item, _waits) = entry(1);
         queue.push(item).unwrap();
