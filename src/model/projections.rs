@@ -10,7 +10,7 @@ use candle_core::Result;
 
 use super::adapter::Adapter;
 use super::gradients::GradientSink;
-use super::ops::Held;
+use super::ops::TensorRead;
 use super::ops::buffer::Buffer;
 use super::ops::gemm::{Kernel, NR, Operand, Term, Threads, View, matmul, matmul_tiles};
 use super::ops::team;
@@ -22,9 +22,9 @@ const OUTPUTS: usize = 192;
 
 struct Member<'a> {
     linear: Linear,
-    weight: Held<'a>,
-    bias: Option<Held<'a>>,
-    low_rank: Option<(Held<'a>, Held<'a>)>,
+    weight: TensorRead<'a>,
+    bias: Option<TensorRead<'a>>,
+    low_rank: Option<(TensorRead<'a>, TensorRead<'a>)>,
     out: usize,
     /// Its first column in the joint output.
     column: usize,
@@ -66,9 +66,9 @@ impl<'a> Group<'a> {
             };
             members.push(Member {
                 linear,
-                weight: Held::of(p.weight)?,
-                bias: p.bias.map(Held::of).transpose()?,
-                low_rank: low_rank.map(|l| Ok::<_, candle_core::Error>((Held::of(&l.a)?, Held::of(&l.b)?))).transpose()?,
+                weight: TensorRead::of(p.weight)?,
+                bias: p.bias.map(TensorRead::of).transpose()?,
+                low_rank: low_rank.map(|l| Ok::<_, candle_core::Error>((TensorRead::of(&l.a)?, TensorRead::of(&l.b)?))).transpose()?,
                 out,
                 column: output,
                 rank_column: ranks,

@@ -8,7 +8,7 @@ use candle_core::Result;
 use super::backend::{CpuBackend, GateUpGradient, Gradients};
 use crate::model::adapter::Adapter;
 use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, PolicyView, StreamNorm};
-use crate::model::ops::Held;
+use crate::model::ops::TensorRead;
 use crate::model::ops::attention::{Heads, attention, attention_backward};
 use crate::model::ops::buffer::Buffer;
 use crate::model::ops::gemm::{Kernel, Operand, View};
@@ -32,9 +32,9 @@ pub struct CpuBlock<'a> {
     /// Whether the policy has an adapter: only that is trained, then.
     is_adapted: bool,
     row: &'a PreparedRow,
-    input_norm: Held<'a>,
-    post_norm: Held<'a>,
-    qk_norm: Option<(Held<'a>, Held<'a>)>,
+    input_norm: TensorRead<'a>,
+    post_norm: TensorRead<'a>,
+    qk_norm: Option<(TensorRead<'a>, TensorRead<'a>)>,
     groups: PerGroup<Group<'a>>,
     /// Adapters on parts of the row: the same groups, of which only the low-rank terms are used.
     parts: Vec<(Range<usize>, PerGroup<Group<'a>>)>,
@@ -50,7 +50,7 @@ impl<'a> CpuBlock<'a> {
             feed_forward: FeedForward::Gated { width, activation: Activation::Silu, bias: _ },
             feed_forward_norms: Norms::Pre,
         } = spec.blocks[index];
-        let tensor = |param| Held::of(parameters.tensor(ParamId::Block(index, param))?);
+        let tensor = |param| TensorRead::of(parameters.tensor(ParamId::Block(index, param))?);
         let groups = |adapter: Option<&'a Adapter>| PerGroup::build(|group| Group::open(kernel, index, parameters, adapter, group));
         let part = |(rows, adapter): &'a (Range<usize>, Arc<Adapter>)| Ok((rows.clone(), groups(Some(adapter))?));
         Ok(CpuBlock {

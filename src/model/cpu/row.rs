@@ -5,7 +5,7 @@ use candle_core::{Result, bail};
 use super::backend::{CpuBackend, Gradients, HeadTape};
 use super::block::CpuBlock;
 use crate::model::backend::{Keep, PolicyView, RowOps};
-use crate::model::ops::Held;
+use crate::model::ops::TensorRead;
 use crate::model::ops::buffer::Buffer;
 use crate::model::ops::gemm::{Elements, Kernel};
 use crate::model::ops::head::{HeadInput, HeadOptions, HeadOutput, KEPT, head, head_weight_gradient};
@@ -40,8 +40,8 @@ impl<'a> CpuRow<'a> {
         self.policy.spec.rms_norm_eps as f32
     }
 
-    fn last_norm(&self) -> Result<Held<'a>> {
-        Held::of(self.policy.parameters.tensor(ParamId::Norm)?)
+    fn last_norm(&self) -> Result<TensorRead<'a>> {
+        TensorRead::of(self.policy.parameters.tensor(ParamId::Norm)?)
     }
 
     /// Runs the last norm and the head on the last block's output `[T, C]`.
@@ -51,7 +51,7 @@ impl<'a> CpuRow<'a> {
         team::chunks(&mut before_norm, width, |i, to| to.copy_from_slice(&x[row.predictors[i] as usize * width..][..width]));
         let mut normed = Buffer::dirty(before_norm.len());
         rms_norm(&before_norm, self.last_norm()?.f32()?, self.eps(), &mut normed);
-        let w = Held::of(self.policy.parameters.head()?)?;
+        let w = TensorRead::of(self.policy.parameters.head()?)?;
         let input = HeadInput { kernel: self.kernel(), h: &normed, w: w.elements(), hidden: width, targets: &row.targets };
         let output = head(input, options);
         Ok((output, HeadTape { before_norm, normed }))
@@ -74,7 +74,7 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
 
     fn embed(&self) -> Result<Buffer> {
         let width = self.width();
-        let held = Held::of(self.policy.parameters.tensor(ParamId::Embedding)?)?;
+        let held = TensorRead::of(self.policy.parameters.tensor(ParamId::Embedding)?)?;
         let mut x = Buffer::dirty(self.row.tokens() * width);
         for (to, &id) in x.chunks_mut(width).zip(&self.row.row().ids) {
             let at = id as usize * width;
@@ -118,7 +118,7 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
             bail!("backward was not asked for in the head's forward pass");
         }
         if let Some(slot) = gradients.slot(self.policy.parameters.head_id()) {
-            let w = Held::of(self.policy.parameters.head()?)?;
+            let w = TensorRead::of(self.policy.parameters.head()?)?;
             let input = HeadInput { kernel: self.kernel(), h: &normed, w: w.elements(), hidden: width, targets: &row.targets };
             head_weight_gradient(input, &mut output, upstream, slot);
         }

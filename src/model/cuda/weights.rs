@@ -11,7 +11,7 @@ use half::slice::HalfFloatSliceExt;
 use super::gpu::{Gpu, Matrix, Memory};
 use super::kernels::Kind;
 use crate::model::adapter::Adapter;
-use crate::model::ops::Held;
+use crate::model::ops::TensorRead;
 use crate::model::ops::gemm::Elements;
 use crate::model::ops::team;
 use crate::model::parameters::Parameters;
@@ -214,7 +214,7 @@ impl<'a> Pieces<'a> {
             Kind::Bf16 => Gathered::Bf16(vec![bf16::ZERO; self.len]),
         };
         for (at, t) in &self.placed {
-            let (held, range) = (Held::of(t)?, *at..at + t.elem_count());
+            let (held, range) = (TensorRead::of(t)?, *at..at + t.elem_count());
             match (&mut all, held.elements()) {
                 (Gathered::F32(to), Elements::F32(v)) => to[range].copy_from_slice(v),
                 (Gathered::F32(to), Elements::Bf16(v)) => v.convert_to_f32_slice(&mut to[range]),
@@ -228,7 +228,7 @@ impl<'a> Pieces<'a> {
 
 /// Tensors one after the other; what has the right elements goes to the device from where it is.
 fn stack<'a>(gpu: &Arc<Gpu>, kind: Kind, tensors: impl Iterator<Item = &'a Tensor>) -> Result<Memory> {
-    let tensors: Vec<Held> = tensors.map(Held::of).collect::<Result<_>>()?;
+    let tensors: Vec<TensorRead> = tensors.map(TensorRead::of).collect::<Result<_>>()?;
     let memory = gpu.dirty(kind, tensors.iter().map(|t| t.elements().len()).sum())?;
     let mut at = 0;
     for t in &tensors {
