@@ -179,7 +179,7 @@ pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, lengths: Lengths, kee
     let Widths { feed_forward: f, heads: h, query: q, row, raw } = Widths::of(&config.spec);
     // Block input, q/k/v, attention's output and log-sum-exps, the sum after attention, gate and up, x·Aᵀ.
     // In half the memory where it is rounded.
-    let rounded = matches!(spec.method, Method::Lora(_)) && spec.precision.is_some_and(|p| Kernel::best(p).pairs());
+    let rounded = matches!(spec.method, Method::Lora(_)) && spec.precision.is_some_and(|p| Kernel::best(p).is_bf16());
     let gate_up = if rounded { f } else { 2 * f };
     let tape = c + row + raw + q + h + c + gate_up + ranks;
     // In the backward pass of the feed-forward part: the product, its gradient, and the operands; of attention: gradients and packed heads.

@@ -156,7 +156,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         let (tokens, width) = (self.tokens(), self.width);
         let keep = match save_tape {
             false => KeepGateUp::No,
-            true if self.kernel.pairs() && self.is_adapted => KeepGateUp::Bf16,
+            true if self.kernel.is_bf16() && self.is_adapted => KeepGateUp::Bf16,
             true => KeepGateUp::F32,
         };
         if self.parts.is_empty() && self.groups.gate_up.is_tiled::<2>() {

@@ -158,7 +158,7 @@ fn swiglu_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
     let x: Vec<f32> = random(tokens * 2 * width, 4).iter().map(|x| 4.0 * x).collect();
     let (gate, up) = (half(&x, width, 0), half(&x, width, width));
     for kernel in Kernel::available() {
-        let rounds = kernel.pairs();
+        let rounds = kernel.is_bf16();
         let bits = |operand: &Operand, width: usize| -> Vec<u32> {
             (0..tokens)
                 .flat_map(|i| match operand.view().elements {
@@ -191,7 +191,7 @@ fn swiglu_that_keeps_its_input_rounded_has_the_gradients_of_what_it_kept() {
     for (tokens, width) in [(13, 41), (45, 64)] {
         let x: Vec<f32> = random(tokens * 2 * width, 4).iter().map(|x| half::bf16::from_f32(4.0 * x).to_f32()).collect();
         let u = random(tokens * width, 5);
-        for kernel in Kernel::available().into_iter().filter(|k| k.pairs()) {
+        for kernel in Kernel::available().into_iter().filter(|k| k.is_bf16()) {
             let bits = |operand: &Operand| (0..tokens).flat_map(|i| operand.bf16_row(i).to_vec()).collect::<Vec<_>>();
             let kept = Operand::new(kernel, View::f32(&x, 2 * width), tokens, 2 * width, 1.0);
             let kept = Operand::owned(kernel, kept.view(), tokens, 2 * width);

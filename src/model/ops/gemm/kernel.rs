@@ -61,7 +61,7 @@ impl Kernel {
     }
 
     /// Whether a unit of depth is a pair of bf16.
-    pub(crate) fn pairs(self) -> bool {
+    pub(crate) fn is_bf16(self) -> bool {
         matches!(self, Kernel::Avx512Bf16 | Kernel::Amx)
     }
 
@@ -76,12 +76,12 @@ impl Kernel {
 
     /// Elements in so many units.
     pub(super) fn elements(self, units: usize) -> usize {
-        if self.pairs() { 2 * units } else { units }
+        if self.is_bf16() { 2 * units } else { units }
     }
 
     /// Units before element `k`, which is even for pairs.
     pub(crate) fn units(self, k: usize) -> usize {
-        if self.pairs() { k / 2 } else { k }
+        if self.is_bf16() { k / 2 } else { k }
     }
 
     /// Rows the kernel likes to have at a time.

@@ -50,7 +50,7 @@ impl<'a> Operand<'a> {
     /// The operand `scale·view` `[rows, cols]`. An unscaled row-major f32 view costs nothing when f32 is multiplied.
     pub fn new(kernel: Kernel, view: View<'a>, rows: usize, cols: usize, scale: f32) -> Self {
         assert!(view.covers(rows, cols), "operand: the view is smaller than {rows}x{cols}");
-        if let (false, Elements::F32(values), 1, 1.0) = (kernel.pairs(), view.elements, view.col_stride, scale) {
+        if let (false, Elements::F32(values), 1, 1.0) = (kernel.is_bf16(), view.elements, view.col_stride, scale) {
             return Operand { kernel, rows, cols, units: Units::Lent(units_of(values)), stride: view.row_stride };
         }
         let depth = kernel.depth(cols);
@@ -111,7 +111,7 @@ impl<'a> Operand<'a> {
     /// The same matrix as a view, to be multiplied from the right: rounded already, where the kernel rounds.
     pub fn view(&self) -> View<'_> {
         let units = self.units.all();
-        if self.kernel.pairs() {
+        if self.kernel.is_bf16() {
             // SAFETY: a unit is a pair of bf16, of which every bit pattern is valid, in the order of k.
             let values = unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<bf16>(), 2 * units.len()) };
             return View::of(Elements::Bf16(values), 2 * self.stride);
@@ -127,7 +127,7 @@ impl<'a> Operand<'a> {
 
     /// A row of a rounded one.
     pub fn bf16_row(&self, row: usize) -> &[bf16] {
-        assert!(self.kernel.pairs() && row < self.rows, "operand: row {row} of {}", self.rows);
+        assert!(self.kernel.is_bf16() && row < self.rows, "operand: row {row} of {}", self.rows);
         let units = &self.units.all()[row * self.stride..][..self.stride];
         // SAFETY: a unit is a pair of bf16, of which every bit pattern is valid, in the order of k.
         let values = unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<bf16>(), 2 * units.len()) };
@@ -161,12 +161,12 @@ struct Rounded {
 impl Rounded {
     fn new(kernel: Kernel, rows: usize, cols: usize) -> Self {
         let depth = kernel.depth(cols);
-        let own = if kernel.pairs() { Buffer::dirty((rows + ROW_PADDING) * depth) } else { Buffer::default() };
+        let own = if kernel.is_bf16() { Buffer::dirty((rows + ROW_PADDING) * depth) } else { Buffer::default() };
         Rounded { kernel, rows, cols, depth, own }
     }
 
     fn write(&mut self, i: usize, row: &[f32]) {
-        if self.kernel.pairs() {
+        if self.kernel.is_bf16() {
             round_row(self.kernel, row, &mut self.own.units_mut()[i * self.depth..(i + 1) * self.depth]);
         }
     }
@@ -174,7 +174,7 @@ impl Rounded {
     /// The operand; `values` as they lie where the kernel does not round.
     fn operand(self, values: &[f32]) -> Operand<'_> {
         let Rounded { kernel, rows, cols, depth, own } = self;
-        let units = if kernel.pairs() { Units::Own(own) } else { Units::Lent(units_of(values)) };
+        let units = if kernel.is_bf16() { Units::Own(own) } else { Units::Lent(units_of(values)) };
         Operand { kernel, rows, cols, units, stride: depth }
     }
 }
@@ -196,7 +196,7 @@ struct SourceRows<'a> {
 /// Converts rows into `dst` `[rows, depth]`, where `depth` counts units, padding included.
 fn fill_rows(kernel: Kernel, source: SourceRows, depth: usize, dst: &mut [u32]) {
     let (Elements::F32(_) | Elements::Bf16(_)) = source.view.elements;
-    if kernel.pairs() {
+    if kernel.is_bf16() {
         LINES.with_borrow_mut(|lines| fill_rows_bf16(kernel, source, depth, dst, lines));
     } else {
         fill_rows_f32(source, depth, dst);
@@ -321,7 +321,7 @@ impl Operand<'static> {
         let depth = kernel.depth(cols);
         let mut own = Buffer::dirty((rows + ROW_PADDING) * depth);
         let lines = team::rows_per_task(rows);
-        if kernel.pairs() {
+        if kernel.is_bf16() {
             team::chunks(&mut own.units_mut()[..rows * depth], lines * depth, |i, part| {
                 ROW.with_borrow_mut(|row| {
                     row.resize(cols, 0.0);

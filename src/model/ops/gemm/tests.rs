@@ -21,7 +21,7 @@ fn check(kernel: Kernel, m: usize, n: usize, k: usize, a_t: bool, b_t: bool, acc
     let mut c = start.clone();
     let term = Term { a: &operand, b: view(&b, k, n, b_t) };
     matmul(m, n, &[term], &mut c, n + 3, accumulate, Threads::All);
-    let (a, b) = if kernel.pairs() { (rounded(&a), rounded(&b)) } else { (a, b) };
+    let (a, b) = if kernel.is_bf16() { (rounded(&a), rounded(&b)) } else { (a, b) };
     for i in 0..m {
         for j in 0..n + 3 {
             let at = i * (n + 3) + j;
