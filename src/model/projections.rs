@@ -33,7 +33,7 @@ struct Member<'a> {
 }
 
 /// Projections of one input.
-pub(super) struct Group<'a> {
+pub(super) struct CpuLinearGroup<'a> {
     kernel: Kernel,
     block: usize,
     members: Vec<Member<'a>>,
@@ -45,7 +45,7 @@ pub(super) struct Group<'a> {
     scale: f32,
 }
 
-impl<'a> Group<'a> {
+impl<'a> CpuLinearGroup<'a> {
     /// Opens a group of block `block`.
     pub fn open(
         kernel: Kernel,
@@ -83,7 +83,7 @@ impl<'a> Group<'a> {
             }
         }
         let scale = adapter.map_or(1.0, |a| a.config.scale() as f32);
-        Ok(Group { kernel, block, members, input, output, stacked, ranks, scale })
+        Ok(CpuLinearGroup { kernel, block, members, input, output, stacked, ranks, scale })
     }
 
     /// Σout.
@@ -128,13 +128,13 @@ impl<'a> Group<'a> {
         Ok(u)
     }
 
-    /// Whether [`Group::forward_tiles`] can do it: `P` projections without a bias, of one width that is whole panels.
+    /// Whether [`CpuLinearGroup::forward_tiles`] can do it: `P` projections without a bias, of one width that is whole panels.
     pub fn is_tiled<const P: usize>(&self) -> bool {
         let fits = |m: &Member| m.bias.is_none() && m.out == self.members[0].out && m.out.is_multiple_of(NR);
         self.members.len() == P && self.members.iter().all(fits)
     }
 
-    /// [`Group::forward`] whose output is handed on a tile of each projection at a time.
+    /// [`CpuLinearGroup::forward`] whose output is handed on a tile of each projection at a time.
     pub fn forward_tiles<const P: usize>(
         &self,
         x: &Operand,
@@ -155,7 +155,7 @@ impl<'a> Group<'a> {
     }
 
     /// Adds s·(x·A_iᵀ)·B_iᵀ to some rows of `y` `[T, Σout]`: the sum over k goes on where that over the base's ended, as it does in
-    /// [`Group::forward`].
+    /// [`CpuLinearGroup::forward`].
     pub fn add_low_rank(&self, x: &Operand, rows: Range<usize>, y: &mut [f32]) {
         if self.ranks == 0 || rows.is_empty() {
             return;
@@ -185,7 +185,7 @@ impl<'a> Group<'a> {
         Operand::new(self.kernel, View::f32(&u[m.rank_column..], self.ranks), tokens, self.rank(m), self.scale)
     }
 
-    /// Given g = ∂loss/∂y `[T, Σout]`, the input and what [`Group::forward`] returned: adds the parameters' gradients to `sink` and returns ∂loss/∂x
+    /// Given g = ∂loss/∂y `[T, Σout]`, the input and what [`CpuLinearGroup::forward`] returned: adds the parameters' gradients to `sink` and returns ∂loss/∂x
     /// `[T, in]`. With v_i = s·g_i·B_i: dx = Σ g_i·W_i + v_i·A_i, dA_i = v_iᵀ·x, dB_i = s·g_iᵀ·u_i, dW_i = g_iᵀ·x, db_i = Σ_tokens g_i.
     pub fn backward(&self, x: &Operand, u: &[f32], g: &[f32], tokens: usize, sink: &mut dyn GradientSink) -> Result<Buffer> {
         let view = |m: &Member| View::f32(&g[m.column..], self.output);
@@ -203,7 +203,7 @@ impl<'a> Group<'a> {
         Ok(dx)
     }
 
-    /// ∂loss/∂x of frozen projections, handed on a tile at a time. Returns v, which [`Group::low_rank_gradients`] wants.
+    /// ∂loss/∂x of frozen projections, handed on a tile at a time. Returns v, which [`CpuLinearGroup::low_rank_gradients`] wants.
     pub fn backward_tiles(
         &self,
         gs: &[Operand],

@@ -16,7 +16,7 @@ use crate::model::ops::rms_norm::{HeadColumns, head_norm, head_norm_backward, rm
 use crate::model::ops::rope::{Direction, rotate};
 use crate::model::ops::swiglu::{GateUp, GradientTiles, KeepGateUp, SwigluTiles, swiglu, swiglu_backward};
 use crate::model::params::{BlockParam, LinearGroup, ParamId, PerGroup};
-use crate::model::projections::Group;
+use crate::model::projections::CpuLinearGroup;
 use crate::model::row::PreparedRow;
 use crate::model::spec::{Activation, BlockSpec, FeedForward, Mixer, Norms, QkNorm};
 
@@ -35,9 +35,9 @@ pub struct CpuBlock<'a> {
     input_norm: TensorRead<'a>,
     post_norm: TensorRead<'a>,
     qk_norm: Option<(TensorRead<'a>, TensorRead<'a>)>,
-    groups: PerGroup<Group<'a>>,
+    groups: PerGroup<CpuLinearGroup<'a>>,
     /// Adapters on parts of the row: the same groups, of which only the low-rank terms are used.
-    parts: Vec<(Range<usize>, PerGroup<Group<'a>>)>,
+    parts: Vec<(Range<usize>, PerGroup<CpuLinearGroup<'a>>)>,
 }
 
 impl<'a> CpuBlock<'a> {
@@ -51,7 +51,8 @@ impl<'a> CpuBlock<'a> {
             feed_forward_norms: Norms::Pre,
         } = spec.blocks[index];
         let tensor = |param| TensorRead::of(parameters.tensor(ParamId::Block(index, param))?);
-        let groups = |adapter: Option<&'a Adapter>| PerGroup::build(|group| Group::open(kernel, index, parameters, adapter, group));
+        let groups =
+            |adapter: Option<&'a Adapter>| PerGroup::build(|group| CpuLinearGroup::open(kernel, index, parameters, adapter, group));
         let part = |(rows, adapter): &'a (Range<usize>, Arc<Adapter>)| Ok((rows.clone(), groups(Some(adapter))?));
         Ok(CpuBlock {
             index,
