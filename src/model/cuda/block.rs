@@ -12,7 +12,7 @@ use super::gpu::{Gpu, Memory};
 use super::gradients::GradientBuffers;
 use super::kernels::Kind;
 use super::ops::{self, Columns, HeadColumns, HeadNormBackward, RmsNormBackward};
-use super::projections::{Group, GroupBackward};
+use super::projections::{CudaLinearGroup, GroupBackward};
 use super::row::DeviceRow;
 use super::sizes::BlockShape;
 use super::weights::{BlockWeights, DeviceAdapter};
@@ -38,9 +38,9 @@ pub(super) struct Block<'a> {
 }
 
 impl Block<'_> {
-    fn group(&self, which: LinearGroup) -> Group<'_> {
+    fn group(&self, which: LinearGroup) -> CudaLinearGroup<'_> {
         let adapter = self.adapter.map(|a| a.group(self.index, which));
-        Group { gpu: self.gpu, kind: self.kind, weights: self.weights.groups.get(which), adapter }
+        CudaLinearGroup { gpu: self.gpu, kind: self.kind, weights: self.weights.groups.get(which), adapter }
     }
 
     /// Runs a group: y = keep·y + its outputs. Returns x·Aᵀ of the policy's own adapter.

@@ -16,7 +16,7 @@ use crate::model::params::{BlockParam, ParamId};
 
 /// A group of a block.
 #[derive(Clone, Copy)]
-pub(super) struct Group<'a> {
+pub(super) struct CudaLinearGroup<'a> {
     pub gpu: &'a Arc<Gpu>,
     /// Of weights and activations.
     pub kind: Kind,
@@ -34,13 +34,13 @@ pub(super) struct GroupBackward<'a> {
     pub tokens: usize,
     /// Input of the forward pass `[T, in]`.
     pub x: &'a Memory,
-    /// x·Aᵀ `[T, Σr]`, as [`Group::forward`] returned it.
+    /// x·Aᵀ `[T, Σr]`, as [`CudaLinearGroup::forward`] returned it.
     pub u: Option<&'a Memory>,
     /// g = ∂loss/∂y `[T, Σout]`.
     pub g: &'a Memory,
 }
 
-impl Group<'_> {
+impl CudaLinearGroup<'_> {
     /// `y` `[T, Σout]` = keep·y + the projections of `x` `[T, in]`. Returns x·Aᵀ `[T, Σr]`, which the backward pass wants.
     pub fn forward(&self, x: &Memory, tokens: usize, y: &Memory, keep: bool) -> Result<Option<Memory>> {
         let (w, gpu) = (self.weights, self.gpu);
