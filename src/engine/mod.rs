@@ -40,7 +40,7 @@ use crate::model::peft;
 use crate::model::tokenizer::{ChatTokenizer, GENERATION_CONFIG};
 use crate::model::weights::{ElementType, Weights};
 use crate::train::checkpoint::REFERENCE_FILE;
-use crate::train::estimate::{Lengths, Memory, on_host, plan};
+use crate::train::estimate::{Lengths, MemoryKind, on_host, plan};
 use crate::train::reference_cache::ReferenceCache;
 
 /// A handle on the device worker; clones share it. The worker ends when it has drained or the last handle is dropped.
@@ -283,7 +283,7 @@ impl Engine {
         let extra = self.extra(model, reference, spec, lengths)?;
         let available = self.shared.available;
         let mut host = 0;
-        if self.memory_kind() == Memory::Gpu {
+        if self.memory_kind() == MemoryKind::Gpu {
             let options = &self.shared.options;
             host = extra.host + on_host(config, spec, options.data_parallel);
             let (needed, available) = (bases.on_host() + host, memory::host_limit(options));
@@ -319,8 +319,8 @@ impl Engine {
         needs::extra(&self.shared.bases, model, reference, spec, lengths, self.memory_kind())
     }
 
-    fn memory_kind(&self) -> Memory {
-        Memory::of(self.shared.bases.device())
+    fn memory_kind(&self) -> MemoryKind {
+        MemoryKind::of(self.shared.bases.device())
     }
 
     /// Returns the bytes that a run over pairs of these lengths needs at its peak, the base models included, and its limit. A run that does not fit is

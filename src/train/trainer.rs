@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::backprop::Keep;
 use super::checkpoint::{self, CheckpointError, Contents, RunState};
-use super::estimate::{self, Estimate, Lengths, Memory};
+use super::estimate::{self, Estimate, Lengths, MemoryKind};
 use super::event::RunEvent;
 use super::host::Host;
 use super::micro_batch::MicroBatch;
@@ -194,7 +194,7 @@ impl Trainer {
             (state, latest) = (restored.state, restored.metrics);
         }
         let lengths = Lengths::of(&train, spec.batch.batch_size);
-        let plan = estimate::plan(&policy.policy.config, &spec, lengths, memory, Memory::of(&policy.policy.device));
+        let plan = estimate::plan(&policy.policy.config, &spec, lengths, memory, MemoryKind::of(&policy.policy.device));
         let plan = plan.map_err(|leanest| {
             let needed_mib = leanest.total().div_ceil(1 << 20);
             TrainError::NoPlan { needed_mib, available_mib: memory >> 20 }
