@@ -88,7 +88,7 @@ pub struct PerGroup<T> {
 
 /// What a tensor is to the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
+pub enum ParamRole {
     /// A matrix: in the precision of the passes, with weight decay.
     Matrix,
     /// The weight of a norm: always in f32, without weight decay.
@@ -117,7 +117,7 @@ pub struct ParamSpec {
     /// `[out, in]` for the matrix of a linear layer.
     pub shape: Vec<usize>,
     /// What it is to the model.
-    pub role: Role,
+    pub role: ParamRole,
     /// The name among LoRA's `target_modules` under which it gets a low-rank update; `None` where
     /// it cannot have one.
     pub lora_target: Option<&'static str>,
@@ -274,7 +274,7 @@ impl ParamSpec {
 
     /// Returns true if AdamW's weight decay applies.
     pub fn decays(&self) -> bool {
-        self.role == Role::Matrix
+        self.role == ParamRole::Matrix
     }
 }
 
@@ -341,17 +341,17 @@ pub fn lora_params(spec: &ModelSpec, config: &LoraConfig) -> Vec<LoraSpec> {
 
 /// Returns GGUF's name for the embedding.
 pub fn gguf_embedding() -> String {
-    file_name(EMBEDDING.gguf, Role::Matrix)
+    file_name(EMBEDDING.gguf, ParamRole::Matrix)
 }
 
 /// Returns GGUF's name for the head.
 pub fn gguf_head() -> String {
-    file_name(HEAD.gguf, Role::Matrix)
+    file_name(HEAD.gguf, ParamRole::Matrix)
 }
 
 /// Returns GGUF's name for the bias of a linear layer.
 pub fn gguf_bias(block: usize, linear: Linear) -> String {
-    format!("{GGUF_BLOCKS}{block}.{}", file_name(linear.module().gguf, Role::Bias))
+    format!("{GGUF_BLOCKS}{block}.{}", file_name(linear.module().gguf, ParamRole::Bias))
 }
 
 /// Returns PEFT's name for the A of a linear layer.
@@ -369,10 +369,10 @@ pub fn is_in_block(stored: &str) -> bool {
 }
 
 /// Returns the name of a module's tensor.
-fn file_name(module: &str, role: Role) -> String {
+fn file_name(module: &str, role: ParamRole) -> String {
     match role {
-        Role::Matrix | Role::Norm => format!("{module}.weight"),
-        Role::Bias => format!("{module}.bias"),
+        ParamRole::Matrix | ParamRole::Norm => format!("{module}.weight"),
+        ParamRole::Bias => format!("{module}.bias"),
     }
 }
 
@@ -380,7 +380,7 @@ fn file_name(module: &str, role: Role) -> String {
 struct Row<'a> {
     id: ParamId,
     module: Module,
-    role: Role,
+    role: ParamRole,
     shape: &'a [usize],
     rotated_heads: Option<usize>,
 }
@@ -414,13 +414,13 @@ impl Row<'_> {
 fn each_row(spec: &ModelSpec, visit: impl FnMut(Row<'_>)) {
     let width = spec.hidden_size;
     let mut rows = Rows(visit);
-    rows.push(ParamId::Embedding, EMBEDDING, Role::Matrix, &[spec.vocab_size, width]);
+    rows.push(ParamId::Embedding, EMBEDDING, ParamRole::Matrix, &[spec.vocab_size, width]);
     for (index, block) in spec.blocks.iter().enumerate() {
         rows.block(index, block, width);
     }
-    rows.push(ParamId::Norm, NORM, Role::Norm, &[width]);
+    rows.push(ParamId::Norm, NORM, ParamRole::Norm, &[width]);
     if !spec.tie_word_embeddings {
-        rows.push(ParamId::Head, HEAD, Role::Matrix, &[spec.vocab_size, width]);
+        rows.push(ParamId::Head, HEAD, ParamRole::Matrix, &[spec.vocab_size, width]);
     }
 }
 
@@ -428,7 +428,7 @@ fn each_row(spec: &ModelSpec, visit: impl FnMut(Row<'_>)) {
 struct Rows<F>(F);
 
 impl<F: FnMut(Row<'_>)> Rows<F> {
-    fn push(&mut self, id: ParamId, module: Module, role: Role, shape: &[usize]) {
+    fn push(&mut self, id: ParamId, module: Module, role: ParamRole, shape: &[usize]) {
         (self.0)(Row { id, module, role, shape, rotated_heads: None });
     }
 
@@ -468,17 +468,17 @@ impl<F: FnMut(Row<'_>)> Rows<F> {
     }
 
     fn norm(&mut self, index: usize, param: BlockParam, module: Module, width: usize) {
-        self.push(ParamId::Block(index, param), module, Role::Norm, &[width]);
+        self.push(ParamId::Block(index, param), module, ParamRole::Norm, &[width]);
     }
 
     /// Adds the tensors of a linear layer, given its `[out, in]`.
     fn linear(&mut self, index: usize, linear: Linear, shape: [usize; 2], bias: bool, rotated_heads: Option<usize>) {
         let module = linear.module();
         let id = ParamId::Block(index, BlockParam::Weight(linear));
-        (self.0)(Row { id, module, role: Role::Matrix, shape: &shape, rotated_heads });
+        (self.0)(Row { id, module, role: ParamRole::Matrix, shape: &shape, rotated_heads });
         if bias {
             let id = ParamId::Block(index, BlockParam::Bias(linear));
-            (self.0)(Row { id, module, role: Role::Bias, shape: &shape[..1], rotated_heads });
+            (self.0)(Row { id, module, role: ParamRole::Bias, shape: &shape[..1], rotated_heads });
         }
     }
 }

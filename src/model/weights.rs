@@ -17,7 +17,7 @@ pub use self::stored::ElementType;
 use self::stored::StoredAs;
 use super::config::ModelConfig;
 use super::error::ModelError;
-use super::params::{self, ParamSpec, Role};
+use super::params::{self, ParamRole, ParamSpec};
 use crate::domain::training::Precision;
 
 /// BLAKE3 of the tensors' bytes as they are stored, by the tensors' Hugging Face names.
@@ -122,7 +122,7 @@ impl Weights {
     /// When it is missing, has another shape or an element type that cannot be read, and
     /// [`ModelError::Changed`] when its file was opened by [`WeightFiles::open`] and is not what it was.
     pub fn load(&self, param: &ParamSpec, precision: Precision) -> Result<Tensor, ModelError> {
-        let dtype = if param.role == Role::Matrix && precision == Precision::Bf16 { DType::BF16 } else { DType::F32 };
+        let dtype = if param.role == ParamRole::Matrix && precision == Precision::Bf16 { DType::BF16 } else { DType::F32 };
         let check = |file: &Path, bytes: &[u8]| self.check_digest(&param.hf.name, file, bytes);
         let tensor = match &self.kind {
             Kind::Safetensors(w) => w.load(&param.hf.name, dtype == DType::BF16, &check),
