@@ -377,7 +377,7 @@ fn file_name(module: &str, role: ParamRole) -> String {
 }
 
 /// A row of the table without its names, which some readers do not need.
-struct Row<'a> {
+struct TableRow<'a> {
     id: ParamId,
     module: Module,
     role: ParamRole,
@@ -385,7 +385,7 @@ struct Row<'a> {
     rotated_heads: Option<usize>,
 }
 
-impl Row<'_> {
+impl TableRow<'_> {
     fn lora_target(&self) -> Option<&'static str> {
         match self.id {
             ParamId::Block(_, BlockParam::Weight(linear)) => Some(linear.lora_target()),
@@ -411,7 +411,7 @@ impl Row<'_> {
 }
 
 /// Calls `visit` with every row of the table, in its order.
-fn each_row(spec: &ModelSpec, visit: impl FnMut(Row<'_>)) {
+fn each_row(spec: &ModelSpec, visit: impl FnMut(TableRow<'_>)) {
     let width = spec.hidden_size;
     let mut rows = Rows(visit);
     rows.push(ParamId::Embedding, EMBEDDING, ParamRole::Matrix, &[spec.vocab_size, width]);
@@ -427,9 +427,9 @@ fn each_row(spec: &ModelSpec, visit: impl FnMut(Row<'_>)) {
 /// Where the rows go.
 struct Rows<F>(F);
 
-impl<F: FnMut(Row<'_>)> Rows<F> {
+impl<F: FnMut(TableRow<'_>)> Rows<F> {
     fn push(&mut self, id: ParamId, module: Module, role: ParamRole, shape: &[usize]) {
-        (self.0)(Row { id, module, role, shape, rotated_heads: None });
+        (self.0)(TableRow { id, module, role, shape, rotated_heads: None });
     }
 
     fn block(&mut self, index: usize, block: &BlockSpec, width: usize) {
@@ -475,10 +475,10 @@ impl<F: FnMut(Row<'_>)> Rows<F> {
     fn linear(&mut self, index: usize, linear: Linear, shape: [usize; 2], bias: bool, rotated_heads: Option<usize>) {
         let module = linear.module();
         let id = ParamId::Block(index, BlockParam::Weight(linear));
-        (self.0)(Row { id, module, role: ParamRole::Matrix, shape: &shape, rotated_heads });
+        (self.0)(TableRow { id, module, role: ParamRole::Matrix, shape: &shape, rotated_heads });
         if bias {
             let id = ParamId::Block(index, BlockParam::Bias(linear));
-            (self.0)(Row { id, module, role: ParamRole::Bias, shape: &shape[..1], rotated_heads });
+            (self.0)(TableRow { id, module, role: ParamRole::Bias, shape: &shape[..1], rotated_heads });
         }
     }
 }
