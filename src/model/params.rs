@@ -100,7 +100,7 @@ pub enum ParamRole {
 /// Where a file holds a parameter. A family whose files fuse several parameters in one tensor adds
 /// the range of its rows here.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Source {
+pub struct FileTensor {
     /// The file's name for the tensor.
     pub name: String,
 }
@@ -111,9 +111,9 @@ pub struct ParamSpec {
     /// Which parameter it is.
     pub id: ParamId,
     /// Where transformers' safetensors files hold it.
-    pub hf: Source,
+    pub hf: FileTensor,
     /// Where llama.cpp's GGUF files hold it.
-    pub gguf: Source,
+    pub gguf: FileTensor,
     /// `[out, in]` for the matrix of a linear layer.
     pub shape: Vec<usize>,
     /// What it is to the model.
@@ -400,8 +400,8 @@ impl TableRow<'_> {
         };
         ParamSpec {
             id: self.id,
-            hf: Source { name: hf + &file_name(self.module.hf, self.role) },
-            gguf: Source { name: gguf + &file_name(self.module.gguf, self.role) },
+            hf: FileTensor { name: hf + &file_name(self.module.hf, self.role) },
+            gguf: FileTensor { name: gguf + &file_name(self.module.gguf, self.role) },
             shape: self.shape.to_vec(),
             role: self.role,
             lora_target: self.lora_target(),
