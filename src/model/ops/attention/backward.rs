@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::blocks::{Block, Heads, blocks, over_keys, sum_over_keys};
+use super::blocks::{Heads, QueryBlock, blocks, over_keys, sum_over_keys};
 use super::keys::{Along, Keys};
 use crate::model::layout::RowLayout;
 use crate::model::ops::buffer::Buffer;
@@ -90,7 +90,7 @@ struct KeyPanel {
 impl Sweep<'_> {
     /// Runs both sweeps over some of the blocks; `accumulate` adds dK and dV to those of earlier
     /// rounds.
-    fn round(&self, all: &[Block], round: Range<usize>, accumulate: bool) {
+    fn round(&self, all: &[QueryBlock], round: Range<usize>, accumulate: bool) {
         let h = self.heads.query;
         let transposed: Vec<Transposed> = team::map(round.len() * h, |i| self.by_queries(&all[round.start + i / h], i % h));
         // Keys of a segment that no block of the round sees still need zeros in the first round.
@@ -102,7 +102,7 @@ impl Sweep<'_> {
     }
 
     /// dQ of one block and head.
-    fn by_queries(&self, block: &Block, head: usize) -> Transposed {
+    fn by_queries(&self, block: &QueryBlock, head: usize) -> Transposed {
         let (kernel, heads) = (self.kernel, self.heads);
         let (row, width, kv) = (heads.row(), heads.width(), head / (heads.query / heads.key));
         let (rows, columns) = (block.queries.len(), block.columns());
@@ -145,7 +145,7 @@ impl Sweep<'_> {
     }
 
     /// dK and dV of a panel of keys, given Pᵀ and dSᵀ of each block of the round and head.
-    fn by_keys(&self, all: &[Block], round: Range<usize>, transposed: &[Transposed], key_panel: KeyPanel, accumulate: bool) {
+    fn by_keys(&self, all: &[QueryBlock], round: Range<usize>, transposed: &[Transposed], key_panel: KeyPanel, accumulate: bool) {
         let KeyPanel { segment, index: i, head: kv } = key_panel;
         let (kernel, heads) = (self.kernel, self.heads);
         let (row, group) = (heads.row(), heads.query / heads.key);

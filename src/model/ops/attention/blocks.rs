@@ -51,7 +51,7 @@ impl Heads {
 
 /// A block of queries with the keys they may see: all of the prompt's, then their own segment's up to the last query.
 #[derive(Clone, Debug)]
-pub(super) struct Block {
+pub(super) struct QueryBlock {
     pub queries: Range<usize>,
     pub segment: usize,
     pub prefix: Option<usize>,
@@ -61,7 +61,7 @@ pub(super) struct Block {
     pub own: usize,
 }
 
-impl Block {
+impl QueryBlock {
     /// Columns of the score matrix: each part padded to whole panels.
     pub(super) fn shared_columns(&self) -> usize {
         self.shared.next_multiple_of(NR)
@@ -85,14 +85,14 @@ impl Block {
     }
 }
 
-pub(super) fn blocks(layout: &RowLayout) -> Vec<Block> {
+pub(super) fn blocks(layout: &RowLayout) -> Vec<QueryBlock> {
     let mut blocks = Vec::new();
     for (index, s) in layout.segments.iter().enumerate() {
         let prefix = if s.prefix.is_empty() { None } else { layout.segments.iter().position(|p| p.tokens == s.prefix) };
         let mut start = s.tokens.start;
         while start < s.tokens.end {
             let end = (start + BLOCK).min(s.tokens.end);
-            blocks.push(Block { queries: start..end, segment: index, prefix, shared: s.prefix.len(), own: end - s.tokens.start });
+            blocks.push(QueryBlock { queries: start..end, segment: index, prefix, shared: s.prefix.len(), own: end - s.tokens.start });
             start = end;
         }
     }
@@ -100,14 +100,14 @@ pub(super) fn blocks(layout: &RowLayout) -> Vec<Block> {
 }
 
 /// The two parts of a block's keys: segment, keys, first column.
-fn parts(block: &Block) -> impl Iterator<Item = (usize, usize, usize)> {
+fn parts(block: &QueryBlock) -> impl Iterator<Item = (usize, usize, usize)> {
     let prefix = block.prefix.map(|p| (p, block.shared, 0));
     prefix.into_iter().chain([(block.segment, block.own, block.shared_columns())])
 }
 
 /// Computes `s[rows, columns] = A·B` over the key panels of a block, `a` being the queries'
 /// `[rows, D]` operand. Rows that see nothing of a panel are left as they are.
-pub(super) fn over_keys(a: &Operand, keys: &Keys, head: usize, block: &Block, s: &mut [f32]) {
+pub(super) fn over_keys(a: &Operand, keys: &Keys, head: usize, block: &QueryBlock, s: &mut [f32]) {
     let (kernel, rows, columns) = (a.kernel(), block.queries.len(), block.columns());
     assert!(a.rows() >= rows && s.len() >= rows * columns);
     for (segment, count, first) in parts(block) {
@@ -131,7 +131,7 @@ pub(super) fn over_keys(a: &Operand, keys: &Keys, head: usize, block: &Block, s:
 /// # Safety
 /// `to` is valid for the rows of the block's queries, D wide and `stride` apart, and nobody else
 /// touches them.
-pub(super) unsafe fn sum_over_keys(a: &Operand, keys: &Along, head: usize, block: &Block, to: *mut f32, stride: usize) {
+pub(super) unsafe fn sum_over_keys(a: &Operand, keys: &Along, head: usize, block: &QueryBlock, to: *mut f32, stride: usize) {
     let (kernel, rows) = (a.kernel(), block.queries.len());
     debug_assert!(a.rows() >= rows);
     for (panel, n) in keys.panels() {
