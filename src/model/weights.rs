@@ -51,8 +51,8 @@ impl WeightFiles {
     /// [`ModelError::Changed`] when a file is gone or cannot be opened.
     pub fn open(&self) -> Result<Weights, ModelError> {
         let kind = match &self.directory {
-            Directory::Safetensors(d) => d.open().map(Kind::Safetensors),
-            Directory::Gguf(d) => d.open(&self.path).map(Kind::Gguf),
+            Directory::Safetensors(d) => d.open().map(FileFormat::Safetensors),
+            Directory::Gguf(d) => d.open(&self.path).map(FileFormat::Gguf),
         };
         let digests = Digesting::Expected(self.digests.clone());
         Ok(Weights { digests, ..Weights::new(kind.map_err(unreadable_again)?, &self.path) })
@@ -81,14 +81,14 @@ enum Digesting {
 /// The weights of one model.
 #[derive(Debug)]
 pub struct Weights {
-    kind: Kind,
+    kind: FileFormat,
     path: PathBuf,
     fingerprint: OnceLock<String>,
     digests: Digesting,
 }
 
 #[derive(Debug)]
-enum Kind {
+enum FileFormat {
     Safetensors(SafetensorsWeights),
     Gguf(GgufWeights),
 }
@@ -99,19 +99,19 @@ impl Weights {
     /// # Errors
     /// When there is neither, or a file is truncated or malformed: the file is named.
     pub fn open_folder(folder: &Path) -> Result<Self, ModelError> {
-        Ok(Self::new(Kind::Safetensors(SafetensorsWeights::open_folder(folder)?), folder))
+        Ok(Self::new(FileFormat::Safetensors(SafetensorsWeights::open_folder(folder)?), folder))
     }
 
     /// Opens one safetensors file.
     pub fn open_safetensors(file: &Path) -> Result<Self, ModelError> {
-        Ok(Self::new(Kind::Safetensors(SafetensorsWeights::open(&[file.to_owned()])?), file))
+        Ok(Self::new(FileFormat::Safetensors(SafetensorsWeights::open(&[file.to_owned()])?), file))
     }
 
     pub(super) fn from_gguf(weights: GgufWeights, path: &Path) -> Self {
-        Self::new(Kind::Gguf(weights), path)
+        Self::new(FileFormat::Gguf(weights), path)
     }
 
-    fn new(kind: Kind, path: &Path) -> Self {
+    fn new(kind: FileFormat, path: &Path) -> Self {
         Weights { kind, path: path.to_owned(), fingerprint: OnceLock::new(), digests: Digesting::Off }
     }
 
@@ -125,8 +125,8 @@ impl Weights {
         let dtype = if param.role == ParamRole::Matrix && precision == Precision::Bf16 { DType::BF16 } else { DType::F32 };
         let check = |file: &Path, bytes: &[u8]| self.check_digest(&param.hf.name, file, bytes);
         let tensor = match &self.kind {
-            Kind::Safetensors(w) => w.load(&param.hf.name, dtype == DType::BF16, &check),
-            Kind::Gguf(w) => w.load(param, &check),
+            FileFormat::Safetensors(w) => w.load(&param.hf.name, dtype == DType::BF16, &check),
+            FileFormat::Gguf(w) => w.load(param, &check),
         };
         let tensor = match &self.digests {
             Digesting::Expected(_) => tensor.map_err(unreadable_again)?,
@@ -175,8 +175,8 @@ impl Weights {
     pub fn check_names(&self, config: &ModelConfig) -> Result<(), ModelError> {
         let params = params::params(&config.spec);
         let (stored, called_for): (Vec<&str>, BTreeSet<&str>) = match &self.kind {
-            Kind::Safetensors(w) => (w.names().collect(), params.iter().map(|p| p.hf.name.as_str()).collect()),
-            Kind::Gguf(w) => (w.names().collect(), params.iter().map(|p| p.gguf.name.as_str()).collect()),
+            FileFormat::Safetensors(w) => (w.names().collect(), params.iter().map(|p| p.hf.name.as_str()).collect()),
+            FileFormat::Gguf(w) => (w.names().collect(), params.iter().map(|p| p.gguf.name.as_str()).collect()),
         };
         let mut unexpected: Vec<&str> = stored.into_iter().filter(|name| !called_for.contains(*name) && !is_harmless(name)).collect();
         unexpected.sort_unstable();
@@ -218,8 +218,8 @@ impl Weights {
 
     fn stored(&self) -> Vec<StoredAs> {
         match &self.kind {
-            Kind::Safetensors(w) => w.stored(),
-            Kind::Gguf(w) => w.stored(),
+            FileFormat::Safetensors(w) => w.stored(),
+            FileFormat::Gguf(w) => w.stored(),
         }
     }
 
@@ -232,8 +232,8 @@ impl Weights {
     /// [`Weights::record_digests`].
     pub fn files(&self) -> WeightFiles {
         let directory = match &self.kind {
-            Kind::Safetensors(w) => Directory::Safetensors(w.directory()),
-            Kind::Gguf(w) => Directory::Gguf(w.directory()),
+            FileFormat::Safetensors(w) => Directory::Safetensors(w.directory()),
+            FileFormat::Gguf(w) => Directory::Gguf(w.directory()),
         };
         let digests = match &self.digests {
             Digesting::Off => Arc::default(),
@@ -248,8 +248,8 @@ impl Weights {
         let compute = || {
             let mut hash = blake3::Hasher::new();
             match &self.kind {
-                Kind::Safetensors(w) => w.hash(&mut hash),
-                Kind::Gguf(w) => w.hash(&mut hash),
+                FileFormat::Safetensors(w) => w.hash(&mut hash),
+                FileFormat::Gguf(w) => w.hash(&mut hash),
             }
             hash.finalize().to_hex().to_string()
         };
