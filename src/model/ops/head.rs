@@ -73,23 +73,23 @@ pub struct HeadOutput {
     /// ∂log p/∂h `[N, C]`, or empty.
     pub gradient: Buffer,
     /// What was kept for the weight's gradient.
-    pub kept: Kept,
+    pub kept: SavedExponentials,
 }
 
 /// Probabilities of the first tiles of the vocabulary, up to a factor for each row and tile.
 #[derive(Debug, Default)]
-pub struct Kept {
+pub struct SavedExponentials {
     /// e^(l − m) `[tiles, N, TILE]`, m being the row's largest logit up to and including the tile.
     exponentials: Buffer,
     /// m `[V / TILE, N]`, of all tiles.
     maxima: Buffer,
 }
 
-impl Kept {
+impl SavedExponentials {
     fn new(rows: usize, vocabulary: usize, at_most: usize) -> Self {
         let all = vocabulary.div_ceil(TILE);
         let tiles = (at_most / (rows.max(1) * TILE)).min(all);
-        Kept { exponentials: Buffer::dirty(tiles * rows * TILE), maxima: Buffer::dirty(all * rows) }
+        SavedExponentials { exponentials: Buffer::dirty(tiles * rows * TILE), maxima: Buffer::dirty(all * rows) }
     }
 }
 
@@ -176,7 +176,7 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
     let mut running = vec![START; rows];
     let per_task = rows_per_task(kernel, rows);
     let mut gradient = Buffer::dirty(if options.gradient { rows * hidden } else { 0 });
-    let mut kept = options.trained.map_or_else(Kept::default, |at_most| Kept::new(rows, vocabulary, at_most));
+    let mut kept = options.trained.map_or_else(SavedExponentials::default, |at_most| SavedExponentials::new(rows, vocabulary, at_most));
     for_each_tile(kernel, w, hidden, 0, options.gradient, |tile| {
         let out = Shared(gradient.as_mut_ptr());
         let keeps = (tile.first / TILE + 1) * rows * TILE <= kept.exponentials.len();
@@ -254,7 +254,7 @@ fn finish_gradient(gradient: &mut [f32], w: Elements, hidden: usize, targets: &[
 pub fn head_weight_gradient(input: HeadInput<'_>, output: &mut HeadOutput, g: &[f32], dw: &mut [f32]) {
     let HeadInput { kernel, h, w, hidden, targets } = input;
     let (rows, vocabulary) = (targets.len(), w.len() / hidden);
-    let Kept { mut exponentials, maxima } = std::mem::take(&mut output.kept);
+    let SavedExponentials { mut exponentials, maxima } = std::mem::take(&mut output.kept);
     assert_eq!(maxima.len(), vocabulary.div_ceil(TILE) * rows, "the head's forward pass was not told that it is trained");
     let per_task = rows_per_task(kernel, rows);
     let m = |tile: usize, row: usize| maxima[tile * rows + row];
