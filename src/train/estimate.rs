@@ -147,19 +147,19 @@ impl Widths {
 }
 
 /// What forward passes keep of a token until the backward pass.
-struct Kept {
+struct SavedActivations {
     /// Of a token of every row whose backward pass is still to come.
     of_row: u64,
     /// Besides, of a token of the row that goes back.
     of_last_row: u64,
 }
 
-impl Kept {
+impl SavedActivations {
     fn new(keep: Keep, layers: u64, tape: u64, input: u64) -> Self {
         match keep {
-            Keep::Tapes => Kept { of_row: layers * tape, of_last_row: 0 },
-            Keep::Inputs => Kept { of_row: layers * input, of_last_row: tape },
-            Keep::Nothing => Kept { of_row: 0, of_last_row: 0 },
+            Keep::Tapes => SavedActivations { of_row: layers * tape, of_last_row: 0 },
+            Keep::Inputs => SavedActivations { of_row: layers * input, of_last_row: tape },
+            Keep::Nothing => SavedActivations { of_row: 0, of_last_row: 0 },
         }
     }
 }
@@ -192,7 +192,7 @@ pub fn estimate(
     // In the backward pass of the feed-forward part: the product, its gradient, and the operands; of attention: gradients and packed heads.
     let passing = (if rounded { 3 * f / 2 } else { 2 * f } + 4 * c).max(3 * row + 2 * q + 2 * c);
     let scores = 2 * (t * (t / 2 + 64) * h).min(SCORES as u64) * if spec.precision == Some(Precision::Bf16) { F32 / 2 } else { F32 };
-    let Kept { of_row, of_last_row } = Kept::new(keep, layers, tape, c);
+    let SavedActivations { of_row, of_last_row } = SavedActivations::new(keep, layers, tape, c);
     let held = held_tokens(spec, lengths, t);
     // The probabilities that a trained head keeps of each row. It has three states for each predictor, at most one for each token. Rows that are
     // held together may be many, at most one for each pair.
@@ -222,7 +222,7 @@ fn on_gpu(config: &ModelConfig, spec: &TrainingSpec, t: u64, held: u64, keep: Ke
     let blocks: Vec<BlockShape> = config.spec.blocks.iter().map(|block| BlockShape::of(hidden, block)).collect();
     let tape = blocks.iter().map(|block| block.tape_bytes(bytes, ranks)).max().unwrap_or(0) as u64;
     let input = blocks.iter().map(BlockShape::input_bytes).max().unwrap_or(0) as u64;
-    let Kept { of_row, of_last_row } = Kept::new(keep, blocks.len() as u64, tape, input);
+    let SavedActivations { of_row, of_last_row } = SavedActivations::new(keep, blocks.len() as u64, tape, input);
     let backward = blocks.iter().map(|block| block.backward_bytes(bytes)).max().unwrap_or(0);
     let passing = backward.max(head_bytes(hidden, bytes)) as u64;
     let activations = (held * of_row + t * (of_last_row + passing)) * ROUNDING.0 / ROUNDING.1;
