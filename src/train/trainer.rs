@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::backprop::Keep;
-use super::checkpoint::{self, CheckpointError, Contents, RunState};
+use super::checkpoint::{self, CheckpointContents, CheckpointError, RunState};
 use super::estimate::{self, Estimate, Lengths, MemoryKind};
 use super::event::RunEvent;
 use super::host::Host;
@@ -500,7 +500,7 @@ impl Trainer {
     }
 
     fn save(&mut self, best: bool, emit: &mut dyn FnMut(RunEvent)) -> Result<(), TrainError> {
-        let contents = Contents {
+        let contents = CheckpointContents {
             policy: &self.policy,
             optimizer: &self.optimizer,
             reference: self.reference.moving(),
