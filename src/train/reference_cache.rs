@@ -158,10 +158,10 @@ struct CacheFile {
     synced: Instant,
 }
 
-type Stored<T> = std::result::Result<T, redb::Error>;
+type RedbResult<T> = std::result::Result<T, redb::Error>;
 
 impl CacheFile {
-    fn open(path: &Path, limit: u64) -> Stored<Self> {
+    fn open(path: &Path, limit: u64) -> RedbResult<Self> {
         let database = Database::create(path)?;
         let write = database.begin_write()?;
         let (mut tokens, mut next) = (0, 0);
@@ -179,14 +179,14 @@ impl CacheFile {
 
     /// What is stored under `key`; nothing when it cannot be read.
     fn get(&self, key: &[u8; 32]) -> Option<Logps> {
-        let read = || -> Stored<Option<Logps>> {
+        let read = || -> RedbResult<Option<Logps>> {
             let table = self.database.begin_read()?.open_table(ENTRIES)?;
             Ok(table.get(key)?.and_then(|entry| decode(entry.value().1)))
         };
         read().ok().flatten()
     }
 
-    fn insert(&mut self, new: &[([u8; 32], Arc<Logps>)]) -> Stored<()> {
+    fn insert(&mut self, new: &[([u8; 32], Arc<Logps>)]) -> RedbResult<()> {
         if new.is_empty() {
             return Ok(());
         }
