@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::api::{Command, EngineError, RunEvent, TrainingRun};
+use super::api::{EngineError, RunCommand, RunEvent, TrainingRun};
 use super::memory::HostMemory;
 use super::needs::Needs;
 
@@ -270,7 +270,7 @@ impl<W: WorkItem> Queue<W> {
         // A worker that takes no runs has no room.
         workers[me].room?;
         // The worker ends it at once.
-        if let Some(stopped) = runs.iter().position(|waiting| waiting.run.control.command() != Command::Run) {
+        if let Some(stopped) = runs.iter().position(|waiting| waiting.run.control.command() != RunCommand::Run) {
             return runs.remove(stopped).map(|waiting| Waiting { needs: Needs::default(), ..waiting });
         }
         let mut in_use: u64 = workers.iter().map(|w| w.host).sum();

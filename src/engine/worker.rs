@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::TrySendError;
 
-use super::api::{Command, EngineError, EngineOptions, Report, RunControl, RunEnd, RunEvent, TrainingRun, WeightsRef};
+use super::api::{EngineError, EngineOptions, Report, RunCommand, RunControl, RunEnd, RunEvent, TrainingRun, WeightsRef};
 use super::entry::ScoringQueue;
 use super::memory::Room;
 use super::needs::Needs;
@@ -166,9 +166,9 @@ impl Worker {
     fn train_unit(&mut self) {
         let Some(active) = &mut self.active else { return };
         match active.run.control.command() {
-            Command::Cancel => return self.end(RunEnd::Cancelled),
-            Command::Drain => return self.drain_run(),
-            Command::Run => {}
+            RunCommand::Cancel => return self.end(RunEnd::Cancelled),
+            RunCommand::Drain => return self.drain_run(),
+            RunCommand::Run => {}
         }
         let start = Instant::now();
         let live = active.live();
@@ -348,9 +348,9 @@ fn emitter(events: &Sender<Report>) -> impl FnMut(RunEvent) + '_ {
 /// How a run ends that was told to stop before it began.
 fn stopped(control: &RunControl) -> Option<RunEnd> {
     match control.command() {
-        Command::Cancel => Some(RunEnd::Cancelled),
-        Command::Drain => Some(RunEnd::Drained),
-        Command::Run => None,
+        RunCommand::Cancel => Some(RunEnd::Cancelled),
+        RunCommand::Drain => Some(RunEnd::Drained),
+        RunCommand::Run => None,
     }
 }
 
