@@ -73,9 +73,9 @@ impl Drop for Engine {
 }
 
 /// Tells the queue, when dropped, that its worker has ended.
-struct Ended(Arc<ScoringQueue>, usize);
+struct WorkerEndGuard(Arc<ScoringQueue>, usize);
 
-impl Drop for Ended {
+impl Drop for WorkerEndGuard {
     fn drop(&mut self) {
         self.0.end(self.1);
     }
@@ -130,7 +130,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
         let room = Room::new(places[i].1.saturating_sub(bases.needed()), run_bytes.clone(), queue.host_memory().clone(), all.len());
         let mut worker = worker::Worker::new(i, label, queue.clone(), bases.clone(), cache.clone(), &options, training);
         worker.limit_residents(room);
-        let ended = Ended(queue.clone(), i);
+        let ended = WorkerEndGuard(queue.clone(), i);
         std::thread::Builder::new()
             .name(format!("device-{}", bases.device().name()))
             .spawn(move || {
