@@ -15,7 +15,7 @@ use super::estimate::{self, Estimate, Lengths, MemoryKind};
 use super::event::RunEvent;
 use super::host::Host;
 use super::micro_batch::MicroBatch;
-use super::observe::{self, Evaluation, Window};
+use super::observe::{self, EvaluationSums, Window};
 use super::optimizer::AdamW;
 use super::pair::{EncodedPair, SequenceGroup, digest};
 use super::reference::Reference;
@@ -168,7 +168,7 @@ pub struct Trainer {
     /// Tokens and window before the step in progress: what its repetition begins with.
     before: (u64, Window),
     step_started: Instant,
-    evaluation: Evaluation,
+    evaluation: EvaluationSums,
     latest: Metrics,
     saved_step: Option<u64>,
     unsaved: Option<Unsaved>,
@@ -206,7 +206,7 @@ impl Trainer {
             order: (u64::MAX, Vec::new()),
             before: Default::default(),
             step_started: Instant::now(),
-            evaluation: Evaluation::default(),
+            evaluation: EvaluationSums::default(),
             started: Instant::now(),
             pairs: digest(&train, &eval),
             spec,
