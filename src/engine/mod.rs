@@ -45,10 +45,10 @@ use crate::train::reference_cache::ReferenceCache;
 
 /// A handle on the device worker; clones share it. The worker ends when it has drained or the last handle is dropped.
 pub struct Engine {
-    shared: Arc<Shared>,
+    shared: Arc<EngineState>,
 }
 
-struct Shared {
+struct EngineState {
     queue: Arc<ScoringQueue>,
     /// The models as the device with the most room for a run has them.
     bases: Arc<Bases>,
@@ -142,7 +142,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
     }
     metrics::gauge!("bradley_memory_limit_bytes").set(memory::host_limit(&options) as f64);
     let concurrent_runs = all.len().div_ceil(group);
-    Ok(Engine { shared: Arc::new(Shared { queue, bases: all[roomiest].clone(), options, available, concurrent_runs }) })
+    Ok(Engine { shared: Arc::new(EngineState { queue, bases: all[roomiest].clone(), options, available, concurrent_runs }) })
 }
 
 /// A worker's name in metrics: its device's, numbered where several workers share one.
