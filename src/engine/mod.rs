@@ -121,7 +121,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
                 (roomiest, available) = (i, least);
             }
             let helpers = members[1..].iter().map(|(device, _)| device.clone()).collect();
-            worker::Training { memory: least.saturating_sub(bases.needed()), helpers }
+            worker::TrainingResources { memory: least.saturating_sub(bases.needed()), helpers }
         });
         let label = label(&names, i);
         if bases.device().memory().is_some() {

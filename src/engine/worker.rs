@@ -44,11 +44,11 @@ pub(super) struct Worker {
     cache: Arc<ReferenceCache>,
     starting: Option<Starting>,
     active: Option<Active>,
-    training: Option<Training>,
+    training: Option<TrainingResources>,
 }
 
 /// What a worker has for runs.
-pub(super) struct Training {
+pub(super) struct TrainingResources {
     /// Bytes that one may need.
     pub memory: u64,
     /// Devices that take a share of its rows.
@@ -106,7 +106,7 @@ impl Worker {
         bases: Arc<Bases>,
         cache: Arc<ReferenceCache>,
         options: &EngineOptions,
-        training: Option<Training>,
+        training: Option<TrainingResources>,
     ) -> Self {
         let scoring = Scoring::new(index, queue.clone(), bases.clone(), options);
         Worker { index, label, queue, bases, scoring, cache, starting: None, active: None, training }
@@ -266,7 +266,7 @@ impl Worker {
         let end = stopped(&run.control);
         let (bases, residents) = (&self.bases, &mut self.scoring.residents);
         // The queue gives runs to workers that take them.
-        let Some(Training { memory, helpers }) = &self.training else { return };
+        let Some(TrainingResources { memory, helpers }) = &self.training else { return };
         let for_plan = memory.saturating_sub(needs.extra);
         let prepared = match end {
             Some(end) => Err(end),
