@@ -249,11 +249,11 @@ fn tensor(gpu: &Arc<Gpu>, kind: Kind, t: &Tensor) -> Result<Memory> {
 
 /// Device copies of what lives on the host.
 pub(super) struct Copies<H, D> {
-    all: Mutex<Vec<Entry<H, D>>>,
+    all: Mutex<Vec<CachedCopy<H, D>>>,
 }
 
 /// The original, what elements became, the copy.
-type Entry<H, D> = (Weak<H>, Kind, Arc<D>);
+type CachedCopy<H, D> = (Weak<H>, Kind, Arc<D>);
 
 impl<H, D> Default for Copies<H, D> {
     fn default() -> Self {
