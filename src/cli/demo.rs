@@ -15,7 +15,7 @@ use super::output::line;
 use super::remote::connect;
 use super::score::{self, Summary};
 use super::settings::{Settings, Sources, hub};
-use super::watch::View;
+use super::watch::ProgressView;
 use super::{serve, telemetry};
 use crate::domain::dataset::PreferenceRow;
 use crate::rpc::client::Client;
@@ -74,7 +74,7 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
 
     line("4. Training a LoRA adapter with DPO");
     let job = client.training().create_training_job(create_request(&dataset.name, args.epochs)).await?.into_inner();
-    let (mut view, mut end) = (View::new(Output::Table), pb::StateChange::default());
+    let (mut view, mut end) = (ProgressView::new(Output::Table), pb::StateChange::default());
     client
         .follow(&job.name, 0, |event| {
             if let Some(Event::StateChange(s)) = &event.event {
