@@ -20,10 +20,10 @@ const SYNC: Duration = Duration::from_secs(2);
 /// Reference log-probs by content: they never change, so a second epoch or a repeated request costs the policy only.
 /// Bounded by tokens, in memory and on disk alike; the oldest entries leave first. All device workers share it; nobody has it while something is computed.
 #[derive(Debug)]
-pub struct ReferenceCache(Mutex<Inner>);
+pub struct ReferenceCache(Mutex<CacheState>);
 
 #[derive(Debug)]
-struct Inner {
+struct CacheState {
     limit: usize,
     tokens: usize,
     entries: HashMap<[u8; 32], Arc<Logps>>,
@@ -46,10 +46,10 @@ impl ReferenceCache {
     }
 
     fn with_disk(limit: usize, disk: Option<CacheFile>) -> Self {
-        ReferenceCache(Mutex::new(Inner { limit, tokens: 0, entries: HashMap::new(), order: VecDeque::new(), disk }))
+        ReferenceCache(Mutex::new(CacheState { limit, tokens: 0, entries: HashMap::new(), order: VecDeque::new(), disk }))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    fn lock(&self) -> MutexGuard<'_, CacheState> {
         // A panic in between leaves at most an entry out.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -86,7 +86,7 @@ impl ReferenceCache {
     }
 }
 
-impl Inner {
+impl CacheState {
     fn get(&mut self, key: &[u8; 32]) -> Option<Arc<Logps>> {
         if let Some(hit) = self.entries.get(key) {
             return Some(hit.clone());
