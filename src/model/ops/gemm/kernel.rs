@@ -233,14 +233,14 @@ mod x86 {
     /// # Safety
     /// As [`super::panel_product`]; the processor has the kernel's instructions.
     #[inline]
-    pub unsafe fn strip(pairs: bool, rows: usize, first: usize, products: &[Product], out: OutputTile) {
+    pub unsafe fn strip(is_bf16: bool, rows: usize, first: usize, products: &[Product], out: OutputTile) {
         let OutputTile { c, stride, columns: n, accumulate } = out;
         // SAFETY: by the caller.
         unsafe {
             let c = c.add(first * stride);
             macro_rules! rows {
                 ($($m:literal)*) => {
-                    match (rows, pairs, n > NR / 2) {
+                    match (rows, is_bf16, n > NR / 2) {
                         $(($m, false, true) => f32_strip::<$m, V>(first, n, products, c, stride, accumulate),
                           ($m, false, false) => f32_strip::<$m, { V / 2 }>(first, n, products, c, stride, accumulate),
                           ($m, true, true) => bf16_strip::<$m, V>(first, n, products, c, stride, accumulate),
