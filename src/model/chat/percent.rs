@@ -544,7 +544,8 @@ fn brackets_length(text: &str) -> Option<usize> {
     None
 }
 
-/// Whether an error of the template engine is about the operator with a string on its left.
+/// Whether an error of the template engine is about the operator with a string on its left. The
+/// engine tells this in words only, and the answer only adds a hint to the error's text.
 pub(super) fn is_about_operator(error: &Error) -> bool {
     error.kind() == ErrorKind::InvalidOperation
         && error.detail().is_some_and(|detail| detail.starts_with("tried to use % operator on unsupported types string"))
