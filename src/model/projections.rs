@@ -20,7 +20,8 @@ use super::params::{BlockParam, Linear, LinearGroup, ParamId};
 /// Outputs whose gradients one task adds.
 const OUTPUTS: usize = 192;
 
-struct Member<'a> {
+/// A linear layer of a group.
+struct CpuLinear<'a> {
     linear: Linear,
     weight: TensorRead<'a>,
     bias: Option<TensorRead<'a>>,
@@ -36,7 +37,7 @@ struct Member<'a> {
 pub(super) struct CpuLinearGroup<'a> {
     kernel: Kernel,
     block: usize,
-    members: Vec<Member<'a>>,
+    members: Vec<CpuLinear<'a>>,
     input: usize,
     output: usize,
     /// All A, one above the other, `[Σr, in]`.
@@ -64,7 +65,7 @@ impl<'a> CpuLinearGroup<'a> {
                 Some(l) => l.a.dim(0)?,
                 None => 0,
             };
-            members.push(Member {
+            members.push(CpuLinear {
                 linear,
                 weight: TensorRead::of(p.weight)?,
                 bias: p.bias.map(TensorRead::of).transpose()?,
@@ -97,7 +98,7 @@ impl<'a> CpuLinearGroup<'a> {
     }
 
     /// Rank of a member.
-    fn rank(&self, m: &Member) -> usize {
+    fn rank(&self, m: &CpuLinear) -> usize {
         m.low_rank.as_ref().map_or(0, |(a, _)| a.elements().len() / self.input)
     }
 
@@ -130,7 +131,7 @@ impl<'a> CpuLinearGroup<'a> {
 
     /// Whether [`CpuLinearGroup::forward_tiles`] can do it: `P` projections without a bias, of one width that is whole panels.
     pub fn is_tiled<const P: usize>(&self) -> bool {
-        let fits = |m: &Member| m.bias.is_none() && m.out == self.members[0].out && m.out.is_multiple_of(NR);
+        let fits = |m: &CpuLinear| m.bias.is_none() && m.out == self.members[0].out && m.out.is_multiple_of(NR);
         self.members.len() == P && self.members.iter().all(fits)
     }
 
@@ -181,14 +182,15 @@ impl<'a> CpuLinearGroup<'a> {
     }
 
     /// s·u of a member.
-    fn scaled<'u>(&self, m: &Member, u: &'u [f32], tokens: usize) -> Operand<'u> {
+    fn scaled<'u>(&self, m: &CpuLinear, u: &'u [f32], tokens: usize) -> Operand<'u> {
         Operand::new(self.kernel, View::f32(&u[m.rank_column..], self.ranks), tokens, self.rank(m), self.scale)
     }
 
-    /// Given g = ∂loss/∂y `[T, Σout]`, the input and what [`CpuLinearGroup::forward`] returned: adds the parameters' gradients to `sink` and returns ∂loss/∂x
-    /// `[T, in]`. With v_i = s·g_i·B_i: dx = Σ g_i·W_i + v_i·A_i, dA_i = v_iᵀ·x, dB_i = s·g_iᵀ·u_i, dW_i = g_iᵀ·x, db_i = Σ_tokens g_i.
+    /// Given g = ∂loss/∂y `[T, Σout]`, the input and what [`CpuLinearGroup::forward`] returned, adds
+    /// the parameters' gradients to `sink` and returns ∂loss/∂x `[T, in]`. With v_i = s·g_i·B_i:
+    /// dx = Σ g_i·W_i + v_i·A_i, dA_i = v_iᵀ·x, dB_i = s·g_iᵀ·u_i, dW_i = g_iᵀ·x, db_i = Σ_tokens g_i.
     pub fn backward(&self, x: &Operand, u: &[f32], g: &[f32], tokens: usize, sink: &mut dyn GradientSink) -> Result<Buffer> {
-        let view = |m: &Member| View::f32(&g[m.column..], self.output);
+        let view = |m: &CpuLinear| View::f32(&g[m.column..], self.output);
         let gs: Vec<Operand> = self.members.iter().map(|m| Operand::new(self.kernel, view(m), tokens, m.out, 1.0)).collect();
         let dx = self.backward_frozen(x, u, &gs, tokens, sink)?;
         self.weight_gradients(x, g, tokens, sink);

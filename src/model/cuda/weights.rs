@@ -21,7 +21,7 @@ use crate::model::params::{BlockParam, Linear, LinearGroup, ParamId, PerGroup};
 const ALIGNMENT: usize = 64;
 
 /// One of a group.
-pub(super) struct Member {
+pub(super) struct CudaLinear {
     /// Which linear layer of the block.
     pub index: Linear,
     pub out: usize,
@@ -34,7 +34,7 @@ pub(super) struct Member {
 pub(super) struct GroupWeights {
     /// `[Σout, in]`.
     pub weight: Memory,
-    pub members: Vec<Member>,
+    pub members: Vec<CudaLinear>,
     pub input: usize,
     pub output: usize,
 }
@@ -92,7 +92,7 @@ impl GroupWeights {
             let p = parameters.linear(block, index)?;
             let (out, width) = p.weight.dims2()?;
             let bias = p.bias.map(|b| tensor(gpu, Kind::F32, b)).transpose()?;
-            members.push(Member { index, out, column: output, bias });
+            members.push(CudaLinear { index, out, column: output, bias });
             weights.push(p.weight);
             (output, input) = (output + out, width);
         }
