@@ -5,7 +5,7 @@
 
 use bradley::compute::cpu::attention::{Heads, attention, attention_backward};
 use bradley::compute::cpu::gemm::{Elements, Kernel, Operand, Term, Threads, View, matmul};
-use bradley::compute::cpu::head::{HeadOptions, head};
+use bradley::compute::cpu::head::{HeadInput, HeadOptions, head};
 use bradley::compute::cpu::rms_norm::{rms_norm, rms_norm_backward};
 use bradley::compute::cpu::swiglu::{swiglu, swiglu_backward};
 use bradley::compute::cpu::thread_pool;
@@ -103,7 +103,10 @@ fn head_390x576x49152(bencher: Bencher, precision: &str) {
     let w = if precision == "bf16" { Elements::Bf16(&rounded) } else { Elements::F32(&w) };
     let targets: Vec<u32> = (0..n as u32).collect();
     let options = HeadOptions { distribution: true, gradient: true, trained: None };
-    bencher.counter(ItemsCount::new(4 * n * c * v)).bench_local(|| head(kernel(precision), &h, w, c, &targets, options));
+    bencher.counter(ItemsCount::new(4 * n * c * v)).bench_local(|| {
+        let input = HeadInput { kernel: kernel(precision), h: &h, w, hidden: c, targets: &targets };
+        head(input, options)
+    });
 }
 
 fn pair() -> (RowLayout, Heads, usize) {

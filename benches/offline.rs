@@ -21,7 +21,7 @@ use bradley::model::adapter::Adapter;
 use bradley::model::decoder::Policy;
 use bradley::model::device::{ComputeDevice, DeviceChoice};
 use bradley::model::parameters::Parameters;
-use bradley::train::estimate::{Lengths, Memory, plan};
+use bradley::train::estimate::{Lengths, MemoryKind, plan};
 use bradley::train::host::Host;
 use bradley::train::reference::Reference;
 use bradley::train::rows::read_rows;
@@ -211,6 +211,6 @@ fn estimated(base: &Policy, pairs: &[EncodedPair], mode: &str, spec: &TrainingSp
     }
     let lengths = Lengths::of(pairs, spec.batch.batch_size);
     let bytes = if base.precision == Precision::Bf16 { 2 } else { 4 };
-    let (Ok(plan) | Err(plan)) = plan(&base.config, spec, lengths, u64::MAX, Memory::of(&base.device));
+    let (Ok(plan) | Err(plan)) = plan(&base.config, spec, lengths, u64::MAX, MemoryKind::of(&base.device));
     base.config.parameter_count() as u64 * bytes + plan.total()
 }

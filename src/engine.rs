@@ -40,14 +40,14 @@ use crate::model::device::{ComputeDevice, DeviceChoice};
 use crate::model::error::ModelError;
 use crate::model::params::ParamSpec;
 use crate::train::checkpoint::REFERENCE_FILE;
-use crate::train::estimate::{Lengths, Memory, on_host, plan};
+use crate::train::estimate::{Lengths, MemoryKind, on_host, plan};
 
 /// A handle on the device worker; clones share it. The worker ends when it has drained or the last handle is dropped.
 pub struct Engine {
-    shared: Arc<Shared>,
+    shared: Arc<EngineState>,
 }
 
-struct Shared {
+struct EngineState {
     queue: Arc<ScoringQueue>,
     /// The models as the device with the most room for a run has them.
     bases: Arc<Bases>,
@@ -72,9 +72,9 @@ impl Drop for Engine {
 }
 
 /// Tells the queue, when dropped, that its worker has ended.
-struct Ended(Arc<ScoringQueue>, usize);
+struct WorkerEndGuard(Arc<ScoringQueue>, usize);
 
-impl Drop for Ended {
+impl Drop for WorkerEndGuard {
     fn drop(&mut self) {
         self.0.end(self.1);
     }
@@ -120,7 +120,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
                 (roomiest, available) = (i, least);
             }
             let helpers = members[1..].iter().map(|(device, _)| device.clone()).collect();
-            worker::Training { memory: least.saturating_sub(bases.needed()), helpers }
+            worker::TrainingResources { memory: least.saturating_sub(bases.needed()), helpers }
         });
         let label = label(&names, i);
         if bases.device().memory().is_some() {
@@ -129,7 +129,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
         let room = Room::new(places[i].1.saturating_sub(bases.needed()), run_bytes.clone(), queue.host_memory().clone(), all.len());
         let mut worker = worker::Worker::new(i, label, queue.clone(), bases.clone(), cache.clone(), &options, training);
         worker.limit_residents(room);
-        let ended = Ended(queue.clone(), i);
+        let ended = WorkerEndGuard(queue.clone(), i);
         std::thread::Builder::new()
             .name(format!("device-{}", bases.device().name()))
             .spawn(move || {
@@ -141,7 +141,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
     }
     metrics::gauge!("bradley_memory_limit_bytes").set(memory::host_limit(&options) as f64);
     let concurrent_runs = all.len().div_ceil(group);
-    Ok(Engine { shared: Arc::new(Shared { queue, bases: all[roomiest].clone(), options, available, concurrent_runs }) })
+    Ok(Engine { shared: Arc::new(EngineState { queue, bases: all[roomiest].clone(), options, available, concurrent_runs }) })
 }
 
 /// A worker's name in metrics: its device's, numbered where several workers share one.
@@ -282,7 +282,7 @@ impl Engine {
         let extra = self.extra(model, reference, spec, lengths)?;
         let available = self.shared.available;
         let mut host = 0;
-        if self.memory_kind() == Memory::Gpu {
+        if self.memory_kind() == MemoryKind::Gpu {
             let options = &self.shared.options;
             host = extra.host + on_host(config, spec, options.data_parallel);
             let (needed, available) = (bases.on_host() + host, memory::host_limit(options));
@@ -318,8 +318,8 @@ impl Engine {
         needs::extra(&self.shared.bases, model, reference, spec, lengths, self.memory_kind())
     }
 
-    fn memory_kind(&self) -> Memory {
-        Memory::of(self.shared.bases.device())
+    fn memory_kind(&self) -> MemoryKind {
+        MemoryKind::of(self.shared.bases.device())
     }
 
     /// Returns the bytes that a run over pairs of these lengths needs at its peak, the base models included, and its limit. A run that does not fit is

@@ -15,7 +15,7 @@ use super::output::line;
 use super::remote::connect;
 use super::score::{self, Summary};
 use super::settings::{Settings, Sources, hub};
-use super::watch::View;
+use super::watch::ProgressView;
 use super::{serve, telemetry};
 use crate::domain::dataset::PreferenceRow;
 use crate::rpc::client::Client;
@@ -43,7 +43,7 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
     line("2. The server");
     let temporary = tempfile::tempdir().map_err(|e| failed(&e))?;
     let data_dir = args.data_dir.clone().unwrap_or_else(|| temporary.path().join("data"));
-    let server = Server::start(&source, &data_dir, [&args.precision, &args.device], &sources).await?;
+    let server = DemoServer::start(&source, &data_dir, [&args.precision, &args.device], &sources).await?;
     let client = server.client().await?;
     let models = client.models().list_models(pb::ListModelsRequest {}).await?.into_inner().models;
     for m in &models {
@@ -74,7 +74,7 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
 
     line("4. Training a LoRA adapter with DPO");
     let job = client.training().create_training_job(create_request(&dataset.name, args.epochs)).await?.into_inner();
-    let (mut view, mut end) = (View::new(Output::Table), pb::StateChange::default());
+    let (mut view, mut end) = (ProgressView::new(Output::Table), pb::StateChange::default());
     client
         .follow(&job.name, 0, |event| {
             if let Some(Event::StateChange(s)) = &event.event {
@@ -129,13 +129,13 @@ fn create_request(dataset: &str, epochs: f64) -> pb::CreateTrainingJobRequest {
 }
 
 /// A server on a loopback port of its own.
-struct Server {
+struct DemoServer {
     address: String,
     stop: oneshot::Sender<()>,
     task: tokio::task::JoinHandle<anyhow::Result<serve::Ended>>,
 }
 
-impl Server {
+impl DemoServer {
     async fn start(source: &str, data_dir: &Path, [precision, device]: [&str; 2], sources: &Sources) -> Result<Self, Failure> {
         let flags = [
             ("models", format!("{MODEL_ID}={source}")),
@@ -163,7 +163,7 @@ impl Server {
         let task = tokio::spawn(serve::serve_on(settings, listener, None, async {
             let _ = stopped.await;
         }));
-        Ok(Server { address, stop, task })
+        Ok(DemoServer { address, stop, task })
     }
 
     /// Connects when the models are loaded: the port is open from the start, the answers come then.

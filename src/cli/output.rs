@@ -5,6 +5,7 @@ use comfy_table::{Table, presets};
 use serde_json::{Value, json};
 
 use super::args::Output;
+use crate::domain::dataset::RowShape;
 use crate::rpc::client::Timestamp;
 use crate::rpc::pb;
 
@@ -149,7 +150,7 @@ pub fn shapes(r: &pb::ValidationReport) -> Option<String> {
     if r.pairs > 0 {
         parts.push(format!("{} pairs in all", r.pairs));
     }
-    let is_plain = r.pairs == 0 && shapes.iter().all(|(name, _)| *name == "preference");
+    let is_plain = r.pairs == 0 && shapes.iter().all(|(name, _)| *name == RowShape::Preference.name());
     (!is_plain).then(|| format!("rows by shape: {}", parts.join(", ")))
 }
 

@@ -218,7 +218,7 @@ impl Settings {
                 bad.push(format!("{}: {key}", path.display()), format!("is not a setting: use {}", SETTINGS.map_names()));
             }
         }
-        let mut reader = Reader { sources, bad: &mut bad };
+        let mut reader = SettingsReader { sources, bad: &mut bad };
         let models = reader.models();
         let defaults = EngineOptions::default();
         let share =
@@ -360,12 +360,12 @@ impl MapNames for [(&str, &str, &str)] {
     }
 }
 
-struct Reader<'a> {
+struct SettingsReader<'a> {
     sources: &'a Sources,
     bad: &'a mut Violations,
 }
 
-impl Reader<'_> {
+impl SettingsReader<'_> {
     fn parse<T>(&mut self, name: &str, expected: &str, parse: impl Fn(&str) -> Option<T>) -> Option<T> {
         let default = SETTINGS.iter().find(|(n, ..)| *n == name).map_or("", |(_, d, _)| d);
         let (text, origin) = self.sources.get(name, default);

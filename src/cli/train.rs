@@ -6,6 +6,7 @@ use super::args::{Output, TrainArgs};
 use super::failure::{Failure, Outcome};
 use super::remote::{connect, full_name};
 use super::{output, watch};
+use crate::domain::dataset::IssueReason;
 use crate::rpc::client::{Client, ProtoDuration};
 use crate::rpc::pb;
 
@@ -161,7 +162,7 @@ async fn upload_for_job(client: &Client, path: &Path, checked: &Checked, args: &
     }
     let is_error = |i: &&pb::RowIssue| i.severity() == pb::IssueSeverity::Error;
     let example = report.issues.iter().find(is_error).map(|i| format!(" (row {}, {}: {})", i.row, i.reason, i.message));
-    let remedy = match report.counts.contains_key("prompt_fills_max_length") {
+    let remedy = match report.counts.contains_key(IssueReason::PromptFillsMaxLength.name()) {
         true => "give them more room with --max-length, correct the file, or leave them out with --skip-bad-rows",
         false => "correct the file, or leave them out with --skip-bad-rows",
     };

@@ -18,7 +18,7 @@ pub(super) async fn run(args: WatchArgs, output: Output) -> Outcome {
 
 /// Follows a job to its end; an end other than success is a failure.
 pub(super) async fn follow(client: &Client, job: &str, after: u64, output: Output) -> Outcome {
-    let mut view = View::new(output);
+    let mut view = ProgressView::new(output);
     let mut end = None;
     client
         .follow(job, after, |event| {
@@ -46,19 +46,19 @@ pub(super) async fn follow(client: &Client, job: &str, after: u64, output: Outpu
 }
 
 /// Draws events.
-pub(super) struct View {
+pub(super) struct ProgressView {
     output: Output,
     bar: ProgressBar,
 }
 
-impl View {
+impl ProgressView {
     pub(super) fn new(output: Output) -> Self {
         let target = if output == Output::Json { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
         let bar = ProgressBar::with_draw_target(Some(0), target);
         let style = ProgressStyle::with_template("{bar:30} {pos}/{len} steps  {elapsed} passed, {prefix} left  {msg}");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         bar.enable_steady_tick(Duration::from_millis(500));
-        View { output, bar }
+        ProgressView { output, bar }
     }
 
     /// Clears the bar.

@@ -24,19 +24,19 @@ use candle_core::{CpuStorage, Result, Storage, Tensor, bail};
 use self::gemm::Elements;
 
 /// A tensor's elements, readable while this lives.
-pub struct Held<'a> {
+pub struct TensorRead<'a> {
     /// The tensor's read lock.
     storage: Box<dyn Deref<Target = Storage> + 'a>,
     range: Range<usize>,
 }
 
-impl<'a> Held<'a> {
+impl<'a> TensorRead<'a> {
     /// Opens a contiguous f32 or bf16 tensor on the CPU.
     pub fn of(t: &'a Tensor) -> Result<Self> {
         let (storage, layout) = t.storage_and_layout();
         let Some((start, end)) = layout.contiguous_offsets() else { bail!("a weight must be contiguous, its layout is {layout:?}") };
         match &*storage {
-            Storage::Cpu(CpuStorage::F32(_) | CpuStorage::BF16(_)) => Ok(Held { storage: Box::new(storage), range: start..end }),
+            Storage::Cpu(CpuStorage::F32(_) | CpuStorage::BF16(_)) => Ok(TensorRead { storage: Box::new(storage), range: start..end }),
             Storage::Cpu(_) => bail!("a weight must be f32 or bf16"),
             _ => bail!("unimplemented on this device"),
         }
@@ -62,5 +62,5 @@ impl<'a> Held<'a> {
 
 /// Runs `f` on an f32 tensor's values.
 pub(crate) fn with_values<R>(t: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
-    Ok(f(Held::of(t)?.f32()?))
+    Ok(f(TensorRead::of(t)?.f32()?))
 }

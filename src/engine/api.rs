@@ -142,7 +142,7 @@ pub struct RunControl(AtomicU8);
 
 /// What a run was told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Command {
+pub enum RunCommand {
     /// Go on.
     Run,
     /// Stop for good; no checkpoint is written.
@@ -163,11 +163,11 @@ impl RunControl {
     }
 
     /// What was asked for.
-    pub fn command(&self) -> Command {
+    pub fn command(&self) -> RunCommand {
         match self.0.load(Ordering::Acquire) {
-            0 => Command::Run,
-            1 => Command::Cancel,
-            _ => Command::Drain,
+            0 => RunCommand::Run,
+            1 => RunCommand::Cancel,
+            _ => RunCommand::Drain,
         }
     }
 }

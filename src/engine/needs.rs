@@ -4,7 +4,7 @@ use super::api::{EngineError, WeightsRef};
 use super::residents::{Bases, wants_exact, weight_bytes};
 use crate::domain::training::{Method, Precision, TrainingSpec};
 use crate::model::config::ModelConfig;
-use crate::train::estimate::{self, Lengths, Memory};
+use crate::train::estimate::{self, Lengths, MemoryKind};
 
 /// Bytes that a run needs besides the base models and its plan.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,7 +42,7 @@ pub(super) fn extra(
     reference: Option<&WeightsRef>,
     spec: &TrainingSpec,
     lengths: Lengths,
-    memory: Memory,
+    memory: MemoryKind,
 ) -> Result<Extra, EngineError> {
     let server = bases.precision();
     let precision = spec.precision.unwrap_or(server);
@@ -84,8 +84,8 @@ pub(super) fn extra(
         activations = more_activations(&other.policy.config, &base.policy.config, spec, lengths);
     }
     Ok(match memory {
-        Memory::Host => Extra { device: host + activations, host: 0 },
-        Memory::Gpu => Extra { device: gpu + activations, host },
+        MemoryKind::Host => Extra { device: host + activations, host: 0 },
+        MemoryKind::Gpu => Extra { device: gpu + activations, host },
     })
 }
 

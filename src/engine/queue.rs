@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::api::{Command, EngineError, RunEvent, TrainingRun};
+use super::api::{EngineError, RunCommand, RunEvent, TrainingRun};
 use super::memory::HostMemory;
 use super::needs::Needs;
 
@@ -78,7 +78,7 @@ pub(super) enum Work<W> {
     Stop,
 }
 
-struct Inner<W> {
+struct QueueState<W> {
     entries: VecDeque<W>,
     tokens: usize,
     runs: VecDeque<Waiting>,
@@ -113,7 +113,7 @@ pub(super) struct Queue<W> {
     limit: usize,
     /// The host's memory, which runs in progress share.
     host: HostMemory,
-    inner: Mutex<Inner<W>>,
+    inner: Mutex<QueueState<W>>,
     changed: Condvar,
 }
 
@@ -121,7 +121,7 @@ impl<W: WorkItem> Queue<W> {
     /// For `workers` workers, which are numbered from 0 on.
     pub fn new(limit: usize, workers: usize) -> Self {
         metrics::gauge!("bradley_scoring_queue_limit_tokens").set(limit as f64);
-        let inner = Inner {
+        let inner = QueueState {
             entries: VecDeque::new(),
             tokens: 0,
             runs: VecDeque::new(),
@@ -143,7 +143,7 @@ impl<W: WorkItem> Queue<W> {
         &self.host
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner<W>> {
+    fn lock(&self) -> MutexGuard<'_, QueueState<W>> {
         // The guarded code does not panic half-way through a change.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -192,7 +192,7 @@ impl<W: WorkItem> Queue<W> {
 
     /// Waits until all workers have ended; false when they have not within `patience`.
     pub fn wait_for_end(&self, patience: Duration) -> bool {
-        let waits = |inner: &mut Inner<W>| inner.workers.iter().any(|w| !w.ended);
+        let waits = |inner: &mut QueueState<W>| inner.workers.iter().any(|w| !w.ended);
         let (inner, _) = self.changed.wait_timeout_while(self.lock(), patience, waits).unwrap_or_else(PoisonError::into_inner);
         inner.workers.iter().all(|w| w.ended)
     }
@@ -259,18 +259,18 @@ impl<W: WorkItem> Queue<W> {
     }
 
     /// Notes what the runs in progress need of the machine's memory.
-    fn count_host(&self, inner: &Inner<W>) {
+    fn count_host(&self, inner: &QueueState<W>) {
         self.host.set_in_use(inner.workers.iter().map(|w| w.host).sum());
     }
 
     /// Takes the run that worker `me` should begin, if there is one. A run passes another only when that one waits for a larger device; a run that
     /// waits for the machine's memory is passed by none.
-    fn next_run(&self, inner: &mut Inner<W>, me: usize) -> Option<Waiting> {
-        let Inner { runs, workers, .. } = inner;
+    fn next_run(&self, inner: &mut QueueState<W>, me: usize) -> Option<Waiting> {
+        let QueueState { runs, workers, .. } = inner;
         // A worker that takes no runs has no room.
         workers[me].room?;
         // The worker ends it at once.
-        if let Some(stopped) = runs.iter().position(|waiting| waiting.run.control.command() != Command::Run) {
+        if let Some(stopped) = runs.iter().position(|waiting| waiting.run.control.command() != RunCommand::Run) {
             return runs.remove(stopped).map(|waiting| Waiting { needs: Needs::default(), ..waiting });
         }
         let mut in_use: u64 = workers.iter().map(|w| w.host).sum();
@@ -357,7 +357,7 @@ fn may_take(workers: &[WorkerState], entry: &impl WorkItem, job: Option<&str>) -
 }
 
 /// The oldest items that the worker of `job` may score, up to `budget` tokens (at least one), without those whose caller has left.
-fn take_batch<W: WorkItem>(inner: &mut Inner<W>, job: Option<&str>, budget: usize) -> Vec<W> {
+fn take_batch<W: WorkItem>(inner: &mut QueueState<W>, job: Option<&str>, budget: usize) -> Vec<W> {
     let (mut batch, mut tokens, mut at) = (Vec::new(), 0, 0);
     while let Some(entry) = inner.entries.get(at) {
         let n = entry.tokens();
@@ -382,7 +382,7 @@ fn take_batch<W: WorkItem>(inner: &mut Inner<W>, job: Option<&str>, budget: usiz
     batch
 }
 
-fn report<W>(inner: &Inner<W>) {
+fn report<W>(inner: &QueueState<W>) {
     metrics::gauge!("bradley_scoring_queue_tokens").set(inner.tokens as f64);
     metrics::gauge!("bradley_scoring_queue_items").set(inner.entries.len() as f64);
 }
@@ -560,18 +560,23 @@ mod tests {
         assert_eq!(queue.host_memory().left(), 90);
     }
 
-    #[test]
-    fn an_idle_worker_wakes_up_to_evict_weights_that_have_no_room() {
-        let queue = Queue::<Entry>::new(10, 2);
-        queue.add_handle();
+    /// Asserts that worker 1, which waits for work, is told to forget weights after `act`.
+    fn assert_wakes_to_forget(queue: &Queue<Entry>, act: impl FnOnce()) {
         std::thread::scope(|s| {
             let waits = s.spawn(|| queue.next(Seeker { worker: 1, ..IDLE }, true, 100));
             while queue.lock().workers[1].room.is_none() {
                 std::thread::yield_now();
             }
-            queue.have_all_fit();
+            act();
             assert!(matches!(waits.join(), Ok(Work::Forget)));
         });
+    }
+
+    #[test]
+    fn an_idle_worker_wakes_up_to_evict_weights_that_have_no_room() {
+        let queue = Queue::<Entry>::new(10, 2);
+        queue.add_handle();
+        assert_wakes_to_forget(&queue, || queue.have_all_fit());
         assert!(queue.take_must_fit(1) && !queue.take_must_fit(1));
         assert!(queue.take_must_fit(0), "every worker looks");
     }
@@ -580,14 +585,7 @@ mod tests {
     fn an_idle_worker_wakes_up_to_forget_weights() {
         let queue = Queue::<Entry>::new(10, 2);
         queue.add_handle();
-        std::thread::scope(|s| {
-            let waits = s.spawn(|| queue.next(Seeker { worker: 1, ..IDLE }, true, 100));
-            while queue.lock().workers[1].room.is_none() {
-                std::thread::yield_now();
-            }
-            queue.evict(Path::new("/gone"));
-            assert!(matches!(waits.join(), Ok(Work::Forget)));
-        });
+        assert_wakes_to_forget(&queue, || queue.evict(Path::new("/gone")));
         assert_eq!(queue.take_evicted(1), [PathBuf::from("/gone")]);
         let (item, _waits) = entry(1);
         queue.push(item).unwrap();

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::api::{Command, EngineError, ModelInfo, RunControl, WeightsRef};
+use super::api::{EngineError, ModelInfo, RunCommand, RunControl, WeightsRef};
 use super::memory::Room;
 use crate::domain::training::{Precision, TrainingSpec};
 use crate::formats::export;
@@ -180,7 +180,7 @@ impl Bases {
     pub fn exact(&self, model: &str, control: &RunControl) -> Result<Option<Parameters>, EngineError> {
         let Some(files) = self.reopen(model)? else { return Ok(None) };
         let read = |param: &ParamSpec| {
-            if control.command() != Command::Run {
+            if control.command() != RunCommand::Run {
                 return Err(EngineError::Draining);
             }
             files.load(param, Precision::F32).map_err(|e| self.unreadable(model, &e))

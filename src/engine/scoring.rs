@@ -20,7 +20,7 @@ use crate::model::guard::guarded;
 use crate::telemetry::trace;
 
 /// An item's log-probs, or why there are none.
-type Scored = Result<Logps, EngineError>;
+type LogpsResult = Result<Logps, EngineError>;
 
 /// The weights of the run in progress.
 pub(super) struct Live {
@@ -171,7 +171,7 @@ impl Scoring {
         &mut self,
         batch: &[Entry],
         members: Vec<usize>,
-        results: &mut [Option<Scored>],
+        results: &mut [Option<LogpsResult>],
         pass: impl Fn(&mut Self, &[&Entry]) -> Result<Vec<Logps>, EngineError>,
     ) {
         let mut run = |members: &[usize]| {
@@ -296,11 +296,11 @@ fn trace_batch(batch: &[Entry], began: SystemTime, took: Duration, tokens: usize
     }
 }
 
-fn only_one(mut logps: Vec<Logps>) -> Scored {
+fn only_one(mut logps: Vec<Logps>) -> LogpsResult {
     logps.pop().ok_or_else(|| EngineError::Device("an item came back without log-probs".into()))
 }
 
-fn vec_of_none(n: usize) -> Vec<Option<Scored>> {
+fn vec_of_none(n: usize) -> Vec<Option<LogpsResult>> {
     (0..n).map(|_| None).collect()
 }
 
@@ -318,7 +318,7 @@ fn groups<'a, K: PartialEq>(batch: &'a [Entry], which: impl Fn(&'a Entry) -> Opt
 }
 
 /// An item's answer from what the passes gave; without a pass of its own, the policy's log-probs are the reference's.
-fn combine(policy: Option<Scored>, reference: Option<Scored>, live_step: Option<u64>) -> Result<ScoredItem, EngineError> {
+fn combine(policy: Option<LogpsResult>, reference: Option<LogpsResult>, live_step: Option<u64>) -> Result<ScoredItem, EngineError> {
     let (policy, reference) = (policy.transpose()?, reference.transpose()?);
     let Some(logps) = policy.as_ref().or(reference.as_ref()) else {
         return Err(EngineError::Device("an item was scored by no weights".into()));

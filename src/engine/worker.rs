@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::TrySendError;
 
-use super::api::{Command, EngineError, EngineOptions, Report, RunControl, RunEnd, RunEvent, TrainingRun, WeightsRef};
+use super::api::{EngineError, EngineOptions, Report, RunCommand, RunControl, RunEnd, RunEvent, TrainingRun, WeightsRef};
 use super::entry::ScoringQueue;
 use super::memory::Room;
 use super::needs::Needs;
@@ -44,11 +44,11 @@ pub(super) struct Worker {
     cache: Arc<ReferenceCache>,
     starting: Option<Starting>,
     active: Option<Active>,
-    training: Option<Training>,
+    training: Option<TrainingResources>,
 }
 
 /// What a worker has for runs.
-pub(super) struct Training {
+pub(super) struct TrainingResources {
     /// Bytes that one may need.
     pub memory: u64,
     /// Devices that take a share of its rows.
@@ -106,7 +106,7 @@ impl Worker {
         bases: Arc<Bases>,
         cache: Arc<ReferenceCache>,
         options: &EngineOptions,
-        training: Option<Training>,
+        training: Option<TrainingResources>,
     ) -> Self {
         let scoring = Scoring::new(index, queue.clone(), bases.clone(), options);
         Worker { index, label, queue, bases, scoring, cache, starting: None, active: None, training }
@@ -166,9 +166,9 @@ impl Worker {
     fn train_unit(&mut self) {
         let Some(active) = &mut self.active else { return };
         match active.run.control.command() {
-            Command::Cancel => return self.end(RunEnd::Cancelled),
-            Command::Drain => return self.drain_run(),
-            Command::Run => {}
+            RunCommand::Cancel => return self.end(RunEnd::Cancelled),
+            RunCommand::Drain => return self.drain_run(),
+            RunCommand::Run => {}
         }
         let start = Instant::now();
         let live = active.live();
@@ -266,7 +266,7 @@ impl Worker {
         let end = stopped(&run.control);
         let (bases, residents) = (&self.bases, &mut self.scoring.residents);
         // The queue gives runs to workers that take them.
-        let Some(Training { memory, helpers }) = &self.training else { return };
+        let Some(TrainingResources { memory, helpers }) = &self.training else { return };
         let for_plan = needs.left_for_plan(*memory);
         let prepared = match end {
             Some(end) => Err(end),
@@ -348,9 +348,9 @@ fn emitter(events: &Sender<Report>) -> impl FnMut(RunEvent) + '_ {
 /// How a run ends that was told to stop before it began.
 fn stopped(control: &RunControl) -> Option<RunEnd> {
     match control.command() {
-        Command::Cancel => Some(RunEnd::Cancelled),
-        Command::Drain => Some(RunEnd::Drained),
-        Command::Run => None,
+        RunCommand::Cancel => Some(RunEnd::Cancelled),
+        RunCommand::Drain => Some(RunEnd::Drained),
+        RunCommand::Run => None,
     }
 }
 

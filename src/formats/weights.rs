@@ -16,7 +16,7 @@ use crate::domain::training::Precision;
 use crate::model::config::ModelConfig;
 use crate::model::error::ModelError;
 use crate::model::parameters::TensorSource;
-use crate::model::params::{self, ParamSpec, Role};
+use crate::model::params::{self, ParamRole, ParamSpec};
 
 /// BLAKE3 of the tensors' bytes as they are stored, by the tensors' Hugging Face names.
 type Digests = HashMap<String, blake3::Hash>;
@@ -49,8 +49,8 @@ impl WeightFiles {
     /// [`ModelError::Changed`] when a file is gone or cannot be opened.
     pub fn open(&self) -> Result<Weights, ModelError> {
         let kind = match &self.directory {
-            Directory::Safetensors(d) => d.open().map(Kind::Safetensors),
-            Directory::Gguf(d) => d.open(&self.path).map(Kind::Gguf),
+            Directory::Safetensors(d) => d.open().map(FileFormat::Safetensors),
+            Directory::Gguf(d) => d.open(&self.path).map(FileFormat::Gguf),
         };
         let digests = Digesting::Expected(self.digests.clone());
         Ok(Weights { digests, ..Weights::new(kind.map_err(unreadable_again)?, &self.path) })
@@ -79,14 +79,14 @@ enum Digesting {
 /// The weights of one model.
 #[derive(Debug)]
 pub struct Weights {
-    kind: Kind,
+    kind: FileFormat,
     path: PathBuf,
     fingerprint: OnceLock<String>,
     digests: Digesting,
 }
 
 #[derive(Debug)]
-enum Kind {
+enum FileFormat {
     Safetensors(SafetensorsWeights),
     Gguf(GgufWeights),
 }
@@ -97,19 +97,19 @@ impl Weights {
     /// # Errors
     /// When there is neither, or a file is truncated or malformed: the file is named.
     pub fn open_folder(folder: &Path) -> Result<Self, ModelError> {
-        Ok(Self::new(Kind::Safetensors(SafetensorsWeights::open_folder(folder)?), folder))
+        Ok(Self::new(FileFormat::Safetensors(SafetensorsWeights::open_folder(folder)?), folder))
     }
 
     /// Opens one safetensors file.
     pub fn open_safetensors(file: &Path) -> Result<Self, ModelError> {
-        Ok(Self::new(Kind::Safetensors(SafetensorsWeights::open(&[file.to_owned()])?), file))
+        Ok(Self::new(FileFormat::Safetensors(SafetensorsWeights::open(&[file.to_owned()])?), file))
     }
 
     pub(super) fn from_gguf(weights: GgufWeights, path: &Path) -> Self {
-        Self::new(Kind::Gguf(weights), path)
+        Self::new(FileFormat::Gguf(weights), path)
     }
 
-    fn new(kind: Kind, path: &Path) -> Self {
+    fn new(kind: FileFormat, path: &Path) -> Self {
         Weights { kind, path: path.to_owned(), fingerprint: OnceLock::new(), digests: Digesting::Off }
     }
 
@@ -120,11 +120,11 @@ impl Weights {
     /// When it is missing, has another shape or an element type that cannot be read, and
     /// [`ModelError::Changed`] when its file was opened by [`WeightFiles::open`] and is not what it was.
     pub fn load(&self, param: &ParamSpec, precision: Precision) -> Result<Tensor, ModelError> {
-        let dtype = if param.role == Role::Matrix && precision == Precision::Bf16 { DType::BF16 } else { DType::F32 };
+        let dtype = if param.role == ParamRole::Matrix && precision == Precision::Bf16 { DType::BF16 } else { DType::F32 };
         let check = |file: &Path, bytes: &[u8]| self.check_digest(&param.hf.name, file, bytes);
         let tensor = match &self.kind {
-            Kind::Safetensors(w) => w.load(&param.hf.name, dtype == DType::BF16, &check),
-            Kind::Gguf(w) => w.load(param, &check),
+            FileFormat::Safetensors(w) => w.load(&param.hf.name, dtype == DType::BF16, &check),
+            FileFormat::Gguf(w) => w.load(param, &check),
         };
         let tensor = match &self.digests {
             Digesting::Expected(_) => tensor.map_err(unreadable_again)?,
@@ -173,8 +173,8 @@ impl Weights {
     pub fn check_names(&self, config: &ModelConfig) -> Result<(), ModelError> {
         let params = params::params(&config.spec);
         let (stored, called_for): (Vec<&str>, BTreeSet<&str>) = match &self.kind {
-            Kind::Safetensors(w) => (w.names().collect(), params.iter().map(|p| p.hf.name.as_str()).collect()),
-            Kind::Gguf(w) => (w.names().collect(), params.iter().map(|p| p.gguf.name.as_str()).collect()),
+            FileFormat::Safetensors(w) => (w.names().collect(), params.iter().map(|p| p.hf.name.as_str()).collect()),
+            FileFormat::Gguf(w) => (w.names().collect(), params.iter().map(|p| p.gguf.name.as_str()).collect()),
         };
         let mut unexpected: Vec<&str> = stored.into_iter().filter(|name| !called_for.contains(*name) && !is_harmless(name)).collect();
         unexpected.sort_unstable();
@@ -216,8 +216,8 @@ impl Weights {
 
     fn stored(&self) -> Vec<StoredAs> {
         match &self.kind {
-            Kind::Safetensors(w) => w.stored(),
-            Kind::Gguf(w) => w.stored(),
+            FileFormat::Safetensors(w) => w.stored(),
+            FileFormat::Gguf(w) => w.stored(),
         }
     }
 
@@ -230,8 +230,8 @@ impl Weights {
     /// [`Weights::record_digests`].
     pub fn files(&self) -> WeightFiles {
         let directory = match &self.kind {
-            Kind::Safetensors(w) => Directory::Safetensors(w.directory()),
-            Kind::Gguf(w) => Directory::Gguf(w.directory()),
+            FileFormat::Safetensors(w) => Directory::Safetensors(w.directory()),
+            FileFormat::Gguf(w) => Directory::Gguf(w.directory()),
         };
         let digests = match &self.digests {
             Digesting::Off => Arc::default(),
@@ -246,8 +246,8 @@ impl Weights {
         let compute = || {
             let mut hash = blake3::Hasher::new();
             match &self.kind {
-                Kind::Safetensors(w) => w.hash(&mut hash),
-                Kind::Gguf(w) => w.hash(&mut hash),
+                FileFormat::Safetensors(w) => w.hash(&mut hash),
+                FileFormat::Gguf(w) => w.hash(&mut hash),
             }
             hash.finalize().to_hex().to_string()
         };

@@ -20,10 +20,10 @@ const SYNC: Duration = Duration::from_secs(2);
 /// Reference log-probs by content: they never change, so a second epoch or a repeated request costs the policy only.
 /// Bounded by tokens, in memory and on disk alike; the oldest entries leave first. All device workers share it; nobody has it while something is computed.
 #[derive(Debug)]
-pub struct ReferenceCache(Mutex<Inner>);
+pub struct ReferenceCache(Mutex<CacheState>);
 
 #[derive(Debug)]
-struct Inner {
+struct CacheState {
     limit: usize,
     tokens: usize,
     entries: HashMap<[u8; 32], Arc<Logps>>,
@@ -46,10 +46,10 @@ impl ReferenceCache {
     }
 
     fn with_disk(limit: usize, disk: Option<CacheFile>) -> Self {
-        ReferenceCache(Mutex::new(Inner { limit, tokens: 0, entries: HashMap::new(), order: VecDeque::new(), disk }))
+        ReferenceCache(Mutex::new(CacheState { limit, tokens: 0, entries: HashMap::new(), order: VecDeque::new(), disk }))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    fn lock(&self) -> MutexGuard<'_, CacheState> {
         // A panic in between leaves at most an entry out.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -86,7 +86,7 @@ impl ReferenceCache {
     }
 }
 
-impl Inner {
+impl CacheState {
     fn get(&mut self, key: &[u8; 32]) -> Option<Arc<Logps>> {
         if let Some(hit) = self.entries.get(key) {
             return Some(hit.clone());
@@ -158,10 +158,10 @@ struct CacheFile {
     synced: Instant,
 }
 
-type Stored<T> = std::result::Result<T, redb::Error>;
+type RedbResult<T> = std::result::Result<T, redb::Error>;
 
 impl CacheFile {
-    fn open(path: &Path, limit: u64) -> Stored<Self> {
+    fn open(path: &Path, limit: u64) -> RedbResult<Self> {
         let database = Database::create(path)?;
         let write = database.begin_write()?;
         let (mut tokens, mut next) = (0, 0);
@@ -179,14 +179,14 @@ impl CacheFile {
 
     /// What is stored under `key`; nothing when it cannot be read.
     fn get(&self, key: &[u8; 32]) -> Option<Logps> {
-        let read = || -> Stored<Option<Logps>> {
+        let read = || -> RedbResult<Option<Logps>> {
             let table = self.database.begin_read()?.open_table(ENTRIES)?;
             Ok(table.get(key)?.and_then(|entry| decode(entry.value().1)))
         };
         read().ok().flatten()
     }
 
-    fn insert(&mut self, new: &[([u8; 32], Arc<Logps>)]) -> Stored<()> {
+    fn insert(&mut self, new: &[([u8; 32], Arc<Logps>)]) -> RedbResult<()> {
         if new.is_empty() {
             return Ok(());
         }

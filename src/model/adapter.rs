@@ -26,23 +26,23 @@ pub struct LowRank {
 pub struct Adapter {
     /// Rank, α, targets.
     pub config: LoraConfig,
-    table: Arc<Table>,
+    table: Arc<LoraTable>,
     /// In the table's order.
     updates: Vec<LowRank>,
 }
 
 #[derive(Debug)]
-struct Table {
+struct LoraTable {
     num_blocks: usize,
     updates: Vec<LoraSpec>,
     index: HashMap<(usize, Linear), usize>,
 }
 
-impl Table {
+impl LoraTable {
     fn of(model: &ModelConfig, config: &LoraConfig) -> Arc<Self> {
         let updates = lora_params(&model.spec, config);
         let index = updates.iter().enumerate().map(|(i, update)| ((update.block, update.linear), i)).collect();
-        Arc::new(Table { num_blocks: model.spec.blocks.len(), updates, index })
+        Arc::new(LoraTable { num_blocks: model.spec.blocks.len(), updates, index })
     }
 }
 
@@ -62,7 +62,7 @@ impl Adapter {
 
     /// Makes each tensor with `get`: block by block, A before B.
     pub fn build<E>(model: &ModelConfig, config: &LoraConfig, mut get: impl FnMut(&LoraTensor) -> Result<Tensor, E>) -> Result<Self, E> {
-        let table = Table::of(model, config);
+        let table = LoraTable::of(model, config);
         let update = |spec: &LoraSpec| Ok::<_, E>(LowRank { a: get(&spec.a)?, b: get(&spec.b)? });
         let updates = table.updates.iter().map(update).collect::<Result<_, E>>()?;
         Ok(Adapter { config: config.clone(), table, updates })

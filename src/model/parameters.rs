@@ -38,23 +38,23 @@ pub struct Projection<'a> {
 /// All weights of a decoder.
 #[derive(Clone, Debug)]
 pub struct Parameters {
-    table: Arc<Table>,
+    table: Arc<ParamTable>,
     /// In the table's order.
     tensors: Vec<Tensor>,
 }
 
 #[derive(Debug)]
-struct Table {
+struct ParamTable {
     num_blocks: usize,
     params: Vec<ParamSpec>,
     index: HashMap<ParamId, usize>,
 }
 
-impl Table {
+impl ParamTable {
     fn of(config: &ModelConfig) -> Arc<Self> {
         let params = params(&config.spec);
         let index = params.iter().enumerate().map(|(i, param)| (param.id, i)).collect();
-        Arc::new(Table { num_blocks: config.spec.blocks.len(), params, index })
+        Arc::new(ParamTable { num_blocks: config.spec.blocks.len(), params, index })
     }
 }
 
@@ -63,7 +63,7 @@ impl Parameters {
     pub fn load(config: &ModelConfig, weights: &impl TensorSource, precision: Precision) -> Result<Self, ModelError> {
         type Read = Option<Result<Tensor, ModelError>>;
         let failed = AtomicBool::new(false);
-        let table = Table::of(config);
+        let table = ParamTable::of(config);
         let mut all: Vec<(&ParamSpec, Read)> = table.params.iter().map(|param| (param, None)).collect();
         let each = all.len().div_ceil(READERS);
         thread_pool::chunks(&mut all, each, |_, part| {
@@ -85,7 +85,7 @@ impl Parameters {
 
     /// Makes each tensor with `get`, in the table's order.
     pub fn build<E>(config: &ModelConfig, get: impl FnMut(&ParamSpec) -> Result<Tensor, E>) -> Result<Self, E> {
-        let table = Table::of(config);
+        let table = ParamTable::of(config);
         let tensors = table.params.iter().map(get).collect::<Result<_, E>>()?;
         Ok(Parameters { table, tensors })
     }

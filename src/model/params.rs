@@ -88,7 +88,7 @@ pub struct PerGroup<T> {
 
 /// What a tensor is to the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
+pub enum ParamRole {
     /// A matrix: in the precision of the passes, with weight decay.
     Matrix,
     /// The weight of a norm: always in f32, without weight decay.
@@ -100,7 +100,7 @@ pub enum Role {
 /// Where a file holds a parameter. A family whose files fuse several parameters in one tensor adds
 /// the range of its rows here.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Source {
+pub struct FileTensor {
     /// The file's name for the tensor.
     pub name: String,
 }
@@ -111,13 +111,13 @@ pub struct ParamSpec {
     /// Which parameter it is.
     pub id: ParamId,
     /// Where transformers' safetensors files hold it.
-    pub hf: Source,
+    pub hf: FileTensor,
     /// Where llama.cpp's GGUF files hold it.
-    pub gguf: Source,
+    pub gguf: FileTensor,
     /// `[out, in]` for the matrix of a linear layer.
     pub shape: Vec<usize>,
     /// What it is to the model.
-    pub role: Role,
+    pub role: ParamRole,
     /// The name among LoRA's `target_modules` under which it gets a low-rank update; `None` where
     /// it cannot have one.
     pub lora_target: Option<&'static str>,
@@ -274,7 +274,7 @@ impl ParamSpec {
 
     /// Returns true if AdamW's weight decay applies.
     pub fn decays(&self) -> bool {
-        self.role == Role::Matrix
+        self.role == ParamRole::Matrix
     }
 }
 
@@ -341,17 +341,17 @@ pub fn lora_params(spec: &ModelSpec, config: &LoraConfig) -> Vec<LoraSpec> {
 
 /// Returns GGUF's name for the embedding.
 pub fn gguf_embedding() -> String {
-    file_name(EMBEDDING.gguf, Role::Matrix)
+    file_name(EMBEDDING.gguf, ParamRole::Matrix)
 }
 
 /// Returns GGUF's name for the head.
 pub fn gguf_head() -> String {
-    file_name(HEAD.gguf, Role::Matrix)
+    file_name(HEAD.gguf, ParamRole::Matrix)
 }
 
 /// Returns GGUF's name for the bias of a linear layer.
 pub fn gguf_bias(block: usize, linear: Linear) -> String {
-    format!("{GGUF_BLOCKS}{block}.{}", file_name(linear.module().gguf, Role::Bias))
+    format!("{GGUF_BLOCKS}{block}.{}", file_name(linear.module().gguf, ParamRole::Bias))
 }
 
 /// Returns PEFT's name for the A of a linear layer.
@@ -369,23 +369,23 @@ pub fn is_in_block(stored: &str) -> bool {
 }
 
 /// Returns the name of a module's tensor.
-fn file_name(module: &str, role: Role) -> String {
+fn file_name(module: &str, role: ParamRole) -> String {
     match role {
-        Role::Matrix | Role::Norm => format!("{module}.weight"),
-        Role::Bias => format!("{module}.bias"),
+        ParamRole::Matrix | ParamRole::Norm => format!("{module}.weight"),
+        ParamRole::Bias => format!("{module}.bias"),
     }
 }
 
 /// A row of the table without its names, which some readers do not need.
-struct Row<'a> {
+struct TableRow<'a> {
     id: ParamId,
     module: Module,
-    role: Role,
+    role: ParamRole,
     shape: &'a [usize],
     rotated_heads: Option<usize>,
 }
 
-impl Row<'_> {
+impl TableRow<'_> {
     fn lora_target(&self) -> Option<&'static str> {
         match self.id {
             ParamId::Block(_, BlockParam::Weight(linear)) => Some(linear.lora_target()),
@@ -400,8 +400,8 @@ impl Row<'_> {
         };
         ParamSpec {
             id: self.id,
-            hf: Source { name: hf + &file_name(self.module.hf, self.role) },
-            gguf: Source { name: gguf + &file_name(self.module.gguf, self.role) },
+            hf: FileTensor { name: hf + &file_name(self.module.hf, self.role) },
+            gguf: FileTensor { name: gguf + &file_name(self.module.gguf, self.role) },
             shape: self.shape.to_vec(),
             role: self.role,
             lora_target: self.lora_target(),
@@ -411,25 +411,25 @@ impl Row<'_> {
 }
 
 /// Calls `visit` with every row of the table, in its order.
-fn each_row(spec: &ModelSpec, visit: impl FnMut(Row<'_>)) {
+fn each_row(spec: &ModelSpec, visit: impl FnMut(TableRow<'_>)) {
     let width = spec.hidden_size;
     let mut rows = Rows(visit);
-    rows.push(ParamId::Embedding, EMBEDDING, Role::Matrix, &[spec.vocab_size, width]);
+    rows.push(ParamId::Embedding, EMBEDDING, ParamRole::Matrix, &[spec.vocab_size, width]);
     for (index, block) in spec.blocks.iter().enumerate() {
         rows.block(index, block, width);
     }
-    rows.push(ParamId::Norm, NORM, Role::Norm, &[width]);
+    rows.push(ParamId::Norm, NORM, ParamRole::Norm, &[width]);
     if !spec.tie_word_embeddings {
-        rows.push(ParamId::Head, HEAD, Role::Matrix, &[spec.vocab_size, width]);
+        rows.push(ParamId::Head, HEAD, ParamRole::Matrix, &[spec.vocab_size, width]);
     }
 }
 
 /// Where the rows go.
 struct Rows<F>(F);
 
-impl<F: FnMut(Row<'_>)> Rows<F> {
-    fn push(&mut self, id: ParamId, module: Module, role: Role, shape: &[usize]) {
-        (self.0)(Row { id, module, role, shape, rotated_heads: None });
+impl<F: FnMut(TableRow<'_>)> Rows<F> {
+    fn push(&mut self, id: ParamId, module: Module, role: ParamRole, shape: &[usize]) {
+        (self.0)(TableRow { id, module, role, shape, rotated_heads: None });
     }
 
     fn block(&mut self, index: usize, block: &BlockSpec, width: usize) {
@@ -468,17 +468,17 @@ impl<F: FnMut(Row<'_>)> Rows<F> {
     }
 
     fn norm(&mut self, index: usize, param: BlockParam, module: Module, width: usize) {
-        self.push(ParamId::Block(index, param), module, Role::Norm, &[width]);
+        self.push(ParamId::Block(index, param), module, ParamRole::Norm, &[width]);
     }
 
     /// Adds the tensors of a linear layer, given its `[out, in]`.
     fn linear(&mut self, index: usize, linear: Linear, shape: [usize; 2], bias: bool, rotated_heads: Option<usize>) {
         let module = linear.module();
         let id = ParamId::Block(index, BlockParam::Weight(linear));
-        (self.0)(Row { id, module, role: Role::Matrix, shape: &shape, rotated_heads });
+        (self.0)(TableRow { id, module, role: ParamRole::Matrix, shape: &shape, rotated_heads });
         if bias {
             let id = ParamId::Block(index, BlockParam::Bias(linear));
-            (self.0)(Row { id, module, role: Role::Bias, shape: &shape[..1], rotated_heads });
+            (self.0)(TableRow { id, module, role: ParamRole::Bias, shape: &shape[..1], rotated_heads });
         }
     }
 }

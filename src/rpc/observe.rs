@@ -77,7 +77,7 @@ where
             (method != OPEN).then(|| peer.activity.begin_call())
         });
         let call = self.inner.call(request);
-        let mut seen = Seen::new(method);
+        let mut seen = ObservedCall::new(method);
         let observed = async move {
             // Dropping the call abandons its work: what waits for the device never reaches it.
             let mut result = match deadline {
@@ -136,15 +136,15 @@ impl http_body::Body for CountedBody {
 }
 
 /// What is counted and logged of a call when it ends or, its client gone, is dropped: then it was cancelled.
-struct Seen {
+struct ObservedCall {
     method: &'static str,
     start: Instant,
     code: Code,
 }
 
-impl Seen {
+impl ObservedCall {
     fn new(method: &'static str) -> Self {
-        Seen { method, start: Instant::now(), code: Code::Cancelled }
+        ObservedCall { method, start: Instant::now(), code: Code::Cancelled }
     }
 
     /// A method, so that the call's future holds the whole of it: of an assignment it would hold the field alone.
@@ -153,7 +153,7 @@ impl Seen {
     }
 }
 
-impl Drop for Seen {
+impl Drop for ObservedCall {
     fn drop(&mut self) {
         let Self { method, code, .. } = *self;
         let seconds = self.start.elapsed().as_secs_f64();

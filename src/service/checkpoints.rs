@@ -110,7 +110,7 @@ impl CheckpointService {
                     Some(dtype) => dtype,
                     None => self.engine.element_type(&model)?,
                 };
-                (ExportName::Merged(dtype), Contents::Merged { weights, dtype })
+                (ExportName::Merged(dtype), ExportContents::Merged { weights, dtype })
             }
         };
         let (artifacts, engine, job_id) = (self.artifacts.clone(), self.engine.clone(), id.clone());
@@ -139,13 +139,13 @@ impl CheckpointService {
 
     /// The adapter's files are copied: that needs no model, and the model may have been replaced since. Where it is served as it was, its tokenizer goes
     /// with them.
-    async fn adapter_contents(&self, job: &Job, checkpoint: &Checkpoint) -> Result<(ExportName, Contents)> {
+    async fn adapter_contents(&self, job: &Job, checkpoint: &Checkpoint) -> Result<(ExportName, ExportContents)> {
         let folder = self.artifacts.fetch_checkpoint(checkpoint).await?;
         let model = self.policies.base_model(job).await?;
         let served = self.policies.check_base(job).ok().and_then(|()| self.engine.model(&model).ok());
         Ok(match served {
-            Some(info) => (ExportName::Adapter, Contents::Adapter { folder, base: Some(info.base), model }),
-            None => (ExportName::AdapterAlone, Contents::Adapter { folder, base: None, model }),
+            Some(info) => (ExportName::Adapter, ExportContents::Adapter { folder, base: Some(info.base), model }),
+            None => (ExportName::AdapterAlone, ExportContents::Adapter { folder, base: None, model }),
         })
     }
 }
@@ -160,7 +160,7 @@ pub struct ExportRequest {
 }
 
 /// What is written into an export's folder.
-enum Contents {
+enum ExportContents {
     Merged {
         weights: WeightsRef,
         dtype: ElementType,
@@ -175,10 +175,10 @@ enum Contents {
     },
 }
 
-fn write(engine: &Engine, contents: &Contents, out: &Path) -> Result<()> {
+fn write(engine: &Engine, contents: &ExportContents, out: &Path) -> Result<()> {
     match contents {
-        Contents::Merged { weights, dtype } => Ok(engine.export_merged(weights, *dtype, out)?),
-        Contents::Adapter { folder, base, model } => {
+        ExportContents::Merged { weights, dtype } => Ok(engine.export_merged(weights, *dtype, out)?),
+        ExportContents::Adapter { folder, base, model } => {
             let (from, to) = (folder.join(peft::WEIGHTS_FILE), out.join(peft::WEIGHTS_FILE));
             std::fs::copy(&from, &to).map_err(|e| failed(&from, e))?;
             let (from, to) = (folder.join(peft::CONFIG_FILE), out.join(peft::CONFIG_FILE));

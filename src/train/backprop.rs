@@ -18,11 +18,11 @@ use crate::model::row::{PreparedRow, Row};
 /// A row after its forward pass, ready to go back.
 pub struct RowTape {
     row: PreparedRow,
-    tape: Tape,
+    tape: BackendTape,
 }
 
-enum Tape {
-    Cpu(Box<pass::Tape<CpuBackend>>),
+enum BackendTape {
+    Cpu(Box<pass::BackendTape<CpuBackend>>),
     Cuda(Box<DeviceTape>),
 }
 
@@ -33,8 +33,8 @@ enum Tape {
 pub fn forward(policy: &Policy, row: Arc<Row>, keep: Keep, pause: &mut dyn FnMut()) -> Result<RowTape> {
     let row = policy.prepare(row)?;
     let tape = match &policy.device {
-        ComputeDevice::Cpu => Tape::Cpu(Box::new(pass::forward(&CpuRow::new(policy.view(), &row), keep, pause)?)),
-        ComputeDevice::Cuda(cuda) => Tape::Cuda(Box::new(cuda.forward(policy.view(), &row, keep, pause)?)),
+        ComputeDevice::Cpu => BackendTape::Cpu(Box::new(pass::forward(&CpuRow::new(policy.view(), &row), keep, pause)?)),
+        ComputeDevice::Cuda(cuda) => BackendTape::Cuda(Box::new(cuda.forward(policy.view(), &row, keep, pause)?)),
     };
     Ok(RowTape { row, tape })
 }
@@ -47,16 +47,18 @@ pub fn forward(policy: &Policy, row: Arc<Row>, keep: Keep, pause: &mut dyn FnMut
 pub fn backward(policy: &Policy, tape: RowTape, upstream: &[f32], gradients: &mut Gradients, pause: &mut dyn FnMut()) -> Result<()> {
     let RowTape { row, tape } = tape;
     match tape {
-        Tape::Cpu(tape) => pass::backward(&CpuRow::new(policy.view(), &row), *tape, upstream, gradients, pause),
-        Tape::Cuda(tape) => gradients.on_device(policy, |cuda, sums| cuda.backward(policy.view(), &row, *tape, upstream, sums, pause)),
+        BackendTape::Cpu(tape) => pass::backward(&CpuRow::new(policy.view(), &row), *tape, upstream, gradients, pause),
+        BackendTape::Cuda(tape) => {
+            gradients.on_device(policy, |cuda, sums| cuda.backward(policy.view(), &row, *tape, upstream, sums, pause))
+        }
     }
 }
 
 impl RowTape {
     fn output(&self) -> &HeadOutput {
         match &self.tape {
-            Tape::Cpu(tape) => tape.output(),
-            Tape::Cuda(tape) => tape.output(),
+            BackendTape::Cpu(tape) => tape.output(),
+            BackendTape::Cuda(tape) => tape.output(),
         }
     }
 

@@ -133,7 +133,7 @@ struct Versioned {
 }
 
 /// What goes into a checkpoint.
-pub struct Contents<'a> {
+pub struct CheckpointContents<'a> {
     /// The weights.
     pub policy: &'a TrainablePolicy,
     /// AdamW.
@@ -192,7 +192,7 @@ fn io_at(path: &Path) -> impl FnOnce(io::Error) -> CheckpointError + '_ {
 }
 
 /// Writes `<folder>/<step>` atomically and returns its size in bytes. After it returns the checkpoint survives a crash of the machine.
-pub fn save(folder: &Path, contents: &Contents) -> Result<u64, CheckpointError> {
+pub fn save(folder: &Path, contents: &CheckpointContents) -> Result<u64, CheckpointError> {
     let target = folder.join(contents.state.step.to_string());
     let temporary = folder.join(format!(".{}.tmp", contents.state.step));
     // A step's tensors are a function of the run, so one that is there and whole need not be replaced: there is no moment without it.
@@ -213,7 +213,7 @@ pub fn save(folder: &Path, contents: &Contents) -> Result<u64, CheckpointError> 
 }
 
 /// Writes and syncs a checkpoint's files into a new folder.
-fn write(temporary: &Path, contents: &Contents) -> Result<(), CheckpointError> {
+fn write(temporary: &Path, contents: &CheckpointContents) -> Result<(), CheckpointError> {
     fs::create_dir_all(temporary).map_err(io_at(temporary))?;
     match &contents.policy.policy.adapter {
         Some(adapter) => peft::save(temporary, adapter, contents.base)?,
@@ -251,7 +251,7 @@ fn save_full(dir: &Path, policy: &Policy, tokenizer: &ChatTokenizer) -> Result<(
     export::save_companions(dir, &policy.config, tokenizer, |name| !name.contains('/'))
 }
 
-fn moments(contents: &Contents) -> Result<Vec<(String, Tensor)>, CheckpointError> {
+fn moments(contents: &CheckpointContents) -> Result<Vec<(String, Tensor)>, CheckpointError> {
     let mut all = Vec::new();
     for (i, t) in contents.policy.trainables.iter().enumerate() {
         for (prefix, values) in [("m", &contents.optimizer.first[i]), ("v", &contents.optimizer.second[i])] {

@@ -19,17 +19,17 @@ const F32: u64 = 4;
 
 /// Whose memory is meant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Memory {
+pub enum MemoryKind {
     /// The machine's.
     Host,
     /// A GPU's own.
     Gpu,
 }
 
-impl Memory {
+impl MemoryKind {
     /// Where a device's passes keep their activations.
     pub fn of(device: &ComputeDevice) -> Self {
-        if device.memory().is_some() { Memory::Gpu } else { Memory::Host }
+        if device.memory().is_some() { MemoryKind::Gpu } else { MemoryKind::Host }
     }
 }
 
@@ -147,19 +147,19 @@ impl Widths {
 }
 
 /// What forward passes keep of a token until the backward pass.
-struct Kept {
+struct SavedActivations {
     /// Of a token of every row whose backward pass is still to come.
     of_row: u64,
     /// Besides, of a token of the row that goes back.
     of_last_row: u64,
 }
 
-impl Kept {
+impl SavedActivations {
     fn new(keep: Keep, layers: u64, tape: u64, input: u64) -> Self {
         match keep {
-            Keep::Tapes => Kept { of_row: layers * tape, of_last_row: 0 },
-            Keep::Inputs => Kept { of_row: layers * input, of_last_row: tape },
-            Keep::Nothing => Kept { of_row: 0, of_last_row: 0 },
+            Keep::Tapes => SavedActivations { of_row: layers * tape, of_last_row: 0 },
+            Keep::Inputs => SavedActivations { of_row: layers * input, of_last_row: tape },
+            Keep::Nothing => SavedActivations { of_row: 0, of_last_row: 0 },
         }
     }
 }
@@ -173,19 +173,26 @@ fn held_tokens(spec: &TrainingSpec, lengths: Lengths, row: u64) -> u64 {
 }
 
 /// What a run over pairs of these lengths needs with these choices.
-pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, lengths: Lengths, keep: Keep, row_tokens: usize, memory: Memory) -> Estimate {
+pub fn estimate(
+    config: &ModelConfig,
+    spec: &TrainingSpec,
+    lengths: Lengths,
+    keep: Keep,
+    row_tokens: usize,
+    memory: MemoryKind,
+) -> Estimate {
     let t = lengths.longest.max(row_tokens.min(lengths.micro_batch)) as u64;
     let (c, layers, ranks) = (config.spec.hidden_size as u64, config.spec.blocks.len() as u64, ranks(config, spec));
     let Widths { feed_forward: f, heads: h, query: q, row, raw } = Widths::of(&config.spec);
     // Block input, q/k/v, attention's output and log-sum-exps, the sum after attention, gate and up, x·Aᵀ.
     // In half the memory where it is rounded.
-    let rounded = matches!(spec.method, Method::Lora(_)) && spec.precision.is_some_and(|p| Kernel::best(p).pairs());
+    let rounded = matches!(spec.method, Method::Lora(_)) && spec.precision.is_some_and(|p| Kernel::best(p).is_bf16());
     let gate_up = if rounded { f } else { 2 * f };
     let tape = c + row + raw + q + h + c + gate_up + ranks;
     // In the backward pass of the feed-forward part: the product, its gradient, and the operands; of attention: gradients and packed heads.
     let passing = (if rounded { 3 * f / 2 } else { 2 * f } + 4 * c).max(3 * row + 2 * q + 2 * c);
     let scores = 2 * (t * (t / 2 + 64) * h).min(SCORES as u64) * if spec.precision == Some(Precision::Bf16) { F32 / 2 } else { F32 };
-    let Kept { of_row, of_last_row } = Kept::new(keep, layers, tape, c);
+    let SavedActivations { of_row, of_last_row } = SavedActivations::new(keep, layers, tape, c);
     let held = held_tokens(spec, lengths, t);
     // The probabilities that a trained head keeps of each row. It has three states for each predictor, at most one for each token. Rows that are
     // held together may be many, at most one for each pair.
@@ -197,7 +204,7 @@ pub fn estimate(config: &ModelConfig, spec: &TrainingSpec, lengths: Lengths, kee
     let activations = F32 * (held * of_row + t * (of_last_row + passing + 4 * c)) + scores + head;
     // Gradient, first and second moment, and the weights that are trained.
     let training_state = F32 * 4 * trainable_parameters(config, spec);
-    if memory == Memory::Gpu {
+    if memory == MemoryKind::Gpu {
         return on_gpu(config, spec, t, held, keep, row_tokens);
     }
     Estimate { training_state, activations, keep, row_tokens }
@@ -215,7 +222,7 @@ fn on_gpu(config: &ModelConfig, spec: &TrainingSpec, t: u64, held: u64, keep: Ke
     let blocks: Vec<BlockShape> = config.spec.blocks.iter().map(|block| BlockShape::of(hidden, block)).collect();
     let tape = blocks.iter().map(|block| block.tape_bytes(bytes, ranks)).max().unwrap_or(0) as u64;
     let input = blocks.iter().map(BlockShape::input_bytes).max().unwrap_or(0) as u64;
-    let Kept { of_row, of_last_row } = Kept::new(keep, blocks.len() as u64, tape, input);
+    let SavedActivations { of_row, of_last_row } = SavedActivations::new(keep, blocks.len() as u64, tape, input);
     let backward = blocks.iter().map(|block| block.backward_bytes(bytes)).max().unwrap_or(0);
     let passing = backward.max(head_bytes(hidden, bytes)) as u64;
     let activations = (held * of_row + t * (of_last_row + passing)) * ROUNDING.0 / ROUNDING.1;
@@ -237,7 +244,7 @@ pub fn scoring(config: &ModelConfig, tokens: usize) -> u64 {
 ///
 /// # Errors
 /// The leanest choices' estimate, when even that is too much.
-pub fn plan(config: &ModelConfig, spec: &TrainingSpec, lengths: Lengths, available: u64, memory: Memory) -> Result<Estimate, Estimate> {
+pub fn plan(config: &ModelConfig, spec: &TrainingSpec, lengths: Lengths, available: u64, memory: MemoryKind) -> Result<Estimate, Estimate> {
     let keeps: &[Keep] = match spec.batch.activation_checkpointing {
         ActivationCheckpointing::On => &[Keep::Inputs],
         ActivationCheckpointing::Off => &[Keep::Tapes],
@@ -303,7 +310,7 @@ mod tests {
         spec.dpo.losses[0].loss = LossType::Aot;
         let mixed: Vec<EncodedPair> = (0..64).map(|i| pair(if i == 0 { 2048 } else { 128 })).collect();
         let lengths = Lengths::of(&mixed, spec.batch.batch_size);
-        for memory in [Memory::Host, Memory::Gpu] {
+        for memory in [MemoryKind::Host, MemoryKind::Gpu] {
             let of = |lengths, keep| estimate(&config, &spec, lengths, keep, 1024, memory).activations;
             let (all_long, bound) = (of(uniform(2048, &spec), Keep::Tapes), of(lengths, Keep::Tapes));
             assert!(bound < all_long / 5, "{memory:?}: {bound} of {all_long}");
@@ -320,7 +327,7 @@ mod tests {
         spec.method = Method::Full;
         spec.batch.batch_size = 16;
         spec.dpo.losses[0].loss = LossType::Aot;
-        let of = |config: &ModelConfig| estimate(config, &spec, uniform(1100, &spec), Keep::Tapes, 2048, Memory::Host).activations;
+        let of = |config: &ModelConfig| estimate(config, &spec, uniform(1100, &spec), Keep::Tapes, 2048, MemoryKind::Host).activations;
         let vocabulary = config.spec.vocab_size as u64;
         let with_words = of(&config);
         config.spec.vocab_size = 1;
@@ -332,10 +339,10 @@ mod tests {
     fn a_gpu_holds_neither_masters_nor_moments_and_bf16_takes_half() {
         let (config, mut spec) = (config(), TrainingSpec::default());
         let of = |spec: &TrainingSpec, memory| estimate(&config, spec, uniform(300, spec), Keep::Tapes, 1024, memory);
-        assert!(of(&spec, Memory::Gpu).training_state < of(&spec, Memory::Host).training_state);
-        let f32 = of(&spec, Memory::Gpu);
+        assert!(of(&spec, MemoryKind::Gpu).training_state < of(&spec, MemoryKind::Host).training_state);
+        let f32 = of(&spec, MemoryKind::Gpu);
         spec.precision = Some(Precision::Bf16);
-        let bf16 = of(&spec, Memory::Gpu);
+        let bf16 = of(&spec, MemoryKind::Gpu);
         assert!(bf16.activations < f32.activations && bf16.activations > f32.activations / 2);
     }
 
@@ -343,7 +350,7 @@ mod tests {
     fn a_loss_that_compares_pairs_holds_every_row_of_its_micro_batch() {
         let (config, mut spec) = (config(), TrainingSpec::default());
         spec.batch.batch_size = 16;
-        for memory in [Memory::Host, Memory::Gpu] {
+        for memory in [MemoryKind::Host, MemoryKind::Gpu] {
             let of = |spec: &TrainingSpec, keep| estimate(&config, spec, uniform(1024, spec), keep, 1024, memory).activations;
             let (one, one_recomputed) = (of(&spec, Keep::Tapes), of(&spec, Keep::Inputs));
             let mut aot = spec.clone();
@@ -357,13 +364,13 @@ mod tests {
     #[test]
     fn less_memory_means_shorter_rows_then_recomputation_then_a_refusal() {
         let (config, spec) = (config(), TrainingSpec::default());
-        let all = plan(&config, &spec, uniform(300, &spec), u64::MAX, Memory::Host).unwrap();
+        let all = plan(&config, &spec, uniform(300, &spec), u64::MAX, MemoryKind::Host).unwrap();
         assert_eq!((all.keep, all.row_tokens), (Keep::Tapes, spec.batch.row_tokens));
-        let less = plan(&config, &spec, uniform(300, &spec), all.total() - 1, Memory::Host).unwrap();
+        let less = plan(&config, &spec, uniform(300, &spec), all.total() - 1, MemoryKind::Host).unwrap();
         assert!(less.keep == Keep::Tapes && less.row_tokens < all.row_tokens && less.total() < all.total());
-        let least = plan(&config, &spec, uniform(300, &spec), 0, Memory::Host).unwrap_err();
-        assert_eq!(plan(&config, &spec, uniform(300, &spec), least.total(), Memory::Host).unwrap(), least);
+        let least = plan(&config, &spec, uniform(300, &spec), 0, MemoryKind::Host).unwrap_err();
+        assert_eq!(plan(&config, &spec, uniform(300, &spec), least.total(), MemoryKind::Host).unwrap(), least);
         assert_eq!(least.keep, Keep::Inputs);
-        assert!(plan(&config, &spec, uniform(300, &spec), least.total() - 1, Memory::Host).is_err());
+        assert!(plan(&config, &spec, uniform(300, &spec), least.total() - 1, MemoryKind::Host).is_err());
     }
 }

@@ -55,7 +55,7 @@ impl Window {
 
 /// Metrics over the evaluation rows. Every pair counts the same, so that a short last batch does not count as much as a full one.
 #[derive(Debug, Default)]
-pub(super) struct Evaluation {
+pub(super) struct EvaluationSums {
     /// Sums over pairs of rewards and log-probs. They are taken pair by pair: their means are the means of what scoring serves, to the last bit.
     of_pairs: Metrics,
     /// Sums of batches' means, each times the batch's pairs.
@@ -63,7 +63,7 @@ pub(super) struct Evaluation {
     pairs: f64,
 }
 
-impl Evaluation {
+impl EvaluationSums {
     /// Adds a batch with its mean loss.
     pub fn add(&mut self, loss: f64, pairs: &[PairObservation]) {
         add_pairs(&mut self.of_pairs, pairs);

@@ -10,12 +10,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::backprop::Keep;
-use super::checkpoint::{self, CheckpointError, Contents, RunState};
-use super::estimate::{self, Estimate, Lengths, Memory};
+use super::checkpoint::{self, CheckpointContents, CheckpointError, RunState};
+use super::estimate::{self, Estimate, Lengths, MemoryKind};
 use super::event::RunEvent;
 use super::host::Host;
 use super::micro_batch::MicroBatch;
-use super::observe::{self, Evaluation, Window};
+use super::observe::{self, EvaluationSums, Window};
 use super::optimizer::AdamW;
 use super::reference::Reference;
 use super::trainable::{Gradients, TrainablePolicy};
@@ -168,7 +168,7 @@ pub struct Trainer {
     /// Tokens and window before the step in progress: what its repetition begins with.
     before: (u64, Window),
     step_started: Instant,
-    evaluation: Evaluation,
+    evaluation: EvaluationSums,
     latest: Metrics,
     saved_step: Option<u64>,
     unsaved: Option<Unsaved>,
@@ -194,7 +194,7 @@ impl Trainer {
             (state, latest) = (restored.state, restored.metrics);
         }
         let lengths = Lengths::of(&train, spec.batch.batch_size);
-        let plan = estimate::plan(&policy.policy.config, &spec, lengths, memory, Memory::of(&policy.policy.device));
+        let plan = estimate::plan(&policy.policy.config, &spec, lengths, memory, MemoryKind::of(&policy.policy.device));
         let plan = plan.map_err(|leanest| {
             let needed_mib = leanest.total().div_ceil(1 << 20);
             TrainError::NoPlan { needed_mib, available_mib: memory >> 20 }
@@ -206,7 +206,7 @@ impl Trainer {
             order: (u64::MAX, Vec::new()),
             before: Default::default(),
             step_started: Instant::now(),
-            evaluation: Evaluation::default(),
+            evaluation: EvaluationSums::default(),
             started: Instant::now(),
             pairs: digest(&train, &eval),
             spec,
@@ -500,7 +500,7 @@ impl Trainer {
     }
 
     fn save(&mut self, best: bool, emit: &mut dyn FnMut(RunEvent)) -> Result<(), TrainError> {
-        let contents = Contents {
+        let contents = CheckpointContents {
             policy: &self.policy,
             optimizer: &self.optimizer,
             reference: self.reference.moving(),

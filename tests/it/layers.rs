@@ -101,6 +101,18 @@ fn the_feature_cuda_is_asked_for_once_outside_its_folders() {
     assert!(outside[0].starts_with("model.rs:"), "{outside:#?}");
 }
 
+/// Clippy counts the parameters of functions. Nothing may raise its limit or turn it off.
+#[test]
+fn functions_have_at_most_seven_parameters() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for (file, setting) in [("clippy.toml", "too-many-arguments-threshold = 7"), ("Cargo.toml", "too_many_arguments = \"deny\"")] {
+        let text = fs::read_to_string(root.join(file)).unwrap();
+        assert!(text.lines().any(|line| line.trim() == setting), "{file} lacks `{setting}`");
+    }
+    let exceptions = lines_with("too_many_arguments", |_| true);
+    assert!(exceptions.is_empty(), "give the arguments a struct with documented fields instead: {exceptions:#?}");
+}
+
 /// Kernels are started by the typed functions of one file, which check their operands.
 #[test]
 fn kernels_are_launched_from_one_file() {

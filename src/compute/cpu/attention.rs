@@ -41,7 +41,7 @@ pub fn attention(kernel: Kernel, qkv: &[f32], heads: Heads, layout: &RowLayout, 
         let mut s = Buffer::dirty(rows * columns);
         let q = View::f32(&qkv[block.queries.start * row + head * heads.dim..], row);
         let q = Operand::new(kernel, q, rows, heads.dim, 1.0);
-        over_keys(kernel, &q, rows, &keys, head / group, block, &mut s);
+        over_keys(&q, &keys, head / group, block, &mut s);
         let mut inverse = [0f32; BLOCK];
         let p = Operand::prepared(kernel, &mut s, columns, |i, s| {
             let visible = block.visible(i, heads.window);
@@ -56,7 +56,7 @@ pub fn attention(kernel: Kernel, qkv: &[f32], heads: Heads, layout: &RowLayout, 
         // SAFETY: as above; the rows of the output lie `width` apart.
         unsafe {
             let to = out.at(block.queries.start * width + head * heads.dim);
-            sum_over_keys(kernel, &p, rows, &values, head / group, block, to, width);
+            sum_over_keys(&p, &values, head / group, block, to, width);
             for (i, inverse) in inverse[..rows].iter().enumerate() {
                 std::slice::from_raw_parts_mut(to.add(i * width), heads.dim).iter_mut().for_each(|x| *x *= inverse);
             }

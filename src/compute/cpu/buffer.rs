@@ -22,7 +22,7 @@ static ARENA: Mutex<Arena> = Mutex::new(Arena { base: None, reserved: 0, usable:
 /// The range of addresses; sizes in bytes.
 struct Arena {
     /// `None` before the first buffer.
-    base: Option<Base>,
+    base: Option<BaseAddress>,
     reserved: usize,
     /// So many from the start may be touched.
     usable: usize,
@@ -32,10 +32,10 @@ struct Arena {
 }
 
 #[derive(Clone, Copy)]
-struct Base(NonNull<u8>);
+struct BaseAddress(NonNull<u8>);
 
 // SAFETY: an address; who may use what behind it is decided under the lock.
-unsafe impl Send for Base {}
+unsafe impl Send for BaseAddress {}
 
 fn arena() -> MutexGuard<'static, Arena> {
     ARENA.lock().unwrap_or_else(PoisonError::into_inner)
@@ -54,7 +54,7 @@ impl Arena {
             let at = unsafe { libc::mmap(std::ptr::null_mut(), self.reserved + LARGE_PAGE, libc::PROT_NONE, flags, -1, 0) };
             if at != libc::MAP_FAILED {
                 // SAFETY: the mapping is a large page longer than what is used of it.
-                self.base = NonNull::new(unsafe { at.cast::<u8>().add(at.align_offset(LARGE_PAGE)) }).map(Base);
+                self.base = NonNull::new(unsafe { at.cast::<u8>().add(at.align_offset(LARGE_PAGE)) }).map(BaseAddress);
             }
         }
         self.base.map(|b| b.0)
@@ -95,14 +95,14 @@ impl Arena {
     }
 
     fn give(&mut self, at: NonNull<u8>, size: usize) {
-        if let Some(Base(base)) = self.base {
+        if let Some(BaseAddress(base)) = self.base {
             self.ranges.give(at.as_ptr() as usize - base.as_ptr() as usize, size);
         }
     }
 
     /// Gives the pages back of which nothing is in use.
     fn trim(&mut self) {
-        let Some(Base(base)) = self.base else { return };
+        let Some(BaseAddress(base)) = self.base else { return };
         let end = self.ranges.end();
         for (at, length) in self.ranges.holes().chain([(end, self.highest.max(end) - end)]) {
             let (start, until) = (at.next_multiple_of(PAGE), (at + length).next_multiple_of(PAGE).min(self.usable));

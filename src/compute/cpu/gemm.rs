@@ -1,4 +1,4 @@
-//! Matrix products: C = keep·C + Σ_t A_t·B_t, packed, for f32 and for bf16 operands with f32 accumulation.
+//! Matrix products: C = Σ_t A_t·B_t, or C += Σ_t A_t·B_t, packed, for f32 and for bf16 operands with f32 accumulation.
 //!
 //! B (the weights, mostly) is packed into panels of [`NR`] columns on the way, a block at a time, so that one row-major copy of a weight serves the
 //! forward product x·Wᵀ and the backward product g·W. A is used as it lies (f32) or rounded row by row (bf16). The sum over k runs in one order that
@@ -20,7 +20,7 @@ pub(crate) use self::kernel::panel_product;
 pub use self::operand::Operand;
 pub(crate) use self::pack::pack_panel;
 pub use self::panel::NR;
-pub(crate) use self::panel::Product;
+pub(crate) use self::panel::{OutputTile, Product};
 pub(crate) use self::product::Shared;
 pub use self::product::{GROUP_BYTES, Term, Threads, matmul};
 pub use self::tiles::{TiledOperand, matmul_tiles};

@@ -4,7 +4,7 @@
 //! a larger logit appears (the online softmax of arXiv:2205.14135).
 
 use super::buffer::Buffer;
-use super::gemm::{Elements, Kernel, NR, Operand, Shared, Term, Threads, View, matmul, pack_panel, panel_product};
+use super::gemm::{Elements, Kernel, NR, Operand, OutputTile, Shared, Term, Threads, View, matmul, pack_panel, panel_product};
 use super::simd::{dispatch, exp, exp_moments, exp_sum, max, sum};
 use super::thread_pool;
 
@@ -46,6 +46,21 @@ pub struct HeadOptions {
     pub trained: Option<usize>,
 }
 
+/// What the head reads, forward and backward.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadInput<'a> {
+    /// The kernel of the matrix products.
+    pub kernel: Kernel,
+    /// The normed hidden states that predict the targets `[N, C]`.
+    pub h: &'a [f32],
+    /// The head's weight `[V, C]`.
+    pub w: Elements<'a>,
+    /// C.
+    pub hidden: usize,
+    /// The token that each row predicts `[N]`, below V.
+    pub targets: &'a [u32],
+}
+
 /// What came out of the head.
 #[derive(Debug, Default)]
 pub struct HeadOutput {
@@ -58,23 +73,23 @@ pub struct HeadOutput {
     /// ∂log p/∂h `[N, C]`, or empty.
     pub gradient: Buffer,
     /// What was kept for the weight's gradient.
-    pub kept: Kept,
+    pub kept: SavedExponentials,
 }
 
 /// Probabilities of the first tiles of the vocabulary, up to a factor for each row and tile.
 #[derive(Debug, Default)]
-pub struct Kept {
+pub struct SavedExponentials {
     /// e^(l − m) `[tiles, N, TILE]`, m being the row's largest logit up to and including the tile.
     exponentials: Buffer,
     /// m `[V / TILE, N]`, of all tiles.
     maxima: Buffer,
 }
 
-impl Kept {
+impl SavedExponentials {
     fn new(rows: usize, vocabulary: usize, at_most: usize) -> Self {
         let all = vocabulary.div_ceil(TILE);
         let tiles = (at_most / (rows.max(1) * TILE)).min(all);
-        Kept { exponentials: Buffer::dirty(tiles * rows * TILE), maxima: Buffer::dirty(all * rows) }
+        SavedExponentials { exponentials: Buffer::dirty(tiles * rows * TILE), maxima: Buffer::dirty(all * rows) }
     }
 }
 
@@ -153,14 +168,15 @@ impl Running {
     }
 }
 
-/// log p of `targets[i]` given row i of `h` `[N, C]`, with `w` `[V, C]`. Targets are below V.
-pub fn head(kernel: Kernel, h: &[f32], w: Elements, hidden: usize, targets: &[u32], options: HeadOptions) -> HeadOutput {
+/// Computes log p of `targets[i]` given row i of `h`.
+pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
+    let HeadInput { kernel, h, w, hidden, targets } = input;
     let (rows, vocabulary) = (targets.len(), w.len() / hidden);
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
     let mut running = vec![START; rows];
     let per_task = rows_per_task(kernel, rows);
     let mut gradient = Buffer::dirty(if options.gradient { rows * hidden } else { 0 });
-    let mut kept = options.trained.map_or_else(Kept::default, |at_most| Kept::new(rows, vocabulary, at_most));
+    let mut kept = options.trained.map_or_else(SavedExponentials::default, |at_most| SavedExponentials::new(rows, vocabulary, at_most));
     for_each_tile(kernel, w, hidden, 0, options.gradient, |tile| {
         let out = Shared(gradient.as_mut_ptr());
         let keeps = (tile.first / TILE + 1) * rows * TILE <= kept.exponentials.len();
@@ -232,20 +248,13 @@ fn finish_gradient(gradient: &mut [f32], w: Elements, hidden: usize, targets: &[
     });
 }
 
-/// Adds ∂loss/∂W to `dw` `[V, C]`, given what [`head`] returned and g = ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p), tile by tile. Uses up
-/// what was kept.
-pub fn head_weight_gradient(
-    kernel: Kernel,
-    h: &[f32],
-    w: Elements,
-    hidden: usize,
-    targets: &[u32],
-    output: &mut HeadOutput,
-    g: &[f32],
-    dw: &mut [f32],
-) {
+/// Adds ∂loss/∂W to `dw` `[V, C]`, given what [`head`] returned for `input` and
+/// g = ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p), tile by tile. Uses up what was
+/// kept.
+pub fn head_weight_gradient(input: HeadInput<'_>, output: &mut HeadOutput, g: &[f32], dw: &mut [f32]) {
+    let HeadInput { kernel, h, w, hidden, targets } = input;
     let (rows, vocabulary) = (targets.len(), w.len() / hidden);
-    let Kept { mut exponentials, maxima } = std::mem::take(&mut output.kept);
+    let SavedExponentials { mut exponentials, maxima } = std::mem::take(&mut output.kept);
     assert_eq!(maxima.len(), vocabulary.div_ceil(TILE) * rows, "the head's forward pass was not told that it is trained");
     let per_task = rows_per_task(kernel, rows);
     let m = |tile: usize, row: usize| maxima[tile * rows + row];
@@ -333,21 +342,29 @@ impl Tile<'_> {
         assert!(to.len() >= n * TILE);
         for i in 0..self.width.div_ceil(NR) {
             let product = h.product(first, 0, self.depth, &self.across[i * NR * self.depth..]);
+            let columns = NR.min(self.width - i * NR);
             // SAFETY: `to` holds n rows of TILE; the operand covers the rows.
-            unsafe { panel_product(kernel, n, NR.min(self.width - i * NR), &[product], to.as_mut_ptr().add(i * NR), TILE, false) };
+            unsafe {
+                let out = OutputTile { c: to.as_mut_ptr().add(i * NR), stride: TILE, columns, accumulate: false };
+                panel_product(kernel, n, &[product], out);
+            }
         }
     }
 
-    /// `to` `[n, C]` = keep·to + p·W over this tile, with `p` `[n, TILE]`, zero beyond the tile's tokens.
+    /// Computes p·W over this tile into `to` `[n, C]`, with `p` `[n, TILE]`, zero beyond the tile's
+    /// tokens; `accumulate` adds it to what `to` holds.
     ///
     /// # Safety
     /// `to` is valid for `n` rows and nobody else touches them.
-    unsafe fn weighted_sum(&self, kernel: Kernel, p: &Operand, n: usize, to: *mut f32, keep: bool) {
+    unsafe fn weighted_sum(&self, kernel: Kernel, p: &Operand, n: usize, to: *mut f32, accumulate: bool) {
         let k = kernel.depth(self.width);
         for i in 0..self.hidden.div_ceil(NR) {
             let product = p.product(0, 0, k, &self.along[i * NR * k..]);
             // SAFETY: by the caller.
-            unsafe { panel_product(kernel, n, NR.min(self.hidden - i * NR), &[product], to.add(i * NR), self.hidden, keep) };
+            unsafe {
+                let columns = NR.min(self.hidden - i * NR);
+                panel_product(kernel, n, &[product], OutputTile { c: to.add(i * NR), stride: self.hidden, columns, accumulate });
+            }
         }
     }
 }

@@ -4,7 +4,7 @@ use candle_core::{D, DType, Device, Tensor};
 
 use super::attention::{Heads, attention, attention_backward};
 use super::gemm::{Elements, Kernel, NR, Operand, View};
-use super::head::{HeadOptions, KEPT, head, head_weight_gradient};
+use super::head::{HeadInput, HeadOptions, KEPT, head, head_weight_gradient};
 use super::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm, rms_norm_backward};
 use super::rope::{Direction, RopeTable, rotate};
 use super::swiglu::{GateUp, GradientTiles, KeepGateUp, SwigluTiles, swiglu, swiglu_backward};
@@ -158,7 +158,7 @@ fn swiglu_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
     let x: Vec<f32> = random(tokens * 2 * width, 4).iter().map(|x| 4.0 * x).collect();
     let (gate, up) = (half(&x, width, 0), half(&x, width, width));
     for kernel in Kernel::available() {
-        let rounds = kernel.pairs();
+        let rounds = kernel.is_bf16();
         let bits = |operand: &Operand, width: usize| -> Vec<u32> {
             (0..tokens)
                 .flat_map(|i| match operand.view().elements {
@@ -191,7 +191,7 @@ fn swiglu_that_keeps_its_input_rounded_has_the_gradients_of_what_it_kept() {
     for (tokens, width) in [(13, 41), (45, 64)] {
         let x: Vec<f32> = random(tokens * 2 * width, 4).iter().map(|x| half::bf16::from_f32(4.0 * x).to_f32()).collect();
         let u = random(tokens * width, 5);
-        for kernel in Kernel::available().into_iter().filter(|k| k.pairs()) {
+        for kernel in Kernel::available().into_iter().filter(|k| k.is_bf16()) {
             let bits = |operand: &Operand| (0..tokens).flat_map(|i| operand.bf16_row(i).to_vec()).collect::<Vec<_>>();
             let kept = Operand::new(kernel, View::f32(&x, 2 * width), tokens, 2 * width, 1.0);
             let kept = Operand::owned(kernel, kept.view(), tokens, 2 * width);
@@ -306,6 +306,10 @@ fn bf16_attention_stays_near_f32() {
 
 const PLAIN: HeadOptions = HeadOptions { distribution: true, gradient: false, trained: None };
 
+fn head_input<'a>(kernel: Kernel, h: &'a [f32], w: &'a [f32], hidden: usize, targets: &'a [u32]) -> HeadInput<'a> {
+    HeadInput { kernel, h, w: Elements::F32(w), hidden, targets }
+}
+
 #[test]
 fn log_probs_and_distributions_match_a_full_softmax() {
     // More rows than a task has, more tokens than a tile has.
@@ -316,7 +320,7 @@ fn log_probs_and_distributions_match_a_full_softmax() {
     let f64s = |v: &[f32]| matrix(v, hidden).to_dtype(DType::F64).unwrap();
     let logits: Vec<Vec<f64>> = f64s(&h).matmul(&f64s(&w).t().unwrap()).unwrap().to_vec2().unwrap();
     for kernel in kernels() {
-        let got = head(kernel, &h, Elements::F32(&w), hidden, &targets, PLAIN);
+        let got = head(head_input(kernel, &h, &w, hidden, &targets), PLAIN);
         for (i, row) in logits.iter().enumerate() {
             let m = row.iter().cloned().fold(f64::MIN, f64::max);
             let lse = m + row.iter().map(|x| (x - m).exp()).sum::<f64>().ln();
@@ -343,15 +347,15 @@ fn log_prob_gradients_match_differences_for_a_frozen_and_a_trainable_head() {
         // All probabilities are kept for the weight's gradient, those of the first tiles, none.
         let gradients = [KEPT, rows * 1024, 0].map(|kept| {
             let options = HeadOptions { distribution: false, gradient: true, trained: Some(kept) };
-            let mut out = head(kernel, &h, Elements::F32(&w), hidden, &targets, options);
+            let mut out = head(head_input(kernel, &h, &w, hidden, &targets), options);
             let mut dw = vec![0f32; w.len()];
-            head_weight_gradient(kernel, &h, Elements::F32(&w), hidden, &targets, &mut out, &u, &mut dw);
+            head_weight_gradient(head_input(kernel, &h, &w, hidden, &targets), &mut out, &u, &mut dw);
             (out, dw)
         });
         assert!(gradients[1..].iter().all(|(_, dw)| *dw == gradients[0].1), "{kernel:?}: bits depend on what is kept");
         let [(out, dw), ..] = gradients;
         let dh: Vec<f32> = out.gradient.chunks(hidden).zip(&u).flat_map(|(row, u)| row.iter().map(move |x| x * u)).collect();
-        check_gradient("head h", &h, &dh, &u, |h| head(kernel, h, Elements::F32(&w), hidden, &targets, PLAIN).log_probs);
-        check_gradient("head w", &w, &dw, &u, |w| head(kernel, &h, Elements::F32(w), hidden, &targets, PLAIN).log_probs);
+        check_gradient("head h", &h, &dh, &u, |h| head(head_input(kernel, h, &w, hidden, &targets), PLAIN).log_probs);
+        check_gradient("head w", &w, &dw, &u, |w| head(head_input(kernel, &h, w, hidden, &targets), PLAIN).log_probs);
     }
 }

@@ -211,11 +211,11 @@ pub fn map<R: Send>(tasks: usize, f: impl Fn(usize) -> R + Sync) -> Vec<R> {
 }
 
 /// A pointer that tasks share because each uses a part of its own.
-struct Parts<T>(*mut T);
+struct DisjointParts<T>(*mut T);
 // SAFETY: tasks make disjoint slices of it.
-unsafe impl<T: Send> Sync for Parts<T> {}
+unsafe impl<T: Send> Sync for DisjointParts<T> {}
 
-impl<T> Parts<T> {
+impl<T> DisjointParts<T> {
     /// The `i`-th chunk of `chunk` of a slice of `len`.
     ///
     /// # Safety
@@ -231,7 +231,7 @@ impl<T> Parts<T> {
 /// Runs `f(i, chunk)` over `data` in chunks of `chunk` (the last may be shorter).
 pub fn chunks<T: Send>(data: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     let len = data.len();
-    let parts = Parts(data.as_mut_ptr());
+    let parts = DisjointParts(data.as_mut_ptr());
     // SAFETY: every index is handed out once.
     for_each(len.div_ceil(chunk.max(1)), |i| f(i, unsafe { parts.chunk(len, chunk, i) }));
 }
@@ -239,7 +239,7 @@ pub fn chunks<T: Send>(data: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T])
 /// Runs `f(i, a, b, c)` over the chunks of three slices of one length.
 pub fn chunks3<T: Send>(a: &mut [T], b: &mut [T], c: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T], &mut [T], &mut [T]) + Sync) {
     let len = a.len().min(b.len()).min(c.len());
-    let (a, b, c) = (Parts(a.as_mut_ptr()), Parts(b.as_mut_ptr()), Parts(c.as_mut_ptr()));
+    let (a, b, c) = (DisjointParts(a.as_mut_ptr()), DisjointParts(b.as_mut_ptr()), DisjointParts(c.as_mut_ptr()));
     // SAFETY: every index is handed out once.
     for_each(len.div_ceil(chunk.max(1)), |i| unsafe { f(i, a.chunk(len, chunk, i), b.chunk(len, chunk, i), c.chunk(len, chunk, i)) });
 }

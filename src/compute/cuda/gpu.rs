@@ -103,7 +103,7 @@ impl Matrix {
 const MAX_ELEMENTS: usize = i32::MAX as usize;
 
 /// One call of cuBLAS for a part of a product.
-struct Part {
+struct GemmPart {
     shape: [usize; 3],
     a: Matrix,
     b: Matrix,
@@ -114,8 +114,8 @@ struct Part {
 
 /// Divides a product until no operand has more than `limit` elements from its first to its last row. Which dimension is halved depends on the operand
 /// that is too long: its rows as they lie in memory.
-fn parts([m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, limit: usize) -> Vec<Part> {
-    let mut todo = vec![Part { shape: [m, n, k], a, b, c, adds: false }];
+fn parts([m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, limit: usize) -> Vec<GemmPart> {
+    let mut todo = vec![GemmPart { shape: [m, n, k], a, b, c, adds: false }];
     let mut parts = Vec::new();
     while let Some(part) = todo.pop() {
         let [m, n, k] = part.shape;
@@ -125,16 +125,16 @@ fn parts([m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, limit: usize) -
         // The later half waits below the earlier one: sums go on in order.
         if long(m, part.c) || (long(rows_of_a, part.a) && !part.a.transposed) {
             let half = m / 2;
-            todo.push(Part { shape: [m - half, n, k], a: part.a.rows_from(half), c: part.c.rows_from(half), ..part });
-            todo.push(Part { shape: [half, n, k], ..part });
+            todo.push(GemmPart { shape: [m - half, n, k], a: part.a.rows_from(half), c: part.c.rows_from(half), ..part });
+            todo.push(GemmPart { shape: [half, n, k], ..part });
         } else if long(rows_of_a, part.a) || (long(rows_of_b, part.b) && !part.b.transposed) {
             let half = k / 2;
-            todo.push(Part { shape: [m, n, k - half], a: part.a.columns_from(half), b: part.b.rows_from(half), adds: true, ..part });
-            todo.push(Part { shape: [m, n, half], ..part });
+            todo.push(GemmPart { shape: [m, n, k - half], a: part.a.columns_from(half), b: part.b.rows_from(half), adds: true, ..part });
+            todo.push(GemmPart { shape: [m, n, half], ..part });
         } else if long(rows_of_b, part.b) {
             let half = n / 2;
-            todo.push(Part { shape: [m, n - half, k], b: part.b.columns_from(half), c: part.c.columns_from(half), ..part });
-            todo.push(Part { shape: [m, half, k], ..part });
+            todo.push(GemmPart { shape: [m, n - half, k], b: part.b.columns_from(half), c: part.c.columns_from(half), ..part });
+            todo.push(GemmPart { shape: [m, half, k], ..part });
         } else {
             parts.push(part);
         }

@@ -50,7 +50,7 @@ fn lora(precision: Precision) -> TrainingSpec {
 /// Bytes on the CPU; of a GPU and of the machine beside it.
 fn needs(bases: &Bases, model: &str, reference: Option<&WeightsRef>, spec: &TrainingSpec) -> (u64, (u64, u64)) {
     let of = |memory| extra(bases, model, reference, spec, LENGTHS, memory).unwrap();
-    let (cpu, gpu) = (of(Memory::Host), of(Memory::Gpu));
+    let (cpu, gpu) = (of(MemoryKind::Host), of(MemoryKind::Gpu));
     assert_eq!(cpu.host, 0, "the CPU's memory is the machine's");
     (cpu.device, (gpu.device, gpu.host))
 }

@@ -6,7 +6,7 @@ use super::*;
 use crate::domain::dpo::ReferenceSync;
 use crate::domain::training::TrainingSpec;
 use crate::engine::scoring::tests::{base, bases, pair};
-use crate::train::estimate::{Lengths, Memory, plan};
+use crate::train::estimate::{Lengths, MemoryKind, plan};
 
 fn run() -> TrainingRun {
     let mut spec = TrainingSpec { method: Method::Full, ..Default::default() };
@@ -48,7 +48,7 @@ fn a_run_starts_with_its_leanest_plan_and_with_none_below() {
     };
     let (config, spec) = (&bases.get("tiny").unwrap().policy.config, run().spec);
     let lengths = Lengths::of(&vec![pair(40); 3], spec.batch.batch_size);
-    let leanest = plan(config, &spec, lengths, 0, Memory::Host).unwrap_err().total();
+    let leanest = plan(config, &spec, lengths, 0, MemoryKind::Host).unwrap_err().total();
     assert_eq!(start(leanest).unwrap().planned_bytes(), leanest);
     let Err(EngineError::OutOfMemory { needed_mib, available_mib, remedy }) = start(leanest - 1).map(|_| ()) else {
         panic!("there is no plan");

@@ -339,7 +339,7 @@ fn float(value: &Value) -> Option<f64> {
 
 /// A piece of an expression.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Token {
+enum TemplateToken {
     Space,
     Text,
     Word,
@@ -351,18 +351,18 @@ enum Token {
 }
 
 /// Reads the token at the start of a text that is not empty; also returns its length.
-fn token(text: &str) -> (Token, usize) {
+fn token(text: &str) -> (TemplateToken, usize) {
     let first = text.chars().next().unwrap_or(' ');
     let until = |is_end: &dyn Fn(char) -> bool| text.find(is_end).unwrap_or(text.len());
     match first {
-        c if c.is_whitespace() => (Token::Space, until(&|c| !c.is_whitespace())),
-        '\'' | '"' => (Token::Text, string_length(text, first)),
-        c if c.is_alphanumeric() || c == '_' => (Token::Word, word_length(text)),
-        '(' | '[' | '{' => (Token::Open, 1),
-        ')' | ']' | '}' => (Token::Close, 1),
-        '*' | '/' => (Token::Times, if text[1..].starts_with(first) { 2 } else { 1 }),
-        '%' => (Token::Times, 1),
-        other => (Token::Other, other.len_utf8()),
+        c if c.is_whitespace() => (TemplateToken::Space, until(&|c| !c.is_whitespace())),
+        '\'' | '"' => (TemplateToken::Text, string_length(text, first)),
+        c if c.is_alphanumeric() || c == '_' => (TemplateToken::Word, word_length(text)),
+        '(' | '[' | '{' => (TemplateToken::Open, 1),
+        ')' | ']' | '}' => (TemplateToken::Close, 1),
+        '*' | '/' => (TemplateToken::Times, if text[1..].starts_with(first) { 2 } else { 1 }),
+        '%' => (TemplateToken::Times, 1),
+        other => (TemplateToken::Other, other.len_utf8()),
     }
 }
 
@@ -433,7 +433,7 @@ fn is_raw(tag: &str) -> bool {
 /// Finds the operators in the tag whose content starts at `at`; returns where the tag ends.
 fn expression(source: &str, mut at: usize, end: &str, edits: &mut Vec<(usize, usize, String)>) -> usize {
     let mut depth = 0_usize;
-    let mut last = Token::Other;
+    let mut last = TemplateToken::Other;
     while at < source.len() {
         let rest = &source[at..];
         if depth == 0 && rest.strip_prefix(['-', '+']).unwrap_or(rest).starts_with(end) {
@@ -441,17 +441,17 @@ fn expression(source: &str, mut at: usize, end: &str, edits: &mut Vec<(usize, us
         }
         let (token, length) = token(rest);
         // Adjacent literals are one.
-        if token == Token::Text && !matches!(last, Token::Times | Token::Text) && depth <= MAX_DEPTH {
+        if token == TemplateToken::Text && !matches!(last, TemplateToken::Times | TemplateToken::Text) && depth <= MAX_DEPTH {
             operators(source, at, edits);
         }
         match token {
-            Token::Open => depth += 1,
-            Token::Close => depth = depth.saturating_sub(1),
+            TemplateToken::Open => depth += 1,
+            TemplateToken::Close => depth = depth.saturating_sub(1),
             _ => {}
         }
         // A sign belongs to the operand: the literal behind it is still one of the operator.
-        let is_sign = last == Token::Times && rest.starts_with('-');
-        if token != Token::Space && !is_sign {
+        let is_sign = last == TemplateToken::Times && rest.starts_with('-');
+        if token != TemplateToken::Space && !is_sign {
             last = token;
         }
         at += length;
@@ -503,9 +503,9 @@ fn unary_length(text: &str) -> Option<usize> {
     }
     let rest = text.get(at..).filter(|rest| !rest.is_empty())?;
     at += match token(rest) {
-        (Token::Text, _) => literals(rest),
-        (Token::Word, length) if !matches!(&rest[..length], "not" | "is" | "in" | "if" | "else" | "and" | "or") => length,
-        (Token::Open, _) => brackets_length(rest)?,
+        (TemplateToken::Text, _) => literals(rest),
+        (TemplateToken::Word, length) if !matches!(&rest[..length], "not" | "is" | "in" | "if" | "else" | "and" | "or") => length,
+        (TemplateToken::Open, _) => brackets_length(rest)?,
         _ => return None,
     };
     // Attributes, items, calls and filters.
@@ -518,11 +518,11 @@ fn unary_length(text: &str) -> Option<usize> {
             b'.' | b'|' => {
                 let name = 1 + space(&rest[1..]);
                 let name_text = rest.get(name..).filter(|rest| !rest.is_empty())?;
-                let (Token::Word, length) = token(name_text) else { return None };
+                let (TemplateToken::Word, length) = token(name_text) else { return None };
                 at = next + name + length;
             }
             // A test would belong to the operand.
-            _ if token(rest) == (Token::Word, 2) && rest.starts_with("is") => return None,
+            _ if token(rest) == (TemplateToken::Word, 2) && rest.starts_with("is") => return None,
             _ => return Some(at),
         }
     }
@@ -535,16 +535,17 @@ fn brackets_length(text: &str) -> Option<usize> {
         let (token, length) = token(&text[at..]);
         at += length;
         match token {
-            Token::Open => depth += 1,
-            Token::Close if depth == 1 => return Some(at),
-            Token::Close => depth -= 1,
+            TemplateToken::Open => depth += 1,
+            TemplateToken::Close if depth == 1 => return Some(at),
+            TemplateToken::Close => depth -= 1,
             _ => {}
         }
     }
     None
 }
 
-/// Whether an error of the template engine is about the operator with a string on its left.
+/// Whether an error of the template engine is about the operator with a string on its left. The
+/// engine tells this in words only, and the answer only adds a hint to the error's text.
 pub(super) fn is_about_operator(error: &Error) -> bool {
     error.kind() == ErrorKind::InvalidOperation
         && error.detail().is_some_and(|detail| detail.starts_with("tried to use % operator on unsupported types string"))

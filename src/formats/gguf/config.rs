@@ -42,7 +42,7 @@ impl ModelConfig {
                 return Err(ModelError::Unsupported { what });
             }
         };
-        let keys = Keys { gguf, architecture: stored };
+        let keys = MetadataKeys { gguf, architecture: stored };
         if keys.integer("expert_count")?.is_some_and(|n| n > 0) {
             return Err(ModelError::Unsupported { what: format!("{}: a mixture of experts", gguf.path.display()) });
         }
@@ -121,12 +121,12 @@ fn stop_tokens(gguf: &Gguf) -> Result<Value, ModelError> {
 }
 
 /// Keys are prefixed by the architecture.
-struct Keys<'a> {
+struct MetadataKeys<'a> {
     gguf: &'a Gguf,
     architecture: &'a str,
 }
 
-impl Keys<'_> {
+impl MetadataKeys<'_> {
     fn key(&self, suffix: &str) -> String {
         format!("{}.{suffix}", self.architecture)
     }
@@ -145,7 +145,7 @@ impl Keys<'_> {
 }
 
 /// `rope_scaling` of the config.json, if any.
-fn scaling(keys: &Keys<'_>, context: u64, theta: f64, head_dim: usize, freqs: Option<&[f32]>) -> Result<Option<Value>, ModelError> {
+fn scaling(keys: &MetadataKeys<'_>, context: u64, theta: f64, head_dim: usize, freqs: Option<&[f32]>) -> Result<Option<Value>, ModelError> {
     let factor = keys.number("rope.scaling.factor")?.or(keys.number("rope.scale_linear")?);
     match keys.gguf.string(&keys.key("rope.scaling.type"))? {
         None | Some("none") => {}

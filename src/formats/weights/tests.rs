@@ -42,7 +42,7 @@ fn safetensors() -> Case {
         std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
     }
     let model = load_model(None, folder.path().to_str().unwrap(), &HubOptions::default()).unwrap();
-    let Kind::Safetensors(stored) = &model.weights.kind else { panic!("it is safetensors") };
+    let FileFormat::Safetensors(stored) = &model.weights.kind else { panic!("it is safetensors") };
     let (file, offset) = stored.place(NORM);
     let names = params(&model.config.spec).iter().map(|param| param.name().to_owned()).collect();
     Case { folder, config: model.config, weights: model.weights, file, name: NORM, offset, names }

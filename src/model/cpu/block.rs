@@ -6,8 +6,8 @@ use std::sync::Arc;
 use candle_core::Result;
 
 use super::backend::{CpuBackend, GateUpGradient, Gradients};
-use super::projections::Group;
-use crate::compute::cpu::Held;
+use super::projections::CpuLinearGroup;
+use crate::compute::cpu::TensorRead;
 use crate::compute::cpu::attention::{Heads, attention, attention_backward};
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::{Kernel, Operand, View};
@@ -32,12 +32,12 @@ pub struct CpuBlock<'a> {
     /// Whether the policy has an adapter: only that is trained, then.
     is_adapted: bool,
     row: &'a PreparedRow,
-    input_norm: Held<'a>,
-    post_norm: Held<'a>,
-    qk_norm: Option<(Held<'a>, Held<'a>)>,
-    groups: PerGroup<Group<'a>>,
+    input_norm: TensorRead<'a>,
+    post_norm: TensorRead<'a>,
+    qk_norm: Option<(TensorRead<'a>, TensorRead<'a>)>,
+    groups: PerGroup<CpuLinearGroup<'a>>,
     /// Adapters on parts of the row: the same groups, of which only the low-rank terms are used.
-    parts: Vec<(Range<usize>, PerGroup<Group<'a>>)>,
+    parts: Vec<(Range<usize>, PerGroup<CpuLinearGroup<'a>>)>,
 }
 
 impl<'a> CpuBlock<'a> {
@@ -50,8 +50,9 @@ impl<'a> CpuBlock<'a> {
             feed_forward: FeedForward::Gated { width, activation: Activation::Silu, bias: _ },
             feed_forward_norms: Norms::Pre,
         } = spec.blocks[index];
-        let tensor = |param| Held::of(parameters.tensor(ParamId::Block(index, param))?);
-        let groups = |adapter: Option<&'a Adapter>| PerGroup::build(|group| Group::open(kernel, index, parameters, adapter, group));
+        let tensor = |param| TensorRead::of(parameters.tensor(ParamId::Block(index, param))?);
+        let groups =
+            |adapter: Option<&'a Adapter>| PerGroup::build(|group| CpuLinearGroup::open(kernel, index, parameters, adapter, group));
         let part = |(rows, adapter): &'a (Range<usize>, Arc<Adapter>)| Ok((rows.clone(), groups(Some(adapter))?));
         Ok(CpuBlock {
             index,
@@ -156,7 +157,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         let (tokens, width) = (self.tokens(), self.width);
         let keep = match save_tape {
             false => KeepGateUp::No,
-            true if self.kernel.pairs() && self.is_adapted => KeepGateUp::Bf16,
+            true if self.kernel.is_bf16() && self.is_adapted => KeepGateUp::Bf16,
             true => KeepGateUp::F32,
         };
         if self.parts.is_empty() && self.groups.gate_up.is_tiled::<2>() {

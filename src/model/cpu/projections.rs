@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use candle_core::Result;
 
-use crate::compute::cpu::Held;
+use crate::compute::cpu::TensorRead;
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::{Kernel, NR, Operand, Term, Threads, View, matmul, matmul_tiles};
 use crate::compute::cpu::thread_pool;
@@ -20,11 +20,12 @@ use crate::model::params::{BlockParam, Linear, LinearGroup, ParamId};
 /// Outputs whose gradients one task adds.
 const OUTPUTS: usize = 192;
 
-struct Member<'a> {
+/// A linear layer of a group.
+struct CpuLinear<'a> {
     linear: Linear,
-    weight: Held<'a>,
-    bias: Option<Held<'a>>,
-    low_rank: Option<(Held<'a>, Held<'a>)>,
+    weight: TensorRead<'a>,
+    bias: Option<TensorRead<'a>>,
+    low_rank: Option<(TensorRead<'a>, TensorRead<'a>)>,
     out: usize,
     /// Its first column in the joint output.
     column: usize,
@@ -33,10 +34,10 @@ struct Member<'a> {
 }
 
 /// Projections of one input.
-pub(super) struct Group<'a> {
+pub(super) struct CpuLinearGroup<'a> {
     kernel: Kernel,
     block: usize,
-    members: Vec<Member<'a>>,
+    members: Vec<CpuLinear<'a>>,
     input: usize,
     output: usize,
     /// All A, one above the other, `[Σr, in]`.
@@ -45,7 +46,7 @@ pub(super) struct Group<'a> {
     scale: f32,
 }
 
-impl<'a> Group<'a> {
+impl<'a> CpuLinearGroup<'a> {
     /// Opens a group of block `block`.
     pub fn open(
         kernel: Kernel,
@@ -64,11 +65,11 @@ impl<'a> Group<'a> {
                 Some(l) => l.a.dim(0)?,
                 None => 0,
             };
-            members.push(Member {
+            members.push(CpuLinear {
                 linear,
-                weight: Held::of(p.weight)?,
-                bias: p.bias.map(Held::of).transpose()?,
-                low_rank: low_rank.map(|l| Ok::<_, candle_core::Error>((Held::of(&l.a)?, Held::of(&l.b)?))).transpose()?,
+                weight: TensorRead::of(p.weight)?,
+                bias: p.bias.map(TensorRead::of).transpose()?,
+                low_rank: low_rank.map(|l| Ok::<_, candle_core::Error>((TensorRead::of(&l.a)?, TensorRead::of(&l.b)?))).transpose()?,
                 out,
                 column: output,
                 rank_column: ranks,
@@ -83,7 +84,7 @@ impl<'a> Group<'a> {
             }
         }
         let scale = adapter.map_or(1.0, |a| a.config.scale() as f32);
-        Ok(Group { kernel, block, members, input, output, stacked, ranks, scale })
+        Ok(CpuLinearGroup { kernel, block, members, input, output, stacked, ranks, scale })
     }
 
     /// Σout.
@@ -97,7 +98,7 @@ impl<'a> Group<'a> {
     }
 
     /// Rank of a member.
-    fn rank(&self, m: &Member) -> usize {
+    fn rank(&self, m: &CpuLinear) -> usize {
         m.low_rank.as_ref().map_or(0, |(a, _)| a.elements().len() / self.input)
     }
 
@@ -128,13 +129,13 @@ impl<'a> Group<'a> {
         Ok(u)
     }
 
-    /// Whether [`Group::forward_tiles`] can do it: `P` projections without a bias, of one width that is whole panels.
+    /// Whether [`CpuLinearGroup::forward_tiles`] can do it: `P` projections without a bias, of one width that is whole panels.
     pub fn is_tiled<const P: usize>(&self) -> bool {
-        let fits = |m: &Member| m.bias.is_none() && m.out == self.members[0].out && m.out.is_multiple_of(NR);
+        let fits = |m: &CpuLinear| m.bias.is_none() && m.out == self.members[0].out && m.out.is_multiple_of(NR);
         self.members.len() == P && self.members.iter().all(fits)
     }
 
-    /// [`Group::forward`] whose output is handed on a tile of each projection at a time.
+    /// [`CpuLinearGroup::forward`] whose output is handed on a tile of each projection at a time.
     pub fn forward_tiles<const P: usize>(
         &self,
         x: &Operand,
@@ -155,7 +156,7 @@ impl<'a> Group<'a> {
     }
 
     /// Adds s·(x·A_iᵀ)·B_iᵀ to some rows of `y` `[T, Σout]`: the sum over k goes on where that over the base's ended, as it does in
-    /// [`Group::forward`].
+    /// [`CpuLinearGroup::forward`].
     pub fn add_low_rank(&self, x: &Operand, rows: Range<usize>, y: &mut [f32]) {
         if self.ranks == 0 || rows.is_empty() {
             return;
@@ -181,14 +182,15 @@ impl<'a> Group<'a> {
     }
 
     /// s·u of a member.
-    fn scaled<'u>(&self, m: &Member, u: &'u [f32], tokens: usize) -> Operand<'u> {
+    fn scaled<'u>(&self, m: &CpuLinear, u: &'u [f32], tokens: usize) -> Operand<'u> {
         Operand::new(self.kernel, View::f32(&u[m.rank_column..], self.ranks), tokens, self.rank(m), self.scale)
     }
 
-    /// Given g = ∂loss/∂y `[T, Σout]`, the input and what [`Group::forward`] returned: adds the parameters' gradients to `sink` and returns ∂loss/∂x
-    /// `[T, in]`. With v_i = s·g_i·B_i: dx = Σ g_i·W_i + v_i·A_i, dA_i = v_iᵀ·x, dB_i = s·g_iᵀ·u_i, dW_i = g_iᵀ·x, db_i = Σ_tokens g_i.
+    /// Given g = ∂loss/∂y `[T, Σout]`, the input and what [`CpuLinearGroup::forward`] returned, adds
+    /// the parameters' gradients to `sink` and returns ∂loss/∂x `[T, in]`. With v_i = s·g_i·B_i:
+    /// dx = Σ g_i·W_i + v_i·A_i, dA_i = v_iᵀ·x, dB_i = s·g_iᵀ·u_i, dW_i = g_iᵀ·x, db_i = Σ_tokens g_i.
     pub fn backward(&self, x: &Operand, u: &[f32], g: &[f32], tokens: usize, sink: &mut dyn GradientSink) -> Result<Buffer> {
-        let view = |m: &Member| View::f32(&g[m.column..], self.output);
+        let view = |m: &CpuLinear| View::f32(&g[m.column..], self.output);
         let gs: Vec<Operand> = self.members.iter().map(|m| Operand::new(self.kernel, view(m), tokens, m.out, 1.0)).collect();
         let dx = self.backward_frozen(x, u, &gs, tokens, sink)?;
         self.weight_gradients(x, g, tokens, sink);
@@ -203,7 +205,7 @@ impl<'a> Group<'a> {
         Ok(dx)
     }
 
-    /// ∂loss/∂x of frozen projections, handed on a tile at a time. Returns v, which [`Group::low_rank_gradients`] wants.
+    /// ∂loss/∂x of frozen projections, handed on a tile at a time. Returns v, which [`CpuLinearGroup::low_rank_gradients`] wants.
     pub fn backward_tiles(
         &self,
         gs: &[Operand],

@@ -4,10 +4,10 @@ use candle_core::{Result, bail};
 
 use super::backend::{CpuBackend, Gradients, HeadTape};
 use super::block::CpuBlock;
-use crate::compute::cpu::Held;
+use crate::compute::cpu::TensorRead;
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::{Elements, Kernel};
-use crate::compute::cpu::head::{HeadOptions, HeadOutput, KEPT, head, head_weight_gradient};
+use crate::compute::cpu::head::{HeadInput, HeadOptions, HeadOutput, KEPT, head, head_weight_gradient};
 use crate::compute::cpu::rms_norm::{rms_norm, rms_norm_backward};
 use crate::compute::cpu::thread_pool;
 use crate::model::backend::{Keep, PolicyView, RowOps};
@@ -40,8 +40,8 @@ impl<'a> CpuRow<'a> {
         self.policy.spec.rms_norm_eps as f32
     }
 
-    fn last_norm(&self) -> Result<Held<'a>> {
-        Held::of(self.policy.parameters.tensor(ParamId::Norm)?)
+    fn last_norm(&self) -> Result<TensorRead<'a>> {
+        TensorRead::of(self.policy.parameters.tensor(ParamId::Norm)?)
     }
 
     /// Runs the last norm and the head on the last block's output `[T, C]`.
@@ -51,8 +51,9 @@ impl<'a> CpuRow<'a> {
         thread_pool::chunks(&mut before_norm, width, |i, to| to.copy_from_slice(&x[row.predictors[i] as usize * width..][..width]));
         let mut normed = Buffer::dirty(before_norm.len());
         rms_norm(&before_norm, self.last_norm()?.f32()?, self.eps(), &mut normed);
-        let w = Held::of(self.policy.parameters.head()?)?;
-        let output = head(self.kernel(), &normed, w.elements(), width, &row.targets, options);
+        let w = TensorRead::of(self.policy.parameters.head()?)?;
+        let input = HeadInput { kernel: self.kernel(), h: &normed, w: w.elements(), hidden: width, targets: &row.targets };
+        let output = head(input, options);
         Ok((output, HeadTape { before_norm, normed }))
     }
 }
@@ -73,7 +74,7 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
 
     fn embed(&self) -> Result<Buffer> {
         let width = self.width();
-        let held = Held::of(self.policy.parameters.tensor(ParamId::Embedding)?)?;
+        let held = TensorRead::of(self.policy.parameters.tensor(ParamId::Embedding)?)?;
         let mut x = Buffer::dirty(self.row.tokens() * width);
         for (to, &id) in x.chunks_mut(width).zip(&self.row.row().ids) {
             let at = id as usize * width;
@@ -117,8 +118,9 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
             bail!("backward was not asked for in the head's forward pass");
         }
         if let Some(slot) = gradients.slot(self.policy.parameters.head_id()) {
-            let w = Held::of(self.policy.parameters.head()?)?;
-            head_weight_gradient(self.kernel(), &normed, w.elements(), width, &row.targets, &mut output, upstream, slot);
+            let w = TensorRead::of(self.policy.parameters.head()?)?;
+            let input = HeadInput { kernel: self.kernel(), h: &normed, w: w.elements(), hidden: width, targets: &row.targets };
+            head_weight_gradient(input, &mut output, upstream, slot);
         }
         thread_pool::chunks(&mut output.gradient, width, |i, row| row.iter_mut().for_each(|x| *x *= upstream[i]));
         let mut dh = Buffer::zeros(before_norm.len());

@@ -9,7 +9,7 @@ use candle_core::Result;
 use super::attention::Attention;
 use super::backend::{CudaBackend, Operand};
 use super::gradients::GradientBuffers;
-use super::projections::Group;
+use super::projections::{CudaLinearGroup, GroupBackward};
 use super::row::DeviceRow;
 use super::sizes::BlockShape;
 use super::weights::{BlockWeights, DeviceAdapter};
@@ -38,9 +38,9 @@ pub(super) struct Block<'a> {
 }
 
 impl Block<'_> {
-    fn group(&self, which: LinearGroup) -> Group<'_> {
+    fn group(&self, which: LinearGroup) -> CudaLinearGroup<'_> {
         let adapter = self.adapter.map(|a| a.group(self.index, which));
-        Group { gpu: self.gpu, kind: self.kind, weights: self.weights.groups.get(which), adapter }
+        CudaLinearGroup { gpu: self.gpu, kind: self.kind, weights: self.weights.groups.get(which), adapter }
     }
 
     /// Runs a group: y = keep·y + its outputs. Returns x·Aᵀ of the policy's own adapter.
@@ -168,7 +168,10 @@ impl BlockOps<CudaBackend> for Block<'_> {
         g: OutputGradient<'_, CudaBackend>,
         gradients: &mut GradientBuffers,
     ) -> Result<Memory> {
-        let run = |g: &Memory| self.group(group).backward(self.index, input, low_rank.as_ref(), g, self.row.tokens, gradients);
+        let run = |g: &Memory| {
+            let pass = GroupBackward { block: self.index, tokens: self.row.tokens, x: input, u: low_rank.as_ref(), g };
+            self.group(group).backward(pass, gradients)
+        };
         match g {
             OutputGradient::Stream(gx) => match round(self.gpu, self.kind, gx)? {
                 Some(rounded) => run(&rounded),

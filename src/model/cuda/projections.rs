@@ -16,7 +16,7 @@ use crate::model::params::{BlockParam, ParamId};
 
 /// A group of a block.
 #[derive(Clone, Copy)]
-pub(super) struct Group<'a> {
+pub(super) struct CudaLinearGroup<'a> {
     pub gpu: &'a Arc<Gpu>,
     /// Of weights and activations.
     pub kind: Kind,
@@ -25,7 +25,22 @@ pub(super) struct Group<'a> {
     pub adapter: Option<LowRankGroup<'a>>,
 }
 
-impl Group<'_> {
+/// What the backward pass of a group reads.
+#[derive(Clone, Copy)]
+pub(super) struct GroupBackward<'a> {
+    /// Number of the block.
+    pub block: usize,
+    /// Rows of all matrices: T.
+    pub tokens: usize,
+    /// Input of the forward pass `[T, in]`.
+    pub x: &'a Memory,
+    /// x·Aᵀ `[T, Σr]`, as [`CudaLinearGroup::forward`] returned it.
+    pub u: Option<&'a Memory>,
+    /// g = ∂loss/∂y `[T, Σout]`.
+    pub g: &'a Memory,
+}
+
+impl CudaLinearGroup<'_> {
     /// `y` `[T, Σout]` = keep·y + the projections of `x` `[T, in]`. Returns x·Aᵀ `[T, Σr]`, which the backward pass wants.
     pub fn forward(&self, x: &Memory, tokens: usize, y: &Memory, keep: bool) -> Result<Option<Memory>> {
         let (w, gpu) = (self.weights, self.gpu);
@@ -56,21 +71,14 @@ impl Group<'_> {
         Ok(Some(u))
     }
 
-    /// Given g = ∂loss/∂y `[T, Σout]`, the input and what [`Group::forward`] returned: adds the parameters' gradients and returns ∂loss/∂x `[T, in]`.
-    pub fn backward(
-        &self,
-        block: usize,
-        x: &Memory,
-        u: Option<&Memory>,
-        g: &Memory,
-        tokens: usize,
-        gradients: &GradientBuffers,
-    ) -> Result<Memory> {
+    /// Adds the gradients of the group's parameters and returns ∂loss/∂x `[T, in]`.
+    pub fn backward(&self, pass: GroupBackward<'_>, gradients: &GradientBuffers) -> Result<Memory> {
         let (w, gpu) = (self.weights, self.gpu);
+        let GroupBackward { block, tokens, x, u, g } = pass;
         let dx = gpu.dirty(self.kind, tokens * w.input)?;
         gpu.matmul([tokens, w.input, w.output], g.matrix(w.output), w.weight.matrix(w.input), dx.matrix(w.input), 1.0, 0.0)?;
         if let (Some(adapter), Some(u)) = (self.adapter, u) {
-            self.low_rank_backward(block, adapter, x, u, g, tokens, &dx, gradients)?;
+            self.low_rank_backward(adapter, pass, u, &dx, gradients)?;
         }
         for m in &w.members {
             let g_m = g.matrix_at(m.column, w.output);
@@ -86,17 +94,16 @@ impl Group<'_> {
         Ok(dx)
     }
 
+    /// Adds the gradients of the adapter, given u = x·Aᵀ, and its part of ∂loss/∂x to `dx` `[T, in]`.
     fn low_rank_backward(
         &self,
-        block: usize,
         adapter: LowRankGroup<'_>,
-        x: &Memory,
+        pass: GroupBackward<'_>,
         u: &Memory,
-        g: &Memory,
-        tokens: usize,
         dx: &Memory,
         gradients: &GradientBuffers,
     ) -> Result<()> {
+        let GroupBackward { block, tokens, x, g, .. } = pass;
         let (w, gpu, ranks, scale) = (self.weights, self.gpu, adapter.group.ranks, adapter.scale);
         let v = gpu.dirty(self.kind, tokens * ranks)?;
         for (m, b) in w.members.iter().zip(&adapter.group.b) {

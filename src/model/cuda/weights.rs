@@ -8,7 +8,7 @@ use candle_core::{Result, Tensor};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
-use crate::compute::cpu::Held;
+use crate::compute::cpu::TensorRead;
 use crate::compute::cpu::gemm::Elements;
 use crate::compute::cpu::thread_pool;
 use crate::compute::cuda::gpu::{Gpu, Matrix, Memory};
@@ -21,7 +21,7 @@ use crate::model::params::{BlockParam, Linear, LinearGroup, ParamId, PerGroup};
 const ALIGNMENT: usize = 64;
 
 /// One of a group.
-pub(super) struct Member {
+pub(super) struct CudaLinear {
     /// Which linear layer of the block.
     pub index: Linear,
     pub out: usize,
@@ -34,7 +34,7 @@ pub(super) struct Member {
 pub(super) struct GroupWeights {
     /// `[Σout, in]`.
     pub weight: Memory,
-    pub members: Vec<Member>,
+    pub members: Vec<CudaLinear>,
     pub input: usize,
     pub output: usize,
 }
@@ -92,7 +92,7 @@ impl GroupWeights {
             let p = parameters.linear(block, index)?;
             let (out, width) = p.weight.dims2()?;
             let bias = p.bias.map(|b| tensor(gpu, Kind::F32, b)).transpose()?;
-            members.push(Member { index, out, column: output, bias });
+            members.push(CudaLinear { index, out, column: output, bias });
             weights.push(p.weight);
             (output, input) = (output + out, width);
         }
@@ -214,7 +214,7 @@ impl<'a> Pieces<'a> {
             Kind::Bf16 => Gathered::Bf16(vec![bf16::ZERO; self.len]),
         };
         for (at, t) in &self.placed {
-            let (held, range) = (Held::of(t)?, *at..at + t.elem_count());
+            let (held, range) = (TensorRead::of(t)?, *at..at + t.elem_count());
             match (&mut all, held.elements()) {
                 (Gathered::F32(to), Elements::F32(v)) => to[range].copy_from_slice(v),
                 (Gathered::F32(to), Elements::Bf16(v)) => v.convert_to_f32_slice(&mut to[range]),
@@ -228,7 +228,7 @@ impl<'a> Pieces<'a> {
 
 /// Tensors one after the other; what has the right elements goes to the device from where it is.
 fn stack<'a>(gpu: &Arc<Gpu>, kind: Kind, tensors: impl Iterator<Item = &'a Tensor>) -> Result<Memory> {
-    let tensors: Vec<Held> = tensors.map(Held::of).collect::<Result<_>>()?;
+    let tensors: Vec<TensorRead> = tensors.map(TensorRead::of).collect::<Result<_>>()?;
     let memory = gpu.dirty(kind, tensors.iter().map(|t| t.elements().len()).sum())?;
     let mut at = 0;
     for t in &tensors {
@@ -249,11 +249,11 @@ fn tensor(gpu: &Arc<Gpu>, kind: Kind, t: &Tensor) -> Result<Memory> {
 
 /// Device copies of what lives on the host.
 pub(super) struct Copies<H, D> {
-    all: Mutex<Vec<Entry<H, D>>>,
+    all: Mutex<Vec<CachedCopy<H, D>>>,
 }
 
 /// The original, what elements became, the copy.
-type Entry<H, D> = (Weak<H>, Kind, Arc<D>);
+type CachedCopy<H, D> = (Weak<H>, Kind, Arc<D>);
 
 impl<H, D> Default for Copies<H, D> {
     fn default() -> Self {

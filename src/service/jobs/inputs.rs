@@ -80,7 +80,8 @@ impl InputLoader {
             vocab_size: self.engine.model(&start.model)?.vocab_size,
         };
         let (train, eval, digest, new_since_0_2_0, skipped) = blocking(move || {
-            let Encoded { pairs: mut train, bad: mut skipped, mut new_since_0_2_0 } = encode_dataset(&file, &dataset, &context, &request)?;
+            let EncodedDataset { pairs: mut train, bad: mut skipped, mut new_since_0_2_0 } =
+                encode_dataset(&file, &dataset, &context, &request)?;
             let mut eval = Vec::new();
             match (&request.evaluation, &eval_file) {
                 (_, Some((d, path))) => {
@@ -114,7 +115,7 @@ struct RowContext {
 }
 
 /// The pairs of a dataset.
-struct Encoded {
+struct EncodedDataset {
     pairs: Vec<EncodedPair>,
     /// Rows that are left out.
     bad: BadRows,
@@ -123,7 +124,7 @@ struct Encoded {
 }
 
 /// Tokenises a dataset under the job's row policy.
-fn encode_dataset(path: &Path, dataset: &Dataset, context: &RowContext, request: &JobRequest) -> Result<Encoded> {
+fn encode_dataset(path: &Path, dataset: &Dataset, context: &RowContext, request: &JobRequest) -> Result<EncodedDataset> {
     let loaded = load_rows(path, dataset.format).map_err(|e| unreadable(&e))?;
     // Decoding has limits, and a job must not train on the part before one that uploading did not meet.
     let (now, uploaded) = (loaded.report.rows, dataset.report.rows);
@@ -168,5 +169,5 @@ fn encode_dataset(path: &Path, dataset: &Dataset, context: &RowContext, request:
         return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
     }
     let new = |row: &PreferenceRow| Some(format!("{} of row {} of datasets/{}", row.new_since_0_2_0()?, row.row, dataset.id));
-    Ok(Encoded { pairs, bad, new_since_0_2_0: loaded.rows.iter().find_map(new) })
+    Ok(EncodedDataset { pairs, bad, new_since_0_2_0: loaded.rows.iter().find_map(new) })
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::domain::job::{EventKind, Job, JobState, Metrics, Progress};
 use crate::domain::reason::Reason;
-use crate::engine::api::{Command, RunControl};
+use crate::engine::api::{RunCommand, RunControl};
 use crate::service::error::{Result, ServiceError};
 use crate::service::events::EventFeed;
 use crate::service::store::Store;
@@ -110,12 +110,12 @@ impl LeasedJob {
 
     /// [`patiently`], until the run is told to stop: then the failure is returned.
     pub async fn while_wanted<T, F: Future<Output = Result<T>> + Send>(&self, f: impl Fn() -> F + Send + Sync) -> Result<T> {
-        retry(f, || self.control.command() == Command::Run).await
+        retry(f, || self.control.command() == RunCommand::Run).await
     }
 
     /// [`patiently`], until the run is cancelled: then the failure is returned.
     pub async fn unless_cancelled<T, F: Future<Output = Result<T>> + Send>(&self, f: impl Fn() -> F + Send + Sync) -> Result<T> {
-        retry(f, || self.control.command() != Command::Cancel).await
+        retry(f, || self.control.command() != RunCommand::Cancel).await
     }
 }
 

@@ -13,9 +13,9 @@ use crate::domain::job::JobState;
 
 /// What this process has of the queue; clones share it.
 #[derive(Clone)]
-pub(in crate::service) struct RunRegistry(Arc<Inner>);
+pub(in crate::service) struct RunRegistry(Arc<RegistryState>);
 
-struct Inner {
+struct RegistryState {
     /// The jobs that this process runs.
     leased: Mutex<HashMap<String, Arc<LeasedJob>>>,
     /// Queued jobs that it does not take for a while.
@@ -26,7 +26,7 @@ struct Inner {
 
 impl Default for RunRegistry {
     fn default() -> Self {
-        let inner = Inner { leased: Mutex::default(), postponed: Postponed::default(), queued: watch::channel(0).0 };
+        let inner = RegistryState { leased: Mutex::default(), postponed: Postponed::default(), queued: watch::channel(0).0 };
         RunRegistry(Arc::new(inner))
     }
 }

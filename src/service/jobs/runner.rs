@@ -37,7 +37,7 @@ use crate::domain::identity::Pins;
 use crate::domain::job::{Checkpoint, EventKind, Job, JobError, JobState};
 use crate::domain::reason::Reason;
 use crate::engine::Engine;
-use crate::engine::api::{Command, EngineError, Report, RunEnd, RunEvent, TrainingRun};
+use crate::engine::api::{EngineError, Report, RunCommand, RunEnd, RunEvent, TrainingRun};
 use crate::service::artifacts::Artifacts;
 use crate::service::blocking::blocking;
 use crate::service::checkpoint_files::remove_checkpoint_files;
@@ -367,7 +367,7 @@ impl JobRunner {
                 let start = Instant::now();
                 let kept = leased.unless_cancelled(upload).await;
                 metrics::histogram!("bradley_checkpoint_seconds", "phase" => "keep").record(start.elapsed().as_secs_f64());
-                if leased.control.command() == Command::Cancel && kept.is_err() {
+                if leased.control.command() == RunCommand::Cancel && kept.is_err() {
                     return Ok(()); // nobody wants it
                 }
                 kept?;
@@ -449,11 +449,11 @@ fn failure(e: &ServiceError) -> JobError {
 }
 
 /// How a run ends that was told to stop.
-fn stopped(command: Command) -> Option<RunEnd> {
+fn stopped(command: RunCommand) -> Option<RunEnd> {
     match command {
-        Command::Cancel => Some(RunEnd::Cancelled),
-        Command::Drain => Some(RunEnd::Drained),
-        Command::Run => None,
+        RunCommand::Cancel => Some(RunEnd::Cancelled),
+        RunCommand::Drain => Some(RunEnd::Drained),
+        RunCommand::Run => None,
     }
 }
 

@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use super::blocks::{Block, Heads, blocks, over_keys, sum_over_keys};
+use super::blocks::{Heads, QueryBlock, blocks, over_keys, sum_over_keys};
 use super::keys::{Along, Keys};
 use crate::compute::cpu::buffer::Buffer;
-use crate::compute::cpu::gemm::{Kernel, NR, Operand, Product, Shared, View, panel_product};
+use crate::compute::cpu::gemm::{Kernel, NR, Operand, OutputTile, Product, Shared, View, panel_product};
 use crate::compute::cpu::simd::{dispatch, dot, exp};
 use crate::compute::cpu::thread_pool;
 use crate::compute::layout::RowLayout;
@@ -76,32 +76,42 @@ struct Transposed {
     ds: Operand<'static>,
 }
 
+/// A panel of one segment's keys in one key head: what a task of the second sweep takes.
+#[derive(Clone, Copy)]
+struct KeyPanel {
+    /// The segment's place in the row.
+    segment: usize,
+    /// The panel's place among those of the segment, each [`NR`] keys wide.
+    index: usize,
+    /// The key head.
+    head: usize,
+}
+
 impl Sweep<'_> {
-    fn round(&self, all: &[Block], round: Range<usize>, keep: bool) {
+    /// Runs both sweeps over some of the blocks; `accumulate` adds dK and dV to those of earlier
+    /// rounds.
+    fn round(&self, all: &[QueryBlock], round: Range<usize>, accumulate: bool) {
         let h = self.heads.query;
         let transposed: Vec<Transposed> = thread_pool::map(round.len() * h, |i| self.by_queries(&all[round.start + i / h], i % h));
         // Keys of a segment that no block of the round sees still need zeros in the first round.
-        let tasks: Vec<(usize, usize, usize)> = (0..self.layout.segments.len())
+        let panels: Vec<KeyPanel> = (0..self.layout.segments.len())
             .flat_map(|s| (0..self.layout.segments[s].tokens.len().div_ceil(NR)).map(move |i| (s, i)))
-            .flat_map(|(s, i)| (0..self.heads.key).map(move |kv| (s, i, kv)))
+            .flat_map(|(segment, index)| (0..self.heads.key).map(move |head| KeyPanel { segment, index, head }))
             .collect();
-        thread_pool::for_each(tasks.len(), |task| {
-            let (segment, i, kv) = tasks[task];
-            self.by_keys(all, round.clone(), &transposed, segment, i, kv, keep);
-        });
+        thread_pool::for_each(panels.len(), |i| self.by_keys(all, round.clone(), &transposed, panels[i], accumulate));
     }
 
     /// dQ of one block and head.
-    fn by_queries(&self, block: &Block, head: usize) -> Transposed {
+    fn by_queries(&self, block: &QueryBlock, head: usize) -> Transposed {
         let (kernel, heads) = (self.kernel, self.heads);
         let (row, width, kv) = (heads.row(), heads.width(), head / (heads.query / heads.key));
         let (rows, columns) = (block.queries.len(), block.columns());
         let (mut p, mut ds) = (Buffer::dirty(rows * columns), Buffer::dirty(rows * columns));
         let at = |t: usize| t * width + head * heads.dim;
         let q = View::f32(&self.qkv[block.queries.start * row + head * heads.dim..], row);
-        over_keys(kernel, &Operand::new(kernel, q, rows, heads.dim, 1.0), rows, &self.packed.keys, kv, block, &mut p);
+        over_keys(&Operand::new(kernel, q, rows, heads.dim, 1.0), &self.packed.keys, kv, block, &mut p);
         let g = View::f32(&self.g[at(block.queries.start)..], width);
-        over_keys(kernel, &Operand::new(kernel, g, rows, heads.dim, 1.0), rows, &self.packed.values, kv, block, &mut ds);
+        over_keys(&Operand::new(kernel, g, rows, heads.dim, 1.0), &self.packed.values, kv, block, &mut ds);
         let [p, ds] = Operand::prepared_pair(kernel, [&mut p, &mut ds], columns, |i, p, ds| {
             let t = block.queries.start + i;
             let (out, g) = (&self.out[at(t)..at(t) + heads.dim], &self.g[at(t)..at(t) + heads.dim]);
@@ -129,13 +139,14 @@ impl Sweep<'_> {
         // SAFETY: this task alone writes dQ of its queries and head.
         unsafe {
             let to = self.dqkv.at(block.queries.start * row + head * heads.dim);
-            sum_over_keys(kernel, &ds, rows, &self.packed.key_rows, kv, block, to, row);
+            sum_over_keys(&ds, &self.packed.key_rows, kv, block, to, row);
         }
         Transposed { p: p.transposed(), ds: ds.transposed() }
     }
 
-    /// dK and dV of the `i`-th panel of a segment's keys.
-    fn by_keys(&self, all: &[Block], round: Range<usize>, transposed: &[Transposed], segment: usize, i: usize, kv: usize, keep: bool) {
+    /// dK and dV of a panel of keys, given Pᵀ and dSᵀ of each block of the round and head.
+    fn by_keys(&self, all: &[QueryBlock], round: Range<usize>, transposed: &[Transposed], key_panel: KeyPanel, accumulate: bool) {
+        let KeyPanel { segment, index: i, head: kv } = key_panel;
         let (kernel, heads) = (self.kernel, self.heads);
         let (row, group) = (heads.row(), heads.query / heads.key);
         let start = self.layout.segments[segment].tokens.start + i * NR;
@@ -159,22 +170,22 @@ impl Sweep<'_> {
             }
             // SAFETY: this task alone writes dK and dV of these keys and this key head.
             unsafe {
-                self.write(&dk, keys, n, self.dqkv.at(start * row + heads.key_at(kv) + panel * NR), keep);
-                self.write(&dv, keys, n, self.dqkv.at(start * row + heads.value_at(kv) + panel * NR), keep);
+                self.write(&dk, keys, n, self.dqkv.at(start * row + heads.key_at(kv) + panel * NR), accumulate);
+                self.write(&dv, keys, n, self.dqkv.at(start * row + heads.value_at(kv) + panel * NR), accumulate);
             }
         }
     }
 
     /// # Safety
     /// `to` is valid for `keys` rows of `n` and nobody else touches them.
-    unsafe fn write(&self, products: &[Product], keys: usize, n: usize, to: *mut f32, keep: bool) {
+    unsafe fn write(&self, products: &[Product], keys: usize, n: usize, to: *mut f32, accumulate: bool) {
         let row = self.heads.row();
         // SAFETY: by the caller; operands have all columns of their block as rows, padded to whole panels.
         unsafe {
-            if products.is_empty() && !keep {
+            if products.is_empty() && !accumulate {
                 (0..keys).for_each(|r| to.add(r * row).write_bytes(0, n));
             } else if !products.is_empty() {
-                panel_product(self.kernel, keys, n, products, to, row, keep);
+                panel_product(self.kernel, keys, products, OutputTile { c: to, stride: row, columns: n, accumulate });
             }
         }
     }

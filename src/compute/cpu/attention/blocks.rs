@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::keys::{Along, Keys};
-use crate::compute::cpu::gemm::{Kernel, NR, Operand, Product, panel_product};
+use crate::compute::cpu::gemm::{NR, Operand, OutputTile, Product, panel_product};
 use crate::compute::layout::RowLayout;
 
 /// Queries in a block.
@@ -51,7 +51,7 @@ impl Heads {
 
 /// A block of queries with the keys they may see: all of the prompt's, then their own segment's up to the last query.
 #[derive(Clone, Debug)]
-pub(super) struct Block {
+pub(super) struct QueryBlock {
     pub queries: Range<usize>,
     pub segment: usize,
     pub prefix: Option<usize>,
@@ -61,7 +61,7 @@ pub(super) struct Block {
     pub own: usize,
 }
 
-impl Block {
+impl QueryBlock {
     /// Columns of the score matrix: each part padded to whole panels.
     pub(super) fn shared_columns(&self) -> usize {
         self.shared.next_multiple_of(NR)
@@ -85,14 +85,14 @@ impl Block {
     }
 }
 
-pub(super) fn blocks(layout: &RowLayout) -> Vec<Block> {
+pub(super) fn blocks(layout: &RowLayout) -> Vec<QueryBlock> {
     let mut blocks = Vec::new();
     for (index, s) in layout.segments.iter().enumerate() {
         let prefix = if s.prefix.is_empty() { None } else { layout.segments.iter().position(|p| p.tokens == s.prefix) };
         let mut start = s.tokens.start;
         while start < s.tokens.end {
             let end = (start + BLOCK).min(s.tokens.end);
-            blocks.push(Block { queries: start..end, segment: index, prefix, shared: s.prefix.len(), own: end - s.tokens.start });
+            blocks.push(QueryBlock { queries: start..end, segment: index, prefix, shared: s.prefix.len(), own: end - s.tokens.start });
             start = end;
         }
     }
@@ -100,43 +100,40 @@ pub(super) fn blocks(layout: &RowLayout) -> Vec<Block> {
 }
 
 /// The two parts of a block's keys: segment, keys, first column.
-fn parts(block: &Block) -> impl Iterator<Item = (usize, usize, usize)> {
+fn parts(block: &QueryBlock) -> impl Iterator<Item = (usize, usize, usize)> {
     let prefix = block.prefix.map(|p| (p, block.shared, 0));
     prefix.into_iter().chain([(block.segment, block.own, block.shared_columns())])
 }
 
-/// `s[rows, columns] = A·B` over the key panels of a block, `a` being the queries' `[rows, D]` operand. Rows that see nothing of a panel are left as they are.
-pub(super) fn over_keys(kernel: Kernel, a: &Operand, rows: usize, keys: &Keys, head: usize, block: &Block, s: &mut [f32]) {
-    let columns = block.columns();
-    assert!(s.len() >= rows * columns);
+/// Computes `s[rows, columns] = A·B` over the key panels of a block, `a` being the queries'
+/// `[rows, D]` operand. Rows that see nothing of a panel are left as they are.
+pub(super) fn over_keys(a: &Operand, keys: &Keys, head: usize, block: &QueryBlock, s: &mut [f32]) {
+    let (kernel, rows, columns) = (a.kernel(), block.queries.len(), block.columns());
+    assert!(a.rows() >= rows && s.len() >= rows * columns);
     for (segment, count, first) in parts(block) {
         for i in 0..count.div_ceil(NR) {
             let (depth, panel) = keys.across(head, segment, i);
             let top = if segment == block.segment { block.first_to_see(i) } else { 0 };
             // SAFETY: the panel's columns are inside the padded row of `s`; the operand has `rows` rows.
             unsafe {
-                let to = s.as_mut_ptr().add(top * columns + first + i * NR);
-                panel_product(kernel, rows - top, NR, &[a.product(top, 0, depth, panel)], to, columns, false);
+                let c = s.as_mut_ptr().add(top * columns + first + i * NR);
+                let out = OutputTile { c, stride: columns, columns: NR, accumulate: false };
+                panel_product(kernel, rows - top, &[a.product(top, 0, depth, panel)], out);
             }
         }
     }
 }
 
-/// `to[rows, D] = A·B` summed over a block's keys, `a` being a `[rows, columns]` operand that is zero where a query does not see. A few rows at a time, so
-/// that the keys after them are left out.
+/// Computes `to[rows, D] = A·B` summed over a block's keys, `a` being a `[rows, columns]` operand
+/// that is zero where a query does not see. It takes a few rows at a time, so that the keys after
+/// them are left out.
 ///
 /// # Safety
-/// `to` is valid for `rows` rows of D, `stride` apart, and nobody else touches them.
-pub(super) unsafe fn sum_over_keys(
-    kernel: Kernel,
-    a: &Operand,
-    rows: usize,
-    keys: &Along,
-    head: usize,
-    block: &Block,
-    to: *mut f32,
-    stride: usize,
-) {
+/// `to` is valid for the rows of the block's queries, D wide and `stride` apart, and nobody else
+/// touches them.
+pub(super) unsafe fn sum_over_keys(a: &Operand, keys: &Along, head: usize, block: &QueryBlock, to: *mut f32, stride: usize) {
+    let (kernel, rows) = (a.kernel(), block.queries.len());
+    debug_assert!(a.rows() >= rows);
     for (panel, n) in keys.panels() {
         for top in (0..rows).step_by(NR) {
             let some = NR.min(rows - top);
@@ -148,7 +145,10 @@ pub(super) unsafe fn sum_over_keys(
                 count += 1;
             }
             // SAFETY: by the caller.
-            unsafe { panel_product(kernel, some, n, &products[..count], to.add(top * stride + panel * NR), stride, false) };
+            unsafe {
+                let out = OutputTile { c: to.add(top * stride + panel * NR), stride, columns: n, accumulate: false };
+                panel_product(kernel, some, &products[..count], out);
+            }
         }
     }
 }

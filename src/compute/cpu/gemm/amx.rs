@@ -2,7 +2,7 @@
 //!
 //! The instructions are written as assembly: the intrinsics are not stable. A tile holds 16 rows of 64 bytes.
 
-use super::panel::{NR, Product};
+use super::panel::{NR, OutputTile, Product};
 
 /// Rows and columns of a tile of C.
 const TILE: usize = 16;
@@ -59,7 +59,7 @@ thread_local! {
 /// # Safety
 /// As [`super::kernel::panel_product`], with [`super::panel::ROW_PADDING`] readable rows after the last; [`available`] said yes.
 #[cfg(target_arch = "x86_64")]
-pub(super) unsafe fn panel_product(m: usize, n: usize, products: &[Product], c: *mut f32, stride: usize, keep: bool) {
+pub(super) unsafe fn panel_product(m: usize, products: &[Product], out: OutputTile) {
     CONFIGURED.with(|done| {
         if !done.replace(true) {
             // SAFETY: AMX is there; nothing else in this process configures tiles.
@@ -69,8 +69,8 @@ pub(super) unsafe fn panel_product(m: usize, n: usize, products: &[Product], c: 
     // SAFETY: by the caller. The tiles are this thread's own.
     unsafe {
         for i in (0..m).step_by(2 * TILE) {
-            for j in (0..n).step_by(2 * TILE) {
-                square((i, j), (m, n), products, c, stride, keep);
+            for j in (0..out.columns).step_by(2 * TILE) {
+                square((i, j), m, products, out);
             }
         }
     }
@@ -81,7 +81,8 @@ pub(super) unsafe fn panel_product(m: usize, n: usize, products: &[Product], c: 
 /// # Safety
 /// As [`panel_product`]; the tiles are configured.
 #[cfg(target_arch = "x86_64")]
-unsafe fn square((i, j): (usize, usize), (m, n): (usize, usize), products: &[Product], c: *mut f32, stride: usize, keep: bool) {
+unsafe fn square((i, j): (usize, usize), m: usize, products: &[Product], out: OutputTile) {
+    let OutputTile { c, stride, columns: n, accumulate } = out;
     let (rows, cols) = ((m - i).min(2 * TILE), (n - j).min(2 * TILE));
     let whole = rows == 2 * TILE && cols == 2 * TILE;
     let mut edge = std::mem::MaybeUninit::<[f32; 4 * TILE * TILE]>::uninit();
@@ -89,12 +90,12 @@ unsafe fn square((i, j): (usize, usize), (m, n): (usize, usize), products: &[Pro
     unsafe {
         let corner = c.add(i * stride + j);
         let (to, step) = if whole { (corner, stride) } else { (edge.as_mut_ptr().cast(), 2 * TILE) };
-        if keep && !whole {
+        if accumulate && !whole {
             for r in 0..rows {
                 std::ptr::copy_nonoverlapping(corner.add(r * stride), to.add(r * step), cols);
             }
         }
-        accumulate(i, j, rows > TILE, products, to, step, keep);
+        tile_products(i, j, rows > TILE, products, OutputTile { c: to, stride: step, ..out });
         if !whole {
             for r in 0..rows {
                 std::ptr::copy_nonoverlapping(to.add(r * step), corner.add(r * stride), cols);
@@ -104,15 +105,16 @@ unsafe fn square((i, j): (usize, usize), (m, n): (usize, usize), products: &[Pro
 }
 
 /// # Safety
-/// As [`square`]; `c` has room for 32 × 32 (16 × 32 when not `both`).
+/// As [`square`]; `out` has room for 32 × 32 (16 × 32 when not `both`).
 #[cfg(target_arch = "x86_64")]
-unsafe fn accumulate(i: usize, j: usize, both: bool, products: &[Product], c: *mut f32, stride: usize, keep: bool) {
+unsafe fn tile_products(i: usize, j: usize, both: bool, products: &[Product], out: OutputTile) {
     use std::arch::asm;
+    let OutputTile { c, stride, accumulate, .. } = out;
     let bytes = stride * 4;
     // SAFETY: by the caller. Tile registers hold their values between the blocks: nothing else on this thread uses them.
     unsafe {
         let lower = c.add(TILE * stride);
-        if keep {
+        if accumulate {
             asm!("tileloadd tmm0, [{c} + {s}*1]", "tileloadd tmm1, [{c} + {s}*1 + 64]", c = in(reg) c, s = in(reg) bytes, options(nostack, readonly));
             if both {
                 asm!("tileloadd tmm2, [{c} + {s}*1]", "tileloadd tmm3, [{c} + {s}*1 + 64]", c = in(reg) lower, s = in(reg) bytes, options(nostack, readonly));

@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 
 use super::amx;
-use super::panel::{NR, Product};
+use super::panel::{NR, OutputTile, Product};
 use crate::domain::training::Precision;
 
 /// How products are computed. Which one is best is found out when the program runs.
@@ -61,7 +61,7 @@ impl Kernel {
     }
 
     /// Whether a unit of depth is a pair of bf16.
-    pub(crate) fn pairs(self) -> bool {
+    pub(crate) fn is_bf16(self) -> bool {
         matches!(self, Kernel::Avx512Bf16 | Kernel::Amx)
     }
 
@@ -76,12 +76,12 @@ impl Kernel {
 
     /// Elements in so many units.
     pub(super) fn elements(self, units: usize) -> usize {
-        if self.pairs() { 2 * units } else { units }
+        if self.is_bf16() { 2 * units } else { units }
     }
 
     /// Units before element `k`, which is even for pairs.
     pub(crate) fn units(self, k: usize) -> usize {
-        if self.pairs() { k / 2 } else { k }
+        if self.is_bf16() { k / 2 } else { k }
     }
 
     /// Rows the kernel likes to have at a time.
@@ -106,27 +106,28 @@ const CHUNK_PRODUCTS: usize = 8;
 /// Rows of A in registers at a time.
 const MR: usize = 14;
 
-/// `c[m × n] = keep·c + Σ products`, rows of `c` `stride` apart, n ≤ [`NR`]. After some depth the sums go to C and come back, which is exact: what
-/// they pass of the panel stays in the L1 cache while the rows go by.
+/// Computes `m` rows of C as Σ products, plus what they hold where `out` says so. After some depth
+/// the sums go to C and come back, which is exact: the piece of the panel that they use stays in
+/// the L1 cache while the rows go by.
 ///
 /// # Safety
-/// The products cover `m` rows (and, for pairs, [`super::panel::ROW_PADDING`] more that are readable) and their depth; `c` is valid for the `m × n` elements
-/// and nobody else touches them.
-pub(crate) unsafe fn panel_product(kernel: Kernel, m: usize, n: usize, products: &[Product], c: *mut f32, stride: usize, keep: bool) {
-    debug_assert!(n <= NR);
+/// The products cover `m` rows (and, for pairs, [`super::panel::ROW_PADDING`] more that are
+/// readable) and their depth; `out` is valid for `m` rows and nobody else touches them.
+pub(crate) unsafe fn panel_product(kernel: Kernel, m: usize, products: &[Product], out: OutputTile) {
+    debug_assert!(out.columns <= NR);
     let mut chunk = [Product::EMPTY; CHUNK_PRODUCTS];
-    let (mut count, mut depth, mut keep) = (0, 0, keep);
+    let (mut count, mut depth, mut out) = (0, 0, out);
     for piece in products.iter().flat_map(pieces) {
         if count > 0 && (depth + piece.depth > CHUNK_DEPTH + CHUNK_STEP || count == CHUNK_PRODUCTS) {
             // SAFETY: by the caller.
-            unsafe { chunk_product(kernel, m, n, &chunk[..count], c, stride, keep) };
-            (count, depth, keep) = (0, 0, true);
+            unsafe { chunk_product(kernel, m, &chunk[..count], out) };
+            (count, depth, out.accumulate) = (0, 0, true);
         }
         chunk[count] = piece;
         (count, depth) = (count + 1, depth + piece.depth);
     }
     // SAFETY: by the caller.
-    unsafe { chunk_product(kernel, m, n, &chunk[..count], c, stride, keep) };
+    unsafe { chunk_product(kernel, m, &chunk[..count], out) };
 }
 
 /// A product cut along its depth into pieces of about equal size.
@@ -143,26 +144,26 @@ fn pieces(p: &Product) -> impl Iterator<Item = Product> + use<> {
 
 /// # Safety
 /// As [`panel_product`].
-unsafe fn chunk_product(kernel: Kernel, m: usize, n: usize, products: &[Product], c: *mut f32, stride: usize, keep: bool) {
+unsafe fn chunk_product(kernel: Kernel, m: usize, products: &[Product], out: OutputTile) {
     #[cfg(target_arch = "x86_64")]
     match kernel {
         // The same sums in the same order as below, so the same bits.
         // SAFETY: as below; the instructions exist.
-        Kernel::Portable if x86::has_avx2() => return unsafe { by_rows(m, |rows, i| x86::avx2(rows, i, n, products, c, stride, keep)) },
+        Kernel::Portable if x86::has_avx2() => return unsafe { by_rows(m, |rows, i| x86::avx2(rows, i, products, out)) },
         Kernel::Portable => {}
         // SAFETY: by the caller; the kernel is chosen only where its instructions exist.
-        Kernel::Amx => return unsafe { amx::panel_product(m, n, products, c, stride, keep) },
+        Kernel::Amx => return unsafe { amx::panel_product(m, products, out) },
         // SAFETY: as above.
-        Kernel::Avx512 => return unsafe { by_rows(m, |rows, i| x86::strip(false, rows, i, n, products, c, stride, keep)) },
+        Kernel::Avx512 => return unsafe { by_rows(m, |rows, i| x86::strip(false, rows, i, products, out)) },
         // SAFETY: as above.
-        Kernel::Avx512Bf16 => return unsafe { by_rows(m, |rows, i| x86::strip(true, rows, i, n, products, c, stride, keep)) },
+        Kernel::Avx512Bf16 => return unsafe { by_rows(m, |rows, i| x86::strip(true, rows, i, products, out)) },
     }
     let _ = kernel;
     by_rows(m, |rows, i| {
         super::super::simd::dispatch(
             #[inline(always)]
             // SAFETY: by the caller.
-            || unsafe { portable(rows, i, n, products, c, stride, keep) },
+            || unsafe { portable(rows, i, products, out) },
         )
     });
 }
@@ -180,14 +181,15 @@ fn by_rows(m: usize, mut strip: impl FnMut(usize, usize)) {
 /// # Safety
 /// As [`panel_product`].
 #[inline(always)]
-unsafe fn portable(rows: usize, first: usize, n: usize, products: &[Product], c: *mut f32, stride: usize, keep: bool) {
+unsafe fn portable(rows: usize, first: usize, products: &[Product], out: OutputTile) {
     const W: usize = 16;
+    let OutputTile { c, stride, columns: n, accumulate } = out;
     for column in (0..n).step_by(W) {
         let width = W.min(n - column);
         let mut acc = [[0f32; W]; MR];
         // SAFETY: rows and columns are bounded by the caller; panels are NR wide.
         unsafe {
-            if keep {
+            if accumulate {
                 for (i, acc) in acc.iter_mut().enumerate().take(rows) {
                     let from = c.add((first + i) * stride + column);
                     for (j, x) in acc.iter_mut().enumerate().take(width) {
@@ -220,7 +222,7 @@ unsafe fn portable(rows: usize, first: usize, n: usize, products: &[Product], c:
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{NR, Product};
+    use super::{NR, OutputTile, Product};
 
     /// Vectors side by side: with 14 rows there are registers left for B and for A, and B is streamed less often than with wider panels. Half of
     /// them where that is enough, as for a low rank.
@@ -231,17 +233,18 @@ mod x86 {
     /// # Safety
     /// As [`super::panel_product`]; the processor has the kernel's instructions.
     #[inline]
-    pub unsafe fn strip(pairs: bool, rows: usize, first: usize, n: usize, products: &[Product], c: *mut f32, stride: usize, keep: bool) {
+    pub unsafe fn strip(is_bf16: bool, rows: usize, first: usize, products: &[Product], out: OutputTile) {
+        let OutputTile { c, stride, columns: n, accumulate } = out;
         // SAFETY: by the caller.
         unsafe {
             let c = c.add(first * stride);
             macro_rules! rows {
                 ($($m:literal)*) => {
-                    match (rows, pairs, n > NR / 2) {
-                        $(($m, false, true) => f32_strip::<$m, V>(first, n, products, c, stride, keep),
-                          ($m, false, false) => f32_strip::<$m, { V / 2 }>(first, n, products, c, stride, keep),
-                          ($m, true, true) => bf16_strip::<$m, V>(first, n, products, c, stride, keep),
-                          ($m, true, false) => bf16_strip::<$m, { V / 2 }>(first, n, products, c, stride, keep),)*
+                    match (rows, is_bf16, n > NR / 2) {
+                        $(($m, false, true) => f32_strip::<$m, V>(first, n, products, c, stride, accumulate),
+                          ($m, false, false) => f32_strip::<$m, { V / 2 }>(first, n, products, c, stride, accumulate),
+                          ($m, true, true) => bf16_strip::<$m, V>(first, n, products, c, stride, accumulate),
+                          ($m, true, false) => bf16_strip::<$m, { V / 2 }>(first, n, products, c, stride, accumulate),)*
                         _ => {}
                     }
                 };
@@ -263,7 +266,8 @@ mod x86 {
     /// # Safety
     /// As [`super::panel_product`]; the processor has AVX2 and FMA.
     #[inline]
-    pub unsafe fn avx2(rows: usize, first: usize, n: usize, products: &[Product], c: *mut f32, stride: usize, keep: bool) {
+    pub unsafe fn avx2(rows: usize, first: usize, products: &[Product], out: OutputTile) {
+        let OutputTile { c, stride, columns: n, accumulate } = out;
         let mut i = 0;
         while i < rows {
             let m = ROWS.min(rows - i);
@@ -273,12 +277,12 @@ mod x86 {
                 unsafe {
                     let to = c.add((first + i) * stride + column);
                     match m {
-                        6 => avx2_strip::<6>(first + i, column, width, products, to, stride, keep),
-                        5 => avx2_strip::<5>(first + i, column, width, products, to, stride, keep),
-                        4 => avx2_strip::<4>(first + i, column, width, products, to, stride, keep),
-                        3 => avx2_strip::<3>(first + i, column, width, products, to, stride, keep),
-                        2 => avx2_strip::<2>(first + i, column, width, products, to, stride, keep),
-                        _ => avx2_strip::<1>(first + i, column, width, products, to, stride, keep),
+                        6 => avx2_strip::<6>(first + i, column, width, products, to, stride, accumulate),
+                        5 => avx2_strip::<5>(first + i, column, width, products, to, stride, accumulate),
+                        4 => avx2_strip::<4>(first + i, column, width, products, to, stride, accumulate),
+                        3 => avx2_strip::<3>(first + i, column, width, products, to, stride, accumulate),
+                        2 => avx2_strip::<2>(first + i, column, width, products, to, stride, accumulate),
+                        _ => avx2_strip::<1>(first + i, column, width, products, to, stride, accumulate),
                     }
                 }
             }
@@ -294,13 +298,13 @@ mod x86 {
         products: &[Product],
         c: *mut f32,
         stride: usize,
-        keep: bool,
+        accumulate: bool,
     ) {
         // SAFETY: by the caller; a row of C narrower than WIDTH goes through a buffer.
         unsafe {
             let mut acc = [[_mm256_setzero_ps(); 2]; M];
             let mut buffer = [0f32; WIDTH];
-            if keep {
+            if accumulate {
                 for (i, acc) in acc.iter_mut().enumerate() {
                     let mut from = c.add(i * stride).cast_const();
                     if width < WIDTH {
@@ -345,7 +349,7 @@ mod x86 {
                 products: &[Product],
                 c: *mut f32,
                 stride: usize,
-                keep: bool,
+                accumulate: bool,
             ) {
                 // SAFETY: by the caller; columns beyond n are masked.
                 unsafe {
@@ -356,7 +360,7 @@ mod x86 {
                         }
                     };
                     let mut acc = [[_mm512_setzero_ps(); V]; M];
-                    if keep {
+                    if accumulate {
                         for i in 0..M {
                             for v in 0..V {
                                 acc[i][v] = _mm512_maskz_loadu_ps(mask(v), c.add(i * stride + 16 * v));

@@ -50,14 +50,17 @@ impl<'a> Operand<'a> {
     /// The operand `scale·view` `[rows, cols]`. An unscaled row-major f32 view costs nothing when f32 is multiplied.
     pub fn new(kernel: Kernel, view: View<'a>, rows: usize, cols: usize, scale: f32) -> Self {
         assert!(view.covers(rows, cols), "operand: the view is smaller than {rows}x{cols}");
-        if let (false, Elements::F32(values), 1, 1.0) = (kernel.pairs(), view.elements, view.col_stride, scale) {
+        if let (false, Elements::F32(values), 1, 1.0) = (kernel.is_bf16(), view.elements, view.col_stride, scale) {
             return Operand { kernel, rows, cols, units: Units::Lent(units_of(values)), stride: view.row_stride };
         }
         let depth = kernel.depth(cols);
         let mut own = Buffer::dirty((rows + ROW_PADDING) * depth);
         let units = own.units_mut();
         let lines = if view.col_stride == 1 { (CHUNK / depth.max(1)).clamp(1, rows.max(1)) } else { 64 };
-        let fill = |i: usize, part: &mut [u32]| fill_rows(kernel, view, i * lines, (rows - i * lines).min(lines), cols, depth, scale, part);
+        let fill = |i: usize, part: &mut [u32]| {
+            let first = i * lines;
+            fill_rows(kernel, SourceRows { view, first, rows: (rows - first).min(lines), cols, scale }, depth, part);
+        };
         match rows * cols < CHUNK {
             true => units[..rows * depth].chunks_mut((lines * depth).max(1)).enumerate().for_each(|(i, part)| fill(i, part)),
             false => thread_pool::chunks(&mut units[..rows * depth], lines * depth, fill),
@@ -108,7 +111,7 @@ impl<'a> Operand<'a> {
     /// The same matrix as a view, to be multiplied from the right: rounded already, where the kernel rounds.
     pub fn view(&self) -> View<'_> {
         let units = self.units.all();
-        if self.kernel.pairs() {
+        if self.kernel.is_bf16() {
             // SAFETY: a unit is a pair of bf16, of which every bit pattern is valid, in the order of k.
             let values = unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<bf16>(), 2 * units.len()) };
             return View::of(Elements::Bf16(values), 2 * self.stride);
@@ -124,7 +127,7 @@ impl<'a> Operand<'a> {
 
     /// A row of a rounded one.
     pub fn bf16_row(&self, row: usize) -> &[bf16] {
-        assert!(self.kernel.pairs() && row < self.rows, "operand: row {row} of {}", self.rows);
+        assert!(self.kernel.is_bf16() && row < self.rows, "operand: row {row} of {}", self.rows);
         let units = &self.units.all()[row * self.stride..][..self.stride];
         // SAFETY: a unit is a pair of bf16, of which every bit pattern is valid, in the order of k.
         let values = unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<bf16>(), 2 * units.len()) };
@@ -158,12 +161,12 @@ struct Rounded {
 impl Rounded {
     fn new(kernel: Kernel, rows: usize, cols: usize) -> Self {
         let depth = kernel.depth(cols);
-        let own = if kernel.pairs() { Buffer::dirty((rows + ROW_PADDING) * depth) } else { Buffer::default() };
+        let own = if kernel.is_bf16() { Buffer::dirty((rows + ROW_PADDING) * depth) } else { Buffer::default() };
         Rounded { kernel, rows, cols, depth, own }
     }
 
     fn write(&mut self, i: usize, row: &[f32]) {
-        if self.kernel.pairs() {
+        if self.kernel.is_bf16() {
             round_row(self.kernel, row, &mut self.own.units_mut()[i * self.depth..(i + 1) * self.depth]);
         }
     }
@@ -171,22 +174,38 @@ impl Rounded {
     /// The operand; `values` as they lie where the kernel does not round.
     fn operand(self, values: &[f32]) -> Operand<'_> {
         let Rounded { kernel, rows, cols, depth, own } = self;
-        let units = if kernel.pairs() { Units::Own(own) } else { Units::Lent(units_of(values)) };
+        let units = if kernel.is_bf16() { Units::Own(own) } else { Units::Lent(units_of(values)) };
         Operand { kernel, rows, cols, units, stride: depth }
     }
 }
 
-/// Rows `first..first + rows` of the operand.
-fn fill_rows(kernel: Kernel, view: View, first: usize, rows: usize, cols: usize, depth: usize, scale: f32, dst: &mut [u32]) {
-    let (Elements::F32(_) | Elements::Bf16(_)) = view.elements;
-    if kernel.pairs() {
-        LINES.with_borrow_mut(|lines| pairs(kernel, view, first, rows, cols, depth, scale, dst, lines));
+/// The rows of `scale·view` that one task converts.
+#[derive(Clone, Copy)]
+struct SourceRows<'a> {
+    view: View<'a>,
+    /// The first row, counted in the view.
+    first: usize,
+    /// The number of rows.
+    rows: usize,
+    /// Elements in a row: k.
+    cols: usize,
+    /// The factor of every element.
+    scale: f32,
+}
+
+/// Converts rows into `dst` `[rows, depth]`, where `depth` counts units, padding included.
+fn fill_rows(kernel: Kernel, source: SourceRows, depth: usize, dst: &mut [u32]) {
+    let (Elements::F32(_) | Elements::Bf16(_)) = source.view.elements;
+    if kernel.is_bf16() {
+        LINES.with_borrow_mut(|lines| fill_rows_bf16(kernel, source, depth, dst, lines));
     } else {
-        singles(view, first, rows, cols, depth, scale, dst);
+        fill_rows_f32(source, depth, dst);
     }
 }
 
-fn singles(view: View, first: usize, rows: usize, cols: usize, depth: usize, scale: f32, dst: &mut [u32]) {
+/// [`fill_rows`] where a unit is one f32.
+fn fill_rows_f32(source: SourceRows, depth: usize, dst: &mut [u32]) {
+    let SourceRows { view, first, rows, cols, scale } = source;
     if let (Elements::F32(v), 1) = (view.elements, view.row_stride) {
         let (start, stride) = (first, view.col_stride);
         let len = (cols - 1) * stride + rows;
@@ -212,17 +231,9 @@ fn at(view: View, row: usize, col: usize) -> f32 {
     }
 }
 
-fn pairs(
-    kernel: Kernel,
-    view: View,
-    first: usize,
-    rows: usize,
-    cols: usize,
-    depth: usize,
-    scale: f32,
-    dst: &mut [u32],
-    lines: &mut Vec<bf16>,
-) {
+/// [`fill_rows`] where a unit is a pair of bf16; `lines` is scratch memory.
+fn fill_rows_bf16(kernel: Kernel, source: SourceRows, depth: usize, dst: &mut [u32], lines: &mut Vec<bf16>) {
+    let SourceRows { view, first, rows, cols, scale } = source;
     let used = cols.div_ceil(2);
     if view.col_stride == 1 {
         for (i, row) in dst.chunks_mut(depth).enumerate().take(rows) {
@@ -310,7 +321,7 @@ impl Operand<'static> {
         let depth = kernel.depth(cols);
         let mut own = Buffer::dirty((rows + ROW_PADDING) * depth);
         let lines = thread_pool::rows_per_task(rows);
-        if kernel.pairs() {
+        if kernel.is_bf16() {
             thread_pool::chunks(&mut own.units_mut()[..rows * depth], lines * depth, |i, part| {
                 ROW.with_borrow_mut(|row| {
                     row.resize(cols, 0.0);

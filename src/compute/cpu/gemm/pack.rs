@@ -25,7 +25,7 @@ pub(crate) fn pack_panel(kernel: Kernel, b: View, k0: usize, k: usize, n0: usize
     let along_k = b.row_stride == 1 && b.col_stride != 1;
     let (lines, width, stride) = if along_k { (n, k, b.col_stride) } else { (k, n, b.row_stride) };
     let end = start + (lines - 1) * stride + width;
-    match (kernel.pairs(), b.elements) {
+    match (kernel.is_bf16(), b.elements) {
         (false, Elements::F32(v)) => lay_f32(&v[start..end], stride, along_k, k, n, dst),
         (true, Elements::Bf16(v)) => lay_bf16(kernel, &v[start..end], stride, along_k, k, n, dst),
         (false, Elements::Bf16(v)) => F32.with_borrow_mut(|line| {
@@ -49,7 +49,7 @@ pub(crate) fn pack_panel(kernel: Kernel, b: View, k0: usize, k: usize, n0: usize
 pub(crate) fn round(kernel: Kernel, src: &[f32], dst: &mut [bf16]) {
     debug_assert_eq!(src.len(), dst.len());
     #[cfg(target_arch = "x86_64")]
-    if kernel.pairs() {
+    if kernel.is_bf16() {
         // SAFETY: kernels over pairs exist only where the processor has AVX512_BF16.
         unsafe { x86::round(src, dst) };
         return;
@@ -66,14 +66,14 @@ pub(crate) fn round(kernel: Kernel, src: &[f32], dst: &mut [bf16]) {
 pub(super) unsafe fn round_rows(kernel: Kernel, tile: &[f32], rows: usize, width: usize, dst: *mut u32, stride: usize, units: usize) {
     assert!(width <= NR && units >= kernel.depth(width) && (rows == 0 || tile.len() >= (rows - 1) * NR + width));
     #[cfg(target_arch = "x86_64")]
-    if kernel.pairs() && width == NR && units == NR / 2 {
+    if kernel.is_bf16() && width == NR && units == NR / 2 {
         // SAFETY: by the assertion and the caller; kernels over pairs exist only where the processor has AVX512_BF16.
         return unsafe { x86::round_tile(tile.as_ptr(), rows, dst, stride) };
     }
     for (i, values) in tile.chunks(NR).enumerate().take(rows) {
         // SAFETY: by the caller.
         let to = unsafe { std::slice::from_raw_parts_mut(dst.add(i * stride), units) };
-        if kernel.pairs() {
+        if kernel.is_bf16() {
             // SAFETY: a row of units is as many pairs of bf16.
             let to: &mut [bf16] = unsafe { std::slice::from_raw_parts_mut(to.as_mut_ptr().cast(), 2 * units) };
             round(kernel, &values[..width], &mut to[..width]);
@@ -149,7 +149,7 @@ fn clear_columns(dst: &mut [u32], n: usize) {
 /// [`interleave`] for `pairs` pairs of rows, a whole panel wide; returns for how many it was done.
 fn interleave_panel(kernel: Kernel, src: &[bf16], stride: usize, pairs: usize, n: usize, dst: &mut [u32]) -> usize {
     #[cfg(target_arch = "x86_64")]
-    if kernel.pairs() && n == NR && pairs > 0 {
+    if kernel.is_bf16() && n == NR && pairs > 0 {
         assert!((2 * pairs - 1) * stride + NR <= src.len() && pairs * NR <= dst.len());
         // SAFETY: the assertion bounds both sides; kernels over pairs exist only where the processor has AVX512_BF16, hence AVX512BW.
         unsafe { x86::interleave_panel(src.as_ptr(), stride, pairs, dst.as_mut_ptr()) };
@@ -164,7 +164,7 @@ pub(super) fn interleave(kernel: Kernel, low: &[bf16], high: Option<&[bf16]>, ds
     match high {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: kernels over pairs exist only where the processor has AVX512_BF16, hence AVX512BW.
-        Some(high) if kernel.pairs() => unsafe { x86::interleave(low, high, dst) },
+        Some(high) if kernel.is_bf16() => unsafe { x86::interleave(low, high, dst) },
         Some(high) => {
             for ((unit, l), h) in dst.iter_mut().zip(low).zip(high) {
                 *unit = u32::from(l.to_bits()) | u32::from(h.to_bits()) << 16;

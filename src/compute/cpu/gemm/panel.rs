@@ -18,6 +18,19 @@ pub(crate) struct Product {
     pub depth: usize,
 }
 
+/// The part of C that a kernel writes.
+#[derive(Clone, Copy)]
+pub(crate) struct OutputTile {
+    /// The first element of the first row.
+    pub c: *mut f32,
+    /// Elements between rows.
+    pub stride: usize,
+    /// Columns to write, at most [`NR`].
+    pub columns: usize,
+    /// Whether the products are added to what C holds; otherwise C is overwritten.
+    pub accumulate: bool,
+}
+
 impl Product {
     pub const EMPTY: Product = Product { a: std::ptr::null(), stride: 0, b: std::ptr::null(), depth: 0 };
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::kernel::{Kernel, panel_product};
 use super::operand::Operand;
 use super::pack::pack_panel;
-use super::panel::{NR, Product};
+use super::panel::{NR, OutputTile, Product};
 use super::view::View;
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::thread_pool;
@@ -55,11 +55,12 @@ pub(super) struct Piece<'a> {
     pub(super) depth: usize,
 }
 
-/// `c = keep·c + Σ A·B` with `c` row-major `[m, n]`, rows `stride` apart; `keep` adds to what is there.
+/// Computes `c = Σ A·B`, with `c` row-major `[m, n]`, rows `stride` apart; `accumulate` adds the sum
+/// to what `c` holds.
 ///
 /// # Panics
 /// When a view is smaller than its product (a bug of the caller).
-pub fn matmul(m: usize, n: usize, terms: &[Term], c: &mut [f32], stride: usize, keep: bool, threads: Threads) {
+pub fn matmul(m: usize, n: usize, terms: &[Term], c: &mut [f32], stride: usize, accumulate: bool, threads: Threads) {
     let Some(first) = terms.first() else { return };
     if m == 0 || n == 0 {
         return;
@@ -72,12 +73,12 @@ pub fn matmul(m: usize, n: usize, terms: &[Term], c: &mut [f32], stride: usize, 
     let work: usize = terms.iter().map(|t| m * n * t.a.cols).sum();
     let threads = if work < PARALLEL_FROM { Threads::One } else { threads };
     if m <= NARROW && kernel != Kernel::Amx && terms.iter().all(|t| t.b.col_stride == 1) {
-        return by_slices(kernel, (m, n), &blocks(kernel, terms, SLICE_DEPTH), c, stride, keep, threads);
+        return by_slices(kernel, (m, n), &blocks(kernel, terms, SLICE_DEPTH), c, stride, accumulate, threads);
     }
-    let mut keep = keep;
+    let mut accumulate = accumulate;
     for block in blocks(kernel, terms, BLOCK_DEPTH) {
-        block_product(kernel, (m, n), &block, c, stride, keep, threads);
-        keep = true;
+        block_product(kernel, (m, n), &block, c, stride, accumulate, threads);
+        accumulate = true;
     }
 }
 
@@ -132,7 +133,7 @@ struct BlockTask<'a> {
     depth: usize,
     out: Shared,
     stride: usize,
-    keep: bool,
+    accumulate: bool,
 }
 
 impl BlockTask<'_> {
@@ -146,8 +147,10 @@ impl BlockTask<'_> {
         let column = panel * NR;
         // SAFETY: rows and columns lie inside the output, which the assertion in `matmul` bounds; tasks have disjoint rows or panels.
         unsafe {
-            let dst = self.out.at(rows.start * self.stride + column);
-            multiply(self.kernel, self.pieces, rows, NR.min(self.n - column), units, dst, self.stride, self.keep);
+            let c = self.out.at(rows.start * self.stride + column);
+            let columns = NR.min(self.n - column);
+            let out = OutputTile { c, stride: self.stride, columns, accumulate: self.accumulate };
+            multiply(self.kernel, self.pieces, rows, units, out);
         }
     }
 }
@@ -163,36 +166,35 @@ pub(super) fn pack_pieces(kernel: Kernel, pieces: &[Piece], n: usize, panel: usi
     }
 }
 
-/// `dst` = keep·dst + some rows of A times a packed panel, of which the first `columns` are wanted.
+/// Multiplies some rows of A with a packed panel, `units`, into `out`.
 ///
 /// # Safety
-/// `dst` is valid for the rows, `stride` apart, and nobody else touches them; the pieces' operands have the rows.
-pub(super) unsafe fn multiply(
-    kernel: Kernel,
-    pieces: &[Piece],
-    rows: Range<usize>,
-    columns: usize,
-    units: &[u32],
-    dst: *mut f32,
-    stride: usize,
-    keep: bool,
-) {
+/// `out` is valid for the rows and nobody else touches them; the pieces' operands have the rows.
+pub(super) unsafe fn multiply(kernel: Kernel, pieces: &[Piece], rows: Range<usize>, units: &[u32], out: OutputTile) {
     let mut products = [Product::EMPTY; 8];
-    let (mut at, mut keep) = (0, keep);
+    let (mut at, mut out) = (0, out);
     for eight in pieces.chunks(8) {
         for (slot, p) in products.iter_mut().zip(eight) {
             *slot = p.term.a.product(rows.start, p.start, p.depth, &units[at..]);
             at += p.depth * NR;
         }
         // SAFETY: by the caller; the products point into operands that cover rows and depth, padding included.
-        unsafe { panel_product(kernel, rows.len(), columns, &products[..eight.len()], dst, stride, keep) };
-        keep = true;
+        unsafe { panel_product(kernel, rows.len(), &products[..eight.len()], out) };
+        out.accumulate = true;
     }
 }
 
-fn block_product(kernel: Kernel, (m, n): (usize, usize), pieces: &[Piece], c: &mut [f32], stride: usize, keep: bool, threads: Threads) {
+fn block_product(
+    kernel: Kernel,
+    (m, n): (usize, usize),
+    pieces: &[Piece],
+    c: &mut [f32],
+    stride: usize,
+    accumulate: bool,
+    threads: Threads,
+) {
     let depth: usize = pieces.iter().map(|p| p.depth).sum();
-    let task = BlockTask { kernel, m, n, pieces, depth, out: Shared(c.as_mut_ptr()), stride, keep };
+    let task = BlockTask { kernel, m, n, pieces, depth, out: Shared(c.as_mut_ptr()), stride, accumulate };
     match threads {
         Threads::One => by_panels(&task, 0..n.div_ceil(NR)),
         Threads::All => by_groups(
@@ -206,14 +208,22 @@ fn block_product(kernel: Kernel, (m, n): (usize, usize), pieces: &[Piece], c: &m
 }
 
 /// Slices of B's rows outside, panels inside: for so few rows that the output stays in the L2 cache.
-fn by_slices(kernel: Kernel, (m, n): (usize, usize), slices: &[Vec<Piece>], c: &mut [f32], stride: usize, keep: bool, threads: Threads) {
+fn by_slices(
+    kernel: Kernel,
+    (m, n): (usize, usize),
+    slices: &[Vec<Piece>],
+    c: &mut [f32],
+    stride: usize,
+    accumulate: bool,
+    threads: Threads,
+) {
     let panels = n.div_ceil(NR);
     let tasks = if threads == Threads::All { panels.min(2 * thread_pool::threads()) } else { 1 };
     let out = Shared(c.as_mut_ptr());
     thread_pool::for_each(tasks, |i| {
         for (s, pieces) in slices.iter().enumerate() {
             let depth = pieces.iter().map(|p| p.depth).sum();
-            let task = BlockTask { kernel, m, n, pieces, depth, out, stride, keep: keep || s > 0 };
+            let task = BlockTask { kernel, m, n, pieces, depth, out, stride, accumulate: accumulate || s > 0 };
             by_panels(&task, panels * i / tasks..panels * (i + 1) / tasks);
         }
     });

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::kernel::Kernel;
 use super::operand::Operand;
 use super::pack::round_rows;
-use super::panel::{NR, ROW_PADDING};
+use super::panel::{NR, OutputTile, ROW_PADDING};
 use super::product::{Piece, Shared, Term, blocks, by_groups, multiply, pack_pieces};
 use crate::compute::cpu::buffer::Buffer;
 
@@ -66,8 +66,9 @@ impl<const P: usize, F: Fn(Range<usize>, Range<usize>, [&mut [f32]; P]) + Sync> 
         let (mut room, mut at) = (room, 0);
         let tiles = std::array::from_fn(|p| {
             let (tile, more) = std::mem::take(&mut room).split_at_mut(rows.len() * NR);
+            let out = OutputTile { c: tile.as_mut_ptr(), stride: NR, columns: columns.len(), accumulate: false };
             // SAFETY: the tile has the rows, NR apart; this task alone has it. The pieces' operands cover the rows, by the assertion above.
-            unsafe { multiply(self.kernel, &self.pieces[p], rows.clone(), columns.len(), &units[at..], tile.as_mut_ptr(), NR, false) };
+            unsafe { multiply(self.kernel, &self.pieces[p], rows.clone(), &units[at..], out) };
             at += self.depths[p] * NR;
             room = more;
             tile
