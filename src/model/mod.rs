@@ -31,4 +31,5 @@ pub mod row;
 pub mod source;
 pub mod spec;
 pub mod tokenizer;
+pub mod weight_matrix;
 pub mod weights;

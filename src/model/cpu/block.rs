@@ -50,7 +50,7 @@ impl<'a> CpuBlock<'a> {
             feed_forward: FeedForward::Gated { width, activation: Activation::Silu, bias: _ },
             feed_forward_norms: Norms::Pre,
         } = spec.blocks[index];
-        let tensor = |param| Held::of(parameters.tensor(ParamId::Block(index, param))?);
+        let tensor = |param| Held::of(parameters.vector(ParamId::Block(index, param))?);
         let groups = |adapter: Option<&'a Adapter>| PerGroup::build(|group| Group::open(kernel, index, parameters, adapter, group));
         let part = |(rows, adapter): &'a (Range<usize>, Arc<Adapter>)| Ok((rows.clone(), groups(Some(adapter))?));
         Ok(CpuBlock {

@@ -7,7 +7,7 @@ use super::block::CpuBlock;
 use crate::model::backend::{Keep, PolicyView, RowOps};
 use crate::model::ops::Held;
 use crate::model::ops::buffer::Buffer;
-use crate::model::ops::gemm::{Elements, Kernel};
+use crate::model::ops::gemm::Kernel;
 use crate::model::ops::head::{HeadOptions, HeadOutput, KEPT, head, head_weight_gradient};
 use crate::model::ops::rms_norm::{rms_norm, rms_norm_backward};
 use crate::model::ops::team;
@@ -41,7 +41,7 @@ impl<'a> CpuRow<'a> {
     }
 
     fn last_norm(&self) -> Result<Held<'a>> {
-        Held::of(self.policy.parameters.tensor(ParamId::Norm)?)
+        Held::of(self.policy.parameters.vector(ParamId::Norm)?)
     }
 
     /// Runs the last norm and the head on the last block's output `[T, C]`.
@@ -51,8 +51,8 @@ impl<'a> CpuRow<'a> {
         team::chunks(&mut before_norm, width, |i, to| to.copy_from_slice(&x[row.predictors[i] as usize * width..][..width]));
         let mut normed = Buffer::dirty(before_norm.len());
         rms_norm(&before_norm, self.last_norm()?.f32()?, self.eps(), &mut normed);
-        let w = Held::of(self.policy.parameters.head()?)?;
-        let output = head(self.kernel(), &normed, w.elements(), width, &row.targets, options);
+        let w = self.policy.parameters.head()?.read()?;
+        let output = head(self.kernel(), &normed, w.view(), &row.targets, options);
         Ok((output, HeadTape { before_norm, normed }))
     }
 }
@@ -73,14 +73,10 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
 
     fn embed(&self) -> Result<Buffer> {
         let width = self.width();
-        let held = Held::of(self.policy.parameters.tensor(ParamId::Embedding)?)?;
+        let embedding = self.policy.parameters.matrix(ParamId::Embedding)?.read()?;
         let mut x = Buffer::dirty(self.row.tokens() * width);
         for (to, &id) in x.chunks_mut(width).zip(&self.row.row().ids) {
-            let at = id as usize * width;
-            match held.elements() {
-                Elements::F32(w) => to.copy_from_slice(&w[at..at + width]),
-                Elements::Bf16(w) => to.iter_mut().zip(&w[at..at + width]).for_each(|(x, w)| *x = w.to_f32()),
-            }
+            embedding.view().read_row(id as usize, to);
         }
         Ok(x)
     }
@@ -117,8 +113,8 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
             bail!("backward was not asked for in the head's forward pass");
         }
         if let Some(slot) = gradients.slot(self.policy.parameters.head_id()) {
-            let w = Held::of(self.policy.parameters.head()?)?;
-            head_weight_gradient(self.kernel(), &normed, w.elements(), width, &row.targets, &mut output, upstream, slot);
+            let w = self.policy.parameters.head()?.read()?;
+            head_weight_gradient(self.kernel(), &normed, w.view(), &row.targets, &mut output, upstream, slot);
         }
         team::chunks(&mut output.gradient, width, |i, row| row.iter_mut().for_each(|x| *x *= upstream[i]));
         let mut dh = Buffer::zeros(before_norm.len());

@@ -4,7 +4,7 @@
 //! a larger logit appears (the online softmax of arXiv:2205.14135).
 
 use super::buffer::Buffer;
-use super::gemm::{Elements, Kernel, NR, Operand, Shared, Term, Threads, View, matmul, pack_panel, panel_product};
+use super::gemm::{Kernel, NR, Operand, Orientation, Shared, Term, Threads, View, WeightView, matmul, panel_product};
 use super::simd::{dispatch, exp, exp_moments, exp_sum, max, sum};
 use super::team;
 
@@ -154,14 +154,14 @@ impl Running {
 }
 
 /// log p of `targets[i]` given row i of `h` `[N, C]`, with `w` `[V, C]`. Targets are below V.
-pub fn head(kernel: Kernel, h: &[f32], w: Elements, hidden: usize, targets: &[u32], options: HeadOptions) -> HeadOutput {
-    let (rows, vocabulary) = (targets.len(), w.len() / hidden);
+pub fn head(kernel: Kernel, h: &[f32], w: WeightView, targets: &[u32], options: HeadOptions) -> HeadOutput {
+    let (rows, vocabulary, hidden) = (targets.len(), w.rows(), w.columns());
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
     let mut running = vec![START; rows];
     let per_task = rows_per_task(kernel, rows);
     let mut gradient = Buffer::dirty(if options.gradient { rows * hidden } else { 0 });
     let mut kept = options.trained.map_or_else(Kept::default, |at_most| Kept::new(rows, vocabulary, at_most));
-    for_each_tile(kernel, w, hidden, 0, options.gradient, |tile| {
+    for_each_tile(kernel, w, 0, options.gradient, |tile| {
         let out = Shared(gradient.as_mut_ptr());
         let keeps = (tile.first / TILE + 1) * rows * TILE <= kept.exponentials.len();
         let (exponentials, maxima) = (Shared(kept.exponentials.as_mut_ptr()), Shared(kept.maxima.as_mut_ptr()));
@@ -206,7 +206,7 @@ pub fn head(kernel: Kernel, h: &[f32], w: Elements, hidden: usize, targets: &[u3
         });
     });
     if options.gradient {
-        finish_gradient(&mut gradient, w, hidden, targets, &running);
+        finish_gradient(&mut gradient, w, targets, &running);
     }
     let log_sum_exp: Vec<f32> = running.iter().map(Running::log_sum_exp).collect();
     HeadOutput {
@@ -222,29 +222,23 @@ pub fn head(kernel: Kernel, h: &[f32], w: Elements, hidden: usize, targets: &[u3
 }
 
 /// W_y − (Σ_v e^(l_v − max)·W_v) / Σ_v e^(l_v − max).
-fn finish_gradient(gradient: &mut [f32], w: Elements, hidden: usize, targets: &[u32], running: &[Running]) {
-    team::chunks(gradient, hidden, |i, row| {
-        let (at, inverse) = (targets[i] as usize * hidden, 1.0 / running[i].sum);
-        match w {
-            Elements::F32(w) => row.iter_mut().zip(&w[at..]).for_each(|(x, w)| *x = w - *x * inverse),
-            Elements::Bf16(w) => row.iter_mut().zip(&w[at..]).for_each(|(x, w)| *x = w.to_f32() - *x * inverse),
+fn finish_gradient(gradient: &mut [f32], w: WeightView, targets: &[u32], running: &[Running]) {
+    let hidden = w.columns();
+    let rows = team::rows_per_task(targets.len());
+    team::chunks(gradient, rows * hidden, |task, gradient| {
+        let mut target = vec![0f32; hidden];
+        for (row, i) in gradient.chunks_mut(hidden).zip(task * rows..) {
+            w.read_row(targets[i] as usize, &mut target);
+            let inverse = 1.0 / running[i].sum;
+            row.iter_mut().zip(&target).for_each(|(x, w)| *x = w - *x * inverse);
         }
     });
 }
 
 /// Adds ∂loss/∂W to `dw` `[V, C]`, given what [`head`] returned and g = ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p), tile by tile. Uses up
 /// what was kept.
-pub fn head_weight_gradient(
-    kernel: Kernel,
-    h: &[f32],
-    w: Elements,
-    hidden: usize,
-    targets: &[u32],
-    output: &mut HeadOutput,
-    g: &[f32],
-    dw: &mut [f32],
-) {
-    let (rows, vocabulary) = (targets.len(), w.len() / hidden);
+pub fn head_weight_gradient(kernel: Kernel, h: &[f32], w: WeightView, targets: &[u32], output: &mut HeadOutput, g: &[f32], dw: &mut [f32]) {
+    let (rows, vocabulary, hidden) = (targets.len(), w.rows(), w.columns());
     let Kept { mut exponentials, maxima } = std::mem::take(&mut output.kept);
     assert_eq!(maxima.len(), vocabulary.div_ceil(TILE) * rows, "the head's forward pass was not told that it is trained");
     let per_task = rows_per_task(kernel, rows);
@@ -264,7 +258,7 @@ pub fn head_weight_gradient(
     };
     let mut add = |tile: usize, width: usize, errors: &[f32]| {
         let transposed = Operand::new(kernel, View::f32(errors, TILE).t(), width, rows, 1.0);
-        let term = Term { a: &transposed, b: View::f32(h, hidden) };
+        let term = Term::new(&transposed, View::f32(h, hidden));
         matmul(width, hidden, &[term], &mut dw[tile * TILE * hidden..], hidden, true, Threads::All);
     };
     let kept = exponentials.len() / (rows * TILE).max(1);
@@ -275,7 +269,7 @@ pub fn head_weight_gradient(
     }
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
     let mut errors = Buffer::dirty(rows * TILE);
-    for_each_tile(kernel, w, hidden, kept * TILE, false, |part| {
+    for_each_tile(kernel, w, kept * TILE, false, |part| {
         let tile = part.first / TILE;
         team::chunks(&mut errors, per_task * TILE, |i, errors| {
             let first = i * per_task;
@@ -307,9 +301,8 @@ struct Tile<'a> {
 }
 
 /// Calls `f` with each tile from token `from` on.
-fn for_each_tile(kernel: Kernel, w: Elements, hidden: usize, from: usize, gradient: bool, mut f: impl FnMut(&Tile)) {
-    let vocabulary = w.len() / hidden;
-    let view = View::of(w, hidden);
+fn for_each_tile(kernel: Kernel, w: WeightView, from: usize, gradient: bool, mut f: impl FnMut(&Tile)) {
+    let (vocabulary, hidden) = (w.rows(), w.columns());
     let depth = kernel.depth(hidden);
     let sums = if gradient { hidden.div_ceil(NR) } else { 0 };
     let mut across = Buffer::dirty(TILE * depth);
@@ -318,10 +311,11 @@ fn for_each_tile(kernel: Kernel, w: Elements, hidden: usize, from: usize, gradie
         let width = TILE.min(vocabulary - first);
         let k = kernel.depth(width);
         team::chunks(&mut across.units_mut()[..width.div_ceil(NR) * depth * NR], depth * NR, |i, panel| {
-            pack_panel(kernel, view.t(), 0, hidden, first + i * NR, NR.min(width - i * NR), panel);
+            let words = first + i * NR..first + width.min((i + 1) * NR);
+            w.pack(kernel, Orientation::Transposed, 0..hidden, words, panel);
         });
         team::chunks(&mut along.units_mut()[..sums * NR * k], k * NR, |i, panel| {
-            pack_panel(kernel, view, first, width, i * NR, NR.min(hidden - i * NR), panel);
+            w.pack(kernel, Orientation::Plain, first..first + width, i * NR..hidden.min((i + 1) * NR), panel);
         });
         f(&Tile { first, width, hidden, depth, across: across.units(), along: along.units() });
     }

@@ -3,7 +3,7 @@
 use candle_core::{D, DType, Device, Tensor};
 
 use super::attention::{Heads, attention, attention_backward};
-use super::gemm::{Elements, Kernel, NR, Operand, View};
+use super::gemm::{Elements, Kernel, NR, Operand, View, WeightView};
 use super::head::{HeadOptions, KEPT, head, head_weight_gradient};
 use super::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm, rms_norm_backward};
 use super::rope::{Direction, RopeTable, rotate};
@@ -316,7 +316,7 @@ fn log_probs_and_distributions_match_a_full_softmax() {
     let f64s = |v: &[f32]| matrix(v, hidden).to_dtype(DType::F64).unwrap();
     let logits: Vec<Vec<f64>> = f64s(&h).matmul(&f64s(&w).t().unwrap()).unwrap().to_vec2().unwrap();
     for kernel in kernels() {
-        let got = head(kernel, &h, Elements::F32(&w), hidden, &targets, PLAIN);
+        let got = head(kernel, &h, WeightView::new(Elements::F32(&w), hidden), &targets, PLAIN);
         for (i, row) in logits.iter().enumerate() {
             let m = row.iter().cloned().fold(f64::MIN, f64::max);
             let lse = m + row.iter().map(|x| (x - m).exp()).sum::<f64>().ln();
@@ -343,15 +343,15 @@ fn log_prob_gradients_match_differences_for_a_frozen_and_a_trainable_head() {
         // All probabilities are kept for the weight's gradient, those of the first tiles, none.
         let gradients = [KEPT, rows * 1024, 0].map(|kept| {
             let options = HeadOptions { distribution: false, gradient: true, trained: Some(kept) };
-            let mut out = head(kernel, &h, Elements::F32(&w), hidden, &targets, options);
+            let mut out = head(kernel, &h, WeightView::new(Elements::F32(&w), hidden), &targets, options);
             let mut dw = vec![0f32; w.len()];
-            head_weight_gradient(kernel, &h, Elements::F32(&w), hidden, &targets, &mut out, &u, &mut dw);
+            head_weight_gradient(kernel, &h, WeightView::new(Elements::F32(&w), hidden), &targets, &mut out, &u, &mut dw);
             (out, dw)
         });
         assert!(gradients[1..].iter().all(|(_, dw)| *dw == gradients[0].1), "{kernel:?}: bits depend on what is kept");
         let [(out, dw), ..] = gradients;
         let dh: Vec<f32> = out.gradient.chunks(hidden).zip(&u).flat_map(|(row, u)| row.iter().map(move |x| x * u)).collect();
-        check_gradient("head h", &h, &dh, &u, |h| head(kernel, h, Elements::F32(&w), hidden, &targets, PLAIN).log_probs);
-        check_gradient("head w", &w, &dw, &u, |w| head(kernel, &h, Elements::F32(w), hidden, &targets, PLAIN).log_probs);
+        check_gradient("head h", &h, &dh, &u, |h| head(kernel, h, WeightView::new(Elements::F32(&w), hidden), &targets, PLAIN).log_probs);
+        check_gradient("head w", &w, &dw, &u, |w| head(kernel, &h, WeightView::new(Elements::F32(w), hidden), &targets, PLAIN).log_probs);
     }
 }

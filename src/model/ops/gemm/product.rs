@@ -4,9 +4,8 @@ use std::ops::Range;
 
 use super::kernel::{Kernel, panel_product};
 use super::operand::Operand;
-use super::pack::pack_panel;
 use super::panel::{NR, Product};
-use super::view::View;
+use super::weight::RightOperand;
 use crate::model::ops::buffer::Buffer;
 use crate::model::ops::team;
 
@@ -41,7 +40,14 @@ pub struct Term<'a> {
     /// A `[m, k]`.
     pub a: &'a Operand<'a>,
     /// B `[k, n]`.
-    pub b: View<'a>,
+    pub b: RightOperand<'a>,
+}
+
+impl<'a> Term<'a> {
+    /// Returns A·B.
+    pub fn new(a: &'a Operand<'a>, b: impl Into<RightOperand<'a>>) -> Self {
+        Term { a, b: b.into() }
+    }
 }
 
 /// A piece of a term whose depth fits a block.
@@ -71,7 +77,7 @@ pub fn matmul(m: usize, n: usize, terms: &[Term], c: &mut [f32], stride: usize, 
     }
     let work: usize = terms.iter().map(|t| m * n * t.a.cols).sum();
     let threads = if work < PARALLEL_FROM { Threads::One } else { threads };
-    if m <= NARROW && kernel != Kernel::Amx && terms.iter().all(|t| t.b.col_stride == 1) {
+    if m <= NARROW && kernel != Kernel::Amx && terms.iter().all(|t| t.b.has_contiguous_rows()) {
         return by_slices(kernel, (m, n), &blocks(kernel, terms, SLICE_DEPTH), c, stride, keep, threads);
     }
     let mut keep = keep;
@@ -158,7 +164,7 @@ pub(super) fn pack_pieces(kernel: Kernel, pieces: &[Piece], n: usize, panel: usi
     let mut at = 0;
     for p in pieces {
         let to = &mut units[at * NR..(at + p.depth) * NR];
-        pack_panel(kernel, p.term.b, p.start, p.k, column, NR.min(n - column), to);
+        p.term.b.pack(kernel, p.start..p.start + p.k, column..n.min(column + NR), to);
         at += p.depth;
     }
 }
