@@ -3,6 +3,7 @@
 mod backend;
 mod block;
 mod row;
+pub mod sizes;
 
 pub use self::backend::CpuBackend;
 pub use self::row::CpuRow;

@@ -3,6 +3,7 @@
 pub mod adapter;
 pub mod backend;
 pub mod block;
+pub mod block_shape;
 pub mod chat;
 pub mod config;
 pub mod cpu;

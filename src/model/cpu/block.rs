@@ -156,8 +156,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         let (tokens, width) = (self.tokens(), self.width);
         let keep = match save_tape {
             false => KeepGateUp::No,
-            true if self.kernel.pairs() && self.is_adapted => KeepGateUp::Bf16,
-            true => KeepGateUp::F32,
+            true => KeepGateUp::for_tape(self.kernel, self.is_adapted),
         };
         if self.parts.is_empty() && self.groups.gate_up.is_tiled::<2>() {
             let tiles = SwigluTiles::new(self.kernel, tokens, width, keep);

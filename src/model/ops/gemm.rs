@@ -23,7 +23,7 @@ pub(crate) use self::pack::pack_panel;
 pub use self::panel::NR;
 pub(crate) use self::panel::Product;
 pub(crate) use self::product::Shared;
-pub use self::product::{GROUP_BYTES, Term, Threads, matmul};
+pub use self::product::{Term, Threads, matmul, packed_bytes};
 pub use self::tiles::{TiledOperand, matmul_tiles};
 pub use self::view::{Elements, View};
 pub use self::weight::{Orientation, RightOperand, WeightView};

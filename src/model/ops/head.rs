@@ -78,6 +78,12 @@ impl Kept {
     }
 }
 
+/// Bytes of the probabilities that are kept for `rows` rows with `predictors` predictors in all, each
+/// row's head keeping at most [`KEPT`].
+pub fn kept_bytes(rows: u64, predictors: u64, vocabulary: u64) -> u64 {
+    size_of::<f32>() as u64 * (predictors * vocabulary).min(rows.saturating_mul(KEPT as u64))
+}
+
 /// A row's softmax so far.
 #[derive(Clone, Copy)]
 struct Running {

@@ -13,8 +13,6 @@ use crate::model::ops::team;
 const BLOCK_DEPTH: usize = 1024;
 /// Units of B that a task packs before A passes them: all of its part, mostly.
 const GROUP_UNITS: usize = 1 << 19;
-/// So many bytes each thread may have packed at one time.
-pub const GROUP_BYTES: usize = GROUP_UNITS * size_of::<u32>();
 /// Units of A that pass at a time: they stay in the L2 cache while the panels change.
 const PASS_UNITS: usize = 1 << 17;
 /// Rows that are worth a task of their own.
@@ -24,6 +22,11 @@ const NARROW: usize = 64;
 const SLICE_DEPTH: usize = 64;
 /// Below this many multiplications, threads cost more than they save.
 const PARALLEL_FROM: usize = 1 << 19;
+
+/// Bytes of the panels of B that all threads together may have packed at one time.
+pub fn packed_bytes() -> usize {
+    team::threads() * GROUP_UNITS * size_of::<u32>()
+}
 
 /// Whether a product may use every core.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
