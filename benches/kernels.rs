@@ -4,7 +4,7 @@
 #![allow(clippy::print_stdout)]
 
 use bradley::compute::cpu::attention::{Heads, attention, attention_backward};
-use bradley::compute::cpu::gemm::{Elements, Kernel, Operand, Term, Threads, View, matmul};
+use bradley::compute::cpu::gemm::{Elements, Kernel, Operand, Term, Threads, View, WeightView, matmul};
 use bradley::compute::cpu::head::{HeadInput, HeadOptions, head};
 use bradley::compute::cpu::rms_norm::{rms_norm, rms_norm_backward};
 use bradley::compute::cpu::swiglu::{swiglu, swiglu_backward};
@@ -47,7 +47,7 @@ fn peak(bencher: Bencher, precision: &str) {
             let a = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);
             let mut c = vec![0f32; m * n];
             for _ in 0..times {
-                matmul(m, n, &[Term { a: &a, b: View::f32(&b, n) }], &mut c, n, false, Threads::One);
+                matmul(m, n, &[Term::new(&a, View::f32(&b, n))], &mut c, n, false, Threads::One);
             }
             divan::black_box(c);
         });
@@ -59,11 +59,11 @@ fn product(bencher: Bencher, precision: &str, m: usize, k: usize, n: usize, back
     let (a, b) = (values(m * k), values(k * n));
     let rounded: Vec<half::bf16> = b.iter().map(|x| half::bf16::from_f32(*x)).collect();
     let b = if precision == "bf16" { Elements::Bf16(&rounded) } else { Elements::F32(&b) };
-    let view = if backward { View::of(b, n) } else { View::of(b, k).t() };
+    let view = if backward { WeightView::new(b, n).plain() } else { WeightView::new(b, k).transposed() };
     let mut c = vec![0f32; m * n];
     bencher.counter(ItemsCount::new(2 * m * k * n)).bench_local(|| {
         let a = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);
-        matmul(m, n, &[Term { a: &a, b: view }], &mut c, n, false, Threads::All);
+        matmul(m, n, &[Term::new(&a, view)], &mut c, n, false, Threads::All);
     });
 }
 
@@ -104,7 +104,7 @@ fn head_390x576x49152(bencher: Bencher, precision: &str) {
     let targets: Vec<u32> = (0..n as u32).collect();
     let options = HeadOptions { distribution: true, gradient: true, trained: None };
     bencher.counter(ItemsCount::new(4 * n * c * v)).bench_local(|| {
-        let input = HeadInput { kernel: kernel(precision), h: &h, w, hidden: c, targets: &targets };
+        let input = HeadInput { kernel: kernel(precision), h: &h, w: WeightView::new(w, c), targets: &targets };
         head(input, options)
     });
 }

@@ -39,6 +39,7 @@ use crate::infer::reference_cache::ReferenceCache;
 use crate::model::device::{ComputeDevice, DeviceChoice};
 use crate::model::error::ModelError;
 use crate::model::params::ParamSpec;
+use crate::telemetry::trace;
 use crate::train::checkpoint::REFERENCE_FILE;
 use crate::train::estimate::{Lengths, MemoryKind, on_host, plan};
 

@@ -3,6 +3,7 @@
 pub mod adapter;
 pub mod backend;
 pub mod block;
+pub mod block_shape;
 pub mod config;
 pub mod cpu;
 // Without the feature, the types of `cuda` have no values.
@@ -20,3 +21,4 @@ pub mod pass;
 pub mod rope;
 pub mod row;
 pub mod spec;
+pub mod weight_matrix;

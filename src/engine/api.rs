@@ -334,6 +334,13 @@ pub enum EngineError {
     Device(String),
 }
 
+/// A failed computation on tensors.
+impl From<candle_core::Error> for EngineError {
+    fn from(e: candle_core::Error) -> Self {
+        EngineError::Device(e.to_string())
+    }
+}
+
 impl EngineError {
     /// Says why weights cannot be used: all of it in the log, without the server's folders to
     /// clients.

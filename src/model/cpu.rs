@@ -4,6 +4,7 @@ mod backend;
 mod block;
 mod projections;
 mod row;
+pub mod sizes;
 
 pub use self::backend::CpuBackend;
 pub use self::row::CpuRow;

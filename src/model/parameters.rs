@@ -1,7 +1,6 @@
 //! The decoder's weights, one tensor for each row of the table of parameters ([`super::params`]).
 
 use std::collections::HashMap;
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -9,7 +8,8 @@ use candle_core::{Tensor, bail};
 
 use super::config::ModelConfig;
 use super::error::ModelError;
-use super::params::{BlockParam, Linear, ParamId, ParamSpec, params};
+use super::params::{BlockParam, Linear, ParamId, ParamRole, ParamSpec, params};
+use super::weight_matrix::WeightMatrix;
 use crate::compute::cpu::thread_pool;
 use crate::domain::training::Precision;
 
@@ -30,7 +30,7 @@ pub trait TensorSource: Sync {
 #[derive(Clone, Copy, Debug)]
 pub struct Projection<'a> {
     /// W `[out, in]`.
-    pub weight: &'a Tensor,
+    pub weight: &'a WeightMatrix,
     /// b `[out]`.
     pub bias: Option<&'a Tensor>,
 }
@@ -40,7 +40,32 @@ pub struct Projection<'a> {
 pub struct Parameters {
     table: Arc<ParamTable>,
     /// In the table's order.
-    tensors: Vec<Tensor>,
+    values: Vec<Value>,
+}
+
+/// The value of a parameter.
+#[derive(Clone, Debug)]
+enum Value {
+    Matrix(WeightMatrix),
+    /// A norm's weight or a bias, in f32.
+    Vector(Tensor),
+}
+
+impl Value {
+    fn new(param: &ParamSpec, tensor: Tensor) -> candle_core::Result<Self> {
+        Ok(match param.role {
+            ParamRole::Matrix => Value::Matrix(WeightMatrix::new(tensor)?),
+            ParamRole::Norm | ParamRole::Bias => Value::Vector(tensor),
+        })
+    }
+
+    /// Returns it as a tensor that shares its storage.
+    fn tensor(&self) -> Tensor {
+        match self {
+            Value::Matrix(matrix) => matrix.tensor(),
+            Value::Vector(tensor) => tensor.clone(),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -78,16 +103,26 @@ impl Parameters {
         });
         // After an error, what was not read yet is read here, so that the error is always that of
         // the first tensor that has one.
-        let read = |(param, read): (&ParamSpec, Read)| read.unwrap_or_else(|| weights.load(param, precision));
-        let tensors = all.into_iter().map(read).collect::<Result<_, _>>()?;
-        Ok(Parameters { table, tensors })
+        let value = |(param, read): (&ParamSpec, Read)| {
+            let tensor = read.unwrap_or_else(|| weights.load(param, precision))?;
+            Ok::<_, ModelError>(Value::new(param, tensor)?)
+        };
+        let values = all.into_iter().map(value).collect::<Result<_, _>>()?;
+        Ok(Parameters { table, values })
     }
 
     /// Makes each tensor with `get`, in the table's order.
-    pub fn build<E>(config: &ModelConfig, get: impl FnMut(&ParamSpec) -> Result<Tensor, E>) -> Result<Self, E> {
+    ///
+    /// # Errors
+    /// The first one of `get`, and those of [`WeightMatrix::new`].
+    pub fn build<E: From<candle_core::Error>>(
+        config: &ModelConfig,
+        mut get: impl FnMut(&ParamSpec) -> Result<Tensor, E>,
+    ) -> Result<Self, E> {
         let table = ParamTable::of(config);
-        let tensors = table.params.iter().map(get).collect::<Result<_, E>>()?;
-        Ok(Parameters { table, tensors })
+        let value = |param| Ok::<_, E>(Value::new(param, get(param)?)?);
+        let values = table.params.iter().map(value).collect::<Result<_, E>>()?;
+        Ok(Parameters { table, values })
     }
 
     /// Returns the number of decoder blocks.
@@ -95,23 +130,46 @@ impl Parameters {
         self.table.num_blocks
     }
 
-    /// Returns every tensor with its row of the table, in the table's order.
-    pub fn iter(&self) -> impl Iterator<Item = (&ParamSpec, &Tensor)> {
-        self.table.params.iter().zip(&self.tensors)
+    /// Returns every value with its row of the table, in the table's order.
+    fn iter(&self) -> impl Iterator<Item = (&ParamSpec, &Value)> {
+        self.table.params.iter().zip(&self.values)
     }
 
-    /// Returns a tensor; `None` when the model has none of this id.
-    pub fn get(&self, id: ParamId) -> Option<&Tensor> {
-        self.table.index.get(&id).map(|i| &self.tensors[*i])
+    fn value(&self, id: ParamId) -> Option<&Value> {
+        self.table.index.get(&id).map(|i| &self.values[*i])
     }
 
-    /// Returns a tensor that the model must have.
+    /// Returns true if the model has a parameter of this id.
+    pub fn has(&self, id: ParamId) -> bool {
+        self.value(id).is_some()
+    }
+
+    /// Returns a parameter as a tensor that shares its storage; `None` when the model has none of
+    /// this id.
+    pub fn get(&self, id: ParamId) -> Option<Tensor> {
+        self.value(id).map(Value::tensor)
+    }
+
+    /// Returns a matrix that the model must have.
+    ///
+    /// # Errors
+    /// When it has no matrix of this id.
+    pub fn matrix(&self, id: ParamId) -> candle_core::Result<&WeightMatrix> {
+        match self.value(id) {
+            Some(Value::Matrix(matrix)) => Ok(matrix),
+            Some(Value::Vector(_)) => bail!("{id:?} is no matrix"),
+            None => bail!("the model has no {id:?}"),
+        }
+    }
+
+    /// Returns the weight of a norm, or a bias, that the model must have.
     ///
     /// # Errors
     /// When it has none of this id.
-    pub fn tensor(&self, id: ParamId) -> candle_core::Result<&Tensor> {
-        match self.get(id) {
-            Some(tensor) => Ok(tensor),
+    pub fn vector(&self, id: ParamId) -> candle_core::Result<&Tensor> {
+        match self.value(id) {
+            Some(Value::Vector(tensor)) => Ok(tensor),
+            Some(Value::Matrix(_)) => bail!("{id:?} is a matrix"),
             None => bail!("the model has no {id:?}"),
         }
     }
@@ -121,32 +179,37 @@ impl Parameters {
     /// # Errors
     /// When the block has no such layer.
     pub fn linear(&self, block: usize, linear: Linear) -> candle_core::Result<Projection<'_>> {
-        let weight = self.tensor(ParamId::Block(block, BlockParam::Weight(linear)))?;
-        Ok(Projection { weight, bias: self.get(ParamId::Block(block, BlockParam::Bias(linear))) })
+        let weight = self.matrix(ParamId::Block(block, BlockParam::Weight(linear)))?;
+        let bias = ParamId::Block(block, BlockParam::Bias(linear));
+        Ok(Projection { weight, bias: self.has(bias).then(|| self.vector(bias)).transpose()? })
     }
 
     /// Returns which tensor the head is: its own, or the embedding when the two are tied.
     pub fn head_id(&self) -> ParamId {
-        if self.get(ParamId::Head).is_some() { ParamId::Head } else { ParamId::Embedding }
+        if self.has(ParamId::Head) { ParamId::Head } else { ParamId::Embedding }
     }
 
     /// Returns the head `[V, C]`.
     ///
     /// # Errors
     /// Never, for a table of [`params`].
-    pub fn head(&self) -> candle_core::Result<&Tensor> {
-        self.tensor(self.head_id())
+    pub fn head(&self) -> candle_core::Result<&WeightMatrix> {
+        self.matrix(self.head_id())
     }
 
     /// Replaces every tensor by `f(its row of the table, tensor)`, in the table's order.
-    pub fn map<E>(&self, mut f: impl FnMut(&ParamSpec, &Tensor) -> Result<Tensor, E>) -> Result<Self, E> {
-        let tensors = self.iter().map(|(param, tensor)| f(param, tensor)).collect::<Result<_, E>>()?;
-        Ok(Parameters { table: self.table.clone(), tensors })
+    ///
+    /// # Errors
+    /// The first one of `f`, and those of [`WeightMatrix::new`].
+    pub fn map<E: From<candle_core::Error>>(&self, mut f: impl FnMut(&ParamSpec, &Tensor) -> Result<Tensor, E>) -> Result<Self, E> {
+        let replaced = |(param, value): (&ParamSpec, &Value)| Ok::<_, E>(Value::new(param, f(param, &value.tensor())?)?);
+        let values = self.iter().map(replaced).collect::<Result<_, E>>()?;
+        Ok(Parameters { table: self.table.clone(), values })
     }
 
     /// Returns every tensor with its name, in the table's order.
     pub fn named(&self) -> Vec<(String, Tensor)> {
-        self.iter().map(|(param, tensor)| (param.name().to_owned(), tensor.clone())).collect()
+        self.iter().map(|(param, value)| (param.name().to_owned(), value.tensor())).collect()
     }
 
     /// Returns a function that finds the tensor of a row of the table.
@@ -156,16 +219,7 @@ impl Parameters {
     pub fn reader(&self) -> impl Fn(&ParamSpec) -> Result<Tensor, ModelError> {
         |param| {
             let missing = || ModelError::MissingTensor { name: param.name().to_owned(), path: "memory".into() };
-            self.get(param.id).cloned().ok_or_else(missing)
-        }
-    }
-
-    /// The same storage, untracked: operations on it leave no tape.
-    pub fn detached(&self) -> Self {
-        let detached: Result<Parameters, Infallible> = self.map(|_, t| Ok(t.detach()));
-        match detached {
-            Ok(p) => p,
-            Err(never) => match never {},
+            self.get(param.id).ok_or_else(missing)
         }
     }
 }

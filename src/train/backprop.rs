@@ -22,7 +22,7 @@ pub struct RowTape {
 }
 
 enum BackendTape {
-    Cpu(Box<pass::BackendTape<CpuBackend>>),
+    Cpu(Box<pass::Tape<CpuBackend>>),
     Cuda(Box<DeviceTape>),
 }
 

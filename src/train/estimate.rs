@@ -2,18 +2,21 @@
 //!
 //! `benches/compare.py` prints the estimate beside the measured peak.
 
-use crate::compute::cpu::attention::SCORES;
-use crate::compute::cpu::gemm::{GROUP_BYTES, Kernel};
-use crate::compute::cpu::head::KEPT;
-use crate::compute::cpu::thread_pool;
+use crate::compute::cpu::attention::score_bytes;
+use crate::compute::cpu::gemm::{Kernel, packed_bytes};
+use crate::compute::cpu::head::kept_bytes;
+use crate::compute::cpu::swiglu::KeepGateUp;
 use crate::domain::training::{ActivationCheckpointing, Method, Precision, TrainingSpec};
 use crate::infer::pair::EncodedPair;
+use crate::model::block_shape::BlockShape;
 use crate::model::config::ModelConfig;
-use crate::model::cuda::sizes::{BlockShape, head_bytes};
+use crate::model::cpu::sizes::{backward_floats, forward_floats, head_floats, input_floats, tape_floats};
+use crate::model::cuda::sizes::{head_bytes, trained_bytes};
 use crate::model::device::ComputeDevice;
 use crate::model::params::{LoraLayer, lora_layers};
-use crate::model::spec::{FeedForward, ModelSpec, QkNorm};
 use crate::train::backprop::Keep;
+use crate::train::optimizer::AdamW;
+use crate::train::trainable::{Gradients, TrainablePolicy};
 
 const F32: u64 = 4;
 
@@ -84,7 +87,7 @@ pub struct Estimate {
 impl Estimate {
     /// All of it, the program and the panels that its threads pack included.
     pub fn total(&self) -> u64 {
-        PROGRAM + thread_pool::threads() as u64 * GROUP_BYTES as u64 + self.training_state + self.activations
+        PROGRAM + packed_bytes() as u64 + self.training_state + self.activations
     }
 }
 
@@ -106,44 +109,6 @@ fn ranks(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
     let mut of_block = vec![0; config.spec.blocks.len()];
     lora_layers(&config.spec, lora).iter().for_each(|layer| of_block[layer.block] += lora.rank as u64);
     of_block.into_iter().max().unwrap_or(0)
-}
-
-/// Numbers that a block has of a token in each of its parts, of the block where they are most.
-struct Widths {
-    /// F.
-    feed_forward: u64,
-    /// H.
-    heads: u64,
-    /// The queries, and attention's output.
-    query: u64,
-    /// `[q | k | v]`.
-    row: u64,
-    /// The same before the norms on queries and keys; 0 without such norms.
-    raw: u64,
-}
-
-impl Widths {
-    fn of(spec: &ModelSpec) -> Self {
-        let mut widest = Widths { feed_forward: 0, heads: 0, query: 0, row: 0, raw: 0 };
-        for block in &spec.blocks {
-            let attention = block.attention();
-            let FeedForward::Gated { width, .. } = block.feed_forward;
-            let query = attention.query_width() as u64;
-            let row = query + 2 * attention.kv_width() as u64;
-            let raw = match attention.qk_norm {
-                QkNorm::Absent => 0,
-                QkNorm::PerHead => row,
-            };
-            widest = Widths {
-                feed_forward: widest.feed_forward.max(width as u64),
-                heads: widest.heads.max(attention.heads as u64),
-                query: widest.query.max(query),
-                row: widest.row.max(row),
-                raw: widest.raw.max(raw),
-            };
-        }
-        widest
-    }
 }
 
 /// What forward passes keep of a token until the backward pass.
@@ -182,62 +147,70 @@ pub fn estimate(
     memory: MemoryKind,
 ) -> Estimate {
     let t = lengths.longest.max(row_tokens.min(lengths.micro_batch)) as u64;
-    let (c, layers, ranks) = (config.spec.hidden_size as u64, config.spec.blocks.len() as u64, ranks(config, spec));
-    let Widths { feed_forward: f, heads: h, query: q, row, raw } = Widths::of(&config.spec);
-    // Block input, q/k/v, attention's output and log-sum-exps, the sum after attention, gate and up, x·Aᵀ.
-    // In half the memory where it is rounded.
-    let rounded = matches!(spec.method, Method::Lora(_)) && spec.precision.is_some_and(|p| Kernel::best(p).is_bf16());
-    let gate_up = if rounded { f } else { 2 * f };
-    let tape = c + row + raw + q + h + c + gate_up + ranks;
-    // In the backward pass of the feed-forward part: the product, its gradient, and the operands; of attention: gradients and packed heads.
-    let passing = (if rounded { 3 * f / 2 } else { 2 * f } + 4 * c).max(3 * row + 2 * q + 2 * c);
-    let scores = 2 * (t * (t / 2 + 64) * h).min(SCORES as u64) * if spec.precision == Some(Precision::Bf16) { F32 / 2 } else { F32 };
-    let SavedActivations { of_row, of_last_row } = SavedActivations::new(keep, layers, tape, c);
     let held = held_tokens(spec, lengths, t);
-    // The probabilities that a trained head keeps of each row. It has three states for each predictor, at most one for each token. Rows that are
-    // held together may be many, at most one for each pair.
-    let rows = if spec.dpo.compares_pairs() { spec.batch.batch_size as u64 } else { 1 };
-    let head = match (&spec.method, keep) {
-        (Method::Full, Keep::Tapes) => F32 * (held * config.spec.vocab_size as u64).min(rows.saturating_mul(KEPT as u64)),
-        _ => 0,
-    };
-    let activations = F32 * (held * of_row + t * (of_last_row + passing + 4 * c)) + scores + head;
-    // Gradient, first and second moment, and the weights that are trained.
-    let training_state = F32 * 4 * trainable_parameters(config, spec);
     if memory == MemoryKind::Gpu {
         return on_gpu(config, spec, t, held, keep, row_tokens);
     }
+    let blocks = shapes(config);
+    let ranks = ranks(config, spec) as usize;
+    let kernel = Kernel::best(spec.precision.unwrap_or(Precision::F32));
+    let gate_up = KeepGateUp::for_tape(kernel, matches!(spec.method, Method::Lora(_)));
+    let tape = most(&blocks, |block| tape_floats(block, gate_up, ranks));
+    let input = most(&blocks, input_floats);
+    let backward = most(&blocks, |block| backward_floats(block, gate_up));
+    let SavedActivations { of_row, of_last_row } = SavedActivations::new(keep, blocks.len() as u64, tape, input);
+    let scores = most(&blocks, |block| score_bytes(block.heads.query, t as usize, element(spec)));
+    // A trained head has three states for each predictor, at most one for each token. Rows that are held together may be many, at most one for each
+    // pair.
+    let rows = if spec.dpo.compares_pairs() { spec.batch.batch_size as u64 } else { 1 };
+    let head = match (&spec.method, keep) {
+        (Method::Full, Keep::Tapes) => kept_bytes(rows, held, config.spec.vocab_size as u64),
+        _ => 0,
+    };
+    let passing = backward + head_floats(config.spec.hidden_size) as u64;
+    let activations = F32 * (held * of_row + t * (of_last_row + passing)) + scores + head;
+    // As on the host of one GPU.
+    let training_state = on_host(config, spec, 1);
     Estimate { training_state, activations, keep, row_tokens }
+}
+
+/// Returns the shape of each block.
+fn shapes(config: &ModelConfig) -> Vec<BlockShape> {
+    config.spec.blocks.iter().map(|block| BlockShape::of(config.spec.hidden_size, block)).collect()
+}
+
+/// Returns the largest `size` of a block.
+fn most(blocks: &[BlockShape], size: impl Fn(&BlockShape) -> usize) -> u64 {
+    blocks.iter().map(size).max().unwrap_or(0) as u64
+}
+
+/// Bytes of an element of the operands.
+fn element(spec: &TrainingSpec) -> usize {
+    if spec.precision == Some(Precision::Bf16) { size_of::<half::bf16>() } else { size_of::<f32>() }
 }
 
 /// Bytes that a run on `devices` GPUs has on the host: masters, both moments, and the gradients of each GPU.
 pub fn on_host(config: &ModelConfig, spec: &TrainingSpec, devices: usize) -> u64 {
-    F32 * (3 + devices.max(1) as u64) * trainable_parameters(config, spec)
+    let trained = trainable_parameters(config, spec);
+    TrainablePolicy::master_bytes(trained) + AdamW::bytes(trained) + devices.max(1) as u64 * Gradients::bytes(trained)
 }
 
 /// The same for a GPU: masters and moments stay on the host; matrices and activations are in the job's precision, the residual stream in f32.
 fn on_gpu(config: &ModelConfig, spec: &TrainingSpec, t: u64, held: u64, keep: Keep, row_tokens: usize) -> Estimate {
-    let element = if spec.precision == Some(Precision::Bf16) { F32 / 2 } else { F32 };
-    let (hidden, bytes, ranks) = (config.spec.hidden_size, element as usize, ranks(config, spec) as usize);
-    let blocks: Vec<BlockShape> = config.spec.blocks.iter().map(|block| BlockShape::of(hidden, block)).collect();
-    let tape = blocks.iter().map(|block| block.tape_bytes(bytes, ranks)).max().unwrap_or(0) as u64;
-    let input = blocks.iter().map(BlockShape::input_bytes).max().unwrap_or(0) as u64;
+    let (hidden, bytes, ranks) = (config.spec.hidden_size, element(spec), ranks(config, spec) as usize);
+    let blocks = shapes(config);
+    let tape = most(&blocks, |block| block.tape_bytes(bytes, ranks));
+    let input = most(&blocks, BlockShape::input_bytes);
     let SavedActivations { of_row, of_last_row } = SavedActivations::new(keep, blocks.len() as u64, tape, input);
-    let backward = blocks.iter().map(|block| block.backward_bytes(bytes)).max().unwrap_or(0);
-    let passing = backward.max(head_bytes(hidden, bytes)) as u64;
+    let passing = most(&blocks, |block| block.backward_bytes(bytes)).max(head_bytes(hidden, bytes) as u64);
     let activations = (held * of_row + t * (of_last_row + passing)) * ROUNDING.0 / ROUNDING.1;
-    // Gradients, and the weights that are trained.
-    let training_state = (F32 + element) * trainable_parameters(config, spec);
+    let training_state = trained_bytes(bytes) as u64 * trainable_parameters(config, spec);
     Estimate { training_state, activations, keep, row_tokens }
 }
 
 /// Bytes of the activations of scoring a row of `tokens` tokens: a run may be interrupted for it.
 pub fn scoring(config: &ModelConfig, tokens: usize) -> u64 {
-    let c = config.spec.hidden_size as u64;
-    let Widths { feed_forward: f, query: q, row, .. } = Widths::of(&config.spec);
-    // Feed-forward: gate, up, their product and its operand; attention: `[q | k | v]`, the packed heads and the output.
-    let passing = (4 * f).max(2 * row + q);
-    F32 * tokens as u64 * (2 * c + passing)
+    F32 * tokens as u64 * most(&shapes(config), forward_floats)
 }
 
 /// The fastest choices that stay within `available` bytes, the resident base weights not counted.
@@ -267,6 +240,7 @@ pub fn plan(config: &ModelConfig, spec: &TrainingSpec, lengths: Lengths, availab
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::compute::cpu::thread_pool;
     use crate::domain::dpo::LossType;
 
     fn config() -> ModelConfig {
@@ -359,6 +333,54 @@ mod tests {
             // Halving the rows does not help, recomputation does.
             assert!(of(&aot, Keep::Inputs) < of(&aot, Keep::Tapes) / 3 && of(&aot, Keep::Inputs) > 2 * one_recomputed, "{memory:?}");
         }
+    }
+
+    /// What a run with pairs of one length needs: of training state, and of activations.
+    fn needs(config: &ModelConfig, spec: &TrainingSpec, length: usize, keep: Keep, memory: MemoryKind) -> (u64, u64) {
+        let estimate = estimate(config, spec, uniform(length, spec), keep, spec.batch.row_tokens, memory);
+        (estimate.training_state, estimate.activations)
+    }
+
+    /// The numbers were computed from the formulas before each of them stood beside its operation.
+    #[test]
+    fn the_sum_over_the_operations_is_what_it_was_to_the_byte() {
+        let rounds = Kernel::best(Precision::Bf16).is_bf16();
+        let by_kernel = |plain: u64, rounded: u64| if rounds { rounded } else { plain };
+        let small = config();
+        let normed = r#"{"model_type": "qwen3", "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": false}"#;
+        let normed = ModelConfig::from_hf_json(normed, std::path::Path::new("config.json")).unwrap();
+
+        let lora = TrainingSpec::default();
+        assert_eq!(needs(&small, &lora, 300, Keep::Tapes, MemoryKind::Host), (78_151_680, 796_581_888));
+        assert_eq!(needs(&small, &lora, 300, Keep::Tapes, MemoryKind::Gpu), (39_075_840, 849_153_536));
+        let total = estimate(&small, &lora, uniform(300, &lora), Keep::Tapes, 1024, MemoryKind::Host).total();
+        assert_eq!(total - thread_pool::threads() as u64 * (2 << 20), (92 << 20) + 78_151_680 + 796_581_888);
+
+        let lora_bf16 = TrainingSpec { precision: Some(Precision::Bf16), ..TrainingSpec::default() };
+        let activations = by_kernel(313_836_864, 300_012_864);
+        assert_eq!(needs(&small, &lora_bf16, 2000, Keep::Inputs, MemoryKind::Host), (78_151_680, activations));
+        assert_eq!(needs(&small, &lora_bf16, 2000, Keep::Inputs, MemoryKind::Gpu), (29_306_880, 300_840_500));
+        let activations = by_kernel(59_572_224, 53_805_056);
+        assert_eq!(needs(&normed, &lora_bf16, 300, Keep::Tapes, MemoryKind::Host), (2_785_280, activations));
+        assert_eq!(needs(&normed, &lora_bf16, 300, Keep::Tapes, MemoryKind::Gpu), (1_044_480, 78_475_264));
+
+        let full = TrainingSpec { method: Method::Full, ..TrainingSpec::default() };
+        assert_eq!(needs(&normed, &full, 300, Keep::Inputs, MemoryKind::Host), (19_064_832, 41_697_280));
+        assert_eq!(needs(&normed, &full, 300, Keep::Inputs, MemoryKind::Gpu), (9_532_416, 85_525_504));
+        let full_bf16 = TrainingSpec { precision: Some(Precision::Bf16), ..full.clone() };
+        assert_eq!(needs(&small, &full_bf16, 300, Keep::Tapes, MemoryKind::Host), (2_152_240_128, 962_912_256));
+        assert_eq!(needs(&small, &full_bf16, 300, Keep::Tapes, MemoryKind::Gpu), (807_090_048, 515_894_784));
+
+        let mut compared = full;
+        (compared.batch.batch_size, compared.batch.row_tokens) = (16, 2048);
+        compared.dpo.losses[0].loss = LossType::Aot;
+        assert_eq!(needs(&small, &compared, 1100, Keep::Tapes, MemoryKind::Host), (2_152_240_128, 15_841_561_088));
+        assert_eq!(needs(&small, &compared, 1100, Keep::Tapes, MemoryKind::Gpu), (1_076_120_064, 13_108_296_352));
+
+        assert_eq!((scoring(&small, 1024), scoring(&normed, 1024)), (29_884_416, 6_815_744));
+        assert_eq!((on_host(&small, &lora, 1), on_host(&small, &lora, 3)), (16 * 4_884_480, 24 * 4_884_480));
     }
 
     #[test]

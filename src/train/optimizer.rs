@@ -48,6 +48,11 @@ impl AdamW {
         AdamW { updates: 0, first, second }
     }
 
+    /// Returns the bytes of both moments of `trained` numbers.
+    pub fn bytes(trained: u64) -> u64 {
+        2 * size_of::<f32>() as u64 * trained
+    }
+
     /// One update of every `(variable, decays)` with its gradient times `clip`.
     pub fn step(&mut self, config: &OptimizerConfig, lr: f64, clip: f64, vars: &[(&Var, bool)], grads: &[Vec<f32>]) -> Result<()> {
         self.updates += 1;

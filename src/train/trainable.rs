@@ -75,6 +75,11 @@ impl TrainablePolicy {
         self.trainables.iter().map(|t| t.var.elem_count()).sum()
     }
 
+    /// Returns the bytes of the masters of `trained` numbers.
+    pub fn master_bytes(trained: u64) -> u64 {
+        size_of::<f32>() as u64 * trained
+    }
+
     /// Whether only an adapter is trained.
     pub fn is_lora(&self) -> bool {
         self.policy.adapter.is_some()
@@ -115,6 +120,11 @@ impl Gradients {
         let values: Vec<Vec<f32>> = policy.trainables.iter().map(|t| vec![0f32; t.var.elem_count()]).collect();
         values.iter().for_each(|v| large_pages(v));
         Gradients { values, index: policy.index.clone(), device: None }
+    }
+
+    /// Returns the bytes of the gradients of `trained` numbers.
+    pub fn bytes(trained: u64) -> u64 {
+        size_of::<f32>() as u64 * trained
     }
 
     /// Sets all to zero for the next step.

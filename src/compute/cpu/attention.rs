@@ -12,7 +12,7 @@ mod keys;
 
 use std::ops::Range;
 
-pub use self::backward::{SCORES, attention_backward};
+pub use self::backward::{attention_backward, score_bytes};
 pub use self::blocks::Heads;
 use self::blocks::{BLOCK, blocks, over_keys, sum_over_keys};
 use self::keys::{Along, Keys};
@@ -62,6 +62,22 @@ pub fn attention(kernel: Kernel, qkv: &[f32], heads: Heads, layout: &RowLayout, 
             }
         }
     });
+}
+
+/// Values per token of the forward pass: `[q | k | v]`, the packed heads and the output.
+pub fn forward_floats(heads: &Heads) -> usize {
+    2 * heads.row() + heads.width()
+}
+
+/// Values per token that a tape holds: `[q | k | v]`, the output and its log-sum-exps.
+pub fn tape_floats(heads: &Heads) -> usize {
+    heads.row() + heads.width() + heads.query
+}
+
+/// Values per token of [`attention_backward`], besides the tape and the scores: gradients and packed
+/// heads.
+pub fn backward_floats(heads: &Heads) -> usize {
+    3 * heads.row() + 2 * heads.width()
 }
 
 /// Replaces scores by e^(scale·s − m) where they are visible, by 0 elsewhere; returns m and the sum.

@@ -4,7 +4,7 @@
 //! a larger logit appears (the online softmax of arXiv:2205.14135).
 
 use super::buffer::Buffer;
-use super::gemm::{Elements, Kernel, NR, Operand, OutputTile, Shared, Term, Threads, View, matmul, pack_panel, panel_product};
+use super::gemm::{Kernel, NR, Operand, Orientation, OutputTile, Shared, Term, Threads, View, WeightView, matmul, panel_product};
 use super::simd::{dispatch, exp, exp_moments, exp_sum, max, sum};
 use super::thread_pool;
 
@@ -54,9 +54,7 @@ pub struct HeadInput<'a> {
     /// The normed hidden states that predict the targets `[N, C]`.
     pub h: &'a [f32],
     /// The head's weight `[V, C]`.
-    pub w: Elements<'a>,
-    /// C.
-    pub hidden: usize,
+    pub w: WeightView<'a>,
     /// The token that each row predicts `[N]`, below V.
     pub targets: &'a [u32],
 }
@@ -91,6 +89,12 @@ impl SavedExponentials {
         let tiles = (at_most / (rows.max(1) * TILE)).min(all);
         SavedExponentials { exponentials: Buffer::dirty(tiles * rows * TILE), maxima: Buffer::dirty(all * rows) }
     }
+}
+
+/// Bytes of the probabilities that are kept for `rows` rows with `predictors` predictors in all, each
+/// row's head keeping at most [`KEPT`].
+pub fn kept_bytes(rows: u64, predictors: u64, vocabulary: u64) -> u64 {
+    size_of::<f32>() as u64 * (predictors * vocabulary).min(rows.saturating_mul(KEPT as u64))
 }
 
 /// A row's softmax so far.
@@ -170,14 +174,14 @@ impl Running {
 
 /// Computes log p of `targets[i]` given row i of `h`.
 pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
-    let HeadInput { kernel, h, w, hidden, targets } = input;
-    let (rows, vocabulary) = (targets.len(), w.len() / hidden);
+    let HeadInput { kernel, h, w, targets } = input;
+    let (rows, vocabulary, hidden) = (targets.len(), w.rows(), w.columns());
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
     let mut running = vec![START; rows];
     let per_task = rows_per_task(kernel, rows);
     let mut gradient = Buffer::dirty(if options.gradient { rows * hidden } else { 0 });
     let mut kept = options.trained.map_or_else(SavedExponentials::default, |at_most| SavedExponentials::new(rows, vocabulary, at_most));
-    for_each_tile(kernel, w, hidden, 0, options.gradient, |tile| {
+    for_each_tile(kernel, w, 0, options.gradient, |tile| {
         let out = Shared(gradient.as_mut_ptr());
         let keeps = (tile.first / TILE + 1) * rows * TILE <= kept.exponentials.len();
         let (exponentials, maxima) = (Shared(kept.exponentials.as_mut_ptr()), Shared(kept.maxima.as_mut_ptr()));
@@ -222,7 +226,7 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
         });
     });
     if options.gradient {
-        finish_gradient(&mut gradient, w, hidden, targets, &running);
+        finish_gradient(&mut gradient, w, targets, &running);
     }
     let log_sum_exp: Vec<f32> = running.iter().map(Running::log_sum_exp).collect();
     HeadOutput {
@@ -238,12 +242,15 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
 }
 
 /// W_y − (Σ_v e^(l_v − max)·W_v) / Σ_v e^(l_v − max).
-fn finish_gradient(gradient: &mut [f32], w: Elements, hidden: usize, targets: &[u32], running: &[Running]) {
-    thread_pool::chunks(gradient, hidden, |i, row| {
-        let (at, inverse) = (targets[i] as usize * hidden, 1.0 / running[i].sum);
-        match w {
-            Elements::F32(w) => row.iter_mut().zip(&w[at..]).for_each(|(x, w)| *x = w - *x * inverse),
-            Elements::Bf16(w) => row.iter_mut().zip(&w[at..]).for_each(|(x, w)| *x = w.to_f32() - *x * inverse),
+fn finish_gradient(gradient: &mut [f32], w: WeightView, targets: &[u32], running: &[Running]) {
+    let hidden = w.columns();
+    let rows = thread_pool::rows_per_task(targets.len());
+    thread_pool::chunks(gradient, rows * hidden, |task, gradient| {
+        let mut target = vec![0f32; hidden];
+        for (row, i) in gradient.chunks_mut(hidden).zip(task * rows..) {
+            w.read_row(targets[i] as usize, &mut target);
+            let inverse = 1.0 / running[i].sum;
+            row.iter_mut().zip(&target).for_each(|(x, w)| *x = w - *x * inverse);
         }
     });
 }
@@ -252,8 +259,8 @@ fn finish_gradient(gradient: &mut [f32], w: Elements, hidden: usize, targets: &[
 /// g = ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p), tile by tile. Uses up what was
 /// kept.
 pub fn head_weight_gradient(input: HeadInput<'_>, output: &mut HeadOutput, g: &[f32], dw: &mut [f32]) {
-    let HeadInput { kernel, h, w, hidden, targets } = input;
-    let (rows, vocabulary) = (targets.len(), w.len() / hidden);
+    let HeadInput { kernel, h, w, targets } = input;
+    let (rows, vocabulary, hidden) = (targets.len(), w.rows(), w.columns());
     let SavedExponentials { mut exponentials, maxima } = std::mem::take(&mut output.kept);
     assert_eq!(maxima.len(), vocabulary.div_ceil(TILE) * rows, "the head's forward pass was not told that it is trained");
     let per_task = rows_per_task(kernel, rows);
@@ -273,7 +280,7 @@ pub fn head_weight_gradient(input: HeadInput<'_>, output: &mut HeadOutput, g: &[
     };
     let mut add = |tile: usize, width: usize, errors: &[f32]| {
         let transposed = Operand::new(kernel, View::f32(errors, TILE).t(), width, rows, 1.0);
-        let term = Term { a: &transposed, b: View::f32(h, hidden) };
+        let term = Term::new(&transposed, View::f32(h, hidden));
         matmul(width, hidden, &[term], &mut dw[tile * TILE * hidden..], hidden, true, Threads::All);
     };
     let kept = exponentials.len() / (rows * TILE).max(1);
@@ -284,7 +291,7 @@ pub fn head_weight_gradient(input: HeadInput<'_>, output: &mut HeadOutput, g: &[
     }
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
     let mut errors = Buffer::dirty(rows * TILE);
-    for_each_tile(kernel, w, hidden, kept * TILE, false, |part| {
+    for_each_tile(kernel, w, kept * TILE, false, |part| {
         let tile = part.first / TILE;
         thread_pool::chunks(&mut errors, per_task * TILE, |i, errors| {
             let first = i * per_task;
@@ -316,9 +323,8 @@ struct Tile<'a> {
 }
 
 /// Calls `f` with each tile from token `from` on.
-fn for_each_tile(kernel: Kernel, w: Elements, hidden: usize, from: usize, gradient: bool, mut f: impl FnMut(&Tile)) {
-    let vocabulary = w.len() / hidden;
-    let view = View::of(w, hidden);
+fn for_each_tile(kernel: Kernel, w: WeightView, from: usize, gradient: bool, mut f: impl FnMut(&Tile)) {
+    let (vocabulary, hidden) = (w.rows(), w.columns());
     let depth = kernel.depth(hidden);
     let sums = if gradient { hidden.div_ceil(NR) } else { 0 };
     let mut across = Buffer::dirty(TILE * depth);
@@ -327,10 +333,11 @@ fn for_each_tile(kernel: Kernel, w: Elements, hidden: usize, from: usize, gradie
         let width = TILE.min(vocabulary - first);
         let k = kernel.depth(width);
         thread_pool::chunks(&mut across.units_mut()[..width.div_ceil(NR) * depth * NR], depth * NR, |i, panel| {
-            pack_panel(kernel, view.t(), 0, hidden, first + i * NR, NR.min(width - i * NR), panel);
+            let words = first + i * NR..first + width.min((i + 1) * NR);
+            w.pack(kernel, Orientation::Transposed, 0..hidden, words, panel);
         });
         thread_pool::chunks(&mut along.units_mut()[..sums * NR * k], k * NR, |i, panel| {
-            pack_panel(kernel, view, first, width, i * NR, NR.min(hidden - i * NR), panel);
+            w.pack(kernel, Orientation::Plain, first..first + width, i * NR..hidden.min((i + 1) * NR), panel);
         });
         f(&Tile { first, width, hidden, depth, across: across.units(), along: along.units() });
     }

@@ -64,6 +64,37 @@ pub enum KeepGateUp {
     Bf16,
 }
 
+impl KeepGateUp {
+    /// Returns what a tape holds: where the kernel rounds and only an adapter is trained, rounded
+    /// values are enough.
+    pub fn for_tape(kernel: Kernel, is_adapted: bool) -> Self {
+        if kernel.is_bf16() && is_adapted { KeepGateUp::Bf16 } else { KeepGateUp::F32 }
+    }
+
+    /// Returns the memory of what is kept for a token, in f32 values, for F = `width`.
+    pub fn floats(self, width: usize) -> usize {
+        match self {
+            KeepGateUp::No => 0,
+            KeepGateUp::F32 => 2 * width,
+            KeepGateUp::Bf16 => width,
+        }
+    }
+}
+
+/// Values per token of the forward pass for F = `width`: gate, up, their product and its operand.
+pub fn forward_floats(width: usize) -> usize {
+    4 * width
+}
+
+/// Values per token of the backward pass, besides what the tape holds: the product, its gradient and
+/// the operands. By tiles there are only operands, which are rounded.
+pub fn backward_floats(width: usize, tape: KeepGateUp) -> usize {
+    match tape {
+        KeepGateUp::Bf16 => 3 * width / 2,
+        KeepGateUp::F32 | KeepGateUp::No => 2 * width,
+    }
+}
+
 /// y from tiles of gate and of up: neither is written as a whole, but for what is kept.
 pub struct SwigluTiles {
     tokens: usize,

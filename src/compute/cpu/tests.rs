@@ -3,7 +3,7 @@
 use candle_core::{D, DType, Device, Tensor};
 
 use super::attention::{Heads, attention, attention_backward};
-use super::gemm::{Elements, Kernel, NR, Operand, View};
+use super::gemm::{Elements, Kernel, NR, Operand, View, WeightView};
 use super::head::{HeadInput, HeadOptions, KEPT, head, head_weight_gradient};
 use super::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm, rms_norm_backward};
 use super::rope::{Direction, RopeTable, rotate};
@@ -307,7 +307,7 @@ fn bf16_attention_stays_near_f32() {
 const PLAIN: HeadOptions = HeadOptions { distribution: true, gradient: false, trained: None };
 
 fn head_input<'a>(kernel: Kernel, h: &'a [f32], w: &'a [f32], hidden: usize, targets: &'a [u32]) -> HeadInput<'a> {
-    HeadInput { kernel, h, w: Elements::F32(w), hidden, targets }
+    HeadInput { kernel, h, w: WeightView::new(Elements::F32(w), hidden), targets }
 }
 
 #[test]

@@ -214,8 +214,8 @@ fn a_plan_has_the_memory_that_copies_of_weights_leave() {
     let config = &bases.get("tiny").unwrap().policy.config;
     let run = lora(Precision::F32);
     assert_eq!(run.batch.activation_checkpointing, ActivationCheckpointing::Auto);
-    let extra = extra(&bases, "tiny", Some(&model("tiny")), &run, LENGTHS, Memory::Host).unwrap().device;
-    let plan = |available| estimate::plan(config, &run, LENGTHS, available, Memory::Host);
+    let extra = extra(&bases, "tiny", Some(&model("tiny")), &run, LENGTHS, MemoryKind::Host).unwrap().device;
+    let plan = |available| estimate::plan(config, &run, LENGTHS, available, MemoryKind::Host);
     let fastest = plan(u64::MAX).unwrap().total();
     let leanest = plan(0).unwrap_err().total();
     let memory = extra + fastest - 1;

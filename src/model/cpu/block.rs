@@ -50,7 +50,7 @@ impl<'a> CpuBlock<'a> {
             feed_forward: FeedForward::Gated { width, activation: Activation::Silu, bias: _ },
             feed_forward_norms: Norms::Pre,
         } = spec.blocks[index];
-        let tensor = |param| TensorRead::of(parameters.tensor(ParamId::Block(index, param))?);
+        let tensor = |param| TensorRead::of(parameters.vector(ParamId::Block(index, param))?);
         let groups =
             |adapter: Option<&'a Adapter>| PerGroup::build(|group| CpuLinearGroup::open(kernel, index, parameters, adapter, group));
         let part = |(rows, adapter): &'a (Range<usize>, Arc<Adapter>)| Ok((rows.clone(), groups(Some(adapter))?));
@@ -157,8 +157,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         let (tokens, width) = (self.tokens(), self.width);
         let keep = match save_tape {
             false => KeepGateUp::No,
-            true if self.kernel.is_bf16() && self.is_adapted => KeepGateUp::Bf16,
-            true => KeepGateUp::F32,
+            true => KeepGateUp::for_tape(self.kernel, self.is_adapted),
         };
         if self.parts.is_empty() && self.groups.gate_up.is_tiled::<2>() {
             let tiles = SwigluTiles::new(self.kernel, tokens, width, keep);

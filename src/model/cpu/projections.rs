@@ -16,6 +16,7 @@ use crate::model::adapter::Adapter;
 use crate::model::gradients::GradientSink;
 use crate::model::parameters::Parameters;
 use crate::model::params::{BlockParam, Linear, LinearGroup, ParamId};
+use crate::model::weight_matrix::WeightRead;
 
 /// Outputs whose gradients one task adds.
 const OUTPUTS: usize = 192;
@@ -23,7 +24,7 @@ const OUTPUTS: usize = 192;
 /// A linear layer of a group.
 struct CpuLinear<'a> {
     linear: Linear,
-    weight: TensorRead<'a>,
+    weight: WeightRead<'a>,
     bias: Option<TensorRead<'a>>,
     low_rank: Option<(TensorRead<'a>, TensorRead<'a>)>,
     out: usize,
@@ -59,7 +60,7 @@ impl<'a> CpuLinearGroup<'a> {
         let (mut members, mut output, mut ranks, mut input) = (Vec::with_capacity(linears.len()), 0, 0, 0);
         for &linear in linears {
             let p = parameters.linear(block, linear)?;
-            let (out, width) = p.weight.dims2()?;
+            let (out, width) = (p.weight.rows(), p.weight.columns());
             let low_rank = adapter.and_then(|a| a.get(block, linear));
             let rank = match low_rank {
                 Some(l) => l.a.dim(0)?,
@@ -67,7 +68,7 @@ impl<'a> CpuLinearGroup<'a> {
             };
             members.push(CpuLinear {
                 linear,
-                weight: TensorRead::of(p.weight)?,
+                weight: p.weight.read()?,
                 bias: p.bias.map(TensorRead::of).transpose()?,
                 low_rank: low_rank.map(|l| Ok::<_, candle_core::Error>((TensorRead::of(&l.a)?, TensorRead::of(&l.b)?))).transpose()?,
                 out,
@@ -116,11 +117,11 @@ impl<'a> CpuLinearGroup<'a> {
                 }
                 keep = true;
             }
-            let weight = Term { a: x, b: View::of(m.weight.elements(), self.input).t() };
+            let weight = Term::new(x, m.weight.view().transposed());
             match &m.low_rank {
                 Some((_, b)) => {
                     let scaled = self.scaled(m, &u, tokens);
-                    let low_rank = Term { a: &scaled, b: View::of(b.elements(), self.rank(m)).t() };
+                    let low_rank = Term::new(&scaled, View::of(b.elements(), self.rank(m)).t());
                     matmul(tokens, m.out, &[weight, low_rank], y, self.output, keep, Threads::All);
                 }
                 None => matmul(tokens, m.out, &[weight], y, self.output, keep, Threads::All),
@@ -146,8 +147,8 @@ impl<'a> CpuLinearGroup<'a> {
         let scaled: Vec<Operand> = self.members.iter().map(|m| self.scaled(m, &u, tokens)).collect();
         let terms = |p: usize| -> Vec<Term> {
             let m = &self.members[p];
-            let weight = Term { a: x, b: View::of(m.weight.elements(), self.input).t() };
-            let low_rank = m.low_rank.as_ref().map(|(_, b)| Term { a: &scaled[p], b: View::of(b.elements(), self.rank(m)).t() });
+            let weight = Term::new(x, m.weight.view().transposed());
+            let low_rank = m.low_rank.as_ref().map(|(_, b)| Term::new(&scaled[p], View::of(b.elements(), self.rank(m)).t()));
             std::iter::once(weight).chain(low_rank).collect()
         };
         let terms: [Vec<Term>; P] = std::array::from_fn(terms);
@@ -167,7 +168,7 @@ impl<'a> CpuLinearGroup<'a> {
             let Some((_, b)) = &m.low_rank else { continue };
             let scaled = self.scaled(m, &u, tokens);
             let y = &mut y[rows.start * self.output + m.column..];
-            matmul(tokens, m.out, &[Term { a: &scaled, b: View::of(b.elements(), self.rank(m)).t() }], y, self.output, true, Threads::All);
+            matmul(tokens, m.out, &[Term::new(&scaled, View::of(b.elements(), self.rank(m)).t())], y, self.output, true, Threads::All);
         }
     }
 
@@ -176,7 +177,7 @@ impl<'a> CpuLinearGroup<'a> {
         let mut u = Buffer::dirty(tokens * self.ranks);
         if self.ranks > 0 {
             let a = View::f32(&self.stacked, self.input).t();
-            matmul(tokens, self.ranks, &[Term { a: x, b: a }], &mut u, self.ranks, false, Threads::All);
+            matmul(tokens, self.ranks, &[Term::new(x, a)], &mut u, self.ranks, false, Threads::All);
         }
         u
     }
@@ -222,15 +223,14 @@ impl<'a> CpuLinearGroup<'a> {
         for (m, g) in self.members.iter().zip(gs) {
             if let Some((_, b)) = &m.low_rank {
                 let rank = self.rank(m);
-                let term = Term { a: g, b: View::of(b.elements(), rank) };
+                let term = Term::new(g, View::of(b.elements(), rank));
                 matmul(tokens, rank, &[term], &mut v[m.rank_column..], self.ranks, false, Threads::All);
             }
         }
         let scaled = Operand::new(kernel, View::f32(&v, self.ranks.max(1)), tokens, self.ranks, self.scale);
-        let mut terms: Vec<Term> =
-            self.members.iter().zip(gs).map(|(m, g)| Term { a: g, b: View::of(m.weight.elements(), self.input) }).collect();
+        let mut terms: Vec<Term> = self.members.iter().zip(gs).map(|(m, g)| Term::new(g, m.weight.view().plain())).collect();
         if self.ranks > 0 {
-            terms.push(Term { a: &scaled, b: View::f32(&self.stacked, self.input) });
+            terms.push(Term::new(&scaled, View::f32(&self.stacked, self.input)));
         }
         multiply(&terms);
         v
@@ -244,7 +244,7 @@ impl<'a> CpuLinearGroup<'a> {
         let kernel = self.kernel;
         let transposed = Operand::new(kernel, View::f32(v, self.ranks).t(), self.ranks, tokens, self.scale);
         let mut da = Buffer::dirty(self.ranks * self.input);
-        matmul(self.ranks, self.input, &[Term { a: &transposed, b: x.view() }], &mut da, self.input, false, Threads::All);
+        matmul(self.ranks, self.input, &[Term::new(&transposed, x.view())], &mut da, self.input, false, Threads::All);
         for (m, g) in self.members.iter().zip(gs) {
             let rank = self.rank(m);
             if rank == 0 {
@@ -257,7 +257,7 @@ impl<'a> CpuLinearGroup<'a> {
                 // dBᵀ `[r, out]`: the long side belongs in the columns.
                 let u = Operand::new(kernel, View::f32(&u[m.rank_column..], self.ranks).t(), rank, tokens, self.scale);
                 let mut db = Buffer::dirty(rank * m.out);
-                matmul(rank, m.out, &[Term { a: &u, b: g.view() }], &mut db, m.out, false, Threads::All);
+                matmul(rank, m.out, &[Term::new(&u, g.view())], &mut db, m.out, false, Threads::All);
                 let width = m.out;
                 thread_pool::chunks(slot, rank * OUTPUTS, |i, slots| {
                     for (slot, o) in slots.chunks_mut(rank).zip(i * OUTPUTS..) {
@@ -272,7 +272,7 @@ impl<'a> CpuLinearGroup<'a> {
         for m in &self.members {
             if let Some(slot) = sink.slot(self.id(BlockParam::Weight(m.linear))) {
                 let g = Operand::new(self.kernel, View::f32(&g[m.column..], self.output).t(), m.out, tokens, 1.0);
-                matmul(m.out, self.input, &[Term { a: &g, b: x.view() }], slot, self.input, true, Threads::All);
+                matmul(m.out, self.input, &[Term::new(&g, x.view())], slot, self.input, true, Threads::All);
             }
             if m.bias.is_some()
                 && let Some(slot) = sink.slot(self.id(BlockParam::Bias(m.linear)))

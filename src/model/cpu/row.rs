@@ -6,7 +6,7 @@ use super::backend::{CpuBackend, Gradients, HeadTape};
 use super::block::CpuBlock;
 use crate::compute::cpu::TensorRead;
 use crate::compute::cpu::buffer::Buffer;
-use crate::compute::cpu::gemm::{Elements, Kernel};
+use crate::compute::cpu::gemm::Kernel;
 use crate::compute::cpu::head::{HeadInput, HeadOptions, HeadOutput, KEPT, head, head_weight_gradient};
 use crate::compute::cpu::rms_norm::{rms_norm, rms_norm_backward};
 use crate::compute::cpu::thread_pool;
@@ -41,7 +41,7 @@ impl<'a> CpuRow<'a> {
     }
 
     fn last_norm(&self) -> Result<TensorRead<'a>> {
-        TensorRead::of(self.policy.parameters.tensor(ParamId::Norm)?)
+        TensorRead::of(self.policy.parameters.vector(ParamId::Norm)?)
     }
 
     /// Runs the last norm and the head on the last block's output `[T, C]`.
@@ -51,8 +51,8 @@ impl<'a> CpuRow<'a> {
         thread_pool::chunks(&mut before_norm, width, |i, to| to.copy_from_slice(&x[row.predictors[i] as usize * width..][..width]));
         let mut normed = Buffer::dirty(before_norm.len());
         rms_norm(&before_norm, self.last_norm()?.f32()?, self.eps(), &mut normed);
-        let w = TensorRead::of(self.policy.parameters.head()?)?;
-        let input = HeadInput { kernel: self.kernel(), h: &normed, w: w.elements(), hidden: width, targets: &row.targets };
+        let w = self.policy.parameters.head()?.read()?;
+        let input = HeadInput { kernel: self.kernel(), h: &normed, w: w.view(), targets: &row.targets };
         let output = head(input, options);
         Ok((output, HeadTape { before_norm, normed }))
     }
@@ -74,14 +74,10 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
 
     fn embed(&self) -> Result<Buffer> {
         let width = self.width();
-        let held = TensorRead::of(self.policy.parameters.tensor(ParamId::Embedding)?)?;
+        let embedding = self.policy.parameters.matrix(ParamId::Embedding)?.read()?;
         let mut x = Buffer::dirty(self.row.tokens() * width);
         for (to, &id) in x.chunks_mut(width).zip(&self.row.row().ids) {
-            let at = id as usize * width;
-            match held.elements() {
-                Elements::F32(w) => to.copy_from_slice(&w[at..at + width]),
-                Elements::Bf16(w) => to.iter_mut().zip(&w[at..at + width]).for_each(|(x, w)| *x = w.to_f32()),
-            }
+            embedding.view().read_row(id as usize, to);
         }
         Ok(x)
     }
@@ -118,8 +114,8 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
             bail!("backward was not asked for in the head's forward pass");
         }
         if let Some(slot) = gradients.slot(self.policy.parameters.head_id()) {
-            let w = TensorRead::of(self.policy.parameters.head()?)?;
-            let input = HeadInput { kernel: self.kernel(), h: &normed, w: w.elements(), hidden: width, targets: &row.targets };
+            let w = self.policy.parameters.head()?.read()?;
+            let input = HeadInput { kernel: self.kernel(), h: &normed, w: w.view(), targets: &row.targets };
             head_weight_gradient(input, &mut output, upstream, slot);
         }
         thread_pool::chunks(&mut output.gradient, width, |i, row| row.iter_mut().for_each(|x| *x *= upstream[i]));

@@ -4,8 +4,7 @@
 //! so that the two cannot drift apart. This file is compiled without the feature `cuda`, too: the
 //! estimate is the same arithmetic in every build.
 
-use crate::compute::cpu::attention::Heads;
-use crate::model::spec::{Activation, BlockSpec, FeedForward, Mixer, Norms, QkNorm};
+use crate::model::block_shape::BlockShape;
 
 /// Bytes of an f32.
 const F32: usize = 4;
@@ -14,36 +13,7 @@ const F32: usize = 4;
 /// multiplication that uses every multiprocessor.
 pub const HEAD_TILE: usize = 8192;
 
-/// Shape of a decoder block. Sizes are elements per token of the row.
-#[derive(Clone, Copy, Debug)]
-pub struct BlockShape {
-    /// Width of the residual stream.
-    pub hidden: usize,
-    /// Width of the feed-forward part.
-    pub feed_forward: usize,
-    /// Attention heads.
-    pub heads: Heads,
-    /// Whether queries and keys are normed, so that the tape holds them before the norm, too.
-    pub qk_norm: bool,
-}
-
 impl BlockShape {
-    /// Returns the shape of a block of a model whose residual stream is `hidden` wide.
-    pub fn of(hidden: usize, block: &BlockSpec) -> Self {
-        let BlockSpec {
-            mixer: Mixer::Attention(attention),
-            mixer_norms: Norms::Pre,
-            feed_forward: FeedForward::Gated { width: feed_forward, activation: Activation::Silu, bias: _ },
-            feed_forward_norms: Norms::Pre,
-        } = *block;
-        let qk_norm = match attention.qk_norm {
-            QkNorm::Absent => false,
-            QkNorm::PerHead => true,
-        };
-        let heads = Heads { query: attention.heads, key: attention.kv_heads, dim: attention.head_dim, window: attention.window };
-        BlockShape { hidden, feed_forward, heads, qk_norm }
-    }
-
     /// `[q | k | v]`, and their gradient.
     pub fn qkv(&self) -> usize {
         self.heads.row()
@@ -97,6 +67,12 @@ impl BlockShape {
     }
 }
 
+/// Bytes of each trained number on a GPU, whose matrices have `element` bytes: its gradient, and the
+/// number itself. Masters and moments stay on the host.
+pub fn trained_bytes(element: usize) -> usize {
+    F32 + element
+}
+
 /// Elements of a tile of logits of `rows` predictors.
 pub fn head_tile(rows: usize) -> usize {
     rows * HEAD_TILE
@@ -111,6 +87,7 @@ pub fn head_bytes(hidden: usize, element: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::compute::cpu::attention::Heads;
 
     fn shape(hidden: usize, feed_forward: usize, [query, key, dim]: [usize; 3]) -> BlockShape {
         BlockShape { hidden, feed_forward, heads: Heads { query, key, dim, window: None }, qk_norm: false }
@@ -131,5 +108,6 @@ mod tests {
         let unshared = shape(64, 64, [8, 8, 64]);
         assert_eq!((unshared.key_gradient_parts(), unshared.backward_bytes(2)), (0, 11_520));
         assert_eq!((head_bytes(576, 4), head_bytes(576, 2)), (74_752, 58_368));
+        assert_eq!((trained_bytes(4), trained_bytes(2)), (8, 6));
     }
 }

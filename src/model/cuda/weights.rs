@@ -16,6 +16,7 @@ use crate::compute::cuda::kernels::Kind;
 use crate::model::adapter::Adapter;
 use crate::model::parameters::Parameters;
 use crate::model::params::{BlockParam, Linear, LinearGroup, ParamId, PerGroup};
+use crate::model::weight_matrix::WeightRead;
 
 /// Elements: a matrix of an adapter begins at a multiple of them.
 const ALIGNMENT: usize = 64;
@@ -58,8 +59,8 @@ pub(super) struct DeviceWeights {
 impl DeviceWeights {
     fn upload(gpu: &Arc<Gpu>, kind: Kind, p: &Parameters) -> Result<Self> {
         let block = |index| {
-            let norm = |param| tensor(gpu, Kind::F32, p.tensor(ParamId::Block(index, param))?);
-            let has_head_norms = p.get(ParamId::Block(index, BlockParam::QueryNorm)).is_some();
+            let norm = |param| vector(gpu, p.vector(ParamId::Block(index, param))?);
+            let has_head_norms = p.has(ParamId::Block(index, BlockParam::QueryNorm));
             let group = |group: LinearGroup| GroupWeights::upload(gpu, kind, p, index, group);
             Ok::<_, candle_core::Error>(BlockWeights {
                 input_norm: norm(BlockParam::InputNorm)?,
@@ -72,10 +73,13 @@ impl DeviceWeights {
             })
         };
         Ok(DeviceWeights {
-            embed: tensor(gpu, kind, p.tensor(ParamId::Embedding)?)?,
+            embed: stack(gpu, kind, &[p.matrix(ParamId::Embedding)?.read()?])?,
             blocks: (0..p.num_blocks()).map(block).collect::<Result<_>>()?,
-            norm: tensor(gpu, Kind::F32, p.tensor(ParamId::Norm)?)?,
-            head: p.get(ParamId::Head).map(|t| tensor(gpu, kind, t)).transpose()?,
+            norm: vector(gpu, p.vector(ParamId::Norm)?)?,
+            head: match p.has(ParamId::Head) {
+                true => Some(stack(gpu, kind, &[p.matrix(ParamId::Head)?.read()?])?),
+                false => None,
+            },
         })
     }
 
@@ -90,13 +94,13 @@ impl GroupWeights {
         let (mut members, mut weights, mut output, mut input) = (Vec::new(), Vec::new(), 0, 0);
         for &index in group.members() {
             let p = parameters.linear(block, index)?;
-            let (out, width) = p.weight.dims2()?;
-            let bias = p.bias.map(|b| tensor(gpu, Kind::F32, b)).transpose()?;
+            let (out, width) = (p.weight.rows(), p.weight.columns());
+            let bias = p.bias.map(|b| vector(gpu, b)).transpose()?;
             members.push(CudaLinear { index, out, column: output, bias });
-            weights.push(p.weight);
+            weights.push(p.weight.read()?);
             (output, input) = (output + out, width);
         }
-        let weight = stack(gpu, kind, weights.into_iter())?;
+        let weight = stack(gpu, kind, &weights)?;
         Ok(GroupWeights { weight, members, input, output })
     }
 }
@@ -226,25 +230,33 @@ impl<'a> Pieces<'a> {
     }
 }
 
-/// Tensors one after the other; what has the right elements goes to the device from where it is.
-fn stack<'a>(gpu: &Arc<Gpu>, kind: Kind, tensors: impl Iterator<Item = &'a Tensor>) -> Result<Memory> {
-    let tensors: Vec<TensorRead> = tensors.map(TensorRead::of).collect::<Result<_>>()?;
-    let memory = gpu.dirty(kind, tensors.iter().map(|t| t.elements().len()).sum())?;
+/// Uploads matrices, one after the other; what has the right elements goes to the device from where
+/// it is.
+fn stack(gpu: &Arc<Gpu>, kind: Kind, matrices: &[WeightRead]) -> Result<Memory> {
+    let memory = gpu.dirty(kind, matrices.iter().map(|m| m.view().elements().len()).sum())?;
     let mut at = 0;
-    for t in &tensors {
-        match (kind, t.elements()) {
-            (Kind::F32, Elements::F32(v)) => gpu.write(&memory, at, v)?,
-            (Kind::F32, Elements::Bf16(v)) => gpu.write(&memory, at, &v.iter().map(|x| x.to_f32()).collect::<Vec<f32>>())?,
-            (Kind::Bf16, Elements::F32(v)) => gpu.write(&memory, at, &v.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>())?,
-            (Kind::Bf16, Elements::Bf16(v)) => gpu.write(&memory, at, v)?,
-        }
-        at += t.elements().len();
+    for elements in matrices.iter().map(|m| m.view().elements()) {
+        write(gpu, kind, &memory, at, elements)?;
+        at += elements.len();
     }
     Ok(memory)
 }
 
-fn tensor(gpu: &Arc<Gpu>, kind: Kind, t: &Tensor) -> Result<Memory> {
-    stack(gpu, kind, std::iter::once(t))
+/// Uploads the weight of a norm, or a bias.
+fn vector(gpu: &Arc<Gpu>, t: &Tensor) -> Result<Memory> {
+    let values = TensorRead::of(t)?;
+    let memory = gpu.dirty(Kind::F32, values.elements().len())?;
+    write(gpu, Kind::F32, &memory, 0, values.elements())?;
+    Ok(memory)
+}
+
+fn write(gpu: &Arc<Gpu>, kind: Kind, memory: &Memory, at: usize, elements: Elements) -> Result<()> {
+    match (kind, elements) {
+        (Kind::F32, Elements::F32(v)) => gpu.write(memory, at, v),
+        (Kind::F32, Elements::Bf16(v)) => gpu.write(memory, at, &v.iter().map(|x| x.to_f32()).collect::<Vec<f32>>()),
+        (Kind::Bf16, Elements::F32(v)) => gpu.write(memory, at, &v.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>()),
+        (Kind::Bf16, Elements::Bf16(v)) => gpu.write(memory, at, v),
+    }
 }
 
 /// Device copies of what lives on the host.

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use super::*;
 use crate::compute::cpu::rope::Direction;
 use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, StreamNorm};
-use crate::model::cuda::sizes::BlockShape;
+use crate::model::block_shape::BlockShape;
 use crate::model::params::LinearGroup;
 use crate::model::spec::{Activation, AttentionSpec, BlockSpec, FeedForward, Mixer, Norms, QkNorm};
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::blocks::{Heads, QueryBlock, blocks, over_keys, sum_over_keys};
+use super::blocks::{BLOCK, Heads, QueryBlock, blocks, over_keys, sum_over_keys};
 use super::keys::{Along, Keys};
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::{Kernel, NR, Operand, OutputTile, Product, Shared, View, panel_product};
@@ -11,7 +11,7 @@ use crate::compute::cpu::thread_pool;
 use crate::compute::layout::RowLayout;
 
 /// Scores of all heads that are kept between the two sweeps; longer rows are done in several rounds.
-pub const SCORES: usize = 1 << 24;
+const SCORES: usize = 1 << 24;
 
 /// Gradients of [`super::attention`] for `g = ∂loss/∂out` `[T, H·D]`, with its inputs and outputs; `dqkv` `[T, (H + 2K)·D]` is overwritten.
 pub fn attention_backward(
@@ -47,6 +47,13 @@ pub fn attention_backward(
         sweep.round(&all, first..end, first > 0);
         first = end;
     }
+}
+
+/// Bytes of the scores of `heads` query heads over a row of `tokens` tokens at one time, P and dS,
+/// where an operand's element has `element` bytes. On average a query sees half of the row, and a
+/// block of queries one block more.
+pub fn score_bytes(heads: usize, tokens: usize, element: usize) -> usize {
+    2 * (tokens * (tokens / 2 + BLOCK) * heads).min(SCORES) * element
 }
 
 struct Packed {

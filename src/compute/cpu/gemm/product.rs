@@ -4,9 +4,8 @@ use std::ops::Range;
 
 use super::kernel::{Kernel, panel_product};
 use super::operand::Operand;
-use super::pack::pack_panel;
 use super::panel::{NR, OutputTile, Product};
-use super::view::View;
+use super::weight::RightOperand;
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::thread_pool;
 
@@ -14,8 +13,6 @@ use crate::compute::cpu::thread_pool;
 const BLOCK_DEPTH: usize = 1024;
 /// Units of B that a task packs before A passes them: all of its part, mostly.
 const GROUP_UNITS: usize = 1 << 19;
-/// So many bytes each thread may have packed at one time.
-pub const GROUP_BYTES: usize = GROUP_UNITS * size_of::<u32>();
 /// Units of A that pass at a time: they stay in the L2 cache while the panels change.
 const PASS_UNITS: usize = 1 << 17;
 /// Rows that are worth a task of their own.
@@ -25,6 +22,11 @@ const NARROW: usize = 64;
 const SLICE_DEPTH: usize = 64;
 /// Below this many multiplications, threads cost more than they save.
 const PARALLEL_FROM: usize = 1 << 19;
+
+/// Bytes of the panels of B that all threads together may have packed at one time.
+pub fn packed_bytes() -> usize {
+    thread_pool::threads() * GROUP_UNITS * size_of::<u32>()
+}
 
 /// Whether a product may use every core.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +43,14 @@ pub struct Term<'a> {
     /// A `[m, k]`.
     pub a: &'a Operand<'a>,
     /// B `[k, n]`.
-    pub b: View<'a>,
+    pub b: RightOperand<'a>,
+}
+
+impl<'a> Term<'a> {
+    /// Returns A·B.
+    pub fn new(a: &'a Operand<'a>, b: impl Into<RightOperand<'a>>) -> Self {
+        Term { a, b: b.into() }
+    }
 }
 
 /// A piece of a term whose depth fits a block.
@@ -72,7 +81,7 @@ pub fn matmul(m: usize, n: usize, terms: &[Term], c: &mut [f32], stride: usize, 
     }
     let work: usize = terms.iter().map(|t| m * n * t.a.cols).sum();
     let threads = if work < PARALLEL_FROM { Threads::One } else { threads };
-    if m <= NARROW && kernel != Kernel::Amx && terms.iter().all(|t| t.b.col_stride == 1) {
+    if m <= NARROW && kernel != Kernel::Amx && terms.iter().all(|t| t.b.has_contiguous_rows()) {
         return by_slices(kernel, (m, n), &blocks(kernel, terms, SLICE_DEPTH), c, stride, accumulate, threads);
     }
     let mut accumulate = accumulate;
@@ -161,7 +170,7 @@ pub(super) fn pack_pieces(kernel: Kernel, pieces: &[Piece], n: usize, panel: usi
     let mut at = 0;
     for p in pieces {
         let to = &mut units[at * NR..(at + p.depth) * NR];
-        pack_panel(kernel, p.term.b, p.start, p.k, column, NR.min(n - column), to);
+        p.term.b.pack(kernel, p.start..p.start + p.k, column..n.min(column + NR), to);
         at += p.depth;
     }
 }

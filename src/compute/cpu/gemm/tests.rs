@@ -19,7 +19,7 @@ fn check(kernel: Kernel, m: usize, n: usize, k: usize, a_t: bool, b_t: bool, acc
     let view = |v, rows: usize, cols: usize, t: bool| if t { View::f32(v, rows).t() } else { View::f32(v, cols) };
     let operand = Operand::new(kernel, view(&a, m, k, a_t), m, k, 1.0);
     let mut c = start.clone();
-    let term = Term { a: &operand, b: view(&b, k, n, b_t) };
+    let term = Term::new(&operand, view(&b, k, n, b_t));
     matmul(m, n, &[term], &mut c, n + 3, accumulate, Threads::All);
     let (a, b) = if kernel.is_bf16() { (rounded(&a), rounded(&b)) } else { (a, b) };
     for i in 0..m {
@@ -66,8 +66,8 @@ fn weights_in_bf16_are_what_they_would_be_in_f32() {
         for t in [false, true] {
             let view = |e| if t { View::of(e, k).t() } else { View::of(e, n) };
             let (mut x, mut y) = (vec![0f32; m * n], vec![0f32; m * n]);
-            matmul(m, n, &[Term { a: &a, b: view(Elements::F32(&b)) }], &mut x, n, false, Threads::One);
-            matmul(m, n, &[Term { a: &a, b: view(Elements::Bf16(&stored)) }], &mut y, n, false, Threads::One);
+            matmul(m, n, &[Term::new(&a, view(Elements::F32(&b)))], &mut x, n, false, Threads::One);
+            matmul(m, n, &[Term::new(&a, view(Elements::Bf16(&stored)))], &mut y, n, false, Threads::One);
             assert_eq!(x, y, "{kernel:?}");
         }
     }
@@ -81,8 +81,8 @@ fn a_sum_of_products_is_one_product_over_the_joined_depth() {
         let whole = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);
         let (left, right) = (Operand::new(kernel, View::f32(&a, k), m, 64, 1.0), Operand::new(kernel, View::f32(&a[64..], k), m, 32, 1.0));
         let (mut x, mut y) = (vec![0f32; m * n], vec![0f32; m * n]);
-        matmul(m, n, &[Term { a: &whole, b: View::f32(&b, n) }], &mut x, n, false, Threads::All);
-        let terms = [Term { a: &left, b: View::f32(&b, n) }, Term { a: &right, b: View::f32(&b[64 * n..], n) }];
+        matmul(m, n, &[Term::new(&whole, View::f32(&b, n))], &mut x, n, false, Threads::All);
+        let terms = [Term::new(&left, View::f32(&b, n)), Term::new(&right, View::f32(&b[64 * n..], n))];
         matmul(m, n, &terms, &mut y, n, false, Threads::All);
         assert_eq!(x, y, "{kernel:?}");
     }
@@ -95,7 +95,7 @@ fn an_operand_computed_row_by_row_is_the_one_of_the_whole_matrix_and_so_are_its_
     for kernel in Kernel::available() {
         let product = |a: &Operand, rows: usize| {
             let mut c = vec![0f32; rows * n];
-            matmul(rows, n, &[Term { a, b: View::f32(&b, n) }], &mut c, n, false, Threads::All);
+            matmul(rows, n, &[Term::new(a, View::f32(&b, n))], &mut c, n, false, Threads::All);
             c
         };
         let whole = product(&Operand::new(kernel, View::f32(&a, k), m, k, 1.0), m);
@@ -114,7 +114,7 @@ fn operands_prepared_in_place_and_their_transposes_are_those_of_the_finished_mat
         for kernel in Kernel::available() {
             let product = |a: &Operand, rows: usize, b: &[f32]| {
                 let mut c = vec![0f32; rows * n];
-                matmul(rows, n, &[Term { a, b: View::f32(b, n) }], &mut c, n, false, Threads::All);
+                matmul(rows, n, &[Term::new(a, View::f32(b, n))], &mut c, n, false, Threads::All);
                 c
             };
             let scale = |i: usize, row: &mut [f32]| row.iter_mut().for_each(|x| *x *= (i + 1) as f32);
@@ -142,8 +142,8 @@ fn tiles_are_the_parts_of_whole_products() {
         for kernel in Kernel::available() {
             let operand = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);
             let more = Operand::new(kernel, View::f32(&d, 6), m, 6, 0.5);
-            let first = [Term { a: &operand, b: View::f32(&b, n) }, Term { a: &more, b: View::f32(&b, n) }];
-            let second = [Term { a: &operand, b: View::f32(&c, k).t() }];
+            let first = [Term::new(&operand, View::f32(&b, n)), Term::new(&more, View::f32(&b, n))];
+            let second = [Term::new(&operand, View::f32(&c, k).t())];
             let whole = [&first[..], &second[..]].map(|terms| {
                 let mut y = vec![0f32; m * n];
                 matmul(m, n, terms, &mut y, n, false, Threads::All);
@@ -176,8 +176,8 @@ proptest! {
             let one = Operand::new(kernel, View::f32(&a[row * k..], k), 1, k, 1.0);
             for b in [View::f32(&b, k).t(), View::f32(&b, n)] {
                 let (mut x, mut y) = (vec![0f32; m * n], vec![0f32; n]);
-                matmul(m, n, &[Term { a: &all, b }], &mut x, n, false, Threads::All);
-                matmul(1, n, &[Term { a: &one, b }], &mut y, n, false, Threads::One);
+                matmul(m, n, &[Term::new(&all, b)], &mut x, n, false, Threads::All);
+                matmul(1, n, &[Term::new(&one, b)], &mut y, n, false, Threads::One);
                 prop_assert_eq!(&x[row * n..(row + 1) * n], &y[..], "{:?}", kernel);
             }
         }
