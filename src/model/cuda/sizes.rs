@@ -4,7 +4,7 @@
 //! so that the two cannot drift apart. This file is compiled without the feature `cuda`, too: the
 //! estimate is the same arithmetic in every build.
 
-use crate::model::block_shape::BlockShape;
+pub use crate::model::block_shape::BlockShape;
 
 /// Bytes of an f32.
 const F32: usize = 4;
