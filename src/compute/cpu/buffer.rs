@@ -190,6 +190,11 @@ impl Buffer {
         unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), values.len()) }
     }
 
+    /// Returns the most bytes of the range that were in use at one time since the last trim. Holes between buffers count, because their pages stay.
+    pub fn peak_bytes() -> usize {
+        arena().highest
+    }
+
     /// Gives all free memory back, e.g. when a run has ended.
     pub fn trim() {
         arena().trim();

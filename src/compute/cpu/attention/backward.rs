@@ -10,8 +10,10 @@ use crate::compute::cpu::simd::{dispatch, dot, exp};
 use crate::compute::cpu::thread_pool;
 use crate::compute::layout::RowLayout;
 
-/// Scores of all heads that are kept between the two sweeps; longer rows are done in several rounds.
+/// Scores of all heads that are kept between the two sweeps, counted as if a block had [`NR`] queries; longer rows are done in several rounds.
 const SCORES: usize = 1 << 24;
+/// The scores that a round of whole blocks keeps at most: so many of P and as many of dS.
+const KEPT_SCORES: usize = SCORES / NR * BLOCK;
 
 /// Gradients of [`super::attention`] for `g = ∂loss/∂out` `[T, H·D]`, with its inputs and outputs; `dqkv` `[T, (H + 2K)·D]` is overwritten.
 pub fn attention_backward(
@@ -49,11 +51,14 @@ pub fn attention_backward(
     }
 }
 
-/// Bytes of the scores of `heads` query heads over a row of `tokens` tokens at one time, P and dS,
-/// where an operand's element has `element` bytes. On average a query sees half of the row, and a
-/// block of queries one block more.
-pub fn score_bytes(heads: usize, tokens: usize, element: usize) -> usize {
-    2 * (tokens * (tokens / 2 + BLOCK) * heads).min(SCORES) * element
+/// Bytes of P and dS that [`attention_backward`] keeps between its two sweeps, for a row of `tokens`
+/// tokens whose longest pair has `longest`. A query sees half of its pair's tokens on average, and
+/// at most all of them where several pairs share a prompt; [`BLOCK`] more are what blocks and
+/// panels pad them with.
+pub fn score_bytes(kernel: Kernel, heads: usize, tokens: usize, longest: usize) -> usize {
+    let element = if kernel.is_bf16() { size_of::<half::bf16>() } else { size_of::<f32>() };
+    let columns = (tokens / 2).min(longest) + BLOCK;
+    2 * (tokens * columns * heads).min(KEPT_SCORES) * element
 }
 
 struct Packed {

@@ -1,0 +1,501 @@
+//! Random models on random packed rows, against a plain reference in f64 (`reference_model.rs`):
+//! log-probs, and the gradient of every tensor. BRADLEY_TEST_DEVICE names the device. More seeds:
+//!
+//!   BRADLEY_TEST_SPECS=500 BRADLEY_TEST_SEED=1000 cargo test --test it random_specs
+
+use std::convert::Infallible;
+use std::ops::{Range, RangeInclusive};
+use std::sync::Arc;
+
+use bradley::domain::training::{LoraConfig, Precision, TARGET_MODULES};
+use bradley::model::adapter::Adapter;
+use bradley::model::config::ModelConfig;
+use bradley::model::decoder::Policy;
+use bradley::model::families::Architecture;
+use bradley::model::parameters::Parameters;
+use bradley::model::params::{LoraTensor, ParamId, ParamSpec, Role};
+use bradley::model::rope::{RopeConfig, RopeScaling};
+use bradley::model::spec::{Activation, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm};
+use bradley::train::backprop::{Keep, backward, forward};
+use bradley::train::pack::{PackedRow, pack};
+use bradley::train::pair::SequenceGroup;
+use bradley::train::trainable::{Gradients, TrainablePolicy};
+use candle_core::{DType, Device, Tensor};
+use half::bf16;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+
+use crate::reference_model::{Hidden, ReferenceModel};
+use crate::support::{assert_close, device, encode, is_batch_invariant, json, numbers, rows, tiny};
+
+/// Seeds without BRADLEY_TEST_SPECS: on the CPU, and elsewhere, where the emulator takes minutes for
+/// what takes the CPU seconds.
+const SEEDS: (u64, u64) = (24, 8);
+/// The first seed without BRADLEY_TEST_SEED.
+const FIRST_SEED: u64 = 1;
+
+/// A log-prob in f32, relative, values below 1 nat being compared on the scale of a nat. Sums of some
+/// hundred terms round by about 1e-6; a norm over a head of two dimensions that happen to be small
+/// magnifies that, up to a hundred times.
+const LOGP_F32: f64 = 1e-4;
+/// A tensor's gradient in f32, relative to its norm.
+const GRADIENT_F32: f64 = 5e-4;
+/// What a tensor's gradient is at least compared with: this part of the norm of all gradients. A
+/// gradient that is smaller is what remains of larger numbers that cancel.
+const SMALL_GRADIENT: f64 = 0.02;
+/// All log-probs of a row in bf16, relative. An operand rounds by 2⁻⁹, and logits of about 1 are off
+/// by about 1e-2, of log-probs of about −4.
+const LOGP_BF16: f64 = 2e-2;
+/// All gradients in bf16, relative to their norm.
+const GRADIENT_BF16: f64 = 0.1;
+
+/// Half of the step of the difference quotients. In f64, rounding makes of it about 1e-7, and the
+/// curvature less.
+const STEP: f64 = 3e-7;
+
+/// Random draws.
+struct Draw(ChaCha8Rng);
+
+impl Draw {
+    fn below(&mut self, n: usize) -> usize {
+        (self.0.next_u64() % n as u64) as usize
+    }
+
+    fn within(&mut self, range: RangeInclusive<usize>) -> usize {
+        range.start() + self.below(range.end() - range.start() + 1)
+    }
+
+    fn flag(&mut self) -> bool {
+        self.below(2) == 1
+    }
+
+    fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len())]
+    }
+
+    /// A number from [low, high).
+    fn number(&mut self, low: f64, high: f64) -> f64 {
+        low + (high - low) * ((self.0.next_u64() >> 11) as f64 / (1u64 << 53) as f64)
+    }
+
+    /// Numbers from [−bound, bound), which bf16 represents exactly, so that a model has the same
+    /// weights in both precisions.
+    fn weights(&mut self, n: usize, bound: f64, centre: f64) -> Vec<f32> {
+        let rounded = |x: f64| bf16::from_f64(x).to_f32();
+        (0..n).map(|_| rounded(centre + self.number(-bound, bound))).collect()
+    }
+}
+
+fn random_rope(draw: &mut Draw) -> RopeConfig {
+    let theta = draw.pick(&[100.0, 10_000.0, 500_000.0]);
+    let factor = draw.number(1.5, 8.0);
+    let original_max_position_embeddings = draw.within(8..=64);
+    let scaling = match draw.below(4) {
+        0 => RopeScaling::None,
+        1 => RopeScaling::Linear { factor },
+        2 => {
+            let low_freq_factor = draw.number(0.5, 2.0);
+            let high_freq_factor = low_freq_factor + draw.number(0.5, 4.0);
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings }
+        }
+        _ => RopeScaling::Yarn {
+            factor,
+            original_max_position_embeddings,
+            beta_fast: draw.number(4.0, 32.0),
+            beta_slow: draw.number(0.5, 2.0),
+            attention_factor: draw.flag().then(|| draw.number(0.8, 1.3)),
+            mscale: draw.flag().then(|| draw.number(0.5, 1.5)),
+            mscale_all_dim: draw.flag().then(|| draw.number(0.5, 1.5)),
+            truncate: draw.flag(),
+        },
+    };
+    RopeConfig { theta, scaling }
+}
+
+fn random_block(draw: &mut Draw, head_dim: usize) -> BlockSpec {
+    let heads = draw.within(1..=(128 / head_dim).clamp(1, 8));
+    let divisors: Vec<usize> = (1..=heads).filter(|n| heads.is_multiple_of(*n)).collect();
+    let attention = AttentionSpec {
+        heads,
+        kv_heads: draw.pick(&divisors),
+        head_dim,
+        window: draw.flag().then(|| draw.pick(&[1, 2, 3, 7, 16, 33, 64, 70, 500])),
+        qk_norm: draw.pick(&[QkNorm::Absent, QkNorm::PerHead]),
+        qkv_bias: draw.flag(),
+        output_bias: draw.flag(),
+    };
+    let odd_width = draw.within(1..=48);
+    BlockSpec {
+        mixer: Mixer::Attention(attention),
+        mixer_norms: Norms::Pre,
+        feed_forward: FeedForward::Gated {
+            // Whole panels of the kernels go another way than the rest.
+            width: draw.pick(&[odd_width, 32, 64]),
+            activation: Activation::Silu,
+            bias: draw.flag(),
+        },
+        feed_forward_norms: Norms::Pre,
+    }
+}
+
+/// Draws a model. Its blocks differ, except in the size of a head, which the rotation fixes.
+fn random_spec(draw: &mut Draw) -> ModelSpec {
+    let head_dim = draw.pick(&[2, 4, 6, 8, 10, 14, 16, 20, 24, 32, 34, 40, 64]);
+    let small_vocabulary = draw.within(5..=60);
+    let blocks = draw.within(1..=3);
+    ModelSpec {
+        // 600 are two tiles of the head.
+        vocab_size: draw.pick(&[small_vocabulary, small_vocabulary, 600]),
+        hidden_size: draw.within(4..=40),
+        max_position_embeddings: 512,
+        rms_norm_eps: draw.pick(&[1e-6, 1e-5, 1e-3, 1e-2]),
+        rope: random_rope(draw),
+        tie_word_embeddings: draw.flag(),
+        blocks: (0..blocks).map(|_| random_block(draw, head_dim)).collect(),
+    }
+}
+
+/// Draws prompts with their completions. Half of the rows have a prompt and a completion that are
+/// longer than a block of queries, some prompts come twice.
+fn random_groups(draw: &mut Draw, vocabulary: usize) -> Vec<SequenceGroup> {
+    let tokens = |draw: &mut Draw, n: usize| -> Vec<u32> { (0..n).map(|_| draw.below(vocabulary) as u32).collect() };
+    let is_long = draw.flag();
+    let mut groups: Vec<SequenceGroup> = Vec::new();
+    for group in 0..draw.within(1..=3) {
+        let prompt = match is_long && group == 0 {
+            true => draw.within(60..=90),
+            false => draw.within(1..=9),
+        };
+        let prompt = tokens(draw, prompt);
+        let completions = (0..draw.within(1..=3)).map(|completion| {
+            let length = match is_long && group == 0 && completion == 0 {
+                true => draw.within(60..=80),
+                false => draw.within(1..=8),
+            };
+            tokens(draw, length)
+        });
+        let completions = completions.collect();
+        groups.push(SequenceGroup { prompt, completions });
+    }
+    if draw.flag() {
+        let length = draw.within(1..=8);
+        let completions = vec![tokens(draw, length)];
+        groups.push(SequenceGroup { prompt: groups[0].prompt.clone(), completions });
+    }
+    groups
+}
+
+/// Draws a model's tensors: about as large as those of a trained model, so that no part of it drowns
+/// in the others.
+fn random_parameters(draw: &mut Draw, config: &ModelConfig) -> Parameters {
+    let tensor = |param: &ParamSpec| -> Result<Tensor, Infallible> {
+        let values = match param.role {
+            // The variance of what comes out is about that of what goes in.
+            Role::Matrix => {
+                let inputs = param.shape[param.shape.len() - 1];
+                draw.weights(param.elements(), 1.7 / (inputs as f64).sqrt(), 0.0)
+            }
+            Role::Norm => draw.weights(param.elements(), 0.4, 1.0),
+            Role::Bias => draw.weights(param.elements(), 0.3, 0.0),
+        };
+        Ok(Tensor::from_vec(values, param.shape.as_slice(), &Device::Cpu).unwrap())
+    };
+    Parameters::build(config, tensor).unwrap()
+}
+
+fn random_adapter(draw: &mut Draw, config: &ModelConfig) -> Adapter {
+    let mut targets: Vec<String> = TARGET_MODULES.iter().map(|name| name.to_string()).collect();
+    if draw.flag() {
+        targets.retain(|_| draw.flag());
+    }
+    if targets.is_empty() {
+        targets.push("v_proj".into());
+    }
+    let lora = LoraConfig {
+        rank: draw.within(1..=9),
+        alpha: draw.number(1.0, 12.0),
+        target_modules: targets,
+        use_rslora: draw.flag(),
+        init_adapter: None,
+    };
+    let tensor = |tensor: &LoraTensor| -> Result<Tensor, Infallible> {
+        let bound = 0.5 / (tensor.shape[1] as f64).sqrt();
+        let values = draw.weights(tensor.elements(), bound, 0.0);
+        Ok(Tensor::from_vec(values, &tensor.shape, &Device::Cpu).unwrap())
+    };
+    Adapter::build(config, &lora, tensor).unwrap()
+}
+
+/// What is drawn from a seed.
+struct Case {
+    base: Policy,
+    /// Trained, or else all weights are.
+    adapter: Option<Adapter>,
+    groups: Vec<SequenceGroup>,
+    row: PackedRow,
+    /// ∂loss/∂log p of each of the row's targets.
+    upstream: Vec<f32>,
+    keep: Keep,
+    /// For what is drawn later.
+    draw: Draw,
+}
+
+impl Case {
+    fn new(seed: u64) -> Self {
+        let mut draw = Draw(ChaCha8Rng::seed_from_u64(seed));
+        let spec = random_spec(&mut draw);
+        let groups = random_groups(&mut draw, spec.vocab_size);
+        let config = ModelConfig {
+            architecture: Architecture::Llama,
+            spec,
+            bos_token_id: None,
+            eos_token_ids: Vec::new(),
+            hf_json: serde_json::Value::Null,
+        };
+        let parameters = random_parameters(&mut draw, &config);
+        let adapter = draw.flag().then(|| random_adapter(&mut draw, &config));
+        let row = pack(&groups.iter().map(std::slice::from_ref).collect::<Vec<_>>());
+        let upstream = row.row.targets.iter().map(|_| draw.number(-1.0, 1.0) as f32).collect();
+        let keep = draw.pick(&[Keep::Tapes, Keep::Inputs]);
+        let base = Policy {
+            config: Arc::new(config),
+            parameters: Arc::new(parameters),
+            adapter: None,
+            precision: Precision::F32,
+            device: device(),
+            helpers: Arc::default(),
+        };
+        Case { base, adapter, groups, row, upstream, keep, draw }
+    }
+
+    /// Returns the policy that is trained. A frozen base is in the precision of the passes, as a server
+    /// loads it.
+    fn trainable(&self, precision: Precision) -> TrainablePolicy {
+        let base = self.base.with_precision(precision);
+        let Some(adapter) = &self.adapter else {
+            return TrainablePolicy::full(&base, precision).unwrap();
+        };
+        let frozen = base.parameters.map(|param, tensor| match (param.role, precision) {
+            (Role::Matrix, Precision::Bf16) => tensor.to_dtype(DType::BF16),
+            _ => Ok(tensor.clone()),
+        });
+        let base = Policy { parameters: Arc::new(frozen.unwrap()), ..base };
+        TrainablePolicy::lora(&base, adapter, precision).unwrap()
+    }
+
+    /// Returns every completion with its prompt, and where its tokens are among the row's targets.
+    fn sequences(&self) -> Vec<(&[u32], &[u32], Range<usize>)> {
+        let mut sequences = Vec::new();
+        for (group, ranges) in self.groups.iter().zip(&self.row.completions) {
+            for (completion, range) in group.completions.iter().zip(ranges) {
+                sequences.push((&group.prompt[..], &completion[..], range.clone()));
+            }
+        }
+        sequences
+    }
+}
+
+/// What the program computes.
+struct Computed {
+    log_probs: Vec<f32>,
+    /// Of each trained tensor.
+    gradients: Vec<Vec<f64>>,
+}
+
+/// Runs a row forward and back, and checks that scoring gives the same log-probs as training.
+fn compute(case: &Case, policy: &TrainablePolicy) -> Computed {
+    let row = &case.row.row;
+    let tape = forward(&policy.policy, row.clone(), case.keep, &mut || {}).unwrap();
+    let log_probs = tape.log_probs().to_vec();
+    let scored = policy.policy.log_probs(row.clone(), &mut || {}).unwrap();
+    if is_batch_invariant() {
+        assert_eq!(scored, log_probs, "scoring");
+    } else {
+        for (scored, trained) in scored.iter().zip(&log_probs) {
+            assert_close("scoring", *scored as f64, *trained as f64, 1e-5, 1.0);
+        }
+    }
+    let mut sums = Gradients::zeros(policy);
+    backward(&policy.policy, tape, &case.upstream, &mut sums, &mut || {}).unwrap();
+    sums.collect().unwrap();
+    let widened = |g: &Vec<f32>| g.iter().map(|x| *x as f64).collect();
+    Computed { log_probs, gradients: sums.values().iter().map(widened).collect() }
+}
+
+/// The sum over a row's targets of upstream·log p, which the upstream gradients are derivatives for.
+struct Objective<'a> {
+    case: &'a Case,
+    /// For each sequence, the input of each block and the output of the last one, at the weights as
+    /// they were drawn: what lies before a tensor does not change with it.
+    hidden: Vec<Vec<Hidden>>,
+}
+
+impl<'a> Objective<'a> {
+    fn new(case: &'a Case, model: &ReferenceModel) -> Self {
+        let states = |(prompt, completion, _): (&[u32], &[u32], Range<usize>)| {
+            let mut states = vec![model.embed(prompt, completion)];
+            for index in 0..model.num_blocks() {
+                states.push(model.block(index, &states[index]));
+            }
+            states
+        };
+        Objective { case, hidden: case.sequences().into_iter().map(states).collect() }
+    }
+
+    /// Returns its value when only the tensor `moved` has changed since [`Objective::new`].
+    fn value(&self, model: &ReferenceModel, moved: ParamId) -> f64 {
+        let mut sum = 0.0;
+        for ((prompt, completion, range), hidden) in self.case.sequences().iter().zip(&self.hidden) {
+            let (first, mut x) = match moved {
+                ParamId::Embedding => (0, model.embed(prompt, completion)),
+                ParamId::Block(index, _) => (index, hidden[index].clone()),
+                ParamId::Norm | ParamId::Head => (model.num_blocks(), hidden[model.num_blocks()].clone()),
+            };
+            for index in first..model.num_blocks() {
+                x = model.block(index, &x);
+            }
+            let log_probs = model.head(&x, prompt.len(), completion);
+            let upstream = &self.case.upstream[range.clone()];
+            sum += log_probs.iter().zip(upstream).map(|(l, g)| l * *g as f64).sum::<f64>();
+        }
+        sum
+    }
+}
+
+/// Says which case it was when a check fails, or the program panics.
+struct Told(String);
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.0);
+        }
+    }
+}
+
+fn norm(values: impl IntoIterator<Item = f64>) -> f64 {
+    values.into_iter().map(|x| x * x).sum::<f64>().sqrt()
+}
+
+fn check(seed: u64) {
+    let mut case = Case::new(seed);
+    let (spec, lora) = (&case.base.config.spec, case.adapter.as_ref().map(|a| a.config.clone()));
+    let layout = &case.row.row.layout.segments;
+    let keep = case.keep;
+    let _told = Told(format!("BRADLEY_TEST_SEED={seed}: {spec:#?}\n{lora:?}\n{layout:?}\n{keep:?}"));
+
+    let policies = [Precision::F32, Precision::Bf16].map(|precision| case.trainable(precision));
+    let [exact, rounded] = policies.each_ref().map(|policy| compute(&case, policy));
+    let mut model = ReferenceModel::new(&policies[0].policy);
+
+    let mut wanted = vec![0.0; case.upstream.len()];
+    for (prompt, completion, range) in case.sequences() {
+        wanted[range].copy_from_slice(&model.log_probs(prompt, completion));
+    }
+    for (i, (got, want)) in exact.log_probs.iter().zip(&wanted).enumerate() {
+        assert_close(&format!("seed {seed}: log-prob {i}"), *got as f64, *want, LOGP_F32, 1.0);
+    }
+    let off = rounded.log_probs.iter().zip(&wanted).map(|(got, want)| *got as f64 - want);
+    let off = norm(off) / norm(wanted.iter().copied());
+    assert!(off < LOGP_BF16, "seed {seed}: in bf16 the log-probs are off by {off:e}");
+
+    // Each gradient along a random direction, whose elements have a variance of 1: an error of the
+    // gradient shows up as about its own norm.
+    let directions: Vec<Vec<f64>> =
+        exact.gradients.iter().map(|g| (0..g.len()).map(|_| case.draw.number(-(3f64.sqrt()), 3f64.sqrt())).collect()).collect();
+    let along = |gradient: &[f64], direction: &[f64]| -> f64 { gradient.iter().zip(direction).map(|(g, d)| g * d).sum() };
+    let all = norm(exact.gradients.iter().flatten().copied());
+    assert!(all > 0.0, "seed {seed}: there is no gradient");
+    let objective = Objective::new(&case, &model);
+    let mut off_in_bf16 = Vec::new();
+    for (i, trained) in policies[0].trainables.iter().enumerate() {
+        let direction = &directions[i];
+        model.shift(trained.id, direction, STEP);
+        let above = objective.value(&model, trained.id);
+        model.shift(trained.id, direction, -2.0 * STEP);
+        let below = objective.value(&model, trained.id);
+        model.shift(trained.id, direction, STEP);
+        let want = (above - below) / (2.0 * STEP);
+
+        let (got, name) = (along(&exact.gradients[i], direction), &trained.name);
+        let scale = norm(exact.gradients[i].iter().copied()).max(SMALL_GRADIENT * all);
+        let off = (got - want).abs();
+        let what = format!("seed {seed}: the gradient of {name}: {got} is not {want}");
+        assert!(off <= GRADIENT_F32 * scale, "{what} within {GRADIENT_F32} of {scale}");
+        off_in_bf16.push(along(&rounded.gradients[i], direction) - want);
+    }
+    let off = norm(off_in_bf16) / all;
+    assert!(off < GRADIENT_BF16, "seed {seed}: in bf16 the gradients are off by {off:e}");
+}
+
+fn seeds() -> Range<u64> {
+    let number = |variable: &str, default: u64| std::env::var(variable).ok().map_or(default, |value| value.parse().unwrap());
+    let first = number("BRADLEY_TEST_SEED", FIRST_SEED);
+    let count = if device().name() == "cpu" { SEEDS.0 } else { SEEDS.1 };
+    first..first + number("BRADLEY_TEST_SPECS", count)
+}
+
+#[test]
+fn log_probs_and_gradients_are_those_of_the_definition() {
+    seeds().for_each(check);
+}
+
+/// The seeds reach every kind of model and row, or else the test above says less than it seems to.
+#[test]
+fn the_seeds_draw_every_variant() {
+    let cases: Vec<Case> = (FIRST_SEED..FIRST_SEED + SEEDS.0).map(Case::new).collect();
+    let any = |what: &str, is: &dyn Fn(&Case) -> bool| {
+        assert!(cases.iter().any(is), "no seed draws {what}");
+    };
+    let blocks = |case: &Case| case.base.config.spec.blocks.clone();
+    let attention = |case: &Case, is: &dyn Fn(&AttentionSpec) -> bool| blocks(case).iter().any(|block| is(block.attention()));
+    any("a tied head", &|c| c.base.config.spec.tie_word_embeddings);
+    any("a head of its own", &|c| !c.base.config.spec.tie_word_embeddings);
+    any("two tiles of the vocabulary", &|c| c.base.config.spec.vocab_size > 512);
+    any("an adapter", &|c| c.adapter.is_some());
+    any("a full fine-tune", &|c| c.adapter.is_none());
+    any("tapes", &|c| c.keep == Keep::Tapes);
+    any("recomputation", &|c| c.keep == Keep::Inputs);
+    any("no scaling", &|c| c.base.config.spec.rope.scaling == RopeScaling::None);
+    any("linear", &|c| matches!(c.base.config.spec.rope.scaling, RopeScaling::Linear { .. }));
+    any("llama3", &|c| matches!(c.base.config.spec.rope.scaling, RopeScaling::Llama3 { .. }));
+    any("yarn", &|c| matches!(c.base.config.spec.rope.scaling, RopeScaling::Yarn { .. }));
+    any("grouped queries", &|c| attention(c, &|a| a.kv_heads > 1 && a.kv_heads < a.heads));
+    any("one key head for all", &|c| attention(c, &|a| a.kv_heads == 1 && a.heads > 1));
+    any("norms on queries and keys", &|c| attention(c, &|a| a.qk_norm == QkNorm::PerHead));
+    any("biases on queries", &|c| attention(c, &|a| a.qkv_bias && !a.output_bias));
+    any("a bias on the output", &|c| attention(c, &|a| a.output_bias && !a.qkv_bias));
+    any("biases in the feed-forward part", &|c| blocks(c).iter().any(|b| matches!(b.feed_forward, FeedForward::Gated { bias: true, .. })));
+    any("blocks of which some have a window", &|c| attention(c, &|a| a.window.is_some()) && attention(c, &|a| a.window.is_none()));
+    any("a window that hides a part of the prompt", &|c| {
+        let longest = c.groups.iter().map(|g| g.prompt.len()).max().unwrap();
+        attention(c, &|a| a.window.is_some_and(|window| window < longest))
+    });
+    any("several completions of one prompt", &|c| c.groups.iter().any(|g| g.completions.len() > 1));
+    any("a prompt that two items share", &|c| c.groups.len() > 1 && c.groups.last().unwrap().prompt == c.groups[0].prompt);
+    any("more than a block of queries", &|c| c.groups[0].prompt.len() > 64);
+}
+
+/// The reference itself, against transformers.
+#[test]
+fn the_reference_is_transformers() {
+    let expected = json("logps.json");
+    for name in crate::support::MODELS {
+        let (policy, tokenizer) = tiny(name);
+        let model = ReferenceModel::new(&policy);
+        let rows = rows("pairs.jsonl");
+        for (row, pair) in rows.iter().zip(encode(&rows, &tokenizer, 256)) {
+            let of_row = &expected[name][row.id.as_deref().unwrap()];
+            let rejected_prompt = pair.rejected_prompt.as_ref().unwrap_or(&pair.prompt);
+            let sides = [("chosen", &pair.prompt, &pair.chosen), ("rejected", rejected_prompt, &pair.rejected)];
+            for (side, prompt, completion) in sides {
+                let got = model.log_probs(prompt, completion);
+                let want = numbers(&of_row[side]["policy"]["logps"]);
+                assert_eq!(got.len(), want.len(), "{name} {side}");
+                for (got, want) in got.iter().zip(want) {
+                    assert_close(&format!("{name} {side}"), *got, want, 1e-5, 0.1);
+                }
+            }
+        }
+    }
+}
