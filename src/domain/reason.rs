@@ -248,6 +248,67 @@ mod tests {
         assert_eq!(Reason::parse("in_use"), None);
     }
 
+    /// Clients and stores know reasons by their names: one may be added, but none changes.
+    #[test]
+    fn names_and_codes_are_what_clients_and_stores_know() {
+        let known = [
+            ("INVALID_ARGUMENT", FailureCode::Internal),
+            ("MALFORMED_MESSAGE", FailureCode::Internal),
+            ("NOT_FOUND", FailureCode::NotFound),
+            ("PERMISSION_DENIED", FailureCode::Internal),
+            ("UNAUTHENTICATED", FailureCode::Internal),
+            ("REQUEST_ID_REUSED", FailureCode::Internal),
+            ("CURSOR_OUT_OF_RANGE", FailureCode::Internal),
+            ("DEADLINE_EXCEEDED", FailureCode::Internal),
+            ("INTERNAL", FailureCode::Internal),
+            ("TOO_MANY_JOBS", FailureCode::Internal),
+            ("TOO_MANY_TOKENS", FailureCode::Internal),
+            ("TOO_MANY_BYTES", FailureCode::Internal),
+            ("UPLOAD_TOO_LARGE", FailureCode::Internal),
+            ("DATASET_TOO_LARGE", FailureCode::Internal),
+            ("OUT_OF_MEMORY", FailureCode::ResourceExhausted),
+            ("STORAGE_FULL", FailureCode::Internal),
+            ("DRAINING", FailureCode::Internal),
+            ("QUEUE_FULL", FailureCode::Internal),
+            ("STORE_UNAVAILABLE", FailureCode::Internal),
+            ("ARTIFACTS_UNAVAILABLE", FailureCode::Internal),
+            ("STORAGE_UNAVAILABLE", FailureCode::Internal),
+            ("CANCELLING", FailureCode::Internal),
+            ("PAUSING", FailureCode::Internal),
+            ("NOT_PAUSED", FailureCode::Internal),
+            ("NOT_ENDED", FailureCode::Internal),
+            ("ALREADY_ENDED", FailureCode::Internal),
+            ("NOT_RUNNING", FailureCode::Internal),
+            ("ILLEGAL_TRANSITION", FailureCode::Internal),
+            ("ETAG_STALE", FailureCode::Internal),
+            ("JOB_UNREADABLE", FailureCode::Internal),
+            ("LEASE_LOST", FailureCode::Internal),
+            ("WORKER_LOST", FailureCode::Aborted),
+            ("IN_USE", FailureCode::Internal),
+            ("NO_CHECKPOINT", FailureCode::Internal),
+            ("NO_REFERENCE", FailureCode::Internal),
+            ("NO_ADAPTER", FailureCode::Internal),
+            ("FULL_CHECKPOINT", FailureCode::Internal),
+            ("DATASET_INVALID", FailureCode::FailedPrecondition),
+            ("DATASET_CHANGED", FailureCode::FailedPrecondition),
+            ("ROWS_CHANGED", FailureCode::FailedPrecondition),
+            ("MODEL_CHANGED", FailureCode::FailedPrecondition),
+            ("MODEL_FILES_CHANGED", FailureCode::FailedPrecondition),
+            ("WEIGHTS_UNUSABLE", FailureCode::Internal),
+            ("WEIGHTS_UNAVAILABLE", FailureCode::FailedPrecondition),
+            ("ARTIFACT_MISSING", FailureCode::FailedPrecondition),
+            ("ARTIFACT_DAMAGED", FailureCode::FailedPrecondition),
+            ("CHECKPOINT_FORMAT", FailureCode::FailedPrecondition),
+            ("NON_FINITE_LOSS", FailureCode::FailedPrecondition),
+            ("CHECKPOINT_FAILED", FailureCode::Internal),
+            ("DEVICE_FAILED", FailureCode::Internal),
+            ("DATA_DIR_IN_USE", FailureCode::Internal),
+            ("WRONG_ARTIFACT_STORE", FailureCode::Internal),
+        ];
+        let now: Vec<(&str, FailureCode)> = Reason::ALL.iter().map(|r| (r.name(), r.failure_code())).collect();
+        assert_eq!(now, known);
+    }
+
     #[test]
     fn a_stored_reason_is_its_name_known_or_not() {
         for (stored, expected) in [

@@ -489,9 +489,11 @@ impl AdmittedCompletions {
 impl Admitted {
     /// Returns the scores of the row's answers, and the step of a live policy.
     async fn score(self) -> Result<(Vec<ScoredCompletion>, Option<u64>)> {
-        let scored = self.session.score(self.item.clone()).await?;
+        // The quota and the room are held until the row is scored.
+        let Admitted { session, encoded, item, _quota, _room } = self;
+        let scored = session.score(item).await?;
         let live_step = scored.live_step;
-        Ok((self.session.describe(self.encoded, scored), live_step))
+        Ok((session.describe(encoded, scored), live_step))
     }
 }
 

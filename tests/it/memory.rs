@@ -8,16 +8,16 @@
 
 use std::process::Command;
 
+use bradley::compute::cpu::buffer::Buffer;
+use bradley::compute::cpu::thread_pool;
 use bradley::domain::training::{ActivationCheckpointing, BatchConfig, LoraConfig, Method, Precision, TARGET_MODULES, TrainingSpec};
+use bradley::infer::pair::EncodedPair;
+use bradley::infer::scorer::score;
 use bradley::model::adapter::Adapter;
 use bradley::model::decoder::Policy;
-use bradley::model::ops::buffer::Buffer;
-use bradley::model::ops::team;
-use bradley::train::estimate::{Estimate, Lengths, Memory, plan};
+use bradley::train::estimate::{Estimate, Lengths, MemoryKind, plan};
 use bradley::train::optimizer::AdamW;
-use bradley::train::pair::EncodedPair;
 use bradley::train::reference::Reference;
-use bradley::train::scorer::score;
 use bradley::train::trainable::{Gradients, TrainablePolicy};
 use serde_json::{Value, json};
 
@@ -125,7 +125,7 @@ fn the_state_of_training_is_as_large_as_planned() {
         let elements = |part: &[Vec<f32>]| part.iter().map(Vec::len).sum::<usize>();
         let numbers = sizes.iter().sum::<usize>() + parts.map(elements).iter().sum::<usize>();
         let lengths = Lengths::of(&case.encoded(), 1);
-        let planned = plan(&base.config, &case.spec(), lengths, u64::MAX, Memory::Host).unwrap();
+        let planned = plan(&base.config, &case.spec(), lengths, u64::MAX, MemoryKind::Host).unwrap();
         assert_eq!(planned.training_state, 4 * numbers as u64, "{model}, full: {full}");
     }
 }
@@ -151,7 +151,7 @@ fn measures_a_run() {
     let Ok(case) = std::env::var(CASE) else { return };
     let case = Case::from_json(&serde_json::from_str(&case).unwrap());
     // Each thread has scores of a block to itself.
-    team::set_threads(2);
+    thread_pool::set_threads(2);
     let base = tiny(case.model).0;
     let planned = case.plan(&base);
     // The base's weights are no part of a plan: on a GPU this sends them there.

@@ -8,17 +8,17 @@ use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 
 use bradley::domain::training::{LoraConfig, Precision, TARGET_MODULES};
+use bradley::infer::pack::{PackedRow, pack};
+use bradley::infer::pair::SequenceGroup;
 use bradley::model::adapter::Adapter;
 use bradley::model::config::ModelConfig;
 use bradley::model::decoder::Policy;
 use bradley::model::families::Architecture;
 use bradley::model::parameters::Parameters;
-use bradley::model::params::{LoraTensor, ParamId, ParamSpec, Role};
+use bradley::model::params::{LoraTensor, ParamId, ParamRole, ParamSpec};
 use bradley::model::rope::{RopeConfig, RopeScaling};
 use bradley::model::spec::{Activation, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm};
 use bradley::train::backprop::{Keep, backward, forward};
-use bradley::train::pack::{PackedRow, pack};
-use bradley::train::pair::SequenceGroup;
 use bradley::train::trainable::{Gradients, TrainablePolicy};
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
@@ -191,12 +191,12 @@ fn random_parameters(draw: &mut Draw, config: &ModelConfig) -> Parameters {
     let tensor = |param: &ParamSpec| -> Result<Tensor, Infallible> {
         let values = match param.role {
             // The variance of what comes out is about that of what goes in.
-            Role::Matrix => {
+            ParamRole::Matrix => {
                 let inputs = param.shape[param.shape.len() - 1];
                 draw.weights(param.elements(), 1.7 / (inputs as f64).sqrt(), 0.0)
             }
-            Role::Norm => draw.weights(param.elements(), 0.4, 1.0),
-            Role::Bias => draw.weights(param.elements(), 0.3, 0.0),
+            ParamRole::Norm => draw.weights(param.elements(), 0.4, 1.0),
+            ParamRole::Bias => draw.weights(param.elements(), 0.3, 0.0),
         };
         Ok(Tensor::from_vec(values, param.shape.as_slice(), &Device::Cpu).unwrap())
     };
@@ -276,7 +276,7 @@ impl Case {
             return TrainablePolicy::full(&base, precision).unwrap();
         };
         let frozen = base.parameters.map(|param, tensor| match (param.role, precision) {
-            (Role::Matrix, Precision::Bf16) => tensor.to_dtype(DType::BF16),
+            (ParamRole::Matrix, Precision::Bf16) => tensor.to_dtype(DType::BF16),
             _ => Ok(tensor.clone()),
         });
         let base = Policy { parameters: Arc::new(frozen.unwrap()), ..base };

@@ -14,7 +14,9 @@
 //! | Pausing | Paused | the run is drained, or what it needs is not there |
 //! | Preparing, Running, Pausing, Cancelling | Failed | the run failed, or an input cannot be used |
 //! | Cancelling | Cancelled | the run ended in any way but a failure |
-//! | Preparing, Running, Pausing | Succeeded, Cancelled | the run ended so |
+//! | Running, Pausing | Succeeded | the run has taken all its steps |
+//! | Preparing, Running | Queued, Failed | the worker is gone; Failed (`WORKER_LOST`) when that happens again and again |
+//! | Pausing, Cancelling | Paused, Cancelled | the worker is gone |
 //!
 //! The last write of a run gives the lease back. A run whose lease is another's stores nothing more.
 
