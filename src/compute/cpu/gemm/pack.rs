@@ -21,8 +21,8 @@ pub(crate) fn pack_panel(kernel: Kernel, b: View, k0: usize, k: usize, n0: usize
     debug_assert!(n <= NR && k > 0 && n > 0);
     debug_assert!(b.covers(k0 + k, n0 + n));
     let start = k0 * b.row_stride + n0 * b.col_stride;
-    // Along which of k and n the source is contiguous.
-    let along_k = b.row_stride == 1 && b.col_stride != 1;
+    // Along which of k and n the source is contiguous. Where both are, B has one row or one column.
+    let along_k = b.row_stride == 1 && (b.col_stride != 1 || k == 1);
     let (lines, width, stride) = if along_k { (n, k, b.col_stride) } else { (k, n, b.row_stride) };
     let end = start + (lines - 1) * stride + width;
     match (kernel.is_bf16(), b.elements) {

@@ -56,9 +56,26 @@ fn every_kernel_agrees_with_a_sum_in_f64() {
     }
 }
 
+/// An adapter of rank 1 has matrices of one row and of one column.
+#[test]
+fn matrices_of_one_row_and_of_one_column_are_multiplied() {
+    for kernel in Kernel::available() {
+        for (m, n, k) in [(97, 70, 1), (97, 1, 70), (97, 1, 1), (1, 70, 1)] {
+            for (a_t, b_t) in [(false, true), (false, false), (true, false), (true, true)] {
+                check(kernel, m, n, k, a_t, b_t, false);
+            }
+        }
+    }
+}
+
 #[test]
 fn weights_in_bf16_are_what_they_would_be_in_f32() {
-    let (m, n, k) = (20, 70, 50);
+    for (m, n, k) in [(20, 70, 50), (97, 70, 1), (97, 1, 70)] {
+        weights_in_bf16_are_exact(m, n, k);
+    }
+}
+
+fn weights_in_bf16_are_exact(m: usize, n: usize, k: usize) {
     let (a, b) = (values("a", m * k), rounded(&values("b", n * k)));
     let stored: Vec<bf16> = b.iter().map(|x| bf16::from_f32(*x)).collect();
     for kernel in Kernel::available() {
