@@ -9,7 +9,8 @@ const KERNELS: &str = "src/compute/cuda/kernels";
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
-    let files = ["training", "dataset", "checkpoint", "scoring", "model"].map(|f| format!("bradley/v1/{f}.proto"));
+    let files = ["training", "dataset", "checkpoint", "scoring", "model"]
+        .map(|f| format!("bradley/v1/{f}.proto"));
     // Error details, so that clients by reflection can read them.
     let files = files.into_iter().chain(["google/rpc/error_details.proto".to_owned()]);
     let descriptors = protox::compile(files, ["proto"])?;
@@ -18,7 +19,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if env::var_os("CARGO_FEATURE_CUDA").is_some() {
         compile_kernels(&out.join("kernels.ptx"))?;
     }
-    tonic_prost_build::configure().extern_path(".google.rpc.Status", "::tonic_types::Status").btree_map(".").compile_fds(descriptors)?;
+    tonic_prost_build::configure()
+        .extern_path(".google.rpc.Status", "::tonic_types::Status")
+        .btree_map(".")
+        .compile_fds(descriptors)?;
     Ok(())
 }
 
@@ -29,7 +33,10 @@ fn compile_kernels(ptx: &Path) -> Result<(), Box<dyn std::error::Error>> {
         println!("cargo:rerun-if-env-changed={variable}");
     }
     let of_home = |variable| env::var_os(variable).map(|home| PathBuf::from(home).join("bin/nvcc"));
-    let nvcc = env::var_os("NVCC").map(PathBuf::from).or_else(|| of_home("CUDA_HOME")).or_else(|| of_home("CUDA_PATH"));
+    let nvcc = env::var_os("NVCC")
+        .map(PathBuf::from)
+        .or_else(|| of_home("CUDA_HOME"))
+        .or_else(|| of_home("CUDA_PATH"));
     let nvcc = nvcc.unwrap_or_else(|| "nvcc".into());
     let status = Command::new(&nvcc)
         .args(["-ptx", "-arch=compute_80", "-O3", "-std=c++17", "-o"])
@@ -38,7 +45,11 @@ fn compile_kernels(ptx: &Path) -> Result<(), Box<dyn std::error::Error>> {
         .map_err(|e| {
             format!("the feature cuda needs NVIDIA's compiler, and {} did not start: {e}; set NVCC or CUDA_HOME", nvcc.display())
         })?;
-    if status.success() { Ok(()) } else { Err(format!("{} failed with {status}", nvcc.display()).into()) }
+    if status.success() {
+        Ok(())
+    } else {
+        Err(format!("{} failed with {status}", nvcc.display()).into())
+    }
 }
 
 fn prost_bytes(set: &prost_types::FileDescriptorSet) -> Vec<u8> {

@@ -4,7 +4,9 @@
 #![allow(clippy::print_stdout)]
 
 use bradley::compute::cpu::attention::{Heads, attention, attention_backward};
-use bradley::compute::cpu::gemm::{Elements, Kernel, Operand, Term, Threads, View, WeightView, matmul};
+use bradley::compute::cpu::gemm::{
+    Elements, Kernel, Operand, Term, Threads, View, WeightView, matmul,
+};
 use bradley::compute::cpu::head::{HeadInput, HeadOptions, head};
 use bradley::compute::cpu::rms_norm::{rms_norm, rms_norm_backward};
 use bradley::compute::cpu::swiglu::{swiglu, swiglu_backward};
@@ -59,7 +61,8 @@ fn product(bencher: Bencher, precision: &str, m: usize, k: usize, n: usize, back
     let (a, b) = (values(m * k), values(k * n));
     let rounded: Vec<half::bf16> = b.iter().map(|x| half::bf16::from_f32(*x)).collect();
     let b = if precision == "bf16" { Elements::Bf16(&rounded) } else { Elements::F32(&b) };
-    let view = if backward { WeightView::new(b, n).plain() } else { WeightView::new(b, k).transposed() };
+    let view =
+        if backward { WeightView::new(b, n).plain() } else { WeightView::new(b, k).transposed() };
     let mut c = vec![0f32; m * n];
     bencher.counter(ItemsCount::new(2 * m * k * n)).bench_local(|| {
         let a = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);
@@ -104,7 +107,12 @@ fn head_390x576x49152(bencher: Bencher, precision: &str) {
     let targets: Vec<u32> = (0..n as u32).collect();
     let options = HeadOptions { distribution: true, gradient: true, trained: None };
     bencher.counter(ItemsCount::new(4 * n * c * v)).bench_local(|| {
-        let input = HeadInput { kernel: kernel(precision), h: &h, w: WeightView::new(w, c), targets: &targets };
+        let input = HeadInput {
+            kernel: kernel(precision),
+            h: &h,
+            w: WeightView::new(w, c),
+            targets: &targets,
+        };
         head(input, options)
     });
 }
@@ -112,7 +120,11 @@ fn head_390x576x49152(bencher: Bencher, precision: &str) {
 fn pair() -> (RowLayout, Heads, usize) {
     let mut layout = RowLayout::default();
     layout.push_group(160, [195, 195]);
-    let seen: usize = layout.segments.iter().map(|s| (0..s.tokens.len()).map(|i| s.prefix.len() + i + 1).sum::<usize>()).sum();
+    let seen: usize = layout
+        .segments
+        .iter()
+        .map(|s| (0..s.tokens.len()).map(|i| s.prefix.len() + i + 1).sum::<usize>())
+        .sum();
     (layout, Heads { query: 9, key: 3, dim: 64, window: None }, seen)
 }
 
@@ -120,7 +132,8 @@ fn pair() -> (RowLayout, Heads, usize) {
 fn attention_forward_550(bencher: Bencher, precision: &str) {
     let (layout, heads, seen) = pair();
     let qkv = values(layout.tokens() * heads.row());
-    let (mut out, mut lse) = (vec![0f32; layout.tokens() * heads.width()], vec![0f32; layout.tokens() * heads.query]);
+    let (mut out, mut lse) =
+        (vec![0f32; layout.tokens() * heads.width()], vec![0f32; layout.tokens() * heads.query]);
     bencher
         .counter(ItemsCount::new(4 * seen * heads.width()))
         .bench_local(|| attention(kernel(precision), &qkv, heads, &layout, &mut out, &mut lse));
@@ -130,13 +143,14 @@ fn attention_forward_550(bencher: Bencher, precision: &str) {
 fn attention_backward_550(bencher: Bencher, precision: &str) {
     let (layout, heads, seen) = pair();
     let qkv = values(layout.tokens() * heads.row());
-    let (mut out, mut lse) = (vec![0f32; layout.tokens() * heads.width()], vec![0f32; layout.tokens() * heads.query]);
+    let (mut out, mut lse) =
+        (vec![0f32; layout.tokens() * heads.width()], vec![0f32; layout.tokens() * heads.query]);
     attention(kernel(precision), &qkv, heads, &layout, &mut out, &mut lse);
     let g = values(out.len());
     let mut dqkv = vec![0f32; qkv.len()];
-    bencher
-        .counter(ItemsCount::new(10 * seen * heads.width()))
-        .bench_local(|| attention_backward(kernel(precision), &qkv, heads, &layout, (&out, &lse), &g, &mut dqkv));
+    bencher.counter(ItemsCount::new(10 * seen * heads.width())).bench_local(|| {
+        attention_backward(kernel(precision), &qkv, heads, &layout, (&out, &lse), &g, &mut dqkv)
+    });
 }
 
 /// Element-wise kernels, in bytes read and written.
@@ -151,7 +165,9 @@ fn rms_norm_550x576(bencher: Bencher) {
 fn rms_norm_backward_550x576(bencher: Bencher) {
     let (x, w) = (values(550 * 576), values(576));
     let mut dx = vec![0f32; x.len()];
-    bencher.counter(BytesCount::new(16 * x.len())).bench_local(|| rms_norm_backward(&x, &w, &x, 1e-5, &mut dx, None));
+    bencher
+        .counter(BytesCount::new(16 * x.len()))
+        .bench_local(|| rms_norm_backward(&x, &w, &x, 1e-5, &mut dx, None));
 }
 
 #[divan::bench]
@@ -163,5 +179,7 @@ fn swiglu_550x1536(bencher: Bencher) {
 #[divan::bench]
 fn swiglu_backward_550x1536(bencher: Bencher) {
     let (mut x, g) = (values(550 * 3072), values(550 * 1536));
-    bencher.counter(BytesCount::new(10 * x.len())).bench_local(|| swiglu_backward(&mut x, 1536, &g));
+    bencher
+        .counter(BytesCount::new(10 * x.len()))
+        .bench_local(|| swiglu_backward(&mut x, 1536, &g));
 }

@@ -11,7 +11,9 @@ use std::time::Instant;
 
 use bradley::domain::dataset::DatasetFormat;
 use bradley::domain::identity::ModelIdentity;
-use bradley::domain::training::{BatchConfig, LoraConfig, Method, Precision, RunConfig, TARGET_MODULES, TrainingSpec, Truncation};
+use bradley::domain::training::{
+    BatchConfig, LoraConfig, Method, Precision, RunConfig, TARGET_MODULES, TrainingSpec, Truncation,
+};
 use bradley::formats::loader::load_model;
 use bradley::infer::encode::PairEncoder;
 use bradley::infer::pair::{EncodedPair, SequenceGroup};
@@ -38,12 +40,14 @@ fn main() -> anyhow::Result<()> {
     };
     let max_length = rest.first().map_or(Ok(512), |s| s.parse())?;
     let row_tokens = rest.get(1).map_or(Ok(BatchConfig::default().row_tokens), |s| s.parse())?;
-    let precision = Precision::parse(precision).ok_or_else(|| anyhow::anyhow!("the precision is f32 or bf16"))?;
+    let precision = Precision::parse(precision)
+        .ok_or_else(|| anyhow::anyhow!("the precision is f32 or bf16"))?;
     let loaded = load_model(None, model, &Default::default())?;
     let tokenizer = Arc::new(loaded.tokenizer);
     let parameters = Parameters::load(&loaded.config, &loaded.weights, precision)?;
     let device = std::env::var("BRADLEY_BENCH_DEVICE").unwrap_or("cpu".into());
-    let device = DeviceChoice::parse(&device).ok_or_else(|| anyhow::anyhow!("BRADLEY_BENCH_DEVICE is cpu or cuda:N"))?;
+    let device = DeviceChoice::parse(&device)
+        .ok_or_else(|| anyhow::anyhow!("BRADLEY_BENCH_DEVICE is cpu or cuda:N"))?;
     let device = ComputeDevice::open(device).map_err(anyhow::Error::msg)?;
     let base = Policy {
         config: Arc::new(loaded.config),
@@ -55,7 +59,8 @@ fn main() -> anyhow::Result<()> {
     };
     let encoder = PairEncoder::new(&tokenizer, max_length, Truncation::KeepStart);
     let rows = read_rows(pairs.as_ref(), DatasetFormat::Jsonl)?;
-    let all: Vec<EncodedPair> = rows.filter_map(|row| encoder.encode_row(&row.ok()?).ok()).collect();
+    let all: Vec<EncodedPair> =
+        rows.filter_map(|row| encoder.encode_row(&row.ok()?).ok()).collect();
     let mut cache = ReferenceCache::new(1 << 24);
     println!("ready {}", all.len());
     if mode == "lengths" {
@@ -100,13 +105,31 @@ fn peak_bytes(policy: &Policy) -> u64 {
 
 /// Rank 16 on all linear layers.
 fn lora() -> LoraConfig {
-    LoraConfig { rank: 16, alpha: 32.0, target_modules: TARGET_MODULES.map(str::to_owned).to_vec(), ..LoraConfig::default() }
+    LoraConfig {
+        rank: 16,
+        alpha: 32.0,
+        target_modules: TARGET_MODULES.map(str::to_owned).to_vec(),
+        ..LoraConfig::default()
+    }
 }
 
-fn spec(is_lora: bool, batch_size: usize, max_length: usize, row_tokens: usize, precision: Precision) -> TrainingSpec {
+fn spec(
+    is_lora: bool,
+    batch_size: usize,
+    max_length: usize,
+    row_tokens: usize,
+    precision: Precision,
+) -> TrainingSpec {
     TrainingSpec {
         method: if is_lora { Method::Lora(lora()) } else { Method::Full },
-        batch: BatchConfig { batch_size, max_length, row_tokens, epochs: 1.0, shuffle: false, ..BatchConfig::default() },
+        batch: BatchConfig {
+            batch_size,
+            max_length,
+            row_tokens,
+            epochs: 1.0,
+            shuffle: false,
+            ..BatchConfig::default()
+        },
         run: RunConfig { save_steps: 0, ..RunConfig::default() },
         precision: Some(precision),
         ..TrainingSpec::default()
@@ -114,7 +137,10 @@ fn spec(is_lora: bool, batch_size: usize, max_length: usize, row_tokens: usize, 
 }
 
 fn score(base: &Policy, pairs: &[EncodedPair], cache: &ReferenceCache) -> anyhow::Result<f64> {
-    let policy = Policy { adapter: Some(Arc::new(Adapter::init(&base.config, &lora(), 1)?)), ..base.clone() };
+    let policy = Policy {
+        adapter: Some(Arc::new(Adapter::init(&base.config, &lora(), 1)?)),
+        ..base.clone()
+    };
     let groups: Vec<Vec<SequenceGroup>> = pairs.iter().map(EncodedPair::groups).collect();
     let start = Instant::now();
     for groups in groups.chunks(8) {
@@ -134,7 +160,9 @@ fn train(
     cache: &ReferenceCache,
 ) -> anyhow::Result<(f64, f64)> {
     let policy = match &spec.method {
-        Method::Lora(lora) => TrainablePolicy::lora(base, &Adapter::init(&base.config, lora, 1)?, base.precision)?,
+        Method::Lora(lora) => {
+            TrainablePolicy::lora(base, &Adapter::init(&base.config, lora, 1)?, base.precision)?
+        }
         Method::Full => TrainablePolicy::full(base, base.precision)?,
     };
     let folder = tempfile::tempdir()?;
@@ -167,9 +195,13 @@ fn train(
 
 /// Seconds a token of scoring one row, by its length: what grows is attention.
 fn lengths(base: &Policy, pairs: &[EncodedPair]) -> anyhow::Result<()> {
-    let text: Vec<u32> = pairs.iter().flat_map(|p| p.prompt.iter().chain(&p.chosen).copied()).collect();
+    let text: Vec<u32> =
+        pairs.iter().flat_map(|p| p.prompt.iter().chain(&p.chosen).copied()).collect();
     for n in [64, 128, 256, 512, 1024, 2048, 4096] {
-        let row = [SequenceGroup { prompt: text[..n / 2].to_vec(), completions: vec![text[n / 2..n].to_vec()] }];
+        let row = [SequenceGroup {
+            prompt: text[..n / 2].to_vec(),
+            completions: vec![text[n / 2..n].to_vec()],
+        }];
         let mut times = Vec::new();
         for _ in 0..5 {
             let start = Instant::now();
@@ -177,7 +209,11 @@ fn lengths(base: &Policy, pairs: &[EncodedPair]) -> anyhow::Result<()> {
             times.push(start.elapsed().as_secs_f64());
         }
         times.sort_by(f64::total_cmp);
-        println!("{{\"tokens\": {n}, \"seconds\": {}, \"microseconds_a_token\": {}}}", times[2], times[2] / n as f64 * 1e6);
+        println!(
+            "{{\"tokens\": {n}, \"seconds\": {}, \"microseconds_a_token\": {}}}",
+            times[2],
+            times[2] / n as f64 * 1e6
+        );
     }
     Ok(())
 }
@@ -188,8 +224,10 @@ fn gflop(base: &Policy, pairs: &[EncodedPair], mode: &str) -> f64 {
     let spec = &base.config.spec;
     let head = (spec.vocab_size * spec.hidden_size) as f64;
     // The embedding is looked up; a head of its own is the product that is counted beside.
-    let linear = base.config.parameter_count() as f64 - if spec.tie_word_embeddings { head } else { 2.0 * head };
-    let heads = spec.blocks.iter().map(|block| block.attention().query_width()).sum::<usize>() as f64;
+    let linear = base.config.parameter_count() as f64
+        - if spec.tie_word_embeddings { head } else { 2.0 * head };
+    let heads =
+        spec.blocks.iter().map(|block| block.attention().query_width()).sum::<usize>() as f64;
     // Passes over the blocks, over the head and over attention, in forward passes.
     let (blocks, heads_passes, attention) = match mode {
         "train-lora" => (3.0, 3.0, 4.5),
@@ -197,9 +235,12 @@ fn gflop(base: &Policy, pairs: &[EncodedPair], mode: &str) -> f64 {
         _ => (2.0, 2.0, 2.0),
     };
     let of = |p: &EncodedPair| {
-        let (prompt, a, b) = (p.prompt.len() as f64, p.chosen.len() as f64, p.rejected.len() as f64);
+        let (prompt, a, b) =
+            (p.prompt.len() as f64, p.chosen.len() as f64, p.rejected.len() as f64);
         let seen = prompt * prompt / 2.0 + a * (prompt + a / 2.0) + b * (prompt + b / 2.0);
-        2.0 * linear * blocks * p.packed_tokens() as f64 + 2.0 * head * heads_passes * (a + b) + 4.0 * heads * attention * seen
+        2.0 * linear * blocks * p.packed_tokens() as f64
+            + 2.0 * head * heads_passes * (a + b)
+            + 4.0 * heads * attention * seen
     };
     pairs.iter().map(of).sum::<f64>() / 1e9
 }
@@ -211,6 +252,7 @@ fn estimated(base: &Policy, pairs: &[EncodedPair], mode: &str, spec: &TrainingSp
     }
     let lengths = Lengths::of(pairs, spec.batch.batch_size);
     let bytes = if base.precision == Precision::Bf16 { 2 } else { 4 };
-    let (Ok(plan) | Err(plan)) = plan(&base.config, spec, lengths, u64::MAX, MemoryKind::of(&base.device));
+    let (Ok(plan) | Err(plan)) =
+        plan(&base.config, spec, lengths, u64::MAX, MemoryKind::of(&base.device));
     base.config.parameter_count() as u64 * bytes + plan.total()
 }

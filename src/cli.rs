@@ -40,7 +40,11 @@ pub fn main() -> ExitCode {
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(e) => return ExitCode::from(report(Failure::Failed(format!("the async runtime did not start: {e}")))),
+        Err(e) => {
+            return ExitCode::from(report(Failure::Failed(format!(
+                "the async runtime did not start: {e}"
+            ))));
+        }
     };
     let outcome = runtime.block_on(run(cli));
     // A blocking task that hangs (a download, say) must not keep the process.
@@ -68,7 +72,9 @@ async fn run(cli: Cli) -> Outcome {
             false => Err(Failure::Failed(format!("{} is not serving", server.server))),
         },
         Command::Tokens(command) => tokens::run(command, output).await,
-        Command::Decode { path } => Err(Failure::Usage(format!("{} is decoded without a runtime", path.display()))),
+        Command::Decode { path } => {
+            Err(Failure::Usage(format!("{} is decoded without a runtime", path.display())))
+        }
     }
 }
 
@@ -100,15 +106,25 @@ fn limit(resource: libc::__rlimit_resource_t, soft: u64, hard: u64) {
 
 async fn serve_command(args: ServeArgs) -> Outcome {
     let bad = |v: crate::domain::violation::Violations| {
-        let lines: Vec<String> = v.listed().iter().map(|v| format!("  {} {}", v.field, v.description)).collect();
+        let lines: Vec<String> =
+            v.listed().iter().map(|v| format!("  {} {}", v.field, v.description)).collect();
         Failure::Usage(format!("these settings cannot be used:\n{}", lines.join("\n")))
     };
     let sources = Sources::collect(args.config.as_deref(), args.flags).map_err(bad)?;
     let settings = Settings::resolve(&sources).map_err(bad)?;
-    let traces = settings.traces.as_ref().map(|(endpoint, ratio)| telemetry::traces(endpoint, *ratio)).transpose();
+    let traces = settings
+        .traces
+        .as_ref()
+        .map(|(endpoint, ratio)| telemetry::traces(endpoint, *ratio))
+        .transpose();
     let traces = traces.map_err(|e| Failure::Failed(format!("otlp_endpoint: {e:#}")))?;
-    telemetry::log(&settings.log, settings.log_json, settings.audit_log.as_deref(), traces.as_ref())
-        .map_err(|e| Failure::Failed(e.to_string()))?;
+    telemetry::log(
+        &settings.log,
+        settings.log_json,
+        settings.audit_log.as_deref(),
+        traces.as_ref(),
+    )
+    .map_err(|e| Failure::Failed(e.to_string()))?;
     let metrics = metrics::install().map_err(|e| Failure::Failed(format!("metrics: {e}")))?;
     let served = serve::run(settings, metrics).await;
     if let Some(traces) = traces {

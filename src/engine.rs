@@ -22,7 +22,10 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use self::api::{EngineError, EngineOptions, ModelInfo, RunEnd, RunEvent, ScoreItem, ScoredItem, TrainingRun, WeightsRef};
+use self::api::{
+    EngineError, EngineOptions, ModelInfo, RunEnd, RunEvent, ScoreItem, ScoredItem, TrainingRun,
+    WeightsRef,
+};
 use self::entry::{Entry, ScoringQueue};
 use self::memory::{HostMemory, Room};
 use self::needs::{Extra, Needs};
@@ -92,11 +95,17 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
     let names: Vec<String> = places.iter().map(|(device, _)| device.name()).collect();
     tracing::info!(devices = names.join(","), "computing on");
     let loaded = Bases::load(models, places[0].0.clone(), &names.join(","), options.precision)?;
-    let all: Vec<Arc<Bases>> = places.iter().map(|(device, _)| Arc::new(loaded.on(device.clone()))).collect();
+    let all: Vec<Arc<Bases>> =
+        places.iter().map(|(device, _)| Arc::new(loaded.on(device.clone()))).collect();
     // Runs on GPUs share the machine's memory. On the CPU each worker has its part of it.
     let on_gpu = places.iter().any(|(device, _)| device.memory().is_some());
-    let host = if on_gpu { memory::host_limit(&options).saturating_sub(loaded.on_host()) } else { u64::MAX };
-    let queue: Arc<ScoringQueue> = Arc::new(Queue::new(options.queue_tokens, all.len()).sharing(HostMemory::new(host)));
+    let host = if on_gpu {
+        memory::host_limit(&options).saturating_sub(loaded.on_host())
+    } else {
+        u64::MAX
+    };
+    let queue: Arc<ScoringQueue> =
+        Arc::new(Queue::new(options.queue_tokens, all.len()).sharing(HostMemory::new(host)));
     queue.add_handle();
     let cache = Arc::new(match &options.reference_cache_file {
         Some(path) => ReferenceCache::open(options.reference_cache_tokens, path),
@@ -104,7 +113,11 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
     });
     let group = options.data_parallel.max(1);
     if group > all.len() {
-        tracing::warn!(data_parallel = group, devices = all.len(), "a run uses the devices that there are");
+        tracing::warn!(
+            data_parallel = group,
+            devices = all.len(),
+            "a run uses the devices that there are"
+        );
     }
     let (mut roomiest, mut available) = (0, 0);
     let mut run_bytes: Arc<AtomicU64> = Arc::default();
@@ -125,10 +138,24 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
         });
         let label = label(&names, i);
         if bases.device().memory().is_some() {
-            metrics::gauge!("bradley_device_memory_limit_bytes", "device" => label.clone()).set(places[i].1 as f64);
+            metrics::gauge!("bradley_device_memory_limit_bytes", "device" => label.clone())
+                .set(places[i].1 as f64);
         }
-        let room = Room::new(places[i].1.saturating_sub(bases.needed()), run_bytes.clone(), queue.host_memory().clone(), all.len());
-        let mut worker = worker::Worker::new(i, label, queue.clone(), bases.clone(), cache.clone(), &options, training);
+        let room = Room::new(
+            places[i].1.saturating_sub(bases.needed()),
+            run_bytes.clone(),
+            queue.host_memory().clone(),
+            all.len(),
+        );
+        let mut worker = worker::Worker::new(
+            i,
+            label,
+            queue.clone(),
+            bases.clone(),
+            cache.clone(),
+            &options,
+            training,
+        );
         worker.limit_residents(room);
         let ended = WorkerEndGuard(queue.clone(), i);
         std::thread::Builder::new()
@@ -142,7 +169,15 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
     }
     metrics::gauge!("bradley_memory_limit_bytes").set(memory::host_limit(&options) as f64);
     let concurrent_runs = all.len().div_ceil(group);
-    Ok(Engine { shared: Arc::new(EngineState { queue, bases: all[roomiest].clone(), options, available, concurrent_runs }) })
+    Ok(Engine {
+        shared: Arc::new(EngineState {
+            queue,
+            bases: all[roomiest].clone(),
+            options,
+            available,
+            concurrent_runs,
+        }),
+    })
 }
 
 /// A worker's name in metrics: its device's, numbered where several workers share one.
@@ -169,10 +204,16 @@ fn refuse_wide_heads(models: &[LoadedModel], device: &ComputeDevice) -> Result<(
 }
 
 /// The devices, each with the bytes that the estimate may reach on it. Where they were not named, those are left out that cannot hold the `needed` bytes.
-fn places(options: &EngineOptions, models: &[LoadedModel], needed: u64) -> Result<Vec<(ComputeDevice, u64)>, EngineError> {
+fn places(
+    options: &EngineOptions,
+    models: &[LoadedModel],
+    needed: u64,
+) -> Result<Vec<(ComputeDevice, u64)>, EngineError> {
     let (mut places, mut left_out) = (Vec::new(), None);
     for choice in &options.devices {
-        let opened = match ComputeDevice::open_all(*choice).map_err(|e| EngineError::Device(format!("{choice}: {e}"))) {
+        let opened = match ComputeDevice::open_all(*choice)
+            .map_err(|e| EngineError::Device(format!("{choice}: {e}")))
+        {
             Err(e) if options.skip_missing_devices => {
                 tracing::warn!(device = %choice, error = %e, "a device that was named cannot be opened: going on without it");
                 left_out = Some(e);
@@ -187,9 +228,15 @@ fn places(options: &EngineOptions, models: &[LoadedModel], needed: u64) -> Resul
                 places.push((device, available));
                 continue;
             }
-            let setting = if device.memory().is_some() { "device_memory_limit" } else { "memory_limit" };
-            let remedy = format!("on {}: load fewer or smaller models, or raise {setting}", device.name());
-            let e = EngineError::OutOfMemory { needed_mib: needed >> 20, available_mib: available >> 20, remedy };
+            let setting =
+                if device.memory().is_some() { "device_memory_limit" } else { "memory_limit" };
+            let remedy =
+                format!("on {}: load fewer or smaller models, or raise {setting}", device.name());
+            let e = EngineError::OutOfMemory {
+                needed_mib: needed >> 20,
+                available_mib: available >> 20,
+                remedy,
+            };
             if *choice != DeviceChoice::Auto {
                 return Err(e);
             }
@@ -205,7 +252,9 @@ fn places(options: &EngineOptions, models: &[LoadedModel], needed: u64) -> Resul
     // Workers on the CPU share the machine's memory, and the weights in it.
     if places.iter().all(|(device, _)| device.memory().is_none()) {
         let workers = places.len().max(1) as u64;
-        places.iter_mut().for_each(|(_, available)| *available = needed + available.saturating_sub(needed) / workers);
+        places.iter_mut().for_each(|(_, available)| {
+            *available = needed + available.saturating_sub(needed) / workers
+        });
     }
     Ok(places)
 }
@@ -248,14 +297,25 @@ impl Engine {
     ///
     /// # Errors
     /// `QueueFull` at once when the queue is; the others as they are found.
-    pub async fn score(&self, policy: &WeightsRef, reference: Option<&WeightsRef>, item: ScoreItem) -> Result<ScoredItem, EngineError> {
+    pub async fn score(
+        &self,
+        policy: &WeightsRef,
+        reference: Option<&WeightsRef>,
+        item: ScoreItem,
+    ) -> Result<ScoredItem, EngineError> {
         let (tokens, limit) = (item.tokens(), self.shared.options.max_row_tokens);
         if tokens > limit {
             return Err(EngineError::RowTooLong { tokens, limit });
         }
         let (reply, answer) = oneshot::channel();
-        let entry =
-            Entry { item, policy: policy.clone(), reference: reference.cloned(), enqueued: Instant::now(), trace: trace::current(), reply };
+        let entry = Entry {
+            item,
+            policy: policy.clone(),
+            reference: reference.cloned(),
+            enqueued: Instant::now(),
+            trace: trace::current(),
+            reply,
+        };
         self.shared.queue.push(entry)?;
         answer.await.unwrap_or(Err(EngineError::Draining))
     }
@@ -272,12 +332,24 @@ impl Engine {
     }
 
     /// The checks of [`Engine::train`] for pairs of these lengths.
-    pub fn check(&self, model: &str, reference: Option<&WeightsRef>, spec: &TrainingSpec, lengths: Lengths) -> Result<(), EngineError> {
+    pub fn check(
+        &self,
+        model: &str,
+        reference: Option<&WeightsRef>,
+        spec: &TrainingSpec,
+        lengths: Lengths,
+    ) -> Result<(), EngineError> {
         self.needs(model, reference, spec, lengths).map(|_| ())
     }
 
     /// Returns what a run needs of memory, if the limits allow it.
-    fn needs(&self, model: &str, reference: Option<&WeightsRef>, spec: &TrainingSpec, lengths: Lengths) -> Result<Needs, EngineError> {
+    fn needs(
+        &self,
+        model: &str,
+        reference: Option<&WeightsRef>,
+        spec: &TrainingSpec,
+        lengths: Lengths,
+    ) -> Result<Needs, EngineError> {
         let bases = &self.shared.bases;
         let config = &bases.get(model)?.policy.config;
         let extra = self.extra(model, reference, spec, lengths)?;
@@ -289,7 +361,11 @@ impl Engine {
             let (needed, available) = (bases.on_host() + host, memory::host_limit(options));
             if needed > available {
                 let remedy = "on the host, for masters, moments and copies of weights: train with LoRA, or raise memory_limit".to_owned();
-                return Err(EngineError::OutOfMemory { needed_mib: needed >> 20, available_mib: available >> 20, remedy });
+                return Err(EngineError::OutOfMemory {
+                    needed_mib: needed >> 20,
+                    available_mib: available >> 20,
+                    remedy,
+                });
             }
         }
         let resident = bases.needed() + extra.device;
@@ -305,17 +381,31 @@ impl Engine {
                 let setting = bases.memory_setting();
                 let remedy = match spec.dpo.compares_pairs() {
                     true => {
-                        format!("lower batch_size (the loss holds all pairs of a batch) or max_length, train with LoRA, or raise {setting}")
+                        format!(
+                            "lower batch_size (the loss holds all pairs of a batch) or max_length, train with LoRA, or raise {setting}"
+                        )
                     }
-                    false => format!("lower max_length, train with LoRA, leave activation_checkpointing to auto, or raise {setting}"),
+                    false => format!(
+                        "lower max_length, train with LoRA, leave activation_checkpointing to auto, or raise {setting}"
+                    ),
                 };
-                Err(EngineError::OutOfMemory { needed_mib: (resident + least.total()) >> 20, available_mib: available >> 20, remedy })
+                Err(EngineError::OutOfMemory {
+                    needed_mib: (resident + least.total()) >> 20,
+                    available_mib: available >> 20,
+                    remedy,
+                })
             }
         }
     }
 
     /// Bytes that a run needs besides the base models and its plan.
-    fn extra(&self, model: &str, reference: Option<&WeightsRef>, spec: &TrainingSpec, lengths: Lengths) -> Result<Extra, EngineError> {
+    fn extra(
+        &self,
+        model: &str,
+        reference: Option<&WeightsRef>,
+        spec: &TrainingSpec,
+        lengths: Lengths,
+    ) -> Result<Extra, EngineError> {
         needs::extra(&self.shared.bases, model, reference, spec, lengths, self.memory_kind())
     }
 
@@ -333,9 +423,16 @@ impl Engine {
         lengths: Lengths,
     ) -> Result<(u64, u64), EngineError> {
         let base = self.shared.bases.get(model)?;
-        let resident = self.shared.bases.needed() + self.extra(model, reference, spec, lengths)?.device;
+        let resident =
+            self.shared.bases.needed() + self.extra(model, reference, spec, lengths)?.device;
         let available = self.shared.available;
-        let (Ok(plan) | Err(plan)) = plan(&base.policy.config, spec, lengths, available.saturating_sub(resident), self.memory_kind());
+        let (Ok(plan) | Err(plan)) = plan(
+            &base.policy.config,
+            spec,
+            lengths,
+            available.saturating_sub(resident),
+            self.memory_kind(),
+        );
         Ok((resident + plan.total(), available))
     }
 
@@ -350,20 +447,33 @@ impl Engine {
     /// # Errors
     /// `Weights` when a file cannot be read, and `FilesChanged` when a base model whose weights in memory are rounded has files that are gone or
     /// were changed.
-    pub fn export_merged(&self, weights: &WeightsRef, dtype: ElementType, out: &Path) -> Result<(), EngineError> {
+    pub fn export_merged(
+        &self,
+        weights: &WeightsRef,
+        dtype: ElementType,
+        out: &Path,
+    ) -> Result<(), EngineError> {
         let layout = Layout { dtype, shard_bytes: export::SHARD_BYTES };
         let (model, adapter) = match weights {
-            WeightsRef::Base { model } | WeightsRef::Full { model, .. } | WeightsRef::StoredReference { model, .. } => (model, None),
+            WeightsRef::Base { model }
+            | WeightsRef::Full { model, .. }
+            | WeightsRef::StoredReference { model, .. } => (model, None),
             WeightsRef::Adapter { model, dir, .. } => (model, Some(dir)),
-            WeightsRef::Live { job } | WeightsRef::LiveReference { job } => return Err(EngineError::NotResident(job.clone())),
+            WeightsRef::Live { job } | WeightsRef::LiveReference { job } => {
+                return Err(EngineError::NotResident(job.clone()));
+            }
         };
         let bases = &self.shared.bases;
         let base = bases.get(model)?;
         let (config, unusable) = (&base.policy.config, |e: ModelError| EngineError::unusable(&e));
         let adapter = adapter.map(|dir| peft::load(dir, config)).transpose().map_err(unusable)?;
         let source = match weights {
-            WeightsRef::Full { dir, .. } => Some(Weights::open_safetensors(&dir.join(export::WEIGHTS_FILE)).map_err(unusable)?),
-            WeightsRef::StoredReference { dir, .. } => Some(Weights::open_safetensors(&dir.join(REFERENCE_FILE)).map_err(unusable)?),
+            WeightsRef::Full { dir, .. } => {
+                Some(Weights::open_safetensors(&dir.join(export::WEIGHTS_FILE)).map_err(unusable)?)
+            }
+            WeightsRef::StoredReference { dir, .. } => {
+                Some(Weights::open_safetensors(&dir.join(REFERENCE_FILE)).map_err(unusable)?)
+            }
             _ => bases.reopen(model)?,
         };
         let written = match &source {
@@ -371,7 +481,13 @@ impl Engine {
                 let read = |param: &ParamSpec| files.load(param, Precision::F32);
                 export::save_merged(out, config, adapter.as_ref(), layout, &read)
             }
-            None => export::save_merged(out, config, adapter.as_ref(), layout, &base.policy.parameters.reader()),
+            None => export::save_merged(
+                out,
+                config,
+                adapter.as_ref(),
+                layout,
+                &base.policy.parameters.reader(),
+            ),
         };
         // Of all files only a base model's are checked against what was loaded.
         written.map_err(|e| bases.unreadable(model, &e))?;
@@ -382,7 +498,8 @@ impl Engine {
     pub fn export_tokenizer(&self, model: &str, out: &Path) -> Result<(), EngineError> {
         let base = self.shared.bases.get(model)?;
         let wanted = |name: &str| name != GENERATION_CONFIG;
-        export::save_companions(out, &base.policy.config, &base.tokenizer, wanted).map_err(|e| EngineError::unusable(&e))
+        export::save_companions(out, &base.policy.config, &base.tokenizer, wanted)
+            .map_err(|e| EngineError::unusable(&e))
     }
 
     /// Forgets weights loaded from `dir` or below: the files are gone.

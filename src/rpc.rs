@@ -86,17 +86,24 @@ pub async fn serve(
 ) -> Result<(), ServeError> {
     let (health, health_service) = tonic_health::server::health_reporter();
     let max = options.max_message_bytes;
-    let training = TrainingServiceServer::new(training::Training(service.jobs.clone())).max_decoding_message_size(max);
+    let training = TrainingServiceServer::new(training::Training(service.jobs.clone()))
+        .max_decoding_message_size(max);
     let datasets = DatasetServiceServer::new(dataset::Datasets(service.datasets.clone()))
         .max_decoding_message_size(max)
         .accept_compressed(CompressionEncoding::Gzip);
-    let checkpoints = CheckpointServiceServer::new(checkpoint::Checkpoints(service.checkpoints.clone())).max_decoding_message_size(max);
-    let scoring = ScoringServiceServer::new(scoring::Scoring { scoring: service.scoring.clone(), tokens: service.server.tokens().clone() })
-        .max_decoding_message_size(max)
-        .max_encoding_message_size(max)
-        .accept_compressed(CompressionEncoding::Gzip)
-        .send_compressed(CompressionEncoding::Gzip);
-    let models = ModelServiceServer::new(model::Models(service.server.clone())).max_decoding_message_size(max);
+    let checkpoints =
+        CheckpointServiceServer::new(checkpoint::Checkpoints(service.checkpoints.clone()))
+            .max_decoding_message_size(max);
+    let scoring = ScoringServiceServer::new(scoring::Scoring {
+        scoring: service.scoring.clone(),
+        tokens: service.server.tokens().clone(),
+    })
+    .max_decoding_message_size(max)
+    .max_encoding_message_size(max)
+    .accept_compressed(CompressionEncoding::Gzip)
+    .send_compressed(CompressionEncoding::Gzip);
+    let models = ModelServiceServer::new(model::Models(service.server.clone()))
+        .max_decoding_message_size(max);
     for name in names() {
         health.set_service_status(name, tonic_health::ServingStatus::Serving).await;
     }
@@ -116,7 +123,11 @@ pub async fn serve(
     }
     let router = builder
         .layer(observe::ObserveLayer)
-        .layer(auth::AuthLayer { authenticator: service.server.tokens().clone(), required: options.tokens, log: Arc::default() })
+        .layer(auth::AuthLayer {
+            authenticator: service.server.tokens().clone(),
+            required: options.tokens,
+            log: Arc::default(),
+        })
         .add_service(health_service)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?)

@@ -115,11 +115,17 @@ impl Service {
     /// Opens the data directory, puts interrupted jobs back in the queue and starts a runner for each run that the devices take at one time.
     pub async fn open(engine: Engine, options: ServiceOptions) -> Result<Service> {
         let (store, artifacts) = open_data(&options).await?;
-        let (shutdown, runs, heavy) = (Shutdown::default(), RunRegistry::default(), Limiter::new(HEAVY));
+        let (shutdown, runs, heavy) =
+            (Shutdown::default(), RunRegistry::default(), Limiter::new(HEAVY));
         let template_date = TemplateDate(options.template_date);
         let tokens = TokenService::new(store.clone());
         let events = EventFeed::new(store.clone(), tokens.clone(), shutdown.clone());
-        let policies = PolicyResolver { store: store.clone(), artifacts: artifacts.clone(), engine: engine.clone(), runs: runs.clone() };
+        let policies = PolicyResolver {
+            store: store.clone(),
+            artifacts: artifacts.clone(),
+            engine: engine.clone(),
+            runs: runs.clone(),
+        };
         let inputs = InputLoader {
             store: store.clone(),
             artifacts: artifacts.clone(),
@@ -180,7 +186,8 @@ impl Service {
             time_slice: options.time_slice,
             postponement: options.lease,
         };
-        let start = |runner: JobRunner| tokio::spawn(async move { runner.run_until_drained().await });
+        let start =
+            |runner: JobRunner| tokio::spawn(async move { runner.run_until_drained().await });
         let runners = (0..engine.concurrent_runs()).map(|_| start(runner.clone())).collect();
         Ok(Service {
             jobs,
@@ -231,11 +238,18 @@ async fn open_data(options: &ServiceOptions) -> Result<(Store, Artifacts)> {
     let root = &options.data_dir;
     std::fs::create_dir_all(root).map_err(|e| failed(root, e))?;
     let lock = lock(root)?;
-    let store_options = StoreOptions { database_url: options.database_url.clone(), events_kept: options.events_kept, lease: options.lease };
+    let store_options = StoreOptions {
+        database_url: options.database_url.clone(),
+        events_kept: options.events_kept,
+        lease: options.lease,
+    };
     let store = Store::open(root, &store_options).await?;
     // A database that has files somewhere must find them there; only a new one may begin with an empty folder.
-    let is_new = store.property(ARTIFACT_STORE).await?.is_none() && !(store.is_shared() && store.has_artifacts().await?);
-    let open = |(url, variables): &(String, BTreeMap<String, String>)| Remote::open(url, variables, is_new);
+    let is_new = store.property(ARTIFACT_STORE).await?.is_none()
+        && !(store.is_shared() && store.has_artifacts().await?);
+    let open = |(url, variables): &(String, BTreeMap<String, String>)| {
+        Remote::open(url, variables, is_new)
+    };
     let remote = options.artifact_store.as_ref().map(open).transpose()?;
     let artifacts = Artifacts::open(root, remote)?.with_lock(lock);
     artifacts.ping().await?;
@@ -250,7 +264,10 @@ fn lock(root: &Path) -> Result<File> {
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => {
-            let message = format!("another server uses the data directory {}: stop it, or give each its own", root.display());
+            let message = format!(
+                "another server uses the data directory {}: stop it, or give each its own",
+                root.display()
+            );
             Err(ServiceError::FailedPrecondition { reason: Reason::DataDirInUse, message })
         }
         Err(TryLockError::Error(e)) => Err(failed(&path, e)),

@@ -145,9 +145,14 @@ impl Args for ServeArgs {
             .value_parser(clap::value_parser!(PathBuf))
             .help("A TOML file with settings [env: BRADLEY_CONFIG]");
         SETTINGS.iter().fold(command.arg(config), |command, (name, default, help)| {
-            let default = if default.is_empty() { String::new() } else { format!(" [default: {default}]") };
-            let action = if *name == "models" { clap::ArgAction::Append } else { clap::ArgAction::Set };
-            let arg = clap::Arg::new(*name).long(name.replace('_', "-")).value_name("VALUE").action(action);
+            let default =
+                if default.is_empty() { String::new() } else { format!(" [default: {default}]") };
+            let action =
+                if *name == "models" { clap::ArgAction::Append } else { clap::ArgAction::Set };
+            let arg = clap::Arg::new(*name)
+                .long(name.replace('_', "-"))
+                .value_name("VALUE")
+                .action(action);
             command.arg(arg.help(format!("{help}{default} [env: BRADLEY_{}]", name.to_uppercase())))
         })
     }

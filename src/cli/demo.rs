@@ -34,16 +34,19 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
 
     line("1. The model");
     let (given, for_model) = (args.model.clone(), sources.clone());
-    let source = tokio::task::spawn_blocking(move || model::find(given, &for_model, &hub(&for_model), &|text| line(&format!("   {text}"))))
-        .await
-        .map_err(|e| failed(&e))?
-        .map_err(Failure::Failed)?;
+    let source = tokio::task::spawn_blocking(move || {
+        model::find(given, &for_model, &hub(&for_model), &|text| line(&format!("   {text}")))
+    })
+    .await
+    .map_err(|e| failed(&e))?
+    .map_err(Failure::Failed)?;
     line(&format!("   {source}"));
 
     line("2. The server");
     let temporary = tempfile::tempdir().map_err(|e| failed(&e))?;
     let data_dir = args.data_dir.clone().unwrap_or_else(|| temporary.path().join("data"));
-    let server = DemoServer::start(&source, &data_dir, [&args.precision, &args.device], &sources).await?;
+    let server =
+        DemoServer::start(&source, &data_dir, [&args.precision, &args.device], &sources).await?;
     let client = server.client().await?;
     let models = client.models().list_models(pb::ListModelsRequest {}).await?.into_inner().models;
     for m in &models {
@@ -70,10 +73,20 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
         held_out.len()
     ));
 
-    let before = score_held_out(&client, &format!("models/{MODEL_ID}"), &format!("models/{MODEL_ID}"), &held_out).await?;
+    let before = score_held_out(
+        &client,
+        &format!("models/{MODEL_ID}"),
+        &format!("models/{MODEL_ID}"),
+        &held_out,
+    )
+    .await?;
 
     line("4. Training a LoRA adapter with DPO");
-    let job = client.training().create_training_job(create_request(&dataset.name, args.epochs)).await?.into_inner();
+    let job = client
+        .training()
+        .create_training_job(create_request(&dataset.name, args.epochs))
+        .await?
+        .into_inner();
     let (mut view, mut end) = (ProgressView::new(Output::Table), pb::StateChange::default());
     client
         .follow(&job.name, 0, |event| {
@@ -93,13 +106,20 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
     let policy = format!("{}/checkpoints/latest", job.name);
     let after = score_held_out(&client, &policy, "", &held_out).await?;
     let row = |name: &str, s: &Summary| {
-        vec![name.into(), format!("{:.1}%", 100.0 * s.accuracy), format!("{:.3}", s.probability), format!("{:+.3}", s.margin)]
+        vec![
+            name.into(),
+            format!("{:.1}%", 100.0 * s.accuracy),
+            format!("{:.3}", s.probability),
+            format!("{:+.3}", s.margin),
+        ]
     };
     line(&super::output::table(
         &["held-out pairs", "accuracy", "mean Pr(chosen ≻ rejected)", "mean margin"],
         vec![row("before training", &before), row("after training", &after)],
     ));
-    line("   Before training the policy is its own reference: every margin is 0, and a tie counts half.");
+    line(
+        "   Before training the policy is its own reference: every margin is 0, and a tie counts half.",
+    );
 
     server.stop().await?;
     let peak = peak_memory_mib().map(|m| format!(", peak memory {m} MiB")).unwrap_or_default();
@@ -114,14 +134,22 @@ fn create_request(dataset: &str, epochs: f64) -> pb::CreateTrainingJobRequest {
             display_name: "demo".into(),
             policy: format!("models/{MODEL_ID}"),
             dataset: dataset.into(),
-            method: Some(pb::training_job::Method::Lora(pb::LoraConfig { rank: Some(16), ..Default::default() })),
+            method: Some(pb::training_job::Method::Lora(pb::LoraConfig {
+                rank: Some(16),
+                ..Default::default()
+            })),
             optimizer: Some(pb::OptimizerConfig {
                 learning_rate: Some(1e-4),
                 lr_scheduler_type: "cosine".into(),
                 warmup_ratio: Some(0.1),
                 ..Default::default()
             }),
-            batch: Some(pb::BatchConfig { batch_size: Some(4), max_length: Some(512), epochs: Some(epochs), ..Default::default() }),
+            batch: Some(pb::BatchConfig {
+                batch_size: Some(4),
+                max_length: Some(512),
+                epochs: Some(epochs),
+                ..Default::default()
+            }),
             ..Default::default()
         }),
         ..Default::default()
@@ -136,7 +164,12 @@ struct DemoServer {
 }
 
 impl DemoServer {
-    async fn start(source: &str, data_dir: &Path, [precision, device]: [&str; 2], sources: &Sources) -> Result<Self, Failure> {
+    async fn start(
+        source: &str,
+        data_dir: &Path,
+        [precision, device]: [&str; 2],
+        sources: &Sources,
+    ) -> Result<Self, Failure> {
         let flags = [
             ("models", format!("{MODEL_ID}={source}")),
             ("data_dir", data_dir.display().to_string()),
@@ -157,8 +190,12 @@ impl DemoServer {
                 .collect(),
         };
         let settings = Settings::resolve(&own).map_err(|e| Failure::Failed(e.to_string()))?;
-        let listener = TcpListener::bind(settings.listen).await.map_err(|e| Failure::Failed(e.to_string()))?;
-        let address = format!("http://{}", listener.local_addr().map_err(|e| Failure::Failed(e.to_string()))?);
+        let listener =
+            TcpListener::bind(settings.listen).await.map_err(|e| Failure::Failed(e.to_string()))?;
+        let address = format!(
+            "http://{}",
+            listener.local_addr().map_err(|e| Failure::Failed(e.to_string()))?
+        );
         let (stop, stopped) = oneshot::channel();
         let task = tokio::spawn(serve::serve_on(settings, listener, None, async {
             let _ = stopped.await;
@@ -171,7 +208,10 @@ impl DemoServer {
         let client = connect(&Target::plain(&self.address)).await?;
         for _ in 0..1200 {
             if self.task.is_finished() {
-                return Err(Failure::Failed("the server stopped while it was starting; run `bradley serve` to see why".into()));
+                return Err(Failure::Failed(
+                    "the server stopped while it was starting; run `bradley serve` to see why"
+                        .into(),
+                ));
             }
             let asked = tokio::time::timeout(Duration::from_millis(500), client.health()).await;
             if matches!(asked, Ok(Ok(true))) {
@@ -204,13 +244,26 @@ fn write_split(folder: &Path) -> std::io::Result<(PathBuf, PathBuf)> {
 }
 
 async fn upload(client: &Client, path: &Path, title: &str) -> Result<pb::Dataset, Failure> {
-    let metadata =
-        pb::UploadMetadata { display_name: title.into(), model: format!("models/{MODEL_ID}"), max_length: 512, ..Default::default() };
+    let metadata = pb::UploadMetadata {
+        display_name: title.into(),
+        model: format!("models/{MODEL_ID}"),
+        max_length: 512,
+        ..Default::default()
+    };
     Ok(client.upload_dataset(path, metadata, |_| {}).await?)
 }
 
-async fn score_held_out(client: &Client, policy: &str, reference: &str, rows: &[PreferenceRow]) -> Result<Summary, Failure> {
-    let options = pb::ScoringOptions { policy: policy.into(), reference: reference.into(), ..Default::default() };
+async fn score_held_out(
+    client: &Client,
+    policy: &str,
+    reference: &str,
+    rows: &[PreferenceRow],
+) -> Result<Summary, Failure> {
+    let options = pb::ScoringOptions {
+        policy: policy.into(),
+        reference: reference.into(),
+        ..Default::default()
+    };
     Ok(Summary::of(&score::score(client, options, rows).await?.results))
 }
 

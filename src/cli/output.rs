@@ -52,7 +52,11 @@ pub fn list(output: Output, header: &[&str], rows: Vec<Vec<String>>, json: Vec<V
 pub fn resource(output: Output, value: &Value) {
     match (output, value) {
         (Output::Table, Value::Object(fields)) => {
-            let rows = fields.iter().flat_map(|(k, v)| cells(k, v)).map(|(field, value)| vec![field, value]).collect();
+            let rows = fields
+                .iter()
+                .flat_map(|(k, v)| cells(k, v))
+                .map(|(field, value)| vec![field, value])
+                .collect();
             line(&table(&["field", "value"], rows));
         }
         _ => json_document(value),
@@ -63,16 +67,24 @@ pub fn resource(output: Output, value: &Value) {
 fn cells(field: &str, value: &Value) -> Vec<(String, String)> {
     match value {
         Value::Object(parts) if HASHES.contains(&field) => {
-            let rows = parts.iter().flat_map(|(part, value)| hash_cells(&format!("{field}.{part}"), value));
+            let rows = parts
+                .iter()
+                .flat_map(|(part, value)| hash_cells(&format!("{field}.{part}"), value));
             rows.collect()
         }
-        _ => vec![(field.to_owned(), value.as_str().map_or_else(|| value.to_string(), str::to_owned))],
+        _ => vec![(
+            field.to_owned(),
+            value.as_str().map_or_else(|| value.to_string(), str::to_owned),
+        )],
     }
 }
 
 fn hash_cells(field: &str, value: &Value) -> Vec<(String, String)> {
     match value {
-        Value::Object(parts) => parts.iter().flat_map(|(part, value)| hash_cells(&format!("{field}.{part}"), value)).collect(),
+        Value::Object(parts) => parts
+            .iter()
+            .flat_map(|(part, value)| hash_cells(&format!("{field}.{part}"), value))
+            .collect(),
         _ => vec![(field.to_owned(), short(value.as_str().unwrap_or_default()))],
     }
 }
@@ -95,7 +107,8 @@ fn pins(p: &pb::JobPins) -> Value {
         ("eval_dataset", &p.eval_dataset),
     ];
     let named = hashes.into_iter().filter(|(_, hash)| !hash.is_empty());
-    let mut all: serde_json::Map<String, Value> = named.map(|(name, hash)| (name.to_owned(), json!(hash))).collect();
+    let mut all: serde_json::Map<String, Value> =
+        named.map(|(name, hash)| (name.to_owned(), json!(hash))).collect();
     all.extend(p.base.as_ref().map(|base| ("base".to_owned(), identity(base))));
     Value::Object(all)
 }
@@ -111,7 +124,9 @@ pub fn estimate(e: &pb::EstimateTrainingJobResponse) -> Value {
 
 /// `2026-11-24T10:00:00Z`.
 pub fn time(t: Option<&Timestamp>) -> String {
-    t.and_then(|t| jiff::Timestamp::new(t.seconds, 0).ok()).map(|t| t.to_string()).unwrap_or_default()
+    t.and_then(|t| jiff::Timestamp::new(t.seconds, 0).ok())
+        .map(|t| t.to_string())
+        .unwrap_or_default()
 }
 
 /// The state without its prefix, in lower case.
@@ -146,11 +161,13 @@ pub fn dataset(d: &pb::Dataset) -> Value {
 pub fn shapes(r: &pb::ValidationReport) -> Option<String> {
     let mut shapes: Vec<(&String, &u64)> = r.shapes.iter().collect();
     shapes.sort();
-    let mut parts: Vec<String> = shapes.iter().map(|(name, rows)| format!("{rows} {name}")).collect();
+    let mut parts: Vec<String> =
+        shapes.iter().map(|(name, rows)| format!("{rows} {name}")).collect();
     if r.pairs > 0 {
         parts.push(format!("{} pairs in all", r.pairs));
     }
-    let is_plain = r.pairs == 0 && shapes.iter().all(|(name, _)| *name == RowShape::Preference.name());
+    let is_plain =
+        r.pairs == 0 && shapes.iter().all(|(name, _)| *name == RowShape::Preference.name());
     (!is_plain).then(|| format!("rows by shape: {}", parts.join(", ")))
 }
 
@@ -177,10 +194,15 @@ pub fn model(m: &pb::Model) -> Value {
 pub fn event(e: &pb::TrainingEvent) -> Value {
     use pb::training_event::Event as E;
     let (kind, body) = match &e.event {
-        Some(E::StateChange(s)) => ("state_change", json!({"from": state(s.from), "to": state(s.to), "reason": s.reason})),
+        Some(E::StateChange(s)) => {
+            ("state_change", json!({"from": state(s.from), "to": state(s.to), "reason": s.reason}))
+        }
         Some(E::StepMetrics(s)) => ("step_metrics", json!({"step": s.step, "metrics": s.metrics})),
         Some(E::EvalMetrics(s)) => ("eval_metrics", json!({"step": s.step, "metrics": s.metrics})),
-        Some(E::CheckpointCreated(c)) => ("checkpoint_created", json!({"checkpoint": c.checkpoint, "step": c.step, "best": c.best})),
+        Some(E::CheckpointCreated(c)) => (
+            "checkpoint_created",
+            json!({"checkpoint": c.checkpoint, "step": c.step, "best": c.best}),
+        ),
         Some(E::Log(l)) => ("log", json!({"severity": l.severity, "message": l.message})),
         None => ("unknown", Value::Null),
     };
@@ -199,7 +221,12 @@ mod tests {
     #[test]
     fn hashes_are_short_in_tables_and_whole_in_json() {
         let hash = |digit: &str| digit.repeat(64);
-        let base = pb::ModelIdentity { weights: hash("a"), config: hash("b"), tokenizer: hash("c"), chat_template: String::new() };
+        let base = pb::ModelIdentity {
+            weights: hash("a"),
+            config: hash("b"),
+            tokenizer: hash("c"),
+            chat_template: String::new(),
+        };
         let pins = pb::JobPins { base: Some(base), dataset: hash("d"), ..Default::default() };
         let job = job(&pb::TrainingJob { pins: Some(pins), ..Default::default() });
         assert_eq!(job["pins"]["base"]["weights"], hash("a"));

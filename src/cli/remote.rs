@@ -15,5 +15,9 @@ pub(super) async fn connect(target: &Target) -> Result<Client, Failure> {
 
 /// A resource's full name: the collection's prefix may be left out.
 pub(super) fn full_name(collection: &str, name: &str) -> String {
-    if name.starts_with(&format!("{collection}/")) { name.to_owned() } else { format!("{collection}/{name}") }
+    if name.starts_with(&format!("{collection}/")) {
+        name.to_owned()
+    } else {
+        format!("{collection}/{name}")
+    }
 }

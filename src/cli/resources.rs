@@ -1,6 +1,8 @@
 //! `bradley jobs | datasets | checkpoints | models`: the plain calls.
 
-use super::args::{CheckpointsCommand, DatasetsCommand, Format, JobsCommand, ModelsCommand, NamedArgs, Output};
+use super::args::{
+    CheckpointsCommand, DatasetsCommand, Format, JobsCommand, ModelsCommand, NamedArgs, Output,
+};
 use super::failure::{Failure, Outcome};
 use super::output::{self, bytes, state, time};
 use super::remote::{connect, full_name};
@@ -19,7 +21,8 @@ pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
             let client = connect(&server.target()).await?;
             let (mut all, mut page_token) = (Vec::new(), String::new());
             loop {
-                let request = pb::ListTrainingJobsRequest { page_size: 1000, page_token, states: vec![] };
+                let request =
+                    pb::ListTrainingJobsRequest { page_size: 1000, page_token, states: vec![] };
                 let page = client.training().list_training_jobs(request).await?.into_inner();
                 all.extend(page.training_jobs);
                 page_token = page.next_page_token;
@@ -41,18 +44,34 @@ pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
                     ]
                 })
                 .collect();
-            output::list(output, &["name", "state", "steps", "policy", "title", "created"], rows, all.iter().map(output::job).collect());
+            output::list(
+                output,
+                &["name", "state", "steps", "policy", "title", "created"],
+                rows,
+                all.iter().map(output::job).collect(),
+            );
         }
         JobsCommand::Get(args) => {
             let (client, name) = open(&args, JOBS).await?;
-            let job = client.training().get_training_job(pb::GetTrainingJobRequest { name }).await?.into_inner();
+            let job = client
+                .training()
+                .get_training_job(pb::GetTrainingJobRequest { name })
+                .await?
+                .into_inner();
             output::resource(output, &output::job(&job));
         }
         JobsCommand::Update(args) => {
             let (client, name) = open(&args.named, JOBS).await?;
-            let changed =
-                [("display_name", args.title.is_some()), ("priority", args.priority.is_some()), ("labels", !args.label.is_empty())];
-            let paths = changed.into_iter().filter(|(_, named)| *named).map(|(field, _)| field.to_owned()).collect();
+            let changed = [
+                ("display_name", args.title.is_some()),
+                ("priority", args.priority.is_some()),
+                ("labels", !args.label.is_empty()),
+            ];
+            let paths = changed
+                .into_iter()
+                .filter(|(_, named)| *named)
+                .map(|(field, _)| field.to_owned())
+                .collect();
             let training_job = Some(pb::TrainingJob {
                 name,
                 etag: args.etag,
@@ -61,23 +80,38 @@ pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
                 labels: args.label.into_iter().collect(),
                 ..Default::default()
             });
-            let request = pb::UpdateTrainingJobRequest { training_job, update_mask: Some(FieldMask { paths }) };
+            let request = pb::UpdateTrainingJobRequest {
+                training_job,
+                update_mask: Some(FieldMask { paths }),
+            };
             let job = client.training().update_training_job(request).await?.into_inner();
             output::resource(output, &output::job(&job));
         }
         JobsCommand::Pause(args) => {
             let (client, name) = open(&args, JOBS).await?;
-            let job = client.training().pause_training_job(pb::PauseTrainingJobRequest { name }).await?.into_inner();
+            let job = client
+                .training()
+                .pause_training_job(pb::PauseTrainingJobRequest { name })
+                .await?
+                .into_inner();
             output::resource(output, &output::job(&job));
         }
         JobsCommand::Resume(args) => {
             let (client, name) = open(&args, JOBS).await?;
-            let job = client.training().resume_training_job(pb::ResumeTrainingJobRequest { name }).await?.into_inner();
+            let job = client
+                .training()
+                .resume_training_job(pb::ResumeTrainingJobRequest { name })
+                .await?
+                .into_inner();
             output::resource(output, &output::job(&job));
         }
         JobsCommand::Cancel(args) => {
             let (client, name) = open(&args, JOBS).await?;
-            let job = client.training().cancel_training_job(pb::CancelTrainingJobRequest { name }).await?.into_inner();
+            let job = client
+                .training()
+                .cancel_training_job(pb::CancelTrainingJobRequest { name })
+                .await?
+                .into_inner();
             output::resource(output, &output::job(&job));
         }
         JobsCommand::Delete(args) => {
@@ -93,8 +127,14 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
     match command {
         DatasetsCommand::Upload(args) => {
             let client = connect(&args.server.target()).await?;
-            let file_name = || args.file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-            let model = if args.model.is_empty() { String::new() } else { full_name("models", &args.model) };
+            let file_name = || {
+                args.file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+            };
+            let model = if args.model.is_empty() {
+                String::new()
+            } else {
+                full_name("models", &args.model)
+            };
             let metadata = pb::UploadMetadata {
                 display_name: args.name.clone().unwrap_or_else(file_name),
                 format: pb::DatasetFormat::Unspecified.into(),
@@ -104,7 +144,8 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
             let size = std::fs::metadata(&args.file).map(|m| m.len()).unwrap_or(0);
             let bar = indicatif::ProgressBar::new(size);
             let told = bar.clone();
-            let uploaded = client.upload_dataset(&args.file, metadata, move |n| told.set_position(n)).await;
+            let uploaded =
+                client.upload_dataset(&args.file, metadata, move |n| told.set_position(n)).await;
             bar.finish_and_clear();
             output::resource(output, &output::dataset(&uploaded?));
         }
@@ -112,7 +153,11 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
             let client = connect(&server.target()).await?;
             let (mut all, mut page_token) = (Vec::new(), String::new());
             loop {
-                let page = client.datasets().list_datasets(pb::ListDatasetsRequest { page_size: 1000, page_token }).await?.into_inner();
+                let page = client
+                    .datasets()
+                    .list_datasets(pb::ListDatasetsRequest { page_size: 1000, page_token })
+                    .await?
+                    .into_inner();
                 all.extend(page.datasets);
                 page_token = page.next_page_token;
                 if page_token.is_empty() {
@@ -133,11 +178,17 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
                     ]
                 })
                 .collect();
-            output::list(output, &["name", "title", "rows", "usable", "size", "created"], rows, all.iter().map(output::dataset).collect());
+            output::list(
+                output,
+                &["name", "title", "rows", "usable", "size", "created"],
+                rows,
+                all.iter().map(output::dataset).collect(),
+            );
         }
         DatasetsCommand::Get(args) => {
             let (client, name) = open(&args, DATASETS).await?;
-            let dataset = client.datasets().get_dataset(pb::GetDatasetRequest { name }).await?.into_inner();
+            let dataset =
+                client.datasets().get_dataset(pb::GetDatasetRequest { name }).await?.into_inner();
             output::resource(output, &output::dataset(&dataset));
         }
         DatasetsCommand::Delete(args) => {
@@ -153,7 +204,12 @@ pub(super) async fn checkpoints(command: CheckpointsCommand, output: Output) -> 
     match command {
         CheckpointsCommand::List(args) => {
             let (client, parent) = open(&args, JOBS).await?;
-            let all = client.checkpoints().list_checkpoints(pb::ListCheckpointsRequest { parent }).await?.into_inner().checkpoints;
+            let all = client
+                .checkpoints()
+                .list_checkpoints(pb::ListCheckpointsRequest { parent })
+                .await?
+                .into_inner()
+                .checkpoints;
             let rows = all
                 .iter()
                 .map(|c| {
@@ -166,18 +222,36 @@ pub(super) async fn checkpoints(command: CheckpointsCommand, output: Output) -> 
                     ]
                 })
                 .collect();
-            output::list(output, &["name", "step", "best", "size", "created"], rows, all.iter().map(output::checkpoint).collect());
+            output::list(
+                output,
+                &["name", "step", "best", "size", "created"],
+                rows,
+                all.iter().map(output::checkpoint).collect(),
+            );
         }
         CheckpointsCommand::Download(args) => {
             let (client, name) = open(&args.named, JOBS).await?;
-            let request = pb::DownloadCheckpointRequest { name, format: format(args.format).into(), dtype: args.dtype };
+            let request = pb::DownloadCheckpointRequest {
+                name,
+                format: format(args.format).into(),
+                dtype: args.dtype,
+            };
             let names = client.download(request, &args.out).await?;
             let rows = names.iter().map(|n| vec![args.out.join(n).display().to_string()]).collect();
-            output::list(output, &["file"], rows, names.iter().map(|n| serde_json::json!(args.out.join(n))).collect());
+            output::list(
+                output,
+                &["file"],
+                rows,
+                names.iter().map(|n| serde_json::json!(args.out.join(n))).collect(),
+            );
         }
         CheckpointsCommand::Export(args) => {
             let (client, name) = open(&args.named, JOBS).await?;
-            let request = pb::ExportCheckpointRequest { name, format: format(args.format).into(), dtype: args.dtype };
+            let request = pb::ExportCheckpointRequest {
+                name,
+                format: format(args.format).into(),
+                dtype: args.dtype,
+            };
             let export = client.checkpoints().export_checkpoint(request).await?.into_inner();
             let files: Vec<&str> = export.files.iter().map(|f| f.path.as_str()).collect();
             output::resource(output, &serde_json::json!({"path": export.path, "files": files}));
@@ -202,7 +276,8 @@ pub(super) async fn models(command: ModelsCommand, output: Output) -> Outcome {
     match command {
         ModelsCommand::List(server) => {
             let client = connect(&server.target()).await?;
-            let all = client.models().list_models(pb::ListModelsRequest {}).await?.into_inner().models;
+            let all =
+                client.models().list_models(pb::ListModelsRequest {}).await?.into_inner().models;
             let rows = all
                 .iter()
                 .map(|m| {

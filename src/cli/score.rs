@@ -31,20 +31,27 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
         chat_template_kwargs_json: template_arguments(args.template_args.as_deref())?,
         tools: Vec::new(),
         tools_json: match &args.tools {
-            Some(path) => std::fs::read_to_string(path).map_err(|e| Failure::Failed(format!("{}: {e}", path.display())))?,
+            Some(path) => std::fs::read_to_string(path)
+                .map_err(|e| Failure::Failed(format!("{}: {e}", path.display())))?,
             None => String::new(),
         },
         normalization: normalization(&args.normalization).into(),
     };
     let Scores { results, normalization, warnings } = score(&client, options, &rows).await?;
     warnings.iter().for_each(|warning| warn(warning));
-    let failed = results.iter().filter(|r| !matches!(r.result, Some(pb::pair_result::Result::Score(_)))).count();
+    let failed = results
+        .iter()
+        .filter(|r| !matches!(r.result, Some(pb::pair_result::Result::Score(_))))
+        .count();
     let summary = Summary::of(&results);
     match output {
         Output::Json => results.iter().for_each(|r| output::json_line(&to_json(r, normalization))),
         Output::Table => {
             let rows = results.iter().map(to_row).collect();
-            output::line(&output::table(&["pair", "Pr(a ≻ b)", "margin", "reward a", "reward b", "tokens"], rows));
+            output::line(&output::table(
+                &["pair", "Pr(a ≻ b)", "margin", "reward a", "reward b", "tokens"],
+                rows,
+            ));
             output::line(&format!(
                 "{} pairs: accuracy {:.1}% (ties count half), mean probability {:.3}, mean margin {:+.3}; rewards are {}s over tokens",
                 results.len() - failed,
@@ -78,8 +85,11 @@ pub(super) fn read(path: &std::path::Path) -> Result<Vec<PreferenceRow>, Failure
 /// of keys, and 1.0 would become 1. Empty without the flag.
 pub(super) fn template_arguments(text: Option<&str>) -> Result<String, Failure> {
     let Some(text) = text else { return Ok(String::new()) };
-    let _: Map<String, Value> = serde_json::from_str(text)
-        .map_err(|e| Failure::Usage(format!("--template-args: {e}; give a JSON object such as {{\"enable_thinking\": false}}")))?;
+    let _: Map<String, Value> = serde_json::from_str(text).map_err(|e| {
+        Failure::Usage(format!(
+            "--template-args: {e}; give a JSON object such as {{\"enable_thinking\": false}}"
+        ))
+    })?;
     Ok(text.to_owned())
 }
 
@@ -110,7 +120,11 @@ fn warn(message: &str) {
 fn warn_of_ignored(rows: &[PreferenceRow]) {
     let affected = rows.iter().filter(|row| !row.ignored.is_empty()).count();
     if let Some(row) = rows.iter().find(|row| !row.ignored.is_empty()) {
-        warn(&format!("{affected} rows have fields that are not used, e.g. row {}: {}", row.row, row.ignored.join(", ")));
+        warn(&format!(
+            "{affected} rows have fields that are not used, e.g. row {}: {}",
+            row.row,
+            row.ignored.join(", ")
+        ));
     }
 }
 
@@ -125,7 +139,11 @@ pub(super) struct Scores {
 }
 
 /// Scores every row over one stream.
-pub(super) async fn score(client: &Client, options: pb::ScoringOptions, rows: &[PreferenceRow]) -> Result<Scores, Failure> {
+pub(super) async fn score(
+    client: &Client,
+    options: pb::ScoringOptions,
+    rows: &[PreferenceRow],
+) -> Result<Scores, Failure> {
     use pb::stream_score_pairs_request::Part;
     let (sender, receiver) = mpsc::channel(AHEAD);
     let mut messages = vec![Part::Options(options)];
@@ -137,7 +155,8 @@ pub(super) async fn score(client: &Client, options: pb::ScoringOptions, rows: &[
             }
         }
     });
-    let mut answers = client.scoring().stream_score_pairs(ReceiverStream::new(receiver)).await?.into_inner();
+    let mut answers =
+        client.scoring().stream_score_pairs(ReceiverStream::new(receiver)).await?.into_inner();
     let mut results: Vec<Option<pb::PairResult>> = vec![None; rows.len()];
     let (mut normalization, mut warnings) = (pb::RewardNormalization::Unspecified, Vec::new());
     while let Some(mut answer) = answers.message().await? {
@@ -151,7 +170,9 @@ pub(super) async fn score(client: &Client, options: pb::ScoringOptions, rows: &[
         }
     }
     let all: Option<Vec<pb::PairResult>> = results.into_iter().collect();
-    let results = all.ok_or_else(|| Failure::Failed("the server ended the stream before every pair was answered".into()))?;
+    let results = all.ok_or_else(|| {
+        Failure::Failed("the server ended the stream before every pair was answered".into())
+    })?;
     Ok(Scores { results, normalization, warnings })
 }
 
@@ -172,9 +193,16 @@ fn pair(id: String, row: &PreferenceRow) -> pb::Pair {
         a: Some(text(&row.chosen)),
         b: Some(text(&row.rejected)),
         tools: Vec::new(),
-        tools_json: tools.as_ref().map(|tools| Value::from(tools.clone()).to_string()).unwrap_or_default(),
+        tools_json: tools
+            .as_ref()
+            .map(|tools| Value::from(tools.clone()).to_string())
+            .unwrap_or_default(),
         chat_template_kwargs: None,
-        chat_template_kwargs_json: if kwargs.is_empty() { String::new() } else { json!(kwargs).to_string() },
+        chat_template_kwargs_json: if kwargs.is_empty() {
+            String::new()
+        } else {
+            json!(kwargs).to_string()
+        },
     }
 }
 
@@ -193,9 +221,11 @@ fn text(t: &Text) -> pb::Text {
 fn message(message: &ChatMessage) -> pb::Message {
     let fields = message.fields();
     match fields.get("content").and_then(Value::as_str) {
-        Some(content) if fields.len() == 2 => {
-            pb::Message { role: message.role().to_owned(), content: content.to_owned(), ..Default::default() }
-        }
+        Some(content) if fields.len() == 2 => pb::Message {
+            role: message.role().to_owned(),
+            content: content.to_owned(),
+            ..Default::default()
+        },
         _ => pb::Message { fields_json: json!(fields).to_string(), ..Default::default() },
     }
 }
@@ -231,7 +261,11 @@ impl Summary {
                 0.0
             }
         };
-        Summary { accuracy: mean(&win), probability: mean(&|s| s.probability), margin: mean(&|s| s.margin) }
+        Summary {
+            accuracy: mean(&win),
+            probability: mean(&|s| s.probability),
+            margin: mean(&|s| s.margin),
+        }
     }
 }
 
@@ -253,11 +287,18 @@ fn to_row(r: &pb::PairResult) -> Vec<String> {
     match &r.result {
         Some(pb::pair_result::Result::Score(s)) => {
             let (a, b) = (s.a.clone().unwrap_or_default(), s.b.clone().unwrap_or_default());
-            let numbers =
-                [format!("{:.4}", s.probability), format!("{:+.4}", s.margin), format!("{:+.4}", a.reward), format!("{:+.4}", b.reward)];
-            [vec![r.id.clone()], numbers.to_vec(), vec![format!("{}+{}", a.tokens, b.tokens)]].concat()
+            let numbers = [
+                format!("{:.4}", s.probability),
+                format!("{:+.4}", s.margin),
+                format!("{:+.4}", a.reward),
+                format!("{:+.4}", b.reward),
+            ];
+            [vec![r.id.clone()], numbers.to_vec(), vec![format!("{}+{}", a.tokens, b.tokens)]]
+                .concat()
         }
-        Some(pb::pair_result::Result::Error(e)) => vec![r.id.clone(), format!("error: {}", e.message)],
+        Some(pb::pair_result::Result::Error(e)) => {
+            vec![r.id.clone(), format!("error: {}", e.message)]
+        }
         None => vec![r.id.clone(), "no result".into()],
     }
 }

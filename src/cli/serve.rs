@@ -37,9 +37,15 @@ const UPKEEP: Duration = Duration::from_secs(5);
 
 /// Serves until SIGTERM or SIGINT; a second signal ends the process at once.
 pub async fn run(settings: Settings, metrics: PrometheusHandle) -> anyhow::Result<Ended> {
-    let listener = TcpListener::bind(settings.listen).await.map_err(|e| anyhow::anyhow!("cannot listen on {}: {e}", settings.listen))?;
+    let listener = TcpListener::bind(settings.listen)
+        .await
+        .map_err(|e| anyhow::anyhow!("cannot listen on {}: {e}", settings.listen))?;
     let http = match settings.http_listen {
-        Some(address) => Some(TcpListener::bind(address).await.map_err(|e| anyhow::anyhow!("cannot listen on {address}: {e}"))?),
+        Some(address) => Some(
+            TcpListener::bind(address)
+                .await
+                .map_err(|e| anyhow::anyhow!("cannot listen on {address}: {e}"))?,
+        ),
         None => None,
     };
     let mut term = signal(SignalKind::terminate())?;
@@ -115,7 +121,10 @@ pub async fn serve_on(
         tracing::warn!("auth is off: whoever reaches {} may do everything", settings.listen);
     }
     if settings.tokens && settings.tls.is_none() && !settings.listen.ip().is_loopback() {
-        tracing::warn!("tokens travel in clear: set tls_cert and tls_key, or let only a proxy that speaks TLS reach {}", settings.listen);
+        tracing::warn!(
+            "tokens travel in clear: set tls_cert and tls_key, or let only a proxy that speaks TLS reach {}",
+            settings.listen
+        );
     }
     let options = ServeOptions {
         max_message_bytes: settings.max_message_bytes,
@@ -186,11 +195,13 @@ async fn start_engine(settings: &Settings) -> anyhow::Result<engine::Engine> {
         // A pool that exists already, as in a test process, stays as it is.
         crate::compute::cpu::thread_pool::set_threads(settings.threads);
     }
-    let (models, hub, mut options) = (settings.models.clone(), settings.hub.clone(), settings.engine.clone());
+    let (models, hub, mut options) =
+        (settings.models.clone(), settings.hub.clone(), settings.engine.clone());
     options.reference_cache_file = Some(settings.data_dir.join("reference-cache.redb"));
     let data_dir = settings.data_dir.clone();
     tokio::task::spawn_blocking(move || {
-        std::fs::create_dir_all(&data_dir).with_context(|| format!("{} cannot be made", data_dir.display()))?;
+        std::fs::create_dir_all(&data_dir)
+            .with_context(|| format!("{} cannot be made", data_dir.display()))?;
         let mut loaded: Vec<LoadedModel> = Vec::new();
         for (id, source) in &models {
             let start = std::time::Instant::now();

@@ -19,26 +19,62 @@ use crate::rpc::TlsFiles;
 
 /// Name, default and help of every setting. A flag is `--like-this`, a variable `BRADLEY_LIKE_THIS`, a TOML key `like_this`.
 pub const SETTINGS: &[(&str, &str, &str)] = &[
-    ("models", "", "Models to serve, separated by commas: [ID=]SOURCE, a folder, a GGUF file or a hub id"),
+    (
+        "models",
+        "",
+        "Models to serve, separated by commas: [ID=]SOURCE, a folder, a GGUF file or a hub id",
+    ),
     ("data_dir", "bradley-data", "Where jobs, datasets and checkpoints are kept"),
     ("listen", "127.0.0.1:50051", "The gRPC address"),
-    ("http_listen", "127.0.0.1:9090", "The address of /metrics, /livez and /readyz; off turns it off"),
-    ("device", "cpu", "Where to compute: cpu, cuda:N (a GPU), several with commas between, each a worker, or auto (every GPU, else cpu)"),
-    ("missing_devices", "refuse", "When a device that is named cannot be opened: refuse to start, or skip it and start with the others"),
-    ("data_parallel", "1", "Devices that a training run uses together, each for a share of its rows; 1 gives every run its own"),
-    ("precision", "f32", "What matrix products are computed in, and how frozen weights are kept: f32 or bf16"),
+    (
+        "http_listen",
+        "127.0.0.1:9090",
+        "The address of /metrics, /livez and /readyz; off turns it off",
+    ),
+    (
+        "device",
+        "cpu",
+        "Where to compute: cpu, cuda:N (a GPU), several with commas between, each a worker, or auto (every GPU, else cpu)",
+    ),
+    (
+        "missing_devices",
+        "refuse",
+        "When a device that is named cannot be opened: refuse to start, or skip it and start with the others",
+    ),
+    (
+        "data_parallel",
+        "1",
+        "Devices that a training run uses together, each for a share of its rows; 1 gives every run its own",
+    ),
+    (
+        "precision",
+        "f32",
+        "What matrix products are computed in, and how frozen weights are kept: f32 or bf16",
+    ),
     ("threads", "0", "CPU threads for compute; 0 is all cores"),
     (
         "memory_limit",
         "0",
         "Memory of this machine that models and a job may be estimated to need, e.g. 20GiB; 0 is nine tenths of it, or of the control group's limit where that is lower",
     ),
-    ("device_memory_limit", "0", "The same of each GPU's own memory, e.g. 70GiB; 0 is nine tenths of what is free on it at the start"),
-    ("scoring_share", "0.4", "Share of device time scoring may take while a job trains, above 0 and at most 1"),
+    (
+        "device_memory_limit",
+        "0",
+        "The same of each GPU's own memory, e.g. 70GiB; 0 is nine tenths of what is free on it at the start",
+    ),
+    (
+        "scoring_share",
+        "0.4",
+        "Share of device time scoring may take while a job trains, above 0 and at most 1",
+    ),
     ("queue_tokens", "1048576", "Tokens that may wait to be scored"),
     ("batch_tokens", "4096", "Tokens of one scoring batch"),
     ("max_row_tokens", "16384", "Tokens of the longest row that is accepted"),
-    ("reference_cache_tokens", "4194304", "Reference log-probs kept in memory, and in the data folder, in tokens"),
+    (
+        "reference_cache_tokens",
+        "4194304",
+        "Reference log-probs kept in memory, and in the data folder, in tokens",
+    ),
     (
         "resident_policies",
         "8",
@@ -48,30 +84,70 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("max_upload_bytes", "16GiB", "The largest dataset"),
     ("events_kept", "1000000", "Events kept of a job, the newest"),
     ("drain_timeout", "30", "Seconds that a shutdown may take"),
-    ("database_url", "", "PostgreSQL that replicas share: postgres://USER:PASSWORD@HOST/NAME; empty is SQLite in data_dir"),
-    ("artifact_url", "", "Where replicas share datasets and checkpoints: s3://, gs://, az:// or file:///FOLDER; empty is data_dir"),
+    (
+        "database_url",
+        "",
+        "PostgreSQL that replicas share: postgres://USER:PASSWORD@HOST/NAME; empty is SQLite in data_dir",
+    ),
+    (
+        "artifact_url",
+        "",
+        "Where replicas share datasets and checkpoints: s3://, gs://, az:// or file:///FOLDER; empty is data_dir",
+    ),
     ("lease", "30", "Seconds that a worker may be silent before another takes over its job"),
     ("time_slice", "600", "Seconds that a job keeps the device while others of its priority wait"),
     ("max_jobs_per_client", "1000", "Unfinished jobs that a client may have; 0 is any number"),
-    ("max_client_priority", "0", "The highest priority that clients may give their jobs; administrators may give any"),
-    ("max_dataset_bytes_per_client", "0", "Bytes of datasets that a client may keep; 0 is any number"),
-    ("max_dataset_text_bytes", "4GiB", "Bytes of text that a dataset may hold: a job has it in memory"),
-    ("max_scoring_tokens_per_client", "0", "Tokens that a client may have in the scoring queue; 0 is any number"),
+    (
+        "max_client_priority",
+        "0",
+        "The highest priority that clients may give their jobs; administrators may give any",
+    ),
+    (
+        "max_dataset_bytes_per_client",
+        "0",
+        "Bytes of datasets that a client may keep; 0 is any number",
+    ),
+    (
+        "max_dataset_text_bytes",
+        "4GiB",
+        "Bytes of text that a dataset may hold: a job has it in memory",
+    ),
+    (
+        "max_scoring_tokens_per_client",
+        "0",
+        "Tokens that a client may have in the scoring queue; 0 is any number",
+    ),
     ("adapter_dir", "", "A folder with PEFT adapters that jobs may start from, by name"),
     (
         "template_date",
         "",
         "The date that chat templates print for models, YYYY-MM-DD; empty is today's. Jobs have the date of their creation",
     ),
-    ("auth", "off", "tokens: callers need a bearer token (see bradley tokens); off: everyone may do everything"),
+    (
+        "auth",
+        "off",
+        "tokens: callers need a bearer token (see bradley tokens); off: everyone may do everything",
+    ),
     ("audit_log", "", "A file for the audit log, JSON lines; it is part of the log in any case"),
-    ("tls_cert", "", "The server's certificate chain (PEM); with tls_key, the gRPC port speaks TLS"),
+    (
+        "tls_cert",
+        "",
+        "The server's certificate chain (PEM); with tls_key, the gRPC port speaks TLS",
+    ),
     ("tls_key", "", "The certificate's private key (PEM)"),
     ("tls_client_ca", "", "Clients need a certificate signed by this authority (PEM)"),
     ("max_connections", "4096", "Connections that may be open"),
-    ("max_connection_age", "0", "Seconds after which a client must connect anew, so that it spreads over replicas; 0 is never"),
+    (
+        "max_connection_age",
+        "0",
+        "Seconds after which a client must connect anew, so that it spreads over replicas; 0 is never",
+    ),
     ("otlp_endpoint", "", "Where traces go, by OTLP over gRPC: http://HOST:4317; empty is nowhere"),
-    ("trace_ratio", "1", "Share of the traces that begin here that are exported, 0 to 1; callers decide about theirs"),
+    (
+        "trace_ratio",
+        "1",
+        "Share of the traces that begin here that are exported, 0 to 1; callers decide about theirs",
+    ),
     ("log", "info", "Log filter, e.g. info or bradley=debug"),
     ("log_format", "text", "text or json"),
 ];
@@ -160,15 +236,24 @@ impl Sources {
     ///
     /// # Errors
     /// When the file cannot be read or is not TOML.
-    pub fn collect(config: Option<&Path>, flags: BTreeMap<String, String>) -> Result<Self, Violations> {
-        let environment: BTreeMap<String, String> =
-            std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect();
-        let path = config.map(Path::to_owned).or_else(|| environment.get("BRADLEY_CONFIG").map(PathBuf::from));
+    pub fn collect(
+        config: Option<&Path>,
+        flags: BTreeMap<String, String>,
+    ) -> Result<Self, Violations> {
+        let environment: BTreeMap<String, String> = std::env::vars_os()
+            .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
+            .collect();
+        let path = config
+            .map(Path::to_owned)
+            .or_else(|| environment.get("BRADLEY_CONFIG").map(PathBuf::from));
         let file = match path {
             Some(path) => {
                 let wrong = |reason: String| Violations::one(path.display().to_string(), reason);
-                let text = std::fs::read_to_string(&path).map_err(|e| wrong(format!("cannot be read: {e}")))?;
-                let table = text.parse::<toml::Table>().map_err(|e| wrong(format!("is not TOML: {}", e.message())))?;
+                let text = std::fs::read_to_string(&path)
+                    .map_err(|e| wrong(format!("cannot be read: {e}")))?;
+                let table = text
+                    .parse::<toml::Table>()
+                    .map_err(|e| wrong(format!("is not TOML: {}", e.message())))?;
                 Some((path, table))
             }
             None => None,
@@ -195,9 +280,11 @@ impl Sources {
         {
             let text = match v {
                 toml::Value::String(s) => s.clone(),
-                toml::Value::Array(items) => {
-                    items.iter().map(|i| i.as_str().map_or(i.to_string(), str::to_owned)).collect::<Vec<_>>().join(",")
-                }
+                toml::Value::Array(items) => items
+                    .iter()
+                    .map(|i| i.as_str().map_or(i.to_string(), str::to_owned))
+                    .collect::<Vec<_>>()
+                    .join(","),
                 other => other.to_string(),
             };
             return (text, format!("{}: {name}", path.display()));
@@ -215,59 +302,90 @@ impl Settings {
         let mut bad = Violations::default();
         if let Some((path, table)) = &sources.file {
             for key in table.keys().filter(|k| !SETTINGS.iter().any(|(name, ..)| name == k)) {
-                bad.push(format!("{}: {key}", path.display()), format!("is not a setting: use {}", SETTINGS.map_names()));
+                bad.push(
+                    format!("{}: {key}", path.display()),
+                    format!("is not a setting: use {}", SETTINGS.map_names()),
+                );
             }
         }
         let mut reader = SettingsReader { sources, bad: &mut bad };
         let models = reader.models();
         let defaults = EngineOptions::default();
-        let share =
-            reader.parse("scoring_share", "a number above 0 and at most 1", |s| s.parse::<f64>().ok().filter(|v| *v > 0.0 && *v <= 1.0));
+        let share = reader.parse("scoring_share", "a number above 0 and at most 1", |s| {
+            s.parse::<f64>().ok().filter(|v| *v > 0.0 && *v <= 1.0)
+        });
         let seconds = |n: usize| Duration::from_secs(n as u64);
         let some = |n: &usize| *n > 0;
-        let database_url = reader.optional("database_url", "a URL such as postgres://user:password@host/bradley", |s| {
-            (s.starts_with("postgres://") || s.starts_with("postgresql://")).then(|| s.to_owned())
-        });
-        let artifact_url = reader
-            .optional("artifact_url", "a URL such as s3://bucket/prefix or file:///folder", |s| s.contains("://").then(|| s.to_owned()));
+        let database_url = reader.optional(
+            "database_url",
+            "a URL such as postgres://user:password@host/bradley",
+            |s| {
+                (s.starts_with("postgres://") || s.starts_with("postgresql://"))
+                    .then(|| s.to_owned())
+            },
+        );
+        let artifact_url = reader.optional(
+            "artifact_url",
+            "a URL such as s3://bucket/prefix or file:///folder",
+            |s| s.contains("://").then(|| s.to_owned()),
+        );
         if database_url.is_some() && artifact_url.is_none() {
             reader
                 .bad
                 .push("artifact_url", "is not set: replicas that share a database must find the same files, e.g. file:///a/shared/folder");
         }
         let devices = reader
-            .parse("device", "cpu, cuda:N, auto, or different GPUs with commas between", DeviceChoice::parse_list)
+            .parse(
+                "device",
+                "cpu, cuda:N, auto, or different GPUs with commas between",
+                DeviceChoice::parse_list,
+            )
             .unwrap_or_default();
         let data_parallel = reader.number("data_parallel", 1).unwrap_or(1);
         // How many `auto` finds is known when the engine starts, which warns.
-        if !devices.is_empty() && !devices.contains(&DeviceChoice::Auto) && data_parallel > devices.len() {
-            let problem = format!("is {data_parallel}, but device names {}: name as many devices, or lower it", devices.len());
+        if !devices.is_empty()
+            && !devices.contains(&DeviceChoice::Auto)
+            && data_parallel > devices.len()
+        {
+            let problem = format!(
+                "is {data_parallel}, but device names {}: name as many devices, or lower it",
+                devices.len()
+            );
             reader.bad.push("data_parallel", problem);
         }
         let tls = reader.tls();
         let traces = reader.optional("otlp_endpoint", "a URL such as http://collector:4317", |s| {
             (s.starts_with("http://") || s.starts_with("https://")).then(|| s.to_owned())
         });
-        let trace_ratio =
-            reader.parse("trace_ratio", "a number from 0 to 1", |s| s.parse::<f64>().ok().filter(|r| (0.0..=1.0).contains(r)));
+        let trace_ratio = reader.parse("trace_ratio", "a number from 0 to 1", |s| {
+            s.parse::<f64>().ok().filter(|r| (0.0..=1.0).contains(r))
+        });
         let settings = Settings {
             models,
             database_url,
             artifact_store: artifact_url.map(|url| (url, vendor_variables(sources))),
             lease: seconds(reader.number("lease", 1).unwrap_or_default()),
             time_slice: seconds(reader.number("time_slice", 1).unwrap_or_default()),
-            max_jobs_per_client: reader.number("max_jobs_per_client", 0).filter(some).map(|n| n as u64),
+            max_jobs_per_client: reader
+                .number("max_jobs_per_client", 0)
+                .filter(some)
+                .map(|n| n as u64),
             max_client_priority: reader
                 .parse("max_client_priority", "a whole number from -1000 to 1000", |s| {
                     s.parse().ok().filter(|n| (-1000..=1000).contains(n))
                 })
                 .unwrap_or_default(),
-            max_dataset_bytes_per_client: reader.bytes("max_dataset_bytes_per_client").filter(|n| *n > 0),
+            max_dataset_bytes_per_client: reader
+                .bytes("max_dataset_bytes_per_client")
+                .filter(|n| *n > 0),
             max_dataset_text_bytes: reader.bytes("max_dataset_text_bytes").unwrap_or_default(),
-            max_scoring_tokens_per_client: reader.number("max_scoring_tokens_per_client", 0).filter(some),
+            max_scoring_tokens_per_client: reader
+                .number("max_scoring_tokens_per_client", 0)
+                .filter(some),
             adapter_dir: reader.optional("adapter_dir", "a path", |s| Some(PathBuf::from(s))),
-            template_date: reader
-                .optional("template_date", "a date such as 2026-07-26", |s| s.parse().ok().filter(|_| s.len() == "2026-07-26".len())),
+            template_date: reader.optional("template_date", "a date such as 2026-07-26", |s| {
+                s.parse().ok().filter(|_| s.len() == "2026-07-26".len())
+            }),
             tokens: reader
                 .parse("auth", "off or tokens", |s| match s {
                     "off" => Some(false),
@@ -279,7 +397,9 @@ impl Settings {
             tls,
             max_connections: reader.number("max_connections", 1).unwrap_or_default(),
             max_connection_age: reader.number("max_connection_age", 0).filter(some).map(seconds),
-            data_dir: reader.parse("data_dir", "a path", |s| (!s.is_empty()).then(|| PathBuf::from(s))).unwrap_or_default(),
+            data_dir: reader
+                .parse("data_dir", "a path", |s| (!s.is_empty()).then(|| PathBuf::from(s)))
+                .unwrap_or_default(),
             listen: reader
                 .parse("listen", "an address such as 0.0.0.0:50051", |s| s.parse().ok())
                 .unwrap_or(SocketAddr::from(([127, 0, 0, 1], 0))),
@@ -299,13 +419,21 @@ impl Settings {
                     })
                     .unwrap_or_default(),
                 data_parallel,
-                precision: reader.parse("precision", "f32 or bf16", Precision::parse).unwrap_or_default(),
+                precision: reader
+                    .parse("precision", "f32 or bf16", Precision::parse)
+                    .unwrap_or_default(),
                 queue_tokens: reader.number("queue_tokens", 1).unwrap_or(defaults.queue_tokens),
                 batch_tokens: reader.number("batch_tokens", 1).unwrap_or(defaults.batch_tokens),
-                max_row_tokens: reader.number("max_row_tokens", 2).unwrap_or(defaults.max_row_tokens),
-                reference_cache_tokens: reader.number("reference_cache_tokens", 0).unwrap_or(defaults.reference_cache_tokens),
+                max_row_tokens: reader
+                    .number("max_row_tokens", 2)
+                    .unwrap_or(defaults.max_row_tokens),
+                reference_cache_tokens: reader
+                    .number("reference_cache_tokens", 0)
+                    .unwrap_or(defaults.reference_cache_tokens),
                 reference_cache_file: None,
-                resident_policies: reader.number("resident_policies", 1).unwrap_or(defaults.resident_policies),
+                resident_policies: reader
+                    .number("resident_policies", 1)
+                    .unwrap_or(defaults.resident_policies),
                 scoring_share: share.unwrap_or(defaults.scoring_share),
                 memory_limit: reader.bytes("memory_limit").filter(|n| *n > 0),
                 device_memory_limit: reader.bytes("device_memory_limit").filter(|n| *n > 0),
@@ -313,7 +441,9 @@ impl Settings {
             max_message_bytes: reader.bytes("max_message_bytes").unwrap_or_default() as usize,
             max_upload_bytes: reader.bytes("max_upload_bytes").unwrap_or_default(),
             events_kept: reader.number("events_kept", 1).unwrap_or_default() as u64,
-            drain_timeout: Duration::from_secs(reader.number("drain_timeout", 1).unwrap_or_default() as u64),
+            drain_timeout: Duration::from_secs(
+                reader.number("drain_timeout", 1).unwrap_or_default() as u64,
+            ),
             traces: traces.zip(trace_ratio),
             log: reader
                 .parse("log", "a filter such as info or bradley=debug", |s| {
@@ -336,7 +466,12 @@ impl Settings {
 /// The variables by which object stores' vendors configure their clients.
 fn vendor_variables(sources: &Sources) -> BTreeMap<String, String> {
     let vendors = ["AWS_", "GOOGLE_", "AZURE_"];
-    sources.environment.iter().filter(|(k, _)| vendors.iter().any(|v| k.starts_with(v))).map(|(k, v)| (k.clone(), v.clone())).collect()
+    sources
+        .environment
+        .iter()
+        .filter(|(k, _)| vendors.iter().any(|v| k.starts_with(v)))
+        .map(|(k, v)| (k.clone(), v.clone()))
+        .collect()
 }
 
 /// The Hugging Face hub's own variables.
@@ -346,7 +481,9 @@ pub fn hub(sources: &Sources) -> HubOptions {
         endpoint: sources.variable("HF_ENDPOINT").map(str::to_owned),
         token: sources.variable("HF_TOKEN").map(str::to_owned),
         cache_dir: path("HF_HUB_CACHE").or_else(|| path("HF_HOME").map(|p| p.join("hub"))),
-        offline: sources.variable("HF_HUB_OFFLINE").is_some_and(|v| !matches!(v, "0" | "false" | "no" | "off")),
+        offline: sources
+            .variable("HF_HUB_OFFLINE")
+            .is_some_and(|v| !matches!(v, "0" | "false" | "no" | "off")),
     }
 }
 
@@ -366,26 +503,42 @@ struct SettingsReader<'a> {
 }
 
 impl SettingsReader<'_> {
-    fn parse<T>(&mut self, name: &str, expected: &str, parse: impl Fn(&str) -> Option<T>) -> Option<T> {
+    fn parse<T>(
+        &mut self,
+        name: &str,
+        expected: &str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Option<T> {
         let default = SETTINGS.iter().find(|(n, ..)| *n == name).map_or("", |(_, d, _)| d);
         let (text, origin) = self.sources.get(name, default);
         let parsed = parse(text.trim());
         if parsed.is_none() {
             // A URL may hold a password.
-            let shown = if SECRET.contains(&name) { "cannot be used".to_owned() } else { format!("is {text:?}") };
+            let shown = if SECRET.contains(&name) {
+                "cannot be used".to_owned()
+            } else {
+                format!("is {text:?}")
+            };
             self.bad.push(origin, format!("{shown}: it must be {expected}"));
         }
         parsed
     }
 
     /// A setting that may be left empty.
-    fn optional<T>(&mut self, name: &str, expected: &str, parse: impl Fn(&str) -> Option<T>) -> Option<T> {
-        self.parse(name, expected, |s| if s.is_empty() { Some(None) } else { parse(s).map(Some) }).flatten()
+    fn optional<T>(
+        &mut self,
+        name: &str,
+        expected: &str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Option<T> {
+        self.parse(name, expected, |s| if s.is_empty() { Some(None) } else { parse(s).map(Some) })
+            .flatten()
     }
 
     fn tls(&mut self) -> Option<TlsFiles> {
         let mut path = |name| self.optional(name, "a path", |s| Some(PathBuf::from(s)));
-        let (certificate, key, client_ca) = (path("tls_cert"), path("tls_key"), path("tls_client_ca"));
+        let (certificate, key, client_ca) =
+            (path("tls_cert"), path("tls_key"), path("tls_client_ca"));
         match (certificate, key) {
             (Some(certificate), Some(key)) => Some(TlsFiles { certificate, key, client_ca }),
             (None, None) if client_ca.is_none() => None,
@@ -397,7 +550,9 @@ impl SettingsReader<'_> {
     }
 
     fn number(&mut self, name: &str, least: usize) -> Option<usize> {
-        self.parse(name, &format!("a whole number, {least} or above"), |s| s.parse().ok().filter(|n| *n >= least))
+        self.parse(name, &format!("a whole number, {least} or above"), |s| {
+            s.parse().ok().filter(|n| *n >= least)
+        })
     }
 
     fn bytes(&mut self, name: &str) -> Option<u64> {
@@ -415,7 +570,10 @@ impl SettingsReader<'_> {
             if !is_valid_id(&id) || source.is_empty() {
                 self.bad.push(origin.clone(), format!("{part:?} must be SOURCE or ID=SOURCE with an id of letters, digits, - _ and ."));
             } else if models.iter().any(|(other, _)| *other == id) {
-                self.bad.push(origin.clone(), format!("the id {id:?} occurs twice: name one of them ID=SOURCE"));
+                self.bad.push(
+                    origin.clone(),
+                    format!("the id {id:?} occurs twice: name one of them ID=SOURCE"),
+                );
             } else {
                 models.push((id, source));
             }
@@ -431,7 +589,13 @@ impl SettingsReader<'_> {
 fn parse_bytes(text: &str) -> Option<u64> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let n: u64 = text[..digits].parse().ok()?;
-    let shift = match text[digits..].trim().trim_end_matches('B').trim_end_matches('i').to_ascii_uppercase().as_str() {
+    let shift = match text[digits..]
+        .trim()
+        .trim_end_matches('B')
+        .trim_end_matches('i')
+        .to_ascii_uppercase()
+        .as_str()
+    {
         "" => 0,
         "K" => 10,
         "M" => 20,
@@ -447,15 +611,26 @@ mod tests {
     use super::*;
 
     fn sources(flags: &[(&str, &str)], environment: &[(&str, &str)], file: &str) -> Sources {
-        let owned = |pairs: &[(&str, &str)]| pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
-        Sources { flags: owned(flags), environment: owned(environment), file: Some(("bradley.toml".into(), file.parse().unwrap())) }
+        let owned = |pairs: &[(&str, &str)]| {
+            pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect()
+        };
+        Sources {
+            flags: owned(flags),
+            environment: owned(environment),
+            file: Some(("bradley.toml".into(), file.parse().unwrap())),
+        }
     }
 
     #[test]
     fn flags_beat_the_environment_and_that_beats_the_file() {
         let s = sources(
             &[("batch_tokens", "1")],
-            &[("BRADLEY_BATCH_TOKENS", "2"), ("BRADLEY_QUEUE_TOKENS", "2"), ("HF_HUB_OFFLINE", "1"), ("HF_HOME", "/hf")],
+            &[
+                ("BRADLEY_BATCH_TOKENS", "2"),
+                ("BRADLEY_QUEUE_TOKENS", "2"),
+                ("HF_HUB_OFFLINE", "1"),
+                ("HF_HOME", "/hf"),
+            ],
             "batch_tokens = 3\nqueue_tokens = 3\nmax_row_tokens = 3\nmodels = [\"a=/x\", \"/y/b.gguf\"]",
         );
         let settings = Settings::resolve(&s).unwrap();
@@ -474,18 +649,38 @@ mod tests {
         );
         let bad = Settings::resolve(&s).err().unwrap();
         let origins: Vec<&str> = bad.listed().iter().map(|v| v.field.as_str()).collect();
-        for expected in ["--listen", "BRADLEY_SCORING_SHARE", "bradley.toml: drain_timeout", "bradley.toml: modles", "bradley.toml: models"]
-        {
+        for expected in [
+            "--listen",
+            "BRADLEY_SCORING_SHARE",
+            "bradley.toml: drain_timeout",
+            "bradley.toml: modles",
+            "bradley.toml: models",
+        ] {
             assert!(origins.contains(&expected), "{expected} is missing from {origins:?}");
         }
     }
 
     #[test]
     fn a_run_cannot_use_more_devices_than_are_named() {
-        let resolve = |device, n| Settings::resolve(&sources(&[("models", "/x"), ("device", device), ("data_parallel", n)], &[], ""));
+        let resolve = |device, n| {
+            Settings::resolve(&sources(
+                &[("models", "/x"), ("device", device), ("data_parallel", n)],
+                &[],
+                "",
+            ))
+        };
         let bad = resolve("cuda:0,cuda:1", "3").err().unwrap();
-        assert!(bad.listed().iter().any(|v| v.field == "data_parallel" && v.description.contains("device names 2")), "{bad:?}");
-        assert!(resolve("cuda:0,cuda:1", "2").is_ok() && resolve("auto", "8").is_ok() && resolve("cpu", "1").is_ok());
+        assert!(
+            bad.listed()
+                .iter()
+                .any(|v| v.field == "data_parallel" && v.description.contains("device names 2")),
+            "{bad:?}"
+        );
+        assert!(
+            resolve("cuda:0,cuda:1", "2").is_ok()
+                && resolve("auto", "8").is_ok()
+                && resolve("cpu", "1").is_ok()
+        );
     }
 
     #[test]

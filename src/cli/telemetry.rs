@@ -28,7 +28,8 @@ const EXPORT: Duration = Duration::from_secs(5);
 /// # Errors
 /// When the endpoint is no URL.
 pub fn traces(endpoint: &str, ratio: f64) -> anyhow::Result<SdkTracerProvider> {
-    let mut exporter = SpanExporter::builder().with_tonic().with_endpoint(endpoint).with_timeout(EXPORT);
+    let mut exporter =
+        SpanExporter::builder().with_tonic().with_endpoint(endpoint).with_timeout(EXPORT);
     if endpoint.starts_with("https://") {
         exporter = exporter.with_tls_config(ClientTlsConfig::new().with_enabled_roots());
     }
@@ -37,7 +38,9 @@ pub fn traces(endpoint: &str, ratio: f64) -> anyhow::Result<SdkTracerProvider> {
     let provider = SdkTracerProvider::builder()
         .with_batch_exporter(exporter)
         .with_sampler(Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(ratio))))
-        .with_resource(Resource::builder().with_service_name("bradley").with_attributes(about).build())
+        .with_resource(
+            Resource::builder().with_service_name("bradley").with_attributes(about).build(),
+        )
         .build();
     opentelemetry::global::set_tracer_provider(provider.clone());
     Ok(provider)
@@ -47,24 +50,40 @@ pub fn traces(endpoint: &str, ratio: f64) -> anyhow::Result<SdkTracerProvider> {
 ///
 /// # Errors
 /// When the audit log cannot be written.
-pub fn log(filter: &str, json: bool, audit: Option<&Path>, traces: Option<&SdkTracerProvider>) -> anyhow::Result<()> {
+pub fn log(
+    filter: &str,
+    json: bool,
+    audit: Option<&Path>,
+    traces: Option<&SdkTracerProvider>,
+) -> anyhow::Result<()> {
     let filter = EnvFilter::from_str(filter).unwrap_or_else(|_| EnvFilter::new("info"));
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let lines = if json { lines.json().boxed() } else { lines.boxed() };
     let audit = match audit {
         None => None,
         Some(path) => {
-            let file = OpenOptions::new().create(true).append(true).open(path).with_context(|| format!("audit_log {}", path.display()))?;
+            let file = OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(path)
+                .with_context(|| format!("audit_log {}", path.display()))?;
             let lines = tracing_subscriber::fmt::layer().json().with_writer(Mutex::new(file));
             // A line tells of its call by the span that it lies in.
             Some(lines.with_filter(filter_fn(|m| m.target() == AUDIT || m.is_span())))
         }
     };
     let spans = traces.map(|provider| {
-        let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("bradley")).with_location(false).with_threads(false);
+        let layer = tracing_opentelemetry::layer()
+            .with_tracer(provider.tracer("bradley"))
+            .with_location(false)
+            .with_threads(false);
         // Its spans only: the exporter has some of its own.
         layer.with_filter(filter_fn(|m| m.is_span() && m.target().starts_with("bradley")))
     });
-    let _ = tracing_subscriber::registry().with(spans).with(audit).with(lines.with_filter(filter)).try_init();
+    let _ = tracing_subscriber::registry()
+        .with(spans)
+        .with(audit)
+        .with(lines.with_filter(filter))
+        .try_init();
     Ok(())
 }

@@ -15,7 +15,9 @@ const DAY: u64 = 24 * 3600;
 impl From<ServiceError> for Failure {
     fn from(e: ServiceError) -> Self {
         match e {
-            ServiceError::InvalidArgument(_) | ServiceError::NotFound { .. } => Failure::Usage(e.to_string()),
+            ServiceError::InvalidArgument(_) | ServiceError::NotFound { .. } => {
+                Failure::Usage(e.to_string())
+            }
             e => Failure::Failed(e.to_string()),
         }
     }
@@ -24,8 +26,11 @@ impl From<ServiceError> for Failure {
 pub(super) async fn run(command: TokensCommand, form: Output) -> Outcome {
     match command {
         TokensCommand::Create { owner, roles, days, database } => {
-            let named =
-                |name: &String| Role::parse(name).ok_or_else(|| Failure::Usage(format!("--roles: {name:?} is not submit, score or admin")));
+            let named = |name: &String| {
+                Role::parse(name).ok_or_else(|| {
+                    Failure::Usage(format!("--roles: {name:?} is not submit, score or admin"))
+                })
+            };
             let roles = roles.iter().map(named).collect::<Result<Vec<Role>, Failure>>()?;
             let store = open(&database).await?;
             let lifetime = days.map(|d| Duration::from_secs(u64::from(d) * DAY));
@@ -39,9 +44,24 @@ pub(super) async fn run(command: TokensCommand, form: Output) -> Outcome {
             let store = open(&database).await?;
             let all = tokens::list(&store).await?;
             store.close().await;
-            let rows =
-                all.iter().map(|t| vec![t.id.clone(), t.owner.clone(), roles(t), time(Some(t.create_time)), time(t.expire_time)]).collect();
-            output::list(form, &["id", "owner", "roles", "created", "ends"], rows, all.iter().map(described).collect());
+            let rows = all
+                .iter()
+                .map(|t| {
+                    vec![
+                        t.id.clone(),
+                        t.owner.clone(),
+                        roles(t),
+                        time(Some(t.create_time)),
+                        time(t.expire_time),
+                    ]
+                })
+                .collect();
+            output::list(
+                form,
+                &["id", "owner", "roles", "created", "ends"],
+                rows,
+                all.iter().map(described).collect(),
+            );
         }
         TokensCommand::Revoke { id, database } => {
             let store = open(&database).await?;
@@ -53,8 +73,10 @@ pub(super) async fn run(command: TokensCommand, form: Output) -> Outcome {
 }
 
 async fn open(database: &DatabaseArgs) -> Result<Store, Failure> {
-    std::fs::create_dir_all(&database.data_dir).map_err(|e| Failure::Failed(format!("{}: {e}", database.data_dir.display())))?;
-    let options = StoreOptions { database_url: database.database_url.clone(), ..StoreOptions::default() };
+    std::fs::create_dir_all(&database.data_dir)
+        .map_err(|e| Failure::Failed(format!("{}: {e}", database.data_dir.display())))?;
+    let options =
+        StoreOptions { database_url: database.database_url.clone(), ..StoreOptions::default() };
     Ok(Store::open(&database.data_dir, &options).await?)
 }
 
@@ -63,7 +85,8 @@ fn roles(t: &Token) -> String {
 }
 
 fn time(ms: Option<i64>) -> String {
-    ms.and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok()).map_or_else(String::new, |t| t.to_string())
+    ms.and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok())
+        .map_or_else(String::new, |t| t.to_string())
 }
 
 fn described(t: &Token) -> serde_json::Value {

@@ -21,25 +21,35 @@ pub(super) async fn run(args: TrainArgs, output: Output) -> Outcome {
         Some(p) => p.clone(),
         None => only_model(&client).await?,
     };
-    let checked = Checked { model: base_model(&client, &policy).await?, max_length: args.max_length.unwrap_or(0) };
+    let checked = Checked {
+        model: base_model(&client, &policy).await?,
+        max_length: args.max_length.unwrap_or(0),
+    };
     let dataset = match (&args.data, &args.dataset) {
         (Some(path), _) => upload_for_job(&client, path, &checked, &args, output).await?,
         (None, Some(name)) => full_name("datasets", name),
         (None, None) => return Err(Failure::Usage("name --data or --dataset".into())),
     };
     let evaluation = match (&args.eval_data, args.eval_fraction) {
-        (Some(path), _) => Some(pb::training_job::Evaluation::EvalDataset(upload_for_job(&client, path, &checked, &args, output).await?)),
+        (Some(path), _) => Some(pb::training_job::Evaluation::EvalDataset(
+            upload_for_job(&client, path, &checked, &args, output).await?,
+        )),
         (None, Some(f)) => Some(pb::training_job::Evaluation::EvalFraction(f)),
         (None, None) => None,
     };
     let wanted = job(&args, policy, dataset, evaluation)?;
     if args.estimate {
         let request = pb::EstimateTrainingJobRequest { training_job: Some(wanted) };
-        let estimate = client.training().estimate_training_job(request).await.map_err(in_flags)?.into_inner();
+        let estimate =
+            client.training().estimate_training_job(request).await.map_err(in_flags)?.into_inner();
         output::resource(output, &output::estimate(&estimate));
         return Ok(());
     }
-    let request = pb::CreateTrainingJobRequest { training_job: Some(wanted), request_id: String::new(), validate_only: args.validate_only };
+    let request = pb::CreateTrainingJobRequest {
+        training_job: Some(wanted),
+        request_id: String::new(),
+        validate_only: args.validate_only,
+    };
     let job = client.training().create_training_job(request).await.map_err(in_flags)?.into_inner();
     if args.validate_only {
         output::resource(output, &output::job(&job));
@@ -63,7 +73,11 @@ fn job(
 ) -> Result<pb::TrainingJob, Failure> {
     let method = match args.full {
         true => pb::training_job::Method::Full(pb::FullConfig {}),
-        false => pb::training_job::Method::Lora(pb::LoraConfig { rank: args.rank, alpha: args.alpha, ..Default::default() }),
+        false => pb::training_job::Method::Lora(pb::LoraConfig {
+            rank: args.rank,
+            alpha: args.alpha,
+            ..Default::default()
+        }),
     };
     Ok(pb::TrainingJob {
         display_name: args.name.clone(),
@@ -93,12 +107,20 @@ fn job(
             max_steps: args.max_steps,
             ..Default::default()
         }),
-        run: Some(pb::RunConfig { save_steps: args.save_steps, eval_steps: args.eval_steps, ..Default::default() }),
+        run: Some(pb::RunConfig {
+            save_steps: args.save_steps,
+            eval_steps: args.eval_steps,
+            ..Default::default()
+        }),
         seed: args.seed,
         precision: args.precision.clone().unwrap_or_default(),
         ttl: args.ttl_days.map(|days| ProtoDuration { seconds: i64::from(days) * DAY, nanos: 0 }),
         chat_template_kwargs_json: super::score::template_arguments(args.template_args.as_deref())?,
-        row_policy: if args.skip_bad_rows { pb::RowPolicy::Skip.into() } else { pb::RowPolicy::Reject.into() },
+        row_policy: if args.skip_bad_rows {
+            pb::RowPolicy::Skip.into()
+        } else {
+            pb::RowPolicy::Reject.into()
+        },
         ..Default::default()
     })
 }
@@ -108,8 +130,14 @@ fn losses(text: Option<&str>) -> Result<Vec<pb::WeightedLoss>, Failure> {
     let mut losses = Vec::new();
     for part in text.unwrap_or_default().split(',').filter(|p| !p.is_empty()) {
         let (name, weight) = part.split_once('=').unwrap_or((part, "1"));
-        let weight = weight.parse().map_err(|_| Failure::Usage(format!("--loss: the weight in {part:?} is not a number")))?;
-        losses.push(pb::WeightedLoss { loss_type: name.to_owned(), weight: Some(weight), ..Default::default() });
+        let weight = weight.parse().map_err(|_| {
+            Failure::Usage(format!("--loss: the weight in {part:?} is not a number"))
+        })?;
+        losses.push(pb::WeightedLoss {
+            loss_type: name.to_owned(),
+            weight: Some(weight),
+            ..Default::default()
+        });
     }
     Ok(losses)
 }
@@ -120,7 +148,11 @@ async fn only_model(client: &Client) -> Result<String, Failure> {
         [one] => Ok(one.name.clone()),
         many => {
             let names: Vec<&str> = many.iter().map(|m| m.name.as_str()).collect();
-            Err(Failure::Usage(format!("the server has {} models: name one with --policy ({})", many.len(), names.join(", "))))
+            Err(Failure::Usage(format!(
+                "the server has {} models: name one with --policy ({})",
+                many.len(),
+                names.join(", ")
+            )))
         }
     }
 }
@@ -153,7 +185,13 @@ async fn base_model(client: &Client, policy: &str) -> Result<String, Failure> {
 }
 
 /// Uploads a file, checked with the model and the length of the job, and stops where the job would be refused for its rows.
-async fn upload_for_job(client: &Client, path: &Path, checked: &Checked, args: &TrainArgs, output: Output) -> Result<String, Failure> {
+async fn upload_for_job(
+    client: &Client,
+    path: &Path,
+    checked: &Checked,
+    args: &TrainArgs,
+    output: Output,
+) -> Result<String, Failure> {
     let dataset = upload_checked(client, path, checked, output).await?;
     let report = dataset.report.unwrap_or_default();
     let bad = report.rows - report.valid_rows;
@@ -161,23 +199,46 @@ async fn upload_for_job(client: &Client, path: &Path, checked: &Checked, args: &
         return Ok(dataset.name);
     }
     let is_error = |i: &&pb::RowIssue| i.severity() == pb::IssueSeverity::Error;
-    let example = report.issues.iter().find(is_error).map(|i| format!(" (row {}, {}: {})", i.row, i.reason, i.message));
+    let example = report
+        .issues
+        .iter()
+        .find(is_error)
+        .map(|i| format!(" (row {}, {}: {})", i.row, i.reason, i.message));
     let remedy = match report.counts.contains_key(IssueReason::PromptFillsMaxLength.name()) {
-        true => "give them more room with --max-length, correct the file, or leave them out with --skip-bad-rows",
+        true => {
+            "give them more room with --max-length, correct the file, or leave them out with --skip-bad-rows"
+        }
         false => "correct the file, or leave them out with --skip-bad-rows",
     };
     let (file, example) = (path.display(), example.unwrap_or_default());
-    Err(Failure::Failed(format!("{bad} of the {} rows of {file} cannot be used{example}: {remedy}", report.rows)))
+    Err(Failure::Failed(format!(
+        "{bad} of the {} rows of {file} cannot be used{example}: {remedy}",
+        report.rows
+    )))
 }
 
 /// Uploads a file and says what validation found.
-async fn upload_checked(client: &Client, path: &Path, checked: &Checked, output: Output) -> Result<pb::Dataset, Failure> {
-    let display_name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    let metadata = pb::UploadMetadata { display_name, model: checked.model.clone(), max_length: checked.max_length, ..Default::default() };
+async fn upload_checked(
+    client: &Client,
+    path: &Path,
+    checked: &Checked,
+    output: Output,
+) -> Result<pb::Dataset, Failure> {
+    let display_name =
+        path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let metadata = pb::UploadMetadata {
+        display_name,
+        model: checked.model.clone(),
+        max_length: checked.max_length,
+        ..Default::default()
+    };
     let dataset = client.upload_dataset(path, metadata, |_| {}).await?;
     if output == Output::Table {
         let r = dataset.report.clone().unwrap_or_default();
-        output::line(&format!("{} holds {} rows, {} of them usable", dataset.name, r.rows, r.valid_rows));
+        output::line(&format!(
+            "{} holds {} rows, {} of them usable",
+            dataset.name, r.rows, r.valid_rows
+        ));
         if let Some(shapes) = output::shapes(&r) {
             output::line(&format!("  {shapes}"));
         }
@@ -191,11 +252,16 @@ async fn upload_checked(client: &Client, path: &Path, checked: &Checked, output:
 /// A refusal in the words of the command line: the server speaks of the fields of its API.
 fn in_flags(status: crate::rpc::client::Status) -> Failure {
     const FLAGS: [(&str, &str); 3] = [
-        ("set row_policy to SKIP to train on the other", "leave them out with --skip-bad-rows to train on the other"),
+        (
+            "set row_policy to SKIP to train on the other",
+            "leave them out with --skip-bad-rows to train on the other",
+        ),
         ("set row_policy to SKIP", "leave them out with --skip-bad-rows"),
         ("with max_length", "with --max-length"),
     ];
-    let replace = |message: String| FLAGS.iter().fold(message, |text, (field, flag)| text.replace(field, flag));
+    let replace = |message: String| {
+        FLAGS.iter().fold(message, |text, (field, flag)| text.replace(field, flag))
+    };
     match Failure::from(status) {
         Failure::Failed(m) => Failure::Failed(replace(m)),
         Failure::Usage(m) => Failure::Usage(replace(m)),

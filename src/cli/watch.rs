@@ -36,7 +36,11 @@ pub(super) async fn follow(client: &Client, job: &str, after: u64, output: Outpu
         None => {
             let request = pb::GetTrainingJobRequest { name: job.to_owned() };
             let job = client.training().get_training_job(request).await?.into_inner();
-            pb::StateChange { from: 0, to: job.state, reason: job.error.map(|e| e.message).unwrap_or_default() }
+            pb::StateChange {
+                from: 0,
+                to: job.state,
+                reason: job.error.map(|e| e.message).unwrap_or_default(),
+            }
         }
     };
     match end.to() {
@@ -53,9 +57,15 @@ pub(super) struct ProgressView {
 
 impl ProgressView {
     pub(super) fn new(output: Output) -> Self {
-        let target = if output == Output::Json { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        let target = if output == Output::Json {
+            ProgressDrawTarget::hidden()
+        } else {
+            ProgressDrawTarget::stderr()
+        };
         let bar = ProgressBar::with_draw_target(Some(0), target);
-        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} steps  {elapsed} passed, {prefix} left  {msg}");
+        let style = ProgressStyle::with_template(
+            "{bar:30} {pos}/{len} steps  {elapsed} passed, {prefix} left  {msg}",
+        );
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         bar.enable_steady_tick(Duration::from_millis(500));
         ProgressView { output, bar }
@@ -76,9 +86,9 @@ impl ProgressView {
                 let p = s.progress.unwrap_or_default();
                 self.bar.set_length(p.total_steps);
                 self.bar.set_position(p.step);
-                self.bar.set_prefix(
-                    p.eta_seconds.map_or("?".into(), |s| format!("{}", indicatif::HumanDuration(Duration::from_secs_f64(s.max(0.0))))),
-                );
+                self.bar.set_prefix(p.eta_seconds.map_or("?".into(), |s| {
+                    format!("{}", indicatif::HumanDuration(Duration::from_secs_f64(s.max(0.0))))
+                }));
                 self.bar.set_message(metrics(&s.metrics, ""));
                 if !self.bar.is_hidden() {
                     return;
@@ -86,8 +96,12 @@ impl ProgressView {
                 // Without a terminal there is no bar: a line for every step instead.
                 format!("step {}/{}  {}", p.step, p.total_steps, metrics(&s.metrics, ""))
             }
-            Some(Event::EvalMetrics(s)) => format!("evaluation at step {}: {}", s.step, metrics(&s.metrics, "eval_")),
-            Some(Event::CheckpointCreated(c)) => format!("checkpoint {}{}", c.checkpoint, if c.best { " (best)" } else { "" }),
+            Some(Event::EvalMetrics(s)) => {
+                format!("evaluation at step {}: {}", s.step, metrics(&s.metrics, "eval_"))
+            }
+            Some(Event::CheckpointCreated(c)) => {
+                format!("checkpoint {}{}", c.checkpoint, if c.best { " (best)" } else { "" })
+            }
             Some(Event::Log(l)) => format!("{}: {}", l.severity, l.message),
             None => return,
         };
@@ -99,6 +113,14 @@ fn metrics(all: &std::collections::BTreeMap<String, f64>, prefix: &str) -> Strin
     let find = |name: &str| all.get(&format!("{prefix}{name}")).copied();
     let get = |name: &str| find(name).unwrap_or(f64::NAN);
     // The reward as it is trained.
-    let reward = |name: &str| find(&format!("rewards_normalized/{name}")).unwrap_or_else(|| get(&format!("rewards/{name}")));
-    format!("loss {:.4}  margin {:+.3}  accuracy {:.0}%", get("loss"), reward("margins"), 100.0 * reward("accuracies"))
+    let reward = |name: &str| {
+        find(&format!("rewards_normalized/{name}"))
+            .unwrap_or_else(|| get(&format!("rewards/{name}")))
+    };
+    format!(
+        "loss {:.4}  margin {:+.3}  accuracy {:.0}%",
+        get("loss"),
+        reward("margins"),
+        100.0 * reward("accuracies")
+    )
 }

@@ -34,9 +34,13 @@ impl<'a> TensorRead<'a> {
     /// Opens a contiguous f32 or bf16 tensor on the CPU.
     pub fn of(t: &'a Tensor) -> Result<Self> {
         let (storage, layout) = t.storage_and_layout();
-        let Some((start, end)) = layout.contiguous_offsets() else { bail!("a weight must be contiguous, its layout is {layout:?}") };
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            bail!("a weight must be contiguous, its layout is {layout:?}")
+        };
         match &*storage {
-            Storage::Cpu(CpuStorage::F32(_) | CpuStorage::BF16(_)) => Ok(TensorRead { storage: Box::new(storage), range: start..end }),
+            Storage::Cpu(CpuStorage::F32(_) | CpuStorage::BF16(_)) => {
+                Ok(TensorRead { storage: Box::new(storage), range: start..end })
+            }
             Storage::Cpu(_) => bail!("a weight must be f32 or bf16"),
             _ => bail!("unimplemented on this device"),
         }

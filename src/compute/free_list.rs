@@ -31,7 +31,12 @@ impl FreeList {
 
     /// The start of the lowest free range of that size.
     pub fn take(&mut self, size: usize) -> usize {
-        let Some((at, length)) = self.free.iter().find(|(_, length)| **length >= size).map(|(at, length)| (*at, *length)) else {
+        let Some((at, length)) = self
+            .free
+            .iter()
+            .find(|(_, length)| **length >= size)
+            .map(|(at, length)| (*at, *length))
+        else {
             self.end += size;
             return self.end - size;
         };
@@ -65,7 +70,12 @@ impl FreeList {
     /// Whether nothing there is in use.
     pub fn is_free(&self, at: usize, size: usize) -> bool {
         let until = (at + size).min(self.end);
-        at >= until || self.free.range(..=at).next_back().is_some_and(|(start, length)| start + length >= until)
+        at >= until
+            || self
+                .free
+                .range(..=at)
+                .next_back()
+                .is_some_and(|(start, length)| start + length >= until)
     }
 }
 
@@ -77,7 +87,9 @@ mod tests {
     fn ranges_never_overlap_and_grow_together_again() {
         let mut random = 7u64;
         let mut next = move |n: u64| {
-            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            random = random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             (random >> 33) % n
         };
         let mut ranges = FreeList::default();
@@ -86,7 +98,11 @@ mod tests {
             if taken.is_empty() || next(100) < 51 {
                 let size = 1 + next(50) as usize;
                 let at = ranges.take(size);
-                assert!(taken.iter().all(|(a, s)| at + size <= *a || a + s <= at), "[{at}, {}) is in use", at + size);
+                assert!(
+                    taken.iter().all(|(a, s)| at + size <= *a || a + s <= at),
+                    "[{at}, {}) is in use",
+                    at + size
+                );
                 taken.push((at, size));
             } else {
                 let (at, size) = taken.swap_remove(next(taken.len() as u64) as usize);

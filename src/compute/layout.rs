@@ -31,7 +31,11 @@ impl RowLayout {
     }
 
     /// Appends a prompt and its completions, given their lengths; returns the tokens of the prompt and of each completion.
-    pub fn push_group(&mut self, prompt: usize, completions: impl IntoIterator<Item = usize>) -> (Range<usize>, Vec<Range<usize>>) {
+    pub fn push_group(
+        &mut self,
+        prompt: usize,
+        completions: impl IntoIterator<Item = usize>,
+    ) -> (Range<usize>, Vec<Range<usize>>) {
         let start = self.tokens();
         let prefix = start..start + prompt;
         self.segments.push(Segment { tokens: prefix.clone(), prefix: start..start });
@@ -47,7 +51,10 @@ impl RowLayout {
 
     /// The position of every token: completions restart after their prompt.
     pub fn positions(&self) -> Vec<u32> {
-        self.segments.iter().flat_map(|s| (0..s.tokens.len()).map(|i| (s.prefix.len() + i) as u32)).collect()
+        self.segments
+            .iter()
+            .flat_map(|s| (0..s.tokens.len()).map(|i| (s.prefix.len() + i) as u32))
+            .collect()
     }
 }
 

@@ -11,7 +11,9 @@ pub fn is_out_of_memory(e: &candle_core::Error) -> bool {
     use candle_core::Error;
     match e {
         Error::Cuda(e) => e.is::<OutOfMemory>(),
-        Error::Context { inner, .. } | Error::WithPath { inner, .. } | Error::WithBacktrace { inner, .. } => is_out_of_memory(inner),
+        Error::Context { inner, .. }
+        | Error::WithPath { inner, .. }
+        | Error::WithBacktrace { inner, .. } => is_out_of_memory(inner),
         _ => false,
     }
 }
@@ -22,7 +24,8 @@ mod tests {
 
     #[test]
     fn an_error_says_whether_memory_ran_out() {
-        let full = || candle_core::Error::Cuda(Box::new(OutOfMemory("the GPU is out of memory".into())));
+        let full =
+            || candle_core::Error::Cuda(Box::new(OutOfMemory("the GPU is out of memory".into())));
         assert!(is_out_of_memory(&full()));
         assert!(is_out_of_memory(&full().bt()));
         assert!(is_out_of_memory(&full().context("block 3")));

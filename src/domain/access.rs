@@ -76,8 +76,16 @@ mod tests {
     fn only_an_admin_sees_what_others_own() {
         let caller = Caller { owner: "team-a".into(), roles: vec![Role::Submit], token: None };
         assert!(caller.may_see("team-a") && !caller.may_see("team-b") && !caller.may_see(""));
-        assert!(caller.may(Role::Submit) && !caller.may(Role::Score) && caller.shown() == Some("team-a"));
+        assert!(
+            caller.may(Role::Submit)
+                && !caller.may(Role::Score)
+                && caller.shown() == Some("team-a")
+        );
         let admin = Caller { owner: "ops".into(), roles: vec![Role::Admin], token: None };
-        assert!(admin.may_see("team-a") && Role::ALL.iter().all(|r| admin.may(*r)) && admin.shown().is_none());
+        assert!(
+            admin.may_see("team-a")
+                && Role::ALL.iter().all(|r| admin.may(*r))
+                && admin.shown().is_none()
+        );
     }
 }

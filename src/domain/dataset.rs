@@ -71,10 +71,14 @@ impl PreferenceRow {
         if !self.arguments.kwargs.is_empty() {
             return Some("chat_template_kwargs".to_owned());
         }
-        let fields = [("prompt", &self.prompt), ("chosen", &self.chosen), ("rejected", &self.rejected)];
+        let fields =
+            [("prompt", &self.prompt), ("chosen", &self.chosen), ("rejected", &self.rejected)];
         fields.into_iter().find_map(|(field, text)| {
             let Text::Chat(messages) = text else { return None };
-            let new = messages.iter().enumerate().find_map(|(i, message)| Some((i, message.new_since_0_2_0()?)));
+            let new = messages
+                .iter()
+                .enumerate()
+                .find_map(|(i, message)| Some((i, message.new_since_0_2_0()?)));
             new.map(|(i, key)| format!("{field}[{i}].{key}"))
         })
     }
@@ -321,7 +325,8 @@ impl ValidationReport {
     pub fn bad_rows_of_any_job(&self) -> u64 {
         self.unusable_rows.unwrap_or_else(|| {
             let reasons = [IssueReason::PromptFillsMaxLength, IssueReason::TokenOutsideVocabulary];
-            let depending: u64 = reasons.iter().filter_map(|reason| self.counts.get(reason.name())).sum();
+            let depending: u64 =
+                reasons.iter().filter_map(|reason| self.counts.get(reason.name())).sum();
             self.bad_rows().saturating_sub(depending)
         })
     }

@@ -101,7 +101,15 @@ impl LossType {
 
     /// Returns true if the value depends on ε.
     pub fn smooths_labels(self) -> bool {
-        matches!(self, LossType::Sigmoid | LossType::ExoPair | LossType::Robust | LossType::Aot | LossType::AotUnpaired | LossType::Simpo)
+        matches!(
+            self,
+            LossType::Sigmoid
+                | LossType::ExoPair
+                | LossType::Robust
+                | LossType::Aot
+                | LossType::AotUnpaired
+                | LossType::Simpo
+        )
     }
 
     /// Returns how the reward that the loss trains adds up an answer's log-probs; `None` for
@@ -109,7 +117,9 @@ impl LossType {
     pub fn normalization(self) -> Option<Normalization> {
         match self {
             LossType::Sft => None,
-            LossType::Ipo | LossType::SigmoidNorm | LossType::Simpo | LossType::Orpo => Some(Normalization::Mean),
+            LossType::Ipo | LossType::SigmoidNorm | LossType::Simpo | LossType::Orpo => {
+                Some(Normalization::Mean)
+            }
             _ => Some(Normalization::Sum),
         }
     }
@@ -242,19 +252,24 @@ impl DpoConfig {
     /// TRL's DPOTrainer reports rewards against the reference whatever its loss (sft too); its trainers of simpo and orpo have none.
     pub fn has_reference(&self, named: bool) -> bool {
         let without = |loss| matches!(loss, LossType::Simpo | LossType::Orpo);
-        !self.reference_free && (self.needs_reference() || named || !self.losses.iter().any(|term| without(term.loss)))
+        !self.reference_free
+            && (self.needs_reference()
+                || named
+                || !self.losses.iter().any(|term| without(term.loss)))
     }
 
     /// Returns true if the loss needs reference log-probs.
     pub fn needs_reference(&self) -> bool {
-        !self.reference_free && (self.losses.iter().any(|l| l.loss.needs_reference()) || self.dpop_lambda > 0.0)
+        !self.reference_free
+            && (self.losses.iter().any(|l| l.loss.needs_reference()) || self.dpop_lambda > 0.0)
     }
 
     /// Returns the normalization of the reward that the objective trains: the mean over tokens if
     /// every loss that compares answers does so by means, else the sum. A mix of both kinds has the
     /// sum, which is what TRL logs for it.
     pub fn reward_normalization(&self) -> Normalization {
-        let mut trained = self.losses.iter().filter_map(|term| term.loss.normalization()).peekable();
+        let mut trained =
+            self.losses.iter().filter_map(|term| term.loss.normalization()).peekable();
         match trained.peek().is_some() && trained.all(|n| n == Normalization::Mean) {
             true => Normalization::Mean,
             false => Normalization::Sum,
@@ -283,12 +298,16 @@ impl DpoConfig {
 
     /// Records a violation if label smoothing is set and no loss of the mix depends on it.
     fn refuse_unused_label_smoothing(&self, field: &str, out: &mut Violations) {
-        let is_used = self.losses.iter().any(|term| term.loss.smooths_labels() && term.label_smoothing.is_none());
+        let is_used = self
+            .losses
+            .iter()
+            .any(|term| term.loss.smooths_labels() && term.label_smoothing.is_none());
         if self.label_smoothing <= 0.0 || is_used || self.losses.is_empty() {
             return;
         }
         let names: Vec<&str> = self.losses.iter().map(|term| term.loss.name()).collect();
-        let smoothed = LossType::ALL.into_iter().filter(|loss| loss.smooths_labels()).map(LossType::name);
+        let smoothed =
+            LossType::ALL.into_iter().filter(|loss| loss.smooths_labels()).map(LossType::name);
         let message = format!(
             "has no effect on {}: leave it out or set it to 0, or use a loss with label smoothing ({})",
             names.join(", "),
@@ -314,7 +333,11 @@ impl DpoConfig {
             }
         }
         if term.loss == LossType::ExoPair && self.smoothing(term) <= 0.0 {
-            let at = if term.label_smoothing.is_some() { own } else { format!("{field}.label_smoothing") };
+            let at = if term.label_smoothing.is_some() {
+                own
+            } else {
+                format!("{field}.label_smoothing")
+            };
             out.push(at, "exo_pair needs label_smoothing above 0, for example 0.001");
         }
     }
@@ -322,11 +345,17 @@ impl DpoConfig {
     /// Records every impossible setting under `field`, e.g. `dpo.beta`.
     pub fn validate(&self, field: &str, out: &mut Violations) {
         if self.losses.is_empty() {
-            out.push(format!("{field}.losses"), "is empty: name at least one loss, for example sigmoid");
+            out.push(
+                format!("{field}.losses"),
+                "is empty: name at least one loss, for example sigmoid",
+            );
         }
         for (i, l) in self.losses.iter().enumerate() {
             if !(l.weight.is_finite() && l.weight > 0.0) {
-                out.push(format!("{field}.losses[{i}].weight"), format!("is {}: it must be a finite number above 0", l.weight));
+                out.push(
+                    format!("{field}.losses[{i}].weight"),
+                    format!("is {}: it must be a finite number above 0", l.weight),
+                );
             }
             if self.divergence != Divergence::ReverseKl && !l.loss.accepts_divergence() {
                 out.push(
@@ -338,13 +367,19 @@ impl DpoConfig {
         }
         out.positive(format!("{field}.beta"), self.beta);
         if !(0.0..0.5).contains(&self.label_smoothing) {
-            out.push(format!("{field}.label_smoothing"), format!("is {}: it must lie in [0, 0.5)", self.label_smoothing));
+            out.push(
+                format!("{field}.label_smoothing"),
+                format!("is {}: it must lie in [0, 0.5)", self.label_smoothing),
+            );
         }
         self.refuse_unused_label_smoothing(field, out);
         if let Divergence::Alpha { alpha } = self.divergence
             && (!alpha.is_finite() || (alpha - 1.0).abs() < 1e-9)
         {
-            out.push(format!("{field}.divergence.alpha"), "must be finite and differ from 1 (use reverse_kl or forward_kl for the limits)");
+            out.push(
+                format!("{field}.divergence.alpha"),
+                "must be finite and differ from 1 (use reverse_kl or forward_kl for the limits)",
+            );
         }
         out.positive(format!("{field}.discopop_tau"), self.discopop_tau);
         if let Some(a) = self.rpo_alpha {
@@ -352,11 +387,13 @@ impl DpoConfig {
         }
         out.non_negative(format!("{field}.dpop_lambda"), self.dpop_lambda);
         if self.dpop_lambda > 0.0 && !self.losses.iter().any(|l| l.loss == LossType::Sigmoid) {
-            out.push(format!("{field}.dpop_lambda"), "acts inside the sigmoid loss only: add sigmoid to the losses or set it to 0");
+            out.push(
+                format!("{field}.dpop_lambda"),
+                "acts inside the sigmoid loss only: add sigmoid to the losses or set it to 0",
+            );
         }
         if self.wpo && self.compares_pairs() {
-            let message =
-                "weighs pairs, which aot and aot_unpaired cannot: they compare sorted log-ratios across pairs; remove one of the two";
+            let message = "weighs pairs, which aot and aot_unpaired cannot: they compare sorted log-ratios across pairs; remove one of the two";
             out.push(format!("{field}.use_weighting"), message);
         }
         out.non_negative(format!("{field}.simpo_gamma"), self.simpo_gamma);
@@ -368,16 +405,28 @@ impl DpoConfig {
         }
         if let Some(s) = self.reference_sync {
             if !(s.alpha > 0.0 && s.alpha <= 1.0) {
-                out.push(format!("{field}.reference_sync.alpha"), format!("is {}: it must lie in (0, 1]", s.alpha));
+                out.push(
+                    format!("{field}.reference_sync.alpha"),
+                    format!("is {}: it must lie in (0, 1]", s.alpha),
+                );
             }
             if s.every_steps == 0 {
-                out.push(format!("{field}.reference_sync.every_steps"), "is 0: it must be at least 1");
+                out.push(
+                    format!("{field}.reference_sync.every_steps"),
+                    "is 0: it must be at least 1",
+                );
             }
             if self.reference_free {
-                out.push(format!("{field}.reference_sync"), "has no meaning with reference_free: remove one of them");
+                out.push(
+                    format!("{field}.reference_sync"),
+                    "has no meaning with reference_free: remove one of them",
+                );
             } else if !self.needs_reference() {
                 let names: Vec<&str> = self.losses.iter().map(|l| l.loss.name()).collect();
-                let message = format!("has no meaning: {} without a reference: remove it, or add a loss that has one", names.join(", "));
+                let message = format!(
+                    "has no meaning: {} without a reference: remove it, or add a loss that has one",
+                    names.join(", ")
+                );
                 out.push(format!("{field}.reference_sync"), message);
             }
         }

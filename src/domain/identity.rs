@@ -27,7 +27,12 @@ pub struct Difference<'a> {
 
 impl ModelIdentity {
     fn parts(&self) -> [(&'static str, &str); 4] {
-        [("weights", &self.weights), ("config", &self.config), ("tokenizer", &self.tokenizer), ("chat template", &self.chat_template)]
+        [
+            ("weights", &self.weights),
+            ("config", &self.config),
+            ("tokenizer", &self.tokenizer),
+            ("chat template", &self.chat_template),
+        ]
     }
 
     /// One hash of all parts.
@@ -46,7 +51,9 @@ impl ModelIdentity {
     pub fn difference<'a>(&'a self, other: &'a ModelIdentity) -> Option<Difference<'a>> {
         let both = self.parts().into_iter().zip(other.parts());
         let mut differing = both.filter(|((_, mine), (_, theirs))| mine != theirs);
-        differing.next().map(|((part, mine), (_, theirs))| Difference { part, hashes: (mine, theirs) })
+        differing
+            .next()
+            .map(|((part, mine), (_, theirs))| Difference { part, hashes: (mine, theirs) })
     }
 }
 
@@ -101,7 +108,12 @@ mod tests {
 
     #[test]
     fn every_part_counts_and_the_one_that_differs_is_named() {
-        let a = ModelIdentity { weights: "1".into(), config: "2".into(), tokenizer: "3".into(), chat_template: "4".into() };
+        let a = ModelIdentity {
+            weights: "1".into(),
+            config: "2".into(),
+            tokenizer: "3".into(),
+            chat_template: "4".into(),
+        };
         assert_eq!(a.difference(&a.clone()), None);
         let changed = [
             ("weights", ModelIdentity { weights: "9".into(), ..a.clone() }),

@@ -257,7 +257,10 @@ impl Job {
     pub fn etag(&self) -> String {
         let mut hash = blake3::Hasher::new();
         let r = &self.request;
-        for part in [r.display_name.as_str(), self.state.name()].into_iter().chain(r.labels.iter().flat_map(|(k, v)| [k.as_str(), v])) {
+        for part in [r.display_name.as_str(), self.state.name()]
+            .into_iter()
+            .chain(r.labels.iter().flat_map(|(k, v)| [k.as_str(), v]))
+        {
             hash.update(&(part.len() as u64).to_le_bytes());
             hash.update(part.as_bytes());
         }
@@ -351,10 +354,13 @@ mod tests {
 
     #[test]
     fn metrics_that_are_no_numbers_are_left_out() {
-        let metrics = Metrics::from([("a".into(), f64::NAN), ("b".into(), 1.5), ("c".into(), f64::INFINITY)]);
+        let metrics =
+            Metrics::from([("a".into(), f64::NAN), ("b".into(), 1.5), ("c".into(), f64::INFINITY)]);
         let event = EventKind::Eval { step: 1, metrics };
         let text = serde_json::to_string(&event).unwrap();
-        let EventKind::Eval { metrics, .. } = serde_json::from_str(&text).unwrap() else { panic!() };
+        let EventKind::Eval { metrics, .. } = serde_json::from_str(&text).unwrap() else {
+            panic!()
+        };
         assert_eq!(metrics, Metrics::from([("b".into(), 1.5)]));
         let old = r#"{"kind":"eval","step":1,"metrics":{"a":null,"b":2.0}}"#;
         assert!(serde_json::from_str::<EventKind>(old).is_ok(), "what an older version stored");

@@ -34,11 +34,30 @@ const RESERVED: [&str; 16] = [
 ];
 
 /// Kinds of content parts, and keys of messages, that hold something else than text.
-const MEDIA_PARTS: [&str; 11] =
-    ["image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url", "input_video", "file", "input_file"];
+const MEDIA_PARTS: [&str; 11] = [
+    "image",
+    "image_url",
+    "input_image",
+    "audio",
+    "audio_url",
+    "input_audio",
+    "video",
+    "video_url",
+    "input_video",
+    "file",
+    "input_file",
+];
 const MEDIA_KEYS: [&str; 6] = ["images", "image", "videos", "video", "audios", "audio"];
 /// Keys with which a message without text says something.
-const ANSWERS: [&str; 7] = ["tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "reasoning_text", "refusal"];
+const ANSWERS: [&str; 7] = [
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "reasoning_text",
+    "refusal",
+];
 
 /// Keys that name a message or say what it answers; alone they are no text.
 const LABELS: [&str; 4] = ["role", "content", "name", "tool_call_id"];
@@ -69,9 +88,13 @@ pub enum MessageProblem {
 impl std::fmt::Display for MessageProblem {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            MessageProblem::Invalid { path, reason } if path.is_empty() => write!(f, "the message {reason}"),
+            MessageProblem::Invalid { path, reason } if path.is_empty() => {
+                write!(f, "the message {reason}")
+            }
             MessageProblem::Invalid { path, reason } => write!(f, "{path} {reason}"),
-            MessageProblem::Media { path } => write!(f, "{path} cannot be used: models here see text only"),
+            MessageProblem::Media { path } => {
+                write!(f, "{path} cannot be used: models here see text only")
+            }
         }
     }
 }
@@ -96,16 +119,29 @@ impl ChatMessage {
 
     /// [`ChatMessage::from_json`] with a problem that says where it lies.
     pub fn parse(value: Value) -> Result<Self, MessageProblem> {
-        let wrong = |path: &str, reason: String| MessageProblem::Invalid { path: path.to_owned(), reason };
+        let wrong =
+            |path: &str, reason: String| MessageProblem::Invalid { path: path.to_owned(), reason };
         let Value::Object(mut fields) = value else {
-            return Err(wrong("", format!("is {}: it must be {{\"role\": …, \"content\": …}}", kind(&value))));
+            return Err(wrong(
+                "",
+                format!("is {}: it must be {{\"role\": …, \"content\": …}}", kind(&value)),
+            ));
         };
         match fields.get("role") {
             Some(Value::String(_)) => {}
-            None => return Err(wrong("role", "is missing: a message is {\"role\": …, \"content\": …}".into())),
-            Some(other) => return Err(wrong("role", format!("is {}: it must be a string", kind(other)))),
+            None => {
+                return Err(wrong(
+                    "role",
+                    "is missing: a message is {\"role\": …, \"content\": …}".into(),
+                ));
+            }
+            Some(other) => {
+                return Err(wrong("role", format!("is {}: it must be a string", kind(other))));
+            }
         }
-        if let Some(key) = MEDIA_KEYS.into_iter().find(|key| fields.get(*key).is_some_and(has_content)) {
+        if let Some(key) =
+            MEDIA_KEYS.into_iter().find(|key| fields.get(*key).is_some_and(has_content))
+        {
             return Err(MessageProblem::Media { path: key.to_owned() });
         }
         match fields.get("content") {
@@ -115,15 +151,21 @@ impl ChatMessage {
                 let has_payload = fields.iter().any(|(key, value)| is_payload(key, value));
                 if !has_payload {
                     let how = if fields.contains_key("content") { "null" } else { "missing" };
-                    let reason = format!("is {how}: a message has a content, or something else to say such as tool_calls");
+                    let reason = format!(
+                        "is {how}: a message has a content, or something else to say such as tool_calls"
+                    );
                     return Err(wrong("content", reason));
                 }
             }
             Some(other) => {
-                return Err(wrong("content", format!("is {}: it must be a string or a list of parts", kind(other))));
+                return Err(wrong(
+                    "content",
+                    format!("is {}: it must be a string or a list of parts", kind(other)),
+                ));
             }
         }
-        if let Some((key, _)) = fields.iter().find(|(_, value)| !is_within_depth(value, MAX_DEPTH)) {
+        if let Some((key, _)) = fields.iter().find(|(_, value)| !is_within_depth(value, MAX_DEPTH))
+        {
             return Err(wrong(key, too_deep()));
         }
         fields.retain(|_, value| !value.is_null());
@@ -145,7 +187,9 @@ impl ChatMessage {
         if !self.0.get("content").is_some_and(Value::is_string) {
             return Some("content");
         }
-        let is_new = |(key, value): &(&String, &Value)| !matches!(key.as_str(), "role" | "content") && has_content(value);
+        let is_new = |(key, value): &(&String, &Value)| {
+            !matches!(key.as_str(), "role" | "content") && has_content(value)
+        };
         self.0.iter().find(is_new).map(|(key, _)| key.as_str())
     }
 
@@ -153,12 +197,16 @@ impl ChatMessage {
     pub fn is_blank(&self) -> bool {
         let has_text = match self.0.get("content") {
             Some(Value::String(text)) => !text.trim().is_empty(),
-            Some(Value::Array(parts)) => {
-                parts.iter().any(|part| part.get("text").and_then(Value::as_str).is_some_and(|text| !text.trim().is_empty()))
-            }
+            Some(Value::Array(parts)) => parts.iter().any(|part| {
+                part.get("text").and_then(Value::as_str).is_some_and(|text| !text.trim().is_empty())
+            }),
             _ => false,
         };
-        !has_text && !self.0.iter().any(|(key, value)| ANSWERS.contains(&key.as_str()) && has_content(value))
+        !has_text
+            && !self
+                .0
+                .iter()
+                .any(|(key, value)| ANSWERS.contains(&key.as_str()) && has_content(value))
     }
 
     /// Bytes of its text, keys included.
@@ -216,13 +264,20 @@ impl TemplateArguments {
 pub fn tools_from_json(value: Value) -> Result<Option<Vec<Value>>, String> {
     let value = match value {
         Value::String(text) if text.trim().is_empty() => Value::Null,
-        Value::String(text) => serde_json::from_str(&text).map_err(|e| format!("is a string that is not JSON: {e}"))?,
+        Value::String(text) => {
+            serde_json::from_str(&text).map_err(|e| format!("is a string that is not JSON: {e}"))?
+        }
         other => other,
     };
     let tools = match value {
         Value::Null => return Ok(None),
         Value::Array(tools) => tools,
-        other => return Err(format!("is {}: it must be a list of JSON objects, or a JSON string of it", kind(&other))),
+        other => {
+            return Err(format!(
+                "is {}: it must be a list of JSON objects, or a JSON string of it",
+                kind(&other)
+            ));
+        }
     };
     check_tools(&tools)?;
     Ok(Some(tools))
@@ -319,13 +374,20 @@ fn check_parts(parts: &[Value]) -> Result<(), MessageProblem> {
     for (i, part) in parts.iter().enumerate() {
         let path = format!("content[{i}]");
         let Some(fields) = part.as_object() else {
-            let reason = format!("is {}: a part is {{\"type\": \"text\", \"text\": …}}", kind(part));
+            let reason =
+                format!("is {}: a part is {{\"type\": \"text\", \"text\": …}}", kind(part));
             return Err(MessageProblem::Invalid { path, reason });
         };
-        if fields.get("type").and_then(Value::as_str).is_some_and(|kind| MEDIA_PARTS.contains(&kind)) {
+        if fields
+            .get("type")
+            .and_then(Value::as_str)
+            .is_some_and(|kind| MEDIA_PARTS.contains(&kind))
+        {
             return Err(MessageProblem::Media { path: format!("{path}.type") });
         }
-        if let Some(key) = MEDIA_PARTS.into_iter().find(|key| fields.get(*key).is_some_and(has_content)) {
+        if let Some(key) =
+            MEDIA_PARTS.into_iter().find(|key| fields.get(*key).is_some_and(has_content))
+        {
             return Err(MessageProblem::Media { path: format!("{path}.{key}") });
         }
     }
@@ -340,15 +402,21 @@ fn bytes(value: &Value) -> usize {
     match value {
         Value::String(text) => text.len().max(VALUE_BYTES),
         Value::Array(items) => VALUE_BYTES + items.iter().map(bytes).sum::<usize>(),
-        Value::Object(fields) => VALUE_BYTES + fields.iter().map(|(key, value)| key.len() + bytes(value)).sum::<usize>(),
+        Value::Object(fields) => {
+            VALUE_BYTES + fields.iter().map(|(key, value)| key.len() + bytes(value)).sum::<usize>()
+        }
         Value::Null | Value::Bool(_) | Value::Number(_) => VALUE_BYTES,
     }
 }
 
 fn is_within_depth(value: &Value, depth: usize) -> bool {
     match value {
-        Value::Array(items) => depth > 0 && items.iter().all(|item| is_within_depth(item, depth - 1)),
-        Value::Object(fields) => depth > 0 && fields.values().all(|item| is_within_depth(item, depth - 1)),
+        Value::Array(items) => {
+            depth > 0 && items.iter().all(|item| is_within_depth(item, depth - 1))
+        }
+        Value::Object(fields) => {
+            depth > 0 && fields.values().all(|item| is_within_depth(item, depth - 1))
+        }
         _ => true,
     }
 }

@@ -33,7 +33,11 @@ pub enum PolicyName {
 
 /// Returns true for `owner/name` as the Hugging Face hub forms it, without a revision.
 pub fn is_hub_id(name: &str) -> bool {
-    let plain = |p: &str| !p.is_empty() && !p.starts_with('.') && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+    let plain = |p: &str| {
+        !p.is_empty()
+            && !p.starts_with('.')
+            && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+    };
     name.split_once('/').is_some_and(|(owner, name)| plain(owner) && plain(name))
 }
 
@@ -105,7 +109,8 @@ pub fn parse_checkpoint(name: &str) -> Option<(&str, CheckpointRef)> {
 pub fn parse_policy(name: &str) -> Option<PolicyName> {
     match parse_model(name) {
         Some(id) => Some(PolicyName::Model(id.to_owned())),
-        None => parse_checkpoint(name).map(|(job, which)| PolicyName::Checkpoint { job: job.to_owned(), which }),
+        None => parse_checkpoint(name)
+            .map(|(job, which)| PolicyName::Checkpoint { job: job.to_owned(), which }),
     }
 }
 
@@ -123,7 +128,9 @@ impl fmt::Display for PolicyName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             PolicyName::Model(id) => write!(f, "models/{id}"),
-            PolicyName::Checkpoint { job, which } => write!(f, "trainingJobs/{job}/checkpoints/{which}"),
+            PolicyName::Checkpoint { job, which } => {
+                write!(f, "trainingJobs/{job}/checkpoints/{which}")
+            }
         }
     }
 }
@@ -134,11 +141,23 @@ mod tests {
 
     #[test]
     fn names_round_trip_and_hostile_ones_are_refused() {
-        for n in ["models/m", "trainingJobs/a-1/checkpoints/12", "trainingJobs/a/checkpoints/latest", "trainingJobs/a/checkpoints/best"] {
+        for n in [
+            "models/m",
+            "trainingJobs/a-1/checkpoints/12",
+            "trainingJobs/a/checkpoints/latest",
+            "trainingJobs/a/checkpoints/best",
+        ] {
             assert_eq!(parse_policy(n).unwrap().to_string(), n);
         }
-        for n in ["models/", "models/../x", "models/.", "datasets/a", "trainingJobs/a/b/checkpoints/1", "trainingJobs/a/checkpoints/-1", ""]
-        {
+        for n in [
+            "models/",
+            "models/../x",
+            "models/.",
+            "datasets/a",
+            "trainingJobs/a/b/checkpoints/1",
+            "trainingJobs/a/checkpoints/-1",
+            "",
+        ] {
             assert_eq!(parse_policy(n), None, "{n}");
         }
     }

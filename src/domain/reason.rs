@@ -305,7 +305,8 @@ mod tests {
             ("DATA_DIR_IN_USE", FailureCode::Internal),
             ("WRONG_ARTIFACT_STORE", FailureCode::Internal),
         ];
-        let now: Vec<(&str, FailureCode)> = Reason::ALL.iter().map(|r| (r.name(), r.failure_code())).collect();
+        let now: Vec<(&str, FailureCode)> =
+            Reason::ALL.iter().map(|r| (r.name(), r.failure_code())).collect();
         assert_eq!(now, known);
     }
 
@@ -319,7 +320,10 @@ mod tests {
             assert_eq!(read, expected);
             assert_eq!(serde_json::to_string(&read).unwrap(), stored);
         }
-        assert_eq!(StoredReason::Known(Reason::OutOfMemory).failure_code(), FailureCode::ResourceExhausted);
+        assert_eq!(
+            StoredReason::Known(Reason::OutOfMemory).failure_code(),
+            FailureCode::ResourceExhausted
+        );
         assert_eq!(StoredReason::Unknown("X".into()).failure_code(), FailureCode::Internal);
     }
 }

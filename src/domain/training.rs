@@ -8,7 +8,8 @@ use super::dpo::{DpoConfig, Normalization};
 use super::violation::{Violations, quoted};
 
 /// The projections LoRA can adapt, in the decoder's order.
-pub const TARGET_MODULES: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+pub const TARGET_MODULES: [&str; 7] =
+    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
 /// A whole run, less the data: everything the trainer needs to know, pinned when the job is created.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -106,9 +107,18 @@ impl LoraConfig {
 
     /// Takes over rank, α and targets of the adapter that the run continues. Records a violation for each field that the
     /// client named and that the adapter has otherwise. `whose` names the adapter in messages.
-    pub fn adopt(&mut self, adapter: &LoraConfig, given: &GivenLora, whose: &str, field: &str, out: &mut Violations) {
+    pub fn adopt(
+        &mut self,
+        adapter: &LoraConfig,
+        given: &GivenLora,
+        whose: &str,
+        field: &str,
+        out: &mut Violations,
+    ) {
         let mut differs = |name: &str, wanted: String, has: String| {
-            let message = format!("is {wanted}, but the job goes on with {whose}, which has {has}: leave it out or give the same");
+            let message = format!(
+                "is {wanted}, but the job goes on with {whose}, which has {has}: leave it out or give the same"
+            );
             out.push(format!("{field}.{name}"), message);
         };
         if let Some(rank) = given.rank.filter(|rank| *rank != adapter.rank) {
@@ -118,7 +128,9 @@ impl LoraConfig {
             differs("alpha", alpha.to_string(), adapter.alpha.to_string());
         }
         let sorted = |names: &[String]| names.iter().cloned().collect::<BTreeSet<String>>();
-        if let Some(targets) = given.target_modules.as_ref().filter(|t| sorted(t) != sorted(&adapter.target_modules)) {
+        if let Some(targets) =
+            given.target_modules.as_ref().filter(|t| sorted(t) != sorted(&adapter.target_modules))
+        {
             differs("target_modules", targets.join(", "), adapter.target_modules.join(", "));
         }
         if let Some(use_rslora) = given.use_rslora.filter(|r| *r != adapter.use_rslora) {
@@ -305,7 +317,9 @@ impl BatchConfig {
 
     /// Optimizer steps in the whole run.
     pub fn total_steps(&self, pairs: usize) -> u64 {
-        self.max_steps.unwrap_or_else(|| (self.epochs * self.steps_per_epoch(pairs) as f64).ceil() as u64).max(1)
+        self.max_steps
+            .unwrap_or_else(|| (self.epochs * self.steps_per_epoch(pairs) as f64).ceil() as u64)
+            .max(1)
     }
 }
 
@@ -343,7 +357,9 @@ impl BestMetric {
 
     /// The metric of that name.
     pub fn parse(name: &str) -> Option<BestMetric> {
-        [BestMetric::EvalLoss, BestMetric::EvalAccuracy, BestMetric::EvalMargin].into_iter().find(|m| m.name() == name)
+        [BestMetric::EvalLoss, BestMetric::EvalAccuracy, BestMetric::EvalMargin]
+            .into_iter()
+            .find(|m| m.name() == name)
     }
 
     /// Whether `new` beats `old`.
@@ -397,7 +413,10 @@ impl TrainingSpec {
         if let Method::Lora(l) = &self.method {
             l.validate(&format!("{field}.lora"), out);
             if self.dpo.reference_sync.is_some() {
-                out.push(format!("{field}.dpo.reference_sync"), "needs full fine-tuning: with LoRA the reference is the frozen base");
+                out.push(
+                    format!("{field}.dpo.reference_sync"),
+                    "needs full fine-tuning: with LoRA the reference is the frozen base",
+                );
             }
         }
         self.batch.validate(&format!("{field}.batch"), out);
@@ -405,7 +424,10 @@ impl TrainingSpec {
             out.push(format!("{field}.run.logging_steps"), "is 0: it must be at least 1");
         }
         if self.run.save_total_limit == 0 {
-            out.push(format!("{field}.run.save_total_limit"), "is 0: at least the newest checkpoint must be kept");
+            out.push(
+                format!("{field}.run.save_total_limit"),
+                "is 0: at least the newest checkpoint must be kept",
+            );
         }
     }
 }
@@ -424,7 +446,10 @@ impl OptimizerConfig {
         if let ScheduleKind::CosineWithFloor { min_ratio } = self.schedule
             && !(0.0..=1.0).contains(&min_ratio)
         {
-            out.push(format!("{field}.min_lr_ratio"), format!("is {min_ratio}: it must lie in [0, 1]"));
+            out.push(
+                format!("{field}.min_lr_ratio"),
+                format!("is {min_ratio}: it must lie in [0, 1]"),
+            );
         }
         if let Warmup::Ratio(r) = self.warmup
             && !(0.0..1.0).contains(&r)
@@ -447,7 +472,11 @@ impl LoraConfig {
             if !TARGET_MODULES.contains(&m.as_str()) {
                 out.push(
                     format!("{field}.target_modules[{i}]"),
-                    format!("{} is not a projection of the decoder: use {}", quoted(m), TARGET_MODULES.join(", ")),
+                    format!(
+                        "{} is not a projection of the decoder: use {}",
+                        quoted(m),
+                        TARGET_MODULES.join(", ")
+                    ),
                 );
             }
         }
@@ -467,13 +496,19 @@ impl BatchConfig {
             }
         }
         if self.max_length == 1 {
-            out.push(format!("{field}.max_length"), "is 1: a prompt token and a completion token need at least 2");
+            out.push(
+                format!("{field}.max_length"),
+                "is 1: a prompt token and a completion token need at least 2",
+            );
         }
         if self.max_steps == Some(0) {
             out.push(format!("{field}.max_steps"), "is 0: it must be at least 1, or absent");
         }
         if !(self.epochs.is_finite() && self.epochs > 0.0 && self.epochs <= 1e6) {
-            out.push(format!("{field}.epochs"), format!("is {}: it must lie in (0, 1000000]", self.epochs));
+            out.push(
+                format!("{field}.epochs"),
+                format!("is {}: it must lie in (0, 1000000]", self.epochs),
+            );
         }
     }
 }
@@ -484,21 +519,37 @@ mod tests {
 
     #[test]
     fn a_run_has_the_values_of_the_adapter_that_it_continues() {
-        let adapter = LoraConfig { rank: 4, alpha: 8.0, target_modules: vec!["q_proj".into(), "v_proj".into()], ..Default::default() };
+        let adapter = LoraConfig {
+            rank: 4,
+            alpha: 8.0,
+            target_modules: vec!["q_proj".into(), "v_proj".into()],
+            ..Default::default()
+        };
         let adopt = |given: &GivenLora| {
-            let (mut lora, mut bad) = (LoraConfig { init_adapter: Some("x".into()), ..Default::default() }, Violations::default());
+            let (mut lora, mut bad) = (
+                LoraConfig { init_adapter: Some("x".into()), ..Default::default() },
+                Violations::default(),
+            );
             lora.adopt(&adapter, given, "the adapter x", "lora", &mut bad);
             (lora, bad.listed().iter().map(|v| v.field.clone()).collect::<Vec<_>>())
         };
         let effective = LoraConfig { init_adapter: Some("x".into()), ..adapter.clone() };
         assert_eq!(adopt(&GivenLora::default()), (effective.clone(), vec![]));
         let targets = |names: [&str; 2]| Some(names.map(str::to_owned).to_vec());
-        let same = GivenLora { rank: Some(4), alpha: Some(8.0), target_modules: targets(["v_proj", "q_proj"]), use_rslora: None };
+        let same = GivenLora {
+            rank: Some(4),
+            alpha: Some(8.0),
+            target_modules: targets(["v_proj", "q_proj"]),
+            use_rslora: None,
+        };
         assert_eq!(adopt(&same), (effective, vec![]));
         let others = [
             ("lora.rank", GivenLora { rank: Some(16), ..Default::default() }),
             ("lora.alpha", GivenLora { alpha: Some(32.0), ..Default::default() }),
-            ("lora.target_modules", GivenLora { target_modules: targets(["q_proj", "k_proj"]), ..Default::default() }),
+            (
+                "lora.target_modules",
+                GivenLora { target_modules: targets(["q_proj", "k_proj"]), ..Default::default() },
+            ),
             ("lora.use_rslora", GivenLora { use_rslora: Some(true), ..Default::default() }),
         ];
         for (field, given) in others {

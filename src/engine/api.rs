@@ -273,7 +273,9 @@ pub enum EngineError {
     #[error("model {0:?} is not loaded on this server: see ListModels for the ones that are")]
     UnknownModel(String),
     /// The queue is full.
-    #[error("the scoring queue is full ({queued} of {limit} tokens): retry later or raise queue_tokens")]
+    #[error(
+        "the scoring queue is full ({queued} of {limit} tokens): retry later or raise queue_tokens"
+    )]
     QueueFull {
         /// Tokens waiting.
         queued: usize,

@@ -35,7 +35,12 @@ pub(super) struct FairShare {
 impl FairShare {
     /// Opens an account without debt. A share below 0.01 or above 1 is taken for the nearest of these.
     pub fn new(share: f64, now: Instant) -> Self {
-        FairShare { share: share.clamp(0.01, 1.0), debt: 0.0, training_since: now, scored: Duration::ZERO }
+        FairShare {
+            share: share.clamp(0.01, 1.0),
+            debt: 0.0,
+            training_since: now,
+            scored: Duration::ZERO,
+        }
     }
 
     /// Returns true if it is scoring's turn, as of the last payment.
@@ -57,7 +62,8 @@ impl FairShare {
 
     /// Pays off the debt with the time for which training has had the device until now.
     pub fn pay(&mut self, now: Instant) {
-        self.debt = (self.debt - now.saturating_duration_since(self.training_since).as_secs_f64()).max(-CREDIT);
+        self.debt = (self.debt - now.saturating_duration_since(self.training_since).as_secs_f64())
+            .max(-CREDIT);
         self.training_since = now;
     }
 

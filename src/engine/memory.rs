@@ -66,7 +66,9 @@ impl Room {
 
     /// Bytes that the weights may take in all.
     pub fn bytes(&self) -> u64 {
-        self.device.saturating_sub(self.run.load(Ordering::Relaxed)).min(self.host.left() / self.workers)
+        self.device
+            .saturating_sub(self.run.load(Ordering::Relaxed))
+            .min(self.host.left() / self.workers)
     }
 }
 
@@ -88,7 +90,8 @@ pub(super) fn host_limit(options: &EngineOptions) -> u64 {
 fn usable() -> Option<u64> {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     let machine = read("/proc/meminfo").and_then(|text| memory_total(&text));
-    let group = read("/proc/self/cgroup").and_then(|text| group_limit(Path::new("/sys/fs/cgroup"), &text));
+    let group =
+        read("/proc/self/cgroup").and_then(|text| group_limit(Path::new("/sys/fs/cgroup"), &text));
     machine.into_iter().chain(group).min()
 }
 
@@ -107,7 +110,9 @@ fn group_limit(mount: &Path, groups: &str) -> Option<u64> {
         let (_, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
         match controllers {
             "" => lowest(mount.to_owned(), path, "memory.max"),
-            _ if controllers.split(',').any(|c| c == "memory") => lowest(mount.join("memory"), path, "memory.limit_in_bytes"),
+            _ if controllers.split(',').any(|c| c == "memory") => {
+                lowest(mount.join("memory"), path, "memory.limit_in_bytes")
+            }
             _ => None,
         }
     });
@@ -120,7 +125,8 @@ fn lowest(root: PathBuf, path: &str, name: &str) -> Option<u64> {
     let group = root.join(path.trim_start_matches('/'));
     let folders = group.ancestors().take_while(|folder| folder.starts_with(&root));
     // A group without a limit says `max`, or has a number beyond all memory.
-    let limits = folders.filter_map(|folder| std::fs::read_to_string(folder.join(name)).ok()?.trim().parse().ok());
+    let limits = folders
+        .filter_map(|folder| std::fs::read_to_string(folder.join(name)).ok()?.trim().parse().ok());
     limits.min()
 }
 

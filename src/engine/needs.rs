@@ -62,11 +62,14 @@ pub(super) fn extra(
         gpu += base.info.parameters * weight_bytes(precision);
     }
 
-    if let Some((weights, id)) = reference.filter(|_| spec.dpo.has_reference(true)).and_then(|w| Some((w, w.model()?))) {
+    if let Some((weights, id)) =
+        reference.filter(|_| spec.dpo.has_reference(true)).and_then(|w| Some((w, w.model()?)))
+    {
         let other = bases.get(id)?;
         let parameters = other.info.parameters;
         let is_moving = spec.dpo.reference_sync.is_some();
-        let has_own_weights = is_moving || matches!(weights, WeightsRef::Full { .. } | WeightsRef::StoredReference { .. });
+        let has_own_weights = is_moving
+            || matches!(weights, WeightsRef::Full { .. } | WeightsRef::StoredReference { .. });
         let shares_policy_base = id == model && reads_base_again;
         host += if is_moving {
             // While the policy is mixed in, the old and the new weights are both there.
@@ -91,7 +94,12 @@ pub(super) fn extra(
 
 /// Bytes of activations that scoring a row on the reference's model needs beyond those on the
 /// policy's, which the plan counts.
-fn more_activations(reference: &ModelConfig, policy: &ModelConfig, spec: &TrainingSpec, lengths: Lengths) -> u64 {
+fn more_activations(
+    reference: &ModelConfig,
+    policy: &ModelConfig,
+    spec: &TrainingSpec,
+    lengths: Lengths,
+) -> u64 {
     let row_tokens = lengths.longest.max(spec.batch.row_tokens.min(lengths.micro_batch));
     estimate::scoring(reference, row_tokens).saturating_sub(estimate::scoring(policy, row_tokens))
 }

@@ -130,7 +130,12 @@ impl<W: WorkItem> Queue<W> {
             handles: 0,
             tokens_per_second: None,
         };
-        Queue { limit, host: HostMemory::new(u64::MAX), inner: Mutex::new(inner), changed: Condvar::new() }
+        Queue {
+            limit,
+            host: HostMemory::new(u64::MAX),
+            inner: Mutex::new(inner),
+            changed: Condvar::new(),
+        }
     }
 
     /// Lets runs be in progress together only where this memory of the machine is enough for all.
@@ -165,10 +170,17 @@ impl<W: WorkItem> Queue<W> {
         }
         let tokens = entry.tokens();
         if !inner.entries.is_empty() && inner.tokens + tokens > self.limit {
-            let rate = (inner.tokens_per_second.unwrap_or(ASSUMED_RATE) * inner.workers.len() as f64).max(1.0);
-            let retry_after = Duration::from_secs_f64((inner.tokens as f64 / rate / 2.0).clamp(0.1, 30.0));
+            let rate = (inner.tokens_per_second.unwrap_or(ASSUMED_RATE)
+                * inner.workers.len() as f64)
+                .max(1.0);
+            let retry_after =
+                Duration::from_secs_f64((inner.tokens as f64 / rate / 2.0).clamp(0.1, 30.0));
             metrics::counter!("bradley_scoring_rejected_total").increment(1);
-            return Err(EngineError::QueueFull { queued: inner.tokens, limit: self.limit, retry_after });
+            return Err(EngineError::QueueFull {
+                queued: inner.tokens,
+                limit: self.limit,
+                retry_after,
+            });
         }
         inner.tokens += tokens;
         inner.entries.push_back(entry);
@@ -193,7 +205,10 @@ impl<W: WorkItem> Queue<W> {
     /// Waits until all workers have ended; false when they have not within `patience`.
     pub fn wait_for_end(&self, patience: Duration) -> bool {
         let waits = |inner: &mut QueueState<W>| inner.workers.iter().any(|w| !w.ended);
-        let (inner, _) = self.changed.wait_timeout_while(self.lock(), patience, waits).unwrap_or_else(PoisonError::into_inner);
+        let (inner, _) = self
+            .changed
+            .wait_timeout_while(self.lock(), patience, waits)
+            .unwrap_or_else(PoisonError::into_inner);
         inner.workers.iter().all(|w| w.ended)
     }
 
@@ -205,7 +220,11 @@ impl<W: WorkItem> Queue<W> {
         }
         if inner.runs.len() >= MAX_WAITING_RUNS {
             let limit = MAX_WAITING_RUNS;
-            return Err(EngineError::QueueFull { queued: inner.runs.len(), limit, retry_after: Duration::from_secs(30) });
+            return Err(EngineError::QueueFull {
+                queued: inner.runs.len(),
+                limit,
+                retry_after: Duration::from_secs(30),
+            });
         }
         inner.runs.push_back(Waiting { run, needs, told: false });
         self.changed.notify_all();
@@ -214,7 +233,11 @@ impl<W: WorkItem> Queue<W> {
 
     /// Has every worker forget the weights in a folder; one that waits wakes up for it.
     pub fn evict(&self, dir: &Path) {
-        self.lock().workers.iter_mut().filter(|w| !w.ended).for_each(|w| w.evicted.push(dir.to_owned()));
+        self.lock()
+            .workers
+            .iter_mut()
+            .filter(|w| !w.ended)
+            .for_each(|w| w.evicted.push(dir.to_owned()));
         self.changed.notify_all();
     }
 
@@ -270,8 +293,12 @@ impl<W: WorkItem> Queue<W> {
         // A worker that takes no runs has no room.
         workers[me].room?;
         // The worker ends it at once.
-        if let Some(stopped) = runs.iter().position(|waiting| waiting.run.control.command() != RunCommand::Run) {
-            return runs.remove(stopped).map(|waiting| Waiting { needs: Needs::default(), ..waiting });
+        if let Some(stopped) =
+            runs.iter().position(|waiting| waiting.run.control.command() != RunCommand::Run)
+        {
+            return runs
+                .remove(stopped)
+                .map(|waiting| Waiting { needs: Needs::default(), ..waiting });
         }
         let mut in_use: u64 = workers.iter().map(|w| w.host).sum();
         for (i, waiting) in runs.iter_mut().enumerate() {
@@ -336,7 +363,9 @@ impl<W: WorkItem> Queue<W> {
             inner = match inner.runs.is_empty() {
                 true => self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
                 // Nobody tells the queue when a run that waits is told to stop.
-                false => self.changed.wait_timeout(inner, LOOK).unwrap_or_else(PoisonError::into_inner).0,
+                false => {
+                    self.changed.wait_timeout(inner, LOOK).unwrap_or_else(PoisonError::into_inner).0
+                }
             };
         }
     }
@@ -347,13 +376,18 @@ impl<W: WorkItem> Queue<W> {
 fn has_most_room(workers: &[WorkerState], me: usize, minimum: u64) -> bool {
     let room = |w: &WorkerState| w.room.filter(|_| w.limit >= minimum);
     let Some(mine) = room(&workers[me]) else { return false };
-    workers.iter().enumerate().all(|(i, w)| room(w).is_none_or(|room| room < mine || (room == mine && me <= i)))
+    workers
+        .iter()
+        .enumerate()
+        .all(|(i, w)| room(w).is_none_or(|room| room < mine || (room == mine && me <= i)))
 }
 
 /// Whether the worker that trains `job` may score the entry: weights in training are with the worker that trains them. What nobody trains is for anyone: its
 /// caller hears of that.
 fn may_take(workers: &[WorkerState], entry: &impl WorkItem, job: Option<&str>) -> bool {
-    entry.live_job().is_none_or(|live| job == Some(live) || workers.iter().all(|w| w.job.as_deref() != Some(live)))
+    entry.live_job().is_none_or(|live| {
+        job == Some(live) || workers.iter().all(|w| w.job.as_deref() != Some(live))
+    })
 }
 
 /// The oldest items that the worker of `job` may score, up to `budget` tokens (at least one), without those whose caller has left.
@@ -420,9 +454,21 @@ mod tests {
 
     fn entry(tokens: usize) -> (Entry, oneshot::Receiver<Result<ScoredItem, EngineError>>) {
         let (reply, receiver) = oneshot::channel();
-        let item = ScoreItem { groups: vec![SequenceGroup { prompt: vec![0; tokens - 1], completions: vec![vec![0]] }] };
+        let item = ScoreItem {
+            groups: vec![SequenceGroup { prompt: vec![0; tokens - 1], completions: vec![vec![0]] }],
+        };
         let policy = WeightsRef::Base { model: "m".into() };
-        (Entry { item, policy, reference: None, enqueued: Instant::now(), trace: Context::new(), reply }, receiver)
+        (
+            Entry {
+                item,
+                policy,
+                reference: None,
+                enqueued: Instant::now(),
+                trace: Context::new(),
+                reply,
+            },
+            receiver,
+        )
     }
 
     #[test]
@@ -482,8 +528,12 @@ mod tests {
         }
         queue.push_run(run("a"), Needs::default()).unwrap();
         queue.push_run(run("b"), Needs::default()).unwrap();
-        let Work::Begin(first, _) = queue.next(idle(1, Some(9)), true, 100) else { panic!("the roomiest takes it") };
-        let Work::Begin(second, _) = queue.next(idle(0, Some(5)), true, 100) else { panic!("the other one is busy") };
+        let Work::Begin(first, _) = queue.next(idle(1, Some(9)), true, 100) else {
+            panic!("the roomiest takes it")
+        };
+        let Work::Begin(second, _) = queue.next(idle(0, Some(5)), true, 100) else {
+            panic!("the other one is busy")
+        };
         assert_eq!((first.job.as_str(), second.job.as_str()), ("a", "b"));
         queue.drain();
         assert!(matches!(queue.next(idle(2, None), true, 100), Work::Stop));
@@ -508,14 +558,23 @@ mod tests {
         let needs = |minimum| Needs { minimum, ..Needs::default() };
         queue.push_run(run("large"), needs(60)).unwrap();
         queue.push_run(run("larger"), needs(70)).unwrap();
-        assert!(queue.next_run(&mut queue.lock(), 0).is_none(), "the small worker leaves large runs to the other");
+        assert!(
+            queue.next_run(&mut queue.lock(), 0).is_none(),
+            "the small worker leaves large runs to the other"
+        );
         queue.push_run(run("small"), needs(50)).unwrap();
-        let Work::Begin(first, _) = queue.next(large, true, 100) else { panic!("the large worker takes the large run") };
+        let Work::Begin(first, _) = queue.next(large, true, 100) else {
+            panic!("the large worker takes the large run")
+        };
         // The second large run waits for the large worker, and is passed by one that cannot take its place.
-        let Work::Begin(second, carried) = queue.next(small, true, 100) else { panic!("the small run does not wait") };
+        let Work::Begin(second, carried) = queue.next(small, true, 100) else {
+            panic!("the small run does not wait")
+        };
         assert_eq!((first.job.as_str(), second.job.as_str()), ("large", "small"));
         assert_eq!(carried, needs(50));
-        let Work::Begin(third, _) = queue.next(large, true, 100) else { panic!("the large worker is free again") };
+        let Work::Begin(third, _) = queue.next(large, true, 100) else {
+            panic!("the large worker is free again")
+        };
         assert_eq!(third.job, "larger");
     }
 
@@ -533,27 +592,37 @@ mod tests {
         queue.push_run(run("first"), needs(60)).unwrap();
         queue.push_run(second, needs(50)).unwrap();
         queue.push_run(run("third"), needs(10)).unwrap();
-        assert!(matches!(queue.next(idle(0), true, 100), Work::Begin(first, _) if first.job == "first"));
+        assert!(
+            matches!(queue.next(idle(0), true, 100), Work::Begin(first, _) if first.job == "first")
+        );
         assert_eq!(queue.host_memory().left(), 40);
         // The other worker has nothing to do: it begins neither the second run nor one behind it.
         looks(&queue, idle(1));
         for _ in 0..2 {
             assert!(queue.next_run(&mut queue.lock(), 1).is_none());
         }
-        let RunEvent::Log { message, .. } = told.try_recv().unwrap().event else { panic!("its client hears why it waits") };
+        let RunEvent::Log { message, .. } = told.try_recv().unwrap().event else {
+            panic!("its client hears why it waits")
+        };
         assert!(message.contains("memory_limit"), "{message}");
         assert!(told.try_recv().is_err(), "once");
         // A run that waits can be told to stop.
         let (cancelled, _told) = with_events("cancelled");
         cancelled.control.cancel();
         queue.push_run(cancelled, needs(50)).unwrap();
-        assert!(matches!(queue.next(idle(1), true, 100), Work::Begin(run, _) if run.job == "cancelled"));
+        assert!(
+            matches!(queue.next(idle(1), true, 100), Work::Begin(run, _) if run.job == "cancelled")
+        );
         looks(&queue, idle(1));
         // The first has ended: its worker looks for work without a job.
         looks(&queue, idle(0));
         assert_eq!(queue.host_memory().left(), 100);
-        assert!(matches!(queue.next(idle(0), true, 100), Work::Begin(second, _) if second.job == "second"));
-        assert!(matches!(queue.next(idle(1), true, 100), Work::Begin(third, _) if third.job == "third"));
+        assert!(
+            matches!(queue.next(idle(0), true, 100), Work::Begin(second, _) if second.job == "second")
+        );
+        assert!(
+            matches!(queue.next(idle(1), true, 100), Work::Begin(third, _) if third.job == "third")
+        );
         assert_eq!(queue.host_memory().left(), 40);
         // A worker that ends gives back what its run had.
         queue.end(0);
@@ -589,7 +658,10 @@ mod tests {
         assert_eq!(queue.take_evicted(1), [PathBuf::from("/gone")]);
         let (item, _waits) = entry(1);
         queue.push(item).unwrap();
-        assert!(matches!(queue.next(IDLE, true, 100), Work::Score(_)), "who has work does that first: it forgets before it computes");
+        assert!(
+            matches!(queue.next(IDLE, true, 100), Work::Score(_)),
+            "who has work does that first: it forgets before it computes"
+        );
         assert!(matches!(queue.next(IDLE, true, 100), Work::Forget));
     }
 
@@ -608,12 +680,16 @@ mod tests {
         let (base, _base) = entry(3);
         queue.push(of_b).unwrap();
         queue.push(base).unwrap();
-        let Work::Score(first) = queue.next(trains(0, "a"), true, 100) else { panic!("the base can be scored anywhere") };
+        let Work::Score(first) = queue.next(trains(0, "a"), true, 100) else {
+            panic!("the base can be scored anywhere")
+        };
         assert_eq!(first.iter().map(|e| e.item.tokens()).collect::<Vec<_>>(), [3]);
         assert_eq!(queue.take("b", 100).len(), 1);
         // Its moving reference is there, too, whatever is compared with it.
         let (entry, _waits) = entry(2);
-        queue.push(Entry { reference: Some(WeightsRef::LiveReference { job: "b".into() }), ..entry }).unwrap();
+        queue
+            .push(Entry { reference: Some(WeightsRef::LiveReference { job: "b".into() }), ..entry })
+            .unwrap();
         assert!(queue.take("a", 100).is_empty());
         assert_eq!(queue.take("b", 100).len(), 1);
         let (of_none, _none) = live("c");

@@ -57,16 +57,23 @@ pub(super) fn weight_bytes(precision: Precision) -> u64 {
 
 impl Bases {
     /// Loads every model's weights; `devices` names all that will have them.
-    pub fn load(models: Vec<LoadedModel>, device: ComputeDevice, devices: &str, precision: Precision) -> Result<Self, EngineError> {
+    pub fn load(
+        models: Vec<LoadedModel>,
+        device: ComputeDevice,
+        devices: &str,
+        precision: Precision,
+    ) -> Result<Self, EngineError> {
         let (mut bases, mut order) = (HashMap::new(), Vec::new());
         for mut model in models {
             let is_exact = model.weights.is_exact_in(precision);
             if !is_exact {
                 model.weights.record_digests();
             }
-            let parameters = Parameters::load(&model.config, &model.weights, precision).map_err(|e| EngineError::Weights(e.to_string()))?;
+            let parameters = Parameters::load(&model.config, &model.weights, precision)
+                .map_err(|e| EngineError::Weights(e.to_string()))?;
             let info = describe(&model, devices);
-            let (files, element_type) = ((!is_exact).then(|| model.weights.files()), model.weights.element_type());
+            let (files, element_type) =
+                ((!is_exact).then(|| model.weights.files()), model.weights.element_type());
             order.push(model.id.clone());
             let policy = Policy {
                 config: Arc::new(model.config),
@@ -84,7 +91,10 @@ impl Bases {
 
     /// The same weights for another device.
     pub fn on(&self, device: ComputeDevice) -> Self {
-        let moved = |base: &Base| Base { policy: Policy { device: device.clone(), ..base.policy.clone() }, ..base.clone() };
+        let moved = |base: &Base| Base {
+            policy: Policy { device: device.clone(), ..base.policy.clone() },
+            ..base.clone()
+        };
         let by_id = self.by_id.iter().map(|(id, base)| (id.clone(), moved(base))).collect();
         Bases { by_id, order: self.order.clone(), precision: self.precision, device }
     }
@@ -119,7 +129,13 @@ impl Bases {
 
     /// Bytes of their weights, and of a scoring batch on the largest of them.
     pub fn needed(&self) -> u64 {
-        self.on_host() + self.by_id.values().map(|b| estimate::scoring(&b.policy.config, ROW_TOKENS)).max().unwrap_or(0)
+        self.on_host()
+            + self
+                .by_id
+                .values()
+                .map(|b| estimate::scoring(&b.policy.config, ROW_TOKENS))
+                .max()
+                .unwrap_or(0)
     }
 
     /// Bytes of their weights on the host, whatever computes.
@@ -133,12 +149,19 @@ impl Bases {
             WeightsRef::Base { model } => Ok(self.get(model)?.policy.clone()),
             WeightsRef::Adapter { model, dir, .. } => {
                 let base = &self.get(model)?.policy;
-                let adapter = peft::load(dir, &base.config).map_err(|e| EngineError::unusable(&e))?;
+                let adapter =
+                    peft::load(dir, &base.config).map_err(|e| EngineError::unusable(&e))?;
                 Ok(Policy { adapter: Some(Arc::new(adapter)), ..base.clone() })
             }
-            WeightsRef::Full { model, dir, .. } => self.open_full(model, &dir.join(export::WEIGHTS_FILE)),
-            WeightsRef::StoredReference { model, dir, .. } => self.open_full(model, &dir.join(REFERENCE_FILE)),
-            WeightsRef::Live { job } | WeightsRef::LiveReference { job } => Err(EngineError::NotResident(job.clone())),
+            WeightsRef::Full { model, dir, .. } => {
+                self.open_full(model, &dir.join(export::WEIGHTS_FILE))
+            }
+            WeightsRef::StoredReference { model, dir, .. } => {
+                self.open_full(model, &dir.join(REFERENCE_FILE))
+            }
+            WeightsRef::Live { job } | WeightsRef::LiveReference { job } => {
+                Err(EngineError::NotResident(job.clone()))
+            }
         }
     }
 
@@ -177,7 +200,11 @@ impl Bases {
     /// # Errors
     /// `FilesChanged` when the files are gone or hold something else than what was loaded, and
     /// `Draining` as soon as `control` says that the run is not wanted.
-    pub fn exact(&self, model: &str, control: &RunControl) -> Result<Option<Parameters>, EngineError> {
+    pub fn exact(
+        &self,
+        model: &str,
+        control: &RunControl,
+    ) -> Result<Option<Parameters>, EngineError> {
         let Some(files) = self.reopen(model)? else { return Ok(None) };
         let read = |param: &ParamSpec| {
             if control.command() != RunCommand::Run {
@@ -194,7 +221,10 @@ impl Bases {
             WeightsRef::Full { model, .. } | WeightsRef::StoredReference { model, .. } => {
                 Ok(Some(self.get(model)?.info.parameters * weight_bytes(self.precision)))
             }
-            WeightsRef::Base { .. } | WeightsRef::Adapter { .. } | WeightsRef::Live { .. } | WeightsRef::LiveReference { .. } => Ok(None),
+            WeightsRef::Base { .. }
+            | WeightsRef::Adapter { .. }
+            | WeightsRef::Live { .. }
+            | WeightsRef::LiveReference { .. } => Ok(None),
         }
     }
 
@@ -204,14 +234,28 @@ impl Bases {
     }
 
     /// The same for weights that are in memory in `precision`.
-    pub fn identity_in(&self, weights: &WeightsRef, precision: Precision) -> Result<String, EngineError> {
-        let base = |model: &str| Ok::<_, EngineError>(format!("{} {}", self.get(model)?.info.identity.hash(), precision.name()));
+    pub fn identity_in(
+        &self,
+        weights: &WeightsRef,
+        precision: Precision,
+    ) -> Result<String, EngineError> {
+        let base = |model: &str| {
+            Ok::<_, EngineError>(format!(
+                "{} {}",
+                self.get(model)?.info.identity.hash(),
+                precision.name()
+            ))
+        };
         Ok(match weights {
             WeightsRef::Base { model } => base(model)?,
             WeightsRef::Adapter { model, content, .. } => format!("{}+{content}", base(model)?),
             WeightsRef::Full { model, content, .. } => format!("{}={content}", base(model)?),
-            WeightsRef::StoredReference { model, content, .. } => format!("{}~{content}", base(model)?),
-            WeightsRef::Live { job } | WeightsRef::LiveReference { job } => return Err(EngineError::NotResident(job.clone())),
+            WeightsRef::StoredReference { model, content, .. } => {
+                format!("{}~{content}", base(model)?)
+            }
+            WeightsRef::Live { job } | WeightsRef::LiveReference { job } => {
+                return Err(EngineError::NotResident(job.clone()));
+            }
         })
     }
 }
@@ -240,7 +284,11 @@ pub(super) fn wants_exact(spec: &TrainingSpec, server: Precision) -> bool {
 }
 
 /// Loads the full weights of a checkpoint's folder.
-pub(super) fn load_full(config: &ModelConfig, file: &Path, precision: Precision) -> Result<Parameters, EngineError> {
+pub(super) fn load_full(
+    config: &ModelConfig,
+    file: &Path,
+    precision: Precision,
+) -> Result<Parameters, EngineError> {
     let weights = Weights::open_safetensors(file).map_err(|e| EngineError::unusable(&e))?;
     Parameters::load(config, &weights, precision).map_err(|e| EngineError::unusable(&e))
 }
@@ -299,11 +347,20 @@ impl Residents {
     }
 
     /// The same for a run, whose needs count full weights: for these room was granted.
-    pub fn get_for_run(&mut self, bases: &Bases, weights: &WeightsRef) -> Result<Policy, EngineError> {
+    pub fn get_for_run(
+        &mut self,
+        bases: &Bases,
+        weights: &WeightsRef,
+    ) -> Result<Policy, EngineError> {
         self.load(bases, weights, true)
     }
 
-    fn load(&mut self, bases: &Bases, weights: &WeightsRef, for_run: bool) -> Result<Policy, EngineError> {
+    fn load(
+        &mut self,
+        bases: &Bases,
+        weights: &WeightsRef,
+        for_run: bool,
+    ) -> Result<Policy, EngineError> {
         if let WeightsRef::Base { .. } = weights {
             return bases.open(weights);
         }
@@ -350,8 +407,16 @@ impl Residents {
         if bytes <= left || for_run {
             return Ok(());
         }
-        let setting = if bases.device().memory().is_some() { "device_memory_limit or memory_limit" } else { "memory_limit" };
-        Err(EngineError::NoRoom { needed_mib: bytes.div_ceil(1 << 20), available_mib: left >> 20, setting })
+        let setting = if bases.device().memory().is_some() {
+            "device_memory_limit or memory_limit"
+        } else {
+            "memory_limit"
+        };
+        Err(EngineError::NoRoom {
+            needed_mib: bytes.div_ceil(1 << 20),
+            available_mib: left >> 20,
+            setting,
+        })
     }
 
     /// Bytes that are left for more weights.
@@ -396,15 +461,18 @@ impl Residents {
     /// Forgets weights whose files are gone.
     pub fn evict(&mut self, gone: &Path) {
         self.all.retain(|r| match &r.weights {
-            WeightsRef::Adapter { dir, .. } | WeightsRef::Full { dir, .. } | WeightsRef::StoredReference { dir, .. } => {
-                !dir.starts_with(gone)
-            }
-            WeightsRef::Base { .. } | WeightsRef::Live { .. } | WeightsRef::LiveReference { .. } => true,
+            WeightsRef::Adapter { dir, .. }
+            | WeightsRef::Full { dir, .. }
+            | WeightsRef::StoredReference { dir, .. } => !dir.starts_with(gone),
+            WeightsRef::Base { .. }
+            | WeightsRef::Live { .. }
+            | WeightsRef::LiveReference { .. } => true,
         });
     }
 
     fn report(&self, bases: &Bases) {
-        metrics::gauge!("bradley_resident_policies", "device" => bases.device().name()).set(self.all.len() as f64);
+        metrics::gauge!("bradley_resident_policies", "device" => bases.device().name())
+            .set(self.all.len() as f64);
     }
 }
 

@@ -30,7 +30,9 @@ pub(super) fn models_to_read(run: &TrainingRun, bases: &Bases) -> Vec<String> {
     let reference = run.reference.as_ref().filter(|_| wants_exact(&run.spec, bases.precision()));
     let mut models = Vec::new();
     for weights in [start, reference].into_iter().flatten() {
-        let (WeightsRef::Base { model } | WeightsRef::Adapter { model, .. }) = weights else { continue };
+        let (WeightsRef::Base { model } | WeightsRef::Adapter { model, .. }) = weights else {
+            continue;
+        };
         if !models.contains(model) && bases.get(model).is_ok_and(|base| !base.is_exact) {
             models.push(model.clone());
         }
@@ -43,7 +45,11 @@ pub(super) fn models_to_read(run: &TrainingRun, bases: &Bases) -> Vec<String> {
 ///
 /// # Errors
 /// Those of [`Bases::exact`].
-pub(super) fn read_exact(models: &[String], bases: &Bases, control: &RunControl) -> Result<ExactBases, EngineError> {
+pub(super) fn read_exact(
+    models: &[String],
+    bases: &Bases,
+    control: &RunControl,
+) -> Result<ExactBases, EngineError> {
     let mut exact = ExactBases::new();
     for model in models {
         if let Some(parameters) = bases.exact(model, control)? {
@@ -98,7 +104,10 @@ pub(super) fn prepare(
             TrainError::NoPlan { needed_mib, available_mib } => EngineError::OutOfMemory {
                 needed_mib: *needed_mib,
                 available_mib: *available_mib,
-                remedy: format!("lower max_length, train with LoRA, or raise {}", bases.memory_setting()),
+                remedy: format!(
+                    "lower max_length, train with LoRA, or raise {}",
+                    bases.memory_setting()
+                ),
             },
             e if e.is_out_of_memory() => EngineError::DeviceFull(e.for_clients()),
             e => EngineError::Weights(e.for_clients()),
@@ -117,9 +126,13 @@ impl ExactWeights<'_> {
     fn base(&self, model: &str) -> Result<Policy, EngineError> {
         let base = self.bases.get(model)?;
         match self.read.get(model) {
-            Some(parameters) => Ok(Policy { parameters: parameters.clone(), ..base.policy.clone() }),
+            Some(parameters) => {
+                Ok(Policy { parameters: parameters.clone(), ..base.policy.clone() })
+            }
             None if base.is_exact => Ok(base.policy.clone()),
-            None => Err(EngineError::Device(format!("the unrounded weights of models/{model} were not read before the run began"))),
+            None => Err(EngineError::Device(format!(
+                "the unrounded weights of models/{model} were not read before the run began"
+            ))),
         }
     }
 
@@ -128,12 +141,19 @@ impl ExactWeights<'_> {
             WeightsRef::Base { model } => self.base(model),
             WeightsRef::Adapter { model, dir, .. } => {
                 let base = self.base(model)?;
-                let adapter = peft::load(dir, &base.config).map_err(|e| EngineError::unusable(&e))?;
+                let adapter =
+                    peft::load(dir, &base.config).map_err(|e| EngineError::unusable(&e))?;
                 Ok(Policy { adapter: Some(Arc::new(adapter)), ..base })
             }
-            WeightsRef::Full { model, dir, .. } => self.open_full(model, &dir.join(export::WEIGHTS_FILE)),
-            WeightsRef::StoredReference { model, dir, .. } => self.open_full(model, &dir.join(REFERENCE_FILE)),
-            WeightsRef::Live { job } | WeightsRef::LiveReference { job } => Err(EngineError::NotResident(job.clone())),
+            WeightsRef::Full { model, dir, .. } => {
+                self.open_full(model, &dir.join(export::WEIGHTS_FILE))
+            }
+            WeightsRef::StoredReference { model, dir, .. } => {
+                self.open_full(model, &dir.join(REFERENCE_FILE))
+            }
+            WeightsRef::Live { job } | WeightsRef::LiveReference { job } => {
+                Err(EngineError::NotResident(job.clone()))
+            }
         }
     }
 
@@ -147,18 +167,27 @@ impl ExactWeights<'_> {
     /// Names weights that [`ExactWeights::open`] gave.
     fn identity(&self, weights: &WeightsRef) -> Result<String, EngineError> {
         let precision = match weights {
-            WeightsRef::Base { model } | WeightsRef::Adapter { model, .. } if self.bases.get(model)?.is_exact => self.bases.precision(),
+            WeightsRef::Base { model } | WeightsRef::Adapter { model, .. }
+                if self.bases.get(model)?.is_exact =>
+            {
+                self.bases.precision()
+            }
             _ => Precision::F32,
         };
         self.bases.identity_in(weights, precision)
     }
 }
 
-fn trainable(run: &TrainingRun, start: &Policy, precision: Precision) -> Result<TrainablePolicy, EngineError> {
+fn trainable(
+    run: &TrainingRun,
+    start: &Policy,
+    precision: Precision,
+) -> Result<TrainablePolicy, EngineError> {
     let tensor = |e: candle_core::Error| EngineError::Device(e.to_string());
     let weights = |e: ModelError| EngineError::unusable(&e);
     match &run.spec.method {
-        Method::Full => TrainablePolicy::full(&export::merged(start).map_err(weights)?, precision).map_err(tensor),
+        Method::Full => TrainablePolicy::full(&export::merged(start).map_err(weights)?, precision)
+            .map_err(tensor),
         Method::Lora(config) => {
             let adapter = match &start.adapter {
                 Some(adapter) => (**adapter).clone(),
@@ -187,7 +216,8 @@ fn reference(
         let tensor = |e: candle_core::Error| EngineError::Device(e.to_string());
         let mut merged = export::merged(&policy).map_err(|e| EngineError::unusable(&e))?;
         // It takes in small parts of the policy: bf16 would lose them.
-        merged.parameters = Arc::new(merged.parameters.map(|_, t| t.to_dtype(DType::F32)).map_err(tensor)?);
+        merged.parameters =
+            Arc::new(merged.parameters.map(|_, t| t.to_dtype(DType::F32)).map_err(tensor)?);
         // The job's id alone does not name the weights that it starts from.
         return Ok(Reference::moving_from(merged, &format!("{} from {identity}", run.job)));
     }

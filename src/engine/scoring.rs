@@ -85,7 +85,12 @@ impl<'a> YieldPoint<'a> {
 }
 
 impl Scoring {
-    pub fn new(worker: usize, queue: Arc<ScoringQueue>, bases: Arc<Bases>, options: &EngineOptions) -> Self {
+    pub fn new(
+        worker: usize,
+        queue: Arc<ScoringQueue>,
+        bases: Arc<Bases>,
+        options: &EngineOptions,
+    ) -> Self {
         Scoring {
             worker,
             queue,
@@ -140,19 +145,28 @@ impl Scoring {
         }
         let mut references = vec_of_none(batch.len());
         let precision = |e: &Entry| self.precision(e, live);
-        for members in groups(&batch, |e| e.reference.as_ref().map(|weights| (weights, precision(e)))) {
-            self.pass(&batch, members, &mut references, |scoring, entries| scoring.references(entries, cache, live));
+        for members in
+            groups(&batch, |e| e.reference.as_ref().map(|weights| (weights, precision(e))))
+        {
+            self.pass(&batch, members, &mut references, |scoring, entries| {
+                scoring.references(entries, cache, live)
+            });
         }
         // A base model scored against itself costs one pass.
         let own = |e: &'_ Entry| e.reference.as_ref() != Some(&e.policy);
         let mut policies = vec_of_none(batch.len());
-        for members in self.clusters(groups(&batch, |e| own(e).then_some(&e.policy)), &batch, live) {
-            self.pass(&batch, members, &mut policies, |scoring, entries| scoring.policies(entries, live));
+        for members in self.clusters(groups(&batch, |e| own(e).then_some(&e.policy)), &batch, live)
+        {
+            self.pass(&batch, members, &mut policies, |scoring, entries| {
+                scoring.policies(entries, live)
+            });
         }
         // Told before the answers: a caller's span outlives those within it.
         trace_batch(&batch, began, start.elapsed(), tokens);
         for ((entry, reference), policy) in batch.into_iter().zip(references).zip(policies) {
-            let live_step = matches!(entry.policy, WeightsRef::Live { .. }).then(|| live.map(|l| l.step)).flatten();
+            let live_step = matches!(entry.policy, WeightsRef::Live { .. })
+                .then(|| live.map(|l| l.step))
+                .flatten();
             // The caller may have left meanwhile; nobody else wants the answer.
             let _ = entry.reply.send(combine(policy, reference, live_step));
         }
@@ -176,7 +190,10 @@ impl Scoring {
     ) {
         let mut run = |members: &[usize]| {
             let entries: Vec<&Entry> = members.iter().map(|i| &batch[*i]).collect();
-            let once = |scoring: &mut Self| guarded(|| pass(scoring, &entries)).unwrap_or_else(|panic| Err(EngineError::Device(panic)));
+            let once = |scoring: &mut Self| {
+                guarded(|| pass(scoring, &entries))
+                    .unwrap_or_else(|panic| Err(EngineError::Device(panic)))
+            };
             match once(self) {
                 Err(EngineError::DeviceFull(_)) => {
                     self.free_memory();
@@ -186,7 +203,9 @@ impl Scoring {
             }
         };
         match run(&members) {
-            Ok(scored) => members.into_iter().zip(scored).for_each(|(i, logps)| results[i] = Some(Ok(logps))),
+            Ok(scored) => {
+                members.into_iter().zip(scored).for_each(|(i, logps)| results[i] = Some(Ok(logps)))
+            }
             Err(e) => match members.as_slice() {
                 [only] => results[*only] = Some(Err(e)),
                 all => all.iter().for_each(|i| results[*i] = Some(run(&[*i]).and_then(only_one))),
@@ -210,7 +229,12 @@ impl Scoring {
     }
 
     /// The log-probs of entries that name the same reference and are scored in the same precision, under it.
-    fn references(&mut self, entries: &[&Entry], cache: &ReferenceCache, live: Option<&Live>) -> Result<Vec<Logps>, EngineError> {
+    fn references(
+        &mut self,
+        entries: &[&Entry],
+        cache: &ReferenceCache,
+        live: Option<&Live>,
+    ) -> Result<Vec<Logps>, EngineError> {
         let Some(first) = entries.first() else { return Ok(Vec::new()) };
         let Some(weights) = first.reference.as_ref() else { return Ok(Vec::new()) };
         let of_run = live
@@ -222,13 +246,19 @@ impl Scoring {
             None => (self.residents.get(&self.bases, weights)?, self.bases.identity(weights)?),
         };
         let reference = reference.with_precision(self.precision(first, live));
-        let items: Vec<&[SequenceGroup]> = entries.iter().map(|e| e.item.groups.as_slice()).collect();
-        let logps = cache.score(&reference, &identity, &items, ROW_TOKENS, &mut || {}).map_err(device)?;
+        let items: Vec<&[SequenceGroup]> =
+            entries.iter().map(|e| e.item.groups.as_slice()).collect();
+        let logps =
+            cache.score(&reference, &identity, &items, ROW_TOKENS, &mut || {}).map_err(device)?;
         Ok(logps.iter().map(|l| l.as_ref().clone()).collect())
     }
 
     /// The log-probs of entries of one cluster, each under its own policy.
-    fn policies(&mut self, entries: &[&Entry], live: Option<&Live>) -> Result<Vec<Logps>, EngineError> {
+    fn policies(
+        &mut self,
+        entries: &[&Entry],
+        live: Option<&Live>,
+    ) -> Result<Vec<Logps>, EngineError> {
         let (mut named, mut policies): (Vec<&WeightsRef>, Vec<Policy>) = (Vec::new(), Vec::new());
         let mut items: Vec<Owned> = Vec::with_capacity(entries.len());
         for entry in entries {
@@ -250,7 +280,12 @@ impl Scoring {
     }
 
     /// Joins groups whose policies are adapters on the same base weights (or these themselves): they share a pass.
-    fn clusters(&mut self, groups: Vec<Vec<usize>>, batch: &[Entry], live: Option<&Live>) -> Vec<Vec<usize>> {
+    fn clusters(
+        &mut self,
+        groups: Vec<Vec<usize>>,
+        batch: &[Entry],
+        live: Option<&Live>,
+    ) -> Vec<Vec<usize>> {
         let mut clusters: Vec<(Option<Policy>, Vec<usize>)> = Vec::new();
         for members in groups {
             // What cannot be loaded fails in a pass of its own.
@@ -273,7 +308,11 @@ impl Scoring {
 }
 
 fn device(e: candle_core::Error) -> EngineError {
-    if is_out_of_memory(&e) { EngineError::DeviceFull(e.to_string()) } else { EngineError::Device(e.to_string()) }
+    if is_out_of_memory(&e) {
+        EngineError::DeviceFull(e.to_string())
+    } else {
+        EngineError::Device(e.to_string())
+    }
 }
 
 /// Counts a batch, and the tokens that sequences padded to the longest would have cost and packed ones do not. Prompts that items share are saved, too,
@@ -283,16 +322,26 @@ fn observe(batch: &[Entry], tokens: usize) {
     metrics::histogram!("bradley_scoring_batch_tokens").record(tokens as f64);
     let groups = batch.iter().flat_map(|e| &e.item.groups);
     let lengths = groups.flat_map(|g| g.completions.iter().map(|c| g.prompt.len() + c.len()));
-    let (sequences, longest, alone) = lengths.fold((0, 0, 0), |(n, max, sum), len| (n + 1, len.max(max), sum + len));
-    metrics::counter!("bradley_scoring_saved_tokens_total", "by" => "padding").increment((sequences * longest - alone) as u64);
-    metrics::counter!("bradley_scoring_saved_tokens_total", "by" => "shared_prompt").increment(alone.saturating_sub(tokens) as u64);
+    let (sequences, longest, alone) =
+        lengths.fold((0, 0, 0), |(n, max, sum), len| (n + 1, len.max(max), sum + len));
+    metrics::counter!("bradley_scoring_saved_tokens_total", "by" => "padding")
+        .increment((sequences * longest - alone) as u64);
+    metrics::counter!("bradley_scoring_saved_tokens_total", "by" => "shared_prompt")
+        .increment(alone.saturating_sub(tokens) as u64);
 }
 
 /// One span for the batch, linked to its callers' spans, and one in each caller's trace, linked to it.
 fn trace_batch(batch: &[Entry], began: SystemTime, took: Duration, tokens: usize) {
-    let about = vec![KeyValue::new("bradley.batch.items", batch.len() as i64), KeyValue::new("bradley.batch.tokens", tokens as i64)];
-    if let Some(shared) = trace::shared("scoring.batch", batch.iter().map(|e| &e.trace), began, took, about) {
-        batch.iter().for_each(|entry| trace::linked("scoring.device", &entry.trace, began, took, &shared));
+    let about = vec![
+        KeyValue::new("bradley.batch.items", batch.len() as i64),
+        KeyValue::new("bradley.batch.tokens", tokens as i64),
+    ];
+    if let Some(shared) =
+        trace::shared("scoring.batch", batch.iter().map(|e| &e.trace), began, took, about)
+    {
+        batch
+            .iter()
+            .for_each(|entry| trace::linked("scoring.device", &entry.trace, began, took, &shared));
     }
 }
 
@@ -305,7 +354,10 @@ fn vec_of_none(n: usize) -> Vec<Option<LogpsResult>> {
 }
 
 /// The entries that have a key by `which`, e.g. the weights that they name, grouped by it, in the order in which they first appear.
-fn groups<'a, K: PartialEq>(batch: &'a [Entry], which: impl Fn(&'a Entry) -> Option<K>) -> Vec<Vec<usize>> {
+fn groups<'a, K: PartialEq>(
+    batch: &'a [Entry],
+    which: impl Fn(&'a Entry) -> Option<K>,
+) -> Vec<Vec<usize>> {
     let mut groups: Vec<(K, Vec<usize>)> = Vec::new();
     for (i, entry) in batch.iter().enumerate() {
         let Some(key) = which(entry) else { continue };
@@ -318,13 +370,20 @@ fn groups<'a, K: PartialEq>(batch: &'a [Entry], which: impl Fn(&'a Entry) -> Opt
 }
 
 /// An item's answer from what the passes gave; without a pass of its own, the policy's log-probs are the reference's.
-fn combine(policy: Option<LogpsResult>, reference: Option<LogpsResult>, live_step: Option<u64>) -> Result<ScoredItem, EngineError> {
+fn combine(
+    policy: Option<LogpsResult>,
+    reference: Option<LogpsResult>,
+    live_step: Option<u64>,
+) -> Result<ScoredItem, EngineError> {
     let (policy, reference) = (policy.transpose()?, reference.transpose()?);
     let Some(logps) = policy.as_ref().or(reference.as_ref()) else {
         return Err(EngineError::Device("an item was scored by no weights".into()));
     };
     let of = |n: usize| reference.as_ref().map(|r| r[n].clone());
-    let completions = logps.iter().enumerate().map(|(n, logps)| CompletionLogps { policy: logps.clone(), reference: of(n) });
+    let completions = logps
+        .iter()
+        .enumerate()
+        .map(|(n, logps)| CompletionLogps { policy: logps.clone(), reference: of(n) });
     Ok(ScoredItem { completions: completions.collect(), live_step })
 }
 

@@ -7,7 +7,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::TrySendError;
 
-use super::api::{EngineError, EngineOptions, Report, RunCommand, RunControl, RunEnd, RunEvent, TrainingRun, WeightsRef};
+use super::api::{
+    EngineError, EngineOptions, Report, RunCommand, RunControl, RunEnd, RunEvent, TrainingRun,
+    WeightsRef,
+};
 use super::entry::ScoringQueue;
 use super::memory::Room;
 use super::needs::Needs;
@@ -88,11 +91,14 @@ impl Active {
             true => Some(WeightsRef::LiveReference { job: job.clone() }),
             false => self.run.reference.clone(),
         };
-        let reference = weights.zip(self.trainer.reference()).map(|(weights, (policy, identity))| LiveReference {
-            weights,
-            policy: Policy { helpers: Arc::default(), ..policy.clone() },
-            identity: identity.to_owned(),
-        });
+        let reference =
+            weights.zip(self.trainer.reference()).map(|(weights, (policy, identity))| {
+                LiveReference {
+                    weights,
+                    policy: Policy { helpers: Arc::default(), ..policy.clone() },
+                    identity: identity.to_owned(),
+                }
+            });
         Live { job, policy: self.trainer.live_policy(), reference, step: self.trainer.step() }
     }
 }
@@ -109,7 +115,17 @@ impl Worker {
         training: Option<TrainingResources>,
     ) -> Self {
         let scoring = Scoring::new(index, queue.clone(), bases.clone(), options);
-        Worker { index, label, queue, bases, scoring, cache, starting: None, active: None, training }
+        Worker {
+            index,
+            label,
+            queue,
+            bases,
+            scoring,
+            cache,
+            starting: None,
+            active: None,
+            training,
+        }
     }
 
     /// Limits the bytes of adapters and full weights that it keeps resident.
@@ -127,14 +143,20 @@ impl Worker {
                 // Before more is scored: requests may never end.
                 self.go_on_starting();
             }
-            let run = self.active.as_ref().map(|a| &a.run).or(self.starting.as_ref().map(|s| &s.run));
+            let run =
+                self.active.as_ref().map(|a| &a.run).or(self.starting.as_ref().map(|s| &s.run));
             let job = run.map(|run| run.job.as_str());
             let training = self.training.as_ref();
-            let (room, limit) = (training.map(|t| free.unwrap_or(t.memory)), training.map_or(0, |t| t.memory));
+            let (room, limit) =
+                (training.map(|t| free.unwrap_or(t.memory)), training.map_or(0, |t| t.memory));
             let seeker = Seeker { worker: self.index, job, room, limit };
             let may_score = self.active.is_none() || self.scoring.fair_share.is_scorings_turn();
             match self.queue.next(seeker, may_score, self.scoring.batch_tokens) {
-                Work::Score(batch) => self.scoring.score_batch(batch, &self.cache, self.active.as_ref().map(Active::live).as_ref()),
+                Work::Score(batch) => self.scoring.score_batch(
+                    batch,
+                    &self.cache,
+                    self.active.as_ref().map(Active::live).as_ref(),
+                ),
                 Work::Train if self.starting.is_some() => self.go_on_starting(),
                 Work::Train => self.train_unit(),
                 Work::Begin(run, needs) => self.begin(*run, needs),
@@ -149,7 +171,9 @@ impl Worker {
     fn leave_if_lost(&self) {
         let helpers = self.training.iter().flat_map(|t| t.helpers.iter());
         if std::iter::once(self.bases.device()).chain(helpers).any(ComputeDevice::is_lost) {
-            tracing::error!("the GPU failed for good: the process ends, so that another one can use it");
+            tracing::error!(
+                "the GPU failed for good: the process ends, so that another one can use it"
+            );
             std::process::abort();
         }
     }
@@ -198,7 +222,8 @@ impl Worker {
         }
         drop(live);
         let spent = start.elapsed().saturating_sub(self.scoring.fair_share.stop(Instant::now()));
-        metrics::histogram!("bradley_training_unit_seconds", "device" => self.label.clone()).record(spent.as_secs_f64());
+        metrics::histogram!("bradley_training_unit_seconds", "device" => self.label.clone())
+            .record(spent.as_secs_f64());
         let ran_out_of_memory = active.trainer.is_shortened() && !was_shortened;
         self.leave_if_lost();
         if ran_out_of_memory {
@@ -225,11 +250,15 @@ impl Worker {
             return self.start(run, needs, ExactBases::new());
         }
         let (bases, control) = (self.bases.clone(), run.control.clone());
-        let reading =
-            std::thread::Builder::new().name("read-weights".into()).spawn(move || guarded(|| run::read_exact(&models, &bases, &control)));
+        let reading = std::thread::Builder::new()
+            .name("read-weights".into())
+            .spawn(move || guarded(|| run::read_exact(&models, &bases, &control)));
         match reading {
             Ok(reading) => self.starting = Some(Starting { run, needs, reading }),
-            Err(e) => self.end_before_start(&run, RunEnd::Failed(internal(format!("no thread can be started: {e}")))),
+            Err(e) => self.end_before_start(
+                &run,
+                RunEnd::Failed(internal(format!("no thread can be started: {e}"))),
+            ),
         }
     }
 
@@ -251,7 +280,9 @@ impl Worker {
             }
             Ok(Ok(Err(e))) => RunEnd::Failed(unavailable(&e)),
             Ok(Err(panic)) => RunEnd::Failed(internal(panic)),
-            Err(_) => RunEnd::Failed(internal("the thread that reads weights ended without a word".into())),
+            Err(_) => RunEnd::Failed(internal(
+                "the thread that reads weights ended without a word".into(),
+            )),
         };
         self.end_before_start(&run, end);
     }
@@ -270,18 +301,32 @@ impl Worker {
         let for_plan = needs.left_for_plan(*memory);
         let prepared = match end {
             Some(end) => Err(end),
-            None => match guarded(|| run::prepare(&mut run, bases, read, residents, for_plan, helpers)) {
-                Ok(Ok(trainer)) => Ok(trainer),
-                Ok(Err(e)) => Err(RunEnd::Failed(unavailable(&e))),
-                Err(panic) => Err(RunEnd::Failed(internal(panic))),
-            },
+            None => {
+                match guarded(|| run::prepare(&mut run, bases, read, residents, for_plan, helpers))
+                {
+                    Ok(Ok(trainer)) => Ok(trainer),
+                    Ok(Err(e)) => Err(RunEnd::Failed(unavailable(&e))),
+                    Err(panic) => Err(RunEnd::Failed(internal(panic))),
+                }
+            }
         };
         match prepared {
             Ok(trainer) => {
                 self.scoring.residents.reserve_for_run(needs.extra + trainer.planned_bytes());
                 self.queue.have_all_fit();
-                tracing::info!(job = run.job, from_step = trainer.step(), total_steps = trainer.total_steps(), "run started");
-                send(&run, RunEvent::Running { total_steps: trainer.total_steps(), from_step: trainer.step() });
+                tracing::info!(
+                    job = run.job,
+                    from_step = trainer.step(),
+                    total_steps = trainer.total_steps(),
+                    "run started"
+                );
+                send(
+                    &run,
+                    RunEvent::Running {
+                        total_steps: trainer.total_steps(),
+                        from_step: trainer.step(),
+                    },
+                );
                 self.scoring.fair_share.reset();
                 self.active = Some(Active { run, trainer });
             }
@@ -319,7 +364,9 @@ impl Worker {
             drop(trainer);
             self.scoring.residents.reserve_for_run(0);
             let helpers = self.training.iter().flat_map(|t| t.helpers.iter());
-            std::iter::once(self.bases.device()).chain(helpers).for_each(|device| device.end_of_run(self.bases.precision()));
+            std::iter::once(self.bases.device())
+                .chain(helpers)
+                .for_each(|device| device.end_of_run(self.bases.precision()));
             send(&run, RunEvent::Ended(end));
         }
     }

@@ -61,7 +61,11 @@ impl ChatTemplate {
     /// When the template engine cannot parse it.
     pub fn new(source: &str, special_tokens: Vec<(String, String)>) -> Result<Self, ModelError> {
         let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(|e| explain(&e))?;
+        let syntax = SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build()
+            .map_err(|e| explain(&e))?;
         environment.set_syntax(syntax);
         environment.set_fuel(Some(FUEL));
         python::install(&mut environment);
@@ -86,10 +90,20 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// With what the template engine, or the template itself, says.
-    pub fn render(&self, messages: &[ChatMessage], options: &RenderOptions) -> Result<String, ModelError> {
-        let special_tokens = self.special_tokens.iter().map(|(name, token)| (name.as_str(), Value::from(token.as_str())));
-        let kwargs = options.kwargs.iter().map(|(name, value)| (name.as_str(), template_value(value)));
-        let tools = options.tools.map_or(Value::from(()), |tools| tools.iter().map(template_value).collect());
+    pub fn render(
+        &self,
+        messages: &[ChatMessage],
+        options: &RenderOptions,
+    ) -> Result<String, ModelError> {
+        let special_tokens = self
+            .special_tokens
+            .iter()
+            .map(|(name, token)| (name.as_str(), Value::from(token.as_str())));
+        let kwargs =
+            options.kwargs.iter().map(|(name, value)| (name.as_str(), template_value(value)));
+        let tools = options
+            .tools
+            .map_or(Value::from(()), |tools| tools.iter().map(template_value).collect());
         let fixed = [
             ("messages", messages.iter().map(message).collect()),
             ("tools", tools),
@@ -102,11 +116,14 @@ impl ChatTemplate {
         if !self.source.contains(STRFTIME) {
             return render(&self.environment).map_err(|e| explain(&e));
         }
-        let date = options.date.unwrap_or_else(|| jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC).datetime());
+        let date = options
+            .date
+            .unwrap_or_else(|| jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC).datetime());
         // A global of this rendering only, which macros see, too.
         let mut environment = self.environment.clone();
         environment.add_function(STRFTIME, move |format: String| -> Result<String, Error> {
-            jiff::fmt::strtime::format(&format, date).map_err(|e| Error::new(ErrorKind::InvalidOperation, format!("{STRFTIME}: {e}")))
+            jiff::fmt::strtime::format(&format, date)
+                .map_err(|e| Error::new(ErrorKind::InvalidOperation, format!("{STRFTIME}: {e}")))
         });
         render(&environment).map_err(|e| explain(&e))
     }
@@ -116,7 +133,9 @@ impl ChatTemplate {
 /// `thinking` and `reasoning_content` whichever name the message has it under.
 fn message(message: &ChatMessage) -> Value {
     let fields = message.fields();
-    let Some(reasoning) = REASONING.iter().find_map(|key| fields.get(*key).filter(|value| !value.is_null())) else {
+    let Some(reasoning) =
+        REASONING.iter().find_map(|key| fields.get(*key).filter(|value| !value.is_null()))
+    else {
         return template_object(fields);
     };
     let mut aliased = Map::new();
@@ -182,11 +201,15 @@ fn without_generation_tags(source: &str) -> String {
 
 fn explain(e: &Error) -> ModelError {
     let reason = match e.detail() {
-        Some(detail) => format!("{detail}{}", e.line().map(|l| format!(" (line {l})")).unwrap_or_default()),
+        Some(detail) => {
+            format!("{detail}{}", e.line().map(|l| format!(" (line {l})")).unwrap_or_default())
+        }
         None => e.to_string(),
     };
     let hint = match percent::is_about_operator(e) {
-        true => "; formatting with % is supported directly behind a string literal: elsewhere the template must use the filter format",
+        true => {
+            "; formatting with % is supported directly behind a string literal: elsewhere the template must use the filter format"
+        }
         false => "",
     };
     ModelError::ChatTemplate { reason: reason + hint }

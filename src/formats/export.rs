@@ -68,8 +68,12 @@ pub fn save_merged(
         let views = shard.iter().map(|&param| {
             let name = &param.hf.name;
             weight_map.insert(name.clone(), json!(file));
-            let value = move || encode(name, &merge(adapter, param.id, read(param)?)?, layout.dtype);
-            (name.clone(), Lazy { value, shape: param.shape.as_slice(), dtype: layout.dtype, failed: &failed })
+            let value =
+                move || encode(name, &merge(adapter, param.id, read(param)?)?, layout.dtype);
+            (
+                name.clone(),
+                Lazy { value, shape: param.shape.as_slice(), dtype: layout.dtype, failed: &failed },
+            )
         });
         let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
         let path = dir.join(&file);
@@ -78,7 +82,8 @@ pub fn save_merged(
         if let Some(e) = failed.take() {
             return Err(e);
         }
-        written.map_err(|e| ModelError::Io { path, source: std::io::Error::other(e.to_string()) })?;
+        written
+            .map_err(|e| ModelError::Io { path, source: std::io::Error::other(e.to_string()) })?;
     }
     if shards.len() > 1 {
         let elements: usize = tensors.iter().map(ParamSpec::elements).sum();
@@ -124,7 +129,8 @@ fn write_json(dir: &Path, name: &str, value: &Value) -> Result<(), ModelError> {
 fn config_json(config: &ModelConfig, dtype: ElementType) -> Value {
     let mut json = config.hf_json.clone();
     if let Some(fields) = json.as_object_mut() {
-        let known: Vec<&str> = ["dtype", "torch_dtype"].into_iter().filter(|key| fields.contains_key(*key)).collect();
+        let known: Vec<&str> =
+            ["dtype", "torch_dtype"].into_iter().filter(|key| fields.contains_key(*key)).collect();
         for key in if known.is_empty() { vec!["torch_dtype"] } else { known } {
             fields.insert(key.to_owned(), json!(dtype.torch_name()));
         }
@@ -216,22 +222,37 @@ fn encode(name: &str, tensor: &Tensor, dtype: ElementType) -> Result<Vec<u8>, Mo
     with_values(&tensor, |values| {
         // Weights that training made infinite are the run's own; ones that rounding would are not.
         if dtype == ElementType::F16
-            && let Some(value) = values.iter().find(|x| x.is_finite() && half::f16::from_f32(**x).is_infinite())
+            && let Some(value) =
+                values.iter().find(|x| x.is_finite() && half::f16::from_f32(**x).is_infinite())
         {
-            return Err(ModelError::TooLarge { name: name.to_owned(), value: *value, dtype: dtype.name() });
+            return Err(ModelError::TooLarge {
+                name: name.to_owned(),
+                value: *value,
+                dtype: dtype.name(),
+            });
         }
         Ok(match dtype {
             ElementType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            ElementType::Bf16 => values.iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect(),
-            ElementType::F16 => values.iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect(),
+            ElementType::Bf16 => {
+                values.iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect()
+            }
+            ElementType::F16 => {
+                values.iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect()
+            }
         })
     })?
 }
 
 /// The same function as `policy` without an adapter; shares every tensor that the adapter leaves alone.
 pub fn merged(policy: &Policy) -> Result<Policy, ModelError> {
-    let parameters = policy.parameters.map(|param, t| merge(policy.adapter.as_deref(), param.id, t.clone()))?;
-    Ok(Policy { config: policy.config.clone(), parameters: Arc::new(parameters), adapter: None, ..policy.clone() })
+    let parameters =
+        policy.parameters.map(|param, t| merge(policy.adapter.as_deref(), param.id, t.clone()))?;
+    Ok(Policy {
+        config: policy.config.clone(),
+        parameters: Arc::new(parameters),
+        adapter: None,
+        ..policy.clone()
+    })
 }
 
 /// W + scale·B·A in f32 where `adapter` has an update for the parameter, else W.

@@ -45,7 +45,11 @@ impl LoadedModel {
 ///
 /// # Errors
 /// Each names the file, and the field or tensor in it.
-pub fn load_model(id: Option<&str>, source: &str, hub: &HubOptions) -> Result<LoadedModel, ModelError> {
+pub fn load_model(
+    id: Option<&str>,
+    source: &str,
+    hub: &HubOptions,
+) -> Result<LoadedModel, ModelError> {
     let id = id.map_or_else(|| default_id(source), str::to_owned);
     let model = open(id, source, hub)?;
     if model.tokenizer.eos_token().is_none() {
@@ -76,13 +80,25 @@ fn open(id: String, source: &str, hub: &HubOptions) -> Result<LoadedModel, Model
             let config = ModelConfig::from_hf_json(&text, &path)?;
             let weights = Weights::open_folder(&folder)?;
             weights.check_names(&config)?;
-            Ok(LoadedModel { id, config, weights, tokenizer: ChatTokenizer::from_folder(&folder)?, origin, base })
+            Ok(LoadedModel {
+                id,
+                config,
+                weights,
+                tokenizer: ChatTokenizer::from_folder(&folder)?,
+                origin,
+                base,
+            })
         }
         Located::Gguf(path) => load_gguf(id, &path, origin, base),
     }
 }
 
-fn load_gguf(id: String, path: &Path, origin: String, base: BaseName) -> Result<LoadedModel, ModelError> {
+fn load_gguf(
+    id: String,
+    path: &Path,
+    origin: String,
+    base: BaseName,
+) -> Result<LoadedModel, ModelError> {
     let gguf = Gguf::open(path)?;
     let freqs = match gguf.tensor(ModelConfig::GGUF_ROPE_FREQS) {
         Some(entry) => Some(gguf.read_f32(entry)?),
@@ -100,7 +116,11 @@ pub fn default_id(source: &str) -> String {
     let last = source.trim_end_matches('/').rsplit('/').next().unwrap_or(source);
     let last = last.split('@').next().unwrap_or(last);
     let last = last.strip_suffix(".gguf").unwrap_or(last);
-    let id: String = last.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' }).take(128).collect();
+    let id: String = last
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' })
+        .take(128)
+        .collect();
     if is_valid_id(&id) { id } else { "model".into() }
 }
 

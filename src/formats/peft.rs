@@ -92,8 +92,10 @@ pub fn config(dir: &Path) -> Result<LoraConfig, ModelError> {
     let fields = read_fields(dir)?;
     let path = dir.join(WEIGHTS_FILE);
     let bytes = map_weights(&path)?;
-    let tensors = SafeTensors::deserialize(&bytes).map_err(|e| ModelError::corrupt(&path, format!("{WEIGHTS_FILE}: {e}")))?;
-    read_config(&fields, &tensors).map_err(|reason| ModelError::Adapter { path: dir.to_owned(), reason })
+    let tensors = SafeTensors::deserialize(&bytes)
+        .map_err(|e| ModelError::corrupt(&path, format!("{WEIGHTS_FILE}: {e}")))?;
+    read_config(&fields, &tensors)
+        .map_err(|reason| ModelError::Adapter { path: dir.to_owned(), reason })
 }
 
 /// Reads an adapter's configuration file and refuses one that asks for other maths.
@@ -101,7 +103,8 @@ fn read_fields(dir: &Path) -> Result<Value, ModelError> {
     let wrong = |reason: String| ModelError::Adapter { path: dir.to_owned(), reason };
     let path = dir.join(CONFIG_FILE);
     let text = std::fs::read_to_string(&path).map_err(ModelError::io(&path))?;
-    let fields: Value = serde_json::from_str(&text).map_err(|e| wrong(format!("{CONFIG_FILE} is not JSON: {e}")))?;
+    let fields: Value = serde_json::from_str(&text)
+        .map_err(|e| wrong(format!("{CONFIG_FILE} is not JSON: {e}")))?;
     check_supported(&fields).map_err(wrong)?;
     Ok(fields)
 }
@@ -118,7 +121,8 @@ pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
     let fields = read_fields(dir)?;
     let path = dir.join(WEIGHTS_FILE);
     let bytes = map_weights(&path)?;
-    let tensors = SafeTensors::deserialize(&bytes).map_err(|e| ModelError::corrupt(&path, format!("{WEIGHTS_FILE}: {e}")))?;
+    let tensors = SafeTensors::deserialize(&bytes)
+        .map_err(|e| ModelError::corrupt(&path, format!("{WEIGHTS_FILE}: {e}")))?;
 
     let config = read_config(&fields, &tensors).map_err(wrong)?;
     let mut used = 0;
@@ -144,7 +148,11 @@ pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
     })?;
     if used != tensors.len() {
         let table = lora_params(&model.spec, &config);
-        let covered: BTreeSet<&str> = table.iter().flat_map(|update| update.tensors()).map(|tensor| tensor.name.as_str()).collect();
+        let covered: BTreeSet<&str> = table
+            .iter()
+            .flat_map(|update| update.tensors())
+            .map(|tensor| tensor.name.as_str())
+            .collect();
         let extra = tensors.names().into_iter().find(|n| !covered.contains(n)).unwrap_or_default();
         return Err(wrong(format!(
             "tensor {extra} belongs to no projection of this model ({layers} layers): the adapter was made for another one"
@@ -155,16 +163,24 @@ pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
 
 fn check_supported(fields: &Value) -> Result<(), String> {
     if fields.get("peft_type").and_then(Value::as_str) != Some("LORA") {
-        return Err(format!("peft_type is {}: only LORA adapters are supported", fields.get("peft_type").unwrap_or(&Value::Null)));
+        return Err(format!(
+            "peft_type is {}: only LORA adapters are supported",
+            fields.get("peft_type").unwrap_or(&Value::Null)
+        ));
     }
-    let Some(fields) = fields.as_object() else { return Err(format!("{CONFIG_FILE} is not a JSON object")) };
+    let Some(fields) = fields.as_object() else {
+        return Err(format!("{CONFIG_FILE} is not a JSON object"));
+    };
     for (field, value) in fields {
         let name = field.as_str();
         if name == "peft_type" || FREE.contains(&name) || value.is_null() {
             continue;
         }
         // A field of another version of PEFT: only a switch that is off is surely harmless.
-        let off = OFF.iter().find(|(known, _)| *known == name).map_or(&["false"] as &[&str], |(_, off)| off);
+        let off = OFF
+            .iter()
+            .find(|(known, _)| *known == name)
+            .map_or(&["false"] as &[&str], |(_, off)| off);
         if !off.contains(&value.to_string().as_str()) {
             let allowed: Vec<&str> = off.iter().copied().chain(["null"]).collect();
             return Err(format!(
@@ -182,10 +198,14 @@ fn check_supported(fields: &Value) -> Result<(), String> {
 
 /// Says what another value of a field than the supported ones does.
 fn why_refused(field: &str, value: &Value) -> &'static str {
-    let start = value.as_str().filter(|_| field == "init_lora_weights").unwrap_or_default().to_lowercase();
-    let changes_base = ["pissa", "corda", "olora", "loftq", "lora_ga"].iter().any(|name| start.starts_with(name));
+    let start =
+        value.as_str().filter(|_| field == "init_lora_weights").unwrap_or_default().to_lowercase();
+    let changes_base =
+        ["pissa", "corda", "olora", "loftq", "lora_ga"].iter().any(|name| start.starts_with(name));
     match start.as_str() {
-        _ if changes_base => "with this value PEFT changes the base model's weights when it loads the adapter",
+        _ if changes_base => {
+            "with this value PEFT changes the base model's weights when it loads the adapter"
+        }
         "mica" => "with this value PEFT trains only A",
         _ => "other values change what the adapter computes",
     }
@@ -193,8 +213,13 @@ fn why_refused(field: &str, value: &Value) -> &'static str {
 
 /// Rank and α from the config; the targets from the tensors, because `target_modules` may be a pattern.
 fn read_config(fields: &Value, tensors: &SafeTensors) -> Result<LoraConfig, String> {
-    let rank = fields.get("r").and_then(Value::as_u64).filter(|r| (1..=4096).contains(r)).ok_or("r must be an integer in 1..=4096")?;
-    let alpha = fields.get("lora_alpha").and_then(Value::as_f64).filter(|a| a.is_finite() && *a > 0.0);
+    let rank = fields
+        .get("r")
+        .and_then(Value::as_u64)
+        .filter(|r| (1..=4096).contains(r))
+        .ok_or("r must be an integer in 1..=4096")?;
+    let alpha =
+        fields.get("lora_alpha").and_then(Value::as_f64).filter(|a| a.is_finite() && *a > 0.0);
     let alpha = alpha.ok_or("lora_alpha must be a number above 0")?;
     let use_rslora = match fields.get("use_rslora") {
         None | Some(Value::Null) => false,
@@ -207,7 +232,10 @@ fn read_config(fields: &Value, tensors: &SafeTensors) -> Result<LoraConfig, Stri
         .map(|linear| linear.lora_target().to_owned())
         .collect();
     if target_modules.is_empty() {
-        return Err(format!("{WEIGHTS_FILE} holds no tensor named like {}", peft_example(0, Linear::Query)));
+        return Err(format!(
+            "{WEIGHTS_FILE} holds no tensor named like {}",
+            peft_example(0, Linear::Query)
+        ));
     }
     Ok(LoraConfig { rank: rank as usize, alpha, target_modules, use_rslora, init_adapter: None })
 }
@@ -215,13 +243,23 @@ fn read_config(fields: &Value, tensors: &SafeTensors) -> Result<LoraConfig, Stri
 fn to_f32(view: &TensorView, name: &str) -> Result<Tensor, String> {
     let bytes = view.data();
     let values: Vec<f32> = match view.dtype() {
-        Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-        Dtype::F16 => bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-        Dtype::BF16 => bytes.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+        Dtype::F32 => {
+            bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+        }
+        Dtype::F16 => {
+            bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
+        }
+        Dtype::BF16 => bytes
+            .chunks_exact(2)
+            .map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32())
+            .collect(),
         other => return Err(format!("tensor {name} is {other:?}: use F32, F16 or BF16")),
     };
     if let Some(i) = values.iter().position(|v| !v.is_finite()) {
-        return Err(format!("tensor {name} holds {} at element {i}: the adapter is damaged", values[i]));
+        return Err(format!(
+            "tensor {name} holds {} at element {i}: the adapter is damaged",
+            values[i]
+        ));
     }
     Tensor::from_vec(values, view.shape(), &candle_core::Device::Cpu).map_err(|e| e.to_string())
 }
@@ -259,7 +297,8 @@ pub fn save(dir: &Path, adapter: &Adapter, base: &BaseName) -> Result<(), ModelE
 /// When `config` is not a JSON object.
 pub fn with_base(config: &[u8], base: &BaseName) -> Result<Vec<u8>, String> {
     let wrong = |reason: String| format!("{CONFIG_FILE} is not a JSON object: {reason}");
-    let mut fields: serde_json::Map<String, Value> = serde_json::from_slice(config).map_err(|e| wrong(e.to_string()))?;
+    let mut fields: serde_json::Map<String, Value> =
+        serde_json::from_slice(config).map_err(|e| wrong(e.to_string()))?;
     fields.insert("base_model_name_or_path".into(), json!(base.name));
     fields.insert("revision".into(), json!(base.revision));
     serde_json::to_vec_pretty(&fields).map_err(|e| wrong(e.to_string()))
@@ -272,7 +311,10 @@ pub fn base_of(config: &[u8], id: &str) -> BaseName {
     let text = |field: &str| fields.get(field).and_then(Value::as_str);
     let stored = BaseName::from_hub(text("base_model_name_or_path").unwrap_or_default());
     match is_hub_id(&stored.name) {
-        true => BaseName { revision: stored.revision.or_else(|| text("revision").map(str::to_owned)), ..stored },
+        true => BaseName {
+            revision: stored.revision.or_else(|| text("revision").map(str::to_owned)),
+            ..stored
+        },
         false => BaseName::from(id),
     }
 }
@@ -280,10 +322,15 @@ pub fn base_of(config: &[u8], id: &str) -> BaseName {
 /// Writes f32 tensors as a safetensors file that torch reads.
 pub fn save_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<(), ModelError> {
     // safetensors wants all the bytes at once; each tensor's are made when they are written, and only views are kept.
-    let views = tensors.iter().map(|(n, t)| Ok((n.clone(), Bytes::new(t)?))).collect::<Result<Vec<_>, ModelError>>()?;
+    let views = tensors
+        .iter()
+        .map(|(n, t)| Ok((n.clone(), Bytes::new(t)?)))
+        .collect::<Result<Vec<_>, ModelError>>()?;
     let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
-    safetensors::serialize_to_file(views, Some(metadata), path)
-        .map_err(|e| ModelError::Io { path: path.to_owned(), source: std::io::Error::other(e.to_string()) })
+    safetensors::serialize_to_file(views, Some(metadata), path).map_err(|e| ModelError::Io {
+        path: path.to_owned(),
+        source: std::io::Error::other(e.to_string()),
+    })
 }
 
 /// A tensor whose bytes are formed on demand.
@@ -309,7 +356,9 @@ impl safetensors::View for Bytes {
     }
 
     fn data(&self) -> std::borrow::Cow<'_, [u8]> {
-        let bytes = crate::compute::cpu::with_values(&self.tensor, |v| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
+        let bytes = crate::compute::cpu::with_values(&self.tensor, |v| {
+            v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>()
+        });
         // The tensor was made f32, contiguous and on the CPU by `new`, which is all that can fail here.
         std::borrow::Cow::Owned(bytes.unwrap_or_default())
     }

@@ -59,7 +59,10 @@ pub fn locate(source: &str, hub: &HubOptions) -> Result<Located, ModelError> {
     let not_found = |tried: String| ModelError::NotFound { model: source.to_owned(), tried };
     let (name, revision) = source.split_once('@').unwrap_or((source, "main"));
     if !is_hub_id(name) {
-        return Err(not_found("a folder or file of that name (none), and it is not a hub id of the form owner/name".into()));
+        return Err(not_found(
+            "a folder or file of that name (none), and it is not a hub id of the form owner/name"
+                .into(),
+        ));
     }
     download(name, revision, hub).map(Located::Folder).map_err(not_found)
 }
@@ -72,24 +75,41 @@ const COMPLETE: &str = ".bradley-complete.json";
 /// A download that was interrupted has no list of its files and is taken up again, at the commit that it was of. So is one of
 /// another program, which costs a request and no download where it is whole.
 fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, String> {
-    let repo_at = |revision: &str| Repo::with_revision(name.to_owned(), RepoType::Model, revision.to_owned());
+    let repo_at =
+        |revision: &str| Repo::with_revision(name.to_owned(), RepoType::Model, revision.to_owned());
     let repo = repo_at(revision);
     let cache = hub.cache_dir.clone().map(Cache::new).unwrap_or_default();
-    let begun = cache.repo(repo.clone()).get("config.json").and_then(|p| p.parent().map(Path::to_owned));
+    let begun =
+        cache.repo(repo.clone()).get("config.json").and_then(|p| p.parent().map(Path::to_owned));
     if let Some(dir) = begun.as_ref().filter(|dir| is_complete(dir)) {
         return Ok(dir.clone());
     }
-    let cached = if begun.is_some() { "a download that did not end, or one of another program" } else { "not there" };
+    let cached = if begun.is_some() {
+        "a download that did not end, or one of another program"
+    } else {
+        "not there"
+    };
     if hub.offline {
         let Some(dir) = begun.filter(|dir| is_usable(dir)) else {
-            return Err(format!("the cache {} ({cached}), and offline mode forbids the hub", cache.path().display()));
+            return Err(format!(
+                "the cache {} ({cached}), and offline mode forbids the hub",
+                cache.path().display()
+            ));
         };
-        tracing::warn!(model = name, "the cache does not say whether the model's download ended: it is used as it is, in offline mode");
+        tracing::warn!(
+            model = name,
+            "the cache does not say whether the model's download ended: it is used as it is, in offline mode"
+        );
         return Ok(dir);
     }
     let endpoint = hub.endpoint.as_deref().unwrap_or("https://huggingface.co");
     let remedy = if begun.is_some() { "; HF_HUB_OFFLINE=1 uses the cache as it is" } else { "" };
-    let failed = |e: &dyn fmt::Display| format!("the cache {} ({cached}) and the hub {endpoint} ({e}){remedy}", cache.path().display());
+    let failed = |e: &dyn fmt::Display| {
+        format!(
+            "the cache {} ({cached}) and the hub {endpoint} ({e}){remedy}",
+            cache.path().display()
+        )
+    };
     let api = ApiBuilder::from_cache(cache.clone())
         .with_endpoint(endpoint.to_owned())
         .with_token(hub.token.clone())
@@ -104,7 +124,8 @@ fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, Str
         return Err(failed(&"its answer names no commit"));
     }
     let dir = cache.repo(repo.clone()).pointer_path(&info.sha);
-    let files: Vec<String> = info.siblings.into_iter().map(|s| s.rfilename).filter(|f| is_needed(f)).collect();
+    let files: Vec<String> =
+        info.siblings.into_iter().map(|s| s.rfilename).filter(|f| is_needed(f)).collect();
     for file in files.iter().filter(|file| !dir.join(file).is_file()) {
         tracing::info!(model = name, file, "downloading");
         remote.download(file).map_err(|e| failed(&e))?;
@@ -130,7 +151,9 @@ fn mark_complete(dir: &Path, files: &[String]) -> std::io::Result<()> {
 
 /// Whether a download ended and everything that it brought is there.
 fn is_complete(dir: &Path) -> bool {
-    let listed = std::fs::read(dir.join(COMPLETE)).ok().and_then(|list| serde_json::from_slice::<Vec<String>>(&list).ok());
+    let listed = std::fs::read(dir.join(COMPLETE))
+        .ok()
+        .and_then(|list| serde_json::from_slice::<Vec<String>>(&list).ok());
     is_usable(dir) && listed.is_some_and(|files| files.iter().all(|file| dir.join(file).is_file()))
 }
 
@@ -152,7 +175,9 @@ fn is_needed(file: &str) -> bool {
 /// Whether the files are there without which no model can be opened.
 fn is_usable(dir: &Path) -> bool {
     let has = |f: &str| dir.join(f).is_file();
-    has("config.json") && has("tokenizer.json") && (has("model.safetensors") || has("model.safetensors.index.json"))
+    has("config.json")
+        && has("tokenizer.json")
+        && (has("model.safetensors") || has("model.safetensors.index.json"))
 }
 
 #[cfg(test)]
@@ -161,8 +186,12 @@ mod tests {
 
     #[test]
     fn what_was_tried_is_named_and_secrets_are_not() {
-        let hub =
-            HubOptions { offline: true, cache_dir: Some("/nonexistent".into()), token: Some("hf_secret".into()), ..HubOptions::default() };
+        let hub = HubOptions {
+            offline: true,
+            cache_dir: Some("/nonexistent".into()),
+            token: Some("hf_secret".into()),
+            ..HubOptions::default()
+        };
         let e = locate("owner/name", &hub).unwrap_err().to_string();
         assert!(e.contains("/nonexistent") && e.contains("offline"), "{e}");
         let e = locate("../../etc/passwd-no", &hub).unwrap_err().to_string();

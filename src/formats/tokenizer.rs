@@ -37,7 +37,8 @@ struct Vocabulary {
 
 impl Vocabulary {
     fn of(tokenizer: &Tokenizer) -> Self {
-        let mut tokens: Vec<(u32, String)> = tokenizer.get_vocab(true).into_iter().map(|(t, id)| (id, t)).collect();
+        let mut tokens: Vec<(u32, String)> =
+            tokenizer.get_vocab(true).into_iter().map(|(t, id)| (id, t)).collect();
         tokens.sort_unstable();
         let mut hash = blake3::Hasher::new();
         for (id, token) in &tokens {
@@ -64,14 +65,17 @@ impl ChatTokenizer {
         // A tokenizer.json may ask for truncation or padding; lengths are the business of the encoder here.
         parts.tokenizer.with_padding(None);
         parts.tokenizer.with_truncation(None).map_err(|e| wrong(path, e.to_string()))?;
-        let id = |token: Option<String>| token.and_then(|t| parts.tokenizer.token_to_id(&t).map(|id| (t, id)));
+        let id = |token: Option<String>| {
+            token.and_then(|t| parts.tokenizer.token_to_id(&t).map(|id| (t, id)))
+        };
         let (bos, eos) = (id(parts.bos_token), id(parts.eos_token));
         let mut content = parts.content;
         for (name, token) in &parts.special_tokens {
             content.update(format!("\n{name} {token:?}").as_bytes());
         }
         let content_hash = content.finalize().to_hex().to_string();
-        let vocabulary = guarded(|| Vocabulary::of(&parts.tokenizer)).map_err(|e| wrong(path, e))?;
+        let vocabulary =
+            guarded(|| Vocabulary::of(&parts.tokenizer)).map_err(|e| wrong(path, e))?;
         let templates = Templates::compile(parts.templates, &parts.special_tokens, path);
         let mut assembled = ChatTokenizer {
             bos,
@@ -93,13 +97,16 @@ impl ChatTokenizer {
     /// The token ids of `text`; with `add_special_tokens`, BOS where the tokenizer adds one.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, ModelError> {
         // The library panics at some of what a file may hold.
-        let encoding = guarded(|| self.tokenizer.encode_fast(text, add_special_tokens)).map_err(|e| wrong(&self.path, e))?;
+        let encoding = guarded(|| self.tokenizer.encode_fast(text, add_special_tokens))
+            .map_err(|e| wrong(&self.path, e))?;
         Ok(encoding.map_err(|e| wrong(&self.path, e.to_string()))?.get_ids().to_vec())
     }
 
     /// The text of `ids`, special tokens included.
     pub fn decode(&self, ids: &[u32]) -> Result<String, ModelError> {
-        guarded(|| self.tokenizer.decode(ids, false)).map_err(|e| wrong(&self.path, e))?.map_err(|e| wrong(&self.path, e.to_string()))
+        guarded(|| self.tokenizer.decode(ids, false))
+            .map_err(|e| wrong(&self.path, e))?
+            .map_err(|e| wrong(&self.path, e.to_string()))
     }
 
     /// The token that ends a sequence.
@@ -124,7 +131,10 @@ impl ChatTokenizer {
 
     /// Whether dialogues can be rendered.
     pub fn has_chat_template(&self) -> bool {
-        [&self.templates.default, &self.templates.tool_use].into_iter().flatten().any(|t| t.compiled.is_ok())
+        [&self.templates.default, &self.templates.tool_use]
+            .into_iter()
+            .flatten()
+            .any(|t| t.compiled.is_ok())
     }
 
     /// Renders a dialogue; encode the result without adding special tokens.
@@ -132,8 +142,15 @@ impl ChatTokenizer {
     /// # Errors
     /// When the model has no chat template, or the template does not compile or refuses these
     /// messages.
-    pub fn apply_chat_template(&self, messages: &[ChatMessage], options: &RenderOptions) -> Result<String, ModelError> {
-        let template = self.templates.find(options.tools.is_some()).map_err(|reason| ModelError::ChatTemplate { reason })?;
+    pub fn apply_chat_template(
+        &self,
+        messages: &[ChatMessage],
+        options: &RenderOptions,
+    ) -> Result<String, ModelError> {
+        let template = self
+            .templates
+            .find(options.tools.is_some())
+            .map_err(|reason| ModelError::ChatTemplate { reason })?;
         template.render(messages, options)
     }
 
@@ -191,7 +208,11 @@ struct NamedTemplate {
 }
 
 impl Templates {
-    fn compile(sources: Vec<(String, String)>, special_tokens: &[(String, String)], path: &Path) -> Self {
+    fn compile(
+        sources: Vec<(String, String)>,
+        special_tokens: &[(String, String)],
+        path: &Path,
+    ) -> Self {
         let mut templates = Templates::default();
         for (name, source) in sources {
             templates.names.push(name.clone());
@@ -218,7 +239,10 @@ impl Templates {
         let chosen = self.tool_use.as_ref().filter(|_| with_tools).or(self.default.as_ref());
         match chosen {
             Some(template) => template.compiled.as_ref().map_err(Clone::clone),
-            None if self.names.is_empty() => Err("this model has none: use plain-text prompts and completions, or a chat model".to_owned()),
+            None if self.names.is_empty() => {
+                Err("this model has none: use plain-text prompts and completions, or a chat model"
+                    .to_owned())
+            }
             None => Err(format!(
                 "this model has templates named {} and none named {DEFAULT:?}: use plain-text prompts and completions",
                 self.names.join(", ")

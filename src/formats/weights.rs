@@ -110,7 +110,12 @@ impl Weights {
     }
 
     fn new(kind: FileFormat, path: &Path) -> Self {
-        Weights { kind, path: path.to_owned(), fingerprint: OnceLock::new(), digests: Digesting::Off }
+        Weights {
+            kind,
+            path: path.to_owned(),
+            fingerprint: OnceLock::new(),
+            digests: Digesting::Off,
+        }
     }
 
     /// A parameter's tensor, contiguous, on the CPU: a matrix in `precision`, norms and biases in
@@ -120,7 +125,11 @@ impl Weights {
     /// When it is missing, has another shape or an element type that cannot be read, and
     /// [`ModelError::Changed`] when its file was opened by [`WeightFiles::open`] and is not what it was.
     pub fn load(&self, param: &ParamSpec, precision: Precision) -> Result<Tensor, ModelError> {
-        let dtype = if param.role == ParamRole::Matrix && precision == Precision::Bf16 { DType::BF16 } else { DType::F32 };
+        let dtype = if param.role == ParamRole::Matrix && precision == Precision::Bf16 {
+            DType::BF16
+        } else {
+            DType::F32
+        };
         let check = |file: &Path, bytes: &[u8]| self.check_digest(&param.hf.name, file, bytes);
         let tensor = match &self.kind {
             FileFormat::Safetensors(w) => w.load(&param.hf.name, dtype == DType::BF16, &check),
@@ -131,7 +140,8 @@ impl Weights {
             Digesting::Off | Digesting::Recorded(_) => tensor?,
         };
         let name = || param.name().to_owned();
-        let tensor = tensor.ok_or_else(|| ModelError::MissingTensor { name: name(), path: self.path.clone() })?;
+        let tensor = tensor
+            .ok_or_else(|| ModelError::MissingTensor { name: name(), path: self.path.clone() })?;
         if tensor.dims() != param.shape {
             return Err(ModelError::ShapeMismatch {
                 name: name(),
@@ -150,7 +160,10 @@ impl Weights {
             Digesting::Recorded(digests) => {
                 let digest = blake3::hash(bytes);
                 // Nothing panics while the map is changed.
-                digests.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), digest);
+                digests
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .insert(name.to_owned(), digest);
                 Ok(())
             }
             Digesting::Expected(digests) => {
@@ -173,12 +186,20 @@ impl Weights {
     pub fn check_names(&self, config: &ModelConfig) -> Result<(), ModelError> {
         let params = params::params(&config.spec);
         let (stored, called_for): (Vec<&str>, BTreeSet<&str>) = match &self.kind {
-            FileFormat::Safetensors(w) => (w.names().collect(), params.iter().map(|p| p.hf.name.as_str()).collect()),
-            FileFormat::Gguf(w) => (w.names().collect(), params.iter().map(|p| p.gguf.name.as_str()).collect()),
+            FileFormat::Safetensors(w) => {
+                (w.names().collect(), params.iter().map(|p| p.hf.name.as_str()).collect())
+            }
+            FileFormat::Gguf(w) => {
+                (w.names().collect(), params.iter().map(|p| p.gguf.name.as_str()).collect())
+            }
         };
-        let mut unexpected: Vec<&str> = stored.into_iter().filter(|name| !called_for.contains(*name) && !is_harmless(name)).collect();
+        let mut unexpected: Vec<&str> = stored
+            .into_iter()
+            .filter(|name| !called_for.contains(*name) && !is_harmless(name))
+            .collect();
         unexpected.sort_unstable();
-        let in_layers: Vec<&&str> = unexpected.iter().filter(|name| params::is_in_block(name)).collect();
+        let in_layers: Vec<&&str> =
+            unexpected.iter().filter(|name| params::is_in_block(name)).collect();
         if let Some(first) = in_layers.first() {
             let (name, others) = ((**first).to_owned(), in_layers.len() - 1);
             return Err(ModelError::UnexpectedTensor { name, path: self.path.clone(), others });
@@ -198,7 +219,8 @@ impl Weights {
     /// is what their scales are stored in, and it rounds less than bf16.
     pub fn element_type(&self) -> ElementType {
         let tensors = self.stored();
-        let count = |dtype| tensors.iter().filter(|t| t.dtype == dtype).map(|t| t.elements).sum::<usize>();
+        let count =
+            |dtype| tensors.iter().filter(|t| t.dtype == dtype).map(|t| t.elements).sum::<usize>();
         let mut best = ElementType::F32;
         for dtype in ElementType::ALL {
             if count(dtype) > count(best) {
@@ -235,7 +257,9 @@ impl Weights {
         };
         let digests = match &self.digests {
             Digesting::Off => Arc::default(),
-            Digesting::Recorded(digests) => Arc::new(digests.lock().unwrap_or_else(PoisonError::into_inner).clone()),
+            Digesting::Recorded(digests) => {
+                Arc::new(digests.lock().unwrap_or_else(PoisonError::into_inner).clone())
+            }
             Digesting::Expected(digests) => digests.clone(),
         };
         WeightFiles { path: self.path.clone(), directory, digests }

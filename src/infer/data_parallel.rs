@@ -18,14 +18,21 @@ pub(crate) fn over_devices<T: Send, R: Send>(
         shares[i % devices].push((i, row));
     }
     let run = |policy: &Policy, share: Vec<(usize, T)>, pause: &mut dyn FnMut()| {
-        share.into_iter().map(|(i, row)| Ok((i, pass(policy, row, pause)?))).collect::<Result<Vec<(usize, R)>>>()
+        share
+            .into_iter()
+            .map(|(i, row)| Ok((i, pass(policy, row, pause)?)))
+            .collect::<Result<Vec<(usize, R)>>>()
     };
     let mut shares = shares.into_iter();
     let own = shares.next().unwrap_or_default();
     let run = &run;
     let mut results = std::thread::scope(|threads| {
         let busy = policy.helpers.iter().zip(shares).filter(|(_, share)| !share.is_empty());
-        let helpers: Vec<_> = busy.map(|(device, share)| threads.spawn(move || run(&policy.on(device), share, &mut || {}))).collect();
+        let helpers: Vec<_> = busy
+            .map(|(device, share)| {
+                threads.spawn(move || run(&policy.on(device), share, &mut || {}))
+            })
+            .collect();
         let mut results = run(policy, own, pause);
         for helper in helpers {
             let theirs = helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -54,8 +61,10 @@ mod tests {
         let json = r#"{"model_type": "llama", "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 4,
             "max_position_embeddings": 8, "rms_norm_eps": 1e-5}"#;
         let config = ModelConfig::from_hf_json(json, Path::new("config.json")).unwrap();
-        let parameters =
-            Parameters::build(&config, |param| Tensor::zeros(param.shape.as_slice(), candle_core::DType::F32, &Device::Cpu)).unwrap();
+        let parameters = Parameters::build(&config, |param| {
+            Tensor::zeros(param.shape.as_slice(), candle_core::DType::F32, &Device::Cpu)
+        })
+        .unwrap();
         Policy {
             config: Arc::new(config),
             parameters: Arc::new(parameters),
@@ -70,18 +79,22 @@ mod tests {
     fn every_row_is_done_once_in_order_and_an_error_or_a_panic_is_told() {
         let policy = policy(2);
         let mut pauses = 0;
-        let doubled = over_devices(&policy, (0..8).collect(), &mut || pauses += 1, |policy, row, pause| {
-            pause();
-            assert!(policy.helpers.is_empty() || row % 3 == 0);
-            Ok(2 * row)
-        });
+        let doubled =
+            over_devices(&policy, (0..8).collect(), &mut || pauses += 1, |policy, row, pause| {
+                pause();
+                assert!(policy.helpers.is_empty() || row % 3 == 0);
+                Ok(2 * row)
+            });
         assert_eq!(doubled.unwrap(), (0..8).map(|row| 2 * row).collect::<Vec<_>>());
         assert_eq!(pauses, 3, "rows 0, 3 and 6");
-        let failed =
-            over_devices(&policy, (0..8).collect(), &mut || {}, |_, row, _| if row == 4 { candle_core::bail!("row 4") } else { Ok(()) });
+        let failed = over_devices(&policy, (0..8).collect(), &mut || {}, |_, row, _| {
+            if row == 4 { candle_core::bail!("row 4") } else { Ok(()) }
+        });
         assert!(failed.unwrap_err().to_string().contains("row 4"));
         let panicked = crate::model::guard::guarded(|| {
-            over_devices(&policy, vec![0, 1], &mut || {}, |_, row, _| if row == 1 { panic!("on a helper") } else { Ok(()) })
+            over_devices(&policy, vec![0, 1], &mut || {}, |_, row, _| {
+                if row == 1 { panic!("on a helper") } else { Ok(()) }
+            })
         });
         assert!(panicked.is_err());
     }

@@ -45,7 +45,9 @@ impl fmt::Display for Part {
 #[derive(Debug, thiserror::Error)]
 pub enum EncodeError {
     /// The prompt leaves no room for an answer token.
-    #[error("the prompt alone has {tokens} tokens, max_length is {max_length}: shorten the prompt or raise max_length")]
+    #[error(
+        "the prompt alone has {tokens} tokens, max_length is {max_length}: shorten the prompt or raise max_length"
+    )]
     PromptFillsMaxLength {
         /// Tokens of the prompt.
         tokens: usize,
@@ -53,7 +55,9 @@ pub enum EncodeError {
         max_length: usize,
     },
     /// No token precedes the answer.
-    #[error("the prompt has no tokens, so nothing predicts the answer's first token: give a prompt")]
+    #[error(
+        "the prompt has no tokens, so nothing predicts the answer's first token: give a prompt"
+    )]
     EmptyPrompt,
     /// No token is the answer's.
     #[error("{at} has no tokens of its own after the prompt")]
@@ -91,8 +95,12 @@ impl EncodeError {
     /// Returns the part that is at fault.
     pub fn part(&self) -> Part {
         match self {
-            EncodeError::EmptyCompletion { at } | EncodeError::MixedForms { at } | EncodeError::TokenOutsideVocabulary { at, .. } => *at,
-            EncodeError::PromptFillsMaxLength { .. } | EncodeError::EmptyPrompt | EncodeError::Model(_) => Part::Prompt,
+            EncodeError::EmptyCompletion { at }
+            | EncodeError::MixedForms { at }
+            | EncodeError::TokenOutsideVocabulary { at, .. } => *at,
+            EncodeError::PromptFillsMaxLength { .. }
+            | EncodeError::EmptyPrompt
+            | EncodeError::Model(_) => Part::Prompt,
         }
     }
 }
@@ -136,7 +144,14 @@ pub struct EncodedCompletion {
 impl<'a> PairEncoder<'a> {
     /// An encoder; `max_length` counts the tokens of prompt + completion.
     pub fn new(tokenizer: &'a ChatTokenizer, max_length: usize, truncation: Truncation) -> Self {
-        PairEncoder { tokenizer, max_length, truncation, arguments: &NO_ARGUMENTS, date: None, vocab_size: None }
+        PairEncoder {
+            tokenizer,
+            max_length,
+            truncation,
+            arguments: &NO_ARGUMENTS,
+            date: None,
+            vocab_size: None,
+        }
     }
 
     /// The same with tools and variables for the chat template.
@@ -165,7 +180,10 @@ impl<'a> PairEncoder<'a> {
     }
 
     /// [`PairEncoder::encode_row`] with the text of the prompt's end that is left out, if any.
-    pub fn encode_row_with_cut(&self, row: &PreferenceRow) -> Result<(EncodedPair, Option<String>), RowIssue> {
+    pub fn encode_row_with_cut(
+        &self,
+        row: &PreferenceRow,
+    ) -> Result<(EncodedPair, Option<String>), RowIssue> {
         let issue = |e: EncodeError| {
             let reason = match &e {
                 EncodeError::PromptFillsMaxLength { .. } => IssueReason::PromptFillsMaxLength,
@@ -175,28 +193,51 @@ impl<'a> PairEncoder<'a> {
                 EncodeError::TokenOutsideVocabulary { .. } => IssueReason::TokenOutsideVocabulary,
             };
             let field = e.part().to_string();
-            RowIssue { row: row.row, id: row.id.clone(), field: row.column(&field), reason, message: e.to_string() }
+            RowIssue {
+                row: row.row,
+                id: row.id.clone(),
+                field: row.column(&field),
+                reason,
+                message: e.to_string(),
+            }
         };
         let merged = row.arguments.over(self.arguments);
         let encoder = self.with_arguments(&merged);
-        let (pair, cut) = encoder.pair_with_cut(&row.prompt, &row.chosen, &row.rejected).map_err(issue)?;
+        let (pair, cut) =
+            encoder.pair_with_cut(&row.prompt, &row.chosen, &row.rejected).map_err(issue)?;
         let tail = match cut.as_slice() {
             [] => None,
-            cut => Some(self.tokenizer.decode(&cut[..cut.len().min(MAX_SHOWN_TAIL)]).map_err(|e| issue(e.into()))?),
+            cut => Some(
+                self.tokenizer
+                    .decode(&cut[..cut.len().min(MAX_SHOWN_TAIL)])
+                    .map_err(|e| issue(e.into()))?,
+            ),
         };
         Ok((EncodedPair { row: row.row, id: row.id.clone(), weight: row.weight, ..pair }, tail))
     }
 
     /// Encodes a prompt with two answers.
-    pub fn encode_pair(&self, prompt: &Text, a: &Text, b: &Text) -> Result<EncodedPair, EncodeError> {
+    pub fn encode_pair(
+        &self,
+        prompt: &Text,
+        a: &Text,
+        b: &Text,
+    ) -> Result<EncodedPair, EncodeError> {
         self.pair_with_cut(prompt, a, b).map(|(pair, _)| pair)
     }
 
-    fn pair_with_cut(&self, prompt: &Text, a: &Text, b: &Text) -> Result<(EncodedPair, Vec<u32>), EncodeError> {
+    fn pair_with_cut(
+        &self,
+        prompt: &Text,
+        a: &Text,
+        b: &Text,
+    ) -> Result<(EncodedPair, Vec<u32>), EncodeError> {
         let encoded = self.encode(prompt, &[(Part::Chosen, a), (Part::Rejected, b)])?;
         let mut sides = encoded.completions.into_iter();
         // One result per answer.
-        let (Some(chosen), Some(rejected)) = (sides.next(), sides.next()) else { return Err(EncodeError::EmptyPrompt) };
+        let (Some(chosen), Some(rejected)) = (sides.next(), sides.next()) else {
+            return Err(EncodeError::EmptyPrompt);
+        };
         let pair = EncodedPair {
             row: 0,
             id: None,
@@ -213,7 +254,11 @@ impl<'a> PairEncoder<'a> {
 
     /// Encodes a prompt with N answers, each as if it were alone: it begins after the longest prefix that the prompt and the answer itself share, an
     /// error is its own, and says [`Part::Answer`]`(0)`.
-    pub fn encode_completions(&self, prompt: &Text, completions: &[Text]) -> Vec<Result<EncodedCompletion, EncodeError>> {
+    pub fn encode_completions(
+        &self,
+        prompt: &Text,
+        completions: &[Text],
+    ) -> Vec<Result<EncodedCompletion, EncodeError>> {
         let prompt_ids = self.prompt(prompt);
         let encode = |answer: &Text| -> Result<EncodedCompletion, EncodeError> {
             match &prompt_ids {
@@ -227,12 +272,22 @@ impl<'a> PairEncoder<'a> {
 
     /// Encodes a prompt with answers that are compared with each other, split as [`PairEncoder::encode_pair`] splits a pair. An error names the answer
     /// by its place in the list.
-    pub fn encode_together(&self, prompt: &Text, answers: &[Text]) -> Result<Vec<EncodedCompletion>, EncodeError> {
-        let answers: Vec<_> = answers.iter().enumerate().map(|(i, answer)| (Part::Answer(i), answer)).collect();
+    pub fn encode_together(
+        &self,
+        prompt: &Text,
+        answers: &[Text],
+    ) -> Result<Vec<EncodedCompletion>, EncodeError> {
+        let answers: Vec<_> =
+            answers.iter().enumerate().map(|(i, answer)| (Part::Answer(i), answer)).collect();
         Ok(self.encode(prompt, &answers)?.completions)
     }
 
-    fn encode_alone(&self, prompt: &Text, prompt_ids: &[u32], answer: &Text) -> Result<EncodedCompletion, EncodeError> {
+    fn encode_alone(
+        &self,
+        prompt: &Text,
+        prompt_ids: &[u32],
+        answer: &Text,
+    ) -> Result<EncodedCompletion, EncodeError> {
         let at = Part::Answer(0);
         let ids = self.prompt_and_answer(prompt, at, answer)?;
         match common_prefix(prompt_ids, &ids) {
@@ -254,8 +309,12 @@ impl<'a> PairEncoder<'a> {
         if shared == 0 {
             return Err(EncodeError::EmptyPrompt);
         }
-        let completions = answers.iter().zip(whole).map(|((at, _), ids)| self.truncate(*at, ids, shared));
-        Ok(Encoded { completions: completions.collect::<Result<_, _>>()?, cut: prompt_ids[shared..].to_vec() })
+        let completions =
+            answers.iter().zip(whole).map(|((at, _), ids)| self.truncate(*at, ids, shared));
+        Ok(Encoded {
+            completions: completions.collect::<Result<_, _>>()?,
+            cut: prompt_ids[shared..].to_vec(),
+        })
     }
 
     /// Returns the tokens of a prompt alone.
@@ -267,9 +326,16 @@ impl<'a> PairEncoder<'a> {
     }
 
     /// Returns the tokens of a prompt with an answer.
-    fn prompt_and_answer(&self, prompt: &Text, at: Part, answer: &Text) -> Result<Vec<u32>, EncodeError> {
+    fn prompt_and_answer(
+        &self,
+        prompt: &Text,
+        at: Part,
+        answer: &Text,
+    ) -> Result<Vec<u32>, EncodeError> {
         match (prompt, answer) {
-            (Text::Plain(p), Text::Plain(a)) => self.plain(&format!("{p}{a}{}", self.missing_eos(a))),
+            (Text::Plain(p), Text::Plain(a)) => {
+                self.plain(&format!("{p}{a}{}", self.missing_eos(a)))
+            }
             (Text::Chat(p), Text::Chat(a)) => {
                 let dialogue: Vec<_> = p.iter().chain(a).cloned().collect();
                 self.chat(&dialogue, false)
@@ -279,15 +345,27 @@ impl<'a> PairEncoder<'a> {
     }
 
     /// A rendered dialogue.
-    fn chat(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<Vec<u32>, EncodeError> {
+    fn chat(
+        &self,
+        messages: &[ChatMessage],
+        add_generation_prompt: bool,
+    ) -> Result<Vec<u32>, EncodeError> {
         let TemplateArguments { tools, kwargs } = self.arguments;
-        let options = RenderOptions { add_generation_prompt, tools: tools.as_deref(), kwargs, date: self.date };
-        Ok(self.tokenizer.encode(&self.tokenizer.apply_chat_template(messages, &options)?, false)?)
+        let options = RenderOptions {
+            add_generation_prompt,
+            tools: tools.as_deref(),
+            kwargs,
+            date: self.date,
+        };
+        Ok(self
+            .tokenizer
+            .encode(&self.tokenizer.apply_chat_template(messages, &options)?, false)?)
     }
 
     /// A plain prompt or text: BOS where the tokenizer adds one, but never a second one before text that already starts with it.
     fn plain(&self, text: &str) -> Result<Vec<u32>, EncodeError> {
-        let starts_with_bos = self.tokenizer.bos_token().is_some_and(|bos| !bos.is_empty() && text.starts_with(bos));
+        let starts_with_bos =
+            self.tokenizer.bos_token().is_some_and(|bos| !bos.is_empty() && text.starts_with(bos));
         Ok(self.tokenizer.encode(text, !starts_with_bos)?)
     }
 
@@ -298,7 +376,12 @@ impl<'a> PairEncoder<'a> {
         }
     }
 
-    fn truncate(&self, at: Part, ids: Vec<u32>, shared: usize) -> Result<EncodedCompletion, EncodeError> {
+    fn truncate(
+        &self,
+        at: Part,
+        ids: Vec<u32>,
+        shared: usize,
+    ) -> Result<EncodedCompletion, EncodeError> {
         let (n, max) = (ids.len(), self.max_length);
         if n <= shared {
             return Err(EncodeError::EmptyCompletion { at });
@@ -315,13 +398,24 @@ impl<'a> PairEncoder<'a> {
         };
         self.check_vocabulary(Part::Prompt, &ids[from..split])?;
         self.check_vocabulary(at, &ids[split..to])?;
-        Ok(EncodedCompletion { prompt: ids[from..split].to_vec(), tokens: ids[split..to].to_vec(), truncated })
+        Ok(EncodedCompletion {
+            prompt: ids[from..split].to_vec(),
+            tokens: ids[split..to].to_vec(),
+            truncated,
+        })
     }
 
     fn check_vocabulary(&self, at: Part, ids: &[u32]) -> Result<(), EncodeError> {
         let Some(vocab_size) = self.vocab_size else { return Ok(()) };
-        let Some(id) = ids.iter().copied().find(|id| *id as usize >= vocab_size) else { return Ok(()) };
-        Err(EncodeError::TokenOutsideVocabulary { at, token: self.tokenizer.decode(&[id])?, id, vocab_size })
+        let Some(id) = ids.iter().copied().find(|id| *id as usize >= vocab_size) else {
+            return Ok(());
+        };
+        Err(EncodeError::TokenOutsideVocabulary {
+            at,
+            token: self.tokenizer.decode(&[id])?,
+            id,
+            vocab_size,
+        })
     }
 }
 
@@ -336,7 +430,10 @@ pub fn group(completions: &[EncodedCompletion]) -> Vec<SequenceGroup> {
     for c in completions {
         match groups.last_mut() {
             Some(g) if g.prompt == c.prompt => g.completions.push(c.tokens.clone()),
-            _ => groups.push(SequenceGroup { prompt: c.prompt.clone(), completions: vec![c.tokens.clone()] }),
+            _ => groups.push(SequenceGroup {
+                prompt: c.prompt.clone(),
+                completions: vec![c.tokens.clone()],
+            }),
         }
     }
     groups

@@ -43,7 +43,11 @@ pub fn pack_rows(items: &[&[SequenceGroup]], row_tokens: usize) -> Vec<PackedRow
 
 /// [`pack_rows`] for `devices` that each take every `devices`-th row: the number of rows is a multiple of theirs where there are items enough, so that
 /// none waits for the others.
-pub fn pack_rows_for_devices(items: &[&[SequenceGroup]], row_tokens: usize, devices: usize) -> Vec<PackedRow> {
+pub fn pack_rows_for_devices(
+    items: &[&[SequenceGroup]],
+    row_tokens: usize,
+    devices: usize,
+) -> Vec<PackedRow> {
     pack_multiple(&of_one_owner(items), row_tokens, devices)
 }
 
@@ -63,7 +67,10 @@ fn pack_multiple(items: &[Owned], row_tokens: usize, multiple: usize) -> Vec<Pac
         let n = cost(items, &members, i);
         // As close to an equal share of what is left as whole items allow.
         let share = left.div_ceil(rows_left);
-        let over = tokens + n > row_tokens || (rows_left > 1 && tokens + n > share && tokens + n - share > share.saturating_sub(tokens));
+        let over = tokens + n > row_tokens
+            || (rows_left > 1
+                && tokens + n > share
+                && tokens + n - share > share.saturating_sub(tokens));
         if !members.is_empty() && over {
             rows.push(pack_items(items, std::mem::take(&mut members)));
             left = left.saturating_sub(tokens);
@@ -99,8 +106,21 @@ fn sizes(items: &[Owned], order: &[usize]) -> Vec<usize> {
 /// Tokens that item `i` adds to a row of `members`: prompts that are there already cost nothing.
 fn cost(items: &[Owned], members: &[usize], i: usize) -> usize {
     let (owner, groups) = items[i];
-    let last = members.last().map(|m| items[*m]).filter(|(other, _)| *other == owner).map_or(&[][..], |(_, groups)| groups);
-    groups.iter().map(|g| if last.iter().any(|l| l.prompt == g.prompt) { g.tokens() - g.prompt.len() } else { g.tokens() }).sum()
+    let last = members
+        .last()
+        .map(|m| items[*m])
+        .filter(|(other, _)| *other == owner)
+        .map_or(&[][..], |(_, groups)| groups);
+    groups
+        .iter()
+        .map(|g| {
+            if last.iter().any(|l| l.prompt == g.prompt) {
+                g.tokens() - g.prompt.len()
+            } else {
+                g.tokens()
+            }
+        })
+        .sum()
 }
 
 /// A completion: its item among the members, its place in the item, its tokens.
@@ -130,7 +150,8 @@ fn pack_items(items: &[Owned], members: Vec<usize>) -> PackedRow {
     let mut owners: Vec<(Range<usize>, usize)> = Vec::new();
     for (owner, prompt, answers) in prompts {
         let start = ids.len();
-        let (prefix, ranges) = layout.push_group(prompt.len(), answers.iter().map(|(_, _, c)| c.len()));
+        let (prefix, ranges) =
+            layout.push_group(prompt.len(), answers.iter().map(|(_, _, c)| c.len()));
         ids.extend_from_slice(prompt);
         for ((m, nth, tokens), range) in answers.into_iter().zip(ranges) {
             ids.extend_from_slice(tokens);
@@ -146,7 +167,12 @@ fn pack_items(items: &[Owned], members: Vec<usize>) -> PackedRow {
         }
     }
     PackedRow {
-        row: Arc::new(Row { ids, layout: Arc::new(layout), predictors, targets: Arc::new(targets) }),
+        row: Arc::new(Row {
+            ids,
+            layout: Arc::new(layout),
+            predictors,
+            targets: Arc::new(targets),
+        }),
         items: members,
         owners,
         completions,
@@ -158,7 +184,10 @@ mod tests {
     use super::*;
 
     fn item(prompt: u32, length: usize, answers: &[usize]) -> Vec<SequenceGroup> {
-        vec![SequenceGroup { prompt: vec![prompt; length], completions: answers.iter().map(|n| vec![90 + *n as u32; *n]).collect() }]
+        vec![SequenceGroup {
+            prompt: vec![prompt; length],
+            completions: answers.iter().map(|n| vec![90 + *n as u32; *n]).collect(),
+        }]
     }
 
     fn borrowed(items: &[Vec<SequenceGroup>]) -> Vec<&[SequenceGroup]> {

@@ -45,9 +45,15 @@ impl EncodedPair {
     /// The pair as groups: one when the prompt is shared, else two. Chosen comes before rejected either way.
     pub fn groups(&self) -> Vec<SequenceGroup> {
         match &self.rejected_prompt {
-            None => vec![SequenceGroup { prompt: self.prompt.clone(), completions: vec![self.chosen.clone(), self.rejected.clone()] }],
+            None => vec![SequenceGroup {
+                prompt: self.prompt.clone(),
+                completions: vec![self.chosen.clone(), self.rejected.clone()],
+            }],
             Some(p) => vec![
-                SequenceGroup { prompt: self.prompt.clone(), completions: vec![self.chosen.clone()] },
+                SequenceGroup {
+                    prompt: self.prompt.clone(),
+                    completions: vec![self.chosen.clone()],
+                },
                 SequenceGroup { prompt: p.clone(), completions: vec![self.rejected.clone()] },
             ],
         }
@@ -55,12 +61,18 @@ impl EncodedPair {
 
     /// Tokens in its packed row.
     pub fn packed_tokens(&self) -> usize {
-        self.prompt.len() + self.chosen.len() + self.rejected_prompt.as_ref().map_or(0, Vec::len) + self.rejected.len()
+        self.prompt.len()
+            + self.chosen.len()
+            + self.rejected_prompt.as_ref().map_or(0, Vec::len)
+            + self.rejected.len()
     }
 
     /// Tokens of prompt + chosen and prompt + rejected counted as two sequences, as TRL's num_tokens counts them.
     pub fn sequence_tokens(&self) -> usize {
-        self.prompt.len() + self.chosen.len() + self.rejected_prompt.as_ref().unwrap_or(&self.prompt).len() + self.rejected.len()
+        self.prompt.len()
+            + self.chosen.len()
+            + self.rejected_prompt.as_ref().unwrap_or(&self.prompt).len()
+            + self.rejected.len()
     }
 }
 
@@ -89,10 +101,15 @@ pub fn digest(train: &[EncodedPair], eval: &[EncodedPair]) -> String {
 
 /// Splits pairs for training and evaluation, `⌈fraction·rows⌉` rows for the latter, both in order. The pairs of one row follow each
 /// other and stay together, so that no prompt is trained on and evaluated because it had several rejected answers.
-pub fn split_rows(pairs: &[EncodedPair], fraction: f64, seed: u64) -> (Vec<EncodedPair>, Vec<EncodedPair>) {
+pub fn split_rows(
+    pairs: &[EncodedPair],
+    fraction: f64,
+    seed: u64,
+) -> (Vec<EncodedPair>, Vec<EncodedPair>) {
     let rows: Vec<&[EncodedPair]> = pairs.chunk_by(|a, b| a.row == b.row).collect();
     let (train, eval) = split(rows.len(), fraction, seed);
-    let of_rows = |chosen: Vec<usize>| chosen.into_iter().flat_map(|row| rows[row]).cloned().collect();
+    let of_rows =
+        |chosen: Vec<usize>| chosen.into_iter().flat_map(|row| rows[row]).cloned().collect();
     (of_rows(train), of_rows(eval))
 }
 
@@ -159,7 +176,8 @@ mod tests {
         for seed in 0..20 {
             let (train, eval) = split_rows(&pairs(&rows), 0.3, seed);
             let (kept, held_out) = split(rows.len(), 0.3, seed);
-            let expected = |indices: Vec<usize>| indices.into_iter().map(|i| rows[i]).collect::<Vec<_>>();
+            let expected =
+                |indices: Vec<usize>| indices.into_iter().map(|i| rows[i]).collect::<Vec<_>>();
             assert_eq!((numbers(&train), numbers(&eval)), (expected(kept), expected(held_out)));
         }
     }

@@ -46,7 +46,13 @@ impl ReferenceCache {
     }
 
     fn with_disk(limit: usize, disk: Option<CacheFile>) -> Self {
-        ReferenceCache(Mutex::new(CacheState { limit, tokens: 0, entries: HashMap::new(), order: VecDeque::new(), disk }))
+        ReferenceCache(Mutex::new(CacheState {
+            limit,
+            tokens: 0,
+            entries: HashMap::new(),
+            order: VecDeque::new(),
+            disk,
+        }))
     }
 
     fn lock(&self) -> MutexGuard<'_, CacheState> {
@@ -72,11 +78,13 @@ impl ReferenceCache {
             keys.iter().map(|k| inner.get(k)).collect()
         };
         let missing: Vec<usize> = (0..items.len()).filter(|i| found[*i].is_none()).collect();
-        metrics::counter!("bradley_reference_cache_hits_total").increment((items.len() - missing.len()) as u64);
+        metrics::counter!("bradley_reference_cache_hits_total")
+            .increment((items.len() - missing.len()) as u64);
         metrics::counter!("bradley_reference_cache_misses_total").increment(missing.len() as u64);
         let wanted: Vec<&[SequenceGroup]> = missing.iter().map(|i| items[*i]).collect();
         let mut new = Vec::with_capacity(missing.len());
-        for (i, logps) in missing.into_iter().zip(score_all(reference, &wanted, row_tokens, pause)?) {
+        for (i, logps) in missing.into_iter().zip(score_all(reference, &wanted, row_tokens, pause)?)
+        {
             let logps = Arc::new(logps);
             new.push((keys[i], logps.clone()));
             found[i] = Some(logps);
@@ -223,7 +231,9 @@ impl CacheFile {
 
 /// Completions, their lengths, then all values; little-endian.
 fn encode(logps: &Logps) -> Vec<u8> {
-    let lengths = std::iter::once(logps.len()).chain(logps.iter().map(Vec::len)).flat_map(|n| (n as u32).to_le_bytes());
+    let lengths = std::iter::once(logps.len())
+        .chain(logps.iter().map(Vec::len))
+        .flat_map(|n| (n as u32).to_le_bytes());
     lengths.chain(logps.iter().flatten().flat_map(|x| x.to_le_bytes())).collect()
 }
 
@@ -253,7 +263,8 @@ mod tests {
     fn what_was_written_is_read_after_a_restart_bit_for_bit_and_the_oldest_leave() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("cache.redb");
-        let entry = |n: u8| (key(n), Arc::new(vec![vec![-0.1 * n as f32, f32::MIN_POSITIVE], vec![-3.5]]));
+        let entry =
+            |n: u8| (key(n), Arc::new(vec![vec![-0.1 * n as f32, f32::MIN_POSITIVE], vec![-3.5]]));
         let mut file = CacheFile::open(&path, 9).unwrap();
         for n in 1..=4 {
             file.insert(&[entry(n)]).unwrap();

@@ -19,22 +19,38 @@ pub fn score(policy: &Policy, groups: &[SequenceGroup]) -> Result<Logps> {
 }
 
 /// Scores items together in rows of about `row_tokens` tokens, on all devices of the policy. `pause` is called before every block of the rows of its own.
-pub fn score_all(policy: &Policy, items: &[&[SequenceGroup]], row_tokens: usize, pause: &mut dyn FnMut()) -> Result<Vec<Logps>> {
+pub fn score_all(
+    policy: &Policy,
+    items: &[&[SequenceGroup]],
+    row_tokens: usize,
+    pause: &mut dyn FnMut(),
+) -> Result<Vec<Logps>> {
     let mut all = vec![Logps::new(); items.len()];
     let rows = pack_rows_for_devices(items, row_tokens, policy.devices().count());
-    let pass = |policy: &Policy, packed: &PackedRow, pause: &mut dyn FnMut()| policy.log_probs(packed.row.clone(), pause);
-    for (packed, logps) in rows.iter().zip(over_devices(policy, rows.iter().collect(), pause, pass)?) {
+    let pass = |policy: &Policy, packed: &PackedRow, pause: &mut dyn FnMut()| {
+        policy.log_probs(packed.row.clone(), pause)
+    };
+    for (packed, logps) in
+        rows.iter().zip(over_devices(policy, rows.iter().collect(), pause, pass)?)
+    {
         spread(packed, &logps, &mut all);
     }
     Ok(all)
 }
 
 /// Scores items of several policies that share their base weights: `items` says which of `policies` each is for. They share rows, not prompts.
-pub fn score_shared(policies: &[Policy], items: &[Owned], row_tokens: usize, pause: &mut dyn FnMut()) -> Result<Vec<Logps>> {
+pub fn score_shared(
+    policies: &[Policy],
+    items: &[Owned],
+    row_tokens: usize,
+    pause: &mut dyn FnMut(),
+) -> Result<Vec<Logps>> {
     let Some(base) = policies.first().map(Policy::base) else { return Ok(Vec::new()) };
     let mut all = vec![Logps::new(); items.len()];
     for packed in pack_owned_rows(items, row_tokens) {
-        let adapters = packed.owners.iter().filter_map(|(tokens, owner)| Some((tokens.clone(), policies[*owner].adapter.clone()?)));
+        let adapters = packed.owners.iter().filter_map(|(tokens, owner)| {
+            Some((tokens.clone(), policies[*owner].adapter.clone()?))
+        });
         let logps = base.log_probs_with(packed.row.clone(), adapters.collect(), pause)?;
         spread(&packed, &logps, &mut all);
     }

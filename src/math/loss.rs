@@ -55,7 +55,12 @@ pub fn batch_loss(config: &DpoConfig, pairs: &[PairLogps], scale: f64) -> BatchL
 
 /// What some `pairs` of a micro-batch of the size `whole` add to its mean loss, with their gradients. The parts add up to [`batch_loss`], unless the
 /// loss [`DpoConfig::compares_pairs`].
-pub fn partial_loss(config: &DpoConfig, pairs: &[PairLogps], whole: BatchSize, scale: f64) -> BatchLoss {
+pub fn partial_loss(
+    config: &DpoConfig,
+    pairs: &[PairLogps],
+    whole: BatchSize,
+    scale: f64,
+) -> BatchLoss {
     let b = whole.pairs.max(1) as f64;
     let sums: Vec<Sums> = pairs.iter().map(|p| sums(config, p)).collect();
     // Constant with respect to the policy: WPO passes no gradient through its weights.
@@ -91,7 +96,8 @@ pub fn partial_loss(config: &DpoConfig, pairs: &[PairLogps], whole: BatchSize, s
         }
     }
 
-    let per_token = if whole.chosen_tokens > 0 { nll_factor / whole.chosen_tokens as f64 } else { 0.0 };
+    let per_token =
+        if whole.chosen_tokens > 0 { nll_factor / whole.chosen_tokens as f64 } else { 0.0 };
     let mut out = BatchLoss { loss: total, ..BatchLoss::default() };
     for (i, p) in pairs.iter().enumerate() {
         let nll_slope = -per_token * weights[i];
@@ -99,9 +105,13 @@ pub fn partial_loss(config: &DpoConfig, pairs: &[PairLogps], whole: BatchSize, s
             out.loss += nll_slope * p.policy_chosen.iter().map(|x| *x as f64).sum::<f64>();
         }
         let shared = p.policy_chosen.len().min(p.policy_rejected.len());
-        let token = |t: usize, slope: f64, constant: f64| (scale * (slope * token_weight(config, t, shared) + constant)) as f32;
-        out.grad_chosen.push((0..p.policy_chosen.len()).map(|t| token(t, slopes[i].0, nll_slope)).collect());
-        out.grad_rejected.push((0..p.policy_rejected.len()).map(|t| token(t, slopes[i].1, 0.0)).collect());
+        let token = |t: usize, slope: f64, constant: f64| {
+            (scale * (slope * token_weight(config, t, shared) + constant)) as f32
+        };
+        out.grad_chosen
+            .push((0..p.policy_chosen.len()).map(|t| token(t, slopes[i].0, nll_slope)).collect());
+        out.grad_rejected
+            .push((0..p.policy_rejected.len()).map(|t| token(t, slopes[i].1, 0.0)).collect());
     }
     out
 }
@@ -116,7 +126,9 @@ fn token_weight(config: &DpoConfig, token: usize, shared: usize) -> f64 {
 
 fn sums(config: &DpoConfig, p: &PairLogps) -> Sums {
     let shared = p.policy_chosen.len().min(p.policy_rejected.len());
-    let sum = |xs: &[f32]| xs.iter().enumerate().map(|(t, x)| *x as f64 * token_weight(config, t, shared)).sum::<f64>();
+    let sum = |xs: &[f32]| {
+        xs.iter().enumerate().map(|(t, x)| *x as f64 * token_weight(config, t, shared)).sum::<f64>()
+    };
     let reference = p.reference.filter(|_| !config.reference_free);
     Sums {
         policy_w: sum(p.policy_chosen),
@@ -130,10 +142,14 @@ fn sums(config: &DpoConfig, p: &PairLogps) -> Sums {
 
 /// WPO (arXiv:2406.11827, eq. 2): w_w·w_l with w = exp(mean_t[log p_t − log Σ_v p_v²]).
 fn wpo_weight(p: &PairLogps) -> f64 {
-    let mean =
-        |logps: &[f32], p2: &[f32]| logps.iter().zip(p2).map(|(a, b)| *a as f64 - *b as f64).sum::<f64>() / logps.len().max(1) as f64;
+    let mean = |logps: &[f32], p2: &[f32]| {
+        logps.iter().zip(p2).map(|(a, b)| *a as f64 - *b as f64).sum::<f64>()
+            / logps.len().max(1) as f64
+    };
     match p.wpo {
-        Some((chosen, rejected)) => (mean(p.policy_chosen, chosen) + mean(p.policy_rejected, rejected)).exp(),
+        Some((chosen, rejected)) => {
+            (mean(p.policy_chosen, chosen) + mean(p.policy_rejected, rejected)).exp()
+        }
         None => 1.0,
     }
 }

@@ -77,12 +77,14 @@ pub fn micro_batch(loss: f64, pairs: &[PairObservation]) -> Metrics {
 
 /// Returns the metrics that are means over the completion tokens of all `pairs`.
 pub fn tokens(pairs: &[PairObservation]) -> Metrics {
-    let over = |side: &dyn Fn(&PairObservation) -> &[TokenStats], f: &dyn Fn(&TokenStats) -> f64| {
+    let over = |side: &dyn Fn(&PairObservation) -> &[TokenStats],
+                f: &dyn Fn(&TokenStats) -> f64| {
         let n: usize = pairs.iter().map(|p| side(p).len()).sum();
         (pairs.iter().flat_map(|p| side(p).iter().map(f)).sum::<f64>(), n)
     };
     let ratio = |(sum, n): (f64, usize)| if n > 0 { sum / n as f64 } else { 0.0 };
-    let (cl, rl) = (over(&|p| &p.chosen, &|t| t.mean_logit), over(&|p| &p.rejected, &|t| t.mean_logit));
+    let (cl, rl) =
+        (over(&|p| &p.chosen, &|t| t.mean_logit), over(&|p| &p.rejected, &|t| t.mean_logit));
     let (ce, re) = (over(&|p| &p.chosen, &|t| t.entropy), over(&|p| &p.rejected, &|t| t.entropy));
     [
         ("logits/chosen", ratio(cl)),
@@ -132,7 +134,10 @@ pub mod exact {
 
         /// Numbers by name.
         pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Metrics, D::Error> {
-            Ok(BTreeMap::<String, u64>::deserialize(d)?.into_iter().map(|(name, bits)| (name, f64::from_bits(bits))).collect())
+            Ok(BTreeMap::<String, u64>::deserialize(d)?
+                .into_iter()
+                .map(|(name, bits)| (name, f64::from_bits(bits)))
+                .collect())
         }
     }
 }
@@ -160,7 +165,11 @@ mod tests {
 
     #[test]
     fn token_metrics_weigh_tokens_and_reward_metrics_weigh_pairs() {
-        let t = |entropy: f64, is_argmax: bool| TokenStats { mean_logit: entropy * 2.0, entropy, is_argmax };
+        let t = |entropy: f64, is_argmax: bool| TokenStats {
+            mean_logit: entropy * 2.0,
+            entropy,
+            is_argmax,
+        };
         let a = PairObservation {
             logp_chosen: -2.0,
             logp_rejected: -4.0,
@@ -170,7 +179,11 @@ mod tests {
             chosen: vec![t(1.0, true)],
             rejected: vec![t(2.0, true), t(3.0, true)],
         };
-        let b = PairObservation { reward_chosen: 3.0, chosen: vec![t(0.0, false), t(0.0, false), t(0.0, false)], ..a.clone() };
+        let b = PairObservation {
+            reward_chosen: 3.0,
+            chosen: vec![t(0.0, false), t(0.0, false), t(0.0, false)],
+            ..a.clone()
+        };
         let m = micro_batch(0.5, &[a, b]);
         assert_eq!(m["mean_token_accuracy"], 0.25);
         assert_eq!(m["logits/chosen"], 0.5);
@@ -182,10 +195,21 @@ mod tests {
 
     #[test]
     fn normalized_rewards_have_metrics_of_their_own() {
-        let longer = PairObservation { reward_chosen: -9.0, reward_rejected: -8.0, normalized: Some((-1.0, -2.0)), ..Default::default() };
+        let longer = PairObservation {
+            reward_chosen: -9.0,
+            reward_rejected: -8.0,
+            normalized: Some((-1.0, -2.0)),
+            ..Default::default()
+        };
         let m = micro_batch(0.0, &[longer.clone(), longer]);
         assert_eq!((m["rewards/margins"], m["rewards/accuracies"]), (-1.0, 0.0));
-        assert_eq!((m["rewards_normalized/margins"], m["rewards_normalized/accuracies"]), (1.0, 1.0));
-        assert_eq!((m["rewards_normalized/chosen"], m["rewards_normalized/rejected"]), (-1.0, -2.0));
+        assert_eq!(
+            (m["rewards_normalized/margins"], m["rewards_normalized/accuracies"]),
+            (1.0, 1.0)
+        );
+        assert_eq!(
+            (m["rewards_normalized/chosen"], m["rewards_normalized/rejected"]),
+            (-1.0, -2.0)
+        );
     }
 }

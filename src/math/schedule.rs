@@ -14,7 +14,9 @@ pub fn learning_rate(kind: ScheduleKind, peak: f64, warmup: u64, total: u64, ste
         ScheduleKind::Constant => 1.0,
         ScheduleKind::Linear => (1.0 - progress).max(0.0),
         ScheduleKind::Cosine => cosine.max(0.0),
-        ScheduleKind::CosineWithFloor { min_ratio } => cosine.max(0.0) * (1.0 - min_ratio) + min_ratio,
+        ScheduleKind::CosineWithFloor { min_ratio } => {
+            cosine.max(0.0) * (1.0 - min_ratio) + min_ratio
+        }
     }
 }
 
@@ -33,6 +35,9 @@ mod tests {
         assert_eq!(rates(ScheduleKind::Linear, 0), [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]);
         assert_eq!(rates(ScheduleKind::Linear, 1), [0.0, 1.0, 0.75, 0.5, 0.25, 0.0]);
         assert_eq!(rates(ScheduleKind::Cosine, 1), [0.0, 1.0, 0.853553, 0.5, 0.146447, 0.0]);
-        assert_eq!(rates(ScheduleKind::CosineWithFloor { min_ratio: 0.1 }, 1), [0.0, 1.0, 0.868198, 0.55, 0.231802, 0.1]);
+        assert_eq!(
+            rates(ScheduleKind::CosineWithFloor { min_ratio: 0.1 }, 1),
+            [0.0, 1.0, 0.868198, 0.55, 0.231802, 0.1]
+        );
     }
 }

@@ -66,7 +66,10 @@ mod tests {
     #[test]
     fn exchanging_the_answers_gives_the_complement() {
         for margin in [-800.0, -3.0, 0.0, 0.1, 40.0] {
-            assert!((preference_probability(margin) + preference_probability(-margin) - 1.0).abs() < 1e-15);
+            assert!(
+                (preference_probability(margin) + preference_probability(-margin) - 1.0).abs()
+                    < 1e-15
+            );
         }
     }
 
@@ -75,7 +78,8 @@ mod tests {
         // SimPO, β = 2: −100 nats over 100 tokens against −30 over 20.
         let long = AnswerLogps::new(&[-1.0; 100], None);
         let short = AnswerLogps::new(&[-1.5; 20], None);
-        let margin = |normalization| reward(2.0, normalization, long) - reward(2.0, normalization, short);
+        let margin =
+            |normalization| reward(2.0, normalization, long) - reward(2.0, normalization, short);
         assert_eq!(margin(Normalization::Mean), 1.0);
         assert_eq!(margin(Normalization::Sum), -140.0);
         let against = AnswerLogps::new(&[-1.5, -2.5], Some(&[-1.0, -2.0]));

@@ -41,7 +41,11 @@ struct LoraTable {
 impl LoraTable {
     fn of(model: &ModelConfig, config: &LoraConfig) -> Arc<Self> {
         let updates = lora_params(&model.spec, config);
-        let index = updates.iter().enumerate().map(|(i, update)| ((update.block, update.linear), i)).collect();
+        let index = updates
+            .iter()
+            .enumerate()
+            .map(|(i, update)| ((update.block, update.linear), i))
+            .collect();
         Arc::new(LoraTable { num_blocks: model.spec.blocks.len(), updates, index })
     }
 }
@@ -61,7 +65,11 @@ impl Adapter {
     }
 
     /// Makes each tensor with `get`: block by block, A before B.
-    pub fn build<E>(model: &ModelConfig, config: &LoraConfig, mut get: impl FnMut(&LoraTensor) -> Result<Tensor, E>) -> Result<Self, E> {
+    pub fn build<E>(
+        model: &ModelConfig,
+        config: &LoraConfig,
+        mut get: impl FnMut(&LoraTensor) -> Result<Tensor, E>,
+    ) -> Result<Self, E> {
         let table = LoraTable::of(model, config);
         let update = |spec: &LoraSpec| Ok::<_, E>(LowRank { a: get(&spec.a)?, b: get(&spec.b)? });
         let updates = table.updates.iter().map(update).collect::<Result<_, E>>()?;
@@ -79,10 +87,15 @@ impl Adapter {
     }
 
     /// Replaces every tensor by `f(its row of the table, tensor)`: block by block, A before B.
-    pub fn map<E>(&self, mut f: impl FnMut(&LoraTensor, &Tensor) -> Result<Tensor, E>) -> Result<Self, E> {
-        let mapped =
-            |(spec, low_rank): (&LoraSpec, &LowRank)| Ok::<_, E>(LowRank { a: f(&spec.a, &low_rank.a)?, b: f(&spec.b, &low_rank.b)? });
-        let updates = self.table.updates.iter().zip(&self.updates).map(mapped).collect::<Result<_, E>>()?;
+    pub fn map<E>(
+        &self,
+        mut f: impl FnMut(&LoraTensor, &Tensor) -> Result<Tensor, E>,
+    ) -> Result<Self, E> {
+        let mapped = |(spec, low_rank): (&LoraSpec, &LowRank)| {
+            Ok::<_, E>(LowRank { a: f(&spec.a, &low_rank.a)?, b: f(&spec.b, &low_rank.b)? })
+        };
+        let updates =
+            self.table.updates.iter().zip(&self.updates).map(mapped).collect::<Result<_, E>>()?;
         Ok(Adapter { config: self.config.clone(), table: self.table.clone(), updates })
     }
 

@@ -156,8 +156,13 @@ pub trait RowOps<B: Backend> {
     fn head(&self, x: &B::Activation, keep: Keep) -> Result<(HeadOutput, B::HeadTape)>;
 
     /// Returns the gradient of the last block's output `[T, C]`, given ∂loss/∂log p `[N]`.
-    fn head_backward(&self, tape: B::HeadTape, output: HeadOutput, upstream: &[f32], gradients: &mut B::Gradients)
-    -> Result<B::Activation>;
+    fn head_backward(
+        &self,
+        tape: B::HeadTape,
+        output: HeadOutput,
+        upstream: &[f32],
+        gradients: &mut B::Gradients,
+    ) -> Result<B::Activation>;
 }
 
 /// A block that is opened for a pass over one row, with the policy's adapter on it. Passes without
@@ -182,10 +187,20 @@ pub trait BlockOps<B: Backend> {
     fn attention_operand<'a>(&self, output: &'a B::Activation) -> B::Operand<'a>;
 
     /// Writes the outputs of a group of linear layers to `out`.
-    fn project(&self, group: LinearGroup, input: &B::Operand<'_>, out: &mut B::Activation) -> Result<B::LowRank>;
+    fn project(
+        &self,
+        group: LinearGroup,
+        input: &B::Operand<'_>,
+        out: &mut B::Activation,
+    ) -> Result<B::LowRank>;
 
     /// Adds the output of a linear layer to the residual stream.
-    fn add_to_stream(&self, group: LinearGroup, input: &B::Operand<'_>, x: &mut B::Activation) -> Result<B::LowRank>;
+    fn add_to_stream(
+        &self,
+        group: LinearGroup,
+        input: &B::Operand<'_>,
+        x: &mut B::Activation,
+    ) -> Result<B::LowRank>;
 
     /// Norms every head of the queries and keys in place.
     fn head_norms(&self, qkv: &mut B::Activation) -> Result<()>;
@@ -198,7 +213,12 @@ pub trait BlockOps<B: Backend> {
 
     /// Computes gate and up, and activation(gate) ⊙ up. With `save_tape` the result has
     /// `[gate | up]`.
-    fn feed_forward(&self, space: B::GateUpSpace, input: B::Operand<'static>, save_tape: bool) -> Result<Gated<B>>;
+    fn feed_forward(
+        &self,
+        space: B::GateUpSpace,
+        input: B::Operand<'static>,
+        save_tape: bool,
+    ) -> Result<Gated<B>>;
 
     /// Returns the gradient of `[gate | up]`, given that of the residual stream: the backward pass
     /// of down and of the activation. `low_rank` is x·Aᵀ of down.
@@ -221,11 +241,21 @@ pub trait BlockOps<B: Backend> {
     ) -> Result<B::Activation>;
 
     /// Returns the gradient of `qkv`, given that of attention's output.
-    fn attention_backward(&self, qkv: &B::Activation, attended: &Attended<B>, g: &B::Activation) -> Result<B::Activation>;
+    fn attention_backward(
+        &self,
+        qkv: &B::Activation,
+        attended: &Attended<B>,
+        g: &B::Activation,
+    ) -> Result<B::Activation>;
 
     /// Turns the gradient of normed queries and keys into that of `before`, which they were before
     /// their norms.
-    fn head_norms_backward(&self, before: &B::Activation, dqkv: &mut B::Activation, gradients: &mut B::Gradients) -> Result<()>;
+    fn head_norms_backward(
+        &self,
+        before: &B::Activation,
+        dqkv: &mut B::Activation,
+        gradients: &mut B::Gradients,
+    ) -> Result<()>;
 
     /// Adds the gradient of a norm's input `x` to that of the residual stream, given that of its
     /// output, `g`.

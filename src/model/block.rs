@@ -49,7 +49,11 @@ fn attention_of(spec: &BlockSpec) -> AttentionSpec {
 ///
 /// # Errors
 /// When the device fails or has no memory left.
-pub fn block_forward<B: Backend>(block: &impl BlockOps<B>, x: &mut B::Activation, save_tape: bool) -> Result<Option<BlockTape<B>>> {
+pub fn block_forward<B: Backend>(
+    block: &impl BlockOps<B>,
+    x: &mut B::Activation,
+    save_tape: bool,
+) -> Result<Option<BlockTape<B>>> {
     let attention = attention_of(block.spec());
 
     // Attention part.
@@ -68,7 +72,8 @@ pub fn block_forward<B: Backend>(block: &impl BlockOps<B>, x: &mut B::Activation
     block.rotate(&mut qkv, Direction::Forward)?;
     let attended = block.attention(&qkv)?;
     let input = save_tape.then(|| B::copy(x)).transpose()?;
-    let u_output = block.add_to_stream(LinearGroup::Output, &block.attention_operand(&attended.output), x)?;
+    let u_output =
+        block.add_to_stream(LinearGroup::Output, &block.attention_operand(&attended.output), x)?;
     drop(n);
 
     // Feed-forward part.
@@ -80,7 +85,8 @@ pub fn block_forward<B: Backend>(block: &impl BlockOps<B>, x: &mut B::Activation
 
     Ok(match (input, middle, gate_up) {
         (Some(x), Some(middle), Some(gate_up)) => {
-            let low_rank = PerGroup { qkv: u_qkv, output: u_output, gate_up: u_gate_up, down: u_down };
+            let low_rank =
+                PerGroup { qkv: u_qkv, output: u_output, gate_up: u_gate_up, down: u_down };
             Some(BlockTape { x, qkv, before_norm, attended, middle, gate_up, low_rank })
         }
         _ => None,
@@ -106,23 +112,43 @@ pub fn block_backward<B: Backend>(
     let d_gate_up = block.feed_forward_backward(gate_up, &u_down, gx, gradients)?;
     let u_down = B::retire(u_down);
     let n = block.norm(StreamNorm::FeedForward, &middle)?;
-    let gn = block.linear_backward(LinearGroup::GateUp, &n, &u_gate_up, OutputGradient::GateUp(&d_gate_up), gradients)?;
+    let gn = block.linear_backward(
+        LinearGroup::GateUp,
+        &n,
+        &u_gate_up,
+        OutputGradient::GateUp(&d_gate_up),
+        gradients,
+    )?;
     drop((n, d_gate_up, u_gate_up, u_down));
     block.norm_backward(StreamNorm::FeedForward, &middle, &gn, gx, gradients)?;
     drop((gn, middle));
 
     // Attention part.
     let operand = block.attention_operand(&attended.output);
-    let go = block.linear_backward(LinearGroup::Output, &operand, &u_output, OutputGradient::Stream(gx), gradients)?;
+    let go = block.linear_backward(
+        LinearGroup::Output,
+        &operand,
+        &u_output,
+        OutputGradient::Stream(gx),
+        gradients,
+    )?;
     drop(operand);
     let mut dqkv = block.attention_backward(&qkv, &attended, &go)?;
     drop((go, attended, qkv, u_output));
     block.rotate(&mut dqkv, Direction::Backward)?;
     match (attention.qk_norm, &before_norm) {
-        (QkNorm::PerHead, Some(before)) => block.head_norms_backward(before, &mut dqkv, gradients)?,
+        (QkNorm::PerHead, Some(before)) => {
+            block.head_norms_backward(before, &mut dqkv, gradients)?
+        }
         (QkNorm::PerHead, None) | (QkNorm::Absent, _) => {}
     }
     let n = block.norm(StreamNorm::Mixer, &x)?;
-    let gn = block.linear_backward(LinearGroup::Qkv, &n, &u_qkv, OutputGradient::Qkv(&dqkv), gradients)?;
+    let gn = block.linear_backward(
+        LinearGroup::Qkv,
+        &n,
+        &u_qkv,
+        OutputGradient::Qkv(&dqkv),
+        gradients,
+    )?;
     block.norm_backward(StreamNorm::Mixer, &x, &gn, gx, gradients)
 }

@@ -22,14 +22,20 @@ impl BlockShape {
         let BlockSpec {
             mixer: Mixer::Attention(attention),
             mixer_norms: Norms::Pre,
-            feed_forward: FeedForward::Gated { width: feed_forward, activation: Activation::Silu, bias: _ },
+            feed_forward:
+                FeedForward::Gated { width: feed_forward, activation: Activation::Silu, bias: _ },
             feed_forward_norms: Norms::Pre,
         } = *block;
         let qk_norm = match attention.qk_norm {
             QkNorm::Absent => false,
             QkNorm::PerHead => true,
         };
-        let heads = Heads { query: attention.heads, key: attention.kv_heads, dim: attention.head_dim, window: attention.window };
+        let heads = Heads {
+            query: attention.heads,
+            key: attention.kv_heads,
+            dim: attention.head_dim,
+            window: attention.window,
+        };
         BlockShape { hidden, feed_forward, heads, qk_norm }
     }
 }

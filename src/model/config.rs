@@ -39,9 +39,11 @@ impl ModelConfig {
         let spec = &self.spec;
         let (frequencies, attention_factor) = spec.rope.inv_freq(spec.head_dim());
         let bits: Vec<u32> = frequencies.iter().map(|f| f.to_bits()).collect();
-        let windows: Vec<usize> = spec.blocks.iter().map(|block| block.attention().window.unwrap_or(0)).collect();
+        let windows: Vec<usize> =
+            spec.blocks.iter().map(|block| block.attention().window.unwrap_or(0)).collect();
         let block = &spec.blocks[0];
-        let (attention, Norms::Pre, Norms::Pre) = (block.attention(), block.mixer_norms, block.feed_forward_norms);
+        let (attention, Norms::Pre, Norms::Pre) =
+            (block.attention(), block.mixer_norms, block.feed_forward_norms);
         let FeedForward::Gated { width, activation: Activation::Silu, bias } = block.feed_forward;
         json!([
             ["architecture", self.architecture.as_str()],
@@ -69,7 +71,8 @@ impl ModelConfig {
     /// # Errors
     /// [`ModelError::InvalidConfig`] names the field; [`ModelError::Unsupported`] an architecture or variant that is not implemented.
     pub fn from_hf_json(text: &str, path: &Path) -> Result<Self, ModelError> {
-        let json: Value = serde_json::from_str(text).map_err(|e| invalid(path, "(whole file)", format!("not JSON: {e}")))?;
+        let json: Value = serde_json::from_str(text)
+            .map_err(|e| invalid(path, "(whole file)", format!("not JSON: {e}")))?;
         Self::from_hf_value(json, path)
     }
 
@@ -97,10 +100,17 @@ impl ModelConfig {
 }
 
 fn architecture(fields: &Fields<'_>) -> Result<Architecture, ModelError> {
-    let name = fields.string("model_type")?.ok_or_else(|| fields.invalid("model_type", "is missing; is this a model's config.json?"))?;
+    let name = fields.string("model_type")?.ok_or_else(|| {
+        fields.invalid("model_type", "is missing; is this a model's config.json?")
+    })?;
     Architecture::from_model_type(name).ok_or_else(|| {
         let supported = Architecture::ALL.map(Architecture::as_str).join(", ");
-        ModelError::Unsupported { what: format!("{}: architecture '{name}' (supported: {supported})", fields.path().display()) }
+        ModelError::Unsupported {
+            what: format!(
+                "{}: architecture '{name}' (supported: {supported})",
+                fields.path().display()
+            ),
+        }
     })
 }
 

@@ -70,12 +70,20 @@ impl Cuda {
     /// # Errors
     /// As [`Gpu::open`].
     pub fn open(ordinal: usize) -> Result<Arc<Self>> {
-        Ok(Arc::new(Cuda { gpu: Gpu::open(ordinal)?, weights: Copies::default(), adapters: Copies::default() }))
+        Ok(Arc::new(Cuda {
+            gpu: Gpu::open(ordinal)?,
+            weights: Copies::default(),
+            adapters: Copies::default(),
+        }))
     }
 
     /// Opens every GPU that can be opened.
     pub fn open_all() -> Vec<Arc<Self>> {
-        let open = |i| Cuda::open(i).inspect_err(|e| tracing::warn!(gpu = i, error = %e, "a GPU is left out")).ok();
+        let open = |i| {
+            Cuda::open(i)
+                .inspect_err(|e| tracing::warn!(gpu = i, error = %e, "a GPU is left out"))
+                .ok()
+        };
         (0..Gpu::count()).filter_map(open).collect()
     }
 
@@ -131,7 +139,10 @@ impl Cuda {
     }
 
     /// Zero gradients for tensors of these sizes.
-    pub fn gradients(&self, sizes: impl IntoIterator<Item = (ParamId, usize)>) -> Result<GradientBuffers> {
+    pub fn gradients(
+        &self,
+        sizes: impl IntoIterator<Item = (ParamId, usize)>,
+    ) -> Result<GradientBuffers> {
         self.gpu.bind()?;
         GradientBuffers::new(&self.gpu, sizes)
     }
@@ -150,7 +161,11 @@ impl Cuda {
         self.adapters.sweep(Kind::of(precision));
     }
 
-    fn open_policy<'a>(&'a self, policy: PolicyView<'a>, row: &PreparedRow) -> Result<OpenPolicy<'a>> {
+    fn open_policy<'a>(
+        &'a self,
+        policy: PolicyView<'a>,
+        row: &PreparedRow,
+    ) -> Result<OpenPolicy<'a>> {
         self.gpu.bind()?;
         let (gpu, kind) = (&self.gpu, Kind::of(policy.precision));
         let adapter = |a: &Arc<Adapter>| self.adapters.adapter(gpu, kind, a);
@@ -160,7 +175,11 @@ impl Cuda {
             policy,
             weights: self.weights.weights(gpu, kind, policy.parameters)?,
             adapter: policy.adapter.map(adapter).transpose()?,
-            parts: row.adapters.iter().map(|(rows, a)| Ok((rows.clone(), adapter(a)?))).collect::<Result<_>>()?,
+            parts: row
+                .adapters
+                .iter()
+                .map(|(rows, a)| Ok((rows.clone(), adapter(a)?)))
+                .collect::<Result<_>>()?,
         })
     }
 
@@ -168,17 +187,35 @@ impl Cuda {
     ///
     /// # Errors
     /// When the GPU fails or has no memory left; so do the other passes.
-    pub fn log_probs(&self, policy: PolicyView<'_>, row: &PreparedRow, yield_point: &mut dyn FnMut()) -> Result<Vec<f32>> {
+    pub fn log_probs(
+        &self,
+        policy: PolicyView<'_>,
+        row: &PreparedRow,
+        yield_point: &mut dyn FnMut(),
+    ) -> Result<Vec<f32>> {
         let policy = self.open_policy(policy, row)?;
         let on_device = DeviceRow::new(&self.gpu, row)?;
-        pass::log_probs(&OpenRow { policy: &policy, source: row.row(), row: &on_device }, yield_point)
+        pass::log_probs(
+            &OpenRow { policy: &policy, source: row.row(), row: &on_device },
+            yield_point,
+        )
     }
 
     /// Runs the row forward.
-    pub fn forward(&self, policy: PolicyView<'_>, row: &PreparedRow, keep: Keep, yield_point: &mut dyn FnMut()) -> Result<DeviceTape> {
+    pub fn forward(
+        &self,
+        policy: PolicyView<'_>,
+        row: &PreparedRow,
+        keep: Keep,
+        yield_point: &mut dyn FnMut(),
+    ) -> Result<DeviceTape> {
         let policy = self.open_policy(policy, row)?;
         let on_device = DeviceRow::new(&self.gpu, row)?;
-        let tape = pass::forward(&OpenRow { policy: &policy, source: row.row(), row: &on_device }, keep, yield_point)?;
+        let tape = pass::forward(
+            &OpenRow { policy: &policy, source: row.row(), row: &on_device },
+            keep,
+            yield_point,
+        )?;
         Ok(DeviceTape { row: on_device, tape })
     }
 

@@ -38,7 +38,12 @@ pub struct Policy {
 impl Policy {
     /// Returns what passes read of it.
     pub fn view(&self) -> PolicyView<'_> {
-        PolicyView { spec: &self.config.spec, parameters: &self.parameters, adapter: self.adapter.as_ref(), precision: self.precision }
+        PolicyView {
+            spec: &self.config.spec,
+            parameters: &self.parameters,
+            adapter: self.adapter.as_ref(),
+            precision: self.precision,
+        }
     }
 
     /// The base model without the adapter.
@@ -92,7 +97,9 @@ impl Policy {
     /// Computes a row's rotary tables.
     pub fn prepare(&self, row: Arc<Row>) -> Result<PreparedRow> {
         let vocabulary = self.config.spec.vocab_size;
-        if let Some(bad) = row.ids.iter().chain(row.targets.iter()).find(|id| **id as usize >= vocabulary) {
+        if let Some(bad) =
+            row.ids.iter().chain(row.targets.iter()).find(|id| **id as usize >= vocabulary)
+        {
             bail!("token id {bad} is outside the model's vocabulary of {vocabulary}");
         }
         let spec = &self.config.spec;
@@ -108,7 +115,12 @@ impl Policy {
 
     /// [`Policy::log_probs`] with other adapters on parts of the row: the base's products are shared, each adapter's low-rank terms are added to its
     /// own tokens. A token's numbers are those that it would have with its adapter alone, bit for bit.
-    pub fn log_probs_with(&self, row: Arc<Row>, adapters: Vec<(Range<usize>, Arc<Adapter>)>, pause: &mut dyn FnMut()) -> Result<Vec<f32>> {
+    pub fn log_probs_with(
+        &self,
+        row: Arc<Row>,
+        adapters: Vec<(Range<usize>, Arc<Adapter>)>,
+        pause: &mut dyn FnMut(),
+    ) -> Result<Vec<f32>> {
         if self.adapter.is_some() && !adapters.is_empty() {
             bail!("adapters on parts of a row need a base without one");
         }

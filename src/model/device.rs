@@ -44,9 +44,14 @@ impl DeviceChoice {
     /// Choices with commas between them; `auto` stands alone, a GPU is named once, and GPUs and the CPU do not mix: a pair must not get another score
     /// depending on who was free.
     pub fn parse_list(text: &str) -> Option<Vec<Self>> {
-        let all: Vec<Self> = text.split(',').map(|one| Self::parse(one.trim())).collect::<Option<_>>()?;
+        let all: Vec<Self> =
+            text.split(',').map(|one| Self::parse(one.trim())).collect::<Option<_>>()?;
         let cpus = all.iter().filter(|d| **d == DeviceChoice::Cpu).count();
-        let gpus: std::collections::HashSet<_> = all.iter().filter(|d| matches!(d, DeviceChoice::Cuda(_))).map(|d| d.to_string()).collect();
+        let gpus: std::collections::HashSet<_> = all
+            .iter()
+            .filter(|d| matches!(d, DeviceChoice::Cuda(_)))
+            .map(|d| d.to_string())
+            .collect();
         let fits = all.len() == 1 || cpus == all.len() || gpus.len() == all.len();
         fits.then_some(all)
     }
@@ -187,10 +192,14 @@ mod tests {
             assert_eq!(DeviceChoice::parse(wrong), None, "{wrong}");
         }
         let all = |text| DeviceChoice::parse_list(text).map(|all| all.len());
-        for (text, devices) in [("cpu", 1), ("auto", 1), ("cuda:0,cuda:2", 2), ("cuda, cuda:1", 2), ("cpu,cpu", 2)] {
+        for (text, devices) in
+            [("cpu", 1), ("auto", 1), ("cuda:0,cuda:2", 2), ("cuda, cuda:1", 2), ("cpu,cpu", 2)]
+        {
             assert_eq!(all(text), Some(devices), "{text}");
         }
-        for wrong in ["", "cpu,", "cpu,cuda:0", "auto,cpu", "cuda:0,auto", "auto,auto", "cuda,cuda:0"] {
+        for wrong in
+            ["", "cpu,", "cpu,cuda:0", "auto,cpu", "cuda:0,auto", "auto,auto", "cuda,cuda:0"]
+        {
             assert_eq!(all(wrong), None, "{wrong}");
         }
     }

@@ -95,7 +95,9 @@ pub enum ModelError {
         reason: String,
     },
     /// A value does not fit the element type that was asked for.
-    #[error("tensor '{name}' has the value {value}, which {dtype} cannot hold: export it as f32 or bf16")]
+    #[error(
+        "tensor '{name}' has the value {value}, which {dtype} cannot hold: export it as f32 or bf16"
+    )]
     TooLarge {
         /// The tensor's Hugging Face name.
         name: String,
@@ -157,7 +159,10 @@ impl ModelError {
             | ModelError::Changed { path, .. }
             | ModelError::Io { path, .. }
             | ModelError::Adapter { path, .. } => Some(path),
-            ModelError::Unsupported { .. } | ModelError::ChatTemplate { .. } | ModelError::TooLarge { .. } | ModelError::Candle(_) => None,
+            ModelError::Unsupported { .. }
+            | ModelError::ChatTemplate { .. }
+            | ModelError::TooLarge { .. }
+            | ModelError::Candle(_) => None,
         }
     }
 

@@ -24,7 +24,8 @@ pub enum Architecture {
 
 impl Architecture {
     /// All of them.
-    pub const ALL: [Architecture; 4] = [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3];
+    pub const ALL: [Architecture; 4] =
+        [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3];
 
     /// As config.json's `model_type` spells it.
     pub fn as_str(self) -> &'static str {

@@ -85,11 +85,16 @@ impl ParamTable {
 
 impl Parameters {
     /// Loads every tensor the configuration calls for, shapes checked: matrices as `precision` says, norms and biases in f32. Several cores read and convert.
-    pub fn load(config: &ModelConfig, weights: &impl TensorSource, precision: Precision) -> Result<Self, ModelError> {
+    pub fn load(
+        config: &ModelConfig,
+        weights: &impl TensorSource,
+        precision: Precision,
+    ) -> Result<Self, ModelError> {
         type Read = Option<Result<Tensor, ModelError>>;
         let failed = AtomicBool::new(false);
         let table = ParamTable::of(config);
-        let mut all: Vec<(&ParamSpec, Read)> = table.params.iter().map(|param| (param, None)).collect();
+        let mut all: Vec<(&ParamSpec, Read)> =
+            table.params.iter().map(|param| (param, None)).collect();
         let each = all.len().div_ceil(READERS);
         thread_pool::chunks(&mut all, each, |_, part| {
             for (param, read) in part {
@@ -201,8 +206,13 @@ impl Parameters {
     ///
     /// # Errors
     /// The first one of `f`, and those of [`WeightMatrix::new`].
-    pub fn map<E: From<candle_core::Error>>(&self, mut f: impl FnMut(&ParamSpec, &Tensor) -> Result<Tensor, E>) -> Result<Self, E> {
-        let replaced = |(param, value): (&ParamSpec, &Value)| Ok::<_, E>(Value::new(param, f(param, &value.tensor())?)?);
+    pub fn map<E: From<candle_core::Error>>(
+        &self,
+        mut f: impl FnMut(&ParamSpec, &Tensor) -> Result<Tensor, E>,
+    ) -> Result<Self, E> {
+        let replaced = |(param, value): (&ParamSpec, &Value)| {
+            Ok::<_, E>(Value::new(param, f(param, &value.tensor())?)?)
+        };
         let values = self.iter().map(replaced).collect::<Result<_, E>>()?;
         Ok(Parameters { table: self.table.clone(), values })
     }
@@ -218,7 +228,10 @@ impl Parameters {
     /// The function returns [`ModelError::MissingTensor`] for one that is not there.
     pub fn reader(&self) -> impl Fn(&ParamSpec) -> Result<Tensor, ModelError> {
         |param| {
-            let missing = || ModelError::MissingTensor { name: param.name().to_owned(), path: "memory".into() };
+            let missing = || ModelError::MissingTensor {
+                name: param.name().to_owned(),
+                path: "memory".into(),
+            };
             self.get(param.id).ok_or_else(missing)
         }
     }

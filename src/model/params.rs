@@ -190,7 +190,15 @@ pub const HF_HEAD: &str = "lm_head.weight";
 
 impl Linear {
     /// All of them, in the order of [`crate::domain::training::TARGET_MODULES`].
-    pub const ALL: [Linear; 7] = [Linear::Query, Linear::Key, Linear::Value, Linear::Output, Linear::Gate, Linear::Up, Linear::Down];
+    pub const ALL: [Linear; 7] = [
+        Linear::Query,
+        Linear::Key,
+        Linear::Value,
+        Linear::Output,
+        Linear::Gate,
+        Linear::Up,
+        Linear::Down,
+    ];
 
     fn module(self) -> Module {
         let (hf, gguf) = match self {
@@ -255,8 +263,14 @@ impl BlockParam {
     /// Returns true for the weights of norms.
     pub fn is_norm(self) -> bool {
         match self {
-            BlockParam::InputNorm | BlockParam::PostNorm | BlockParam::QueryNorm | BlockParam::KeyNorm => true,
-            BlockParam::Weight(_) | BlockParam::Bias(_) | BlockParam::LoraA(_) | BlockParam::LoraB(_) => false,
+            BlockParam::InputNorm
+            | BlockParam::PostNorm
+            | BlockParam::QueryNorm
+            | BlockParam::KeyNorm => true,
+            BlockParam::Weight(_)
+            | BlockParam::Bias(_)
+            | BlockParam::LoraA(_)
+            | BlockParam::LoraB(_) => false,
         }
     }
 }
@@ -316,8 +330,12 @@ pub fn parameter_count(spec: &ModelSpec) -> usize {
 pub fn lora_layers(spec: &ModelSpec, config: &LoraConfig) -> Vec<LoraLayer> {
     let mut layers = Vec::new();
     each_row(spec, |row| {
-        let is_wanted = row.lora_target().is_some_and(|target| config.target_modules.iter().any(|wanted| wanted == target));
-        if let (true, ParamId::Block(block, BlockParam::Weight(linear)), &[out, input]) = (is_wanted, row.id, row.shape) {
+        let is_wanted = row
+            .lora_target()
+            .is_some_and(|target| config.target_modules.iter().any(|wanted| wanted == target));
+        if let (true, ParamId::Block(block, BlockParam::Weight(linear)), &[out, input]) =
+            (is_wanted, row.id, row.shape)
+        {
             layers.push(LoraLayer { block, linear, shape: [out, input] });
         }
     });
@@ -327,8 +345,11 @@ pub fn lora_layers(spec: &ModelSpec, config: &LoraConfig) -> Vec<LoraLayer> {
 /// Returns the low-rank updates of an adapter with the targets of `config`, block by block.
 pub fn lora_params(spec: &ModelSpec, config: &LoraConfig) -> Vec<LoraSpec> {
     let update = |LoraLayer { block, linear, shape: [out, input] }| {
-        let tensor =
-            |param, which: &str, shape| LoraTensor { id: ParamId::Block(block, param), name: peft_name(block, linear, which), shape };
+        let tensor = |param, which: &str, shape| LoraTensor {
+            id: ParamId::Block(block, param),
+            name: peft_name(block, linear, which),
+            shape,
+        };
         LoraSpec {
             block,
             linear,
@@ -395,7 +416,9 @@ impl TableRow<'_> {
 
     fn named(&self) -> ParamSpec {
         let (hf, gguf) = match self.id {
-            ParamId::Block(index, _) => (format!("{HF_BLOCKS}{index}."), format!("{GGUF_BLOCKS}{index}.")),
+            ParamId::Block(index, _) => {
+                (format!("{HF_BLOCKS}{index}."), format!("{GGUF_BLOCKS}{index}."))
+            }
             ParamId::Embedding | ParamId::Norm | ParamId::Head => (String::new(), String::new()),
         };
         ParamSpec {
@@ -444,7 +467,11 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
         }
         match block.feed_forward {
             FeedForward::Gated { width: inner, activation: _, bias } => {
-                for (linear, shape) in [(Linear::Gate, [inner, width]), (Linear::Up, [inner, width]), (Linear::Down, [width, inner])] {
+                for (linear, shape) in [
+                    (Linear::Gate, [inner, width]),
+                    (Linear::Up, [inner, width]),
+                    (Linear::Down, [width, inner]),
+                ] {
                     self.linear(index, linear, shape, bias, None);
                 }
             }
@@ -472,13 +499,26 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
     }
 
     /// Adds the tensors of a linear layer, given its `[out, in]`.
-    fn linear(&mut self, index: usize, linear: Linear, shape: [usize; 2], bias: bool, rotated_heads: Option<usize>) {
+    fn linear(
+        &mut self,
+        index: usize,
+        linear: Linear,
+        shape: [usize; 2],
+        bias: bool,
+        rotated_heads: Option<usize>,
+    ) {
         let module = linear.module();
         let id = ParamId::Block(index, BlockParam::Weight(linear));
         (self.0)(TableRow { id, module, role: ParamRole::Matrix, shape: &shape, rotated_heads });
         if bias {
             let id = ParamId::Block(index, BlockParam::Bias(linear));
-            (self.0)(TableRow { id, module, role: ParamRole::Bias, shape: &shape[..1], rotated_heads });
+            (self.0)(TableRow {
+                id,
+                module,
+                role: ParamRole::Bias,
+                shape: &shape[..1],
+                rotated_heads,
+            });
         }
     }
 }

@@ -40,7 +40,10 @@ impl<B: Backend> Tape<B> {
 ///
 /// # Errors
 /// When the device fails or has no memory left.
-pub fn log_probs<B: Backend, R: RowOps<B>>(row: &R, yield_point: &mut dyn FnMut()) -> Result<Vec<f32>> {
+pub fn log_probs<B: Backend, R: RowOps<B>>(
+    row: &R,
+    yield_point: &mut dyn FnMut(),
+) -> Result<Vec<f32>> {
     let (x, _) = blocks_forward(row, Keep::Nothing, yield_point)?;
     row.log_probs(&x)
 }
@@ -49,14 +52,22 @@ pub fn log_probs<B: Backend, R: RowOps<B>>(row: &R, yield_point: &mut dyn FnMut(
 ///
 /// # Errors
 /// When the device fails or has no memory left.
-pub fn forward<B: Backend, R: RowOps<B>>(row: &R, keep: Keep, yield_point: &mut dyn FnMut()) -> Result<Tape<B>> {
+pub fn forward<B: Backend, R: RowOps<B>>(
+    row: &R,
+    keep: Keep,
+    yield_point: &mut dyn FnMut(),
+) -> Result<Tape<B>> {
     let (x, blocks) = blocks_forward(row, keep, yield_point)?;
     let (output, head) = row.head(&x, keep)?;
     Ok(Tape { blocks, head, output })
 }
 
 /// Embeds the row and runs the blocks. Returns the last one's output `[T, C]` and what is saved.
-fn blocks_forward<B: Backend, R: RowOps<B>>(row: &R, keep: Keep, yield_point: &mut dyn FnMut()) -> Result<(B::Activation, Vec<Saved<B>>)> {
+fn blocks_forward<B: Backend, R: RowOps<B>>(
+    row: &R,
+    keep: Keep,
+    yield_point: &mut dyn FnMut(),
+) -> Result<(B::Activation, Vec<Saved<B>>)> {
     let mut x = row.embed()?;
     let mut saved = Vec::with_capacity(row.num_blocks());
     for index in 0..row.num_blocks() {

@@ -65,8 +65,15 @@ impl RopeConfig {
             .collect();
         match self.scaling {
             RopeScaling::None => (plain, 1.0),
-            RopeScaling::Linear { factor } => (plain.into_iter().map(|f| f / factor as f32).collect(), 1.0),
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+            RopeScaling::Linear { factor } => {
+                (plain.into_iter().map(|f| f / factor as f32).collect(), 1.0)
+            }
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position_embeddings,
+            } => {
                 let context = original_max_position_embeddings as f64;
                 let (long, short) = (context / low_freq_factor, context / high_freq_factor);
                 let scale = |f: f32| {
@@ -78,7 +85,8 @@ impl RopeConfig {
                     if wavelength < short {
                         return f as f32;
                     }
-                    let smooth = (context / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                    let smooth = (context / wavelength - low_freq_factor)
+                        / (high_freq_factor - low_freq_factor);
                     ((1.0 - smooth) * f / factor + smooth * f) as f32
                 };
                 (plain.into_iter().map(scale).collect(), 1.0)
@@ -93,16 +101,26 @@ impl RopeConfig {
                 mscale_all_dim,
                 truncate,
             } => {
-                let ramp = Ramp::new(head_dim, self.theta, original_max_position_embeddings as f64, beta_fast, beta_slow, truncate);
+                let ramp = Ramp::new(
+                    head_dim,
+                    self.theta,
+                    original_max_position_embeddings as f64,
+                    beta_fast,
+                    beta_slow,
+                    truncate,
+                );
                 let blend = |(i, f): (usize, f32)| {
                     let f = f64::from(f);
                     let extrapolated = 1.0 - ramp.at(i);
                     (f / factor * (1.0 - extrapolated) + f * extrapolated) as f32
                 };
-                let attention = attention_factor.unwrap_or_else(|| match (mscale, mscale_all_dim) {
-                    (Some(m), Some(all)) if m != 0.0 && all != 0.0 => yarn_mscale(factor, m) / yarn_mscale(factor, all),
-                    _ => yarn_mscale(factor, 1.0),
-                });
+                let attention =
+                    attention_factor.unwrap_or_else(|| match (mscale, mscale_all_dim) {
+                        (Some(m), Some(all)) if m != 0.0 && all != 0.0 => {
+                            yarn_mscale(factor, m) / yarn_mscale(factor, all)
+                        }
+                        _ => yarn_mscale(factor, 1.0),
+                    });
                 (plain.into_iter().enumerate().map(blend).collect(), attention as f32)
             }
         }
@@ -121,9 +139,17 @@ struct Ramp {
 }
 
 impl Ramp {
-    fn new(dim: usize, theta: f64, context: f64, beta_fast: f64, beta_slow: f64, truncate: bool) -> Self {
+    fn new(
+        dim: usize,
+        theta: f64,
+        context: f64,
+        beta_fast: f64,
+        beta_slow: f64,
+        truncate: bool,
+    ) -> Self {
         let dim = dim as f64;
-        let dimension_of = |rotations: f64| dim * (context / (rotations * 2.0 * PI)).ln() / (2.0 * theta.ln());
+        let dimension_of =
+            |rotations: f64| dim * (context / (rotations * 2.0 * PI)).ln() / (2.0 * theta.ln());
         let (mut low, mut high) = (dimension_of(beta_fast), dimension_of(beta_slow));
         if truncate {
             (low, high) = (low.floor(), high.ceil());

@@ -98,7 +98,8 @@ where
                 Err(e) => {
                     metrics::counter!("bradley_refused_total").increment(1);
                     if layer.log.may() {
-                        let peer = request.extensions().get::<Peer>().map(|p| p.address.to_string());
+                        let peer =
+                            request.extensions().get::<Peer>().map(|p| p.address.to_string());
                         tracing::warn!(target: AUDIT, peer, reason = %e, "refused");
                     }
                     Ok(status(e).into_http())
@@ -114,7 +115,9 @@ async fn admit(layer: &AuthLayer, path: &str, headers: &HeaderMap) -> Result<Cal
     }
     let token = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()).and_then(bearer);
     let Some(token) = token else {
-        let message = "this server needs a token: send the metadata \"authorization: Bearer TOKEN\"".to_owned();
+        let message =
+            "this server needs a token: send the metadata \"authorization: Bearer TOKEN\""
+                .to_owned();
         return Err(ServiceError::Unauthenticated { message });
     };
     let caller = layer.authenticator.admit(token).await?;
@@ -139,7 +142,11 @@ fn needed(path: &str) -> Option<Role> {
             | "grpc.reflection.v1alpha.ServerReflection",
         ) => None,
         Some("bradley.v1.ScoringService") => Some(Role::Score),
-        Some("bradley.v1.TrainingService" | "bradley.v1.DatasetService" | "bradley.v1.CheckpointService") => Some(Role::Submit),
+        Some(
+            "bradley.v1.TrainingService"
+            | "bradley.v1.DatasetService"
+            | "bradley.v1.CheckpointService",
+        ) => Some(Role::Submit),
         _ => Some(Role::Admin),
     }
 }
@@ -149,7 +156,9 @@ pub(super) fn whose<T>(request: tonic::Request<T>) -> Result<(Caller, T), tonic:
     let caller = request.extensions().get::<Caller>().cloned();
     match caller {
         Some(caller) => Ok((caller, request.into_inner())),
-        None => Err(status(ServiceError::Unauthenticated { message: "nobody is known to call".into() })),
+        None => {
+            Err(status(ServiceError::Unauthenticated { message: "nobody is known to call".into() }))
+        }
     }
 }
 

@@ -9,7 +9,9 @@ use tonic::{Request, Response, Status};
 
 use super::auth::whose;
 use super::convert::{identity, invalid, job_id, timestamp};
-use super::pb::{self, checkpoint_service_server::CheckpointService, download_checkpoint_response::Part};
+use super::pb::{
+    self, checkpoint_service_server::CheckpointService, download_checkpoint_response::Part,
+};
 use super::status::status;
 use crate::domain::identity::ModelIdentity;
 use crate::domain::job::Checkpoint;
@@ -30,10 +32,14 @@ pub(super) struct Checkpoints(pub checkpoints::CheckpointService);
 
 #[tonic::async_trait]
 impl CheckpointService for Checkpoints {
-    async fn get_checkpoint(&self, request: Request<pb::GetCheckpointRequest>) -> Result<Response<pb::Checkpoint>, Status> {
+    async fn get_checkpoint(
+        &self,
+        request: Request<pb::GetCheckpointRequest>,
+    ) -> Result<Response<pb::Checkpoint>, Status> {
         let (caller, r) = whose(request)?;
         let (job, which) = parse(&r.name)?;
-        let (checkpoint, base) = self.0.get_checkpoint(&caller, job, which).await.map_err(status)?;
+        let (checkpoint, base) =
+            self.0.get_checkpoint(&caller, job, which).await.map_err(status)?;
         Ok(Response::new(convert(checkpoint, base)))
     }
 
@@ -42,7 +48,8 @@ impl CheckpointService for Checkpoints {
         request: Request<pb::ListCheckpointsRequest>,
     ) -> Result<Response<pb::ListCheckpointsResponse>, Status> {
         let (caller, r) = whose(request)?;
-        let (all, base) = self.0.list_checkpoints(&caller, job_id("parent", &r.parent)?).await.map_err(status)?;
+        let (all, base) =
+            self.0.list_checkpoints(&caller, job_id("parent", &r.parent)?).await.map_err(status)?;
         let checkpoints = all.into_iter().map(|c| convert(c, base.clone())).collect();
         Ok(Response::new(pb::ListCheckpointsResponse { checkpoints }))
     }
@@ -53,7 +60,10 @@ impl CheckpointService for Checkpoints {
     ) -> Result<Response<pb::DeleteCheckpointResponse>, Status> {
         let (caller, r) = whose(request)?;
         let (job, CheckpointRef::Step(step)) = parse(&r.name)? else {
-            return Err(invalid("name", "must name a step: latest and best may move between the look and the deletion"));
+            return Err(invalid(
+                "name",
+                "must name a step: latest and best may move between the look and the deletion",
+            ));
         };
         self.0.delete_checkpoint(&caller, job, step).await.map_err(status)?;
         Ok(Response::new(pb::DeleteCheckpointResponse {}))
@@ -65,7 +75,11 @@ impl CheckpointService for Checkpoints {
     ) -> Result<Response<pb::ExportCheckpointResponse>, Status> {
         let (caller, r) = whose(request)?;
         let (job, which) = parse(&r.name)?;
-        let export = self.0.export_checkpoint(&caller, job, which, wanted(r.format, &r.dtype)?).await.map_err(status)?;
+        let export = self
+            .0
+            .export_checkpoint(&caller, job, which, wanted(r.format, &r.dtype)?)
+            .await
+            .map_err(status)?;
         let files = export.files.into_iter().map(file).collect();
         Ok(Response::new(pb::ExportCheckpointResponse { path: export.location, files }))
     }
@@ -78,7 +92,11 @@ impl CheckpointService for Checkpoints {
     ) -> Result<Response<Self::DownloadCheckpointStream>, Status> {
         let (caller, r) = whose(request)?;
         let (job, which) = parse(&r.name)?;
-        let export = self.0.export_checkpoint(&caller, job, which, wanted(r.format, &r.dtype)?).await.map_err(status)?;
+        let export = self
+            .0
+            .export_checkpoint(&caller, job, which, wanted(r.format, &r.dtype)?)
+            .await
+            .map_err(status)?;
         let (sender, receiver) = mpsc::channel(BUFFER);
         tokio::spawn(async move {
             for f in export.files {
@@ -100,7 +118,8 @@ async fn send_file(sender: &Sender, f: ExportedFile, path: PathBuf) -> bool {
     if sender.send(part(Part::File(file(f)))).await.is_err() {
         return false;
     }
-    let failed = |e: std::io::Error| status(ServiceError::internal(format!("{}: {e}", path.display())));
+    let failed =
+        |e: std::io::Error| status(ServiceError::internal(format!("{}: {e}", path.display())));
     let mut reader = match tokio::fs::File::open(&path).await {
         Ok(reader) => reader,
         Err(e) => {
@@ -135,9 +154,9 @@ fn parse(name: &str) -> Result<(&str, CheckpointRef), Status> {
 fn wanted(given: i32, dtype: &str) -> Result<ExportRequest, Status> {
     let dtype = match dtype {
         "" => None,
-        name => Some(
-            ElementType::parse(name).ok_or_else(|| invalid("dtype", format!("is {}: it must be f32, bf16, f16 or empty", quoted(name))))?,
-        ),
+        name => Some(ElementType::parse(name).ok_or_else(|| {
+            invalid("dtype", format!("is {}: it must be f32, bf16, f16 or empty", quoted(name)))
+        })?),
     };
     Ok(ExportRequest { format: format(given)?, dtype })
 }
@@ -147,7 +166,9 @@ fn format(given: i32) -> Result<Option<ExportFormat>, Status> {
         Ok(pb::ExportFormat::Unspecified) => Ok(None),
         Ok(pb::ExportFormat::Adapter) => Ok(Some(ExportFormat::Adapter)),
         Ok(pb::ExportFormat::Merged) => Ok(Some(ExportFormat::Merged)),
-        Err(_) => Err(invalid("format", format!("is {given}: it must be ADAPTER (1) or MERGED (2)"))),
+        Err(_) => {
+            Err(invalid("format", format!("is {given}: it must be ADAPTER (1) or MERGED (2)")))
+        }
     }
 }
 

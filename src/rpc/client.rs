@@ -80,7 +80,11 @@ impl From<Status> for ClientError {
 fn describe(status: &Status) -> String {
     match status.get_details_bad_request() {
         Some(bad) if !bad.field_violations.is_empty() => {
-            let lines: Vec<String> = bad.field_violations.iter().map(|v| format!("  {} {}", v.field, v.description)).collect();
+            let lines: Vec<String> = bad
+                .field_violations
+                .iter()
+                .map(|v| format!("  {} {}", v.field, v.description))
+                .collect();
             format!("the server refused these fields:\n{}", lines.join("\n"))
         }
         _ => format!("{} ({:?})", status.message(), status.code()),
@@ -110,7 +114,10 @@ impl Target {
     }
 
     fn tls(&self) -> Result<ClientTlsConfig> {
-        let read = |path: &Path| std::fs::read(path).map_err(|source| ClientError::File { path: path.display().to_string(), source });
+        let read = |path: &Path| {
+            std::fs::read(path)
+                .map_err(|source| ClientError::File { path: path.display().to_string(), source })
+        };
         let mut config = match &self.tls_ca {
             Some(ca) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(ca)?)),
             None => ClientTlsConfig::new().with_native_roots(),
@@ -127,7 +134,10 @@ impl Target {
 pub struct Bearer(Option<MetadataValue<Ascii>>);
 
 impl Interceptor for Bearer {
-    fn call(&mut self, mut request: tonic::Request<()>) -> std::result::Result<tonic::Request<()>, Status> {
+    fn call(
+        &mut self,
+        mut request: tonic::Request<()>,
+    ) -> std::result::Result<tonic::Request<()>, Status> {
         if let Some(token) = &self.0 {
             request.metadata_mut().insert("authorization", token.clone());
         }
@@ -149,53 +159,68 @@ impl Client {
     /// Connects to a server.
     pub async fn connect(target: &Target, timeout: Duration) -> Result<Self> {
         let address = &target.address;
-        let unreachable = |reason: String| ClientError::Unreachable { address: address.clone(), reason };
+        let unreachable =
+            |reason: String| ClientError::Unreachable { address: address.clone(), reason };
         let mut bearer = Bearer(None);
         if let Some(token) = &target.token {
-            let mut value: MetadataValue<Ascii> = format!("Bearer {token}")
-                .parse()
-                .map_err(|_| ClientError::Protocol("the token holds characters that no token has".into()))?;
+            let mut value: MetadataValue<Ascii> =
+                format!("Bearer {token}").parse().map_err(|_| {
+                    ClientError::Protocol("the token holds characters that no token has".into())
+                })?;
             value.set_sensitive(true);
             bearer = Bearer(Some(value));
         }
-        let mut endpoint = Endpoint::from_shared(address.clone()).map_err(|e| unreachable(e.to_string()))?;
+        let mut endpoint =
+            Endpoint::from_shared(address.clone()).map_err(|e| unreachable(e.to_string()))?;
         if address.starts_with("https:") {
-            endpoint = endpoint.tls_config(target.tls()?).map_err(|e| unreachable(root_cause(&e)))?;
+            endpoint =
+                endpoint.tls_config(target.tls()?).map_err(|e| unreachable(root_cause(&e)))?;
         }
-        let endpoint = endpoint.connect_timeout(timeout).http2_keep_alive_interval(Duration::from_secs(30)).keep_alive_while_idle(true);
+        let endpoint = endpoint
+            .connect_timeout(timeout)
+            .http2_keep_alive_interval(Duration::from_secs(30))
+            .keep_alive_while_idle(true);
         let channel = endpoint.connect().await.map_err(|e| unreachable(root_cause(&e)))?;
         Ok(Client { channel, bearer })
     }
 
     /// Training jobs.
     pub fn training(&self) -> TrainingServiceClient<Transport> {
-        TrainingServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone()).max_decoding_message_size(MAX_MESSAGE)
+        TrainingServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
+            .max_decoding_message_size(MAX_MESSAGE)
     }
 
     /// Datasets.
     pub fn datasets(&self) -> DatasetServiceClient<Transport> {
-        DatasetServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone()).max_decoding_message_size(MAX_MESSAGE)
+        DatasetServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
+            .max_decoding_message_size(MAX_MESSAGE)
     }
 
     /// Checkpoints.
     pub fn checkpoints(&self) -> CheckpointServiceClient<Transport> {
-        CheckpointServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone()).max_decoding_message_size(MAX_MESSAGE)
+        CheckpointServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
+            .max_decoding_message_size(MAX_MESSAGE)
     }
 
     /// Scoring.
     pub fn scoring(&self) -> ScoringServiceClient<Transport> {
-        ScoringServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone()).max_decoding_message_size(MAX_MESSAGE)
+        ScoringServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
+            .max_decoding_message_size(MAX_MESSAGE)
     }
 
     /// Models.
     pub fn models(&self) -> ModelServiceClient<Transport> {
-        ModelServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone()).max_decoding_message_size(MAX_MESSAGE)
+        ModelServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
+            .max_decoding_message_size(MAX_MESSAGE)
     }
 
     /// Whether the server says SERVING.
     pub async fn health(&self) -> Result<bool> {
         let mut client = tonic_health::pb::health_client::HealthClient::new(self.channel.clone());
-        let answer = client.check(tonic_health::pb::HealthCheckRequest { service: String::new() }).await?.into_inner();
+        let answer = client
+            .check(tonic_health::pb::HealthCheckRequest { service: String::new() })
+            .await?
+            .into_inner();
         Ok(answer.status == tonic_health::pb::health_check_response::ServingStatus::Serving as i32)
     }
 
@@ -211,7 +236,11 @@ impl Client {
         let (sender, receiver) = mpsc::channel(4);
         let message = |part| pb::UploadDatasetRequest { part: Some(part) };
         let read = tokio::spawn(async move {
-            if sender.send(message(pb::upload_dataset_request::Part::Metadata(metadata))).await.is_err() {
+            if sender
+                .send(message(pb::upload_dataset_request::Part::Metadata(metadata)))
+                .await
+                .is_err()
+            {
                 return Ok(());
             }
             let mut total = 0;
@@ -222,14 +251,19 @@ impl Client {
                     return Ok::<(), std::io::Error>(());
                 }
                 buffer.truncate(n);
-                if sender.send(message(pb::upload_dataset_request::Part::Chunk(buffer))).await.is_err() {
+                if sender
+                    .send(message(pb::upload_dataset_request::Part::Chunk(buffer)))
+                    .await
+                    .is_err()
+                {
                     return Ok(()); // the server has refused; its answer says why
                 }
                 total += n as u64;
                 sent(total);
             }
         });
-        let dataset = self.datasets().upload_dataset(ReceiverStream::new(receiver)).await?.into_inner();
+        let dataset =
+            self.datasets().upload_dataset(ReceiverStream::new(receiver)).await?.into_inner();
         match read.await {
             Ok(Ok(())) => Ok(dataset),
             Ok(Err(e)) => Err(failed(e)),
@@ -239,10 +273,16 @@ impl Client {
 
     /// Calls `each` for every event of `job` after `after`, in order and once each, until the job ends or `each` returns false. A dropped
     /// connection is taken up again after the last event seen.
-    pub async fn follow(&self, job: &str, after: u64, mut each: impl FnMut(pb::TrainingEvent) -> bool) -> Result<u64> {
+    pub async fn follow(
+        &self,
+        job: &str,
+        after: u64,
+        mut each: impl FnMut(pb::TrainingEvent) -> bool,
+    ) -> Result<u64> {
         let (mut cursor, mut failures) = (after, 0);
         loop {
-            let request = pb::StreamTrainingEventsRequest { parent: job.to_owned(), after_sequence: cursor };
+            let request =
+                pb::StreamTrainingEventsRequest { parent: job.to_owned(), after_sequence: cursor };
             let error = match self.training().stream_training_events(request).await {
                 Ok(stream) => {
                     let mut stream = stream.into_inner();
@@ -262,7 +302,10 @@ impl Client {
                 Err(e) => e,
             };
             failures += 1;
-            let transient = matches!(error.code(), Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal);
+            let transient = matches!(
+                error.code(),
+                Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal
+            );
             if !transient || failures > MAX_RECONNECTS {
                 return Err(error.into());
             }
@@ -272,33 +315,55 @@ impl Client {
     }
 
     /// Downloads a checkpoint's files into the folder `out`; returns their names.
-    pub async fn download_checkpoint(&self, name: &str, format: pb::ExportFormat, out: &Path) -> Result<Vec<String>> {
-        let request = pb::DownloadCheckpointRequest { name: name.to_owned(), format: format.into(), dtype: String::new() };
+    pub async fn download_checkpoint(
+        &self,
+        name: &str,
+        format: pb::ExportFormat,
+        out: &Path,
+    ) -> Result<Vec<String>> {
+        let request = pb::DownloadCheckpointRequest {
+            name: name.to_owned(),
+            format: format.into(),
+            dtype: String::new(),
+        };
         self.download(request, out).await
     }
 
     /// Downloads what `request` names into the folder `out`; returns the files' names.
-    pub async fn download(&self, request: pb::DownloadCheckpointRequest, out: &Path) -> Result<Vec<String>> {
+    pub async fn download(
+        &self,
+        request: pb::DownloadCheckpointRequest,
+        out: &Path,
+    ) -> Result<Vec<String>> {
         use pb::download_checkpoint_response::Part;
         let mut stream = self.checkpoints().download_checkpoint(request).await?.into_inner();
-        let failed = |path: &Path, source| ClientError::File { path: path.display().to_string(), source };
+        let failed =
+            |path: &Path, source| ClientError::File { path: path.display().to_string(), source };
         tokio::fs::create_dir_all(out).await.map_err(|e| failed(out, e))?;
         let (mut names, mut open) = (Vec::new(), None);
         while let Some(message) = stream.message().await? {
             match message.part {
                 Some(Part::File(file)) => {
                     if !is_plain(&file.path) {
-                        return Err(ClientError::Protocol(format!("it names the file {:?}", file.path)));
+                        return Err(ClientError::Protocol(format!(
+                            "it names the file {:?}",
+                            file.path
+                        )));
                     }
                     let path = out.join(&file.path);
                     if let Some(folder) = path.parent() {
                         tokio::fs::create_dir_all(folder).await.map_err(|e| failed(folder, e))?;
                     }
-                    open = Some((tokio::fs::File::create(&path).await.map_err(|e| failed(&path, e))?, path));
+                    open = Some((
+                        tokio::fs::File::create(&path).await.map_err(|e| failed(&path, e))?,
+                        path,
+                    ));
                     names.push(file.path);
                 }
                 Some(Part::Chunk(bytes)) => match &mut open {
-                    Some((file, path)) => file.write_all(&bytes).await.map_err(|e| failed(path, e))?,
+                    Some((file, path)) => {
+                        file.write_all(&bytes).await.map_err(|e| failed(path, e))?
+                    }
                     None => return Err(ClientError::Protocol("bytes before a file header".into())),
                 },
                 None => return Err(ClientError::Protocol("an empty message".into())),

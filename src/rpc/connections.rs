@@ -52,7 +52,11 @@ pub(super) struct OpenCall(Arc<Activity>);
 
 impl Activity {
     fn new() -> Self {
-        Activity { calls: AtomicUsize::new(0), idle_since: Mutex::new(Instant::now()), close: CancellationToken::new() }
+        Activity {
+            calls: AtomicUsize::new(0),
+            idle_since: Mutex::new(Instant::now()),
+            close: CancellationToken::new(),
+        }
     }
 
     /// A call begins.
@@ -97,8 +101,11 @@ impl Drop for Place {
 impl Connections {
     /// At most `limit` connections. Idle ones are closed as long as the result, or a place, lives.
     pub fn new(limit: usize) -> Arc<Self> {
-        let connections =
-            Arc::new(Connections { places: Arc::new(Semaphore::new(limit)), open: Mutex::default(), next: AtomicU64::new(0) });
+        let connections = Arc::new(Connections {
+            places: Arc::new(Semaphore::new(limit)),
+            open: Mutex::default(),
+            next: AtomicU64::new(0),
+        });
         let swept = Arc::downgrade(&connections);
         tokio::spawn(async move {
             loop {
@@ -118,7 +125,8 @@ impl Connections {
     pub async fn place(self: &Arc<Self>) -> Place {
         loop {
             if let Ok(permit) = self.places.clone().try_acquire_owned() {
-                let (id, activity) = (self.next.fetch_add(1, Ordering::Relaxed), Arc::new(Activity::new()));
+                let (id, activity) =
+                    (self.next.fetch_add(1, Ordering::Relaxed), Arc::new(Activity::new()));
                 self.lock().insert(id, activity.clone());
                 return Place { activity, id, connections: self.clone(), _permit: permit };
             }
@@ -129,15 +137,20 @@ impl Connections {
 
     fn close_idlest(&self) {
         let open = self.lock();
-        let closable = open.values().filter(|a| !a.close.is_cancelled()).filter_map(|a| Some((a.idle()?, a)));
-        if let Some((_, idlest)) = closable.filter(|(idle, _)| *idle >= MIN_IDLE).max_by_key(|(idle, _)| *idle) {
+        let closable =
+            open.values().filter(|a| !a.close.is_cancelled()).filter_map(|a| Some((a.idle()?, a)));
+        if let Some((_, idlest)) =
+            closable.filter(|(idle, _)| *idle >= MIN_IDLE).max_by_key(|(idle, _)| *idle)
+        {
             idlest.close.cancel();
         }
     }
 
     fn close_idle(&self, limit: Duration) {
         let open = self.lock();
-        open.values().filter(|a| a.idle().is_some_and(|idle| idle >= limit)).for_each(|a| a.close.cancel());
+        open.values()
+            .filter(|a| a.idle().is_some_and(|idle| idle >= limit))
+            .for_each(|a| a.close.cancel());
     }
 }
 

@@ -17,7 +17,10 @@ use crate::service::error::ServiceError;
 
 /// Milliseconds to a timestamp.
 pub(super) fn timestamp(ms: Millis) -> prost_types::Timestamp {
-    prost_types::Timestamp { seconds: ms.div_euclid(1000), nanos: (ms.rem_euclid(1000) * 1_000_000) as i32 }
+    prost_types::Timestamp {
+        seconds: ms.div_euclid(1000),
+        nanos: (ms.rem_euclid(1000) * 1_000_000) as i32,
+    }
 }
 
 /// A base model's content hashes.
@@ -36,18 +39,25 @@ pub(super) fn page_size(given: i32, default: usize) -> Result<usize, Status> {
     match given {
         0 => Ok(default),
         1..=1000 => Ok(given as usize),
-        n => Err(invalid("page_size", format!("is {n}: it must lie in 1..=1000, or be 0 for {default}"))),
+        n => Err(invalid(
+            "page_size",
+            format!("is {n}: it must lie in 1..=1000, or be 0 for {default}"),
+        )),
     }
 }
 
 /// The id in `trainingJobs/{id}`.
 pub(super) fn job_id<'a>(field: &str, name: &'a str) -> Result<&'a str, Status> {
-    names::parse_job(name).ok_or_else(|| invalid(field, format!("is {}: it must look like trainingJobs/ID", quoted(name))))
+    names::parse_job(name).ok_or_else(|| {
+        invalid(field, format!("is {}: it must look like trainingJobs/ID", quoted(name)))
+    })
 }
 
 /// The id in `datasets/{id}`.
 pub(super) fn dataset_id<'a>(field: &str, name: &'a str) -> Result<&'a str, Status> {
-    names::parse_dataset(name).ok_or_else(|| invalid(field, format!("is {}: it must look like datasets/ID", quoted(name))))
+    names::parse_dataset(name).ok_or_else(|| {
+        invalid(field, format!("is {}: it must look like datasets/ID", quoted(name)))
+    })
 }
 
 /// `Ok` unless something was collected.

@@ -17,40 +17,68 @@ pub(super) struct Datasets(pub datasets::DatasetService);
 
 #[tonic::async_trait]
 impl DatasetService for Datasets {
-    async fn upload_dataset(&self, request: Request<Streaming<pb::UploadDatasetRequest>>) -> Result<Response<pb::Dataset>, Status> {
+    async fn upload_dataset(
+        &self,
+        request: Request<Streaming<pb::UploadDatasetRequest>>,
+    ) -> Result<Response<pb::Dataset>, Status> {
         let (caller, mut stream) = whose(request)?;
         let Some(Part::Metadata(meta)) = stream.message().await?.and_then(|m| m.part) else {
             return Err(incomplete("the first message of an upload must be metadata"));
         };
-        let mut upload = self.0.begin_upload(&caller, convert::upload_meta(meta)?).await.map_err(status)?;
+        let mut upload =
+            self.0.begin_upload(&caller, convert::upload_meta(meta)?).await.map_err(status)?;
         while let Some(message) = stream.message().await? {
             match message.part {
-                Some(Part::Chunk(bytes)) if bytes.len() <= MAX_CHUNK => upload.write(&bytes).await.map_err(status)?,
+                Some(Part::Chunk(bytes)) if bytes.len() <= MAX_CHUNK => {
+                    upload.write(&bytes).await.map_err(status)?
+                }
                 Some(Part::Chunk(bytes)) => {
-                    let description = format!("has {} bytes: send chunks of at most {MAX_CHUNK}", bytes.len());
+                    let description =
+                        format!("has {} bytes: send chunks of at most {MAX_CHUNK}", bytes.len());
                     return Err(status(ServiceError::invalid("chunk", description)));
                 }
-                _ => return Err(incomplete("after the metadata every message of an upload must be a chunk")),
+                _ => {
+                    return Err(incomplete(
+                        "after the metadata every message of an upload must be a chunk",
+                    ));
+                }
             }
         }
         let dataset = upload.finish().await.map_err(status)?;
         Ok(Response::new(convert::dataset(dataset, true)))
     }
 
-    async fn get_dataset(&self, request: Request<pb::GetDatasetRequest>) -> Result<Response<pb::Dataset>, Status> {
+    async fn get_dataset(
+        &self,
+        request: Request<pb::GetDatasetRequest>,
+    ) -> Result<Response<pb::Dataset>, Status> {
         let (caller, r) = whose(request)?;
-        let dataset = self.0.get_dataset(&caller, dataset_id("name", &r.name)?).await.map_err(status)?;
+        let dataset =
+            self.0.get_dataset(&caller, dataset_id("name", &r.name)?).await.map_err(status)?;
         Ok(Response::new(convert::dataset(dataset, true)))
     }
 
-    async fn list_datasets(&self, request: Request<pb::ListDatasetsRequest>) -> Result<Response<pb::ListDatasetsResponse>, Status> {
+    async fn list_datasets(
+        &self,
+        request: Request<pb::ListDatasetsRequest>,
+    ) -> Result<Response<pb::ListDatasetsResponse>, Status> {
         let (caller, r) = whose(request)?;
-        let page = self.0.list_datasets(&caller, page_size(r.page_size, 50)?, &r.page_token).await.map_err(status)?;
+        let page = self
+            .0
+            .list_datasets(&caller, page_size(r.page_size, 50)?, &r.page_token)
+            .await
+            .map_err(status)?;
         let datasets = page.items.into_iter().map(|d| convert::dataset(d, false)).collect();
-        Ok(Response::new(pb::ListDatasetsResponse { datasets, next_page_token: page.next_page_token }))
+        Ok(Response::new(pb::ListDatasetsResponse {
+            datasets,
+            next_page_token: page.next_page_token,
+        }))
     }
 
-    async fn delete_dataset(&self, request: Request<pb::DeleteDatasetRequest>) -> Result<Response<pb::DeleteDatasetResponse>, Status> {
+    async fn delete_dataset(
+        &self,
+        request: Request<pb::DeleteDatasetRequest>,
+    ) -> Result<Response<pb::DeleteDatasetResponse>, Status> {
         let (caller, r) = whose(request)?;
         self.0.delete_dataset(&caller, dataset_id("name", &r.name)?).await.map_err(status)?;
         Ok(Response::new(pb::DeleteDatasetResponse {}))

@@ -27,14 +27,19 @@ pub async fn serve_http(
     let process = metrics_process::Collector::default();
     process.describe();
     let shown = server.clone();
-    let router = Router::new().route("/livez", get(|| async { "ok\n" })).route("/readyz", get(ready).with_state(server)).route(
-        "/metrics",
-        get(|| async move {
-            process.collect();
-            metrics.render() + &runs(&shown.run_gauges())
-        }),
-    );
-    axum::serve(HttpListener::new(listener, MAX_CONNECTIONS), router).with_graceful_shutdown(shutdown).await
+    let router = Router::new()
+        .route("/livez", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready).with_state(server))
+        .route(
+            "/metrics",
+            get(|| async move {
+                process.collect();
+                metrics.render() + &runs(&shown.run_gauges())
+            }),
+        );
+    axum::serve(HttpListener::new(listener, MAX_CONNECTIONS), router)
+        .with_graceful_shutdown(shutdown)
+        .await
 }
 
 const HELP: &str = "Of the last logged step of a job that runs in this process; gone when it ends.";
@@ -43,7 +48,9 @@ const HELP: &str = "Of the last logged step of a job that runs in this process; 
 fn runs(shown: &[(String, &'static str, f64)]) -> String {
     let mut gauges: BTreeMap<&str, String> = BTreeMap::new();
     for (job, gauge, value) in shown {
-        let lines = gauges.entry(gauge).or_insert_with(|| format!("# HELP {gauge} {HELP}\n# TYPE {gauge} gauge\n"));
+        let lines = gauges
+            .entry(gauge)
+            .or_insert_with(|| format!("# HELP {gauge} {HELP}\n# TYPE {gauge} gauge\n"));
         *lines += &format!("{gauge}{{training_job=\"{job}\"}} {value}\n");
     }
     gauges.into_values().collect()

@@ -89,7 +89,9 @@ impl Tls {
                         known = current;
                     }
                     // The key may be written after the certificate: looked at again.
-                    Err(e) => tracing::error!(error = %e, "the new TLS files cannot be used: the certificates in use stay"),
+                    Err(e) => {
+                        tracing::error!(error = %e, "the new TLS files cannot be used: the certificates in use stay")
+                    }
                 }
             }
         });
@@ -117,7 +119,8 @@ fn contents(files: &TlsFiles) -> Result<Vec<Vec<u8>>, TlsError> {
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let all: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path).map_err(|e| at(path, e))?.collect();
+    let all: Result<Vec<_>, _> =
+        CertificateDer::pem_file_iter(path).map_err(|e| at(path, e))?.collect();
     let all = all.map_err(|e| at(path, e))?;
     if all.is_empty() { Err(at(path, "it holds no PEM certificate")) } else { Ok(all) }
 }
@@ -133,7 +136,9 @@ fn configure(files: &TlsFiles) -> Result<ServerConfig, TlsError> {
             for authority in certificates(path)? {
                 roots.add(authority).map_err(|e| at(path, e))?;
             }
-            builder.with_client_cert_verifier(WebPkiClientVerifier::builder(Arc::new(roots)).build().map_err(|e| at(path, e))?)
+            builder.with_client_cert_verifier(
+                WebPkiClientVerifier::builder(Arc::new(roots)).build().map_err(|e| at(path, e))?,
+            )
         }
     };
     let mut config = builder.with_single_cert(chain, key).map_err(|e| at(&files.certificate, e))?;
@@ -142,7 +147,10 @@ fn configure(files: &TlsFiles) -> Result<ServerConfig, TlsError> {
 }
 
 /// Accepts one connection and gives it a place.
-async fn accept(listener: &TcpListener, connections: &Arc<Connections>) -> (TcpStream, SocketAddr, Place) {
+async fn accept(
+    listener: &TcpListener,
+    connections: &Arc<Connections>,
+) -> (TcpStream, SocketAddr, Place) {
     loop {
         match listener.accept().await {
             Ok((stream, peer)) => {
@@ -159,7 +167,11 @@ async fn accept(listener: &TcpListener, connections: &Arc<Connections>) -> (TcpS
 }
 
 /// Accepts connections until the receiver is dropped. Beyond `limit` open ones, the idlest is closed; while none is idle, further clients wait.
-pub(super) fn incoming(listener: TcpListener, tls: Option<Tls>, limit: usize) -> ReceiverStream<io::Result<Connection>> {
+pub(super) fn incoming(
+    listener: TcpListener,
+    tls: Option<Tls>,
+    limit: usize,
+) -> ReceiverStream<io::Result<Connection>> {
     let (sender, receiver) = mpsc::channel(BUFFER);
     let connections = Connections::new(limit);
     tokio::spawn(async move {
@@ -174,7 +186,8 @@ pub(super) fn incoming(listener: TcpListener, tls: Option<Tls>, limit: usize) ->
                 }
                 continue;
             };
-            let (acceptor, sender, closing) = (tls.acceptor(), sender.clone(), place.activity.closing());
+            let (acceptor, sender, closing) =
+                (tls.acceptor(), sender.clone(), place.activity.closing());
             tokio::spawn(async move {
                 let handshake = tokio::select! {
                     done = tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)) => done,
@@ -183,7 +196,9 @@ pub(super) fn incoming(listener: TcpListener, tls: Option<Tls>, limit: usize) ->
                 };
                 match handshake {
                     Ok(Ok(stream)) => {
-                        let _ = sender.send(Ok(Connection::new(Io::Tls(Box::new(stream)), peer, place))).await;
+                        let _ = sender
+                            .send(Ok(Connection::new(Io::Tls(Box::new(stream)), peer, place)))
+                            .await;
                     }
                     Ok(Err(e)) => tracing::info!(%peer, error = %e, "a TLS handshake failed"),
                     Err(_) => tracing::info!(%peer, "a TLS handshake took too long"),
@@ -218,7 +233,14 @@ impl axum::serve::Listener for HttpListener {
 
     async fn accept(&mut self) -> (Connection, SocketAddr) {
         let (stream, peer, place) = accept(&self.listener, &self.connections).await;
-        (Connection { counts_calls: false, _open: None, ..Connection::new(Io::Plain(stream), peer, place) }, peer)
+        (
+            Connection {
+                counts_calls: false,
+                _open: None,
+                ..Connection::new(Io::Plain(stream), peer, place)
+            },
+            peer,
+        )
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -281,7 +303,11 @@ impl Connected for Connection {
 }
 
 impl AsyncRead for Connection {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if this.is_closing(cx) {
             // As if the client had left: the transport ends the connection in good order.
@@ -305,7 +331,11 @@ impl AsyncRead for Connection {
 }
 
 impl AsyncWrite for Connection {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         // A client that reads nothing must not keep a connection that is to be closed.
         if this.is_closing(cx) {
@@ -363,7 +393,8 @@ mod tests {
     #[tokio::test]
     async fn a_client_that_reads_nothing_does_not_keep_a_connection_that_is_to_be_closed() {
         let (connections, mut connection, client) = connected().await;
-        let (closing, (sender, mut written)) = (connection.place.activity.closing(), mpsc::channel(1));
+        let (closing, (sender, mut written)) =
+            (connection.place.activity.closing(), mpsc::channel(1));
         let writing = tokio::spawn(async move {
             let block = vec![0; 1 << 16];
             loop {

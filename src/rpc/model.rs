@@ -17,15 +17,24 @@ pub(super) struct Models(pub Arc<Server>);
 
 #[tonic::async_trait]
 impl ModelService for Models {
-    async fn get_model(&self, request: Request<pb::GetModelRequest>) -> Result<Response<pb::Model>, Status> {
+    async fn get_model(
+        &self,
+        request: Request<pb::GetModelRequest>,
+    ) -> Result<Response<pb::Model>, Status> {
         let r = request.into_inner();
-        let id =
-            names::parse_model(&r.name).ok_or_else(|| invalid("name", format!("is {}: it must look like models/ID", quoted(&r.name))))?;
+        let id = names::parse_model(&r.name).ok_or_else(|| {
+            invalid("name", format!("is {}: it must look like models/ID", quoted(&r.name)))
+        })?;
         Ok(Response::new(convert(self.0.model(id).map_err(status)?)))
     }
 
-    async fn list_models(&self, _: Request<pb::ListModelsRequest>) -> Result<Response<pb::ListModelsResponse>, Status> {
-        Ok(Response::new(pb::ListModelsResponse { models: self.0.models().into_iter().map(convert).collect() }))
+    async fn list_models(
+        &self,
+        _: Request<pb::ListModelsRequest>,
+    ) -> Result<Response<pb::ListModelsResponse>, Status> {
+        Ok(Response::new(pb::ListModelsResponse {
+            models: self.0.models().into_iter().map(convert).collect(),
+        }))
     }
 }
 

@@ -64,7 +64,12 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let method = known(request.uri().path());
-        let id = request.headers().get(REQUEST_ID).and_then(|v| v.to_str().ok()).filter(|v| v.len() <= 128).map(str::to_owned);
+        let id = request
+            .headers()
+            .get(REQUEST_ID)
+            .and_then(|v| v.to_str().ok())
+            .filter(|v| v.len() <= 128)
+            .map(str::to_owned);
         let id = id.unwrap_or_else(|| uuid::Uuid::now_v7().to_string());
         let span = span(method, &id, request.headers());
         let trace = span.context();
@@ -81,14 +86,16 @@ where
         let observed = async move {
             // Dropping the call abandons its work: what waits for the device never reaches it.
             let mut result = match deadline {
-                Some(left) => tokio::time::timeout(left, call)
-                    .await
-                    .unwrap_or_else(|_| Ok(status::status(ServiceError::DeadlineExceeded).into_http())),
+                Some(left) => tokio::time::timeout(left, call).await.unwrap_or_else(|_| {
+                    Ok(status::status(ServiceError::DeadlineExceeded).into_http())
+                }),
                 None => call.await,
             };
             let code = match &mut result {
                 Ok(response) => {
-                    for (name, value) in [(REQUEST_ID, Some(&id)), (trace::TRACEPARENT, traceparent.as_ref())] {
+                    for (name, value) in
+                        [(REQUEST_ID, Some(&id)), (trace::TRACEPARENT, traceparent.as_ref())]
+                    {
                         if let Some(value) = value.and_then(|v| HeaderValue::from_str(v).ok()) {
                             response.headers_mut().insert(name, value);
                         }
@@ -100,7 +107,11 @@ where
                         let _ = status.add_header(headers);
                     }
                     // An error without an answer has its status among the headers; a stream's later error is its own event.
-                    let code = response.headers().get("grpc-status").and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<i32>().ok());
+                    let code = response
+                        .headers()
+                        .get("grpc-status")
+                        .and_then(|v| v.to_str().ok())
+                        .and_then(|v| v.parse::<i32>().ok());
                     code.map_or(Code::Ok, Code::from)
                 }
                 Err(_) => Code::Internal,
@@ -122,7 +133,10 @@ impl http_body::Body for CountedBody {
     type Data = <Body as http_body::Body>::Data;
     type Error = <Body as http_body::Body>::Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<http_body::Frame<Self::Data>, Self::Error>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<Self::Data>, Self::Error>>> {
         Pin::new(&mut self.body).poll_frame(cx)
     }
 
@@ -163,7 +177,8 @@ impl Drop for ObservedCall {
         if is_ours(code) {
             this.set_status(opentelemetry::trace::Status::error(code_label.clone()));
         }
-        metrics::counter!("bradley_requests_total", "method" => method, "code" => code_label).increment(1);
+        metrics::counter!("bradley_requests_total", "method" => method, "code" => code_label)
+            .increment(1);
         metrics::histogram!("bradley_request_seconds", "method" => method).record(seconds);
         tracing::debug!(?code, seconds, "request served");
     }
@@ -173,7 +188,14 @@ impl Drop for ObservedCall {
 fn span(method: &'static str, id: &str, headers: &HeaderMap) -> tracing::Span {
     let caller = trace::parse(headers.get(trace::TRACEPARENT).and_then(|v| v.to_str().ok()));
     let name = method.trim_start_matches('/');
-    let span = tracing::info_span!("rpc", method, request_id = id, trace_id = Empty, otel.name = name, otel.kind = "server");
+    let span = tracing::info_span!(
+        "rpc",
+        method,
+        request_id = id,
+        trace_id = Empty,
+        otel.name = name,
+        otel.kind = "server"
+    );
     let known = trace::id(&caller);
     // It fails only where no spans are exported.
     let _ = span.set_parent(caller);
@@ -190,7 +212,15 @@ fn span(method: &'static str, id: &str, headers: &HeaderMap) -> tracing::Span {
 
 /// Whether a code tells of the server's fault, not of the caller's: only such a span is an error.
 fn is_ours(code: Code) -> bool {
-    matches!(code, Code::Unknown | Code::DeadlineExceeded | Code::Unimplemented | Code::Internal | Code::Unavailable | Code::DataLoss)
+    matches!(
+        code,
+        Code::Unknown
+            | Code::DeadlineExceeded
+            | Code::Unimplemented
+            | Code::Internal
+            | Code::Unavailable
+            | Code::DataLoss
+    )
 }
 
 /// What a client's `grpc-timeout` leaves, a little less: the transport ends the call on time, but without details.
@@ -219,7 +249,10 @@ pub(super) fn known(path: &str) -> &'static str {
 /// `/package.Service/Method` of every service that is served.
 static METHODS: LazyLock<HashSet<String>> = LazyLock::new(|| {
     let sets = [pb::FILE_DESCRIPTOR_SET, tonic_health::pb::FILE_DESCRIPTOR_SET];
-    let files = sets.iter().filter_map(|bytes| prost_types::FileDescriptorSet::decode(*bytes).ok()).flat_map(|set| set.file);
+    let files = sets
+        .iter()
+        .filter_map(|bytes| prost_types::FileDescriptorSet::decode(*bytes).ok())
+        .flat_map(|set| set.file);
     let mut all: HashSet<String> = files
         .flat_map(|file| {
             let package = file.package().to_owned();
@@ -229,7 +262,10 @@ static METHODS: LazyLock<HashSet<String>> = LazyLock::new(|| {
             })
         })
         .collect();
-    all.extend(["v1", "v1alpha"].map(|v| format!("/grpc.reflection.{v}.ServerReflection/ServerReflectionInfo")));
+    all.extend(
+        ["v1", "v1alpha"]
+            .map(|v| format!("/grpc.reflection.{v}.ServerReflection/ServerReflectionInfo")),
+    );
     all
 });
 

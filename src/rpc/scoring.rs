@@ -36,11 +36,17 @@ type Scored = Result<ScoredPair, ServiceError>;
 
 #[tonic::async_trait]
 impl ScoringService for Scoring {
-    async fn score_pairs(&self, request: Request<pb::ScorePairsRequest>) -> Result<Response<pb::ScorePairsResponse>, Status> {
+    async fn score_pairs(
+        &self,
+        request: Request<pb::ScorePairsRequest>,
+    ) -> Result<Response<pb::ScorePairsResponse>, Status> {
         let (caller, r) = whose(request)?;
         let (options, per_token) = convert::options(r.options)?;
         if r.pairs.is_empty() || r.pairs.len() > MAX_PAIRS {
-            return Err(status(ServiceError::invalid("pairs", format!("has {} pairs: send 1 to {MAX_PAIRS}", r.pairs.len()))));
+            return Err(status(ServiceError::invalid(
+                "pairs",
+                format!("has {} pairs: send 1 to {MAX_PAIRS}", r.pairs.len()),
+            )));
         }
         let session = self.scoring.session(&caller, options).await.map_err(status)?;
         // Dropped with this call: what its client no longer waits for is abandoned.
@@ -52,20 +58,34 @@ impl ScoringService for Scoring {
             tasks.spawn(async move { (i, score(&session, pair).await) }.in_current_span());
         }
         while let Some(done) = tasks.join_next().await {
-            match done.map_err(|e| status(ServiceError::internal(format!("a scoring task failed: {e}"))))? {
+            match done.map_err(|e| {
+                status(ServiceError::internal(format!("a scoring task failed: {e}")))
+            })? {
                 // Another replica answers the call whole: a client or a gateway that repeats it must not have to look into the results.
                 (_, Err(e)) if e.is_draining() => return Err(status(e)),
                 (i, scored) => results[i].1 = Some(scored),
             }
         }
-        if results.iter().all(|(_, r)| matches!(r, Some(Err(ServiceError::Unavailable { .. } | ServiceError::ResourceExhausted { .. }))))
-            && let Some((_, Some(Err(e)))) = results.pop()
+        if results.iter().all(|(_, r)| {
+            matches!(
+                r,
+                Some(
+                    Err(ServiceError::Unavailable { .. } | ServiceError::ResourceExhausted { .. })
+                )
+            )
+        }) && let Some((_, Some(Err(e)))) = results.pop()
         {
             return Err(status(e));
         }
         let results = results
             .into_iter()
-            .map(|(id, scored)| pair_result(id, scored.unwrap_or_else(|| Err(ServiceError::internal("unscored"))), per_token))
+            .map(|(id, scored)| {
+                pair_result(
+                    id,
+                    scored.unwrap_or_else(|| Err(ServiceError::internal("unscored"))),
+                    per_token,
+                )
+            })
             .collect();
         Ok(Response::new(pb::ScorePairsResponse {
             results,
@@ -111,7 +131,10 @@ impl ScoringService for Scoring {
         let (options, per_token) = convert::options(r.options)?;
         let n = r.completions.len();
         if n == 0 || n > MAX_COMPLETIONS {
-            return Err(status(ServiceError::invalid("completions", format!("has {n} answers: send 1 to {MAX_COMPLETIONS}"))));
+            return Err(status(ServiceError::invalid(
+                "completions",
+                format!("has {n} answers: send 1 to {MAX_COMPLETIONS}"),
+            )));
         }
         let prompt = convert::text("prompt", r.prompt).map_err(status)?;
         let mut completions = Vec::with_capacity(n);
@@ -119,13 +142,21 @@ impl ScoringService for Scoring {
             completions.push(convert::text(&format!("completions[{i}]"), Some(c)).map_err(status)?);
         }
         let session = self.scoring.session(&caller, options).await.map_err(status)?;
-        let scored = session.admit_completions(prompt, completions).await.map_err(status)?.score().await.map_err(status)?;
+        let scored = session
+            .admit_completions(prompt, completions)
+            .await
+            .map_err(status)?
+            .score()
+            .await
+            .map_err(status)?;
         let results = scored
             .answers
             .into_iter()
             .map(|answer| {
                 let result = match answer.score {
-                    Ok(s) => pb::completion_result::Result::Score(convert::completion(s, per_token)),
+                    Ok(s) => {
+                        pb::completion_result::Result::Score(convert::completion(s, per_token))
+                    }
                     Err(e) => pb::completion_result::Result::Error(message(e)),
                 };
                 pb::CompletionResult { result: Some(result), probability: answer.probability }

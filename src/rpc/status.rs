@@ -133,10 +133,18 @@ fn decoded(status: Status) -> tonic_types::Status {
 
 /// What a call's headers must say when the transport ended it without a reason: it could not read the message. Ours always have one.
 pub fn explained(headers: &HeaderMap) -> Option<Status> {
-    let given = Status::from_header_map(headers).filter(|s| s.code() == Code::Internal && s.details().is_empty())?;
+    let given = Status::from_header_map(headers)
+        .filter(|s| s.code() == Code::Internal && s.details().is_empty())?;
     let mut details = ErrorDetails::new();
-    details.set_error_info(Reason::MalformedMessage.name(), DOMAIN, std::collections::HashMap::new());
-    let message = format!("the request cannot be read as its protobuf message ({}): check it against the protos", given.message());
+    details.set_error_info(
+        Reason::MalformedMessage.name(),
+        DOMAIN,
+        std::collections::HashMap::new(),
+    );
+    let message = format!(
+        "the request cannot be read as its protobuf message ({}): check it against the protos",
+        given.message()
+    );
     Some(Status::with_error_details(Code::InvalidArgument, message, details))
 }
 
@@ -155,20 +163,59 @@ mod tests {
     fn every_error_has_its_code_and_a_stable_reason() {
         let retry_after = Duration::from_secs(2);
         let cases = [
-            (ServiceError::invalid("training_job.dpo.beta", "is 0"), Code::InvalidArgument, "INVALID_ARGUMENT"),
-            (ServiceError::not_found("job", "trainingJobs/x"), Code::NotFound, "NOT_FOUND"),
-            (ServiceError::PermissionDenied { message: "m".into() }, Code::PermissionDenied, "PERMISSION_DENIED"),
-            (ServiceError::Unauthenticated { message: "m".into() }, Code::Unauthenticated, "UNAUTHENTICATED"),
-            (ServiceError::FailedPrecondition { reason: Reason::InUse, message: "m".into() }, Code::FailedPrecondition, "IN_USE"),
-            (ServiceError::AlreadyExists { message: "m".into() }, Code::AlreadyExists, "REQUEST_ID_REUSED"),
-            (ServiceError::Aborted { reason: Reason::EtagStale, message: "m".into() }, Code::Aborted, "ETAG_STALE"),
-            (ServiceError::Unavailable { reason: Reason::QueueFull, message: "m".into(), retry_after }, Code::Unavailable, "QUEUE_FULL"),
             (
-                ServiceError::ResourceExhausted { reason: Reason::OutOfMemory, message: "m".into() },
+                ServiceError::invalid("training_job.dpo.beta", "is 0"),
+                Code::InvalidArgument,
+                "INVALID_ARGUMENT",
+            ),
+            (ServiceError::not_found("job", "trainingJobs/x"), Code::NotFound, "NOT_FOUND"),
+            (
+                ServiceError::PermissionDenied { message: "m".into() },
+                Code::PermissionDenied,
+                "PERMISSION_DENIED",
+            ),
+            (
+                ServiceError::Unauthenticated { message: "m".into() },
+                Code::Unauthenticated,
+                "UNAUTHENTICATED",
+            ),
+            (
+                ServiceError::FailedPrecondition { reason: Reason::InUse, message: "m".into() },
+                Code::FailedPrecondition,
+                "IN_USE",
+            ),
+            (
+                ServiceError::AlreadyExists { message: "m".into() },
+                Code::AlreadyExists,
+                "REQUEST_ID_REUSED",
+            ),
+            (
+                ServiceError::Aborted { reason: Reason::EtagStale, message: "m".into() },
+                Code::Aborted,
+                "ETAG_STALE",
+            ),
+            (
+                ServiceError::Unavailable {
+                    reason: Reason::QueueFull,
+                    message: "m".into(),
+                    retry_after,
+                },
+                Code::Unavailable,
+                "QUEUE_FULL",
+            ),
+            (
+                ServiceError::ResourceExhausted {
+                    reason: Reason::OutOfMemory,
+                    message: "m".into(),
+                },
                 Code::ResourceExhausted,
                 "OUT_OF_MEMORY",
             ),
-            (ServiceError::OutOfRange { message: "m".into() }, Code::OutOfRange, "CURSOR_OUT_OF_RANGE"),
+            (
+                ServiceError::OutOfRange { message: "m".into() },
+                Code::OutOfRange,
+                "CURSOR_OUT_OF_RANGE",
+            ),
             (ServiceError::DeadlineExceeded, Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
             (ServiceError::internal("m"), Code::Internal, "INTERNAL"),
         ];
@@ -185,12 +232,18 @@ mod tests {
     fn a_status_fits_the_headers_that_clients_accept() {
         let on_the_wire = |s: &Status| {
             let headers = s.clone().into_http::<()>().into_parts().0.headers;
-            ["grpc-message", "grpc-status-details-bin"].iter().map(|name| headers[*name].len()).sum::<usize>()
+            ["grpc-message", "grpc-status-details-bin"]
+                .iter()
+                .map(|name| headers[*name].len())
+                .sum::<usize>()
         };
         for text in ["x", " ", "é", "%"] {
             let mut bad = Violations::default();
             for i in 0..1000 {
-                bad.push(format!("training_job.dpo.losses[{i}].loss_type"), text.repeat(if i == 0 { 100_000 } else { 300 }));
+                bad.push(
+                    format!("training_job.dpo.losses[{i}].loss_type"),
+                    text.repeat(if i == 0 { 100_000 } else { 300 }),
+                );
             }
             let s = bad_request(bad);
             assert!(on_the_wire(&s) <= 4096, "{} bytes", on_the_wire(&s));
@@ -199,7 +252,10 @@ mod tests {
             assert_eq!(listed.last().unwrap().description, format!("and {left_out} more"));
             for e in [
                 ServiceError::not_found("job", text.repeat(100_000)),
-                ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message: text.repeat(100_000) },
+                ServiceError::FailedPrecondition {
+                    reason: Reason::DatasetInvalid,
+                    message: text.repeat(100_000),
+                },
             ] {
                 let s = status(e);
                 assert!(on_the_wire(&s) <= 4096, "{} bytes", on_the_wire(&s));

@@ -23,15 +23,25 @@ type EventStream = Pin<Box<dyn Stream<Item = Result<pb::TrainingEvent, Status>> 
 
 #[tonic::async_trait]
 impl TrainingService for Training {
-    async fn create_training_job(&self, request: Request<pb::CreateTrainingJobRequest>) -> Result<Response<pb::TrainingJob>, Status> {
+    async fn create_training_job(
+        &self,
+        request: Request<pb::CreateTrainingJobRequest>,
+    ) -> Result<Response<pb::TrainingJob>, Status> {
         let (caller, r) = whose(request)?;
         let request = convert::job_request(r.training_job.ok_or_else(no_job)?)?;
         let request_id = (!r.request_id.is_empty()).then_some(r.request_id);
-        let job = self.0.create_job(&caller, request, request_id, r.validate_only).await.map_err(status)?;
+        let job = self
+            .0
+            .create_job(&caller, request, request_id, r.validate_only)
+            .await
+            .map_err(status)?;
         Ok(Response::new(convert::job(job)))
     }
 
-    async fn get_training_job(&self, request: Request<pb::GetTrainingJobRequest>) -> Result<Response<pb::TrainingJob>, Status> {
+    async fn get_training_job(
+        &self,
+        request: Request<pb::GetTrainingJobRequest>,
+    ) -> Result<Response<pb::TrainingJob>, Status> {
         let (caller, r) = whose(request)?;
         let job = self.0.get_job(&caller, job_id("name", &r.name)?).await.map_err(status)?;
         Ok(Response::new(convert::job(job)))
@@ -45,7 +55,10 @@ impl TrainingService for Training {
         let (states, size) = (convert::states(&r.states)?, page_size(r.page_size, 50)?);
         let page = self.0.list_jobs(&caller, &states, size, &r.page_token).await.map_err(status)?;
         let training_jobs = page.items.into_iter().map(convert::job).collect();
-        Ok(Response::new(pb::ListTrainingJobsResponse { training_jobs, next_page_token: page.next_page_token }))
+        Ok(Response::new(pb::ListTrainingJobsResponse {
+            training_jobs,
+            next_page_token: page.next_page_token,
+        }))
     }
 
     async fn estimate_training_job(
@@ -58,7 +71,10 @@ impl TrainingService for Training {
         Ok(Response::new(convert::estimate(estimate)))
     }
 
-    async fn update_training_job(&self, request: Request<pb::UpdateTrainingJobRequest>) -> Result<Response<pb::TrainingJob>, Status> {
+    async fn update_training_job(
+        &self,
+        request: Request<pb::UpdateTrainingJobRequest>,
+    ) -> Result<Response<pb::TrainingJob>, Status> {
         let (caller, r) = whose(request)?;
         let job = r.training_job.unwrap_or_default();
         let (id, etag) = (job_id("training_job.name", &job.name)?.to_owned(), job.etag.clone());
@@ -68,19 +84,28 @@ impl TrainingService for Training {
         Ok(Response::new(convert::job(job)))
     }
 
-    async fn pause_training_job(&self, request: Request<pb::PauseTrainingJobRequest>) -> Result<Response<pb::TrainingJob>, Status> {
+    async fn pause_training_job(
+        &self,
+        request: Request<pb::PauseTrainingJobRequest>,
+    ) -> Result<Response<pb::TrainingJob>, Status> {
         let (caller, r) = whose(request)?;
         let job = self.0.pause_job(&caller, job_id("name", &r.name)?).await.map_err(status)?;
         Ok(Response::new(convert::job(job)))
     }
 
-    async fn resume_training_job(&self, request: Request<pb::ResumeTrainingJobRequest>) -> Result<Response<pb::TrainingJob>, Status> {
+    async fn resume_training_job(
+        &self,
+        request: Request<pb::ResumeTrainingJobRequest>,
+    ) -> Result<Response<pb::TrainingJob>, Status> {
         let (caller, r) = whose(request)?;
         let job = self.0.resume_job(&caller, job_id("name", &r.name)?).await.map_err(status)?;
         Ok(Response::new(convert::job(job)))
     }
 
-    async fn cancel_training_job(&self, request: Request<pb::CancelTrainingJobRequest>) -> Result<Response<pb::TrainingJob>, Status> {
+    async fn cancel_training_job(
+        &self,
+        request: Request<pb::CancelTrainingJobRequest>,
+    ) -> Result<Response<pb::TrainingJob>, Status> {
         let (caller, r) = whose(request)?;
         let job = self.0.cancel_job(&caller, job_id("name", &r.name)?).await.map_err(status)?;
         Ok(Response::new(convert::job(job)))
@@ -101,14 +126,18 @@ impl TrainingService for Training {
     ) -> Result<Response<pb::ListTrainingEventsResponse>, Status> {
         let (caller, r) = whose(request)?;
         let (id, size) = (job_id("parent", &r.parent)?, page_size(r.page_size, 100)?);
-        let (events, more) = self.0.list_events(&caller, id, r.after_sequence, size).await.map_err(status)?;
+        let (events, more) =
+            self.0.list_events(&caller, id, r.after_sequence, size).await.map_err(status)?;
         let events = events.into_iter().map(|e| convert::event(id, e)).collect();
         Ok(Response::new(pb::ListTrainingEventsResponse { events, more }))
     }
 
     type StreamTrainingEventsStream = EventStream;
 
-    async fn stream_training_events(&self, request: Request<pb::StreamTrainingEventsRequest>) -> Result<Response<EventStream>, Status> {
+    async fn stream_training_events(
+        &self,
+        request: Request<pb::StreamTrainingEventsRequest>,
+    ) -> Result<Response<EventStream>, Status> {
         let (caller, r) = whose(request)?;
         let id = job_id("parent", &r.parent)?.to_owned();
         let events = self.0.stream_events(&caller, &id, r.after_sequence).await.map_err(status)?;

@@ -173,28 +173,37 @@ impl Artifacts {
     /// # Errors
     /// `FailedPrecondition` (`WRONG_ARTIFACT_STORE`) for another one.
     pub async fn identify(&self, store: &Store) -> Result<()> {
-        let wrong = |message: String| Err(ServiceError::FailedPrecondition { reason: Reason::WrongArtifactStore, message });
+        let wrong = |message: String| {
+            Err(ServiceError::FailedPrecondition { reason: Reason::WrongArtifactStore, message })
+        };
         let known = store.property(ARTIFACT_STORE).await?;
         let Some(remote) = &self.remote else {
             return match known {
                 None => Ok(()),
-                Some(known) => {
-                    wrong(format!("this database's files are in the artifact store with the identity {known}: set artifact_url"))
-                }
+                Some(known) => wrong(format!(
+                    "this database's files are in the artifact store with the identity {known}: set artifact_url"
+                )),
             };
         };
         let found = remote.identity().await?;
         let identity = match (known, found) {
             (Some(known), Some(found)) if known == found => known,
             (Some(known), found) => {
-                let found = found.map_or_else(|| "it has no identity object".to_owned(), |id| format!("its identity is {id}"));
+                let found = found.map_or_else(
+                    || "it has no identity object".to_owned(),
+                    |id| format!("its identity is {id}"),
+                );
                 return wrong(format!(
                     "the artifact store {} is not the one that this database knows, which is {known} ({found}): mount that store, or correct \
                      artifact_url; where a store was moved, its object bradley-store-id has to be copied, too",
                     remote.url()
                 ));
             }
-            (None, _) if store.is_shared() && store.has_artifacts().await? && remote.is_empty().await? => {
+            (None, _)
+                if store.is_shared()
+                    && store.has_artifacts().await?
+                    && remote.is_empty().await? =>
+            {
                 return wrong(format!(
                     "the artifact store {} is empty, but the database has datasets or checkpoints: mount the right store, or correct artifact_url",
                     remote.url()
@@ -208,7 +217,10 @@ impl Artifacts {
                 };
                 let chosen = store.set_property_once(ARTIFACT_STORE, &identity).await?;
                 if chosen != identity {
-                    return wrong(format!("the database knows the artifact store {chosen}, {} is {identity}", remote.url()));
+                    return wrong(format!(
+                        "the database knows the artifact store {chosen}, {} is {identity}",
+                        remote.url()
+                    ));
                 }
                 identity
             }
@@ -223,12 +235,16 @@ impl Artifacts {
     /// # Errors
     /// `Unavailable` when it is not, or does not answer.
     pub async fn check_store(&self) -> Result<()> {
-        let (Some(remote), Some(known)) = (&self.remote, self.store_identity.get()) else { return Ok(()) };
+        let (Some(remote), Some(known)) = (&self.remote, self.store_identity.get()) else {
+            return Ok(());
+        };
         match remote.identity().await? {
             Some(found) if found == *known => Ok(()),
             _ => Err(ServiceError::Unavailable {
                 reason: Reason::ArtifactsUnavailable,
-                message: "the artifact store lacks its object bradley-store-id: is the share mounted?".to_owned(),
+                message:
+                    "the artifact store lacks its object bradley-store-id: is the share mounted?"
+                        .to_owned(),
                 retry_after: Duration::from_secs(2),
             }),
         }
@@ -281,7 +297,10 @@ impl Artifacts {
 
     /// Has a checkpoint's files checked again before they are next used.
     pub fn distrust_checkpoint(&self, job: &str, step: u64) {
-        self.checked.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.checkpoint(job, step));
+        self.checked
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&self.checkpoint(job, step));
     }
 
     /// Removes what this machine has of a checkpoint.
@@ -318,7 +337,10 @@ impl Artifacts {
     /// Removes what this machine has of a job.
     pub async fn drop_local_job(&self, job: &str) -> Result<()> {
         let path = self.job(job);
-        self.checked.lock().unwrap_or_else(PoisonError::into_inner).retain(|p| !p.starts_with(&path));
+        self.checked
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|p| !p.starts_with(&path));
         blocking(move || remove(&path)).await?
     }
 
@@ -360,7 +382,8 @@ impl Artifacts {
     /// `FailedPrecondition`: `ARTIFACT_MISSING` when the file is not where it is kept,
     /// `DATASET_CHANGED` when it has other content there.
     pub async fn fetch_dataset(&self, dataset: &Dataset, expected: &str) -> Result<PathBuf> {
-        let (path, expected, id) = (self.dataset(&dataset.id), expected.to_owned(), dataset.id.clone());
+        let (path, expected, id) =
+            (self.dataset(&dataset.id), expected.to_owned(), dataset.id.clone());
         let is_here = path.clone();
         let found = blocking(move || hash_if_present(&is_here)).await?;
         if matches!(&found, Ok(Some(hash)) if *hash == expected) {
@@ -373,13 +396,20 @@ impl Artifacts {
             });
         };
         if !matches!(found, Ok(None)) {
-            tracing::warn!(dataset = id, expected, ?found, "the local copy of a dataset is damaged and is fetched again");
+            tracing::warn!(
+                dataset = id,
+                expected,
+                ?found,
+                "the local copy of a dataset is damaged and is fetched again"
+            );
         }
         let temporary = Temporary(self.temporary());
         if let Err(e) = remote.get_file(&dataset_key(&id), &temporary.0).await {
             return Err(match e {
                 // Of another store, or one that is not mounted, nothing is believed.
-                ServiceError::NotFound { .. } => self.check_store().await.err().unwrap_or_else(|| self.dataset_missing(&id)),
+                ServiceError::NotFound { .. } => {
+                    self.check_store().await.err().unwrap_or_else(|| self.dataset_missing(&id))
+                }
                 e => e,
             });
         }
@@ -422,7 +452,10 @@ impl Artifacts {
 
     /// The error for files that are not where they are kept now. They may come back: a bucket or a folder can be restored, a listing can lag.
     pub(super) fn missing(&self, name: &str) -> ServiceError {
-        let message = format!("the files of {name} are not in {}: restore them, or delete what they belong to", self.place());
+        let message = format!(
+            "the files of {name} are not in {}: restore them, or delete what they belong to",
+            self.place()
+        );
         ServiceError::FailedPrecondition { reason: Reason::ArtifactMissing, message }
     }
 
@@ -458,7 +491,8 @@ impl Artifacts {
             let temporary = Temporary(artifacts.temporary());
             fs::create_dir_all(&temporary.0).map_err(|e| failed(&temporary.0, e))?;
             for name in ADAPTER_FILES {
-                fs::copy(from.join(name), temporary.0.join(name)).map_err(|e| failed(&from.join(name), e))?;
+                fs::copy(from.join(name), temporary.0.join(name))
+                    .map_err(|e| failed(&from.join(name), e))?;
             }
             let hash = hash_files(&temporary.0, &ADAPTER_FILES)?;
             artifacts.publish(&temporary.0, &target)?;
@@ -479,14 +513,18 @@ impl Artifacts {
     pub async fn fetch_init_adapter(&self, job: &str, expected: &str) -> Result<PathBuf> {
         let (dir, name) = (self.init_adapter(job), format!("trainingJobs/{job}'s init_adapter"));
         let known = || self.checked.lock().unwrap_or_else(PoisonError::into_inner);
-        if known().contains(&dir) && tokio::fs::try_exists(dir.join(peft::WEIGHTS_FILE)).await.unwrap_or(false) {
+        if known().contains(&dir)
+            && tokio::fs::try_exists(dir.join(peft::WEIGHTS_FILE)).await.unwrap_or(false)
+        {
             return Ok(dir);
         }
         let _fetching = self.fetching.lock().await;
         let here = dir.clone();
         let found = blocking(move || hash_files(&here, &ADAPTER_FILES)).await?;
         let changed = |found: &str| {
-            let message = format!("the stored files of {name} were changed: their hash is {found}, the job was made with {expected}");
+            let message = format!(
+                "the stored files of {name} were changed: their hash is {found}, the job was made with {expected}"
+            );
             ServiceError::FailedPrecondition { reason: Reason::ArtifactDamaged, message }
         };
         match (found, &self.remote) {
@@ -524,7 +562,13 @@ impl Artifacts {
     pub async fn keep_checkpoint(&self, job: &str, step: u64, digest: &str) -> Result<()> {
         let Some(remote) = &self.remote else { return Ok(()) };
         self.check_store().await?;
-        remote.put_folder(&self.checkpoint(job, step), &checkpoint_key(job, step, digest), checkpoint::STATE_FILE).await
+        remote
+            .put_folder(
+                &self.checkpoint(job, step),
+                &checkpoint_key(job, step, digest),
+                checkpoint::STATE_FILE,
+            )
+            .await
     }
 
     /// A checkpoint's folder on this machine, fetched when it is not.
@@ -548,7 +592,9 @@ impl Artifacts {
         };
         let temporary = Temporary(self.temporary());
         fs::create_dir_all(&temporary.0).map_err(|e| failed(&temporary.0, e))?;
-        if let Err(e) = remote.get_folder(&checkpoint_key(&c.job, c.step, &c.digest), &temporary.0).await {
+        if let Err(e) =
+            remote.get_folder(&checkpoint_key(&c.job, c.step, &c.digest), &temporary.0).await
+        {
             return Err(self.explain_missing(e, &name).await);
         }
         let (artifacts, expected) = (self.clone(), c.digest.clone());
@@ -571,9 +617,12 @@ impl Artifacts {
     /// damage: it says which other files there should be. Files that are only missing prove nothing: the data directory may have been restored in
     /// part, or be another one.
     async fn why_not_here(&self, c: &Checkpoint, name: String) -> Result<ServiceError> {
-        let (dir, expected, artifacts) = (self.checkpoint(&c.job, c.step), c.digest.clone(), self.clone());
+        let (dir, expected, artifacts) =
+            (self.checkpoint(&c.job, c.step), c.digest.clone(), self.clone());
         blocking(move || match checkpoint::digest(&dir) {
-            Ok(found) if !expected.is_empty() && found != expected => damaged(&name, format!("{} has changed", checkpoint::STATE_FILE)),
+            Ok(found) if !expected.is_empty() && found != expected => {
+                damaged(&name, format!("{} has changed", checkpoint::STATE_FILE))
+            }
             Err(e) => artifacts.unusable(&e, &name),
             Ok(_) => match checkpoint::check(&dir) {
                 Err(e) => artifacts.unusable(&e, &name),
@@ -587,12 +636,15 @@ impl Artifacts {
     /// Whether the checkpoint's folder is on this machine, as it was written. Another replica's folder of the same step, left from before a lease was
     /// lost, is not this checkpoint.
     async fn is_here(&self, c: &Checkpoint) -> Result<bool> {
-        let (dir, expected, artifacts) = (self.checkpoint(&c.job, c.step), c.digest.clone(), self.clone());
+        let (dir, expected, artifacts) =
+            (self.checkpoint(&c.job, c.step), c.digest.clone(), self.clone());
         let name = format!("trainingJobs/{}/checkpoints/{}", c.job, c.step);
         blocking(move || {
             match checkpoint::digest(&dir) {
                 Ok(digest) if expected.is_empty() || digest == expected => {}
-                Err(e) if !e.is_damage() && !e.is_missing_file() => return Err(artifacts.unusable(&e, &name)),
+                Err(e) if !e.is_damage() && !e.is_missing_file() => {
+                    return Err(artifacts.unusable(&e, &name));
+                }
                 _ => return Ok(false),
             }
             // Every file, once for each process.
@@ -605,7 +657,9 @@ impl Artifacts {
                     known().insert(dir);
                     Ok(true)
                 }
-                Err(e) if !e.is_damage() && !e.is_missing_file() => Err(artifacts.unusable(&e, &name)),
+                Err(e) if !e.is_damage() && !e.is_missing_file() => {
+                    Err(artifacts.unusable(&e, &name))
+                }
                 Err(_) => Ok(false),
             }
         })
@@ -614,19 +668,32 @@ impl Artifacts {
 
     /// Keeps an export whose folder with `files` is whole here; returns where clients find it. What the object store has already is not sent again: an
     /// earlier call may have been given up half-way.
-    pub async fn keep_export(&self, job: &str, step: u64, name: ExportName, files: &[ExportedFile]) -> Result<String> {
+    pub async fn keep_export(
+        &self,
+        job: &str,
+        step: u64,
+        name: ExportName,
+        files: &[ExportedFile],
+    ) -> Result<String> {
         let (path, key) = (self.export(job, step, name), export_key(job, step, name));
         let Some(remote) = &self.remote else { return Ok(key) };
         self.check_store().await?;
         let kept = remote.folder(&key).await?;
-        let absent = |kept: &BTreeMap<String, u64>, file: &ExportedFile| kept.get(&file.path) != Some(&file.size_bytes);
+        let absent = |kept: &BTreeMap<String, u64>, file: &ExportedFile| {
+            kept.get(&file.path) != Some(&file.size_bytes)
+        };
         for file in files.iter().filter(|file| absent(&kept, file)) {
             remote.put_file(&path.join(&file.path), &format!("{key}/{}", file.path)).await?;
         }
         let kept = remote.folder(&key).await?;
         if let Some(file) = files.iter().find(|file| absent(&kept, file)) {
-            let message = format!("{} is not in the artifact store yet: ask for the export again", file.path);
-            return Err(ServiceError::Unavailable { reason: Reason::ArtifactsUnavailable, message, retry_after: Duration::from_secs(2) });
+            let message =
+                format!("{} is not in the artifact store yet: ask for the export again", file.path);
+            return Err(ServiceError::Unavailable {
+                reason: Reason::ArtifactsUnavailable,
+                message,
+                retry_after: Duration::from_secs(2),
+            });
         }
         Ok(key)
     }
@@ -667,7 +734,8 @@ fn describe_below(dir: &Path, prefix: &str, files: &mut Vec<ExportedFile>) -> Re
     for entry in fs::read_dir(dir).map_err(|e| failed(dir, e))? {
         let entry = entry.map_err(|e| failed(dir, e))?;
         let kind = entry.file_type().map_err(|e| failed(dir, e))?;
-        let (path, name) = (entry.path(), format!("{prefix}{}", entry.file_name().to_string_lossy()));
+        let (path, name) =
+            (entry.path(), format!("{prefix}{}", entry.file_name().to_string_lossy()));
         if kind.is_dir() {
             describe_below(&path, &format!("{name}/"), files)?;
         } else if kind.is_file() {
@@ -697,7 +765,9 @@ fn hash_if_present(path: &Path) -> Result<Option<String>> {
 /// A file's size and BLAKE3.
 fn hash_file(path: &Path) -> Result<(u64, String)> {
     let mut hash = blake3::Hasher::new();
-    let size = File::open(path).and_then(|mut f| io::copy(&mut f, &mut hash)).map_err(|e| failed(path, e))?;
+    let size = File::open(path)
+        .and_then(|mut f| io::copy(&mut f, &mut hash))
+        .map_err(|e| failed(path, e))?;
     Ok((size, hash.finalize().to_hex().to_string()))
 }
 
@@ -725,7 +795,10 @@ fn init_adapter_key(job: &str) -> String {
 }
 
 fn damaged(name: &str, why: impl std::fmt::Display) -> ServiceError {
-    ServiceError::FailedPrecondition { reason: Reason::ArtifactDamaged, message: format!("the stored files of {name} are damaged: {why}") }
+    ServiceError::FailedPrecondition {
+        reason: Reason::ArtifactDamaged,
+        message: format!("the stored files of {name} are damaged: {why}"),
+    }
 }
 
 /// One hash of the named files of a folder.

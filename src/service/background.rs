@@ -63,7 +63,8 @@ impl BackgroundTasks {
         let mut expired = Expired::default();
         for tick in 0_u64.. {
             pause.tick().await;
-            metrics::gauge!("bradley_store_up").set(f64::from(u8::from(self.store.ping().await.is_ok())));
+            metrics::gauge!("bradley_store_up")
+                .set(f64::from(u8::from(self.store.ping().await.is_ok())));
             if self.shutdown.has_begun() {
                 continue;
             }
@@ -125,14 +126,21 @@ impl BackgroundTasks {
     async fn renew(&self, patience: Duration) {
         for run in self.runs.all() {
             let renewed = tokio::time::timeout(patience, self.store.renew(&run.lease)).await;
-            match renewed.unwrap_or_else(|_| Err(ServiceError::internal("the database does not answer"))) {
+            match renewed
+                .unwrap_or_else(|_| Err(ServiceError::internal("the database does not answer")))
+            {
                 Ok(Some(state)) => run.apply_requested_state(state),
                 Ok(None) => {
-                    tracing::warn!(job = run.lease.job, "another worker has the job: its run here is stopped");
+                    tracing::warn!(
+                        job = run.lease.job,
+                        "another worker has the job: its run here is stopped"
+                    );
                     run.control.cancel();
                 }
                 // Until somebody takes the job, it is still ours.
-                Err(e) => tracing::warn!(job = run.lease.job, error = %e, "the lease cannot be renewed"),
+                Err(e) => {
+                    tracing::warn!(job = run.lease.job, error = %e, "the lease cannot be renewed")
+                }
             }
         }
     }

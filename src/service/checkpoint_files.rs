@@ -5,7 +5,11 @@ use crate::domain::job::Checkpoint;
 use crate::engine::Engine;
 
 /// Removes the files of a checkpoint whose row is gone: what cannot be removed now goes with its job.
-pub(super) async fn remove_checkpoint_files(engine: &Engine, artifacts: &Artifacts, c: &Checkpoint) {
+pub(super) async fn remove_checkpoint_files(
+    engine: &Engine,
+    artifacts: &Artifacts,
+    c: &Checkpoint,
+) {
     let (job, step) = (&c.job, c.step);
     engine.evict_policy(&artifacts.checkpoint(job, step));
     if let Err(e) = artifacts.remove_checkpoint(job, step, &c.digest).await {

@@ -42,13 +42,22 @@ pub struct CheckpointService {
 
 impl CheckpointService {
     /// Returns one checkpoint, and the base model that it was trained on.
-    pub async fn get_checkpoint(&self, caller: &Caller, job: &str, which: CheckpointRef) -> Result<(Checkpoint, Option<ModelIdentity>)> {
+    pub async fn get_checkpoint(
+        &self,
+        caller: &Caller,
+        job: &str,
+        which: CheckpointRef,
+    ) -> Result<(Checkpoint, Option<ModelIdentity>)> {
         let owner = own_job(&self.store, caller, job).await?;
         Ok((self.policies.find_checkpoint(job, which).await?, base(owner)))
     }
 
     /// Returns a job's checkpoints, oldest first, and the base model that they were trained on.
-    pub async fn list_checkpoints(&self, caller: &Caller, job: &str) -> Result<(Vec<Checkpoint>, Option<ModelIdentity>)> {
+    pub async fn list_checkpoints(
+        &self,
+        caller: &Caller,
+        job: &str,
+    ) -> Result<(Vec<Checkpoint>, Option<ModelIdentity>)> {
         let owner = own_job(&self.store, caller, job).await?;
         Ok((self.store.checkpoints(job).await?, base(owner)))
     }
@@ -59,8 +68,10 @@ impl CheckpointService {
         let checkpoint = self.policies.find_checkpoint(job, CheckpointRef::Step(step)).await?;
         let newest = self.policies.find_checkpoint(job, CheckpointRef::Latest).await?.step;
         if !state.is_final() && newest == step && !self.is_out_of_reach(state, &checkpoint).await {
-            let message =
-                format!("trainingJobs/{job} is {} and would continue from step {step}: delete it when the job has ended", state.name());
+            let message = format!(
+                "trainingJobs/{job} is {} and would continue from step {step}: delete it when the job has ended",
+                state.name()
+            );
             return Err(ServiceError::FailedPrecondition { reason: Reason::InUse, message });
         }
         let needed = Needed::Weights { job, step: Some(step) };
@@ -78,7 +89,9 @@ impl CheckpointService {
             && matches!(
                 self.artifacts.fetch_checkpoint(checkpoint).await,
                 Err(ServiceError::FailedPrecondition {
-                    reason: Reason::ArtifactMissing | Reason::ArtifactDamaged | Reason::CheckpointFormat,
+                    reason: Reason::ArtifactMissing
+                        | Reason::ArtifactDamaged
+                        | Reason::CheckpointFormat,
                     ..
                 })
             )
@@ -88,12 +101,25 @@ impl CheckpointService {
     ///
     /// # Errors
     /// `FailedPrecondition` (`NO_ADAPTER`, `MODEL_CHANGED`, `MODEL_FILES_CHANGED`, `WEIGHTS_UNUSABLE`, …), and `InvalidArgument` for an element type of an adapter.
-    pub async fn export_checkpoint(&self, caller: &Caller, job: &str, which: CheckpointRef, wanted: ExportRequest) -> Result<Export> {
+    pub async fn export_checkpoint(
+        &self,
+        caller: &Caller,
+        job: &str,
+        which: CheckpointRef,
+        wanted: ExportRequest,
+    ) -> Result<Export> {
         let job = own_job(&self.store, caller, job).await?;
         let checkpoint = self.policies.find_checkpoint(&job.id, which).await?;
-        let format = wanted.format.unwrap_or(if checkpoint.adapter { ExportFormat::Adapter } else { ExportFormat::Merged });
+        let format = wanted.format.unwrap_or(if checkpoint.adapter {
+            ExportFormat::Adapter
+        } else {
+            ExportFormat::Merged
+        });
         if format == ExportFormat::Adapter && !checkpoint.adapter {
-            let message = format!("trainingJobs/{} is a full fine-tune and has no adapter: export it MERGED", job.id);
+            let message = format!(
+                "trainingJobs/{} is a full fine-tune and has no adapter: export it MERGED",
+                job.id
+            );
             return Err(ServiceError::FailedPrecondition { reason: Reason::NoAdapter, message });
         }
         let (id, step) = (job.id.clone(), checkpoint.step);
@@ -105,7 +131,11 @@ impl CheckpointService {
             ExportFormat::Adapter => self.adapter_contents(&job, &checkpoint).await?,
             ExportFormat::Merged => {
                 let model = self.policies.base_model(&job).await?;
-                let weights = self.policies.resolve_stored(job, model.clone(), CheckpointRef::Step(step)).await?.weights;
+                let weights = self
+                    .policies
+                    .resolve_stored(job, model.clone(), CheckpointRef::Step(step))
+                    .await?
+                    .weights;
                 let dtype = match wanted.dtype {
                     Some(dtype) => dtype,
                     None => self.engine.element_type(&model)?,
@@ -139,13 +169,23 @@ impl CheckpointService {
 
     /// The adapter's files are copied: that needs no model, and the model may have been replaced since. Where it is served as it was, its tokenizer goes
     /// with them.
-    async fn adapter_contents(&self, job: &Job, checkpoint: &Checkpoint) -> Result<(ExportName, ExportContents)> {
+    async fn adapter_contents(
+        &self,
+        job: &Job,
+        checkpoint: &Checkpoint,
+    ) -> Result<(ExportName, ExportContents)> {
         let folder = self.artifacts.fetch_checkpoint(checkpoint).await?;
         let model = self.policies.base_model(job).await?;
-        let served = self.policies.check_base(job).ok().and_then(|()| self.engine.model(&model).ok());
+        let served =
+            self.policies.check_base(job).ok().and_then(|()| self.engine.model(&model).ok());
         Ok(match served {
-            Some(info) => (ExportName::Adapter, ExportContents::Adapter { folder, base: Some(info.base), model }),
-            None => (ExportName::AdapterAlone, ExportContents::Adapter { folder, base: None, model }),
+            Some(info) => (
+                ExportName::Adapter,
+                ExportContents::Adapter { folder, base: Some(info.base), model },
+            ),
+            None => {
+                (ExportName::AdapterAlone, ExportContents::Adapter { folder, base: None, model })
+            }
         })
     }
 }
@@ -177,7 +217,9 @@ enum ExportContents {
 
 fn write(engine: &Engine, contents: &ExportContents, out: &Path) -> Result<()> {
     match contents {
-        ExportContents::Merged { weights, dtype } => Ok(engine.export_merged(weights, *dtype, out)?),
+        ExportContents::Merged { weights, dtype } => {
+            Ok(engine.export_merged(weights, *dtype, out)?)
+        }
         ExportContents::Adapter { folder, base, model } => {
             let (from, to) = (folder.join(peft::WEIGHTS_FILE), out.join(peft::WEIGHTS_FILE));
             std::fs::copy(&from, &to).map_err(|e| failed(&from, e))?;

@@ -83,7 +83,12 @@ impl DatasetService {
     }
 
     /// Returns a page of datasets, newest first.
-    pub async fn list_datasets(&self, caller: &Caller, page_size: usize, page_token: &str) -> Result<Page<Dataset>> {
+    pub async fn list_datasets(
+        &self,
+        caller: &Caller,
+        page_size: usize,
+        page_token: &str,
+    ) -> Result<Page<Dataset>> {
         self.store.datasets(caller.shown(), page_size, page_token).await
     }
 
@@ -100,26 +105,48 @@ impl DatasetService {
     pub async fn begin_upload(&self, caller: &Caller, meta: UploadMeta) -> Result<DatasetUpload> {
         self.shutdown.refuse_new_work()?;
         if meta.display_name.chars().count() > 256 || meta.display_name.contains('\0') {
-            return Err(ServiceError::invalid("metadata.display_name", "must have at most 256 characters, none of them NUL"));
+            return Err(ServiceError::invalid(
+                "metadata.display_name",
+                "must have at most 256 characters, none of them NUL",
+            ));
         }
         if meta.max_length < 2 {
-            return Err(ServiceError::invalid("metadata.max_length", format!("is {}: it must be at least 2", meta.max_length)));
+            return Err(ServiceError::invalid(
+                "metadata.max_length",
+                format!("is {}: it must be at least 2", meta.max_length),
+            ));
         }
         if let Some(limit) = self.limits.max_bytes_per_client {
             let kept = self.store.dataset_bytes(&caller.owner).await?;
             if kept >= limit {
-                let message = format!("your datasets have {kept} bytes, {limit} are allowed: delete one");
-                return Err(ServiceError::ResourceExhausted { reason: Reason::TooManyBytes, message });
+                let message =
+                    format!("your datasets have {kept} bytes, {limit} are allowed: delete one");
+                return Err(ServiceError::ResourceExhausted {
+                    reason: Reason::TooManyBytes,
+                    message,
+                });
             }
         }
         let checked = match meta.model.as_deref() {
-            Some(model) => Some((self.engine.tokenizer(model)?, self.engine.model(model)?.vocab_size)),
+            Some(model) => {
+                Some((self.engine.tokenizer(model)?, self.engine.model(model)?.vocab_size))
+            }
             None => None,
         };
         let temporary = Temporary(self.artifacts.temporary());
         let file = File::create_new(&temporary.0).await.map_err(|e| failed(&temporary.0, e))?;
         let (service, owner) = (self.clone(), caller.owner.clone());
-        Ok(DatasetUpload { service, owner, meta, checked, file, temporary, hash: blake3::Hasher::new(), size: 0, start: Vec::new() })
+        Ok(DatasetUpload {
+            service,
+            owner,
+            meta,
+            checked,
+            file,
+            temporary,
+            hash: blake3::Hasher::new(),
+            size: 0,
+            start: Vec::new(),
+        })
     }
 }
 
@@ -129,8 +156,13 @@ impl DatasetUpload {
         let limit = self.service.limits.max_upload_bytes;
         self.size += bytes.len() as u64;
         if self.size > limit {
-            let message = format!("the upload is larger than {limit} bytes: split it, or raise max_upload_bytes");
-            return Err(ServiceError::ResourceExhausted { reason: Reason::UploadTooLarge, message });
+            let message = format!(
+                "the upload is larger than {limit} bytes: split it, or raise max_upload_bytes"
+            );
+            return Err(ServiceError::ResourceExhausted {
+                reason: Reason::UploadTooLarge,
+                message,
+            });
         }
         if self.start.len() < 4 {
             self.start.extend(bytes.iter().take(4 - self.start.len()));
@@ -146,14 +178,17 @@ impl DatasetUpload {
     pub async fn finish(mut self) -> Result<Dataset> {
         self.file.flush().await.map_err(|e| failed(&self.temporary.0, e))?;
         let format = self.meta.format.unwrap_or_else(|| detect_format(&self.start));
-        let (path, checked, max_length) = (self.temporary.0.clone(), self.checked.clone(), self.meta.max_length);
+        let (path, checked, max_length) =
+            (self.temporary.0.clone(), self.checked.clone(), self.meta.max_length);
         let date = self.service.template_date.of(None);
         let permit = self.service.heavy.acquire().await?;
         let limit = self.service.limits.max_text_bytes;
         let report = blocking(move || {
             let _permit = permit;
             let lengths = checked.as_ref().map(|(tokenizer, vocab_size)| {
-                PairEncoder::new(tokenizer, max_length, Truncation::KeepStart).with_date(date).with_vocab_size(*vocab_size)
+                PairEncoder::new(tokenizer, max_length, Truncation::KeepStart)
+                    .with_date(date)
+                    .with_vocab_size(*vocab_size)
             });
             validate_rows(&path, format, lengths, limit).map_err(|e| unreadable(&e))
         })
@@ -182,14 +217,21 @@ impl DatasetUpload {
         if let Err(e) = store.insert_dataset(&dataset).await {
             // The row may be there all the same, its answer lost: then the file must stay.
             match store.dataset(&dataset.id).await {
-                Err(ServiceError::NotFound { .. }) => drop(artifacts.remove_dataset(&dataset.id).await),
+                Err(ServiceError::NotFound { .. }) => {
+                    drop(artifacts.remove_dataset(&dataset.id).await)
+                }
                 _ => unowned.keep(),
             }
             return Err(e);
         }
         unowned.keep();
         tracing::info!(target: AUDIT, owner = self.owner, action = "upload", resource = format!("datasets/{}", dataset.id), "done");
-        tracing::info!(dataset = dataset.id, rows = dataset.report.rows, valid = dataset.report.valid_rows, "dataset stored");
+        tracing::info!(
+            dataset = dataset.id,
+            rows = dataset.report.rows,
+            valid = dataset.report.valid_rows,
+            "dataset stored"
+        );
         Ok(dataset)
     }
 }
@@ -198,7 +240,11 @@ fn nothing_usable(report: &ValidationReport) -> String {
     if report.rows == 0 {
         return "the file holds no row: send one JSON object a line, or a Parquet file".into();
     }
-    let first: Vec<String> =
-        report.issues.iter().take(5).map(|i| format!("row {}, {} {}: {}", i.row, i.field, i.reason.name(), i.message)).collect();
+    let first: Vec<String> = report
+        .issues
+        .iter()
+        .take(5)
+        .map(|i| format!("row {}, {} {}: {}", i.row, i.field, i.reason.name(), i.message))
+        .collect();
     format!("none of the {} rows can be used; {}", report.rows, first.join("; "))
 }

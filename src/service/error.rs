@@ -139,7 +139,11 @@ impl From<sqlx::Error> for ServiceError {
             super::store::stale::note_refused();
         }
         match may_answer_later(&e) {
-            true => ServiceError::Unavailable { reason: Reason::StoreUnavailable, message, retry_after: Duration::from_secs(1) },
+            true => ServiceError::Unavailable {
+                reason: Reason::StoreUnavailable,
+                message,
+                retry_after: Duration::from_secs(1),
+            },
             false => ServiceError::Internal { message },
         }
     }
@@ -154,10 +158,15 @@ fn may_answer_later(e: &sqlx::Error) -> bool {
             // PostgreSQL: lost connections, a schema that changed under a prepared statement, conflicts, no resources, locks, operator intervention, system
             // errors, read-only standby, an idle session ended.
             Some(code) if code.len() == 5 => {
-                ["08", "0A", "40", "53", "55", "57", "58"].iter().any(|class| code.starts_with(class)) || matches!(code, "25006" | "25P03")
+                ["08", "0A", "40", "53", "55", "57", "58"]
+                    .iter()
+                    .any(|class| code.starts_with(class))
+                    || matches!(code, "25006" | "25P03")
             }
             // SQLite: busy, locked, I/O error, full, cannot open.
-            Some(code) => code.parse::<i32>().is_ok_and(|c| matches!(c & 0xff, 5 | 6 | 10 | 13 | 14)),
+            Some(code) => {
+                code.parse::<i32>().is_ok_and(|c| matches!(c & 0xff, 5 | 6 | 10 | 13 | 14))
+            }
             None => false,
         },
         _ => false,
@@ -173,16 +182,28 @@ impl From<EngineError> for ServiceError {
     fn from(e: EngineError) -> Self {
         let message = e.to_string();
         match e {
-            EngineError::UnknownModel(name) => ServiceError::not_found("model", format!("models/{name}")),
-            EngineError::QueueFull { retry_after, .. } => ServiceError::Unavailable { reason: Reason::QueueFull, message, retry_after },
+            EngineError::UnknownModel(name) => {
+                ServiceError::not_found("model", format!("models/{name}"))
+            }
+            EngineError::QueueFull { retry_after, .. } => {
+                ServiceError::Unavailable { reason: Reason::QueueFull, message, retry_after }
+            }
             EngineError::RowTooLong { .. } => ServiceError::invalid("pairs", message),
-            EngineError::NotResident(_) => ServiceError::FailedPrecondition { reason: Reason::NotRunning, message },
+            EngineError::NotResident(_) => {
+                ServiceError::FailedPrecondition { reason: Reason::NotRunning, message }
+            }
             EngineError::Draining => ServiceError::draining(),
-            EngineError::OutOfMemory { .. } | EngineError::NoRoom { .. } | EngineError::DeviceFull(_) => {
+            EngineError::OutOfMemory { .. }
+            | EngineError::NoRoom { .. }
+            | EngineError::DeviceFull(_) => {
                 ServiceError::ResourceExhausted { reason: Reason::OutOfMemory, message }
             }
-            EngineError::FilesChanged(_) => ServiceError::FailedPrecondition { reason: Reason::ModelFilesChanged, message },
-            EngineError::Weights(_) => ServiceError::FailedPrecondition { reason: Reason::WeightsUnusable, message },
+            EngineError::FilesChanged(_) => {
+                ServiceError::FailedPrecondition { reason: Reason::ModelFilesChanged, message }
+            }
+            EngineError::Weights(_) => {
+                ServiceError::FailedPrecondition { reason: Reason::WeightsUnusable, message }
+            }
             EngineError::Device(_) => ServiceError::Internal { message },
         }
     }

@@ -38,7 +38,8 @@ impl EventFeed {
 
     /// Tells followers that `job` has events up to `sequence`.
     pub fn notify(&self, job: &str, sequence: u64) {
-        if let Some(sender) = self.followed.lock().unwrap_or_else(PoisonError::into_inner).get(job) {
+        if let Some(sender) = self.followed.lock().unwrap_or_else(PoisonError::into_inner).get(job)
+        {
             // Two changes of a job may be told in the other order: the newest never goes back.
             sender.send_if_modified(|newest| {
                 let later = sequence > *newest;
@@ -51,7 +52,11 @@ impl EventFeed {
     /// The jobs that somebody follows.
     pub fn followed(&self) -> Vec<String> {
         let followed = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
-        followed.iter().filter(|(_, sender)| sender.receiver_count() > 0).map(|(job, _)| job.clone()).collect()
+        followed
+            .iter()
+            .filter(|(_, sender)| sender.receiver_count() > 0)
+            .map(|(job, _)| job.clone())
+            .collect()
     }
 
     fn follow(&self, job: &str) -> watch::Receiver<u64> {
@@ -64,7 +69,8 @@ impl EventFeed {
     /// `Unavailable`: the client goes on elsewhere from its last sequence. It ends with the caller's token, too.
     pub fn stream(&self, caller: Caller, job: String, after: u64) -> ReceiverStream<Result<Event>> {
         let (sender, receiver) = mpsc::channel(BUFFER);
-        let (tokens, store, mut draining) = (self.tokens.clone(), self.store.clone(), self.shutdown.subscribe());
+        let (tokens, store, mut draining) =
+            (self.tokens.clone(), self.store.clone(), self.shutdown.subscribe());
         // Subscribed before the first read: an event stored in between is noticed.
         let mut changes = self.follow(&job);
         tokio::spawn(async move {
@@ -83,7 +89,8 @@ impl EventFeed {
                 let more = page.len() == PAGE;
                 for event in page {
                     cursor = event.sequence;
-                    let last = matches!(&event.kind, EventKind::StateChange { to, .. } if to.is_final());
+                    let last =
+                        matches!(&event.kind, EventKind::StateChange { to, .. } if to.is_final());
                     if sender.send(Ok(event)).await.is_err() || last {
                         return;
                     }
@@ -93,7 +100,15 @@ impl EventFeed {
                 }
                 match store.job(&job).await {
                     // The cursor is at the last event already.
-                    Ok(j) if j.state.is_final() && store.newest_sequence(&job).await.is_ok_and(|newest| newest <= cursor) => return,
+                    Ok(j)
+                        if j.state.is_final()
+                            && store
+                                .newest_sequence(&job)
+                                .await
+                                .is_ok_and(|newest| newest <= cursor) =>
+                    {
+                        return;
+                    }
                     Ok(_) => {}
                     Err(e) => {
                         let _ = sender.send(Err(e)).await;

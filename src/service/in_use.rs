@@ -34,10 +34,15 @@ impl Needed<'_> {
     fn by(self, user: &Job) -> bool {
         let request = &user.request;
         match self {
-            Needed::Dataset(id) => request.dataset == id || matches!(&request.evaluation, Evaluation::Dataset(d) if d == id),
+            Needed::Dataset(id) => {
+                request.dataset == id
+                    || matches!(&request.evaluation, Evaluation::Dataset(d) if d == id)
+            }
             Needed::Weights { job, step } => {
                 let named = weights_of(user).any(|name| match name {
-                    PolicyName::Checkpoint { job: j, which } => j == job && step.is_none_or(|s| *which == CheckpointRef::Step(s)),
+                    PolicyName::Checkpoint { job: j, which } => {
+                        j == job && step.is_none_or(|s| *which == CheckpointRef::Step(s))
+                    }
                     PolicyName::Model(_) => false,
                 });
                 named && user.id != job
@@ -52,7 +57,8 @@ fn weights_of(user: &Job) -> impl Iterator<Item = &PolicyName> {
     let request = &user.request;
     let unfinished = !user.state.is_final();
     let measured = request.spec.dpo.has_reference(request.reference.is_some());
-    let needs_policy = unfinished || request.model.is_none() || (measured && request.reference.is_none());
+    let needs_policy =
+        unfinished || request.model.is_none() || (measured && request.reference.is_none());
     let policy = Some(&request.policy).filter(|_| needs_policy);
     let reference = request.reference.as_ref().filter(|_| unfinished || measured);
     policy.into_iter().chain(reference)
@@ -72,9 +78,16 @@ pub(super) fn check(caller: &Caller, users: &Users, needed: Needed<'_>) -> Resul
     };
     let message = match caller.may_see(&user.owner) {
         true if user.state.is_final() => {
-            format!("the checkpoints of trainingJobs/{} are scored against {what}: delete that job first", user.id)
+            format!(
+                "the checkpoints of trainingJobs/{} are scored against {what}: delete that job first",
+                user.id
+            )
         }
-        true => format!("trainingJobs/{} is {} and needs {what}: wait for it or cancel it", user.id, user.state.name()),
+        true => format!(
+            "trainingJobs/{} is {} and needs {what}: wait for it or cancel it",
+            user.id,
+            user.state.name()
+        ),
         false => format!("another client's job needs {what}: try again later"),
     };
     Err(ServiceError::FailedPrecondition { reason: Reason::InUse, message })

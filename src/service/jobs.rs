@@ -43,7 +43,13 @@ pub struct JobService {
 
 impl JobService {
     /// Queues a job; see `CreateTrainingJob`.
-    pub async fn create_job(&self, caller: &Caller, request: JobRequest, request_id: Option<String>, validate_only: bool) -> Result<Job> {
+    pub async fn create_job(
+        &self,
+        caller: &Caller,
+        request: JobRequest,
+        request_id: Option<String>,
+        validate_only: bool,
+    ) -> Result<Job> {
         self.creator.create_job(caller, request, request_id, validate_only).await
     }
 
@@ -61,12 +67,24 @@ impl JobService {
     }
 
     /// Returns a page of the jobs in one of `states` (all when empty), newest first.
-    pub async fn list_jobs(&self, caller: &Caller, states: &[JobState], page_size: usize, page_token: &str) -> Result<Page<Job>> {
+    pub async fn list_jobs(
+        &self,
+        caller: &Caller,
+        states: &[JobState],
+        page_size: usize,
+        page_token: &str,
+    ) -> Result<Page<Job>> {
         self.store.jobs(caller.shown(), states, page_size, page_token).await
     }
 
     /// Returns events after `after`, and whether there are more.
-    pub async fn list_events(&self, caller: &Caller, job: &str, after: u64, limit: usize) -> Result<(Vec<Event>, bool)> {
+    pub async fn list_events(
+        &self,
+        caller: &Caller,
+        job: &str,
+        after: u64,
+        limit: usize,
+    ) -> Result<(Vec<Event>, bool)> {
         self.check_cursor(caller, job, after).await?;
         let mut events = self.store.events(job, after, limit + 1).await?;
         let more = events.len() > limit;
@@ -75,7 +93,12 @@ impl JobService {
     }
 
     /// Returns every event after `after`, stored ones first, then live; ends with the job.
-    pub async fn stream_events(&self, caller: &Caller, job: &str, after: u64) -> Result<ReceiverStream<Result<Event>>> {
+    pub async fn stream_events(
+        &self,
+        caller: &Caller,
+        job: &str,
+        after: u64,
+    ) -> Result<ReceiverStream<Result<Event>>> {
         self.check_cursor(caller, job, after).await?;
         Ok(self.events.stream(caller.clone(), job.to_owned(), after))
     }
@@ -84,8 +107,9 @@ impl JobService {
         own_job(&self.store, caller, job).await?;
         let newest = self.store.newest_sequence(job).await?;
         if after > newest {
-            let message =
-                format!("after_sequence is {after}, the newest event of trainingJobs/{job} is {newest}: use a sequence that was received");
+            let message = format!(
+                "after_sequence is {after}, the newest event of trainingJobs/{job} is {newest}: use a sequence that was received"
+            );
             return Err(ServiceError::OutOfRange { message });
         }
         // An expired cursor is refused at once, not by the stream.

@@ -56,9 +56,17 @@ impl PolicyResolver {
                 self.check_base(&job)?;
                 let model = self.base_model(&job).await?;
                 // Another replica's run cannot be looked into: there it is the newest checkpoint.
-                if *which == CheckpointRef::Latest && job.state == JobState::Running && self.runs.get(&job.id).is_some() {
+                if *which == CheckpointRef::Latest
+                    && job.state == JobState::Running
+                    && self.runs.get(&job.id).is_some()
+                {
                     let weights = WeightsRef::Live { job: job.id.clone() };
-                    return Ok(Resolved { weights, model, version: name.to_string(), job: Some(job) });
+                    return Ok(Resolved {
+                        weights,
+                        model,
+                        version: name.to_string(),
+                        job: Some(job),
+                    });
                 }
                 self.resolve_stored(job, model, *which).await
             }
@@ -70,7 +78,9 @@ impl PolicyResolver {
     /// # Errors
     /// `FailedPrecondition` (`MODEL_CHANGED`) with both hashes, or when the server does not have the model at all.
     pub(super) fn check_base(&self, job: &Job) -> Result<()> {
-        let (Some(pins), Some(model)) = (&job.request.pins, &job.request.model) else { return Ok(()) };
+        let (Some(pins), Some(model)) = (&job.request.pins, &job.request.model) else {
+            return Ok(());
+        };
         self.check_identity(job, "with", model, &pins.base)
     }
 
@@ -86,7 +96,13 @@ impl PolicyResolver {
     }
 
     /// Compares the model that is served under an id with the one that a job is pinned to; `role` says what it is to the job.
-    fn check_identity(&self, job: &Job, role: &str, model: &str, pinned: &ModelIdentity) -> Result<()> {
+    fn check_identity(
+        &self,
+        job: &Job,
+        role: &str,
+        model: &str,
+        pinned: &ModelIdentity,
+    ) -> Result<()> {
         let served = match self.engine.identity(model) {
             Ok(served) => served,
             Err(EngineError::UnknownModel(_)) => {
@@ -95,7 +111,10 @@ impl PolicyResolver {
                     job.id,
                     pinned.hash()
                 );
-                return Err(ServiceError::FailedPrecondition { reason: Reason::ModelChanged, message });
+                return Err(ServiceError::FailedPrecondition {
+                    reason: Reason::ModelChanged,
+                    message,
+                });
             }
             Err(e) => return Err(e.into()),
         };
@@ -116,7 +135,12 @@ impl PolicyResolver {
     ///
     /// # Errors
     /// `InvalidArgument` with both tokenizers' hashes, or both vocabularies' sizes.
-    pub(super) fn check_tokenizers(&self, field: &str, policy: &str, reference: &str) -> Result<()> {
+    pub(super) fn check_tokenizers(
+        &self,
+        field: &str,
+        policy: &str,
+        reference: &str,
+    ) -> Result<()> {
         if policy == reference {
             return Ok(());
         }
@@ -130,7 +154,8 @@ impl PolicyResolver {
             );
             return Err(ServiceError::invalid(field, message));
         }
-        let (has, policy_has) = (self.engine.model(reference)?.vocab_size, self.engine.model(policy)?.vocab_size);
+        let (has, policy_has) =
+            (self.engine.model(reference)?.vocab_size, self.engine.model(policy)?.vocab_size);
         if has < ours.vocabulary_rows().min(policy_has) {
             let message = format!(
                 "is on models/{reference}, which has embeddings for {has} tokens; models/{policy} has them for {policy_has}, and their tokenizer has \
@@ -143,12 +168,21 @@ impl PolicyResolver {
     }
 
     /// Resolves a checkpoint that is on disk.
-    pub(super) async fn resolve_stored(&self, job: Job, model: String, which: CheckpointRef) -> Result<Resolved> {
+    pub(super) async fn resolve_stored(
+        &self,
+        job: Job,
+        model: String,
+        which: CheckpointRef,
+    ) -> Result<Resolved> {
         self.check_base(&job)?;
         let checkpoint = self.find_checkpoint(&job.id, which).await?;
         let dir = self.artifacts.fetch_checkpoint(&checkpoint).await?;
         // Checkpoints of older versions have no hash; they are written once, under a job id that is never used again.
-        let content = if checkpoint.digest.is_empty() { dir.display().to_string() } else { checkpoint.digest };
+        let content = if checkpoint.digest.is_empty() {
+            dir.display().to_string()
+        } else {
+            checkpoint.digest
+        };
         let weights = match checkpoint.adapter {
             true => WeightsRef::Adapter { model: model.clone(), dir, content },
             false => WeightsRef::Full { model: model.clone(), dir, content },
@@ -158,7 +192,11 @@ impl PolicyResolver {
     }
 
     /// The checkpoint's row.
-    pub(super) async fn find_checkpoint(&self, job: &str, which: CheckpointRef) -> Result<Checkpoint> {
+    pub(super) async fn find_checkpoint(
+        &self,
+        job: &str,
+        which: CheckpointRef,
+    ) -> Result<Checkpoint> {
         let mut all = self.store.checkpoints(job).await?;
         let found = match which {
             CheckpointRef::Latest => all.pop(),
@@ -170,7 +208,10 @@ impl PolicyResolver {
         }
         let state = self.store.job(job).await?.state;
         match which {
-            CheckpointRef::Step(_) => Err(ServiceError::not_found("checkpoint", format!("trainingJobs/{job}/checkpoints/{which}"))),
+            CheckpointRef::Step(_) => Err(ServiceError::not_found(
+                "checkpoint",
+                format!("trainingJobs/{job}/checkpoints/{which}"),
+            )),
             _ => Err(ServiceError::FailedPrecondition {
                 reason: Reason::NoCheckpoint,
                 message: format!(
@@ -190,17 +231,24 @@ impl PolicyResolver {
         for _ in 0..MAX_DEPTH {
             match policy {
                 PolicyName::Model(id) => return Ok(id),
-                PolicyName::Checkpoint { job, .. } => policy = self.store.job(&job).await?.request.policy,
+                PolicyName::Checkpoint { job, .. } => {
+                    policy = self.store.job(&job).await?.request.policy
+                }
             }
         }
-        Err(ServiceError::internal(format!("trainingJobs/{} continues more than {MAX_DEPTH} jobs", job.id)))
+        Err(ServiceError::internal(format!(
+            "trainingJobs/{} continues more than {MAX_DEPTH} jobs",
+            job.id
+        )))
     }
 
     /// The base model under a policy's name.
     async fn model_under(&self, name: &PolicyName) -> Result<String> {
         match name {
             PolicyName::Model(id) => Ok(id.clone()),
-            PolicyName::Checkpoint { job, .. } => self.base_model(&self.store.job(job).await?).await,
+            PolicyName::Checkpoint { job, .. } => {
+                self.base_model(&self.store.job(job).await?).await
+            }
         }
     }
 
@@ -245,7 +293,8 @@ impl PolicyResolver {
         self.check_base(job)?;
         let mut start = self.resolve(&job.request.policy).await?;
         check_content(job, "policy", |pins| pins.policy.as_ref(), &start)?;
-        if let (Method::Lora(lora), WeightsRef::Base { model }) = (&job.request.spec.method, &start.weights)
+        if let (Method::Lora(lora), WeightsRef::Base { model }) =
+            (&job.request.spec.method, &start.weights)
             && let Some(name) = &lora.init_adapter
         {
             let (dir, content) = self.init_adapter(job, name).await?;
@@ -298,10 +347,17 @@ impl PolicyResolver {
         }
         let version = format!("{}/reference", policy.version);
         if let WeightsRef::Live { job } = &policy.weights {
-            return Ok(Some(Resolved { weights: WeightsRef::LiveReference { job: job.clone() }, version, ..policy.clone() }));
+            return Ok(Some(Resolved {
+                weights: WeightsRef::LiveReference { job: job.clone() },
+                version,
+                ..policy.clone()
+            }));
         }
         let WeightsRef::Full { model, dir, content } = policy.weights.clone() else {
-            return Err(ServiceError::internal(format!("{} moves its reference and is no full checkpoint", policy.version)));
+            return Err(ServiceError::internal(format!(
+                "{} moves its reference and is no full checkpoint",
+                policy.version
+            )));
         };
         let file = dir.join(REFERENCE_FILE);
         if !blocking(move || file.is_file()).await? {
@@ -311,7 +367,11 @@ impl PolicyResolver {
             );
             return Err(ServiceError::FailedPrecondition { reason: Reason::NoReference, message });
         }
-        Ok(Some(Resolved { weights: WeightsRef::StoredReference { model, dir, content }, version, ..policy.clone() }))
+        Ok(Some(Resolved {
+            weights: WeightsRef::StoredReference { model, dir, content },
+            version,
+            ..policy.clone()
+        }))
     }
 }
 
@@ -319,10 +379,20 @@ impl PolicyResolver {
 ///
 /// # Errors
 /// `FailedPrecondition` (`MODEL_CHANGED`) with both hashes.
-fn check_content(job: &Job, what: &str, pinned: impl Fn(&ContentPins) -> Option<&String>, found: &Resolved) -> Result<()> {
+fn check_content(
+    job: &Job,
+    what: &str,
+    pinned: impl Fn(&ContentPins) -> Option<&String>,
+    found: &Resolved,
+) -> Result<()> {
     let contents = job.request.pins.as_ref().and_then(|pins| pins.contents.as_ref());
-    let (WeightsRef::Adapter { content, .. } | WeightsRef::Full { content, .. }) = &found.weights else { return Ok(()) };
-    let Some(pinned) = contents.and_then(pinned).filter(|pinned| *pinned != content) else { return Ok(()) };
+    let (WeightsRef::Adapter { content, .. } | WeightsRef::Full { content, .. }) = &found.weights
+    else {
+        return Ok(());
+    };
+    let Some(pinned) = contents.and_then(pinned).filter(|pinned| *pinned != content) else {
+        return Ok(());
+    };
     let message = format!(
         "trainingJobs/{} was made with a {what} of the content {pinned}, {} has {content} now: restore the checkpoint that the job was made with",
         job.id, found.version

@@ -43,17 +43,22 @@ impl Remote {
     /// Opens `s3://bucket/prefix`, `gs://…`, `az://…` or `file:///folder`; `options` are the vendors' variables (`AWS_REGION`, …). With `is_new` a
     /// folder is created; else one that is missing is a share that is not mounted.
     pub fn open(url: &str, options: &BTreeMap<String, String>, is_new: bool) -> Result<Self> {
-        let wrong = |e: &dyn std::fmt::Display| ServiceError::invalid("artifact_url", format!("{url:?} cannot be used: {e}"));
+        let wrong = |e: &dyn std::fmt::Display| {
+            ServiceError::invalid("artifact_url", format!("{url:?} cannot be used: {e}"))
+        };
         let parsed = reqwest::Url::parse(url).map_err(|e| wrong(&e))?;
         let vendor = options.iter().map(|(k, v)| (k.to_ascii_lowercase(), v.clone()));
-        let (mut store, prefix) = object_store::parse_url_opts(&parsed, vendor).map_err(|e| wrong(&e))?;
+        let (mut store, prefix) =
+            object_store::parse_url_opts(&parsed, vendor).map_err(|e| wrong(&e))?;
         if parsed.scheme() == "file" {
             let folder = parsed.to_file_path().map_err(|()| wrong(&"it names no folder"))?;
             if is_new {
                 std::fs::create_dir_all(&folder).map_err(|e| wrong(&e))?;
             } else if !folder.is_dir() {
-                let message =
-                    format!("{} does not exist, but this database has files there: mount it, or correct the URL", folder.display());
+                let message = format!(
+                    "{} does not exist, but this database has files there: mount it, or correct the URL",
+                    folder.display()
+                );
                 return Err(wrong(&message));
             }
             store = Box::new(LocalFileSystem::new().with_fsync(true));
@@ -163,11 +168,14 @@ impl Remote {
     /// # Errors
     /// `NotFound` when there is none.
     pub async fn get_file(&self, name: &str, to: &Path) -> Result<()> {
-        let found = self.store.get(&self.key(name)).await.map_err(|e| missing_or_unavailable(name, &e))?;
+        let found =
+            self.store.get(&self.key(name)).await.map_err(|e| missing_or_unavailable(name, &e))?;
         let mut bytes = found.into_stream();
         let mut file = tokio::fs::File::create(to).await.map_err(|e| failed(to, e))?;
         while let Some(chunk) = bytes.next().await {
-            file.write_all(&chunk.map_err(|e| unavailable(name, &e))?).await.map_err(|e| failed(to, e))?;
+            file.write_all(&chunk.map_err(|e| unavailable(name, &e))?)
+                .await
+                .map_err(|e| failed(to, e))?;
         }
         file.flush().await.map_err(|e| failed(to, e))
     }
@@ -177,7 +185,11 @@ impl Remote {
     /// # Errors
     /// `NotFound` when there is none.
     pub async fn get_folder(&self, name: &str, to: &Path) -> Result<()> {
-        let listed = self.store.list_with_delimiter(Some(&self.key(name))).await.map_err(|e| unavailable(name, &e))?;
+        let listed = self
+            .store
+            .list_with_delimiter(Some(&self.key(name)))
+            .await
+            .map_err(|e| unavailable(name, &e))?;
         if listed.objects.is_empty() {
             return Err(ServiceError::not_found("artifact", name));
         }
@@ -245,7 +257,9 @@ fn missing_or_unavailable(name: &str, e: &object_store::Error) -> ServiceError {
 
 /// What went wrong, in a word: the vendor's answer may hold parts of credentials, and goes no further than the debug log.
 fn unavailable(name: &str, e: &object_store::Error) -> ServiceError {
-    use object_store::Error::{NotSupported, PermissionDenied, Precondition, Unauthenticated, UnknownConfigurationKey};
+    use object_store::Error::{
+        NotSupported, PermissionDenied, Precondition, Unauthenticated, UnknownConfigurationKey,
+    };
     tracing::debug!(name, error = %e, "the artifact store failed");
     let why = match e {
         PermissionDenied { .. } => "permission denied",

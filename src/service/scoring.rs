@@ -207,13 +207,23 @@ impl ScoringService {
     }
 
     /// Resolves what a scoring request names.
-    pub async fn session(self: &Arc<Self>, caller: &Caller, options: ScoreOptions) -> Result<ScoringSession> {
+    pub async fn session(
+        self: &Arc<Self>,
+        caller: &Caller,
+        options: ScoreOptions,
+    ) -> Result<ScoringSession> {
         self.shutdown.refuse_new_work()?;
         if let Some(beta) = options.beta.filter(|b| !(b.is_finite() && *b > 0.0)) {
-            return Err(ServiceError::invalid("options.beta", format!("is {beta}: it must be a finite number above 0")));
+            return Err(ServiceError::invalid(
+                "options.beta",
+                format!("is {beta}: it must be a finite number above 0"),
+            ));
         }
         if let Some(n) = options.max_length.filter(|n| !(2..=1 << 20).contains(n)) {
-            return Err(ServiceError::invalid("options.max_length", format!("is {n}: it must lie in 2..=1048576")));
+            return Err(ServiceError::invalid(
+                "options.max_length",
+                format!("is {n}: it must lie in 2..=1048576"),
+            ));
         }
         for name in [Some(&options.policy), options.reference.as_ref()].into_iter().flatten() {
             check_weights(&self.policies.store, caller, name).await?;
@@ -224,7 +234,9 @@ impl ScoringService {
             None => self.policies.default_reference(&policy).await?,
         };
         if let Some(WeightsRef::Live { job }) = reference.as_ref().map(|r| &r.weights) {
-            let message = format!("trainingJobs/{job} is still training: a reference must not move, name a checkpoint by its step");
+            let message = format!(
+                "trainingJobs/{job} is still training: a reference must not move, name a checkpoint by its step"
+            );
             return Err(ServiceError::invalid("options.reference", message));
         }
         if let Some(r) = &reference {
@@ -237,7 +249,8 @@ impl ScoringService {
             warnings.push(SAME_WEIGHTS.to_owned());
         }
         let moves = spec.is_some_and(|s| s.dpo.reference_sync.is_some());
-        if moves && options.reference.is_none() && matches!(policy.weights, WeightsRef::Live { .. }) {
+        if moves && options.reference.is_none() && matches!(policy.weights, WeightsRef::Live { .. })
+        {
             warnings.push(MOVING_REFERENCE.to_owned());
         }
         Ok(ScoringSession {
@@ -247,7 +260,10 @@ impl ScoringService {
             vocab_size: self.engine.model(&policy.model)?.vocab_size,
             tokenizer: self.engine.tokenizer(&policy.model)?,
             beta: options.beta.or(spec.map(|s| s.dpo.beta)).unwrap_or(0.1),
-            normalization: options.normalization.or(spec.map(|s| s.dpo.reward_normalization())).unwrap_or(Normalization::Sum),
+            normalization: options
+                .normalization
+                .or(spec.map(|s| s.dpo.reward_normalization()))
+                .unwrap_or(Normalization::Sum),
             max_length: options.max_length.or(spec.map(|s| s.batch.max_length)).unwrap_or(1024),
             truncation: spec.map_or(Truncation::KeepStart, |s| s.batch.truncation),
             service: self.clone(),
@@ -285,7 +301,9 @@ impl ScoringSession {
     /// # Errors
     /// `InvalidArgument` for a text that is longer than any row could use.
     pub async fn reserve(&self, pair: PairToScore) -> Result<ReservedPair> {
-        let room = self.take_room("pair", pair.arguments.bytes(), &pair.prompt, &[&pair.a, &pair.b]).await?;
+        let room = self
+            .take_room("pair", pair.arguments.bytes(), &pair.prompt, &[&pair.a, &pair.b])
+            .await?;
         Ok(ReservedPair { session: self.clone(), pair, room })
     }
 
@@ -301,10 +319,17 @@ impl ScoringSession {
     ///
     /// # Errors
     /// `InvalidArgument` for a text that is longer than any row could use; `ResourceExhausted` when the client has too many tokens in the queue.
-    pub async fn admit_completions(&self, prompt: Text, completions: Vec<Text>) -> Result<AdmittedCompletions> {
-        let room = self.take_room("completions", 0, &prompt, &completions.iter().collect::<Vec<_>>()).await?;
+    pub async fn admit_completions(
+        &self,
+        prompt: Text,
+        completions: Vec<Text>,
+    ) -> Result<AdmittedCompletions> {
+        let room = self
+            .take_room("completions", 0, &prompt, &completions.iter().collect::<Vec<_>>())
+            .await?;
         let lacks_dialogue = self.lacks_dialogue(&prompt);
-        let encode = move |encoder: PairEncoder<'_>| encoder.encode_completions(&prompt, &completions);
+        let encode =
+            move |encoder: PairEncoder<'_>| encoder.encode_completions(&prompt, &completions);
         let results = self.tokenize(self.arguments.clone(), encode).await?;
         let (mut errors, mut encoded) = (Vec::with_capacity(results.len()), Vec::new());
         for (i, result) in results.into_iter().enumerate() {
@@ -316,7 +341,9 @@ impl ScoringSession {
                 Err(e) => {
                     let field = match e.part() {
                         Part::Prompt => "prompt".to_owned(),
-                        Part::Chosen | Part::Rejected | Part::Answer(_) => format!("completions[{i}]"),
+                        Part::Chosen | Part::Rejected | Part::Answer(_) => {
+                            format!("completions[{i}]")
+                        }
                     };
                     errors.push(Some(ServiceError::invalid(field, e.to_string())));
                 }
@@ -337,12 +364,20 @@ impl ScoringSession {
     }
 
     /// Takes room for a text whose field in the request is `field`.
-    async fn take_room(&self, field: &str, own_arguments: usize, prompt: &Text, answers: &[&Text]) -> Result<OwnedSemaphorePermit> {
+    async fn take_room(
+        &self,
+        field: &str,
+        own_arguments: usize,
+        prompt: &Text,
+        answers: &[&Text],
+    ) -> Result<OwnedSemaphorePermit> {
         let rendered_with = match prompt {
             Text::Plain(_) => 0,
             Text::Chat(_) => (self.arguments.bytes() + own_arguments) * answers.len().max(1),
         };
-        let bytes = rendered_with + prompt.bytes() * answers.len().max(1) + answers.iter().map(|a| a.bytes()).sum::<usize>();
+        let bytes = rendered_with
+            + prompt.bytes() * answers.len().max(1)
+            + answers.iter().map(|a| a.bytes()).sum::<usize>();
         if bytes > MAX_TEXT {
             let message = format!(
                 "prompt and answers have {bytes} bytes of text, the prompt and its tools counted for each answer: {MAX_TEXT} are the limit"
@@ -358,15 +393,17 @@ impl ScoringSession {
         arguments: Arc<TemplateArguments>,
         encode: impl FnOnce(PairEncoder<'_>) -> T + Send + 'static,
     ) -> Result<T> {
-        let (session, permit, caller) = (self.clone(), self.service.tokenizers.acquire().await?, trace::current());
+        let (session, permit, caller) =
+            (self.clone(), self.service.tokenizers.acquire().await?, trace::current());
         blocking(move || {
             // Until the work is done, even when nobody waits for it any more.
             let _permit = permit;
             let start = Instant::now();
-            let encoder = PairEncoder::new(&session.tokenizer, session.max_length, session.truncation)
-                .with_arguments(&arguments)
-                .with_date(session.date)
-                .with_vocab_size(session.vocab_size);
+            let encoder =
+                PairEncoder::new(&session.tokenizer, session.max_length, session.truncation)
+                    .with_arguments(&arguments)
+                    .with_date(session.date)
+                    .with_vocab_size(session.vocab_size);
             let encoded = encode(encoder);
             let took = start.elapsed();
             metrics::histogram!("bradley_scoring_tokenize_seconds").record(took.as_secs_f64());
@@ -377,7 +414,11 @@ impl ScoringSession {
     }
 
     /// Takes the client's quota for a row.
-    fn admitted(&self, encoded: Vec<EncodedCompletion>, room: OwnedSemaphorePermit) -> Result<Admitted> {
+    fn admitted(
+        &self,
+        encoded: Vec<EncodedCompletion>,
+        room: OwnedSemaphorePermit,
+    ) -> Result<Admitted> {
         let item = ScoreItem { groups: group(&encoded) };
         let quota = self.service.quota.take(&self.owner, item.tokens())?;
         Ok(Admitted { session: self.clone(), encoded, item, _quota: quota, _room: room })
@@ -390,19 +431,31 @@ impl ScoringSession {
         match engine.score(&self.policy.weights, reference, item.clone()).await {
             // The job ended between the request's start and now: its last checkpoint is what it trained.
             Err(EngineError::NotResident(_)) => {
-                let Some(job) = self.policy.job.clone() else { return Err(ServiceError::internal("a live policy without a job")) };
-                let stored = policies.resolve_stored(job, self.policy.model.clone(), CheckpointRef::Latest).await?;
+                let Some(job) = self.policy.job.clone() else {
+                    return Err(ServiceError::internal("a live policy without a job"));
+                };
+                let stored = policies
+                    .resolve_stored(job, self.policy.model.clone(), CheckpointRef::Latest)
+                    .await?;
                 let stored_reference = match reference {
-                    Some(WeightsRef::LiveReference { .. }) => policies.default_reference(&stored).await?.map(|r| r.weights),
+                    Some(WeightsRef::LiveReference { .. }) => {
+                        policies.default_reference(&stored).await?.map(|r| r.weights)
+                    }
                     _ => None,
                 };
-                Ok(engine.score(&stored.weights, stored_reference.as_ref().or(reference), item).await?)
+                Ok(engine
+                    .score(&stored.weights, stored_reference.as_ref().or(reference), item)
+                    .await?)
             }
             scored => Ok(scored?),
         }
     }
 
-    fn describe(&self, encoded: Vec<EncodedCompletion>, scored: ScoredItem) -> Vec<ScoredCompletion> {
+    fn describe(
+        &self,
+        encoded: Vec<EncodedCompletion>,
+        scored: ScoredItem,
+    ) -> Vec<ScoredCompletion> {
         encoded
             .into_iter()
             .zip(scored.completions)
@@ -429,11 +482,13 @@ impl ReservedPair {
     /// # Errors
     /// `InvalidArgument` for a pair that cannot be encoded; `ResourceExhausted` when the client has too many tokens in the queue.
     pub async fn admit(self) -> Result<AdmittedPair> {
-        let ReservedPair { session, pair: PairToScore { prompt, a, b, arguments: own }, room } = self;
+        let ReservedPair { session, pair: PairToScore { prompt, a, b, arguments: own }, room } =
+            self;
         if let Text::Plain(_) = prompt
             && !own.is_empty()
         {
-            let field = if own.tools.is_some() { "pair.tools" } else { "pair.chat_template_kwargs" };
+            let field =
+                if own.tools.is_some() { "pair.tools" } else { "pair.chat_template_kwargs" };
             return Err(needs_dialogue(field));
         }
         let arguments = match own.is_empty() {
@@ -499,7 +554,8 @@ impl Admitted {
 
 /// Puts the scores of the answers that have no error in their places, and ranks them.
 fn ranked(errors: Vec<Option<ServiceError>>, scored: Vec<ScoredCompletion>) -> RankedCompletions {
-    let with_score: Vec<usize> = errors.iter().enumerate().filter(|(_, e)| e.is_none()).map(|(i, _)| i).collect();
+    let with_score: Vec<usize> =
+        errors.iter().enumerate().filter(|(_, e)| e.is_none()).map(|(i, _)| i).collect();
     let rewards: Vec<f64> = scored.iter().map(|s| s.reward).collect();
     let ranking = ranking(&rewards).into_iter().map(|i| with_score[i]).collect();
     let mut scored = scored.into_iter().zip(best_of(&rewards));
@@ -507,7 +563,9 @@ fn ranked(errors: Vec<Option<ServiceError>>, scored: Vec<ScoredCompletion>) -> R
     let answers = errors.into_iter().map(|error| {
         let (score, probability) = match error {
             Some(e) => (Err(e), 0.0),
-            None => scored.next().map_or_else(unscored, |(score, probability)| (Ok(score), probability)),
+            None => {
+                scored.next().map_or_else(unscored, |(score, probability)| (Ok(score), probability))
+            }
         };
         RankedCompletion { score, probability }
     });

@@ -48,7 +48,11 @@ impl Server {
     /// so that is said and no reason to send requests elsewhere.
     pub async fn ready(&self) -> Result<&'static str> {
         self.shutdown.refuse_new_work()?;
-        Ok(if self.store.ping().await.is_ok() { "ok" } else { "ok, but the database does not answer" })
+        Ok(if self.store.ping().await.is_ok() {
+            "ok"
+        } else {
+            "ok, but the database does not answer"
+        })
     }
 
     /// Returns gauges of each run of this process: its job, the gauge's name and its value.
@@ -61,14 +65,17 @@ impl Server {
         self.shutdown.begin();
         self.engine.drain();
         self.runs.drain();
-        let runners = std::mem::take(&mut *self.runners.lock().unwrap_or_else(PoisonError::into_inner));
+        let runners =
+            std::mem::take(&mut *self.runners.lock().unwrap_or_else(PoisonError::into_inner));
         let all = async {
             for runner in runners {
                 let _ = runner.await;
             }
         };
         if tokio::time::timeout(self.drain_timeout, all).await.is_err() {
-            tracing::warn!("a running job did not reach a checkpoint in time: it continues from its last one");
+            tracing::warn!(
+                "a running job did not reach a checkpoint in time: it continues from its last one"
+            );
         }
         for task in self.background.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             task.abort();

@@ -144,7 +144,8 @@ impl Store {
             Some(url) => (Dialect::Postgres, url.clone()),
             None => (Dialect::Sqlite, sqlite_url(&data_dir.join("bradley.db"))),
         };
-        let connect = AnyConnectOptions::from_str(&url).map_err(|e| ServiceError::internal(format!("database_url: {e}")))?;
+        let connect = AnyConnectOptions::from_str(&url)
+            .map_err(|e| ServiceError::internal(format!("database_url: {e}")))?;
         let pool = |n: u32| {
             AnyPoolOptions::new()
                 .max_connections(n)
@@ -168,10 +169,11 @@ impl Store {
         };
         // Migrations only add: a newer version may have used this database, and an older one must still start after a rollback.
         migrations.set_ignore_missing(true);
-        migrations
-            .run(&writer)
-            .await
-            .map_err(|e| ServiceError::internal(format!("the database's schema cannot be brought up to date: {e}")))?;
+        migrations.run(&writer).await.map_err(|e| {
+            ServiceError::internal(format!(
+                "the database's schema cannot be brought up to date: {e}"
+            ))
+        })?;
         Ok(Store {
             dialect,
             url,
@@ -197,7 +199,13 @@ impl Store {
     /// A page of what `select` finds, which has [`OF_PAGE`] among its conditions: rows of `owner`, or of everyone when `None`, newest first.
     /// It has `size` rows at most, and fewer where their text exceeds [`PAGE_BYTES`]. A row that
     /// alone exceeds them is a page.
-    async fn page<R, T>(&self, select: &str, owner: Option<&str>, size: usize, token: &str) -> Result<Page<T>>
+    async fn page<R, T>(
+        &self,
+        select: &str,
+        owner: Option<&str>,
+        size: usize,
+        token: &str,
+    ) -> Result<Page<T>>
     where
         R: ListedRow + for<'r> FromRow<'r, AnyRow> + Send + Unpin,
         T: TryFrom<R, Error = ServiceError>,
@@ -218,7 +226,8 @@ impl Store {
             let is_end = found.len() < wanted;
             for row in found {
                 bytes += row.bytes();
-                if let Some(last) = rows.last().filter(|_| rows.len() >= size || bytes > PAGE_BYTES) {
+                if let Some(last) = rows.last().filter(|_| rows.len() >= size || bytes > PAGE_BYTES)
+                {
                     let next_page_token = R::seq(last).to_string();
                     return Ok(Page { items: readable(rows), next_page_token });
                 }
@@ -241,12 +250,23 @@ impl Store {
 /// Sets a new connection up.
 async fn prepare(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Result<()> {
     if dialect == Dialect::Sqlite {
-        for pragma in ["journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 10000"] {
-            sqlx::query(AssertSqlSafe(format!("PRAGMA {pragma}"))).execute(&mut *connection).await?;
+        for pragma in [
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            "foreign_keys = ON",
+            "busy_timeout = 10000",
+        ] {
+            sqlx::query(AssertSqlSafe(format!("PRAGMA {pragma}")))
+                .execute(&mut *connection)
+                .await?;
         }
     } else {
         // A replica that is frozen in a transaction must not hold its locks, and nobody waits long for one.
-        for setting in ["idle_in_transaction_session_timeout = '10s'", "lock_timeout = '5s'", "statement_timeout = '60s'"] {
+        for setting in [
+            "idle_in_transaction_session_timeout = '10s'",
+            "lock_timeout = '5s'",
+            "statement_timeout = '60s'",
+        ] {
             sqlx::query(AssertSqlSafe(format!("SET {setting}"))).execute(&mut *connection).await?;
         }
         // What is acknowledged is on disk, whatever the database's default is; a stricter setting stays.
@@ -270,7 +290,9 @@ async fn is_clean(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Res
 fn sqlite_url(path: &Path) -> String {
     use std::os::unix::ffi::OsStrExt;
     let escape = |b: &u8| match b {
-        b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'.' | b'-' | b'_' => char::from(*b).to_string(),
+        b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'.' | b'-' | b'_' => {
+            char::from(*b).to_string()
+        }
         other => format!("%{other:02X}"),
     };
     let escaped: String = path.as_os_str().as_bytes().iter().map(escape).collect();
@@ -281,13 +303,18 @@ fn parse_token(token: &str) -> Result<i64> {
     match token {
         "" => Ok(i64::MAX),
         t => t.parse().map_err(|_| {
-            ServiceError::invalid("page_token", format!("{} was not given out by this list: start again without it", quoted(t)))
+            ServiceError::invalid(
+                "page_token",
+                format!("{} was not given out by this list: start again without it", quoted(t)),
+            )
         }),
     }
 }
 
 /// The records that this version can read: one that another version wrote must not stand in the way of all others.
 fn readable<R, T: TryFrom<R, Error = ServiceError>>(rows: Vec<R>) -> Vec<T> {
-    let read = |row| T::try_from(row).inspect_err(|e| tracing::error!(error = %e, "a stored record is left out"));
+    let read = |row| {
+        T::try_from(row).inspect_err(|e| tracing::error!(error = %e, "a stored record is left out"))
+    };
     rows.into_iter().filter_map(|row| read(row).ok()).collect()
 }

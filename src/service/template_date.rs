@@ -16,7 +16,9 @@ impl TemplateDate {
     pub fn of(self, job: Option<&Job>) -> DateTime {
         let in_utc = |time: Timestamp| time.to_zoned(TimeZone::UTC).datetime();
         match (job, self.0) {
-            (Some(job), _) => in_utc(Timestamp::from_millisecond(job.create_time).unwrap_or_default()),
+            (Some(job), _) => {
+                in_utc(Timestamp::from_millisecond(job.create_time).unwrap_or_default())
+            }
             (None, Some(date)) => date.to_datetime(civil::Time::midnight()),
             (None, None) => in_utc(Timestamp::now()),
         }

@@ -6,9 +6,11 @@ use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, Promet
 use crate::domain::job::JobState;
 
 /// Upper bounds of duration histograms, in seconds.
-const SECONDS: [f64; 14] = [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0];
+const SECONDS: [f64; 14] =
+    [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0];
 /// Upper bounds of token-count histograms.
-const TOKENS: [f64; 10] = [32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
+const TOKENS: [f64; 10] =
+    [32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
 /// Upper bounds of histograms of how many items share a batch.
 const ITEMS: [f64; 9] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
 
@@ -17,8 +19,14 @@ const PLAIN_COUNTERS: [(&str, &str); 12] = [
     ("bradley_refused_total", "Calls refused for their bearer token or its roles."),
     ("bradley_tls_reloads_total", "Times that changed certificates were taken up."),
     ("bradley_scoring_rejected_total", "Scoring items refused because the queue was full."),
-    ("bradley_scoring_abandoned_total", "Scoring items dropped before the device: nobody waited for them any more."),
-    ("bradley_scored_tokens_total", "Tokens scored; a prompt counts once for all answers of its item."),
+    (
+        "bradley_scoring_abandoned_total",
+        "Scoring items dropped before the device: nobody waited for them any more.",
+    ),
+    (
+        "bradley_scored_tokens_total",
+        "Tokens scored; a prompt counts once for all answers of its item.",
+    ),
     ("bradley_scored_pairs_total", "Preference pairs scored."),
     ("bradley_reference_cache_hits_total", "Sequences whose reference log-probs were known."),
     ("bradley_reference_cache_misses_total", "Sequences whose reference log-probs were computed."),
@@ -31,13 +39,22 @@ const PLAIN_COUNTERS: [(&str, &str); 12] = [
 /// Counters with labels.
 const COUNTERS: [(&str, &str); 5] = [
     ("bradley_jobs_ended_total", "Jobs that this process brought to an end, by state."),
-    ("bradley_jobs_waiting_total", "Times that a job went back to the queue because what it needs was not there, by reason."),
-    ("bradley_requests_total", "Calls that ended, by method and code; one that its client gave up is Cancelled."),
+    (
+        "bradley_jobs_waiting_total",
+        "Times that a job went back to the queue because what it needs was not there, by reason.",
+    ),
+    (
+        "bradley_requests_total",
+        "Calls that ended, by method and code; one that its client gave up is Cancelled.",
+    ),
     (
         "bradley_scoring_saved_tokens_total",
         "Tokens that padding to a batch's longest sequence, or a prompt for each answer, would have cost.",
     ),
-    ("bradley_store_retries_total", "Waits for the database, the artifact store or the disk, by reason."),
+    (
+        "bradley_store_retries_total",
+        "Waits for the database, the artifact store or the disk, by reason.",
+    ),
 ];
 
 const GAUGES: [(&str, &str); 14] = [
@@ -50,11 +67,20 @@ const GAUGES: [(&str, &str); 14] = [
     ("bradley_resident_policies", "Adapters and full weights in memory besides the base models."),
     ("bradley_device_free_bytes", "A GPU's memory that is free or kept for the next passes."),
     ("bradley_device_memory_bytes", "A GPU's memory, all of it."),
-    ("bradley_memory_limit_bytes", "The machine's memory that models and jobs may be estimated to need."),
-    ("bradley_device_memory_limit_bytes", "A GPU's memory that models and its job may be estimated to need."),
+    (
+        "bradley_memory_limit_bytes",
+        "The machine's memory that models and jobs may be estimated to need.",
+    ),
+    (
+        "bradley_device_memory_limit_bytes",
+        "A GPU's memory that models and its job may be estimated to need.",
+    ),
     ("bradley_jobs", "Jobs in the database, by state; every replica shows the same."),
     ("bradley_store_up", "1 when the database answers."),
-    ("bradley_unreadable_jobs", "Unfinished jobs in the database that this version of the server cannot read."),
+    (
+        "bradley_unreadable_jobs",
+        "Unfinished jobs in the database that this version of the server cannot read.",
+    ),
 ];
 
 const HISTOGRAMS: [(&str, &str); 10] = [
@@ -68,8 +94,14 @@ const HISTOGRAMS: [(&str, &str); 10] = [
         "bradley_training_unit_seconds",
         "The device's time for a unit of training: a micro-batch, an evaluation batch or a checkpoint; by device.",
     ),
-    ("bradley_training_step_seconds", "An optimizer step on the wall; scoring in between is part of it."),
-    ("bradley_checkpoint_seconds", "A checkpoint's writing to disk, and its keeping in the artifact store, by phase."),
+    (
+        "bradley_training_step_seconds",
+        "An optimizer step on the wall; scoring in between is part of it.",
+    ),
+    (
+        "bradley_checkpoint_seconds",
+        "A checkpoint's writing to disk, and its keeping in the artifact store, by phase.",
+    ),
     ("bradley_event_lag_seconds", "From a training event's making to its being stored."),
 ];
 
@@ -87,7 +119,14 @@ pub fn install() -> Result<PrometheusHandle, BuildError> {
         describe_counter!(name, help);
         counter!(name).increment(0);
     }
-    for reason in ["artifact_missing", "checkpoint_format", "dataset_changed", "model_changed", "model_files_changed", "rows_changed"] {
+    for reason in [
+        "artifact_missing",
+        "checkpoint_format",
+        "dataset_changed",
+        "model_changed",
+        "model_files_changed",
+        "rows_changed",
+    ] {
         counter!("bradley_jobs_waiting_total", "reason" => reason).increment(0);
     }
     for state in JobState::ALL.into_iter().filter(|s| s.is_final()) {
@@ -115,7 +154,8 @@ mod tests {
                 used(&path, found);
             } else if !path.ends_with("telemetry/metrics.rs") {
                 let source = std::fs::read_to_string(&path).unwrap_or_default();
-                let names = source.split("\"bradley_").skip(1).filter_map(|rest| rest.split_once('"'));
+                let names =
+                    source.split("\"bradley_").skip(1).filter_map(|rest| rest.split_once('"'));
                 found.extend(names.map(|(name, _)| format!("bradley_{name}")));
             }
         }
@@ -126,9 +166,18 @@ mod tests {
         let mut found = BTreeSet::from(["bradley_build_info".to_owned()]);
         used(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut found);
         // A run's own gauges are described where they are written.
-        found.retain(|name| !["loss", "margin", "accuracy", "progress_ratio"].iter().any(|g| *name == format!("bradley_training_{g}")));
-        let described: BTreeSet<String> =
-            PLAIN_COUNTERS.iter().chain(&COUNTERS).chain(&GAUGES).chain(&HISTOGRAMS).map(|(name, _)| (*name).to_owned()).collect();
+        found.retain(|name| {
+            !["loss", "margin", "accuracy", "progress_ratio"]
+                .iter()
+                .any(|g| *name == format!("bradley_training_{g}"))
+        });
+        let described: BTreeSet<String> = PLAIN_COUNTERS
+            .iter()
+            .chain(&COUNTERS)
+            .chain(&GAUGES)
+            .chain(&HISTOGRAMS)
+            .map(|(name, _)| (*name).to_owned())
+            .collect();
         assert_eq!(found, described);
     }
 }

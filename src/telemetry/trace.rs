@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use std::time::{Duration, SystemTime};
 
 use opentelemetry::propagation::TextMapPropagator as _;
-use opentelemetry::trace::{Link, Span as _, SpanBuilder, SpanContext, TraceContextExt as _, Tracer as _};
+use opentelemetry::trace::{
+    Link, Span as _, SpanBuilder, SpanContext, TraceContextExt as _, Tracer as _,
+};
 use opentelemetry::{Context, KeyValue, global};
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
@@ -21,7 +23,8 @@ pub fn current() -> Context {
 /// What a `traceparent` says; nothing when it is not what W3C's Trace Context allows. A `tracestate` is not taken: it may be long, and would be part of
 /// every span.
 pub fn parse(traceparent: Option<&str>) -> Context {
-    let fields: HashMap<String, String> = traceparent.map(|t| (TRACEPARENT.to_owned(), t.to_owned())).into_iter().collect();
+    let fields: HashMap<String, String> =
+        traceparent.map(|t| (TRACEPARENT.to_owned(), t.to_owned())).into_iter().collect();
     TraceContextPropagator::new().extract_with_context(&Context::new(), &fields)
 }
 
@@ -39,8 +42,18 @@ pub fn id(context: &Context) -> Option<String> {
 }
 
 /// A span that is over: `parent` had it from `start`, for `took`. Returns what others may link to; `None` when the trace is not recorded.
-pub fn record(name: &'static str, parent: &Context, start: SystemTime, took: Duration, about: Vec<KeyValue>) -> Option<SpanContext> {
-    parent.span().span_context().is_sampled().then(|| emit(name, parent, start, took, about, Vec::new()))
+pub fn record(
+    name: &'static str,
+    parent: &Context,
+    start: SystemTime,
+    took: Duration,
+    about: Vec<KeyValue>,
+) -> Option<SpanContext> {
+    parent
+        .span()
+        .span_context()
+        .is_sampled()
+        .then(|| emit(name, parent, start, took, about, Vec::new()))
 }
 
 /// A span for many callers, linked to each that is recorded; it begins a trace of its own.
@@ -57,14 +70,30 @@ pub fn shared<'a>(
 }
 
 /// [`record`], with a link to what it was done together with.
-pub fn linked(name: &'static str, parent: &Context, start: SystemTime, took: Duration, to: &SpanContext) {
+pub fn linked(
+    name: &'static str,
+    parent: &Context,
+    start: SystemTime,
+    took: Duration,
+    to: &SpanContext,
+) {
     if parent.span().span_context().is_sampled() {
         emit(name, parent, start, took, Vec::new(), vec![Link::new(to.clone(), Vec::new(), 0)]);
     }
 }
 
-fn emit(name: &'static str, parent: &Context, start: SystemTime, took: Duration, about: Vec<KeyValue>, links: Vec<Link>) -> SpanContext {
-    let builder = SpanBuilder::from_name(name).with_start_time(start).with_attributes(about).with_links(links);
+fn emit(
+    name: &'static str,
+    parent: &Context,
+    start: SystemTime,
+    took: Duration,
+    about: Vec<KeyValue>,
+    links: Vec<Link>,
+) -> SpanContext {
+    let builder = SpanBuilder::from_name(name)
+        .with_start_time(start)
+        .with_attributes(about)
+        .with_links(links);
     let mut span = global::tracer("bradley").build_with_context(builder, parent);
     span.end_with_timestamp(start + took);
     span.span_context().clone()
@@ -81,7 +110,12 @@ mod tests {
         let context = parse(Some(PARENT));
         assert_eq!(format(&context).as_deref(), Some(PARENT));
         assert_eq!(id(&context).as_deref(), Some("0af7651916cd43dd8448eb211c80319c"));
-        for wrong in [None, Some(""), Some("00-0-0-0"), Some("00-00000000000000000000000000000000-b7ad6b7169203331-01")] {
+        for wrong in [
+            None,
+            Some(""),
+            Some("00-0-0-0"),
+            Some("00-00000000000000000000000000000000-b7ad6b7169203331-01"),
+        ] {
             let context = parse(wrong);
             assert_eq!((format(&context), id(&context)), (None, None), "{wrong:?}");
         }
@@ -91,6 +125,15 @@ mod tests {
     fn what_is_not_recorded_costs_no_span() {
         let unsampled = parse(Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"));
         assert!(record("x", &unsampled, SystemTime::now(), Duration::ZERO, Vec::new()).is_none());
-        assert!(shared("x", [&unsampled, &Context::new()].into_iter(), SystemTime::now(), Duration::ZERO, Vec::new()).is_none());
+        assert!(
+            shared(
+                "x",
+                [&unsampled, &Context::new()].into_iter(),
+                SystemTime::now(),
+                Duration::ZERO,
+                Vec::new()
+            )
+            .is_none()
+        );
     }
 }

@@ -30,11 +30,22 @@ enum BackendTape {
 ///
 /// # Errors
 /// When the device fails or has no memory left.
-pub fn forward(policy: &Policy, row: Arc<Row>, keep: Keep, pause: &mut dyn FnMut()) -> Result<RowTape> {
+pub fn forward(
+    policy: &Policy,
+    row: Arc<Row>,
+    keep: Keep,
+    pause: &mut dyn FnMut(),
+) -> Result<RowTape> {
     let row = policy.prepare(row)?;
     let tape = match &policy.device {
-        ComputeDevice::Cpu => BackendTape::Cpu(Box::new(pass::forward(&CpuRow::new(policy.view(), &row), keep, pause)?)),
-        ComputeDevice::Cuda(cuda) => BackendTape::Cuda(Box::new(cuda.forward(policy.view(), &row, keep, pause)?)),
+        ComputeDevice::Cpu => BackendTape::Cpu(Box::new(pass::forward(
+            &CpuRow::new(policy.view(), &row),
+            keep,
+            pause,
+        )?)),
+        ComputeDevice::Cuda(cuda) => {
+            BackendTape::Cuda(Box::new(cuda.forward(policy.view(), &row, keep, pause)?))
+        }
     };
     Ok(RowTape { row, tape })
 }
@@ -44,13 +55,21 @@ pub fn forward(policy: &Policy, row: Arc<Row>, keep: Keep, pause: &mut dyn FnMut
 ///
 /// # Errors
 /// When the forward pass saved no tape, and when the device fails or has no memory left.
-pub fn backward(policy: &Policy, tape: RowTape, upstream: &[f32], gradients: &mut Gradients, pause: &mut dyn FnMut()) -> Result<()> {
+pub fn backward(
+    policy: &Policy,
+    tape: RowTape,
+    upstream: &[f32],
+    gradients: &mut Gradients,
+    pause: &mut dyn FnMut(),
+) -> Result<()> {
     let RowTape { row, tape } = tape;
     match tape {
-        BackendTape::Cpu(tape) => pass::backward(&CpuRow::new(policy.view(), &row), *tape, upstream, gradients, pause),
-        BackendTape::Cuda(tape) => {
-            gradients.on_device(policy, |cuda, sums| cuda.backward(policy.view(), &row, *tape, upstream, sums, pause))
+        BackendTape::Cpu(tape) => {
+            pass::backward(&CpuRow::new(policy.view(), &row), *tape, upstream, gradients, pause)
         }
+        BackendTape::Cuda(tape) => gradients.on_device(policy, |cuda, sums| {
+            cuda.backward(policy.view(), &row, *tape, upstream, sums, pause)
+        }),
     }
 }
 

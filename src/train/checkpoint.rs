@@ -240,22 +240,34 @@ fn write(temporary: &Path, contents: &CheckpointContents) -> Result<(), Checkpoi
         files,
     };
     let path = temporary.join(STATE_FILE);
-    fs::write(&path, serde_json::to_vec_pretty(&state).map_err(|e| damaged(&path, e.to_string()))?).map_err(io_at(&path))?;
+    fs::write(&path, serde_json::to_vec_pretty(&state).map_err(|e| damaged(&path, e.to_string()))?)
+        .map_err(io_at(&path))?;
     File::open(&path).and_then(|f| f.sync_all()).map_err(io_at(&path))?;
     sync_folder(temporary)
 }
 
 /// Writes full weights with what transformers needs to load them, as files without folders.
 fn save_full(dir: &Path, policy: &Policy, tokenizer: &ChatTokenizer) -> Result<(), ModelError> {
-    export::save_merged(dir, &policy.config, None, Layout::CHECKPOINT, &policy.parameters.reader())?;
+    export::save_merged(
+        dir,
+        &policy.config,
+        None,
+        Layout::CHECKPOINT,
+        &policy.parameters.reader(),
+    )?;
     export::save_companions(dir, &policy.config, tokenizer, |name| !name.contains('/'))
 }
 
 fn moments(contents: &CheckpointContents) -> Result<Vec<(String, Tensor)>, CheckpointError> {
     let mut all = Vec::new();
     for (i, t) in contents.policy.trainables.iter().enumerate() {
-        for (prefix, values) in [("m", &contents.optimizer.first[i]), ("v", &contents.optimizer.second[i])] {
-            all.push((format!("{prefix}.{}", t.name), Tensor::from_slice(values, t.var.shape(), &Device::Cpu)?));
+        for (prefix, values) in
+            [("m", &contents.optimizer.first[i]), ("v", &contents.optimizer.second[i])]
+        {
+            all.push((
+                format!("{prefix}.{}", t.name),
+                Tensor::from_slice(values, t.var.shape(), &Device::Cpu)?,
+            ));
         }
     }
     Ok(all)
@@ -272,14 +284,24 @@ pub struct Restored {
 }
 
 /// Restores weights and moments into a policy and optimizer of the same shapes, on the base model that the checkpoint was trained on.
-pub fn restore(dir: &Path, base: &ModelIdentity, policy: &TrainablePolicy, optimizer: &mut AdamW) -> Result<Restored, CheckpointError> {
+pub fn restore(
+    dir: &Path,
+    base: &ModelIdentity,
+    policy: &TrainablePolicy,
+    optimizer: &mut AdamW,
+) -> Result<Restored, CheckpointError> {
     let file = verify(dir)?;
-    if let Some(Difference { part, hashes }) = file.base.as_ref().and_then(|pinned| pinned.difference(base)) {
+    if let Some(Difference { part, hashes }) =
+        file.base.as_ref().and_then(|pinned| pinned.difference(base))
+    {
         let (pinned, found) = (hashes.0.to_owned(), hashes.1.to_owned());
         return Err(CheckpointError::OtherModel { path: dir.to_owned(), part, pinned, found });
     }
     if file.adapter != policy.is_lora() {
-        return Err(damaged(dir, "it was written by a run of the other method (LoRA or full)".into()));
+        return Err(damaged(
+            dir,
+            "it was written by a run of the other method (LoRA or full)".into(),
+        ));
     }
     let weights = match file.adapter {
         true => load(&dir.join(peft::WEIGHTS_FILE))?,
@@ -288,8 +310,12 @@ pub fn restore(dir: &Path, base: &ModelIdentity, policy: &TrainablePolicy, optim
     let moments = load(&dir.join(OPTIMIZER_FILE))?;
     for (i, t) in policy.trainables.iter().enumerate() {
         t.var.set(&fetch(dir, &weights, &t.name, t.var.shape())?)?;
-        optimizer.first[i] = fetch(dir, &moments, &format!("m.{}", t.name), t.var.shape())?.flatten_all()?.to_vec1()?;
-        optimizer.second[i] = fetch(dir, &moments, &format!("v.{}", t.name), t.var.shape())?.flatten_all()?.to_vec1()?;
+        optimizer.first[i] = fetch(dir, &moments, &format!("m.{}", t.name), t.var.shape())?
+            .flatten_all()?
+            .to_vec1()?;
+        optimizer.second[i] = fetch(dir, &moments, &format!("v.{}", t.name), t.var.shape())?
+            .flatten_all()?
+            .to_vec1()?;
     }
     optimizer.updates = file.adam_updates;
     let reference = match file.files.contains_key(REFERENCE_FILE) {
@@ -305,10 +331,18 @@ fn load(path: &Path) -> Result<Tensors, CheckpointError> {
     Ok(candle_core::safetensors::load(path, &Device::Cpu)?)
 }
 
-fn fetch(dir: &Path, tensors: &Tensors, name: &str, shape: &candle_core::Shape) -> Result<Tensor, CheckpointError> {
+fn fetch(
+    dir: &Path,
+    tensors: &Tensors,
+    name: &str,
+    shape: &candle_core::Shape,
+) -> Result<Tensor, CheckpointError> {
     match tensors.get(name) {
         Some(t) if t.shape() == shape && t.dtype() == DType::F32 => Ok(t.clone()),
-        Some(t) => Err(damaged(dir, format!("tensor {name} is {:?} {:?}, expected f32 {shape:?}", t.dtype(), t.shape()))),
+        Some(t) => Err(damaged(
+            dir,
+            format!("tensor {name} is {:?} {:?}, expected f32 {shape:?}", t.dtype(), t.shape()),
+        )),
         None => Err(damaged(dir, format!("tensor {name} is missing"))),
     }
 }
@@ -335,7 +369,12 @@ fn verify(dir: &Path) -> Result<StateFile, CheckpointError> {
     for (name, expected) in &file.files {
         let found = checksum(&dir.join(name))?;
         if found != *expected {
-            return Err(damaged(dir, format!("{name} does not match its checksum: the file was changed or damaged after it was written")));
+            return Err(damaged(
+                dir,
+                format!(
+                    "{name} does not match its checksum: the file was changed or damaged after it was written"
+                ),
+            ));
         }
     }
     Ok(file)

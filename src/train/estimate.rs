@@ -10,7 +10,9 @@ use crate::domain::training::{ActivationCheckpointing, Method, Precision, Traini
 use crate::infer::pair::EncodedPair;
 use crate::model::block_shape::BlockShape;
 use crate::model::config::ModelConfig;
-use crate::model::cpu::sizes::{backward_floats, forward_floats, head_floats, input_floats, tape_floats};
+use crate::model::cpu::sizes::{
+    backward_floats, forward_floats, head_floats, input_floats, tape_floats,
+};
 use crate::model::cuda::sizes::{head_bytes, trained_bytes};
 use crate::model::device::ComputeDevice;
 use crate::model::params::{LoraLayer, lora_layers};
@@ -62,7 +64,10 @@ impl Lengths {
 
     /// The larger of each: micro-batches are drawn from one set or the other.
     pub fn max(self, other: Self) -> Self {
-        Lengths { longest: self.longest.max(other.longest), micro_batch: self.micro_batch.max(other.micro_batch) }
+        Lengths {
+            longest: self.longest.max(other.longest),
+            micro_batch: self.micro_batch.max(other.micro_batch),
+        }
     }
 }
 
@@ -107,7 +112,9 @@ pub fn trainable_parameters(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
 fn ranks(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
     let Method::Lora(lora) = &spec.method else { return 0 };
     let mut of_block = vec![0; config.spec.blocks.len()];
-    lora_layers(&config.spec, lora).iter().for_each(|layer| of_block[layer.block] += lora.rank as u64);
+    lora_layers(&config.spec, lora)
+        .iter()
+        .for_each(|layer| of_block[layer.block] += lora.rank as u64);
     of_block.into_iter().max().unwrap_or(0)
 }
 
@@ -158,8 +165,10 @@ pub fn estimate(
     let tape = most(&blocks, |block| tape_floats(block, gate_up, ranks));
     let input = most(&blocks, input_floats);
     let backward = most(&blocks, |block| backward_floats(block, gate_up));
-    let SavedActivations { of_row, of_last_row } = SavedActivations::new(keep, blocks.len() as u64, tape, input);
-    let scores = most(&blocks, |block| score_bytes(kernel, block.heads.query, t as usize, lengths.longest));
+    let SavedActivations { of_row, of_last_row } =
+        SavedActivations::new(keep, blocks.len() as u64, tape, input);
+    let scores =
+        most(&blocks, |block| score_bytes(kernel, block.heads.query, t as usize, lengths.longest));
     // A trained head keeps probabilities. Rows that are held together may be many, at most one for each pair.
     let rows = if spec.dpo.compares_pairs() { spec.batch.batch_size as u64 } else { 1 };
     let head = match (&spec.method, keep) {
@@ -191,17 +200,29 @@ fn element(spec: &TrainingSpec) -> usize {
 /// Bytes that a run on `devices` GPUs has on the host: masters, both moments, and the gradients of each GPU.
 pub fn on_host(config: &ModelConfig, spec: &TrainingSpec, devices: usize) -> u64 {
     let trained = trainable_parameters(config, spec);
-    TrainablePolicy::master_bytes(trained) + AdamW::bytes(trained) + devices.max(1) as u64 * Gradients::bytes(trained)
+    TrainablePolicy::master_bytes(trained)
+        + AdamW::bytes(trained)
+        + devices.max(1) as u64 * Gradients::bytes(trained)
 }
 
 /// What [`estimate`] says, for a GPU: masters and moments stay on the host; matrices and activations are in the job's precision, the residual stream in f32.
-fn on_gpu(config: &ModelConfig, spec: &TrainingSpec, t: u64, held: u64, keep: Keep, row_tokens: usize) -> Estimate {
-    let (hidden, bytes, ranks) = (config.spec.hidden_size, element(spec), ranks(config, spec) as usize);
+fn on_gpu(
+    config: &ModelConfig,
+    spec: &TrainingSpec,
+    t: u64,
+    held: u64,
+    keep: Keep,
+    row_tokens: usize,
+) -> Estimate {
+    let (hidden, bytes, ranks) =
+        (config.spec.hidden_size, element(spec), ranks(config, spec) as usize);
     let blocks = shapes(config);
     let tape = most(&blocks, |block| block.tape_bytes(bytes, ranks));
     let input = most(&blocks, BlockShape::input_bytes);
-    let SavedActivations { of_row, of_last_row } = SavedActivations::new(keep, blocks.len() as u64, tape, input);
-    let passing = most(&blocks, |block| block.backward_bytes(bytes)).max(head_bytes(hidden, bytes) as u64);
+    let SavedActivations { of_row, of_last_row } =
+        SavedActivations::new(keep, blocks.len() as u64, tape, input);
+    let passing =
+        most(&blocks, |block| block.backward_bytes(bytes)).max(head_bytes(hidden, bytes) as u64);
     let activations = (held * of_row + t * (of_last_row + passing)) * ROUNDING.0 / ROUNDING.1;
     let training_state = trained_bytes(bytes) as u64 * trainable_parameters(config, spec);
     Estimate { training_state, activations, keep, row_tokens }
@@ -216,7 +237,13 @@ pub fn scoring(config: &ModelConfig, tokens: usize) -> u64 {
 ///
 /// # Errors
 /// The leanest choices' estimate, when even that is too much.
-pub fn plan(config: &ModelConfig, spec: &TrainingSpec, lengths: Lengths, available: u64, memory: MemoryKind) -> Result<Estimate, Estimate> {
+pub fn plan(
+    config: &ModelConfig,
+    spec: &TrainingSpec,
+    lengths: Lengths,
+    available: u64,
+    memory: MemoryKind,
+) -> Result<Estimate, Estimate> {
     let keeps: &[Keep] = match spec.batch.activation_checkpointing {
         ActivationCheckpointing::On => &[Keep::Inputs],
         ActivationCheckpointing::Off => &[Keep::Tapes],
@@ -273,7 +300,10 @@ mod tests {
         assert_eq!(Lengths::of(&pairs, 3), Lengths { longest: 1000, micro_batch: 1930 });
         assert_eq!(Lengths::of(&pairs, 100), Lengths { longest: 1000, micro_batch: 1965 });
         assert_eq!(Lengths::of(&[], 3), Lengths { longest: 0, micro_batch: 0 });
-        assert_eq!(Lengths::of(&pairs, 2).max(Lengths { longest: 1, micro_batch: 5000 }).micro_batch, 5000);
+        assert_eq!(
+            Lengths::of(&pairs, 2).max(Lengths { longest: 1, micro_batch: 5000 }).micro_batch,
+            5000
+        );
     }
 
     #[test]
@@ -281,11 +311,14 @@ mod tests {
         let (config, mut spec) = (config(), TrainingSpec::default());
         spec.batch.batch_size = 16;
         spec.dpo.losses[0].loss = LossType::Aot;
-        let mixed: Vec<EncodedPair> = (0..64).map(|i| pair(if i == 0 { 2048 } else { 128 })).collect();
+        let mixed: Vec<EncodedPair> =
+            (0..64).map(|i| pair(if i == 0 { 2048 } else { 128 })).collect();
         let lengths = Lengths::of(&mixed, spec.batch.batch_size);
         for memory in [MemoryKind::Host, MemoryKind::Gpu] {
-            let of = |lengths, keep| estimate(&config, &spec, lengths, keep, 1024, memory).activations;
-            let (all_long, bound) = (of(uniform(2048, &spec), Keep::Tapes), of(lengths, Keep::Tapes));
+            let of =
+                |lengths, keep| estimate(&config, &spec, lengths, keep, 1024, memory).activations;
+            let (all_long, bound) =
+                (of(uniform(2048, &spec), Keep::Tapes), of(lengths, Keep::Tapes));
             assert!(bound < all_long / 5, "{memory:?}: {bound} of {all_long}");
             // Not below what the rows of the worst micro-batch keep: as much as one row of them all.
             let tokens = 2048 + 15 * 128;
@@ -300,7 +333,10 @@ mod tests {
         spec.method = Method::Full;
         spec.batch.batch_size = 16;
         spec.dpo.losses[0].loss = LossType::Aot;
-        let of = |config: &ModelConfig| estimate(config, &spec, uniform(1100, &spec), Keep::Tapes, 2048, MemoryKind::Host).activations;
+        let of = |config: &ModelConfig| {
+            estimate(config, &spec, uniform(1100, &spec), Keep::Tapes, 2048, MemoryKind::Host)
+                .activations
+        };
         let vocabulary = config.spec.vocab_size as u64;
         let with_words = of(&config);
         config.spec.vocab_size = 1;
@@ -311,8 +347,12 @@ mod tests {
     #[test]
     fn a_gpu_holds_neither_masters_nor_moments_and_bf16_takes_half() {
         let (config, mut spec) = (config(), TrainingSpec::default());
-        let of = |spec: &TrainingSpec, memory| estimate(&config, spec, uniform(300, spec), Keep::Tapes, 1024, memory);
-        assert!(of(&spec, MemoryKind::Gpu).training_state < of(&spec, MemoryKind::Host).training_state);
+        let of = |spec: &TrainingSpec, memory| {
+            estimate(&config, spec, uniform(300, spec), Keep::Tapes, 1024, memory)
+        };
+        assert!(
+            of(&spec, MemoryKind::Gpu).training_state < of(&spec, MemoryKind::Host).training_state
+        );
         let f32 = of(&spec, MemoryKind::Gpu);
         spec.precision = Some(Precision::Bf16);
         let bf16 = of(&spec, MemoryKind::Gpu);
@@ -324,19 +364,35 @@ mod tests {
         let (config, mut spec) = (config(), TrainingSpec::default());
         spec.batch.batch_size = 16;
         for memory in [MemoryKind::Host, MemoryKind::Gpu] {
-            let of = |spec: &TrainingSpec, keep| estimate(&config, spec, uniform(1024, spec), keep, 1024, memory).activations;
+            let of = |spec: &TrainingSpec, keep| {
+                estimate(&config, spec, uniform(1024, spec), keep, 1024, memory).activations
+            };
             let (one, one_recomputed) = (of(&spec, Keep::Tapes), of(&spec, Keep::Inputs));
             let mut aot = spec.clone();
             aot.dpo.losses[0].loss = LossType::Aot;
-            assert!(of(&aot, Keep::Tapes) > 12 * one && of(&aot, Keep::Tapes) <= 16 * one, "{memory:?}");
+            assert!(
+                of(&aot, Keep::Tapes) > 12 * one && of(&aot, Keep::Tapes) <= 16 * one,
+                "{memory:?}"
+            );
             // Halving the rows does not help, recomputation does.
-            assert!(of(&aot, Keep::Inputs) < of(&aot, Keep::Tapes) / 3 && of(&aot, Keep::Inputs) > 2 * one_recomputed, "{memory:?}");
+            assert!(
+                of(&aot, Keep::Inputs) < of(&aot, Keep::Tapes) / 3
+                    && of(&aot, Keep::Inputs) > 2 * one_recomputed,
+                "{memory:?}"
+            );
         }
     }
 
     /// What a run with pairs of one length needs: of training state, and of activations.
-    fn needs(config: &ModelConfig, spec: &TrainingSpec, length: usize, keep: Keep, memory: MemoryKind) -> (u64, u64) {
-        let estimate = estimate(config, spec, uniform(length, spec), keep, spec.batch.row_tokens, memory);
+    fn needs(
+        config: &ModelConfig,
+        spec: &TrainingSpec,
+        length: usize,
+        keep: Keep,
+        memory: MemoryKind,
+    ) -> (u64, u64) {
+        let estimate =
+            estimate(config, spec, uniform(length, spec), keep, spec.batch.row_tokens, memory);
         (estimate.training_state, estimate.activations)
     }
 
@@ -349,37 +405,83 @@ mod tests {
         let normed = r#"{"model_type": "qwen3", "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
             "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
             "tie_word_embeddings": false}"#;
-        let normed = ModelConfig::from_hf_json(normed, std::path::Path::new("config.json")).unwrap();
+        let normed =
+            ModelConfig::from_hf_json(normed, std::path::Path::new("config.json")).unwrap();
 
         let lora = TrainingSpec::default();
-        assert_eq!(needs(&small, &lora, 300, Keep::Tapes, MemoryKind::Host), (78_151_680, 780_951_552));
-        assert_eq!(needs(&small, &lora, 300, Keep::Tapes, MemoryKind::Gpu), (39_075_840, 849_153_536));
-        let total = estimate(&small, &lora, uniform(300, &lora), Keep::Tapes, 1024, MemoryKind::Host).total();
-        assert_eq!(total - thread_pool::threads() as u64 * (2 << 20), (92 << 20) + 78_151_680 + 780_951_552);
+        assert_eq!(
+            needs(&small, &lora, 300, Keep::Tapes, MemoryKind::Host),
+            (78_151_680, 780_951_552)
+        );
+        assert_eq!(
+            needs(&small, &lora, 300, Keep::Tapes, MemoryKind::Gpu),
+            (39_075_840, 849_153_536)
+        );
+        let total =
+            estimate(&small, &lora, uniform(300, &lora), Keep::Tapes, 1024, MemoryKind::Host)
+                .total();
+        assert_eq!(
+            total - thread_pool::threads() as u64 * (2 << 20),
+            (92 << 20) + 78_151_680 + 780_951_552
+        );
 
-        let lora_bf16 = TrainingSpec { precision: Some(Precision::Bf16), ..TrainingSpec::default() };
+        let lora_bf16 =
+            TrainingSpec { precision: Some(Precision::Bf16), ..TrainingSpec::default() };
         let activations = by_kernel(399_944_000, 309_512_000);
-        assert_eq!(needs(&small, &lora_bf16, 2000, Keep::Inputs, MemoryKind::Host), (78_151_680, activations));
-        assert_eq!(needs(&small, &lora_bf16, 2000, Keep::Inputs, MemoryKind::Gpu), (29_306_880, 300_840_500));
+        assert_eq!(
+            needs(&small, &lora_bf16, 2000, Keep::Inputs, MemoryKind::Host),
+            (78_151_680, activations)
+        );
+        assert_eq!(
+            needs(&small, &lora_bf16, 2000, Keep::Inputs, MemoryKind::Gpu),
+            (29_306_880, 300_840_500)
+        );
         let activations = by_kernel(62_062_592, 50_331_648);
-        assert_eq!(needs(&normed, &lora_bf16, 300, Keep::Tapes, MemoryKind::Host), (2_785_280, activations));
-        assert_eq!(needs(&normed, &lora_bf16, 300, Keep::Tapes, MemoryKind::Gpu), (1_044_480, 78_475_264));
+        assert_eq!(
+            needs(&normed, &lora_bf16, 300, Keep::Tapes, MemoryKind::Host),
+            (2_785_280, activations)
+        );
+        assert_eq!(
+            needs(&normed, &lora_bf16, 300, Keep::Tapes, MemoryKind::Gpu),
+            (1_044_480, 78_475_264)
+        );
 
         let full = TrainingSpec { method: Method::Full, ..TrainingSpec::default() };
-        assert_eq!(needs(&normed, &full, 300, Keep::Inputs, MemoryKind::Host), (19_064_832, 34_750_464));
-        assert_eq!(needs(&normed, &full, 300, Keep::Inputs, MemoryKind::Gpu), (9_532_416, 85_525_504));
+        assert_eq!(
+            needs(&normed, &full, 300, Keep::Inputs, MemoryKind::Host),
+            (19_064_832, 34_750_464)
+        );
+        assert_eq!(
+            needs(&normed, &full, 300, Keep::Inputs, MemoryKind::Gpu),
+            (9_532_416, 85_525_504)
+        );
         let full_bf16 = TrainingSpec { precision: Some(Precision::Bf16), ..full.clone() };
-        assert_eq!(needs(&small, &full_bf16, 300, Keep::Tapes, MemoryKind::Host), (2_152_240_128, by_kernel(968_515_584, 955_097_088)));
-        assert_eq!(needs(&small, &full_bf16, 300, Keep::Tapes, MemoryKind::Gpu), (807_090_048, 515_894_784));
+        assert_eq!(
+            needs(&small, &full_bf16, 300, Keep::Tapes, MemoryKind::Host),
+            (2_152_240_128, by_kernel(968_515_584, 955_097_088))
+        );
+        assert_eq!(
+            needs(&small, &full_bf16, 300, Keep::Tapes, MemoryKind::Gpu),
+            (807_090_048, 515_894_784)
+        );
 
         let mut compared = full;
         (compared.batch.batch_size, compared.batch.row_tokens) = (16, 2048);
         compared.dpo.losses[0].loss = LossType::Aot;
-        assert_eq!(needs(&small, &compared, 1100, Keep::Tapes, MemoryKind::Host), (2_152_240_128, 15_867_775_488));
-        assert_eq!(needs(&small, &compared, 1100, Keep::Tapes, MemoryKind::Gpu), (1_076_120_064, 13_108_296_352));
+        assert_eq!(
+            needs(&small, &compared, 1100, Keep::Tapes, MemoryKind::Host),
+            (2_152_240_128, 15_867_775_488)
+        );
+        assert_eq!(
+            needs(&small, &compared, 1100, Keep::Tapes, MemoryKind::Gpu),
+            (1_076_120_064, 13_108_296_352)
+        );
 
         assert_eq!((scoring(&small, 1024), scoring(&normed, 1024)), (29_884_416, 6_815_744));
-        assert_eq!((on_host(&small, &lora, 1), on_host(&small, &lora, 3)), (16 * 4_884_480, 24 * 4_884_480));
+        assert_eq!(
+            (on_host(&small, &lora, 1), on_host(&small, &lora, 3)),
+            (16 * 4_884_480, 24 * 4_884_480)
+        );
     }
 
     #[test]
@@ -387,11 +489,21 @@ mod tests {
         let (config, spec) = (config(), TrainingSpec::default());
         let all = plan(&config, &spec, uniform(300, &spec), u64::MAX, MemoryKind::Host).unwrap();
         assert_eq!((all.keep, all.row_tokens), (Keep::Tapes, spec.batch.row_tokens));
-        let less = plan(&config, &spec, uniform(300, &spec), all.total() - 1, MemoryKind::Host).unwrap();
-        assert!(less.keep == Keep::Tapes && less.row_tokens < all.row_tokens && less.total() < all.total());
+        let less =
+            plan(&config, &spec, uniform(300, &spec), all.total() - 1, MemoryKind::Host).unwrap();
+        assert!(
+            less.keep == Keep::Tapes
+                && less.row_tokens < all.row_tokens
+                && less.total() < all.total()
+        );
         let least = plan(&config, &spec, uniform(300, &spec), 0, MemoryKind::Host).unwrap_err();
-        assert_eq!(plan(&config, &spec, uniform(300, &spec), least.total(), MemoryKind::Host).unwrap(), least);
+        assert_eq!(
+            plan(&config, &spec, uniform(300, &spec), least.total(), MemoryKind::Host).unwrap(),
+            least
+        );
         assert_eq!(least.keep, Keep::Inputs);
-        assert!(plan(&config, &spec, uniform(300, &spec), least.total() - 1, MemoryKind::Host).is_err());
+        assert!(
+            plan(&config, &spec, uniform(300, &spec), least.total() - 1, MemoryKind::Host).is_err()
+        );
     }
 }

@@ -46,20 +46,40 @@ fn sides<'a>(row: &PackedRow, tape: &'a RowTape) -> Vec<Sides<'a>> {
         let described = &tape.distributions()[ranges[s].clone()];
         let stats = described
             .iter()
-            .map(|d| TokenStats { mean_logit: d.mean_logit as f64, entropy: d.entropy as f64, is_argmax: d.is_argmax })
+            .map(|d| TokenStats {
+                mean_logit: d.mean_logit as f64,
+                entropy: d.entropy as f64,
+                is_argmax: d.is_argmax,
+            })
             .collect();
-        (&tape.log_probs()[ranges[s].clone()], described.iter().map(|d| d.log_sum_p2).collect(), stats)
+        (
+            &tape.log_probs()[ranges[s].clone()],
+            described.iter().map(|d| d.log_sum_p2).collect(),
+            stats,
+        )
     };
     let of_pair = |(&pair, ranges): (&usize, &Vec<_>)| {
-        let ((chosen, p2_chosen, stats_chosen), (rejected, p2_rejected, stats_rejected)) = (side(ranges, 0), side(ranges, 1));
-        Sides { pair, logps: [chosen, rejected], squares: [p2_chosen, p2_rejected], stats: [stats_chosen, stats_rejected] }
+        let ((chosen, p2_chosen, stats_chosen), (rejected, p2_rejected, stats_rejected)) =
+            (side(ranges, 0), side(ranges, 1));
+        Sides {
+            pair,
+            logps: [chosen, rejected],
+            squares: [p2_chosen, p2_rejected],
+            stats: [stats_chosen, stats_rejected],
+        }
     };
     row.items.iter().zip(&row.completions).map(of_pair).collect()
 }
 
 impl MicroBatch<'_> {
     /// The mean loss and its metrics; adds `scale`·∂loss to `gradients`, of which each of the policy's devices has its own.
-    pub fn train(&self, keep: Keep, scale: f64, gradients: &mut [Gradients], pause: &mut dyn FnMut()) -> Result<(f64, Metrics)> {
+    pub fn train(
+        &self,
+        keep: Keep,
+        scale: f64,
+        gradients: &mut [Gradients],
+        pause: &mut dyn FnMut(),
+    ) -> Result<(f64, Metrics)> {
         let (loss, observations) = self.run(keep, scale, Some(gradients), pause)?;
         Ok((loss, micro_batch(loss, &observations)))
     }
@@ -84,50 +104,76 @@ impl MicroBatch<'_> {
         let mut loss = 0.0;
         let mut observations = vec![PairObservation::default(); self.pairs.len()];
         for rows in rows.chunks(at_once) {
-            let forward =
-                |policy: &Policy, row: &PackedRow, pause: &mut dyn FnMut()| backprop::forward(policy, row.row.clone(), keep, pause);
+            let forward = |policy: &Policy, row: &PackedRow, pause: &mut dyn FnMut()| {
+                backprop::forward(policy, row.row.clone(), keep, pause)
+            };
             let tapes = over_devices(self.policy, rows.iter().collect(), pause, forward)?;
             let (part, upstream) = self.part(rows, &tapes, scale, &mut observations);
             loss += part;
-            let Some(gradients) = gradients.as_deref_mut().filter(|_| loss.is_finite()) else { continue };
+            let Some(gradients) = gradients.as_deref_mut().filter(|_| loss.is_finite()) else {
+                continue;
+            };
             // Each row goes back where it went forward.
-            let mut shares: Vec<Vec<(RowTape, Vec<f32>)>> = (0..devices).map(|_| Vec::new()).collect();
+            let mut shares: Vec<Vec<(RowTape, Vec<f32>)>> =
+                (0..devices).map(|_| Vec::new()).collect();
             for (i, row) in tapes.into_iter().zip(upstream).enumerate() {
                 shares[i % devices].push(row);
             }
             let shares = shares.into_iter().zip(gradients).collect();
             over_devices(self.policy, shares, pause, |policy, (share, gradients), pause| {
-                share.into_iter().try_for_each(|(tape, upstream)| backprop::backward(policy, tape, &upstream, gradients, pause))
+                share.into_iter().try_for_each(|(tape, upstream)| {
+                    backprop::backward(policy, tape, &upstream, gradients, pause)
+                })
             })?;
         }
         Ok((loss, observations))
     }
 
     /// What some rows add to the loss, and ∂loss/∂log p of each of their targets.
-    fn part(&self, rows: &[PackedRow], tapes: &[RowTape], scale: f64, observations: &mut [PairObservation]) -> (f64, Vec<Vec<f32>>) {
-        let all: Vec<Sides> = rows.iter().zip(tapes).flat_map(|(row, tape)| sides(row, tape)).collect();
+    fn part(
+        &self,
+        rows: &[PackedRow],
+        tapes: &[RowTape],
+        scale: f64,
+        observations: &mut [PairObservation],
+    ) -> (f64, Vec<Vec<f32>>) {
+        let all: Vec<Sides> =
+            rows.iter().zip(tapes).flat_map(|(row, tape)| sides(row, tape)).collect();
         let inputs: Vec<PairLogps> = all
             .iter()
             .map(|s| PairLogps {
                 policy_chosen: s.logps[0],
                 policy_rejected: s.logps[1],
-                reference: self.references.map(|r| (r[s.pair][0].as_slice(), r[s.pair][1].as_slice())),
+                reference: self
+                    .references
+                    .map(|r| (r[s.pair][0].as_slice(), r[s.pair][1].as_slice())),
                 weight: self.pairs[s.pair].weight,
                 wpo: self.dpo.wpo.then_some((s.squares[0].as_slice(), s.squares[1].as_slice())),
             })
             .collect();
-        let whole = BatchSize { pairs: self.pairs.len(), chosen_tokens: self.pairs.iter().map(|p| p.chosen.len()).sum() };
+        let whole = BatchSize {
+            pairs: self.pairs.len(),
+            chosen_tokens: self.pairs.iter().map(|p| p.chosen.len()).sum(),
+        };
         let loss = partial_loss(self.dpo, &inputs, whole, scale);
-        let mut upstream: Vec<Vec<f32>> = rows.iter().map(|r| vec![0f32; r.row.targets.len()]).collect();
-        let places = rows.iter().enumerate().flat_map(|(r, row)| row.completions.iter().map(move |c| (r, c)));
+        let mut upstream: Vec<Vec<f32>> =
+            rows.iter().map(|r| vec![0f32; r.row.targets.len()]).collect();
+        let places = rows
+            .iter()
+            .enumerate()
+            .flat_map(|(r, row)| row.completions.iter().map(move |c| (r, c)));
         for (i, (r, ranges)) in places.enumerate() {
             upstream[r][ranges[0].clone()].copy_from_slice(&loss.grad_chosen[i]);
             upstream[r][ranges[1].clone()].copy_from_slice(&loss.grad_rejected[i]);
         }
         for s in all {
-            let answer = |side: usize| AnswerLogps::new(s.logps[side], self.references.map(|r| r[s.pair][side].as_slice()));
+            let answer = |side: usize| {
+                AnswerLogps::new(s.logps[side], self.references.map(|r| r[s.pair][side].as_slice()))
+            };
             let (w, l) = (answer(0), answer(1));
-            let rewards = |normalization| (reward(self.dpo.beta, normalization, w), reward(self.dpo.beta, normalization, l));
+            let rewards = |normalization| {
+                (reward(self.dpo.beta, normalization, w), reward(self.dpo.beta, normalization, l))
+            };
             let (reward_chosen, reward_rejected) = rewards(self.dpo.logged_normalization());
             let trains_means = self.dpo.reward_normalization() == Normalization::Mean;
             let normalized = trains_means.then(|| rewards(Normalization::Mean));

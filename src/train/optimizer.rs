@@ -54,7 +54,14 @@ impl AdamW {
     }
 
     /// One update of every `(variable, decays)` with its gradient times `clip`.
-    pub fn step(&mut self, config: &OptimizerConfig, lr: f64, clip: f64, vars: &[(&Var, bool)], grads: &[Vec<f32>]) -> Result<()> {
+    pub fn step(
+        &mut self,
+        config: &OptimizerConfig,
+        lr: f64,
+        clip: f64,
+        vars: &[(&Var, bool)],
+        grads: &[Vec<f32>],
+    ) -> Result<()> {
         self.updates += 1;
         let t = self.updates as f64;
         for (i, (var, decays)) in vars.iter().enumerate() {
@@ -87,7 +94,8 @@ impl InplaceOp1 for Update<'_> {
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        let (CpuStorage::F32(values), Some((start, end))) = (storage, layout.contiguous_offsets()) else {
+        let (CpuStorage::F32(values), Some((start, end))) = (storage, layout.contiguous_offsets())
+        else {
             bail!("adamw: the variable must be contiguous f32")
         };
         let values = &mut values[start..end];
@@ -127,7 +135,10 @@ mod tests {
         let config = OptimizerConfig { weight_decay: 0.1, ..OptimizerConfig::default() };
         let start = [0.5f64, -1.25, 3.0];
         let grads = [[0.1f64, -0.2, 0.3], [0.4, 0.0, -0.1], [-0.3, 0.2, 0.05]];
-        let var = Var::from_tensor(&Tensor::from_vec(start.map(|x| x as f32).to_vec(), 3, &Device::Cpu).unwrap()).unwrap();
+        let var = Var::from_tensor(
+            &Tensor::from_vec(start.map(|x| x as f32).to_vec(), 3, &Device::Cpu).unwrap(),
+        )
+        .unwrap();
         let mut adam = AdamW::new([3]);
         let (mut p, mut m, mut v) = (start, [0f64; 3], [0f64; 3]);
         for (k, g) in grads.iter().enumerate() {
@@ -139,7 +150,8 @@ mod tests {
                 m[i] = 0.9 * m[i] + 0.1 * g;
                 v[i] = 0.999 * v[i] + 0.001 * g * g;
                 let t = (k + 1) as i32;
-                p[i] -= lr * (m[i] / (1.0 - 0.9f64.powi(t))) / ((v[i] / (1.0 - 0.999f64.powi(t))).sqrt() + 1e-8);
+                p[i] -= lr * (m[i] / (1.0 - 0.9f64.powi(t)))
+                    / ((v[i] / (1.0 - 0.999f64.powi(t))).sqrt() + 1e-8);
             }
         }
         let got: Vec<f32> = var.to_vec1().unwrap();

@@ -39,7 +39,9 @@ impl Reference {
     pub fn weights(&self) -> Option<(&Policy, &str)> {
         match self {
             Reference::None => None,
-            Reference::Frozen { policy, identity } | Reference::Moving { policy, identity, .. } => Some((policy, identity)),
+            Reference::Frozen { policy, identity } | Reference::Moving { policy, identity, .. } => {
+                Some((policy, identity))
+            }
         }
     }
 
@@ -56,10 +58,11 @@ impl Reference {
         let Reference::Moving { policy: reference, identity, run } = self else {
             bail!("reference_sync needs a moving reference");
         };
-        let mixed = reference.parameters.map(|param, old| match policy.parameters.get(param.id) {
-            Some(new) => (new * alpha)? + (old * (1.0 - alpha))?,
-            None => bail!("the policy has no tensor {}, its reference has", param.name()),
-        })?;
+        let mixed =
+            reference.parameters.map(|param, old| match policy.parameters.get(param.id) {
+                Some(new) => (new * alpha)? + (old * (1.0 - alpha))?,
+                None => bail!("the policy has no tensor {}, its reference has", param.name()),
+            })?;
         reference.parameters = Arc::new(mixed);
         *identity = format!("{run}#{count}");
         Ok(())

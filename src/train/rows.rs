@@ -31,8 +31,12 @@ pub fn read_rows(path: &Path, format: DatasetFormat) -> Result<RowReader, DataEr
 }
 
 /// The rows of records that were decoded.
-fn numbered(records: impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + 'static) -> RowReader {
-    Box::new(records.enumerate().map(|(i, fields)| Ok((i as u64 + 1, fields?))).flat_map(shapes::pairs))
+fn numbered(
+    records: impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + 'static,
+) -> RowReader {
+    Box::new(
+        records.enumerate().map(|(i, fields)| Ok((i as u64 + 1, fields?))).flat_map(shapes::pairs),
+    )
 }
 
 #[cfg(test)]

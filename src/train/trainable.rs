@@ -61,7 +61,8 @@ impl TrainablePolicy {
             Ok::<_, candle_core::Error>(shared)
         })?;
         trainables.sort_by_key(|t| order(t.id));
-        let policy = Policy { parameters: Arc::new(parameters), adapter: None, precision, ..start.clone() };
+        let policy =
+            Policy { parameters: Arc::new(parameters), adapter: None, precision, ..start.clone() };
         Ok(Self::over(policy, trainables))
     }
 
@@ -117,7 +118,8 @@ pub struct Gradients {
 impl Gradients {
     /// All zero.
     pub fn zeros(policy: &TrainablePolicy) -> Self {
-        let values: Vec<Vec<f32>> = policy.trainables.iter().map(|t| vec![0f32; t.var.elem_count()]).collect();
+        let values: Vec<Vec<f32>> =
+            policy.trainables.iter().map(|t| vec![0f32; t.var.elem_count()]).collect();
         values.iter().for_each(|v| large_pages(v));
         Gradients { values, index: policy.index.clone(), device: None }
     }
@@ -150,15 +152,23 @@ impl Gradients {
     pub fn reduce(&mut self, other: &mut Gradients) -> Result<()> {
         other.collect()?;
         let theirs = &other.values;
-        thread_pool::chunks(&mut self.values, 1, |i, ours| ours[0].iter_mut().zip(&theirs[i]).for_each(|(sum, g)| *sum += g));
+        thread_pool::chunks(&mut self.values, 1, |i, ours| {
+            ours[0].iter_mut().zip(&theirs[i]).for_each(|(sum, g)| *sum += g)
+        });
         Ok(())
     }
 
     /// Runs a pass on the policy's GPU with the sums there.
-    pub(super) fn on_device(&mut self, policy: &Policy, pass: impl FnOnce(&Cuda, &mut GradientBuffers) -> Result<()>) -> Result<()> {
+    pub(super) fn on_device(
+        &mut self,
+        policy: &Policy,
+        pass: impl FnOnce(&Cuda, &mut GradientBuffers) -> Result<()>,
+    ) -> Result<()> {
         let ComputeDevice::Cuda(cuda) = &policy.device else { bail!("the policy is not on a GPU") };
         if self.device.is_none() {
-            self.device = Some(cuda.gradients(self.index.iter().map(|(id, i)| (*id, self.values[*i].len())))?);
+            self.device = Some(
+                cuda.gradients(self.index.iter().map(|(id, i)| (*id, self.values[*i].len())))?,
+            );
         }
         match &mut self.device {
             Some(sums) => pass(cuda, sums),
@@ -173,7 +183,9 @@ impl Gradients {
 
     /// √Σ g², summed per tensor in f32 and over tensors in f64, in a fixed order.
     pub fn norm(&self) -> f64 {
-        let squares: Vec<f64> = thread_pool::map(self.values.len(), |i| self.values[i].chunks(1 << 14).map(|c| square_sum(c) as f64).sum());
+        let squares: Vec<f64> = thread_pool::map(self.values.len(), |i| {
+            self.values[i].chunks(1 << 14).map(|c| square_sum(c) as f64).sum()
+        });
         squares.iter().sum::<f64>().sqrt()
     }
 }

@@ -36,7 +36,9 @@ use crate::model::device::{ComputeDevice, is_out_of_memory};
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
     /// The loss or the gradient is not a number.
-    #[error("{what} is {value} at step {step} (rows {rows:?}): lower the learning rate, or look at these rows")]
+    #[error(
+        "{what} is {value} at step {step} (rows {rows:?}): lower the learning rate, or look at these rows"
+    )]
     NonFinite {
         /// loss, grad_norm or eval_loss.
         what: &'static str,
@@ -182,7 +184,19 @@ pub struct Trainer {
 impl Trainer {
     /// Prepares a run; with `resume`, restores its state.
     pub fn new(input: TrainerInput) -> Result<Self, TrainError> {
-        let TrainerInput { spec, policy, mut reference, train, eval, checkpoints, resume, tokenizer, base, identity, memory } = input;
+        let TrainerInput {
+            spec,
+            policy,
+            mut reference,
+            train,
+            eval,
+            checkpoints,
+            resume,
+            tokenizer,
+            base,
+            identity,
+            memory,
+        } = input;
         let mut optimizer = AdamW::new(policy.trainables.iter().map(|t| t.var.elem_count()));
         let (mut state, mut latest, mut saved_step) = (RunState::default(), Metrics::new(), None);
         if let Some(dir) = &resume {
@@ -194,7 +208,13 @@ impl Trainer {
             (state, latest) = (restored.state, restored.metrics);
         }
         let lengths = Lengths::of(&train, spec.batch.batch_size);
-        let plan = estimate::plan(&policy.policy.config, &spec, lengths, memory, MemoryKind::of(&policy.policy.device));
+        let plan = estimate::plan(
+            &policy.policy.config,
+            &spec,
+            lengths,
+            memory,
+            MemoryKind::of(&policy.policy.device),
+        );
         let plan = plan.map_err(|leanest| {
             let needed_mib = leanest.total().div_ceil(1 << 20);
             TrainError::NoPlan { needed_mib, available_mib: memory >> 20 }
@@ -235,9 +255,15 @@ impl Trainer {
 
     /// Where a fresh or continued run begins: with an evaluation that is due and was not made, else with the next step.
     fn first_phase(&self) -> Phase {
-        let due = if self.state.step == 0 { self.spec.run.eval_on_start && !self.eval.is_empty() } else { self.evaluation_due() };
+        let due = if self.state.step == 0 {
+            self.spec.run.eval_on_start && !self.eval.is_empty()
+        } else {
+            self.evaluation_due()
+        };
         match () {
-            () if due && self.state.evaluated != Some(self.state.step) => Phase::Evaluate { next: 0 },
+            () if due && self.state.evaluated != Some(self.state.step) => {
+                Phase::Evaluate { next: 0 }
+            }
             () if self.is_over() => Phase::Done,
             () => Phase::Step { done: 0 },
         }
@@ -246,7 +272,8 @@ impl Trainer {
     /// Whether the rows are evaluated after the step just taken.
     fn evaluation_due(&self) -> bool {
         let (step, every) = (self.state.step, self.spec.run.eval_steps);
-        !self.eval.is_empty() && (step >= self.total_steps || (every > 0 && step.is_multiple_of(every)))
+        !self.eval.is_empty()
+            && (step >= self.total_steps || (every > 0 && step.is_multiple_of(every)))
     }
 
     /// The weights as they are now, for scoring between units.
@@ -304,7 +331,11 @@ impl Trainer {
             self.rewind(done)?;
         }
         let best = matches!(self.phase, Phase::Save { best: true });
-        if self.saved_step != Some(self.state.step) && self.state.step > 0 { self.save(best, emit) } else { Ok(()) }
+        if self.saved_step != Some(self.state.step) && self.state.step > 0 {
+            self.save(best, emit)
+        } else {
+            Ok(())
+        }
     }
 
     /// Back to the start of the step in progress, of which `done` micro-batches are done.
@@ -339,7 +370,10 @@ impl Trainer {
         if self.unsaved.is_none() {
             tracing::warn!(step = self.state.step, error = %e, "the checkpoint cannot be written");
             let why = e.for_clients();
-            let message = format!("the checkpoint of step {} cannot be written, the run waits until it can: {why}", self.state.step);
+            let message = format!(
+                "the checkpoint of step {} cannot be written, the run waits until it can: {why}",
+                self.state.step
+            );
             (host.emit)(RunEvent::Log { severity: "warning", message });
         }
         self.unsaved = Some(Unsaved { since, next: now + SAVE_RETRY });
@@ -384,7 +418,10 @@ impl Trainer {
         let lengths = Lengths::of(&self.train, size).max(Lengths::of(&self.eval, size));
         self.plan.row_tokens = (self.plan.row_tokens.min(lengths.micro_batch) / 2).max(1);
         self.plan.keep = Keep::Inputs;
-        let message = format!("{e}; going on with rows of {} tokens and activation checkpointing", self.plan.row_tokens);
+        let message = format!(
+            "{e}; going on with rows of {} tokens and activation checkpointing",
+            self.plan.row_tokens
+        );
         (host.emit)(RunEvent::Log { severity: "warning", message });
         Ok(())
     }
@@ -403,7 +440,13 @@ impl Trainer {
             self.order = (self.state.epoch, order(&self.spec, n, self.state.epoch));
         }
         let size = self.spec.batch.batch_size;
-        self.order.1.iter().skip(self.state.micro_batch * size).take(size).map(|i| *i as usize).collect()
+        self.order
+            .1
+            .iter()
+            .skip(self.state.micro_batch * size)
+            .take(size)
+            .map(|i| *i as usize)
+            .collect()
     }
 
     fn micro_batch(&mut self, scale: f64, host: &mut Host) -> Result<(), TrainError> {
@@ -411,9 +454,15 @@ impl Trainer {
         let pairs: Vec<&EncodedPair> = chosen.iter().map(|i| &self.train[*i]).collect();
         let row_tokens = self.plan.row_tokens;
         let references = references(&self.reference, &pairs, row_tokens, host)?;
-        let batch =
-            MicroBatch { dpo: &self.spec.dpo, policy: &self.policy.policy, pairs: &pairs, references: references.as_deref(), row_tokens };
-        let (loss, metrics) = batch.train(self.plan.keep, scale, &mut self.gradients, host.pause)?;
+        let batch = MicroBatch {
+            dpo: &self.spec.dpo,
+            policy: &self.policy.policy,
+            pairs: &pairs,
+            references: references.as_deref(),
+            row_tokens,
+        };
+        let (loss, metrics) =
+            batch.train(self.plan.keep, scale, &mut self.gradients, host.pause)?;
         if !loss.is_finite() {
             return Err(self.non_finite("loss", loss, &chosen));
         }
@@ -433,7 +482,8 @@ impl Trainer {
             return Err(self.non_finite("grad_norm", norm, &rows));
         }
         let o = &self.spec.optimizer;
-        let clip = if o.max_grad_norm > 0.0 { clip_coefficient(norm, o.max_grad_norm) } else { 1.0 };
+        let clip =
+            if o.max_grad_norm > 0.0 { clip_coefficient(norm, o.max_grad_norm) } else { 1.0 };
         let lr = self.learning_rate();
         let vars: Vec<_> = self.policy.trainables.iter().map(|t| (&t.var, t.decay)).collect();
         self.optimizer.step(o, lr, clip, &vars, self.gradients[0].values())?;
@@ -451,11 +501,22 @@ impl Trainer {
 
     fn learning_rate(&self) -> f64 {
         let o = &self.spec.optimizer;
-        learning_rate(o.schedule, o.learning_rate, o.warmup.steps(self.total_steps), self.total_steps, self.state.step)
+        learning_rate(
+            o.schedule,
+            o.learning_rate,
+            o.warmup.steps(self.total_steps),
+            self.total_steps,
+            self.state.step,
+        )
     }
 
     fn non_finite(&self, what: &'static str, value: f64, chosen: &[usize]) -> TrainError {
-        TrainError::NonFinite { what, value, step: self.state.step + 1, rows: chosen.iter().map(|i| self.train[*i].row).collect() }
+        TrainError::NonFinite {
+            what,
+            value,
+            step: self.state.step + 1,
+            rows: chosen.iter().map(|i| self.train[*i].row).collect(),
+        }
     }
 
     fn after_update(&mut self, emit: &mut dyn FnMut(RunEvent)) {
@@ -469,13 +530,21 @@ impl Trainer {
             self.latest.extend(metrics.clone());
             emit(RunEvent::Step { progress, metrics });
         }
-        self.phase = if self.evaluation_due() { Phase::Evaluate { next: 0 } } else { self.after_evaluation(false) };
+        self.phase = if self.evaluation_due() {
+            Phase::Evaluate { next: 0 }
+        } else {
+            self.after_evaluation(false)
+        };
     }
 
     fn after_evaluation(&self, best: bool) -> Phase {
         let (step, run) = (self.state.step, &self.spec.run);
         let due = run.save_steps > 0 && step.is_multiple_of(run.save_steps);
-        if step > 0 && (due || best || self.is_over()) { Phase::Save { best } } else { self.after_save() }
+        if step > 0 && (due || best || self.is_over()) {
+            Phase::Save { best }
+        } else {
+            self.after_save()
+        }
     }
 
     fn after_save(&self) -> Phase {
@@ -484,7 +553,8 @@ impl Trainer {
 
     fn is_over(&self) -> bool {
         let patience = self.spec.run.early_stopping_patience;
-        self.state.step >= self.total_steps || (patience > 0 && self.state.stale_evaluations >= patience)
+        self.state.step >= self.total_steps
+            || (patience > 0 && self.state.stale_evaluations >= patience)
     }
 
     fn progress(&self) -> Progress {
@@ -495,7 +565,8 @@ impl Trainer {
             total_steps: self.total_steps,
             epoch: self.state.epoch as f64 + self.state.micro_batch as f64 / self.group().0 as f64,
             tokens: self.state.tokens,
-            eta_seconds: (taken > 0).then(|| self.started.elapsed().as_secs_f64() / taken as f64 * left as f64),
+            eta_seconds: (taken > 0)
+                .then(|| self.started.elapsed().as_secs_f64() / taken as f64 * left as f64),
         }
     }
 
@@ -513,10 +584,17 @@ impl Trainer {
         };
         let start = Instant::now();
         let size_bytes = checkpoint::save(&self.checkpoints, &contents)?;
-        metrics::histogram!("bradley_checkpoint_seconds", "phase" => "write").record(start.elapsed().as_secs_f64());
+        metrics::histogram!("bradley_checkpoint_seconds", "phase" => "write")
+            .record(start.elapsed().as_secs_f64());
         self.saved_step = Some(self.state.step);
         let (step, metrics) = (self.state.step, self.latest.clone());
-        emit(RunEvent::Checkpoint { step, best, adapter: self.policy.is_lora(), size_bytes, metrics });
+        emit(RunEvent::Checkpoint {
+            step,
+            best,
+            adapter: self.policy.is_lora(),
+            size_bytes,
+            metrics,
+        });
         Ok(())
     }
 }
@@ -534,7 +612,9 @@ fn order(spec: &TrainingSpec, n: usize, epoch: u64) -> Vec<u32> {
 pub fn tokens_until(spec: &TrainingSpec, train: &[EncodedPair], state: &RunState) -> u64 {
     let tokens = |pair: &EncodedPair| pair.sequence_tokens() as u64;
     let whole_epochs = state.epoch.saturating_mul(train.iter().map(tokens).sum());
-    let begun = order(spec, train.len(), state.epoch).into_iter().take(state.micro_batch.saturating_mul(spec.batch.batch_size));
+    let begun = order(spec, train.len(), state.epoch)
+        .into_iter()
+        .take(state.micro_batch.saturating_mul(spec.batch.batch_size));
     whole_epochs.saturating_add(begun.map(|i| tokens(&train[i as usize])).sum())
 }
 

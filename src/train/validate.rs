@@ -5,7 +5,8 @@ use std::path::Path;
 
 use super::rows::{DataError, apart};
 use crate::domain::dataset::{
-    ChatMessage, DatasetFormat, IssueReason, MAX_LISTED_ISSUES, PreferenceRow, RowIssue, Severity, Text, ValidationReport,
+    ChatMessage, DatasetFormat, IssueReason, MAX_LISTED_ISSUES, PreferenceRow, RowIssue, Severity,
+    Text, ValidationReport,
 };
 use crate::domain::violation::quoted;
 use crate::infer::encode::PairEncoder;
@@ -76,7 +77,8 @@ impl BadRows {
 
     /// Describes the first errors, a line each, and counts the others on a last line.
     pub fn lines(&self) -> Vec<String> {
-        let line = |i: &RowIssue| format!("row {}, {} {}: {}", i.row, i.field, i.reason.name(), i.message);
+        let line =
+            |i: &RowIssue| format!("row {}, {} {}: {}", i.row, i.field, i.reason.name(), i.message);
         let mut lines: Vec<String> = self.listed.iter().map(line).collect();
         let others = self.errors - lines.len() as u64;
         if others > 0 {
@@ -90,11 +92,18 @@ impl BadRows {
 ///
 /// # Errors
 /// `TooLarge` when the rows hold more than `limit` bytes of text: a small compressed file may hold any number.
-pub fn validate_rows(path: &Path, format: DatasetFormat, lengths: Option<PairEncoder>, limit: u64) -> Result<ValidationReport, DataError> {
+pub fn validate_rows(
+    path: &Path,
+    format: DatasetFormat,
+    lengths: Option<PairEncoder>,
+    limit: u64,
+) -> Result<ValidationReport, DataError> {
     let mut left = limit;
     let (report, _) = scan(path, format, lengths, |row| {
         let bytes: usize = [&row.prompt, &row.chosen, &row.rejected].map(Text::bytes).iter().sum();
-        left = left.checked_sub((bytes + row.arguments.bytes()) as u64).ok_or(DataError::TooLarge { limit })?;
+        left = left
+            .checked_sub((bytes + row.arguments.bytes()) as u64)
+            .ok_or(DataError::TooLarge { limit })?;
         Ok(())
     })?;
     Ok(report)
@@ -140,7 +149,9 @@ fn scan(
         }
         let mut issues = check(&row);
         issues.extend(seen.check(&row));
-        if let (Some(encoder), true) = (&lengths, issues.iter().all(|i| i.reason.severity() == Severity::Warning)) {
+        if let (Some(encoder), true) =
+            (&lengths, issues.iter().all(|i| i.reason.severity() == Severity::Warning))
+        {
             issues.extend(check_lengths(&row, encoder));
         }
         if warns_of_eos && matches!(row.chosen, Text::Plain(_)) {
@@ -241,24 +252,50 @@ impl Tally {
     }
 }
 
-fn issue(row: &PreferenceRow, field: &str, reason: IssueReason, message: impl Into<String>) -> RowIssue {
-    RowIssue { row: row.row, id: row.id.clone(), field: row.column(field), reason, message: message.into() }
+fn issue(
+    row: &PreferenceRow,
+    field: &str,
+    reason: IssueReason,
+    message: impl Into<String>,
+) -> RowIssue {
+    RowIssue {
+        row: row.row,
+        id: row.id.clone(),
+        field: row.column(field),
+        reason,
+        message: message.into(),
+    }
 }
 
 /// What a row says by itself.
 fn check(row: &PreferenceRow) -> Vec<RowIssue> {
     let mut issues = Vec::new();
     if is_empty(&row.prompt) {
-        issues.push(issue(row, "prompt", IssueReason::MissingField, "prompt is empty: an answer needs something to answer"));
+        issues.push(issue(
+            row,
+            "prompt",
+            IssueReason::MissingField,
+            "prompt is empty: an answer needs something to answer",
+        ));
     }
     for (field, text) in [("chosen", &row.chosen), ("rejected", &row.rejected)] {
         if is_empty(text) {
-            issues.push(issue(row, field, IssueReason::EmptyCompletion, format!("{field} has no text: give an answer or remove the row")));
+            issues.push(issue(
+                row,
+                field,
+                IssueReason::EmptyCompletion,
+                format!("{field} has no text: give an answer or remove the row"),
+            ));
         }
     }
     let usable = issues.iter().all(|i| i.reason.severity() == Severity::Warning);
     if usable && row.chosen == row.rejected {
-        issues.push(issue(row, "rejected", IssueReason::IdenticalAnswers, "chosen and rejected are the same: there is nothing to prefer"));
+        issues.push(issue(
+            row,
+            "rejected",
+            IssueReason::IdenticalAnswers,
+            "chosen and rejected are the same: there is nothing to prefer",
+        ));
     }
     issues
 }
@@ -305,7 +342,9 @@ impl UnusedColumns {
             return tally.count(column, IssueReason::IgnoredField);
         }
         self.0.insert(column.to_owned());
-        let message = format!("{column} is not used: the model does not see it (further rows with this column are counted, not listed)");
+        let message = format!(
+            "{column} is not used: the model does not see it (further rows with this column are counted, not listed)"
+        );
         tally.add(issue(row, column, IssueReason::IgnoredField, message));
     }
 }
@@ -318,11 +357,18 @@ impl Seen {
     fn check(&mut self, row: &PreferenceRow) -> Option<RowIssue> {
         let forward = hash(row, &row.chosen, &row.rejected);
         if let Some(first) = self.0.get(&forward) {
-            return Some(issue(row, "", IssueReason::DuplicatePair, format!("the same pair as row {first}: it counts twice")));
+            return Some(issue(
+                row,
+                "",
+                IssueReason::DuplicatePair,
+                format!("the same pair as row {first}: it counts twice"),
+            ));
         }
         let backward = hash(row, &row.rejected, &row.chosen);
         if let Some(first) = self.0.get(&backward).filter(|_| forward != backward) {
-            let message = format!("row {first} prefers these answers the other way round: keep one of the two");
+            let message = format!(
+                "row {first} prefers these answers the other way round: keep one of the two"
+            );
             return Some(issue(row, "", IssueReason::ContradictoryPair, message));
         }
         self.0.insert(forward, row.row);
@@ -383,7 +429,14 @@ mod tests {
         assert_eq!(loaded.rows.iter().map(|r| r.row).collect::<Vec<_>>(), [1, 2]);
         let r = &loaded.report;
         assert_eq!((r.rows, r.valid_rows, r.bad_rows()), (7, 2, 5));
-        for reason in ["duplicate_pair", "contradictory_pair", "identical_answers", "empty_completion", "missing_field", "invalid_json"] {
+        for reason in [
+            "duplicate_pair",
+            "contradictory_pair",
+            "identical_answers",
+            "empty_completion",
+            "missing_field",
+            "invalid_json",
+        ] {
             assert_eq!(r.counts[reason], 1, "{reason}");
         }
         assert!(r.issues.iter().any(|i| i.row == 3 && i.message.contains("row 1")));
@@ -394,15 +447,25 @@ mod tests {
     fn warnings_do_not_hide_bad_rows() {
         let duplicate = r#"{"prompt":"p","chosen":"a","rejected":"b"}"#.to_owned();
         let mut rows = vec![duplicate; MAX_LISTED_ISSUES + 1];
-        rows.extend((0..MAX_LISTED_ISSUES + 500).map(|i| format!(r#"{{"prompt":"p{i}","chosen":"","rejected":""}}"#)));
+        rows.extend(
+            (0..MAX_LISTED_ISSUES + 500)
+                .map(|i| format!(r#"{{"prompt":"p{i}","chosen":"","rejected":""}}"#)),
+        );
         let rows: Vec<&str> = rows.iter().map(String::as_str).collect();
         let loaded = report(&rows);
-        assert!(loaded.report.issues.iter().all(|i| i.reason == IssueReason::DuplicatePair), "the report's list is full of warnings");
+        assert!(
+            loaded.report.issues.iter().all(|i| i.reason == IssueReason::DuplicatePair),
+            "the report's list is full of warnings"
+        );
         assert_eq!(loaded.bad.rows(), loaded.report.bad_rows());
         assert_eq!(loaded.bad.rows(), 1500);
         let lines = loaded.bad.lines();
         assert_eq!(lines.len(), MAX_LISTED_ISSUES + 1);
-        assert!(lines[0].starts_with("row 1002, chosen empty_completion") && lines[1].starts_with("row 1002, rejected"), "{lines:?}");
+        assert!(
+            lines[0].starts_with("row 1002, chosen empty_completion")
+                && lines[1].starts_with("row 1002, rejected"),
+            "{lines:?}"
+        );
         assert_eq!(lines[MAX_LISTED_ISSUES], "… and 2000 more");
 
         let mut both = loaded.bad.clone();
@@ -415,7 +478,13 @@ mod tests {
         let mut tally = Tally::default();
         let mut add = |row: u64, field: &str, reason: IssueReason| {
             tally.enter(row);
-            tally.add(RowIssue { row, id: None, field: field.into(), reason, message: String::new() });
+            tally.add(RowIssue {
+                row,
+                id: None,
+                field: field.into(),
+                reason,
+                message: String::new(),
+            });
         };
         // Two pairs of one row, for another model perhaps both usable.
         add(1, "rejected[0]", IssueReason::TokenOutsideVocabulary);
@@ -441,10 +510,19 @@ mod tests {
             r#"{"prompt":"t","chosen":"a","rejected":["a","b"]}"#,
         ]);
         let mut bad = loaded.bad;
-        assert_eq!((bad.rows(), loaded.rows.iter().map(|r| r.row).collect::<Vec<_>>()), (4, vec![1, 2, 2, 3, 5]));
+        assert_eq!(
+            (bad.rows(), loaded.rows.iter().map(|r| r.row).collect::<Vec<_>>()),
+            (4, vec![1, 2, 2, 3, 5])
+        );
         // When they are tokenised, the usable pairs of some of these rows turn out to be too long.
         for row in [1, 2, 2, 3, 5] {
-            bad.add(RowIssue { row, id: None, field: "prompt".into(), reason: IssueReason::PromptFillsMaxLength, message: String::new() });
+            bad.add(RowIssue {
+                row,
+                id: None,
+                field: "prompt".into(),
+                reason: IssueReason::PromptFillsMaxLength,
+                message: String::new(),
+            });
         }
         assert_eq!(bad.rows(), 5, "only the second row was good");
     }
@@ -462,9 +540,14 @@ mod tests {
         let r = &loaded.report;
         assert_eq!((r.rows, r.valid_rows, r.bad_rows(), r.pairs), (6, 3, 3, 6));
         assert_eq!(loaded.rows.iter().map(|r| r.row).collect::<Vec<_>>(), [1, 1, 1, 2, 3, 5]);
-        let shapes: Vec<(&str, u64)> = r.shapes.iter().map(|(name, rows)| (name.as_str(), *rows)).collect();
-        assert_eq!(shapes, [("implicit_prompt_text", 1), ("preference", 1), ("several_rejected", 3)]);
-        let said: Vec<(u64, &str, IssueReason)> = r.issues.iter().map(|i| (i.row, i.field.as_str(), i.reason)).collect();
+        let shapes: Vec<(&str, u64)> =
+            r.shapes.iter().map(|(name, rows)| (name.as_str(), *rows)).collect();
+        assert_eq!(
+            shapes,
+            [("implicit_prompt_text", 1), ("preference", 1), ("several_rejected", 3)]
+        );
+        let said: Vec<(u64, &str, IssueReason)> =
+            r.issues.iter().map(|i| (i.row, i.field.as_str(), i.reason)).collect();
         let expected = [
             (3, "system", IssueReason::IgnoredField),
             (3, "", IssueReason::DuplicatePair),

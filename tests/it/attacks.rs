@@ -36,7 +36,12 @@ fn tiny() -> String {
 }
 
 /// Starts a server on the tiny Llama with limits of a resource of its process.
-fn start_limited(data_dir: &Path, resource: libc::__rlimit_resource_t, soft: u64, hard: u64) -> Server {
+fn start_limited(
+    data_dir: &Path,
+    resource: libc::__rlimit_resource_t,
+    soft: u64,
+    hard: u64,
+) -> Server {
     let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
     Server::start_as(data_dir, &tiny(), &[], |command| {
         let set = move || {
@@ -95,7 +100,10 @@ fn peak_kib(pid: u32) -> u64 {
 
 /// Sends one request with far too many elements to a server that may have 8 GiB. The answer must
 /// be short and about `field`, and neither the server nor its other clients may notice the call.
-async fn refused_at_little_cost<T>(field: &str, call: impl AsyncFnOnce(&Client) -> Result<T, Status>) -> Vec<FieldViolation> {
+async fn refused_at_little_cost<T>(
+    field: &str,
+    call: impl AsyncFnOnce(&Client) -> Result<T, Status>,
+) -> Vec<FieldViolation> {
     let dir = tempfile::tempdir().unwrap();
     let server = start_limited(dir.path(), libc::RLIMIT_AS, 8 << 30, 8 << 30);
     let (client, other) = (server.client().await, server.client().await);
@@ -192,11 +200,17 @@ async fn errors_quote_little_of_what_a_client_sent() {
     // Percent-encoding makes three bytes of a space, and an escaped quotation of the last one ten.
     for text in ["x", " ", "%", "é", "\"", "\u{10ffff}"] {
         let long = text.repeat(100_000);
-        let bad_losses =
-            |n: usize| pb::DpoConfig { losses: losses((0..n).map(|i| format!("{i}{}", text.repeat(5000)))), ..Default::default() };
+        let bad_losses = |n: usize| pb::DpoConfig {
+            losses: losses((0..n).map(|i| format!("{i}{}", text.repeat(5000)))),
+            ..Default::default()
+        };
         let policy = pb::TrainingJob { policy: long.clone(), ..job("datasets/x", 1) };
-        let everything =
-            pb::TrainingJob { policy: long.clone(), reference: long.clone(), precision: long.clone(), ..job_with(&long, bad_losses(16)) };
+        let everything = pb::TrainingJob {
+            policy: long.clone(),
+            reference: long.clone(),
+            precision: long.clone(),
+            ..job_with(&long, bad_losses(16))
+        };
         let mut training = client.training();
         let page = pb::ListTrainingJobsRequest { page_token: long.clone(), ..Default::default() };
         let datasets = pb::ListDatasetsRequest { page_token: long.clone(), ..Default::default() };
@@ -441,7 +455,9 @@ enum Column {
 fn write_parquet(file: &Path, schema: &str, columns: Vec<Column>) {
     let schema = Arc::new(parse_message_type(&format!("message rows {{ {schema} }}")).unwrap());
     let leaves = SchemaDescriptor::new(schema.clone());
-    let properties = Arc::new(WriterProperties::builder().set_compression(Compression::ZSTD(Default::default())).build());
+    let properties = Arc::new(
+        WriterProperties::builder().set_compression(Compression::ZSTD(Default::default())).build(),
+    );
     let sink = std::fs::File::create(file).unwrap();
     let mut writer = SerializedFileWriter::new(sink, schema, properties).unwrap();
     let mut group = writer.next_row_group().unwrap();
@@ -451,7 +467,8 @@ fn write_parquet(file: &Path, schema: &str, columns: Vec<Column>) {
         // An absent value is defined up to the level above it.
         macro_rules! write {
             ($kind:ty, $values:expr, $to:expr) => {{
-                let levels: Vec<i16> = $values.iter().map(|v| leaf.max_def_level() - i16::from(v.is_none())).collect();
+                let levels: Vec<i16> =
+                    $values.iter().map(|v| leaf.max_def_level() - i16::from(v.is_none())).collect();
                 let starts = vec![0; levels.len()];
                 let present: Vec<_> = $values.into_iter().flatten().map($to).collect();
                 out.typed::<$kind>().write_batch(&present, Some(&levels), Some(&starts)).unwrap();
@@ -517,8 +534,12 @@ async fn parquet_weights_that_are_no_finite_numbers_are_findings() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
-    let weights = [Some(1.0), Some(f64::NAN), Some(f64::INFINITY), Some(f64::NEG_INFINITY), Some(2.0), None];
-    let columns = [("double", Column::Double(weights.to_vec())), ("float", Column::Float(weights.map(|w| w.map(|w| w as f32)).to_vec()))];
+    let weights =
+        [Some(1.0), Some(f64::NAN), Some(f64::INFINITY), Some(f64::NEG_INFINITY), Some(2.0), None];
+    let columns = [
+        ("double", Column::Double(weights.to_vec())),
+        ("float", Column::Float(weights.map(|w| w.map(|w| w as f32)).to_vec())),
+    ];
     for (kind, weights) in columns {
         let file = dir.path().join(kind);
         let schema = format!(
@@ -526,10 +547,12 @@ async fn parquet_weights_that_are_no_finite_numbers_are_findings() {
              required binary rejected (UTF8); optional {kind} weight;"
         );
         let text = |texts: [&'static str; 6]| Column::Text(texts.map(Some).to_vec());
-        let columns = vec![text(["1", "2", "3", "4", "5", "6"]), text(["a"; 6]), text(["b"; 6]), weights];
+        let columns =
+            vec![text(["1", "2", "3", "4", "5", "6"]), text(["a"; 6]), text(["b"; 6]), weights];
         write_parquet(&file, &schema, columns);
         let report = upload_file(&client, &file).await.unwrap().report.unwrap();
-        let expected: BTreeSet<Finding<'_>> = [2, 3, 4].map(|row| (row, "weight", "invalid_weight", true)).into();
+        let expected: BTreeSet<Finding<'_>> =
+            [2, 3, 4].map(|row| (row, "weight", "invalid_weight", true)).into();
         assert_eq!(findings(&report), expected, "{kind}");
         assert_eq!((report.rows, report.valid_rows), (6, 3), "{kind}");
     }
@@ -578,7 +601,9 @@ async fn what_a_row_holds_besides_its_texts_is_never_dropped_in_silence() {
         row["chosen"][0]["tool_calls"] = json!([]);
         row["chosen"][0]["reasoning_content"] = json!("");
     });
-    add(&|row| row["chosen"][0]["content"] = json!([{"type": "image_url", "image_url": {"url": "a.png"}}]));
+    add(&|row| {
+        row["chosen"][0]["content"] = json!([{"type": "image_url", "image_url": {"url": "a.png"}}])
+    });
     add(&|row| row["system"] = json!("Be long."));
     // Only dialogues have tools.
     rows.push(json!({"prompt": "1 2", "chosen": " 3", "rejected": " 4", "tools": tools}));
@@ -624,7 +649,9 @@ async fn what_a_parquet_row_holds_besides_its_texts_is_never_dropped_in_silence(
     const ROWS: usize = 7;
     let every = |text: &'static str| Column::Text(vec![Some(text); ROWS]);
     // A text in one row, from 1, and none in the others.
-    let one = |row: usize, text: &'static str| Column::Text((1..=ROWS).map(|r| (r == row).then_some(text)).collect());
+    let one = |row: usize, text: &'static str| {
+        Column::Text((1..=ROWS).map(|r| (r == row).then_some(text)).collect())
+    };
     let questions = ["1?", "2?", "3?", "4?", "5?", "6?", "7?"];
     let columns = vec![
         every("user"),
@@ -643,7 +670,8 @@ async fn what_a_parquet_row_holds_besides_its_texts_is_never_dropped_in_silence(
     let file = dir.path().join("rows.parquet");
     write_parquet(&file, &schema, columns);
     let report = upload_file(&client, &file).await.unwrap().report.unwrap();
-    let expected: BTreeSet<Finding<'_>> = [(4, "images", "unsupported_field", true), (1, "system", "ignored_field", false)].into();
+    let expected: BTreeSet<Finding<'_>> =
+        [(4, "images", "unsupported_field", true), (1, "system", "ignored_field", false)].into();
     assert_eq!(findings(&report), expected, "{report:?}");
     assert_eq!((report.rows, report.valid_rows), (7, 6));
     assert_eq!(report.counts["ignored_field"], 6, "{report:?}");
@@ -670,7 +698,11 @@ async fn sorted_losses_take_no_weighting() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
     for names in [&["aot"][..], &["aot_unpaired"], &["sigmoid", "aot"]] {
-        let dpo = |use_weighting| pb::DpoConfig { losses: losses(names.iter().copied()), use_weighting, ..Default::default() };
+        let dpo = |use_weighting| pb::DpoConfig {
+            losses: losses(names.iter().copied()),
+            use_weighting,
+            ..Default::default()
+        };
         check(&client, job_with(&dataset, dpo(false))).await.unwrap();
         let answer = check(&client, job_with(&dataset, dpo(true))).await;
         assert_violation(answer, "training_job.dpo.use_weighting");
@@ -694,7 +726,11 @@ async fn refusal_of_rows(client: &Client, wanted: pb::TrainingJob) -> String {
             let ended = client.training().get_training_job(request).await.unwrap().into_inner();
             assert_eq!(ended.state(), pb::JobState::Failed);
             let error = ended.error.unwrap();
-            let status = Status::with_details(error.code.into(), error.message.clone(), error.encode_to_vec().into());
+            let status = Status::with_details(
+                error.code.into(),
+                error.message.clone(),
+                error.encode_to_vec().into(),
+            );
             (status.get_details_error_info().unwrap().reason, error.message)
         }
     };
@@ -725,7 +761,10 @@ async fn sorted_losses_take_no_weighted_rows() {
         assert!(message.contains("row 3"), "{message}");
         assert!(message.contains("weight") && message.contains(name), "{message}");
         let request = pb::EstimateTrainingJobRequest { training_job: Some(wanted(&weighted)) };
-        let status = refused(client.training().estimate_training_job(request).await, Code::FailedPrecondition);
+        let status = refused(
+            client.training().estimate_training_job(request).await,
+            Code::FailedPrecondition,
+        );
         assert_eq!(status.get_details_error_info().unwrap().reason, "DATASET_INVALID");
         // Rows of equal weight are what these losses are made for.
         let name = submit(&client, wanted(&equal)).await;
@@ -780,11 +819,23 @@ fn train_checks_lengths_as_the_job_will_and_names_its_own_flags() {
         let prompt = format!("{i}{prompt}");
         json!({"prompt": prompt, "chosen": " 5", "rejected": " 7"})
     };
-    let rows = [row(1, " 2"), row(2, &long), row(3, " 4"), row(4, " 5"), row(5, &long), row(6, " 7")];
+    let rows =
+        [row(1, " 2"), row(2, &long), row(3, " 4"), row(4, " 5"), row(5, &long), row(6, " 7")];
     let file = jsonl(dir.path(), &rows);
     let train = |more: &[&str]| {
         let file = file.to_str().unwrap();
-        let args = ["train", "--data", file, "--rank", "4", "--batch-size", "2", "--max-steps", "2", "--watch"];
+        let args = [
+            "train",
+            "--data",
+            file,
+            "--rank",
+            "4",
+            "--batch-size",
+            "2",
+            "--max-steps",
+            "2",
+            "--watch",
+        ];
         bradley(&server, &[&args[..], more].concat())
     };
     let (code, said) = train(&["--max-length", "16"]);

@@ -25,7 +25,14 @@ impl Postgres {
         let dir = tempfile::tempdir().unwrap();
         if is_root() {
             // PostgreSQL refuses to run as root.
-            assert!(Command::new("chown").args(["postgres:"]).arg(dir.path()).status().unwrap().success());
+            assert!(
+                Command::new("chown")
+                    .args(["postgres:"])
+                    .arg(dir.path())
+                    .status()
+                    .unwrap()
+                    .success()
+            );
         }
         let data = dir.path().join("data");
         let made = as_user(&bin.join("initdb"))
@@ -61,7 +68,11 @@ impl Postgres {
     pub fn crash(&mut self) {
         let Some(mut child) = self.child.take() else { return };
         let data = self.dir.path().join("data");
-        let _ = as_user(&self.bin.join("pg_ctl")).args(["stop", "-m", "immediate", "-D"]).arg(data).stdout(Stdio::null()).status();
+        let _ = as_user(&self.bin.join("pg_ctl"))
+            .args(["stop", "-m", "immediate", "-D"])
+            .arg(data)
+            .stdout(Stdio::null())
+            .status();
         let _ = child.kill();
         let _ = child.wait();
     }
@@ -78,7 +89,10 @@ impl Postgres {
             .unwrap();
         self.child = Some(child);
         wait_for("PostgreSQL", || {
-            let ready = Command::new(self.bin.join("pg_isready")).args(["-h", "127.0.0.1", "-p", &self.port.to_string()]).output().unwrap();
+            let ready = Command::new(self.bin.join("pg_isready"))
+                .args(["-h", "127.0.0.1", "-p", &self.port.to_string()])
+                .output()
+                .unwrap();
             ready.status.success()
         });
     }
@@ -105,7 +119,8 @@ impl Shared {
     /// Starts a server on both, with a data folder of its own.
     pub fn replica(&self, data_dir: &Path, models: &str, flags: &[&str]) -> Server {
         let artifacts = format!("file://{}", self.artifacts.path().display());
-        let shared = ["--database-url", &self.postgres.url(), "--artifact-url", &artifacts, "--lease", "6"];
+        let shared =
+            ["--database-url", &self.postgres.url(), "--artifact-url", &artifacts, "--lease", "6"];
         Server::start_with(data_dir, models, &[&shared, flags].concat())
     }
 }
@@ -129,7 +144,9 @@ impl S3 {
             .unwrap();
         let s3 = S3 { child, port };
         wait_for("moto", || TcpStream::connect(("127.0.0.1", port)).is_ok());
-        wait_for("the bucket", || s3.request("PUT", "/bradley").is_ok_and(|answer| answer.starts_with("HTTP/1.1 200")));
+        wait_for("the bucket", || {
+            s3.request("PUT", "/bradley").is_ok_and(|answer| answer.starts_with("HTTP/1.1 200"))
+        });
         Some(s3)
     }
 
@@ -167,7 +184,12 @@ impl S3 {
     /// The keys below a prefix.
     pub fn keys(&self, prefix: &str) -> Vec<String> {
         let answer = self.request("GET", &format!("/bradley?list-type=2&prefix={prefix}")).unwrap();
-        answer.split("<Key>").skip(1).filter_map(|part| part.split("</Key>").next()).map(str::to_owned).collect()
+        answer
+            .split("<Key>")
+            .skip(1)
+            .filter_map(|part| part.split("</Key>").next())
+            .map(str::to_owned)
+            .collect()
     }
 
     /// Removes an object, as an accident does.
@@ -178,7 +200,10 @@ impl S3 {
     fn request(&self, method: &str, path: &str) -> std::io::Result<String> {
         let mut connection = TcpStream::connect(("127.0.0.1", self.port))?;
         let head = "Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request\r\nContent-Length: 0";
-        write!(connection, "{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{head}\r\nConnection: close\r\n\r\n")?;
+        write!(
+            connection,
+            "{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{head}\r\nConnection: close\r\n\r\n"
+        )?;
         let mut answer = String::new();
         connection.read_to_string(&mut answer)?;
         Ok(answer)
@@ -215,7 +240,10 @@ impl Proxy {
     /// Starts one before a port of this machine; its threads end with the process.
     pub fn start(backend: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let proxy = Proxy { port: listener.local_addr().unwrap().port(), fault: Arc::new(Mutex::new(Fault::None)) };
+        let proxy = Proxy {
+            port: listener.local_addr().unwrap().port(),
+            fault: Arc::new(Mutex::new(Fault::None)),
+        };
         let fault = proxy.fault.clone();
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
@@ -240,7 +268,8 @@ impl Proxy {
 fn serve(mut client: TcpStream, backend: u16, fault: &Arc<Mutex<Fault>>) {
     if *fault.lock().unwrap() == Fault::Error {
         let _ = client.read(&mut [0; 65536]);
-        let _ = client.write_all(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        let _ = client
+            .write_all(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
         return;
     }
     let Ok(server) = TcpStream::connect(("127.0.0.1", backend)) else { return };

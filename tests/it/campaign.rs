@@ -56,8 +56,13 @@ const CLUSTER: [Disturbance; 9] = [
     Disturbance::S3Resets,
     Disturbance::Drain,
 ];
-const SINGLE: [Disturbance; 5] =
-    [Disturbance::KillInTraining, Disturbance::DiskFull, Disturbance::Damage, Disturbance::KillInCreate, Disturbance::KillInUpload];
+const SINGLE: [Disturbance; 5] = [
+    Disturbance::KillInTraining,
+    Disturbance::DiskFull,
+    Disturbance::Damage,
+    Disturbance::KillInCreate,
+    Disturbance::KillInUpload,
+];
 
 #[derive(Debug, Default)]
 struct Tally {
@@ -82,18 +87,30 @@ struct Fleet {
 }
 
 impl Fleet {
-    fn start(dirs: Vec<PathBuf>, flags: Vec<String>, environment: Vec<(&'static str, String)>) -> Self {
-        let mut fleet = Fleet { servers: dirs.iter().map(|_| None).collect(), dirs, flags, environment, addresses: Arc::default() };
+    fn start(
+        dirs: Vec<PathBuf>,
+        flags: Vec<String>,
+        environment: Vec<(&'static str, String)>,
+    ) -> Self {
+        let mut fleet = Fleet {
+            servers: dirs.iter().map(|_| None).collect(),
+            dirs,
+            flags,
+            environment,
+            addresses: Arc::default(),
+        };
         (0..fleet.servers.len()).for_each(|i| fleet.restart(i));
         fleet
     }
 
     fn restart(&mut self, i: usize) {
         let flags: Vec<&str> = self.flags.iter().map(String::as_str).collect();
-        let environment: Vec<(&str, &str)> = self.environment.iter().map(|(k, v)| (*k, v.as_str())).collect();
+        let environment: Vec<(&str, &str)> =
+            self.environment.iter().map(|(k, v)| (*k, v.as_str())).collect();
         let models = format!("tiny={}", golden("models/llama").display());
         self.servers[i] = Some(Server::start_in(&self.dirs[i], &models, &flags, &environment));
-        *self.addresses.lock().unwrap() = self.servers.iter().flatten().map(|s| s.address.clone()).collect();
+        *self.addresses.lock().unwrap() =
+            self.servers.iter().flatten().map(|s| s.address.clone()).collect();
     }
 
     fn kill(&mut self, i: usize) {
@@ -128,12 +145,21 @@ async fn follow(addresses: Arc<Mutex<Vec<String>>>, job: String) -> Vec<pb::Trai
     let mut seen: Vec<pb::TrainingEvent> = Vec::new();
     loop {
         let Some(client) = connect(&addresses).await else { continue };
-        let request = pb::StreamTrainingEventsRequest { parent: job.clone(), after_sequence: seen.len() as u64 };
-        let asked = tokio::time::timeout(Duration::from_secs(3), client.training().stream_training_events(request)).await;
+        let request = pb::StreamTrainingEventsRequest {
+            parent: job.clone(),
+            after_sequence: seen.len() as u64,
+        };
+        let asked = tokio::time::timeout(
+            Duration::from_secs(3),
+            client.training().stream_training_events(request),
+        )
+        .await;
         let Ok(Ok(stream)) = asked else { continue };
         let mut stream = stream.into_inner();
         // A frozen server says nothing: go on with another.
-        while let Ok(Ok(Some(event))) = tokio::time::timeout(Duration::from_secs(4), stream.message()).await {
+        while let Ok(Ok(Some(event))) =
+            tokio::time::timeout(Duration::from_secs(4), stream.message()).await
+        {
             assert_eq!(event.sequence, seen.len() as u64 + 1, "an event is lost or comes twice");
             let over = matches!(&event.event, Some(pb::training_event::Event::StateChange(s)) if is_final(s.to()));
             seen.push(event);
@@ -153,8 +179,17 @@ async fn create(addresses: Arc<Mutex<Vec<String>>>, dataset: String, request_id:
     loop {
         let Some(client) = connect(&addresses).await else { continue };
         let job = Some(checkpointing(&dataset, STEPS));
-        let request = pb::CreateTrainingJobRequest { training_job: job, request_id: request_id.clone(), ..Default::default() };
-        match tokio::time::timeout(Duration::from_secs(3), client.training().create_training_job(request)).await {
+        let request = pb::CreateTrainingJobRequest {
+            training_job: job,
+            request_id: request_id.clone(),
+            ..Default::default()
+        };
+        match tokio::time::timeout(
+            Duration::from_secs(3),
+            client.training().create_training_job(request),
+        )
+        .await
+        {
             Ok(Ok(created)) => return created.into_inner().name,
             Ok(Err(e)) if e.code() == tonic::Code::InvalidArgument => panic!("{e}"),
             _ => tokio::time::sleep(Duration::from_millis(30)).await,
@@ -204,7 +239,10 @@ impl Drop for Disk {
 /// Damages the newest checkpoint below a data directory, of one job.
 fn damage(dir: &Path, job: &str, rng: &mut StdRng) -> bool {
     let folder = dir.join("jobs").join(job.trim_start_matches("trainingJobs/")).join("checkpoints");
-    let steps = std::fs::read_dir(&folder).into_iter().flatten().filter_map(|e| e.ok()?.file_name().to_str()?.parse::<u64>().ok());
+    let steps = std::fs::read_dir(&folder)
+        .into_iter()
+        .flatten()
+        .filter_map(|e| e.ok()?.file_name().to_str()?.parse::<u64>().ok());
     let Some(newest) = steps.max() else { return false };
     let files = ["adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"];
     let file = folder.join(newest.to_string()).join(files[rng.random_range(0..files.len())]);
@@ -239,13 +277,15 @@ impl Campaign {
         let dataset = datasets[usize::from(!clustered)].clone();
         let victim = rng.random_range(0..fleet.servers.len());
 
-        let creation = tokio::spawn(create(fleet.addresses.clone(), dataset, format!("round-{number}")));
+        let creation =
+            tokio::spawn(create(fleet.addresses.clone(), dataset, format!("round-{number}")));
         if disturbance == Disturbance::KillInCreate {
             tokio::time::sleep(Duration::from_micros(rng.random_range(0..8000))).await;
             fleet.kill(victim);
             fleet.restart(victim);
         }
-        let job = tokio::time::timeout(LIMIT, creation).await.expect("the job is acknowledged").unwrap();
+        let job =
+            tokio::time::timeout(LIMIT, creation).await.expect("the job is acknowledged").unwrap();
         self.tally.jobs_acknowledged += 1;
         let following = tokio::spawn(follow(fleet.addresses.clone(), job.clone()));
         tokio::time::sleep(Duration::from_millis(rng.random_range(0..900))).await;
@@ -259,7 +299,10 @@ impl Campaign {
             Disturbance::KillInUpload => {
                 let client = fleet.client().await;
                 let uploading = tokio::spawn(async move {
-                    let metadata = pb::UploadMetadata { display_name: "campaign".into(), ..Default::default() };
+                    let metadata = pb::UploadMetadata {
+                        display_name: "campaign".into(),
+                        ..Default::default()
+                    };
                     client.upload_dataset(&golden("pairs.jsonl"), metadata, |_| {}).await.ok()
                 });
                 tokio::time::sleep(Duration::from_micros(rng.random_range(0..80_000))).await;
@@ -269,8 +312,16 @@ impl Campaign {
                 if let Some(dataset) = uploaded {
                     self.tally.uploads_acknowledged += 1;
                     // Its row and its file are there, on whichever replica.
-                    let request = pb::EstimateTrainingJobRequest { training_job: Some(checkpointing(&dataset.name, 2)) };
-                    fleet.client().await.training().estimate_training_job(request).await.expect("the dataset is there");
+                    let request = pb::EstimateTrainingJobRequest {
+                        training_job: Some(checkpointing(&dataset.name, 2)),
+                    };
+                    fleet
+                        .client()
+                        .await
+                        .training()
+                        .estimate_training_job(request)
+                        .await
+                        .expect("the dataset is there");
                     self.tally.uploads_present += 1;
                 }
             }
@@ -311,14 +362,23 @@ impl Campaign {
             }
         }
         let Ok(delivered) = tokio::time::timeout(LIMIT, following).await else {
-            let died: Vec<_> = fleet.servers.iter_mut().flatten().map(Server::exit_status).collect();
-            panic!("round {number}, {disturbance:?}: {job} does not end; servers that ended: {died:?}");
+            let died: Vec<_> =
+                fleet.servers.iter_mut().flatten().map(Server::exit_status).collect();
+            panic!(
+                "round {number}, {disturbance:?}: {job} does not end; servers that ended: {died:?}"
+            );
         };
         let delivered = delivered.unwrap();
         self.check(clustered, &job, delivered, disturbance).await;
     }
 
-    async fn check(&mut self, clustered: bool, job: &str, delivered: Vec<pb::TrainingEvent>, disturbance: Disturbance) {
+    async fn check(
+        &mut self,
+        clustered: bool,
+        job: &str,
+        delivered: Vec<pb::TrainingEvent>,
+        disturbance: Disturbance,
+    ) {
         let fleet = if clustered { &self.cluster } else { &self.single };
         let client = fleet.client().await;
         let request = pb::GetTrainingJobRequest { name: job.into() };
@@ -328,7 +388,11 @@ impl Campaign {
         let mut persisted = Vec::new();
         loop {
             let after_sequence = persisted.len() as u64;
-            let request = pb::ListTrainingEventsRequest { parent: job.into(), after_sequence, page_size: 1000 };
+            let request = pb::ListTrainingEventsRequest {
+                parent: job.into(),
+                after_sequence,
+                page_size: 1000,
+            };
             let page = client.training().list_training_events(request).await.unwrap().into_inner();
             persisted.extend(page.events);
             if !page.more {
@@ -337,7 +401,10 @@ impl Campaign {
         }
         self.tally.events_delivered += delivered.len();
         self.tally.events_persisted += persisted.len();
-        assert!(delivered == persisted, "{disturbance:?}: what was delivered is not what is stored");
+        assert!(
+            delivered == persisted,
+            "{disturbance:?}: what was delivered is not what is stored"
+        );
         check_history(&persisted);
         assert_eq!(losses(&persisted), self.expected.0, "{disturbance:?}: other losses");
         assert!(adapter(&client, job).await == self.expected.1, "{disturbance:?}: other weights");
@@ -351,33 +418,60 @@ impl Campaign {
 async fn nothing_is_lost_or_done_twice_whatever_fails() {
     let test = "nothing_is_lost_or_done_twice";
     let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
-    let number = |variable: &str, default: usize| std::env::var(variable).ok().map_or(default, |v| v.parse().unwrap());
+    let number = |variable: &str, default: usize| {
+        std::env::var(variable).ok().map_or(default, |v| v.parse().unwrap())
+    };
     let (rounds, seed) = (number("BRADLEY_TEST_CAMPAIGN", ROUNDS), number("BRADLEY_TEST_SEED", 1));
     let mut rng = StdRng::seed_from_u64(seed as u64);
     let proxy = Proxy::start(s3.port());
     let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     let disk = Disk::new();
     let strings = |all: &[&str]| all.iter().map(|s| s.to_string()).collect::<Vec<_>>();
-    let flags = strings(&["--database-url", &postgres.url(), "--artifact-url", "s3://bradley/runs", "--lease", LEASE]);
-    let cluster = Fleet::start(dirs.iter().map(|d| d.path().to_owned()).collect(), flags, s3.environment_at(proxy.port()));
-    let single = Fleet::start(vec![disk.folder.path().to_owned()], strings(&["--lease", LEASE]), Vec::new());
+    let flags = strings(&[
+        "--database-url",
+        &postgres.url(),
+        "--artifact-url",
+        "s3://bradley/runs",
+        "--lease",
+        LEASE,
+    ]);
+    let cluster = Fleet::start(
+        dirs.iter().map(|d| d.path().to_owned()).collect(),
+        flags,
+        s3.environment_at(proxy.port()),
+    );
+    let single =
+        Fleet::start(vec![disk.folder.path().to_owned()], strings(&["--lease", LEASE]), Vec::new());
     let mut datasets = [String::new(), String::new()];
     for (fleet, dataset) in [&cluster, &single].into_iter().zip(&mut datasets) {
         *dataset = upload(&fleet.client().await, "pairs.jsonl").await.name;
     }
     let expected = undisturbed(STEPS).await;
-    let mut campaign = Campaign { cluster, single, postgres, proxy, disk, expected, tally: Tally::default() };
+    let mut campaign =
+        Campaign { cluster, single, postgres, proxy, disk, expected, tally: Tally::default() };
     let start = Instant::now();
     for number in 0..rounds {
         campaign.round(number, &datasets, &mut rng).await;
     }
     let t = &campaign.tally;
-    println!("| fault campaign | seed {seed}, {rounds} rounds, {} s |\n|---|---|", start.elapsed().as_secs());
+    println!(
+        "| fault campaign | seed {seed}, {rounds} rounds, {} s |\n|---|---|",
+        start.elapsed().as_secs()
+    );
     t.rounds.iter().for_each(|(disturbance, n)| println!("| rounds with {disturbance:?} | {n} |"));
-    println!("| jobs acknowledged, present and succeeded | {}, {} |", t.jobs_acknowledged, t.jobs_present);
-    println!("| uploads acknowledged, present | {}, {} |", t.uploads_acknowledged, t.uploads_present);
+    println!(
+        "| jobs acknowledged, present and succeeded | {}, {} |",
+        t.jobs_acknowledged, t.jobs_present
+    );
+    println!(
+        "| uploads acknowledged, present | {}, {} |",
+        t.uploads_acknowledged, t.uploads_present
+    );
     println!("| events delivered, persisted | {}, {} |", t.events_delivered, t.events_persisted);
     println!("| workers replaced, jobs executed twice | {}, 0 |", t.workers_replaced);
     println!("| final weights equal to an undisturbed run's | {} of {} |", t.weights_equal, rounds);
-    assert_eq!((t.jobs_present, t.weights_equal, t.uploads_present), (rounds, rounds, t.uploads_acknowledged));
+    assert_eq!(
+        (t.jobs_present, t.weights_equal, t.uploads_present),
+        (rounds, rounds, t.uploads_acknowledged)
+    );
 }

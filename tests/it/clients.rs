@@ -18,7 +18,11 @@ fn base64(bytes: &[u8]) -> String {
     for group in bytes.chunks(3) {
         let n = group.iter().fold(0u32, |n, b| n << 8 | u32::from(*b)) << (8 * (3 - group.len()));
         for i in 0..4 {
-            out.push(if i <= group.len() { DIGITS[(n >> (18 - 6 * i)) as usize & 63] as char } else { '=' });
+            out.push(if i <= group.len() {
+                DIGITS[(n >> (18 - 6 * i)) as usize & 63] as char
+            } else {
+                '='
+            });
         }
     }
     out
@@ -26,12 +30,20 @@ fn base64(bytes: &[u8]) -> String {
 
 fn run(command: &mut Command) -> String {
     let output = command.output().unwrap();
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (out, err) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{command:?}\n{out}\n{err}");
     out.into_owned()
 }
 
-fn cycle(server: &Server, python: &str, pairs: &Path, base: &str, model: &str, out: &Path) -> String {
+fn cycle(
+    server: &Server,
+    python: &str,
+    pairs: &Path,
+    base: &str,
+    model: &str,
+    out: &Path,
+) -> String {
     let address = server.address.strip_prefix("http://").unwrap();
     run(Command::new(python)
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/cycle.py"))
@@ -49,7 +61,14 @@ fn grpcio_and_peft_go_through_the_whole_cycle() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let base = golden("models/llama");
-    let said = cycle(&server, &python, &golden("pairs.jsonl"), base.to_str().unwrap(), "tiny", &dir.path().join("adapter"));
+    let said = cycle(
+        &server,
+        &python,
+        &golden("pairs.jsonl"),
+        base.to_str().unwrap(),
+        "tiny",
+        &dir.path().join("adapter"),
+    );
     assert!(said.contains("peft agrees within"), "{said}");
 }
 
@@ -74,8 +93,10 @@ fn opentelemetrys_client_and_sink_see_one_trace_for_a_score_and_for_a_job() {
     // The exporter's own variable: spans are sent after 200 ms instead of 5 s.
     let flags = ["--otlp-endpoint", &endpoint];
     let models = format!("tiny={}", golden("models/llama").display());
-    let server = Server::start_in(dir.path(), &models, &flags, &[("OTEL_BSP_SCHEDULE_DELAY", "200")]);
-    writeln!(client.stdin.take().unwrap(), "{}", server.address.trim_start_matches("http://")).unwrap();
+    let server =
+        Server::start_in(dir.path(), &models, &flags, &[("OTEL_BSP_SCHEDULE_DELAY", "200")]);
+    writeln!(client.stdin.take().unwrap(), "{}", server.address.trim_start_matches("http://"))
+        .unwrap();
     let output = client.wait_with_output().unwrap();
     let mut rest = String::new();
     said.read_to_string(&mut rest).unwrap();
@@ -95,13 +116,23 @@ async fn grpcurl_goes_through_the_cycle_by_reflection() {
         serde_json::from_str(&out).unwrap_or_else(|e| panic!("{method}: {e}: {out}"))
     };
     let listed = run(Command::new(&grpcurl).args(["-plaintext", &address, "list"]));
-    for service in ["bradley.v1.TrainingService", "bradley.v1.ScoringService", "grpc.health.v1.Health"] {
+    for service in
+        ["bradley.v1.TrainingService", "bradley.v1.ScoringService", "grpc.health.v1.Health"]
+    {
         assert!(listed.contains(service), "{listed}");
     }
-    let described = run(Command::new(&grpcurl).args(["-plaintext", &address, "describe", "bradley.v1.PairScore"]));
+    let described = run(Command::new(&grpcurl).args([
+        "-plaintext",
+        &address,
+        "describe",
+        "bradley.v1.PairScore",
+    ]));
     assert!(described.contains("double probability"), "{described}");
     assert_eq!(call("grpc.health.v1.Health/Check", "{}")["status"], "SERVING");
-    assert_eq!(call("bradley.v1.ModelService/GetModel", r#"{"name":"models/tiny"}"#)["architecture"], "llama");
+    assert_eq!(
+        call("bradley.v1.ModelService/GetModel", r#"{"name":"models/tiny"}"#)["architecture"],
+        "llama"
+    );
 
     // A client stream is JSON messages one after the other; bytes are base64.
     let file = std::fs::read(golden("pairs.jsonl")).unwrap();
@@ -117,27 +148,59 @@ async fn grpcurl_goes_through_the_cycle_by_reflection() {
     let body = serde_json::json!({"training_job": {
         "policy": "models/tiny", "dataset": dataset, "lora": {"rank": 4}, "batch": {"batch_size": 2, "max_length": 256, "max_steps": 3},
         "optimizer": {"learning_rate": 0.01}}});
-    let name = call("bradley.v1.TrainingService/CreateTrainingJob", &body.to_string())["name"].as_str().unwrap().to_owned();
+    let name = call("bradley.v1.TrainingService/CreateTrainingJob", &body.to_string())["name"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     let body = serde_json::json!({"parent": name}).to_string();
-    let streamed =
-        run(Command::new(&grpcurl).args(["-plaintext", "-d", &body, &address, "bradley.v1.TrainingService/StreamTrainingEvents"]));
-    assert!(streamed.contains("JOB_STATE_SUCCEEDED") && streamed.contains("rewards/margins"), "{streamed}");
+    let streamed = run(Command::new(&grpcurl).args([
+        "-plaintext",
+        "-d",
+        &body,
+        &address,
+        "bradley.v1.TrainingService/StreamTrainingEvents",
+    ]));
+    assert!(
+        streamed.contains("JOB_STATE_SUCCEEDED") && streamed.contains("rewards/margins"),
+        "{streamed}"
+    );
     // Taken up again by cursor: the rest and nothing else.
     let all = streamed.matches("\"sequence\"").count();
     let body = serde_json::json!({"parent": name, "after_sequence": 3}).to_string();
-    let rest = run(Command::new(&grpcurl).args(["-plaintext", "-d", &body, &address, "bradley.v1.TrainingService/StreamTrainingEvents"]));
+    let rest = run(Command::new(&grpcurl).args([
+        "-plaintext",
+        "-d",
+        &body,
+        &address,
+        "bradley.v1.TrainingService/StreamTrainingEvents",
+    ]));
     assert_eq!(rest.matches("\"sequence\"").count(), all - 3, "{rest}");
-    assert!(rest.contains("\"sequence\": \"4\"") && !rest.contains("\"sequence\": \"3\""), "{rest}");
+    assert!(
+        rest.contains("\"sequence\": \"4\"") && !rest.contains("\"sequence\": \"3\""),
+        "{rest}"
+    );
     let text = |role: &str, content: &str| serde_json::json!({"chat": {"messages": [{"role": role, "content": content}]}});
     let body = serde_json::json!({"options": {"policy": format!("{name}/checkpoints/latest")}, "pairs": [
         {"id": "x", "prompt": text("user", "Name a colour."), "a": text("assistant", "Blue."), "b": text("assistant", "It depends.")}]});
     let score = call("bradley.v1.ScoringService/ScorePairs", &body.to_string());
     assert!(score["results"][0]["score"]["probability"].as_f64().is_some(), "{score}");
     let body = serde_json::json!({"name": format!("{name}/checkpoints/latest")}).to_string();
-    let files = run(Command::new(&grpcurl).args(["-plaintext", "-d", &body, &address, "bradley.v1.CheckpointService/DownloadCheckpoint"]));
+    let files = run(Command::new(&grpcurl).args([
+        "-plaintext",
+        "-d",
+        &body,
+        &address,
+        "bradley.v1.CheckpointService/DownloadCheckpoint",
+    ]));
     assert!(files.contains("adapter_model.safetensors") && files.contains("\"chunk\""), "{files}");
     let refused = Command::new(&grpcurl)
-        .args(["-plaintext", "-d", r#"{"name":"x"}"#, &address, "bradley.v1.TrainingService/GetTrainingJob"])
+        .args([
+            "-plaintext",
+            "-d",
+            r#"{"name":"x"}"#,
+            &address,
+            "bradley.v1.TrainingService/GetTrainingJob",
+        ])
         .output()
         .unwrap();
     assert!(String::from_utf8_lossy(&refused.stderr).contains("InvalidArgument"));
@@ -150,13 +213,21 @@ async fn reflection_v1_answers_too() {
     use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
-    let channel = tonic::transport::Endpoint::from_shared(server.address.clone()).unwrap().connect().await.unwrap();
+    let channel = tonic::transport::Endpoint::from_shared(server.address.clone())
+        .unwrap()
+        .connect()
+        .await
+        .unwrap();
     let mut client = ServerReflectionClient::new(channel);
     let request = tonic_reflection::pb::v1::ServerReflectionRequest {
         host: String::new(),
         message_request: Some(MessageRequest::ListServices(String::new())),
     };
-    let mut answers = client.server_reflection_info(tokio_stream::iter(vec![request])).await.unwrap().into_inner();
+    let mut answers = client
+        .server_reflection_info(tokio_stream::iter(vec![request]))
+        .await
+        .unwrap()
+        .into_inner();
     let answer = answers.message().await.unwrap().unwrap().message_response.unwrap();
     let MessageResponse::ListServicesResponse(list) = answer else { panic!("{answer:?}") };
     assert!(list.service.iter().any(|s| s.name == "bradley.v1.ScoringService"));
@@ -164,13 +235,21 @@ async fn reflection_v1_answers_too() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_real_model_goes_through_the_python_cycle() {
-    let (Some(python), Some(model)) =
-        (needed("BRADLEY_TEST_PYTHON", "the SmolLM2 cycle"), needed("BRADLEY_TEST_MODEL", "the SmolLM2 cycle"))
-    else {
+    let (Some(python), Some(model)) = (
+        needed("BRADLEY_TEST_PYTHON", "the SmolLM2 cycle"),
+        needed("BRADLEY_TEST_MODEL", "the SmolLM2 cycle"),
+    ) else {
         return;
     };
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start_with(dir.path(), &format!("smollm2={model}"), &[]);
-    let said = cycle(&server, &python, &golden("pairs.jsonl"), &model, "smollm2", &dir.path().join("adapter"));
+    let said = cycle(
+        &server,
+        &python,
+        &golden("pairs.jsonl"),
+        &model,
+        "smollm2",
+        &dir.path().join("adapter"),
+    );
     assert!(said.contains("peft agrees within"), "{said}");
 }

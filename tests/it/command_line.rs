@@ -7,7 +7,11 @@ use crate::support::golden;
 
 fn bradley(server: Option<&Server>, args: &[&str]) -> Output {
     let mut command = Command::new(crate::support::binary());
-    command.args(args).env_remove("BRADLEY_SERVER").env_remove("BRADLEY_MODELS").env_remove("BRADLEY_CONFIG");
+    command
+        .args(args)
+        .env_remove("BRADLEY_SERVER")
+        .env_remove("BRADLEY_MODELS")
+        .env_remove("BRADLEY_CONFIG");
     if let Some(s) = server {
         command.env("BRADLEY_SERVER", &s.address);
     }
@@ -16,7 +20,12 @@ fn bradley(server: Option<&Server>, args: &[&str]) -> Output {
 
 fn succeed(server: &Server, args: &[&str]) -> String {
     let out = bradley(Some(server), args);
-    assert!(out.status.success(), "{args:?}: {}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    assert!(
+        out.status.success(),
+        "{args:?}: {}{}",
+        String::from_utf8_lossy(&out.stdout),
+        String::from_utf8_lossy(&out.stderr)
+    );
     String::from_utf8(out.stdout).unwrap()
 }
 
@@ -32,30 +41,58 @@ fn from_a_file_of_pairs_to_an_adapter() {
     let pairs = pairs.to_str().unwrap();
     let said = succeed(
         &server,
-        &["train", "--data", pairs, "--rank", "4", "--learning-rate", "0.01", "--batch-size", "2", "--max-steps", "12", "--watch"],
+        &[
+            "train",
+            "--data",
+            pairs,
+            "--rank",
+            "4",
+            "--learning-rate",
+            "0.01",
+            "--batch-size",
+            "2",
+            "--max-steps",
+            "12",
+            "--watch",
+        ],
     );
-    assert!(said.contains("6 rows, 6 of them usable") && said.contains("step 12/12") && said.contains("succeeded"), "{said}");
+    assert!(
+        said.contains("6 rows, 6 of them usable")
+            && said.contains("step 12/12")
+            && said.contains("succeeded"),
+        "{said}"
+    );
     let jobs = json(&server, &["jobs", "list"]);
     let name = jobs[0]["name"].as_str().unwrap().to_owned();
-    assert_eq!((jobs[0]["state"].as_str(), jobs[0]["step"].as_u64()), (Some("succeeded"), Some(12)));
+    assert_eq!(
+        (jobs[0]["state"].as_str(), jobs[0]["step"].as_u64()),
+        (Some("succeeded"), Some(12))
+    );
 
     let latest = format!("{name}/checkpoints/latest");
     let table = succeed(&server, &["score", "--policy", &latest, "--data", pairs]);
     assert!(table.contains("accuracy 100.0%"), "{table}");
-    let lines = succeed(&server, &["score", "--policy", &latest, "--data", pairs, "--output", "json"]);
-    let scores: Vec<serde_json::Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let lines =
+        succeed(&server, &["score", "--policy", &latest, "--data", pairs, "--output", "json"]);
+    let scores: Vec<serde_json::Value> =
+        lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     assert!(scores.len() == 6 && scores.iter().all(|s| s["probability"].as_f64() > Some(0.5)));
 
     let out = dir.path().join("adapter");
-    let files = json(&server, &["checkpoints", "download", &latest, "--out", out.to_str().unwrap()]);
+    let files =
+        json(&server, &["checkpoints", "download", &latest, "--out", out.to_str().unwrap()]);
     // The adapter's two files, and the tokenizer's.
     assert_eq!(files.as_array().unwrap().len(), 5, "{files}");
-    assert!(out.join("adapter_config.json").is_file() && out.join("adapter_model.safetensors").is_file());
+    assert!(
+        out.join("adapter_config.json").is_file()
+            && out.join("adapter_model.safetensors").is_file()
+    );
     let export = json(&server, &["checkpoints", "export", &latest, "--format", "merged"]);
     let folder = export["path"].as_str().unwrap();
     assert!(folder.starts_with("jobs/") && folder.ends_with("/exports/12/merged-f32"), "{folder}");
     assert!(server.data_dir.join(folder).join("model.safetensors").is_file());
-    let export = json(&server, &["checkpoints", "export", &latest, "--format", "merged", "--dtype", "bf16"]);
+    let export =
+        json(&server, &["checkpoints", "export", &latest, "--format", "merged", "--dtype", "bf16"]);
     assert!(export["path"].as_str().unwrap().ends_with("/exports/12/merged-bf16"), "{export}");
 
     let events = succeed(&server, &["watch", &name, "--output", "json"]);
@@ -73,14 +110,33 @@ fn from_a_file_of_pairs_to_an_adapter() {
 fn exit_codes_tell_scripts_what_went_wrong() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
-    let code = |server: Option<&Server>, args: &[&str]| bradley(server, args).status.code().unwrap();
+    let code =
+        |server: Option<&Server>, args: &[&str]| bradley(server, args).status.code().unwrap();
     assert_eq!(code(None, &["serve"]), 2, "no model is named");
     assert_eq!(code(None, &["serve", "--models", "/nonexistent"]), 1);
     assert_eq!(code(None, &["jobs", "list", "--server", "http://127.0.0.1:1"]), 3);
     assert_eq!(code(Some(&server), &["jobs", "get", "none"]), 2);
-    assert_eq!(code(Some(&server), &["score", "--policy", "models/tiny", "--data", "/nonexistent"]), 1);
-    assert_eq!(code(Some(&server), &["train", "--data", golden("pairs.jsonl").to_str().unwrap(), "--beta", "-1"]), 2);
+    assert_eq!(
+        code(Some(&server), &["score", "--policy", "models/tiny", "--data", "/nonexistent"]),
+        1
+    );
+    assert_eq!(
+        code(
+            Some(&server),
+            &["train", "--data", golden("pairs.jsonl").to_str().unwrap(), "--beta", "-1"]
+        ),
+        2
+    );
     let pairs = golden("pairs.jsonl");
-    let diverging = ["train", "--data", pairs.to_str().unwrap(), "--learning-rate", "1e30", "--max-length", "256", "--watch"];
+    let diverging = [
+        "train",
+        "--data",
+        pairs.to_str().unwrap(),
+        "--learning-rate",
+        "1e30",
+        "--max-length",
+        "256",
+        "--watch",
+    ];
     assert_eq!(code(Some(&server), &diverging), 1, "a failed job is a failure");
 }

@@ -17,7 +17,8 @@ use crate::support::golden;
 /// The files of a target.
 fn files(target: &str) -> Vec<PathBuf> {
     let folder = golden("../fuzz/corpus").join(target);
-    let files: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
+    let files: Vec<PathBuf> =
+        std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
     assert!(!files.is_empty());
     files
 }
@@ -29,7 +30,9 @@ fn taken(target: &str, parse: impl Fn(&PathBuf) -> bool) -> usize {
 
 #[test]
 fn rows_are_read_or_found_wanting() {
-    let good = |file: &PathBuf| read_rows(file, DatasetFormat::Jsonl).is_ok_and(|rows| rows.take(1000).any(|r| r.is_ok()));
+    let good = |file: &PathBuf| {
+        read_rows(file, DatasetFormat::Jsonl).is_ok_and(|rows| rows.take(1000).any(|r| r.is_ok()))
+    };
     assert_eq!(taken("rows", good), 7);
 }
 
@@ -55,7 +58,8 @@ fn model_files_load_or_say_what_is_wrong() {
     let text = |file: &PathBuf| std::fs::read_to_string(file).unwrap_or_default();
     assert!(taken("model_config", |f| ModelConfig::from_hf_json(&text(f), f).is_ok()) >= 4);
     assert!(
-        taken("chat_template", |f| ChatTemplate::new(&text(f), vec![]).is_ok_and(|t| t.render(&[], &RenderOptions::new(true)).is_ok()))
+        taken("chat_template", |f| ChatTemplate::new(&text(f), vec![])
+            .is_ok_and(|t| t.render(&[], &RenderOptions::new(true)).is_ok()))
             >= 4
     );
 

@@ -40,7 +40,9 @@ fn losses(events: &[pb::TrainingEvent]) -> std::collections::BTreeMap<u64, u64> 
     events
         .iter()
         .filter_map(|e| match &e.event {
-            Some(pb::training_event::Event::StepMetrics(s)) => Some((s.step, s.metrics["loss"].to_bits())),
+            Some(pb::training_event::Event::StepMetrics(s)) => {
+                Some((s.step, s.metrics["loss"].to_bits()))
+            }
             _ => None,
         })
         .collect()
@@ -53,7 +55,9 @@ fn folder_of(data_dir: &Path, name: &str) -> PathBuf {
 /// A whole checkpoint folder whose row was never stored, as a kill between the two leaves it.
 fn leave_unacknowledged(data_dir: &Path, name: &str, step: u64) {
     let folder = folder_of(data_dir, name);
-    let steps = std::fs::read_dir(&folder).unwrap().filter_map(|e| e.unwrap().file_name().to_str()?.parse::<u64>().ok());
+    let steps = std::fs::read_dir(&folder)
+        .unwrap()
+        .filter_map(|e| e.unwrap().file_name().to_str()?.parse::<u64>().ok());
     let newest = steps.max().expect("a checkpoint was written");
     let (from, to) = (folder.join(newest.to_string()), folder.join(step.to_string()));
     std::fs::create_dir(&to).unwrap();
@@ -90,15 +94,25 @@ async fn sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint() {
     let client = server.client().await;
     let all = finish(&client, &name).await;
     assert_eq!(state(&client, &name).await, pb::JobState::Succeeded);
-    assert!(all.iter().enumerate().all(|(i, e)| e.sequence == i as u64 + 1), "sequences have no gap");
+    assert!(
+        all.iter().enumerate().all(|(i, e)| e.sequence == i as u64 + 1),
+        "sequences have no gap"
+    );
     for e in &delivered {
-        assert_eq!(Some(e), all.get(e.sequence as usize - 1), "what was delivered is still there, unchanged");
+        assert_eq!(
+            Some(e),
+            all.get(e.sequence as usize - 1),
+            "what was delivered is still there, unchanged"
+        );
     }
     // After each restart at most the steps since a multiple of five are taken again.
     let mut last = 0;
     for e in &all {
         if let Some(step) = step_of(e) {
-            assert!(step == last + 1 || (step <= last && last - step < 6), "step {step} after {last}");
+            assert!(
+                step == last + 1 || (step <= last && last - step < 6),
+                "step {step} after {last}"
+            );
             last = step;
         }
     }
@@ -110,10 +124,20 @@ async fn sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint() {
             _ => None,
         })
         .collect();
-    assert!(checkpoints.iter().all(|step| step % 5 == 0), "only a stored checkpoint is one: {checkpoints:?}");
-    assert!(!folder_of(&server.data_dir, &name).join("3").exists(), "what a crash cut short is removed");
+    assert!(
+        checkpoints.iter().all(|step| step % 5 == 0),
+        "only a stored checkpoint is one: {checkpoints:?}"
+    );
+    assert!(
+        !folder_of(&server.data_dir, &name).join("3").exists(),
+        "what a crash cut short is removed"
+    );
     finish(&client, &waiting).await;
-    assert_eq!(state(&client, &waiting).await, pb::JobState::Succeeded, "a queued job survives too");
+    assert_eq!(
+        state(&client, &waiting).await,
+        pb::JobState::Succeeded,
+        "a queued job survives too"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -130,7 +154,8 @@ async fn sigterm_drains_within_its_deadline_and_the_job_continues() {
         let (client, name) = (client.clone(), name.clone());
         tokio::spawn(async move {
             let request = pb::StreamTrainingEventsRequest { parent: name, after_sequence: 0 };
-            let mut stream = client.training().stream_training_events(request).await.unwrap().into_inner();
+            let mut stream =
+                client.training().stream_training_events(request).await.unwrap().into_inner();
             loop {
                 match stream.message().await {
                     Ok(Some(_)) => {}
@@ -143,7 +168,11 @@ async fn sigterm_drains_within_its_deadline_and_the_job_continues() {
     tokio::time::sleep(Duration::from_millis(50)).await;
     let status = server.terminate(Duration::from_secs(20));
     assert!(status.success(), "{status}");
-    assert_eq!(open.await.unwrap(), Some(tonic::Code::Unavailable), "an open stream is told to go on elsewhere");
+    assert_eq!(
+        open.await.unwrap(),
+        Some(tonic::Code::Unavailable),
+        "an open stream is told to go on elsewhere"
+    );
 
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -159,11 +188,19 @@ async fn probes_and_metrics_answer_on_the_http_port() {
     let server = Server::start(dir.path());
     let client = server.client().await;
     crate::server::score(&client, "models/tiny", crate::server::pairs()).await;
-    for (path, expected) in
-        [("/livez", "200 OK"), ("/readyz", "200 OK"), ("/metrics", "bradley_requests_total"), ("/metrics", "bradley_scored_tokens_total")]
-    {
+    for (path, expected) in [
+        ("/livez", "200 OK"),
+        ("/readyz", "200 OK"),
+        ("/metrics", "bradley_requests_total"),
+        ("/metrics", "bradley_scored_tokens_total"),
+    ] {
         let mut connection = tokio::net::TcpStream::connect(&server.http).await.unwrap();
-        connection.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes()).await.unwrap();
+        connection
+            .write_all(
+                format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes(),
+            )
+            .await
+            .unwrap();
         let mut answer = String::new();
         connection.read_to_string(&mut answer).await.unwrap();
         assert!(answer.contains(expected), "{path}: {answer}");
@@ -178,7 +215,11 @@ async fn a_run_that_diverges_fails_and_poisons_nothing() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let mut wild = job(&dataset.name, 3);
-    wild.optimizer = Some(pb::OptimizerConfig { learning_rate: Some(1e38), max_grad_norm: Some(0.0), ..Default::default() });
+    wild.optimizer = Some(pb::OptimizerConfig {
+        learning_rate: Some(1e38),
+        max_grad_norm: Some(0.0),
+        ..Default::default()
+    });
     wild.evaluation = Some(pb::training_job::Evaluation::EvalFraction(0.3));
     wild.run = Some(pb::RunConfig { eval_steps: Some(1), ..Default::default() });
     let name = submit(&client, wild).await;

@@ -32,7 +32,10 @@ use crate::support::{assert_close, device, golden};
 fn gpu_name() -> Option<String> {
     let name = device().name();
     if name == "cpu" {
-        let _ = writeln!(std::io::stderr(), "skipped: this test needs a GPU or the emulator, and BRADLEY_TEST_DEVICE to name it");
+        let _ = writeln!(
+            std::io::stderr(),
+            "skipped: this test needs a GPU or the emulator, and BRADLEY_TEST_DEVICE to name it"
+        );
         return None;
     }
     Some(name)
@@ -44,12 +47,18 @@ fn is_emulated() -> bool {
 
 /// Shapes that reach every kernel: heads of 64 and of 128, norms on queries and keys, biases, a window, one that is no limit, a head of its own.
 const SHAPES: [(&str, &str); 5] = [
-    ("llama", r#""model_type": "llama", "hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1"#),
+    (
+        "llama",
+        r#""model_type": "llama", "hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1"#,
+    ),
     (
         "qwen2",
         r#""model_type": "qwen2", "hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": false"#,
     ),
-    ("qwen3", r#""model_type": "qwen3", "hidden_size": 160, "head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1"#),
+    (
+        "qwen3",
+        r#""model_type": "qwen3", "hidden_size": 160, "head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1"#,
+    ),
     (
         "mistral",
         r#""model_type": "mistral", "hidden_size": 128, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 40"#,
@@ -67,7 +76,8 @@ fn random(shape: &str, seed: u64) -> Policy {
     let config = ModelConfig::from_hf_json(&json, Path::new("config.json")).unwrap();
     let parameters = Parameters::build(&config, |param| {
         let (name, shape) = (param.name(), param.shape.as_slice());
-        let mut values = kaiming_uniform(seed, name, shape.iter().product(), shape[shape.len() - 1].min(160));
+        let mut values =
+            kaiming_uniform(seed, name, shape.iter().product(), shape[shape.len() - 1].min(160));
         match (shape.len(), name.contains("norm")) {
             (1, true) => values.iter_mut().for_each(|x| *x += 1.0),
             // Scores that differ: the gradient of an even attention is what rounding leaves.
@@ -88,7 +98,9 @@ fn random(shape: &str, seed: u64) -> Policy {
 
 /// Two pairs, three answers to one prompt, and a prompt that is longer than a tile.
 fn row() -> PackedRow {
-    let ids = |n: usize, seed: usize| (0..n).map(|i| ((i * 31 + seed * 17) % 300) as u32).collect::<Vec<u32>>();
+    let ids = |n: usize, seed: usize| {
+        (0..n).map(|i| ((i * 31 + seed * 17) % 300) as u32).collect::<Vec<u32>>()
+    };
     let group = |prompt, answers: &[usize]| SequenceGroup {
         prompt: ids(prompt, prompt),
         completions: answers.iter().map(|n| ids(*n, n + prompt)).collect(),
@@ -98,10 +110,17 @@ fn row() -> PackedRow {
 }
 
 fn adapter(policy: &Policy) -> Adapter {
-    let config = LoraConfig { rank: 8, target_modules: TARGET_MODULES.map(str::to_owned).to_vec(), ..LoraConfig::default() };
+    let config = LoraConfig {
+        rank: 8,
+        target_modules: TARGET_MODULES.map(str::to_owned).to_vec(),
+        ..LoraConfig::default()
+    };
     // Small, as while it trains: a large random update makes gradients of what rounding leaves.
     let values = |tensor: &LoraTensor| {
-        let values = kaiming_uniform(7, &tensor.name, tensor.elements(), tensor.shape[1]).iter().map(|x| x * 0.3).collect();
+        let values = kaiming_uniform(7, &tensor.name, tensor.elements(), tensor.shape[1])
+            .iter()
+            .map(|x| x * 0.3)
+            .collect();
         Tensor::from_vec(values, &tensor.shape, &Device::Cpu)
     };
     Adapter::build(&policy.config, &config, values).unwrap()
@@ -138,7 +157,9 @@ fn a_gpu_computes_what_the_cpu_computes() {
         let on_gpu = Policy { device: device(), ..on_cpu.clone() };
         let adapter = adapter(&on_cpu);
         // In bf16 a tensor's gradient may be what rounding leaves of numbers that cancel, on the CPU too: there all gradients are compared together.
-        for (precision, logp, gradient) in [(Precision::F32, 1e-5, 1e-4), (Precision::Bf16, 1e-2, 5e-2)] {
+        for (precision, logp, gradient) in
+            [(Precision::F32, 1e-5, 1e-4), (Precision::Bf16, 1e-2, 5e-2)]
+        {
             for full in [false, true] {
                 let trainable = |policy: &Policy, precision| match full {
                     true => TrainablePolicy::full(policy, precision).unwrap(),
@@ -148,15 +169,28 @@ fn a_gpu_computes_what_the_cpu_computes() {
                 let policy = trainable(&on_gpu, precision);
                 let (got, gradients) = passes(&policy, &row, Keep::Tapes);
                 let what = format!("{name} {precision:?} full {full}");
-                assert!(distance(&got, &want) < logp, "{what}: log-probs are off by {:e}", distance(&got, &want));
+                assert!(
+                    distance(&got, &want) < logp,
+                    "{what}: log-probs are off by {:e}",
+                    distance(&got, &want)
+                );
                 let off = distance(&gradients.concat(), &wanted.concat());
                 assert!(off < gradient, "{what}: the gradients are off by {off:e}");
-                for ((t, g), w) in policy.trainables.iter().zip(&gradients).zip(&wanted).filter(|_| precision == Precision::F32) {
+                for ((t, g), w) in policy
+                    .trainables
+                    .iter()
+                    .zip(&gradients)
+                    .zip(&wanted)
+                    .filter(|_| precision == Precision::F32)
+                {
                     let off = distance(g, w);
                     assert!(off < gradient, "{what}: the gradient of {} is off by {off:e}", t.name);
                 }
                 let again = passes(&policy, &row, Keep::Inputs);
-                assert!(again == (got, gradients), "{what}: with its blocks run again the row gives other bits");
+                assert!(
+                    again == (got, gradients),
+                    "{what}: with its blocks run again the row gives other bits"
+                );
             }
         }
     }
@@ -172,7 +206,13 @@ fn the_arithmetic_names_each_device_and_the_version_of_cublas() {
     let helped = Policy { helpers: Arc::new([device()]), ..on_cpu.clone() };
     let [cpu, gpu, both] = [&on_cpu, &on_gpu, &helped].map(Policy::arithmetic);
     assert!(gpu.contains(name), "{gpu}");
-    let version: Vec<char> = gpu.split("cuBLAS ").nth(1).unwrap_or_default().chars().take_while(|c| !c.is_whitespace()).collect();
+    let version: Vec<char> = gpu
+        .split("cuBLAS ")
+        .nth(1)
+        .unwrap_or_default()
+        .chars()
+        .take_while(|c| !c.is_whitespace())
+        .collect();
     assert!(version.first().is_some_and(char::is_ascii_digit), "{gpu}");
     assert!(![&gpu, &both].contains(&&cpu) && gpu != both, "{cpu}; {gpu}; {both}");
     for device in [&cpu, &gpu] {
@@ -201,12 +241,20 @@ async fn a_server_on_a_gpu_trains_and_scores_as_one_on_the_cpu() {
     let mut outcomes = Vec::new();
     let models = format!("tiny={}", golden("models/llama").display());
     // With mapped memory, too, which a GPU has and the emulator only when asked; and with work that is done only when something waits for it.
-    for (device, mapping, late) in [("cpu", "0", "0"), (&name, "0", "0"), (&name, "1", "0"), (&name, "1", "1")] {
+    for (device, mapping, late) in
+        [("cpu", "0", "0"), (&name, "0", "0"), (&name, "1", "0"), (&name, "1", "1")]
+    {
         let dir = tempfile::tempdir().unwrap();
         let environment = [("EMULATE_MAPPING", mapping), ("EMULATE_LATE", late)];
         let server = Server::start_in(dir.path(), &models, &["--device", device], &environment);
         let client = server.client().await;
-        let models = client.models().list_models(pb::ListModelsRequest::default()).await.unwrap().into_inner().models;
+        let models = client
+            .models()
+            .list_models(pb::ListModelsRequest::default())
+            .await
+            .unwrap()
+            .into_inner()
+            .models;
         assert_eq!(models[0].device, device);
         let dataset = upload(&client, "pairs.jsonl").await;
         let job = submit(&client, job(&dataset.name, 8)).await;
@@ -214,7 +262,11 @@ async fn a_server_on_a_gpu_trains_and_scores_as_one_on_the_cpu() {
         assert_eq!(losses.len(), 8);
         let results = score(&client, &format!("{job}/checkpoints/latest"), pairs()).await.results;
         let gauge = format!("bradley_device_free_bytes{{device=\"{device}\"}}");
-        assert_eq!(server.metrics().contains(&gauge), device != "cpu", "the GPU's memory is a metric");
+        assert_eq!(
+            server.metrics().contains(&gauge),
+            device != "cpu",
+            "the GPU's memory is a metric"
+        );
         outcomes.push((losses, results.iter().map(|r| scored(r).margin).collect::<Vec<_>>()));
     }
     for (i, (cpu, gpu)) in outcomes[0].0.iter().zip(&outcomes[1].0).enumerate() {
@@ -228,7 +280,8 @@ async fn a_server_on_a_gpu_trains_and_scores_as_one_on_the_cpu() {
 }
 
 #[tokio::test]
-async fn a_run_that_does_not_fit_the_gpu_goes_on_with_shorter_rows_and_fails_when_that_is_not_enough() {
+async fn a_run_that_does_not_fit_the_gpu_goes_on_with_shorter_rows_and_fails_when_that_is_not_enough()
+ {
     let Some(device) = gpu_name().filter(|_| is_emulated()) else { return };
     // Room for one pair of a row, not for two; and room for none. Mapped memory comes in larger pieces. In the last case the driver's call that gives
     // memory back says that it failed: what was unmapped must not be handed out.
@@ -245,15 +298,24 @@ async fn a_run_that_does_not_fit_the_gpu_goes_on_with_shorter_rows_and_fails_whe
         let memory = (megabytes << 20).to_string();
         let flags = ["--device", &device, "--device-memory-limit", "20GiB"];
         let models = format!("tiny={}", golden("models/llama").display());
-        let environment = [("EMULATE_MEMORY", &*memory), ("EMULATE_MAPPING", mapping), ("EMULATE_RELEASE_FAILS", release_fails)];
+        let environment = [
+            ("EMULATE_MEMORY", &*memory),
+            ("EMULATE_MAPPING", mapping),
+            ("EMULATE_RELEASE_FAILS", release_fails),
+        ];
         let server = Server::start_in(dir.path(), &models, &flags, &environment);
         let client = server.client().await;
         let dataset = upload(&client, "pairs.jsonl").await;
         let job = submit(&client, job(&dataset.name, 3)).await;
         let events = finish(&client, &job).await;
-        let logs: Vec<&str> =
-            events.iter().filter_map(|e| if let Some(Event::Log(l)) = &e.event { Some(l.message.as_str()) } else { None }).collect();
-        let shortened = logs.iter().any(|l| l.contains("out of memory") && l.contains("going on with rows of"));
+        let logs: Vec<&str> = events
+            .iter()
+            .filter_map(|e| {
+                if let Some(Event::Log(l)) = &e.event { Some(l.message.as_str()) } else { None }
+            })
+            .collect();
+        let shortened =
+            logs.iter().any(|l| l.contains("out of memory") && l.contains("going on with rows of"));
         assert!(shortened || error == Some("freeing memory"), "{what}: {logs:?}");
         let request = pb::GetTrainingJobRequest { name: job };
         let ended = client.training().get_training_job(request).await.unwrap().into_inner();
@@ -272,7 +334,12 @@ async fn a_gpu_that_fails_for_good_ends_the_process_and_the_next_one_goes_on() {
     let dir = tempfile::tempdir().unwrap();
     let models = format!("tiny={}", golden("models/llama").display());
     let flags = ["--device", &device];
-    let mut server = Server::start_in(dir.path(), &models, &flags, &[("EMULATE_LOST_AFTER", "400"), ("EMULATE_MAPPING", "1")]);
+    let mut server = Server::start_in(
+        dir.path(),
+        &models,
+        &flags,
+        &[("EMULATE_LOST_AFTER", "400"), ("EMULATE_MAPPING", "1")],
+    );
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let mut wanted = job(&dataset.name, 14);
@@ -286,8 +353,12 @@ async fn a_gpu_that_fails_for_good_ends_the_process_and_the_next_one_goes_on() {
     let server = Server::start_with(dir.path(), &models, &flags);
     let events = finish(&server.client().await, &job).await;
     assert_eq!(state(&server.client().await, &job).await, pb::JobState::Succeeded);
-    let steps: Vec<u64> =
-        events.iter().filter_map(|e| if let Some(Event::StepMetrics(s)) = &e.event { Some(s.step) } else { None }).collect();
+    let steps: Vec<u64> = events
+        .iter()
+        .filter_map(
+            |e| if let Some(Event::StepMetrics(s)) = &e.event { Some(s.step) } else { None },
+        )
+        .collect();
     assert!(steps.ends_with(&[13, 14]) && steps.contains(&1), "{steps:?}");
 }
 
@@ -297,7 +368,8 @@ async fn a_server_at_work_on_its_gpu_ends_with_success_when_it_is_told_to() {
     let dir = tempfile::tempdir().unwrap();
     let models = format!("tiny={}", golden("models/llama").display());
     // Nobody reads what the client's connection says while the test waits for the server: the call stays open for as long as it may.
-    let mut server = Server::start_with(dir.path(), &models, &["--device", &device, "--drain-timeout", "1"]);
+    let mut server =
+        Server::start_with(dir.path(), &models, &["--device", &device, "--drain-timeout", "1"]);
     let client = server.client().await;
     score(&client, "models/tiny", pairs()).await;
     // Many pairs, each new; the caller leaves while they are computed. A server at work must end, and with success; that it waits for its device shows only
@@ -306,7 +378,9 @@ async fn a_server_at_work_on_its_gpu_ends_with_success_when_it_is_told_to() {
         // Other prompts, so that nothing is known from before.
         let other = move |i: usize| {
             pairs().into_iter().map(move |mut p| {
-                if let Some(pb::text::Form::Chat(list)) = p.prompt.as_mut().and_then(|t| t.form.as_mut()) {
+                if let Some(pb::text::Form::Chat(list)) =
+                    p.prompt.as_mut().and_then(|t| t.form.as_mut())
+                {
                     list.messages.iter_mut().for_each(|m| m.content += &format!(" {call} {i}"));
                 }
                 pb::Pair { id: format!("{}-{call}-{i}", p.id), ..p }
@@ -344,7 +418,9 @@ fn start_engine(folder: &Path, change: impl FnOnce(&mut EngineOptions)) -> Resul
 fn a_model_whose_heads_are_too_wide_for_the_kernels_is_refused() {
     let Some(_) = gpu_name() else { return };
     let shape = |width: usize| {
-        format!(r#""model_type": "qwen3", "hidden_size": 64, "head_dim": {width}, "num_attention_heads": 1, "num_key_value_heads": 1"#)
+        format!(
+            r#""model_type": "qwen3", "hidden_size": 64, "head_dim": {width}, "num_attention_heads": 1, "num_key_value_heads": 1"#
+        )
     };
     let refused = start_engine(model_folder(&shape(512)).path(), |_| {}).unwrap_err();
     assert!(refused.contains("head_dim is 512") && refused.contains("--device cpu"), "{refused}");
@@ -357,7 +433,8 @@ fn a_gpu_has_a_memory_limit_of_its_own() {
     let folder = model_folder(SHAPES[0].1);
     // The container's memory says nothing about the GPU's.
     assert_eq!(start_engine(folder.path(), |options| options.memory_limit = Some(1)), Ok(()));
-    let refused = start_engine(folder.path(), |options| options.device_memory_limit = Some(1)).unwrap_err();
+    let refused =
+        start_engine(folder.path(), |options| options.device_memory_limit = Some(1)).unwrap_err();
     assert!(refused.contains("raise device_memory_limit"), "{refused}");
 }
 
@@ -365,7 +442,15 @@ fn a_gpu_has_a_memory_limit_of_its_own() {
 fn a_gpu_that_rounds_f32_products_is_refused() {
     let Some(device) = gpu_name().filter(|_| is_emulated()) else { return };
     let out = std::process::Command::new(crate::support::binary())
-        .args(["serve", "--models", &format!("tiny={}", golden("models/llama").display()), "--device", &device, "--listen", "127.0.0.1:0"])
+        .args([
+            "serve",
+            "--models",
+            &format!("tiny={}", golden("models/llama").display()),
+            "--device",
+            &device,
+            "--listen",
+            "127.0.0.1:0",
+        ])
         .env("EMULATE_TF32", "1")
         .output()
         .unwrap();

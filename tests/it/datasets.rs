@@ -18,8 +18,7 @@ use crate::hostile::{check, mutate, resident_kib, times};
 use crate::server::{Server, finish, job, submit};
 use crate::support::golden;
 
-const MESSAGES: &str =
-    "(LIST) { repeated group list { required group element { optional binary role (UTF8); optional binary content (UTF8); } } }";
+const MESSAGES: &str = "(LIST) { repeated group list { required group element { optional binary role (UTF8); optional binary content (UTF8); } } }";
 
 async fn upload(server: &Server, file: &Path) -> Result<pb::Dataset, ClientError> {
     server.client().await.upload_dataset(file, pb::UploadMetadata::default(), |_| {}).await
@@ -27,13 +26,19 @@ async fn upload(server: &Server, file: &Path) -> Result<pb::Dataset, ClientError
 
 /// A good record, then one whose lists have so many messages without text: runs of levels, some bytes however many.
 fn endless_messages(path: &Path, messages: usize) {
-    let schema = ["prompt", "chosen", "rejected"].map(|c| format!("required group {c} {MESSAGES}")).concat();
+    let schema =
+        ["prompt", "chosen", "rejected"].map(|c| format!("required group {c} {MESSAGES}")).concat();
     let schema = Arc::new(parse_message_type(&format!("message pairs {{ {schema} }}")).unwrap());
     let properties = WriterProperties::builder()
         .set_compression(Compression::SNAPPY)
         .set_dictionary_enabled(false)
         .set_statistics_enabled(parquet::file::properties::EnabledStatistics::None);
-    let mut writer = SerializedFileWriter::new(std::fs::File::create(path).unwrap(), schema, Arc::new(properties.build())).unwrap();
+    let mut writer = SerializedFileWriter::new(
+        std::fs::File::create(path).unwrap(),
+        schema,
+        Arc::new(properties.build()),
+    )
+    .unwrap();
     let mut group = writer.next_row_group().unwrap();
     let mut texts = ["user", "Q", "assistant", "yes", "assistant", "no"].into_iter();
     while let Some(mut column) = group.next_column().unwrap() {
@@ -45,7 +50,10 @@ fn endless_messages(path: &Path, messages: usize) {
     let mut group = writer.next_row_group().unwrap();
     let repetition: Vec<i16> = (0..messages).map(|i| i16::from(i > 0)).collect();
     while let Some(mut column) = group.next_column().unwrap() {
-        column.typed::<ByteArrayType>().write_batch(&[], Some(&vec![1; messages]), Some(&repetition)).unwrap();
+        column
+            .typed::<ByteArrayType>()
+            .write_batch(&[], Some(&vec![1; messages]), Some(&repetition))
+            .unwrap();
         column.close().unwrap();
     }
     group.close().unwrap();
@@ -75,7 +83,11 @@ async fn a_small_parquet_file_that_wants_gigabytes_is_refused_and_costs_the_serv
     assert!(size < 1 << 20, "{size} bytes");
     let before = resident_kib(server.pid());
     let refused = upload(&server, &file).await.unwrap_err().to_string();
-    assert!(refused.contains("decoding needs more than 1024 MiB of memory") && refused.contains("use JSONL"), "{refused}");
+    assert!(
+        refused.contains("decoding needs more than 1024 MiB of memory")
+            && refused.contains("use JSONL"),
+        "{refused}"
+    );
     // One that can be decoded costs no more: its good record is kept, the other is a finding.
     endless_messages(&file, 100_000);
     let report = upload(&server, &file).await.unwrap().report.unwrap();
@@ -92,7 +104,10 @@ async fn a_small_parquet_file_that_wants_gigabytes_is_refused_and_costs_the_serv
 async fn damaged_parquet_files_get_an_answer() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
-    let mut files: Vec<_> = std::fs::read_dir(golden("parquet")).unwrap().map(|e| std::fs::read(e.unwrap().path()).unwrap()).collect();
+    let mut files: Vec<_> = std::fs::read_dir(golden("parquet"))
+        .unwrap()
+        .map(|e| std::fs::read(e.unwrap().path()).unwrap())
+        .collect();
     assert!(files.len() >= 8);
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     for i in 0..times() {
@@ -103,7 +118,10 @@ async fn damaged_parquet_files_get_an_answer() {
     let (mut taken, mut refused) = (0, 0);
     for bytes in files {
         std::fs::write(&file, bytes).unwrap();
-        match tokio::time::timeout(Duration::from_secs(150), upload(&server, &file)).await.expect("an upload is answered") {
+        match tokio::time::timeout(Duration::from_secs(150), upload(&server, &file))
+            .await
+            .expect("an upload is answered")
+        {
             Ok(_) => taken += 1,
             Err(ClientError::Refused(e)) => {
                 check("upload", &e);

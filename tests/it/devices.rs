@@ -16,7 +16,8 @@ type Devices = (&'static str, &'static [(&'static str, &'static str)]);
 const TWO_EMULATED: Devices = ("cuda:0,cuda:1", &[("EMULATE_DEVICES", "2")]);
 
 /// The same with memory as GPUs have it, and with work that is done only when something waits for it.
-const TWO_EMULATED_LATE: Devices = ("cuda:0,cuda:1", &[("EMULATE_DEVICES", "2"), ("EMULATE_MAPPING", "1"), ("EMULATE_LATE", "1")]);
+const TWO_EMULATED_LATE: Devices =
+    ("cuda:0,cuda:1", &[("EMULATE_DEVICES", "2"), ("EMULATE_MAPPING", "1"), ("EMULATE_LATE", "1")]);
 
 /// Two devices of each kind that can be had here.
 fn kinds() -> Vec<Devices> {
@@ -47,37 +48,55 @@ async fn each_device_trains_a_job_and_scores_its_weights() {
         let dir = tempfile::tempdir().unwrap();
         let mut server = start(dir.path(), devices, &[]);
         let client = server.client().await;
-        let models = client.models().list_models(pb::ListModelsRequest::default()).await.unwrap().into_inner().models;
+        let models = client
+            .models()
+            .list_models(pb::ListModelsRequest::default())
+            .await
+            .unwrap()
+            .into_inner()
+            .models;
         assert_eq!(models[0].device, devices.0);
         let dataset = upload(&client, "pairs.jsonl").await;
         let endless = |rate| {
-            let optimizer = Some(pb::OptimizerConfig { learning_rate: Some(rate), ..Default::default() });
+            let optimizer =
+                Some(pb::OptimizerConfig { learning_rate: Some(rate), ..Default::default() });
             pb::TrainingJob { optimizer, ..job(&dataset.name, 100_000) }
         };
         let jobs = [submit(&client, endless(1e-2)).await, submit(&client, endless(1e-20)).await];
         // A third one waits: there are two devices.
         let third = submit(&client, job(&dataset.name, 2)).await;
         until("both run", async || {
-            state(&client, &jobs[0]).await == pb::JobState::Running && state(&client, &jobs[1]).await == pb::JobState::Running
+            state(&client, &jobs[0]).await == pb::JobState::Running
+                && state(&client, &jobs[1]).await == pb::JobState::Running
         })
         .await;
         assert_eq!(state(&client, &third).await, pb::JobState::Queued);
         // The weights that learn are scored by the worker that trains them, those that stand still by the other; so is a base model, by either.
         until("the first one has learnt", async || {
-            let results = score(&client, &format!("{}/checkpoints/latest", jobs[0]), pairs()).await.results;
+            let results =
+                score(&client, &format!("{}/checkpoints/latest", jobs[0]), pairs()).await.results;
             results.iter().any(|r| scored(r).margin.abs() > 1e-3)
         })
         .await;
         for policy in [format!("{}/checkpoints/latest", jobs[1]), "models/tiny".into()] {
             let results = score(&client, &policy, pairs()).await.results;
-            assert!(results.iter().all(|r| scored(r).margin.abs() < 1e-6), "{policy} learns nothing");
+            assert!(
+                results.iter().all(|r| scored(r).margin.abs() < 1e-6),
+                "{policy} learns nothing"
+            );
         }
         // Each device's units are counted apart: an alert compares the devices that train with the jobs that run.
         let metrics = server.metrics();
-        let training = metrics.lines().filter(|l| l.starts_with("bradley_training_unit_seconds_count{device="));
+        let training = metrics
+            .lines()
+            .filter(|l| l.starts_with("bradley_training_unit_seconds_count{device="));
         let of_each: Vec<&str> = training.collect();
         assert_eq!(of_each.len(), 2, "{of_each:?}");
-        client.training().cancel_training_job(pb::CancelTrainingJobRequest { name: jobs[0].clone() }).await.unwrap();
+        client
+            .training()
+            .cancel_training_job(pb::CancelTrainingJobRequest { name: jobs[0].clone() })
+            .await
+            .unwrap();
         finish(&client, &third).await;
         assert_eq!(state(&client, &third).await, pb::JobState::Succeeded);
         assert_eq!(state(&client, &jobs[1]).await, pb::JobState::Running, "its device is its own");
@@ -92,9 +111,11 @@ async fn a_job_of_a_higher_priority_takes_the_place_of_the_lowest() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let with = |priority, steps| pb::TrainingJob { priority, ..job(&dataset.name, steps) };
-    let (low, middle) = (submit(&client, with(0, 100_000)).await, submit(&client, with(1, 100_000)).await);
+    let (low, middle) =
+        (submit(&client, with(0, 100_000)).await, submit(&client, with(1, 100_000)).await);
     until("both run", async || {
-        state(&client, &low).await == pb::JobState::Running && state(&client, &middle).await == pb::JobState::Running
+        state(&client, &low).await == pb::JobState::Running
+            && state(&client, &middle).await == pb::JobState::Running
     })
     .await;
     let high = submit(&client, with(2, 100_000)).await;
@@ -132,7 +153,13 @@ async fn a_run_on_two_devices_learns_what_it_learns_on_one_and_repeats_bit_for_b
         // The first step's losses see the same weights; sums of gradients have another order.
         for (i, (one, two)) in alone.0.iter().zip(&both.0).enumerate() {
             assert_close(&format!("the loss of step {}", i + 1), two[0], one[0], 1e-4, 0.1);
-            assert_close(&format!("the gradient's norm in step {}", i + 1), two[1], one[1], 1e-3, 0.1);
+            assert_close(
+                &format!("the gradient's norm in step {}", i + 1),
+                two[1],
+                one[1],
+                1e-3,
+                0.1,
+            );
         }
         for (one, two) in alone.1.iter().zip(&both.1) {
             assert_close("a margin after training", *two, *one, 1e-3, 0.1);
@@ -145,11 +172,15 @@ async fn a_run_on_two_devices_learns_what_it_learns_on_one_and_repeats_bit_for_b
 #[tokio::test]
 async fn a_server_starts_without_a_device_that_is_missing_only_when_told_to() {
     let model = bradley::formats::loader::load_model;
-    let load = || model(Some("m"), golden("models/llama").to_str().unwrap(), &Default::default()).unwrap();
+    let load =
+        || model(Some("m"), golden("models/llama").to_str().unwrap(), &Default::default()).unwrap();
     let missing = DeviceChoice::parse("cuda:97").unwrap();
     let here = if device().name() == "cpu" { DeviceChoice::Cpu } else { DeviceChoice::Cuda(0) };
     let start = |devices: Vec<DeviceChoice>, skip_missing_devices| {
-        engine::start(vec![load()], EngineOptions { devices, skip_missing_devices, ..EngineOptions::default() })
+        engine::start(
+            vec![load()],
+            EngineOptions { devices, skip_missing_devices, ..EngineOptions::default() },
+        )
     };
     let refused = start(vec![here, missing], false).err().unwrap().to_string();
     assert!(refused.contains("cuda:97"), "{refused}");
@@ -169,6 +200,9 @@ fn devices_that_do_not_go_together_are_refused() {
             .output()
             .unwrap();
         let said = String::from_utf8_lossy(&out.stderr);
-        assert!(!out.status.success() && said.contains("device") && said.contains(wrong), "{wrong}: {said}");
+        assert!(
+            !out.status.success() && said.contains("device") && said.contains(wrong),
+            "{wrong}: {said}"
+        );
     }
 }

@@ -36,7 +36,8 @@ async fn steps(client: &Client, name: &str) -> Vec<Vec<(String, u64)>> {
     let ended = get(client, name).await;
     assert_eq!(ended.state(), pb::JobState::Succeeded, "{:?}", ended.error);
     let bits = |s: pb::StepMetrics| {
-        let mut all: Vec<(String, u64)> = s.metrics.into_iter().map(|(k, v)| (k, v.to_bits())).collect();
+        let mut all: Vec<(String, u64)> =
+            s.metrics.into_iter().map(|(k, v)| (k, v.to_bits())).collect();
         all.sort();
         all
     };
@@ -47,8 +48,18 @@ async fn steps(client: &Client, name: &str) -> Vec<Vec<(String, u64)>> {
     events.into_iter().filter_map(step).collect()
 }
 
-async fn download(client: &Client, job: &str, format: pb::ExportFormat, dtype: &str, out: PathBuf) -> PathBuf {
-    let request = pb::DownloadCheckpointRequest { name: format!("{job}/checkpoints/latest"), format: format.into(), dtype: dtype.into() };
+async fn download(
+    client: &Client,
+    job: &str,
+    format: pb::ExportFormat,
+    dtype: &str,
+    out: PathBuf,
+) -> PathBuf {
+    let request = pb::DownloadCheckpointRequest {
+        name: format!("{job}/checkpoints/latest"),
+        format: format.into(),
+        dtype: dtype.into(),
+    };
     client.download(request, &out).await.unwrap();
     out
 }
@@ -65,7 +76,10 @@ fn full(dataset: &str, steps: u64) -> pb::TrainingJob {
 
 /// Two servers on the same files, which keep frozen weights in f32 and in bf16.
 async fn two_precisions(dir: &Path) -> [(Server, Client, String); 2] {
-    assert!(!open("llama").weights.is_exact_in(Precision::Bf16), "the weights must not be representable in bf16");
+    assert!(
+        !open("llama").weights.is_exact_in(Precision::Bf16),
+        "the weights must not be representable in bf16"
+    );
     let mut made = Vec::new();
     for precision in ["f32", "bf16"] {
         let models = format!("tiny={}", golden("models/llama").display());
@@ -85,17 +99,24 @@ async fn a_full_fine_tune_in_f32_is_the_same_on_a_bf16_server_bit_for_bit() {
         let first = submit(client, full(dataset, 12)).await;
         trained.push(steps(client, &first).await);
         // A new job that starts from the checkpoint starts from its f32 tensors.
-        let second = pb::TrainingJob { policy: format!("{first}/checkpoints/latest"), ..full(dataset, 3) };
+        let second =
+            pb::TrainingJob { policy: format!("{first}/checkpoints/latest"), ..full(dataset, 3) };
         let second = submit(client, second).await;
         continued.push(steps(client, &second).await);
         let adapter = pb::TrainingJob { precision: "f32".into(), ..job(dataset, 4) };
         lora.push(steps(client, &submit(client, adapter).await).await);
         // The export is the checkpoint, tensor by tensor.
-        let out = download(client, &second, pb::ExportFormat::Merged, "", server.data_dir.join("out")).await;
+        let out =
+            download(client, &second, pb::ExportFormat::Merged, "", server.data_dir.join("out"))
+                .await;
         let id = second.trim_start_matches("trainingJobs/");
-        let checkpoint = server.data_dir.join("jobs").join(id).join("checkpoints/3/model.safetensors");
+        let checkpoint =
+            server.data_dir.join("jobs").join(id).join("checkpoints/3/model.safetensors");
         let weights = std::fs::read(out.join("model.safetensors")).unwrap();
-        assert!(weights == std::fs::read(checkpoint).unwrap(), "the export of the f32 base is the checkpoint's file");
+        assert!(
+            weights == std::fs::read(checkpoint).unwrap(),
+            "the export of the f32 base is the checkpoint's file"
+        );
         exported.push(weights);
     }
     assert_eq!(trained[0].len(), 12);
@@ -110,7 +131,11 @@ async fn what_needs_files_that_are_gone_or_changed_waits_for_them() {
     let (dir, models) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let folder = models.path().join("tiny");
     copy_model("llama", &folder);
-    let server = Server::start_with(dir.path(), folder.to_str().unwrap(), &["--precision", "bf16", "--lease", "2"]);
+    let server = Server::start_with(
+        dir.path(),
+        folder.to_str().unwrap(),
+        &["--precision", "bf16", "--lease", "2"],
+    );
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let weights = folder.join("model.safetensors");
@@ -126,14 +151,22 @@ async fn what_needs_files_that_are_gone_or_changed_waits_for_them() {
         let name = submit(&client, full(&dataset, 2)).await;
         waits(&client, &name, "MODEL_FILES_CHANGED").await;
         let error = get(&client, &name).await.error.unwrap().message;
-        assert!(error.contains("models/tiny") && error.contains(expected) && error.contains("put the files back"), "{error}");
+        assert!(
+            error.contains("models/tiny")
+                && error.contains(expected)
+                && error.contains("put the files back"),
+            "{error}"
+        );
         assert!(!error.contains(models.path().to_str().unwrap()), "{error}");
         // A run in bf16 LoRA needs nothing but what is in memory, and gets its turn; its merged export needs the files.
         let other = submit(&client, job(&dataset, 2)).await;
         steps(&client, &other).await;
         let metrics = server.metrics();
         let counter = r#"bradley_jobs_waiting_total{reason="model_files_changed"}"#;
-        assert!(metrics.contains(counter) && !metrics.contains(&format!("{counter} 0")), "the operator sees that it waits");
+        assert!(
+            metrics.contains(counter) && !metrics.contains(&format!("{counter} 0")),
+            "the operator sees that it waits"
+        );
         let merged = pb::ExportCheckpointRequest {
             name: format!("{other}/checkpoints/latest"),
             format: pb::ExportFormat::Merged.into(),
@@ -158,15 +191,23 @@ async fn exports_load_in_transformers_and_peft_and_say_what_the_service_says() {
     // Users find the base under the name that the adapter gives. Another token ends its answers than config.json says.
     let base = place.path().join("some-base");
     copy_model("llama-bf16", &base);
-    std::fs::write(base.join("generation_config.json"), r#"{"bos_token_id": 0, "eos_token_id": 9, "pad_token_id": 1}"#).unwrap();
+    std::fs::write(
+        base.join("generation_config.json"),
+        r#"{"bos_token_id": 0, "eos_token_id": 9, "pad_token_id": 1}"#,
+    )
+    .unwrap();
     let server = Server::start_with(dir.path(), &format!("some-base={}", base.display()), &[]);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
-    let name = submit(&client, pb::TrainingJob { policy: "models/some-base".into(), ..job(&dataset, 8) }).await;
+    let name =
+        submit(&client, pb::TrainingJob { policy: "models/some-base".into(), ..job(&dataset, 8) })
+            .await;
     steps(&client, &name).await;
 
-    let merged = download(&client, &name, pb::ExportFormat::Merged, "", place.path().join("merged")).await;
-    let adapter = download(&client, &name, pb::ExportFormat::Adapter, "", place.path().join("adapter")).await;
+    let merged =
+        download(&client, &name, pb::ExportFormat::Merged, "", place.path().join("merged")).await;
+    let adapter =
+        download(&client, &name, pb::ExportFormat::Adapter, "", place.path().join("adapter")).await;
     let served = score(&client, &format!("{name}/checkpoints/latest"), pairs()).await;
     let text = |t: &Text| match t {
         Text::Chat(messages) => json!(messages),
@@ -182,7 +223,11 @@ async fn exports_load_in_transformers_and_peft_and_say_what_the_service_says() {
         })
         .collect();
     let file = place.path().join("expected.json");
-    std::fs::write(&file, json!({"dtype": "torch.bfloat16", "eos": 9, "pairs": expected}).to_string()).unwrap();
+    std::fs::write(
+        &file,
+        json!({"dtype": "torch.bfloat16", "eos": 9, "pairs": expected}).to_string(),
+    )
+    .unwrap();
     let output = Command::new(python)
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/exports.py"))
         .args([&merged, &adapter, &file])
@@ -190,10 +235,14 @@ async fn exports_load_in_transformers_and_peft_and_say_what_the_service_says() {
         .env("HF_HUB_OFFLINE", "1")
         .output()
         .unwrap();
-    let (said, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (said, errors) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{said}\n{errors}");
     let number = |what: &str| -> f64 {
-        let line = said.lines().find_map(|l| l.strip_prefix(what)).unwrap_or_else(|| panic!("{what}: {said}"));
+        let line = said
+            .lines()
+            .find_map(|l| l.strip_prefix(what))
+            .unwrap_or_else(|| panic!("{what}: {said}"));
         line.trim().parse().unwrap()
     };
     println!("{said}");
@@ -209,7 +258,10 @@ async fn exports_load_in_transformers_and_peft_and_say_what_the_service_says() {
     let other = Server::start_with(again.path(), &model, &[]);
     let from_merged = score(&other.client().await, "models/merged", pairs()).await;
     for (m, w) in from_merged.results.iter().zip(&served.results) {
-        let (m, w) = (scored(m).a.clone().unwrap().policy_logprob, scored(w).a.clone().unwrap().policy_logprob);
+        let (m, w) = (
+            scored(m).a.clone().unwrap().policy_logprob,
+            scored(w).a.clone().unwrap().policy_logprob,
+        );
         assert!((m - w).abs() < 2f64.powi(-8) * w.abs(), "{m} is not {w}");
     }
 }
@@ -222,21 +274,37 @@ async fn an_export_is_made_in_the_element_type_that_is_asked_for() {
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let name = submit(&client, job(&dataset, 2)).await;
     steps(&client, &name).await;
-    for (dtype, torch) in [("f32", "float32"), ("bf16", "bfloat16"), ("f16", "float16"), ("", "float32")] {
-        let out = download(&client, &name, pb::ExportFormat::Merged, dtype, dir.path().join(format!("out-{dtype}"))).await;
-        let config: serde_json::Value = serde_json::from_slice(&std::fs::read(out.join("config.json")).unwrap()).unwrap();
+    for (dtype, torch) in
+        [("f32", "float32"), ("bf16", "bfloat16"), ("f16", "float16"), ("", "float32")]
+    {
+        let out = download(
+            &client,
+            &name,
+            pb::ExportFormat::Merged,
+            dtype,
+            dir.path().join(format!("out-{dtype}")),
+        )
+        .await;
+        let config: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(out.join("config.json")).unwrap()).unwrap();
         assert_eq!(config["dtype"], torch);
         let weights = bradley::formats::weights::Weights::open_folder(&out).unwrap();
         let wanted = ElementType::parse(if dtype.is_empty() { "f32" } else { dtype }).unwrap();
         assert_eq!(weights.element_type(), wanted);
     }
     let ask = async |format: pb::ExportFormat, dtype: &str| {
-        let request =
-            pb::ExportCheckpointRequest { name: format!("{name}/checkpoints/latest"), format: format.into(), dtype: dtype.into() };
+        let request = pb::ExportCheckpointRequest {
+            name: format!("{name}/checkpoints/latest"),
+            format: format.into(),
+            dtype: dtype.into(),
+        };
         client.checkpoints().export_checkpoint(request).await.map(|r| r.into_inner())
     };
-    for (format, dtype) in [(pb::ExportFormat::Merged, "int8"), (pb::ExportFormat::Adapter, "bf16"), (pb::ExportFormat::Unspecified, "f32")]
-    {
+    for (format, dtype) in [
+        (pb::ExportFormat::Merged, "int8"),
+        (pb::ExportFormat::Adapter, "bf16"),
+        (pb::ExportFormat::Unspecified, "f32"),
+    ] {
         let e = ask(format, dtype).await.unwrap_err();
         assert!(e.code() == Code::InvalidArgument && e.message().contains("dtype"), "{e}");
     }
@@ -251,19 +319,22 @@ async fn an_export_is_made_in_the_element_type_that_is_asked_for() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_answer_names_a_folder_of_the_server() {
-    let (dir, adapters, models) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (dir, adapters, models) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let folder = models.path().join("tiny");
     copy_model("llama", &folder);
     let flags = ["--adapter-dir", adapters.path().to_str().unwrap()];
     let server = Server::start_with(dir.path(), folder.to_str().unwrap(), &flags);
     let client = server.client().await;
-    let hidden = [dir.path(), adapters.path(), models.path()].map(|path| path.to_str().unwrap().to_owned());
+    let hidden =
+        [dir.path(), adapters.path(), models.path()].map(|path| path.to_str().unwrap().to_owned());
     let told = |what: &str, text: &str| {
         for path in &hidden {
             assert!(!text.contains(path.as_str()), "{what}: {text}");
         }
     };
-    let listed = client.models().list_models(pb::ListModelsRequest {}).await.unwrap().into_inner().models;
+    let listed =
+        client.models().list_models(pb::ListModelsRequest {}).await.unwrap().into_inner().models;
     assert_eq!(listed[0].source, "tiny");
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let name = submit(&client, job(&dataset, 2)).await;
@@ -273,18 +344,26 @@ async fn no_answer_names_a_folder_of_the_server() {
     let request = pb::ExportCheckpointRequest { name: latest.clone(), ..Default::default() };
     let export = client.checkpoints().export_checkpoint(request).await.unwrap().into_inner();
     told("an export", &format!("{export:?}"));
-    let out = download(&client, &name, pb::ExportFormat::Adapter, "", adapters.path().join("mine")).await;
+    let out =
+        download(&client, &name, pb::ExportFormat::Adapter, "", adapters.path().join("mine")).await;
     let config = std::fs::read_to_string(out.join("adapter_config.json")).unwrap();
     told("adapter_config.json", &config);
     assert!(config.contains(r#""base_model_name_or_path": "tiny""#), "{config}");
 
     // An adapter that cannot be used, and one without weights.
-    std::fs::write(out.join("adapter_config.json"), config.replace(r#""use_dora": false"#, r#""use_dora": true"#)).unwrap();
+    std::fs::write(
+        out.join("adapter_config.json"),
+        config.replace(r#""use_dora": false"#, r#""use_dora": true"#),
+    )
+    .unwrap();
     let mut wanted = job(&dataset, 1);
     let lora = pb::LoraConfig { rank: Some(4), init_adapter: "mine".into(), ..Default::default() };
     wanted.method = Some(pb::training_job::Method::Lora(lora));
     let refused = async || {
-        let request = pb::CreateTrainingJobRequest { training_job: Some(wanted.clone()), ..Default::default() };
+        let request = pb::CreateTrainingJobRequest {
+            training_job: Some(wanted.clone()),
+            ..Default::default()
+        };
         client.training().create_training_job(request).await.unwrap_err().to_string()
     };
     let unusable = refused().await;
@@ -295,11 +374,19 @@ async fn no_answer_names_a_folder_of_the_server() {
 
     // A checkpoint whose weights are gone.
     let id = name.trim_start_matches("trainingJobs/");
-    std::fs::remove_file(dir.path().join("jobs").join(id).join("checkpoints/2/adapter_model.safetensors")).unwrap();
+    std::fs::remove_file(
+        dir.path().join("jobs").join(id).join("checkpoints/2/adapter_model.safetensors"),
+    )
+    .unwrap();
     let options = Some(pb::ScoringOptions { policy: latest.clone(), ..Default::default() });
-    let scored = client.scoring().score_pairs(pb::ScorePairsRequest { options, pairs: pairs() }).await;
+    let scored =
+        client.scoring().score_pairs(pb::ScorePairsRequest { options, pairs: pairs() }).await;
     told("scoring with a damaged checkpoint", &format!("{scored:?}"));
-    let merged = pb::ExportCheckpointRequest { name: latest, format: pb::ExportFormat::Merged.into(), ..Default::default() };
+    let merged = pb::ExportCheckpointRequest {
+        name: latest,
+        format: pb::ExportFormat::Merged.into(),
+        ..Default::default()
+    };
     let refused = client.checkpoints().export_checkpoint(merged).await.unwrap_err();
     told("an export of a damaged checkpoint", &format!("{refused:?}"));
 }

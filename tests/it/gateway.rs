@@ -30,10 +30,12 @@ struct Envoy {
 
 impl Envoy {
     fn start(test: &str, replicas: &[&Server]) -> Option<Self> {
-        let (program, python) = (needed("BRADLEY_TEST_ENVOY", test)?, needed("BRADLEY_TEST_PYTHON", test)?);
+        let (program, python) =
+            (needed("BRADLEY_TEST_ENVOY", test)?, needed("BRADLEY_TEST_PYTHON", test)?);
         let dir = tempfile::tempdir().unwrap();
         let descriptors = dir.path().join("bradley.pb");
-        let files = ["training", "dataset", "checkpoint", "scoring", "model"].map(|f| format!("bradley/v1/{f}.proto"));
+        let files = ["training", "dataset", "checkpoint", "scoring", "model"]
+            .map(|f| format!("bradley/v1/{f}.proto"));
         let files = files.into_iter().chain(["google/rpc/error_details.proto".to_owned()]);
         let made = Command::new(python)
             .args(["-m", "grpc_tools.protoc", "--include_imports"])
@@ -43,7 +45,8 @@ impl Envoy {
             .status();
         assert!(made.unwrap().success());
         let port = free_port();
-        let config = std::fs::read_to_string(repository().join("deploy/gateway/envoy.yaml")).unwrap();
+        let config =
+            std::fs::read_to_string(repository().join("deploy/gateway/envoy.yaml")).unwrap();
         let (before, rest) = config.split_once("      # discovery:").unwrap();
         let (_, after) = rest.split_once("      # end of discovery\n").unwrap();
         let discovery = format!(
@@ -52,7 +55,10 @@ impl Envoy {
         );
         let config = format!("{before}{discovery}{after}")
             .replace("/etc/envoy/bradley.pb", descriptors.to_str().unwrap())
-            .replace("{address: 0.0.0.0, port_value: 8080}", &format!("{{address: 127.0.0.1, port_value: {port}}}"));
+            .replace(
+                "{address: 0.0.0.0, port_value: 8080}",
+                &format!("{{address: 127.0.0.1, port_value: {port}}}"),
+            );
         assert!(config.contains(&format!("port_value: {port}")));
         std::fs::write(dir.path().join("envoy.yaml"), config).unwrap();
         discover(dir.path(), replicas);
@@ -85,11 +91,14 @@ impl Envoy {
     fn rest(&self, method: &str, path: &str, body: &str) -> (u16, serde_json::Value) {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        let head = format!("{method} {path} HTTP/1.1\r\nhost: gateway\r\ncontent-type: application/json\r\nconnection: close\r\n");
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nhost: gateway\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        );
         write!(stream, "{head}content-length: {}\r\n\r\n{body}", body.len()).unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{method} {path}: {answer:?}"));
+        let (head, body) =
+            answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{method} {path}: {answer:?}"));
         let status = head.split(' ').nth(1).unwrap().parse().unwrap();
         // Chunks, if any, are of one line each: their sizes stand between.
         let text = match head.to_lowercase().contains("transfer-encoding: chunked") {
@@ -112,11 +121,16 @@ impl Drop for Envoy {
 fn discover(dir: &Path, replicas: &[&Server]) {
     let endpoint = |s: &&Server| {
         let port = s.address.rsplit(':').next().unwrap();
-        format!("{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}}}}}")
+        format!(
+            "{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}}}}}"
+        )
     };
     let all: Vec<String> = replicas.iter().map(endpoint).collect();
     let kind = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment";
-    let text = format!("resources:\n- \"@type\": {kind}\n  cluster_name: bradley\n  endpoints: [{{lb_endpoints: [{}]}}]\n", all.join(", "));
+    let text = format!(
+        "resources:\n- \"@type\": {kind}\n  cluster_name: bradley\n  endpoints: [{{lb_endpoints: [{}]}}]\n",
+        all.join(", ")
+    );
     std::fs::write(dir.join("next.yaml"), text).unwrap();
     std::fs::rename(dir.join("next.yaml"), dir.join("replicas.yaml")).unwrap();
 }
@@ -138,7 +152,8 @@ impl Load {
         let expected = score(&envoy.client().await, "models/tiny", pairs()).await;
         let mut tasks = Vec::new();
         for _ in 0..clients {
-            let (client, stop, answered, expected) = (envoy.client().await, stop.clone(), answered.clone(), expected.clone());
+            let (client, stop, answered, expected) =
+                (envoy.client().await, stop.clone(), answered.clone(), expected.clone());
             tasks.push(tokio::spawn(async move {
                 while !stop.load(Ordering::Relaxed) {
                     // It fails the test by a panic when the call fails.
@@ -184,7 +199,8 @@ async fn both_replicas_are_replaced_in_turn_and_no_request_fails() {
     let (database, artifacts) = (postgres.url(), format!("file://{}", shared.path().display()));
     let models = format!("tiny={}", golden("models/llama").display());
     let flags = ["--database-url", &database, "--artifact-url", &artifacts, "--lease", "3"];
-    let folders: Vec<PathBuf> = (0..4).map(|i| shared.path().join(format!("replica-{i}"))).collect();
+    let folders: Vec<PathBuf> =
+        (0..4).map(|i| shared.path().join(format!("replica-{i}"))).collect();
     let start = |i: usize| Server::start_with(&folders[i], &models, &flags);
     let mut replicas = vec![start(0), start(1)];
     let Some(envoy) = Envoy::start(test, &replicas.iter().collect::<Vec<_>>()) else { return };
@@ -221,18 +237,26 @@ async fn rest_with_json_is_the_same_service() {
     let server = Server::start(dir.path());
     let Some(envoy) = Envoy::start("rest_with_json", &[&server]) else { return };
     let (status, models) = envoy.rest("GET", "/v1/models", "");
-    assert_eq!((status, models["models"][0]["name"].as_str()), (200, Some("models/tiny")), "{models}");
+    assert_eq!(
+        (status, models["models"][0]["name"].as_str()),
+        (200, Some("models/tiny")),
+        "{models}"
+    );
 
     let text = |role: &str, content: &str| serde_json::json!({"chat": {"messages": [{"role": role, "content": content}]}});
     let pair = serde_json::json!({"id": "x", "prompt": text("user", "Name a colour."), "a": text("assistant", "Blue."), "b": text("assistant", "No.")});
     let body = serde_json::json!({"options": {"policy": "models/tiny"}, "pairs": [pair]});
     let (status, answer) = envoy.rest("POST", "/v1/scoring:scorePairs", &body.to_string());
     assert_eq!(status, 200, "{answer}");
-    assert_eq!(answer["results"][0]["score"]["probability"].as_f64(), Some(0.5), "a model is its own reference: {answer}");
+    assert_eq!(
+        answer["results"][0]["score"]["probability"].as_f64(),
+        Some(0.5),
+        "a model is its own reference: {answer}"
+    );
 
-    let completions = serde_json::json!([text("assistant", "Blue."), text("assistant", "It depends.")]);
-    let body =
-        serde_json::json!({"options": {"policy": "models/tiny"}, "prompt": text("user", "Name a colour."), "completions": completions});
+    let completions =
+        serde_json::json!([text("assistant", "Blue."), text("assistant", "It depends.")]);
+    let body = serde_json::json!({"options": {"policy": "models/tiny"}, "prompt": text("user", "Name a colour."), "completions": completions});
     let (status, ranked) = envoy.rest("POST", "/v1/scoring:scoreCompletions", &body.to_string());
     assert_eq!((status, ranked["results"].as_array().map(Vec::len)), (200, Some(2)), "{ranked}");
 
@@ -271,7 +295,12 @@ async fn a_client_with_the_service_config_does_not_notice_that_a_replica_stops()
     assert_eq!(line.trim(), "started");
     // Both are used.
     for server in [&stopping, &staying] {
-        let scored = || server.metrics().lines().find_map(|l| l.strip_prefix("bradley_scored_pairs_total ")?.parse::<u64>().ok());
+        let scored = || {
+            server
+                .metrics()
+                .lines()
+                .find_map(|l| l.strip_prefix("bradley_scored_pairs_total ")?.parse::<u64>().ok())
+        };
         let start = Instant::now();
         while scored().is_none_or(|n| n < 10) {
             assert!(start.elapsed() < Duration::from_secs(60), "one of the replicas is not used");

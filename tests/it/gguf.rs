@@ -16,7 +16,14 @@ use crate::support::{MODELS, encode, golden, policy, rows, tensors, tiny};
 /// llama.cpp's order of Q and K rows: per head, halves interleaved.
 fn interleave(t: &Tensor, heads: usize) -> Tensor {
     let (rows, width) = t.dims2().unwrap();
-    t.reshape((heads, 2, rows / heads / 2, width)).unwrap().transpose(1, 2).unwrap().contiguous().unwrap().reshape((rows, width)).unwrap()
+    t.reshape((heads, 2, rows / heads / 2, width))
+        .unwrap()
+        .transpose(1, 2)
+        .unwrap()
+        .contiguous()
+        .unwrap()
+        .reshape((rows, width))
+        .unwrap()
 }
 
 fn gguf_name(name: &str) -> String {
@@ -51,29 +58,54 @@ fn convert_with(name: &str, out: &Path, dtype: GgmlDType, more: &[(&str, Tensor)
 }
 
 /// The same with other metadata: keys that the converter has get these values.
-fn convert_as(name: &str, out: &Path, dtype: GgmlDType, more: &[(&str, Tensor)], other: &[(&str, Value)]) {
-    let config: serde_json::Value = serde_json::from_slice(&std::fs::read(golden(&format!("models/{name}/config.json"))).unwrap()).unwrap();
-    let tokenizer: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(golden(&format!("models/{name}/tokenizer.json"))).unwrap()).unwrap();
-    let settings: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(golden(&format!("models/{name}/tokenizer_config.json"))).unwrap()).unwrap();
+fn convert_as(
+    name: &str,
+    out: &Path,
+    dtype: GgmlDType,
+    more: &[(&str, Tensor)],
+    other: &[(&str, Value)],
+) {
+    let config: serde_json::Value = serde_json::from_slice(
+        &std::fs::read(golden(&format!("models/{name}/config.json"))).unwrap(),
+    )
+    .unwrap();
+    let tokenizer: serde_json::Value = serde_json::from_slice(
+        &std::fs::read(golden(&format!("models/{name}/tokenizer.json"))).unwrap(),
+    )
+    .unwrap();
+    let settings: serde_json::Value = serde_json::from_slice(
+        &std::fs::read(golden(&format!("models/{name}/tokenizer_config.json"))).unwrap(),
+    )
+    .unwrap();
     let architecture = if name == "mistral" { "llama" } else { name };
     let number = |k: &str| config[k].as_u64().unwrap() as u32;
     let heads = number("num_attention_heads") as usize;
-    let head_dim = config["head_dim"].as_u64().map_or(number("hidden_size") / heads as u32, |d| d as u32);
+    let head_dim =
+        config["head_dim"].as_u64().map_or(number("hidden_size") / heads as u32, |d| d as u32);
 
-    let mut vocabulary: Vec<(String, u64)> =
-        tokenizer["model"]["vocab"].as_object().unwrap().iter().map(|(t, id)| (t.clone(), id.as_u64().unwrap())).collect();
+    let mut vocabulary: Vec<(String, u64)> = tokenizer["model"]["vocab"]
+        .as_object()
+        .unwrap()
+        .iter()
+        .map(|(t, id)| (t.clone(), id.as_u64().unwrap()))
+        .collect();
     vocabulary.sort_by_key(|(_, id)| *id);
-    let special = |token: &str| tokenizer["added_tokens"].as_array().unwrap().iter().any(|a| a["content"] == token);
-    let types = vocabulary.iter().map(|(t, _)| Value::I32(if special(t) { 3 } else { 1 })).collect();
+    let special = |token: &str| {
+        tokenizer["added_tokens"].as_array().unwrap().iter().any(|a| a["content"] == token)
+    };
+    let types =
+        vocabulary.iter().map(|(t, _)| Value::I32(if special(t) { 3 } else { 1 })).collect();
     let merges = tokenizer["model"]["merges"].as_array().unwrap();
-    let merges = merges.iter().map(|m| Value::String(format!("{} {}", m[0].as_str().unwrap(), m[1].as_str().unwrap()))).collect();
+    let merges = merges
+        .iter()
+        .map(|m| Value::String(format!("{} {}", m[0].as_str().unwrap(), m[1].as_str().unwrap())))
+        .collect();
     let id = |key: &str| {
         let token = settings[key].as_str().unwrap();
         Value::U32(vocabulary.iter().find(|(t, _)| t == token).unwrap().1 as u32)
     };
-    let template = std::fs::read_to_string(golden(&format!("models/{name}/chat_template.jinja"))).unwrap();
+    let template =
+        std::fs::read_to_string(golden(&format!("models/{name}/chat_template.jinja"))).unwrap();
     let key = |suffix: &str| format!("{architecture}.{suffix}");
     let mut metadata = vec![
         ("general.architecture".into(), Value::String(architecture.into())),
@@ -91,7 +123,10 @@ fn convert_as(name: &str, out: &Path, dtype: GgmlDType, more: &[(&str, Tensor)],
         (key("attention.layer_norm_rms_epsilon"), Value::F32(1e-6)),
         ("tokenizer.ggml.model".into(), Value::String("gpt2".into())),
         ("tokenizer.ggml.pre".into(), Value::String("gpt-2".into())),
-        ("tokenizer.ggml.tokens".into(), Value::Array(vocabulary.iter().map(|(t, _)| Value::String(t.clone())).collect())),
+        (
+            "tokenizer.ggml.tokens".into(),
+            Value::Array(vocabulary.iter().map(|(t, _)| Value::String(t.clone())).collect()),
+        ),
         ("tokenizer.ggml.token_type".into(), Value::Array(types)),
         ("tokenizer.ggml.merges".into(), Value::Array(merges)),
         ("tokenizer.ggml.bos_token_id".into(), id("bos_token")),
@@ -109,17 +144,25 @@ fn convert_as(name: &str, out: &Path, dtype: GgmlDType, more: &[(&str, Tensor)],
         .map(|(n, t)| {
             let t = match () {
                 () if name == "mistral" && n.contains("q_proj") => interleave(&t, heads),
-                () if name == "mistral" && n.contains("k_proj") => interleave(&t, number("num_key_value_heads") as usize),
+                () if name == "mistral" && n.contains("k_proj") => {
+                    interleave(&t, number("num_key_value_heads") as usize)
+                }
                 () => t,
             };
-            let kind = if t.rank() == 2 && t.dim(1).unwrap() % dtype.block_size() == 0 { dtype } else { GgmlDType::F32 };
+            let kind = if t.rank() == 2 && t.dim(1).unwrap() % dtype.block_size() == 0 {
+                dtype
+            } else {
+                GgmlDType::F32
+            };
             (gguf_name(&n), QTensor::quantize(&t, kind).unwrap())
         })
         .collect();
     let metadata: Vec<(&str, &Value)> = metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
-    let more: Vec<(&str, QTensor)> = more.iter().map(|(n, t)| (*n, QTensor::quantize(t, GgmlDType::F32).unwrap())).collect();
+    let more: Vec<(&str, QTensor)> =
+        more.iter().map(|(n, t)| (*n, QTensor::quantize(t, GgmlDType::F32).unwrap())).collect();
     let more = more.iter().map(|(n, t)| (*n, t));
-    let stored: Vec<(&str, &QTensor)> = stored.iter().map(|(n, t)| (n.as_str(), t)).chain(more).collect();
+    let stored: Vec<(&str, &QTensor)> =
+        stored.iter().map(|(n, t)| (n.as_str(), t)).chain(more).collect();
     write(&mut BufWriter::new(std::fs::File::create(out).unwrap()), &metadata, &stored).unwrap();
 }
 
@@ -129,14 +172,19 @@ fn a_converted_model_is_the_same_model() {
     for name in MODELS.into_iter().filter(|n| *n != "llama") {
         let file = dir.path().join(format!("{name}.gguf"));
         convert(name, &file, GgmlDType::F32);
-        let (model, tokenizer) = policy(load_model(None, file.to_str().unwrap(), &Default::default()).unwrap());
+        let (model, tokenizer) =
+            policy(load_model(None, file.to_str().unwrap(), &Default::default()).unwrap());
         let (original, its_tokenizer) = tiny(name);
         for f in ["pairs.jsonl", "plain.jsonl"] {
             let rows = rows(f);
             let pairs = encode(&rows, &tokenizer, 256);
             assert_eq!(pairs, encode(&rows, &its_tokenizer, 256), "{name}");
             for pair in &pairs {
-                assert_eq!(score(&model, &pair.groups()).unwrap(), score(&original, &pair.groups()).unwrap(), "{name}");
+                assert_eq!(
+                    score(&model, &pair.groups()).unwrap(),
+                    score(&original, &pair.groups()).unwrap(),
+                    "{name}"
+                );
             }
         }
     }
@@ -148,8 +196,14 @@ fn the_end_of_a_turn_stops_generation_beside_the_end_of_a_text() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("turns.gguf");
     let (end_of_text, end_of_turn) = (0, 2);
-    let (eos, eot) = (("tokenizer.ggml.eos_token_id", Value::U32(end_of_text)), ("tokenizer.ggml.eot_token_id", Value::U32(end_of_turn)));
-    let plain = ("tokenizer.chat_template", Value::String("{{ messages[0]['content'] }}{{ eos_token }}".into()));
+    let (eos, eot) = (
+        ("tokenizer.ggml.eos_token_id", Value::U32(end_of_text)),
+        ("tokenizer.ggml.eot_token_id", Value::U32(end_of_turn)),
+    );
+    let plain = (
+        "tokenizer.chat_template",
+        Value::String("{{ messages[0]['content'] }}{{ eos_token }}".into()),
+    );
     let both = vec![end_of_text, end_of_turn];
     let cases = [
         (vec![eos.clone()], both.clone()),
@@ -195,7 +249,8 @@ fn quantised_models_stay_close() {
     ] {
         let file = dir.path().join("model.gguf");
         convert("qwen3", &file, dtype);
-        let (model, _) = policy(load_model(None, file.to_str().unwrap(), &Default::default()).unwrap());
+        let (model, _) =
+            policy(load_model(None, file.to_str().unwrap(), &Default::default()).unwrap());
         let got: f32 = score(&model, &pair.groups()).unwrap()[0].iter().sum();
         assert!((got - want).abs() < tolerance * want.abs(), "{dtype:?}: {got} vs {want}");
     }
@@ -232,8 +287,13 @@ fn tensors_that_the_metadata_does_not_call_for_are_refused_by_name() {
         load_model(None, file.to_str().unwrap(), &Default::default())
     };
     // The first block has no bias, from which the others' absence follows.
-    let e = load(&[("blk.1.attn_q.bias", some()), ("blk.2.attn_q.bias", some())]).unwrap_err().to_string();
-    assert!(e.contains("'blk.1.attn_q.bias' (and 1 others)") && e.contains(file.to_str().unwrap()), "{e}");
+    let e = load(&[("blk.1.attn_q.bias", some()), ("blk.2.attn_q.bias", some())])
+        .unwrap_err()
+        .to_string();
+    assert!(
+        e.contains("'blk.1.attn_q.bias' (and 1 others)") && e.contains(file.to_str().unwrap()),
+        "{e}"
+    );
     let e = load(&[("blk.7.attn_norm.weight", some())]).unwrap_err().to_string();
     assert!(e.contains("'blk.7.attn_norm.weight' belongs to a decoder layer"), "{e}");
     load(&[("blk.0.attn_rot_embd", some()), ("something.else", some())]).unwrap();

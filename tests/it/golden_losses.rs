@@ -11,10 +11,16 @@ use crate::support::{assert_close, encode, json, rows, tiny};
 fn config(settings: &Value) -> DpoConfig {
     let number = |k: &str| settings.get(k).and_then(Value::as_f64);
     let d = DpoConfig::default();
-    let names: Vec<&str> = settings["loss_type"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
-    let weights: Vec<f64> = settings.get("loss_weights").map_or(vec![1.0; names.len()], crate::support::numbers);
+    let names: Vec<&str> =
+        settings["loss_type"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
+    let weights: Vec<f64> =
+        settings.get("loss_weights").map_or(vec![1.0; names.len()], crate::support::numbers);
     DpoConfig {
-        losses: names.iter().zip(weights).map(|(n, weight)| term(n, weight, number("label_smoothing"))).collect(),
+        losses: names
+            .iter()
+            .zip(weights)
+            .map(|(n, weight)| term(n, weight, number("label_smoothing")))
+            .collect(),
         beta: number("beta").unwrap_or(d.beta),
         divergence: match settings.get("f_divergence_type").and_then(Value::as_str) {
             None => Divergence::ReverseKl,
@@ -30,7 +36,8 @@ fn config(settings: &Value) -> DpoConfig {
 
 /// TRL smooths fewer losses than Bradley can: each term has its own.
 fn term(name: &str, weight: f64, smoothing: Option<f64>) -> WeightedLoss {
-    let label_smoothing = smoothing.filter(|_| ["exo_pair", "robust", "aot", "aot_unpaired"].contains(&name));
+    let label_smoothing =
+        smoothing.filter(|_| ["exo_pair", "robust", "aot", "aot_unpaired"].contains(&name));
     WeightedLoss { loss: LossType::parse(name).unwrap(), weight, label_smoothing }
 }
 
@@ -44,28 +51,60 @@ fn every_loss_has_trls_value_gradient_norm_and_metrics() {
         let dpo = config(&case["settings"]);
         let spec = TrainingSpec {
             method: Method::Full,
-            optimizer: OptimizerConfig { learning_rate: 1e-9, schedule: ScheduleKind::Constant, ..Default::default() },
-            batch: BatchConfig { batch_size: 4, max_steps: Some(1), shuffle: false, max_length: 256, ..Default::default() },
+            optimizer: OptimizerConfig {
+                learning_rate: 1e-9,
+                schedule: ScheduleKind::Constant,
+                ..Default::default()
+            },
+            batch: BatchConfig {
+                batch_size: 4,
+                max_steps: Some(1),
+                shuffle: false,
+                max_length: 256,
+                ..Default::default()
+            },
             dpo: dpo.clone(),
             ..Default::default()
         };
         let steps = train(Run::full(&model, &reference, pairs.clone(), spec));
         let got = &steps[0];
-        assert_close(&format!("{what} loss"), got["loss"], case["loss"].as_f64().unwrap(), 2e-5, 1e-2);
-        assert_close(&format!("{what} grad_norm"), got["grad_norm"], case["grad_norm"].as_f64().unwrap(), 2e-4, 1e-3);
+        assert_close(
+            &format!("{what} loss"),
+            got["loss"],
+            case["loss"].as_f64().unwrap(),
+            2e-5,
+            1e-2,
+        );
+        assert_close(
+            &format!("{what} grad_norm"),
+            got["grad_norm"],
+            case["grad_norm"].as_f64().unwrap(),
+            2e-4,
+            1e-3,
+        );
         for (name, want) in case["metrics"].as_object().unwrap() {
             // TRL's rewards and logps are of the LD-weighted sums; ours are of the plain sums, which are what is served.
-            if dpo.ld_alpha.is_some() && (name.starts_with("rewards/") || name.starts_with("logps/")) {
+            if dpo.ld_alpha.is_some()
+                && (name.starts_with("rewards/") || name.starts_with("logps/"))
+            {
                 continue;
             }
-            assert_close(&format!("{what} {name}"), got[name.as_str()], want.as_f64().unwrap(), 1e-4, 1e-2);
+            assert_close(
+                &format!("{what} {name}"),
+                got[name.as_str()],
+                want.as_f64().unwrap(),
+                1e-4,
+                1e-2,
+            );
         }
     }
 }
 
 #[test]
 fn losses_that_trl_dropped_follow_their_papers() {
-    let floats = |v: &Value| -> Vec<f32> { crate::support::numbers(v).into_iter().map(|x| x as f32).collect() };
+    let floats = |v: &Value| -> Vec<f32> {
+        crate::support::numbers(v).into_iter().map(|x| x as f32).collect()
+    };
     for case in json("formulas.json").as_array().unwrap() {
         let (name, number) = (case["name"].as_str().unwrap(), |k: &str| case[k].as_f64().unwrap());
         let loss = match name {
@@ -73,7 +112,11 @@ fn losses_that_trl_dropped_follow_their_papers() {
             "orpo" => LossType::Orpo,
             _ => LossType::Sigmoid,
         };
-        let mut config = DpoConfig { losses: vec![WeightedLoss::new(loss, 1.0)], beta: number("beta"), ..DpoConfig::default() };
+        let mut config = DpoConfig {
+            losses: vec![WeightedLoss::new(loss, 1.0)],
+            beta: number("beta"),
+            ..DpoConfig::default()
+        };
         match name {
             "cdpo" => config.label_smoothing = number("label_smoothing"),
             "dpop" => config.dpop_lambda = number("dpop_lambda"),
@@ -82,16 +125,28 @@ fn losses_that_trl_dropped_follow_their_papers() {
             "orpo" => config.orpo_lambda = number("orpo_lambda"),
             _ => config.reference_free = true,
         }
-        let pairs: Vec<[Vec<f32>; 6]> =
-            case["pairs"].as_array().unwrap().iter().map(|p| ["w", "l", "rw", "rl", "gw", "gl"].map(|k| floats(&p[k]))).collect();
+        let pairs: Vec<[Vec<f32>; 6]> = case["pairs"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|p| ["w", "l", "rw", "rl", "gw", "gl"].map(|k| floats(&p[k])))
+            .collect();
         let inputs: Vec<PairLogps> = pairs
             .iter()
-            .map(|[w, l, rw, rl, ..]| PairLogps { policy_chosen: w, policy_rejected: l, reference: Some((rw, rl)), weight: 1.0, wpo: None })
+            .map(|[w, l, rw, rl, ..]| PairLogps {
+                policy_chosen: w,
+                policy_rejected: l,
+                reference: Some((rw, rl)),
+                weight: 1.0,
+                wpo: None,
+            })
             .collect();
         let got = batch_loss(&config, &inputs, 1.0);
         assert_close(name, got.loss, number("loss"), 1e-12, 1.0);
         for (i, [.., gw, gl]) in pairs.iter().enumerate() {
-            for (g, w) in got.grad_chosen[i].iter().chain(&got.grad_rejected[i]).zip(gw.iter().chain(gl)) {
+            for (g, w) in
+                got.grad_chosen[i].iter().chain(&got.grad_rejected[i]).zip(gw.iter().chain(gl))
+            {
                 assert_close(&format!("{name} gradient"), *g as f64, *w as f64, 1e-6, 1e-3);
             }
         }

@@ -18,7 +18,8 @@ use bradley::train::trainable::{Gradients, TrainablePolicy};
 use candle_core::{Device, Tensor};
 
 use crate::support::{
-    MODELS, assert_close, encode, golden, is_batch_invariant, json, numbers, open, policy, relative, rows, tensors, tiny,
+    MODELS, assert_close, encode, golden, is_batch_invariant, json, numbers, open, policy,
+    relative, rows, tensors, tiny,
 };
 
 /// f32 log-probs agree to 1e-5 relative; values near 0 are compared on the scale of 1 nat / 10.
@@ -33,10 +34,15 @@ fn log_probs_are_those_of_transformers() {
             let rows = rows(file);
             for (row, pair) in rows.iter().zip(encode(&rows, &tokenizer, 256)) {
                 let e = &expected[name][row.id.as_deref().unwrap()];
-                let (p, r) = (score(&model, &pair.groups()).unwrap(), score(&reference, &pair.groups()).unwrap());
+                let (p, r) = (
+                    score(&model, &pair.groups()).unwrap(),
+                    score(&reference, &pair.groups()).unwrap(),
+                );
                 for (i, side) in ["chosen", "rejected"].into_iter().enumerate() {
                     let what = format!("{name} {:?} {side}", row.id);
-                    for (got, want) in [(&p[i], &e[side]["policy"]["logps"]), (&r[i], &e[side]["reference"])] {
+                    for (got, want) in
+                        [(&p[i], &e[side]["policy"]["logps"]), (&r[i], &e[side]["reference"])]
+                    {
                         let want = numbers(want);
                         assert_eq!(got.len(), want.len(), "{what}");
                         for (g, w) in got.iter().zip(want) {
@@ -53,8 +59,11 @@ fn log_probs_are_those_of_transformers() {
 fn rope_scalings_are_those_of_transformers() {
     for case in json("ropes.json").as_array().unwrap() {
         let kind = case["config"]["rope_parameters"].to_string();
-        let config =
-            bradley::model::config::ModelConfig::from_hf_json(&case["config"].to_string(), std::path::Path::new("config.json")).unwrap();
+        let config = bradley::model::config::ModelConfig::from_hf_json(
+            &case["config"].to_string(),
+            std::path::Path::new("config.json"),
+        )
+        .unwrap();
         let (inv_freq, factor) = config.spec.rope.inv_freq(config.spec.head_dim());
         let want = numbers(&case["inv_freq"]);
         assert_eq!(inv_freq.len(), want.len());
@@ -84,9 +93,11 @@ fn token_statistics_are_those_of_transformers() {
         let (model, tokenizer) = tiny(name);
         let rows = rows("pairs.jsonl");
         for (row, pair) in rows.iter().zip(encode(&rows, &tokenizer, 256)) {
-            let tape = forward(&model, pack(&[&pair.groups()]).row, Keep::Nothing, &mut || {}).unwrap();
+            let tape =
+                forward(&model, pack(&[&pair.groups()]).row, Keep::Nothing, &mut || {}).unwrap();
             let e = &expected[name][row.id.as_deref().unwrap()]["chosen"]["policy"];
-            let (means, entropies, p2) = (numbers(&e["mean_logits"]), numbers(&e["entropy"]), numbers(&e["log_sum_p2"]));
+            let (means, entropies, p2) =
+                (numbers(&e["mean_logits"]), numbers(&e["entropy"]), numbers(&e["log_sum_p2"]));
             for (t, d) in tape.distributions()[..pair.chosen.len()].iter().enumerate() {
                 let what = format!("{name} {:?} token {t}", row.id);
                 assert_close(&what, d.mean_logit as f64, means[t], 1e-4, 0.1);
@@ -99,7 +110,12 @@ fn token_statistics_are_those_of_transformers() {
 }
 
 /// Gradients of the mean sigmoid loss over `pairs`, one packed row.
-fn gradients(policy: &TrainablePolicy, pairs: &[EncodedPair], references: &[Vec<Vec<f32>>], checkpointing: bool) -> Vec<(String, Tensor)> {
+fn gradients(
+    policy: &TrainablePolicy,
+    pairs: &[EncodedPair],
+    references: &[Vec<Vec<f32>>],
+    checkpointing: bool,
+) -> Vec<(String, Tensor)> {
     let groups: Vec<_> = pairs.iter().map(EncodedPair::groups).collect();
     let row = pack(&groups.iter().map(Vec::as_slice).collect::<Vec<_>>());
     let keep = if checkpointing { Keep::Inputs } else { Keep::Tapes };
@@ -124,7 +140,9 @@ fn gradients(policy: &TrainablePolicy, pairs: &[EncodedPair], references: &[Vec<
     backward(&policy.policy, tape, &upstream, &mut total, &mut || {}).unwrap();
     total.collect().unwrap();
     let trainables = policy.trainables.iter().zip(total.values());
-    trainables.map(|(t, g)| (t.name.clone(), Tensor::from_slice(g, t.var.shape(), &Device::Cpu).unwrap())).collect()
+    trainables
+        .map(|(t, g)| (t.name.clone(), Tensor::from_slice(g, t.var.shape(), &Device::Cpu).unwrap()))
+        .collect()
 }
 
 #[test]
@@ -132,7 +150,8 @@ fn every_weights_gradient_is_torchs() {
     for name in MODELS {
         let ((model, tokenizer), (reference, _)) = (tiny(name), tiny(&format!("{name}-ref")));
         let pairs = encode(&rows("pairs.jsonl")[..2], &tokenizer, 256);
-        let references: Vec<_> = pairs.iter().map(|p| score(&reference, &p.groups()).unwrap()).collect();
+        let references: Vec<_> =
+            pairs.iter().map(|p| score(&reference, &p.groups()).unwrap()).collect();
         let policy = TrainablePolicy::full(&model, Precision::F32).unwrap();
         let expected = tensors(&format!("grads_{name}.safetensors"));
         for checkpointing in [false, true] {
@@ -159,11 +178,18 @@ fn every_adapter_gradient_is_torchs_and_peft_adapters_load() {
             let got = score(&policy.policy, &pair.groups()).unwrap();
             for (i, side) in ["chosen", "rejected"].into_iter().enumerate() {
                 for (g, w) in got[i].iter().zip(numbers(&logps[row.id.as_deref().unwrap()][side])) {
-                    assert_close(&format!("{name} {side} with its adapter"), *g as f64, w, LOGP, 0.1);
+                    assert_close(
+                        &format!("{name} {side} with its adapter"),
+                        *g as f64,
+                        w,
+                        LOGP,
+                        0.1,
+                    );
                 }
             }
         }
-        let references: Vec<_> = pairs[..2].iter().map(|p| score(&model, &p.groups()).unwrap()).collect();
+        let references: Vec<_> =
+            pairs[..2].iter().map(|p| score(&model, &p.groups()).unwrap()).collect();
         let expected = tensors(&format!("adapters/{name}/grads.safetensors"));
         for checkpointing in [false, true] {
             let got = gradients(&policy, &pairs[..2], &references, checkpointing);
@@ -180,11 +206,23 @@ fn every_adapter_gradient_is_torchs_and_peft_adapters_load() {
 fn checkpointing_changes_no_bit() {
     let (model, tokenizer) = tiny("qwen3");
     let pairs = encode(&rows("pairs.jsonl")[..3], &tokenizer, 256);
-    let references: Vec<_> = pairs.iter().map(|p| score(&tiny("qwen3-ref").0, &p.groups()).unwrap()).collect();
+    let references: Vec<_> =
+        pairs.iter().map(|p| score(&tiny("qwen3-ref").0, &p.groups()).unwrap()).collect();
     let policy = TrainablePolicy::full(&model, Precision::F32).unwrap();
-    let (kept, recomputed) = (gradients(&policy, &pairs, &references, false), gradients(&policy, &pairs, &references, true));
+    let (kept, recomputed) = (
+        gradients(&policy, &pairs, &references, false),
+        gradients(&policy, &pairs, &references, true),
+    );
     for ((name, a), (_, b)) in kept.iter().zip(&recomputed) {
-        let bits = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        let bits = |t: &Tensor| {
+            t.flatten_all()
+                .unwrap()
+                .to_vec1::<f32>()
+                .unwrap()
+                .iter()
+                .map(|x| x.to_bits())
+                .collect::<Vec<_>>()
+        };
         assert_eq!(bits(a), bits(b), "{name}");
     }
 }
@@ -207,13 +245,17 @@ fn bf16_log_probs_are_within_a_percent_of_f32() {
 /// The same numbers, but for what rounding an operand differently makes of them.
 fn assert_near(what: &str, got: &[f32], want: &[f32], precision: Precision) {
     let tolerance = if precision == Precision::Bf16 { 0.02 } else { LOGP };
-    got.iter().zip(want).for_each(|(g, w)| assert_close(what, *g as f64, *w as f64, tolerance, 1.0));
+    got.iter()
+        .zip(want)
+        .for_each(|(g, w)| assert_close(what, *g as f64, *w as f64, tolerance, 1.0));
 }
 
 #[test]
 fn packed_rows_equal_separate_sequences() {
     let exact = is_batch_invariant();
-    for (name, precision) in MODELS.into_iter().flat_map(|m| [(m, Precision::F32), (m, Precision::Bf16)]) {
+    for (name, precision) in
+        MODELS.into_iter().flat_map(|m| [(m, Precision::F32), (m, Precision::Bf16)])
+    {
         let (model, tokenizer) = tiny(name);
         let model = model.with_precision(precision);
         let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
@@ -222,7 +264,10 @@ fn packed_rows_equal_separate_sequences() {
         let logps = model.log_probs(packed.row.clone(), &mut || {}).unwrap();
         for (i, pair) in pairs.iter().enumerate() {
             for (side, completion) in [&pair.chosen, &pair.rejected].into_iter().enumerate() {
-                let alone = SequenceGroup { prompt: pair.prompt.clone(), completions: vec![completion.clone()] };
+                let alone = SequenceGroup {
+                    prompt: pair.prompt.clone(),
+                    completions: vec![completion.clone()],
+                };
                 let want = &score(&model, &[alone]).unwrap()[0];
                 let got = &logps[packed.completions[i][side].clone()];
                 if exact {
@@ -237,30 +282,51 @@ fn packed_rows_equal_separate_sequences() {
 
 #[test]
 fn adapters_that_share_rows_score_as_each_alone_bit_for_bit() {
-    for (name, precision) in MODELS.into_iter().flat_map(|m| [(m, Precision::F32), (m, Precision::Bf16)]) {
+    for (name, precision) in
+        MODELS.into_iter().flat_map(|m| [(m, Precision::F32), (m, Precision::Bf16)])
+    {
         let (base, tokenizer) = tiny(name);
         let base = base.with_precision(precision);
         let with = |rank: usize, targets: &[&str], seed: u64| {
-            let config = LoraConfig { rank, target_modules: targets.iter().map(|t| t.to_string()).collect(), ..LoraConfig::default() };
+            let config = LoraConfig {
+                rank,
+                target_modules: targets.iter().map(|t| t.to_string()).collect(),
+                ..LoraConfig::default()
+            };
             let random = |tensor: &LoraTensor| {
-                let values = kaiming_uniform(seed, &tensor.name, tensor.elements(), tensor.shape[1]);
+                let values =
+                    kaiming_uniform(seed, &tensor.name, tensor.elements(), tensor.shape[1]);
                 Tensor::from_vec(values, &tensor.shape, &Device::Cpu)
             };
             let adapter = Adapter::build(&base.config, &config, random).unwrap();
             Policy { adapter: Some(Arc::new(adapter)), ..base.clone() }
         };
-        let policies = [base.clone(), with(4, &TARGET_MODULES, 1), with(20, &["q_proj", "v_proj", "down_proj"], 2)];
-        let groups: Vec<_> = encode(&rows("pairs.jsonl"), &tokenizer, 256).iter().map(EncodedPair::groups).collect();
+        let policies = [
+            base.clone(),
+            with(4, &TARGET_MODULES, 1),
+            with(20, &["q_proj", "v_proj", "down_proj"], 2),
+        ];
+        let groups: Vec<_> =
+            encode(&rows("pairs.jsonl"), &tokenizer, 256).iter().map(EncodedPair::groups).collect();
         // Every policy scores every pair: the same prompts under several adapters in one row.
-        let items: Vec<Owned> = groups.iter().flat_map(|g| (0..policies.len()).map(move |p| (p, g.as_slice()))).collect();
+        let items: Vec<Owned> = groups
+            .iter()
+            .flat_map(|g| (0..policies.len()).map(move |p| (p, g.as_slice())))
+            .collect();
         for row_tokens in [150, usize::MAX] {
             let together = score_shared(&policies, &items, row_tokens, &mut || {}).unwrap();
             for ((owner, groups), logps) in items.iter().zip(&together) {
-                let (what, want) = (format!("{name} {precision:?}: adapter {owner}"), score(&policies[*owner], groups).unwrap());
+                let (what, want) = (
+                    format!("{name} {precision:?}: adapter {owner}"),
+                    score(&policies[*owner], groups).unwrap(),
+                );
                 if is_batch_invariant() {
                     assert_eq!(*logps, want, "{what}");
                 } else {
-                    logps.iter().zip(&want).for_each(|(got, want)| assert_near(&what, got, want, precision));
+                    logps
+                        .iter()
+                        .zip(&want)
+                        .for_each(|(got, want)| assert_near(&what, got, want, precision));
                 }
             }
             assert_ne!(together[0], together[1], "{name}: the adapters do something");
@@ -279,7 +345,8 @@ fn a_damaged_or_foreign_file_is_an_error_that_names_it() {
         }
     };
     let load = |dir: &std::path::Path| {
-        let model = bradley::formats::loader::load_model(None, dir.to_str().unwrap(), &Default::default())?;
+        let model =
+            bradley::formats::loader::load_model(None, dir.to_str().unwrap(), &Default::default())?;
         bradley::model::parameters::Parameters::load(&model.config, &model.weights, Precision::F32)
     };
     let dir = folder.path().join("truncated");
@@ -303,5 +370,10 @@ fn a_damaged_or_foreign_file_is_an_error_that_names_it() {
     let dir = folder.path().join("adapter");
     copy("adapters/llama", &dir);
     std::fs::write(dir.join("adapter_model.safetensors"), b"not safetensors").unwrap();
-    assert!(peft::load(&dir, &tiny("llama").0.config).unwrap_err().to_string().contains("adapter_model.safetensors"));
+    assert!(
+        peft::load(&dir, &tiny("llama").0.config)
+            .unwrap_err()
+            .to_string()
+            .contains("adapter_model.safetensors")
+    );
 }

@@ -33,10 +33,18 @@ fn dialogues_render_as_transformers_renders_them() {
         let (_, tokenizer) = tiny(name);
         for row in rows("pairs.jsonl") {
             let e = &expected[name][row.id.as_deref().unwrap()];
-            let (Text::Chat(prompt), Text::Chat(chosen)) = (&row.prompt, &row.chosen) else { panic!("a chat row") };
-            assert_eq!(tokenizer.apply_chat_template(prompt, &RenderOptions::new(true)).unwrap(), e["text"].as_str().unwrap());
+            let (Text::Chat(prompt), Text::Chat(chosen)) = (&row.prompt, &row.chosen) else {
+                panic!("a chat row")
+            };
+            assert_eq!(
+                tokenizer.apply_chat_template(prompt, &RenderOptions::new(true)).unwrap(),
+                e["text"].as_str().unwrap()
+            );
             let whole: Vec<_> = prompt.iter().chain(chosen).cloned().collect();
-            assert_eq!(tokenizer.apply_chat_template(&whole, &RenderOptions::new(false)).unwrap(), e["whole"].as_str().unwrap());
+            assert_eq!(
+                tokenizer.apply_chat_template(&whole, &RenderOptions::new(false)).unwrap(),
+                e["whole"].as_str().unwrap()
+            );
         }
     }
 }
@@ -48,7 +56,11 @@ fn truncation_keeps_the_start_or_the_end_and_never_loses_the_answer_silently() {
         let whole = &encode(std::slice::from_ref(&row), &tokenizer, 1000)[0];
         let (prompt, chosen) = (whole.prompt.len(), whole.chosen.len());
         for max in 2..prompt + chosen + 2 {
-            let start = PairEncoder::new(&tokenizer, max, Truncation::KeepStart).encode_pair(&row.prompt, &row.chosen, &row.rejected);
+            let start = PairEncoder::new(&tokenizer, max, Truncation::KeepStart).encode_pair(
+                &row.prompt,
+                &row.chosen,
+                &row.rejected,
+            );
             match start {
                 Ok(p) => {
                     assert!(max > prompt);
@@ -62,8 +74,13 @@ fn truncation_keeps_the_start_or_the_end_and_never_loses_the_answer_silently() {
                 }
                 Err(other) => panic!("{other}"),
             }
-            let end = PairEncoder::new(&tokenizer, max, Truncation::KeepEnd).encode_pair(&row.prompt, &row.chosen, &row.rejected).unwrap();
-            let (all, kept) = ([whole.prompt.clone(), whole.chosen.clone()].concat(), [end.prompt.clone(), end.chosen].concat());
+            let end = PairEncoder::new(&tokenizer, max, Truncation::KeepEnd)
+                .encode_pair(&row.prompt, &row.chosen, &row.rejected)
+                .unwrap();
+            let (all, kept) = (
+                [whole.prompt.clone(), whole.chosen.clone()].concat(),
+                [end.prompt.clone(), end.chosen].concat(),
+            );
             assert_eq!(kept, all[all.len().saturating_sub(max)..]);
             assert!(!end.prompt.is_empty());
         }
@@ -75,6 +92,11 @@ fn a_prompt_of_ten_thousand_tokens_is_refused_by_its_length() {
     let (_, tokenizer) = tiny("llama");
     let prompt = Text::Plain("the river rises ".repeat(5000));
     let answer = Text::Plain("yes".into());
-    let e = PairEncoder::new(&tokenizer, 1024, Truncation::KeepStart).encode_pair(&prompt, &answer, &Text::Plain("no".into())).unwrap_err();
-    assert!(matches!(e, EncodeError::PromptFillsMaxLength { tokens, max_length: 1024 } if tokens > 10_000), "{e}");
+    let e = PairEncoder::new(&tokenizer, 1024, Truncation::KeepStart)
+        .encode_pair(&prompt, &answer, &Text::Plain("no".into()))
+        .unwrap_err();
+    assert!(
+        matches!(e, EncodeError::PromptFillsMaxLength { tokens, max_length: 1024 } if tokens > 10_000),
+        "{e}"
+    );
 }

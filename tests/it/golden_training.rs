@@ -6,7 +6,8 @@ use std::sync::Arc;
 use bradley::domain::identity::ModelIdentity;
 use bradley::domain::job::Metrics;
 use bradley::domain::training::{
-    BatchConfig, LoraConfig, Method, OptimizerConfig, Precision, RunConfig, ScheduleKind, TrainingSpec, Warmup,
+    BatchConfig, LoraConfig, Method, OptimizerConfig, Precision, RunConfig, ScheduleKind,
+    TrainingSpec, Warmup,
 };
 use bradley::formats::peft;
 use bradley::infer::pair::{EncodedPair, digest};
@@ -35,8 +36,14 @@ pub struct Run {
 
 impl Run {
     /// A full fine-tune of `model` against a frozen `reference`.
-    pub fn full(model: &Policy, reference: &Policy, pairs: Vec<EncodedPair>, spec: TrainingSpec) -> Self {
-        let reference = Reference::Frozen { policy: reference.clone(), identity: "reference".into() };
+    pub fn full(
+        model: &Policy,
+        reference: &Policy,
+        pairs: Vec<EncodedPair>,
+        spec: TrainingSpec,
+    ) -> Self {
+        let reference =
+            Reference::Frozen { policy: reference.clone(), identity: "reference".into() };
         Run {
             policy: TrainablePolicy::full(model, Precision::F32).unwrap(),
             reference,
@@ -49,7 +56,12 @@ impl Run {
     }
 
     /// A LoRA run from a stored adapter against the base.
-    pub fn lora(model: &Policy, adapter: &str, pairs: Vec<EncodedPair>, spec: TrainingSpec) -> Self {
+    pub fn lora(
+        model: &Policy,
+        adapter: &str,
+        pairs: Vec<EncodedPair>,
+        spec: TrainingSpec,
+    ) -> Self {
         let adapter = peft::load(&golden(adapter), &model.config).unwrap();
         let reference = Reference::Frozen { policy: model.clone(), identity: "base".into() };
         Run {
@@ -94,7 +106,8 @@ fn events_with(run: Run, pause: &mut dyn FnMut(&Policy, &ReferenceCache)) -> Vec
     let cache = ReferenceCache::new(1 << 20);
     let mut events = Vec::new();
     let live = trainer.live_policy();
-    let mut host = Host { cache: &cache, pause: &mut || pause(&live, &cache), emit: &mut |e| events.push(e) };
+    let mut host =
+        Host { cache: &cache, pause: &mut || pause(&live, &cache), emit: &mut |e| events.push(e) };
     while trainer.advance(&mut host).unwrap() == Status::Working {}
     events
 }
@@ -124,13 +137,18 @@ fn spec(settings: &serde_json::Value, method: Method) -> TrainingSpec {
         optimizer: OptimizerConfig {
             learning_rate: number("learning_rate").unwrap(),
             weight_decay: number("weight_decay").unwrap_or(0.0),
-            schedule: if settings.get("lr_scheduler_type").is_some() { ScheduleKind::Cosine } else { ScheduleKind::Constant },
+            schedule: if settings.get("lr_scheduler_type").is_some() {
+                ScheduleKind::Cosine
+            } else {
+                ScheduleKind::Constant
+            },
             warmup: Warmup::Steps(number("warmup_steps").unwrap_or(0.0) as u64),
             ..Default::default()
         },
         batch: BatchConfig {
             batch_size: 2,
-            gradient_accumulation_steps: number("gradient_accumulation_steps").unwrap_or(1.0) as usize,
+            gradient_accumulation_steps: number("gradient_accumulation_steps").unwrap_or(1.0)
+                as usize,
             max_length: 256,
             max_steps: Some(number("max_steps").unwrap() as u64),
             shuffle: false,
@@ -153,7 +171,9 @@ fn trajectories_are_trls() {
                 pairs,
                 spec(&golden["settings"], Method::Lora(LoraConfig::default())),
             )),
-            false => train(Run::full(&model, &model, pairs, spec(&golden["settings"], Method::Full))),
+            false => {
+                train(Run::full(&model, &model, pairs, spec(&golden["settings"], Method::Full)))
+            }
         };
         let want = golden["steps"].as_array().unwrap();
         assert_eq!(got.len(), want.len(), "{name}");
@@ -198,7 +218,10 @@ fn the_same_seed_gives_the_same_metrics_bit_for_bit_and_another_seed_does_not() 
             let mut spec = shuffled(6);
             spec.seed.0 = seed;
             let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
-            bits(&train(Run { eval: pairs[..2].to_vec(), ..Run::lora(&model, "adapters/llama-start", pairs, spec) }))
+            bits(&train(Run {
+                eval: pairs[..2].to_vec(),
+                ..Run::lora(&model, "adapters/llama-start", pairs, spec)
+            }))
         };
         let first = run(42);
         assert_eq!(first, run(42));
@@ -212,7 +235,10 @@ fn scoring_between_the_blocks_of_a_pass_changes_neither_the_run_nor_the_scores()
     let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
     let groups = pairs[0].groups();
     let other = score(&model, &groups).unwrap();
-    let make = || Run { eval: pairs[..2].to_vec(), ..Run::lora(&model, "adapters/llama-start", pairs.clone(), shuffled(3)) };
+    let make = || Run {
+        eval: pairs[..2].to_vec(),
+        ..Run::lora(&model, "adapters/llama-start", pairs.clone(), shuffled(3))
+    };
     let undisturbed = bits(&train(make()));
     let (mut calls, mut same) = (0, 0);
     // What the run's own weights say must hold still within a step.
@@ -227,7 +253,10 @@ fn scoring_between_the_blocks_of_a_pass_changes_neither_the_run_nor_the_scores()
     });
     assert_eq!(bits(&steps(&disturbed)), undisturbed);
     let blocks = model.num_blocks();
-    assert!(calls > 3 * 2 * 2 * blocks && calls % blocks == 0, "{calls} pauses in passes over {blocks} blocks");
+    assert!(
+        calls > 3 * 2 * 2 * blocks && calls % blocks == 0,
+        "{calls} pauses in passes over {blocks} blocks"
+    );
     assert_eq!(calls - same, 4, "the weights of the start and of each step");
 }
 
@@ -235,7 +264,10 @@ fn scoring_between_the_blocks_of_a_pass_changes_neither_the_run_nor_the_scores()
 fn a_continued_run_takes_the_steps_of_an_undisturbed_one_bit_for_bit() {
     let (model, tokenizer) = tiny("llama");
     let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
-    let make = |resume: Option<PathBuf>| Run { resume, ..Run::lora(&model, "adapters/llama-start", pairs.clone(), shuffled(7)) };
+    let make = |resume: Option<PathBuf>| Run {
+        resume,
+        ..Run::lora(&model, "adapters/llama-start", pairs.clone(), shuffled(7))
+    };
     let whole = make(None);
     let folder = whole.folder.clone();
     let undisturbed = steps(&events(whole));
@@ -263,7 +295,13 @@ fn a_continued_run_takes_the_steps_of_an_undisturbed_one_bit_for_bit() {
         identity: ModelIdentity::default(),
         memory: u64::MAX,
     });
-    assert!(result.err().unwrap().to_string().contains("adapter_model.safetensors does not match its checksum"));
+    assert!(
+        result
+            .err()
+            .unwrap()
+            .to_string()
+            .contains("adapter_model.safetensors does not match its checksum")
+    );
     std::fs::remove_dir_all(folder).unwrap();
 }
 
@@ -274,7 +312,10 @@ fn a_checkpoint_knows_its_pairs_and_how_many_of_their_tokens_were_used() {
     let (spec, eval) = (shuffled(7), pairs[..2].to_vec());
     let mut longer = pairs.clone();
     longer.iter_mut().for_each(|pair| pair.chosen.push(1));
-    let run = Run { eval: eval.clone(), ..Run::lora(&model, "adapters/llama-start", pairs.clone(), spec.clone()) };
+    let run = Run {
+        eval: eval.clone(),
+        ..Run::lora(&model, "adapters/llama-start", pairs.clone(), spec.clone())
+    };
     let folder = run.folder.clone();
     events(run);
     let steps = checkpoint::steps(&folder).unwrap();
@@ -295,13 +336,23 @@ fn evaluation_finds_the_best_checkpoint_and_early_stopping_ends_the_run() {
     let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
     let mut spec = shuffled(40);
     // The evaluation pairs are the training pairs the wrong way round: learning can only make them worse.
-    let wrong: Vec<EncodedPair> =
-        pairs.iter().map(|p| EncodedPair { chosen: p.rejected.clone(), rejected: p.chosen.clone(), ..p.clone() }).collect();
+    let wrong: Vec<EncodedPair> = pairs
+        .iter()
+        .map(|p| EncodedPair {
+            chosen: p.rejected.clone(),
+            rejected: p.chosen.clone(),
+            ..p.clone()
+        })
+        .collect();
     spec.run = RunConfig { eval_steps: 1, early_stopping_patience: 3, ..Default::default() };
     let run = Run { eval: wrong, ..Run::lora(&model, "adapters/llama-start", pairs, spec) };
     let folder = run.folder.clone();
     let all = events(run);
-    assert!(all.iter().any(|e| matches!(e, RunEvent::Log { message, .. } if message.contains("stopped early"))));
+    assert!(
+        all.iter().any(
+            |e| matches!(e, RunEvent::Log { message, .. } if message.contains("stopped early"))
+        )
+    );
     let evaluations = all.iter().filter(|e| matches!(e, RunEvent::Eval { .. })).count();
     assert!(evaluations < 40, "{evaluations}");
     let best = all.iter().filter(|e| matches!(e, RunEvent::Checkpoint { best: true, .. })).count();

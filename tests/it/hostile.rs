@@ -83,14 +83,27 @@ pub fn mutate(rng: &mut StdRng, bytes: &[u8]) -> Vec<u8> {
 /// An error must say why in a word, and never be ours.
 pub fn check(what: &str, e: &Status) {
     let reason = e.get_details_error_info().map(|i| i.reason);
-    assert!(reason.is_some_and(|r| !r.is_empty() && r != "INTERNAL"), "{what}: {:?} {:?} has no reason", e.code(), e.message());
+    assert!(
+        reason.is_some_and(|r| !r.is_empty() && r != "INTERNAL"),
+        "{what}: {:?} {:?} has no reason",
+        e.code(),
+        e.message()
+    );
     assert!(!matches!(e.code(), Code::Internal | Code::Unknown | Code::Cancelled), "{what}: {e}");
 }
 
 /// A process's memory.
 pub fn resident_kib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    status.lines().find(|l| l.starts_with("VmRSS:")).unwrap().split_whitespace().nth(1).unwrap().parse().unwrap()
+    status
+        .lines()
+        .find(|l| l.starts_with("VmRSS:"))
+        .unwrap()
+        .split_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse()
+        .unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -108,35 +121,75 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
         // Only checked, never started: what a mutated job would train is not the question.
         (
             "TrainingService/CreateTrainingJob",
-            pb::CreateTrainingJobRequest { training_job: Some(job(&dataset.name, 1)), request_id: "r".into(), validate_only: true }
-                .encode_to_vec(),
+            pb::CreateTrainingJobRequest {
+                training_job: Some(job(&dataset.name, 1)),
+                request_id: "r".into(),
+                validate_only: true,
+            }
+            .encode_to_vec(),
         ),
-        ("TrainingService/GetTrainingJob", pb::GetTrainingJobRequest { name: "trainingJobs/x".into() }.encode_to_vec()),
+        (
+            "TrainingService/GetTrainingJob",
+            pb::GetTrainingJobRequest { name: "trainingJobs/x".into() }.encode_to_vec(),
+        ),
         (
             "TrainingService/ListTrainingJobs",
-            pb::ListTrainingJobsRequest { page_size: 3, page_token: "7".into(), states: vec![1, 2] }.encode_to_vec(),
+            pb::ListTrainingJobsRequest {
+                page_size: 3,
+                page_token: "7".into(),
+                states: vec![1, 2],
+            }
+            .encode_to_vec(),
         ),
         (
             "TrainingService/UpdateTrainingJob",
             pb::UpdateTrainingJobRequest {
-                training_job: Some(pb::TrainingJob { name: "trainingJobs/x".into(), ..job(&dataset.name, 1) }),
+                training_job: Some(pb::TrainingJob {
+                    name: "trainingJobs/x".into(),
+                    ..job(&dataset.name, 1)
+                }),
                 update_mask: None,
             }
             .encode_to_vec(),
         ),
         (
             "TrainingService/ListTrainingEvents",
-            pb::ListTrainingEventsRequest { parent: "trainingJobs/x".into(), after_sequence: 1, page_size: 2 }.encode_to_vec(),
+            pb::ListTrainingEventsRequest {
+                parent: "trainingJobs/x".into(),
+                after_sequence: 1,
+                page_size: 2,
+            }
+            .encode_to_vec(),
         ),
-        ("DatasetService/GetDataset", pb::GetDatasetRequest { name: dataset.name.clone() }.encode_to_vec()),
-        ("CheckpointService/GetCheckpoint", pb::GetCheckpointRequest { name: "trainingJobs/x/checkpoints/1".into() }.encode_to_vec()),
-        ("ScoringService/ScorePairs", pb::ScorePairsRequest { options: options.clone(), pairs: pairs()[..1].to_vec() }.encode_to_vec()),
+        (
+            "DatasetService/GetDataset",
+            pb::GetDatasetRequest { name: dataset.name.clone() }.encode_to_vec(),
+        ),
+        (
+            "CheckpointService/GetCheckpoint",
+            pb::GetCheckpointRequest { name: "trainingJobs/x/checkpoints/1".into() }
+                .encode_to_vec(),
+        ),
+        (
+            "ScoringService/ScorePairs",
+            pb::ScorePairsRequest { options: options.clone(), pairs: pairs()[..1].to_vec() }
+                .encode_to_vec(),
+        ),
         (
             "ScoringService/ScoreCompletions",
-            pb::ScoreCompletionsRequest { options, prompt: chat.clone(), completions: vec![chat.unwrap()] }.encode_to_vec(),
+            pb::ScoreCompletionsRequest {
+                options,
+                prompt: chat.clone(),
+                completions: vec![chat.unwrap()],
+            }
+            .encode_to_vec(),
         ),
     ];
-    let channel = tonic::transport::Endpoint::from_shared(server.address.clone()).unwrap().connect().await.unwrap();
+    let channel = tonic::transport::Endpoint::from_shared(server.address.clone())
+        .unwrap()
+        .connect()
+        .await
+        .unwrap();
     let mut settled = 0;
     for round in 0..times() {
         for (method, seed) in &seeds {
@@ -147,7 +200,8 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
             };
             // Mutating may make it real: a job that would be started is only checked.
             if *method == "TrainingService/CreateTrainingJob"
-                && pb::CreateTrainingJobRequest::decode(body.as_slice()).is_ok_and(|r| !r.validate_only)
+                && pb::CreateTrainingJobRequest::decode(body.as_slice())
+                    .is_ok_and(|r| !r.validate_only)
             {
                 continue;
             }
@@ -155,8 +209,9 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
             grpc.ready().await.unwrap();
             let path = format!("/bradley.v1.{method}").parse().unwrap();
             let call = grpc.unary(Request::new(body), path, Raw);
-            let answer =
-                tokio::time::timeout(Duration::from_secs(30), call).await.unwrap_or_else(|_| panic!("{method} hangs in round {round}"));
+            let answer = tokio::time::timeout(Duration::from_secs(30), call)
+                .await
+                .unwrap_or_else(|_| panic!("{method} hangs in round {round}"));
             if let Err(e) = answer {
                 check(method, &e);
             }
@@ -176,10 +231,21 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
             _ => mutate(&mut rng, &jsonl),
         };
         std::fs::write(&file, body).unwrap();
-        let sent = client.upload_dataset(&file, pb::UploadMetadata { model: "models/tiny".into(), ..Default::default() }, |_| {});
-        match tokio::time::timeout(Duration::from_secs(30), sent).await.expect("an upload is answered") {
+        let sent = client.upload_dataset(
+            &file,
+            pb::UploadMetadata { model: "models/tiny".into(), ..Default::default() },
+            |_| {},
+        );
+        match tokio::time::timeout(Duration::from_secs(30), sent)
+            .await
+            .expect("an upload is answered")
+        {
             Ok(d) => {
-                client.datasets().delete_dataset(pb::DeleteDatasetRequest { name: d.name }).await.unwrap();
+                client
+                    .datasets()
+                    .delete_dataset(pb::DeleteDatasetRequest { name: d.name })
+                    .await
+                    .unwrap();
             }
             Err(bradley::rpc::client::ClientError::Refused(e)) => check("upload", &e),
             Err(e) => panic!("{e}"),

@@ -60,19 +60,26 @@ impl Hub {
 
 /// In the order in which the hub lists files.
 fn names() -> Vec<String> {
-    let files = std::fs::read_dir(golden("models/llama")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    let files = std::fs::read_dir(golden("models/llama"))
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap());
     let mut names: Vec<String> = files.chain(["README.md".into()]).collect();
     names.sort();
     names
 }
 
-async fn info(Path(revision): Path<String>, State(hub): State<Arc<Hub>>, headers: HeaderMap) -> Response {
+async fn info(
+    Path(revision): Path<String>,
+    State(hub): State<Arc<Hub>>,
+    headers: HeaderMap,
+) -> Response {
     if !authorised(&headers) {
         return StatusCode::UNAUTHORIZED.into_response();
     }
     let Some(commit) = hub.commit(&revision) else { return StatusCode::NOT_FOUND.into_response() };
     hub.listed.fetch_add(1, Ordering::Relaxed);
-    let siblings: Vec<_> = names().into_iter().map(|f| serde_json::json!({"rfilename": f})).collect();
+    let siblings: Vec<_> =
+        names().into_iter().map(|f| serde_json::json!({"rfilename": f})).collect();
     serde_json::json!({"sha": commit, "siblings": siblings}).to_string().into_response()
 }
 
@@ -80,7 +87,11 @@ fn authorised(headers: &HeaderMap) -> bool {
     headers.get("authorization").is_some_and(|v| v == &format!("Bearer {TOKEN}"))
 }
 
-async fn file(Path((revision, name)): Path<(String, String)>, State(hub): State<Arc<Hub>>, headers: HeaderMap) -> Response {
+async fn file(
+    Path((revision, name)): Path<(String, String)>,
+    State(hub): State<Arc<Hub>>,
+    headers: HeaderMap,
+) -> Response {
     if !authorised(&headers) {
         return StatusCode::UNAUTHORIZED.into_response();
     }
@@ -88,13 +99,19 @@ async fn file(Path((revision, name)): Path<(String, String)>, State(hub): State<
     if hub.broken.lock().unwrap().is_some_and(|broken| broken == name) {
         return StatusCode::INTERNAL_SERVER_ERROR.into_response();
     }
-    let Ok(bytes) = std::fs::read(golden("models/llama").join(&name)) else { return StatusCode::NOT_FOUND.into_response() };
+    let Ok(bytes) = std::fs::read(golden("models/llama").join(&name)) else {
+        return StatusCode::NOT_FOUND.into_response();
+    };
     // A client asks for the size first.
     if headers.get("range").is_none_or(|range| range != "bytes=0-0") {
         hub.served.fetch_add(1, Ordering::Relaxed);
     }
     let total = bytes.len();
-    let range = headers.get("range").and_then(|v| v.to_str().ok()).and_then(|v| v.strip_prefix("bytes=")).and_then(|v| v.split_once('-'));
+    let range = headers
+        .get("range")
+        .and_then(|v| v.to_str().ok())
+        .and_then(|v| v.strip_prefix("bytes="))
+        .and_then(|v| v.split_once('-'));
     let (from, to) = match range {
         Some((a, b)) => (a.parse().unwrap(), b.parse().unwrap_or(total - 1).min(total - 1)),
         None => (0, total - 1),
@@ -113,8 +130,14 @@ async fn a_model_comes_from_the_hub_once_and_then_from_the_cache() {
     let served = Arc::<Hub>::default();
     let endpoint = served.serve().await;
     let cache = tempfile::tempdir().unwrap();
-    let hub = HubOptions { endpoint: Some(endpoint), token: Some(TOKEN.into()), cache_dir: Some(cache.path().into()), offline: false };
-    let open = |hub: HubOptions| tokio::task::spawn_blocking(move || load_model(None, "tiny/llama", &hub));
+    let hub = HubOptions {
+        endpoint: Some(endpoint),
+        token: Some(TOKEN.into()),
+        cache_dir: Some(cache.path().into()),
+        offline: false,
+    };
+    let open =
+        |hub: HubOptions| tokio::task::spawn_blocking(move || load_model(None, "tiny/llama", &hub));
 
     let e = open(HubOptions { token: None, ..hub.clone() }).await.unwrap().unwrap_err().to_string();
     assert!(e.contains("tiny/llama") && e.contains("401"), "{e}");
@@ -126,7 +149,11 @@ async fn a_model_comes_from_the_hub_once_and_then_from_the_cache() {
     open(hub.clone()).await.unwrap().unwrap();
     assert_eq!(served.counts(), before, "the second time comes from the cache");
     let elsewhere = tempfile::tempdir().unwrap();
-    let e = open(HubOptions { offline: true, cache_dir: Some(elsewhere.path().into()), ..hub }).await.unwrap().unwrap_err().to_string();
+    let e = open(HubOptions { offline: true, cache_dir: Some(elsewhere.path().into()), ..hub })
+        .await
+        .unwrap()
+        .unwrap_err()
+        .to_string();
     assert!(e.contains("offline"), "{e}");
 }
 
@@ -135,18 +162,30 @@ async fn an_interrupted_download_is_taken_up_again() {
     let server = Arc::<Hub>::default();
     let endpoint = server.serve().await;
     let cache = tempfile::tempdir().unwrap();
-    let hub = HubOptions { endpoint: Some(endpoint), token: Some(TOKEN.into()), cache_dir: Some(cache.path().into()), offline: false };
+    let hub = HubOptions {
+        endpoint: Some(endpoint),
+        token: Some(TOKEN.into()),
+        cache_dir: Some(cache.path().into()),
+        offline: false,
+    };
     let offline = HubOptions { offline: true, ..hub.clone() };
-    let open = |hub: HubOptions| tokio::task::spawn_blocking(move || load_model(None, "tiny/llama", &hub));
+    let open =
+        |hub: HubOptions| tokio::task::spawn_blocking(move || load_model(None, "tiny/llama", &hub));
     let snapshot = cache.path().join("models--tiny--llama/snapshots").join(COMMIT);
     // The last file that the model needs: everything without which it cannot be opened is there.
     *server.broken.lock().unwrap() = Some("tokenizer_config.json");
     let e = open(hub.clone()).await.unwrap().unwrap_err().to_string();
     assert!(e.contains("500"), "{e}");
-    assert!(snapshot.join("tokenizer.json").exists() && !snapshot.join("tokenizer_config.json").exists());
+    assert!(
+        snapshot.join("tokenizer.json").exists()
+            && !snapshot.join("tokenizer_config.json").exists()
+    );
     let e = open(hub.clone()).await.unwrap().unwrap_err().to_string();
     assert!(e.contains("did not end") && e.contains("HF_HUB_OFFLINE=1"), "{e}");
-    assert!(open(offline.clone()).await.unwrap().unwrap().tokenizer.eos_token().is_none(), "the cache as it is");
+    assert!(
+        open(offline.clone()).await.unwrap().unwrap().tokenizer.eos_token().is_none(),
+        "the cache as it is"
+    );
 
     // It goes on at its own commit, though the branch has moved.
     *server.broken.lock().unwrap() = None;
@@ -154,14 +193,28 @@ async fn an_interrupted_download_is_taken_up_again() {
     let before = server.counts();
     let model = open(hub.clone()).await.unwrap().unwrap();
     assert_eq!(model.tokenizer.eos_token(), Some("<|eot_id|>"));
-    assert_eq!(server.counts(), (before.0 + 1, before.1 + 1), "only the file that was missing is sent");
-    assert_eq!(snapshot.parent().unwrap().read_dir().unwrap().count(), 1, "files of one commit only");
+    assert_eq!(
+        server.counts(),
+        (before.0 + 1, before.1 + 1),
+        "only the file that was missing is sent"
+    );
+    assert_eq!(
+        snapshot.parent().unwrap().read_dir().unwrap().count(),
+        1,
+        "files of one commit only"
+    );
     open(hub.clone()).await.unwrap().unwrap();
     assert_eq!(server.counts(), (before.0 + 1, before.1 + 1), "and the model is complete");
 
     // A cache of another program, which keeps no list: the hub is asked once.
-    let lists =
-        || snapshot.read_dir().unwrap().map(|e| e.unwrap().path()).filter(|p| p.ends_with(".bradley-complete.json")).collect::<Vec<_>>();
+    let lists = || {
+        snapshot
+            .read_dir()
+            .unwrap()
+            .map(|e| e.unwrap().path())
+            .filter(|p| p.ends_with(".bradley-complete.json"))
+            .collect::<Vec<_>>()
+    };
     std::fs::remove_file(&lists()[0]).unwrap();
     open(offline).await.unwrap().unwrap();
     assert!(lists().is_empty(), "offline nobody knows");

@@ -13,8 +13,20 @@ use std::path::{Path, PathBuf};
 use self::scan::{PathUse, paths};
 
 /// Lowest first: a layer may import itself and what stands before it.
-const LAYERS: [&str; 12] =
-    ["domain", "telemetry", "math", "compute", "model", "formats", "infer", "train", "engine", "service", "rpc", "cli"];
+const LAYERS: [&str; 12] = [
+    "domain",
+    "telemetry",
+    "math",
+    "compute",
+    "model",
+    "formats",
+    "infer",
+    "train",
+    "engine",
+    "service",
+    "rpc",
+    "cli",
+];
 /// They tie the layers together.
 const EXEMPT: [&str; 2] = ["lib.rs", "main.rs"];
 /// The compute threads, and those of a run's other devices.
@@ -49,10 +61,24 @@ const STATUS_CONSTRUCTORS: [&str; 22] = [
 #[test]
 fn imports_run_down_the_layers() {
     let sources = sources();
-    let imports = sources.iter().flat_map(|(_, source)| paths(source)).filter(|p| p.segments[0] == "crate" && p.segments.len() > 1).count();
-    assert!(imports > sources.len(), "only {imports} imports seen in {} files: the scan is broken", sources.len());
-    let breaches: Vec<String> = sources.iter().flat_map(|(file, source)| breaches(file, source)).collect();
-    assert!(breaches.is_empty(), "{} breaches of the architecture (ARCHITECTURE.md says why):\n{}", breaches.len(), breaches.join("\n"));
+    let imports = sources
+        .iter()
+        .flat_map(|(_, source)| paths(source))
+        .filter(|p| p.segments[0] == "crate" && p.segments.len() > 1)
+        .count();
+    assert!(
+        imports > sources.len(),
+        "only {imports} imports seen in {} files: the scan is broken",
+        sources.len()
+    );
+    let breaches: Vec<String> =
+        sources.iter().flat_map(|(file, source)| breaches(file, source)).collect();
+    assert!(
+        breaches.is_empty(),
+        "{} breaches of the architecture (ARCHITECTURE.md says why):\n{}",
+        breaches.len(),
+        breaches.join("\n")
+    );
 }
 
 /// Parts of the names of a model's tensors, in transformers' files and in GGUF.
@@ -81,15 +107,24 @@ fn names_of_tensors_stand_in_one_table() {
     // the table.
     const DOMAIN: &str = "domain/training.rs";
     for name in TENSOR_NAMES {
-        assert!(!lines_with(name, |file| file == TABLE).is_empty(), "{name} is not in {TABLE}: the scan is broken");
-        let elsewhere = lines_with(name, |file| file != TABLE && file != DOMAIN && !file.ends_with("tests.rs"));
-        assert!(elsewhere.is_empty(), "only src/{TABLE} spells the names of tensors: {elsewhere:#?}");
+        assert!(
+            !lines_with(name, |file| file == TABLE).is_empty(),
+            "{name} is not in {TABLE}: the scan is broken"
+        );
+        let elsewhere =
+            lines_with(name, |file| file != TABLE && file != DOMAIN && !file.ends_with("tests.rs"));
+        assert!(
+            elsewhere.is_empty(),
+            "only src/{TABLE} spells the names of tensors: {elsewhere:#?}"
+        );
     }
 }
 
 /// What is compiled with the feature `cuda` only: what the GPU does, and what it does for a model.
 fn is_for_cuda(file: &str) -> bool {
-    ["compute", "model"].iter().any(|layer| file == format!("{layer}/cuda.rs") || file.starts_with(&format!("{layer}/cuda/")))
+    ["compute", "model"].iter().any(|layer| {
+        file == format!("{layer}/cuda.rs") || file.starts_with(&format!("{layer}/cuda/"))
+    })
 }
 
 /// The device's folders are the only places that are compiled in two ways: everything else calls
@@ -105,19 +140,26 @@ fn the_feature_cuda_is_asked_for_once_outside_its_folders() {
 #[test]
 fn functions_have_at_most_seven_parameters() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    for (file, setting) in [("clippy.toml", "too-many-arguments-threshold = 7"), ("Cargo.toml", "too_many_arguments = \"deny\"")] {
+    for (file, setting) in [
+        ("clippy.toml", "too-many-arguments-threshold = 7"),
+        ("Cargo.toml", "too_many_arguments = \"deny\""),
+    ] {
         let text = fs::read_to_string(root.join(file)).unwrap();
         assert!(text.lines().any(|line| line.trim() == setting), "{file} lacks `{setting}`");
     }
     let exceptions = lines_with("too_many_arguments", |_| true);
-    assert!(exceptions.is_empty(), "give the arguments a struct with documented fields instead: {exceptions:#?}");
+    assert!(
+        exceptions.is_empty(),
+        "give the arguments a struct with documented fields instead: {exceptions:#?}"
+    );
 }
 
 /// Kernels are started by the typed functions of one file, which check their operands.
 #[test]
 fn kernels_are_launched_from_one_file() {
     let launches = lines_with("gpu.launch(", is_for_cuda);
-    let (typed, raw): (Vec<String>, Vec<String>) = launches.into_iter().partition(|line| line.starts_with("compute/cuda/ops.rs:"));
+    let (typed, raw): (Vec<String>, Vec<String>) =
+        launches.into_iter().partition(|line| line.starts_with("compute/cuda/ops.rs:"));
     assert!(typed.len() > 20, "only {} launches seen: the scan is broken", typed.len());
     assert!(raw.is_empty(), "add a typed function to compute/cuda/ops.rs instead: {raw:#?}");
 }
@@ -138,7 +180,10 @@ fn a_block_and_the_loop_over_blocks_are_written_once() {
         ("block_backward(&row.block", PASS),
     ];
     for (call, place) in calls {
-        assert!(!lines_with(call, |file| file == place).is_empty(), "no `{call}` in {place}: the scan is broken");
+        assert!(
+            !lines_with(call, |file| file == place).is_empty(),
+            "no `{call}` in {place}: the scan is broken"
+        );
         let elsewhere = lines_with(call, |file| file != place);
         assert!(elsewhere.is_empty(), "only {place} may have `{call}`: {elsewhere:#?}");
     }
@@ -164,7 +209,10 @@ fn breaches(file: &str, source: &str) -> Vec<String> {
     }
     let module = module_of(file);
     let Some(rank) = rank(&module) else {
-        return vec![format!("src/{file}: belongs to no layer; the layers are {}", LAYERS.join(", "))];
+        return vec![format!(
+            "src/{file}: belongs to no layer; the layers are {}",
+            LAYERS.join(", ")
+        )];
     };
     let is_test = |path: &PathUse| module.iter().chain(&path.inside).any(|m| m == "tests");
     let mut found = Vec::new();
@@ -173,9 +221,17 @@ fn breaches(file: &str, source: &str) -> Vec<String> {
             upward(&module, rank, &path),
             foreign(rank, &path),
             status(file, &path),
-            if is_test(&path) { None } else { environment(file, &path).or_else(|| thread(file, rank, &path)) },
+            if is_test(&path) {
+                None
+            } else {
+                environment(file, &path).or_else(|| thread(file, rank, &path))
+            },
         ];
-        found.extend(reasons.into_iter().flatten().map(|why| format!("src/{file}:{}: `{}` {why}", path.line, path.segments.join("::"))));
+        found.extend(
+            reasons.into_iter().flatten().map(|why| {
+                format!("src/{file}:{}: `{}` {why}", path.line, path.segments.join("::"))
+            }),
+        );
     }
     found
 }
@@ -197,34 +253,52 @@ fn upward(module: &[String], own: usize, path: &PathUse) -> Option<String> {
 /// Protobuf and gRPC outside rpc, and the async runtime below the engine.
 fn foreign(own: usize, path: &PathUse) -> Option<String> {
     let first = path.segments.first()?;
-    let is = |name: &str| first == name || first.strip_prefix(name).is_some_and(|rest| rest.starts_with('_'));
+    let is = |name: &str| {
+        first == name || first.strip_prefix(name).is_some_and(|rest| rest.starts_with('_'))
+    };
     if (is("tonic") || is("prost")) && LAYERS[own] != "rpc" {
-        return Some("only rpc knows gRPC and protobuf: use what rpc::client and rpc::pb offer".into());
+        return Some(
+            "only rpc knows gRPC and protobuf: use what rpc::client and rpc::pb offer".into(),
+        );
     }
     let engine = layer_rank("engine")?;
-    (is("tokio") && own < engine).then(|| format!("{} is synchronous: async begins at the engine", LAYERS[own]))
+    (is("tokio") && own < engine)
+        .then(|| format!("{} is synchronous: async begins at the engine", LAYERS[own]))
 }
 
 /// A gRPC status made anywhere but in the one mapping.
 fn status(file: &str, path: &PathUse) -> Option<String> {
-    let makes = path.segments.windows(2).any(|w| w[0] == "Status" && STATUS_CONSTRUCTORS.contains(&w[1].as_str()));
-    (makes && file != "rpc/status.rs").then(|| "makes a status: only rpc/status.rs does, from a typed error".into())
+    let makes = path
+        .segments
+        .windows(2)
+        .any(|w| w[0] == "Status" && STATUS_CONSTRUCTORS.contains(&w[1].as_str()));
+    (makes && file != "rpc/status.rs")
+        .then(|| "makes a status: only rpc/status.rs does, from a typed error".into())
 }
 
 /// The environment read anywhere but in the settings.
 fn environment(file: &str, path: &PathUse) -> Option<String> {
     const READS: [&str; 6] = ["var", "var_os", "vars", "vars_os", "set_var", "remove_var"];
-    let uses = path.segments.windows(2).any(|w| w[0] == "env" && (READS.contains(&w[1].as_str()) || w[1] == "*"));
+    let uses = path
+        .segments
+        .windows(2)
+        .any(|w| w[0] == "env" && (READS.contains(&w[1].as_str()) || w[1] == "*"));
     let allowed = file == "cli/settings.rs" || file.starts_with("cli/settings/");
-    (uses && !allowed).then(|| "touches the environment: only cli/settings does; take it as an argument".into())
+    (uses && !allowed)
+        .then(|| "touches the environment: only cli/settings does; take it as an argument".into())
 }
 
 /// A thread started outside the engine and [`THREADED`].
 fn thread(file: &str, own: usize, path: &PathUse) -> Option<String> {
     const STARTS: [&str; 4] = ["spawn", "Builder", "scope", "*"];
-    let starts = path.segments.windows(2).any(|w| w[0] == "thread" && STARTS.contains(&w[1].as_str()));
-    (starts && LAYERS[own] != "engine" && !THREADED.contains(&file))
-        .then(|| format!("starts a thread: only engine and {} do (rpc and cli use tokio)", THREADED.join(" and ")))
+    let starts =
+        path.segments.windows(2).any(|w| w[0] == "thread" && STARTS.contains(&w[1].as_str()));
+    (starts && LAYERS[own] != "engine" && !THREADED.contains(&file)).then(|| {
+        format!(
+            "starts a thread: only engine and {} do (rpc and cli use tokio)",
+            THREADED.join(" and ")
+        )
+    })
 }
 
 /// The path from the crate's root, or `None` where it names no module of this crate for certain.
@@ -271,10 +345,21 @@ fn sources() -> Vec<(String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
     walk(&root, &mut files);
-    assert!(files.len() > LAYERS.len(), "found only {} files under {}", files.len(), root.display());
+    assert!(
+        files.len() > LAYERS.len(),
+        "found only {} files under {}",
+        files.len(),
+        root.display()
+    );
     files.sort();
-    let relative =
-        |p: &Path| p.strip_prefix(&root).unwrap().components().map(|c| c.as_os_str().to_string_lossy()).collect::<Vec<_>>().join("/");
+    let relative = |p: &Path| {
+        p.strip_prefix(&root)
+            .unwrap()
+            .components()
+            .map(|c| c.as_os_str().to_string_lossy())
+            .collect::<Vec<_>>()
+            .join("/")
+    };
     files.iter().map(|p| (relative(p), fs::read_to_string(p).unwrap())).collect()
 }
 
@@ -293,7 +378,11 @@ fn walk(folder: &Path, files: &mut Vec<PathBuf>) {
 fn no_two_files_import_each_other() {
     let sources = sources();
     let count = imports(&sources).len();
-    assert!(count > sources.len(), "only {count} imports between {} files: the scan is broken", sources.len());
+    assert!(
+        count > sources.len(),
+        "only {count} imports between {} files: the scan is broken",
+        sources.len()
+    );
     let found = cycles(&sources);
     assert!(
         found.is_empty(),
@@ -314,13 +403,17 @@ struct Import {
 /// Returns what the files import of each other, tests left out. `mod x;` is no import; `x::y` is one
 /// where `x` is a child module in a file of its own.
 fn imports(sources: &[(String, String)]) -> Vec<Import> {
-    let indices: HashMap<Vec<String>, usize> = sources.iter().enumerate().map(|(i, (file, _))| (module_of(file), i)).collect();
+    let indices: HashMap<Vec<String>, usize> =
+        sources.iter().enumerate().map(|(i, (file, _))| (module_of(file), i)).collect();
     let mut found = Vec::new();
     for (from, (file, source)) in sources.iter().enumerate() {
         let module = module_of(file);
         let is_test = |path: &PathUse| module.iter().chain(&path.inside).any(|m| m == "tests");
         for path in paths(source).iter().filter(|p| !p.is_visibility && !is_test(p)) {
-            let child = || relative(&module, path).filter(|target| indices.contains_key(&target[..=module.len()]));
+            let child = || {
+                relative(&module, path)
+                    .filter(|target| indices.contains_key(&target[..=module.len()]))
+            };
             let target = resolve(&module, path).or_else(child).unwrap_or_default();
             // The names after the file's own are items in it.
             let to = (0..=target.len()).rev().find_map(|n| indices.get(&target[..n]).copied());
@@ -341,14 +434,20 @@ fn relative(module: &[String], path: &PathUse) -> Option<Vec<String>> {
 /// Returns one line for each set of files that import each other, directly or through others.
 fn cycles(sources: &[(String, String)]) -> Vec<String> {
     let imports = imports(sources);
-    let reached: Vec<BTreeSet<usize>> = (0..sources.len()).map(|file| reached_from(file, &imports)).collect();
+    let reached: Vec<BTreeSet<usize>> =
+        (0..sources.len()).map(|file| reached_from(file, &imports)).collect();
     let (mut found, mut done) = (Vec::new(), BTreeSet::new());
     for file in 0..sources.len() {
         if !reached[file].contains(&file) || done.contains(&file) {
             continue;
         }
-        let tangled: BTreeSet<usize> = reached[file].iter().copied().filter(|other| reached[*other].contains(&file)).collect();
-        found.push(format!("{} ({} files import each other)", shortest_cycle(file, &imports, sources), tangled.len()));
+        let tangled: BTreeSet<usize> =
+            reached[file].iter().copied().filter(|other| reached[*other].contains(&file)).collect();
+        found.push(format!(
+            "{} ({} files import each other)",
+            shortest_cycle(file, &imports, sources),
+            tangled.len()
+        ));
         done.extend(tangled);
     }
     found
@@ -358,7 +457,13 @@ fn cycles(sources: &[(String, String)]) -> Vec<String> {
 fn reached_from(file: usize, imports: &[Import]) -> BTreeSet<usize> {
     let (mut reached, mut waiting) = (BTreeSet::new(), vec![file]);
     while let Some(from) = waiting.pop() {
-        waiting.extend(imports.iter().filter(|i| i.from == from).map(|i| i.to).filter(|to| reached.insert(*to)));
+        waiting.extend(
+            imports
+                .iter()
+                .filter(|i| i.from == from)
+                .map(|i| i.to)
+                .filter(|to| reached.insert(*to)),
+        );
     }
     reached
 }
@@ -401,13 +506,21 @@ fn assert_caught(file: &str, source: &str, expected: &[&str]) {
 
 #[test]
 fn an_upward_import_is_caught_however_it_is_written() {
-    assert_caught("math/loss.rs", "use crate::engine::Job;\n", &["src/math/loss.rs:1: `crate::engine::Job` runs up from math to engine"]);
+    assert_caught(
+        "math/loss.rs",
+        "use crate::engine::Job;\n",
+        &["src/math/loss.rs:1: `crate::engine::Job` runs up from math to engine"],
+    );
     assert_caught(
         "domain/job.rs",
         "\n\nuse crate::{domain::x, rpc::{self, pb::Job as J}};",
         &[":3: `crate::rpc::self`", "crate::rpc::pb::Job"],
     );
-    assert_caught("train/trainer.rs", "fn f() -> crate::service::Store { crate::service::Store::new() }", &["to service", "to service"]);
+    assert_caught(
+        "train/trainer.rs",
+        "fn f() -> crate::service::Store { crate::service::Store::new() }",
+        &["to service", "to service"],
+    );
     assert_caught(
         "engine/queue.rs",
         "use super::super::service::store;",
@@ -415,41 +528,99 @@ fn an_upward_import_is_caught_however_it_is_written() {
     );
     assert_caught("engine/queue.rs", "use super::{super::{rpc::x, model::y}, api};", &["to rpc"]);
     assert_caught("compute/cpu/mod.rs", "mod inner { use super::super::super::cli; }", &["to cli"]);
-    assert_caught("model/config.rs", "use crate as root;\nuse crate::*;\nuse super::super::*;", &["root", "root", "root"]);
-    assert_caught("model/config.rs", "pub(in crate::train) fn f() { crate::run() }", &["to train", "the crate's root"]);
+    assert_caught(
+        "model/config.rs",
+        "use crate as root;\nuse crate::*;\nuse super::super::*;",
+        &["root", "root", "root"],
+    );
+    assert_caught(
+        "model/config.rs",
+        "pub(in crate::train) fn f() { crate::run() }",
+        &["to train", "the crate's root"],
+    );
     assert_caught("model/config.rs", "macro_rules! m { () => { $crate::rpc::f() } }", &["to rpc"]);
-    assert_caught("service/mod.rs", "use ::bradley_x::y; use crate :: /* up */ rpc :: x;", &["to rpc"]);
-    assert_caught("telemetry/trace.rs", "use crate::math::score; use crate::domain::job;", &["from telemetry to math"]);
-    assert_caught("compute/cpu/head.rs", "use crate::model::params::ParamId;", &["from compute to model"]);
-    assert_caught("model/parameters.rs", "use crate::formats::weights::Weights;", &["from model to formats"]);
+    assert_caught(
+        "service/mod.rs",
+        "use ::bradley_x::y; use crate :: /* up */ rpc :: x;",
+        &["to rpc"],
+    );
+    assert_caught(
+        "telemetry/trace.rs",
+        "use crate::math::score; use crate::domain::job;",
+        &["from telemetry to math"],
+    );
+    assert_caught(
+        "compute/cpu/head.rs",
+        "use crate::model::params::ParamId;",
+        &["from compute to model"],
+    );
+    assert_caught(
+        "model/parameters.rs",
+        "use crate::formats::weights::Weights;",
+        &["from model to formats"],
+    );
     assert_caught("stray.rs", "", &["belongs to no layer"]);
 }
 
 #[test]
 fn what_belongs_to_one_layer_is_caught_elsewhere() {
-    assert_caught("service/store.rs", "use tonic::Status; use prost_types::Any;", &["only rpc", "only rpc"]);
-    assert_caught("service/store.rs", "use ::tonic::Status; pub use ::prost::Message;", &["only rpc", "only rpc"]);
+    assert_caught(
+        "service/store.rs",
+        "use tonic::Status; use prost_types::Any;",
+        &["only rpc", "only rpc"],
+    );
+    assert_caught(
+        "service/store.rs",
+        "use ::tonic::Status; pub use ::prost::Message;",
+        &["only rpc", "only rpc"],
+    );
     assert_caught("train/trainer.rs", "use tokio::sync::mpsc;", &["train is synchronous"]);
     assert_caught("rpc/scoring.rs", "let e = tonic::Status::internal(\"x\");", &["makes a status"]);
     assert_caught("rpc/scoring.rs", "return Err(Status::new(Code::Ok, m));", &["makes a status"]);
-    assert_caught("formats/source.rs", "let t = std::env::var(\"HF_TOKEN\");", &["touches the environment"]);
+    assert_caught(
+        "formats/source.rs",
+        "let t = std::env::var(\"HF_TOKEN\");",
+        &["touches the environment"],
+    );
     assert_caught("cli/demo.rs", "use std::env::{self, var_os};", &["touches the environment"]);
-    assert_caught("service/runner.rs", "std::thread::spawn(|| ()); thread::Builder::new();", &["starts a thread", "starts a thread"]);
+    assert_caught(
+        "service/runner.rs",
+        "std::thread::spawn(|| ()); thread::Builder::new();",
+        &["starts a thread", "starts a thread"],
+    );
 }
 
 #[test]
 fn what_is_legal_passes() {
     for (file, source) in [
-        ("math/loss.rs", "use crate::domain::dpo; use super::metrics; pub(crate) mod x; pub(super) fn f() {}"),
+        (
+            "math/loss.rs",
+            "use crate::domain::dpo; use super::metrics; pub(crate) mod x; pub(super) fn f() {}",
+        ),
         ("engine/queue/tests.rs", "use super::super::api; use super::*; std::thread::spawn(f);"),
         ("compute/cpu.rs", "#[cfg(test)] mod tests { use super::*; use super::super::config; }"),
-        ("compute/cpu.rs", "// use crate::rpc;\n/* crate::rpc /* crate::cli */ */ /// [`crate::rpc`]\nconst S: &str = \"crate::rpc::x\";"),
-        ("compute/cpu.rs", "const S: &[u8] = br#\"\" crate::rpc \"#; const C: char = '\"'; fn f<'a>(x: &'a str) { let c = b'\\''; }"),
-        ("engine/worker.rs", "use tokio::sync::oneshot; match s { Status::Finished => std::thread::Builder::new() }"),
-        ("rpc.rs", "use tonic::transport::Server; use self::pb::x; pub use self::http::serve_http;"),
+        (
+            "compute/cpu.rs",
+            "// use crate::rpc;\n/* crate::rpc /* crate::cli */ */ /// [`crate::rpc`]\nconst S: &str = \"crate::rpc::x\";",
+        ),
+        (
+            "compute/cpu.rs",
+            "const S: &[u8] = br#\"\" crate::rpc \"#; const C: char = '\"'; fn f<'a>(x: &'a str) { let c = b'\\''; }",
+        ),
+        (
+            "engine/worker.rs",
+            "use tokio::sync::oneshot; match s { Status::Finished => std::thread::Builder::new() }",
+        ),
+        (
+            "rpc.rs",
+            "use tonic::transport::Server; use self::pb::x; pub use self::http::serve_http;",
+        ),
         ("rpc/status.rs", "Status::with_error_details(code, m, d); tonic::Code::Ok;"),
         ("cli/settings.rs", "std::env::vars_os();"),
-        ("cli/demo.rs", "use crate::rpc::{client::Client, pb}; std::env::temp_dir(); std::thread::available_parallelism();"),
+        (
+            "cli/demo.rs",
+            "use crate::rpc::{client::Client, pb}; std::env::temp_dir(); std::thread::available_parallelism();",
+        ),
         ("main.rs", "bradley::cli::main()"),
     ] {
         assert_caught(file, source, &[]);
@@ -459,43 +630,84 @@ fn what_is_legal_passes() {
 /// `cycles` of fabricated files must say exactly this.
 #[track_caller]
 fn assert_cycles(files: &[(&str, &str)], expected: &[&str]) {
-    let sources: Vec<(String, String)> = files.iter().map(|(file, source)| ((*file).to_owned(), (*source).to_owned())).collect();
+    let sources: Vec<(String, String)> =
+        files.iter().map(|(file, source)| ((*file).to_owned(), (*source).to_owned())).collect();
     assert_eq!(cycles(&sources), expected, "{files:#?}");
 }
 
 #[test]
 fn an_import_cycle_is_caught_however_it_is_written() {
     // Directly, through others, and with a tail that is in no cycle.
-    let direct = [("math/a.rs", "use super::b::X;"), ("math/b.rs", "\nfn f() { crate::math::a::g() }"), ("math/c.rs", "use super::a;")];
-    assert_cycles(&direct, &["src/math/a.rs:1 -> src/math/b.rs:2 -> src/math/a.rs (2 files import each other)"]);
-    let through =
-        [("math/a.rs", "use crate::math::{x, b::{self, X}};"), ("math/b.rs", "use super::c::*;"), ("math/c.rs", "use super::a::Y;")];
-    assert_cycles(&through, &["src/math/a.rs:1 -> src/math/b.rs:1 -> src/math/c.rs:1 -> src/math/a.rs (3 files import each other)"]);
+    let direct = [
+        ("math/a.rs", "use super::b::X;"),
+        ("math/b.rs", "\nfn f() { crate::math::a::g() }"),
+        ("math/c.rs", "use super::a;"),
+    ];
+    assert_cycles(
+        &direct,
+        &["src/math/a.rs:1 -> src/math/b.rs:2 -> src/math/a.rs (2 files import each other)"],
+    );
+    let through = [
+        ("math/a.rs", "use crate::math::{x, b::{self, X}};"),
+        ("math/b.rs", "use super::c::*;"),
+        ("math/c.rs", "use super::a::Y;"),
+    ];
+    assert_cycles(
+        &through,
+        &[
+            "src/math/a.rs:1 -> src/math/b.rs:1 -> src/math/c.rs:1 -> src/math/a.rs (3 files import each other)",
+        ],
+    );
     // The shortest one is shown of several that meet.
-    let meeting = [("math/a.rs", "use super::b;\nuse super::c;"), ("math/b.rs", "use super::c;"), ("math/c.rs", "use super::a;")];
-    assert_cycles(&meeting, &["src/math/a.rs:2 -> src/math/c.rs:1 -> src/math/a.rs (3 files import each other)"]);
+    let meeting = [
+        ("math/a.rs", "use super::b;\nuse super::c;"),
+        ("math/b.rs", "use super::c;"),
+        ("math/c.rs", "use super::a;"),
+    ];
+    assert_cycles(
+        &meeting,
+        &["src/math/a.rs:2 -> src/math/c.rs:1 -> src/math/a.rs (3 files import each other)"],
+    );
     // A parent that uses its child, in both module styles and in every spelling.
-    for parent in
-        ["mod c;\nfn f() { c::g() }", "pub mod c;\npub use self::c::g;", "mod c;\npub(crate) use c::{g, h};", "\nuse crate::math::p::c;"]
-    {
+    for parent in [
+        "mod c;\nfn f() { c::g() }",
+        "pub mod c;\npub use self::c::g;",
+        "mod c;\npub(crate) use c::{g, h};",
+        "\nuse crate::math::p::c;",
+    ] {
         for file in ["math/p.rs", "math/p/mod.rs"] {
             let files = [(file, parent), ("math/p/c.rs", "fn g() { super::x() }")];
-            let expected = format!("src/{file}:2 -> src/math/p/c.rs:1 -> src/{file} (2 files import each other)");
+            let expected = format!(
+                "src/{file}:2 -> src/math/p/c.rs:1 -> src/{file} (2 files import each other)"
+            );
             assert_cycles(&files, &[&expected]);
         }
     }
     // From an inline module, where `super` is the file itself.
-    let inline = [("math/a.rs", "mod x { use super::super::b; }"), ("math/b.rs", "mod y { mod z { use super::super::super::a::X; } }")];
-    assert_cycles(&inline, &["src/math/a.rs:1 -> src/math/b.rs:1 -> src/math/a.rs (2 files import each other)"]);
+    let inline = [
+        ("math/a.rs", "mod x { use super::super::b; }"),
+        ("math/b.rs", "mod y { mod z { use super::super::super::a::X; } }"),
+    ];
+    assert_cycles(
+        &inline,
+        &["src/math/a.rs:1 -> src/math/b.rs:1 -> src/math/a.rs (2 files import each other)"],
+    );
     let root = [("lib.rs", "pub mod cli;\npub use cli::X;"), ("cli/mod.rs", "use crate::Y;")];
-    assert_cycles(&root, &["src/lib.rs:2 -> src/cli/mod.rs:1 -> src/lib.rs (2 files import each other)"]);
+    assert_cycles(
+        &root,
+        &["src/lib.rs:2 -> src/cli/mod.rs:1 -> src/lib.rs (2 files import each other)"],
+    );
 }
 
 #[test]
 fn what_is_no_cycle_passes() {
     let passes = |files: &[(&str, &str)]| assert_cycles(files, &[]);
     // A parent that declares its children, and children that share a file.
-    passes(&[("math/p.rs", "mod c;\npub mod d;\nmod e;"), ("math/p/c.rs", "use super::{X, d};"), ("math/p/d.rs", "use super::X;")]);
+    passes(&[
+        ("math/p.rs", "mod c;\npub mod d;\nmod e;"),
+        ("math/p/c.rs", "use super::{X, d};"),
+        ("math/p/d.rs", "use super::X;"),
+    ]);
     passes(&[
         ("math/p.rs", "mod c;\nmod d;\npub use self::c::X;"),
         ("math/p/c.rs", "use super::d;"),
@@ -510,8 +722,15 @@ fn what_is_no_cycle_passes() {
     ] {
         passes(&[("math/a.rs", source), ("math/b.rs", "use super::a;")]);
     }
-    passes(&[("math/a.rs", "mod c;\nuse ::c::X;\nfn f() { ::c::g() }\nmod x { fn f() { c::g() } }"), ("math/a/c.rs", "use super::Y;")]);
-    passes(&[("math/a.rs", "use super::b;"), ("math/b/tests.rs", "use crate::math::a; use super::X;"), ("math/b.rs", "mod tests;")]);
+    passes(&[
+        ("math/a.rs", "mod c;\nuse ::c::X;\nfn f() { ::c::g() }\nmod x { fn f() { c::g() } }"),
+        ("math/a/c.rs", "use super::Y;"),
+    ]);
+    passes(&[
+        ("math/a.rs", "use super::b;"),
+        ("math/b/tests.rs", "use crate::math::a; use super::X;"),
+        ("math/b.rs", "mod tests;"),
+    ]);
 }
 
 /// The map of the modules.
@@ -527,7 +746,9 @@ fn quoted(text: &str) -> Vec<&str> {
 /// Returns the quoted paths of Rust files that are neither in the repository nor under `src`.
 fn missing_files(text: &str) -> Vec<&str> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let is_path = |word: &&str| word.contains('/') && word.ends_with(".rs") && !word.contains(['*', '{', ' ']);
+    let is_path = |word: &&str| {
+        word.contains('/') && word.ends_with(".rs") && !word.contains(['*', '{', ' '])
+    };
     let exists = |path: &str| root.join(path).is_file() || root.join("src").join(path).is_file();
     quoted(text).into_iter().filter(is_path).filter(|path| !exists(path)).collect()
 }
@@ -535,7 +756,10 @@ fn missing_files(text: &str) -> Vec<&str> {
 #[test]
 fn every_path_in_the_map_exists() {
     let text = architecture();
-    let paths = quoted(&text).into_iter().filter(|word| word.contains('/') && word.ends_with(".rs")).count();
+    let paths = quoted(&text)
+        .into_iter()
+        .filter(|word| word.contains('/') && word.ends_with(".rs"))
+        .count();
     assert!(paths > 20, "only {paths} paths seen in ARCHITECTURE.md: the scan is broken");
     let missing = missing_files(&text);
     assert!(missing.is_empty(), "ARCHITECTURE.md names files that do not exist: {missing:#?}");
@@ -572,23 +796,38 @@ fn the_table_of_layers_lists_every_module_and_no_other() {
     let rows = rows_of_the_table(&text);
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let layers = modules_in(&source, false);
-    let expected: BTreeSet<String> = LAYERS.iter().chain(&["lib", "main"]).map(|name| (*name).to_owned()).collect();
+    let expected: BTreeSet<String> =
+        LAYERS.iter().chain(&["lib", "main"]).map(|name| (*name).to_owned()).collect();
     assert_eq!(layers, expected, "a folder of src is a layer");
     for layer in LAYERS {
-        let of_layer = |name: &str| name == layer || name.strip_prefix(layer).is_some_and(|rest| rest.starts_with('/'));
+        let of_layer = |name: &str| {
+            name == layer || name.strip_prefix(layer).is_some_and(|rest| rest.starts_with('/'))
+        };
         let listed: BTreeSet<&str> = rows
             .iter()
             .filter(|(name, _)| of_layer(name))
             .flat_map(|(name, words)| words.iter().copied().chain(name.rsplit('/').next()))
             .collect();
         let folder = source.join(layer);
-        let unlisted: Vec<String> = modules_in(&folder, false).into_iter().filter(|name| !listed.contains(name.as_str())).collect();
+        let unlisted: Vec<String> = modules_in(&folder, false)
+            .into_iter()
+            .filter(|name| !listed.contains(name.as_str()))
+            .collect();
         assert!(unlisted.is_empty(), "the row of `{layer}` in ARCHITECTURE.md lacks {unlisted:?}");
         let below = modules_in(&folder, true);
-        let is_name =
-            |word: &&str| !LAYERS.contains(word) && word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
-        let gone: Vec<&str> =
-            listed.into_iter().filter(|word| *word != layer).filter(is_name).filter(|word| !below.contains(*word)).collect();
-        assert!(gone.is_empty(), "the row of `{layer}` in ARCHITECTURE.md names what is not there: {gone:?}");
+        let is_name = |word: &&str| {
+            !LAYERS.contains(word)
+                && word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+        };
+        let gone: Vec<&str> = listed
+            .into_iter()
+            .filter(|word| *word != layer)
+            .filter(is_name)
+            .filter(|word| !below.contains(*word))
+            .collect();
+        assert!(
+            gone.is_empty(),
+            "the row of `{layer}` in ARCHITECTURE.md names what is not there: {gone:?}"
+        );
     }
 }

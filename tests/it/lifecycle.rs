@@ -25,13 +25,19 @@ fn saving(dataset: &str) -> pb::TrainingJob {
 /// One whose log lines and steps span several units of work: a pause falls into the middle.
 fn spanning(dataset: &str) -> pb::TrainingJob {
     let mut wanted = saving(dataset);
-    wanted.run = Some(pb::RunConfig { save_steps: Some(5), logging_steps: Some(3), ..Default::default() });
-    wanted.batch = wanted.batch.map(|b| pb::BatchConfig { gradient_accumulation_steps: Some(3), ..b });
+    wanted.run =
+        Some(pb::RunConfig { save_steps: Some(5), logging_steps: Some(3), ..Default::default() });
+    wanted.batch =
+        wanted.batch.map(|b| pb::BatchConfig { gradient_accumulation_steps: Some(3), ..b });
     wanted
 }
 
 fn checkpoint(data_dir: &Path, name: &str, step: u64) -> PathBuf {
-    data_dir.join("jobs").join(name.trim_start_matches("trainingJobs/")).join("checkpoints").join(step.to_string())
+    data_dir
+        .join("jobs")
+        .join(name.trim_start_matches("trainingJobs/"))
+        .join("checkpoints")
+        .join(step.to_string())
 }
 
 /// The losses by step and the final weights of a run: what must not depend on what happened to it.
@@ -46,7 +52,8 @@ fn outcome(data_dir: &Path, name: &str, events: &[pb::TrainingEvent]) -> Outcome
         Some(Event::StepMetrics(s)) => Some((s.step, s.metrics["loss"].to_bits())),
         _ => None,
     };
-    let weights = std::fs::read(checkpoint(data_dir, name, STEPS).join("adapter_model.safetensors")).unwrap();
+    let weights =
+        std::fs::read(checkpoint(data_dir, name, STEPS).join("adapter_model.safetensors")).unwrap();
     Outcome { losses: events.iter().filter_map(step).collect(), weights }
 }
 
@@ -75,11 +82,19 @@ fn became(e: &Event, wanted: pb::JobState) -> bool {
 }
 
 async fn pause(client: &Client, name: &str) -> Result<pb::TrainingJob, tonic::Status> {
-    client.training().pause_training_job(pb::PauseTrainingJobRequest { name: name.into() }).await.map(|r| r.into_inner())
+    client
+        .training()
+        .pause_training_job(pb::PauseTrainingJobRequest { name: name.into() })
+        .await
+        .map(|r| r.into_inner())
 }
 
 async fn resume(client: &Client, name: &str) -> Result<pb::TrainingJob, tonic::Status> {
-    client.training().resume_training_job(pb::ResumeTrainingJobRequest { name: name.into() }).await.map(|r| r.into_inner())
+    client
+        .training()
+        .resume_training_job(pb::ResumeTrainingJobRequest { name: name.into() })
+        .await
+        .map(|r| r.into_inner())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -93,7 +108,11 @@ async fn a_paused_job_goes_on_bit_for_bit_also_on_another_server() {
     until(&client, &name, |e| is_step(e, 7)).await;
     assert_eq!(pause(&client, &name).await.unwrap().state(), pb::JobState::Pausing);
     until(&client, &name, |e| became(e, pb::JobState::Paused)).await;
-    assert_eq!(pause(&client, &name).await.unwrap().state(), pb::JobState::Paused, "pausing twice changes nothing");
+    assert_eq!(
+        pause(&client, &name).await.unwrap().state(),
+        pb::JobState::Paused,
+        "pausing twice changes nothing"
+    );
 
     // It stays paused across a restart, while others run.
     server.kill();
@@ -104,12 +123,23 @@ async fn a_paused_job_goes_on_bit_for_bit_also_on_another_server() {
     assert_eq!(state(&client, &name).await, pb::JobState::Paused);
     assert_eq!(resume(&client, &name).await.unwrap().state(), pb::JobState::Queued);
     let events = finish(&client, &name).await;
-    let steps: Vec<u64> =
-        events.iter().filter_map(|e| if let Some(Event::StepMetrics(s)) = &e.event { Some(s.step) } else { None }).collect();
-    assert_eq!(steps, (3..=STEPS).step_by(3).collect::<Vec<_>>(), "no log line is lost or repeated");
+    let steps: Vec<u64> = events
+        .iter()
+        .filter_map(
+            |e| if let Some(Event::StepMetrics(s)) = &e.event { Some(s.step) } else { None },
+        )
+        .collect();
+    assert_eq!(
+        steps,
+        (3..=STEPS).step_by(3).collect::<Vec<_>>(),
+        "no log line is lost or repeated"
+    );
     assert!(outcome(dir.path(), &name, &events) == wanted, "the same losses and weights");
     let e = resume(&client, &name).await.unwrap_err();
-    assert_eq!((e.code(), e.get_details_error_info().unwrap().reason.as_str()), (Code::FailedPrecondition, "NOT_PAUSED"));
+    assert_eq!(
+        (e.code(), e.get_details_error_info().unwrap().reason.as_str()),
+        (Code::FailedPrecondition, "NOT_PAUSED")
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -126,7 +156,9 @@ async fn a_job_of_a_higher_priority_goes_first_and_the_other_continues_bit_for_b
     finish(&client, &high).await;
     assert_ne!(state(&client, &low).await, pb::JobState::Succeeded, "it made room");
     let events = finish(&client, &low).await;
-    assert!(events.iter().any(|e| matches!(&e.event, Some(Event::StateChange(s)) if s.reason.contains("higher priority"))));
+    assert!(events.iter().any(
+        |e| matches!(&e.event, Some(Event::StateChange(s)) if s.reason.contains("higher priority"))
+    ));
     assert!(outcome(dir.path(), &low, &events) == wanted, "the same losses and weights");
     finish(&client, &same).await;
 
@@ -135,7 +167,10 @@ async fn a_job_of_a_higher_priority_goes_first_and_the_other_continues_bit_for_b
         ..Default::default()
     };
     let e = client.training().create_training_job(bad).await.unwrap_err();
-    assert_eq!(e.get_details_bad_request().unwrap().field_violations[0].field, "training_job.priority");
+    assert_eq!(
+        e.get_details_bad_request().unwrap().field_violations[0].field,
+        "training_job.priority"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -144,26 +179,52 @@ async fn an_update_changes_what_its_mask_names_and_a_stale_etag_aborts_it() {
     let server = Server::start(dir.path());
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
-    let name = submit(&client, pb::TrainingJob { display_name: "first".into(), ..job(&dataset.name, 2) }).await;
+    let name =
+        submit(&client, pb::TrainingJob { display_name: "first".into(), ..job(&dataset.name, 2) })
+            .await;
     finish(&client, &name).await;
     let update = async |job: pb::TrainingJob, paths: &[&str]| {
-        let update_mask = Some(prost_types::FieldMask { paths: paths.iter().map(|p| p.to_string()).collect() });
-        let request = pb::UpdateTrainingJobRequest { training_job: Some(pb::TrainingJob { name: name.clone(), ..job }), update_mask };
+        let update_mask =
+            Some(prost_types::FieldMask { paths: paths.iter().map(|p| p.to_string()).collect() });
+        let request = pb::UpdateTrainingJobRequest {
+            training_job: Some(pb::TrainingJob { name: name.clone(), ..job }),
+            update_mask,
+        };
         client.training().update_training_job(request).await.map(|r| r.into_inner())
     };
-    let before = client.training().get_training_job(pb::GetTrainingJobRequest { name: name.clone() }).await.unwrap().into_inner();
+    let before = client
+        .training()
+        .get_training_job(pb::GetTrainingJobRequest { name: name.clone() })
+        .await
+        .unwrap()
+        .into_inner();
     let labels = BTreeMap::from([("team".to_owned(), "search".to_owned())]);
-    let wanted =
-        pb::TrainingJob { etag: before.etag.clone(), labels: labels.clone(), display_name: "ignored".into(), ..Default::default() };
+    let wanted = pb::TrainingJob {
+        etag: before.etag.clone(),
+        labels: labels.clone(),
+        display_name: "ignored".into(),
+        ..Default::default()
+    };
     let after = update(wanted.clone(), &["labels"]).await.unwrap();
     assert_eq!((after.display_name.as_str(), &after.labels), ("first", &labels));
     assert_ne!(after.etag, before.etag);
     let e = update(wanted, &["labels"]).await.unwrap_err();
-    assert_eq!((e.code(), e.get_details_error_info().unwrap().reason.as_str()), (Code::Aborted, "ETAG_STALE"));
+    assert_eq!(
+        (e.code(), e.get_details_error_info().unwrap().reason.as_str()),
+        (Code::Aborted, "ETAG_STALE")
+    );
     let e = update(Default::default(), &["seed"]).await.unwrap_err();
-    assert_eq!(e.get_details_bad_request().unwrap().field_violations[0].field, "update_mask.paths[0]");
-    let e = update(pb::TrainingJob { priority: -9999, ..Default::default() }, &["priority"]).await.unwrap_err();
-    assert_eq!(e.get_details_bad_request().unwrap().field_violations[0].field, "training_job.priority");
+    assert_eq!(
+        e.get_details_bad_request().unwrap().field_violations[0].field,
+        "update_mask.paths[0]"
+    );
+    let e = update(pb::TrainingJob { priority: -9999, ..Default::default() }, &["priority"])
+        .await
+        .unwrap_err();
+    assert_eq!(
+        e.get_details_bad_request().unwrap().field_violations[0].field,
+        "training_job.priority"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -180,7 +241,8 @@ async fn a_damaged_checkpoint_is_reported_and_the_one_before_is_used() {
     until(&client, &name, |e| became(e, pb::JobState::Paused)).await;
     server.kill();
     let steps = std::fs::read_dir(checkpoint(dir.path(), &name, 0).parent().unwrap()).unwrap();
-    let newest = steps.filter_map(|e| e.unwrap().file_name().to_str()?.parse::<u64>().ok()).max().unwrap();
+    let newest =
+        steps.filter_map(|e| e.unwrap().file_name().to_str()?.parse::<u64>().ok()).max().unwrap();
     for file in ["adapter_model.safetensors", "optimizer.safetensors"] {
         let file = checkpoint(dir.path(), &name, newest).join(file);
         let mut bytes = std::fs::read(&file).unwrap();
@@ -200,8 +262,11 @@ async fn a_damaged_checkpoint_is_reported_and_the_one_before_is_used() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_expired_cursor_is_out_of_range_and_names_the_oldest_event() {
     let dir = tempfile::tempdir().unwrap();
-    let server =
-        Server::start_with(dir.path(), &format!("tiny={}", crate::support::golden("models/llama").display()), &["--events-kept", "10"]);
+    let server = Server::start_with(
+        dir.path(),
+        &format!("tiny={}", crate::support::golden("models/llama").display()),
+        &["--events-kept", "10"],
+    );
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let name = submit(&client, job(&dataset.name, 30)).await;
@@ -209,16 +274,23 @@ async fn an_expired_cursor_is_out_of_range_and_names_the_oldest_event() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let list = async |after_sequence| {
-        let request = pb::ListTrainingEventsRequest { parent: name.clone(), after_sequence, page_size: 0 };
+        let request =
+            pb::ListTrainingEventsRequest { parent: name.clone(), after_sequence, page_size: 0 };
         client.training().list_training_events(request).await
     };
     let e = list(0).await.unwrap_err();
     assert_eq!(e.code(), Code::OutOfRange, "{e}");
     let after: u64 = e.message().rsplit("go on after ").next().unwrap().parse().unwrap();
     let kept = list(after).await.unwrap().into_inner().events;
-    assert_eq!(kept.iter().map(|e| e.sequence).collect::<Vec<_>>(), (after + 1..after + 11).collect::<Vec<_>>());
+    assert_eq!(
+        kept.iter().map(|e| e.sequence).collect::<Vec<_>>(),
+        (after + 1..after + 11).collect::<Vec<_>>()
+    );
     let request = pb::StreamTrainingEventsRequest { parent: name.clone(), after_sequence: 0 };
-    assert_eq!(client.training().stream_training_events(request).await.unwrap_err().code(), Code::OutOfRange);
+    assert_eq!(
+        client.training().stream_training_events(request).await.unwrap_err().code(),
+        Code::OutOfRange
+    );
 }
 
 /// Whatever clients ask for in whatever order: every transition is legal, every refusal says so, and nothing hangs.
@@ -230,23 +302,33 @@ async fn random_commands_make_only_legal_transitions() {
     let dataset = upload(&client, "pairs.jsonl").await;
     let mut jobs: Vec<String> = Vec::new();
     // Uniform in 0..1, by a fixed seed.
-    let draws: Vec<f64> = kaiming_uniform(7, "lifecycle", 200, 1).into_iter().map(|x| (f64::from(x) + 1.0) / 2.0).collect();
+    let draws: Vec<f64> = kaiming_uniform(7, "lifecycle", 200, 1)
+        .into_iter()
+        .map(|x| (f64::from(x) + 1.0) / 2.0)
+        .collect();
     for draw in draws.chunks(2) {
         let (what, which) = ((draw[0] * 6.0) as usize, draw[1]);
         let name = jobs.get((which * jobs.len() as f64) as usize).cloned();
         let result = match (what, name) {
             (0, _) | (_, None) if jobs.len() < 6 => {
                 let priority = (which * 4.0) as i32;
-                jobs.push(submit(&client, pb::TrainingJob { priority, ..job(&dataset.name, 25) }).await);
+                jobs.push(
+                    submit(&client, pb::TrainingJob { priority, ..job(&dataset.name, 25) }).await,
+                );
                 Ok(())
             }
             (1, Some(n)) => pause(&client, &n).await.map(|_| ()),
             (2 | 3, Some(n)) => resume(&client, &n).await.map(|_| ()),
-            (4, Some(n)) if which < 0.3 => {
-                client.training().cancel_training_job(pb::CancelTrainingJobRequest { name: n }).await.map(|_| ())
-            }
+            (4, Some(n)) if which < 0.3 => client
+                .training()
+                .cancel_training_job(pb::CancelTrainingJobRequest { name: n })
+                .await
+                .map(|_| ()),
             (5, Some(n)) if which < 0.3 => {
-                let deleted = client.training().delete_training_job(pb::DeleteTrainingJobRequest { name: n.clone() }).await;
+                let deleted = client
+                    .training()
+                    .delete_training_job(pb::DeleteTrainingJobRequest { name: n.clone() })
+                    .await;
                 jobs.retain(|j| deleted.is_err() || *j != n);
                 deleted.map(|_| ())
             }
@@ -271,12 +353,17 @@ async fn random_commands_make_only_legal_transitions() {
         let mut last = None;
         for e in finish(&client, name).await {
             let Some(Event::StateChange(change)) = e.event else { continue };
-            let parse = |s: pb::JobState| JobState::parse(&s.as_str_name().trim_start_matches("JOB_STATE_").to_lowercase());
+            let parse = |s: pb::JobState| {
+                JobState::parse(&s.as_str_name().trim_start_matches("JOB_STATE_").to_lowercase())
+            };
             let (from, to) = (parse(change.from()), parse(change.to()).unwrap());
             assert_eq!(from, last, "{name}: changes follow each other");
             assert!(from.is_none_or(|from| from.may_become(to)), "{name}: {from:?} to {to:?}");
             last = Some(to);
         }
-        assert!(matches!(last, Some(JobState::Succeeded | JobState::Cancelled)), "{name} ended: {last:?}");
+        assert!(
+            matches!(last, Some(JobState::Succeeded | JobState::Cancelled)),
+            "{name} ended: {last:?}"
+        );
     }
 }

@@ -10,7 +10,10 @@ use std::process::Command;
 
 use bradley::compute::cpu::buffer::Buffer;
 use bradley::compute::cpu::thread_pool;
-use bradley::domain::training::{ActivationCheckpointing, BatchConfig, LoraConfig, Method, Precision, TARGET_MODULES, TrainingSpec};
+use bradley::domain::training::{
+    ActivationCheckpointing, BatchConfig, LoraConfig, Method, Precision, TARGET_MODULES,
+    TrainingSpec,
+};
 use bradley::infer::pair::EncodedPair;
 use bradley::infer::scorer::score;
 use bradley::model::adapter::Adapter;
@@ -84,7 +87,9 @@ impl Case {
 
     /// Returns the pairs: random tokens of the tiny models' vocabularies, each pair with a prompt of its own.
     fn encoded(&self) -> Vec<EncodedPair> {
-        let tokens = |seed: usize, n: usize| (0..n).map(|i| ((i * 31 + seed * 17 + i * i % 7) % 300) as u32).collect();
+        let tokens = |seed: usize, n: usize| {
+            (0..n).map(|i| ((i * 31 + seed * 17 + i * i % 7) % 300) as u32).collect()
+        };
         let [prompt, chosen, rejected] = self.lengths;
         let pair = |i: usize| EncodedPair {
             row: i as u64 + 1,
@@ -125,7 +130,8 @@ fn the_state_of_training_is_as_large_as_planned() {
         let elements = |part: &[Vec<f32>]| part.iter().map(Vec::len).sum::<usize>();
         let numbers = sizes.iter().sum::<usize>() + parts.map(elements).iter().sum::<usize>();
         let lengths = Lengths::of(&case.encoded(), 1);
-        let planned = plan(&base.config, &case.spec(), lengths, u64::MAX, MemoryKind::Host).unwrap();
+        let planned =
+            plan(&base.config, &case.spec(), lengths, u64::MAX, MemoryKind::Host).unwrap();
         assert_eq!(planned.training_state, 4 * numbers as u64, "{model}, full: {full}");
     }
 }
@@ -181,7 +187,9 @@ fn a_run_takes_the_memory_that_is_planned() {
     let case = |model, full, recompute, lengths| Case { model, full, recompute, pairs: 1, lengths };
     if device().name() == "cpu" {
         for (model, full) in MODELS.into_iter().flat_map(|model| [(model, false), (model, true)]) {
-            cases.extend([false, true].map(|recompute| case(model, full, recompute, [700, 200, 124])));
+            cases.extend(
+                [false, true].map(|recompute| case(model, full, recompute, [700, 200, 124])),
+            );
         }
         // Its backward pass through attention goes in rounds.
         cases.push(case("llama", false, true, [3000, 600, 496]));
@@ -192,7 +200,11 @@ fn a_run_takes_the_memory_that_is_planned() {
     }
     for case in cases {
         let (planned, peak) = measured(&case);
-        println!("{}: {planned} bytes planned, {peak} taken, {:.3}", case.to_json(), planned / peak);
+        println!(
+            "{}: {planned} bytes planned, {peak} taken, {:.3}",
+            case.to_json(),
+            planned / peak
+        );
         let off = (planned - peak).abs() / peak;
         let what = format!("{}: {planned} bytes planned, {peak} taken", case.to_json());
         assert!(off <= TOLERANCE, "{what}");
@@ -207,7 +219,8 @@ fn a_row_of_several_pairs_takes_no_more_than_planned() {
         return;
     }
     for full in [false, true] {
-        let case = Case { model: "llama", full, recompute: false, pairs: 4, lengths: [128, 64, 64] };
+        let case =
+            Case { model: "llama", full, recompute: false, pairs: 4, lengths: [128, 64, 64] };
         let (planned, peak) = measured(&case);
         let what = format!("{}: {planned} bytes planned, {peak} taken", case.to_json());
         assert!(peak <= planned && planned <= 2.0 * peak, "{what}");

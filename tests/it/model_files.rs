@@ -21,26 +21,44 @@ fn copy_model(name: &str, to: &Path, leave_out: &[&str]) {
 }
 
 fn load(folder: &Path) -> Result<(), String> {
-    load_model(None, folder.to_str().unwrap(), &HubOptions::default()).map(|_| ()).map_err(|e| e.to_string())
+    load_model(None, folder.to_str().unwrap(), &HubOptions::default())
+        .map(|_| ())
+        .map_err(|e| e.to_string())
 }
 
 #[test]
 fn tensors_that_the_configuration_does_not_call_for_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     copy_model("llama", dir.path(), &["model.safetensors"]);
-    let with = |names: &[&str]| {
-        let mut all = tensors("models/llama/model.safetensors");
-        all.extend(names.iter().map(|name| (name.to_string(), Tensor::ones(4, DType::F32, &Device::Cpu).unwrap())));
-        candle_core::safetensors::save(&all, dir.path().join("model.safetensors")).unwrap();
-        load(dir.path())
-    };
+    let with =
+        |names: &[&str]| {
+            let mut all = tensors("models/llama/model.safetensors");
+            all.extend(names.iter().map(|name| {
+                (name.to_string(), Tensor::ones(4, DType::F32, &Device::Cpu).unwrap())
+            }));
+            candle_core::safetensors::save(&all, dir.path().join("model.safetensors")).unwrap();
+            load(dir.path())
+        };
     with(&[]).unwrap();
-    let e = with(&["model.layers.1.self_attn.q_proj.bias", "model.layers.0.self_attn.q_proj.bias"]).unwrap_err();
-    assert!(e.contains("'model.layers.0.self_attn.q_proj.bias' (and 1 others)") && e.contains("attention_bias"), "{e}");
+    let e = with(&["model.layers.1.self_attn.q_proj.bias", "model.layers.0.self_attn.q_proj.bias"])
+        .unwrap_err();
+    assert!(
+        e.contains("'model.layers.0.self_attn.q_proj.bias' (and 1 others)")
+            && e.contains("attention_bias"),
+        "{e}"
+    );
     let e = with(&["model.layers.3.input_layernorm.weight"]).unwrap_err();
-    assert!(e.contains("'model.layers.3.input_layernorm.weight'") && e.contains("num_hidden_layers"), "{e}");
+    assert!(
+        e.contains("'model.layers.3.input_layernorm.weight'") && e.contains("num_hidden_layers"),
+        "{e}"
+    );
     // The copy of the tied head, old buffers, and what is no part of the decoder.
-    with(&["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq", "vision_tower.patch.weight"]).unwrap();
+    with(&[
+        "lm_head.weight",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "vision_tower.patch.weight",
+    ])
+    .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -64,10 +82,18 @@ async fn a_tokenizer_without_an_end_of_sequence_is_warned_of() {
         let dataset = client.upload_dataset(&golden(file), metadata, |_| {}).await.unwrap();
         let report = dataset.report.unwrap();
         assert_eq!(report.valid_rows, report.rows);
-        report.issues.into_iter().filter(|i| i.reason == "no_eos").map(|i| (i.row, i.field, i.severity)).collect::<Vec<_>>()
+        report
+            .issues
+            .into_iter()
+            .filter(|i| i.reason == "no_eos")
+            .map(|i| (i.row, i.field, i.severity))
+            .collect::<Vec<_>>()
     };
     let warning = (1, "chosen".to_owned(), i32::from(pb::IssueSeverity::Warning));
     assert_eq!(findings("plain.jsonl", "models/broken").await, [warning], "once for the file");
     assert!(findings("plain.jsonl", "models/whole").await.is_empty());
-    assert!(findings("pairs.jsonl", "models/broken").await.is_empty(), "a chat template ends its answers itself");
+    assert!(
+        findings("pairs.jsonl", "models/broken").await.is_empty(),
+        "a chat template ends its answers itself"
+    );
 }

@@ -55,7 +55,8 @@ async fn pause(client: &Client, name: &str) {
     until(client, name, |e| matches!(e, Event::StepMetrics(s) if s.step >= 3)).await;
     let request = pb::PauseTrainingJobRequest { name: name.into() };
     client.training().pause_training_job(request).await.unwrap();
-    until(client, name, |e| matches!(e, Event::StateChange(s) if s.to() == pb::JobState::Paused)).await;
+    until(client, name, |e| matches!(e, Event::StateChange(s) if s.to() == pb::JobState::Paused))
+        .await;
 }
 
 async fn succeed(client: &Client, wanted: pb::TrainingJob) -> String {
@@ -72,7 +73,11 @@ fn latest(job: &str) -> String {
 
 /// The reason of a job's error.
 fn reason(error: &tonic_types::Status) -> String {
-    let status = Status::with_details(error.code.into(), error.message.clone(), error.encode_to_vec().into());
+    let status = Status::with_details(
+        error.code.into(),
+        error.message.clone(),
+        error.encode_to_vec().into(),
+    );
     status.get_details_error_info().map(|i| i.reason).unwrap_or_default()
 }
 
@@ -94,7 +99,10 @@ async fn trouble(client: &Client, name: &str) -> (pb::JobState, String) {
 async fn sql(data_dir: &Path, statement: &str) {
     let url = format!("sqlite://{}", data_dir.join("bradley.db").display());
     let mut database = sqlx::SqliteConnection::connect(&url).await.unwrap();
-    let changed = sqlx::raw_sql(sqlx::AssertSqlSafe(statement.to_owned())).execute(&mut database).await.unwrap();
+    let changed = sqlx::raw_sql(sqlx::AssertSqlSafe(statement.to_owned()))
+        .execute(&mut database)
+        .await
+        .unwrap();
     assert!(changed.rows_affected() > 0, "{statement} changes nothing");
     database.close().await.unwrap();
 }
@@ -110,13 +118,21 @@ fn with_lora(lora: pb::LoraConfig, wanted: pb::TrainingJob) -> pb::TrainingJob {
 }
 
 fn lora(shown: &pb::TrainingJob) -> pb::LoraConfig {
-    let Some(pb::training_job::Method::Lora(lora)) = shown.method.clone() else { panic!("{shown:?}") };
+    let Some(pb::training_job::Method::Lora(lora)) = shown.method.clone() else {
+        panic!("{shown:?}")
+    };
     lora
 }
 
 /// A job that goes on with an adapter of rank 4, α 6 and two targets: the values that are not named are the adapter's, others are refused.
-async fn goes_on_with_the_adapters_values(client: &Client, wanted: pb::TrainingJob, init_adapter: &str) {
-    let with = |lora: pb::LoraConfig| with_lora(pb::LoraConfig { init_adapter: init_adapter.into(), ..lora }, wanted.clone());
+async fn goes_on_with_the_adapters_values(
+    client: &Client,
+    wanted: pb::TrainingJob,
+    init_adapter: &str,
+) {
+    let with = |lora: pb::LoraConfig| {
+        with_lora(pb::LoraConfig { init_adapter: init_adapter.into(), ..lora }, wanted.clone())
+    };
     let targets = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
     let default = pb::LoraConfig::default;
     let refused = [
@@ -128,10 +144,21 @@ async fn goes_on_with_the_adapters_values(client: &Client, wanted: pb::TrainingJ
     for (field, lora) in refused {
         let status = create(client, with(lora)).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{field}: {status}");
-        let fields: Vec<String> = status.get_details_bad_request().unwrap().field_violations.into_iter().map(|v| v.field).collect();
+        let fields: Vec<String> = status
+            .get_details_bad_request()
+            .unwrap()
+            .field_violations
+            .into_iter()
+            .map(|v| v.field)
+            .collect();
         assert_eq!(fields, [format!("training_job.lora.{field}")]);
     }
-    let named = pb::LoraConfig { rank: Some(4), alpha: Some(6.0), target_modules: targets(&["v_proj", "q_proj"]), ..default() };
+    let named = pb::LoraConfig {
+        rank: Some(4),
+        alpha: Some(6.0),
+        target_modules: targets(&["v_proj", "q_proj"]),
+        ..default()
+    };
     for accepted in [default(), named] {
         let shown = create(client, with(accepted)).await.unwrap();
         for shown in [&shown, &get(client, &shown.name).await] {
@@ -143,7 +170,10 @@ async fn goes_on_with_the_adapters_values(client: &Client, wanted: pb::TrainingJ
         // What is trained is what is shown.
         let checkpoint = latest(&shown.name);
         let folder = tempfile::tempdir().unwrap();
-        client.download_checkpoint(&checkpoint, pb::ExportFormat::Adapter, folder.path()).await.unwrap();
+        client
+            .download_checkpoint(&checkpoint, pb::ExportFormat::Adapter, folder.path())
+            .await
+            .unwrap();
         let text = std::fs::read(folder.path().join("adapter_config.json")).unwrap();
         let config: serde_json::Value = serde_json::from_slice(&text).unwrap();
         assert_eq!((config["r"].as_u64(), config["lora_alpha"].as_f64()), (Some(4), Some(6.0)));
@@ -154,7 +184,10 @@ async fn goes_on_with_the_adapters_values(client: &Client, wanted: pb::TrainingJ
 
 fn small_adapter(dataset: &str) -> pb::TrainingJob {
     let target_modules = vec!["q_proj".to_owned(), "v_proj".to_owned()];
-    with_lora(pb::LoraConfig { rank: Some(4), alpha: Some(6.0), target_modules, ..Default::default() }, job(dataset, 2))
+    with_lora(
+        pb::LoraConfig { rank: Some(4), alpha: Some(6.0), target_modules, ..Default::default() },
+        job(dataset, 2),
+    )
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -172,7 +205,11 @@ async fn a_job_from_a_checkpoint_has_its_rank_alpha_and_targets() {
 async fn a_job_from_an_init_adapter_has_its_rank_alpha_and_targets() {
     let (dir, adapters) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let models = format!("tiny={}", golden("models/llama").display());
-    let server = Server::start_with(dir.path(), &models, &["--adapter-dir", adapters.path().to_str().unwrap()]);
+    let server = Server::start_with(
+        dir.path(),
+        &models,
+        &["--adapter-dir", adapters.path().to_str().unwrap()],
+    );
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let first = succeed(&client, small_adapter(&dataset)).await;
@@ -181,7 +218,10 @@ async fn a_job_from_an_init_adapter_has_its_rank_alpha_and_targets() {
     goes_on_with_the_adapters_values(&client, job(&dataset, 2), "x").await;
     // One that cannot be read is refused before there is a job, without a path of the server's.
     std::fs::write(folder.join("adapter_config.json"), "{").unwrap();
-    let broken = with_lora(pb::LoraConfig { init_adapter: "x".into(), ..Default::default() }, job(&dataset, 2));
+    let broken = with_lora(
+        pb::LoraConfig { init_adapter: "x".into(), ..Default::default() },
+        job(&dataset, 2),
+    );
     let status = create(&client, broken).await.unwrap_err();
     let violation = status.get_details_bad_request().unwrap().field_violations.remove(0);
     assert_eq!(violation.field, "training_job.lora.init_adapter");
@@ -195,10 +235,18 @@ async fn models_jobs_and_checkpoints_show_what_they_are_by_content() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
-    let model = client.models().list_models(pb::ListModelsRequest::default()).await.unwrap().into_inner().models.remove(0);
+    let model = client
+        .models()
+        .list_models(pb::ListModelsRequest::default())
+        .await
+        .unwrap()
+        .into_inner()
+        .models
+        .remove(0);
     let identity = model.identity.unwrap();
     let is_hash = |hash: &str| hash.len() == 64 && hash.bytes().all(|b| b.is_ascii_hexdigit());
-    for part in [&identity.weights, &identity.config, &identity.tokenizer, &identity.chat_template] {
+    for part in [&identity.weights, &identity.config, &identity.tokenizer, &identity.chat_template]
+    {
         assert!(is_hash(part), "{identity:?}");
     }
     assert_eq!(identity.weights, model.fingerprint);
@@ -210,13 +258,21 @@ async fn models_jobs_and_checkpoints_show_what_they_are_by_content() {
     assert_eq!((&pins.dataset, &pins.eval_dataset), (&dataset.content_hash, &dataset.content_hash));
     assert_eq!((pins.policy.as_str(), pins.reference.as_str()), ("", ""));
     let other = succeed(&client, job(&dataset.name, 2)).await;
-    let second = pb::TrainingJob { policy: latest(&first), reference: latest(&other), ..job(&dataset.name, 2) };
+    let second = pb::TrainingJob {
+        policy: latest(&first),
+        reference: latest(&other),
+        ..job(&dataset.name, 2)
+    };
     let second = succeed(&client, second).await;
     let pins = get(&client, &second).await.pins.unwrap();
-    assert!(is_hash(&pins.policy) && is_hash(&pins.reference) && pins.policy != pins.reference, "{pins:?}");
+    assert!(
+        is_hash(&pins.policy) && is_hash(&pins.reference) && pins.policy != pins.reference,
+        "{pins:?}"
+    );
     assert_eq!(pins.eval_dataset, "");
     let request = pb::ListCheckpointsRequest { parent: second.clone() };
-    let listed = client.checkpoints().list_checkpoints(request).await.unwrap().into_inner().checkpoints;
+    let listed =
+        client.checkpoints().list_checkpoints(request).await.unwrap().into_inner().checkpoints;
     let request = pb::GetCheckpointRequest { name: latest(&second) };
     let one = client.checkpoints().get_checkpoint(request).await.unwrap().into_inner();
     assert!(listed.iter().chain([&one]).all(|c| c.base.as_ref() == Some(&identity)), "{listed:?}");
@@ -240,9 +296,15 @@ impl Paused {
         let dir = tempfile::tempdir().unwrap();
         let server = Server::start(dir.path());
         let client = server.client().await;
-        let dataset = client.upload_dataset(rows, pb::UploadMetadata::default(), |_| {}).await.unwrap().name;
-        let (policy, reference) = (succeed(&client, job(&dataset, 2)).await, succeed(&client, job(&dataset, 3)).await);
-        let wanted = pb::TrainingJob { policy: latest(&policy), reference: latest(&reference), ..job(&dataset, STEPS) };
+        let dataset =
+            client.upload_dataset(rows, pb::UploadMetadata::default(), |_| {}).await.unwrap().name;
+        let (policy, reference) =
+            (succeed(&client, job(&dataset, 2)).await, succeed(&client, job(&dataset, 3)).await);
+        let wanted = pb::TrainingJob {
+            policy: latest(&policy),
+            reference: latest(&reference),
+            ..job(&dataset, STEPS)
+        };
         let job = submit(&client, wanted).await;
         pause(&client, &job).await;
         Paused { dir, server, client, dataset, job }
@@ -281,7 +343,10 @@ impl Paused {
             let shown = get(&self.client, &self.job).await;
             let error = shown.error.unwrap_or_default();
             if words.iter().all(|word| error.message.contains(word)) {
-                assert_eq!((shown.state, reason(&error)), (pb::JobState::Queued.into(), "ROWS_CHANGED".to_owned()));
+                assert_eq!(
+                    (shown.state, reason(&error)),
+                    (pb::JobState::Queued.into(), "ROWS_CHANGED".to_owned())
+                );
                 assert_eq!(error.code, Code::FailedPrecondition as i32);
                 assert!(error.message.contains("create it again"), "{error:?}");
                 return;
@@ -292,8 +357,13 @@ impl Paused {
     }
 
     async fn warnings(&self) -> Vec<String> {
-        let request = pb::ListTrainingEventsRequest { parent: self.job.clone(), page_size: 1000, ..Default::default() };
-        let events = self.client.training().list_training_events(request).await.unwrap().into_inner().events;
+        let request = pb::ListTrainingEventsRequest {
+            parent: self.job.clone(),
+            page_size: 1000,
+            ..Default::default()
+        };
+        let events =
+            self.client.training().list_training_events(request).await.unwrap().into_inner().events;
         let warning = |e: pb::TrainingEvent| match e.event {
             Some(Event::Log(l)) if l.severity == "warning" => Some(l.message),
             _ => None,
@@ -310,13 +380,26 @@ async fn a_job_does_not_go_on_with_another_policy_or_reference() {
         let pinned = if part == "policy" { pins.policy } else { pins.reference };
         let (job, other) = (id(&it.job).to_owned(), "0".repeat(64));
         // As if the checkpoint had other content than when the job was made.
-        it.restart_after(&format!("UPDATE jobs SET request = replace(request, '{pinned}', '{other}') WHERE id = '{job}'")).await;
+        it.restart_after(&format!(
+            "UPDATE jobs SET request = replace(request, '{pinned}', '{other}') WHERE id = '{job}'"
+        ))
+        .await;
         resume(&it.client, &it.job).await;
-        assert_eq!(trouble(&it.client, &it.job).await, (pb::JobState::Queued, "MODEL_CHANGED".into()), "{part}");
+        assert_eq!(
+            trouble(&it.client, &it.job).await,
+            (pb::JobState::Queued, "MODEL_CHANGED".into()),
+            "{part}"
+        );
         let message = get(&it.client, &it.job).await.error.unwrap().message;
-        assert!(message.contains(&pinned) && message.contains(&other) && message.contains(remedy), "{message}");
+        assert!(
+            message.contains(&pinned) && message.contains(&other) && message.contains(remedy),
+            "{message}"
+        );
         // It goes on by itself when the content is again what it was.
-        it.restart_after(&format!("UPDATE jobs SET request = replace(request, '{other}', '{pinned}') WHERE id = '{job}'")).await;
+        it.restart_after(&format!(
+            "UPDATE jobs SET request = replace(request, '{other}', '{pinned}') WHERE id = '{job}'"
+        ))
+        .await;
         finish(&it.client, &it.job).await;
         assert_eq!(state(&it.client, &it.job).await, pb::JobState::Succeeded);
     }
@@ -325,16 +408,25 @@ async fn a_job_does_not_go_on_with_another_policy_or_reference() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_does_not_go_on_with_another_dataset() {
     let it = Paused::start().await;
-    let files = std::fs::read_dir(it.dir.path().join("datasets")).unwrap().map(|e| e.unwrap().path());
-    let files: Vec<PathBuf> = files.filter(|f| f.to_string_lossy().contains(id(&it.dataset))).collect();
+    let files =
+        std::fs::read_dir(it.dir.path().join("datasets")).unwrap().map(|e| e.unwrap().path());
+    let files: Vec<PathBuf> =
+        files.filter(|f| f.to_string_lossy().contains(id(&it.dataset))).collect();
     let [file] = files.as_slice() else { panic!("{files:?}") };
-    let file = if file.is_dir() { std::fs::read_dir(file).unwrap().next().unwrap().unwrap().path() } else { file.clone() };
+    let file = if file.is_dir() {
+        std::fs::read_dir(file).unwrap().next().unwrap().unwrap().path()
+    } else {
+        file.clone()
+    };
     // The same rows, which can all be read, in another order.
     let text = std::fs::read_to_string(&file).unwrap();
     let reversed: Vec<&str> = text.lines().rev().collect();
     std::fs::write(&file, reversed.join("\n") + "\n").unwrap();
     resume(&it.client, &it.job).await;
-    assert_eq!(trouble(&it.client, &it.job).await, (pb::JobState::Queued, "DATASET_CHANGED".into()));
+    assert_eq!(
+        trouble(&it.client, &it.job).await,
+        (pb::JobState::Queued, "DATASET_CHANGED".into())
+    );
     // It goes on by itself when the file is again what it was.
     std::fs::write(&file, text).unwrap();
     finish(&it.client, &it.job).await;
@@ -344,16 +436,23 @@ async fn a_job_does_not_go_on_with_another_dataset() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_waits_for_the_file_of_its_dataset() {
     let it = Paused::start().await;
-    let (file, away) = (it.dir.path().join("datasets").join(id(&it.dataset)), it.dir.path().join("away"));
+    let (file, away) =
+        (it.dir.path().join("datasets").join(id(&it.dataset)), it.dir.path().join("away"));
     std::fs::rename(&file, &away).unwrap();
     let request = pb::EstimateTrainingJobRequest { training_job: Some(job(&it.dataset, 2)) };
     let status = it.client.training().estimate_training_job(request).await.unwrap_err();
     assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
     assert_eq!(status.get_details_error_info().unwrap().reason, "ARTIFACT_MISSING");
     let says = |word: &str| status.message().contains(word);
-    assert!(says(&it.dataset) && says("data directory") && says("upload the dataset again"), "{status}");
+    assert!(
+        says(&it.dataset) && says("data directory") && says("upload the dataset again"),
+        "{status}"
+    );
     resume(&it.client, &it.job).await;
-    assert_eq!(trouble(&it.client, &it.job).await, (pb::JobState::Queued, "ARTIFACT_MISSING".into()));
+    assert_eq!(
+        trouble(&it.client, &it.job).await,
+        (pb::JobState::Queued, "ARTIFACT_MISSING".into())
+    );
     // It goes on by itself when the file is back.
     std::fs::rename(&away, &file).unwrap();
     finish(&it.client, &it.job).await;
@@ -387,12 +486,16 @@ async fn a_job_of_version_0_2_0_does_not_go_on_with_keys_that_it_did_not_use() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("rows.jsonl");
     let text = std::fs::read_to_string(golden("pairs.jsonl")).unwrap();
-    let mut rows: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let mut rows: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     rows[3]["prompt"][0]["name"] = "Ada".into();
     std::fs::write(&file, rows.iter().map(|row| format!("{row}\n")).collect::<String>()).unwrap();
     let mut it = Paused::on(&file).await;
     let pairs = std::cell::RefCell::new(serde_json::Value::Null);
-    it.restart_with(|state| *pairs.borrow_mut() = state.as_object_mut().unwrap().remove("pairs").unwrap()).await;
+    it.restart_with(|state| {
+        *pairs.borrow_mut() = state.as_object_mut().unwrap().remove("pairs").unwrap()
+    })
+    .await;
     resume(&it.client, &it.job).await;
     it.is_refused_for_its_rows(&["0.2.0", "prompt[0].name of row 4", &it.dataset]).await;
     // A checkpoint of this version says that the run began with them.
@@ -408,7 +511,10 @@ async fn a_job_without_pins_is_pinned_at_its_next_start() {
         let mut it = Paused::start().await;
         let pins = get(&it.client, &it.job).await.pins;
         let job = id(&it.job).to_owned();
-        it.restart_after(&format!("UPDATE jobs SET request = json_remove(request, '{removed}') WHERE id = '{job}'")).await;
+        it.restart_after(&format!(
+            "UPDATE jobs SET request = json_remove(request, '{removed}') WHERE id = '{job}'"
+        ))
+        .await;
         assert_ne!(get(&it.client, &it.job).await.pins, pins);
         assert_eq!(it.warnings().await, Vec::<String>::new());
         resume(&it.client, &it.job).await;
@@ -436,7 +542,10 @@ async fn the_reference_of_an_ended_job_is_kept_while_the_job_has_checkpoints() {
         let first = succeed(&client, job(&dataset, 2)).await;
         let second = succeed(&client, user(&first)).await;
         let before = score(&client, &latest(&second), pairs()).await;
-        let refusals = [delete(&client, &first).await, delete_checkpoint(&client, &format!("{first}/checkpoints/2")).await];
+        let refusals = [
+            delete(&client, &first).await,
+            delete_checkpoint(&client, &format!("{first}/checkpoints/2")).await,
+        ];
         for refused in refusals {
             let status = refused.unwrap_err();
             assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
@@ -449,7 +558,9 @@ async fn the_reference_of_an_ended_job_is_kept_while_the_job_has_checkpoints() {
     }
     // A job that was only continued, or whose user has no checkpoint, is not needed.
     let first = succeed(&client, job(&dataset, 2)).await;
-    let second = succeed(&client, pb::TrainingJob { reference: "models/tiny".into(), ..implied(&first) }).await;
+    let second =
+        succeed(&client, pb::TrainingJob { reference: "models/tiny".into(), ..implied(&first) })
+            .await;
     delete(&client, &first).await.unwrap();
     score(&client, &latest(&second), pairs()).await;
     let first = succeed(&client, job(&dataset, 2)).await;

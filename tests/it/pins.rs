@@ -7,7 +7,9 @@ use bradley::rpc::client::Client;
 use bradley::rpc::pb;
 use tempfile::TempDir;
 
-use crate::server::{Server, get, job, latest, pairs, pause, resume, score, scored, submit, succeed, upload};
+use crate::server::{
+    Server, get, job, latest, pairs, pause, resume, score, scored, submit, succeed, upload,
+};
 use crate::support::golden;
 
 /// Steps of a job that is paused on its way.
@@ -45,7 +47,9 @@ impl Adapters {
         let second = pb::TrainingJob { seed: Some(7), ..job(&dataset, 6) };
         let second = submit(&client, second).await;
         let elsewhere = tempfile::tempdir().unwrap();
-        for (name, folder) in [(&first, adapters.path().join("x")), (&second, elsewhere.path().into())] {
+        for (name, folder) in
+            [(&first, adapters.path().join("x")), (&second, elsewhere.path().into())]
+        {
             succeed(&client, name).await;
             let format = pb::ExportFormat::Adapter;
             client.download_checkpoint(&latest(name), format, &folder).await.unwrap();
@@ -147,7 +151,8 @@ async fn a_checkpoint_is_scored_against_the_adapter_that_its_job_started_from() 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_names_its_adapter_as_the_client_did() {
     let it = Adapters::start().await;
-    let request = pb::CreateTrainingJobRequest { training_job: Some(it.job(1)), ..Default::default() };
+    let request =
+        pb::CreateTrainingJobRequest { training_job: Some(it.job(1)), ..Default::default() };
     let made = it.client.training().create_training_job(request).await.unwrap().into_inner();
     let list = pb::ListTrainingJobsRequest::default();
     let mut listed = it.client.training().list_training_jobs(list).await.unwrap().into_inner();

@@ -17,7 +17,9 @@ use bradley::model::families::Architecture;
 use bradley::model::parameters::Parameters;
 use bradley::model::params::{LoraTensor, ParamId, ParamRole, ParamSpec};
 use bradley::model::rope::{RopeConfig, RopeScaling};
-use bradley::model::spec::{Activation, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm};
+use bradley::model::spec::{
+    Activation, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm,
+};
 use bradley::train::backprop::{Keep, backward, forward};
 use bradley::train::trainable::{Gradients, TrainablePolicy};
 use candle_core::{DType, Device, Tensor};
@@ -96,7 +98,12 @@ fn random_rope(draw: &mut Draw) -> RopeConfig {
         2 => {
             let low_freq_factor = draw.number(0.5, 2.0);
             let high_freq_factor = low_freq_factor + draw.number(0.5, 4.0);
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings }
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position_embeddings,
+            }
         }
         _ => RopeScaling::Yarn {
             factor,
@@ -158,7 +165,9 @@ fn random_spec(draw: &mut Draw) -> ModelSpec {
 /// Draws prompts with their completions. Half of the rows have a prompt and a completion that are
 /// longer than a block of queries, some prompts come twice.
 fn random_groups(draw: &mut Draw, vocabulary: usize) -> Vec<SequenceGroup> {
-    let tokens = |draw: &mut Draw, n: usize| -> Vec<u32> { (0..n).map(|_| draw.below(vocabulary) as u32).collect() };
+    let tokens = |draw: &mut Draw, n: usize| -> Vec<u32> {
+        (0..n).map(|_| draw.below(vocabulary) as u32).collect()
+    };
     let is_long = draw.flag();
     let mut groups: Vec<SequenceGroup> = Vec::new();
     for group in 0..draw.within(1..=3) {
@@ -342,11 +351,14 @@ impl<'a> Objective<'a> {
     /// Returns its value when only the tensor `moved` has changed since [`Objective::new`].
     fn value(&self, model: &ReferenceModel, moved: ParamId) -> f64 {
         let mut sum = 0.0;
-        for ((prompt, completion, range), hidden) in self.case.sequences().iter().zip(&self.hidden) {
+        for ((prompt, completion, range), hidden) in self.case.sequences().iter().zip(&self.hidden)
+        {
             let (first, mut x) = match moved {
                 ParamId::Embedding => (0, model.embed(prompt, completion)),
                 ParamId::Block(index, _) => (index, hidden[index].clone()),
-                ParamId::Norm | ParamId::Head => (model.num_blocks(), hidden[model.num_blocks()].clone()),
+                ParamId::Norm | ParamId::Head => {
+                    (model.num_blocks(), hidden[model.num_blocks()].clone())
+                }
             };
             for index in first..model.num_blocks() {
                 x = model.block(index, &x);
@@ -379,7 +391,8 @@ fn check(seed: u64) {
     let (spec, lora) = (&case.base.config.spec, case.adapter.as_ref().map(|a| a.config.clone()));
     let layout = &case.row.row.layout.segments;
     let keep = case.keep;
-    let _told = Told(format!("BRADLEY_TEST_SEED={seed}: {spec:#?}\n{lora:?}\n{layout:?}\n{keep:?}"));
+    let _told =
+        Told(format!("BRADLEY_TEST_SEED={seed}: {spec:#?}\n{lora:?}\n{layout:?}\n{keep:?}"));
 
     let policies = [Precision::F32, Precision::Bf16].map(|precision| case.trainable(precision));
     let [exact, rounded] = policies.each_ref().map(|policy| compute(&case, policy));
@@ -398,9 +411,14 @@ fn check(seed: u64) {
 
     // Each gradient along a random direction, whose elements have a variance of 1: an error of the
     // gradient shows up as about its own norm.
-    let directions: Vec<Vec<f64>> =
-        exact.gradients.iter().map(|g| (0..g.len()).map(|_| case.draw.number(-(3f64.sqrt()), 3f64.sqrt())).collect()).collect();
-    let along = |gradient: &[f64], direction: &[f64]| -> f64 { gradient.iter().zip(direction).map(|(g, d)| g * d).sum() };
+    let directions: Vec<Vec<f64>> = exact
+        .gradients
+        .iter()
+        .map(|g| (0..g.len()).map(|_| case.draw.number(-(3f64.sqrt()), 3f64.sqrt())).collect())
+        .collect();
+    let along = |gradient: &[f64], direction: &[f64]| -> f64 {
+        gradient.iter().zip(direction).map(|(g, d)| g * d).sum()
+    };
     let all = norm(exact.gradients.iter().flatten().copied());
     assert!(all > 0.0, "seed {seed}: there is no gradient");
     let objective = Objective::new(&case, &model);
@@ -426,7 +444,9 @@ fn check(seed: u64) {
 }
 
 fn seeds() -> Range<u64> {
-    let number = |variable: &str, default: u64| std::env::var(variable).ok().map_or(default, |value| value.parse().unwrap());
+    let number = |variable: &str, default: u64| {
+        std::env::var(variable).ok().map_or(default, |value| value.parse().unwrap())
+    };
     let first = number("BRADLEY_TEST_SEED", FIRST_SEED);
     let count = if device().name() == "cpu" { SEEDS.0 } else { SEEDS.1 };
     first..first + number("BRADLEY_TEST_SPECS", count)
@@ -445,7 +465,9 @@ fn the_seeds_draw_every_variant() {
         assert!(cases.iter().any(is), "no seed draws {what}");
     };
     let blocks = |case: &Case| case.base.config.spec.blocks.clone();
-    let attention = |case: &Case, is: &dyn Fn(&AttentionSpec) -> bool| blocks(case).iter().any(|block| is(block.attention()));
+    let attention = |case: &Case, is: &dyn Fn(&AttentionSpec) -> bool| {
+        blocks(case).iter().any(|block| is(block.attention()))
+    };
     any("a tied head", &|c| c.base.config.spec.tie_word_embeddings);
     any("a head of its own", &|c| !c.base.config.spec.tie_word_embeddings);
     any("two tiles of the vocabulary", &|c| c.base.config.spec.vocab_size > 512);
@@ -462,14 +484,20 @@ fn the_seeds_draw_every_variant() {
     any("norms on queries and keys", &|c| attention(c, &|a| a.qk_norm == QkNorm::PerHead));
     any("biases on queries", &|c| attention(c, &|a| a.qkv_bias && !a.output_bias));
     any("a bias on the output", &|c| attention(c, &|a| a.output_bias && !a.qkv_bias));
-    any("biases in the feed-forward part", &|c| blocks(c).iter().any(|b| matches!(b.feed_forward, FeedForward::Gated { bias: true, .. })));
-    any("blocks of which some have a window", &|c| attention(c, &|a| a.window.is_some()) && attention(c, &|a| a.window.is_none()));
+    any("biases in the feed-forward part", &|c| {
+        blocks(c).iter().any(|b| matches!(b.feed_forward, FeedForward::Gated { bias: true, .. }))
+    });
+    any("blocks of which some have a window", &|c| {
+        attention(c, &|a| a.window.is_some()) && attention(c, &|a| a.window.is_none())
+    });
     any("a window that hides a part of the prompt", &|c| {
         let longest = c.groups.iter().map(|g| g.prompt.len()).max().unwrap();
         attention(c, &|a| a.window.is_some_and(|window| window < longest))
     });
     any("several completions of one prompt", &|c| c.groups.iter().any(|g| g.completions.len() > 1));
-    any("a prompt that two items share", &|c| c.groups.len() > 1 && c.groups.last().unwrap().prompt == c.groups[0].prompt);
+    any("a prompt that two items share", &|c| {
+        c.groups.len() > 1 && c.groups.last().unwrap().prompt == c.groups[0].prompt
+    });
     any("more than a block of queries", &|c| c.groups[0].prompt.len() > 64);
 }
 
@@ -484,7 +512,10 @@ fn the_reference_is_transformers() {
         for (row, pair) in rows.iter().zip(encode(&rows, &tokenizer, 256)) {
             let of_row = &expected[name][row.id.as_deref().unwrap()];
             let rejected_prompt = pair.rejected_prompt.as_ref().unwrap_or(&pair.prompt);
-            let sides = [("chosen", &pair.prompt, &pair.chosen), ("rejected", rejected_prompt, &pair.rejected)];
+            let sides = [
+                ("chosen", &pair.prompt, &pair.chosen),
+                ("rejected", rejected_prompt, &pair.rejected),
+            ];
             for (side, prompt, completion) in sides {
                 let got = model.log_probs(prompt, completion);
                 let want = numbers(&of_row[side]["policy"]["logps"]);

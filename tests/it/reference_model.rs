@@ -37,8 +37,14 @@ impl ReferenceModel {
         for block in 0..spec.blocks.len() {
             for linear in Linear::ALL {
                 if let Some(update) = adapter.and_then(|adapter| adapter.get(block, linear)) {
-                    tensors.insert(ParamId::Block(block, BlockParam::LoraA(linear)), numbers(&update.a));
-                    tensors.insert(ParamId::Block(block, BlockParam::LoraB(linear)), numbers(&update.b));
+                    tensors.insert(
+                        ParamId::Block(block, BlockParam::LoraA(linear)),
+                        numbers(&update.a),
+                    );
+                    tensors.insert(
+                        ParamId::Block(block, BlockParam::LoraB(linear)),
+                        numbers(&update.b),
+                    );
                 }
             }
         }
@@ -89,7 +95,9 @@ impl ReferenceModel {
             let n = self.norm(ParamId::Block(index, BlockParam::InputNorm), x);
             let mut query = self.linear(index, Linear::Query, &n);
             let mut key = self.linear(index, Linear::Key, &n);
-            for (vector, norm) in [(&mut query, BlockParam::QueryNorm), (&mut key, BlockParam::KeyNorm)] {
+            for (vector, norm) in
+                [(&mut query, BlockParam::QueryNorm), (&mut key, BlockParam::KeyNorm)]
+            {
                 for head in vector.chunks_mut(dim) {
                     if self.tensors.contains_key(&ParamId::Block(index, norm)) {
                         let normed = self.norm(ParamId::Block(index, norm), head);
@@ -126,7 +134,8 @@ impl ReferenceModel {
             let n = self.norm(ParamId::Block(index, BlockParam::PostNorm), &y);
             let gate = self.linear(index, Linear::Gate, &n);
             let up = self.linear(index, Linear::Up, &n);
-            let inner: Vec<f64> = gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+            let inner: Vec<f64> =
+                gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
             add(&mut y, 1.0, &self.linear(index, Linear::Down, &inner));
             output.push(y);
         }
@@ -135,7 +144,8 @@ impl ReferenceModel {
 
     /// Returns log p of each token of the completion, from the last block's output.
     pub fn head(&self, hidden: &Hidden, prompt: usize, completion: &[u32]) -> Vec<f64> {
-        let head = self.tensors.get(&ParamId::Head).unwrap_or_else(|| &self.tensors[&ParamId::Embedding]);
+        let head =
+            self.tensors.get(&ParamId::Head).unwrap_or_else(|| &self.tensors[&ParamId::Embedding]);
         let predictors = hidden[prompt - 1..].iter().zip(completion);
         let log_prob = |(x, target): (&Vec<f64>, &u32)| {
             let logits = product(head, &self.norm(ParamId::Norm, x));
@@ -159,7 +169,9 @@ impl ReferenceModel {
         if let Some(bias) = tensor(BlockParam::Bias(linear)) {
             add(&mut y, 1.0, bias);
         }
-        if let (Some(a), Some(b)) = (tensor(BlockParam::LoraA(linear)), tensor(BlockParam::LoraB(linear))) {
+        if let (Some(a), Some(b)) =
+            (tensor(BlockParam::LoraA(linear)), tensor(BlockParam::LoraB(linear)))
+        {
             add(&mut y, self.lora_scale, &product(b, &product(a, x)));
         }
         y
@@ -183,10 +195,16 @@ fn frequencies(rope: &RopeConfig, dim: usize) -> (Vec<f64>, f64) {
     match rope.scaling {
         RopeScaling::None => (plain.collect(), 1.0),
         RopeScaling::Linear { factor } => (plain.map(|f| f / factor).collect(), 1.0),
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+        RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position_embeddings,
+        } => {
             let scale = |f: f64| {
                 let turns = original_max_position_embeddings as f64 * f / (2.0 * PI);
-                let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor))
+                    .clamp(0.0, 1.0);
                 kept * f + (1.0 - kept) * f / factor
             };
             (plain.map(scale).collect(), 1.0)
@@ -230,7 +248,8 @@ fn frequencies(rope: &RopeConfig, dim: usize) -> (Vec<f64>, f64) {
 
 /// A tensor's elements.
 fn numbers(tensor: &Tensor) -> Vec<f64> {
-    let flat = tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let flat =
+        tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
     flat.into_iter().map(f64::from).collect()
 }
 

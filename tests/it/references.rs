@@ -13,23 +13,35 @@ use tonic::Code;
 use tonic_types::StatusExt as _;
 
 use crate::server::{
-    Server, assert_refused, assert_waits, finish, get, is_step, job, latest, pairs, pause, resume, score, scored, state, submit, succeed,
-    until, upload,
+    Server, assert_refused, assert_waits, finish, get, is_step, job, latest, pairs, pause, resume,
+    score, scored, state, submit, succeed, until, upload,
 };
-use crate::support::{assert_close, copy_files, golden, hashes, json, numbers, perturb_weights, replace};
+use crate::support::{
+    assert_close, copy_files, golden, hashes, json, numbers, perturb_weights, replace,
+};
 
 /// Steps of a job that is paused on its way.
 const STEPS: u64 = 120;
 
 /// The `--models` flag for golden models under their own names.
 fn models(names: &[&str]) -> String {
-    let named = names.iter().map(|name| format!("{name}={}", golden(&format!("models/{name}")).display()));
+    let named =
+        names.iter().map(|name| format!("{name}={}", golden(&format!("models/{name}")).display()));
     named.collect::<Vec<_>>().join(",")
 }
 
 /// Scores the golden pairs with a policy against a reference.
-async fn score_against(client: &Client, policy: &str, reference: &str) -> Result<pb::ScorePairsResponse, Status> {
-    let options = pb::ScoringOptions { policy: policy.into(), reference: reference.into(), per_token_logprobs: true, ..Default::default() };
+async fn score_against(
+    client: &Client,
+    policy: &str,
+    reference: &str,
+) -> Result<pb::ScorePairsResponse, Status> {
+    let options = pb::ScoringOptions {
+        policy: policy.into(),
+        reference: reference.into(),
+        per_token_logprobs: true,
+        ..Default::default()
+    };
     let request = pb::ScorePairsRequest { options: Some(options), pairs: pairs() };
     client.scoring().score_pairs(request).await.map(|r| r.into_inner())
 }
@@ -62,12 +74,16 @@ fn refusal<T>(what: &str, answer: Result<T, Status>, field: &str) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn scores_against_another_model_are_those_of_transformers() {
     let data = tempfile::tempdir().unwrap();
-    let server = Server::start_with(data.path(), &models(&["llama", "llama-ref", "qwen2", "qwen3"]), &[]);
+    let server =
+        Server::start_with(data.path(), &models(&["llama", "llama-ref", "qwen2", "qwen3"]), &[]);
     let client = server.client().await;
     for case in json("references.json").as_array().unwrap() {
         let name = |key: &str| format!("models/{}", case[key].as_str().unwrap());
         let scores = score_against(&client, &name("policy"), &name("reference")).await.unwrap();
-        assert_eq!((scores.policy_version, scores.reference_version), (name("policy"), name("reference")));
+        assert_eq!(
+            (scores.policy_version, scores.reference_version),
+            (name("policy"), name("reference"))
+        );
         assert_eq!(scores.results.len(), case["scores"].as_object().unwrap().len());
         for result in &scores.results {
             let (got, want) = (scored(result), &case["scores"][&result.id]);
@@ -75,7 +91,10 @@ async fn scores_against_another_model_are_those_of_transformers() {
             for (side, sign, got) in [("chosen", 1.0, &got.a), ("rejected", -1.0, &got.b)] {
                 let (got, want) = (got.as_ref().unwrap(), &want[side]);
                 let what = format!("{} {} {side}", name("policy"), result.id);
-                let both = [("policy", &got.policy_token_logprobs, 1.0), ("reference", &got.reference_token_logprobs, -1.0)];
+                let both = [
+                    ("policy", &got.policy_token_logprobs, 1.0),
+                    ("reference", &got.reference_token_logprobs, -1.0),
+                ];
                 for (key, got, of_ratio) in both {
                     let want = numbers(&want[key]);
                     assert_eq!(got.len(), want.len(), "{what}");
@@ -98,7 +117,12 @@ fn golden_job(dataset: &str, case: &Value, kind: &str) -> pb::TrainingJob {
         "full" => full(),
         _ => {
             let init_adapter = format!("{policy}-start");
-            let lora = pb::LoraConfig { rank: Some(4), alpha: Some(8.0), init_adapter, ..Default::default() };
+            let lora = pb::LoraConfig {
+                rank: Some(4),
+                alpha: Some(8.0),
+                init_adapter,
+                ..Default::default()
+            };
             Some(pb::training_job::Method::Lora(lora))
         }
     };
@@ -148,12 +172,14 @@ async fn training_against_another_model_tracks_trl_on_one_device_and_on_two() {
                     Some(Event::StepMetrics(step)) => Some(step.metrics),
                     _ => None,
                 });
-                let (got, want) = (steps.collect::<Vec<_>>(), case["runs"][kind]["steps"].as_array().unwrap());
+                let (got, want) =
+                    (steps.collect::<Vec<_>>(), case["runs"][kind]["steps"].as_array().unwrap());
                 assert_eq!(got.len(), want.len());
                 for (k, (got, want)) in got.iter().zip(want).enumerate() {
                     for (metric, value) in want.as_object().unwrap() {
                         let what = format!("{} {kind} step {} {metric}", case["policy"], k + 1);
-                        let tolerance = if metric == "loss" || metric == "grad_norm" { 1e-4 } else { 1e-3 };
+                        let tolerance =
+                            if metric == "loss" || metric == "grad_norm" { 1e-4 } else { 1e-3 };
                         assert_close(&what, got[metric], value.as_f64().unwrap(), tolerance, 1e-2);
                     }
                 }
@@ -170,8 +196,14 @@ async fn a_running_jobs_margins_are_0_while_it_is_its_reference_whatever_its_pre
         let client = server.client().await;
         let dataset = upload(&client, "pairs.jsonl").await.name;
         // Steps of this size do not change a bit of any product.
-        let optimizer = Some(pb::OptimizerConfig { learning_rate: Some(1e-35), ..Default::default() });
-        let still = pb::TrainingJob { policy: "models/llama".into(), precision: precision.into(), optimizer, ..job(&dataset, 100_000) };
+        let optimizer =
+            Some(pb::OptimizerConfig { learning_rate: Some(1e-35), ..Default::default() });
+        let still = pb::TrainingJob {
+            policy: "models/llama".into(),
+            precision: precision.into(),
+            optimizer,
+            ..job(&dataset, 100_000)
+        };
         let name = submit(&client, still).await;
         until(&client, &name, |e| is_step(e, 1)).await;
         let scores = score(&client, &latest(&name), pairs()).await;
@@ -190,14 +222,22 @@ async fn a_reference_with_another_tokenizer_is_refused() {
     let server = Server::start_with(data.path(), &models(&["llama", "qwen2"]), &[]);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
-    let on_other = submit(&client, pb::TrainingJob { policy: "models/qwen2".into(), ..job(&dataset, 1) }).await;
+    let on_other =
+        submit(&client, pb::TrainingJob { policy: "models/qwen2".into(), ..job(&dataset, 1) })
+            .await;
     succeed(&client, &on_other).await;
     for reference in ["models/qwen2".to_owned(), latest(&on_other)] {
         let scores = score_against(&client, "models/llama", &reference).await;
         let made = create(&client, job_against(&dataset, 1, "models/llama", &reference)).await;
-        for message in [refusal("scoring", scores, "options.reference"), refusal("training", made, "training_job.reference")] {
+        for message in [
+            refusal("scoring", scores, "options.reference"),
+            refusal("training", made, "training_job.reference"),
+        ] {
             assert_eq!(hashes(&message).len(), 2, "{message}");
-            assert!(message.contains("models/llama") && message.contains("models/qwen2"), "{message}");
+            assert!(
+                message.contains("models/llama") && message.contains("models/qwen2"),
+                "{message}"
+            );
         }
     }
 }
@@ -209,7 +249,8 @@ fn with_rows(name: &str, rows: usize) -> TempDir {
     let old = "\"vocab_size\": 320";
     replace(folder.path().join("config.json"), old, &format!("\"vocab_size\": {rows}"));
     let file = folder.path().join("model.safetensors");
-    let mut tensors: HashMap<String, Tensor> = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
+    let mut tensors: HashMap<String, Tensor> =
+        candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
     let embedding = &tensors["model.embed_tokens.weight"];
     let (has, width) = embedding.dims2().unwrap();
     let resized = match rows <= has {
@@ -228,18 +269,31 @@ fn with_rows(name: &str, rows: usize) -> TempDir {
 async fn a_reference_may_have_more_embeddings_than_tokens_but_not_fewer() {
     let (small, large) = (with_rows("llama-ref", 300), with_rows("llama-ref", 328));
     // Another end-of-sequence token does not change what token ids mean.
-    replace(large.path().join("tokenizer_config.json"), "\"eos_token\": \"<|eot_id|>\"", "\"eos_token\": \"<|begin|>\"");
-    let names = format!("{},small={},large={}", models(&["llama"]), small.path().display(), large.path().display());
+    replace(
+        large.path().join("tokenizer_config.json"),
+        "\"eos_token\": \"<|eot_id|>\"",
+        "\"eos_token\": \"<|begin|>\"",
+    );
+    let names = format!(
+        "{},small={},large={}",
+        models(&["llama"]),
+        small.path().display(),
+        large.path().display()
+    );
     let data = tempfile::tempdir().unwrap();
     let server = Server::start_with(data.path(), &names, &[]);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let scores = score_against(&client, "models/llama", "models/small").await;
     let made = create(&client, job_against(&dataset, 1, "models/llama", "models/small")).await;
-    for message in [refusal("scoring", scores, "options.reference"), refusal("training", made, "training_job.reference")] {
+    for message in [
+        refusal("scoring", scores, "options.reference"),
+        refusal("training", made, "training_job.reference"),
+    ] {
         assert!(message.contains("300") && message.contains("320"), "{message}");
     }
-    for (policy, reference) in [("models/llama", "models/large"), ("models/large", "models/llama")] {
+    for (policy, reference) in [("models/llama", "models/large"), ("models/large", "models/llama")]
+    {
         let scores = score_against(&client, policy, reference).await.unwrap();
         assert!(scores.results.iter().all(|r| scored(r).margin != 0.0));
         let name = submit(&client, job_against(&dataset, 2, policy, reference)).await;
@@ -250,7 +304,8 @@ async fn a_reference_may_have_more_embeddings_than_tokens_but_not_fewer() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reference_that_follows_the_policy_needs_its_shape() {
     let data = tempfile::tempdir().unwrap();
-    let server = Server::start_with(data.path(), &models(&["llama", "llama-ref", "qwen2", "qwen3"]), &[]);
+    let server =
+        Server::start_with(data.path(), &models(&["llama", "llama-ref", "qwen2", "qwen3"]), &[]);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let following = |policy: &str, reference: &str| {
@@ -289,8 +344,10 @@ async fn a_reference_can_be_a_checkpoint_on_another_model() {
         // Without a reference in the request it is the job's.
         let own = score(&client, &latest(&name), pairs()).await;
         assert_eq!(own.reference_version, against.reference_version);
-        for ((alone, against), own) in alone.results.iter().zip(&against.results).zip(&own.results) {
-            let [alone, against, own] = [alone, against, own].map(|r| scored(r).a.as_ref().unwrap());
+        for ((alone, against), own) in alone.results.iter().zip(&against.results).zip(&own.results)
+        {
+            let [alone, against, own] =
+                [alone, against, own].map(|r| scored(r).a.as_ref().unwrap());
             assert_eq!(against.reference_token_logprobs, alone.policy_token_logprobs);
             assert_eq!(own.reference_token_logprobs, alone.policy_token_logprobs);
         }
@@ -344,7 +401,8 @@ async fn nothing_is_measured_against_another_reference_than_its_jobs() {
     // What does not need that reference works, and new jobs get the one that is there.
     score_against(&client, &latest(&undisturbed), "models/a").await.unwrap();
     let format = pb::ExportFormat::Merged.into();
-    let export = pb::ExportCheckpointRequest { name: latest(&undisturbed), format, ..Default::default() };
+    let export =
+        pb::ExportCheckpointRequest { name: latest(&undisturbed), format, ..Default::default() };
     client.checkpoints().export_checkpoint(export).await.unwrap();
     let new = submit(&client, against(2)).await;
     let losses = succeed(&client, &new).await;
@@ -355,9 +413,15 @@ async fn nothing_is_measured_against_another_reference_than_its_jobs() {
     let alone = format!("a={}", golden("models/llama").display());
     let mut server = Server::start_with(data.path(), &alone, &["--lease", "2"]);
     let client = server.client().await;
-    let Err(status) = score_against(&client, &latest(&undisturbed), "").await else { panic!("there is no models/b") };
+    let Err(status) = score_against(&client, &latest(&undisturbed), "").await else {
+        panic!("there is no models/b")
+    };
     let reason = status.get_details_error_info().map(|i| i.reason).unwrap_or_default();
-    assert_eq!((status.code(), reason.as_str()), (Code::FailedPrecondition, "MODEL_CHANGED"), "{status:?}");
+    assert_eq!(
+        (status.code(), reason.as_str()),
+        (Code::FailedPrecondition, "MODEL_CHANGED"),
+        "{status:?}"
+    );
     server.kill();
 
     copy_files(&original, b.path());
@@ -374,5 +438,9 @@ async fn nothing_is_measured_against_another_reference_than_its_jobs() {
     client.training().cancel_training_job(cancel).await.unwrap();
     assert_eq!(succeed(&client, &queued).await.len(), 2);
     resume(&client, &paused).await.unwrap();
-    assert_eq!(succeed(&client, &paused).await, wanted, "step by step the undisturbed run's losses");
+    assert_eq!(
+        succeed(&client, &paused).await,
+        wanted,
+        "step by step the undisturbed run's losses"
+    );
 }

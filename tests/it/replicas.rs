@@ -19,13 +19,23 @@ fn replica(dir: &Path, postgres: &Postgres, s3: &S3) -> Server {
     let url = postgres.url();
     let flags = ["--database-url", &url, "--artifact-url", "s3://bradley/runs", "--lease", "3"];
     let environment = s3.environment();
-    let environment: Vec<(&str, &str)> = environment.iter().map(|(k, v)| (*k, v.as_str())).collect();
-    Server::start_in(dir, &format!("tiny={}", golden("models/llama").display()), &flags, &environment)
+    let environment: Vec<(&str, &str)> =
+        environment.iter().map(|(k, v)| (*k, v.as_str())).collect();
+    Server::start_in(
+        dir,
+        &format!("tiny={}", golden("models/llama").display()),
+        &flags,
+        &environment,
+    )
 }
 
 pub fn checkpointing(dataset: &str, steps: u64) -> pb::TrainingJob {
     let mut wanted = job(dataset, steps);
-    wanted.run = Some(pb::RunConfig { save_steps: Some(10), save_total_limit: Some(2), ..Default::default() });
+    wanted.run = Some(pb::RunConfig {
+        save_steps: Some(10),
+        save_total_limit: Some(2),
+        ..Default::default()
+    });
     wanted
 }
 
@@ -50,7 +60,10 @@ fn changes(events: &[pb::TrainingEvent]) -> Vec<(pb::JobState, String)> {
 
 /// What every history must be: no gap, one end, and steps that only a worker's end repeats.
 pub fn check_history(events: &[pb::TrainingEvent]) {
-    assert!(events.iter().enumerate().all(|(i, e)| e.sequence == i as u64 + 1), "sequences have no gap");
+    assert!(
+        events.iter().enumerate().all(|(i, e)| e.sequence == i as u64 + 1),
+        "sequences have no gap"
+    );
     let ends = changes(events).iter().filter(|(to, _)| *to == pb::JobState::Succeeded).count();
     assert_eq!(ends, 1, "a job succeeds exactly once");
     let (mut last, mut restarted) = (0, false);
@@ -58,7 +71,10 @@ pub fn check_history(events: &[pb::TrainingEvent]) {
         match (&e.event, step_of(e)) {
             (Some(Event::StateChange(s)), _) if s.to() == pb::JobState::Queued => restarted = true,
             (_, Some((step, _))) => {
-                assert!(step == last + 1 || (restarted && step <= last), "step {step} after {last}: two workers at once");
+                assert!(
+                    step == last + 1 || (restarted && step <= last),
+                    "step {step} after {last}: two workers at once"
+                );
                 (last, restarted) = (step, false);
             }
             _ => {}
@@ -125,12 +141,19 @@ async fn twenty_jobs_of_two_replicas_succeed_exactly_once_though_one_is_killed()
         check_history(&events);
         assert_eq!(losses(&events), expected, "the same losses, bit for bit");
         assert!(adapter(&client_b, name).await == weights, "the same weights, bit for bit");
-        recovered += changes(&events).iter().filter(|(_, reason)| reason.contains("worker is gone")).count();
+        recovered +=
+            changes(&events).iter().filter(|(_, reason)| reason.contains("worker is gone")).count();
     }
     assert!(recovered <= 1, "only the killed server's one job is taken over: {recovered}");
     // Each of them scores on a replica that may not have trained it.
     let policy = format!("{}/checkpoints/latest", jobs[0]);
-    assert!(score(&client_b, &policy, pairs()).await.results.iter().all(|r| scored(r).probability > 0.0));
+    assert!(
+        score(&client_b, &policy, pairs())
+            .await
+            .results
+            .iter()
+            .all(|r| scored(r).probability > 0.0)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -152,12 +175,18 @@ async fn a_frozen_worker_writes_nothing_after_its_lease_was_taken() {
     let events = finish(&client_b, &name).await;
     signal(a.pid(), libc::SIGCONT);
     check_history(&events);
-    assert!(changes(&events).iter().any(|(_, reason)| reason.contains("worker is gone")), "{:?}", changes(&events));
+    assert!(
+        changes(&events).iter().any(|(_, reason)| reason.contains("worker is gone")),
+        "{:?}",
+        changes(&events)
+    );
     assert_eq!(losses(&events), expected);
     // The thawed one finds out, gives up, adds nothing, and goes on serving.
     tokio::time::sleep(Duration::from_secs(4)).await;
     assert_eq!(finish(&client_a, &name).await, events, "nothing was written after the end");
-    assert!(adapter(&client_b, &name).await == weights && adapter(&client_a, &name).await == weights);
+    assert!(
+        adapter(&client_b, &name).await == weights && adapter(&client_a, &name).await == weights
+    );
     let next = submit(&client_a, checkpointing(&dataset.name, 20)).await;
     finish(&client_a, &next).await;
     assert_eq!(state(&client_b, &next).await, pb::JobState::Succeeded);
@@ -172,19 +201,48 @@ async fn a_client_of_one_replica_commands_a_job_on_another() {
     let client_a = a.client().await;
     let dataset = upload(&client_a, "pairs.jsonl").await;
     let name = submit(&client_a, checkpointing(&dataset.name, 100_000)).await;
-    until("the run", Duration::from_secs(60), async || state(&client_a, &name).await == pb::JobState::Running).await;
+    until("the run", Duration::from_secs(60), async || {
+        state(&client_a, &name).await == pb::JobState::Running
+    })
+    .await;
     let b = replica(dir_b.path(), &postgres, &s3);
     let client_b = b.client().await;
-    client_b.training().pause_training_job(pb::PauseTrainingJobRequest { name: name.clone() }).await.unwrap();
-    until("the pause", Duration::from_secs(20), async || state(&client_b, &name).await == pb::JobState::Paused).await;
-    client_a.training().resume_training_job(pb::ResumeTrainingJobRequest { name: name.clone() }).await.unwrap();
-    until("the run", Duration::from_secs(20), async || state(&client_a, &name).await == pb::JobState::Running).await;
-    client_b.training().cancel_training_job(pb::CancelTrainingJobRequest { name: name.clone() }).await.unwrap();
-    until("the end", Duration::from_secs(20), async || state(&client_b, &name).await == pb::JobState::Cancelled).await;
+    client_b
+        .training()
+        .pause_training_job(pb::PauseTrainingJobRequest { name: name.clone() })
+        .await
+        .unwrap();
+    until("the pause", Duration::from_secs(20), async || {
+        state(&client_b, &name).await == pb::JobState::Paused
+    })
+    .await;
+    client_a
+        .training()
+        .resume_training_job(pb::ResumeTrainingJobRequest { name: name.clone() })
+        .await
+        .unwrap();
+    until("the run", Duration::from_secs(20), async || {
+        state(&client_a, &name).await == pb::JobState::Running
+    })
+    .await;
+    client_b
+        .training()
+        .cancel_training_job(pb::CancelTrainingJobRequest { name: name.clone() })
+        .await
+        .unwrap();
+    until("the end", Duration::from_secs(20), async || {
+        state(&client_b, &name).await == pb::JobState::Cancelled
+    })
+    .await;
     // Deleted from one, it is gone from both, its objects included.
     assert!(!s3.keys("runs/jobs").is_empty());
-    client_b.training().delete_training_job(pb::DeleteTrainingJobRequest { name: name.clone() }).await.unwrap();
-    let gone = client_a.training().get_training_job(pb::GetTrainingJobRequest { name }).await.unwrap_err();
+    client_b
+        .training()
+        .delete_training_job(pb::DeleteTrainingJobRequest { name: name.clone() })
+        .await
+        .unwrap();
+    let gone =
+        client_a.training().get_training_job(pb::GetTrainingJobRequest { name }).await.unwrap_err();
     assert_eq!(gone.code(), Code::NotFound);
     assert_eq!(s3.keys("runs/jobs"), Vec::<String>::new());
 }
@@ -209,11 +267,21 @@ async fn a_run_waits_for_its_database_and_its_artifact_store() {
     s3.thaw();
     reaches(45).await;
     postgres.crash();
-    let away = client.training().get_training_job(pb::GetTrainingJobRequest { name: name.clone() }).await.unwrap_err();
+    let away = client
+        .training()
+        .get_training_job(pb::GetTrainingJobRequest { name: name.clone() })
+        .await
+        .unwrap_err();
     assert_eq!(away.code(), Code::Unavailable, "{away}");
     assert!(away.get_details_retry_info().is_some());
     // Scoring with a base model needs neither.
-    assert!(score(&client, "models/tiny", pairs()).await.results.iter().all(|r| scored(r).probability > 0.0));
+    assert!(
+        score(&client, "models/tiny", pairs())
+            .await
+            .results
+            .iter()
+            .all(|r| scored(r).probability > 0.0)
+    );
     tokio::time::sleep(Duration::from_secs(4)).await;
     postgres.resume();
     let events = finish(&client, &name).await;
@@ -233,38 +301,74 @@ async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_waited_for() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let name = submit(&client, checkpointing(&dataset.name, 400)).await;
-    let follow = client.follow(&name, 0, |e| !matches!(&e.event, Some(Event::CheckpointCreated(c)) if c.step >= 20));
+    let follow = client.follow(
+        &name,
+        0,
+        |e| !matches!(&e.event, Some(Event::CheckpointCreated(c)) if c.step >= 20),
+    );
     tokio::time::timeout(Duration::from_secs(60), follow).await.expect("events come").unwrap();
     // A run that is killed may leave a folder that was not acknowledged yet; one that has paused, none.
-    client.training().pause_training_job(pb::PauseTrainingJobRequest { name: name.clone() }).await.unwrap();
-    until("the pause", Duration::from_secs(20), async || state(&client, &name).await == pb::JobState::Paused).await;
+    client
+        .training()
+        .pause_training_job(pb::PauseTrainingJobRequest { name: name.clone() })
+        .await
+        .unwrap();
+    until("the pause", Duration::from_secs(20), async || {
+        state(&client, &name).await == pb::JobState::Paused
+    })
+    .await;
     server.kill();
     let id = name.trim_start_matches("trainingJobs/");
     let folder = dir.path().join("jobs").join(id).join("checkpoints");
-    let mut steps: Vec<u64> = std::fs::read_dir(&folder).unwrap().filter_map(|e| e.unwrap().file_name().to_str()?.parse().ok()).collect();
+    let mut steps: Vec<u64> = std::fs::read_dir(&folder)
+        .unwrap()
+        .filter_map(|e| e.unwrap().file_name().to_str()?.parse().ok())
+        .collect();
     steps.sort();
     // The newest acknowledged one is lost everywhere, the one before has a damaged copy here.
     let keys = s3.keys(&format!("runs/jobs/{id}/checkpoints/{}/", steps[steps.len() - 1]));
     assert!(keys.iter().any(|k| k.ends_with("adapter_model.safetensors")), "{keys:?}");
     keys.iter().for_each(|key| s3.remove(key));
     std::fs::remove_dir_all(folder.join(steps[steps.len() - 1].to_string())).unwrap();
-    std::fs::write(folder.join(steps[steps.len() - 2].to_string()).join("optimizer.safetensors"), b"damage").unwrap();
+    std::fs::write(
+        folder.join(steps[steps.len() - 2].to_string()).join("optimizer.safetensors"),
+        b"damage",
+    )
+    .unwrap();
 
     let server = replica(dir.path(), &postgres, &s3);
     let client = server.client().await;
-    client.training().resume_training_job(pb::ResumeTrainingJobRequest { name: name.clone() }).await.unwrap();
+    client
+        .training()
+        .resume_training_job(pb::ResumeTrainingJobRequest { name: name.clone() })
+        .await
+        .unwrap();
     // What is not in the store may come back: the job waits for it, until its owner does without.
     until("the wait", Duration::from_secs(30), async || {
-        let job = client.training().get_training_job(pb::GetTrainingJobRequest { name: name.clone() }).await.unwrap().into_inner();
-        job.state() == pb::JobState::Queued && job.error.is_some_and(|e| e.message.contains("not in the artifact store"))
+        let job = client
+            .training()
+            .get_training_job(pb::GetTrainingJobRequest { name: name.clone() })
+            .await
+            .unwrap()
+            .into_inner();
+        job.state() == pb::JobState::Queued
+            && job.error.is_some_and(|e| e.message.contains("not in the artifact store"))
     })
     .await;
     let lost = format!("{name}/checkpoints/{}", steps[steps.len() - 1]);
-    client.checkpoints().delete_checkpoint(pb::DeleteCheckpointRequest { name: lost }).await.unwrap();
+    client
+        .checkpoints()
+        .delete_checkpoint(pb::DeleteCheckpointRequest { name: lost })
+        .await
+        .unwrap();
     let events = finish(&client, &name).await;
     assert_eq!(state(&client, &name).await, pb::JobState::Succeeded, "{:?}", changes(&events));
     let from = format!("continues from step {}", steps[steps.len() - 2]);
-    assert!(changes(&events).iter().any(|(to, reason)| *to == pb::JobState::Running && *reason == from), "{:?}", changes(&events));
+    assert!(
+        changes(&events).iter().any(|(to, reason)| *to == pb::JobState::Running && *reason == from),
+        "{:?}",
+        changes(&events)
+    );
     assert_eq!(losses(&events), expected);
     assert!(adapter(&client, &name).await == weights);
 }
@@ -273,17 +377,30 @@ async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_waited_for() {
 async fn a_shared_folder_serves_as_the_artifact_store() {
     let (dir, shared) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let url = format!("file://{}", shared.path().display());
-    let server = Server::start_with(dir.path(), &format!("tiny={}", golden("models/llama").display()), &["--artifact-url", &url]);
+    let server = Server::start_with(
+        dir.path(),
+        &format!("tiny={}", golden("models/llama").display()),
+        &["--artifact-url", &url],
+    );
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let first = submit(&client, checkpointing(&dataset.name, 40)).await;
     finish(&client, &first).await;
-    let kept: Vec<_> = std::fs::read_dir(shared.path().join("jobs").join(first.trim_start_matches("trainingJobs/")).join("checkpoints"))
-        .unwrap()
-        .collect();
+    let kept: Vec<_> = std::fs::read_dir(
+        shared
+            .path()
+            .join("jobs")
+            .join(first.trim_start_matches("trainingJobs/"))
+            .join("checkpoints"),
+    )
+    .unwrap()
+    .collect();
     assert!(kept.len() >= 2, "{kept:?}");
     // The local copies are no loss.
-    std::fs::remove_dir_all(dir.path().join("jobs").join(first.trim_start_matches("trainingJobs/"))).unwrap();
+    std::fs::remove_dir_all(
+        dir.path().join("jobs").join(first.trim_start_matches("trainingJobs/")),
+    )
+    .unwrap();
     let mut second = checkpointing(&dataset.name, 10);
     second.policy = format!("{first}/checkpoints/latest");
     second.reference = "models/tiny".into();
@@ -291,19 +408,36 @@ async fn a_shared_folder_serves_as_the_artifact_store() {
     finish(&client, &second).await;
     assert_eq!(state(&client, &second).await, pb::JobState::Succeeded);
     let name = format!("{second}/checkpoints/latest");
-    let export = pb::ExportCheckpointRequest { name: name.clone(), format: pb::ExportFormat::Adapter.into(), ..Default::default() };
+    let export = pb::ExportCheckpointRequest {
+        name: name.clone(),
+        format: pb::ExportFormat::Adapter.into(),
+        ..Default::default()
+    };
     let export = client.checkpoints().export_checkpoint(export).await.unwrap().into_inner();
     let exported = shared.path().join(&export.path).join("adapter_model.safetensors");
     assert!(export.path.starts_with("jobs/") && exported.is_file(), "{}", export.path);
 
     // What a finished job continued may go, unless it is the job's reference, too: its own weights stay usable.
-    client.training().delete_training_job(pb::DeleteTrainingJobRequest { name: first.clone() }).await.unwrap();
-    let objects = |job: &str| walk(&shared.path().join("jobs").join(job.trim_start_matches("trainingJobs/")));
+    client
+        .training()
+        .delete_training_job(pb::DeleteTrainingJobRequest { name: first.clone() })
+        .await
+        .unwrap();
+    let objects =
+        |job: &str| walk(&shared.path().join("jobs").join(job.trim_start_matches("trainingJobs/")));
     assert_eq!(objects(&first), 0);
     assert!(!adapter(&client, &second).await.is_empty());
-    client.training().delete_training_job(pb::DeleteTrainingJobRequest { name: second.clone() }).await.unwrap();
+    client
+        .training()
+        .delete_training_job(pb::DeleteTrainingJobRequest { name: second.clone() })
+        .await
+        .unwrap();
     assert_eq!(objects(&second), 0);
-    client.datasets().delete_dataset(pb::DeleteDatasetRequest { name: dataset.name }).await.unwrap();
+    client
+        .datasets()
+        .delete_dataset(pb::DeleteDatasetRequest { name: dataset.name })
+        .await
+        .unwrap();
     assert_eq!(walk(&shared.path().join("datasets")), 0);
 }
 
@@ -325,10 +459,18 @@ async fn a_new_job_and_the_deletion_of_what_it_needs_exclude_each_other() {
         let dataset = upload(&client_a, "pairs.jsonl").await.name;
         let create = async {
             tokio::time::sleep(Duration::from_micros(i * 200)).await;
-            let request = pb::CreateTrainingJobRequest { training_job: Some(job(&dataset, 1)), ..Default::default() };
+            let request = pb::CreateTrainingJobRequest {
+                training_job: Some(job(&dataset, 1)),
+                ..Default::default()
+            };
             client_a.training().create_training_job(request).await
         };
-        let delete = async { client_b.datasets().delete_dataset(pb::DeleteDatasetRequest { name: dataset.clone() }).await };
+        let delete = async {
+            client_b
+                .datasets()
+                .delete_dataset(pb::DeleteDatasetRequest { name: dataset.clone() })
+                .await
+        };
         match tokio::join!(create, delete) {
             (Ok(created), Err(refused)) => {
                 assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
@@ -344,7 +486,11 @@ async fn a_new_job_and_the_deletion_of_what_it_needs_exclude_each_other() {
             (Ok(created), Ok(_)) => {
                 // Deleted after the job had ended: that is no conflict.
                 let name = created.into_inner().name;
-                assert_eq!(state(&client_a, &name).await, pb::JobState::Succeeded, "the dataset of an unfinished job is gone");
+                assert_eq!(
+                    state(&client_a, &name).await,
+                    pb::JobState::Succeeded,
+                    "the dataset of an unfinished job is gone"
+                );
             }
             (Err(a), Err(b)) => panic!("{a}; {b}"),
         }

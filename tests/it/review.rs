@@ -19,8 +19,8 @@ use crate::backends::{Fault, Postgres, Proxy, S3};
 use crate::replicas::{adapter, check_history, checkpointing, losses};
 use crate::server::{Server, finish, job, pairs, score, state, submit, upload};
 use crate::store_safety::{
-    LEASE, LIMIT, STEPS, another_succeeds, changes, events, expected, files, get, id, is_step, models, pause, reaches, refused_start,
-    replica, resume, try_get, until, url_of, waits,
+    LEASE, LIMIT, STEPS, another_succeeds, changes, events, expected, files, get, id, is_step,
+    models, pause, reaches, refused_start, replica, resume, try_get, until, url_of, waits,
 };
 use crate::support::golden;
 
@@ -46,11 +46,15 @@ async fn train_adapter(client: &Client, dataset: &str, adapters: &Path) {
 fn from_adapter(dataset: &str, title: &str) -> pb::CreateTrainingJobRequest {
     let lora = pb::LoraConfig { rank: Some(4), init_adapter: "x".into(), ..Default::default() };
     let method = Some(pb::training_job::Method::Lora(lora));
-    let training_job = Some(pb::TrainingJob { method, display_name: title.into(), ..job(dataset, 2) });
+    let training_job =
+        Some(pb::TrainingJob { method, display_name: title.into(), ..job(dataset, 2) });
     pb::CreateTrainingJobRequest { training_job, request_id: "once".into(), ..Default::default() }
 }
 
-async fn create(client: &Client, request: pb::CreateTrainingJobRequest) -> Result<pb::TrainingJob, Status> {
+async fn create(
+    client: &Client,
+    request: pb::CreateTrainingJobRequest,
+) -> Result<pb::TrainingJob, Status> {
     client.training().create_training_job(request).await.map(|made| made.into_inner())
 }
 
@@ -123,12 +127,22 @@ fn relay(mut client: TcpStream, backend: u16, mark: &[u8], lost: &AtomicBool) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_whose_stored_answer_was_lost_is_there_with_its_adapter() {
     let Some(postgres) = Postgres::start("a_job_whose_stored_answer_was_lost") else { return };
-    let (dir, share, adapters) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (dir, share, adapters) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let port = postgres.url().split([':', '/']).find_map(|part| part.parse().ok()).unwrap();
     let proxy = LosesCommit::start(port, b"a lost answer");
     let database = postgres.url().replace(&port.to_string(), &proxy.port.to_string());
     let (artifacts, folder) = (url_of(share.path()), adapters.path().to_str().unwrap());
-    let flags = ["--database-url", &database, "--artifact-url", &artifacts, "--adapter-dir", folder, "--lease", LEASE];
+    let flags = [
+        "--database-url",
+        &database,
+        "--artifact-url",
+        &artifacts,
+        "--adapter-dir",
+        folder,
+        "--lease",
+        LEASE,
+    ];
     let server = Server::start_with(dir.path(), &models(), &flags);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
@@ -146,7 +160,10 @@ async fn a_job_whose_stored_answer_was_lost_is_there_with_its_adapter() {
     assert_eq!(all_jobs(&client).await.len(), before + 1);
     let copy = share.path().join("jobs").join(&stored[0]).join("init_adapter").join(WEIGHTS);
     let original = adapters.path().join("x").join(WEIGHTS);
-    assert!(std::fs::read(copy).unwrap() == std::fs::read(original).unwrap(), "its adapter is kept");
+    assert!(
+        std::fs::read(copy).unwrap() == std::fs::read(original).unwrap(),
+        "its adapter is kept"
+    );
     finish(&client, &made.name).await;
     let done = get(&client, &made.name).await;
     assert_eq!(done.state(), pb::JobState::Succeeded, "{:?}", done.error);
@@ -164,7 +181,9 @@ struct WithAdapter {
 impl WithAdapter {
     async fn start(flags: &[&str], environment: &[(&str, &str)]) -> Self {
         let (dir, adapters) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let flags = [&["--adapter-dir", adapters.path().to_str().unwrap(), "--lease", LEASE], flags].concat();
+        let flags =
+            [&["--adapter-dir", adapters.path().to_str().unwrap(), "--lease", LEASE], flags]
+                .concat();
         let server = Server::start_in(dir.path(), &models(), &flags, environment);
         let client = server.client().await;
         let dataset = upload(&client, "pairs.jsonl").await.name;
@@ -199,7 +218,8 @@ async fn an_adapter_whose_client_leaves_before_its_job_is_stored_is_removed() {
     let environment: Vec<_> = environment.iter().map(|(k, v)| (*k, v.as_str())).collect();
     let it = WithAdapter::start(&["--artifact-url", "s3://bradley/runs"], &environment).await;
     let before = all_jobs(&it.client).await;
-    let copies = || s3.keys("runs/jobs/").into_iter().filter(|key| key.contains("/init_adapter/")).count();
+    let copies =
+        || s3.keys("runs/jobs/").into_iter().filter(|key| key.contains("/init_adapter/")).count();
     assert_eq!(copies(), 0);
 
     proxy.set(Fault::Slow(Duration::from_millis(500)));
@@ -235,7 +255,8 @@ async fn a_job_waits_for_a_model_that_is_not_served_and_continues_with_it() {
     let mut server = serve(&both);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
-    let wanted = pb::TrainingJob { policy: "models/second".into(), ..checkpointing(&dataset, STEPS) };
+    let wanted =
+        pb::TrainingJob { policy: "models/second".into(), ..checkpointing(&dataset, STEPS) };
     let name = submit(&client, wanted).await;
     reaches(&client, &name, |e| is_step(e, 25)).await;
     server.kill();
@@ -283,12 +304,23 @@ async fn an_adapter_is_exported_though_its_base_model_has_changed() {
     for models in [models, format!("other={}", model.path().display())] {
         let server = Server::start_with(dir.path(), &models, &[]);
         let client = server.client().await;
-        assert!(adapter(&client, &name).await == trained, "{models}: the adapter is what was trained");
+        assert!(
+            adapter(&client, &name).await == trained,
+            "{models}: the adapter is what was trained"
+        );
         let format = pb::ExportFormat::Merged.into();
-        let request = pb::ExportCheckpointRequest { name: format!("{name}/checkpoints/latest"), format, ..Default::default() };
+        let request = pb::ExportCheckpointRequest {
+            name: format!("{name}/checkpoints/latest"),
+            format,
+            ..Default::default()
+        };
         let refused = client.checkpoints().export_checkpoint(request).await.unwrap_err();
         let found = (refused.code(), reason(&refused));
-        assert_eq!(found, (Code::FailedPrecondition, "MODEL_CHANGED".into()), "{models}: {refused}");
+        assert_eq!(
+            found,
+            (Code::FailedPrecondition, "MODEL_CHANGED".into()),
+            "{models}: {refused}"
+        );
         // Made anew for the other server.
         std::fs::remove_dir_all(dir.path().join("jobs").join(id(&name)).join("exports")).unwrap();
     }
@@ -340,7 +372,10 @@ async fn health_checks_without_an_end_keep_no_connection() {
 #[tokio::test(flavor = "multi_thread")]
 async fn two_servers_that_begin_an_empty_store_at_once_agree_on_it() {
     let Some(postgres) = Postgres::start("two_servers_that_begin") else { return };
-    let (share, dirs) = (tempfile::tempdir().unwrap(), [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()]);
+    let (share, dirs) = (
+        tempfile::tempdir().unwrap(),
+        [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()],
+    );
     let start = |dir: &TempDir| replica(dir.path(), &postgres, share.path(), &[]);
     let servers = std::thread::scope(|scope| {
         let starting = dirs.each_ref().map(|dir| scope.spawn(move || start(dir)));
@@ -375,7 +410,8 @@ async fn a_server_does_not_start_without_the_store_that_its_database_knows() {
 async fn a_store_that_has_an_identity_is_taken_by_a_new_database() {
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     std::fs::write(share.path().join("bradley-store-id"), "begun").unwrap();
-    let server = Server::start_with(dir.path(), &models(), &["--artifact-url", &url_of(share.path())]);
+    let server =
+        Server::start_with(dir.path(), &models(), &["--artifact-url", &url_of(share.path())]);
     let client = server.client().await;
     another_succeeds(&client, &upload(&client, "pairs.jsonl").await.name).await;
     let identity = std::fs::read_to_string(share.path().join("bradley-store-id")).unwrap();
@@ -402,7 +438,10 @@ async fn a_job_with_a_setting_of_another_version_waits_for_it_with_its_dataset()
     let server = replica(dir.path(), &postgres, share.path(), &[]);
     let client = server.client().await;
     let refused = try_get(&client, &name).await.unwrap_err();
-    assert_eq!((refused.code(), reason(&refused)), (Code::FailedPrecondition, "JOB_UNREADABLE".into()));
+    assert_eq!(
+        (refused.code(), reason(&refused)),
+        (Code::FailedPrecondition, "JOB_UNREADABLE".into())
+    );
     another_succeeds(&client, &upload(&client, "pairs.jsonl").await.name).await;
     let request = pb::DeleteDatasetRequest { name: dataset.clone() };
     let refused = client.datasets().delete_dataset(request).await.unwrap_err();
@@ -432,8 +471,15 @@ async fn expired_jobs_that_cannot_be_read_hold_up_no_others() {
          UPDATE jobs SET expire_time = 2, request = jsonb_set(request::jsonb, '{{ttl_ms}}', '1')::text WHERE id = '{0}'",
         id(&name)
     ));
-    until("the deletion", async || try_get(&client, &name).await.is_err_and(|e| e.code() == Code::NotFound)).await;
-    assert_eq!(postgres.sql("SELECT COUNT(*) FROM jobs"), ["200"], "nothing is done to jobs that cannot be read");
+    until("the deletion", async || {
+        try_get(&client, &name).await.is_err_and(|e| e.code() == Code::NotFound)
+    })
+    .await;
+    assert_eq!(
+        postgres.sql("SELECT COUNT(*) FROM jobs"),
+        ["200"],
+        "nothing is done to jobs that cannot be read"
+    );
 }
 
 // ---- files that are not there, and files that nobody needs
@@ -468,7 +514,8 @@ impl Local {
     /// The steps of the checkpoints that the database knows.
     async fn rows(&self) -> Vec<u64> {
         let request = pb::ListCheckpointsRequest { parent: self.name.clone() };
-        let listed = self.client.checkpoints().list_checkpoints(request).await.unwrap().into_inner();
+        let listed =
+            self.client.checkpoints().list_checkpoints(request).await.unwrap().into_inner();
         listed.checkpoints.iter().map(|c| c.step).collect()
     }
 
@@ -491,7 +538,11 @@ impl Local {
         resume(&self.client, &self.name).await;
         waits(&self.client, &self.name, "ARTIFACT_MISSING").await;
         let said = get(&self.client, &self.name).await.error.unwrap().message;
-        assert!(said.contains("data directory") && said.contains(&format!("checkpoints/{}", self.newest())), "{said}");
+        assert!(
+            said.contains("data directory")
+                && said.contains(&format!("checkpoints/{}", self.newest())),
+            "{said}"
+        );
         another_succeeds(&self.client, &self.dataset).await;
         assert_eq!(self.rows().await, self.steps, "no row is removed");
     }
@@ -502,11 +553,17 @@ impl Local {
         let changes = changes(&told);
         assert_eq!(state(&self.client, &self.name).await, pb::JobState::Succeeded, "{changes:?}");
         let from = format!("continues from step {step}");
-        assert!(changes.iter().any(|(_, c)| c.to() == pb::JobState::Running && c.reason == from), "not {from}: {changes:?}");
+        assert!(
+            changes.iter().any(|(_, c)| c.to() == pb::JobState::Running && c.reason == from),
+            "not {from}: {changes:?}"
+        );
         check_history(&told);
         let (expected, weights) = expected().await;
         assert_eq!(losses(&told), *expected, "the same losses, bit for bit");
-        assert!(adapter(&self.client, &self.name).await == *weights, "the same weights, bit for bit");
+        assert!(
+            adapter(&self.client, &self.name).await == *weights,
+            "the same weights, bit for bit"
+        );
     }
 }
 
@@ -529,7 +586,8 @@ async fn a_job_without_a_store_continues_from_the_checkpoint_before_a_deleted_on
     score(&local.client, &format!("{}/checkpoints/{newest}", local.name), pairs()).await;
     std::fs::remove_file(local.folder(newest).join(WEIGHTS)).unwrap();
     local.waits().await;
-    let request = pb::DeleteCheckpointRequest { name: format!("{}/checkpoints/{newest}", local.name) };
+    let request =
+        pb::DeleteCheckpointRequest { name: format!("{}/checkpoints/{newest}", local.name) };
     local.client.checkpoints().delete_checkpoint(request).await.unwrap();
     local.continues_from(local.steps[local.steps.len() - 2]).await;
 }
@@ -548,8 +606,7 @@ async fn a_checkpoint_whose_list_of_files_has_changed_is_damaged_and_passed_over
     resume(&local.client, &local.name).await;
     local.continues_from(local.steps[local.steps.len() - 2]).await;
     let told = events(&local.client, &local.name).await;
-    let is_warning =
-        |e: &pb::TrainingEvent| matches!(&e.event, Some(Event::Log(l)) if l.message.contains(&format!("checkpoint {newest} is removed")));
+    let is_warning = |e: &pb::TrainingEvent| matches!(&e.event, Some(Event::Log(l)) if l.message.contains(&format!("checkpoint {newest} is removed")));
     assert!(told.iter().any(is_warning), "{told:?}");
 }
 
@@ -568,7 +625,9 @@ fn write_aged(folder: &Path, file: &str, age: Duration) {
 async fn only_old_local_files_of_jobs_that_were_never_stored_are_swept_up() {
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let artifacts = url_of(share.path());
-    let serve = || Server::start_with(dir.path(), &models(), &["--artifact-url", &artifacts, "--lease", LEASE]);
+    let serve = || {
+        Server::start_with(dir.path(), &models(), &["--artifact-url", &artifacts, "--lease", LEASE])
+    };
     let mut server = serve();
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
@@ -596,7 +655,9 @@ async fn only_old_local_files_of_jobs_that_were_never_stored_are_swept_up() {
     let kept_there: Vec<PathBuf> = files(&there).into_iter().collect();
 
     let server = serve();
-    let left = |root: &Path, kind: &str| files(root).iter().filter(|p| p.display().to_string().contains(kind)).count();
+    let left = |root: &Path, kind: &str| {
+        files(root).iter().filter(|p| p.display().to_string().contains(kind)).count()
+    };
     until("the sweep here", async || left(&here, "-old") == 0 && left(&here, "-ran") == 0).await;
     assert_eq!(files(&there), kept_there);
     assert_eq!(left(&here, "-fresh"), 12);

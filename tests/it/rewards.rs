@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 use std::process::Command;
 
 use bradley::domain::dpo::{DpoConfig, LossType, WeightedLoss};
-use bradley::domain::training::{BatchConfig, BestMetric, LoraConfig, Method, OptimizerConfig, RunConfig, ScheduleKind, TrainingSpec};
+use bradley::domain::training::{
+    BatchConfig, BestMetric, LoraConfig, Method, OptimizerConfig, RunConfig, ScheduleKind,
+    TrainingSpec,
+};
 use bradley::infer::pair::EncodedPair;
 use bradley::rpc::client::Client;
 use bradley::rpc::pb::{self, RewardNormalization as Normalization, training_event::Event};
@@ -14,7 +17,9 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
 use crate::golden_training::{Run, events, train};
-use crate::server::{Server, finish, is_step, job, pairs, pause, score, scored, state, submit, until, upload};
+use crate::server::{
+    Server, finish, is_step, job, pairs, pause, score, scored, state, submit, until, upload,
+};
 use crate::support::{assert_close, binary, encode, golden, json, rows, tiny};
 
 /// An objective of one loss.
@@ -52,7 +57,10 @@ async fn run(client: &Client, wanted: pb::TrainingJob) -> (String, BTreeMap<Stri
 }
 
 /// Scores the golden rows.
-async fn score_with(client: &Client, options: pb::ScoringOptions) -> Result<pb::ScorePairsResponse, Status> {
+async fn score_with(
+    client: &Client,
+    options: pb::ScoringOptions,
+) -> Result<pb::ScorePairsResponse, Status> {
     let request = pb::ScorePairsRequest { options: Some(options), pairs: pairs() };
     client.scoring().score_pairs(request).await.map(|r| r.into_inner())
 }
@@ -67,7 +75,12 @@ fn mean(scores: &pb::ScorePairsResponse, value: impl Fn(&pb::PairScore) -> f64) 
 }
 
 /// Asserts that scores give the evaluation's numbers to the last bit. `rewards` is the prefix of the metrics.
-fn assert_evaluated(what: &str, scores: &pb::ScorePairsResponse, evaluation: &BTreeMap<String, f64>, rewards: &str) {
+fn assert_evaluated(
+    what: &str,
+    scores: &pb::ScorePairsResponse,
+    evaluation: &BTreeMap<String, f64>,
+    rewards: &str,
+) {
     let metric = |name: &str| evaluation[&format!("eval_{rewards}/{name}")];
     assert_eq!(mean(scores, |s| s.margin), metric("margins"), "{what}");
     assert_eq!(mean(scores, |s| s.a.as_ref().unwrap().reward), metric("chosen"), "{what}");
@@ -82,16 +95,40 @@ async fn served_rewards_are_those_of_the_evaluation_to_the_last_bit() {
     let server = Server::start(dir.path());
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
-    for (loss, is_mean) in [("simpo", true), ("ipo", true), ("sigmoid_norm", true), ("orpo", true), ("sigmoid", false), ("sft", false)] {
+    for (loss, is_mean) in [
+        ("simpo", true),
+        ("ipo", true),
+        ("sigmoid_norm", true),
+        ("orpo", true),
+        ("sigmoid", false),
+        ("sft", false),
+    ] {
         let (name, evaluation) = run(&client, evaluated(&dataset, 3, objective(loss))).await;
         let policy = format!("{name}/checkpoints/latest");
         let served = score(&client, &policy, pairs()).await;
-        assert_eq!(served.normalization(), if is_mean { Normalization::Mean } else { Normalization::Sum }, "{loss}");
+        assert_eq!(
+            served.normalization(),
+            if is_mean { Normalization::Mean } else { Normalization::Sum },
+            "{loss}"
+        );
         assert!(served.warnings.is_empty(), "{:?}", served.warnings);
-        assert_evaluated(loss, &served, &evaluation, if is_mean { "rewards_normalized" } else { "rewards" });
-        assert_eq!(evaluation.keys().any(|name| name.starts_with("eval_rewards_normalized/")), is_mean, "{loss}");
+        assert_evaluated(
+            loss,
+            &served,
+            &evaluation,
+            if is_mean { "rewards_normalized" } else { "rewards" },
+        );
+        assert_eq!(
+            evaluation.keys().any(|name| name.starts_with("eval_rewards_normalized/")),
+            is_mean,
+            "{loss}"
+        );
         let has_reference = !["simpo", "orpo"].contains(&loss);
-        assert_eq!(served.reference_version, if has_reference { "models/tiny" } else { "" }, "{loss}");
+        assert_eq!(
+            served.reference_version,
+            if has_reference { "models/tiny" } else { "" },
+            "{loss}"
+        );
 
         // The formula, from what the answer itself says.
         let beta = if loss == "simpo" { 2.0 } else { 0.1 };
@@ -106,7 +143,11 @@ async fn served_rewards_are_those_of_the_evaluation_to_the_last_bit() {
         }
 
         // The other normalization, when it is asked for: rewards/* are sums where TRL's trainer of the loss logs sums.
-        let options = |n: Normalization| pb::ScoringOptions { policy: policy.clone(), normalization: n.into(), ..Default::default() };
+        let options = |n: Normalization| pb::ScoringOptions {
+            policy: policy.clone(),
+            normalization: n.into(),
+            ..Default::default()
+        };
         let sums = score_with(&client, options(Normalization::Sum)).await.unwrap();
         assert_eq!(sums.normalization(), Normalization::Sum);
         if has_reference {
@@ -129,15 +170,33 @@ fn rewards_of_simpo_and_orpo_are_logged_as_trls_trainers_do() {
     for (name, case) in golden["logged"].as_object().unwrap() {
         let beta = case["settings"]["beta"].as_f64().unwrap();
         let loss = LossType::parse(name).unwrap();
-        let dpo = DpoConfig { losses: vec![WeightedLoss::new(loss, 1.0)], beta, orpo_lambda: beta, ..DpoConfig::default() };
+        let dpo = DpoConfig {
+            losses: vec![WeightedLoss::new(loss, 1.0)],
+            beta,
+            orpo_lambda: beta,
+            ..DpoConfig::default()
+        };
         let spec = TrainingSpec {
             method: Method::Full,
-            optimizer: OptimizerConfig { learning_rate: 1e-9, schedule: ScheduleKind::Constant, ..Default::default() },
-            batch: BatchConfig { batch_size: 4, max_steps: Some(1), shuffle: false, max_length: 256, ..Default::default() },
+            optimizer: OptimizerConfig {
+                learning_rate: 1e-9,
+                schedule: ScheduleKind::Constant,
+                ..Default::default()
+            },
+            batch: BatchConfig {
+                batch_size: 4,
+                max_steps: Some(1),
+                shuffle: false,
+                max_length: 256,
+                ..Default::default()
+            },
             dpo,
             ..Default::default()
         };
-        let steps = train(Run { reference: Reference::None, ..Run::full(&model, &model, pairs.clone(), spec) });
+        let steps = train(Run {
+            reference: Reference::None,
+            ..Run::full(&model, &model, pairs.clone(), spec)
+        });
         for (metric, want) in case["metrics"].as_object().unwrap() {
             let want = want.as_f64().unwrap();
             assert_close(&format!("{name} {metric}"), steps[0][metric.as_str()], want, 1e-4, 1e-2);
@@ -162,7 +221,11 @@ async fn an_sft_job_has_trls_metrics_rewards_included() {
     wanted.method = Some(pb::training_job::Method::Full(pb::FullConfig {}));
     wanted.dpo = Some(objective("sft"));
     let learning_rate = golden["settings"]["learning_rate"].as_f64();
-    wanted.optimizer = Some(pb::OptimizerConfig { learning_rate, lr_scheduler_type: "constant".into(), ..Default::default() });
+    wanted.optimizer = Some(pb::OptimizerConfig {
+        learning_rate,
+        lr_scheduler_type: "constant".into(),
+        ..Default::default()
+    });
     wanted.batch = Some(pb::BatchConfig { shuffle: Some(false), ..wanted.batch.unwrap() });
     let name = submit(&client, wanted).await;
     let logged = finish(&client, &name).await.into_iter().filter_map(|e| match e.event {
@@ -188,8 +251,13 @@ async fn a_named_reference_is_used_where_no_loss_reads_it() {
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let (first, _) = run(&client, evaluated(&dataset, 2, objective("sigmoid"))).await;
     let reference = format!("{first}/checkpoints/2");
-    for (loss, rewards) in [("simpo", "rewards_normalized"), ("orpo", "rewards_normalized"), ("sft", "rewards")] {
-        let wanted = pb::TrainingJob { reference: reference.clone(), ..evaluated(&dataset, 3, objective(loss)) };
+    for (loss, rewards) in
+        [("simpo", "rewards_normalized"), ("orpo", "rewards_normalized"), ("sft", "rewards")]
+    {
+        let wanted = pb::TrainingJob {
+            reference: reference.clone(),
+            ..evaluated(&dataset, 3, objective(loss))
+        };
         let (name, evaluation) = run(&client, wanted).await;
         let served = score(&client, &format!("{name}/checkpoints/latest"), pairs()).await;
         assert_eq!(served.reference_version, reference, "{loss}");
@@ -207,30 +275,50 @@ async fn a_checkpoint_of_tr_dpo_is_scored_against_the_reference_that_it_holds() 
     let server = Server::start(dir.path());
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
-    let dpo = pb::DpoConfig { reference_sync: Some(pb::ReferenceSync { alpha: Some(0.5), every_steps: Some(2) }), ..Default::default() };
+    let dpo = pb::DpoConfig {
+        reference_sync: Some(pb::ReferenceSync { alpha: Some(0.5), every_steps: Some(2) }),
+        ..Default::default()
+    };
     let mut wanted = evaluated(&dataset, 5, dpo);
     wanted.method = Some(pb::training_job::Method::Full(pb::FullConfig {}));
-    wanted.optimizer = Some(pb::OptimizerConfig { learning_rate: Some(1e-3), ..Default::default() });
+    wanted.optimizer =
+        Some(pb::OptimizerConfig { learning_rate: Some(1e-3), ..Default::default() });
     wanted.run = Some(pb::RunConfig { save_steps: Some(2), ..Default::default() });
     let (name, evaluation) = run(&client, wanted).await;
     let policy = format!("{name}/checkpoints/5");
     let served = score(&client, &policy, pairs()).await;
     assert_eq!(served.reference_version, format!("{policy}/reference"));
     assert_evaluated("TR-DPO", &served, &evaluation, "rewards");
-    let options = pb::ScoringOptions { policy, reference: "models/tiny".into(), ..Default::default() };
+    let options =
+        pb::ScoringOptions { policy, reference: "models/tiny".into(), ..Default::default() };
     let against_start = score_with(&client, options).await.unwrap();
-    assert_ne!(mean(&against_start, |s| s.margin), mean(&served, |s| s.margin), "the reference has moved");
+    assert_ne!(
+        mean(&against_start, |s| s.margin),
+        mean(&served, |s| s.margin),
+        "the reference has moved"
+    );
 
     // A checkpoint without it says what is missing, and can still be scored against a reference that is named.
     let policy = format!("{name}/checkpoints/4");
-    let named = pb::ScoringOptions { policy: policy.clone(), reference: "models/tiny".into(), ..Default::default() };
+    let named = pb::ScoringOptions {
+        policy: policy.clone(),
+        reference: "models/tiny".into(),
+        ..Default::default()
+    };
     score_with(&client, named.clone()).await.unwrap();
-    let folder = find(dir.path(), "reference.safetensors").into_iter().find(|path| path.parent().unwrap().ends_with("4"));
+    let folder = find(dir.path(), "reference.safetensors")
+        .into_iter()
+        .find(|path| path.parent().unwrap().ends_with("4"));
     std::fs::remove_file(folder.unwrap()).unwrap();
-    let status = score_with(&client, pb::ScoringOptions { policy, ..Default::default() }).await.unwrap_err();
+    let status =
+        score_with(&client, pb::ScoringOptions { policy, ..Default::default() }).await.unwrap_err();
     assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
     assert_eq!(status.get_details_error_info().unwrap().reason, "NO_REFERENCE");
-    assert!(status.message().contains("reference.safetensors") && status.message().contains("name a reference"), "{status}");
+    assert!(
+        status.message().contains("reference.safetensors")
+            && status.message().contains("name a reference"),
+        "{status}"
+    );
     score_with(&client, named).await.unwrap();
 }
 
@@ -247,8 +335,15 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
         let wanted = pb::TrainingJob {
             method: Some(pb::training_job::Method::Full(pb::FullConfig {})),
             dpo: Some(pb::DpoConfig { reference_sync, ..Default::default() }),
-            optimizer: Some(pb::OptimizerConfig { learning_rate: Some(1e-3), ..Default::default() }),
-            run: Some(pb::RunConfig { save_steps: Some(3), save_total_limit: Some(1), ..Default::default() }),
+            optimizer: Some(pb::OptimizerConfig {
+                learning_rate: Some(1e-3),
+                ..Default::default()
+            }),
+            run: Some(pb::RunConfig {
+                save_steps: Some(3),
+                save_total_limit: Some(1),
+                ..Default::default()
+            }),
             ..job(&dataset, 100_000)
         };
         let name = submit(&client, wanted).await;
@@ -256,7 +351,11 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
         until(&client, &name, |e| is_step(e, 5)).await;
 
         use pb::stream_score_pairs_request::Part;
-        let options = pb::ScoringOptions { policy: policy.clone(), per_token_logprobs: true, ..Default::default() };
+        let options = pb::ScoringOptions {
+            policy: policy.clone(),
+            per_token_logprobs: true,
+            ..Default::default()
+        };
         let ask = |part: Part| pb::StreamScorePairsRequest { part: Some(part) };
         let (messages, receiver) = tokio::sync::mpsc::channel(4);
         messages.send(ask(Part::Options(options.clone()))).await.unwrap();
@@ -264,8 +363,17 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
         let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
         let mut stream = client.scoring().stream_score_pairs(stream).await.unwrap().into_inner();
         let answer = stream.message().await.unwrap().unwrap();
-        assert!(answer.policy_version.starts_with(&format!("{policy}@")), "{}", answer.policy_version);
-        assert_eq!(scored(&answer.result.unwrap()).margin, 0.0, "{precision}, streamed from {}", answer.policy_version);
+        assert!(
+            answer.policy_version.starts_with(&format!("{policy}@")),
+            "{}",
+            answer.policy_version
+        );
+        assert_eq!(
+            scored(&answer.result.unwrap()).margin,
+            0.0,
+            "{precision}, streamed from {}",
+            answer.policy_version
+        );
 
         let served = score(&client, &policy, pairs()).await;
         assert_eq!(served.reference_version, format!("{policy}/reference"));
@@ -274,8 +382,14 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
             assert_eq!(scored(result).margin, 0.0, "{precision}, {}", result.id);
         }
         // A reference that is named is the one that is used.
-        let against_start = score_with(&client, pb::ScoringOptions { reference: "models/tiny".into(), ..options }).await.unwrap();
-        assert!(against_start.results.iter().any(|r| scored(r).margin != 0.0), "the policy has changed");
+        let against_start =
+            score_with(&client, pb::ScoringOptions { reference: "models/tiny".into(), ..options })
+                .await
+                .unwrap();
+        assert!(
+            against_start.results.iter().any(|r| scored(r).margin != 0.0),
+            "the policy has changed"
+        );
         assert_eq!(state(&client, &name).await, pb::JobState::Running);
 
         // What was asked for while it ran is its checkpoint once it does not, against the reference that this holds.
@@ -284,7 +398,11 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
         drop(messages);
         let answer = stream.message().await.unwrap().unwrap();
         let stored = score(&client, &policy, pairs()).await;
-        assert!(stored.reference_version.ends_with("/reference") && !stored.reference_version.contains("latest"), "{stored:?}");
+        assert!(
+            stored.reference_version.ends_with("/reference")
+                && !stored.reference_version.contains("latest"),
+            "{stored:?}"
+        );
         assert_eq!(scored(&answer.result.unwrap()), scored(&stored.results[0]), "{precision}");
         assert!(stream.message().await.unwrap().is_none());
     }
@@ -310,7 +428,9 @@ async fn answers_say_that_policy_and_reference_are_the_same() {
     let server = Server::start(dir.path());
     let client = server.client().await;
     let options = pb::ScoringOptions { policy: "models/tiny".into(), ..Default::default() };
-    let is_told = |warnings: &[String]| warnings.iter().any(|w| w.contains("the same weights") && w.contains("0.5"));
+    let is_told = |warnings: &[String]| {
+        warnings.iter().any(|w| w.contains("the same weights") && w.contains("0.5"))
+    };
     let scores = score_with(&client, options.clone()).await.unwrap();
     assert!(is_told(&scores.warnings), "{:?}", scores.warnings);
     assert_eq!(scores.normalization(), Normalization::Sum);
@@ -318,22 +438,37 @@ async fn answers_say_that_policy_and_reference_are_the_same() {
 
     let pair = pairs().remove(0);
     let completions = vec![pair.a.unwrap(), pair.b.unwrap()];
-    let request = pb::ScoreCompletionsRequest { options: Some(options.clone()), prompt: pair.prompt, completions };
+    let request = pb::ScoreCompletionsRequest {
+        options: Some(options.clone()),
+        prompt: pair.prompt,
+        completions,
+    };
     let answer = client.scoring().score_completions(request).await.unwrap().into_inner();
     assert!(is_told(&answer.warnings), "{:?}", answer.warnings);
     assert_eq!(answer.normalization(), Normalization::Sum);
 
     // A stream says it once.
     use pb::stream_score_pairs_request::Part;
-    let mut messages = vec![pb::StreamScorePairsRequest { part: Some(Part::Options(options.clone())) }];
-    messages.extend(pairs().into_iter().map(|p| pb::StreamScorePairsRequest { part: Some(Part::Pair(p)) }));
-    let mut stream = client.scoring().stream_score_pairs(tokio_stream::iter(messages)).await.unwrap().into_inner();
+    let mut messages =
+        vec![pb::StreamScorePairsRequest { part: Some(Part::Options(options.clone())) }];
+    messages.extend(
+        pairs().into_iter().map(|p| pb::StreamScorePairsRequest { part: Some(Part::Pair(p)) }),
+    );
+    let mut stream = client
+        .scoring()
+        .stream_score_pairs(tokio_stream::iter(messages))
+        .await
+        .unwrap()
+        .into_inner();
     let mut warned = Vec::new();
     while let Some(answer) = stream.message().await.unwrap() {
         assert_eq!(answer.normalization(), Normalization::Sum);
         warned.push(is_told(&answer.warnings));
     }
-    assert!(warned.len() == pairs().len() && warned[0] && !warned[1..].contains(&true), "{warned:?}");
+    assert!(
+        warned.len() == pairs().len() && warned[0] && !warned[1..].contains(&true),
+        "{warned:?}"
+    );
 
     let unknown = pb::ScoringOptions { normalization: 9, ..options };
     assert_violation(score_with(&client, unknown).await, "options.normalization");
@@ -345,13 +480,23 @@ async fn each_loss_of_a_mix_may_smooth_labels_on_its_own() {
     let server = Server::start(dir.path());
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
-    let smoothed = |loss: &str, eps: f64| pb::WeightedLoss { label_smoothing: Some(eps), ..term(loss) };
-    let wanted = |losses: Vec<pb::WeightedLoss>| evaluated(&dataset, 1, pb::DpoConfig { losses, ..Default::default() });
+    let smoothed =
+        |loss: &str, eps: f64| pb::WeightedLoss { label_smoothing: Some(eps), ..term(loss) };
+    let wanted = |losses: Vec<pb::WeightedLoss>| {
+        evaluated(&dataset, 1, pb::DpoConfig { losses, ..Default::default() })
+    };
     // TRL's mix: exo_pair smooths, sigmoid does not.
     let name = submit(&client, wanted(vec![smoothed("exo_pair", 1e-3), term("sigmoid")])).await;
     finish(&client, &name).await;
     assert_eq!(state(&client, &name).await, pb::JobState::Succeeded);
-    let stored = client.training().get_training_job(pb::GetTrainingJobRequest { name }).await.unwrap().into_inner().dpo.unwrap();
+    let stored = client
+        .training()
+        .get_training_job(pb::GetTrainingJobRequest { name })
+        .await
+        .unwrap()
+        .into_inner()
+        .dpo
+        .unwrap();
     assert_eq!(stored.losses[0].label_smoothing, Some(1e-3));
     assert_eq!((stored.losses[1].label_smoothing, stored.label_smoothing), (None, Some(0.0)));
 
@@ -373,7 +518,13 @@ async fn create(client: &Client, wanted: pb::TrainingJob) -> Result<(), Status> 
 fn assert_violation<T: std::fmt::Debug>(answer: Result<T, Status>, field: &str) {
     let status = answer.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument, "{status}");
-    let fields: Vec<String> = status.get_details_bad_request().unwrap().field_violations.into_iter().map(|v| v.field).collect();
+    let fields: Vec<String> = status
+        .get_details_bad_request()
+        .unwrap()
+        .field_violations
+        .into_iter()
+        .map(|v| v.field)
+        .collect();
     assert_eq!(fields, [field], "{status}");
 }
 
@@ -395,21 +546,42 @@ fn the_best_checkpoint_is_that_of_the_reward_as_it_is_trained() {
     let (model, tokenizer) = tiny("llama");
     let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
     let cut = |tokens: &[u32]| tokens[..2].to_vec();
-    let short_rejected: Vec<EncodedPair> = pairs.iter().map(|p| EncodedPair { rejected: cut(&p.rejected), ..p.clone() }).collect();
-    let short_chosen: Vec<EncodedPair> = pairs.iter().map(|p| EncodedPair { chosen: cut(&p.chosen), ..p.clone() }).collect();
-    let wrong: Vec<EncodedPair> =
-        pairs.iter().map(|p| EncodedPair { chosen: p.rejected.clone(), rejected: cut(&p.chosen), ..p.clone() }).collect();
+    let short_rejected: Vec<EncodedPair> =
+        pairs.iter().map(|p| EncodedPair { rejected: cut(&p.rejected), ..p.clone() }).collect();
+    let short_chosen: Vec<EncodedPair> =
+        pairs.iter().map(|p| EncodedPair { chosen: cut(&p.chosen), ..p.clone() }).collect();
+    let wrong: Vec<EncodedPair> = pairs
+        .iter()
+        .map(|p| EncodedPair { chosen: p.rejected.clone(), rejected: cut(&p.chosen), ..p.clone() })
+        .collect();
     // Long answers that training prefers rule the sums, short ones that it does not prefer the means.
-    let short_and_wrong = |p: &EncodedPair| EncodedPair { chosen: cut(&p.rejected), rejected: cut(&p.chosen), ..p.clone() };
-    let mixed: Vec<EncodedPair> = pairs.iter().take(1).cloned().chain(pairs.iter().map(short_and_wrong)).collect();
+    let short_and_wrong = |p: &EncodedPair| EncodedPair {
+        chosen: cut(&p.rejected),
+        rejected: cut(&p.chosen),
+        ..p.clone()
+    };
+    let mixed: Vec<EncodedPair> =
+        pairs.iter().take(1).cloned().chain(pairs.iter().map(short_and_wrong)).collect();
     let mut differ = 0;
     for eval in [short_rejected, short_chosen, wrong, mixed] {
         let spec = TrainingSpec {
-            dpo: DpoConfig { losses: vec![WeightedLoss::new(LossType::Ipo, 1.0)], ..DpoConfig::default() },
+            dpo: DpoConfig {
+                losses: vec![WeightedLoss::new(LossType::Ipo, 1.0)],
+                ..DpoConfig::default()
+            },
             method: Method::Lora(LoraConfig::default()),
             optimizer: OptimizerConfig { learning_rate: 2e-2, ..Default::default() },
-            batch: BatchConfig { batch_size: 2, max_length: 256, max_steps: Some(10), ..Default::default() },
-            run: RunConfig { eval_steps: 1, metric_for_best: BestMetric::EvalMargin, ..Default::default() },
+            batch: BatchConfig {
+                batch_size: 2,
+                max_length: 256,
+                max_steps: Some(10),
+                ..Default::default()
+            },
+            run: RunConfig {
+                eval_steps: 1,
+                metric_for_best: BestMetric::EvalMargin,
+                ..Default::default()
+            },
             ..Default::default()
         };
         let run = Run { eval, ..Run::lora(&model, "adapters/llama-start", pairs.clone(), spec) };
@@ -469,7 +641,13 @@ async fn the_command_line_asks_for_a_normalization_and_says_which_was_used() {
         assert!(said.contains(&format!("mean margin {:+.3}", evaluation[metric])), "{said}");
     }
     let lines = bradley(&policy, &["--output", "json"]);
-    assert!(lines.lines().all(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["normalization"] == "mean"), "{lines}");
+    assert!(
+        lines
+            .lines()
+            .all(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["normalization"]
+                == "mean"),
+        "{lines}"
+    );
     let said = bradley("models/tiny", &[]);
     assert!(said.contains("warning: policy and reference are the same weights"), "{said}");
 }

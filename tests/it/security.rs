@@ -24,7 +24,18 @@ fn bradley(arguments: &[&str]) -> String {
 /// Makes a token; returns its id and the token.
 fn token(data_dir: &Path, owner: &str, roles: &str) -> (String, String) {
     let dir = data_dir.to_str().unwrap();
-    let made = bradley(&["--output", "json", "tokens", "create", "--owner", owner, "--roles", roles, "--data-dir", dir]);
+    let made = bradley(&[
+        "--output",
+        "json",
+        "tokens",
+        "create",
+        "--owner",
+        owner,
+        "--roles",
+        roles,
+        "--data-dir",
+        dir,
+    ]);
     let made: serde_json::Value = serde_json::from_str(&made).unwrap();
     (made["id"].as_str().unwrap().into(), made["token"].as_str().unwrap().into())
 }
@@ -35,7 +46,11 @@ async fn client_with(server: &Server, token: &str) -> Client {
 }
 
 async fn get(client: &Client, name: &str) -> Result<pb::TrainingJob, Status> {
-    client.training().get_training_job(pb::GetTrainingJobRequest { name: name.into() }).await.map(|r| r.into_inner())
+    client
+        .training()
+        .get_training_job(pb::GetTrainingJobRequest { name: name.into() })
+        .await
+        .map(|r| r.into_inner())
 }
 
 fn tiny() -> String {
@@ -50,7 +65,11 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
     let (_, b_token) = token(dir.path(), "team-b", "submit,score");
     let (_, scorer_token) = token(dir.path(), "team-b", "score");
     let (_, admin_token) = token(dir.path(), "ops", "admin");
-    let server = Server::start_with(dir.path(), &tiny(), &["--auth", "tokens", "--audit-log", audit.to_str().unwrap()]);
+    let server = Server::start_with(
+        dir.path(),
+        &tiny(),
+        &["--auth", "tokens", "--audit-log", audit.to_str().unwrap()],
+    );
 
     let nobody = server.client().await;
     assert!(nobody.health().await.unwrap(), "probes need no token");
@@ -61,12 +80,21 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
     forged.replace_range(forged.len() - 1.., if a_token.ends_with('0') { "1" } else { "0" });
     for wrong in [forged.as_str(), "brd_x_y", "x", &format!("brd_{a_id}_{}", "0".repeat(64))] {
         let client = client_with(&server, wrong).await;
-        assert_eq!(client.models().list_models(pb::ListModelsRequest {}).await.unwrap_err().code(), Code::Unauthenticated, "{wrong}");
-        assert_eq!(get(&client, "trainingJobs/x").await.unwrap_err().code(), Code::Unauthenticated, "{wrong}");
+        assert_eq!(
+            client.models().list_models(pb::ListModelsRequest {}).await.unwrap_err().code(),
+            Code::Unauthenticated,
+            "{wrong}"
+        );
+        assert_eq!(
+            get(&client, "trainingJobs/x").await.unwrap_err().code(),
+            Code::Unauthenticated,
+            "{wrong}"
+        );
     }
 
     let (a, b) = (client_with(&server, &a_token).await, client_with(&server, &b_token).await);
-    let (scorer, admin) = (client_with(&server, &scorer_token).await, client_with(&server, &admin_token).await);
+    let (scorer, admin) =
+        (client_with(&server, &scorer_token).await, client_with(&server, &admin_token).await);
     let dataset = upload(&a, "pairs.jsonl").await;
     let name = submit(&a, job(&dataset.name, 4)).await;
     finish(&a, &name).await;
@@ -76,19 +104,46 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
     let others = get(&b, &name).await.unwrap_err();
     let nothing = get(&b, "trainingJobs/none").await.unwrap_err();
     assert_eq!((others.code(), nothing.code()), (Code::PermissionDenied, Code::PermissionDenied));
-    assert_eq!(others.message().replace(&name, "X"), nothing.message().replace("trainingJobs/none", "X"));
-    let theirs = pb::CreateTrainingJobRequest { training_job: Some(job(&dataset.name, 1)), ..Default::default() };
-    assert_eq!(b.training().create_training_job(theirs).await.unwrap_err().code(), Code::PermissionDenied, "another's dataset");
+    assert_eq!(
+        others.message().replace(&name, "X"),
+        nothing.message().replace("trainingJobs/none", "X")
+    );
+    let theirs = pb::CreateTrainingJobRequest {
+        training_job: Some(job(&dataset.name, 1)),
+        ..Default::default()
+    };
+    assert_eq!(
+        b.training().create_training_job(theirs).await.unwrap_err().code(),
+        Code::PermissionDenied,
+        "another's dataset"
+    );
     let policy = format!("{name}/checkpoints/latest");
     let options = Some(pb::ScoringOptions { policy: policy.clone(), ..Default::default() });
     let request = pb::ScorePairsRequest { options, pairs: pairs() };
-    assert_eq!(scorer.scoring().score_pairs(request.clone()).await.unwrap_err().code(), Code::PermissionDenied, "another's checkpoint");
+    assert_eq!(
+        scorer.scoring().score_pairs(request.clone()).await.unwrap_err().code(),
+        Code::PermissionDenied,
+        "another's checkpoint"
+    );
     let deletion = pb::DeleteTrainingJobRequest { name: name.clone() };
-    assert_eq!(b.training().delete_training_job(deletion).await.unwrap_err().code(), Code::PermissionDenied);
+    assert_eq!(
+        b.training().delete_training_job(deletion).await.unwrap_err().code(),
+        Code::PermissionDenied
+    );
     let mut listed = Vec::new();
     for client in [&a, &b, &admin] {
-        let jobs = client.training().list_training_jobs(pb::ListTrainingJobsRequest::default()).await.unwrap().into_inner();
-        let datasets = client.datasets().list_datasets(pb::ListDatasetsRequest::default()).await.unwrap().into_inner();
+        let jobs = client
+            .training()
+            .list_training_jobs(pb::ListTrainingJobsRequest::default())
+            .await
+            .unwrap()
+            .into_inner();
+        let datasets = client
+            .datasets()
+            .list_datasets(pb::ListDatasetsRequest::default())
+            .await
+            .unwrap()
+            .into_inner();
         listed.push((jobs.training_jobs.len(), datasets.datasets.len()));
     }
     assert_eq!(listed, [(1, 1), (0, 0), (1, 1)]);
@@ -96,7 +151,10 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
     // Roles.
     assert!(score(&scorer, "models/tiny", pairs()).await.results.len() > 1);
     assert_eq!(get(&scorer, &name).await.unwrap_err().code(), Code::PermissionDenied);
-    assert!(admin.scoring().score_pairs(request).await.is_ok(), "an administrator may do everything");
+    assert!(
+        admin.scoring().score_pairs(request).await.is_ok(),
+        "an administrator may do everything"
+    );
     assert!(get(&admin, &name).await.is_ok());
     assert_eq!(get(&admin, "trainingJobs/none").await.unwrap_err().code(), Code::NotFound);
 
@@ -120,16 +178,35 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     assert_eq!(get(&a, &name).await.unwrap_err().code(), Code::Unauthenticated);
-    let ended = tokio::time::timeout(Duration::from_secs(30), ended).await.expect("the stream ends").unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(30), ended)
+        .await
+        .expect("the stream ends")
+        .unwrap();
     assert_eq!(ended, Some(Code::Unauthenticated));
-    admin.training().cancel_training_job(pb::CancelTrainingJobRequest { name: long }).await.unwrap();
+    admin
+        .training()
+        .cancel_training_job(pb::CancelTrainingJobRequest { name: long })
+        .await
+        .unwrap();
 
     // Clients do not push each other aside.
     let mut urgent = job(&dataset.name, 1);
     urgent.priority = 1;
-    let pushed = b.training().create_training_job(pb::CreateTrainingJobRequest { training_job: Some(urgent), ..Default::default() }).await;
+    let pushed = b
+        .training()
+        .create_training_job(pb::CreateTrainingJobRequest {
+            training_job: Some(urgent),
+            ..Default::default()
+        })
+        .await;
     let bad = pushed.unwrap_err();
-    let fields: Vec<String> = bad.get_details_bad_request().unwrap().field_violations.into_iter().map(|v| v.field).collect();
+    let fields: Vec<String> = bad
+        .get_details_bad_request()
+        .unwrap()
+        .field_violations
+        .into_iter()
+        .map(|v| v.field)
+        .collect();
     assert_eq!(fields, ["training_job.priority"]);
 
     // Secrets are in no file of the server's; who did what is in the audit log.
@@ -139,36 +216,57 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
         let bytes = std::fs::read(dir.path().join(file)).unwrap_or_default();
         assert!(!bytes.windows(secret.len()).any(|w| w == secret), "{file} holds a secret");
     }
-    let lines: Vec<serde_json::Value> = log.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let lines: Vec<serde_json::Value> =
+        log.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     let done = |owner: &str, action: &str, resource: &str| {
         lines.iter().any(|l| {
             let f = &l["fields"];
-            f["owner"] == owner && f["action"] == action && f["resource"] == resource && l["span"]["request_id"].is_string()
+            f["owner"] == owner
+                && f["action"] == action
+                && f["resource"] == resource
+                && l["span"]["request_id"].is_string()
         })
     };
     assert!(done("team-a", "upload", &dataset.name) && done("team-a", "create", &name), "{log}");
-    assert!(lines.iter().any(|l| l["fields"]["message"] == "refused" && l["fields"]["peer"].is_string()), "{log}");
+    assert!(
+        lines
+            .iter()
+            .any(|l| l["fields"]["message"] == "refused" && l["fields"]["peer"].is_string()),
+        "{log}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_have_quotas_and_jobs_a_time_to_live() {
     let dir = tempfile::tempdir().unwrap();
-    let flags = ["--max-jobs-per-client", "2", "--lease", "1", "--max-scoring-tokens-per-client", "64"];
+    let flags =
+        ["--max-jobs-per-client", "2", "--lease", "1", "--max-scoring-tokens-per-client", "64"];
     let server = Server::start_with(dir.path(), &tiny(), &flags);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let long = submit(&client, job(&dataset.name, 100_000)).await;
-    let again =
-        pb::CreateTrainingJobRequest { training_job: Some(job(&dataset.name, 100_000)), request_id: "r".into(), ..Default::default() };
-    let other = client.training().create_training_job(again.clone()).await.unwrap().into_inner().name;
-    let third = pb::CreateTrainingJobRequest { training_job: Some(job(&dataset.name, 1)), ..Default::default() };
+    let again = pb::CreateTrainingJobRequest {
+        training_job: Some(job(&dataset.name, 100_000)),
+        request_id: "r".into(),
+        ..Default::default()
+    };
+    let other =
+        client.training().create_training_job(again.clone()).await.unwrap().into_inner().name;
+    let third = pb::CreateTrainingJobRequest {
+        training_job: Some(job(&dataset.name, 1)),
+        ..Default::default()
+    };
     let refused = client.training().create_training_job(third).await.unwrap_err();
     assert_eq!(refused.code(), Code::ResourceExhausted);
     assert_eq!(refused.get_details_error_info().unwrap().reason, "TOO_MANY_JOBS");
     assert!(refused.get_details_quota_failure().is_some());
     let same = client.training().create_training_job(again).await.unwrap().into_inner().name;
     assert_eq!(same, other, "a repeated request makes no job and needs no quota");
-    client.training().cancel_training_job(pb::CancelTrainingJobRequest { name: other.clone() }).await.unwrap();
+    client
+        .training()
+        .cancel_training_job(pb::CancelTrainingJobRequest { name: other.clone() })
+        .await
+        .unwrap();
     finish(&client, &other).await;
     let mut short_lived = job(&dataset.name, 1);
     short_lived.ttl = Some(prost_types::Duration { seconds: 1, nanos: 0 });
@@ -187,10 +285,27 @@ async fn clients_have_quotas_and_jobs_a_time_to_live() {
     // Many pairs at once are more than the client's share of the queue.
     let many: Vec<pb::Pair> = (0..8).flat_map(|_| pairs()).collect();
     let options = Some(pb::ScoringOptions { policy: "models/tiny".into(), ..Default::default() });
-    let answer = client.scoring().score_pairs(pb::ScorePairsRequest { options, pairs: many }).await.unwrap().into_inner();
-    let refused = answer.results.iter().filter(|r| matches!(&r.result, Some(pb::pair_result::Result::Error(e)) if e.code == 8)).count();
-    assert!(refused > 0 && refused < answer.results.len(), "{refused} of {} are refused", answer.results.len());
-    client.training().cancel_training_job(pb::CancelTrainingJobRequest { name: long.clone() }).await.unwrap();
+    let answer = client
+        .scoring()
+        .score_pairs(pb::ScorePairsRequest { options, pairs: many })
+        .await
+        .unwrap()
+        .into_inner();
+    let refused = answer
+        .results
+        .iter()
+        .filter(|r| matches!(&r.result, Some(pb::pair_result::Result::Error(e)) if e.code == 8))
+        .count();
+    assert!(
+        refused > 0 && refused < answer.results.len(),
+        "{refused} of {} are refused",
+        answer.results.len()
+    );
+    client
+        .training()
+        .cancel_training_job(pb::CancelTrainingJobRequest { name: long.clone() })
+        .await
+        .unwrap();
     finish(&client, &long).await;
 }
 
@@ -200,7 +315,10 @@ async fn jobs_of_one_priority_take_turns() {
     let server = Server::start_with(dir.path(), &tiny(), &["--time-slice", "1"]);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
-    let jobs = [submit(&client, job(&dataset.name, 100_000)).await, submit(&client, job(&dataset.name, 100_000)).await];
+    let jobs = [
+        submit(&client, job(&dataset.name, 100_000)).await,
+        submit(&client, job(&dataset.name, 100_000)).await,
+    ];
     let mut runs = [0, 0];
     let start = Instant::now();
     // Both come to the device more than once.
@@ -212,7 +330,11 @@ async fn jobs_of_one_priority_take_turns() {
         }
     }
     for name in &jobs {
-        client.training().cancel_training_job(pb::CancelTrainingJobRequest { name: name.clone() }).await.unwrap();
+        client
+            .training()
+            .cancel_training_job(pb::CancelTrainingJobRequest { name: name.clone() })
+            .await
+            .unwrap();
     }
 }
 
@@ -220,10 +342,13 @@ async fn jobs_of_one_priority_take_turns() {
 async fn started(client: &Client, name: &str) -> usize {
     let (mut n, mut after) = (0, 0);
     loop {
-        let request = pb::ListTrainingEventsRequest { parent: name.into(), after_sequence: after, page_size: 1000 };
+        let request = pb::ListTrainingEventsRequest {
+            parent: name.into(),
+            after_sequence: after,
+            page_size: 1000,
+        };
         let page = client.training().list_training_events(request).await.unwrap().into_inner();
-        let running =
-            |e: &&pb::TrainingEvent| matches!(&e.event, Some(pb::training_event::Event::StateChange(s)) if s.to() == pb::JobState::Running);
+        let running = |e: &&pb::TrainingEvent| matches!(&e.event, Some(pb::training_event::Event::StateChange(s)) if s.to() == pb::JobState::Running);
         n += page.events.iter().filter(running).count();
         after = page.events.last().map_or(after, |e| e.sequence);
         if !page.more {
@@ -239,7 +364,12 @@ async fn an_estimate_says_what_the_job_then_takes() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let mut wanted = job(&dataset.name, 0);
-    wanted.batch = Some(pb::BatchConfig { batch_size: Some(2), max_length: Some(256), epochs: Some(3.0), ..Default::default() });
+    wanted.batch = Some(pb::BatchConfig {
+        batch_size: Some(2),
+        max_length: Some(256),
+        epochs: Some(3.0),
+        ..Default::default()
+    });
     wanted.evaluation = Some(pb::training_job::Evaluation::EvalFraction(0.25));
     let request = pb::EstimateTrainingJobRequest { training_job: Some(wanted.clone()) };
     let estimate = client.training().estimate_training_job(request).await.unwrap().into_inner();
@@ -247,20 +377,36 @@ async fn an_estimate_says_what_the_job_then_takes() {
     finish(&client, &name).await;
     let done = get(&client, &name).await.unwrap();
     assert_eq!(estimate.total_steps, done.progress.unwrap().total_steps);
-    assert_eq!(estimate.train_pairs + estimate.eval_pairs, crate::support::rows("pairs.jsonl").len() as u64);
-    assert!(estimate.eval_pairs > 0 && estimate.tokens > estimate.train_pairs && estimate.longest_pair_tokens > 2);
+    assert_eq!(
+        estimate.train_pairs + estimate.eval_pairs,
+        crate::support::rows("pairs.jsonl").len() as u64
+    );
+    assert!(
+        estimate.eval_pairs > 0
+            && estimate.tokens > estimate.train_pairs
+            && estimate.longest_pair_tokens > 2
+    );
     assert!(estimate.memory_bytes > 0 && estimate.memory_bytes < estimate.memory_limit_bytes);
     let seconds = estimate.duration.unwrap();
     assert!(seconds.seconds >= 0 && (seconds.seconds > 0 || seconds.nanos > 0));
-    let missing =
-        client.training().estimate_training_job(pb::EstimateTrainingJobRequest { training_job: Some(job("datasets/none", 1)) }).await;
+    let missing = client
+        .training()
+        .estimate_training_job(pb::EstimateTrainingJobRequest {
+            training_job: Some(job("datasets/none", 1)),
+        })
+        .await;
     assert_eq!(missing.unwrap_err().code(), Code::NotFound);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_adapter_to_start_from_lies_in_the_configured_folder() {
-    let (dir, adapters, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let server = Server::start_with(dir.path(), &tiny(), &["--adapter-dir", adapters.path().to_str().unwrap()]);
+    let (dir, adapters, outside) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let server = Server::start_with(
+        dir.path(),
+        &tiny(),
+        &["--adapter-dir", adapters.path().to_str().unwrap()],
+    );
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let first = submit(&client, job(&dataset.name, 2)).await;
@@ -272,14 +418,18 @@ async fn an_adapter_to_start_from_lies_in_the_configured_folder() {
     std::os::unix::fs::symlink(outside.path(), adapters.path().join("link")).unwrap();
     let from = |adapter: &str| {
         let mut wanted = job(&dataset.name, 1);
-        let lora = pb::LoraConfig { rank: Some(4), init_adapter: adapter.into(), ..Default::default() };
+        let lora =
+            pb::LoraConfig { rank: Some(4), init_adapter: adapter.into(), ..Default::default() };
         wanted.method = Some(pb::training_job::Method::Lora(lora));
         pb::CreateTrainingJobRequest { training_job: Some(wanted), ..Default::default() }
     };
     let theirs = outside.path().join("theirs");
-    for bad in
-        [theirs.to_str().unwrap(), "link/theirs", &format!("../{}/theirs", outside.path().file_name().unwrap().to_str().unwrap()), ".."]
-    {
+    for bad in [
+        theirs.to_str().unwrap(),
+        "link/theirs",
+        &format!("../{}/theirs", outside.path().file_name().unwrap().to_str().unwrap()),
+        "..",
+    ] {
         let refused = client.training().create_training_job(from(bad)).await.unwrap_err();
         assert_eq!(refused.code(), Code::InvalidArgument, "{bad}");
     }
@@ -293,23 +443,44 @@ async fn a_second_server_on_the_same_folder_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let _server = Server::start(dir.path());
     let second = Command::new(crate::support::binary())
-        .args(["serve", "--listen", "127.0.0.1:0", "--http-listen", "off", "--models", &tiny(), "--data-dir"])
+        .args([
+            "serve",
+            "--listen",
+            "127.0.0.1:0",
+            "--http-listen",
+            "off",
+            "--models",
+            &tiny(),
+            "--data-dir",
+        ])
         .arg(dir.path())
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&second.stderr);
-    assert!(!second.status.success() && said.contains("another server uses the data directory"), "{said}");
+    assert!(
+        !second.status.success() && said.contains("another server uses the data directory"),
+        "{said}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn strangers_hold_no_place_and_make_up_no_names() {
     use tokio::io::AsyncReadExt;
     let dir = tempfile::tempdir().unwrap();
-    let server = Server::start_with(dir.path(), &tiny(), &["--max-connections", "2", "--max-dataset-text-bytes", "100"]);
+    let server = Server::start_with(
+        dir.path(),
+        &tiny(),
+        &["--max-connections", "2", "--max-dataset-text-bytes", "100"],
+    );
     let address = server.address.trim_start_matches("http://").to_owned();
-    let mut silent = [tokio::net::TcpStream::connect(&address).await.unwrap(), tokio::net::TcpStream::connect(&address).await.unwrap()];
+    let mut silent = [
+        tokio::net::TcpStream::connect(&address).await.unwrap(),
+        tokio::net::TcpStream::connect(&address).await.unwrap(),
+    ];
     for connection in &mut silent {
-        let closed = tokio::time::timeout(Duration::from_secs(30), connection.read(&mut [0; 8])).await.expect("it is closed");
+        let closed = tokio::time::timeout(Duration::from_secs(30), connection.read(&mut [0; 8]))
+            .await
+            .expect("it is closed");
         // A goodbye frame, or nothing.
         let _ = closed;
     }
@@ -317,13 +488,21 @@ async fn strangers_hold_no_place_and_make_up_no_names() {
     let client = server.client().await;
     assert!(client.health().await.unwrap(), "the places are free again");
 
-    let channel = tonic::transport::Endpoint::from_shared(server.address.clone()).unwrap().connect().await.unwrap();
+    let channel = tonic::transport::Endpoint::from_shared(server.address.clone())
+        .unwrap()
+        .connect()
+        .await
+        .unwrap();
     for i in 0..20 {
         let mut grpc = tonic::client::Grpc::new(channel.clone());
         grpc.ready().await.unwrap();
         let path = format!("/bradley.v1.Made{i}/Up").parse().unwrap();
-        let codec = tonic_prost::ProstCodec::<pb::ListModelsRequest, pb::ListModelsResponse>::default();
-        let refused = grpc.unary(tonic::Request::new(pb::ListModelsRequest {}), path, codec).await.unwrap_err();
+        let codec =
+            tonic_prost::ProstCodec::<pb::ListModelsRequest, pb::ListModelsResponse>::default();
+        let refused = grpc
+            .unary(tonic::Request::new(pb::ListModelsRequest {}), path, codec)
+            .await
+            .unwrap_err();
         assert_eq!(refused.code(), Code::Unimplemented);
     }
     let metrics = http_get(&server.http, "/metrics").await;
@@ -391,7 +570,8 @@ async fn tls_asks_for_certificates_and_takes_up_new_ones() {
             address: format!("https://localhost:{port}"),
             token: None,
             tls_ca: Some(at("ca.pem")),
-            tls_identity: identity.map(|name| (at(&format!("{name}.pem")), at(&format!("{name}.key")))),
+            tls_identity: identity
+                .map(|name| (at(&format!("{name}.pem")), at(&format!("{name}.key")))),
         };
         let client = Client::connect(&target, Duration::from_secs(5)).await?;
         client.models().list_models(pb::ListModelsRequest {}).await?;
@@ -406,11 +586,22 @@ async fn tls_asks_for_certificates_and_takes_up_new_ones() {
     }
     if let Some(grpcurl) = needed("BRADLEY_TEST_GRPCURL", "tls_asks_for_certificates") {
         let done = Command::new(grpcurl)
-            .args(["-cacert", &path("ca.pem"), "-cert", &path("client.pem"), "-key", &path("client.key")])
+            .args([
+                "-cacert",
+                &path("ca.pem"),
+                "-cert",
+                &path("client.pem"),
+                "-key",
+                &path("client.key"),
+            ])
             .args([&format!("localhost:{port}"), "bradley.v1.ModelService/ListModels"])
             .output()
             .unwrap();
-        assert!(String::from_utf8_lossy(&done.stdout).contains("models/tiny"), "{}", String::from_utf8_lossy(&done.stderr));
+        assert!(
+            String::from_utf8_lossy(&done.stdout).contains("models/tiny"),
+            "{}",
+            String::from_utf8_lossy(&done.stderr)
+        );
     }
 
     // Damaged files change nothing; new ones are taken up while old connections go on.
@@ -438,9 +629,12 @@ async fn work_past_its_deadline_is_dropped_and_said_so() {
     let mut request = tonic::Request::new(pb::ScorePairsRequest { options, pairs: many });
     request.metadata_mut().insert("grpc-timeout", "8m".parse().unwrap());
     // tonic's own channel keeps the deadline of what it sends, too, and may be first; this one only carries it.
-    let carrier = hyper_util::client::legacy::Client::builder(TokioExecutor::new()).http2_only(true).build_http();
+    let carrier = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
+        .http2_only(true)
+        .build_http();
     let origin = server.address.parse().unwrap();
-    let late = ScoringServiceClient::with_origin(carrier, origin).score_pairs(request).await.unwrap_err();
+    let late =
+        ScoringServiceClient::with_origin(carrier, origin).score_pairs(request).await.unwrap_err();
     assert_eq!(late.code(), Code::DeadlineExceeded, "{late}");
     // The queue is empty soon after: nobody waits for those pairs.
     let start = Instant::now();
@@ -459,21 +653,32 @@ async fn a_call_that_its_client_gives_up_is_counted_as_cancelled() {
     while counted(&server, "ScorePairs", "Cancelled").await == 0 {
         assert!(start.elapsed() < Duration::from_secs(60), "never counted");
         // Given up while it waits or is computed, or before it arrived: then it is tried again.
-        let _ = tokio::time::timeout(Duration::from_millis(8), score(&client, "models/tiny", many.clone())).await;
+        let _ = tokio::time::timeout(
+            Duration::from_millis(8),
+            score(&client, "models/tiny", many.clone()),
+        )
+        .await;
     }
 }
 
 /// How many calls of a method the server counts under a code.
 async fn counted(server: &Server, method: &str, code: &str) -> u64 {
     let metrics = http_get(&server.http, "/metrics").await;
-    let of = format!("bradley_requests_total{{method=\"/bradley.v1.ScoringService/{method}\",code=\"{code}\"}} ");
+    let of = format!(
+        "bradley_requests_total{{method=\"/bradley.v1.ScoringService/{method}\",code=\"{code}\"}} "
+    );
     metrics.lines().find_map(|l| l.strip_prefix(&of)).map_or(0, |n| n.parse().unwrap())
 }
 
 async fn http_get(address: &str, path: &str) -> String {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut connection = tokio::net::TcpStream::connect(address).await.unwrap();
-    connection.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes()).await.unwrap();
+    connection
+        .write_all(
+            format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes(),
+        )
+        .await
+        .unwrap();
     let mut answer = String::new();
     connection.read_to_string(&mut answer).await.unwrap();
     answer

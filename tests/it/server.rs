@@ -41,17 +41,37 @@ impl Server {
     }
 
     /// The same with variables of its environment.
-    pub fn start_in(data_dir: &Path, models: &str, flags: &[&str], environment: &[(&str, &str)]) -> Self {
+    pub fn start_in(
+        data_dir: &Path,
+        models: &str,
+        flags: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Self {
         Self::start_as(data_dir, models, flags, |command| {
             command.envs(environment.iter().copied());
         })
     }
 
     /// The same; `prepare` changes how the process is started, e.g. limits its resources.
-    pub fn start_as(data_dir: &Path, models: &str, flags: &[&str], prepare: impl FnOnce(&mut Command)) -> Self {
+    pub fn start_as(
+        data_dir: &Path,
+        models: &str,
+        flags: &[&str],
+        prepare: impl FnOnce(&mut Command),
+    ) -> Self {
         let mut command = Command::new(crate::support::binary());
         command
-            .args(["serve", "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--log-format", "json", "--models", models])
+            .args([
+                "serve",
+                "--listen",
+                "127.0.0.1:0",
+                "--http-listen",
+                "127.0.0.1:0",
+                "--log-format",
+                "json",
+                "--models",
+                models,
+            ])
             .args(flags)
             .arg("--data-dir")
             .arg(data_dir)
@@ -68,7 +88,8 @@ impl Server {
                 let json: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
                 match json["fields"]["message"].as_str() {
                     Some("serving") => {
-                        let address = |name: &str| json["fields"][name].as_str().unwrap().to_owned();
+                        let address =
+                            |name: &str| json["fields"][name].as_str().unwrap().to_owned();
                         let _ = told.send((address("address"), address("http_address")));
                     }
                     _ if json["level"] != "INFO" => {
@@ -79,8 +100,15 @@ impl Server {
                 }
             }
         });
-        let (address, http) = addresses.recv_timeout(Duration::from_secs(120)).expect("the server starts");
-        Server { child, address: format!("http://{address}"), http, data_dir: data_dir.to_owned(), log }
+        let (address, http) =
+            addresses.recv_timeout(Duration::from_secs(120)).expect("the server starts");
+        Server {
+            child,
+            address: format!("http://{address}"),
+            http,
+            data_dir: data_dir.to_owned(),
+            log,
+        }
     }
 
     /// How it ended, if it did.
@@ -106,7 +134,8 @@ impl Server {
     /// What `/metrics` says.
     pub fn metrics(&self) -> String {
         let mut connection = TcpStream::connect(&self.http).unwrap();
-        write!(connection, "GET /metrics HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n").unwrap();
+        write!(connection, "GET /metrics HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n")
+            .unwrap();
         let mut answer = String::new();
         connection.read_to_string(&mut answer).unwrap();
         answer
@@ -144,7 +173,8 @@ impl Drop for Server {
 pub fn free_port() -> u16 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     loop {
-        let port = 10_000 + (97 * std::process::id() + NEXT.fetch_add(1, Ordering::Relaxed)) % 20_000;
+        let port =
+            10_000 + (97 * std::process::id() + NEXT.fetch_add(1, Ordering::Relaxed)) % 20_000;
         if TcpListener::bind(("127.0.0.1", port as u16)).is_ok() {
             return port as u16;
         }
@@ -163,9 +193,17 @@ pub fn job(dataset: &str, steps: u64) -> pb::TrainingJob {
         display_name: "test".into(),
         policy: "models/tiny".into(),
         dataset: dataset.into(),
-        method: Some(pb::training_job::Method::Lora(pb::LoraConfig { rank: Some(4), ..Default::default() })),
+        method: Some(pb::training_job::Method::Lora(pb::LoraConfig {
+            rank: Some(4),
+            ..Default::default()
+        })),
         optimizer: Some(pb::OptimizerConfig { learning_rate: Some(1e-2), ..Default::default() }),
-        batch: Some(pb::BatchConfig { batch_size: Some(2), max_length: Some(256), max_steps: Some(steps), ..Default::default() }),
+        batch: Some(pb::BatchConfig {
+            batch_size: Some(2),
+            max_length: Some(256),
+            max_steps: Some(steps),
+            ..Default::default()
+        }),
         ..Default::default()
     }
 }
@@ -199,7 +237,11 @@ pub fn pairs() -> Vec<pb::Pair> {
         let bradley::domain::dataset::Text::Chat(messages) = t else { panic!("a chat row") };
         let messages = messages
             .iter()
-            .map(|m| pb::Message { role: m.role().into(), content: m.fields()["content"].as_str().unwrap().into(), ..Default::default() })
+            .map(|m| pb::Message {
+                role: m.role().into(),
+                content: m.fields()["content"].as_str().unwrap().into(),
+                ..Default::default()
+            })
             .collect();
         Some(pb::Text { form: Some(pb::text::Form::Chat(pb::MessageList { messages })) })
     };
@@ -217,8 +259,17 @@ pub fn pairs() -> Vec<pb::Pair> {
 
 /// Scores pairs in one call.
 pub async fn score(client: &Client, policy: &str, pairs: Vec<pb::Pair>) -> pb::ScorePairsResponse {
-    let options = pb::ScoringOptions { policy: policy.into(), per_token_logprobs: true, ..Default::default() };
-    client.scoring().score_pairs(pb::ScorePairsRequest { options: Some(options), pairs }).await.unwrap().into_inner()
+    let options = pb::ScoringOptions {
+        policy: policy.into(),
+        per_token_logprobs: true,
+        ..Default::default()
+    };
+    client
+        .scoring()
+        .score_pairs(pb::ScorePairsRequest { options: Some(options), pairs })
+        .await
+        .unwrap()
+        .into_inner()
 }
 
 /// A result's score.

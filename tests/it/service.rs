@@ -19,10 +19,18 @@ async fn the_whole_cycle() {
     assert_eq!(dataset.report.as_ref().unwrap().valid_rows, 6);
     let mut wanted = job(&dataset.name, 12);
     wanted.evaluation = Some(pb::training_job::Evaluation::EvalDataset(dataset.name.clone()));
-    wanted.run = Some(pb::RunConfig { save_steps: Some(4), save_total_limit: Some(2), eval_steps: Some(6), ..Default::default() });
+    wanted.run = Some(pb::RunConfig {
+        save_steps: Some(4),
+        save_total_limit: Some(2),
+        eval_steps: Some(6),
+        ..Default::default()
+    });
     let name = submit(&client, wanted).await;
     let events = finish(&client, &name).await;
-    assert!(events.iter().enumerate().all(|(i, e)| e.sequence == i as u64 + 1), "sequences have no gap");
+    assert!(
+        events.iter().enumerate().all(|(i, e)| e.sequence == i as u64 + 1),
+        "sequences have no gap"
+    );
     let losses: Vec<f64> = events
         .iter()
         .filter_map(|e| match &e.event {
@@ -34,10 +42,20 @@ async fn the_whole_cycle() {
     assert!(losses[11] < losses[0] / 2.0, "{losses:?}");
     assert_eq!(state(&client, &name).await, pb::JobState::Succeeded);
 
-    let checkpoints =
-        client.checkpoints().list_checkpoints(pb::ListCheckpointsRequest { parent: name.clone() }).await.unwrap().into_inner().checkpoints;
+    let checkpoints = client
+        .checkpoints()
+        .list_checkpoints(pb::ListCheckpointsRequest { parent: name.clone() })
+        .await
+        .unwrap()
+        .into_inner()
+        .checkpoints;
     let newest: Vec<u64> = checkpoints.iter().filter(|c| !c.best).map(|c| c.step).collect();
-    assert!(newest.len() <= 2 && checkpoints.iter().any(|c| c.step == 12) && checkpoints.iter().any(|c| c.best), "{checkpoints:?}");
+    assert!(
+        newest.len() <= 2
+            && checkpoints.iter().any(|c| c.step == 12)
+            && checkpoints.iter().any(|c| c.best),
+        "{checkpoints:?}"
+    );
 
     let before = score(&client, "models/tiny", pairs()).await;
     assert!(before.results.iter().all(|r| scored(r).margin == 0.0 && scored(r).probability == 0.5));
@@ -54,7 +72,10 @@ async fn the_whole_cycle() {
 
     for format in [pb::ExportFormat::Adapter, pb::ExportFormat::Merged] {
         let out = dir.path().join(format.as_str_name());
-        let names = client.download_checkpoint(&format!("{name}/checkpoints/12"), format, &out).await.unwrap();
+        let names = client
+            .download_checkpoint(&format!("{name}/checkpoints/12"), format, &out)
+            .await
+            .unwrap();
         assert!(names.iter().any(|n| n.ends_with(".safetensors")), "{names:?}");
     }
     // The merged model scores as the adapter does.
@@ -77,8 +98,16 @@ async fn the_whole_cycle() {
     });
     // Exactly: policy and reference are the same weights, whatever rows their pairs are in.
     assert_eq!(first_loss.unwrap(), std::f64::consts::LN_2);
-    client.training().delete_training_job(pb::DeleteTrainingJobRequest { name: second.clone() }).await.unwrap();
-    let gone = client.training().get_training_job(pb::GetTrainingJobRequest { name: second }).await.unwrap_err();
+    client
+        .training()
+        .delete_training_job(pb::DeleteTrainingJobRequest { name: second.clone() })
+        .await
+        .unwrap();
+    let gone = client
+        .training()
+        .get_training_job(pb::GetTrainingJobRequest { name: second })
+        .await
+        .unwrap_err();
     assert_eq!(gone.code(), Code::NotFound);
 }
 
@@ -90,15 +119,25 @@ async fn a_full_fine_tune_trains_and_loads_again() {
     let dataset = upload(&client, "pairs.jsonl").await;
     let mut wanted = job(&dataset.name, 4);
     wanted.method = Some(pb::training_job::Method::Full(pb::FullConfig {}));
-    wanted.optimizer = Some(pb::OptimizerConfig { learning_rate: Some(1e-3), ..Default::default() });
-    wanted.dpo =
-        Some(pb::DpoConfig { reference_sync: Some(pb::ReferenceSync { alpha: Some(0.5), every_steps: Some(2) }), ..Default::default() });
+    wanted.optimizer =
+        Some(pb::OptimizerConfig { learning_rate: Some(1e-3), ..Default::default() });
+    wanted.dpo = Some(pb::DpoConfig {
+        reference_sync: Some(pb::ReferenceSync { alpha: Some(0.5), every_steps: Some(2) }),
+        ..Default::default()
+    });
     let name = submit(&client, wanted).await;
     finish(&client, &name).await;
     assert_eq!(state(&client, &name).await, pb::JobState::Succeeded);
     let after = score(&client, &format!("{name}/checkpoints/latest"), pairs()).await;
     assert!(after.results.iter().any(|r| scored(r).margin > 0.0));
-    let e = client.download_checkpoint(&format!("{name}/checkpoints/4"), pb::ExportFormat::Adapter, dir.path()).await.unwrap_err();
+    let e = client
+        .download_checkpoint(
+            &format!("{name}/checkpoints/4"),
+            pb::ExportFormat::Adapter,
+            dir.path(),
+        )
+        .await
+        .unwrap_err();
     assert!(e.to_string().contains("MERGED"), "{e}");
 }
 
@@ -128,10 +167,25 @@ async fn scores_do_not_depend_on_company(precision: &str) {
     assert_eq!(together.len(), 64);
     let bits = |s: &pb::PairScore| {
         let side = |c: &pb::CompletionScore| -> Vec<u64> {
-            let tokens = c.policy_token_logprobs.iter().chain(&c.reference_token_logprobs).map(|x| x.to_bits() as u64);
-            tokens.chain([c.reward.to_bits(), c.policy_logprob.to_bits(), c.reference_logprob.to_bits()]).collect()
+            let tokens = c
+                .policy_token_logprobs
+                .iter()
+                .chain(&c.reference_token_logprobs)
+                .map(|x| x.to_bits() as u64);
+            tokens
+                .chain([
+                    c.reward.to_bits(),
+                    c.policy_logprob.to_bits(),
+                    c.reference_logprob.to_bits(),
+                ])
+                .collect()
         };
-        (s.probability.to_bits(), s.margin.to_bits(), side(s.a.as_ref().unwrap()), side(s.b.as_ref().unwrap()))
+        (
+            s.probability.to_bits(),
+            s.margin.to_bits(),
+            side(s.a.as_ref().unwrap()),
+            side(s.b.as_ref().unwrap()),
+        )
     };
     for pair in pairs() {
         let alone = bits(scored(&score(&client, &policy, vec![pair.clone()]).await.results[0]));
@@ -144,10 +198,23 @@ async fn scores_do_not_depend_on_company(precision: &str) {
         assert_eq!(scored(&mirrored[0]).margin, -f64::from_bits(alone.1));
     }
     // The streaming call gives the same numbers, whatever the order of the answers.
-    let options = pb::ScoringOptions { policy: policy.clone(), per_token_logprobs: true, ..Default::default() };
-    let mut messages = vec![pb::StreamScorePairsRequest { part: Some(pb::stream_score_pairs_request::Part::Options(options)) }];
-    messages.extend(pairs().into_iter().map(|p| pb::StreamScorePairsRequest { part: Some(pb::stream_score_pairs_request::Part::Pair(p)) }));
-    let mut stream = client.scoring().stream_score_pairs(tokio_stream::iter(messages)).await.unwrap().into_inner();
+    let options = pb::ScoringOptions {
+        policy: policy.clone(),
+        per_token_logprobs: true,
+        ..Default::default()
+    };
+    let mut messages = vec![pb::StreamScorePairsRequest {
+        part: Some(pb::stream_score_pairs_request::Part::Options(options)),
+    }];
+    messages.extend(pairs().into_iter().map(|p| pb::StreamScorePairsRequest {
+        part: Some(pb::stream_score_pairs_request::Part::Pair(p)),
+    }));
+    let mut stream = client
+        .scoring()
+        .stream_score_pairs(tokio_stream::iter(messages))
+        .await
+        .unwrap()
+        .into_inner();
     let mut seen = 0;
     while let Some(answer) = stream.message().await.unwrap() {
         let result = answer.result.unwrap();
@@ -167,8 +234,13 @@ async fn one_bad_pair_has_its_own_error_and_the_rest_is_scored() {
     batch[1].b = None;
     let plain = |s: &str| Some(pb::Text { form: Some(pb::text::Form::Plain(s.into())) });
     batch[2].a = plain("mixed");
-    batch[3] =
-        pb::Pair { id: "long".into(), prompt: plain(&"the river ".repeat(6000)), a: plain("a"), b: plain("b"), ..Default::default() };
+    batch[3] = pb::Pair {
+        id: "long".into(),
+        prompt: plain(&"the river ".repeat(6000)),
+        a: plain("a"),
+        b: plain("b"),
+        ..Default::default()
+    };
     let results = score(&client, "models/tiny", batch).await.results;
     let error = |i: usize| match &results[i].result {
         Some(pb::pair_result::Result::Error(e)) => e.clone(),
@@ -182,8 +254,11 @@ async fn one_bad_pair_has_its_own_error_and_the_rest_is_scored() {
     scored(&results[4]);
 
     let prompt = plain("The capital of France is");
-    let completions =
-        vec![plain(" Paris.").unwrap(), plain(" 42").unwrap(), pb::Text { form: Some(pb::text::Form::Chat(Default::default())) }];
+    let completions = vec![
+        plain(" Paris.").unwrap(),
+        plain(" 42").unwrap(),
+        pb::Text { form: Some(pb::text::Form::Chat(Default::default())) },
+    ];
     let options = Some(pb::ScoringOptions { policy: "models/tiny".into(), ..Default::default() });
     let request = pb::ScoreCompletionsRequest { options, prompt, completions };
     let answer = client.scoring().score_completions(request).await.unwrap().into_inner();
@@ -200,12 +275,17 @@ async fn bad_requests_are_refused_precisely_and_the_service_stays_up() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let create = |j: pb::TrainingJob, id: &str| {
-        let request = pb::CreateTrainingJobRequest { training_job: Some(j), request_id: id.into(), validate_only: false };
+        let request = pb::CreateTrainingJobRequest {
+            training_job: Some(j),
+            request_id: id.into(),
+            validate_only: false,
+        };
         let client = client.clone();
         async move { client.training().create_training_job(request).await }
     };
-    let fields =
-        |s: &tonic::Status| -> Vec<String> { s.get_details_bad_request().unwrap().field_violations.into_iter().map(|v| v.field).collect() };
+    let fields = |s: &tonic::Status| -> Vec<String> {
+        s.get_details_bad_request().unwrap().field_violations.into_iter().map(|v| v.field).collect()
+    };
     let mut bad = job("datasets/none", 1);
     bad.dpo = Some(pb::DpoConfig { beta: Some(0.0), ..Default::default() });
     bad.batch = Some(pb::BatchConfig { batch_size: Some(0), ..Default::default() });
@@ -217,60 +297,112 @@ async fn bad_requests_are_refused_precisely_and_the_service_stays_up() {
     unknown.policy = "models/none".into();
     assert_eq!(create(unknown, "").await.unwrap_err().code(), Code::NotFound);
     let mut huge = job(&dataset.name, 1);
-    huge.batch = Some(pb::BatchConfig { batch_size: Some(4096), max_length: Some(1 << 20), ..Default::default() });
+    huge.batch = Some(pb::BatchConfig {
+        batch_size: Some(4096),
+        max_length: Some(1 << 20),
+        ..Default::default()
+    });
     let e = create(huge, "").await.unwrap_err();
-    assert_eq!((e.code(), e.get_details_error_info().unwrap().reason.as_str()), (Code::ResourceExhausted, "OUT_OF_MEMORY"));
+    assert_eq!(
+        (e.code(), e.get_details_error_info().unwrap().reason.as_str()),
+        (Code::ResourceExhausted, "OUT_OF_MEMORY")
+    );
 
     let first = create(job(&dataset.name, 1), "once").await.unwrap().into_inner();
     let again = create(job(&dataset.name, 1), "once").await.unwrap().into_inner();
     assert_eq!(first.name, again.name);
-    assert_eq!(create(job(&dataset.name, 2), "once").await.unwrap_err().code(), Code::AlreadyExists);
-    let checked = pb::CreateTrainingJobRequest { training_job: Some(job(&dataset.name, 1)), validate_only: true, ..Default::default() };
+    assert_eq!(
+        create(job(&dataset.name, 2), "once").await.unwrap_err().code(),
+        Code::AlreadyExists
+    );
+    let checked = pb::CreateTrainingJobRequest {
+        training_job: Some(job(&dataset.name, 1)),
+        validate_only: true,
+        ..Default::default()
+    };
     assert_eq!(client.training().create_training_job(checked).await.unwrap().into_inner().name, "");
 
     finish(&client, &first.name).await;
     let cancel = pb::CancelTrainingJobRequest { name: first.name.clone() };
-    assert_eq!(client.training().cancel_training_job(cancel).await.unwrap_err().code(), Code::FailedPrecondition);
-    let cursor = pb::StreamTrainingEventsRequest { parent: first.name.clone(), after_sequence: 1000 };
-    assert_eq!(client.training().stream_training_events(cursor).await.unwrap_err().code(), Code::OutOfRange);
+    assert_eq!(
+        client.training().cancel_training_job(cancel).await.unwrap_err().code(),
+        Code::FailedPrecondition
+    );
+    let cursor =
+        pb::StreamTrainingEventsRequest { parent: first.name.clone(), after_sequence: 1000 };
+    assert_eq!(
+        client.training().stream_training_events(cursor).await.unwrap_err().code(),
+        Code::OutOfRange
+    );
     for name in ["trainingJobs/../x", "x", ""] {
-        let e = client.training().get_training_job(pb::GetTrainingJobRequest { name: name.into() }).await.unwrap_err();
+        let e = client
+            .training()
+            .get_training_job(pb::GetTrainingJobRequest { name: name.into() })
+            .await
+            .unwrap_err();
         assert_eq!(e.code(), Code::InvalidArgument, "{name}");
     }
 
     // Uploads: nothing usable, wrong order, wrong bytes.
     let file = dir.path().join("bad.jsonl");
     std::fs::write(&file, "{\"prompt\":\"a\"}\nnot json\n\u{fffd}\n").unwrap();
-    let e = client.upload_dataset(&file, pb::UploadMetadata::default(), |_| {}).await.unwrap_err().to_string();
+    let e = client
+        .upload_dataset(&file, pb::UploadMetadata::default(), |_| {})
+        .await
+        .unwrap_err()
+        .to_string();
     assert!(e.contains("row 1") && e.contains("missing_field") && e.contains("row 2"), "{e}");
-    let chunk = pb::UploadDatasetRequest { part: Some(pb::upload_dataset_request::Part::Chunk(vec![1])) };
+    let chunk =
+        pb::UploadDatasetRequest { part: Some(pb::upload_dataset_request::Part::Chunk(vec![1])) };
     let e = client.datasets().upload_dataset(tokio_stream::iter(vec![chunk])).await.unwrap_err();
     assert_eq!(e.code(), Code::InvalidArgument);
 
     // A dataset with bad rows: refused, or skipped and listed.
     std::fs::write(
         &file,
-        std::fs::read_to_string(golden("pairs.jsonl")).unwrap() + "{\"prompt\":\"a\",\"chosen\":\"b\",\"rejected\":\"b\"}\n",
+        std::fs::read_to_string(golden("pairs.jsonl")).unwrap()
+            + "{\"prompt\":\"a\",\"chosen\":\"b\",\"rejected\":\"b\"}\n",
     )
     .unwrap();
     let mixed = client.upload_dataset(&file, pb::UploadMetadata::default(), |_| {}).await.unwrap();
     assert_eq!(mixed.report.unwrap().counts["identical_answers"], 1);
     let e = create(job(&mixed.name, 1), "").await.unwrap_err();
-    assert_eq!((e.code(), e.get_details_error_info().unwrap().reason.as_str()), (Code::FailedPrecondition, "DATASET_INVALID"));
+    assert_eq!(
+        (e.code(), e.get_details_error_info().unwrap().reason.as_str()),
+        (Code::FailedPrecondition, "DATASET_INVALID")
+    );
     let mut skipping = job(&mixed.name, 1);
     skipping.row_policy = pb::RowPolicy::Skip.into();
     let skipping = create(skipping, "").await.unwrap().into_inner().name;
     finish(&client, &skipping).await;
-    let done = client.training().get_training_job(pb::GetTrainingJobRequest { name: skipping }).await.unwrap().into_inner();
+    let done = client
+        .training()
+        .get_training_job(pb::GetTrainingJobRequest { name: skipping })
+        .await
+        .unwrap()
+        .into_inner();
     assert_eq!(done.state(), pb::JobState::Succeeded);
-    assert!(done.skipped_rows.len() == 1 && done.skipped_rows[0].contains("row 7"), "{:?}", done.skipped_rows);
+    assert!(
+        done.skipped_rows.len() == 1 && done.skipped_rows[0].contains("row 7"),
+        "{:?}",
+        done.skipped_rows
+    );
 
     // A run that diverges fails with the rows that did it, and the next job is unaffected.
     let mut diverging = job(&dataset.name, 50);
-    diverging.optimizer = Some(pb::OptimizerConfig { learning_rate: Some(1e30), max_grad_norm: Some(0.0), ..Default::default() });
+    diverging.optimizer = Some(pb::OptimizerConfig {
+        learning_rate: Some(1e30),
+        max_grad_norm: Some(0.0),
+        ..Default::default()
+    });
     let diverging = create(diverging, "").await.unwrap().into_inner().name;
     finish(&client, &diverging).await;
-    let failed = client.training().get_training_job(pb::GetTrainingJobRequest { name: diverging }).await.unwrap().into_inner();
+    let failed = client
+        .training()
+        .get_training_job(pb::GetTrainingJobRequest { name: diverging })
+        .await
+        .unwrap()
+        .into_inner();
     assert_eq!(failed.state(), pb::JobState::Failed);
     assert!(failed.error.unwrap().message.contains("rows ["));
     let fine = create(job(&dataset.name, 1), "").await.unwrap().into_inner().name;
@@ -284,10 +416,30 @@ async fn bad_requests_are_refused_precisely_and_the_service_stays_up() {
         .unwrap()
         .into_inner();
     assert_eq!(page.training_jobs.len(), 2);
-    let next = pb::ListTrainingJobsRequest { page_size: 2, page_token: page.next_page_token, states: vec![] };
-    assert_eq!(client.training().list_training_jobs(next).await.unwrap().into_inner().training_jobs.len(), 2);
-    let failed = pb::ListTrainingJobsRequest { states: vec![pb::JobState::Failed.into()], ..Default::default() };
-    assert_eq!(client.training().list_training_jobs(failed).await.unwrap().into_inner().training_jobs.len(), 1);
+    let next = pb::ListTrainingJobsRequest {
+        page_size: 2,
+        page_token: page.next_page_token,
+        states: vec![],
+    };
+    assert_eq!(
+        client.training().list_training_jobs(next).await.unwrap().into_inner().training_jobs.len(),
+        2
+    );
+    let failed = pb::ListTrainingJobsRequest {
+        states: vec![pb::JobState::Failed.into()],
+        ..Default::default()
+    };
+    assert_eq!(
+        client
+            .training()
+            .list_training_jobs(failed)
+            .await
+            .unwrap()
+            .into_inner()
+            .training_jobs
+            .len(),
+        1
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -303,13 +455,23 @@ async fn scoring_is_answered_while_a_job_trains_and_the_job_goes_on() {
     let (mut steps, latest) = (Vec::new(), format!("{name}/checkpoints/latest"));
     for _ in 0..20 {
         let live = score(&client, &latest, pairs());
-        let live = tokio::time::timeout(Duration::from_secs(30), live).await.expect("scoring is answered");
+        let live =
+            tokio::time::timeout(Duration::from_secs(30), live).await.expect("scoring is answered");
         assert_eq!(live.results.iter().map(scored).count(), 6);
-        let j = client.training().get_training_job(pb::GetTrainingJobRequest { name: name.clone() }).await.unwrap().into_inner();
+        let j = client
+            .training()
+            .get_training_job(pb::GetTrainingJobRequest { name: name.clone() })
+            .await
+            .unwrap()
+            .into_inner();
         steps.push(j.progress.unwrap().step);
     }
     assert!(steps[19] > steps[0], "training goes on under scoring: {steps:?}");
-    client.training().cancel_training_job(pb::CancelTrainingJobRequest { name: name.clone() }).await.unwrap();
+    client
+        .training()
+        .cancel_training_job(pb::CancelTrainingJobRequest { name: name.clone() })
+        .await
+        .unwrap();
     finish(&client, &name).await;
     assert_eq!(state(&client, &name).await, pb::JobState::Cancelled);
 }

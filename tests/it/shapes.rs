@@ -24,7 +24,8 @@ async fn upload_rows(client: &Client, dir: &Path, rows: &[Value]) -> pb::Dataset
 }
 
 fn shapes(report: &pb::ValidationReport) -> Vec<(&str, u64)> {
-    let mut shapes: Vec<(&str, u64)> = report.shapes.iter().map(|(name, rows)| (name.as_str(), *rows)).collect();
+    let mut shapes: Vec<(&str, u64)> =
+        report.shapes.iter().map(|(name, rows)| (name.as_str(), *rows)).collect();
     shapes.sort_unstable();
     shapes
 }
@@ -69,19 +70,33 @@ async fn a_file_may_mix_shapes_and_a_row_make_several_pairs() {
     // The scores of UltraFeedback's row are not used.
     let mut unused: Vec<&str> = report.issues.iter().map(|issue| issue.field.as_str()).collect();
     unused.sort_unstable();
-    assert_eq!((report.counts.len(), report.counts["ignored_field"], unused), (1, 2, vec!["score_chosen", "score_rejected"]));
+    assert_eq!(
+        (report.counts.len(), report.counts["ignored_field"], unused),
+        (1, 2, vec!["score_chosen", "score_rejected"])
+    );
     let request = pb::GetDatasetRequest { name: dataset.name.clone() };
-    assert_eq!(client.datasets().get_dataset(request).await.unwrap().into_inner().report.unwrap(), report);
+    assert_eq!(
+        client.datasets().get_dataset(request).await.unwrap().into_inner().report.unwrap(),
+        report
+    );
 
     // A quarter of the rows is held out, all pairs of each.
     let mut wanted = job(&dataset.name, 2);
     wanted.evaluation = Some(pb::training_job::Evaluation::EvalFraction(0.25));
     let estimate = estimate(&client, wanted.clone()).await;
     assert_eq!(estimate.train_pairs + estimate.eval_pairs, 48);
-    assert!((5..=15).contains(&estimate.eval_pairs) && (estimate.eval_pairs - 5) % 2 == 0, "{estimate:?}");
+    assert!(
+        (5..=15).contains(&estimate.eval_pairs) && (estimate.eval_pairs - 5) % 2 == 0,
+        "{estimate:?}"
+    );
     let name = submit(&client, wanted).await;
     finish(&client, &name).await;
-    let done = client.training().get_training_job(pb::GetTrainingJobRequest { name }).await.unwrap().into_inner();
+    let done = client
+        .training()
+        .get_training_job(pb::GetTrainingJobRequest { name })
+        .await
+        .unwrap()
+        .into_inner();
     assert_eq!((done.state(), done.error), (pb::JobState::Succeeded, None));
 }
 
@@ -99,7 +114,12 @@ async fn parquet_files_in_other_shapes_are_read() {
     let several = "required binary prompt (UTF8); required binary chosen (UTF8);
                    required group rejected (LIST) { repeated group list { required binary element (UTF8); } }";
     let cases: [(&str, &str, &[&[&str]], u64); 4] = [
-        ("openai_preference", &openai, &[&["user"], &["Q"], &["assistant"], &["a"], &["assistant"], &["b"]], 0),
+        (
+            "openai_preference",
+            &openai,
+            &[&["user"], &["Q"], &["assistant"], &["a"], &["assistant"], &["b"]],
+            0,
+        ),
         ("hh", texts, &[&["\n\nHuman: Hi\n\nAssistant: a"], &["\n\nHuman: Hi\n\nAssistant: b"]], 0),
         ("implicit_prompt_text", texts, &[&["It is so"], &["It is not"]], 0),
         ("several_rejected", several, &[&["Q"], &["a"], &["b", "c"]], 2),
@@ -108,16 +128,25 @@ async fn parquet_files_in_other_shapes_are_read() {
         let file = dir.path().join(shape);
         let schema = Arc::new(parse_message_type(&format!("message rows {{ {schema} }}")).unwrap());
         let leaves = SchemaDescriptor::new(schema.clone());
-        let mut writer = SerializedFileWriter::new(std::fs::File::create(&file).unwrap(), schema, Arc::default()).unwrap();
+        let mut writer = SerializedFileWriter::new(
+            std::fs::File::create(&file).unwrap(),
+            schema,
+            Arc::default(),
+        )
+        .unwrap();
         let mut group = writer.next_row_group().unwrap();
         let (mut columns, mut written) = (columns.iter(), 0);
         while let Some(mut column) = group.next_column().unwrap() {
-            let values: Vec<ByteArray> = columns.next().unwrap().iter().map(|text| ByteArray::from(*text)).collect();
+            let values: Vec<ByteArray> =
+                columns.next().unwrap().iter().map(|text| ByteArray::from(*text)).collect();
             let leaf = leaves.column(written);
             written += 1;
             let defined = vec![leaf.max_def_level(); values.len()];
             let repeated: Vec<i16> = (0..values.len()).map(|i| i16::from(i > 0)).collect();
-            column.typed::<ByteArrayType>().write_batch(&values, Some(&defined), Some(&repeated)).unwrap();
+            column
+                .typed::<ByteArrayType>()
+                .write_batch(&values, Some(&defined), Some(&repeated))
+                .unwrap();
             column.close().unwrap();
         }
         group.close().unwrap();
@@ -134,17 +163,28 @@ async fn skipped_rows_are_listed_behind_any_number_of_warnings() {
     let server = Server::start(dir.path());
     let client = server.client().await;
     let mut rows = vec![json!({"prompt": "1 2", "chosen": " 3", "rejected": " 4"}); 1001];
-    rows.extend((0..3).map(|i| json!({"prompt": format!("{i}"), "chosen": " same", "rejected": " same"})));
+    rows.extend(
+        (0..3).map(|i| json!({"prompt": format!("{i}"), "chosen": " same", "rejected": " same"})),
+    );
     let dataset = upload_rows(&client, dir.path(), &rows).await;
     let report = dataset.report.clone().unwrap();
-    assert!(report.issues.iter().all(|i| i.reason == "duplicate_pair"), "the list is full of warnings");
+    assert!(
+        report.issues.iter().all(|i| i.reason == "duplicate_pair"),
+        "the list is full of warnings"
+    );
     let mut wanted = job(&dataset.name, 1);
     wanted.row_policy = pb::RowPolicy::Skip.into();
     assert_eq!(estimate(&client, wanted.clone()).await.skipped_rows, 3);
     let name = submit(&client, wanted).await;
     finish(&client, &name).await;
-    let done = client.training().get_training_job(pb::GetTrainingJobRequest { name }).await.unwrap().into_inner();
+    let done = client
+        .training()
+        .get_training_job(pb::GetTrainingJobRequest { name })
+        .await
+        .unwrap()
+        .into_inner();
     assert_eq!(done.state(), pb::JobState::Succeeded);
-    let rows: Vec<&str> = done.skipped_rows.iter().map(|line| line.split(',').next().unwrap()).collect();
+    let rows: Vec<&str> =
+        done.skipped_rows.iter().map(|line| line.split(',').next().unwrap()).collect();
     assert_eq!(rows, ["row 1002", "row 1003", "row 1004"], "{:?}", done.skipped_rows);
 }

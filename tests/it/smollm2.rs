@@ -1,7 +1,9 @@
 //! The real model: SmolLM2-135M-Instruct from its GGUF file, against transformers and TRL on the same weights.
 
 use bradley::domain::dataset::Text;
-use bradley::domain::training::{BatchConfig, Method, OptimizerConfig, Precision, ScheduleKind, TrainingSpec};
+use bradley::domain::training::{
+    BatchConfig, Method, OptimizerConfig, Precision, ScheduleKind, TrainingSpec,
+};
 use bradley::formats::chat_template::RenderOptions;
 use bradley::formats::loader::load_model;
 use bradley::infer::pair::EncodedPair;
@@ -41,21 +43,37 @@ fn tokens_log_probs_and_a_full_fine_tune_are_those_of_transformers_and_trl() {
     let (model, tokenizer) = policy(load_model(None, &file, &Default::default()).unwrap());
     let scratch = tempfile::tempdir().unwrap();
     let data = scratch.path().join("rows.jsonl");
-    let lines: Vec<String> = golden["pairs"].as_array().unwrap().iter().map(|p| p["row"].to_string()).collect();
+    let lines: Vec<String> =
+        golden["pairs"].as_array().unwrap().iter().map(|p| p["row"].to_string()).collect();
     std::fs::write(&data, lines.join("\n")).unwrap();
     let rows: Vec<_> =
-        bradley::train::rows::read_rows(&data, bradley::domain::dataset::DatasetFormat::Jsonl).unwrap().map(|r| r.unwrap()).collect();
+        bradley::train::rows::read_rows(&data, bradley::domain::dataset::DatasetFormat::Jsonl)
+            .unwrap()
+            .map(|r| r.unwrap())
+            .collect();
     let (ours, mut pairs) = (std::env::var_os("BRADLEY_TEST_SMOLLM2_GOLDEN").is_none(), Vec::new());
 
-    for (i, (pair, want)) in encode(&rows, &tokenizer, 256).iter().zip(golden["pairs"].as_array().unwrap()).enumerate() {
+    for (i, (pair, want)) in
+        encode(&rows, &tokenizer, 256).iter().zip(golden["pairs"].as_array().unwrap()).enumerate()
+    {
         let Text::Chat(prompt) = &rows[i].prompt else { panic!("a chat row") };
-        assert_eq!(tokenizer.apply_chat_template(prompt, &RenderOptions::new(true)).unwrap(), want["text"].as_str().unwrap());
+        assert_eq!(
+            tokenizer.apply_chat_template(prompt, &RenderOptions::new(true)).unwrap(),
+            want["text"].as_str().unwrap()
+        );
         let given = from_ids(want);
         match (ours, pair == &EncodedPair { row: pair.row, id: pair.id.clone(), ..given.clone() }) {
             (true, same) => assert!(same, "row {i}: other tokens than transformers"),
             // transformers ignores the GGUF's pre-tokenizer name and does not split digits off as SmolLM2's own tokenizer does, so that blank
             // lines before a digit come out differently; the numbers below are of transformers' tokens then.
-            (false, same) => println!("row {i}: {}", if same { "the same tokens" } else { "transformers has other tokens around a digit" }),
+            (false, same) => println!(
+                "row {i}: {}",
+                if same {
+                    "the same tokens"
+                } else {
+                    "transformers has other tokens around a digit"
+                }
+            ),
         }
         let pair = &given;
         pairs.push(given.clone());
@@ -75,8 +93,18 @@ fn tokens_log_probs_and_a_full_fine_tune_are_those_of_transformers_and_trl() {
 
     let spec = TrainingSpec {
         method: Method::Full,
-        optimizer: OptimizerConfig { learning_rate: 5e-5, schedule: ScheduleKind::Constant, ..Default::default() },
-        batch: BatchConfig { batch_size: 2, max_length: 256, max_steps: Some(4), shuffle: false, ..Default::default() },
+        optimizer: OptimizerConfig {
+            learning_rate: 5e-5,
+            schedule: ScheduleKind::Constant,
+            ..Default::default()
+        },
+        batch: BatchConfig {
+            batch_size: 2,
+            max_length: 256,
+            max_steps: Some(4),
+            shuffle: false,
+            ..Default::default()
+        },
         ..Default::default()
     };
     let run = Run::full(&model, &model, pairs, spec);
@@ -84,12 +112,32 @@ fn tokens_log_probs_and_a_full_fine_tune_are_those_of_transformers_and_trl() {
     let steps = train(run);
     assert!(!folder.exists());
     for (k, (got, want)) in steps.iter().zip(golden["steps"].as_array().unwrap()).enumerate() {
-        for metric in ["loss", "grad_norm", "rewards/margins", "logps/chosen", "entropy", "num_tokens"] {
+        for metric in
+            ["loss", "grad_norm", "rewards/margins", "logps/chosen", "entropy", "num_tokens"]
+        {
             println!("step {} {metric}: {} (TRL {})", k + 1, got[metric], want[metric]);
         }
-        assert_close(&format!("step {} loss", k + 1), got["loss"], want["loss"].as_f64().unwrap(), 1e-3, 1e-2);
-        assert_close(&format!("step {} grad_norm", k + 1), got["grad_norm"], want["grad_norm"].as_f64().unwrap(), 1e-3, 1e-2);
-        assert_close(&format!("step {} entropy", k + 1), got["entropy"], want["entropy"].as_f64().unwrap(), 1e-3, 1e-2);
+        assert_close(
+            &format!("step {} loss", k + 1),
+            got["loss"],
+            want["loss"].as_f64().unwrap(),
+            1e-3,
+            1e-2,
+        );
+        assert_close(
+            &format!("step {} grad_norm", k + 1),
+            got["grad_norm"],
+            want["grad_norm"].as_f64().unwrap(),
+            1e-3,
+            1e-2,
+        );
+        assert_close(
+            &format!("step {} entropy", k + 1),
+            got["entropy"],
+            want["entropy"].as_f64().unwrap(),
+            1e-3,
+            1e-2,
+        );
         assert_eq!(got["num_tokens"], want["num_tokens"].as_f64().unwrap());
     }
 }

@@ -49,9 +49,11 @@ impl Seen {
 
     /// A refusal must have its reason, and a time to come back or a quota.
     fn refusal(&self, status: &tonic::Status) {
-        let retry = status.get_details_retry_info().is_some() || status.get_details_quota_failure().is_some();
+        let retry = status.get_details_retry_info().is_some()
+            || status.get_details_quota_failure().is_some();
         let reasoned = status.get_details_error_info().is_some_and(|i| !i.reason.is_empty());
-        if matches!(status.code(), Code::Unavailable | Code::ResourceExhausted) && retry && reasoned {
+        if matches!(status.code(), Code::Unavailable | Code::ResourceExhausted) && retry && reasoned
+        {
             self.refused.fetch_add(1, Ordering::Relaxed);
         } else {
             self.wrong(format!("{status:?}"));
@@ -111,7 +113,12 @@ async fn steady(client: Client, id: usize, interval: Duration, until: Instant, s
         while open.try_join_next().is_some() {}
     }
     // Everyone who was accepted gets an answer.
-    if tokio::time::timeout(Duration::from_secs(60), async { while open.join_next().await.is_some() {} }).await.is_err() {
+    if tokio::time::timeout(Duration::from_secs(60), async {
+        while open.join_next().await.is_some() {}
+    })
+    .await
+    .is_err()
+    {
         seen.wrong("no answer".into());
     }
 }
@@ -131,7 +138,10 @@ async fn slow(client: Client, until: Instant, seen: Arc<Seen>) {
                 }
             }
         });
-        let stream = client.scoring().stream_score_pairs(tokio_stream::wrappers::ReceiverStream::new(receiver)).await;
+        let stream = client
+            .scoring()
+            .stream_score_pairs(tokio_stream::wrappers::ReceiverStream::new(receiver))
+            .await;
         match stream {
             Ok(stream) => {
                 let mut stream = stream.into_inner();
@@ -176,8 +186,13 @@ async fn twice_the_load_is_refused_politely_for_as_long_as_it_lasts() {
     let seconds = std::env::var("BRADLEY_TEST_SOAK").ok().map_or(SHORT, |v| v.parse().unwrap());
     let dir = tempfile::tempdir().unwrap();
     let queue = QUEUE_TOKENS.to_string();
-    let flags = ["--queue-tokens", &queue, "--reference-cache-tokens", "0", "--events-kept", "2000"];
-    let server = Server::start_with(dir.path(), &format!("tiny={}", golden("models/llama").display()), &flags);
+    let flags =
+        ["--queue-tokens", &queue, "--reference-cache-tokens", "0", "--events-kept", "2000"];
+    let server = Server::start_with(
+        dir.path(),
+        &format!("tiny={}", golden("models/llama").display()),
+        &flags,
+    );
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     submit(&client, job(&dataset.name, 100_000_000)).await;
@@ -199,7 +214,11 @@ async fn twice_the_load_is_refused_politely_for_as_long_as_it_lasts() {
     }
     while probes.join_next().await.is_some() {}
     let capacity = probe.accepted.load(Ordering::Relaxed) as f64 / start.elapsed().as_secs_f64();
-    assert!(capacity > 0.0 && probe.wrong.lock().unwrap().is_empty(), "{:?}", probe.wrong.lock().unwrap());
+    assert!(
+        capacity > 0.0 && probe.wrong.lock().unwrap().is_empty(),
+        "{:?}",
+        probe.wrong.lock().unwrap()
+    );
 
     let seen = Arc::new(Seen::default());
     let start = Instant::now();
@@ -233,11 +252,17 @@ async fn twice_the_load_is_refused_politely_for_as_long_as_it_lasts() {
         samples[samples.len() / 2]
     };
     // The first part is for pools and caches to fill.
-    let (early, late) = (median(&memory[memory.len() / 4..memory.len() / 2]), median(&memory[memory.len() * 3 / 4..]));
+    let (early, late) = (
+        median(&memory[memory.len() / 4..memory.len() / 2]),
+        median(&memory[memory.len() * 3 / 4..]),
+    );
     let count = |n: &AtomicU64| n.load(Ordering::Relaxed);
     let lasted = start.elapsed().as_secs_f64();
     let clients = STEADY + SLOW + VANISHING;
-    println!("| soak | {seconds} s, {clients} clients; capacity {:.0} pairs/s, twice that offered |\n|---|---|", capacity * BATCH as f64);
+    println!(
+        "| soak | {seconds} s, {clients} clients; capacity {:.0} pairs/s, twice that offered |\n|---|---|",
+        capacity * BATCH as f64
+    );
     println!(
         "| requests answered, pairs in them | {}, {} ({:.0}/s) |",
         count(&seen.accepted),
@@ -245,8 +270,17 @@ async fn twice_the_load_is_refused_politely_for_as_long_as_it_lasts() {
         count(&seen.pairs) as f64 / lasted
     );
     println!("| refusals, each with its reason and a time | {} |", count(&seen.refused));
-    println!("| pairs streamed to slow clients, calls left without a word | {}, {} |", count(&seen.streamed), count(&seen.vanished));
-    println!("| latency of answered requests: p50, p99, most | {:.2}, {:.2}, {:.2} s |", quantile(0.5), quantile(0.99), quantile(1.0));
+    println!(
+        "| pairs streamed to slow clients, calls left without a word | {}, {} |",
+        count(&seen.streamed),
+        count(&seen.vanished)
+    );
+    println!(
+        "| latency of answered requests: p50, p99, most | {:.2}, {:.2}, {:.2} s |",
+        quantile(0.5),
+        quantile(0.99),
+        quantile(1.0)
+    );
     println!(
         "| memory: second quarter, last quarter, most | {}, {}, {} MiB |",
         early >> 10,

@@ -58,7 +58,10 @@ fn replica_on_s3(dir: &Path, postgres: &Postgres, s3: &S3, proxy: &Proxy, more: 
 /// Starts a replica that must refuse to serve, and returns what it says.
 fn refusal(dir: &Path, postgres: &Postgres, root: &Path) -> String {
     let (database, artifacts) = (postgres.url(), url_of(root));
-    refused_start(dir, &["--database-url", &database, "--artifact-url", &artifacts, "--lease", LEASE])
+    refused_start(
+        dir,
+        &["--database-url", &database, "--artifact-url", &artifacts, "--lease", LEASE],
+    )
 }
 
 /// Starts a server that must refuse to serve, and returns what it says.
@@ -153,7 +156,8 @@ pub async fn events(client: &Client, name: &str) -> Vec<pb::TrainingEvent> {
     let mut all: Vec<pb::TrainingEvent> = Vec::new();
     loop {
         let after_sequence = all.last().map_or(0, |e| e.sequence);
-        let request = pb::ListTrainingEventsRequest { parent: name.into(), after_sequence, page_size: 1000 };
+        let request =
+            pb::ListTrainingEventsRequest { parent: name.into(), after_sequence, page_size: 1000 };
         let page = client.training().list_training_events(request).await.unwrap().into_inner();
         all.extend(page.events);
         if !page.more {
@@ -197,7 +201,9 @@ pub async fn waits(client: &Client, name: &str, reason: &str) {
         if job.state() == pb::JobState::Queued && found.as_deref() == Some(reason) {
             assert_eq!(error.code, Code::FailedPrecondition as i32, "{error:?}");
             let changes = changes(&events(client, name).await);
-            let told = changes.iter().any(|(_, c)| c.to() == pb::JobState::Queued && c.reason.contains(&error.message));
+            let told = changes
+                .iter()
+                .any(|(_, c)| c.to() == pb::JobState::Queued && c.reason.contains(&error.message));
             assert!(told, "no event says {:?}: {changes:?}", error.message);
             return;
         }
@@ -229,7 +235,8 @@ pub async fn expected() -> &'static (BTreeMap<u64, u64>, Vec<u8>) {
 pub fn files(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
     let paths = entries.map(|e| e.unwrap().path());
-    let mut all: Vec<_> = paths.flat_map(|p| if p.is_dir() { files(&p) } else { vec![p] }).collect();
+    let mut all: Vec<_> =
+        paths.flat_map(|p| if p.is_dir() { files(&p) } else { vec![p] }).collect();
     all.sort();
     all
 }
@@ -340,7 +347,9 @@ async fn another_format(test: &str, has_copy: bool) {
     let mut refusals = Vec::new();
     until("the second try", async || {
         let changes = changes(&events(&client, &paused.name).await);
-        let back = changes.iter().filter(|(_, c)| c.from() == pb::JobState::Preparing && c.to() == pb::JobState::Queued);
+        let back = changes
+            .iter()
+            .filter(|(_, c)| c.from() == pb::JobState::Preparing && c.to() == pb::JobState::Queued);
         refusals = back.map(|(time, _)| *time).collect();
         refusals.len() >= 2
     })
@@ -393,7 +402,8 @@ async fn a_job_waits_for_its_missing_dataset() {
     let (share, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let mut server = replica(dir.path(), &postgres, share.path(), &[]);
     let client = server.client().await;
-    let (present, missing) = (upload(&client, "pairs.jsonl").await.name, upload(&client, "pairs.jsonl").await.name);
+    let (present, missing) =
+        (upload(&client, "pairs.jsonl").await.name, upload(&client, "pairs.jsonl").await.name);
     assert!(server.terminate(LIMIT).success());
     let (elsewhere, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (here, away) = (share.path().join(&missing), elsewhere.path().join("away"));

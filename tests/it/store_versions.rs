@@ -13,7 +13,10 @@ use tonic_types::StatusExt;
 use crate::backends::Postgres;
 use crate::replicas::{check_history, checkpointing, losses};
 use crate::server::{Server, finish, job, state, submit, upload};
-use crate::store_safety::{LIMIT, STEPS, another_succeeds, cancel, expected, id, is_step, models, pause, reaches, replica, try_get, until};
+use crate::store_safety::{
+    LIMIT, STEPS, another_succeeds, cancel, expected, id, is_step, models, pause, reaches, replica,
+    try_get, until,
+};
 
 // ---- columns that a newer version adds or changes
 
@@ -46,9 +49,13 @@ async fn retried<T>(call: impl AsyncFn() -> Result<T, Status>) -> T {
 /// Reads every table, often enough that each connection has planned the statements.
 async fn read_everything(client: &Client, job: &str, dataset: &str) {
     for _ in 0..4 {
-        let jobs = retried(async || client.training().list_training_jobs(pb::ListTrainingJobsRequest::default()).await);
+        let jobs = retried(async || {
+            client.training().list_training_jobs(pb::ListTrainingJobsRequest::default()).await
+        });
         assert_eq!(jobs.await.into_inner().training_jobs.len(), 1);
-        let datasets = retried(async || client.datasets().list_datasets(pb::ListDatasetsRequest::default()).await);
+        let datasets = retried(async || {
+            client.datasets().list_datasets(pb::ListDatasetsRequest::default()).await
+        });
         assert_eq!(datasets.await.into_inner().datasets.len(), 1);
         let one = retried(async || {
             let request = pb::GetDatasetRequest { name: dataset.into() };

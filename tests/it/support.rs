@@ -41,7 +41,8 @@ pub fn tensors(path: &str) -> HashMap<String, Tensor> {
 
 /// A tiny model's files.
 pub fn open(name: &str) -> LoadedModel {
-    load_model(None, golden(&format!("models/{name}")).to_str().unwrap(), &HubOptions::default()).unwrap()
+    load_model(None, golden(&format!("models/{name}")).to_str().unwrap(), &HubOptions::default())
+        .unwrap()
 }
 
 /// A model's weights and tokenizer.
@@ -87,7 +88,11 @@ pub fn rows(file: &str) -> Vec<PreferenceRow> {
 }
 
 /// Rows as token ids.
-pub fn encode(rows: &[PreferenceRow], tokenizer: &ChatTokenizer, max_length: usize) -> Vec<EncodedPair> {
+pub fn encode(
+    rows: &[PreferenceRow],
+    tokenizer: &ChatTokenizer,
+    max_length: usize,
+) -> Vec<EncodedPair> {
     let encoder = PairEncoder::new(tokenizer, max_length, Truncation::KeepStart);
     rows.iter().map(|r| encoder.encode_row(r).unwrap()).collect()
 }
@@ -104,7 +109,10 @@ pub fn ids(v: &Value) -> Vec<u32> {
 
 /// |a − b| ≤ tolerance · max(|b|, floor).
 pub fn assert_close(what: &str, a: f64, b: f64, tolerance: f64, floor: f64) {
-    assert!((a - b).abs() <= tolerance * b.abs().max(floor), "{what}: {a} is not {b} within {tolerance} relative");
+    assert!(
+        (a - b).abs() <= tolerance * b.abs().max(floor),
+        "{what}: {a} is not {b} within {tolerance} relative"
+    );
 }
 
 /// ‖a − b‖ / ‖b‖.
@@ -123,7 +131,9 @@ pub fn relative(a: &Tensor, b: &Tensor) -> f64 {
 pub fn needed(variable: &str, test: &str) -> Option<String> {
     match std::env::var(variable) {
         Ok(value) if !value.is_empty() => Some(value),
-        _ if std::env::var_os("BRADLEY_TEST_REQUIRE").is_some() => panic!("{test}: {variable} must be set here"),
+        _ if std::env::var_os("BRADLEY_TEST_REQUIRE").is_some() => {
+            panic!("{test}: {variable} must be set here")
+        }
         _ => {
             // Straight to the descriptor: libtest would swallow what a passing test prints.
             let _ = writeln!(std::io::stderr(), "skipped: {test} needs {variable}");
@@ -134,7 +144,8 @@ pub fn needed(variable: &str, test: &str) -> Option<String> {
 
 /// The program under test; BRADLEY_TEST_BINARY names another build of it.
 pub fn binary() -> PathBuf {
-    std::env::var_os("BRADLEY_TEST_BINARY").map_or_else(|| env!("CARGO_BIN_EXE_bradley").into(), PathBuf::from)
+    std::env::var_os("BRADLEY_TEST_BINARY")
+        .map_or_else(|| env!("CARGO_BIN_EXE_bradley").into(), PathBuf::from)
 }
 
 /// Replaces `old` wherever it occurs in a text file.

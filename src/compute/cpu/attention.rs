@@ -23,16 +23,29 @@ use super::thread_pool;
 use crate::compute::layout::RowLayout;
 
 /// `qkv` `[T, (H + 2K)·D]` → `out` `[T, H·D]`, scaled by 1/√D; `lse` `[T, H]` receives the log-sum-exp of each query.
-pub fn attention(kernel: Kernel, qkv: &[f32], heads: Heads, layout: &RowLayout, out: &mut [f32], lse: &mut [f32]) {
+pub fn attention(
+    kernel: Kernel,
+    qkv: &[f32],
+    heads: Heads,
+    layout: &RowLayout,
+    out: &mut [f32],
+    lse: &mut [f32],
+) {
     let (row, width, group) = (heads.row(), heads.width(), heads.query / heads.key);
     let tokens = layout.tokens();
-    assert!(qkv.len() >= tokens * row && out.len() >= tokens * width && lse.len() >= tokens * heads.query);
+    assert!(
+        qkv.len() >= tokens * row
+            && out.len() >= tokens * width
+            && lse.len() >= tokens * heads.query
+    );
     let blocks = blocks(layout);
     let keys = Keys::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| heads.key_at(kv));
-    let values = Along::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| heads.value_at(kv));
+    let values =
+        Along::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| heads.value_at(kv));
     let (out, lse) = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
     // Long blocks first: what is left at the end is short.
-    let mut tasks: Vec<(usize, usize)> = (0..blocks.len()).flat_map(|b| (0..heads.query).map(move |h| (b, h))).collect();
+    let mut tasks: Vec<(usize, usize)> =
+        (0..blocks.len()).flat_map(|b| (0..heads.query).map(move |h| (b, h))).collect();
     tasks.sort_by_key(|(b, _)| std::cmp::Reverse(blocks[*b].columns()));
     thread_pool::for_each(tasks.len(), |task| {
         let (b, head) = tasks[task];
@@ -58,7 +71,9 @@ pub fn attention(kernel: Kernel, qkv: &[f32], heads: Heads, layout: &RowLayout, 
             let to = out.at(block.queries.start * width + head * heads.dim);
             sum_over_keys(&p, &values, head / group, block, to, width);
             for (i, inverse) in inverse[..rows].iter().enumerate() {
-                std::slice::from_raw_parts_mut(to.add(i * width), heads.dim).iter_mut().for_each(|x| *x *= inverse);
+                std::slice::from_raw_parts_mut(to.add(i * width), heads.dim)
+                    .iter_mut()
+                    .for_each(|x| *x *= inverse);
             }
         }
     });

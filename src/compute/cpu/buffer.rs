@@ -17,7 +17,8 @@ const LARGE_PAGE: usize = 2 << 20;
 /// The largest pages that systems have by default, in bytes: what is a multiple of it is one of theirs.
 const PAGE: usize = 64 << 10;
 
-static ARENA: Mutex<Arena> = Mutex::new(Arena { base: None, reserved: 0, usable: 0, highest: 0, ranges: FreeList::new() });
+static ARENA: Mutex<Arena> =
+    Mutex::new(Arena { base: None, reserved: 0, usable: 0, highest: 0, ranges: FreeList::new() });
 
 /// The range of addresses; sizes in bytes.
 struct Arena {
@@ -46,15 +47,29 @@ impl Arena {
     fn base(&mut self) -> Option<NonNull<u8>> {
         if self.base.is_none() && self.reserved == 0 {
             // SAFETY: asks for two numbers.
-            let memory = unsafe { libc::sysconf(libc::_SC_PHYS_PAGES).max(1) as usize * libc::sysconf(libc::_SC_PAGESIZE).max(1) as usize };
+            let memory = unsafe {
+                libc::sysconf(libc::_SC_PHYS_PAGES).max(1) as usize
+                    * libc::sysconf(libc::_SC_PAGESIZE).max(1) as usize
+            };
             // Addresses cost nothing: twice the memory, for the holes between what is in use.
             self.reserved = (2 * memory.max(1 << 30)).next_multiple_of(LARGE_PAGE);
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
             // SAFETY: a new mapping, at an address of the system's choice.
-            let at = unsafe { libc::mmap(std::ptr::null_mut(), self.reserved + LARGE_PAGE, libc::PROT_NONE, flags, -1, 0) };
+            let at = unsafe {
+                libc::mmap(
+                    std::ptr::null_mut(),
+                    self.reserved + LARGE_PAGE,
+                    libc::PROT_NONE,
+                    flags,
+                    -1,
+                    0,
+                )
+            };
             if at != libc::MAP_FAILED {
                 // SAFETY: the mapping is a large page longer than what is used of it.
-                self.base = NonNull::new(unsafe { at.cast::<u8>().add(at.align_offset(LARGE_PAGE)) }).map(BaseAddress);
+                self.base =
+                    NonNull::new(unsafe { at.cast::<u8>().add(at.align_offset(LARGE_PAGE)) })
+                        .map(BaseAddress);
             }
         }
         self.base.map(|b| b.0)
@@ -105,12 +120,19 @@ impl Arena {
         let Some(BaseAddress(base)) = self.base else { return };
         let end = self.ranges.end();
         for (at, length) in self.ranges.holes().chain([(end, self.highest.max(end) - end)]) {
-            let (start, until) = (at.next_multiple_of(PAGE), (at + length).next_multiple_of(PAGE).min(self.usable));
+            let (start, until) =
+                (at.next_multiple_of(PAGE), (at + length).next_multiple_of(PAGE).min(self.usable));
             // The page that the hole ends in belongs to what is behind it, unless that is nothing.
             let until = if at == end { until } else { until.min((at + length) / PAGE * PAGE) };
             if start < until {
                 // SAFETY: whole pages that nobody uses; they read as zero when they are used again.
-                unsafe { libc::madvise(base.add(start).as_ptr().cast(), until - start, libc::MADV_DONTNEED) };
+                unsafe {
+                    libc::madvise(
+                        base.add(start).as_ptr().cast(),
+                        until - start,
+                        libc::MADV_DONTNEED,
+                    )
+                };
             }
         }
         self.highest = end;
@@ -157,7 +179,8 @@ impl Buffer {
         }
         let size = (len * size_of::<f32>()).next_multiple_of(ALIGNMENT);
         let found = arena().take(size);
-        let storage = found.map_or_else(|| Storage::Heap(vec![0f32; len]), |at| Storage::Arena(at.cast(), size));
+        let storage = found
+            .map_or_else(|| Storage::Heap(vec![0f32; len]), |at| Storage::Arena(at.cast(), size));
         Buffer { storage: Some(storage), len }
     }
 
@@ -172,7 +195,9 @@ impl Buffer {
     pub fn copy_of(values: &[f32]) -> Self {
         const PART: usize = 1 << 16;
         let mut b = Self::dirty(values.len());
-        thread_pool::chunks(&mut b, PART, |i, to| to.copy_from_slice(&values[i * PART..][..to.len()]));
+        thread_pool::chunks(&mut b, PART, |i, to| {
+            to.copy_from_slice(&values[i * PART..][..to.len()])
+        });
         b
     }
 
@@ -209,7 +234,9 @@ impl Deref for Buffer {
             None => &[],
             Some(Storage::Heap(v)) => v,
             // SAFETY: the buffer alone has these values, at least `len` of them; every bit pattern is an f32.
-            Some(Storage::Arena(at, _)) => unsafe { std::slice::from_raw_parts(at.as_ptr(), self.len) },
+            Some(Storage::Arena(at, _)) => unsafe {
+                std::slice::from_raw_parts(at.as_ptr(), self.len)
+            },
         }
     }
 }
@@ -220,7 +247,9 @@ impl DerefMut for Buffer {
             None => &mut [],
             Some(Storage::Heap(v)) => v,
             // SAFETY: as in `deref`, and exclusive.
-            Some(Storage::Arena(at, _)) => unsafe { std::slice::from_raw_parts_mut(at.as_ptr(), self.len) },
+            Some(Storage::Arena(at, _)) => unsafe {
+                std::slice::from_raw_parts_mut(at.as_ptr(), self.len)
+            },
         }
     }
 }
@@ -253,7 +282,8 @@ mod tests {
     #[test]
     fn what_is_in_use_stays_when_the_rest_is_given_back() {
         // Other tests take and give back meanwhile.
-        let mut kept: Vec<Buffer> = (1..60).map(|i| Buffer::copy_of(&vec![i as f32; i * 777])).collect();
+        let mut kept: Vec<Buffer> =
+            (1..60).map(|i| Buffer::copy_of(&vec![i as f32; i * 777])).collect();
         for i in (0..kept.len()).rev().step_by(3) {
             kept.remove(i);
         }
@@ -268,7 +298,8 @@ mod tests {
 
     #[test]
     fn a_trim_gives_pages_back() {
-        let mut arena = Arena { base: None, reserved: 0, usable: 0, highest: 0, ranges: FreeList::new() };
+        let mut arena =
+            Arena { base: None, reserved: 0, usable: 0, highest: 0, ranges: FreeList::new() };
         let sizes = [5 * PAGE, 2 * LARGE_PAGE + ALIGNMENT, 3 * PAGE + ALIGNMENT];
         let taken = sizes.map(|size| {
             let at = arena.take(size).unwrap();
@@ -280,7 +311,10 @@ mod tests {
         arena.trim();
         // SAFETY: all of it is mapped; what was given back reads as zero, but for the pages it shares.
         let byte = |at: NonNull<u8>, offset: usize| unsafe { at.add(offset).read() };
-        assert_eq!([byte(taken[0], sizes[0] - 1), byte(taken[2], 0), byte(taken[2], sizes[2] - 1)], [7; 3]);
+        assert_eq!(
+            [byte(taken[0], sizes[0] - 1), byte(taken[2], 0), byte(taken[2], sizes[2] - 1)],
+            [7; 3]
+        );
         assert_eq!(byte(taken[1], LARGE_PAGE), 0);
         arena.give(taken[2], sizes[2]);
         arena.trim();

@@ -4,7 +4,10 @@
 //! a larger logit appears (the online softmax of arXiv:2205.14135).
 
 use super::buffer::Buffer;
-use super::gemm::{Kernel, NR, Operand, Orientation, OutputTile, Shared, Term, Threads, View, WeightView, matmul, panel_product};
+use super::gemm::{
+    Kernel, NR, Operand, Orientation, OutputTile, Shared, Term, Threads, View, WeightView, matmul,
+    panel_product,
+};
 use super::simd::{dispatch, exp, exp_moments, exp_sum, max, sum};
 use super::thread_pool;
 
@@ -87,7 +90,10 @@ impl SavedExponentials {
     fn new(rows: usize, vocabulary: usize, at_most: usize) -> Self {
         let all = vocabulary.div_ceil(TILE);
         let tiles = (at_most / (rows.max(1) * TILE)).min(all);
-        SavedExponentials { exponentials: Buffer::dirty(tiles * rows * TILE), maxima: Buffer::dirty(all * rows) }
+        SavedExponentials {
+            exponentials: Buffer::dirty(tiles * rows * TILE),
+            maxima: Buffer::dirty(all * rows),
+        }
     }
 }
 
@@ -116,8 +122,15 @@ struct Running {
     target: f32,
 }
 
-const START: Running =
-    Running { max: f32::NEG_INFINITY, argmax: 0, sum: 0.0, weighted: 0.0, squares: 0.0, logits: 0.0, target: f32::NEG_INFINITY };
+const START: Running = Running {
+    max: f32::NEG_INFINITY,
+    argmax: 0,
+    sum: 0.0,
+    weighted: 0.0,
+    squares: 0.0,
+    logits: 0.0,
+    target: f32::NEG_INFINITY,
+};
 
 impl Running {
     /// Takes in a row's logits of one tile and leaves e^(l − max) in their place; returns what older sums were scaled by.
@@ -180,11 +193,14 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
     let mut running = vec![START; rows];
     let per_task = rows_per_task(kernel, rows);
     let mut gradient = Buffer::dirty(if options.gradient { rows * hidden } else { 0 });
-    let mut kept = options.trained.map_or_else(SavedExponentials::default, |at_most| SavedExponentials::new(rows, vocabulary, at_most));
+    let mut kept = options.trained.map_or_else(SavedExponentials::default, |at_most| {
+        SavedExponentials::new(rows, vocabulary, at_most)
+    });
     for_each_tile(kernel, w, 0, options.gradient, |tile| {
         let out = Shared(gradient.as_mut_ptr());
         let keeps = (tile.first / TILE + 1) * rows * TILE <= kept.exponentials.len();
-        let (exponentials, maxima) = (Shared(kept.exponentials.as_mut_ptr()), Shared(kept.maxima.as_mut_ptr()));
+        let (exponentials, maxima) =
+            (Shared(kept.exponentials.as_mut_ptr()), Shared(kept.maxima.as_mut_ptr()));
         thread_pool::chunks(&mut running, per_task, |i, running| {
             let (first, n) = (i * per_task, running.len());
             let mut passing = Buffer::dirty(if keeps { 0 } else { n * TILE });
@@ -202,14 +218,21 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
                     #[inline(always)]
                     || {
                         row[tile.width..].fill(0.0);
-                        let scale = running.take(&mut row[..tile.width], tile.first, y, options.distribution);
+                        let scale = running.take(
+                            &mut row[..tile.width],
+                            tile.first,
+                            y,
+                            options.distribution,
+                        );
                         if options.trained.is_some() {
                             // SAFETY: there is one for each row and tile, and this task alone touches its rows'.
                             unsafe { *maxima.at(place + r) = running.max };
                         }
                         if options.gradient && tile.first > 0 && scale != 1.0 {
                             // SAFETY: this task alone touches its rows of the gradient.
-                            let so_far = unsafe { std::slice::from_raw_parts_mut(out.at((first + r) * hidden), hidden) };
+                            let so_far = unsafe {
+                                std::slice::from_raw_parts_mut(out.at((first + r) * hidden), hidden)
+                            };
                             so_far.iter_mut().for_each(|x| *x *= scale);
                         }
                     },
@@ -258,22 +281,34 @@ fn finish_gradient(gradient: &mut [f32], w: WeightView, targets: &[u32], running
 /// Adds ∂loss/∂W to `dw` `[V, C]`, given what [`head`] returned for `input` and
 /// g = ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p), tile by tile. Uses up what was
 /// kept.
-pub fn head_weight_gradient(input: HeadInput<'_>, output: &mut HeadOutput, g: &[f32], dw: &mut [f32]) {
+pub fn head_weight_gradient(
+    input: HeadInput<'_>,
+    output: &mut HeadOutput,
+    g: &[f32],
+    dw: &mut [f32],
+) {
     let HeadInput { kernel, h, w, targets } = input;
     let (rows, vocabulary, hidden) = (targets.len(), w.rows(), w.columns());
     let SavedExponentials { mut exponentials, maxima } = std::mem::take(&mut output.kept);
-    assert_eq!(maxima.len(), vocabulary.div_ceil(TILE) * rows, "the head's forward pass was not told that it is trained");
+    assert_eq!(
+        maxima.len(),
+        vocabulary.div_ceil(TILE) * rows,
+        "the head's forward pass was not told that it is trained"
+    );
     let per_task = rows_per_task(kernel, rows);
     let m = |tile: usize, row: usize| maxima[tile * rows + row];
     // e^(l − m) of some rows of a tile, from `first` on, becomes E.
     let finish = |tile: usize, width: usize, first: usize, errors: &mut [f32]| {
         for (row, i) in errors.chunks_mut(TILE).zip(first..) {
-            let (row, factor) = (&mut row[..width], -g[i] * exp(m(tile, i) - output.log_sum_exp[i]));
+            let (row, factor) =
+                (&mut row[..width], -g[i] * exp(m(tile, i) - output.log_sum_exp[i]));
             dispatch(
                 #[inline(always)]
                 || row.iter_mut().for_each(|x| *x *= factor),
             );
-            if let Some(x) = (targets[i] as usize).checked_sub(tile * TILE).and_then(|y| row.get_mut(y)) {
+            if let Some(x) =
+                (targets[i] as usize).checked_sub(tile * TILE).and_then(|y| row.get_mut(y))
+            {
                 *x += g[i];
             }
         }
@@ -286,7 +321,9 @@ pub fn head_weight_gradient(input: HeadInput<'_>, output: &mut HeadOutput, g: &[
     let kept = exponentials.len() / (rows * TILE).max(1);
     for (tile, errors) in exponentials.chunks_mut((rows * TILE).max(1)).enumerate() {
         let width = TILE.min(vocabulary - tile * TILE);
-        thread_pool::chunks(errors, per_task * TILE, |i, errors| finish(tile, width, i * per_task, errors));
+        thread_pool::chunks(errors, per_task * TILE, |i, errors| {
+            finish(tile, width, i * per_task, errors)
+        });
         add(tile, width, errors);
     }
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
@@ -323,7 +360,13 @@ struct Tile<'a> {
 }
 
 /// Calls `f` with each tile from token `from` on.
-fn for_each_tile(kernel: Kernel, w: WeightView, from: usize, gradient: bool, mut f: impl FnMut(&Tile)) {
+fn for_each_tile(
+    kernel: Kernel,
+    w: WeightView,
+    from: usize,
+    gradient: bool,
+    mut f: impl FnMut(&Tile),
+) {
     let (vocabulary, hidden) = (w.rows(), w.columns());
     let depth = kernel.depth(hidden);
     let sums = if gradient { hidden.div_ceil(NR) } else { 0 };
@@ -332,12 +375,22 @@ fn for_each_tile(kernel: Kernel, w: WeightView, from: usize, gradient: bool, mut
     for first in (from..vocabulary).step_by(TILE) {
         let width = TILE.min(vocabulary - first);
         let k = kernel.depth(width);
-        thread_pool::chunks(&mut across.units_mut()[..width.div_ceil(NR) * depth * NR], depth * NR, |i, panel| {
-            let words = first + i * NR..first + width.min((i + 1) * NR);
-            w.pack(kernel, Orientation::Transposed, 0..hidden, words, panel);
-        });
+        thread_pool::chunks(
+            &mut across.units_mut()[..width.div_ceil(NR) * depth * NR],
+            depth * NR,
+            |i, panel| {
+                let words = first + i * NR..first + width.min((i + 1) * NR);
+                w.pack(kernel, Orientation::Transposed, 0..hidden, words, panel);
+            },
+        );
         thread_pool::chunks(&mut along.units_mut()[..sums * NR * k], k * NR, |i, panel| {
-            w.pack(kernel, Orientation::Plain, first..first + width, i * NR..hidden.min((i + 1) * NR), panel);
+            w.pack(
+                kernel,
+                Orientation::Plain,
+                first..first + width,
+                i * NR..hidden.min((i + 1) * NR),
+                panel,
+            );
         });
         f(&Tile { first, width, hidden, depth, across: across.units(), along: along.units() });
     }
@@ -352,7 +405,12 @@ impl Tile<'_> {
             let columns = NR.min(self.width - i * NR);
             // SAFETY: `to` holds n rows of TILE; the operand covers the rows.
             unsafe {
-                let out = OutputTile { c: to.as_mut_ptr().add(i * NR), stride: TILE, columns, accumulate: false };
+                let out = OutputTile {
+                    c: to.as_mut_ptr().add(i * NR),
+                    stride: TILE,
+                    columns,
+                    accumulate: false,
+                };
                 panel_product(kernel, n, &[product], out);
             }
         }
@@ -363,14 +421,26 @@ impl Tile<'_> {
     ///
     /// # Safety
     /// `to` is valid for `n` rows and nobody else touches them.
-    unsafe fn weighted_sum(&self, kernel: Kernel, p: &Operand, n: usize, to: *mut f32, accumulate: bool) {
+    unsafe fn weighted_sum(
+        &self,
+        kernel: Kernel,
+        p: &Operand,
+        n: usize,
+        to: *mut f32,
+        accumulate: bool,
+    ) {
         let k = kernel.depth(self.width);
         for i in 0..self.hidden.div_ceil(NR) {
             let product = p.product(0, 0, k, &self.along[i * NR * k..]);
             // SAFETY: by the caller.
             unsafe {
                 let columns = NR.min(self.hidden - i * NR);
-                panel_product(kernel, n, &[product], OutputTile { c: to.add(i * NR), stride: self.hidden, columns, accumulate });
+                panel_product(
+                    kernel,
+                    n,
+                    &[product],
+                    OutputTile { c: to.add(i * NR), stride: self.hidden, columns, accumulate },
+                );
             }
         }
     }

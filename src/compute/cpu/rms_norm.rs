@@ -63,12 +63,21 @@ fn add_weight_gradient(x: &[f32], g: &[f32], eps: f32, dw: &mut [f32]) {
 }
 
 /// Adds the gradients for the upstream gradient `g` to `dx` and, when it is wanted, to `dw`.
-pub fn rms_norm_backward(x: &[f32], w: &[f32], g: &[f32], eps: f32, dx: &mut [f32], dw: Option<&mut [f32]>) {
+pub fn rms_norm_backward(
+    x: &[f32],
+    w: &[f32],
+    g: &[f32],
+    eps: f32,
+    dx: &mut [f32],
+    dw: Option<&mut [f32]>,
+) {
     let width = w.len();
     let rows = thread_pool::rows_per_task(dx.len() / width);
     thread_pool::chunks(dx, rows * width, |i, dx| {
         let from = i * rows * width;
-        for ((dx, x), g) in dx.chunks_mut(width).zip(x[from..].chunks(width)).zip(g[from..].chunks(width)) {
+        for ((dx, x), g) in
+            dx.chunks_mut(width).zip(x[from..].chunks(width)).zip(g[from..].chunks(width))
+        {
             dispatch(
                 #[inline(always)]
                 || add_input_gradient(x, w, g, eps, dx),
@@ -115,11 +124,19 @@ pub fn head_norm(x: &mut [f32], heads: HeadColumns, w: &[f32], eps: f32) {
 }
 
 /// Replaces the upstream gradient `g` by the gradient of [`head_norm`]'s input `x`; adds to `dw` when it is wanted.
-pub fn head_norm_backward(x: &[f32], g: &mut [f32], heads: HeadColumns, w: &[f32], eps: f32, mut dw: Option<&mut [f32]>) {
+pub fn head_norm_backward(
+    x: &[f32],
+    g: &mut [f32],
+    heads: HeadColumns,
+    w: &[f32],
+    eps: f32,
+    mut dw: Option<&mut [f32]>,
+) {
     let columns = heads.offset..heads.offset + heads.count * w.len();
     if let Some(dw) = &mut dw {
         for (x, g) in x.chunks(heads.stride).zip(g.chunks(heads.stride)) {
-            for (x, g) in x[columns.clone()].chunks(w.len()).zip(g[columns.clone()].chunks(w.len())) {
+            for (x, g) in x[columns.clone()].chunks(w.len()).zip(g[columns.clone()].chunks(w.len()))
+            {
                 dispatch(
                     #[inline(always)]
                     || add_weight_gradient(x, g, eps, dw),
@@ -130,7 +147,8 @@ pub fn head_norm_backward(x: &[f32], g: &mut [f32], heads: HeadColumns, w: &[f32
     thread_pool::chunks(g, heads.stride, |t, g| {
         let x = &x[t * heads.stride..];
         let mut dx = vec![0f32; w.len()];
-        for (g, x) in g[columns.clone()].chunks_mut(w.len()).zip(x[columns.clone()].chunks(w.len())) {
+        for (g, x) in g[columns.clone()].chunks_mut(w.len()).zip(x[columns.clone()].chunks(w.len()))
+        {
             dispatch(
                 #[inline(always)]
                 || {

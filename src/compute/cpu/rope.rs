@@ -17,7 +17,10 @@ impl RopeTable {
     /// Angles `position · inv_freq`, formed in f32 as transformers does. `inv_freq` has D/2 entries.
     pub fn new(positions: &[u32], inv_freq: &[f32], attention_factor: f32) -> Self {
         let half = inv_freq.len();
-        let (mut cos, mut sin) = (Vec::with_capacity(positions.len() * half), Vec::with_capacity(positions.len() * half));
+        let (mut cos, mut sin) = (
+            Vec::with_capacity(positions.len() * half),
+            Vec::with_capacity(positions.len() * half),
+        );
         for &p in positions {
             for f in inv_freq {
                 let (s, c) = (p as f32 * f).sin_cos();

@@ -108,9 +108,11 @@ impl SwigluTiles {
     /// For T tokens of F = `width`, a multiple of [`NR`].
     pub fn new(kernel: Kernel, tokens: usize, width: usize, keep: KeepGateUp) -> Self {
         assert!(width.is_multiple_of(NR), "swiglu: tiles of a width of {width}");
-        let mut kept = (keep == KeepGateUp::F32).then(|| (Buffer::dirty(tokens * 2 * width), Shared(std::ptr::null_mut())));
+        let mut kept = (keep == KeepGateUp::F32)
+            .then(|| (Buffer::dirty(tokens * 2 * width), Shared(std::ptr::null_mut())));
         kept.iter_mut().for_each(|(buffer, at)| *at = Shared(buffer.as_mut_ptr()));
-        let rounded = (keep == KeepGateUp::Bf16).then(|| TiledOperand::new(kernel, tokens, 2 * width));
+        let rounded =
+            (keep == KeepGateUp::Bf16).then(|| TiledOperand::new(kernel, tokens, 2 * width));
         SwigluTiles { tokens, width, y: TiledOperand::new(kernel, tokens, width), rounded, kept }
     }
 
@@ -118,7 +120,13 @@ impl SwigluTiles {
     ///
     /// # Safety
     /// No other task has this part.
-    pub unsafe fn take(&self, rows: Range<usize>, columns: Range<usize>, gate: &[f32], up: &mut [f32]) {
+    pub unsafe fn take(
+        &self,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        gate: &[f32],
+        up: &mut [f32],
+    ) {
         let width = columns.len();
         if let Some(rounded) = &self.rounded {
             // SAFETY: by the caller.
@@ -132,7 +140,9 @@ impl SwigluTiles {
             for (i, row) in rows.clone().enumerate() {
                 for (tile, column) in [(gate, columns.start), (&*up, self.width + columns.start)] {
                     // SAFETY: inside the buffer by the assertion; this part is the caller's.
-                    let to = unsafe { std::slice::from_raw_parts_mut(at.at(row * 2 * self.width + column), width) };
+                    let to = unsafe {
+                        std::slice::from_raw_parts_mut(at.at(row * 2 * self.width + column), width)
+                    };
                     to.copy_from_slice(&tile[i * NR..][..width]);
                 }
             }
@@ -188,10 +198,15 @@ impl<'a> GradientTiles<'a> {
                     for (i, row) in part.clone().enumerate() {
                         let kept = self.kept.bf16_row(row);
                         widen(&kept[columns.clone()], &mut gate[i * NR..][..width]);
-                        widen(&kept[self.width + columns.start..][..width], &mut up[i * NR..][..width]);
+                        widen(
+                            &kept[self.width + columns.start..][..width],
+                            &mut up[i * NR..][..width],
+                        );
                     }
                     let n = part.len() * NR;
-                    for (((y, a), b), g) in y[..n].iter_mut().zip(&mut gate[..n]).zip(&mut up[..n]).zip(g) {
+                    for (((y, a), b), g) in
+                        y[..n].iter_mut().zip(&mut gate[..n]).zip(&mut up[..n]).zip(g)
+                    {
                         let s = sigmoid(*a);
                         *y = *a * s * *b;
                         (*a, *b) = (g * *b * s * (1.0 + *a * (1.0 - s)), g * *a * s);

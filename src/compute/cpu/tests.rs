@@ -37,15 +37,27 @@ fn relative(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// Compares `gradient` with central differences of Σ f(x)⊙upstream along random directions.
-fn check_gradient(name: &str, x: &[f32], gradient: &[f32], upstream: &[f32], f: impl Fn(&[f32]) -> Vec<f32>) {
-    let objective = |x: &[f32]| -> f64 { f(x).iter().zip(upstream).map(|(y, u)| *y as f64 * *u as f64).sum() };
+fn check_gradient(
+    name: &str,
+    x: &[f32],
+    gradient: &[f32],
+    upstream: &[f32],
+    f: impl Fn(&[f32]) -> Vec<f32>,
+) {
+    let objective =
+        |x: &[f32]| -> f64 { f(x).iter().zip(upstream).map(|(y, u)| *y as f64 * *u as f64).sum() };
     for trial in 0..3 {
         let direction = random(x.len(), 1000 + trial);
         let eps = 1e-2f32;
-        let moved = |sign: f32| objective(&x.iter().zip(&direction).map(|(x, d)| x + sign * eps * d).collect::<Vec<_>>());
+        let moved = |sign: f32| {
+            objective(
+                &x.iter().zip(&direction).map(|(x, d)| x + sign * eps * d).collect::<Vec<_>>(),
+            )
+        };
         let numeric = (moved(1.0) - moved(-1.0)) / (2.0 * eps as f64);
         let terms = gradient.iter().zip(&direction).map(|(g, d)| *g as f64 * *d as f64);
-        let (analytic, scale) = (terms.clone().sum::<f64>(), terms.map(|t| t * t).sum::<f64>().sqrt());
+        let (analytic, scale) =
+            (terms.clone().sum::<f64>(), terms.map(|t| t * t).sum::<f64>().sqrt());
         assert!(
             (numeric - analytic).abs() < 2e-3 * scale.max(1e-2) + 2e-3 * analytic.abs(),
             "{name}, trial {trial}: {numeric} vs {analytic}"
@@ -63,7 +75,11 @@ fn rms_norm_matches_its_formula_and_its_differences() {
     };
     let t = matrix(&x, 24);
     let rms = (t.sqr().unwrap().mean_keepdim(D::Minus1).unwrap() + 1e-5).unwrap().sqrt().unwrap();
-    let plain = t.broadcast_div(&rms).unwrap().broadcast_mul(&Tensor::from_slice(&w, 24, &Device::Cpu).unwrap()).unwrap();
+    let plain = t
+        .broadcast_div(&rms)
+        .unwrap()
+        .broadcast_mul(&Tensor::from_slice(&w, 24, &Device::Cpu).unwrap())
+        .unwrap();
     assert!(relative(&norm(&x, &w), &values(&plain)) < 1e-6);
     let (mut dx, mut dw) = (vec![0f32; x.len()], vec![0f32; 24]);
     rms_norm_backward(&x, &w, &u, 1e-5, &mut dx, Some(&mut dw));
@@ -109,7 +125,9 @@ fn rope_rotates_and_its_transpose_is_its_gradient() {
         assert!((y[60 + 4 + i] - 1.1 * (b * angle.cos() + a * angle.sin())).abs() < 1e-6);
     }
     assert_eq!(y[16..20], x[16..20], "what is not a rotated head stays");
-    check_gradient("rope", &x, &rotated(&u, Direction::Backward), &u, |x| rotated(x, Direction::Forward));
+    check_gradient("rope", &x, &rotated(&u, Direction::Backward), &u, |x| {
+        rotated(x, Direction::Forward)
+    });
 }
 
 #[test]
@@ -121,7 +139,8 @@ fn swiglu_matches_its_formula_and_its_differences() {
         Elements::Bf16(_) => unreachable!("the kernel does not round"),
     };
     let t = matrix(&x, 80);
-    let plain = (t.narrow(1, 0, 40).unwrap().silu().unwrap() * t.narrow(1, 40, 40).unwrap()).unwrap();
+    let plain =
+        (t.narrow(1, 0, 40).unwrap().silu().unwrap() * t.narrow(1, 40, 40).unwrap()).unwrap();
     assert!(relative(&product(&x), &values(&plain)) < 1e-6);
     let mut dx = x.clone();
     swiglu_backward(&mut dx, 40, &u);
@@ -129,11 +148,16 @@ fn swiglu_matches_its_formula_and_its_differences() {
 }
 
 /// Hands `[T, F]` matrices out in tiles, as a product does.
-fn by_tiles<const P: usize>(all: [&[f32]; P], width: usize, take: impl Fn(std::ops::Range<usize>, std::ops::Range<usize>, [Vec<f32>; P])) {
+fn by_tiles<const P: usize>(
+    all: [&[f32]; P],
+    width: usize,
+    take: impl Fn(std::ops::Range<usize>, std::ops::Range<usize>, [Vec<f32>; P]),
+) {
     let tokens = all[0].len() / width;
     for first in (0..tokens).step_by(37) {
         for column in (0..width).step_by(NR) {
-            let (rows, columns) = (first..(first + 37).min(tokens), column..(column + NR).min(width));
+            let (rows, columns) =
+                (first..(first + 37).min(tokens), column..(column + NR).min(width));
             let tile = |x: &[f32]| {
                 // What is beyond the columns is anything.
                 let mut tile = vec![f32::NAN; rows.len() * NR];
@@ -162,22 +186,38 @@ fn swiglu_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
         let bits = |operand: &Operand, width: usize| -> Vec<u32> {
             (0..tokens)
                 .flat_map(|i| match operand.view().elements {
-                    Elements::F32(v) => v[i * width..][..width].iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
-                    Elements::Bf16(_) => operand.bf16_row(i).iter().map(|x| u32::from(x.to_bits())).collect(),
+                    Elements::F32(v) => {
+                        v[i * width..][..width].iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+                    }
+                    Elements::Bf16(_) => {
+                        operand.bf16_row(i).iter().map(|x| u32::from(x.to_bits())).collect()
+                    }
                 })
                 .collect()
         };
-        for keep in [KeepGateUp::No, KeepGateUp::F32, KeepGateUp::Bf16].into_iter().filter(|k| rounds || *k != KeepGateUp::Bf16) {
+        for keep in [KeepGateUp::No, KeepGateUp::F32, KeepGateUp::Bf16]
+            .into_iter()
+            .filter(|k| rounds || *k != KeepGateUp::Bf16)
+        {
             let tiles = SwigluTiles::new(kernel, tokens, width, keep);
             // SAFETY: there is one thread.
-            by_tiles([&gate, &up], width, |rows, columns, [gate, mut up]| unsafe { tiles.take(rows, columns, &gate, &mut up) });
+            by_tiles([&gate, &up], width, |rows, columns, [gate, mut up]| unsafe {
+                tiles.take(rows, columns, &gate, &mut up)
+            });
             let (y, kept) = tiles.finish();
-            assert_eq!(bits(&y, width), bits(&swiglu(kernel, &x, width), width), "{kernel:?} {keep:?}");
+            assert_eq!(
+                bits(&y, width),
+                bits(&swiglu(kernel, &x, width), width),
+                "{kernel:?} {keep:?}"
+            );
             match (kept, keep) {
                 (None, KeepGateUp::No) => {}
-                (Some(GateUp::F32(kept)), KeepGateUp::F32) => assert_eq!(kept[..], x[..], "{kernel:?}"),
+                (Some(GateUp::F32(kept)), KeepGateUp::F32) => {
+                    assert_eq!(kept[..], x[..], "{kernel:?}")
+                }
                 (Some(GateUp::Bf16(kept)), KeepGateUp::Bf16) => {
-                    let rounded = Operand::new(kernel, View::f32(&x, 2 * width), tokens, 2 * width, 1.0);
+                    let rounded =
+                        Operand::new(kernel, View::f32(&x, 2 * width), tokens, 2 * width, 1.0);
                     assert_eq!(bits(&kept, 2 * width), bits(&rounded, 2 * width), "{kernel:?}");
                 }
                 _ => panic!("{kernel:?} keeps something else for {keep:?}"),
@@ -189,10 +229,15 @@ fn swiglu_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
 #[test]
 fn swiglu_that_keeps_its_input_rounded_has_the_gradients_of_what_it_kept() {
     for (tokens, width) in [(13, 41), (45, 64)] {
-        let x: Vec<f32> = random(tokens * 2 * width, 4).iter().map(|x| half::bf16::from_f32(4.0 * x).to_f32()).collect();
+        let x: Vec<f32> = random(tokens * 2 * width, 4)
+            .iter()
+            .map(|x| half::bf16::from_f32(4.0 * x).to_f32())
+            .collect();
         let u = random(tokens * width, 5);
         for kernel in Kernel::available().into_iter().filter(|k| k.is_bf16()) {
-            let bits = |operand: &Operand| (0..tokens).flat_map(|i| operand.bf16_row(i).to_vec()).collect::<Vec<_>>();
+            let bits = |operand: &Operand| {
+                (0..tokens).flat_map(|i| operand.bf16_row(i).to_vec()).collect::<Vec<_>>()
+            };
             let kept = Operand::new(kernel, View::f32(&x, 2 * width), tokens, 2 * width, 1.0);
             let kept = Operand::owned(kernel, kept.view(), tokens, 2 * width);
             let tiles = GradientTiles::new(&kept, width);
@@ -204,7 +249,11 @@ fn swiglu_that_keeps_its_input_rounded_has_the_gradients_of_what_it_kept() {
             swiglu_backward(&mut exact, width, &u);
             for (ours, from) in [(gate, 0), (up, width)] {
                 let exact = half(&exact, width, from);
-                assert_eq!(bits(&ours), bits(&Operand::new(kernel, View::f32(&exact, width), tokens, width, 1.0)), "{kernel:?} {width}");
+                assert_eq!(
+                    bits(&ours),
+                    bits(&Operand::new(kernel, View::f32(&exact, width), tokens, width, 1.0)),
+                    "{kernel:?} {width}"
+                );
             }
         }
     }
@@ -227,21 +276,27 @@ fn plain_attention(qkv: &[f32], heads: Heads, layout: &RowLayout) -> Vec<f32> {
     let (mask, qkv) = (matrix(&mask, t), matrix(qkv, heads.row()));
     let mut out = vec![0f32; t * heads.width()];
     for h in 0..heads.query {
-        let take = |head: usize| qkv.narrow(1, head * heads.dim, heads.dim).unwrap().contiguous().unwrap();
+        let take =
+            |head: usize| qkv.narrow(1, head * heads.dim, heads.dim).unwrap().contiguous().unwrap();
         let kv = h / (heads.query / heads.key);
         let (q, k, v) = (take(h), take(heads.query + kv), take(heads.query + heads.key + kv));
-        let scores = ((q.matmul(&k.t().unwrap()).unwrap() * (1.0 / (heads.dim as f64).sqrt())).unwrap() + &mask).unwrap();
+        let scores = ((q.matmul(&k.t().unwrap()).unwrap() * (1.0 / (heads.dim as f64).sqrt()))
+            .unwrap()
+            + &mask)
+            .unwrap();
         let e = scores.broadcast_sub(&scores.max_keepdim(1).unwrap()).unwrap().exp().unwrap();
         let o = values(&e.broadcast_div(&e.sum_keepdim(1).unwrap()).unwrap().matmul(&v).unwrap());
         for i in 0..t {
-            out[i * heads.width() + h * heads.dim..][..heads.dim].copy_from_slice(&o[i * heads.dim..][..heads.dim]);
+            out[i * heads.width() + h * heads.dim..][..heads.dim]
+                .copy_from_slice(&o[i * heads.dim..][..heads.dim]);
         }
     }
     out
 }
 
 fn attend(kernel: Kernel, qkv: &[f32], heads: Heads, layout: &RowLayout) -> (Vec<f32>, Vec<f32>) {
-    let (mut out, mut lse) = (vec![0f32; layout.tokens() * heads.width()], vec![0f32; layout.tokens() * heads.query]);
+    let (mut out, mut lse) =
+        (vec![0f32; layout.tokens() * heads.width()], vec![0f32; layout.tokens() * heads.query]);
     attention(kernel, qkv, heads, layout, &mut out, &mut lse);
     (out, lse)
 }
@@ -255,7 +310,10 @@ fn attention_equals_masked_attention_with_and_without_a_window() {
         for (window, dim) in [(None, 8), (Some(1), 8), (Some(9), 40), (Some(72), 8)] {
             let heads = Heads { query: 4, key: 2, dim, window };
             let qkv = random(layout.tokens() * heads.row(), 11);
-            let error = relative(&attend(kernel, &qkv, heads, &layout).0, &plain_attention(&qkv, heads, &layout));
+            let error = relative(
+                &attend(kernel, &qkv, heads, &layout).0,
+                &plain_attention(&qkv, heads, &layout),
+            );
             assert!(error < 1e-6, "{kernel:?}, window {window:?}: {error:e}");
         }
     }
@@ -306,7 +364,13 @@ fn bf16_attention_stays_near_f32() {
 
 const PLAIN: HeadOptions = HeadOptions { distribution: true, gradient: false, trained: None };
 
-fn head_input<'a>(kernel: Kernel, h: &'a [f32], w: &'a [f32], hidden: usize, targets: &'a [u32]) -> HeadInput<'a> {
+fn head_input<'a>(
+    kernel: Kernel,
+    h: &'a [f32],
+    w: &'a [f32],
+    hidden: usize,
+    targets: &'a [u32],
+) -> HeadInput<'a> {
     HeadInput { kernel, h, w: WeightView::new(Elements::F32(w), hidden), targets }
 }
 
@@ -326,7 +390,9 @@ fn log_probs_and_distributions_match_a_full_softmax() {
             let lse = m + row.iter().map(|x| (x - m).exp()).sum::<f64>().ln();
             let (y, d) = (targets[i] as usize, got.distributions[i]);
             assert!((got.log_probs[i] as f64 - (row[y] - lse)).abs() < 1e-5);
-            assert!((d.mean_logit as f64 - row.iter().sum::<f64>() / row.len() as f64).abs() < 1e-5);
+            assert!(
+                (d.mean_logit as f64 - row.iter().sum::<f64>() / row.len() as f64).abs() < 1e-5
+            );
             let entropy: f64 = -row.iter().map(|x| (x - lse).exp() * (x - lse)).sum::<f64>();
             assert!((d.entropy as f64 - entropy).abs() < 2e-5, "{} vs {entropy}", d.entropy);
             let p2: f64 = row.iter().map(|x| (2.0 * (x - lse)).exp()).sum();
@@ -349,13 +415,30 @@ fn log_prob_gradients_match_differences_for_a_frozen_and_a_trainable_head() {
             let options = HeadOptions { distribution: false, gradient: true, trained: Some(kept) };
             let mut out = head(head_input(kernel, &h, &w, hidden, &targets), options);
             let mut dw = vec![0f32; w.len()];
-            head_weight_gradient(head_input(kernel, &h, &w, hidden, &targets), &mut out, &u, &mut dw);
+            head_weight_gradient(
+                head_input(kernel, &h, &w, hidden, &targets),
+                &mut out,
+                &u,
+                &mut dw,
+            );
             (out, dw)
         });
-        assert!(gradients[1..].iter().all(|(_, dw)| *dw == gradients[0].1), "{kernel:?}: bits depend on what is kept");
+        assert!(
+            gradients[1..].iter().all(|(_, dw)| *dw == gradients[0].1),
+            "{kernel:?}: bits depend on what is kept"
+        );
         let [(out, dw), ..] = gradients;
-        let dh: Vec<f32> = out.gradient.chunks(hidden).zip(&u).flat_map(|(row, u)| row.iter().map(move |x| x * u)).collect();
-        check_gradient("head h", &h, &dh, &u, |h| head(head_input(kernel, h, &w, hidden, &targets), PLAIN).log_probs);
-        check_gradient("head w", &w, &dw, &u, |w| head(head_input(kernel, &h, w, hidden, &targets), PLAIN).log_probs);
+        let dh: Vec<f32> = out
+            .gradient
+            .chunks(hidden)
+            .zip(&u)
+            .flat_map(|(row, u)| row.iter().map(move |x| x * u))
+            .collect();
+        check_gradient("head h", &h, &dh, &u, |h| {
+            head(head_input(kernel, h, &w, hidden, &targets), PLAIN).log_probs
+        });
+        check_gradient("head w", &w, &dw, &u, |w| {
+            head(head_input(kernel, &h, w, hidden, &targets), PLAIN).log_probs
+        });
     }
 }

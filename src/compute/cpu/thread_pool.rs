@@ -100,7 +100,11 @@ fn help() {
     loop {
         let state = pool.wait_for_loop(seen);
         seen = state / NEXT_LOOP;
-        if pool.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+        if pool
+            .state
+            .compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok()
+        {
             pool.take_part();
             pool.left.fetch_add(1, Ordering::Release);
         } else {
@@ -237,11 +241,23 @@ pub fn chunks<T: Send>(data: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T])
 }
 
 /// Runs `f(i, a, b, c)` over the chunks of three slices of one length.
-pub fn chunks3<T: Send>(a: &mut [T], b: &mut [T], c: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T], &mut [T], &mut [T]) + Sync) {
+pub fn chunks3<T: Send>(
+    a: &mut [T],
+    b: &mut [T],
+    c: &mut [T],
+    chunk: usize,
+    f: impl Fn(usize, &mut [T], &mut [T], &mut [T]) + Sync,
+) {
     let len = a.len().min(b.len()).min(c.len());
-    let (a, b, c) = (DisjointParts(a.as_mut_ptr()), DisjointParts(b.as_mut_ptr()), DisjointParts(c.as_mut_ptr()));
+    let (a, b, c) = (
+        DisjointParts(a.as_mut_ptr()),
+        DisjointParts(b.as_mut_ptr()),
+        DisjointParts(c.as_mut_ptr()),
+    );
     // SAFETY: every index is handed out once.
-    for_each(len.div_ceil(chunk.max(1)), |i| unsafe { f(i, a.chunk(len, chunk, i), b.chunk(len, chunk, i), c.chunk(len, chunk, i)) });
+    for_each(len.div_ceil(chunk.max(1)), |i| unsafe {
+        f(i, a.chunk(len, chunk, i), b.chunk(len, chunk, i), c.chunk(len, chunk, i))
+    });
 }
 
 /// Rows of `width` to a task, so that every thread gets a few tasks of `rows` rows in all.
@@ -259,7 +275,8 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for n in [0, 1, 2, 100, 1000] {
-                        let counts: Vec<AtomicUsize> = (0..n).map(|_| AtomicUsize::new(0)).collect();
+                        let counts: Vec<AtomicUsize> =
+                            (0..n).map(|_| AtomicUsize::new(0)).collect();
                         for_each(n, |i| {
                             for_each(3, |_| {
                                 counts[i].fetch_add(1, Ordering::Relaxed);

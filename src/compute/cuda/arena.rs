@@ -43,7 +43,11 @@ enum Source {
 impl Arena {
     /// The memory of GPU `ordinal`, which has `total` bytes; its context is current.
     pub fn open(ordinal: usize, total: usize, reserve: usize, can_map: bool) -> Self {
-        let arena = if can_map { Mapped::reserve(ordinal, total) } else { Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_SUPPORTED)) };
+        let arena = if can_map {
+            Mapped::reserve(ordinal, total)
+        } else {
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_SUPPORTED))
+        };
         let source = arena.map(Source::Mapped).unwrap_or_else(|e| {
             tracing::info!(ordinal, reason = ?e.0, "memory of the GPU is taken piece by piece");
             Source::Pieces { free: BTreeMap::new(), free_bytes: 0 }
@@ -54,11 +58,16 @@ impl Arena {
     /// At least so many bytes: the address, and how many they are; `None` when that would leave less than the reserve.
     pub fn take(&mut self, bytes: usize) -> Option<(u64, usize)> {
         let (address, size) = match &mut self.source {
-            Source::Mapped(arena) => arena.take(bytes.max(1).next_multiple_of(ALIGNMENT), self.reserve)?,
+            Source::Mapped(arena) => {
+                arena.take(bytes.max(1).next_multiple_of(ALIGNMENT), self.reserve)?
+            }
             Source::Pieces { free, free_bytes } => {
                 let class = size_class(bytes);
                 // Somewhat larger ones, too: rows differ in length.
-                let fits = free.range(class..=class / 4 * 5).find(|(_, pieces)| !pieces.is_empty()).map_or(class, |(class, _)| *class);
+                let fits = free
+                    .range(class..=class / 4 * 5)
+                    .find(|(_, pieces)| !pieces.is_empty())
+                    .map_or(class, |(class, _)| *class);
                 match free.get_mut(&fits).and_then(Vec::pop) {
                     Some(address) => {
                         *free_bytes -= fits;
@@ -93,7 +102,10 @@ impl Arena {
             Source::Pieces { free, free_bytes } => {
                 *free_bytes = 0;
                 // SAFETY: these came from the driver and are in nobody's hands.
-                std::mem::take(free).into_values().flatten().try_for_each(|address| unsafe { driver::free_sync(address) })
+                std::mem::take(free)
+                    .into_values()
+                    .flatten()
+                    .try_for_each(|address| unsafe { driver::free_sync(address) })
             }
         }
     }
@@ -155,7 +167,10 @@ impl Mapped {
         let mut base = 0;
         // SAFETY: the address is written to a variable.
         unsafe { sys::cuMemAddressReserve(&raw mut base, reserved, chunk, 0, 0) }.result()?;
-        let place = sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, id: ordinal as i32 };
+        let place = sys::CUmemLocation {
+            type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE,
+            id: ordinal as i32,
+        };
         let chunks = vec![None; reserved / chunk];
         Ok(Mapped { base, reserved, place, ranges: FreeList::default(), chunk, chunks, mapped: 0 })
     }
@@ -225,13 +240,18 @@ impl Mapped {
                 reserved: [0; 4],
             },
         };
-        let access = sys::CUmemAccessDesc { location: self.place, flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE };
+        let access = sys::CUmemAccessDesc {
+            location: self.place,
+            flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
+        };
         let mut handle = 0;
         // SAFETY: the chunk's addresses are reserved and have no memory yet; what fails is undone.
         unsafe {
             sys::cuMemCreate(&raw mut handle, self.chunk, &raw const what, 0).result()?;
             let mapped = sys::cuMemMap(address, self.chunk, 0, handle, 0).result();
-            let usable = mapped.and_then(|()| sys::cuMemSetAccess(address, self.chunk, &raw const access, 1).result());
+            let usable = mapped.and_then(|()| {
+                sys::cuMemSetAccess(address, self.chunk, &raw const access, 1).result()
+            });
             if let Err(e) = usable {
                 let _ = mapped.map(|()| sys::cuMemUnmap(address, self.chunk));
                 let _ = sys::cuMemRelease(handle);

@@ -125,15 +125,31 @@ fn parts([m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, limit: usize) -
         // The later half waits below the earlier one: sums go on in order.
         if long(m, part.c) || (long(rows_of_a, part.a) && !part.a.transposed) {
             let half = m / 2;
-            todo.push(GemmPart { shape: [m - half, n, k], a: part.a.rows_from(half), c: part.c.rows_from(half), ..part });
+            todo.push(GemmPart {
+                shape: [m - half, n, k],
+                a: part.a.rows_from(half),
+                c: part.c.rows_from(half),
+                ..part
+            });
             todo.push(GemmPart { shape: [half, n, k], ..part });
         } else if long(rows_of_a, part.a) || (long(rows_of_b, part.b) && !part.b.transposed) {
             let half = k / 2;
-            todo.push(GemmPart { shape: [m, n, k - half], a: part.a.columns_from(half), b: part.b.rows_from(half), adds: true, ..part });
+            todo.push(GemmPart {
+                shape: [m, n, k - half],
+                a: part.a.columns_from(half),
+                b: part.b.rows_from(half),
+                adds: true,
+                ..part
+            });
             todo.push(GemmPart { shape: [m, n, half], ..part });
         } else if long(rows_of_b, part.b) {
             let half = n / 2;
-            todo.push(GemmPart { shape: [m, n - half, k], b: part.b.columns_from(half), c: part.c.columns_from(half), ..part });
+            todo.push(GemmPart {
+                shape: [m, n - half, k],
+                b: part.b.columns_from(half),
+                c: part.c.columns_from(half),
+                ..part
+            });
             todo.push(GemmPart { shape: [m, half, k], ..part });
         } else {
             parts.push(part);
@@ -167,22 +183,25 @@ impl Gpu {
         }
         // SAFETY: as above.
         if !unsafe { blas_sys::is_culib_present() } {
-            bail!("cuBLAS (libcublas.so.13 or .12) was not found: install it, or name its folder in LD_LIBRARY_PATH");
+            bail!(
+                "cuBLAS (libcublas.so.13 or .12) was not found: install it, or name its folder in LD_LIBRARY_PATH"
+            );
         }
         let count = CudaContext::device_count().map_err(|e| failed("counting GPUs", e))?;
         if ordinal >= count as usize {
             bail!("there is no GPU {ordinal}: the driver sees {count}");
         }
         let context = CudaContext::new(ordinal).map_err(|e| failed("opening the GPU", e))?;
-        let (major, minor) = context.compute_capability().map_err(|e| failed("asking for its capability", e))?;
+        let (major, minor) =
+            context.compute_capability().map_err(|e| failed("asking for its capability", e))?;
         let name = context.name().map_err(|e| failed("asking for its name", e))?;
         if major < 8 {
             bail!("{name} has compute capability {major}.{minor}; the kernels need 8.0 or newer");
         }
         let stream = context.new_stream().map_err(|e| failed("making a stream", e))?;
         // SAFETY: the image is a NUL-terminated text.
-        let module =
-            unsafe { driver::module::load_data(kernels::image()?.as_ptr().cast()) }.map_err(|e| failed("compiling the kernels", e))?;
+        let module = unsafe { driver::module::load_data(kernels::image()?.as_ptr().cast()) }
+            .map_err(|e| failed("compiling the kernels", e))?;
         let functions = functions(module)?;
         let blas = Blas::start(&stream)?;
         let blas_version = blas.version()?;
@@ -191,10 +210,22 @@ impl Gpu {
         let maps = driver_sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED;
         let can_map = context.attribute(maps).is_ok_and(|supported| supported != 0);
         let arena = Arena::open(ordinal, total, total / RESERVE, can_map);
-        let staging = Mutex::new(Staging::open().map_err(|e| failed("allocating page-locked memory", e))?);
+        let staging =
+            Mutex::new(Staging::open().map_err(|e| failed("allocating page-locked memory", e))?);
         tracing::info!(gpu = name, ordinal, capability = format!("{major}.{minor}"), "GPU opened");
         let (arena, lost) = (Mutex::new(arena), AtomicBool::new(false));
-        let gpu = Arc::new(Gpu { context, stream, blas, module, functions, arena, staging, lost, name, blas_version });
+        let gpu = Arc::new(Gpu {
+            context,
+            stream,
+            blas,
+            module,
+            functions,
+            arena,
+            staging,
+            lost,
+            name,
+            blas_version,
+        });
         gpu.refuse_reduced_precision()?;
         Ok(gpu)
     }
@@ -225,7 +256,8 @@ impl Gpu {
 
     /// Bytes that are free (what the arena could give back included), and all bytes.
     pub fn memory(&self) -> Result<(u64, u64)> {
-        let (free, total) = self.context.mem_get_info().map_err(|e| self.noted("asking for free memory", e))?;
+        let (free, total) =
+            self.context.mem_get_info().map_err(|e| self.noted("asking for free memory", e))?;
         Ok(((free + self.arena().free_bytes()) as u64, total as u64))
     }
 
@@ -279,7 +311,11 @@ impl Gpu {
         let found = self.arena().take(bytes);
         found.ok_or_else(|| {
             let free = driver::mem_get_info().map_or(0, |(free, _)| free);
-            out_of_memory(format!("the GPU is out of memory: {} MiB are wanted, {} MiB are free", bytes >> 20, free >> 20))
+            out_of_memory(format!(
+                "the GPU is out of memory: {} MiB are wanted, {} MiB are free",
+                bytes >> 20,
+                free >> 20
+            ))
         })
     }
 
@@ -320,7 +356,8 @@ impl Gpu {
     pub fn clear(&self, memory: &Memory) -> Result<()> {
         let bytes = memory.len * memory.kind.bytes();
         // SAFETY: the memory is that long.
-        unsafe { driver::memset_d8_async(memory.address, 0, bytes, self.stream.cu_stream()) }.map_err(|e| self.noted("clearing memory", e))
+        unsafe { driver::memset_d8_async(memory.address, 0, bytes, self.stream.cu_stream()) }
+            .map_err(|e| self.noted("clearing memory", e))
     }
 
     /// A copy of host values. `T` is as wide as an element.
@@ -333,17 +370,30 @@ impl Gpu {
 
     /// Overwrites elements from `offset` on with host values.
     pub fn write<T: Copy>(&self, memory: &Memory, offset: usize, values: &[T]) -> Result<()> {
-        assert!(offset + values.len() <= memory.len, "write: {} elements at {offset} of {}", values.len(), memory.len);
+        assert!(
+            offset + values.len() <= memory.len,
+            "write: {} elements at {offset} of {}",
+            values.len(),
+            memory.len
+        );
         // SAFETY: any value of `T` may be read as bytes: it is a number.
-        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
+        let bytes = unsafe {
+            std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values))
+        };
         let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the memory is long enough, as asserted.
-        unsafe { staging.copy(memory.at(offset).0, bytes, self.stream.cu_stream()) }.map_err(|e| self.noted("copying to the GPU", e))
+        unsafe { staging.copy(memory.at(offset).0, bytes, self.stream.cu_stream()) }
+            .map_err(|e| self.noted("copying to the GPU", e))
     }
 
     /// Waits for the stream and copies the first elements to the host.
     pub fn download<T: Copy>(&self, memory: &Memory, to: &mut [T]) -> Result<()> {
-        assert!(size_of_val(to) <= memory.size, "download: {} bytes of {}", size_of_val(to), memory.size);
+        assert!(
+            size_of_val(to) <= memory.size,
+            "download: {} bytes of {}",
+            size_of_val(to),
+            memory.size
+        );
         // SAFETY: the memory is large enough, and the wait makes sure that `to` is written before it is used.
         unsafe { driver::memcpy_dtoh_async(to, memory.address, self.stream.cu_stream()) }
             .map_err(|e| self.noted("copying from the GPU", e))?;
@@ -355,8 +405,10 @@ impl Gpu {
         let to = self.dirty(from.kind, from.len)?;
         let bytes = from.len * from.kind.bytes();
         // SAFETY: both are that long.
-        unsafe { driver::memcpy_dtod_async(to.address, from.address, bytes, self.stream.cu_stream()) }
-            .map_err(|e| self.noted("copying on the GPU", e))?;
+        unsafe {
+            driver::memcpy_dtod_async(to.address, from.address, bytes, self.stream.cu_stream())
+        }
+        .map_err(|e| self.noted("copying on the GPU", e))?;
         Ok(to)
     }
 
@@ -373,45 +425,92 @@ impl Gpu {
         let mut product = vec![0f32; N * N];
         self.download(&c, &mut product)?;
         if product.iter().any(|x| *x != value) {
-            bail!("f32 products on {} are not exact to f32: unset NVIDIA_TF32_OVERRIDE and other settings that ask for TF32", self.name);
+            bail!(
+                "f32 products on {} are not exact to f32: unset NVIDIA_TF32_OVERRIDE and other settings that ask for TF32",
+                self.name
+            );
         }
         Ok(())
     }
 
     /// Starts a kernel. Only the typed functions of [`super::ops`] call this.
-    pub(super) fn launch(&self, name: &'static str, kind: Option<Kind>, launch: Launch, args: &[Arg]) -> Result<()> {
-        let Some(&function) = self.functions.get(&(name, kind)) else { bail!("there is no kernel {name} for {kind:?}") };
+    pub(super) fn launch(
+        &self,
+        name: &'static str,
+        kind: Option<Kind>,
+        launch: Launch,
+        args: &[Arg],
+    ) -> Result<()> {
+        let Some(&function) = self.functions.get(&(name, kind)) else {
+            bail!("there is no kernel {name} for {kind:?}")
+        };
         if launch.grid.contains(&0) {
             return Ok(());
         }
         let mut slots: Vec<u64> = args.iter().map(|a| a.bits()).collect();
-        let mut pointers: Vec<*mut c_void> = slots.iter_mut().map(|slot| std::ptr::from_mut(slot).cast()).collect();
+        let mut pointers: Vec<*mut c_void> =
+            slots.iter_mut().map(|slot| std::ptr::from_mut(slot).cast()).collect();
         let ([x, y, z], stream) = (launch.grid, self.stream.cu_stream());
         // SAFETY: the kernel belongs to a module that stays loaded; arguments are in its order, each at the start of 8 bytes (little-endian), and
         // name memory that stays until the stream is past the kernel.
         let launched = unsafe {
-            driver::launch_kernel(function, (x, y, z), (launch.threads.0, launch.threads.1, 1), launch.shared, stream, &mut pointers)
+            driver::launch_kernel(
+                function,
+                (x, y, z),
+                (launch.threads.0, launch.threads.1, 1),
+                launch.shared,
+                stream,
+                &mut pointers,
+            )
         };
         launched.map_err(|e| self.noted(name, e))
     }
 
     /// `c` `[m, n]` = β·c + α·a·b with a `[m, k]`, b `[k, n]` and f32 sums, `c` row-major. Operands of more than 2³¹ elements, which cuBLAS does not
     /// count, are multiplied in parts.
-    pub fn matmul(&self, shape: [usize; 3], a: Matrix, b: Matrix, c: Matrix, alpha: f32, beta: f32) -> Result<()> {
+    pub fn matmul(
+        &self,
+        shape: [usize; 3],
+        a: Matrix,
+        b: Matrix,
+        c: Matrix,
+        alpha: f32,
+        beta: f32,
+    ) -> Result<()> {
         for part in parts(shape, a, b, c, MAX_ELEMENTS) {
-            self.multiply(part.shape, part.a, part.b, part.c, alpha, if part.adds { 1.0 } else { beta })?;
+            self.multiply(
+                part.shape,
+                part.a,
+                part.b,
+                part.c,
+                alpha,
+                if part.adds { 1.0 } else { beta },
+            )?;
         }
         Ok(())
     }
 
-    fn multiply(&self, [m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, alpha: f32, beta: f32) -> Result<()> {
+    fn multiply(
+        &self,
+        [m, n, k]: [usize; 3],
+        a: Matrix,
+        b: Matrix,
+        c: Matrix,
+        alpha: f32,
+        beta: f32,
+    ) -> Result<()> {
         if m == 0 || n == 0 || k == 0 {
             return Ok(());
         }
         debug_assert!(!c.transposed);
         let blas = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
-        let operation =
-            |m: Matrix| if m.transposed { blas_sys::cublasOperation_t::CUBLAS_OP_T } else { blas_sys::cublasOperation_t::CUBLAS_OP_N };
+        let operation = |m: Matrix| {
+            if m.transposed {
+                blas_sys::cublasOperation_t::CUBLAS_OP_T
+            } else {
+                blas_sys::cublasOperation_t::CUBLAS_OP_N
+            }
+        };
         let pointer = |m: Matrix| m.address.0 as *mut c_void;
         // cuBLAS counts by columns: a row-major matrix is its transpose, and cᵀ = bᵀ·aᵀ.
         // SAFETY: the callers' matrices lie inside their memory.
@@ -473,10 +572,14 @@ impl Blas {
         let mode = blas_sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
         // SAFETY: the handle and the stream are valid; the workspace is freed after the handle.
         unsafe {
-            blas::set_stream(handle, stream.cu_stream().cast()).map_err(|e| blas_failed("choosing the stream", e))?;
-            let workspace = driver::malloc_sync(WORKSPACE).map_err(|e| failed("allocating cuBLAS's workspace", e))?;
-            let set = blas_sys::cublasSetWorkspace_v2(handle, workspace as *mut c_void, WORKSPACE).result();
-            set.and_then(|()| blas_sys::cublasSetMathMode(handle, mode).result()).map_err(|e| blas_failed("configuring it", e))?;
+            blas::set_stream(handle, stream.cu_stream().cast())
+                .map_err(|e| blas_failed("choosing the stream", e))?;
+            let workspace = driver::malloc_sync(WORKSPACE)
+                .map_err(|e| failed("allocating cuBLAS's workspace", e))?;
+            let set = blas_sys::cublasSetWorkspace_v2(handle, workspace as *mut c_void, WORKSPACE)
+                .result();
+            set.and_then(|()| blas_sys::cublasSetMathMode(handle, mode).result())
+                .map_err(|e| blas_failed("configuring it", e))?;
             Ok(Blas { handle, workspace })
         }
     }
@@ -491,7 +594,9 @@ impl Blas {
 }
 
 /// The functions of the module, all of them, so that a missing one is found at the start.
-fn functions(module: driver_sys::CUmodule) -> Result<HashMap<(&'static str, Option<Kind>), driver_sys::CUfunction>> {
+fn functions(
+    module: driver_sys::CUmodule,
+) -> Result<HashMap<(&'static str, Option<Kind>), driver_sys::CUfunction>> {
     let mut functions = HashMap::new();
     for (name, kind, shared) in kernels::all() {
         let full = CString::new(match kind {
@@ -500,11 +605,14 @@ fn functions(module: driver_sys::CUmodule) -> Result<HashMap<(&'static str, Opti
         })
         .map_err(candle_core::Error::wrap)?;
         // SAFETY: the module stays loaded as long as the process.
-        let function = unsafe { driver::module::get_function(module, full) }.map_err(|e| failed(name, e))?;
+        let function =
+            unsafe { driver::module::get_function(module, full) }.map_err(|e| failed(name, e))?;
         if shared > 0 {
-            let attribute = driver_sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let attribute =
+                driver_sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function is valid.
-            unsafe { driver::function::set_function_attribute(function, attribute, shared as i32) }.map_err(|e| failed(name, e))?;
+            unsafe { driver::function::set_function_attribute(function, attribute, shared as i32) }
+                .map_err(|e| failed(name, e))?;
         }
         functions.insert((name, kind), function);
     }
@@ -566,7 +674,9 @@ impl Drop for Memory {
         // In debug builds, what reads memory after it was given back reads NaN.
         if cfg!(debug_assertions) {
             // SAFETY: the memory is that long. On a thread without the context the call fails, and changes nothing.
-            let _ = unsafe { driver::memset_d8_async(self.address, 0xff, self.size, self.gpu.stream.cu_stream()) };
+            let _ = unsafe {
+                driver::memset_d8_async(self.address, 0xff, self.size, self.gpu.stream.cu_stream())
+            };
         }
         self.gpu.arena().give(self.address, self.size);
     }
@@ -581,7 +691,13 @@ mod tests {
     }
 
     /// Runs the parts of a product on the host: addresses are positions in the operands.
-    fn multiply([m, n, k]: [usize; 3], a: (Matrix, &[f64]), b: (Matrix, &[f64]), c: Matrix, limit: usize) -> (usize, Vec<f64>) {
+    fn multiply(
+        [m, n, k]: [usize; 3],
+        a: (Matrix, &[f64]),
+        b: (Matrix, &[f64]),
+        c: Matrix,
+        limit: usize,
+    ) -> (usize, Vec<f64>) {
         let at = |m: Matrix, row: usize, column: usize| {
             let (row, column) = if m.transposed { (column, row) } else { (row, column) };
             m.address.0 as usize / 4 + row * m.stride + column
@@ -602,7 +718,8 @@ mod tests {
 
     #[test]
     fn products_of_long_operands_are_divided_and_give_the_same() {
-        let values = |n: usize| (0..n).map(|i| ((i * 7919) % 23) as f64 - 11.0).collect::<Vec<f64>>();
+        let values =
+            |n: usize| (0..n).map(|i| ((i * 7919) % 23) as f64 - 11.0).collect::<Vec<f64>>();
         let [m, n, k] = [37, 12, 29];
         for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
             let stored = |rows: usize, columns: usize, transposed: bool| match transposed {
@@ -617,7 +734,8 @@ mod tests {
             for limit in [50, 100, 300] {
                 let (parts, divided) = run(limit);
                 assert!(parts > 1);
-                let same = whole.iter().zip(&divided).all(|(x, y)| x == y || (x.is_nan() && y.is_nan()));
+                let same =
+                    whole.iter().zip(&divided).all(|(x, y)| x == y || (x.is_nan() && y.is_nan()));
                 assert!(same, "a transposed {ta}, b transposed {tb}, at most {limit} elements");
             }
         }

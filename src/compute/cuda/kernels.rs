@@ -157,7 +157,8 @@ const GENERIC: [&str; 19] = [
     "attention_dkv",
 ];
 /// Kernels whose elements are always of the same kinds.
-const PLAIN: [&str; 6] = ["gather_rows", "scatter_rows", "head_start", "head_rescale", "cast_bf16", "attention_sum"];
+const PLAIN: [&str; 6] =
+    ["gather_rows", "scatter_rows", "head_start", "head_rescale", "cast_bf16", "attention_sum"];
 
 /// Part of attention that a kernel computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -180,14 +181,20 @@ const TENSOR_CORE: [(AttentionPass, usize, &str, usize); 6] = [
 ];
 
 /// Returns name and shared memory of the tensor-core kernel for these heads, where there is one.
-pub(super) fn tensor_core_kernel(kind: Kind, dim: usize, pass: AttentionPass) -> Option<(&'static str, usize)> {
+pub(super) fn tensor_core_kernel(
+    kind: Kind,
+    dim: usize,
+    pass: AttentionPass,
+) -> Option<(&'static str, usize)> {
     let found = TENSOR_CORE.iter().find(|(p, d, ..)| kind == Kind::Bf16 && *p == pass && *d == dim);
     found.map(|(.., name, shared)| (*name, *shared))
 }
 
 /// Every kernel's name, its kinds and the dynamic shared memory that it asks for.
 pub(super) fn all() -> impl Iterator<Item = (&'static str, Option<Kind>, usize)> {
-    let generic = GENERIC.into_iter().flat_map(|name| [Kind::F32, Kind::Bf16].map(|kind| (name, Some(kind), 0)));
+    let generic = GENERIC
+        .into_iter()
+        .flat_map(|name| [Kind::F32, Kind::Bf16].map(|kind| (name, Some(kind), 0)));
     let tensor_core = TENSOR_CORE.into_iter().map(|(.., name, shared)| (name, None, shared));
     generic.chain(PLAIN.into_iter().map(|name| (name, None, 0))).chain(tensor_core)
 }

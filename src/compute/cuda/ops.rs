@@ -44,19 +44,29 @@ fn compare(kernel: &str, operand: &str, is: (Kind, usize), expected: (Kind, usiz
     if is == expected {
         return Ok(());
     }
-    bail!("CUDA: {kernel}: {operand} has {} elements ({:?}), but {} ({:?}) fit the other operands", is.1, is.0, expected.1, expected.0)
+    bail!(
+        "CUDA: {kernel}: {operand} has {} elements ({:?}), but {} ({:?}) fit the other operands",
+        is.1,
+        is.0,
+        expected.1,
+        expected.0
+    )
 }
 
 /// Compares operands with what `kernel` expects: name, memory, kind, elements.
 fn check(kernel: &str, operands: &[(&str, &Memory, Kind, usize)]) -> Result<()> {
-    operands.iter().try_for_each(|&(name, memory, kind, len)| compare(kernel, name, (memory.kind(), memory.len()), (kind, len)))
+    operands.iter().try_for_each(|&(name, memory, kind, len)| {
+        compare(kernel, name, (memory.kind(), memory.len()), (kind, len))
+    })
 }
 
 /// Returns the number of rows of `width` elements in an operand of `len` elements.
 fn count_rows(kernel: &str, operand: &str, len: usize, width: usize) -> Result<usize> {
     match len.checked_rem(width) {
         Some(0) => Ok(len / width),
-        _ => bail!("CUDA: {kernel}: {operand} has {len} elements, which are no whole rows of {width}"),
+        _ => bail!(
+            "CUDA: {kernel}: {operand} has {len} elements, which are no whole rows of {width}"
+        ),
     }
 }
 
@@ -128,7 +138,13 @@ impl HeadColumns {
 // ----------------------------------------------------------------------------------- moving rows
 
 /// x\[t, :\] = table\[ids\[t\], :\], with x `[T, width]` in f32, table `[V, width]`, ids `[T]`.
-pub(crate) fn embed(gpu: &Gpu, x: &Memory, table: &Memory, ids: &Memory, width: usize) -> Result<()> {
+pub(crate) fn embed(
+    gpu: &Gpu,
+    x: &Memory,
+    table: &Memory,
+    ids: &Memory,
+    width: usize,
+) -> Result<()> {
     let tokens = ids.len();
     count_rows("embed", "table", table.len(), width)?;
     check("embed", &[("x", x, F32, tokens * width), ("ids", ids, F32, tokens)])?;
@@ -137,10 +153,23 @@ pub(crate) fn embed(gpu: &Gpu, x: &Memory, table: &Memory, ids: &Memory, width: 
 }
 
 /// to\[i, :\] = from\[index\[i\], :\], with to `[n, width]`, from `[T, width]`, index `[n]`.
-pub(crate) fn gather_rows(gpu: &Gpu, to: &Memory, from: &Memory, index: &Memory, width: usize) -> Result<()> {
+pub(crate) fn gather_rows(
+    gpu: &Gpu,
+    to: &Memory,
+    from: &Memory,
+    index: &Memory,
+    width: usize,
+) -> Result<()> {
     let rows = index.len();
     let source_rows = count_rows("gather_rows", "from", from.len(), width)?;
-    check("gather_rows", &[("to", to, F32, rows * width), ("from", from, F32, source_rows * width), ("index", index, F32, rows)])?;
+    check(
+        "gather_rows",
+        &[
+            ("to", to, F32, rows * width),
+            ("from", from, F32, source_rows * width),
+            ("index", index, F32, rows),
+        ],
+    )?;
     let args = [to.into(), from.into(), index.into(), rows.into(), width.into()];
     gpu.launch("gather_rows", None, Launch::blocks(rows), &args)
 }
@@ -174,14 +203,31 @@ pub(crate) fn scatter_rows(gpu: &Gpu, s: ScatterRows<'_>) -> Result<()> {
             ("order", s.order, F32, s.order.len()),
         ],
     )?;
-    let args = [s.to.into(), s.from.into(), s.rows.into(), s.offsets.into(), s.order.into(), unique.into(), width.into()];
+    let args = [
+        s.to.into(),
+        s.from.into(),
+        s.rows.into(),
+        s.offsets.into(),
+        s.order.into(),
+        unique.into(),
+        width.into(),
+    ];
     gpu.launch("scatter_rows", None, Launch::blocks(unique), &args)
 }
 
 /// to\[i, :\] = g\[i\] · from\[i, :\], with from `[n, width]` and g `[n]` in f32.
-pub(crate) fn scale_rows(gpu: &Gpu, to: &Memory, from: &Memory, g: &Memory, width: usize) -> Result<()> {
+pub(crate) fn scale_rows(
+    gpu: &Gpu,
+    to: &Memory,
+    from: &Memory,
+    g: &Memory,
+    width: usize,
+) -> Result<()> {
     let (kind, rows) = (to.kind(), g.len());
-    check("scale_rows", &[("to", to, kind, rows * width), ("from", from, F32, rows * width), ("g", g, F32, rows)])?;
+    check(
+        "scale_rows",
+        &[("to", to, kind, rows * width), ("from", from, F32, rows * width), ("g", g, F32, rows)],
+    )?;
     let args = [to.into(), from.into(), g.into(), rows.into(), width.into()];
     gpu.launch("scale_rows", Some(kind), Launch::blocks(rows), &args)
 }
@@ -190,24 +236,52 @@ pub(crate) fn scale_rows(gpu: &Gpu, to: &Memory, from: &Memory, g: &Memory, widt
 pub(crate) fn cast_bf16(gpu: &Gpu, to: &Memory, from: &Memory) -> Result<()> {
     let len = from.len();
     check("cast_bf16", &[("to", to, Bf16, len), ("from", from, F32, len)])?;
-    gpu.launch("cast_bf16", None, Launch::strided(len), &[to.into(), from.into(), Arg::Long(len as i64)])
+    gpu.launch(
+        "cast_bf16",
+        None,
+        Launch::strided(len),
+        &[to.into(), from.into(), Arg::Long(len as i64)],
+    )
 }
 
 // ---------------------------------------------------------------------------------- element-wise
 
 /// Rotates the first heads of every row of `x` in place; cos and sin are `[T, D/2]`.
-pub(crate) fn rope(gpu: &Gpu, x: &Memory, cos: &Memory, sin: &Memory, heads: HeadColumns, direction: Direction) -> Result<()> {
+pub(crate) fn rope(
+    gpu: &Gpu,
+    x: &Memory,
+    cos: &Memory,
+    sin: &Memory,
+    heads: HeadColumns,
+    direction: Direction,
+) -> Result<()> {
     let HeadColumns { rows, stride, first, heads: count, dim } = heads;
     if first != 0 {
         bail!("CUDA: rope: heads must start at column 0, not {first}");
     }
     let (kind, table) = (x.kind(), rows * (dim / 2));
-    check("rope", &[("x", x, kind, heads.elements("rope", "x")?), ("cos", cos, F32, table), ("sin", sin, F32, table)])?;
+    check(
+        "rope",
+        &[
+            ("x", x, kind, heads.elements("rope", "x")?),
+            ("cos", cos, F32, table),
+            ("sin", sin, F32, table),
+        ],
+    )?;
     let sign: f32 = match direction {
         Direction::Forward => 1.0,
         Direction::Backward => -1.0,
     };
-    let args = [x.into(), cos.into(), sin.into(), rows.into(), stride.into(), count.into(), dim.into(), sign.into()];
+    let args = [
+        x.into(),
+        cos.into(),
+        sin.into(),
+        rows.into(),
+        stride.into(),
+        count.into(),
+        dim.into(),
+        sign.into(),
+    ];
     gpu.launch("rope", Some(kind), Launch::blocks(rows), &args)
 }
 
@@ -220,7 +294,12 @@ pub(crate) fn swiglu(gpu: &Gpu, y: &Memory, gate_up: &Memory, width: usize) -> R
 }
 
 /// Replaces gate_up by its gradient, given that of y, `gy` `[T, width]`.
-pub(crate) fn swiglu_backward(gpu: &Gpu, gate_up: &Memory, gy: &Memory, width: usize) -> Result<()> {
+pub(crate) fn swiglu_backward(
+    gpu: &Gpu,
+    gate_up: &Memory,
+    gy: &Memory,
+    width: usize,
+) -> Result<()> {
     let tokens = count_rows("swiglu_backward", "gy", gy.len(), width)?;
     check("swiglu_backward", &[("gate_up", gate_up, gy.kind(), 2 * gy.len())])?;
     let args = [gate_up.into(), gy.into(), tokens.into(), width.into()];
@@ -232,7 +311,14 @@ pub(crate) fn add_bias(gpu: &Gpu, y: Columns<'_>, bias: &Memory) -> Result<()> {
     let rows = y.rows("add_bias", "y")?;
     check("add_bias", &[("bias", bias, F32, y.count)])?;
     let add_to_y = true;
-    let args = [y.matrix.at(y.first).into(), bias.into(), rows.into(), y.count.into(), y.stride.into(), add_to_y.into()];
+    let args = [
+        y.matrix.at(y.first).into(),
+        bias.into(),
+        rows.into(),
+        y.count.into(),
+        y.stride.into(),
+        add_to_y.into(),
+    ];
     gpu.launch("add_bias", Some(y.matrix.kind()), Launch::strided(rows * y.count), &args)
 }
 
@@ -240,7 +326,8 @@ pub(crate) fn add_bias(gpu: &Gpu, y: Columns<'_>, bias: &Memory) -> Result<()> {
 pub(crate) fn column_sum(gpu: &Gpu, out: &Memory, g: Columns<'_>) -> Result<()> {
     let rows = g.rows("column_sum", "g")?;
     check("column_sum", &[("out", out, F32, g.count)])?;
-    let args = [out.into(), g.matrix.at(g.first).into(), rows.into(), g.count.into(), g.stride.into()];
+    let args =
+        [out.into(), g.matrix.at(g.first).into(), rows.into(), g.count.into(), g.stride.into()];
     gpu.launch("column_sum", Some(g.matrix.kind()), Launch::columns(g.count), &args)
 }
 
@@ -276,15 +363,36 @@ pub(crate) fn rms_norm_backward(gpu: &Gpu, n: RmsNormBackward<'_>) -> Result<()>
     let rows = count_rows("rms_norm_backward", "g", n.g.len(), width)?;
     check(
         "rms_norm_backward",
-        &[("gx", n.gx, F32, n.g.len()), ("inverse", n.inverse, F32, rows), ("x", n.x, F32, n.g.len()), ("w", n.w, F32, width)],
+        &[
+            ("gx", n.gx, F32, n.g.len()),
+            ("inverse", n.inverse, F32, rows),
+            ("x", n.x, F32, n.g.len()),
+            ("w", n.w, F32, width),
+        ],
     )?;
-    let args = [n.gx.into(), n.inverse.into(), n.x.into(), n.w.into(), n.g.into(), rows.into(), width.into(), n.eps.into()];
+    let args = [
+        n.gx.into(),
+        n.inverse.into(),
+        n.x.into(),
+        n.w.into(),
+        n.g.into(),
+        rows.into(),
+        width.into(),
+        n.eps.into(),
+    ];
     gpu.launch("rms_norm_backward", Some(kind), Launch::blocks(rows), &args)
 }
 
 /// partial\[b, :\] = Σ g ⊙ x · inverse over the rows of part b of [`weight_partials`], with partial
 /// `[parts, width]`; their sum is the gradient of w.
-pub(crate) fn rms_norm_weight(gpu: &Gpu, partial: &Memory, x: &Memory, inverse: &Memory, g: &Memory, width: usize) -> Result<()> {
+pub(crate) fn rms_norm_weight(
+    gpu: &Gpu,
+    partial: &Memory,
+    x: &Memory,
+    inverse: &Memory,
+    g: &Memory,
+    width: usize,
+) -> Result<()> {
     let (kind, rows, parts) = (g.kind(), inverse.len(), weight_partials(inverse.len()));
     check(
         "rms_norm_weight",
@@ -295,15 +403,46 @@ pub(crate) fn rms_norm_weight(gpu: &Gpu, partial: &Memory, x: &Memory, inverse: 
             ("g", g, kind, rows * width),
         ],
     )?;
-    let args = [partial.into(), x.into(), inverse.into(), g.into(), rows.into(), width.into(), ROWS_PER_PARTIAL.into()];
-    gpu.launch("rms_norm_weight", Some(kind), Launch::grid([width.div_ceil(256), parts], 256), &args)
+    let args = [
+        partial.into(),
+        x.into(),
+        inverse.into(),
+        g.into(),
+        rows.into(),
+        width.into(),
+        ROWS_PER_PARTIAL.into(),
+    ];
+    gpu.launch(
+        "rms_norm_weight",
+        Some(kind),
+        Launch::grid([width.div_ceil(256), parts], 256),
+        &args,
+    )
 }
 
 /// Norms heads in place, each over its own elements; w `[D]` in f32.
-pub(crate) fn head_norm(gpu: &Gpu, x: &Memory, w: &Memory, heads: HeadColumns, eps: f32) -> Result<()> {
+pub(crate) fn head_norm(
+    gpu: &Gpu,
+    x: &Memory,
+    w: &Memory,
+    heads: HeadColumns,
+    eps: f32,
+) -> Result<()> {
     let HeadColumns { rows, stride, first, heads: count, dim } = heads;
-    check("head_norm", &[("x", x, x.kind(), heads.elements("head_norm", "x")?), ("w", w, F32, dim)])?;
-    let args = [x.into(), w.into(), rows.into(), stride.into(), first.into(), count.into(), dim.into(), eps.into()];
+    check(
+        "head_norm",
+        &[("x", x, x.kind(), heads.elements("head_norm", "x")?), ("w", w, F32, dim)],
+    )?;
+    let args = [
+        x.into(),
+        w.into(),
+        rows.into(),
+        stride.into(),
+        first.into(),
+        count.into(),
+        dim.into(),
+        eps.into(),
+    ];
     let grid = Launch::grid([heads.items().div_ceil(HEADS_PER_BLOCK), 1], HEAD_THREADS);
     gpu.launch("head_norm", Some(x.kind()), grid, &args)
 }
@@ -323,10 +462,18 @@ pub(crate) struct HeadNormBackward<'a> {
 }
 
 /// Replaces the gradient of normed heads by that of the heads before the norm.
-pub(crate) fn head_norm_backward(gpu: &Gpu, n: HeadNormBackward<'_>, heads: HeadColumns) -> Result<()> {
+pub(crate) fn head_norm_backward(
+    gpu: &Gpu,
+    n: HeadNormBackward<'_>,
+    heads: HeadColumns,
+) -> Result<()> {
     let HeadColumns { rows, stride, first, heads: count, dim } = heads;
-    let (kind, len, parts) = (n.g.kind(), heads.elements("head_norm_backward", "g")?, weight_partials(heads.items()));
-    check("head_norm_backward", &[("g", n.g, kind, len), ("before", n.before, kind, len), ("w", n.w, F32, dim)])?;
+    let (kind, len, parts) =
+        (n.g.kind(), heads.elements("head_norm_backward", "g")?, weight_partials(heads.items()));
+    check(
+        "head_norm_backward",
+        &[("g", n.g, kind, len), ("before", n.before, kind, len), ("w", n.w, F32, dim)],
+    )?;
     if let Some(partial) = n.partial {
         check("head_norm_backward", &[("partial", partial, F32, parts * dim)])?;
     }
@@ -423,7 +570,12 @@ pub(crate) fn head_tile(gpu: &Gpu, h: HeadTile<'_>) -> Result<()> {
 pub(crate) fn head_rescale(gpu: &Gpu, d: &Memory, scales: &Memory, width: usize) -> Result<()> {
     let rows = scales.len();
     check("head_rescale", &[("d", d, F32, rows * width), ("scales", scales, F32, rows)])?;
-    gpu.launch("head_rescale", None, Launch::blocks(rows), &[d.into(), scales.into(), rows.into(), width.into()])
+    gpu.launch(
+        "head_rescale",
+        None,
+        Launch::blocks(rows),
+        &[d.into(), scales.into(), rows.into(), width.into()],
+    )
 }
 
 /// Operands of [`head_finish`].
@@ -445,9 +597,14 @@ pub(crate) fn head_finish(gpu: &Gpu, h: HeadFinish<'_>) -> Result<()> {
     count_rows("head_finish", "w", h.w.len(), h.width)?;
     check(
         "head_finish",
-        &[("d", h.d, F32, rows * h.width), ("state", h.state, F32, rows * SOFTMAX_STATE), ("targets", h.targets, F32, rows)],
+        &[
+            ("d", h.d, F32, rows * h.width),
+            ("state", h.state, F32, rows * SOFTMAX_STATE),
+            ("targets", h.targets, F32, rows),
+        ],
     )?;
-    let args = [h.d.into(), h.state.into(), h.w.into(), h.targets.into(), rows.into(), h.width.into()];
+    let args =
+        [h.d.into(), h.state.into(), h.w.into(), h.targets.into(), rows.into(), h.width.into()];
     gpu.launch("head_finish", Some(kind), Launch::blocks(rows), &args)
 }
 
@@ -470,7 +627,12 @@ pub(crate) fn head_errors(gpu: &Gpu, h: HeadErrors<'_>) -> Result<()> {
     let elements = h.tile.elements("head_errors", rows)?;
     check(
         "head_errors",
-        &[("errors", h.errors, kind, elements), ("lse", h.lse, F32, rows), ("g", h.g, F32, rows), ("targets", h.targets, F32, rows)],
+        &[
+            ("errors", h.errors, kind, elements),
+            ("lse", h.lse, F32, rows),
+            ("g", h.g, F32, rows),
+            ("targets", h.targets, F32, rows),
+        ],
     )?;
     let args = [
         h.errors.into(),
@@ -514,48 +676,101 @@ impl AttentionTiles<'_> {
     fn arguments(&self) -> [Arg; 7] {
         let Heads { query, key, dim, window } = self.heads;
         let (tiles, positions) = (self.tiles.into(), self.positions.into());
-        [tiles, positions, query.into(), key.into(), dim.into(), window.unwrap_or(0).into(), self.heads.scale().into()]
+        [
+            tiles,
+            positions,
+            query.into(),
+            key.into(),
+            dim.into(),
+            window.unwrap_or(0).into(),
+            self.heads.scale().into(),
+        ]
     }
 
     /// Starts the kernel of a pass, on tensor cores where there is one for these heads.
     /// `generic_heads` is the number of heads that the other kernel has blocks for.
-    fn launch(&self, gpu: &Gpu, pass: AttentionPass, kind: Kind, generic_heads: usize, args: &[Arg]) -> Result<()> {
+    fn launch(
+        &self,
+        gpu: &Gpu,
+        pass: AttentionPass,
+        kind: Kind,
+        generic_heads: usize,
+        args: &[Arg],
+    ) -> Result<()> {
         let generic = match pass {
             AttentionPass::Forward => "attention",
             AttentionPass::Queries => "attention_dq",
             AttentionPass::Keys => "attention_dkv",
         };
         let count = count_rows(generic, "tiles", self.tiles.len(), TILE_ENTRY)?;
-        check(generic, &[("tiles", self.tiles, F32, count * TILE_ENTRY), ("positions", self.positions, F32, self.tokens())])?;
+        check(
+            generic,
+            &[
+                ("tiles", self.tiles, F32, count * TILE_ENTRY),
+                ("positions", self.positions, F32, self.tokens()),
+            ],
+        )?;
         match tensor_core_kernel(kind, self.heads.dim, pass) {
             // All heads of a tile before the next tile.
             Some((name, shared)) => {
-                let grid = Launch::grid([self.heads.query, count], ATTENTION_THREADS).shared(shared);
+                let grid =
+                    Launch::grid([self.heads.query, count], ATTENTION_THREADS).shared(shared);
                 gpu.launch(name, None, grid, args)
             }
-            None => gpu.launch(generic, Some(kind), Launch::grid([count, generic_heads], ATTENTION_THREADS), args),
+            None => gpu.launch(
+                generic,
+                Some(kind),
+                Launch::grid([count, generic_heads], ATTENTION_THREADS),
+                args,
+            ),
         }
     }
 }
 
 /// Computes attention's output `[T, H·D]` and log-sum-exps `[T, H]` in f32 from
 /// qkv = \[q | k | v\] `[T, (H + 2K)·D]`.
-pub(crate) fn attention(gpu: &Gpu, out: &Memory, lse: &Memory, qkv: &Memory, over: AttentionTiles<'_>) -> Result<()> {
+pub(crate) fn attention(
+    gpu: &Gpu,
+    out: &Memory,
+    lse: &Memory,
+    qkv: &Memory,
+    over: AttentionTiles<'_>,
+) -> Result<()> {
     let (kind, tokens, heads) = (qkv.kind(), over.tokens(), over.heads);
     check(
         "attention",
-        &[("out", out, kind, tokens * heads.width()), ("lse", lse, F32, tokens * heads.query), ("qkv", qkv, kind, tokens * heads.row())],
+        &[
+            ("out", out, kind, tokens * heads.width()),
+            ("lse", lse, F32, tokens * heads.query),
+            ("qkv", qkv, kind, tokens * heads.row()),
+        ],
     )?;
     let args = [[out.into(), lse.into(), qkv.into()].as_slice(), &over.arguments()].concat();
     over.launch(gpu, AttentionPass::Forward, kind, heads.query, &args)
 }
 
 /// delta\[t, h\] = Σ_d out · dout of the head, with delta `[T, H]` in f32.
-pub(crate) fn attention_delta(gpu: &Gpu, delta: &Memory, out: &Memory, dout: &Memory, heads: Heads) -> Result<()> {
+pub(crate) fn attention_delta(
+    gpu: &Gpu,
+    delta: &Memory,
+    out: &Memory,
+    dout: &Memory,
+    heads: Heads,
+) -> Result<()> {
     let kind = out.kind();
     let tokens = count_rows("attention_delta", "out", out.len(), heads.width())?;
-    check("attention_delta", &[("delta", delta, F32, tokens * heads.query), ("dout", dout, kind, out.len())])?;
-    let args = [delta.into(), out.into(), dout.into(), tokens.into(), heads.query.into(), heads.dim.into()];
+    check(
+        "attention_delta",
+        &[("delta", delta, F32, tokens * heads.query), ("dout", dout, kind, out.len())],
+    )?;
+    let args = [
+        delta.into(),
+        out.into(),
+        dout.into(),
+        tokens.into(),
+        heads.query.into(),
+        heads.dim.into(),
+    ];
     let grid = Launch::grid([(tokens * heads.query).div_ceil(HEADS_PER_BLOCK), 1], HEAD_THREADS);
     gpu.launch("attention_delta", Some(kind), grid, &args)
 }
@@ -589,23 +804,41 @@ impl AttentionBackward<'_> {
                 ("delta", self.delta, F32, tokens * heads.query),
             ],
         )?;
-        Ok([self.dqkv.into(), self.qkv.into(), self.dout.into(), self.lse.into(), self.delta.into()])
+        Ok([
+            self.dqkv.into(),
+            self.qkv.into(),
+            self.dout.into(),
+            self.lse.into(),
+            self.delta.into(),
+        ])
     }
 }
 
 /// Computes the gradients of queries, over tiles of queries.
-pub(crate) fn attention_dq(gpu: &Gpu, a: AttentionBackward<'_>, over: AttentionTiles<'_>) -> Result<()> {
+pub(crate) fn attention_dq(
+    gpu: &Gpu,
+    a: AttentionBackward<'_>,
+    over: AttentionTiles<'_>,
+) -> Result<()> {
     let args = [a.arguments("attention_dq", over)?.as_slice(), &over.arguments()].concat();
     over.launch(gpu, AttentionPass::Queries, a.qkv.kind(), over.heads.query, &args)
 }
 
 /// Computes the gradients of keys and values, over tiles of keys. Where
 /// [`has_key_gradient_parts`], they go to `parts` `[T, 2·H·D]` in f32 instead of `dqkv`.
-pub(crate) fn attention_dkv(gpu: &Gpu, a: AttentionBackward<'_>, over: AttentionTiles<'_>, parts: Option<&Memory>) -> Result<()> {
+pub(crate) fn attention_dkv(
+    gpu: &Gpu,
+    a: AttentionBackward<'_>,
+    over: AttentionTiles<'_>,
+    parts: Option<&Memory>,
+) -> Result<()> {
     let (kind, heads) = (a.qkv.kind(), over.heads);
     let mut args = [a.arguments("attention_dkv", over)?.as_slice(), &over.arguments()].concat();
     if parts.is_some() != has_key_gradient_parts(kind, heads) {
-        bail!("CUDA: attention_dkv: parts are given: {}, but {heads:?} in {kind:?} need the opposite", parts.is_some());
+        bail!(
+            "CUDA: attention_dkv: parts are given: {}, but {heads:?} in {kind:?} need the opposite",
+            parts.is_some()
+        );
     }
     if let Some(parts) = parts {
         check("attention_dkv", &[("parts", parts, F32, 2 * over.tokens() * heads.width())])?;
@@ -619,7 +852,10 @@ pub(crate) fn attention_dkv(gpu: &Gpu, a: AttentionBackward<'_>, over: Attention
 /// Sums `parts` over the query heads that share keys, into the key and value columns of `dqkv`.
 pub(crate) fn attention_sum(gpu: &Gpu, dqkv: &Memory, parts: &Memory, heads: Heads) -> Result<()> {
     let tokens = count_rows("attention_sum", "dqkv", dqkv.len(), heads.row())?;
-    check("attention_sum", &[("dqkv", dqkv, Bf16, dqkv.len()), ("parts", parts, F32, 2 * tokens * heads.width())])?;
+    check(
+        "attention_sum",
+        &[("dqkv", dqkv, Bf16, dqkv.len()), ("parts", parts, F32, 2 * tokens * heads.width())],
+    )?;
     let args = [dqkv.into(), parts.into(), heads.query.into(), heads.key.into(), heads.dim.into()];
     gpu.launch("attention_sum", None, Launch::blocks(tokens), &args)
 }

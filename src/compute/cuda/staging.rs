@@ -50,7 +50,12 @@ impl Staging {
     ///
     /// # Safety
     /// The device memory at `to` is at least as long as the values.
-    pub unsafe fn copy(&mut self, to: u64, values: &[u8], stream: sys::CUstream) -> Result<(), DriverError> {
+    pub unsafe fn copy(
+        &mut self,
+        to: u64,
+        values: &[u8],
+        stream: sys::CUstream,
+    ) -> Result<(), DriverError> {
         let mut done = 0;
         while done < values.len() {
             if self.used == SLOT_BYTES {

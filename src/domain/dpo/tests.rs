@@ -1,7 +1,10 @@
 use super::*;
 
 fn mix(losses: &[LossType]) -> DpoConfig {
-    DpoConfig { losses: losses.iter().map(|loss| WeightedLoss::new(*loss, 1.0)).collect(), ..DpoConfig::default() }
+    DpoConfig {
+        losses: losses.iter().map(|loss| WeightedLoss::new(*loss, 1.0)).collect(),
+        ..DpoConfig::default()
+    }
 }
 
 #[test]
@@ -29,9 +32,14 @@ fn an_objective_of_means_has_a_mean_reward_and_any_other_a_sum() {
 #[test]
 fn a_reference_is_there_for_the_loss_for_metrics_or_because_it_is_named() {
     use LossType::*;
-    for (losses, unnamed) in
-        [(&[Sigmoid][..], true), (&[Sft], true), (&[Simpo], false), (&[Orpo], false), (&[Simpo, Sft], false), (&[Simpo, Ipo], true)]
-    {
+    for (losses, unnamed) in [
+        (&[Sigmoid][..], true),
+        (&[Sft], true),
+        (&[Simpo], false),
+        (&[Orpo], false),
+        (&[Simpo, Sft], false),
+        (&[Simpo, Ipo], true),
+    ] {
         assert_eq!(mix(losses).has_reference(false), unnamed, "{losses:?}");
         assert!(mix(losses).has_reference(true), "{losses:?}");
         let free = DpoConfig { reference_free: true, ..mix(losses) };
@@ -43,5 +51,8 @@ fn a_reference_is_there_for_the_loss_for_metrics_or_because_it_is_named() {
 fn a_term_without_smoothing_of_its_own_is_stored_as_before() {
     let term = WeightedLoss::new(LossType::Sigmoid, 0.5);
     assert_eq!(serde_json::to_string(&term).unwrap(), r#"{"loss":"sigmoid","weight":0.5}"#);
-    assert_eq!(serde_json::from_str::<WeightedLoss>(r#"{"loss":"sigmoid","weight":0.5}"#).unwrap(), term);
+    assert_eq!(
+        serde_json::from_str::<WeightedLoss>(r#"{"loss":"sigmoid","weight":0.5}"#).unwrap(),
+        term
+    );
 }

@@ -14,7 +14,8 @@ fn a_message_keeps_every_key_in_order_and_drops_nulls() {
     );
     assert_eq!(message.role(), "assistant");
     assert!(!message.is_blank());
-    let back: ChatMessage = serde_json::from_str(&serde_json::to_string(&message).unwrap()).unwrap();
+    let back: ChatMessage =
+        serde_json::from_str(&serde_json::to_string(&message).unwrap()).unwrap();
     assert_eq!(back, message);
 }
 
@@ -28,15 +29,24 @@ fn what_is_no_message_is_refused_by_its_path() {
         (json!({"role": "user", "content": null}), "content is null"),
         (json!({"role": "user", "content": 3}), "content is a number"),
         (json!({"role": "user", "content": ["a"]}), "content[0] is a string"),
-        (json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}), "content[1].type cannot be used"),
-        (json!({"role": "user", "content": [{"type": "x", "audio": "a.wav"}]}), "content[0].audio cannot be used"),
+        (
+            json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}),
+            "content[1].type cannot be used",
+        ),
+        (
+            json!({"role": "user", "content": [{"type": "x", "audio": "a.wav"}]}),
+            "content[0].audio cannot be used",
+        ),
         (json!({"role": "user", "content": "a", "images": ["a.png"]}), "images cannot be used"),
     ] {
         let e = ChatMessage::from_json(value.clone()).unwrap_err();
         assert!(e.starts_with(expected), "{value}: {e}");
     }
     let parts = json!({"role": "user", "content": [{"type": "text", "text": "a"}]});
-    assert_eq!(serde_json::to_value(ChatMessage::from_json(parts.clone()).unwrap()).unwrap(), parts);
+    assert_eq!(
+        serde_json::to_value(ChatMessage::from_json(parts.clone()).unwrap()).unwrap(),
+        parts
+    );
 }
 
 #[test]
@@ -95,13 +105,20 @@ fn arguments_that_are_given_nearer_win() {
         tools: Some(vec![json!({"a": 1})]),
         kwargs: Map::from_iter([("x".to_owned(), json!(1)), ("y".to_owned(), json!(2))]),
     };
-    let own = TemplateArguments { tools: None, kwargs: Map::from_iter([("x".to_owned(), json!(3))]) };
+    let own =
+        TemplateArguments { tools: None, kwargs: Map::from_iter([("x".to_owned(), json!(3))]) };
     let merged = own.over(&below);
     assert_eq!(merged.tools, below.tools);
-    assert_eq!(merged.kwargs, Map::from_iter([("x".to_owned(), json!(3)), ("y".to_owned(), json!(2))]));
+    assert_eq!(
+        merged.kwargs,
+        Map::from_iter([("x".to_owned(), json!(3)), ("y".to_owned(), json!(2))])
+    );
 }
 
 #[test]
 fn nulls_of_tables_go_all_through() {
-    assert_eq!(without_nulls(json!({"a": null, "b": [{"c": null, "d": 1}, null]})), json!({"b": [{"d": 1}, null]}));
+    assert_eq!(
+        without_nulls(json!({"a": null, "b": [{"c": null, "d": 1}, null]})),
+        json!({"b": [{"d": 1}, null]})
+    );
 }

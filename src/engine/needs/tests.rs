@@ -26,8 +26,12 @@ const LENGTHS: Lengths = Lengths { longest: 64, micro_batch: 128 };
 /// Models as a server with that precision has them: two that are stored in f32, one in bf16.
 fn bases(precision: Precision) -> Bases {
     let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models");
-    let load = |(id, folder): (&str, &str)| load_model(Some(id), goldens.join(folder).to_str().unwrap(), &HubOptions::default()).unwrap();
-    let models = [("tiny", "llama"), ("other", "qwen2-ref"), ("stored_in_bf16", "llama-bf16")].map(load);
+    let load = |(id, folder): (&str, &str)| {
+        load_model(Some(id), goldens.join(folder).to_str().unwrap(), &HubOptions::default())
+            .unwrap()
+    };
+    let models =
+        [("tiny", "llama"), ("other", "qwen2-ref"), ("stored_in_bf16", "llama-bf16")].map(load);
     Bases::load(models.into(), ComputeDevice::Cpu, "cpu", precision).unwrap()
 }
 
@@ -48,7 +52,12 @@ fn lora(precision: Precision) -> TrainingSpec {
 }
 
 /// Bytes on the CPU; of a GPU and of the machine beside it.
-fn needs(bases: &Bases, model: &str, reference: Option<&WeightsRef>, spec: &TrainingSpec) -> (u64, (u64, u64)) {
+fn needs(
+    bases: &Bases,
+    model: &str,
+    reference: Option<&WeightsRef>,
+    spec: &TrainingSpec,
+) -> (u64, (u64, u64)) {
     let of = |memory| extra(bases, model, reference, spec, LENGTHS, memory).unwrap();
     let (cpu, gpu) = (of(MemoryKind::Host), of(MemoryKind::Gpu));
     assert_eq!(cpu.host, 0, "the CPU's memory is the machine's");
@@ -68,7 +77,8 @@ fn weights_as_they_are_in_memory_are_not_copied() {
 fn weights_that_must_not_be_rounded_are_copied_of_each_model_once() {
     let bases = bases(Precision::Bf16);
     let parameters = |id: &str| bases.get(id).unwrap().info.parameters;
-    let (tiny, other, stored) = (parameters("tiny"), parameters("other"), parameters("stored_in_bf16"));
+    let (tiny, other, stored) =
+        (parameters("tiny"), parameters("other"), parameters("stored_in_bf16"));
     assert_ne!(tiny, other);
     let run = lora(Precision::F32);
     // The policy's frozen weights are its reference's.
@@ -76,7 +86,10 @@ fn weights_that_must_not_be_rounded_are_copied_of_each_model_once() {
     let both = 4 * (tiny + other);
     assert_eq!(needs(&bases, "tiny", Some(&model("other")), &run), (both, (both, both)));
     // Weights that are stored in bf16 are not rounded. A GPU needs a copy in f32 all the same.
-    assert_eq!(needs(&bases, "stored_in_bf16", Some(&model("stored_in_bf16")), &run), (0, (4 * stored, 0)));
+    assert_eq!(
+        needs(&bases, "stored_in_bf16", Some(&model("stored_in_bf16")), &run),
+        (0, (4 * stored, 0))
+    );
     // A fully trained policy has its weights in the plan, its frozen reference has not.
     let run = spec(Method::Full, Precision::F32);
     assert_eq!(needs(&bases, "tiny", Some(&model("tiny")), &run), (4 * tiny, (4 * tiny, 4 * tiny)));
@@ -102,7 +115,11 @@ fn a_moving_reference_is_in_memory_twice_while_the_policy_is_mixed_in() {
         run.dpo.reference_sync = Some(ReferenceSync { alpha: 0.5, every_steps: 1 });
         let on_gpu = weight_bytes(server) * tiny;
         for reference in [model("tiny"), full("tiny")] {
-            assert_eq!(needs(&bases, "tiny", Some(&reference), &run), (8 * tiny, (on_gpu, 8 * tiny)), "{server:?}");
+            assert_eq!(
+                needs(&bases, "tiny", Some(&reference), &run),
+                (8 * tiny, (on_gpu, 8 * tiny)),
+                "{server:?}"
+            );
         }
     }
 }
@@ -139,8 +156,16 @@ fn a_larger_reference_needs_more_activations_in_rows_as_long_as_the_runs() {
     let difference = |tokens| estimate::scoring(&large, tokens) - estimate::scoring(&small, tokens);
     run.batch.row_tokens = 100;
     assert_eq!(more(&run, Lengths { longest: 300, micro_batch: 900 }), difference(300));
-    assert_eq!(more(&run, Lengths { longest: 30, micro_batch: 900 }), difference(100), "a row has several pairs");
-    assert_eq!(more(&run, Lengths { longest: 30, micro_batch: 60 }), difference(60), "but not more than there are");
+    assert_eq!(
+        more(&run, Lengths { longest: 30, micro_batch: 900 }),
+        difference(100),
+        "a row has several pairs"
+    );
+    assert_eq!(
+        more(&run, Lengths { longest: 30, micro_batch: 60 }),
+        difference(60),
+        "but not more than there are"
+    );
     assert_eq!(more_activations(&small, &large, &run, LENGTHS), 0, "the plan counts as much");
 }
 
@@ -148,7 +173,11 @@ fn a_larger_reference_needs_more_activations_in_rows_as_long_as_the_runs() {
 fn engine(memory_limit: u64) -> Engine {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");
     let model = load_model(Some("tiny"), folder.to_str().unwrap(), &HubOptions::default()).unwrap();
-    let options = EngineOptions { memory_limit: Some(memory_limit), precision: Precision::Bf16, ..EngineOptions::default() };
+    let options = EngineOptions {
+        memory_limit: Some(memory_limit),
+        precision: Precision::Bf16,
+        ..EngineOptions::default()
+    };
     start(vec![model], options).unwrap()
 }
 
@@ -186,7 +215,8 @@ fn a_run_starts_in_exactly_the_memory_that_its_estimate_names_and_is_refused_wit
     for spec in specs() {
         let folder = tempfile::tempdir().unwrap();
         let lengths = Lengths::one(TOKENS);
-        let (needed, _) = engine(u64::MAX / 2).memory("tiny", Some(&base()), &spec, lengths).unwrap();
+        let (needed, _) =
+            engine(u64::MAX / 2).memory("tiny", Some(&base()), &spec, lengths).unwrap();
 
         let enough = engine(needed);
         assert_eq!(enough.memory("tiny", Some(&base()), &spec, lengths).unwrap(), (needed, needed));
@@ -200,9 +230,18 @@ fn a_run_starts_in_exactly_the_memory_that_its_estimate_names_and_is_refused_wit
         while !matches!(told.blocking_recv().unwrap().event, RunEvent::Ended(_)) {}
 
         let short = engine(needed - 1);
-        assert_eq!(short.memory("tiny", Some(&base()), &spec, lengths).unwrap(), (needed, needed - 1));
-        assert!(matches!(short.check("tiny", Some(&base()), &spec, lengths), Err(EngineError::OutOfMemory { .. })));
-        assert!(matches!(short.train(run(&spec, folder.path()).0), Err(EngineError::OutOfMemory { .. })));
+        assert_eq!(
+            short.memory("tiny", Some(&base()), &spec, lengths).unwrap(),
+            (needed, needed - 1)
+        );
+        assert!(matches!(
+            short.check("tiny", Some(&base()), &spec, lengths),
+            Err(EngineError::OutOfMemory { .. })
+        ));
+        assert!(matches!(
+            short.train(run(&spec, folder.path()).0),
+            Err(EngineError::OutOfMemory { .. })
+        ));
     }
 }
 
@@ -214,7 +253,9 @@ fn a_plan_has_the_memory_that_copies_of_weights_leave() {
     let config = &bases.get("tiny").unwrap().policy.config;
     let run = lora(Precision::F32);
     assert_eq!(run.batch.activation_checkpointing, ActivationCheckpointing::Auto);
-    let extra = extra(&bases, "tiny", Some(&model("tiny")), &run, LENGTHS, MemoryKind::Host).unwrap().device;
+    let extra = extra(&bases, "tiny", Some(&model("tiny")), &run, LENGTHS, MemoryKind::Host)
+        .unwrap()
+        .device;
     let plan = |available| estimate::plan(config, &run, LENGTHS, available, MemoryKind::Host);
     let fastest = plan(u64::MAX).unwrap().total();
     let leanest = plan(0).unwrap_err().total();
@@ -224,7 +265,10 @@ fn a_plan_has_the_memory_that_copies_of_weights_leave() {
     let chosen = plan(needs.left_for_plan(memory)).unwrap();
     assert!(extra + chosen.total() <= memory);
     assert_eq!(plan(memory).unwrap().total(), fastest, "without the copy it would be this one");
-    assert!(plan(needs.left_for_plan(needs.minimum)).is_ok() && plan(needs.left_for_plan(needs.minimum - 1)).is_err());
+    assert!(
+        plan(needs.left_for_plan(needs.minimum)).is_ok()
+            && plan(needs.left_for_plan(needs.minimum - 1)).is_err()
+    );
 }
 
 #[test]
@@ -232,8 +276,12 @@ fn copies_of_weights_are_part_of_the_estimate() {
     let [moving, unrounded, plain] = specs().try_into().unwrap();
     let engine = engine(u64::MAX / 2);
     let parameters = engine.models()[0].parameters;
-    let extra = |spec| engine.extra("tiny", Some(&base()), spec, Lengths::one(TOKENS)).unwrap().device;
-    assert_eq!((extra(&moving), extra(&unrounded), extra(&plain)), (8 * parameters, 4 * parameters, 0));
+    let extra =
+        |spec| engine.extra("tiny", Some(&base()), spec, Lengths::one(TOKENS)).unwrap().device;
+    assert_eq!(
+        (extra(&moving), extra(&unrounded), extra(&plain)),
+        (8 * parameters, 4 * parameters, 0)
+    );
 }
 
 #[test]
@@ -241,6 +289,7 @@ fn a_job_that_ran_out_of_memory_says_so() {
     let full = candle_core::Error::Cuda(Box::new(OutOfMemory("the GPU is out of memory".into())));
     let other = candle_core::Error::Msg("an illegal address".into());
     let no_plan = TrainError::NoPlan { needed_mib: 2, available_mib: 1 };
-    let reasons = [TrainError::Tensor(full), no_plan, TrainError::Tensor(other)].map(|e| explain(&e).reason);
+    let reasons =
+        [TrainError::Tensor(full), no_plan, TrainError::Tensor(other)].map(|e| explain(&e).reason);
     assert_eq!(reasons, [Reason::OutOfMemory, Reason::OutOfMemory, Reason::DeviceFailed]);
 }

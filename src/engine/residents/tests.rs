@@ -16,7 +16,11 @@ fn full(i: usize) -> WeightsRef {
 }
 
 fn adapter() -> WeightsRef {
-    WeightsRef::Adapter { model: "tiny".into(), dir: golden("adapters/llama"), content: "adapter".into() }
+    WeightsRef::Adapter {
+        model: "tiny".into(),
+        dir: golden("adapters/llama"),
+        content: "adapter".into(),
+    }
 }
 
 /// A cache of at most 8 weights, which never matters here, and of so many bytes.
@@ -64,7 +68,13 @@ fn weights_in_use_stay_and_what_has_no_room_beside_them_is_refused() {
     let held = residents.get(&bases, &full(0)).unwrap();
     let also_held = residents.get(&bases, &full(1)).unwrap();
     let refused = residents.get(&bases, &full(2)).unwrap_err();
-    assert!(matches!(refused, EngineError::NoRoom { needed_mib: 1, available_mib: 0, setting: "memory_limit" }), "{refused:?}");
+    assert!(
+        matches!(
+            refused,
+            EngineError::NoRoom { needed_mib: 1, available_mib: 0, setting: "memory_limit" }
+        ),
+        "{refused:?}"
+    );
     assert!(refused.to_string().contains("raise memory_limit"), "{refused}");
     assert_eq!(contents(&residents), ["0", "1"]);
     drop(also_held);
@@ -104,14 +114,19 @@ fn a_run_takes_the_room_of_weights_that_nothing_uses_and_gives_it_back() {
     residents.get(&bases, &full(7)).unwrap();
     assert_eq!(contents(&residents), ["5", "6", "7"]);
     residents.get(&bases, &full(8)).unwrap();
-    assert_eq!(contents(&residents), ["6", "7", "8"], "it counts like any other when the run is over");
+    assert_eq!(
+        contents(&residents),
+        ["6", "7", "8"],
+        "it counts like any other when the run is over"
+    );
 }
 
 #[test]
 fn adapters_are_counted_as_they_are_in_memory() {
     let bases = bases(Precision::F32);
     let policy = bases.open(&adapter()).unwrap();
-    let elements: usize = policy.adapter.as_ref().unwrap().named().iter().map(|(_, t)| t.elem_count()).sum();
+    let elements: usize =
+        policy.adapter.as_ref().unwrap().named().iter().map(|(_, t)| t.elem_count()).sum();
     let bytes = 4 * elements as u64;
     assert!(bytes > 0 && bytes < full_size(&bases));
     assert!(residents(bytes).get(&bases, &adapter()).is_ok());

@@ -30,9 +30,17 @@ fn run() -> TrainingRun {
 fn a_moving_reference_starts_from_unrounded_weights_on_every_server() {
     let identity = |stored: Precision| {
         let bases = bases(stored);
-        let exact = ExactWeights { bases: &bases, read: read_exact(&models_to_read(&run(), &bases), &bases, &Default::default()).unwrap() };
-        assert_eq!(exact.read.len(), usize::from(stored == Precision::Bf16), "read where the ones in memory are rounded");
-        let moving = reference(&run(), &exact, &mut Residents::new(1), Precision::F32, &Arc::default());
+        let exact = ExactWeights {
+            bases: &bases,
+            read: read_exact(&models_to_read(&run(), &bases), &bases, &Default::default()).unwrap(),
+        };
+        assert_eq!(
+            exact.read.len(),
+            usize::from(stored == Precision::Bf16),
+            "read where the ones in memory are rounded"
+        );
+        let moving =
+            reference(&run(), &exact, &mut Residents::new(1), Precision::F32, &Arc::default());
         moving.unwrap().weights().unwrap().1.to_owned()
     };
     assert_eq!(identity(Precision::F32), identity(Precision::Bf16));
@@ -44,16 +52,30 @@ fn a_run_starts_with_its_leanest_plan_and_with_none_below() {
     let bases = bases(Precision::F32);
     let start = |memory| {
         let mut run = TrainingRun { train: vec![pair(40); 3], ..run() };
-        prepare(&mut run, &bases, ExactBases::new(), &mut Residents::new(1), memory, &Arc::default())
+        prepare(
+            &mut run,
+            &bases,
+            ExactBases::new(),
+            &mut Residents::new(1),
+            memory,
+            &Arc::default(),
+        )
     };
     let (config, spec) = (&bases.get("tiny").unwrap().policy.config, run().spec);
     let lengths = Lengths::of(&vec![pair(40); 3], spec.batch.batch_size);
     let leanest = plan(config, &spec, lengths, 0, MemoryKind::Host).unwrap_err().total();
     assert_eq!(start(leanest).unwrap().planned_bytes(), leanest);
-    let Err(EngineError::OutOfMemory { needed_mib, available_mib, remedy }) = start(leanest - 1).map(|_| ()) else {
+    let Err(EngineError::OutOfMemory { needed_mib, available_mib, remedy }) =
+        start(leanest - 1).map(|_| ())
+    else {
         panic!("there is no plan");
     };
-    assert!(needed_mib > available_mib && available_mib == (leanest - 1) >> 20 && remedy.contains("lower max_length"), "{remedy}");
+    assert!(
+        needed_mib > available_mib
+            && available_mib == (leanest - 1) >> 20
+            && remedy.contains("lower max_length"),
+        "{remedy}"
+    );
 }
 
 #[test]
@@ -66,7 +88,8 @@ fn weights_of_a_runs_reference_are_kept_where_others_find_them() {
     frozen.spec.precision = Some(Precision::Bf16);
     let exact = ExactWeights { bases: &bases, read: ExactBases::new() };
     let mut residents = Residents::new(1);
-    let reference = reference(&frozen, &exact, &mut residents, Precision::Bf16, &Arc::default()).unwrap();
+    let reference =
+        reference(&frozen, &exact, &mut residents, Precision::Bf16, &Arc::default()).unwrap();
     residents.evict_unused();
     assert!(!residents.is_empty(), "the run has it");
     drop(reference);

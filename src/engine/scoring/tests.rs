@@ -49,7 +49,14 @@ fn groups_of_a_pair() -> Vec<SequenceGroup> {
 fn entry(policy: WeightsRef) -> (Entry, oneshot::Receiver<Result<ScoredItem, EngineError>>) {
     let (reply, answer) = oneshot::channel();
     let item = ScoreItem { groups: groups_of_a_pair() };
-    let entry = Entry { item, policy, reference: Some(base()), enqueued: Instant::now(), trace: Context::new(), reply };
+    let entry = Entry {
+        item,
+        policy,
+        reference: Some(base()),
+        enqueued: Instant::now(),
+        trace: Context::new(),
+        reply,
+    };
     (entry, answer)
 }
 
@@ -69,7 +76,8 @@ fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_se
     for (server, job) in [precisions, [precisions[1], precisions[0]]].map(|[a, b]| (a, b)) {
         let bases = bases(server);
         let options = EngineOptions { precision: server, ..Default::default() };
-        let mut scoring = Scoring::new(0, Arc::new(ScoringQueue::new(1 << 20, 1)), bases.clone(), &options);
+        let mut scoring =
+            Scoring::new(0, Arc::new(ScoringQueue::new(1 << 20, 1)), bases.clone(), &options);
         let policy = bases.open(&base()).unwrap().with_precision(job);
         let live = Live { job: JOB.into(), policy, reference: None, step: 0 };
 
@@ -115,7 +123,8 @@ fn scoring_with_a_checkpoint() -> (Scoring, WeightsRef) {
 #[test]
 fn a_pass_without_memory_is_repeated_once_without_the_weights_that_nothing_uses() {
     let (mut scoring, _) = scoring_with_a_checkpoint();
-    let (batch, _answers): (Vec<Entry>, Vec<_>) = [entry(base()), entry(base())].into_iter().unzip();
+    let (batch, _answers): (Vec<Entry>, Vec<_>) =
+        [entry(base()), entry(base())].into_iter().unzip();
     let (calls, mut results) = (Cell::new(0), vec_of_none(2));
     scoring.pass(&batch, vec![0, 1], &mut results, |scoring, entries| {
         calls.set(calls.get() + 1);

@@ -7,7 +7,9 @@ use tokio::sync::mpsc::{Receiver, channel};
 use super::*;
 use crate::domain::dpo::ReferenceSync;
 use crate::domain::reason::Reason;
-use crate::domain::training::{BatchConfig, Method, OptimizerConfig, Precision, ScheduleKind, TrainingSpec};
+use crate::domain::training::{
+    BatchConfig, Method, OptimizerConfig, Precision, ScheduleKind, TrainingSpec,
+};
 use crate::engine::api::ScoreItem;
 use crate::engine::{Engine, start};
 use crate::formats::export;
@@ -21,7 +23,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A copy of a tiny model's files, which a test may change.
 fn copied_model() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama")).unwrap() {
+    for entry in
+        std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama"))
+            .unwrap()
+    {
         let entry = entry.unwrap();
         std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
     }
@@ -61,7 +66,11 @@ fn run(method: Method, checkpoints: PathBuf) -> (TrainingRun, Receiver<Report>) 
     let spec = TrainingSpec {
         method,
         batch: BatchConfig { batch_size: 1, max_steps: Some(10), ..Default::default() },
-        optimizer: OptimizerConfig { learning_rate: 1e-3, schedule: ScheduleKind::Constant, ..Default::default() },
+        optimizer: OptimizerConfig {
+            learning_rate: 1e-3,
+            schedule: ScheduleKind::Constant,
+            ..Default::default()
+        },
         ..Default::default()
     };
     let run = TrainingRun {
@@ -87,7 +96,11 @@ fn run_lora(checkpoints: PathBuf) -> (TrainingRun, Receiver<Report>) {
 
 /// Waits for the next event of a run.
 async fn next(events: &mut Receiver<Report>) -> RunEvent {
-    tokio::time::timeout(PATIENCE, events.recv()).await.expect("an event comes").expect("the run reports").event
+    tokio::time::timeout(PATIENCE, events.recv())
+        .await
+        .expect("an event comes")
+        .expect("the run reports")
+        .event
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -99,7 +112,10 @@ async fn a_run_whose_models_files_are_gone_or_changed_has_not_begun() {
     let mut changed = original.clone();
     *changed.last_mut().unwrap() ^= 1;
     let told = |message: &str| {
-        assert!(message.contains("models/tiny") && message.contains("model.safetensors"), "{message}");
+        assert!(
+            message.contains("models/tiny") && message.contains("model.safetensors"),
+            "{message}"
+        );
         assert!(!message.contains(model.path().to_str().unwrap()), "{message}");
     };
     for contents in [None, Some(&changed)] {
@@ -156,7 +172,10 @@ async fn the_device_scores_while_the_files_of_a_run_are_read() {
     engine.train(first).unwrap();
     let policy = base();
     let scored = engine.score(&policy, None, ScoreItem { groups: groups() });
-    tokio::time::timeout(PATIENCE, scored).await.expect("scoring does not wait for the files").unwrap();
+    tokio::time::timeout(PATIENCE, scored)
+        .await
+        .expect("scoring does not wait for the files")
+        .unwrap();
     // Nor does whoever stops the run.
     control.cancel();
     let ended = next(&mut first_events).await;
@@ -183,14 +202,20 @@ async fn a_moving_reference_is_scored_as_it_is_at_the_policys_step() {
     run.spec.dpo.reference_sync = Some(ReferenceSync { alpha: 1.0, every_steps: 1 });
     let control = run.control.clone();
     engine.train(run).unwrap();
-    let (policy, reference) = (WeightsRef::Live { job: "job".into() }, WeightsRef::LiveReference { job: "job".into() });
+    let (policy, reference) =
+        (WeightsRef::Live { job: "job".into() }, WeightsRef::LiveReference { job: "job".into() });
     let began = Instant::now();
     let trained = loop {
         assert!(began.elapsed() < PATIENCE, "the run takes its first step");
         match engine.score(&policy, Some(&reference), ScoreItem { groups: groups() }).await {
             Ok(scored) => {
                 for completion in &scored.completions {
-                    assert_eq!(Some(&completion.policy), completion.reference.as_ref(), "step {:?}", scored.live_step);
+                    assert_eq!(
+                        Some(&completion.policy),
+                        completion.reference.as_ref(),
+                        "step {:?}",
+                        scored.live_step
+                    );
                 }
                 // The run has no room for the event of its first step: it stands there.
                 if scored.live_step == Some(1) {
@@ -203,7 +228,10 @@ async fn a_moving_reference_is_scored_as_it_is_at_the_policys_step() {
     };
     let start = engine.score(&policy, Some(&base()), ScoreItem { groups: groups() }).await.unwrap();
     assert_ne!(start.completions[0].reference, trained.completions[0].reference, "it has moved");
-    assert_eq!((start.live_step, &start.completions[0].policy), (Some(1), &trained.completions[0].policy));
+    assert_eq!(
+        (start.live_step, &start.completions[0].policy),
+        (Some(1), &trained.completions[0].policy)
+    );
     // Both end with the run: whoever asks for them then is told, and may ask for what is stored.
     control.cancel();
     drop(events);

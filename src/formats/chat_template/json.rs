@@ -68,7 +68,8 @@ fn indentation(value: &Value) -> Result<String, Error> {
 }
 
 fn both_separators(pair: &Value) -> Result<(String, String), Error> {
-    let parts: Vec<String> = pair.try_iter()?.filter_map(|part| part.as_str().map(str::to_owned)).collect();
+    let parts: Vec<String> =
+        pair.try_iter()?.filter_map(|part| part.as_str().map(str::to_owned)).collect();
     match <[String; 2]>::try_from(parts) {
         Ok([item, key]) => Ok((item, key)),
         Err(_) => Err(refused("tojson: separators must be two strings".into())),
@@ -78,7 +79,9 @@ fn both_separators(pair: &Value) -> Result<(String, String), Error> {
 impl Style {
     fn dump(&self, value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
         if depth > MAX_DEPTH {
-            return Err(refused(format!("tojson: objects and lists lie more than {MAX_DEPTH} deep in each other")));
+            return Err(refused(format!(
+                "tojson: objects and lists lie more than {MAX_DEPTH} deep in each other"
+            )));
         }
         if out.len() > MAX_JSON {
             return Err(refused(format!("tojson: the text has more than {} MiB", MAX_JSON >> 20)));
@@ -179,7 +182,11 @@ fn key_text(key: &Value) -> Result<String, Error> {
 }
 
 fn number(value: &Value) -> Result<String, Error> {
-    if value.is_integer() { Ok(value.to_string()) } else { Ok(float(f64::try_from(value.clone())?)) }
+    if value.is_integer() {
+        Ok(value.to_string())
+    } else {
+        Ok(float(f64::try_from(value.clone())?))
+    }
 }
 
 /// Python's `repr` of a float.
@@ -198,7 +205,9 @@ pub(super) fn float(x: f64) -> String {
     let scientific = format!("{x:e}");
     let (mantissa, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
     match exponent.parse::<i32>() {
-        Ok(e) if !(-4..16).contains(&e) => format!("{mantissa}e{}{:02}", if e < 0 { '-' } else { '+' }, e.abs()),
+        Ok(e) if !(-4..16).contains(&e) => {
+            format!("{mantissa}e{}{:02}", if e < 0 { '-' } else { '+' }, e.abs())
+        }
         _ => {
             let plain = x.to_string();
             if plain.contains('.') { plain } else { plain + ".0" }

@@ -19,23 +19,30 @@ const MAX_DEPTH: usize = 150;
 
 /// Adds the filters.
 pub(super) fn install(environment: &mut Environment<'_>) {
-    environment.add_filter(OPERATOR, |state: &State, format: Value, value: Value| percent(state, &format, &value));
-    environment.add_filter("format", |state: &State, format: Value, arguments: Rest<ValueOrKwargs>| -> Result<Value, Error> {
-        let arguments = arguments.into_values();
-        let (positional, named): (&[Value], Kwargs) = from_args(&arguments)?;
-        let mut fields = Vec::new();
-        for name in named.args() {
-            fields.push((name, named.get::<Value>(name)?));
-        }
-        match (positional.is_empty(), fields.is_empty()) {
-            (false, false) => Err(refused("format: arguments must be either all positional or all named")),
-            (_, false) => percent(state, &format, &Value::from_pairs(fields)),
-            (_, true) => {
-                let values = Arguments { values: positional.to_vec(), next: 0, mapping: None };
-                formatted(state, &format, values)
-            }
-        }
+    environment.add_filter(OPERATOR, |state: &State, format: Value, value: Value| {
+        percent(state, &format, &value)
     });
+    environment.add_filter(
+        "format",
+        |state: &State, format: Value, arguments: Rest<ValueOrKwargs>| -> Result<Value, Error> {
+            let arguments = arguments.into_values();
+            let (positional, named): (&[Value], Kwargs) = from_args(&arguments)?;
+            let mut fields = Vec::new();
+            for name in named.args() {
+                fields.push((name, named.get::<Value>(name)?));
+            }
+            match (positional.is_empty(), fields.is_empty()) {
+                (false, false) => {
+                    Err(refused("format: arguments must be either all positional or all named"))
+                }
+                (_, false) => percent(state, &format, &Value::from_pairs(fields)),
+                (_, true) => {
+                    let values = Arguments { values: positional.to_vec(), next: 0, mapping: None };
+                    formatted(state, &format, values)
+                }
+            }
+        },
+    );
 }
 
 /// Returns Python's `format % value`.
@@ -44,9 +51,14 @@ fn percent(state: &State, format: &Value, value: &Value) -> Result<Value, Error>
         Arguments { values: value.try_iter()?.collect(), next: 0, mapping: None }
     } else {
         // Whatever can be asked for items may stay unused.
-        let is_mapping = matches!(value.kind(), ValueKind::Map | ValueKind::Seq | ValueKind::Undefined)
-            || (value.kind() == ValueKind::Iterable && value.len().is_some());
-        Arguments { values: vec![value.clone()], next: 0, mapping: is_mapping.then(|| value.clone()) }
+        let is_mapping =
+            matches!(value.kind(), ValueKind::Map | ValueKind::Seq | ValueKind::Undefined)
+                || (value.kind() == ValueKind::Iterable && value.len().is_some());
+        Arguments {
+            values: vec![value.clone()],
+            next: 0,
+            mapping: is_mapping.then(|| value.clone()),
+        }
     };
     formatted(state, format, arguments)
 }
@@ -85,7 +97,11 @@ struct Arguments {
 impl Arguments {
     fn value(&mut self, key: Option<&str>) -> Result<Value, Error> {
         let Some(key) = key else {
-            let value = self.values.get(self.next).cloned().ok_or_else(|| refused("not enough arguments for format string"))?;
+            let value = self
+                .values
+                .get(self.next)
+                .cloned()
+                .ok_or_else(|| refused("not enough arguments for format string"))?;
             self.next += 1;
             return Ok(value);
         };
@@ -94,7 +110,11 @@ impl Arguments {
         let mapping = self.mapping.as_ref().filter(|m| m.kind() == ValueKind::Map);
         let mapping = mapping.ok_or_else(|| refused("format requires a mapping"))?;
         let value = mapping.get_item(&Value::from(key))?;
-        if value.is_undefined() { Err(refused(format!("format: there is no key '{key}'"))) } else { Ok(value) }
+        if value.is_undefined() {
+            Err(refused(format!("format: there is no key '{key}'")))
+        } else {
+            Ok(value)
+        }
     }
 
     fn finish(&self) -> Result<(), Error> {
@@ -125,7 +145,8 @@ impl<'a> Field<'a> {
         let mut field = Field::default();
         let mut rest = text;
         if let Some(keyed) = rest.strip_prefix('(') {
-            let (key, after) = keyed.split_once(')').ok_or_else(|| refused("incomplete format key"))?;
+            let (key, after) =
+                keyed.split_once(')').ok_or_else(|| refused("incomplete format key"))?;
             if key.contains('(') {
                 return Err(refused(format!("format: the key '{key}' has a parenthesis in it")));
             }
@@ -166,7 +187,8 @@ impl<'a> Field<'a> {
                 self.put_text(&written, out);
             }
             'd' | 'i' | 'u' => {
-                let (is_negative, digits) = whole(value).ok_or_else(|| self.wrong("a number", value))?;
+                let (is_negative, digits) =
+                    whole(value).ok_or_else(|| self.wrong("a number", value))?;
                 self.put_number(is_negative, "", &self.with_precision(&digits), out);
             }
             'x' | 'X' | 'o' => {
@@ -202,7 +224,9 @@ impl<'a> Field<'a> {
                 let mut digits = match number.abs() {
                     n if n.is_nan() => "nan".to_owned(),
                     n if n.is_infinite() => "inf".to_owned(),
-                    n if matches!(self.conversion, 'e' | 'E') => scientific(n, precision, self.is_alternate),
+                    n if matches!(self.conversion, 'e' | 'E') => {
+                        scientific(n, precision, self.is_alternate)
+                    }
                     n => general(n, precision.max(1), self.is_alternate),
                 };
                 if self.conversion.is_ascii_uppercase() {
@@ -213,7 +237,10 @@ impl<'a> Field<'a> {
             'c' => {
                 let written = match value.as_str() {
                     Some(text) => text.to_owned(),
-                    None => integer(value).and_then(|n| char::from_u32(u32::try_from(n).ok()?)).map(String::from).unwrap_or_default(),
+                    None => integer(value)
+                        .and_then(|n| char::from_u32(u32::try_from(n).ok()?))
+                        .map(String::from)
+                        .unwrap_or_default(),
                 };
                 if written.chars().count() != 1 {
                     return Err(self.wrong("an integer or a single character", value));
@@ -262,7 +289,8 @@ impl<'a> Field<'a> {
 
     fn put(&self, text: &str, missing: usize, out: &mut String) {
         let padding = " ".repeat(missing);
-        let (before, after) = if self.is_left { ("", padding.as_str()) } else { (padding.as_str(), "") };
+        let (before, after) =
+            if self.is_left { ("", padding.as_str()) } else { (padding.as_str(), "") };
         out.extend([before, text, after]);
     }
 }
@@ -284,7 +312,11 @@ fn whole(value: &Value) -> Option<(bool, String)> {
         let number = f64::try_from(value.clone()).ok().filter(|n| n.is_finite())?.trunc();
         return Some((number < 0.0, format!("{:.0}", number.abs())));
     }
-    let number = if value.kind() == ValueKind::Bool { i32::from(value.is_true()).to_string() } else { value.to_string() };
+    let number = if value.kind() == ValueKind::Bool {
+        i32::from(value.is_true()).to_string()
+    } else {
+        value.to_string()
+    };
     match (value.kind(), number.strip_prefix('-')) {
         (ValueKind::Number, Some(digits)) => Some((true, digits.to_owned())),
         (ValueKind::Number | ValueKind::Bool, _) => Some((false, number)),
@@ -296,7 +328,8 @@ fn whole(value: &Value) -> Option<(bool, String)> {
 fn scientific(number: f64, precision: usize, keeps_point: bool) -> String {
     let written = format!("{number:.precision$e}");
     let (digits, exponent) = written.split_once('e').unwrap_or((&written, "0"));
-    let (sign, exponent) = exponent.strip_prefix('-').map_or(('+', exponent), |positive| ('-', positive));
+    let (sign, exponent) =
+        exponent.strip_prefix('-').map_or(('+', exponent), |positive| ('-', positive));
     let point = if keeps_point && precision == 0 { "." } else { "" };
     format!("{digits}{point}e{sign}{exponent:0>2}")
 }
@@ -304,7 +337,8 @@ fn scientific(number: f64, precision: usize, keeps_point: bool) -> String {
 /// Writes a number that is not negative with so many significant digits as C's `%g` does.
 fn general(number: f64, significant: usize, keeps_zeros: bool) -> String {
     let written = format!("{number:.*e}", significant - 1);
-    let exponent: i32 = written.split_once('e').and_then(|(_, exponent)| exponent.parse().ok()).unwrap_or_default();
+    let exponent: i32 =
+        written.split_once('e').and_then(|(_, exponent)| exponent.parse().ok()).unwrap_or_default();
     let is_fixed = exponent >= -4 && exponent < significant as i32;
     let written = if is_fixed {
         let precision = (significant as i32 - 1 - exponent).max(0) as usize;
@@ -317,7 +351,11 @@ fn general(number: f64, significant: usize, keeps_zeros: bool) -> String {
         return written;
     }
     let (digits, exponent) = written.split_at(written.find('e').unwrap_or(written.len()));
-    let digits = if digits.contains('.') { digits.trim_end_matches('0').trim_end_matches('.') } else { digits };
+    let digits = if digits.contains('.') {
+        digits.trim_end_matches('0').trim_end_matches('.')
+    } else {
+        digits
+    };
     format!("{digits}{exponent}")
 }
 
@@ -385,7 +423,10 @@ fn word_length(text: &str) -> usize {
     let mut end = text.len();
     for (at, c) in text.char_indices() {
         let is_fraction = is_number && c == '.' && is_digit(at + 1);
-        let is_exponent = is_number && matches!(c, '+' | '-') && matches!(bytes[at - 1], b'e' | b'E') && is_digit(at + 1);
+        let is_exponent = is_number
+            && matches!(c, '+' | '-')
+            && matches!(bytes[at - 1], b'e' | b'E')
+            && is_digit(at + 1);
         if !(c.is_alphanumeric() || c == '_' || is_fraction || is_exponent) {
             end = at;
             break;
@@ -427,11 +468,17 @@ pub(super) fn rewrite(source: &str) -> String {
 
 fn is_raw(tag: &str) -> bool {
     let name = tag.trim_start_matches(['-', '+']).trim_start();
-    name.strip_prefix("raw").is_some_and(|rest| rest.trim_start().trim_start_matches(['-', '+']).starts_with("%}"))
+    name.strip_prefix("raw")
+        .is_some_and(|rest| rest.trim_start().trim_start_matches(['-', '+']).starts_with("%}"))
 }
 
 /// Finds the operators in the tag whose content starts at `at`; returns where the tag ends.
-fn expression(source: &str, mut at: usize, end: &str, edits: &mut Vec<(usize, usize, String)>) -> usize {
+fn expression(
+    source: &str,
+    mut at: usize,
+    end: &str,
+    edits: &mut Vec<(usize, usize, String)>,
+) -> usize {
     let mut depth = 0_usize;
     let mut last = TemplateToken::Other;
     while at < source.len() {
@@ -441,7 +488,10 @@ fn expression(source: &str, mut at: usize, end: &str, edits: &mut Vec<(usize, us
         }
         let (token, length) = token(rest);
         // Adjacent literals are one.
-        if token == TemplateToken::Text && !matches!(last, TemplateToken::Times | TemplateToken::Text) && depth <= MAX_DEPTH {
+        if token == TemplateToken::Text
+            && !matches!(last, TemplateToken::Times | TemplateToken::Text)
+            && depth <= MAX_DEPTH
+        {
             operators(source, at, edits);
         }
         match token {
@@ -464,7 +514,11 @@ fn operators(source: &str, at: usize, edits: &mut Vec<(usize, usize, String)>) {
     let mut end = at + literals(&source[at..]);
     loop {
         let operator = end + space(&source[end..]);
-        let Some(operand) = source[operator..].strip_prefix('%').filter(|rest| !rest.starts_with('}')) else { return };
+        let Some(operand) =
+            source[operator..].strip_prefix('%').filter(|rest| !rest.starts_with('}'))
+        else {
+            return;
+        };
         let Some(length) = operand_length(operand) else { return };
         end = operator + 1 + length;
         edits.push((operator, operator + 1, format!("|{OPERATOR}(")));
@@ -504,7 +558,11 @@ fn unary_length(text: &str) -> Option<usize> {
     let rest = text.get(at..).filter(|rest| !rest.is_empty())?;
     at += match token(rest) {
         (TemplateToken::Text, _) => literals(rest),
-        (TemplateToken::Word, length) if !matches!(&rest[..length], "not" | "is" | "in" | "if" | "else" | "and" | "or") => length,
+        (TemplateToken::Word, length)
+            if !matches!(&rest[..length], "not" | "is" | "in" | "if" | "else" | "and" | "or") =>
+        {
+            length
+        }
         (TemplateToken::Open, _) => brackets_length(rest)?,
         _ => return None,
     };
@@ -548,7 +606,9 @@ fn brackets_length(text: &str) -> Option<usize> {
 /// engine tells this in words only, and the answer only adds a hint to the error's text.
 pub(super) fn is_about_operator(error: &Error) -> bool {
     error.kind() == ErrorKind::InvalidOperation
-        && error.detail().is_some_and(|detail| detail.starts_with("tried to use % operator on unsupported types string"))
+        && error.detail().is_some_and(|detail| {
+            detail.starts_with("tried to use % operator on unsupported types string")
+        })
 }
 
 #[cfg(test)]

@@ -26,15 +26,19 @@ pub(super) fn install(environment: &mut Environment<'_>) {
     environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
     // Whatever has a length and items: strings and mappings, too.
     environment.add_test("sequence", |value: &Value| {
-        matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map | ValueKind::Undefined)
-            || (value.kind() == ValueKind::Iterable && value.len().is_some())
+        matches!(
+            value.kind(),
+            ValueKind::String | ValueKind::Seq | ValueKind::Map | ValueKind::Undefined
+        ) || (value.kind() == ValueKind::Iterable && value.len().is_some())
     });
 }
 
 /// Prints numbers and containers as Python's `str` does.
 fn print(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
     match value.kind() {
-        ValueKind::Number | ValueKind::Seq | ValueKind::Map | ValueKind::Iterable => Ok(out.write_str(&text(state, value)?)?),
+        ValueKind::Number | ValueKind::Seq | ValueKind::Map | ValueKind::Iterable => {
+            Ok(out.write_str(&text(state, value)?)?)
+        }
         _ => escape_formatter(out, state, value),
     }
 }
@@ -53,7 +57,12 @@ pub(super) fn text(state: &State, value: &Value) -> Result<String, Error> {
 }
 
 /// Writes Python's `repr` of a value.
-pub(super) fn represent(state: &State, value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+pub(super) fn represent(
+    state: &State,
+    value: &Value,
+    depth: usize,
+    out: &mut String,
+) -> Result<(), Error> {
     if depth > MAX_DEPTH {
         return Err(refused(format!("containers lie more than {MAX_DEPTH} deep in each other")));
     }
@@ -135,7 +144,12 @@ fn trim(state: &State, value: Value, characters: Option<String>) -> Result<Value
 }
 
 /// Methods of Python that minijinja has not, or has with another result.
-fn call_method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
+fn call_method(
+    state: &mut State,
+    value: &Value,
+    method: &str,
+    args: &[Value],
+) -> Result<Value, Error> {
     let result = match (value.as_str(), value.kind()) {
         (Some(text), _) => string_method(state, text, method, args)?,
         (None, ValueKind::Seq) if method == "index" => {
@@ -156,7 +170,12 @@ fn call_method(state: &mut State, value: &Value, method: &str, args: &[Value]) -
 }
 
 /// The result of a string's method, or `None` for methods that minijinja has.
-fn string_method(state: &State, text: &str, method: &str, args: &[Value]) -> Result<Option<Value>, Error> {
+fn string_method(
+    state: &State,
+    text: &str,
+    method: &str,
+    args: &[Value],
+) -> Result<Option<Value>, Error> {
     let is_left = method != "rstrip";
     let is_right = method != "lstrip";
     let result = match method {
@@ -169,8 +188,13 @@ fn string_method(state: &State, text: &str, method: &str, args: &[Value]) -> Res
             let separator = separator.or(named.get("sep")?).filter(|s| !s.is_none());
             let limit = limit.or(named.get("maxsplit")?).and_then(|n| usize::try_from(n).ok());
             named.assert_all_used()?;
-            let separator = separator.map(|s| s.to_str().ok_or_else(|| refused("split: the separator must be a string"))).transpose()?;
-            split(text, separator.as_deref(), limit, method == "rsplit")?.into_iter().map(Value::from).collect()
+            let separator = separator
+                .map(|s| s.to_str().ok_or_else(|| refused("split: the separator must be a string")))
+                .transpose()?;
+            split(text, separator.as_deref(), limit, method == "rsplit")?
+                .into_iter()
+                .map(Value::from)
+                .collect()
         }
         "splitlines" => {
             let (keep_ends, named): (Option<bool>, Kwargs) = from_args(args)?;
@@ -180,9 +204,12 @@ fn string_method(state: &State, text: &str, method: &str, args: &[Value]) -> Res
         }
         "partition" | "rpartition" => {
             let (separator,): (&str,) = from_args(args)?;
-            let separator = Some(separator).filter(|s| !s.is_empty()).ok_or_else(|| refused("empty separator"))?;
+            let separator = Some(separator)
+                .filter(|s| !s.is_empty())
+                .ok_or_else(|| refused("empty separator"))?;
             let parts = match (method, text.split_once(separator), text.rsplit_once(separator)) {
-                ("partition", Some((before, after)), _) | ("rpartition", _, Some((before, after))) => [before, separator, after],
+                ("partition", Some((before, after)), _)
+                | ("rpartition", _, Some((before, after))) => [before, separator, after],
                 ("partition", ..) => [text, "", ""],
                 _ => ["", "", text],
             };
@@ -230,7 +257,12 @@ fn strip<'a>(text: &'a str, characters: Option<&str>, left: bool, right: bool) -
     if right { text.trim_end_matches(is_stripped) } else { text }
 }
 
-fn split<'a>(text: &'a str, separator: Option<&str>, limit: Option<usize>, from_right: bool) -> Result<Vec<&'a str>, Error> {
+fn split<'a>(
+    text: &'a str,
+    separator: Option<&str>,
+    limit: Option<usize>,
+    from_right: bool,
+) -> Result<Vec<&'a str>, Error> {
     let limit = limit.unwrap_or(usize::MAX - 1);
     if separator == Some("") {
         return Err(refused("empty separator"));
@@ -248,7 +280,11 @@ fn split<'a>(text: &'a str, separator: Option<&str>, limit: Option<usize>, from_
                     break;
                 };
                 let after = gap + rest[gap..].chars().next().map_or(0, char::len_utf8);
-                let (part, other) = if from_right { (&rest[after..], &rest[..gap]) } else { (&rest[..gap], &rest[after..]) };
+                let (part, other) = if from_right {
+                    (&rest[after..], &rest[..gap])
+                } else {
+                    (&rest[..gap], &rest[after..])
+                };
                 parts.push(part);
                 rest = strip(other, None, !from_right, from_right);
             }
@@ -266,7 +302,11 @@ fn split_lines(text: &str, keep_ends: bool) -> Vec<&str> {
     let mut lines = Vec::new();
     let mut rest = text;
     while let Some(end) = rest.find(is_end) {
-        let width = if rest[end..].starts_with("\r\n") { 2 } else { rest[end..].chars().next().map_or(0, char::len_utf8) };
+        let width = if rest[end..].starts_with("\r\n") {
+            2
+        } else {
+            rest[end..].chars().next().map_or(0, char::len_utf8)
+        };
         lines.push(&rest[..if keep_ends { end + width } else { end }]);
         rest = &rest[end + width..];
     }

@@ -36,7 +36,10 @@ fn blocks_are_trimmed_methods_work_and_special_tokens_are_variables() {
         vec![("bos_token".into(), "<s>".into()), ("eos_token".into(), "</s>".into())],
     )
     .unwrap();
-    assert_eq!(plain(&t, &[say("user", " a "), say("assistant", "x|y")]), "<s>[INST] a [/INST] y</s>");
+    assert_eq!(
+        plain(&t, &[say("user", " a "), say("assistant", "x|y")]),
+        "<s>[INST] a [/INST] y</s>"
+    );
     let kwargs = Map::from_iter([("eos_token".to_owned(), json!("<end>"))]);
     let options = RenderOptions { kwargs: &kwargs, ..RenderOptions::new(false) };
     assert_eq!(t.render(&[say("assistant", "y")], &options).unwrap(), "<s> y<end>");
@@ -44,12 +47,18 @@ fn blocks_are_trimmed_methods_work_and_special_tokens_are_variables() {
 
 #[test]
 fn a_template_can_refuse_and_cannot_hang() {
-    let fails = |source: &str| compile(source).render(&[], &RenderOptions::new(false)).unwrap_err().to_string();
-    assert!(fails("{{ raise_exception('roles must alternate') }}").contains("roles must alternate"));
+    let fails = |source: &str| {
+        compile(source).render(&[], &RenderOptions::new(false)).unwrap_err().to_string()
+    };
+    assert!(
+        fails("{{ raise_exception('roles must alternate') }}").contains("roles must alternate")
+    );
     fails("{% for a in range(10000) %}{% for b in range(10000) %}{% endfor %}{% endfor %}");
     fails("{% include '/etc/passwd' %}");
     fails("{{ tojson }}{{ messages | tojson(indent=1000000000) }}");
-    fails("{% set ns = namespace(x=1) %}{% for i in range(5000) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | tojson }}");
+    fails(
+        "{% set ns = namespace(x=1) %}{% for i in range(5000) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | tojson }}",
+    );
     assert!(ChatTemplate::new("{% for %}", vec![]).is_err());
 }
 
@@ -82,18 +91,34 @@ fn tojson_is_pythons() {
 
 #[test]
 fn tools_and_every_key_of_a_message_reach_the_template_in_order() {
-    let t = compile("{{ tools | tojson }}|{{ messages | tojson }}|{{ enable_thinking }}|{{ count }}");
-    let call: serde_json::Value =
-        serde_json::from_str(r#"{"tool_calls": [{"z": 1, "a": {"y": 2, "b": 3}}], "role": "assistant"}"#).unwrap();
+    let t =
+        compile("{{ tools | tojson }}|{{ messages | tojson }}|{{ enable_thinking }}|{{ count }}");
+    let call: serde_json::Value = serde_json::from_str(
+        r#"{"tool_calls": [{"z": 1, "a": {"y": 2, "b": 3}}], "role": "assistant"}"#,
+    )
+    .unwrap();
     let messages = [ChatMessage::from_json(call).unwrap()];
-    let tools = [serde_json::from_str(r#"{"type": "function", "function": {"name": "f", "description": "d"}}"#).unwrap()];
-    let kwargs = Map::from_iter([("enable_thinking".to_owned(), json!(false)), ("count".to_owned(), json!(1))]);
-    let options = RenderOptions { add_generation_prompt: false, tools: Some(&tools), kwargs: &kwargs, date: None };
+    let tools = [serde_json::from_str(
+        r#"{"type": "function", "function": {"name": "f", "description": "d"}}"#,
+    )
+    .unwrap()];
+    let kwargs = Map::from_iter([
+        ("enable_thinking".to_owned(), json!(false)),
+        ("count".to_owned(), json!(1)),
+    ]);
+    let options = RenderOptions {
+        add_generation_prompt: false,
+        tools: Some(&tools),
+        kwargs: &kwargs,
+        date: None,
+    };
     assert_eq!(
         t.render(&messages, &options).unwrap(),
         r#"[{"type": "function", "function": {"name": "f", "description": "d"}}]|[{"tool_calls": [{"z": 1, "a": {"y": 2, "b": 3}}], "role": "assistant"}]|False|1"#
     );
-    let t = compile("{% if tools is none %}none{% endif %}{% if enable_thinking is defined %}defined{% endif %}");
+    let t = compile(
+        "{% if tools is none %}none{% endif %}{% if enable_thinking is defined %}defined{% endif %}",
+    );
     assert_eq!(plain(&t, &messages), "none");
 }
 
@@ -106,15 +131,22 @@ fn reasoning_is_given_under_both_names() {
         r#"[{"thinking": "r", "role": "assistant", "reasoning": "r", "content": "c", "reasoning_content": "r"}]"#
     );
     assert_eq!(
-        render(json!({"role": "assistant", "content": "c", "thinking": "t", "reasoning_content": null})),
+        render(
+            json!({"role": "assistant", "content": "c", "thinking": "t", "reasoning_content": null})
+        ),
         r#"[{"thinking": "t", "role": "assistant", "content": "c", "reasoning_content": "t"}]"#
     );
 }
 
 #[test]
 fn the_date_is_the_given_one_in_macros_too() {
-    let t = compile("{% macro today() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ strftime_now('%Y-%m-%d %H:%M') }} {{ today() }}");
-    let options = RenderOptions { date: Some(jiff::civil::date(2025, 7, 4).at(9, 5, 0, 0)), ..RenderOptions::new(false) };
+    let t = compile(
+        "{% macro today() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ strftime_now('%Y-%m-%d %H:%M') }} {{ today() }}",
+    );
+    let options = RenderOptions {
+        date: Some(jiff::civil::date(2025, 7, 4).at(9, 5, 0, 0)),
+        ..RenderOptions::new(false)
+    };
     assert_eq!(t.render(&[], &options).unwrap(), "2025-07-04 09:05 04 Jul 2025");
     assert_ne!(plain(&t, &[]), "2025-07-04 09:05 04 Jul 2025");
 }
@@ -127,7 +159,9 @@ fn generation_tags_print_what_is_in_them_whatever_their_white_space() {
         ("{%- generation -%}", "{%-endgeneration-%}"),
         ("{%-  generation\n%}", "{%+ endgeneration %}"),
     ] {
-        let t = compile(&format!("a{{% for m in messages %}}{open}{{{{ m.content }}}}{close}{{% endfor %}}b{{{{ '%}}' }}}}"));
+        let t = compile(&format!(
+            "a{{% for m in messages %}}{open}{{{{ m.content }}}}{close}{{% endfor %}}b{{{{ '%}}' }}}}"
+        ));
         assert_eq!(plain(&t, &[say("assistant", "x")]), "axb%}", "{open}");
     }
 }

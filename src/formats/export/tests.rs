@@ -20,7 +20,12 @@ fn open(name: &str) -> LoadedModel {
 }
 
 /// Writes a model's own weights.
-fn save(dir: &Path, model: &LoadedModel, adapter: Option<&Adapter>, layout: Layout) -> Result<(), ModelError> {
+fn save(
+    dir: &Path,
+    model: &LoadedModel,
+    adapter: Option<&Adapter>,
+    layout: Layout,
+) -> Result<(), ModelError> {
     let read = |param: &ParamSpec| model.weights.load(param, Precision::F32);
     save_merged(dir, &model.config, adapter, layout, &read)
 }
@@ -37,7 +42,10 @@ fn json_file(dir: &Path, name: &str) -> Value {
 fn tensors_are_divided_as_huggingface_hub_divides_them() {
     let sizes = |given: &[usize], limit: u64| -> Vec<Vec<usize>> {
         let bytes = |elements: &usize| 2 * *elements as u64;
-        split(given, bytes, 2 * limit).iter().map(|shard| shard.iter().map(|n| **n).collect()).collect()
+        split(given, bytes, 2 * limit)
+            .iter()
+            .map(|shard| shard.iter().map(|n| **n).collect())
+            .collect()
     };
     // The example of `split_state_dict_into_shards_factory`, and a tensor above the limit.
     assert_eq!(sizes(&[6, 6, 2, 6, 2, 2], 10), [vec![6], vec![6, 2], vec![6, 2, 2]]);
@@ -56,11 +64,19 @@ fn shards_hold_every_tensor_once_and_the_index_finds_them() {
     let map = index["weight_map"].as_object().unwrap();
     assert_eq!(map.len(), table.len());
     let parameters = model.config.parameter_count();
-    assert_eq!(index["metadata"], json!({"total_parameters": parameters, "total_size": 4 * parameters}));
-    let files: std::collections::BTreeSet<&str> = map.values().map(|v| v.as_str().unwrap()).collect();
+    assert_eq!(
+        index["metadata"],
+        json!({"total_parameters": parameters, "total_size": 4 * parameters})
+    );
+    let files: std::collections::BTreeSet<&str> =
+        map.values().map(|v| v.as_str().unwrap()).collect();
     assert!(files.len() > 2, "{files:?}");
     for file in &files {
-        assert!(file.starts_with("model-0000") && file.ends_with(&format!("-of-{:05}.safetensors", files.len())), "{file}");
+        assert!(
+            file.starts_with("model-0000")
+                && file.ends_with(&format!("-of-{:05}.safetensors", files.len())),
+            "{file}"
+        );
     }
     // The model itself reads them back.
     let again = Weights::open_folder(dir.path()).unwrap();
@@ -91,7 +107,8 @@ fn a_merge_is_rounded_once() {
         let (name, shape) = (param.name(), &param.shape);
         let base = values(&model.weights, &param);
         let update = low_rank(&adapter, param.id).map(|l| {
-            let (a, b): (Vec<Vec<f32>>, Vec<Vec<f32>>) = (l.a.to_vec2().unwrap(), l.b.to_vec2().unwrap());
+            let (a, b): (Vec<Vec<f32>>, Vec<Vec<f32>>) =
+                (l.a.to_vec2().unwrap(), l.b.to_vec2().unwrap());
             (a, b, adapter.config.scale())
         });
         let got = values(&written, &param);
@@ -99,7 +116,10 @@ fn a_merge_is_rounded_once() {
             let added = match &update {
                 Some((a, b, scale)) => {
                     let (row, column) = (i / shape[1], i % shape[1]);
-                    scale * (0..a.len()).map(|r| f64::from(b[row][r]) * f64::from(a[r][column])).sum::<f64>()
+                    scale
+                        * (0..a.len())
+                            .map(|r| f64::from(b[row][r]) * f64::from(a[r][column]))
+                            .sum::<f64>()
                 }
                 None => 0.0,
             };
@@ -110,7 +130,8 @@ fn a_merge_is_rounded_once() {
             assert!(near.contains(&got[i]), "{name}[{i}]: {} is not {want}", got[i]);
             changed += usize::from(update.is_some());
             // Rounding the base first gives other numbers: the test can tell.
-            otherwise += usize::from(!near.contains(&round(f64::from(round(f64::from(*w))) + added)));
+            otherwise +=
+                usize::from(!near.contains(&round(f64::from(round(f64::from(*w))) + added)));
         }
     }
     assert!(changed > 1000 && otherwise > 100, "{changed} {otherwise}");
@@ -124,7 +145,9 @@ fn a_value_beyond_f16_is_refused_by_its_tensor() {
         let value = if param.name() == "model.norm.weight" { 7e4f32 } else { 1.0 };
         Ok(Tensor::full(value, param.shape.as_slice(), &Device::Cpu)?)
     };
-    let e = save_merged(dir.path(), &model.config, None, layout(ElementType::F16), &read).unwrap_err().to_string();
+    let e = save_merged(dir.path(), &model.config, None, layout(ElementType::F16), &read)
+        .unwrap_err()
+        .to_string();
     assert!(e.contains("'model.norm.weight'") && e.contains("70000") && e.contains("bf16"), "{e}");
     save_merged(dir.path(), &model.config, None, layout(ElementType::Bf16), &read).unwrap();
 }
@@ -157,21 +180,33 @@ fn companions_are_the_sources_own_files() {
     let mut given: HashMap<String, Vec<u8>> = HashMap::new();
     for entry in std::fs::read_dir(golden("models/llama")).unwrap() {
         let entry = entry.unwrap();
-        given.insert(entry.file_name().into_string().unwrap(), std::fs::read(entry.path()).unwrap());
+        given
+            .insert(entry.file_name().into_string().unwrap(), std::fs::read(entry.path()).unwrap());
     }
-    for name in ["added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.json"] {
+    for name in [
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+        "special_tokens_map.json",
+    ] {
         given.insert(name.into(), b"{}".to_vec());
     }
     given.insert("additional_chat_templates/rag.jinja".into(), b"{{ messages }}".to_vec());
     given.insert("README.md".into(), b"not wanted".to_vec());
-    given.insert("generation_config.json".into(), br#"{"eos_token_id": [1, 7], "top_k": 3}"#.to_vec());
+    given.insert(
+        "generation_config.json".into(),
+        br#"{"eos_token_id": [1, 7], "top_k": 3}"#.to_vec(),
+    );
     std::fs::create_dir(source.path().join("additional_chat_templates")).unwrap();
     for (name, bytes) in &given {
         std::fs::write(source.path().join(name), bytes).unwrap();
     }
     let model = load_model(None, source.path().to_str().unwrap(), &HubOptions::default()).unwrap();
     save_companions(out.path(), &model.config, &model.tokenizer, |_| true).unwrap();
-    for (name, bytes) in given.iter().filter(|(name, _)| *name != "README.md" && *name != "config.json") {
+    for (name, bytes) in
+        given.iter().filter(|(name, _)| *name != "README.md" && *name != "config.json")
+    {
         if name.ends_with(".safetensors") {
             continue;
         }
@@ -183,7 +218,10 @@ fn companions_are_the_sources_own_files() {
     std::fs::remove_file(source.path().join("generation_config.json")).unwrap();
     let model = load_model(None, source.path().to_str().unwrap(), &HubOptions::default()).unwrap();
     save_companions(out.path(), &model.config, &model.tokenizer, |_| true).unwrap();
-    assert_eq!(json_file(out.path(), GENERATION_CONFIG), json!({"_from_model_config": true, "bos_token_id": 0, "eos_token_id": 1}));
+    assert_eq!(
+        json_file(out.path(), GENERATION_CONFIG),
+        json!({"_from_model_config": true, "bos_token_id": 0, "eos_token_id": 1})
+    );
 }
 
 #[test]
@@ -193,7 +231,10 @@ fn an_adapter_names_its_base_as_peft_loads_it() {
     let adapter = Adapter::init(&model.config, &LoraConfig::default(), 1).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let hub = BaseName::from_hub("owner/name@abc123");
-    for (base, name, revision) in [(hub, json!("owner/name"), json!("abc123")), (model.base.clone(), json!("llama"), Value::Null)] {
+    for (base, name, revision) in [
+        (hub, json!("owner/name"), json!("abc123")),
+        (model.base.clone(), json!("llama"), Value::Null),
+    ] {
         peft::save(dir.path(), &adapter, &base).unwrap();
         let config = json_file(dir.path(), peft::CONFIG_FILE);
         assert_eq!((&config["base_model_name_or_path"], &config["revision"]), (&name, &revision));
@@ -201,10 +242,20 @@ fn an_adapter_names_its_base_as_peft_loads_it() {
         peft::load(dir.path(), &model.config).unwrap();
     }
     // Older versions wrote the source as it was typed.
-    let stored = |name: &str| peft::base_of(&serde_json::to_vec(&json!({"base_model_name_or_path": name})).unwrap(), "id");
+    let stored = |name: &str| {
+        peft::base_of(&serde_json::to_vec(&json!({"base_model_name_or_path": name})).unwrap(), "id")
+    };
     assert_eq!(stored("/srv/models/secret"), BaseName::from("id"));
     assert_eq!(stored("./models/x.gguf"), BaseName::from("id"));
-    assert_eq!(stored("owner/name@v1"), BaseName { name: "owner/name".into(), revision: Some("v1".into()) });
-    let renamed = peft::with_base(br#"{"r": 4, "base_model_name_or_path": "/srv"}"#, &BaseName::from("id")).unwrap();
-    assert_eq!(serde_json::from_slice::<Value>(&renamed).unwrap(), json!({"r": 4, "base_model_name_or_path": "id", "revision": null}));
+    assert_eq!(
+        stored("owner/name@v1"),
+        BaseName { name: "owner/name".into(), revision: Some("v1".into()) }
+    );
+    let renamed =
+        peft::with_base(br#"{"r": 4, "base_model_name_or_path": "/srv"}"#, &BaseName::from("id"))
+            .unwrap();
+    assert_eq!(
+        serde_json::from_slice::<Value>(&renamed).unwrap(),
+        json!({"r": 4, "base_model_name_or_path": "id", "revision": null})
+    );
 }

@@ -27,7 +27,9 @@ impl ModelConfig {
     /// # Errors
     /// As [`ModelConfig::from_hf_json`].
     pub(crate) fn from_gguf(gguf: &Gguf, rope_freqs: Option<&[f32]>) -> Result<Self, ModelError> {
-        let stored = gguf.string("general.architecture")?.ok_or_else(|| gguf.invalid("general.architecture", "is missing"))?;
+        let stored = gguf
+            .string("general.architecture")?
+            .ok_or_else(|| gguf.invalid("general.architecture", "is missing"))?;
         let name = gguf.string("general.name")?.unwrap_or_default().to_lowercase();
         let architecture = match stored {
             "llama" if name.contains("mistral") => Architecture::Mistral,
@@ -44,19 +46,27 @@ impl ModelConfig {
         };
         let keys = MetadataKeys { gguf, architecture: stored };
         if keys.integer("expert_count")?.is_some_and(|n| n > 0) {
-            return Err(ModelError::Unsupported { what: format!("{}: a mixture of experts", gguf.path.display()) });
+            return Err(ModelError::Unsupported {
+                what: format!("{}: a mixture of experts", gguf.path.display()),
+            });
         }
 
-        let (width, heads) = (keys.required("embedding_length")?, keys.required("attention.head_count")?);
+        let (width, heads) =
+            (keys.required("embedding_length")?, keys.required("attention.head_count")?);
         let rotated = keys.integer("rope.dimension_count")?;
         let head_dim = match keys.integer("attention.key_length")?.or(rotated) {
             Some(d) => d,
             None if heads > 0 => width / heads,
             None => return Err(gguf.invalid(&keys.key("attention.head_count"), "is 0")),
         };
-        for (key, what) in [("rope.dimension_count", "rotate"), ("attention.value_length", "be as long as")] {
+        for (key, what) in
+            [("rope.dimension_count", "rotate"), ("attention.value_length", "be as long as")]
+        {
             if keys.integer(key)?.is_some_and(|n| n != head_dim) {
-                return Err(gguf.invalid(&keys.key(key), format!("must {what} the whole key of {head_dim}; the rest is not implemented")));
+                return Err(gguf.invalid(
+                    &keys.key(key),
+                    format!("must {what} the whole key of {head_dim}; the rest is not implemented"),
+                ));
             }
         }
         let embedding = gguf_embedding();
@@ -72,11 +82,17 @@ impl ModelConfig {
         config.insert("intermediate_size".into(), json!(keys.required("feed_forward_length")?));
         config.insert("num_hidden_layers".into(), json!(keys.required("block_count")?));
         config.insert("num_attention_heads".into(), json!(heads));
-        config.insert("num_key_value_heads".into(), json!(keys.integer("attention.head_count_kv")?.unwrap_or(heads)));
+        config.insert(
+            "num_key_value_heads".into(),
+            json!(keys.integer("attention.head_count_kv")?.unwrap_or(heads)),
+        );
         config.insert("head_dim".into(), json!(head_dim));
         config.insert("hidden_act".into(), json!("silu"));
         config.insert("max_position_embeddings".into(), json!(context));
-        config.insert("rms_norm_eps".into(), json!(shortest(keys.number("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-6))));
+        config.insert(
+            "rms_norm_eps".into(),
+            json!(shortest(keys.number("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-6))),
+        );
         config.insert("attention_bias".into(), json!(has(&gguf_bias(0, Linear::Query))));
         config.insert("mlp_bias".into(), json!(has(&gguf_bias(0, Linear::Gate))));
         config.insert("tie_word_embeddings".into(), json!(!has(&gguf_head())));
@@ -104,13 +120,20 @@ impl ModelConfig {
 fn stop_tokens(gguf: &Gguf) -> Result<Value, ModelError> {
     let mut ids: Vec<u64> = gguf.integer("tokenizer.ggml.eos_token_id")?.into_iter().collect();
     let template = gguf.string("tokenizer.chat_template")?.unwrap_or_default();
-    let printed: Vec<&str> = TURN_ENDS.into_iter().filter(|token| template.contains(token)).collect();
+    let printed: Vec<&str> =
+        TURN_ENDS.into_iter().filter(|token| template.contains(token)).collect();
     let tokens = gguf.strings("tokenizer.ggml.tokens")?.unwrap_or_default();
     // Where there is no such token, some files say so with a number that is no token's.
     let is_token = |id: &u64| *id < tokens.len() as u64;
     let ends = ["tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
     ids.extend(ends.iter().filter_map(|key| gguf.integer(key).ok().flatten()).filter(is_token));
-    ids.extend(tokens.iter().zip(0_u64..).filter(|(token, _)| printed.contains(&token.as_str())).map(|(_, id)| id));
+    ids.extend(
+        tokens
+            .iter()
+            .zip(0_u64..)
+            .filter(|(token, _)| printed.contains(&token.as_str()))
+            .map(|(_, id)| id),
+    );
     let mut seen = BTreeSet::new();
     ids.retain(|id| seen.insert(*id));
     Ok(match ids.as_slice() {
@@ -145,31 +168,53 @@ impl MetadataKeys<'_> {
 }
 
 /// `rope_scaling` of the config.json, if any.
-fn scaling(keys: &MetadataKeys<'_>, context: u64, theta: f64, head_dim: usize, freqs: Option<&[f32]>) -> Result<Option<Value>, ModelError> {
+fn scaling(
+    keys: &MetadataKeys<'_>,
+    context: u64,
+    theta: f64,
+    head_dim: usize,
+    freqs: Option<&[f32]>,
+) -> Result<Option<Value>, ModelError> {
     let factor = keys.number("rope.scaling.factor")?.or(keys.number("rope.scale_linear")?);
     match keys.gguf.string(&keys.key("rope.scaling.type"))? {
         None | Some("none") => {}
-        Some("linear") => return Ok(factor.filter(|f| *f != 1.0).map(|factor| json!({"rope_type": "linear", "factor": factor}))),
+        Some("linear") => {
+            return Ok(factor
+                .filter(|f| *f != 1.0)
+                .map(|factor| json!({"rope_type": "linear", "factor": factor})));
+        }
         Some("yarn") => {
             let original = keys.integer("rope.scaling.original_context_length")?.unwrap_or(context);
-            return Ok(Some(json!({"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original})));
+            return Ok(Some(
+                json!({"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}),
+            ));
         }
         Some(other) => {
-            return Err(keys
-                .gguf
-                .invalid(&keys.key("rope.scaling.type"), format!("'{other}' is not implemented; supported: none, linear, yarn")));
+            return Err(keys.gguf.invalid(
+                &keys.key("rope.scaling.type"),
+                format!("'{other}' is not implemented; supported: none, linear, yarn"),
+            ));
         }
     }
     let Some(freqs) = freqs else { return Ok(None) };
     // The largest divisor is the factor; the ramp must then reproduce all the others.
     let factor = f64::from(freqs.iter().copied().fold(1.0, f32::max));
     let (low_freq_factor, high_freq_factor, original_max_position_embeddings) = LLAMA3_RAMP;
-    let scaled = RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings };
+    let scaled = RopeScaling::Llama3 {
+        factor,
+        low_freq_factor,
+        high_freq_factor,
+        original_max_position_embeddings,
+    };
     let plain = RopeConfig { theta, scaling: RopeScaling::None }.inv_freq(head_dim).0;
     let scaled = RopeConfig { theta, scaling: scaled }.inv_freq(head_dim).0;
-    let same = freqs.len() == plain.len() && plain.iter().zip(&scaled).zip(freqs).all(|((p, s), f)| (p / f / s - 1.0).abs() < 1e-3);
+    let same = freqs.len() == plain.len()
+        && plain.iter().zip(&scaled).zip(freqs).all(|((p, s), f)| (p / f / s - 1.0).abs() < 1e-3);
     if !same {
-        return Err(keys.gguf.invalid(ROPE_FREQS, "the divisors are not those of Llama 3 (low 1, high 4, original context 8192)"));
+        return Err(keys.gguf.invalid(
+            ROPE_FREQS,
+            "the divisors are not those of Llama 3 (low 1, high 4, original context 8192)",
+        ));
     }
     Ok(Some(json!({
         "rope_type": "llama3", "factor": factor, "low_freq_factor": low_freq_factor, "high_freq_factor": high_freq_factor,

@@ -67,14 +67,21 @@ impl Gguf {
     pub(crate) fn open(path: &Path) -> Result<Self, ModelError> {
         let file = File::open(path).map_err(ModelError::io(path))?;
         let len = file.metadata().map_err(ModelError::io(path))?.len();
-        let mut reader = Reader { inner: BufReader::with_capacity(1 << 18, &file), path, len, position: 0 };
+        let mut reader =
+            Reader { inner: BufReader::with_capacity(1 << 18, &file), path, len, position: 0 };
         if &reader.array::<4>("the magic number")? != MAGIC {
-            return Err(ModelError::corrupt(path, "not a GGUF file: it does not start with 'GGUF'"));
+            return Err(ModelError::corrupt(
+                path,
+                "not a GGUF file: it does not start with 'GGUF'",
+            ));
         }
         let version = reader.u32("the version")?;
         if !(2..=3).contains(&version) {
             return Err(ModelError::Unsupported {
-                what: format!("{}: GGUF version {version} (supported: 2 and 3, little-endian)", path.display()),
+                what: format!(
+                    "{}: GGUF version {version} (supported: 2 and 3, little-endian)",
+                    path.display()
+                ),
             });
         }
         let tensor_count = reader.u64("the tensor count")?;
@@ -86,7 +93,10 @@ impl Gguf {
             let kind = reader.u32(&key)?;
             let value = reader.value(kind, &key, 0)?;
             if metadata.insert(key.clone(), value).is_some() {
-                return Err(ModelError::corrupt(path, format!("metadata key '{key}' occurs twice")));
+                return Err(ModelError::corrupt(
+                    path,
+                    format!("metadata key '{key}' occurs twice"),
+                ));
             }
         }
         let mut raw = Vec::new();
@@ -97,7 +107,10 @@ impl Gguf {
             None => 32,
             Some(Metadata::Integer(n)) if *n > 0 && *n <= 1 << 20 => *n as u64,
             Some(other) => {
-                return Err(ModelError::corrupt(path, format!("general.alignment is {other:?}; must be an integer from 1 to 1048576")));
+                return Err(ModelError::corrupt(
+                    path,
+                    format!("general.alignment is {other:?}; must be an integer from 1 to 1048576"),
+                ));
             }
         };
         let data_start = reader.position.div_ceil(alignment) * alignment;
@@ -150,21 +163,38 @@ impl Gguf {
     /// The values of an f32 tensor.
     pub(crate) fn read_f32(&self, entry: &TensorEntry) -> Result<Vec<f32>, ModelError> {
         if entry.dtype != GgmlDType::F32 {
-            return Err(ModelError::corrupt(&self.path, format!("a tensor is {:?} where F32 is expected", entry.dtype)));
+            return Err(ModelError::corrupt(
+                &self.path,
+                format!("a tensor is {:?} where F32 is expected", entry.dtype),
+            ));
         }
         let mut bytes = vec![0; entry.bytes as usize];
         let mut file = &self.file;
-        file.seek(SeekFrom::Start(entry.offset)).and_then(|_| file.read_exact(&mut bytes)).map_err(ModelError::io(&self.path))?;
+        file.seek(SeekFrom::Start(entry.offset))
+            .and_then(|_| file.read_exact(&mut bytes))
+            .map_err(ModelError::io(&self.path))?;
         Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
     }
 
     /// [`ModelError::InvalidConfig`] about a metadata key.
     pub(crate) fn invalid(&self, key: &str, reason: impl Into<String>) -> ModelError {
-        ModelError::InvalidConfig { path: self.path.clone(), field: key.to_owned(), reason: reason.into() }
+        ModelError::InvalidConfig {
+            path: self.path.clone(),
+            field: key.to_owned(),
+            reason: reason.into(),
+        }
     }
 
-    fn read<'a, T>(&'a self, key: &str, kind: &str, read: impl FnOnce(&'a Metadata) -> Option<T>) -> Result<Option<T>, ModelError> {
-        self.metadata.get(key).map(|v| read(v).ok_or_else(|| self.invalid(key, format!("must be {kind}")))).transpose()
+    fn read<'a, T>(
+        &'a self,
+        key: &str,
+        kind: &str,
+        read: impl FnOnce(&'a Metadata) -> Option<T>,
+    ) -> Result<Option<T>, ModelError> {
+        self.metadata
+            .get(key)
+            .map(|v| read(v).ok_or_else(|| self.invalid(key, format!("must be {kind}"))))
+            .transpose()
     }
 
     /// An integer.
@@ -218,7 +248,12 @@ impl Gguf {
 }
 
 /// The element type and the bytes of a tensor, with every product checked.
-fn extent(path: &Path, name: &str, shape: &[usize], kind: u32) -> Result<(GgmlDType, u64), ModelError> {
+fn extent(
+    path: &Path,
+    name: &str,
+    shape: &[usize],
+    kind: u32,
+) -> Result<(GgmlDType, u64), ModelError> {
     let dtype = ggml_dtype(kind).ok_or_else(|| ModelError::Unsupported {
         what: format!(
             "{}: tensor '{name}' in {} (supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K)",
@@ -228,13 +263,16 @@ fn extent(path: &Path, name: &str, shape: &[usize], kind: u32) -> Result<(GgmlDT
     })?;
     let (block, row) = (dtype.block_size(), shape.last().copied().unwrap_or(1));
     if row % block != 0 {
-        return Err(ModelError::corrupt(path, format!("tensor '{name}': rows of {row} elements are not whole blocks of {block}")));
+        return Err(ModelError::corrupt(
+            path,
+            format!("tensor '{name}': rows of {row} elements are not whole blocks of {block}"),
+        ));
     }
     let elements = shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
     let bytes = elements.and_then(|n| (n / block).checked_mul(dtype.type_size()));
-    bytes
-        .map(|bytes| (dtype, bytes as u64))
-        .ok_or_else(|| ModelError::corrupt(path, format!("tensor '{name}' has the impossible shape {shape:?}")))
+    bytes.map(|bytes| (dtype, bytes as u64)).ok_or_else(|| {
+        ModelError::corrupt(path, format!("tensor '{name}' has the impossible shape {shape:?}"))
+    })
 }
 
 /// ggml's type numbers.
@@ -292,7 +330,10 @@ impl Reader<'_> {
         let left = self.len.saturating_sub(self.position);
         if bytes > left {
             let what = what.chars().take(120).collect::<String>();
-            return Err(ModelError::corrupt(self.path, format!("{what} needs {bytes} bytes at offset {}, {left} are left", self.position)));
+            return Err(ModelError::corrupt(
+                self.path,
+                format!("{what} needs {bytes} bytes at offset {}, {left} are left", self.position),
+            ));
         }
         Ok(())
     }
@@ -324,7 +365,8 @@ impl Reader<'_> {
         let mut bytes = vec![0; len as usize];
         self.fill(&mut bytes, what)?;
         // Some published vocabularies hold a token that is not UTF-8; it can never be produced from text.
-        Ok(String::from_utf8(bytes).unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned()))
+        Ok(String::from_utf8(bytes)
+            .unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned()))
     }
 
     fn scalar(&mut self, kind: u32, what: &str) -> Result<Metadata, ModelError> {
@@ -341,7 +383,12 @@ impl Reader<'_> {
             11 => Metadata::Integer(i64::from_le_bytes(self.array(what)?)),
             12 => Metadata::Float(f64::from_le_bytes(self.array(what)?)),
             STRING => Metadata::String(self.string(what)?),
-            other => return Err(ModelError::corrupt(self.path, format!("'{what}' has the unknown value type {other}"))),
+            other => {
+                return Err(ModelError::corrupt(
+                    self.path,
+                    format!("'{what}' has the unknown value type {other}"),
+                ));
+            }
         })
     }
 
@@ -350,7 +397,10 @@ impl Reader<'_> {
             return self.scalar(kind, key);
         }
         if depth == MAX_ARRAY_DEPTH {
-            return Err(ModelError::corrupt(self.path, format!("'{key}' nests arrays more than {MAX_ARRAY_DEPTH} deep")));
+            return Err(ModelError::corrupt(
+                self.path,
+                format!("'{key}' nests arrays more than {MAX_ARRAY_DEPTH} deep"),
+            ));
         }
         let (kind, count) = (self.u32(key)?, self.u64(key)?);
         let least = match kind {
@@ -361,9 +411,18 @@ impl Reader<'_> {
         };
         self.expect(count.saturating_mul(least), key)?;
         match kind {
-            STRING => (0..count).map(|_| self.string(key)).collect::<Result<_, _>>().map(Metadata::Strings),
-            6 => (0..count).map(|_| self.array(key).map(f32::from_le_bytes)).collect::<Result<_, _>>().map(Metadata::Floats),
-            4 | 5 => (0..count).map(|_| self.array(key).map(i32::from_le_bytes)).collect::<Result<_, _>>().map(Metadata::Integers),
+            STRING => (0..count)
+                .map(|_| self.string(key))
+                .collect::<Result<_, _>>()
+                .map(Metadata::Strings),
+            6 => (0..count)
+                .map(|_| self.array(key).map(f32::from_le_bytes))
+                .collect::<Result<_, _>>()
+                .map(Metadata::Floats),
+            4 | 5 => (0..count)
+                .map(|_| self.array(key).map(i32::from_le_bytes))
+                .collect::<Result<_, _>>()
+                .map(Metadata::Integers),
             _ => {
                 for _ in 0..count {
                     self.value(kind, key, depth + 1)?;
@@ -377,12 +436,17 @@ impl Reader<'_> {
         let name = self.string(what)?;
         let dims = self.u32(what)?;
         if dims > MAX_DIMS {
-            return Err(ModelError::corrupt(self.path, format!("{what} has {dims} dimensions; at most {MAX_DIMS} are possible")));
+            return Err(ModelError::corrupt(
+                self.path,
+                format!("{what} has {dims} dimensions; at most {MAX_DIMS} are possible"),
+            ));
         }
         let mut shape = Vec::new();
         for _ in 0..dims {
             let dim = self.u64(what)?;
-            shape.push(usize::try_from(dim).map_err(|_| ModelError::corrupt(self.path, format!("{what} has a dimension of {dim}")))?);
+            shape.push(usize::try_from(dim).map_err(|_| {
+                ModelError::corrupt(self.path, format!("{what} has a dimension of {dim}"))
+            })?);
         }
         shape.reverse();
         Ok((name, shape, self.u32(what)?, self.u64(what)?))

@@ -23,8 +23,10 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
         return Err(ModelError::Unsupported { what });
     }
     let missing = |key: &str| gguf.invalid(key, "is missing");
-    let tokens = gguf.strings("tokenizer.ggml.tokens")?.ok_or_else(|| missing("tokenizer.ggml.tokens"))?;
-    let merges = gguf.strings("tokenizer.ggml.merges")?.ok_or_else(|| missing("tokenizer.ggml.merges"))?;
+    let tokens =
+        gguf.strings("tokenizer.ggml.tokens")?.ok_or_else(|| missing("tokenizer.ggml.tokens"))?;
+    let merges =
+        gguf.strings("tokenizer.ggml.merges")?.ok_or_else(|| missing("tokenizer.ggml.merges"))?;
     let types = gguf.integers("tokenizer.ggml.token_type")?.unwrap_or_default();
     let pre = gguf.string("tokenizer.ggml.pre")?.unwrap_or("default");
     let pipeline = pipeline(pre).ok_or_else(|| ModelError::Unsupported {
@@ -36,7 +38,9 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
     let token = |key: &str| -> Result<Option<String>, ModelError> {
         let Some(id) = gguf.integer(key)? else { return Ok(None) };
         let found = usize::try_from(id).ok().and_then(|i| tokens.get(i));
-        found.cloned().map(Some).ok_or_else(|| gguf.invalid(key, format!("is {id}, the vocabulary has {} tokens", tokens.len())))
+        found.cloned().map(Some).ok_or_else(|| {
+            gguf.invalid(key, format!("is {id}, the vocabulary has {} tokens", tokens.len()))
+        })
     };
     let mut content = blake3::Hasher::new();
     for text in tokens.iter().chain(merges) {
@@ -44,7 +48,8 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
         content.update(text.as_bytes());
     }
     let (bos, eos) = (token("tokenizer.ggml.bos_token_id")?, token("tokenizer.ggml.eos_token_id")?);
-    let (unk, pad) = (token("tokenizer.ggml.unknown_token_id")?, token("tokenizer.ggml.padding_token_id")?);
+    let (unk, pad) =
+        (token("tokenizer.ggml.unknown_token_id")?, token("tokenizer.ggml.padding_token_id")?);
     let add_bos = gguf.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(false);
     content.update(format!("{types:?} {pre} {add_bos}").as_bytes());
 
@@ -57,9 +62,12 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
             json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": *kind == CONTROL})
         })
         .collect();
-    let vocab: serde_json::Map<String, Value> = tokens.iter().enumerate().map(|(id, t)| (t.clone(), json!(id))).collect();
+    let vocab: serde_json::Map<String, Value> =
+        tokens.iter().enumerate().map(|(id, t)| (t.clone(), json!(id))).collect();
     let post_processor = match (&bos, add_bos) {
-        (Some(bos), true) => bos_processor(bos, gguf.integer("tokenizer.ggml.bos_token_id")?.unwrap_or_default()),
+        (Some(bos), true) => {
+            bos_processor(bos, gguf.integer("tokenizer.ggml.bos_token_id")?.unwrap_or_default())
+        }
         _ => Value::Null,
     };
     let description = json!({
@@ -78,19 +86,39 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
 
     let template = gguf.string("tokenizer.chat_template")?.map(str::to_owned);
     let tool_use = gguf.string("tokenizer.chat_template.tool_use")?.map(str::to_owned);
-    let named = [("bos_token", bos.clone()), ("eos_token", eos.clone()), ("unk_token", unk), ("pad_token", pad)];
-    let special_tokens: Vec<(String, String)> = named.into_iter().filter_map(|(n, t)| Some((n.to_owned(), t?))).collect();
-    let mut config: serde_json::Map<String, Value> = special_tokens.iter().map(|(n, t)| (n.clone(), json!(t))).collect();
+    let named = [
+        ("bos_token", bos.clone()),
+        ("eos_token", eos.clone()),
+        ("unk_token", unk),
+        ("pad_token", pad),
+    ];
+    let special_tokens: Vec<(String, String)> =
+        named.into_iter().filter_map(|(n, t)| Some((n.to_owned(), t?))).collect();
+    let mut config: serde_json::Map<String, Value> =
+        special_tokens.iter().map(|(n, t)| (n.clone(), json!(t))).collect();
     config.insert("tokenizer_class".into(), json!("PreTrainedTokenizerFast"));
     config.insert("clean_up_tokenization_spaces".into(), json!(false));
-    let templates: Vec<(String, String)> =
-        [(DEFAULT, template.clone()), (TOOL_USE, tool_use)].into_iter().filter_map(|(name, t)| Some((name.to_owned(), t?))).collect();
+    let templates: Vec<(String, String)> = [(DEFAULT, template.clone()), (TOOL_USE, tool_use)]
+        .into_iter()
+        .filter_map(|(name, t)| Some((name.to_owned(), t?)))
+        .collect();
     let named = |(name, template): &(String, String)| json!({"name": name, "template": template});
-    let stored = if templates.len() > 1 { templates.iter().map(named).collect() } else { json!(template) };
+    let stored =
+        if templates.len() > 1 { templates.iter().map(named).collect() } else { json!(template) };
     config.insert("chat_template".into(), stored);
-    let config = serde_json::to_vec_pretty(&config).map_err(|e| wrong(&gguf.path, e.to_string()))?;
-    let files = vec![("tokenizer.json".to_owned(), file), ("tokenizer_config.json".to_owned(), config)];
-    Ok(Parts { tokenizer, bos_token: bos, eos_token: eos, special_tokens, templates, files, content })
+    let config =
+        serde_json::to_vec_pretty(&config).map_err(|e| wrong(&gguf.path, e.to_string()))?;
+    let files =
+        vec![("tokenizer.json".to_owned(), file), ("tokenizer_config.json".to_owned(), config)];
+    Ok(Parts {
+        tokenizer,
+        bos_token: bos,
+        eos_token: eos,
+        special_tokens,
+        templates,
+        files,
+        content,
+    })
 }
 
 struct Pipeline {
@@ -106,14 +134,22 @@ fn pipeline(pre: &str) -> Option<Pipeline> {
         json!({"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false}, byte_level(false)]})
     };
-    let plain = |pre_tokenizer: Value| Pipeline { normalizer: Value::Null, pre_tokenizer, ignore_merges: false };
+    let plain = |pre_tokenizer: Value| Pipeline {
+        normalizer: Value::Null,
+        pre_tokenizer,
+        ignore_merges: false,
+    };
     Some(match pre {
         "default" | "gpt-2" => plain(byte_level(true)),
-        "smollm" | "starcoder" | "codeshell" | "refact" => {
-            plain(json!({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": true}, byte_level(true)]}))
+        "smollm" | "starcoder" | "codeshell" | "refact" => plain(
+            json!({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": true}, byte_level(true)]}),
+        ),
+        "qwen2" | "deepseek-r1-qwen" => {
+            Pipeline { normalizer: json!({"type": "NFC"}), ..plain(split(QWEN2)) }
         }
-        "qwen2" | "deepseek-r1-qwen" => Pipeline { normalizer: json!({"type": "NFC"}), ..plain(split(QWEN2)) },
-        "llama-bpe" | "llama3" | "llama-v3" => Pipeline { ignore_merges: true, ..plain(split(LLAMA3)) },
+        "llama-bpe" | "llama3" | "llama-v3" => {
+            Pipeline { ignore_merges: true, ..plain(split(LLAMA3)) }
+        }
         _ => return None,
     })
 }

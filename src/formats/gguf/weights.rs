@@ -126,7 +126,8 @@ mod tests {
     fn de_interleaving_puts_pairs_back_into_halves() {
         // One head of D = 4: ggml's rows are (0, 2, 1, 3) of the original.
         let stored = Tensor::from_vec(vec![0f32, 2.0, 1.0, 3.0], (4, 1), &Device::Cpu).unwrap();
-        let got: Vec<f32> = deinterleave(&stored, 1).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        let got: Vec<f32> =
+            deinterleave(&stored, 1).unwrap().flatten_all().unwrap().to_vec1().unwrap();
         assert_eq!(got, [0.0, 1.0, 2.0, 3.0]);
     }
 }

@@ -76,9 +76,21 @@ struct Stored {
 }
 
 impl Stored {
-    fn tensor<T: WithDType>(&self, name: &str, path: &Path, values: Vec<T>) -> Result<Tensor, ModelError> {
+    fn tensor<T: WithDType>(
+        &self,
+        name: &str,
+        path: &Path,
+        values: Vec<T>,
+    ) -> Result<Tensor, ModelError> {
         if values.len() != self.shape.iter().product::<usize>() {
-            return Err(ModelError::corrupt(path, format!("tensor '{name}' has {} values for the shape {:?}", values.len(), self.shape)));
+            return Err(ModelError::corrupt(
+                path,
+                format!(
+                    "tensor '{name}' has {} values for the shape {:?}",
+                    values.len(),
+                    self.shape
+                ),
+            ));
         }
         Ok(Tensor::from_vec(values, self.shape.as_slice(), &Device::Cpu)?)
     }
@@ -99,11 +111,17 @@ impl SafetensorsWeights {
             _ => ModelError::io(&index)(e),
         })?;
         let wrong = |reason: String| ModelError::corrupt(&index, reason);
-        let json: Value = serde_json::from_str(&text).map_err(|e| wrong(format!("not JSON: {e}")))?;
-        let map = json.get("weight_map").and_then(Value::as_object).ok_or_else(|| wrong("no object weight_map".into()))?;
+        let json: Value =
+            serde_json::from_str(&text).map_err(|e| wrong(format!("not JSON: {e}")))?;
+        let map = json
+            .get("weight_map")
+            .and_then(Value::as_object)
+            .ok_or_else(|| wrong("no object weight_map".into()))?;
         let names: BTreeSet<&str> = map.values().filter_map(Value::as_str).collect();
         if let Some(bad) = names.iter().find(|n| n.contains(['/', '\\']) || n.starts_with('.')) {
-            return Err(wrong(format!("weight_map names the file '{bad}', which is not in this folder")));
+            return Err(wrong(format!(
+                "weight_map names the file '{bad}', which is not in this folder"
+            )));
         }
         let shards: Vec<PathBuf> = names.into_iter().map(|n| folder.join(n)).collect();
         if shards.is_empty() {
@@ -118,18 +136,25 @@ impl SafetensorsWeights {
             let handle = File::open(path).map_err(ModelError::io(path))?;
             // SAFETY: the map is read-only; weight files are not written while a server uses them, as with every mmap-based loader.
             let map = unsafe { Mmap::map(&handle) }.map_err(ModelError::io(path))?;
-            let (header, metadata) =
-                SafeTensors::read_metadata(&map).map_err(|e| ModelError::corrupt(path, format!("safetensors header: {e}")))?;
+            let (header, metadata) = SafeTensors::read_metadata(&map)
+                .map_err(|e| ModelError::corrupt(path, format!("safetensors header: {e}")))?;
             let data = 8 + header;
             for (name, info) in metadata.tensors() {
                 let bytes = data + info.data_offsets.0..data + info.data_offsets.1;
                 if bytes.end > map.len() {
                     return Err(ModelError::corrupt(
                         path,
-                        format!("tensor '{name}' ends at byte {}, the file at {}", bytes.end, map.len()),
+                        format!(
+                            "tensor '{name}' ends at byte {}, the file at {}",
+                            bytes.end,
+                            map.len()
+                        ),
                     ));
                 }
-                tensors.insert(name, Stored { file, dtype: info.dtype, shape: info.shape.clone(), bytes });
+                tensors.insert(
+                    name,
+                    Stored { file, dtype: info.dtype, shape: info.shape.clone(), bytes },
+                );
             }
             files.push((path.clone(), Contents::Mapped(map)));
         }
@@ -143,21 +168,44 @@ impl SafetensorsWeights {
 
     /// As f32, or as bf16 where that is how it is stored and `keep_bf16` is set. `check` gets the
     /// file and the tensor's bytes before they are converted.
-    pub fn load(&self, name: &str, keep_bf16: bool, check: &Check) -> Result<Option<Tensor>, ModelError> {
+    pub fn load(
+        &self,
+        name: &str,
+        keep_bf16: bool,
+        check: &Check,
+    ) -> Result<Option<Tensor>, ModelError> {
         let Some(stored) = self.tensors.get(name) else { return Ok(None) };
         let (path, contents) = &self.files[stored.file];
         let bytes = contents.bytes(stored.bytes.clone()).map_err(ModelError::io(path))?;
         check(path, &bytes)?;
         let stored_bf16 = |b: &[u8]| bf16::from_le_bytes([b[0], b[1]]);
         let tensor = match stored.dtype {
-            Dtype::F32 => stored.tensor(name, path, bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
-            Dtype::F16 => {
-                stored.tensor::<f32>(name, path, bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect())
+            Dtype::F32 => stored.tensor(
+                name,
+                path,
+                bytes
+                    .chunks_exact(4)
+                    .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                    .collect(),
+            ),
+            Dtype::F16 => stored.tensor::<f32>(
+                name,
+                path,
+                bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+            ),
+            Dtype::BF16 if keep_bf16 => {
+                stored.tensor::<bf16>(name, path, bytes.chunks_exact(2).map(stored_bf16).collect())
             }
-            Dtype::BF16 if keep_bf16 => stored.tensor::<bf16>(name, path, bytes.chunks_exact(2).map(stored_bf16).collect()),
-            Dtype::BF16 => stored.tensor::<f32>(name, path, bytes.chunks_exact(2).map(|b| stored_bf16(b).to_f32()).collect()),
+            Dtype::BF16 => stored.tensor::<f32>(
+                name,
+                path,
+                bytes.chunks_exact(2).map(|b| stored_bf16(b).to_f32()).collect(),
+            ),
             other => Err(ModelError::Unsupported {
-                what: format!("{}: tensor '{name}' in {other:?} (supported: F32, F16, BF16)", last_part(path)),
+                what: format!(
+                    "{}: tensor '{name}' in {other:?} (supported: F32, F16, BF16)",
+                    last_part(path)
+                ),
             }),
         };
         tensor.map(Some)
@@ -186,7 +234,10 @@ impl SafetensorsWeights {
 
     /// Returns what is needed to open the files again.
     pub fn directory(&self) -> SafetensorsDirectory {
-        SafetensorsDirectory { paths: self.files.iter().map(|(path, _)| path.clone()).collect(), tensors: self.tensors.clone() }
+        SafetensorsDirectory {
+            paths: self.files.iter().map(|(path, _)| path.clone()).collect(),
+            tensors: self.tensors.clone(),
+        }
     }
 
     pub fn hash(&self, hash: &mut blake3::Hasher) {

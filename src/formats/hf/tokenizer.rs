@@ -40,7 +40,9 @@ pub const EXTRA_FILES: [&str; 9] = [
 /// Returns true for `additional_chat_templates/NAME.jinja`.
 pub fn is_extra_template(file: &str) -> bool {
     let name = file.strip_prefix(EXTRA_TEMPLATES).and_then(|rest| rest.strip_prefix('/'));
-    name.is_some_and(|name| name.ends_with(".jinja") && !name.starts_with('.') && !name.contains(['/', '\\']))
+    name.is_some_and(|name| {
+        name.ends_with(".jinja") && !name.starts_with('.') && !name.contains(['/', '\\'])
+    })
 }
 
 pub(in crate::formats) fn read(folder: &Path) -> Result<Parts, ModelError> {
@@ -57,11 +59,16 @@ pub(in crate::formats) fn read(folder: &Path) -> Result<Parts, ModelError> {
         }
     };
     let path = folder.join(TOKENIZER);
-    let bytes = take(TOKENIZER)?
-        .ok_or_else(|| wrong(&path, "is missing: a fast tokenizer is needed (save it with transformers' save_pretrained)"))?;
+    let bytes = take(TOKENIZER)?.ok_or_else(|| {
+        wrong(
+            &path,
+            "is missing: a fast tokenizer is needed (save it with transformers' save_pretrained)",
+        )
+    })?;
     let object = |name: &str, bytes: Option<Vec<u8>>| -> Result<Value, ModelError> {
         match bytes {
-            Some(b) => serde_json::from_slice(&b).map_err(|e| wrong(&folder.join(name), format!("not JSON: {e}"))),
+            Some(b) => serde_json::from_slice(&b)
+                .map_err(|e| wrong(&folder.join(name), format!("not JSON: {e}"))),
             None => Ok(Value::Null),
         }
     };
@@ -73,18 +80,25 @@ pub(in crate::formats) fn read(folder: &Path) -> Result<Parts, ModelError> {
         .map_err(|e| wrong(&path, e.to_string()))?;
     let special = object(SPECIAL, take(SPECIAL)?)?;
     let mut special_tokens = Vec::new();
-    for name in ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"] {
+    for name in
+        ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"]
+    {
         if let Some(token) = token(&config, name).or_else(|| token(&special, name)) {
             special_tokens.push((name.to_owned(), token));
         }
     }
-    let mut template_files: Vec<(String, String)> =
-        more_templates(folder)?.into_iter().map(|n| (n.clone(), format!("{EXTRA_TEMPLATES}/{n}.jinja"))).collect();
+    let mut template_files: Vec<(String, String)> = more_templates(folder)?
+        .into_iter()
+        .map(|n| (n.clone(), format!("{EXTRA_TEMPLATES}/{n}.jinja")))
+        .collect();
     template_files.insert(0, (DEFAULT.to_owned(), TEMPLATE.to_owned()));
     let mut templates = Vec::new();
     for (name, file) in template_files {
         if let Some(bytes) = take(&file)? {
-            templates.push((name, String::from_utf8(bytes).map_err(|_| wrong(&folder.join(&file), "is not UTF-8"))?));
+            templates.push((
+                name,
+                String::from_utf8(bytes).map_err(|_| wrong(&folder.join(&file), "is not UTF-8"))?,
+            ));
         }
     }
     // Files replace what the configuration holds.
@@ -98,7 +112,15 @@ pub(in crate::formats) fn read(folder: &Path) -> Result<Parts, ModelError> {
     let mut content = blake3::Hasher::new();
     // What decides the tokens: another class, or flag of the class, is another tokenizer.
     content.update(pipeline.as_deref().unwrap_or(&bytes));
-    Ok(Parts { bos_token: find("bos_token"), eos_token: find("eos_token"), tokenizer, special_tokens, templates, files, content })
+    Ok(Parts {
+        bos_token: find("bos_token"),
+        eos_token: find("eos_token"),
+        tokenizer,
+        special_tokens,
+        templates,
+        files,
+        content,
+    })
 }
 
 /// `model_type` of config.json, where the folder has one.
@@ -116,12 +138,18 @@ fn model_type(folder: &Path) -> Option<String> {
 /// adds one in any case. A model is trained and compared with transformers' tokens, so the class wins.
 fn as_class(tokenizer: &[u8], config: &Value, model_type: Option<&str>) -> Option<Vec<u8>> {
     let class = config.get("tokenizer_class").and_then(Value::as_str)?;
-    if class.strip_suffix("Fast").unwrap_or(class) != "LlamaTokenizer" || model_type.is_some_and(|m| OTHER_CLASS.contains(&m)) {
+    if class.strip_suffix("Fast").unwrap_or(class) != "LlamaTokenizer"
+        || model_type.is_some_and(|m| OTHER_CLASS.contains(&m))
+    {
         return None;
     }
     let mut file: Value = serde_json::from_slice(tokenizer).ok()?;
-    let is_sentencepiece = file["model"]["type"].as_str().is_none_or(|t| t == "BPE") && file["model"]["merges"].is_array();
-    if !is_sentencepiece || has_byte_level(&file["pre_tokenizer"]) || has_byte_level(&file["decoder"]) {
+    let is_sentencepiece = file["model"]["type"].as_str().is_none_or(|t| t == "BPE")
+        && file["model"]["merges"].is_array();
+    if !is_sentencepiece
+        || has_byte_level(&file["pre_tokenizer"])
+        || has_byte_level(&file["decoder"])
+    {
         return None;
     }
     let flag = |name: &str| config.get(name).and_then(Value::as_bool);
@@ -177,7 +205,14 @@ fn more_templates(folder: &Path) -> Result<Vec<String>, ModelError> {
     let path = folder.join(EXTRA_TEMPLATES);
     let entries = match std::fs::read_dir(&path) {
         Ok(entries) => entries,
-        Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => return Ok(Vec::new()),
+        Err(e)
+            if matches!(
+                e.kind(),
+                std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
+            ) =>
+        {
+            return Ok(Vec::new());
+        }
         Err(e) => return Err(ModelError::io(&path)(e)),
     };
     let mut names = Vec::new();

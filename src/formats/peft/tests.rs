@@ -20,7 +20,8 @@ fn load_with(field: &str, value: &Value) -> Result<Adapter, String> {
     let mut fields = written_by_peft();
     fields.insert(field.to_owned(), value.clone());
     std::fs::write(dir.path().join(CONFIG_FILE), serde_json::to_vec(&fields).unwrap()).unwrap();
-    std::fs::copy(golden("adapters/llama").join(WEIGHTS_FILE), dir.path().join(WEIGHTS_FILE)).unwrap();
+    std::fs::copy(golden("adapters/llama").join(WEIGHTS_FILE), dir.path().join(WEIGHTS_FILE))
+        .unwrap();
     let path = golden("models/llama/config.json");
     let model = ModelConfig::from_hf_json(&std::fs::read_to_string(&path).unwrap(), &path).unwrap();
     load(dir.path(), &model).map_err(|e| e.to_string())
@@ -29,7 +30,8 @@ fn load_with(field: &str, value: &Value) -> Result<Adapter, String> {
 #[test]
 fn every_field_that_peft_writes_is_known() {
     for field in written_by_peft().keys().filter(|f| *f != "peft_type") {
-        let lists = usize::from(FREE.contains(&field.as_str())) + OFF.iter().filter(|(name, _)| name == field).count();
+        let lists = usize::from(FREE.contains(&field.as_str()))
+            + OFF.iter().filter(|(name, _)| name == field).count();
         assert_eq!(lists, 1, "{field} must be in exactly one list");
     }
 }
@@ -77,7 +79,10 @@ fn a_field_that_changes_the_maths_is_refused_by_name_and_value() {
     ];
     for (field, value) in &cases {
         let e = load_with(field, value).expect_err(field);
-        assert!(e.contains(&format!("{field} is {value}")) && e.contains("supported"), "{field}: {e}");
+        assert!(
+            e.contains(&format!("{field} is {value}")) && e.contains("supported"),
+            "{field}: {e}"
+        );
     }
     // Each field of the list has its case.
     for (field, _) in OFF {
@@ -85,7 +90,10 @@ fn a_field_that_changes_the_maths_is_refused_by_name_and_value() {
     }
     for start in ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"] {
         let e = load_with("init_lora_weights", &json!(start)).unwrap_err();
-        assert!(e.contains("PEFT changes the base model's weights when it loads the adapter"), "{start}: {e}");
+        assert!(
+            e.contains("PEFT changes the base model's weights when it loads the adapter"),
+            "{start}: {e}"
+        );
     }
     let e = load_with("init_lora_weights", &json!("mica")).unwrap_err();
     assert!(e.contains("PEFT trains only A"), "{e}");
@@ -112,7 +120,10 @@ fn fields_that_do_not_change_the_maths_are_accepted() {
         ("peft_version", json!("0.9.0")),
         ("revision", json!("main")),
         ("base_model_name_or_path", json!("owner/name")),
-        ("auto_mapping", json!({"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"})),
+        (
+            "auto_mapping",
+            json!({"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"}),
+        ),
         ("target_modules", json!(".*_proj")),
         ("exclude_modules", json!(["lm_head"])),
         ("megatron_core", json!("another.core")),

@@ -51,7 +51,8 @@ fn safetensors() -> Case {
 /// Two tensors of the same Llama as a GGUF file, one of them in llama.cpp's order of rows.
 fn gguf() -> Case {
     let folder = tempfile::tempdir().unwrap();
-    let model = load_model(None, golden("llama").to_str().unwrap(), &HubOptions::default()).unwrap();
+    let model =
+        load_model(None, golden("llama").to_str().unwrap(), &HubOptions::default()).unwrap();
     let stored = |name: &str| {
         let tensor = model.weights.load(&param(&model.config, name), Precision::F32).unwrap();
         QTensor::quantize(&tensor, GgmlDType::F32).unwrap()
@@ -59,7 +60,12 @@ fn gguf() -> Case {
     let (norm, queries) = (stored(NORM), stored(QUERIES));
     let file = folder.path().join("model.gguf");
     let mut writer = BufWriter::new(std::fs::File::create(&file).unwrap());
-    gguf_file::write(&mut writer, &[], &[("output_norm.weight", &norm), ("blk.0.attn_q.weight", &queries)]).unwrap();
+    gguf_file::write(
+        &mut writer,
+        &[],
+        &[("output_norm.weight", &norm), ("blk.0.attn_q.weight", &queries)],
+    )
+    .unwrap();
     writer.flush().unwrap();
     let opened = Gguf::open(&file).unwrap();
     let offset = opened.tensor("output_norm.weight").unwrap().offset;
@@ -79,7 +85,8 @@ impl Case {
 
     /// Loads everything as a server does that computes in bf16, and closes the files.
     fn close(&mut self) -> (WeightFiles, Vec<Vec<f32>>) {
-        let mut weights = std::mem::replace(&mut self.weights, Weights::open_folder(&golden("llama")).unwrap());
+        let mut weights =
+            std::mem::replace(&mut self.weights, Weights::open_folder(&golden("llama")).unwrap());
         let wanted = self.load_all(&weights);
         weights.record_digests();
         for name in &self.names {
@@ -134,7 +141,10 @@ fn a_file_that_is_cut_off_or_gone_is_an_error_that_names_no_folder() {
         for e in [cut_off, gone] {
             assert!(matches!(&e, ModelError::Changed { .. }), "{e}");
             let told = e.for_clients();
-            assert!(told.contains(name) && !told.contains(case.folder.path().to_str().unwrap()), "{told}");
+            assert!(
+                told.contains(name) && !told.contains(case.folder.path().to_str().unwrap()),
+                "{told}"
+            );
         }
     }
 }

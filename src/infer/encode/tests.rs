@@ -20,16 +20,24 @@ fn answers_beside_others_are_encoded_as_if_they_were_alone() {
     let tokenizer = tokenizer();
     let encoder = PairEncoder::new(&tokenizer, 256, Truncation::KeepStart);
     let prompt = plain("The capital of France is");
-    let answers = [plain(" Paris."), Text::Chat(vec![ChatMessage::new("assistant", "Paris.")]), plain("is it?")];
+    let answers = [
+        plain(" Paris."),
+        Text::Chat(vec![ChatMessage::new("assistant", "Paris.")]),
+        plain("is it?"),
+    ];
     let together = encoder.encode_completions(&prompt, &answers);
     assert_eq!(together.len(), answers.len());
     for (answer, encoded) in answers.iter().zip(&together) {
-        let alone = encoder.encode_completions(&prompt, std::slice::from_ref(answer)).pop().unwrap();
+        let alone =
+            encoder.encode_completions(&prompt, std::slice::from_ref(answer)).pop().unwrap();
         match (encoded, alone) {
             (Ok(encoded), Ok(alone)) => {
                 assert_eq!(*encoded, alone);
                 // A single answer has no other one to share the prompt with.
-                assert_eq!(encoder.encode_together(&prompt, std::slice::from_ref(answer)).unwrap(), [alone]);
+                assert_eq!(
+                    encoder.encode_together(&prompt, std::slice::from_ref(answer)).unwrap(),
+                    [alone]
+                );
             }
             (Err(encoded), Err(alone)) => assert_eq!(encoded.to_string(), alone.to_string()),
             (encoded, alone) => panic!("{encoded:?}, but alone {alone:?}"),
@@ -44,10 +52,14 @@ fn an_error_names_its_part() {
     let tokenizer = tokenizer();
     let encoder = PairEncoder::new(&tokenizer, 32, Truncation::KeepStart);
     let chat = Text::Chat(vec![ChatMessage::new("assistant", "Paris.")]);
-    let e = encoder.encode_together(&plain("Where?"), &[plain(" Paris."), chat.clone()]).unwrap_err();
+    let e =
+        encoder.encode_together(&plain("Where?"), &[plain(" Paris."), chat.clone()]).unwrap_err();
     assert_eq!(e.part(), Part::Answer(1));
     assert!(e.to_string().starts_with("completions[1] and the prompt"), "{e}");
-    assert_eq!(encoder.encode_pair(&plain("Where?"), &chat, &plain("?")).unwrap_err().part(), Part::Chosen);
+    assert_eq!(
+        encoder.encode_pair(&plain("Where?"), &chat, &plain("?")).unwrap_err().part(),
+        Part::Chosen
+    );
     // What is wrong with the prompt is said for every answer.
     let long = plain(&"Where is it? ".repeat(64));
     let answers = [plain(" Here."), plain(" There.")];

@@ -56,10 +56,15 @@ fn smoothed(z: f64, eps: f64) -> (f64, f64) {
 }
 
 /// One pair's loss with its slopes in Σlog π_w and Σlog π_l. The losses over a whole batch (aot, sft) are not here; orpo is without its NLL.
-pub(super) fn value_and_slopes(config: &DpoConfig, term: &WeightedLoss, s: &Sums) -> (f64, f64, f64) {
+pub(super) fn value_and_slopes(
+    config: &DpoConfig,
+    term: &WeightedLoss,
+    s: &Sums,
+) -> (f64, f64, f64) {
     let (beta, eps) = (config.beta, config.smoothing(term));
     let (lr_w, lr_l) = (s.lr_w(), s.lr_l());
-    let ((s_w, ds_w), (s_l, ds_l)) = (score(config.divergence, lr_w), score(config.divergence, lr_l));
+    let ((s_w, ds_w), (s_l, ds_l)) =
+        (score(config.divergence, lr_w), score(config.divergence, lr_l));
     let delta = s_w - s_l;
     // A loss of δ alone: f(δ), f'(δ).
     let of_delta = |(value, slope): (f64, f64)| (value, slope * ds_w, -slope * ds_l);
@@ -98,12 +103,18 @@ pub(super) fn value_and_slopes(config: &DpoConfig, term: &WeightedLoss, s: &Sums
             let slope = (-(1.0 - eps) * sigmoid(-z) - eps * sigmoid(z)) / (1.0 - 2.0 * eps);
             of_delta((value, beta * slope))
         }
-        LossType::BcoPair => (-log_sigmoid(r_w) - log_sigmoid(-r_l), -beta * sigmoid(-r_w), beta * sigmoid(r_l)),
+        LossType::BcoPair => {
+            (-log_sigmoid(r_w) - log_sigmoid(-r_l), -beta * sigmoid(-r_w), beta * sigmoid(r_l))
+        }
         LossType::SppoHard => {
             let (a, b) = (lr_w - 0.5 / beta, lr_l + 0.5 / beta);
             (a * a + b * b, 2.0 * a, 2.0 * b)
         }
-        LossType::ApoZero => (1.0 - sigmoid(r_w) + sigmoid(r_l), -beta * sigmoid(r_w) * sigmoid(-r_w), beta * sigmoid(r_l) * sigmoid(-r_l)),
+        LossType::ApoZero => (
+            1.0 - sigmoid(r_w) + sigmoid(r_l),
+            -beta * sigmoid(r_w) * sigmoid(-r_w),
+            beta * sigmoid(r_l) * sigmoid(-r_l),
+        ),
         LossType::ApoDown => {
             let z = beta * (lr_w - lr_l);
             let d = beta * sigmoid(z) * sigmoid(-z);
@@ -116,7 +127,8 @@ pub(super) fn value_and_slopes(config: &DpoConfig, term: &WeightedLoss, s: &Sums
             // m·e^(−z), which is finite where e^(−z) alone is not.
             let exponential = (log_sigmoid(z / tau) - z).exp();
             let rise = sigmoid(-z / tau) / tau;
-            let slope = -sigmoid(-z) * (1.0 - m) - exponential + rise * (exponential - m * logistic);
+            let slope =
+                -sigmoid(-z) * (1.0 - m) - exponential + rise * (exponential - m * logistic);
             of_delta((logistic * (1.0 - m) + exponential, beta * slope))
         }
         LossType::SigmoidNorm => {
@@ -148,7 +160,11 @@ pub(super) fn value_and_slopes(config: &DpoConfig, term: &WeightedLoss, s: &Sums
 /// AOT (arXiv:2406.05882): losses of the sorted differences. Returns the k-th loss for each k, and for each pair its slopes with the index k of the
 /// loss that its chosen and its rejected side took part in.
 #[allow(clippy::type_complexity)]
-pub(super) fn sorted_transport(config: &DpoConfig, term: &WeightedLoss, sums: &[Sums]) -> (Vec<f64>, Vec<(f64, f64, usize, usize)>) {
+pub(super) fn sorted_transport(
+    config: &DpoConfig,
+    term: &WeightedLoss,
+    sums: &[Sums],
+) -> (Vec<f64>, Vec<(f64, f64, usize, usize)>) {
     let order = |key: &dyn Fn(&Sums) -> f64| {
         let mut order: Vec<usize> = (0..sums.len()).collect();
         order.sort_by(|a, b| key(&sums[*a]).total_cmp(&key(&sums[*b])));
@@ -164,7 +180,9 @@ pub(super) fn sorted_transport(config: &DpoConfig, term: &WeightedLoss, sums: &[
     for (k, (&i, &j)) in upper.iter().zip(&lower).enumerate() {
         let delta = match term.loss {
             LossType::AotUnpaired => sums[i].lr_w() - sums[j].lr_l(),
-            _ => (sums[i].policy_w - sums[i].policy_l) - (sums[j].reference_w - sums[j].reference_l),
+            _ => {
+                (sums[i].policy_w - sums[i].policy_l) - (sums[j].reference_w - sums[j].reference_l)
+            }
         };
         let (value, slope) = smoothed(beta * delta, config.smoothing(term));
         values.push(value);

@@ -32,11 +32,16 @@ fn logps(n: std::ops::Range<usize>) -> impl Strategy<Value = Vec<f32>> {
 }
 
 fn pair() -> impl Strategy<Value = Pair> {
-    (logps(1..5), logps(1..5), logps(4..5), logps(4..5), 0.5f64..2.0).prop_map(|(chosen, rejected, a, b, weight)| {
-        let reference = (a[..chosen.len()].to_vec(), b[..rejected.len()].to_vec());
-        let p2 = (chosen.iter().map(|x| x * 1.1).collect(), rejected.iter().map(|x| x * 0.9).collect());
-        Pair { chosen, rejected, reference, p2, weight }
-    })
+    (logps(1..5), logps(1..5), logps(4..5), logps(4..5), 0.5f64..2.0).prop_map(
+        |(chosen, rejected, a, b, weight)| {
+            let reference = (a[..chosen.len()].to_vec(), b[..rejected.len()].to_vec());
+            let p2 = (
+                chosen.iter().map(|x| x * 1.1).collect(),
+                rejected.iter().map(|x| x * 0.9).collect(),
+            );
+            Pair { chosen, rejected, reference, p2, weight }
+        },
+    )
 }
 
 fn config(loss: LossType) -> DpoConfig {
@@ -64,7 +69,8 @@ fn check(config: &DpoConfig, pairs: &mut [Pair]) {
             for t in 0..n {
                 let h = 1.0 / 2048.0; // exact in f32, so that the difference is of f64 quality
                 let mut at = |d: f32| {
-                    let x = if side == 0 { &mut pairs[i].chosen[t] } else { &mut pairs[i].rejected[t] };
+                    let x =
+                        if side == 0 { &mut pairs[i].chosen[t] } else { &mut pairs[i].rejected[t] };
                     let old = *x;
                     *x += d;
                     let moved = (*x as f64, batch_loss(&frozen, &view(pairs, &frozen), 1.0).loss);
@@ -82,7 +88,11 @@ fn check(config: &DpoConfig, pairs: &mut [Pair]) {
                 if config.losses.iter().any(|l| l.loss == LossType::Hinge) && bend.abs() > 1e-4 {
                     continue;
                 }
-                let g = if side == 0 { analytic.grad_chosen[i][t] } else { analytic.grad_rejected[i][t] } as f64;
+                let g = if side == 0 {
+                    analytic.grad_chosen[i][t]
+                } else {
+                    analytic.grad_rejected[i][t]
+                } as f64;
                 assert!(
                     (numeric - g).abs() < 2e-4 + 2e-3 * g.abs(),
                     "{:?} {:?}: pair {i} side {side} token {t}: {numeric} vs {g}",
@@ -158,7 +168,11 @@ fn an_undecided_policy_has_loss_ln_2() {
     let pairs = fixed();
     let same: Vec<PairLogps> = pairs
         .iter()
-        .map(|p| PairLogps { policy_chosen: &p.reference.0, policy_rejected: &p.reference.1, ..view(std::slice::from_ref(p), &c)[0] })
+        .map(|p| PairLogps {
+            policy_chosen: &p.reference.0,
+            policy_rejected: &p.reference.1,
+            ..view(std::slice::from_ref(p), &c)[0]
+        })
         .collect();
     assert!((batch_loss(&c, &same, 1.0).loss - std::f64::consts::LN_2).abs() < 1e-15);
 }
@@ -179,7 +193,13 @@ fn enormous_margins_stay_finite() {
     for loss in LossType::ALL {
         let c = DpoConfig { label_smoothing: 0.01, ..config(loss) };
         for (w, l) in [(-1e4f32, -1.0f32), (-1.0, -1e4)] {
-            let p = PairLogps { policy_chosen: &[w], policy_rejected: &[l], reference: Some((&[-1.0], &[-1.0])), weight: 1.0, wpo: None };
+            let p = PairLogps {
+                policy_chosen: &[w],
+                policy_rejected: &[l],
+                reference: Some((&[-1.0], &[-1.0])),
+                weight: 1.0,
+                wpo: None,
+            };
             let out = batch_loss(&c, &[p], 1.0);
             // discopop's e^(−βδ) is unbounded by definition.
             assert!(out.loss.is_finite() || loss == LossType::Discopop, "{loss:?}");

@@ -15,7 +15,8 @@ pub(in crate::model) struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     pub(in crate::model) fn new(json: &'a Value, path: &'a Path) -> Result<Self, ModelError> {
-        let map = json.as_object().ok_or_else(|| invalid(path, "(whole file)", "not a JSON object"))?;
+        let map =
+            json.as_object().ok_or_else(|| invalid(path, "(whole file)", "not a JSON object"))?;
         Ok(Fields { map, path, prefix: String::new() })
     }
 
@@ -41,8 +42,19 @@ impl<'a> Fields<'a> {
         self.map.get(field).filter(|v| !v.is_null())
     }
 
-    fn read<T>(&self, field: &str, kind: &str, read: impl FnOnce(&'a Value) -> Option<T>) -> Result<Option<T>, ModelError> {
-        self.get(field).map(|v| read(v).ok_or_else(|| self.invalid(field, format!("is {}; must be {kind}", shortened(v))))).transpose()
+    fn read<T>(
+        &self,
+        field: &str,
+        kind: &str,
+        read: impl FnOnce(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>, ModelError> {
+        self.get(field)
+            .map(|v| {
+                read(v).ok_or_else(|| {
+                    self.invalid(field, format!("is {}; must be {kind}", shortened(v)))
+                })
+            })
+            .transpose()
     }
 
     pub(in crate::model) fn string(&self, field: &str) -> Result<Option<&'a str>, ModelError> {
@@ -61,7 +73,10 @@ impl<'a> Fields<'a> {
         self.read(field, "a non-negative integer", Value::as_u64)
     }
 
-    pub(in crate::model) fn strings(&self, field: &str) -> Result<Option<Vec<&'a str>>, ModelError> {
+    pub(in crate::model) fn strings(
+        &self,
+        field: &str,
+    ) -> Result<Option<Vec<&'a str>>, ModelError> {
         self.read(field, "a list of strings", |v| v.as_array()?.iter().map(Value::as_str).collect())
     }
 
@@ -71,7 +86,11 @@ impl<'a> Fields<'a> {
     }
 
     /// A size from 1 to `max`, if there is one.
-    pub(in crate::model) fn optional_size(&self, field: &str, max: usize) -> Result<Option<usize>, ModelError> {
+    pub(in crate::model) fn optional_size(
+        &self,
+        field: &str,
+        max: usize,
+    ) -> Result<Option<usize>, ModelError> {
         self.read(field, &format!("an integer from 1 to {max}"), |v| {
             v.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=max).contains(n))
         })
@@ -89,13 +108,21 @@ impl<'a> Fields<'a> {
 
     pub(in crate::model) fn object(&self, field: &str) -> Result<Option<Fields<'a>>, ModelError> {
         let map = self.read(field, "an object", Value::as_object)?;
-        Ok(map.map(|map| Fields { map, path: self.path, prefix: format!("{}{field}.", self.prefix) }))
+        Ok(map.map(|map| Fields {
+            map,
+            path: self.path,
+            prefix: format!("{}{field}.", self.prefix),
+        }))
     }
 }
 
 /// Makes a [`ModelError::InvalidConfig`] about a field of `path`.
 pub(in crate::model) fn invalid(path: &Path, field: &str, reason: impl Into<String>) -> ModelError {
-    ModelError::InvalidConfig { path: PathBuf::from(path), field: field.to_owned(), reason: reason.into() }
+    ModelError::InvalidConfig {
+        path: PathBuf::from(path),
+        field: field.to_owned(),
+        reason: reason.into(),
+    }
 }
 
 /// A value for a message: hostile files do not get to fill the log.

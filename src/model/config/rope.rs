@@ -7,7 +7,10 @@ use crate::model::error::ModelError;
 use crate::model::rope::{RopeConfig, RopeScaling};
 
 /// Reads the frequencies of a model that was made for `max_position_embeddings` positions.
-pub(in crate::model) fn rope(fields: &Fields<'_>, max_position_embeddings: usize) -> Result<RopeConfig, ModelError> {
+pub(in crate::model) fn rope(
+    fields: &Fields<'_>,
+    max_position_embeddings: usize,
+) -> Result<RopeConfig, ModelError> {
     // transformers lets `rope_scaling`, the older name, win when both are there.
     let key = if fields.is_null("rope_scaling") { "rope_parameters" } else { "rope_scaling" };
     let nested = fields.object(key)?;
@@ -20,7 +23,10 @@ pub(in crate::model) fn rope(fields: &Fields<'_>, max_position_embeddings: usize
     }
     for f in [Some(fields), nested.as_ref()].into_iter().flatten() {
         if f.number("partial_rotary_factor")?.is_some_and(|p| p != 1.0) {
-            return Err(f.invalid("partial_rotary_factor", "partial rotation is not implemented; must be 1"));
+            return Err(f.invalid(
+                "partial_rotary_factor",
+                "partial rotation is not implemented; must be 1",
+            ));
         }
     }
     let Some(rope) = nested else { return Ok(RopeConfig { theta, scaling: RopeScaling::None }) };
@@ -30,25 +36,37 @@ pub(in crate::model) fn rope(fields: &Fields<'_>, max_position_embeddings: usize
         None => rope.string("type")?.unwrap_or("default"),
     };
     let factor = |name: &str| {
-        let value = rope.number(name)?.ok_or_else(|| rope.invalid(name, format!("is missing; rope type '{kind}' needs it")))?;
-        if value > 0.0 && value.is_finite() { Ok(value) } else { Err(rope.invalid(name, format!("is {value}; must be above 0"))) }
+        let value = rope.number(name)?.ok_or_else(|| {
+            rope.invalid(name, format!("is missing; rope type '{kind}' needs it"))
+        })?;
+        if value > 0.0 && value.is_finite() {
+            Ok(value)
+        } else {
+            Err(rope.invalid(name, format!("is {value}; must be above 0")))
+        }
     };
     let original = || -> Result<usize, ModelError> {
         let name = "original_max_position_embeddings";
         match fields.optional_size(name, limits::POSITIONS)? {
             Some(outside) => Ok(outside),
-            None => Ok(rope.optional_size(name, limits::POSITIONS)?.unwrap_or(max_position_embeddings)),
+            None => {
+                Ok(rope.optional_size(name, limits::POSITIONS)?.unwrap_or(max_position_embeddings))
+            }
         }
     };
     let scaling = match kind {
         "default" => RopeScaling::None,
         "linear" => RopeScaling::Linear { factor: factor("factor")? },
         "llama3" => {
-            let (low_freq_factor, high_freq_factor) = (factor("low_freq_factor")?, factor("high_freq_factor")?);
+            let (low_freq_factor, high_freq_factor) =
+                (factor("low_freq_factor")?, factor("high_freq_factor")?);
             if high_freq_factor <= low_freq_factor {
-                return Err(
-                    rope.invalid("high_freq_factor", format!("is {high_freq_factor}; must exceed low_freq_factor, {low_freq_factor}"))
-                );
+                return Err(rope.invalid(
+                    "high_freq_factor",
+                    format!(
+                        "is {high_freq_factor}; must exceed low_freq_factor, {low_freq_factor}"
+                    ),
+                ));
             }
             RopeScaling::Llama3 {
                 factor: factor("factor")?,
@@ -60,8 +78,14 @@ pub(in crate::model) fn rope(fields: &Fields<'_>, max_position_embeddings: usize
         "yarn" => {
             let original = original()?;
             // A null factor means the ratio of the two contexts.
-            let factor = if rope.is_null("factor") { max_position_embeddings as f64 / original as f64 } else { factor("factor")? };
-            let or = |name: &str, default: f64| Ok::<_, ModelError>(rope.number(name)?.filter(|v| *v != 0.0).unwrap_or(default));
+            let factor = if rope.is_null("factor") {
+                max_position_embeddings as f64 / original as f64
+            } else {
+                factor("factor")?
+            };
+            let or = |name: &str, default: f64| {
+                Ok::<_, ModelError>(rope.number(name)?.filter(|v| *v != 0.0).unwrap_or(default))
+            };
             RopeScaling::Yarn {
                 factor,
                 original_max_position_embeddings: original,
@@ -73,7 +97,12 @@ pub(in crate::model) fn rope(fields: &Fields<'_>, max_position_embeddings: usize
                 truncate: rope.flag("truncate")?.unwrap_or(true),
             }
         }
-        other => return Err(rope.invalid("rope_type", format!("'{other}' is not implemented; supported: default, linear, llama3, yarn"))),
+        other => {
+            return Err(rope.invalid(
+                "rope_type",
+                format!("'{other}' is not implemented; supported: default, linear, llama3, yarn"),
+            ));
+        }
     };
     Ok(RopeConfig { theta, scaling })
 }

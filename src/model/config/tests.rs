@@ -25,13 +25,25 @@ const IDENTITIES: [(&str, &str); 11] = [
 fn the_identity_of_a_configuration_stays_what_it_was() {
     let cases = golden("parameters.json");
     for (name, expected) in IDENTITIES {
-        let json = match name.starts_with("models/") {
-            true => golden(&format!("{name}/config.json")),
-            false => cases.as_array().unwrap().iter().find(|case| case["name"] == name).unwrap()["config"].clone(),
-        };
-        let config = ModelConfig::from_hf_json(&json.to_string(), Path::new("config.json")).unwrap();
+        let json =
+            match name.starts_with("models/") {
+                true => golden(&format!("{name}/config.json")),
+                false => cases
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .find(|case| case["name"] == name)
+                    .unwrap()["config"]
+                    .clone(),
+            };
+        let config =
+            ModelConfig::from_hf_json(&json.to_string(), Path::new("config.json")).unwrap();
         let canonical = config.canonical();
-        assert_eq!(blake3::hash(canonical.as_bytes()).to_hex().as_str(), expected, "{name}: {canonical}");
+        assert_eq!(
+            blake3::hash(canonical.as_bytes()).to_hex().as_str(),
+            expected,
+            "{name}: {canonical}"
+        );
     }
 }
 
@@ -39,7 +51,8 @@ fn the_identity_of_a_configuration_stays_what_it_was() {
 fn an_absent_field_means_what_the_familys_class_in_transformers_means() {
     let read = |model_type: &str, more: &str| {
         let sizes = r#""vocab_size": 8, "intermediate_size": 8, "num_hidden_layers": 30, "num_attention_heads": 64"#;
-        let text = format!(r#"{{"model_type": "{model_type}", "hidden_size": 256, {sizes}{more}}}"#);
+        let text =
+            format!(r#"{{"model_type": "{model_type}", "hidden_size": 256, {sizes}{more}}}"#);
         ModelConfig::from_hf_json(&text, Path::new("config.json")).unwrap().spec
     };
     for (model_type, kv_heads, head_dim, positions, windows) in [
@@ -52,16 +65,29 @@ fn an_absent_field_means_what_the_familys_class_in_transformers_means() {
         let attention = spec.blocks[0].attention();
         assert_eq!((attention.kv_heads, attention.head_dim), (kv_heads, head_dim), "{model_type}");
         assert_eq!(spec.max_position_embeddings, positions, "{model_type}");
-        assert_eq!(spec.blocks.iter().map(|b| b.attention().window).collect::<Vec<_>>(), windows, "{model_type}");
+        assert_eq!(
+            spec.blocks.iter().map(|b| b.attention().window).collect::<Vec<_>>(),
+            windows,
+            "{model_type}"
+        );
         // Null means as many as query heads in every family.
-        assert_eq!(read(model_type, r#", "num_key_value_heads": null"#).blocks[0].attention().kv_heads, 64, "{model_type}");
+        assert_eq!(
+            read(model_type, r#", "num_key_value_heads": null"#).blocks[0].attention().kv_heads,
+            64,
+            "{model_type}"
+        );
     }
     // Qwen's window is off unless it is switched on; it begins behind `max_window_layers`, 28 of
     // them where that is absent.
     let windows = |more: &str| -> Vec<Option<usize>> {
-        let blocks = read("qwen2", &format!(r#", "use_sliding_window": true, "sliding_window": 16{more}"#)).blocks;
+        let blocks =
+            read("qwen2", &format!(r#", "use_sliding_window": true, "sliding_window": 16{more}"#))
+                .blocks;
         blocks.iter().map(|b| b.attention().window).collect()
     };
     assert_eq!(windows(""), [vec![None; 28], vec![Some(16); 2]].concat());
-    assert_eq!(windows(r#", "max_window_layers": 1"#), [vec![None; 1], vec![Some(16); 29]].concat());
+    assert_eq!(
+        windows(r#", "max_window_layers": 1"#),
+        [vec![None; 1], vec![Some(16); 29]].concat()
+    );
 }

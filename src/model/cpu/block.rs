@@ -11,9 +11,13 @@ use crate::compute::cpu::TensorRead;
 use crate::compute::cpu::attention::{Heads, attention, attention_backward};
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::{Kernel, Operand, View};
-use crate::compute::cpu::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm_backward, rms_norm_operand};
+use crate::compute::cpu::rms_norm::{
+    HeadColumns, head_norm, head_norm_backward, rms_norm_backward, rms_norm_operand,
+};
 use crate::compute::cpu::rope::{Direction, rotate};
-use crate::compute::cpu::swiglu::{GateUp, GradientTiles, KeepGateUp, SwigluTiles, swiglu, swiglu_backward};
+use crate::compute::cpu::swiglu::{
+    GateUp, GradientTiles, KeepGateUp, SwigluTiles, swiglu, swiglu_backward,
+};
 use crate::model::adapter::Adapter;
 use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, PolicyView, StreamNorm};
 use crate::model::params::{BlockParam, LinearGroup, ParamId, PerGroup};
@@ -43,7 +47,8 @@ pub struct CpuBlock<'a> {
 impl<'a> CpuBlock<'a> {
     /// Opens block `index` of a policy.
     pub fn open(policy: PolicyView<'a>, index: usize, row: &'a PreparedRow) -> Result<Self> {
-        let (spec, parameters, kernel) = (policy.spec, &**policy.parameters, Kernel::best(policy.precision));
+        let (spec, parameters, kernel) =
+            (policy.spec, &**policy.parameters, Kernel::best(policy.precision));
         let BlockSpec {
             mixer: Mixer::Attention(attention),
             mixer_norms: Norms::Pre,
@@ -51,14 +56,22 @@ impl<'a> CpuBlock<'a> {
             feed_forward_norms: Norms::Pre,
         } = spec.blocks[index];
         let tensor = |param| TensorRead::of(parameters.vector(ParamId::Block(index, param))?);
-        let groups =
-            |adapter: Option<&'a Adapter>| PerGroup::build(|group| CpuLinearGroup::open(kernel, index, parameters, adapter, group));
-        let part = |(rows, adapter): &'a (Range<usize>, Arc<Adapter>)| Ok((rows.clone(), groups(Some(adapter))?));
+        let groups = |adapter: Option<&'a Adapter>| {
+            PerGroup::build(|group| CpuLinearGroup::open(kernel, index, parameters, adapter, group))
+        };
+        let part = |(rows, adapter): &'a (Range<usize>, Arc<Adapter>)| {
+            Ok((rows.clone(), groups(Some(adapter))?))
+        };
         Ok(CpuBlock {
             index,
             spec: &spec.blocks[index],
             kernel,
-            heads: Heads { query: attention.heads, key: attention.kv_heads, dim: attention.head_dim, window: attention.window },
+            heads: Heads {
+                query: attention.heads,
+                key: attention.kv_heads,
+                dim: attention.head_dim,
+                window: attention.window,
+            },
             width,
             eps: spec.rms_norm_eps as f32,
             is_adapted: policy.adapter.is_some(),
@@ -67,7 +80,9 @@ impl<'a> CpuBlock<'a> {
             post_norm: tensor(StreamNorm::FeedForward.weight())?,
             qk_norm: match attention.qk_norm {
                 QkNorm::Absent => None,
-                QkNorm::PerHead => Some((tensor(BlockParam::QueryNorm)?, tensor(BlockParam::KeyNorm)?)),
+                QkNorm::PerHead => {
+                    Some((tensor(BlockParam::QueryNorm)?, tensor(BlockParam::KeyNorm)?))
+                }
             },
             groups: groups(policy.adapter.map(|adapter| &**adapter))?,
             parts: row.adapters.iter().map(part).collect::<Result<_>>()?,
@@ -86,7 +101,13 @@ impl<'a> CpuBlock<'a> {
     }
 
     /// Runs a group: y = keep·y + its outputs. Returns x·Aᵀ of the policy's own adapter.
-    fn run_group(&self, group: LinearGroup, x: &Operand, y: &mut [f32], keep: bool) -> Result<Buffer> {
+    fn run_group(
+        &self,
+        group: LinearGroup,
+        x: &Operand,
+        y: &mut [f32],
+        keep: bool,
+    ) -> Result<Buffer> {
         let u = self.groups.get(group).forward(x, self.tokens(), y, keep)?;
         for (rows, groups) in &self.parts {
             groups.get(group).add_low_rank(x, rows.clone(), y);
@@ -98,7 +119,10 @@ impl<'a> CpuBlock<'a> {
     fn columns(&self) -> (HeadColumns, HeadColumns) {
         let h = &self.heads;
         let (stride, offset) = (h.row(), h.query * h.dim);
-        (HeadColumns { stride, offset: 0, count: h.query }, HeadColumns { stride, offset, count: h.key })
+        (
+            HeadColumns { stride, offset: 0, count: h.query },
+            HeadColumns { stride, offset, count: h.key },
+        )
     }
 }
 
@@ -120,14 +144,25 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
     }
 
     fn attention_operand<'b>(&self, output: &'b Buffer) -> Operand<'b> {
-        Operand::new(self.kernel, View::f32(output, self.heads.width()), self.tokens(), self.heads.width(), 1.0)
+        Operand::new(
+            self.kernel,
+            View::f32(output, self.heads.width()),
+            self.tokens(),
+            self.heads.width(),
+            1.0,
+        )
     }
 
     fn project(&self, group: LinearGroup, input: &Operand<'_>, out: &mut Buffer) -> Result<Buffer> {
         self.run_group(group, input, out, false)
     }
 
-    fn add_to_stream(&self, group: LinearGroup, input: &Operand<'_>, x: &mut Buffer) -> Result<Buffer> {
+    fn add_to_stream(
+        &self,
+        group: LinearGroup,
+        input: &Operand<'_>,
+        x: &mut Buffer,
+    ) -> Result<Buffer> {
         self.run_group(group, input, x, true)
     }
 
@@ -147,13 +182,19 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
 
     fn attention(&self, qkv: &Buffer) -> Result<Attended<CpuBackend>> {
         let (tokens, heads) = (self.tokens(), self.heads);
-        let (mut output, mut log_sum_exp) = (Buffer::dirty(tokens * heads.width()), Buffer::dirty(tokens * heads.query));
+        let (mut output, mut log_sum_exp) =
+            (Buffer::dirty(tokens * heads.width()), Buffer::dirty(tokens * heads.query));
         attention(self.kernel, qkv, heads, &self.row.row().layout, &mut output, &mut log_sum_exp);
         Ok(Attended { output, log_sum_exp })
     }
 
     /// A tape for an adapter's gradient, where the kernel rounds, is rounded.
-    fn feed_forward(&self, (): (), input: Operand<'static>, save_tape: bool) -> Result<Gated<CpuBackend>> {
+    fn feed_forward(
+        &self,
+        (): (),
+        input: Operand<'static>,
+        save_tape: bool,
+    ) -> Result<Gated<CpuBackend>> {
         let (tokens, width) = (self.tokens(), self.width);
         let keep = match save_tape {
             false => KeepGateUp::No,
@@ -163,7 +204,10 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
             let tiles = SwigluTiles::new(self.kernel, tokens, width, keep);
             let group = &self.groups.gate_up;
             // SAFETY: each tile is given to one task.
-            let low_rank = group.forward_tiles(&input, tokens, |rows, columns, [gate, up]| unsafe { tiles.take(rows, columns, gate, up) });
+            let low_rank =
+                group.forward_tiles(&input, tokens, |rows, columns, [gate, up]| unsafe {
+                    tiles.take(rows, columns, gate, up)
+                });
             let (y, gate_up) = tiles.finish();
             return Ok(Gated { y, gate_up, low_rank });
         }
@@ -173,12 +217,23 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         let gate_up = match keep {
             KeepGateUp::No => None,
             KeepGateUp::F32 => Some(GateUp::F32(gate_up)),
-            KeepGateUp::Bf16 => Some(GateUp::Bf16(Operand::owned(self.kernel, View::f32(&gate_up, 2 * width), tokens, 2 * width))),
+            KeepGateUp::Bf16 => Some(GateUp::Bf16(Operand::owned(
+                self.kernel,
+                View::f32(&gate_up, 2 * width),
+                tokens,
+                2 * width,
+            ))),
         };
         Ok(Gated { y, gate_up, low_rank })
     }
 
-    fn feed_forward_backward(&self, gate_up: GateUp, low_rank: &Buffer, gx: &Buffer, gradients: &mut Gradients) -> Result<GateUpGradient> {
+    fn feed_forward_backward(
+        &self,
+        gate_up: GateUp,
+        low_rank: &Buffer,
+        gx: &Buffer,
+        gradients: &mut Gradients,
+    ) -> Result<GateUpGradient> {
         let (tokens, width, down) = (self.tokens(), self.width, &self.groups.down);
         match gate_up {
             GateUp::F32(mut gate_up) => {
@@ -188,10 +243,18 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
                 Ok(GateUpGradient::F32(gate_up))
             }
             GateUp::Bf16(saved) => {
-                let g = [Operand::new(self.kernel, View::f32(gx, down.output()), tokens, down.output(), 1.0)];
+                let g = [Operand::new(
+                    self.kernel,
+                    View::f32(gx, down.output()),
+                    tokens,
+                    down.output(),
+                    1.0,
+                )];
                 let tiles = GradientTiles::new(&saved, width);
                 // SAFETY: each tile is given to one task.
-                let v = down.backward_tiles(&g, tokens, |rows, columns, [gy]| unsafe { tiles.take(rows, columns, gy) });
+                let v = down.backward_tiles(&g, tokens, |rows, columns, [gy]| unsafe {
+                    tiles.take(rows, columns, gy)
+                });
                 let (y, gradient) = tiles.finish();
                 down.low_rank_gradients(&y, low_rank, &g, &v, tokens, gradients);
                 Ok(GateUpGradient::Rounded(gradient))
@@ -218,14 +281,32 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         group.backward(input, low_rank, g, self.tokens(), gradients)
     }
 
-    fn attention_backward(&self, qkv: &Buffer, attended: &Attended<CpuBackend>, g: &Buffer) -> Result<Buffer> {
+    fn attention_backward(
+        &self,
+        qkv: &Buffer,
+        attended: &Attended<CpuBackend>,
+        g: &Buffer,
+    ) -> Result<Buffer> {
         let mut dqkv = Buffer::dirty(self.tokens() * self.heads.row());
         let forward: (&[f32], &[f32]) = (&attended.output, &attended.log_sum_exp);
-        attention_backward(self.kernel, qkv, self.heads, &self.row.row().layout, forward, g, &mut dqkv);
+        attention_backward(
+            self.kernel,
+            qkv,
+            self.heads,
+            &self.row.row().layout,
+            forward,
+            g,
+            &mut dqkv,
+        );
         Ok(dqkv)
     }
 
-    fn head_norms_backward(&self, before: &Buffer, dqkv: &mut Buffer, gradients: &mut Gradients) -> Result<()> {
+    fn head_norms_backward(
+        &self,
+        before: &Buffer,
+        dqkv: &mut Buffer,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
         if let Some((q, k)) = &self.qk_norm {
             let (queries, keys) = self.columns();
             let query_slot = gradients.slot(ParamId::Block(self.index, BlockParam::QueryNorm));
@@ -236,7 +317,14 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         Ok(())
     }
 
-    fn norm_backward(&self, norm: StreamNorm, x: &Buffer, g: &Buffer, gx: &mut Buffer, gradients: &mut Gradients) -> Result<()> {
+    fn norm_backward(
+        &self,
+        norm: StreamNorm,
+        x: &Buffer,
+        g: &Buffer,
+        gx: &mut Buffer,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
         let slot = gradients.slot(ParamId::Block(self.index, norm.weight()));
         rms_norm_backward(x, self.weight(norm)?, g, self.eps, gx, slot);
         Ok(())

@@ -57,7 +57,8 @@ impl<'a> CpuLinearGroup<'a> {
         group: LinearGroup,
     ) -> Result<Self> {
         let linears = group.members();
-        let (mut members, mut output, mut ranks, mut input) = (Vec::with_capacity(linears.len()), 0, 0, 0);
+        let (mut members, mut output, mut ranks, mut input) =
+            (Vec::with_capacity(linears.len()), 0, 0, 0);
         for &linear in linears {
             let p = parameters.linear(block, linear)?;
             let (out, width) = (p.weight.rows(), p.weight.columns());
@@ -70,7 +71,11 @@ impl<'a> CpuLinearGroup<'a> {
                 linear,
                 weight: p.weight.read()?,
                 bias: p.bias.map(TensorRead::of).transpose()?,
-                low_rank: low_rank.map(|l| Ok::<_, candle_core::Error>((TensorRead::of(&l.a)?, TensorRead::of(&l.b)?))).transpose()?,
+                low_rank: low_rank
+                    .map(|l| {
+                        Ok::<_, candle_core::Error>((TensorRead::of(&l.a)?, TensorRead::of(&l.b)?))
+                    })
+                    .transpose()?,
                 out,
                 column: output,
                 rank_column: ranks,
@@ -132,7 +137,9 @@ impl<'a> CpuLinearGroup<'a> {
 
     /// Whether [`CpuLinearGroup::forward_tiles`] can do it: `P` projections without a bias, of one width that is whole panels.
     pub fn is_tiled<const P: usize>(&self) -> bool {
-        let fits = |m: &CpuLinear| m.bias.is_none() && m.out == self.members[0].out && m.out.is_multiple_of(NR);
+        let fits = |m: &CpuLinear| {
+            m.bias.is_none() && m.out == self.members[0].out && m.out.is_multiple_of(NR)
+        };
         self.members.len() == P && self.members.iter().all(fits)
     }
 
@@ -144,11 +151,15 @@ impl<'a> CpuLinearGroup<'a> {
         finish: impl Fn(Range<usize>, Range<usize>, [&mut [f32]; P]) + Sync,
     ) -> Buffer {
         let u = self.low_rank_inputs(x, tokens);
-        let scaled: Vec<Operand> = self.members.iter().map(|m| self.scaled(m, &u, tokens)).collect();
+        let scaled: Vec<Operand> =
+            self.members.iter().map(|m| self.scaled(m, &u, tokens)).collect();
         let terms = |p: usize| -> Vec<Term> {
             let m = &self.members[p];
             let weight = Term::new(x, m.weight.view().transposed());
-            let low_rank = m.low_rank.as_ref().map(|(_, b)| Term::new(&scaled[p], View::of(b.elements(), self.rank(m)).t()));
+            let low_rank = m
+                .low_rank
+                .as_ref()
+                .map(|(_, b)| Term::new(&scaled[p], View::of(b.elements(), self.rank(m)).t()));
             std::iter::once(weight).chain(low_rank).collect()
         };
         let terms: [Vec<Term>; P] = std::array::from_fn(terms);
@@ -168,7 +179,15 @@ impl<'a> CpuLinearGroup<'a> {
             let Some((_, b)) = &m.low_rank else { continue };
             let scaled = self.scaled(m, &u, tokens);
             let y = &mut y[rows.start * self.output + m.column..];
-            matmul(tokens, m.out, &[Term::new(&scaled, View::of(b.elements(), self.rank(m)).t())], y, self.output, true, Threads::All);
+            matmul(
+                tokens,
+                m.out,
+                &[Term::new(&scaled, View::of(b.elements(), self.rank(m)).t())],
+                y,
+                self.output,
+                true,
+                Threads::All,
+            );
         }
     }
 
@@ -184,24 +203,50 @@ impl<'a> CpuLinearGroup<'a> {
 
     /// s·u of a member.
     fn scaled<'u>(&self, m: &CpuLinear, u: &'u [f32], tokens: usize) -> Operand<'u> {
-        Operand::new(self.kernel, View::f32(&u[m.rank_column..], self.ranks), tokens, self.rank(m), self.scale)
+        Operand::new(
+            self.kernel,
+            View::f32(&u[m.rank_column..], self.ranks),
+            tokens,
+            self.rank(m),
+            self.scale,
+        )
     }
 
     /// Given g = ∂loss/∂y `[T, Σout]`, the input and what [`CpuLinearGroup::forward`] returned, adds
     /// the parameters' gradients to `sink` and returns ∂loss/∂x `[T, in]`. With v_i = s·g_i·B_i:
     /// dx = Σ g_i·W_i + v_i·A_i, dA_i = v_iᵀ·x, dB_i = s·g_iᵀ·u_i, dW_i = g_iᵀ·x, db_i = Σ_tokens g_i.
-    pub fn backward(&self, x: &Operand, u: &[f32], g: &[f32], tokens: usize, sink: &mut dyn GradientSink) -> Result<Buffer> {
+    pub fn backward(
+        &self,
+        x: &Operand,
+        u: &[f32],
+        g: &[f32],
+        tokens: usize,
+        sink: &mut dyn GradientSink,
+    ) -> Result<Buffer> {
         let view = |m: &CpuLinear| View::f32(&g[m.column..], self.output);
-        let gs: Vec<Operand> = self.members.iter().map(|m| Operand::new(self.kernel, view(m), tokens, m.out, 1.0)).collect();
+        let gs: Vec<Operand> = self
+            .members
+            .iter()
+            .map(|m| Operand::new(self.kernel, view(m), tokens, m.out, 1.0))
+            .collect();
         let dx = self.backward_frozen(x, u, &gs, tokens, sink)?;
         self.weight_gradients(x, g, tokens, sink);
         Ok(dx)
     }
 
     /// The same where weights and biases are frozen, given each member's part of g.
-    pub fn backward_frozen(&self, x: &Operand, u: &[f32], gs: &[Operand], tokens: usize, sink: &mut dyn GradientSink) -> Result<Buffer> {
+    pub fn backward_frozen(
+        &self,
+        x: &Operand,
+        u: &[f32],
+        gs: &[Operand],
+        tokens: usize,
+        sink: &mut dyn GradientSink,
+    ) -> Result<Buffer> {
         let mut dx = Buffer::dirty(tokens * self.input);
-        let v = self.input_gradient(gs, tokens, |terms| matmul(tokens, self.input, terms, &mut dx, self.input, false, Threads::All));
+        let v = self.input_gradient(gs, tokens, |terms| {
+            matmul(tokens, self.input, terms, &mut dx, self.input, false, Threads::All)
+        });
         self.low_rank_gradients(x, u, gs, &v, tokens, sink);
         Ok(dx)
     }
@@ -217,18 +262,37 @@ impl<'a> CpuLinearGroup<'a> {
     }
 
     /// Multiplies what ∂loss/∂x is the sum of; returns v.
-    fn input_gradient(&self, gs: &[Operand], tokens: usize, multiply: impl FnOnce(&[Term])) -> Buffer {
+    fn input_gradient(
+        &self,
+        gs: &[Operand],
+        tokens: usize,
+        multiply: impl FnOnce(&[Term]),
+    ) -> Buffer {
         let kernel = self.kernel;
         let mut v = Buffer::dirty(tokens * self.ranks);
         for (m, g) in self.members.iter().zip(gs) {
             if let Some((_, b)) = &m.low_rank {
                 let rank = self.rank(m);
                 let term = Term::new(g, View::of(b.elements(), rank));
-                matmul(tokens, rank, &[term], &mut v[m.rank_column..], self.ranks, false, Threads::All);
+                matmul(
+                    tokens,
+                    rank,
+                    &[term],
+                    &mut v[m.rank_column..],
+                    self.ranks,
+                    false,
+                    Threads::All,
+                );
             }
         }
-        let scaled = Operand::new(kernel, View::f32(&v, self.ranks.max(1)), tokens, self.ranks, self.scale);
-        let mut terms: Vec<Term> = self.members.iter().zip(gs).map(|(m, g)| Term::new(g, m.weight.view().plain())).collect();
+        let scaled =
+            Operand::new(kernel, View::f32(&v, self.ranks.max(1)), tokens, self.ranks, self.scale);
+        let mut terms: Vec<Term> = self
+            .members
+            .iter()
+            .zip(gs)
+            .map(|(m, g)| Term::new(g, m.weight.view().plain()))
+            .collect();
         if self.ranks > 0 {
             terms.push(Term::new(&scaled, View::f32(&self.stacked, self.input)));
         }
@@ -237,14 +301,31 @@ impl<'a> CpuLinearGroup<'a> {
     }
 
     /// Adds the adapter's gradients to `sink`, given the input, its gradient's g and what the passes returned.
-    pub fn low_rank_gradients(&self, x: &Operand, u: &[f32], gs: &[Operand], v: &[f32], tokens: usize, sink: &mut dyn GradientSink) {
+    pub fn low_rank_gradients(
+        &self,
+        x: &Operand,
+        u: &[f32],
+        gs: &[Operand],
+        v: &[f32],
+        tokens: usize,
+        sink: &mut dyn GradientSink,
+    ) {
         if self.ranks == 0 {
             return;
         }
         let kernel = self.kernel;
-        let transposed = Operand::new(kernel, View::f32(v, self.ranks).t(), self.ranks, tokens, self.scale);
+        let transposed =
+            Operand::new(kernel, View::f32(v, self.ranks).t(), self.ranks, tokens, self.scale);
         let mut da = Buffer::dirty(self.ranks * self.input);
-        matmul(self.ranks, self.input, &[Term::new(&transposed, x.view())], &mut da, self.input, false, Threads::All);
+        matmul(
+            self.ranks,
+            self.input,
+            &[Term::new(&transposed, x.view())],
+            &mut da,
+            self.input,
+            false,
+            Threads::All,
+        );
         for (m, g) in self.members.iter().zip(gs) {
             let rank = self.rank(m);
             if rank == 0 {
@@ -255,9 +336,23 @@ impl<'a> CpuLinearGroup<'a> {
             }
             if let Some(slot) = sink.slot(self.id(BlockParam::LoraB(m.linear))) {
                 // dBᵀ `[r, out]`: the long side belongs in the columns.
-                let u = Operand::new(kernel, View::f32(&u[m.rank_column..], self.ranks).t(), rank, tokens, self.scale);
+                let u = Operand::new(
+                    kernel,
+                    View::f32(&u[m.rank_column..], self.ranks).t(),
+                    rank,
+                    tokens,
+                    self.scale,
+                );
                 let mut db = Buffer::dirty(rank * m.out);
-                matmul(rank, m.out, &[Term::new(&u, g.view())], &mut db, m.out, false, Threads::All);
+                matmul(
+                    rank,
+                    m.out,
+                    &[Term::new(&u, g.view())],
+                    &mut db,
+                    m.out,
+                    false,
+                    Threads::All,
+                );
                 let width = m.out;
                 thread_pool::chunks(slot, rank * OUTPUTS, |i, slots| {
                     for (slot, o) in slots.chunks_mut(rank).zip(i * OUTPUTS..) {
@@ -271,8 +366,22 @@ impl<'a> CpuLinearGroup<'a> {
     fn weight_gradients(&self, x: &Operand, g: &[f32], tokens: usize, sink: &mut dyn GradientSink) {
         for m in &self.members {
             if let Some(slot) = sink.slot(self.id(BlockParam::Weight(m.linear))) {
-                let g = Operand::new(self.kernel, View::f32(&g[m.column..], self.output).t(), m.out, tokens, 1.0);
-                matmul(m.out, self.input, &[Term::new(&g, x.view())], slot, self.input, true, Threads::All);
+                let g = Operand::new(
+                    self.kernel,
+                    View::f32(&g[m.column..], self.output).t(),
+                    m.out,
+                    tokens,
+                    1.0,
+                );
+                matmul(
+                    m.out,
+                    self.input,
+                    &[Term::new(&g, x.view())],
+                    slot,
+                    self.input,
+                    true,
+                    Threads::All,
+                );
             }
             if m.bias.is_some()
                 && let Some(slot) = sink.slot(self.id(BlockParam::Bias(m.linear)))

@@ -7,7 +7,9 @@ use super::block::CpuBlock;
 use crate::compute::cpu::TensorRead;
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::Kernel;
-use crate::compute::cpu::head::{HeadInput, HeadOptions, HeadOutput, KEPT, head, head_weight_gradient};
+use crate::compute::cpu::head::{
+    HeadInput, HeadOptions, HeadOutput, KEPT, head, head_weight_gradient,
+};
 use crate::compute::cpu::rms_norm::{rms_norm, rms_norm_backward};
 use crate::compute::cpu::thread_pool;
 use crate::model::backend::{Keep, PolicyView, RowOps};
@@ -48,11 +50,14 @@ impl<'a> CpuRow<'a> {
     fn run_head(&self, x: &[f32], options: HeadOptions) -> Result<(HeadOutput, HeadTape)> {
         let (width, row) = (self.width(), self.row.row());
         let mut before_norm = Buffer::dirty(row.predictors.len() * width);
-        thread_pool::chunks(&mut before_norm, width, |i, to| to.copy_from_slice(&x[row.predictors[i] as usize * width..][..width]));
+        thread_pool::chunks(&mut before_norm, width, |i, to| {
+            to.copy_from_slice(&x[row.predictors[i] as usize * width..][..width])
+        });
         let mut normed = Buffer::dirty(before_norm.len());
         rms_norm(&before_norm, self.last_norm()?.f32()?, self.eps(), &mut normed);
         let w = self.policy.parameters.head()?.read()?;
-        let input = HeadInput { kernel: self.kernel(), h: &normed, w: w.view(), targets: &row.targets };
+        let input =
+            HeadInput { kernel: self.kernel(), h: &normed, w: w.view(), targets: &row.targets };
         let output = head(input, options);
         Ok((output, HeadTape { before_norm, normed }))
     }
@@ -86,7 +91,10 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
         let width = self.width();
         if let Some(slot) = gradients.slot(ParamId::Embedding) {
             for (from, &id) in gx.chunks(width).zip(&self.row.row().ids) {
-                slot[id as usize * width..][..width].iter_mut().zip(from).for_each(|(s, g)| *s += g);
+                slot[id as usize * width..][..width]
+                    .iter_mut()
+                    .zip(from)
+                    .for_each(|(s, g)| *s += g);
             }
         }
         Ok(())
@@ -104,10 +112,19 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
             Keep::Nothing => None,
         };
         let trained = trained.filter(|_| self.policy.adapter.is_none());
-        self.run_head(x, HeadOptions { distribution: true, gradient: keep != Keep::Nothing, trained })
+        self.run_head(
+            x,
+            HeadOptions { distribution: true, gradient: keep != Keep::Nothing, trained },
+        )
     }
 
-    fn head_backward(&self, tape: HeadTape, mut output: HeadOutput, upstream: &[f32], gradients: &mut Gradients) -> Result<Buffer> {
+    fn head_backward(
+        &self,
+        tape: HeadTape,
+        mut output: HeadOutput,
+        upstream: &[f32],
+        gradients: &mut Gradients,
+    ) -> Result<Buffer> {
         let (width, row) = (self.width(), self.row.row());
         let HeadTape { before_norm, normed } = tape;
         if output.gradient.len() != upstream.len() * width {
@@ -115,13 +132,23 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
         }
         if let Some(slot) = gradients.slot(self.policy.parameters.head_id()) {
             let w = self.policy.parameters.head()?.read()?;
-            let input = HeadInput { kernel: self.kernel(), h: &normed, w: w.view(), targets: &row.targets };
+            let input =
+                HeadInput { kernel: self.kernel(), h: &normed, w: w.view(), targets: &row.targets };
             head_weight_gradient(input, &mut output, upstream, slot);
         }
-        thread_pool::chunks(&mut output.gradient, width, |i, row| row.iter_mut().for_each(|x| *x *= upstream[i]));
+        thread_pool::chunks(&mut output.gradient, width, |i, row| {
+            row.iter_mut().for_each(|x| *x *= upstream[i])
+        });
         let mut dh = Buffer::zeros(before_norm.len());
         let slot = gradients.slot(ParamId::Norm);
-        rms_norm_backward(&before_norm, self.last_norm()?.f32()?, &output.gradient, self.eps(), &mut dh, slot);
+        rms_norm_backward(
+            &before_norm,
+            self.last_norm()?.f32()?,
+            &output.gradient,
+            self.eps(),
+            &mut dh,
+            slot,
+        );
         let mut gx = Buffer::zeros(self.row.tokens() * width);
         for (from, &p) in dh.chunks(width).zip(&row.predictors) {
             gx[p as usize * width..][..width].iter_mut().zip(from).for_each(|(x, d)| *x += d);

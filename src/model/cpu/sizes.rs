@@ -12,7 +12,11 @@ pub fn tape_floats(block: &BlockShape, gate_up: KeepGateUp, ranks: usize) -> usi
     let before_norm = if block.qk_norm { block.heads.row() } else { 0 };
     // The residual stream before attention and before the feed-forward part.
     let residual = 2 * block.hidden;
-    residual + before_norm + attention::tape_floats(&block.heads) + gate_up.floats(block.feed_forward) + ranks
+    residual
+        + before_norm
+        + attention::tape_floats(&block.heads)
+        + gate_up.floats(block.feed_forward)
+        + ranks
 }
 
 /// Values per token of a block's input, which is all that is saved when blocks are recomputed.
@@ -31,7 +35,8 @@ pub fn backward_floats(block: &BlockShape, gate_up: KeepGateUp) -> usize {
 /// Values per token that a block takes at its largest where nothing is saved: two of the residual
 /// stream, and what one of the operations needs.
 pub fn forward_floats(block: &BlockShape) -> usize {
-    2 * block.hidden + swiglu::forward_floats(block.feed_forward).max(attention::forward_floats(&block.heads))
+    2 * block.hidden
+        + swiglu::forward_floats(block.feed_forward).max(attention::forward_floats(&block.heads))
 }
 
 /// Values per predictor that the head takes, of which there is at most one for each token: the
@@ -49,14 +54,21 @@ mod tests {
     fn a_block_takes_what_its_operations_take_together() {
         let heads = Heads { query: 9, key: 3, dim: 64, window: None };
         let block = BlockShape { hidden: 576, feed_forward: 1536, heads, qk_norm: false };
-        let (normed, narrow) = (BlockShape { qk_norm: true, ..block }, BlockShape { feed_forward: 64, ..block });
+        let (normed, narrow) =
+            (BlockShape { qk_norm: true, ..block }, BlockShape { feed_forward: 64, ..block });
         // Two residuals; [q | k | v], output, log-sum-exps; [gate | up]; x·Aᵀ.
-        assert_eq!(tape_floats(&block, KeepGateUp::F32, 112), 2 * 576 + (960 + 576 + 9) + 3072 + 112);
+        assert_eq!(
+            tape_floats(&block, KeepGateUp::F32, 112),
+            2 * 576 + (960 + 576 + 9) + 3072 + 112
+        );
         assert_eq!(tape_floats(&block, KeepGateUp::Bf16, 112), 4345);
         assert_eq!(tape_floats(&normed, KeepGateUp::F32, 112), 6841);
         assert_eq!((input_floats(&block), head_floats(576)), (576, 2304));
         // The feed-forward part is the larger one, then attention.
-        assert_eq!((backward_floats(&block, KeepGateUp::F32), backward_floats(&block, KeepGateUp::Bf16)), (5376, 5184));
+        assert_eq!(
+            (backward_floats(&block, KeepGateUp::F32), backward_floats(&block, KeepGateUp::Bf16)),
+            (5376, 5184)
+        );
         assert_eq!(backward_floats(&narrow, KeepGateUp::F32), 5184);
         assert_eq!((forward_floats(&block), forward_floats(&narrow)), (7296, 3648));
     }

@@ -92,17 +92,31 @@ impl Cuda {
     }
 
     /// Returns zero gradients for tensors of these sizes.
-    pub fn gradients(&self, _sizes: impl IntoIterator<Item = (ParamId, usize)>) -> Result<GradientBuffers> {
+    pub fn gradients(
+        &self,
+        _sizes: impl IntoIterator<Item = (ParamId, usize)>,
+    ) -> Result<GradientBuffers> {
         match *self {}
     }
 
     /// Returns the log-probs of the row's completion tokens.
-    pub fn log_probs(&self, _policy: PolicyView<'_>, _row: &PreparedRow, _yield_point: &mut dyn FnMut()) -> Result<Vec<f32>> {
+    pub fn log_probs(
+        &self,
+        _policy: PolicyView<'_>,
+        _row: &PreparedRow,
+        _yield_point: &mut dyn FnMut(),
+    ) -> Result<Vec<f32>> {
         match *self {}
     }
 
     /// Runs the row forward.
-    pub fn forward(&self, _policy: PolicyView<'_>, _row: &PreparedRow, _keep: Keep, _yield_point: &mut dyn FnMut()) -> Result<DeviceTape> {
+    pub fn forward(
+        &self,
+        _policy: PolicyView<'_>,
+        _row: &PreparedRow,
+        _keep: Keep,
+        _yield_point: &mut dyn FnMut(),
+    ) -> Result<DeviceTape> {
         match *self {}
     }
 

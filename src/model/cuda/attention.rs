@@ -36,7 +36,12 @@ impl Attention<'_> {
     }
 
     /// Returns the gradient of `qkv`, given that of the output, `dout`.
-    pub fn backward(&self, qkv: &Memory, attended: &Attended<CudaBackend>, dout: &Memory) -> Result<Memory> {
+    pub fn backward(
+        &self,
+        qkv: &Memory,
+        attended: &Attended<CudaBackend>,
+        dout: &Memory,
+    ) -> Result<Memory> {
         let (gpu, kind, tokens, shape) = (self.gpu, self.kind, self.row.tokens, self.shape);
         let Attended { output, log_sum_exp: lse } = attended;
         let delta = gpu.dirty(Kind::F32, tokens * shape.log_sum_exps())?;

@@ -40,11 +40,22 @@ pub(super) struct Block<'a> {
 impl Block<'_> {
     fn group(&self, which: LinearGroup) -> CudaLinearGroup<'_> {
         let adapter = self.adapter.map(|a| a.group(self.index, which));
-        CudaLinearGroup { gpu: self.gpu, kind: self.kind, weights: self.weights.groups.get(which), adapter }
+        CudaLinearGroup {
+            gpu: self.gpu,
+            kind: self.kind,
+            weights: self.weights.groups.get(which),
+            adapter,
+        }
     }
 
     /// Runs a group: y = keep·y + its outputs. Returns x·Aᵀ of the policy's own adapter.
-    fn run_group(&self, which: LinearGroup, x: &Memory, y: &Memory, keep: bool) -> Result<Option<Memory>> {
+    fn run_group(
+        &self,
+        which: LinearGroup,
+        x: &Memory,
+        y: &Memory,
+        keep: bool,
+    ) -> Result<Option<Memory>> {
         let group = self.group(which);
         let u = group.forward(x, self.row.tokens, y, keep)?;
         for (rows, adapter) in self.parts {
@@ -62,15 +73,24 @@ impl Block<'_> {
 
     /// Places of `heads` heads of `[q | k | v]`, from column `first` on.
     fn head_columns(&self, first: usize, heads: usize) -> HeadColumns {
-        HeadColumns { rows: self.row.tokens, stride: self.shape.qkv(), first, heads, dim: self.shape.heads.dim }
+        HeadColumns {
+            rows: self.row.tokens,
+            stride: self.shape.qkv(),
+            first,
+            heads,
+            dim: self.shape.heads.dim,
+        }
     }
 
     /// Queries and keys with their norms: weight, places, parameter.
     fn normed_heads(&self) -> impl Iterator<Item = (&Memory, HeadColumns, BlockParam)> {
         let h = self.shape.heads;
-        let (queries, keys) = (self.head_columns(0, h.query), self.head_columns(h.query * h.dim, h.key));
+        let (queries, keys) =
+            (self.head_columns(0, h.query), self.head_columns(h.query * h.dim, h.key));
         let both = self.weights.qk_norm.as_ref();
-        both.into_iter().flat_map(move |(q, k)| [(q, queries, BlockParam::QueryNorm), (k, keys, BlockParam::KeyNorm)])
+        both.into_iter().flat_map(move |(q, k)| {
+            [(q, queries, BlockParam::QueryNorm), (k, keys, BlockParam::KeyNorm)]
+        })
     }
 
     fn over_row(&self) -> Attention<'_> {
@@ -84,11 +104,22 @@ impl Block<'_> {
         Ok(y)
     }
 
-    fn head_norm_backward(&self, g: &Memory, before: &Memory, w: &Memory, heads: HeadColumns, slot: Option<&Memory>) -> Result<()> {
+    fn head_norm_backward(
+        &self,
+        g: &Memory,
+        before: &Memory,
+        w: &Memory,
+        heads: HeadColumns,
+        slot: Option<&Memory>,
+    ) -> Result<()> {
         let (gpu, dim) = (self.gpu, heads.dim);
         let parts = ops::weight_partials(heads.items());
         let partial = slot.map(|_| gpu.dirty(Kind::F32, parts * dim)).transpose()?;
-        ops::head_norm_backward(gpu, HeadNormBackward { g, partial: partial.as_ref(), before, w, eps: self.eps }, heads)?;
+        ops::head_norm_backward(
+            gpu,
+            HeadNormBackward { g, partial: partial.as_ref(), before, w, eps: self.eps },
+            heads,
+        )?;
         match (slot, &partial) {
             (Some(slot), Some(partial)) => ops::column_sum(gpu, slot, Columns::all(partial, dim)),
             _ => Ok(()),
@@ -119,28 +150,51 @@ impl BlockOps<CudaBackend> for Block<'_> {
         Operand::Borrowed(output)
     }
 
-    fn project(&self, group: LinearGroup, input: &Operand<'_>, out: &mut Memory) -> Result<Option<Memory>> {
+    fn project(
+        &self,
+        group: LinearGroup,
+        input: &Operand<'_>,
+        out: &mut Memory,
+    ) -> Result<Option<Memory>> {
         self.run_group(group, input, out, false)
     }
 
-    fn add_to_stream(&self, group: LinearGroup, input: &Operand<'_>, x: &mut Memory) -> Result<Option<Memory>> {
+    fn add_to_stream(
+        &self,
+        group: LinearGroup,
+        input: &Operand<'_>,
+        x: &mut Memory,
+    ) -> Result<Option<Memory>> {
         self.run_group(group, input, x, true)
     }
 
     fn head_norms(&self, qkv: &mut Memory) -> Result<()> {
-        self.normed_heads().try_for_each(|(w, heads, _)| ops::head_norm(self.gpu, qkv, w, heads, self.eps))
+        self.normed_heads()
+            .try_for_each(|(w, heads, _)| ops::head_norm(self.gpu, qkv, w, heads, self.eps))
     }
 
     fn rotate(&self, qkv: &mut Memory, direction: Direction) -> Result<()> {
         let h = self.shape.heads;
-        ops::rope(self.gpu, qkv, &self.row.cos, &self.row.sin, self.head_columns(0, h.query + h.key), direction)
+        ops::rope(
+            self.gpu,
+            qkv,
+            &self.row.cos,
+            &self.row.sin,
+            self.head_columns(0, h.query + h.key),
+            direction,
+        )
     }
 
     fn attention(&self, qkv: &Memory) -> Result<Attended<CudaBackend>> {
         self.over_row().forward(qkv)
     }
 
-    fn feed_forward(&self, space: Memory, input: Operand<'static>, _save_tape: bool) -> Result<Gated<CudaBackend>> {
+    fn feed_forward(
+        &self,
+        space: Memory,
+        input: Operand<'static>,
+        _save_tape: bool,
+    ) -> Result<Gated<CudaBackend>> {
         let low_rank = self.run_group(LinearGroup::GateUp, &input, &space, false)?;
         drop(input);
         let y = self.swiglu(&space)?;
@@ -155,7 +209,13 @@ impl BlockOps<CudaBackend> for Block<'_> {
         gradients: &mut GradientBuffers,
     ) -> Result<Memory> {
         let y = Operand::Owned(self.swiglu(&gate_up)?);
-        let gy = self.linear_backward(LinearGroup::Down, &y, low_rank, OutputGradient::Stream(gx), gradients)?;
+        let gy = self.linear_backward(
+            LinearGroup::Down,
+            &y,
+            low_rank,
+            OutputGradient::Stream(gx),
+            gradients,
+        )?;
         ops::swiglu_backward(self.gpu, &gate_up, &gy, self.shape.feed_forward)?;
         Ok(gate_up)
     }
@@ -169,7 +229,13 @@ impl BlockOps<CudaBackend> for Block<'_> {
         gradients: &mut GradientBuffers,
     ) -> Result<Memory> {
         let run = |g: &Memory| {
-            let pass = GroupBackward { block: self.index, tokens: self.row.tokens, x: input, u: low_rank.as_ref(), g };
+            let pass = GroupBackward {
+                block: self.index,
+                tokens: self.row.tokens,
+                x: input,
+                u: low_rank.as_ref(),
+                g,
+            };
             self.group(group).backward(pass, gradients)
         };
         match g {
@@ -181,17 +247,40 @@ impl BlockOps<CudaBackend> for Block<'_> {
         }
     }
 
-    fn attention_backward(&self, qkv: &Memory, attended: &Attended<CudaBackend>, g: &Memory) -> Result<Memory> {
+    fn attention_backward(
+        &self,
+        qkv: &Memory,
+        attended: &Attended<CudaBackend>,
+        g: &Memory,
+    ) -> Result<Memory> {
         self.over_row().backward(qkv, attended, g)
     }
 
-    fn head_norms_backward(&self, before: &Memory, dqkv: &mut Memory, gradients: &mut GradientBuffers) -> Result<()> {
+    fn head_norms_backward(
+        &self,
+        before: &Memory,
+        dqkv: &mut Memory,
+        gradients: &mut GradientBuffers,
+    ) -> Result<()> {
         self.normed_heads().try_for_each(|(w, heads, weight)| {
-            self.head_norm_backward(dqkv, before, w, heads, gradients.slot(ParamId::Block(self.index, weight)))
+            self.head_norm_backward(
+                dqkv,
+                before,
+                w,
+                heads,
+                gradients.slot(ParamId::Block(self.index, weight)),
+            )
         })
     }
 
-    fn norm_backward(&self, norm: StreamNorm, x: &Memory, g: &Memory, gx: &mut Memory, gradients: &mut GradientBuffers) -> Result<()> {
+    fn norm_backward(
+        &self,
+        norm: StreamNorm,
+        x: &Memory,
+        g: &Memory,
+        gx: &mut Memory,
+        gradients: &mut GradientBuffers,
+    ) -> Result<()> {
         let slot = gradients.slot(ParamId::Block(self.index, norm.weight()));
         NormBackward { x, w: self.norm_weight(norm), g, eps: self.eps, slot }.add_to(self.gpu, gx)
     }

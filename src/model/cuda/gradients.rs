@@ -23,8 +23,14 @@ impl std::fmt::Debug for GradientBuffers {
 
 impl GradientBuffers {
     /// Zeros for tensors of these sizes.
-    pub(super) fn new(gpu: &Arc<Gpu>, sizes: impl IntoIterator<Item = (ParamId, usize)>) -> Result<Self> {
-        let slots = sizes.into_iter().map(|(id, len)| Ok((id, gpu.zeros(Kind::F32, len)?))).collect::<Result<_>>()?;
+    pub(super) fn new(
+        gpu: &Arc<Gpu>,
+        sizes: impl IntoIterator<Item = (ParamId, usize)>,
+    ) -> Result<Self> {
+        let slots = sizes
+            .into_iter()
+            .map(|(id, len)| Ok((id, gpu.zeros(Kind::F32, len)?)))
+            .collect::<Result<_>>()?;
         Ok(GradientBuffers { gpu: gpu.clone(), slots })
     }
 

@@ -32,17 +32,39 @@ pub(super) struct Passed {
 impl Head<'_> {
     fn tiles(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
         let vocabulary = self.vocabulary;
-        (0..vocabulary).step_by(HEAD_TILE).map(move |first| (first, HEAD_TILE.min(vocabulary - first)))
+        (0..vocabulary)
+            .step_by(HEAD_TILE)
+            .map(move |first| (first, HEAD_TILE.min(vocabulary - first)))
     }
 
     /// `logits` `[N, HEAD_TILE]` of a tile.
-    fn logits(&self, h: &Memory, rows: usize, first: usize, width: usize, logits: &Memory) -> Result<()> {
+    fn logits(
+        &self,
+        h: &Memory,
+        rows: usize,
+        first: usize,
+        width: usize,
+        logits: &Memory,
+    ) -> Result<()> {
         let w = self.weight.matrix_at(first * self.hidden, self.hidden).t();
-        self.gpu.matmul([rows, width, self.hidden], h.matrix(self.hidden), w, logits.matrix(HEAD_TILE), 1.0, 0.0)
+        self.gpu.matmul(
+            [rows, width, self.hidden],
+            h.matrix(self.hidden),
+            w,
+            logits.matrix(HEAD_TILE),
+            1.0,
+            0.0,
+        )
     }
 
     /// Log-probs of the targets given `h` `[N, C]`.
-    pub fn forward(&self, h: &Memory, row: &DeviceRow, targets: &[u32], options: HeadOptions) -> Result<Passed> {
+    pub fn forward(
+        &self,
+        h: &Memory,
+        row: &DeviceRow,
+        targets: &[u32],
+        options: HeadOptions,
+    ) -> Result<Passed> {
         let (gpu, kind, rows, hidden) = (self.gpu, self.kind, targets.len(), self.hidden);
         if rows == 0 {
             return Ok(Passed { output: HeadOutput::default(), gradient: None });
@@ -73,11 +95,24 @@ impl Head<'_> {
                 }
                 let beta = if first > 0 { 1.0 } else { 0.0 };
                 let w = self.weight.matrix_at(first * hidden, hidden);
-                gpu.matmul([rows, hidden, width], p.matrix(HEAD_TILE), w, gradient.matrix(hidden), 1.0, beta)?;
+                gpu.matmul(
+                    [rows, hidden, width],
+                    p.matrix(HEAD_TILE),
+                    w,
+                    gradient.matrix(hidden),
+                    1.0,
+                    beta,
+                )?;
             }
         }
         if options.gradient {
-            let finish = HeadFinish { d: &gradient, state: &state, w: self.weight, targets: target_ids, width: hidden };
+            let finish = HeadFinish {
+                d: &gradient,
+                state: &state,
+                w: self.weight,
+                targets: target_ids,
+                width: hidden,
+            };
             ops::head_finish(gpu, finish)?;
         }
         let mut states = vec![0f32; rows * SOFTMAX_STATE];
@@ -107,15 +142,33 @@ impl Head<'_> {
     }
 
     /// Adds ∂loss/∂W to `dw` `[V, C]`, given g = ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p).
-    pub fn weight_gradient(&self, h: &Memory, row: &DeviceRow, lse: &Memory, g: &Memory, dw: &Memory) -> Result<()> {
+    pub fn weight_gradient(
+        &self,
+        h: &Memory,
+        row: &DeviceRow,
+        lse: &Memory,
+        g: &Memory,
+        dw: &Memory,
+    ) -> Result<()> {
         let (gpu, rows, hidden) = (self.gpu, row.targets, self.hidden);
-        let (logits, errors) = (gpu.dirty(Kind::F32, head_tile(rows))?, gpu.dirty(self.kind, head_tile(rows))?);
+        let (logits, errors) =
+            (gpu.dirty(Kind::F32, head_tile(rows))?, gpu.dirty(self.kind, head_tile(rows))?);
         for (first, width) in self.tiles() {
             self.logits(h, rows, first, width, &logits)?;
             let tile = LogitTile { logits: &logits, stride: HEAD_TILE, first, width };
-            ops::head_errors(gpu, HeadErrors { errors: &errors, tile, lse, g, targets: &row.target_ids })?;
+            ops::head_errors(
+                gpu,
+                HeadErrors { errors: &errors, tile, lse, g, targets: &row.target_ids },
+            )?;
             let to = dw.matrix_at(first * hidden, hidden);
-            gpu.matmul([width, hidden, rows], errors.matrix(HEAD_TILE).t(), h.matrix(hidden), to, 1.0, 1.0)?;
+            gpu.matmul(
+                [width, hidden, rows],
+                errors.matrix(HEAD_TILE).t(),
+                h.matrix(hidden),
+                to,
+                1.0,
+                1.0,
+            )?;
         }
         Ok(())
     }

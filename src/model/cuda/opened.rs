@@ -86,8 +86,20 @@ impl RowOps<CudaBackend> for OpenRow<'_> {
         let spec = &policy.spec.blocks[index];
         let mut shape = BlockShape::of(self.policy.hidden(), spec);
         shape.heads.window = shape.heads.window.filter(|window| *window < NO_WINDOW);
-        let (weights, adapter, eps) = (&weights.blocks[index], adapter.as_deref(), self.policy.eps());
-        Ok(Block { gpu, kind: *kind, index, spec, shape, eps, weights, adapter, parts, row: self.row })
+        let (weights, adapter, eps) =
+            (&weights.blocks[index], adapter.as_deref(), self.policy.eps());
+        Ok(Block {
+            gpu,
+            kind: *kind,
+            index,
+            spec,
+            shape,
+            eps,
+            weights,
+            adapter,
+            parts,
+            row: self.row,
+        })
     }
 
     fn embed(&self) -> Result<Memory> {
@@ -101,25 +113,40 @@ impl RowOps<CudaBackend> for OpenRow<'_> {
     fn embed_backward(&self, gx: &Memory, gradients: &mut GradientBuffers) -> Result<()> {
         let gpu = self.policy.gpu;
         match gradients.slot(ParamId::Embedding) {
-            Some(slot) => Scatter::new(gpu, &self.source.ids)?.add(gpu, slot, gx, self.policy.hidden()),
+            Some(slot) => {
+                Scatter::new(gpu, &self.source.ids)?.add(gpu, slot, gx, self.policy.hidden())
+            }
             None => Ok(()),
         }
     }
 
     fn log_probs(&self, x: &Memory) -> Result<Vec<f32>> {
         let (_, normed) = self.last_norm(x)?;
-        let passed = self.policy.head().forward(&normed, self.row, &self.source.targets, HeadOptions::default())?;
+        let passed = self.policy.head().forward(
+            &normed,
+            self.row,
+            &self.source.targets,
+            HeadOptions::default(),
+        )?;
         Ok(passed.output.log_probs)
     }
 
     fn head(&self, x: &Memory, keep: Keep) -> Result<(HeadOutput, HeadTape)> {
         let (before_norm, normed) = self.last_norm(x)?;
-        let options = HeadOptions { distribution: true, gradient: keep != Keep::Nothing, trained: None };
-        let passed = self.policy.head().forward(&normed, self.row, &self.source.targets, options)?;
+        let options =
+            HeadOptions { distribution: true, gradient: keep != Keep::Nothing, trained: None };
+        let passed =
+            self.policy.head().forward(&normed, self.row, &self.source.targets, options)?;
         Ok((passed.output, HeadTape { before_norm, normed, gradient: passed.gradient }))
     }
 
-    fn head_backward(&self, tape: HeadTape, output: HeadOutput, upstream: &[f32], gradients: &mut GradientBuffers) -> Result<Memory> {
+    fn head_backward(
+        &self,
+        tape: HeadTape,
+        output: HeadOutput,
+        upstream: &[f32],
+        gradients: &mut GradientBuffers,
+    ) -> Result<Memory> {
         let HeadTape { before_norm, normed, gradient: Some(gradient) } = tape else {
             bail!("the row was run forward without a tape");
         };
@@ -134,7 +161,13 @@ impl RowOps<CudaBackend> for OpenRow<'_> {
         ops::scale_rows(gpu, &scaled, &gradient, &g, width)?;
         let dh = gpu.zeros(Kind::F32, rows * width)?;
         let slot = gradients.slot(ParamId::Norm);
-        let norm = NormBackward { x: &before_norm, w: &weights.norm, g: &scaled, eps: self.policy.eps(), slot };
+        let norm = NormBackward {
+            x: &before_norm,
+            w: &weights.norm,
+            g: &scaled,
+            eps: self.policy.eps(),
+            slot,
+        };
         norm.add_to(gpu, &dh)?;
         drop((gradient, scaled, before_norm, normed));
         let gx = gpu.zeros(Kind::F32, self.row.tokens * width)?;

@@ -42,31 +42,71 @@ pub(super) struct GroupBackward<'a> {
 
 impl CudaLinearGroup<'_> {
     /// `y` `[T, Σout]` = keep·y + the projections of `x` `[T, in]`. Returns x·Aᵀ `[T, Σr]`, which the backward pass wants.
-    pub fn forward(&self, x: &Memory, tokens: usize, y: &Memory, keep: bool) -> Result<Option<Memory>> {
+    pub fn forward(
+        &self,
+        x: &Memory,
+        tokens: usize,
+        y: &Memory,
+        keep: bool,
+    ) -> Result<Option<Memory>> {
         let (w, gpu) = (self.weights, self.gpu);
         let beta = if keep { 1.0 } else { 0.0 };
-        gpu.matmul([tokens, w.output, w.input], x.matrix(w.input), w.weight.matrix(w.input).t(), y.matrix(w.output), 1.0, beta)?;
+        gpu.matmul(
+            [tokens, w.output, w.input],
+            x.matrix(w.input),
+            w.weight.matrix(w.input).t(),
+            y.matrix(w.output),
+            1.0,
+            beta,
+        )?;
         for m in &w.members {
             if let Some(bias) = &m.bias {
-                ops::add_bias(gpu, Columns { matrix: y, stride: w.output, first: m.column, count: m.out }, bias)?;
+                ops::add_bias(
+                    gpu,
+                    Columns { matrix: y, stride: w.output, first: m.column, count: m.out },
+                    bias,
+                )?;
             }
         }
-        self.adapter.map(|adapter| self.add_low_rank(adapter, x, 0..tokens, y)).transpose().map(Option::flatten)
+        self.adapter
+            .map(|adapter| self.add_low_rank(adapter, x, 0..tokens, y))
+            .transpose()
+            .map(Option::flatten)
     }
 
     /// Adds s·(x·Aᵀ)·Bᵀ to some rows of `y`; returns x·Aᵀ of these rows.
-    pub fn add_low_rank(&self, adapter: LowRankGroup<'_>, x: &Memory, rows: Range<usize>, y: &Memory) -> Result<Option<Memory>> {
+    pub fn add_low_rank(
+        &self,
+        adapter: LowRankGroup<'_>,
+        x: &Memory,
+        rows: Range<usize>,
+        y: &Memory,
+    ) -> Result<Option<Memory>> {
         let (w, gpu, tokens, ranks) = (self.weights, self.gpu, rows.len(), adapter.group.ranks);
         if ranks == 0 || tokens == 0 {
             return Ok(None);
         }
         let u = gpu.dirty(self.kind, tokens * ranks)?;
         let input = x.matrix_at(rows.start * w.input, w.input);
-        gpu.matmul([tokens, ranks, w.input], input, adapter.a(w.input).t(), u.matrix(ranks), 1.0, 0.0)?;
+        gpu.matmul(
+            [tokens, ranks, w.input],
+            input,
+            adapter.a(w.input).t(),
+            u.matrix(ranks),
+            1.0,
+            0.0,
+        )?;
         for (m, b) in w.members.iter().zip(&adapter.group.b) {
             let Some((b, rank, column)) = *b else { continue };
             let to = y.matrix_at(rows.start * w.output + m.column, w.output);
-            gpu.matmul([tokens, m.out, rank], u.matrix_at(column, ranks), adapter.matrices.matrix_at(b, rank).t(), to, adapter.scale, 1.0)?;
+            gpu.matmul(
+                [tokens, m.out, rank],
+                u.matrix_at(column, ranks),
+                adapter.matrices.matrix_at(b, rank).t(),
+                to,
+                adapter.scale,
+                1.0,
+            )?;
         }
         Ok(Some(u))
     }
@@ -76,19 +116,37 @@ impl CudaLinearGroup<'_> {
         let (w, gpu) = (self.weights, self.gpu);
         let GroupBackward { block, tokens, x, u, g } = pass;
         let dx = gpu.dirty(self.kind, tokens * w.input)?;
-        gpu.matmul([tokens, w.input, w.output], g.matrix(w.output), w.weight.matrix(w.input), dx.matrix(w.input), 1.0, 0.0)?;
+        gpu.matmul(
+            [tokens, w.input, w.output],
+            g.matrix(w.output),
+            w.weight.matrix(w.input),
+            dx.matrix(w.input),
+            1.0,
+            0.0,
+        )?;
         if let (Some(adapter), Some(u)) = (self.adapter, u) {
             self.low_rank_backward(adapter, pass, u, &dx, gradients)?;
         }
         for m in &w.members {
             let g_m = g.matrix_at(m.column, w.output);
             if let Some(slot) = gradients.slot(ParamId::Block(block, BlockParam::Weight(m.index))) {
-                gpu.matmul([m.out, w.input, tokens], g_m.t(), x.matrix(w.input), slot.matrix(w.input), 1.0, 1.0)?;
+                gpu.matmul(
+                    [m.out, w.input, tokens],
+                    g_m.t(),
+                    x.matrix(w.input),
+                    slot.matrix(w.input),
+                    1.0,
+                    1.0,
+                )?;
             }
             if m.bias.is_some()
                 && let Some(slot) = gradients.slot(ParamId::Block(block, BlockParam::Bias(m.index)))
             {
-                ops::column_sum(gpu, slot, Columns { matrix: g, stride: w.output, first: m.column, count: m.out })?;
+                ops::column_sum(
+                    gpu,
+                    slot,
+                    Columns { matrix: g, stride: w.output, first: m.column, count: m.out },
+                )?;
             }
         }
         Ok(dx)
@@ -109,14 +167,42 @@ impl CudaLinearGroup<'_> {
         for (m, b) in w.members.iter().zip(&adapter.group.b) {
             let Some((b, rank, column)) = *b else { continue };
             let (g_m, v_m) = (g.matrix_at(m.column, w.output), v.matrix_at(column, ranks));
-            gpu.matmul([tokens, rank, m.out], g_m, adapter.matrices.matrix_at(b, rank), v_m, scale, 0.0)?;
+            gpu.matmul(
+                [tokens, rank, m.out],
+                g_m,
+                adapter.matrices.matrix_at(b, rank),
+                v_m,
+                scale,
+                0.0,
+            )?;
             if let Some(slot) = gradients.slot(ParamId::Block(block, BlockParam::LoraA(m.index))) {
-                gpu.matmul([rank, w.input, tokens], v_m.t(), x.matrix(w.input), slot.matrix(w.input), 1.0, 1.0)?;
+                gpu.matmul(
+                    [rank, w.input, tokens],
+                    v_m.t(),
+                    x.matrix(w.input),
+                    slot.matrix(w.input),
+                    1.0,
+                    1.0,
+                )?;
             }
             if let Some(slot) = gradients.slot(ParamId::Block(block, BlockParam::LoraB(m.index))) {
-                gpu.matmul([m.out, rank, tokens], g_m.t(), u.matrix_at(column, ranks), slot.matrix(rank), scale, 1.0)?;
+                gpu.matmul(
+                    [m.out, rank, tokens],
+                    g_m.t(),
+                    u.matrix_at(column, ranks),
+                    slot.matrix(rank),
+                    scale,
+                    1.0,
+                )?;
             }
         }
-        gpu.matmul([tokens, w.input, ranks], v.matrix(ranks), adapter.a(w.input), dx.matrix(w.input), 1.0, 1.0)
+        gpu.matmul(
+            [tokens, w.input, ranks],
+            v.matrix(ranks),
+            adapter.a(w.input),
+            dx.matrix(w.input),
+            1.0,
+            1.0,
+        )
     }
 }

@@ -63,7 +63,9 @@ fn query_tiles(layout: &RowLayout) -> Vec<[i32; TILE_ENTRY]> {
             all.push([start, end, s.tokens.start, s.prefix.start, s.prefix.end].map(|n| n as i32));
         }
     }
-    longest_first(&mut all, |[start, end, segment, prefix, prefix_end]| (end - segment) + (prefix_end - prefix) + (end - start));
+    longest_first(&mut all, |[start, end, segment, prefix, prefix_end]| {
+        (end - segment) + (prefix_end - prefix) + (end - start)
+    });
     all
 }
 
@@ -76,7 +78,9 @@ fn key_tiles(layout: &RowLayout) -> Vec<[i32; TILE_ENTRY]> {
             all.push([start, end, s.tokens.end, dependent.start, dependent.end].map(|n| n as i32));
         }
     }
-    longest_first(&mut all, |[start, _, segment_end, first, last]| (segment_end - start) + (last - first));
+    longest_first(&mut all, |[start, _, segment_end, first, last]| {
+        (segment_end - start) + (last - first)
+    });
     all
 }
 
@@ -87,7 +91,8 @@ fn longest_first(tiles: &mut [[i32; TILE_ENTRY]], work: impl Fn(&[i32; TILE_ENTR
 
 /// The tokens of the completions of a prompt: they follow it.
 fn dependents(layout: &RowLayout, prompt: &Range<usize>) -> Range<usize> {
-    let completions = layout.segments.iter().filter(|s| !s.prefix.is_empty() && s.prefix == *prompt);
+    let completions =
+        layout.segments.iter().filter(|s| !s.prefix.is_empty() && s.prefix == *prompt);
     completions.fold(prompt.end..prompt.end, |all, s| all.start..all.end.max(s.tokens.end))
 }
 

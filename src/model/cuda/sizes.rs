@@ -46,7 +46,8 @@ impl BlockShape {
         let before_norm = if self.qk_norm { self.qkv() } else { 0 };
         // The residual stream before attention and before the feed-forward part.
         let residual = 2 * self.hidden;
-        F32 * (residual + self.log_sum_exps()) + element * (self.qkv() + before_norm + self.attended() + self.gate_up() + ranks)
+        F32 * (residual + self.log_sum_exps())
+            + element * (self.qkv() + before_norm + self.attended() + self.gate_up() + ranks)
     }
 
     /// Bytes per token of a block's input, which is all that is saved when blocks are recomputed.
@@ -60,7 +61,9 @@ impl BlockShape {
         let attention = 3 * self.qkv() + 2 * self.attended();
         // Parts exist only on tensor cores, whose operands are narrower than f32.
         let parts = match self.key_gradient_parts() {
-            parts if parts > 0 && element < F32 => F32 * (parts + self.log_sum_exps()) + element * (self.qkv() + self.attended()),
+            parts if parts > 0 && element < F32 => {
+                F32 * (parts + self.log_sum_exps()) + element * (self.qkv() + self.attended())
+            }
             _ => 0,
         };
         F32 * self.hidden + (element * feed_forward.max(attention)).max(parts)
@@ -90,7 +93,12 @@ mod tests {
     use crate::compute::cpu::attention::Heads;
 
     fn shape(hidden: usize, feed_forward: usize, [query, key, dim]: [usize; 3]) -> BlockShape {
-        BlockShape { hidden, feed_forward, heads: Heads { query, key, dim, window: None }, qk_norm: false }
+        BlockShape {
+            hidden,
+            feed_forward,
+            heads: Heads { query, key, dim, window: None },
+            qk_norm: false,
+        }
     }
 
     #[test]
@@ -104,7 +112,10 @@ mod tests {
         assert_eq!((small.backward_bytes(4), small.backward_bytes(2)), (19_200, 10_752));
         // With many heads that share keys, the parts of their gradients are the largest.
         let shared = shape(64, 64, [8, 1, 64]);
-        assert_eq!((shared.key_gradient_parts(), shared.backward_bytes(2), shared.backward_bytes(4)), (1024, 6688, 12_032));
+        assert_eq!(
+            (shared.key_gradient_parts(), shared.backward_bytes(2), shared.backward_bytes(4)),
+            (1024, 6688, 12_032)
+        );
         let unshared = shape(64, 64, [8, 8, 64]);
         assert_eq!((unshared.key_gradient_parts(), unshared.backward_bytes(2)), (0, 11_520));
         assert_eq!((head_bytes(576, 4), head_bytes(576, 2)), (74_752, 58_368));

@@ -90,7 +90,13 @@ impl DeviceWeights {
 }
 
 impl GroupWeights {
-    fn upload(gpu: &Arc<Gpu>, kind: Kind, parameters: &Parameters, block: usize, group: LinearGroup) -> Result<Self> {
+    fn upload(
+        gpu: &Arc<Gpu>,
+        kind: Kind,
+        parameters: &Parameters,
+        block: usize,
+        group: LinearGroup,
+    ) -> Result<Self> {
         let (mut members, mut weights, mut output, mut input) = (Vec::new(), Vec::new(), 0, 0);
         for &index in group.members() {
             let p = parameters.linear(block, index)?;
@@ -142,7 +148,10 @@ impl DeviceAdapter {
             };
             Ok(BlockAdapter { matrices, groups })
         };
-        Ok(DeviceAdapter { scale: adapter.config.scale() as f32, blocks: gathered.into_iter().map(block).collect::<Result<_>>()? })
+        Ok(DeviceAdapter {
+            scale: adapter.config.scale() as f32,
+            blocks: gathered.into_iter().map(block).collect::<Result<_>>()?,
+        })
     }
 }
 
@@ -158,7 +167,11 @@ impl DeviceAdapter {
     /// The part of a group.
     pub fn group(&self, block: usize, which: LinearGroup) -> LowRankGroup<'_> {
         let block = &self.blocks[block];
-        LowRankGroup { matrices: &block.matrices, group: block.groups.get(which), scale: self.scale }
+        LowRankGroup {
+            matrices: &block.matrices,
+            group: block.groups.get(which),
+            scale: self.scale,
+        }
     }
 }
 
@@ -194,10 +207,18 @@ impl<'a> Pieces<'a> {
         self.len += t.elem_count();
     }
 
-    fn group(&mut self, adapter: &'a Adapter, block: usize, group: LinearGroup) -> Result<GroupAdapter> {
+    fn group(
+        &mut self,
+        adapter: &'a Adapter,
+        block: usize,
+        group: LinearGroup,
+    ) -> Result<GroupAdapter> {
         let (a, mut b, mut ranks) = (self.align(), Vec::new(), 0);
         let members = group.members();
-        members.iter().filter_map(|linear| adapter.get(block, *linear)).for_each(|l| self.place(&l.a));
+        members
+            .iter()
+            .filter_map(|linear| adapter.get(block, *linear))
+            .for_each(|l| self.place(&l.a));
         for &linear in members {
             b.push(match adapter.get(block, linear) {
                 Some(low_rank) => {
@@ -253,8 +274,12 @@ fn vector(gpu: &Arc<Gpu>, t: &Tensor) -> Result<Memory> {
 fn write(gpu: &Arc<Gpu>, kind: Kind, memory: &Memory, at: usize, elements: Elements) -> Result<()> {
     match (kind, elements) {
         (Kind::F32, Elements::F32(v)) => gpu.write(memory, at, v),
-        (Kind::F32, Elements::Bf16(v)) => gpu.write(memory, at, &v.iter().map(|x| x.to_f32()).collect::<Vec<f32>>()),
-        (Kind::Bf16, Elements::F32(v)) => gpu.write(memory, at, &v.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>()),
+        (Kind::F32, Elements::Bf16(v)) => {
+            gpu.write(memory, at, &v.iter().map(|x| x.to_f32()).collect::<Vec<f32>>())
+        }
+        (Kind::Bf16, Elements::F32(v)) => {
+            gpu.write(memory, at, &v.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>())
+        }
         (Kind::Bf16, Elements::Bf16(v)) => gpu.write(memory, at, v),
     }
 }
@@ -279,7 +304,8 @@ impl<H, D> Copies<H, D> {
         let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|(host, ..)| host.strong_count() > 0);
         // A weak reference keeps the address from being used again.
-        let found = all.iter().find(|(h, k, _)| std::ptr::eq(h.as_ptr(), Arc::as_ptr(host)) && *k == kind);
+        let found =
+            all.iter().find(|(h, k, _)| std::ptr::eq(h.as_ptr(), Arc::as_ptr(host)) && *k == kind);
         if let Some((.., device)) = found {
             return Ok(device.clone());
         }
@@ -308,13 +334,23 @@ impl<H, D> Copies<H, D> {
 }
 
 impl Copies<Parameters, DeviceWeights> {
-    pub fn weights(&self, gpu: &Arc<Gpu>, kind: Kind, host: &Arc<Parameters>) -> Result<Arc<DeviceWeights>> {
+    pub fn weights(
+        &self,
+        gpu: &Arc<Gpu>,
+        kind: Kind,
+        host: &Arc<Parameters>,
+    ) -> Result<Arc<DeviceWeights>> {
         self.get(host, kind, || DeviceWeights::upload(gpu, kind, host))
     }
 }
 
 impl Copies<Adapter, DeviceAdapter> {
-    pub fn adapter(&self, gpu: &Arc<Gpu>, kind: Kind, host: &Arc<Adapter>) -> Result<Arc<DeviceAdapter>> {
+    pub fn adapter(
+        &self,
+        gpu: &Arc<Gpu>,
+        kind: Kind,
+        host: &Arc<Adapter>,
+    ) -> Result<Arc<DeviceAdapter>> {
         self.get(host, kind, || DeviceAdapter::upload(gpu, kind, host))
     }
 }

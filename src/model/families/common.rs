@@ -5,7 +5,9 @@ use crate::model::config::limits;
 use crate::model::config::rope::rope;
 use crate::model::error::ModelError;
 use crate::model::rope::RopeConfig;
-use crate::model::spec::{Activation, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm};
+use crate::model::spec::{
+    Activation, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm,
+};
 
 /// A family of models.
 pub struct Family {
@@ -70,14 +72,19 @@ impl Common {
             None => rules.kv_heads.unwrap_or(heads),
         };
         if heads % kv_heads != 0 {
-            return Err(fields.invalid("num_key_value_heads", format!("{kv_heads} does not divide num_attention_heads, {heads}")));
+            return Err(fields.invalid(
+                "num_key_value_heads",
+                format!("{kv_heads} does not divide num_attention_heads, {heads}"),
+            ));
         }
         let head_dim = head_dim(fields, rules, hidden_size, heads)?;
-        let max_position_embeddings =
-            fields.optional_size("max_position_embeddings", limits::POSITIONS)?.unwrap_or(rules.max_position_embeddings);
+        let max_position_embeddings = fields
+            .optional_size("max_position_embeddings", limits::POSITIONS)?
+            .unwrap_or(rules.max_position_embeddings);
         let rms_norm_eps = fields.number("rms_norm_eps")?.unwrap_or(1e-6);
         if !(rms_norm_eps > 0.0 && rms_norm_eps < 1.0) {
-            return Err(fields.invalid("rms_norm_eps", format!("is {rms_norm_eps}; must lie between 0 and 1")));
+            return Err(fields
+                .invalid("rms_norm_eps", format!("is {rms_norm_eps}; must lie between 0 and 1")));
         }
         Ok(Common {
             num_layers,
@@ -119,7 +126,11 @@ impl Common {
         BlockSpec {
             mixer: Mixer::Attention(attention),
             mixer_norms: Norms::Pre,
-            feed_forward: FeedForward::Gated { width: self.intermediate_size, activation: self.activation, bias: self.mlp_bias },
+            feed_forward: FeedForward::Gated {
+                width: self.intermediate_size,
+                activation: self.activation,
+                bias: self.mlp_bias,
+            },
             feed_forward_norms: Norms::Pre,
         }
     }
@@ -141,39 +152,65 @@ impl Common {
 fn activation(fields: &Fields<'_>) -> Result<Activation, ModelError> {
     match fields.string("hidden_act")?.unwrap_or("silu") {
         "silu" | "swish" => Ok(Activation::Silu),
-        other => Err(fields.invalid("hidden_act", format!("'{other}' is not implemented; supported: silu"))),
+        other => {
+            Err(fields
+                .invalid("hidden_act", format!("'{other}' is not implemented; supported: silu")))
+        }
     }
 }
 
-fn head_dim(fields: &Fields<'_>, rules: &FieldRules, hidden_size: usize, heads: usize) -> Result<usize, ModelError> {
+fn head_dim(
+    fields: &Fields<'_>,
+    rules: &FieldRules,
+    hidden_size: usize,
+    heads: usize,
+) -> Result<usize, ModelError> {
     let head_dim = match fields.optional_size("head_dim", limits::HEAD_DIM)?.or(rules.head_dim) {
         Some(n) => n,
         None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
         None => {
-            return Err(fields
-                .invalid("num_attention_heads", format!("{heads} does not divide hidden_size, {hidden_size}, and head_dim is absent")));
+            return Err(fields.invalid(
+                "num_attention_heads",
+                format!(
+                    "{heads} does not divide hidden_size, {hidden_size}, and head_dim is absent"
+                ),
+            ));
         }
     };
     if head_dim % 2 != 0 || head_dim > limits::HEAD_DIM {
-        return Err(
-            fields.invalid("head_dim", format!("is {head_dim}; rotary embedding needs an even number of at most {}", limits::HEAD_DIM))
-        );
+        return Err(fields.invalid(
+            "head_dim",
+            format!(
+                "is {head_dim}; rotary embedding needs an even number of at most {}",
+                limits::HEAD_DIM
+            ),
+        ));
     }
     Ok(head_dim)
 }
 
 /// Reads which layers have the window, as transformers' Qwen classes decide it.
-pub(super) fn windows_of_layers(fields: &Fields<'_>, common: &Common) -> Result<Vec<Option<usize>>, ModelError> {
+pub(super) fn windows_of_layers(
+    fields: &Fields<'_>,
+    common: &Common,
+) -> Result<Vec<Option<usize>>, ModelError> {
     let num_layers = common.num_layers;
-    let window = common.window.filter(|_| matches!(fields.flag("use_sliding_window"), Ok(Some(true))));
+    let window =
+        common.window.filter(|_| matches!(fields.flag("use_sliding_window"), Ok(Some(true))));
     if let Some(types) = fields.strings("layer_types")? {
         if types.len() != num_layers {
-            return Err(fields.invalid("layer_types", format!("lists {} layers, num_hidden_layers is {num_layers}", types.len())));
+            return Err(fields.invalid(
+                "layer_types",
+                format!("lists {} layers, num_hidden_layers is {num_layers}", types.len()),
+            ));
         }
         let window_of = |kind: &&str| match *kind {
             "full_attention" => Ok(None),
             "sliding_attention" => Ok(window),
-            other => Err(fields.invalid("layer_types", format!("'{other}'; supported: full_attention, sliding_attention"))),
+            other => Err(fields.invalid(
+                "layer_types",
+                format!("'{other}'; supported: full_attention, sliding_attention"),
+            )),
         };
         return types.iter().map(window_of).collect();
     }

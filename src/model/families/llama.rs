@@ -5,9 +5,19 @@ use crate::model::config::json::Fields;
 use crate::model::error::ModelError;
 use crate::model::spec::{AttentionSpec, ModelSpec};
 
-pub(super) static FAMILY: Family = Family { model_type: "llama", causal_lm_class: "LlamaForCausalLM", is_interleaved_in_gguf: true, spec };
+pub(super) static FAMILY: Family = Family {
+    model_type: "llama",
+    causal_lm_class: "LlamaForCausalLM",
+    is_interleaved_in_gguf: true,
+    spec,
+};
 
-const RULES: FieldRules = FieldRules { kv_heads: None, head_dim: None, max_position_embeddings: 2048, has_mlp_bias: true };
+const RULES: FieldRules = FieldRules {
+    kv_heads: None,
+    head_dim: None,
+    max_position_embeddings: 2048,
+    has_mlp_bias: true,
+};
 
 fn spec(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     let common = Common::read(fields, &RULES)?;

@@ -5,10 +5,19 @@ use crate::model::config::json::Fields;
 use crate::model::error::ModelError;
 use crate::model::spec::{AttentionSpec, ModelSpec};
 
-pub(super) static FAMILY: Family =
-    Family { model_type: "mistral", causal_lm_class: "MistralForCausalLM", is_interleaved_in_gguf: true, spec };
+pub(super) static FAMILY: Family = Family {
+    model_type: "mistral",
+    causal_lm_class: "MistralForCausalLM",
+    is_interleaved_in_gguf: true,
+    spec,
+};
 
-const RULES: FieldRules = FieldRules { kv_heads: Some(8), head_dim: None, max_position_embeddings: 131_072, has_mlp_bias: false };
+const RULES: FieldRules = FieldRules {
+    kv_heads: Some(8),
+    head_dim: None,
+    max_position_embeddings: 131_072,
+    has_mlp_bias: false,
+};
 
 fn spec(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     let common = Common::read(fields, &RULES)?;

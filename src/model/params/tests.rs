@@ -36,15 +36,32 @@ fn every_family_has_the_parameters_that_other_tools_say() {
             .as_array()
             .unwrap()
             .iter()
-            .map(|p| (text(&p["name"]), (text(&p["gguf"]), shape(&p["shape"]), p["decays"].as_bool().unwrap())))
+            .map(|p| {
+                (
+                    text(&p["name"]),
+                    (text(&p["gguf"]), shape(&p["shape"]), p["decays"].as_bool().unwrap()),
+                )
+            })
             .collect();
-        let found: BTreeMap<String, (String, Vec<usize>, bool)> =
-            table.iter().map(|p| (p.hf.name.clone(), (p.gguf.name.clone(), p.shape.clone(), p.decays()))).collect();
+        let found: BTreeMap<String, (String, Vec<usize>, bool)> = table
+            .iter()
+            .map(|p| (p.hf.name.clone(), (p.gguf.name.clone(), p.shape.clone(), p.decays())))
+            .collect();
         assert_eq!(found, wanted, "{}", case["name"]);
         // Every row has a name and an id of its own.
         assert_eq!((table.len(), found.len()), (wanted.len(), wanted.len()), "{}", case["name"]);
-        assert_eq!(table.iter().map(ParamSpec::elements).sum::<usize>(), parameter_count(&spec(&case["config"])), "{}", case["name"]);
-        assert_eq!(table.iter().map(|p| p.id).collect::<std::collections::HashSet<_>>().len(), table.len(), "{}", case["name"]);
+        assert_eq!(
+            table.iter().map(ParamSpec::elements).sum::<usize>(),
+            parameter_count(&spec(&case["config"])),
+            "{}",
+            case["name"]
+        );
+        assert_eq!(
+            table.iter().map(|p| p.id).collect::<std::collections::HashSet<_>>().len(),
+            table.len(),
+            "{}",
+            case["name"]
+        );
     }
 }
 
@@ -61,21 +78,33 @@ fn adapters_have_the_tensors_that_peft_makes() {
                 ..LoraConfig::default()
             };
             let pairs = adapter["tensors"].as_array().unwrap();
-            let wanted: BTreeMap<&str, Vec<usize>> = pairs.iter().map(|pair| (pair[0].as_str().unwrap(), shape(&pair[1]))).collect();
+            let wanted: BTreeMap<&str, Vec<usize>> =
+                pairs.iter().map(|pair| (pair[0].as_str().unwrap(), shape(&pair[1]))).collect();
             let table = lora_params(&spec, &config);
             let tensors: Vec<&LoraTensor> = table.iter().flat_map(LoraSpec::tensors).collect();
-            let found: BTreeMap<&str, Vec<usize>> = tensors.iter().map(|t| (t.name.as_str(), t.shape.to_vec())).collect();
+            let found: BTreeMap<&str, Vec<usize>> =
+                tensors.iter().map(|t| (t.name.as_str(), t.shape.to_vec())).collect();
             assert_eq!(found, wanted, "{}", case["name"]);
             assert_eq!(tensors.len(), wanted.len(), "{}", case["name"]);
             // The layers are those that the rows of the table say.
-            let says = |p: &ParamSpec| p.lora_target.is_some_and(|target| config.target_modules.iter().any(|t| t == target));
-            let rows: Vec<ParamId> = params(&spec).iter().filter(|p| says(p)).map(|p| p.id).collect();
-            let weights: Vec<ParamId> = table.iter().map(|u| ParamId::Block(u.block, BlockParam::Weight(u.linear))).collect();
+            let says = |p: &ParamSpec| {
+                p.lora_target
+                    .is_some_and(|target| config.target_modules.iter().any(|t| t == target))
+            };
+            let rows: Vec<ParamId> =
+                params(&spec).iter().filter(|p| says(p)).map(|p| p.id).collect();
+            let weights: Vec<ParamId> = table
+                .iter()
+                .map(|u| ParamId::Block(u.block, BlockParam::Weight(u.linear)))
+                .collect();
             assert_eq!(weights, rows, "{}", case["name"]);
             // A layer is found by the name of its tensors, and no other one is.
             for update in &table {
                 for name in update.tensors().map(|t| t.name.as_str()) {
-                    let updated: Vec<Linear> = Linear::ALL.into_iter().filter(|linear| linear.is_updated_by(name)).collect();
+                    let updated: Vec<Linear> = Linear::ALL
+                        .into_iter()
+                        .filter(|linear| linear.is_updated_by(name))
+                        .collect();
                     assert_eq!(updated, [update.linear], "{name}");
                 }
             }
@@ -89,8 +118,10 @@ fn the_golden_models_files_hold_the_table() {
         let table = params(&spec(&json(&golden(&format!("models/{name}/config.json")))));
         let file = std::fs::read(golden(&format!("models/{name}/model.safetensors"))).unwrap();
         let (_, metadata) = safetensors::SafeTensors::read_metadata(&file).unwrap();
-        let stored: BTreeMap<String, Vec<usize>> = metadata.tensors().into_iter().map(|(n, info)| (n, info.shape.clone())).collect();
-        let wanted: BTreeMap<String, Vec<usize>> = table.iter().map(|p| (p.hf.name.clone(), p.shape.clone())).collect();
+        let stored: BTreeMap<String, Vec<usize>> =
+            metadata.tensors().into_iter().map(|(n, info)| (n, info.shape.clone())).collect();
+        let wanted: BTreeMap<String, Vec<usize>> =
+            table.iter().map(|p| (p.hf.name.clone(), p.shape.clone())).collect();
         assert_eq!(wanted, stored, "{name}");
     }
 }
@@ -111,11 +142,17 @@ fn the_domains_target_modules_are_the_linear_layers() {
 #[test]
 fn the_order_is_that_of_a_forward_pass() {
     let cases = json(&golden("parameters.json"));
-    let case = cases.as_array().unwrap().iter().find(|case| case["name"] == "qwen3 with biases, tied").unwrap();
+    let case = cases
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|case| case["name"] == "qwen3 with biases, tied")
+        .unwrap();
     let table = params(&spec(&case["config"]));
     let names: Vec<&str> = table.iter().map(ParamSpec::name).collect();
     assert_eq!(names[0], "model.embed_tokens.weight");
-    let second: Vec<&str> = names.iter().filter_map(|name| name.strip_prefix("model.layers.1.")).collect();
+    let second: Vec<&str> =
+        names.iter().filter_map(|name| name.strip_prefix("model.layers.1.")).collect();
     let wanted = [
         "input_layernorm.weight",
         "self_attn.q_proj.weight",
@@ -134,7 +171,10 @@ fn the_order_is_that_of_a_forward_pass() {
         "mlp.down_proj.weight",
     ];
     assert_eq!(second, wanted);
-    assert_eq!(names[1..1 + wanted.len()].iter().map(|n| &n[..15]).collect::<BTreeSet<_>>(), BTreeSet::from(["model.layers.0."]));
+    assert_eq!(
+        names[1..1 + wanted.len()].iter().map(|n| &n[..15]).collect::<BTreeSet<_>>(),
+        BTreeSet::from(["model.layers.0."])
+    );
     assert_eq!(*names.last().unwrap(), "model.norm.weight");
     let rotated: Vec<usize> = table[..12].iter().filter_map(|p| p.rotated_heads).collect();
     assert_eq!(rotated, [4, 4, 2, 2], "the weights and biases of queries and keys");
@@ -142,14 +182,23 @@ fn the_order_is_that_of_a_forward_pass() {
 
 #[test]
 fn names_outside_the_table_are_those_of_the_formats() {
-    assert_eq!((gguf_embedding(), gguf_head()), ("token_embd.weight".to_owned(), "output.weight".to_owned()));
+    assert_eq!(
+        (gguf_embedding(), gguf_head()),
+        ("token_embd.weight".to_owned(), "output.weight".to_owned())
+    );
     assert_eq!(
         (gguf_bias(0, Linear::Query), gguf_bias(3, Linear::Gate)),
         ("blk.0.attn_q.bias".to_owned(), "blk.3.ffn_gate.bias".to_owned())
     );
-    assert_eq!(peft_example(0, Linear::Query), "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight");
+    assert_eq!(
+        peft_example(0, Linear::Query),
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    );
     assert!(
-        is_in_block("model.layers.3.x") && is_in_block("blk.0.x") && !is_in_block("model.norm.weight") && !is_in_block("output.weight")
+        is_in_block("model.layers.3.x")
+            && is_in_block("blk.0.x")
+            && !is_in_block("model.norm.weight")
+            && !is_in_block("output.weight")
     );
     let cases = json(&golden("parameters.json"));
     let untied = cases.as_array().unwrap().iter().find(|case| case["name"] == "mistral").unwrap();

@@ -79,11 +79,23 @@ struct CountingRow {
 
 impl CountingRow {
     fn new(qk_norm: QkNorm) -> Self {
-        let attention = AttentionSpec { heads: 4, kv_heads: 2, head_dim: 8, window: None, qk_norm, qkv_bias: false, output_bias: false };
+        let attention = AttentionSpec {
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 8,
+            window: None,
+            qk_norm,
+            qkv_bias: false,
+            output_bias: false,
+        };
         let block = BlockSpec {
             mixer: Mixer::Attention(attention),
             mixer_norms: Norms::Pre,
-            feed_forward: FeedForward::Gated { width: 48, activation: Activation::Silu, bias: false },
+            feed_forward: FeedForward::Gated {
+                width: 48,
+                activation: Activation::Silu,
+                bias: false,
+            },
             feed_forward_norms: Norms::Pre,
         };
         CountingRow { blocks: vec![block; BLOCKS], ledger: Rc::default() }
@@ -126,7 +138,13 @@ impl RowOps<Counting> for CountingRow {
         Ok((HeadOutput { log_probs: vec![-1.0], ..HeadOutput::default() }, ()))
     }
 
-    fn head_backward(&self, (): (), _output: HeadOutput, _upstream: &[f32], (): &mut ()) -> Result<Piece> {
+    fn head_backward(
+        &self,
+        (): (),
+        _output: HeadOutput,
+        _upstream: &[f32],
+        (): &mut (),
+    ) -> Result<Piece> {
         Ok(self.piece(F32 * HIDDEN))
     }
 }
@@ -165,11 +183,21 @@ impl BlockOps<Counting> for CountingBlock<'_> {
         None
     }
 
-    fn project(&self, group: LinearGroup, _input: &Option<Piece>, _out: &mut Piece) -> Result<Piece> {
+    fn project(
+        &self,
+        group: LinearGroup,
+        _input: &Option<Piece>,
+        _out: &mut Piece,
+    ) -> Result<Piece> {
         Ok(self.low_rank(group))
     }
 
-    fn add_to_stream(&self, group: LinearGroup, _input: &Option<Piece>, _x: &mut Piece) -> Result<Piece> {
+    fn add_to_stream(
+        &self,
+        group: LinearGroup,
+        _input: &Option<Piece>,
+        _x: &mut Piece,
+    ) -> Result<Piece> {
         Ok(self.low_rank(group))
     }
 
@@ -186,15 +214,29 @@ impl BlockOps<Counting> for CountingBlock<'_> {
         Ok(Attended { output, log_sum_exp: self.row.piece(F32 * self.shape.log_sum_exps()) })
     }
 
-    fn feed_forward(&self, space: Piece, input: Option<Piece>, _save_tape: bool) -> Result<Gated<Counting>> {
+    fn feed_forward(
+        &self,
+        space: Piece,
+        input: Option<Piece>,
+        _save_tape: bool,
+    ) -> Result<Gated<Counting>> {
         let low_rank = self.low_rank(LinearGroup::GateUp);
         drop(input);
         let y = Some(self.row.piece(ELEMENT * self.shape.feed_forward));
         Ok(Gated { y, gate_up: Some(space), low_rank })
     }
 
-    fn feed_forward_backward(&self, gate_up: Piece, _low_rank: &Piece, _gx: &Piece, (): &mut ()) -> Result<Piece> {
-        let (y, gy) = (self.row.piece(ELEMENT * self.shape.feed_forward), self.row.piece(ELEMENT * self.shape.feed_forward));
+    fn feed_forward_backward(
+        &self,
+        gate_up: Piece,
+        _low_rank: &Piece,
+        _gx: &Piece,
+        (): &mut (),
+    ) -> Result<Piece> {
+        let (y, gy) = (
+            self.row.piece(ELEMENT * self.shape.feed_forward),
+            self.row.piece(ELEMENT * self.shape.feed_forward),
+        );
         drop((y, gy));
         Ok(gate_up)
     }
@@ -211,7 +253,12 @@ impl BlockOps<Counting> for CountingBlock<'_> {
         Ok(self.row.piece(ELEMENT * width))
     }
 
-    fn attention_backward(&self, _qkv: &Piece, _attended: &Attended<Counting>, _g: &Piece) -> Result<Piece> {
+    fn attention_backward(
+        &self,
+        _qkv: &Piece,
+        _attended: &Attended<Counting>,
+        _g: &Piece,
+    ) -> Result<Piece> {
         Ok(self.row.piece(ELEMENT * self.shape.qkv()))
     }
 
@@ -219,7 +266,14 @@ impl BlockOps<Counting> for CountingBlock<'_> {
         Ok(())
     }
 
-    fn norm_backward(&self, _norm: StreamNorm, _x: &Piece, _g: &Piece, _gx: &mut Piece, (): &mut ()) -> Result<()> {
+    fn norm_backward(
+        &self,
+        _norm: StreamNorm,
+        _x: &Piece,
+        _g: &Piece,
+        _gx: &mut Piece,
+        (): &mut (),
+    ) -> Result<()> {
         Ok(())
     }
 }
@@ -229,11 +283,19 @@ fn a_forward_pass_saves_what_the_formulas_for_its_memory_say() {
     for qk_norm in [QkNorm::Absent, QkNorm::PerHead] {
         let row = CountingRow::new(qk_norm);
         let tape_bytes = row.shape().tape_bytes(ELEMENT, 7 * RANK);
-        for (keep, of_block) in [(Keep::Tapes, tape_bytes), (Keep::Inputs, row.shape().input_bytes()), (Keep::Nothing, 0)] {
+        for (keep, of_block) in [
+            (Keep::Tapes, tape_bytes),
+            (Keep::Inputs, row.shape().input_bytes()),
+            (Keep::Nothing, 0),
+        ] {
             let mut yields = 0;
             let tape = forward(&row, keep, &mut || yields += 1).unwrap();
             assert_eq!(row.ledger.live.get(), BLOCKS * TOKENS * of_block, "{qk_norm:?} {keep:?}");
-            assert_eq!((yields, tape.output().log_probs.len()), (BLOCKS, 1), "{qk_norm:?} {keep:?}");
+            assert_eq!(
+                (yields, tape.output().log_probs.len()),
+                (BLOCKS, 1),
+                "{qk_norm:?} {keep:?}"
+            );
             drop(tape);
             assert_eq!(row.ledger.live.get(), 0, "{qk_norm:?} {keep:?}");
         }
@@ -251,12 +313,19 @@ fn a_backward_pass_takes_no_more_than_its_formula_and_frees_everything() {
             row.ledger.runs.set(0);
             let mut yields = 0;
             backward(&row, tape, &[1.0], &mut (), &mut || yields += 1).unwrap();
-            assert_eq!((yields, row.ledger.runs.get()), (BLOCKS, runs_again), "{qk_norm:?} {keep:?}");
+            assert_eq!(
+                (yields, row.ledger.runs.get()),
+                (BLOCKS, runs_again),
+                "{qk_norm:?} {keep:?}"
+            );
             assert_eq!(row.ledger.live.get(), 0, "{qk_norm:?} {keep:?}");
             if keep == Keep::Tapes {
                 let besides = row.ledger.peak.get() - saved;
                 let formula = TOKENS * row.shape().backward_bytes(ELEMENT);
-                assert!(besides > 0 && besides <= formula, "{qk_norm:?}: {besides} bytes besides the tapes, {formula} planned");
+                assert!(
+                    besides > 0 && besides <= formula,
+                    "{qk_norm:?}: {besides} bytes besides the tapes, {formula} planned"
+                );
             }
         }
     }

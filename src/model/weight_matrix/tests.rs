@@ -3,7 +3,9 @@ use half::bf16;
 use proptest::prelude::*;
 
 use super::WeightMatrix;
-use crate::compute::cpu::gemm::{Elements, Kernel, NR, Operand, Orientation, Term, Threads, View, WeightView, matmul};
+use crate::compute::cpu::gemm::{
+    Elements, Kernel, NR, Operand, Orientation, Term, Threads, View, WeightView, matmul,
+};
 use crate::math::rng;
 
 fn values(name: &str, n: usize) -> Vec<f32> {

@@ -17,7 +17,10 @@ pub(in crate::rpc) fn upload_meta(m: pb::UploadMetadata) -> Result<UploadMeta, S
         Ok(pb::DatasetFormat::Jsonl) => Some(DatasetFormat::Jsonl),
         Ok(pb::DatasetFormat::Parquet) => Some(DatasetFormat::Parquet),
         Err(_) => {
-            bad.push("metadata.format", format!("is {}: it must be JSONL (1), PARQUET (2) or 0 to guess", m.format));
+            bad.push(
+                "metadata.format",
+                format!("is {}: it must be JSONL (1), PARQUET (2) or 0 to guess", m.format),
+            );
             None
         }
     };
@@ -26,7 +29,10 @@ pub(in crate::rpc) fn upload_meta(m: pb::UploadMetadata) -> Result<UploadMeta, S
         name => match names::parse_model(name) {
             Some(id) => Some(id.to_owned()),
             None => {
-                bad.push("metadata.model", format!("is {}: it must be empty or look like models/ID", quoted(name)));
+                bad.push(
+                    "metadata.model",
+                    format!("is {}: it must be empty or look like models/ID", quoted(name)),
+                );
                 None
             }
         },

@@ -39,7 +39,9 @@ fn json(value: prost_types::Value, depth: usize) -> Result<Value, String> {
         Some(Kind::BoolValue(flag)) => Value::Bool(flag),
         Some(Kind::NumberValue(x)) => Value::Number(number(x)?),
         Some(Kind::StringValue(text)) => Value::String(text),
-        Some(Kind::ListValue(list)) => Value::Array(list.values.into_iter().map(|item| json(item, depth - 1)).collect::<Result<_, _>>()?),
+        Some(Kind::ListValue(list)) => Value::Array(
+            list.values.into_iter().map(|item| json(item, depth - 1)).collect::<Result<_, _>>()?,
+        ),
         Some(Kind::StructValue(given)) => Value::Object(fields(given, depth - 1)?),
     })
 }
@@ -63,7 +65,9 @@ fn to_value(value: &Value) -> prost_types::Value {
         Value::Bool(flag) => Kind::BoolValue(*flag),
         Value::Number(n) => Kind::NumberValue(n.as_f64().unwrap_or_default()),
         Value::String(text) => Kind::StringValue(text.clone()),
-        Value::Array(items) => Kind::ListValue(ListValue { values: items.iter().map(to_value).collect() }),
+        Value::Array(items) => {
+            Kind::ListValue(ListValue { values: items.iter().map(to_value).collect() })
+        }
         Value::Object(fields) => Kind::StructValue(to_struct(fields)),
     };
     prost_types::Value { kind: Some(kind) }
@@ -83,13 +87,18 @@ pub(in crate::rpc) fn parse_object(text: &str) -> Result<Map<String, Value>, Str
 
 /// Variables for the chat template, from the one of two fields that is given; `place` is where the
 /// fields are, e.g. `options`.
-pub(in crate::rpc) fn kwargs(place: &str, given: Option<Struct>, text: &str) -> Result<Map<String, Value>, Wrong> {
+pub(in crate::rpc) fn kwargs(
+    place: &str,
+    given: Option<Struct>,
+    text: &str,
+) -> Result<Map<String, Value>, Wrong> {
     let (name, kwargs) = match (given, text) {
         (None, "") => return Ok(Map::new()),
         (Some(given), "") => ("chat_template_kwargs", object(given)),
         (None, text) => ("chat_template_kwargs_json", parse_object(text)),
         (Some(_), _) => {
-            let reason = "is given together with chat_template_kwargs: use one of the two".to_owned();
+            let reason =
+                "is given together with chat_template_kwargs: use one of the two".to_owned();
             ("chat_template_kwargs_json", Err(reason))
         }
     };
@@ -123,14 +132,23 @@ pub(in crate::rpc) fn arguments(
     let wrong = |name: &str, reason: String| (format!("{place}.{name}"), reason);
     let tools = match (tools.is_empty(), tools_json.is_empty()) {
         (true, true) => None,
-        (false, false) => return Err(wrong("tools_json", "is given together with tools: use one of the two".into())),
+        (false, false) => {
+            return Err(wrong(
+                "tools_json",
+                "is given together with tools: use one of the two".into(),
+            ));
+        }
         (false, true) => {
-            let tools: Result<Vec<Value>, String> = tools.into_iter().map(|tool| Ok(Value::Object(object(tool)?))).collect();
-            let tools = tools.and_then(|tools| check_tools(&tools).map(|()| tools)).map_err(|e| wrong("tools", e))?;
+            let tools: Result<Vec<Value>, String> =
+                tools.into_iter().map(|tool| Ok(Value::Object(object(tool)?))).collect();
+            let tools = tools
+                .and_then(|tools| check_tools(&tools).map(|()| tools))
+                .map_err(|e| wrong("tools", e))?;
             Some(tools)
         }
         (true, false) => {
-            let list = serde_json::from_str(&tools_json).map_err(|e| wrong("tools_json", format!("is not JSON: {e}")))?;
+            let list = serde_json::from_str(&tools_json)
+                .map_err(|e| wrong("tools_json", format!("is not JSON: {e}")))?;
             tools_from_json(list).map_err(|e| wrong("tools_json", e))?
         }
     };

@@ -15,36 +15,59 @@ use crate::service::error::ServiceError;
 use crate::service::scoring::{PairToScore, ScoreOptions, ScoredCompletion, ScoredPair};
 
 /// What a request wants to score with, and whether per-token log-probs are wanted.
-pub(in crate::rpc) fn options(o: Option<pb::ScoringOptions>) -> Result<(ScoreOptions, bool), Status> {
+pub(in crate::rpc) fn options(
+    o: Option<pb::ScoringOptions>,
+) -> Result<(ScoreOptions, bool), Status> {
     let o = o.unwrap_or_default();
     let mut bad = Violations::default();
     let mut name = |field: &str, value: &str| {
         let parsed = names::parse_policy(value);
         if parsed.is_none() {
-            bad.push(field, format!("is {}: it must look like models/ID or trainingJobs/ID/checkpoints/STEP", quoted(value)));
+            bad.push(
+                field,
+                format!(
+                    "is {}: it must look like models/ID or trainingJobs/ID/checkpoints/STEP",
+                    quoted(value)
+                ),
+            );
         }
         parsed
     };
     let policy = name("options.policy", &o.policy);
-    let reference = if o.reference.is_empty() { None } else { name("options.reference", &o.reference) };
-    let arguments = json::arguments("options", o.tools, o.tools_json, o.chat_template_kwargs, &o.chat_template_kwargs_json).unwrap_or_else(
-        |(field, reason)| {
-            bad.push(field, reason);
-            TemplateArguments::default()
-        },
-    );
+    let reference =
+        if o.reference.is_empty() { None } else { name("options.reference", &o.reference) };
+    let arguments = json::arguments(
+        "options",
+        o.tools,
+        o.tools_json,
+        o.chat_template_kwargs,
+        &o.chat_template_kwargs_json,
+    )
+    .unwrap_or_else(|(field, reason)| {
+        bad.push(field, reason);
+        TemplateArguments::default()
+    });
     let normalization = match pb::RewardNormalization::try_from(o.normalization) {
         Ok(pb::RewardNormalization::Unspecified | pb::RewardNormalization::AsTrained) => None,
         Ok(pb::RewardNormalization::Sum) => Some(Normalization::Sum),
         Ok(pb::RewardNormalization::Mean) => Some(Normalization::Mean),
         Err(_) => {
-            bad.push("options.normalization", format!("is {}: it must be AS_TRAINED, SUM or MEAN", o.normalization));
+            bad.push(
+                "options.normalization",
+                format!("is {}: it must be AS_TRAINED, SUM or MEAN", o.normalization),
+            );
             None
         }
     };
     let Some(policy) = policy else { return Err(crate::rpc::status::bad_request(bad)) };
     let max_length = o.max_length.map(|n| n as usize);
-    finish((ScoreOptions { policy, reference, beta: o.beta, max_length, normalization, arguments }, o.per_token_logprobs), bad)
+    finish(
+        (
+            ScoreOptions { policy, reference, beta: o.beta, max_length, normalization, arguments },
+            o.per_token_logprobs,
+        ),
+        bad,
+    )
 }
 
 /// The normalization that was used: the sum or the mean.
@@ -60,12 +83,17 @@ pub(in crate::rpc) fn text(field: &str, t: Option<pb::Text>) -> Result<Text, Ser
     match t.and_then(|t| t.form) {
         Some(pb::text::Form::Plain(s)) => Ok(Text::Plain(s)),
         Some(pb::text::Form::Chat(list)) if list.messages.len() > MAX_MESSAGES => {
-            let message = format!("has {} messages: {MAX_MESSAGES} are the limit", list.messages.len());
+            let message =
+                format!("has {} messages: {MAX_MESSAGES} are the limit", list.messages.len());
             Err(ServiceError::invalid(field, message))
         }
         Some(pb::text::Form::Chat(list)) => {
             let messages = list.messages.into_iter().enumerate();
-            Ok(Text::Chat(messages.map(|(i, m)| message(&format!("{field}.chat.messages[{i}]"), m)).collect::<Result<_, _>>()?))
+            Ok(Text::Chat(
+                messages
+                    .map(|(i, m)| message(&format!("{field}.chat.messages[{i}]"), m))
+                    .collect::<Result<_, _>>()?,
+            ))
         }
         None => Err(ServiceError::invalid(field, "is missing: set plain or chat")),
     }
@@ -76,13 +104,22 @@ fn message(field: &str, m: pb::Message) -> Result<ChatMessage, ServiceError> {
     let further = match (m.fields, m.fields_json.as_str()) {
         (None, "") => return Ok(ChatMessage::new(m.role, m.content)),
         (Some(_), text) if !text.is_empty() => {
-            return Err(ServiceError::invalid(format!("{field}.fields_json"), "is given together with fields: use one of the two"));
+            return Err(ServiceError::invalid(
+                format!("{field}.fields_json"),
+                "is given together with fields: use one of the two",
+            ));
         }
-        (Some(given), _) => json::object(given).map_err(|e| ServiceError::invalid(format!("{field}.fields"), e))?,
-        (None, text) => json::parse_object(text).map_err(|e| ServiceError::invalid(format!("{field}.fields_json"), e))?,
+        (Some(given), _) => {
+            json::object(given).map_err(|e| ServiceError::invalid(format!("{field}.fields"), e))?
+        }
+        (None, text) => json::parse_object(text)
+            .map_err(|e| ServiceError::invalid(format!("{field}.fields_json"), e))?,
     };
     if !m.role.is_empty() && further.contains_key("role") {
-        return Err(ServiceError::invalid(format!("{field}.role"), "is given twice: here and among the further keys"));
+        return Err(ServiceError::invalid(
+            format!("{field}.role"),
+            "is given twice: here and among the further keys",
+        ));
     }
     let mut fields = Map::new();
     if !m.role.is_empty() {
@@ -102,14 +139,30 @@ fn message(field: &str, m: pb::Message) -> Result<ChatMessage, ServiceError> {
 
 /// A pair to score.
 pub(in crate::rpc) fn pair(p: pb::Pair) -> Result<PairToScore, ServiceError> {
-    let arguments = json::arguments("pair", p.tools, p.tools_json, p.chat_template_kwargs, &p.chat_template_kwargs_json)
-        .map_err(|(field, e)| ServiceError::invalid(field, e))?;
-    Ok(PairToScore { prompt: text("pair.prompt", p.prompt)?, a: text("pair.a", p.a)?, b: text("pair.b", p.b)?, arguments })
+    let arguments = json::arguments(
+        "pair",
+        p.tools,
+        p.tools_json,
+        p.chat_template_kwargs,
+        &p.chat_template_kwargs_json,
+    )
+    .map_err(|(field, e)| ServiceError::invalid(field, e))?;
+    Ok(PairToScore {
+        prompt: text("pair.prompt", p.prompt)?,
+        a: text("pair.a", p.a)?,
+        b: text("pair.b", p.b)?,
+        arguments,
+    })
 }
 
 /// A pair's score.
 pub(in crate::rpc) fn pair_score(s: ScoredPair, per_token: bool) -> pb::PairScore {
-    pb::PairScore { probability: s.probability, margin: s.margin, a: Some(completion(s.a, per_token)), b: Some(completion(s.b, per_token)) }
+    pb::PairScore {
+        probability: s.probability,
+        margin: s.margin,
+        a: Some(completion(s.a, per_token)),
+        b: Some(completion(s.b, per_token)),
+    }
 }
 
 /// An answer's score.

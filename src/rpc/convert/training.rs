@@ -5,12 +5,15 @@ use tonic::{Code, Status};
 use super::{finish, identity, json, timestamp};
 use crate::domain::dpo::{Divergence, DpoConfig, LossType, ReferenceSync, WeightedLoss};
 use crate::domain::identity::Pins;
-use crate::domain::job::{Evaluation, Event, EventKind, Job, JobRequest, JobState, Progress, RowPolicy};
+use crate::domain::job::{
+    Evaluation, Event, EventKind, Job, JobRequest, JobState, Progress, RowPolicy,
+};
 use crate::domain::names;
 use crate::domain::reason::{FailureCode, StoredReason};
 use crate::domain::training::{
-    ActivationCheckpointing, BatchConfig, BestMetric, GivenLora, LoraConfig, Method, OptimizerConfig, Precision, RunConfig, ScheduleKind,
-    Seed, TARGET_MODULES, TrainingSpec, Truncation, Warmup,
+    ActivationCheckpointing, BatchConfig, BestMetric, GivenLora, LoraConfig, Method,
+    OptimizerConfig, Precision, RunConfig, ScheduleKind, Seed, TARGET_MODULES, TrainingSpec,
+    Truncation, Warmup,
 };
 use crate::domain::violation::{Violations, quoted};
 use crate::rpc::pb;
@@ -41,7 +44,10 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
     if policy.is_none() {
         bad.push(
             "training_job.policy",
-            format!("is {}: it must look like models/ID or trainingJobs/ID/checkpoints/STEP", quoted(&job.policy)),
+            format!(
+                "is {}: it must look like models/ID or trainingJobs/ID/checkpoints/STEP",
+                quoted(&job.policy)
+            ),
         );
     }
     let reference = match job.reference.as_str() {
@@ -51,7 +57,10 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
             if parsed.is_none() {
                 bad.push(
                     "training_job.reference",
-                    format!("is {}: it must be empty, models/ID or trainingJobs/ID/checkpoints/STEP", quoted(name)),
+                    format!(
+                        "is {}: it must be empty, models/ID or trainingJobs/ID/checkpoints/STEP",
+                        quoted(name)
+                    ),
                 );
             }
             parsed
@@ -67,14 +76,19 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
     let train = dataset("training_job.dataset", &job.dataset);
     let evaluation = match &job.evaluation {
         None => Evaluation::None,
-        Some(pb::training_job::Evaluation::EvalDataset(name)) => Evaluation::Dataset(dataset("training_job.eval_dataset", name)),
+        Some(pb::training_job::Evaluation::EvalDataset(name)) => {
+            Evaluation::Dataset(dataset("training_job.eval_dataset", name))
+        }
         Some(pb::training_job::Evaluation::EvalFraction(f)) => Evaluation::Fraction(*f),
     };
     let row_policy = match pb::RowPolicy::try_from(job.row_policy) {
         Ok(pb::RowPolicy::Unspecified | pb::RowPolicy::Reject) => RowPolicy::Reject,
         Ok(pb::RowPolicy::Skip) => RowPolicy::Skip,
         Err(_) => {
-            bad.push("training_job.row_policy", format!("is {}: it must be REJECT (1) or SKIP (2)", job.row_policy));
+            bad.push(
+                "training_job.row_policy",
+                format!("is {}: it must be REJECT (1) or SKIP (2)", job.row_policy),
+            );
             RowPolicy::Reject
         }
     };
@@ -93,7 +107,10 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
             if parsed.is_none() {
                 bad.push(
                     "training_job.precision",
-                    format!("{} is unknown: use f32, bf16, or leave it empty for the server's", quoted(name)),
+                    format!(
+                        "{} is unknown: use f32, bf16, or leave it empty for the server's",
+                        quoted(name)
+                    ),
                 );
             }
             parsed
@@ -112,7 +129,8 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
     spec.validate("training_job", &mut bad);
     let Some(policy) = policy else { return finish_never(bad) };
     let ttl_ms = ttl(job.ttl, &mut bad);
-    let kwargs = json::kwargs("training_job", job.chat_template_kwargs, &job.chat_template_kwargs_json);
+    let kwargs =
+        json::kwargs("training_job", job.chat_template_kwargs, &job.chat_template_kwargs_json);
     let chat_template_kwargs = kwargs.unwrap_or_else(|(field, reason)| {
         bad.push(field, reason);
         serde_json::Map::new()
@@ -144,7 +162,10 @@ fn ttl(given: Option<prost_types::Duration>, bad: &mut Violations) -> Option<u64
     match std::time::Duration::try_from(ttl) {
         Ok(ttl) if ttl <= MAX_TTL => Some(ttl.as_millis() as u64),
         _ => {
-            bad.push("training_job.ttl", format!("is {} s: it must lie between 0 and {} s", ttl.seconds, MAX_TTL.as_secs()));
+            bad.push(
+                "training_job.ttl",
+                format!("is {} s: it must lie between 0 and {} s", ttl.seconds, MAX_TTL.as_secs()),
+            );
             None
         }
     }
@@ -170,15 +191,24 @@ fn duration(seconds: f64) -> prost_types::Duration {
 }
 
 /// The fields of `job` that `mask` names; without a mask all that may change.
-pub(in crate::rpc) fn changes(job: pb::TrainingJob, mask: Option<prost_types::FieldMask>) -> Result<JobChanges, Status> {
+pub(in crate::rpc) fn changes(
+    job: pb::TrainingJob,
+    mask: Option<prost_types::FieldMask>,
+) -> Result<JobChanges, Status> {
     const CHANGEABLE: [&str; 4] = ["display_name", "labels", "priority", "ttl"];
-    let paths = mask.map(|m| m.paths).filter(|p| !p.is_empty()).unwrap_or_else(|| CHANGEABLE.map(str::to_owned).to_vec());
+    let paths = mask
+        .map(|m| m.paths)
+        .filter(|p| !p.is_empty())
+        .unwrap_or_else(|| CHANGEABLE.map(str::to_owned).to_vec());
     let mut bad = Violations::default();
     if !bad.at_most("update_mask.paths", paths.len(), MAX_PATHS) {
         return finish_never(bad);
     }
     for (i, path) in paths.iter().enumerate().filter(|(_, p)| !CHANGEABLE.contains(&p.as_str())) {
-        bad.push(format!("update_mask.paths[{i}]"), format!("{} cannot be changed: use {}", quoted(path), CHANGEABLE.join(", ")));
+        bad.push(
+            format!("update_mask.paths[{i}]"),
+            format!("{} cannot be changed: use {}", quoted(path), CHANGEABLE.join(", ")),
+        );
     }
     let named = |name: &str| paths.iter().any(|p| p == name);
     let changes = JobChanges {
@@ -204,7 +234,11 @@ fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
     }
     for (i, l) in c.losses.iter().enumerate() {
         match LossType::parse(&l.loss_type) {
-            Some(loss) => losses.push(WeightedLoss { loss, weight: l.weight.unwrap_or(1.0), label_smoothing: l.label_smoothing }),
+            Some(loss) => losses.push(WeightedLoss {
+                loss,
+                weight: l.weight.unwrap_or(1.0),
+                label_smoothing: l.label_smoothing,
+            }),
             None => {
                 let known: Vec<&str> = LossType::ALL.iter().map(|l| l.name()).collect();
                 bad.push(
@@ -220,7 +254,10 @@ fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
         "js_divergence" => Divergence::JensenShannon,
         ALPHA_DIVERGENCE => Divergence::Alpha { alpha: c.f_alpha.unwrap_or(0.5) },
         other => {
-            let message = format!("{} is unknown: use reverse_kl, forward_kl, js_divergence or alpha_divergence", quoted(other));
+            let message = format!(
+                "{} is unknown: use reverse_kl, forward_kl, js_divergence or alpha_divergence",
+                quoted(other)
+            );
             bad.push("training_job.dpo.f_divergence", message);
             Divergence::ReverseKl
         }
@@ -244,9 +281,10 @@ fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
         wpo: c.use_weighting,
         ld_alpha: c.ld_alpha,
         reference_free: c.reference_free,
-        reference_sync: c
-            .reference_sync
-            .map(|s| ReferenceSync { alpha: s.alpha.unwrap_or(0.6), every_steps: s.every_steps.unwrap_or(512) }),
+        reference_sync: c.reference_sync.map(|s| ReferenceSync {
+            alpha: s.alpha.unwrap_or(0.6),
+            every_steps: s.every_steps.unwrap_or(512),
+        }),
     }
 }
 
@@ -260,12 +298,16 @@ fn refuse_unused_dpo(c: &pb::DpoConfig, losses: &[WeightedLoss], bad: &mut Viola
     ];
     for (name, given, loss) in settings {
         if given.is_some() && !losses.iter().any(|term| term.loss == loss) {
-            let message = format!("acts on the {0} loss only: add {0} to the losses or leave it out", loss.name());
+            let message = format!(
+                "acts on the {0} loss only: add {0} to the losses or leave it out",
+                loss.name()
+            );
             bad.push(format!("training_job.dpo.{name}"), message);
         }
     }
     if c.f_alpha.is_some() && c.f_divergence != ALPHA_DIVERGENCE {
-        let message = "acts with alpha_divergence only: set f_divergence to alpha_divergence or leave it out";
+        let message =
+            "acts with alpha_divergence only: set f_divergence to alpha_divergence or leave it out";
         bad.push("training_job.dpo.f_alpha", message);
     }
 }
@@ -278,7 +320,10 @@ fn refuse_unused_schedule(c: &pb::OptimizerConfig, bad: &mut Violations) {
         bad.push("training_job.optimizer.min_lr_ratio", message);
     }
     if schedule == CONSTANT {
-        let warmup = [("warmup_steps", c.warmup_steps.is_some_and(|n| n > 0)), ("warmup_ratio", c.warmup_ratio.is_some_and(|r| r != 0.0))];
+        let warmup = [
+            ("warmup_steps", c.warmup_steps.is_some_and(|n| n > 0)),
+            ("warmup_ratio", c.warmup_ratio.is_some_and(|r| r != 0.0)),
+        ];
         for (name, _) in warmup.into_iter().filter(|(_, is_given)| *is_given) {
             let message = "has no effect with constant: set lr_scheduler_type to constant_with_warmup or leave it out";
             bad.push(format!("training_job.optimizer.{name}"), message);
@@ -288,16 +333,22 @@ fn refuse_unused_schedule(c: &pb::OptimizerConfig, bad: &mut Violations) {
 
 fn optimizer(c: pb::OptimizerConfig, method: &Method, bad: &mut Violations) -> OptimizerConfig {
     let d = OptimizerConfig::default();
-    let default_rate = if matches!(method, Method::Lora(_)) { LORA_LEARNING_RATE } else { d.learning_rate };
+    let default_rate =
+        if matches!(method, Method::Lora(_)) { LORA_LEARNING_RATE } else { d.learning_rate };
     refuse_unused_schedule(&c, bad);
     let schedule = match c.lr_scheduler_type.as_str() {
         "" | "linear" => ScheduleKind::Linear,
         // They differ in what may be asked for: without warm-up they are the same.
         CONSTANT | CONSTANT_WITH_WARMUP => ScheduleKind::Constant,
         "cosine" => ScheduleKind::Cosine,
-        name if FLOOR_SCHEDULES.contains(&name) => ScheduleKind::CosineWithFloor { min_ratio: c.min_lr_ratio.unwrap_or(0.1) },
+        name if FLOOR_SCHEDULES.contains(&name) => {
+            ScheduleKind::CosineWithFloor { min_ratio: c.min_lr_ratio.unwrap_or(0.1) }
+        }
         other => {
-            let message = format!("{} is unknown: use constant, constant_with_warmup, linear, cosine or cosine_with_floor", quoted(other));
+            let message = format!(
+                "{} is unknown: use constant, constant_with_warmup, linear, cosine or cosine_with_floor",
+                quoted(other)
+            );
             bad.push("training_job.optimizer.lr_scheduler_type", message);
             d.schedule
         }
@@ -320,7 +371,11 @@ fn optimizer(c: pb::OptimizerConfig, method: &Method, bad: &mut Violations) -> O
 
 fn lora(mut c: pb::LoraConfig, bad: &mut Violations) -> (LoraConfig, GivenLora) {
     let d = LoraConfig::default();
-    if !bad.at_most("training_job.lora.target_modules", c.target_modules.len(), TARGET_MODULES.len()) {
+    if !bad.at_most(
+        "training_job.lora.target_modules",
+        c.target_modules.len(),
+        TARGET_MODULES.len(),
+    ) {
         c.target_modules.clear();
     }
     let given = GivenLora {
@@ -345,13 +400,19 @@ fn batch(c: pb::BatchConfig, bad: &mut Violations) -> BatchConfig {
     let size = |given: Option<u32>, default: usize| given.map_or(default, |n| n as usize);
     BatchConfig {
         batch_size: size(c.batch_size, d.batch_size),
-        gradient_accumulation_steps: size(c.gradient_accumulation_steps, d.gradient_accumulation_steps),
+        gradient_accumulation_steps: size(
+            c.gradient_accumulation_steps,
+            d.gradient_accumulation_steps,
+        ),
         max_length: size(c.max_length, d.max_length),
         truncation: match c.truncation_mode.as_str() {
             "" | "keep_start" => Truncation::KeepStart,
             "keep_end" => Truncation::KeepEnd,
             other => {
-                bad.push("training_job.batch.truncation_mode", format!("{} is unknown: use keep_start or keep_end", quoted(other)));
+                bad.push(
+                    "training_job.batch.truncation_mode",
+                    format!("{} is unknown: use keep_start or keep_end", quoted(other)),
+                );
                 d.truncation
             }
         },
@@ -364,7 +425,10 @@ fn batch(c: pb::BatchConfig, bad: &mut Violations) -> BatchConfig {
             "on" => ActivationCheckpointing::On,
             "off" => ActivationCheckpointing::Off,
             other => {
-                bad.push("training_job.batch.activation_checkpointing", format!("{} is unknown: use auto, on or off", quoted(other)));
+                bad.push(
+                    "training_job.batch.activation_checkpointing",
+                    format!("{} is unknown: use auto, on or off", quoted(other)),
+                );
                 d.activation_checkpointing
             }
         },
@@ -376,7 +440,10 @@ fn run(c: pb::RunConfig, bad: &mut Violations) -> RunConfig {
     let metric_for_best = match c.metric_for_best.as_str() {
         "" => d.metric_for_best,
         name => BestMetric::parse(name).unwrap_or_else(|| {
-            let message = format!("{} is unknown: use eval_loss, eval_rewards/accuracies or eval_rewards/margins", quoted(name));
+            let message = format!(
+                "{} is unknown: use eval_loss, eval_rewards/accuracies or eval_rewards/margins",
+                quoted(name)
+            );
             bad.push("training_job.run.metric_for_best", message);
             d.metric_for_best
         }),
@@ -402,7 +469,8 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
         Method::Lora(l) => Some(pb::training_job::Method::Lora(lora_message(l))),
         Method::Full => Some(pb::training_job::Method::Full(pb::FullConfig {})),
     };
-    let (chat_template_kwargs, chat_template_kwargs_json) = json::kwargs_fields(r.chat_template_kwargs);
+    let (chat_template_kwargs, chat_template_kwargs_json) =
+        json::kwargs_fields(r.chat_template_kwargs);
     pb::TrainingJob {
         name: if j.id.is_empty() { String::new() } else { format!("trainingJobs/{}", j.id) },
         uid: j.id,
@@ -417,7 +485,9 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
         dataset: format!("datasets/{}", r.dataset),
         evaluation: match r.evaluation {
             Evaluation::None => None,
-            Evaluation::Dataset(id) => Some(pb::training_job::Evaluation::EvalDataset(format!("datasets/{id}"))),
+            Evaluation::Dataset(id) => {
+                Some(pb::training_job::Evaluation::EvalDataset(format!("datasets/{id}")))
+            }
             Evaluation::Fraction(f) => Some(pb::training_job::Evaluation::EvalFraction(f)),
         },
         dpo: Some(dpo_message(&r.spec.dpo)),
@@ -441,7 +511,10 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
         pins: r.pins.map(pins),
         chat_template_kwargs,
         chat_template_kwargs_json,
-        ttl: r.ttl_ms.map(|ms| prost_types::Duration { seconds: (ms / 1000) as i64, nanos: (ms % 1000) as i32 * 1_000_000 }),
+        ttl: r.ttl_ms.map(|ms| prost_types::Duration {
+            seconds: (ms / 1000) as i64,
+            nanos: (ms % 1000) as i32 * 1_000_000,
+        }),
     }
 }
 
@@ -490,12 +563,18 @@ fn dpo_message(c: &DpoConfig) -> pb::DpoConfig {
         use_weighting: c.wpo,
         ld_alpha: c.ld_alpha,
         reference_free: c.reference_free,
-        reference_sync: c.reference_sync.map(|s| pb::ReferenceSync { alpha: Some(s.alpha), every_steps: Some(s.every_steps) }),
+        reference_sync: c
+            .reference_sync
+            .map(|s| pb::ReferenceSync { alpha: Some(s.alpha), every_steps: Some(s.every_steps) }),
     }
 }
 
 fn weighted_loss_message(term: &WeightedLoss) -> pb::WeightedLoss {
-    pb::WeightedLoss { loss_type: term.loss.name().into(), weight: Some(term.weight), label_smoothing: term.label_smoothing }
+    pb::WeightedLoss {
+        loss_type: term.loss.name().into(),
+        weight: Some(term.weight),
+        label_smoothing: term.label_smoothing,
+    }
 }
 
 fn optimizer_message(c: &OptimizerConfig) -> pb::OptimizerConfig {
@@ -575,7 +654,13 @@ fn run_message(c: &RunConfig) -> pb::RunConfig {
 }
 
 fn progress(p: Progress) -> pb::JobProgress {
-    pb::JobProgress { step: p.step, total_steps: p.total_steps, epoch: p.epoch, tokens: p.tokens, eta_seconds: p.eta_seconds }
+    pb::JobProgress {
+        step: p.step,
+        total_steps: p.total_steps,
+        epoch: p.epoch,
+        tokens: p.tokens,
+        eta_seconds: p.eta_seconds,
+    }
 }
 
 fn state(s: JobState) -> pb::JobState {
@@ -602,7 +687,10 @@ pub(in crate::rpc) fn states(given: &[i32]) -> Result<Vec<JobState>, Status> {
     for (i, n) in given.iter().enumerate() {
         match JobState::ALL.into_iter().find(|s| state(*s) as i32 == *n) {
             Some(s) => wanted.push(s),
-            None => bad.push(format!("states[{i}]"), format!("is {n}: it must be one of JobState's values but UNSPECIFIED")),
+            None => bad.push(
+                format!("states[{i}]"),
+                format!("is {n}: it must be one of JobState's values but UNSPECIFIED"),
+            ),
         }
     }
     finish(wanted, bad)
@@ -612,13 +700,21 @@ pub(in crate::rpc) fn states(given: &[i32]) -> Result<Vec<JobState>, Status> {
 pub(in crate::rpc) fn event(job: &str, e: Event) -> pb::TrainingEvent {
     use pb::training_event::Event as P;
     let event = match e.kind {
-        EventKind::StateChange { from, to, reason } => {
-            P::StateChange(pb::StateChange { from: from.map_or(pb::JobState::Unspecified, state).into(), to: state(to).into(), reason })
+        EventKind::StateChange { from, to, reason } => P::StateChange(pb::StateChange {
+            from: from.map_or(pb::JobState::Unspecified, state).into(),
+            to: state(to).into(),
+            reason,
+        }),
+        EventKind::Step { step, progress: p, metrics } => {
+            P::StepMetrics(pb::StepMetrics { step, progress: Some(progress(p)), metrics })
         }
-        EventKind::Step { step, progress: p, metrics } => P::StepMetrics(pb::StepMetrics { step, progress: Some(progress(p)), metrics }),
         EventKind::Eval { step, metrics } => P::EvalMetrics(pb::EvalMetrics { step, metrics }),
         EventKind::CheckpointCreated { step, best } => {
-            P::CheckpointCreated(pb::CheckpointCreated { checkpoint: format!("trainingJobs/{job}/checkpoints/{step}"), step, best })
+            P::CheckpointCreated(pb::CheckpointCreated {
+                checkpoint: format!("trainingJobs/{job}/checkpoints/{step}"),
+                step,
+                best,
+            })
         }
         EventKind::Log { severity, message } => P::Log(pb::LogMessage { severity, message }),
     };

@@ -18,8 +18,12 @@ struct Kept {
 
 impl Kept {
     async fn new(has_store: bool) -> Self {
-        let (root, store) = (tempfile::tempdir().unwrap(), has_store.then(|| tempfile::tempdir().unwrap()));
-        let open = |store: &TempDir| Remote::open(&format!("file://{}", store.path().display()), &BTreeMap::new(), true).unwrap();
+        let (root, store) =
+            (tempfile::tempdir().unwrap(), has_store.then(|| tempfile::tempdir().unwrap()));
+        let open = |store: &TempDir| {
+            Remote::open(&format!("file://{}", store.path().display()), &BTreeMap::new(), true)
+                .unwrap()
+        };
         let artifacts = Artifacts::open(root.path(), store.as_ref().map(open)).unwrap();
         let dataset = Dataset {
             id: "d".into(),
@@ -53,7 +57,10 @@ impl Kept {
         match self.fetch().await.unwrap_err() {
             ServiceError::FailedPrecondition { reason, message } => {
                 assert!(message.contains("datasets/d") && message.contains("upload"), "{message}");
-                assert!(!message.contains(&self.root.path().display().to_string()), "it names a folder of the server: {message}");
+                assert!(
+                    !message.contains(&self.root.path().display().to_string()),
+                    "it names a folder of the server: {message}"
+                );
                 (reason, message)
             }
             e => panic!("{e:?}"),
@@ -64,9 +71,11 @@ impl Kept {
 #[tokio::test]
 async fn a_damaged_or_missing_copy_of_a_dataset_is_fetched_again() {
     let kept = Kept::new(true).await;
-    let damages: [&dyn Fn(); 3] = [&|| fs::write(kept.here(), b"other rows").unwrap(), &|| fs::write(kept.here(), b"").unwrap(), &|| {
-        fs::remove_file(kept.here()).unwrap()
-    }];
+    let damages: [&dyn Fn(); 3] = [
+        &|| fs::write(kept.here(), b"other rows").unwrap(),
+        &|| fs::write(kept.here(), b"").unwrap(),
+        &|| fs::remove_file(kept.here()).unwrap(),
+    ];
     for damage in damages {
         damage();
         let path = kept.fetch().await.unwrap();
@@ -83,10 +92,17 @@ async fn a_dataset_that_the_store_does_not_have_whole_is_refused() {
     fs::write(kept.here(), b"damaged").unwrap();
     fs::write(kept.stored(), b"damaged, too").unwrap();
     assert_eq!(kept.refusal().await.0, Reason::DatasetChanged);
-    assert_eq!(fs::read(kept.here()).unwrap(), b"damaged", "nothing is replaced by what is no better");
+    assert_eq!(
+        fs::read(kept.here()).unwrap(),
+        b"damaged",
+        "nothing is replaced by what is no better"
+    );
     fs::remove_file(kept.stored()).unwrap();
     let (reason, message) = kept.refusal().await;
-    assert!(reason == Reason::ArtifactMissing && message.contains("artifact store"), "{reason:?}: {message}");
+    assert!(
+        reason == Reason::ArtifactMissing && message.contains("artifact store"),
+        "{reason:?}: {message}"
+    );
 }
 
 #[tokio::test]
@@ -95,8 +111,14 @@ async fn without_a_store_a_missing_or_changed_dataset_is_refused_with_the_remedy
     assert_eq!(kept.fetch().await.unwrap(), kept.here());
     fs::write(kept.here(), b"other rows").unwrap();
     let (reason, message) = kept.refusal().await;
-    assert!(reason == Reason::DatasetChanged && message.contains(&kept.dataset.content_hash), "{reason:?}: {message}");
+    assert!(
+        reason == Reason::DatasetChanged && message.contains(&kept.dataset.content_hash),
+        "{reason:?}: {message}"
+    );
     fs::remove_file(kept.here()).unwrap();
     let (reason, message) = kept.refusal().await;
-    assert!(reason == Reason::ArtifactMissing && message.contains("data directory"), "{reason:?}: {message}");
+    assert!(
+        reason == Reason::ArtifactMissing && message.contains("data directory"),
+        "{reason:?}: {message}"
+    );
 }

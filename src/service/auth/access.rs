@@ -18,13 +18,20 @@ pub fn require(caller: &Caller, role: Role) -> Result<()> {
 }
 
 /// What `caller` may see of something found or not.
-fn seen<T>(caller: &Caller, found: Result<T>, owner: impl Fn(&T) -> &str, name: impl Fn() -> String) -> Result<T> {
+fn seen<T>(
+    caller: &Caller,
+    found: Result<T>,
+    owner: impl Fn(&T) -> &str,
+    name: impl Fn() -> String,
+) -> Result<T> {
     match found {
         Ok(it) if caller.may_see(owner(&it)) => Ok(it),
         Ok(_) | Err(ServiceError::NotFound { .. }) if !caller.is_admin() => {
             let name = name();
             tracing::warn!(target: AUDIT, owner = caller.owner, resource = name, "refused");
-            Err(ServiceError::PermissionDenied { message: format!("{name} does not exist, or is not yours") })
+            Err(ServiceError::PermissionDenied {
+                message: format!("{name} does not exist, or is not yours"),
+            })
         }
         other => other,
     }
@@ -36,12 +43,20 @@ pub(in crate::service) async fn own_job(store: &Store, caller: &Caller, id: &str
 }
 
 /// Returns a dataset of the caller's.
-pub(in crate::service) async fn own_dataset(store: &Store, caller: &Caller, id: &str) -> Result<Dataset> {
+pub(in crate::service) async fn own_dataset(
+    store: &Store,
+    caller: &Caller,
+    id: &str,
+) -> Result<Dataset> {
     seen(caller, store.dataset(id).await, |d| &d.owner, || format!("datasets/{id}"))
 }
 
 /// Refuses weights of a job that is not the caller's; models are everyone's.
-pub(in crate::service) async fn check_weights(store: &Store, caller: &Caller, name: &PolicyName) -> Result<()> {
+pub(in crate::service) async fn check_weights(
+    store: &Store,
+    caller: &Caller,
+    name: &PolicyName,
+) -> Result<()> {
     match name {
         PolicyName::Checkpoint { job, .. } => own_job(store, caller, job).await.map(|_| ()),
         PolicyName::Model(_) => Ok(()),

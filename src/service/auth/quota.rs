@@ -37,7 +37,9 @@ impl ScoringQuota {
         let mut all = self.in_queue.lock().unwrap_or_else(PoisonError::into_inner);
         let has = all.get(owner).copied().unwrap_or(0);
         if has > 0 && has + tokens > limit {
-            let message = format!("{has} tokens of yours wait to be scored, {limit} are allowed: send more when some are answered");
+            let message = format!(
+                "{has} tokens of yours wait to be scored, {limit} are allowed: send more when some are answered"
+            );
             return Err(ServiceError::ResourceExhausted { reason: Reason::TooManyTokens, message });
         }
         *all.entry(owner.to_owned()).or_default() += tokens;
@@ -69,7 +71,10 @@ mod tests {
         let other = quota.take("b", 60).unwrap();
         assert!(quota.take("b", 41).is_err() && quota.take("b", 40).is_ok());
         drop((first, other));
-        assert!(quota.in_queue.lock().unwrap().is_empty(), "nothing is kept of clients without requests");
+        assert!(
+            quota.in_queue.lock().unwrap().is_empty(),
+            "nothing is kept of clients without requests"
+        );
         assert!(ScoringQuota::new(None).take("a", usize::MAX).unwrap().is_none());
     }
 }

@@ -38,12 +38,23 @@ pub struct Token {
 }
 
 /// Makes a token; what is returned second is the only copy of its secret.
-pub async fn create(store: &Store, owner: &str, roles: &[Role], lifetime: Option<Duration>) -> Result<(Token, String)> {
+pub async fn create(
+    store: &Store,
+    owner: &str,
+    roles: &[Role],
+    lifetime: Option<Duration>,
+) -> Result<(Token, String)> {
     if !is_valid_id(owner) {
-        return Err(ServiceError::invalid("owner", format!("is {owner:?}: use 1 to 128 letters, digits, - _ and .")));
+        return Err(ServiceError::invalid(
+            "owner",
+            format!("is {owner:?}: use 1 to 128 letters, digits, - _ and ."),
+        ));
     }
     if roles.is_empty() {
-        return Err(ServiceError::invalid("roles", "is empty: name at least one of submit, score and admin"));
+        return Err(ServiceError::invalid(
+            "roles",
+            "is empty: name at least one of submit, score and admin",
+        ));
     }
     let (mut id, mut secret) = ([0; 8], [0; 32]);
     rand::rng().fill_bytes(&mut id);
@@ -51,7 +62,13 @@ pub async fn create(store: &Store, owner: &str, roles: &[Role], lifetime: Option
     let (id, secret) = (hex(&id), hex(&secret));
     let create_time = now();
     let expire_time = lifetime.map(|l| create_time.saturating_add(l.as_millis() as Millis));
-    let token = Token { id: id.clone(), owner: owner.to_owned(), roles: roles.to_vec(), create_time, expire_time };
+    let token = Token {
+        id: id.clone(),
+        owner: owner.to_owned(),
+        roles: roles.to_vec(),
+        create_time,
+        expire_time,
+    };
     let row = TokenRow {
         id: id.clone(),
         owner: owner.to_owned(),
@@ -79,7 +96,13 @@ pub async fn revoke(store: &Store, id: &str) -> Result<()> {
 
 fn described(row: TokenRow) -> Token {
     let roles = row.roles.split(',').filter_map(Role::parse).collect();
-    Token { id: row.id, owner: row.owner, roles, create_time: row.create_time, expire_time: row.expire_time }
+    Token {
+        id: row.id,
+        owner: row.owner,
+        roles,
+        create_time: row.create_time,
+        expire_time: row.expire_time,
+    }
 }
 
 /// Tells who presents a token; answers are believed for a few seconds. Clones share them.
@@ -107,7 +130,11 @@ impl TokenService {
                 Ok(Some(row)) if row.expire_time.is_none_or(|t| t > now()) => {}
                 // What cannot be looked up now is looked up again.
                 Err(_) => {}
-                Ok(_) => return ServiceError::Unauthenticated { message: "the bearer token is no longer valid".into() },
+                Ok(_) => {
+                    return ServiceError::Unauthenticated {
+                        message: "the bearer token is no longer valid".into(),
+                    };
+                }
             }
         }
     }
@@ -118,14 +145,20 @@ impl TokenService {
     /// `Unauthenticated` for one that is not known, expired or revoked; the answer does not say which.
     pub async fn admit(&self, token: &str) -> Result<Caller> {
         let key = blake3::hash(token.as_bytes());
-        if let Some((caller, until)) = self.believed.lock().unwrap_or_else(PoisonError::into_inner).get(&key)
+        if let Some((caller, until)) =
+            self.believed.lock().unwrap_or_else(PoisonError::into_inner).get(&key)
             && *until > Instant::now()
         {
             return Ok(caller.clone());
         }
-        let refused = || ServiceError::Unauthenticated { message: "the bearer token is not valid: ask an administrator for one".into() };
+        let refused = || ServiceError::Unauthenticated {
+            message: "the bearer token is not valid: ask an administrator for one".into(),
+        };
         let mut parts = token.splitn(3, '_');
-        let (Some(PREFIX), Some(id), Some(secret)) = (parts.next(), parts.next(), parts.next()) else { return Err(refused()) };
+        let (Some(PREFIX), Some(id), Some(secret)) = (parts.next(), parts.next(), parts.next())
+        else {
+            return Err(refused());
+        };
         if id.len() != 16 || secret.len() != 64 || !is_valid_id(id) {
             return Err(refused());
         }
@@ -135,7 +168,9 @@ impl TokenService {
         };
         // Compared in constant time.
         let expected = blake3::Hash::from_hex(&row.hash).map_err(ServiceError::internal)?;
-        if expected != blake3::hash(secret.as_bytes()) || row.expire_time.is_some_and(|t| t <= now()) {
+        if expected != blake3::hash(secret.as_bytes())
+            || row.expire_time.is_some_and(|t| t <= now())
+        {
             return Err(refused());
         }
         let token = described(row);

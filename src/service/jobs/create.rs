@@ -34,9 +34,17 @@ pub(in crate::service) struct JobCreator {
 
 impl JobCreator {
     /// Queues a job; see `CreateTrainingJob`.
-    pub async fn create_job(&self, caller: &Caller, request: JobRequest, request_id: Option<String>, validate_only: bool) -> Result<Job> {
+    pub async fn create_job(
+        &self,
+        caller: &Caller,
+        request: JobRequest,
+        request_id: Option<String>,
+        validate_only: bool,
+    ) -> Result<Job> {
         self.shutdown.refuse_new_work()?;
-        let hash = serde_json::to_vec(&request).map(|b| blake3::hash(&b).to_hex().to_string()).map_err(ServiceError::internal)?;
+        let hash = serde_json::to_vec(&request)
+            .map(|b| blake3::hash(&b).to_hex().to_string())
+            .map_err(ServiceError::internal)?;
         let request = self.validator.check_request(caller, request, request_id.as_deref()).await?;
         let job = draft(caller, request);
         if validate_only {
@@ -46,7 +54,8 @@ impl JobCreator {
         // A task of its own, which ends even if the caller leaves: nothing else removes what was copied for a job that is not stored then.
         let (creator, caller, (sender, made)) = (self.clone(), caller.clone(), oneshot::channel());
         let making = async move {
-            let creation = Creation { request_id: request_id.as_deref(), request_hash: &hash, quota };
+            let creation =
+                Creation { request_id: request_id.as_deref(), request_hash: &hash, quota };
             let made = creator.store_job(job, creation, || sender.is_closed()).await;
             if let Ok(job) = &made {
                 tracing::info!(job = job.id, state = job.state.name(), "job created");
@@ -61,7 +70,12 @@ impl JobCreator {
 
     /// Copies the adapter that a new job starts from and stores the job, unless its caller has left meanwhile. Removes the copy of a job that is not
     /// stored.
-    async fn store_job(&self, mut job: Job, creation: Creation<'_>, has_left: impl Fn() -> bool) -> Result<Job> {
+    async fn store_job(
+        &self,
+        mut job: Job,
+        creation: Creation<'_>,
+        has_left: impl Fn() -> bool,
+    ) -> Result<Job> {
         let inserted = match self.copy_init_adapter(&mut job, creation.request_id).await {
             Ok(()) if has_left() => Err(ServiceError::DeadlineExceeded),
             Ok(()) => self.store.insert_job(&job, creation).await,
@@ -82,7 +96,10 @@ impl JobCreator {
     /// Copies the adapter that a new job starts from, if any, into the job's artifacts and pins its content. A request that was made before needs no
     /// other copy.
     async fn copy_init_adapter(&self, job: &mut Job, request_id: Option<&str>) -> Result<()> {
-        let Method::Lora(LoraConfig { init_adapter: Some(name), .. }) = &job.request.spec.method else { return Ok(()) };
+        let Method::Lora(LoraConfig { init_adapter: Some(name), .. }) = &job.request.spec.method
+        else {
+            return Ok(());
+        };
         if self.store.was_made(&job.owner, request_id).await? {
             return Ok(());
         }

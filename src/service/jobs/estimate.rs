@@ -76,11 +76,13 @@ impl JobEstimator {
         });
         let inputs = loaded.await.map_err(ServiceError::internal)??;
         let (train, eval) = (&inputs.train, &inputs.eval);
-        let packed = |pairs: &[EncodedPair]| pairs.iter().map(EncodedPair::packed_tokens).sum::<usize>();
+        let packed =
+            |pairs: &[EncodedPair]| pairs.iter().map(EncodedPair::packed_tokens).sum::<usize>();
         let spec = &job.request.spec;
         let size = spec.batch.batch_size;
         let lengths = Lengths::of(train, size).max(Lengths::of(eval, size));
-        let (memory_bytes, memory_limit_bytes) = self.engine.memory(&inputs.model, inputs.reference.as_ref(), spec, lengths)?;
+        let (memory_bytes, memory_limit_bytes) =
+            self.engine.memory(&inputs.model, inputs.reference.as_ref(), spec, lengths)?;
 
         let total_steps = spec.batch.total_steps(train.len());
         let epochs = total_steps as f64 / spec.batch.steps_per_epoch(train.len()).max(1) as f64;

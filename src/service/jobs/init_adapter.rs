@@ -21,7 +21,8 @@ impl InitAdapters {
     /// The PEFT adapter folder of that name below the one that is configured; links do not lead out of it.
     pub async fn find(&self, name: &str) -> Result<PathBuf> {
         let Some(root) = self.0.clone() else {
-            let message = "this server has no folder of adapters: set adapter_dir, or leave the field empty";
+            let message =
+                "this server has no folder of adapters: set adapter_dir, or leave the field empty";
             return Err(ServiceError::invalid(INIT_ADAPTER, message));
         };
         let wanted = root.join(name);
@@ -34,7 +35,10 @@ impl InitAdapters {
             Some(dir) => Ok(dir),
             None => Err(ServiceError::invalid(
                 INIT_ADAPTER,
-                format!("{} is no PEFT adapter folder below the server's adapter_dir", quoted(name)),
+                format!(
+                    "{} is no PEFT adapter folder below the server's adapter_dir",
+                    quoted(name)
+                ),
             )),
         }
     }
@@ -57,8 +61,14 @@ pub(super) async fn adopt_adapter(request: &mut JobRequest, folder: PathBuf) -> 
             tracing::warn!(error = %e, "an adapter cannot be read");
             // Not the whole error, which names a path of this machine.
             let reason = match e {
-                ModelError::Adapter { reason, .. } | ModelError::CorruptWeights { reason, .. } => reason,
-                _ => format!("{} or {} is missing or unreadable", peft::CONFIG_FILE, peft::WEIGHTS_FILE),
+                ModelError::Adapter { reason, .. } | ModelError::CorruptWeights { reason, .. } => {
+                    reason
+                }
+                _ => format!(
+                    "{} or {} is missing or unreadable",
+                    peft::CONFIG_FILE,
+                    peft::WEIGHTS_FILE
+                ),
             };
             return Err(ServiceError::invalid(field, format!("{whose} cannot be read: {reason}")));
         }

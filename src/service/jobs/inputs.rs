@@ -61,12 +61,15 @@ impl InputLoader {
             Evaluation::Dataset(id) => Some(self.store.dataset(id).await?),
             _ => None,
         };
-        let (artifacts, pinned) = (&self.artifacts, job.request.pins.as_ref().and_then(|pins| pins.contents.as_ref()));
+        let (artifacts, pinned) =
+            (&self.artifacts, job.request.pins.as_ref().and_then(|pins| pins.contents.as_ref()));
         let expected = pinned.map_or(&dataset.content_hash, |contents| &contents.dataset);
         let file = artifacts.fetch_dataset(&dataset, expected).await?;
         let eval_file = match eval_dataset {
             Some(d) => {
-                let expected = pinned.and_then(|contents| contents.eval_dataset.as_ref()).unwrap_or(&d.content_hash);
+                let expected = pinned
+                    .and_then(|contents| contents.eval_dataset.as_ref())
+                    .unwrap_or(&d.content_hash);
                 let path = artifacts.fetch_dataset(&d, expected).await?;
                 Some((d, path))
             }
@@ -100,9 +103,21 @@ impl InputLoader {
         })
         .await??;
         if train.is_empty() {
-            return Err(ServiceError::invalid("training_job.dataset", "no row is left to train on"));
+            return Err(ServiceError::invalid(
+                "training_job.dataset",
+                "no row is left to train on",
+            ));
         }
-        Ok(JobInputs { model: start.model, start: start.weights, reference, train, eval, digest, new_since_0_2_0, skipped })
+        Ok(JobInputs {
+            model: start.model,
+            start: start.weights,
+            reference,
+            train,
+            eval,
+            digest,
+            new_since_0_2_0,
+            skipped,
+        })
     }
 }
 
@@ -124,12 +139,20 @@ struct EncodedDataset {
 }
 
 /// Tokenises a dataset under the job's row policy.
-fn encode_dataset(path: &Path, dataset: &Dataset, context: &RowContext, request: &JobRequest) -> Result<EncodedDataset> {
+fn encode_dataset(
+    path: &Path,
+    dataset: &Dataset,
+    context: &RowContext,
+    request: &JobRequest,
+) -> Result<EncodedDataset> {
     let loaded = load_rows(path, dataset.format).map_err(|e| unreadable(&e))?;
     // Decoding has limits, and a job must not train on the part before one that uploading did not meet.
     let (now, uploaded) = (loaded.report.rows, dataset.report.rows);
     if now != uploaded {
-        let message = format!("datasets/{} has {now} rows that can be read now, {uploaded} at its upload: upload it again", dataset.id);
+        let message = format!(
+            "datasets/{} has {now} rows that can be read now, {uploaded} at its upload: upload it again",
+            dataset.id
+        );
         return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
     }
     if request.spec.dpo.compares_pairs()
@@ -142,10 +165,14 @@ fn encode_dataset(path: &Path, dataset: &Dataset, context: &RowContext, request:
         );
         return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
     }
-    let encoder = PairEncoder::new(&context.tokenizer, request.spec.batch.max_length, request.spec.batch.truncation)
-        .with_arguments(&context.arguments)
-        .with_date(context.date)
-        .with_vocab_size(context.vocab_size);
+    let encoder = PairEncoder::new(
+        &context.tokenizer,
+        request.spec.batch.max_length,
+        request.spec.batch.truncation,
+    )
+    .with_arguments(&context.arguments)
+    .with_date(context.date)
+    .with_vocab_size(context.vocab_size);
     let mut bad = loaded.bad;
     let mut pairs = Vec::with_capacity(loaded.rows.len());
     for row in &loaded.rows {
@@ -168,6 +195,8 @@ fn encode_dataset(path: &Path, dataset: &Dataset, context: &RowContext, request:
         );
         return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
     }
-    let new = |row: &PreferenceRow| Some(format!("{} of row {} of datasets/{}", row.new_since_0_2_0()?, row.row, dataset.id));
+    let new = |row: &PreferenceRow| {
+        Some(format!("{} of row {} of datasets/{}", row.new_since_0_2_0()?, row.row, dataset.id))
+    };
     Ok(EncodedDataset { pairs, bad, new_since_0_2_0: loaded.rows.iter().find_map(new) })
 }

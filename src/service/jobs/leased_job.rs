@@ -101,26 +101,39 @@ impl LeasedJob {
     ///
     /// # Errors
     /// `Aborted` when another worker has the job: nothing was stored.
-    pub async fn write(&self, change: impl Fn(&mut Job) -> Result<Vec<EventKind>> + Send + Sync, also: Also<'_>) -> Result<Job> {
+    pub async fn write(
+        &self,
+        change: impl Fn(&mut Job) -> Result<Vec<EventKind>> + Send + Sync,
+        also: Also<'_>,
+    ) -> Result<Job> {
         let number = self.written.fetch_add(1, Ordering::Relaxed) + 1;
-        let (job, sequence) = patiently(|| self.store.write_run(&self.lease, number, &change, also)).await?;
+        let (job, sequence) =
+            patiently(|| self.store.write_run(&self.lease, number, &change, also)).await?;
         self.events.notify(&self.lease.job, sequence);
         Ok(job)
     }
 
     /// [`patiently`], until the run is told to stop: then the failure is returned.
-    pub async fn while_wanted<T, F: Future<Output = Result<T>> + Send>(&self, f: impl Fn() -> F + Send + Sync) -> Result<T> {
+    pub async fn while_wanted<T, F: Future<Output = Result<T>> + Send>(
+        &self,
+        f: impl Fn() -> F + Send + Sync,
+    ) -> Result<T> {
         retry(f, || self.control.command() == RunCommand::Run).await
     }
 
     /// [`patiently`], until the run is cancelled: then the failure is returned.
-    pub async fn unless_cancelled<T, F: Future<Output = Result<T>> + Send>(&self, f: impl Fn() -> F + Send + Sync) -> Result<T> {
+    pub async fn unless_cancelled<T, F: Future<Output = Result<T>> + Send>(
+        &self,
+        f: impl Fn() -> F + Send + Sync,
+    ) -> Result<T> {
         retry(f, || self.control.command() != RunCommand::Cancel).await
     }
 }
 
 /// Repeats `f` while the store, or the artifact store, does not answer.
-pub(super) async fn patiently<T, F: Future<Output = Result<T>> + Send>(f: impl Fn() -> F + Send + Sync) -> Result<T> {
+pub(super) async fn patiently<T, F: Future<Output = Result<T>> + Send>(
+    f: impl Fn() -> F + Send + Sync,
+) -> Result<T> {
     retry(f, || true).await
 }
 
@@ -131,14 +144,20 @@ async fn retry<T, F: Future<Output = Result<T>> + Send>(
     let mut wait = RETRY.0;
     loop {
         match f().await {
-            Err(ServiceError::Unavailable { reason, message, .. } | ServiceError::ResourceExhausted { reason, message })
-                if matches!(
-                    reason,
-                    Reason::StoreUnavailable | Reason::ArtifactsUnavailable | Reason::StorageUnavailable | Reason::StorageFull
-                ) && wanted() =>
+            Err(
+                ServiceError::Unavailable { reason, message, .. }
+                | ServiceError::ResourceExhausted { reason, message },
+            ) if matches!(
+                reason,
+                Reason::StoreUnavailable
+                    | Reason::ArtifactsUnavailable
+                    | Reason::StorageUnavailable
+                    | Reason::StorageFull
+            ) && wanted() =>
             {
                 tracing::warn!(reason = reason.name(), error = message, "waiting");
-                metrics::counter!("bradley_store_retries_total", "reason" => reason.name()).increment(1);
+                metrics::counter!("bradley_store_retries_total", "reason" => reason.name())
+                    .increment(1);
                 tokio::time::sleep(wait).await;
                 wait = (wait * 2).min(RETRY.1);
             }

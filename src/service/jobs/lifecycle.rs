@@ -29,7 +29,10 @@ pub struct JobChanges {
 }
 
 fn refused(job: &Job, reason: Reason, remedy: &str) -> ServiceError {
-    ServiceError::FailedPrecondition { reason, message: format!("trainingJobs/{} is {}: {remedy}", job.id, job.state.name()) }
+    ServiceError::FailedPrecondition {
+        reason,
+        message: format!("trainingJobs/{} is {}: {remedy}", job.id, job.state.name()),
+    }
 }
 
 impl JobService {
@@ -37,19 +40,28 @@ impl JobService {
     ///
     /// # Errors
     /// `Aborted` when the job has changed since the etag was read.
-    pub async fn update_job(&self, caller: &Caller, id: &str, etag: Option<&str>, changes: JobChanges) -> Result<Job> {
+    pub async fn update_job(
+        &self,
+        caller: &Caller,
+        id: &str,
+        etag: Option<&str>,
+        changes: JobChanges,
+    ) -> Result<Job> {
         own_job(&self.store, caller, id).await?;
         let highest = self.max_client_priority;
         let (job, _) = self
             .store
             .change_job(id, |job| {
                 if etag.is_some_and(|e| e != job.etag()) {
-                    let message =
-                        format!("trainingJobs/{id} has changed since etag {} was read: read it again", quoted(etag.unwrap_or_default()));
+                    let message = format!(
+                        "trainingJobs/{id} has changed since etag {} was read: read it again",
+                        quoted(etag.unwrap_or_default())
+                    );
                     return Err(ServiceError::Aborted { reason: Reason::EtagStale, message });
                 }
                 let request = &mut job.request;
-                request.display_name = changes.display_name.unwrap_or(std::mem::take(&mut request.display_name));
+                request.display_name =
+                    changes.display_name.unwrap_or(std::mem::take(&mut request.display_name));
                 request.labels = changes.labels.unwrap_or(std::mem::take(&mut request.labels));
                 request.priority = changes.priority.unwrap_or(request.priority);
                 request.ttl_ms = changes.ttl_ms.unwrap_or(request.ttl_ms);
@@ -93,7 +105,9 @@ impl JobService {
             .move_job(caller, id, "resume", "resumed by a client", |job| match job.state {
                 JobState::Paused => Ok(JobState::Queued),
                 JobState::Queued => Ok(JobState::Queued),
-                JobState::Pausing => Err(refused(job, Reason::Pausing, "resume it when it is paused")),
+                JobState::Pausing => {
+                    Err(refused(job, Reason::Pausing, "resume it when it is paused"))
+                }
                 _ => Err(refused(job, Reason::NotPaused, "only a paused job can be resumed")),
             })
             .await?;
@@ -106,7 +120,9 @@ impl JobService {
         own_job(&self.store, caller, id).await?;
         self.move_job(caller, id, "cancel", "cancelled by a client", |job| match job.state {
             JobState::Queued | JobState::Paused => Ok(JobState::Cancelled),
-            JobState::Preparing | JobState::Running | JobState::Pausing | JobState::Cancelling => Ok(JobState::Cancelling),
+            JobState::Preparing | JobState::Running | JobState::Pausing | JobState::Cancelling => {
+                Ok(JobState::Cancelling)
+            }
             _ => Err(refused(job, Reason::AlreadyEnded, "there is nothing to cancel")),
         })
         .await

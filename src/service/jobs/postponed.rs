@@ -27,7 +27,8 @@ impl Postponed {
 
     fn postpone_at(&self, now: Instant, job: &str, first: Duration) {
         let mut pauses = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let length = pauses.get(job).map_or(first, |last| (last.length * 2).min(MAX_PAUSE.max(first)));
+        let length =
+            pauses.get(job).map_or(first, |last| (last.length * 2).min(MAX_PAUSE.max(first)));
         pauses.insert(job.to_owned(), Pause { until: now + length, length });
     }
 
@@ -49,7 +50,11 @@ impl Postponed {
     /// The jobs that are postponed at a time, and until when.
     fn pauses_at(&self, now: Instant) -> Vec<(String, Instant)> {
         let pauses = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        pauses.iter().filter(|(_, pause)| pause.until > now).map(|(job, pause)| (job.clone(), pause.until)).collect()
+        pauses
+            .iter()
+            .filter(|(_, pause)| pause.until > now)
+            .map(|(job, pause)| (job.clone(), pause.until))
+            .collect()
     }
 }
 
@@ -59,7 +64,8 @@ mod tests {
 
     #[test]
     fn pauses_double_until_the_job_runs() {
-        let (postponed, start, second) = (Postponed::default(), Instant::now(), Duration::from_secs(1));
+        let (postponed, start, second) =
+            (Postponed::default(), Instant::now(), Duration::from_secs(1));
         let mut now = start;
         for seconds in [3, 6, 12] {
             postponed.postpone_at(now, "a", 3 * second);

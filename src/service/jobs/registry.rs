@@ -26,7 +26,11 @@ struct RegistryState {
 
 impl Default for RunRegistry {
     fn default() -> Self {
-        let inner = RegistryState { leased: Mutex::default(), postponed: Postponed::default(), queued: watch::channel(0).0 };
+        let inner = RegistryState {
+            leased: Mutex::default(),
+            postponed: Postponed::default(),
+            queued: watch::channel(0).0,
+        };
         RunRegistry(Arc::new(inner))
     }
 }

@@ -29,7 +29,10 @@ pub(super) struct CheckpointSource<'a> {
 ///
 /// # Errors
 /// `FailedPrecondition` (`ARTIFACT_MISSING`, `CHECKPOINT_FORMAT`) when the newest one may be usable later or elsewhere: nothing is removed then.
-pub(super) async fn newest_whole(from: CheckpointSource<'_>, leased: &LeasedJob) -> Result<Option<PathBuf>> {
+pub(super) async fn newest_whole(
+    from: CheckpointSource<'_>,
+    leased: &LeasedJob,
+) -> Result<Option<PathBuf>> {
     let job = &leased.lease.job;
     let known = leased.while_wanted(|| from.store.checkpoints(job)).await?;
     remove_unknown(from, job, &known).await?;
@@ -38,14 +41,21 @@ pub(super) async fn newest_whole(from: CheckpointSource<'_>, leased: &LeasedJob)
     for c in known.iter().rev() {
         let reason = match leased.while_wanted(|| whole(from.artifacts, c)).await {
             Ok(dir) => return Ok(Some(dir)),
-            Err(ServiceError::FailedPrecondition { reason: Reason::ArtifactDamaged, message }) => message,
+            Err(ServiceError::FailedPrecondition { reason: Reason::ArtifactDamaged, message }) => {
+                message
+            }
             Err(e) => return Err(e),
         };
         // Nothing that another store holds proves damage.
         leased.while_wanted(|| from.artifacts.check_store()).await?;
         tracing::warn!(job, step = c.step, reason, "damaged checkpoint");
-        let message = format!("checkpoint {} is removed, the run continues from the one before: {reason}", c.step);
-        let told = |_: &mut _| Ok(vec![EventKind::Log { severity: "warning".into(), message: message.clone() }]);
+        let message = format!(
+            "checkpoint {} is removed, the run continues from the one before: {reason}",
+            c.step
+        );
+        let told = |_: &mut _| {
+            Ok(vec![EventKind::Log { severity: "warning".into(), message: message.clone() }])
+        };
         leased.write(told, Also::Remove(c.step)).await?;
         remove_checkpoint_files(from.engine, from.artifacts, c).await;
     }
@@ -54,10 +64,15 @@ pub(super) async fn newest_whole(from: CheckpointSource<'_>, leased: &LeasedJob)
 
 /// Reads how far the run of a job's checkpoint in the folder `dir` had come, and the digest of its
 /// pairs where the checkpoint has it.
-pub(super) async fn progress(artifacts: &Artifacts, job: &Job, dir: &Path) -> Result<(Option<String>, RunState)> {
+pub(super) async fn progress(
+    artifacts: &Artifacts,
+    job: &Job,
+    dir: &Path,
+) -> Result<(Option<String>, RunState)> {
     let (artifacts, dir) = (artifacts.clone(), dir.to_owned());
     let folder = format!("trainingJobs/{}/checkpoints", job.id);
-    blocking(move || checkpoint::progress(&dir).map_err(|e| artifacts.unusable(&e, &folder))).await?
+    blocking(move || checkpoint::progress(&dir).map_err(|e| artifacts.unusable(&e, &folder)))
+        .await?
 }
 
 /// Makes sure that a run goes on from a checkpoint with the pairs with which it began: another
@@ -67,7 +82,11 @@ pub(super) async fn progress(artifacts: &Artifacts, job: &Job, dir: &Path) -> Re
 ///
 /// # Errors
 /// `FailedPrecondition` (`ROWS_CHANGED`) when the pairs are others.
-pub(super) async fn check_pairs(job: &Job, (pinned, state): (Option<String>, RunState), inputs: JobInputs) -> Result<JobInputs> {
+pub(super) async fn check_pairs(
+    job: &Job,
+    (pinned, state): (Option<String>, RunState),
+    inputs: JobInputs,
+) -> Result<JobInputs> {
     let spec = job.request.spec.clone();
     let folder = format!("trainingJobs/{}/checkpoints", job.id);
     blocking(move || {
@@ -94,7 +113,8 @@ pub(super) async fn check_pairs(job: &Job, (pinned, state): (Option<String>, Run
 /// replica made meanwhile in another way.
 async fn remove_unknown(from: CheckpointSource<'_>, job: &str, known: &[Checkpoint]) -> Result<()> {
     let folder = from.artifacts.checkpoints(job);
-    let found = blocking(move || checkpoint::steps(&folder)).await?.map_err(ServiceError::internal)?;
+    let found =
+        blocking(move || checkpoint::steps(&folder)).await?.map_err(ServiceError::internal)?;
     for step in found.into_iter().filter(|step| !known.iter().any(|row| row.step == *step)) {
         tracing::info!(job, step, "checkpoint was not acknowledged: its folder is removed");
         from.engine.evict_policy(&from.artifacts.checkpoint(job, step));
@@ -107,14 +127,19 @@ async fn remove_unknown(from: CheckpointSource<'_>, job: &str, known: &[Checkpoi
 async fn whole(artifacts: &Artifacts, c: &Checkpoint) -> Result<PathBuf> {
     let dir = match artifacts.fetch_checkpoint(c).await {
         // What comes out wrong twice is wrong in the store, and no fault of the way here.
-        Err(ServiceError::FailedPrecondition { reason: Reason::ArtifactDamaged, .. }) if artifacts.is_copy() => {
+        Err(ServiceError::FailedPrecondition { reason: Reason::ArtifactDamaged, .. })
+            if artifacts.is_copy() =>
+        {
             artifacts.fetch_checkpoint(c).await?
         }
         fetched => fetched?,
     };
     match checked(artifacts, dir.clone(), c).await {
         Ok(()) => return Ok(dir),
-        Err(ServiceError::FailedPrecondition { reason: Reason::ArtifactDamaged | Reason::ArtifactMissing, .. }) if artifacts.is_copy() => {}
+        Err(ServiceError::FailedPrecondition {
+            reason: Reason::ArtifactDamaged | Reason::ArtifactMissing,
+            ..
+        }) if artifacts.is_copy() => {}
         Err(e) => {
             artifacts.distrust_checkpoint(&c.job, c.step);
             return Err(e);

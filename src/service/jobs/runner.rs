@@ -114,7 +114,11 @@ impl JobRunner {
     /// Runs a job in a span of the trace in which it was made.
     async fn run_in_span(&self, job: &Job, lease: Lease) {
         let caller = trace::parse(job.trace.as_deref());
-        let span = tracing::info_span!("training job", training_job = job.id, trace_id = trace::id(&caller));
+        let span = tracing::info_span!(
+            "training job",
+            training_job = job.id,
+            trace_id = trace::id(&caller)
+        );
         // It fails only where no spans are exported.
         let _ = span.set_parent(caller);
         self.run_leased_job(job, lease).instrument(span).await;
@@ -199,8 +203,14 @@ impl JobRunner {
         if let Err(e) = self.engine.train(run) {
             return Ok(match &e {
                 EngineError::Draining => RunEnd::Drained,
-                EngineError::OutOfMemory { .. } => RunEnd::Failed(JobError { reason: Reason::OutOfMemory.into(), message: e.to_string() }),
-                _ => RunEnd::Failed(JobError { reason: Reason::Internal.into(), message: e.to_string() }),
+                EngineError::OutOfMemory { .. } => RunEnd::Failed(JobError {
+                    reason: Reason::OutOfMemory.into(),
+                    message: e.to_string(),
+                }),
+                _ => RunEnd::Failed(JobError {
+                    reason: Reason::Internal.into(),
+                    message: e.to_string(),
+                }),
             });
         }
         self.supervise(job, leased, reported).await
@@ -208,8 +218,15 @@ impl JobRunner {
 
     /// Loads what the run needs: its inputs, and the checkpoint to continue from, if there is one. `Err` of the inner result is how a run ends that was
     /// told to stop meanwhile.
-    async fn load_inputs(&self, job: &Job, leased: &LeasedJob) -> Result<std::result::Result<Loaded, RunEnd>> {
-        let inputs = leased.while_wanted(|| self.inputs.load(job)).instrument(tracing::info_span!("training.prepare")).await;
+    async fn load_inputs(
+        &self,
+        job: &Job,
+        leased: &LeasedJob,
+    ) -> Result<std::result::Result<Loaded, RunEnd>> {
+        let inputs = leased
+            .while_wanted(|| self.inputs.load(job))
+            .instrument(tracing::info_span!("training.prepare"))
+            .await;
         if let Some(end) = stopped(leased.control.command()) {
             return Ok(Err(end));
         }
@@ -217,7 +234,11 @@ impl JobRunner {
         if inputs.skipped.rows() > 0 {
             note_skipped(leased, &inputs.skipped).await?;
         }
-        let source = CheckpointSource { store: &self.store, artifacts: &self.artifacts, engine: &self.engine };
+        let source = CheckpointSource {
+            store: &self.store,
+            artifacts: &self.artifacts,
+            engine: &self.engine,
+        };
         let resume = leased.while_wanted(|| newest_whole(source, leased)).await;
         if let Some(end) = stopped(leased.control.command()) {
             return Ok(Err(end));
@@ -234,12 +255,18 @@ impl JobRunner {
     }
 
     /// Stores what the run reports until it ends, and preempts it when another job's turn comes.
-    async fn supervise(&self, job: &Job, leased: &LeasedJob, mut reported: mpsc::Receiver<Report>) -> Result<RunEnd> {
+    async fn supervise(
+        &self,
+        job: &Job,
+        leased: &LeasedJob,
+        mut reported: mpsc::Receiver<Report>,
+    ) -> Result<RunEnd> {
         let slice = self.time_slice;
         let mut slices = tokio::time::interval_at(Instant::now() + slice, slice);
         // Other replicas and devices that are free are given the time to take a queued job before this run makes room for it.
         let others = self.store.is_shared() || self.engine.concurrent_runs() > 1;
-        let (delay, mut woken) = (if others { PREEMPTION_DELAY } else { Duration::ZERO }, self.runs.woken());
+        let (delay, mut woken) =
+            (if others { PREEMPTION_DELAY } else { Duration::ZERO }, self.runs.woken());
         // A job may have been queued while this one was prepared.
         woken.mark_changed();
         let mut look: Option<Instant> = None;
@@ -285,8 +312,14 @@ impl JobRunner {
 
     /// Returns why the run should go back to the queue, if it should: a job of a higher priority waits there, or one of the same when the run's time slice
     /// is over. Of several runs in this process, one goes: of the lowest priority, the newest.
-    async fn should_preempt(&self, leased: &LeasedJob, slice_over: bool) -> Result<Option<Preemption>> {
-        let Some(next) = self.store.next_queued(&self.runs.passed_over()).await? else { return Ok(None) };
+    async fn should_preempt(
+        &self,
+        leased: &LeasedJob,
+        slice_over: bool,
+    ) -> Result<Option<Preemption>> {
+        let Some(next) = self.store.next_queued(&self.runs.passed_over()).await? else {
+            return Ok(None);
+        };
         // It may have been changed since the run began.
         let job = self.store.job(&leased.lease.job).await?;
         let priority = job.request.priority;
@@ -298,12 +331,19 @@ impl JobRunner {
         if preemption == Preemption::Priority {
             for other in self.runs.others(&job.id) {
                 let other = self.store.job(&other).await?;
-                if (other.request.priority, Reverse(other.create_time)) < (priority, Reverse(job.create_time)) {
+                if (other.request.priority, Reverse(other.create_time))
+                    < (priority, Reverse(job.create_time))
+                {
                     return Ok(None);
                 }
             }
         }
-        tracing::info!(job = leased.lease.job, next = next.id, ?preemption, "the job makes room for another");
+        tracing::info!(
+            job = leased.lease.job,
+            next = next.id,
+            ?preemption,
+            "the job makes room for another"
+        );
         Ok(Some(preemption))
     }
 
@@ -313,7 +353,10 @@ impl JobRunner {
         let base = self.engine.identity(&model)?;
         let contents = self.policies.content_pins(&job.request).await?;
         let message = match job.request.pins {
-            None => format!("the job is from before version 0.2 and is pinned now to the model {} as it is served", base.hash()),
+            None => format!(
+                "the job is from before version 0.2 and is pinned now to the model {} as it is served",
+                base.hash()
+            ),
             Some(_) => format!(
                 "the job is from an earlier version and is pinned now to its inputs as they are: the dataset {}, the policy {}, the reference {}",
                 contents.dataset,
@@ -323,7 +366,10 @@ impl JobRunner {
         };
         let pin = |j: &mut Job| {
             j.request.model.get_or_insert_with(|| model.clone());
-            let pins = j.request.pins.get_or_insert_with(|| Pins { base: base.clone(), ..Pins::default() });
+            let pins = j
+                .request
+                .pins
+                .get_or_insert_with(|| Pins { base: base.clone(), ..Pins::default() });
             pins.contents.get_or_insert_with(|| contents.clone());
             Ok(vec![EventKind::Log { severity: "warning".into(), message: message.clone() }])
         };
@@ -341,8 +387,16 @@ impl JobRunner {
                         return Ok(Vec::new()); // being cancelled
                     }
                     j.state = JobState::Running;
-                    let reason = if from_step > 0 { format!("continues from step {from_step}") } else { "weights are loaded".into() };
-                    Ok(vec![EventKind::StateChange { from: Some(JobState::Preparing), to: JobState::Running, reason }])
+                    let reason = if from_step > 0 {
+                        format!("continues from step {from_step}")
+                    } else {
+                        "weights are loaded".into()
+                    };
+                    Ok(vec![EventKind::StateChange {
+                        from: Some(JobState::Preparing),
+                        to: JobState::Running,
+                        reason,
+                    }])
                 };
                 leased.write(running, Also::Nothing).await?;
             }
@@ -351,7 +405,11 @@ impl JobRunner {
                 let step = |j: &mut Job| {
                     j.latest_metrics.extend(metrics.clone());
                     j.progress = progress.clone();
-                    Ok(vec![EventKind::Step { step: progress.step, progress: progress.clone(), metrics: metrics.clone() }])
+                    Ok(vec![EventKind::Step {
+                        step: progress.step,
+                        progress: progress.clone(),
+                        metrics: metrics.clone(),
+                    }])
                 };
                 leased.write(step, Also::Nothing).await?;
             }
@@ -364,11 +422,14 @@ impl JobRunner {
             }
             RunEvent::Checkpoint { step, best, adapter, size_bytes, metrics } => {
                 let dir = self.artifacts.checkpoint(&job.id, step);
-                let digest = blocking(move || checkpoint::digest(&dir)).await?.map_err(ServiceError::internal)?;
+                let digest = blocking(move || checkpoint::digest(&dir))
+                    .await?
+                    .map_err(ServiceError::internal)?;
                 let upload = || self.artifacts.keep_checkpoint(&job.id, step, &digest);
                 let start = Instant::now();
                 let kept = leased.unless_cancelled(upload).await;
-                metrics::histogram!("bradley_checkpoint_seconds", "phase" => "keep").record(start.elapsed().as_secs_f64());
+                metrics::histogram!("bradley_checkpoint_seconds", "phase" => "keep")
+                    .record(start.elapsed().as_secs_f64());
                 if leased.control.command() == RunCommand::Cancel && kept.is_err() {
                     return Ok(()); // nobody wants it
                 }
@@ -383,11 +444,18 @@ impl JobRunner {
                     create_time: now(),
                     digest: digest.clone(),
                 };
-                leased.write(|_| Ok(vec![EventKind::CheckpointCreated { step, best }]), Also::Add(&row)).await?;
+                leased
+                    .write(
+                        |_| Ok(vec![EventKind::CheckpointCreated { step, best }]),
+                        Also::Add(&row),
+                    )
+                    .await?;
                 self.retain(job, leased).await?;
             }
             RunEvent::Log { severity, message } => {
-                let log = |_: &mut Job| Ok(vec![EventKind::Log { severity: severity.into(), message: message.clone() }]);
+                let log = |_: &mut Job| {
+                    Ok(vec![EventKind::Log { severity: severity.into(), message: message.clone() }])
+                };
                 leased.write(log, Also::Nothing).await?;
             }
             RunEvent::Ended(_) => {}
@@ -437,14 +505,17 @@ fn may_come(e: &ServiceError) -> bool {
 /// Why a job fails by what its server could not do.
 fn failure(e: &ServiceError) -> JobError {
     let reason = match e {
-        ServiceError::FailedPrecondition { reason, .. } | ServiceError::ResourceExhausted { reason, .. } => *reason,
+        ServiceError::FailedPrecondition { reason, .. }
+        | ServiceError::ResourceExhausted { reason, .. } => *reason,
         ServiceError::InvalidArgument(_) => Reason::DatasetInvalid,
         ServiceError::NotFound { .. } => Reason::NotFound,
         _ => Reason::Internal,
     };
     let message = match e {
         // As in an answer: paths and statements are the operator's to read.
-        ServiceError::Internal { .. } => "an internal error, which the server's log describes".to_owned(),
+        ServiceError::Internal { .. } => {
+            "an internal error, which the server's log describes".to_owned()
+        }
         e => e.to_string(),
     };
     JobError { reason: reason.into(), message }
@@ -462,10 +533,15 @@ fn stopped(command: RunCommand) -> Option<RunEnd> {
 /// What the device did since the event before, as a span.
 fn trace_stage(context: &Context, event: &RunEvent, made: std::time::Instant, took: Duration) {
     let (name, about) = match event {
-        RunEvent::Running { from_step, .. } => ("training.load", vec![("from_step", *from_step as f64)]),
+        RunEvent::Running { from_step, .. } => {
+            ("training.load", vec![("from_step", *from_step as f64)])
+        }
         RunEvent::Step { progress, metrics } => {
             let loss = metrics.get("loss").map(|loss| ("loss", *loss));
-            ("training.steps", [Some(("step", progress.step as f64)), loss].into_iter().flatten().collect())
+            (
+                "training.steps",
+                [Some(("step", progress.step as f64)), loss].into_iter().flatten().collect(),
+            )
         }
         RunEvent::Eval { step, .. } => ("training.evaluate", vec![("step", *step as f64)]),
         RunEvent::Checkpoint { step, size_bytes, .. } => {
@@ -480,12 +556,17 @@ fn trace_stage(context: &Context, event: &RunEvent, made: std::time::Instant, to
 async fn note_skipped(leased: &LeasedJob, skipped: &BadRows) -> Result<()> {
     let listed = skipped.lines();
     let first = listed.first().map(String::as_str).unwrap_or_default();
-    let message = format!("{} rows are left out, see skipped_rows; the first: {first}", skipped.rows());
+    let message =
+        format!("{} rows are left out, see skipped_rows; the first: {first}", skipped.rows());
     let note = |j: &mut Job| {
         // A job that is continued has told of them.
         let known = j.skipped_rows == listed;
         j.skipped_rows.clone_from(&listed);
-        Ok(if known { Vec::new() } else { vec![EventKind::Log { severity: "warning".into(), message: message.clone() }] })
+        Ok(if known {
+            Vec::new()
+        } else {
+            vec![EventKind::Log { severity: "warning".into(), message: message.clone() }]
+        })
     };
     leased.write(note, Also::Nothing).await.map(|_| ())
 }
@@ -504,14 +585,18 @@ async fn finish(leased: &LeasedJob, end: &End) -> Result<()> {
             _ if cancelling => (JobState::Cancelled, "cancelled by a client".to_owned()),
             End::Waits(e) | End::Run(RunEnd::NotBegun(e)) => {
                 job.error = Some(e.clone());
-                let to = if from == JobState::Pausing { JobState::Paused } else { JobState::Queued };
+                let to =
+                    if from == JobState::Pausing { JobState::Paused } else { JobState::Queued };
                 (to, format!("waits: {}", e.message))
             }
             End::Run(RunEnd::Succeeded) => (JobState::Succeeded, "all steps are taken".to_owned()),
-            End::Run(RunEnd::Cancelled) => (JobState::Cancelled, "cancelled by a client".to_owned()),
-            End::Run(RunEnd::Drained) if from == JobState::Pausing => {
-                (JobState::Paused, format!("paused by a client; continues from step {}", job.progress.step))
+            End::Run(RunEnd::Cancelled) => {
+                (JobState::Cancelled, "cancelled by a client".to_owned())
             }
+            End::Run(RunEnd::Drained) if from == JobState::Pausing => (
+                JobState::Paused,
+                format!("paused by a client; continues from step {}", job.progress.step),
+            ),
             End::Run(RunEnd::Drained) => {
                 let why = match preemption {
                     None => "the server is shutting down",

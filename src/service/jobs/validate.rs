@@ -25,18 +25,28 @@ pub(super) fn check_changeable(request: &JobRequest, bad: &mut Violations) {
     if request.display_name.chars().count() > 256 {
         bad.push("training_job.display_name", "has more than 256 characters");
     }
-    if request.labels.len() > 64 || request.labels.iter().any(|(k, v)| k.is_empty() || k.len() > 128 || v.len() > 128) {
-        bad.push("training_job.labels", "must be at most 64 labels with keys of 1 to 128 and values of at most 128 bytes");
+    if request.labels.len() > 64
+        || request.labels.iter().any(|(k, v)| k.is_empty() || k.len() > 128 || v.len() > 128)
+    {
+        bad.push(
+            "training_job.labels",
+            "must be at most 64 labels with keys of 1 to 128 and values of at most 128 bytes",
+        );
     }
     if !PRIORITIES.contains(&request.priority) {
-        bad.push("training_job.priority", format!("is {}: it must lie in -1000..=1000", request.priority));
+        bad.push(
+            "training_job.priority",
+            format!("is {}: it must lie in -1000..=1000", request.priority),
+        );
     }
 }
 
 /// Checks a priority against the highest that clients may give: they may not push each other aside without end.
 pub(super) fn check_priority(caller: &Caller, priority: i32, highest: i32, bad: &mut Violations) {
     if !caller.is_admin() && priority > highest {
-        let message = format!("is {priority}: {highest} is the highest that this server lets clients give (max_client_priority)");
+        let message = format!(
+            "is {priority}: {highest} is the highest that this server lets clients give (max_client_priority)"
+        );
         bad.push("training_job.priority", message);
     }
 }
@@ -54,7 +64,12 @@ pub(in crate::service) struct RequestValidator {
 
 impl RequestValidator {
     /// Checks everything that can be checked before the data is read; pins `latest` and `best` to steps.
-    pub(super) async fn check_request(&self, caller: &Caller, mut request: JobRequest, request_id: Option<&str>) -> Result<JobRequest> {
+    pub(super) async fn check_request(
+        &self,
+        caller: &Caller,
+        mut request: JobRequest,
+        request_id: Option<&str>,
+    ) -> Result<JobRequest> {
         let mut bad = Violations::default();
         request.spec.validate("training_job", &mut bad);
         check_changeable(&request, &mut bad);
@@ -67,10 +82,16 @@ impl RequestValidator {
             bad.push("training_job.eval_fraction", format!("is {f}: it must lie between 0 and 1"));
         }
         if request.evaluation == Evaluation::None && request.spec.run.early_stopping_patience > 0 {
-            bad.push("training_job.run.early_stopping_patience", "needs an evaluation: set eval_dataset or eval_fraction");
+            bad.push(
+                "training_job.run.early_stopping_patience",
+                "needs an evaluation: set eval_dataset or eval_fraction",
+            );
         }
         if request.reference.is_some() && request.spec.dpo.reference_free {
-            bad.push("training_job.reference", "has no meaning with dpo.reference_free: remove one of them");
+            bad.push(
+                "training_job.reference",
+                "has no meaning with dpo.reference_free: remove one of them",
+            );
         }
         check_priority(caller, request.priority, self.max_client_priority, &mut bad);
         bad.into_result()?;
@@ -84,13 +105,16 @@ impl RequestValidator {
         request.model = Some(start.model.clone());
         let mut pins = Pins { base: self.engine.identity(&start.model)?, ..Pins::default() };
         if let (Method::Lora(_), WeightsRef::Full { .. }) = (&request.spec.method, &start.weights) {
-            let message =
-                "LoRA starts from a base model or from a LoRA checkpoint: export the full checkpoint merged and serve it as a model";
-            return Err(ServiceError::FailedPrecondition { reason: Reason::FullCheckpoint, message: message.into() });
+            let message = "LoRA starts from a base model or from a LoRA checkpoint: export the full checkpoint merged and serve it as a model";
+            return Err(ServiceError::FailedPrecondition {
+                reason: Reason::FullCheckpoint,
+                message: message.into(),
+            });
         }
         if let Method::Lora(LoraConfig { init_adapter: Some(name), .. }) = &request.spec.method {
             let WeightsRef::Base { .. } = &start.weights else {
-                let message = "the policy is a checkpoint with an adapter of its own: name one of the two";
+                let message =
+                    "the policy is a checkpoint with an adapter of its own: name one of the two";
                 return Err(ServiceError::invalid(INIT_ADAPTER, message));
             };
             // A repeated request answers with the job that was made, whatever became of the folder.
@@ -105,7 +129,11 @@ impl RequestValidator {
         if let Some(name) = &request.reference {
             let pinned = self.policies.pin(name).await?;
             let resolved = self.policies.resolve(&pinned).await?;
-            self.policies.check_tokenizers("training_job.reference", &start.model, &resolved.model)?;
+            self.policies.check_tokenizers(
+                "training_job.reference",
+                &start.model,
+                &resolved.model,
+            )?;
             if resolved.model != start.model {
                 let reference_base = self.engine.identity(&resolved.model)?;
                 check_mixable(&request, &pins.base, &resolved.model, &reference_base)?;
@@ -114,18 +142,26 @@ impl RequestValidator {
             request.reference = Some(pinned);
             reference = resolved.weights;
         }
-        for id in [Some(&request.dataset), eval_dataset(&request.evaluation)].into_iter().flatten() {
+        for id in [Some(&request.dataset), eval_dataset(&request.evaluation)].into_iter().flatten()
+        {
             let dataset = own_dataset(&self.store, caller, id).await?;
             let bad_rows = dataset.report.bad_rows_of_any_job();
             if request.row_policy == RowPolicy::Reject && bad_rows > 0 {
-                let counts = |i: &&RowIssue| i.reason.severity() == Severity::Error && !i.reason.depends_on_job();
+                let counts = |i: &&RowIssue| {
+                    i.reason.severity() == Severity::Error && !i.reason.depends_on_job()
+                };
                 let first = dataset.report.issues.iter().find(counts);
-                let example = first.map(|i| format!(" (row {}, {}: {})", i.row, i.reason.name(), i.message)).unwrap_or_default();
+                let example = first
+                    .map(|i| format!(" (row {}, {}: {})", i.row, i.reason.name(), i.message))
+                    .unwrap_or_default();
                 let message = format!(
                     "datasets/{id} has {bad_rows} bad rows{example}: fix them, or set row_policy to SKIP to train on the other {}",
                     dataset.report.rows - bad_rows
                 );
-                return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
+                return Err(ServiceError::FailedPrecondition {
+                    reason: Reason::DatasetInvalid,
+                    message,
+                });
             }
         }
         pins.contents = Some(self.policies.content_pins(&request).await?);
@@ -133,14 +169,25 @@ impl RequestValidator {
         // Pinned, so that the job goes on alike under a server with other settings.
         request.spec.precision.get_or_insert(self.engine.precision());
         // How long a micro-batch gets is known when the rows are tokenised; the engine checks that before the run.
-        let reference = request.spec.dpo.has_reference(request.reference.is_some()).then_some(&reference);
-        self.engine.check(&start.model, reference, &request.spec, Lengths::one(2 * request.spec.batch.max_length))?;
+        let reference =
+            request.spec.dpo.has_reference(request.reference.is_some()).then_some(&reference);
+        self.engine.check(
+            &start.model,
+            reference,
+            &request.spec,
+            Lengths::one(2 * request.spec.batch.max_length),
+        )?;
         Ok(request)
     }
 }
 
 /// Refuses a reference that follows the policy (TR-DPO) on a model of another configuration: both models' weights are mixed, tensor by tensor.
-fn check_mixable(request: &JobRequest, policy: &ModelIdentity, model: &str, reference: &ModelIdentity) -> Result<()> {
+fn check_mixable(
+    request: &JobRequest,
+    policy: &ModelIdentity,
+    model: &str,
+    reference: &ModelIdentity,
+) -> Result<()> {
     if request.spec.dpo.reference_sync.is_none() || policy.config == reference.config {
         return Ok(());
     }

@@ -10,9 +10,16 @@ use crate::service::in_use::Users;
 
 impl Store {
     /// Adds or replaces a checkpoint; a best one takes the mark from the others.
-    pub(super) async fn put_checkpoint(&self, tx: &mut Transaction<'_, Any>, c: &Checkpoint) -> Result<()> {
+    pub(super) async fn put_checkpoint(
+        &self,
+        tx: &mut Transaction<'_, Any>,
+        c: &Checkpoint,
+    ) -> Result<()> {
         if c.best {
-            sqlx::query("UPDATE checkpoints SET best = 0 WHERE job = $1").bind(&c.job).execute(&mut **tx).await?;
+            sqlx::query("UPDATE checkpoints SET best = 0 WHERE job = $1")
+                .bind(&c.job)
+                .execute(&mut **tx)
+                .await?;
         }
         sqlx::query(
             "INSERT INTO checkpoints (job, step, best, adapter, size_bytes, metrics, create_time, digest)
@@ -36,7 +43,8 @@ impl Store {
     /// A job's checkpoints, oldest first.
     pub async fn checkpoints(&self, job: &str) -> Result<Vec<Checkpoint>> {
         let select = format!("SELECT {CHECKPOINT} FROM checkpoints WHERE job = $1 ORDER BY step");
-        let rows: Vec<CheckpointRow> = sqlx::query_as(AssertSqlSafe(select)).bind(job).fetch_all(&self.readers).await?;
+        let rows: Vec<CheckpointRow> =
+            sqlx::query_as(AssertSqlSafe(select)).bind(job).fetch_all(&self.readers).await?;
         rows.into_iter().map(Checkpoint::try_from).collect()
     }
 
@@ -50,14 +58,30 @@ impl Store {
         let mut tx = self.writer.begin().await?;
         self.lock_checkpoint(&mut tx, job, step).await?;
         refuse(&self.users_of_weights_in(&mut tx, job).await?)?;
-        sqlx::query("DELETE FROM checkpoints WHERE job = $1 AND step = $2").bind(job).bind(step as i64).execute(&mut *tx).await?;
+        sqlx::query("DELETE FROM checkpoints WHERE job = $1 AND step = $2")
+            .bind(job)
+            .bind(step as i64)
+            .execute(&mut *tx)
+            .await?;
         Ok(tx.commit().await?)
     }
 
     /// Whoever makes a job that needs the checkpoint waits until the transaction ends.
-    pub(super) async fn lock_checkpoint(&self, tx: &mut Transaction<'_, Any>, job: &str, step: u64) -> Result<()> {
-        let lock = format!("SELECT step FROM checkpoints WHERE job = $1 AND step = $2{}", self.dialect.for_update());
-        sqlx::query(AssertSqlSafe(lock)).bind(job).bind(step as i64).fetch_optional(&mut **tx).await?;
+    pub(super) async fn lock_checkpoint(
+        &self,
+        tx: &mut Transaction<'_, Any>,
+        job: &str,
+        step: u64,
+    ) -> Result<()> {
+        let lock = format!(
+            "SELECT step FROM checkpoints WHERE job = $1 AND step = $2{}",
+            self.dialect.for_update()
+        );
+        sqlx::query(AssertSqlSafe(lock))
+            .bind(job)
+            .bind(step as i64)
+            .fetch_optional(&mut **tx)
+            .await?;
         Ok(())
     }
 }

@@ -31,26 +31,38 @@ impl Store {
     /// One dataset.
     pub async fn dataset(&self, id: &str) -> Result<Dataset> {
         let select = format!("SELECT {} FROM datasets WHERE id = $1", rows::dataset());
-        let row: Option<DatasetRow> = sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&self.readers).await?;
+        let row: Option<DatasetRow> =
+            sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&self.readers).await?;
         row.ok_or_else(|| ServiceError::not_found("dataset", format!("datasets/{id}")))?.try_into()
     }
 
     /// Datasets of `owner` (of everyone when `None`), newest first, without the findings that their reports list.
-    pub async fn datasets(&self, owner: Option<&str>, page_size: usize, page_token: &str) -> Result<Page<Dataset>> {
-        let select = format!("SELECT {} FROM datasets WHERE {OF_PAGE}", rows::dataset_in_list(self.dialect));
+    pub async fn datasets(
+        &self,
+        owner: Option<&str>,
+        page_size: usize,
+        page_token: &str,
+    ) -> Result<Page<Dataset>> {
+        let select =
+            format!("SELECT {} FROM datasets WHERE {OF_PAGE}", rows::dataset_in_list(self.dialect));
         self.page::<DatasetRow, _>(&select, owner, page_size, page_token).await
     }
 
     /// Bytes of an owner's datasets.
     pub async fn dataset_bytes(&self, owner: &str) -> Result<u64> {
         // PostgreSQL's sum of BIGINT is NUMERIC.
-        let sum = "SELECT CAST(COALESCE(SUM(size_bytes), 0) AS BIGINT) FROM datasets WHERE owner = $1";
+        let sum =
+            "SELECT CAST(COALESCE(SUM(size_bytes), 0) AS BIGINT) FROM datasets WHERE owner = $1";
         let bytes: i64 = sqlx::query_scalar(sum).bind(owner).fetch_one(&self.readers).await?;
         Ok(bytes as u64)
     }
 
     /// Forgets a dataset, unless `refuse` finds an unfinished job that needs it.
-    pub(in crate::service) async fn delete_dataset(&self, id: &str, refuse: impl FnOnce(&Users) -> Result<()>) -> Result<()> {
+    pub(in crate::service) async fn delete_dataset(
+        &self,
+        id: &str,
+        refuse: impl FnOnce(&Users) -> Result<()>,
+    ) -> Result<()> {
         let mut tx = self.writer.begin().await?;
         let lock = format!("SELECT seq FROM datasets WHERE id = $1{}", self.dialect.for_update());
         sqlx::query(AssertSqlSafe(lock)).bind(id).fetch_optional(&mut *tx).await?;

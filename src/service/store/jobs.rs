@@ -87,15 +87,22 @@ impl Store {
         .fetch_optional(&mut *tx)
         .await?;
         if inserted.is_none() {
-            let earlier = self.made_by(&mut tx, &key).await?.ok_or_else(|| ServiceError::internal("a job could not be stored"))?;
+            let earlier = self
+                .made_by(&mut tx, &key)
+                .await?
+                .ok_or_else(|| ServiceError::internal("a job could not be stored"))?;
             if earlier.request_hash.as_deref() != Some(creation.request_hash) {
                 let id = creation.request_id.unwrap_or_default();
-                let message = format!("request_id {id:?} made trainingJobs/{} from another request: use a new request_id", earlier.id);
+                let message = format!(
+                    "request_id {id:?} made trainingJobs/{} from another request: use a new request_id",
+                    earlier.id
+                );
                 return Err(ServiceError::AlreadyExists { message });
             }
             return earlier.try_into();
         }
-        let created = EventKind::StateChange { from: None, to: job.state, reason: "created".into() };
+        let created =
+            EventKind::StateChange { from: None, to: job.state, reason: "created".into() };
         let sequence = self.append(&mut tx, &job.id, &created).await?;
         self.announce(&mut tx, job, sequence).await?;
         tx.commit().await?;
@@ -110,14 +117,23 @@ impl Store {
             _ => None,
         };
         for id in [Some(&request.dataset), eval].into_iter().flatten() {
-            let select = format!("SELECT seq FROM datasets WHERE id = $1{}", self.dialect.for_share());
-            let found = sqlx::query(AssertSqlSafe(select)).bind(id).fetch_optional(&mut **tx).await?;
+            let select =
+                format!("SELECT seq FROM datasets WHERE id = $1{}", self.dialect.for_share());
+            let found =
+                sqlx::query(AssertSqlSafe(select)).bind(id).fetch_optional(&mut **tx).await?;
             found.ok_or_else(|| ServiceError::not_found("dataset", format!("datasets/{id}")))?;
         }
         for name in [Some(&request.policy), request.reference.as_ref()].into_iter().flatten() {
             if let PolicyName::Checkpoint { job, which: CheckpointRef::Step(step) } = name {
-                let select = format!("SELECT step FROM checkpoints WHERE job = $1 AND step = $2{}", self.dialect.for_share());
-                let found = sqlx::query(AssertSqlSafe(select)).bind(job).bind(*step as i64).fetch_optional(&mut **tx).await?;
+                let select = format!(
+                    "SELECT step FROM checkpoints WHERE job = $1 AND step = $2{}",
+                    self.dialect.for_share()
+                );
+                let found = sqlx::query(AssertSqlSafe(select))
+                    .bind(job)
+                    .bind(*step as i64)
+                    .fetch_optional(&mut **tx)
+                    .await?;
                 found.ok_or_else(|| ServiceError::not_found("checkpoint", name.to_string()))?;
             }
         }
@@ -128,13 +144,23 @@ impl Store {
     pub async fn was_made(&self, owner: &str, request_id: Option<&str>) -> Result<bool> {
         let Some(id) = request_id else { return Ok(false) };
         let count = "SELECT COUNT(*) FROM jobs WHERE request_id = $1";
-        let made: i64 = sqlx::query_scalar(count).bind(format!("{owner}/{id}")).fetch_one(&self.readers).await?;
+        let made: i64 = sqlx::query_scalar(count)
+            .bind(format!("{owner}/{id}"))
+            .fetch_one(&self.readers)
+            .await?;
         Ok(made > 0)
     }
 
-    async fn made_by(&self, tx: &mut Transaction<'_, Any>, key: &Option<String>) -> Result<Option<JobRow>> {
+    async fn made_by(
+        &self,
+        tx: &mut Transaction<'_, Any>,
+        key: &Option<String>,
+    ) -> Result<Option<JobRow>> {
         let select = format!("SELECT {JOB} FROM jobs WHERE request_id = $1");
-        Ok(sqlx::query_as(AssertSqlSafe(select)).bind(key.clone()).fetch_optional(&mut **tx).await?)
+        Ok(sqlx::query_as(AssertSqlSafe(select))
+            .bind(key.clone())
+            .fetch_optional(&mut **tx)
+            .await?)
     }
 
     /// Nobody else makes a job of this owner until the transaction ends.
@@ -146,11 +172,22 @@ impl Store {
         Ok(())
     }
 
-    async fn check_quota(&self, tx: &mut Transaction<'_, Any>, owner: &str, quota: u64) -> Result<()> {
-        let count = format!("SELECT COUNT(*) FROM jobs WHERE owner = $1 AND state IN ({})", quoted(|s| !s.is_final()));
-        let unfinished: i64 = sqlx::query_scalar(AssertSqlSafe(count)).bind(owner).fetch_one(&mut **tx).await?;
+    async fn check_quota(
+        &self,
+        tx: &mut Transaction<'_, Any>,
+        owner: &str,
+        quota: u64,
+    ) -> Result<()> {
+        let count = format!(
+            "SELECT COUNT(*) FROM jobs WHERE owner = $1 AND state IN ({})",
+            quoted(|s| !s.is_final())
+        );
+        let unfinished: i64 =
+            sqlx::query_scalar(AssertSqlSafe(count)).bind(owner).fetch_one(&mut **tx).await?;
         if unfinished as u64 >= quota {
-            let message = format!("{unfinished} jobs of yours are unfinished, {quota} are allowed: wait for one or cancel one");
+            let message = format!(
+                "{unfinished} jobs of yours are unfinished, {quota} are allowed: wait for one or cancel one"
+            );
             return Err(ServiceError::ResourceExhausted { reason: Reason::TooManyJobs, message });
         }
         Ok(())
@@ -159,12 +196,19 @@ impl Store {
     /// One job.
     pub async fn job(&self, id: &str) -> Result<Job> {
         let select = format!("SELECT {JOB} FROM jobs WHERE id = $1");
-        let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&self.readers).await?;
+        let row: Option<JobRow> =
+            sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&self.readers).await?;
         row.ok_or_else(|| missing(id))?.try_into()
     }
 
     /// Jobs of `owner` (of everyone when `None`) in one of `states` (all when empty), newest first.
-    pub async fn jobs(&self, owner: Option<&str>, states: &[JobState], page_size: usize, page_token: &str) -> Result<Page<Job>> {
+    pub async fn jobs(
+        &self,
+        owner: Option<&str>,
+        states: &[JobState],
+        page_size: usize,
+        page_token: &str,
+    ) -> Result<Page<Job>> {
         let wanted = quoted(|s| states.is_empty() || states.contains(&s));
         let select = format!("SELECT {JOB} FROM jobs WHERE state IN ({wanted}) AND {OF_PAGE}");
         self.page::<JobRow, _>(&select, owner, page_size, page_token).await
@@ -172,13 +216,17 @@ impl Store {
 
     /// How many jobs are in each state that any is in, by its name.
     pub async fn job_counts(&self) -> Result<HashMap<String, i64>> {
-        let rows: Vec<(String, i64)> = sqlx::query_as("SELECT state, COUNT(*) FROM jobs GROUP BY state").fetch_all(&self.readers).await?;
+        let rows: Vec<(String, i64)> =
+            sqlx::query_as("SELECT state, COUNT(*) FROM jobs GROUP BY state")
+                .fetch_all(&self.readers)
+                .await?;
         Ok(rows.into_iter().collect())
     }
 
     /// The jobs that are not in a final state, as a transaction sees them.
     pub(super) async fn unfinished_in(&self, tx: &mut Transaction<'_, Any>) -> Result<Users> {
-        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(unfinished())).fetch_all(&mut **tx).await?;
+        let rows: Vec<JobRow> =
+            sqlx::query_as(AssertSqlSafe(unfinished())).fetch_all(&mut **tx).await?;
         let mut users = Users::default();
         users.add(rows);
         Ok(users)
@@ -186,21 +234,33 @@ impl Store {
 
     /// The jobs that may need weights of `job`, as a transaction sees them: the unfinished ones, and the ended ones that have checkpoints and whose
     /// requests name it.
-    pub(super) async fn users_of_weights_in(&self, tx: &mut Transaction<'_, Any>, job: &str) -> Result<Users> {
+    pub(super) async fn users_of_weights_in(
+        &self,
+        tx: &mut Transaction<'_, Any>,
+        job: &str,
+    ) -> Result<Users> {
         let mut users = self.unfinished_in(tx).await?;
         let ended = format!(
             "SELECT {JOB} FROM jobs WHERE state IN ({}) AND id <> $1 AND request LIKE $2
                  AND EXISTS (SELECT 1 FROM checkpoints WHERE checkpoints.job = jobs.id) ORDER BY seq",
             quoted(JobState::is_final)
         );
-        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(ended)).bind(job).bind(format!("%{job}%")).fetch_all(&mut **tx).await?;
+        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(ended))
+            .bind(job)
+            .bind(format!("%{job}%"))
+            .fetch_all(&mut **tx)
+            .await?;
         users.add(rows);
         Ok(users)
     }
 
     /// Ids of ended jobs whose time to live is over, at most `limit` after `after`, and where the next page begins: the first one again after the
     /// last page. By the time that one of them is deleted its time may have been prolonged.
-    pub async fn expired_jobs(&self, after: Expired, limit: usize) -> Result<(Vec<String>, Expired)> {
+    pub async fn expired_jobs(
+        &self,
+        after: Expired,
+        limit: usize,
+    ) -> Result<(Vec<String>, Expired)> {
         let select = format!(
             "SELECT id, expire_time, seq FROM jobs WHERE {} AND (expire_time > $1 OR (expire_time = $2 AND seq > $3))
              ORDER BY expire_time, seq LIMIT $4",
@@ -246,8 +306,12 @@ impl Store {
 
     /// How many unfinished jobs this version of the server cannot read.
     pub async fn unreadable_jobs(&self) -> Result<usize> {
-        let select = format!("SELECT {JOB} FROM jobs WHERE state NOT IN ({}) ORDER BY seq", quoted(JobState::is_final));
-        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(select)).fetch_all(&self.readers).await?;
+        let select = format!(
+            "SELECT {JOB} FROM jobs WHERE state NOT IN ({}) ORDER BY seq",
+            quoted(JobState::is_final)
+        );
+        let rows: Vec<JobRow> =
+            sqlx::query_as(AssertSqlSafe(select)).fetch_all(&self.readers).await?;
         let total = rows.len();
         Ok(total - rows.into_iter().filter_map(|row| Job::try_from(row).ok()).count())
     }
@@ -256,7 +320,11 @@ impl Store {
     ///
     /// # Errors
     /// Those of `change`; `FailedPrecondition` for an illegal state transition.
-    pub async fn change_job(&self, id: &str, change: impl FnOnce(&mut Job) -> Result<Vec<EventKind>> + Send) -> Result<(Job, u64)> {
+    pub async fn change_job(
+        &self,
+        id: &str,
+        change: impl FnOnce(&mut Job) -> Result<Vec<EventKind>> + Send,
+    ) -> Result<(Job, u64)> {
         let mut tx = self.writer.begin().await?;
         let row = self.locked(&mut tx, id).await?;
         let changed = self.apply(&mut tx, row.try_into()?, change).await?;
@@ -267,7 +335,8 @@ impl Store {
     /// A job's row, which nobody else changes until the transaction ends.
     pub(super) async fn locked(&self, tx: &mut Transaction<'_, Any>, id: &str) -> Result<JobRow> {
         let select = format!("SELECT {JOB} FROM jobs WHERE id = $1{}", self.dialect.for_update());
-        let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&mut **tx).await?;
+        let row: Option<JobRow> =
+            sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&mut **tx).await?;
         row.ok_or_else(|| missing(id))
     }
 
@@ -281,8 +350,16 @@ impl Store {
         let before = job.state;
         let events = change(&mut job)?;
         if job.state != before && !before.may_become(job.state) {
-            let message = format!("trainingJobs/{} is {}: it cannot become {}", job.id, before.name(), job.state.name());
-            return Err(ServiceError::FailedPrecondition { reason: Reason::IllegalTransition, message });
+            let message = format!(
+                "trainingJobs/{} is {}: it cannot become {}",
+                job.id,
+                before.name(),
+                job.state.name()
+            );
+            return Err(ServiceError::FailedPrecondition {
+                reason: Reason::IllegalTransition,
+                message,
+            });
         }
         job.version += 1;
         if job.state.is_final() && job.end_time.is_none() {
@@ -329,13 +406,21 @@ impl Store {
     ) -> Result<()> {
         let mut tx = self.writer.begin().await?;
         let select = match expired {
-            true => format!("SELECT {JOB} FROM jobs WHERE id = $1 AND {}{}", self.is_expired(), self.dialect.for_update()),
+            true => format!(
+                "SELECT {JOB} FROM jobs WHERE id = $1 AND {}{}",
+                self.is_expired(),
+                self.dialect.for_update()
+            ),
             false => format!("SELECT {JOB} FROM jobs WHERE id = $1{}", self.dialect.for_update()),
         };
-        let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&mut *tx).await?;
+        let row: Option<JobRow> =
+            sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&mut *tx).await?;
         let job: Job = row.ok_or_else(|| missing(id))?.try_into()?;
         // Whoever makes a job that needs one of its checkpoints waits until this transaction ends.
-        let lock = format!("SELECT step FROM checkpoints WHERE job = $1 ORDER BY step{}", self.dialect.for_update());
+        let lock = format!(
+            "SELECT step FROM checkpoints WHERE job = $1 ORDER BY step{}",
+            self.dialect.for_update()
+        );
         sqlx::query(AssertSqlSafe(lock)).bind(id).fetch_all(&mut *tx).await?;
         refuse(&job, &self.users_of_weights_in(&mut tx, id).await?)?;
         sqlx::query("DELETE FROM jobs WHERE id = $1").bind(id).execute(&mut *tx).await?;
@@ -354,7 +439,9 @@ impl Store {
                 .bind(limit as i64)
                 .fetch_all(&self.readers)
                 .await?;
-        if let Some(oldest) = rows.first().map(|r| r.sequence as u64).filter(|first| *first > after.saturating_add(1)) {
+        if let Some(oldest) =
+            rows.first().map(|r| r.sequence as u64).filter(|first| *first > after.saturating_add(1))
+        {
             let message = format!(
                 "after_sequence is {after}, the oldest event of trainingJobs/{job} that is kept is {oldest}: the ones between are gone, go on after {}",
                 oldest - 1
@@ -372,7 +459,12 @@ impl Store {
 
     /// Appends an event, forgets the ones that it pushes past the limit, and returns its sequence. The job's row is locked, so that sequences have
     /// no gap.
-    pub(super) async fn append(&self, tx: &mut Transaction<'_, Any>, job: &str, event: &EventKind) -> Result<u64> {
+    pub(super) async fn append(
+        &self,
+        tx: &mut Transaction<'_, Any>,
+        job: &str,
+        event: &EventKind,
+    ) -> Result<u64> {
         let newest: i64 = sqlx::query_scalar(NEWEST).bind(job).fetch_one(&mut **tx).await?;
         let sequence = newest + 1;
         sqlx::query("INSERT INTO events (job, sequence, time, body) VALUES ($1, $2, $3, $4)")
@@ -398,7 +490,9 @@ pub(super) fn next(passed_over: usize, condition: &str) -> String {
         0 => String::new(),
         _ => format!(" AND id NOT IN ({})", parameters.join(", ")),
     };
-    format!("SELECT {JOB} FROM jobs WHERE state = 'queued'{others}{condition} ORDER BY priority DESC, turn, seq LIMIT 1")
+    format!(
+        "SELECT {JOB} FROM jobs WHERE state = 'queued'{others}{condition} ORDER BY priority DESC, turn, seq LIMIT 1"
+    )
 }
 
 pub(super) const NEWEST: &str = "SELECT COALESCE(MAX(sequence), 0) FROM events WHERE job = $1";
@@ -409,7 +503,12 @@ fn unfinished() -> String {
 
 /// The names of some states, as a list for SQL.
 pub(super) fn quoted(wanted: impl Fn(JobState) -> bool) -> String {
-    JobState::ALL.into_iter().filter(|s| wanted(*s)).map(|s| format!("'{}'", s.name())).collect::<Vec<_>>().join(", ")
+    JobState::ALL
+        .into_iter()
+        .filter(|s| wanted(*s))
+        .map(|s| format!("'{}'", s.name()))
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 fn missing(id: &str) -> ServiceError {

@@ -78,13 +78,24 @@ impl Store {
             // Why it was put back in the queue before.
             job.error = None;
             job.start_time.get_or_insert(now());
-            Ok(vec![EventKind::StateChange { from: Some(JobState::Queued), to: JobState::Preparing, reason: "a device is free".into() }])
+            Ok(vec![EventKind::StateChange {
+                from: Some(JobState::Queued),
+                to: JobState::Preparing,
+                reason: "a device is free".into(),
+            }])
         };
         let (job, sequence) = self.apply(&mut tx, job, prepare).await?;
         let owner = format!("{}/{}", self.replica, uuid::Uuid::now_v7());
-        let take =
-            format!("UPDATE jobs SET lease_owner = $1, lease_token = $2, lease_until = {}, lease_writes = 0 WHERE id = $3", self.until());
-        sqlx::query(AssertSqlSafe(take)).bind(&owner).bind(token).bind(&job.id).execute(&mut *tx).await?;
+        let take = format!(
+            "UPDATE jobs SET lease_owner = $1, lease_token = $2, lease_until = {}, lease_writes = 0 WHERE id = $3",
+            self.until()
+        );
+        sqlx::query(AssertSqlSafe(take))
+            .bind(&owner)
+            .bind(token)
+            .bind(&job.id)
+            .execute(&mut *tx)
+            .await?;
         tx.commit().await?;
         let lease = Lease { job: job.id.clone(), token, owner };
         Ok(Some((job, lease, sequence)))
@@ -96,7 +107,10 @@ impl Store {
             "UPDATE jobs SET lease_until = {} WHERE id = $1 AND lease_token = $2 AND lease_owner = $3 RETURNING state",
             self.until()
         );
-        let renewed = sqlx::query_scalar(AssertSqlSafe(renew)).bind(&lease.job).bind(lease.token).bind(&lease.owner);
+        let renewed = sqlx::query_scalar(AssertSqlSafe(renew))
+            .bind(&lease.job)
+            .bind(lease.token)
+            .bind(&lease.owner);
         let state: Option<String> = renewed.fetch_optional(&self.writer).await?;
         Ok(state.and_then(|s| JobState::parse(&s)))
     }
@@ -116,22 +130,31 @@ impl Store {
         let row = self.locked(&mut tx, &lease.job).await?;
         // A lease that was given back has no owner: only a repeated last write may find that.
         let given_back = row.lease_owner.is_none() && row.lease_writes >= number;
-        if row.lease_token != lease.token || !(given_back || row.lease_owner.as_ref() == Some(&lease.owner)) {
+        if row.lease_token != lease.token
+            || !(given_back || row.lease_owner.as_ref() == Some(&lease.owner))
+        {
             let message = format!("trainingJobs/{} is carried on by another worker", lease.job);
             return Err(ServiceError::Aborted { reason: Reason::LeaseLost, message });
         }
         if row.lease_writes >= number {
-            let newest: i64 = sqlx::query_scalar(NEWEST).bind(&lease.job).fetch_one(&mut *tx).await?;
+            let newest: i64 =
+                sqlx::query_scalar(NEWEST).bind(&lease.job).fetch_one(&mut *tx).await?;
             return Ok((row.try_into()?, newest as u64));
         }
         if let Also::Retire(step) = also {
             let needed = Needed::Weights { job: &lease.job, step: Some(step) };
             self.lock_checkpoint(&mut tx, &lease.job, step).await?;
-            check(&Caller::anyone(), &self.users_of_weights_in(&mut tx, &lease.job).await?, needed)?;
+            check(
+                &Caller::anyone(),
+                &self.users_of_weights_in(&mut tx, &lease.job).await?,
+                needed,
+            )?;
         }
         let changed = self.apply(&mut tx, row.try_into()?, change).await?;
         let number_it = match also {
-            Also::Release => "UPDATE jobs SET lease_writes = $1, lease_owner = NULL, lease_until = 0 WHERE id = $2",
+            Also::Release => {
+                "UPDATE jobs SET lease_writes = $1, lease_owner = NULL, lease_until = 0 WHERE id = $2"
+            }
             _ => "UPDATE jobs SET lease_writes = $1 WHERE id = $2",
         };
         sqlx::query(number_it).bind(number).bind(&lease.job).execute(&mut *tx).await?;
@@ -150,15 +173,31 @@ impl Store {
     /// Puts jobs whose worker is gone back in the queue, or where they were going. With `all`, this process is the only one and every lease is void.
     /// Returns the jobs with their newest sequence.
     pub async fn reclaim(&self, all: bool) -> Result<Vec<(Job, u64)>> {
-        let held = quoted(|s| matches!(s, JobState::Preparing | JobState::Running | JobState::Pausing | JobState::Cancelling));
+        let held = quoted(|s| {
+            matches!(
+                s,
+                JobState::Preparing | JobState::Running | JobState::Pausing | JobState::Cancelling
+            )
+        });
         let expired = format!("($1 = 1 OR lease_until < {})", self.dialect.now());
-        let select = format!("SELECT id FROM jobs WHERE state IN ({held}) AND {expired} ORDER BY seq");
-        let ids: Vec<String> = sqlx::query_scalar(AssertSqlSafe(select)).bind(i64::from(all)).fetch_all(&self.readers).await?;
+        let select =
+            format!("SELECT id FROM jobs WHERE state IN ({held}) AND {expired} ORDER BY seq");
+        let ids: Vec<String> = sqlx::query_scalar(AssertSqlSafe(select))
+            .bind(i64::from(all))
+            .fetch_all(&self.readers)
+            .await?;
         let mut moved = Vec::new();
         for id in ids {
             let mut tx = self.writer.begin().await?;
-            let again = format!("SELECT {JOB} FROM jobs WHERE id = $2 AND state IN ({held}) AND {expired}{}", self.dialect.skip_locked());
-            let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(again)).bind(i64::from(all)).bind(&id).fetch_optional(&mut *tx).await?;
+            let again = format!(
+                "SELECT {JOB} FROM jobs WHERE id = $2 AND state IN ({held}) AND {expired}{}",
+                self.dialect.skip_locked()
+            );
+            let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(again))
+                .bind(i64::from(all))
+                .bind(&id)
+                .fetch_optional(&mut *tx)
+                .await?;
             let Some(row) = row else { continue };
             let (reclaims, before) = (row.reclaims, row.reclaim_step);
             let job = match Job::try_from(row) {
@@ -169,7 +208,10 @@ impl Store {
                 }
             };
             let newest: Option<i64> =
-                sqlx::query_scalar("SELECT MAX(step) FROM checkpoints WHERE job = $1").bind(&id).fetch_one(&mut *tx).await?;
+                sqlx::query_scalar("SELECT MAX(step) FROM checkpoints WHERE job = $1")
+                    .bind(&id)
+                    .fetch_one(&mut *tx)
+                    .await?;
             let step = newest.unwrap_or(0);
             let reached = job.progress.step as i64;
             let reclaims = if reached > before { 1 } else { reclaims + 1 };
@@ -196,7 +238,12 @@ impl Store {
             let void =
                 "UPDATE jobs SET lease_token = lease_token + 1, lease_owner = NULL, lease_until = 0, reclaims = $1, reclaim_step = $2
                  WHERE id = $3";
-            sqlx::query(void).bind(reclaims).bind(reached.max(before)).bind(&id).execute(&mut *tx).await?;
+            sqlx::query(void)
+                .bind(reclaims)
+                .bind(reached.max(before))
+                .bind(&id)
+                .execute(&mut *tx)
+                .await?;
             tx.commit().await?;
             moved.push(changed);
         }

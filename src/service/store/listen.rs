@@ -26,7 +26,12 @@ pub struct Notice {
 
 impl Store {
     /// Announces a change; it is told when the transaction commits.
-    pub(super) async fn announce(&self, tx: &mut Transaction<'_, Any>, job: &Job, sequence: u64) -> Result<()> {
+    pub(super) async fn announce(
+        &self,
+        tx: &mut Transaction<'_, Any>,
+        job: &Job,
+        sequence: u64,
+    ) -> Result<()> {
         if self.dialect == Dialect::Postgres {
             let notice = format!("{} {} {sequence} {}", self.replica, job.id, job.state.name());
             let tell = "SELECT COUNT(*) FROM (SELECT pg_notify($1, $2)) AS told";
@@ -76,8 +81,13 @@ impl Store {
     /// A notice of another replica.
     fn parse(&self, payload: &str) -> Option<Notice> {
         let mut words = payload.split(' ');
-        let (replica, job, sequence, state) = (words.next()?, words.next()?, words.next()?, words.next()?);
+        let (replica, job, sequence, state) =
+            (words.next()?, words.next()?, words.next()?, words.next()?);
         (replica != self.replica).then_some(())?;
-        Some(Notice { job: job.to_owned(), sequence: sequence.parse().ok()?, state: JobState::parse(state)? })
+        Some(Notice {
+            job: job.to_owned(),
+            sequence: sequence.parse().ok()?,
+            state: JobState::parse(state)?,
+        })
     }
 }

@@ -15,7 +15,8 @@ impl Store {
 
     /// Sets a property that has no value yet; returns the value that it has now, which may be another process's.
     pub async fn set_property_once(&self, name: &str, value: &str) -> Result<String> {
-        let insert = "INSERT INTO properties (name, value) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING";
+        let insert =
+            "INSERT INTO properties (name, value) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING";
         sqlx::query(insert).bind(name).bind(value).execute(&self.writer).await?;
         let select = "SELECT value FROM properties WHERE name = $1";
         Ok(sqlx::query_scalar(select).bind(name).fetch_one(&self.writer).await?)

@@ -10,18 +10,21 @@ use crate::domain::reason::Reason;
 use crate::service::error::{Result, ServiceError};
 
 pub(super) fn to_json<T: Serialize>(value: &T) -> Result<String> {
-    serde_json::to_string(value).map_err(|e| ServiceError::internal(format!("a record cannot be stored: {e}")))
+    serde_json::to_string(value)
+        .map_err(|e| ServiceError::internal(format!("a record cannot be stored: {e}")))
 }
 
 fn from_json<T: DeserializeOwned>(text: &str, what: &str) -> Result<T> {
-    serde_json::from_str(text).map_err(|e| ServiceError::internal(format!("the stored {what} cannot be read: {e}")))
+    serde_json::from_str(text)
+        .map_err(|e| ServiceError::internal(format!("the stored {what} cannot be read: {e}")))
 }
 
 /// The columns of a [`JobRow`], by name: servers of this version go on when a newer one has added others.
 pub(super) const JOB: &str = "seq, id, version, state, request, error, progress, latest_metrics, skipped_rows, create_time, start_time, end_time, \
      request_hash, turn, owner, lease_token, lease_owner, lease_writes, reclaims, reclaim_step, trace";
 /// The columns of a [`CheckpointRow`].
-pub(super) const CHECKPOINT: &str = "job, step, best, adapter, size_bytes, metrics, create_time, digest";
+pub(super) const CHECKPOINT: &str =
+    "job, step, best, adapter, size_bytes, metrics, create_time, digest";
 /// The columns of a [`DatasetRow`] but its report.
 const DATASET: &str = "seq, id, display_name, format, size_bytes, content_hash, create_time, owner";
 /// The columns of a [`TokenRow`](super::tokens::TokenRow).

@@ -81,7 +81,11 @@ async fn a_job_that_waits_for_something_preempts_nobody_and_is_still_tried() {
     insert(&store, &job("high", request(9)), None).await;
     let next = async || store.next_queued(&[]).await.unwrap().map(|job| job.id);
     assert_eq!(next().await.as_deref(), Some("high"));
-    run(&store, r#"UPDATE jobs SET error = '{"reason":"MODEL_CHANGED","message":"?"}' WHERE id = 'high'"#).await;
+    run(
+        &store,
+        r#"UPDATE jobs SET error = '{"reason":"MODEL_CHANGED","message":"?"}' WHERE id = 'high'"#,
+    )
+    .await;
     assert_eq!(next().await.as_deref(), Some("low"));
     run(&store, "UPDATE jobs SET state = 'paused' WHERE id = 'low'").await;
     assert_eq!(next().await, None);
@@ -107,7 +111,11 @@ async fn expired_jobs_are_listed_page_by_page_though_none_of_them_is_deleted() {
         insert(&store, &job(&format!("job-{i}"), request(0)), None).await;
     }
     // Two of them expired at one moment, one has time left.
-    run(&store, "UPDATE jobs SET state = 'succeeded', expire_time = CASE WHEN seq < 4 THEN 3 ELSE seq END").await;
+    run(
+        &store,
+        "UPDATE jobs SET state = 'succeeded', expire_time = CASE WHEN seq < 4 THEN 3 ELSE seq END",
+    )
+    .await;
     run(&store, "UPDATE jobs SET expire_time = 9000000000000 WHERE id = 'job-6'").await;
     let (mut after, mut pages) = (Expired::default(), Vec::new());
     for _ in 0..4 {
@@ -129,14 +137,20 @@ fn whole_request() -> JobRequest {
     let mut whole = request(0);
     whole.labels.insert("a".into(), "b".into());
     whole.model = Some("tiny".into());
-    whole.pins = Some(Pins { base: ModelIdentity::default(), init_adapter: Some("c".into()), ..Pins::default() });
+    whole.pins = Some(Pins {
+        base: ModelIdentity::default(),
+        init_adapter: Some("c".into()),
+        ..Pins::default()
+    });
     whole.policy = PolicyName::Checkpoint { job: "first".into(), which: CheckpointRef::Step(3) };
-    whole.reference = Some(PolicyName::Checkpoint { job: "other".into(), which: CheckpointRef::Step(4) });
+    whole.reference =
+        Some(PolicyName::Checkpoint { job: "other".into(), which: CheckpointRef::Step(4) });
     whole.evaluation = Evaluation::Dataset("held-out".into());
     whole.spec.dpo.divergence = Divergence::Alpha { alpha: 0.5 };
     whole.spec.dpo.reference_sync = Some(ReferenceSync { alpha: 0.5, every_steps: 2 });
     whole.spec.optimizer.schedule = ScheduleKind::CosineWithFloor { min_ratio: 0.1 };
-    whole.spec.method = Method::Lora(LoraConfig { init_adapter: Some("x".into()), ..LoraConfig::default() });
+    whole.spec.method =
+        Method::Lora(LoraConfig { init_adapter: Some("x".into()), ..LoraConfig::default() });
     whole.ttl_ms = Some(1);
     whole
 }
@@ -146,10 +160,15 @@ fn objects(value: &Value, path: &str, found: &mut Vec<String>) {
     match value {
         Value::Object(fields) => {
             found.push(path.to_owned());
-            fields.iter().for_each(|(name, field)| objects(field, &format!("{path}/{name}"), found));
+            fields
+                .iter()
+                .for_each(|(name, field)| objects(field, &format!("{path}/{name}"), found));
         }
         Value::Array(items) => {
-            items.iter().enumerate().for_each(|(i, item)| objects(item, &format!("{path}/{i}"), found));
+            items
+                .iter()
+                .enumerate()
+                .for_each(|(i, item)| objects(item, &format!("{path}/{i}"), found));
         }
         _ => {}
     }
@@ -161,7 +180,14 @@ fn a_setting_that_this_version_does_not_know_makes_a_request_unreadable_wherever
     serde_json::from_value::<JobRequest>(whole.clone()).unwrap();
     let mut parts = Vec::new();
     objects(&whole, "", &mut parts);
-    let expected = ["/spec/dpo/losses/0", "/spec/dpo/divergence", "/spec/method", "/pins/base", "/policy/checkpoint", "/spec/run"];
+    let expected = [
+        "/spec/dpo/losses/0",
+        "/spec/dpo/divergence",
+        "/spec/method",
+        "/pins/base",
+        "/policy/checkpoint",
+        "/spec/run",
+    ];
     assert!(expected.iter().all(|part| parts.iter().any(|found| found == part)), "{parts:?}");
     for part in parts.iter().filter(|part| *part != "/labels") {
         let mut newer = whole.clone();
@@ -177,33 +203,58 @@ async fn an_unreadable_job_stays_and_keeps_what_it_needs() {
     for (first, step) in [("first", 3), ("other", 4)] {
         insert(&store, &job(first, request(0)), None).await;
         run(&store, &format!("UPDATE jobs SET state = 'succeeded' WHERE id = '{first}'")).await;
-        let row = format!("INSERT INTO checkpoints VALUES ('{first}', {step}, 0, 1, 1, '{{}}', 1, '')");
+        let row =
+            format!("INSERT INTO checkpoints VALUES ('{first}', {step}, 0, 1, 1, '{{}}', 1, '')");
         run(&store, &row).await;
     }
     let held_out = "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, report, create_time, owner)
                     SELECT 'held-out', '', format, 0, '', report, 0, '' FROM datasets";
     run(&store, held_out).await;
-    run(&store, &held_out.replace("'held-out'", "'unused'").replace("FROM datasets", "FROM datasets LIMIT 1")).await;
+    run(
+        &store,
+        &held_out
+            .replace("'held-out'", "'unused'")
+            .replace("FROM datasets", "FROM datasets LIMIT 1"),
+    )
+    .await;
     insert(&store, &job("newer", whole_request()), None).await;
     run(&store, "UPDATE jobs SET request = json_set(request, '$.spec.batch.from_the_future', 1) WHERE id = 'newer'").await;
 
-    let unreadable = |e: ServiceError| matches!(e, ServiceError::FailedPrecondition { reason: Reason::JobUnreadable, .. });
+    let unreadable = |e: ServiceError| {
+        matches!(e, ServiceError::FailedPrecondition { reason: Reason::JobUnreadable, .. })
+    };
     assert!(unreadable(store.job("newer").await.unwrap_err()));
     assert!(store.claim(&[]).await.unwrap().is_none(), "nobody runs it without the setting");
     assert_eq!(store.unreadable_jobs().await.unwrap(), 1);
 
-    let in_use = |r: Result<()>| assert!(matches!(&r, Err(ServiceError::FailedPrecondition { reason: Reason::InUse, .. })), "{r:?}");
+    let in_use = |r: Result<()>| {
+        assert!(
+            matches!(&r, Err(ServiceError::FailedPrecondition { reason: Reason::InUse, .. })),
+            "{r:?}"
+        )
+    };
     let anyone = Caller::anyone();
     for dataset in [DATASET, "held-out"] {
-        in_use(store.delete_dataset(dataset, |users| check(&anyone, users, Needed::Dataset(dataset))).await);
+        in_use(
+            store
+                .delete_dataset(dataset, |users| check(&anyone, users, Needed::Dataset(dataset)))
+                .await,
+        );
     }
     for (job, step) in [("first", 3), ("other", 4)] {
         let needed = |step| Needed::Weights { job, step };
-        in_use(store.delete_checkpoint(job, step, |users| check(&anyone, users, needed(Some(step)))).await);
+        in_use(
+            store
+                .delete_checkpoint(job, step, |users| check(&anyone, users, needed(Some(step))))
+                .await,
+        );
         in_use(store.delete_job(job, false, |_, users| check(&anyone, users, needed(None))).await);
         assert_eq!(store.checkpoints(job).await.unwrap().len(), 1);
     }
-    store.delete_dataset("unused", |users| check(&anyone, users, Needed::Dataset("unused"))).await.unwrap();
+    store
+        .delete_dataset("unused", |users| check(&anyone, users, Needed::Dataset("unused")))
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
@@ -211,7 +262,8 @@ async fn lists_are_paged_newest_first_and_by_owner() {
     let (_dir, store) = open().await;
     for i in 0..5 {
         let owner = if i == 2 { "b" } else { "a" };
-        insert(&store, &Job { owner: owner.into(), ..job(&format!("job-{i}"), request(0)) }, None).await;
+        insert(&store, &Job { owner: owner.into(), ..job(&format!("job-{i}"), request(0)) }, None)
+            .await;
     }
     let (mut token, mut pages) = (String::new(), Vec::new());
     loop {
@@ -237,7 +289,8 @@ async fn a_page_ends_before_its_rows_are_too_large_for_an_answer() {
         let mut request = request(0);
         // The fifth job alone is larger than a page.
         let texts = if i == 4 { 4 } else { 1 };
-        request.chat_template_kwargs = (0..texts).map(|n| (format!("text{n}"), large.clone())).collect();
+        request.chat_template_kwargs =
+            (0..texts).map(|n| (format!("text{n}"), large.clone())).collect();
         insert(&store, &job(&format!("job-{i}"), request), None).await;
     }
     let (mut token, mut pages) = (String::new(), Vec::new());
@@ -249,6 +302,12 @@ async fn a_page_ends_before_its_rows_are_too_large_for_an_answer() {
             break;
         }
     }
-    let expected: [&[&str]; 5] = [&["job-8", "job-7"], &["job-6", "job-5"], &["job-4"], &["job-3", "job-2"], &["job-1", "job-0"]];
+    let expected: [&[&str]; 5] = [
+        &["job-8", "job-7"],
+        &["job-6", "job-5"],
+        &["job-4"],
+        &["job-3", "job-2"],
+        &["job-1", "job-0"],
+    ];
     assert_eq!(pages, expected);
 }

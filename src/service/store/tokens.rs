@@ -53,7 +53,8 @@ impl Store {
 
     /// Forgets a token; false when there is none.
     pub async fn delete_token(&self, id: &str) -> Result<bool> {
-        let done = sqlx::query("DELETE FROM tokens WHERE id = $1").bind(id).execute(&self.writer).await?;
+        let done =
+            sqlx::query("DELETE FROM tokens WHERE id = $1").bind(id).execute(&self.writer).await?;
         Ok(done.rows_affected() > 0)
     }
 }

@@ -55,7 +55,9 @@ pub fn for_each_row(
         match decoder.line(path)? {
             Line::Row(r) => row(Ok(r))?,
             Line::Issue(i) => row(Err(i))?,
-            Line::Unusable(reason) => return Err(DataError::BadFile { path: path.to_owned(), reason }),
+            Line::Unusable(reason) => {
+                return Err(DataError::BadFile { path: path.to_owned(), reason });
+            }
             Line::End => return Ok(()),
         }
     }
@@ -74,16 +76,23 @@ pub fn decode(path: &Path, out: impl Write) -> std::io::Result<()> {
     let mut out = BufWriter::with_capacity(1 << 16, out);
     match columnar::decode(path) {
         Err(e) => {
-            let DataError::BadFile { reason, .. } = e else { return Err(std::io::Error::other(e.to_string())) };
+            let DataError::BadFile { reason, .. } = e else {
+                return Err(std::io::Error::other(e.to_string()));
+            };
             say(&mut out, &Line::Unusable(reason))?;
         }
         Ok(records) => {
             for row in numbered(records) {
-                let (Ok(PreferenceRow { row: number, .. }) | Err(RowIssue { row: number, .. })) = row;
+                let (Ok(PreferenceRow { row: number, .. }) | Err(RowIssue { row: number, .. })) =
+                    row;
                 let line = row.map_or_else(Line::Issue, Line::Row);
                 if !say(&mut out, &line)? {
-                    let message = format!("the record has more than {} MiB: split it", MAX_LINE_BYTES >> 20);
-                    say(&mut out, &Line::Issue(issue(number, "", IssueReason::InvalidType, message)))?;
+                    let message =
+                        format!("the record has more than {} MiB: split it", MAX_LINE_BYTES >> 20);
+                    say(
+                        &mut out,
+                        &Line::Issue(issue(number, "", IssueReason::InvalidType, message)),
+                    )?;
                 }
             }
             say(&mut out, &Line::End)?;
@@ -116,7 +125,13 @@ impl Decoder {
         std::fs::File::open(path).map_err(failed)?;
         // The name stays good when the file of the binary is replaced.
         let mut command = Command::new("/proc/self/exe");
-        command.arg(DECODE).arg(path).env_clear().stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        command
+            .arg(DECODE)
+            .arg(path)
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
         let mut child = command.spawn().map_err(failed)?;
         match child.stdout.take() {
             Some(out) => Ok(Self { child, lines: BufReader::with_capacity(1 << 16, out) }),
@@ -127,7 +142,10 @@ impl Decoder {
     fn line(&mut self, path: &Path) -> Result<Line, DataError> {
         let failed = |source| DataError::Io { path: path.to_owned(), source };
         let mut line = Vec::new();
-        (&mut self.lines).take(MAX_LINE_BYTES as u64).read_until(b'\n', &mut line).map_err(failed)?;
+        (&mut self.lines)
+            .take(MAX_LINE_BYTES as u64)
+            .read_until(b'\n', &mut line)
+            .map_err(failed)?;
         if line.ends_with(b"\n") {
             return serde_json::from_slice(&line).map_err(|e| failed(e.into()));
         }

@@ -27,15 +27,22 @@ fn is_wanted(column: &str) -> bool {
 }
 
 /// The wanted columns of each record.
-pub(super) fn decode(path: &Path) -> Result<impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + use<>, DataError> {
-    let file = File::open(path).map_err(|source| DataError::Io { path: path.to_owned(), source })?;
+pub(super) fn decode(
+    path: &Path,
+) -> Result<impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + use<>, DataError> {
+    let file =
+        File::open(path).map_err(|source| DataError::Io { path: path.to_owned(), source })?;
     let bad = |reason: String| DataError::BadFile { path: path.to_owned(), reason };
     // The library asserts, or calls unimplemented, at some damaged files.
     let unreadable = |e: &dyn std::fmt::Display| bad(format!("not a readable Parquet file: {e}"));
-    let reader = guarded(|| SerializedFileReader::new(file)).map_err(|e| unreadable(&e))?.map_err(|e| unreadable(&e))?;
+    let reader = guarded(|| SerializedFileReader::new(file))
+        .map_err(|e| unreadable(&e))?
+        .map_err(|e| unreadable(&e))?;
     let schema = reader.metadata().file_metadata().schema();
     let names: Vec<&str> = schema.get_fields().iter().map(|f| f.name()).collect();
-    let is_openai = !names.contains(&"chosen") && !names.contains(&"rejected") && OPENAI.iter().any(|column| names.contains(column));
+    let is_openai = !names.contains(&"chosen")
+        && !names.contains(&"rejected")
+        && OPENAI.iter().any(|column| names.contains(column));
     let needed = if is_openai { &OPENAI[..] } else { &["chosen", "rejected"] };
     for needed in needed {
         if !names.contains(needed) {
@@ -46,14 +53,20 @@ pub(super) fn decode(path: &Path) -> Result<impl Iterator<Item = Result<Map<Stri
     }
     let is_wanted = |name: &str| is_wanted(name) || (is_openai && OPENAI.contains(&name));
     // They are not decoded, only reported as not used.
-    let unknown: Vec<String> = names.iter().filter(|name| !is_wanted(name)).map(|name| (*name).to_owned()).collect();
+    let unknown: Vec<String> =
+        names.iter().filter(|name| !is_wanted(name)).map(|name| (*name).to_owned()).collect();
     let wanted = schema.get_fields().iter().filter(|f| is_wanted(f.name())).cloned().collect();
-    let wanted = Type::group_type_builder(schema.name()).with_fields(wanted).build().map_err(|e| unreadable(&e))?;
+    let wanted = Type::group_type_builder(schema.name())
+        .with_fields(wanted)
+        .build()
+        .map_err(|e| unreadable(&e))?;
     let rows = guarded(|| RowIter::from_file_into(Box::new(reader)).project(Some(wanted)));
     let rows = rows.map_err(|e| unreadable(&e))?.map_err(|e| unreadable(&e))?;
     Ok(Records { rows: Some(rows) }.enumerate().map(move |(i, record)| {
         let row = i as u64 + 1;
-        let record = record.map_err(|e| issue(row, "", IssueReason::InvalidType, format!("the record cannot be decoded: {e}")))?;
+        let record = record.map_err(|e| {
+            issue(row, "", IssueReason::InvalidType, format!("the record cannot be decoded: {e}"))
+        })?;
         let mut fields = Map::new();
         for (name, field) in record.get_column_iter() {
             if name == "weight"
@@ -114,7 +127,9 @@ fn to_json(field: &Field) -> Result<Value, String> {
     Ok(match field {
         Field::Null => Value::Null,
         Field::Str(s) => Value::String(s.clone()),
-        Field::Bytes(b) => Value::String(b.as_utf8().map_err(|_| "bytes that are not UTF-8".to_owned())?.to_owned()),
+        Field::Bytes(b) => Value::String(
+            b.as_utf8().map_err(|_| "bytes that are not UTF-8".to_owned())?.to_owned(),
+        ),
         Field::Bool(b) => Value::Bool(*b),
         Field::Byte(x) => Value::from(*x),
         Field::Short(x) => Value::from(*x),
@@ -133,7 +148,9 @@ fn to_json(field: &Field) -> Result<Value, String> {
             }
             Value::Object(object)
         }
-        Field::ListInternal(list) => Value::Array(list.elements().iter().map(to_json).collect::<Result<_, _>>()?),
+        Field::ListInternal(list) => {
+            Value::Array(list.elements().iter().map(to_json).collect::<Result<_, _>>()?)
+        }
         other => return Err(format!("a value of an unexpected kind ({other})")),
     })
 }

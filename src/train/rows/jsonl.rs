@@ -12,7 +12,8 @@ use crate::domain::dataset::IssueReason;
 use crate::domain::message::kind;
 
 pub(super) fn read(path: &Path) -> Result<RowReader, DataError> {
-    let file = File::open(path).map_err(|source| DataError::Io { path: path.to_owned(), source })?;
+    let file =
+        File::open(path).map_err(|source| DataError::Io { path: path.to_owned(), source })?;
     let lines = Lines { reader: BufReader::with_capacity(1 << 18, file), row: 0, failed: false };
     Ok(Box::new(lines.flat_map(shapes::pairs)))
 }
@@ -32,22 +33,34 @@ impl Iterator for Lines {
                 return None;
             }
             let mut line = Vec::new();
-            let read = (&mut self.reader).take(MAX_LINE_BYTES as u64 + 1).read_until(b'\n', &mut line);
+            let read =
+                (&mut self.reader).take(MAX_LINE_BYTES as u64 + 1).read_until(b'\n', &mut line);
             match read {
                 Ok(0) => return None,
                 Ok(_) => self.row += 1,
                 Err(e) => {
                     self.failed = true;
-                    return Some(Err(issue(self.row + 1, "", IssueReason::InvalidJson, format!("the file cannot be read further: {e}"))));
+                    return Some(Err(issue(
+                        self.row + 1,
+                        "",
+                        IssueReason::InvalidJson,
+                        format!("the file cannot be read further: {e}"),
+                    )));
                 }
             }
             if line.len() > MAX_LINE_BYTES {
                 self.skip_line();
-                let message =
-                    format!("the line is longer than {} MiB: split the file into rows, one JSON object a line", MAX_LINE_BYTES >> 20);
+                let message = format!(
+                    "the line is longer than {} MiB: split the file into rows, one JSON object a line",
+                    MAX_LINE_BYTES >> 20
+                );
                 return Some(Err(issue(self.row, "", IssueReason::InvalidJson, message)));
             }
-            let line = if self.row == 1 { line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&line) } else { &line };
+            let line = if self.row == 1 {
+                line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&line)
+            } else {
+                &line
+            };
             if line.iter().all(u8::is_ascii_whitespace) {
                 continue;
             }
@@ -80,12 +93,26 @@ impl Lines {
 
 fn parse(row: u64, line: &[u8]) -> Record {
     let text = std::str::from_utf8(line).map_err(|e| {
-        issue(row, "", IssueReason::InvalidUtf8, format!("the line is not UTF-8 at byte {}: save the file as UTF-8", e.valid_up_to() + 1))
+        issue(
+            row,
+            "",
+            IssueReason::InvalidUtf8,
+            format!(
+                "the line is not UTF-8 at byte {}: save the file as UTF-8",
+                e.valid_up_to() + 1
+            ),
+        )
     })?;
-    let value: Value = serde_json::from_str(text)
-        .map_err(|e| issue(row, "", IssueReason::InvalidJson, format!("not JSON (column {}): {e}", e.column())))?;
+    let value: Value = serde_json::from_str(text).map_err(|e| {
+        issue(row, "", IssueReason::InvalidJson, format!("not JSON (column {}): {e}", e.column()))
+    })?;
     match value {
         Value::Object(fields) => Ok((row, fields)),
-        other => Err(issue(row, "", IssueReason::InvalidJson, format!("a row is a JSON object, this is {}", kind(&other)))),
+        other => Err(issue(
+            row,
+            "",
+            IssueReason::InvalidJson,
+            format!("a row is a JSON object, this is {}", kind(&other)),
+        )),
     }
 }

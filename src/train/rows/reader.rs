@@ -25,7 +25,9 @@ pub enum DataError {
         path: PathBuf,
     },
     /// The rows hold more text than a job may have in memory.
-    #[error("the rows hold more than {limit} bytes of text: split the dataset, or raise max_dataset_text_bytes")]
+    #[error(
+        "the rows hold more than {limit} bytes of text: split the dataset, or raise max_dataset_text_bytes"
+    )]
     TooLarge {
         /// The limit.
         limit: u64,
@@ -45,6 +47,11 @@ pub enum DataError {
 pub type RowReader = Box<dyn Iterator<Item = Result<PreferenceRow, RowIssue>> + Send>;
 
 /// A finding about a row that has no id yet.
-pub(super) fn issue(row: u64, field: &str, reason: IssueReason, message: impl Into<String>) -> RowIssue {
+pub(super) fn issue(
+    row: u64,
+    field: &str,
+    reason: IssueReason,
+    message: impl Into<String>,
+) -> RowIssue {
     RowIssue { row, id: None, field: field.to_owned(), reason, message: message.into() }
 }

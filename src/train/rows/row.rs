@@ -3,8 +3,13 @@
 use serde_json::{Map, Value};
 
 use super::reader::issue;
-use crate::domain::dataset::{ChatMessage, IssueReason, MAX_MESSAGES, MAX_QUOTED_VALUE, PreferenceRow, RowIssue, RowShape, Text};
-use crate::domain::message::{MessageProblem, TemplateArguments, check_kwargs, has_content, kind, tools_from_json};
+use crate::domain::dataset::{
+    ChatMessage, IssueReason, MAX_MESSAGES, MAX_QUOTED_VALUE, PreferenceRow, RowIssue, RowShape,
+    Text,
+};
+use crate::domain::message::{
+    MessageProblem, TemplateArguments, check_kwargs, has_content, kind, tools_from_json,
+};
 use crate::domain::violation::shortened;
 
 /// Columns that hold something else than text, which models here do not see.
@@ -18,17 +23,30 @@ const MAX_IGNORED: usize = 16;
 
 /// A row from its columns. Columns of other forms of rows than prompt, chosen and rejected have been
 /// made into these before; what is still unknown then is reported as not used.
-pub(super) fn from_fields(row: u64, mut fields: Map<String, Value>) -> Result<PreferenceRow, RowIssue> {
+pub(super) fn from_fields(
+    row: u64,
+    mut fields: Map<String, Value>,
+) -> Result<PreferenceRow, RowIssue> {
     let id = match fields.remove("id") {
         None | Some(Value::Null) => None,
         Some(Value::String(s)) => Some(s),
         Some(Value::Number(n)) => Some(n.to_string()),
-        Some(other) => return Err(issue(row, "id", IssueReason::InvalidType, format!("id is {}: use a string or a number", kind(&other)))),
+        Some(other) => {
+            return Err(issue(
+                row,
+                "id",
+                IssueReason::InvalidType,
+                format!("id is {}: use a string or a number", kind(&other)),
+            ));
+        }
     };
     let named = |i: RowIssue| RowIssue { id: id.clone(), ..i };
     let weight = match fields.remove("weight") {
         None | Some(Value::Null) => 1.0,
-        Some(v) => v.as_f64().filter(|w| w.is_finite() && *w > 0.0).ok_or_else(|| named(invalid_weight(row, &v.to_string())))?,
+        Some(v) => v
+            .as_f64()
+            .filter(|w| w.is_finite() && *w > 0.0)
+            .ok_or_else(|| named(invalid_weight(row, &v.to_string())))?,
     };
     if let Some(field) = MEDIA.into_iter().find(|f| fields.get(*f).is_some_and(has_content)) {
         return Err(named(unsupported(row, field)));
@@ -57,8 +75,13 @@ pub(super) fn from_fields(row: u64, mut fields: Map<String, Value>) -> Result<Pr
     let plain = |t: &Text| matches!(t, Text::Plain(_));
     for (field, t) in [("chosen", &chosen), ("rejected", &rejected)] {
         if plain(t) != plain(&prompt) {
-            let (a, b) = if plain(t) { ("plain text", "a list of messages") } else { ("a list of messages", "plain text") };
-            let message = format!("{field} is {a} but prompt is {b}: use the same form for all three");
+            let (a, b) = if plain(t) {
+                ("plain text", "a list of messages")
+            } else {
+                ("a list of messages", "plain text")
+            };
+            let message =
+                format!("{field} is {a} but prompt is {b}: use the same form for all three");
             return Err(named(issue(row, field, IssueReason::InvalidType, message)));
         }
     }
@@ -76,26 +99,42 @@ pub(super) fn from_fields(row: u64, mut fields: Map<String, Value>) -> Result<Pr
     } else {
         arguments
     };
-    let unknown = fields.iter().filter(|(name, value)| !MEDIA.contains(&name.as_str()) && has_content(value));
+    let unknown =
+        fields.iter().filter(|(name, value)| !MEDIA.contains(&name.as_str()) && has_content(value));
     ignored.extend(unknown.take(MAX_IGNORED).map(|(name, _)| shortened(name, MAX_QUOTED_VALUE)));
-    Ok(PreferenceRow { row, id, prompt, chosen, rejected, weight, arguments, ignored, shape: RowShape::default(), pair: None })
+    Ok(PreferenceRow {
+        row,
+        id,
+        prompt,
+        chosen,
+        rejected,
+        weight,
+        arguments,
+        ignored,
+        shape: RowShape::default(),
+        pair: None,
+    })
 }
 
 /// A row's tools and variables for the chat template.
 fn arguments(row: u64, fields: &mut Map<String, Value>) -> Result<TemplateArguments, RowIssue> {
-    let wrong = |field: &str, reason: String| issue(row, field, IssueReason::InvalidType, format!("{field} {reason}"));
-    let tools = tools_from_json(fields.remove(TOOLS).unwrap_or_default()).map_err(|e| wrong(TOOLS, e))?;
+    let wrong = |field: &str, reason: String| {
+        issue(row, field, IssueReason::InvalidType, format!("{field} {reason}"))
+    };
+    let tools =
+        tools_from_json(fields.remove(TOOLS).unwrap_or_default()).map_err(|e| wrong(TOOLS, e))?;
     let kwargs = match fields.remove(KWARGS) {
-        Some(Value::String(text)) if !text.trim().is_empty() => {
-            serde_json::from_str(&text).map_err(|e| wrong(KWARGS, format!("is a string that is not JSON: {e}")))?
-        }
+        Some(Value::String(text)) if !text.trim().is_empty() => serde_json::from_str(&text)
+            .map_err(|e| wrong(KWARGS, format!("is a string that is not JSON: {e}")))?,
         Some(Value::String(_)) | None => Value::Null,
         Some(other) => other,
     };
     let kwargs = match kwargs {
         Value::Null => Map::new(),
         Value::Object(kwargs) => kwargs,
-        other => return Err(wrong(KWARGS, format!("is {}: it must be a JSON object", kind(&other)))),
+        other => {
+            return Err(wrong(KWARGS, format!("is {}: it must be a JSON object", kind(&other))));
+        }
     };
     check_kwargs(&kwargs).map_err(|e| wrong(KWARGS, e))?;
     Ok(TemplateArguments { tools, kwargs })
@@ -104,7 +143,12 @@ fn arguments(row: u64, fields: &mut Map<String, Value>) -> Result<TemplateArgume
 /// The finding about a weight that is no finite number above 0.
 pub(super) fn invalid_weight(row: u64, weight: &str) -> RowIssue {
     let weight = shortened(weight, MAX_QUOTED_VALUE);
-    issue(row, "weight", IssueReason::InvalidWeight, format!("weight is {weight}: it must be a finite number above 0"))
+    issue(
+        row,
+        "weight",
+        IssueReason::InvalidWeight,
+        format!("weight is {weight}: it must be a finite number above 0"),
+    )
 }
 
 fn unsupported(row: u64, field: &str) -> RowIssue {
@@ -116,7 +160,11 @@ fn unsupported(row: u64, field: &str) -> RowIssue {
 }
 
 /// Splits two whole dialogues after the messages they share.
-fn split_dialogues(row: u64, mut chosen: Vec<ChatMessage>, mut rejected: Vec<ChatMessage>) -> Result<(Text, Text, Text), RowIssue> {
+fn split_dialogues(
+    row: u64,
+    mut chosen: Vec<ChatMessage>,
+    mut rejected: Vec<ChatMessage>,
+) -> Result<(Text, Text, Text), RowIssue> {
     let mut shared = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b).count();
     // Identical dialogues still have an answer each, which validation then reports as identical.
     shared = shared.min(chosen.len().saturating_sub(1)).min(rejected.len().saturating_sub(1));
@@ -133,20 +181,29 @@ fn to_text(row: u64, field: &str, value: Value) -> Result<Text, RowIssue> {
     let wrong = |message: String| issue(row, field, IssueReason::InvalidType, message);
     match value {
         Value::String(s) => Ok(Text::Plain(s)),
-        Value::Array(messages) if messages.len() > MAX_MESSAGES => {
-            Err(wrong(format!("{field} has {} messages: {MAX_MESSAGES} are the limit", messages.len())))
-        }
+        Value::Array(messages) if messages.len() > MAX_MESSAGES => Err(wrong(format!(
+            "{field} has {} messages: {MAX_MESSAGES} are the limit",
+            messages.len()
+        ))),
         Value::Array(messages) => {
             let mut chat = Vec::with_capacity(messages.len());
             for (i, message) in messages.into_iter().enumerate() {
                 chat.push(ChatMessage::parse(message).map_err(|problem| match problem {
-                    MessageProblem::Media { path } => unsupported(row, &format!("{field}[{i}].{path}")),
-                    MessageProblem::Invalid { path, reason } if path.is_empty() => wrong(format!("{field}[{i}] {reason}")),
-                    MessageProblem::Invalid { path, reason } => wrong(format!("{field}[{i}].{path} {reason}")),
+                    MessageProblem::Media { path } => {
+                        unsupported(row, &format!("{field}[{i}].{path}"))
+                    }
+                    MessageProblem::Invalid { path, reason } if path.is_empty() => {
+                        wrong(format!("{field}[{i}] {reason}"))
+                    }
+                    MessageProblem::Invalid { path, reason } => {
+                        wrong(format!("{field}[{i}].{path} {reason}"))
+                    }
                 })?);
             }
             Ok(Text::Chat(chat))
         }
-        other => Err(wrong(format!("{field} is {}: use a string or a list of messages", kind(&other)))),
+        other => {
+            Err(wrong(format!("{field} is {}: use a string or a list of messages", kind(&other))))
+        }
     }
 }

@@ -26,7 +26,8 @@ pub(super) const MAX_REJECTED: usize = 64;
 /// OpenAI's columns.
 pub(super) const OPENAI: [&str; 3] = ["input", "preferred_output", "non_preferred_output"];
 /// Our names for what those columns hold.
-const OPENAI_NAMES: [(&str, &str); 3] = [("prompt", "input.messages"), ("chosen", OPENAI[1]), ("rejected", OPENAI[2])];
+const OPENAI_NAMES: [(&str, &str); 3] =
+    [("prompt", "input.messages"), ("chosen", OPENAI[1]), ("rejected", OPENAI[2])];
 
 /// The columns of a row with its number, or why they cannot be read.
 pub(super) type Record = Result<(u64, Map<String, Value>), RowIssue>;
@@ -76,23 +77,35 @@ struct Several {
 /// Whether `rejected` is a list of answers: texts or lists of messages. A list of objects is one answer.
 fn has_several_rejected(fields: &Map<String, Value>) -> bool {
     let rejected = fields.get("rejected").and_then(Value::as_array);
-    rejected.and_then(|answers| answers.first()).is_some_and(|first| first.is_string() || first.is_array())
+    rejected
+        .and_then(|answers| answers.first())
+        .is_some_and(|first| first.is_string() || first.is_array())
 }
 
 impl Several {
     fn new(row: u64, mut fields: Map<String, Value>) -> Result<Self, RowIssue> {
         let id = id(&fields);
-        let wrong = |field: &str, reason, message: String| RowIssue { id: id.clone(), ..issue(row, field, reason, message) };
+        let wrong = |field: &str, reason, message: String| RowIssue {
+            id: id.clone(),
+            ..issue(row, field, reason, message)
+        };
         let Some(Value::Array(rejected)) = fields.remove("rejected") else {
-            return Err(wrong("rejected", IssueReason::MissingField, "rejected is missing".to_owned()));
+            return Err(wrong(
+                "rejected",
+                IssueReason::MissingField,
+                "rejected is missing".to_owned(),
+            ));
         };
         let count = rejected.len();
         if count > MAX_REJECTED {
-            let message = format!("rejected has {count} answers: {MAX_REJECTED} are the limit, so split the row");
+            let message = format!(
+                "rejected has {count} answers: {MAX_REJECTED} are the limit, so split the row"
+            );
             return Err(wrong("rejected", IssueReason::InvalidType, message));
         }
         if !rejected.iter().all(Value::is_string) && !rejected.iter().all(Value::is_array) {
-            let message = "rejected mixes texts and lists of messages: use one form for all answers";
+            let message =
+                "rejected mixes texts and lists of messages: use one form for all answers";
             return Err(wrong("rejected", IssueReason::InvalidType, message.to_owned()));
         }
         let splits_dialogues = |text: &str| hh_messages(text).is_some();
@@ -100,7 +113,8 @@ impl Several {
             && rejected.iter().any(Value::is_string)
             && !fields.get("chosen").and_then(Value::as_str).is_some_and(splits_dialogues)
         {
-            let message = "prompt is missing: a row with several rejected answers in plain text needs one";
+            let message =
+                "prompt is missing: a row with several rejected answers in plain text needs one";
             return Err(wrong("prompt", IssueReason::MissingField, message.to_owned()));
         }
         let weight = match fields.get("weight") {
@@ -118,7 +132,8 @@ impl Several {
         let answer = self.rejected.next()?;
         let place = self.count - self.rejected.len();
         let is_last = place == self.count;
-        let mut fields = if is_last { std::mem::take(&mut self.fields) } else { self.fields.clone() };
+        let mut fields =
+            if is_last { std::mem::take(&mut self.fields) } else { self.fields.clone() };
         fields.insert("rejected".to_owned(), answer);
         if let (Some(id), true) = (&self.id, self.count > 1) {
             fields.insert("id".to_owned(), Value::String(format!("{id}#{place}")));
@@ -138,7 +153,9 @@ fn read(row: u64, mut fields: Map<String, Value>) -> Result<PreferenceRow, RowIs
     let id = id(&fields);
     let shape = normalise(row, &mut fields).map_err(|issue| RowIssue { id, ..issue })?;
     let mut pair = match row::from_fields(row, fields) {
-        Err(issue) if shape == RowShape::OpenaiPreference => return Err(renamed(issue, &OPENAI_NAMES)),
+        Err(issue) if shape == RowShape::OpenaiPreference => {
+            return Err(renamed(issue, &OPENAI_NAMES));
+        }
         pair => pair?,
     };
     if shape == RowShape::OpenaiPreference {
@@ -169,7 +186,9 @@ fn normalise(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowI
             Ok(shape)
         }
         (Some(Value::String(prompt)), Some(Value::Array(chosen)), Some(Value::Array(rejected)))
-            if [chosen, rejected].iter().all(|dialogue| first_user_text(dialogue) == Some(prompt)) =>
+            if [chosen, rejected]
+                .iter()
+                .all(|dialogue| first_user_text(dialogue) == Some(prompt)) =>
         {
             fields.remove("prompt");
             Ok(RowShape::Ultrafeedback)
@@ -204,15 +223,19 @@ fn renamed(issue: RowIssue, names: &[(&str, &str)]) -> RowIssue {
 fn renamed_path(path: &str, names: &[(&str, &str)]) -> String {
     let end = path.find(['[', '.']).unwrap_or(path.len());
     let (column, rest) = path.split_at(end);
-    names.iter().find(|(ours, _)| *ours == column).map_or_else(|| path.to_owned(), |(_, theirs)| format!("{theirs}{rest}"))
+    names
+        .iter()
+        .find(|(ours, _)| *ours == column)
+        .map_or_else(|| path.to_owned(), |(_, theirs)| format!("{theirs}{rest}"))
 }
 
 /// OpenAI's preference rows. Whether tools may be called at the same time is said to the API and not to the model, so
 /// `parallel_tool_calls` is left out; what else `input` has becomes a column of the row.
 fn openai(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowIssue> {
     let missing = |field: &str| {
-        let message =
-            format!("{field} is missing: OpenAI's preference rows have input.messages, preferred_output and non_preferred_output");
+        let message = format!(
+            "{field} is missing: OpenAI's preference rows have input.messages, preferred_output and non_preferred_output"
+        );
         issue(row, field, IssueReason::MissingField, message)
     };
     let input = match fields.remove("input") {
@@ -225,12 +248,16 @@ fn openai(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowIssu
     };
     let mut texts = Map::new();
     for (ours, theirs) in OPENAI_NAMES {
-        let value = if ours == "prompt" { input.get("messages").cloned() } else { fields.remove(theirs) };
+        let value =
+            if ours == "prompt" { input.get("messages").cloned() } else { fields.remove(theirs) };
         let value = value.filter(|v| !v.is_null()).ok_or_else(|| missing(theirs))?;
         texts.insert(ours.to_owned(), value);
     }
     for (column, value) in input {
-        let is_used = column == "messages" || column == "parallel_tool_calls" || column == "id" || column == "weight";
+        let is_used = column == "messages"
+            || column == "parallel_tool_calls"
+            || column == "id"
+            || column == "weight";
         if !is_used && is_absent(fields, &column) {
             fields.insert(column, value);
         }
@@ -241,7 +268,9 @@ fn openai(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowIssu
 
 /// The text of a dialogue's first user message.
 fn first_user_text(dialogue: &[Value]) -> Option<&str> {
-    let first = dialogue.iter().find(|message| message.get("role").and_then(Value::as_str) == Some("user"))?;
+    let first = dialogue
+        .iter()
+        .find(|message| message.get("role").and_then(Value::as_str) == Some("user"))?;
     first.get("content").and_then(Value::as_str)
 }
 
@@ -285,7 +314,9 @@ fn hh_messages<'a>(text: &'a str) -> Option<Vec<(&'static str, &'a str)>> {
     let mut messages = Vec::new();
     let message = |role, content: &'a str| (role, content.strip_prefix(' ').unwrap_or(content));
     for (end, _) in text.match_indices('\n') {
-        if let Some((marker, next)) = MARKERS.iter().find(|(marker, _)| text[end..].starts_with(marker)) {
+        if let Some((marker, next)) =
+            MARKERS.iter().find(|(marker, _)| text[end..].starts_with(marker))
+        {
             messages.push(message(role, &text[start..end]));
             (role, start) = (next, end + marker.len());
         }
@@ -295,7 +326,11 @@ fn hh_messages<'a>(text: &'a str) -> Option<Vec<(&'static str, &'a str)>> {
 }
 
 /// Splits two HH dialogues after the messages that they share, where both go on with an answer of the assistant.
-fn split_hh(row: u64, chosen: Vec<(&str, &str)>, rejected: Vec<(&str, &str)>) -> Result<[Value; 3], RowIssue> {
+fn split_hh(
+    row: u64,
+    chosen: Vec<(&str, &str)>,
+    rejected: Vec<(&str, &str)>,
+) -> Result<[Value; 3], RowIssue> {
     for (field, messages) in [("chosen", chosen.len()), ("rejected", rejected.len())] {
         if messages > MAX_MESSAGES {
             let message = format!("{field} has {messages} messages: {MAX_MESSAGES} are the limit");
@@ -310,7 +345,9 @@ fn split_hh(row: u64, chosen: Vec<(&str, &str)>, rejected: Vec<(&str, &str)>) ->
         let message = "the two dialogues share no first message, so there is no common prompt: pair answers to the same prompt";
         return Err(issue(row, "rejected", IssueReason::DifferentPrompts, message));
     };
-    let list = |messages: &[(&str, &str)]| messages.iter().map(|(role, content)| json!({"role": role, "content": content})).collect();
+    let list = |messages: &[(&str, &str)]| {
+        messages.iter().map(|(role, content)| json!({"role": role, "content": content})).collect()
+    };
     Ok([list(&chosen[..end]), list(&chosen[end..]), list(&rejected[end..])])
 }
 

@@ -42,13 +42,25 @@ fn every_form_of_row_is_read() {
 fn what_version_0_2_0_did_not_use_of_a_row_is_named() {
     let chat = |messages: &str, more: &str| {
         let answer = r#"[{"role":"assistant","content":"a"}]"#;
-        format!(r#"{{"prompt":[{messages}],"chosen":{answer},"rejected":[{{"role":"assistant","content":"b"}}]{more}}}"#)
+        format!(
+            r#"{{"prompt":[{messages}],"chosen":{answer},"rejected":[{{"role":"assistant","content":"b"}}]{more}}}"#
+        )
     };
     let hello = r#"{"role":"user","content":"Hi"}"#;
     let cases = [
-        (r#"{"prompt":"2","chosen":"4","rejected":"5","weight":2,"id":7,"extra":[1]}"#.to_owned(), None),
+        (
+            r#"{"prompt":"2","chosen":"4","rejected":"5","weight":2,"id":7,"extra":[1]}"#
+                .to_owned(),
+            None,
+        ),
         (chat(hello, ""), None),
-        (chat(r#"{"content":"Hi","role":"user","name":null}"#, r#","tools":null,"chat_template_kwargs":{}"#), None),
+        (
+            chat(
+                r#"{"content":"Hi","role":"user","name":null}"#,
+                r#","tools":null,"chat_template_kwargs":{}"#,
+            ),
+            None,
+        ),
         (
             r#"{"chosen":[{"role":"user","content":"Q"},{"role":"assistant","content":"a"}],
                 "rejected":[{"role":"user","content":"Q"},{"role":"assistant","content":"b"}]}"#
@@ -57,10 +69,25 @@ fn what_version_0_2_0_did_not_use_of_a_row_is_named() {
         ),
         (chat(hello, r#","tools":[{"name":"t"}]"#), Some("tools")),
         (chat(hello, r#","chat_template_kwargs":{"a":1}"#), Some("chat_template_kwargs")),
-        (chat(r#"{"role":"system","content":"S"},{"role":"user","content":"Hi","name":"x"}"#, ""), Some("prompt[1].name")),
-        (chat(r#"{"role":"user","content":[{"type":"text","text":"Hi"}]}"#, ""), Some("prompt[0].content")),
-        (chat(r#"{"role":"user","content":"Hi","reasoning_content":"r"}"#, ""), Some("prompt[0].reasoning_content")),
-        (r#"{"prompt":"2","chosen":"4","rejected":["5","6"]}"#.to_owned(), Some("several_rejected")),
+        (
+            chat(
+                r#"{"role":"system","content":"S"},{"role":"user","content":"Hi","name":"x"}"#,
+                "",
+            ),
+            Some("prompt[1].name"),
+        ),
+        (
+            chat(r#"{"role":"user","content":[{"type":"text","text":"Hi"}]}"#, ""),
+            Some("prompt[0].content"),
+        ),
+        (
+            chat(r#"{"role":"user","content":"Hi","reasoning_content":"r"}"#, ""),
+            Some("prompt[0].reasoning_content"),
+        ),
+        (
+            r#"{"prompt":"2","chosen":"4","rejected":["5","6"]}"#.to_owned(),
+            Some("several_rejected"),
+        ),
         (r#"{"chosen":"2 4","rejected":"2 5"}"#.to_owned(), Some("implicit_prompt_text")),
     ];
     for (line, expected) in cases {
@@ -117,15 +144,23 @@ fn parquet_strings_and_message_lists_are_the_same_rows() {
         required group rejected (LIST) { repeated group list { required group element { required binary role (UTF8); required binary content (UTF8); } } }
         required double weight; }";
     let file = tempfile::NamedTempFile::new().unwrap();
-    let properties = WriterProperties::builder().set_compression(parquet::basic::Compression::SNAPPY).build();
-    let mut writer =
-        SerializedFileWriter::new(file.reopen().unwrap(), Arc::new(parse_message_type(schema).unwrap()), Arc::new(properties)).unwrap();
+    let properties =
+        WriterProperties::builder().set_compression(parquet::basic::Compression::SNAPPY).build();
+    let mut writer = SerializedFileWriter::new(
+        file.reopen().unwrap(),
+        Arc::new(parse_message_type(schema).unwrap()),
+        Arc::new(properties),
+    )
+    .unwrap();
     let mut group = writer.next_row_group().unwrap();
     let mut texts = ["user", "Q", "assistant", "yes", "assistant", "no"].into_iter();
     while let Some(mut column) = group.next_column().unwrap() {
         match texts.next() {
             Some(t) => {
-                column.typed::<ByteArrayType>().write_batch(&[ByteArray::from(t)], Some(&[1]), Some(&[0])).unwrap();
+                column
+                    .typed::<ByteArrayType>()
+                    .write_batch(&[ByteArray::from(t)], Some(&[1]), Some(&[0]))
+                    .unwrap();
             }
             None => {
                 column.typed::<DoubleType>().write_batch(&[1.5], None, None).unwrap();
@@ -138,7 +173,8 @@ fn parquet_strings_and_message_lists_are_the_same_rows() {
     let mut start = [0; 4];
     std::io::Read::read_exact(&mut std::fs::File::open(file.path()).unwrap(), &mut start).unwrap();
     assert_eq!(detect_format(&start), DatasetFormat::Parquet);
-    let rows: Vec<_> = read_rows(file.path(), DatasetFormat::Parquet).unwrap().map(Result::unwrap).collect();
+    let rows: Vec<_> =
+        read_rows(file.path(), DatasetFormat::Parquet).unwrap().map(Result::unwrap).collect();
     assert_eq!(rows.len(), 1);
     assert_eq!(rows[0].weight, 1.5);
     assert_eq!(rows[0].chosen, Text::Chat(vec![ChatMessage::new("assistant", "yes")]));

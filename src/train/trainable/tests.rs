@@ -14,9 +14,18 @@ fn policy() -> Policy {
     let json = r#"{"model_type": "qwen3", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 8, "attention_bias": true}"#;
     let config = ModelConfig::from_hf_json(json, Path::new("config.json")).unwrap();
-    let parameters = Parameters::build(&config, |p| Tensor::zeros(p.shape.as_slice(), DType::F32, &Device::Cpu)).unwrap();
+    let parameters =
+        Parameters::build(&config, |p| Tensor::zeros(p.shape.as_slice(), DType::F32, &Device::Cpu))
+            .unwrap();
     let (config, parameters) = (Arc::new(config), Arc::new(parameters));
-    Policy { config, parameters, adapter: None, precision: Precision::F32, device: ComputeDevice::Cpu, helpers: Arc::default() }
+    Policy {
+        config,
+        parameters,
+        adapter: None,
+        precision: Precision::F32,
+        device: ComputeDevice::Cpu,
+        helpers: Arc::default(),
+    }
 }
 
 /// The gradient's norm is summed in this order: another one would change
@@ -45,7 +54,13 @@ fn a_full_fine_tune_lists_a_blocks_norms_behind_its_linear_layers() {
         .map(|name| format!("{block}{name}"))
     });
     let ends = |name: &str| vec![name.to_owned()];
-    let wanted = [ends("model.embed_tokens.weight"), blocks.concat(), ends("model.norm.weight"), ends("lm_head.weight")].concat();
+    let wanted = [
+        ends("model.embed_tokens.weight"),
+        blocks.concat(),
+        ends("model.norm.weight"),
+        ends("lm_head.weight"),
+    ]
+    .concat();
     let names: Vec<&str> = trained.trainables.iter().map(|t| t.name.as_str()).collect();
     assert_eq!(names, wanted);
     for t in &trained.trainables {
@@ -62,7 +77,10 @@ fn an_adapter_is_listed_block_by_block_in_the_order_of_target_modules() {
     let adapter = Adapter::init(&base.config, &config, 1).unwrap();
     let trained = TrainablePolicy::lora(&base, &adapter, Precision::F32).unwrap();
     let wanted = ["0.self_attn.q_proj", "0.mlp.down_proj", "1.self_attn.q_proj", "1.mlp.down_proj"]
-        .map(|module| ["A", "B"].map(|which| format!("base_model.model.model.layers.{module}.lora_{which}.weight")))
+        .map(|module| {
+            ["A", "B"]
+                .map(|which| format!("base_model.model.model.layers.{module}.lora_{which}.weight"))
+        })
         .concat();
     let names: Vec<&str> = trained.trainables.iter().map(|t| t.name.as_str()).collect();
     assert_eq!(names, wanted);

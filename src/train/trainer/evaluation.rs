@@ -22,7 +22,12 @@ impl Trainer {
         }
         let metrics = std::mem::take(&mut self.evaluation).finish();
         if let Some(&value) = metrics.get("eval_loss").filter(|v| !v.is_finite()) {
-            return Err(TrainError::NonFinite { what: "eval_loss", value, step: self.state.step, rows: Vec::new() });
+            return Err(TrainError::NonFinite {
+                what: "eval_loss",
+                value,
+                step: self.state.step,
+                rows: Vec::new(),
+            });
         }
         self.state.evaluated = Some(self.state.step);
         let best = self.judge(&metrics);
@@ -30,18 +35,31 @@ impl Trainer {
         (host.emit)(RunEvent::Eval { step: self.state.step, metrics });
         self.phase = self.after_evaluation(best);
         if !best && self.is_over() && self.state.step < self.total_steps {
-            let message = format!("stopped early: {} evaluations without a better {}", self.state.stale_evaluations, self.best_metric());
+            let message = format!(
+                "stopped early: {} evaluations without a better {}",
+                self.state.stale_evaluations,
+                self.best_metric()
+            );
             (host.emit)(RunEvent::Log { severity: "info", message });
         }
         Ok(())
     }
 
-    fn evaluate(&self, rows: Range<usize>, host: &mut Host) -> Result<(f64, Vec<PairObservation>), TrainError> {
+    fn evaluate(
+        &self,
+        rows: Range<usize>,
+        host: &mut Host,
+    ) -> Result<(f64, Vec<PairObservation>), TrainError> {
         let pairs: Vec<&EncodedPair> = self.eval[rows].iter().collect();
         let row_tokens = self.plan.row_tokens;
         let references = references(&self.reference, &pairs, row_tokens, host)?;
-        let batch =
-            MicroBatch { dpo: &self.spec.dpo, policy: &self.policy.policy, pairs: &pairs, references: references.as_deref(), row_tokens };
+        let batch = MicroBatch {
+            dpo: &self.spec.dpo,
+            policy: &self.policy.policy,
+            pairs: &pairs,
+            references: references.as_deref(),
+            row_tokens,
+        };
         Ok(batch.evaluate(host.pause)?)
     }
 
@@ -59,7 +77,8 @@ impl Trainer {
             return false;
         }
         // Version 0.2 did not store the name, and compared sums whatever the objective.
-        let compared = if self.state.best_metric.is_empty() { metric.name() } else { &self.state.best_metric };
+        let compared =
+            if self.state.best_metric.is_empty() { metric.name() } else { &self.state.best_metric };
         let best = self.state.best.filter(|_| compared == name);
         let better = best.is_none_or(|(old, _)| metric.improves(value, old));
         if better {

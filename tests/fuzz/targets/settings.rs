@@ -6,6 +6,9 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {
     if let Ok(table) = text.parse() {
-        let _ = Settings::resolve(&Sources { file: Some(("bradley.toml".into(), table)), ..Sources::default() });
+        let _ = Settings::resolve(&Sources {
+            file: Some(("bradley.toml".into(), table)),
+            ..Sources::default()
+        });
     }
 });

@@ -25,7 +25,8 @@ struct Token {
 pub fn paths(source: &str) -> Vec<PathUse> {
     let tokens = tokens(source);
     let text = |i: usize| tokens.get(i).map_or("", |t: &Token| t.text.as_str());
-    let (mut found, mut modules, mut depth, mut i) = (Vec::new(), Vec::<(String, usize)>::new(), 0, 0);
+    let (mut found, mut modules, mut depth, mut i) =
+        (Vec::new(), Vec::<(String, usize)>::new(), 0, 0);
     while i < tokens.len() {
         match text(i) {
             "mod" if is_name(text(i + 1)) && text(i + 2) == "{" => {
@@ -46,7 +47,8 @@ pub fn paths(source: &str) -> Vec<PathUse> {
             "use" => i += 1,
             name if is_name(name) => {
                 let (first, line) = (found.len(), tokens[i].line);
-                let is_visibility = i >= 3 && (text(i - 3), text(i - 2), text(i - 1)) == ("pub", "(", "in");
+                let is_visibility =
+                    i >= 3 && (text(i - 3), text(i - 2), text(i - 1)) == ("pub", "(", "in");
                 let is_external = i >= 1 && text(i - 1) == "::";
                 i = read(&tokens, i, Vec::new(), &mut found);
                 // `use crate as x` hides every later path through x: as bad as a glob.
@@ -66,7 +68,12 @@ pub fn paths(source: &str) -> Vec<PathUse> {
 }
 
 /// Reads one path, or one item of a group, from token `i`, and returns the token after it.
-fn read(tokens: &[Token], mut i: usize, mut segments: Vec<String>, found: &mut Vec<PathUse>) -> usize {
+fn read(
+    tokens: &[Token],
+    mut i: usize,
+    mut segments: Vec<String>,
+    found: &mut Vec<PathUse>,
+) -> usize {
     let text = |i: usize| tokens.get(i).map_or("", |t: &Token| t.text.as_str());
     let line = tokens.get(i).map_or(0, |t| t.line);
     loop {
@@ -101,7 +108,13 @@ fn read(tokens: &[Token], mut i: usize, mut segments: Vec<String>, found: &mut V
             break;
         }
     }
-    found.push(PathUse { segments, line, inside: Vec::new(), is_visibility: false, is_external: false });
+    found.push(PathUse {
+        segments,
+        line,
+        inside: Vec::new(),
+        is_visibility: false,
+        is_external: false,
+    });
     i
 }
 

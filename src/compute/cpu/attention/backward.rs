@@ -5,7 +5,9 @@ use std::ops::Range;
 use super::blocks::{BLOCK, Heads, QueryBlock, blocks, over_keys, sum_over_keys};
 use super::keys::{Along, Keys};
 use crate::compute::cpu::buffer::Buffer;
-use crate::compute::cpu::gemm::{Kernel, NR, Operand, OutputTile, Product, Shared, View, panel_product};
+use crate::compute::cpu::gemm::{
+    Kernel, NR, Operand, OutputTile, Product, Shared, View, panel_product,
+};
 use crate::compute::cpu::simd::{dispatch, dot, exp};
 use crate::compute::cpu::thread_pool;
 use crate::compute::layout::RowLayout;
@@ -27,22 +29,49 @@ pub fn attention_backward(
 ) {
     let (row, width) = (heads.row(), heads.width());
     let tokens = layout.tokens();
-    assert!(qkv.len() >= tokens * row && g.len() >= tokens * width && out.len() >= tokens * width && lse.len() >= tokens * heads.query);
+    assert!(
+        qkv.len() >= tokens * row
+            && g.len() >= tokens * width
+            && out.len() >= tokens * width
+            && lse.len() >= tokens * heads.query
+    );
     assert!(dqkv.len() >= tokens * row);
     let all = blocks(layout);
     let packed = Packed {
         keys: Keys::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| heads.key_at(kv)),
         values: Keys::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| heads.value_at(kv)),
-        key_rows: Along::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| heads.key_at(kv)),
+        key_rows: Along::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| {
+            heads.key_at(kv)
+        }),
     };
     let stretches: Vec<Range<usize>> = all.iter().map(|b| b.queries.clone()).collect();
-    let queries = Along::pack_stretches(kernel, &stretches, qkv, row, heads.dim, heads.query, |h| h * heads.dim);
-    let upstream = Along::pack_stretches(kernel, &stretches, g, width, heads.dim, heads.query, |h| h * heads.dim);
-    let sweep = Sweep { kernel, heads, layout, qkv, out, lse, g, packed, queries, upstream, dqkv: Shared(dqkv.as_mut_ptr()) };
+    let queries =
+        Along::pack_stretches(kernel, &stretches, qkv, row, heads.dim, heads.query, |h| {
+            h * heads.dim
+        });
+    let upstream =
+        Along::pack_stretches(kernel, &stretches, g, width, heads.dim, heads.query, |h| {
+            h * heads.dim
+        });
+    let sweep = Sweep {
+        kernel,
+        heads,
+        layout,
+        qkv,
+        out,
+        lse,
+        g,
+        packed,
+        queries,
+        upstream,
+        dqkv: Shared(dqkv.as_mut_ptr()),
+    };
     let mut first = 0;
     while first < all.len() {
         let (mut end, mut scores) = (first, 0);
-        while end < all.len() && (end == first || scores + all[end].columns() * NR * heads.query <= SCORES) {
+        while end < all.len()
+            && (end == first || scores + all[end].columns() * NR * heads.query <= SCORES)
+        {
             scores += all[end].columns() * NR * heads.query;
             end += 1;
         }
@@ -104,13 +133,21 @@ impl Sweep<'_> {
     /// rounds.
     fn round(&self, all: &[QueryBlock], round: Range<usize>, accumulate: bool) {
         let h = self.heads.query;
-        let transposed: Vec<Transposed> = thread_pool::map(round.len() * h, |i| self.by_queries(&all[round.start + i / h], i % h));
+        let transposed: Vec<Transposed> = thread_pool::map(round.len() * h, |i| {
+            self.by_queries(&all[round.start + i / h], i % h)
+        });
         // Keys of a segment that no block of the round sees still need zeros in the first round.
         let panels: Vec<KeyPanel> = (0..self.layout.segments.len())
-            .flat_map(|s| (0..self.layout.segments[s].tokens.len().div_ceil(NR)).map(move |i| (s, i)))
-            .flat_map(|(segment, index)| (0..self.heads.key).map(move |head| KeyPanel { segment, index, head }))
+            .flat_map(|s| {
+                (0..self.layout.segments[s].tokens.len().div_ceil(NR)).map(move |i| (s, i))
+            })
+            .flat_map(|(segment, index)| {
+                (0..self.heads.key).map(move |head| KeyPanel { segment, index, head })
+            })
             .collect();
-        thread_pool::for_each(panels.len(), |i| self.by_keys(all, round.clone(), &transposed, panels[i], accumulate));
+        thread_pool::for_each(panels.len(), |i| {
+            self.by_keys(all, round.clone(), &transposed, panels[i], accumulate)
+        });
     }
 
     /// dQ of one block and head.
@@ -121,9 +158,21 @@ impl Sweep<'_> {
         let (mut p, mut ds) = (Buffer::dirty(rows * columns), Buffer::dirty(rows * columns));
         let at = |t: usize| t * width + head * heads.dim;
         let q = View::f32(&self.qkv[block.queries.start * row + head * heads.dim..], row);
-        over_keys(&Operand::new(kernel, q, rows, heads.dim, 1.0), &self.packed.keys, kv, block, &mut p);
+        over_keys(
+            &Operand::new(kernel, q, rows, heads.dim, 1.0),
+            &self.packed.keys,
+            kv,
+            block,
+            &mut p,
+        );
         let g = View::f32(&self.g[at(block.queries.start)..], width);
-        over_keys(&Operand::new(kernel, g, rows, heads.dim, 1.0), &self.packed.values, kv, block, &mut ds);
+        over_keys(
+            &Operand::new(kernel, g, rows, heads.dim, 1.0),
+            &self.packed.values,
+            kv,
+            block,
+            &mut ds,
+        );
         let [p, ds] = Operand::prepared_pair(kernel, [&mut p, &mut ds], columns, |i, p, ds| {
             let t = block.queries.start + i;
             let (out, g) = (&self.out[at(t)..at(t) + heads.dim], &self.g[at(t)..at(t) + heads.dim]);
@@ -157,7 +206,14 @@ impl Sweep<'_> {
     }
 
     /// dK and dV of a panel of keys, given Pᵀ and dSᵀ of each block of the round and head.
-    fn by_keys(&self, all: &[QueryBlock], round: Range<usize>, transposed: &[Transposed], key_panel: KeyPanel, accumulate: bool) {
+    fn by_keys(
+        &self,
+        all: &[QueryBlock],
+        round: Range<usize>,
+        transposed: &[Transposed],
+        key_panel: KeyPanel,
+        accumulate: bool,
+    ) {
         let KeyPanel { segment, index: i, head: kv } = key_panel;
         let (kernel, heads) = (self.kernel, self.heads);
         let (row, group) = (heads.row(), heads.query / heads.key);
@@ -169,35 +225,71 @@ impl Sweep<'_> {
                 let block = &all[b];
                 let (column, top) = match () {
                     () if block.prefix == Some(segment) => (i * NR, 0),
-                    () if block.segment == segment && block.own > i * NR => (block.shared_columns() + i * NR, block.first_to_see(i)),
+                    () if block.segment == segment && block.own > i * NR => {
+                        (block.shared_columns() + i * NR, block.first_to_see(i))
+                    }
                     () => continue,
                 };
                 // The queries before `top` see none of these keys.
                 let (skipped, depth) = (kernel.units(top), kernel.depth(block.queries.len()));
                 for head in kv * group..(kv + 1) * group {
                     let t = &transposed[(b - round.start) * heads.query + head];
-                    dk.push(t.ds.product(column, top, depth - skipped, &self.queries.units(head, b, panel)[skipped * NR..]));
-                    dv.push(t.p.product(column, top, depth - skipped, &self.upstream.units(head, b, panel)[skipped * NR..]));
+                    dk.push(t.ds.product(
+                        column,
+                        top,
+                        depth - skipped,
+                        &self.queries.units(head, b, panel)[skipped * NR..],
+                    ));
+                    dv.push(t.p.product(
+                        column,
+                        top,
+                        depth - skipped,
+                        &self.upstream.units(head, b, panel)[skipped * NR..],
+                    ));
                 }
             }
             // SAFETY: this task alone writes dK and dV of these keys and this key head.
             unsafe {
-                self.write(&dk, keys, n, self.dqkv.at(start * row + heads.key_at(kv) + panel * NR), accumulate);
-                self.write(&dv, keys, n, self.dqkv.at(start * row + heads.value_at(kv) + panel * NR), accumulate);
+                self.write(
+                    &dk,
+                    keys,
+                    n,
+                    self.dqkv.at(start * row + heads.key_at(kv) + panel * NR),
+                    accumulate,
+                );
+                self.write(
+                    &dv,
+                    keys,
+                    n,
+                    self.dqkv.at(start * row + heads.value_at(kv) + panel * NR),
+                    accumulate,
+                );
             }
         }
     }
 
     /// # Safety
     /// `to` is valid for `keys` rows of `n` and nobody else touches them.
-    unsafe fn write(&self, products: &[Product], keys: usize, n: usize, to: *mut f32, accumulate: bool) {
+    unsafe fn write(
+        &self,
+        products: &[Product],
+        keys: usize,
+        n: usize,
+        to: *mut f32,
+        accumulate: bool,
+    ) {
         let row = self.heads.row();
         // SAFETY: by the caller; operands have all columns of their block as rows, padded to whole panels.
         unsafe {
             if products.is_empty() && !accumulate {
                 (0..keys).for_each(|r| to.add(r * row).write_bytes(0, n));
             } else if !products.is_empty() {
-                panel_product(self.kernel, keys, products, OutputTile { c: to, stride: row, columns: n, accumulate });
+                panel_product(
+                    self.kernel,
+                    keys,
+                    products,
+                    OutputTile { c: to, stride: row, columns: n, accumulate },
+                );
             }
         }
     }

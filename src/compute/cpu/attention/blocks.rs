@@ -81,18 +81,31 @@ impl QueryBlock {
         let own = self.own - self.queries.len() + i + 1;
         let hidden = window.map_or(0, |w| (self.shared + own).saturating_sub(w));
         let base = self.shared_columns();
-        [hidden.min(self.shared)..self.shared, base + hidden.saturating_sub(self.shared)..base + own]
+        [
+            hidden.min(self.shared)..self.shared,
+            base + hidden.saturating_sub(self.shared)..base + own,
+        ]
     }
 }
 
 pub(super) fn blocks(layout: &RowLayout) -> Vec<QueryBlock> {
     let mut blocks = Vec::new();
     for (index, s) in layout.segments.iter().enumerate() {
-        let prefix = if s.prefix.is_empty() { None } else { layout.segments.iter().position(|p| p.tokens == s.prefix) };
+        let prefix = if s.prefix.is_empty() {
+            None
+        } else {
+            layout.segments.iter().position(|p| p.tokens == s.prefix)
+        };
         let mut start = s.tokens.start;
         while start < s.tokens.end {
             let end = (start + BLOCK).min(s.tokens.end);
-            blocks.push(QueryBlock { queries: start..end, segment: index, prefix, shared: s.prefix.len(), own: end - s.tokens.start });
+            blocks.push(QueryBlock {
+                queries: start..end,
+                segment: index,
+                prefix,
+                shared: s.prefix.len(),
+                own: end - s.tokens.start,
+            });
             start = end;
         }
     }
@@ -131,7 +144,14 @@ pub(super) fn over_keys(a: &Operand, keys: &Keys, head: usize, block: &QueryBloc
 /// # Safety
 /// `to` is valid for the rows of the block's queries, D wide and `stride` apart, and nobody else
 /// touches them.
-pub(super) unsafe fn sum_over_keys(a: &Operand, keys: &Along, head: usize, block: &QueryBlock, to: *mut f32, stride: usize) {
+pub(super) unsafe fn sum_over_keys(
+    a: &Operand,
+    keys: &Along,
+    head: usize,
+    block: &QueryBlock,
+    to: *mut f32,
+    stride: usize,
+) {
     let (kernel, rows) = (a.kernel(), block.queries.len());
     debug_assert!(a.rows() >= rows);
     for (panel, n) in keys.panels() {
@@ -141,12 +161,18 @@ pub(super) unsafe fn sum_over_keys(a: &Operand, keys: &Along, head: usize, block
             let mut count = 0;
             for (segment, used, first) in parts(block) {
                 let used = if segment == block.segment { used - (rows - top - some) } else { used };
-                products[count] = a.product(top, first, kernel.depth(used), keys.units(head, segment, panel));
+                products[count] =
+                    a.product(top, first, kernel.depth(used), keys.units(head, segment, panel));
                 count += 1;
             }
             // SAFETY: by the caller.
             unsafe {
-                let out = OutputTile { c: to.add(top * stride + panel * NR), stride, columns: n, accumulate: false };
+                let out = OutputTile {
+                    c: to.add(top * stride + panel * NR),
+                    stride,
+                    columns: n,
+                    accumulate: false,
+                };
                 panel_product(kernel, some, &products[..count], out);
             }
         }

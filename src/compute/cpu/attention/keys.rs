@@ -31,7 +31,9 @@ impl Keys {
         let mut places = Vec::new();
         for s in &layout.segments {
             first.push(places.len());
-            places.extend(s.tokens.clone().step_by(NR).map(|start| start..(start + NR).min(s.tokens.end)));
+            places.extend(
+                s.tokens.clone().step_by(NR).map(|start| start..(start + NR).min(s.tokens.end)),
+            );
         }
         let panels = places.len();
         let mut units = Buffer::dirty(heads * panels * depth * NR);
@@ -111,6 +113,7 @@ impl Along {
     pub fn units(&self, head: usize, stretch: usize, panel: usize) -> &[u32] {
         let depth = self.first[self.first.len() - 1];
         let base = (head * self.dim.div_ceil(NR) + panel) * depth;
-        &self.units.units()[(base + self.first[stretch]) * NR..(base + self.first[stretch + 1]) * NR]
+        &self.units.units()
+            [(base + self.first[stretch]) * NR..(base + self.first[stretch + 1]) * NR]
     }
 }

@@ -19,7 +19,10 @@ pub(super) fn available() -> bool {
         let edx = std::arch::x86_64::__cpuid_count(7, 0).edx;
         let there = edx & (1 << 22) != 0 && edx & (1 << 24) != 0;
         // SAFETY: asks for permission to use the tiles; changes nothing else. Threads started later inherit it.
-        there && unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+        there
+            && unsafe {
+                libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
+            }
     })
 }
 
@@ -89,7 +92,8 @@ unsafe fn square((i, j): (usize, usize), m: usize, products: &[Product], out: Ou
     // SAFETY: a whole square lies in C; another one goes through `edge`, of which only its part of C is copied.
     unsafe {
         let corner = c.add(i * stride + j);
-        let (to, step) = if whole { (corner, stride) } else { (edge.as_mut_ptr().cast(), 2 * TILE) };
+        let (to, step) =
+            if whole { (corner, stride) } else { (edge.as_mut_ptr().cast(), 2 * TILE) };
         if accumulate && !whole {
             for r in 0..rows {
                 std::ptr::copy_nonoverlapping(corner.add(r * stride), to.add(r * step), cols);
@@ -120,7 +124,13 @@ unsafe fn tile_products(i: usize, j: usize, both: bool, products: &[Product], ou
                 asm!("tileloadd tmm2, [{c} + {s}*1]", "tileloadd tmm3, [{c} + {s}*1 + 64]", c = in(reg) lower, s = in(reg) bytes, options(nostack, readonly));
             }
         } else {
-            asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nomem, nostack));
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                options(nomem, nostack)
+            );
         }
         // A passes by the L1 cache (`t1`), which is the panel's.
         for p in products {

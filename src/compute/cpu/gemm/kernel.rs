@@ -92,7 +92,9 @@ impl Kernel {
 
 fn detect() -> (Kernel, Kernel) {
     let available = Kernel::available();
-    let best = |preferred: &[Kernel]| preferred.iter().copied().find(|k| available.contains(k)).unwrap_or(Kernel::Portable);
+    let best = |preferred: &[Kernel]| {
+        preferred.iter().copied().find(|k| available.contains(k)).unwrap_or(Kernel::Portable)
+    };
     let f32 = best(&[Kernel::Avx512]);
     (f32, best(&[Kernel::Amx, Kernel::Avx512Bf16, f32]))
 }
@@ -113,12 +115,18 @@ const MR: usize = 14;
 /// # Safety
 /// The products cover `m` rows (and, for pairs, [`super::panel::ROW_PADDING`] more that are
 /// readable) and their depth; `out` is valid for `m` rows and nobody else touches them.
-pub(crate) unsafe fn panel_product(kernel: Kernel, m: usize, products: &[Product], out: OutputTile) {
+pub(crate) unsafe fn panel_product(
+    kernel: Kernel,
+    m: usize,
+    products: &[Product],
+    out: OutputTile,
+) {
     debug_assert!(out.columns <= NR);
     let mut chunk = [Product::EMPTY; CHUNK_PRODUCTS];
     let (mut count, mut depth, mut out) = (0, 0, out);
     for piece in products.iter().flat_map(pieces) {
-        if count > 0 && (depth + piece.depth > CHUNK_DEPTH + CHUNK_STEP || count == CHUNK_PRODUCTS) {
+        if count > 0 && (depth + piece.depth > CHUNK_DEPTH + CHUNK_STEP || count == CHUNK_PRODUCTS)
+        {
             // SAFETY: by the caller.
             unsafe { chunk_product(kernel, m, &chunk[..count], out) };
             (count, depth, out.accumulate) = (0, 0, true);
@@ -134,7 +142,9 @@ pub(crate) unsafe fn panel_product(kernel: Kernel, m: usize, products: &[Product
 fn pieces(p: &Product) -> impl Iterator<Item = Product> + use<> {
     let p = *p;
     let parts = p.depth.div_ceil(CHUNK_DEPTH);
-    let cut = move |i: usize| if i == parts { p.depth } else { p.depth * i / parts / CHUNK_STEP * CHUNK_STEP };
+    let cut = move |i: usize| {
+        if i == parts { p.depth } else { p.depth * i / parts / CHUNK_STEP * CHUNK_STEP }
+    };
     (0..parts).map(move |i| {
         // SAFETY: both stay inside the product.
         let (a, b) = unsafe { (p.a.add(cut(i)), p.b.add(cut(i) * NR)) };
@@ -149,14 +159,20 @@ unsafe fn chunk_product(kernel: Kernel, m: usize, products: &[Product], out: Out
     match kernel {
         // The same sums in the same order as below, so the same bits.
         // SAFETY: as below; the instructions exist.
-        Kernel::Portable if x86::has_avx2() => return unsafe { by_rows(m, |rows, i| x86::avx2(rows, i, products, out)) },
+        Kernel::Portable if x86::has_avx2() => {
+            return unsafe { by_rows(m, |rows, i| x86::avx2(rows, i, products, out)) };
+        }
         Kernel::Portable => {}
         // SAFETY: by the caller; the kernel is chosen only where its instructions exist.
         Kernel::Amx => return unsafe { amx::panel_product(m, products, out) },
         // SAFETY: as above.
-        Kernel::Avx512 => return unsafe { by_rows(m, |rows, i| x86::strip(false, rows, i, products, out)) },
+        Kernel::Avx512 => {
+            return unsafe { by_rows(m, |rows, i| x86::strip(false, rows, i, products, out)) };
+        }
         // SAFETY: as above.
-        Kernel::Avx512Bf16 => return unsafe { by_rows(m, |rows, i| x86::strip(true, rows, i, products, out)) },
+        Kernel::Avx512Bf16 => {
+            return unsafe { by_rows(m, |rows, i| x86::strip(true, rows, i, products, out)) };
+        }
     }
     let _ = kernel;
     by_rows(m, |rows, i| {
@@ -233,7 +249,13 @@ mod x86 {
     /// # Safety
     /// As [`super::panel_product`]; the processor has the kernel's instructions.
     #[inline]
-    pub unsafe fn strip(is_bf16: bool, rows: usize, first: usize, products: &[Product], out: OutputTile) {
+    pub unsafe fn strip(
+        is_bf16: bool,
+        rows: usize,
+        first: usize,
+        products: &[Product],
+        out: OutputTile,
+    ) {
         let OutputTile { c, stride, columns: n, accumulate } = out;
         // SAFETY: by the caller.
         unsafe {
@@ -277,12 +299,60 @@ mod x86 {
                 unsafe {
                     let to = c.add((first + i) * stride + column);
                     match m {
-                        6 => avx2_strip::<6>(first + i, column, width, products, to, stride, accumulate),
-                        5 => avx2_strip::<5>(first + i, column, width, products, to, stride, accumulate),
-                        4 => avx2_strip::<4>(first + i, column, width, products, to, stride, accumulate),
-                        3 => avx2_strip::<3>(first + i, column, width, products, to, stride, accumulate),
-                        2 => avx2_strip::<2>(first + i, column, width, products, to, stride, accumulate),
-                        _ => avx2_strip::<1>(first + i, column, width, products, to, stride, accumulate),
+                        6 => avx2_strip::<6>(
+                            first + i,
+                            column,
+                            width,
+                            products,
+                            to,
+                            stride,
+                            accumulate,
+                        ),
+                        5 => avx2_strip::<5>(
+                            first + i,
+                            column,
+                            width,
+                            products,
+                            to,
+                            stride,
+                            accumulate,
+                        ),
+                        4 => avx2_strip::<4>(
+                            first + i,
+                            column,
+                            width,
+                            products,
+                            to,
+                            stride,
+                            accumulate,
+                        ),
+                        3 => avx2_strip::<3>(
+                            first + i,
+                            column,
+                            width,
+                            products,
+                            to,
+                            stride,
+                            accumulate,
+                        ),
+                        2 => avx2_strip::<2>(
+                            first + i,
+                            column,
+                            width,
+                            products,
+                            to,
+                            stride,
+                            accumulate,
+                        ),
+                        _ => avx2_strip::<1>(
+                            first + i,
+                            column,
+                            width,
+                            products,
+                            to,
+                            stride,
+                            accumulate,
+                        ),
                     }
                 }
             }
@@ -363,7 +433,8 @@ mod x86 {
                     if accumulate {
                         for i in 0..M {
                             for v in 0..V {
-                                acc[i][v] = _mm512_maskz_loadu_ps(mask(v), c.add(i * stride + 16 * v));
+                                acc[i][v] =
+                                    _mm512_maskz_loadu_ps(mask(v), c.add(i * stride + 16 * v));
                             }
                         }
                     }
@@ -374,10 +445,14 @@ mod x86 {
                             let mut row = [_mm512_setzero_si512(); V];
                             for v in 0..V {
                                 row[v] = _mm512_loadu_si512(b.add(16 * v).cast());
-                                _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(AHEAD * NR + 16 * v).cast());
+                                _mm_prefetch::<_MM_HINT_T0>(
+                                    b.wrapping_add(AHEAD * NR + 16 * v).cast(),
+                                );
                             }
                             for i in 0..M {
-                                let x = _mm512_set1_epi32(a.add(i * p.stride).cast::<i32>().read_unaligned());
+                                let x = _mm512_set1_epi32(
+                                    a.add(i * p.stride).cast::<i32>().read_unaligned(),
+                                );
                                 for v in 0..V {
                                     acc[i][v] = $step(acc[i][v], x, row[v]);
                                 }
@@ -396,7 +471,11 @@ mod x86 {
         };
     }
 
-    strip!(f32_strip, "avx512f", |acc, x, row| _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(row), acc));
+    strip!(f32_strip, "avx512f", |acc, x, row| _mm512_fmadd_ps(
+        _mm512_castsi512_ps(x),
+        _mm512_castsi512_ps(row),
+        acc
+    ));
     strip!(bf16_strip, "avx512f,avx512bw,avx512bf16", |acc, x, row| _mm512_dpbf16_ps(
         acc,
         std::mem::transmute::<__m512i, __m512bh>(x),

@@ -50,19 +50,36 @@ impl<'a> Operand<'a> {
     /// The operand `scale·view` `[rows, cols]`. An unscaled row-major f32 view costs nothing when f32 is multiplied.
     pub fn new(kernel: Kernel, view: View<'a>, rows: usize, cols: usize, scale: f32) -> Self {
         assert!(view.covers(rows, cols), "operand: the view is smaller than {rows}x{cols}");
-        if let (false, Elements::F32(values), 1, 1.0) = (kernel.is_bf16(), view.elements, view.col_stride, scale) {
-            return Operand { kernel, rows, cols, units: Units::Lent(units_of(values)), stride: view.row_stride };
+        if let (false, Elements::F32(values), 1, 1.0) =
+            (kernel.is_bf16(), view.elements, view.col_stride, scale)
+        {
+            return Operand {
+                kernel,
+                rows,
+                cols,
+                units: Units::Lent(units_of(values)),
+                stride: view.row_stride,
+            };
         }
         let depth = kernel.depth(cols);
         let mut own = Buffer::dirty((rows + ROW_PADDING) * depth);
         let units = own.units_mut();
-        let lines = if view.col_stride == 1 { (CHUNK / depth.max(1)).clamp(1, rows.max(1)) } else { 64 };
+        let lines =
+            if view.col_stride == 1 { (CHUNK / depth.max(1)).clamp(1, rows.max(1)) } else { 64 };
         let fill = |i: usize, part: &mut [u32]| {
             let first = i * lines;
-            fill_rows(kernel, SourceRows { view, first, rows: (rows - first).min(lines), cols, scale }, depth, part);
+            fill_rows(
+                kernel,
+                SourceRows { view, first, rows: (rows - first).min(lines), cols, scale },
+                depth,
+                part,
+            );
         };
         match rows * cols < CHUNK {
-            true => units[..rows * depth].chunks_mut((lines * depth).max(1)).enumerate().for_each(|(i, part)| fill(i, part)),
+            true => units[..rows * depth]
+                .chunks_mut((lines * depth).max(1))
+                .enumerate()
+                .for_each(|(i, part)| fill(i, part)),
             false => thread_pool::chunks(&mut units[..rows * depth], lines * depth, fill),
         }
         Operand { kernel, rows, cols, units: Units::Own(own), stride: depth }
@@ -70,7 +87,12 @@ impl<'a> Operand<'a> {
 
     /// The operand `[rows, cols]` of what `prepare(i, row)` makes of each row of `values`. Where the kernel rounds, a row is rounded while it is in the
     /// nearest cache. Uses one thread.
-    pub(crate) fn prepared(kernel: Kernel, values: &'a mut [f32], cols: usize, mut prepare: impl FnMut(usize, &mut [f32])) -> Self {
+    pub(crate) fn prepared(
+        kernel: Kernel,
+        values: &'a mut [f32],
+        cols: usize,
+        mut prepare: impl FnMut(usize, &mut [f32]),
+    ) -> Self {
         let mut rounded = Rounded::new(kernel, values.len() / cols, cols);
         for (i, row) in values.chunks_exact_mut(cols).enumerate() {
             prepare(i, row);
@@ -86,8 +108,11 @@ impl<'a> Operand<'a> {
         cols: usize,
         mut prepare: impl FnMut(usize, &mut [f32], &mut [f32]),
     ) -> [Self; 2] {
-        let mut rounded = [first.len(), second.len()].map(|len| Rounded::new(kernel, len / cols, cols));
-        for (i, (x, y)) in first.chunks_exact_mut(cols).zip(second.chunks_exact_mut(cols)).enumerate() {
+        let mut rounded =
+            [first.len(), second.len()].map(|len| Rounded::new(kernel, len / cols, cols));
+        for (i, (x, y)) in
+            first.chunks_exact_mut(cols).zip(second.chunks_exact_mut(cols)).enumerate()
+        {
             prepare(i, x, y);
             rounded[0].write(i, x);
             rounded[1].write(i, y);
@@ -103,9 +128,19 @@ impl<'a> Operand<'a> {
 
     /// Some of its rows.
     pub fn part(&self, rows: Range<usize>) -> Operand<'_> {
-        assert!(rows.start <= rows.end && rows.end <= self.rows, "operand: rows {rows:?} of {}", self.rows);
+        assert!(
+            rows.start <= rows.end && rows.end <= self.rows,
+            "operand: rows {rows:?} of {}",
+            self.rows
+        );
         let units = &self.units.all()[rows.start * self.stride..];
-        Operand { kernel: self.kernel, rows: rows.len(), cols: self.cols, units: Units::Lent(units), stride: self.stride }
+        Operand {
+            kernel: self.kernel,
+            rows: rows.len(),
+            cols: self.cols,
+            units: Units::Lent(units),
+            stride: self.stride,
+        }
     }
 
     /// The same matrix as a view, to be multiplied from the right: rounded already, where the kernel rounds.
@@ -113,11 +148,16 @@ impl<'a> Operand<'a> {
         let units = self.units.all();
         if self.kernel.is_bf16() {
             // SAFETY: a unit is a pair of bf16, of which every bit pattern is valid, in the order of k.
-            let values = unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<bf16>(), 2 * units.len()) };
+            let values = unsafe {
+                std::slice::from_raw_parts(units.as_ptr().cast::<bf16>(), 2 * units.len())
+            };
             return View::of(Elements::Bf16(values), 2 * self.stride);
         }
         // SAFETY: a unit is an f32, of which every bit pattern is valid.
-        View::f32(unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<f32>(), units.len()) }, self.stride)
+        View::f32(
+            unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<f32>(), units.len()) },
+            self.stride,
+        )
     }
 
     /// How many rows it has.
@@ -130,7 +170,8 @@ impl<'a> Operand<'a> {
         assert!(self.kernel.is_bf16() && row < self.rows, "operand: row {row} of {}", self.rows);
         let units = &self.units.all()[row * self.stride..][..self.stride];
         // SAFETY: a unit is a pair of bf16, of which every bit pattern is valid, in the order of k.
-        let values = unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<bf16>(), 2 * units.len()) };
+        let values =
+            unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<bf16>(), 2 * units.len()) };
         &values[..self.cols]
     }
 
@@ -161,13 +202,21 @@ struct Rounded {
 impl Rounded {
     fn new(kernel: Kernel, rows: usize, cols: usize) -> Self {
         let depth = kernel.depth(cols);
-        let own = if kernel.is_bf16() { Buffer::dirty((rows + ROW_PADDING) * depth) } else { Buffer::default() };
+        let own = if kernel.is_bf16() {
+            Buffer::dirty((rows + ROW_PADDING) * depth)
+        } else {
+            Buffer::default()
+        };
         Rounded { kernel, rows, cols, depth, own }
     }
 
     fn write(&mut self, i: usize, row: &[f32]) {
         if self.kernel.is_bf16() {
-            round_row(self.kernel, row, &mut self.own.units_mut()[i * self.depth..(i + 1) * self.depth]);
+            round_row(
+                self.kernel,
+                row,
+                &mut self.own.units_mut()[i * self.depth..(i + 1) * self.depth],
+            );
         }
     }
 
@@ -210,7 +259,9 @@ fn fill_rows_f32(source: SourceRows, depth: usize, dst: &mut [u32]) {
         let (start, stride) = (first, view.col_stride);
         let len = (cols - 1) * stride + rows;
         // SAFETY: `covers` was checked; f32 and u32 have the same layout.
-        unsafe { transpose(v[start..start + len].as_ptr().cast(), len, stride, cols, rows, dst, depth) };
+        unsafe {
+            transpose(v[start..start + len].as_ptr().cast(), len, stride, cols, rows, dst, depth)
+        };
         if scale != 1.0 {
             dst.iter_mut().for_each(|u| *u = (f32::from_bits(*u) * scale).to_bits());
         }
@@ -232,19 +283,32 @@ fn at(view: View, row: usize, col: usize) -> f32 {
 }
 
 /// [`fill_rows`] where a unit is a pair of bf16; `lines` is scratch memory.
-fn fill_rows_bf16(kernel: Kernel, source: SourceRows, depth: usize, dst: &mut [u32], lines: &mut Vec<bf16>) {
+fn fill_rows_bf16(
+    kernel: Kernel,
+    source: SourceRows,
+    depth: usize,
+    dst: &mut [u32],
+    lines: &mut Vec<bf16>,
+) {
     let SourceRows { view, first, rows, cols, scale } = source;
     let used = cols.div_ceil(2);
     if view.col_stride == 1 {
         for (i, row) in dst.chunks_mut(depth).enumerate().take(rows) {
             let start = (first + i) * view.row_stride;
             // SAFETY: a row of units is as many pairs of bf16.
-            let to: &mut [bf16] = unsafe { std::slice::from_raw_parts_mut(row.as_mut_ptr().cast(), 2 * depth) };
+            let to: &mut [bf16] =
+                unsafe { std::slice::from_raw_parts_mut(row.as_mut_ptr().cast(), 2 * depth) };
             match view.elements {
-                Elements::F32(v) => round_scaled(kernel, &v[start..start + cols], scale, &mut to[..cols]),
+                Elements::F32(v) => {
+                    round_scaled(kernel, &v[start..start + cols], scale, &mut to[..cols])
+                }
                 Elements::Bf16(v) => {
                     for (to, from) in to.iter_mut().zip(&v[start..start + cols]) {
-                        *to = if scale == 1.0 { *from } else { bf16::from_f32(from.to_f32() * scale) };
+                        *to = if scale == 1.0 {
+                            *from
+                        } else {
+                            bf16::from_f32(from.to_f32() * scale)
+                        };
                     }
                 }
             }
@@ -269,9 +333,10 @@ fn fill_rows_bf16(kernel: Kernel, source: SourceRows, depth: usize, dst: &mut [u
             let start = first + k * view.col_stride;
             match view.elements {
                 Elements::F32(v) => round_scaled(kernel, &v[start..start + rows], scale, line),
-                Elements::Bf16(v) => {
-                    line.iter_mut().zip(&v[start..start + rows]).for_each(|(to, from)| *to = bf16::from_f32(from.to_f32() * scale))
-                }
+                Elements::Bf16(v) => line
+                    .iter_mut()
+                    .zip(&v[start..start + rows])
+                    .for_each(|(to, from)| *to = bf16::from_f32(from.to_f32() * scale)),
             }
         }
         let (low, high) = lines.split_at(rows);
@@ -299,7 +364,8 @@ fn round_scaled(kernel: Kernel, src: &[f32], scale: f32, dst: &mut [bf16]) {
 /// A row of pairs; what is beyond the values is 0.
 fn round_row(kernel: Kernel, row: &[f32], units: &mut [u32]) {
     // SAFETY: a row of units is as many pairs of bf16.
-    let to: &mut [bf16] = unsafe { std::slice::from_raw_parts_mut(units.as_mut_ptr().cast(), 2 * units.len()) };
+    let to: &mut [bf16] =
+        unsafe { std::slice::from_raw_parts_mut(units.as_mut_ptr().cast(), 2 * units.len()) };
     round(kernel, row, &mut to[..row.len()]);
     to[row.len()..].fill(bf16::ZERO);
 }
@@ -317,7 +383,12 @@ impl Operand<'static> {
     }
 
     /// The operand `[rows, cols]` whose row i `fill(i, row)` writes. Where the kernel rounds, a row is rounded while it is in the nearest cache.
-    pub fn computed(kernel: Kernel, rows: usize, cols: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Self {
+    pub fn computed(
+        kernel: Kernel,
+        rows: usize,
+        cols: usize,
+        fill: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> Self {
         let depth = kernel.depth(cols);
         let mut own = Buffer::dirty((rows + ROW_PADDING) * depth);
         let lines = thread_pool::rows_per_task(rows);
@@ -341,7 +412,8 @@ impl Operand<'static> {
 
     /// A copy of `view` `[rows, cols]` that outlives it.
     pub(crate) fn owned(kernel: Kernel, view: View, rows: usize, cols: usize) -> Operand<'static> {
-        let Operand { kernel, rows, cols, units, stride } = Operand::new(kernel, view, rows, cols, 1.0);
+        let Operand { kernel, rows, cols, units, stride } =
+            Operand::new(kernel, view, rows, cols, 1.0);
         let units = match units {
             Units::Own(b) => Units::Own(b),
             Units::Lent(units) => {

@@ -17,7 +17,15 @@ thread_local! {
 
 /// Packs `k` elements of depth from `k0` on and `n ≤ NR` columns from `n0` on into `dst`, which has room for the padded depth times [`NR`]. What is
 /// outside the matrix is zero.
-pub(crate) fn pack_panel(kernel: Kernel, b: View, k0: usize, k: usize, n0: usize, n: usize, dst: &mut [u32]) {
+pub(crate) fn pack_panel(
+    kernel: Kernel,
+    b: View,
+    k0: usize,
+    k: usize,
+    n0: usize,
+    n: usize,
+    dst: &mut [u32],
+) {
     debug_assert!(n <= NR && k > 0 && n > 0);
     debug_assert!(b.covers(k0 + k, n0 + n));
     let start = k0 * b.row_stride + n0 * b.col_stride;
@@ -63,8 +71,20 @@ pub(crate) fn round(kernel: Kernel, src: &[f32], dst: &mut [bf16]) {
 ///
 /// # Safety
 /// `dst` is valid for `units` units in each of the rows, and nobody else touches them.
-pub(super) unsafe fn round_rows(kernel: Kernel, tile: &[f32], rows: usize, width: usize, dst: *mut u32, stride: usize, units: usize) {
-    assert!(width <= NR && units >= kernel.depth(width) && (rows == 0 || tile.len() >= (rows - 1) * NR + width));
+pub(super) unsafe fn round_rows(
+    kernel: Kernel,
+    tile: &[f32],
+    rows: usize,
+    width: usize,
+    dst: *mut u32,
+    stride: usize,
+    units: usize,
+) {
+    assert!(
+        width <= NR
+            && units >= kernel.depth(width)
+            && (rows == 0 || tile.len() >= (rows - 1) * NR + width)
+    );
     #[cfg(target_arch = "x86_64")]
     if kernel.is_bf16() && width == NR && units == NR / 2 {
         // SAFETY: by the assertion and the caller; kernels over pairs exist only where the processor has AVX512_BF16.
@@ -75,7 +95,8 @@ pub(super) unsafe fn round_rows(kernel: Kernel, tile: &[f32], rows: usize, width
         let to = unsafe { std::slice::from_raw_parts_mut(dst.add(i * stride), units) };
         if kernel.is_bf16() {
             // SAFETY: a row of units is as many pairs of bf16.
-            let to: &mut [bf16] = unsafe { std::slice::from_raw_parts_mut(to.as_mut_ptr().cast(), 2 * units) };
+            let to: &mut [bf16] =
+                unsafe { std::slice::from_raw_parts_mut(to.as_mut_ptr().cast(), 2 * units) };
             round(kernel, &values[..width], &mut to[..width]);
             to[width..].fill(bf16::ZERO);
         } else {
@@ -107,7 +128,15 @@ fn lay_f32(src: &[f32], stride: usize, along_k: bool, k: usize, n: usize, dst: &
     dst[k * NR..].fill(0);
 }
 
-fn lay_bf16(kernel: Kernel, src: &[bf16], stride: usize, along_k: bool, k: usize, n: usize, dst: &mut [u32]) {
+fn lay_bf16(
+    kernel: Kernel,
+    src: &[bf16],
+    stride: usize,
+    along_k: bool,
+    k: usize,
+    n: usize,
+    dst: &mut [u32],
+) {
     let pairs = k / 2;
     if along_k && stride.is_multiple_of(2) {
         if pairs > 0 {
@@ -122,7 +151,8 @@ fn lay_bf16(kernel: Kernel, src: &[bf16], stride: usize, along_k: bool, k: usize
             }
         }
     } else if along_k {
-        let at = |j: usize, i: usize| if i < k { u32::from(src[j * stride + i].to_bits()) } else { 0 };
+        let at =
+            |j: usize, i: usize| if i < k { u32::from(src[j * stride + i].to_bits()) } else { 0 };
         for (p, row) in dst.chunks_mut(NR).enumerate().take(k.div_ceil(2)) {
             for (j, unit) in row.iter_mut().enumerate() {
                 *unit = if j < n { at(j, 2 * p) | at(j, 2 * p + 1) << 16 } else { 0 };
@@ -147,7 +177,14 @@ fn clear_columns(dst: &mut [u32], n: usize) {
 }
 
 /// [`interleave`] for `pairs` pairs of rows, a whole panel wide; returns for how many it was done.
-fn interleave_panel(kernel: Kernel, src: &[bf16], stride: usize, pairs: usize, n: usize, dst: &mut [u32]) -> usize {
+fn interleave_panel(
+    kernel: Kernel,
+    src: &[bf16],
+    stride: usize,
+    pairs: usize,
+    n: usize,
+    dst: &mut [u32],
+) -> usize {
     #[cfg(target_arch = "x86_64")]
     if kernel.is_bf16() && n == NR && pairs > 0 {
         assert!((2 * pairs - 1) * stride + NR <= src.len() && pairs * NR <= dst.len());
@@ -183,8 +220,20 @@ pub(super) fn interleave(kernel: Kernel, low: &[bf16], high: Option<&[bf16]>, ds
 ///
 /// # Safety
 /// `src` is valid for reads of `len` (possibly unaligned) units.
-pub(super) unsafe fn transpose(src: *const u32, len: usize, stride: usize, rows: usize, cols: usize, dst: &mut [u32], dst_stride: usize) {
-    assert!(rows == 0 || cols == 0 || ((rows - 1) * stride + cols <= len && (cols - 1) * dst_stride + rows <= dst.len()));
+pub(super) unsafe fn transpose(
+    src: *const u32,
+    len: usize,
+    stride: usize,
+    rows: usize,
+    cols: usize,
+    dst: &mut [u32],
+    dst_stride: usize,
+) {
+    assert!(
+        rows == 0
+            || cols == 0
+            || ((rows - 1) * stride + cols <= len && (cols - 1) * dst_stride + rows <= dst.len())
+    );
     let (mut whole_rows, mut whole_cols) = (0, 0);
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx512f") {
@@ -192,7 +241,14 @@ pub(super) unsafe fn transpose(src: *const u32, len: usize, stride: usize, rows:
         for r in (0..whole_rows).step_by(16) {
             for c in (0..whole_cols).step_by(16) {
                 // SAFETY: the assertion bounds both sides; the instructions are there.
-                unsafe { x86::transpose16(src.add(r * stride + c), stride, dst.as_mut_ptr().add(c * dst_stride + r), dst_stride) };
+                unsafe {
+                    x86::transpose16(
+                        src.add(r * stride + c),
+                        stride,
+                        dst.as_mut_ptr().add(c * dst_stride + r),
+                        dst_stride,
+                    )
+                };
             }
         }
     }
@@ -207,13 +263,26 @@ pub(super) unsafe fn transpose(src: *const u32, len: usize, stride: usize, rows:
 
 /// `dst[c·dst_stride + p] = src[2p·stride + c] | src[(2p + 1)·stride + c] << 16` for c < cols and 2p < rows; what is beyond the last row is 0, up to
 /// `dst_stride`. For kernels over pairs.
-pub(super) fn transpose_pairs(src: &[bf16], stride: usize, rows: usize, cols: usize, dst: &mut [u32], dst_stride: usize) {
+pub(super) fn transpose_pairs(
+    src: &[bf16],
+    stride: usize,
+    rows: usize,
+    cols: usize,
+    dst: &mut [u32],
+    dst_stride: usize,
+) {
     if rows == 0 || cols == 0 {
         return;
     }
-    assert!((rows - 1) * stride + cols <= src.len() && cols * dst_stride <= dst.len() && rows.div_ceil(2) <= dst_stride);
+    assert!(
+        (rows - 1) * stride + cols <= src.len()
+            && cols * dst_stride <= dst.len()
+            && rows.div_ceil(2) <= dst_stride
+    );
     #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx512bw") && std::arch::is_x86_feature_detected!("avx512vl") {
+    if std::arch::is_x86_feature_detected!("avx512bw")
+        && std::arch::is_x86_feature_detected!("avx512vl")
+    {
         for c in (0..cols).step_by(16) {
             for p in (0..dst_stride).step_by(16) {
                 let (rows, cols) = (rows.saturating_sub(2 * p).min(32), (cols - c).min(16));
@@ -221,15 +290,26 @@ pub(super) fn transpose_pairs(src: &[bf16], stride: usize, rows: usize, cols: us
                 unsafe {
                     let from = src.as_ptr().add((2 * p * stride + c).min(src.len()));
                     let to = dst.as_mut_ptr().add(c * dst_stride + p);
-                    x86::transpose_pairs16(from, stride, rows, cols, to, dst_stride, (dst_stride - p).min(16));
+                    x86::transpose_pairs16(
+                        from,
+                        stride,
+                        rows,
+                        cols,
+                        to,
+                        dst_stride,
+                        (dst_stride - p).min(16),
+                    );
                 }
             }
         }
         return;
     }
-    let at = |r: usize, c: usize| if r < rows { u32::from(src[r * stride + c].to_bits()) } else { 0 };
+    let at =
+        |r: usize, c: usize| if r < rows { u32::from(src[r * stride + c].to_bits()) } else { 0 };
     for (c, line) in dst.chunks_mut(dst_stride).enumerate().take(cols) {
-        line.iter_mut().enumerate().for_each(|(p, unit)| *unit = at(2 * p, c) | at(2 * p + 1, c) << 16);
+        line.iter_mut()
+            .enumerate()
+            .for_each(|(p, unit)| *unit = at(2 * p, c) | at(2 * p + 1, c) << 16);
     }
 }
 
@@ -252,7 +332,10 @@ mod x86 {
             // SAFETY: sixteen elements from i on are inside both; bf16 is a 16-bit integer in memory.
             unsafe {
                 let v = _mm512_cvtneps_pbh(_mm512_loadu_ps(src.as_ptr().add(i)));
-                _mm256_storeu_si256(dst.as_mut_ptr().add(i).cast(), std::mem::transmute::<__m256bh, __m256i>(v));
+                _mm256_storeu_si256(
+                    dst.as_mut_ptr().add(i).cast(),
+                    std::mem::transmute::<__m256bh, __m256i>(v),
+                );
             }
             i += 16;
         }
@@ -261,7 +344,11 @@ mod x86 {
             // SAFETY: masked to the elements that are left.
             unsafe {
                 let v = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, src.as_ptr().add(i)));
-                _mm256_mask_storeu_epi16(dst.as_mut_ptr().add(i).cast(), mask, std::mem::transmute::<__m256bh, __m256i>(v));
+                _mm256_mask_storeu_epi16(
+                    dst.as_mut_ptr().add(i).cast(),
+                    mask,
+                    std::mem::transmute::<__m256bh, __m256i>(v),
+                );
             }
         }
     }
@@ -277,7 +364,10 @@ mod x86 {
                 // SAFETY: by the caller; bf16 is a 16-bit integer in memory.
                 unsafe {
                     let x = _mm512_cvtneps_pbh(_mm512_loadu_ps(src.add(i * NR + 16 * v)));
-                    _mm256_storeu_si256(dst.add(i * stride + 8 * v).cast(), std::mem::transmute::<__m256bh, __m256i>(x));
+                    _mm256_storeu_si256(
+                        dst.add(i * stride + 8 * v).cast(),
+                        std::mem::transmute::<__m256bh, __m256i>(x),
+                    );
                 }
             }
         }
@@ -291,8 +381,14 @@ mod x86 {
             let mask = if n - i >= 16 { u16::MAX } else { (1u16 << (n - i)) - 1 };
             // SAFETY: masked to the elements from i to n, which are inside all three.
             unsafe {
-                let l = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, low.as_ptr().add(i).cast()));
-                let h = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, high.as_ptr().add(i).cast()));
+                let l = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(
+                    mask,
+                    low.as_ptr().add(i).cast(),
+                ));
+                let h = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(
+                    mask,
+                    high.as_ptr().add(i).cast(),
+                ));
                 let pair = _mm512_or_si512(l, _mm512_slli_epi32::<16>(h));
                 _mm512_mask_storeu_epi32(dst.as_mut_ptr().add(i).cast(), mask, pair);
             }
@@ -308,7 +404,10 @@ mod x86 {
     pub unsafe fn interleave_panel(src: *const bf16, stride: usize, pairs: usize, dst: *mut u32) {
         // Column j of the first row, then of the second, for j from 0 or from 16 on.
         let counted = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        let first = _mm512_add_epi32(_mm512_mullo_epi32(counted, _mm512_set1_epi32(0x1_0001)), _mm512_set1_epi32(32 << 16));
+        let first = _mm512_add_epi32(
+            _mm512_mullo_epi32(counted, _mm512_set1_epi32(0x1_0001)),
+            _mm512_set1_epi32(32 << 16),
+        );
         let second = _mm512_add_epi32(first, _mm512_set1_epi32(16 * 0x1_0001));
         // SAFETY: by the caller; a prefetch may go anywhere.
         unsafe {
@@ -320,7 +419,10 @@ mod x86 {
                 _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(stride).cast());
                 let (l, h) = (_mm512_loadu_si512(low.cast()), _mm512_loadu_si512(high.cast()));
                 _mm512_storeu_si512(dst.add(p * NR).cast(), _mm512_permutex2var_epi16(l, first, h));
-                _mm512_storeu_si512(dst.add(p * NR + NR / 2).cast(), _mm512_permutex2var_epi16(l, second, h));
+                _mm512_storeu_si512(
+                    dst.add(p * NR + NR / 2).cast(),
+                    _mm512_permutex2var_epi16(l, second, h),
+                );
             }
         }
     }
@@ -363,14 +465,22 @@ mod x86 {
             let high = if 2 * i + 1 < rows { mask(cols) } else { 0 };
             // SAFETY: masked to rows and columns that the caller has.
             unsafe {
-                let l = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask(cols), src.add(2 * i * stride).cast()));
-                let h = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(high, src.wrapping_add((2 * i + 1) * stride).cast()));
+                let l = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(
+                    mask(cols),
+                    src.add(2 * i * stride).cast(),
+                ));
+                let h = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(
+                    high,
+                    src.wrapping_add((2 * i + 1) * stride).cast(),
+                ));
                 *pair = _mm512_or_si512(l, _mm512_slli_epi32::<16>(h));
             }
         }
         for (i, column) in columns(r).into_iter().enumerate().take(cols) {
             // SAFETY: as above.
-            unsafe { _mm512_mask_storeu_epi32(dst.add(i * dst_stride).cast(), mask(pairs), column) };
+            unsafe {
+                _mm512_mask_storeu_epi32(dst.add(i * dst_stride).cast(), mask(pairs), column)
+            };
         }
     }
 
@@ -411,15 +521,30 @@ mod tests {
 
     #[test]
     fn transposing_pairs_puts_neighbouring_rows_side_by_side() {
-        for (rows, cols, beyond) in [(64, 32, 0), (33, 47, 3), (1, 5, 1), (64, 352, 0), (31, 16, 0)] {
+        for (rows, cols, beyond) in [(64, 32, 0), (33, 47, 3), (1, 5, 1), (64, 352, 0), (31, 16, 0)]
+        {
             let (stride, depth) = (cols + 3, usize::div_ceil(rows, 2) + beyond);
-            let src: Vec<bf16> = (0..rows * stride).map(|i| bf16::from_bits(i as u16 + 1)).collect();
+            let src: Vec<bf16> =
+                (0..rows * stride).map(|i| bf16::from_bits(i as u16 + 1)).collect();
             let mut dst = vec![u32::MAX; cols * depth];
-            transpose_pairs(&src[..(rows - 1) * stride + cols], stride, rows, cols, &mut dst, depth);
-            let at = |r: usize, c: usize| if r < rows { u32::from(src[r * stride + c].to_bits()) } else { 0 };
+            transpose_pairs(
+                &src[..(rows - 1) * stride + cols],
+                stride,
+                rows,
+                cols,
+                &mut dst,
+                depth,
+            );
+            let at = |r: usize, c: usize| {
+                if r < rows { u32::from(src[r * stride + c].to_bits()) } else { 0 }
+            };
             for c in 0..cols {
                 for p in 0..depth {
-                    assert_eq!(dst[c * depth + p], at(2 * p, c) | at(2 * p + 1, c) << 16, "({p}, {c}) of {rows}x{cols}");
+                    assert_eq!(
+                        dst[c * depth + p],
+                        at(2 * p, c) | at(2 * p + 1, c) << 16,
+                        "({p}, {c}) of {rows}x{cols}"
+                    );
                 }
             }
         }
@@ -434,7 +559,11 @@ mod tests {
             unsafe { transpose(src.as_ptr(), src.len(), cols + 2, rows, cols, &mut dst, 70) };
             for r in 0..rows {
                 for c in 0..cols {
-                    assert_eq!(dst[c * 70 + r], src[r * (cols + 2) + c], "({r}, {c}) of {rows}x{cols}");
+                    assert_eq!(
+                        dst[c * 70 + r],
+                        src[r * (cols + 2) + c],
+                        "({r}, {c}) of {rows}x{cols}"
+                    );
                 }
             }
         }

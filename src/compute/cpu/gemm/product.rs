@@ -69,20 +69,43 @@ pub(super) struct Piece<'a> {
 ///
 /// # Panics
 /// When a view is smaller than its product (a bug of the caller).
-pub fn matmul(m: usize, n: usize, terms: &[Term], c: &mut [f32], stride: usize, accumulate: bool, threads: Threads) {
+pub fn matmul(
+    m: usize,
+    n: usize,
+    terms: &[Term],
+    c: &mut [f32],
+    stride: usize,
+    accumulate: bool,
+    threads: Threads,
+) {
     let Some(first) = terms.first() else { return };
     if m == 0 || n == 0 {
         return;
     }
     let kernel = first.a.kernel;
-    assert!(stride >= n && c.len() >= (m - 1) * stride + n, "matmul: the output is smaller than {m}x{n}");
+    assert!(
+        stride >= n && c.len() >= (m - 1) * stride + n,
+        "matmul: the output is smaller than {m}x{n}"
+    );
     for t in terms {
-        assert!(t.a.rows == m && t.a.kernel == kernel && t.b.covers(t.a.cols, n), "matmul: a term does not fit {m}x{}x{n}", t.a.cols);
+        assert!(
+            t.a.rows == m && t.a.kernel == kernel && t.b.covers(t.a.cols, n),
+            "matmul: a term does not fit {m}x{}x{n}",
+            t.a.cols
+        );
     }
     let work: usize = terms.iter().map(|t| m * n * t.a.cols).sum();
     let threads = if work < PARALLEL_FROM { Threads::One } else { threads };
     if m <= NARROW && kernel != Kernel::Amx && terms.iter().all(|t| t.b.has_contiguous_rows()) {
-        return by_slices(kernel, (m, n), &blocks(kernel, terms, SLICE_DEPTH), c, stride, accumulate, threads);
+        return by_slices(
+            kernel,
+            (m, n),
+            &blocks(kernel, terms, SLICE_DEPTH),
+            c,
+            stride,
+            accumulate,
+            threads,
+        );
     }
     let mut accumulate = accumulate;
     for block in blocks(kernel, terms, BLOCK_DEPTH) {
@@ -165,7 +188,13 @@ impl BlockTask<'_> {
 }
 
 /// Packs panel number `panel` of B `[.., n]`, the pieces one after the other.
-pub(super) fn pack_pieces(kernel: Kernel, pieces: &[Piece], n: usize, panel: usize, units: &mut [u32]) {
+pub(super) fn pack_pieces(
+    kernel: Kernel,
+    pieces: &[Piece],
+    n: usize,
+    panel: usize,
+    units: &mut [u32],
+) {
     let column = panel * NR;
     let mut at = 0;
     for p in pieces {
@@ -179,7 +208,13 @@ pub(super) fn pack_pieces(kernel: Kernel, pieces: &[Piece], n: usize, panel: usi
 ///
 /// # Safety
 /// `out` is valid for the rows and nobody else touches them; the pieces' operands have the rows.
-pub(super) unsafe fn multiply(kernel: Kernel, pieces: &[Piece], rows: Range<usize>, units: &[u32], out: OutputTile) {
+pub(super) unsafe fn multiply(
+    kernel: Kernel,
+    pieces: &[Piece],
+    rows: Range<usize>,
+    units: &[u32],
+    out: OutputTile,
+) {
     let mut products = [Product::EMPTY; 8];
     let (mut at, mut out) = (0, out);
     for eight in pieces.chunks(8) {
@@ -203,7 +238,8 @@ fn block_product(
     threads: Threads,
 ) {
     let depth: usize = pieces.iter().map(|p| p.depth).sum();
-    let task = BlockTask { kernel, m, n, pieces, depth, out: Shared(c.as_mut_ptr()), stride, accumulate };
+    let task =
+        BlockTask { kernel, m, n, pieces, depth, out: Shared(c.as_mut_ptr()), stride, accumulate };
     match threads {
         Threads::One => by_panels(&task, 0..n.div_ceil(NR)),
         Threads::All => by_groups(
@@ -232,7 +268,16 @@ fn by_slices(
     thread_pool::for_each(tasks, |i| {
         for (s, pieces) in slices.iter().enumerate() {
             let depth = pieces.iter().map(|p| p.depth).sum();
-            let task = BlockTask { kernel, m, n, pieces, depth, out, stride, accumulate: accumulate || s > 0 };
+            let task = BlockTask {
+                kernel,
+                m,
+                n,
+                pieces,
+                depth,
+                out,
+                stride,
+                accumulate: accumulate || s > 0,
+            };
             by_panels(&task, panels * i / tasks..panels * (i + 1) / tasks);
         }
     });
@@ -260,15 +305,19 @@ pub(super) fn by_groups(
     let (threads, step) = (thread_pool::threads(), kernel.rows());
     let pass = (PASS_UNITS * NR / units.max(1) / step).max(1) * step;
     let held = if m <= pass { 1 } else { (GROUP_UNITS / units).max(1) };
-    let groups = if m <= pass { 8 * threads } else { panels.div_ceil(held).next_multiple_of(threads) }.min(panels);
+    let groups =
+        if m <= pass { 8 * threads } else { panels.div_ceil(held).next_multiple_of(threads) }
+            .min(panels);
     // Fewer panels than threads, as for a low rank: the rows are shared out, too, and each task packs what it needs.
-    let cuts = if groups < threads { (2 * threads).div_ceil(groups).min(m.div_ceil(CUT_ROWS)) } else { 1 };
+    let cuts =
+        if groups < threads { (2 * threads).div_ceil(groups).min(m.div_ceil(CUT_ROWS)) } else { 1 };
     let strips = m.div_ceil(step);
     thread_pool::for_each(groups * cuts, |task| {
         let (group, cut) = (task % groups, task / groups);
         let group = panels * group / groups..panels * (group + 1) / groups;
         let rows = strips * cut / cuts * step..(strips * (cut + 1) / cuts * step).min(m);
-        let (mut packed, mut room) = (Buffer::dirty(held.min(group.len()) * units), Buffer::dirty(pass.min(m) * room));
+        let (mut packed, mut room) =
+            (Buffer::dirty(held.min(group.len()) * units), Buffer::dirty(pass.min(m) * room));
         for first in group.clone().step_by(held) {
             let some = first..(first + held).min(group.end);
             for panel in some.clone() {
@@ -276,7 +325,12 @@ pub(super) fn by_groups(
             }
             for start in rows.clone().step_by(pass) {
                 for panel in some.clone() {
-                    run(start..(start + pass).min(rows.end), panel, &packed.units()[(panel - first) * units..][..units], &mut room);
+                    run(
+                        start..(start + pass).min(rows.end),
+                        panel,
+                        &packed.units()[(panel - first) * units..][..units],
+                        &mut room,
+                    );
                 }
             }
         }

@@ -16,7 +16,9 @@ fn rounded(v: &[f32]) -> Vec<f32> {
 fn check(kernel: Kernel, m: usize, n: usize, k: usize, a_t: bool, b_t: bool, accumulate: bool) {
     let (a, b) = (values("a", m * k), values("b", k * n));
     let start: Vec<f32> = values("c", m * (n + 3));
-    let view = |v, rows: usize, cols: usize, t: bool| if t { View::f32(v, rows).t() } else { View::f32(v, cols) };
+    let view = |v, rows: usize, cols: usize, t: bool| {
+        if t { View::f32(v, rows).t() } else { View::f32(v, cols) }
+    };
     let operand = Operand::new(kernel, view(&a, m, k, a_t), m, k, 1.0);
     let mut c = start.clone();
     let term = Term::new(&operand, view(&b, k, n, b_t));
@@ -31,7 +33,8 @@ fn check(kernel: Kernel, m: usize, n: usize, k: usize, a_t: bool, b_t: bool, acc
             }
             let (mut sum, mut size) = (if accumulate { start[at] as f64 } else { 0.0 }, 1.0);
             for p in 0..k {
-                let x = a[if a_t { p * m + i } else { i * k + p }] as f64 * b[if b_t { j * k + p } else { p * n + j }] as f64;
+                let x = a[if a_t { p * m + i } else { i * k + p }] as f64
+                    * b[if b_t { j * k + p } else { p * n + j }] as f64;
                 sum += x;
                 size += x.abs();
             }
@@ -48,8 +51,21 @@ fn check(kernel: Kernel, m: usize, n: usize, k: usize, a_t: bool, b_t: bool, acc
 #[test]
 fn every_kernel_agrees_with_a_sum_in_f64() {
     for kernel in Kernel::available() {
-        for (m, n, k) in [(1, 1, 1), (6, 64, 32), (7, 65, 33), (50, 100, 129), (33, 16, 2100), (97, 192, 64), (300, 70, 700)] {
-            for (a_t, b_t, accumulate) in [(false, true, false), (false, false, true), (true, false, true), (true, true, false)] {
+        for (m, n, k) in [
+            (1, 1, 1),
+            (6, 64, 32),
+            (7, 65, 33),
+            (50, 100, 129),
+            (33, 16, 2100),
+            (97, 192, 64),
+            (300, 70, 700),
+        ] {
+            for (a_t, b_t, accumulate) in [
+                (false, true, false),
+                (false, false, true),
+                (true, false, true),
+                (true, true, false),
+            ] {
                 check(kernel, m, n, k, a_t, b_t, accumulate);
             }
         }
@@ -84,7 +100,15 @@ fn weights_in_bf16_are_exact(m: usize, n: usize, k: usize) {
             let view = |e| if t { View::of(e, k).t() } else { View::of(e, n) };
             let (mut x, mut y) = (vec![0f32; m * n], vec![0f32; m * n]);
             matmul(m, n, &[Term::new(&a, view(Elements::F32(&b)))], &mut x, n, false, Threads::One);
-            matmul(m, n, &[Term::new(&a, view(Elements::Bf16(&stored)))], &mut y, n, false, Threads::One);
+            matmul(
+                m,
+                n,
+                &[Term::new(&a, view(Elements::Bf16(&stored)))],
+                &mut y,
+                n,
+                false,
+                Threads::One,
+            );
             assert_eq!(x, y, "{kernel:?}");
         }
     }
@@ -96,10 +120,14 @@ fn a_sum_of_products_is_one_product_over_the_joined_depth() {
     let (a, b) = (values("a", m * k), values("b", k * n));
     for kernel in Kernel::available() {
         let whole = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);
-        let (left, right) = (Operand::new(kernel, View::f32(&a, k), m, 64, 1.0), Operand::new(kernel, View::f32(&a[64..], k), m, 32, 1.0));
+        let (left, right) = (
+            Operand::new(kernel, View::f32(&a, k), m, 64, 1.0),
+            Operand::new(kernel, View::f32(&a[64..], k), m, 32, 1.0),
+        );
         let (mut x, mut y) = (vec![0f32; m * n], vec![0f32; m * n]);
         matmul(m, n, &[Term::new(&whole, View::f32(&b, n))], &mut x, n, false, Threads::All);
-        let terms = [Term::new(&left, View::f32(&b, n)), Term::new(&right, View::f32(&b[64 * n..], n))];
+        let terms =
+            [Term::new(&left, View::f32(&b, n)), Term::new(&right, View::f32(&b[64 * n..], n))];
         matmul(m, n, &terms, &mut y, n, false, Threads::All);
         assert_eq!(x, y, "{kernel:?}");
     }
@@ -116,7 +144,8 @@ fn an_operand_computed_row_by_row_is_the_one_of_the_whole_matrix_and_so_are_its_
             c
         };
         let whole = product(&Operand::new(kernel, View::f32(&a, k), m, k, 1.0), m);
-        let computed = Operand::computed(kernel, m, k, |i, row| row.copy_from_slice(&a[i * k..][..k]));
+        let computed =
+            Operand::computed(kernel, m, k, |i, row| row.copy_from_slice(&a[i * k..][..k]));
         assert_eq!(product(&computed, m), whole, "{kernel:?}");
         assert_eq!(product(&computed.part(7..31), 24), whole[7 * n..31 * n], "{kernel:?}");
     }
@@ -134,18 +163,25 @@ fn operands_prepared_in_place_and_their_transposes_are_those_of_the_finished_mat
                 matmul(rows, n, &[Term::new(a, View::f32(b, n))], &mut c, n, false, Threads::All);
                 c
             };
-            let scale = |i: usize, row: &mut [f32]| row.iter_mut().for_each(|x| *x *= (i + 1) as f32);
+            let scale =
+                |i: usize, row: &mut [f32]| row.iter_mut().for_each(|x| *x *= (i + 1) as f32);
             let (mut one, mut two, mut three) = (a.clone(), a.clone(), a.clone());
             let prepared = Operand::prepared(kernel, &mut one, k, scale);
-            let [first, second] = Operand::prepared_pair(kernel, [&mut two, &mut three], k, |i, x, y| {
-                scale(i, x);
-                y.copy_from_slice(x);
-            });
+            let [first, second] =
+                Operand::prepared_pair(kernel, [&mut two, &mut three], k, |i, x, y| {
+                    scale(i, x);
+                    y.copy_from_slice(x);
+                });
             let whole = product(&Operand::new(kernel, View::f32(&done, k), m, k, 1.0), m, &b);
-            let transposed = product(&Operand::new(kernel, View::f32(&done, k).t(), k, m, 1.0), k, &down);
+            let transposed =
+                product(&Operand::new(kernel, View::f32(&done, k).t(), k, m, 1.0), k, &down);
             for operand in [prepared, first, second] {
                 assert_eq!(product(&operand, m, &b), whole, "{kernel:?} {m}x{k}");
-                assert_eq!(product(&operand.transposed(), k, &down), transposed, "{kernel:?} {m}x{k}");
+                assert_eq!(
+                    product(&operand.transposed(), k, &down),
+                    transposed,
+                    "{kernel:?} {m}x{k}"
+                );
             }
         }
     }
@@ -155,7 +191,8 @@ fn operands_prepared_in_place_and_their_transposes_are_those_of_the_finished_mat
 fn tiles_are_the_parts_of_whole_products() {
     // Few rows and many, some of which pass in several goes, depths of one block and of several, and columns that are no whole panel.
     for (m, n, k) in [(3, 70, 40), (300, 160, 96), (140, 33, 2300), (600, 170, 500), (1, 512, 7)] {
-        let (a, b, c, d) = (values("a", m * k), values("b", k * n), values("c", n * k), values("d", m * 6));
+        let (a, b, c, d) =
+            (values("a", m * k), values("b", k * n), values("c", n * k), values("d", m * 6));
         for kernel in Kernel::available() {
             let operand = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);
             let more = Operand::new(kernel, View::f32(&d, 6), m, 6, 0.5);

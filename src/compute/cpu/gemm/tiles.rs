@@ -26,9 +26,15 @@ pub fn matmul_tiles<const P: usize>(
     }
     let kernel = first.a.kernel;
     for t in products.iter().copied().flatten() {
-        assert!(t.a.rows == m && t.a.kernel == kernel && t.b.covers(t.a.cols, n), "matmul_tiles: a term does not fit {m}x{}x{n}", t.a.cols);
+        assert!(
+            t.a.rows == m && t.a.kernel == kernel && t.b.covers(t.a.cols, n),
+            "matmul_tiles: a term does not fit {m}x{}x{n}",
+            t.a.cols
+        );
     }
-    let pieces = products.map(|terms| blocks(kernel, terms, usize::MAX / 2).into_iter().flatten().collect::<Vec<_>>());
+    let pieces = products.map(|terms| {
+        blocks(kernel, terms, usize::MAX / 2).into_iter().flatten().collect::<Vec<_>>()
+    });
     let depths = std::array::from_fn(|p| pieces[p].iter().map(|p| p.depth).sum());
     let tiled = Tiles { kernel, n, pieces, depths, finish };
     let (panels, units) = (n.div_ceil(NR), depths.iter().sum::<usize>() * NR);
@@ -66,7 +72,12 @@ impl<const P: usize, F: Fn(Range<usize>, Range<usize>, [&mut [f32]; P]) + Sync> 
         let (mut room, mut at) = (room, 0);
         let tiles = std::array::from_fn(|p| {
             let (tile, more) = std::mem::take(&mut room).split_at_mut(rows.len() * NR);
-            let out = OutputTile { c: tile.as_mut_ptr(), stride: NR, columns: columns.len(), accumulate: false };
+            let out = OutputTile {
+                c: tile.as_mut_ptr(),
+                stride: NR,
+                columns: columns.len(),
+                accumulate: false,
+            };
             // SAFETY: the tile has the rows, NR apart; this task alone has it. The pieces' operands cover the rows, by the assertion above.
             unsafe { multiply(self.kernel, &self.pieces[p], rows.clone(), &units[at..], out) };
             at += self.depths[p] * NR;
@@ -101,12 +112,22 @@ impl TiledOperand {
     /// # Safety
     /// No other task writes this part.
     pub unsafe fn write(&self, rows: Range<usize>, column: usize, width: usize, tile: &[f32]) {
-        assert!(rows.end <= self.rows && column.is_multiple_of(NR) && width <= NR && column + width <= self.cols);
+        assert!(
+            rows.end <= self.rows
+                && column.is_multiple_of(NR)
+                && width <= NR
+                && column + width <= self.cols
+        );
         assert!(rows.is_empty() || tile.len() >= (rows.len() - 1) * NR + width);
         // What is beyond the last column is 0.
-        let units = if column + width == self.cols { self.depth - self.kernel.units(column) } else { self.kernel.depth(width) };
+        let units = if column + width == self.cols {
+            self.depth - self.kernel.units(column)
+        } else {
+            self.kernel.depth(width)
+        };
         // SAFETY: rows and columns lie inside the buffer; f32 and units have one size; this part is the caller's.
-        let to = unsafe { self.at.at(rows.start * self.depth + self.kernel.units(column)) }.cast::<u32>();
+        let to = unsafe { self.at.at(rows.start * self.depth + self.kernel.units(column)) }
+            .cast::<u32>();
         // SAFETY: as above.
         unsafe { round_rows(self.kernel, tile, rows.len(), width, to, self.depth, units) };
     }

@@ -52,6 +52,8 @@ impl<'a> View<'a> {
 
     /// Whether every element of an `m × n` matrix is inside.
     pub(crate) fn covers(&self, rows: usize, cols: usize) -> bool {
-        rows == 0 || cols == 0 || (rows - 1) * self.row_stride + (cols - 1) * self.col_stride < self.elements.len()
+        rows == 0
+            || cols == 0
+            || (rows - 1) * self.row_stride + (cols - 1) * self.col_stride < self.elements.len()
     }
 }

@@ -58,7 +58,14 @@ impl<'a> WeightView<'a> {
 
     /// Packs rows `k` and at most [`super::NR`] columns `n` of B into a panel `dst`, which has room
     /// for the padded depth. What is outside the matrix is zero.
-    pub(crate) fn pack(&self, kernel: Kernel, orientation: Orientation, k: Range<usize>, n: Range<usize>, dst: &mut [u32]) {
+    pub(crate) fn pack(
+        &self,
+        kernel: Kernel,
+        orientation: Orientation,
+        k: Range<usize>,
+        n: Range<usize>,
+        dst: &mut [u32],
+    ) {
         let w = View::of(self.elements, self.columns);
         let b = match orientation {
             Orientation::Transposed => w.t(),
@@ -97,8 +104,12 @@ impl RightOperand<'_> {
     pub(super) fn covers(&self, k: usize, n: usize) -> bool {
         match self {
             RightOperand::Values(view) => view.covers(k, n),
-            RightOperand::Weight(w, Orientation::Transposed) => k == 0 || n == 0 || (k <= w.columns && n <= w.rows()),
-            RightOperand::Weight(w, Orientation::Plain) => k == 0 || n == 0 || (k <= w.rows() && n <= w.columns),
+            RightOperand::Weight(w, Orientation::Transposed) => {
+                k == 0 || n == 0 || (k <= w.columns && n <= w.rows())
+            }
+            RightOperand::Weight(w, Orientation::Plain) => {
+                k == 0 || n == 0 || (k <= w.rows() && n <= w.columns)
+            }
         }
     }
 
@@ -114,7 +125,9 @@ impl RightOperand<'_> {
     /// Packs rows `k` and columns `n` into a panel, as [`WeightView::pack`] does.
     pub(super) fn pack(&self, kernel: Kernel, k: Range<usize>, n: Range<usize>, dst: &mut [u32]) {
         match self {
-            RightOperand::Values(view) => pack_panel(kernel, *view, k.start, k.len(), n.start, n.len(), dst),
+            RightOperand::Values(view) => {
+                pack_panel(kernel, *view, k.start, k.len(), n.start, n.len(), dst)
+            }
             RightOperand::Weight(w, orientation) => w.pack(kernel, *orientation, k, n, dst),
         }
     }

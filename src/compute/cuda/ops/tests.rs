@@ -8,9 +8,14 @@ const HEADS: Heads = Heads { query: 4, key: 2, dim: 64, window: None };
 /// Opens the GPU that BRADLEY_TEST_DEVICE names (`cuda:N`, which may be the emulator). Returns
 /// `None` after saying that the test is skipped.
 fn gpu() -> Option<Arc<Gpu>> {
-    let named = std::env::var("BRADLEY_TEST_DEVICE").ok().and_then(|name| name.strip_prefix("cuda:")?.parse().ok());
+    let named = std::env::var("BRADLEY_TEST_DEVICE")
+        .ok()
+        .and_then(|name| name.strip_prefix("cuda:")?.parse().ok());
     let Some(ordinal) = named else {
-        let _ = writeln!(std::io::stderr(), "skipped: this test needs BRADLEY_TEST_DEVICE to name a GPU or the emulator");
+        let _ = writeln!(
+            std::io::stderr(),
+            "skipped: this test needs BRADLEY_TEST_DEVICE to name a GPU or the emulator"
+        );
         return None;
     };
     Some(Gpu::open(ordinal).unwrap())
@@ -28,18 +33,30 @@ fn assert_refused(launched: Result<()>, parts: &[&str]) {
 #[test]
 fn an_operand_is_compared_by_kind_and_size() {
     assert!(compare("swiglu", "gate_up", (F32, 8), (F32, 8)).is_ok());
-    assert_refused(compare("swiglu", "gate_up", (F32, 7), (F32, 8)), &["swiglu", "gate_up", "7 elements", "8"]);
-    assert_refused(compare("swiglu", "gate_up", (F32, 8), (Bf16, 8)), &["swiglu", "gate_up", "F32", "Bf16"]);
+    assert_refused(
+        compare("swiglu", "gate_up", (F32, 7), (F32, 8)),
+        &["swiglu", "gate_up", "7 elements", "8"],
+    );
+    assert_refused(
+        compare("swiglu", "gate_up", (F32, 8), (Bf16, 8)),
+        &["swiglu", "gate_up", "F32", "Bf16"],
+    );
     assert_eq!(count_rows("embed", "table", 12, 4).unwrap(), 3);
     assert_eq!(count_rows("embed", "table", 0, 4).unwrap(), 0);
     for width in [0, 5, 24] {
-        assert_refused(count_rows("embed", "table", 12, width).map(drop), &["embed", "table", "12 elements", "rows"]);
+        assert_refused(
+            count_rows("embed", "table", 12, width).map(drop),
+            &["embed", "table", "12 elements", "rows"],
+        );
     }
     assert!(check_columns("add_bias", "y", 8, 8).is_ok());
     assert_refused(check_columns("add_bias", "y", 9, 8), &["add_bias", "column 9", "8 elements"]);
     let heads = HeadColumns { rows: 3, stride: 512, first: 256, heads: 2, dim: 128 };
     assert_eq!((heads.elements("head_norm", "x").unwrap(), heads.items()), (3 * 512, 6));
-    assert_refused(HeadColumns { first: 257, ..heads }.elements("head_norm", "x").map(drop), &["head_norm", "column 513"]);
+    assert_refused(
+        HeadColumns { first: 257, ..heads }.elements("head_norm", "x").map(drop),
+        &["head_norm", "column 513"],
+    );
 }
 
 #[test]
@@ -67,16 +84,32 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
     let (to, index) = (zeros(F32, 4), ints(&[2, 0]));
     gather_rows(&gpu, &to, &source, &index, 2).unwrap();
     assert_eq!(read(&to), [5.0, 6.0, 1.0, 2.0]);
-    assert_refused(gather_rows(&gpu, &to, &source, &ints(&[2]), 2), &["gather_rows", "to has 4 elements", "2"]);
+    assert_refused(
+        gather_rows(&gpu, &to, &source, &ints(&[2]), 2),
+        &["gather_rows", "to has 4 elements", "2"],
+    );
     let (rows, offsets, order) = (ints(&[0, 2]), ints(&[0, 1, 2]), ints(&[1, 0]));
-    let scatter = |offsets| ScatterRows { to: &source, from: &to, rows: &rows, offsets, order: &order, width: 2 };
+    let scatter = |offsets| ScatterRows {
+        to: &source,
+        from: &to,
+        rows: &rows,
+        offsets,
+        order: &order,
+        width: 2,
+    };
     scatter_rows(&gpu, scatter(&offsets)).unwrap();
     assert_eq!(read(&source), [2.0, 4.0, 3.0, 4.0, 10.0, 12.0]);
-    assert_refused(scatter_rows(&gpu, scatter(&order)), &["scatter_rows", "offsets has 2 elements", "3"]);
+    assert_refused(
+        scatter_rows(&gpu, scatter(&order)),
+        &["scatter_rows", "offsets has 2 elements", "3"],
+    );
     let (x, table) = (zeros(F32, 4), f32s(&[1.0, 2.0, 3.0, 4.0]));
     embed(&gpu, &x, &table, &ints(&[1, 1]), 2).unwrap();
     assert_eq!(read(&x), [3.0, 4.0, 3.0, 4.0]);
-    assert_refused(embed(&gpu, &x, &f32s(&[1.0; 3]), &ints(&[1, 1]), 2), &["embed", "table has 3 elements"]);
+    assert_refused(
+        embed(&gpu, &x, &f32s(&[1.0; 3]), &ints(&[1, 1]), 2),
+        &["embed", "table has 3 elements"],
+    );
 
     // Columns in the middle of a matrix `[2, 3]`.
     let matrix = f32s(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
@@ -86,35 +119,68 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
     assert_eq!(read(&sums), [7.5]);
     add_bias(&gpu, middle, &f32s(&[10.0])).unwrap();
     assert_eq!(read(&matrix), [1.0, 12.0, 3.0, 4.0, 15.0, 6.0]);
-    assert_refused(add_bias(&gpu, middle, &f32s(&[1.0; 2])), &["add_bias", "bias has 2 elements", "1"]);
-    assert_refused(add_bias(&gpu, Columns { count: 3, ..middle }, &f32s(&[1.0; 3])), &["add_bias", "column 4"]);
+    assert_refused(
+        add_bias(&gpu, middle, &f32s(&[1.0; 2])),
+        &["add_bias", "bias has 2 elements", "1"],
+    );
+    assert_refused(
+        add_bias(&gpu, Columns { count: 3, ..middle }, &f32s(&[1.0; 3])),
+        &["add_bias", "column 4"],
+    );
 
     // Norms and the feed-forward part.
     let (y, x, w) = (zeros(F32, 4), f32s(&[3.0, 3.0, -2.0, 2.0]), f32s(&[1.0, 2.0]));
     rms_norm(&gpu, &y, &x, &w, 0.0).unwrap();
     assert_eq!(read(&y), [1.0, 2.0, -1.0, 2.0]);
-    assert_refused(rms_norm(&gpu, &zeros(F32, 2), &x, &w, 0.0), &["rms_norm", "x has 4 elements", "2"]);
+    assert_refused(
+        rms_norm(&gpu, &zeros(F32, 2), &x, &w, 0.0),
+        &["rms_norm", "x has 4 elements", "2"],
+    );
     assert_refused(rms_norm(&gpu, &y, &zeros(Bf16, 4), &w, 0.0), &["rms_norm", "x", "Bf16", "F32"]);
     let partial = zeros(F32, 2);
     rms_norm_weight(&gpu, &partial, &x, &f32s(&[1.0, 2.0]), &y, 2).unwrap();
     assert_eq!(read(&partial), [3.0 + 4.0, 6.0 + 8.0]);
-    assert_refused(rms_norm_weight(&gpu, &x, &x, &f32s(&[1.0, 2.0]), &y, 2), &["rms_norm_weight", "partial has 4"]);
+    assert_refused(
+        rms_norm_weight(&gpu, &x, &x, &f32s(&[1.0, 2.0]), &y, 2),
+        &["rms_norm_weight", "partial has 4"],
+    );
     assert_refused(swiglu(&gpu, &y, &x, 2), &["swiglu", "gate_up has 4 elements", "8"]);
-    assert_refused(swiglu_backward(&gpu, &x, &y, 2), &["swiglu_backward", "gate_up has 4 elements", "8"]);
+    assert_refused(
+        swiglu_backward(&gpu, &x, &y, 2),
+        &["swiglu_backward", "gate_up has 4 elements", "8"],
+    );
 
     // The head: one row, a tile of three of four columns.
     let logits = f32s(&[0.0, 1.0, 2.0, 9.0]);
     let tile = LogitTile { logits: &logits, stride: 4, first: 5, width: 3 };
-    let (state, p, scales, targets) = (zeros(F32, SOFTMAX_STATE), zeros(F32, 4), zeros(F32, 1), ints(&[6]));
-    let head = |state, p, tile| HeadTile { state, p, scales: &scales, tile, targets: &targets, distribution: true, gradient: true };
+    let (state, p, scales, targets) =
+        (zeros(F32, SOFTMAX_STATE), zeros(F32, 4), zeros(F32, 1), ints(&[6]));
+    let head = |state, p, tile| HeadTile {
+        state,
+        p,
+        scales: &scales,
+        tile,
+        targets: &targets,
+        distribution: true,
+        gradient: true,
+    };
     head_start(&gpu, &state).unwrap();
     head_tile(&gpu, head(&state, &p, tile)).unwrap();
     let softmax = read(&state);
     assert_eq!((softmax[0], softmax[5], softmax[6].to_bits()), (2.0, 1.0, 7));
     assert_eq!(read(&p)[2], 1.0);
-    assert_refused(head_tile(&gpu, head(&state, &scales, tile)), &["head_tile", "p has 1 elements", "4"]);
-    assert_refused(head_tile(&gpu, head(&p, &p, tile)), &["head_tile", "state has 4 elements", "8"]);
-    assert_refused(head_tile(&gpu, head(&state, &p, LogitTile { width: 5, ..tile })), &["head_tile", "column 5"]);
+    assert_refused(
+        head_tile(&gpu, head(&state, &scales, tile)),
+        &["head_tile", "p has 1 elements", "4"],
+    );
+    assert_refused(
+        head_tile(&gpu, head(&p, &p, tile)),
+        &["head_tile", "state has 4 elements", "8"],
+    );
+    assert_refused(
+        head_tile(&gpu, head(&state, &p, LogitTile { width: 5, ..tile })),
+        &["head_tile", "column 5"],
+    );
     assert_refused(head_start(&gpu, &p), &["head_start", "state has 4 elements"]);
 
     // Attention: one token sees itself alone, so its output is its value.
@@ -124,13 +190,23 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
     let over = AttentionTiles { heads: HEADS, tiles: &tiles, positions: &positions };
     attention(&gpu, &out, &lse, &qkv, over).unwrap();
     assert!(read(&out).iter().all(|x| *x == 0.25), "{:?}", read(&out));
-    assert_refused(attention(&gpu, &out, &scales, &qkv, over), &["attention", "lse has 1 elements", "4"]);
-    assert_refused(attention(&gpu, &out, &lse, &qkv, AttentionTiles { tiles: &lse, ..over }), &["attention", "tiles has 4"]);
+    assert_refused(
+        attention(&gpu, &out, &scales, &qkv, over),
+        &["attention", "lse has 1 elements", "4"],
+    );
+    assert_refused(
+        attention(&gpu, &out, &lse, &qkv, AttentionTiles { tiles: &lse, ..over }),
+        &["attention", "tiles has 4"],
+    );
     let (dqkv, delta) = (zeros(F32, HEADS.row()), zeros(F32, HEADS.query));
-    let backward = AttentionBackward { dqkv: &dqkv, qkv: &qkv, dout: &out, lse: &lse, delta: &delta };
+    let backward =
+        AttentionBackward { dqkv: &dqkv, qkv: &qkv, dout: &out, lse: &lse, delta: &delta };
     attention_delta(&gpu, &delta, &out, &out, HEADS).unwrap();
     assert_eq!(read(&delta), [64.0 * 0.0625; 4]);
-    assert_refused(attention_dq(&gpu, AttentionBackward { delta: &scales, ..backward }, over), &["attention_dq", "delta has 1"]);
+    assert_refused(
+        attention_dq(&gpu, AttentionBackward { delta: &scales, ..backward }, over),
+        &["attention_dq", "delta has 1"],
+    );
     assert_refused(attention_dkv(&gpu, backward, over, Some(&qkv)), &["attention_dkv", "parts"]);
     let key_tiles = ints(&[0, 1, 1, 1, 1]);
     attention_dkv(&gpu, backward, AttentionTiles { tiles: &key_tiles, ..over }, None).unwrap();
@@ -138,6 +214,12 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
     let of_value = read(&dqkv)[HEADS.row() - 1];
     assert!((of_value - 0.5).abs() < 1e-5, "{of_value}");
     let places = HeadColumns { rows: 1, stride: HEADS.row(), first: 0, heads: 6, dim: 64 };
-    assert_refused(rope(&gpu, &dqkv, &lse, &lse, places, Direction::Forward), &["rope", "cos has 4 elements", "32"]);
-    assert_refused(head_norm(&gpu, &dqkv, &lse, places, 0.0), &["head_norm", "w has 4 elements", "64"]);
+    assert_refused(
+        rope(&gpu, &dqkv, &lse, &lse, places, Direction::Forward),
+        &["rope", "cos has 4 elements", "32"],
+    );
+    assert_refused(
+        head_norm(&gpu, &dqkv, &lse, places, 0.0),
+        &["head_norm", "w has 4 elements", "64"],
+    );
 }

@@ -29,11 +29,17 @@ fn strings_are_formatted_as_in_python() {
         ("'%s %(a)s' % {'a': 1}", "{'a': 1} 1"),
         (r#"'%r %r %r' % ('a', "it's", 1.0)"#, r#"'a' "it's" 1.0"#),
         ("'%r' % undef", "Undefined"),
-        ("'%5s|%-5s|%.2s|%5.1s|%05s' % ('ab', 'ab', 'abc', 'xyz', 'ab')", "   ab|ab   |ab|    x|   ab"),
+        (
+            "'%5s|%-5s|%.2s|%5.1s|%05s' % ('ab', 'ab', 'abc', 'xyz', 'ab')",
+            "   ab|ab   |ab|    x|   ab",
+        ),
         ("'%d %i %u' % (1, -2, 3)", "1 -2 3"),
         ("'%d %d %d' % (3.99, -3.99, true)", "3 -3 1"),
         ("'%d' % 1e20", "100000000000000000000"),
-        ("'%d' % 170141183460469231731687303715884105727", "170141183460469231731687303715884105727"),
+        (
+            "'%d' % 170141183460469231731687303715884105727",
+            "170141183460469231731687303715884105727",
+        ),
         ("'%03d|%-4d|%4d|%+d|% d|%+d' % (7, 7, 7, 7, 7, -7)", "007|7   |   7|+7| 7|-7"),
         ("'%.3d|%05.3d|%-05d|%+05d|%+ d' % (7, 7, 7, 7, 7)", "007|00007|7    |+0007|+7"),
         ("'%f %.2f %.0f %.0f %#.0f' % (1, 2.675, 0.5, 1.5, 2)", "1.000000 2.67 0 2 2."),
@@ -43,10 +49,19 @@ fn strings_are_formatted_as_in_python() {
         ("'%f' % -0.0", "-0.000000"),
         ("'%f %F' % (1e999, 1e999)", "inf INF"),
         ("'%05f' % 1e999", "00inf"),
-        ("'%x %X %#x %#X %o %#o %04x' % (255, 255, 255, 255, 8, 8, 255)", "ff FF 0xff 0XFF 10 0o10 00ff"),
+        (
+            "'%x %X %#x %#X %o %#o %04x' % (255, 255, 255, 255, 8, 8, 255)",
+            "ff FF 0xff 0XFF 10 0o10 00ff",
+        ),
         ("'%#06x|%x|%.4x' % (255, -255, 255)", "0x00ff|-ff|00ff"),
-        ("'%e %.2e %E %.0e %#.0e' % (1234.5, 0.00012345, 1, 5, 5)", "1.234500e+03 1.23e-04 1.000000E+00 5e+00 5.e+00"),
-        ("'%g %g %g %g %g' % (100000, 1000000, 0.0001, 0.00001234, 0)", "100000 1e+06 0.0001 1.234e-05 0"),
+        (
+            "'%e %.2e %E %.0e %#.0e' % (1234.5, 0.00012345, 1, 5, 5)",
+            "1.234500e+03 1.23e-04 1.000000E+00 5e+00 5.e+00",
+        ),
+        (
+            "'%g %g %g %g %g' % (100000, 1000000, 0.0001, 0.00001234, 0)",
+            "100000 1e+06 0.0001 1.234e-05 0",
+        ),
         (
             "'%.3g|%#.3g|%10.2g|%-10.2g|%+g|%010.3g' % (1234.5, 1.0, 3.14159, 2.5, 7, -0.5)",
             "1.23e+03|1.00|       3.1|2.5       |+7|-0000000.5",
@@ -99,7 +114,11 @@ fn strings_are_formatted_as_in_python() {
         ("'%s' % x.y", "3"),
     ];
     for (expression, expected) in cases {
-        assert_eq!(render(&format!("{{{{ {expression} }}}}")).as_deref(), Ok(expected), "{expression}");
+        assert_eq!(
+            render(&format!("{{{{ {expression} }}}}")).as_deref(),
+            Ok(expected),
+            "{expression}"
+        );
     }
 }
 
@@ -156,9 +175,19 @@ fn only_operators_in_tags_are_rewritten() {
         "{% set a='%s'%}{{ a }} '%s' % 3 {{ '}}' }}{{ '%s' % {'a':{'b':1}} }}"
     );
     assert_eq!(render(source).as_deref(), Ok("{{ '%s' % 1 }}yes 2%s '%s' % 3 }}{'a': {'b': 1}}"));
-    for unchanged in
-        ["", "{", "{{", "{{ '", "{#", "{% raw", "{{ 'a' % ", "{{ 'a' % ( ", "{{ 'a' %}", "{% if a == 'b' %}c{% endif %}", "{{ 7 % 2 }}"]
-    {
+    for unchanged in [
+        "",
+        "{",
+        "{{",
+        "{{ '",
+        "{#",
+        "{% raw",
+        "{{ 'a' % ",
+        "{{ 'a' % ( ",
+        "{{ 'a' %}",
+        "{% if a == 'b' %}c{% endif %}",
+        "{{ 7 % 2 }}",
+    ] {
         assert_eq!(rewrite(unchanged), unchanged);
     }
     assert_eq!(rewrite("{{ 'é%s' % 'é' }}"), "{{ 'é%s' |__percent__( 'é') }}");
@@ -167,7 +196,8 @@ fn only_operators_in_tags_are_rewritten() {
 #[test]
 fn a_hostile_template_is_rewritten_in_time() {
     let n = 10_000;
-    let calls = |source: &str| rewrite(&format!("{{{{ {source} }}}}")).matches("__percent__").count();
+    let calls =
+        |source: &str| rewrite(&format!("{{{{ {source} }}}}")).matches("__percent__").count();
     assert_eq!(calls(&format!("{}1{}", "'%s' % (".repeat(n), ")".repeat(n))), 151);
     assert_eq!(calls(&"'%s' % (".repeat(n)), 0);
     assert_eq!(calls(&format!("{}'%s' % 1", "(".repeat(n))), 0);
@@ -175,5 +205,7 @@ fn a_hostile_template_is_rewritten_in_time() {
     assert_eq!(calls(&"'a' ".repeat(n)), 0);
     assert_eq!(calls(&format!("'%s'{}", " % -'a'".repeat(n))), n);
     // A literal behind the operator's sign is an operand, and not the start of another format.
-    assert!(render("{{ '%d' % -'1' % 2 }}").is_err() && render("{{ '%d' % 2 ** -'a' % 3 }}").is_err());
+    assert!(
+        render("{{ '%d' % -'1' % 2 }}").is_err() && render("{{ '%d' % 2 ** -'a' % 3 }}").is_err()
+    );
 }

@@ -62,7 +62,13 @@ fn expressions_render_as_in_python() {
 
 #[test]
 fn what_python_refuses_is_refused() {
-    for expression in ["'a'.split('')", "'a'.partition('')", "'abc'.index('z')", "[1].index(2)", "'a'.split(seperator=',')"] {
+    for expression in [
+        "'a'.split('')",
+        "'a'.partition('')",
+        "'abc'.index('z')",
+        "[1].index(2)",
+        "'a'.split(seperator=',')",
+    ] {
         assert!(render(&format!("{{{{ {expression} }}}}")).is_err(), "{expression}");
     }
 }

@@ -3,7 +3,11 @@ use tonic_types::StatusExt;
 use super::*;
 
 fn minimal() -> pb::TrainingJob {
-    pb::TrainingJob { policy: "models/m".into(), dataset: "datasets/d".into(), ..Default::default() }
+    pb::TrainingJob {
+        policy: "models/m".into(),
+        dataset: "datasets/d".into(),
+        ..Default::default()
+    }
 }
 
 fn stored(request: JobRequest) -> Job {
@@ -30,7 +34,10 @@ fn an_absent_field_has_its_default_and_a_job_survives_the_round_trip() {
     let request = job_request(minimal()).unwrap();
     assert_eq!(request.spec.dpo, DpoConfig::default());
     assert_eq!(request.spec.optimizer.learning_rate, 1e-4, "LoRA's default");
-    let full = pb::TrainingJob { method: Some(pb::training_job::Method::Full(pb::FullConfig {})), ..minimal() };
+    let full = pb::TrainingJob {
+        method: Some(pb::training_job::Method::Full(pb::FullConfig {})),
+        ..minimal()
+    };
     assert_eq!(job_request(full).unwrap().spec.optimizer.learning_rate, 1e-6);
     let message = job(stored(request.clone()));
     assert_eq!(message.create_time.unwrap().nanos, 123_000_000);
@@ -50,18 +57,40 @@ fn every_bad_field_is_reported_at_once_under_its_proto_path() {
         reference: "?".into(),
         row_policy: 9,
         dpo: Some(pb::DpoConfig {
-            losses: vec![pb::WeightedLoss { loss_type: "nope".into(), weight: None, label_smoothing: None }],
+            losses: vec![pb::WeightedLoss {
+                loss_type: "nope".into(),
+                weight: None,
+                label_smoothing: None,
+            }],
             beta: Some(-1.0),
             f_divergence: "x".into(),
             ..Default::default()
         }),
-        optimizer: Some(pb::OptimizerConfig { learning_rate: Some(f64::NAN), lr_scheduler_type: "zigzag".into(), ..Default::default() }),
-        batch: Some(pb::BatchConfig { batch_size: Some(0), truncation_mode: "middle".into(), ..Default::default() }),
-        run: Some(pb::RunConfig { metric_for_best: "vibes".into(), logging_steps: Some(0), ..Default::default() }),
+        optimizer: Some(pb::OptimizerConfig {
+            learning_rate: Some(f64::NAN),
+            lr_scheduler_type: "zigzag".into(),
+            ..Default::default()
+        }),
+        batch: Some(pb::BatchConfig {
+            batch_size: Some(0),
+            truncation_mode: "middle".into(),
+            ..Default::default()
+        }),
+        run: Some(pb::RunConfig {
+            metric_for_best: "vibes".into(),
+            logging_steps: Some(0),
+            ..Default::default()
+        }),
         ..Default::default()
     };
     let status = job_request(bad).unwrap_err();
-    let fields: Vec<String> = status.get_details_bad_request().unwrap().field_violations.into_iter().map(|v| v.field).collect();
+    let fields: Vec<String> = status
+        .get_details_bad_request()
+        .unwrap()
+        .field_violations
+        .into_iter()
+        .map(|v| v.field)
+        .collect();
     for expected in [
         "policy",
         "dataset",
@@ -77,14 +106,23 @@ fn every_bad_field_is_reported_at_once_under_its_proto_path() {
         "run.metric_for_best",
         "run.logging_steps",
     ] {
-        assert!(fields.contains(&format!("training_job.{expected}")), "{expected} is missing from {fields:?}");
+        assert!(
+            fields.contains(&format!("training_job.{expected}")),
+            "{expected} is missing from {fields:?}"
+        );
     }
 }
 
 /// The paths of the fields that a job is refused for.
 fn refused_fields(job: pb::TrainingJob) -> Vec<String> {
     let Err(status) = job_request(job) else { return Vec::new() };
-    status.get_details_bad_request().unwrap().field_violations.into_iter().map(|v| v.field).collect()
+    status
+        .get_details_bad_request()
+        .unwrap()
+        .field_violations
+        .into_iter()
+        .map(|v| v.field)
+        .collect()
 }
 
 fn with_dpo(loss: &str, dpo: pb::DpoConfig) -> pb::TrainingJob {
@@ -109,15 +147,32 @@ fn a_setting_of_the_objective_without_effect_is_refused() {
         assert_eq!(refused_fields(with_dpo("sigmoid", dpo)), [format!("training_job.dpo.{name}")]);
     }
     let smoothed = pb::DpoConfig { label_smoothing: Some(0.1), ..default() };
-    for loss in ["hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "orpo"] {
-        assert_eq!(refused_fields(with_dpo(loss, smoothed.clone())), ["training_job.dpo.label_smoothing"], "{loss}");
+    for loss in [
+        "hinge",
+        "ipo",
+        "nca_pair",
+        "bco_pair",
+        "sppo_hard",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+        "sft",
+        "sigmoid_norm",
+        "orpo",
+    ] {
+        assert_eq!(
+            refused_fields(with_dpo(loss, smoothed.clone())),
+            ["training_job.dpo.label_smoothing"],
+            "{loss}"
+        );
     }
 }
 
 #[test]
 fn a_setting_of_the_objective_with_effect_is_accepted() {
     let default = pb::DpoConfig::default;
-    let alpha = pb::DpoConfig { f_divergence: "alpha_divergence".into(), f_alpha: Some(0.3), ..default() };
+    let alpha =
+        pb::DpoConfig { f_divergence: "alpha_divergence".into(), f_alpha: Some(0.3), ..default() };
     let smoothed = || pb::DpoConfig { label_smoothing: Some(0.1), ..default() };
     let accepted = [
         ("sigmoid", alpha),
@@ -151,10 +206,17 @@ fn a_setting_of_the_schedule_without_effect_is_refused() {
     ];
     for (name, schedule, optimizer) in refused {
         let optimizer = pb::OptimizerConfig { lr_scheduler_type: schedule.into(), ..optimizer };
-        assert_eq!(refused_fields(with_optimizer(optimizer)), [format!("training_job.optimizer.{name}")], "{schedule}");
+        assert_eq!(
+            refused_fields(with_optimizer(optimizer)),
+            [format!("training_job.optimizer.{name}")],
+            "{schedule}"
+        );
     }
-    let status =
-        job_request(with_optimizer(pb::OptimizerConfig { lr_scheduler_type: "constant".into(), warmup_steps: Some(3), ..default() }));
+    let status = job_request(with_optimizer(pb::OptimizerConfig {
+        lr_scheduler_type: "constant".into(),
+        warmup_steps: Some(3),
+        ..default()
+    }));
     let violations = status.unwrap_err().get_details_bad_request().unwrap().field_violations;
     assert!(violations[0].description.contains("constant_with_warmup"), "{violations:?}");
 }
@@ -163,14 +225,34 @@ fn a_setting_of_the_schedule_without_effect_is_refused() {
 fn a_constant_rate_after_a_warm_up_is_accepted_and_shown_by_its_name() {
     let default = pb::OptimizerConfig::default;
     let accepted = [
-        ("constant_with_warmup", "constant_with_warmup", pb::OptimizerConfig { warmup_steps: Some(3), ..default() }),
-        ("constant_with_warmup", "constant_with_warmup", pb::OptimizerConfig { warmup_ratio: Some(0.1), ..default() }),
+        (
+            "constant_with_warmup",
+            "constant_with_warmup",
+            pb::OptimizerConfig { warmup_steps: Some(3), ..default() },
+        ),
+        (
+            "constant_with_warmup",
+            "constant_with_warmup",
+            pb::OptimizerConfig { warmup_ratio: Some(0.1), ..default() },
+        ),
         ("constant", "constant", pb::OptimizerConfig { warmup_steps: Some(0), ..default() }),
-        ("cosine_with_floor", "cosine_with_floor", pb::OptimizerConfig { min_lr_ratio: Some(0.2), ..default() }),
-        ("cosine_with_min_lr", "cosine_with_floor", pb::OptimizerConfig { min_lr_ratio: Some(0.2), ..default() }),
+        (
+            "cosine_with_floor",
+            "cosine_with_floor",
+            pb::OptimizerConfig { min_lr_ratio: Some(0.2), ..default() },
+        ),
+        (
+            "cosine_with_min_lr",
+            "cosine_with_floor",
+            pb::OptimizerConfig { min_lr_ratio: Some(0.2), ..default() },
+        ),
     ];
     for (given, shown, optimizer) in accepted {
-        let request = job_request(with_optimizer(pb::OptimizerConfig { lr_scheduler_type: given.into(), ..optimizer })).unwrap();
+        let request = job_request(with_optimizer(pb::OptimizerConfig {
+            lr_scheduler_type: given.into(),
+            ..optimizer
+        }))
+        .unwrap();
         let message = job(stored(request.clone()));
         assert_eq!(message.optimizer.as_ref().unwrap().lr_scheduler_type, shown);
         assert_eq!(again(message), request);
@@ -181,9 +263,11 @@ fn a_constant_rate_after_a_warm_up_is_accepted_and_shown_by_its_name() {
 #[test]
 fn a_stored_job_with_a_setting_without_effect_is_shown() {
     let mut request = job_request(minimal()).unwrap();
-    request.spec.dpo.losses = vec![WeightedLoss { loss: LossType::Hinge, weight: 1.0, label_smoothing: None }];
+    request.spec.dpo.losses =
+        vec![WeightedLoss { loss: LossType::Hinge, weight: 1.0, label_smoothing: None }];
     (request.spec.dpo.label_smoothing, request.spec.dpo.simpo_gamma) = (0.1, 3.0);
-    (request.spec.optimizer.schedule, request.spec.optimizer.warmup) = (ScheduleKind::Constant, Warmup::Steps(5));
+    (request.spec.optimizer.schedule, request.spec.optimizer.warmup) =
+        (ScheduleKind::Constant, Warmup::Steps(5));
     let read: JobRequest = serde_json::from_str(&serde_json::to_string(&request).unwrap()).unwrap();
     assert_eq!(read, request);
     let shown = job(stored(read));

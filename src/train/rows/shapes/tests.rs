@@ -79,23 +79,42 @@ fn a_prompt_that_repeats_the_first_user_message_gives_way_to_the_dialogues() {
         row["prompt_id"] = json!("f0e3");
         let mut scored = one(row);
         scored.ignored.sort_unstable();
-        assert_eq!(std::mem::take(&mut scored.ignored), ["messages", "prompt_id", "score_chosen", "score_rejected"]);
+        assert_eq!(
+            std::mem::take(&mut scored.ignored),
+            ["messages", "prompt_id", "score_chosen", "score_rejected"]
+        );
         assert_eq!(scored, got);
         let mut row = case["row"].clone();
         row["prompt"] = json!("Another question?");
-        assert_eq!(refusal(row).1, IssueReason::InvalidType, "a prompt of plain text that is in no dialogue");
+        assert_eq!(
+            refusal(row).1,
+            IssueReason::InvalidType,
+            "a prompt of plain text that is in no dialogue"
+        );
     }
 }
 
 #[test]
 fn dialogues_and_plain_rows_keep_their_names() {
     let dialogue = |answer: &str| json!([{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]);
-    assert_eq!(one(json!({"chosen": dialogue("a"), "rejected": dialogue("b")})).shape, RowShape::ImplicitPrompt);
-    assert_eq!(one(json!({"prompt": null, "chosen": dialogue("a"), "rejected": dialogue("b")})).shape, RowShape::ImplicitPrompt);
-    assert_eq!(one(json!({"prompt": "Q", "chosen": "a", "rejected": "b"})).shape, RowShape::Preference);
+    assert_eq!(
+        one(json!({"chosen": dialogue("a"), "rejected": dialogue("b")})).shape,
+        RowShape::ImplicitPrompt
+    );
+    assert_eq!(
+        one(json!({"prompt": null, "chosen": dialogue("a"), "rejected": dialogue("b")})).shape,
+        RowShape::ImplicitPrompt
+    );
+    assert_eq!(
+        one(json!({"prompt": "Q", "chosen": "a", "rejected": "b"})).shape,
+        RowShape::Preference
+    );
     let (field, reason, message) = refusal(json!({"question": "Q", "response": "a"}));
     assert_eq!((field.as_str(), reason), ("chosen", IssueReason::MissingField));
-    assert!(message.contains("prompt, chosen and rejected") && message.contains("preferred_output"), "{message}");
+    assert!(
+        message.contains("prompt, chosen and rejected") && message.contains("preferred_output"),
+        "{message}"
+    );
 }
 
 #[test]
@@ -108,7 +127,10 @@ fn openais_rows_are_read() {
         "non_preferred_output": messages("assistant", "It is not particularly cold."),
     });
     let got = one(row.clone());
-    assert_eq!((got.shape, got.id.as_deref(), got.weight), (RowShape::OpenaiPreference, Some("7"), 1.0));
+    assert_eq!(
+        (got.shape, got.id.as_deref(), got.weight),
+        (RowShape::OpenaiPreference, Some("7"), 1.0)
+    );
     assert_eq!(got.prompt, chat(&[("user", "Hello, how cold is San Francisco today?")]));
     assert_eq!(got.chosen, chat(&[("assistant", "Today it is 13 °C there.")]));
     assert_eq!(got.rejected, chat(&[("assistant", "It is not particularly cold.")]));
@@ -123,8 +145,15 @@ fn openais_rows_are_read() {
     let mut wrong = row.clone();
     wrong["preferred_output"] = json!(3);
     let (field, _, message) = refusal(wrong);
-    assert!(field == "preferred_output" && message.starts_with("preferred_output is a number"), "{field}: {message}");
-    for (input, field) in [(json!("Hello"), "input"), (json!({"messages": null}), "input.messages"), (json!(null), "input")] {
+    assert!(
+        field == "preferred_output" && message.starts_with("preferred_output is a number"),
+        "{field}: {message}"
+    );
+    for (input, field) in [
+        (json!("Hello"), "input"),
+        (json!({"messages": null}), "input.messages"),
+        (json!(null), "input"),
+    ] {
         let mut wrong = row.clone();
         wrong["input"] = input;
         assert_eq!(refusal(wrong).0, field);
@@ -152,30 +181,45 @@ fn openais_tools_become_the_rows() {
 
 #[test]
 fn hh_dialogues_become_messages() {
-    let start = "\n\nHuman: What is 2+2?\n\nAssistant: Do you mean the sum?\n\nHuman: Yes.\n\nAssistant:";
-    let row = one(json!({"chosen": format!("{start} It is 4."), "rejected": format!("{start} It is\n\n5.")}));
+    let start =
+        "\n\nHuman: What is 2+2?\n\nAssistant: Do you mean the sum?\n\nHuman: Yes.\n\nAssistant:";
+    let row = one(
+        json!({"chosen": format!("{start} It is 4."), "rejected": format!("{start} It is\n\n5.")}),
+    );
     assert_eq!(row.shape, RowShape::Hh);
-    let prompt = chat(&[("user", "What is 2+2?"), ("assistant", "Do you mean the sum?"), ("user", "Yes.")]);
-    assert_eq!(texts(&row), [&prompt, &chat(&[("assistant", "It is 4.")]), &chat(&[("assistant", "It is\n\n5.")])]);
+    let prompt =
+        chat(&[("user", "What is 2+2?"), ("assistant", "Do you mean the sum?"), ("user", "Yes.")]);
+    assert_eq!(
+        texts(&row),
+        [&prompt, &chat(&[("assistant", "It is 4.")]), &chat(&[("assistant", "It is\n\n5.")])]
+    );
 
     // Where the people differ, the prompt ends before the answer that both dialogues have.
     let start = "\n\nHuman: Hi\n\nAssistant: Hello";
-    let row =
-        one(json!({"chosen": format!("{start}\n\nHuman: A\n\nAssistant: a"), "rejected": format!("{start}\n\nHuman: B\n\nAssistant: b")}));
+    let row = one(
+        json!({"chosen": format!("{start}\n\nHuman: A\n\nAssistant: a"), "rejected": format!("{start}\n\nHuman: B\n\nAssistant: b")}),
+    );
     assert_eq!(row.prompt, chat(&[("user", "Hi")]));
     assert_eq!(row.rejected, chat(&[("assistant", "Hello"), ("user", "B"), ("assistant", "b")]));
 
     // Three line breaks before a marker: the first belongs to the text.
-    let row = one(json!({"chosen": "Human: Hi\n\n\nAssistant: a", "rejected": "Human: Hi\n\n\nAssistant: b"}));
+    let row = one(
+        json!({"chosen": "Human: Hi\n\n\nAssistant: a", "rejected": "Human: Hi\n\n\nAssistant: b"}),
+    );
     assert_eq!(row.prompt, chat(&[("user", "Hi\n")]));
 
-    let (_, reason, _) = refusal(json!({"chosen": "Human: Hi\n\nAssistant: a", "rejected": "Human: Ho\n\nAssistant: b"}));
+    let (_, reason, _) = refusal(
+        json!({"chosen": "Human: Hi\n\nAssistant: a", "rejected": "Human: Ho\n\nAssistant: b"}),
+    );
     assert_eq!(reason, IssueReason::DifferentPrompts);
     // With a prompt the answers are plain text, as they always were.
-    let row = one(json!({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " a", "rejected": " b"}));
+    let row =
+        one(json!({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " a", "rejected": " b"}));
     assert_eq!((row.shape, row.chosen), (RowShape::Preference, Text::Plain(" a".into())));
     let many = "\n\nHuman: x".repeat(MAX_MESSAGES);
-    let (field, reason, _) = refusal(json!({"chosen": format!("{many}\n\nAssistant: a"), "rejected": "Human: x\n\nAssistant: b"}));
+    let (field, reason, _) = refusal(
+        json!({"chosen": format!("{many}\n\nAssistant: a"), "rejected": "Human: x\n\nAssistant: b"}),
+    );
     assert_eq!((field.as_str(), reason), ("chosen", IssueReason::InvalidType));
 }
 
@@ -192,9 +236,15 @@ fn several_rejected_answers_share_the_rows_weight() {
     assert_eq!(ids, [Some("q#1"), Some("q#2"), Some("q#3"), Some("q#4"), None, Some("single")]);
     for (row, answer) in rows.iter().zip(["b", "c", "d", "e"]) {
         assert_eq!((row.weight, row.shape), (0.5, RowShape::SeveralRejected));
-        assert_eq!(texts(row), [&Text::Plain("Q".into()), &Text::Plain("a".into()), &Text::Plain(answer.into())]);
+        assert_eq!(
+            texts(row),
+            [&Text::Plain("Q".into()), &Text::Plain("a".into()), &Text::Plain(answer.into())]
+        );
     }
-    assert_eq!(rows.iter().map(|r| r.pair).collect::<Vec<_>>(), [Some(1), Some(2), Some(3), Some(4), None, None]);
+    assert_eq!(
+        rows.iter().map(|r| r.pair).collect::<Vec<_>>(),
+        [Some(1), Some(2), Some(3), Some(4), None, None]
+    );
     assert_eq!((rows[5].weight, rows[5].shape), (1.0, RowShape::SeveralRejected));
 }
 
@@ -209,10 +259,15 @@ fn several_rejected_dialogues_and_answers_of_messages() {
         json!({"prompt": "Q", "chosen": dialogue("a"), "rejected": [dialogue("b"), dialogue("c")]}),
         json!({"chosen": "Human: Q\n\nAssistant: a", "rejected": ["Human: Q\n\nAssistant: b", "Human: Q\n\nAssistant: c"]}),
     ] {
-        let rows: Vec<PreferenceRow> = all(std::slice::from_ref(&row)).into_iter().map(Result::unwrap).collect();
+        let rows: Vec<PreferenceRow> =
+            all(std::slice::from_ref(&row)).into_iter().map(Result::unwrap).collect();
         assert_eq!(rows.len(), 2, "{row}");
         for (got, answer) in rows.iter().zip(["b", "c"]) {
-            assert_eq!(texts(got), [&expected[0], &expected[1], &chat(&[("assistant", answer)])], "{row}");
+            assert_eq!(
+                texts(got),
+                [&expected[0], &expected[1], &chat(&[("assistant", answer)])],
+                "{row}"
+            );
             assert_eq!((got.weight, got.shape), (0.5, RowShape::SeveralRejected));
         }
     }
@@ -220,15 +275,18 @@ fn several_rejected_dialogues_and_answers_of_messages() {
 
 #[test]
 fn a_list_of_answers_that_cannot_be_used_is_named() {
-    let row = |rejected: Value| json!({"id": "q", "prompt": "Q", "chosen": "a", "rejected": rejected});
-    let (field, reason, message) = refusal(row(json!(["b", [{"role": "assistant", "content": "c"}]])));
+    let row =
+        |rejected: Value| json!({"id": "q", "prompt": "Q", "chosen": "a", "rejected": rejected});
+    let (field, reason, message) =
+        refusal(row(json!(["b", [{"role": "assistant", "content": "c"}]])));
     assert_eq!((field.as_str(), reason), ("rejected", IssueReason::InvalidType));
     assert!(message.contains("mixes"), "{message}");
     assert_eq!(refusal(row(json!(vec!["b"; MAX_REJECTED + 1]))).1, IssueReason::InvalidType);
     let without_prompt = json!({"chosen": "Q a", "rejected": ["Q b", "Q c"]});
     assert_eq!(refusal(without_prompt).0, "prompt");
 
-    let rows = all(&[row(json!([[{"role": "assistant", "content": "b"}], [{"role": "assistant"}]]))]);
+    let rows =
+        all(&[row(json!([[{"role": "assistant", "content": "b"}], [{"role": "assistant"}]]))]);
     let fields: Vec<&str> = rows.iter().map(|r| r.as_ref().unwrap_err().field.as_str()).collect();
     assert_eq!(fields, ["rejected[0]", "rejected[1]"]);
     let mut weighed = row(json!(["b", "c"]));
