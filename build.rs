@@ -1,4 +1,5 @@
-//! Compiles `proto/` into OUT_DIR with protox, so that no protoc is needed, and writes the descriptor set that reflection serves.
+//! Compiles `proto/` into OUT_DIR with protox, so that no protoc is needed, and writes the
+//! descriptor set that reflection serves.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -26,7 +27,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Compiles the CUDA kernels to PTX, which drivers compile for their GPUs: compute capability 8.0 and newer.
+/// Compiles the CUDA kernels to PTX, which drivers compile for their GPUs: compute capability 8.0
+/// and newer.
 fn compile_kernels(ptx: &Path) -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed={KERNELS}");
     for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH"] {

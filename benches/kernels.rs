@@ -1,5 +1,6 @@
-//! The kernels at SmolLM2's and at larger shapes; items are floating-point operations, so that items/s are FLOP/s. `peak` is the machine's own best:
-//! a product whose operands stay in the nearest cache. `cargo bench --bench kernels`.
+//! The kernels at SmolLM2's and at larger shapes; items are floating-point operations, so that
+//! items/s are FLOP/s. `peak` is the machine's own best: a product whose operands stay in the
+//! nearest cache. `cargo bench --bench kernels`.
 
 #![allow(clippy::print_stdout)]
 

@@ -1,7 +1,9 @@
-//! The engine without the service, one side of `benches/compare.py`: reads a line per round from stdin, does the round, prints its figures as JSON.
+//! The engine without the service, one side of `benches/compare.py`: reads a line per round from
+//! stdin, does the round, prints its figures as JSON.
 //!
-//! `offline MODEL PAIRS.jsonl train-lora|train-full|score f32|bf16 BATCH [MAX_LENGTH [ROW_TOKENS]]`; a line is `FROM TO` (pairs of the file, or `FROM TO warm`
-//! to keep the reference cache of the round before). BRADLEY_BENCH_DEVICE: where to compute, `cuda:0` say.
+//! `offline MODEL PAIRS.jsonl train-lora|train-full|score f32|bf16 BATCH [MAX_LENGTH
+//! [ROW_TOKENS]]`; a line is `FROM TO` (pairs of the file, or `FROM TO warm` to keep the reference
+//! cache of the round before). BRADLEY_BENCH_DEVICE: where to compute, `cuda:0` say.
 
 #![allow(clippy::print_stdout)]
 
@@ -151,7 +153,8 @@ fn score(base: &Policy, pairs: &[EncodedPair], cache: &ReferenceCache) -> anyhow
     Ok(start.elapsed().as_secs_f64())
 }
 
-/// Trains the pairs in their order. Seconds of the whole run, and of its first step, in which a fresh process touches its memory for the first time.
+/// Trains the pairs in their order. Seconds of the whole run, and of its first step, in which a
+/// fresh process touches its memory for the first time.
 fn train(
     base: &Policy,
     pairs: &[EncodedPair],
@@ -218,8 +221,9 @@ fn lengths(base: &Policy, pairs: &[EncodedPair]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Multiplications and additions of the matrix products that the round needs at least, in 10⁹: packed tokens, heads on completions only. The policy
-/// and the reference go forward, a training round also goes back.
+/// Multiplications and additions of the matrix products that the round needs at least, in 10⁹:
+/// packed tokens, heads on completions only. The policy and the reference go forward, a training
+/// round also goes back.
 fn gflop(base: &Policy, pairs: &[EncodedPair], mode: &str) -> f64 {
     let spec = &base.config.spec;
     let head = (spec.vocab_size * spec.hidden_size) as f64;

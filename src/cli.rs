@@ -78,14 +78,16 @@ async fn run(cli: Cli) -> Outcome {
     }
 }
 
-/// Decodes a stranger's file for the server that started this process, within limits that bind before the first byte is read.
+/// Decodes a stranger's file for the server that started this process, within limits that bind
+/// before the first byte is read.
 fn decode(path: &std::path::Path) -> ExitCode {
     let bytes = std::fs::metadata(path).map_or(0, |m| m.len());
     limit(libc::RLIMIT_AS, apart::MEMORY, apart::MEMORY);
     // SIGXCPU first, which tells it from a kill.
     limit(libc::RLIMIT_CPU, apart::seconds(bytes), apart::seconds(bytes) + 5);
     limit(libc::RLIMIT_CORE, 0, 0);
-    // Should memory run out, this process goes, not the server; it may fail where /proc is not writable.
+    // Should memory run out, this process goes, not the server; it may fail where /proc is not
+    // writable.
     let _ = std::fs::write("/proc/self/oom_score_adj", "1000");
     // Signals to the process group are the server's: it ends this process.
     for ignored in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
@@ -153,7 +155,8 @@ fn report(failure: Failure) -> u8 {
     code
 }
 
-/// Large activations come and go at every step; without this glibc maps and unmaps them each time, and the page faults cost more than the work.
+/// Large activations come and go at every step; without this glibc maps and unmaps them each time,
+/// and the page faults cost more than the work.
 pub fn tune_allocator() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: mallopt only sets glibc parameters, before any other thread exists.

@@ -1,4 +1,5 @@
-//! What a device does for a model, and nothing of what a model is: memory, threads, and kernels over slices and device memory.
+//! What a device does for a model, and nothing of what a model is: memory, threads, and kernels
+//! over slices and device memory.
 
 pub mod cpu;
 pub(crate) mod cuda;

@@ -1,4 +1,5 @@
-//! Records and legal states: what a job, a dataset, a checkpoint, an event and a score are. Plain data, no I/O.
+//! Records and legal states: what a job, a dataset, a checkpoint, an event and a score are. Plain
+//! data, no I/O.
 
 pub mod access;
 pub mod dataset;

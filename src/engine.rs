@@ -1,8 +1,9 @@
 //! Device workers and scheduling of work units.
 //!
-//! **One OS thread owns a device and its weights**; it runs scoring batches and training micro-batches in turn. Everything else only fills the
-//! bounded queue, which all devices' threads share, and waits for answers. With data parallelism a run uses the devices of a group: the first one's thread
-//! trains it, the others' score, and give their devices to the run's rows meanwhile.
+//! **One OS thread owns a device and its weights**; it runs scoring batches and training
+//! micro-batches in turn. Everything else only fills the bounded queue, which all devices' threads
+//! share, and waits for answers. With data parallelism a run uses the devices of a group: the first
+//! one's thread trains it, the others' score, and give their devices to the run's rows meanwhile.
 
 pub mod api;
 mod entry;
@@ -46,7 +47,8 @@ use crate::telemetry::trace;
 use crate::train::checkpoint::REFERENCE_FILE;
 use crate::train::estimate::{Lengths, MemoryKind, on_host, plan};
 
-/// A handle on the device worker; clones share it. The worker ends when it has drained or the last handle is dropped.
+/// A handle on the device worker; clones share it. The worker ends when it has drained or the last
+/// handle is dropped.
 pub struct Engine {
     shared: Arc<EngineState>,
 }
@@ -87,7 +89,8 @@ impl Drop for WorkerEndGuard {
 /// Loads the models' weights and starts a worker for each device.
 ///
 /// # Errors
-/// When a device is not available, a tensor cannot be read, or the weights do not fit the memory limit.
+/// When a device is not available, a tensor cannot be read, or the weights do not fit the memory
+/// limit.
 pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine, EngineError> {
     let bytes = residents::weight_bytes(options.precision);
     let needed: u64 = models.iter().map(|m| m.config.parameter_count() as u64 * bytes).sum();
@@ -203,7 +206,8 @@ fn refuse_wide_heads(models: &[LoadedModel], device: &ComputeDevice) -> Result<(
     }
 }
 
-/// The devices, each with the bytes that the estimate may reach on it. Where they were not named, those are left out that cannot hold the `needed` bytes.
+/// The devices, each with the bytes that the estimate may reach on it. Where they were not named,
+/// those are left out that cannot hold the `needed` bytes.
 fn places(
     options: &EngineOptions,
     models: &[LoadedModel],
@@ -293,7 +297,8 @@ impl Engine {
         Ok(self.shared.bases.get(model)?.tokenizer.clone())
     }
 
-    /// Scores one item. Dropping the future abandons it: it never reaches the device if it has not yet.
+    /// Scores one item. Dropping the future abandons it: it never reaches the device if it has not
+    /// yet.
     ///
     /// # Errors
     /// `QueueFull` at once when the queue is; the others as they are found.
@@ -413,8 +418,8 @@ impl Engine {
         MemoryKind::of(self.shared.bases.device())
     }
 
-    /// Returns the bytes that a run over pairs of these lengths needs at its peak, the base models included, and its limit. A run that does not fit is
-    /// told what it needs at least.
+    /// Returns the bytes that a run over pairs of these lengths needs at its peak, the base models
+    /// included, and its limit. A run that does not fit is told what it needs at least.
     pub fn memory(
         &self,
         model: &str,
@@ -436,17 +441,19 @@ impl Engine {
         Ok((resident + plan.total(), available))
     }
 
-    /// The element type that a model's weights are stored in, and exported in unless another is asked for.
+    /// The element type that a model's weights are stored in, and exported in unless another is
+    /// asked for.
     pub fn element_type(&self, model: &str) -> Result<ElementType, EngineError> {
         Ok(self.shared.bases.get(model)?.element_type)
     }
 
-    /// Writes merged weights, the model's configuration and its tokenizer into the folder `out`. A checkpoint's own tensors are copied, a base
-    /// model's are taken as its files have them; each number is rounded to `dtype` once. Blocks.
+    /// Writes merged weights, the model's configuration and its tokenizer into the folder `out`. A
+    /// checkpoint's own tensors are copied, a base model's are taken as its files have them; each
+    /// number is rounded to `dtype` once. Blocks.
     ///
     /// # Errors
-    /// `Weights` when a file cannot be read, and `FilesChanged` when a base model whose weights in memory are rounded has files that are gone or
-    /// were changed.
+    /// `Weights` when a file cannot be read, and `FilesChanged` when a base model whose weights in
+    /// memory are rounded has files that are gone or were changed.
     pub fn export_merged(
         &self,
         weights: &WeightsRef,
@@ -507,7 +514,8 @@ impl Engine {
         self.shared.queue.evict(dir);
     }
 
-    /// Refuses new work from now on and answers what waits. A run in progress is stopped through its control.
+    /// Refuses new work from now on and answers what waits. A run in progress is stopped through
+    /// its control.
     pub fn drain(&self) {
         for run in self.shared.queue.drain() {
             // The channel was never used: there is room for one event.
@@ -515,8 +523,9 @@ impl Engine {
         }
     }
 
-    /// Waits until the drained workers are done with the batch or the unit in progress; false when that takes longer than `patience`. A process must not end
-    /// before: the GPU's libraries are taken down by its exit handlers, whoever still calls them. Blocks.
+    /// Waits until the drained workers are done with the batch or the unit in progress; false when
+    /// that takes longer than `patience`. A process must not end before: the GPU's libraries are
+    /// taken down by its exit handlers, whoever still calls them. Blocks.
     pub fn wait_for_end(&self, patience: Duration) -> bool {
         self.shared.queue.wait_for_end(patience)
     }

@@ -1,4 +1,5 @@
-//! From text to log-probs: encoding, packing into rows, scoring, and the reference's cached log-probs.
+//! From text to log-probs: encoding, packing into rows, scoring, and the reference's cached
+//! log-probs.
 
 pub mod data_parallel;
 pub mod encode;

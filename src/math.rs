@@ -1,4 +1,5 @@
-//! Losses, their gradients with respect to log-probs, metrics and schedules. Pure functions on numbers.
+//! Losses, their gradients with respect to log-probs, metrics and schedules. Pure functions on
+//! numbers.
 
 pub mod clip;
 pub mod loss;

@@ -45,7 +45,8 @@ const KEEPALIVE: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Bytes of a call's headers.
 const MAX_HEADERS: u32 = 16 << 10;
-/// What calls on a connection that has become too old get to end; event streams go on elsewhere from their last sequence.
+/// What calls on a connection that has become too old get to end; event streams go on elsewhere
+/// from their last sequence.
 const AGE_GRACE: Duration = Duration::from_secs(60);
 
 /// Limits of the gRPC port.
@@ -61,7 +62,8 @@ pub struct ServeOptions {
     pub tokens: bool,
     /// Connections that may be open; beyond them the idlest is closed.
     pub max_connections: usize,
-    /// When a connection is closed so that its client spreads over the replicas anew; `None` is never.
+    /// When a connection is closed so that its client spreads over the replicas anew; `None` is
+    /// never.
     pub max_connection_age: Option<Duration>,
 }
 
@@ -76,8 +78,9 @@ pub enum ServeError {
     Reflection(#[from] tonic_reflection::server::Error),
 }
 
-/// Serves every service on `listener` until `shutdown`; then health says NOT_SERVING, new work is refused, the running job is put back in the
-/// queue with a checkpoint, and open calls end, all within the drain timeout.
+/// Serves every service on `listener` until `shutdown`; then health says NOT_SERVING, new work is
+/// refused, the running job is put back in the queue with a checkpoint, and open calls end, all
+/// within the drain timeout.
 pub async fn serve(
     listener: TcpListener,
     service: Service,

@@ -1,5 +1,5 @@
-//! Services that own what they need: jobs, datasets, checkpoints, scoring, and the server's own life. Beneath them are the store, the artifacts, the
-//! event feed and the background tasks.
+//! Services that own what they need: jobs, datasets, checkpoints, scoring, and the server's own
+//! life. Beneath them are the store, the artifacts, the event feed and the background tasks.
 //!
 //! **What was acknowledged is on disk; what is delivered was stored first.**
 
@@ -74,7 +74,8 @@ pub struct ServiceOptions {
     pub drain_timeout: Duration,
     /// `postgres://…`, shared by several replicas; `None` is SQLite in the data directory.
     pub database_url: Option<String>,
-    /// An object store that holds the artifacts, and its vendor's variables; `None` is the data directory.
+    /// An object store that holds the artifacts, and its vendor's variables; `None` is the data
+    /// directory.
     pub artifact_store: Option<(String, BTreeMap<String, String>)>,
     /// How long a worker may be silent before its job goes to another.
     pub lease: Duration,
@@ -112,7 +113,8 @@ pub struct Service {
 }
 
 impl Service {
-    /// Opens the data directory, puts interrupted jobs back in the queue and starts a runner for each run that the devices take at one time.
+    /// Opens the data directory, puts interrupted jobs back in the queue and starts a runner for
+    /// each run that the devices take at one time.
     pub async fn open(engine: Engine, options: ServiceOptions) -> Result<Service> {
         let (store, artifacts) = open_data(&options).await?;
         let (shutdown, runs, heavy) =
@@ -244,7 +246,8 @@ async fn open_data(options: &ServiceOptions) -> Result<(Store, Artifacts)> {
         lease: options.lease,
     };
     let store = Store::open(root, &store_options).await?;
-    // A database that has files somewhere must find them there; only a new one may begin with an empty folder.
+    // A database that has files somewhere must find them there; only a new one may begin with an
+    // empty folder.
     let is_new = store.property(ARTIFACT_STORE).await?.is_none()
         && !(store.is_shared() && store.has_artifacts().await?);
     let open = |(url, variables): &(String, BTreeMap<String, String>)| {

@@ -9,7 +9,8 @@ use super::settings::SETTINGS;
 use crate::rpc::client::Target;
 use crate::train::rows::apart::DECODE;
 
-/// Trains language models with Direct Preference Optimization over gRPC, and scores preference pairs with them.
+/// Trains language models with Direct Preference Optimization over gRPC, and scores preference
+/// pairs with them.
 #[derive(Debug, Parser)]
 #[command(name = "bradley", version, arg_required_else_help = true, after_help = EXIT_CODES)]
 pub struct Cli {
@@ -206,7 +207,8 @@ pub struct DemoArgs {
     /// What matrix products are computed in: f32 or bf16.
     #[arg(long, default_value = "f32")]
     pub precision: String,
-    /// Where to compute: cpu, cuda:N, or several with commas between, or auto (every GPU, else cpu).
+    /// Where to compute: cpu, cuda:N, or several with commas between, or auto (every GPU, else
+    /// cpu).
     #[arg(long, default_value = "cpu")]
     pub device: String,
     /// Keep the jobs and the trained adapter in this folder; without it a temporary one is used.
@@ -232,7 +234,8 @@ pub struct TrainArgs {
     /// The share of the training pairs to evaluate on instead.
     #[arg(long)]
     pub eval_fraction: Option<f64>,
-    /// What to train: models/ID or trainingJobs/ID/checkpoints/STEP. Default: the server's only model.
+    /// What to train: models/ID or trainingJobs/ID/checkpoints/STEP. Default: the server's only
+    /// model.
     #[arg(long)]
     pub policy: Option<String>,
     /// The frozen reference. Default: the policy's start weights.
@@ -244,10 +247,12 @@ pub struct TrainArgs {
     /// Higher goes first, and a running job of a lower one makes room.
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     pub priority: i32,
-    /// Days that the job, its events and its checkpoints are kept after its end; without this until it is deleted.
+    /// Days that the job, its events and its checkpoints are kept after its end; without this until
+    /// it is deleted.
     #[arg(long, value_name = "DAYS")]
     pub ttl_days: Option<u32>,
-    /// Variables for the chat template, as a JSON object: {"enable_thinking": false}. A row's own chat_template_kwargs win.
+    /// Variables for the chat template, as a JSON object: {"enable_thinking": false}. A row's own
+    /// chat_template_kwargs win.
     #[arg(long, value_name = "JSON")]
     pub template_args: Option<String>,
     /// Only say what the job would cost, in tokens, steps, memory and time.
@@ -352,13 +357,15 @@ pub struct ScoreArgs {
     /// Default: the job's.
     #[arg(long)]
     pub max_length: Option<u32>,
-    /// Variables for the chat template, as a JSON object: {"enable_thinking": false}. A row's own chat_template_kwargs win.
+    /// Variables for the chat template, as a JSON object: {"enable_thinking": false}. A row's own
+    /// chat_template_kwargs win.
     #[arg(long, value_name = "JSON")]
     pub template_args: Option<String>,
     /// A file with a JSON array of tools, for rows without tools of their own.
     #[arg(long, value_name = "FILE")]
     pub tools: Option<PathBuf>,
-    /// How rewards add up an answer's tokens: as the job trained them, by their sum, or by their mean.
+    /// How rewards add up an answer's tokens: as the job trained them, by their sum, or by their
+    /// mean.
     #[arg(long, default_value = "as_trained", value_parser = ["as_trained", "sum", "mean"])]
     pub normalization: String,
 }

@@ -63,7 +63,8 @@ pub fn resource(output: Output, value: &Value) {
     }
 }
 
-/// The rows of a resource's field in a table. Hashes of content have a row each and are shortened; JSON has them whole.
+/// The rows of a resource's field in a table. Hashes of content have a row each and are shortened;
+/// JSON has them whole.
 fn cells(field: &str, value: &Value) -> Vec<(String, String)> {
     match value {
         Value::Object(parts) if HASHES.contains(&field) => {
@@ -157,7 +158,8 @@ pub fn dataset(d: &pb::Dataset) -> Value {
     })
 }
 
-/// Describes the shapes of a dataset's rows, unless all are plain preference rows that make one pair each.
+/// Describes the shapes of a dataset's rows, unless all are plain preference rows that make one
+/// pair each.
 pub fn shapes(r: &pb::ValidationReport) -> Option<String> {
     let mut shapes: Vec<(&String, &u64)> = r.shapes.iter().collect();
     shapes.sort();

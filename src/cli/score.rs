@@ -217,7 +217,8 @@ fn text(t: &Text) -> pb::Text {
     pb::Text { form: Some(form) }
 }
 
-/// A message; as JSON where it has other keys than a role and a text, so that they keep their order.
+/// A message; as JSON where it has other keys than a role and a text, so that they keep their
+/// order.
 fn message(message: &ChatMessage) -> pb::Message {
     let fields = message.fields();
     match fields.get("content").and_then(Value::as_str) {

@@ -15,8 +15,8 @@ use crate::formats::loader::{LoadedModel, load_model};
 use crate::rpc::{ServeOptions, Tls, serve, serve_http};
 use crate::service::{Service, ServiceOptions};
 
-/// How long the server waits, after its last answer, for what the device still computes: a batch that nobody waits for any more, or a block of a run that did
-/// not stop in time.
+/// How long the server waits, after its last answer, for what the device still computes: a batch
+/// that nobody waits for any more, or a block of a run that did not stop in time.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The fewest connections that a server is worth starting with.
@@ -27,8 +27,8 @@ const MIN_CONNECTIONS: u64 = 16;
 pub enum Ended {
     /// Nothing is computed any more.
     AtRest,
-    /// The device still computes: a GPU's libraries are not to be taken down meanwhile, so the process should leave without exit handlers. With how
-    /// serving ended.
+    /// The device still computes: a GPU's libraries are not to be taken down meanwhile, so the
+    /// process should leave without exit handlers. With how serving ended.
     AtWork(anyhow::Result<()>),
 }
 
@@ -150,12 +150,14 @@ pub async fn serve_on(
     Ok(Ended::AtWork(result.map_err(Into::into)))
 }
 
-/// Descriptors that are not for gRPC connections: files, the database, the artifact store, uploads and the HTTP port need some.
+/// Descriptors that are not for gRPC connections: files, the database, the artifact store, uploads
+/// and the HTTP port need some.
 fn reserved_descriptors(limit: u64) -> u64 {
     (limit / 8).clamp(160, 1024)
 }
 
-/// Raises the limit on file descriptors as far as the system allows and returns how many connections fit beside the reserve.
+/// Raises the limit on file descriptors as far as the system allows and returns how many
+/// connections fit beside the reserve.
 fn connections_that_fit(wanted: usize) -> anyhow::Result<usize> {
     let limit = raise_descriptor_limit();
     let fitting = limit.saturating_sub(reserved_descriptors(limit));

@@ -1,4 +1,5 @@
-//! Settings of `bradley serve`: flags over environment over a TOML file over defaults, every bad one reported at once.
+//! Settings of `bradley serve`: flags over environment over a TOML file over defaults, every bad
+//! one reported at once.
 //!
 //! **Nothing else reads the environment.**
 
@@ -17,7 +18,8 @@ use crate::formats::source::HubOptions;
 use crate::model::device::DeviceChoice;
 use crate::rpc::TlsFiles;
 
-/// Name, default and help of every setting. A flag is `--like-this`, a variable `BRADLEY_LIKE_THIS`, a TOML key `like_this`.
+/// Name, default and help of every setting. A flag is `--like-this`, a variable
+/// `BRADLEY_LIKE_THIS`, a TOML key `like_this`.
 pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "models",

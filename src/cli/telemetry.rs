@@ -23,7 +23,8 @@ use crate::service::audit::AUDIT;
 /// How long a collector may take for a batch.
 const EXPORT: Duration = Duration::from_secs(5);
 
-/// Starts sending spans by OTLP over gRPC, in batches, from a thread of its own. OTEL_EXPORTER_OTLP_HEADERS and OTEL_RESOURCE_ATTRIBUTES are heeded.
+/// Starts sending spans by OTLP over gRPC, in batches, from a thread of its own.
+/// OTEL_EXPORTER_OTLP_HEADERS and OTEL_RESOURCE_ATTRIBUTES are heeded.
 ///
 /// # Errors
 /// When the endpoint is no URL.
@@ -46,7 +47,8 @@ pub fn traces(endpoint: &str, ratio: f64) -> anyhow::Result<SdkTracerProvider> {
     Ok(provider)
 }
 
-/// Starts logging to standard error, the audit log's lines to `audit`, too, and this program's spans to `traces`; a second call changes nothing.
+/// Starts logging to standard error, the audit log's lines to `audit`, too, and this program's
+/// spans to `traces`; a second call changes nothing.
 ///
 /// # Errors
 /// When the audit log cannot be written.

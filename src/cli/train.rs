@@ -166,7 +166,8 @@ struct Checked {
     max_length: u32,
 }
 
-/// The base model under a policy, through the jobs that it continues; empty when it cannot be found out.
+/// The base model under a policy, through the jobs that it continues; empty when it cannot be found
+/// out.
 async fn base_model(client: &Client, policy: &str) -> Result<String, Failure> {
     let mut policy = policy.to_owned();
     for _ in 0..MAX_DEPTH {
@@ -184,7 +185,8 @@ async fn base_model(client: &Client, policy: &str) -> Result<String, Failure> {
     Ok(String::new())
 }
 
-/// Uploads a file, checked with the model and the length of the job, and stops where the job would be refused for its rows.
+/// Uploads a file, checked with the model and the length of the job, and stops where the job would
+/// be refused for its rows.
 async fn upload_for_job(
     client: &Client,
     path: &Path,

@@ -1,8 +1,11 @@
-//! The decoder's numerical kernels on the CPU: plain functions over slices, each with its backward pass written by hand.
+//! The decoder's numerical kernels on the CPU: plain functions over slices, each with its backward
+//! pass written by hand.
 //!
-//! Legend: T tokens of the packed row, C hidden size, H query heads, K key/value heads, D head dimension, F feed-forward size, V vocabulary,
-//! r LoRA rank. Activations are row-major `[T, features]`, f32. Matrix products run in f32, or in bf16 with f32 sums ([`gemm::Kernel`]); everything
-//! else is f32. No result depends on the number of threads, and no token's result on the other rows it was packed with.
+//! Legend: T tokens of the packed row, C hidden size, H query heads, K key/value heads, D head
+//! dimension, F feed-forward size, V vocabulary, r LoRA rank. Activations are row-major `[T,
+//! features]`, f32. Matrix products run in f32, or in bf16 with f32 sums ([`gemm::Kernel`]);
+//! everything else is f32. No result depends on the number of threads, and no token's result on the
+//! other rows it was packed with.
 
 pub mod attention;
 pub mod buffer;

@@ -1,7 +1,8 @@
-//! Parts of one large range of addresses, taken and given back: the lowest free part that is long enough, neighbours growing together again.
+//! Parts of one large range of addresses, taken and given back: the lowest free part that is long
+//! enough, neighbours growing together again.
 //!
-//! A pass takes memory block by block and gives it back in the opposite order, so what lies below the highest address in use is nearly all in use,
-//! whatever the lengths of rows.
+//! A pass takes memory block by block and gives it back in the opposite order, so what lies below
+//! the highest address in use is nearly all in use, whatever the lengths of rows.
 
 use std::collections::BTreeMap;
 

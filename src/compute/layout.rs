@@ -4,7 +4,8 @@
 //! tokens    [ prompt 0 | completion 0.0 | completion 0.1 | prompt 1 | completion 1.0 | … ]
 //! positions   0 … p−1    p …              p …              0 … q−1    q …
 //! ```
-//! A completion attends to its own prompt and causally to itself, never to a sibling. The mask is this list of segments, not a T×T tensor.
+//! A completion attends to its own prompt and causally to itself, never to a sibling. The mask is
+//! this list of segments, not a T×T tensor.
 
 use std::ops::Range;
 
@@ -30,7 +31,8 @@ impl RowLayout {
         self.segments.last().map_or(0, |s| s.tokens.end)
     }
 
-    /// Appends a prompt and its completions, given their lengths; returns the tokens of the prompt and of each completion.
+    /// Appends a prompt and its completions, given their lengths; returns the tokens of the prompt
+    /// and of each completion.
     pub fn push_group(
         &mut self,
         prompt: usize,

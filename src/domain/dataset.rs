@@ -29,7 +29,8 @@ impl Text {
     }
 }
 
-/// A prompt and two answers; the prompt and both answers have the same form (all plain or all chat).
+/// A prompt and two answers; the prompt and both answers have the same form (all plain or all
+/// chat).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PreferenceRow {
     /// From 1: a line number in JSONL.
@@ -160,8 +161,8 @@ pub enum IssueReason {
     InvalidType,
     /// weight is not a finite number above 0.
     InvalidWeight,
-    /// A field that changes what a row means and that cannot be used: images, audio, video, or tools
-    /// with plain text.
+    /// A field that changes what a row means and that cannot be used: images, audio, video, or
+    /// tools with plain text.
     UnsupportedField,
     /// A column that is not used (a warning).
     IgnoredField,
@@ -177,7 +178,8 @@ pub enum IssueReason {
     PromptFillsMaxLength,
     /// max_length cuts an answer (a warning).
     Truncated,
-    /// The end of the prompt's tokens is not in prompt + answer, so that it is left out (a warning).
+    /// The end of the prompt's tokens is not in prompt + answer, so that it is left out (a
+    /// warning).
     PromptCut,
     /// A token that the model has no embedding for.
     TokenOutsideVocabulary,
@@ -185,7 +187,8 @@ pub enum IssueReason {
     DuplicatePair,
     /// The same pair occurred before with the answers exchanged.
     ContradictoryPair,
-    /// Plain-text answers for a tokenizer that has no end-of-sequence token (a warning, once for a file).
+    /// Plain-text answers for a tokenizer that has no end-of-sequence token (a warning, once for a
+    /// file).
     NoEos,
 }
 
@@ -213,7 +216,8 @@ impl IssueReason {
         }
     }
 
-    /// Errors make a row unusable. Contradictions are warnings on both rows' face but poison training, so they are errors.
+    /// Errors make a row unusable. Contradictions are warnings on both rows' face but poison
+    /// training, so they are errors.
     pub fn severity(self) -> Severity {
         match self {
             IssueReason::Truncated
@@ -247,7 +251,8 @@ pub struct RowIssue {
 }
 
 impl RowIssue {
-    /// The same with texts of limited length and without NUL characters, which databases do not store.
+    /// The same with texts of limited length and without NUL characters, which databases do not
+    /// store.
     pub fn shortened(self) -> Self {
         let short = |text: String, limit: usize| {
             let text = if text.len() > limit { shortened(&text, limit) } else { text };
@@ -264,7 +269,8 @@ impl RowIssue {
 
 /// How many findings a report lists in full.
 pub const MAX_LISTED_ISSUES: usize = 1000;
-/// Characters of a row's id, and of a finding's message, that a report keeps: rows are a client's own, and may be long.
+/// Characters of a row's id, and of a finding's message, that a report keeps: rows are a client's
+/// own, and may be long.
 const MAX_ISSUE_TEXT: (usize, usize) = (199, 399);
 /// Characters of a value that a finding's message repeats.
 pub const MAX_QUOTED_VALUE: usize = 200;
@@ -320,8 +326,8 @@ impl ValidationReport {
         self.rows - self.valid_rows
     }
 
-    /// Rows that no job can use. Whether a prompt is too long, or a token is outside the vocabulary, is for each job to say, with its own model and
-    /// length.
+    /// Rows that no job can use. Whether a prompt is too long, or a token is outside the
+    /// vocabulary, is for each job to say, with its own model and length.
     pub fn bad_rows_of_any_job(&self) -> u64 {
         self.unusable_rows.unwrap_or_else(|| {
             let reasons = [IssueReason::PromptFillsMaxLength, IssueReason::TokenOutsideVocabulary];

@@ -1,4 +1,5 @@
-//! What a DPO objective is: the loss mix, β, the divergence and the weightings. Names and defaults are TRL's where TRL has them.
+//! What a DPO objective is: the loss mix, β, the divergence and the weightings. Names and defaults
+//! are TRL's where TRL has them.
 
 use serde::{Deserialize, Serialize};
 
@@ -248,8 +249,9 @@ impl Default for DpoConfig {
 }
 
 impl DpoConfig {
-    /// Returns true if a run compares its policy with a reference: because the loss needs one, because the request names one, or for the metrics alone.
-    /// TRL's DPOTrainer reports rewards against the reference whatever its loss (sft too); its trainers of simpo and orpo have none.
+    /// Returns true if a run compares its policy with a reference: because the loss needs one,
+    /// because the request names one, or for the metrics alone. TRL's DPOTrainer reports rewards
+    /// against the reference whatever its loss (sft too); its trainers of simpo and orpo have none.
     pub fn has_reference(&self, named: bool) -> bool {
         let without = |loss| matches!(loss, LossType::Simpo | LossType::Orpo);
         !self.reference_free
@@ -276,8 +278,8 @@ impl DpoConfig {
         }
     }
 
-    /// Returns the normalization of the metrics `rewards/*`. TRL's CPOTrainer (simpo) and ORPOTrainer
-    /// log means over tokens; its DPOTrainer logs sums, also for ipo and sigmoid_norm.
+    /// Returns the normalization of the metrics `rewards/*`. TRL's CPOTrainer (simpo) and
+    /// ORPOTrainer log means over tokens; its DPOTrainer logs sums, also for ipo and sigmoid_norm.
     pub fn logged_normalization(&self) -> Normalization {
         let by_dpo_trainer = |loss| matches!(loss, LossType::Ipo | LossType::SigmoidNorm);
         match self.losses.iter().any(|term| by_dpo_trainer(term.loss)) {
@@ -286,7 +288,8 @@ impl DpoConfig {
         }
     }
 
-    /// Returns true if a pair's loss depends on the other pairs of its micro-batch (losses that sort log-ratios).
+    /// Returns true if a pair's loss depends on the other pairs of its micro-batch (losses that
+    /// sort log-ratios).
     pub fn compares_pairs(&self) -> bool {
         self.losses.iter().any(|term| matches!(term.loss, LossType::Aot | LossType::AotUnpaired))
     }

@@ -1,4 +1,5 @@
-//! Content hashes that identify a base model. A job is pinned to the hashes of the model it was created with.
+//! Content hashes that identify a base model. A job is pinned to the hashes of the model it was
+//! created with.
 
 use serde::{Deserialize, Serialize};
 
@@ -69,7 +70,8 @@ pub struct Pins {
     /// The base model under the reference, where that is another model than the policy's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reference_base: Option<ModelIdentity>,
-    /// Hashes of the job's other inputs; `None` in jobs of versions that did not pin it and that have not started since.
+    /// Hashes of the job's other inputs; `None` in jobs of versions that did not pin it and that
+    /// have not started since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub contents: Option<ContentPins>,
 }
@@ -81,7 +83,8 @@ pub struct ContentPins {
     /// The checkpoint that the policy starts from, by its digest; `None` for a base model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<String>,
-    /// The checkpoint that the job names as its reference, by its digest; `None` for a base model and where none is named.
+    /// The checkpoint that the job names as its reference, by its digest; `None` for a base model
+    /// and where none is named.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reference: Option<String>,
     /// BLAKE3 of the training dataset's file.

@@ -17,7 +17,8 @@ pub type Millis = i64;
 /// Metrics by their TRL names.
 pub type Metrics = BTreeMap<String, f64>;
 
-/// Metrics in JSON, which has no infinities: what is not finite is left out, and what is null is taken for left out.
+/// Metrics in JSON, which has no infinities: what is not finite is left out, and what is null is
+/// taken for left out.
 pub mod finite {
     use std::collections::BTreeMap;
 
@@ -85,7 +86,8 @@ impl JobState {
         matches!(self, JobState::Cancelled | JobState::Succeeded | JobState::Failed)
     }
 
-    /// Whether the job may go from `self` to `to`. A drained or killed server's jobs go back to `Queued`.
+    /// Whether the job may go from `self` to `to`. A drained or killed server's jobs go back to
+    /// `Queued`.
     pub fn may_become(self, to: JobState) -> bool {
         use JobState::*;
         match self {
@@ -159,7 +161,8 @@ pub struct JobRequest {
     /// The base model under it, which stays known when the jobs that it continues are deleted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
-    /// The content that the job depends on; `None` for jobs of version 0.1 that have not started since.
+    /// The content that the job depends on; `None` for jobs of version 0.1 that have not started
+    /// since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pins: Option<Pins>,
     /// What is trained.
@@ -172,7 +175,8 @@ pub struct JobRequest {
     pub evaluation: Evaluation,
     /// Hyper-parameters.
     pub spec: TrainingSpec,
-    /// The fields of LoRA that the client named, which are checked against the adapter that the job starts from. Not stored.
+    /// The fields of LoRA that the client named, which are checked against the adapter that the job
+    /// starts from. Not stored.
     #[serde(skip)]
     pub given_lora: GivenLora,
     /// Bad rows.
@@ -286,7 +290,8 @@ pub struct Checkpoint {
     pub metrics: Metrics,
     /// When it was complete.
     pub create_time: Millis,
-    /// The hash of its state file, which lists the hashes of its other files; empty for those of older versions.
+    /// The hash of its state file, which lists the hashes of its other files; empty for those of
+    /// older versions.
     pub digest: String,
 }
 

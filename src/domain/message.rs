@@ -394,7 +394,8 @@ fn check_parts(parts: &[Value]) -> Result<(), MessageProblem> {
     Ok(())
 }
 
-/// Bytes that a value takes in memory without its text: a list of a million empty texts is not small.
+/// Bytes that a value takes in memory without its text: a list of a million empty texts is not
+/// small.
 const VALUE_BYTES: usize = 72;
 
 /// Bytes that a value takes in memory, about.

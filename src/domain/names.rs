@@ -1,4 +1,5 @@
-//! Resource names: `models/{id}`, `datasets/{id}`, `trainingJobs/{id}`, `trainingJobs/{id}/checkpoints/{step|latest|best}`.
+//! Resource names: `models/{id}`, `datasets/{id}`, `trainingJobs/{id}`,
+//! `trainingJobs/{id}/checkpoints/{step|latest|best}`.
 
 use std::fmt;
 

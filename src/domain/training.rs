@@ -11,7 +11,8 @@ use super::violation::{Violations, quoted};
 pub const TARGET_MODULES: [&str; 7] =
     ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
-/// A whole run, less the data: everything the trainer needs to know, pinned when the job is created.
+/// A whole run, less the data: everything the trainer needs to know, pinned when the job is
+/// created.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainingSpec {
@@ -69,11 +70,13 @@ pub struct LoraConfig {
     pub target_modules: Vec<String>,
     /// scale = α/√r in place of α/r.
     pub use_rslora: bool,
-    /// The name of a PEFT adapter to start from, below the server's folder of adapters. The fields above are that adapter's.
+    /// The name of a PEFT adapter to start from, below the server's folder of adapters. The fields
+    /// above are that adapter's.
     pub init_adapter: Option<String>,
 }
 
-/// The fields of [`LoraConfig`] that a client named. `None` stands for the default, or for what the start adapter has.
+/// The fields of [`LoraConfig`] that a client named. `None` stands for the default, or for what the
+/// start adapter has.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GivenLora {
     /// The rank that was named.
@@ -105,8 +108,9 @@ impl LoraConfig {
         self.alpha / if self.use_rslora { r.sqrt() } else { r }
     }
 
-    /// Takes over rank, α and targets of the adapter that the run continues. Records a violation for each field that the
-    /// client named and that the adapter has otherwise. `whose` names the adapter in messages.
+    /// Takes over rank, α and targets of the adapter that the run continues. Records a violation
+    /// for each field that the client named and that the adapter has otherwise. `whose` names the
+    /// adapter in messages.
     pub fn adopt(
         &mut self,
         adapter: &LoraConfig,
@@ -226,7 +230,8 @@ pub enum Truncation {
     KeepEnd,
 }
 
-/// What matrix products are computed in. Sums, norms, softmax, losses, gradients and optimizer state are f32 either way.
+/// What matrix products are computed in. Sums, norms, softmax, losses, gradients and optimizer
+/// state are f32 either way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {

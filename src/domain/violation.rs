@@ -100,7 +100,8 @@ impl fmt::Display for Violations {
 
 impl std::error::Error for Violations {}
 
-/// A client's text in quotation marks, for an error message; a long one is cut and its length given.
+/// A client's text in quotation marks, for an error message; a long one is cut and its length
+/// given.
 pub fn quoted(text: &str) -> String {
     match text.char_indices().nth(MAX_QUOTED) {
         Some((end, _)) => format!("{:?}… ({} bytes)", &text[..end], text.len()),

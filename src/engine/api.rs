@@ -1,4 +1,5 @@
-//! What the engine is asked and what it answers: plain records between `service` and the device workers.
+//! What the engine is asked and what it answers: plain records between `service` and the device
+//! workers.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -196,7 +197,8 @@ pub struct TrainingRun {
     pub model: String,
     /// What the policy starts from; never `Live`.
     pub start: WeightsRef,
-    /// The frozen reference, perhaps on another base model; `None` when the objective has none; never `Live`.
+    /// The frozen reference, perhaps on another base model; `None` when the objective has none;
+    /// never `Live`.
     pub reference: Option<WeightsRef>,
     /// Hyper-parameters.
     pub spec: TrainingSpec,
@@ -239,8 +241,8 @@ pub struct EngineOptions {
     pub resident_policies: usize,
     /// Share of device time scoring may take while a job trains, in (0, 1].
     pub scoring_share: f64,
-    /// Bytes of the machine's memory that the estimate may reach before a job is refused; `None` is nine tenths of it, or of
-    /// the limit of the process's control group where that is lower.
+    /// Bytes of the machine's memory that the estimate may reach before a job is refused; `None` is
+    /// nine tenths of it, or of the limit of the process's control group where that is lower.
     pub memory_limit: Option<u64>,
     /// The same of each GPU's own memory; `None` is nine tenths of what is free there at the start.
     pub device_memory_limit: Option<u64>,

@@ -33,7 +33,8 @@ pub(super) struct FairShare {
 }
 
 impl FairShare {
-    /// Opens an account without debt. A share below 0.01 or above 1 is taken for the nearest of these.
+    /// Opens an account without debt. A share below 0.01 or above 1 is taken for the nearest of
+    /// these.
     pub fn new(share: f64, now: Instant) -> Self {
         FairShare {
             share: share.clamp(0.01, 1.0),
@@ -67,7 +68,8 @@ impl FairShare {
         self.training_since = now;
     }
 
-    /// Gives the device back to training after a batch inside its unit, which began at `batch_start`.
+    /// Gives the device back to training after a batch inside its unit, which began at
+    /// `batch_start`.
     pub fn resume(&mut self, batch_start: Instant, now: Instant) {
         self.scored += now.saturating_duration_since(batch_start);
         self.training_since = now;

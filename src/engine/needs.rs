@@ -57,7 +57,8 @@ pub(super) fn extra(
     if reads_base_again {
         host += f32_of(base.info.parameters);
     }
-    // A GPU has the base model in the run's precision, too: for the policy, the reference, or scoring.
+    // A GPU has the base model in the run's precision, too: for the policy, the reference, or
+    // scoring.
     if precision != server {
         gpu += base.info.parameters * weight_bytes(precision);
     }

@@ -1,4 +1,5 @@
-//! What waits for the devices: small items of work, bounded by tokens, and training runs. One queue for all workers: whoever is free takes what is oldest.
+//! What waits for the devices: small items of work, bounded by tokens, and training runs. One queue
+//! for all workers: whoever is free takes what is oldest.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,8 @@ use super::needs::Needs;
 const MAX_WAITING_RUNS: usize = 16;
 /// Tokens a second assumed until a rate has been measured, for the first retry hint.
 const ASSUMED_RATE: f64 = 500.0;
-/// How often an idle worker looks whether a run that waits for memory or for a larger device was told to stop.
+/// How often an idle worker looks whether a run that waits for memory or for a larger device was
+/// told to stop.
 const LOOK: Duration = Duration::from_millis(200);
 
 /// A small piece of work, which is done in batches between the units of runs.
@@ -22,7 +24,8 @@ pub(super) trait WorkItem {
     fn tokens(&self) -> usize;
     /// Returns true if nobody waits for its answer any more.
     fn is_abandoned(&self) -> bool;
-    /// Returns the job whose weights in training it needs: these are with the worker that trains them.
+    /// Returns the job whose weights in training it needs: these are with the worker that trains
+    /// them.
     fn live_job(&self) -> Option<&str>;
     /// Answers it with [`EngineError::Draining`].
     fn refuse(self);
@@ -246,7 +249,8 @@ impl<W: WorkItem> Queue<W> {
         std::mem::take(&mut self.lock().workers[worker].evicted)
     }
 
-    /// Has every worker evict the weights that have no room beside the runs in progress; one that waits wakes up for it.
+    /// Has every worker evict the weights that have no room beside the runs in progress; one that
+    /// waits wakes up for it.
     pub fn have_all_fit(&self) {
         self.lock().workers.iter_mut().filter(|w| !w.ended).for_each(|w| w.must_fit = true);
         self.changed.notify_all();
@@ -263,7 +267,8 @@ impl<W: WorkItem> Queue<W> {
         inner.tokens_per_second = Some(0.8 * old + 0.2 * tokens_per_second);
     }
 
-    /// Refuses new work from now on; what waits is answered with `Draining`. Waiting runs are handed back to be told.
+    /// Refuses new work from now on; what waits is answered with `Draining`. Waiting runs are
+    /// handed back to be told.
     pub fn drain(&self) -> Vec<TrainingRun> {
         let mut inner = self.lock();
         inner.draining = true;
@@ -276,7 +281,8 @@ impl<W: WorkItem> Queue<W> {
         inner.runs.drain(..).map(|waiting| waiting.run).collect()
     }
 
-    /// What a batch of `budget` tokens takes, without waiting; empty when nothing waits that the worker of `job` may score.
+    /// What a batch of `budget` tokens takes, without waiting; empty when nothing waits that the
+    /// worker of `job` may score.
     pub fn take(&self, job: &str, budget: usize) -> Vec<W> {
         take_batch(&mut self.lock(), Some(job), budget)
     }
@@ -286,8 +292,9 @@ impl<W: WorkItem> Queue<W> {
         self.host.set_in_use(inner.workers.iter().map(|w| w.host).sum());
     }
 
-    /// Takes the run that worker `me` should begin, if there is one. A run passes another only when that one waits for a larger device; a run that
-    /// waits for the machine's memory is passed by none.
+    /// Takes the run that worker `me` should begin, if there is one. A run passes another only when
+    /// that one waits for a larger device; a run that waits for the machine's memory is passed by
+    /// none.
     fn next_run(&self, inner: &mut QueueState<W>, me: usize) -> Option<Waiting> {
         let QueueState { runs, workers, .. } = inner;
         // A worker that takes no runs has no room.
@@ -320,8 +327,8 @@ impl<W: WorkItem> Queue<W> {
         None
     }
 
-    /// Waits for work. With a run in progress it never waits: there is always something to train. `may_score` is false while scoring has had its
-    /// share.
+    /// Waits for work. With a run in progress it never waits: there is always something to train.
+    /// `may_score` is false while scoring has had its share.
     pub fn next(&self, seeker: Seeker, may_score: bool, budget: usize) -> Work<W> {
         let mut inner = self.lock();
         let training = seeker.job.is_some();
@@ -371,8 +378,9 @@ impl<W: WorkItem> Queue<W> {
     }
 }
 
-/// Whether a run that needs at least `minimum` bytes should go to worker `me`: of the workers without a run that may give it as much, it is the one
-/// with the most free memory, or the first of these.
+/// Whether a run that needs at least `minimum` bytes should go to worker `me`: of the workers
+/// without a run that may give it as much, it is the one with the most free memory, or the first of
+/// these.
 fn has_most_room(workers: &[WorkerState], me: usize, minimum: u64) -> bool {
     let room = |w: &WorkerState| w.room.filter(|_| w.limit >= minimum);
     let Some(mine) = room(&workers[me]) else { return false };
@@ -382,15 +390,16 @@ fn has_most_room(workers: &[WorkerState], me: usize, minimum: u64) -> bool {
         .all(|(i, w)| room(w).is_none_or(|room| room < mine || (room == mine && me <= i)))
 }
 
-/// Whether the worker that trains `job` may score the entry: weights in training are with the worker that trains them. What nobody trains is for anyone: its
-/// caller hears of that.
+/// Whether the worker that trains `job` may score the entry: weights in training are with the
+/// worker that trains them. What nobody trains is for anyone: its caller hears of that.
 fn may_take(workers: &[WorkerState], entry: &impl WorkItem, job: Option<&str>) -> bool {
     entry.live_job().is_none_or(|live| {
         job == Some(live) || workers.iter().all(|w| w.job.as_deref() != Some(live))
     })
 }
 
-/// The oldest items that the worker of `job` may score, up to `budget` tokens (at least one), without those whose caller has left.
+/// The oldest items that the worker of `job` may score, up to `budget` tokens (at least one),
+/// without those whose caller has left.
 fn take_batch<W: WorkItem>(inner: &mut QueueState<W>, job: Option<&str>, budget: usize) -> Vec<W> {
     let (mut batch, mut tokens, mut at) = (Vec::new(), 0, 0);
     while let Some(entry) = inner.entries.get(at) {
@@ -566,7 +575,8 @@ mod tests {
         let Work::Begin(first, _) = queue.next(large, true, 100) else {
             panic!("the large worker takes the large run")
         };
-        // The second large run waits for the large worker, and is passed by one that cannot take its place.
+        // The second large run waits for the large worker, and is passed by one that cannot take
+        // its place.
         let Work::Begin(second, carried) = queue.next(small, true, 100) else {
             panic!("the small run does not wait")
         };

@@ -1,4 +1,5 @@
-//! Which weights are in memory: the base models for good, adapters and full weights while they are used.
+//! Which weights are in memory: the base models for good, adapters and full weights while they are
+//! used.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -30,7 +31,8 @@ pub(super) struct Base {
     pub info: ModelInfo,
     pub policy: Policy,
     pub tokenizer: Arc<ChatTokenizer>,
-    /// Where its weights are read as the files have them; `None` where the ones in memory are these.
+    /// Where its weights are read as the files have them; `None` where the ones in memory are
+    /// these.
     files: Option<WeightFiles>,
     /// What most of its numbers are stored in.
     pub element_type: ElementType,
@@ -215,7 +217,8 @@ impl Bases {
         Parameters::build(&self.get(model)?.policy.config, read).map(Some)
     }
 
-    /// Bytes of full weights besides the base models'; `None` for others, whose size is known when they are loaded.
+    /// Bytes of full weights besides the base models'; `None` for others, whose size is known when
+    /// they are loaded.
     fn full_bytes(&self, weights: &WeightsRef) -> Result<Option<u64>, EngineError> {
         match weights {
             WeightsRef::Full { model, .. } | WeightsRef::StoredReference { model, .. } => {
@@ -228,7 +231,8 @@ impl Bases {
         }
     }
 
-    /// A name for these weights that never means others, nor the same ones stored in another precision.
+    /// A name for these weights that never means others, nor the same ones stored in another
+    /// precision.
     pub fn identity(&self, weights: &WeightsRef) -> Result<String, EngineError> {
         self.identity_in(weights, self.precision)
     }
@@ -303,7 +307,8 @@ struct Resident {
 }
 
 impl Resident {
-    /// Returns true if something computes with these weights, so that evicting them would free nothing.
+    /// Returns true if something computes with these weights, so that evicting them would free
+    /// nothing.
     fn is_in_use(&self) -> bool {
         match &self.policy.adapter {
             Some(adapter) => Arc::strong_count(adapter) > 1,
@@ -341,7 +346,8 @@ impl Residents {
     /// Returns weights, and loads them unless they are there.
     ///
     /// # Errors
-    /// `NoRoom` when there is no room for full weights although everything that nothing computes with was evicted; those of opening them.
+    /// `NoRoom` when there is no room for full weights although everything that nothing computes
+    /// with was evicted; those of opening them.
     pub fn get(&mut self, bases: &Bases, weights: &WeightsRef) -> Result<Policy, EngineError> {
         self.load(bases, weights, false)
     }
@@ -428,13 +434,15 @@ impl Residents {
         self.all.iter().map(Resident::counted).sum()
     }
 
-    /// Evicts the least recently used weights that nothing computes with; false when there are none.
+    /// Evicts the least recently used weights that nothing computes with; false when there are
+    /// none.
     fn evict_oldest(&mut self) -> bool {
         let oldest = self.all.iter().position(|r| !r.is_in_use());
         oldest.map(|i| self.all.remove(i)).is_some()
     }
 
-    /// Reserves `bytes` for the run on these devices, and evicts what has no room beside it. 0 means that the run is over.
+    /// Reserves `bytes` for the run on these devices, and evicts what has no room beside it. 0
+    /// means that the run is over.
     pub fn reserve_for_run(&mut self, bytes: u64) {
         if bytes == 0 {
             self.all.iter_mut().for_each(|r| r.of_run = false);

@@ -1,4 +1,5 @@
-//! Turns a run as asked for into a trainer: resolves weights, initialises the adapter, picks the reference.
+//! Turns a run as asked for into a trainer: resolves weights, initialises the adapter, picks the
+//! reference.
 
 use std::collections::HashMap;
 use std::path::Path;

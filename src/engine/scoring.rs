@@ -1,4 +1,5 @@
-//! The scoring half of a device worker: batches from the queue, and whose turn it is while a run trains.
+//! The scoring half of a device worker: batches from the queue, and whose turn it is while a run
+//! trains.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -26,7 +27,8 @@ type LogpsResult = Result<Logps, EngineError>;
 pub(super) struct Live {
     pub job: String,
     pub policy: Policy,
-    /// Its reference, as the run has it: a run in f32 on a bf16 server has weights that are not rounded.
+    /// Its reference, as the run has it: a run in f32 on a bf16 server has weights that are not
+    /// rounded.
     pub reference: Option<LiveReference>,
     /// Optimizer steps that the policy has taken, and after which the reference was moved last.
     pub step: u64,
@@ -55,17 +57,21 @@ pub(super) struct Scoring {
     pub fair_share: FairShare,
 }
 
-/// The hook that a training unit calls between two decoder blocks, milliseconds apart, and where it waits.
+/// The hook that a training unit calls between two decoder blocks, milliseconds apart, and where it
+/// waits.
 ///
-/// It runs on the device's thread inside the trainer's call, so that it re-enters the engine half-way through a unit. What may run inside:
+/// It runs on the device's thread inside the trainer's call, so that it re-enters the engine
+/// half-way through a unit. What may run inside:
 ///
-/// - Scoring batches of any weights, with everything that takes: reading adapters and checkpoints, evicting them, the cache of reference log-probs
-///   (which holds no lock while it computes), answering callers.
-/// - The run's weights are read as they are in [`Live`], which does not change inside a unit: the trainer calls the hook only where no tensor is half
-///   updated. The trainer itself is borrowed by the unit: nothing here trains, begins or ends a run, or asks the queue for one.
+/// - Scoring batches of any weights, with everything that takes: reading adapters and checkpoints,
+///   evicting them, the cache of reference log-probs (which holds no lock while it computes),
+///   answering callers.
+/// - The run's weights are read as they are in [`Live`], which does not change inside a unit: the
+///   trainer calls the hook only where no tensor is half updated. The trainer itself is borrowed by
+///   the unit: nothing here trains, begins or ends a run, or asks the queue for one.
 /// - It does not nest: passes of a batch get a hook that does nothing.
-/// - The unit's activations stay in memory meanwhile. A batch that runs out of memory frees weights that nothing computes with, and fails alone; a panic
-///   fails the batch, never the unit.
+/// - The unit's activations stay in memory meanwhile. A batch that runs out of memory frees weights
+///   that nothing computes with, and fails alone; a panic fails the batch, never the unit.
 pub(super) struct YieldPoint<'a> {
     scoring: &'a mut Scoring,
     cache: &'a ReferenceCache,
@@ -101,7 +107,8 @@ impl Scoring {
         }
     }
 
-    /// Scores one batch between two blocks of a training pass, when something waits and it is scoring's turn.
+    /// Scores one batch between two blocks of a training pass, when something waits and it is
+    /// scoring's turn.
     fn yield_to_scoring(&mut self, cache: &ReferenceCache, live: &Live) {
         self.fair_share.pay(Instant::now());
         if !self.fair_share.is_scorings_turn() {
@@ -121,7 +128,8 @@ impl Scoring {
         }
     }
 
-    /// Forgets weights whose folder is gone or will hold others, and those that have no room beside the runs in progress.
+    /// Forgets weights whose folder is gone or will hold others, and those that have no room beside
+    /// the runs in progress.
     pub fn forget_evicted(&mut self) {
         if self.queue.take_must_fit(self.worker) {
             self.residents.fit();
@@ -131,8 +139,9 @@ impl Scoring {
         }
     }
 
-    /// Scores a batch and answers whoever waits; with a run in progress, training is owed its share. Entries share a pass over each of the weights
-    /// that they name, policies and references alike.
+    /// Scores a batch and answers whoever waits; with a run in progress, training is owed its
+    /// share. Entries share a pass over each of the weights that they name, policies and references
+    /// alike.
     pub fn score_batch(&mut self, batch: Vec<Entry>, cache: &ReferenceCache, live: Option<&Live>) {
         self.forget_evicted();
         let (start, began) = (Instant::now(), SystemTime::now());
@@ -179,8 +188,9 @@ impl Scoring {
         }
     }
 
-    /// Runs `pass` over some entries together; when that fails, over each alone, so that a bad item fails only itself. When the device runs out of
-    /// memory, weights that nothing computes with are evicted and the pass runs once more.
+    /// Runs `pass` over some entries together; when that fails, over each alone, so that a bad item
+    /// fails only itself. When the device runs out of memory, weights that nothing computes with
+    /// are evicted and the pass runs once more.
     fn pass(
         &mut self,
         batch: &[Entry],
@@ -213,14 +223,15 @@ impl Scoring {
         }
     }
 
-    /// Frees the memory of weights that nothing computes with, and what the device keeps for later use.
+    /// Frees the memory of weights that nothing computes with, and what the device keeps for later
+    /// use.
     pub fn free_memory(&mut self) {
         self.residents.evict_unused();
         self.bases.device().trim();
     }
 
-    /// The precision in which an entry is scored: a running job's own, else the server's. Its reference is scored in the same one, so that their
-    /// difference is that of the weights alone.
+    /// The precision in which an entry is scored: a running job's own, else the server's. Its
+    /// reference is scored in the same one, so that their difference is that of the weights alone.
     fn precision(&self, entry: &Entry, live: Option<&Live>) -> Precision {
         match (&entry.policy, live) {
             (WeightsRef::Live { job }, Some(live)) if live.job == *job => live.policy.precision,
@@ -228,7 +239,8 @@ impl Scoring {
         }
     }
 
-    /// The log-probs of entries that name the same reference and are scored in the same precision, under it.
+    /// The log-probs of entries that name the same reference and are scored in the same precision,
+    /// under it.
     fn references(
         &mut self,
         entries: &[&Entry],
@@ -279,7 +291,8 @@ impl Scoring {
         scorer::score_shared(&policies, &items, ROW_TOKENS, &mut || {}).map_err(device)
     }
 
-    /// Joins groups whose policies are adapters on the same base weights (or these themselves): they share a pass.
+    /// Joins groups whose policies are adapters on the same base weights (or these themselves):
+    /// they share a pass.
     fn clusters(
         &mut self,
         groups: Vec<Vec<usize>>,
@@ -315,8 +328,8 @@ fn device(e: candle_core::Error) -> EngineError {
     }
 }
 
-/// Counts a batch, and the tokens that sequences padded to the longest would have cost and packed ones do not. Prompts that items share are saved, too,
-/// but not counted.
+/// Counts a batch, and the tokens that sequences padded to the longest would have cost and packed
+/// ones do not. Prompts that items share are saved, too, but not counted.
 fn observe(batch: &[Entry], tokens: usize) {
     metrics::histogram!("bradley_scoring_batch_items").record(batch.len() as f64);
     metrics::histogram!("bradley_scoring_batch_tokens").record(tokens as f64);
@@ -330,7 +343,8 @@ fn observe(batch: &[Entry], tokens: usize) {
         .increment(alone.saturating_sub(tokens) as u64);
 }
 
-/// One span for the batch, linked to its callers' spans, and one in each caller's trace, linked to it.
+/// One span for the batch, linked to its callers' spans, and one in each caller's trace, linked to
+/// it.
 fn trace_batch(batch: &[Entry], began: SystemTime, took: Duration, tokens: usize) {
     let about = vec![
         KeyValue::new("bradley.batch.items", batch.len() as i64),
@@ -353,7 +367,8 @@ fn vec_of_none(n: usize) -> Vec<Option<LogpsResult>> {
     (0..n).map(|_| None).collect()
 }
 
-/// The entries that have a key by `which`, e.g. the weights that they name, grouped by it, in the order in which they first appear.
+/// The entries that have a key by `which`, e.g. the weights that they name, grouped by it, in the
+/// order in which they first appear.
 fn groups<'a, K: PartialEq>(
     batch: &'a [Entry],
     which: impl Fn(&'a Entry) -> Option<K>,
@@ -369,7 +384,8 @@ fn groups<'a, K: PartialEq>(
     groups.into_iter().map(|(_, members)| members).collect()
 }
 
-/// An item's answer from what the passes gave; without a pass of its own, the policy's log-probs are the reference's.
+/// An item's answer from what the passes gave; without a pass of its own, the policy's log-probs
+/// are the reference's.
 fn combine(
     policy: Option<LogpsResult>,
     reference: Option<LogpsResult>,

@@ -1,4 +1,5 @@
-//! The device worker: one OS thread that owns a device and runs units of work. A training unit lets scoring in between any two decoder blocks.
+//! The device worker: one OS thread that owns a device and runs units of work. A training unit lets
+//! scoring in between any two decoder blocks.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -166,8 +167,8 @@ impl Worker {
         }
     }
 
-    /// Ends the process when the GPU failed for good, before a run is said to have failed: it goes on from its checkpoint in the next process, and nothing
-    /// could be computed in this one.
+    /// Ends the process when the GPU failed for good, before a run is said to have failed: it goes
+    /// on from its checkpoint in the next process, and nothing could be computed in this one.
     fn leave_if_lost(&self) {
         let helpers = self.training.iter().flat_map(|t| t.helpers.iter());
         if std::iter::once(self.bases.device()).chain(helpers).any(ComputeDevice::is_lost) {
@@ -209,8 +210,8 @@ impl Worker {
             trainer.advance(&mut Host { cache, pause: &mut pause, emit: &mut emit })
         });
         drop(live);
-        // The unit's last act may have been an update: scored is what the policy and its reference are
-        // now. After a panic they are not to be trusted, but what was told before it is.
+        // The unit's last act may have been an update: scored is what the policy and its reference
+        // are now. After a panic they are not to be trusted, but what was told before it is.
         let live = status.is_ok().then(|| active.live());
         let mut yield_point = live.as_ref().map(|live| YieldPoint::new(scoring, cache, live));
         for report in reports {
@@ -227,7 +228,8 @@ impl Worker {
         let ran_out_of_memory = active.trainer.is_shortened() && !was_shortened;
         self.leave_if_lost();
         if ran_out_of_memory {
-            // The run repeats the step in shorter rows, and has the memory of weights that nothing uses.
+            // The run repeats the step in shorter rows, and has the memory of weights that nothing
+            // uses.
             self.scoring.free_memory();
         }
         match status {
@@ -342,7 +344,8 @@ impl Worker {
         match saved {
             Ok(Ok(())) => {}
             Ok(Err(e)) if !self.queue.is_draining() => {
-                // Nothing is in a hurry: the steps are worth the wait, and whoever waits for them may cancel.
+                // Nothing is in a hurry: the steps are worth the wait, and whoever waits for them
+                // may cancel.
                 tracing::warn!(error = %e, "the checkpoint of a run that makes room cannot be written: trying again");
                 let live = active.live();
                 YieldPoint::new(&mut self.scoring, &self.cache, &live).run();
@@ -372,7 +375,8 @@ impl Worker {
     }
 }
 
-/// Sends and waits while the channel is full. A receiver that is gone means that the service is going down: the run notices by its control.
+/// Sends and waits while the channel is full. A receiver that is gone means that the service is
+/// going down: the run notices by its control.
 fn send(run: &TrainingRun, event: RunEvent) {
     let _ = run.events.blocking_send(event.into());
 }

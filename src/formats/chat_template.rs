@@ -169,7 +169,8 @@ fn template_value(value: &serde_json::Value) -> Value {
 }
 
 /// Replaces the tags `{% generation %}` and `{% endgeneration %}`, with any white space in them, by
-/// ones that print what is between them, in a scope of its own: they mark the assistant's tokens for transformers' masks.
+/// ones that print what is between them, in a scope of its own: they mark the assistant's tokens
+/// for transformers' masks.
 fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;

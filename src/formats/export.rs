@@ -95,8 +95,8 @@ pub fn save_merged(
     write_json(dir, "config.json", &config_json(config, layout.dtype))
 }
 
-/// Writes those of the tokenizer's files whose names are `wanted`, and a generation_config.json made
-/// from the configuration where that is wanted and the model has none.
+/// Writes those of the tokenizer's files whose names are `wanted`, and a generation_config.json
+/// made from the configuration where that is wanted and the model has none.
 pub fn save_companions(
     dir: &Path,
     config: &ModelConfig,
@@ -243,7 +243,8 @@ fn encode(name: &str, tensor: &Tensor, dtype: ElementType) -> Result<Vec<u8>, Mo
     })?
 }
 
-/// The same function as `policy` without an adapter; shares every tensor that the adapter leaves alone.
+/// The same function as `policy` without an adapter; shares every tensor that the adapter leaves
+/// alone.
 pub fn merged(policy: &Policy) -> Result<Policy, ModelError> {
     let parameters =
         policy.parameters.map(|param, t| merge(policy.adapter.as_deref(), param.id, t.clone()))?;

@@ -41,7 +41,8 @@ impl LoadedModel {
     }
 }
 
-/// Opens `source` (a folder, a GGUF file or a hub id) under `id`, or under an id made from the source's last part.
+/// Opens `source` (a folder, a GGUF file or a hub id) under `id`, or under an id made from the
+/// source's last part.
 ///
 /// # Errors
 /// Each names the file, and the field or tensor in it.
@@ -111,7 +112,8 @@ fn load_gguf(
     Ok(LoadedModel { id, config, weights, tokenizer, origin, base })
 }
 
-/// The last part of a path or hub id, without extension and revision, with other characters than an id's made `-`.
+/// The last part of a path or hub id, without extension and revision, with other characters than an
+/// id's made `-`.
 pub fn default_id(source: &str) -> String {
     let last = source.trim_end_matches('/').rsplit('/').next().unwrap_or(source);
     let last = last.split('@').next().unwrap_or(last);

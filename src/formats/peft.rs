@@ -53,8 +53,8 @@ const FREE: [&str; 17] = [
     "ensure_weight_tying",
 ];
 
-/// The other fields of PEFT 0.21.2's `LoraConfig`, each with the values at which it does nothing that
-/// this decoder does not do. `null` is one of them for every field.
+/// The other fields of PEFT 0.21.2's `LoraConfig`, each with the values at which it does nothing
+/// that this decoder does not do. `null` is one of them for every field.
 const OFF: [(&str, &[&str]); 26] = [
     // `true`, `false`, Gaussian, orthogonal and EVA starts touch only A and B, which the file
     // replaces; for the others see `why_refused`.
@@ -211,7 +211,8 @@ fn why_refused(field: &str, value: &Value) -> &'static str {
     }
 }
 
-/// Rank and α from the config; the targets from the tensors, because `target_modules` may be a pattern.
+/// Rank and α from the config; the targets from the tensors, because `target_modules` may be a
+/// pattern.
 fn read_config(fields: &Value, tensors: &SafeTensors) -> Result<LoraConfig, String> {
     let rank = fields
         .get("r")
@@ -321,7 +322,8 @@ pub fn base_of(config: &[u8], id: &str) -> BaseName {
 
 /// Writes f32 tensors as a safetensors file that torch reads.
 pub fn save_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<(), ModelError> {
-    // safetensors wants all the bytes at once; each tensor's are made when they are written, and only views are kept.
+    // safetensors wants all the bytes at once; each tensor's are made when they are written, and
+    // only views are kept.
     let views = tensors
         .iter()
         .map(|(n, t)| Ok((n.clone(), Bytes::new(t)?)))
@@ -359,7 +361,8 @@ impl safetensors::View for Bytes {
         let bytes = crate::compute::cpu::with_values(&self.tensor, |v| {
             v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>()
         });
-        // The tensor was made f32, contiguous and on the CPU by `new`, which is all that can fail here.
+        // The tensor was made f32, contiguous and on the CPU by `new`, which is all that can fail
+        // here.
         std::borrow::Cow::Owned(bytes.unwrap_or_default())
     }
 

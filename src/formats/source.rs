@@ -72,8 +72,9 @@ const COMPLETE: &str = ".bradley-complete.json";
 
 /// The snapshot folder with all the files a model needs; on failure, what was tried.
 ///
-/// A download that was interrupted has no list of its files and is taken up again, at the commit that it was of. So is one of
-/// another program, which costs a request and no download where it is whole.
+/// A download that was interrupted has no list of its files and is taken up again, at the commit
+/// that it was of. So is one of another program, which costs a request and no download where it is
+/// whole.
 fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, String> {
     let repo_at =
         |revision: &str| Repo::with_revision(name.to_owned(), RepoType::Model, revision.to_owned());

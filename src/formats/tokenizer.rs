@@ -1,4 +1,5 @@
-//! Tokenizers with their special tokens and chat template, from Hugging Face files or GGUF metadata.
+//! Tokenizers with their special tokens and chat template, from Hugging Face files or GGUF
+//! metadata.
 
 pub(super) mod parts;
 
@@ -62,7 +63,8 @@ impl ChatTokenizer {
     }
 
     fn assemble(mut parts: Parts, path: &Path) -> Result<Self, ModelError> {
-        // A tokenizer.json may ask for truncation or padding; lengths are the business of the encoder here.
+        // A tokenizer.json may ask for truncation or padding; lengths are the business of the
+        // encoder here.
         parts.tokenizer.with_padding(None);
         parts.tokenizer.with_truncation(None).map_err(|e| wrong(path, e.to_string()))?;
         let id = |token: Option<String>| {
@@ -159,8 +161,8 @@ impl ChatTokenizer {
         &self.content_hash
     }
 
-    /// Returns true if every token id means the same token in both. They may still split text differently, and differ in their special tokens'
-    /// roles and chat templates.
+    /// Returns true if every token id means the same token in both. They may still split text
+    /// differently, and differ in their special tokens' roles and chat templates.
     pub fn has_vocabulary_of(&self, other: &ChatTokenizer) -> bool {
         self.vocabulary.hash == other.vocabulary.hash
     }
@@ -170,7 +172,8 @@ impl ChatTokenizer {
         self.vocabulary.rows
     }
 
-    /// BLAKE3 of the chat template, in hex, of both where dialogues with tools have one of their own; empty without any.
+    /// BLAKE3 of the chat template, in hex, of both where dialogues with tools have one of their
+    /// own; empty without any.
     pub fn template_hash(&self) -> String {
         let of = |text: &str| blake3::hash(text.as_bytes()).to_hex().to_string();
         match (&self.templates.default, &self.templates.tool_use) {

@@ -1,4 +1,5 @@
-//! Weights on disk: safetensors (one file or shards) or GGUF. Tensors are read one at a time, under their Hugging Face names.
+//! Weights on disk: safetensors (one file or shards) or GGUF. Tensors are read one at a time, under
+//! their Hugging Face names.
 
 pub(super) mod stored;
 
@@ -24,11 +25,11 @@ type Digests = HashMap<String, blake3::Hash>;
 /// Where a model's weights were read, for reading the same numbers again after the files have been
 /// closed.
 ///
-/// Others may replace, cut off or overwrite the files at any time, also while they are read. So they
-/// are not mapped: the bytes of one tensor are read into memory, and the hash of these bytes must be
-/// that of the bytes that were loaded before. What is used is what was checked, and only what is
-/// used is read and hashed. Where a tensor lies, its shape and its element type are those of the
-/// first time; the headers are not read again.
+/// Others may replace, cut off or overwrite the files at any time, also while they are read. So
+/// they are not mapped: the bytes of one tensor are read into memory, and the hash of these bytes
+/// must be that of the bytes that were loaded before. What is used is what was checked, and only
+/// what is used is read and hashed. Where a tensor lies, its shape and its element type are those
+/// of the first time; the headers are not read again.
 #[derive(Clone, Debug)]
 pub struct WeightFiles {
     path: PathBuf,
@@ -92,7 +93,8 @@ enum FileFormat {
 }
 
 impl Weights {
-    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists, in a folder.
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists, in a
+    /// folder.
     ///
     /// # Errors
     /// When there is neither, or a file is truncated or malformed: the file is named.
@@ -123,7 +125,8 @@ impl Weights {
     ///
     /// # Errors
     /// When it is missing, has another shape or an element type that cannot be read, and
-    /// [`ModelError::Changed`] when its file was opened by [`WeightFiles::open`] and is not what it was.
+    /// [`ModelError::Changed`] when its file was opened by [`WeightFiles::open`] and is not what it
+    /// was.
     pub fn load(&self, param: &ParamSpec, precision: Precision) -> Result<Tensor, ModelError> {
         let dtype = if param.role == ParamRole::Matrix && precision == Precision::Bf16 {
             DType::BF16
@@ -178,11 +181,13 @@ impl Weights {
         }
     }
 
-    /// Checks that the configuration calls for what is stored. A tensor elsewhere than in a decoder layer is only warned of: many
-    /// files have parts that no forward pass of the language model uses.
+    /// Checks that the configuration calls for what is stored. A tensor elsewhere than in a decoder
+    /// layer is only warned of: many files have parts that no forward pass of the language model
+    /// uses.
     ///
     /// # Errors
-    /// [`ModelError::UnexpectedTensor`] for tensors of decoder layers, e.g. biases that the configuration switches off.
+    /// [`ModelError::UnexpectedTensor`] for tensors of decoder layers, e.g. biases that the
+    /// configuration switches off.
     pub fn check_names(&self, config: &ModelConfig) -> Result<(), ModelError> {
         let params = params::params(&config.spec);
         let (stored, called_for): (Vec<&str>, BTreeSet<&str>) = match &self.kind {
@@ -285,7 +290,8 @@ impl TensorSource for Weights {
     }
 }
 
-/// Whether a tensor says nothing that the configuration and the other tensors do not: rotary frequencies, and the copy of a tied head.
+/// Whether a tensor says nothing that the configuration and the other tensors do not: rotary
+/// frequencies, and the copy of a tied head.
 fn is_harmless(name: &str) -> bool {
     const SUFFIXES: [&str; 2] = [".rotary_emb.inv_freq", ".attn_rot_embd"];
     const NAMES: [&str; 2] = [params::HF_HEAD, ModelConfig::GGUF_ROPE_FREQS];

@@ -1,11 +1,13 @@
-//! Data parallelism: a policy's devices each take a share of the rows. Who gets which row depends on their number only, so a run repeats bit for bit.
+//! Data parallelism: a policy's devices each take a share of the rows. Who gets which row depends
+//! on their number only, so a run repeats bit for bit.
 
 use candle_core::Result;
 
 use crate::model::decoder::Policy;
 
-/// Runs `pass` on every row, row i on device i mod n, and gives the results in the order of the rows. The policy's own device works on the calling thread,
-/// which alone calls `pause`; each of its helpers has a thread for as long as this takes.
+/// Runs `pass` on every row, row i on device i mod n, and gives the results in the order of the
+/// rows. The policy's own device works on the calling thread, which alone calls `pause`; each of
+/// its helpers has a thread for as long as this takes.
 pub(crate) fn over_devices<T: Send, R: Send>(
     policy: &Policy,
     rows: Vec<T>,

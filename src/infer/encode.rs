@@ -1,8 +1,9 @@
 //! Text to tokens, as TRL 1.16 tokenises preference rows.
 //!
-//! Chat: the prompt is rendered with the generation prompt, prompt + answer is rendered whole; plain text: prompt + answer is one text, EOS appended
-//! to an answer that lacks it. The prompt's tokens are the longest prefix common to all of them, so that a merge across the boundary cannot be
-//! counted on the wrong side. Every later token counts, EOS included.
+//! Chat: the prompt is rendered with the generation prompt, prompt + answer is rendered whole;
+//! plain text: prompt + answer is one text, EOS appended to an answer that lacks it. The prompt's
+//! tokens are the longest prefix common to all of them, so that a merge across the boundary cannot
+//! be counted on the wrong side. Every later token counts, EOS included.
 
 use std::fmt;
 use std::sync::LazyLock;
@@ -252,8 +253,9 @@ impl<'a> PairEncoder<'a> {
         Ok((pair, encoded.cut))
     }
 
-    /// Encodes a prompt with N answers, each as if it were alone: it begins after the longest prefix that the prompt and the answer itself share, an
-    /// error is its own, and says [`Part::Answer`]`(0)`.
+    /// Encodes a prompt with N answers, each as if it were alone: it begins after the longest
+    /// prefix that the prompt and the answer itself share, an error is its own, and says
+    /// [`Part::Answer`]`(0)`.
     pub fn encode_completions(
         &self,
         prompt: &Text,
@@ -270,8 +272,9 @@ impl<'a> PairEncoder<'a> {
         completions.iter().map(encode).collect()
     }
 
-    /// Encodes a prompt with answers that are compared with each other, split as [`PairEncoder::encode_pair`] splits a pair. An error names the answer
-    /// by its place in the list.
+    /// Encodes a prompt with answers that are compared with each other, split as
+    /// [`PairEncoder::encode_pair`] splits a pair. An error names the answer by its place in the
+    /// list.
     pub fn encode_together(
         &self,
         prompt: &Text,
@@ -296,7 +299,8 @@ impl<'a> PairEncoder<'a> {
         }
     }
 
-    /// Encodes answers that begin after the longest prefix that the prompt and all of them share, as TRL splits pairs.
+    /// Encodes answers that begin after the longest prefix that the prompt and all of them share,
+    /// as TRL splits pairs.
     fn encode(&self, prompt: &Text, answers: &[(Part, &Text)]) -> Result<Encoded, EncodeError> {
         let prompt_ids = self.prompt(prompt)?;
         let mut whole = Vec::with_capacity(answers.len());
@@ -362,7 +366,8 @@ impl<'a> PairEncoder<'a> {
             .encode(&self.tokenizer.apply_chat_template(messages, &options)?, false)?)
     }
 
-    /// A plain prompt or text: BOS where the tokenizer adds one, but never a second one before text that already starts with it.
+    /// A plain prompt or text: BOS where the tokenizer adds one, but never a second one before text
+    /// that already starts with it.
     fn plain(&self, text: &str) -> Result<Vec<u32>, EncodeError> {
         let starts_with_bos =
             self.tokenizer.bos_token().is_some_and(|bos| !bos.is_empty() && text.starts_with(bos));
@@ -393,7 +398,8 @@ impl<'a> PairEncoder<'a> {
                 return Err(EncodeError::PromptFillsMaxLength { tokens: shared, max_length: max });
             }
             Truncation::KeepStart => (0, max, shared),
-            // One token of context must stay: where the answer alone fills max_length, its first kept token is the context.
+            // One token of context must stay: where the answer alone fills max_length, its first
+            // kept token is the context.
             Truncation::KeepEnd => (n - max, n, shared.max(n - max + 1)),
         };
         self.check_vocabulary(Part::Prompt, &ids[from..split])?;
@@ -424,7 +430,8 @@ fn common_prefix(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
-/// Groups encoded completions that share a prompt, keeping the order: the log-probs of a packed row come back in the order of `completions`.
+/// Groups encoded completions that share a prompt, keeping the order: the log-probs of a packed row
+/// come back in the order of `completions`.
 pub fn group(completions: &[EncodedCompletion]) -> Vec<SequenceGroup> {
     let mut groups: Vec<SequenceGroup> = Vec::new();
     for c in completions {

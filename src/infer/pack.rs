@@ -1,6 +1,8 @@
-//! Packs items (pairs, or answers to one prompt) into rows without padding. Within a row a prompt is laid down once, whichever items it belongs to.
+//! Packs items (pairs, or answers to one prompt) into rows without padding. Within a row a prompt
+//! is laid down once, whichever items it belongs to.
 //!
-//! Where an item lands changes none of its numbers: tokens see only their own prompt and completion, and the kernels compute every token alike.
+//! Where an item lands changes none of its numbers: tokens see only their own prompt and
+//! completion, and the kernels compute every token alike.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -10,7 +12,8 @@ use super::pair::SequenceGroup;
 use crate::compute::layout::RowLayout;
 use crate::model::row::Row;
 
-/// An item and whose it is: only items of one owner share prompts, and an owner's items lie side by side.
+/// An item and whose it is: only items of one owner share prompts, and an owner's items lie side by
+/// side.
 pub type Owned<'a> = (usize, &'a [SequenceGroup]);
 
 /// A row and where the items' completions are among its targets.
@@ -35,14 +38,14 @@ fn of_one_owner<'a>(items: &[&'a [SequenceGroup]]) -> Vec<Owned<'a>> {
     items.iter().map(|groups| (0, *groups)).collect()
 }
 
-/// Packs items into rows of at most `row_tokens` tokens (a longer item gets a row of its own), of about equal size. Items with the same prompt are
-/// brought together.
+/// Packs items into rows of at most `row_tokens` tokens (a longer item gets a row of its own), of
+/// about equal size. Items with the same prompt are brought together.
 pub fn pack_rows(items: &[&[SequenceGroup]], row_tokens: usize) -> Vec<PackedRow> {
     pack_owned_rows(&of_one_owner(items), row_tokens)
 }
 
-/// [`pack_rows`] for `devices` that each take every `devices`-th row: the number of rows is a multiple of theirs where there are items enough, so that
-/// none waits for the others.
+/// [`pack_rows`] for `devices` that each take every `devices`-th row: the number of rows is a
+/// multiple of theirs where there are items enough, so that none waits for the others.
 pub fn pack_rows_for_devices(
     items: &[&[SequenceGroup]],
     row_tokens: usize,
@@ -86,7 +89,8 @@ fn pack_multiple(items: &[Owned], row_tokens: usize, multiple: usize) -> Vec<Pac
     rows
 }
 
-/// The items' indices by owner, those of the same first prompt side by side, in the order in which the prompts first appear.
+/// The items' indices by owner, those of the same first prompt side by side, in the order in which
+/// the prompts first appear.
 fn by_prompt(items: &[Owned]) -> Vec<usize> {
     let mut first: HashMap<(usize, &[u32]), usize> = HashMap::new();
     let mut keyed: Vec<(usize, usize, usize)> = Vec::with_capacity(items.len());

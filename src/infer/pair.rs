@@ -42,7 +42,8 @@ pub struct EncodedPair {
 }
 
 impl EncodedPair {
-    /// The pair as groups: one when the prompt is shared, else two. Chosen comes before rejected either way.
+    /// The pair as groups: one when the prompt is shared, else two. Chosen comes before rejected
+    /// either way.
     pub fn groups(&self) -> Vec<SequenceGroup> {
         match &self.rejected_prompt {
             None => vec![SequenceGroup {
@@ -67,7 +68,8 @@ impl EncodedPair {
             + self.rejected.len()
     }
 
-    /// Tokens of prompt + chosen and prompt + rejected counted as two sequences, as TRL's num_tokens counts them.
+    /// Tokens of prompt + chosen and prompt + rejected counted as two sequences, as TRL's
+    /// num_tokens counts them.
     pub fn sequence_tokens(&self) -> usize {
         self.prompt.len()
             + self.chosen.len()
@@ -99,8 +101,9 @@ pub fn digest(train: &[EncodedPair], eval: &[EncodedPair]) -> String {
     hash.finalize().to_hex().to_string()
 }
 
-/// Splits pairs for training and evaluation, `⌈fraction·rows⌉` rows for the latter, both in order. The pairs of one row follow each
-/// other and stay together, so that no prompt is trained on and evaluated because it had several rejected answers.
+/// Splits pairs for training and evaluation, `⌈fraction·rows⌉` rows for the latter, both in order.
+/// The pairs of one row follow each other and stay together, so that no prompt is trained on and
+/// evaluated because it had several rejected answers.
 pub fn split_rows(
     pairs: &[EncodedPair],
     fraction: f64,

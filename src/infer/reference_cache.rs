@@ -12,13 +12,16 @@ use super::pair::SequenceGroup;
 use super::scorer::{Logps, score_all};
 use crate::model::decoder::Policy;
 
-/// Changes whenever the kernels' order of operations does: older entries are then not found any more.
+/// Changes whenever the kernels' order of operations does: older entries are then not found any
+/// more.
 const NUMERICS: u32 = 1;
-/// How often what was written is made durable: a crash loses at most so much of the cache, which only costs time.
+/// How often what was written is made durable: a crash loses at most so much of the cache, which
+/// only costs time.
 const SYNC: Duration = Duration::from_secs(2);
 
-/// Reference log-probs by content: they never change, so a second epoch or a repeated request costs the policy only.
-/// Bounded by tokens, in memory and on disk alike; the oldest entries leave first. All device workers share it; nobody has it while something is computed.
+/// Reference log-probs by content: they never change, so a second epoch or a repeated request costs
+/// the policy only. Bounded by tokens, in memory and on disk alike; the oldest entries leave first.
+/// All device workers share it; nobody has it while something is computed.
 #[derive(Debug)]
 pub struct ReferenceCache(Mutex<CacheState>);
 
@@ -37,7 +40,8 @@ impl ReferenceCache {
         Self::with_disk(limit, None)
     }
 
-    /// A cache that outlives the process in the file `path`. Where that cannot be used, it says so in the log and keeps to memory.
+    /// A cache that outlives the process in the file `path`. Where that cannot be used, it says so
+    /// in the log and keeps to memory.
     pub fn open(limit: usize, path: &Path) -> Self {
         let disk = CacheFile::open(path, limit as u64).inspect_err(|e| {
             tracing::warn!(path = %path.display(), error = %e, "reference log-probs are not kept across restarts: the cache file cannot be used");
@@ -60,8 +64,8 @@ impl ReferenceCache {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The log-probs of every item under `reference`, whose weights `identity` names for good; what is missing is computed together. `pause` is called
-    /// between blocks; it may use the cache.
+    /// The log-probs of every item under `reference`, whose weights `identity` names for good; what
+    /// is missing is computed together. `pause` is called between blocks; it may use the cache.
     pub fn score(
         &self,
         reference: &Policy,

@@ -1,7 +1,8 @@
 //! Scores sequence groups: per-token log-probs of every completion.
 //!
-//! Items share rows, and prompts within a row, but an item's numbers do not depend on what else is scored. The trainer's reference log-probs come from
-//! here too, so that a cached value is the value that would be computed.
+//! Items share rows, and prompts within a row, but an item's numbers do not depend on what else is
+//! scored. The trainer's reference log-probs come from here too, so that a cached value is the
+//! value that would be computed.
 
 use candle_core::Result;
 
@@ -18,7 +19,8 @@ pub fn score(policy: &Policy, groups: &[SequenceGroup]) -> Result<Logps> {
     Ok(score_all(policy, &[groups], usize::MAX, &mut || {})?.pop().unwrap_or_default())
 }
 
-/// Scores items together in rows of about `row_tokens` tokens, on all devices of the policy. `pause` is called before every block of the rows of its own.
+/// Scores items together in rows of about `row_tokens` tokens, on all devices of the policy.
+/// `pause` is called before every block of the rows of its own.
 pub fn score_all(
     policy: &Policy,
     items: &[&[SequenceGroup]],
@@ -38,7 +40,8 @@ pub fn score_all(
     Ok(all)
 }
 
-/// Scores items of several policies that share their base weights: `items` says which of `policies` each is for. They share rows, not prompts.
+/// Scores items of several policies that share their base weights: `items` says which of `policies`
+/// each is for. They share rows, not prompts.
 pub fn score_shared(
     policies: &[Policy],
     items: &[Owned],

@@ -1,8 +1,10 @@
 //! DPO and its relatives on a micro-batch: the loss and ∂loss/∂log p of every completion token.
 //!
-//! Notation (arXiv:2305.18290 and TRL): `lr = log π − log π_ref`, each summed over completion tokens; `w` chosen, `l` rejected; `s(lr)` is the
-//! f-divergence's score; `δ = s_w − s_l`; `n` completion tokens; `ε` label smoothing. Every loss is a function of the four sums (and the counts), so
-//! its gradient reaches a token through `∂loss/∂(Σ log π)`; the token-mean terms (sft, rpo, orpo's NLL) add a constant per chosen token.
+//! Notation (arXiv:2305.18290 and TRL): `lr = log π − log π_ref`, each summed over completion
+//! tokens; `w` chosen, `l` rejected; `s(lr)` is the f-divergence's score; `δ = s_w − s_l`; `n`
+//! completion tokens; `ε` label smoothing. Every loss is a function of the four sums (and the
+//! counts), so its gradient reaches a token through `∂loss/∂(Σ log π)`; the token-mean terms (sft,
+//! rpo, orpo's NLL) add a constant per chosen token.
 
 mod pairwise;
 #[cfg(test)]
@@ -46,15 +48,15 @@ pub struct BatchSize {
     pub chosen_tokens: usize,
 }
 
-/// The mean loss over a micro-batch; gradients are multiplied by `scale` (1 / micro-batches of the step). Row weights multiply each pair's term;
-/// the mean is still over the number of pairs.
+/// The mean loss over a micro-batch; gradients are multiplied by `scale` (1 / micro-batches of the
+/// step). Row weights multiply each pair's term; the mean is still over the number of pairs.
 pub fn batch_loss(config: &DpoConfig, pairs: &[PairLogps], scale: f64) -> BatchLoss {
     let chosen_tokens = pairs.iter().map(|p| p.policy_chosen.len()).sum();
     partial_loss(config, pairs, BatchSize { pairs: pairs.len(), chosen_tokens }, scale)
 }
 
-/// What some `pairs` of a micro-batch of the size `whole` add to its mean loss, with their gradients. The parts add up to [`batch_loss`], unless the
-/// loss [`DpoConfig::compares_pairs`].
+/// What some `pairs` of a micro-batch of the size `whole` add to its mean loss, with their
+/// gradients. The parts add up to [`batch_loss`], unless the loss [`DpoConfig::compares_pairs`].
 pub fn partial_loss(
     config: &DpoConfig,
     pairs: &[PairLogps],
@@ -76,7 +78,8 @@ pub fn partial_loss(
                 let (values, ds) = sorted_transport(config, term, &sums);
                 for i in 0..pairs.len() {
                     total += term.weight * weights[i] * values[i] / b;
-                    // The k-th smallest of each side form the k-th loss; its slopes belong to the pairs they came from.
+                    // The k-th smallest of each side form the k-th loss; its slopes belong to the
+                    // pairs they came from.
                     slopes[i].0 += term.weight * ds[i].0 * weights[ds[i].2] / b;
                     slopes[i].1 += term.weight * ds[i].1 * weights[ds[i].3] / b;
                 }

@@ -58,7 +58,8 @@ impl PairObservation {
     }
 }
 
-/// Adds the pairs' metrics to `sums`, pair by pair: the result does not depend on how the pairs are cut into batches.
+/// Adds the pairs' metrics to `sums`, pair by pair: the result does not depend on how the pairs are
+/// cut into batches.
 pub fn add_pairs(sums: &mut Metrics, pairs: &[PairObservation]) {
     for (name, value) in pairs.iter().flat_map(PairObservation::metrics) {
         *sums.entry(name.to_owned()).or_default() += value;

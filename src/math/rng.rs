@@ -1,4 +1,5 @@
-//! Random draws that are functions of a seed and a purpose, so that nothing has to be saved to continue a run.
+//! Random draws that are functions of a seed and a purpose, so that nothing has to be saved to
+//! continue a run.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -27,7 +28,8 @@ pub fn epoch_order(n: usize, seed: u64, epoch: u64) -> Vec<u32> {
     permutation(n, seed, &format!("epoch {epoch}"))
 }
 
-/// Splits `0..n` into training and evaluation rows, the latter `⌈fraction·n⌉` of them (at least one, never all), each in file order.
+/// Splits `0..n` into training and evaluation rows, the latter `⌈fraction·n⌉` of them (at least
+/// one, never all), each in file order.
 pub fn split(n: usize, fraction: f64, seed: u64) -> (Vec<usize>, Vec<usize>) {
     if n < 2 {
         return ((0..n).collect(), Vec::new());
@@ -50,7 +52,8 @@ fn permutation(n: usize, seed: u64, purpose: &str) -> Vec<u32> {
     order
 }
 
-/// `n` draws from U(−1/√fan_in, 1/√fan_in): `kaiming_uniform_(a=√5)`, PEFT's initialisation of LoRA's A.
+/// `n` draws from U(−1/√fan_in, 1/√fan_in): `kaiming_uniform_(a=√5)`, PEFT's initialisation of
+/// LoRA's A.
 pub fn kaiming_uniform(seed: u64, purpose: &str, n: usize, fan_in: usize) -> Vec<f32> {
     let mut rng = generator(seed, purpose);
     let bound = 1.0 / (fan_in.max(1) as f32).sqrt();

@@ -2,8 +2,8 @@
 
 use crate::domain::training::ScheduleKind;
 
-/// The learning rate of the optimizer step number `step`, counted from 0: `peak · step/warmup` while warming up, then the schedule's shape over the
-/// remaining steps.
+/// The learning rate of the optimizer step number `step`, counted from 0: `peak · step/warmup`
+/// while warming up, then the schedule's shape over the remaining steps.
 pub fn learning_rate(kind: ScheduleKind, peak: f64, warmup: u64, total: u64, step: u64) -> f64 {
     if step < warmup {
         return peak * step as f64 / warmup.max(1) as f64;

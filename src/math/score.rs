@@ -1,7 +1,9 @@
-//! The score of a pair: Pr(y_a ≻ y_b | x) = σ(r_a − r_b) with r = β·(log π_θ − log π_ref), the same reward that the loss trains.
+//! The score of a pair: Pr(y_a ≻ y_b | x) = σ(r_a − r_b) with r = β·(log π_θ − log π_ref), the same
+//! reward that the loss trains.
 //!
-//! Losses that compare means over tokens (ipo, sigmoid_norm, simpo, orpo) train r = β·(log π_θ − log π_ref)/n instead. Training metrics and served
-//! scores both come from [`reward`], so that they agree to the last bit.
+//! Losses that compare means over tokens (ipo, sigmoid_norm, simpo, orpo) train r = β·(log π_θ −
+//! log π_ref)/n instead. Training metrics and served scores both come from [`reward`], so that they
+//! agree to the last bit.
 
 use super::sigmoid;
 use crate::domain::dpo::Normalization;
@@ -24,8 +26,9 @@ impl AnswerLogps {
     }
 }
 
-/// Returns the implicit reward r = β·lr (arXiv:2305.18290, eq. 5 without the partition function, which cancels in a pair) with
-/// lr = log π_θ(y|x) − log π_ref(y|x), or log π_θ(y|x) without a reference; with [`Normalization::Mean`], lr is divided by the number of tokens.
+/// Returns the implicit reward r = β·lr (arXiv:2305.18290, eq. 5 without the partition function,
+/// which cancels in a pair) with lr = log π_θ(y|x) − log π_ref(y|x), or log π_θ(y|x) without a
+/// reference; with [`Normalization::Mean`], lr is divided by the number of tokens.
 pub fn reward(beta: f64, normalization: Normalization, answer: AnswerLogps) -> f64 {
     let log_ratio = answer.policy - answer.reference.unwrap_or(0.0);
     match normalization {

@@ -51,8 +51,8 @@ impl LoraTable {
 }
 
 impl Adapter {
-    /// A fresh adapter: A from U(−1/√in, 1/√in) as PEFT draws it, B zero, so that it changes nothing yet. Each tensor's draw depends on `seed` and
-    /// its name only.
+    /// A fresh adapter: A from U(−1/√in, 1/√in) as PEFT draws it, B zero, so that it changes
+    /// nothing yet. Each tensor's draw depends on `seed` and its name only.
     pub fn init(model: &ModelConfig, config: &LoraConfig, seed: u64) -> Result<Self, ModelError> {
         Self::build(model, config, |tensor| {
             let [rows, columns] = tensor.shape;

@@ -30,8 +30,9 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// What the model computes, as a text that is the same however its configuration file is written. It is part of what jobs are pinned to: a field that
-    /// is added later must be left out where it has no effect, or every older job is refused.
+    /// What the model computes, as a text that is the same however its configuration file is
+    /// written. It is part of what jobs are pinned to: a field that is added later must be left out
+    /// where it has no effect, or every older job is refused.
     ///
     /// The blocks of the families that it covers differ in their windows only, so it describes the
     /// first one and lists the windows of all.
@@ -65,11 +66,13 @@ impl ModelConfig {
         .to_string()
     }
 
-    /// Reads a config.json, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`). `path` is for messages.
-    /// Absent optional fields get the defaults of transformers' config classes.
+    /// Reads a config.json, of transformers 4 (`rope_theta`, `rope_scaling`) or 5
+    /// (`rope_parameters`). `path` is for messages. Absent optional fields get the defaults of
+    /// transformers' config classes.
     ///
     /// # Errors
-    /// [`ModelError::InvalidConfig`] names the field; [`ModelError::Unsupported`] an architecture or variant that is not implemented.
+    /// [`ModelError::InvalidConfig`] names the field; [`ModelError::Unsupported`] an architecture
+    /// or variant that is not implemented.
     pub fn from_hf_json(text: &str, path: &Path) -> Result<Self, ModelError> {
         let json: Value = serde_json::from_str(text)
             .map_err(|e| invalid(path, "(whole file)", format!("not JSON: {e}")))?;

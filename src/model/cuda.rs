@@ -1,8 +1,10 @@
 //! The decoder's passes on an NVIDIA GPU: [`super::pass`] with what a GPU does for them.
 //!
-//! Weights are copied to the device when they are first used; matrices and activations are in the pass's precision, the residual stream, sums, norms,
-//! softmax, losses and gradients in f32. Masters and the optimizer stay on the host: gradients are fetched once a step, changed weights sent once.
-//! Nothing waits for the device but the log-probs of a row. Products are cuBLAS's, everything else is `compute/cuda/kernels/*.cu`.
+//! Weights are copied to the device when they are first used; matrices and activations are in the
+//! pass's precision, the residual stream, sums, norms, softmax, losses and gradients in f32.
+//! Masters and the optimizer stay on the host: gradients are fetched once a step, changed weights
+//! sent once. Nothing waits for the device but the log-probs of a row. Products are cuBLAS's,
+//! everything else is `compute/cuda/kernels/*.cu`.
 
 mod attention;
 mod backend;
@@ -61,7 +63,8 @@ impl DeviceTape {
     }
 }
 
-/// The widest attention head: a warp holds one in registers where queries and keys are normed and rotated (`MAX_DIM` in norm.cu).
+/// The widest attention head: a warp holds one in registers where queries and keys are normed and
+/// rotated (`MAX_DIM` in norm.cu).
 const MAX_HEAD_DIM: usize = 256;
 
 impl Cuda {
@@ -102,7 +105,8 @@ impl Cuda {
         MAX_HEAD_DIM
     }
 
-    /// Returns the bytes of memory that are free, and all bytes; `None` if the driver does not tell.
+    /// Returns the bytes of memory that are free, and all bytes; `None` if the driver does not
+    /// tell.
     pub fn memory(&self) -> Option<(u64, u64)> {
         self.gpu.bind().and_then(|()| self.gpu.memory()).ok()
     }

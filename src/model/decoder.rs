@@ -76,8 +76,8 @@ impl Policy {
         Kernel::best(self.precision)
     }
 
-    /// Names what decides the last bits of its numbers: the precision, and the kernel or the GPU and its version of cuBLAS. Devices that share the
-    /// rows are all named, each kind once.
+    /// Names what decides the last bits of its numbers: the precision, and the kernel or the GPU
+    /// and its version of cuBLAS. Devices that share the rows are all named, each kind once.
     pub fn arithmetic(&self) -> String {
         let mut names: Vec<String> = Vec::new();
         for device in self.devices() {
@@ -113,8 +113,9 @@ impl Policy {
         self.log_probs_of(self.prepare(row)?, pause)
     }
 
-    /// [`Policy::log_probs`] with other adapters on parts of the row: the base's products are shared, each adapter's low-rank terms are added to its
-    /// own tokens. A token's numbers are those that it would have with its adapter alone, bit for bit.
+    /// [`Policy::log_probs`] with other adapters on parts of the row: the base's products are
+    /// shared, each adapter's low-rank terms are added to its own tokens. A token's numbers are
+    /// those that it would have with its adapter alone, bit for bit.
     pub fn log_probs_with(
         &self,
         row: Arc<Row>,

@@ -41,8 +41,8 @@ impl DeviceChoice {
         }
     }
 
-    /// Choices with commas between them; `auto` stands alone, a GPU is named once, and GPUs and the CPU do not mix: a pair must not get another score
-    /// depending on who was free.
+    /// Choices with commas between them; `auto` stands alone, a GPU is named once, and GPUs and the
+    /// CPU do not mix: a pair must not get another score depending on who was free.
     pub fn parse_list(text: &str) -> Option<Vec<Self>> {
         let all: Vec<Self> =
             text.split(',').map(|one| Self::parse(one.trim())).collect::<Option<_>>()?;
@@ -121,7 +121,8 @@ impl ComputeDevice {
         }
     }
 
-    /// Bytes of its own memory: what is free, and all; `None` for the CPU, which shares the machine's.
+    /// Bytes of its own memory: what is free, and all; `None` for the CPU, which shares the
+    /// machine's.
     pub fn memory(&self) -> Option<(u64, u64)> {
         match self {
             ComputeDevice::Cpu => None,
@@ -145,7 +146,8 @@ impl ComputeDevice {
         }
     }
 
-    /// Waits until it has done what it was given; nothing on the CPU, which is done when a call returns.
+    /// Waits until it has done what it was given; nothing on the CPU, which is done when a call
+    /// returns.
     pub fn wait(&self) {
         if let ComputeDevice::Cuda(cuda) = self {
             cuda.wait();

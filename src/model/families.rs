@@ -42,7 +42,8 @@ impl Architecture {
         self.family().causal_lm_class
     }
 
-    /// Returns true if llama.cpp stores the rows of Q and K with the halves of each head interleaved.
+    /// Returns true if llama.cpp stores the rows of Q and K with the halves of each head
+    /// interleaved.
     pub(crate) fn is_interleaved_in_gguf(self) -> bool {
         self.family().is_interleaved_in_gguf
     }

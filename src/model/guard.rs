@@ -3,7 +3,8 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// Runs `f`; a panic in it is its own failure, not the thread's. What `f` changed must not be used after one.
+/// Runs `f`; a panic in it is its own failure, not the thread's. What `f` changed must not be used
+/// after one.
 pub fn guarded<R>(f: impl FnOnce() -> R) -> Result<R, String> {
     catch_unwind(AssertUnwindSafe(f)).map_err(|panic| describe(&*panic))
 }

@@ -13,7 +13,8 @@ use super::weight_matrix::WeightMatrix;
 use crate::compute::cpu::thread_pool;
 use crate::domain::training::Precision;
 
-/// Tensors that are read at one time at most: each is in memory twice or three times while it is converted.
+/// Tensors that are read at one time at most: each is in memory twice or three times while it is
+/// converted.
 const READERS: usize = 8;
 
 /// Where tensors are read from.
@@ -84,7 +85,8 @@ impl ParamTable {
 }
 
 impl Parameters {
-    /// Loads every tensor the configuration calls for, shapes checked: matrices as `precision` says, norms and biases in f32. Several cores read and convert.
+    /// Loads every tensor the configuration calls for, shapes checked: matrices as `precision`
+    /// says, norms and biases in f32. Several cores read and convert.
     pub fn load(
         config: &ModelConfig,
         weights: &impl TensorSource,

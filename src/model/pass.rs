@@ -1,9 +1,9 @@
 //! Passes over one packed row, for every device: the only loops over the blocks of a decoder.
 //!
 //! The loss needs no tape: log-probs come out of the forward pass, ∂loss/∂log p of each completion
-//! token goes into the backward pass. With activation checkpointing only each block's input is saved
-//! and the block runs again in the backward pass (arXiv:1604.06174); without it each block's tape is.
-//! Either way a block's tape is freed as soon as its gradients are added to the sums.
+//! token goes into the backward pass. With activation checkpointing only each block's input is
+//! saved and the block runs again in the backward pass (arXiv:1604.06174); without it each block's
+//! tape is. Either way a block's tape is freed as soon as its gradients are added to the sums.
 //!
 //! `yield_point` is called before every block, which is where the engine scores while it trains.
 

@@ -1,4 +1,5 @@
-//! Rotary position embedding: the frequencies, with the context extensions that published models use.
+//! Rotary position embedding: the frequencies, with the context extensions that published models
+//! use.
 
 use std::f64::consts::PI;
 
@@ -54,8 +55,8 @@ pub enum RopeScaling {
 }
 
 impl RopeConfig {
-    /// Inverse frequencies `[head_dim / 2]` and the factor that multiplies cos and sin; the numbers that transformers'
-    /// `ROPE_INIT_FUNCTIONS` give, rounded to f32 where they round.
+    /// Inverse frequencies `[head_dim / 2]` and the factor that multiplies cos and sin; the numbers
+    /// that transformers' `ROPE_INIT_FUNCTIONS` give, rounded to f32 where they round.
     pub fn inv_freq(&self, head_dim: usize) -> (Vec<f32>, f32) {
         let plain: Vec<f32> = (0..head_dim / 2)
             .map(|i| {
@@ -132,7 +133,8 @@ fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }
 
-/// YaRN's γ: 0 where a dimension turns more than `beta_fast` times over the pretrained context, 1 below `beta_slow` times.
+/// YaRN's γ: 0 where a dimension turns more than `beta_fast` times over the pretrained context, 1
+/// below `beta_slow` times.
 struct Ramp {
     low: f64,
     high: f64,

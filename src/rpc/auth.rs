@@ -1,4 +1,5 @@
-//! Who calls: a bearer token becomes a [`Caller`] that travels with the request, and its role is checked before a message is read.
+//! Who calls: a bearer token becomes a [`Caller`] that travels with the request, and its role is
+//! checked before a message is read.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -18,9 +19,11 @@ use crate::service::auth::access::require;
 use crate::service::auth::tokens::TokenService;
 use crate::service::error::ServiceError;
 
-/// A look at the health is everyone's: probes have no token. Watching it holds a stream open, which is not.
+/// A look at the health is everyone's: probes have no token. Watching it holds a stream open, which
+/// is not.
 pub(super) const OPEN: &str = "/grpc.health.v1.Health/Check";
-/// Refusals that are logged in a second; the others are only counted, so that strangers cannot fill a disk.
+/// Refusals that are logged in a second; the others are only counted, so that strangers cannot fill
+/// a disk.
 const LOGGED: u32 = 20;
 
 /// Adds [`Auth`] to a server.
@@ -151,7 +154,8 @@ fn needed(path: &str) -> Option<Role> {
     }
 }
 
-/// The caller that [`Auth`] found, and the message. A request that did not come through it has none.
+/// The caller that [`Auth`] found, and the message. A request that did not come through it has
+/// none.
 pub(super) fn whose<T>(request: tonic::Request<T>) -> Result<(Caller, T), tonic::Status> {
     let caller = request.extensions().get::<Caller>().cloned();
     match caller {

@@ -1,4 +1,5 @@
-//! A thin client for the command line and the demo: connects with a clear error, uploads, follows events across reconnects, downloads safely.
+//! A thin client for the command line and the demo: connects with a clear error, uploads, follows
+//! events across reconnects, downloads safely.
 
 /// A point in time and a choice of fields, as messages carry them.
 pub use prost_types::{Duration as ProtoDuration, FieldMask, Struct as ProtoStruct, Timestamp};
@@ -271,8 +272,9 @@ impl Client {
         }
     }
 
-    /// Calls `each` for every event of `job` after `after`, in order and once each, until the job ends or `each` returns false. A dropped
-    /// connection is taken up again after the last event seen.
+    /// Calls `each` for every event of `job` after `after`, in order and once each, until the job
+    /// ends or `each` returns false. A dropped connection is taken up again after the last event
+    /// seen.
     pub async fn follow(
         &self,
         job: &str,

@@ -1,5 +1,6 @@
-//! The open connections of a port: at most so many, and none that nobody uses. A connection costs a file descriptor, which files, the database and
-//! probes need, too, and a client without a token may open any number of connections.
+//! The open connections of a port: at most so many, and none that nobody uses. A connection costs a
+//! file descriptor, which files, the database and probes need, too, and a client without a token
+//! may open any number of connections.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -14,7 +15,8 @@ use tokio_util::sync::CancellationToken;
 const MAX_IDLE: Duration = Duration::from_secs(300);
 /// How often idle connections are looked for.
 const SWEEP: Duration = Duration::from_secs(15);
-/// When all places are taken, a connection that has been idle for this time makes room: a new one gets the time to send its first request.
+/// When all places are taken, a connection that has been idle for this time makes room: a new one
+/// gets the time to send its first request.
 const MIN_IDLE: Duration = Duration::from_secs(1);
 /// How often a client that waits for a place looks for one.
 const RETRY: Duration = Duration::from_millis(20);
@@ -121,7 +123,8 @@ impl Connections {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for an accepted connection. When all are taken, the connection that has been idle longest is closed; while none is, this waits.
+    /// A place for an accepted connection. When all are taken, the connection that has been idle
+    /// longest is closed; while none is, this waits.
     pub async fn place(self: &Arc<Self>) -> Place {
         loop {
             if let Ok(permit) = self.places.clone().try_acquire_owned() {

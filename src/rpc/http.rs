@@ -17,7 +17,8 @@ use crate::service::server::Server;
 /// Connections to the HTTP port: probes and scrapes need few, and each takes a file descriptor.
 pub const MAX_CONNECTIONS: usize = 32;
 
-/// Serves `/metrics`, `/livez` (the process answers) and `/readyz` (the server is not draining) until `shutdown`.
+/// Serves `/metrics`, `/livez` (the process answers) and `/readyz` (the server is not draining)
+/// until `shutdown`.
 pub async fn serve_http(
     listener: TcpListener,
     server: Arc<Server>,

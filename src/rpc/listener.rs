@@ -1,5 +1,5 @@
-//! Connections: accepted one by one, each with one of the limited places, with TLS when it is configured. Certificates are read again when their files
-//! change.
+//! Connections: accepted one by one, each with one of the limited places, with TLS when it is
+//! configured. Certificates are read again when their files change.
 
 use std::fmt;
 use std::future::Future as _;
@@ -30,7 +30,8 @@ use crate::telemetry::counted::Counted;
 
 /// How long a client may take for a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// How long a client may take to begin speaking HTTP/2, and how many bytes show that it did: the protocol's preface.
+/// How long a client may take to begin speaking HTTP/2, and how many bytes show that it did: the
+/// protocol's preface.
 const PREFACE: (Duration, usize) = (Duration::from_secs(10), 24);
 /// How often certificate files are looked at.
 const ROTATION: Duration = Duration::from_secs(10);
@@ -63,7 +64,8 @@ pub struct TlsError {
 pub struct Tls(watch::Receiver<Arc<ServerConfig>>);
 
 impl Tls {
-    /// Reads the files, and reads them again whenever they change. A change that cannot be used is logged, and the old certificates stay.
+    /// Reads the files, and reads them again whenever they change. A change that cannot be used is
+    /// logged, and the old certificates stay.
     ///
     /// # Errors
     /// When they cannot be used now.
@@ -166,7 +168,8 @@ async fn accept(
     }
 }
 
-/// Accepts connections until the receiver is dropped. Beyond `limit` open ones, the idlest is closed; while none is idle, further clients wait.
+/// Accepts connections until the receiver is dropped. Beyond `limit` open ones, the idlest is
+/// closed; while none is idle, further clients wait.
 pub(super) fn incoming(
     listener: TcpListener,
     tls: Option<Tls>,
@@ -214,7 +217,8 @@ enum Io {
     Tls(Box<TlsStream<TcpStream>>),
 }
 
-/// The plain HTTP port's connections. Its calls are not counted: a connection is idle while nothing is answered.
+/// The plain HTTP port's connections. Its calls are not counted: a connection is idle while nothing
+/// is answered.
 pub(super) struct HttpListener {
     listener: TcpListener,
     connections: Arc<Connections>,

@@ -77,7 +77,8 @@ where
         let deadline = deadline(request.headers());
         // Its connection is in use until the answer has been sent to the end.
         let open = request.extensions().get::<Peer>().and_then(|peer| {
-            // Probes have no token, so that a call which never ends must not keep its connection open.
+            // Probes have no token, so that a call which never ends must not keep its connection
+            // open.
             peer.activity.touch();
             (method != OPEN).then(|| peer.activity.begin_call())
         });
@@ -106,7 +107,8 @@ where
                         // It fails only for text that is no header, which `Status` encodes.
                         let _ = status.add_header(headers);
                     }
-                    // An error without an answer has its status among the headers; a stream's later error is its own event.
+                    // An error without an answer has its status among the headers; a stream's later
+                    // error is its own event.
                     let code = response
                         .headers()
                         .get("grpc-status")
@@ -149,7 +151,8 @@ impl http_body::Body for CountedBody {
     }
 }
 
-/// What is counted and logged of a call when it ends or, its client gone, is dropped: then it was cancelled.
+/// What is counted and logged of a call when it ends or, its client gone, is dropped: then it was
+/// cancelled.
 struct ObservedCall {
     method: &'static str,
     start: Instant,
@@ -161,7 +164,8 @@ impl ObservedCall {
         ObservedCall { method, start: Instant::now(), code: Code::Cancelled }
     }
 
-    /// A method, so that the call's future holds the whole of it: of an assignment it would hold the field alone.
+    /// A method, so that the call's future holds the whole of it: of an assignment it would hold
+    /// the field alone.
     fn ended(&mut self, code: Code) {
         self.code = code;
     }
@@ -184,7 +188,8 @@ impl Drop for ObservedCall {
     }
 }
 
-/// The call's span, in the caller's trace if it sent one; logs show the trace's id also where no spans are exported.
+/// The call's span, in the caller's trace if it sent one; logs show the trace's id also where no
+/// spans are exported.
 fn span(method: &'static str, id: &str, headers: &HeaderMap) -> tracing::Span {
     let caller = trace::parse(headers.get(trace::TRACEPARENT).and_then(|v| v.to_str().ok()));
     let name = method.trim_start_matches('/');
@@ -223,7 +228,8 @@ fn is_ours(code: Code) -> bool {
     )
 }
 
-/// What a client's `grpc-timeout` leaves, a little less: the transport ends the call on time, but without details.
+/// What a client's `grpc-timeout` leaves, a little less: the transport ends the call on time, but
+/// without details.
 fn deadline(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get("grpc-timeout")?.to_str().ok()?;
     let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
@@ -241,7 +247,8 @@ fn deadline(headers: &HeaderMap) -> Option<Duration> {
     Some(left.saturating_sub(TRANSPORT))
 }
 
-/// A method's name, if the server has it: strangers cannot make up metric series or fill logs with names of their own.
+/// A method's name, if the server has it: strangers cannot make up metric series or fill logs with
+/// names of their own.
 pub(super) fn known(path: &str) -> &'static str {
     METHODS.get(path).map_or("unknown", String::as_str)
 }

@@ -20,7 +20,8 @@ use crate::service::scoring::{self, ReservedPair, ScoredPair, ScoringSession};
 const MAX_PAIRS: usize = 1024;
 /// Answers to one prompt.
 const MAX_COMPLETIONS: usize = 256;
-/// Pairs of one stream that are being scored; more are not read from the client until some are answered.
+/// Pairs of one stream that are being scored; more are not read from the client until some are
+/// answered.
 const IN_FLIGHT: usize = 256;
 /// Answers that wait for a slow client.
 const BUFFER: usize = 64;
@@ -61,7 +62,8 @@ impl ScoringService for Scoring {
             match done.map_err(|e| {
                 status(ServiceError::internal(format!("a scoring task failed: {e}")))
             })? {
-                // Another replica answers the call whole: a client or a gateway that repeats it must not have to look into the results.
+                // Another replica answers the call whole: a client or a gateway that repeats it
+                // must not have to look into the results.
                 (_, Err(e)) if e.is_draining() => return Err(status(e)),
                 (i, scored) => results[i].1 = Some(scored),
             }
@@ -191,7 +193,8 @@ fn pair_result(id: String, scored: Scored, per_token: bool) -> pb::PairResult {
 
 type Answers = mpsc::Sender<Result<pb::StreamScorePairsResponse, Status>>;
 
-/// Reads pairs and answers them as they are scored, at most [`IN_FLIGHT`] at a time; ends when the client has half-closed and all is answered.
+/// Reads pairs and answers them as they are scored, at most [`IN_FLIGHT`] at a time; ends when the
+/// client has half-closed and all is answered.
 async fn follow(
     mut requests: Streaming<pb::StreamScorePairsRequest>,
     answers: &Answers,

@@ -11,8 +11,9 @@ use crate::service::error::ServiceError;
 /// The domain of every ErrorInfo.
 pub const DOMAIN: &str = "bradley.dev";
 
-// A status travels in headers, of which many clients accept 8 KiB. These limits keep all of it below 4 KiB: the message is sent twice (once in the
-// details), and the details are encoded as base64.
+// A status travels in headers, of which many clients accept 8 KiB. These limits keep all of it
+// below 4 KiB: the message is sent twice (once in the details), and the details are encoded as
+// base64.
 /// Bytes of a message as the header has it: beside violations or a name, and alone.
 const MAX_MESSAGE: (usize, usize) = (640, 1400);
 /// Bytes of all violations.
@@ -24,7 +25,8 @@ const PER_VIOLATION: usize = 8;
 /// Characters of a resource's name.
 const MAX_NAME: usize = 300;
 
-/// Maps an error to its status: code, message, and BadRequest, ErrorInfo, RetryInfo or ResourceInfo details.
+/// Maps an error to its status: code, message, and BadRequest, ErrorInfo, RetryInfo or ResourceInfo
+/// details.
 pub fn status(e: ServiceError) -> Status {
     let has_list = matches!(e, ServiceError::InvalidArgument(_) | ServiceError::NotFound { .. });
     let mut message = cut(e.to_string(), if has_list { MAX_MESSAGE.0 } else { MAX_MESSAGE.1 });
@@ -56,7 +58,8 @@ pub fn status(e: ServiceError) -> Status {
         ServiceError::OutOfRange { .. } => (Code::OutOfRange, Reason::CursorOutOfRange),
         ServiceError::DeadlineExceeded => (Code::DeadlineExceeded, Reason::DeadlineExceeded),
         ServiceError::Internal { .. } => {
-            // Paths and statements are the operator's to read; the answer's x-request-id finds them.
+            // Paths and statements are the operator's to read; the answer's x-request-id finds
+            // them.
             tracing::error!(error = %e, "internal error");
             message = "an internal error, which the server's log describes".to_owned();
             (Code::Internal, Reason::Internal)
@@ -131,7 +134,8 @@ fn decoded(status: Status) -> tonic_types::Status {
     })
 }
 
-/// What a call's headers must say when the transport ended it without a reason: it could not read the message. Ours always have one.
+/// What a call's headers must say when the transport ended it without a reason: it could not read
+/// the message. Ours always have one.
 pub fn explained(headers: &HeaderMap) -> Option<Status> {
     let given = Status::from_header_map(headers)
         .filter(|s| s.code() == Code::Internal && s.details().is_empty())?;

@@ -1,5 +1,6 @@
-//! Files beside the database: datasets, checkpoints, exports. Everything is made under a temporary name and renamed when it is whole. With an object
-//! store, that is where they are kept, and the data directory holds copies.
+//! Files beside the database: datasets, checkpoints, exports. Everything is made under a temporary
+//! name and renamed when it is whole. With an object store, that is where they are kept, and the
+//! data directory holds copies.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -168,7 +169,8 @@ impl Artifacts {
         }
     }
 
-    /// Makes sure that the object store is the one whose files the database knows, or makes it that when the database knows none.
+    /// Makes sure that the object store is the one whose files the database knows, or makes it that
+    /// when the database knows none.
     ///
     /// # Errors
     /// `FailedPrecondition` (`WRONG_ARTIFACT_STORE`) for another one.
@@ -210,7 +212,8 @@ impl Artifacts {
                 ));
             }
             (None, found) => {
-                // First the object: a start that fails in between can be repeated. Of several replicas that start at one time the store takes one's.
+                // First the object: a start that fails in between can be repeated. Of several
+                // replicas that start at one time the store takes one's.
                 let identity = match found {
                     Some(found) => found,
                     None => remote.create_identity(&uuid::Uuid::now_v7().to_string()).await?,
@@ -229,8 +232,9 @@ impl Artifacts {
         Ok(())
     }
 
-    /// Makes sure that the object store is still the one that it was at the start: a share that is no longer mounted leaves an empty folder, in
-    /// which nothing is to be written and of which nothing is to be believed.
+    /// Makes sure that the object store is still the one that it was at the start: a share that is
+    /// no longer mounted leaves an empty folder, in which nothing is to be written and of which
+    /// nothing is to be believed.
     ///
     /// # Errors
     /// `Unavailable` when it is not, or does not answer.
@@ -439,7 +443,8 @@ impl Artifacts {
         if self.is_copy() { "the artifact store" } else { "the data directory" }
     }
 
-    /// Maps a missing object to `ARTIFACT_MISSING`, or to `Unavailable` if this is not the database's store.
+    /// Maps a missing object to `ARTIFACT_MISSING`, or to `Unavailable` if this is not the
+    /// database's store.
     async fn explain_missing(&self, e: ServiceError, name: &str) -> ServiceError {
         if !matches!(e, ServiceError::NotFound { .. }) {
             return e;
@@ -450,7 +455,8 @@ impl Artifacts {
         }
     }
 
-    /// The error for files that are not where they are kept now. They may come back: a bucket or a folder can be restored, a listing can lag.
+    /// The error for files that are not where they are kept now. They may come back: a bucket or a
+    /// folder can be restored, a listing can lag.
     pub(super) fn missing(&self, name: &str) -> ServiceError {
         let message = format!(
             "the files of {name} are not in {}: restore them, or delete what they belong to",
@@ -459,7 +465,8 @@ impl Artifacts {
         ServiceError::FailedPrecondition { reason: Reason::ArtifactMissing, message }
     }
 
-    /// Why the files of a checkpoint cannot be used: they are damaged, missing, of another version of the server, or may be readable later.
+    /// Why the files of a checkpoint cannot be used: they are damaged, missing, of another version
+    /// of the server, or may be readable later.
     pub(super) fn unusable(&self, e: &CheckpointError, name: &str) -> ServiceError {
         match e {
             e if e.is_damage() => damaged(name, e.for_clients()),
@@ -484,7 +491,8 @@ impl Artifacts {
         self.job(job).join("init_adapter")
     }
 
-    /// Copies an adapter that a job starts from, so that nobody can change it; returns the hash of the copy.
+    /// Copies an adapter that a job starts from, so that nobody can change it; returns the hash of
+    /// the copy.
     pub async fn keep_init_adapter(&self, job: &str, from: &Path) -> Result<String> {
         let (artifacts, from, target) = (self.clone(), from.to_owned(), self.init_adapter(job));
         let hash = blocking(move || {
@@ -574,8 +582,9 @@ impl Artifacts {
     /// A checkpoint's folder on this machine, fetched when it is not.
     ///
     /// # Errors
-    /// `FailedPrecondition`: `ARTIFACT_DAMAGED` when its files are proven to be others than were written, `ARTIFACT_MISSING` when the artifact store
-    /// does not have them (now), `CHECKPOINT_FORMAT` when another version of the server wrote them.
+    /// `FailedPrecondition`: `ARTIFACT_DAMAGED` when its files are proven to be others than were
+    /// written, `ARTIFACT_MISSING` when the artifact store does not have them (now),
+    /// `CHECKPOINT_FORMAT` when another version of the server wrote them.
     pub async fn fetch_checkpoint(&self, c: &Checkpoint) -> Result<PathBuf> {
         let dir = self.checkpoint(&c.job, c.step);
         if self.is_here(c).await? {
@@ -603,7 +612,8 @@ impl Artifacts {
             match state.and_then(|digest| checkpoint::check(&temporary.0).map(|()| digest)) {
                 Ok(digest) if digest == expected => {}
                 Ok(_) => return Err(damaged(&name, "its hash is another")),
-                // A file may be missing where the list of objects is behind, or an object gone: nothing that is here is wrong.
+                // A file may be missing where the list of objects is behind, or an object gone:
+                // nothing that is here is wrong.
                 Err(e) => return Err(artifacts.unusable(&e, &name)),
             }
             remove(&dir)?;
@@ -613,9 +623,10 @@ impl Artifacts {
         .await?
     }
 
-    /// Why a checkpoint is not on this machine, which has no other place to fetch it from. A state file that is not the one that was written proves
-    /// damage: it says which other files there should be. Files that are only missing prove nothing: the data directory may have been restored in
-    /// part, or be another one.
+    /// Why a checkpoint is not on this machine, which has no other place to fetch it from. A state
+    /// file that is not the one that was written proves damage: it says which other files there
+    /// should be. Files that are only missing prove nothing: the data directory may have been
+    /// restored in part, or be another one.
     async fn why_not_here(&self, c: &Checkpoint, name: String) -> Result<ServiceError> {
         let (dir, expected, artifacts) =
             (self.checkpoint(&c.job, c.step), c.digest.clone(), self.clone());
@@ -633,8 +644,8 @@ impl Artifacts {
         .await
     }
 
-    /// Whether the checkpoint's folder is on this machine, as it was written. Another replica's folder of the same step, left from before a lease was
-    /// lost, is not this checkpoint.
+    /// Whether the checkpoint's folder is on this machine, as it was written. Another replica's
+    /// folder of the same step, left from before a lease was lost, is not this checkpoint.
     async fn is_here(&self, c: &Checkpoint) -> Result<bool> {
         let (dir, expected, artifacts) =
             (self.checkpoint(&c.job, c.step), c.digest.clone(), self.clone());
@@ -666,8 +677,9 @@ impl Artifacts {
         .await?
     }
 
-    /// Keeps an export whose folder with `files` is whole here; returns where clients find it. What the object store has already is not sent again: an
-    /// earlier call may have been given up half-way.
+    /// Keeps an export whose folder with `files` is whole here; returns where clients find it. What
+    /// the object store has already is not sent again: an earlier call may have been given up
+    /// half-way.
     pub async fn keep_export(
         &self,
         job: &str,
@@ -722,7 +734,8 @@ fn sync(path: &Path) -> Result<()> {
     File::open(path).and_then(|f| f.sync_all()).map_err(|e| failed(path, e))
 }
 
-/// The plain files of a folder and of the folders in it, with their sizes and hashes; links are not followed.
+/// The plain files of a folder and of the folders in it, with their sizes and hashes; links are not
+/// followed.
 pub fn describe(dir: &Path) -> Result<Vec<ExportedFile>> {
     let mut files = Vec::new();
     describe_below(dir, "", &mut files)?;

@@ -2,7 +2,8 @@
 
 use crate::domain::access::Caller;
 
-/// Where the audit log's lines go: who did what to which resource, and who was refused. They lie in the span of their call, which has its id.
+/// Where the audit log's lines go: who did what to which resource, and who was refused. They lie in
+/// the span of their call, which has its id.
 pub const AUDIT: &str = "audit";
 
 /// Notes what a caller did.

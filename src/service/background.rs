@@ -1,4 +1,5 @@
-//! Background tasks: lease renewal, reclaiming jobs of dead workers, expiry, cross-replica notifications.
+//! Background tasks: lease renewal, reclaiming jobs of dead workers, expiry, cross-replica
+//! notifications.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -87,7 +88,8 @@ impl BackgroundTasks {
         }
     }
 
-    /// Shows how many jobs are in each state, of all replicas, and how many of them this version cannot read.
+    /// Shows how many jobs are in each state, of all replicas, and how many of them this version
+    /// cannot read.
     async fn count(&self) -> Result<()> {
         metrics::gauge!("bradley_unreadable_jobs").set(self.store.unreadable_jobs().await? as f64);
         let counts = self.store.job_counts().await?;
@@ -98,8 +100,9 @@ impl BackgroundTasks {
         Ok(())
     }
 
-    /// Removes local copies of jobs and datasets that another replica deleted. What the artifact store has is left alone: that a database does not know a
-    /// job proves nothing, for it may be an older one, or another.
+    /// Removes local copies of jobs and datasets that another replica deleted. What the artifact
+    /// store has is left alone: that a database does not know a job proves nothing, for it may be
+    /// an older one, or another.
     async fn sweep(&self) -> Result<()> {
         if !self.artifacts.holds_copies_only() {
             return Ok(());
@@ -122,7 +125,8 @@ impl BackgroundTasks {
         Ok(())
     }
 
-    /// Renews the leases of this process; a run whose lease is another's is stopped, and told what clients asked for meanwhile.
+    /// Renews the leases of this process; a run whose lease is another's is stopped, and told what
+    /// clients asked for meanwhile.
     async fn renew(&self, patience: Duration) {
         for run in self.runs.all() {
             let renewed = tokio::time::timeout(patience, self.store.renew(&run.lease)).await;
@@ -159,14 +163,16 @@ impl BackgroundTasks {
         Ok(())
     }
 
-    /// Deletes the next expired jobs. Each round goes on where the one before ended, so that jobs which cannot be deleted do not hold up the others.
+    /// Deletes the next expired jobs. Each round goes on where the one before ended, so that jobs
+    /// which cannot be deleted do not hold up the others.
     async fn expire(&self, after: &mut Expired) -> Result<()> {
         let (jobs, next) = self.store.expired_jobs(*after, DELETIONS).await?;
         *after = next;
         for job in jobs {
             match self.jobs.delete_expired(&job).await {
                 Ok(()) => tracing::info!(job, "job deleted: its time to live is over"),
-                // Another job starts from it; another version wrote it; another replica was faster; or its time to live was prolonged meanwhile.
+                // Another job starts from it; another version wrote it; another replica was faster;
+                // or its time to live was prolonged meanwhile.
                 Err(e) => tracing::debug!(job, error = %e, "an expired job cannot be deleted yet"),
             }
         }

@@ -4,7 +4,8 @@ use super::artifacts::Artifacts;
 use crate::domain::job::Checkpoint;
 use crate::engine::Engine;
 
-/// Removes the files of a checkpoint whose row is gone: what cannot be removed now goes with its job.
+/// Removes the files of a checkpoint whose row is gone: what cannot be removed now goes with its
+/// job.
 pub(super) async fn remove_checkpoint_files(
     engine: &Engine,
     artifacts: &Artifacts,

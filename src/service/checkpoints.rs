@@ -83,7 +83,8 @@ impl CheckpointService {
         Ok(())
     }
 
-    /// Returns true if a waiting job cannot read this checkpoint. Deleting it lets the job continue from the one before.
+    /// Returns true if a waiting job cannot read this checkpoint. Deleting it lets the job continue
+    /// from the one before.
     async fn is_out_of_reach(&self, state: JobState, checkpoint: &Checkpoint) -> bool {
         matches!(state, JobState::Queued | JobState::Paused)
             && matches!(
@@ -100,7 +101,8 @@ impl CheckpointService {
     /// Writes a checkpoint as an adapter or merged; what was exported before is given again.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`NO_ADAPTER`, `MODEL_CHANGED`, `MODEL_FILES_CHANGED`, `WEIGHTS_UNUSABLE`, …), and `InvalidArgument` for an element type of an adapter.
+    /// `FailedPrecondition` (`NO_ADAPTER`, `MODEL_CHANGED`, `MODEL_FILES_CHANGED`,
+    /// `WEIGHTS_UNUSABLE`, …), and `InvalidArgument` for an element type of an adapter.
     pub async fn export_checkpoint(
         &self,
         caller: &Caller,
@@ -167,8 +169,8 @@ impl CheckpointService {
         Ok(Export { files, path, location })
     }
 
-    /// The adapter's files are copied: that needs no model, and the model may have been replaced since. Where it is served as it was, its tokenizer goes
-    /// with them.
+    /// The adapter's files are copied: that needs no model, and the model may have been replaced
+    /// since. Where it is served as it was, its tokenizer goes with them.
     async fn adapter_contents(
         &self,
         job: &Job,

@@ -49,7 +49,8 @@ pub enum ServiceError {
         /// What and why.
         message: String,
     },
-    /// Somebody else was faster: the resource changed since it was read, or another worker carries it on.
+    /// Somebody else was faster: the resource changed since it was read, or another worker carries
+    /// it on.
     #[error("{message}")]
     Aborted {
         /// The stable word for it.
@@ -155,8 +156,9 @@ fn may_answer_later(e: &sqlx::Error) -> bool {
     match e {
         Io(_) | Tls(_) | Protocol(_) | PoolTimedOut | PoolClosed | WorkerCrashed => true,
         Database(e) => match e.code().as_deref() {
-            // PostgreSQL: lost connections, a schema that changed under a prepared statement, conflicts, no resources, locks, operator intervention, system
-            // errors, read-only standby, an idle session ended.
+            // PostgreSQL: lost connections, a schema that changed under a prepared statement,
+            // conflicts, no resources, locks, operator intervention, system errors, read-only
+            // standby, an idle session ended.
             Some(code) if code.len() == 5 => {
                 ["08", "0A", "40", "53", "55", "57", "58"]
                     .iter()
@@ -173,7 +175,8 @@ fn may_answer_later(e: &sqlx::Error) -> bool {
     }
 }
 
-/// Whether PostgreSQL refused a prepared statement because the schema has changed since it was prepared.
+/// Whether PostgreSQL refused a prepared statement because the schema has changed since it was
+/// prepared.
 fn is_stale_statement(e: &sqlx::Error) -> bool {
     matches!(e, sqlx::Error::Database(e) if e.code().is_some_and(|code| code.len() == 5 && code.starts_with("0A")))
 }

@@ -1,4 +1,5 @@
-//! Live events. Nothing is delivered that is not stored: a stream only learns here that there is more to read.
+//! Live events. Nothing is delivered that is not stored: a stream only learns here that there is
+//! more to read.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -65,8 +66,9 @@ impl EventFeed {
         followed.entry(job.to_owned()).or_insert_with(|| watch::channel(0).0).subscribe()
     }
 
-    /// Every event after `after`, stored ones first, then live until the job has ended. When the server stops the stream ends with
-    /// `Unavailable`: the client goes on elsewhere from its last sequence. It ends with the caller's token, too.
+    /// Every event after `after`, stored ones first, then live until the job has ended. When the
+    /// server stops the stream ends with `Unavailable`: the client goes on elsewhere from its last
+    /// sequence. It ends with the caller's token, too.
     pub fn stream(&self, caller: Caller, job: String, after: u64) -> ReceiverStream<Result<Event>> {
         let (sender, receiver) = mpsc::channel(BUFFER);
         let (tokens, store, mut draining) =

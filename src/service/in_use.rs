@@ -1,5 +1,6 @@
-//! Who needs what: datasets and weights of unfinished jobs are not removed, nor the references of jobs that have checkpoints. The store asks in the transaction that removes, while it holds the row that
-//! a new job's transaction would have to see.
+//! Who needs what: datasets and weights of unfinished jobs are not removed, nor the references of
+//! jobs that have checkpoints. The store asks in the transaction that removes, while it holds the
+//! row that a new job's transaction would have to see.
 
 use super::error::{Result, ServiceError};
 use crate::domain::access::Caller;
@@ -7,7 +8,8 @@ use crate::domain::job::{Evaluation, Job};
 use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::domain::reason::Reason;
 
-/// The unfinished jobs. Where weights are removed, also ended jobs that have checkpoints: these are scored against a reference.
+/// The unfinished jobs. Where weights are removed, also ended jobs that have checkpoints: these are
+/// scored against a reference.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Users {
     /// Those that this version of the server can read.
@@ -51,8 +53,9 @@ impl Needed<'_> {
     }
 }
 
-/// The weights that a job needs. An unfinished job needs its policy and its reference. Of an ended job, scoring with its checkpoints needs the reference,
-/// which is the policy where none is named, and looks for the base model along the policies where the job does not name it.
+/// The weights that a job needs. An unfinished job needs its policy and its reference. Of an ended
+/// job, scoring with its checkpoints needs the reference, which is the policy where none is named,
+/// and looks for the base model along the policies where the job does not name it.
 fn weights_of(user: &Job) -> impl Iterator<Item = &PolicyName> {
     let request = &user.request;
     let unfinished = !user.state.is_final();

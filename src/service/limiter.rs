@@ -6,8 +6,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::error::{Result, ServiceError};
 
-/// A number of permits, which clones share. A permit moves into the work that it is for: a caller who
-/// leaves does not make room for more of it.
+/// A number of permits, which clones share. A permit moves into the work that it is for: a caller
+/// who leaves does not make room for more of it.
 #[derive(Clone, Debug)]
 pub(super) struct Limiter(Arc<Semaphore>);
 

@@ -73,10 +73,12 @@ impl PolicyResolver {
         }
     }
 
-    /// Makes sure that the model which this server has is the one that a job was made with: its adapters and numbers mean nothing on another.
+    /// Makes sure that the model which this server has is the one that a job was made with: its
+    /// adapters and numbers mean nothing on another.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`MODEL_CHANGED`) with both hashes, or when the server does not have the model at all.
+    /// `FailedPrecondition` (`MODEL_CHANGED`) with both hashes, or when the server does not have
+    /// the model at all.
     pub(super) fn check_base(&self, job: &Job) -> Result<()> {
         let (Some(pins), Some(model)) = (&job.request.pins, &job.request.model) else {
             return Ok(());
@@ -84,7 +86,8 @@ impl PolicyResolver {
         self.check_identity(job, "with", model, &pins.base)
     }
 
-    /// Makes sure that the model under a job's reference is the one that it was made with, where that is another model than the policy's.
+    /// Makes sure that the model under a job's reference is the one that it was made with, where
+    /// that is another model than the policy's.
     ///
     /// # Errors
     /// Those of [`PolicyResolver::check_base`], for the reference's model.
@@ -95,7 +98,8 @@ impl PolicyResolver {
         self.check_identity(job, "with a reference on", &self.model_under(name).await?, pinned)
     }
 
-    /// Compares the model that is served under an id with the one that a job is pinned to; `role` says what it is to the job.
+    /// Compares the model that is served under an id with the one that a job is pinned to; `role`
+    /// says what it is to the job.
     fn check_identity(
         &self,
         job: &Job,
@@ -130,8 +134,9 @@ impl PolicyResolver {
         Err(ServiceError::FailedPrecondition { reason: Reason::ModelChanged, message })
     }
 
-    /// Makes sure that a reference on `reference` can score what the tokenizer of `policy` makes: token ids mean the same tokens in both models, and the
-    /// reference has an embedding for each. Both are ids of base models; `field` names the reference in the request.
+    /// Makes sure that a reference on `reference` can score what the tokenizer of `policy` makes:
+    /// token ids mean the same tokens in both models, and the reference has an embedding for each.
+    /// Both are ids of base models; `field` names the reference in the request.
     ///
     /// # Errors
     /// `InvalidArgument` with both tokenizers' hashes, or both vocabularies' sizes.
@@ -177,7 +182,8 @@ impl PolicyResolver {
         self.check_base(&job)?;
         let checkpoint = self.find_checkpoint(&job.id, which).await?;
         let dir = self.artifacts.fetch_checkpoint(&checkpoint).await?;
-        // Checkpoints of older versions have no hash; they are written once, under a job id that is never used again.
+        // Checkpoints of older versions have no hash; they are written once, under a job id that is
+        // never used again.
         let content = if checkpoint.digest.is_empty() {
             dir.display().to_string()
         } else {
@@ -252,7 +258,8 @@ impl PolicyResolver {
         }
     }
 
-    /// Replaces `latest` and `best` by the step that they mean now, so that what was pinned never moves.
+    /// Replaces `latest` and `best` by the step that they mean now, so that what was pinned never
+    /// moves.
     pub(super) async fn pin(&self, name: &PolicyName) -> Result<PolicyName> {
         match name {
             PolicyName::Checkpoint { job, which } => {
@@ -263,7 +270,8 @@ impl PolicyResolver {
         }
     }
 
-    /// Returns the content hashes of a job's inputs as they are now; `latest` and `best` have been replaced by steps.
+    /// Returns the content hashes of a job's inputs as they are now; `latest` and `best` have been
+    /// replaced by steps.
     pub(super) async fn content_pins(&self, request: &JobRequest) -> Result<ContentPins> {
         let dataset = self.store.dataset(&request.dataset).await?.content_hash;
         let eval_dataset = match &request.evaluation {
@@ -278,7 +286,8 @@ impl PolicyResolver {
         Ok(ContentPins { policy, reference, dataset, eval_dataset })
     }
 
-    /// Returns the digest of a checkpoint; `None` for a base model and for checkpoints of versions that had no digests.
+    /// Returns the digest of a checkpoint; `None` for a base model and for checkpoints of versions
+    /// that had no digests.
     async fn digest(&self, name: &PolicyName) -> Result<Option<String>> {
         let PolicyName::Checkpoint { job, which } = name else { return Ok(None) };
         let digest = self.find_checkpoint(job, *which).await?.digest;
@@ -288,7 +297,8 @@ impl PolicyResolver {
     /// The weights a job starts from.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`MODEL_CHANGED`, `ARTIFACT_MISSING`, `ARTIFACT_DAMAGED`) when they are not those that the job was made with.
+    /// `FailedPrecondition` (`MODEL_CHANGED`, `ARTIFACT_MISSING`, `ARTIFACT_DAMAGED`) when they are
+    /// not those that the job was made with.
     pub(super) async fn start_weights(&self, job: &Job) -> Result<Resolved> {
         self.check_base(job)?;
         let mut start = self.resolve(&job.request.policy).await?;
@@ -315,10 +325,12 @@ impl PolicyResolver {
         Ok((dir, hash))
     }
 
-    /// A job's pinned reference: the one it names, else its own start weights; `None` when the objective has none.
+    /// A job's pinned reference: the one it names, else its own start weights; `None` when the
+    /// objective has none.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`MODEL_CHANGED`) when it is on another model than the one that the job was made with.
+    /// `FailedPrecondition` (`MODEL_CHANGED`) when it is on another model than the one that the job
+    /// was made with.
     pub(super) async fn reference_weights(&self, job: &Job) -> Result<Option<Resolved>> {
         self.check_base(job)?;
         if !job.request.spec.dpo.has_reference(job.request.reference.is_some()) {
@@ -335,11 +347,14 @@ impl PolicyResolver {
         }
     }
 
-    /// What a policy is scored against when the request names nothing: its job's reference, or for a model the model itself. A job that moves its
-    /// reference (TR-DPO) stores it in its checkpoints; what a running job trains now is scored against the reference that the run has at that step.
+    /// What a policy is scored against when the request names nothing: its job's reference, or for
+    /// a model the model itself. A job that moves its reference (TR-DPO) stores it in its
+    /// checkpoints; what a running job trains now is scored against the reference that the run has
+    /// at that step.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`NO_REFERENCE`) when a checkpoint lacks the reference that it should hold.
+    /// `FailedPrecondition` (`NO_REFERENCE`) when a checkpoint lacks the reference that it should
+    /// hold.
     pub(super) async fn default_reference(&self, policy: &Resolved) -> Result<Option<Resolved>> {
         let Some(job) = &policy.job else { return Ok(Some(policy.clone())) };
         if job.request.spec.dpo.reference_sync.is_none() {
@@ -375,7 +390,8 @@ impl PolicyResolver {
     }
 }
 
-/// Makes sure that a checkpoint which a job names has the content that it had when the job was made.
+/// Makes sure that a checkpoint which a job names has the content that it had when the job was
+/// made.
 ///
 /// # Errors
 /// `FailedPrecondition` (`MODEL_CHANGED`) with both hashes.

@@ -1,7 +1,8 @@
-//! Artifacts beyond one machine: an object store (S3, GCS, Azure, or a shared folder) that holds what every replica must find. The data directory is
-//! then a cache of it.
+//! Artifacts beyond one machine: an object store (S3, GCS, Azure, or a shared folder) that holds
+//! what every replica must find. The data directory is then a cache of it.
 //!
-//! A checkpoint lies under the hash of its contents, so that a worker that lost its lease can never overwrite what its successor wrote.
+//! A checkpoint lies under the hash of its contents, so that a worker that lost its lease can never
+//! overwrite what its successor wrote.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -40,8 +41,9 @@ impl std::fmt::Debug for Remote {
 }
 
 impl Remote {
-    /// Opens `s3://bucket/prefix`, `gs://…`, `az://…` or `file:///folder`; `options` are the vendors' variables (`AWS_REGION`, …). With `is_new` a
-    /// folder is created; else one that is missing is a share that is not mounted.
+    /// Opens `s3://bucket/prefix`, `gs://…`, `az://…` or `file:///folder`; `options` are the
+    /// vendors' variables (`AWS_REGION`, …). With `is_new` a folder is created; else one that is
+    /// missing is a share that is not mounted.
     pub fn open(url: &str, options: &BTreeMap<String, String>, is_new: bool) -> Result<Self> {
         let wrong = |e: &dyn std::fmt::Display| {
             ServiceError::invalid("artifact_url", format!("{url:?} cannot be used: {e}"))
@@ -78,7 +80,8 @@ impl Remote {
         }
     }
 
-    /// Writes the store's identity unless another process has done so meanwhile; returns the one that the store has then.
+    /// Writes the store's identity unless another process has done so meanwhile; returns the one
+    /// that the store has then.
     pub async fn create_identity(&self, identity: &str) -> Result<String> {
         use object_store::Error::{AlreadyExists, NotImplemented, NotSupported, Precondition};
         let (key, bytes) = (self.key(IDENTITY), identity.as_bytes().to_vec());
@@ -255,7 +258,8 @@ fn missing_or_unavailable(name: &str, e: &object_store::Error) -> ServiceError {
     }
 }
 
-/// What went wrong, in a word: the vendor's answer may hold parts of credentials, and goes no further than the debug log.
+/// What went wrong, in a word: the vendor's answer may hold parts of credentials, and goes no
+/// further than the debug log.
 fn unavailable(name: &str, e: &object_store::Error) -> ServiceError {
     use object_store::Error::{
         NotSupported, PermissionDenied, Precondition, Unauthenticated, UnknownConfigurationKey,

@@ -1,6 +1,8 @@
-//! Scoring: names are resolved once per request, texts tokenised off the async threads, the engine's log-probs turned into rewards, answers ranked.
+//! Scoring: names are resolved once per request, texts tokenised off the async threads, the
+//! engine's log-probs turned into rewards, answers ranked.
 //!
-//! A pair's way: [`ScoringService::session`] → [`ScoringSession::admit`] (text budget, tokens, quota) → [`AdmittedPair::score`].
+//! A pair's way: [`ScoringService::session`] → [`ScoringSession::admit`] (text budget, tokens,
+//! quota) → [`AdmittedPair::score`].
 
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
@@ -29,7 +31,8 @@ use crate::infer::encode::{EncodedCompletion, PairEncoder, Part, group};
 use crate::math::score::{AnswerLogps, best_of, preference_probability, ranking, reward};
 use crate::telemetry::trace;
 
-/// Bytes of one pair's text, or of a prompt and its answers: what the longest row could use is less than a tenth.
+/// Bytes of one pair's text, or of a prompt and its answers: what the longest row could use is less
+/// than a tenth.
 const MAX_TEXT: usize = 16 << 20;
 
 /// Requests that may tokenise side by side.
@@ -140,8 +143,9 @@ pub struct RankedCompletions {
     pub ranking: Vec<usize>,
 }
 
-/// A request's names made concrete; cheap to clone. An item is scored in two steps, which its types keep in order: `admit` waits for room for its text,
-/// tokenises it once and takes its client's quota; `score` computes. What an item has taken is given back when it is scored or dropped.
+/// A request's names made concrete; cheap to clone. An item is scored in two steps, which its types
+/// keep in order: `admit` waits for room for its text, tokenises it once and takes its client's
+/// quota; `score` computes. What an item has taken is given back when it is scored or dropped.
 #[derive(Clone)]
 pub struct ScoringSession {
     service: Arc<ScoringService>,
@@ -296,7 +300,8 @@ impl ScoringSession {
         self.warnings.to_vec()
     }
 
-    /// Waits for room for a pair's text beside the texts of others. A stream reads no further until it has it.
+    /// Waits for room for a pair's text beside the texts of others. A stream reads no further until
+    /// it has it.
     ///
     /// # Errors
     /// `InvalidArgument` for a text that is longer than any row could use.
@@ -318,7 +323,8 @@ impl ScoringSession {
     /// Admits N answers to one prompt; an answer that cannot be encoded has its own error.
     ///
     /// # Errors
-    /// `InvalidArgument` for a text that is longer than any row could use; `ResourceExhausted` when the client has too many tokens in the queue.
+    /// `InvalidArgument` for a text that is longer than any row could use; `ResourceExhausted` when
+    /// the client has too many tokens in the queue.
     pub async fn admit_completions(
         &self,
         prompt: Text,
@@ -358,7 +364,8 @@ impl ScoringSession {
         Ok(AdmittedCompletions { errors, row: Some(self.admitted(encoded, room)?) })
     }
 
-    /// Returns true if the request names tools, and the prompt is plain text, which no chat template renders.
+    /// Returns true if the request names tools, and the prompt is plain text, which no chat
+    /// template renders.
     fn lacks_dialogue(&self, prompt: &Text) -> bool {
         self.has_tools && matches!(prompt, Text::Plain(_))
     }
@@ -429,7 +436,8 @@ impl ScoringSession {
         let (engine, policies) = (&self.service.engine, &self.service.policies);
         let reference = self.reference.as_ref().map(|r| &r.weights);
         match engine.score(&self.policy.weights, reference, item.clone()).await {
-            // The job ended between the request's start and now: its last checkpoint is what it trained.
+            // The job ended between the request's start and now: its last checkpoint is what it
+            // trained.
             Err(EngineError::NotResident(_)) => {
                 let Some(job) = self.policy.job.clone() else {
                     return Err(ServiceError::internal("a live policy without a job"));
@@ -480,7 +488,8 @@ impl ReservedPair {
     /// Tokenises the pair and takes its client's quota.
     ///
     /// # Errors
-    /// `InvalidArgument` for a pair that cannot be encoded; `ResourceExhausted` when the client has too many tokens in the queue.
+    /// `InvalidArgument` for a pair that cannot be encoded; `ResourceExhausted` when the client has
+    /// too many tokens in the queue.
     pub async fn admit(self) -> Result<AdmittedPair> {
         let ReservedPair { session, pair: PairToScore { prompt, a, b, arguments: own }, room } =
             self;
@@ -531,7 +540,8 @@ impl AdmittedPair {
 }
 
 impl AdmittedCompletions {
-    /// Scores the answers in one row, ranks them by their rewards, and gives each its probability to be the best.
+    /// Scores the answers in one row, ranks them by their rewards, and gives each its probability
+    /// to be the best.
     pub async fn score(self) -> Result<RankedCompletions> {
         let scored = match self.row {
             Some(row) => row.score().await?.0,

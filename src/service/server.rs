@@ -44,8 +44,9 @@ impl Server {
         &self.tokens
     }
 
-    /// Tells whether requests should come here: not while draining. With a store that is away the server still scores, and all replicas lack it alike,
-    /// so that is said and no reason to send requests elsewhere.
+    /// Tells whether requests should come here: not while draining. With a store that is away the
+    /// server still scores, and all replicas lack it alike, so that is said and no reason to send
+    /// requests elsewhere.
     pub async fn ready(&self) -> Result<&'static str> {
         self.shutdown.refuse_new_work()?;
         Ok(if self.store.ping().await.is_ok() {
@@ -60,7 +61,8 @@ impl Server {
         self.runs.gauges()
     }
 
-    /// Refuses new work, lets running jobs write a checkpoint and go back to the queue, and closes the store, all within `drain_timeout`.
+    /// Refuses new work, lets running jobs write a checkpoint and go back to the queue, and closes
+    /// the store, all within `drain_timeout`.
     pub async fn drain(&self) {
         self.shutdown.begin();
         self.engine.drain();

@@ -1,6 +1,8 @@
-//! Jobs, events, checkpoints and datasets in SQLite or PostgreSQL. What a call acknowledges is on disk.
+//! Jobs, events, checkpoints and datasets in SQLite or PostgreSQL. What a call acknowledges is on
+//! disk.
 //!
-//! The SQL is written once, in what both databases understand; `Dialect` holds the few places where they differ. All columns are BIGINT and TEXT.
+//! The SQL is written once, in what both databases understand; `Dialect` holds the few places where
+//! they differ. All columns are BIGINT and TEXT.
 
 mod checkpoints;
 mod datasets;
@@ -30,7 +32,8 @@ use crate::domain::violation::quoted;
 const READERS: u32 = 4;
 /// Connections to PostgreSQL, for reads and for writes each.
 const CONNECTIONS: u32 = 8;
-/// How long a call waits for a connection: with a database that does not answer, callers hear so in this time.
+/// How long a call waits for a connection: with a database that does not answer, callers hear so in
+/// this time.
 const ACQUIRE: Duration = Duration::from_secs(5);
 
 /// Bytes of text in the rows of a page, which ends before the row that would exceed them: most
@@ -167,7 +170,8 @@ impl Store {
             Dialect::Sqlite => sqlx::migrate!("src/service/migrations/sqlite"),
             Dialect::Postgres => sqlx::migrate!("src/service/migrations/postgres"),
         };
-        // Migrations only add: a newer version may have used this database, and an older one must still start after a rollback.
+        // Migrations only add: a newer version may have used this database, and an older one must
+        // still start after a rollback.
         migrations.set_ignore_missing(true);
         migrations.run(&writer).await.map_err(|e| {
             ServiceError::internal(format!(
@@ -196,9 +200,9 @@ impl Store {
         self.writer.close().await;
     }
 
-    /// A page of what `select` finds, which has [`OF_PAGE`] among its conditions: rows of `owner`, or of everyone when `None`, newest first.
-    /// It has `size` rows at most, and fewer where their text exceeds [`PAGE_BYTES`]. A row that
-    /// alone exceeds them is a page.
+    /// A page of what `select` finds, which has [`OF_PAGE`] among its conditions: rows of `owner`,
+    /// or of everyone when `None`, newest first. It has `size` rows at most, and fewer where their
+    /// text exceeds [`PAGE_BYTES`]. A row that alone exceeds them is a page.
     async fn page<R, T>(
         &self,
         select: &str,
@@ -261,7 +265,8 @@ async fn prepare(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Resu
                 .await?;
         }
     } else {
-        // A replica that is frozen in a transaction must not hold its locks, and nobody waits long for one.
+        // A replica that is frozen in a transaction must not hold its locks, and nobody waits long
+        // for one.
         for setting in [
             "idle_in_transaction_session_timeout = '10s'",
             "lock_timeout = '5s'",
@@ -269,15 +274,18 @@ async fn prepare(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Resu
         ] {
             sqlx::query(AssertSqlSafe(format!("SET {setting}"))).execute(&mut *connection).await?;
         }
-        // What is acknowledged is on disk, whatever the database's default is; a stricter setting stays.
+        // What is acknowledged is on disk, whatever the database's default is; a stricter setting
+        // stays.
         let durable = "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'";
         sqlx::query(durable).execute(&mut *connection).await?;
     }
     Ok(())
 }
 
-/// Whether a connection has no transaction left open. On a full disk SQLite rolls back by itself, and sqlx, whose own rollback then fails, takes the
-/// transaction to be still open: later ones would be savepoints inside it, and what they "commit" could be lost. Such a connection is closed.
+/// Whether a connection has no transaction left open. On a full disk SQLite rolls back by itself,
+/// and sqlx, whose own rollback then fails, takes the transaction to be still open: later ones
+/// would be savepoints inside it, and what they "commit" could be lost. Such a connection is
+/// closed.
 async fn is_clean(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Result<bool> {
     if dialect == Dialect::Sqlite {
         // A rollback on its way is done before this is answered.
@@ -311,7 +319,8 @@ fn parse_token(token: &str) -> Result<i64> {
     }
 }
 
-/// The records that this version can read: one that another version wrote must not stand in the way of all others.
+/// The records that this version can read: one that another version wrote must not stand in the way
+/// of all others.
 fn readable<R, T: TryFrom<R, Error = ServiceError>>(rows: Vec<R>) -> Vec<T> {
     let read = |row| {
         T::try_from(row).inspect_err(|e| tracing::error!(error = %e, "a stored record is left out"))

@@ -11,8 +11,9 @@ use crate::domain::job::Job;
 pub(super) struct TemplateDate(pub Option<Date>);
 
 impl TemplateDate {
-    /// Returns the date and time, in UTC, that chat templates print: for a job and its checkpoints the time of the job's creation, so that a resumed
-    /// job has the same tokens and scores do not change from day to day; else the server's `template_date`, or now.
+    /// Returns the date and time, in UTC, that chat templates print: for a job and its checkpoints
+    /// the time of the job's creation, so that a resumed job has the same tokens and scores do not
+    /// change from day to day; else the server's `template_date`, or now.
     pub fn of(self, job: Option<&Job>) -> DateTime {
         let in_utc = |time: Timestamp| time.to_zoned(TimeZone::UTC).datetime();
         match (job, self.0) {

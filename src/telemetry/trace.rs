@@ -1,5 +1,6 @@
-//! Spans in OpenTelemetry's sense, of work that is measured where it happens and told when it is over: queues, batches, stages of a run.
-//! A trace is carried between processes and kept with a job as W3C's `traceparent`.
+//! Spans in OpenTelemetry's sense, of work that is measured where it happens and told when it is
+//! over: queues, batches, stages of a run. A trace is carried between processes and kept with a job
+//! as W3C's `traceparent`.
 
 use std::collections::HashMap;
 use std::time::{Duration, SystemTime};
@@ -20,8 +21,8 @@ pub fn current() -> Context {
     tracing::Span::current().context()
 }
 
-/// What a `traceparent` says; nothing when it is not what W3C's Trace Context allows. A `tracestate` is not taken: it may be long, and would be part of
-/// every span.
+/// What a `traceparent` says; nothing when it is not what W3C's Trace Context allows. A
+/// `tracestate` is not taken: it may be long, and would be part of every span.
 pub fn parse(traceparent: Option<&str>) -> Context {
     let fields: HashMap<String, String> =
         traceparent.map(|t| (TRACEPARENT.to_owned(), t.to_owned())).into_iter().collect();
@@ -41,7 +42,8 @@ pub fn id(context: &Context) -> Option<String> {
     span.span_context().is_valid().then(|| span.span_context().trace_id().to_string())
 }
 
-/// A span that is over: `parent` had it from `start`, for `took`. Returns what others may link to; `None` when the trace is not recorded.
+/// A span that is over: `parent` had it from `start`, for `took`. Returns what others may link to;
+/// `None` when the trace is not recorded.
 pub fn record(
     name: &'static str,
     parent: &Context,

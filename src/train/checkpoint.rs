@@ -1,4 +1,5 @@
-//! A run's complete state on disk: one folder per step, written under a temporary name, synced, then renamed.
+//! A run's complete state on disk: one folder per step, written under a temporary name, synced,
+//! then renamed.
 //!
 //! ```text
 //! <step>/adapter_config.json + adapter_model.safetensors    LoRA: loads in PEFT as it is
@@ -82,7 +83,8 @@ pub enum CheckpointError {
     Candle(#[from] candle_core::Error),
 }
 
-/// Where a run stands, apart from tensors. The shuffle needs no generator state: an epoch's order is a function of the seed and the epoch.
+/// Where a run stands, apart from tensors. The shuffle needs no generator state: an epoch's order
+/// is a function of the seed and the epoch.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RunState {
     /// Optimizer steps taken.
@@ -100,7 +102,8 @@ pub struct RunState {
     pub best_metric: String,
     /// Evaluations since the best.
     pub stale_evaluations: u32,
-    /// The step of the last evaluation: a run that was drained before one that was due makes up for it.
+    /// The step of the last evaluation: a run that was drained before one that was due makes up for
+    /// it.
     pub evaluated: Option<u64>,
     /// TR-DPO syncs made.
     pub reference_syncs: u64,
@@ -173,8 +176,8 @@ impl CheckpointError {
         matches!(self, CheckpointError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
 
-    /// Whether the files are at fault for good, rather than this build or a disk that may answer later. A file that is not there may come back, and
-    /// proves no damage.
+    /// Whether the files are at fault for good, rather than this build or a disk that may answer
+    /// later. A file that is not there may come back, and proves no damage.
     pub fn is_damage(&self) -> bool {
         match self {
             CheckpointError::Damaged { .. } => true,
@@ -191,11 +194,13 @@ fn io_at(path: &Path) -> impl FnOnce(io::Error) -> CheckpointError + '_ {
     move |source| CheckpointError::Io { path: path.to_owned(), source }
 }
 
-/// Writes `<folder>/<step>` atomically and returns its size in bytes. After it returns the checkpoint survives a crash of the machine.
+/// Writes `<folder>/<step>` atomically and returns its size in bytes. After it returns the
+/// checkpoint survives a crash of the machine.
 pub fn save(folder: &Path, contents: &CheckpointContents) -> Result<u64, CheckpointError> {
     let target = folder.join(contents.state.step.to_string());
     let temporary = folder.join(format!(".{}.tmp", contents.state.step));
-    // A step's tensors are a function of the run, so one that is there and whole need not be replaced: there is no moment without it.
+    // A step's tensors are a function of the run, so one that is there and whole need not be
+    // replaced: there is no moment without it.
     if verify(&target).is_ok() {
         return size(&target);
     }
@@ -283,7 +288,8 @@ pub struct Restored {
     pub reference: Option<Vec<(String, Tensor)>>,
 }
 
-/// Restores weights and moments into a policy and optimizer of the same shapes, on the base model that the checkpoint was trained on.
+/// Restores weights and moments into a policy and optimizer of the same shapes, on the base model
+/// that the checkpoint was trained on.
 pub fn restore(
     dir: &Path,
     base: &ModelIdentity,
@@ -358,7 +364,8 @@ pub fn progress(dir: &Path) -> Result<(Option<String>, RunState), CheckpointErro
     Ok((file.pairs, file.state))
 }
 
-/// What tells a checkpoint from any other: the hash of its state file, which lists the hashes of its other files.
+/// What tells a checkpoint from any other: the hash of its state file, which lists the hashes of
+/// its other files.
 pub fn digest(dir: &Path) -> Result<String, CheckpointError> {
     checksum(&dir.join(STATE_FILE))
 }

@@ -48,8 +48,8 @@ pub struct Lengths {
 }
 
 impl Lengths {
-    /// Lengths of the pairs of one set. Any pairs may meet in a micro-batch, so the bound is the sum
-    /// of the `batch_size` longest ones.
+    /// Lengths of the pairs of one set. Any pairs may meet in a micro-batch, so the bound is the
+    /// sum of the `batch_size` longest ones.
     pub fn of(pairs: &[EncodedPair], batch_size: usize) -> Self {
         let mut lengths: Vec<usize> = pairs.iter().map(EncodedPair::packed_tokens).collect();
         lengths.sort_unstable_by(|a, b| b.cmp(a));
@@ -81,7 +81,8 @@ const ROUNDING: (u64, u64) = (17, 16);
 pub struct Estimate {
     /// Weights of its own, gradients and AdamW's moments.
     pub training_state: u64,
-    /// Activations of one row (of a micro-batch's rows where the loss compares its pairs), the largest at one time.
+    /// Activations of one row (of a micro-batch's rows where the loss compares its pairs), the
+    /// largest at one time.
     pub activations: u64,
     /// What the forward pass keeps.
     pub keep: Keep,
@@ -136,7 +137,8 @@ impl SavedActivations {
     }
 }
 
-/// Tokens of the rows that are kept at one time: one row of `row` tokens, or every row of a micro-batch where the loss compares its pairs.
+/// Tokens of the rows that are kept at one time: one row of `row` tokens, or every row of a
+/// micro-batch where the loss compares its pairs.
 fn held_tokens(spec: &TrainingSpec, lengths: Lengths, row: u64) -> u64 {
     match spec.dpo.compares_pairs() {
         true => row.max(lengths.micro_batch as u64),
@@ -169,7 +171,8 @@ pub fn estimate(
         SavedActivations::new(keep, blocks.len() as u64, tape, input);
     let scores =
         most(&blocks, |block| score_bytes(kernel, block.heads.query, t as usize, lengths.longest));
-    // A trained head keeps probabilities. Rows that are held together may be many, at most one for each pair.
+    // A trained head keeps probabilities. Rows that are held together may be many, at most one for
+    // each pair.
     let rows = if spec.dpo.compares_pairs() { spec.batch.batch_size as u64 } else { 1 };
     let head = match (&spec.method, keep) {
         (Method::Full, Keep::Tapes) => kept_bytes(rows, held, config.spec.vocab_size as u64),
@@ -197,7 +200,8 @@ fn element(spec: &TrainingSpec) -> usize {
     if spec.precision == Some(Precision::Bf16) { size_of::<half::bf16>() } else { size_of::<f32>() }
 }
 
-/// Bytes that a run on `devices` GPUs has on the host: masters, both moments, and the gradients of each GPU.
+/// Bytes that a run on `devices` GPUs has on the host: masters, both moments, and the gradients of
+/// each GPU.
 pub fn on_host(config: &ModelConfig, spec: &TrainingSpec, devices: usize) -> u64 {
     let trained = trainable_parameters(config, spec);
     TrainablePolicy::master_bytes(trained)
@@ -205,7 +209,8 @@ pub fn on_host(config: &ModelConfig, spec: &TrainingSpec, devices: usize) -> u64
         + devices.max(1) as u64 * Gradients::bytes(trained)
 }
 
-/// What [`estimate`] says, for a GPU: masters and moments stay on the host; matrices and activations are in the job's precision, the residual stream in f32.
+/// What [`estimate`] says, for a GPU: masters and moments stay on the host; matrices and
+/// activations are in the job's precision, the residual stream in f32.
 fn on_gpu(
     config: &ModelConfig,
     spec: &TrainingSpec,
@@ -320,7 +325,8 @@ mod tests {
             let (all_long, bound) =
                 (of(uniform(2048, &spec), Keep::Tapes), of(lengths, Keep::Tapes));
             assert!(bound < all_long / 5, "{memory:?}: {bound} of {all_long}");
-            // Not below what the rows of the worst micro-batch keep: as much as one row of them all.
+            // Not below what the rows of the worst micro-batch keep: as much as one row of them
+            // all.
             let tokens = 2048 + 15 * 128;
             let kept = |tokens| of(Lengths { longest: 2048, micro_batch: tokens }, Keep::Tapes);
             assert!(bound >= kept(tokens) && kept(tokens) > kept(tokens - 128), "{memory:?}");
@@ -340,7 +346,8 @@ mod tests {
         let vocabulary = config.spec.vocab_size as u64;
         let with_words = of(&config);
         config.spec.vocab_size = 1;
-        // Two pairs do not fit into a row: 16 rows are held, each below the limit of a row's head, not 9 at that limit.
+        // Two pairs do not fit into a row: 16 rows are held, each below the limit of a row's head,
+        // not 9 at that limit.
         assert_eq!(with_words - of(&config), F32 * 16 * 1100 * (vocabulary - 1));
     }
 

@@ -2,7 +2,8 @@
 
 use crate::domain::job::{JobError, Metrics, Progress};
 
-/// What a run reports. `Running` comes first and `Ended` last, each once; the trainer itself emits what lies between.
+/// What a run reports. `Running` comes first and `Ended` last, each once; the trainer itself emits
+/// what lies between.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RunEvent {
     /// Weights are loaded; steps begin.

@@ -1,7 +1,7 @@
 //! One micro-batch: forward, loss, metrics and, when training, backward.
 //!
-//! Rows go forward and back one after the other, so that a device holds one row's activations at a time. Only losses that compare pairs with each other
-//! (AOT) need all rows forward first.
+//! Rows go forward and back one after the other, so that a device holds one row's activations at a
+//! time. Only losses that compare pairs with each other (AOT) need all rows forward first.
 
 use std::sync::Arc;
 
@@ -72,7 +72,8 @@ fn sides<'a>(row: &PackedRow, tape: &'a RowTape) -> Vec<Sides<'a>> {
 }
 
 impl MicroBatch<'_> {
-    /// The mean loss and its metrics; adds `scale`·∂loss to `gradients`, of which each of the policy's devices has its own.
+    /// The mean loss and its metrics; adds `scale`·∂loss to `gradients`, of which each of the
+    /// policy's devices has its own.
     pub fn train(
         &self,
         keep: Keep,

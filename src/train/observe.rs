@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use crate::domain::job::Metrics;
 use crate::math::metrics::{Average, PairObservation, add_pairs, exact, tokens};
 
-/// Counts an optimizer step, logged or not. Its time is that on the wall: scoring in between is part of it.
+/// Counts an optimizer step, logged or not. Its time is that on the wall: scoring in between is
+/// part of it.
 pub fn step(took: Duration, tokens: u64) {
     metrics::counter!("bradley_training_steps_total").increment(1);
     metrics::counter!("bradley_training_tokens_total").increment(tokens);
@@ -18,7 +19,8 @@ pub fn step(took: Duration, tokens: u64) {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Window {
     average: Average,
-    /// Σ over steps of Σ over micro-batches of loss/group: a short group weighs as much as a full one, as in transformers.
+    /// Σ over steps of Σ over micro-batches of loss/group: a short group weighs as much as a full
+    /// one, as in transformers.
     #[serde(with = "exact")]
     loss: f64,
     steps: u64,
@@ -53,10 +55,12 @@ impl Window {
     }
 }
 
-/// Metrics over the evaluation rows. Every pair counts the same, so that a short last batch does not count as much as a full one.
+/// Metrics over the evaluation rows. Every pair counts the same, so that a short last batch does
+/// not count as much as a full one.
 #[derive(Debug, Default)]
 pub(super) struct EvaluationSums {
-    /// Sums over pairs of rewards and log-probs. They are taken pair by pair: their means are the means of what scoring serves, to the last bit.
+    /// Sums over pairs of rewards and log-probs. They are taken pair by pair: their means are the
+    /// means of what scoring serves, to the last bit.
     of_pairs: Metrics,
     /// Sums of batches' means, each times the batch's pairs.
     of_batches: Metrics,

@@ -1,4 +1,5 @@
-//! AdamW with f32 state, updated in place (arXiv:1711.05101, in torch.optim.AdamW's order of operations).
+//! AdamW with f32 state, updated in place (arXiv:1711.05101, in torch.optim.AdamW's order of
+//! operations).
 
 use std::sync::{Mutex, PoisonError};
 

@@ -1,4 +1,5 @@
-//! The reference π_ref: frozen weights, weights that follow the policy at intervals (TR-DPO), or none.
+//! The reference π_ref: frozen weights, weights that follow the policy at intervals (TR-DPO), or
+//! none.
 
 use std::sync::Arc;
 

@@ -1,7 +1,9 @@
-//! The trainer: a run as a sequence of short units of work, so that the device can score between them.
+//! The trainer: a run as a sequence of short units of work, so that the device can score between
+//! them.
 //!
-//! One unit is one micro-batch (forward, loss, backward), one optimizer update with what is due after it, or one batch of an evaluation.
-//! Everything is a function of the spec, the data and the seed: the same run gives the same numbers bit for bit, continued or not.
+//! One unit is one micro-batch (forward, loss, backward), one optimizer update with what is due
+//! after it, or one batch of an evaluation. Everything is a function of the spec, the data and the
+//! seed: the same run gives the same numbers bit for bit, continued or not.
 
 mod evaluation;
 
@@ -253,7 +255,8 @@ impl Trainer {
         Ok(trainer)
     }
 
-    /// Where a fresh or continued run begins: with an evaluation that is due and was not made, else with the next step.
+    /// Where a fresh or continued run begins: with an evaluation that is due and was not made, else
+    /// with the next step.
     fn first_phase(&self) -> Phase {
         let due = if self.state.step == 0 {
             self.spec.run.eval_on_start && !self.eval.is_empty()
@@ -322,12 +325,14 @@ impl Trainer {
         Ok(if matches!(self.phase, Phase::Done) { Status::Finished } else { Status::Working })
     }
 
-    /// Writes a checkpoint of the last completed step, unless there is one; used when the server drains.
+    /// Writes a checkpoint of the last completed step, unless there is one; used when the server
+    /// drains.
     pub fn save_now(&mut self, emit: &mut dyn FnMut(RunEvent)) -> Result<(), TrainError> {
         if let Phase::Step { done } = self.phase
             && done > 0
         {
-            // The step's first micro-batches are repeated when the run continues: their gradients are not part of a checkpoint.
+            // The step's first micro-batches are repeated when the run continues: their gradients
+            // are not part of a checkpoint.
             self.rewind(done)?;
         }
         let best = matches!(self.phase, Phase::Save { best: true });
@@ -350,7 +355,8 @@ impl Trainer {
         self.gradients.iter_mut().try_for_each(Gradients::clear)
     }
 
-    /// Writes a checkpoint. When it cannot be written (the disk is full, say) the run waits and tries again: what was trained is worth more than the wait.
+    /// Writes a checkpoint. When it cannot be written (the disk is full, say) the run waits and
+    /// tries again: what was trained is worth more than the wait.
     fn save_unit(&mut self, best: bool, host: &mut Host) -> Result<(), TrainError> {
         if self.unsaved.is_some_and(|u| u.next > Instant::now()) {
             (host.pause)();
@@ -408,7 +414,8 @@ impl Trainer {
         Ok(())
     }
 
-    /// When the device ran out of memory, once: shorter rows, whose blocks are run again. Any other error stands.
+    /// When the device ran out of memory, once: shorter rows, whose blocks are run again. Any other
+    /// error stands.
     fn shorten(&mut self, e: TrainError, host: &mut Host) -> Result<(), TrainError> {
         if !e.is_out_of_memory() || std::mem::replace(&mut self.shortened, true) {
             return Err(e);
@@ -426,7 +433,8 @@ impl Trainer {
         Ok(())
     }
 
-    /// Micro-batches in this epoch, and in the current step's group (the last group of an epoch may be short).
+    /// Micro-batches in this epoch, and in the current step's group (the last group of an epoch may
+    /// be short).
     fn group(&self) -> (usize, usize) {
         let micro_batches = self.train.len().div_ceil(self.spec.batch.batch_size);
         let accumulate = self.spec.batch.gradient_accumulation_steps;

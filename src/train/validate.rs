@@ -22,8 +22,8 @@ pub struct LoadedRows {
     pub bad: BadRows,
 }
 
-/// Rows with an error: how many there are, and what is wrong with the first. The findings of a report do not tell, because warnings
-/// may fill its list.
+/// Rows with an error: how many there are, and what is wrong with the first. The findings of a
+/// report do not tell, because warnings may fill its list.
 #[derive(Clone, Debug, Default)]
 pub struct BadRows {
     rows: u64,
@@ -91,7 +91,8 @@ impl BadRows {
 /// Checks every row; with an encoder, lengths too.
 ///
 /// # Errors
-/// `TooLarge` when the rows hold more than `limit` bytes of text: a small compressed file may hold any number.
+/// `TooLarge` when the rows hold more than `limit` bytes of text: a small compressed file may hold
+/// any number.
 pub fn validate_rows(
     path: &Path,
     format: DatasetFormat,

@@ -19,7 +19,8 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Starts one; `None` where there is no PostgreSQL (BRADLEY_TEST_POSTGRES names the folder of its programs).
+    /// Starts one; `None` where there is no PostgreSQL (BRADLEY_TEST_POSTGRES names the folder of
+    /// its programs).
     pub fn start(test: &str) -> Option<Self> {
         let bin = PathBuf::from(needed("BRADLEY_TEST_POSTGRES", test)?);
         let dir = tempfile::tempdir().unwrap();
@@ -132,7 +133,8 @@ pub struct S3 {
 }
 
 impl S3 {
-    /// Starts one; `None` where there is no moto (BRADLEY_TEST_PYTHON names the Python that has it).
+    /// Starts one; `None` where there is no moto (BRADLEY_TEST_PYTHON names the Python that has
+    /// it).
     pub fn start(test: &str) -> Option<Self> {
         let python = needed("BRADLEY_TEST_PYTHON", test)?;
         let port = free_port();

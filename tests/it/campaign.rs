@@ -1,9 +1,12 @@
-//! A campaign of faults, seeded: every round disturbs a job in one way at a random moment, then compares it with an undisturbed run.
+//! A campaign of faults, seeded: every round disturbs a job in one way at a random moment, then
+//! compares it with an undisturbed run.
 //!
-//!   BRADLEY_TEST_CAMPAIGN=200 BRADLEY_TEST_SEED=7 [BRADLEY_TEST_FAULT=DiskFull] cargo test --test it campaign -- --nocapture
+//!   BRADLEY_TEST_CAMPAIGN=200 BRADLEY_TEST_SEED=7 [BRADLEY_TEST_FAULT=DiskFull] cargo test --test
+//!   it campaign -- --nocapture
 //!
-//! Rounds alternate between two replicas on PostgreSQL and S3, and one server on SQLite and a folder (a small file system of its own, where the test
-//! may mount one). The table at the end is the result; every line of it is asserted round by round.
+//! Rounds alternate between two replicas on PostgreSQL and S3, and one server on SQLite and a
+//! folder (a small file system of its own, where the test may mount one). The table at the end is
+//! the result; every line of it is asserted round by round.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

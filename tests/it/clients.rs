@@ -1,4 +1,5 @@
-//! Clients written by others: grpcurl through reflection, Python's grpcio with the protos, peft with the adapter, OpenTelemetry's SDK.
+//! Clients written by others: grpcurl through reflection, Python's grpcio with the protos, peft
+//! with the adapter, OpenTelemetry's SDK.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;

@@ -1,4 +1,5 @@
-//! The command line as a script uses it: exit codes, JSON, and the way from a file of pairs to an adapter.
+//! The command line as a script uses it: exit codes, JSON, and the way from a file of pairs to an
+//! adapter.
 
 use std::process::{Command, Output};
 

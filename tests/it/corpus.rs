@@ -1,4 +1,5 @@
-//! The fuzzers' saved corpus, what they found included, through the parsers that it is for: an answer, never a panic.
+//! The fuzzers' saved corpus, what they found included, through the parsers that it is for: an
+//! answer, never a panic.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,5 @@
-//! SIGKILL and SIGTERM in mid-training: no job, no delivered event and no more than the steps since the last checkpoint are lost.
+//! SIGKILL and SIGTERM in mid-training: no job, no delivered event and no more than the steps since
+//! the last checkpoint are lost.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

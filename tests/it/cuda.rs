@@ -1,5 +1,6 @@
-//! The passes on a GPU against those on the CPU, on models that are wide enough for the tensor cores' kernels. BRADLEY_TEST_DEVICE=cuda:N names the GPU;
-//! with tests/cuda/emulator's libraries in LD_LIBRARY_PATH it is this machine's processor. The golden tests run on that device too.
+//! The passes on a GPU against those on the CPU, on models that are wide enough for the tensor
+//! cores' kernels. BRADLEY_TEST_DEVICE=cuda:N names the GPU; with tests/cuda/emulator's libraries
+//! in LD_LIBRARY_PATH it is this machine's processor. The golden tests run on that device too.
 
 use std::io::Write;
 use std::path::Path;
@@ -45,7 +46,8 @@ fn is_emulated() -> bool {
     matches!(device(), ComputeDevice::Cuda(cuda) if cuda.gpu().name().contains("Emulated"))
 }
 
-/// Shapes that reach every kernel: heads of 64 and of 128, norms on queries and keys, biases, a window, one that is no limit, a head of its own.
+/// Shapes that reach every kernel: heads of 64 and of 128, norms on queries and keys, biases, a
+/// window, one that is no limit, a head of its own.
 const SHAPES: [(&str, &str); 5] = [
     (
         "llama",
@@ -156,7 +158,8 @@ fn a_gpu_computes_what_the_cpu_computes() {
         let on_cpu = Policy { parameters: Arc::new(rounded(&base.parameters)), ..base };
         let on_gpu = Policy { device: device(), ..on_cpu.clone() };
         let adapter = adapter(&on_cpu);
-        // In bf16 a tensor's gradient may be what rounding leaves of numbers that cancel, on the CPU too: there all gradients are compared together.
+        // In bf16 a tensor's gradient may be what rounding leaves of numbers that cancel, on the
+        // CPU too: there all gradients are compared together.
         for (precision, logp, gradient) in
             [(Precision::F32, 1e-5, 1e-4), (Precision::Bf16, 1e-2, 5e-2)]
         {
@@ -240,7 +243,8 @@ async fn a_server_on_a_gpu_trains_and_scores_as_one_on_the_cpu() {
     let Some(name) = gpu_name() else { return };
     let mut outcomes = Vec::new();
     let models = format!("tiny={}", golden("models/llama").display());
-    // With mapped memory, too, which a GPU has and the emulator only when asked; and with work that is done only when something waits for it.
+    // With mapped memory, too, which a GPU has and the emulator only when asked; and with work that
+    // is done only when something waits for it.
     for (device, mapping, late) in
         [("cpu", "0", "0"), (&name, "0", "0"), (&name, "1", "0"), (&name, "1", "1")]
     {
@@ -283,8 +287,9 @@ async fn a_server_on_a_gpu_trains_and_scores_as_one_on_the_cpu() {
 async fn a_run_that_does_not_fit_the_gpu_goes_on_with_shorter_rows_and_fails_when_that_is_not_enough()
  {
     let Some(device) = gpu_name().filter(|_| is_emulated()) else { return };
-    // Room for one pair of a row, not for two; and room for none. Mapped memory comes in larger pieces. In the last case the driver's call that gives
-    // memory back says that it failed: what was unmapped must not be handed out.
+    // Room for one pair of a row, not for two; and room for none. Mapped memory comes in larger
+    // pieces. In the last case the driver's call that gives memory back says that it failed: what
+    // was unmapped must not be handed out.
     let cases = [
         (46, "0", "0", None),
         (36, "0", "0", Some("out of memory")),
@@ -367,13 +372,15 @@ async fn a_server_at_work_on_its_gpu_ends_with_success_when_it_is_told_to() {
     let Some(device) = gpu_name() else { return };
     let dir = tempfile::tempdir().unwrap();
     let models = format!("tiny={}", golden("models/llama").display());
-    // Nobody reads what the client's connection says while the test waits for the server: the call stays open for as long as it may.
+    // Nobody reads what the client's connection says while the test waits for the server: the call
+    // stays open for as long as it may.
     let mut server =
         Server::start_with(dir.path(), &models, &["--device", &device, "--drain-timeout", "1"]);
     let client = server.client().await;
     score(&client, "models/tiny", pairs()).await;
-    // Many pairs, each new; the caller leaves while they are computed. A server at work must end, and with success; that it waits for its device shows only
-    // by chance: the emulator ends the process with another status when its libraries are called in the moment of the exit.
+    // Many pairs, each new; the caller leaves while they are computed. A server at work must end,
+    // and with success; that it waits for its device shows only by chance: the emulator ends the
+    // process with another status when its libraries are called in the moment of the exit.
     let many = |call: usize| {
         // Other prompts, so that nothing is known from before.
         let other = move |i: usize| {

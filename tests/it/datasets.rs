@@ -1,4 +1,5 @@
-//! Parquet files through a server: decoded by a process of their own, so that what one costs is never the server's.
+//! Parquet files through a server: decoded by a process of their own, so that what one costs is
+//! never the server's.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -24,7 +25,8 @@ async fn upload(server: &Server, file: &Path) -> Result<pb::Dataset, ClientError
     server.client().await.upload_dataset(file, pb::UploadMetadata::default(), |_| {}).await
 }
 
-/// A good record, then one whose lists have so many messages without text: runs of levels, some bytes however many.
+/// A good record, then one whose lists have so many messages without text: runs of levels, some
+/// bytes however many.
 fn endless_messages(path: &Path, messages: usize) {
     let schema =
         ["prompt", "chosen", "rejected"].map(|c| format!("required group {c} {MESSAGES}")).concat();
@@ -99,7 +101,8 @@ async fn a_small_parquet_file_that_wants_gigabytes_is_refused_and_costs_the_serv
     upload(&server, &golden("parquet/plain-none")).await.unwrap();
 }
 
-/// The goldens hold what a fuzzer found: an assertion, and a page that names 2.5 billion values. More of the kind is made here.
+/// The goldens hold what a fuzzer found: an assertion, and a page that names 2.5 billion values.
+/// More of the kind is made here.
 #[tokio::test(flavor = "multi_thread")]
 async fn damaged_parquet_files_get_an_answer() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,5 +1,6 @@
-//! Several devices in one process: a run on each, or one run on all. `cpu,cpu` is two workers on this machine's cores; in the CUDA build with the emulator's
-//! libraries (BRADLEY_TEST_DEVICE=cuda:N) two emulated GPUs, whose memory no other device can touch.
+//! Several devices in one process: a run on each, or one run on all. `cpu,cpu` is two workers on
+//! this machine's cores; in the CUDA build with the emulator's libraries
+//! (BRADLEY_TEST_DEVICE=cuda:N) two emulated GPUs, whose memory no other device can touch.
 
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,8 @@ type Devices = (&'static str, &'static [(&'static str, &'static str)]);
 
 const TWO_EMULATED: Devices = ("cuda:0,cuda:1", &[("EMULATE_DEVICES", "2")]);
 
-/// The same with memory as GPUs have it, and with work that is done only when something waits for it.
+/// The same with memory as GPUs have it, and with work that is done only when something waits for
+/// it.
 const TWO_EMULATED_LATE: Devices =
     ("cuda:0,cuda:1", &[("EMULATE_DEVICES", "2"), ("EMULATE_MAPPING", "1"), ("EMULATE_LATE", "1")]);
 
@@ -71,7 +73,8 @@ async fn each_device_trains_a_job_and_scores_its_weights() {
         })
         .await;
         assert_eq!(state(&client, &third).await, pb::JobState::Queued);
-        // The weights that learn are scored by the worker that trains them, those that stand still by the other; so is a base model, by either.
+        // The weights that learn are scored by the worker that trains them, those that stand still
+        // by the other; so is a base model, by either.
         until("the first one has learnt", async || {
             let results =
                 score(&client, &format!("{}/checkpoints/latest", jobs[0]), pairs()).await.results;
@@ -85,7 +88,8 @@ async fn each_device_trains_a_job_and_scores_its_weights() {
                 "{policy} learns nothing"
             );
         }
-        // Each device's units are counted apart: an alert compares the devices that train with the jobs that run.
+        // Each device's units are counted apart: an alert compares the devices that train with the
+        // jobs that run.
         let metrics = server.metrics();
         let training = metrics
             .lines()

@@ -64,7 +64,8 @@ async fn download(
     out
 }
 
-/// A full fine-tune whose passes are in f32, with a learning rate at which bf16 would lose most changes.
+/// A full fine-tune whose passes are in f32, with a learning rate at which bf16 would lose most
+/// changes.
 fn full(dataset: &str, steps: u64) -> pb::TrainingJob {
     pb::TrainingJob {
         method: Some(pb::training_job::Method::Full(pb::FullConfig {})),
@@ -158,7 +159,8 @@ async fn what_needs_files_that_are_gone_or_changed_waits_for_them() {
             "{error}"
         );
         assert!(!error.contains(models.path().to_str().unwrap()), "{error}");
-        // A run in bf16 LoRA needs nothing but what is in memory, and gets its turn; its merged export needs the files.
+        // A run in bf16 LoRA needs nothing but what is in memory, and gets its turn; its merged
+        // export needs the files.
         let other = submit(&client, job(&dataset, 2)).await;
         steps(&client, &other).await;
         let metrics = server.metrics();
@@ -188,7 +190,8 @@ async fn what_needs_files_that_are_gone_or_changed_waits_for_them() {
 async fn exports_load_in_transformers_and_peft_and_say_what_the_service_says() {
     let Some(python) = needed("BRADLEY_TEST_PYTHON", "the test of exports") else { return };
     let (dir, place) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    // Users find the base under the name that the adapter gives. Another token ends its answers than config.json says.
+    // Users find the base under the name that the adapter gives. Another token ends its answers
+    // than config.json says.
     let base = place.path().join("some-base");
     copy_model("llama-bf16", &base);
     std::fs::write(
@@ -248,8 +251,9 @@ async fn exports_load_in_transformers_and_peft_and_say_what_the_service_says() {
     println!("{said}");
     // PEFT adds the same adapter to the same base: only the order of f32 sums differs.
     assert!(number("peft ") < 1e-4, "{said}");
-    // The merge rounds each changed weight to bf16 once, by at most 2^-8 of it. The errors of a product's terms are independent and mostly cancel, so
-    // that log-probs stay within that unit. The base without its adapter is far beyond it.
+    // The merge rounds each changed weight to bf16 once, by at most 2^-8 of it. The errors of a
+    // product's terms are independent and mostly cancel, so that log-probs stay within that unit.
+    // The base without its adapter is far beyond it.
     assert!(number("merged ") < 2f64.powi(-8), "{said}");
     assert!(said.contains("generate stops at 9"), "{said}");
 

@@ -1,4 +1,5 @@
-//! Replicas behind a balancer, as a rollout replaces them: Envoy with deploy/gateway/envoy.yaml, and a client that balances by itself.
+//! Replicas behind a balancer, as a rollout replaces them: Envoy with deploy/gateway/envoy.yaml,
+//! and a client that balances by itself.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;

@@ -1,4 +1,5 @@
-//! GGUF files, written here from the golden models as llama.cpp's converter would: the same model must come back.
+//! GGUF files, written here from the golden models as llama.cpp's converter would: the same model
+//! must come back.
 
 use std::io::BufWriter;
 use std::path::Path;
@@ -190,7 +191,8 @@ fn a_converted_model_is_the_same_model() {
     }
 }
 
-/// The `eos_token_id` of such a file ends a text; another token ends a turn, as in files of Llama 3.
+/// The `eos_token_id` of such a file ends a text; another token ends a turn, as in files of Llama
+/// 3.
 #[test]
 fn the_end_of_a_turn_stops_generation_beside_the_end_of_a_text() {
     let dir = tempfile::tempdir().unwrap();
@@ -268,7 +270,8 @@ fn a_truncated_or_hostile_file_is_an_error_that_names_it() {
         let e = load().unwrap_err().to_string();
         assert!(e.contains("damaged.gguf"), "{cut}: {e}");
     }
-    // Every byte of the counts and the first entries, turned around: an error or the same model, never a panic or an endless allocation.
+    // Every byte of the counts and the first entries, turned around: an error or the same model,
+    // never a panic or an endless allocation.
     for at in 4..400 {
         let mut changed = bytes.clone();
         changed[at] ^= 0xff;

@@ -1,4 +1,5 @@
-//! Every loss, divergence and weighting of TRL, from TRL's own code: value, gradient norm and metrics.
+//! Every loss, divergence and weighting of TRL, from TRL's own code: value, gradient norm and
+//! metrics.
 
 use bradley::domain::dpo::{Divergence, DpoConfig, LossType, WeightedLoss};
 use bradley::domain::training::{BatchConfig, Method, OptimizerConfig, ScheduleKind, TrainingSpec};
@@ -83,7 +84,8 @@ fn every_loss_has_trls_value_gradient_norm_and_metrics() {
             1e-3,
         );
         for (name, want) in case["metrics"].as_object().unwrap() {
-            // TRL's rewards and logps are of the LD-weighted sums; ours are of the plain sums, which are what is served.
+            // TRL's rewards and logps are of the LD-weighted sums; ours are of the plain sums,
+            // which are what is served.
             if dpo.ld_alpha.is_some()
                 && (name.starts_with("rewards/") || name.starts_with("logps/"))
             {

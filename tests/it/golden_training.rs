@@ -335,7 +335,8 @@ fn evaluation_finds_the_best_checkpoint_and_early_stopping_ends_the_run() {
     let (model, tokenizer) = tiny("llama");
     let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
     let mut spec = shuffled(40);
-    // The evaluation pairs are the training pairs the wrong way round: learning can only make them worse.
+    // The evaluation pairs are the training pairs the wrong way round: learning can only make them
+    // worse.
     let wrong: Vec<EncodedPair> = pairs
         .iter()
         .map(|p| EncodedPair {

@@ -1,6 +1,8 @@
-//! Requests and files that nobody should send: generated and mutated by a seed. Each gets an answer with a reason; the server stays what it was.
+//! Requests and files that nobody should send: generated and mutated by a seed. Each gets an answer
+//! with a reason; the server stays what it was.
 //!
-//! `BRADLEY_TEST_HOSTILE` is how many of each kind (default 100); the hostile round of a release takes 3000.
+//! `BRADLEY_TEST_HOSTILE` is how many of each kind (default 100); the hostile round of a release
+//! takes 3000.
 
 use std::io::{Read, Write};
 use std::time::Duration;

@@ -1,4 +1,5 @@
-//! The Hugging Face hub's protocol, spoken by a server on loopback: download with a token, the cache, offline mode.
+//! The Hugging Face hub's protocol, spoken by a server on loopback: download with a token, the
+//! cache, offline mode.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};

@@ -1,6 +1,7 @@
 //! Holds the architecture in place: imports run down the layers only and not in cycles, and what
-//! belongs to one layer (protobuf, the environment, threads, statuses) stays there. The rules are read
-//! off the source text, so that a breach is found in code that this platform does not even compile.
+//! belongs to one layer (protobuf, the environment, threads, statuses) stays there. The rules are
+//! read off the source text, so that a breach is found in code that this platform does not even
+//! compile.
 
 #![allow(clippy::unwrap_used)]
 
@@ -400,8 +401,8 @@ struct Import {
     line: usize,
 }
 
-/// Returns what the files import of each other, tests left out. `mod x;` is no import; `x::y` is one
-/// where `x` is a child module in a file of its own.
+/// Returns what the files import of each other, tests left out. `mod x;` is no import; `x::y` is
+/// one where `x` is a child module in a file of its own.
 fn imports(sources: &[(String, String)]) -> Vec<Import> {
     let indices: HashMap<Vec<String>, usize> =
         sources.iter().enumerate().map(|(i, (file, _))| (module_of(file), i)).collect();
@@ -453,7 +454,8 @@ fn cycles(sources: &[(String, String)]) -> Vec<String> {
     found
 }
 
-/// Returns the files that `file` imports, directly or through others; itself only if it is in a cycle.
+/// Returns the files that `file` imports, directly or through others; itself only if it is in a
+/// cycle.
 fn reached_from(file: usize, imports: &[Import]) -> BTreeSet<usize> {
     let (mut reached, mut waiting) = (BTreeSet::new(), vec![file]);
     while let Some(from) = waiting.pop() {
@@ -773,7 +775,8 @@ fn rows_of_the_table(text: &str) -> Vec<(&str, Vec<&str>)> {
     rows.map(|(name, cell)| (name, quoted(cell))).collect()
 }
 
-/// Returns the names of the modules and folders in a folder, with those of the folders below it if `deep`.
+/// Returns the names of the modules and folders in a folder, with those of the folders below it if
+/// `deep`.
 fn modules_in(folder: &Path, deep: bool) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for entry in fs::read_dir(folder).unwrap() {

@@ -293,7 +293,8 @@ async fn an_expired_cursor_is_out_of_range_and_names_the_oldest_event() {
     );
 }
 
-/// Whatever clients ask for in whatever order: every transition is legal, every refusal says so, and nothing hangs.
+/// Whatever clients ask for in whatever order: every transition is legal, every refusal says so,
+/// and nothing hangs.
 #[tokio::test(flavor = "multi_thread")]
 async fn random_commands_make_only_legal_transitions() {
     let dir = tempfile::tempdir().unwrap();

@@ -2,9 +2,9 @@
 //!
 //! The parts of a plan are held against what they are planned for. The state of training lies in
 //! vectors, of which the first test takes the sizes. Activations lie in the arena of
-//! `model/ops/buffer.rs`, or on the GPU, and both know their peak: of the whole process, so each run
-//! gets one of its own. A plan's two constants, for the program and for packed panels, would hide
-//! everything else of a tiny model, and are left out.
+//! `model/ops/buffer.rs`, or on the GPU, and both know their peak: of the whole process, so each
+//! run gets one of its own. A plan's two constants, for the program and for packed panels, would
+//! hide everything else of a tiny model, and are left out.
 
 use std::process::Command;
 
@@ -37,7 +37,8 @@ struct Case {
     model: &'static str,
     full: bool,
     recompute: bool,
-    /// How many pairs are in the row, and the tokens of the prompt, of chosen and of rejected of each.
+    /// How many pairs are in the row, and the tokens of the prompt, of chosen and of rejected of
+    /// each.
     pairs: usize,
     lengths: [usize; 3],
 }
@@ -85,7 +86,8 @@ impl Case {
         }
     }
 
-    /// Returns the pairs: random tokens of the tiny models' vocabularies, each pair with a prompt of its own.
+    /// Returns the pairs: random tokens of the tiny models' vocabularies, each pair with a prompt
+    /// of its own.
     fn encoded(&self) -> Vec<EncodedPair> {
         let tokens = |seed: usize, n: usize| {
             (0..n).map(|i| ((i * 31 + seed * 17 + i * i % 7) % 300) as u32).collect()
@@ -211,8 +213,8 @@ fn a_run_takes_the_memory_that_is_planned() {
     }
 }
 
-/// Where a row has several pairs, the plan does not know how each divides into prompt and completions,
-/// and takes the worst.
+/// Where a row has several pairs, the plan does not know how each divides into prompt and
+/// completions, and takes the worst.
 #[test]
 fn a_row_of_several_pairs_takes_no_more_than_planned() {
     if device().name() != "cpu" {

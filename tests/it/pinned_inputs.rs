@@ -1,4 +1,5 @@
-//! What a job shows of its inputs, and that it goes on with these only: adapters, references and datasets.
+//! What a job shows of its inputs, and that it goes on with these only: adapters, references and
+//! datasets.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -124,7 +125,8 @@ fn lora(shown: &pb::TrainingJob) -> pb::LoraConfig {
     lora
 }
 
-/// A job that goes on with an adapter of rank 4, α 6 and two targets: the values that are not named are the adapter's, others are refused.
+/// A job that goes on with an adapter of rank 4, α 6 and two targets: the values that are not named
+/// are the adapter's, others are refused.
 async fn goes_on_with_the_adapters_values(
     client: &Client,
     wanted: pb::TrainingJob,

@@ -30,23 +30,23 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use crate::reference_model::{Hidden, ReferenceModel};
 use crate::support::{assert_close, device, encode, json, numbers, rows, tiny};
 
-/// Seeds without BRADLEY_TEST_SPECS: on the CPU, and elsewhere, where the emulator takes minutes for
-/// what takes the CPU seconds.
+/// Seeds without BRADLEY_TEST_SPECS: on the CPU, and elsewhere, where the emulator takes minutes
+/// for what takes the CPU seconds.
 const SEEDS: (u64, u64) = (24, 8);
 /// The first seed without BRADLEY_TEST_SEED.
 const FIRST_SEED: u64 = 1;
 
-/// A log-prob in f32, relative, values below 1 nat being compared on the scale of a nat. Sums of some
-/// hundred terms round by about 1e-6; a norm over a head of two dimensions that happen to be small
-/// magnifies that, up to a hundred times.
+/// A log-prob in f32, relative, values below 1 nat being compared on the scale of a nat. Sums of
+/// some hundred terms round by about 1e-6; a norm over a head of two dimensions that happen to be
+/// small magnifies that, up to a hundred times.
 const LOGP_F32: f64 = 1e-4;
 /// A tensor's gradient in f32, relative to its norm.
 const GRADIENT_F32: f64 = 5e-4;
 /// What a tensor's gradient is at least compared with: this part of the norm of all gradients. A
 /// gradient that is smaller is what remains of larger numbers that cancel.
 const SMALL_GRADIENT: f64 = 0.02;
-/// All log-probs of a row in bf16, relative. An operand rounds by 2⁻⁹, and logits of about 1 are off
-/// by about 1e-2, of log-probs of about −4.
+/// All log-probs of a row in bf16, relative. An operand rounds by 2⁻⁹, and logits of about 1 are
+/// off by about 1e-2, of log-probs of about −4.
 const LOGP_BF16: f64 = 2e-2;
 /// All gradients in bf16, relative to their norm.
 const GRADIENT_BF16: f64 = 0.1;
@@ -194,8 +194,8 @@ fn random_groups(draw: &mut Draw, vocabulary: usize) -> Vec<SequenceGroup> {
     groups
 }
 
-/// Draws a model's tensors: about as large as those of a trained model, so that no part of it drowns
-/// in the others.
+/// Draws a model's tensors: about as large as those of a trained model, so that no part of it
+/// drowns in the others.
 fn random_parameters(draw: &mut Draw, config: &ModelConfig) -> Parameters {
     let tensor = |param: &ParamSpec| -> Result<Tensor, Infallible> {
         let values = match param.role {
@@ -277,8 +277,8 @@ impl Case {
         Case { base, adapter, groups, row, upstream, keep, draw }
     }
 
-    /// Returns the policy that is trained. A frozen base is in the precision of the passes, as a server
-    /// loads it.
+    /// Returns the policy that is trained. A frozen base is in the precision of the passes, as a
+    /// server loads it.
     fn trainable(&self, precision: Precision) -> TrainablePolicy {
         let base = self.base.with_precision(precision);
         let Some(adapter) = &self.adapter else {
@@ -328,7 +328,8 @@ fn compute(case: &Case, policy: &TrainablePolicy) -> Computed {
     Computed { log_probs, gradients: sums.values().iter().map(widened).collect() }
 }
 
-/// The sum over a row's targets of upstream·log p, which the upstream gradients are derivatives for.
+/// The sum over a row's targets of upstream·log p, which the upstream gradients are derivatives
+/// for.
 struct Objective<'a> {
     case: &'a Case,
     /// For each sequence, the input of each block and the output of the last one, at the weights as

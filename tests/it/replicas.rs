@@ -1,4 +1,5 @@
-//! Several servers on one PostgreSQL and one S3 store: a queue shared exactly once, dead and frozen workers, backends that go away.
+//! Several servers on one PostgreSQL and one S3 store: a queue shared exactly once, dead and frozen
+//! workers, backends that go away.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -307,7 +308,8 @@ async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_waited_for() {
         |e| !matches!(&e.event, Some(Event::CheckpointCreated(c)) if c.step >= 20),
     );
     tokio::time::timeout(Duration::from_secs(60), follow).await.expect("events come").unwrap();
-    // A run that is killed may leave a folder that was not acknowledged yet; one that has paused, none.
+    // A run that is killed may leave a folder that was not acknowledged yet; one that has paused,
+    // none.
     client
         .training()
         .pause_training_job(pb::PauseTrainingJobRequest { name: name.clone() })
@@ -417,7 +419,8 @@ async fn a_shared_folder_serves_as_the_artifact_store() {
     let exported = shared.path().join(&export.path).join("adapter_model.safetensors");
     assert!(export.path.starts_with("jobs/") && exported.is_file(), "{}", export.path);
 
-    // What a finished job continued may go, unless it is the job's reference, too: its own weights stay usable.
+    // What a finished job continued may go, unless it is the job's reference, too: its own weights
+    // stay usable.
     client
         .training()
         .delete_training_job(pb::DeleteTrainingJobRequest { name: first.clone() })

@@ -1,4 +1,5 @@
-//! Rewards as they are trained: the same numbers in TRL's logs, in a job's metrics, in the choice of the best checkpoint and in served scores.
+//! Rewards as they are trained: the same numbers in TRL's logs, in a job's metrics, in the choice
+//! of the best checkpoint and in served scores.
 
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -33,7 +34,8 @@ fn term(loss: &str) -> pb::WeightedLoss {
     pb::WeightedLoss { loss_type: loss.into(), ..Default::default() }
 }
 
-/// A job on the golden rows that is evaluated on the same rows, in batches of 4 and 2, after its last step.
+/// A job on the golden rows that is evaluated on the same rows, in batches of 4 and 2, after its
+/// last step.
 fn evaluated(dataset: &str, steps: u64, dpo: pb::DpoConfig) -> pb::TrainingJob {
     let wanted = job(dataset, steps);
     pb::TrainingJob {
@@ -74,7 +76,8 @@ fn mean(scores: &pb::ScorePairsResponse, value: impl Fn(&pb::PairScore) -> f64) 
     sum / scores.results.len() as f64
 }
 
-/// Asserts that scores give the evaluation's numbers to the last bit. `rewards` is the prefix of the metrics.
+/// Asserts that scores give the evaluation's numbers to the last bit. `rewards` is the prefix of
+/// the metrics.
 fn assert_evaluated(
     what: &str,
     scores: &pb::ScorePairsResponse,
@@ -142,7 +145,8 @@ async fn served_rewards_are_those_of_the_evaluation_to_the_last_bit() {
             assert_close(loss, s.probability, 1.0 / (1.0 + (-s.margin).exp()), 1e-12, 1e-12);
         }
 
-        // The other normalization, when it is asked for: rewards/* are sums where TRL's trainer of the loss logs sums.
+        // The other normalization, when it is asked for: rewards/* are sums where TRL's trainer of
+        // the loss logs sums.
         let options = |n: Normalization| pb::ScoringOptions {
             policy: policy.clone(),
             normalization: n.into(),
@@ -298,7 +302,8 @@ async fn a_checkpoint_of_tr_dpo_is_scored_against_the_reference_that_it_holds() 
         "the reference has moved"
     );
 
-    // A checkpoint without it says what is missing, and can still be scored against a reference that is named.
+    // A checkpoint without it says what is missing, and can still be scored against a reference
+    // that is named.
     let policy = format!("{name}/checkpoints/4");
     let named = pb::ScoringOptions {
         policy: policy.clone(),
@@ -330,7 +335,8 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
         let server = Server::start_with(dir.path(), &models, &["--precision", precision]);
         let client = server.client().await;
         let dataset = upload(&client, "pairs.jsonl").await.name;
-        // After each step the reference is the policy, and only that step's is: margins against it are 0. Checkpoints are of other steps.
+        // After each step the reference is the policy, and only that step's is: margins against it
+        // are 0. Checkpoints are of other steps.
         let reference_sync = Some(pb::ReferenceSync { alpha: Some(1.0), every_steps: Some(1) });
         let wanted = pb::TrainingJob {
             method: Some(pb::training_job::Method::Full(pb::FullConfig {})),
@@ -392,7 +398,8 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
         );
         assert_eq!(state(&client, &name).await, pb::JobState::Running);
 
-        // What was asked for while it ran is its checkpoint once it does not, against the reference that this holds.
+        // What was asked for while it ran is its checkpoint once it does not, against the reference
+        // that this holds.
         pause(&client, &name).await;
         messages.send(ask(Part::Pair(pairs().remove(0)))).await.unwrap();
         drop(messages);
@@ -554,7 +561,8 @@ fn the_best_checkpoint_is_that_of_the_reward_as_it_is_trained() {
         .iter()
         .map(|p| EncodedPair { chosen: p.rejected.clone(), rejected: cut(&p.chosen), ..p.clone() })
         .collect();
-    // Long answers that training prefers rule the sums, short ones that it does not prefer the means.
+    // Long answers that training prefers rule the sums, short ones that it does not prefer the
+    // means.
     let short_and_wrong = |p: &EncodedPair| EncodedPair {
         chosen: cut(&p.rejected),
         rejected: cut(&p.chosen),

@@ -628,7 +628,8 @@ async fn work_past_its_deadline_is_dropped_and_said_so() {
     let many: Vec<pb::Pair> = (0..40).flat_map(|_| pairs()).take(1024).collect();
     let mut request = tonic::Request::new(pb::ScorePairsRequest { options, pairs: many });
     request.metadata_mut().insert("grpc-timeout", "8m".parse().unwrap());
-    // tonic's own channel keeps the deadline of what it sends, too, and may be first; this one only carries it.
+    // tonic's own channel keeps the deadline of what it sends, too, and may be first; this one only
+    // carries it.
     let carrier = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
         .http2_only(true)
         .build_http();

@@ -169,7 +169,8 @@ impl Drop for Server {
     }
 }
 
-/// A port that nobody listens at, another one at each call. It lies below those that systems give to whoever asks for any, so that nobody takes it meanwhile.
+/// A port that nobody listens at, another one at each call. It lies below those that systems give
+/// to whoever asks for any, so that nobody takes it meanwhile.
 pub fn free_port() -> u16 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     loop {

@@ -1,4 +1,5 @@
-//! The service through its own client: the whole cycle, bad input, and scores that depend on nothing but the pair.
+//! The service through its own client: the whole cycle, bad input, and scores that depend on
+//! nothing but the pair.
 
 use std::time::Duration;
 

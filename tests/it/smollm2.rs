@@ -1,4 +1,5 @@
-//! The real model: SmolLM2-135M-Instruct from its GGUF file, against transformers and TRL on the same weights.
+//! The real model: SmolLM2-135M-Instruct from its GGUF file, against transformers and TRL on the
+//! same weights.
 
 use bradley::domain::dataset::Text;
 use bradley::domain::training::{
@@ -64,8 +65,9 @@ fn tokens_log_probs_and_a_full_fine_tune_are_those_of_transformers_and_trl() {
         let given = from_ids(want);
         match (ours, pair == &EncodedPair { row: pair.row, id: pair.id.clone(), ..given.clone() }) {
             (true, same) => assert!(same, "row {i}: other tokens than transformers"),
-            // transformers ignores the GGUF's pre-tokenizer name and does not split digits off as SmolLM2's own tokenizer does, so that blank
-            // lines before a digit come out differently; the numbers below are of transformers' tokens then.
+            // transformers ignores the GGUF's pre-tokenizer name and does not split digits off as
+            // SmolLM2's own tokenizer does, so that blank lines before a digit come out
+            // differently; the numbers below are of transformers' tokens then.
             (false, same) => println!(
                 "row {i}: {}",
                 if same {

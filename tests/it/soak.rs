@@ -1,8 +1,10 @@
-//! A soak under twice the load that the server can take: a training job, and fifty clients of whom a third are slow or vanish.
+//! A soak under twice the load that the server can take: a training job, and fifty clients of whom
+//! a third are slow or vanish.
 //!
 //!   BRADLEY_TEST_SOAK=1800 cargo test --test it soak -- --nocapture
 //!
-//! Memory must stay flat, accepted requests must be answered within what the queue's bound implies, and every refusal must say when to come back.
+//! Memory must stay flat, accepted requests must be answered within what the queue's bound implies,
+//! and every refusal must say when to come back.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,7 +21,8 @@ use crate::hostile::resident_kib;
 use crate::server::{Server, job, pairs, submit, upload};
 use crate::support::golden;
 
-/// Clients that score as fast as they are meant to, that read slowly, and that leave without a word.
+/// Clients that score as fast as they are meant to, that read slowly, and that leave without a
+/// word.
 const STEADY: usize = 34;
 const SLOW: usize = 8;
 const VANISHING: usize = 8;
@@ -68,7 +71,8 @@ fn request(n: usize) -> pb::ScorePairsRequest {
     pb::ScorePairsRequest { options, pairs }
 }
 
-/// One request; it is accepted when any of its pairs is scored, and each that is not must have its reason.
+/// One request; it is accepted when any of its pairs is scored, and each that is not must have its
+/// reason.
 async fn once(client: &Client, n: usize, seen: &Seen) {
     let start = Instant::now();
     match client.scoring().score_pairs(request(n)).await {
@@ -197,7 +201,8 @@ async fn twice_the_load_is_refused_politely_for_as_long_as_it_lasts() {
     let dataset = upload(&client, "pairs.jsonl").await;
     submit(&client, job(&dataset.name, 100_000_000)).await;
 
-    // Capacity: requests a second that a few clients get through, one after another, while the job trains.
+    // Capacity: requests a second that a few clients get through, one after another, while the job
+    // trains.
     let probe = Arc::new(Seen::default());
     let until = Instant::now() + Duration::from_secs((seconds / 20).clamp(2, 20));
     let start = Instant::now();

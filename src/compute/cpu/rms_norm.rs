@@ -123,7 +123,8 @@ pub fn head_norm(x: &mut [f32], heads: HeadColumns, w: &[f32], eps: f32) {
     });
 }
 
-/// Replaces the upstream gradient `g` by the gradient of [`head_norm`]'s input `x`; adds to `dw` when it is wanted.
+/// Replaces the upstream gradient `g` by the gradient of [`head_norm`]'s input `x`; adds to `dw`
+/// when it is wanted.
 pub fn head_norm_backward(
     x: &[f32],
     g: &mut [f32],

@@ -1,4 +1,5 @@
-//! Rotary position embedding in the "rotate half" form (arXiv:2104.09864, as transformers lays it out).
+//! Rotary position embedding in the "rotate half" form (arXiv:2104.09864, as transformers lays it
+//! out).
 
 use std::sync::Arc;
 
@@ -14,7 +15,8 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// Angles `position · inv_freq`, formed in f32 as transformers does. `inv_freq` has D/2 entries.
+    /// Angles `position · inv_freq`, formed in f32 as transformers does. `inv_freq` has D/2
+    /// entries.
     pub fn new(positions: &[u32], inv_freq: &[f32], attention_factor: f32) -> Self {
         let half = inv_freq.len();
         let (mut cos, mut sin) = (

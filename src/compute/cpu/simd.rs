@@ -1,16 +1,18 @@
-//! Element-wise kernels compiled for the widest vectors the processor has (run-time detection), with an explicit order of summation, so that
-//! results do not depend on the instruction set.
+//! Element-wise kernels compiled for the widest vectors the processor has (run-time detection),
+//! with an explicit order of summation, so that results do not depend on the instruction set.
 
 /// Partial sums kept side by side; a power of two.
 const LANES: usize = 16;
 
-/// Runs `f` compiled for the processor's vector instructions. `f` and what it calls must be `#[inline(always)]`.
+/// Runs `f` compiled for the processor's vector instructions. `f` and what it calls must be
+/// `#[inline(always)]`.
 #[inline(always)]
 pub(crate) fn dispatch<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
 
-/// e^x to about 2 ulp, for x in [−87, 88] (clamped outside): Cody–Waite reduction and a degree-6 polynomial (Cephes `expf`).
+/// e^x to about 2 ulp, for x in [−87, 88] (clamped outside): Cody–Waite reduction and a degree-6
+/// polynomial (Cephes `expf`).
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     // Adding and subtracting 1.5·2²³ rounds to the nearest integer without a call.
@@ -87,7 +89,8 @@ fn fold(mut acc: [f32; LANES]) -> f32 {
     acc[0]
 }
 
-/// Replaces every x by e = e^(x − m) and returns (Σ e, Σ (x − m)·e, Σ e²), each in the order of [`sum`].
+/// Replaces every x by e = e^(x − m) and returns (Σ e, Σ (x − m)·e, Σ e²), each in the order of
+/// [`sum`].
 #[inline(always)]
 pub(crate) fn exp_moments(xs: &mut [f32], m: f32) -> (f32, f32, f32) {
     let (mut sums, mut weighted, mut squares) = ([0f32; LANES], [0f32; LANES], [0f32; LANES]);

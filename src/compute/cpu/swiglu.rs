@@ -24,8 +24,8 @@ pub fn swiglu(kernel: Kernel, gate_up: &[f32], width: usize) -> Operand<'static>
     })
 }
 
-/// Replaces `[gate | up]` by its gradient for the upstream gradient `g` `[T, F]`. With s = σ(gate): d_up = g·gate·s,
-/// d_gate = g·up·s·(1 + gate·(1 − s)).
+/// Replaces `[gate | up]` by its gradient for the upstream gradient `g` `[T, F]`. With s = σ(gate):
+/// d_up = g·gate·s, d_gate = g·up·s·(1 + gate·(1 − s)).
 pub fn swiglu_backward(gate_up: &mut [f32], width: usize, g: &[f32]) {
     let rows = thread_pool::rows_per_task(g.len() / width);
     thread_pool::chunks(gate_up, rows * 2 * width, |i, gate_up| {
@@ -49,7 +49,8 @@ pub fn swiglu_backward(gate_up: &mut [f32], width: usize, g: &[f32]) {
 pub enum GateUp {
     /// As it was computed.
     F32(Buffer),
-    /// Rounded, as its gradient will be: half the memory. Where products are computed in bf16 and only an adapter is trained.
+    /// Rounded, as its gradient will be: half the memory. Where products are computed in bf16 and
+    /// only an adapter is trained.
     Bf16(Operand<'static>),
 }
 
@@ -86,8 +87,8 @@ pub fn forward_floats(width: usize) -> usize {
     4 * width
 }
 
-/// Values per token of the backward pass, besides what the tape holds: the product, its gradient and
-/// the operands. By tiles there are only operands, which are rounded.
+/// Values per token of the backward pass, besides what the tape holds: the product, its gradient
+/// and the operands. By tiles there are only operands, which are rounded.
 pub fn backward_floats(width: usize, tape: KeepGateUp) -> usize {
     match tape {
         KeepGateUp::Bf16 => 3 * width / 2,
@@ -166,7 +167,8 @@ impl SwigluTiles {
     }
 }
 
-/// The gradients of gate and of up, as [`swiglu_backward`] gives them, and y again, from what was kept rounded and tiles of the upstream gradient.
+/// The gradients of gate and of up, as [`swiglu_backward`] gives them, and y again, from what was
+/// kept rounded and tiles of the upstream gradient.
 pub struct GradientTiles<'a> {
     kept: &'a Operand<'static>,
     width: usize,

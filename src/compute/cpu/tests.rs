@@ -1,4 +1,5 @@
-//! Each kernel's gradient against central finite differences, and its value against a plain version written with candle's own operations.
+//! Each kernel's gradient against central finite differences, and its value against a plain version
+//! written with candle's own operations.
 
 use candle_core::{D, DType, Device, Tensor};
 

@@ -1,8 +1,10 @@
 //! Parallel loops over a fixed pool of threads.
 //!
-//! A forward pass is thousands of loops of a fraction of a millisecond each: a general one's wake-ups between them cost a tenth of the time. Here
-//! the pool's threads watch for the next loop for a moment before they sleep. One loop runs at a time; a loop inside a task, or while another
-//! caller's loop runs, is done by its caller alone. Results do not depend on who did what: a task is a pure function of its index.
+//! A forward pass is thousands of loops of a fraction of a millisecond each: a general one's
+//! wake-ups between them cost a tenth of the time. Here the pool's threads watch for the next loop
+//! for a moment before they sleep. One loop runs at a time; a loop inside a task, or while another
+//! caller's loop runs, is done by its caller alone. Results do not depend on who did what: a task
+//! is a pure function of its index.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -13,7 +15,8 @@ use std::time::{Duration, Instant};
 
 /// How long a thread watches for the next loop before it sleeps.
 const WATCH: Duration = Duration::from_micros(300);
-/// In the state: the loop takes no more helpers. Below it, the number of helpers that entered; above it, the loop's number.
+/// In the state: the loop takes no more helpers. Below it, the number of helpers that entered;
+/// above it, the loop's number.
 const CLOSED: u64 = 1 << 16;
 const NEXT_LOOP: u64 = 1 << 17;
 
@@ -133,7 +136,8 @@ impl ThreadPool {
                 }
             }
             let mut sleeping = self.sleeping.lock().unwrap_or_else(PoisonError::into_inner);
-            // The caller opens the loop before it takes this lock: either it sees us asleep or we see the loop.
+            // The caller opens the loop before it takes this lock: either it sees us asleep or we
+            // see the loop.
             if !open(self.state.load(Ordering::SeqCst)) {
                 *sleeping += 1;
                 sleeping = self.wake.wait(sleeping).unwrap_or_else(PoisonError::into_inner);
@@ -143,7 +147,8 @@ impl ThreadPool {
     }
 
     fn take_part(&self) {
-        // SAFETY: we are between opening and the caller's wait for all who entered, so the loop stays as it is.
+        // SAFETY: we are between opening and the caller's wait for all who entered, so the loop
+        // stays as it is.
         let Loop { task: Some(task), tasks } = (unsafe { &*self.current.get() }) else { return };
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             loop {
@@ -164,7 +169,8 @@ impl ThreadPool {
     /// Runs a loop, unless another one runs; says how it panicked, if it did.
     fn run(&self, tasks: usize, task: Task) -> Option<Option<Box<dyn Any + Send>>> {
         let Ok(_turn) = self.caller.try_lock() else { return None };
-        // SAFETY: the reference is dropped from `current` before this function returns, and no helper is inside by then.
+        // SAFETY: the reference is dropped from `current` before this function returns, and no
+        // helper is inside by then.
         let task: Task<'static> = unsafe { std::mem::transmute::<Task<'_>, Task<'static>>(task) };
         // SAFETY: the last loop is closed and all its helpers have left.
         unsafe { *self.current.get() = Loop { task: Some(task), tasks } };

@@ -1,8 +1,11 @@
-//! Where the device's memory is taken from and given back to, without a call of the driver most times.
+//! Where the device's memory is taken from and given back to, without a call of the driver most
+//! times.
 //!
-//! A pass takes memory block by block and gives it back in the opposite order, and the next row is longer or shorter. So free memory is kept as ranges of
-//! one large range of addresses, whose neighbours grow together; what is taken is the lowest range that is long enough; and chunks of the device's memory
-//! are mapped behind the addresses when they are first needed. The memory that is held stays near the most that was in use, whatever the rows' lengths.
+//! A pass takes memory block by block and gives it back in the opposite order, and the next row is
+//! longer or shorter. So free memory is kept as ranges of one large range of addresses, whose
+//! neighbours grow together; what is taken is the lowest range that is long enough; and chunks of
+//! the device's memory are mapped behind the addresses when they are first needed. The memory that
+//! is held stays near the most that was in use, whatever the rows' lengths.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +19,8 @@ const MAX_CHUNK: usize = 32 << 20;
 /// The least: devices map memory in pages of this size.
 const MIN_CHUNK: usize = 2 << 20;
 
-/// A device has at least so many chunks, so that a small one (a MIG slice) does not lose much to a chunk in part use.
+/// A device has at least so many chunks, so that a small one (a MIG slice) does not lose much to a
+/// chunk in part use.
 const MIN_CHUNKS: usize = 512;
 
 /// Every address and size is a multiple.
@@ -55,7 +59,8 @@ impl Arena {
         Arena { source, live_bytes: 0, peak_bytes: 0, reserve }
     }
 
-    /// At least so many bytes: the address, and how many they are; `None` when that would leave less than the reserve.
+    /// At least so many bytes: the address, and how many they are; `None` when that would leave
+    /// less than the reserve.
     pub fn take(&mut self, bytes: usize) -> Option<(u64, usize)> {
         let (address, size) = match &mut self.source {
             Source::Mapped(arena) => {
@@ -189,8 +194,8 @@ impl Mapped {
         self.ranges.give((address - self.base) as usize, size);
     }
 
-    /// Maps chunk `chunk` unless it is mapped already. Returns false, and leaves the chunk out of use, when there is no memory for it or less than
-    /// `reserve` would be left.
+    /// Maps chunk `chunk` unless it is mapped already. Returns false, and leaves the chunk out of
+    /// use, when there is no memory for it or less than `reserve` would be left.
     fn map(&mut self, chunk: usize, reserve: usize) -> bool {
         if self.chunks[chunk].is_some() {
             return true;
@@ -202,7 +207,8 @@ impl Mapped {
         if free_of_driver() >= reserve {
             return true;
         }
-        // Whatever comes of this, the caller must not use the chunk: its memory may be gone although the call failed.
+        // Whatever comes of this, the caller must not use the chunk: its memory may be gone
+        // although the call failed.
         if let Err(e) = self.unmap(chunk) {
             tracing::warn!(reason = ?e.0, "memory of the GPU was not given back to the driver");
         }

@@ -1,7 +1,9 @@
-//! A GPU through the driver's API: memory from an arena, kernels by name, matrix products by cuBLAS. Both libraries are looked for when a GPU is asked
-//! for, so that one program starts with and without them.
+//! A GPU through the driver's API: memory from an arena, kernels by name, matrix products by
+//! cuBLAS. Both libraries are looked for when a GPU is asked for, so that one program starts with
+//! and without them.
 //!
-//! One stream, in whose order everything happens: memory that was given back may be taken again at once.
+//! One stream, in whose order everything happens: memory that was given back may be taken again at
+//! once.
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
@@ -17,7 +19,8 @@ use super::kernels::{self, Arg, Kind, Launch};
 use super::staging::Staging;
 use crate::compute::out_of_memory::OutOfMemory;
 
-/// Workspace that cuBLAS gets, once: with it a product's result does not depend on what ran before. The size is what NVIDIA advises for Hopper.
+/// Workspace that cuBLAS gets, once: with it a product's result does not depend on what ran before.
+/// The size is what NVIDIA advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
 
 /// The part of the GPU's memory that is left to the driver, which loads code when it is first used.
@@ -44,7 +47,8 @@ struct Blas {
     workspace: u64,
 }
 
-// SAFETY: the handles may be used from any thread that has the context bound, which every entry point does.
+// SAFETY: the handles may be used from any thread that has the context bound, which every entry
+// point does.
 unsafe impl Send for Gpu {}
 // SAFETY: as above.
 unsafe impl Sync for Gpu {}
@@ -112,8 +116,9 @@ struct GemmPart {
     adds: bool,
 }
 
-/// Divides a product until no operand has more than `limit` elements from its first to its last row. Which dimension is halved depends on the operand
-/// that is too long: its rows as they lie in memory.
+/// Divides a product until no operand has more than `limit` elements from its first to its last
+/// row. Which dimension is halved depends on the operand that is too long: its rows as they lie in
+/// memory.
 fn parts([m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, limit: usize) -> Vec<GemmPart> {
     let mut todo = vec![GemmPart { shape: [m, n, k], a, b, c, adds: false }];
     let mut parts = Vec::new();
@@ -175,7 +180,8 @@ impl Gpu {
     /// Opens GPU `ordinal`, compiles the kernels for it and makes ready to multiply.
     ///
     /// # Errors
-    /// When there is no driver, no cuBLAS or no such GPU, or it is older than what the kernels need (compute capability 8.0).
+    /// When there is no driver, no cuBLAS or no such GPU, or it is older than what the kernels need
+    /// (compute capability 8.0).
     pub fn open(ordinal: usize) -> Result<Arc<Self>> {
         // SAFETY: loading a library runs its initialisers; NVIDIA's are what is asked for.
         if !unsafe { driver_sys::is_culib_present() } {
@@ -266,7 +272,8 @@ impl Gpu {
         self.arena().peak_bytes() as u64
     }
 
-    /// Whether it failed in a way that every later call fails, too: only a new process can use it again.
+    /// Whether it failed in a way that every later call fails, too: only a new process can use it
+    /// again.
     pub fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Acquire)
     }
@@ -394,7 +401,8 @@ impl Gpu {
             size_of_val(to),
             memory.size
         );
-        // SAFETY: the memory is large enough, and the wait makes sure that `to` is written before it is used.
+        // SAFETY: the memory is large enough, and the wait makes sure that `to` is written before
+        // it is used.
         unsafe { driver::memcpy_dtoh_async(to, memory.address, self.stream.cu_stream()) }
             .map_err(|e| self.noted("copying from the GPU", e))?;
         self.synchronize()
@@ -412,7 +420,8 @@ impl Gpu {
         Ok(to)
     }
 
-    /// Refuses a GPU whose f32 products round their operands to TF32, which a setting of the environment can ask of cuBLAS (`NVIDIA_TF32_OVERRIDE`).
+    /// Refuses a GPU whose f32 products round their operands to TF32, which a setting of the
+    /// environment can ask of cuBLAS (`NVIDIA_TF32_OVERRIDE`).
     fn refuse_reduced_precision(self: &Arc<Self>) -> Result<()> {
         const N: usize = 256;
         // TF32 has 10 bits after the point: this is 1 there.
@@ -451,8 +460,9 @@ impl Gpu {
         let mut pointers: Vec<*mut c_void> =
             slots.iter_mut().map(|slot| std::ptr::from_mut(slot).cast()).collect();
         let ([x, y, z], stream) = (launch.grid, self.stream.cu_stream());
-        // SAFETY: the kernel belongs to a module that stays loaded; arguments are in its order, each at the start of 8 bytes (little-endian), and
-        // name memory that stays until the stream is past the kernel.
+        // SAFETY: the kernel belongs to a module that stays loaded; arguments are in its order,
+        // each at the start of 8 bytes (little-endian), and name memory that stays until the stream
+        // is past the kernel.
         let launched = unsafe {
             driver::launch_kernel(
                 function,
@@ -466,8 +476,8 @@ impl Gpu {
         launched.map_err(|e| self.noted(name, e))
     }
 
-    /// `c` `[m, n]` = β·c + α·a·b with a `[m, k]`, b `[k, n]` and f32 sums, `c` row-major. Operands of more than 2³¹ elements, which cuBLAS does not
-    /// count, are multiplied in parts.
+    /// `c` `[m, n]` = β·c + α·a·b with a `[m, k]`, b `[k, n]` and f32 sums, `c` row-major. Operands
+    /// of more than 2³¹ elements, which cuBLAS does not count, are multiplied in parts.
     pub fn matmul(
         &self,
         shape: [usize; 3],
@@ -673,7 +683,8 @@ impl Drop for Memory {
     fn drop(&mut self) {
         // In debug builds, what reads memory after it was given back reads NaN.
         if cfg!(debug_assertions) {
-            // SAFETY: the memory is that long. On a thread without the context the call fails, and changes nothing.
+            // SAFETY: the memory is that long. On a thread without the context the call fails, and
+            // changes nothing.
             let _ = unsafe {
                 driver::memset_d8_async(self.address, 0xff, self.size, self.gpu.stream.cu_stream())
             };

@@ -1,4 +1,5 @@
-//! The kernels of `kernels/*.cu` by name, as PTX that the driver compiles for its GPU, and how they are started.
+//! The kernels of `kernels/*.cu` by name, as PTX that the driver compiles for its GPU, and how they
+//! are started.
 
 use std::ffi::CString;
 

@@ -189,7 +189,8 @@ pub(crate) struct ScatterRows<'a> {
     pub width: usize,
 }
 
-/// to\[rows\[i\], :\] += Σ from\[order\[k\], :\] over k in offsets\[i\]..offsets\[i + 1\], in order.
+/// to\[rows\[i\], :\] += Σ from\[order\[k\], :\] over k in offsets\[i\]..offsets\[i + 1\], in
+/// order.
 pub(crate) fn scatter_rows(gpu: &Gpu, s: ScatterRows<'_>) -> Result<()> {
     let (unique, width) = (s.rows.len(), s.width);
     let target_rows = count_rows("scatter_rows", "to", s.to.len(), width)?;

@@ -69,7 +69,8 @@ impl Staging {
                 std::slice::from_raw_parts(start, piece.len())
             };
             self.used += piece.len();
-            // SAFETY: the caller's memory is long enough; the slot stays until the stream has passed its event.
+            // SAFETY: the caller's memory is long enough; the slot stays until the stream has
+            // passed its event.
             unsafe { driver::memcpy_htod_async(to + done as u64, staged, stream) }?;
             done += piece.len();
         }

@@ -1,4 +1,5 @@
-//! Checks the memory that a run needs besides its plan, and that a run starts with what was granted.
+//! Checks the memory that a run needs besides its plan, and that a run starts with what was
+//! granted.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -245,8 +246,8 @@ fn a_run_starts_in_exactly_the_memory_that_its_estimate_names_and_is_refused_wit
     }
 }
 
-/// A run with unrounded weights plans with what their copy leaves: where all the memory would do for
-/// the fastest plan, it takes a leaner one.
+/// A run with unrounded weights plans with what their copy leaves: where all the memory would do
+/// for the fastest plan, it takes a leaner one.
 #[test]
 fn a_plan_has_the_memory_that_copies_of_weights_leave() {
     let bases = bases(Precision::Bf16);

@@ -1,4 +1,5 @@
-//! An engine on the CPU with runs whose events nobody reads: such a run stands still where it reports.
+//! An engine on the CPU with runs whose events nobody reads: such a run stands still where it
+//! reports.
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,5 @@
-//! The same configuration from GGUF metadata: turned into the config.json it stands for, then read like one.
+//! The same configuration from GGUF metadata: turned into the config.json it stands for, then read
+//! like one.
 
 use std::collections::BTreeSet;
 
@@ -21,8 +22,9 @@ const TURN_ENDS: [&str; 3] = ["<|eot_id|>", "<|eom_id|>", "<|im_end|>"];
 impl ModelConfig {
     /// Reads the configuration of a GGUF file.
     ///
-    /// Mistral files carry the architecture `llama` and no sliding window: such a model attends to everything, as it does in
-    /// llama.cpp and transformers. `rope_freqs` gives llama.cpp's copy of the llama3 divisors, if the file has one.
+    /// Mistral files carry the architecture `llama` and no sliding window: such a model attends to
+    /// everything, as it does in llama.cpp and transformers. `rope_freqs` gives llama.cpp's copy of
+    /// the llama3 divisors, if the file has one.
     ///
     /// # Errors
     /// As [`ModelConfig::from_hf_json`].
@@ -226,7 +228,8 @@ fn missing(gguf: &Gguf, name: &str) -> ModelError {
     ModelError::MissingTensor { name: name.to_owned(), path: gguf.path.clone() }
 }
 
-/// GGUF stores f32: 1e-5 comes back as 9.99999974738e-6. The shortest decimal that rounds to that f32 is what was written.
+/// GGUF stores f32: 1e-5 comes back as 9.99999974738e-6. The shortest decimal that rounds to that
+/// f32 is what was written.
 fn shortest(x: f64) -> f64 {
     (x as f32).to_string().parse().unwrap_or(x)
 }

@@ -1,8 +1,9 @@
 //! The GGUF container: metadata and the directory of tensors, versions 2 and 3, little-endian.
 //!
-//! candle's reader trusts more than a file from a stranger deserves (an alignment of 0 divides by zero, dimensions multiply
-//! unchecked) and keeps each of the tokenizer's hundred thousand strings in a general value; this one checks every length against
-//! what is left of the file before it allocates, and every tensor's extent before anything is read.
+//! candle's reader trusts more than a file from a stranger deserves (an alignment of 0 divides by
+//! zero, dimensions multiply unchecked) and keeps each of the tokenizer's hundred thousand strings
+//! in a general value; this one checks every length against what is left of the file before it
+//! allocates, and every tensor's extent before anything is read.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -62,8 +63,8 @@ impl Gguf {
     /// Reads the header and checks that every tensor lies inside the file.
     ///
     /// # Errors
-    /// [`ModelError::CorruptWeights`] where the file is not GGUF, is truncated or contradicts itself;
-    /// [`ModelError::Unsupported`] for a version or quantisation that cannot be read.
+    /// [`ModelError::CorruptWeights`] where the file is not GGUF, is truncated or contradicts
+    /// itself; [`ModelError::Unsupported`] for a version or quantisation that cannot be read.
     pub(crate) fn open(path: &Path) -> Result<Self, ModelError> {
         let file = File::open(path).map_err(ModelError::io(path))?;
         let len = file.metadata().map_err(ModelError::io(path))?.len();
@@ -134,7 +135,8 @@ impl Gguf {
         Ok(Gguf { path: path.to_owned(), file, metadata, tensors })
     }
 
-    /// Opens a file whose header was read before, without reading it again; it has no metadata then.
+    /// Opens a file whose header was read before, without reading it again; it has no metadata
+    /// then.
     pub(crate) fn reopen(path: &Path, tensors: TensorEntries) -> Result<Self, ModelError> {
         let file = File::open(path).map_err(ModelError::io(path))?;
         Ok(Gguf { path: path.to_owned(), file, metadata: BTreeMap::new(), tensors })
@@ -364,7 +366,8 @@ impl Reader<'_> {
         self.expect(len, what)?;
         let mut bytes = vec![0; len as usize];
         self.fill(&mut bytes, what)?;
-        // Some published vocabularies hold a token that is not UTF-8; it can never be produced from text.
+        // Some published vocabularies hold a token that is not UTF-8; it can never be produced from
+        // text.
         Ok(String::from_utf8(bytes)
             .unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned()))
     }

@@ -1,4 +1,5 @@
-//! Byte-level BPE tokenizers from GGUF metadata, rebuilt as the tokenizer.json they were converted from.
+//! Byte-level BPE tokenizers from GGUF metadata, rebuilt as the tokenizer.json they were converted
+//! from.
 
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;

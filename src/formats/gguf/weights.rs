@@ -100,7 +100,8 @@ impl GgufWeights {
     pub fn hash(&self, hash: &mut blake3::Hasher) {
         let _guard = self.lock.lock();
         let mut file = &self.gguf.file;
-        // A file that cannot be read any more has no tensors either; its fingerprint does not matter then.
+        // A file that cannot be read any more has no tensors either; its fingerprint does not
+        // matter then.
         if file.seek(SeekFrom::Start(0)).is_ok() {
             let _ = std::io::copy(&mut file, hash);
         }

@@ -1,4 +1,5 @@
-//! safetensors: files are mapped and their headers checked when they are opened, tensors are converted when they are asked for.
+//! safetensors: files are mapped and their headers checked when they are opened, tensors are
+//! converted when they are asked for.
 
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
@@ -134,7 +135,8 @@ impl SafetensorsWeights {
         let (mut files, mut tensors) = (Vec::new(), HashMap::new());
         for (file, path) in paths.iter().enumerate() {
             let handle = File::open(path).map_err(ModelError::io(path))?;
-            // SAFETY: the map is read-only; weight files are not written while a server uses them, as with every mmap-based loader.
+            // SAFETY: the map is read-only; weight files are not written while a server uses them,
+            // as with every mmap-based loader.
             let map = unsafe { Mmap::map(&handle) }.map_err(ModelError::io(path))?;
             let (header, metadata) = SafeTensors::read_metadata(&map)
                 .map_err(|e| ModelError::corrupt(path, format!("safetensors header: {e}")))?;
@@ -247,7 +249,8 @@ impl SafetensorsWeights {
                     hash.update(map);
                 }
                 Contents::Read(file) => {
-                    // A file that cannot be read any more has no tensors either; its fingerprint does not matter then.
+                    // A file that cannot be read any more has no tensors either; its fingerprint
+                    // does not matter then.
                     let _ = std::io::copy(&mut &*file, hash);
                 }
             }

@@ -135,7 +135,8 @@ fn model_type(folder: &Path) -> Option<String> {
 /// Its class LlamaTokenizer takes the vocabulary and the merges out of a SentencePiece tokenizer's
 /// file and makes the rest itself (models/llama/tokenization_llama.py): a space goes in front of
 /// every piece of text that does not begin with one, where the normaliser in the file of Llama 2
-/// adds one in any case. A model is trained and compared with transformers' tokens, so the class wins.
+/// adds one in any case. A model is trained and compared with transformers' tokens, so the class
+/// wins.
 fn as_class(tokenizer: &[u8], config: &Value, model_type: Option<&str>) -> Option<Vec<u8>> {
     let class = config.get("tokenizer_class").and_then(Value::as_str)?;
     if class.strip_suffix("Fast").unwrap_or(class) != "LlamaTokenizer"

@@ -55,7 +55,8 @@ fn smoothed(z: f64, eps: f64) -> (f64, f64) {
     (-(1.0 - eps) * log_sigmoid(z) - eps * log_sigmoid(-z), sigmoid(z) - (1.0 - eps))
 }
 
-/// One pair's loss with its slopes in Σlog π_w and Σlog π_l. The losses over a whole batch (aot, sft) are not here; orpo is without its NLL.
+/// One pair's loss with its slopes in Σlog π_w and Σlog π_l. The losses over a whole batch (aot,
+/// sft) are not here; orpo is without its NLL.
 pub(super) fn value_and_slopes(
     config: &DpoConfig,
     term: &WeightedLoss,
@@ -143,7 +144,8 @@ pub(super) fn value_and_slopes(
             (value, slope * beta / s.n_w, -slope * beta / s.n_l)
         }
         LossType::Orpo => {
-            // arXiv:2403.07691, eq. 6–7, on mean log-probs a: log-odds(a) = a − log(1 − e^a), slope 1/(1 − e^a).
+            // arXiv:2403.07691, eq. 6–7, on mean log-probs a: log-odds(a) = a − log(1 − e^a), slope
+            // 1/(1 − e^a).
             let odds = |a: f64| {
                 let a = a.min(-1e-12);
                 (a - (-a.exp_m1()).ln(), -1.0 / a.exp_m1())
@@ -157,8 +159,9 @@ pub(super) fn value_and_slopes(
     }
 }
 
-/// AOT (arXiv:2406.05882): losses of the sorted differences. Returns the k-th loss for each k, and for each pair its slopes with the index k of the
-/// loss that its chosen and its rejected side took part in.
+/// AOT (arXiv:2406.05882): losses of the sorted differences. Returns the k-th loss for each k, and
+/// for each pair its slopes with the index k of the loss that its chosen and its rejected side took
+/// part in.
 #[allow(clippy::type_complexity)]
 pub(super) fn sorted_transport(
     config: &DpoConfig,

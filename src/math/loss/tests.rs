@@ -55,7 +55,8 @@ fn config(loss: LossType) -> DpoConfig {
 
 /// Compares every token's gradient with a central difference of the loss.
 fn check(config: &DpoConfig, pairs: &mut [Pair]) {
-    // WPO's weights are constants in the gradient; freeze them by making the differences on a weight-free copy.
+    // WPO's weights are constants in the gradient; freeze them by making the differences on a
+    // weight-free copy.
     let analytic = batch_loss(config, &view(pairs, config), 1.0);
     let mut frozen = config.clone();
     if config.wpo {
@@ -83,7 +84,8 @@ fn check(config: &DpoConfig, pairs: &mut [Pair]) {
                 };
                 let ((x1, up), (x, here), (x0, down)) = (at(h), at(0.0), at(-h));
                 let numeric = (up - down) / (x1 - x0);
-                // The hinge is made of straight pieces: where the slopes to both sides differ, its kink lies between.
+                // The hinge is made of straight pieces: where the slopes to both sides differ, its
+                // kink lies between.
                 let bend = (up - here) / (x1 - x) - (here - down) / (x - x0);
                 if config.losses.iter().any(|l| l.loss == LossType::Hinge) && bend.abs() > 1e-4 {
                     continue;
@@ -110,7 +112,8 @@ proptest! {
     #[test]
     fn gradients_match_differences(mut pairs in prop::collection::vec(pair(), 1..4), ld in any::<bool>(), free in any::<bool>(), wpo in any::<bool>()) {
         for loss in LossType::ALL {
-            // Hinge and the sorts have kinks that a difference may straddle: keep them apart from it.
+            // Hinge and the sorts have kinks that a difference may straddle: keep them apart from
+            // it.
             if matches!(loss, LossType::Hinge | LossType::Aot | LossType::AotUnpaired) && pairs.len() > 1 {
                 continue;
             }

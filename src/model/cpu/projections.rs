@@ -1,8 +1,8 @@
 //! Linear layers that share their input, with their adapters, computed together: `[q | k | v]`,
 //! `o`, `[gate | up]`, `down`.
 //!
-//! y_i = x·W_iᵀ + b_i + s·(x·A_iᵀ)·B_iᵀ (arXiv:2106.09685). The adapter's term joins the sum over the inputs inside the kernel; the gradient of a
-//! frozen W is never formed.
+//! y_i = x·W_iᵀ + b_i + s·(x·A_iᵀ)·B_iᵀ (arXiv:2106.09685). The adapter's term joins the sum over
+//! the inputs inside the kernel; the gradient of a frozen W is never formed.
 
 use std::ops::Range;
 
@@ -108,7 +108,8 @@ impl<'a> CpuLinearGroup<'a> {
         m.low_rank.as_ref().map_or(0, |(a, _)| a.elements().len() / self.input)
     }
 
-    /// `y` `[T, Σout]` = keep·y + the projections of `x` `[T, in]`. Returns x·Aᵀ `[T, Σr]`, which the backward pass wants.
+    /// `y` `[T, Σout]` = keep·y + the projections of `x` `[T, in]`. Returns x·Aᵀ `[T, Σr]`, which
+    /// the backward pass wants.
     pub fn forward(&self, x: &Operand, tokens: usize, y: &mut [f32], keep: bool) -> Result<Buffer> {
         let u = self.low_rank_inputs(x, tokens);
         for m in &self.members {
@@ -135,7 +136,8 @@ impl<'a> CpuLinearGroup<'a> {
         Ok(u)
     }
 
-    /// Whether [`CpuLinearGroup::forward_tiles`] can do it: `P` projections without a bias, of one width that is whole panels.
+    /// Whether [`CpuLinearGroup::forward_tiles`] can do it: `P` projections without a bias, of one
+    /// width that is whole panels.
     pub fn is_tiled<const P: usize>(&self) -> bool {
         let fits = |m: &CpuLinear| {
             m.bias.is_none() && m.out == self.members[0].out && m.out.is_multiple_of(NR)
@@ -167,8 +169,8 @@ impl<'a> CpuLinearGroup<'a> {
         u
     }
 
-    /// Adds s·(x·A_iᵀ)·B_iᵀ to some rows of `y` `[T, Σout]`: the sum over k goes on where that over the base's ended, as it does in
-    /// [`CpuLinearGroup::forward`].
+    /// Adds s·(x·A_iᵀ)·B_iᵀ to some rows of `y` `[T, Σout]`: the sum over k goes on where that over
+    /// the base's ended, as it does in [`CpuLinearGroup::forward`].
     pub fn add_low_rank(&self, x: &Operand, rows: Range<usize>, y: &mut [f32]) {
         if self.ranks == 0 || rows.is_empty() {
             return;
@@ -212,9 +214,10 @@ impl<'a> CpuLinearGroup<'a> {
         )
     }
 
-    /// Given g = ∂loss/∂y `[T, Σout]`, the input and what [`CpuLinearGroup::forward`] returned, adds
-    /// the parameters' gradients to `sink` and returns ∂loss/∂x `[T, in]`. With v_i = s·g_i·B_i:
-    /// dx = Σ g_i·W_i + v_i·A_i, dA_i = v_iᵀ·x, dB_i = s·g_iᵀ·u_i, dW_i = g_iᵀ·x, db_i = Σ_tokens g_i.
+    /// Given g = ∂loss/∂y `[T, Σout]`, the input and what [`CpuLinearGroup::forward`] returned,
+    /// adds the parameters' gradients to `sink` and returns ∂loss/∂x `[T, in]`. With v_i =
+    /// s·g_i·B_i: dx = Σ g_i·W_i + v_i·A_i, dA_i = v_iᵀ·x, dB_i = s·g_iᵀ·u_i, dW_i = g_iᵀ·x, db_i =
+    /// Σ_tokens g_i.
     pub fn backward(
         &self,
         x: &Operand,
@@ -251,7 +254,8 @@ impl<'a> CpuLinearGroup<'a> {
         Ok(dx)
     }
 
-    /// ∂loss/∂x of frozen projections, handed on a tile at a time. Returns v, which [`CpuLinearGroup::low_rank_gradients`] wants.
+    /// ∂loss/∂x of frozen projections, handed on a tile at a time. Returns v, which
+    /// [`CpuLinearGroup::low_rank_gradients`] wants.
     pub fn backward_tiles(
         &self,
         gs: &[Operand],
@@ -300,7 +304,8 @@ impl<'a> CpuLinearGroup<'a> {
         v
     }
 
-    /// Adds the adapter's gradients to `sink`, given the input, its gradient's g and what the passes returned.
+    /// Adds the adapter's gradients to `sink`, given the input, its gradient's g and what the
+    /// passes returned.
     pub fn low_rank_gradients(
         &self,
         x: &Operand,

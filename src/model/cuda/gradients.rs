@@ -1,4 +1,5 @@
-//! Gradients on the device: f32 sums that are added up over a step's rows and fetched once, before the update.
+//! Gradients on the device: f32 sums that are added up over a step's rows and fetched once, before
+//! the update.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -1,4 +1,5 @@
-//! The head on the device: a tile of the vocabulary at a time, the softmax online, as in [`crate::compute::cpu::head`].
+//! The head on the device: a tile of the vocabulary at a time, the softmax online, as in
+//! [`crate::compute::cpu::head`].
 
 use std::sync::Arc;
 
@@ -141,7 +142,8 @@ impl Head<'_> {
         output
     }
 
-    /// Adds ∂loss/∂W to `dw` `[V, C]`, given g = ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p).
+    /// Adds ∂loss/∂W to `dw` `[V, C]`, given g = ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙
+    /// (onehot(y) − p).
     pub fn weight_gradient(
         &self,
         h: &Memory,

@@ -20,7 +20,8 @@ use crate::model::backend::{Keep, PolicyView, RowOps};
 use crate::model::params::ParamId;
 use crate::model::row::Row;
 
-/// Windows from here on hide nothing: no row has as many positions. The kernels add positions to a window in 32 bits; it is their `NO_WINDOW`.
+/// Windows from here on hide nothing: no row has as many positions. The kernels add positions to a
+/// window in 32 bits; it is their `NO_WINDOW`.
 const NO_WINDOW: usize = 1 << 30;
 
 /// A policy's weights on the device, and the shape of its passes.

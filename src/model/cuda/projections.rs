@@ -1,6 +1,8 @@
-//! A group of projections on the device, forward and backward: [`crate::model::cpu::projections`] in cuBLAS's products.
+//! A group of projections on the device, forward and backward: [`crate::model::cpu::projections`]
+//! in cuBLAS's products.
 //!
-//! y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ; with v = s·g·B: dx = g·W + v·A, dA = vᵀ·x, dB = s·gᵀ·(x·Aᵀ), dW = gᵀ·x, db = Σ_tokens g.
+//! y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ; with v = s·g·B: dx = g·W + v·A, dA = vᵀ·x, dB = s·gᵀ·(x·Aᵀ), dW =
+//! gᵀ·x, db = Σ_tokens g.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -41,7 +43,8 @@ pub(super) struct GroupBackward<'a> {
 }
 
 impl CudaLinearGroup<'_> {
-    /// `y` `[T, Σout]` = keep·y + the projections of `x` `[T, in]`. Returns x·Aᵀ `[T, Σr]`, which the backward pass wants.
+    /// `y` `[T, Σout]` = keep·y + the projections of `x` `[T, in]`. Returns x·Aᵀ `[T, Σr]`, which
+    /// the backward pass wants.
     pub fn forward(
         &self,
         x: &Memory,
@@ -152,7 +155,8 @@ impl CudaLinearGroup<'_> {
         Ok(dx)
     }
 
-    /// Adds the gradients of the adapter, given u = x·Aᵀ, and its part of ∂loss/∂x to `dx` `[T, in]`.
+    /// Adds the gradients of the adapter, given u = x·Aᵀ, and its part of ∂loss/∂x to `dx` `[T,
+    /// in]`.
     fn low_rank_backward(
         &self,
         adapter: LowRankGroup<'_>,

@@ -28,7 +28,8 @@ pub(super) struct DeviceRow {
     pub sin: Memory,
     /// `[n, 5]`: first and last query, start of their segment, start and end of their prompt.
     pub tiles: Memory,
-    /// `[n, 5]`: first and last key, end of their segment, start and end of the queries in other segments that see them.
+    /// `[n, 5]`: first and last key, end of their segment, start and end of the queries in other
+    /// segments that see them.
     pub key_tiles: Memory,
     /// `[N]`.
     pub predictors: Memory,
@@ -96,7 +97,8 @@ fn dependents(layout: &RowLayout, prompt: &Range<usize>) -> Range<usize> {
     completions.fold(prompt.end..prompt.end, |all, s| all.start..all.end.max(s.tokens.end))
 }
 
-/// Which rows go to which place, for a sum in a fixed order: the places, where each one's rows start in the order, the order.
+/// Which rows go to which place, for a sum in a fixed order: the places, where each one's rows
+/// start in the order, the order.
 pub(super) struct Scatter {
     rows: Memory,
     offsets: Memory,

@@ -70,8 +70,8 @@ impl BlockShape {
     }
 }
 
-/// Bytes of each trained number on a GPU, whose matrices have `element` bytes: its gradient, and the
-/// number itself. Masters and moments stay on the host.
+/// Bytes of each trained number on a GPU, whose matrices have `element` bytes: its gradient, and
+/// the number itself. Masters and moments stay on the host.
 pub fn trained_bytes(element: usize) -> usize {
     F32 + element
 }
@@ -104,7 +104,8 @@ mod tests {
     #[test]
     fn a_block_takes_what_its_buffers_take_together() {
         let small = shape(576, 1536, [9, 3, 64]);
-        // f32: two residuals and 9 log-sum-exps; the others: [q | k | v], output, [gate | up], x·Aᵀ.
+        // f32: two residuals and 9 log-sum-exps; the others: [q | k | v], output, [gate | up],
+        // x·Aᵀ.
         assert_eq!(small.tape_bytes(4, 112), 4 * (2 * 576 + 9) + 4 * (960 + 576 + 3072 + 112));
         assert_eq!(small.tape_bytes(2, 112), 14_084);
         assert_eq!(BlockShape { qk_norm: true, ..small }.tape_bytes(4, 112), 27_364);

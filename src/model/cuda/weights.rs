@@ -120,8 +120,8 @@ pub(super) struct GroupAdapter {
     pub ranks: usize,
 }
 
-/// An adapter's part of a block. Its matrices are sent in one piece: training sends them anew in every step, and to start a copy takes longer than a small
-/// matrix's bytes do.
+/// An adapter's part of a block. Its matrices are sent in one piece: training sends them anew in
+/// every step, and to start a copy takes longer than a small matrix's bytes do.
 pub(super) struct BlockAdapter {
     pub matrices: Memory,
     pub groups: PerGroup<GroupAdapter>,
@@ -299,7 +299,8 @@ impl<H, D> Default for Copies<H, D> {
 }
 
 impl<H, D> Copies<H, D> {
-    /// The copy of `host`, made by `upload` unless there is one. Copies whose original is gone go too.
+    /// The copy of `host`, made by `upload` unless there is one. Copies whose original is gone go
+    /// too.
     fn get(&self, host: &Arc<H>, kind: Kind, upload: impl FnOnce() -> Result<D>) -> Result<Arc<D>> {
         let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|(host, ..)| host.strong_count() > 0);
@@ -314,7 +315,8 @@ impl<H, D> Copies<H, D> {
         Ok(device)
     }
 
-    /// Forgets copies whose originals are gone, and those in another precision than `kind`: a job's that has ended.
+    /// Forgets copies whose originals are gone, and those in another precision than `kind`: a job's
+    /// that has ended.
     pub fn sweep(&self, kind: Kind) {
         let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|(host, k, _)| host.strong_count() > 0 && *k == kind);

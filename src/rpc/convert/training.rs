@@ -288,8 +288,8 @@ fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
     }
 }
 
-/// Records every setting that was given for a loss or a divergence which the objective does not have. Label smoothing is
-/// checked by the domain.
+/// Records every setting that was given for a loss or a divergence which the objective does not
+/// have. Label smoothing is checked by the domain.
 fn refuse_unused_dpo(c: &pb::DpoConfig, losses: &[WeightedLoss], bad: &mut Violations) {
     let settings = [
         ("discopop_tau", c.discopop_tau, LossType::Discopop),

@@ -1,4 +1,5 @@
-//! Whose a job or a dataset is. Permission comes before existence: to a caller who may not see it, what exists and what does not look the same.
+//! Whose a job or a dataset is. Permission comes before existence: to a caller who may not see it,
+//! what exists and what does not look the same.
 
 use crate::domain::access::{Caller, Role};
 use crate::domain::dataset::Dataset;

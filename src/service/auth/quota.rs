@@ -28,7 +28,8 @@ impl ScoringQuota {
         ScoringQuota { limit, in_queue: Arc::default() }
     }
 
-    /// Takes `tokens` for a client; `None` without a limit. One request is let in whatever its size, so that none is refused for ever.
+    /// Takes `tokens` for a client; `None` without a limit. One request is let in whatever its
+    /// size, so that none is refused for ever.
     ///
     /// # Errors
     /// `ResourceExhausted` when the client has too many already.

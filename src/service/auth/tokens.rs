@@ -1,4 +1,5 @@
-//! Bearer tokens. A token is `brd_<id>_<secret>`; the store has the secret's hash only. Secrets are 256 random bits, so that a fast hash is enough.
+//! Bearer tokens. A token is `brd_<id>_<secret>`; the store has the secret's hash only. Secrets are
+//! 256 random bits, so that a fast hash is enough.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -120,8 +121,8 @@ impl TokenService {
         TokenService { store, believed: Arc::default(), looks: Arc::new(Semaphore::new(LOOKS)) }
     }
 
-    /// Returns when the caller's token has been revoked or has expired, for calls that go on; never for a
-    /// caller without one.
+    /// Returns when the caller's token has been revoked or has expired, for calls that go on; never
+    /// for a caller without one.
     pub async fn until_invalid(&self, caller: &Caller) -> ServiceError {
         let Some(id) = &caller.token else { return std::future::pending().await };
         loop {
@@ -142,7 +143,8 @@ impl TokenService {
     /// Who presents `token`.
     ///
     /// # Errors
-    /// `Unauthenticated` for one that is not known, expired or revoked; the answer does not say which.
+    /// `Unauthenticated` for one that is not known, expired or revoked; the answer does not say
+    /// which.
     pub async fn admit(&self, token: &str) -> Result<Caller> {
         let key = blake3::hash(token.as_bytes());
         if let Some((caller, until)) =

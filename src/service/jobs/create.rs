@@ -51,7 +51,8 @@ impl JobCreator {
             return Ok(Job { id: String::new(), ..job });
         }
         let quota = self.max_jobs_per_client;
-        // A task of its own, which ends even if the caller leaves: nothing else removes what was copied for a job that is not stored then.
+        // A task of its own, which ends even if the caller leaves: nothing else removes what was
+        // copied for a job that is not stored then.
         let (creator, caller, (sender, made)) = (self.clone(), caller.clone(), oneshot::channel());
         let making = async move {
             let creation =
@@ -68,8 +69,8 @@ impl JobCreator {
         made.await.map_err(ServiceError::internal)?
     }
 
-    /// Copies the adapter that a new job starts from and stores the job, unless its caller has left meanwhile. Removes the copy of a job that is not
-    /// stored.
+    /// Copies the adapter that a new job starts from and stores the job, unless its caller has left
+    /// meanwhile. Removes the copy of a job that is not stored.
     async fn store_job(
         &self,
         mut job: Job,
@@ -87,14 +88,15 @@ impl JobCreator {
             Err(_) => !matches!(self.store.job(&job.id).await, Err(ServiceError::NotFound { .. })),
         };
         if !is_stored && names_adapter(&job) {
-            // What cannot be removed now stays: a copy on this machine is swept up later, one in the artifact store is not.
+            // What cannot be removed now stays: a copy on this machine is swept up later, one in
+            // the artifact store is not.
             let _ = self.artifacts.remove_job(&job.id).await;
         }
         inserted
     }
 
-    /// Copies the adapter that a new job starts from, if any, into the job's artifacts and pins its content. A request that was made before needs no
-    /// other copy.
+    /// Copies the adapter that a new job starts from, if any, into the job's artifacts and pins its
+    /// content. A request that was made before needs no other copy.
     async fn copy_init_adapter(&self, job: &mut Job, request_id: Option<&str>) -> Result<()> {
         let Method::Lora(LoraConfig { init_adapter: Some(name), .. }) = &job.request.spec.method
         else {

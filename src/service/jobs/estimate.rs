@@ -1,5 +1,5 @@
-//! What a job would cost, before it is made: its rows are tokenised as the job would, memory is the engine's own estimate, and time comes from scoring
-//! some of its pairs now.
+//! What a job would cost, before it is made: its rows are tokenised as the job would, memory is the
+//! engine's own estimate, and time comes from scoring some of its pairs now.
 
 use std::time::Instant;
 
@@ -94,8 +94,8 @@ impl JobEstimator {
             (false, every) => total_steps.div_ceil(every),
         };
         let forward = self.seconds_per_token(&inputs.model, train).await?;
-        // In passes over a token: forward, and backward to the activations; full training goes back to the weights, too. The reference is computed
-        // once for each pair and then remembered.
+        // In passes over a token: forward, and backward to the activations; full training goes back
+        // to the weights, too. The reference is computed once for each pair and then remembered.
         let passes = if matches!(spec.method, Method::Full) { 3.0 } else { 2.0 };
         let reference = match &inputs.reference {
             Some(weights) => {
@@ -122,7 +122,8 @@ impl JobEstimator {
         })
     }
 
-    /// Scores some pairs with the base model; while something else uses the device, its time is counted too.
+    /// Scores some pairs with the base model; while something else uses the device, its time is
+    /// counted too.
     async fn seconds_per_token(&self, model: &str, pairs: &[EncodedPair]) -> Result<f64> {
         let (mut tokens, mut groups) = (0, Vec::new());
         for pair in pairs {

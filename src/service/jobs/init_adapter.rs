@@ -18,7 +18,8 @@ pub(super) const INIT_ADAPTER: &str = "training_job.lora.init_adapter";
 pub(in crate::service) struct InitAdapters(pub Option<PathBuf>);
 
 impl InitAdapters {
-    /// The PEFT adapter folder of that name below the one that is configured; links do not lead out of it.
+    /// The PEFT adapter folder of that name below the one that is configured; links do not lead out
+    /// of it.
     pub async fn find(&self, name: &str) -> Result<PathBuf> {
         let Some(root) = self.0.clone() else {
             let message =
@@ -44,10 +45,12 @@ impl InitAdapters {
     }
 }
 
-/// Writes the rank, α and targets of the adapter in `folder`, from which a LoRA job starts, into the job's request.
+/// Writes the rank, α and targets of the adapter in `folder`, from which a LoRA job starts, into
+/// the job's request.
 ///
 /// # Errors
-/// `InvalidArgument` for each of them that the client named otherwise, and for an adapter that cannot be read.
+/// `InvalidArgument` for each of them that the client named otherwise, and for an adapter that
+/// cannot be read.
 pub(super) async fn adopt_adapter(request: &mut JobRequest, folder: PathBuf) -> Result<()> {
     let JobRequest { spec, given_lora, policy, .. } = request;
     let Method::Lora(lora) = &mut spec.method else { return Ok(()) };

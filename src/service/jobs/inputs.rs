@@ -51,7 +51,8 @@ impl InputLoader {
     /// Resolves a job's weights and tokenises its rows.
     ///
     /// # Errors
-    /// `FailedPrecondition` when something is not as it was when the job was made, or the rows cannot be used.
+    /// `FailedPrecondition` when something is not as it was when the job was made, or the rows
+    /// cannot be used.
     pub async fn load(&self, job: &Job) -> Result<JobInputs> {
         let start = self.policies.start_weights(job).await?;
         let reference = self.policies.reference_weights(job).await?.map(|r| r.weights);
@@ -146,7 +147,8 @@ fn encode_dataset(
     request: &JobRequest,
 ) -> Result<EncodedDataset> {
     let loaded = load_rows(path, dataset.format).map_err(|e| unreadable(&e))?;
-    // Decoding has limits, and a job must not train on the part before one that uploading did not meet.
+    // Decoding has limits, and a job must not train on the part before one that uploading did not
+    // meet.
     let (now, uploaded) = (loaded.report.rows, dataset.report.rows);
     if now != uploaded {
         let message = format!(

@@ -1,4 +1,5 @@
-//! A job that this process carries on: its lease, its run's control, and writes that are stored once, in order, or not at all.
+//! A job that this process carries on: its lease, its run's control, and writes that are stored
+//! once, in order, or not at all.
 
 use std::future::Future;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -42,7 +43,8 @@ pub(in crate::service) struct LeasedJob {
 /// A gauge's name and value, of the last step that was logged.
 pub(in crate::service) type Gauge = (&'static str, f64);
 
-/// Gauges of a run, and the metric that each shows: the first that the run has, so that rewards are those that it trains.
+/// Gauges of a run, and the metric that each shows: the first that the run has, so that rewards are
+/// those that it trains.
 const GAUGES: [(&str, &[&str]); 3] = [
     ("bradley_training_loss", &["loss"]),
     ("bradley_training_margin", &["rewards_normalized/margins", "rewards/margins"]),
@@ -50,7 +52,8 @@ const GAUGES: [(&str, &[&str]); 3] = [
 ];
 
 impl LeasedJob {
-    /// Creates the entry of a job that was just claimed; its events are stored and told through these.
+    /// Creates the entry of a job that was just claimed; its events are stored and told through
+    /// these.
     pub fn new(lease: Lease, store: Store, events: EventFeed) -> Self {
         LeasedJob {
             lease,
@@ -97,7 +100,8 @@ impl LeasedJob {
         self.gauges.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Stores a change of the job and tells its followers. While the store does not answer this waits; the write is not made twice.
+    /// Stores a change of the job and tells its followers. While the store does not answer this
+    /// waits; the write is not made twice.
     ///
     /// # Errors
     /// `Aborted` when another worker has the job: nothing was stored.

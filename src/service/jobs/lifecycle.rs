@@ -1,4 +1,5 @@
-//! What a client may do to a job that exists: change, pause, resume, cancel, delete. Transitions are the domain's to allow.
+//! What a client may do to a job that exists: change, pause, resume, cancel, delete. Transitions
+//! are the domain's to allow.
 
 use std::collections::BTreeMap;
 
@@ -95,7 +96,8 @@ impl JobService {
     /// Puts a paused job back in the queue.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`MODEL_CHANGED`) when the model that this server has is not the one that the job was made with.
+    /// `FailedPrecondition` (`MODEL_CHANGED`) when the model that this server has is not the one
+    /// that the job was made with.
     pub async fn resume_job(&self, caller: &Caller, id: &str) -> Result<Job> {
         let job = own_job(&self.store, caller, id).await?;
         self.policies.check_base(&job)?;
@@ -186,9 +188,11 @@ impl JobService {
             }
             check(caller, users, Needed::Weights { job: id, step: None })
         };
-        // Files of a job without a row would be left for good: nothing is removed while the artifact store is away.
+        // Files of a job without a row would be left for good: nothing is removed while the
+        // artifact store is away.
         self.artifacts.check_store().await?;
-        // The row goes first: what another client has changed or begun meanwhile is seen in the transaction that removes it.
+        // The row goes first: what another client has changed or begun meanwhile is seen in the
+        // transaction that removes it.
         self.store.delete_job(id, expired, refuse).await?;
         self.engine.evict_policy(&self.artifacts.checkpoints(id));
         audit(caller, "delete", &format!("trainingJobs/{id}"));

@@ -1,4 +1,5 @@
-//! Jobs that this process leaves in the queue for a while: what they need is not there now, and would not be a moment later.
+//! Jobs that this process leaves in the queue for a while: what they need is not there now, and
+//! would not be a moment later.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};

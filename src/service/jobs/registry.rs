@@ -1,4 +1,5 @@
-//! The jobs that this process runs, those that it leaves in the queue, and the signal to look there.
+//! The jobs that this process runs, those that it leaves in the queue, and the signal to look
+//! there.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -70,8 +71,8 @@ impl RunRegistry {
         self.leased().insert(job.lease.job.clone(), job.clone());
     }
 
-    /// Removes a run that is over. Only its own entry is removed: this process may run the job again
-    /// already.
+    /// Removes a run that is over. Only its own entry is removed: this process may run the job
+    /// again already.
     pub fn remove(&self, job: &Arc<LeasedJob>) {
         let mut all = self.leased();
         if all.get(&job.lease.job).is_some_and(|entry| Arc::ptr_eq(entry, job)) {
@@ -111,8 +112,8 @@ impl RunRegistry {
         self.0.postponed.next_due()
     }
 
-    /// Returns the queued jobs that this process does not take: postponed ones, and those of which a run here has not ended yet, although its lease
-    /// was lost.
+    /// Returns the queued jobs that this process does not take: postponed ones, and those of which
+    /// a run here has not ended yet, although its lease was lost.
     pub fn passed_over(&self) -> Vec<String> {
         let mut jobs = self.0.postponed.jobs();
         jobs.extend(self.leased().keys().cloned());

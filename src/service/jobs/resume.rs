@@ -1,4 +1,5 @@
-//! What a run continues from: checkpoint rows and folders brought into line, damaged ones passed over.
+//! What a run continues from: checkpoint rows and folders brought into line, damaged ones passed
+//! over.
 
 use std::path::{Path, PathBuf};
 
@@ -24,11 +25,12 @@ pub(super) struct CheckpointSource<'a> {
     pub engine: &'a Engine,
 }
 
-/// The newest checkpoint that is whole; `None` begins anew, which gives the same numbers. Ones that are proven to be damaged are removed, and the
-/// job's followers told.
+/// The newest checkpoint that is whole; `None` begins anew, which gives the same numbers. Ones that
+/// are proven to be damaged are removed, and the job's followers told.
 ///
 /// # Errors
-/// `FailedPrecondition` (`ARTIFACT_MISSING`, `CHECKPOINT_FORMAT`) when the newest one may be usable later or elsewhere: nothing is removed then.
+/// `FailedPrecondition` (`ARTIFACT_MISSING`, `CHECKPOINT_FORMAT`) when the newest one may be usable
+/// later or elsewhere: nothing is removed then.
 pub(super) async fn newest_whole(
     from: CheckpointSource<'_>,
     leased: &LeasedJob,
@@ -109,8 +111,8 @@ pub(super) async fn check_pairs(
     .await?
 }
 
-/// The row is what makes a checkpoint: it is stored after every event up to its step. A folder without one is what a crash cut short, or what another
-/// replica made meanwhile in another way.
+/// The row is what makes a checkpoint: it is stored after every event up to its step. A folder
+/// without one is what a crash cut short, or what another replica made meanwhile in another way.
 async fn remove_unknown(from: CheckpointSource<'_>, job: &str, known: &[Checkpoint]) -> Result<()> {
     let folder = from.artifacts.checkpoints(job);
     let found =
@@ -123,7 +125,8 @@ async fn remove_unknown(from: CheckpointSource<'_>, job: &str, known: &[Checkpoi
     Ok(())
 }
 
-/// A checkpoint's folder, every file as it was written. A damaged copy of one that the artifact store has is fetched again.
+/// A checkpoint's folder, every file as it was written. A damaged copy of one that the artifact
+/// store has is fetched again.
 async fn whole(artifacts: &Artifacts, c: &Checkpoint) -> Result<PathBuf> {
     let dir = match artifacts.fetch_checkpoint(c).await {
         // What comes out wrong twice is wrong in the store, and no fault of the way here.

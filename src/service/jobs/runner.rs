@@ -1,8 +1,9 @@
-//! Runs jobs from the queue to their end, several at one time where there are devices for them, and stores everything that a run reports before anyone
-//! hears of it.
+//! Runs jobs from the queue to their end, several at one time where there are devices for them, and
+//! stores everything that a run reports before anyone hears of it.
 //!
-//! The states of a job under a lease, and what moves it on. A change of state is stored with its event in one transaction: by the run
-//! ([`LeasedJob::write`]), by a client's call, or by [`Store::reclaim`] when the worker is gone.
+//! The states of a job under a lease, and what moves it on. A change of state is stored with its
+//! event in one transaction: by the run ([`LeasedJob::write`]), by a client's call, or by
+//! [`Store::reclaim`] when the worker is gone.
 //!
 //! | from | to | when |
 //! |---|---|---|
@@ -18,7 +19,8 @@
 //! | Preparing, Running | Queued, Failed | the worker is gone; Failed (`WORKER_LOST`) when that happens again and again |
 //! | Pausing, Cancelling | Paused, Cancelled | the worker is gone |
 //!
-//! The last write of a run gives the lease back. A run whose lease is another's stores nothing more.
+//! The last write of a run gives the lease back. A run whose lease is another's stores nothing
+//! more.
 
 use std::cmp::{Ordering, Reverse};
 use std::path::PathBuf;
@@ -124,7 +126,8 @@ impl JobRunner {
         self.run_leased_job(job, lease).instrument(span).await;
     }
 
-    /// Runs a job until it ends or goes back to the queue, and stores how. This is the only way from a lease to its release.
+    /// Runs a job until it ends or goes back to the queue, and stores how. This is the only way
+    /// from a lease to its release.
     async fn run_leased_job(&self, job: &Job, lease: Lease) {
         let leased = Arc::new(LeasedJob::new(lease, self.store.clone(), self.events.clone()));
         self.runs.add(&leased);
@@ -216,8 +219,8 @@ impl JobRunner {
         self.supervise(job, leased, reported).await
     }
 
-    /// Loads what the run needs: its inputs, and the checkpoint to continue from, if there is one. `Err` of the inner result is how a run ends that was
-    /// told to stop meanwhile.
+    /// Loads what the run needs: its inputs, and the checkpoint to continue from, if there is one.
+    /// `Err` of the inner result is how a run ends that was told to stop meanwhile.
     async fn load_inputs(
         &self,
         job: &Job,
@@ -263,7 +266,8 @@ impl JobRunner {
     ) -> Result<RunEnd> {
         let slice = self.time_slice;
         let mut slices = tokio::time::interval_at(Instant::now() + slice, slice);
-        // Other replicas and devices that are free are given the time to take a queued job before this run makes room for it.
+        // Other replicas and devices that are free are given the time to take a queued job before
+        // this run makes room for it.
         let others = self.store.is_shared() || self.engine.concurrent_runs() > 1;
         let (delay, mut woken) =
             (if others { PREEMPTION_DELAY } else { Duration::ZERO }, self.runs.woken());
@@ -310,8 +314,9 @@ impl JobRunner {
         Ok(())
     }
 
-    /// Returns why the run should go back to the queue, if it should: a job of a higher priority waits there, or one of the same when the run's time slice
-    /// is over. Of several runs in this process, one goes: of the lowest priority, the newest.
+    /// Returns why the run should go back to the queue, if it should: a job of a higher priority
+    /// waits there, or one of the same when the run's time slice is over. Of several runs in this
+    /// process, one goes: of the lowest priority, the newest.
     async fn should_preempt(
         &self,
         leased: &LeasedJob,
@@ -487,7 +492,8 @@ enum End {
     Waits(JobError),
 }
 
-/// Whether a job could not begin for something that may come: objects that are restored, another version of the server, the right model.
+/// Whether a job could not begin for something that may come: objects that are restored, another
+/// version of the server, the right model.
 fn may_come(e: &ServiceError) -> bool {
     matches!(
         e,

@@ -41,7 +41,8 @@ pub(super) fn check_changeable(request: &JobRequest, bad: &mut Violations) {
     }
 }
 
-/// Checks a priority against the highest that clients may give: they may not push each other aside without end.
+/// Checks a priority against the highest that clients may give: they may not push each other aside
+/// without end.
 pub(super) fn check_priority(caller: &Caller, priority: i32, highest: i32, bad: &mut Violations) {
     if !caller.is_admin() && priority > highest {
         let message = format!(
@@ -63,7 +64,8 @@ pub(in crate::service) struct RequestValidator {
 }
 
 impl RequestValidator {
-    /// Checks everything that can be checked before the data is read; pins `latest` and `best` to steps.
+    /// Checks everything that can be checked before the data is read; pins `latest` and `best` to
+    /// steps.
     pub(super) async fn check_request(
         &self,
         caller: &Caller,
@@ -168,7 +170,8 @@ impl RequestValidator {
         request.pins = Some(pins);
         // Pinned, so that the job goes on alike under a server with other settings.
         request.spec.precision.get_or_insert(self.engine.precision());
-        // How long a micro-batch gets is known when the rows are tokenised; the engine checks that before the run.
+        // How long a micro-batch gets is known when the rows are tokenised; the engine checks that
+        // before the run.
         let reference =
             request.spec.dpo.has_reference(request.reference.is_some()).then_some(&reference);
         self.engine.check(
@@ -181,7 +184,8 @@ impl RequestValidator {
     }
 }
 
-/// Refuses a reference that follows the policy (TR-DPO) on a model of another configuration: both models' weights are mixed, tensor by tensor.
+/// Refuses a reference that follows the policy (TR-DPO) on a model of another configuration: both
+/// models' weights are mixed, tensor by tensor.
 fn check_mixable(
     request: &JobRequest,
     policy: &ModelIdentity,

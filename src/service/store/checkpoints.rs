@@ -1,4 +1,5 @@
-//! Checkpoints. Rows are added and removed by whoever holds the job's lease (see `leases`), or by a client when the job has ended.
+//! Checkpoints. Rows are added and removed by whoever holds the job's lease (see `leases`), or by a
+//! client when the job has ended.
 
 use sqlx::{Any, AssertSqlSafe, Transaction};
 

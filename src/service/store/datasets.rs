@@ -36,7 +36,8 @@ impl Store {
         row.ok_or_else(|| ServiceError::not_found("dataset", format!("datasets/{id}")))?.try_into()
     }
 
-    /// Datasets of `owner` (of everyone when `None`), newest first, without the findings that their reports list.
+    /// Datasets of `owner` (of everyone when `None`), newest first, without the findings that their
+    /// reports list.
     pub async fn datasets(
         &self,
         owner: Option<&str>,

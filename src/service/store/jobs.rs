@@ -50,10 +50,12 @@ impl Default for Expired {
 }
 
 impl Store {
-    /// Adds a job with its first event, or returns the job that the same owner's `request_id` already made from the same body.
+    /// Adds a job with its first event, or returns the job that the same owner's `request_id`
+    /// already made from the same body.
     ///
     /// # Errors
-    /// `AlreadyExists` when it made another; `ResourceExhausted` when the owner has as many unfinished jobs as allowed.
+    /// `AlreadyExists` when it made another; `ResourceExhausted` when the owner has as many
+    /// unfinished jobs as allowed.
     pub async fn insert_job(&self, job: &Job, creation: Creation<'_>) -> Result<Job> {
         let mut tx = self.writer.begin().await?;
         // Each owner's ids are their own.
@@ -109,7 +111,8 @@ impl Store {
         Ok(job.clone())
     }
 
-    /// Finds everything that a job needs still there, and keeps it there until the transaction ends.
+    /// Finds everything that a job needs still there, and keeps it there until the transaction
+    /// ends.
     async fn check_needs(&self, tx: &mut Transaction<'_, Any>, job: &Job) -> Result<()> {
         let request = &job.request;
         let eval = match &request.evaluation {
@@ -232,8 +235,8 @@ impl Store {
         Ok(users)
     }
 
-    /// The jobs that may need weights of `job`, as a transaction sees them: the unfinished ones, and the ended ones that have checkpoints and whose
-    /// requests name it.
+    /// The jobs that may need weights of `job`, as a transaction sees them: the unfinished ones,
+    /// and the ended ones that have checkpoints and whose requests name it.
     pub(super) async fn users_of_weights_in(
         &self,
         tx: &mut Transaction<'_, Any>,
@@ -254,8 +257,9 @@ impl Store {
         Ok(users)
     }
 
-    /// Ids of ended jobs whose time to live is over, at most `limit` after `after`, and where the next page begins: the first one again after the
-    /// last page. By the time that one of them is deleted its time may have been prolonged.
+    /// Ids of ended jobs whose time to live is over, at most `limit` after `after`, and where the
+    /// next page begins: the first one again after the last page. By the time that one of them is
+    /// deleted its time may have been prolonged.
     pub async fn expired_jobs(
         &self,
         after: Expired,
@@ -284,8 +288,9 @@ impl Store {
         format!("expire_time < {}", self.dialect.now())
     }
 
-    /// The queued job that a running one may have to make room for: of the highest priority the one that waits longest. `passed_over` names jobs that
-    /// do not count, and those do not either that went back to the queue because something was not there.
+    /// The queued job that a running one may have to make room for: of the highest priority the one
+    /// that waits longest. `passed_over` names jobs that do not count, and those do not either that
+    /// went back to the queue because something was not there.
     pub async fn next_queued(&self, passed_over: &[String]) -> Result<Option<Job>> {
         let mut passed_over = passed_over.to_vec();
         loop {
@@ -316,7 +321,8 @@ impl Store {
         Ok(total - rows.into_iter().filter_map(|row| Job::try_from(row).ok()).count())
     }
 
-    /// Changes a job for a client and appends the events that `change` returns, in one transaction. Returns the job and its newest sequence.
+    /// Changes a job for a client and appends the events that `change` returns, in one transaction.
+    /// Returns the job and its newest sequence.
     ///
     /// # Errors
     /// Those of `change`; `FailedPrecondition` for an illegal state transition.
@@ -393,8 +399,9 @@ impl Store {
         Ok((job, newest))
     }
 
-    /// Removes a job with its events and checkpoints, unless `refuse`, which is given the job as it is now and those that may need its weights, finds a
-    /// reason not to. With `expired`, also unless the job's time to live has been prolonged.
+    /// Removes a job with its events and checkpoints, unless `refuse`, which is given the job as it
+    /// is now and those that may need its weights, finds a reason not to. With `expired`, also
+    /// unless the job's time to live has been prolonged.
     ///
     /// # Errors
     /// Those of `refuse`; `NotFound` when there is no such job, or it is no longer expired.
@@ -457,8 +464,8 @@ impl Store {
         Ok(newest as u64)
     }
 
-    /// Appends an event, forgets the ones that it pushes past the limit, and returns its sequence. The job's row is locked, so that sequences have
-    /// no gap.
+    /// Appends an event, forgets the ones that it pushes past the limit, and returns its sequence.
+    /// The job's row is locked, so that sequences have no gap.
     pub(super) async fn append(
         &self,
         tx: &mut Transaction<'_, Any>,
@@ -483,7 +490,8 @@ impl Store {
     }
 }
 
-/// Selects the queued job whose turn it is; so many parameters name jobs that are passed over, and `condition` leaves out others.
+/// Selects the queued job whose turn it is; so many parameters name jobs that are passed over, and
+/// `condition` leaves out others.
 pub(super) fn next(passed_over: usize, condition: &str) -> String {
     let parameters: Vec<String> = (1..=passed_over).map(|i| format!("${i}")).collect();
     let others = match passed_over {

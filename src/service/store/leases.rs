@@ -1,5 +1,6 @@
-//! Who carries a job on. A lease is a token that only grows: a worker that was cut off finds its token outdated and can write nothing more, whatever it
-//! believes of the time. The database's clock decides when a lease has run out.
+//! Who carries a job on. A lease is a token that only grows: a worker that was cut off finds its
+//! token outdated and can write nothing more, whatever it believes of the time. The database's
+//! clock decides when a lease has run out.
 
 use std::time::Duration;
 
@@ -14,7 +15,8 @@ use crate::domain::reason::Reason;
 use crate::service::error::{Result, ServiceError};
 use crate::service::in_use::{Needed, check};
 
-/// Workers that may die over a job without getting further in it: what kills each of them must not kill them for ever.
+/// Workers that may die over a job without getting further in it: what kills each of them must not
+/// kill them for ever.
 const MAX_RECLAIMS: i64 = 5;
 
 /// The right to carry a job on.
@@ -23,7 +25,8 @@ pub struct Lease {
     /// The job's id.
     pub job: String,
     token: i64,
-    /// The replica, and an id of this claim alone: after a fail-over of the database that lost commits a token may be given out twice.
+    /// The replica, and an id of this claim alone: after a fail-over of the database that lost
+    /// commits a token may be given out twice.
     owner: String,
 }
 
@@ -52,8 +55,9 @@ impl Store {
         format!("{} + {}", self.dialect.now(), self.lease.as_millis())
     }
 
-    /// Takes the queued job whose turn it is: it becomes `Preparing`, and the lease its caller's. Two replicas never get the same one. Jobs that
-    /// `passed_over` names, and those that this version cannot read, are left for others.
+    /// Takes the queued job whose turn it is: it becomes `Preparing`, and the lease its caller's.
+    /// Two replicas never get the same one. Jobs that `passed_over` names, and those that this
+    /// version cannot read, are left for others.
     pub async fn claim(&self, passed_over: &[String]) -> Result<Option<(Job, Lease, u64)>> {
         let mut passed_over = passed_over.to_vec();
         let mut tx = self.writer.begin().await?;
@@ -101,7 +105,8 @@ impl Store {
         Ok(Some((job, lease, sequence)))
     }
 
-    /// Prolongs a lease and returns the job's state; `None` when it is another's now, or the job is gone.
+    /// Prolongs a lease and returns the job's state; `None` when it is another's now, or the job is
+    /// gone.
     pub async fn renew(&self, lease: &Lease) -> Result<Option<JobState>> {
         let renew = format!(
             "UPDATE jobs SET lease_until = {} WHERE id = $1 AND lease_token = $2 AND lease_owner = $3 RETURNING state",
@@ -115,7 +120,8 @@ impl Store {
         Ok(state.and_then(|s| JobState::parse(&s)))
     }
 
-    /// A write of a run, the `number`th under its lease: one that was stored before (its answer was lost) is not stored again.
+    /// A write of a run, the `number`th under its lease: one that was stored before (its answer was
+    /// lost) is not stored again.
     ///
     /// # Errors
     /// `Aborted` when the lease is another's; those of `change`.
@@ -170,8 +176,9 @@ impl Store {
         Ok(changed)
     }
 
-    /// Puts jobs whose worker is gone back in the queue, or where they were going. With `all`, this process is the only one and every lease is void.
-    /// Returns the jobs with their newest sequence.
+    /// Puts jobs whose worker is gone back in the queue, or where they were going. With `all`, this
+    /// process is the only one and every lease is void. Returns the jobs with their newest
+    /// sequence.
     pub async fn reclaim(&self, all: bool) -> Result<Vec<(Job, u64)>> {
         let held = quoted(|s| {
             matches!(

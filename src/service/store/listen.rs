@@ -1,4 +1,5 @@
-//! What replicas tell each other through PostgreSQL: every stored change of a job is announced when its transaction commits.
+//! What replicas tell each other through PostgreSQL: every stored change of a job is announced when
+//! its transaction commits.
 
 use std::time::Duration;
 
@@ -40,8 +41,8 @@ impl Store {
         Ok(())
     }
 
-    /// Tells `told` what other replicas change, for ever; `None` stands for what may have been missed while there was no connection. Returns at
-    /// once when there are no other replicas.
+    /// Tells `told` what other replicas change, for ever; `None` stands for what may have been
+    /// missed while there was no connection. Returns at once when there are no other replicas.
     pub async fn listen(&self, told: impl Fn(Option<Notice>)) {
         if self.dialect != Dialect::Postgres {
             return;

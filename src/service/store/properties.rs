@@ -13,7 +13,8 @@ impl Store {
         Ok(sqlx::query_scalar(select).bind(name).fetch_optional(&self.readers).await?)
     }
 
-    /// Sets a property that has no value yet; returns the value that it has now, which may be another process's.
+    /// Sets a property that has no value yet; returns the value that it has now, which may be
+    /// another process's.
     pub async fn set_property_once(&self, name: &str, value: &str) -> Result<String> {
         let insert =
             "INSERT INTO properties (name, value) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING";

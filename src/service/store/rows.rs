@@ -19,7 +19,8 @@ fn from_json<T: DeserializeOwned>(text: &str, what: &str) -> Result<T> {
         .map_err(|e| ServiceError::internal(format!("the stored {what} cannot be read: {e}")))
 }
 
-/// The columns of a [`JobRow`], by name: servers of this version go on when a newer one has added others.
+/// The columns of a [`JobRow`], by name: servers of this version go on when a newer one has added
+/// others.
 pub(super) const JOB: &str = "seq, id, version, state, request, error, progress, latest_metrics, skipped_rows, create_time, start_time, end_time, \
      request_hash, turn, owner, lease_token, lease_owner, lease_writes, reclaims, reclaim_step, trace";
 /// The columns of a [`CheckpointRow`].

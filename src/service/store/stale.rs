@@ -1,6 +1,7 @@
-//! Connections whose prepared statements no longer fit the schema. PostgreSQL refuses a cached statement when a migration has changed the type of its
-//! result (SQLSTATE class 0A), and goes on refusing it on that connection. So every connection that is older than the last such refusal is closed
-//! before it would be used again.
+//! Connections whose prepared statements no longer fit the schema. PostgreSQL refuses a cached
+//! statement when a migration has changed the type of its result (SQLSTATE class 0A), and goes on
+//! refusing it on that connection. So every connection that is older than the last such refusal is
+//! closed before it would be used again.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};

@@ -1,5 +1,6 @@
-//! A stranger's file, decoded by a process of its own that may use only so much memory and processor time: what its claims cost is lost with
-//! that process, and the file is told to be at fault. The process is this binary, told so by its first argument ([`DECODE`]); it writes a JSON
+//! A stranger's file, decoded by a process of its own that may use only so much memory and
+//! processor time: what its claims cost is lost with that process, and the file is told to be at
+//! fault. The process is this binary, told so by its first argument ([`DECODE`]); it writes a JSON
 //! line for each row, and one at the end.
 
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
@@ -16,7 +17,8 @@ use crate::domain::dataset::{DatasetFormat, IssueReason, PreferenceRow, RowIssue
 
 /// The subcommand that [`decode`] answers.
 pub const DECODE: &str = "decode-parquet";
-/// Address space that decoding may use, in bytes: pages of some hundred MiB, decompressed, with their records.
+/// Address space that decoding may use, in bytes: pages of some hundred MiB, decompressed, with
+/// their records.
 pub const MEMORY: u64 = 1 << 30;
 /// Processor seconds for any file, and bytes for each further one.
 const SECONDS: u64 = 60;
@@ -36,11 +38,12 @@ enum Line {
     End,
 }
 
-/// Hands each row, or what is wrong with it, to `row`. A Parquet file is decoded by another process, when no other file is.
+/// Hands each row, or what is wrong with it, to `row`. A Parquet file is decoded by another
+/// process, when no other file is.
 ///
 /// # Errors
-/// When the file cannot be opened or, for Parquet, its footer or columns are not usable, or it costs more than it may, wherever in the file; and what
-/// `row` returns.
+/// When the file cannot be opened or, for Parquet, its footer or columns are not usable, or it
+/// costs more than it may, wherever in the file; and what `row` returns.
 pub fn for_each_row(
     path: &Path,
     format: DatasetFormat,
@@ -68,7 +71,8 @@ pub fn seconds(file_bytes: u64) -> u64 {
     SECONDS + file_bytes / BYTES_PER_SECOND
 }
 
-/// The decoding process's work, after it has limited itself: every row of the file at `path` onto `out`.
+/// The decoding process's work, after it has limited itself: every row of the file at `path` onto
+/// `out`.
 ///
 /// # Errors
 /// When nobody reads them any more.
@@ -150,7 +154,8 @@ impl Decoder {
             return serde_json::from_slice(&line).map_err(|e| failed(e.into()));
         }
         let status = self.child.wait().map_err(failed)?;
-        // Its own limits end it otherwise: what wants memory aborts, and SIGXCPU comes before SIGKILL.
+        // Its own limits end it otherwise: what wants memory aborts, and SIGXCPU comes before
+        // SIGKILL.
         if matches!(status.signal(), Some(libc::SIGKILL)) {
             return Err(DataError::Interrupted { path: path.to_owned() });
         }

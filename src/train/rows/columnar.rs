@@ -1,7 +1,8 @@
 //! Parquet: each record becomes the JSON object that a JSONL line would hold.
 //!
-//! The format's sizes are claims that its library believes: a file of a kilobyte may ask for gigabytes, or name a billion elements. So a
-//! server decodes a stranger's file in [another process](super::apart).
+//! The format's sizes are claims that its library believes: a file of a kilobyte may ask for
+//! gigabytes, or name a billion elements. So a server decodes a stranger's file in [another
+//! process](super::apart).
 
 use std::fs::File;
 use std::path::Path;
@@ -21,7 +22,8 @@ use crate::model::guard::guarded;
 
 const COLUMNS: [&str; 7] = ["prompt", "chosen", "rejected", "weight", "id", TOOLS, KWARGS];
 
-/// Whether a column is decoded: those of a row, and those about which there is a finding where they hold something.
+/// Whether a column is decoded: those of a row, and those about which there is a finding where they
+/// hold something.
 fn is_wanted(column: &str) -> bool {
     COLUMNS.contains(&column) || MEDIA.contains(&column)
 }
@@ -76,7 +78,8 @@ pub(super) fn decode(
             }
             let value = match to_json(field) {
                 Ok(value) => value,
-                // Bytes of an image, for example: what they are does not matter, there is a finding in any case.
+                // Bytes of an image, for example: what they are does not matter, there is a finding
+                // in any case.
                 Err(_) if !COLUMNS.contains(&name.as_str()) => Value::Bool(true),
                 Err(kind) => {
                     let message = format!("{name} holds {kind}: use text or a list of messages");

@@ -42,8 +42,8 @@ pub enum DataError {
     },
 }
 
-/// Pairs in the order of their rows in the file: a row makes one, or one for each of several rejected answers, all with its number.
-/// A bad row does not end the iteration.
+/// Pairs in the order of their rows in the file: a row makes one, or one for each of several
+/// rejected answers, all with its number. A bad row does not end the iteration.
 pub type RowReader = Box<dyn Iterator<Item = Result<PreferenceRow, RowIssue>> + Send>;
 
 /// A finding about a row that has no id yet.

@@ -21,8 +21,8 @@ pub(super) const KWARGS: &str = "chat_template_kwargs";
 /// Unknown columns of a row that are reported.
 const MAX_IGNORED: usize = 16;
 
-/// A row from its columns. Columns of other forms of rows than prompt, chosen and rejected have been
-/// made into these before; what is still unknown then is reported as not used.
+/// A row from its columns. Columns of other forms of rows than prompt, chosen and rejected have
+/// been made into these before; what is still unknown then is reported as not used.
 pub(super) fn from_fields(
     row: u64,
     mut fields: Map<String, Value>,

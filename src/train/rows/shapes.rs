@@ -1,4 +1,5 @@
-//! Recognises rows in the shapes that other tools write and brings them into one: `prompt`, `chosen` and `rejected`.
+//! Recognises rows in the shapes that other tools write and brings them into one: `prompt`,
+//! `chosen` and `rejected`.
 //!
 //! | shape | the row has |
 //! |---|---|
@@ -10,8 +11,8 @@
 //! | `ultrafeedback` | whole dialogues, and as `prompt` the text of their first user message (UltraFeedback, binarised) |
 //! | `several_rejected` | a list of rejected answers: it makes a pair with each of them |
 //!
-//! Every other column stays as it is. A row with several rejected answers counts as one row: each of its n pairs has the row's weight
-//! divided by n, and its id has the suffix `#1` to `#n`.
+//! Every other column stays as it is. A row with several rejected answers counts as one row: each
+//! of its n pairs has the row's weight divided by n, and its id has the suffix `#1` to `#n`.
 
 use std::vec::IntoIter;
 
@@ -32,8 +33,8 @@ const OPENAI_NAMES: [(&str, &str); 3] =
 /// The columns of a row with its number, or why they cannot be read.
 pub(super) type Record = Result<(u64, Map<String, Value>), RowIssue>;
 
-/// Returns the pairs that a record makes: one, or one for each of several rejected answers. They are made one at a time, because
-/// each has a copy of the prompt.
+/// Returns the pairs that a record makes: one, or one for each of several rejected answers. They
+/// are made one at a time, because each has a copy of the prompt.
 pub(super) fn pairs(record: Record) -> Pairs {
     Pairs(match record {
         Err(issue) => Rest::One(Some(Err(issue))),
@@ -74,7 +75,8 @@ struct Several {
     count: usize,
 }
 
-/// Whether `rejected` is a list of answers: texts or lists of messages. A list of objects is one answer.
+/// Whether `rejected` is a list of answers: texts or lists of messages. A list of objects is one
+/// answer.
 fn has_several_rejected(fields: &Map<String, Value>) -> bool {
     let rejected = fields.get("rejected").and_then(Value::as_array);
     rejected
@@ -165,8 +167,8 @@ fn read(row: u64, mut fields: Map<String, Value>) -> Result<PreferenceRow, RowIs
     Ok(pair)
 }
 
-/// Brings the columns of a row into `prompt`, `chosen` and `rejected`. What has no shape that is known stays as it is, and is
-/// reported by whoever reads those columns.
+/// Brings the columns of a row into `prompt`, `chosen` and `rejected`. What has no shape that is
+/// known stays as it is, and is reported by whoever reads those columns.
 fn normalise(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowIssue> {
     let has_answers = !is_absent(fields, "chosen") || !is_absent(fields, "rejected");
     if !has_answers && OPENAI.iter().any(|column| !is_absent(fields, column)) {
@@ -229,8 +231,9 @@ fn renamed_path(path: &str, names: &[(&str, &str)]) -> String {
         .map_or_else(|| path.to_owned(), |(_, theirs)| format!("{theirs}{rest}"))
 }
 
-/// OpenAI's preference rows. Whether tools may be called at the same time is said to the API and not to the model, so
-/// `parallel_tool_calls` is left out; what else `input` has becomes a column of the row.
+/// OpenAI's preference rows. Whether tools may be called at the same time is said to the API and
+/// not to the model, so `parallel_tool_calls` is left out; what else `input` has becomes a column
+/// of the row.
 fn openai(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowIssue> {
     let missing = |field: &str| {
         let message = format!(
@@ -274,7 +277,8 @@ fn first_user_text(dialogue: &[Value]) -> Option<&str> {
     first.get("content").and_then(Value::as_str)
 }
 
-/// Splits two plain texts into prompt and answers as TRL does. Where TRL would train on an empty prompt, the row is refused.
+/// Splits two plain texts into prompt and answers as TRL does. Where TRL would train on an empty
+/// prompt, the row is refused.
 fn split_texts(row: u64, chosen: &str, rejected: &str) -> Result<[Value; 3], RowIssue> {
     for (field, text) in [("chosen", chosen), ("rejected", rejected)] {
         if text.is_empty() {
@@ -290,8 +294,9 @@ fn split_texts(row: u64, chosen: &str, rejected: &str) -> Result<[Value; 3], Row
     Ok([&chosen[..end], &chosen[end..], &rejected[end..]].map(|text| json!(text)))
 }
 
-/// The byte where the prompt ends that TRL's `extract_prompt` finds: before the first character in which the texts differ, and before
-/// a space that precedes it. Where one text continues the other, or both are the same, it ends before the shorter one's last character.
+/// The byte where the prompt ends that TRL's `extract_prompt` finds: before the first character in
+/// which the texts differ, and before a space that precedes it. Where one text continues the other,
+/// or both are the same, it ends before the shorter one's last character.
 fn end_of_prompt(chosen: &str, rejected: &str) -> usize {
     let mut last = (0, None);
     for ((at, a), b) in chosen.char_indices().zip(rejected.chars()) {
@@ -325,7 +330,8 @@ fn hh_messages<'a>(text: &'a str) -> Option<Vec<(&'static str, &'a str)>> {
     messages.iter().any(|(role, _)| *role == ASSISTANT).then_some(messages)
 }
 
-/// Splits two HH dialogues after the messages that they share, where both go on with an answer of the assistant.
+/// Splits two HH dialogues after the messages that they share, where both go on with an answer of
+/// the assistant.
 fn split_hh(
     row: u64,
     chosen: Vec<(&str, &str)>,

@@ -1,4 +1,5 @@
-//! Reads the paths (`a::b::{c, d}`) out of Rust source, past comments and strings, without a parser.
+//! Reads the paths (`a::b::{c, d}`) out of Rust source, past comments and strings, without a
+//! parser.
 
 /// One path as written, with groups expanded: `use a::{b, c::d}` is `a::b` and `a::c::d`.
 #[derive(Debug)]

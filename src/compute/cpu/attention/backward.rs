@@ -1,4 +1,5 @@
-//! The backward pass, in two sweeps so that no two tasks write the same gradient: first by queries (dQ; P and dS are left transposed), then by keys.
+//! The backward pass, in two sweeps so that no two tasks write the same gradient: first by queries
+//! (dQ; P and dS are left transposed), then by keys.
 
 use std::ops::Range;
 
@@ -12,12 +13,14 @@ use crate::compute::cpu::simd::{dispatch, dot, exp};
 use crate::compute::cpu::thread_pool;
 use crate::compute::layout::RowLayout;
 
-/// Scores of all heads that are kept between the two sweeps, counted as if a block had [`NR`] queries; longer rows are done in several rounds.
+/// Scores of all heads that are kept between the two sweeps, counted as if a block had [`NR`]
+/// queries; longer rows are done in several rounds.
 const SCORES: usize = 1 << 24;
 /// The scores that a round of whole blocks keeps at most: so many of P and as many of dS.
 const KEPT_SCORES: usize = SCORES / NR * BLOCK;
 
-/// Gradients of [`super::attention`] for `g = ∂loss/∂out` `[T, H·D]`, with its inputs and outputs; `dqkv` `[T, (H + 2K)·D]` is overwritten.
+/// Gradients of [`super::attention`] for `g = ∂loss/∂out` `[T, H·D]`, with its inputs and outputs;
+/// `dqkv` `[T, (H + 2K)·D]` is overwritten.
 pub fn attention_backward(
     kernel: Kernel,
     qkv: &[f32],
@@ -80,10 +83,10 @@ pub fn attention_backward(
     }
 }
 
-/// Bytes of P and dS that [`attention_backward`] keeps between its two sweeps, for a row of `tokens`
-/// tokens whose longest pair has `longest`. A query sees half of its pair's tokens on average, and
-/// at most all of them where several pairs share a prompt; [`BLOCK`] more are what blocks and
-/// panels pad them with.
+/// Bytes of P and dS that [`attention_backward`] keeps between its two sweeps, for a row of
+/// `tokens` tokens whose longest pair has `longest`. A query sees half of its pair's tokens on
+/// average, and at most all of them where several pairs share a prompt; [`BLOCK`] more are what
+/// blocks and panels pad them with.
 pub fn score_bytes(kernel: Kernel, heads: usize, tokens: usize, longest: usize) -> usize {
     let element = if kernel.is_bf16() { size_of::<half::bf16>() } else { size_of::<f32>() };
     let columns = (tokens / 2).min(longest) + BLOCK;
@@ -279,7 +282,8 @@ impl Sweep<'_> {
         accumulate: bool,
     ) {
         let row = self.heads.row();
-        // SAFETY: by the caller; operands have all columns of their block as rows, padded to whole panels.
+        // SAFETY: by the caller; operands have all columns of their block as rows, padded to whole
+        // panels.
         unsafe {
             if products.is_empty() && !accumulate {
                 (0..keys).for_each(|r| to.add(r * row).write_bytes(0, n));

@@ -49,7 +49,8 @@ impl Heads {
     }
 }
 
-/// A block of queries with the keys they may see: all of the prompt's, then their own segment's up to the last query.
+/// A block of queries with the keys they may see: all of the prompt's, then their own segment's up
+/// to the last query.
 #[derive(Clone, Debug)]
 pub(super) struct QueryBlock {
     pub queries: Range<usize>,
@@ -71,7 +72,8 @@ impl QueryBlock {
         self.shared_columns() + self.own.next_multiple_of(NR)
     }
 
-    /// The first query of the block that sees any of the `i`-th panel of its own segment's keys; a multiple of [`NR`].
+    /// The first query of the block that sees any of the `i`-th panel of its own segment's keys; a
+    /// multiple of [`NR`].
     pub(super) fn first_to_see(&self, i: usize) -> usize {
         (i * NR).saturating_sub(self.own - self.queries.len())
     }
@@ -127,7 +129,8 @@ pub(super) fn over_keys(a: &Operand, keys: &Keys, head: usize, block: &QueryBloc
         for i in 0..count.div_ceil(NR) {
             let (depth, panel) = keys.across(head, segment, i);
             let top = if segment == block.segment { block.first_to_see(i) } else { 0 };
-            // SAFETY: the panel's columns are inside the padded row of `s`; the operand has `rows` rows.
+            // SAFETY: the panel's columns are inside the padded row of `s`; the operand has `rows`
+            // rows.
             unsafe {
                 let c = s.as_mut_ptr().add(top * columns + first + i * NR);
                 let out = OutputTile { c, stride: columns, columns: NR, accumulate: false };

@@ -1,4 +1,5 @@
-//! Keys and values packed for the kernels, per key head and segment, so that every query block that sees them shares the work.
+//! Keys and values packed for the kernels, per key head and segment, so that every query block that
+//! sees them shares the work.
 
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::{Kernel, NR, View, pack_panel};

@@ -1,6 +1,8 @@
-//! Products of bf16 pairs in AMX tiles: 32 × 32 of C at a time in four tiles, two tiles of A, two of B.
+//! Products of bf16 pairs in AMX tiles: 32 × 32 of C at a time in four tiles, two tiles of A, two
+//! of B.
 //!
-//! The instructions are written as assembly: the intrinsics are not stable. A tile holds 16 rows of 64 bytes.
+//! The instructions are written as assembly: the intrinsics are not stable. A tile holds 16 rows of
+//! 64 bytes.
 
 use super::panel::{NR, OutputTile, Product};
 
@@ -18,7 +20,8 @@ pub(super) fn available() -> bool {
         // Leaf 7, EDX: bit 22 amx-bf16, bit 24 amx-tile.
         let edx = std::arch::x86_64::__cpuid_count(7, 0).edx;
         let there = edx & (1 << 22) != 0 && edx & (1 << 24) != 0;
-        // SAFETY: asks for permission to use the tiles; changes nothing else. Threads started later inherit it.
+        // SAFETY: asks for permission to use the tiles; changes nothing else. Threads started later
+        // inherit it.
         there
             && unsafe {
                 libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
@@ -60,7 +63,8 @@ thread_local! {
 }
 
 /// # Safety
-/// As [`super::kernel::panel_product`], with [`super::panel::ROW_PADDING`] readable rows after the last; [`available`] said yes.
+/// As [`super::kernel::panel_product`], with [`super::panel::ROW_PADDING`] readable rows after the
+/// last; [`available`] said yes.
 #[cfg(target_arch = "x86_64")]
 pub(super) unsafe fn panel_product(m: usize, products: &[Product], out: OutputTile) {
     CONFIGURED.with(|done| {
@@ -89,7 +93,8 @@ unsafe fn square((i, j): (usize, usize), m: usize, products: &[Product], out: Ou
     let (rows, cols) = ((m - i).min(2 * TILE), (n - j).min(2 * TILE));
     let whole = rows == 2 * TILE && cols == 2 * TILE;
     let mut edge = std::mem::MaybeUninit::<[f32; 4 * TILE * TILE]>::uninit();
-    // SAFETY: a whole square lies in C; another one goes through `edge`, of which only its part of C is copied.
+    // SAFETY: a whole square lies in C; another one goes through `edge`, of which only its part of
+    // C is copied.
     unsafe {
         let corner = c.add(i * stride + j);
         let (to, step) =
@@ -115,7 +120,8 @@ unsafe fn tile_products(i: usize, j: usize, both: bool, products: &[Product], ou
     use std::arch::asm;
     let OutputTile { c, stride, accumulate, .. } = out;
     let bytes = stride * 4;
-    // SAFETY: by the caller. Tile registers hold their values between the blocks: nothing else on this thread uses them.
+    // SAFETY: by the caller. Tile registers hold their values between the blocks: nothing else on
+    // this thread uses them.
     unsafe {
         let lower = c.add(TILE * stride);
         if accumulate {

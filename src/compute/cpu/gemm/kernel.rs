@@ -1,4 +1,5 @@
-//! The inner kernels: a few rows of A times a packed panel, the sums in registers until they are complete.
+//! The inner kernels: a few rows of A times a packed panel, the sums in registers until they are
+//! complete.
 
 use std::sync::OnceLock;
 
@@ -20,7 +21,8 @@ pub enum Kernel {
 }
 
 impl Kernel {
-    /// The fastest kernel here for a precision; bf16 falls back to f32 where the processor has no bf16 products.
+    /// The fastest kernel here for a precision; bf16 falls back to f32 where the processor has no
+    /// bf16 products.
     pub fn best(precision: Precision) -> Kernel {
         static BEST: OnceLock<(Kernel, Kernel)> = OnceLock::new();
         let (f32, bf16) = *BEST.get_or_init(detect);
@@ -30,7 +32,8 @@ impl Kernel {
         }
     }
 
-    /// Names the kernel and what decides how it rounds on this processor: the portable one only fuses multiplications and additions where it can.
+    /// Names the kernel and what decides how it rounds on this processor: the portable one only
+    /// fuses multiplications and additions where it can.
     pub fn arithmetic(self) -> String {
         #[cfg(target_arch = "x86_64")]
         let is_fused = self != Kernel::Portable || x86::has_avx2();
@@ -240,8 +243,9 @@ mod x86 {
 
     use super::{NR, OutputTile, Product};
 
-    /// Vectors side by side: with 14 rows there are registers left for B and for A, and B is streamed less often than with wider panels. Half of
-    /// them where that is enough, as for a low rank.
+    /// Vectors side by side: with 14 rows there are registers left for B and for A, and B is
+    /// streamed less often than with wider panels. Half of them where that is enough, as for a low
+    /// rank.
     const V: usize = NR / 16;
     /// Units of depth that B is fetched ahead.
     const AHEAD: usize = 8;
@@ -280,7 +284,8 @@ mod x86 {
         std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
     }
 
-    /// Rows at a time with 256-bit vectors: twelve sums, two vectors of B and one of A take fifteen of the sixteen registers.
+    /// Rows at a time with 256-bit vectors: twelve sums, two vectors of B and one of A take fifteen
+    /// of the sixteen registers.
     const ROWS: usize = 6;
     /// Columns at a time: two vectors.
     const WIDTH: usize = 16;
@@ -295,7 +300,8 @@ mod x86 {
             let m = ROWS.min(rows - i);
             for column in (0..n).step_by(WIDTH) {
                 let width = WIDTH.min(n - column);
-                // SAFETY: by the caller; rows and columns are bounded by it, and panels are NR wide.
+                // SAFETY: by the caller; rows and columns are bounded by it, and panels are NR
+                // wide.
                 unsafe {
                     let to = c.add((first + i) * stride + column);
                     match m {

@@ -47,7 +47,8 @@ impl Units<'_> {
 }
 
 impl<'a> Operand<'a> {
-    /// The operand `scale·view` `[rows, cols]`. An unscaled row-major f32 view costs nothing when f32 is multiplied.
+    /// The operand `scale·view` `[rows, cols]`. An unscaled row-major f32 view costs nothing when
+    /// f32 is multiplied.
     pub fn new(kernel: Kernel, view: View<'a>, rows: usize, cols: usize, scale: f32) -> Self {
         assert!(view.covers(rows, cols), "operand: the view is smaller than {rows}x{cols}");
         if let (false, Elements::F32(values), 1, 1.0) =
@@ -85,8 +86,8 @@ impl<'a> Operand<'a> {
         Operand { kernel, rows, cols, units: Units::Own(own), stride: depth }
     }
 
-    /// The operand `[rows, cols]` of what `prepare(i, row)` makes of each row of `values`. Where the kernel rounds, a row is rounded while it is in the
-    /// nearest cache. Uses one thread.
+    /// The operand `[rows, cols]` of what `prepare(i, row)` makes of each row of `values`. Where
+    /// the kernel rounds, a row is rounded while it is in the nearest cache. Uses one thread.
     pub(crate) fn prepared(
         kernel: Kernel,
         values: &'a mut [f32],
@@ -143,11 +144,13 @@ impl<'a> Operand<'a> {
         }
     }
 
-    /// The same matrix as a view, to be multiplied from the right: rounded already, where the kernel rounds.
+    /// The same matrix as a view, to be multiplied from the right: rounded already, where the
+    /// kernel rounds.
     pub fn view(&self) -> View<'_> {
         let units = self.units.all();
         if self.kernel.is_bf16() {
-            // SAFETY: a unit is a pair of bf16, of which every bit pattern is valid, in the order of k.
+            // SAFETY: a unit is a pair of bf16, of which every bit pattern is valid, in the order
+            // of k.
             let values = unsafe {
                 std::slice::from_raw_parts(units.as_ptr().cast::<bf16>(), 2 * units.len())
             };
@@ -180,7 +183,8 @@ impl<'a> Operand<'a> {
         self.kernel
     }
 
-    /// The product of its rows from `row` on, columns from `start` on (an even number), with a packed panel.
+    /// The product of its rows from `row` on, columns from `start` on (an even number), with a
+    /// packed panel.
     pub(crate) fn product(&self, row: usize, start: usize, depth: usize, panel: &[u32]) -> Product {
         let units = self.units.all().as_ptr();
         let offset = row * self.stride + self.kernel.units(start);
@@ -319,7 +323,8 @@ fn fill_rows_bf16(
     if let (Elements::Bf16(v), 1.0) = (view.elements, scale) {
         return transpose_pairs(&v[first..], view.col_stride, cols, rows, dst, depth);
     }
-    // Contiguous along the rows of A: two neighbouring k are rounded, interleaved into pairs, and the pairs are transposed.
+    // Contiguous along the rows of A: two neighbouring k are rounded, interleaved into pairs, and
+    // the pairs are transposed.
     let mut paired = Buffer::dirty(used * rows);
     lines.resize(2 * rows, bf16::ZERO);
     for (p, units) in paired.units_mut().chunks_mut(rows).enumerate() {
@@ -382,7 +387,8 @@ impl Operand<'static> {
         Operand { kernel, rows, cols, units: Units::Own(own), stride: kernel.depth(cols) }
     }
 
-    /// The operand `[rows, cols]` whose row i `fill(i, row)` writes. Where the kernel rounds, a row is rounded while it is in the nearest cache.
+    /// The operand `[rows, cols]` whose row i `fill(i, row)` writes. Where the kernel rounds, a row
+    /// is rounded while it is in the nearest cache.
     pub fn computed(
         kernel: Kernel,
         rows: usize,

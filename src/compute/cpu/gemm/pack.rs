@@ -1,4 +1,5 @@
-//! Brings B into panels: for each unit of depth, [`NR`] columns side by side. A unit is one f32, or the bf16 of two neighbouring k.
+//! Brings B into panels: for each unit of depth, [`NR`] columns side by side. A unit is one f32, or
+//! the bf16 of two neighbouring k.
 
 use std::cell::RefCell;
 
@@ -15,8 +16,8 @@ thread_local! {
     static BF16: RefCell<Vec<bf16>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Packs `k` elements of depth from `k0` on and `n ≤ NR` columns from `n0` on into `dst`, which has room for the padded depth times [`NR`]. What is
-/// outside the matrix is zero.
+/// Packs `k` elements of depth from `k0` on and `n ≤ NR` columns from `n0` on into `dst`, which has
+/// room for the padded depth times [`NR`]. What is outside the matrix is zero.
 pub(crate) fn pack_panel(
     kernel: Kernel,
     b: View,
@@ -66,8 +67,8 @@ pub(crate) fn round(kernel: Kernel, src: &[f32], dst: &mut [bf16]) {
     dst.convert_from_f32_slice(src);
 }
 
-/// `width` values of each of some rows of a tile, [`NR`] apart, as units (rounded, where the kernel rounds) in rows `stride` apart; what is beyond the values
-/// is 0, up to `units` of each row.
+/// `width` values of each of some rows of a tile, [`NR`] apart, as units (rounded, where the kernel
+/// rounds) in rows `stride` apart; what is beyond the values is 0, up to `units` of each row.
 ///
 /// # Safety
 /// `dst` is valid for `units` units in each of the rows, and nobody else touches them.
@@ -87,7 +88,8 @@ pub(super) unsafe fn round_rows(
     );
     #[cfg(target_arch = "x86_64")]
     if kernel.is_bf16() && width == NR && units == NR / 2 {
-        // SAFETY: by the assertion and the caller; kernels over pairs exist only where the processor has AVX512_BF16.
+        // SAFETY: by the assertion and the caller; kernels over pairs exist only where the
+        // processor has AVX512_BF16.
         return unsafe { x86::round_tile(tile.as_ptr(), rows, dst, stride) };
     }
     for (i, values) in tile.chunks(NR).enumerate().take(rows) {
@@ -188,7 +190,8 @@ fn interleave_panel(
     #[cfg(target_arch = "x86_64")]
     if kernel.is_bf16() && n == NR && pairs > 0 {
         assert!((2 * pairs - 1) * stride + NR <= src.len() && pairs * NR <= dst.len());
-        // SAFETY: the assertion bounds both sides; kernels over pairs exist only where the processor has AVX512_BF16, hence AVX512BW.
+        // SAFETY: the assertion bounds both sides; kernels over pairs exist only where the
+        // processor has AVX512_BF16, hence AVX512BW.
         unsafe { x86::interleave_panel(src.as_ptr(), stride, pairs, dst.as_mut_ptr()) };
         return pairs;
     }
@@ -200,7 +203,8 @@ fn interleave_panel(
 pub(super) fn interleave(kernel: Kernel, low: &[bf16], high: Option<&[bf16]>, dst: &mut [u32]) {
     match high {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: kernels over pairs exist only where the processor has AVX512_BF16, hence AVX512BW.
+        // SAFETY: kernels over pairs exist only where the processor has AVX512_BF16, hence
+        // AVX512BW.
         Some(high) if kernel.is_bf16() => unsafe { x86::interleave(low, high, dst) },
         Some(high) => {
             for ((unit, l), h) in dst.iter_mut().zip(low).zip(high) {
@@ -261,8 +265,8 @@ pub(super) unsafe fn transpose(
     }
 }
 
-/// `dst[c·dst_stride + p] = src[2p·stride + c] | src[(2p + 1)·stride + c] << 16` for c < cols and 2p < rows; what is beyond the last row is 0, up to
-/// `dst_stride`. For kernels over pairs.
+/// `dst[c·dst_stride + p] = src[2p·stride + c] | src[(2p + 1)·stride + c] << 16` for c < cols and
+/// 2p < rows; what is beyond the last row is 0, up to `dst_stride`. For kernels over pairs.
 pub(super) fn transpose_pairs(
     src: &[bf16],
     stride: usize,
@@ -286,7 +290,8 @@ pub(super) fn transpose_pairs(
         for c in (0..cols).step_by(16) {
             for p in (0..dst_stride).step_by(16) {
                 let (rows, cols) = (rows.saturating_sub(2 * p).min(32), (cols - c).min(16));
-                // SAFETY: the assertion bounds both sides, of which only so many rows, columns and units are touched; the instructions are there.
+                // SAFETY: the assertion bounds both sides, of which only so many rows, columns and
+                // units are touched; the instructions are there.
                 unsafe {
                     let from = src.as_ptr().add((2 * p * stride + c).min(src.len()));
                     let to = dst.as_mut_ptr().add(c * dst_stride + p);
@@ -321,7 +326,8 @@ mod x86 {
 
     use super::NR;
 
-    /// Pairs of rows that are fetched ahead: rows are far apart, which the processor does not foresee.
+    /// Pairs of rows that are fetched ahead: rows are far apart, which the processor does not
+    /// foresee.
     const AHEAD: usize = 8;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
@@ -329,7 +335,8 @@ mod x86 {
         let n = src.len().min(dst.len());
         let mut i = 0;
         while i + 16 <= n {
-            // SAFETY: sixteen elements from i on are inside both; bf16 is a 16-bit integer in memory.
+            // SAFETY: sixteen elements from i on are inside both; bf16 is a 16-bit integer in
+            // memory.
             unsafe {
                 let v = _mm512_cvtneps_pbh(_mm512_loadu_ps(src.as_ptr().add(i)));
                 _mm256_storeu_si256(
@@ -445,7 +452,8 @@ mod x86 {
         }
     }
 
-    /// The first `pairs` units of up to 16 columns, each of two neighbouring rows of up to 32; rows beyond are 0.
+    /// The first `pairs` units of up to 16 columns, each of two neighbouring rows of up to 32; rows
+    /// beyond are 0.
     ///
     /// # Safety
     /// `src` is valid for `rows` rows of `cols` elements, `dst` for `cols` rows of `pairs` units.

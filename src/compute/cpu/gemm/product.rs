@@ -17,7 +17,8 @@ const GROUP_UNITS: usize = 1 << 19;
 const PASS_UNITS: usize = 1 << 17;
 /// Rows that are worth a task of their own.
 const CUT_ROWS: usize = 32;
-/// Up to so many rows of A, reading B is what takes time: its rows are read one after the other, a slice of this many units at a time.
+/// Up to so many rows of A, reading B is what takes time: its rows are read one after the other, a
+/// slice of this many units at a time.
 const NARROW: usize = 64;
 const SLICE_DEPTH: usize = 64;
 /// Below this many multiplications, threads cost more than they save.
@@ -64,8 +65,8 @@ pub(super) struct Piece<'a> {
     pub(super) depth: usize,
 }
 
-/// Computes `c = Σ A·B`, with `c` row-major `[m, n]`, rows `stride` apart; `accumulate` adds the sum
-/// to what `c` holds.
+/// Computes `c = Σ A·B`, with `c` row-major `[m, n]`, rows `stride` apart; `accumulate` adds the
+/// sum to what `c` holds.
 ///
 /// # Panics
 /// When a view is smaller than its product (a bug of the caller).
@@ -177,7 +178,8 @@ impl BlockTask<'_> {
     /// Some rows of A times a packed panel.
     fn run(&self, rows: Range<usize>, panel: usize, units: &[u32]) {
         let column = panel * NR;
-        // SAFETY: rows and columns lie inside the output, which the assertion in `matmul` bounds; tasks have disjoint rows or panels.
+        // SAFETY: rows and columns lie inside the output, which the assertion in `matmul` bounds;
+        // tasks have disjoint rows or panels.
         unsafe {
             let c = self.out.at(rows.start * self.stride + column);
             let columns = NR.min(self.n - column);
@@ -222,7 +224,8 @@ pub(super) unsafe fn multiply(
             *slot = p.term.a.product(rows.start, p.start, p.depth, &units[at..]);
             at += p.depth * NR;
         }
-        // SAFETY: by the caller; the products point into operands that cover rows and depth, padding included.
+        // SAFETY: by the caller; the products point into operands that cover rows and depth,
+        // padding included.
         unsafe { panel_product(kernel, rows.len(), &products[..eight.len()], out) };
         out.accumulate = true;
     }
@@ -252,7 +255,8 @@ fn block_product(
     }
 }
 
-/// Slices of B's rows outside, panels inside: for so few rows that the output stays in the L2 cache.
+/// Slices of B's rows outside, panels inside: for so few rows that the output stays in the L2
+/// cache.
 fn by_slices(
     kernel: Kernel,
     (m, n): (usize, usize),
@@ -283,7 +287,8 @@ fn by_slices(
     });
 }
 
-/// Packs one panel after the other and multiplies it at once, while it is in the nearest cache: for few rows, whose A is there too.
+/// Packs one panel after the other and multiplies it at once, while it is in the nearest cache: for
+/// few rows, whose A is there too.
 fn by_panels(task: &BlockTask, panels: Range<usize>) {
     let mut packed = Buffer::dirty(task.depth * NR);
     for panel in panels {
@@ -292,9 +297,10 @@ fn by_panels(task: &BlockTask, panels: Range<usize>) {
     }
 }
 
-/// Shares out the panels: a task packs a group of them, `units` each, for itself alone, and takes a few rows of A at a time through all of them, so that a
-/// packed panel stays near the core that packed it. Where all rows pass at once, each panel is multiplied as soon as it is packed. A task has `room`
-/// values for each row to work in.
+/// Shares out the panels: a task packs a group of them, `units` each, for itself alone, and takes a
+/// few rows of A at a time through all of them, so that a packed panel stays near the core that
+/// packed it. Where all rows pass at once, each panel is multiplied as soon as it is packed. A task
+/// has `room` values for each row to work in.
 pub(super) fn by_groups(
     kernel: Kernel,
     (m, panels): (usize, usize),
@@ -308,7 +314,8 @@ pub(super) fn by_groups(
     let groups =
         if m <= pass { 8 * threads } else { panels.div_ceil(held).next_multiple_of(threads) }
             .min(panels);
-    // Fewer panels than threads, as for a low rank: the rows are shared out, too, and each task packs what it needs.
+    // Fewer panels than threads, as for a low rank: the rows are shared out, too, and each task
+    // packs what it needs.
     let cuts =
         if groups < threads { (2 * threads).div_ceil(groups).min(m.div_ceil(CUT_ROWS)) } else { 1 };
     let strips = m.div_ceil(step);

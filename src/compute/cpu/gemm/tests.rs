@@ -189,7 +189,8 @@ fn operands_prepared_in_place_and_their_transposes_are_those_of_the_finished_mat
 
 #[test]
 fn tiles_are_the_parts_of_whole_products() {
-    // Few rows and many, some of which pass in several goes, depths of one block and of several, and columns that are no whole panel.
+    // Few rows and many, some of which pass in several goes, depths of one block and of several,
+    // and columns that are no whole panel.
     for (m, n, k) in [(3, 70, 40), (300, 160, 96), (140, 33, 2300), (600, 170, 500), (1, 512, 7)] {
         let (a, b, c, d) =
             (values("a", m * k), values("b", k * n), values("c", n * k), values("d", m * 6));

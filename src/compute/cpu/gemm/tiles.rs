@@ -1,4 +1,5 @@
-//! Products that are used a tile at a time, while it is in the nearest caches, and are never written as a whole.
+//! Products that are used a tile at a time, while it is in the nearest caches, and are never
+//! written as a whole.
 
 use std::ops::Range;
 
@@ -9,8 +10,9 @@ use super::panel::{NR, OutputTile, ROW_PADDING};
 use super::product::{Piece, Shared, Term, blocks, by_groups, multiply, pack_pieces};
 use crate::compute::cpu::buffer::Buffer;
 
-/// `P` products of one shape `[m, n]`: `finish(rows, columns, tiles)` gets every part of all of them once, tile p being `[rows, NR]` of product p, of which it
-/// may use the columns. Each number is the one that [`super::matmul`] gives, bit for bit.
+/// `P` products of one shape `[m, n]`: `finish(rows, columns, tiles)` gets every part of all of
+/// them once, tile p being `[rows, NR]` of product p, of which it may use the columns. Each number
+/// is the one that [`super::matmul`] gives, bit for bit.
 ///
 /// # Panics
 /// When a view is smaller than its product (a bug of the caller).
@@ -78,7 +80,8 @@ impl<const P: usize, F: Fn(Range<usize>, Range<usize>, [&mut [f32]; P]) + Sync> 
                 columns: columns.len(),
                 accumulate: false,
             };
-            // SAFETY: the tile has the rows, NR apart; this task alone has it. The pieces' operands cover the rows, by the assertion above.
+            // SAFETY: the tile has the rows, NR apart; this task alone has it. The pieces' operands
+            // cover the rows, by the assertion above.
             unsafe { multiply(self.kernel, &self.pieces[p], rows.clone(), &units[at..], out) };
             at += self.depths[p] * NR;
             room = more;
@@ -107,7 +110,8 @@ impl TiledOperand {
         TiledOperand { kernel, rows, cols, depth, own, at }
     }
 
-    /// Some of its rows, `width` columns from `column` on, a multiple of [`NR`], from a tile of rows [`NR`] apart.
+    /// Some of its rows, `width` columns from `column` on, a multiple of [`NR`], from a tile of
+    /// rows [`NR`] apart.
     ///
     /// # Safety
     /// No other task writes this part.
@@ -125,7 +129,8 @@ impl TiledOperand {
         } else {
             self.kernel.depth(width)
         };
-        // SAFETY: rows and columns lie inside the buffer; f32 and units have one size; this part is the caller's.
+        // SAFETY: rows and columns lie inside the buffer; f32 and units have one size; this part is
+        // the caller's.
         let to = unsafe { self.at.at(rows.start * self.depth + self.kernel.units(column)) }
             .cast::<u32>();
         // SAFETY: as above.
