@@ -109,7 +109,7 @@ impl Case {
 
     fn plan(&self, base: &Policy) -> Estimate {
         let lengths = Lengths::of(&self.encoded(), self.pairs);
-        let memory = Memory::of(&device());
+        let memory = MemoryKind::of(&device());
         plan(&base.config, &self.spec(), lengths, u64::MAX, memory).unwrap()
     }
 }

@@ -197,7 +197,7 @@ fn random_groups(draw: &mut Draw, vocabulary: usize) -> Vec<SequenceGroup> {
 /// Draws a model's tensors: about as large as those of a trained model, so that no part of it
 /// drowns in the others.
 fn random_parameters(draw: &mut Draw, config: &ModelConfig) -> Parameters {
-    let tensor = |param: &ParamSpec| -> Result<Tensor, Infallible> {
+    let tensor = |param: &ParamSpec| -> candle_core::Result<Tensor> {
         let values = match param.role {
             // The variance of what comes out is about that of what goes in.
             ParamRole::Matrix => {
@@ -207,7 +207,7 @@ fn random_parameters(draw: &mut Draw, config: &ModelConfig) -> Parameters {
             ParamRole::Norm => draw.weights(param.elements(), 0.4, 1.0),
             ParamRole::Bias => draw.weights(param.elements(), 0.3, 0.0),
         };
-        Ok(Tensor::from_vec(values, param.shape.as_slice(), &Device::Cpu).unwrap())
+        Tensor::from_vec(values, param.shape.as_slice(), &Device::Cpu)
     };
     Parameters::build(config, tensor).unwrap()
 }

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::f64::consts::PI;
 
 use bradley::model::decoder::Policy;
-use bradley::model::params::{BlockParam, Linear, ParamId};
+use bradley::model::params::{BlockParam, Linear, ParamId, params};
 use bradley::model::rope::{RopeConfig, RopeScaling};
 use bradley::model::spec::{Activation, FeedForward, ModelSpec, Norms};
 use candle_core::{DType, Tensor};
@@ -31,8 +31,9 @@ impl ReferenceModel {
     /// Copies a policy's weights.
     pub fn new(policy: &Policy) -> Self {
         let spec = policy.config.spec.clone();
-        let named = policy.parameters.iter().map(|(param, tensor)| (param.id, numbers(tensor)));
-        let mut tensors: HashMap<ParamId, Vec<f64>> = named.collect();
+        let value = |id| Some((id, numbers(&policy.parameters.get(id)?)));
+        let mut tensors: HashMap<ParamId, Vec<f64>> =
+            params(&spec).iter().filter_map(|param| value(param.id)).collect();
         let adapter = policy.adapter.as_deref();
         for block in 0..spec.blocks.len() {
             for linear in Linear::ALL {
