@@ -136,11 +136,13 @@ impl Launch {
 }
 
 /// Kernels for both kinds of elements.
-const GENERIC: [&str; 19] = [
+const GENERIC: [&str; 21] = [
     "embed",
     "rope",
     "swiglu",
     "swiglu_backward",
+    "geglu",
+    "geglu_backward",
     "add_bias",
     "column_sum",
     "scale_rows",

@@ -15,6 +15,8 @@ pub struct Family {
     pub model_type: &'static str,
     /// The class that transformers loads it with.
     pub causal_lm_class: &'static str,
+    /// `model_type` of models of text and images whose `text_config` is one of this family.
+    pub text_in: Option<&'static str>,
     /// Whether llama.cpp stores the rows of Q and K with the halves of each head interleaved.
     pub is_interleaved_in_gguf: bool,
     /// Reads the model from config.json.
@@ -114,6 +116,8 @@ impl Common {
             heads: self.heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
+            scale: 1.0 / (self.head_dim as f32).sqrt(),
+            rope: 0,
             window: None,
             qk_norm: QkNorm::Absent,
             qkv_bias: false,
@@ -142,7 +146,9 @@ impl Common {
             hidden_size: self.hidden_size,
             max_position_embeddings: self.max_position_embeddings,
             rms_norm_eps: self.rms_norm_eps,
-            rope: self.rope,
+            embedding_scale: 1.0,
+            norms_add_one: false,
+            ropes: vec![self.rope],
             tie_word_embeddings: self.tie_word_embeddings,
             blocks,
         }
@@ -152,10 +158,11 @@ impl Common {
 fn activation(fields: &Fields<'_>) -> Result<Activation, ModelError> {
     match fields.string("hidden_act")?.unwrap_or("silu") {
         "silu" | "swish" => Ok(Activation::Silu),
-        other => {
-            Err(fields
-                .invalid("hidden_act", format!("'{other}' is not implemented; supported: silu")))
-        }
+        "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
+        other => Err(fields.invalid(
+            "hidden_act",
+            format!("'{other}' is not implemented; supported: silu, gelu_pytorch_tanh"),
+        )),
     }
 }
 
@@ -197,23 +204,32 @@ pub(super) fn windows_of_layers(
     let num_layers = common.num_layers;
     let window =
         common.window.filter(|_| matches!(fields.flag("use_sliding_window"), Ok(Some(true))));
-    if let Some(types) = fields.strings("layer_types")? {
-        if types.len() != num_layers {
-            return Err(fields.invalid(
-                "layer_types",
-                format!("lists {} layers, num_hidden_layers is {num_layers}", types.len()),
-            ));
-        }
-        let window_of = |kind: &&str| match *kind {
-            "full_attention" => Ok(None),
-            "sliding_attention" => Ok(window),
-            other => Err(fields.invalid(
-                "layer_types",
-                format!("'{other}'; supported: full_attention, sliding_attention"),
-            )),
-        };
-        return types.iter().map(window_of).collect();
+    if let Some(slides) = sliding_layers(fields, num_layers)? {
+        return Ok(slides.into_iter().map(|slides| window.filter(|_| slides)).collect());
     }
     let first = fields.integer("max_window_layers")?.unwrap_or(28);
     Ok((0..num_layers as u64).map(|layer| window.filter(|_| layer >= first)).collect())
+}
+
+/// Reads from `layer_types` which layers have a window; `None` where the field is absent.
+pub(super) fn sliding_layers(
+    fields: &Fields<'_>,
+    num_layers: usize,
+) -> Result<Option<Vec<bool>>, ModelError> {
+    let Some(types) = fields.strings("layer_types")? else { return Ok(None) };
+    if types.len() != num_layers {
+        return Err(fields.invalid(
+            "layer_types",
+            format!("lists {} layers, num_hidden_layers is {num_layers}", types.len()),
+        ));
+    }
+    let slides = |kind: &&str| match *kind {
+        "full_attention" => Ok(false),
+        "sliding_attention" => Ok(true),
+        other => Err(fields.invalid(
+            "layer_types",
+            format!("'{other}'; supported: full_attention, sliding_attention"),
+        )),
+    };
+    types.iter().map(slides).collect::<Result<_, _>>().map(Some)
 }

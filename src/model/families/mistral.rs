@@ -8,6 +8,7 @@ use crate::model::spec::{AttentionSpec, ModelSpec};
 pub(super) static FAMILY: Family = Family {
     model_type: "mistral",
     causal_lm_class: "MistralForCausalLM",
+    text_in: None,
     is_interleaved_in_gguf: true,
     spec,
 };

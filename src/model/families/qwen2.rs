@@ -8,6 +8,7 @@ use crate::model::spec::{AttentionSpec, ModelSpec};
 pub(super) static FAMILY: Family = Family {
     model_type: "qwen2",
     causal_lm_class: "Qwen2ForCausalLM",
+    text_in: None,
     is_interleaved_in_gguf: false,
     spec,
 };

@@ -9,6 +9,7 @@ use crate::model::spec::{AttentionSpec, ModelSpec, QkNorm};
 pub(super) static FAMILY: Family = Family {
     model_type: "qwen3",
     causal_lm_class: "Qwen3ForCausalLM",
+    text_in: None,
     is_interleaved_in_gguf: false,
     spec,
 };
