@@ -90,7 +90,9 @@ impl ModelConfig {
             );
             return Err(ModelError::Unsupported { what });
         }
-        let spec = (architecture.family().spec)(&fields)?;
+        let family = architecture.family();
+        let defaults = (family.defaults)();
+        let spec = (family.spec)(&fields.with_defaults(&defaults))?;
         let bos_token_id = fields.token_ids("bos_token_id")?.first().copied();
         let eos_token_ids = fields.token_ids("eos_token_id")?;
         Ok(ModelConfig { architecture, spec, bos_token_id, eos_token_ids, hf_json: json })
