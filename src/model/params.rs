@@ -28,7 +28,7 @@ pub enum BlockParam {
     /// RMSNorm before the mixer.
     InputNorm,
     /// RMSNorm before the feed-forward part.
-    PostNorm,
+    FeedForwardNorm,
     /// RMSNorm on queries.
     QueryNorm,
     /// RMSNorm on keys.
@@ -176,7 +176,7 @@ const EMBEDDING: Module = Module { hf: "model.embed_tokens", gguf: "token_embd" 
 const NORM: Module = Module { hf: "model.norm", gguf: "output_norm" };
 const HEAD: Module = Module { hf: "lm_head", gguf: "output" };
 const INPUT_NORM: Module = Module { hf: "input_layernorm", gguf: "attn_norm" };
-const POST_NORM: Module = Module { hf: "post_attention_layernorm", gguf: "ffn_norm" };
+const FEED_FORWARD_NORM: Module = Module { hf: "post_attention_layernorm", gguf: "ffn_norm" };
 const QUERY_NORM: Module = Module { hf: "self_attn.q_norm", gguf: "attn_q_norm" };
 const KEY_NORM: Module = Module { hf: "self_attn.k_norm", gguf: "attn_k_norm" };
 
@@ -268,7 +268,7 @@ impl BlockParam {
     pub fn is_norm(self) -> bool {
         match self {
             BlockParam::InputNorm
-            | BlockParam::PostNorm
+            | BlockParam::FeedForwardNorm
             | BlockParam::QueryNorm
             | BlockParam::KeyNorm => true,
             BlockParam::Weight(_)
@@ -488,7 +488,7 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
             Mixer::Attention(attention) => self.attention(index, attention, width),
         }
         match block.feed_forward_norms {
-            Norms::Pre => self.norm(index, BlockParam::PostNorm, POST_NORM, width),
+            Norms::Pre => self.norm(index, BlockParam::FeedForwardNorm, FEED_FORWARD_NORM, width),
         }
         match block.feed_forward {
             FeedForward::Gated { width: inner, activation: _, bias } => {

@@ -135,7 +135,7 @@ impl ReferenceModel {
             add(&mut y, 1.0, &self.linear(index, Linear::Output, &attended));
 
             let FeedForward::Gated { activation, .. } = block.feed_forward;
-            let n = self.norm(ParamId::Block(index, BlockParam::PostNorm), &y);
+            let n = self.norm(ParamId::Block(index, BlockParam::FeedForwardNorm), &y);
             let gate = self.linear(index, Linear::Gate, &n);
             let up = self.linear(index, Linear::Up, &n);
             let inner: Vec<f64> =
