@@ -184,7 +184,7 @@ impl Sweep<'_> {
             dispatch(
                 #[inline(always)]
                 || {
-                    let (delta, scale) = (dot(out, g), heads.scale());
+                    let (delta, scale) = (dot(out, g), heads.scale);
                     let mut cleared = 0;
                     for part in &visible {
                         p[cleared..part.start].fill(0.0);
