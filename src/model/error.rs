@@ -35,8 +35,8 @@ pub enum ModelError {
     },
     /// The weight files lack a tensor that the configuration requires.
     #[error(
-        "{}: tensor '{name}' is missing, but the configuration requires it; the weights belong to \
-         another model",
+        "{}: no tensor '{name}', which the configuration requires; the weights belong to another \
+         model",
         path.display()
     )]
     MissingTensor {
