@@ -67,13 +67,13 @@ pub enum EncodeError {
     /// The answer has no tokens.
     #[error("{at} has no tokens of its own after the prompt")]
     EmptyCompletion {
-        /// The answer.
+        /// The answer concerned.
         at: Part,
     },
     /// One of prompt and answer is a chat, the other one plain text.
     #[error("{at} and the prompt must both be plain text or both be messages")]
     MixedForms {
-        /// The answer.
+        /// The answer concerned.
         at: Part,
     },
     /// The tokenizer produced a token that the model's vocabulary does not have.
@@ -171,8 +171,8 @@ impl<'a> PairEncoder<'a> {
         PairEncoder { date: Some(date), ..self }
     }
 
-    /// Returns the encoder for a model with `vocab_size` rows in its embedding. Tokens with larger
-    /// ids are then rejected.
+    /// Returns the encoder for a model with `vocab_size` rows in its embedding. Tokens with
+    /// ids from `vocab_size` on are then rejected.
     pub fn with_vocab_size(self, vocab_size: usize) -> Self {
         PairEncoder { vocab_size: Some(vocab_size), ..self }
     }

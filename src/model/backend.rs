@@ -90,7 +90,7 @@ pub trait Backend: Sized {
     /// Copies a matrix.
     ///
     /// # Errors
-    /// When the device has no memory left, or fails.
+    /// Fails if the device fails or has no memory left.
     fn copy(x: &Self::Activation) -> Result<Self::Activation>;
 
     /// Marks a value as no longer read. A GPU frees its memory at once. The CPU frees it only when
@@ -143,7 +143,7 @@ pub trait RowOps<B: Backend> {
     /// Returns the number of decoder blocks.
     fn num_blocks(&self) -> usize;
 
-    /// Opens a block.
+    /// Opens the block with this index.
     fn block(&self, index: usize) -> Result<Self::Block<'_>>;
 
     /// Returns the embeddings of the row's tokens `[T, C]`.
@@ -215,7 +215,7 @@ pub trait BlockOps<B: Backend> {
     /// Applies the rotary position embedding to queries and keys in place.
     fn rotate(&self, qkv: &mut B::Activation, direction: Direction) -> Result<()>;
 
-    /// Computes attention.
+    /// Computes softmax attention of the rotated queries, keys and values `qkv`.
     fn attention(&self, qkv: &B::Activation) -> Result<Attended<B>>;
 
     /// Computes gate and up, and activation(gate) ⊙ up. With `save_tape` the result contains

@@ -17,9 +17,9 @@ use super::spec::{FeedForward, ModelSpec, QkNorm};
 /// A model's configuration: the decoder and the remaining information of config.json.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
-    /// The family.
+    /// The model family.
     pub architecture: Architecture,
-    /// The decoder.
+    /// The decoder that the configuration describes.
     pub spec: ModelSpec,
     /// Id of the token that starts a sequence.
     pub bos_token_id: Option<u32>,

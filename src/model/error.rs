@@ -18,9 +18,9 @@ pub enum ModelError {
     /// value.
     #[error("{}: field '{field}': {reason}", path.display())]
     InvalidConfig {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The field, as the file spells it.
+        /// Name of the field as in the file.
         field: String,
         /// The problem and the values that are accepted.
         reason: String,
@@ -28,7 +28,7 @@ pub enum ModelError {
     /// A weight file is truncated or malformed.
     #[error("{}: {reason}; the file is corrupt or incomplete, fetch it again", path.display())]
     CorruptWeights {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// The problem.
         reason: String,
@@ -40,9 +40,9 @@ pub enum ModelError {
         path.display()
     )]
     MissingTensor {
-        /// Its Hugging Face name.
+        /// The tensor's Hugging Face name.
         name: String,
-        /// The file or folder.
+        /// Path of the file or folder.
         path: PathBuf,
     },
     /// The weight files have a tensor in a decoder layer that the configuration does not describe.
@@ -55,7 +55,7 @@ pub enum ModelError {
     UnexpectedTensor {
         /// Name of the first such tensor in the file.
         name: String,
-        /// The file or folder.
+        /// Path of the file or folder.
         path: PathBuf,
         /// Number of further such tensors.
         others: usize,
@@ -66,7 +66,7 @@ pub enum ModelError {
         path.display()
     )]
     ShapeMismatch {
-        /// Its Hugging Face name.
+        /// The tensor's Hugging Face name.
         name: String,
         /// The file that stores it.
         path: PathBuf,
@@ -84,7 +84,7 @@ pub enum ModelError {
     /// The tokenizer's files or metadata are missing or invalid.
     #[error("{}: tokenizer: {reason}", path.display())]
     Tokenizer {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// The problem.
         reason: String,
@@ -98,7 +98,7 @@ pub enum ModelError {
     /// A weight file has changed since it was loaded, or can no longer be read.
     #[error("{}: the file has changed since the model was loaded: {reason}", path.display())]
     Changed {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// The tensor with its old and new hash, or the error of the operating system.
         reason: String,
@@ -118,7 +118,7 @@ pub enum ModelError {
     /// A file operation failed.
     #[error("{}: {source}", path.display())]
     Io {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// The error of the operating system.
         source: std::io::Error,
@@ -126,7 +126,7 @@ pub enum ModelError {
     /// An adapter's files cannot be used with this model.
     #[error("{}: adapter: {reason}", path.display())]
     Adapter {
-        /// The file or folder.
+        /// Path of the file or folder.
         path: PathBuf,
         /// The problem.
         reason: String,

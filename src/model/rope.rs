@@ -51,7 +51,7 @@ pub enum RopeScaling {
         attention_factor: Option<f64>,
         /// Together with `mscale_all_dim`, an alternative to `attention_factor`.
         mscale: Option<f64>,
-        /// See `mscale`.
+        /// Together with `mscale`, an alternative to `attention_factor`.
         mscale_all_dim: Option<f64>,
         /// True if the ends of the ramp are rounded to whole dimensions.
         truncate: bool,

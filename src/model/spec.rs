@@ -83,7 +83,7 @@ pub struct AttentionSpec {
 /// RMSNorms on queries and keys, before the rotation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QkNorm {
-    /// None.
+    /// No norms on queries and keys.
     Absent,
     /// Over the D elements of each head. All query heads share one weight `[D]`, all key heads
     /// another.
@@ -107,7 +107,7 @@ pub enum FeedForward {
 /// Positions of the RMSNorms around a part of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Norms {
-    /// On its input.
+    /// On the input of the part.
     Pre,
 }
 
@@ -120,7 +120,7 @@ impl ModelSpec {
 
     /// Returns the properties that [`super::config::ModelConfig::canonical`] does not list itself,
     /// as far as they differ from the Llama layout. They are part of the model's identity. For the
-    /// families of the Llama layout the list is empty, so that their identity stays what it was.
+    /// families of the Llama layout the list is empty, so that their identity does not change.
     ///
     /// Only the rotary frequencies are listed for every block; the other properties are read from
     /// the first block.

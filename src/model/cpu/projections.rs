@@ -1,8 +1,9 @@
 //! Groups of linear layers with the same input, computed together with their adapters:
 //! `[q | k | v]`, `o`, `[gate | up]`, `down`.
 //!
-//! y_i = x·W_iᵀ + b_i + s·(x·A_iᵀ)·B_iᵀ (arXiv:2106.09685). The kernel adds the adapter's term in
-//! the same sum over the inputs. The gradient of a frozen W is never computed.
+//! y_i = x·W_iᵀ + b_i + s·(x·A_iᵀ)·B_iᵀ (arXiv:2106.09685), where s is the adapter's scale. The
+//! kernel adds the adapter's term in the same sum over the inputs. The gradient of a frozen W is
+//! never computed.
 
 use std::ops::Range;
 
@@ -18,7 +19,7 @@ use crate::model::parameters::Parameters;
 use crate::model::params::{BlockParam, Linear, LinearGroup, ParamId};
 use crate::model::weight_matrix::WeightRead;
 
-/// Number of outputs (rows of B) of which one task accumulates the gradients.
+/// Number of outputs (rows of B) per task when the gradient of B is accumulated.
 const OUTPUTS_PER_TASK: usize = 192;
 
 /// A linear layer of a group.
@@ -287,7 +288,7 @@ impl<'a> CpuLinearGroup<'a> {
         self.input_gradient(gs, tokens, |terms| matmul_tiles(tokens, self.input, [terms], finish))
     }
 
-    /// Calls `multiply` with the GEMM terms of which ∂loss/∂x is the sum. Returns v/s = g·B
+    /// Calls `multiply` with the GEMM terms that add up to ∂loss/∂x. Returns v/s = g·B
     /// `[T, Σr]`.
     fn input_gradient(
         &self,

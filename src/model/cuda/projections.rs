@@ -2,7 +2,7 @@
 //! The counterpart on the CPU is [`crate::model::cpu::projections`].
 //!
 //! y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ; with v = s·g·B: dx = g·W + v·A, dA = vᵀ·x, dB = s·gᵀ·(x·Aᵀ), dW =
-//! gᵀ·x, db = Σ_tokens g.
+//! gᵀ·x, db = Σ_tokens g. Here s is the adapter's scale, and g = ∂loss/∂y.
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -48,7 +48,7 @@ pub(super) struct BlockWeights {
 }
 
 impl BlockWeights {
-    /// Returns the factors of a norm.
+    /// Returns the factors of a norm `[width]`.
     pub fn norm(&self, norm: BlockParam) -> Result<&Memory> {
         match self.norms.get(&norm) {
             Some(factors) => Ok(factors),
