@@ -1,6 +1,6 @@
 //! Copies of weights on the device. Matrices are in the pass's precision, norms and biases in f32.
 //! The weights of linear layers with the same input are stacked to one matrix. A copy is made when
-//! a policy is first used and lives at most as long as the weights on the host.
+//! a policy is first used. After the weights on the host are gone, the next lookup or trim drops it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -121,8 +121,8 @@ impl GroupWeights {
 pub(super) struct GroupAdapter {
     /// Offset of the stacked A of all members `[Σr, in]`.
     pub a: usize,
-    /// For each member with an update: offset of B `[out, r]`, rank r, and the first column of the
-    /// member in x·Aᵀ `[T, Σr]`.
+    /// For each member: offset of B `[out, r]`, rank r, and the first column of the member in x·Aᵀ
+    /// `[T, Σr]`. `None` if the member has no update.
     pub b: Vec<Option<(usize, usize, usize)>>,
     pub ranks: usize,
 }
