@@ -176,8 +176,8 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         Ok(Attended { output, log_sum_exp })
     }
 
-    /// With `save_tape`, saves `[gate | up]` in bf16 if the kernel rounds to bf16 and only an adapter
-    /// is trained, otherwise in f32.
+    /// With `save_tape`, saves `[gate | up]` in bf16 if the kernel rounds to bf16 and only an
+    /// adapter is trained, otherwise in f32.
     fn feed_forward(
         &self,
         (): (),

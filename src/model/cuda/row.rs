@@ -115,7 +115,7 @@ pub(super) struct Scatter {
 impl Scatter {
     /// Prepares a scatter-add of source row i to destination row `destinations[i]`.
     pub fn new(gpu: &Arc<Gpu>, destinations: &[u32]) -> Result<Self> {
-        let mut order: Vec<u32> = (0..places.len() as u32).collect();
+        let mut order: Vec<u32> = (0..destinations.len() as u32).collect();
         order.sort_by_key(|i| (destinations[*i as usize], *i));
         let (mut rows, mut offsets): (Vec<u32>, Vec<u32>) = (Vec::new(), Vec::new());
         for (at, i) in order.iter().enumerate() {

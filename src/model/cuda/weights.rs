@@ -1,6 +1,7 @@
 //! Copies of weights on the device. Matrices are in the pass's precision, norms and biases in f32.
 //! The weights of linear layers with the same input are stacked to one matrix. A copy is made when
-//! a policy is first used. After the weights on the host are gone, the next lookup or trim drops it.
+//! a policy is first used. After the weights on the host are gone, the next lookup or trim drops
+//! it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
