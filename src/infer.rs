@@ -1,5 +1,5 @@
-//! From text to log-probs: encoding, packing into rows, scoring, and the reference's cached
-//! log-probs.
+//! Inference, from text to log-probs: encoding, packing into rows, scoring, and the cache of the
+//! reference model's log-probs.
 
 pub mod data_parallel;
 pub mod encode;

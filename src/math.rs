@@ -1,5 +1,5 @@
-//! Losses, their gradients with respect to log-probs, metrics and schedules. Pure functions on
-//! numbers.
+//! Losses, their gradients with respect to log-probs, metrics, schedules and seeded random numbers.
+//! Everything here is pure: no input or output, no device.
 
 pub mod clip;
 pub mod loss;
@@ -8,12 +8,12 @@ pub mod rng;
 pub mod schedule;
 pub mod score;
 
-/// log σ(x), without overflow.
+/// Returns log σ(x), without overflow.
 pub fn log_sigmoid(x: f64) -> f64 {
     if x >= 0.0 { -(-x).exp().ln_1p() } else { x - x.exp().ln_1p() }
 }
 
-/// σ(x) = 1 / (1 + e^(−x)), without overflow.
+/// Returns σ(x) = 1 / (1 + e^(−x)), without overflow.
 pub fn sigmoid(x: f64) -> f64 {
     if x >= 0.0 {
         1.0 / (1.0 + (-x).exp())

@@ -1,4 +1,5 @@
-//! What a model is: its configuration and parameters, and its passes, the same for every device.
+//! The model layer: configuration, parameters, and the forward and backward passes. One description
+//! of the model serves every device.
 
 pub mod adapter;
 pub mod backend;
@@ -6,7 +7,7 @@ pub mod block;
 pub mod block_shape;
 pub mod config;
 pub mod cpu;
-// Without the feature, the types of `cuda` have no values.
+// Without the feature `cuda`, `absent.rs` takes its place: its types cannot be constructed.
 #[cfg_attr(not(feature = "cuda"), path = "model/cuda/absent.rs")]
 pub mod cuda;
 pub mod decoder;

@@ -1,17 +1,18 @@
-//! Data parallelism: a policy's devices each take a share of the rows. Who gets which row depends
-//! on their number only, so a run repeats bit for bit.
+//! Data parallelism: each of a policy's devices takes a share of the rows. The assignment depends
+//! only on the number of devices, so a run is reproducible bit for bit.
 
 use candle_core::Result;
 
 use crate::model::decoder::Policy;
 
-/// Runs `pass` on every row, row i on device i mod n, and gives the results in the order of the
-/// rows. The policy's own device works on the calling thread, which alone calls `pause`; each of
-/// its helpers has a thread for as long as this takes.
+/// Runs `pass` on every row, row i on device i mod n, and returns the results in the order of the
+/// rows. The policy's own device is driven from the calling thread; only its passes get
+/// `yield_point`. Each helper with rows is driven from a thread of its own for the duration of the
+/// call.
 pub(crate) fn over_devices<T: Send, R: Send>(
     policy: &Policy,
     rows: Vec<T>,
-    pause: &mut dyn FnMut(),
+    yield_point: &mut dyn FnMut(),
     pass: impl Fn(&Policy, T, &mut dyn FnMut()) -> Result<R> + Sync,
 ) -> Result<Vec<R>> {
     let devices = policy.devices().count();
@@ -19,23 +20,24 @@ pub(crate) fn over_devices<T: Send, R: Send>(
     for (i, row) in rows.into_iter().enumerate() {
         shares[i % devices].push((i, row));
     }
-    let run = |policy: &Policy, share: Vec<(usize, T)>, pause: &mut dyn FnMut()| {
+    let run = |policy: &Policy, share: Vec<(usize, T)>, yield_point: &mut dyn FnMut()| {
         share
             .into_iter()
-            .map(|(i, row)| Ok((i, pass(policy, row, pause)?)))
+            .map(|(i, row)| Ok((i, pass(policy, row, yield_point)?)))
             .collect::<Result<Vec<(usize, R)>>>()
     };
     let mut shares = shares.into_iter();
     let own = shares.next().unwrap_or_default();
     let run = &run;
     let mut results = std::thread::scope(|threads| {
-        let busy = policy.helpers.iter().zip(shares).filter(|(_, share)| !share.is_empty());
-        let helpers: Vec<_> = busy
+        let helpers_with_rows =
+            policy.helpers.iter().zip(shares).filter(|(_, share)| !share.is_empty());
+        let helpers: Vec<_> = helpers_with_rows
             .map(|(device, share)| {
                 threads.spawn(move || run(&policy.on(device), share, &mut || {}))
             })
             .collect();
-        let mut results = run(policy, own, pause);
+        let mut results = run(policy, own, yield_point);
         for helper in helpers {
             let theirs = helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             results = results.and_then(|mut all| theirs.map(|more| all.extend(more)).map(|()| all));
@@ -60,7 +62,8 @@ mod tests {
     use crate::model::parameters::Parameters;
 
     fn policy(helpers: usize) -> Policy {
-        let json = r#"{"model_type": "llama", "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 4,
+        let json = r#"{"model_type": "llama", "hidden_size": 4, "intermediate_size": 4,
+            "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 4,
             "max_position_embeddings": 8, "rms_norm_eps": 1e-5}"#;
         let config = ModelConfig::from_hf_json(json, Path::new("config.json")).unwrap();
         let parameters = Parameters::build(&config, |param| {
@@ -80,15 +83,19 @@ mod tests {
     #[test]
     fn every_row_is_done_once_in_order_and_an_error_or_a_panic_is_told() {
         let policy = policy(2);
-        let mut pauses = 0;
-        let doubled =
-            over_devices(&policy, (0..8).collect(), &mut || pauses += 1, |policy, row, pause| {
-                pause();
+        let mut yields = 0;
+        let doubled = over_devices(
+            &policy,
+            (0..8).collect(),
+            &mut || yields += 1,
+            |policy, row, yield_point| {
+                yield_point();
                 assert!(policy.helpers.is_empty() || row % 3 == 0);
                 Ok(2 * row)
-            });
+            },
+        );
         assert_eq!(doubled.unwrap(), (0..8).map(|row| 2 * row).collect::<Vec<_>>());
-        assert_eq!(pauses, 3, "rows 0, 3 and 6");
+        assert_eq!(yields, 3, "rows 0, 3 and 6");
         let failed = over_devices(&policy, (0..8).collect(), &mut || {}, |_, row, _| {
             if row == 4 { candle_core::bail!("row 4") } else { Ok(()) }
         });

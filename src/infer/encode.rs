@@ -1,9 +1,12 @@
-//! Text to tokens, as TRL 1.16 tokenises preference rows.
+//! Tokenises preference rows as TRL 1.16 does.
 //!
-//! Chat: the prompt is rendered with the generation prompt, prompt + answer is rendered whole;
-//! plain text: prompt + answer is one text, EOS appended to an answer that lacks it. The prompt's
-//! tokens are the longest prefix common to all of them, so that a merge across the boundary cannot
-//! be counted on the wrong side. Every later token counts, EOS included.
+//! Chat: the prompt is rendered with the generation prompt, and prompt + answer is rendered as one
+//! dialogue. Plain text: prompt + answer is one text, and EOS is appended to an answer that lacks
+//! it.
+//!
+//! The prompt's tokens are the longest common prefix of the tokenised prompt and of every tokenised
+//! prompt + answer. A token that spans the boundary therefore belongs to the answer. Every token
+//! after the prefix is part of the answer, EOS included.
 
 use std::fmt;
 use std::sync::LazyLock;
@@ -18,16 +21,16 @@ use crate::formats::chat_template::RenderOptions;
 use crate::formats::tokenizer::ChatTokenizer;
 use crate::model::error::ModelError;
 
-/// A part of what is encoded.
+/// A part of the input, for error messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
     /// The prompt.
     Prompt,
     /// The preferred answer of a row.
     Chosen,
-    /// The other answer of a row.
+    /// The dispreferred answer of a row.
     Rejected,
-    /// One of the answers of a list, from 0 on.
+    /// The answer with this index in a list, counted from 0.
     Answer(usize),
 }
 
@@ -42,58 +45,59 @@ impl fmt::Display for Part {
     }
 }
 
-/// Why a text cannot be made into tokens.
+/// Reason why a text cannot be encoded.
 #[derive(Debug, thiserror::Error)]
 pub enum EncodeError {
-    /// The prompt leaves no room for an answer token.
+    /// The prompt leaves no room for an answer token within `max_length`.
     #[error(
-        "the prompt alone has {tokens} tokens, max_length is {max_length}: shorten the prompt or raise max_length"
+        "the prompt alone has {tokens} tokens, max_length is {max_length}: shorten the prompt or \
+         raise max_length"
     )]
     PromptFillsMaxLength {
-        /// Tokens of the prompt.
+        /// Number of tokens in the prompt.
         tokens: usize,
-        /// The limit.
+        /// Maximum number of tokens in prompt + answer.
         max_length: usize,
     },
-    /// No token precedes the answer.
+    /// The prompt has no tokens.
     #[error(
         "the prompt has no tokens, so nothing predicts the answer's first token: give a prompt"
     )]
     EmptyPrompt,
-    /// No token is the answer's.
+    /// The answer has no tokens.
     #[error("{at} has no tokens of its own after the prompt")]
     EmptyCompletion {
-        /// The answer.
+        /// The answer concerned.
         at: Part,
     },
-    /// Chat and plain text in one item.
+    /// One of prompt and answer is a chat, the other one plain text.
     #[error("{at} and the prompt must both be plain text or both be messages")]
     MixedForms {
-        /// The answer.
+        /// The answer concerned.
         at: Part,
     },
-    /// The tokenizer has tokens that the model does not have.
+    /// The tokenizer produced a token that the model's vocabulary does not have.
     #[error(
-        "{at} has the token {token:?} with the id {id}, but the model's vocabulary ends at {vocab_size}: remove it, or serve the model with \
-         the tokenizer that belongs to it"
+        "{at} has the token {token:?} with the id {id}, but the model's vocabulary has only \
+         {vocab_size} tokens: remove it, or serve the model with the tokenizer that belongs to it"
     )]
     TokenOutsideVocabulary {
-        /// The prompt or the answer.
+        /// The part that contains the token.
         at: Part,
         /// The token's text.
         token: String,
-        /// Its id.
+        /// The token's id.
         id: u32,
-        /// Rows of the model's embedding.
+        /// Number of rows in the model's embedding.
         vocab_size: usize,
     },
-    /// The tokenizer or the chat template refused.
+    /// The tokenizer or the chat template failed.
     #[error(transparent)]
     Model(#[from] ModelError),
 }
 
 impl EncodeError {
-    /// Returns the part that is at fault.
+    /// Returns the part of the input that caused the error.
     pub fn part(&self) -> Part {
         match self {
             EncodeError::EmptyCompletion { at }
@@ -107,43 +111,45 @@ impl EncodeError {
 }
 
 static NO_ARGUMENTS: LazyLock<TemplateArguments> = LazyLock::new(TemplateArguments::default);
-/// Tokens of a prompt's cut end that are decoded for a finding.
-const MAX_SHOWN_TAIL: usize = 64;
+/// Maximum number of tokens of the prompt's cut tail that are decoded for a message.
+const MAX_CUT_TOKENS_SHOWN: usize = 64;
 
-/// Turns rows into tokens for one model and one max_length.
+/// Encodes rows for one model and one `max_length`.
 #[derive(Clone, Copy, Debug)]
 pub struct PairEncoder<'a> {
     tokenizer: &'a ChatTokenizer,
+    /// Maximum number of tokens in prompt + completion.
     max_length: usize,
     truncation: Truncation,
-    /// What the chat template sees besides the messages; a row's own tools and variables win.
+    /// Tools and variables for the chat template. Those of a row take precedence.
     arguments: &'a TemplateArguments,
-    /// The date that chat templates print; `None` is today's.
+    /// Date that chat templates print. `None` means today.
     date: Option<DateTime>,
-    /// Rows of the model's embedding: ids from here on are refused. `None` does not check.
+    /// Number of rows in the model's embedding. Ids from this number on are rejected. `None` turns
+    /// the check off.
     vocab_size: Option<usize>,
 }
 
-/// Answers to one prompt as tokens.
+/// Result of encoding the answers to one prompt.
 struct Encoded {
     completions: Vec<EncodedCompletion>,
-    /// The end of the prompt's tokens that is in no completion's prompt.
+    /// Tail of the prompt's tokens that is not in the common prefix.
     cut: Vec<u32>,
 }
 
-/// One of N completions after encoding.
+/// An encoded completion with its prompt.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EncodedCompletion {
-    /// The prompt it was given, after truncation.
+    /// Token ids of the prompt, after truncation.
     pub prompt: Vec<u32>,
-    /// Its tokens.
+    /// Token ids of the completion, after truncation.
     pub tokens: Vec<u32>,
-    /// Whether max_length cut it.
+    /// True if prompt + completion was longer than `max_length` and was truncated.
     pub truncated: bool,
 }
 
 impl<'a> PairEncoder<'a> {
-    /// An encoder; `max_length` counts the tokens of prompt + completion.
+    /// Makes an encoder. `max_length` is the maximum number of tokens in prompt + completion.
     pub fn new(tokenizer: &'a ChatTokenizer, max_length: usize, truncation: Truncation) -> Self {
         PairEncoder {
             tokenizer,
@@ -155,32 +161,42 @@ impl<'a> PairEncoder<'a> {
         }
     }
 
-    /// The same with tools and variables for the chat template.
+    /// Returns the encoder with tools and variables for the chat template.
     pub fn with_arguments(self, arguments: &'a TemplateArguments) -> Self {
         PairEncoder { arguments, ..self }
     }
 
-    /// The same with the date that chat templates print.
+    /// Returns the encoder with the date that chat templates print.
     pub fn with_date(self, date: DateTime) -> Self {
         PairEncoder { date: Some(date), ..self }
     }
 
-    /// The same for a model with so many rows in its embedding: other tokens are refused.
+    /// Returns the encoder for a model with `vocab_size` rows in its embedding. Tokens with
+    /// ids from `vocab_size` on are then rejected.
     pub fn with_vocab_size(self, vocab_size: usize) -> Self {
         PairEncoder { vocab_size: Some(vocab_size), ..self }
     }
 
-    /// Whether the tokenizer has an end-of-sequence token, which ends every plain-text answer.
+    /// Returns true if the tokenizer has an end-of-sequence token. It is then the last token of
+    /// every plain-text answer.
     pub fn has_eos(&self) -> bool {
         self.tokenizer.eos_token().is_some()
     }
 
     /// Encodes a validated row.
+    ///
+    /// # Errors
+    /// Returns the field of the row that cannot be encoded and the reason.
     pub fn encode_row(&self, row: &PreferenceRow) -> Result<EncodedPair, RowIssue> {
         self.encode_row_with_cut(row).map(|(pair, _)| pair)
     }
 
-    /// [`PairEncoder::encode_row`] with the text of the prompt's end that is left out, if any.
+    /// Encodes a validated row like [`PairEncoder::encode_row`]. Also returns the text of the
+    /// prompt's tail that is not in the common prefix, if there is such a tail: at most 64 tokens
+    /// of it.
+    ///
+    /// # Errors
+    /// Returns the field of the row that cannot be encoded and the reason.
     pub fn encode_row_with_cut(
         &self,
         row: &PreferenceRow,
@@ -210,14 +226,17 @@ impl<'a> PairEncoder<'a> {
             [] => None,
             cut => Some(
                 self.tokenizer
-                    .decode(&cut[..cut.len().min(MAX_SHOWN_TAIL)])
+                    .decode(&cut[..cut.len().min(MAX_CUT_TOKENS_SHOWN)])
                     .map_err(|e| issue(e.into()))?,
             ),
         };
         Ok((EncodedPair { row: row.row, id: row.id.clone(), weight: row.weight, ..pair }, tail))
     }
 
-    /// Encodes a prompt with two answers.
+    /// Encodes a prompt with two answers, the chosen one first.
+    ///
+    /// # Errors
+    /// Returns the reason why the prompt or an answer cannot be encoded.
     pub fn encode_pair(
         &self,
         prompt: &Text,
@@ -235,7 +254,7 @@ impl<'a> PairEncoder<'a> {
     ) -> Result<(EncodedPair, Vec<u32>), EncodeError> {
         let encoded = self.encode(prompt, &[(Part::Chosen, a), (Part::Rejected, b)])?;
         let mut sides = encoded.completions.into_iter();
-        // One result per answer.
+        // `encode` returns one completion per answer, so this is never an error.
         let (Some(chosen), Some(rejected)) = (sides.next(), sides.next()) else {
             return Err(EncodeError::EmptyPrompt);
         };
@@ -253,28 +272,30 @@ impl<'a> PairEncoder<'a> {
         Ok((pair, encoded.cut))
     }
 
-    /// Encodes a prompt with N answers, each as if it were alone: it begins after the longest
-    /// prefix that the prompt and the answer itself share, an error is its own, and says
-    /// [`Part::Answer`]`(0)`.
+    /// Encodes a prompt with N independent answers. Each is encoded as if it were the only one: its
+    /// prompt is the longest common prefix of the prompt and this prompt + answer. Returns one
+    /// result per answer. An error that concerns an answer names it as [`Part::Answer`]`(0)`.
     pub fn encode_completions(
         &self,
         prompt: &Text,
         completions: &[Text],
     ) -> Vec<Result<EncodedCompletion, EncodeError>> {
-        let prompt_ids = self.prompt(prompt);
+        let prompt_ids = self.encode_prompt(prompt);
         let encode = |answer: &Text| -> Result<EncodedCompletion, EncodeError> {
             match &prompt_ids {
                 Ok(prompt_ids) => self.encode_alone(prompt, prompt_ids, answer),
-                // Every answer gets the prompt's error, which cannot be copied.
-                Err(_) => self.encode_alone(prompt, &self.prompt(prompt)?, answer),
+                // The prompt's error cannot be cloned, so it is produced again for each answer.
+                Err(_) => self.encode_alone(prompt, &self.encode_prompt(prompt)?, answer),
             }
         };
         completions.iter().map(encode).collect()
     }
 
-    /// Encodes a prompt with answers that are compared with each other, split as
-    /// [`PairEncoder::encode_pair`] splits a pair. An error names the answer by its place in the
-    /// list.
+    /// Encodes a prompt with answers that are compared with each other. As in
+    /// [`PairEncoder::encode_pair`], all answers share one split between prompt and answer.
+    ///
+    /// # Errors
+    /// Returns the first error. It names an answer by its index in the list.
     pub fn encode_together(
         &self,
         prompt: &Text,
@@ -292,45 +313,47 @@ impl<'a> PairEncoder<'a> {
         answer: &Text,
     ) -> Result<EncodedCompletion, EncodeError> {
         let at = Part::Answer(0);
-        let ids = self.prompt_and_answer(prompt, at, answer)?;
+        let ids = self.encode_prompt_and_answer(prompt, at, answer)?;
         match common_prefix(prompt_ids, &ids) {
             0 => Err(EncodeError::EmptyPrompt),
-            shared => self.truncate(at, ids, shared),
+            shared => self.split_and_truncate(at, ids, shared),
         }
     }
 
-    /// Encodes answers that begin after the longest prefix that the prompt and all of them share,
-    /// as TRL splits pairs.
+    /// Encodes a prompt with its answers. The answers begin after the longest common prefix of the
+    /// prompt and of every prompt + answer, as TRL splits pairs.
     fn encode(&self, prompt: &Text, answers: &[(Part, &Text)]) -> Result<Encoded, EncodeError> {
-        let prompt_ids = self.prompt(prompt)?;
+        let prompt_ids = self.encode_prompt(prompt)?;
         let mut whole = Vec::with_capacity(answers.len());
         let mut shared = prompt_ids.len();
         for (at, answer) in answers {
-            let ids = self.prompt_and_answer(prompt, *at, answer)?;
+            let ids = self.encode_prompt_and_answer(prompt, *at, answer)?;
             shared = shared.min(common_prefix(&prompt_ids, &ids));
             whole.push(ids);
         }
         if shared == 0 {
             return Err(EncodeError::EmptyPrompt);
         }
-        let completions =
-            answers.iter().zip(whole).map(|((at, _), ids)| self.truncate(*at, ids, shared));
+        let completions = answers
+            .iter()
+            .zip(whole)
+            .map(|((at, _), ids)| self.split_and_truncate(*at, ids, shared));
         Ok(Encoded {
             completions: completions.collect::<Result<_, _>>()?,
             cut: prompt_ids[shared..].to_vec(),
         })
     }
 
-    /// Returns the tokens of a prompt alone.
-    fn prompt(&self, prompt: &Text) -> Result<Vec<u32>, EncodeError> {
+    /// Returns the tokens of the prompt alone.
+    fn encode_prompt(&self, prompt: &Text) -> Result<Vec<u32>, EncodeError> {
         match prompt {
-            Text::Plain(text) => self.plain(text),
-            Text::Chat(messages) => self.chat(messages, true),
+            Text::Plain(text) => self.encode_plain(text),
+            Text::Chat(messages) => self.encode_chat(messages, true),
         }
     }
 
-    /// Returns the tokens of a prompt with an answer.
-    fn prompt_and_answer(
+    /// Returns the tokens of prompt + answer.
+    fn encode_prompt_and_answer(
         &self,
         prompt: &Text,
         at: Part,
@@ -338,18 +361,18 @@ impl<'a> PairEncoder<'a> {
     ) -> Result<Vec<u32>, EncodeError> {
         match (prompt, answer) {
             (Text::Plain(p), Text::Plain(a)) => {
-                self.plain(&format!("{p}{a}{}", self.missing_eos(a)))
+                self.encode_plain(&format!("{p}{a}{}", self.missing_eos(a)))
             }
             (Text::Chat(p), Text::Chat(a)) => {
                 let dialogue: Vec<_> = p.iter().chain(a).cloned().collect();
-                self.chat(&dialogue, false)
+                self.encode_chat(&dialogue, false)
             }
             _ => Err(EncodeError::MixedForms { at }),
         }
     }
 
-    /// A rendered dialogue.
-    fn chat(
+    /// Returns the tokens of a dialogue that the chat template renders.
+    fn encode_chat(
         &self,
         messages: &[ChatMessage],
         add_generation_prompt: bool,
@@ -366,9 +389,9 @@ impl<'a> PairEncoder<'a> {
             .encode(&self.tokenizer.apply_chat_template(messages, &options)?, false)?)
     }
 
-    /// A plain prompt or text: BOS where the tokenizer adds one, but never a second one before text
-    /// that already starts with it.
-    fn plain(&self, text: &str) -> Result<Vec<u32>, EncodeError> {
+    /// Returns the tokens of a plain text. BOS is added if the tokenizer does so, unless the text
+    /// already starts with BOS.
+    fn encode_plain(&self, text: &str) -> Result<Vec<u32>, EncodeError> {
         let starts_with_bos =
             self.tokenizer.bos_token().is_some_and(|bos| !bos.is_empty() && text.starts_with(bos));
         Ok(self.tokenizer.encode(text, !starts_with_bos)?)
@@ -381,7 +404,7 @@ impl<'a> PairEncoder<'a> {
         }
     }
 
-    fn truncate(
+    fn split_and_truncate(
         &self,
         at: Part,
         ids: Vec<u32>,
@@ -398,8 +421,8 @@ impl<'a> PairEncoder<'a> {
                 return Err(EncodeError::PromptFillsMaxLength { tokens: shared, max_length: max });
             }
             Truncation::KeepStart => (0, max, shared),
-            // One token of context must stay: where the answer alone fills max_length, its first
-            // kept token is the context.
+            // At least one token of context must remain. If the answer alone fills max_length, its
+            // first remaining token becomes the context.
             Truncation::KeepEnd => (n - max, n, shared.max(n - max + 1)),
         };
         self.check_vocabulary(Part::Prompt, &ids[from..split])?;
@@ -425,13 +448,13 @@ impl<'a> PairEncoder<'a> {
     }
 }
 
-/// Returns how many tokens two lists have in common at their beginnings.
+/// Returns the length of the longest common prefix of two lists.
 fn common_prefix(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
-/// Groups encoded completions that share a prompt, keeping the order: the log-probs of a packed row
-/// come back in the order of `completions`.
+/// Groups consecutive completions with the same prompt. The order does not change, so the log-probs
+/// of the packed groups are in the order of `completions`.
 pub fn group(completions: &[EncodedCompletion]) -> Vec<SequenceGroup> {
     let mut groups: Vec<SequenceGroup> = Vec::new();
     for c in completions {

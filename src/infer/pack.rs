@@ -1,8 +1,8 @@
-//! Packs items (pairs, or answers to one prompt) into rows without padding. Within a row a prompt
-//! is laid down once, whichever items it belongs to.
+//! Packs items (pairs, or answers to one prompt) into rows without padding. Items of the same owner
+//! share prompts: a row stores a prompt once for all of them.
 //!
-//! Where an item lands changes none of its numbers: tokens see only their own prompt and
-//! completion, and the kernels compute every token alike.
+//! The position of an item does not change its results, bit for bit: tokens attend only to their
+//! own prompt and completion, and the kernels compute every token in the same order of operations.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -12,75 +12,76 @@ use super::pair::SequenceGroup;
 use crate::compute::layout::RowLayout;
 use crate::model::row::Row;
 
-/// An item and whose it is: only items of one owner share prompts, and an owner's items lie side by
-/// side.
+/// An item with the index of its owner, e.g. a policy. Only items of the same owner share prompts,
+/// and the items of an owner are adjacent in a row.
 pub type Owned<'a> = (usize, &'a [SequenceGroup]);
 
-/// A row and where the items' completions are among its targets.
+/// A packed row with the ranges of its items' completions.
 #[derive(Clone, Debug)]
 pub struct PackedRow {
-    /// The row.
+    /// The row that a pass takes.
     pub row: Arc<Row>,
-    /// Which items it holds.
+    /// Indices of the items in the row.
     pub items: Vec<usize>,
-    /// The row's tokens by owner.
+    /// Token ranges of the row, each with its owner.
     pub owners: Vec<(Range<usize>, usize)>,
-    /// Per item, per completion in the order of its groups: the range in `row.targets`.
+    /// For each item and each completion, in the order of its groups: the range in `row.targets`.
     pub completions: Vec<Vec<Range<usize>>>,
 }
 
 /// Packs all items into one row.
 pub fn pack(items: &[&[SequenceGroup]]) -> PackedRow {
-    pack_items(&of_one_owner(items), (0..items.len()).collect())
+    pack_items(&with_one_owner(items), (0..items.len()).collect())
 }
 
-fn of_one_owner<'a>(items: &[&'a [SequenceGroup]]) -> Vec<Owned<'a>> {
+fn with_one_owner<'a>(items: &[&'a [SequenceGroup]]) -> Vec<Owned<'a>> {
     items.iter().map(|groups| (0, *groups)).collect()
 }
 
-/// Packs items into rows of at most `row_tokens` tokens (a longer item gets a row of its own), of
-/// about equal size. Items with the same prompt are brought together.
+/// Packs items into rows of at most `row_tokens` tokens and of about equal size. An item that is
+/// longer gets a row of its own. Items with the same prompt are placed next to each other.
 pub fn pack_rows(items: &[&[SequenceGroup]], row_tokens: usize) -> Vec<PackedRow> {
-    pack_owned_rows(&of_one_owner(items), row_tokens)
+    pack_owned_rows(&with_one_owner(items), row_tokens)
 }
 
-/// [`pack_rows`] for `devices` that each take every `devices`-th row: the number of rows is a
-/// multiple of theirs where there are items enough, so that none waits for the others.
+/// Packs items like [`pack_rows`], for `devices` devices that each take every `devices`-th row. The
+/// number of rows is a multiple of `devices` if there are enough items, so that no device is idle.
 pub fn pack_rows_for_devices(
     items: &[&[SequenceGroup]],
     row_tokens: usize,
     devices: usize,
 ) -> Vec<PackedRow> {
-    pack_multiple(&of_one_owner(items), row_tokens, devices)
+    pack_into_multiple(&with_one_owner(items), row_tokens, devices)
 }
 
-/// [`pack_rows`] for items of several owners.
+/// Packs items of several owners like [`pack_rows`].
 pub fn pack_owned_rows(items: &[Owned], row_tokens: usize) -> Vec<PackedRow> {
-    pack_multiple(items, row_tokens, 1)
+    pack_into_multiple(items, row_tokens, 1)
 }
 
-fn pack_multiple(items: &[Owned], row_tokens: usize, multiple: usize) -> Vec<PackedRow> {
-    let order = by_prompt(items);
-    let mut left = sizes(items, &order).iter().sum::<usize>();
-    let needed = left.div_ceil(row_tokens).max(1);
+/// Packs items into a number of rows that is a multiple of `multiple`, if there are enough items.
+fn pack_into_multiple(items: &[Owned], row_tokens: usize, multiple: usize) -> Vec<PackedRow> {
+    let order = order_by_prompt(items);
+    let mut tokens_left = sizes(items, &order).iter().sum::<usize>();
+    let needed = tokens_left.div_ceil(row_tokens).max(1);
     let mut rows_left = needed.next_multiple_of(multiple).min(items.len().max(needed));
     let mut rows = Vec::new();
     let (mut members, mut tokens): (Vec<usize>, usize) = (Vec::new(), 0);
     for &i in &order {
-        let n = cost(items, &members, i);
-        // As close to an equal share of what is left as whole items allow.
-        let share = left.div_ceil(rows_left);
+        let n = added_tokens(items, &members, i);
+        // End the row where its size is closest to an equal share of the remaining tokens.
+        let share = tokens_left.div_ceil(rows_left);
         let over = tokens + n > row_tokens
             || (rows_left > 1
                 && tokens + n > share
                 && tokens + n - share > share.saturating_sub(tokens));
         if !members.is_empty() && over {
             rows.push(pack_items(items, std::mem::take(&mut members)));
-            left = left.saturating_sub(tokens);
-            rows_left = rows_left.saturating_sub(1).max(left.div_ceil(row_tokens)).max(1);
+            tokens_left = tokens_left.saturating_sub(tokens);
+            rows_left = rows_left.saturating_sub(1).max(tokens_left.div_ceil(row_tokens)).max(1);
             tokens = 0;
         }
-        tokens += cost(items, &members, i);
+        tokens += added_tokens(items, &members, i);
         members.push(i);
     }
     if !members.is_empty() {
@@ -89,9 +90,9 @@ fn pack_multiple(items: &[Owned], row_tokens: usize, multiple: usize) -> Vec<Pac
     rows
 }
 
-/// The items' indices by owner, those of the same first prompt side by side, in the order in which
-/// the prompts first appear.
-fn by_prompt(items: &[Owned]) -> Vec<usize> {
+/// Returns the items' indices, sorted by owner. Items with the same first prompt are adjacent, in
+/// the order in which the prompts first appear.
+fn order_by_prompt(items: &[Owned]) -> Vec<usize> {
     let mut first: HashMap<(usize, &[u32]), usize> = HashMap::new();
     let mut keyed: Vec<(usize, usize, usize)> = Vec::with_capacity(items.len());
     for (i, (owner, groups)) in items.iter().enumerate() {
@@ -102,13 +103,18 @@ fn by_prompt(items: &[Owned]) -> Vec<usize> {
     keyed.into_iter().map(|(_, _, i)| i).collect()
 }
 
-/// Tokens that each item adds after the one before it.
+/// Returns the number of tokens that each item adds after its predecessor in `order`.
 fn sizes(items: &[Owned], order: &[usize]) -> Vec<usize> {
-    order.iter().enumerate().map(|(k, &i)| cost(items, &order[k.saturating_sub(1)..k], i)).collect()
+    order
+        .iter()
+        .enumerate()
+        .map(|(k, &i)| added_tokens(items, &order[k.saturating_sub(1)..k], i))
+        .collect()
 }
 
-/// Tokens that item `i` adds to a row of `members`: prompts that are there already cost nothing.
-fn cost(items: &[Owned], members: &[usize], i: usize) -> usize {
+/// Returns the number of tokens that item `i` adds to a row of `members`. Prompts that the last
+/// member also has are not counted, because they are stored once.
+fn added_tokens(items: &[Owned], members: &[usize], i: usize) -> usize {
     let (owner, groups) = items[i];
     let last = members
         .last()
@@ -127,7 +133,7 @@ fn cost(items: &[Owned], members: &[usize], i: usize) -> usize {
         .sum()
 }
 
-/// A completion: its item among the members, its place in the item, its tokens.
+/// A completion: index of its item in `members`, its index within the item, its tokens.
 type Answer<'a> = (usize, usize, &'a [u32]);
 
 fn pack_items(items: &[Owned], members: Vec<usize>) -> PackedRow {
@@ -231,13 +237,13 @@ mod tests {
             assert_eq!(seen, (0..n).collect::<Vec<_>>());
             rows.iter().map(|r| r.row.ids.len()).collect::<Vec<usize>>()
         };
-        // A micro-batch that fits one row is shared out all the same.
+        // A micro-batch that would fit in one row is still distributed over all devices.
         assert_eq!(sizes(8, 1000, 4).len(), 4);
-        // Five rows on four devices would leave three of them idle for half of the time.
+        // Five rows on four devices would leave three devices idle half of the time.
         let eight = sizes(16, 24, 4);
         assert_eq!(eight.len(), 8, "{eight:?}");
         assert!(eight.iter().max().unwrap() - eight.iter().min().unwrap() <= 7, "{eight:?}");
-        // There are no more rows than items.
+        // There are never more rows than items.
         assert_eq!(sizes(3, 1000, 4).len(), 3);
         assert_eq!(sizes(8, 1000, 1).len(), 1);
     }

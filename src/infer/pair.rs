@@ -1,8 +1,8 @@
-//! Tokenised sequences: what the packer, the scorer and the trainer work on.
+//! Tokenised sequences, the input of the packer, the scorer and the trainer.
 
 use crate::math::rng::split;
 
-/// A prompt and the completions that follow it. The prompt is computed once for all of them.
+/// A prompt and its completions. A pass computes the prompt once for all completions.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct SequenceGroup {
     /// Prompt token ids; at least one.
@@ -12,7 +12,7 @@ pub struct SequenceGroup {
 }
 
 impl SequenceGroup {
-    /// Tokens in the packed row: the prompt once, then every completion.
+    /// Returns the number of tokens in the packed row: the prompt once, then every completion.
     pub fn tokens(&self) -> usize {
         self.prompt.len() + self.completions.iter().map(Vec::len).sum::<usize>()
     }
@@ -21,29 +21,29 @@ impl SequenceGroup {
 /// A tokenised preference pair.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EncodedPair {
-    /// The row it came from, from 1.
+    /// Number of the row in the dataset, counted from 1.
     pub row: u64,
-    /// The row's own id.
+    /// The row's own id, if it has one.
     pub id: Option<String>,
-    /// Multiplies the pair's loss.
+    /// Factor on the pair's loss.
     pub weight: f64,
-    /// x.
+    /// Prompt x, as token ids.
     pub prompt: Vec<u32>,
-    /// y_w.
+    /// Chosen answer y_w, as token ids.
     pub chosen: Vec<u32>,
-    /// The prompt of `rejected` where truncation at the head made it differ from `prompt`.
+    /// The prompt of `rejected`, if truncation at the start made it differ from `prompt`.
     pub rejected_prompt: Option<Vec<u32>>,
-    /// y_l.
+    /// Rejected answer y_l, as token ids.
     pub rejected: Vec<u32>,
-    /// Whether max_length cut the chosen side.
+    /// True if prompt + chosen was truncated to `max_length`.
     pub chosen_truncated: bool,
-    /// Whether max_length cut the rejected side.
+    /// True if prompt + rejected was truncated to `max_length`.
     pub rejected_truncated: bool,
 }
 
 impl EncodedPair {
-    /// The pair as groups: one when the prompt is shared, else two. Chosen comes before rejected
-    /// either way.
+    /// Returns the pair as groups: one if the prompt is shared, otherwise two. Chosen always comes
+    /// before rejected.
     pub fn groups(&self) -> Vec<SequenceGroup> {
         match &self.rejected_prompt {
             None => vec![SequenceGroup {
@@ -60,7 +60,7 @@ impl EncodedPair {
         }
     }
 
-    /// Tokens in its packed row.
+    /// Returns the number of tokens in the pair's packed row.
     pub fn packed_tokens(&self) -> usize {
         self.prompt.len()
             + self.chosen.len()
@@ -68,8 +68,8 @@ impl EncodedPair {
             + self.rejected.len()
     }
 
-    /// Tokens of prompt + chosen and prompt + rejected counted as two sequences, as TRL's
-    /// num_tokens counts them.
+    /// Returns the number of tokens of prompt + chosen and prompt + rejected as two sequences, as
+    /// in TRL's `num_tokens`.
     pub fn sequence_tokens(&self) -> usize {
         self.prompt.len()
             + self.chosen.len()
@@ -78,8 +78,8 @@ impl EncodedPair {
     }
 }
 
-/// Returns the BLAKE3 hash, in hex, of everything that a run reads from its pairs: token ids, where
-/// prompts and answers begin, and weights, in order.
+/// Returns the BLAKE3 hash, in hex, of everything that a run reads from its pairs: token ids, the
+/// boundaries between prompts and answers, and weights, in order.
 pub fn digest(train: &[EncodedPair], eval: &[EncodedPair]) -> String {
     let mut hash = blake3::Hasher::new();
     let mut bytes = Vec::new();
@@ -88,8 +88,8 @@ pub fn digest(train: &[EncodedPair], eval: &[EncodedPair]) -> String {
         for pair in pairs {
             bytes.clear();
             bytes.extend(pair.weight.to_bits().to_le_bytes());
-            // A length before each part, so that no two different pairs give the same bytes. A
-            // prompt has a token at least: an empty one stands for the prompt that both share.
+            // A length precedes each part, so that different pairs never give the same bytes. A
+            // prompt has at least one token, so an empty one can stand for the shared prompt.
             let rejected_prompt = pair.rejected_prompt.as_deref().unwrap_or_default();
             for ids in [&pair.prompt[..], &pair.chosen[..], rejected_prompt, &pair.rejected[..]] {
                 bytes.extend((ids.len() as u64).to_le_bytes());
@@ -101,9 +101,9 @@ pub fn digest(train: &[EncodedPair], eval: &[EncodedPair]) -> String {
     hash.finalize().to_hex().to_string()
 }
 
-/// Splits pairs for training and evaluation, `⌈fraction·rows⌉` rows for the latter, both in order.
-/// The pairs of one row follow each other and stay together, so that no prompt is trained on and
-/// evaluated because it had several rejected answers.
+/// Splits pairs into a training and an evaluation set. The evaluation set gets `⌈fraction·rows⌉`
+/// rows, and both sets keep the order of `pairs`. The pairs of one row, which are adjacent, always
+/// go to the same set. Otherwise a prompt with several rejected answers could be in both sets.
 pub fn split_rows(
     pairs: &[EncodedPair],
     fraction: f64,
@@ -157,14 +157,14 @@ mod tests {
             changed(&|pair| pair.chosen = vec![9]),
             changed(&|pair| pair.rejected = vec![9]),
             changed(&|pair| pair.rejected_prompt = Some(vec![1])),
-            // The same tokens, of which another number is the prompt.
+            // The same tokens, split differently into prompt and answer.
             changed(&|pair| (pair.prompt, pair.chosen) = (vec![1, 2], vec![2])),
             changed(&|pair| (pair.prompt, pair.chosen) = (vec![1], vec![2, 2])),
         ];
         for (i, a) in differing.iter().enumerate() {
             assert!(differing[i + 1..].iter().all(|b| a != b), "{i}");
         }
-        // What only names a pair does not count.
+        // Row number and id only name a pair and do not affect the digest.
         assert_eq!(changed(&|pair| (pair.row, pair.id) = (7, Some("x".into()))), differing[0]);
         let mut swapped = all.clone();
         swapped[0].weight = 2.0;

@@ -1,4 +1,5 @@
-//! Reference log-probs by content, in memory and on disk.
+//! Cache of the reference model's log-probs, in memory and on disk. The key is a hash of the
+//! content: the reference's identity and the token ids.
 
 use std::collections::{HashMap, VecDeque};
 use std::path::Path;
@@ -12,39 +13,50 @@ use super::pair::SequenceGroup;
 use super::scorer::{Logps, score_all};
 use crate::model::decoder::Policy;
 
-/// Changes whenever the kernels' order of operations does: older entries are then not found any
-/// more.
-const NUMERICS: u32 = 1;
-/// How often what was written is made durable: a crash loses at most so much of the cache, which
-/// only costs time.
-const SYNC: Duration = Duration::from_secs(2);
+/// Version of the kernels' order of operations. Increase it when that order changes: results then
+/// differ in the last bits, and older entries must not be found any more.
+const NUMERICS_VERSION: u32 = 1;
+/// Time after which a write to the cache file is synced to disk. A crash loses at most the entries
+/// of this period; they are only computed again.
+const SYNC_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Reference log-probs by content: they never change, so a second epoch or a repeated request costs
-/// the policy only. Bounded by tokens, in memory and on disk alike; the oldest entries leave first.
-/// All device workers share it; nobody has it while something is computed.
+/// Cache of reference log-probs, keyed by content. The log-probs of a fixed model never change, so
+/// a second epoch or a repeated request runs only the policy.
+///
+/// The cache is bounded by its number of completion tokens, in memory and on disk alike. The oldest
+/// entries are evicted first. All device workers share it, and the lock is never held during a
+/// pass.
 #[derive(Debug)]
 pub struct ReferenceCache(Mutex<CacheState>);
 
 #[derive(Debug)]
 struct CacheState {
+    /// Maximum number of completion tokens in memory.
     limit: usize,
+    /// Number of completion tokens in memory.
     tokens: usize,
     entries: HashMap<[u8; 32], Arc<Logps>>,
+    /// Keys of `entries`, oldest first.
     order: VecDeque<[u8; 32]>,
     disk: Option<CacheFile>,
 }
 
 impl ReferenceCache {
-    /// A cache for `limit` completion tokens, in memory only.
+    /// Makes a cache of at most `limit` completion tokens, in memory only.
     pub fn new(limit: usize) -> Self {
         Self::with_disk(limit, None)
     }
 
-    /// A cache that outlives the process in the file `path`. Where that cannot be used, it says so
-    /// in the log and keeps to memory.
+    /// Makes a cache that is also stored in the file `path`, so that it survives restarts. If the
+    /// file cannot be used, the cache logs a warning and works in memory only.
     pub fn open(limit: usize, path: &Path) -> Self {
         let disk = CacheFile::open(path, limit as u64).inspect_err(|e| {
-            tracing::warn!(path = %path.display(), error = %e, "reference log-probs are not kept across restarts: the cache file cannot be used");
+            tracing::warn!(
+                path = %path.display(),
+                error = %e,
+                "the file of the reference cache cannot be used: the cache is in memory only and \
+                 will not survive a restart"
+            );
         });
         Self::with_disk(limit, disk.ok())
     }
@@ -60,26 +72,31 @@ impl ReferenceCache {
     }
 
     fn lock(&self) -> MutexGuard<'_, CacheState> {
-        // A panic in between leaves at most an entry out.
+        // After a panic under the lock, at worst one entry is missing.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The log-probs of every item under `reference`, whose weights `identity` names for good; what
-    /// is missing is computed together. `pause` is called between blocks; it may use the cache.
+    /// Returns the log-probs of every item under `reference`. `identity` must identify the weights
+    /// of `reference` permanently. The missing items are computed together. `yield_point` is called
+    /// before every block and may use the cache.
+    ///
+    /// # Errors
+    /// Fails if the device fails or has no memory left.
     pub fn score(
         &self,
         reference: &Policy,
         identity: &str,
         items: &[&[SequenceGroup]],
         row_tokens: usize,
-        pause: &mut dyn FnMut(),
+        yield_point: &mut dyn FnMut(),
     ) -> Result<Vec<Arc<Logps>>> {
-        // Kernels round differently: a number is only ever repeated where it would be computed.
-        let identity = format!("{identity}@{}@{NUMERICS}", reference.arithmetic());
+        // Kernels round differently, so a value is reused only where the same kernel would compute
+        // it.
+        let identity = format!("{identity}@{}@{NUMERICS_VERSION}", reference.arithmetic());
         let keys: Vec<[u8; 32]> = items.iter().map(|groups| key(&identity, groups)).collect();
         let mut found: Vec<Option<Arc<Logps>>> = {
-            let mut inner = self.lock();
-            keys.iter().map(|k| inner.get(k)).collect()
+            let mut state = self.lock();
+            keys.iter().map(|k| state.get(k)).collect()
         };
         let missing: Vec<usize> = (0..items.len()).filter(|i| found[*i].is_none()).collect();
         metrics::counter!("bradley_reference_cache_hits_total")
@@ -87,13 +104,14 @@ impl ReferenceCache {
         metrics::counter!("bradley_reference_cache_misses_total").increment(missing.len() as u64);
         let wanted: Vec<&[SequenceGroup]> = missing.iter().map(|i| items[*i]).collect();
         let mut new = Vec::with_capacity(missing.len());
-        for (i, logps) in missing.into_iter().zip(score_all(reference, &wanted, row_tokens, pause)?)
+        for (i, logps) in
+            missing.into_iter().zip(score_all(reference, &wanted, row_tokens, yield_point)?)
         {
             let logps = Arc::new(logps);
             new.push((keys[i], logps.clone()));
             found[i] = Some(logps);
         }
-        self.lock().keep(new);
+        self.lock().store(new);
         Ok(found.into_iter().flatten().collect())
     }
 }
@@ -108,14 +126,17 @@ impl CacheState {
         Some(logps)
     }
 
-    fn keep(&mut self, new: Vec<([u8; 32], Arc<Logps>)>) {
+    fn store(&mut self, new: Vec<([u8; 32], Arc<Logps>)>) {
         for (key, logps) in &new {
             self.insert(*key, logps.clone());
         }
         if let Some(disk) = &mut self.disk
             && let Err(e) = disk.insert(&new)
         {
-            tracing::warn!(error = %e, "the reference cache file cannot be written: it is no longer used");
+            tracing::warn!(
+                error = %e,
+                "the file of the reference cache cannot be written: it is no longer used"
+            );
             self.disk = None;
         }
     }
@@ -127,8 +148,8 @@ impl CacheState {
         }
         while self.tokens + size > self.limit {
             let Some(oldest) = self.order.pop_front() else { break };
-            if let Some(gone) = self.entries.remove(&oldest) {
-                self.tokens -= gone.iter().map(Vec::len).sum::<usize>();
+            if let Some(evicted) = self.entries.remove(&oldest) {
+                self.tokens -= evicted.iter().map(Vec::len).sum::<usize>();
             }
         }
         self.tokens += size;
@@ -137,7 +158,8 @@ impl CacheState {
     }
 }
 
-/// Lengths are hashed with the ids, so that no two different items give the same bytes.
+/// Returns the hash of an item under the reference `identity`. Lengths are hashed with the ids, so
+/// that different items never give the same bytes.
 fn key(identity: &str, groups: &[SequenceGroup]) -> [u8; 32] {
     let mut hash = blake3::Hasher::new();
     let mut add = |ids: &[u32]| {
@@ -155,19 +177,22 @@ fn key(identity: &str, groups: &[SequenceGroup]) -> [u8; 32] {
     *hash.finalize().as_bytes()
 }
 
-/// Key → (sequence, log-probs).
+/// Table of entries: key → (sequence number, log-probs).
 const ENTRIES: TableDefinition<&[u8; 32], (u64, &[u8])> = TableDefinition::new("entries");
-/// Sequence → (key, tokens), oldest first.
+/// Table of the insertion order: sequence number → (key, number of tokens), oldest first.
 const ORDER: TableDefinition<u64, (&[u8; 32], u64)> = TableDefinition::new("order");
 
-/// The part that is on disk.
+/// The part of the cache that is on disk.
 #[derive(Debug)]
 struct CacheFile {
     database: Database,
+    /// Maximum number of completion tokens in the file.
     limit: u64,
+    /// Number of completion tokens in the file.
     tokens: u64,
-    next: u64,
-    synced: Instant,
+    /// Sequence number of the next entry.
+    next_sequence: u64,
+    last_sync: Instant,
 }
 
 type RedbResult<T> = std::result::Result<T, redb::Error>;
@@ -176,20 +201,21 @@ impl CacheFile {
     fn open(path: &Path, limit: u64) -> RedbResult<Self> {
         let database = Database::create(path)?;
         let write = database.begin_write()?;
-        let (mut tokens, mut next) = (0, 0);
+        let (mut tokens, mut next_sequence) = (0, 0);
         {
             write.open_table(ENTRIES)?;
             for entry in write.open_table(ORDER)?.iter()? {
                 let (sequence, value) = entry?;
                 tokens += value.value().1;
-                next = sequence.value() + 1;
+                next_sequence = sequence.value() + 1;
             }
         }
         write.commit()?;
-        Ok(CacheFile { database, limit, tokens, next, synced: Instant::now() })
+        Ok(CacheFile { database, limit, tokens, next_sequence, last_sync: Instant::now() })
     }
 
-    /// What is stored under `key`; nothing when it cannot be read.
+    /// Returns the log-probs stored under `key`. Returns `None` if there is no entry or it cannot
+    /// be read.
     fn get(&self, key: &[u8; 32]) -> Option<Logps> {
         let read = || -> RedbResult<Option<Logps>> {
             let table = self.database.begin_read()?.open_table(ENTRIES)?;
@@ -203,8 +229,8 @@ impl CacheFile {
             return Ok(());
         }
         let mut write = self.database.begin_write()?;
-        let sync = self.synced.elapsed() > SYNC;
-        // The error says that savepoints are in use, which they are not.
+        let sync = self.last_sync.elapsed() > SYNC_INTERVAL;
+        // This fails only if savepoints are in use; the cache uses none.
         let _ = write.set_durability(if sync { Durability::Immediate } else { Durability::None });
         {
             let (mut entries, mut order) = (write.open_table(ENTRIES)?, write.open_table(ORDER)?);
@@ -213,9 +239,9 @@ impl CacheFile {
                     continue;
                 }
                 let tokens = logps.iter().map(Vec::len).sum::<usize>() as u64;
-                entries.insert(key, (self.next, encode(logps).as_slice()))?;
-                order.insert(self.next, (key, tokens))?;
-                self.next += 1;
+                entries.insert(key, (self.next_sequence, encode(logps).as_slice()))?;
+                order.insert(self.next_sequence, (key, tokens))?;
+                self.next_sequence += 1;
                 self.tokens += tokens;
             }
             while self.tokens > self.limit {
@@ -227,13 +253,14 @@ impl CacheFile {
         }
         write.commit()?;
         if sync {
-            self.synced = Instant::now();
+            self.last_sync = Instant::now();
         }
         Ok(())
     }
 }
 
-/// Completions, their lengths, then all values; little-endian.
+/// Serialises log-probs: the number of completions, their lengths in tokens (u32), then all values
+/// (f32). Everything is little-endian.
 fn encode(logps: &Logps) -> Vec<u8> {
     let lengths = std::iter::once(logps.len())
         .chain(logps.iter().map(Vec::len))
@@ -241,7 +268,7 @@ fn encode(logps: &Logps) -> Vec<u8> {
     lengths.chain(logps.iter().flatten().flat_map(|x| x.to_le_bytes())).collect()
 }
 
-/// `None` when the bytes are not what [`encode`] makes.
+/// Reads the format of [`encode`]. Returns `None` if the bytes are damaged.
 fn decode(bytes: &[u8]) -> Option<Logps> {
     let words: Vec<[u8; 4]> = bytes.as_chunks::<4>().0.to_vec();
     let (count, rest) = words.split_first()?;
@@ -275,7 +302,7 @@ mod tests {
         }
         drop(file);
         let file = CacheFile::open(&path, 9).unwrap();
-        assert_eq!((file.tokens, file.next), (9, 4));
+        assert_eq!((file.tokens, file.next_sequence), (9, 4));
         assert_eq!(file.get(&key(1)), None, "the oldest left");
         for n in 2..=4 {
             assert_eq!(file.get(&key(n)).as_ref(), Some(&*entry(n).1));

@@ -1,8 +1,8 @@
-//! Scores sequence groups: per-token log-probs of every completion.
+//! Scores sequence groups: computes the log-prob of every completion token.
 //!
-//! Items share rows, and prompts within a row, but an item's numbers do not depend on what else is
-//! scored. The trainer's reference log-probs come from here too, so that a cached value is the
-//! value that would be computed.
+//! Items share rows, and prompts within a row, but an item's results do not depend on the other
+//! items. The trainer's reference log-probs are computed here, too, so that a cached value equals
+//! the value that would be computed.
 
 use candle_core::Result;
 
@@ -11,42 +11,46 @@ use super::pack::{Owned, PackedRow, pack_owned_rows, pack_rows_for_devices};
 use super::pair::SequenceGroup;
 use crate::model::decoder::Policy;
 
-/// Per completion, the log-prob of each of its tokens.
+/// For each completion, the log-prob of each of its tokens, in nats.
 pub type Logps = Vec<Vec<f32>>;
 
-/// Scores one item without a tape.
+/// Scores one item in a row of its own.
+///
+/// # Errors
+/// Fails if the device fails or has no memory left, as do the other functions of this file.
 pub fn score(policy: &Policy, groups: &[SequenceGroup]) -> Result<Logps> {
     Ok(score_all(policy, &[groups], usize::MAX, &mut || {})?.pop().unwrap_or_default())
 }
 
-/// Scores items together in rows of about `row_tokens` tokens, on all devices of the policy.
-/// `pause` is called before every block of the rows of its own.
+/// Scores items together in rows of at most `row_tokens` tokens, on all devices of the policy. A
+/// longer item gets a row of its own. `yield_point` is called before every block of the rows that
+/// run on the policy's own device.
 pub fn score_all(
     policy: &Policy,
     items: &[&[SequenceGroup]],
     row_tokens: usize,
-    pause: &mut dyn FnMut(),
+    yield_point: &mut dyn FnMut(),
 ) -> Result<Vec<Logps>> {
     let mut all = vec![Logps::new(); items.len()];
     let rows = pack_rows_for_devices(items, row_tokens, policy.devices().count());
-    let pass = |policy: &Policy, packed: &PackedRow, pause: &mut dyn FnMut()| {
-        policy.log_probs(packed.row.clone(), pause)
+    let pass = |policy: &Policy, packed: &PackedRow, yield_point: &mut dyn FnMut()| {
+        policy.log_probs(packed.row.clone(), yield_point)
     };
     for (packed, logps) in
-        rows.iter().zip(over_devices(policy, rows.iter().collect(), pause, pass)?)
+        rows.iter().zip(over_devices(policy, rows.iter().collect(), yield_point, pass)?)
     {
-        spread(packed, &logps, &mut all);
+        assign_log_probs(packed, &logps, &mut all);
     }
     Ok(all)
 }
 
-/// Scores items of several policies that share their base weights: `items` says which of `policies`
-/// each is for. They share rows, not prompts.
+/// Scores items of several policies that share their base weights. Each item's owner is an index in
+/// `policies`. Items of different policies share rows, but not prompts.
 pub fn score_shared(
     policies: &[Policy],
     items: &[Owned],
     row_tokens: usize,
-    pause: &mut dyn FnMut(),
+    yield_point: &mut dyn FnMut(),
 ) -> Result<Vec<Logps>> {
     let Some(base) = policies.first().map(Policy::base) else { return Ok(Vec::new()) };
     let mut all = vec![Logps::new(); items.len()];
@@ -54,14 +58,14 @@ pub fn score_shared(
         let adapters = packed.owners.iter().filter_map(|(tokens, owner)| {
             Some((tokens.clone(), policies[*owner].adapter.clone()?))
         });
-        let logps = base.log_probs_with(packed.row.clone(), adapters.collect(), pause)?;
-        spread(&packed, &logps, &mut all);
+        let logps = base.log_probs_with(packed.row.clone(), adapters.collect(), yield_point)?;
+        assign_log_probs(&packed, &logps, &mut all);
     }
     Ok(all)
 }
 
-/// Gives every item of a row its log-probs.
-fn spread(packed: &PackedRow, logps: &[f32], all: &mut [Logps]) {
+/// Writes the log-probs of a row to the entries of its items in `all`.
+fn assign_log_probs(packed: &PackedRow, logps: &[f32], all: &mut [Logps]) {
     for (&item, ranges) in packed.items.iter().zip(&packed.completions) {
         all[item] = ranges.iter().map(|r| logps[r.clone()].to_vec()).collect();
     }

@@ -1,6 +1,6 @@
 //! Gradient clipping by the global norm.
 
-/// The factor on every gradient: min(1, max_norm / (norm + 1e-6)), as
+/// Returns the factor on every gradient: min(1, max_norm / (norm + 1e-6)), as in
 /// `torch.nn.utils.clip_grad_norm_`.
 pub fn clip_coefficient(norm: f64, max_norm: f64) -> f64 {
     (max_norm / (norm + 1e-6)).min(1.0)

@@ -1,10 +1,13 @@
-//! DPO and its relatives on a micro-batch: the loss and ∂loss/∂log p of every completion token.
+//! DPO and related losses on a micro-batch: the loss and ∂loss/∂log p of every completion token.
 //!
-//! Notation (arXiv:2305.18290 and TRL): `lr = log π − log π_ref`, each summed over completion
-//! tokens; `w` chosen, `l` rejected; `s(lr)` is the f-divergence's score; `δ = s_w − s_l`; `n`
-//! completion tokens; `ε` label smoothing. Every loss is a function of the four sums (and the
-//! counts), so its gradient reaches a token through `∂loss/∂(Σ log π)`; the token-mean terms (sft,
-//! rpo, orpo's NLL) add a constant per chosen token.
+//! Notation (arXiv:2305.18290 and TRL): `lr = log π − log π_ref`, each summed over the completion
+//! tokens; `w` and `l` mark the chosen and the rejected answer; `s(lr)` is the score of the
+//! f-divergence; `δ = s_w − s_l`; `n` is the number of completion tokens; `ε` is the label
+//! smoothing.
+//!
+//! Every loss is a function of four sums (Σ log π and Σ log π_ref of both answers) and of the token
+//! counts. The gradient of a token is therefore `∂loss/∂(Σ log π)`. The terms that are means over
+//! tokens (sft, rpo, orpo's NLL) add a constant to the gradient of each chosen token.
 
 mod pairwise;
 #[cfg(test)]
@@ -13,59 +16,61 @@ mod tests;
 use self::pairwise::{Sums, sorted_transport, value_and_slopes};
 use crate::domain::dpo::{DpoConfig, LossType};
 
-/// What the loss needs of one pair; log-probs are per completion token, in nats.
+/// Inputs of the loss for one pair. Log-probs are per completion token, in nats.
 #[derive(Clone, Copy, Debug)]
 pub struct PairLogps<'a> {
     /// log π of each chosen token.
     pub policy_chosen: &'a [f32],
     /// log π of each rejected token.
     pub policy_rejected: &'a [f32],
-    /// log π_ref of both sides; `None` is reference-free (lr = log π).
+    /// log π_ref of each chosen and each rejected token. `None` means no reference (lr = log π).
     pub reference: Option<(&'a [f32], &'a [f32])>,
-    /// Multiplies the pair's loss.
+    /// Factor on the pair's loss.
     pub weight: f64,
-    /// With WPO: the policy's log Σ_v p_v² at each token of both sides.
+    /// With WPO: the policy's log Σ_v p_v² at each chosen and each rejected token.
     pub wpo: Option<(&'a [f32], &'a [f32])>,
 }
 
-/// A micro-batch's loss and its gradient.
+/// Loss of a micro-batch and its gradient.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct BatchLoss {
-    /// Σ_terms weight · mean over pairs, before `scale`.
+    /// Σ_terms (weight of the term) · (mean over pairs). Not multiplied by `scale`.
     pub loss: f64,
-    /// scale · ∂loss/∂log p of each chosen token, per pair.
+    /// scale · ∂loss/∂log p of each chosen token, one list per pair.
     pub grad_chosen: Vec<Vec<f32>>,
-    /// The same for the rejected tokens.
+    /// scale · ∂loss/∂log p of each rejected token, one list per pair.
     pub grad_rejected: Vec<Vec<f32>>,
 }
 
-/// What a micro-batch's means are taken over.
+/// Size of a micro-batch: the denominators of its means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchSize {
-    /// Pairs.
+    /// Number of pairs.
     pub pairs: usize,
-    /// Tokens of all chosen completions.
+    /// Number of tokens in all chosen completions.
     pub chosen_tokens: usize,
 }
 
-/// The mean loss over a micro-batch; gradients are multiplied by `scale` (1 / micro-batches of the
-/// step). Row weights multiply each pair's term; the mean is still over the number of pairs.
+/// Returns the mean loss over a micro-batch. The gradients are multiplied by `scale`, which is 1 /
+/// (number of micro-batches in the step). The weight of a pair multiplies its term, but the mean is
+/// still over the number of pairs.
 pub fn batch_loss(config: &DpoConfig, pairs: &[PairLogps], scale: f64) -> BatchLoss {
     let chosen_tokens = pairs.iter().map(|p| p.policy_chosen.len()).sum();
     partial_loss(config, pairs, BatchSize { pairs: pairs.len(), chosen_tokens }, scale)
 }
 
-/// What some `pairs` of a micro-batch of the size `whole` add to its mean loss, with their
-/// gradients. The parts add up to [`batch_loss`], unless the loss [`DpoConfig::compares_pairs`].
+/// Returns the contribution of some `pairs` to the mean loss of a micro-batch of size `whole`, with
+/// their gradients. The contributions of all parts add up to [`batch_loss`], unless the loss
+/// compares pairs with each other ([`DpoConfig::compares_pairs`]).
 pub fn partial_loss(
     config: &DpoConfig,
     pairs: &[PairLogps],
     whole: BatchSize,
     scale: f64,
 ) -> BatchLoss {
-    let b = whole.pairs.max(1) as f64;
+    let num_pairs = whole.pairs.max(1) as f64;
     let sums: Vec<Sums> = pairs.iter().map(|p| sums(config, p)).collect();
-    // Constant with respect to the policy: WPO passes no gradient through its weights.
+    // WPO's weights are constants in the gradient.
     let weights: Vec<f64> = pairs.iter().map(|p| p.weight * wpo_weight(p)).collect();
     let mut total = 0.0;
     let mut slopes = vec![(0.0, 0.0); pairs.len()];
@@ -77,11 +82,11 @@ pub fn partial_loss(
             LossType::Aot | LossType::AotUnpaired => {
                 let (values, ds) = sorted_transport(config, term, &sums);
                 for i in 0..pairs.len() {
-                    total += term.weight * weights[i] * values[i] / b;
-                    // The k-th smallest of each side form the k-th loss; its slopes belong to the
-                    // pairs they came from.
-                    slopes[i].0 += term.weight * ds[i].0 * weights[ds[i].2] / b;
-                    slopes[i].1 += term.weight * ds[i].1 * weights[ds[i].3] / b;
+                    total += term.weight * weights[i] * values[i] / num_pairs;
+                    // The i-th loss is computed from the i-th smallest value of each side. `ds[i]`
+                    // holds the slopes of pair i, with the index of the loss that each belongs to.
+                    slopes[i].0 += term.weight * ds[i].0 * weights[ds[i].2] / num_pairs;
+                    slopes[i].1 += term.weight * ds[i].1 * weights[ds[i].3] / num_pairs;
                 }
             }
             loss => {
@@ -90,7 +95,7 @@ pub fn partial_loss(
                 }
                 for (i, s) in sums.iter().enumerate() {
                     let (value, dw, dl) = value_and_slopes(config, term, s);
-                    let factor = term.weight * weights[i] / b;
+                    let factor = term.weight * weights[i] / num_pairs;
                     total += factor * value;
                     slopes[i].0 += factor * dw;
                     slopes[i].1 += factor * dl;
@@ -119,7 +124,8 @@ pub fn partial_loss(
     out
 }
 
-/// LD-DPO (arXiv:2409.06411): tokens past the shorter answer's length count α.
+/// Returns the weight of a token. LD-DPO (arXiv:2409.06411): tokens beyond the length of the
+/// shorter answer, `shared`, have the weight α.
 fn token_weight(config: &DpoConfig, token: usize, shared: usize) -> f64 {
     match config.ld_alpha {
         Some(alpha) if token >= shared => alpha,
@@ -143,7 +149,8 @@ fn sums(config: &DpoConfig, p: &PairLogps) -> Sums {
     }
 }
 
-/// WPO (arXiv:2406.11827, eq. 2): w_w·w_l with w = exp(mean_t[log p_t − log Σ_v p_v²]).
+/// Returns the weight of a pair in WPO (arXiv:2406.11827, eq. 2): w_w·w_l with w =
+/// exp(mean_t[log p_t − log Σ_v p_v²]).
 fn wpo_weight(p: &PairLogps) -> f64 {
     let mean = |logps: &[f32], p2: &[f32]| {
         logps.iter().zip(p2).map(|(a, b)| *a as f64 - *b as f64).sum::<f64>()

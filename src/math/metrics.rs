@@ -1,41 +1,41 @@
-//! TRL's training metrics, by TRL's names.
+//! The training metrics of TRL, under TRL's names.
 
 use serde::{Deserialize, Serialize};
 
 use crate::domain::job::Metrics;
 
-/// What is known of one completion token besides its log-prob.
+/// Statistics of one completion token, in addition to its log-prob.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct TokenStats {
-    /// The mean logit over the vocabulary.
+    /// Mean logit over the vocabulary.
     pub mean_logit: f64,
-    /// In nats.
+    /// Entropy of the predicted distribution, in nats.
     pub entropy: f64,
-    /// Whether it was the most likely token.
+    /// True if the token was the most likely one.
     pub is_argmax: bool,
 }
 
-/// One pair as a micro-batch's metrics see it.
+/// Observations of one pair from which the metrics are computed.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct PairObservation {
     /// Σ log π_θ over the chosen completion.
     pub logp_chosen: f64,
     /// Σ log π_θ over the rejected completion.
     pub logp_rejected: f64,
-    /// r_w.
+    /// Reward r_w of the chosen completion.
     pub reward_chosen: f64,
-    /// r_l.
+    /// Reward r_l of the rejected completion.
     pub reward_rejected: f64,
-    /// r_w and r_l as means over tokens, for an objective that trains these.
+    /// r_w and r_l as means over tokens, for losses that train these.
     pub normalized: Option<(f64, f64)>,
-    /// Per chosen token.
+    /// One entry per chosen token.
     pub chosen: Vec<TokenStats>,
-    /// Per rejected token.
+    /// One entry per rejected token.
     pub rejected: Vec<TokenStats>,
 }
 
 impl PairObservation {
-    /// Returns the metrics of which a batch has the mean over its pairs.
+    /// Returns the pair's values of the metrics that are means over pairs.
     fn metrics(&self) -> Vec<(&'static str, f64)> {
         let (chosen, rejected) = (self.reward_chosen, self.reward_rejected);
         let mut metrics = vec![
@@ -58,15 +58,15 @@ impl PairObservation {
     }
 }
 
-/// Adds the pairs' metrics to `sums`, pair by pair: the result does not depend on how the pairs are
-/// cut into batches.
+/// Adds the pairs' metrics to `sums`, pair by pair. The result does not depend on the division of
+/// the pairs into batches.
 pub fn add_pairs(sums: &mut Metrics, pairs: &[PairObservation]) {
     for (name, value) in pairs.iter().flat_map(PairObservation::metrics) {
         *sums.entry(name.to_owned()).or_default() += value;
     }
 }
 
-/// The metrics of one micro-batch.
+/// Returns the metrics of one micro-batch.
 pub fn micro_batch(loss: f64, pairs: &[PairObservation]) -> Metrics {
     let mut metrics = Metrics::new();
     add_pairs(&mut metrics, pairs);
@@ -78,27 +78,36 @@ pub fn micro_batch(loss: f64, pairs: &[PairObservation]) -> Metrics {
 
 /// Returns the metrics that are means over the completion tokens of all `pairs`.
 pub fn tokens(pairs: &[PairObservation]) -> Metrics {
-    let over = |side: &dyn Fn(&PairObservation) -> &[TokenStats],
-                f: &dyn Fn(&TokenStats) -> f64| {
+    let sum_and_count = |side: &dyn Fn(&PairObservation) -> &[TokenStats],
+                         f: &dyn Fn(&TokenStats) -> f64| {
         let n: usize = pairs.iter().map(|p| side(p).len()).sum();
         (pairs.iter().flat_map(|p| side(p).iter().map(f)).sum::<f64>(), n)
     };
     let ratio = |(sum, n): (f64, usize)| if n > 0 { sum / n as f64 } else { 0.0 };
-    let (cl, rl) =
-        (over(&|p| &p.chosen, &|t| t.mean_logit), over(&|p| &p.rejected, &|t| t.mean_logit));
-    let (ce, re) = (over(&|p| &p.chosen, &|t| t.entropy), over(&|p| &p.rejected, &|t| t.entropy));
+    let (logits_chosen, logits_rejected) = (
+        sum_and_count(&|p| &p.chosen, &|t| t.mean_logit),
+        sum_and_count(&|p| &p.rejected, &|t| t.mean_logit),
+    );
+    let (entropy_chosen, entropy_rejected) = (
+        sum_and_count(&|p| &p.chosen, &|t| t.entropy),
+        sum_and_count(&|p| &p.rejected, &|t| t.entropy),
+    );
     [
-        ("logits/chosen", ratio(cl)),
-        ("logits/rejected", ratio(rl)),
-        ("entropy", ratio((ce.0 + re.0, ce.1 + re.1))),
-        ("mean_token_accuracy", ratio(over(&|p| &p.chosen, &|t| f64::from(t.is_argmax)))),
+        ("logits/chosen", ratio(logits_chosen)),
+        ("logits/rejected", ratio(logits_rejected)),
+        (
+            "entropy",
+            ratio((entropy_chosen.0 + entropy_rejected.0, entropy_chosen.1 + entropy_rejected.1)),
+        ),
+        ("mean_token_accuracy", ratio(sum_and_count(&|p| &p.chosen, &|t| f64::from(t.is_argmax)))),
     ]
     .into_iter()
     .map(|(k, v)| (k.to_owned(), v))
     .collect()
 }
 
-/// The unweighted mean of micro-batches' metrics, as TRL averages them between two log lines.
+/// Unweighted mean of the metrics of several micro-batches. TRL averages in the same way between
+/// two log lines.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Average {
     #[serde(with = "exact::map")]
@@ -106,21 +115,21 @@ pub struct Average {
     count: u64,
 }
 
-/// f64 by their bits: decimal text need not come back as the same number.
+/// Serialises f64 values as their bits, because a decimal text may not be parsed to the same value.
 pub mod exact {
     use serde::{Deserialize, Deserializer, Serializer};
 
-    /// One number.
+    /// Serialises one number.
     pub fn serialize<S: Serializer>(x: &f64, s: S) -> Result<S::Ok, S::Error> {
         s.serialize_u64(x.to_bits())
     }
 
-    /// One number.
+    /// Deserialises one number.
     pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<f64, D::Error> {
         u64::deserialize(d).map(f64::from_bits)
     }
 
-    /// Numbers by name.
+    /// Serialises a map of numbers by name.
     pub mod map {
         use std::collections::BTreeMap;
 
@@ -128,12 +137,12 @@ pub mod exact {
 
         use crate::domain::job::Metrics;
 
-        /// Numbers by name.
+        /// Serialises numbers by name.
         pub fn serialize<S: Serializer>(all: &Metrics, s: S) -> Result<S::Ok, S::Error> {
             s.collect_map(all.iter().map(|(name, x)| (name, x.to_bits())))
         }
 
-        /// Numbers by name.
+        /// Deserialises numbers by name.
         pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Metrics, D::Error> {
             Ok(BTreeMap::<String, u64>::deserialize(d)?
                 .into_iter()
@@ -144,7 +153,7 @@ pub mod exact {
 }
 
 impl Average {
-    /// Adds one micro-batch.
+    /// Adds the metrics of one micro-batch.
     pub fn add(&mut self, metrics: Metrics) {
         for (k, v) in metrics {
             *self.sums.entry(k).or_default() += v;
@@ -152,7 +161,7 @@ impl Average {
         self.count += 1;
     }
 
-    /// The means; resets the average.
+    /// Returns the means and resets the average.
     pub fn take(&mut self) -> Metrics {
         let n = self.count.max(1) as f64;
         self.count = 0;

@@ -1,10 +1,10 @@
-//! Random draws that are functions of a seed and a purpose, so that nothing has to be saved to
-//! continue a run.
+//! Random numbers as pure functions of a seed and a purpose. A run can be resumed without saving
+//! the state of a generator.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-/// A generator for one purpose.
+/// Returns a generator whose seed is a hash of `seed` and `purpose`.
 fn generator(seed: u64, purpose: &str) -> ChaCha8Rng {
     let mut hash = blake3::Hasher::new();
     hash.update(&seed.to_le_bytes());
@@ -12,7 +12,7 @@ fn generator(seed: u64, purpose: &str) -> ChaCha8Rng {
     ChaCha8Rng::from_seed(*hash.finalize().as_bytes())
 }
 
-/// An unbiased draw from `0..n`, by rejection.
+/// Draws a number from `0..n` without bias, by rejection sampling.
 fn below(rng: &mut ChaCha8Rng, n: u64) -> u64 {
     let limit = u64::MAX - u64::MAX % n;
     loop {
@@ -23,13 +23,15 @@ fn below(rng: &mut ChaCha8Rng, n: u64) -> u64 {
     }
 }
 
-/// The order in which an epoch visits `0..n`: Fisher–Yates from the last place down.
+/// Returns the order in which an epoch visits `0..n`: a Fisher–Yates shuffle that starts at the
+/// last place.
 pub fn epoch_order(n: usize, seed: u64, epoch: u64) -> Vec<u32> {
     permutation(n, seed, &format!("epoch {epoch}"))
 }
 
-/// Splits `0..n` into training and evaluation rows, the latter `⌈fraction·n⌉` of them (at least
-/// one, never all), each in file order.
+/// Splits `0..n` into training and evaluation rows, both in ascending order. The evaluation set has
+/// `⌈fraction·n⌉` rows, but at least one and at most n − 1. Fewer than two rows are not split: all
+/// of them are training rows.
 pub fn split(n: usize, fraction: f64, seed: u64) -> (Vec<usize>, Vec<usize>) {
     if n < 2 {
         return ((0..n).collect(), Vec::new());
@@ -52,8 +54,8 @@ fn permutation(n: usize, seed: u64, purpose: &str) -> Vec<u32> {
     order
 }
 
-/// `n` draws from U(−1/√fan_in, 1/√fan_in): `kaiming_uniform_(a=√5)`, PEFT's initialisation of
-/// LoRA's A.
+/// Returns `n` samples of U(−1/√fan_in, 1/√fan_in). This is `kaiming_uniform_(a=√5)`, PEFT's
+/// initialisation of LoRA's A.
 pub fn kaiming_uniform(seed: u64, purpose: &str, n: usize, fan_in: usize) -> Vec<f32> {
     let mut rng = generator(seed, purpose);
     let bound = 1.0 / (fan_in.max(1) as f32).sqrt();
@@ -74,7 +76,8 @@ mod tests {
         assert_eq!(a, (0..50).collect::<Vec<_>>());
     }
 
-    /// Pinned: a change here would change every run in the world.
+    /// Checks the length of an order and the range of the draws. The values themselves must not
+    /// change: that would change the results of every existing run.
     #[test]
     fn the_order_is_pinned() {
         assert_eq!(epoch_order(6, 42, 0).len(), 6);

@@ -1,9 +1,9 @@
-//! Learning-rate schedules with warm-up, as transformers' `get_*_schedule_with_warmup`.
+//! Learning-rate schedules with warm-up, as in `get_*_schedule_with_warmup` of transformers.
 
 use crate::domain::training::ScheduleKind;
 
-/// The learning rate of the optimizer step number `step`, counted from 0: `peak · step/warmup`
-/// while warming up, then the schedule's shape over the remaining steps.
+/// Returns the learning rate of optimizer step `step`, counted from 0: `peak · step/warmup` during
+/// warm-up, then the schedule's curve over the remaining steps. `warmup` and `total` are in steps.
 pub fn learning_rate(kind: ScheduleKind, peak: f64, warmup: u64, total: u64, step: u64) -> f64 {
     if step < warmup {
         return peak * step as f64 / warmup.max(1) as f64;
@@ -28,7 +28,7 @@ mod tests {
         (0..6).map(|k| (learning_rate(kind, 1.0, warmup, 5, k) * 1e6).round() / 1e6).collect()
     }
 
-    /// The right-hand sides are what transformers' LambdaLR factors give for 5 training steps.
+    /// The expected values are the LambdaLR factors of transformers for 5 training steps.
     #[test]
     fn equals_transformers_lambda_schedules() {
         assert_eq!(rates(ScheduleKind::Constant, 2), [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]);

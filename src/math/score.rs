@@ -2,25 +2,25 @@
 //! reward that the loss trains.
 //!
 //! Losses that compare means over tokens (ipo, sigmoid_norm, simpo, orpo) train r = β·(log π_θ −
-//! log π_ref)/n instead. Training metrics and served scores both come from [`reward`], so that they
-//! agree to the last bit.
+//! log π_ref)/n instead, with n the number of tokens. Training metrics and served scores are both
+//! computed by [`reward`], so that they are identical bit for bit.
 
 use super::sigmoid;
 use crate::domain::dpo::Normalization;
 
-/// An answer's log-probs, summed over its tokens, in nats.
+/// Log-probs of an answer, summed over its tokens, in nats.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AnswerLogps {
     /// Σ log π_θ.
     pub policy: f64,
     /// Σ log π_ref; `None` without a reference.
     pub reference: Option<f64>,
-    /// The number of the answer's tokens.
+    /// Number of tokens in the answer.
     pub tokens: usize,
 }
 
 impl AnswerLogps {
-    /// Adds up the log-probs of an answer's tokens.
+    /// Sums the log-probs of an answer's tokens.
     pub fn new(policy: &[f32], reference: Option<&[f32]>) -> Self {
         AnswerLogps { policy: total(policy), reference: reference.map(total), tokens: policy.len() }
     }
@@ -37,12 +37,13 @@ pub fn reward(beta: f64, normalization: Normalization, answer: AnswerLogps) -> f
     }
 }
 
-/// σ(margin) with margin = r_a − r_b: the Bradley–Terry probability that a is preferred.
+/// Returns σ(margin) with margin = r_a − r_b: the Bradley–Terry probability that a is preferred.
 pub fn preference_probability(margin: f64) -> f64 {
     sigmoid(margin)
 }
 
-/// Each answer's chance of being the best of all under Plackett–Luce: softmax of the rewards.
+/// Returns each answer's probability of being the best under Plackett–Luce: the softmax of the
+/// rewards.
 pub fn best_of(rewards: &[f64]) -> Vec<f64> {
     let top = rewards.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let e: Vec<f64> = rewards.iter().map(|r| (r - top).exp()).collect();
@@ -50,14 +51,15 @@ pub fn best_of(rewards: &[f64]) -> Vec<f64> {
     e.into_iter().map(|x| x / z).collect()
 }
 
-/// Indices by falling reward; equal rewards keep their order.
+/// Returns the indices in order of decreasing reward. The sort is stable.
 pub fn ranking(rewards: &[f64]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..rewards.len()).collect();
     order.sort_by(|a, b| rewards[*b].total_cmp(&rewards[*a]));
     order
 }
 
-/// The sum of per-token log-probs, in f64 so that long answers lose nothing.
+/// Returns the sum of per-token log-probs. It is accumulated in f64 to keep the precision of long
+/// answers.
 pub fn total(logps: &[f32]) -> f64 {
     logps.iter().map(|x| *x as f64).sum()
 }

@@ -1,4 +1,4 @@
-//! LoRA adapters (arXiv:2106.09685): W' = W + scale·B·A on chosen linear layers of every block.
+//! LoRA adapters (arXiv:2106.09685): W' = W + scale·B·A on selected linear layers of every block.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -12,7 +12,7 @@ use super::params::{Linear, LoraSpec, LoraTensor, lora_params};
 use crate::domain::training::LoraConfig;
 use crate::math::rng;
 
-/// One low-rank update.
+/// The low-rank update of one linear layer, with rank r.
 #[derive(Clone, Debug)]
 pub struct LowRank {
     /// A `[r, in]`.
@@ -24,10 +24,10 @@ pub struct LowRank {
 /// An adapter for every block of a decoder.
 #[derive(Clone, Debug)]
 pub struct Adapter {
-    /// Rank, α, targets.
+    /// Rank, α and target modules.
     pub config: LoraConfig,
     table: Arc<LoraTable>,
-    /// In the table's order.
+    /// One update per entry of `table.updates`, in the same order.
     updates: Vec<LowRank>,
 }
 
@@ -51,8 +51,9 @@ impl LoraTable {
 }
 
 impl Adapter {
-    /// A fresh adapter: A from U(−1/√in, 1/√in) as PEFT draws it, B zero, so that it changes
-    /// nothing yet. Each tensor's draw depends on `seed` and its name only.
+    /// Makes an untrained adapter, initialised as in PEFT: A is drawn from U(−1/√in, 1/√in) and B
+    /// is zero, so that the adapter has no effect yet. The values of a tensor depend only on `seed`
+    /// and on the tensor's name.
     pub fn init(model: &ModelConfig, config: &LoraConfig, seed: u64) -> Result<Self, ModelError> {
         Self::build(model, config, |tensor| {
             let [rows, columns] = tensor.shape;
@@ -64,7 +65,7 @@ impl Adapter {
         })
     }
 
-    /// Makes each tensor with `get`: block by block, A before B.
+    /// Calls `get` for each tensor: block by block, A before B.
     pub fn build<E>(
         model: &ModelConfig,
         config: &LoraConfig,
@@ -76,17 +77,18 @@ impl Adapter {
         Ok(Adapter { config: config.clone(), table, updates })
     }
 
-    /// Returns the number of decoder blocks of the model that it was made for.
+    /// Returns the number of decoder blocks of the model that the adapter was made for.
     pub fn num_blocks(&self) -> usize {
         self.table.num_blocks
     }
 
-    /// Returns the update of a linear layer, if it has one.
+    /// Returns the update of a linear layer, or `None` if the layer has none.
     pub fn get(&self, block: usize, linear: Linear) -> Option<&LowRank> {
         self.table.index.get(&(block, linear)).map(|i| &self.updates[*i])
     }
 
-    /// Replaces every tensor by `f(its row of the table, tensor)`: block by block, A before B.
+    /// Returns the adapter with every tensor replaced by `f(row of the table, tensor)`: block by
+    /// block, A before B.
     pub fn map<E>(
         &self,
         mut f: impl FnMut(&LoraTensor, &Tensor) -> Result<Tensor, E>,
@@ -107,7 +109,7 @@ impl Adapter {
         self.table.updates.iter().zip(&self.updates).flat_map(both).collect()
     }
 
-    /// The same storage, untracked.
+    /// Returns the adapter with the same storage, detached from candle's autograd graph.
     pub fn detached(&self) -> Self {
         let detached: Result<Adapter, Infallible> = self.map(|_, t| Ok(t.detach()));
         match detached {

@@ -1,12 +1,12 @@
-//! The seam between the model and a device: what a device has to do for a decoder.
+//! The interface between the model and a device: the operations that a decoder needs.
 //!
-//! [`super::block`] has the order of a block's steps and [`super::pass`] the loop over the blocks,
-//! once for all devices. A device implements three traits: [`Backend`] names its types, [`RowOps`]
-//! is a policy that is opened for a pass over one row, and [`BlockOps`] is one block of it.
+//! [`super::block`] defines the order of a block's steps and [`super::pass`] the loop over the
+//! blocks, once for all devices. A device implements three traits: [`Backend`] names its types,
+//! [`RowOps`] is a policy opened for a pass over one row, and [`BlockOps`] is one block of it.
 //!
-//! The operations are coarse, so that a device can fuse what suits it. The CPU rounds a norm's
-//! output while it is in the nearest cache and applies SwiGLU to tiles of gate and up; a GPU rounds
-//! the gradient of the residual stream before it multiplies it.
+//! The operations are coarse, so that each device can fuse steps in its own way. The CPU rounds a
+//! norm's output while it is still in the L1 cache and applies SwiGLU to tiles of gate and up. A
+//! GPU rounds the gradient of the residual stream before the GEMM that reads it.
 
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ use crate::compute::cpu::head::HeadOutput;
 use crate::compute::cpu::rope::Direction;
 use crate::domain::training::Precision;
 
-/// A policy as a pass reads it: everything but where it runs.
+/// The parts of a policy that a pass reads: everything except the device.
 #[derive(Clone, Copy, Debug)]
 pub struct PolicyView<'a> {
     /// The decoder.
@@ -29,18 +29,18 @@ pub struct PolicyView<'a> {
     pub parameters: &'a Arc<Parameters>,
     /// The adapter.
     pub adapter: Option<&'a Arc<Adapter>>,
-    /// What matrix multiplications are computed in.
+    /// Precision of the matrix multiplications.
     pub precision: Precision,
 }
 
-/// What a forward pass saves for the backward pass.
+/// Selects the values that a forward pass saves for the backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keep {
     /// Every block's tape.
     Tapes,
-    /// Every block's input; the block runs again in the backward pass.
+    /// Every block's input: the backward pass runs the block forward again (recomputation).
     Inputs,
-    /// Nothing: for evaluation.
+    /// Nothing: no backward pass will follow.
     Nothing,
 }
 
@@ -54,7 +54,7 @@ pub enum StreamNorm {
 }
 
 impl StreamNorm {
-    /// Returns which parameter of the block its weight is.
+    /// Returns the parameter of the block that holds the norm's weight.
     pub fn weight(self) -> BlockParam {
         match self {
             StreamNorm::Mixer => BlockParam::InputNorm,
@@ -63,75 +63,79 @@ impl StreamNorm {
     }
 }
 
-/// The types that a device computes with. T is the number of tokens of the row.
+/// The types that a device computes with. T is the number of tokens in the row, F the width of the
+/// feed-forward part and r the rank of the adapter on a linear layer.
 pub trait Backend: Sized {
-    /// A matrix with a row for each token. The residual stream `[T, C]`, its gradient and
-    /// attention's log-sum-exps are f32 on every device; all others are as the device likes.
+    /// A matrix with one row per token. The residual stream `[T, C]`, its gradient and attention's
+    /// log-sum-exps are f32 on every device. The device chooses the element type of all others.
     type Activation;
-    /// The left operand of a matrix multiplication, in the form that the device multiplies.
+    /// The left operand of a matrix multiplication, in the layout and precision that the device's
+    /// GEMM reads.
     type Operand<'a>;
-    /// x·Aᵀ of a group of linear layers `[T, Σr]`, which the adapter's gradients need.
+    /// x·Aᵀ of a group of linear layers `[T, Σr]`. The adapter's gradients are computed from it.
     type LowRank;
-    /// Memory for the gate and up projections. It is allocated before their input is.
+    /// Memory for the outputs of the gate and up projections. It is allocated before their input.
     type GateUpSpace;
-    /// `[gate | up]` `[T, 2F]`, as the tape has it.
+    /// `[gate | up]` `[T, 2F]` as the tape stores it.
     type GateUp;
-    /// Its gradient.
+    /// The gradient of `[gate | up]`.
     type GateUpGradient;
-    /// What the backward pass needs of the head, besides its output.
+    /// Values that the head saves for the backward pass, in addition to its output.
     type HeadTape;
-    /// The sums of the parameters' gradients.
+    /// The accumulated gradients of the parameters.
     type Gradients: ?Sized;
-    /// What is left of a value after [`Backend::retire`].
+    /// The value that [`Backend::retire`] returns.
     type Retired<T>;
 
     /// Copies a matrix.
     ///
     /// # Errors
-    /// When the device has no memory left, or fails.
+    /// Fails if the device fails or has no memory left.
     fn copy(x: &Self::Activation) -> Result<Self::Activation>;
 
-    /// Says that a value is not read any more. A GPU frees its memory at once. The CPU frees it
-    /// when the result is dropped: until then activations that are saved cannot settle in its
-    /// place, which the next temporary of the same size is to take.
+    /// Marks a value as no longer read. A GPU frees its memory at once. The CPU frees it only when
+    /// the result is dropped. Until then the arena cannot place a saved activation there, so the
+    /// memory stays available for the next temporary of the same size.
     fn retire<T>(value: T) -> Self::Retired<T>;
 }
 
-/// Attention's output, as the tape has it.
+/// The values that attention computes and the tape saves. H is the number of query heads, D the
+/// width of a head.
 pub struct Attended<B: Backend> {
-    /// `[T, H·D]`.
+    /// Output `[T, H·D]`.
     pub output: B::Activation,
-    /// The log-sum-exp of every query's scores `[T, H]`.
+    /// Log-sum-exp of every query's scores `[T, H]`.
     pub log_sum_exp: B::Activation,
 }
 
-/// What [`BlockOps::feed_forward`] computes.
+/// Result of [`BlockOps::feed_forward`].
 pub struct Gated<B: Backend> {
     /// activation(gate) ⊙ up `[T, F]`.
     pub y: B::Operand<'static>,
-    /// `[gate | up]`; `None` where the device has not stored it because no tape is saved.
+    /// `[gate | up]`. `None` if the device did not store it because no tape is saved.
     pub gate_up: Option<B::GateUp>,
     /// x·Aᵀ of gate and up.
     pub low_rank: B::LowRank,
 }
 
-/// The gradient of the output of a group of linear layers, in the form in which it is at hand.
+/// The gradient of the output of a group of linear layers. The variants differ in the matrix that
+/// holds it.
 pub enum OutputGradient<'a, B: Backend> {
-    /// That of the residual stream, to which the output was added.
+    /// The gradient of the residual stream, because the output was added to the stream.
     Stream(&'a B::Activation),
-    /// That of `[q | k | v]`.
+    /// The gradient of `[q | k | v]`.
     Qkv(&'a B::Activation),
-    /// That of `[gate | up]`.
+    /// The gradient of `[gate | up]`.
     GateUp(&'a B::GateUpGradient),
 }
 
-/// A policy that is opened for a pass over one row. N is the number of completion tokens, C the
-/// width of the residual stream.
+/// A policy opened for a pass over one row. T is the number of tokens, N the number of completion
+/// tokens and C the width of the residual stream.
 ///
-/// The functions that return a `Result` fail when the device fails or has no memory left, and when
-/// a weight is not what the model's table of parameters says.
+/// The functions that return a `Result` fail if the device fails or has no memory left, or if a
+/// weight does not match the model's table of parameters ([`super::params`]).
 pub trait RowOps<B: Backend> {
-    /// A block of the policy.
+    /// A block of the policy, opened for the row.
     type Block<'a>: BlockOps<B>
     where
         Self: 'a;
@@ -139,23 +143,25 @@ pub trait RowOps<B: Backend> {
     /// Returns the number of decoder blocks.
     fn num_blocks(&self) -> usize;
 
-    /// Opens a block.
+    /// Opens the block with this index.
     fn block(&self, index: usize) -> Result<Self::Block<'_>>;
 
-    /// Returns the embedded row `[T, C]`.
+    /// Returns the embeddings of the row's tokens `[T, C]`.
     fn embed(&self) -> Result<B::Activation>;
 
-    /// Adds the embedding's gradient, given that of the embedded row, where it is trained.
+    /// Accumulates the gradient of the embedding matrix if it is trained. `gx` `[T, C]` is the
+    /// gradient of the result of [`RowOps::embed`].
     fn embed_backward(&self, gx: &B::Activation, gradients: &mut B::Gradients) -> Result<()>;
 
     /// Returns the log-probs of the completion tokens `[N]`, given the last block's output.
     fn log_probs(&self, x: &B::Activation) -> Result<Vec<f32>>;
 
     /// Runs the last norm and the head on the last block's output `[T, C]`. With
-    /// [`Keep::Nothing`] there is no backward pass.
+    /// [`Keep::Nothing`] the result cannot be passed to [`RowOps::head_backward`].
     fn head(&self, x: &B::Activation, keep: Keep) -> Result<(HeadOutput, B::HeadTape)>;
 
-    /// Returns the gradient of the last block's output `[T, C]`, given ∂loss/∂log p `[N]`.
+    /// Returns the gradient of the last block's output `[T, C]`, given `upstream` = ∂loss/∂log p
+    /// `[N]`. Accumulates the gradients of the head and of the last norm if they are trained.
     fn head_backward(
         &self,
         tape: B::HeadTape,
@@ -165,28 +171,29 @@ pub trait RowOps<B: Backend> {
     ) -> Result<B::Activation>;
 }
 
-/// A block that is opened for a pass over one row, with the policy's adapter on it. Passes without
-/// a tape may have adapters on parts of the row, too.
+/// A block opened for a pass over one row, with the policy's adapter applied. In passes without a
+/// tape, parts of the row may have adapters of their own as well.
 ///
-/// The functions fail as those of [`RowOps`] do. Each backward function adds the gradients of its
-/// parameters, where they are trained.
+/// The functions fail in the same cases as those of [`RowOps`]. Each backward function accumulates
+/// the gradients of those of its parameters that are trained.
 pub trait BlockOps<B: Backend> {
-    /// Returns the block as data.
+    /// Returns the description of the block.
     fn spec(&self) -> &BlockSpec;
 
-    /// Returns memory for `[q | k | v]` `[T, (H + 2K)·D]`, of any content.
+    /// Allocates `[q | k | v]` `[T, (H + 2K)·D]` with unspecified contents. K is the number of key
+    /// heads.
     fn new_qkv(&self) -> Result<B::Activation>;
 
-    /// Returns memory for [`BlockOps::feed_forward`].
+    /// Allocates the memory that [`BlockOps::feed_forward`] writes to.
     fn new_gate_up(&self) -> Result<B::GateUpSpace>;
 
-    /// Returns the norm of the residual stream.
+    /// Applies a norm to the residual stream `x` and returns the result as an operand.
     fn norm(&self, norm: StreamNorm, x: &B::Activation) -> Result<B::Operand<'static>>;
 
-    /// Returns attention's output as an operand.
+    /// Returns attention's output as the operand of the output projection.
     fn attention_operand<'a>(&self, output: &'a B::Activation) -> B::Operand<'a>;
 
-    /// Writes the outputs of a group of linear layers to `out`.
+    /// Writes the outputs of a group of linear layers to `out`. Returns x·Aᵀ.
     fn project(
         &self,
         group: LinearGroup,
@@ -194,7 +201,7 @@ pub trait BlockOps<B: Backend> {
         out: &mut B::Activation,
     ) -> Result<B::LowRank>;
 
-    /// Adds the output of a linear layer to the residual stream.
+    /// Adds the output of a linear layer to the residual stream `x`. Returns x·Aᵀ.
     fn add_to_stream(
         &self,
         group: LinearGroup,
@@ -202,16 +209,16 @@ pub trait BlockOps<B: Backend> {
         x: &mut B::Activation,
     ) -> Result<B::LowRank>;
 
-    /// Norms every head of the queries and keys in place.
+    /// Applies RMSNorm to every head of the queries and keys in place.
     fn head_norms(&self, qkv: &mut B::Activation) -> Result<()>;
 
-    /// Rotates queries and keys in place.
+    /// Applies the rotary position embedding to queries and keys in place.
     fn rotate(&self, qkv: &mut B::Activation, direction: Direction) -> Result<()>;
 
-    /// Computes attention.
+    /// Computes softmax attention of the rotated queries, keys and values `qkv`.
     fn attention(&self, qkv: &B::Activation) -> Result<Attended<B>>;
 
-    /// Computes gate and up, and activation(gate) ⊙ up. With `save_tape` the result has
+    /// Computes gate and up, and activation(gate) ⊙ up. With `save_tape` the result contains
     /// `[gate | up]`.
     fn feed_forward(
         &self,
@@ -220,8 +227,8 @@ pub trait BlockOps<B: Backend> {
         save_tape: bool,
     ) -> Result<Gated<B>>;
 
-    /// Returns the gradient of `[gate | up]`, given that of the residual stream: the backward pass
-    /// of down and of the activation. `low_rank` is x·Aᵀ of down.
+    /// Runs down and the activation backward. Returns the gradient of `[gate | up]`, given the
+    /// gradient `gx` of the residual stream. `low_rank` is x·Aᵀ of down.
     fn feed_forward_backward(
         &self,
         gate_up: B::GateUp,
@@ -230,7 +237,8 @@ pub trait BlockOps<B: Backend> {
         gradients: &mut B::Gradients,
     ) -> Result<B::GateUpGradient>;
 
-    /// Returns the gradient of the input of a group of linear layers, given that of its output.
+    /// Returns the gradient of the input of a group of linear layers, given the gradient `g` of its
+    /// output.
     fn linear_backward(
         &self,
         group: LinearGroup,
@@ -240,7 +248,7 @@ pub trait BlockOps<B: Backend> {
         gradients: &mut B::Gradients,
     ) -> Result<B::Activation>;
 
-    /// Returns the gradient of `qkv`, given that of attention's output.
+    /// Returns the gradient of `qkv`, given the gradient `g` of attention's output.
     fn attention_backward(
         &self,
         qkv: &B::Activation,
@@ -248,8 +256,8 @@ pub trait BlockOps<B: Backend> {
         g: &B::Activation,
     ) -> Result<B::Activation>;
 
-    /// Turns the gradient of normed queries and keys into that of `before`, which they were before
-    /// their norms.
+    /// Runs the norms on queries and keys backward. `before` holds `[q | k | v]` before the norms.
+    /// `dqkv` is replaced in place: the gradient of the norms' outputs by that of their inputs.
     fn head_norms_backward(
         &self,
         before: &B::Activation,
@@ -257,8 +265,8 @@ pub trait BlockOps<B: Backend> {
         gradients: &mut B::Gradients,
     ) -> Result<()>;
 
-    /// Adds the gradient of a norm's input `x` to that of the residual stream, given that of its
-    /// output, `g`.
+    /// Runs a norm backward: adds the gradient of its input `x` to the gradient `gx` of the
+    /// residual stream, given the gradient `g` of its output.
     fn norm_backward(
         &self,
         norm: StreamNorm,

@@ -1,14 +1,15 @@
-//! One decoder block on a packed row, forward and backward, for every device: the only place that
-//! has the order of a block's steps.
+//! One decoder block on a packed row, forward and backward, for every device. The order of a
+//! block's steps is defined only here.
 //!
-//! x' = x + O(attention(rope(Q(n), K(n)), V(n))) with n = norm(x);
-//! x'' = x' + down(activation(gate(m)) ⊙ up(m)) with m = norm(x').
+//! x' = x + O(attention(rope(Q(n), K(n)), V(n))) with n = norm(x), where O is the output
+//! projection; x'' = x' + down(activation(gate(m)) ⊙ up(m)) with m = norm(x').
 //!
-//! The tape has what is expensive to compute again. Norms and the product activation(gate) ⊙ up are
-//! computed again in the backward pass.
+//! The tape saves the activations that are expensive to recompute. The backward pass recomputes the
+//! norms and activation(gate) ⊙ up.
 //!
-//! Memory on a device comes from an arena that is first-fit, so the order of allocations and frees
-//! decides how much a pass touches: an early free or a late allocation here is not only style.
+//! Device memory comes from a first-fit arena, so the order of allocations and frees determines the
+//! peak memory of a pass. Do not move an allocation, a `drop` or a `retire` in this file without
+//! measuring the peak.
 
 use candle_core::Result;
 
@@ -17,24 +18,26 @@ use super::params::{LinearGroup, PerGroup};
 use super::spec::{Activation, AttentionSpec, BlockSpec, FeedForward, Mixer, Norms, QkNorm};
 use crate::compute::cpu::rope::Direction;
 
-/// What the backward pass needs of one block.
+/// Activations of one block that are saved for the backward pass.
 pub struct BlockTape<B: Backend> {
     /// The block's input `[T, C]`.
     x: B::Activation,
-    /// `[q | k | v]` as attention saw it.
+    /// `[q | k | v]` as attention read it: normed and rotated.
     qkv: B::Activation,
-    /// The same before the norms on queries and keys, if the block has them.
+    /// `[q | k | v]` before the norms on queries and keys. `None` if the block has no such norms.
     before_norm: Option<B::Activation>,
     attended: Attended<B>,
     /// The residual stream after attention `[T, C]`.
     middle: B::Activation,
     gate_up: B::GateUp,
-    /// x·Aᵀ of each group.
+    /// x·Aᵀ of each group of linear layers.
     low_rank: PerGroup<B::LowRank>,
 }
 
-/// Takes a block's specification apart. What [`block_forward`] and [`block_backward`] do is right
-/// for these variants only; another one does not compile until both decide what it means.
+/// Destructures a block's specification and returns its attention.
+///
+/// [`block_forward`] and [`block_backward`] are correct only for the variants in this pattern. A
+/// new variant does not compile here, as a reminder to extend both functions first.
 fn attention_of(spec: &BlockSpec) -> AttentionSpec {
     let BlockSpec {
         mixer: Mixer::Attention(attention),
@@ -50,10 +53,11 @@ fn attention_of(spec: &BlockSpec) -> AttentionSpec {
     attention
 }
 
-/// Runs a block on the residual stream `x` `[T, C]`, in place. Returns a tape if `save_tape`.
+/// Runs a block forward on the residual stream `x` `[T, C]`, in place. Returns a tape if
+/// `save_tape` is true.
 ///
 /// # Errors
-/// When the device fails or has no memory left.
+/// Fails if the device fails or has no memory left.
 pub fn block_forward<B: Backend>(
     block: &impl BlockOps<B>,
     x: &mut B::Activation,
@@ -98,11 +102,12 @@ pub fn block_forward<B: Backend>(
     })
 }
 
-/// Turns `gx` `[T, C]` from the gradient of the block's output into that of its input, and adds the
-/// gradients of its parameters to `gradients`. Frees what the tape has as soon as it is used.
+/// Runs a block backward. Replaces `gx` `[T, C]`, the gradient of the block's output, by the
+/// gradient of its input, and accumulates the gradients of the block's parameters in `gradients`.
+/// Each part of the tape is freed as soon as it has been read.
 ///
 /// # Errors
-/// When the device fails or has no memory left.
+/// Fails if the device fails or has no memory left.
 pub fn block_backward<B: Backend>(
     block: &impl BlockOps<B>,
     tape: BlockTape<B>,

@@ -1,9 +1,9 @@
-//! The shape of a decoder block: what the sizes of its buffers follow from, on every device.
+//! The shape of a decoder block. Every device computes the sizes of its buffers from it.
 
 use super::spec::{BlockSpec, FeedForward, Mixer, QkNorm};
 use crate::compute::cpu::attention::Heads;
 
-/// Shape of a decoder block. Sizes are elements per token of the row.
+/// Shape of a decoder block. Widths are in elements per token of the row.
 #[derive(Clone, Copy, Debug)]
 pub struct BlockShape {
     /// Width of the residual stream.
@@ -12,18 +12,19 @@ pub struct BlockShape {
     pub feed_forward: usize,
     /// Attention heads.
     pub heads: Heads,
-    /// Whether queries and keys are normed, so that the tape holds them before the norm, too.
+    /// True if queries and keys are normed. The tape then also holds them as they were before the
+    /// norm.
     pub qk_norm: bool,
-    /// Matrices as wide as the residual stream that the tape holds.
+    /// Number of matrices as wide as the residual stream that the tape holds.
     pub saved_streams: usize,
-    /// Such matrices that a backward pass holds at one time.
+    /// Number of such matrices that a backward pass holds at the same time.
     pub gradient_streams: usize,
-    /// Such matrices that a forward pass holds at one time.
+    /// Number of such matrices that a forward pass holds at the same time.
     pub forward_streams: usize,
 }
 
 impl BlockShape {
-    /// Returns the shape of a block of a model whose residual stream is `hidden` wide.
+    /// Returns the shape of `block` in a model with a residual stream of width `hidden`.
     pub fn of(hidden: usize, block: &BlockSpec) -> Self {
         let BlockSpec {
             mixer: Mixer::Attention(attention),

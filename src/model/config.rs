@@ -14,28 +14,30 @@ use super::families::Architecture;
 use super::params;
 use super::spec::{FeedForward, ModelSpec, QkNorm};
 
-/// A configuration: the decoder that it describes, and what else config.json says.
+/// A model's configuration: the decoder and the remaining information of config.json.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
-    /// The family.
+    /// The model family.
     pub architecture: Architecture,
-    /// The decoder.
+    /// The decoder that the configuration describes.
     pub spec: ModelSpec,
-    /// Starts a sequence.
+    /// Id of the token that starts a sequence.
     pub bos_token_id: Option<u32>,
-    /// Any of them ends one.
+    /// Ids of the tokens that end a sequence. Any of them does.
     pub eos_token_ids: Vec<u32>,
-    /// A config.json that transformers loads, for merged export.
+    /// A config.json that transformers can load. Exports of merged models write it.
     pub hf_json: Value,
 }
 
 impl ModelConfig {
-    /// What the model computes, as a text that is the same however its configuration file is
-    /// written. It is part of what jobs are pinned to: a field that is added later must be left out
-    /// where it has no effect, or every older job is refused.
+    /// Returns a canonical text of everything that determines the model's results. It does not
+    /// depend on the file format or on the spelling of the configuration.
     ///
-    /// The blocks of the families that it covers differ in their windows and frequencies only, so
-    /// it describes the first one and lists the windows and frequencies of all.
+    /// Jobs are pinned to a hash of this text. A field that is added later must therefore be
+    /// omitted where it has no effect; otherwise every older job is refused.
+    ///
+    /// The blocks of the supported families differ only in their windows and frequencies. The text
+    /// describes the first block and lists the windows and frequencies of all.
     pub fn canonical(&self) -> String {
         let spec = &self.spec;
         let (frequencies, factor) = spec.ropes[0].bits(spec.head_dim());
@@ -65,27 +67,28 @@ impl ModelConfig {
         Value::Array(fields).to_string()
     }
 
-    /// Reads a config.json, of transformers 4 (`rope_theta`, `rope_scaling`) or 5
-    /// (`rope_parameters`). `path` is for messages. Absent optional fields get the defaults of
-    /// transformers' config classes.
+    /// Reads the text of a config.json of transformers 4 (`rope_theta`, `rope_scaling`) or 5
+    /// (`rope_parameters`). `path` is used in error messages only. Absent optional fields get the
+    /// defaults of the config classes of transformers.
     ///
     /// # Errors
-    /// [`ModelError::InvalidConfig`] names the field; [`ModelError::Unsupported`] an architecture
-    /// or variant that is not implemented.
+    /// Returns [`ModelError::InvalidConfig`] for a field that is missing or invalid, and
+    /// [`ModelError::Unsupported`] for an architecture or a variant that is not implemented.
     pub fn from_hf_json(text: &str, path: &Path) -> Result<Self, ModelError> {
         let json: Value = serde_json::from_str(text)
             .map_err(|e| invalid(path, "(whole file)", format!("not JSON: {e}")))?;
         Self::from_hf_value(json, path)
     }
 
-    /// Reads the value of a config.json; `path` is for messages.
+    /// Reads a parsed config.json. `path` is used in error messages only.
     pub(crate) fn from_hf_value(json: Value, path: &Path) -> Result<Self, ModelError> {
         let json = text_config(json);
         let fields = Fields::new(&json, path)?;
         let architecture = architecture(&fields)?;
         if !fields.is_null("quantization_config") {
             let what = format!(
-                "{}: a quantised checkpoint (field 'quantization_config'); use the unquantised weights or a GGUF file",
+                "{}: a quantised checkpoint (field 'quantization_config'); use the unquantised \
+                 weights or a GGUF file",
                 path.display()
             );
             return Err(ModelError::Unsupported { what });
@@ -98,14 +101,14 @@ impl ModelConfig {
         Ok(ModelConfig { architecture, spec, bos_token_id, eos_token_ids, hf_json: json })
     }
 
-    /// Parameters, tied ones once.
+    /// Returns the number of parameters. A tied embedding is counted once.
     pub fn parameter_count(&self) -> usize {
         params::parameter_count(&self.spec)
     }
 }
 
-/// Returns the configuration of the language model inside one of text and images, as the
-/// config.json that it would have alone; other configurations as they are.
+/// Returns the configuration of the language model inside a multimodal model, in the form of the
+/// config.json that it would have on its own. Other configurations are returned unchanged.
 fn text_config(mut json: Value) -> Value {
     let family = json.get("model_type").and_then(Value::as_str).and_then(Architecture::of_text_in);
     let stored = family.and_then(|_| json.get_mut("text_config")).map(Value::take);

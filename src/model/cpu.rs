@@ -1,4 +1,4 @@
-//! Passes on this machine's cores, with the kernels of [`crate::compute::cpu`].
+//! The decoder's passes on the CPU, with the kernels of [`crate::compute::cpu`].
 
 mod backend;
 mod block;

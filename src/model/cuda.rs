@@ -1,10 +1,11 @@
-//! The decoder's passes on an NVIDIA GPU: [`super::pass`] with what a GPU does for them.
+//! The decoder's passes on an NVIDIA GPU: implements the operations that [`super::pass`] needs.
 //!
-//! Weights are copied to the device when they are first used; matrices and activations are in the
-//! pass's precision, the residual stream, sums, norms, softmax, losses and gradients in f32.
-//! Masters and the optimizer stay on the host: gradients are fetched once a step, changed weights
-//! sent once. Nothing waits for the device but the log-probs of a row. Products are cuBLAS's,
-//! everything else is `compute/cuda/kernels/*.cu`.
+//! Weights are copied to the device when they are first used. Matrices and activations are in the
+//! pass's precision. The residual stream, sums, norms, softmax, losses and accumulated gradients
+//! are f32. Master weights and the optimizer stay on the host: gradients are downloaded once per
+//! step, and changed weights are uploaded once per step. Within a pass the host waits for the
+//! device only to read the log-probs of a row. GEMMs are those of cuBLAS, all other kernels are in
+//! `compute/cuda/kernels/*.cu`.
 
 mod attention;
 mod backend;
@@ -37,7 +38,7 @@ pub use crate::compute::cuda::gpu::Gpu;
 use crate::compute::cuda::kernels::Kind;
 use crate::domain::training::Precision;
 
-/// A GPU with the weights that are on it.
+/// A GPU with the copies of weights in its memory.
 pub struct Cuda {
     gpu: Arc<Gpu>,
     weights: Copies<Parameters, DeviceWeights>,
@@ -50,28 +51,28 @@ impl std::fmt::Debug for Cuda {
     }
 }
 
-/// A row after its forward pass, ready to go back.
+/// Result of a forward pass over a row, the input of the backward pass.
 pub struct DeviceTape {
     row: DeviceRow,
     tape: Tape<CudaBackend>,
 }
 
 impl DeviceTape {
-    /// Returns what came out of the head, without the gradient, which stays on the device.
+    /// Returns the output of the head. Its `gradient` is empty, because it stays on the device.
     pub fn output(&self) -> &HeadOutput {
         self.tape.output()
     }
 }
 
-/// The widest attention head: a warp holds one in registers where queries and keys are normed and
-/// rotated (`MAX_DIM` in norm.cu).
+/// Width of the widest supported attention head, in elements. The kernels that norm and rotate
+/// queries and keys hold a head in the registers of one warp (`MAX_DIM` in norm.cu).
 const MAX_HEAD_DIM: usize = 256;
 
 impl Cuda {
-    /// Opens a GPU.
+    /// Opens the GPU with this ordinal.
     ///
     /// # Errors
-    /// As [`Gpu::open`].
+    /// Fails in the same cases as [`Gpu::open`].
     pub fn open(ordinal: usize) -> Result<Arc<Self>> {
         Ok(Arc::new(Cuda {
             gpu: Gpu::open(ordinal)?,
@@ -95,54 +96,55 @@ impl Cuda {
         format!("cuda:{}", self.gpu.ordinal())
     }
 
-    /// Names what decides the last bits of its results: the GPU and its version of cuBLAS.
+    /// Returns a name for everything that affects rounding: the GPU and its cuBLAS version.
     pub fn arithmetic(&self) -> String {
         format!("{} cuBLAS {}", self.gpu.name(), self.gpu.blas_version())
     }
 
-    /// Returns the widest attention head that the kernels compute with.
+    /// Returns the width of the widest attention head that the kernels support, in elements.
     pub fn max_head_dim(&self) -> usize {
         MAX_HEAD_DIM
     }
 
-    /// Returns the bytes of memory that are free, and all bytes; `None` if the driver does not
-    /// tell.
+    /// Returns the free and the total memory in bytes, or `None` if the driver does not report
+    /// them.
     pub fn memory(&self) -> Option<(u64, u64)> {
         self.gpu.bind().and_then(|()| self.gpu.memory()).ok()
     }
 
-    /// Returns the most bytes of memory that were in use at one time.
+    /// Returns the peak of the memory in use, in bytes.
     pub fn peak_bytes(&self) -> u64 {
         self.gpu.peak_bytes()
     }
 
-    /// Returns whether it failed for good: only a new process can use it again.
+    /// Returns true if the GPU has failed permanently. Only a new process can use it again.
     pub fn is_lost(&self) -> bool {
         self.gpu.is_lost()
     }
 
-    /// Waits until it has done what it was given.
+    /// Waits until the GPU has finished all submitted work.
     pub fn wait(&self) {
-        // What went wrong, the next call says.
+        // An error is reported again by the next call.
         let _ = self.gpu.synchronize();
     }
 
-    /// Returns unused memory to the driver.
+    /// Returns unused memory to the driver, including copies of weights that no longer exist on the
+    /// host.
     ///
     /// # Errors
-    /// When the GPU fails.
+    /// Fails if the GPU fails.
     pub fn trim(&self) -> Result<()> {
-        self.weights.forget_unused();
-        self.adapters.forget_unused();
+        self.weights.forget_dead();
+        self.adapters.forget_dead();
         self.gpu.trim()
     }
 
-    /// The device.
+    /// Returns the device.
     pub fn gpu(&self) -> &Arc<Gpu> {
         &self.gpu
     }
 
-    /// Zero gradients for tensors of these sizes.
+    /// Allocates gradients of zero for tensors of these sizes, in elements.
     pub fn gradients(
         &self,
         sizes: impl IntoIterator<Item = (ParamId, usize)>,
@@ -151,7 +153,8 @@ impl Cuda {
         GradientBuffers::new(&self.gpu, sizes)
     }
 
-    /// Tells that a policy's own weights were changed in place: its adapter's, or all of them.
+    /// Drops the copies of a policy's own weights after they were changed in place: those of its
+    /// adapter or, without an adapter, those of the base model.
     pub fn changed(&self, policy: PolicyView<'_>) {
         match policy.adapter {
             Some(adapter) => self.adapters.forget(adapter),
@@ -159,10 +162,11 @@ impl Cuda {
         }
     }
 
-    /// A run has ended: forgets the weights that only it used. `precision` is the server's.
+    /// Drops the copies of weights that only an ended run used. `precision` is the server's: copies
+    /// in another precision are dropped, too.
     pub fn end_of_run(&self, precision: Precision) {
-        self.weights.sweep(Kind::of(precision));
-        self.adapters.sweep(Kind::of(precision));
+        self.weights.retain_live_of_kind(Kind::of(precision));
+        self.adapters.retain_live_of_kind(Kind::of(precision));
     }
 
     fn open_policy<'a>(
@@ -190,7 +194,7 @@ impl Cuda {
     /// Returns the log-probs of the row's completion tokens `[N]`.
     ///
     /// # Errors
-    /// When the GPU fails or has no memory left; so do the other passes.
+    /// Fails if the GPU fails or has no memory left, as do the other passes.
     pub fn log_probs(
         &self,
         policy: PolicyView<'_>,
@@ -205,7 +209,7 @@ impl Cuda {
         )
     }
 
-    /// Runs the row forward.
+    /// Runs the row forward and saves what `keep` selects.
     pub fn forward(
         &self,
         policy: PolicyView<'_>,
@@ -223,8 +227,8 @@ impl Cuda {
         Ok(DeviceTape { row: on_device, tape })
     }
 
-    /// Runs the row backward from ∂loss/∂log p `[N]` and adds every trainable tensor's gradient to
-    /// `gradients`.
+    /// Runs the row backward, given `upstream` = ∂loss/∂log p `[N]`, and accumulates the gradients
+    /// of all trained tensors in `gradients`.
     pub fn backward(
         &self,
         policy: PolicyView<'_>,

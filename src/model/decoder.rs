@@ -1,5 +1,5 @@
-//! A policy: the weights of one parametrised Llama-family model, and where its passes run. The head
-//! runs on completion tokens only.
+//! A policy: the weights of a decoder, an optional adapter, and the devices that run its passes.
+//! The head runs only on the tokens that predict completion tokens.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -19,25 +19,25 @@ use crate::compute::cpu::gemm::Kernel;
 use crate::compute::cpu::rope::RopeTable;
 use crate::domain::training::Precision;
 
-/// Weights that give probabilities: a base model, perhaps with an adapter on it.
+/// A model that assigns probabilities to tokens: a base model with an optional adapter.
 #[derive(Clone, Debug)]
 pub struct Policy {
-    /// The shape.
+    /// Configuration of the base model.
     pub config: Arc<ModelConfig>,
-    /// The base weights; shared by every policy of the same base.
+    /// The base weights. All policies on the same base model share them.
     pub parameters: Arc<Parameters>,
-    /// The adapter.
+    /// The adapter; `None` for the base model alone.
     pub adapter: Option<Arc<Adapter>>,
-    /// What matrix products are computed in.
+    /// Precision of the matrix multiplications.
     pub precision: Precision,
-    /// Where.
+    /// The device that runs the passes.
     pub device: ComputeDevice,
-    /// Devices that take a share of the rows where there are several: data parallelism.
+    /// Further devices that take a share of the rows (data parallelism).
     pub helpers: Arc<[ComputeDevice]>,
 }
 
 impl Policy {
-    /// Returns what passes read of it.
+    /// Returns the parts of the policy that passes read.
     pub fn view(&self) -> PolicyView<'_> {
         PolicyView {
             spec: &self.config.spec,
@@ -47,38 +47,40 @@ impl Policy {
         }
     }
 
-    /// The base model without the adapter.
+    /// Returns the base model without the adapter.
     pub fn base(&self) -> Policy {
         Policy { adapter: None, ..self.clone() }
     }
 
-    /// The same weights on another device alone.
+    /// Returns the policy on `device` alone, without helpers.
     pub fn on(&self, device: &ComputeDevice) -> Policy {
         Policy { device: device.clone(), helpers: Arc::default(), ..self.clone() }
     }
 
-    /// Its own device, then those that help it.
+    /// Iterates over the policy's own device, then its helpers.
     pub fn devices(&self) -> impl Iterator<Item = &ComputeDevice> {
         std::iter::once(&self.device).chain(self.helpers.iter())
     }
 
-    /// The same weights, multiplied in another precision.
+    /// Returns the policy with another precision of the matrix multiplications.
     pub fn with_precision(&self, precision: Precision) -> Policy {
         Policy { precision, ..self.clone() }
     }
 
-    /// Whether both are the same base weights in the same precision, apart from their adapters.
+    /// Returns true if both policies have the same base weights and the same precision. The
+    /// adapters may differ.
     pub fn shares_base(&self, other: &Policy) -> bool {
         Arc::ptr_eq(&self.parameters, &other.parameters) && self.precision == other.precision
     }
 
-    /// The kernel of its matrix products on this machine.
+    /// Returns the GEMM kernel that the policy uses on this machine's CPU.
     pub fn kernel(&self) -> Kernel {
         Kernel::best(self.precision)
     }
 
-    /// Names what decides the last bits of its numbers: the precision, and the kernel or the GPU
-    /// and its version of cuBLAS. Devices that share the rows are all named, each kind once.
+    /// Returns a name for everything that affects rounding: the precision and, for each device, the
+    /// GEMM kernel or the GPU and its cuBLAS version. Results are bit-identical only under the same
+    /// name. Helpers are included; equal names appear once.
     pub fn arithmetic(&self) -> String {
         let mut names: Vec<String> = Vec::new();
         for device in self.devices() {
@@ -90,12 +92,15 @@ impl Policy {
         format!("{} {}", names.join(" and "), self.precision.name())
     }
 
-    /// Decoder blocks.
+    /// Returns the number of decoder blocks.
     pub fn num_blocks(&self) -> usize {
         self.parameters.num_blocks()
     }
 
-    /// Computes a row's rotary tables.
+    /// Prepares a row for a pass: checks its token ids and computes its rotary tables.
+    ///
+    /// # Errors
+    /// Fails if a token id is outside the model's vocabulary.
     pub fn prepare(&self, row: Arc<Row>) -> Result<PreparedRow> {
         let vocabulary = self.config.spec.vocab_size;
         if let Some(bad) =
@@ -113,31 +118,39 @@ impl Policy {
         Ok(PreparedRow::new(row, ropes))
     }
 
-    /// Log-probs of the row's completion tokens `[N]`. `pause` is called before every block.
-    pub fn log_probs(&self, row: Arc<Row>, pause: &mut dyn FnMut()) -> Result<Vec<f32>> {
-        self.log_probs_of(self.prepare(row)?, pause)
+    /// Returns the log-probs of the row's completion tokens `[N]`. `yield_point` is called before
+    /// every block.
+    ///
+    /// # Errors
+    /// Fails if a token id is outside the vocabulary, or the device fails or has no memory left.
+    pub fn log_probs(&self, row: Arc<Row>, yield_point: &mut dyn FnMut()) -> Result<Vec<f32>> {
+        self.log_probs_of(self.prepare(row)?, yield_point)
     }
 
-    /// [`Policy::log_probs`] with other adapters on parts of the row: the base's products are
-    /// shared, each adapter's low-rank terms are added to its own tokens. A token's numbers are
-    /// those that it would have with its adapter alone, bit for bit.
+    /// Returns the log-probs of the row's completion tokens `[N]`, with adapters on parts of the
+    /// row. The GEMMs of the base model are shared, and each adapter's low-rank terms are added to
+    /// its own range of tokens. A token's results are bit-identical to those with its adapter
+    /// alone.
+    ///
+    /// # Errors
+    /// Fails as [`Policy::log_probs`] does, and if the policy itself has an adapter.
     pub fn log_probs_with(
         &self,
         row: Arc<Row>,
         adapters: Vec<(Range<usize>, Arc<Adapter>)>,
-        pause: &mut dyn FnMut(),
+        yield_point: &mut dyn FnMut(),
     ) -> Result<Vec<f32>> {
         if self.adapter.is_some() && !adapters.is_empty() {
-            bail!("adapters on parts of a row need a base without one");
+            bail!("adapters on parts of a row need a base model without an adapter");
         }
         let row = PreparedRow { adapters, ..self.prepare(row)? };
-        self.log_probs_of(row, pause)
+        self.log_probs_of(row, yield_point)
     }
 
-    fn log_probs_of(&self, row: PreparedRow, pause: &mut dyn FnMut()) -> Result<Vec<f32>> {
+    fn log_probs_of(&self, row: PreparedRow, yield_point: &mut dyn FnMut()) -> Result<Vec<f32>> {
         match &self.device {
-            ComputeDevice::Cpu => pass::log_probs(&CpuRow::new(self.view(), &row), pause),
-            ComputeDevice::Cuda(cuda) => cuda.log_probs(self.view(), &row, pause),
+            ComputeDevice::Cpu => pass::log_probs(&CpuRow::new(self.view(), &row), yield_point),
+            ComputeDevice::Cuda(cuda) => cuda.log_probs(self.view(), &row, yield_point),
         }
     }
 }

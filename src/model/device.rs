@@ -1,4 +1,4 @@
-//! Where passes are computed.
+//! The devices that run passes.
 
 use std::sync::Arc;
 
@@ -15,23 +15,23 @@ pub enum ComputeDevice {
     /// This machine's cores, with the kernels of [`crate::compute::cpu`].
     #[default]
     Cpu,
-    /// An NVIDIA GPU; there is none in builds without the feature `cuda`.
+    /// An NVIDIA GPU. Builds without the feature `cuda` never construct this variant.
     Cuda(Arc<Cuda>),
 }
 
-/// What the setting `device` may say.
+/// A value of the setting `device`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceChoice {
     /// The CPU.
     Cpu,
-    /// GPU N.
+    /// The GPU with this ordinal.
     Cuda(usize),
-    /// Every GPU, or the CPU where there is none.
+    /// Every GPU, or the CPU if there is no GPU.
     Auto,
 }
 
 impl DeviceChoice {
-    /// `cpu`, `cuda` (the first GPU), `cuda:N` or `auto`.
+    /// Parses `cpu`, `cuda` (the first GPU), `cuda:N` or `auto`.
     pub fn parse(text: &str) -> Option<Self> {
         match text {
             "cpu" => Some(DeviceChoice::Cpu),
@@ -41,8 +41,9 @@ impl DeviceChoice {
         }
     }
 
-    /// Choices with commas between them; `auto` stands alone, a GPU is named once, and GPUs and the
-    /// CPU do not mix: a pair must not get another score depending on who was free.
+    /// Parses a comma-separated list of choices. `auto` must be the only entry, a GPU may be listed
+    /// only once, and GPUs cannot be combined with the CPU: the score of a pair would depend on the
+    /// device that happened to be free.
     pub fn parse_list(text: &str) -> Option<Vec<Self>> {
         let all: Vec<Self> =
             text.split(',').map(|one| Self::parse(one.trim())).collect::<Option<_>>()?;
@@ -71,7 +72,7 @@ impl ComputeDevice {
     /// Opens the devices of a choice: one, unless it is [`DeviceChoice::Auto`].
     ///
     /// # Errors
-    /// Why a GPU that was asked for cannot be had.
+    /// Returns the reason if the requested GPU cannot be opened.
     pub fn open_all(choice: DeviceChoice) -> Result<Vec<Self>, String> {
         match choice {
             DeviceChoice::Cpu => Ok(vec![ComputeDevice::Cpu]),
@@ -80,10 +81,10 @@ impl ComputeDevice {
         }
     }
 
-    /// Opens the device of a choice, the first where there are several.
+    /// Opens the device of a choice, the first one if there are several.
     ///
     /// # Errors
-    /// As [`ComputeDevice::open_all`].
+    /// Fails in the same cases as [`ComputeDevice::open_all`].
     pub fn open(choice: DeviceChoice) -> Result<Self, String> {
         Ok(Self::open_all(choice)?.remove(0))
     }
@@ -97,7 +98,8 @@ impl ComputeDevice {
         if found.is_empty() { vec![ComputeDevice::Cpu] } else { found }
     }
 
-    /// Names what decides the last bits of its results, in GEMM with `kernel` on the CPU.
+    /// Returns a name for everything about the device that affects rounding. On the CPU, GEMMs use
+    /// `kernel`.
     pub fn arithmetic(&self, kernel: Kernel) -> String {
         match self {
             ComputeDevice::Cpu => kernel.arithmetic(),
@@ -105,7 +107,7 @@ impl ComputeDevice {
         }
     }
 
-    /// `cpu` or `cuda:N`.
+    /// Returns `cpu` or `cuda:N`.
     pub fn name(&self) -> String {
         match self {
             ComputeDevice::Cpu => "cpu".into(),
@@ -113,7 +115,8 @@ impl ComputeDevice {
         }
     }
 
-    /// The widest attention head that its kernels compute with; `None` is any.
+    /// Returns the width of the widest attention head that the kernels support, in elements. `None`
+    /// means no limit.
     pub fn max_head_dim(&self) -> Option<usize> {
         match self {
             ComputeDevice::Cpu => None,
@@ -121,8 +124,8 @@ impl ComputeDevice {
         }
     }
 
-    /// Bytes of its own memory: what is free, and all; `None` for the CPU, which shares the
-    /// machine's.
+    /// Returns the free and the total memory of the device, in bytes. Returns `None` for the CPU,
+    /// which has no memory of its own.
     pub fn memory(&self) -> Option<(u64, u64)> {
         match self {
             ComputeDevice::Cpu => None,
@@ -130,7 +133,7 @@ impl ComputeDevice {
         }
     }
 
-    /// The most bytes of its own memory that were in use at one time; `None` for the CPU.
+    /// Returns the peak of the device's own memory in use, in bytes. Returns `None` for the CPU.
     pub fn peak_memory(&self) -> Option<u64> {
         match self {
             ComputeDevice::Cpu => None,
@@ -138,7 +141,7 @@ impl ComputeDevice {
         }
     }
 
-    /// Whether it failed for good: only a new process can use it again.
+    /// Returns true if the device has failed permanently. Only a new process can use it again.
     pub fn is_lost(&self) -> bool {
         match self {
             ComputeDevice::Cpu => false,
@@ -146,22 +149,23 @@ impl ComputeDevice {
         }
     }
 
-    /// Waits until it has done what it was given; nothing on the CPU, which is done when a call
-    /// returns.
+    /// Waits until the device has finished all submitted work. On the CPU this does nothing,
+    /// because calls are synchronous.
     pub fn wait(&self) {
         if let ComputeDevice::Cuda(cuda) = self {
             cuda.wait();
         }
     }
 
-    /// Tells that a policy's own weights were changed in place.
+    /// Invalidates copies of a policy's own weights after they were changed in place.
     pub fn changed(&self, policy: PolicyView<'_>) {
         if let ComputeDevice::Cuda(cuda) = self {
             cuda.changed(policy);
         }
     }
 
-    /// Gives the memory of a run that has ended back. `precision` is what others compute in.
+    /// Frees the memory of a run that has ended. `precision` is the server's precision: device
+    /// copies of weights in other precisions are dropped.
     pub fn end_of_run(&self, precision: Precision) {
         if let ComputeDevice::Cuda(cuda) = self {
             cuda.end_of_run(precision);
@@ -169,13 +173,14 @@ impl ComputeDevice {
         self.trim();
     }
 
-    /// Gives unused memory back, that of copies of weights which are gone included.
+    /// Returns unused memory to the operating system and to the GPU's driver, including device
+    /// copies of weights that no longer exist on the host.
     pub fn trim(&self) {
         Buffer::trim();
         if let ComputeDevice::Cuda(cuda) = self
             && let Err(e) = cuda.trim()
         {
-            tracing::warn!(error = %e, "unused memory of the GPU was not given back");
+            tracing::warn!(error = %e, "unused memory of the GPU could not be freed");
         }
     }
 }

@@ -1,125 +1,134 @@
-//! What can go wrong while a model is found, read or prepared, or while a pass runs.
+//! Errors of finding, reading and preparing a model, and of running a pass.
 
 use std::path::{Path, PathBuf};
 
-/// An error of the model layer: what was wrong, in which file, and what to do about it.
+/// An error of the model layer. Its message names the file and, where there is one, the remedy.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
-    /// Nothing at that place is a model.
+    /// No model was found under the given name.
     #[error("model '{model}' not found; tried {tried}")]
     NotFound {
-        /// What was asked for.
+        /// The name or path that was requested.
         model: String,
-        /// Where it was looked for, and what each place answered.
+        /// The places that were searched, each with the reason why it did not match.
         tried: String,
     },
-    /// A field of config.json, or the GGUF metadata that stands for it, cannot be used.
+    /// A field of config.json, or the corresponding GGUF metadata, is missing or has an invalid
+    /// value.
     #[error("{}: field '{field}': {reason}", path.display())]
     InvalidConfig {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The field, as the file spells it.
+        /// Name of the field as in the file.
         field: String,
-        /// What is wrong and what would be right.
+        /// The problem and the values that are accepted.
         reason: String,
     },
     /// A weight file is truncated or malformed.
     #[error("{}: {reason}; the file is corrupt or incomplete, fetch it again", path.display())]
     CorruptWeights {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         reason: String,
     },
-    /// A tensor that the configuration calls for is not stored.
-    #[error("{}: no tensor '{name}', which the configuration calls for; the weights belong to another model", path.display())]
+    /// The weight files lack a tensor that the configuration requires.
+    #[error(
+        "{}: no tensor '{name}', which the configuration requires; the weights belong to another \
+         model",
+        path.display()
+    )]
     MissingTensor {
-        /// Its Hugging Face name.
+        /// The tensor's Hugging Face name.
         name: String,
-        /// The file or folder.
+        /// Path of the file or folder.
         path: PathBuf,
     },
-    /// A decoder layer has a tensor that the configuration does not call for.
+    /// The weight files have a tensor in a decoder layer that the configuration does not describe.
     #[error(
-        "{}: tensor '{name}'{} belongs to a decoder layer, but the configuration does not call for it, so the model would compute \
-         something else without it: correct config.json (attention_bias, mlp_bias, num_hidden_layers, model_type), or remove it",
+        "{}: tensor '{name}'{} belongs to a decoder layer, but the configuration does not describe \
+         it. Ignoring it would change the model's results: correct config.json (attention_bias, \
+         mlp_bias, num_hidden_layers, model_type) or remove the tensor",
         path.display(), and_others(*others)
     )]
     UnexpectedTensor {
-        /// The first one, as the file names it.
+        /// Name of the first such tensor in the file.
         name: String,
-        /// The file or folder.
+        /// Path of the file or folder.
         path: PathBuf,
-        /// How many more there are.
+        /// Number of further such tensors.
         others: usize,
     },
-    /// A stored tensor does not have the shape that the configuration gives it.
-    #[error("{}: tensor '{name}' has shape {found:?}, the configuration gives {expected:?}", path.display())]
+    /// The shape of a stored tensor differs from the configuration.
+    #[error(
+        "{}: tensor '{name}' has shape {found:?}, the configuration requires {expected:?}",
+        path.display()
+    )]
     ShapeMismatch {
-        /// Its Hugging Face name.
+        /// The tensor's Hugging Face name.
         name: String,
-        /// The file it is stored in.
+        /// The file that stores it.
         path: PathBuf,
-        /// By the configuration.
+        /// The shape that the configuration requires.
         expected: Vec<usize>,
-        /// In the file.
+        /// The shape in the file.
         found: Vec<usize>,
     },
     /// A kind of model, file or tokenizer that is not implemented.
     #[error("{what} is not supported")]
     Unsupported {
-        /// What it is, with the supported ones.
+        /// The unsupported thing, followed by the supported alternatives.
         what: String,
     },
-    /// The tokenizer's files or metadata cannot be used.
+    /// The tokenizer's files or metadata are missing or invalid.
     #[error("{}: tokenizer: {reason}", path.display())]
     Tokenizer {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong.
+        /// The problem.
         reason: String,
     },
     /// The chat template does not compile or cannot render these messages.
     #[error("chat template: {reason}")]
     ChatTemplate {
-        /// What the template engine, or the template itself, says.
+        /// The message of the template engine or of the template itself.
         reason: String,
     },
-    /// A weight file holds something else than when it was loaded, or cannot be read any more.
-    #[error("{}: the file is no longer what was loaded from it: {reason}", path.display())]
+    /// A weight file has changed since it was loaded, or can no longer be read.
+    #[error("{}: the file has changed since the model was loaded: {reason}", path.display())]
     Changed {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The tensor with its hash then and now, or the operating system's answer.
+        /// The tensor with its old and new hash, or the error of the operating system.
         reason: String,
     },
-    /// A value does not fit the element type that was asked for.
+    /// A value is too large for the requested element type.
     #[error(
         "tensor '{name}' has the value {value}, which {dtype} cannot hold: export it as f32 or bf16"
     )]
     TooLarge {
         /// The tensor's Hugging Face name.
         name: String,
-        /// The value.
+        /// The value that does not fit.
         value: f32,
-        /// The element type.
+        /// The requested element type.
         dtype: &'static str,
     },
-    /// The operating system refused.
+    /// A file operation failed.
     #[error("{}: {source}", path.display())]
     Io {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its answer.
+        /// The error of the operating system.
         source: std::io::Error,
     },
     /// An adapter's files cannot be used with this model.
     #[error("{}: adapter: {reason}", path.display())]
     Adapter {
-        /// The file or folder.
+        /// Path of the file or folder.
         path: PathBuf,
-        /// What is wrong.
+        /// The problem.
         reason: String,
     },
     /// A tensor operation failed.
@@ -131,14 +140,14 @@ fn and_others(others: usize) -> String {
     if others == 0 { String::new() } else { format!(" (and {others} others)") }
 }
 
-/// The last part of a path: what clients may see of it.
+/// Returns the last part of a path. Clients are shown only this part.
 pub fn last_part(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 impl ModelError {
-    /// Returns the message with the file's name in place of its path. Folders of the server are
-    /// nothing that a client can use or should see.
+    /// Returns the message with the file's name in place of its absolute path: a client cannot use
+    /// the server's folders and should not learn them.
     pub fn for_clients(&self) -> String {
         let text = self.to_string();
         match self.path().filter(|path| path.is_absolute()) {
@@ -166,12 +175,12 @@ impl ModelError {
         }
     }
 
-    /// [`ModelError::Io`] about `path`, for `map_err`.
+    /// Returns a function for `map_err` that makes a [`ModelError::Io`] about `path`.
     pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError + '_ {
         move |source| ModelError::Io { path: path.to_owned(), source }
     }
 
-    /// [`ModelError::CorruptWeights`] about `path`.
+    /// Makes a [`ModelError::CorruptWeights`] about `path`.
     pub(crate) fn corrupt(path: &Path, reason: impl Into<String>) -> ModelError {
         ModelError::CorruptWeights { path: path.to_owned(), reason: reason.into() }
     }

@@ -1,4 +1,4 @@
-//! Families of models, one small file each: what their config.json means, as a
+//! Families of models, one small file each. A family translates its config.json to a
 //! [`crate::model::spec::ModelSpec`].
 
 mod common;
@@ -23,38 +23,37 @@ pub enum Architecture {
 }
 
 impl Architecture {
-    /// All of them.
+    /// All families.
     pub const ALL: [Architecture; 4] =
         [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3];
 
-    /// As config.json's `model_type` spells it.
+    /// Returns the family's `model_type` in config.json.
     pub fn as_str(self) -> &'static str {
         self.family().model_type
     }
 
-    /// The family that `model_type` names.
+    /// Returns the family with the `model_type` `name`.
     pub fn from_model_type(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|a| a.as_str() == name)
     }
 
-    /// Returns the family of the language model inside models of text and images of this
-    /// `model_type`, which have its configuration as `text_config`.
+    /// Returns the family of the language model inside a multimodal model of this `model_type`.
+    /// Multimodal models store the language model's configuration in `text_config`.
     pub(super) fn of_text_in(model_type: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|a| a.family().text_in == Some(model_type))
     }
 
-    /// Returns the class that transformers loads a model of the family with.
+    /// Returns the class of transformers that loads a model of the family.
     pub(crate) fn causal_lm_class(self) -> &'static str {
         self.family().causal_lm_class
     }
 
-    /// Returns true if llama.cpp stores the rows of Q and K with the halves of each head
-    /// interleaved.
+    /// Returns true if llama.cpp interleaves the halves of each head in the rows of Q and K.
     pub(crate) fn is_interleaved_in_gguf(self) -> bool {
         self.family().is_interleaved_in_gguf
     }
 
-    /// Returns the file that describes the family.
+    /// Returns the description of the family.
     pub(super) fn family(self) -> &'static Family {
         match self {
             Architecture::Llama => &llama::FAMILY,

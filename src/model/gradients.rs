@@ -1,9 +1,10 @@
-//! Where the backward pass puts gradients.
+//! Interface through which the backward pass accumulates gradients.
 
 use super::params::ParamId;
 
-/// Takes gradients in.
+/// Accumulates the gradients of a backward pass.
 pub trait GradientSink {
-    /// The sum so far for a tensor, row-major; `None` when it is not trained.
+    /// Returns a tensor's gradient as accumulated so far, row-major, to be added to. `None` if the
+    /// tensor is not trained.
     fn slot(&mut self, id: ParamId) -> Option<&mut [f32]>;
 }

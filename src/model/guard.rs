@@ -1,10 +1,10 @@
-//! Panics as failures: of a unit of work, or of a library that reads a stranger's bytes.
+//! Turns panics into errors, for a unit of work and for libraries that parse untrusted bytes.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// Runs `f`; a panic in it is its own failure, not the thread's. What `f` changed must not be used
-/// after one.
+/// Runs `f` and returns a panic in it as an error, so that the thread lives on. After a panic, do
+/// not use anything that `f` may have changed.
 pub fn guarded<R>(f: impl FnOnce() -> R) -> Result<R, String> {
     catch_unwind(AssertUnwindSafe(f)).map_err(|panic| describe(&*panic))
 }

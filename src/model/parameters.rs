@@ -1,4 +1,4 @@
-//! The decoder's weights, one tensor for each row of the table of parameters ([`super::params`]).
+//! The weights of a decoder: one tensor per row of the table of parameters ([`super::params`]).
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,21 +13,21 @@ use super::weight_matrix::WeightMatrix;
 use crate::compute::cpu::{TensorRead, thread_pool};
 use crate::domain::training::Precision;
 
-/// Tensors that are read at one time at most: each is in memory twice or three times while it is
-/// converted.
-const READERS: usize = 8;
+/// Maximum number of tensors that are read at the same time. It bounds the memory peak: while a
+/// tensor is converted, two or three copies of it are in memory.
+const MAX_READERS: usize = 8;
 
-/// Where tensors are read from.
+/// Source of a model's tensors, e.g. its files.
 pub trait TensorSource: Sync {
-    /// Reads a parameter's tensor, contiguous, on the CPU: a matrix in `precision`, norms and
-    /// biases in f32.
+    /// Reads the tensor of a parameter to host memory, contiguous: a matrix in `precision`, norms
+    /// and biases in f32.
     ///
     /// # Errors
-    /// When it cannot be read or is not what the table of parameters says.
+    /// Fails if the tensor cannot be read or does not match the table of parameters.
     fn load(&self, param: &ParamSpec, precision: Precision) -> Result<Tensor, ModelError>;
 }
 
-/// A linear layer's tensors: y = x·Wᵀ + b.
+/// The tensors of a linear layer: y = x·Wᵀ + b.
 #[derive(Clone, Copy, Debug)]
 pub struct Projection<'a> {
     /// W `[out, in]`.
@@ -36,11 +36,11 @@ pub struct Projection<'a> {
     pub bias: Option<&'a Tensor>,
 }
 
-/// What an RMSNorm multiplies by.
+/// Factors `[width]` that an RMSNorm multiplies by.
 pub enum NormFactors<'a> {
-    /// The stored weight.
+    /// The stored weight w.
     Stored(TensorRead<'a>),
-    /// 1 + the stored weight.
+    /// 1 + w, computed from the stored weight.
     PlusOne(Vec<f32>),
 }
 
@@ -48,10 +48,10 @@ impl NormFactors<'_> {
     /// Returns the factors.
     ///
     /// # Errors
-    /// When the stored weight is not f32.
+    /// Fails if the stored weight is not f32.
     pub fn values(&self) -> candle_core::Result<&[f32]> {
         match self {
-            NormFactors::Stored(held) => held.f32(),
+            NormFactors::Stored(weight) => weight.f32(),
             NormFactors::PlusOne(values) => Ok(values),
         }
     }
@@ -61,11 +61,10 @@ impl NormFactors<'_> {
 #[derive(Clone, Debug)]
 pub struct Parameters {
     table: Arc<ParamTable>,
-    /// In the table's order.
+    /// One value per row of `table`, in the same order.
     values: Vec<Value>,
 }
 
-/// The value of a parameter.
 #[derive(Clone, Debug)]
 enum Value {
     Matrix(WeightMatrix),
@@ -81,7 +80,7 @@ impl Value {
         })
     }
 
-    /// Returns it as a tensor that shares its storage.
+    /// Returns a tensor that shares the storage of the value.
     fn tensor(&self) -> Tensor {
         match self {
             Value::Matrix(matrix) => matrix.tensor(),
@@ -106,8 +105,11 @@ impl ParamTable {
 }
 
 impl Parameters {
-    /// Loads every tensor the configuration calls for, shapes checked: matrices as `precision`
-    /// says, norms and biases in f32. Several cores read and convert.
+    /// Loads every tensor that the configuration requires: matrices in `precision`, norms and
+    /// biases in f32. Several threads read and convert at the same time.
+    ///
+    /// # Errors
+    /// Returns the error of the first tensor, in the table's order, that cannot be loaded.
     pub fn load(
         config: &ModelConfig,
         weights: &impl TensorSource,
@@ -118,8 +120,8 @@ impl Parameters {
         let table = ParamTable::of(config);
         let mut all: Vec<(&ParamSpec, Read)> =
             table.params.iter().map(|param| (param, None)).collect();
-        let each = all.len().div_ceil(READERS);
-        thread_pool::chunks(&mut all, each, |_, part| {
+        let tensors_per_reader = all.len().div_ceil(MAX_READERS);
+        thread_pool::chunks(&mut all, tensors_per_reader, |_, part| {
             for (param, read) in part {
                 if failed.load(Ordering::Relaxed) {
                     return;
@@ -129,8 +131,8 @@ impl Parameters {
                 *read = Some(tensor);
             }
         });
-        // After an error, what was not read yet is read here, so that the error is always that of
-        // the first tensor that has one.
+        // After an error, tensors that were skipped are read here. The reported error is thus
+        // always that of the first faulty tensor in the table's order.
         let value = |(param, read): (&ParamSpec, Read)| {
             let tensor = read.unwrap_or_else(|| weights.load(param, precision))?;
             Ok::<_, ModelError>(Value::new(param, tensor)?)
@@ -139,10 +141,10 @@ impl Parameters {
         Ok(Parameters { table, values })
     }
 
-    /// Makes each tensor with `get`, in the table's order.
+    /// Calls `get` for each tensor, in the table's order.
     ///
     /// # Errors
-    /// The first one of `get`, and those of [`WeightMatrix::new`].
+    /// Returns the first error of `get`, and the errors of [`WeightMatrix::new`].
     pub fn build<E: From<candle_core::Error>>(
         config: &ModelConfig,
         mut get: impl FnMut(&ParamSpec) -> Result<Tensor, E>,
@@ -158,7 +160,7 @@ impl Parameters {
         self.table.num_blocks
     }
 
-    /// Returns every value with its row of the table, in the table's order.
+    /// Iterates over the rows of the table, each with its value.
     fn iter(&self) -> impl Iterator<Item = (&ParamSpec, &Value)> {
         self.table.params.iter().zip(&self.values)
     }
@@ -167,13 +169,13 @@ impl Parameters {
         self.table.index.get(&id).map(|i| &self.values[*i])
     }
 
-    /// Returns true if the model has a parameter of this id.
+    /// Returns true if the model has a parameter with this id.
     pub fn has(&self, id: ParamId) -> bool {
         self.value(id).is_some()
     }
 
-    /// Returns a parameter as a tensor that shares its storage; `None` when the model has none of
-    /// this id.
+    /// Returns a tensor that shares the storage of a parameter. Returns `None` if the model has no
+    /// parameter with this id.
     pub fn get(&self, id: ParamId) -> Option<Tensor> {
         self.value(id).map(Value::tensor)
     }
@@ -181,11 +183,11 @@ impl Parameters {
     /// Returns a matrix that the model must have.
     ///
     /// # Errors
-    /// When it has no matrix of this id.
+    /// Fails if the model has no matrix with this id.
     pub fn matrix(&self, id: ParamId) -> candle_core::Result<&WeightMatrix> {
         match self.value(id) {
             Some(Value::Matrix(matrix)) => Ok(matrix),
-            Some(Value::Vector(_)) => bail!("{id:?} is no matrix"),
+            Some(Value::Vector(_)) => bail!("{id:?} is not a matrix"),
             None => bail!("the model has no {id:?}"),
         }
     }
@@ -193,7 +195,7 @@ impl Parameters {
     /// Returns the weight of a norm, or a bias, that the model must have.
     ///
     /// # Errors
-    /// When it has none of this id.
+    /// Fails if the model has no norm or bias with this id.
     pub fn vector(&self, id: ParamId) -> candle_core::Result<&Tensor> {
         match self.value(id) {
             Some(Value::Vector(tensor)) => Ok(tensor),
@@ -202,7 +204,7 @@ impl Parameters {
         }
     }
 
-    /// Returns the RMSNorms of a block.
+    /// Iterates over the RMSNorms of a block.
     pub fn norms(&self, block: usize) -> impl Iterator<Item = BlockParam> {
         self.table.params.iter().filter_map(move |param| match param.id {
             ParamId::Block(index, norm) if index == block && norm.is_norm() => Some(norm),
@@ -213,27 +215,27 @@ impl Parameters {
     /// Returns the factors of an RMSNorm.
     ///
     /// # Errors
-    /// When the model has none of this id.
+    /// Fails if the model has no norm with this id, or the stored weight is not f32.
     pub fn norm(&self, id: ParamId) -> candle_core::Result<NormFactors<'_>> {
-        let held = TensorRead::of(self.vector(id)?)?;
+        let weight = TensorRead::of(self.vector(id)?)?;
         let adds_one = self.table.index.get(&id).is_some_and(|i| self.table.params[*i].adds_one);
         Ok(match adds_one {
-            false => NormFactors::Stored(held),
-            true => NormFactors::PlusOne(held.f32()?.iter().map(|w| 1.0 + w).collect()),
+            false => NormFactors::Stored(weight),
+            true => NormFactors::PlusOne(weight.f32()?.iter().map(|w| 1.0 + w).collect()),
         })
     }
 
     /// Returns the tensors of a linear layer.
     ///
     /// # Errors
-    /// When the block has no such layer.
+    /// Fails if the block has no such layer.
     pub fn linear(&self, block: usize, linear: Linear) -> candle_core::Result<Projection<'_>> {
         let weight = self.matrix(ParamId::Block(block, BlockParam::Weight(linear)))?;
         let bias = ParamId::Block(block, BlockParam::Bias(linear));
         Ok(Projection { weight, bias: self.has(bias).then(|| self.vector(bias)).transpose()? })
     }
 
-    /// Returns which tensor the head is: its own, or the embedding when the two are tied.
+    /// Returns the id of the head's tensor. It is the embedding's if the two are tied.
     pub fn head_id(&self) -> ParamId {
         if self.has(ParamId::Head) { ParamId::Head } else { ParamId::Embedding }
     }
@@ -241,15 +243,16 @@ impl Parameters {
     /// Returns the head `[V, C]`.
     ///
     /// # Errors
-    /// Never, for a table of [`params`].
+    /// Never fails for a table that [`params`] returned.
     pub fn head(&self) -> candle_core::Result<&WeightMatrix> {
         self.matrix(self.head_id())
     }
 
-    /// Replaces every tensor by `f(its row of the table, tensor)`, in the table's order.
+    /// Returns the parameters with every tensor replaced by `f(row of the table, tensor)`, in the
+    /// table's order.
     ///
     /// # Errors
-    /// The first one of `f`, and those of [`WeightMatrix::new`].
+    /// Returns the first error of `f`, and the errors of [`WeightMatrix::new`].
     pub fn map<E: From<candle_core::Error>>(
         &self,
         mut f: impl FnMut(&ParamSpec, &Tensor) -> Result<Tensor, E>,
@@ -266,10 +269,8 @@ impl Parameters {
         self.iter().map(|(param, value)| (param.name().to_owned(), value.tensor())).collect()
     }
 
-    /// Returns a function that finds the tensor of a row of the table.
-    ///
-    /// # Errors
-    /// The function returns [`ModelError::MissingTensor`] for one that is not there.
+    /// Returns a function that looks up the tensor of a row of the table. That function returns
+    /// [`ModelError::MissingTensor`] if there is no such tensor.
     pub fn reader(&self) -> impl Fn(&ParamSpec) -> Result<Tensor, ModelError> {
         |param| {
             let missing = || ModelError::MissingTensor {

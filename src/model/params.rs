@@ -1,24 +1,24 @@
-//! The table of a model's parameters: every tensor once, with its id, its name in each file format,
-//! its shape and its role.
+//! The table of a model's parameters. It lists every tensor once, with its id, its name in each
+//! file format, its shape and its role.
 //!
-//! This is the only place that spells a tensor's name or shape. Loading, export, GGUF, LoRA, PEFT's
-//! names, gradients, weight decay, the copies on a GPU and the parameter counts all read it.
+//! Names and shapes of tensors are defined only here. Loading, export, GGUF, LoRA, PEFT's names,
+//! gradients, weight decay, the copies on a GPU and the parameter counts all read this table.
 
 use std::borrow::Cow;
 
 use super::spec::{AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm};
 use crate::domain::training::LoraConfig;
 
-/// A parameter of a policy: of its base model or of its adapter.
+/// Id of a parameter of a policy, either of its base model or of its adapter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ParamId {
-    /// The embedding, which is also the head when the two are tied.
+    /// The embedding. It is also the head if the two are tied.
     Embedding,
-    /// A tensor of a block, which is named by its index.
+    /// A parameter of the block with this index.
     Block(usize, BlockParam),
     /// The last RMSNorm.
     Norm,
-    /// The head, when it is not tied.
+    /// The head, if it is not tied to the embedding.
     Head,
 }
 
@@ -56,9 +56,9 @@ pub enum Linear {
     Output,
     /// The gate of the feed-forward part.
     Gate,
-    /// The factor that is gated.
+    /// The projection that is multiplied by the activated gate.
     Up,
-    /// The output of the feed-forward part.
+    /// The output projection of the feed-forward part.
     Down,
 }
 
@@ -71,101 +71,102 @@ pub enum LinearGroup {
     Output,
     /// Gate and up.
     GateUp,
-    /// The output of the feed-forward part.
+    /// The output projection of the feed-forward part.
     Down,
 }
 
-/// One value for each group.
+/// One value for each group of linear layers.
 #[derive(Clone, Debug)]
 pub struct PerGroup<T> {
-    /// Of [`LinearGroup::Qkv`].
+    /// Value of [`LinearGroup::Qkv`].
     pub qkv: T,
-    /// Of [`LinearGroup::Output`].
+    /// Value of [`LinearGroup::Output`].
     pub output: T,
-    /// Of [`LinearGroup::GateUp`].
+    /// Value of [`LinearGroup::GateUp`].
     pub gate_up: T,
-    /// Of [`LinearGroup::Down`].
+    /// Value of [`LinearGroup::Down`].
     pub down: T,
 }
 
-/// What a tensor is to the model.
+/// Role of a tensor. It determines the tensor's precision and its weight decay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ParamRole {
-    /// A matrix: in the precision of the passes, with weight decay.
+    /// A matrix: stored in the precision of the passes, with weight decay.
     Matrix,
-    /// The weight of a norm: always in f32, without weight decay.
+    /// The weight of a norm: always f32, without weight decay.
     Norm,
-    /// The bias of a linear layer: always in f32, without weight decay.
+    /// The bias of a linear layer: always f32, without weight decay.
     Bias,
 }
 
-/// Where a file holds a parameter. A family whose files fuse several parameters in one tensor adds
-/// the range of its rows here.
+/// Location of a parameter in a file. For a family whose files fuse several parameters into one
+/// tensor, add the range of rows here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileTensor {
-    /// The file's name for the tensor.
+    /// Name of the tensor in the file.
     pub name: String,
 }
 
 /// One row of the table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParamSpec {
-    /// Which parameter it is.
+    /// Id of the parameter.
     pub id: ParamId,
-    /// Where transformers' safetensors files hold it.
+    /// Location in the safetensors files of transformers.
     pub hf: FileTensor,
-    /// Where llama.cpp's GGUF files hold it.
+    /// Location in the GGUF files of llama.cpp.
     pub gguf: FileTensor,
-    /// `[out, in]` for the matrix of a linear layer.
+    /// Shape; `[out, in]` for the matrix of a linear layer.
     pub shape: Vec<usize>,
-    /// What it is to the model.
+    /// Role of the tensor.
     pub role: ParamRole,
-    /// The name among LoRA's `target_modules` under which it gets a low-rank update; `None` where
-    /// it cannot have one.
+    /// Name in LoRA's `target_modules` that gives the parameter a low-rank update. `None` if it
+    /// cannot have one.
     pub lora_target: Option<&'static str>,
-    /// How many heads that are rotated make up its rows, for queries and keys; `None` for all
-    /// others.
+    /// Number of heads in its rows if these are rotated: for the weights and biases of queries and
+    /// keys. `None` for all others.
     pub rotated_heads: Option<usize>,
-    /// Whether passes compute with 1 + w. llama.cpp's files hold the sum, transformers' hold w.
+    /// True if passes compute with 1 + w. The files of llama.cpp store 1 + w, those of transformers
+    /// store w.
     pub adds_one: bool,
 }
 
 /// One tensor of an adapter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoraTensor {
-    /// Which parameter it is.
+    /// Id of the parameter.
     pub id: ParamId,
-    /// PEFT's name for it.
+    /// PEFT's name of the tensor.
     pub name: String,
-    /// `[r, in]` of A, `[out, r]` of B.
+    /// `[r, in]` for A, `[out, r]` for B.
     pub shape: [usize; 2],
 }
 
 /// A linear layer with a low-rank update.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoraLayer {
-    /// The block's index.
+    /// Index of the block.
     pub block: usize,
     /// The linear layer of that block.
     pub linear: Linear,
-    /// `[out, in]`.
+    /// Shape of the layer's weight, `[out, in]`.
     pub shape: [usize; 2],
 }
 
 /// The low-rank update of one linear layer: W' = W + scale·B·A.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoraSpec {
-    /// The block's index.
+    /// Index of the block.
     pub block: usize,
     /// The linear layer of that block.
     pub linear: Linear,
-    /// A.
+    /// The factor A `[r, in]`.
     pub a: LoraTensor,
-    /// B.
+    /// The factor B `[out, r]`.
     pub b: LoraTensor,
 }
 
-/// What a module is called in each format, below the model or below a block.
+/// Names of a module in each file format, relative to the model or to a block.
 #[derive(Clone, Copy)]
 struct Module {
     hf: &'static str,
@@ -180,20 +181,21 @@ const FEED_FORWARD_NORM: Module = Module { hf: "post_attention_layernorm", gguf:
 const QUERY_NORM: Module = Module { hf: "self_attn.q_norm", gguf: "attn_q_norm" };
 const KEY_NORM: Module = Module { hf: "self_attn.k_norm", gguf: "attn_k_norm" };
 
-/// What the names of a block's tensors begin with, before the block's index.
+/// Prefixes of the names of a block's tensors. The block's index follows.
 const HF_BLOCKS: &str = "model.layers.";
 const GGUF_BLOCKS: &str = "blk.";
-/// What PEFT puts before the name of a module of the base model.
+/// Prefix that PEFT puts before the name of a module of the base model.
 const PEFT_MODEL: &str = "base_model.model.";
-/// PEFT's names for the two factors of an update.
+/// PEFT's names of the two factors of an update.
 const LORA_A: &str = "lora_A";
 const LORA_B: &str = "lora_B";
 
-/// The file's name of the head, which files of a tied model may hold as a copy of the embedding.
+/// Name of the head in safetensors files. Files of a tied model may contain it as a copy of the
+/// embedding.
 pub const HF_HEAD: &str = "lm_head.weight";
 
 impl Linear {
-    /// All of them, in the order of [`crate::domain::training::TARGET_MODULES`].
+    /// All linear layers, in the order of [`crate::domain::training::TARGET_MODULES`].
     pub const ALL: [Linear; 7] = [
         Linear::Query,
         Linear::Key,
@@ -217,20 +219,20 @@ impl Linear {
         Module { hf, gguf }
     }
 
-    /// Returns the layer's name among LoRA's `target_modules`: the last part of its path.
+    /// Returns the layer's name in LoRA's `target_modules`: the last part of its path.
     pub fn lora_target(self) -> &'static str {
         let path = self.module().hf;
         path.rsplit('.').next().unwrap_or(path)
     }
 
-    /// Returns true if a tensor of an adapter, by PEFT's name, updates this layer in some block.
+    /// Returns true if the adapter tensor with this PEFT name updates this layer in any block.
     pub fn is_updated_by(self, peft_name: &str) -> bool {
         peft_name.contains(&format!(".{}.lora_", self.module().hf))
     }
 }
 
 impl LinearGroup {
-    /// Returns the linear layers of the group, in the order of their outputs.
+    /// Returns the linear layers of the group, in the order of their columns in the joint output.
     pub fn members(self) -> &'static [Linear] {
         match self {
             LinearGroup::Qkv => &[Linear::Query, Linear::Key, Linear::Value],
@@ -242,7 +244,7 @@ impl LinearGroup {
 }
 
 impl<T> PerGroup<T> {
-    /// Makes each value with `make`, in the order in which a block computes the groups.
+    /// Calls `make` for each group, in the order in which a block computes them.
     pub fn build<E>(mut make: impl FnMut(LinearGroup) -> Result<T, E>) -> Result<Self, E> {
         Ok(PerGroup {
             qkv: make(LinearGroup::Qkv)?,
@@ -280,17 +282,17 @@ impl BlockParam {
 }
 
 impl ParamSpec {
-    /// Returns the name that messages, checkpoints and the state of training use.
+    /// Returns the name that messages, checkpoints and the training state use.
     pub fn name(&self) -> &str {
         &self.hf.name
     }
 
-    /// Returns the number of its elements.
+    /// Returns the number of elements.
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
     }
 
-    /// Returns true if AdamW's weight decay applies.
+    /// Returns true if AdamW's weight decay applies to the parameter.
     pub fn decays(&self) -> bool {
         self.role == ParamRole::Matrix
     }
@@ -309,21 +311,21 @@ impl LoraTensor {
         matches!(self.id, ParamId::Block(_, BlockParam::LoraA(_)))
     }
 
-    /// Returns the number of its elements.
+    /// Returns the number of elements.
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
     }
 }
 
-/// Returns every parameter of a model once, in the order of a forward pass. Exports are divided
-/// into files in this order.
+/// Returns the table: every parameter of a model once, in the order of a forward pass. Exports
+/// split the tensors into files in this order.
 pub fn params(spec: &ModelSpec) -> Vec<ParamSpec> {
     let mut table = Vec::new();
     each_row(spec, |row| table.push(row.named()));
     table
 }
 
-/// Returns the number of elements of all parameters, tied ones counted once.
+/// Returns the total number of elements of all parameters. A tied embedding is counted once.
 pub fn parameter_count(spec: &ModelSpec) -> usize {
     let mut count = 0;
     each_row(spec, |row| count += row.shape.iter().product::<usize>());
@@ -364,22 +366,22 @@ pub fn lora_params(spec: &ModelSpec, config: &LoraConfig) -> Vec<LoraSpec> {
     lora_layers(spec, config).into_iter().map(update).collect()
 }
 
-/// Returns GGUF's name for the embedding.
+/// Returns the name of the embedding in GGUF files.
 pub fn gguf_embedding() -> String {
     file_name(EMBEDDING.gguf, ParamRole::Matrix)
 }
 
-/// Returns GGUF's name for the head.
+/// Returns the name of the head in GGUF files.
 pub fn gguf_head() -> String {
     file_name(HEAD.gguf, ParamRole::Matrix)
 }
 
-/// Returns GGUF's name for the bias of a linear layer.
+/// Returns the name of a linear layer's bias in GGUF files.
 pub fn gguf_bias(block: usize, linear: Linear) -> String {
     format!("{GGUF_BLOCKS}{block}.{}", file_name(linear.module().gguf, ParamRole::Bias))
 }
 
-/// Returns PEFT's name for the A of a linear layer.
+/// Returns PEFT's name of the factor A of a linear layer.
 pub fn peft_example(block: usize, linear: Linear) -> String {
     peft_name(block, linear, LORA_A)
 }
@@ -388,13 +390,14 @@ fn peft_name(block: usize, linear: Linear, which: &str) -> String {
     format!("{PEFT_MODEL}{HF_BLOCKS}{block}.{}.{which}.weight", linear.module().hf)
 }
 
-/// Returns true if a stored tensor belongs to a decoder block, by its name in either format.
+/// Returns true if the name of a stored tensor, in either format, is that of a tensor of a decoder
+/// block.
 pub fn is_in_block(stored: &str) -> bool {
     stored.starts_with(HF_BLOCKS) || stored.starts_with(GGUF_BLOCKS)
 }
 
-/// Returns a stored tensor's name in the table: what models of text and images call their language
-/// model is left out.
+/// Returns the name in the table of a stored tensor. The prefix that multimodal models put before
+/// the tensors of their language model is removed.
 pub fn text_name(stored: &str) -> Cow<'_, str> {
     if let Some(name) = stored
         .strip_prefix("language_model.")
@@ -408,7 +411,7 @@ pub fn text_name(stored: &str) -> Cow<'_, str> {
     }
 }
 
-/// Returns the name of a module's tensor.
+/// Returns the full name of a module's weight or bias.
 fn file_name(module: &str, role: ParamRole) -> String {
     match role {
         ParamRole::Matrix | ParamRole::Norm => format!("{module}.weight"),
@@ -416,7 +419,7 @@ fn file_name(module: &str, role: ParamRole) -> String {
     }
 }
 
-/// A row of the table without its names, which some readers do not need.
+/// A row of the table before its names are formatted. Some callers do not need the names.
 struct TableRow<'a> {
     id: ParamId,
     module: Module,
@@ -454,7 +457,7 @@ impl TableRow<'_> {
     }
 }
 
-/// Calls `visit` with every row of the table, in its order.
+/// Calls `visit` with every row of the table, in order.
 fn each_row(spec: &ModelSpec, visit: impl FnMut(TableRow<'_>)) {
     let width = spec.hidden_size;
     let mut rows = Rows { visit, norms_add_one: spec.norms_add_one };
@@ -468,7 +471,7 @@ fn each_row(spec: &ModelSpec, visit: impl FnMut(TableRow<'_>)) {
     }
 }
 
-/// Where the rows go.
+/// Passes each row to `visit`.
 struct Rows<F> {
     visit: F,
     norms_add_one: bool,
@@ -523,7 +526,7 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
         self.push(ParamId::Block(index, param), module, ParamRole::Norm, &[width]);
     }
 
-    /// Adds the tensors of a linear layer, given its `[out, in]`.
+    /// Adds the weight of a linear layer with `shape` `[out, in]` and, if it has one, its bias.
     fn linear(
         &mut self,
         index: usize,

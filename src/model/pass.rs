@@ -1,11 +1,13 @@
-//! Passes over one packed row, for every device: the only loops over the blocks of a decoder.
+//! Passes over one packed row, for every device. The loops over a decoder's blocks are only here.
 //!
-//! The loss needs no tape: log-probs come out of the forward pass, ∂loss/∂log p of each completion
-//! token goes into the backward pass. With activation checkpointing only each block's input is
-//! saved and the block runs again in the backward pass (arXiv:1604.06174); without it each block's
-//! tape is. Either way a block's tape is freed as soon as its gradients are added to the sums.
+//! The loss is computed between the two passes: the forward pass returns log-probs, and the
+//! backward pass takes ∂loss/∂log p of each completion token. With activation checkpointing
+//! (arXiv:1604.06174) only each block's input is saved, and the backward pass runs the block
+//! forward again. Without it each block's tape is saved. Either way a block's tape is freed as soon
+//! as the block's gradients are accumulated.
 //!
-//! `yield_point` is called before every block, which is where the engine scores while it trains.
+//! `yield_point` is called before every block. The engine uses it to run scoring requests during
+//! training.
 
 use candle_core::{Result, bail};
 
@@ -13,24 +15,24 @@ use super::backend::{Backend, Keep, RowOps};
 use super::block::{BlockTape, block_backward, block_forward};
 use crate::compute::cpu::head::HeadOutput;
 
-/// What the backward pass needs of the forward pass.
+/// Values of a forward pass that are saved for the backward pass.
 pub struct Tape<B: Backend> {
-    /// One for each block; empty after a forward pass that saved nothing.
+    /// One entry per block. Empty after a forward pass with [`Keep::Nothing`].
     blocks: Vec<Saved<B>>,
     head: B::HeadTape,
     output: HeadOutput,
 }
 
-/// What the forward pass has saved of a block.
+/// Values that the forward pass has saved of one block.
 enum Saved<B: Backend> {
     /// Everything that the backward pass needs.
     Tape(Box<BlockTape<B>>),
-    /// Its input only.
+    /// The block's input `[T, C]` only.
     Input(B::Activation),
 }
 
 impl<B: Backend> Tape<B> {
-    /// Returns what came out of the head.
+    /// Returns the output of the head.
     pub fn output(&self) -> &HeadOutput {
         &self.output
     }
@@ -39,7 +41,7 @@ impl<B: Backend> Tape<B> {
 /// Returns the log-probs of the row's completion tokens `[N]`.
 ///
 /// # Errors
-/// When the device fails or has no memory left.
+/// Fails if the device fails or has no memory left.
 pub fn log_probs<B: Backend, R: RowOps<B>>(
     row: &R,
     yield_point: &mut dyn FnMut(),
@@ -48,10 +50,10 @@ pub fn log_probs<B: Backend, R: RowOps<B>>(
     row.log_probs(&x)
 }
 
-/// Runs the row forward.
+/// Runs the row forward and saves what `keep` selects.
 ///
 /// # Errors
-/// When the device fails or has no memory left.
+/// Fails if the device fails or has no memory left.
 pub fn forward<B: Backend, R: RowOps<B>>(
     row: &R,
     keep: Keep,
@@ -62,7 +64,8 @@ pub fn forward<B: Backend, R: RowOps<B>>(
     Ok(Tape { blocks, head, output })
 }
 
-/// Embeds the row and runs the blocks. Returns the last one's output `[T, C]` and what is saved.
+/// Embeds the row and runs the blocks. Returns the last block's output `[T, C]` and the saved
+/// values.
 fn blocks_forward<B: Backend, R: RowOps<B>>(
     row: &R,
     keep: Keep,
@@ -79,11 +82,11 @@ fn blocks_forward<B: Backend, R: RowOps<B>>(
     Ok((x, saved))
 }
 
-/// Runs the row backward, given ∂loss/∂log p `[N]`, and adds the gradient of every tensor that is
-/// trained to `gradients`.
+/// Runs the row backward, given `upstream` = ∂loss/∂log p `[N]`, and accumulates the gradients of
+/// all trained tensors in `gradients`.
 ///
 /// # Errors
-/// When the forward pass saved no tape, and when the device fails or has no memory left.
+/// Fails if the forward pass saved nothing, and if the device fails or has no memory left.
 pub fn backward<B: Backend, R: RowOps<B>>(
     row: &R,
     tape: Tape<B>,
@@ -102,7 +105,7 @@ pub fn backward<B: Backend, R: RowOps<B>>(
             Saved::Tape(tape) => *tape,
             Saved::Input(mut x) => match block_forward(&row.block(index)?, &mut x, true)? {
                 Some(tape) => tape,
-                None => bail!("block {index} left no tape"),
+                None => bail!("block {index} was run forward again but returned no tape"),
             },
         };
         block_backward(&row.block(index)?, tape, &mut gx, gradients)?;

@@ -1,34 +1,37 @@
-//! Rotary position embedding: the frequencies, with the context extensions that published models
-//! use.
+//! Frequencies of the rotary position embedding (arXiv:2104.09864), with the context extensions
+//! that published models use.
 
 use std::f64::consts::PI;
 
-/// θ and how positions beyond the pretrained context are handled.
+/// θ and the treatment of positions beyond the pretrained context.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeConfig {
-    /// The base of the geometric progression of wavelengths.
+    /// Base of the geometric progression of wavelengths.
     pub theta: f64,
-    /// The context extension.
+    /// Context extension.
     pub scaling: RopeScaling,
 }
 
-/// Context extension, by the names transformers gives them (`rope_type`).
+/// Context extension. The names are those of `rope_type` in transformers.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
-    /// `default`.
+    /// `default`: no extension.
     None,
-    /// `linear`: positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595).
+    /// `linear`: positions are divided by `factor` (Chen et al. 2023, arXiv:2306.15595).
     Linear {
         /// Context multiplier.
         factor: f64,
     },
-    /// `llama3`: long wavelengths divided by `factor`, short ones kept, a smooth ramp between.
+    /// `llama3`: the frequencies of long wavelengths are divided by `factor`, those of short
+    /// wavelengths are unchanged, with a smooth transition in between.
     Llama3 {
         /// Context multiplier.
         factor: f64,
-        /// Wavelengths above original/low are scaled fully.
+        /// Wavelengths above `original_max_position_embeddings` / `low_freq_factor` are scaled
+        /// fully.
         low_freq_factor: f64,
-        /// Wavelengths below original/high are kept.
+        /// Wavelengths below `original_max_position_embeddings` / `high_freq_factor` are
+        /// unchanged.
         high_freq_factor: f64,
         /// Context of the pretrained model.
         original_max_position_embeddings: usize,
@@ -39,30 +42,32 @@ pub enum RopeScaling {
         factor: f64,
         /// Context of the pretrained model.
         original_max_position_embeddings: usize,
-        /// Rotations above which a dimension is extrapolated; 32 in the paper.
+        /// Number of rotations over the pretrained context above which a dimension is extrapolated;
+        /// 32 in the paper.
         beta_fast: f64,
-        /// Rotations below which a dimension is interpolated; 1 in the paper.
+        /// Number of rotations below which a dimension is interpolated; 1 in the paper.
         beta_slow: f64,
-        /// Multiplies cos and sin; by default 0.1·ln(factor) + 1.
+        /// Factor on cos and sin; by default 0.1·ln(factor) + 1.
         attention_factor: Option<f64>,
-        /// With `mscale_all_dim`, another way to give the attention factor.
+        /// Together with `mscale_all_dim`, an alternative to `attention_factor`.
         mscale: Option<f64>,
-        /// See `mscale`.
+        /// Together with `mscale`, an alternative to `attention_factor`.
         mscale_all_dim: Option<f64>,
-        /// Whether the ramp's ends are rounded to whole dimensions.
+        /// True if the ends of the ramp are rounded to whole dimensions.
         truncate: bool,
     },
 }
 
 impl RopeConfig {
-    /// Returns the bits of what [`RopeConfig::inv_freq`] returns.
+    /// Returns the result of [`RopeConfig::inv_freq`] as bits, so that it can be compared and
+    /// hashed exactly.
     pub fn bits(&self, head_dim: usize) -> (Vec<u32>, u32) {
         let (frequencies, factor) = self.inv_freq(head_dim);
         (frequencies.into_iter().map(f32::to_bits).collect(), factor.to_bits())
     }
 
-    /// Inverse frequencies `[head_dim / 2]` and the factor that multiplies cos and sin; the numbers
-    /// that transformers' `ROPE_INIT_FUNCTIONS` give, rounded to f32 where they round.
+    /// Returns the inverse frequencies `[head_dim / 2]` and the factor on cos and sin. The values
+    /// are those of `ROPE_INIT_FUNCTIONS` in transformers, rounded to f32 in the same places.
     pub fn inv_freq(&self, head_dim: usize) -> (Vec<f32>, f32) {
         let plain: Vec<f32> = (0..head_dim / 2)
             .map(|i| {
@@ -134,13 +139,14 @@ impl RopeConfig {
     }
 }
 
-/// √(1/t) of YaRN, equation 22.
+/// √(1/t) of YaRN (arXiv:2309.00071, eq. 22), with the factor `mscale` that transformers adds.
 fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }
 
-/// YaRN's γ: 0 where a dimension turns more than `beta_fast` times over the pretrained context, 1
-/// below `beta_slow` times.
+/// Linear ramp between the extrapolated and the interpolated dimensions (1 − γ of YaRN): 0 for
+/// dimensions that rotate more than `beta_fast` times over the pretrained context, 1 for those that
+/// rotate less than `beta_slow` times.
 struct Ramp {
     low: f64,
     high: f64,
@@ -164,7 +170,7 @@ impl Ramp {
         }
         let (low, mut high) = (low.max(0.0), high.min(dim - 1.0));
         if low == high {
-            high += 0.001; // transformers' guard against 0/0
+            high += 0.001; // avoids 0/0, as transformers does
         }
         Ramp { low, high }
     }

@@ -1,4 +1,4 @@
-//! Packed rows as a pass takes them.
+//! Packed rows in the form that a pass takes.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,36 +12,37 @@ use crate::compute::layout::RowLayout;
 pub struct Row {
     /// Token ids `[T]`.
     pub ids: Vec<u32>,
-    /// Which tokens see which.
+    /// The segments of the row: they define the tokens that each token attends to.
     pub layout: Arc<RowLayout>,
-    /// For each completion token, the row index that predicts it.
+    /// For each completion token, the index in the row of the token that predicts it `[N]`.
     pub predictors: Vec<u32>,
-    /// The completion tokens `[N]`, in the order of `predictors`.
+    /// Ids of the completion tokens `[N]`, in the order of `predictors`.
     pub targets: Arc<Vec<u32>>,
 }
 
-/// A row with its rotary tables, which depend on the model.
+/// A row with its rotary tables. The tables depend on the model.
 #[derive(Clone, Debug)]
 pub struct PreparedRow {
     pub(super) row: Arc<Row>,
-    /// In the order of the model's rotary frequencies.
+    /// Rotary tables in the order of [`super::spec::ModelSpec::ropes`].
     pub(super) ropes: Vec<RopeTable>,
-    /// Adapters on parts of the row, besides the policy's own; only for passes without a tape.
+    /// Adapters on parts of the row, in addition to the policy's own. Only passes without a tape
+    /// may have them.
     pub(super) adapters: Vec<(Range<usize>, Arc<Adapter>)>,
 }
 
 impl PreparedRow {
-    /// Returns a row on which no part has an adapter of its own.
+    /// Returns a row without adapters on parts of it.
     pub(super) fn new(row: Arc<Row>, ropes: Vec<RopeTable>) -> Self {
         PreparedRow { row, ropes, adapters: Vec::new() }
     }
 
-    /// Returns the row as it was packed.
+    /// Returns the packed row.
     pub fn row(&self) -> &Arc<Row> {
         &self.row
     }
 
-    /// Returns the number of its tokens, T.
+    /// Returns T, the number of tokens in the row.
     pub fn tokens(&self) -> usize {
         self.row.ids.len()
     }

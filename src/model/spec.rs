@@ -1,8 +1,7 @@
-//! A decoder as plain data: a family of models is other values of these types, not other code.
+//! A decoder as plain data. Families of models differ in the values of these types, not in code.
 //!
-//! An enum with one variant is a place for the next one. Code takes such an enum apart with a
-//! pattern that cannot fail today, so that a new variant does not compile until every use of it has
-//! been decided.
+//! Enums with a single variant are meant to be extended. Code destructures them with an irrefutable
+//! pattern, so a new variant does not compile until every use has been adapted.
 
 use serde_json::{Value, json};
 
@@ -11,115 +10,120 @@ use crate::compute::cpu::attention::Heads;
 pub use crate::compute::cpu::swiglu::Activation;
 use crate::domain::training::Precision;
 
-/// A decoder: an embedding, blocks, a last RMSNorm and a head. V is `vocab_size`, C `hidden_size`.
+/// A decoder: an embedding, blocks, a last RMSNorm and a head.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
-    /// V.
+    /// V, the size of the vocabulary.
     pub vocab_size: usize,
-    /// C.
+    /// C, the width of the residual stream.
     pub hidden_size: usize,
-    /// Positions the model was made for.
+    /// Maximum number of positions that the model was trained for.
     pub max_position_embeddings: usize,
     /// ε of every RMSNorm.
     pub rms_norm_eps: f64,
-    /// What the embedded tokens are multiplied by, before it is rounded to the precision of the
-    /// embedding.
+    /// Factor on the token embeddings, not yet rounded. [`ModelSpec::embedding_scale_in`] rounds it
+    /// to the precision of a pass.
     pub embedding_scale: f32,
-    /// Whether every RMSNorm multiplies by 1 + w instead of w.
+    /// True if every RMSNorm multiplies by 1 + w instead of w.
     pub norms_add_one: bool,
-    /// Rotary frequencies; a block names those that it has by their place here.
+    /// The sets of rotary frequencies. A block refers to one by its index
+    /// ([`AttentionSpec::rope`]).
     pub ropes: Vec<RopeConfig>,
-    /// Whether the head is the embedding matrix.
+    /// True if the head is the embedding matrix.
     pub tie_word_embeddings: bool,
-    /// The decoder blocks in order; at least one.
+    /// The decoder blocks, first to last. There is at least one.
     pub blocks: Vec<BlockSpec>,
 }
 
-/// One decoder block: a mixer (what lets tokens see each other), then a feed-forward part, each
-/// added to the residual stream.
+/// One decoder block: a mixer, in which tokens exchange information, then a feed-forward part. The
+/// output of each is added to the residual stream.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BlockSpec {
-    /// The first part.
+    /// The first part of the block.
     pub mixer: Mixer,
-    /// The RMSNorms around it.
+    /// RMSNorms around the mixer.
     pub mixer_norms: Norms,
-    /// The second part.
+    /// The second part of the block.
     pub feed_forward: FeedForward,
-    /// The RMSNorms around it.
+    /// RMSNorms around the feed-forward part.
     pub feed_forward_norms: Norms,
 }
 
-/// What lets the tokens of a row see each other.
+/// The part of a block in which the tokens of a row exchange information.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Mixer {
     /// Softmax attention.
     Attention(AttentionSpec),
 }
 
-/// Grouped-query attention with rotary embeddings. H is `heads`, K `kv_heads`, D `head_dim`.
+/// Grouped-query attention (arXiv:2305.13245) with rotary embeddings.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionSpec {
-    /// H.
+    /// H, the number of query heads.
     pub heads: usize,
-    /// K; divides H.
+    /// K, the number of key and value heads. K divides H.
     pub kv_heads: usize,
-    /// D; even. Not always C / H.
+    /// D, the width of a head. Always even, not always C / H.
     pub head_dim: usize,
-    /// What the products of queries and keys are multiplied by.
+    /// Factor on the dot products of queries and keys.
     pub scale: f32,
-    /// Which of [`ModelSpec::ropes`] rotates queries and keys.
+    /// Index in [`ModelSpec::ropes`] of the frequencies that rotate queries and keys.
     pub rope: usize,
-    /// A token sees itself and at most `window − 1` tokens before it; `None` means all before it.
+    /// Sliding window: a token attends to itself and to at most `window − 1` tokens before it.
+    /// `None` means that it attends to all tokens before it.
     pub window: Option<usize>,
     /// Norms on queries and keys.
     pub qk_norm: QkNorm,
-    /// Biases on q, k and v.
+    /// True if q, k and v have biases.
     pub qkv_bias: bool,
-    /// A bias on the output projection.
+    /// True if the output projection has a bias.
     pub output_bias: bool,
 }
 
 /// RMSNorms on queries and keys, before the rotation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QkNorm {
-    /// None.
+    /// No norms on queries and keys.
     Absent,
-    /// Over the D numbers of each head, with one weight `[D]` for all query heads and one for all
-    /// key heads.
+    /// Over the D elements of each head. All query heads share one weight `[D]`, all key heads
+    /// another.
     PerHead,
 }
 
-/// The part of a block that treats each token by itself.
+/// The part of a block that processes each token independently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FeedForward {
     /// down(activation(gate(x)) ⊙ up(x)).
     Gated {
-        /// F, the outputs of gate and of up.
+        /// F, the number of outputs of gate and of up.
         width: usize,
-        /// What is applied to the gate.
+        /// The activation function, applied to the gate.
         activation: Activation,
-        /// Biases on gate, up and down.
+        /// True if gate, up and down have biases.
         bias: bool,
     },
 }
 
-/// Where a part of a block has an RMSNorm.
+/// Positions of the RMSNorms around a part of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Norms {
-    /// On its input.
+    /// On the input of the part.
     Pre,
 }
 
 impl ModelSpec {
-    /// Returns D of the widest attention head, which is how many numbers of each head are rotated.
+    /// Returns D of the widest attention head. The rotary frequencies are computed for this width.
     pub fn head_dim(&self) -> usize {
         let of = |block: &BlockSpec| block.attention().head_dim;
         self.blocks.iter().map(of).max().unwrap_or(0)
     }
 
-    /// Returns what sets the model apart from others of the same sizes, windows, norms on queries
-    /// and keys, biases and first frequencies: part of its identity, and empty for the families of
-    /// the Llama layout. The blocks differ in their frequencies only.
+    /// Returns the properties that [`super::config::ModelConfig::canonical`] does not list itself,
+    /// as far as they differ from the Llama layout. They are part of the model's identity. For the
+    /// families of the Llama layout the list is empty, so that their identity does not change.
+    ///
+    /// Only the rotary frequencies are listed for every block; the other properties are read from
+    /// the first block.
     pub fn distinctions(&self) -> Vec<Value> {
         let mut found = Vec::new();
         let Some(block) = self.blocks.first() else { return found };
@@ -149,7 +153,7 @@ impl ModelSpec {
         found
     }
 
-    /// Returns what the embedded tokens are multiplied by in passes of a precision, as transformers
+    /// Returns the factor on the token embeddings in passes of a precision, rounded as transformers
     /// rounds it.
     pub fn embedding_scale_in(&self, precision: Precision) -> f32 {
         match precision {
@@ -166,26 +170,27 @@ impl BlockSpec {
         attention
     }
 
-    /// Returns how many matrices as wide as the residual stream a tape holds: both parts' inputs.
+    /// Returns the number of matrices as wide as the residual stream that a tape holds: the inputs
+    /// of both parts.
     pub fn saved_streams(&self) -> usize {
         2
     }
 
-    /// Returns how many such matrices a backward pass holds at one time: the gradient of the
-    /// residual stream.
+    /// Returns the number of such matrices that a backward pass holds at the same time: the
+    /// gradient of the residual stream.
     pub fn gradient_streams(&self) -> usize {
         1
     }
 
-    /// Returns how many such matrices a forward pass holds at one time: the residual stream and the
-    /// operand of a part.
+    /// Returns the number of such matrices that a forward pass holds at the same time: the residual
+    /// stream and the operand of a part.
     pub fn forward_streams(&self) -> usize {
         2
     }
 }
 
 impl AttentionSpec {
-    /// Returns the heads as the kernels take them.
+    /// Returns the heads in the form that the kernels take.
     pub fn as_heads(&self) -> Heads {
         let AttentionSpec { heads: query, kv_heads: key, head_dim: dim, window, scale, .. } = *self;
         Heads { query, key, dim, window, scale }

@@ -1,16 +1,16 @@
-//! Weight matrices as they are held in memory.
+//! Weight matrices in host memory.
 
 use candle_core::{DType, Result, Tensor, bail};
 
 use crate::compute::cpu::TensorRead;
 use crate::compute::cpu::gemm::WeightView;
 
-/// A weight W `[rows, columns]`: of a linear layer, of the head or an embedding. It shares the
-/// storage of the tensor that it was made of, so that the weights of a run that trains them all
-/// change in place.
+/// A weight W `[rows, columns]` of a linear layer, of the head or of an embedding. It shares the
+/// storage of the tensor that it was made from, so that full fine-tuning can update the weights in
+/// place.
 ///
-/// A quantised matrix becomes another [`WeightStorage`]: it has to be read into a [`WeightView`]
-/// that packs its panels and reads its rows, and to be copied into a tensor.
+/// To add a quantised matrix, add a variant of [`WeightStorage`]. It needs a [`WeightView`] that
+/// packs its panels and reads its rows, and a conversion to a tensor.
 #[derive(Clone, Debug)]
 pub struct WeightMatrix {
     storage: WeightStorage,
@@ -18,7 +18,7 @@ pub struct WeightMatrix {
     columns: usize,
 }
 
-/// How a matrix is stored.
+/// Storage of a matrix.
 #[derive(Clone, Debug)]
 pub enum WeightStorage {
     /// In f32, row-major.
@@ -28,36 +28,36 @@ pub enum WeightStorage {
 }
 
 impl WeightMatrix {
-    /// Returns the matrix of a tensor, without a copy.
+    /// Makes a matrix from a tensor without copying it.
     ///
     /// # Errors
-    /// When the tensor is no matrix, or not of f32 or bf16.
+    /// Fails if the tensor is not a matrix, or its type is neither f32 nor bf16.
     pub fn new(tensor: Tensor) -> Result<Self> {
         let (rows, columns) = tensor.dims2()?;
         let storage = match tensor.dtype() {
             DType::F32 => WeightStorage::F32(tensor),
             DType::BF16 => WeightStorage::Bf16(tensor),
-            other => bail!("a weight must be f32 or bf16, it is {other:?}"),
+            other => bail!("a weight must be f32 or bf16, but its type is {other:?}"),
         };
         Ok(WeightMatrix { storage, rows, columns })
     }
 
-    /// Returns the number of rows: outputs of a linear layer, words of a vocabulary.
+    /// Returns the number of rows: the outputs of a linear layer or the tokens of the vocabulary.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// Returns the number of columns: inputs of a linear layer, the width of an embedding.
+    /// Returns the number of columns: the inputs of a linear layer or the width of an embedding.
     pub fn columns(&self) -> usize {
         self.columns
     }
 
-    /// Returns how it is stored.
+    /// Returns the storage.
     pub fn storage(&self) -> &WeightStorage {
         &self.storage
     }
 
-    /// Returns the bytes that it takes in memory.
+    /// Returns the size in memory, in bytes.
     pub fn bytes(&self) -> usize {
         let element = match &self.storage {
             WeightStorage::F32(_) => size_of::<f32>(),
@@ -66,10 +66,10 @@ impl WeightMatrix {
         self.rows * self.columns * element
     }
 
-    /// Opens it for reading: nothing changes it in place while the guard lives.
+    /// Locks the matrix for reading: nothing changes it in place while the guard lives.
     ///
     /// # Errors
-    /// When the tensor is not contiguous, or not on the CPU.
+    /// Fails if the tensor is not contiguous, or not on the CPU.
     pub fn read(&self) -> Result<WeightRead<'_>> {
         match &self.storage {
             WeightStorage::F32(tensor) | WeightStorage::Bf16(tensor) => {
@@ -78,8 +78,8 @@ impl WeightMatrix {
         }
     }
 
-    /// Returns its values as a tensor in the type that they are stored in, which shares the
-    /// storage: for exports, and for the f32 copies that a run trains.
+    /// Returns the matrix as a tensor of the stored type that shares the storage. It is used for
+    /// exports and for the f32 copies that a run trains.
     pub fn tensor(&self) -> Tensor {
         match &self.storage {
             WeightStorage::F32(tensor) | WeightStorage::Bf16(tensor) => tensor.clone(),
@@ -87,14 +87,14 @@ impl WeightMatrix {
     }
 }
 
-/// A matrix that is open for reading.
+/// Read guard of a [`WeightMatrix`].
 pub struct WeightRead<'a> {
     values: TensorRead<'a>,
     columns: usize,
 }
 
 impl WeightRead<'_> {
-    /// Returns what the kernels multiply and read rows of.
+    /// Returns the view from which the kernels pack panels and read rows.
     pub fn view(&self) -> WeightView<'_> {
         WeightView::new(self.values.elements(), self.columns)
     }

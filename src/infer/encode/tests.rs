@@ -1,4 +1,4 @@
-//! Answers that are encoded side by side, and what their errors say.
+//! Tests of answers that are encoded together, and of the errors about them.
 
 use std::path::Path;
 
@@ -33,7 +33,7 @@ fn answers_beside_others_are_encoded_as_if_they_were_alone() {
         match (encoded, alone) {
             (Ok(encoded), Ok(alone)) => {
                 assert_eq!(*encoded, alone);
-                // A single answer has no other one to share the prompt with.
+                // With a single answer both functions find the same common prefix.
                 assert_eq!(
                     encoder.encode_together(&prompt, std::slice::from_ref(answer)).unwrap(),
                     [alone]
@@ -60,7 +60,7 @@ fn an_error_names_its_part() {
         encoder.encode_pair(&plain("Where?"), &chat, &plain("?")).unwrap_err().part(),
         Part::Chosen
     );
-    // What is wrong with the prompt is said for every answer.
+    // An error of the prompt is returned for every answer.
     let long = plain(&"Where is it? ".repeat(64));
     let answers = [plain(" Here."), plain(" There.")];
     for encoded in encoder.encode_completions(&long, &answers) {

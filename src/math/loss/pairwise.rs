@@ -1,22 +1,23 @@
-//! Each loss as a function of a pair's sums, with its slopes ∂/∂Σlog π_w and ∂/∂Σlog π_l.
+//! The losses as functions of a pair's sums, with their slopes ∂/∂Σlog π_w and ∂/∂Σlog π_l. The
+//! notation is that of [`super`].
 
 use crate::domain::dpo::{Divergence, DpoConfig, LossType, WeightedLoss};
 use crate::math::{log_sigmoid, sigmoid};
 
-/// What a loss sees of a pair.
+/// The inputs of a loss for one pair.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sums {
     /// Σ log π over the chosen completion.
     pub policy_w: f64,
     /// Σ log π over the rejected completion.
     pub policy_l: f64,
-    /// Σ log π_ref; 0 without a reference.
+    /// Σ log π_ref over the chosen completion; 0 without a reference.
     pub reference_w: f64,
-    /// The same, rejected.
+    /// Σ log π_ref over the rejected completion; 0 without a reference.
     pub reference_l: f64,
-    /// Completion tokens.
+    /// Number of tokens in the chosen completion.
     pub n_w: f64,
-    /// The same, rejected.
+    /// Number of tokens in the rejected completion.
     pub n_l: f64,
 }
 
@@ -30,10 +31,10 @@ impl Sums {
     }
 }
 
-/// Exponents above this are cut, as TRL does in f32.
+/// Exponents are clamped to this maximum, as in TRL, to avoid overflow in f32.
 const MAX_EXPONENT: f64 = 80.0;
 
-/// s(lr) and s'(lr).
+/// Returns s(lr) and s'(lr).
 fn score(divergence: Divergence, lr: f64) -> (f64, f64) {
     match divergence {
         Divergence::ReverseKl => (lr, 1.0),
@@ -50,13 +51,13 @@ fn score(divergence: Divergence, lr: f64) -> (f64, f64) {
     }
 }
 
-/// −(1−ε)·log σ(z) − ε·log σ(−z) and its slope in z.
+/// Returns −(1−ε)·log σ(z) − ε·log σ(−z) and its derivative with respect to z.
 fn smoothed(z: f64, eps: f64) -> (f64, f64) {
     (-(1.0 - eps) * log_sigmoid(z) - eps * log_sigmoid(-z), sigmoid(z) - (1.0 - eps))
 }
 
-/// One pair's loss with its slopes in Σlog π_w and Σlog π_l. The losses over a whole batch (aot,
-/// sft) are not here; orpo is without its NLL.
+/// Returns a pair's loss and its slopes ∂/∂Σlog π_w and ∂/∂Σlog π_l. For losses over a whole batch
+/// (aot, aot_unpaired, sft) it returns zeros, and orpo does not include its NLL term.
 pub(super) fn value_and_slopes(
     config: &DpoConfig,
     term: &WeightedLoss,
@@ -67,7 +68,7 @@ pub(super) fn value_and_slopes(
     let ((s_w, ds_w), (s_l, ds_l)) =
         (score(config.divergence, lr_w), score(config.divergence, lr_l));
     let delta = s_w - s_l;
-    // A loss of δ alone: f(δ), f'(δ).
+    // Applies the chain rule to a loss that depends on δ only, given f(δ) and f'(δ).
     let of_delta = |(value, slope): (f64, f64)| (value, slope * ds_w, -slope * ds_l);
     let (r_w, r_l) = (beta * lr_w, beta * lr_l);
 
@@ -125,7 +126,7 @@ pub(super) fn value_and_slopes(
             let (z, tau) = (beta * delta, config.discopop_tau);
             let m = sigmoid(z / tau);
             let logistic = -log_sigmoid(z);
-            // m·e^(−z), which is finite where e^(−z) alone is not.
+            // m·e^(−z), computed so that it stays finite where e^(−z) alone overflows.
             let exponential = (log_sigmoid(z / tau) - z).exp();
             let rise = sigmoid(-z / tau) / tau;
             let slope =
@@ -159,9 +160,9 @@ pub(super) fn value_and_slopes(
     }
 }
 
-/// AOT (arXiv:2406.05882): losses of the sorted differences. Returns the k-th loss for each k, and
-/// for each pair its slopes with the index k of the loss that its chosen and its rejected side took
-/// part in.
+/// Computes AOT (arXiv:2406.05882), the losses of the sorted differences. Returns the k-th loss for
+/// each k. Also returns for each pair: the slopes of its chosen and its rejected side, then for
+/// each of the two sides the index k of the loss that the side is part of.
 #[allow(clippy::type_complexity)]
 pub(super) fn sorted_transport(
     config: &DpoConfig,

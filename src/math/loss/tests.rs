@@ -1,4 +1,5 @@
-//! Gradients against central differences for every loss, divergence and weighting; identities.
+//! Compares gradients with central differences for every loss, divergence and weighting, and tests
+//! identities of the losses.
 
 use proptest::prelude::*;
 
@@ -55,8 +56,8 @@ fn config(loss: LossType) -> DpoConfig {
 
 /// Compares every token's gradient with a central difference of the loss.
 fn check(config: &DpoConfig, pairs: &mut [Pair]) {
-    // WPO's weights are constants in the gradient; freeze them by making the differences on a
-    // weight-free copy.
+    // WPO's weights are constants in the gradient. The differences are therefore computed without
+    // WPO, on pairs that are weighted with the constants.
     let analytic = batch_loss(config, &view(pairs, config), 1.0);
     let mut frozen = config.clone();
     if config.wpo {
@@ -68,7 +69,7 @@ fn check(config: &DpoConfig, pairs: &mut [Pair]) {
         for side in 0..2 {
             let n = if side == 0 { pairs[i].chosen.len() } else { pairs[i].rejected.len() };
             for t in 0..n {
-                let h = 1.0 / 2048.0; // exact in f32, so that the difference is of f64 quality
+                let h = 1.0 / 2048.0; // exact in f32, so that the difference has f64 precision
                 let mut at = |d: f32| {
                     let x =
                         if side == 0 { &mut pairs[i].chosen[t] } else { &mut pairs[i].rejected[t] };
@@ -84,8 +85,8 @@ fn check(config: &DpoConfig, pairs: &mut [Pair]) {
                 };
                 let ((x1, up), (x, here), (x0, down)) = (at(h), at(0.0), at(-h));
                 let numeric = (up - down) / (x1 - x0);
-                // The hinge is made of straight pieces: where the slopes to both sides differ, its
-                // kink lies between.
+                // The hinge is piecewise linear. If the slopes on both sides of a point differ, the
+                // kink is between them, and the difference is not the gradient.
                 let bend = (up - here) / (x1 - x) - (here - down) / (x - x0);
                 if config.losses.iter().any(|l| l.loss == LossType::Hinge) && bend.abs() > 1e-4 {
                     continue;
@@ -107,14 +108,25 @@ fn check(config: &DpoConfig, pairs: &mut [Pair]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 12,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
-    fn gradients_match_differences(mut pairs in prop::collection::vec(pair(), 1..4), ld in any::<bool>(), free in any::<bool>(), wpo in any::<bool>()) {
+    fn gradients_match_differences(
+        mut pairs in prop::collection::vec(pair(), 1..4),
+        ld in any::<bool>(),
+        free in any::<bool>(),
+        wpo in any::<bool>(),
+    ) {
         for loss in LossType::ALL {
-            // Hinge and the sorts have kinks that a difference may straddle: keep them apart from
-            // it.
-            if matches!(loss, LossType::Hinge | LossType::Aot | LossType::AotUnpaired) && pairs.len() > 1 {
+            // The hinge and the sorting losses have kinks. A difference across a kink is not the
+            // gradient, so these losses are tested with one pair only.
+            if matches!(loss, LossType::Hinge | LossType::Aot | LossType::AotUnpaired)
+                && pairs.len() > 1
+            {
                 continue;
             }
             let mut c = config(loss);
@@ -129,9 +141,19 @@ proptest! {
     }
 
     #[test]
-    fn gradients_match_differences_for_every_divergence(mut pairs in prop::collection::vec(pair(), 1..3)) {
-        for divergence in [Divergence::ForwardKl, Divergence::JensenShannon, Divergence::Alpha { alpha: 0.5 }, Divergence::Alpha { alpha: 1.6 }] {
-            for loss in LossType::ALL.into_iter().filter(|l| l.accepts_divergence() && *l != LossType::Hinge) {
+    fn gradients_match_differences_for_every_divergence(
+        mut pairs in prop::collection::vec(pair(), 1..3),
+    ) {
+        for divergence in [
+            Divergence::ForwardKl,
+            Divergence::JensenShannon,
+            Divergence::Alpha { alpha: 0.5 },
+            Divergence::Alpha { alpha: 1.6 },
+        ] {
+            for loss in LossType::ALL
+                .into_iter()
+                .filter(|l| l.accepts_divergence() && *l != LossType::Hinge)
+            {
                 check(&DpoConfig { divergence, dpop_lambda: 0.0, ..config(loss) }, &mut pairs);
             }
         }
@@ -204,13 +226,14 @@ fn enormous_margins_stay_finite() {
                 wpo: None,
             };
             let out = batch_loss(&c, &[p], 1.0);
-            // discopop's e^(−βδ) is unbounded by definition.
+            // The term e^(−βδ) of discopop is unbounded by definition.
             assert!(out.loss.is_finite() || loss == LossType::Discopop, "{loss:?}");
         }
     }
 }
 
-/// Settings that a loss ignores are refused, which goes by [`LossType::smooths_labels`].
+/// Label smoothing is rejected for losses that ignore it, as determined by
+/// [`LossType::smooths_labels`].
 #[test]
 fn the_losses_that_use_label_smoothing_are_those_that_say_so() {
     let logps = |n: usize, x: f32| vec![x; n];

@@ -1,4 +1,4 @@
-//! Typed access to a JSON object whose every error names the file and the field.
+//! Typed access to the fields of a JSON object. Every error names the file and the field.
 
 use std::path::{Path, PathBuf};
 
@@ -6,12 +6,14 @@ use serde_json::{Map, Value};
 
 use crate::model::error::ModelError;
 
-/// An object of a config file; `prefix` is its own place in the file, e.g. `rope_scaling.`.
+/// A JSON object of a configuration file.
 pub(in crate::model) struct Fields<'a> {
     map: &'a Map<String, Value>,
-    /// What is read where a field is absent.
+    /// Values that are read for absent fields.
     defaults: Option<&'a Map<String, Value>>,
     path: &'a Path,
+    /// Place of the object in the file, for messages, e.g. `rope_scaling.`. Empty for the whole
+    /// file.
     prefix: String,
 }
 
@@ -22,8 +24,8 @@ impl<'a> Fields<'a> {
         Ok(Fields { map, defaults: None, path, prefix: String::new() })
     }
 
-    /// Returns the same fields with the values that a family's config class in transformers has
-    /// where one is absent. A null of the file stays null.
+    /// Returns the same fields with `defaults` for those that are absent. A null in the file stays
+    /// null.
     pub(in crate::model) fn with_defaults<'b>(&self, defaults: &'b Value) -> Fields<'b>
     where
         'a: 'b,
@@ -40,12 +42,13 @@ impl<'a> Fields<'a> {
         invalid(self.path, &format!("{}{field}", self.prefix), reason)
     }
 
-    /// Whether the field has a default: some fields are those of some classes only.
+    /// Returns true if the field has a default. Families list a default for the fields that only
+    /// some config classes have.
     pub(in crate::model) fn has_default(&self, field: &str) -> bool {
         self.defaults.is_some_and(|defaults| defaults.contains_key(field))
     }
 
-    /// Absent or null.
+    /// Returns true if the field is absent or null.
     pub(in crate::model) fn is_null(&self, field: &str) -> bool {
         self.get(field).is_none()
     }
@@ -93,12 +96,12 @@ impl<'a> Fields<'a> {
         self.read(field, "a list of strings", |v| v.as_array()?.iter().map(Value::as_str).collect())
     }
 
-    /// A required size from 1 to `max`.
+    /// Reads a required size from 1 to `max`.
     pub(in crate::model) fn size(&self, field: &str, max: usize) -> Result<usize, ModelError> {
         self.optional_size(field, max)?.ok_or_else(|| self.invalid(field, "is missing"))
     }
 
-    /// A size from 1 to `max`, if there is one.
+    /// Reads a size from 1 to `max`. Returns `None` if it is absent or null.
     pub(in crate::model) fn optional_size(
         &self,
         field: &str,
@@ -109,7 +112,7 @@ impl<'a> Fields<'a> {
         })
     }
 
-    /// The same of a field where a null stands for its default, too.
+    /// Reads a size from 1 to `max`. Null also stands for the default.
     pub(in crate::model) fn size_or_default(
         &self,
         field: &str,
@@ -119,7 +122,7 @@ impl<'a> Fields<'a> {
         Ok(self.optional_size(field, max)?.or_else(default))
     }
 
-    /// One id, a list of ids, or nothing.
+    /// Reads one token id or a list of them. Returns an empty list if the field is absent or null.
     pub(in crate::model) fn token_ids(&self, field: &str) -> Result<Vec<u32>, ModelError> {
         let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
         let ids = self.read(field, "a token id or a list of them", |v| match v {
@@ -149,7 +152,8 @@ pub(in crate::model) fn invalid(path: &Path, field: &str, reason: impl Into<Stri
     }
 }
 
-/// A value for a message: hostile files do not get to fill the log.
+/// Returns a value as text for a message, at most 60 characters of it, so that a hostile file
+/// cannot fill the log.
 fn shortened(value: &Value) -> String {
     let text = value.to_string();
     match text.char_indices().nth(60) {

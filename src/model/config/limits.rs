@@ -1,5 +1,5 @@
-//! Above these a header is taken for garbage: no allocation or product over configured sizes can
-//! overflow.
+//! Upper limits of the sizes in a configuration. A file with larger values is rejected as invalid,
+//! so that sizes computed from the configuration cannot overflow.
 
 pub const LAYERS: usize = 4096;
 pub const HEADS: usize = 4096;

@@ -1,17 +1,17 @@
-//! Rotary frequencies in config.json, of transformers 4 (`rope_theta`, `rope_scaling`) or 5
-//! (`rope_parameters`).
+//! Reads rotary frequencies from config.json, in the form of transformers 4 (`rope_theta`,
+//! `rope_scaling`) or 5 (`rope_parameters`).
 
 use super::json::Fields;
 use super::limits;
 use crate::model::error::ModelError;
 use crate::model::rope::{RopeConfig, RopeScaling};
 
-/// Reads the frequencies of a model that was made for `max_position_embeddings` positions.
+/// Reads the frequencies of a model that was trained for `max_position_embeddings` positions.
 pub(in crate::model) fn rope(
     fields: &Fields<'_>,
     max_position_embeddings: usize,
 ) -> Result<RopeConfig, ModelError> {
-    // transformers lets `rope_scaling`, the older name, win when both are there.
+    // If both are present, `rope_scaling`, the older name, takes precedence as in transformers.
     let key = if fields.is_null("rope_scaling") { "rope_parameters" } else { "rope_scaling" };
     rope_of(
         fields,
@@ -21,7 +21,8 @@ pub(in crate::model) fn rope(
     )
 }
 
-/// Reads the frequencies from the object that describes them, `nested`, which may lack θ.
+/// Reads the frequencies from the object `nested` that describes them. `theta` applies if the
+/// object has no `rope_theta`. Without the object there is no context extension.
 pub(in crate::model) fn rope_of(
     fields: &Fields<'_>,
     nested: Option<Fields<'_>>,
@@ -89,7 +90,7 @@ pub(in crate::model) fn rope_of(
         }
         "yarn" => {
             let original = original()?;
-            // A null factor means the ratio of the two contexts.
+            // A null factor means the ratio of the extended to the pretrained context.
             let factor = if rope.is_null("factor") {
                 max_position_embeddings as f64 / original as f64
             } else {

@@ -5,8 +5,8 @@ fn golden(path: &str) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
-/// BLAKE3 of [`ModelConfig::canonical`] as the version before [`ModelSpec`] computed it. Jobs are
-/// pinned to these hashes.
+/// BLAKE3 hashes of [`ModelConfig::canonical`], computed by the version that had no [`ModelSpec`]
+/// yet. Jobs are pinned to these hashes, so they must never change.
 const IDENTITIES: [(&str, &str); 11] = [
     ("llama, tied", "a1ce60e9825dde3acf374eb4cbe15450845129661ca9cf99c8986ed326600b76"),
     ("llama with biases", "a7b959e8cde8c005ce73770243903932b8bb0b835ba3dea69f698f22d4e3f414"),
@@ -50,7 +50,8 @@ fn the_identity_of_a_configuration_stays_what_it_was() {
 #[test]
 fn an_absent_field_means_what_the_familys_class_in_transformers_means() {
     let read = |model_type: &str, more: &str| {
-        let sizes = r#""vocab_size": 8, "intermediate_size": 8, "num_hidden_layers": 30, "num_attention_heads": 64"#;
+        let sizes = r#""vocab_size": 8, "intermediate_size": 8, "num_hidden_layers": 30,
+            "num_attention_heads": 64"#;
         let text =
             format!(r#"{{"model_type": "{model_type}", "hidden_size": 256, {sizes}{more}}}"#);
         ModelConfig::from_hf_json(&text, Path::new("config.json")).unwrap().spec
@@ -70,15 +71,15 @@ fn an_absent_field_means_what_the_familys_class_in_transformers_means() {
             windows,
             "{model_type}"
         );
-        // Null means as many as query heads in every family.
+        // In every family null means the number of query heads.
         assert_eq!(
             read(model_type, r#", "num_key_value_heads": null"#).blocks[0].attention().kv_heads,
             64,
             "{model_type}"
         );
     }
-    // Qwen's window is off unless it is switched on; it begins behind `max_window_layers`, 28 of
-    // them where that is absent.
+    // Qwen uses its window only with `use_sliding_window`. The first `max_window_layers` layers, 28
+    // by default, do not have it.
     let windows = |more: &str| -> Vec<Option<usize>> {
         let blocks =
             read("qwen2", &format!(r#", "use_sliding_window": true, "sliding_window": 16{more}"#))

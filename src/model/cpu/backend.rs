@@ -1,4 +1,4 @@
-//! The types that the CPU computes with.
+//! The types that the model uses on the CPU.
 
 use candle_core::Result;
 
@@ -8,18 +8,19 @@ use crate::compute::cpu::swiglu::GateUp;
 use crate::model::backend::Backend;
 use crate::model::gradients::GradientSink;
 
-/// Where the gradients of parameters go.
+/// Accumulates the gradients of the parameters.
 pub type Gradients = dyn GradientSink;
 
-/// This machine's cores.
+/// The CPU.
 pub struct CpuBackend;
 
 impl Backend for CpuBackend {
-    /// In f32.
+    /// All activations are f32.
     type Activation = Buffer;
     type Operand<'a> = gemm::Operand<'a>;
     type LowRank = Buffer;
-    /// The projections are computed by tiles, and written as a whole only where that cannot be.
+    /// Nothing is allocated in advance: gate and up are usually computed tile by tile, and the full
+    /// matrix exists only if tiling is not possible.
     type GateUpSpace = ();
     type GateUp = GateUp;
     type GateUpGradient = GateUpGradient;
@@ -38,16 +39,16 @@ impl Backend for CpuBackend {
 
 /// The gradient of [`GateUp`].
 pub enum GateUpGradient {
-    /// `[T, 2F]`, in the tape's memory.
+    /// `[T, 2F]`. Reuses the memory of the tape.
     F32(Buffer),
-    /// Of gate and of up, rounded.
+    /// The gradients of gate and of up, each `[T, F]`, rounded to bf16.
     Rounded([gemm::Operand<'static>; 2]),
 }
 
-/// What the backward pass needs of the head, besides its output.
+/// Values that the head saves for the backward pass, in addition to its output.
 pub struct HeadTape {
     /// The predictors' hidden states before the last norm `[N, C]`.
     pub before_norm: Buffer,
-    /// The same after it.
+    /// The predictors' hidden states after the last norm `[N, C]`.
     pub normed: Buffer,
 }

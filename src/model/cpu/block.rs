@@ -24,22 +24,24 @@ use crate::model::params::{BlockParam, LinearGroup, ParamId, PerGroup};
 use crate::model::row::PreparedRow;
 use crate::model::spec::{Activation, BlockSpec, FeedForward, Mixer};
 
-/// A block's tensors, opened, and the row.
+/// A block with its adapter, opened for a pass over a row.
 pub struct CpuBlock<'a> {
     index: usize,
     spec: &'a BlockSpec,
     kernel: Kernel,
     heads: Heads,
-    /// F.
+    /// F, the width of the feed-forward part.
     width: usize,
     activation: Activation,
+    /// ε of the norms.
     eps: f32,
-    /// Whether the policy has an adapter: only that is trained, then.
+    /// True if the policy has an adapter. In that case only the adapter is trained.
     is_adapted: bool,
     row: &'a PreparedRow,
     parameters: &'a Parameters,
     groups: PerGroup<CpuLinearGroup<'a>>,
-    /// Adapters on parts of the row: the same groups, of which only the low-rank terms are used.
+    /// Token ranges of the row that have adapters of their own, each with the groups opened for its
+    /// adapter. Only the low-rank terms of these groups are used.
     parts: Vec<(Range<usize>, PerGroup<CpuLinearGroup<'a>>)>,
 }
 
@@ -80,29 +82,29 @@ impl<'a> CpuBlock<'a> {
         self.row.tokens()
     }
 
-    /// Opens a norm.
+    /// Returns the factors of a norm of the block.
     fn factors(&self, norm: BlockParam) -> Result<NormFactors<'_>> {
         self.parameters.norm(ParamId::Block(self.index, norm))
     }
 
-    /// Runs a group: y = keep·y + its outputs. Returns x·Aᵀ of the policy's own adapter.
+    /// Runs a group of linear layers. Adds its outputs to `y` if `accumulate` is true, otherwise
+    /// overwrites `y`. Returns x·Aᵀ of the policy's own adapter.
     fn run_group(
         &self,
         group: LinearGroup,
         x: &Operand,
         y: &mut [f32],
-        keep: bool,
+        accumulate: bool,
     ) -> Result<Buffer> {
-        let u = self.groups.get(group).forward(x, self.tokens(), y, keep)?;
+        let u = self.groups.get(group).forward(x, self.tokens(), y, accumulate)?;
         for (rows, groups) in &self.parts {
             groups.get(group).add_low_rank(x, rows.clone(), y);
         }
         Ok(u)
     }
 
-    /// The columns of `[q | k | v]` that have queries, and those that have keys, each with its
-    /// norm.
-    fn columns(&self) -> [(HeadColumns, BlockParam); 2] {
+    /// Returns the columns of the queries and of the keys in `[q | k | v]`, each with its norm.
+    fn normed_heads(&self) -> [(HeadColumns, BlockParam); 2] {
         let h = &self.heads;
         let (stride, offset) = (h.row(), h.query * h.dim);
         let (queries, keys) = (
@@ -154,7 +156,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
     }
 
     fn head_norms(&self, qkv: &mut Buffer) -> Result<()> {
-        for (columns, norm) in self.columns() {
+        for (columns, norm) in self.normed_heads() {
             head_norm(qkv, columns, self.factors(norm)?.values()?, self.eps);
         }
         Ok(())
@@ -174,7 +176,8 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         Ok(Attended { output, log_sum_exp })
     }
 
-    /// A tape for an adapter's gradient, where the kernel rounds, is rounded.
+    /// With `save_tape`, saves `[gate | up]` in bf16 if the kernel rounds to bf16 and only an
+    /// adapter is trained, otherwise in f32.
     fn feed_forward(
         &self,
         (): (),
@@ -182,14 +185,15 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         save_tape: bool,
     ) -> Result<Gated<CpuBackend>> {
         let (tokens, width) = (self.tokens(), self.width);
-        let keep = match save_tape {
+        let saved_gate_up = match save_tape {
             false => KeepGateUp::No,
             true => KeepGateUp::for_tape(self.kernel, self.is_adapted),
         };
         if self.parts.is_empty() && self.groups.gate_up.is_tiled::<2>() {
-            let tiles = GatedTiles::new(self.kernel, self.activation, (tokens, width), keep);
+            let tiles =
+                GatedTiles::new(self.kernel, self.activation, (tokens, width), saved_gate_up);
             let group = &self.groups.gate_up;
-            // SAFETY: each tile is given to one task.
+            // SAFETY: `forward_tiles` passes each tile to exactly one task.
             let low_rank =
                 group.forward_tiles(&input, tokens, |rows, columns, [gate, up]| unsafe {
                     tiles.take(rows, columns, gate, up)
@@ -200,7 +204,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         let mut gate_up = Buffer::dirty(tokens * 2 * width);
         let low_rank = self.run_group(LinearGroup::GateUp, &input, &mut gate_up, false)?;
         let y = gated(self.kernel, self.activation, &gate_up, width);
-        let gate_up = match keep {
+        let gate_up = match saved_gate_up {
             KeepGateUp::No => None,
             KeepGateUp::F32 => Some(GateUp::F32(gate_up)),
             KeepGateUp::Bf16 => Some(GateUp::Bf16(Operand::owned(
@@ -237,7 +241,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
                     1.0,
                 )];
                 let tiles = GradientTiles::new(&saved, self.activation, width);
-                // SAFETY: each tile is given to one task.
+                // SAFETY: `backward_tiles` passes each tile to exactly one task.
                 let v = down.backward_tiles(&g, tokens, |rows, columns, [gy]| unsafe {
                     tiles.take(rows, columns, gy)
                 });
@@ -293,7 +297,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         dqkv: &mut Buffer,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        for (columns, norm) in self.columns() {
+        for (columns, norm) in self.normed_heads() {
             let slot = gradients.slot(ParamId::Block(self.index, norm));
             head_norm_backward(
                 before,

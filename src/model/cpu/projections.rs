@@ -1,8 +1,9 @@
-//! Linear layers that share their input, with their adapters, computed together: `[q | k | v]`,
-//! `o`, `[gate | up]`, `down`.
+//! Groups of linear layers with the same input, computed together with their adapters:
+//! `[q | k | v]`, `o`, `[gate | up]`, `down`.
 //!
-//! y_i = x·W_iᵀ + b_i + s·(x·A_iᵀ)·B_iᵀ (arXiv:2106.09685). The adapter's term joins the sum over
-//! the inputs inside the kernel; the gradient of a frozen W is never formed.
+//! y_i = x·W_iᵀ + b_i + s·(x·A_iᵀ)·B_iᵀ (arXiv:2106.09685), where s is the adapter's scale. The
+//! kernel adds the adapter's term in the same sum over the inputs. The gradient of a frozen W is
+//! never computed.
 
 use std::ops::Range;
 
@@ -18,31 +19,32 @@ use crate::model::parameters::Parameters;
 use crate::model::params::{BlockParam, Linear, LinearGroup, ParamId};
 use crate::model::weight_matrix::WeightRead;
 
-/// Outputs whose gradients one task adds.
-const OUTPUTS: usize = 192;
+/// Number of outputs (rows of B) per task when the gradient of B is accumulated.
+const OUTPUTS_PER_TASK: usize = 192;
 
 /// A linear layer of a group.
 struct CpuLinear<'a> {
     linear: Linear,
     weight: WeightRead<'a>,
     bias: Option<TensorRead<'a>>,
+    /// A `[r, in]` and B `[out, r]`.
     low_rank: Option<(TensorRead<'a>, TensorRead<'a>)>,
     out: usize,
-    /// Its first column in the joint output.
+    /// First column of the layer in the joint output.
     column: usize,
-    /// Its first column among the ranks.
+    /// First column of the layer in x·Aᵀ `[T, Σr]`.
     rank_column: usize,
 }
 
-/// Projections of one input.
+/// A group of linear layers of a block, opened for a pass.
 pub(super) struct CpuLinearGroup<'a> {
     kernel: Kernel,
     block: usize,
     members: Vec<CpuLinear<'a>>,
     input: usize,
     output: usize,
-    /// All A, one above the other, `[Σr, in]`.
-    stacked: Buffer,
+    /// The A of all members, stacked `[Σr, in]`.
+    stacked_a: Buffer,
     ranks: usize,
     scale: f32,
 }
@@ -82,62 +84,78 @@ impl<'a> CpuLinearGroup<'a> {
             });
             (output, ranks, input) = (output + out, ranks + rank, width);
         }
-        let mut stacked = Buffer::dirty(ranks * input);
+        let mut stacked_a = Buffer::dirty(ranks * input);
         for m in &members {
             if let Some((a, _)) = &m.low_rank {
                 let a = a.f32()?;
-                stacked[m.rank_column * input..][..a.len()].copy_from_slice(a);
+                stacked_a[m.rank_column * input..][..a.len()].copy_from_slice(a);
             }
         }
         let scale = adapter.map_or(1.0, |a| a.config.scale() as f32);
-        Ok(CpuLinearGroup { kernel, block, members, input, output, stacked, ranks, scale })
+        Ok(CpuLinearGroup { kernel, block, members, input, output, stacked_a, ranks, scale })
     }
 
-    /// Σout.
+    /// Returns Σout, the width of the joint output.
     pub fn output(&self) -> usize {
         self.output
     }
 
-    /// The id of a tensor of the block.
+    /// Returns the id of a parameter of the block.
     fn id(&self, param: BlockParam) -> ParamId {
         ParamId::Block(self.block, param)
     }
 
-    /// Rank of a member.
+    /// Returns the rank of a member; 0 without an adapter.
     fn rank(&self, m: &CpuLinear) -> usize {
         m.low_rank.as_ref().map_or(0, |(a, _)| a.elements().len() / self.input)
     }
 
-    /// `y` `[T, Σout]` = keep·y + the projections of `x` `[T, in]`. Returns x·Aᵀ `[T, Σr]`, which
-    /// the backward pass wants.
-    pub fn forward(&self, x: &Operand, tokens: usize, y: &mut [f32], keep: bool) -> Result<Buffer> {
+    /// Computes the outputs `[T, Σout]` of the group for `x` `[T, in]`. Adds them to `y` if
+    /// `accumulate` is true, otherwise overwrites `y`. Returns x·Aᵀ `[T, Σr]` for the backward
+    /// pass.
+    pub fn forward(
+        &self,
+        x: &Operand,
+        tokens: usize,
+        y: &mut [f32],
+        accumulate: bool,
+    ) -> Result<Buffer> {
         let u = self.low_rank_inputs(x, tokens);
         for m in &self.members {
             let y = &mut y[m.column..];
-            let mut keep = keep;
+            let mut accumulate = accumulate;
             if let Some(bias) = &m.bias {
                 for row in y.chunks_mut(self.output) {
                     for (y, b) in row.iter_mut().zip(bias.f32()?) {
-                        *y = if keep { *y + b } else { *b };
+                        *y = if accumulate { *y + b } else { *b };
                     }
                 }
-                keep = true;
+                accumulate = true;
             }
             let weight = Term::new(x, m.weight.view().transposed());
             match &m.low_rank {
                 Some((_, b)) => {
                     let scaled = self.scaled(m, &u, tokens);
                     let low_rank = Term::new(&scaled, View::of(b.elements(), self.rank(m)).t());
-                    matmul(tokens, m.out, &[weight, low_rank], y, self.output, keep, Threads::All);
+                    matmul(
+                        tokens,
+                        m.out,
+                        &[weight, low_rank],
+                        y,
+                        self.output,
+                        accumulate,
+                        Threads::All,
+                    );
                 }
-                None => matmul(tokens, m.out, &[weight], y, self.output, keep, Threads::All),
+                None => matmul(tokens, m.out, &[weight], y, self.output, accumulate, Threads::All),
             }
         }
         Ok(u)
     }
 
-    /// Whether [`CpuLinearGroup::forward_tiles`] can do it: `P` projections without a bias, of one
-    /// width that is whole panels.
+    /// Returns true if [`CpuLinearGroup::forward_tiles`] supports the group: it must have `P`
+    /// members without biases and of the same width, which must be a multiple of the panel width
+    /// [`NR`].
     pub fn is_tiled<const P: usize>(&self) -> bool {
         let fits = |m: &CpuLinear| {
             m.bias.is_none() && m.out == self.members[0].out && m.out.is_multiple_of(NR)
@@ -145,7 +163,8 @@ impl<'a> CpuLinearGroup<'a> {
         self.members.len() == P && self.members.iter().all(fits)
     }
 
-    /// [`CpuLinearGroup::forward`] whose output is handed on a tile of each projection at a time.
+    /// Computes the outputs like [`CpuLinearGroup::forward`], but tile by tile. `finish` gets the
+    /// rows and columns of a tile and its values for each member. Returns x·Aᵀ `[T, Σr]`.
     pub fn forward_tiles<const P: usize>(
         &self,
         x: &Operand,
@@ -169,8 +188,9 @@ impl<'a> CpuLinearGroup<'a> {
         u
     }
 
-    /// Adds s·(x·A_iᵀ)·B_iᵀ to some rows of `y` `[T, Σout]`: the sum over k goes on where that over
-    /// the base's ended, as it does in [`CpuLinearGroup::forward`].
+    /// Adds s·(x·A_iᵀ)·B_iᵀ to the rows `rows` of `y` `[T, Σout]`. The terms are added after those
+    /// of the base weights, in the same order as in [`CpuLinearGroup::forward`], so that the
+    /// results are bit-identical.
     pub fn add_low_rank(&self, x: &Operand, rows: Range<usize>, y: &mut [f32]) {
         if self.ranks == 0 || rows.is_empty() {
             return;
@@ -193,17 +213,17 @@ impl<'a> CpuLinearGroup<'a> {
         }
     }
 
-    /// x·Aᵀ `[T, Σr]`.
+    /// Returns x·Aᵀ `[T, Σr]`.
     fn low_rank_inputs(&self, x: &Operand, tokens: usize) -> Buffer {
         let mut u = Buffer::dirty(tokens * self.ranks);
         if self.ranks > 0 {
-            let a = View::f32(&self.stacked, self.input).t();
+            let a = View::f32(&self.stacked_a, self.input).t();
             matmul(tokens, self.ranks, &[Term::new(x, a)], &mut u, self.ranks, false, Threads::All);
         }
         u
     }
 
-    /// s·u of a member.
+    /// Returns s·u of a member `[T, r]`, where u = x·Aᵀ.
     fn scaled<'u>(&self, m: &CpuLinear, u: &'u [f32], tokens: usize) -> Operand<'u> {
         Operand::new(
             self.kernel,
@@ -214,10 +234,12 @@ impl<'a> CpuLinearGroup<'a> {
         )
     }
 
-    /// Given g = ∂loss/∂y `[T, Σout]`, the input and what [`CpuLinearGroup::forward`] returned,
-    /// adds the parameters' gradients to `sink` and returns ∂loss/∂x `[T, in]`. With v_i =
-    /// s·g_i·B_i: dx = Σ g_i·W_i + v_i·A_i, dA_i = v_iᵀ·x, dB_i = s·g_iᵀ·u_i, dW_i = g_iᵀ·x, db_i =
-    /// Σ_tokens g_i.
+    /// Runs the group backward: accumulates the gradients of the parameters in `sink` and returns
+    /// ∂loss/∂x `[T, in]`. The inputs are g = ∂loss/∂y `[T, Σout]`, x, and u, the result of
+    /// [`CpuLinearGroup::forward`].
+    ///
+    /// With v_i = s·g_i·B_i: dx = Σ g_i·W_i + v_i·A_i, dA_i = v_iᵀ·x, dB_i = s·g_iᵀ·u_i, dW_i =
+    /// g_iᵀ·x, db_i = Σ_tokens g_i.
     pub fn backward(
         &self,
         x: &Operand,
@@ -237,7 +259,8 @@ impl<'a> CpuLinearGroup<'a> {
         Ok(dx)
     }
 
-    /// The same where weights and biases are frozen, given each member's part of g.
+    /// Runs the group backward like [`CpuLinearGroup::backward`], with frozen weights and biases.
+    /// `gs` holds each member's part of g.
     pub fn backward_frozen(
         &self,
         x: &Operand,
@@ -254,8 +277,8 @@ impl<'a> CpuLinearGroup<'a> {
         Ok(dx)
     }
 
-    /// ∂loss/∂x of frozen projections, handed on a tile at a time. Returns v, which
-    /// [`CpuLinearGroup::low_rank_gradients`] wants.
+    /// Computes ∂loss/∂x with frozen weights, tile by tile: `finish` gets the rows and columns of a
+    /// tile and its values. Returns v/s = g·B `[T, Σr]` for [`CpuLinearGroup::low_rank_gradients`].
     pub fn backward_tiles(
         &self,
         gs: &[Operand],
@@ -265,7 +288,8 @@ impl<'a> CpuLinearGroup<'a> {
         self.input_gradient(gs, tokens, |terms| matmul_tiles(tokens, self.input, [terms], finish))
     }
 
-    /// Multiplies what ∂loss/∂x is the sum of; returns v.
+    /// Calls `multiply` with the GEMM terms that add up to ∂loss/∂x. Returns v/s = g·B
+    /// `[T, Σr]`.
     fn input_gradient(
         &self,
         gs: &[Operand],
@@ -298,14 +322,15 @@ impl<'a> CpuLinearGroup<'a> {
             .map(|(m, g)| Term::new(g, m.weight.view().plain()))
             .collect();
         if self.ranks > 0 {
-            terms.push(Term::new(&scaled, View::f32(&self.stacked, self.input)));
+            terms.push(Term::new(&scaled, View::f32(&self.stacked_a, self.input)));
         }
         multiply(&terms);
         v
     }
 
-    /// Adds the adapter's gradients to `sink`, given the input, its gradient's g and what the
-    /// passes returned.
+    /// Accumulates the adapter's gradients in `sink`. The inputs are x, u as returned by the
+    /// forward pass, each member's part of g, and v/s as returned by the backward pass in the
+    /// parameter `v`.
     pub fn low_rank_gradients(
         &self,
         x: &Operand,
@@ -340,7 +365,8 @@ impl<'a> CpuLinearGroup<'a> {
                 slot.iter_mut().zip(&da[m.rank_column * self.input..]).for_each(|(s, d)| *s += d);
             }
             if let Some(slot) = sink.slot(self.id(BlockParam::LoraB(m.linear))) {
-                // dBᵀ `[r, out]`: the long side belongs in the columns.
+                // Computes dBᵀ `[r, out]`, because GEMM is faster with the long side in the
+                // columns.
                 let u = Operand::new(
                     kernel,
                     View::f32(&u[m.rank_column..], self.ranks).t(),
@@ -359,8 +385,8 @@ impl<'a> CpuLinearGroup<'a> {
                     Threads::All,
                 );
                 let width = m.out;
-                thread_pool::chunks(slot, rank * OUTPUTS, |i, slots| {
-                    for (slot, o) in slots.chunks_mut(rank).zip(i * OUTPUTS..) {
+                thread_pool::chunks(slot, rank * OUTPUTS_PER_TASK, |i, slots| {
+                    for (slot, o) in slots.chunks_mut(rank).zip(i * OUTPUTS_PER_TASK..) {
                         slot.iter_mut().enumerate().for_each(|(r, s)| *s += db[r * width + o]);
                     }
                 });

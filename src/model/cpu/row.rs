@@ -1,4 +1,4 @@
-//! A policy that is opened for a pass over one row: the embedding, the last norm and the head.
+//! A policy opened for a pass over one row on the CPU: the embedding, the last norm and the head.
 
 use candle_core::{Result, bail};
 
@@ -16,7 +16,7 @@ use crate::model::parameters::NormFactors;
 use crate::model::params::ParamId;
 use crate::model::row::PreparedRow;
 
-/// A policy and a row.
+/// A policy opened for a pass over a row.
 #[derive(Clone, Copy)]
 pub struct CpuRow<'a> {
     policy: PolicyView<'a>,
@@ -24,7 +24,7 @@ pub struct CpuRow<'a> {
 }
 
 impl<'a> CpuRow<'a> {
-    /// Returns the operations of `policy` on `row`.
+    /// Opens `policy` for a pass over `row`.
     pub fn new(policy: PolicyView<'a>, row: &'a PreparedRow) -> Self {
         CpuRow { policy, row }
     }
@@ -33,7 +33,7 @@ impl<'a> CpuRow<'a> {
         Kernel::best(self.policy.precision)
     }
 
-    /// C.
+    /// Returns C, the width of the residual stream.
     fn width(&self) -> usize {
         self.policy.spec.hidden_size
     }
@@ -112,7 +112,8 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
     }
 
     fn head(&self, x: &Buffer, keep: Keep) -> Result<(HeadOutput, HeadTape)> {
-        // Without an adapter the head is trained, too.
+        // The head is trained only if the policy has no adapter. `trained` is the number of
+        // probabilities that the head may save for the gradient of its weight.
         let trained = match keep {
             Keep::Tapes => Some(KEPT),
             Keep::Inputs => Some(0),
@@ -135,7 +136,7 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
         let (width, row) = (self.width(), self.row.row());
         let HeadTape { before_norm, normed } = tape;
         if output.gradient.len() != upstream.len() * width {
-            bail!("backward was not asked for in the head's forward pass");
+            bail!("the head saved no gradient: the row was run forward without a tape");
         }
         if let Some(slot) = gradients.slot(self.policy.parameters.head_id()) {
             let w = self.policy.parameters.head()?.read()?;

@@ -1,13 +1,13 @@
-//! Sizes of what the passes hold on the CPU: sums of what their operations say of themselves.
+//! Memory of the passes on the CPU, as sums of the memory that the operations state for themselves.
 //!
-//! `train/estimate.rs` plans a run with them.
+//! `train/estimate.rs` estimates the memory of a run with these functions. Sizes are in f32 values.
 
 use crate::compute::cpu::attention;
 use crate::compute::cpu::swiglu::{self, KeepGateUp};
 use crate::model::block_shape::BlockShape;
 
-/// Values per token that a block's tape holds, where the adapter's ranks on the block add up to
-/// `ranks`.
+/// Returns the values per token of a block's tape. `ranks` is the sum of the adapter's ranks on the
+/// block.
 pub fn tape_floats(block: &BlockShape, gate_up: KeepGateUp, ranks: usize) -> usize {
     let before_norm = if block.qk_norm { block.heads.row() } else { 0 };
     let residual = block.saved_streams * block.hidden;
@@ -18,29 +18,29 @@ pub fn tape_floats(block: &BlockShape, gate_up: KeepGateUp, ranks: usize) -> usi
         + ranks
 }
 
-/// Values per token of a block's input, which is all that is saved when blocks are recomputed.
+/// Returns the values per token of a block's input. Nothing else is saved if blocks are recomputed.
 pub fn input_floats(block: &BlockShape) -> usize {
     block.hidden
 }
 
-/// Values per token that a block's backward pass takes at its largest, besides the tape. Beside
-/// those of the operations these are the residual stream's gradients and operands.
+/// Returns the peak values per token of a block's backward pass, without the tape. Besides the
+/// values of the operations it counts the gradients of the residual stream and the operands.
 pub fn backward_floats(block: &BlockShape, gate_up: KeepGateUp) -> usize {
     let feed_forward = swiglu::backward_floats(block.feed_forward, gate_up) + 4 * block.hidden;
     let attention = attention::backward_floats(&block.heads) + 2 * block.hidden;
-    // One gradient of the stream is counted with its operands.
+    // One gradient of the stream is already counted with the operands above.
     feed_forward.max(attention) + (block.gradient_streams - 1) * block.hidden
 }
 
-/// Values per token that a block takes at its largest where nothing is saved: what is as wide as
-/// the residual stream, and what one of the operations needs.
+/// Returns the peak values per token of a block's forward pass that saves nothing: the matrices as
+/// wide as the residual stream, and the values of the largest operation.
 pub fn forward_floats(block: &BlockShape) -> usize {
     block.forward_streams * block.hidden
         + swiglu::forward_floats(block.feed_forward).max(attention::forward_floats(&block.heads))
 }
 
-/// Values per predictor that the head takes, of which there is at most one for each token: the
-/// hidden states before and after the last norm, and their gradients.
+/// Returns the values per predictor that the head takes: the hidden states before and after the
+/// last norm, and their gradients. A row has at most one predictor per completion token.
 pub fn head_floats(hidden: usize) -> usize {
     4 * hidden
 }
@@ -72,7 +72,7 @@ mod tests {
         assert_eq!(tape_floats(&block, KeepGateUp::Bf16, 112), 4345);
         assert_eq!(tape_floats(&normed, KeepGateUp::F32, 112), 6841);
         assert_eq!((input_floats(&block), head_floats(576)), (576, 2304));
-        // The feed-forward part is the larger one, then attention.
+        // In the first case the feed-forward part is larger, in the narrow block attention.
         assert_eq!(
             (backward_floats(&block, KeepGateUp::F32), backward_floats(&block, KeepGateUp::Bf16)),
             (5376, 5184)

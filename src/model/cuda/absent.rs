@@ -1,7 +1,7 @@
-//! Stands in for `cuda.rs` in builds without the feature `cuda`.
+//! Replaces `cuda.rs` in builds without the feature `cuda`.
 //!
-//! It has the same items, as far as other modules use them. The types have no values, so code that
-//! runs passes on a GPU compiles in every build and is never reached in this one.
+//! It defines the items of `cuda.rs` that other modules use. The types cannot be constructed, so
+//! code that runs passes on a GPU compiles in every build and is never reached in this one.
 
 pub mod sizes;
 
@@ -15,11 +15,11 @@ use crate::model::backend::{Keep, PolicyView};
 use crate::model::params::ParamId;
 use crate::model::row::PreparedRow;
 
-/// A GPU; never opened in this build.
+/// A GPU. This build cannot open one.
 #[derive(Debug)]
 pub enum Cuda {}
 
-/// A row after its forward pass on a GPU.
+/// Result of a forward pass over a row on a GPU.
 #[derive(Debug)]
 pub enum DeviceTape {}
 
@@ -28,15 +28,15 @@ pub enum DeviceTape {}
 pub enum GradientBuffers {}
 
 impl Cuda {
-    /// Refuses.
+    /// Returns an error.
     ///
     /// # Errors
-    /// Always: this build has no GPU support.
+    /// Always fails, because this build has no GPU support.
     pub fn open(_ordinal: usize) -> Result<Arc<Self>> {
         Err(Error::Msg("this build has no GPU support: build it with --features cuda".into()))
     }
 
-    /// Returns no GPU.
+    /// Returns an empty list.
     pub fn open_all() -> Vec<Arc<Self>> {
         Vec::new()
     }
@@ -46,32 +46,32 @@ impl Cuda {
         match *self {}
     }
 
-    /// Names what decides the last bits of its results.
+    /// Returns a name for everything that affects rounding.
     pub fn arithmetic(&self) -> String {
         match *self {}
     }
 
-    /// Returns the widest attention head that the kernels compute with.
+    /// Returns the width of the widest attention head that the kernels support, in elements.
     pub fn max_head_dim(&self) -> usize {
         match *self {}
     }
 
-    /// Returns the bytes of memory that are free, and all bytes.
+    /// Returns the free and the total memory, in bytes.
     pub fn memory(&self) -> Option<(u64, u64)> {
         match *self {}
     }
 
-    /// Returns the most bytes of memory that were in use at one time.
+    /// Returns the peak of the memory in use, in bytes.
     pub fn peak_bytes(&self) -> u64 {
         match *self {}
     }
 
-    /// Returns whether it failed for good.
+    /// Returns true if the GPU has failed permanently.
     pub fn is_lost(&self) -> bool {
         match *self {}
     }
 
-    /// Waits until it has done what it was given.
+    /// Waits until the GPU has finished all submitted work.
     pub fn wait(&self) {
         match *self {}
     }
@@ -81,17 +81,17 @@ impl Cuda {
         match *self {}
     }
 
-    /// Tells that a policy's own weights were changed in place.
+    /// Drops the copies of a policy's own weights after they were changed in place.
     pub fn changed(&self, _policy: PolicyView<'_>) {
         match *self {}
     }
 
-    /// Forgets the weights that only a run that has ended used.
+    /// Drops the copies of weights that only an ended run used.
     pub fn end_of_run(&self, _precision: Precision) {
         match *self {}
     }
 
-    /// Returns zero gradients for tensors of these sizes.
+    /// Allocates gradients of zero for tensors of these sizes, in elements.
     pub fn gradients(
         &self,
         _sizes: impl IntoIterator<Item = (ParamId, usize)>,
@@ -135,19 +135,19 @@ impl Cuda {
 }
 
 impl DeviceTape {
-    /// Returns what came out of the head.
+    /// Returns the output of the head.
     pub fn output(&self) -> &HeadOutput {
         match *self {}
     }
 }
 
 impl GradientBuffers {
-    /// Sets all to zero.
+    /// Sets all gradients to zero.
     pub fn clear(&self) -> Result<()> {
         match *self {}
     }
 
-    /// Copies a tensor's sum to the host.
+    /// Copies the accumulated gradient of a tensor to the host.
     pub fn download(&self, _id: ParamId, _to: &mut [f32]) -> Result<()> {
         match *self {}
     }

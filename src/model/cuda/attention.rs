@@ -1,4 +1,5 @@
-//! Attention of a packed row on the device: the buffers and the order of the kernels.
+//! Attention of a packed row on the device: allocates the buffers and launches the kernels in
+//! order.
 
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use crate::compute::cuda::kernels::Kind;
 use crate::compute::cuda::ops::{self, AttentionBackward, AttentionTiles};
 use crate::model::backend::Attended;
 
-/// Attention of a block on a row.
+/// The attention of a block, applied to a row.
 #[derive(Clone, Copy)]
 pub(super) struct Attention<'a> {
     pub gpu: &'a Arc<Gpu>,
@@ -26,7 +27,7 @@ impl Attention<'_> {
         AttentionTiles { heads: self.shape.heads, tiles, positions: &self.row.positions }
     }
 
-    /// Computes attention, given `qkv` `[T, (H + 2K)·D]`.
+    /// Runs attention forward on `qkv` `[T, (H + 2K)·D]`.
     pub fn forward(&self, qkv: &Memory) -> Result<Attended<CudaBackend>> {
         let (gpu, tokens, shape) = (self.gpu, self.row.tokens, self.shape);
         let output = gpu.dirty(self.kind, tokens * shape.attended())?;
@@ -35,7 +36,7 @@ impl Attention<'_> {
         Ok(Attended { output, log_sum_exp })
     }
 
-    /// Returns the gradient of `qkv`, given that of the output, `dout`.
+    /// Returns the gradient of `qkv`, given the gradient `dout` `[T, H·D]` of the output.
     pub fn backward(
         &self,
         qkv: &Memory,

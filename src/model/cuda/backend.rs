@@ -1,4 +1,4 @@
-//! The types that a GPU computes with.
+//! The types that the model uses on a GPU.
 
 use std::ops::Deref;
 
@@ -12,14 +12,14 @@ use crate::model::backend::Backend;
 pub(super) struct CudaBackend;
 
 impl Backend for CudaBackend {
-    /// In the pass's precision, but for what is f32 on every device.
+    /// In the pass's precision, except for the matrices that are f32 on every device.
     type Activation = Memory;
     type Operand<'a> = Operand<'a>;
-    /// `None` without an adapter on the group.
+    /// `None` if the group has no adapter.
     type LowRank = Option<Memory>;
     type GateUpSpace = Memory;
     type GateUp = Memory;
-    /// In the tape's memory.
+    /// Reuses the memory of the tape.
     type GateUpGradient = Memory;
     type HeadTape = HeadTape;
     type Gradients = GradientBuffers;
@@ -32,7 +32,7 @@ impl Backend for CudaBackend {
     fn retire<T>(_value: T) {}
 }
 
-/// The left operand of a matrix multiplication: cuBLAS reads a matrix where it is.
+/// The left operand of a GEMM. cuBLAS needs no packing, so this is the matrix itself.
 pub(super) enum Operand<'a> {
     Owned(Memory),
     Borrowed(&'a Memory),
@@ -49,12 +49,12 @@ impl Deref for Operand<'_> {
     }
 }
 
-/// What the backward pass needs of the head, besides its output.
+/// Values that the head saves for the backward pass, in addition to its output.
 pub(super) struct HeadTape {
     /// The predictors' hidden states before the last norm `[N, C]`.
     pub before_norm: Memory,
-    /// The same after it.
+    /// The predictors' hidden states after the last norm `[N, C]`.
     pub normed: Memory,
-    /// ∂log p/∂h `[N, C]`, where there will be a backward pass.
+    /// ∂log p/∂h `[N, C]`. `None` if there will be no backward pass.
     pub gradient: Option<Memory>,
 }

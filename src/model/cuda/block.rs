@@ -1,5 +1,5 @@
-//! The operations of one decoder block on the device: the residual stream is f32, all other
-//! activations are in the pass's precision.
+//! The operations of one decoder block on the device. The residual stream and the log-sum-exps are
+//! f32, all other activations are in the pass's precision.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, StreamNor
 use crate::model::params::{BlockParam, LinearGroup, ParamId};
 use crate::model::spec::{Activation, BlockSpec, FeedForward};
 
-/// A block with its adapter, on a row.
+/// A block with its adapter, opened for a pass over a row.
 pub(super) struct Block<'a> {
     pub gpu: &'a Arc<Gpu>,
     pub kind: Kind,
@@ -32,7 +32,7 @@ pub(super) struct Block<'a> {
     pub eps: f32,
     pub weights: &'a BlockWeights,
     pub adapter: Option<&'a DeviceAdapter>,
-    /// Adapters on parts of the row.
+    /// Token ranges of the row that have adapters of their own.
     pub parts: &'a [(Range<usize>, Arc<DeviceAdapter>)],
     pub row: &'a DeviceRow,
 }
@@ -48,23 +48,24 @@ impl Block<'_> {
         }
     }
 
-    /// Runs a group: y = keep·y + its outputs. Returns x·Aᵀ of the policy's own adapter.
+    /// Runs a group of linear layers. Adds its outputs to `y` if `accumulate` is true, otherwise
+    /// overwrites `y`. Returns x·Aᵀ of the policy's own adapter.
     fn run_group(
         &self,
         which: LinearGroup,
         x: &Memory,
         y: &Memory,
-        keep: bool,
+        accumulate: bool,
     ) -> Result<Option<Memory>> {
         let group = self.group(which);
-        let u = group.forward(x, self.row.tokens, y, keep)?;
+        let u = group.forward(x, self.row.tokens, y, accumulate)?;
         for (rows, adapter) in self.parts {
             group.add_low_rank(adapter.group(self.index, which), x, rows.clone(), y)?;
         }
         Ok(u)
     }
 
-    /// Places of `heads` heads of `[q | k | v]`, from column `first` on.
+    /// Returns the columns of `heads` heads in `[q | k | v]`, starting at column `first`.
     fn head_columns(&self, first: usize, heads: usize) -> HeadColumns {
         HeadColumns {
             rows: self.row.tokens,
@@ -75,7 +76,7 @@ impl Block<'_> {
         }
     }
 
-    /// Places of queries and keys, each with its norm.
+    /// Returns the columns of the queries and of the keys in `[q | k | v]`, each with its norm.
     fn normed_heads(&self) -> [(HeadColumns, BlockParam); 2] {
         let h = self.shape.heads;
         let (queries, keys) =
@@ -272,7 +273,7 @@ impl BlockOps<CudaBackend> for Block<'_> {
     }
 }
 
-/// Returns `gx` rounded to the pass's precision; `None` where that is f32 already.
+/// Rounds `gx` to the pass's precision. Returns `None` if that is f32.
 fn round(gpu: &Arc<Gpu>, kind: Kind, gx: &Memory) -> Result<Option<Memory>> {
     if kind == Kind::F32 {
         return Ok(None);
@@ -286,17 +287,17 @@ fn round(gpu: &Arc<Gpu>, kind: Kind, gx: &Memory) -> Result<Option<Memory>> {
 pub(super) struct NormBackward<'a> {
     /// The norm's input `[n, width]`.
     pub x: &'a Memory,
-    /// `[width]`
+    /// The norm's factors `[width]`.
     pub w: &'a Memory,
-    /// Gradient of the output `[n, width]`.
+    /// Gradient of the norm's output `[n, width]`.
     pub g: &'a Memory,
     pub eps: f32,
-    /// Where the gradient of `w` is added up, if it is trained.
+    /// Buffer that accumulates the gradient of `w`. `None` if `w` is not trained.
     pub slot: Option<&'a Memory>,
 }
 
 impl NormBackward<'_> {
-    /// Adds the gradient of the input to `gx`, and that of the weight to its slot.
+    /// Adds the gradient of the input to `gx`, and the gradient of the weight to `slot`.
     pub fn add_to(&self, gpu: &Arc<Gpu>, gx: &Memory) -> Result<()> {
         let NormBackward { x, w, g, eps, slot } = *self;
         let width = w.len();

@@ -1,5 +1,5 @@
-//! Gradients on the device: f32 sums that are added up over a step's rows and fetched once, before
-//! the update.
+//! Gradients on the device. They are accumulated in f32 over the rows of a step and downloaded
+//! once, before the optimizer's update.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use crate::compute::cuda::gpu::{Gpu, Memory};
 use crate::compute::cuda::kernels::Kind;
 use crate::model::params::ParamId;
 
-/// One sum per tensor that is trained.
+/// The accumulated gradients: one buffer per trained tensor.
 pub struct GradientBuffers {
     gpu: Arc<Gpu>,
     slots: HashMap<ParamId, Memory>,
@@ -23,7 +23,7 @@ impl std::fmt::Debug for GradientBuffers {
 }
 
 impl GradientBuffers {
-    /// Zeros for tensors of these sizes.
+    /// Allocates zeros for tensors of these sizes, in elements.
     pub(super) fn new(
         gpu: &Arc<Gpu>,
         sizes: impl IntoIterator<Item = (ParamId, usize)>,
@@ -39,18 +39,18 @@ impl GradientBuffers {
         self.slots.get(&id)
     }
 
-    /// Sets all to zero.
+    /// Sets all gradients to zero.
     pub fn clear(&self) -> Result<()> {
         self.gpu.bind()?;
         self.slots.values().try_for_each(|m| self.gpu.clear(m))
     }
 
-    /// Copies a tensor's sum to the host.
+    /// Copies the accumulated gradient of a tensor to the host.
     pub fn download(&self, id: ParamId, to: &mut [f32]) -> Result<()> {
         self.gpu.bind()?;
         match self.slots.get(&id) {
             Some(memory) if memory.len() == to.len() => self.gpu.download(memory, to),
-            _ => bail!("no gradient of {} elements for {id:?} is on the GPU", to.len()),
+            _ => bail!("the GPU has no gradient of {} elements for {id:?}", to.len()),
         }
     }
 }

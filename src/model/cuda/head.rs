@@ -1,5 +1,5 @@
-//! The head on the device: a tile of the vocabulary at a time, the softmax online, as in
-//! [`crate::compute::cpu::head`].
+//! The head on the device. It processes one tile of the vocabulary at a time with an online softmax
+//! (arXiv:1805.02867), as [`crate::compute::cpu::head`] does.
 
 use std::sync::Arc;
 
@@ -12,25 +12,28 @@ use crate::compute::cuda::gpu::{Gpu, Memory};
 use crate::compute::cuda::kernels::Kind;
 use crate::compute::cuda::ops::{self, HeadErrors, HeadFinish, HeadTile, LogitTile, SOFTMAX_STATE};
 
-/// The head of a model.
+/// The head of a model. V is the size of the vocabulary, C the width of the hidden states.
 pub(super) struct Head<'a> {
     pub gpu: &'a Arc<Gpu>,
     pub kind: Kind,
-    /// `[V, C]`.
+    /// The weight `[V, C]`.
     pub weight: &'a Memory,
+    /// C.
     pub hidden: usize,
+    /// V.
     pub vocabulary: usize,
 }
 
-/// What a pass over the vocabulary left.
+/// Result of a forward pass of the head.
 pub(super) struct Passed {
-    /// Without the gradient, which stays on the device.
+    /// The output. Its own `gradient` is empty, because the gradient stays on the device.
     pub output: HeadOutput,
-    /// ∂log p/∂h `[N, C]`, where it was asked for.
+    /// ∂log p/∂h `[N, C]`, if it was requested.
     pub gradient: Option<Memory>,
 }
 
 impl Head<'_> {
+    /// Iterates over the tiles of the vocabulary: first column and number of columns.
     fn tiles(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
         let vocabulary = self.vocabulary;
         (0..vocabulary)
@@ -38,7 +41,7 @@ impl Head<'_> {
             .map(move |first| (first, HEAD_TILE.min(vocabulary - first)))
     }
 
-    /// `logits` `[N, HEAD_TILE]` of a tile.
+    /// Computes the `logits` `[N, HEAD_TILE]` of the tile with the columns `first..first + width`.
     fn logits(
         &self,
         h: &Memory,
@@ -58,7 +61,7 @@ impl Head<'_> {
         )
     }
 
-    /// Log-probs of the targets given `h` `[N, C]`.
+    /// Computes the log-probs of the targets, given the normed hidden states `h` `[N, C]`.
     pub fn forward(
         &self,
         h: &Memory,
@@ -122,7 +125,8 @@ impl Head<'_> {
         Ok(Passed { output, gradient: options.gradient.then_some(gradient) })
     }
 
-    /// Numbers of each row's softmax.
+    /// Converts the final softmax state of each row to log-probs and, if requested, statistics of
+    /// the distribution.
     fn describe(&self, states: &[f32], targets: &[u32], options: HeadOptions) -> HeadOutput {
         let mut output = HeadOutput::default();
         for (s, &target) in states.chunks(SOFTMAX_STATE).zip(targets) {
@@ -142,8 +146,8 @@ impl Head<'_> {
         output
     }
 
-    /// Adds ∂loss/∂W to `dw` `[V, C]`, given g = ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙
-    /// (onehot(y) − p).
+    /// Accumulates ∂loss/∂W in `dw` `[V, C]`, given g = ∂loss/∂log p `[N]`. It is Eᵀ·h with E = g ⊙
+    /// (onehot(y) − p), where y are the targets.
     pub fn weight_gradient(
         &self,
         h: &Memory,

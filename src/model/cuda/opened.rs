@@ -1,4 +1,4 @@
-//! A policy that is opened for a pass over one row: the embedding, the last norm and the head.
+//! A policy opened for a pass over one row on a GPU: the embedding, the last norm and the head.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,18 +20,19 @@ use crate::model::backend::{Keep, PolicyView, RowOps};
 use crate::model::params::ParamId;
 use crate::model::row::Row;
 
-/// Windows from here on hide nothing: no row has as many positions. The kernels add positions to a
-/// window in 32 bits; it is their `NO_WINDOW`.
+/// Sliding windows of at least this width are treated as no window, because no row has as many
+/// positions. The kernels add a position and the window in 32-bit integers. Equals `NO_WINDOW` in
+/// the kernels.
 const NO_WINDOW: usize = 1 << 30;
 
-/// A policy's weights on the device, and the shape of its passes.
+/// A policy with its weights on the device.
 pub(super) struct OpenPolicy<'a> {
     pub gpu: &'a Arc<Gpu>,
     pub kind: Kind,
     pub policy: PolicyView<'a>,
     pub weights: Arc<DeviceWeights>,
     pub adapter: Option<Arc<DeviceAdapter>>,
-    /// Adapters on parts of the row.
+    /// Token ranges of the row that have adapters of their own.
     pub parts: Vec<(Range<usize>, Arc<DeviceAdapter>)>,
 }
 
@@ -50,7 +51,7 @@ impl OpenPolicy<'_> {
     }
 }
 
-/// A policy with a row.
+/// A policy opened for a pass over a row.
 #[derive(Clone, Copy)]
 pub(super) struct OpenRow<'a> {
     pub policy: &'a OpenPolicy<'a>,
@@ -60,14 +61,15 @@ pub(super) struct OpenRow<'a> {
 }
 
 impl OpenRow<'_> {
-    /// What each embedded token is multiplied by `[T]`; `None` for 1.
+    /// Returns the factor on each token's embedding `[T]`, or `None` if it is 1.
     fn embedding_scales(&self) -> Result<Option<Memory>> {
         let OpenPolicy { gpu, policy, .. } = self.policy;
         let scale = policy.spec.embedding_scale_in(policy.precision);
         (scale != 1.0).then(|| gpu.upload(Kind::F32, &vec![scale; self.row.tokens])).transpose()
     }
 
-    /// The predictors' hidden states before and after the last norm `[N, C]`.
+    /// Gathers the hidden states of the predictors and applies the last norm. Returns them before
+    /// and after the norm, each `[N, C]`.
     fn last_norm(&self, x: &Memory) -> Result<(Memory, Memory)> {
         let OpenPolicy { gpu, kind, weights, .. } = self.policy;
         let (rows, width) = (self.row.targets, self.policy.hidden());

@@ -1,8 +1,8 @@
-//! A group of projections on the device, forward and backward: [`crate::model::cpu::projections`]
-//! in cuBLAS's products.
+//! A group of linear layers on the device, forward and backward, computed with the GEMMs of cuBLAS.
+//! The counterpart on the CPU is [`crate::model::cpu::projections`].
 //!
 //! y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ; with v = s·g·B: dx = g·W + v·A, dA = vᵀ·x, dB = s·gᵀ·(x·Aᵀ), dW =
-//! gᵀ·x, db = Σ_tokens g.
+//! gᵀ·x, db = Σ_tokens g. Here s is the adapter's scale, and g = ∂loss/∂y.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,23 +16,23 @@ use crate::compute::cuda::kernels::Kind;
 use crate::compute::cuda::ops::{self, Columns};
 use crate::model::params::{BlockParam, ParamId};
 
-/// A group of a block.
+/// A group of linear layers of a block.
 #[derive(Clone, Copy)]
 pub(super) struct CudaLinearGroup<'a> {
     pub gpu: &'a Arc<Gpu>,
-    /// Of weights and activations.
+    /// Element type of weights and activations.
     pub kind: Kind,
     pub weights: &'a GroupWeights,
     /// The policy's own adapter.
     pub adapter: Option<LowRankGroup<'a>>,
 }
 
-/// What the backward pass of a group reads.
+/// Inputs of the backward pass of a group.
 #[derive(Clone, Copy)]
 pub(super) struct GroupBackward<'a> {
-    /// Number of the block.
+    /// Index of the block.
     pub block: usize,
-    /// Rows of all matrices: T.
+    /// T, the number of rows of all matrices.
     pub tokens: usize,
     /// Input of the forward pass `[T, in]`.
     pub x: &'a Memory,
@@ -43,17 +43,18 @@ pub(super) struct GroupBackward<'a> {
 }
 
 impl CudaLinearGroup<'_> {
-    /// `y` `[T, Σout]` = keep·y + the projections of `x` `[T, in]`. Returns x·Aᵀ `[T, Σr]`, which
-    /// the backward pass wants.
+    /// Computes the outputs `[T, Σout]` of the group for `x` `[T, in]`. Adds them to `y` if
+    /// `accumulate` is true, otherwise overwrites `y`. Returns x·Aᵀ `[T, Σr]` for the backward
+    /// pass.
     pub fn forward(
         &self,
         x: &Memory,
         tokens: usize,
         y: &Memory,
-        keep: bool,
+        accumulate: bool,
     ) -> Result<Option<Memory>> {
         let (w, gpu) = (self.weights, self.gpu);
-        let beta = if keep { 1.0 } else { 0.0 };
+        let beta = if accumulate { 1.0 } else { 0.0 };
         gpu.matmul(
             [tokens, w.output, w.input],
             x.matrix(w.input),
@@ -77,7 +78,8 @@ impl CudaLinearGroup<'_> {
             .map(Option::flatten)
     }
 
-    /// Adds s·(x·Aᵀ)·Bᵀ to some rows of `y`; returns x·Aᵀ of these rows.
+    /// Adds s·(x·Aᵀ)·Bᵀ to the rows `rows` of `y`. Returns x·Aᵀ of these rows, or `None` if the
+    /// group has no adapter or there are no rows.
     pub fn add_low_rank(
         &self,
         adapter: LowRankGroup<'_>,
@@ -114,7 +116,8 @@ impl CudaLinearGroup<'_> {
         Ok(Some(u))
     }
 
-    /// Adds the gradients of the group's parameters and returns ∂loss/∂x `[T, in]`.
+    /// Accumulates the gradients of the group's trained parameters in `gradients` and returns
+    /// ∂loss/∂x `[T, in]`.
     pub fn backward(&self, pass: GroupBackward<'_>, gradients: &GradientBuffers) -> Result<Memory> {
         let (w, gpu) = (self.weights, self.gpu);
         let GroupBackward { block, tokens, x, u, g } = pass;
@@ -155,8 +158,8 @@ impl CudaLinearGroup<'_> {
         Ok(dx)
     }
 
-    /// Adds the gradients of the adapter, given u = x·Aᵀ, and its part of ∂loss/∂x to `dx` `[T,
-    /// in]`.
+    /// Accumulates the gradients of the adapter, given u = x·Aᵀ, and adds the adapter's
+    /// contribution to `dx` `[T, in]`.
     fn low_rank_backward(
         &self,
         adapter: LowRankGroup<'_>,

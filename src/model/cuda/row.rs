@@ -1,4 +1,4 @@
-//! A packed row on the device: tokens, rotary tables, and which tokens see which, as tiles of 64.
+//! A packed row on the device: tokens, rotary tables, and the attention mask as tiles of 64 tokens.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,27 +12,30 @@ use crate::compute::cuda::ops::{self, ScatterRows, TILE_ENTRY};
 use crate::compute::layout::RowLayout;
 use crate::model::row::PreparedRow;
 
-/// Tokens of a tile.
-const TILE: usize = 64;
+/// Number of tokens in a tile.
+const TILE_TOKENS: usize = 64;
 
-/// What the kernels need to know of a row.
+/// The data of a row that the kernels read.
 pub(super) struct DeviceRow {
+    /// T, the number of tokens.
     pub tokens: usize,
-    /// Completion tokens.
+    /// N, the number of completion tokens.
     pub targets: usize,
-    /// `[T]`.
+    /// Token ids `[T]`.
     pub ids: Memory,
-    /// `[T]`.
+    /// Positions of the tokens `[T]`.
     pub positions: Memory,
-    /// Cosines and sines `[T, D/2]`, in the order of the model's rotary frequencies.
+    /// Cosines and sines, each `[T, D/2]`, in the order of the model's sets of rotary frequencies.
     pub ropes: Vec<(Memory, Memory)>,
-    /// `[n, 5]`: first and last query, start of their segment, start and end of their prompt.
+    /// Tiles of queries `[n, 5]`: start and end of the queries, start of their segment, start and
+    /// end of their prompt. All ends are exclusive.
     pub tiles: Memory,
-    /// `[n, 5]`: first and last key, end of their segment, start and end of the queries in other
-    /// segments that see them.
+    /// Tiles of keys `[n, 5]`: start and end of the keys, end of their segment, start and end of
+    /// the queries in other segments that attend to them. All ends are exclusive.
     pub key_tiles: Memory,
-    /// `[N]`.
+    /// Indices in the row of the tokens that predict the completion tokens `[N]`.
     pub predictors: Memory,
+    /// Ids of the completion tokens `[N]`.
     pub target_ids: Memory,
 }
 
@@ -61,8 +64,8 @@ impl DeviceRow {
 fn query_tiles(layout: &RowLayout) -> Vec<[i32; TILE_ENTRY]> {
     let mut all = Vec::new();
     for s in &layout.segments {
-        for start in s.tokens.clone().step_by(TILE) {
-            let end = (start + TILE).min(s.tokens.end);
+        for start in s.tokens.clone().step_by(TILE_TOKENS) {
+            let end = (start + TILE_TOKENS).min(s.tokens.end);
             all.push([start, end, s.tokens.start, s.prefix.start, s.prefix.end].map(|n| n as i32));
         }
     }
@@ -76,8 +79,8 @@ fn key_tiles(layout: &RowLayout) -> Vec<[i32; TILE_ENTRY]> {
     let mut all = Vec::new();
     for s in &layout.segments {
         let dependent = dependents(layout, &s.tokens);
-        for start in s.tokens.clone().step_by(TILE) {
-            let end = (start + TILE).min(s.tokens.end);
+        for start in s.tokens.clone().step_by(TILE_TOKENS) {
+            let end = (start + TILE_TOKENS).min(s.tokens.end);
             all.push([start, end, s.tokens.end, dependent.start, dependent.end].map(|n| n as i32));
         }
     }
@@ -87,36 +90,38 @@ fn key_tiles(layout: &RowLayout) -> Vec<[i32; TILE_ENTRY]> {
     all
 }
 
-/// What is left at the end is short.
+/// Sorts tiles by decreasing work, so that the last thread blocks to finish are short ones.
 fn longest_first(tiles: &mut [[i32; TILE_ENTRY]], work: impl Fn(&[i32; TILE_ENTRY]) -> i32) {
     tiles.sort_by_key(|t| std::cmp::Reverse(work(t)));
 }
 
-/// The tokens of the completions of a prompt: they follow it.
+/// Returns the tokens of the completions of `prompt`. They directly follow the prompt.
 fn dependents(layout: &RowLayout, prompt: &Range<usize>) -> Range<usize> {
     let completions =
         layout.segments.iter().filter(|s| !s.prefix.is_empty() && s.prefix == *prompt);
     completions.fold(prompt.end..prompt.end, |all, s| all.start..all.end.max(s.tokens.end))
 }
 
-/// Which rows go to which place, for a sum in a fixed order: the places, where each one's rows
-/// start in the order, the order.
+/// Scatter-add of rows in a fixed order of summation, so that results are reproducible.
 pub(super) struct Scatter {
+    /// The distinct destination rows, ascending.
     rows: Memory,
+    /// Start in `order` of the source rows of each destination row, and the end of the last one.
     offsets: Memory,
+    /// Indices of the source rows, sorted by destination row.
     order: Memory,
 }
 
 impl Scatter {
-    /// Row i goes to `places[i]`.
-    pub fn new(gpu: &Arc<Gpu>, places: &[u32]) -> Result<Self> {
-        let mut order: Vec<u32> = (0..places.len() as u32).collect();
-        order.sort_by_key(|i| (places[*i as usize], *i));
+    /// Prepares a scatter-add of source row i to destination row `destinations[i]`.
+    pub fn new(gpu: &Arc<Gpu>, destinations: &[u32]) -> Result<Self> {
+        let mut order: Vec<u32> = (0..destinations.len() as u32).collect();
+        order.sort_by_key(|i| (destinations[*i as usize], *i));
         let (mut rows, mut offsets): (Vec<u32>, Vec<u32>) = (Vec::new(), Vec::new());
         for (at, i) in order.iter().enumerate() {
-            let place = places[*i as usize];
-            if rows.last() != Some(&place) {
-                rows.push(place);
+            let destination = destinations[*i as usize];
+            if rows.last() != Some(&destination) {
+                rows.push(destination);
                 offsets.push(at as u32);
             }
         }
@@ -125,7 +130,7 @@ impl Scatter {
         Ok(Scatter { rows: upload(&rows)?, offsets: upload(&offsets)?, order: upload(&order)? })
     }
 
-    /// Adds the rows of `from` to their places in `to`.
+    /// Adds each row of `from` to its destination row in `to`. Rows have `width` elements.
     pub fn add(&self, gpu: &Gpu, to: &Memory, from: &Memory, width: usize) -> Result<()> {
         let Scatter { rows, offsets, order } = self;
         ops::scatter_rows(gpu, ScatterRows { to, from, rows, offsets, order, width })

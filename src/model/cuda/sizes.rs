@@ -1,47 +1,48 @@
-//! Sizes of the buffers that a pass allocates on a GPU, and the memory they take together.
+//! Sizes of the buffers that a pass allocates on a GPU, and their sums.
 //!
-//! The passes allocate with these functions, and `train/estimate.rs` plans a run with their sums,
-//! so that the two cannot drift apart. This file is compiled without the feature `cuda`, too: the
-//! estimate is the same arithmetic in every build.
+//! The passes allocate with these functions, and `train/estimate.rs` estimates the memory of a run
+//! with the same functions, so that the two stay consistent. This file is also compiled without the
+//! feature `cuda`, so that every build computes the same estimate.
 
 pub use crate::model::block_shape::BlockShape;
 
 /// Bytes of an f32.
 const F32: usize = 4;
 
-/// Columns of the vocabulary whose logits the head holds at a time: enough for a matrix
-/// multiplication that uses every multiprocessor.
+/// Number of vocabulary columns in a tile of logits. The head holds one tile at a time. It is wide
+/// enough for a GEMM that uses every multiprocessor.
 pub const HEAD_TILE: usize = 8192;
 
 impl BlockShape {
-    /// `[q | k | v]`, and their gradient.
+    /// Returns the width of `[q | k | v]` and of its gradient, in elements per token.
     pub fn qkv(&self) -> usize {
         self.heads.row()
     }
 
-    /// Output of attention.
+    /// Returns the width of attention's output, in elements per token.
     pub fn attended(&self) -> usize {
         self.heads.width()
     }
 
-    /// Attention's log-sum-exps, in f32.
+    /// Returns the number of attention's log-sum-exps (f32) per token.
     pub fn log_sum_exps(&self) -> usize {
         self.heads.query
     }
 
-    /// `[gate | up]`.
+    /// Returns the width of `[gate | up]`, in elements per token.
     pub fn gate_up(&self) -> usize {
         2 * self.feed_forward
     }
 
-    /// Gradients of keys and values that each query head writes on tensor cores, in f32, to be
-    /// summed over the heads that share them; 0 where no heads share.
+    /// Returns the number of elements (f32) per token in the partial gradients of keys and values.
+    /// On tensor cores each query head writes its own, and those of the heads that share a key head
+    /// are summed afterwards. Returns 0 if no heads share keys.
     pub fn key_gradient_parts(&self) -> usize {
         if self.heads.query > self.heads.key { 2 * self.heads.width() } else { 0 }
     }
 
-    /// Bytes per token that a block's tape holds, where matrices and activations have `element`
-    /// bytes and the adapter's ranks on the block add up to `ranks`.
+    /// Returns the bytes per token of a block's tape. `element` is the number of bytes of an
+    /// element of matrices and activations, `ranks` the sum of the adapter's ranks on the block.
     pub fn tape_bytes(&self, element: usize, ranks: usize) -> usize {
         let before_norm = if self.qk_norm { self.qkv() } else { 0 };
         let residual = self.saved_streams * self.hidden;
@@ -49,16 +50,17 @@ impl BlockShape {
             + element * (self.qkv() + before_norm + self.attended() + self.gate_up() + ranks)
     }
 
-    /// Bytes per token of a block's input, which is all that is saved when blocks are recomputed.
+    /// Returns the bytes per token of a block's input. Nothing else is saved if blocks are
+    /// recomputed.
     pub fn input_bytes(&self) -> usize {
         F32 * self.hidden
     }
 
-    /// Bytes per token that a block's backward pass takes at its largest, besides the tape.
+    /// Returns the peak bytes per token of a block's backward pass, without the tape.
     pub fn backward_bytes(&self, element: usize) -> usize {
         let feed_forward = self.gate_up() + 2 * self.hidden;
         let attention = 3 * self.qkv() + 2 * self.attended();
-        // Parts exist only on tensor cores, whose operands are narrower than f32.
+        // Partial gradients exist only on tensor cores, whose operands are narrower than f32.
         let parts = match self.key_gradient_parts() {
             parts if parts > 0 && element < F32 => {
                 F32 * (parts + self.log_sum_exps()) + element * (self.qkv() + self.attended())
@@ -70,19 +72,19 @@ impl BlockShape {
     }
 }
 
-/// Bytes of each trained number on a GPU, whose matrices have `element` bytes: its gradient, and
-/// the number itself. Masters and moments stay on the host.
+/// Returns the bytes on the GPU per trained parameter element: its gradient (f32) and its value
+/// (`element` bytes). Master weights and the optimizer's moments stay on the host.
 pub fn trained_bytes(element: usize) -> usize {
     F32 + element
 }
 
-/// Elements of a tile of logits of `rows` predictors.
+/// Returns the number of elements in a tile of logits of `rows` predictors.
 pub fn head_tile(rows: usize) -> usize {
     rows * HEAD_TILE
 }
 
-/// Bytes per predictor that the head takes: a tile of logits and one of probabilities, the hidden
-/// states before and after the last norm, and their gradients.
+/// Returns the bytes per predictor that the head takes: a tile of logits and one of probabilities,
+/// the hidden states before and after the last norm, and their gradients.
 pub fn head_bytes(hidden: usize, element: usize) -> usize {
     (F32 + element) * head_tile(1) + F32 * 4 * hidden
 }
@@ -114,7 +116,7 @@ mod tests {
         assert_eq!(BlockShape { qk_norm: true, ..small }.tape_bytes(4, 112), 27_364);
         assert_eq!(small.input_bytes(), 2304);
         assert_eq!((small.backward_bytes(4), small.backward_bytes(2)), (19_200, 10_752));
-        // With many heads that share keys, the parts of their gradients are the largest.
+        // With many query heads per key head, the partial gradients dominate.
         let shared = shape(64, 64, [8, 1, 64]);
         assert_eq!(
             (shared.key_gradient_parts(), shared.backward_bytes(2), shared.backward_bytes(4)),

@@ -1,6 +1,7 @@
-//! Weights on the device: matrices in the pass's precision, linear layers of one input stacked,
-//! norms and biases in f32. Copies are made when a policy is first used and kept while its weights
-//! live on the host.
+//! Copies of weights on the device. Matrices are in the pass's precision, norms and biases in f32.
+//! The weights of linear layers with the same input are stacked to one matrix. A copy is made when
+//! a policy is first used. After the weights on the host are gone, the next lookup or trim drops
+//! it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -19,36 +20,36 @@ use crate::model::parameters::Parameters;
 use crate::model::params::{BlockParam, Linear, LinearGroup, ParamId, PerGroup};
 use crate::model::weight_matrix::WeightRead;
 
-/// Elements: a matrix of an adapter begins at a multiple of them.
-const ALIGNMENT: usize = 64;
+/// Alignment of an adapter's matrices, in elements: cuBLAS is fastest on aligned matrices.
+const ALIGNMENT_ELEMENTS: usize = 64;
 
-/// One of a group.
+/// A linear layer of a group.
 pub(super) struct CudaLinear {
-    /// Which linear layer of the block.
+    /// The linear layer of the block.
     pub index: Linear,
     pub out: usize,
-    /// Its first row in the stacked weight, its first column in the joint output.
+    /// First row of the layer in the stacked weight and first column in the joint output.
     pub column: usize,
     pub bias: Option<Memory>,
 }
 
-/// The weights of a group.
+/// The weights of a group of linear layers.
 pub(super) struct GroupWeights {
-    /// `[Σout, in]`.
+    /// The stacked weights `[Σout, in]`.
     pub weight: Memory,
     pub members: Vec<CudaLinear>,
     pub input: usize,
     pub output: usize,
 }
 
-/// A block's.
+/// The weights of a block.
 pub(super) struct BlockWeights {
     norms: HashMap<BlockParam, Memory>,
     pub groups: PerGroup<GroupWeights>,
 }
 
 impl BlockWeights {
-    /// Returns the factors of a norm.
+    /// Returns the factors of a norm `[width]`.
     pub fn norm(&self, norm: BlockParam) -> Result<&Memory> {
         match self.norms.get(&norm) {
             Some(factors) => Ok(factors),
@@ -57,7 +58,7 @@ impl BlockWeights {
     }
 }
 
-/// All of a decoder's.
+/// All weights of a decoder.
 pub(super) struct DeviceWeights {
     pub embed: Memory,
     pub blocks: Vec<BlockWeights>,
@@ -78,17 +79,17 @@ impl DeviceWeights {
             })
         };
         Ok(DeviceWeights {
-            embed: stack(gpu, kind, &[p.matrix(ParamId::Embedding)?.read()?])?,
+            embed: upload_stacked(gpu, kind, &[p.matrix(ParamId::Embedding)?.read()?])?,
             blocks: (0..p.num_blocks()).map(block).collect::<Result<_>>()?,
             norm: factors(ParamId::Norm)?,
             head: match p.has(ParamId::Head) {
-                true => Some(stack(gpu, kind, &[p.matrix(ParamId::Head)?.read()?])?),
+                true => Some(upload_stacked(gpu, kind, &[p.matrix(ParamId::Head)?.read()?])?),
                 false => None,
             },
         })
     }
 
-    /// `[V, C]`.
+    /// Returns the head `[V, C]`.
     pub fn head(&self) -> &Memory {
         self.head.as_ref().unwrap_or(&self.embed)
     }
@@ -106,33 +107,35 @@ impl GroupWeights {
         for &index in group.members() {
             let p = parameters.linear(block, index)?;
             let (out, width) = (p.weight.rows(), p.weight.columns());
-            let bias = p.bias.map(|b| vector(gpu, b)).transpose()?;
+            let bias = p.bias.map(|b| upload_vector(gpu, b)).transpose()?;
             members.push(CudaLinear { index, out, column: output, bias });
             weights.push(p.weight.read()?);
             (output, input) = (output + out, width);
         }
-        let weight = stack(gpu, kind, &weights)?;
+        let weight = upload_stacked(gpu, kind, &weights)?;
         Ok(GroupWeights { weight, members, input, output })
     }
 }
 
-/// An adapter's part of a group: where its matrices begin in [`BlockAdapter::matrices`].
+/// The adapter of a group. Matrices are given by the offsets of their first elements in
+/// [`BlockAdapter::matrices`].
 pub(super) struct GroupAdapter {
-    /// All A, one above the other, `[Σr, in]`.
+    /// Offset of the stacked A of all members `[Σr, in]`.
     pub a: usize,
-    /// Per member: B `[out, r]`, r, the first column among the ranks.
+    /// For each member: offset of B `[out, r]`, rank r, and the first column of the member in x·Aᵀ
+    /// `[T, Σr]`. `None` if the member has no update.
     pub b: Vec<Option<(usize, usize, usize)>>,
     pub ranks: usize,
 }
 
-/// An adapter's part of a block. Its matrices are sent in one piece: training sends them anew in
-/// every step, and to start a copy takes longer than a small matrix's bytes do.
+/// The adapter of a block. Its matrices are in one buffer and are uploaded with one copy. Training
+/// uploads them in every step, and starting a copy takes longer than transferring a small matrix.
 pub(super) struct BlockAdapter {
     pub matrices: Memory,
     pub groups: PerGroup<GroupAdapter>,
 }
 
-/// An adapter.
+/// The copy of an adapter.
 pub(super) struct DeviceAdapter {
     pub scale: f32,
     pub blocks: Vec<BlockAdapter>,
@@ -160,7 +163,7 @@ impl DeviceAdapter {
     }
 }
 
-/// A group's matrices, ready for products.
+/// The adapter of a group with its matrices, as GEMMs read them.
 #[derive(Clone, Copy)]
 pub(super) struct LowRankGroup<'a> {
     pub matrices: &'a Memory,
@@ -169,7 +172,7 @@ pub(super) struct LowRankGroup<'a> {
 }
 
 impl DeviceAdapter {
-    /// The part of a group.
+    /// Returns the adapter of a group of a block.
     pub fn group(&self, block: usize, which: LinearGroup) -> LowRankGroup<'_> {
         let block = &self.blocks[block];
         LowRankGroup {
@@ -181,29 +184,31 @@ impl DeviceAdapter {
 }
 
 impl LowRankGroup<'_> {
-    /// A `[Σr, in]`.
+    /// Returns the stacked A `[Σr, in]`.
     pub fn a(&self, input: usize) -> Matrix {
         self.matrices.matrix_at(self.group.a, input)
     }
 }
 
-/// Where in one piece of memory a block's matrices go.
+/// Layout of a block's adapter matrices in one buffer.
 #[derive(Default)]
 struct Pieces<'a> {
+    /// Offset of each matrix, in elements.
     placed: Vec<(usize, &'a Tensor)>,
+    /// Length of the buffer so far, in elements.
     len: usize,
 }
 
-/// The piece on the host.
+/// The buffer on the host, before the upload.
 enum Gathered {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
 }
 
 impl<'a> Pieces<'a> {
-    /// Begins at an address that products are fastest from.
+    /// Advances to the next aligned offset and returns it.
     fn align(&mut self) -> usize {
-        self.len = self.len.next_multiple_of(ALIGNMENT);
+        self.len = self.len.next_multiple_of(ALIGNMENT_ELEMENTS);
         self.len
     }
 
@@ -244,8 +249,8 @@ impl<'a> Pieces<'a> {
             Kind::Bf16 => Gathered::Bf16(vec![bf16::ZERO; self.len]),
         };
         for (at, t) in &self.placed {
-            let (held, range) = (TensorRead::of(t)?, *at..at + t.elem_count());
-            match (&mut all, held.elements()) {
+            let (values, range) = (TensorRead::of(t)?, *at..at + t.elem_count());
+            match (&mut all, values.elements()) {
                 (Gathered::F32(to), Elements::F32(v)) => to[range].copy_from_slice(v),
                 (Gathered::F32(to), Elements::Bf16(v)) => v.convert_to_f32_slice(&mut to[range]),
                 (Gathered::Bf16(to), Elements::F32(v)) => to[range].convert_from_f32_slice(v),
@@ -256,27 +261,33 @@ impl<'a> Pieces<'a> {
     }
 }
 
-/// Uploads matrices, one after the other; what has the right elements goes to the device from where
-/// it is.
-fn stack(gpu: &Arc<Gpu>, kind: Kind, matrices: &[WeightRead]) -> Result<Memory> {
+/// Uploads matrices to one buffer, stacked. A matrix that already has the element type of `kind` is
+/// copied directly from its storage.
+fn upload_stacked(gpu: &Arc<Gpu>, kind: Kind, matrices: &[WeightRead]) -> Result<Memory> {
     let memory = gpu.dirty(kind, matrices.iter().map(|m| m.view().elements().len()).sum())?;
     let mut at = 0;
     for elements in matrices.iter().map(|m| m.view().elements()) {
-        write(gpu, kind, &memory, at, elements)?;
+        write_converted(gpu, kind, &memory, at, elements)?;
         at += elements.len();
     }
     Ok(memory)
 }
 
-/// Uploads the weight of a norm, or a bias.
-fn vector(gpu: &Arc<Gpu>, t: &Tensor) -> Result<Memory> {
+/// Uploads a bias as f32.
+fn upload_vector(gpu: &Arc<Gpu>, t: &Tensor) -> Result<Memory> {
     let values = TensorRead::of(t)?;
     let memory = gpu.dirty(Kind::F32, values.elements().len())?;
-    write(gpu, Kind::F32, &memory, 0, values.elements())?;
+    write_converted(gpu, Kind::F32, &memory, 0, values.elements())?;
     Ok(memory)
 }
 
-fn write(gpu: &Arc<Gpu>, kind: Kind, memory: &Memory, at: usize, elements: Elements) -> Result<()> {
+fn write_converted(
+    gpu: &Arc<Gpu>,
+    kind: Kind,
+    memory: &Memory,
+    at: usize,
+    elements: Elements,
+) -> Result<()> {
     match (kind, elements) {
         (Kind::F32, Elements::F32(v)) => gpu.write(memory, at, v),
         (Kind::F32, Elements::Bf16(v)) => {
@@ -289,12 +300,12 @@ fn write(gpu: &Arc<Gpu>, kind: Kind, memory: &Memory, at: usize, elements: Eleme
     }
 }
 
-/// Device copies of what lives on the host.
+/// Cache of device copies of host objects.
 pub(super) struct Copies<H, D> {
     all: Mutex<Vec<CachedCopy<H, D>>>,
 }
 
-/// The original, what elements became, the copy.
+/// The host object, the element type of its matrices on the device, and the copy.
 type CachedCopy<H, D> = (Weak<H>, Kind, Arc<D>);
 
 impl<H, D> Default for Copies<H, D> {
@@ -304,12 +315,13 @@ impl<H, D> Default for Copies<H, D> {
 }
 
 impl<H, D> Copies<H, D> {
-    /// The copy of `host`, made by `upload` unless there is one. Copies whose original is gone go
-    /// too.
+    /// Returns the copy of `host`, and makes it with `upload` if there is none. Also drops the
+    /// copies of host objects that no longer exist.
     fn get(&self, host: &Arc<H>, kind: Kind, upload: impl FnOnce() -> Result<D>) -> Result<Arc<D>> {
         let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|(host, ..)| host.strong_count() > 0);
-        // A weak reference keeps the address from being used again.
+        // A weak reference prevents the reuse of the address, so equal pointers mean the same
+        // object.
         let found =
             all.iter().find(|(h, k, _)| std::ptr::eq(h.as_ptr(), Arc::as_ptr(host)) && *k == kind);
         if let Some((.., device)) = found {
@@ -320,20 +332,20 @@ impl<H, D> Copies<H, D> {
         Ok(device)
     }
 
-    /// Forgets copies whose originals are gone, and those in another precision than `kind`: a job's
-    /// that has ended.
-    pub fn sweep(&self, kind: Kind) {
+    /// Drops the copies of host objects that no longer exist, and all copies whose precision is not
+    /// `kind`. Called at the end of a run.
+    pub fn retain_live_of_kind(&self, kind: Kind) {
         let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|(host, k, _)| host.strong_count() > 0 && *k == kind);
     }
 
-    /// Forgets copies whose originals are gone.
-    pub fn forget_unused(&self) {
+    /// Drops the copies of host objects that no longer exist.
+    pub fn forget_dead(&self) {
         let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|(host, ..)| host.strong_count() > 0);
     }
 
-    /// Forgets the copies of `host`: it was changed in place.
+    /// Drops the copies of `host`, because it was changed in place.
     pub fn forget(&self, host: &Arc<H>) {
         let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|(h, ..)| h.strong_count() > 0 && !std::ptr::eq(h.as_ptr(), Arc::as_ptr(host)));

@@ -1,4 +1,4 @@
-//! What the families of the Llama layout read from the same fields of config.json.
+//! Reads the fields of config.json that all families of the Llama layout share.
 
 use serde_json::Value;
 
@@ -11,26 +11,26 @@ use crate::model::spec::{
     Activation, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm,
 };
 
-/// A family of models.
+/// Description of a family of models.
 pub struct Family {
     /// `model_type` in config.json.
     pub model_type: &'static str,
-    /// The class that transformers loads it with.
+    /// The class of transformers that loads a model of the family.
     pub causal_lm_class: &'static str,
-    /// `model_type` of models of text and images whose `text_config` is one of this family.
+    /// `model_type` of the multimodal models that contain a language model of this family.
     pub text_in: Option<&'static str>,
-    /// Whether llama.cpp stores the rows of Q and K with the halves of each head interleaved.
+    /// True if llama.cpp interleaves the halves of each head in the rows of Q and K.
     pub is_interleaved_in_gguf: bool,
-    /// Returns what the family's config class in transformers has where a field is absent, as far
-    /// as that is not what `Common::read` takes. A field that only some classes have is read if it
-    /// is here.
+    /// Returns the defaults of the family's config class in transformers, as far as they differ
+    /// from those of `Common::read`. A field that not every class has is read only if it is listed
+    /// here.
     pub defaults: fn() -> Value,
-    /// Reads the model from config.json, with these defaults.
+    /// Reads the model from the fields of config.json, to which `defaults` have been added.
     pub spec: fn(&Fields<'_>) -> Result<ModelSpec, ModelError>,
 }
 
 impl Family {
-    /// Returns a family that has nothing of what only some have.
+    /// Returns a family without the optional properties.
     pub(super) const fn new(
         model_type: &'static str,
         causal_lm_class: &'static str,
@@ -48,9 +48,9 @@ impl Family {
     }
 }
 
-/// The fields that all families have. What they do with some of them differs.
+/// The fields that all families have. Families use some of them differently.
 pub(super) struct Common {
-    /// Decoder blocks.
+    /// Number of decoder blocks.
     pub num_layers: usize,
     /// `attention_bias`.
     pub attention_bias: bool,
@@ -71,16 +71,16 @@ pub(super) struct Common {
 }
 
 impl Common {
-    /// Reads the fields.
+    /// Reads and checks the fields.
     ///
     /// # Errors
-    /// [`ModelError::InvalidConfig`] names the field.
+    /// Returns [`ModelError::InvalidConfig`] for a field that is missing or invalid.
     pub fn read(fields: &Fields<'_>) -> Result<Self, ModelError> {
         let activation = activation(fields)?;
         let hidden_size = fields.size("hidden_size", limits::WIDTH)?;
         let num_layers = fields.size("num_hidden_layers", limits::LAYERS)?;
         let heads = fields.size("num_attention_heads", limits::HEADS)?;
-        // A null means the same in every family: as many as query heads.
+        // In every family null means the number of query heads.
         let kv_heads = fields.optional_size("num_key_value_heads", limits::HEADS)?.unwrap_or(heads);
         if heads % kv_heads != 0 {
             return Err(fields.invalid(
@@ -95,7 +95,7 @@ impl Common {
         let rms_norm_eps = fields.number("rms_norm_eps")?.unwrap_or(1e-6);
         if !(rms_norm_eps > 0.0 && rms_norm_eps < 1.0) {
             return Err(fields
-                .invalid("rms_norm_eps", format!("is {rms_norm_eps}; must lie between 0 and 1")));
+                .invalid("rms_norm_eps", format!("is {rms_norm_eps}; must be between 0 and 1")));
         }
         Ok(Common {
             num_layers,
@@ -116,7 +116,7 @@ impl Common {
         })
     }
 
-    /// Returns attention over all tokens, without biases and without norms on queries and keys.
+    /// Returns attention without a window, without biases and without norms on queries and keys.
     pub fn attention(&self) -> AttentionSpec {
         AttentionSpec {
             heads: self.heads,
@@ -131,7 +131,8 @@ impl Common {
         }
     }
 
-    /// Returns a block of this attention and a gated feed-forward part, each behind a norm.
+    /// Returns a block with this attention and a gated feed-forward part, each with a norm before
+    /// it.
     pub fn block(&self, attention: AttentionSpec) -> BlockSpec {
         BlockSpec {
             mixer: Mixer::Attention(attention),
@@ -145,7 +146,7 @@ impl Common {
         }
     }
 
-    /// Returns the model of these blocks.
+    /// Returns the model with these blocks.
     pub fn model(self, blocks: Vec<BlockSpec>) -> ModelSpec {
         ModelSpec {
             vocab_size: self.vocab_size,
@@ -162,7 +163,7 @@ impl Common {
 }
 
 fn activation(fields: &Fields<'_>) -> Result<Activation, ModelError> {
-    // The classes that have the longer name ignore the other one.
+    // Config classes that have `hidden_activation` ignore `hidden_act`.
     let has_long_name = fields.has_default("hidden_activation");
     let field = if has_long_name { "hidden_activation" } else { "hidden_act" };
     match fields.string(field)?.unwrap_or("silu") {
@@ -200,7 +201,7 @@ fn head_dim(fields: &Fields<'_>, hidden_size: usize, heads: usize) -> Result<usi
     Ok(head_dim)
 }
 
-/// Reads which layers have the window, as transformers' Qwen classes decide it.
+/// Returns the sliding window of each layer, determined as in the Qwen classes of transformers.
 pub(super) fn windows_of_layers(
     fields: &Fields<'_>,
     common: &Common,
@@ -215,7 +216,8 @@ pub(super) fn windows_of_layers(
     Ok((0..num_layers as u64).map(|layer| window.filter(|_| layer >= first)).collect())
 }
 
-/// Reads from `layer_types` which layers have a window; `None` where the field is absent.
+/// Reads `layer_types`: for each layer, true if it has a sliding window. Returns `None` if the
+/// field is absent.
 pub(super) fn sliding_layers(
     fields: &Fields<'_>,
     num_layers: usize,

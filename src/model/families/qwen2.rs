@@ -1,4 +1,4 @@
-//! Qwen2 and 2.5: biases on q, k and v; the upper layers may have a sliding window.
+//! Qwen2 and 2.5: q, k and v have biases. The upper layers may have a sliding window.
 
 use serde_json::{Value, json};
 

@@ -1,5 +1,5 @@
-//! Qwen3: RMSNorm on each head's q and k, optional biases in attention; the upper layers may have a
-//! sliding window.
+//! Qwen3: each head's q and k have an RMSNorm. Attention may have biases, and the upper layers may
+//! have a sliding window.
 
 use serde_json::{Value, json};
 

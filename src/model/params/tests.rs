@@ -1,5 +1,5 @@
-//! The table against names, shapes and weight decay of transformers, llama.cpp's gguf package and
-//! PEFT (tests/goldens/parameters.py).
+//! Compares the table with the names, shapes and weight decay of transformers, of llama.cpp's gguf
+//! package and of PEFT (tests/goldens/parameters.py).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -48,7 +48,7 @@ fn every_family_has_the_parameters_that_other_tools_say() {
             .map(|p| (p.hf.name.clone(), (p.gguf.name.clone(), p.shape.clone(), p.decays())))
             .collect();
         assert_eq!(found, wanted, "{}", case["name"]);
-        // Every row has a name and an id of its own.
+        // Names and ids are unique.
         assert_eq!((table.len(), found.len()), (wanted.len(), wanted.len()), "{}", case["name"]);
         assert_eq!(
             table.iter().map(ParamSpec::elements).sum::<usize>(),
@@ -86,7 +86,7 @@ fn adapters_have_the_tensors_that_peft_makes() {
                 tensors.iter().map(|t| (t.name.as_str(), t.shape.to_vec())).collect();
             assert_eq!(found, wanted, "{}", case["name"]);
             assert_eq!(tensors.len(), wanted.len(), "{}", case["name"]);
-            // The layers are those that the rows of the table say.
+            // The layers match the rows of the table that have a LoRA target.
             let says = |p: &ParamSpec| {
                 p.lora_target
                     .is_some_and(|target| config.target_modules.iter().any(|t| t == target))
@@ -98,7 +98,7 @@ fn adapters_have_the_tensors_that_peft_makes() {
                 .map(|u| ParamId::Block(u.block, BlockParam::Weight(u.linear)))
                 .collect();
             assert_eq!(weights, rows, "{}", case["name"]);
-            // A layer is found by the name of its tensors, and no other one is.
+            // The name of a tensor identifies exactly one layer.
             for update in &table {
                 for name in update.tensors().map(|t| t.name.as_str()) {
                     let updated: Vec<Linear> = Linear::ALL
@@ -138,7 +138,7 @@ fn the_domains_target_modules_are_the_linear_layers() {
     assert_eq!(grouped, Linear::ALL);
 }
 
-/// Exports are divided into files in the table's order, so it must not change.
+/// Exports split the tensors into files in the table's order, so it must not change.
 #[test]
 fn the_order_is_that_of_a_forward_pass() {
     let cases = json(&golden("parameters.json"));

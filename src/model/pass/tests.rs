@@ -1,4 +1,4 @@
-//! The passes on a device that computes nothing: it counts the bytes that are allocated.
+//! Tests the passes on a mock device that computes nothing and counts the allocated bytes.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -16,18 +16,19 @@ const BLOCKS: usize = 3;
 const HIDDEN: usize = 32;
 /// Rank of an adapter on every linear layer.
 const RANK: usize = 2;
-/// Bytes of an element of an activation, and of the residual stream.
+/// Bytes of an element of an activation.
 const ELEMENT: usize = 2;
+/// Bytes of an element of the residual stream.
 const F32: usize = 4;
 
-/// What happened on the device.
+/// Counters of the mock device.
 #[derive(Default)]
 struct Ledger {
-    /// Bytes.
+    /// Bytes allocated now.
     live: Cell<usize>,
-    /// The most bytes that were live since this was last set.
+    /// Maximum of `live` since this field was last set, in bytes.
     peak: Cell<usize>,
-    /// Runs of a block forward.
+    /// Number of times that a block was run forward.
     runs: Cell<usize>,
 }
 
@@ -107,7 +108,7 @@ impl CountingRow {
         BlockShape::of(HIDDEN, &self.blocks[0])
     }
 
-    /// Allocates so many bytes for each token.
+    /// Allocates `bytes` bytes per token.
     fn piece(&self, bytes: usize) -> Piece {
         Piece::new(&self.ledger, TOKENS * bytes)
     }

@@ -17,12 +17,12 @@ fn matrix(values: &[f32], rows: usize, columns: usize, dtype: DType) -> WeightMa
     WeightMatrix::new(tensor.to_dtype(dtype).unwrap()).unwrap()
 }
 
-/// What a matrix of a type holds of f32 values.
+/// Returns the value that a matrix of a type stores for `x`.
 fn stored(x: f32, dtype: DType) -> f32 {
     if dtype == DType::BF16 { bf16::from_f32(x).to_f32() } else { x }
 }
 
-/// The panel by its definition: for each unit of depth, `NR` columns of B side by side.
+/// Packs a panel by its definition: for each lane of the depth, `NR` columns of B side by side.
 fn panel(kernel: Kernel, k: usize, n: usize, at: impl Fn(usize, usize) -> f32) -> Vec<u32> {
     let bits = |i: usize, j: usize| if i < k && j < n { at(i, j) } else { 0.0 };
     let pair = |i: usize, j: usize| u32::from(bf16::from_f32(bits(i, j)).to_bits());
@@ -36,8 +36,8 @@ fn panel(kernel: Kernel, k: usize, n: usize, at: impl Fn(usize, usize) -> f32) -
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
-    /// Both products of a linear layer read the panels that the definition says, whatever the
-    /// storage and wherever the panel lies. Pairs start at an even k.
+    /// The forward and the backward GEMM of a linear layer read the panels of the definition, for
+    /// every storage type and every place of the panel. Bf16 kernels read pairs, so k starts even.
     #[test]
     fn a_matrix_packs_the_panels_of_both_products(
         rows in 1usize..90,
@@ -60,26 +60,37 @@ proptest! {
                 let (k, n) = (k_from..depth.min(k_from + k_len), n_from..width.min(n_from + n_len));
                 let at = |i: usize, j: usize| {
                     let (i, j) = (k_from + i, n_from + j);
-                    let (row, column) = if orientation == Orientation::Transposed { (j, i) } else { (i, j) };
+                    let (row, column) =
+                        if orientation == Orientation::Transposed { (j, i) } else { (i, j) };
                     stored(w[row * columns + column], dtype)
                 };
                 for kernel in Kernel::available() {
                     let mut units = vec![u32::MAX; kernel.depth(k.len()) * NR];
                     read.view().pack(kernel, orientation, k.clone(), n.clone(), &mut units);
                     let expected = panel(kernel, k.len(), n.len(), at);
-                    prop_assert!(units == expected, "{:?} {:?} {:?}: {:?} x {:?}", kernel, dtype, orientation, k, n);
+                    prop_assert!(
+                        units == expected,
+                        "{:?} {:?} {:?}: {:?} x {:?}", kernel, dtype, orientation, k, n
+                    );
                 }
             }
         }
     }
 
-    /// A product with a matrix is the one with a view of its values, bit for bit.
+    /// A GEMM with a matrix equals the GEMM with a view of its values, bit for bit.
     #[test]
-    fn a_product_with_a_matrix_is_that_with_its_values(m in 1usize..150, rows in 1usize..150, columns in 1usize..300) {
+    fn a_product_with_a_matrix_is_that_with_its_values(
+        m in 1usize..150,
+        rows in 1usize..150,
+        columns in 1usize..300,
+    ) {
         let w = values("w", rows * columns);
         let (x, g) = (values("x", m * columns), values("g", m * rows));
         let rounded: Vec<bf16> = w.iter().map(|x| bf16::from_f32(*x)).collect();
-        for (dtype, elements) in [(DType::F32, Elements::F32(&w)), (DType::BF16, Elements::Bf16(&rounded))] {
+        for (dtype, elements) in [
+            (DType::F32, Elements::F32(&w)),
+            (DType::BF16, Elements::Bf16(&rounded)),
+        ] {
             let w = matrix(&w, rows, columns, dtype);
             let read = w.read().unwrap();
             for kernel in Kernel::available() {
@@ -92,9 +103,15 @@ proptest! {
                 };
                 let view = View::of(elements, columns);
                 let forward = multiply(rows, Term::new(&x, read.view().transposed()));
-                prop_assert!(forward == multiply(rows, Term::new(&x, view.t())), "{:?} {:?}", kernel, dtype);
+                prop_assert!(
+                    forward == multiply(rows, Term::new(&x, view.t())),
+                    "{:?} {:?}", kernel, dtype
+                );
                 let backward = multiply(columns, Term::new(&g, read.view().plain()));
-                prop_assert!(backward == multiply(columns, Term::new(&g, view)), "{:?} {:?}", kernel, dtype);
+                prop_assert!(
+                    backward == multiply(columns, Term::new(&g, view)),
+                    "{:?} {:?}", kernel, dtype
+                );
             }
         }
     }
@@ -135,7 +152,7 @@ fn what_is_no_matrix_of_floats_is_refused() {
     assert!(WeightMatrix::new(vector).is_err());
     let integers = Tensor::zeros((2, 2), DType::U32, &Device::Cpu).unwrap();
     assert!(WeightMatrix::new(integers).unwrap_err().to_string().contains("f32 or bf16"));
-    // The transpose of a tensor is another view of its storage.
+    // The transpose of a tensor is a non-contiguous view of its storage.
     let tensor = Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
     assert!(WeightMatrix::new(tensor.t().unwrap()).unwrap().read().is_err());
 }
