@@ -1,17 +1,18 @@
-//! Parts of one large range of addresses, taken and given back: the lowest free part that is long
-//! enough, neighbours growing together again.
+//! First-fit free list over one large address range. An allocation takes the lowest free range that
+//! is long enough; adjacent free ranges are merged.
 //!
-//! A pass takes memory block by block and gives it back in the opposite order, so what lies below
-//! the highest address in use is nearly all in use, whatever the lengths of rows.
+//! A training step allocates block by block and frees in the opposite order. With first-fit, nearly
+//! everything below the highest address in use is therefore in use, whatever the row lengths.
 
 use std::collections::BTreeMap;
 
-/// Which part of an endless space is free.
+/// First-fit free list over an unbounded address space.
 #[derive(Debug, Default)]
 pub(super) struct FreeList {
-    /// Lengths by their starts: none is empty, none borders on another or on the end.
+    /// Length of each free range, by its start. No range is empty, touches another one or touches
+    /// `end`.
     free: BTreeMap<usize, usize>,
-    /// From here on all is free.
+    /// Everything from this address on is free.
     end: usize,
 }
 
@@ -20,17 +21,17 @@ impl FreeList {
         FreeList { free: BTreeMap::new(), end: 0 }
     }
 
-    /// Where the last range in use ends.
+    /// Returns the end of the last range in use.
     pub fn end(&self) -> usize {
         self.end
     }
 
-    /// The free ranges before the end: start and length.
+    /// Returns the free ranges before the end as (start, length).
     pub fn holes(&self) -> impl Iterator<Item = (usize, usize)> {
         self.free.iter().map(|(at, length)| (*at, *length))
     }
 
-    /// The start of the lowest free range of that size.
+    /// Allocates the lowest free range of `size` and returns its start.
     pub fn take(&mut self, size: usize) -> usize {
         let Some((at, length)) = self
             .free
@@ -48,7 +49,7 @@ impl FreeList {
         at
     }
 
-    /// Frees what was taken.
+    /// Frees a range that [`FreeList::take`] returned and merges it with adjacent free ranges.
     pub fn give(&mut self, at: usize, size: usize) {
         debug_assert!(size == 0 || !self.is_free(at, size), "[{at}, {}) is freed twice", at + size);
         let (mut start, mut end) = (at, at + size);
@@ -68,7 +69,7 @@ impl FreeList {
         }
     }
 
-    /// Whether nothing there is in use.
+    /// Returns true if nothing in `at..at + size` is in use.
     pub fn is_free(&self, at: usize, size: usize) -> bool {
         let until = (at + size).min(self.end);
         at >= until
