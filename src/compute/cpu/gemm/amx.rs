@@ -65,7 +65,7 @@ thread_local! {
 
 /// # Safety
 /// As [`super::kernel::panel_product`], with [`super::panel::ROW_PADDING`] readable rows after the
-/// last; [`available`] said yes.
+/// last. [`available`] must have returned true.
 #[cfg(target_arch = "x86_64")]
 pub(super) unsafe fn panel_product(m: usize, products: &[Product], out: OutputTile) {
     CONFIGURED.with(|done| {
