@@ -1,20 +1,24 @@
-// Attention over the segments of a packed row, for any even head width up to 256, on the ordinary cores; sums are f32. No T×T matrix exists.
+// Attention over the segments of a packed row on CUDA cores, for any even head dimension up to 256.
+// Accumulation is in f32. No T×T matrix exists.
 //
-// Forward, per tile of 64 queries and head: S = scale·Q·Kᵀ tile by tile of keys, P = softmax(S) kept online (running maximum and sum of each
-// row), O = P·V. Backward recomputes P = e^(S − lse): dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P ⊙ (dP − delta), dQ = scale·dS·K, dK = scale·dSᵀ·Q.
+// Forward pass, per tile of 64 queries and head: S = scale·Q·Kᵀ one tile of keys at a time, P =
+// softmax(S) as an online softmax (running maximum and sum of each row), O = P·V. The backward pass
+// recomputes P = e^(S − lse): dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P ⊙ (dP − delta), dQ = scale·dS·K, dK =
+// scale·dSᵀ·Q.
 //
-// A block has 128 threads, thread (ty, tx) of 8 × 16. "Own" are the 64 rows that the block writes, "others" the 64 rows of the tile it is walking
-// over. A 64 × 64 product gives each thread 8 own rows and 4 columns. Wider results are made of two such products; beyond D = 128 all is done
-// twice, as the registers hold no more.
+// A block has 128 threads, thread (ty, tx) of 8 × 16. "Own" are the 64 rows that the block writes,
+// "others" the 64 rows of the tile that it processes. For a 64 × 64 GEMM each thread computes 8 own
+// rows and 4 columns. Wider results consist of two of these. Beyond D = 128 the work is done in two
+// rounds because the registers hold no more.
 #include "attention.cuh"
 
 namespace attn {
 
-// Columns of D that go through shared memory at a time when S is computed.
+// Number of columns of D that are in shared memory at a time while S is computed.
 constexpr int DEPTH = 32;
-// Rows in shared memory start on 16 bytes.
+// Row stride in shared memory. It keeps rows 16-byte aligned.
 constexpr int PITCH = TILE + 4;
-// Products of width 64 that a thread keeps for a result.
+// Number of 64-wide accumulators that a thread has for a result.
 constexpr int PARTS = 2;
 constexpr int COLUMNS = PARTS * TILE;
 constexpr float HIDDEN = -INFINITY;
@@ -63,7 +67,8 @@ __device__ __forceinline__ void multiply(Block& sum, const float (*a)[PITCH], co
     }
 }
 
-// to[d][i] = column `first` + d of row i for 64 rows and DEPTH columns, zero outside.
+// Loads 64 rows and DEPTH columns, transposed: to[d][i] = column `first` + d of row i, zero
+// outside.
 template <class T>
 __device__ void load_transposed(float (*to)[PITCH], const Rows<T>& rows, int first, int dim) {
     for (int e = threadIdx.x; e < TILE * DEPTH; e += THREADS) {
@@ -72,7 +77,7 @@ __device__ void load_transposed(float (*to)[PITCH], const Rows<T>& rows, int fir
     }
 }
 
-// to[i][d] = column `first` + d of row i for 64 rows and 64 columns, zero outside.
+// Loads 64 rows and 64 columns: to[i][d] = column `first` + d of row i, zero outside.
 template <class T>
 __device__ void load_rows(float (*to)[PITCH], const Rows<T>& rows, int first, int dim) {
     for (int e = threadIdx.x; e < TILE * TILE; e += THREADS) {
@@ -94,7 +99,7 @@ __device__ __forceinline__ void scores(Block& product, Panel& work, const Rows<T
     }
 }
 
-// Leaves a product for `accumulate`: to[other][own].
+// Writes a result to shared memory for `accumulate`: to[other][own].
 __device__ __forceinline__ void put(Panel& to, const Block& product) {
     const int row = thread_row(), column = thread_column();
 #pragma unroll
@@ -132,7 +137,7 @@ __device__ __forceinline__ void store(T* to, size_t stride, int count, const Res
             }
 }
 
-// Over the 16 threads that share their own rows.
+// Reductions over the 16 threads that share their own rows.
 template <class Op>
 __device__ __forceinline__ float over_columns(float x, Op op) {
 #pragma unroll
@@ -172,7 +177,7 @@ __device__ void attention(T* out, float* lse, const T* qkv, const int* tiles, co
                     highest = fmaxf(highest, s[r][c]);
                 }
                 highest = over_columns(highest, Max());
-                // A row may see nothing of its first tiles.
+                // All keys of a row's first tiles may be masked.
                 const float base = highest == HIDDEN ? 0.0f : highest, factor = expf(top[r] - base);
                 float sum_of_tile = 0.0f;
 #pragma unroll
@@ -209,7 +214,7 @@ INSTANTIATE(attention,
              float scale),
             (out, lse, qkv, tiles, positions, {heads, kv_heads, dim}, limit(window), scale))
 
-// [⌈T·H/4⌉; 128] delta[t, h] = Σ_d out·dout, a warp each.
+// [⌈T·H/4⌉; 128] delta[t, h] = Σ_d out·dout, one warp per token and head.
 template <class T>
 __device__ void attention_delta(float* delta, const T* out, const T* dout, int tokens, int heads, int dim) {
     const size_t item = size_t(blockIdx.x) * 4 + threadIdx.x / 32;
@@ -293,7 +298,8 @@ __device__ void attention_dkv(T* dqkv, const T* qkv, const T* dout, const float*
                 const Range others = keys.queries.tile(n);
                 const Rows<T> q{qkv + others.start * shape.row() + size_t(head) * dim, shape.row(), others.size()};
                 const Rows<T> g{dout + others.start * shape.width() + size_t(head) * dim, shape.width(), others.size()};
-                // The last product of the tile before reads none of these. A row that does not exist gets P = 0.
+                // The last GEMM of the previous tile reads none of these. A row that does not exist
+                // gets P = 0.
                 if (threadIdx.x < TILE) {
                     const int i = others.start + threadIdx.x;
                     const bool inside = i < others.end;
