@@ -12,7 +12,8 @@ fn rounded(v: &[f32]) -> Vec<f32> {
     v.iter().map(|x| bf16::from_f32(*x).to_f32()).collect()
 }
 
-/// Σ over k in f64 of what the kernel multiplies, with the bound on the f32 sum's error.
+/// Compares the kernel with sums over k in f64 of the rounded operands, with a bound on the error
+/// of f32 sums.
 fn check(kernel: Kernel, m: usize, n: usize, k: usize, a_t: bool, b_t: bool, accumulate: bool) {
     let (a, b) = (values("a", m * k), values("b", k * n));
     let start: Vec<f32> = values("c", m * (n + 3));
@@ -72,7 +73,7 @@ fn every_kernel_agrees_with_a_sum_in_f64() {
     }
 }
 
-/// An adapter of rank 1 has matrices of one row and of one column.
+/// A LoRA adapter of rank 1 has matrices with one row or one column.
 #[test]
 fn matrices_of_one_row_and_of_one_column_are_multiplied() {
     for kernel in Kernel::available() {
@@ -189,8 +190,8 @@ fn operands_prepared_in_place_and_their_transposes_are_those_of_the_finished_mat
 
 #[test]
 fn tiles_are_the_parts_of_whole_products() {
-    // Few rows and many, some of which pass in several goes, depths of one block and of several,
-    // and columns that are no whole panel.
+    // Few rows; many rows that are processed in several passes; depths of one and of several
+    // blocks; a number of columns that is not a multiple of the panel width.
     for (m, n, k) in [(3, 70, 40), (300, 160, 96), (140, 33, 2300), (600, 170, 500), (1, 512, 7)] {
         let (a, b, c, d) =
             (values("a", m * k), values("b", k * n), values("c", n * k), values("d", m * 6));

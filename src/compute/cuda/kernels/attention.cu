@@ -145,7 +145,8 @@ __device__ __forceinline__ float over_columns(float x, Op op) {
     return x;
 }
 
-// [(tiles, H); 128] 34 KiB static shared memory. out [T, H·D]; lse [T, H], the natural logarithm of Σ_j e^(scale·q·k_j).
+// [(tiles, H); 128] 34 KiB static shared memory. out is [T, H·D]; lse is [T, H], the natural
+// logarithm of Σ_j e^(scale·q·k_j).
 template <class T>
 __device__ void attention(T* out, float* lse, const T* qkv, const int* tiles, const unsigned* positions, Shape shape, int window, float scale) {
     __shared__ Panel work, weights;
@@ -276,7 +277,8 @@ INSTANTIATE(attention_dq,
              int kv_heads, int dim, int window, float scale),
             (dqkv, qkv, dout, lse, delta, tiles, positions, {heads, kv_heads, dim}, limit(window), scale))
 
-// [(key tiles, K); 128] 34.75 KiB static shared memory. Writes the k and v columns of dqkv: sums over the query heads of the group, in order.
+// [(key tiles, K); 128] 34.75 KiB static shared memory. Writes the k and v columns of dqkv, summed
+// over the query heads of the group, in order.
 template <class T>
 __device__ void attention_dkv(T* dqkv, const T* qkv, const T* dout, const float* lse, const float* delta, const int* tiles,
                               const unsigned* positions, Shape shape, int window, float scale) {

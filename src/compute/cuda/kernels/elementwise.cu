@@ -74,8 +74,8 @@ INSTANTIATE(scale_rows, (T* to, const float* from, const float* g, int rows, int
 
 // ------------------------------------------------------------------------------------------------- casts
 
-// to[i] = from[i], rounded to To. `Wide` is the number of elements of the narrower type in 16
-// bytes.
+// to[i] = from[i], rounded to To. `Wide` is the narrower of the two types; 16 bytes of it are
+// processed at a time.
 template <class Wide, class To, class From>
 __device__ __forceinline__ void cast(To* to, const From* from, long long n) {
     by_width<Wide>(is_aligned_16(to) && is_aligned_16(from), [&](auto w) {

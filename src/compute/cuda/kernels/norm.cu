@@ -1,4 +1,5 @@
-// RMSNorm, y = x / √(mean(x²) + ε) ⊙ w over the last dimension (arXiv:1910.07467), of rows and of heads.
+// RMSNorm, y = x / √(mean(x²) + ε) ⊙ w over the last dimension (arXiv:1910.07467), of rows and of
+// heads.
 #include "elements.cuh"
 
 // 1 / √(mean(x²) + ε).
@@ -181,11 +182,10 @@ __device__ __forceinline__ void head_norm(T* qkv, const float* w, int rows, int 
 INSTANTIATE(head_norm, (T* qkv, const float* w, int rows, int stride, int offset, int heads, int dim, float eps),
             (qkv, w, rows, stride, offset, heads, dim, eps))
 
-// Replaces the upstream gradient g of head_norm's output by that of its input, which was `before` (the same layout):
-//     g = r·(g⊙w − x·r²·mean(g⊙w⊙x)), r = 1/rms.
-// If partial is not null, partial[b, :] = Σ g⊙x·r over the `per_block` items of block b, which its
-// warps process in turn; column_sum_f32 adds the partials to ∂w.   [ceil(rows·heads / per_block);
-// 128]
+// Replaces the upstream gradient g of head_norm's output by the gradient of its input `before` (in
+// the same layout): g = r·(g⊙w − x·r²·mean(g⊙w⊙x)), r = 1/rms. If partial is not null, partial[b,
+// :] = Σ g⊙x·r over the `per_block` items of block b, which its warps process in turn;
+// column_sum_f32 adds the partials to ∂w.   [ceil(rows·heads / per_block); 128]
 template <class T>
 __device__ __forceinline__ void head_norm_backward(T* g, float* partial, const T* before, const float* w, int rows, int stride,
                                                    int offset, int heads, int dim, float eps, int per_block) {
