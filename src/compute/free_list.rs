@@ -32,7 +32,7 @@ impl FreeList {
     }
 
     /// Allocates the lowest free range of `size` and returns its start.
-    pub fn take(&mut self, size: usize) -> usize {
+    pub fn allocate(&mut self, size: usize) -> usize {
         let Some((at, length)) = self
             .free
             .iter()
@@ -49,8 +49,8 @@ impl FreeList {
         at
     }
 
-    /// Frees a range that [`FreeList::take`] returned and merges it with adjacent free ranges.
-    pub fn give(&mut self, at: usize, size: usize) {
+    /// Frees a range that [`FreeList::allocate`] returned and merges it with adjacent free ranges.
+    pub fn release(&mut self, at: usize, size: usize) {
         debug_assert!(size == 0 || !self.is_free(at, size), "[{at}, {}) is freed twice", at + size);
         let (mut start, mut end) = (at, at + size);
         if let Some((&before, &length)) = self.free.range(..at).next_back()
@@ -99,7 +99,7 @@ mod tests {
         for _ in 0..20_000 {
             if taken.is_empty() || next(100) < 51 {
                 let size = 1 + next(50) as usize;
-                let at = ranges.take(size);
+                let at = ranges.allocate(size);
                 assert!(
                     taken.iter().all(|(a, s)| at + size <= *a || a + s <= at),
                     "[{at}, {}) is in use",
@@ -109,14 +109,14 @@ mod tests {
             } else {
                 let (at, size) = taken.swap_remove(next(taken.len() as u64) as usize);
                 assert!(!ranges.is_free(at, size));
-                ranges.give(at, size);
+                ranges.release(at, size);
                 assert!(ranges.is_free(at, size));
             }
             let used: usize = taken.iter().map(|(_, s)| s).sum();
             assert_eq!(ranges.end - ranges.free.values().sum::<usize>(), used);
         }
         for (at, size) in taken {
-            ranges.give(at, size);
+            ranges.release(at, size);
         }
         assert!(ranges.free.is_empty() && ranges.end == 0);
     }
@@ -128,16 +128,16 @@ mod tests {
         for row in [900, 2048, 1300, 700, 1999, 2048, 64] {
             let blocks: Vec<[(usize, usize); 3]> = (0..32)
                 .map(|_| {
-                    let passing = ranges.take(row * 5);
-                    let block = [row * 4, row * 12, row].map(|size| (ranges.take(size), size));
-                    ranges.give(passing, row * 5);
+                    let passing = ranges.allocate(row * 5);
+                    let block = [row * 4, row * 12, row].map(|size| (ranges.allocate(size), size));
+                    ranges.release(passing, row * 5);
                     block
                 })
                 .collect();
             highest = highest.max(ranges.end);
             for block in blocks.iter().rev() {
                 for (at, size) in block {
-                    ranges.give(*at, *size);
+                    ranges.release(*at, *size);
                 }
             }
         }

@@ -24,8 +24,13 @@ const LARGE_PAGE: usize = 2 << 20;
 /// whole pages on all of them.
 const PAGE: usize = 64 << 10;
 
-static ARENA: Mutex<Arena> =
-    Mutex::new(Arena { base: None, reserved: 0, usable: 0, highest: 0, ranges: FreeList::new() });
+static ARENA: Mutex<Arena> = Mutex::new(Arena {
+    base: None,
+    reserved: 0,
+    committed: 0,
+    highest: 0,
+    free_list: FreeList::new(),
+});
 
 /// Reserved address range. All sizes are in bytes.
 struct Arena {
@@ -33,10 +38,10 @@ struct Arena {
     base: Option<BaseAddress>,
     reserved: usize,
     /// Bytes from `base` that are readable and writable. Grows in steps of [`LARGE_PAGE`].
-    usable: usize,
+    committed: usize,
     /// Highest end of an allocation since the last trim, as an offset from `base`.
     highest: usize,
-    ranges: FreeList,
+    free_list: FreeList,
 }
 
 #[derive(Clone, Copy)]
@@ -85,11 +90,11 @@ impl Arena {
     }
 
     /// Allocates `size` bytes, a multiple of [`ALIGNMENT`].
-    fn take(&mut self, size: usize) -> Option<NonNull<u8>> {
+    fn allocate(&mut self, size: usize) -> Option<NonNull<u8>> {
         let base = self.base()?;
-        let at = self.ranges.take(size);
-        if at + size > self.usable && !self.grow(base, at + size) {
-            self.ranges.give(at, size);
+        let at = self.free_list.allocate(size);
+        if at + size > self.committed && !self.grow(base, at + size) {
+            self.free_list.release(at, size);
             return None;
         }
         self.highest = self.highest.max(at + size);
@@ -106,32 +111,34 @@ impl Arena {
         // SAFETY: the range is reserved and not in use yet. Large pages are only a hint; they
         // reduce the number of page faults.
         let usable = unsafe {
-            let start = base.add(self.usable).as_ptr().cast();
-            let length = until - self.usable;
+            let start = base.add(self.committed).as_ptr().cast();
+            let length = until - self.committed;
             let usable = libc::mprotect(start, length, libc::PROT_READ | libc::PROT_WRITE) == 0;
             #[cfg(target_os = "linux")]
             libc::madvise(start, length, libc::MADV_HUGEPAGE);
             usable
         };
         if usable {
-            self.usable = until;
+            self.committed = until;
         }
         usable
     }
 
-    fn give(&mut self, at: NonNull<u8>, size: usize) {
+    fn release(&mut self, at: NonNull<u8>, size: usize) {
         if let Some(BaseAddress(base)) = self.base {
-            self.ranges.give(at.as_ptr() as usize - base.as_ptr() as usize, size);
+            self.free_list.release(at.as_ptr() as usize - base.as_ptr() as usize, size);
         }
     }
 
     /// Returns unused pages to the operating system.
     fn trim(&mut self) {
         let Some(BaseAddress(base)) = self.base else { return };
-        let end = self.ranges.end();
-        for (at, length) in self.ranges.holes().chain([(end, self.highest.max(end) - end)]) {
-            let (start, until) =
-                (at.next_multiple_of(PAGE), (at + length).next_multiple_of(PAGE).min(self.usable));
+        let end = self.free_list.end();
+        for (at, length) in self.free_list.holes().chain([(end, self.highest.max(end) - end)]) {
+            let (start, until) = (
+                at.next_multiple_of(PAGE),
+                (at + length).next_multiple_of(PAGE).min(self.committed),
+            );
             // The last page of a hole also holds the start of the next buffer, so it stays. After
             // `end` there is no buffer.
             let until = if at == end { until } else { until.min((at + length) / PAGE * PAGE) };
@@ -192,7 +199,7 @@ impl Buffer {
             return Buffer::default();
         }
         let size = (len * size_of::<f32>()).next_multiple_of(ALIGNMENT);
-        let found = arena().take(size);
+        let found = arena().allocate(size);
         let storage = found
             .map_or_else(|| Storage::Heap(vec![0f32; len]), |at| Storage::Arena(at.cast(), size));
         Buffer { storage: Some(storage), len }
@@ -274,7 +281,7 @@ impl DerefMut for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         if let Some(Storage::Arena(at, size)) = &self.storage {
-            arena().give(at.cast(), *size);
+            arena().release(at.cast(), *size);
         }
     }
 }
@@ -299,14 +306,14 @@ mod tests {
     #[test]
     fn what_is_in_use_stays_when_the_rest_is_given_back() {
         // Other tests allocate and free at the same time.
-        let mut kept: Vec<Buffer> =
+        let mut in_use: Vec<Buffer> =
             (1..60).map(|i| Buffer::copy_of(&vec![i as f32; i * 777])).collect();
-        for i in (0..kept.len()).rev().step_by(3) {
-            kept.remove(i);
+        for i in (0..in_use.len()).rev().step_by(3) {
+            in_use.remove(i);
         }
         Buffer::trim();
         let more: Vec<Buffer> = (1..60).map(|i| Buffer::copy_of(&vec![-1.0; i * 555])).collect();
-        for b in &kept {
+        for b in &in_use {
             let n = b[0];
             assert!(b.iter().all(|x| *x == n) && b.len() == n as usize * 777);
         }
@@ -316,15 +323,15 @@ mod tests {
     #[test]
     fn a_trim_gives_pages_back() {
         let mut arena =
-            Arena { base: None, reserved: 0, usable: 0, highest: 0, ranges: FreeList::new() };
+            Arena { base: None, reserved: 0, committed: 0, highest: 0, free_list: FreeList::new() };
         let sizes = [5 * PAGE, 2 * LARGE_PAGE + ALIGNMENT, 3 * PAGE + ALIGNMENT];
         let taken = sizes.map(|size| {
-            let at = arena.take(size).unwrap();
+            let at = arena.allocate(size).unwrap();
             // SAFETY: that many bytes were taken.
             unsafe { at.as_ptr().write_bytes(7, size) };
             at
         });
-        arena.give(taken[1], sizes[1]);
+        arena.release(taken[1], sizes[1]);
         arena.trim();
         // SAFETY: the whole range is mapped. Returned pages read as zero; pages shared with another
         // buffer keep their contents.
@@ -334,7 +341,7 @@ mod tests {
             [7; 3]
         );
         assert_eq!(byte(taken[1], LARGE_PAGE), 0);
-        arena.give(taken[2], sizes[2]);
+        arena.release(taken[2], sizes[2]);
         arena.trim();
         assert_eq!(byte(taken[2], 2 * PAGE), 0);
         assert_eq!(byte(taken[0], 0), 7);

@@ -80,7 +80,7 @@ pub struct HeadOutput {
     /// ∂log p/∂h `[N, C]`, or empty if not requested.
     pub gradient: Buffer,
     /// Saved exponentials for the weight's gradient.
-    pub kept: SavedExponentials,
+    pub saved: SavedExponentials,
 }
 
 /// Saved probabilities of the first tiles of the vocabulary, each up to one factor per row and
@@ -113,7 +113,7 @@ pub fn kept_bytes(rows: u64, predictors: u64, vocabulary: u64) -> u64 {
 
 /// State of a row's online softmax.
 #[derive(Clone, Copy)]
-struct Running {
+struct OnlineSoftmax {
     /// Largest logit l so far.
     max: f32,
     /// Token of the largest logit (on a tie, the first of them).
@@ -130,7 +130,7 @@ struct Running {
     target: f32,
 }
 
-const START: Running = Running {
+const EMPTY_SOFTMAX: OnlineSoftmax = OnlineSoftmax {
     max: f32::NEG_INFINITY,
     argmax: 0,
     sum: 0.0,
@@ -140,11 +140,11 @@ const START: Running = Running {
     target: f32::NEG_INFINITY,
 };
 
-impl Running {
+impl OnlineSoftmax {
     /// Adds a row's logits of one tile to the state and replaces them by e^(l − max). Returns the
     /// factor by which sums over earlier tiles must be scaled.
     #[inline(always)]
-    fn take(&mut self, row: &mut [f32], first: usize, target: u32, distribution: bool) -> f32 {
+    fn update(&mut self, row: &mut [f32], first: usize, target: u32, distribution: bool) -> f32 {
         let top = max(row);
         let mut scale = 1.0;
         if let Some(y) = (target as usize).checked_sub(first)
@@ -199,22 +199,22 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
     let HeadInput { kernel, h, w, targets } = input;
     let (rows, vocabulary, hidden) = (targets.len(), w.rows(), w.columns());
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
-    let mut running = vec![START; rows];
+    let mut running = vec![EMPTY_SOFTMAX; rows];
     let per_task = rows_per_task(kernel, rows);
     let mut gradient = Buffer::dirty(if options.gradient { rows * hidden } else { 0 });
-    let mut kept = options.trained.map_or_else(SavedExponentials::default, |at_most| {
+    let mut saved = options.trained.map_or_else(SavedExponentials::default, |at_most| {
         SavedExponentials::new(rows, vocabulary, at_most)
     });
     for_each_tile(kernel, w, 0, options.gradient, |tile| {
         let out = Shared(gradient.as_mut_ptr());
-        let keeps = (tile.first / TILE + 1) * rows * TILE <= kept.exponentials.len();
+        let is_saved = (tile.first / TILE + 1) * rows * TILE <= saved.exponentials.len();
         let (exponentials, maxima) =
-            (Shared(kept.exponentials.as_mut_ptr()), Shared(kept.maxima.as_mut_ptr()));
+            (Shared(saved.exponentials.as_mut_ptr()), Shared(saved.maxima.as_mut_ptr()));
         thread_pool::chunks(&mut running, per_task, |i, running| {
             let (first, n) = (i * per_task, running.len());
-            let mut passing = Buffer::dirty(if keeps { 0 } else { n * TILE });
+            let mut passing = Buffer::dirty(if is_saved { 0 } else { n * TILE });
             let place = tile.first / TILE * rows + first;
-            let logits = if keeps {
+            let logits = if is_saved {
                 // SAFETY: the saved exponentials have all rows of this tile, and this task alone
                 // touches its own rows.
                 unsafe { std::slice::from_raw_parts_mut(exponentials.at(place * TILE), n * TILE) }
@@ -228,7 +228,7 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
                     #[inline(always)]
                     || {
                         row[tile.width..].fill(0.0);
-                        let scale = running.take(
+                        let scale = running.update(
                             &mut row[..tile.width],
                             tile.first,
                             y,
@@ -262,7 +262,7 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
     if options.gradient {
         finish_gradient(&mut gradient, w, targets, &running);
     }
-    let log_sum_exp: Vec<f32> = running.iter().map(Running::log_sum_exp).collect();
+    let log_sum_exp: Vec<f32> = running.iter().map(OnlineSoftmax::log_sum_exp).collect();
     HeadOutput {
         log_probs: running.iter().zip(&log_sum_exp).map(|(r, lse)| r.target - lse).collect(),
         distributions: match options.distribution {
@@ -271,13 +271,18 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
         },
         log_sum_exp,
         gradient,
-        kept,
+        saved,
     }
 }
 
 /// Computes ∂log p/∂h = W_y − (Σ_v e^(l_v − max)·W_v) / Σ_v e^(l_v − max). On entry, `gradient`
 /// holds the sum in the numerator.
-fn finish_gradient(gradient: &mut [f32], w: WeightView, targets: &[u32], running: &[Running]) {
+fn finish_gradient(
+    gradient: &mut [f32],
+    w: WeightView,
+    targets: &[u32],
+    running: &[OnlineSoftmax],
+) {
     let hidden = w.columns();
     let rows = thread_pool::rows_per_task(targets.len());
     thread_pool::chunks(gradient, rows * hidden, |task, gradient| {
@@ -300,7 +305,7 @@ pub fn head_weight_gradient(
 ) {
     let HeadInput { kernel, h, w, targets } = input;
     let (rows, vocabulary, hidden) = (targets.len(), w.rows(), w.columns());
-    let SavedExponentials { mut exponentials, maxima } = std::mem::take(&mut output.kept);
+    let SavedExponentials { mut exponentials, maxima } = std::mem::take(&mut output.saved);
     assert_eq!(
         maxima.len(),
         vocabulary.div_ceil(TILE) * rows,
@@ -329,7 +334,7 @@ pub fn head_weight_gradient(
         let term = Term::new(&transposed, View::f32(h, hidden));
         matmul(width, hidden, &[term], &mut dw[tile * TILE * hidden..], hidden, true, Threads::All);
     };
-    let kept = exponentials.len() / (rows * TILE).max(1);
+    let saved = exponentials.len() / (rows * TILE).max(1);
     for (tile, errors) in exponentials.chunks_mut((rows * TILE).max(1)).enumerate() {
         let width = TILE.min(vocabulary - tile * TILE);
         thread_pool::chunks(errors, per_task * TILE, |i, errors| {
@@ -339,7 +344,7 @@ pub fn head_weight_gradient(
     }
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
     let mut errors = Buffer::dirty(rows * TILE);
-    for_each_tile(kernel, w, kept * TILE, false, |part| {
+    for_each_tile(kernel, w, saved * TILE, false, |part| {
         let tile = part.first / TILE;
         thread_pool::chunks(&mut errors, per_task * TILE, |i, errors| {
             let first = i * per_task;

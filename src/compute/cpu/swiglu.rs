@@ -178,7 +178,7 @@ pub struct GatedTiles {
     width: usize,
     y: TiledOperand,
     rounded: Option<TiledOperand>,
-    kept: Option<(Buffer, Shared)>,
+    saved: Option<(Buffer, Shared)>,
 }
 
 impl GatedTiles {
@@ -187,21 +187,21 @@ impl GatedTiles {
         kernel: Kernel,
         activation: Activation,
         (tokens, width): (usize, usize),
-        keep: KeepGateUp,
+        format: KeepGateUp,
     ) -> Self {
         assert!(width.is_multiple_of(NR), "gated: tiles of a width of {width}");
-        let mut kept = (keep == KeepGateUp::F32)
+        let mut saved = (format == KeepGateUp::F32)
             .then(|| (Buffer::dirty(tokens * 2 * width), Shared(std::ptr::null_mut())));
-        kept.iter_mut().for_each(|(buffer, at)| *at = Shared(buffer.as_mut_ptr()));
+        saved.iter_mut().for_each(|(buffer, at)| *at = Shared(buffer.as_mut_ptr()));
         let rounded =
-            (keep == KeepGateUp::Bf16).then(|| TiledOperand::new(kernel, tokens, 2 * width));
+            (format == KeepGateUp::Bf16).then(|| TiledOperand::new(kernel, tokens, 2 * width));
         GatedTiles {
             activation,
             tokens,
             width,
             y: TiledOperand::new(kernel, tokens, width),
             rounded,
-            kept,
+            saved,
         }
     }
 
@@ -225,7 +225,7 @@ impl GatedTiles {
                 rounded.write(rows.clone(), self.width + columns.start, width, up);
             }
         }
-        if let Some((_, at)) = &self.kept {
+        if let Some((_, at)) = &self.saved {
             assert!(rows.end <= self.tokens && columns.end <= self.width);
             for (i, row) in rows.clone().enumerate() {
                 for (tile, column) in [(gate, columns.start), (&*up, self.width + columns.start)] {
@@ -249,7 +249,7 @@ impl GatedTiles {
     /// Returns y and the saved `[gate | up]`, if requested.
     pub fn finish(self) -> (Operand<'static>, Option<GateUp>) {
         let rounded = self.rounded.map(|r| GateUp::Bf16(r.operand()));
-        (self.y.operand(), rounded.or(self.kept.map(|(buffer, _)| GateUp::F32(buffer))))
+        (self.y.operand(), rounded.or(self.saved.map(|(buffer, _)| GateUp::F32(buffer))))
     }
 }
 
@@ -269,7 +269,7 @@ fn multiply<G: Gate>(up: &mut [f32], gate: &[f32]) {
 /// tile from the saved rounded `[gate | up]` and the upstream gradient.
 pub struct GradientTiles<'a> {
     activation: Activation,
-    kept: &'a Operand<'static>,
+    saved: &'a Operand<'static>,
     width: usize,
     y: TiledOperand,
     gate: TiledOperand,
@@ -278,9 +278,9 @@ pub struct GradientTiles<'a> {
 
 impl<'a> GradientTiles<'a> {
     /// Allocates the outputs for the `[gate | up]` that [`GatedTiles`] saved, with F = `width`.
-    pub fn new(kept: &'a Operand<'static>, activation: Activation, width: usize) -> Self {
-        let tiled = || TiledOperand::new(kept.kernel(), kept.rows(), width);
-        GradientTiles { activation, kept, width, y: tiled(), gate: tiled(), up: tiled() }
+    pub fn new(saved: &'a Operand<'static>, activation: Activation, width: usize) -> Self {
+        let tiled = || TiledOperand::new(saved.kernel(), saved.rows(), width);
+        GradientTiles { activation, saved, width, y: tiled(), gate: tiled(), up: tiled() }
     }
 
     /// Processes a tile of the upstream gradient (row stride [`NR`]).
@@ -309,10 +309,10 @@ impl<'a> GradientTiles<'a> {
                 #[inline(always)]
                 || {
                     for (i, row) in part.clone().enumerate() {
-                        let kept = self.kept.bf16_row(row);
-                        widen(&kept[columns.clone()], &mut gate[i * NR..][..width]);
+                        let saved = self.saved.bf16_row(row);
+                        widen(&saved[columns.clone()], &mut gate[i * NR..][..width]);
                         widen(
-                            &kept[self.width + columns.start..][..width],
+                            &saved[self.width + columns.start..][..width],
                             &mut up[i * NR..][..width],
                         );
                     }

@@ -222,34 +222,34 @@ fn gating_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
                 })
                 .collect()
         };
-        let keeps = [KeepGateUp::No, KeepGateUp::F32, KeepGateUp::Bf16]
+        let formats = [KeepGateUp::No, KeepGateUp::F32, KeepGateUp::Bf16]
             .into_iter()
             .filter(|k| rounds || *k != KeepGateUp::Bf16);
-        for (keep, activation) in
-            keeps.flat_map(|keep| ACTIVATIONS.map(|activation| (keep, activation)))
+        for (format, activation) in
+            formats.flat_map(|format| ACTIVATIONS.map(|activation| (format, activation)))
         {
-            let tiles = GatedTiles::new(kernel, activation, (tokens, width), keep);
+            let tiles = GatedTiles::new(kernel, activation, (tokens, width), format);
             // SAFETY: a single thread calls this, so no other task writes the part.
             by_tiles([&gate, &up], width, |rows, columns, [gate, mut up]| unsafe {
                 tiles.take(rows, columns, &gate, &mut up)
             });
-            let (y, kept) = tiles.finish();
+            let (y, saved) = tiles.finish();
             assert_eq!(
                 bits(&y, width),
                 bits(&gated(kernel, activation, &x, width), width),
-                "{kernel:?} {activation:?} {keep:?}"
+                "{kernel:?} {activation:?} {format:?}"
             );
-            match (kept, keep) {
+            match (saved, format) {
                 (None, KeepGateUp::No) => {}
-                (Some(GateUp::F32(kept)), KeepGateUp::F32) => {
-                    assert_eq!(kept[..], x[..], "{kernel:?}")
+                (Some(GateUp::F32(saved)), KeepGateUp::F32) => {
+                    assert_eq!(saved[..], x[..], "{kernel:?}")
                 }
-                (Some(GateUp::Bf16(kept)), KeepGateUp::Bf16) => {
+                (Some(GateUp::Bf16(saved)), KeepGateUp::Bf16) => {
                     let rounded =
                         Operand::new(kernel, View::f32(&x, 2 * width), tokens, 2 * width, 1.0);
-                    assert_eq!(bits(&kept, 2 * width), bits(&rounded, 2 * width), "{kernel:?}");
+                    assert_eq!(bits(&saved, 2 * width), bits(&rounded, 2 * width), "{kernel:?}");
                 }
-                _ => panic!("{kernel:?} keeps something else for {keep:?}"),
+                _ => panic!("{kernel:?} keeps something else for {format:?}"),
             }
         }
     }
@@ -270,9 +270,9 @@ fn a_gated_unit_that_keeps_its_input_rounded_has_the_gradients_of_what_it_kept()
             let bits = |operand: &Operand| {
                 (0..tokens).flat_map(|i| operand.bf16_row(i).to_vec()).collect::<Vec<_>>()
             };
-            let kept = Operand::new(kernel, View::f32(&x, 2 * width), tokens, 2 * width, 1.0);
-            let kept = Operand::owned(kernel, kept.view(), tokens, 2 * width);
-            let tiles = GradientTiles::new(&kept, activation, width);
+            let saved = Operand::new(kernel, View::f32(&x, 2 * width), tokens, 2 * width, 1.0);
+            let saved = Operand::owned(kernel, saved.view(), tokens, 2 * width);
+            let tiles = GradientTiles::new(&saved, activation, width);
             // SAFETY: a single thread calls this, so no other task writes the part.
             by_tiles([&u], width, |rows, columns, [g]| unsafe { tiles.take(rows, columns, &g) });
             let (y, [gate, up]) = tiles.finish();
@@ -447,8 +447,8 @@ fn log_prob_gradients_match_differences_for_a_frozen_and_a_trainable_head() {
     let u = random(rows, 21);
     for kernel in kernels() {
         // Save all probabilities, those of the first tiles, or none.
-        let gradients = [KEPT, rows * 1024, 0].map(|kept| {
-            let options = HeadOptions { distribution: false, gradient: true, trained: Some(kept) };
+        let gradients = [KEPT, rows * 1024, 0].map(|saved| {
+            let options = HeadOptions { distribution: false, gradient: true, trained: Some(saved) };
             let mut out = head(head_input(kernel, &h, &w, hidden, &targets), options);
             let mut dw = vec![0f32; w.len()];
             head_weight_gradient(
@@ -461,7 +461,7 @@ fn log_prob_gradients_match_differences_for_a_frozen_and_a_trainable_head() {
         });
         assert!(
             gradients[1..].iter().all(|(_, dw)| *dw == gradients[0].1),
-            "{kernel:?}: bits depend on what is kept"
+            "{kernel:?}: bits depend on what is saved"
         );
         let [(out, dw), ..] = gradients;
         let dh: Vec<f32> = out

@@ -16,7 +16,7 @@ use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Time that a thread spins while it waits for the next loop before it sleeps.
-const WATCH: Duration = Duration::from_micros(300);
+const MAX_SPIN_TIME: Duration = Duration::from_micros(300);
 /// Flag in `ThreadPool::state`: the loop accepts no more helpers. The bits below it count the
 /// helpers that entered; the bits above it are the loop's number.
 const CLOSED: u64 = 1 << 16;
@@ -26,7 +26,7 @@ static THREADS: AtomicUsize = AtomicUsize::new(0);
 static POOL: OnceLock<ThreadPool> = OnceLock::new();
 
 thread_local! {
-    static INSIDE: Cell<bool> = const { Cell::new(false) };
+    static INSIDE_LOOP: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Sets the number of threads; 0, the default, means all cores. Has no effect once the pool has
@@ -56,13 +56,13 @@ struct ThreadPool {
     /// Written by the caller before it opens the loop; read by helpers after they have entered.
     current: std::cell::UnsafeCell<Loop>,
     next: AtomicUsize,
-    left: AtomicUsize,
+    helpers_done: AtomicUsize,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     sleeping: Mutex<usize>,
     wake: Condvar,
 }
 
-// SAFETY: `current` changes only while no helper is inside a loop, which `state` and `left`
+// SAFETY: `current` changes only while no helper is inside a loop, which `state` and `helpers_done`
 // guarantee.
 unsafe impl Sync for ThreadPool {}
 // SAFETY: the task pointer is only used while its loop runs.
@@ -75,7 +75,7 @@ fn pool() -> &'static ThreadPool {
         let mut helpers = if wanted > 0 { wanted } else { cores } - 1;
         let mut started = 0;
         for i in 0..helpers {
-            if std::thread::Builder::new().name(format!("compute-{i}")).spawn(help).is_ok() {
+            if std::thread::Builder::new().name(format!("compute-{i}")).spawn(helper_main).is_ok() {
                 started += 1;
             }
         }
@@ -86,7 +86,7 @@ fn pool() -> &'static ThreadPool {
             state: AtomicU64::new(CLOSED),
             current: std::cell::UnsafeCell::new(Loop { task: None, tasks: 0 }),
             next: AtomicUsize::new(0),
-            left: AtomicUsize::new(0),
+            helpers_done: AtomicUsize::new(0),
             panic: Mutex::new(None),
             sleeping: Mutex::new(0),
             wake: Condvar::new(),
@@ -95,8 +95,8 @@ fn pool() -> &'static ThreadPool {
 }
 
 /// Main function of a helper thread.
-fn help() {
-    INSIDE.set(true);
+fn helper_main() {
+    INSIDE_LOOP.set(true);
     let pool = loop {
         match POOL.get() {
             Some(pool) => break pool,
@@ -112,8 +112,8 @@ fn help() {
             .compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Acquire)
             .is_ok()
         {
-            pool.take_part();
-            pool.left.fetch_add(1, Ordering::Release);
+            pool.run_tasks();
+            pool.helpers_done.fetch_add(1, Ordering::Release);
         } else {
             // Another helper entered at the same time, or the loop was closed: try again.
             seen = seen.saturating_sub(1);
@@ -135,7 +135,7 @@ impl ThreadPool {
                     }
                     std::hint::spin_loop();
                 }
-                if start.elapsed() > WATCH {
+                if start.elapsed() > MAX_SPIN_TIME {
                     break;
                 }
             }
@@ -150,7 +150,7 @@ impl ThreadPool {
         }
     }
 
-    fn take_part(&self) {
+    fn run_tasks(&self) {
         // SAFETY: this thread has entered, and the caller waits for all who entered before it
         // changes the loop.
         let Loop { task: Some(task), tasks } = (unsafe { &*self.current.get() }) else { return };
@@ -180,18 +180,18 @@ impl ThreadPool {
         // SAFETY: the previous loop is closed and all its helpers have left.
         unsafe { *self.current.get() = Loop { task: Some(task), tasks } };
         self.next.store(0, Ordering::Relaxed);
-        self.left.store(0, Ordering::Relaxed);
+        self.helpers_done.store(0, Ordering::Relaxed);
         let number = self.state.load(Ordering::Relaxed) / NEXT_LOOP + 1;
         self.state.store(number * NEXT_LOOP, Ordering::SeqCst);
         if *self.sleeping.lock().unwrap_or_else(PoisonError::into_inner) > 0 {
             self.wake.notify_all();
         }
-        INSIDE.set(true);
-        self.take_part();
-        INSIDE.set(false);
+        INSIDE_LOOP.set(true);
+        self.run_tasks();
+        INSIDE_LOOP.set(false);
         let entered = (self.state.fetch_or(CLOSED, Ordering::AcqRel) & (CLOSED - 1)) as usize;
         let mut spins = 0u32;
-        while self.left.load(Ordering::Acquire) < entered {
+        while self.helpers_done.load(Ordering::Acquire) < entered {
             spins += 1;
             if spins < 10_000 { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
@@ -207,7 +207,7 @@ pub fn for_each(tasks: usize, f: impl Fn(usize) + Sync) {
     let pool = pool();
     if tasks > 1
         && pool.helpers > 0
-        && !INSIDE.get()
+        && !INSIDE_LOOP.get()
         && let Some(panic) = pool.run(tasks, &f)
     {
         // `run` has released its lock, so that this panic does not poison the pool.

@@ -62,10 +62,10 @@ impl Arena {
 
     /// Allocates at least `bytes` bytes. Returns the address and the allocated size in bytes, or
     /// `None` if less than the reserve would remain.
-    pub fn take(&mut self, bytes: usize) -> Option<(u64, usize)> {
+    pub fn allocate(&mut self, bytes: usize) -> Option<(u64, usize)> {
         let (address, size) = match &mut self.source {
             Source::Mapped(arena) => {
-                arena.take(bytes.max(1).next_multiple_of(ALIGNMENT), self.reserve)?
+                arena.allocate(bytes.max(1).next_multiple_of(ALIGNMENT), self.reserve)?
             }
             Source::Pieces { free, free_bytes } => {
                 let class = size_class(bytes);
@@ -79,7 +79,7 @@ impl Arena {
                         *free_bytes -= fits;
                         (address, fits)
                     }
-                    None => (allocate(class, self.reserve)?, class),
+                    None => (allocate_from_driver(class, self.reserve)?, class),
                 }
             }
         };
@@ -89,10 +89,10 @@ impl Arena {
     }
 
     /// Frees an allocation of `size` bytes.
-    pub fn give(&mut self, address: u64, size: usize) {
+    pub fn release(&mut self, address: u64, size: usize) {
         self.live_bytes -= size;
         match &mut self.source {
-            Source::Mapped(arena) => arena.give(address, size),
+            Source::Mapped(arena) => arena.release(address, size),
             Source::Pieces { free, free_bytes } => {
                 *free_bytes += size;
                 free.entry(size).or_default().push(address);
@@ -139,10 +139,10 @@ fn size_class(bytes: usize) -> usize {
 }
 
 /// Allocates from the driver, unless less than `reserve` bytes would remain free.
-fn allocate(bytes: usize, reserve: usize) -> Option<u64> {
+fn allocate_from_driver(bytes: usize, reserve: usize) -> Option<u64> {
     // SAFETY: the context is current.
     let address = unsafe { driver::malloc_sync(bytes) }.ok()?;
-    if free_of_driver() >= reserve {
+    if driver_free_bytes() >= reserve {
         return Some(address);
     }
     // SAFETY: the address was not handed out.
@@ -150,7 +150,7 @@ fn allocate(bytes: usize, reserve: usize) -> Option<u64> {
     None
 }
 
-fn free_of_driver() -> usize {
+fn driver_free_bytes() -> usize {
     driver::mem_get_info().map_or(0, |(free, _)| free)
 }
 
@@ -159,7 +159,7 @@ struct Mapped {
     base: u64,
     reserved: usize,
     place: sys::CUmemLocation,
-    ranges: FreeList,
+    free_list: FreeList,
     /// Size of a chunk in bytes.
     chunk: usize,
     chunks: Vec<Option<sys::CUmemGenericAllocationHandle>>,
@@ -180,21 +180,29 @@ impl Mapped {
             id: ordinal as i32,
         };
         let chunks = vec![None; reserved / chunk];
-        Ok(Mapped { base, reserved, place, ranges: FreeList::default(), chunk, chunks, mapped: 0 })
+        Ok(Mapped {
+            base,
+            reserved,
+            place,
+            free_list: FreeList::default(),
+            chunk,
+            chunks,
+            mapped: 0,
+        })
     }
 
-    fn take(&mut self, size: usize, reserve: usize) -> Option<(u64, usize)> {
-        let at = self.ranges.take(size);
+    fn allocate(&mut self, size: usize, reserve: usize) -> Option<(u64, usize)> {
+        let at = self.free_list.allocate(size);
         let (first, last) = (at / self.chunk, (at + size - 1) / self.chunk);
         if at + size <= self.reserved && (first..=last).all(|chunk| self.map(chunk, reserve)) {
             return Some((self.base + at as u64, size));
         }
-        self.ranges.give(at, size);
+        self.free_list.release(at, size);
         None
     }
 
-    fn give(&mut self, address: u64, size: usize) {
-        self.ranges.give((address - self.base) as usize, size);
+    fn release(&mut self, address: u64, size: usize) {
+        self.free_list.release((address - self.base) as usize, size);
     }
 
     /// Maps chunk `chunk` unless it is mapped already. Returns false and leaves the chunk unmapped
@@ -207,7 +215,7 @@ impl Mapped {
         self.mapped += self.chunk;
         self.chunks[chunk] = Some(handle);
         // Another process may have allocated memory that was free before.
-        if free_of_driver() >= reserve {
+        if driver_free_bytes() >= reserve {
             return true;
         }
         // The caller must not use the chunk even if unmapping fails: its memory may be gone
@@ -274,7 +282,7 @@ impl Mapped {
     /// Unmaps the chunks in which nothing is in use.
     fn trim(&mut self) -> Result<(), DriverError> {
         for chunk in 0..self.chunks.len() {
-            if self.ranges.is_free(chunk * self.chunk, self.chunk) {
+            if self.free_list.is_free(chunk * self.chunk, self.chunk) {
                 self.unmap(chunk)?;
             }
         }

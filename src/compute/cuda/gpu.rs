@@ -20,11 +20,11 @@ use crate::compute::out_of_memory::OutOfMemory;
 
 /// Size in bytes of cuBLAS's workspace, which is allocated once. With a fixed workspace, a result
 /// does not depend on what ran before. NVIDIA recommends this size for Hopper.
-const WORKSPACE: usize = 32 << 20;
+const WORKSPACE_BYTES: usize = 32 << 20;
 
 /// One part in this many of the GPU's memory is left to the driver, which loads code when it is
 /// first used.
-const RESERVE: usize = 64;
+const RESERVE_DIVISOR: usize = 64;
 
 /// An opened GPU with compiled kernels.
 pub struct Gpu {
@@ -114,13 +114,13 @@ struct GemmPart {
     b: Matrix,
     c: Matrix,
     /// True if an earlier part has written C and this one accumulates.
-    adds: bool,
+    accumulate: bool,
 }
 
 /// Splits a GEMM until no operand spans more than `limit` elements from its first to its last row.
 /// The halved dimension is the one that the rows of the too long operand correspond to in memory.
 fn parts([m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, limit: usize) -> Vec<GemmPart> {
-    let mut todo = vec![GemmPart { shape: [m, n, k], a, b, c, adds: false }];
+    let mut todo = vec![GemmPart { shape: [m, n, k], a, b, c, accumulate: false }];
     let mut parts = Vec::new();
     while let Some(part) = todo.pop() {
         let [m, n, k] = part.shape;
@@ -143,7 +143,7 @@ fn parts([m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, limit: usize) -
                 shape: [m, n, k - half],
                 a: part.a.columns_from(half),
                 b: part.b.rows_from(half),
-                adds: true,
+                accumulate: true,
                 ..part
             });
             todo.push(GemmPart { shape: [m, n, half], ..part });
@@ -215,7 +215,7 @@ impl Gpu {
         let total = context.total_mem().map_err(|e| failed("asking for its memory", e))?;
         let maps = driver_sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED;
         let can_map = context.attribute(maps).is_ok_and(|supported| supported != 0);
-        let arena = Arena::open(ordinal, total, total / RESERVE, can_map);
+        let arena = Arena::open(ordinal, total, total / RESERVE_DIVISOR, can_map);
         let staging =
             Mutex::new(Staging::open().map_err(|e| failed("allocating page-locked memory", e))?);
         tracing::info!(gpu = name, ordinal, capability = format!("{major}.{minor}"), "GPU opened");
@@ -262,8 +262,10 @@ impl Gpu {
 
     /// Returns the free bytes, including free memory of the arena, and the total bytes.
     pub fn memory(&self) -> Result<(u64, u64)> {
-        let (free, total) =
-            self.context.mem_get_info().map_err(|e| self.noted("asking for free memory", e))?;
+        let (free, total) = self
+            .context
+            .mem_get_info()
+            .map_err(|e| self.record_error("asking for free memory", e))?;
         Ok(((free + self.arena().free_bytes()) as u64, total as u64))
     }
 
@@ -280,7 +282,7 @@ impl Gpu {
 
     /// Makes this GPU's context current on the calling thread.
     pub fn bind(&self) -> Result<()> {
-        self.context.bind_to_thread().map_err(|e| self.noted("choosing the GPU", e))
+        self.context.bind_to_thread().map_err(|e| self.record_error("choosing the GPU", e))
     }
 
     fn arena(&self) -> MutexGuard<'_, Arena> {
@@ -293,29 +295,29 @@ impl Gpu {
         // The lock is taken first, so that nothing is freed between the wait and the trim.
         let mut arena = self.arena();
         self.synchronize()?;
-        arena.trim().map_err(|e| self.noted("freeing memory", e))
+        arena.trim().map_err(|e| self.record_error("freeing memory", e))
     }
 
     /// Waits until the stream has finished.
     pub fn synchronize(&self) -> Result<()> {
-        self.stream.synchronize().map_err(|e| self.noted("waiting for the GPU", e))
+        self.stream.synchronize().map_err(|e| self.record_error("waiting for the GPU", e))
     }
 
     /// Allocates `len` elements with **unspecified contents**.
     pub fn dirty(self: &Arc<Self>, kind: Kind, len: usize) -> Result<Memory> {
         let bytes = len * kind.bytes();
-        let found = self.arena().take(bytes);
+        let found = self.arena().allocate(bytes);
         let (address, size) = match found {
             Some(found) => found,
-            None => self.take_after_trim(bytes)?,
+            None => self.allocate_after_trim(bytes)?,
         };
         Ok(Memory { gpu: self.clone(), address, size, kind, len })
     }
 
     /// Returns all free memory of the arena to the driver and tries to allocate once more.
-    fn take_after_trim(&self, bytes: usize) -> Result<(u64, usize)> {
+    fn allocate_after_trim(&self, bytes: usize) -> Result<(u64, usize)> {
         self.trim()?;
-        let found = self.arena().take(bytes);
+        let found = self.arena().allocate(bytes);
         found.ok_or_else(|| {
             let free = driver::mem_get_info().map_or(0, |(free, _)| free);
             out_of_memory(format!(
@@ -327,7 +329,7 @@ impl Gpu {
     }
 
     /// Converts an error of the driver and records if the GPU is lost.
-    fn noted(&self, what: &str, e: DriverError) -> candle_core::Error {
+    fn record_error(&self, what: &str, e: DriverError) -> candle_core::Error {
         use driver_sys::cudaError_enum as Code;
         match e.0 {
             Code::CUDA_ERROR_OUT_OF_MEMORY => return out_of_memory(failed(what, e).to_string()),
@@ -364,7 +366,7 @@ impl Gpu {
         let bytes = memory.len * memory.kind.bytes();
         // SAFETY: the memory is that long.
         unsafe { driver::memset_d8_async(memory.address, 0, bytes, self.stream.cu_stream()) }
-            .map_err(|e| self.noted("clearing memory", e))
+            .map_err(|e| self.record_error("clearing memory", e))
     }
 
     /// Copies host values to new device memory. `T` must be as wide as an element.
@@ -390,7 +392,7 @@ impl Gpu {
         let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the memory is long enough, as asserted.
         unsafe { staging.copy(memory.at(offset).0, bytes, self.stream.cu_stream()) }
-            .map_err(|e| self.noted("copying to the GPU", e))
+            .map_err(|e| self.record_error("copying to the GPU", e))
     }
 
     /// Copies the first elements to the host and waits until they have arrived.
@@ -404,7 +406,7 @@ impl Gpu {
         // SAFETY: the memory is large enough, and the function waits for the copy before it
         // returns.
         unsafe { driver::memcpy_dtoh_async(to, memory.address, self.stream.cu_stream()) }
-            .map_err(|e| self.noted("copying from the GPU", e))?;
+            .map_err(|e| self.record_error("copying from the GPU", e))?;
         self.synchronize()
     }
 
@@ -416,7 +418,7 @@ impl Gpu {
         unsafe {
             driver::memcpy_dtod_async(to.address, from.address, bytes, self.stream.cu_stream())
         }
-        .map_err(|e| self.noted("copying on the GPU", e))?;
+        .map_err(|e| self.record_error("copying on the GPU", e))?;
         Ok(to)
     }
 
@@ -474,7 +476,7 @@ impl Gpu {
                 &mut pointers,
             )
         };
-        launched.map_err(|e| self.noted(name, e))
+        launched.map_err(|e| self.record_error(name, e))
     }
 
     /// Computes c = β·c + α·a·b with f32 accumulation, for row-major c `[m, n]`, a `[m, k]` and b
@@ -495,7 +497,7 @@ impl Gpu {
                 part.b,
                 part.c,
                 alpha,
-                if part.adds { 1.0 } else { beta },
+                if part.accumulate { 1.0 } else { beta },
             )?;
         }
         Ok(())
@@ -585,10 +587,11 @@ impl Blas {
         unsafe {
             blas::set_stream(handle, stream.cu_stream().cast())
                 .map_err(|e| blas_failed("choosing the stream", e))?;
-            let workspace = driver::malloc_sync(WORKSPACE)
+            let workspace = driver::malloc_sync(WORKSPACE_BYTES)
                 .map_err(|e| failed("allocating cuBLAS's workspace", e))?;
-            let set = blas_sys::cublasSetWorkspace_v2(handle, workspace as *mut c_void, WORKSPACE)
-                .result();
+            let set =
+                blas_sys::cublasSetWorkspace_v2(handle, workspace as *mut c_void, WORKSPACE_BYTES)
+                    .result();
             set.and_then(|()| blas_sys::cublasSetMathMode(handle, mode).result())
                 .map_err(|e| blas_failed("configuring it", e))?;
             Ok(Blas { handle, workspace })
@@ -690,7 +693,7 @@ impl Drop for Memory {
                 driver::memset_d8_async(self.address, 0xff, self.size, self.gpu.stream.cu_stream())
             };
         }
-        self.gpu.arena().give(self.address, self.size);
+        self.gpu.arena().release(self.address, self.size);
     }
 }
 
@@ -723,7 +726,7 @@ mod tests {
             for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
                 let sum: f64 = (0..k).map(|l| a.1[at(part.a, i, l)] * b.1[at(part.b, l, j)]).sum();
                 let to = &mut out[at(part.c, i, j)];
-                *to = if part.adds { *to + sum } else { sum };
+                *to = if part.accumulate { *to + sum } else { sum };
             }
         }
         (parts.len(), out)

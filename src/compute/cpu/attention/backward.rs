@@ -16,9 +16,9 @@ use crate::compute::layout::RowLayout;
 
 /// Maximum number of scores of all heads that are saved between the two sweeps, counted as if a
 /// block had [`NR`] queries. Longer rows are processed in several rounds.
-const SCORES: usize = 1 << 24;
+const SCORE_BUDGET: usize = 1 << 24;
 /// Maximum number of scores that a round of whole blocks saves, for P and for dS each.
-const KEPT_SCORES: usize = SCORES / NR * BLOCK;
+const MAX_SAVED_SCORES: usize = SCORE_BUDGET / NR * BLOCK;
 
 /// Computes the gradients of [`super::attention`] for `g = ∂loss/∂out` `[T, H·D]`, given its inputs
 /// and outputs. `dqkv` `[T, (H + 2K)·D]` is overwritten.
@@ -74,7 +74,7 @@ pub fn attention_backward(
     while first < all.len() {
         let (mut end, mut scores) = (first, 0);
         while end < all.len()
-            && (end == first || scores + all[end].columns() * NR * heads.query <= SCORES)
+            && (end == first || scores + all[end].columns() * NR * heads.query <= SCORE_BUDGET)
         {
             scores += all[end].columns() * NR * heads.query;
             end += 1;
@@ -91,7 +91,7 @@ pub fn attention_backward(
 pub fn score_bytes(kernel: Kernel, heads: usize, tokens: usize, longest: usize) -> usize {
     let element = if kernel.is_bf16() { size_of::<half::bf16>() } else { size_of::<f32>() };
     let columns = (tokens / 2).min(longest) + BLOCK;
-    2 * (tokens * columns * heads).min(KEPT_SCORES) * element
+    2 * (tokens * columns * heads).min(MAX_SAVED_SCORES) * element
 }
 
 struct Packed {

@@ -12,7 +12,7 @@ use crate::compute::cpu::thread_pool;
 use half::bf16;
 
 thread_local! {
-    static LINES: RefCell<Vec<bf16>> = const { RefCell::new(Vec::new()) };
+    static BF16_LINES: RefCell<Vec<bf16>> = const { RefCell::new(Vec::new()) };
     /// One row in f32, before it is rounded.
     static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
@@ -33,15 +33,15 @@ pub struct Operand<'a> {
 
 enum Units<'a> {
     /// Borrowed: f32 values in place, or units of another operand.
-    Lent(&'a [u32]),
-    Own(Buffer),
+    Borrowed(&'a [u32]),
+    Owned(Buffer),
 }
 
 impl Units<'_> {
     fn all(&self) -> &[u32] {
         match self {
-            Units::Lent(units) => units,
-            Units::Own(buffer) => buffer.units(),
+            Units::Borrowed(units) => units,
+            Units::Owned(buffer) => buffer.units(),
         }
     }
 }
@@ -58,7 +58,7 @@ impl<'a> Operand<'a> {
                 kernel,
                 rows,
                 cols,
-                units: Units::Lent(units_of(values)),
+                units: Units::Borrowed(units_of(values)),
                 stride: view.row_stride,
             };
         }
@@ -83,7 +83,7 @@ impl<'a> Operand<'a> {
                 .for_each(|(i, part)| fill(i, part)),
             false => thread_pool::chunks(&mut units[..rows * depth], lines * depth, fill),
         }
-        Operand { kernel, rows, cols, units: Units::Own(own), stride: depth }
+        Operand { kernel, rows, cols, units: Units::Owned(own), stride: depth }
     }
 
     /// Applies `prepare(i, row)` to each row of `values` in place and returns the operand `[rows,
@@ -140,7 +140,7 @@ impl<'a> Operand<'a> {
             kernel: self.kernel,
             rows: rows.len(),
             cols: self.cols,
-            units: Units::Lent(units),
+            units: Units::Borrowed(units),
             stride: self.stride,
         }
     }
@@ -229,7 +229,8 @@ impl Rounded {
     /// Returns the operand. For f32 kernels it borrows `values`.
     fn operand(self, values: &[f32]) -> Operand<'_> {
         let Rounded { kernel, rows, cols, depth, own } = self;
-        let units = if kernel.is_bf16() { Units::Own(own) } else { Units::Lent(units_of(values)) };
+        let units =
+            if kernel.is_bf16() { Units::Owned(own) } else { Units::Borrowed(units_of(values)) };
         Operand { kernel, rows, cols, units, stride: depth }
     }
 }
@@ -252,7 +253,7 @@ struct SourceRows<'a> {
 fn fill_rows(kernel: Kernel, source: SourceRows, depth: usize, dst: &mut [u32]) {
     let (Elements::F32(_) | Elements::Bf16(_)) = source.view.elements;
     if kernel.is_bf16() {
-        LINES.with_borrow_mut(|lines| fill_rows_bf16(kernel, source, depth, dst, lines));
+        BF16_LINES.with_borrow_mut(|lines| fill_rows_bf16(kernel, source, depth, dst, lines));
     } else {
         fill_rows_f32(source, depth, dst);
     }
@@ -387,7 +388,7 @@ fn units_of(values: &[f32]) -> &[u32] {
 impl Operand<'static> {
     /// Returns the operand `[rows, cols]` with its padded rows of units in `own`.
     pub(super) fn of_buffer(kernel: Kernel, rows: usize, cols: usize, own: Buffer) -> Self {
-        Operand { kernel, rows, cols, units: Units::Own(own), stride: kernel.depth(cols) }
+        Operand { kernel, rows, cols, units: Units::Owned(own), stride: kernel.depth(cols) }
     }
 
     /// Computes the operand `[rows, cols]` in parallel: `fill(i, row)` writes row i. For bf16
@@ -416,7 +417,7 @@ impl Operand<'static> {
                 part.chunks_mut(depth).enumerate().for_each(|(r, row)| fill(i * lines + r, row));
             });
         }
-        Operand { kernel, rows, cols, units: Units::Own(own), stride: depth }
+        Operand { kernel, rows, cols, units: Units::Owned(own), stride: depth }
     }
 
     /// Returns the operand of a copy of `view` `[rows, cols]`, which may be dropped.
@@ -424,11 +425,11 @@ impl Operand<'static> {
         let Operand { kernel, rows, cols, units, stride } =
             Operand::new(kernel, view, rows, cols, 1.0);
         let units = match units {
-            Units::Own(b) => Units::Own(b),
-            Units::Lent(units) => {
+            Units::Owned(b) => Units::Owned(b),
+            Units::Borrowed(units) => {
                 let mut own = Buffer::dirty(units.len());
                 own.units_mut().copy_from_slice(units);
-                Units::Own(own)
+                Units::Owned(own)
             }
         };
         Operand { kernel, rows, cols, units, stride }

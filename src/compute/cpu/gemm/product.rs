@@ -17,13 +17,13 @@ const GROUP_UNITS: usize = 1 << 19;
 /// Units of A that are multiplied at a time. They stay in the L2 cache while the panels change.
 const PASS_UNITS: usize = 1 << 17;
 /// Minimum number of rows that are worth a task of their own.
-const CUT_ROWS: usize = 32;
+const MIN_CUT_ROWS: usize = 32;
 /// For at most this many rows of A, the GEMM is bound by reading B. B's rows are then read in
 /// order, in slices of [`SLICE_DEPTH`] units.
-const NARROW: usize = 64;
+const NARROW_ROWS: usize = 64;
 const SLICE_DEPTH: usize = 64;
 /// Number of multiplications below which starting threads costs more than it saves.
-const PARALLEL_FROM: usize = 1 << 19;
+const MIN_PARALLEL_MULTIPLICATIONS: usize = 1 << 19;
 
 /// Returns the maximum size in bytes of the panels of B that all threads together have packed at
 /// one time.
@@ -98,8 +98,9 @@ pub fn matmul(
         );
     }
     let work: usize = terms.iter().map(|t| m * n * t.a.cols).sum();
-    let threads = if work < PARALLEL_FROM { Threads::One } else { threads };
-    if m <= NARROW && kernel != Kernel::Amx && terms.iter().all(|t| t.b.has_contiguous_rows()) {
+    let threads = if work < MIN_PARALLEL_MULTIPLICATIONS { Threads::One } else { threads };
+    if m <= NARROW_ROWS && kernel != Kernel::Amx && terms.iter().all(|t| t.b.has_contiguous_rows())
+    {
         return by_slices(
             kernel,
             (m, n),
@@ -313,23 +314,31 @@ pub(super) fn by_groups(
 ) {
     let (threads, step) = (thread_pool::threads(), kernel.rows());
     let pass = (PASS_UNITS * NR / units.max(1) / step).max(1) * step;
-    let held = if m <= pass { 1 } else { (GROUP_UNITS / units).max(1) };
-    let groups =
-        if m <= pass { 8 * threads } else { panels.div_ceil(held).next_multiple_of(threads) }
-            .min(panels);
+    let panels_per_pack = if m <= pass { 1 } else { (GROUP_UNITS / units).max(1) };
+    let groups = if m <= pass {
+        8 * threads
+    } else {
+        panels.div_ceil(panels_per_pack).next_multiple_of(threads)
+    }
+    .min(panels);
     // There are fewer panels than threads, e.g. for a low LoRA rank: the rows are divided too, and
     // each task packs the panels it needs.
-    let cuts =
-        if groups < threads { (2 * threads).div_ceil(groups).min(m.div_ceil(CUT_ROWS)) } else { 1 };
+    let cuts = if groups < threads {
+        (2 * threads).div_ceil(groups).min(m.div_ceil(MIN_CUT_ROWS))
+    } else {
+        1
+    };
     let strips = m.div_ceil(step);
     thread_pool::for_each(groups * cuts, |task| {
         let (group, cut) = (task % groups, task / groups);
         let group = panels * group / groups..panels * (group + 1) / groups;
         let rows = strips * cut / cuts * step..(strips * (cut + 1) / cuts * step).min(m);
-        let (mut packed, mut room) =
-            (Buffer::dirty(held.min(group.len()) * units), Buffer::dirty(pass.min(m) * room));
-        for first in group.clone().step_by(held) {
-            let some = first..(first + held).min(group.end);
+        let (mut packed, mut room) = (
+            Buffer::dirty(panels_per_pack.min(group.len()) * units),
+            Buffer::dirty(pass.min(m) * room),
+        );
+        for first in group.clone().step_by(panels_per_pack) {
+            let some = first..(first + panels_per_pack).min(group.end);
             for panel in some.clone() {
                 pack(panel, &mut packed.units_mut()[(panel - first) * units..][..units]);
             }

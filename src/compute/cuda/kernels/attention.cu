@@ -21,7 +21,7 @@ constexpr int PITCH = TILE + 4;
 // Number of 64-wide accumulators that a thread has for a result.
 constexpr int PARTS = 2;
 constexpr int COLUMNS = PARTS * TILE;
-constexpr float HIDDEN = -INFINITY;
+constexpr float MASKED = -INFINITY;
 
 struct alignas(16) Panel {
     float at[TILE][PITCH];
@@ -159,10 +159,10 @@ __device__ void attention(T* out, float* lse, const T* qkv, const int* tiles, co
         Result sum;
         clear(sum);
 #pragma unroll
-        for (int r = 0; r < 8; r++) top[r] = HIDDEN, total[r] = 0.0f;
+        for (int r = 0; r < 8; r++) top[r] = MASKED, total[r] = 0.0f;
         for (int n = 0; n < queries.keys.tiles; n++) {
             const Range keys = queries.keys.tile(n);
-            const int apart = shift(positions, start) - shift(positions, keys.start);
+            const int position_shift = shift(positions, start) - shift(positions, keys.start);
             const Rows<T> k{qkv + keys.start * shape.row() + shape.key_column(kv), shape.row(), keys.size()};
             const Rows<T> v{qkv + keys.start * shape.row() + shape.value_column(kv), shape.row(), keys.size()};
             Block s;
@@ -173,13 +173,13 @@ __device__ void attention(T* out, float* lse, const T* qkv, const int* tiles, co
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
                     const int i = start + row + r, j = keys.start + column + c;
-                    const bool seen = j < keys.end && j <= i && i - j + apart < window;
-                    s[r][c] = seen ? s[r][c] * scale : HIDDEN;
+                    const bool seen = j < keys.end && j <= i && i - j + position_shift < window;
+                    s[r][c] = seen ? s[r][c] * scale : MASKED;
                     highest = fmaxf(highest, s[r][c]);
                 }
                 highest = over_columns(highest, Max());
                 // All keys of a row's first tiles may be masked.
-                const float base = highest == HIDDEN ? 0.0f : highest, factor = expf(top[r] - base);
+                const float base = highest == MASKED ? 0.0f : highest, factor = expf(top[r] - base);
                 float sum_of_tile = 0.0f;
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
@@ -250,7 +250,7 @@ __device__ void attention_dq(T* dqkv, const T* qkv, const T* dout, const float* 
         clear(sum);
         for (int n = 0; n < queries.keys.tiles; n++) {
             const Range keys = queries.keys.tile(n);
-            const int apart = shift(positions, start) - shift(positions, keys.start);
+            const int position_shift = shift(positions, start) - shift(positions, keys.start);
             const Rows<T> k{qkv + keys.start * shape.row() + shape.key_column(kv), shape.row(), keys.size()};
             const Rows<T> v{qkv + keys.start * shape.row() + shape.value_column(kv), shape.row(), keys.size()};
             Block s, dp;
@@ -261,7 +261,7 @@ __device__ void attention_dq(T* dqkv, const T* qkv, const T* dout, const float* 
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
                     const int i = start + row + r, j = keys.start + column + c;
-                    const bool seen = j < keys.end && j <= i && i - j + apart < window;
+                    const bool seen = j < keys.end && j <= i && i - j + position_shift < window;
                     const float p = seen ? expf(s[r][c] * scale - own_lse[r]) : 0.0f;
                     s[r][c] = p * (dp[r][c] - own_delta[r]) * scale;
                 }

@@ -18,16 +18,16 @@ namespace attn {
 // Masks the scores of a warp's 16 queries, from `row` on, with key tile n: -∞ if a key comes later,
 // is outside the window or is beyond the end of the tile.
 template <int N>
-__device__ __forceinline__ void hide(Sums<N>& s, const Queries& queries, int n, const unsigned* positions, int row, int lane, int window) {
+__device__ __forceinline__ void mask_scores(Sums<N>& s, const Queries& queries, int n, const unsigned* positions, int row, int lane, int window) {
     const Range keys = queries.keys.tile(n);
-    const int start = queries.tile.start, apart = shift(positions, start) - shift(positions, keys.start);
-    if (all_seen(queries.tile, keys, apart, window)) return;
+    const int start = queries.tile.start, position_shift = shift(positions, start) - shift(positions, keys.start);
+    if (all_seen(queries.tile, keys, position_shift, window)) return;
 #pragma unroll
     for (int b = 0; b < N; b++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const int i = start + row + lane / 4 + e / 2 * 8, j = keys.start + b * 8 + lane % 4 * 2 + e % 2;
-            if (j >= keys.end || j > i || i - j + apart >= window) s[b][e] = -INFINITY;
+            if (j >= keys.end || j > i || i - j + position_shift >= window) s[b][e] = -INFINITY;
         }
 }
 
@@ -83,7 +83,7 @@ __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* q
                 mma_m16n8k16_bf16(s[j], q[d], one);
                 mma_m16n8k16_bf16(s[j + 1], q[d], two);
             }
-        hide<N>(s, queries, n, positions, row, lane, window);
+        mask_scores<N>(s, queries, n, positions, row, lane, window);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float highest = -INFINITY;
@@ -170,7 +170,7 @@ __device__ __forceinline__ void backward_queries_mma(bf16* dqkv, const bf16* qkv
         __syncthreads();
         if (n + 1 < queries.keys.tiles) fetch_values(n + 1);
         cp_async_commit();
-        hide<N>(s, queries, n, positions, row, lane, window);
+        mask_scores<N>(s, queries, n, positions, row, lane, window);
 #pragma unroll
         for (int b = 0; b < N; b++)
 #pragma unroll
@@ -260,8 +260,8 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     const int column = b * 8 + lane % 4 * 2 + e % 2, j = start + row + lane / 4 + e / 2 * 8;
-                    const int apart = other_position[column] - (j + own_shift);
-                    if ((j > others.start + column) | (apart >= window)) s[b][e] = -INFINITY;
+                    const int position_shift = other_position[column] - (j + own_shift);
+                    if ((j > others.start + column) | (position_shift >= window)) s[b][e] = -INFINITY;
                 }
         }
 #pragma unroll

@@ -161,8 +161,8 @@ __device__ __forceinline__ float row_sum(float x) {
 }
 
 // True if every query of the block attends to every key of the tile.
-__device__ __forceinline__ bool all_seen(Range queries, Range keys, int apart, int window) {
-    return keys.size() == TILE && keys.end - 1 <= queries.start && queries.end - 1 - keys.start + apart < window;
+__device__ __forceinline__ bool all_seen(Range queries, Range keys, int position_shift, int window) {
+    return keys.size() == TILE && keys.end - 1 <= queries.start && queries.end - 1 - keys.start + position_shift < window;
 }
 
 }  // namespace attn

@@ -211,10 +211,10 @@ INSTANTIATE(geglu_backward, (T* gate_up, const T* gy, int tokens, int width), (g
 
 // --------------------------------------------------------------------------------- biases, sums of columns
 
-// y[r, c] = (keep ? y[r, c] : 0) + bias[c]. `keep` is true to accumulate into y; otherwise y is not
+// y[r, c] = (accumulate ? y[r, c] : 0) + bias[c]. `accumulate` is true to accumulate into y; otherwise y is not
 // read.   [any; 256]
 template <class T>
-__device__ __forceinline__ void add_bias(T* y, const float* bias, int rows, int cols, int stride, int keep) {
+__device__ __forceinline__ void add_bias(T* y, const float* bias, int rows, int cols, int stride, int accumulate) {
     const bool wide = rows_aligned_16(y, stride) && rows_aligned_16(y, cols) && is_aligned_16(bias);
     by_width<T>(wide, [&](auto w) {
         constexpr int W = decltype(w)::value;
@@ -222,7 +222,7 @@ __device__ __forceinline__ void add_bias(T* y, const float* bias, int rows, int 
             T* const to = y + at.row * stride + at.column * W;
             float b[W];
             load(b, bias + at.column * W);
-            if (keep) {
+            if (accumulate) {
                 float v[W];
                 load(v, to);
 #pragma unroll
@@ -234,8 +234,8 @@ __device__ __forceinline__ void add_bias(T* y, const float* bias, int rows, int 
         }
     });
 }
-INSTANTIATE(add_bias, (T* y, const float* bias, int rows, int cols, int stride, int keep),
-            (y, bias, rows, cols, stride, keep))
+INSTANTIATE(add_bias, (T* y, const float* bias, int rows, int cols, int stride, int accumulate),
+            (y, bias, rows, cols, stride, accumulate))
 
 // out[c] += Σ_r g[r, c]. Thread (x, y) adds the rows y + 8k of column x in four sums, by k mod 4:
 // more loads are in flight and rounding errors are smaller. Then the partial sums of the block are
