@@ -48,7 +48,7 @@ impl<'a> TensorRead<'a> {
                 Ok(TensorRead { storage: Box::new(storage), range: start..end })
             }
             Storage::Cpu(_) => bail!("a weight must be f32 or bf16"),
-            _ => bail!("unimplemented on this device"),
+            _ => bail!("a weight must be in CPU memory"),
         }
     }
 
@@ -69,7 +69,7 @@ impl<'a> TensorRead<'a> {
     pub fn f32(&self) -> Result<&[f32]> {
         match self.elements() {
             Elements::F32(v) => Ok(v),
-            Elements::Bf16(_) => bail!("this tensor must be f32"),
+            Elements::Bf16(_) => bail!("this tensor must be f32, but it is bf16"),
         }
     }
 }

@@ -309,7 +309,7 @@ pub fn head_weight_gradient(
     assert_eq!(
         maxima.len(),
         vocabulary.div_ceil(TILE) * rows,
-        "the head's forward pass was not told that it is trained"
+        "the head's forward pass ran without `HeadOptions::trained`"
     );
     let per_task = rows_per_task(kernel, rows);
     let m = |tile: usize, row: usize| maxima[tile * rows + row];

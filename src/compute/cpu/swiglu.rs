@@ -189,7 +189,7 @@ impl GatedTiles {
         (tokens, width): (usize, usize),
         format: KeepGateUp,
     ) -> Self {
-        assert!(width.is_multiple_of(NR), "gated: tiles of a width of {width}");
+        assert!(width.is_multiple_of(NR), "gated: the width {width} is not a multiple of {NR}");
         let mut saved = (format == KeepGateUp::F32)
             .then(|| (Buffer::dirty(tokens * 2 * width), Shared(std::ptr::null_mut())));
         saved.iter_mut().for_each(|(buffer, at)| *at = Shared(buffer.as_mut_ptr()));

@@ -54,7 +54,11 @@ impl Arena {
             Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_SUPPORTED))
         };
         let source = arena.map(Source::Mapped).unwrap_or_else(|e| {
-            tracing::info!(ordinal, reason = ?e.0, "memory of the GPU is taken piece by piece");
+            tracing::info!(
+                ordinal,
+                reason = ?e.0,
+                "cannot map GPU memory: each allocation comes from the driver"
+            );
             Source::Pieces { free: BTreeMap::new(), free_bytes: 0 }
         });
         Arena { source, live_bytes: 0, peak_bytes: 0, reserve }
@@ -221,7 +225,7 @@ impl Mapped {
         // The caller must not use the chunk even if unmapping fails: its memory may be gone
         // nevertheless.
         if let Err(e) = self.unmap(chunk) {
-            tracing::warn!(reason = ?e.0, "memory of the GPU was not given back to the driver");
+            tracing::warn!(reason = ?e.0, "could not return GPU memory to the driver");
         }
         false
     }

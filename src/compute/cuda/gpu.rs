@@ -47,8 +47,7 @@ struct Blas {
     workspace: u64,
 }
 
-// SAFETY: the handles may be used from any thread that has the context bound; every entry point
-// binds it.
+// SAFETY: the handles may be used from any thread that has the context bound, and callers bind it.
 unsafe impl Send for Gpu {}
 // SAFETY: as above.
 unsafe impl Sync for Gpu {}
@@ -190,7 +189,8 @@ impl Gpu {
         // SAFETY: as above.
         if !unsafe { blas_sys::is_culib_present() } {
             bail!(
-                "cuBLAS (libcublas.so.13 or .12) was not found: install it, or name its folder in LD_LIBRARY_PATH"
+                "cuBLAS (libcublas.so.13 or .12) was not found: install it, or add its folder to \
+                 LD_LIBRARY_PATH"
             );
         }
         let count = CudaContext::device_count().map_err(|e| failed("counting GPUs", e))?;
@@ -198,13 +198,14 @@ impl Gpu {
             bail!("there is no GPU {ordinal}: the driver sees {count}");
         }
         let context = CudaContext::new(ordinal).map_err(|e| failed("opening the GPU", e))?;
-        let (major, minor) =
-            context.compute_capability().map_err(|e| failed("asking for its capability", e))?;
-        let name = context.name().map_err(|e| failed("asking for its name", e))?;
+        let (major, minor) = context
+            .compute_capability()
+            .map_err(|e| failed("reading its compute capability", e))?;
+        let name = context.name().map_err(|e| failed("reading its name", e))?;
         if major < 8 {
             bail!("{name} has compute capability {major}.{minor}; the kernels need 8.0 or newer");
         }
-        let stream = context.new_stream().map_err(|e| failed("making a stream", e))?;
+        let stream = context.new_stream().map_err(|e| failed("creating a stream", e))?;
         // SAFETY: the image is a NUL-terminated string.
         let module = unsafe { driver::module::load_data(kernels::image()?.as_ptr().cast()) }
             .map_err(|e| failed("compiling the kernels", e))?;
@@ -212,7 +213,7 @@ impl Gpu {
         let blas = Blas::start(&stream)?;
         let blas_version = blas.version()?;
         let blas = Mutex::new(blas);
-        let total = context.total_mem().map_err(|e| failed("asking for its memory", e))?;
+        let total = context.total_mem().map_err(|e| failed("reading its memory size", e))?;
         let maps = driver_sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED;
         let can_map = context.attribute(maps).is_ok_and(|supported| supported != 0);
         let arena = Arena::open(ordinal, total, total / RESERVE_DIVISOR, can_map);
@@ -265,7 +266,7 @@ impl Gpu {
         let (free, total) = self
             .context
             .mem_get_info()
-            .map_err(|e| self.record_error("asking for free memory", e))?;
+            .map_err(|e| self.record_error("reading the free memory", e))?;
         Ok(((free + self.arena().free_bytes()) as u64, total as u64))
     }
 
@@ -282,7 +283,7 @@ impl Gpu {
 
     /// Makes this GPU's context current on the calling thread.
     pub fn bind(&self) -> Result<()> {
-        self.context.bind_to_thread().map_err(|e| self.record_error("choosing the GPU", e))
+        self.context.bind_to_thread().map_err(|e| self.record_error("binding the GPU's context", e))
     }
 
     fn arena(&self) -> MutexGuard<'_, Arena> {
@@ -437,7 +438,8 @@ impl Gpu {
         self.download(&c, &mut product)?;
         if product.iter().any(|x| *x != value) {
             bail!(
-                "f32 products on {} are not exact to f32: unset NVIDIA_TF32_OVERRIDE and other settings that ask for TF32",
+                "f32 matrix multiplications on {} are not exact: unset NVIDIA_TF32_OVERRIDE and \
+                 other settings that enable TF32",
                 self.name
             );
         }
@@ -551,7 +553,7 @@ impl Gpu {
             )
         };
         multiplied.map_err(|e| {
-            let error = blas_failed(&format!("a product of {m}x{k}x{n}"), e);
+            let error = blas_failed(&format!("a GEMM of {m}x{k}x{n}"), e);
             if e.0 == blas_sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED {
                 return out_of_memory(error.to_string());
             }
@@ -586,14 +588,14 @@ impl Blas {
         // SAFETY: the handle and the stream are valid; the workspace is freed after the handle.
         unsafe {
             blas::set_stream(handle, stream.cu_stream().cast())
-                .map_err(|e| blas_failed("choosing the stream", e))?;
+                .map_err(|e| blas_failed("setting its stream", e))?;
             let workspace = driver::malloc_sync(WORKSPACE_BYTES)
                 .map_err(|e| failed("allocating cuBLAS's workspace", e))?;
             let set =
                 blas_sys::cublasSetWorkspace_v2(handle, workspace as *mut c_void, WORKSPACE_BYTES)
                     .result();
             set.and_then(|()| blas_sys::cublasSetMathMode(handle, mode).result())
-                .map_err(|e| blas_failed("configuring it", e))?;
+                .map_err(|e| blas_failed("setting its workspace and math mode", e))?;
             Ok(Blas { handle, workspace })
         }
     }
@@ -602,7 +604,7 @@ impl Blas {
         let mut version = 0;
         // SAFETY: the handle is valid, and the number is written before the call returns.
         let asked = unsafe { blas_sys::cublasGetVersion_v2(self.handle, &mut version) };
-        asked.result().map_err(|e| blas_failed("asking for its version", e))?;
+        asked.result().map_err(|e| blas_failed("reading its version", e))?;
         Ok(version)
     }
 }
