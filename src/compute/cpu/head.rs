@@ -448,7 +448,7 @@ impl Tile<'_> {
         let k = kernel.depth(self.width);
         for i in 0..self.hidden.div_ceil(NR) {
             let product = p.product(0, 0, k, &self.along[i * NR * k..]);
-            // SAFETY: by the caller.
+            // SAFETY: guaranteed by the caller.
             unsafe {
                 let columns = NR.min(self.hidden - i * NR);
                 panel_product(

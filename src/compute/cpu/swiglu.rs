@@ -219,7 +219,7 @@ impl GatedTiles {
     ) {
         let width = columns.len();
         if let Some(rounded) = &self.rounded {
-            // SAFETY: by the caller.
+            // SAFETY: guaranteed by the caller.
             unsafe {
                 rounded.write(rows.clone(), columns.start, width, gate);
                 rounded.write(rows.clone(), self.width + columns.start, width, up);
@@ -242,7 +242,7 @@ impl GatedTiles {
             Activation::Silu => multiply::<Silu>(up, gate),
             Activation::GeluTanh => multiply::<GeluTanh>(up, gate),
         }
-        // SAFETY: by the caller.
+        // SAFETY: guaranteed by the caller.
         unsafe { self.y.write(rows, columns.start, width, up) };
     }
 
@@ -288,7 +288,7 @@ impl<'a> GradientTiles<'a> {
     /// # Safety
     /// No other task writes this part at the same time.
     pub unsafe fn take(&self, rows: Range<usize>, columns: Range<usize>, g: &[f32]) {
-        // SAFETY: by the caller.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             match self.activation {
                 Activation::Silu => self.take_by::<Silu>(rows, columns, g),
@@ -326,7 +326,7 @@ impl<'a> GradientTiles<'a> {
                     }
                 },
             );
-            // SAFETY: by the caller.
+            // SAFETY: guaranteed by the caller.
             unsafe {
                 self.y.write(part.clone(), columns.start, width, &y);
                 self.gate.write(part.clone(), columns.start, width, &gate);

@@ -67,8 +67,8 @@ fn count_rows(kernel: &str, operand: &str, len: usize, width: usize) -> Result<u
     match len.checked_rem(width) {
         Some(0) => Ok(len / width),
         _ => bail!(
-            "CUDA: {kernel}: {operand} has {len} elements, which is not a multiple of \
-             the row width {width}"
+            "CUDA: {kernel}: {operand} has {len} elements, which cannot be divided into \
+             rows of {width}"
         ),
     }
 }

@@ -168,7 +168,7 @@ pub(super) unsafe fn sum_over_keys(
                     a.product(top, first, kernel.depth(used), keys.units(head, segment, panel));
                 count += 1;
             }
-            // SAFETY: by the caller.
+            // SAFETY: guaranteed by the caller.
             unsafe {
                 let out = OutputTile {
                     c: to.add(top * stride + panel * NR),

@@ -131,14 +131,14 @@ pub(crate) unsafe fn panel_product(
     for piece in products.iter().flat_map(pieces) {
         if count > 0 && (depth + piece.depth > CHUNK_DEPTH + CHUNK_STEP || count == CHUNK_PRODUCTS)
         {
-            // SAFETY: by the caller.
+            // SAFETY: guaranteed by the caller.
             unsafe { chunk_product(kernel, m, &chunk[..count], out) };
             (count, depth, out.accumulate) = (0, 0, true);
         }
         chunk[count] = piece;
         (count, depth) = (count + 1, depth + piece.depth);
     }
-    // SAFETY: by the caller.
+    // SAFETY: guaranteed by the caller.
     unsafe { chunk_product(kernel, m, &chunk[..count], out) };
 }
 
@@ -184,7 +184,7 @@ unsafe fn chunk_product(kernel: Kernel, m: usize, products: &[Product], out: Out
     by_rows(m, |rows, i| {
         super::super::simd::dispatch(
             #[inline(always)]
-            // SAFETY: by the caller.
+            // SAFETY: guaranteed by the caller.
             || unsafe { portable(rows, i, products, out) },
         )
     });
@@ -264,7 +264,7 @@ mod x86 {
         out: OutputTile,
     ) {
         let OutputTile { c, stride, columns: n, accumulate } = out;
-        // SAFETY: by the caller.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let c = c.add(first * stride);
             macro_rules! rows {

@@ -96,7 +96,7 @@ pub(super) unsafe fn round_rows(
         return unsafe { x86::round_tile(tile.as_ptr(), rows, dst, stride) };
     }
     for (i, values) in tile.chunks(NR).enumerate().take(rows) {
-        // SAFETY: by the caller.
+        // SAFETY: guaranteed by the caller.
         let to = unsafe { std::slice::from_raw_parts_mut(dst.add(i * stride), units) };
         if kernel.is_bf16() {
             // SAFETY: a unit has the size of two bf16, and every bit pattern is valid for both
@@ -372,7 +372,7 @@ mod x86 {
     pub unsafe fn round_tile(src: *const f32, rows: usize, dst: *mut u32, stride: usize) {
         for i in 0..rows {
             for v in 0..NR / 16 {
-                // SAFETY: by the caller; bf16 is a 16-bit integer in memory.
+                // SAFETY: guaranteed by the caller; bf16 is a 16-bit integer in memory.
                 unsafe {
                     let x = _mm512_cvtneps_pbh(_mm512_loadu_ps(src.add(i * NR + 16 * v)));
                     _mm256_storeu_si256(
@@ -421,7 +421,7 @@ mod x86 {
             _mm512_set1_epi32(32 << 16),
         );
         let second = _mm512_add_epi32(first, _mm512_set1_epi32(16 * 0x1_0001));
-        // SAFETY: by the caller; a prefetch may go anywhere.
+        // SAFETY: guaranteed by the caller; a prefetch of an invalid address has no effect.
         unsafe {
             for p in 0..pairs {
                 let low = src.add(2 * p * stride);
@@ -445,7 +445,7 @@ mod x86 {
     /// Both sides are valid for 16 × 16 units with their strides.
     #[target_feature(enable = "avx512f")]
     pub unsafe fn transpose16(src: *const u32, stride: usize, dst: *mut u32, dst_stride: usize) {
-        // SAFETY: by the caller.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let mut r = [_mm512_setzero_si512(); 16];
             for (i, row) in r.iter_mut().enumerate() {

@@ -42,7 +42,8 @@ fn check(kernel: Kernel, m: usize, n: usize, k: usize, a_t: bool, b_t: bool, acc
             let error = (c[at] as f64 - sum).abs();
             assert!(
                 error <= 3e-6 * size,
-                "{kernel:?} {m}x{k}x{n} a_t={a_t} b_t={b_t} accumulate={accumulate} at ({i}, {j}): {} vs {sum}",
+                "{kernel:?} {m}x{k}x{n} a_t={a_t} b_t={b_t} accumulate={accumulate} at \
+                 ({i}, {j}): {} vs {sum}",
                 c[at]
             );
         }

@@ -86,7 +86,8 @@ struct Tile {
     }
 };
 
-// sums[own, other] = own·otherᵀ over D, for 16 own rows and 8N rows of the other tile from `first` on.
+// Computes sums[own, other] = own·otherᵀ over D, for 16 own rows and 8N rows of the other tile from
+// `first` on.
 template <int D, int N>
 __device__ __forceinline__ void scores(Sums<N>& sums, const Tile<D>& own, int row, const Tile<D>& other, int first) {
     clear_sums<N>(sums);
@@ -104,7 +105,8 @@ __device__ __forceinline__ void scores(Sums<N>& sums, const Tile<D>& own, int ro
     }
 }
 
-// sums[own, d] += Σ_other weights[own, other]·other[d], over 16N rows of the other tile from `first` on.
+// Computes sums[own, d] += Σ_other weights[own, other]·other[d], over 16N rows of the other tile
+// from `first` on.
 template <int D, int N>
 __device__ __forceinline__ void accumulate(Sums<D / 8>& sums, const uint32_t (&weights)[N][4], const Tile<D>& other, int first) {
 #pragma unroll

@@ -58,8 +58,9 @@ template <int W, class T> __device__ __forceinline__ void store(T* to, const flo
 __device__ __forceinline__ long long grid_thread() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ long long grid_threads() { return (long long)gridDim.x * blockDim.x; }
 
-// Walks over a table some columns wide, a cell a thread, in strides of the whole grid. Any grid covers the table, and
-// neighbours in a warp are neighbours in the table. Only the start divides.
+// Grid-stride loop over the cells of a table with `width` columns, one cell per thread and step. Any
+// grid covers the table, and neighbouring lanes of a warp get neighbouring cells. Only the
+// constructor divides.
 //     for (Cells at(columns); at.row < rows; at.next()) { ... at.row, at.column ... }
 struct Cells {
     long long row;

@@ -99,7 +99,8 @@ KERNEL void cast_f32(float* to, const bf16* from, long long n) { cast<bf16>(to, 
 
 // Rotates the first `heads` heads of every row in place, i in 0..D/2:
 //     (x_i, x_{i+D/2}) = (x_i·cos_i − x_{i+D/2}·s_i, x_{i+D/2}·cos_i + x_i·s_i),  s = sign·sin,
-// with tables [tokens, D/2]; sign −1 turns back, which is the gradient.   [any, e.g. tokens; 256]
+// with cos and sin [tokens, D/2]. sign = −1 rotates back, which maps the gradient of the output to
+// that of the input.   [any, e.g. tokens; 256]
 template <class T>
 __device__ __forceinline__ void rope(T* qkv, const float* cos, const float* sin, int tokens, int stride, int heads, int dim,
                                      float sign) {
@@ -211,8 +212,7 @@ INSTANTIATE(geglu_backward, (T* gate_up, const T* gy, int tokens, int width), (g
 
 // --------------------------------------------------------------------------------- biases, sums of columns
 
-// y[r, c] = (accumulate ? y[r, c] : 0) + bias[c]. `accumulate` is true to accumulate into y; otherwise y is not
-// read.   [any; 256]
+// y[r, c] = (accumulate ? y[r, c] : 0) + bias[c]. Without `accumulate`, y is not read.   [any; 256]
 template <class T>
 __device__ __forceinline__ void add_bias(T* y, const float* bias, int rows, int cols, int stride, int accumulate) {
     const bool wide = rows_aligned_16(y, stride) && rows_aligned_16(y, cols) && is_aligned_16(bias);

@@ -41,7 +41,8 @@ __device__ __forceinline__ void rms_norm(T* y, const float* x, const float* w, i
 }
 INSTANTIATE(rms_norm, (T* y, const float* x, const float* w, int rows, int width, float eps), (y, x, w, rows, width, eps))
 
-// With r = 1/rms of the row: gx += r·(g⊙w − x·r²·mean(g⊙w⊙x)); inverse[row] = r, for rms_norm_weight.   [rows; 256]
+// With r = 1/rms of the row: gx += r·(g⊙w − x·r²·mean(g⊙w⊙x)). Writes inverse[row] = r for
+// rms_norm_weight.   [rows; 256]
 template <class T>
 __device__ __forceinline__ void rms_norm_backward(float* gx, float* inverse, const float* x, const float* w, const T* g,
                                                   int rows, int width, float eps) {
