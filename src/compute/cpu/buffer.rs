@@ -102,7 +102,8 @@ impl Arena {
         Some(unsafe { base.add(at) })
     }
 
-    /// Makes the first `needed` bytes usable.
+    /// Commits the range from its start to at least `needed` bytes. Returns false if the range is
+    /// too short or the system refuses.
     fn grow(&mut self, base: NonNull<u8>, needed: usize) -> bool {
         let until = needed.next_multiple_of(LARGE_PAGE);
         if until > self.reserved {

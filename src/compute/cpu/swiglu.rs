@@ -335,7 +335,7 @@ impl<'a> GradientTiles<'a> {
         }
     }
 
-    /// Returns the operands y and [∂gate, ∂up].
+    /// Returns the operands of y and of the gradients `[∂gate, ∂up]`.
     pub fn finish(self) -> (Operand<'static>, [Operand<'static>; 2]) {
         (self.y.operand(), [self.gate.operand(), self.up.operand()])
     }

@@ -274,8 +274,8 @@ pub fn chunks3<T: Send>(
     });
 }
 
-/// Returns the number of rows per task so that every thread gets about four tasks of at least four
-/// rows.
+/// Returns the number of rows per task, at least four, so that every thread gets about four tasks
+/// of a loop over `rows` rows.
 pub fn rows_per_task(rows: usize) -> usize {
     rows.div_ceil(4 * threads()).max(4)
 }

@@ -64,8 +64,8 @@ impl Arena {
         Arena { source, live_bytes: 0, peak_bytes: 0, reserve }
     }
 
-    /// Allocates at least `bytes` bytes. Returns the address and the allocated size in bytes, or
-    /// `None` if less than the reserve would remain.
+    /// Allocates at least `bytes` bytes. Returns the address and the allocated size in bytes.
+    /// Returns `None` if there is not enough memory or less than the reserve would remain.
     pub fn allocate(&mut self, bytes: usize) -> Option<(u64, usize)> {
         let (address, size) = match &mut self.source {
             Source::Mapped(arena) => {

@@ -482,7 +482,7 @@ impl Gpu {
     }
 
     /// Computes c = β·c + α·a·b with f32 accumulation, for row-major c `[m, n]`, a `[m, k]` and b
-    /// `[k, n]`. Operands of more than [`MAX_ELEMENTS`] elements are multiplied in parts.
+    /// `[k, n]`. Operands of more than `MAX_ELEMENTS` elements are multiplied in parts.
     pub fn matmul(
         &self,
         shape: [usize; 3],

@@ -87,7 +87,7 @@ pub fn attention_backward(
 /// Estimates the size in bytes of P and dS that [`attention_backward`] saves between its two
 /// sweeps, for a row of `tokens` tokens in which the longest pair has `longest`. On average a query
 /// attends to half of its pair's tokens; if several pairs share a prompt, to at most all of them.
-/// One [`BLOCK`] is added for the padding of blocks and panels.
+/// One `BLOCK` is added for the padding of blocks and panels.
 pub fn score_bytes(kernel: Kernel, heads: usize, tokens: usize, longest: usize) -> usize {
     let element = if kernel.is_bf16() { size_of::<half::bf16>() } else { size_of::<f32>() };
     let columns = (tokens / 2).min(longest) + BLOCK;

@@ -71,7 +71,13 @@ pub(super) unsafe fn panel_product(m: usize, products: &[Product], out: OutputTi
     CONFIGURED.with(|done| {
         if !done.replace(true) {
             // SAFETY: AMX is available; nothing else in this process configures tiles.
-            unsafe { std::arch::asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, preserves_flags)) };
+            unsafe {
+                std::arch::asm!(
+                    "ldtilecfg [{}]",
+                    in(reg) &raw const CONFIG,
+                    options(nostack, preserves_flags)
+                )
+            };
         }
     });
     // SAFETY: guaranteed by the caller. Each thread has its own tiles.
@@ -126,9 +132,21 @@ unsafe fn tile_products(i: usize, j: usize, both: bool, products: &[Product], ou
     unsafe {
         let lower = c.add(TILE * stride);
         if accumulate {
-            asm!("tileloadd tmm0, [{c} + {s}*1]", "tileloadd tmm1, [{c} + {s}*1 + 64]", c = in(reg) c, s = in(reg) bytes, options(nostack, readonly));
+            asm!(
+                "tileloadd tmm0, [{c} + {s}*1]",
+                "tileloadd tmm1, [{c} + {s}*1 + 64]",
+                c = in(reg) c,
+                s = in(reg) bytes,
+                options(nostack, readonly)
+            );
             if both {
-                asm!("tileloadd tmm2, [{c} + {s}*1]", "tileloadd tmm3, [{c} + {s}*1 + 64]", c = in(reg) lower, s = in(reg) bytes, options(nostack, readonly));
+                asm!(
+                    "tileloadd tmm2, [{c} + {s}*1]",
+                    "tileloadd tmm3, [{c} + {s}*1 + 64]",
+                    c = in(reg) lower,
+                    s = in(reg) bytes,
+                    options(nostack, readonly)
+                );
             }
         } else {
             asm!(
@@ -192,9 +210,21 @@ unsafe fn tile_products(i: usize, j: usize, both: bool, products: &[Product], ou
                 );
             }
         }
-        asm!("tilestored [{c} + {s}*1], tmm0", "tilestored [{c} + {s}*1 + 64], tmm1", c = in(reg) c, s = in(reg) bytes, options(nostack));
+        asm!(
+            "tilestored [{c} + {s}*1], tmm0",
+            "tilestored [{c} + {s}*1 + 64], tmm1",
+            c = in(reg) c,
+            s = in(reg) bytes,
+            options(nostack)
+        );
         if both {
-            asm!("tilestored [{c} + {s}*1], tmm2", "tilestored [{c} + {s}*1 + 64], tmm3", c = in(reg) lower, s = in(reg) bytes, options(nostack));
+            asm!(
+                "tilestored [{c} + {s}*1], tmm2",
+                "tilestored [{c} + {s}*1 + 64], tmm3",
+                c = in(reg) lower,
+                s = in(reg) bytes,
+                options(nostack)
+            );
         }
     }
 }

@@ -304,11 +304,12 @@ fn by_panels(task: &BlockTask, panels: Range<usize>) {
 /// Distributes the panels over the threads. A task packs a group of panels (`units` units each) for
 /// itself alone and multiplies a few rows of A at a time with all of them, so that packed panels
 /// stay in the caches of the core that packed them. If all rows are multiplied at once, each panel
-/// is multiplied right after it is packed. Each task gets scratch memory of `room` values per row.
+/// is multiplied right after it is packed. Each task gets scratch memory of `scratch` values per
+/// row.
 pub(super) fn by_groups(
     kernel: Kernel,
     (m, panels): (usize, usize),
-    (units, room): (usize, usize),
+    (units, scratch): (usize, usize),
     pack: impl Fn(usize, &mut [u32]) + Sync,
     run: impl Fn(Range<usize>, usize, &[u32], &mut [f32]) + Sync,
 ) {
@@ -333,9 +334,9 @@ pub(super) fn by_groups(
         let (group, cut) = (task % groups, task / groups);
         let group = panels * group / groups..panels * (group + 1) / groups;
         let rows = strips * cut / cuts * step..(strips * (cut + 1) / cuts * step).min(m);
-        let (mut packed, mut room) = (
+        let (mut packed, mut scratch) = (
             Buffer::dirty(panels_per_pack.min(group.len()) * units),
-            Buffer::dirty(pass.min(m) * room),
+            Buffer::dirty(pass.min(m) * scratch),
         );
         for first in group.clone().step_by(panels_per_pack) {
             let some = first..(first + panels_per_pack).min(group.end);
@@ -348,7 +349,7 @@ pub(super) fn by_groups(
                         start..(start + pass).min(rows.end),
                         panel,
                         &packed.units()[(panel - first) * units..][..units],
-                        &mut room,
+                        &mut scratch,
                     );
                 }
             }

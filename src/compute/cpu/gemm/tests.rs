@@ -225,7 +225,12 @@ proptest! {
 
     /// A row of C is the same bit for bit alone, among others and with any number of threads.
     #[test]
-    fn a_row_depends_on_no_other_row(m in 1usize..150, n in 1usize..150, k in 1usize..1500, row in 0usize..150) {
+    fn a_row_depends_on_no_other_row(
+        m in 1usize..150,
+        n in 1usize..150,
+        k in 1usize..1500,
+        row in 0usize..150,
+    ) {
         let row = row % m;
         let (a, b) = (values("a", m * k), values("b", n * k));
         for kernel in Kernel::available() {

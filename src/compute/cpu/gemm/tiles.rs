@@ -46,7 +46,7 @@ pub fn matmul_tiles<const P: usize>(
         (m, panels),
         (units, P * NR),
         |panel, to| tiled.pack(panel, to),
-        |rows, panel, units, room| tiled.run(rows, panel, units, room),
+        |rows, panel, units, scratch| tiled.run(rows, panel, units, scratch),
     );
 }
 
@@ -70,11 +70,11 @@ impl<const P: usize, F: Fn(Range<usize>, Range<usize>, [&mut [f32]; P]) + Sync> 
         }
     }
 
-    fn run(&self, rows: Range<usize>, panel: usize, units: &[u32], room: &mut [f32]) {
+    fn run(&self, rows: Range<usize>, panel: usize, units: &[u32], scratch: &mut [f32]) {
         let columns = panel * NR..((panel + 1) * NR).min(self.n);
-        let (mut room, mut at) = (room, 0);
+        let (mut scratch, mut at) = (scratch, 0);
         let tiles = std::array::from_fn(|p| {
-            let (tile, more) = std::mem::take(&mut room).split_at_mut(rows.len() * NR);
+            let (tile, more) = std::mem::take(&mut scratch).split_at_mut(rows.len() * NR);
             let out = OutputTile {
                 c: tile.as_mut_ptr(),
                 stride: NR,
@@ -85,7 +85,7 @@ impl<const P: usize, F: Fn(Range<usize>, Range<usize>, [&mut [f32]; P]) + Sync> 
             // operands of the pieces cover the rows, as the assertion in `matmul_tiles` checked.
             unsafe { multiply(self.kernel, &self.pieces[p], rows.clone(), &units[at..], out) };
             at += self.depths[p] * NR;
-            room = more;
+            scratch = more;
             tile
         });
         (self.finish)(rows, columns, tiles);

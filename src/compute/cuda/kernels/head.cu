@@ -14,7 +14,7 @@ enum State {
     SQUARES,   // Σ e^(2(l − max))
     LOGITS,    // Σ l
     TARGET,    // the target's logit
-    ARGMAX,    // where the largest is (the first one, on a tie), the bits of an unsigned
+    ARGMAX,    // token of the largest logit (on a tie, the first), as the bits of an unsigned
     UNUSED,
     STATE
 };
