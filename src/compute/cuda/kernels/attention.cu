@@ -23,15 +23,18 @@ constexpr int PARTS = 2;
 constexpr int COLUMNS = PARTS * TILE;
 constexpr float MASKED = -INFINITY;
 
+// 64 rows of 64 values in shared memory.
 struct alignas(16) Panel {
     float at[TILE][PITCH];
 };
 
+// One thread's part of a 64 × 64 result: 8 own rows by 4 columns, in registers.
 using Block = float[8][4];
 
 __device__ __forceinline__ int thread_row() { return threadIdx.x / 16 * 8; }
 __device__ __forceinline__ int thread_column() { return threadIdx.x % 16 * 4; }
 
+// Up to 64 rows of a matrix in global memory, `stride` elements apart.
 template <class T>
 struct Rows {
     const T* at;
@@ -46,6 +49,7 @@ __device__ __forceinline__ void clear(Block& block) {
         for (int c = 0; c < 4; c++) block[r][c] = 0.0f;
 }
 
+// One thread's part of a result of COLUMNS columns.
 using Result = Block[PARTS];
 
 __device__ __forceinline__ void clear(Result& result) {
@@ -100,7 +104,7 @@ __device__ __forceinline__ void scores(Block& product, Panel& work, const Rows<T
 }
 
 // Writes a result to shared memory for `accumulate`: to[other][own].
-__device__ __forceinline__ void put(Panel& to, const Block& product) {
+__device__ __forceinline__ void store_transposed(Panel& to, const Block& product) {
     const int row = thread_row(), column = thread_column();
 #pragma unroll
     for (int c = 0; c < 4; c++)
@@ -194,7 +198,7 @@ __device__ void attention(T* out, float* lse, const T* qkv, const int* tiles, co
 #pragma unroll
                     for (int c = 0; c < 4; c++) sum[part][r][c] *= factor;
             }
-            put(weights, s);
+            store_transposed(weights, s);
             accumulate(sum, weights, work, v, first, dim);
         }
 #pragma unroll
@@ -265,7 +269,7 @@ __device__ void attention_dq(T* dqkv, const T* qkv, const T* dout, const float* 
                     const float p = seen ? expf(s[r][c] * scale - own_lse[r]) : 0.0f;
                     s[r][c] = p * (dp[r][c] - own_delta[r]) * scale;
                 }
-            put(weights, s);
+            store_transposed(weights, s);
             accumulate(sum, weights, work, k, first, dim);
         }
         store(dqkv + start * shape.row() + size_t(head) * dim, shape.row(), count, sum, first, dim);
@@ -319,14 +323,14 @@ __device__ void attention_dkv(T* dqkv, const T* qkv, const T* dout, const float*
                         const bool seen = j <= i && other_position[column + c] - (j + own_shift) < window;
                         p[r][c] = seen ? expf(p[r][c] * scale - other_lse[column + c]) : 0.0f;
                     }
-                put(weights, p);
+                store_transposed(weights, p);
                 accumulate(dv, weights, work, g, first, dim);
                 scores(ds, work, v, g, dim);
 #pragma unroll
                 for (int r = 0; r < 8; r++)
 #pragma unroll
                     for (int c = 0; c < 4; c++) ds[r][c] = p[r][c] * (ds[r][c] - other_delta[column + c]) * scale;
-                put(weights, ds);
+                store_transposed(weights, ds);
                 accumulate(dk, weights, work, q, first, dim);
             }
         }

@@ -210,22 +210,22 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
         g.fetch(dout + others.start * shape.width() + size_t(head) * D, shape.width(), others.size());
     };
     // Half of the threads load a tile's lse and positions, the others its delta.
-    const int carried = threadIdx.x % TILE;
+    const int carried_row = threadIdx.x % TILE;
     const bool carries_lse = threadIdx.x < TILE;
     float number = 0.0f;
     int position = 0;
-    const auto read = [&](int n) {
+    const auto read_row_values = [&](int n) {
         const Range others = keys.queries.tile(n);
-        const int i = others.start + carried;
+        const int i = others.start + carried_row;
         const bool inside = i < others.end;
         const size_t at = size_t(i) * shape.heads + head;
         // A row that does not exist gets P = 0.
         number = carries_lse ? (inside ? lse[at] * LOG2E : INFINITY) : (inside ? delta[at] : 0.0f);
         position = inside ? int(positions[i]) : 0;
     };
-    const auto leave = [&](int buffer) {
-        (carries_lse ? other_lse : other_delta[buffer])[carried] = number;
-        if (carries_lse) other_position[carried] = position;
+    const auto write_row_values = [&](int buffer) {
+        (carries_lse ? other_lse : other_delta[buffer])[carried_row] = number;
+        if (carries_lse) other_position[carried_row] = position;
     };
 
     // The first tile is never masked completely: it contains the queries of these keys.
@@ -235,8 +235,8 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
     fetch_queries(n, 0);
     fetch_upstream(n);
     cp_async_commit();
-    read(n);
-    leave(0);
+    read_row_values(n);
+    write_row_values(0);
     Sums<D / 8> dk, dv;
     clear_sums<D / 8>(dk);
     clear_sums<D / 8>(dv);
@@ -276,7 +276,7 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
         // After this barrier, all warps have finished with the upstream gradient and with this
         // tile's lse and positions.
         __syncthreads();
-        if (more) fetch_upstream(following), read(following);
+        if (more) fetch_upstream(following), read_row_values(following);
         cp_async_commit();
 #pragma unroll
         for (int b = 0; b < N; b++)
@@ -284,7 +284,7 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
             for (int e = 0; e < 4; e++) s[b][e] *= dp[b][e] - other_delta[buffer][b * 8 + lane % 4 * 2 + e % 2];
         pack<N>(weights, s);
         accumulate<D, N / 2>(dk, weights, q, 0);
-        if (more) leave(buffer ^ 1);
+        if (more) write_row_values(buffer ^ 1);
         n = following;
     }
     if (parts == nullptr) {
