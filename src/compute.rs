@@ -1,5 +1,5 @@
-//! Memory, threads and kernels of the devices. Kernels work on slices and on device memory; they
-//! know nothing of a model's parameters.
+//! Memory, threads and numerical kernels of the CPU and the GPU. Kernels work on slices and on
+//! device memory; they know nothing about a model's parameters.
 
 pub mod cpu;
 pub(crate) mod cuda;

@@ -2,10 +2,10 @@
 //! pass written by hand.
 //!
 //! Legend: T tokens of the packed row, C hidden size, H query heads, K key/value heads, D head
-//! dimension, F feed-forward size, V vocabulary, r LoRA rank. Activations are row-major `[T,
-//! features]`, f32. Matrix products run in f32, or in bf16 with f32 sums ([`gemm::Kernel`]);
-//! everything else is f32. No result depends on the number of threads, and no token's result on the
-//! other rows it was packed with.
+//! dimension, F feed-forward size, V vocabulary size, r LoRA rank. Activations are row-major `[T,
+//! features]`, f32. GEMMs run in f32, or in bf16 with f32 accumulation ([`gemm::Kernel`]);
+//! everything else is f32. No result depends on the number of threads. No token's result depends on
+//! the other rows it was packed with.
 
 pub mod attention;
 pub mod buffer;
@@ -26,15 +26,18 @@ use candle_core::{CpuStorage, Result, Storage, Tensor, bail};
 
 use self::gemm::Elements;
 
-/// A tensor's elements, readable while this lives.
+/// Read guard over a tensor's elements. Holds the tensor's read lock until it is dropped.
 pub struct TensorRead<'a> {
-    /// The tensor's read lock.
     storage: Box<dyn Deref<Target = Storage> + 'a>,
     range: Range<usize>,
 }
 
 impl<'a> TensorRead<'a> {
-    /// Opens a contiguous f32 or bf16 tensor on the CPU.
+    /// Locks a contiguous f32 or bf16 tensor on the CPU for reading.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the tensor is not contiguous, not f32 or bf16, or not on the CPU.
     pub fn of(t: &'a Tensor) -> Result<Self> {
         let (storage, layout) = t.storage_and_layout();
         let Some((start, end)) = layout.contiguous_offsets() else {
@@ -45,11 +48,11 @@ impl<'a> TensorRead<'a> {
                 Ok(TensorRead { storage: Box::new(storage), range: start..end })
             }
             Storage::Cpu(_) => bail!("a weight must be f32 or bf16"),
-            _ => bail!("unimplemented on this device"),
+            _ => bail!("a weight must be in CPU memory"),
         }
     }
 
-    /// The elements.
+    /// Returns the elements in their stored type.
     pub fn elements(&self) -> Elements<'_> {
         match &**self.storage {
             Storage::Cpu(CpuStorage::F32(v)) => Elements::F32(&v[self.range.clone()]),
@@ -58,16 +61,20 @@ impl<'a> TensorRead<'a> {
         }
     }
 
-    /// The elements of an f32 tensor.
+    /// Returns the elements of an f32 tensor.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the tensor is bf16.
     pub fn f32(&self) -> Result<&[f32]> {
         match self.elements() {
             Elements::F32(v) => Ok(v),
-            Elements::Bf16(_) => bail!("this tensor must be f32"),
+            Elements::Bf16(_) => bail!("this tensor must be f32, but it is bf16"),
         }
     }
 }
 
-/// Runs `f` on an f32 tensor's values.
+/// Calls `f` with the values of a contiguous f32 tensor and returns its result.
 pub(crate) fn with_values<R>(t: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
     Ok(f(TensorRead::of(t)?.f32()?))
 }

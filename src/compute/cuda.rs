@@ -1,4 +1,4 @@
-//! An NVIDIA GPU: its driver and memory, products by cuBLAS, and the kernels of `kernels/*.cu`.
+//! NVIDIA GPU: driver access, device memory, GEMM by cuBLAS and the kernels of `kernels/*.cu`.
 #![cfg(feature = "cuda")]
 
 mod arena;

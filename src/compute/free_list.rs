@@ -1,17 +1,18 @@
-//! Parts of one large range of addresses, taken and given back: the lowest free part that is long
-//! enough, neighbours growing together again.
+//! First-fit free list over one large address range. An allocation takes the lowest free range that
+//! is long enough; adjacent free ranges are merged.
 //!
-//! A pass takes memory block by block and gives it back in the opposite order, so what lies below
-//! the highest address in use is nearly all in use, whatever the lengths of rows.
+//! A training step allocates block by block and frees in the opposite order. With first-fit, nearly
+//! everything below the highest address in use is therefore in use, whatever the row lengths.
 
 use std::collections::BTreeMap;
 
-/// Which part of an endless space is free.
+/// First-fit free list over an unbounded address space.
 #[derive(Debug, Default)]
 pub(super) struct FreeList {
-    /// Lengths by their starts: none is empty, none borders on another or on the end.
+    /// Length of each free range, by its start. No range is empty, touches another one or touches
+    /// `end`.
     free: BTreeMap<usize, usize>,
-    /// From here on all is free.
+    /// Everything from this address on is free.
     end: usize,
 }
 
@@ -20,18 +21,18 @@ impl FreeList {
         FreeList { free: BTreeMap::new(), end: 0 }
     }
 
-    /// Where the last range in use ends.
+    /// Returns the end of the last range in use.
     pub fn end(&self) -> usize {
         self.end
     }
 
-    /// The free ranges before the end: start and length.
+    /// Returns the free ranges before the end as (start, length).
     pub fn holes(&self) -> impl Iterator<Item = (usize, usize)> {
         self.free.iter().map(|(at, length)| (*at, *length))
     }
 
-    /// The start of the lowest free range of that size.
-    pub fn take(&mut self, size: usize) -> usize {
+    /// Allocates the lowest free range of `size` and returns its start.
+    pub fn allocate(&mut self, size: usize) -> usize {
         let Some((at, length)) = self
             .free
             .iter()
@@ -48,8 +49,8 @@ impl FreeList {
         at
     }
 
-    /// Frees what was taken.
-    pub fn give(&mut self, at: usize, size: usize) {
+    /// Frees a range that [`FreeList::allocate`] returned and merges it with adjacent free ranges.
+    pub fn release(&mut self, at: usize, size: usize) {
         debug_assert!(size == 0 || !self.is_free(at, size), "[{at}, {}) is freed twice", at + size);
         let (mut start, mut end) = (at, at + size);
         if let Some((&before, &length)) = self.free.range(..at).next_back()
@@ -68,7 +69,7 @@ impl FreeList {
         }
     }
 
-    /// Whether nothing there is in use.
+    /// Returns true if nothing in `at..at + size` is in use.
     pub fn is_free(&self, at: usize, size: usize) -> bool {
         let until = (at + size).min(self.end);
         at >= until
@@ -98,7 +99,7 @@ mod tests {
         for _ in 0..20_000 {
             if taken.is_empty() || next(100) < 51 {
                 let size = 1 + next(50) as usize;
-                let at = ranges.take(size);
+                let at = ranges.allocate(size);
                 assert!(
                     taken.iter().all(|(a, s)| at + size <= *a || a + s <= at),
                     "[{at}, {}) is in use",
@@ -108,14 +109,14 @@ mod tests {
             } else {
                 let (at, size) = taken.swap_remove(next(taken.len() as u64) as usize);
                 assert!(!ranges.is_free(at, size));
-                ranges.give(at, size);
+                ranges.release(at, size);
                 assert!(ranges.is_free(at, size));
             }
             let used: usize = taken.iter().map(|(_, s)| s).sum();
             assert_eq!(ranges.end - ranges.free.values().sum::<usize>(), used);
         }
         for (at, size) in taken {
-            ranges.give(at, size);
+            ranges.release(at, size);
         }
         assert!(ranges.free.is_empty() && ranges.end == 0);
     }
@@ -127,16 +128,16 @@ mod tests {
         for row in [900, 2048, 1300, 700, 1999, 2048, 64] {
             let blocks: Vec<[(usize, usize); 3]> = (0..32)
                 .map(|_| {
-                    let passing = ranges.take(row * 5);
-                    let block = [row * 4, row * 12, row].map(|size| (ranges.take(size), size));
-                    ranges.give(passing, row * 5);
+                    let passing = ranges.allocate(row * 5);
+                    let block = [row * 4, row * 12, row].map(|size| (ranges.allocate(size), size));
+                    ranges.release(passing, row * 5);
                     block
                 })
                 .collect();
             highest = highest.max(ranges.end);
             for block in blocks.iter().rev() {
                 for (at, size) in block {
-                    ranges.give(*at, *size);
+                    ranges.release(*at, *size);
                 }
             }
         }

@@ -9,30 +9,30 @@
 
 use std::ops::Range;
 
-/// A run of tokens that attend causally to each other and, in full, to `prefix`.
+/// Consecutive tokens that attend causally to each other and to every token of `prefix`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// Its tokens in the row.
+    /// Positions of its tokens in the packed row.
     pub tokens: Range<usize>,
-    /// The prompt it continues; empty for a prompt.
+    /// Positions of the prompt that this completion continues; empty for a prompt.
     pub prefix: Range<usize>,
 }
 
-/// Which tokens of a packed row see which.
+/// Segments of a packed row. They define the attention mask.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RowLayout {
-    /// In row order, without gaps.
+    /// In row order, without gaps between them.
     pub segments: Vec<Segment>,
 }
 
 impl RowLayout {
-    /// Tokens in the row.
+    /// Returns the number of tokens in the row.
     pub fn tokens(&self) -> usize {
         self.segments.last().map_or(0, |s| s.tokens.end)
     }
 
-    /// Appends a prompt and its completions, given their lengths; returns the tokens of the prompt
-    /// and of each completion.
+    /// Appends a prompt and its completions, given their lengths in tokens. Returns the token range
+    /// of the prompt and of each completion.
     pub fn push_group(
         &mut self,
         prompt: usize,
@@ -51,7 +51,8 @@ impl RowLayout {
         (prefix, ranges)
     }
 
-    /// The position of every token: completions restart after their prompt.
+    /// Returns the position of every token for the position embedding. Each completion continues
+    /// from the end of its prompt.
     pub fn positions(&self) -> Vec<u32> {
         self.segments
             .iter()

@@ -1,12 +1,13 @@
-//! How a device says that it has too little memory.
+//! Error type for a device that has too little free memory.
 
 /// An operation failed because the device has too little free memory.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct OutOfMemory(pub String);
 
-/// Returns true if an operation of a pass failed with [`OutOfMemory`]. The reason travels in the
-/// error, because several threads use a device: what one of them ran into is not the others'.
+/// Returns true if an operation failed with [`OutOfMemory`]. The reason travels in the error and
+/// not in a flag of the device, because several threads share a device and must not see each
+/// other's failures.
 pub fn is_out_of_memory(e: &candle_core::Error) -> bool {
     use candle_core::Error;
     match e {

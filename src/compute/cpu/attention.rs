@@ -1,13 +1,13 @@
 //! Grouped-query attention over the segments of a packed row, tiled by query blocks: no T×T matrix
 //! exists.
 //!
-//! Forward: per block and head, S = scale·Q·Kᵀ over the keys of the prompt and of the segment
-//! itself, P = softmax(S), O = P·V; the log-sum-exp of each row is kept. Backward recomputes P from
-//! it (arXiv:2205.14135, §3.1, without the on-chip part): dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P ⊙ (dP −
-//! rowsum(dO ⊙ O)), dQ = scale·dS·K, dK = scale·dSᵀ·Q.
+//! Forward pass, per block and head: S = scale·Q·Kᵀ over the keys of the prompt and of the segment
+//! itself, P = softmax(S), O = P·V. The log-sum-exp of each row is saved. The backward pass
+//! recomputes P from it (arXiv:2205.14135, §3.1, without the on-chip part): dV = Pᵀ·dO, dP = dO·Vᵀ,
+//! dS = P ⊙ (dP − rowsum(dO ⊙ O)), dQ = scale·dS·K, dK = scale·dSᵀ·Q.
 //!
-//! Blocks start where their segment starts, so a segment's numbers do not depend on where in the
-//! row it lies.
+//! Blocks start at the start of their segment, so a segment's results do not depend on its position
+//! in the row.
 
 mod backward;
 mod blocks;
@@ -25,8 +25,8 @@ use super::simd::{dispatch, exp_sum, max};
 use super::thread_pool;
 use crate::compute::layout::RowLayout;
 
-/// `qkv` `[T, (H + 2K)·D]` → `out` `[T, H·D]`, scaled by `heads.scale`; `lse` `[T, H]` receives the
-/// log-sum-exp of each query.
+/// Computes attention: `qkv` `[T, (H + 2K)·D]` → `out` `[T, H·D]`. `lse` `[T, H]` receives the
+/// log-sum-exp of each query and head.
 pub fn attention(
     kernel: Kernel,
     qkv: &[f32],
@@ -47,7 +47,7 @@ pub fn attention(
     let values =
         Along::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| heads.value_at(kv));
     let (out, lse) = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
-    // Long blocks first: what is left at the end is short.
+    // Long blocks go first, so that only short ones are left when threads run out of work.
     let mut tasks: Vec<(usize, usize)> =
         (0..blocks.len()).flat_map(|b| (0..heads.query).map(move |h| (b, h))).collect();
     tasks.sort_by_key(|(b, _)| std::cmp::Reverse(blocks[*b].columns()));
@@ -83,24 +83,24 @@ pub fn attention(
     });
 }
 
-/// Values per token of the forward pass: `[q | k | v]`, the packed heads and the output.
+/// Returns the f32 values per token of the forward pass: `[q | k | v]`, the packed heads and the
+/// output.
 pub fn forward_floats(heads: &Heads) -> usize {
     2 * heads.row() + heads.width()
 }
 
-/// Values per token that a tape holds: `[q | k | v]`, the output and its log-sum-exps.
+/// Returns the f32 values per token on a tape: `[q | k | v]`, the output and its log-sum-exps.
 pub fn tape_floats(heads: &Heads) -> usize {
     heads.row() + heads.width() + heads.query
 }
 
-/// Values per token of [`attention_backward`], besides the tape and the scores: gradients and
-/// packed heads.
+/// Returns the f32 values per token that [`attention_backward`] needs in addition to the tape and
+/// the scores: gradients and packed heads.
 pub fn backward_floats(heads: &Heads) -> usize {
     3 * heads.row() + 2 * heads.width()
 }
 
-/// Replaces scores by e^(scale·s − m) where they are visible, by 0 elsewhere; returns m and the
-/// sum.
+/// Replaces visible scores by e^(scale·s − m) and all others by 0. Returns m and the sum.
 #[inline(always)]
 fn softmax(s: &mut [f32], visible: &[Range<usize>; 2], scale: f32) -> (f32, f32) {
     let m = max(&s[visible[0].clone()]).max(max(&s[visible[1].clone()])) * scale;

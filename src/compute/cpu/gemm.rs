@@ -1,11 +1,11 @@
-//! Matrix products: C = Σ_t A_t·B_t, or C += Σ_t A_t·B_t, packed, for f32 and for bf16 operands
+//! GEMM: C = Σ_t A_t·B_t, or C += Σ_t A_t·B_t, with packed panels, for f32 and for bf16 operands
 //! with f32 accumulation.
 //!
-//! B (the weights, mostly: [`WeightView`]) is packed into panels of [`NR`] columns on the way, a
-//! block at a time, so that one row-major copy of a weight serves the forward product x·Wᵀ and the
-//! backward product g·W. A is used as it lies (f32) or rounded row by row (bf16). The sum over k
-//! runs in one order that depends on nothing but k: **a row of C is the same bit for bit whatever
-//! other rows are computed with it, and on however many threads**.
+//! B, usually a weight ([`WeightView`]), is packed into panels of [`NR`] columns on the fly, one
+//! block at a time. One row-major copy of a weight therefore serves the forward x·Wᵀ and the
+//! backward g·W. A is read in place (f32) or rounded row by row (bf16). The order of the sum over k
+//! depends on k only: **a row of C is the same bit for bit, whatever other rows are computed with
+//! it and however many threads take part**.
 
 mod amx;
 mod kernel;

@@ -1,9 +1,9 @@
-//! The head, log-softmax and gather in one pass over the vocabulary, a tile of it at a time: `[N,
-//! V]` is never held.
+//! LM head, log-softmax and gather in one pass over the vocabulary, tile by tile. The logits `[N,
+//! V]` never exist as a whole.
 //!
 //! log p(y) = ⟨h, W_y⟩ − log Σ_v e^⟨h, W_v⟩. The maximum, the sum and ∂log p/∂h = W_y − Σ_v p_v·W_v
-//! grow together over the tiles, scaled down whenever a larger logit appears (the online softmax of
-//! arXiv:2205.14135).
+//! are accumulated over the tiles and rescaled whenever a larger logit appears (the online softmax
+//! of arXiv:2205.14135).
 
 use super::buffer::Buffer;
 use super::gemm::{
@@ -13,81 +13,84 @@ use super::gemm::{
 use super::simd::{dispatch, exp, exp_moments, exp_sum, max, sum};
 use super::thread_pool;
 
-/// Columns of the vocabulary in a tile; a multiple of [`NR`].
+/// Number of tokens of the vocabulary in a tile; a multiple of [`NR`].
 const TILE: usize = 512;
-/// Rows that one task handles at most, but for the last strip: they and their logits fit the L2
-/// cache together.
+/// Maximum number of rows per task, before rounding up to whole strips of the kernel. These rows
+/// and their logits fit the L2 cache together.
 const MAX_ROWS: usize = 128;
-/// Probabilities that are worth keeping for the weight's gradient: 256 MiB.
+/// Maximum number of probabilities that one row's head saves for the weight's gradient: 256 MiB of
+/// f32.
 pub const KEPT: usize = 1 << 26;
 
-/// Rows of a task: as many tasks for each thread, of about one size, in whole strips of the kernel.
-/// No row's result depends on it.
+/// Returns the number of rows per task: every thread gets the same number of tasks, of about equal
+/// size, in whole strips of the kernel. No row's result depends on it.
 fn rows_per_task(kernel: Kernel, rows: usize) -> usize {
     let turns = 2 * thread_pool::threads();
     let tasks = turns * rows.div_ceil(turns * MAX_ROWS).max(1);
     rows.div_ceil(tasks).max(1).next_multiple_of(kernel.rows())
 }
 
-/// What else is known of the distribution that predicted a token.
+/// Statistics of the distribution that predicted a token.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct TokenDistribution {
-    /// The mean logit over the vocabulary.
+    /// Mean logit over the vocabulary.
     pub mean_logit: f32,
     /// −Σ p·log p, in nats.
     pub entropy: f32,
     /// log Σ p², in nats.
     pub log_sum_p2: f32,
-    /// Whether the target is the most likely token (the first one, on a tie).
+    /// True if the target is the most likely token (on a tie, the first of them).
     pub is_argmax: bool,
 }
 
-/// What to compute besides log-probs.
+/// Optional outputs of the head, in addition to the log-probs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HeadOptions {
-    /// Fill [`TokenDistribution`]s.
+    /// Compute a [`TokenDistribution`] for each row.
     pub distribution: bool,
-    /// Form ∂log p/∂h.
+    /// Compute ∂log p/∂h.
     pub gradient: bool,
-    /// The head is trained if this is set: it is the largest number of probabilities that are saved
-    /// for [`head_weight_gradient`], which computes the others again, with the same bits.
+    /// Set if the head's weight is trained. The value is the maximum number of probabilities to
+    /// save for [`head_weight_gradient`]; the others are recomputed there, bit for bit.
     pub trained: Option<usize>,
 }
 
-/// The inputs of the head's forward and backward pass.
+/// Inputs of the head's forward and backward pass.
 #[derive(Clone, Copy, Debug)]
 pub struct HeadInput<'a> {
-    /// The kernel of the matrix products.
+    /// Kernel of the GEMMs.
     pub kernel: Kernel,
-    /// The normed hidden states that predict the targets `[N, C]`.
+    /// Hidden states after the final norm `[N, C]`, one per target.
     pub h: &'a [f32],
-    /// The head's weight `[V, C]`.
+    /// Weight of the head `[V, C]`.
     pub w: WeightView<'a>,
-    /// The token that each row predicts `[N]`, below V.
+    /// Target token of each row `[N]`, less than V.
     pub targets: &'a [u32],
 }
 
-/// What came out of the head.
+/// Outputs of the head.
 #[derive(Debug, Default)]
 pub struct HeadOutput {
     /// log p of each target `[N]`.
     pub log_probs: Vec<f32>,
     /// log Σ_v e^logit of each row `[N]`.
     pub log_sum_exp: Vec<f32>,
-    /// One per row, or empty when they were not asked for.
+    /// One per row, or empty if not requested.
     pub distributions: Vec<TokenDistribution>,
-    /// ∂log p/∂h `[N, C]`, or empty.
+    /// ∂log p/∂h `[N, C]`, or empty if not requested.
     pub gradient: Buffer,
-    /// What was kept for the weight's gradient.
-    pub kept: SavedExponentials,
+    /// Saved exponentials for the weight's gradient.
+    pub saved: SavedExponentials,
 }
 
-/// Probabilities of the first tiles of the vocabulary, up to a factor for each row and tile.
+/// Saved probabilities of the first tiles of the vocabulary, each up to one factor per row and
+/// tile.
 #[derive(Debug, Default)]
 pub struct SavedExponentials {
-    /// e^(l − m) `[tiles, N, TILE]`, m being the row's largest logit up to and including the tile.
+    /// e^(l − m) `[saved tiles, N, TILE]`, where m is the row's largest logit up to and including
+    /// the tile.
     exponentials: Buffer,
-    /// m `[V / TILE, N]`, of all tiles.
+    /// m `[⌈V / TILE⌉, N]`, of all tiles.
     maxima: Buffer,
 }
 
@@ -102,18 +105,18 @@ impl SavedExponentials {
     }
 }
 
-/// Bytes of the probabilities that are kept for `rows` rows with `predictors` predictors in all,
-/// each row's head keeping at most [`KEPT`].
+/// Returns the size in bytes of the saved probabilities for `rows` rows with `predictors`
+/// predictors in all. Each row's head saves at most [`KEPT`] values.
 pub fn kept_bytes(rows: u64, predictors: u64, vocabulary: u64) -> u64 {
     size_of::<f32>() as u64 * (predictors * vocabulary).min(rows.saturating_mul(KEPT as u64))
 }
 
-/// A row's softmax so far.
+/// State of a row's online softmax.
 #[derive(Clone, Copy)]
-struct Running {
-    /// The largest logit.
+struct OnlineSoftmax {
+    /// Largest logit l so far.
     max: f32,
-    /// Where it is (the first one, on a tie).
+    /// Token of the largest logit (on a tie, the first of them).
     argmax: u32,
     /// Σ e^(l − max).
     sum: f32,
@@ -123,11 +126,11 @@ struct Running {
     squares: f32,
     /// Σ l.
     logits: f32,
-    /// The target's logit.
+    /// Logit of the target.
     target: f32,
 }
 
-const START: Running = Running {
+const EMPTY_SOFTMAX: OnlineSoftmax = OnlineSoftmax {
     max: f32::NEG_INFINITY,
     argmax: 0,
     sum: 0.0,
@@ -137,11 +140,11 @@ const START: Running = Running {
     target: f32::NEG_INFINITY,
 };
 
-impl Running {
-    /// Takes in a row's logits of one tile and leaves e^(l − max) in their place; returns what
-    /// older sums were scaled by.
+impl OnlineSoftmax {
+    /// Adds a row's logits of one tile to the state and replaces them by e^(l − max). Returns the
+    /// factor by which sums over earlier tiles must be scaled.
     #[inline(always)]
-    fn take(&mut self, row: &mut [f32], first: usize, target: u32, distribution: bool) -> f32 {
+    fn update(&mut self, row: &mut [f32], first: usize, target: u32, distribution: bool) -> f32 {
         let top = max(row);
         let mut scale = 1.0;
         if let Some(y) = (target as usize).checked_sub(first)
@@ -191,29 +194,29 @@ impl Running {
     }
 }
 
-/// Computes log p of `targets[i]` given row i of `h`.
+/// Computes log p of `targets[i]` given row i of `h`, and the outputs that `options` requests.
 pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
     let HeadInput { kernel, h, w, targets } = input;
     let (rows, vocabulary, hidden) = (targets.len(), w.rows(), w.columns());
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
-    let mut running = vec![START; rows];
+    let mut running = vec![EMPTY_SOFTMAX; rows];
     let per_task = rows_per_task(kernel, rows);
     let mut gradient = Buffer::dirty(if options.gradient { rows * hidden } else { 0 });
-    let mut kept = options.trained.map_or_else(SavedExponentials::default, |at_most| {
+    let mut saved = options.trained.map_or_else(SavedExponentials::default, |at_most| {
         SavedExponentials::new(rows, vocabulary, at_most)
     });
     for_each_tile(kernel, w, 0, options.gradient, |tile| {
         let out = Shared(gradient.as_mut_ptr());
-        let keeps = (tile.first / TILE + 1) * rows * TILE <= kept.exponentials.len();
+        let is_saved = (tile.first / TILE + 1) * rows * TILE <= saved.exponentials.len();
         let (exponentials, maxima) =
-            (Shared(kept.exponentials.as_mut_ptr()), Shared(kept.maxima.as_mut_ptr()));
+            (Shared(saved.exponentials.as_mut_ptr()), Shared(saved.maxima.as_mut_ptr()));
         thread_pool::chunks(&mut running, per_task, |i, running| {
             let (first, n) = (i * per_task, running.len());
-            let mut passing = Buffer::dirty(if keeps { 0 } else { n * TILE });
+            let mut passing = Buffer::dirty(if is_saved { 0 } else { n * TILE });
             let place = tile.first / TILE * rows + first;
-            let logits = if keeps {
-                // SAFETY: what is kept has all rows of this tile, and this task alone touches its
-                // own.
+            let logits = if is_saved {
+                // SAFETY: the saved exponentials have all rows of this tile, and this task alone
+                // touches its own rows.
                 unsafe { std::slice::from_raw_parts_mut(exponentials.at(place * TILE), n * TILE) }
             } else {
                 &mut *passing
@@ -225,15 +228,15 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
                     #[inline(always)]
                     || {
                         row[tile.width..].fill(0.0);
-                        let scale = running.take(
+                        let scale = running.update(
                             &mut row[..tile.width],
                             tile.first,
                             y,
                             options.distribution,
                         );
                         if options.trained.is_some() {
-                            // SAFETY: there is one for each row and tile, and this task alone
-                            // touches its rows'.
+                            // SAFETY: there is one maximum for each row and tile, and this task
+                            // alone touches those of its rows.
                             unsafe { *maxima.at(place + r) = running.max };
                         }
                         if options.gradient && tile.first > 0 && scale != 1.0 {
@@ -259,7 +262,7 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
     if options.gradient {
         finish_gradient(&mut gradient, w, targets, &running);
     }
-    let log_sum_exp: Vec<f32> = running.iter().map(Running::log_sum_exp).collect();
+    let log_sum_exp: Vec<f32> = running.iter().map(OnlineSoftmax::log_sum_exp).collect();
     HeadOutput {
         log_probs: running.iter().zip(&log_sum_exp).map(|(r, lse)| r.target - lse).collect(),
         distributions: match options.distribution {
@@ -268,12 +271,18 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
         },
         log_sum_exp,
         gradient,
-        kept,
+        saved,
     }
 }
 
-/// W_y − (Σ_v e^(l_v − max)·W_v) / Σ_v e^(l_v − max).
-fn finish_gradient(gradient: &mut [f32], w: WeightView, targets: &[u32], running: &[Running]) {
+/// Computes ∂log p/∂h = W_y − (Σ_v e^(l_v − max)·W_v) / Σ_v e^(l_v − max). On entry, `gradient`
+/// holds the sum in the numerator.
+fn finish_gradient(
+    gradient: &mut [f32],
+    w: WeightView,
+    targets: &[u32],
+    running: &[OnlineSoftmax],
+) {
     let hidden = w.columns();
     let rows = thread_pool::rows_per_task(targets.len());
     thread_pool::chunks(gradient, rows * hidden, |task, gradient| {
@@ -286,9 +295,8 @@ fn finish_gradient(gradient: &mut [f32], w: WeightView, targets: &[u32], running
     });
 }
 
-/// Adds ∂loss/∂W to `dw` `[V, C]`, given what [`head`] returned for `input` and
-/// g = ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p), tile by tile. Uses up what was
-/// kept.
+/// Adds ∂loss/∂W to `dw` `[V, C]`, given the output of [`head`] for `input` and g = ∂loss/∂log p
+/// `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p), tile by tile. Consumes the saved exponentials.
 pub fn head_weight_gradient(
     input: HeadInput<'_>,
     output: &mut HeadOutput,
@@ -297,15 +305,15 @@ pub fn head_weight_gradient(
 ) {
     let HeadInput { kernel, h, w, targets } = input;
     let (rows, vocabulary, hidden) = (targets.len(), w.rows(), w.columns());
-    let SavedExponentials { mut exponentials, maxima } = std::mem::take(&mut output.kept);
+    let SavedExponentials { mut exponentials, maxima } = std::mem::take(&mut output.saved);
     assert_eq!(
         maxima.len(),
         vocabulary.div_ceil(TILE) * rows,
-        "the head's forward pass was not told that it is trained"
+        "the head's forward pass ran without `HeadOptions::trained`"
     );
     let per_task = rows_per_task(kernel, rows);
     let m = |tile: usize, row: usize| maxima[tile * rows + row];
-    // e^(l − m) of some rows of a tile, from `first` on, becomes E.
+    // Turns e^(l − m) into E for some rows of a tile, starting with row `first`.
     let finish = |tile: usize, width: usize, first: usize, errors: &mut [f32]| {
         for (row, i) in errors.chunks_mut(TILE).zip(first..) {
             let (row, factor) =
@@ -326,7 +334,7 @@ pub fn head_weight_gradient(
         let term = Term::new(&transposed, View::f32(h, hidden));
         matmul(width, hidden, &[term], &mut dw[tile * TILE * hidden..], hidden, true, Threads::All);
     };
-    let kept = exponentials.len() / (rows * TILE).max(1);
+    let saved = exponentials.len() / (rows * TILE).max(1);
     for (tile, errors) in exponentials.chunks_mut((rows * TILE).max(1)).enumerate() {
         let width = TILE.min(vocabulary - tile * TILE);
         thread_pool::chunks(errors, per_task * TILE, |i, errors| {
@@ -336,7 +344,7 @@ pub fn head_weight_gradient(
     }
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
     let mut errors = Buffer::dirty(rows * TILE);
-    for_each_tile(kernel, w, kept * TILE, false, |part| {
+    for_each_tile(kernel, w, saved * TILE, false, |part| {
         let tile = part.first / TILE;
         thread_pool::chunks(&mut errors, per_task * TILE, |i, errors| {
             let first = i * per_task;
@@ -354,20 +362,20 @@ pub fn head_weight_gradient(
     });
 }
 
-/// A tile of the vocabulary, packed for ⟨h, W_v⟩ and, when gradients are wanted, for Σ p_v·W_v.
+/// Tile of the vocabulary, packed for ⟨h, W_v⟩ and, if gradients are requested, for Σ p_v·W_v.
 struct Tile<'a> {
-    /// Its first token.
+    /// First token of the tile.
     first: usize,
-    /// Its tokens.
+    /// Number of tokens in the tile.
     width: usize,
     hidden: usize,
-    /// Units of depth of ⟨h, W_v⟩.
+    /// Depth of ⟨h, W_v⟩ in units.
     depth: usize,
     across: &'a [u32],
     along: &'a [u32],
 }
 
-/// Calls `f` with each tile from token `from` on.
+/// Packs and passes to `f` each tile from token `from` on, in order.
 fn for_each_tile(
     kernel: Kernel,
     w: WeightView,
@@ -405,13 +413,13 @@ fn for_each_tile(
 }
 
 impl Tile<'_> {
-    /// Logits of rows `first..first + n` into `to` `[n, TILE]`.
+    /// Computes the logits of rows `first..first + n` into `to` `[n, TILE]`.
     fn logits(&self, kernel: Kernel, h: &Operand, first: usize, n: usize, to: &mut [f32]) {
         assert!(to.len() >= n * TILE);
         for i in 0..self.width.div_ceil(NR) {
             let product = h.product(first, 0, self.depth, &self.across[i * NR * self.depth..]);
             let columns = NR.min(self.width - i * NR);
-            // SAFETY: `to` holds n rows of TILE; the operand covers the rows.
+            // SAFETY: `to` has n rows of TILE elements; the operand covers the rows.
             unsafe {
                 let out = OutputTile {
                     c: to.as_mut_ptr().add(i * NR),
@@ -424,11 +432,11 @@ impl Tile<'_> {
         }
     }
 
-    /// Computes p·W over this tile into `to` `[n, C]`, with `p` `[n, TILE]`, zero beyond the tile's
-    /// tokens; `accumulate` adds it to what `to` holds.
+    /// Computes p·W over this tile into `to` `[n, C]`. `p` is `[n, TILE]` and zero beyond the
+    /// tile's tokens. With `accumulate`, adds the result to the values of `to`.
     ///
     /// # Safety
-    /// `to` is valid for `n` rows and nobody else touches them.
+    /// `to` is valid for `n` rows and no other thread touches them.
     unsafe fn weighted_sum(
         &self,
         kernel: Kernel,
@@ -440,7 +448,7 @@ impl Tile<'_> {
         let k = kernel.depth(self.width);
         for i in 0..self.hidden.div_ceil(NR) {
             let product = p.product(0, 0, k, &self.along[i * NR * k..]);
-            // SAFETY: by the caller.
+            // SAFETY: guaranteed by the caller.
             unsafe {
                 let columns = NR.min(self.hidden - i * NR);
                 panel_product(

@@ -4,7 +4,7 @@ use super::gemm::{Kernel, Operand};
 use super::simd::{dispatch, sum};
 use super::thread_pool;
 
-/// 1 / √(mean(x²) + ε).
+/// Returns 1 / √(mean(x²) + ε).
 #[inline(always)]
 fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     1.0 / (sum(x.len(), |i| x[i] * x[i]) / x.len() as f32 + eps).sqrt()
@@ -18,7 +18,7 @@ fn normalise(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
     }
 }
 
-/// y = norm of each row of `x`, rows as wide as `w`.
+/// Computes y = RMSNorm of each row of `x` `[N, C]`; `w` is `[C]`.
 pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
     let width = w.len();
     let rows = thread_pool::rows_per_task(y.len() / width);
@@ -32,7 +32,7 @@ pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
     });
 }
 
-/// The norm of each row of `x`, to be multiplied.
+/// Computes the RMSNorm of each row of `x` `[N, C]` as an operand; `w` is `[C]`.
 pub fn rms_norm_operand(kernel: Kernel, x: &[f32], w: &[f32], eps: f32) -> Operand<'static> {
     let width = w.len();
     Operand::computed(kernel, x.len() / width, width, |i, y| {
@@ -43,7 +43,7 @@ pub fn rms_norm_operand(kernel: Kernel, x: &[f32], w: &[f32], eps: f32) -> Opera
     })
 }
 
-/// With r = 1/rms: dx += r·(g⊙w − x·r²·mean(g⊙w⊙x)).
+/// Adds the gradient of the input. With r = 1/rms: dx += r·(g⊙w − x·r²·mean(g⊙w⊙x)).
 #[inline(always)]
 fn add_input_gradient(x: &[f32], w: &[f32], g: &[f32], eps: f32, dx: &mut [f32]) {
     let r = inverse_rms(x, eps);
@@ -53,7 +53,7 @@ fn add_input_gradient(x: &[f32], w: &[f32], g: &[f32], eps: f32, dx: &mut [f32])
     }
 }
 
-/// dw += g⊙x·r.
+/// Adds the gradient of the weight: dw += g⊙x·r.
 #[inline(always)]
 fn add_weight_gradient(x: &[f32], g: &[f32], eps: f32, dw: &mut [f32]) {
     let r = inverse_rms(x, eps);
@@ -62,7 +62,8 @@ fn add_weight_gradient(x: &[f32], g: &[f32], eps: f32, dw: &mut [f32]) {
     }
 }
 
-/// Adds the gradients for the upstream gradient `g` to `dx` and, when it is wanted, to `dw`.
+/// Adds the gradients for the upstream gradient `g` `[N, C]` to `dx` `[N, C]` and, if given, to
+/// `dw` `[C]`.
 pub fn rms_norm_backward(
     x: &[f32],
     w: &[f32],
@@ -94,18 +95,18 @@ pub fn rms_norm_backward(
     }
 }
 
-/// Heads of tokens: `count` of them side by side from `offset` on in rows `stride` wide.
+/// Columns of a matrix that hold heads: `count` heads side by side from column `offset` on.
 #[derive(Clone, Copy, Debug)]
 pub struct HeadColumns {
-    /// Width of a row.
+    /// Width of the matrix in elements.
     pub stride: usize,
-    /// Where the first head starts.
+    /// First column of the first head.
     pub offset: usize,
-    /// Heads.
+    /// Number of heads.
     pub count: usize,
 }
 
-/// Norms every head in place (Qwen3), `w` being as wide as a head.
+/// Applies RMSNorm to every head in place (Qwen3). `w` is `[D]`.
 pub fn head_norm(x: &mut [f32], heads: HeadColumns, w: &[f32], eps: f32) {
     let width = heads.count * w.len();
     thread_pool::chunks(x, heads.stride, |_, row| {
@@ -123,8 +124,8 @@ pub fn head_norm(x: &mut [f32], heads: HeadColumns, w: &[f32], eps: f32) {
     });
 }
 
-/// Replaces the upstream gradient `g` by the gradient of [`head_norm`]'s input `x`; adds to `dw`
-/// when it is wanted.
+/// Replaces the upstream gradient `g` by the gradient of [`head_norm`]'s input `x`. Adds the
+/// gradient of the weight to `dw`, if given.
 pub fn head_norm_backward(
     x: &[f32],
     g: &mut [f32],

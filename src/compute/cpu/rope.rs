@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::simd::dispatch;
 use super::thread_pool;
 
-/// cos and sin for each token of a row, `[T, D/2]` each, the attention factor multiplied in.
+/// cos and sin for each token of a row, `[T, D/2]` each, multiplied by the attention factor.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
     cos: Arc<Vec<f32>>,
@@ -15,8 +15,8 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// Angles `position · inv_freq`, formed in f32 as transformers does. `inv_freq` has D/2
-    /// entries.
+    /// Computes the table for the angles `position · inv_freq`, in f32 as transformers does.
+    /// `inv_freq` has D/2 entries.
     pub fn new(positions: &[u32], inv_freq: &[f32], attention_factor: f32) -> Self {
         let half = inv_freq.len();
         let (mut cos, mut sin) = (
@@ -33,22 +33,24 @@ impl RopeTable {
         RopeTable { cos: cos.into(), sin: sin.into(), half }
     }
 
-    /// Returns the tables of cos and of sin.
+    /// Returns the cos table and the sin table, `[T, D/2]` each.
     pub fn tables(&self) -> (&[f32], &[f32]) {
         (&self.cos, &self.sin)
     }
 }
 
-/// Which way to rotate.
+/// Direction of the rotation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// By the token's position.
+    /// Rotates by the angle of the token's position (forward pass).
     Forward,
-    /// Back: the transpose of the rotation (times the attention factor), which is its gradient.
+    /// Rotates by the negative angle. This is the transpose of the forward map, attention factor
+    /// included, so it maps the gradient of the output to that of the input.
     Backward,
 }
 
-/// Rotates the first `heads` heads of every token in place; tokens are rows `stride` wide.
+/// Rotates the first `heads` heads of every token in place. Each token is a row of `stride`
+/// elements.
 pub fn rotate(x: &mut [f32], stride: usize, heads: usize, table: &RopeTable, direction: Direction) {
     let half = table.half;
     let sign = if direction == Direction::Forward { 1.0 } else { -1.0 };

@@ -1,18 +1,18 @@
-//! Element-wise kernels compiled for the widest vectors the processor has (run-time detection),
-//! with an explicit order of summation, so that results do not depend on the instruction set.
+//! Element-wise kernels, compiled for the widest vectors that the processor has (detected at run
+//! time). The order of summation is explicit, so results do not depend on the instruction set.
 
-/// Partial sums kept side by side; a power of two.
+/// Number of interleaved partial sums; a power of two.
 const LANES: usize = 16;
 
-/// Runs `f` compiled for the processor's vector instructions. `f` and what it calls must be
+/// Runs `f` compiled for the processor's vector instructions. `f` and everything it calls must be
 /// `#[inline(always)]`.
 #[inline(always)]
 pub(crate) fn dispatch<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
 
-/// e^x to about 2 ulp, for x in [−87, 88] (clamped outside): Cody–Waite reduction and a degree-6
-/// polynomial (Cephes `expf`).
+/// Returns e^x with an error of about 2 ulp. x is clamped to [−87, 88]. Uses Cody–Waite reduction
+/// and a degree-6 polynomial (Cephes `expf`).
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     // Adding and subtracting 1.5·2²³ rounds to the nearest integer without a call.
@@ -34,13 +34,14 @@ pub(crate) fn exp(x: f32) -> f32 {
     y * f32::from_bits(rounded.to_bits().wrapping_add(127) << 23)
 }
 
-/// 1 / (1 + e^(−x)).
+/// Returns 1 / (1 + e^(−x)).
 #[inline(always)]
 pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// Σ f(i) over `0..n`, in [`LANES`] interleaved partial sums that are then added pairwise.
+/// Returns Σ f(i) over `0..n`. Uses [`LANES`] interleaved partial sums, which are then added
+/// pairwise.
 #[inline(always)]
 pub(crate) fn sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
     let mut acc = [0f32; LANES];
@@ -112,7 +113,7 @@ pub(crate) fn exp_moments(xs: &mut [f32], m: f32) -> (f32, f32, f32) {
     (fold(sums), fold(weighted), fold(squares))
 }
 
-/// The largest value; −∞ for an empty slice.
+/// Returns the largest value; −∞ for an empty slice.
 #[inline(always)]
 pub(crate) fn max(xs: &[f32]) -> f32 {
     let mut acc = [f32::NEG_INFINITY; LANES];
@@ -126,7 +127,7 @@ pub(crate) fn max(xs: &[f32]) -> f32 {
     acc.iter().chain(tail).fold(f32::NEG_INFINITY, |a, x| if *x > a { *x } else { a })
 }
 
-/// Σ aᵢ·bᵢ.
+/// Returns Σ aᵢ·bᵢ over the shorter length, in the order of [`sum`].
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let n = a.len().min(b.len());

@@ -9,7 +9,7 @@ use super::gemm::{Kernel, NR, Operand, Shared, TiledOperand};
 use super::simd::{dispatch, sigmoid};
 use super::thread_pool;
 
-/// What the gate goes through.
+/// Activation function of the gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
     /// x·σ(x).
@@ -18,12 +18,13 @@ pub enum Activation {
     GeluTanh,
 }
 
-/// An activation x·σ(u(x)).
+/// Activation of the form x·σ(u(x)).
 trait Gate {
-    /// σ(u(x)).
+    /// Returns σ(u(x)).
     fn sigma(x: f32) -> f32;
 
-    /// x·u'(x)·(1 − s), given s = σ(u(x)); the derivative of x·σ(u(x)) is s times 1 + this.
+    /// Returns x·u'(x)·(1 − s), given s = σ(u(x)). The derivative of x·σ(u(x)) is s·(1 + this
+    /// value).
     fn slope(x: f32, s: f32) -> f32;
 }
 
@@ -61,7 +62,7 @@ impl Gate for GeluTanh {
     }
 }
 
-/// y `[T, F]` from `[gate | up]` `[T, 2F]`, to be multiplied.
+/// Computes the operand y `[T, F]` from `[gate | up]` `[T, 2F]`, with F = `width`.
 pub fn gated(
     kernel: Kernel,
     activation: Activation,
@@ -88,8 +89,8 @@ fn gated_by<G: Gate>(kernel: Kernel, gate_up: &[f32], width: usize) -> Operand<'
     })
 }
 
-/// Replaces `[gate | up]` by its gradient for the upstream gradient `g` `[T, F]`. With s =
-/// σ(u(gate)): d_up = g·gate·s, d_gate = g·up·s·(1 + gate·u'(gate)·(1 − s)).
+/// Replaces `[gate | up]` `[T, 2F]` by its gradient for the upstream gradient `g` `[T, F]`. With s
+/// = σ(u(gate)): d_up = g·gate·s, d_gate = g·up·s·(1 + gate·u'(gate)·(1 − s)).
 pub fn gated_backward(activation: Activation, gate_up: &mut [f32], width: usize, g: &[f32]) {
     match activation {
         Activation::Silu => gated_by_backward::<Silu>(gate_up, width, g),
@@ -116,34 +117,34 @@ fn gated_by_backward<G: Gate>(gate_up: &mut [f32], width: usize, g: &[f32]) {
     });
 }
 
-/// `[gate | up]` `[T, 2F]` until the backward pass.
+/// Saved `[gate | up]` `[T, 2F]` for the backward pass.
 pub enum GateUp {
-    /// As it was computed.
+    /// As computed.
     F32(Buffer),
-    /// Rounded, as its gradient will be: half the memory. Where products are computed in bf16 and
-    /// only an adapter is trained.
+    /// Rounded to bf16, which takes half the memory. Used with bf16 kernels when only an adapter is
+    /// trained; the gradient is rounded as well.
     Bf16(Operand<'static>),
 }
 
-/// What is kept of `[gate | up]`.
+/// Format in which `[gate | up]` is saved for the backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeepGateUp {
-    /// Nothing.
+    /// Not saved.
     No,
     /// [`GateUp::F32`].
     F32,
-    /// [`GateUp::Bf16`]; for kernels that round.
+    /// [`GateUp::Bf16`]; for bf16 kernels only.
     Bf16,
 }
 
 impl KeepGateUp {
-    /// Returns what a tape holds: where the kernel rounds and only an adapter is trained, rounded
+    /// Returns the format for a tape. With a bf16 kernel and only an adapter to train, rounded
     /// values are enough.
     pub fn for_tape(kernel: Kernel, is_adapted: bool) -> Self {
         if kernel.is_bf16() && is_adapted { KeepGateUp::Bf16 } else { KeepGateUp::F32 }
     }
 
-    /// Returns the memory of what is kept for a token, in f32 values, for F = `width`.
+    /// Returns the memory saved per token, in f32 values, for F = `width`.
     pub fn floats(self, width: usize) -> usize {
         match self {
             KeepGateUp::No => 0,
@@ -153,13 +154,15 @@ impl KeepGateUp {
     }
 }
 
-/// Values per token of the forward pass for F = `width`: gate, up, their product and its operand.
+/// Returns the f32 values per token that the forward pass needs for F = `width`: gate, up, y and
+/// its operand.
 pub fn forward_floats(width: usize) -> usize {
     4 * width
 }
 
-/// Values per token of the backward pass, besides what the tape holds: the product, its gradient
-/// and the operands. By tiles there are only operands, which are rounded.
+/// Returns the f32 values per token that the backward pass needs in addition to the tape: y, its
+/// gradient and their operands. With [`KeepGateUp::Bf16`] there are only rounded operands, written
+/// tile by tile.
 pub fn backward_floats(width: usize, tape: KeepGateUp) -> usize {
     match tape {
         KeepGateUp::Bf16 => 3 * width / 2,
@@ -167,44 +170,46 @@ pub fn backward_floats(width: usize, tape: KeepGateUp) -> usize {
     }
 }
 
-/// y from tiles of gate and of up: neither is written as a whole, but for what is kept.
+/// Computes y = activation(gate) ⊙ up tile by tile. The full gate and up matrices exist only if
+/// they are saved for the backward pass.
 pub struct GatedTiles {
     activation: Activation,
     tokens: usize,
     width: usize,
     y: TiledOperand,
     rounded: Option<TiledOperand>,
-    kept: Option<(Buffer, Shared)>,
+    saved: Option<(Buffer, Shared)>,
 }
 
 impl GatedTiles {
-    /// For T tokens of F = `width`, a multiple of [`NR`].
+    /// Allocates the outputs for `tokens` tokens and F = `width`, a multiple of [`NR`].
     pub fn new(
         kernel: Kernel,
         activation: Activation,
         (tokens, width): (usize, usize),
-        keep: KeepGateUp,
+        format: KeepGateUp,
     ) -> Self {
-        assert!(width.is_multiple_of(NR), "gated: tiles of a width of {width}");
-        let mut kept = (keep == KeepGateUp::F32)
+        assert!(width.is_multiple_of(NR), "gated: the width {width} is not a multiple of {NR}");
+        let mut saved = (format == KeepGateUp::F32)
             .then(|| (Buffer::dirty(tokens * 2 * width), Shared(std::ptr::null_mut())));
-        kept.iter_mut().for_each(|(buffer, at)| *at = Shared(buffer.as_mut_ptr()));
+        saved.iter_mut().for_each(|(buffer, at)| *at = Shared(buffer.as_mut_ptr()));
         let rounded =
-            (keep == KeepGateUp::Bf16).then(|| TiledOperand::new(kernel, tokens, 2 * width));
+            (format == KeepGateUp::Bf16).then(|| TiledOperand::new(kernel, tokens, 2 * width));
         GatedTiles {
             activation,
             tokens,
             width,
             y: TiledOperand::new(kernel, tokens, width),
             rounded,
-            kept,
+            saved,
         }
     }
 
-    /// Takes a tile of each; `up` is overwritten.
+    /// Processes a tile of gate and of up (row stride [`NR`]): saves them as requested and writes
+    /// y. `up` is overwritten.
     ///
     /// # Safety
-    /// No other task has this part.
+    /// No other task writes this part at the same time.
     pub unsafe fn take(
         &self,
         rows: Range<usize>,
@@ -214,17 +219,18 @@ impl GatedTiles {
     ) {
         let width = columns.len();
         if let Some(rounded) = &self.rounded {
-            // SAFETY: by the caller.
+            // SAFETY: guaranteed by the caller.
             unsafe {
                 rounded.write(rows.clone(), columns.start, width, gate);
                 rounded.write(rows.clone(), self.width + columns.start, width, up);
             }
         }
-        if let Some((_, at)) = &self.kept {
+        if let Some((_, at)) = &self.saved {
             assert!(rows.end <= self.tokens && columns.end <= self.width);
             for (i, row) in rows.clone().enumerate() {
                 for (tile, column) in [(gate, columns.start), (&*up, self.width + columns.start)] {
-                    // SAFETY: inside the buffer by the assertion; this part is the caller's.
+                    // SAFETY: the assertion keeps it inside the buffer; by the caller, no other
+                    // task writes this part.
                     let to = unsafe {
                         std::slice::from_raw_parts_mut(at.at(row * 2 * self.width + column), width)
                     };
@@ -236,18 +242,18 @@ impl GatedTiles {
             Activation::Silu => multiply::<Silu>(up, gate),
             Activation::GeluTanh => multiply::<GeluTanh>(up, gate),
         }
-        // SAFETY: by the caller.
+        // SAFETY: guaranteed by the caller.
         unsafe { self.y.write(rows, columns.start, width, up) };
     }
 
-    /// y, and what was kept.
+    /// Returns y and the saved `[gate | up]`, if requested.
     pub fn finish(self) -> (Operand<'static>, Option<GateUp>) {
         let rounded = self.rounded.map(|r| GateUp::Bf16(r.operand()));
-        (self.y.operand(), rounded.or(self.kept.map(|(buffer, _)| GateUp::F32(buffer))))
+        (self.y.operand(), rounded.or(self.saved.map(|(buffer, _)| GateUp::F32(buffer))))
     }
 }
 
-/// y = up ⊙ activation(gate) in up's place.
+/// Computes y = up ⊙ activation(gate) in place of `up`.
 fn multiply<G: Gate>(up: &mut [f32], gate: &[f32]) {
     dispatch(
         #[inline(always)]
@@ -259,11 +265,11 @@ fn multiply<G: Gate>(up: &mut [f32], gate: &[f32]) {
     );
 }
 
-/// The gradients of gate and of up, as [`gated_backward`] gives them, and y again, from what was
-/// kept rounded and tiles of the upstream gradient.
+/// Computes the gradients of gate and up, as [`gated_backward`] does, and y again. Works tile by
+/// tile from the saved rounded `[gate | up]` and the upstream gradient.
 pub struct GradientTiles<'a> {
     activation: Activation,
-    kept: &'a Operand<'static>,
+    saved: &'a Operand<'static>,
     width: usize,
     y: TiledOperand,
     gate: TiledOperand,
@@ -271,18 +277,18 @@ pub struct GradientTiles<'a> {
 }
 
 impl<'a> GradientTiles<'a> {
-    /// For what [`GatedTiles`] kept; F = `width`.
-    pub fn new(kept: &'a Operand<'static>, activation: Activation, width: usize) -> Self {
-        let tiled = || TiledOperand::new(kept.kernel(), kept.rows(), width);
-        GradientTiles { activation, kept, width, y: tiled(), gate: tiled(), up: tiled() }
+    /// Allocates the outputs for the `[gate | up]` that [`GatedTiles`] saved, with F = `width`.
+    pub fn new(saved: &'a Operand<'static>, activation: Activation, width: usize) -> Self {
+        let tiled = || TiledOperand::new(saved.kernel(), saved.rows(), width);
+        GradientTiles { activation, saved, width, y: tiled(), gate: tiled(), up: tiled() }
     }
 
-    /// Takes a tile of the upstream gradient.
+    /// Processes a tile of the upstream gradient (row stride [`NR`]).
     ///
     /// # Safety
-    /// No other task has this part.
+    /// No other task writes this part at the same time.
     pub unsafe fn take(&self, rows: Range<usize>, columns: Range<usize>, g: &[f32]) {
-        // SAFETY: by the caller.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             match self.activation {
                 Activation::Silu => self.take_by::<Silu>(rows, columns, g),
@@ -303,10 +309,10 @@ impl<'a> GradientTiles<'a> {
                 #[inline(always)]
                 || {
                     for (i, row) in part.clone().enumerate() {
-                        let kept = self.kept.bf16_row(row);
-                        widen(&kept[columns.clone()], &mut gate[i * NR..][..width]);
+                        let saved = self.saved.bf16_row(row);
+                        widen(&saved[columns.clone()], &mut gate[i * NR..][..width]);
                         widen(
-                            &kept[self.width + columns.start..][..width],
+                            &saved[self.width + columns.start..][..width],
                             &mut up[i * NR..][..width],
                         );
                     }
@@ -320,7 +326,7 @@ impl<'a> GradientTiles<'a> {
                     }
                 },
             );
-            // SAFETY: by the caller.
+            // SAFETY: guaranteed by the caller.
             unsafe {
                 self.y.write(part.clone(), columns.start, width, &y);
                 self.gate.write(part.clone(), columns.start, width, &gate);
@@ -329,13 +335,13 @@ impl<'a> GradientTiles<'a> {
         }
     }
 
-    /// y, and the gradients of gate and of up, to be multiplied.
+    /// Returns the operands of y and of the gradients `[∂gate, ∂up]`.
     pub fn finish(self) -> (Operand<'static>, [Operand<'static>; 2]) {
         (self.y.operand(), [self.gate.operand(), self.up.operand()])
     }
 }
 
-/// Rows of a tile that are widened at a time.
+/// Rows of a tile that are converted to f32 at a time.
 const PART: usize = 16;
 
 #[inline(always)]
@@ -343,7 +349,8 @@ fn widened(x: bf16) -> f32 {
     f32::from_bits((x.to_bits() as u32) << 16)
 }
 
-/// In a loop of its own: with fewer slices in a loop the compiler is sure to make vectors of it.
+/// Converts bf16 to f32. It has a loop of its own because the compiler reliably vectorises a loop
+/// over few slices.
 #[inline(always)]
 fn widen(from: &[bf16], to: &mut [f32]) {
     for (to, from) in to.iter_mut().zip(from) {

@@ -1,5 +1,5 @@
-//! Each kernel's gradient against central finite differences, and its value against a plain version
-//! written with candle's own operations.
+//! Compares each kernel's gradient with central finite differences, and its value with a plain
+//! version in candle's own operations.
 
 use candle_core::{D, DType, Device, Tensor};
 
@@ -14,12 +14,12 @@ use super::swiglu::{
 use crate::compute::layout::RowLayout;
 use crate::math::rng::kaiming_uniform;
 
-/// The kernels that multiply in f32.
+/// Returns the kernels that multiply in f32.
 fn kernels() -> impl Iterator<Item = Kernel> {
     Kernel::available().into_iter().filter(|k| matches!(k, Kernel::Portable | Kernel::Avx512))
 }
 
-/// Uniform in (−1, 1).
+/// Returns values that are uniform in (−1, 1).
 fn random(n: usize, seed: u64) -> Vec<f32> {
     kaiming_uniform(seed, "test", n, 1)
 }
@@ -32,7 +32,7 @@ fn values(t: &Tensor) -> Vec<f32> {
     t.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// ‖a − b‖ / ‖b‖.
+/// Returns ‖a − b‖ / ‖b‖.
 fn relative(a: &[f32], b: &[f32]) -> f64 {
     assert_eq!(a.len(), b.len());
     let norm = |f: &dyn Fn(usize) -> f64| (0..a.len()).map(|i| f(i).powi(2)).sum::<f64>().sqrt();
@@ -160,7 +160,7 @@ fn gated_units_match_their_formulas_and_their_differences() {
 #[test]
 fn the_ends_of_the_activations_are_finite() {
     for activation in ACTIVATIONS {
-        // Gates, then the factors.
+        // Seven gates, then seven values of up.
         let x = [-1e4, -200.0, -30.0, 0.0, 30.0, 200.0, 1e4, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0];
         let mut dx = x;
         gated_backward(activation, &mut dx, 7, &[1.0; 7]);
@@ -174,7 +174,7 @@ fn the_ends_of_the_activations_are_finite() {
 
 const ACTIVATIONS: [Activation; 2] = [Activation::Silu, Activation::GeluTanh];
 
-/// Hands `[T, F]` matrices out in tiles, as a product does.
+/// Calls `f` with `[T, F]` matrices tile by tile, as `matmul_tiles` does.
 fn by_tiles<const P: usize>(
     all: [&[f32]; P],
     width: usize,
@@ -186,7 +186,7 @@ fn by_tiles<const P: usize>(
             let (rows, columns) =
                 (first..(first + 37).min(tokens), column..(column + NR).min(width));
             let tile = |x: &[f32]| {
-                // What is beyond the columns is anything.
+                // Values beyond the columns are unspecified, here NaN.
                 let mut tile = vec![f32::NAN; rows.len() * NR];
                 for (to, row) in tile.chunks_mut(NR).zip(rows.clone()) {
                     to[..columns.len()].copy_from_slice(&x[row * width..][columns.clone()]);
@@ -198,7 +198,7 @@ fn by_tiles<const P: usize>(
     }
 }
 
-/// The columns `from..from + F` of `[T, 2F]`.
+/// Returns the columns `from..from + F` of `[T, 2F]`.
 fn half(x: &[f32], width: usize, from: usize) -> Vec<f32> {
     x.chunks(2 * width).flat_map(|row| row[from..from + width].to_vec()).collect()
 }
@@ -222,34 +222,34 @@ fn gating_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
                 })
                 .collect()
         };
-        let keeps = [KeepGateUp::No, KeepGateUp::F32, KeepGateUp::Bf16]
+        let formats = [KeepGateUp::No, KeepGateUp::F32, KeepGateUp::Bf16]
             .into_iter()
             .filter(|k| rounds || *k != KeepGateUp::Bf16);
-        for (keep, activation) in
-            keeps.flat_map(|keep| ACTIVATIONS.map(|activation| (keep, activation)))
+        for (format, activation) in
+            formats.flat_map(|format| ACTIVATIONS.map(|activation| (format, activation)))
         {
-            let tiles = GatedTiles::new(kernel, activation, (tokens, width), keep);
-            // SAFETY: there is one thread.
+            let tiles = GatedTiles::new(kernel, activation, (tokens, width), format);
+            // SAFETY: a single thread calls this, so no other task writes the part.
             by_tiles([&gate, &up], width, |rows, columns, [gate, mut up]| unsafe {
                 tiles.take(rows, columns, &gate, &mut up)
             });
-            let (y, kept) = tiles.finish();
+            let (y, saved) = tiles.finish();
             assert_eq!(
                 bits(&y, width),
                 bits(&gated(kernel, activation, &x, width), width),
-                "{kernel:?} {activation:?} {keep:?}"
+                "{kernel:?} {activation:?} {format:?}"
             );
-            match (kept, keep) {
+            match (saved, format) {
                 (None, KeepGateUp::No) => {}
-                (Some(GateUp::F32(kept)), KeepGateUp::F32) => {
-                    assert_eq!(kept[..], x[..], "{kernel:?}")
+                (Some(GateUp::F32(saved)), KeepGateUp::F32) => {
+                    assert_eq!(saved[..], x[..], "{kernel:?}")
                 }
-                (Some(GateUp::Bf16(kept)), KeepGateUp::Bf16) => {
+                (Some(GateUp::Bf16(saved)), KeepGateUp::Bf16) => {
                     let rounded =
                         Operand::new(kernel, View::f32(&x, 2 * width), tokens, 2 * width, 1.0);
-                    assert_eq!(bits(&kept, 2 * width), bits(&rounded, 2 * width), "{kernel:?}");
+                    assert_eq!(bits(&saved, 2 * width), bits(&rounded, 2 * width), "{kernel:?}");
                 }
-                _ => panic!("{kernel:?} keeps something else for {keep:?}"),
+                _ => panic!("{kernel:?} keeps something else for {format:?}"),
             }
         }
     }
@@ -270,10 +270,10 @@ fn a_gated_unit_that_keeps_its_input_rounded_has_the_gradients_of_what_it_kept()
             let bits = |operand: &Operand| {
                 (0..tokens).flat_map(|i| operand.bf16_row(i).to_vec()).collect::<Vec<_>>()
             };
-            let kept = Operand::new(kernel, View::f32(&x, 2 * width), tokens, 2 * width, 1.0);
-            let kept = Operand::owned(kernel, kept.view(), tokens, 2 * width);
-            let tiles = GradientTiles::new(&kept, activation, width);
-            // SAFETY: there is one thread.
+            let saved = Operand::new(kernel, View::f32(&x, 2 * width), tokens, 2 * width, 1.0);
+            let saved = Operand::owned(kernel, saved.view(), tokens, 2 * width);
+            let tiles = GradientTiles::new(&saved, activation, width);
+            // SAFETY: a single thread calls this, so no other task writes the part.
             by_tiles([&u], width, |rows, columns, [g]| unsafe { tiles.take(rows, columns, &g) });
             let (y, [gate, up]) = tiles.finish();
             assert_eq!(
@@ -295,7 +295,7 @@ fn a_gated_unit_that_keeps_its_input_rounded_has_the_gradients_of_what_it_kept()
     }
 }
 
-/// Attention with an explicit mask, in candle's own operations.
+/// Computes attention with an explicit mask, in candle's own operations.
 fn plain_attention(qkv: &[f32], heads: Heads, layout: &RowLayout) -> Vec<f32> {
     let t = layout.tokens();
     let positions = layout.positions();
@@ -412,7 +412,7 @@ fn head_input<'a>(
 
 #[test]
 fn log_probs_and_distributions_match_a_full_softmax() {
-    // More rows than a task has, more tokens than a tile has.
+    // More rows than one task processes, and more tokens than a tile has.
     let (rows, hidden, vocabulary) = (130, 8, 2100);
     let h: Vec<f32> = random(rows * hidden, 17).iter().map(|x| 3.0 * x).collect();
     let w = random(vocabulary * hidden, 18);
@@ -446,9 +446,9 @@ fn log_prob_gradients_match_differences_for_a_frozen_and_a_trainable_head() {
     let targets: Vec<u32> = (0..rows as u32).map(|i| i * 130).collect();
     let u = random(rows, 21);
     for kernel in kernels() {
-        // All probabilities are kept for the weight's gradient, those of the first tiles, none.
-        let gradients = [KEPT, rows * 1024, 0].map(|kept| {
-            let options = HeadOptions { distribution: false, gradient: true, trained: Some(kept) };
+        // Save all probabilities, those of the first tiles, or none.
+        let gradients = [KEPT, rows * 1024, 0].map(|saved| {
+            let options = HeadOptions { distribution: false, gradient: true, trained: Some(saved) };
             let mut out = head(head_input(kernel, &h, &w, hidden, &targets), options);
             let mut dw = vec![0f32; w.len()];
             head_weight_gradient(
@@ -461,7 +461,7 @@ fn log_prob_gradients_match_differences_for_a_frozen_and_a_trainable_head() {
         });
         assert!(
             gradients[1..].iter().all(|(_, dw)| *dw == gradients[0].1),
-            "{kernel:?}: bits depend on what is kept"
+            "{kernel:?}: bits depend on what is saved"
         );
         let [(out, dw), ..] = gradients;
         let dh: Vec<f32> = out

@@ -1,11 +1,10 @@
-//! Where the device's memory is taken from and given back to, without a call of the driver most
-//! times.
+//! Arena for device memory. Most allocations need no call of the driver.
 //!
-//! A pass takes memory block by block and gives it back in the opposite order, and the next row is
-//! longer or shorter. So free memory is kept as ranges of one large range of addresses, whose
-//! neighbours grow together; what is taken is the lowest range that is long enough; and chunks of
-//! the device's memory are mapped behind the addresses when they are first needed. The memory that
-//! is held stays near the most that was in use, whatever the rows' lengths.
+//! A training step allocates block by block and frees in the opposite order, and the next row is
+//! longer or shorter. The arena therefore reserves one large address range and allocates first-fit
+//! at the lowest free address; adjacent free ranges are merged. Chunks of device memory are mapped
+//! behind the addresses when they are first needed. The mapped memory stays near the peak in use,
+//! whatever the row lengths.
 
 use std::collections::BTreeMap;
 
@@ -13,31 +12,32 @@ use cudarc::driver::{DriverError, result as driver, sys};
 
 use crate::compute::free_list::FreeList;
 
-/// The most memory that is mapped at a time.
+/// Maximum size in bytes of a chunk of memory that is mapped at a time.
 const MAX_CHUNK: usize = 32 << 20;
 
-/// The least: devices map memory in pages of this size.
+/// Minimum size in bytes of a chunk: the page size in which devices map memory.
 const MIN_CHUNK: usize = 2 << 20;
 
-/// A device has at least so many chunks, so that a small one (a MIG slice) does not lose much to a
-/// chunk in part use.
+/// Minimum number of chunks per device, so that a small device (a MIG slice) does not lose much
+/// memory to a partly used chunk.
 const MIN_CHUNKS: usize = 512;
 
-/// Every address and size is a multiple.
+/// Every address and size is a multiple of this many bytes.
 const ALIGNMENT: usize = 512;
 
-/// Memory on the device, free and in use.
+/// Device memory, free and in use.
 pub(super) struct Arena {
     source: Source,
     live_bytes: usize,
     peak_bytes: usize,
-    /// Bytes that are left to the driver.
+    /// Bytes of device memory to leave to the driver.
     reserve: usize,
 }
 
 enum Source {
     Mapped(Mapped),
-    /// On a device that cannot map memory: pieces of the driver's, by size.
+    /// Fallback for a device that cannot map memory: allocations from the driver, reused by size in
+    /// bytes.
     Pieces {
         free: BTreeMap<usize, Vec<u64>>,
         free_bytes: usize,
@@ -45,7 +45,8 @@ enum Source {
 }
 
 impl Arena {
-    /// The memory of GPU `ordinal`, which has `total` bytes; its context is current.
+    /// Opens the arena of GPU `ordinal`, which has `total` bytes. The GPU's context must be
+    /// current.
     pub fn open(ordinal: usize, total: usize, reserve: usize, can_map: bool) -> Self {
         let arena = if can_map {
             Mapped::reserve(ordinal, total)
@@ -53,22 +54,26 @@ impl Arena {
             Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_SUPPORTED))
         };
         let source = arena.map(Source::Mapped).unwrap_or_else(|e| {
-            tracing::info!(ordinal, reason = ?e.0, "memory of the GPU is taken piece by piece");
+            tracing::info!(
+                ordinal,
+                reason = ?e.0,
+                "cannot map GPU memory: each allocation comes from the driver"
+            );
             Source::Pieces { free: BTreeMap::new(), free_bytes: 0 }
         });
         Arena { source, live_bytes: 0, peak_bytes: 0, reserve }
     }
 
-    /// At least so many bytes: the address, and how many they are; `None` when that would leave
-    /// less than the reserve.
-    pub fn take(&mut self, bytes: usize) -> Option<(u64, usize)> {
+    /// Allocates at least `bytes` bytes. Returns the address and the allocated size in bytes.
+    /// Returns `None` if there is not enough memory or less than the reserve would remain.
+    pub fn allocate(&mut self, bytes: usize) -> Option<(u64, usize)> {
         let (address, size) = match &mut self.source {
             Source::Mapped(arena) => {
-                arena.take(bytes.max(1).next_multiple_of(ALIGNMENT), self.reserve)?
+                arena.allocate(bytes.max(1).next_multiple_of(ALIGNMENT), self.reserve)?
             }
             Source::Pieces { free, free_bytes } => {
                 let class = size_class(bytes);
-                // Somewhat larger ones, too: rows differ in length.
+                // Up to a quarter larger is accepted too, because rows differ in length.
                 let fits = free
                     .range(class..=class / 4 * 5)
                     .find(|(_, pieces)| !pieces.is_empty())
@@ -78,7 +83,7 @@ impl Arena {
                         *free_bytes -= fits;
                         (address, fits)
                     }
-                    None => (allocate(class, self.reserve)?, class),
+                    None => (allocate_from_driver(class, self.reserve)?, class),
                 }
             }
         };
@@ -87,11 +92,11 @@ impl Arena {
         Some((address, size))
     }
 
-    /// Gives back what was taken.
-    pub fn give(&mut self, address: u64, size: usize) {
+    /// Frees an allocation of `size` bytes.
+    pub fn release(&mut self, address: u64, size: usize) {
         self.live_bytes -= size;
         match &mut self.source {
-            Source::Mapped(arena) => arena.give(address, size),
+            Source::Mapped(arena) => arena.release(address, size),
             Source::Pieces { free, free_bytes } => {
                 *free_bytes += size;
                 free.entry(size).or_default().push(address);
@@ -99,14 +104,15 @@ impl Arena {
         }
     }
 
-    /// Gives free memory back to the driver; the device is done with it. The peak is counted anew.
+    /// Returns free memory to the driver. The device must have finished using it. Resets the peak
+    /// to the bytes now in use.
     pub fn trim(&mut self) -> Result<(), DriverError> {
         self.peak_bytes = self.live_bytes;
         match &mut self.source {
             Source::Mapped(arena) => arena.trim(),
             Source::Pieces { free, free_bytes } => {
                 *free_bytes = 0;
-                // SAFETY: these came from the driver and are in nobody's hands.
+                // SAFETY: the driver allocated these, and nobody uses them.
                 std::mem::take(free)
                     .into_values()
                     .flatten()
@@ -115,7 +121,7 @@ impl Arena {
         }
     }
 
-    /// Bytes that are held and not in use.
+    /// Returns the number of bytes that the arena has from the driver and that are not in use.
     pub fn free_bytes(&self) -> usize {
         match &self.source {
             Source::Mapped(arena) => arena.mapped - self.live_bytes,
@@ -123,79 +129,88 @@ impl Arena {
         }
     }
 
-    /// The most bytes that were in use at one time.
+    /// Returns the peak number of bytes in use since the last trim.
     pub fn peak_bytes(&self) -> usize {
         self.peak_bytes
     }
 }
 
-/// Sizes are rounded up by at most an eighth, so that rows of about the same length share memory.
+/// Rounds a size up by at most an eighth, so that rows of about the same length can reuse each
+/// other's memory.
 fn size_class(bytes: usize) -> usize {
     let bytes = bytes.max(4096);
     bytes.next_multiple_of(1 << (bytes.ilog2() - 3))
 }
 
-/// A piece of the driver's.
-fn allocate(bytes: usize, reserve: usize) -> Option<u64> {
+/// Allocates from the driver, unless less than `reserve` bytes would remain free.
+fn allocate_from_driver(bytes: usize, reserve: usize) -> Option<u64> {
     // SAFETY: the context is current.
     let address = unsafe { driver::malloc_sync(bytes) }.ok()?;
-    if free_of_driver() >= reserve {
+    if driver_free_bytes() >= reserve {
         return Some(address);
     }
-    // SAFETY: nobody has it yet.
+    // SAFETY: the address was not handed out.
     let _ = unsafe { driver::free_sync(address) };
     None
 }
 
-fn free_of_driver() -> usize {
+fn driver_free_bytes() -> usize {
     driver::mem_get_info().map_or(0, |(free, _)| free)
 }
 
-/// A large range of addresses with memory behind the parts that were used.
+/// Large address range with memory mapped behind the parts that were used.
 struct Mapped {
     base: u64,
     reserved: usize,
     place: sys::CUmemLocation,
-    ranges: FreeList,
-    /// Bytes that are mapped at a time.
+    free_list: FreeList,
+    /// Size of a chunk in bytes.
     chunk: usize,
     chunks: Vec<Option<sys::CUmemGenericAllocationHandle>>,
-    /// Bytes of the chunks that are there.
+    /// Total bytes of the mapped chunks.
     mapped: usize,
 }
 
 impl Mapped {
     fn reserve(ordinal: usize, total: usize) -> Result<Self, DriverError> {
-        // Addresses cost nothing: twice the memory, for the holes between what is in use.
+        // Reserving addresses costs nothing. Twice the memory leaves room for fragmentation.
         let chunk = (total / MIN_CHUNKS).next_multiple_of(MIN_CHUNK).clamp(MIN_CHUNK, MAX_CHUNK);
         let reserved = (2 * total).next_multiple_of(chunk);
         let mut base = 0;
-        // SAFETY: the address is written to a variable.
+        // SAFETY: the call only writes the address to a local variable.
         unsafe { sys::cuMemAddressReserve(&raw mut base, reserved, chunk, 0, 0) }.result()?;
         let place = sys::CUmemLocation {
             type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE,
             id: ordinal as i32,
         };
         let chunks = vec![None; reserved / chunk];
-        Ok(Mapped { base, reserved, place, ranges: FreeList::default(), chunk, chunks, mapped: 0 })
+        Ok(Mapped {
+            base,
+            reserved,
+            place,
+            free_list: FreeList::default(),
+            chunk,
+            chunks,
+            mapped: 0,
+        })
     }
 
-    fn take(&mut self, size: usize, reserve: usize) -> Option<(u64, usize)> {
-        let at = self.ranges.take(size);
+    fn allocate(&mut self, size: usize, reserve: usize) -> Option<(u64, usize)> {
+        let at = self.free_list.allocate(size);
         let (first, last) = (at / self.chunk, (at + size - 1) / self.chunk);
         if at + size <= self.reserved && (first..=last).all(|chunk| self.map(chunk, reserve)) {
             return Some((self.base + at as u64, size));
         }
-        self.ranges.give(at, size);
+        self.free_list.release(at, size);
         None
     }
 
-    fn give(&mut self, address: u64, size: usize) {
-        self.ranges.give((address - self.base) as usize, size);
+    fn release(&mut self, address: u64, size: usize) {
+        self.free_list.release((address - self.base) as usize, size);
     }
 
-    /// Maps chunk `chunk` unless it is mapped already. Returns false, and leaves the chunk out of
-    /// use, when there is no memory for it or less than `reserve` would be left.
+    /// Maps chunk `chunk` unless it is mapped already. Returns false and leaves the chunk unmapped
+    /// if there is no memory for it or less than `reserve` bytes would remain free.
     fn map(&mut self, chunk: usize, reserve: usize) -> bool {
         if self.chunks[chunk].is_some() {
             return true;
@@ -203,27 +218,27 @@ impl Mapped {
         let Ok(handle) = self.create(self.address(chunk)) else { return false };
         self.mapped += self.chunk;
         self.chunks[chunk] = Some(handle);
-        // Another process may have taken what was free before.
-        if free_of_driver() >= reserve {
+        // Another process may have allocated memory that was free before.
+        if driver_free_bytes() >= reserve {
             return true;
         }
-        // Whatever comes of this, the caller must not use the chunk: its memory may be gone
-        // although the call failed.
+        // The caller must not use the chunk even if unmapping fails: its memory may be gone
+        // nevertheless.
         if let Err(e) = self.unmap(chunk) {
-            tracing::warn!(reason = ?e.0, "memory of the GPU was not given back to the driver");
+            tracing::warn!(reason = ?e.0, "could not return GPU memory to the driver");
         }
         false
     }
 
-    /// The first address of a chunk.
+    /// Returns the first address of a chunk.
     fn address(&self, chunk: usize) -> u64 {
         self.base + (chunk * self.chunk) as u64
     }
 
-    /// Unmaps a chunk that nobody uses and releases its memory.
+    /// Unmaps a chunk that is not in use and releases its memory.
     fn unmap(&mut self, chunk: usize) -> Result<(), DriverError> {
         let Some(handle) = self.chunks[chunk] else { return Ok(()) };
-        // SAFETY: the chunk is mapped there, and nobody uses it.
+        // SAFETY: the chunk is mapped at this address, and nobody uses it.
         unsafe {
             sys::cuMemUnmap(self.address(chunk), self.chunk).result()?;
             self.chunks[chunk] = None;
@@ -232,7 +247,7 @@ impl Mapped {
         }
     }
 
-    /// A chunk of memory at an address.
+    /// Allocates a chunk of device memory and maps it at `address`.
     fn create(&self, address: u64) -> Result<sys::CUmemGenericAllocationHandle, DriverError> {
         let what = sys::CUmemAllocationProp {
             type_: sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
@@ -251,7 +266,8 @@ impl Mapped {
             flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
         };
         let mut handle = 0;
-        // SAFETY: the chunk's addresses are reserved and have no memory yet; what fails is undone.
+        // SAFETY: the chunk's addresses are reserved and have no memory yet. If a step fails, the
+        // previous ones are undone.
         unsafe {
             sys::cuMemCreate(&raw mut handle, self.chunk, &raw const what, 0).result()?;
             let mapped = sys::cuMemMap(address, self.chunk, 0, handle, 0).result();
@@ -267,10 +283,10 @@ impl Mapped {
         Ok(handle)
     }
 
-    /// Unmaps the chunks of which nothing is in use.
+    /// Unmaps the chunks in which nothing is in use.
     fn trim(&mut self) -> Result<(), DriverError> {
         for chunk in 0..self.chunks.len() {
-            if self.ranges.is_free(chunk * self.chunk, self.chunk) {
+            if self.free_list.is_free(chunk * self.chunk, self.chunk) {
                 self.unmap(chunk)?;
             }
         }
@@ -280,7 +296,7 @@ impl Mapped {
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        // With memory in use the addresses stay: the process ends.
+        // If memory is still in use, the addresses stay reserved until the process ends.
         if self.trim().is_ok() && self.mapped == 0 {
             // SAFETY: nothing is mapped any more.
             let _ = unsafe { sys::cuMemAddressFree(self.base, self.reserved) };

@@ -1,9 +1,8 @@
-//! A GPU through the driver's API: memory from an arena, kernels by name, matrix products by
-//! cuBLAS. Both libraries are looked for when a GPU is asked for, so that one program starts with
-//! and without them.
+//! NVIDIA GPU through the driver API: memory from an arena, kernels by name, GEMM by cuBLAS. The
+//! driver and cuBLAS are loaded when a GPU is opened, so the same program also starts on machines
+//! without them.
 //!
-//! One stream, in whose order everything happens: memory that was given back may be taken again at
-//! once.
+//! All work runs in the order of one stream. Freed memory may therefore be allocated again at once.
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
@@ -19,18 +18,19 @@ use super::kernels::{self, Arg, Kind, Launch};
 use super::staging::Staging;
 use crate::compute::out_of_memory::OutOfMemory;
 
-/// Workspace that cuBLAS gets, once: with it a product's result does not depend on what ran before.
-/// The size is what NVIDIA advises for Hopper.
-const WORKSPACE: usize = 32 << 20;
+/// Size in bytes of cuBLAS's workspace, which is allocated once. With a fixed workspace, a result
+/// does not depend on what ran before. NVIDIA recommends this size for Hopper.
+const WORKSPACE_BYTES: usize = 32 << 20;
 
-/// The part of the GPU's memory that is left to the driver, which loads code when it is first used.
-const RESERVE: usize = 64;
+/// One part in this many of the GPU's memory is left to the driver, which loads code when it is
+/// first used.
+const RESERVE_DIVISOR: usize = 64;
 
-/// A GPU, ready for work.
+/// An opened GPU with compiled kernels.
 pub struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    /// One product is started at a time: the workspace is of all of them.
+    /// Locked while a GEMM is enqueued, because all of them share the workspace.
     blas: Mutex<Blas>,
     module: driver_sys::CUmodule,
     functions: HashMap<(&'static str, Option<Kind>), driver_sys::CUfunction>,
@@ -41,14 +41,13 @@ pub struct Gpu {
     blas_version: i32,
 }
 
-/// cuBLAS's handle and its workspace.
+/// Handle of cuBLAS and its workspace.
 struct Blas {
     handle: blas_sys::cublasHandle_t,
     workspace: u64,
 }
 
-// SAFETY: the handles may be used from any thread that has the context bound, which every entry
-// point does.
+// SAFETY: the handles may be used from any thread that has the context bound, and callers bind it.
 unsafe impl Send for Gpu {}
 // SAFETY: as above.
 unsafe impl Sync for Gpu {}
@@ -59,11 +58,11 @@ impl std::fmt::Debug for Gpu {
     }
 }
 
-/// An address on the device.
+/// Address in device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Address(pub(super) u64);
 
-/// Memory on the device; goes back to the arena when dropped.
+/// Device memory. Dropping it returns it to the arena.
 pub struct Memory {
     gpu: Arc<Gpu>,
     address: u64,
@@ -73,7 +72,7 @@ pub struct Memory {
     len: usize,
 }
 
-/// A matrix on the device, row-major with rows `stride` elements apart, or the transpose of one.
+/// Matrix on the device, row-major with rows `stride` elements apart, or the transpose of one.
 #[derive(Clone, Copy, Debug)]
 pub struct Matrix {
     address: Address,
@@ -83,17 +82,17 @@ pub struct Matrix {
 }
 
 impl Matrix {
-    /// The transpose, without a copy.
+    /// Returns the transpose, without a copy.
     pub fn t(self) -> Self {
         Matrix { transposed: !self.transposed, ..self }
     }
 
-    /// Without its first rows, as the product sees them.
+    /// Returns the matrix without its first `row` rows, counted after any transposition.
     fn rows_from(self, row: usize) -> Self {
         self.from(row * if self.transposed { 1 } else { self.stride })
     }
 
-    /// Without its first columns.
+    /// Returns the matrix without its first `column` columns, counted after any transposition.
     fn columns_from(self, column: usize) -> Self {
         self.from(column * if self.transposed { self.stride } else { 1 })
     }
@@ -103,31 +102,31 @@ impl Matrix {
     }
 }
 
-/// Elements, from the first to the last, that cuBLAS counts in 32 bits.
+/// Maximum number of elements from the first to the last element of an operand. cuBLAS counts them
+/// in 32 bits.
 const MAX_ELEMENTS: usize = i32::MAX as usize;
 
-/// One call of cuBLAS for a part of a product.
+/// One call of cuBLAS, for a part of a GEMM.
 struct GemmPart {
     shape: [usize; 3],
     a: Matrix,
     b: Matrix,
     c: Matrix,
-    /// Whether an earlier part has written C: this one adds to it.
-    adds: bool,
+    /// True if an earlier part has written C and this one accumulates.
+    accumulate: bool,
 }
 
-/// Divides a product until no operand has more than `limit` elements from its first to its last
-/// row. Which dimension is halved depends on the operand that is too long: its rows as they lie in
-/// memory.
+/// Splits a GEMM until no operand spans more than `limit` elements from its first to its last row.
+/// The halved dimension is the one that the rows of the too long operand correspond to in memory.
 fn parts([m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, limit: usize) -> Vec<GemmPart> {
-    let mut todo = vec![GemmPart { shape: [m, n, k], a, b, c, adds: false }];
+    let mut todo = vec![GemmPart { shape: [m, n, k], a, b, c, accumulate: false }];
     let mut parts = Vec::new();
     while let Some(part) = todo.pop() {
         let [m, n, k] = part.shape;
         let rows_of_a = if part.a.transposed { k } else { m };
         let rows_of_b = if part.b.transposed { n } else { k };
         let long = |rows: usize, of: Matrix| rows > 1 && rows * of.stride > limit;
-        // The later half waits below the earlier one: sums go on in order.
+        // The stack gets the later half first, so that the parts of a sum are computed in order.
         if long(m, part.c) || (long(rows_of_a, part.a) && !part.a.transposed) {
             let half = m / 2;
             todo.push(GemmPart {
@@ -143,7 +142,7 @@ fn parts([m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, limit: usize) -
                 shape: [m, n, k - half],
                 a: part.a.columns_from(half),
                 b: part.b.rows_from(half),
-                adds: true,
+                accumulate: true,
                 ..part
             });
             todo.push(GemmPart { shape: [m, n, half], ..part });
@@ -177,20 +176,21 @@ fn blas_failed(what: &str, e: blas::CublasError) -> candle_core::Error {
 }
 
 impl Gpu {
-    /// Opens GPU `ordinal`, compiles the kernels for it and makes ready to multiply.
+    /// Opens GPU `ordinal`, compiles the kernels for it and starts cuBLAS.
     ///
     /// # Errors
-    /// When there is no driver, no cuBLAS or no such GPU, or it is older than what the kernels need
-    /// (compute capability 8.0).
+    /// Fails if there is no driver, no cuBLAS or no such GPU, or if the GPU's compute capability is
+    /// below 8.0, which the kernels need.
     pub fn open(ordinal: usize) -> Result<Arc<Self>> {
-        // SAFETY: loading a library runs its initialisers; NVIDIA's are what is asked for.
+        // SAFETY: loading a library runs its initialisers, and these are NVIDIA's.
         if !unsafe { driver_sys::is_culib_present() } {
             bail!("no NVIDIA driver (libcuda.so.1) on this machine");
         }
         // SAFETY: as above.
         if !unsafe { blas_sys::is_culib_present() } {
             bail!(
-                "cuBLAS (libcublas.so.13 or .12) was not found: install it, or name its folder in LD_LIBRARY_PATH"
+                "cuBLAS (libcublas.so.13 or .12) was not found: install it, or add its folder to \
+                 LD_LIBRARY_PATH"
             );
         }
         let count = CudaContext::device_count().map_err(|e| failed("counting GPUs", e))?;
@@ -198,24 +198,25 @@ impl Gpu {
             bail!("there is no GPU {ordinal}: the driver sees {count}");
         }
         let context = CudaContext::new(ordinal).map_err(|e| failed("opening the GPU", e))?;
-        let (major, minor) =
-            context.compute_capability().map_err(|e| failed("asking for its capability", e))?;
-        let name = context.name().map_err(|e| failed("asking for its name", e))?;
+        let (major, minor) = context
+            .compute_capability()
+            .map_err(|e| failed("reading its compute capability", e))?;
+        let name = context.name().map_err(|e| failed("reading its name", e))?;
         if major < 8 {
             bail!("{name} has compute capability {major}.{minor}; the kernels need 8.0 or newer");
         }
-        let stream = context.new_stream().map_err(|e| failed("making a stream", e))?;
-        // SAFETY: the image is a NUL-terminated text.
+        let stream = context.new_stream().map_err(|e| failed("creating a stream", e))?;
+        // SAFETY: the image is a NUL-terminated string.
         let module = unsafe { driver::module::load_data(kernels::image()?.as_ptr().cast()) }
             .map_err(|e| failed("compiling the kernels", e))?;
         let functions = functions(module)?;
         let blas = Blas::start(&stream)?;
         let blas_version = blas.version()?;
         let blas = Mutex::new(blas);
-        let total = context.total_mem().map_err(|e| failed("asking for its memory", e))?;
+        let total = context.total_mem().map_err(|e| failed("reading its memory size", e))?;
         let maps = driver_sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED;
         let can_map = context.attribute(maps).is_ok_and(|supported| supported != 0);
-        let arena = Arena::open(ordinal, total, total / RESERVE, can_map);
+        let arena = Arena::open(ordinal, total, total / RESERVE_DIVISOR, can_map);
         let staging =
             Mutex::new(Staging::open().map_err(|e| failed("allocating page-locked memory", e))?);
         tracing::info!(gpu = name, ordinal, capability = format!("{major}.{minor}"), "GPU opened");
@@ -236,7 +237,7 @@ impl Gpu {
         Ok(gpu)
     }
 
-    /// How many the driver sees; 0 without a driver.
+    /// Returns the number of GPUs that the driver sees; 0 without a driver.
     pub fn count() -> usize {
         // SAFETY: as in `open`.
         if !unsafe { driver_sys::is_culib_present() } {
@@ -245,77 +246,79 @@ impl Gpu {
         CudaContext::device_count().map_or(0, |count| count as usize)
     }
 
-    /// What the maker calls it.
+    /// Returns the model name of the GPU.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The version of cuBLAS, e.g. 130100: another one may multiply in another order.
+    /// Returns the version of cuBLAS, e.g. 130100. Another version may sum in another order.
     pub fn blas_version(&self) -> i32 {
         self.blas_version
     }
 
-    /// Its index.
+    /// Returns the index of the GPU.
     pub fn ordinal(&self) -> usize {
         self.context.ordinal()
     }
 
-    /// Bytes that are free (what the arena could give back included), and all bytes.
+    /// Returns the free bytes, including free memory of the arena, and the total bytes.
     pub fn memory(&self) -> Result<(u64, u64)> {
-        let (free, total) =
-            self.context.mem_get_info().map_err(|e| self.noted("asking for free memory", e))?;
+        let (free, total) = self
+            .context
+            .mem_get_info()
+            .map_err(|e| self.record_error("reading the free memory", e))?;
         Ok(((free + self.arena().free_bytes()) as u64, total as u64))
     }
 
-    /// The most bytes that were in use at one time.
+    /// Returns the peak number of bytes in use since the last trim.
     pub fn peak_bytes(&self) -> u64 {
         self.arena().peak_bytes() as u64
     }
 
-    /// Returns true after a failure that makes every later call fail, too. Only a new process can
+    /// Returns true after a failure that makes every later call fail too. Only a new process can
     /// use the GPU again.
     pub fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Acquire)
     }
 
-    /// Makes the calling thread use this GPU.
+    /// Makes this GPU's context current on the calling thread.
     pub fn bind(&self) -> Result<()> {
-        self.context.bind_to_thread().map_err(|e| self.noted("choosing the GPU", e))
+        self.context.bind_to_thread().map_err(|e| self.record_error("binding the GPU's context", e))
     }
 
     fn arena(&self) -> MutexGuard<'_, Arena> {
         self.arena.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives all free memory back to the driver.
+    /// Waits for the stream and returns all free memory to the driver.
     pub fn trim(&self) -> Result<()> {
         self.bind()?;
-        // Nothing is given back between the wait and the trim.
+        // The lock is taken first, so that nothing is freed between the wait and the trim.
         let mut arena = self.arena();
         self.synchronize()?;
-        arena.trim().map_err(|e| self.noted("freeing memory", e))
+        arena.trim().map_err(|e| self.record_error("freeing memory", e))
     }
 
-    /// Waits until the stream is done.
+    /// Waits until the stream has finished.
     pub fn synchronize(&self) -> Result<()> {
-        self.stream.synchronize().map_err(|e| self.noted("waiting for the GPU", e))
+        self.stream.synchronize().map_err(|e| self.record_error("waiting for the GPU", e))
     }
 
-    /// `len` elements with any content.
+    /// Allocates `len` elements with **unspecified contents**.
     pub fn dirty(self: &Arc<Self>, kind: Kind, len: usize) -> Result<Memory> {
         let bytes = len * kind.bytes();
-        let found = self.arena().take(bytes);
+        let found = self.arena().allocate(bytes);
         let (address, size) = match found {
             Some(found) => found,
-            None => self.take_after_trim(bytes)?,
+            None => self.allocate_after_trim(bytes)?,
         };
         Ok(Memory { gpu: self.clone(), address, size, kind, len })
     }
 
-    /// Returns all free memory of the arena to the driver and allocates once more.
-    fn take_after_trim(&self, bytes: usize) -> Result<(u64, usize)> {
+    /// Returns all free memory of the arena to the driver and tries to allocate once more.
+    fn allocate_after_trim(&self, bytes: usize) -> Result<(u64, usize)> {
         self.trim()?;
-        let found = self.arena().take(bytes);
+        let found = self.arena().allocate(bytes);
         found.ok_or_else(|| {
             let free = driver::mem_get_info().map_or(0, |(free, _)| free);
             out_of_memory(format!(
@@ -326,8 +329,8 @@ impl Gpu {
         })
     }
 
-    /// The error of a driver's call; remembers when the GPU is lost.
-    fn noted(&self, what: &str, e: DriverError) -> candle_core::Error {
+    /// Converts an error of the driver and records if the GPU is lost.
+    fn record_error(&self, what: &str, e: DriverError) -> candle_core::Error {
         use driver_sys::cudaError_enum as Code;
         match e.0 {
             Code::CUDA_ERROR_OUT_OF_MEMORY => return out_of_memory(failed(what, e).to_string()),
@@ -352,7 +355,7 @@ impl Gpu {
         failed(what, e)
     }
 
-    /// `len` zeros.
+    /// Allocates `len` zeros.
     pub fn zeros(self: &Arc<Self>, kind: Kind, len: usize) -> Result<Memory> {
         let memory = self.dirty(kind, len)?;
         self.clear(&memory)?;
@@ -364,10 +367,10 @@ impl Gpu {
         let bytes = memory.len * memory.kind.bytes();
         // SAFETY: the memory is that long.
         unsafe { driver::memset_d8_async(memory.address, 0, bytes, self.stream.cu_stream()) }
-            .map_err(|e| self.noted("clearing memory", e))
+            .map_err(|e| self.record_error("clearing memory", e))
     }
 
-    /// A copy of host values. `T` is as wide as an element.
+    /// Copies host values to new device memory. `T` must be as wide as an element.
     pub fn upload<T: Copy>(self: &Arc<Self>, kind: Kind, values: &[T]) -> Result<Memory> {
         debug_assert_eq!(size_of::<T>(), kind.bytes());
         let memory = self.dirty(kind, values.len())?;
@@ -375,7 +378,7 @@ impl Gpu {
         Ok(memory)
     }
 
-    /// Overwrites elements from `offset` on with host values.
+    /// Overwrites the elements from `offset` on with host values.
     pub fn write<T: Copy>(&self, memory: &Memory, offset: usize, values: &[T]) -> Result<()> {
         assert!(
             offset + values.len() <= memory.len,
@@ -383,17 +386,17 @@ impl Gpu {
             values.len(),
             memory.len
         );
-        // SAFETY: any value of `T` may be read as bytes: it is a number.
+        // SAFETY: `T` is a plain number, which may be read as bytes.
         let bytes = unsafe {
             std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values))
         };
         let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the memory is long enough, as asserted.
         unsafe { staging.copy(memory.at(offset).0, bytes, self.stream.cu_stream()) }
-            .map_err(|e| self.noted("copying to the GPU", e))
+            .map_err(|e| self.record_error("copying to the GPU", e))
     }
 
-    /// Waits for the stream and copies the first elements to the host.
+    /// Copies the first elements to the host and waits until they have arrived.
     pub fn download<T: Copy>(&self, memory: &Memory, to: &mut [T]) -> Result<()> {
         assert!(
             size_of_val(to) <= memory.size,
@@ -401,14 +404,14 @@ impl Gpu {
             size_of_val(to),
             memory.size
         );
-        // SAFETY: the memory is large enough, and the wait makes sure that `to` is written before
-        // it is used.
+        // SAFETY: the memory is large enough, and the function waits for the copy before it
+        // returns.
         unsafe { driver::memcpy_dtoh_async(to, memory.address, self.stream.cu_stream()) }
-            .map_err(|e| self.noted("copying from the GPU", e))?;
+            .map_err(|e| self.record_error("copying from the GPU", e))?;
         self.synchronize()
     }
 
-    /// A copy on the device.
+    /// Copies the memory on the device.
     fn copy(self: &Arc<Self>, from: &Memory) -> Result<Memory> {
         let to = self.dirty(from.kind, from.len)?;
         let bytes = from.len * from.kind.bytes();
@@ -416,15 +419,15 @@ impl Gpu {
         unsafe {
             driver::memcpy_dtod_async(to.address, from.address, bytes, self.stream.cu_stream())
         }
-        .map_err(|e| self.noted("copying on the GPU", e))?;
+        .map_err(|e| self.record_error("copying on the GPU", e))?;
         Ok(to)
     }
 
-    /// Refuses a GPU whose f32 products round their operands to TF32, which a setting of the
-    /// environment can ask of cuBLAS (`NVIDIA_TF32_OVERRIDE`).
+    /// Returns an error if f32 GEMMs on this GPU round their operands to TF32. The environment
+    /// variable `NVIDIA_TF32_OVERRIDE` can make cuBLAS do that.
     fn refuse_reduced_precision(self: &Arc<Self>) -> Result<()> {
         const N: usize = 256;
-        // TF32 has 10 bits after the point: this is 1 there.
+        // TF32 has 10 fraction bits and would round this to 1.
         let value = 1.0 + 2f32.powi(-20);
         let a = self.upload(Kind::F32, &vec![value; N * N])?;
         let mut identity = vec![0f32; N * N];
@@ -435,14 +438,16 @@ impl Gpu {
         self.download(&c, &mut product)?;
         if product.iter().any(|x| *x != value) {
             bail!(
-                "f32 products on {} are not exact to f32: unset NVIDIA_TF32_OVERRIDE and other settings that ask for TF32",
+                "f32 matrix multiplications on {} are not exact: unset NVIDIA_TF32_OVERRIDE and \
+                 other settings that enable TF32",
                 self.name
             );
         }
         Ok(())
     }
 
-    /// Starts a kernel. Only the typed functions of [`super::ops`] call this.
+    /// Enqueues a kernel. Only the typed functions of [`super::ops`] call this, because the
+    /// arguments are not checked here.
     pub(super) fn launch(
         &self,
         name: &'static str,
@@ -460,9 +465,9 @@ impl Gpu {
         let mut pointers: Vec<*mut c_void> =
             slots.iter_mut().map(|slot| std::ptr::from_mut(slot).cast()).collect();
         let ([x, y, z], stream) = (launch.grid, self.stream.cu_stream());
-        // SAFETY: the kernel belongs to a module that stays loaded; arguments are in its order,
-        // each at the start of 8 bytes (little-endian), and name memory that stays until the stream
-        // is past the kernel.
+        // SAFETY: the kernel's module stays loaded. The arguments are in the kernel's order, each
+        // at the start of 8 bytes (little-endian). They point to memory that stays until the stream
+        // has passed the kernel.
         let launched = unsafe {
             driver::launch_kernel(
                 function,
@@ -473,11 +478,11 @@ impl Gpu {
                 &mut pointers,
             )
         };
-        launched.map_err(|e| self.noted(name, e))
+        launched.map_err(|e| self.record_error(name, e))
     }
 
-    /// `c` `[m, n]` = β·c + α·a·b with a `[m, k]`, b `[k, n]` and f32 sums, `c` row-major. Operands
-    /// of more than 2³¹ elements, which cuBLAS does not count, are multiplied in parts.
+    /// Computes c = β·c + α·a·b with f32 accumulation, for row-major c `[m, n]`, a `[m, k]` and b
+    /// `[k, n]`. Operands of more than `MAX_ELEMENTS` elements are multiplied in parts.
     pub fn matmul(
         &self,
         shape: [usize; 3],
@@ -494,7 +499,7 @@ impl Gpu {
                 part.b,
                 part.c,
                 alpha,
-                if part.adds { 1.0 } else { beta },
+                if part.accumulate { 1.0 } else { beta },
             )?;
         }
         Ok(())
@@ -522,8 +527,8 @@ impl Gpu {
             }
         };
         let pointer = |m: Matrix| m.address.0 as *mut c_void;
-        // cuBLAS counts by columns: a row-major matrix is its transpose, and cᵀ = bᵀ·aᵀ.
-        // SAFETY: the callers' matrices lie inside their memory.
+        // cuBLAS is column-major. It sees each row-major matrix as its transpose, so this computes
+        // cᵀ = bᵀ·aᵀ.
         let multiplied = unsafe {
             blas::gemm_ex(
                 blas.handle,
@@ -548,11 +553,11 @@ impl Gpu {
             )
         };
         multiplied.map_err(|e| {
-            let error = blas_failed(&format!("a product of {m}x{k}x{n}"), e);
+            let error = blas_failed(&format!("a GEMM of {m}x{k}x{n}"), e);
             if e.0 == blas_sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED {
                 return out_of_memory(error.to_string());
             }
-            // What failed before on the device is told by the driver, which notes it.
+            // An earlier failure on the device is reported by the driver; `synchronize` records it.
             drop(self.synchronize());
             error
         })
@@ -566,7 +571,7 @@ impl Drop for Gpu {
         }
         self.staging.get_mut().unwrap_or_else(PoisonError::into_inner).close();
         let blas = self.blas.get_mut().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: nothing of these is used any more: all memory holds a reference to this.
+        // SAFETY: nothing uses these any more, because all memory holds a reference to the GPU.
         unsafe {
             let _ = blas::destroy_handle(blas.handle);
             let _ = driver::free_sync(blas.workspace);
@@ -578,18 +583,19 @@ impl Drop for Gpu {
 impl Blas {
     fn start(stream: &CudaStream) -> Result<Self> {
         let handle = blas::create_handle().map_err(|e| blas_failed("starting", e))?;
-        // Sums of bf16 products are f32 throughout; those of f32 use no TF32.
+        // Accumulation is in f32 for bf16 operands, and f32 operands are not rounded to TF32.
         let mode = blas_sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
         // SAFETY: the handle and the stream are valid; the workspace is freed after the handle.
         unsafe {
             blas::set_stream(handle, stream.cu_stream().cast())
-                .map_err(|e| blas_failed("choosing the stream", e))?;
-            let workspace = driver::malloc_sync(WORKSPACE)
+                .map_err(|e| blas_failed("setting its stream", e))?;
+            let workspace = driver::malloc_sync(WORKSPACE_BYTES)
                 .map_err(|e| failed("allocating cuBLAS's workspace", e))?;
-            let set = blas_sys::cublasSetWorkspace_v2(handle, workspace as *mut c_void, WORKSPACE)
-                .result();
+            let set =
+                blas_sys::cublasSetWorkspace_v2(handle, workspace as *mut c_void, WORKSPACE_BYTES)
+                    .result();
             set.and_then(|()| blas_sys::cublasSetMathMode(handle, mode).result())
-                .map_err(|e| blas_failed("configuring it", e))?;
+                .map_err(|e| blas_failed("setting its workspace and math mode", e))?;
             Ok(Blas { handle, workspace })
         }
     }
@@ -598,12 +604,12 @@ impl Blas {
         let mut version = 0;
         // SAFETY: the handle is valid, and the number is written before the call returns.
         let asked = unsafe { blas_sys::cublasGetVersion_v2(self.handle, &mut version) };
-        asked.result().map_err(|e| blas_failed("asking for its version", e))?;
+        asked.result().map_err(|e| blas_failed("reading its version", e))?;
         Ok(version)
     }
 }
 
-/// The functions of the module, all of them, so that a missing one is found at the start.
+/// Looks up all functions of the module at the start, so that a missing one is reported at once.
 fn functions(
     module: driver_sys::CUmodule,
 ) -> Result<HashMap<(&'static str, Option<Kind>), driver_sys::CUfunction>> {
@@ -614,7 +620,7 @@ fn functions(
             None => name.to_owned(),
         })
         .map_err(candle_core::Error::wrap)?;
-        // SAFETY: the module stays loaded as long as the process.
+        // SAFETY: the module stays loaded until the GPU is dropped.
         let function =
             unsafe { driver::module::get_function(module, full) }.map_err(|e| failed(name, e))?;
         if shared > 0 {
@@ -630,38 +636,38 @@ fn functions(
 }
 
 impl Memory {
-    /// Elements.
+    /// Returns the number of elements.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// The kind of its elements.
+    /// Returns the type of the elements.
     pub fn kind(&self) -> Kind {
         self.kind
     }
 
-    /// Its first element.
+    /// Returns the address of the first element.
     pub fn address(&self) -> Address {
         Address(self.address)
     }
 
-    /// Element `offset`.
+    /// Returns the address of element `offset`.
     pub fn at(&self, offset: usize) -> Address {
         debug_assert!(offset <= self.len);
         Address(self.address + (offset * self.kind.bytes()) as u64)
     }
 
-    /// Returns a copy.
+    /// Copies the memory on the device.
     pub fn copy(&self) -> Result<Memory> {
         self.gpu.copy(self)
     }
 
-    /// As a matrix with rows `stride` elements apart.
+    /// Returns the memory as a matrix with rows `stride` elements apart.
     pub fn matrix(&self, stride: usize) -> Matrix {
         self.matrix_at(0, stride)
     }
 
-    /// The same from element `offset` on.
+    /// Returns the memory from element `offset` on as a matrix with rows `stride` elements apart.
     pub fn matrix_at(&self, offset: usize, stride: usize) -> Matrix {
         Matrix { address: self.at(offset), kind: self.kind, stride, transposed: false }
     }
@@ -681,15 +687,15 @@ impl From<Address> for Arg {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // In debug builds, what reads memory after it was given back reads NaN.
+        // In debug builds, a read after free sees NaN.
         if cfg!(debug_assertions) {
-            // SAFETY: the memory is that long. On a thread without the context the call fails, and
-            // changes nothing.
+            // SAFETY: the memory has `size` bytes. On a thread without the context the call fails
+            // and changes nothing.
             let _ = unsafe {
                 driver::memset_d8_async(self.address, 0xff, self.size, self.gpu.stream.cu_stream())
             };
         }
-        self.gpu.arena().give(self.address, self.size);
+        self.gpu.arena().release(self.address, self.size);
     }
 }
 
@@ -701,7 +707,7 @@ mod tests {
         Matrix { address: Address(0), kind: Kind::F32, stride, transposed: false }
     }
 
-    /// Runs the parts of a product on the host: addresses are positions in the operands.
+    /// Computes the parts of a GEMM on the host. Addresses are offsets into the operands.
     fn multiply(
         [m, n, k]: [usize; 3],
         a: (Matrix, &[f64]),
@@ -713,7 +719,8 @@ mod tests {
             let (row, column) = if m.transposed { (column, row) } else { (row, column) };
             m.address.0 as usize / 4 + row * m.stride + column
         };
-        // What no part writes stays what it was, and what a part adds to must have been written.
+        // Elements that no part writes stay NaN, and so do elements that a part accumulates into
+        // before they were written.
         let mut out = vec![f64::NAN; m * c.stride];
         let parts = parts([m, n, k], a.0, b.0, c, limit);
         for part in &parts {
@@ -721,7 +728,7 @@ mod tests {
             for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
                 let sum: f64 = (0..k).map(|l| a.1[at(part.a, i, l)] * b.1[at(part.b, l, j)]).sum();
                 let to = &mut out[at(part.c, i, j)];
-                *to = if part.adds { *to + sum } else { sum };
+                *to = if part.accumulate { *to + sum } else { sum };
             }
         }
         (parts.len(), out)

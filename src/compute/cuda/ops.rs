@@ -1,11 +1,11 @@
 //! Typed launches of the kernels in `kernels/*.cu`, one function per kernel.
 //!
 //! Each function takes the operands by name, derives the numbers of rows and blocks from their
-//! sizes, compares the operands with each other and starts the kernel. This is the only file that
-//! knows the order of a kernel's arguments, its grid and its threads.
+//! sizes, checks that the operands fit each other and starts the kernel. Only this file knows the
+//! argument order, the grid and the number of threads of a kernel.
 //!
-//! An operand of the wrong size is an error that names the kernel, the operand and both sizes:
-//! without the check the kernel would read or write another buffer's memory. Sizes are in elements.
+//! An operand of the wrong size is an error that names the kernel, the operand and both sizes.
+//! Without the check the kernel would read or write another buffer's memory. Sizes are in elements.
 //! Integers on the device have 32 bits, and their memory is [`Kind::F32`].
 
 #[cfg(test)]
@@ -20,27 +20,27 @@ use crate::compute::cpu::attention::Heads;
 use crate::compute::cpu::rope::Direction;
 use crate::compute::cpu::swiglu::Activation;
 
-/// Floats of a row's softmax in the head's kernels (`State` in head.cu).
+/// Number of floats in a row's softmax state (`State` in head.cu).
 pub(crate) const SOFTMAX_STATE: usize = 8;
 
-/// Integers of an entry of a list of tiles, for attention.
+/// Number of integers in an entry of a tile list for attention.
 pub(crate) const TILE_ENTRY: usize = 5;
 
-/// Rows (for head norms: heads) whose terms one block of threads sums for the gradient of a norm's
-/// weight.
+/// Number of rows (for head norms: heads) that one block of threads sums for the gradient of a
+/// norm's weight.
 const ROWS_PER_PARTIAL: usize = 64;
 
-/// Threads of a block that gives each warp a head.
+/// Threads per block in kernels that give each warp a head.
 const HEAD_THREADS: usize = 128;
 
-/// Heads that such a block works on.
+/// Heads per block in kernels that give each warp a head.
 const HEADS_PER_BLOCK: usize = 4;
 
-/// Threads of a block of an attention kernel.
+/// Threads per block of the attention kernels.
 const ATTENTION_THREADS: usize = 128;
 
-/// Compares what an operand is with what its kernel expects, both as the kind and the number of
-/// elements.
+/// Checks the element type and the number of elements of an operand against what its kernel
+/// expects.
 fn compare(kernel: &str, operand: &str, is: (Kind, usize), expected: (Kind, usize)) -> Result<()> {
     if is == expected {
         return Ok(());
@@ -54,7 +54,8 @@ fn compare(kernel: &str, operand: &str, is: (Kind, usize), expected: (Kind, usiz
     )
 }
 
-/// Compares operands with what `kernel` expects: name, memory, kind, elements.
+/// Checks operands against what `kernel` expects; each entry is (name, memory, element type, number
+/// of elements).
 fn check(kernel: &str, operands: &[(&str, &Memory, Kind, usize)]) -> Result<()> {
     operands.iter().try_for_each(|&(name, memory, kind, len)| {
         compare(kernel, name, (memory.kind(), memory.len()), (kind, len))
@@ -66,38 +67,39 @@ fn count_rows(kernel: &str, operand: &str, len: usize, width: usize) -> Result<u
     match len.checked_rem(width) {
         Some(0) => Ok(len / width),
         _ => bail!(
-            "CUDA: {kernel}: {operand} has {len} elements, which are no whole rows of {width}"
+            "CUDA: {kernel}: {operand} has {len} elements, which cannot be divided into \
+             rows of {width}"
         ),
     }
 }
 
-/// A null pointer stands for an operand that is absent.
+/// Returns the argument for an optional operand: a null pointer if it is absent.
 fn optional(memory: Option<&Memory>) -> Arg {
     memory.map_or(Arg::Pointer(0), Arg::from)
 }
 
-/// Number of partial sums for the gradient of a norm's weight over `rows` rows.
+/// Returns the number of partial sums for the gradient of a norm's weight over `rows` rows.
 pub(crate) fn weight_partials(rows: usize) -> usize {
     rows.div_ceil(ROWS_PER_PARTIAL)
 }
 
-/// Some columns of a row-major matrix.
+/// Consecutive columns of a row-major matrix.
 #[derive(Clone, Copy)]
 pub(crate) struct Columns<'a> {
     pub matrix: &'a Memory,
-    /// Width of the matrix.
+    /// Width of the matrix in elements.
     pub stride: usize,
     pub first: usize,
     pub count: usize,
 }
 
 impl<'a> Columns<'a> {
-    /// All columns of a matrix that is `width` wide.
+    /// Returns all columns of a matrix with rows of `width` elements.
     pub fn all(matrix: &'a Memory, width: usize) -> Self {
         Columns { matrix, stride: width, first: 0, count: width }
     }
 
-    /// Checks that the columns lie inside the matrix. Returns its number of rows.
+    /// Checks that the columns lie inside the matrix and returns the number of rows.
     fn rows(&self, kernel: &str, operand: &str) -> Result<usize> {
         check_columns(kernel, operand, self.first + self.count, self.stride)?;
         count_rows(kernel, operand, self.matrix.len(), self.stride)
@@ -112,7 +114,7 @@ fn check_columns(kernel: &str, operand: &str, end: usize, stride: usize) -> Resu
     Ok(())
 }
 
-/// Places of equally wide heads in the rows of a matrix: head h of row r starts at element
+/// Position of heads of equal width in the rows of a matrix: head h of row r starts at element
 /// r·stride + first + h·dim.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct HeadColumns {
@@ -124,13 +126,13 @@ pub(crate) struct HeadColumns {
 }
 
 impl HeadColumns {
-    /// Checks that the heads lie inside the rows. Returns the number of elements of the matrix.
+    /// Checks that the heads lie inside the rows and returns the number of elements of the matrix.
     fn elements(&self, kernel: &str, operand: &str) -> Result<usize> {
         check_columns(kernel, operand, self.first + self.heads * self.dim, self.stride)?;
         Ok(self.rows * self.stride)
     }
 
-    /// Number of heads in all rows.
+    /// Returns the number of heads in all rows.
     pub fn items(&self) -> usize {
         self.rows * self.heads
     }
@@ -138,7 +140,8 @@ impl HeadColumns {
 
 // ----------------------------------------------------------------------------------- moving rows
 
-/// x\[t, :\] = table\[ids\[t\], :\], with x `[T, width]` in f32, table `[V, width]`, ids `[T]`.
+/// Gathers embeddings: x\[t, :\] = table\[ids\[t\], :\], with x `[T, width]` in f32, table `[V,
+/// width]`, ids `[T]`.
 pub(crate) fn embed(
     gpu: &Gpu,
     x: &Memory,
@@ -153,7 +156,8 @@ pub(crate) fn embed(
     gpu.launch("embed", Some(table.kind()), Launch::blocks(tokens), &args)
 }
 
-/// to\[i, :\] = from\[index\[i\], :\], with to `[n, width]`, from `[T, width]`, index `[n]`.
+/// Gathers rows: to\[i, :\] = from\[index\[i\], :\], with to `[n, width]`, from `[T, width]`, index
+/// `[n]`.
 pub(crate) fn gather_rows(
     gpu: &Gpu,
     to: &Memory,
@@ -181,17 +185,18 @@ pub(crate) struct ScatterRows<'a> {
     pub to: &'a Memory,
     /// `[n, width]`
     pub from: &'a Memory,
-    /// The different rows of `to` that are added to `[U]`.
+    /// Distinct rows of `to` that receive sums `[U]`.
     pub rows: &'a Memory,
-    /// Where the terms of each of them start in `order` `[U + 1]`.
+    /// For each of these rows, the start of its terms in `order`; the last entry is the end `[U +
+    /// 1]`.
     pub offsets: &'a Memory,
-    /// Rows of `from` `[n]`.
+    /// Rows of `from`, grouped by their target row `[n]`.
     pub order: &'a Memory,
     pub width: usize,
 }
 
-/// to\[rows\[i\], :\] += Σ from\[order\[k\], :\] over k in offsets\[i\]..offsets\[i + 1\], in
-/// order.
+/// Adds rows: to\[rows\[i\], :\] += Σ from\[order\[k\], :\] over k in offsets\[i\]..offsets\[i +
+/// 1\], in this order.
 pub(crate) fn scatter_rows(gpu: &Gpu, s: ScatterRows<'_>) -> Result<()> {
     let (unique, width) = (s.rows.len(), s.width);
     let target_rows = count_rows("scatter_rows", "to", s.to.len(), width)?;
@@ -217,7 +222,7 @@ pub(crate) fn scatter_rows(gpu: &Gpu, s: ScatterRows<'_>) -> Result<()> {
     gpu.launch("scatter_rows", None, Launch::blocks(unique), &args)
 }
 
-/// to\[i, :\] = g\[i\] · from\[i, :\], with from `[n, width]` and g `[n]` in f32.
+/// Scales rows: to\[i, :\] = g\[i\] · from\[i, :\], with from `[n, width]` and g `[n]` in f32.
 pub(crate) fn scale_rows(
     gpu: &Gpu,
     to: &Memory,
@@ -248,7 +253,8 @@ pub(crate) fn cast_bf16(gpu: &Gpu, to: &Memory, from: &Memory) -> Result<()> {
 
 // ---------------------------------------------------------------------------------- element-wise
 
-/// Rotates the first heads of every row of `x` in place; cos and sin are `[T, D/2]`.
+/// Applies the rotary embedding to the first heads of every row of `x` in place; cos and sin are
+/// `[T, D/2]`.
 pub(crate) fn rope(
     gpu: &Gpu,
     x: &Memory,
@@ -287,7 +293,8 @@ pub(crate) fn rope(
     gpu.launch("rope", Some(kind), Launch::blocks(rows), &args)
 }
 
-/// y = activation(gate) · up, with y `[T, width]` and gate_up = \[gate | up\] `[T, 2·width]`.
+/// Computes y = activation(gate) · up, with y `[T, width]` and gate_up = \[gate | up\] `[T,
+/// 2·width]`.
 pub(crate) fn gated(
     gpu: &Gpu,
     activation: Activation,
@@ -305,7 +312,7 @@ pub(crate) fn gated(
     gpu.launch(kernel, Some(y.kind()), Launch::strided(tokens * width), &args)
 }
 
-/// Replaces gate_up by its gradient, given that of y, `gy` `[T, width]`.
+/// Replaces gate_up by its gradient, given the gradient of y, `gy` `[T, width]`.
 pub(crate) fn gated_backward(
     gpu: &Gpu,
     activation: Activation,
@@ -323,7 +330,7 @@ pub(crate) fn gated_backward(
     gpu.launch(kernel, Some(gy.kind()), Launch::strided(tokens * width), &args)
 }
 
-/// Adds a bias in f32 to every row of some columns.
+/// Adds an f32 bias to every row of the given columns.
 pub(crate) fn add_bias(gpu: &Gpu, y: Columns<'_>, bias: &Memory) -> Result<()> {
     let rows = y.rows("add_bias", "y")?;
     check("add_bias", &[("bias", bias, F32, y.count)])?;
@@ -339,7 +346,7 @@ pub(crate) fn add_bias(gpu: &Gpu, y: Columns<'_>, bias: &Memory) -> Result<()> {
     gpu.launch("add_bias", Some(y.matrix.kind()), Launch::strided(rows * y.count), &args)
 }
 
-/// out\[c\] += Σ_r g\[r, c\], with out in f32.
+/// Adds column sums: out\[c\] += Σ_r g\[r, c\], with out in f32.
 pub(crate) fn column_sum(gpu: &Gpu, out: &Memory, g: Columns<'_>) -> Result<()> {
     let rows = g.rows("column_sum", "g")?;
     check("column_sum", &[("out", out, F32, g.count)])?;
@@ -350,7 +357,7 @@ pub(crate) fn column_sum(gpu: &Gpu, out: &Memory, g: Columns<'_>) -> Result<()> 
 
 // ----------------------------------------------------------------------------------------- norms
 
-/// y = x / √(mean x² + ε) ⊙ w of every row, with x `[n, width]` and w `[width]` in f32.
+/// Computes y = x / √(mean x² + ε) ⊙ w of every row, with x `[n, width]` and w `[width]` in f32.
 pub(crate) fn rms_norm(gpu: &Gpu, y: &Memory, x: &Memory, w: &Memory, eps: f32) -> Result<()> {
     let (kind, width) = (y.kind(), w.len());
     let rows = count_rows("rms_norm", "y", y.len(), width)?;
@@ -361,7 +368,7 @@ pub(crate) fn rms_norm(gpu: &Gpu, y: &Memory, x: &Memory, w: &Memory, eps: f32) 
 
 /// Operands of [`rms_norm_backward`].
 pub(crate) struct RmsNormBackward<'a> {
-    /// Receives the gradient of x on top of what it holds `[n, width]`, in f32.
+    /// The gradient of x is added to this `[n, width]`, in f32.
     pub gx: &'a Memory,
     /// Receives 1 / √(mean x² + ε) of every row `[n]`, in f32.
     pub inverse: &'a Memory,
@@ -400,8 +407,8 @@ pub(crate) fn rms_norm_backward(gpu: &Gpu, n: RmsNormBackward<'_>) -> Result<()>
     gpu.launch("rms_norm_backward", Some(kind), Launch::blocks(rows), &args)
 }
 
-/// partial\[b, :\] = Σ g ⊙ x · inverse over the rows of part b of [`weight_partials`], with partial
-/// `[parts, width]`; their sum is the gradient of w.
+/// Computes partial sums of the gradient of w: partial\[b, :\] = Σ g ⊙ x · inverse over the b-th
+/// group of rows. `partial` is `[weight_partials(n), width]`; the sum of its rows is the gradient.
 pub(crate) fn rms_norm_weight(
     gpu: &Gpu,
     partial: &Memory,
@@ -437,7 +444,7 @@ pub(crate) fn rms_norm_weight(
     )
 }
 
-/// Norms heads in place, each over its own elements; w `[D]` in f32.
+/// Applies RMSNorm to each head in place; w `[D]` is in f32.
 pub(crate) fn head_norm(
     gpu: &Gpu,
     x: &Memory,
@@ -466,19 +473,19 @@ pub(crate) fn head_norm(
 
 /// Operands of [`head_norm_backward`].
 pub(crate) struct HeadNormBackward<'a> {
-    /// The gradient of the norm's output, which becomes that of its input.
+    /// On entry the gradient of the norm's output, on return that of its input.
     pub g: &'a Memory,
-    /// Where wanted, receives the sums of g ⊙ x · inverse over the heads of each part of
-    /// [`weight_partials`] `[parts, D]`, in f32; their sum is the gradient of w.
+    /// If given, receives partial sums of the gradient of w, Σ g ⊙ x · inverse over each group of
+    /// heads `[weight_partials(heads), D]`, in f32. The sum of its rows is the gradient.
     pub partial: Option<&'a Memory>,
-    /// The norm's input, laid out as `g`.
+    /// Input of the norm, in the same layout as `g`.
     pub before: &'a Memory,
     /// `[D]`, in f32.
     pub w: &'a Memory,
     pub eps: f32,
 }
 
-/// Replaces the gradient of normed heads by that of the heads before the norm.
+/// Replaces the gradient of the norm's output by that of its input.
 pub(crate) fn head_norm_backward(
     gpu: &Gpu,
     n: HeadNormBackward<'_>,
@@ -512,14 +519,15 @@ pub(crate) fn head_norm_backward(
 
 // ------------------------------------------------------------------------------------------ head
 
-/// Sets the softmax of every row to that of no logits, with state `[n, SOFTMAX_STATE]`.
+/// Initialises the softmax state of every row, state `[n, SOFTMAX_STATE]`, to that of an empty row
+/// of logits.
 pub(crate) fn head_start(gpu: &Gpu, state: &Memory) -> Result<()> {
     let rows = count_rows("head_start", "state", state.len(), SOFTMAX_STATE)?;
     check("head_start", &[("state", state, F32, state.len())])?;
     gpu.launch("head_start", None, Launch::blocks(rows.div_ceil(256)), &[state.into(), rows.into()])
 }
 
-/// A tile of logits: tokens `first` to `first + width`, in rows of `stride` elements.
+/// Tile of logits for tokens `first` to `first + width`, in rows of `stride` elements.
 #[derive(Clone, Copy)]
 pub(crate) struct LogitTile<'a> {
     /// `[n, stride]`, in f32.
@@ -530,7 +538,7 @@ pub(crate) struct LogitTile<'a> {
 }
 
 impl LogitTile<'_> {
-    /// Checks the tile for `rows` rows. Returns the number of elements.
+    /// Checks the tile for `rows` rows and returns the number of elements.
     fn elements(&self, kernel: &str, rows: usize) -> Result<usize> {
         check_columns(kernel, "logits", self.width, self.stride)?;
         check(kernel, &[("logits", self.logits, F32, rows * self.stride)])?;
@@ -542,19 +550,20 @@ impl LogitTile<'_> {
 pub(crate) struct HeadTile<'a> {
     /// `[n, SOFTMAX_STATE]`, in f32.
     pub state: &'a Memory,
-    /// With `gradient`, receives e^(l − max) of the tile, laid out as the logits.
+    /// With `gradient`, receives e^(l − max) of the tile, in the same layout as the logits.
     pub p: &'a Memory,
-    /// With `gradient`, receives the factor for sums over earlier tiles `[n]`, in f32.
+    /// With `gradient`, receives the factor by which sums over earlier tiles must be scaled `[n]`,
+    /// in f32.
     pub scales: &'a Memory,
     pub tile: LogitTile<'a>,
     /// Target token of every row `[n]`.
     pub targets: &'a Memory,
-    /// Whether to track what describes the distribution.
+    /// True to accumulate the statistics for a `TokenDistribution` too.
     pub distribution: bool,
     pub gradient: bool,
 }
 
-/// Takes a tile of logits into every row's softmax.
+/// Adds a tile of logits to every row's softmax state.
 pub(crate) fn head_tile(gpu: &Gpu, h: HeadTile<'_>) -> Result<()> {
     let (kind, rows) = (h.p.kind(), h.targets.len());
     let elements = h.tile.elements("head_tile", rows)?;
@@ -583,7 +592,7 @@ pub(crate) fn head_tile(gpu: &Gpu, h: HeadTile<'_>) -> Result<()> {
     gpu.launch("head_tile", Some(kind), Launch::blocks(rows), &args)
 }
 
-/// d\[i, :\] *= scales\[i\], in f32.
+/// Scales rows in place: d\[i, :\] *= scales\[i\], in f32.
 pub(crate) fn head_rescale(gpu: &Gpu, d: &Memory, scales: &Memory, width: usize) -> Result<()> {
     let rows = scales.len();
     check("head_rescale", &[("d", d, F32, rows * width), ("scales", scales, F32, rows)])?;
@@ -597,18 +606,18 @@ pub(crate) fn head_rescale(gpu: &Gpu, d: &Memory, scales: &Memory, width: usize)
 
 /// Operands of [`head_finish`].
 pub(crate) struct HeadFinish<'a> {
-    /// Σ_v e^(l_v − max)·W_v, which becomes ∂log p/∂h `[n, width]`, in f32.
+    /// On entry Σ_v e^(l_v − max)·W_v, on return ∂log p/∂h `[n, width]`, in f32.
     pub d: &'a Memory,
     /// `[n, SOFTMAX_STATE]`, in f32.
     pub state: &'a Memory,
-    /// The head's matrix `[V, width]`.
+    /// Weight of the head `[V, width]`.
     pub w: &'a Memory,
     /// Target token of every row `[n]`.
     pub targets: &'a Memory,
     pub width: usize,
 }
 
-/// d\[i, :\] = W\[targets\[i\], :\] − d\[i, :\] / Σ e^(l − max).
+/// Computes d\[i, :\] = W\[targets\[i\], :\] − d\[i, :\] / Σ e^(l − max).
 pub(crate) fn head_finish(gpu: &Gpu, h: HeadFinish<'_>) -> Result<()> {
     let (kind, rows) = (h.w.kind(), h.targets.len());
     count_rows("head_finish", "w", h.w.len(), h.width)?;
@@ -627,7 +636,7 @@ pub(crate) fn head_finish(gpu: &Gpu, h: HeadFinish<'_>) -> Result<()> {
 
 /// Operands of [`head_errors`].
 pub(crate) struct HeadErrors<'a> {
-    /// Receives ∂loss/∂logits, laid out as the logits.
+    /// Receives ∂loss/∂logits, in the same layout as the logits.
     pub errors: &'a Memory,
     pub tile: LogitTile<'a>,
     /// Log-sum-exp of every row `[n]`, in f32.
@@ -638,7 +647,7 @@ pub(crate) struct HeadErrors<'a> {
     pub targets: &'a Memory,
 }
 
-/// errors\[i, j\] = g\[i\]·(1{first + j = targets\[i\]} − e^(logits\[i, j\] − lse\[i\])).
+/// Computes errors\[i, j\] = g\[i\]·(1{first + j = targets\[i\]} − e^(logits\[i, j\] − lse\[i\])).
 pub(crate) fn head_errors(gpu: &Gpu, h: HeadErrors<'_>) -> Result<()> {
     let (kind, rows) = (h.errors.kind(), h.targets.len());
     let elements = h.tile.elements("head_errors", rows)?;
@@ -667,14 +676,14 @@ pub(crate) fn head_errors(gpu: &Gpu, h: HeadErrors<'_>) -> Result<()> {
 
 // ------------------------------------------------------------------------------------- attention
 
-/// Returns whether [`attention_dkv`] writes a part for every query head, to be added up by
-/// [`attention_sum`]. The tensor-core kernel does: with one block for all query heads that share
-/// keys there would be fewer blocks than a GPU runs at a time.
+/// Returns true if [`attention_dkv`] writes one part for every query head, which [`attention_sum`]
+/// then adds up. The tensor-core kernel does: one block for all query heads that share a key head
+/// would give fewer blocks than a GPU runs at a time.
 pub(crate) fn has_key_gradient_parts(kind: Kind, heads: Heads) -> bool {
     tensor_core_kernel(kind, heads.dim, AttentionPass::Keys).is_some() && heads.query != heads.key
 }
 
-/// Which tokens attend to which: the tiles that blocks of threads work on.
+/// Tiles of tokens that blocks of threads work on. They define which tokens attend to which.
 #[derive(Clone, Copy)]
 pub(crate) struct AttentionTiles<'a> {
     pub heads: Heads,
@@ -689,7 +698,7 @@ impl AttentionTiles<'_> {
         self.positions.len()
     }
 
-    /// The arguments that all attention kernels have in common.
+    /// Returns the arguments that all attention kernels have in common.
     fn arguments(&self) -> [Arg; 7] {
         let Heads { query, key, dim, window, scale } = self.heads;
         let (tiles, positions) = (self.tiles.into(), self.positions.into());
@@ -704,8 +713,8 @@ impl AttentionTiles<'_> {
         ]
     }
 
-    /// Starts the kernel of a pass, on tensor cores where there is one for these heads.
-    /// `generic_heads` is the number of heads that the other kernel has blocks for.
+    /// Starts the kernel of a pass: the tensor-core kernel if there is one for these heads,
+    /// otherwise the generic one, with blocks for `generic_heads` heads.
     fn launch(
         &self,
         gpu: &Gpu,
@@ -728,7 +737,7 @@ impl AttentionTiles<'_> {
             ],
         )?;
         match tensor_core_kernel(kind, self.heads.dim, pass) {
-            // All heads of a tile before the next tile.
+            // All heads of a tile run before the next tile.
             Some((name, shared)) => {
                 let grid =
                     Launch::grid([self.heads.query, count], ATTENTION_THREADS).shared(shared);
@@ -766,7 +775,7 @@ pub(crate) fn attention(
     over.launch(gpu, AttentionPass::Forward, kind, heads.query, &args)
 }
 
-/// delta\[t, h\] = Σ_d out · dout of the head, with delta `[T, H]` in f32.
+/// Computes delta\[t, h\] = Σ_d out · dout of the head, with delta `[T, H]` in f32.
 pub(crate) fn attention_delta(
     gpu: &Gpu,
     delta: &Memory,
@@ -795,7 +804,8 @@ pub(crate) fn attention_delta(
 /// Operands of [`attention_dq`] and [`attention_dkv`].
 #[derive(Clone, Copy)]
 pub(crate) struct AttentionBackward<'a> {
-    /// Receives the gradient of `qkv`: its query columns by one kernel, the others by the other.
+    /// Receives the gradient of `qkv`. [`attention_dq`] writes the query columns, [`attention_dkv`]
+    /// the others.
     pub dqkv: &'a Memory,
     /// `[T, (H + 2K)·D]`
     pub qkv: &'a Memory,
@@ -803,12 +813,12 @@ pub(crate) struct AttentionBackward<'a> {
     pub dout: &'a Memory,
     /// `[T, H]`, in f32.
     pub lse: &'a Memory,
-    /// From [`attention_delta`] `[T, H]`, in f32.
+    /// Output of [`attention_delta`] `[T, H]`, in f32.
     pub delta: &'a Memory,
 }
 
 impl AttentionBackward<'_> {
-    /// Checks the operands. Returns the first arguments of both kernels.
+    /// Checks the operands and returns the first arguments of both kernels.
     fn arguments(&self, kernel: &str, over: AttentionTiles<'_>) -> Result<[Arg; 5]> {
         let (kind, tokens, heads) = (self.qkv.kind(), over.tokens(), over.heads);
         check(
@@ -831,7 +841,7 @@ impl AttentionBackward<'_> {
     }
 }
 
-/// Computes the gradients of queries, over tiles of queries.
+/// Computes the gradients of the queries, over tiles of queries.
 pub(crate) fn attention_dq(
     gpu: &Gpu,
     a: AttentionBackward<'_>,
@@ -841,8 +851,8 @@ pub(crate) fn attention_dq(
     over.launch(gpu, AttentionPass::Queries, a.qkv.kind(), over.heads.query, &args)
 }
 
-/// Computes the gradients of keys and values, over tiles of keys. Where
-/// [`has_key_gradient_parts`], they go to `parts` `[T, 2·H·D]` in f32 instead of `dqkv`.
+/// Computes the gradients of keys and values, over tiles of keys. If [`has_key_gradient_parts`] is
+/// true, they go to `parts` `[T, 2·H·D]` in f32 instead of `dqkv`.
 pub(crate) fn attention_dkv(
     gpu: &Gpu,
     a: AttentionBackward<'_>,
@@ -866,7 +876,8 @@ pub(crate) fn attention_dkv(
     over.launch(gpu, AttentionPass::Keys, kind, heads.key, &args)
 }
 
-/// Sums `parts` over the query heads that share keys, into the key and value columns of `dqkv`.
+/// Sums `parts` over the query heads that share a key head, into the key and value columns of
+/// `dqkv`.
 pub(crate) fn attention_sum(gpu: &Gpu, dqkv: &Memory, parts: &Memory, heads: Heads) -> Result<()> {
     let tokens = count_rows("attention_sum", "dqkv", dqkv.len(), heads.row())?;
     check(

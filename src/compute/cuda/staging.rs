@@ -1,21 +1,22 @@
 //! Page-locked host memory through which values are copied to the device.
 //!
-//! A copy from ordinary memory may still be reading its source when the call returns (on machines
-//! whose GPU reads the host's page tables), and sources are dropped right after the call. So values
-//! are first copied into one of a few page-locked slots, used in turn; a slot is written again only
-//! after the stream has passed the event that was recorded behind its last copy.
+//! On machines whose GPU reads the host's page tables, a copy from ordinary memory may still read
+//! its source after the call has returned, and callers drop their sources right after the call.
+//! Values are therefore first copied into one of a few page-locked slots, which are used in turn. A
+//! slot is written again only after the stream has passed the event recorded behind the slot's last
+//! copy.
 
 use std::ffi::c_void;
 
 use cudarc::driver::{DriverError, result as driver, sys};
 
-/// Bytes of a slot.
+/// Size of a slot in bytes.
 const SLOT_BYTES: usize = 4 << 20;
 
-/// Slots: one is filled while the device reads the others.
+/// Number of slots: one is filled while the device reads the others.
 const SLOTS: usize = 4;
 
-/// Ring of page-locked slots, for the copies of one stream.
+/// Ring of page-locked slots for the copies of one stream.
 pub(super) struct Staging {
     slots: Vec<Slot>,
     current: usize,
@@ -33,11 +34,11 @@ struct Slot {
 unsafe impl Send for Staging {}
 
 impl Staging {
-    /// Allocates the slots; the context is current.
+    /// Allocates the slots. The GPU's context must be current.
     pub fn open() -> Result<Self, DriverError> {
         let mut staging = Staging { slots: Vec::with_capacity(SLOTS), current: 0, used: 0 };
         for _ in 0..SLOTS {
-            // SAFETY: the context is current; both are given back by `close`.
+            // SAFETY: the context is current; `close` frees both.
             let memory = unsafe { driver::malloc_host(SLOT_BYTES, 0) }?;
             let read = driver::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
             staging.slots.push(Slot { memory, read });
@@ -45,8 +46,8 @@ impl Staging {
         Ok(staging)
     }
 
-    /// Copies `values` to the device address `to`, in the order of `stream`. The values may be
-    /// dropped as soon as this returns.
+    /// Enqueues a copy of `values` to the device address `to` on `stream`. The caller may drop the
+    /// values as soon as this returns.
     ///
     /// # Safety
     /// The device memory at `to` is at least as long as the values.
@@ -77,7 +78,7 @@ impl Staging {
         Ok(())
     }
 
-    /// Goes on with the next slot, when the device has read it.
+    /// Switches to the next slot, after waiting until the device has read it.
     fn next_slot(&mut self, stream: sys::CUstream) -> Result<(), DriverError> {
         // SAFETY: the events are valid. One that was never recorded does not wait.
         unsafe {
@@ -89,10 +90,10 @@ impl Staging {
         Ok(())
     }
 
-    /// Gives the slots back; the stream is done.
+    /// Frees the slots. The stream must have finished.
     pub fn close(&mut self) {
         for slot in self.slots.drain(..) {
-            // SAFETY: nothing reads them any more.
+            // SAFETY: the stream has finished, so nothing reads the slots.
             unsafe {
                 let _ = driver::free_host(slot.memory);
                 let _ = driver::event::destroy(slot.read);

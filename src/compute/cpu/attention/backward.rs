@@ -1,5 +1,6 @@
-//! The backward pass, in two sweeps so that no two tasks write the same gradient: first by queries
-//! (dQ; P and dS are left transposed), then by keys.
+//! Backward pass of attention, in two sweeps so that no two tasks write the same gradient. The
+//! first sweep goes by queries: it computes dQ and leaves P and dS transposed. The second goes by
+//! keys: it computes dK and dV.
 
 use std::ops::Range;
 
@@ -13,14 +14,14 @@ use crate::compute::cpu::simd::{dispatch, dot, exp};
 use crate::compute::cpu::thread_pool;
 use crate::compute::layout::RowLayout;
 
-/// Scores of all heads that are kept between the two sweeps, counted as if a block had [`NR`]
-/// queries; longer rows are done in several rounds.
-const SCORES: usize = 1 << 24;
-/// The scores that a round of whole blocks keeps at most: so many of P and as many of dS.
-const KEPT_SCORES: usize = SCORES / NR * BLOCK;
+/// Maximum number of scores of all heads that are saved between the two sweeps, counted as if a
+/// block had [`NR`] queries. Longer rows are processed in several rounds.
+const SCORE_BUDGET: usize = 1 << 24;
+/// Maximum number of scores that a round of whole blocks saves, for P and for dS each.
+const MAX_SAVED_SCORES: usize = SCORE_BUDGET / NR * BLOCK;
 
-/// Gradients of [`super::attention`] for `g = ∂loss/∂out` `[T, H·D]`, with its inputs and outputs;
-/// `dqkv` `[T, (H + 2K)·D]` is overwritten.
+/// Computes the gradients of [`super::attention`] for `g = ∂loss/∂out` `[T, H·D]`, given its inputs
+/// and outputs. `dqkv` `[T, (H + 2K)·D]` is overwritten.
 pub fn attention_backward(
     kernel: Kernel,
     qkv: &[f32],
@@ -73,7 +74,7 @@ pub fn attention_backward(
     while first < all.len() {
         let (mut end, mut scores) = (first, 0);
         while end < all.len()
-            && (end == first || scores + all[end].columns() * NR * heads.query <= SCORES)
+            && (end == first || scores + all[end].columns() * NR * heads.query <= SCORE_BUDGET)
         {
             scores += all[end].columns() * NR * heads.query;
             end += 1;
@@ -83,14 +84,14 @@ pub fn attention_backward(
     }
 }
 
-/// Bytes of P and dS that [`attention_backward`] keeps between its two sweeps, for a row of
-/// `tokens` tokens whose longest pair has `longest`. A query sees half of its pair's tokens on
-/// average, and at most all of them where several pairs share a prompt; the length of a block of
-/// queries is what blocks and panels pad them with.
+/// Estimates the size in bytes of P and dS that [`attention_backward`] saves between its two
+/// sweeps, for a row of `tokens` tokens in which the longest pair has `longest`. On average a query
+/// attends to half of its pair's tokens; if several pairs share a prompt, to at most all of them.
+/// One `BLOCK` is added for the padding of blocks and panels.
 pub fn score_bytes(kernel: Kernel, heads: usize, tokens: usize, longest: usize) -> usize {
     let element = if kernel.is_bf16() { size_of::<half::bf16>() } else { size_of::<f32>() };
     let columns = (tokens / 2).min(longest) + BLOCK;
-    2 * (tokens * columns * heads).min(KEPT_SCORES) * element
+    2 * (tokens * columns * heads).min(MAX_SAVED_SCORES) * element
 }
 
 struct Packed {
@@ -108,7 +109,7 @@ struct Sweep<'a> {
     lse: &'a [f32],
     g: &'a [f32],
     packed: Packed,
-    /// Stretches are the query blocks.
+    /// The stretches are the query blocks.
     queries: Along,
     upstream: Along,
     dqkv: Shared,
@@ -120,26 +121,27 @@ struct Transposed {
     ds: Operand<'static>,
 }
 
-/// A panel of one segment's keys in one key head: what a task of the second sweep takes.
+/// Panel of one segment's keys in one key head: the work of one task of the second sweep.
 #[derive(Clone, Copy)]
 struct KeyPanel {
-    /// The segment's place in the row.
+    /// Index of the segment in the row.
     segment: usize,
-    /// The panel's place among those of the segment, each [`NR`] keys wide.
+    /// Index of the panel in the segment; panels are [`NR`] keys wide.
     index: usize,
-    /// The key head.
+    /// Index of the key head.
     head: usize,
 }
 
 impl Sweep<'_> {
-    /// Runs both sweeps over some of the blocks; `accumulate` adds dK and dV to those of earlier
-    /// rounds.
+    /// Runs both sweeps over some of the blocks. With `accumulate`, adds dK and dV to those of
+    /// earlier rounds.
     fn round(&self, all: &[QueryBlock], round: Range<usize>, accumulate: bool) {
         let h = self.heads.query;
         let transposed: Vec<Transposed> = thread_pool::map(round.len() * h, |i| {
             self.by_queries(&all[round.start + i / h], i % h)
         });
-        // Keys of a segment that no block of the round sees still need zeros in the first round.
+        // A segment's keys that no block of the round attends to still need zeros in the first
+        // round.
         let panels: Vec<KeyPanel> = (0..self.layout.segments.len())
             .flat_map(|s| {
                 (0..self.layout.segments[s].tokens.len().div_ceil(NR)).map(move |i| (s, i))
@@ -153,7 +155,7 @@ impl Sweep<'_> {
         });
     }
 
-    /// dQ of one block and head.
+    /// Computes dQ of one block and head. Returns Pᵀ and dSᵀ for the second sweep.
     fn by_queries(&self, block: &QueryBlock, head: usize) -> Transposed {
         let (kernel, heads) = (self.kernel, self.heads);
         let (row, width, kv) = (heads.row(), heads.width(), head / (heads.query / heads.key));
@@ -208,7 +210,7 @@ impl Sweep<'_> {
         Transposed { p: p.transposed(), ds: ds.transposed() }
     }
 
-    /// dK and dV of a panel of keys, given Pᵀ and dSᵀ of each block of the round and head.
+    /// Computes dK and dV of a panel of keys, given Pᵀ and dSᵀ of each block of the round and head.
     fn by_keys(
         &self,
         all: &[QueryBlock],
@@ -233,7 +235,7 @@ impl Sweep<'_> {
                     }
                     () => continue,
                 };
-                // The queries before `top` see none of these keys.
+                // The queries before `top` do not attend to these keys.
                 let (skipped, depth) = (kernel.units(top), kernel.depth(block.queries.len()));
                 for head in kv * group..(kv + 1) * group {
                     let t = &transposed[(b - round.start) * heads.query + head];
@@ -272,7 +274,7 @@ impl Sweep<'_> {
     }
 
     /// # Safety
-    /// `to` is valid for `keys` rows of `n` and nobody else touches them.
+    /// `to` is valid for `keys` rows of `n` elements and no other thread touches them.
     unsafe fn write(
         &self,
         products: &[Product],
@@ -282,8 +284,8 @@ impl Sweep<'_> {
         accumulate: bool,
     ) {
         let row = self.heads.row();
-        // SAFETY: by the caller; operands have all columns of their block as rows, padded to whole
-        // panels.
+        // SAFETY: guaranteed by the caller; the operands have all columns of their block as rows,
+        // padded to whole panels.
         unsafe {
             if products.is_empty() && !accumulate {
                 (0..keys).for_each(|r| to.add(r * row).write_bytes(0, n));

@@ -1,4 +1,4 @@
-//! Blocks of queries, and products with the keys that they see.
+//! Blocks of queries, and GEMMs with the keys and values that they attend to.
 
 use std::ops::Range;
 
@@ -6,61 +6,62 @@ use super::keys::{Along, Keys};
 use crate::compute::cpu::gemm::{NR, Operand, OutputTile, Product, panel_product};
 use crate::compute::layout::RowLayout;
 
-/// Queries in a block.
+/// Maximum number of queries in a block.
 pub(super) const BLOCK: usize = 64;
 
-/// The shape of the heads.
+/// Shape of the attention heads and options of the scores.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Heads {
-    /// H.
+    /// H, the number of query heads.
     pub query: usize,
-    /// K; divides H.
+    /// K, the number of key/value heads; divides H.
     pub key: usize,
-    /// D.
+    /// D, the head dimension.
     pub dim: usize,
-    /// A query sees this many positions back, itself included; `None` sees all.
+    /// Sliding window: a query attends to this many positions back, itself included. `None` means
+    /// all.
     pub window: Option<usize>,
-    /// Factor of the scores.
+    /// Factor that the scores q·k are multiplied by.
     pub scale: f32,
 }
 
 impl Heads {
-    /// Width of a row of `[q | k | v]`.
+    /// Returns the width of a row of `[q | k | v]`, in elements.
     pub fn row(&self) -> usize {
         (self.query + 2 * self.key) * self.dim
     }
 
-    /// Width of a row of the output.
+    /// Returns the width of a row of the output, in elements.
     pub fn width(&self) -> usize {
         self.query * self.dim
     }
 
-    /// Where in a row of `[q | k | v]` key head `kv`'s keys begin.
+    /// Returns the first column of key head `kv`'s keys in a row of `[q | k | v]`.
     pub(super) fn key_at(&self, kv: usize) -> usize {
         (self.query + kv) * self.dim
     }
 
-    /// Where its values begin.
+    /// Returns the first column of key head `kv`'s values in a row of `[q | k | v]`.
     pub(super) fn value_at(&self, kv: usize) -> usize {
         (self.query + self.key + kv) * self.dim
     }
 }
 
-/// A block of queries with the keys they may see: all of the prompt's, then their own segment's up
+/// Block of queries and the keys they may attend to: all of the prompt, then their own segment up
 /// to the last query.
 #[derive(Clone, Debug)]
 pub(super) struct QueryBlock {
     pub queries: Range<usize>,
     pub segment: usize,
     pub prefix: Option<usize>,
-    /// Keys of the prefix.
+    /// Number of keys in the prefix.
     pub shared: usize,
-    /// Keys of the own segment up to the last query.
+    /// Number of keys in the own segment up to the last query.
     pub own: usize,
 }
 
 impl QueryBlock {
-    /// Columns of the score matrix: each part padded to whole panels.
+    /// Returns the number of score columns for the prefix, padded to whole panels.
     pub(super) fn shared_columns(&self) -> usize {
         self.shared.next_multiple_of(NR)
     }
@@ -69,13 +70,14 @@ impl QueryBlock {
         self.shared_columns() + self.own.next_multiple_of(NR)
     }
 
-    /// The first query of the block that sees any of the `i`-th panel of its own segment's keys; a
-    /// multiple of [`NR`].
+    /// Returns the first query of the block that attends to any key of the `i`-th panel of its own
+    /// segment; a multiple of [`NR`].
     pub(super) fn first_to_see(&self, i: usize) -> usize {
         (i * NR).saturating_sub(self.own - self.queries.len())
     }
 
-    /// For query `i` of the block: the columns it sees in the prefix, and in its own segment.
+    /// Returns the score columns that query `i` of the block attends to: in the prefix, and in its
+    /// own segment.
     pub(super) fn visible(&self, i: usize, window: Option<usize>) -> [Range<usize>; 2] {
         let own = self.own - self.queries.len() + i + 1;
         let hidden = window.map_or(0, |w| (self.shared + own).saturating_sub(w));
@@ -111,14 +113,15 @@ pub(super) fn blocks(layout: &RowLayout) -> Vec<QueryBlock> {
     blocks
 }
 
-/// The two parts of a block's keys: segment, keys, first column.
+/// Iterates over the parts of a block's keys as (segment, number of keys, first score column): the
+/// prefix, if any, then the own segment.
 fn parts(block: &QueryBlock) -> impl Iterator<Item = (usize, usize, usize)> {
     let prefix = block.prefix.map(|p| (p, block.shared, 0));
     prefix.into_iter().chain([(block.segment, block.own, block.shared_columns())])
 }
 
-/// Computes `s[rows, columns] = A·B` over the key panels of a block, `a` being the queries'
-/// `[rows, D]` operand. Rows that see nothing of a panel are left as they are.
+/// Computes `s[rows, columns] = A·B` over the key panels of a block; `a` is the queries' operand
+/// `[rows, D]`. Rows that do not attend to any key of a panel are left unchanged.
 pub(super) fn over_keys(a: &Operand, keys: &Keys, head: usize, block: &QueryBlock, s: &mut [f32]) {
     let (kernel, rows, columns) = (a.kernel(), block.queries.len(), block.columns());
     assert!(a.rows() >= rows && s.len() >= rows * columns);
@@ -137,13 +140,13 @@ pub(super) fn over_keys(a: &Operand, keys: &Keys, head: usize, block: &QueryBloc
     }
 }
 
-/// Computes `to[rows, D] = A·B` summed over a block's keys, `a` being a `[rows, columns]` operand
-/// that is zero where a query does not see. It takes a few rows at a time, so that the keys after
-/// them are left out.
+/// Computes `to[rows, D] = A·B` summed over a block's keys; `a` is an operand `[rows, columns]`
+/// with zeros for masked keys. Works on a few rows at a time, so that keys after these rows can be
+/// skipped.
 ///
 /// # Safety
-/// `to` is valid for the rows of the block's queries, D wide and `stride` apart, and nobody else
-/// touches them.
+/// `to` is valid for the rows of the block's queries, D wide and `stride` elements apart, and no
+/// other thread touches them.
 pub(super) unsafe fn sum_over_keys(
     a: &Operand,
     keys: &Along,
@@ -165,7 +168,7 @@ pub(super) unsafe fn sum_over_keys(
                     a.product(top, first, kernel.depth(used), keys.units(head, segment, panel));
                 count += 1;
             }
-            // SAFETY: by the caller.
+            // SAFETY: guaranteed by the caller.
             unsafe {
                 let out = OutputTile {
                     c: to.add(top * stride + panel * NR),

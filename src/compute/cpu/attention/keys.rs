@@ -1,23 +1,23 @@
-//! Keys and values packed for the kernels, per key head and segment, so that every query block that
-//! sees them shares the work.
+//! Keys and values packed per key head and segment. All query blocks that attend to them share the
+//! packed form.
 
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::{Kernel, NR, View, pack_panel};
 use crate::compute::cpu::thread_pool;
 use crate::compute::layout::RowLayout;
 
-/// Packed for products over D: Bᵀ `[D, keys]`, a panel being [`NR`] keys of one segment.
+/// Packed for GEMMs over D: Bᵀ `[D, keys]`. A panel is [`NR`] keys of one segment.
 pub(super) struct Keys {
     units: Buffer,
     depth: usize,
     /// First panel of each segment.
     first: Vec<usize>,
-    /// Panels of all segments.
+    /// Number of panels of all segments.
     panels: usize,
 }
 
 impl Keys {
-    /// Packs `heads` heads, the columns of head `h` of the `row`-wide tokens starting at `at(h)`.
+    /// Packs `heads` heads. In the `row`-wide token rows, head `h` starts at column `at(h)`.
     pub fn pack(
         kernel: Kernel,
         layout: &RowLayout,
@@ -46,23 +46,23 @@ impl Keys {
         Keys { units, depth, first, panels }
     }
 
-    /// Depth and units of a segment's `i`-th panel.
+    /// Returns the depth and the units of a segment's `i`-th panel.
     pub fn across(&self, head: usize, segment: usize, i: usize) -> (usize, &[u32]) {
         let at = (head * self.panels + self.first[segment] + i) * self.depth * NR;
         (self.depth, &self.units.units()[at..at + self.depth * NR])
     }
 }
 
-/// Packed for products over tokens: B `[tokens of a stretch, D]`, a panel being [`NR`] of D.
+/// Packed for GEMMs over tokens: B `[tokens of a stretch, D]`. A panel is [`NR`] columns of D.
 pub(super) struct Along {
     units: Buffer,
     dim: usize,
-    /// First unit row of each stretch; the last entry is their number.
+    /// First row of units of each stretch. The last entry is the total number of rows.
     first: Vec<usize>,
 }
 
 impl Along {
-    /// Packs whole segments.
+    /// Packs whole segments, each as one stretch.
     pub fn pack(
         kernel: Kernel,
         layout: &RowLayout,
@@ -104,13 +104,13 @@ impl Along {
         Along { units, dim, first }
     }
 
-    /// Panels of D with their columns.
+    /// Iterates over the panels of D as (index, number of columns).
     pub fn panels(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
         let dim = self.dim;
         (0..dim.div_ceil(NR)).map(move |i| (i, NR.min(dim - i * NR)))
     }
 
-    /// The units of a stretch in one panel of D.
+    /// Returns the units of a stretch in one panel of D.
     pub fn units(&self, head: usize, stretch: usize, panel: usize) -> &[u32] {
         let depth = self.first[self.first.len() - 1];
         let base = (head * self.dim.div_ceil(NR) + panel) * depth;

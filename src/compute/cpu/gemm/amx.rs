@@ -1,15 +1,15 @@
-//! Products of bf16 pairs in AMX tiles: 32 × 32 of C at a time in four tiles, two tiles of A, two
-//! of B.
+//! GEMM of bf16 pairs with AMX: computes 32 × 32 elements of C at a time in four tiles, from two
+//! tiles of A and two of B.
 //!
-//! The instructions are written as assembly: the intrinsics are not stable. A tile holds 16 rows of
-//! 64 bytes.
+//! The instructions are written as inline assembly because the intrinsics are not stable. A tile
+//! holds 16 rows of 64 bytes.
 
 use super::panel::{NR, OutputTile, Product};
 
 /// Rows and columns of a tile of C.
 const TILE: usize = 16;
 
-/// Whether the processor has AMX with bf16 and the kernel lets this process use it.
+/// Returns true if the processor has AMX with bf16 and the kernel lets this process use it.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(super) fn available() -> bool {
     use std::sync::OnceLock;
@@ -20,8 +20,8 @@ pub(super) fn available() -> bool {
         // Leaf 7, EDX: bit 22 amx-bf16, bit 24 amx-tile.
         let edx = std::arch::x86_64::__cpuid_count(7, 0).edx;
         let there = edx & (1 << 22) != 0 && edx & (1 << 24) != 0;
-        // SAFETY: asks for permission to use the tiles; changes nothing else. Threads started later
-        // inherit it.
+        // SAFETY: the call asks for permission to use the tiles and changes nothing else. Threads
+        // that start later inherit the permission.
         there
             && unsafe {
                 libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
@@ -34,7 +34,7 @@ pub(super) fn available() -> bool {
     false
 }
 
-/// Tiles of 16 rows of 64 bytes, all eight.
+/// Operand of `ldtilecfg`: configures all eight tiles as 16 rows of 64 bytes.
 #[repr(C, align(64))]
 struct TileConfig {
     palette: u8,
@@ -58,22 +58,29 @@ const fn config() -> TileConfig {
 static CONFIG: TileConfig = config();
 
 thread_local! {
-    /// Whether this thread's tiles have their shape; they keep it.
+    /// True once this thread has configured its tiles. The configuration stays for the thread's
+    /// lifetime.
     static CONFIGURED: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
 /// # Safety
 /// As [`super::kernel::panel_product`], with [`super::panel::ROW_PADDING`] readable rows after the
-/// last; [`available`] said yes.
+/// last. [`available`] must have returned true.
 #[cfg(target_arch = "x86_64")]
 pub(super) unsafe fn panel_product(m: usize, products: &[Product], out: OutputTile) {
     CONFIGURED.with(|done| {
         if !done.replace(true) {
-            // SAFETY: AMX is there; nothing else in this process configures tiles.
-            unsafe { std::arch::asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, preserves_flags)) };
+            // SAFETY: AMX is available; nothing else in this process configures tiles.
+            unsafe {
+                std::arch::asm!(
+                    "ldtilecfg [{}]",
+                    in(reg) &raw const CONFIG,
+                    options(nostack, preserves_flags)
+                )
+            };
         }
     });
-    // SAFETY: by the caller. The tiles are this thread's own.
+    // SAFETY: guaranteed by the caller. Each thread has its own tiles.
     unsafe {
         for i in (0..m).step_by(2 * TILE) {
             for j in (0..out.columns).step_by(2 * TILE) {
@@ -83,7 +90,7 @@ pub(super) unsafe fn panel_product(m: usize, products: &[Product], out: OutputTi
     }
 }
 
-/// The square of C from `(i, j)` on.
+/// Computes up to 32 × 32 elements of C, starting at `(i, j)`.
 ///
 /// # Safety
 /// As [`panel_product`]; the tiles are configured.
@@ -93,8 +100,8 @@ unsafe fn square((i, j): (usize, usize), m: usize, products: &[Product], out: Ou
     let (rows, cols) = ((m - i).min(2 * TILE), (n - j).min(2 * TILE));
     let whole = rows == 2 * TILE && cols == 2 * TILE;
     let mut edge = std::mem::MaybeUninit::<[f32; 4 * TILE * TILE]>::uninit();
-    // SAFETY: a whole square lies in C; another one goes through `edge`, of which only its part of
-    // C is copied.
+    // SAFETY: a full square lies inside C. A partial one is computed in `edge`, and only its part
+    // inside C is copied.
     unsafe {
         let corner = c.add(i * stride + j);
         let (to, step) =
@@ -114,20 +121,32 @@ unsafe fn square((i, j): (usize, usize), m: usize, products: &[Product], out: Ou
 }
 
 /// # Safety
-/// As [`square`]; `out` has room for 32 × 32 (16 × 32 when not `both`).
+/// As [`square`]; `out` is valid for 32 × 32 elements, or for 16 × 32 if `both` is false.
 #[cfg(target_arch = "x86_64")]
 unsafe fn tile_products(i: usize, j: usize, both: bool, products: &[Product], out: OutputTile) {
     use std::arch::asm;
     let OutputTile { c, stride, accumulate, .. } = out;
     let bytes = stride * 4;
-    // SAFETY: by the caller. Tile registers hold their values between the blocks: nothing else on
-    // this thread uses them.
+    // SAFETY: guaranteed by the caller. Tile registers keep their values between the `asm!` blocks
+    // because nothing else on this thread uses them.
     unsafe {
         let lower = c.add(TILE * stride);
         if accumulate {
-            asm!("tileloadd tmm0, [{c} + {s}*1]", "tileloadd tmm1, [{c} + {s}*1 + 64]", c = in(reg) c, s = in(reg) bytes, options(nostack, readonly));
+            asm!(
+                "tileloadd tmm0, [{c} + {s}*1]",
+                "tileloadd tmm1, [{c} + {s}*1 + 64]",
+                c = in(reg) c,
+                s = in(reg) bytes,
+                options(nostack, readonly)
+            );
             if both {
-                asm!("tileloadd tmm2, [{c} + {s}*1]", "tileloadd tmm3, [{c} + {s}*1 + 64]", c = in(reg) lower, s = in(reg) bytes, options(nostack, readonly));
+                asm!(
+                    "tileloadd tmm2, [{c} + {s}*1]",
+                    "tileloadd tmm3, [{c} + {s}*1 + 64]",
+                    c = in(reg) lower,
+                    s = in(reg) bytes,
+                    options(nostack, readonly)
+                );
             }
         } else {
             asm!(
@@ -138,7 +157,7 @@ unsafe fn tile_products(i: usize, j: usize, both: bool, products: &[Product], ou
                 options(nomem, nostack)
             );
         }
-        // A passes by the L1 cache (`t1`), which is the panel's.
+        // A is loaded with the non-temporal hint (`t1`), so that the panel stays in the L1 cache.
         for p in products {
             let a = p.a.add(i * p.stride);
             let b = p.b.add(j);
@@ -191,9 +210,21 @@ unsafe fn tile_products(i: usize, j: usize, both: bool, products: &[Product], ou
                 );
             }
         }
-        asm!("tilestored [{c} + {s}*1], tmm0", "tilestored [{c} + {s}*1 + 64], tmm1", c = in(reg) c, s = in(reg) bytes, options(nostack));
+        asm!(
+            "tilestored [{c} + {s}*1], tmm0",
+            "tilestored [{c} + {s}*1 + 64], tmm1",
+            c = in(reg) c,
+            s = in(reg) bytes,
+            options(nostack)
+        );
         if both {
-            asm!("tilestored [{c} + {s}*1], tmm2", "tilestored [{c} + {s}*1 + 64], tmm3", c = in(reg) lower, s = in(reg) bytes, options(nostack));
+            asm!(
+                "tilestored [{c} + {s}*1], tmm2",
+                "tilestored [{c} + {s}*1 + 64], tmm3",
+                c = in(reg) lower,
+                s = in(reg) bytes,
+                options(nostack)
+            );
         }
     }
 }

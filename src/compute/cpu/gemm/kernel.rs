@@ -1,5 +1,5 @@
-//! The inner kernels: a few rows of A times a packed panel, the sums in registers until they are
-//! complete.
+//! Inner GEMM kernels: multiply a few rows of A with a packed panel of B and accumulate in
+//! registers.
 
 use std::sync::OnceLock;
 
@@ -7,22 +7,23 @@ use super::amx;
 use super::panel::{NR, OutputTile, Product};
 use crate::domain::training::Precision;
 
-/// How products are computed. Which one is best is found out when the program runs.
+/// Instruction set of the GEMM kernels, detected at run time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kernel {
-    /// f32, with 256-bit vectors where there are any, else whatever the compiler may assume.
+    /// f32, with 256-bit vectors (AVX2 and FMA) if the processor has them, otherwise with the
+    /// compiler's target features.
     Portable,
     /// f32 with 512-bit vectors.
     Avx512,
-    /// Pairs of bf16, summed in f32 (`vdpbf16ps`).
+    /// Pairs of bf16 with f32 accumulation (`vdpbf16ps`).
     Avx512Bf16,
-    /// Pairs of bf16, summed in f32, in tiles (`tdpbf16ps`).
+    /// Pairs of bf16 with f32 accumulation, in AMX tiles (`tdpbf16ps`).
     Amx,
 }
 
 impl Kernel {
-    /// The fastest kernel here for a precision; bf16 falls back to f32 where the processor has no
-    /// bf16 products.
+    /// Returns the fastest kernel of this processor for a precision. bf16 falls back to f32 if the
+    /// processor has no bf16 instructions.
     pub fn best(precision: Precision) -> Kernel {
         static BEST: OnceLock<(Kernel, Kernel)> = OnceLock::new();
         let (f32, bf16) = *BEST.get_or_init(detect);
@@ -32,8 +33,8 @@ impl Kernel {
         }
     }
 
-    /// Names the kernel and what decides how it rounds on this processor: the portable one only
-    /// fuses multiplications and additions where it can.
+    /// Returns the name of the kernel and the properties of this processor that determine its
+    /// rounding. The portable kernel uses fused multiply-add only if the processor has it.
     pub fn arithmetic(self) -> String {
         #[cfg(target_arch = "x86_64")]
         let is_fused = self != Kernel::Portable || x86::has_avx2();
@@ -42,7 +43,7 @@ impl Kernel {
         format!("{self:?} {}{}", std::env::consts::ARCH, if is_fused { " fused" } else { "" })
     }
 
-    /// Those that this processor has.
+    /// Returns the kernels that this processor supports.
     pub fn available() -> Vec<Kernel> {
         let mut all = vec![Kernel::Portable];
         #[cfg(target_arch = "x86_64")]
@@ -63,12 +64,12 @@ impl Kernel {
         all
     }
 
-    /// Whether a unit of depth is a pair of bf16.
+    /// Returns true if a unit of depth is a pair of bf16.
     pub(crate) fn is_bf16(self) -> bool {
         matches!(self, Kernel::Avx512Bf16 | Kernel::Amx)
     }
 
-    /// Units of depth for `k` elements, padded to what the kernel takes at a time.
+    /// Returns the number of units for `k` elements, padded to the kernel's step.
     pub(crate) fn depth(self, k: usize) -> usize {
         match self {
             Kernel::Portable | Kernel::Avx512 => k,
@@ -77,17 +78,17 @@ impl Kernel {
         }
     }
 
-    /// Elements in so many units.
+    /// Returns the number of elements in `units` units.
     pub(super) fn elements(self, units: usize) -> usize {
         if self.is_bf16() { 2 * units } else { units }
     }
 
-    /// Units before element `k`, which is even for pairs.
+    /// Returns the number of units before element `k`. For bf16 pairs, `k` must be even.
     pub(crate) fn units(self, k: usize) -> usize {
         if self.is_bf16() { k / 2 } else { k }
     }
 
-    /// Rows the kernel likes to have at a time.
+    /// Returns the number of rows that the kernel computes at a time.
     pub(crate) fn rows(self) -> usize {
         if self == Kernel::Amx { 32 } else { MR }
     }
@@ -102,22 +103,22 @@ fn detect() -> (Kernel, Kernel) {
     (f32, best(&[Kernel::Amx, Kernel::Avx512Bf16, f32]))
 }
 
-/// Units of depth after which the sums go to C: 36 KiB of a panel.
+/// Units of depth after which the accumulators are written to C. This much of a panel takes 36 KiB.
 const CHUNK_DEPTH: usize = 288;
-/// Pieces begin at multiples of what the kernels take at a time.
+/// Pieces start at multiples of this many units, which is the largest step of the kernels.
 const CHUNK_STEP: usize = 16;
-/// Products in a chunk.
+/// Maximum number of products in a chunk.
 const CHUNK_PRODUCTS: usize = 8;
-/// Rows of A in registers at a time.
+/// Number of rows of C whose accumulators are in registers at a time.
 const MR: usize = 14;
 
-/// Computes `m` rows of C as Σ products, plus what they hold where `out` says so. After some depth
-/// the sums go to C and come back, which is exact: the piece of the panel that they use stays in
-/// the L1 cache while the rows go by.
+/// Computes `m` rows of C as Σ products, or adds to C if `out.accumulate` is set. The depth is
+/// processed in chunks; between two chunks the accumulators go to C and come back, which is exact.
+/// The part of the panel that a chunk uses stays in the L1 cache for all rows.
 ///
 /// # Safety
-/// The products cover `m` rows (and, for pairs, [`super::panel::ROW_PADDING`] more that are
-/// readable) and their depth; `out` is valid for `m` rows and nobody else touches them.
+/// The products cover `m` rows and their depth. For bf16 pairs, [`super::panel::ROW_PADDING`] more
+/// rows are readable. `out` is valid for `m` rows and no other thread touches them.
 pub(crate) unsafe fn panel_product(
     kernel: Kernel,
     m: usize,
@@ -130,18 +131,18 @@ pub(crate) unsafe fn panel_product(
     for piece in products.iter().flat_map(pieces) {
         if count > 0 && (depth + piece.depth > CHUNK_DEPTH + CHUNK_STEP || count == CHUNK_PRODUCTS)
         {
-            // SAFETY: by the caller.
+            // SAFETY: guaranteed by the caller.
             unsafe { chunk_product(kernel, m, &chunk[..count], out) };
             (count, depth, out.accumulate) = (0, 0, true);
         }
         chunk[count] = piece;
         (count, depth) = (count + 1, depth + piece.depth);
     }
-    // SAFETY: by the caller.
+    // SAFETY: guaranteed by the caller.
     unsafe { chunk_product(kernel, m, &chunk[..count], out) };
 }
 
-/// A product cut along its depth into pieces of about equal size.
+/// Splits a product along its depth into pieces of about equal size.
 fn pieces(p: &Product) -> impl Iterator<Item = Product> + use<> {
     let p = *p;
     let parts = p.depth.div_ceil(CHUNK_DEPTH);
@@ -149,7 +150,7 @@ fn pieces(p: &Product) -> impl Iterator<Item = Product> + use<> {
         if i == parts { p.depth } else { p.depth * i / parts / CHUNK_STEP * CHUNK_STEP }
     };
     (0..parts).map(move |i| {
-        // SAFETY: both stay inside the product.
+        // SAFETY: both offsets stay inside the product.
         let (a, b) = unsafe { (p.a.add(cut(i)), p.b.add(cut(i) * NR)) };
         Product { a, b, depth: cut(i + 1) - cut(i), ..p }
     })
@@ -160,13 +161,15 @@ fn pieces(p: &Product) -> impl Iterator<Item = Product> + use<> {
 unsafe fn chunk_product(kernel: Kernel, m: usize, products: &[Product], out: OutputTile) {
     #[cfg(target_arch = "x86_64")]
     match kernel {
-        // The same sums in the same order as below, so the same bits.
+        // The AVX2 kernel sums in the same order as the portable one, so the results have the same
+        // bits.
         Kernel::Portable if x86::has_avx2() => {
-            // SAFETY: as below; the instructions exist.
+            // SAFETY: guaranteed by the caller; the processor has the instructions.
             return unsafe { by_rows(m, |rows, i| x86::avx2(rows, i, products, out)) };
         }
         Kernel::Portable => {}
-        // SAFETY: by the caller; the kernel is chosen only where its instructions exist.
+        // SAFETY: guaranteed by the caller; the kernel is selected only if the processor has its
+        // instructions.
         Kernel::Amx => return unsafe { amx::panel_product(m, products, out) },
         Kernel::Avx512 => {
             // SAFETY: as above.
@@ -181,7 +184,7 @@ unsafe fn chunk_product(kernel: Kernel, m: usize, products: &[Product], out: Out
     by_rows(m, |rows, i| {
         super::super::simd::dispatch(
             #[inline(always)]
-            // SAFETY: by the caller.
+            // SAFETY: guaranteed by the caller.
             || unsafe { portable(rows, i, products, out) },
         )
     });
@@ -243,11 +246,11 @@ mod x86 {
 
     use super::{NR, OutputTile, Product};
 
-    /// Vectors side by side: with 14 rows there are registers left for B and for A, and B is
-    /// streamed less often than with wider panels. Half of them where that is enough, as for a low
+    /// Vectors per row of C. With 14 rows, registers remain for B and for A, and B is streamed less
+    /// often than with wider panels. Half as many are used if they suffice, e.g. for a low LoRA
     /// rank.
     const V: usize = NR / 16;
-    /// Units of depth that B is fetched ahead.
+    /// Prefetch distance in B, in units of depth.
     const AHEAD: usize = 8;
 
     /// # Safety
@@ -261,7 +264,7 @@ mod x86 {
         out: OutputTile,
     ) {
         let OutputTile { c, stride, columns: n, accumulate } = out;
-        // SAFETY: by the caller.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let c = c.add(first * stride);
             macro_rules! rows {
@@ -279,15 +282,15 @@ mod x86 {
         }
     }
 
-    /// Whether the processor multiplies and adds vectors of 256 bits.
+    /// Returns true if the processor has AVX2 and FMA.
     pub fn has_avx2() -> bool {
         std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
     }
 
-    /// Rows at a time with 256-bit vectors: twelve sums, two vectors of B and one of A take fifteen
-    /// of the sixteen registers.
+    /// Rows of C at a time with 256-bit vectors: twelve accumulators, two vectors of B and one of A
+    /// use fifteen of the sixteen registers.
     const ROWS: usize = 6;
-    /// Columns at a time: two vectors.
+    /// Columns at a time: two 256-bit vectors.
     const WIDTH: usize = 16;
 
     /// # Safety
@@ -300,8 +303,8 @@ mod x86 {
             let m = ROWS.min(rows - i);
             for column in (0..n).step_by(WIDTH) {
                 let width = WIDTH.min(n - column);
-                // SAFETY: by the caller; rows and columns are bounded by it, and panels are NR
-                // wide.
+                // SAFETY: guaranteed by the caller; rows and columns are in bounds, and panels are
+                // NR wide.
                 unsafe {
                     let to = c.add((first + i) * stride + column);
                     match m {
@@ -376,7 +379,8 @@ mod x86 {
         stride: usize,
         accumulate: bool,
     ) {
-        // SAFETY: by the caller; a row of C narrower than WIDTH goes through a buffer.
+        // SAFETY: guaranteed by the caller; a row of C narrower than WIDTH is copied through a
+        // buffer.
         unsafe {
             let mut acc = [[_mm256_setzero_ps(); 2]; M];
             let mut buffer = [0f32; WIDTH];
@@ -427,7 +431,7 @@ mod x86 {
                 stride: usize,
                 accumulate: bool,
             ) {
-                // SAFETY: by the caller; columns beyond n are masked.
+                // SAFETY: guaranteed by the caller; columns beyond n are masked.
                 unsafe {
                     let mask = |v: usize| -> u16 {
                         match n.saturating_sub(16 * v) {

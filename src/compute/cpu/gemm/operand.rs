@@ -1,4 +1,4 @@
-//! A in the form kernels read: rows of units, the depth padded with zeros.
+//! Left operand A in the kernels' format: rows of units, the depth padded with zeros.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -12,15 +12,15 @@ use crate::compute::cpu::thread_pool;
 use half::bf16;
 
 thread_local! {
-    static LINES: RefCell<Vec<bf16>> = const { RefCell::new(Vec::new()) };
-    /// A row before it is rounded.
+    static BF16_LINES: RefCell<Vec<bf16>> = const { RefCell::new(Vec::new()) };
+    /// One row in f32, before it is rounded.
     static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Elements that one task converts.
+/// Number of elements that one task converts.
 const CHUNK: usize = 1 << 15;
 
-/// A matrix A `[rows, cols]` that can be multiplied from the left, any number of times.
+/// A matrix A `[rows, cols]`, prepared once as the left operand of any number of GEMMs.
 pub struct Operand<'a> {
     pub(super) kernel: Kernel,
     pub(super) rows: usize,
@@ -32,23 +32,23 @@ pub struct Operand<'a> {
 }
 
 enum Units<'a> {
-    /// f32 as it lies, or another operand's.
-    Lent(&'a [u32]),
-    Own(Buffer),
+    /// Borrowed: f32 values in place, or units of another operand.
+    Borrowed(&'a [u32]),
+    Owned(Buffer),
 }
 
 impl Units<'_> {
     fn all(&self) -> &[u32] {
         match self {
-            Units::Lent(units) => units,
-            Units::Own(buffer) => buffer.units(),
+            Units::Borrowed(units) => units,
+            Units::Owned(buffer) => buffer.units(),
         }
     }
 }
 
 impl<'a> Operand<'a> {
-    /// The operand `scale·view` `[rows, cols]`. An unscaled row-major f32 view costs nothing when
-    /// f32 is multiplied.
+    /// Returns the operand `scale·view` `[rows, cols]`. For f32 kernels, an unscaled row-major f32
+    /// view is borrowed without a copy.
     pub fn new(kernel: Kernel, view: View<'a>, rows: usize, cols: usize, scale: f32) -> Self {
         assert!(view.covers(rows, cols), "operand: the view is smaller than {rows}x{cols}");
         if let (false, Elements::F32(values), 1, 1.0) =
@@ -58,7 +58,7 @@ impl<'a> Operand<'a> {
                 kernel,
                 rows,
                 cols,
-                units: Units::Lent(units_of(values)),
+                units: Units::Borrowed(units_of(values)),
                 stride: view.row_stride,
             };
         }
@@ -83,11 +83,11 @@ impl<'a> Operand<'a> {
                 .for_each(|(i, part)| fill(i, part)),
             false => thread_pool::chunks(&mut units[..rows * depth], lines * depth, fill),
         }
-        Operand { kernel, rows, cols, units: Units::Own(own), stride: depth }
+        Operand { kernel, rows, cols, units: Units::Owned(own), stride: depth }
     }
 
-    /// The operand `[rows, cols]` of what `prepare(i, row)` makes of each row of `values`. Where
-    /// the kernel rounds, a row is rounded while it is in the nearest cache. Uses one thread.
+    /// Applies `prepare(i, row)` to each row of `values` in place and returns the operand `[rows,
+    /// cols]`. For bf16 kernels, a row is rounded while it is in the L1 cache. Uses one thread.
     pub(crate) fn prepared(
         kernel: Kernel,
         values: &'a mut [f32],
@@ -102,7 +102,8 @@ impl<'a> Operand<'a> {
         rounded.operand(values)
     }
 
-    /// Two operands of one shape, as [`Operand::prepared`] makes them.
+    /// Returns two operands of the same shape, made as by [`Operand::prepared`] with one `prepare`
+    /// for both.
     pub(crate) fn prepared_pair(
         kernel: Kernel,
         [first, second]: [&'a mut [f32]; 2],
@@ -122,12 +123,12 @@ impl<'a> Operand<'a> {
         [x.operand(first), y.operand(second)]
     }
 
-    /// Its transpose `[cols, rows]`, a copy.
+    /// Returns a transposed copy `[cols, rows]`.
     pub(crate) fn transposed(&self) -> Operand<'static> {
         Operand::owned(self.kernel, self.view().t(), self.cols, self.rows)
     }
 
-    /// Some of its rows.
+    /// Returns some of its rows, borrowed.
     pub fn part(&self, rows: Range<usize>) -> Operand<'_> {
         assert!(
             rows.start <= rows.end && rows.end <= self.rows,
@@ -139,52 +140,53 @@ impl<'a> Operand<'a> {
             kernel: self.kernel,
             rows: rows.len(),
             cols: self.cols,
-            units: Units::Lent(units),
+            units: Units::Borrowed(units),
             stride: self.stride,
         }
     }
 
-    /// The same matrix as a view, to be multiplied from the right: rounded already, where the
-    /// kernel rounds.
+    /// Returns the matrix as a view, for use as a right operand. The values are already rounded for
+    /// bf16 kernels.
     pub fn view(&self) -> View<'_> {
         let units = self.units.all();
         if self.kernel.is_bf16() {
-            // SAFETY: a unit is a pair of bf16, of which every bit pattern is valid, in the order
-            // of k.
+            // SAFETY: a unit is a pair of bf16 in the order of k, and every bit pattern is a valid
+            // bf16.
             let values = unsafe {
                 std::slice::from_raw_parts(units.as_ptr().cast::<bf16>(), 2 * units.len())
             };
             return View::of(Elements::Bf16(values), 2 * self.stride);
         }
-        // SAFETY: a unit is an f32, of which every bit pattern is valid.
+        // SAFETY: a unit is an f32, and every bit pattern is valid.
         View::f32(
             unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<f32>(), units.len()) },
             self.stride,
         )
     }
 
-    /// How many rows it has.
+    /// Returns the number of rows.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// A row of a rounded one.
+    /// Returns one row of an operand for a bf16 kernel. Panics if the kernel is not bf16.
     pub fn bf16_row(&self, row: usize) -> &[bf16] {
         assert!(self.kernel.is_bf16() && row < self.rows, "operand: row {row} of {}", self.rows);
         let units = &self.units.all()[row * self.stride..][..self.stride];
-        // SAFETY: a unit is a pair of bf16, of which every bit pattern is valid, in the order of k.
+        // SAFETY: a unit is a pair of bf16 in the order of k, and every bit pattern is a valid
+        // bf16.
         let values =
             unsafe { std::slice::from_raw_parts(units.as_ptr().cast::<bf16>(), 2 * units.len()) };
         &values[..self.cols]
     }
 
-    /// Its kernel.
+    /// Returns the kernel that this operand was prepared for.
     pub fn kernel(&self) -> Kernel {
         self.kernel
     }
 
-    /// The product of its rows from `row` on, columns from `start` on (an even number), with a
-    /// packed panel.
+    /// Pairs the rows from `row` on and the columns from `start` on (even for bf16 kernels) with a
+    /// packed panel of B.
     pub(crate) fn product(&self, row: usize, start: usize, depth: usize, panel: &[u32]) -> Product {
         let units = self.units.all().as_ptr();
         let offset = row * self.stride + self.kernel.units(start);
@@ -194,7 +196,7 @@ impl<'a> Operand<'a> {
     }
 }
 
-/// An operand whose rows are rounded one after the other, if its kernel rounds.
+/// Builder of an operand row by row. Rows are rounded if the kernel is bf16.
 struct Rounded {
     kernel: Kernel,
     rows: usize,
@@ -224,10 +226,11 @@ impl Rounded {
         }
     }
 
-    /// The operand; `values` as they lie where the kernel does not round.
+    /// Returns the operand. For f32 kernels it borrows `values`.
     fn operand(self, values: &[f32]) -> Operand<'_> {
         let Rounded { kernel, rows, cols, depth, own } = self;
-        let units = if kernel.is_bf16() { Units::Own(own) } else { Units::Lent(units_of(values)) };
+        let units =
+            if kernel.is_bf16() { Units::Owned(own) } else { Units::Borrowed(units_of(values)) };
         Operand { kernel, rows, cols, units, stride: depth }
     }
 }
@@ -242,21 +245,21 @@ struct SourceRows<'a> {
     rows: usize,
     /// Elements in a row: k.
     cols: usize,
-    /// The factor of every element.
+    /// Factor applied to every element.
     scale: f32,
 }
 
-/// Converts rows into `dst` `[rows, depth]`, where `depth` counts units, padding included.
+/// Converts rows into `dst` `[rows, depth]`. `depth` is in units, padding included.
 fn fill_rows(kernel: Kernel, source: SourceRows, depth: usize, dst: &mut [u32]) {
     let (Elements::F32(_) | Elements::Bf16(_)) = source.view.elements;
     if kernel.is_bf16() {
-        LINES.with_borrow_mut(|lines| fill_rows_bf16(kernel, source, depth, dst, lines));
+        BF16_LINES.with_borrow_mut(|lines| fill_rows_bf16(kernel, source, depth, dst, lines));
     } else {
         fill_rows_f32(source, depth, dst);
     }
 }
 
-/// [`fill_rows`] where a unit is one f32.
+/// [`fill_rows`] for f32 kernels.
 fn fill_rows_f32(source: SourceRows, depth: usize, dst: &mut [u32]) {
     let SourceRows { view, first, rows, cols, scale } = source;
     if let (Elements::F32(v), 1) = (view.elements, view.row_stride) {
@@ -286,7 +289,7 @@ fn at(view: View, row: usize, col: usize) -> f32 {
     }
 }
 
-/// [`fill_rows`] where a unit is a pair of bf16; `lines` is scratch memory.
+/// [`fill_rows`] for bf16 kernels; `lines` is scratch memory.
 fn fill_rows_bf16(
     kernel: Kernel,
     source: SourceRows,
@@ -299,7 +302,8 @@ fn fill_rows_bf16(
     if view.col_stride == 1 {
         for (i, row) in dst.chunks_mut(depth).enumerate().take(rows) {
             let start = (first + i) * view.row_stride;
-            // SAFETY: a row of units is as many pairs of bf16.
+            // SAFETY: a unit has the size of two bf16, and every bit pattern is valid for both
+            // types.
             let to: &mut [bf16] =
                 unsafe { std::slice::from_raw_parts_mut(row.as_mut_ptr().cast(), 2 * depth) };
             match view.elements {
@@ -323,8 +327,8 @@ fn fill_rows_bf16(
     if let (Elements::Bf16(v), 1.0) = (view.elements, scale) {
         return transpose_pairs(&v[first..], view.col_stride, cols, rows, dst, depth);
     }
-    // Contiguous along the rows of A: two neighbouring k are rounded, interleaved into pairs, and
-    // the pairs are transposed.
+    // The source is contiguous along the rows of A: two neighbouring k are rounded and interleaved
+    // into pairs, and the pairs are transposed.
     let mut paired = Buffer::dirty(used * rows);
     lines.resize(2 * rows, bf16::ZERO);
     for (p, units) in paired.units_mut().chunks_mut(rows).enumerate() {
@@ -366,29 +370,29 @@ fn round_scaled(kernel: Kernel, src: &[f32], scale: f32, dst: &mut [bf16]) {
     }
 }
 
-/// A row of pairs; what is beyond the values is 0.
+/// Rounds a row into pairs of bf16 and fills the rest of `units` with zeros.
 fn round_row(kernel: Kernel, row: &[f32], units: &mut [u32]) {
-    // SAFETY: a row of units is as many pairs of bf16.
+    // SAFETY: a unit has the size of two bf16, and every bit pattern is valid for both types.
     let to: &mut [bf16] =
         unsafe { std::slice::from_raw_parts_mut(units.as_mut_ptr().cast(), 2 * units.len()) };
     round(kernel, row, &mut to[..row.len()]);
     to[row.len()..].fill(bf16::ZERO);
 }
 
-/// The bits of f32 values.
+/// Reinterprets f32 values as units.
 fn units_of(values: &[f32]) -> &[u32] {
     // SAFETY: same size and alignment, and every bit pattern is valid for both.
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len()) }
 }
 
 impl Operand<'static> {
-    /// The operand `[rows, cols]` whose units a buffer has, each row padded.
+    /// Returns the operand `[rows, cols]` with its padded rows of units in `own`.
     pub(super) fn of_buffer(kernel: Kernel, rows: usize, cols: usize, own: Buffer) -> Self {
-        Operand { kernel, rows, cols, units: Units::Own(own), stride: kernel.depth(cols) }
+        Operand { kernel, rows, cols, units: Units::Owned(own), stride: kernel.depth(cols) }
     }
 
-    /// The operand `[rows, cols]` whose row i `fill(i, row)` writes. Where the kernel rounds, a row
-    /// is rounded while it is in the nearest cache.
+    /// Computes the operand `[rows, cols]` in parallel: `fill(i, row)` writes row i. For bf16
+    /// kernels, a row is rounded while it is in the L1 cache.
     pub fn computed(
         kernel: Kernel,
         rows: usize,
@@ -413,19 +417,19 @@ impl Operand<'static> {
                 part.chunks_mut(depth).enumerate().for_each(|(r, row)| fill(i * lines + r, row));
             });
         }
-        Operand { kernel, rows, cols, units: Units::Own(own), stride: depth }
+        Operand { kernel, rows, cols, units: Units::Owned(own), stride: depth }
     }
 
-    /// A copy of `view` `[rows, cols]` that outlives it.
+    /// Returns the operand of a copy of `view` `[rows, cols]`, which may be dropped.
     pub(crate) fn owned(kernel: Kernel, view: View, rows: usize, cols: usize) -> Operand<'static> {
         let Operand { kernel, rows, cols, units, stride } =
             Operand::new(kernel, view, rows, cols, 1.0);
         let units = match units {
-            Units::Own(b) => Units::Own(b),
-            Units::Lent(units) => {
+            Units::Owned(b) => Units::Owned(b),
+            Units::Borrowed(units) => {
                 let mut own = Buffer::dirty(units.len());
                 own.units_mut().copy_from_slice(units);
-                Units::Own(own)
+                Units::Owned(own)
             }
         };
         Operand { kernel, rows, cols, units, stride }

@@ -1,4 +1,4 @@
-//! Brings B into panels: for each unit of depth, [`NR`] columns side by side. A unit is one f32, or
+//! Packs B into panels: for each unit of depth, [`NR`] columns side by side. A unit is one f32, or
 //! the bf16 of two neighbouring k.
 
 use std::cell::RefCell;
@@ -11,13 +11,14 @@ use super::panel::NR;
 use super::view::{Elements, View};
 
 thread_local! {
-    /// Where a panel is converted to another element type before it is laid out.
+    /// Scratch memory in which a panel is converted to the kernel's element type before packing.
     static F32: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
     static BF16: RefCell<Vec<bf16>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Packs `k` elements of depth from `k0` on and `n ≤ NR` columns from `n0` on into `dst`, which has
-/// room for the padded depth times [`NR`]. What is outside the matrix is zero.
+/// Packs `k` elements of depth from `k0` on and `n ≤ NR` columns from `n0` on into `dst`. The
+/// length of `dst` is the padded depth in units times [`NR`]; positions outside the matrix become
+/// zero.
 pub(crate) fn pack_panel(
     kernel: Kernel,
     b: View,
@@ -30,7 +31,8 @@ pub(crate) fn pack_panel(
     debug_assert!(n <= NR && k > 0 && n > 0);
     debug_assert!(b.covers(k0 + k, n0 + n));
     let start = k0 * b.row_stride + n0 * b.col_stride;
-    // Along which of k and n the source is contiguous. Where both are, B has one row or one column.
+    // True if the source is contiguous along k, false if along n. If it is contiguous along both, B
+    // has one row or one column.
     let along_k = b.row_stride == 1 && (b.col_stride != 1 || k == 1);
     let (lines, width, stride) = if along_k { (n, k, b.col_stride) } else { (k, n, b.row_stride) };
     let end = start + (lines - 1) * stride + width;
@@ -54,12 +56,12 @@ pub(crate) fn pack_panel(
     }
 }
 
-/// f32 → bf16, to nearest, ties to even.
+/// Rounds f32 to the nearest bf16, ties to even.
 pub(crate) fn round(kernel: Kernel, src: &[f32], dst: &mut [bf16]) {
     debug_assert_eq!(src.len(), dst.len());
     #[cfg(target_arch = "x86_64")]
     if kernel.is_bf16() {
-        // SAFETY: kernels over pairs exist only where the processor has AVX512_BF16.
+        // SAFETY: bf16 kernels are selected only if the processor has AVX512_BF16.
         unsafe { x86::round(src, dst) };
         return;
     }
@@ -67,11 +69,12 @@ pub(crate) fn round(kernel: Kernel, src: &[f32], dst: &mut [bf16]) {
     dst.convert_from_f32_slice(src);
 }
 
-/// `width` values of each of some rows of a tile, [`NR`] apart, as units (rounded, where the kernel
-/// rounds) in rows `stride` apart; what is beyond the values is 0, up to `units` of each row.
+/// Writes `rows` rows of `width` values from a tile with row stride [`NR`] as units, rounded for
+/// bf16 kernels. Output rows lie `stride` units apart; each is filled with zeros up to `units`
+/// units.
 ///
 /// # Safety
-/// `dst` is valid for `units` units in each of the rows, and nobody else touches them.
+/// `dst` is valid for `units` units in each of the rows, and no other thread touches them.
 pub(super) unsafe fn round_rows(
     kernel: Kernel,
     tile: &[f32],
@@ -88,15 +91,16 @@ pub(super) unsafe fn round_rows(
     );
     #[cfg(target_arch = "x86_64")]
     if kernel.is_bf16() && width == NR && units == NR / 2 {
-        // SAFETY: by the assertion and the caller; kernels over pairs exist only where the
+        // SAFETY: guaranteed by the assertion and the caller; bf16 kernels are selected only if the
         // processor has AVX512_BF16.
         return unsafe { x86::round_tile(tile.as_ptr(), rows, dst, stride) };
     }
     for (i, values) in tile.chunks(NR).enumerate().take(rows) {
-        // SAFETY: by the caller.
+        // SAFETY: guaranteed by the caller.
         let to = unsafe { std::slice::from_raw_parts_mut(dst.add(i * stride), units) };
         if kernel.is_bf16() {
-            // SAFETY: a row of units is as many pairs of bf16.
+            // SAFETY: a unit has the size of two bf16, and every bit pattern is valid for both
+            // types.
             let to: &mut [bf16] =
                 unsafe { std::slice::from_raw_parts_mut(to.as_mut_ptr().cast(), 2 * units) };
             round(kernel, &values[..width], &mut to[..width]);
@@ -112,12 +116,12 @@ fn lay_f32(src: &[f32], stride: usize, along_k: bool, k: usize, n: usize, dst: &
     // SAFETY: same size and alignment, and every bit pattern is valid for both.
     let src: &[u32] = unsafe { std::slice::from_raw_parts(src.as_ptr().cast(), src.len()) };
     if along_k {
-        // SAFETY: a u32 slice's own pointer.
+        // SAFETY: pointer and length come from the same slice.
         unsafe { transpose(src.as_ptr(), src.len(), stride, n, k, dst, NR) };
         clear_columns(&mut dst[..k * NR], n);
     } else {
         for (row, from) in dst.chunks_exact_mut(NR).zip(src.chunks(stride)).take(k) {
-            // A copy of known length is a few vector moves.
+            // A copy of a length known at compile time is a few vector moves.
             match (row.as_mut_array::<NR>(), from.first_chunk::<NR>()) {
                 (Some(row), Some(from)) if n == NR => *row = *from,
                 _ => {
@@ -178,7 +182,8 @@ fn clear_columns(dst: &mut [u32], n: usize) {
     }
 }
 
-/// [`interleave`] for `pairs` pairs of rows, a whole panel wide; returns for how many it was done.
+/// Runs [`interleave`] for `pairs` pairs of rows of a full-width panel, if the processor has a
+/// vector version. Returns the number of pairs done.
 fn interleave_panel(
     kernel: Kernel,
     src: &[bf16],
@@ -190,8 +195,8 @@ fn interleave_panel(
     #[cfg(target_arch = "x86_64")]
     if kernel.is_bf16() && n == NR && pairs > 0 {
         assert!((2 * pairs - 1) * stride + NR <= src.len() && pairs * NR <= dst.len());
-        // SAFETY: the assertion bounds both sides; kernels over pairs exist only where the
-        // processor has AVX512_BF16, hence AVX512BW.
+        // SAFETY: the assertion bounds both sides; bf16 kernels are selected only if the processor
+        // has AVX512_BF16, hence AVX512BW.
         unsafe { x86::interleave_panel(src.as_ptr(), stride, pairs, dst.as_mut_ptr()) };
         return pairs;
     }
@@ -199,12 +204,11 @@ fn interleave_panel(
     0
 }
 
-/// `dst[j] = low[j] | high[j] << 16`.
+/// Computes `dst[j] = low[j] | high[j] << 16`.
 pub(super) fn interleave(kernel: Kernel, low: &[bf16], high: Option<&[bf16]>, dst: &mut [u32]) {
     match high {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: kernels over pairs exist only where the processor has AVX512_BF16, hence
-        // AVX512BW.
+        // SAFETY: bf16 kernels are selected only if the processor has AVX512_BF16, hence AVX512BW.
         Some(high) if kernel.is_bf16() => unsafe { x86::interleave(low, high, dst) },
         Some(high) => {
             for ((unit, l), h) in dst.iter_mut().zip(low).zip(high) {
@@ -220,10 +224,10 @@ pub(super) fn interleave(kernel: Kernel, low: &[bf16], high: Option<&[bf16]>, ds
     }
 }
 
-/// `dst[c·dst_stride + r] = src[r·stride + c]` for r < rows, c < cols.
+/// Transposes: `dst[c·dst_stride + r] = src[r·stride + c]` for r < rows, c < cols.
 ///
 /// # Safety
-/// `src` is valid for reads of `len` (possibly unaligned) units.
+/// `src` is valid for reads of `len` units, which may be unaligned.
 pub(super) unsafe fn transpose(
     src: *const u32,
     len: usize,
@@ -244,7 +248,7 @@ pub(super) unsafe fn transpose(
         (whole_rows, whole_cols) = (rows - rows % 16, cols - cols % 16);
         for r in (0..whole_rows).step_by(16) {
             for c in (0..whole_cols).step_by(16) {
-                // SAFETY: the assertion bounds both sides; the instructions are there.
+                // SAFETY: the assertion bounds both sides; the processor has the instructions.
                 unsafe {
                     x86::transpose16(
                         src.add(r * stride + c),
@@ -265,8 +269,8 @@ pub(super) unsafe fn transpose(
     }
 }
 
-/// `dst[c·dst_stride + p] = src[2p·stride + c] | src[(2p + 1)·stride + c] << 16` for c < cols and
-/// 2p < rows; what is beyond the last row is 0, up to `dst_stride`. For kernels over pairs.
+/// Transposes pairs of rows for bf16 kernels: `dst[c·dst_stride + p] = src[2p·stride + c] | src[(2p
+/// + 1)·stride + c] << 16` for c < cols and 2p < rows. The rest of each output row becomes 0.
 pub(super) fn transpose_pairs(
     src: &[bf16],
     stride: usize,
@@ -290,8 +294,8 @@ pub(super) fn transpose_pairs(
         for c in (0..cols).step_by(16) {
             for p in (0..dst_stride).step_by(16) {
                 let (rows, cols) = (rows.saturating_sub(2 * p).min(32), (cols - c).min(16));
-                // SAFETY: the assertion bounds both sides, of which only so many rows, columns and
-                // units are touched; the instructions are there.
+                // SAFETY: the assertion bounds both sides, and only `rows`, `cols` and the given
+                // number of units are touched; the processor has the instructions.
                 unsafe {
                     let from = src.as_ptr().add((2 * p * stride + c).min(src.len()));
                     let to = dst.as_mut_ptr().add(c * dst_stride + p);
@@ -326,8 +330,8 @@ mod x86 {
 
     use super::NR;
 
-    /// Pairs of rows that are fetched ahead: rows are far apart, which the processor does not
-    /// foresee.
+    /// Prefetch distance in pairs of rows. Rows lie far apart in memory, so the hardware prefetcher
+    /// does not predict them.
     const AHEAD: usize = 8;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
@@ -335,8 +339,8 @@ mod x86 {
         let n = src.len().min(dst.len());
         let mut i = 0;
         while i + 16 <= n {
-            // SAFETY: sixteen elements from i on are inside both; bf16 is a 16-bit integer in
-            // memory.
+            // SAFETY: sixteen elements from i on are inside both slices; bf16 is a 16-bit integer
+            // in memory.
             unsafe {
                 let v = _mm512_cvtneps_pbh(_mm512_loadu_ps(src.as_ptr().add(i)));
                 _mm256_storeu_si256(
@@ -348,7 +352,7 @@ mod x86 {
         }
         if i < n {
             let mask = (1u16 << (n - i)) - 1;
-            // SAFETY: masked to the elements that are left.
+            // SAFETY: masked to the remaining elements.
             unsafe {
                 let v = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, src.as_ptr().add(i)));
                 _mm256_mask_storeu_epi16(
@@ -360,7 +364,7 @@ mod x86 {
         }
     }
 
-    /// Rows of [`NR`] values, rounded into rows `stride` units apart.
+    /// Rounds rows of [`NR`] values into rows `stride` units apart.
     ///
     /// # Safety
     /// Both sides are valid for the rows.
@@ -368,7 +372,7 @@ mod x86 {
     pub unsafe fn round_tile(src: *const f32, rows: usize, dst: *mut u32, stride: usize) {
         for i in 0..rows {
             for v in 0..NR / 16 {
-                // SAFETY: by the caller; bf16 is a 16-bit integer in memory.
+                // SAFETY: guaranteed by the caller; bf16 is a 16-bit integer in memory.
                 unsafe {
                     let x = _mm512_cvtneps_pbh(_mm512_loadu_ps(src.add(i * NR + 16 * v)));
                     _mm256_storeu_si256(
@@ -403,20 +407,21 @@ mod x86 {
         }
     }
 
-    /// Pairs of rows, [`NR`] wide and `stride` apart, one after the other.
+    /// Interleaves `pairs` pairs of consecutive rows, [`NR`] wide and `stride` apart.
     ///
     /// # Safety
     /// `src` is valid for the rows and `dst` for `pairs` times [`NR`] units.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     pub unsafe fn interleave_panel(src: *const bf16, stride: usize, pairs: usize, dst: *mut u32) {
-        // Column j of the first row, then of the second, for j from 0 or from 16 on.
+        // Index vectors for the permutation: element j of the first row, then of the second row,
+        // for j from 0 and from 16.
         let counted = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         let first = _mm512_add_epi32(
             _mm512_mullo_epi32(counted, _mm512_set1_epi32(0x1_0001)),
             _mm512_set1_epi32(32 << 16),
         );
         let second = _mm512_add_epi32(first, _mm512_set1_epi32(16 * 0x1_0001));
-        // SAFETY: by the caller; a prefetch may go anywhere.
+        // SAFETY: guaranteed by the caller; a prefetch of an invalid address has no effect.
         unsafe {
             for p in 0..pairs {
                 let low = src.add(2 * p * stride);
@@ -434,13 +439,13 @@ mod x86 {
         }
     }
 
-    /// Sixteen rows of sixteen units.
+    /// Transposes a block of 16 × 16 units.
     ///
     /// # Safety
-    /// Both sides are valid for the sixteen by sixteen units that the strides reach.
+    /// Both sides are valid for 16 × 16 units with their strides.
     #[target_feature(enable = "avx512f")]
     pub unsafe fn transpose16(src: *const u32, stride: usize, dst: *mut u32, dst_stride: usize) {
-        // SAFETY: by the caller.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let mut r = [_mm512_setzero_si512(); 16];
             for (i, row) in r.iter_mut().enumerate() {
@@ -452,8 +457,8 @@ mod x86 {
         }
     }
 
-    /// The first `pairs` units of up to 16 columns, each of two neighbouring rows of up to 32; rows
-    /// beyond are 0.
+    /// Transposes a block of up to 32 rows and 16 columns as pairs of rows: `pairs` units per
+    /// column, zeros beyond the last row.
     ///
     /// # Safety
     /// `src` is valid for `rows` rows of `cols` elements, `dst` for `cols` rows of `pairs` units.
@@ -471,7 +476,7 @@ mod x86 {
         let mut r = [_mm512_setzero_si512(); 16];
         for (i, pair) in r.iter_mut().enumerate().take(rows.div_ceil(2)) {
             let high = if 2 * i + 1 < rows { mask(cols) } else { 0 };
-            // SAFETY: masked to rows and columns that the caller has.
+            // SAFETY: masked to rows and columns inside the caller's matrix.
             unsafe {
                 let l = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(
                     mask(cols),
@@ -492,7 +497,7 @@ mod x86 {
         }
     }
 
-    /// The columns of sixteen rows of sixteen units.
+    /// Returns the columns of a block of 16 × 16 units.
     #[target_feature(enable = "avx512f")]
     #[inline]
     fn columns(mut r: [__m512i; 16]) -> [__m512i; 16] {

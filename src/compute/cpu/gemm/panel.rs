@@ -1,29 +1,30 @@
-//! A panel of B, and the rows of A that a kernel multiplies with it.
+//! Operands and output of the inner kernels: a panel of B, rows of A and a tile of C.
 
-/// Columns of a panel of B.
+/// Number of columns in a panel of B.
 pub const NR: usize = 32;
-/// Rows that a kernel may read past the last one of A, so that tiles need no edge case.
+/// Number of readable rows that must follow the last row of A, so that tile kernels need no edge
+/// case.
 pub(crate) const ROW_PADDING: usize = 16;
 
-/// Rows of A, from some point on, and the panel they are multiplied with.
+/// Rows of A and the packed panel of B that they are multiplied with.
 #[derive(Clone, Copy)]
 pub(crate) struct Product {
-    /// First unit of the first row.
+    /// First unit of the first row of A.
     pub a: *const u32,
-    /// Units between rows.
+    /// Units between the starts of consecutive rows of A.
     pub stride: usize,
-    /// `[depth][NR]`.
+    /// Packed panel of B, `[depth, NR]` units.
     pub b: *const u32,
-    /// Units.
+    /// Depth in units.
     pub depth: usize,
 }
 
 /// The part of C that a kernel writes.
 #[derive(Clone, Copy)]
 pub(crate) struct OutputTile {
-    /// The first element of the first row.
+    /// First element of the first row.
     pub c: *mut f32,
-    /// Elements between rows.
+    /// Elements between the starts of consecutive rows.
     pub stride: usize,
     /// Columns to write, at most [`NR`].
     pub columns: usize,

@@ -1,4 +1,5 @@
-//! Sums of products: cut into blocks of a depth that the caches hold, shared out among the threads.
+//! Sums of GEMMs, blocked by depth so that packed panels fit the caches, and distributed over the
+//! threads.
 
 use std::ops::Range;
 
@@ -9,36 +10,37 @@ use super::weight::RightOperand;
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::thread_pool;
 
-/// Units of depth in a block of B: a panel of them fits the L2 cache.
+/// Maximum depth of a block of B, in units. A panel of this depth fits the L2 cache.
 const BLOCK_DEPTH: usize = 1024;
-/// Units of B that a task packs before A passes them: all of its part, mostly.
+/// Units of B that a task packs before it multiplies them with A. Usually this is all of its share.
 const GROUP_UNITS: usize = 1 << 19;
-/// Units of A that pass at a time: they stay in the L2 cache while the panels change.
+/// Units of A that are multiplied at a time. They stay in the L2 cache while the panels change.
 const PASS_UNITS: usize = 1 << 17;
-/// Rows that are worth a task of their own.
-const CUT_ROWS: usize = 32;
-/// Up to so many rows of A, reading B is what takes time: its rows are read one after the other, a
-/// slice of this many units at a time.
-const NARROW: usize = 64;
+/// Minimum number of rows that are worth a task of their own.
+const MIN_CUT_ROWS: usize = 32;
+/// For at most this many rows of A, the GEMM is bound by reading B. B's rows are then read in
+/// order, in slices of [`SLICE_DEPTH`] units.
+const NARROW_ROWS: usize = 64;
 const SLICE_DEPTH: usize = 64;
-/// Below this many multiplications, threads cost more than they save.
-const PARALLEL_FROM: usize = 1 << 19;
+/// Number of multiplications below which starting threads costs more than it saves.
+const MIN_PARALLEL_MULTIPLICATIONS: usize = 1 << 19;
 
-/// Bytes of the panels of B that all threads together may have packed at one time.
+/// Returns the maximum size in bytes of the panels of B that all threads together have packed at
+/// one time.
 pub fn packed_bytes() -> usize {
     thread_pool::threads() * GROUP_UNITS * size_of::<u32>()
 }
 
-/// Whether a product may use every core.
+/// Threads that a GEMM may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Threads {
-    /// The caller is itself one of many parallel tasks.
+    /// The calling thread only, because the caller is already one of many parallel tasks.
     One,
-    /// The thread pool.
+    /// All threads of the pool.
     All,
 }
 
-/// One A·B of a sum of products.
+/// One term A·B of a sum of GEMMs.
 #[derive(Clone, Copy)]
 pub struct Term<'a> {
     /// A `[m, k]`.
@@ -48,28 +50,28 @@ pub struct Term<'a> {
 }
 
 impl<'a> Term<'a> {
-    /// Returns A·B.
+    /// Returns the term A·B.
     pub fn new(a: &'a Operand<'a>, b: impl Into<RightOperand<'a>>) -> Self {
         Term { a, b: b.into() }
     }
 }
 
-/// A piece of a term whose depth fits a block.
+/// Part of a term along its depth, short enough for one block.
 pub(super) struct Piece<'a> {
     term: Term<'a>,
-    /// Where it starts in k, in elements.
+    /// Start in k, in elements.
     start: usize,
-    /// Elements of k.
+    /// Length in k, in elements.
     k: usize,
-    /// Padded units of k.
+    /// Length in k, in units, padding included.
     pub(super) depth: usize,
 }
 
-/// Computes `c = Σ A·B`, with `c` row-major `[m, n]`, rows `stride` apart; `accumulate` adds the
-/// sum to what `c` holds.
+/// Computes `c = Σ A·B` with `c` row-major `[m, n]` and rows `stride` elements apart. With
+/// `accumulate`, adds the sum to the values of `c`.
 ///
 /// # Panics
-/// When a view is smaller than its product (a bug of the caller).
+/// Panics if a view is smaller than the matrix it stands for (a bug of the caller).
 pub fn matmul(
     m: usize,
     n: usize,
@@ -96,8 +98,9 @@ pub fn matmul(
         );
     }
     let work: usize = terms.iter().map(|t| m * n * t.a.cols).sum();
-    let threads = if work < PARALLEL_FROM { Threads::One } else { threads };
-    if m <= NARROW && kernel != Kernel::Amx && terms.iter().all(|t| t.b.has_contiguous_rows()) {
+    let threads = if work < MIN_PARALLEL_MULTIPLICATIONS { Threads::One } else { threads };
+    if m <= NARROW_ROWS && kernel != Kernel::Amx && terms.iter().all(|t| t.b.has_contiguous_rows())
+    {
         return by_slices(
             kernel,
             (m, n),
@@ -115,7 +118,7 @@ pub fn matmul(
     }
 }
 
-/// Cuts the sum over all terms into blocks of at most `most` units.
+/// Splits the sum over all terms into blocks with a depth of at most `most` units.
 pub(super) fn blocks<'a>(kernel: Kernel, terms: &[Term<'a>], most: usize) -> Vec<Vec<Piece<'a>>> {
     let mut blocks: Vec<Vec<Piece>> = Vec::new();
     let mut room = 0;
@@ -138,16 +141,17 @@ pub(super) fn blocks<'a>(kernel: Kernel, terms: &[Term<'a>], most: usize) -> Vec
     blocks
 }
 
-/// A pointer that tasks may share because they write disjoint parts.
+/// Pointer that tasks share because they write disjoint parts.
 #[derive(Clone, Copy)]
 pub(crate) struct Shared(pub *mut f32);
-// SAFETY: whoever makes one promises that tasks touch disjoint elements.
+// SAFETY: the code that creates a `Shared` guarantees that tasks touch disjoint elements.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}
 
 impl Shared {
-    /// The pointer `offset` elements on. A method, so that closures capture the whole struct.
+    /// Returns the pointer advanced by `offset` elements. It is a method so that closures capture
+    /// the whole struct instead of the raw pointer, which is not `Sync`.
     ///
     /// # Safety
     /// `offset` stays inside the allocation.
@@ -157,7 +161,7 @@ impl Shared {
     }
 }
 
-/// Everything that the tasks of a block share.
+/// State shared by the tasks of one block.
 struct BlockTask<'a> {
     kernel: Kernel,
     m: usize,
@@ -170,12 +174,11 @@ struct BlockTask<'a> {
 }
 
 impl BlockTask<'_> {
-    /// Packs a panel of B.
     fn pack(&self, panel: usize, units: &mut [u32]) {
         pack_pieces(self.kernel, self.pieces, self.n, panel, units);
     }
 
-    /// Some rows of A times a packed panel.
+    /// Multiplies some rows of A with the packed panel `units` and writes the result to `out`.
     fn run(&self, rows: Range<usize>, panel: usize, units: &[u32]) {
         let column = panel * NR;
         // SAFETY: rows and columns lie inside the output, which the assertion in `matmul` bounds;
@@ -189,7 +192,7 @@ impl BlockTask<'_> {
     }
 }
 
-/// Packs panel number `panel` of B `[.., n]`, the pieces one after the other.
+/// Packs panel number `panel` of B `[.., n]`: the pieces of the block one after the other.
 pub(super) fn pack_pieces(
     kernel: Kernel,
     pieces: &[Piece],
@@ -206,10 +209,11 @@ pub(super) fn pack_pieces(
     }
 }
 
-/// Multiplies some rows of A with a packed panel, `units`, into `out`.
+/// Multiplies some rows of A with the packed panel `units` and writes the result to `out`.
 ///
 /// # Safety
-/// `out` is valid for the rows and nobody else touches them; the pieces' operands have the rows.
+/// `out` is valid for the rows and no other thread touches them. The operands of the pieces have
+/// these rows.
 pub(super) unsafe fn multiply(
     kernel: Kernel,
     pieces: &[Piece],
@@ -224,8 +228,8 @@ pub(super) unsafe fn multiply(
             *slot = p.term.a.product(rows.start, p.start, p.depth, &units[at..]);
             at += p.depth * NR;
         }
-        // SAFETY: by the caller; the products point into operands that cover rows and depth,
-        // padding included.
+        // SAFETY: guaranteed by the caller; the products point into operands that cover rows and
+        // depth, padding included.
         unsafe { panel_product(kernel, rows.len(), &products[..eight.len()], out) };
         out.accumulate = true;
     }
@@ -255,8 +259,8 @@ fn block_product(
     }
 }
 
-/// Slices of B's rows outside, panels inside: for so few rows that the output stays in the L2
-/// cache.
+/// Multiplies with the slices of B in the outer loop and the panels in the inner loop. Used when A
+/// has so few rows that the output stays in the L2 cache.
 fn by_slices(
     kernel: Kernel,
     (m, n): (usize, usize),
@@ -287,8 +291,8 @@ fn by_slices(
     });
 }
 
-/// Packs one panel after the other and multiplies it at once, while it is in the nearest cache: for
-/// few rows, whose A is there too.
+/// Packs one panel after the other and multiplies each at once, while it is in the L1 cache. Used
+/// for few rows of A, which are in the cache too.
 fn by_panels(task: &BlockTask, panels: Range<usize>) {
     let mut packed = Buffer::dirty(task.depth * NR);
     for panel in panels {
@@ -297,36 +301,45 @@ fn by_panels(task: &BlockTask, panels: Range<usize>) {
     }
 }
 
-/// Shares out the panels: a task packs a group of them, `units` each, for itself alone, and takes a
-/// few rows of A at a time through all of them, so that a packed panel stays near the core that
-/// packed it. Where all rows pass at once, each panel is multiplied as soon as it is packed. A task
-/// has `room` values for each row to work in.
+/// Distributes the panels over the threads. A task packs a group of panels (`units` units each) for
+/// itself alone and multiplies a few rows of A at a time with all of them, so that packed panels
+/// stay in the caches of the core that packed them. If all rows are multiplied at once, each panel
+/// is multiplied right after it is packed. Each task gets scratch memory of `scratch` values per
+/// row.
 pub(super) fn by_groups(
     kernel: Kernel,
     (m, panels): (usize, usize),
-    (units, room): (usize, usize),
+    (units, scratch): (usize, usize),
     pack: impl Fn(usize, &mut [u32]) + Sync,
     run: impl Fn(Range<usize>, usize, &[u32], &mut [f32]) + Sync,
 ) {
     let (threads, step) = (thread_pool::threads(), kernel.rows());
     let pass = (PASS_UNITS * NR / units.max(1) / step).max(1) * step;
-    let held = if m <= pass { 1 } else { (GROUP_UNITS / units).max(1) };
-    let groups =
-        if m <= pass { 8 * threads } else { panels.div_ceil(held).next_multiple_of(threads) }
-            .min(panels);
-    // Fewer panels than threads, as for a low rank: the rows are shared out, too, and each task
-    // packs what it needs.
-    let cuts =
-        if groups < threads { (2 * threads).div_ceil(groups).min(m.div_ceil(CUT_ROWS)) } else { 1 };
+    let panels_per_pack = if m <= pass { 1 } else { (GROUP_UNITS / units).max(1) };
+    let groups = if m <= pass {
+        8 * threads
+    } else {
+        panels.div_ceil(panels_per_pack).next_multiple_of(threads)
+    }
+    .min(panels);
+    // There are fewer panels than threads, e.g. for a low LoRA rank: the rows are divided too, and
+    // each task packs the panels it needs.
+    let cuts = if groups < threads {
+        (2 * threads).div_ceil(groups).min(m.div_ceil(MIN_CUT_ROWS))
+    } else {
+        1
+    };
     let strips = m.div_ceil(step);
     thread_pool::for_each(groups * cuts, |task| {
         let (group, cut) = (task % groups, task / groups);
         let group = panels * group / groups..panels * (group + 1) / groups;
         let rows = strips * cut / cuts * step..(strips * (cut + 1) / cuts * step).min(m);
-        let (mut packed, mut room) =
-            (Buffer::dirty(held.min(group.len()) * units), Buffer::dirty(pass.min(m) * room));
-        for first in group.clone().step_by(held) {
-            let some = first..(first + held).min(group.end);
+        let (mut packed, mut scratch) = (
+            Buffer::dirty(panels_per_pack.min(group.len()) * units),
+            Buffer::dirty(pass.min(m) * scratch),
+        );
+        for first in group.clone().step_by(panels_per_pack) {
+            let some = first..(first + panels_per_pack).min(group.end);
             for panel in some.clone() {
                 pack(panel, &mut packed.units_mut()[(panel - first) * units..][..units]);
             }
@@ -336,7 +349,7 @@ pub(super) fn by_groups(
                         start..(start + pass).min(rows.end),
                         panel,
                         &packed.units()[(panel - first) * units..][..units],
-                        &mut room,
+                        &mut scratch,
                     );
                 }
             }

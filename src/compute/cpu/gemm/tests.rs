@@ -12,7 +12,8 @@ fn rounded(v: &[f32]) -> Vec<f32> {
     v.iter().map(|x| bf16::from_f32(*x).to_f32()).collect()
 }
 
-/// Σ over k in f64 of what the kernel multiplies, with the bound on the f32 sum's error.
+/// Compares the kernel with sums over k in f64 of the rounded operands, with a bound on the error
+/// of f32 sums.
 fn check(kernel: Kernel, m: usize, n: usize, k: usize, a_t: bool, b_t: bool, accumulate: bool) {
     let (a, b) = (values("a", m * k), values("b", k * n));
     let start: Vec<f32> = values("c", m * (n + 3));
@@ -41,7 +42,8 @@ fn check(kernel: Kernel, m: usize, n: usize, k: usize, a_t: bool, b_t: bool, acc
             let error = (c[at] as f64 - sum).abs();
             assert!(
                 error <= 3e-6 * size,
-                "{kernel:?} {m}x{k}x{n} a_t={a_t} b_t={b_t} accumulate={accumulate} at ({i}, {j}): {} vs {sum}",
+                "{kernel:?} {m}x{k}x{n} a_t={a_t} b_t={b_t} accumulate={accumulate} at \
+                 ({i}, {j}): {} vs {sum}",
                 c[at]
             );
         }
@@ -72,7 +74,7 @@ fn every_kernel_agrees_with_a_sum_in_f64() {
     }
 }
 
-/// An adapter of rank 1 has matrices of one row and of one column.
+/// A LoRA adapter of rank 1 has matrices with one row or one column.
 #[test]
 fn matrices_of_one_row_and_of_one_column_are_multiplied() {
     for kernel in Kernel::available() {
@@ -189,8 +191,8 @@ fn operands_prepared_in_place_and_their_transposes_are_those_of_the_finished_mat
 
 #[test]
 fn tiles_are_the_parts_of_whole_products() {
-    // Few rows and many, some of which pass in several goes, depths of one block and of several,
-    // and columns that are no whole panel.
+    // Few rows; many rows that are processed in several passes; depths of one and of several
+    // blocks; a number of columns that is not a multiple of the panel width.
     for (m, n, k) in [(3, 70, 40), (300, 160, 96), (140, 33, 2300), (600, 170, 500), (1, 512, 7)] {
         let (a, b, c, d) =
             (values("a", m * k), values("b", k * n), values("c", n * k), values("d", m * 6));
@@ -223,7 +225,12 @@ proptest! {
 
     /// A row of C is the same bit for bit alone, among others and with any number of threads.
     #[test]
-    fn a_row_depends_on_no_other_row(m in 1usize..150, n in 1usize..150, k in 1usize..1500, row in 0usize..150) {
+    fn a_row_depends_on_no_other_row(
+        m in 1usize..150,
+        n in 1usize..150,
+        k in 1usize..1500,
+        row in 0usize..150,
+    ) {
         let row = row % m;
         let (a, b) = (values("a", m * k), values("b", n * k));
         for kernel in Kernel::available() {

@@ -1,5 +1,5 @@
-//! Products that are used a tile at a time, while it is in the nearest caches, and are never
-//! written as a whole.
+//! GEMMs whose result is used tile by tile while the tile is in the L1 cache. The full result
+//! matrix never exists.
 
 use std::ops::Range;
 
@@ -10,12 +10,13 @@ use super::panel::{NR, OutputTile, ROW_PADDING};
 use super::product::{Piece, Shared, Term, blocks, by_groups, multiply, pack_pieces};
 use crate::compute::cpu::buffer::Buffer;
 
-/// `P` products of one shape `[m, n]`: `finish(rows, columns, tiles)` gets every part of all of
-/// them once, tile p being `[rows, NR]` of product p, of which it may use the columns. Each number
-/// is the one that [`super::matmul`] gives, bit for bit.
+/// Computes `P` GEMMs of the same shape `[m, n]` and calls `finish(rows, columns, tiles)` exactly
+/// once for each part. `tiles[p]` is `[rows, NR]` of GEMM p; its first `columns.len()` columns are
+/// valid, and `finish` may overwrite it. The values are the same bit for bit as those of
+/// [`super::matmul`].
 ///
 /// # Panics
-/// When a view is smaller than its product (a bug of the caller).
+/// Panics if a view is smaller than the matrix it stands for (a bug of the caller).
 pub fn matmul_tiles<const P: usize>(
     m: usize,
     n: usize,
@@ -45,11 +46,11 @@ pub fn matmul_tiles<const P: usize>(
         (m, panels),
         (units, P * NR),
         |panel, to| tiled.pack(panel, to),
-        |rows, panel, units, room| tiled.run(rows, panel, units, room),
+        |rows, panel, units, scratch| tiled.run(rows, panel, units, scratch),
     );
 }
 
-/// What the tasks share.
+/// State shared by the tasks.
 struct Tiles<'a, const P: usize, F> {
     kernel: Kernel,
     n: usize,
@@ -59,7 +60,7 @@ struct Tiles<'a, const P: usize, F> {
 }
 
 impl<const P: usize, F: Fn(Range<usize>, Range<usize>, [&mut [f32]; P]) + Sync> Tiles<'_, P, F> {
-    /// A panel of each product's B, one after the other.
+    /// Packs one panel of the B of each GEMM, one after the other.
     fn pack(&self, panel: usize, units: &mut [u32]) {
         let mut rest = units;
         for (pieces, depth) in self.pieces.iter().zip(self.depths) {
@@ -69,29 +70,29 @@ impl<const P: usize, F: Fn(Range<usize>, Range<usize>, [&mut [f32]; P]) + Sync> 
         }
     }
 
-    fn run(&self, rows: Range<usize>, panel: usize, units: &[u32], room: &mut [f32]) {
+    fn run(&self, rows: Range<usize>, panel: usize, units: &[u32], scratch: &mut [f32]) {
         let columns = panel * NR..((panel + 1) * NR).min(self.n);
-        let (mut room, mut at) = (room, 0);
+        let (mut scratch, mut at) = (scratch, 0);
         let tiles = std::array::from_fn(|p| {
-            let (tile, more) = std::mem::take(&mut room).split_at_mut(rows.len() * NR);
+            let (tile, more) = std::mem::take(&mut scratch).split_at_mut(rows.len() * NR);
             let out = OutputTile {
                 c: tile.as_mut_ptr(),
                 stride: NR,
                 columns: columns.len(),
                 accumulate: false,
             };
-            // SAFETY: the tile has the rows, NR apart; this task alone has it. The pieces' operands
-            // cover the rows, by the assertion above.
+            // SAFETY: the tile has the rows, NR elements apart, and belongs to this task alone. The
+            // operands of the pieces cover the rows, as the assertion in `matmul_tiles` checked.
             unsafe { multiply(self.kernel, &self.pieces[p], rows.clone(), &units[at..], out) };
             at += self.depths[p] * NR;
-            room = more;
+            scratch = more;
             tile
         });
         (self.finish)(rows, columns, tiles);
     }
 }
 
-/// An operand that tasks write a tile at a time.
+/// An operand that parallel tasks write tile by tile.
 pub struct TiledOperand {
     kernel: Kernel,
     rows: usize,
@@ -102,7 +103,8 @@ pub struct TiledOperand {
 }
 
 impl TiledOperand {
-    /// `[rows, cols]`; all of it has to be written.
+    /// Allocates an operand `[rows, cols]` with unspecified contents. Callers must write every tile
+    /// before they call [`TiledOperand::operand`].
     pub fn new(kernel: Kernel, rows: usize, cols: usize) -> Self {
         let depth = kernel.depth(cols);
         let mut own = Buffer::dirty((rows + ROW_PADDING) * depth);
@@ -110,11 +112,11 @@ impl TiledOperand {
         TiledOperand { kernel, rows, cols, depth, own, at }
     }
 
-    /// Some of its rows, `width` columns from `column` on, a multiple of [`NR`], from a tile of
-    /// rows [`NR`] apart.
+    /// Writes the given rows of the `width` columns that start at `column`, a multiple of [`NR`],
+    /// from a tile with row stride [`NR`]. Rounds for bf16 kernels.
     ///
     /// # Safety
-    /// No other task writes this part.
+    /// No other task writes this part at the same time.
     pub unsafe fn write(&self, rows: Range<usize>, column: usize, width: usize, tile: &[f32]) {
         assert!(
             rows.end <= self.rows
@@ -123,21 +125,21 @@ impl TiledOperand {
                 && column + width <= self.cols
         );
         assert!(rows.is_empty() || tile.len() >= (rows.len() - 1) * NR + width);
-        // What is beyond the last column is 0.
+        // The last tile of a row also writes the padding, as zeros.
         let units = if column + width == self.cols {
             self.depth - self.kernel.units(column)
         } else {
             self.kernel.depth(width)
         };
-        // SAFETY: rows and columns lie inside the buffer; f32 and units have one size; this part is
-        // the caller's.
+        // SAFETY: rows and columns lie inside the buffer; f32 and units have the same size; by the
+        // caller, no other task writes this part.
         let to = unsafe { self.at.at(rows.start * self.depth + self.kernel.units(column)) }
             .cast::<u32>();
         // SAFETY: as above.
         unsafe { round_rows(self.kernel, tile, rows.len(), width, to, self.depth, units) };
     }
 
-    /// The operand, once all of it is written.
+    /// Returns the operand after every tile has been written.
     pub fn operand(self) -> Operand<'static> {
         Operand::of_buffer(self.kernel, self.rows, self.cols, self.own)
     }

@@ -1,18 +1,18 @@
-//! Matrices as they lie in memory.
+//! Read-only views of matrices in memory.
 
 use half::bf16;
 
-/// Elements of a matrix.
+/// Elements of a matrix, by type.
 #[derive(Clone, Copy, Debug)]
 pub enum Elements<'a> {
-    /// 32-bit.
+    /// 32-bit floats.
     F32(&'a [f32]),
-    /// 16-bit, as bf16 models store their weights.
+    /// bf16, the type in which bf16 models store their weights.
     Bf16(&'a [bf16]),
 }
 
 impl Elements<'_> {
-    /// How many.
+    /// Returns the number of elements.
     pub fn len(&self) -> usize {
         match self {
             Elements::F32(v) => v.len(),
@@ -20,13 +20,13 @@ impl Elements<'_> {
         }
     }
 
-    /// Whether there are none.
+    /// Returns true if there are no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 }
 
-/// A read-only strided view of an `m × n` matrix; one of the strides is 1.
+/// Read-only strided view of a matrix. One of the two strides is 1.
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a> {
     pub(crate) elements: Elements<'a>,
@@ -35,22 +35,22 @@ pub struct View<'a> {
 }
 
 impl<'a> View<'a> {
-    /// f32, row-major, with rows `stride` apart.
+    /// Returns a row-major view of f32 values with rows `stride` elements apart.
     pub fn f32(values: &'a [f32], stride: usize) -> Self {
         View { elements: Elements::F32(values), row_stride: stride, col_stride: 1 }
     }
 
-    /// Row-major with rows `stride` apart.
+    /// Returns a row-major view with rows `stride` elements apart.
     pub fn of(elements: Elements<'a>, stride: usize) -> Self {
         View { elements, row_stride: stride, col_stride: 1 }
     }
 
-    /// The transpose, without a copy.
+    /// Returns the transpose, without a copy.
     pub fn t(self) -> Self {
         View { elements: self.elements, row_stride: self.col_stride, col_stride: self.row_stride }
     }
 
-    /// Whether every element of an `m × n` matrix is inside.
+    /// Returns true if every element of a `rows × cols` matrix is inside the view.
     pub(crate) fn covers(&self, rows: usize, cols: usize) -> bool {
         rows == 0
             || cols == 0

@@ -1,4 +1,4 @@
-//! A weight as the kernels read it, and the right operand of a product.
+//! Weights, and the right operand of a GEMM.
 
 use std::ops::Range;
 
@@ -8,30 +8,30 @@ use super::view::{Elements, View};
 
 /// A weight W `[rows, columns]`, row-major.
 ///
-/// Only `pack` and `read_row` depend on how the elements are stored. A quantised weight needs these
-/// two, and nothing else of the kernels.
+/// Only `pack` and `read_row` depend on the storage type. A quantised weight would need these two
+/// methods and no change in the kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct WeightView<'a> {
     elements: Elements<'a>,
     columns: usize,
 }
 
-/// The form in which a matrix multiplication takes a linear layer's weight as its right operand.
+/// Orientation of a linear layer's weight as the right operand of a GEMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Orientation {
-    /// The forward product x·Wᵀ: B is Wᵀ `[columns, rows]`.
+    /// Forward pass, x·Wᵀ: B is Wᵀ `[columns, rows]`.
     Transposed,
-    /// The backward product g·W: B is W `[rows, columns]`.
+    /// Backward pass, g·W: B is W `[rows, columns]`.
     Plain,
 }
 
 impl<'a> WeightView<'a> {
-    /// Returns the weight whose rows of `columns` elements lie one after the other.
+    /// Returns a view of a weight with rows of `columns` contiguous elements.
     pub fn new(elements: Elements<'a>, columns: usize) -> Self {
         WeightView { elements, columns }
     }
 
-    /// Returns the number of rows: outputs of a linear layer, words of a vocabulary.
+    /// Returns the number of rows: outputs of a linear layer, or tokens of a vocabulary.
     pub fn rows(&self) -> usize {
         self.elements.len() / self.columns.max(1)
     }
@@ -56,8 +56,8 @@ impl<'a> WeightView<'a> {
         RightOperand::Weight(self, Orientation::Plain)
     }
 
-    /// Packs rows `k` and at most [`super::NR`] columns `n` of B into a panel `dst`, which has room
-    /// for the padded depth. What is outside the matrix is zero.
+    /// Packs rows `k` and at most [`super::NR`] columns `n` of B into a panel `dst`. The length of
+    /// `dst` is the padded depth in units times `NR`; positions outside the matrix become zero.
     pub(crate) fn pack(
         &self,
         kernel: Kernel,
@@ -74,7 +74,7 @@ impl<'a> WeightView<'a> {
         pack_panel(kernel, b, k.start, k.len(), n.start, n.len(), dst);
     }
 
-    /// Writes a row `[columns]` in f32.
+    /// Copies row `row` `[columns]` to `to` as f32.
     pub fn read_row(&self, row: usize, to: &mut [f32]) {
         let at = row * self.columns..(row + 1) * self.columns;
         match self.elements {
@@ -84,12 +84,12 @@ impl<'a> WeightView<'a> {
     }
 }
 
-/// The right operand B `[k, n]` of a product.
+/// Right operand B `[k, n]` of a GEMM.
 #[derive(Clone, Copy, Debug)]
 pub enum RightOperand<'a> {
-    /// Values as they lie in memory: activations, gradients, an adapter's matrices.
+    /// Plain values: activations, gradients or an adapter's matrices.
     Values(View<'a>),
-    /// A weight, which packs itself.
+    /// A weight, which knows how to pack its elements.
     Weight(WeightView<'a>, Orientation),
 }
 
@@ -100,7 +100,7 @@ impl<'a> From<View<'a>> for RightOperand<'a> {
 }
 
 impl RightOperand<'_> {
-    /// Returns true if every element of a `k × n` matrix is inside.
+    /// Returns true if every element of a `k × n` matrix is inside the operand.
     pub(super) fn covers(&self, k: usize, n: usize) -> bool {
         match self {
             RightOperand::Values(view) => view.covers(k, n),

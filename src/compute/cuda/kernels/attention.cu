@@ -1,33 +1,40 @@
-// Attention over the segments of a packed row, for any even head width up to 256, on the ordinary cores; sums are f32. No T×T matrix exists.
+// Attention over the segments of a packed row on CUDA cores, for any even head dimension up to 256.
+// Accumulation is in f32. No T×T matrix exists.
 //
-// Forward, per tile of 64 queries and head: S = scale·Q·Kᵀ tile by tile of keys, P = softmax(S) kept online (running maximum and sum of each
-// row), O = P·V. Backward recomputes P = e^(S − lse): dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P ⊙ (dP − delta), dQ = scale·dS·K, dK = scale·dSᵀ·Q.
+// Forward pass, per tile of 64 queries and head: S = scale·Q·Kᵀ one tile of keys at a time, P =
+// softmax(S) as an online softmax (running maximum and sum of each row), O = P·V. The backward pass
+// recomputes P = e^(S − lse): dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P ⊙ (dP − delta), dQ = scale·dS·K, dK =
+// scale·dSᵀ·Q.
 //
-// A block has 128 threads, thread (ty, tx) of 8 × 16. "Own" are the 64 rows that the block writes, "others" the 64 rows of the tile it is walking
-// over. A 64 × 64 product gives each thread 8 own rows and 4 columns. Wider results are made of two such products; beyond D = 128 all is done
-// twice, as the registers hold no more.
+// A block has 128 threads, thread (ty, tx) of 8 × 16. "Own" are the 64 rows that the block writes,
+// "others" the 64 rows of the tile that it processes. For a 64 × 64 GEMM each thread computes 8 own
+// rows and 4 columns. Wider results consist of two of these. Beyond D = 128 the work is done in two
+// rounds because the registers hold no more.
 #include "attention.cuh"
 
 namespace attn {
 
-// Columns of D that go through shared memory at a time when S is computed.
+// Number of columns of D that are in shared memory at a time while S is computed.
 constexpr int DEPTH = 32;
-// Rows in shared memory start on 16 bytes.
+// Row stride in shared memory. It keeps rows 16-byte aligned.
 constexpr int PITCH = TILE + 4;
-// Products of width 64 that a thread keeps for a result.
+// Number of 64-wide accumulators that a thread has for a result.
 constexpr int PARTS = 2;
 constexpr int COLUMNS = PARTS * TILE;
-constexpr float HIDDEN = -INFINITY;
+constexpr float MASKED = -INFINITY;
 
+// 64 rows of 64 values in shared memory.
 struct alignas(16) Panel {
     float at[TILE][PITCH];
 };
 
+// One thread's part of a 64 × 64 result: 8 own rows by 4 columns, in registers.
 using Block = float[8][4];
 
 __device__ __forceinline__ int thread_row() { return threadIdx.x / 16 * 8; }
 __device__ __forceinline__ int thread_column() { return threadIdx.x % 16 * 4; }
 
+// Up to 64 rows of a matrix in global memory, `stride` elements apart.
 template <class T>
 struct Rows {
     const T* at;
@@ -42,6 +49,7 @@ __device__ __forceinline__ void clear(Block& block) {
         for (int c = 0; c < 4; c++) block[r][c] = 0.0f;
 }
 
+// One thread's part of a result of COLUMNS columns.
 using Result = Block[PARTS];
 
 __device__ __forceinline__ void clear(Result& result) {
@@ -63,7 +71,8 @@ __device__ __forceinline__ void multiply(Block& sum, const float (*a)[PITCH], co
     }
 }
 
-// to[d][i] = column `first` + d of row i for 64 rows and DEPTH columns, zero outside.
+// Loads 64 rows and DEPTH columns, transposed: to[d][i] = column `first` + d of row i, zero
+// outside.
 template <class T>
 __device__ void load_transposed(float (*to)[PITCH], const Rows<T>& rows, int first, int dim) {
     for (int e = threadIdx.x; e < TILE * DEPTH; e += THREADS) {
@@ -72,7 +81,7 @@ __device__ void load_transposed(float (*to)[PITCH], const Rows<T>& rows, int fir
     }
 }
 
-// to[i][d] = column `first` + d of row i for 64 rows and 64 columns, zero outside.
+// Loads 64 rows and 64 columns: to[i][d] = column `first` + d of row i, zero outside.
 template <class T>
 __device__ void load_rows(float (*to)[PITCH], const Rows<T>& rows, int first, int dim) {
     for (int e = threadIdx.x; e < TILE * TILE; e += THREADS) {
@@ -94,8 +103,8 @@ __device__ __forceinline__ void scores(Block& product, Panel& work, const Rows<T
     }
 }
 
-// Leaves a product for `accumulate`: to[other][own].
-__device__ __forceinline__ void put(Panel& to, const Block& product) {
+// Writes a result to shared memory for `accumulate`: to[other][own].
+__device__ __forceinline__ void store_transposed(Panel& to, const Block& product) {
     const int row = thread_row(), column = thread_column();
 #pragma unroll
     for (int c = 0; c < 4; c++)
@@ -132,7 +141,7 @@ __device__ __forceinline__ void store(T* to, size_t stride, int count, const Res
             }
 }
 
-// Over the 16 threads that share their own rows.
+// Reductions over the 16 threads that share their own rows.
 template <class Op>
 __device__ __forceinline__ float over_columns(float x, Op op) {
 #pragma unroll
@@ -140,7 +149,8 @@ __device__ __forceinline__ float over_columns(float x, Op op) {
     return x;
 }
 
-// [(tiles, H); 128] 34 KiB static shared memory. out [T, H·D]; lse [T, H], the natural logarithm of Σ_j e^(scale·q·k_j).
+// [(tiles, H); 128] 34 KiB static shared memory. out is [T, H·D]; lse is [T, H], the natural
+// logarithm of Σ_j e^(scale·q·k_j).
 template <class T>
 __device__ void attention(T* out, float* lse, const T* qkv, const int* tiles, const unsigned* positions, Shape shape, int window, float scale) {
     __shared__ Panel work, weights;
@@ -153,10 +163,10 @@ __device__ void attention(T* out, float* lse, const T* qkv, const int* tiles, co
         Result sum;
         clear(sum);
 #pragma unroll
-        for (int r = 0; r < 8; r++) top[r] = HIDDEN, total[r] = 0.0f;
+        for (int r = 0; r < 8; r++) top[r] = MASKED, total[r] = 0.0f;
         for (int n = 0; n < queries.keys.tiles; n++) {
             const Range keys = queries.keys.tile(n);
-            const int apart = shift(positions, start) - shift(positions, keys.start);
+            const int position_shift = shift(positions, start) - shift(positions, keys.start);
             const Rows<T> k{qkv + keys.start * shape.row() + shape.key_column(kv), shape.row(), keys.size()};
             const Rows<T> v{qkv + keys.start * shape.row() + shape.value_column(kv), shape.row(), keys.size()};
             Block s;
@@ -167,13 +177,13 @@ __device__ void attention(T* out, float* lse, const T* qkv, const int* tiles, co
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
                     const int i = start + row + r, j = keys.start + column + c;
-                    const bool seen = j < keys.end && j <= i && i - j + apart < window;
-                    s[r][c] = seen ? s[r][c] * scale : HIDDEN;
+                    const bool seen = j < keys.end && j <= i && i - j + position_shift < window;
+                    s[r][c] = seen ? s[r][c] * scale : MASKED;
                     highest = fmaxf(highest, s[r][c]);
                 }
                 highest = over_columns(highest, Max());
-                // A row may see nothing of its first tiles.
-                const float base = highest == HIDDEN ? 0.0f : highest, factor = expf(top[r] - base);
+                // All keys of a row's first tiles may be masked.
+                const float base = highest == MASKED ? 0.0f : highest, factor = expf(top[r] - base);
                 float sum_of_tile = 0.0f;
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
@@ -188,7 +198,7 @@ __device__ void attention(T* out, float* lse, const T* qkv, const int* tiles, co
 #pragma unroll
                     for (int c = 0; c < 4; c++) sum[part][r][c] *= factor;
             }
-            put(weights, s);
+            store_transposed(weights, s);
             accumulate(sum, weights, work, v, first, dim);
         }
 #pragma unroll
@@ -209,7 +219,7 @@ INSTANTIATE(attention,
              float scale),
             (out, lse, qkv, tiles, positions, {heads, kv_heads, dim}, limit(window), scale))
 
-// [⌈T·H/4⌉; 128] delta[t, h] = Σ_d out·dout, a warp each.
+// [⌈T·H/4⌉; 128] delta[t, h] = Σ_d out·dout, one warp per token and head.
 template <class T>
 __device__ void attention_delta(float* delta, const T* out, const T* dout, int tokens, int heads, int dim) {
     const size_t item = size_t(blockIdx.x) * 4 + threadIdx.x / 32;
@@ -244,7 +254,7 @@ __device__ void attention_dq(T* dqkv, const T* qkv, const T* dout, const float* 
         clear(sum);
         for (int n = 0; n < queries.keys.tiles; n++) {
             const Range keys = queries.keys.tile(n);
-            const int apart = shift(positions, start) - shift(positions, keys.start);
+            const int position_shift = shift(positions, start) - shift(positions, keys.start);
             const Rows<T> k{qkv + keys.start * shape.row() + shape.key_column(kv), shape.row(), keys.size()};
             const Rows<T> v{qkv + keys.start * shape.row() + shape.value_column(kv), shape.row(), keys.size()};
             Block s, dp;
@@ -255,11 +265,11 @@ __device__ void attention_dq(T* dqkv, const T* qkv, const T* dout, const float* 
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
                     const int i = start + row + r, j = keys.start + column + c;
-                    const bool seen = j < keys.end && j <= i && i - j + apart < window;
+                    const bool seen = j < keys.end && j <= i && i - j + position_shift < window;
                     const float p = seen ? expf(s[r][c] * scale - own_lse[r]) : 0.0f;
                     s[r][c] = p * (dp[r][c] - own_delta[r]) * scale;
                 }
-            put(weights, s);
+            store_transposed(weights, s);
             accumulate(sum, weights, work, k, first, dim);
         }
         store(dqkv + start * shape.row() + size_t(head) * dim, shape.row(), count, sum, first, dim);
@@ -271,7 +281,8 @@ INSTANTIATE(attention_dq,
              int kv_heads, int dim, int window, float scale),
             (dqkv, qkv, dout, lse, delta, tiles, positions, {heads, kv_heads, dim}, limit(window), scale))
 
-// [(key tiles, K); 128] 34.75 KiB static shared memory. Writes the k and v columns of dqkv: sums over the query heads of the group, in order.
+// [(key tiles, K); 128] 34.75 KiB static shared memory. Writes the k and v columns of dqkv, summed
+// over the query heads of the group, in order.
 template <class T>
 __device__ void attention_dkv(T* dqkv, const T* qkv, const T* dout, const float* lse, const float* delta, const int* tiles,
                               const unsigned* positions, Shape shape, int window, float scale) {
@@ -293,7 +304,8 @@ __device__ void attention_dkv(T* dqkv, const T* qkv, const T* dout, const float*
                 const Range others = keys.queries.tile(n);
                 const Rows<T> q{qkv + others.start * shape.row() + size_t(head) * dim, shape.row(), others.size()};
                 const Rows<T> g{dout + others.start * shape.width() + size_t(head) * dim, shape.width(), others.size()};
-                // The last product of the tile before reads none of these. A row that does not exist gets P = 0.
+                // The last GEMM of the previous tile reads none of these. A row that does not exist
+                // gets P = 0.
                 if (threadIdx.x < TILE) {
                     const int i = others.start + threadIdx.x;
                     const bool inside = i < others.end;
@@ -311,14 +323,14 @@ __device__ void attention_dkv(T* dqkv, const T* qkv, const T* dout, const float*
                         const bool seen = j <= i && other_position[column + c] - (j + own_shift) < window;
                         p[r][c] = seen ? expf(p[r][c] * scale - other_lse[column + c]) : 0.0f;
                     }
-                put(weights, p);
+                store_transposed(weights, p);
                 accumulate(dv, weights, work, g, first, dim);
                 scores(ds, work, v, g, dim);
 #pragma unroll
                 for (int r = 0; r < 8; r++)
 #pragma unroll
                     for (int c = 0; c < 4; c++) ds[r][c] = p[r][c] * (ds[r][c] - other_delta[column + c]) * scale;
-                put(weights, ds);
+                store_transposed(weights, ds);
                 accumulate(dk, weights, work, q, first, dim);
             }
         }

@@ -1,8 +1,9 @@
-// What the attention kernels share: which tiles a block walks, and the mask.
+// Shared by the attention kernels: the tiles that a block processes, and the mask.
 //
-// A query i sees a key j of the listed ranges if j ≤ i and position(i) − position(j) < window. Positions are consecutive within a segment; a
-// completion's continue from the end of its prompt. The host lists, for a tile of queries, the keys (and for a tile of keys, the queries) that
-// may matter: two ranges each.
+// A query i attends to a key j of the listed ranges if j ≤ i and position(i) − position(j) <
+// window. Positions are consecutive within a segment; those of a completion continue from the end
+// of its prompt. For a tile of queries the host lists the ranges of keys that may be attended to;
+// for a tile of keys, the ranges of queries that may attend to them. There are two ranges each.
 #pragma once
 
 #include "common.cuh"
@@ -11,10 +12,11 @@ namespace attn {
 
 constexpr int TILE = 64;
 constexpr int THREADS = 128;
-// In place of "no window": no two positions are that far apart.
+// Value of `window` for "no window": no two positions are this far apart.
 constexpr int NO_WINDOW = 1 << 30;
 
-// The kernels' argument, where 0 is no limit. A position is added to the window: beyond NO_WINDOW the sum might overflow.
+// Converts the kernels' window argument, where 0 means no window. The result is at most NO_WINDOW,
+// so that adding a position does not overflow.
 __device__ __forceinline__ int limit(int window) { return window <= 0 || window > NO_WINDOW ? NO_WINDOW : window; }
 
 struct Range {
@@ -23,7 +25,7 @@ struct Range {
     __device__ __forceinline__ int size() const { return end - start; }
 };
 
-// Two ranges of tokens walked in tiles of 64: first the one, then the other.
+// Two ranges of tokens, processed in tiles of 64: first `one`, then `two`.
 struct Walk {
     Range one, two;
     int tiles_of_one, tiles;
@@ -41,48 +43,54 @@ struct Walk {
     }
 };
 
-// Position minus index: the same for all tokens of a segment.
+// Position minus index of a token. It is the same for all tokens of a segment.
 __device__ __forceinline__ int shift(const unsigned* positions, int token) { return int(positions[token]) - token; }
 
-// The part of `keys` (of one segment) that the window leaves to a query at `position` and to later ones.
+// The part of `keys` (of one segment) that is inside the window of a query at `position` or of
+// later queries.
 __device__ __forceinline__ Range within_window(Range keys, int position, const unsigned* positions, int window) {
     if (keys.size() <= 0) return {keys.start, keys.start};
     const int first = position - window + 1 - shift(positions, keys.start);
     return {min(max(first, keys.start), keys.end), keys.end};
 }
 
-// The queries of a block, [start, end), and the keys that they see: those of the prompt, then those of their own segment.
+// The queries [start, end) of a block, and the keys that they attend to: those of the prompt, then
+// those of their own segment.
 struct Queries {
     Range tile;
     Walk keys;
 
-    // `entry`: start, end, start of the segment, prefix start, prefix end.
+    // `entry`: start, end, start of the segment, start and end of the prefix.
     __device__ Queries(const int* entry, const unsigned* positions, int window)
         : tile{entry[0], entry[1]},
           keys(within_window({entry[3], entry[4]}, int(positions[entry[0]]), positions, window),
                within_window({entry[2], entry[1]}, int(positions[entry[0]]), positions, window)) {}
 };
 
-// The keys of a block, [start, end), and the queries that see them: those of their own segment, then those of the completions of a prompt.
+// The keys [start, end) of a block, and the queries that attend to them: those of their own
+// segment, then those of the completions of a prompt.
 struct Keys {
     Range tile;
     int last_position;
     Walk queries;
 
-    // `entry`: start, end, end of the segment, first query that depends on the segment, end of these.
+    // `entry`: start, end, end of the segment, start and end of the queries that depend on the
+    // segment.
     __device__ Keys(const int* entry, const unsigned* positions, int window)
         : tile{entry[0], entry[1]},
           last_position(int(positions[entry[1] - 1])),
           queries({entry[0], min(entry[2], entry[1] - 1 + window)}, dependent(entry, positions, window)) {}
 
-    // All completions start at the same position, so either the first one sees the last key of the tile or none does.
+    // All completions start at the same position, so either each first query attends to the tile's
+    // last key or none does.
     __device__ static Range dependent(const int* entry, const unsigned* positions, int window) {
         const bool none = entry[3] >= entry[4] || int(positions[entry[3]]) - int(positions[entry[1] - 1]) >= window;
         return none ? Range{entry[3], entry[3]} : Range{entry[3], entry[4]};
     }
 
-    // The next tile of queries from the n-th on that is not wholly hidden by the window. A tile of the second range may span several completions,
-    // whose positions start anew, so all its positions are looked at; every warp of the block finds the same.
+    // Returns the next tile of queries, from the n-th on, that the window does not mask completely.
+    // A tile of the second range may span several completions with restarting positions, so all its
+    // positions are read. Every warp of the block computes the same result.
     __device__ int next(int n, const unsigned* positions, int window) const {
         if (window == NO_WINDOW) return n;
         for (; n < queries.tiles; n++) {

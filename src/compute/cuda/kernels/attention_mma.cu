@@ -1,30 +1,33 @@
-// Attention as in attention.cu for bf16 and D = 64 or 128 on tensor cores (mma.m16n8k16), after FlashAttention-2 (arXiv:2307.08691).
+// Attention as in attention.cu, for bf16 and D = 64 or 128, on tensor cores (mma.m16n8k16), after
+// FlashAttention-2 (arXiv:2307.08691).
 //
-// Each of the 4 warps owns 16 of the block's 64 rows. Tiles of the other side pass through shared memory while the tile before is being worked on.
-// A product's result stays in registers and, rounded to bf16, is the left operand of the next one.
+// Each of the 4 warps owns 16 of the block's 64 rows. The next tile of the other side is copied to
+// shared memory while the current one is processed. The result of a GEMM stays in registers and,
+// rounded to bf16, is the left operand of the next one.
 //
 // Fragments of a warp, lane = 4·g + t (PTX ISA, mma.m16n8k16):
 //   result c (16 × 8)   c0 c1: row g, columns 2t 2t+1;  c2 c3: row g + 8
 //   left a (16 × 16)    a0: row g, columns 2t 2t+1;  a1: row g + 8;  a2, a3: the same for columns 8 + 2t
 //   right b (16 × 8)    b0: rows 2t 2t+1, column g;  b1: rows 8 + 2t
-// so two neighbouring results make a left fragment without moving a value between lanes.
+// Two neighbouring results therefore form a left fragment without moving values between lanes.
 #include "attention_mma.cuh"
 #include "elements.cuh"
 
 namespace attn {
 
-// Scores of a warp's 16 queries from `row` on with key tile n: -∞ where a key comes later, is out of the window, or is not of the tile's group.
+// Masks the scores of a warp's 16 queries, from `row` on, with key tile n: -∞ if a key comes later,
+// is outside the window or is beyond the end of the tile.
 template <int N>
-__device__ __forceinline__ void hide(Sums<N>& s, const Queries& queries, int n, const unsigned* positions, int row, int lane, int window) {
+__device__ __forceinline__ void mask_scores(Sums<N>& s, const Queries& queries, int n, const unsigned* positions, int row, int lane, int window) {
     const Range keys = queries.keys.tile(n);
-    const int start = queries.tile.start, apart = shift(positions, start) - shift(positions, keys.start);
-    if (all_seen(queries.tile, keys, apart, window)) return;
+    const int start = queries.tile.start, position_shift = shift(positions, start) - shift(positions, keys.start);
+    if (all_seen(queries.tile, keys, position_shift, window)) return;
 #pragma unroll
     for (int b = 0; b < N; b++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const int i = start + row + lane / 4 + e / 2 * 8, j = keys.start + b * 8 + lane % 4 * 2 + e % 2;
-            if (j >= keys.end || j > i || i - j + apart >= window) s[b][e] = -INFINITY;
+            if (j >= keys.end || j > i || i - j + position_shift >= window) s[b][e] = -INFINITY;
         }
 }
 
@@ -33,7 +36,7 @@ __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* q
                                             int window, float scale) {
     constexpr int N = TILE / 8;
     SHARED(bf16, shared);
-    // In shared memory: two tiles of keys, two of values.
+    // Shared memory: two tiles of keys, two of values.
     const Queries queries(tiles + 5 * blockIdx.y, positions, window);
     const int head = blockIdx.x, kv = head / shape.group(), start = queries.tile.start, count = queries.tile.size();
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
@@ -45,7 +48,7 @@ __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* q
         Tile<D>(shared, 2 + n % 2).fetch(from + shape.value_column(kv), stride, keys.size());
     };
 
-    // Q goes to registers by way of the tile that will be needed last.
+    // Q is loaded to registers through the tile that will be needed last.
     const Tile<D> passing(shared, 3);
     passing.fetch(qkv + start * stride + size_t(head) * D, stride, count);
     fetch(0);
@@ -59,10 +62,11 @@ __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* q
     const float scale2 = scale * LOG2E;
     Sums<D / 8> sum;
     clear_sums<D / 8>(sum);
-    // Of the two rows of a lane; the maximum in units of log 2.
+    // For the two rows of a lane; the maximum is in units of log 2.
     float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
     for (int n = 0; n < queries.keys.tiles; n++) {
-        // Tile n has come, and all warps are done with the one before it, or with Q.
+        // After this barrier, tile n has arrived and all warps have finished with the previous
+        // tile, or with Q.
         cp_async_wait<0>();
         __syncthreads();
         if (n + 1 < queries.keys.tiles) fetch(n + 1);
@@ -79,14 +83,14 @@ __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* q
                 mma_m16n8k16_bf16(s[j], q[d], one);
                 mma_m16n8k16_bf16(s[j + 1], q[d], two);
             }
-        hide<N>(s, queries, n, positions, row, lane, window);
+        mask_scores<N>(s, queries, n, positions, row, lane, window);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float highest = -INFINITY;
 #pragma unroll
             for (int b = 0; b < N; b++) highest = fmaxf(highest, fmaxf(s[b][half * 2], s[b][half * 2 + 1]));
             highest = fmaxf(top[half], row_max(highest) * scale2);
-            // A row may see nothing of its first tiles.
+            // All keys of a row's first tiles may be masked.
             const float base = highest == -INFINITY ? 0.0f : highest, factor = power_of_2(top[half] - base);
             top[half] = highest;
             float sum_of_tile = 0.0f;
@@ -97,7 +101,7 @@ __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* q
                     s[b][e] = power_of_2(s[b][e] * scale2 - base);
                     sum_of_tile += s[b][e];
                 }
-            // Each lane keeps the sum of its own columns.
+            // Each lane accumulates the sum of its own columns.
             total[half] = total[half] * factor + sum_of_tile;
 #pragma unroll
             for (int b = 0; b < D / 8; b++) sum[b][half * 2] *= factor, sum[b][half * 2 + 1] *= factor;
@@ -120,7 +124,7 @@ __device__ __forceinline__ void backward_queries_mma(bf16* dqkv, const bf16* qkv
                                                      const int* tiles, const unsigned* positions, Shape shape, int window, float scale) {
     constexpr int N = TILE / 8;
     SHARED(bf16, shared);
-    // In shared memory: Q, dO, V, two tiles of keys.
+    // Shared memory: Q, dO, V, two tiles of keys.
     const Tile<D> q(shared, 0), g(shared, 1), v(shared, 2);
     const Queries queries(tiles + 5 * blockIdx.y, positions, window);
     const int head = blockIdx.x, kv = head / shape.group(), start = queries.tile.start, count = queries.tile.size();
@@ -152,7 +156,8 @@ __device__ __forceinline__ void backward_queries_mma(bf16* dqkv, const bf16* qkv
     Sums<D / 8> sum;
     clear_sums<D / 8>(sum);
     for (int n = 0; n < queries.keys.tiles; n++) {
-        // Tile n has come, and all warps are done with the keys of the one before it.
+        // After this barrier, tile n has arrived and all warps have finished with the keys of the
+        // previous tile.
         cp_async_wait<0>();
         __syncthreads();
         if (n + 1 < queries.keys.tiles) fetch_keys(n + 1);
@@ -161,11 +166,11 @@ __device__ __forceinline__ void backward_queries_mma(bf16* dqkv, const bf16* qkv
         Sums<N> s, dp;
         scores<D, N>(s, q, row, k, 0);
         scores<D, N>(dp, g, row, v, 0);
-        // All warps are done with the values.
+        // After this barrier, all warps have finished with the values.
         __syncthreads();
         if (n + 1 < queries.keys.tiles) fetch_values(n + 1);
         cp_async_commit();
-        hide<N>(s, queries, n, positions, row, lane, window);
+        mask_scores<N>(s, queries, n, positions, row, lane, window);
 #pragma unroll
         for (int b = 0; b < N; b++)
 #pragma unroll
@@ -177,16 +182,18 @@ __device__ __forceinline__ void backward_queries_mma(bf16* dqkv, const bf16* qkv
     store<D>(dqkv + start * stride + size_t(head) * D, stride, row, count, sum, scale, scale);
 }
 
-// For one query head. Where several share these keys and values, there are `parts` [T, 2K, H/K, D], of which attention_sum makes the gradients.
+// Computes the gradients for one query head. If several query heads share these keys and values,
+// the result goes to `parts` [T, 2K, H/K, D], from which attention_sum computes the gradients.
 template <int D>
 __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta,
                                                   const int* tiles, const unsigned* positions, Shape shape, int window, float scale, float* parts) {
     constexpr int N = TILE / 8;
-    // Of a tile of queries. The next tile's are written while its delta is still read.
+    // Values of a tile of queries. Those of the next tile are written while the current delta is
+    // still read.
     __shared__ float other_lse[TILE], other_delta[2][TILE];
     __shared__ int other_position[TILE];
     SHARED(bf16, shared);
-    // In shared memory: K, V, dO, two tiles of queries.
+    // Shared memory: K, V, dO, two tiles of queries.
     const Tile<D> k(shared, 0), v(shared, 1), g(shared, 2);
     const Keys keys(tiles + 5 * blockIdx.y, positions, window);
     const int head = blockIdx.x, kv = head / shape.group();
@@ -202,41 +209,42 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
         const Range others = keys.queries.tile(n);
         g.fetch(dout + others.start * shape.width() + size_t(head) * D, shape.width(), others.size());
     };
-    // Half of the threads carry a tile's lse and positions, the others its delta.
-    const int carried = threadIdx.x % TILE;
+    // Half of the threads load a tile's lse and positions, the others its delta.
+    const int carried_row = threadIdx.x % TILE;
     const bool carries_lse = threadIdx.x < TILE;
     float number = 0.0f;
     int position = 0;
-    const auto read = [&](int n) {
+    const auto read_row_values = [&](int n) {
         const Range others = keys.queries.tile(n);
-        const int i = others.start + carried;
+        const int i = others.start + carried_row;
         const bool inside = i < others.end;
         const size_t at = size_t(i) * shape.heads + head;
         // A row that does not exist gets P = 0.
         number = carries_lse ? (inside ? lse[at] * LOG2E : INFINITY) : (inside ? delta[at] : 0.0f);
         position = inside ? int(positions[i]) : 0;
     };
-    const auto leave = [&](int buffer) {
-        (carries_lse ? other_lse : other_delta[buffer])[carried] = number;
-        if (carries_lse) other_position[carried] = position;
+    const auto write_row_values = [&](int buffer) {
+        (carries_lse ? other_lse : other_delta[buffer])[carried_row] = number;
+        if (carries_lse) other_position[carried_row] = position;
     };
 
-    // The first tile is never hidden: it holds these keys' own queries.
+    // The first tile is never masked completely: it contains the queries of these keys.
     int n = 0;
     k.fetch(qkv + start * stride + shape.key_column(kv), stride, count);
     v.fetch(qkv + start * stride + shape.value_column(kv), stride, count);
     fetch_queries(n, 0);
     fetch_upstream(n);
     cp_async_commit();
-    read(n);
-    leave(0);
+    read_row_values(n);
+    write_row_values(0);
     Sums<D / 8> dk, dv;
     clear_sums<D / 8>(dk);
     clear_sums<D / 8>(dv);
     for (int buffer = 0; n < keys.queries.tiles; buffer ^= 1) {
         const int following = keys.next(n + 1, positions, window);
         const bool more = following < keys.queries.tiles;
-        // The tiles have come, and all warps are done with the queries before.
+        // After this barrier, the tiles have arrived and all warps have finished with the previous
+        // queries.
         cp_async_wait<0>();
         __syncthreads();
         if (more) fetch_queries(following, buffer ^ 1);
@@ -252,8 +260,8 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     const int column = b * 8 + lane % 4 * 2 + e % 2, j = start + row + lane / 4 + e / 2 * 8;
-                    const int apart = other_position[column] - (j + own_shift);
-                    if ((j > others.start + column) | (apart >= window)) s[b][e] = -INFINITY;
+                    const int position_shift = other_position[column] - (j + own_shift);
+                    if ((j > others.start + column) | (position_shift >= window)) s[b][e] = -INFINITY;
                 }
         }
 #pragma unroll
@@ -265,9 +273,10 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
         accumulate<D, N / 2>(dv, weights, g, 0);
         Sums<N> dp;
         scores<D, N>(dp, v, row, g, 0);
-        // All warps are done with the upstream gradient, and with this tile's lse and positions.
+        // After this barrier, all warps have finished with the upstream gradient and with this
+        // tile's lse and positions.
         __syncthreads();
-        if (more) fetch_upstream(following), read(following);
+        if (more) fetch_upstream(following), read_row_values(following);
         cp_async_commit();
 #pragma unroll
         for (int b = 0; b < N; b++)
@@ -275,7 +284,7 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
             for (int e = 0; e < 4; e++) s[b][e] *= dp[b][e] - other_delta[buffer][b * 8 + lane % 4 * 2 + e % 2];
         pack<N>(weights, s);
         accumulate<D, N / 2>(dk, weights, q, 0);
-        if (more) leave(buffer ^ 1);
+        if (more) write_row_values(buffer ^ 1);
         n = following;
     }
     if (parts == nullptr) {
@@ -292,11 +301,13 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
 
 }  // namespace attn
 
-// All heads of a tile before the next tile: the host lists the longest first, and what is left at the end is short.
-// The backward kernels for D = 64 are held to the registers of 3 blocks a multiprocessor. Where dynamic shared memory is more than 48 KiB,
+// All heads of a tile run before the next tile: the host lists the longest tiles first, so that
+// only short ones are left at the end. The backward kernels for D = 64 are limited to the registers
+// of 3 blocks per multiprocessor. If dynamic shared memory exceeds 48 KiB,
 // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES must be set.
 
-// Forward [(H, tiles); 128]; dynamic shared memory: 4 tiles, i.e. 32768 bytes for D = 64, 65536 for D = 128.
+// Forward pass [(H, tiles); 128]. Dynamic shared memory: 4 tiles, i.e. 32768 bytes for D = 64,
+// 65536 for D = 128.
 KERNEL void attention_mma_64(bf16* out, float* lse, const bf16* qkv, const int* tiles, const unsigned* positions, int heads, int kv_heads,
                              int /*dim*/, int window, float scale) {
     attn::forward_mma<64>(out, lse, qkv, tiles, positions, {heads, kv_heads, 64}, attn::limit(window), scale);
@@ -307,7 +318,8 @@ KERNEL void attention_mma_128(bf16* out, float* lse, const bf16* qkv, const int*
     attn::forward_mma<128>(out, lse, qkv, tiles, positions, {heads, kv_heads, 128}, attn::limit(window), scale);
 }
 
-// Gradient of the queries [(H, tiles); 128]; dynamic shared memory: 5 tiles, i.e. 40960 bytes for D = 64, 81920 for D = 128.
+// Gradients of the queries [(H, tiles); 128]. Dynamic shared memory: 5 tiles, i.e. 40960 bytes for
+// D = 64, 81920 for D = 128.
 KERNEL __launch_bounds__(128, 3) void attention_dq_mma_64(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta,
                                                           const int* tiles, const unsigned* positions, int heads, int kv_heads, int /*dim*/,
                                                           int window, float scale) {
@@ -319,8 +331,10 @@ KERNEL void attention_dq_mma_128(bf16* dqkv, const bf16* qkv, const bf16* dout, 
     attn::backward_queries_mma<128>(dqkv, qkv, dout, lse, delta, tiles, positions, {heads, kv_heads, 128}, attn::limit(window), scale);
 }
 
-// Gradients of keys and values [(H, key tiles); 128]; dynamic shared memory: 5 tiles, i.e. 40960 bytes for D = 64, 81920 for D = 128; 1024 bytes
-// are static, so that two blocks fit the 164 KiB of an A100. With H = K, `parts` is null and dqkv is written; else `parts`, for attention_sum.
+// Gradients of keys and values [(H, key tiles); 128]. Dynamic shared memory: 5 tiles, i.e. 40960
+// bytes for D = 64, 81920 for D = 128; with 1024 bytes of static shared memory, two blocks fit the
+// 164 KiB of an A100. With H = K, `parts` is null and dqkv is written; otherwise `parts` is
+// written, for attention_sum.
 KERNEL __launch_bounds__(128, 3) void attention_dkv_mma_64(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta,
                                                            const int* key_tiles, const unsigned* positions, int heads, int kv_heads,
                                                            int /*dim*/, int window, float scale, float* parts) {
@@ -332,7 +346,8 @@ KERNEL void attention_dkv_mma_128(bf16* dqkv, const bf16* qkv, const bf16* dout,
     attn::backward_keys_mma<128>(dqkv, qkv, dout, lse, delta, key_tiles, positions, {heads, kv_heads, 128}, attn::limit(window), scale, parts);
 }
 
-// [T; 256] The k and v columns of dqkv: `parts` [T, 2K, H/K, D] summed over the query heads of a group, in order. D is a multiple of 8.
+// [T; 256] Writes the k and v columns of dqkv: `parts` [T, 2K, H/K, D] summed over the query heads
+// of a group, in order. D is a multiple of 8.
 KERNEL void attention_sum(bf16* dqkv, const float* parts, int heads, int kv_heads, int dim) {
     const attn::Shape shape{heads, kv_heads, dim};
     const int group = shape.group(), chunks = dim / 8;

@@ -1,4 +1,5 @@
-// What the tensor-core attention kernels share: tiles in shared memory, products of a warp, the exponential.
+// Shared by the tensor-core attention kernels: tiles in shared memory, GEMMs of a warp, the
+// exponential.
 #pragma once
 
 #include "attention.cuh"
@@ -8,7 +9,7 @@ namespace attn {
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
-// 2^x for x ≤ 0; what would be denormal is 0.
+// Returns 2^x for x ≤ 0; denormal results become 0.
 __device__ __forceinline__ float power_of_2(float x) {
 #ifdef BRADLEY_EMULATE
     return exp2f(x);
@@ -19,7 +20,7 @@ __device__ __forceinline__ float power_of_2(float x) {
 #endif
 }
 
-// Results of 16 rows by N · 8 columns.
+// Accumulators of 16 rows by N · 8 columns.
 template <int N>
 using Sums = float[N][4];
 
@@ -31,8 +32,8 @@ __device__ __forceinline__ void clear_sums(Sums<N>& sums) {
         for (int i = 0; i < 4; i++) sums[n][i] = 0.0f;
 }
 
-// A tile is 64 rows of D in shared memory. The 16-byte chunks of a row are permuted by its number, so that the same chunk of 8 rows lies in 8
-// different groups of banks.
+// A tile is 64 rows of D elements in shared memory. The 16-byte chunks of a row are permuted by the
+// row number, so that the same chunk of 8 consecutive rows lies in 8 different groups of banks.
 template <int D>
 struct Tile {
     bf16* shared;
@@ -40,7 +41,7 @@ struct Tile {
 
     __device__ __forceinline__ Tile(bf16* shared, int number) : shared(shared), start(number * TILE * D) {}
 
-    // Starts copying `count` rows; the rest becomes zero.
+    // Starts copying `count` rows; the other rows become zero.
     __device__ __forceinline__ void fetch(const bf16* from, size_t stride, int count) const {
         constexpr int CHUNKS = D / 8, STEP = THREADS / CHUNKS;
         const int c = threadIdx.x % CHUNKS;
@@ -52,20 +53,22 @@ struct Tile {
         }
     }
 
-    // 8 elements of a row from `column`, a multiple of 16, on, or with `second` = 1 the 8 behind them. What differs between lanes is kept apart
-    // from `column`, which costs one bitwise operation; the rest of a fragment's address the compiler knows.
+    // Address of 8 elements of a row: from `column` (a multiple of 16) on, or the 8 after them with
+    // `second` = 1. The lane-dependent part is separate from `column` and costs one bitwise
+    // operation; the compiler knows the rest of the address.
     __device__ __forceinline__ const bf16* chunk(int row, int second, int column) const {
         const int at = start + row * D + (second ^ (row & 7)) * 8;
         return shared + column / 64 * 64 + (at ^ column % 64);
     }
 
-    // The left operand's fragment: rows `row`…+15, columns of D `column`…+15.
+    // Loads a fragment as the left operand: rows `row`…+15, columns `column`…+15 of D.
     __device__ __forceinline__ void left(uint32_t (&a)[4], int row, int column) const {
         const int lane = threadIdx.x % 32;
         ldmatrix_x4(a, chunk(row + lane % 16, lane / 16, column));
     }
 
-    // Of the transpose [D, 64] as a right operand, two fragments: its rows `column`…+15 and columns `row`…+7, and columns `row` + 8…+15.
+    // Loads two fragments of the transpose [D, 64] as a right operand: its rows `column`…+15 with
+    // columns `row`…+7, and with columns `row` + 8…+15.
     __device__ __forceinline__ void right_transposed(uint32_t (&one)[2], uint32_t (&two)[2], int row, int column) const {
         const int lane = threadIdx.x % 32;
         uint32_t r[4];
@@ -73,7 +76,8 @@ struct Tile {
         one[0] = r[0], one[1] = r[1], two[0] = r[2], two[1] = r[3];
     }
 
-    // As a right operand [64, D], two fragments: rows `row`…+15, columns `column`…+7 and `column` + 8…+15.
+    // Loads two fragments as a right operand [64, D]: rows `row`…+15 with columns `column`…+7, and
+    // with columns `column` + 8…+15.
     __device__ __forceinline__ void right(uint32_t (&one)[2], uint32_t (&two)[2], int row, int column) const {
         const int lane = threadIdx.x % 32;
         uint32_t r[4];
@@ -82,7 +86,8 @@ struct Tile {
     }
 };
 
-// sums[own, other] = own·otherᵀ over D, for 16 own rows and 8N rows of the other tile from `first` on.
+// Computes sums[own, other] = own·otherᵀ over D, for 16 own rows and 8N rows of the other tile from
+// `first` on.
 template <int D, int N>
 __device__ __forceinline__ void scores(Sums<N>& sums, const Tile<D>& own, int row, const Tile<D>& other, int first) {
     clear_sums<N>(sums);
@@ -100,7 +105,8 @@ __device__ __forceinline__ void scores(Sums<N>& sums, const Tile<D>& own, int ro
     }
 }
 
-// sums[own, d] += Σ_other weights[own, other]·other[d], over 16N rows of the other tile from `first` on.
+// Computes sums[own, d] += Σ_other weights[own, other]·other[d], over 16N rows of the other tile
+// from `first` on.
 template <int D, int N>
 __device__ __forceinline__ void accumulate(Sums<D / 8>& sums, const uint32_t (&weights)[N][4], const Tile<D>& other, int first) {
 #pragma unroll
@@ -114,7 +120,7 @@ __device__ __forceinline__ void accumulate(Sums<D / 8>& sums, const uint32_t (&w
         }
 }
 
-// Results of 8N columns as left operands, rounded.
+// Rounds results of 8N columns to left operands.
 template <int N>
 __device__ __forceinline__ void pack(uint32_t (&to)[N / 2][4], const Sums<N>& from) {
 #pragma unroll
@@ -133,7 +139,7 @@ struct alignas(8) Pair {
 __device__ __forceinline__ void store_pair(bf16* to, float one, float two) { *reinterpret_cast<uint32_t*>(to) = pack_bf16(one, two); }
 __device__ __forceinline__ void store_pair(float* to, float one, float two) { *reinterpret_cast<Pair*>(to) = {one, two}; }
 
-// Writes the 16 rows of a warp, of which those below `count` exist.
+// Writes the 16 rows of a warp. Only rows below `count` exist.
 template <int D, class T>
 __device__ __forceinline__ void store(T* to, size_t stride, int row, int count, const Sums<D / 8>& sums, float factor_low, float factor_high) {
     const int lane = threadIdx.x % 32, low = row + lane / 4, high = low + 8;
@@ -145,7 +151,7 @@ __device__ __forceinline__ void store(T* to, size_t stride, int row, int count, 
     }
 }
 
-// Over the 4 lanes that share a row of a result.
+// Reductions over the 4 lanes that share a row of a result.
 __device__ __forceinline__ float row_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 1));
     return fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 2));
@@ -156,9 +162,9 @@ __device__ __forceinline__ float row_sum(float x) {
     return x + __shfl_xor_sync(FULL_WARP, x, 2);
 }
 
-// Whether every query of the block sees every key of the tile.
-__device__ __forceinline__ bool all_seen(Range queries, Range keys, int apart, int window) {
-    return keys.size() == TILE && keys.end - 1 <= queries.start && queries.end - 1 - keys.start + apart < window;
+// True if every query of the block attends to every key of the tile.
+__device__ __forceinline__ bool all_seen(Range queries, Range keys, int position_shift, int window) {
+    return keys.size() == TILE && keys.end - 1 <= queries.start && queries.end - 1 - keys.start + position_shift < window;
 }
 
 }  // namespace attn

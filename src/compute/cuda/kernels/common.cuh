@@ -1,7 +1,8 @@
-// What all kernels share: number types, reductions in a fixed order, 16-byte accesses, tensor-core wrappers.
+// Shared by all kernels: number types, reductions in a fixed order, 16-byte accesses and wrappers
+// of tensor-core instructions.
 //
-// The kernels compile in two ways: by nvcc for a device (sm_80 features only), and, with BRADLEY_EMULATE
-// defined, as plain C++17 against emulate.h, which runs them on a CPU.
+// The kernels compile in two ways: with nvcc for a GPU (sm_80 features only), and, with
+// BRADLEY_EMULATE defined, as plain C++17 against emulate.h, which runs them on a CPU.
 #pragma once
 
 #ifdef BRADLEY_EMULATE
@@ -48,19 +49,20 @@ template <class T> __device__ __forceinline__ T from_float(float x);
 template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 
-// Two bf16 in one register, `low` in the lower half (the lower address, the lower column of a fragment).
+// Packs two bf16 into one register, with `low` in the lower half (the lower address, the lower
+// column of a fragment).
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 #ifdef BRADLEY_EMULATE
     const uint32_t l = __bfloat16_as_ushort(__float2bfloat16_rn(low));
     const uint32_t h = __bfloat16_as_ushort(__float2bfloat16_rn(high));
     return l | (h << 16);
 #else
-    // One instruction.
+    // This compiles to one instruction.
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
 #endif
 }
-// bf16 is the upper half of a float.
+// Unpack one half of a pair. A bf16 is the upper half of a float.
 __device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
@@ -75,7 +77,7 @@ struct Max {
     __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
-// A butterfly: every lane ends with the same bits, because a ∘ b = b ∘ a.
+// Butterfly reduction: every lane ends with the same bits, because op is commutative.
 template <class Op> __device__ __forceinline__ float warp_reduce(float x, Op op) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
@@ -89,8 +91,9 @@ __device__ __forceinline__ int flat_thread() {
 }
 __device__ __forceinline__ int flat_threads() { return int(blockDim.x * blockDim.y * blockDim.z); }
 
-// Over a whole block (a multiple of 32 threads, all of which call); every thread gets the result.
-// The warps' values are combined from warp 0 up. Can be called again at once: the first barrier guards reuse.
+// Reduces over a whole block. The block must be a multiple of 32 threads, and all of them must
+// call. Every thread gets the result. The warps' values are combined from warp 0 up. The first
+// barrier makes it safe to call the function again at once.
 template <class Op> __device__ __forceinline__ float block_reduce(float x, Op op) {
     __shared__ float of_warp[32];
     x = warp_reduce(x, op);
@@ -113,7 +116,7 @@ __device__ __forceinline__ float block_max(float x) { return block_reduce(x, Max
 
 // -------------------------------------------------------------------------------------- 16-byte accesses
 
-// As many T as fit in 16 bytes: 4 floats or 8 bf16.
+// The number of T that fit in 16 bytes: 4 floats or 8 bf16.
 template <class T> struct alignas(16) Vector {
     static constexpr int N = 16 / int(sizeof(T));
     T v[N];
@@ -121,12 +124,12 @@ template <class T> struct alignas(16) Vector {
 
 __device__ __forceinline__ bool is_aligned_16(const void* p) { return (reinterpret_cast<size_t>(p) & 15) == 0; }
 
-// Whether rows of `stride` elements starting at p are all 16-byte aligned.
+// True if rows of `stride` elements, starting at p, are all 16-byte aligned.
 template <class T> __device__ __forceinline__ bool rows_aligned_16(const T* p, long long stride) {
     return is_aligned_16(p) && stride * (long long)sizeof(T) % 16 == 0;
 }
 
-// The address must be 16-byte aligned (a misaligned one faults on a device, and in the emulator).
+// The address must be 16-byte aligned. A misaligned one faults on a GPU and in the emulator.
 template <class T> __device__ __forceinline__ Vector<T> load_16(const T* p) {
 #ifdef BRADLEY_EMULATE
     emulate::check_aligned(p, 16);
@@ -141,7 +144,8 @@ template <class T> __device__ __forceinline__ void store_16(T* p, const Vector<T
 }
 
 // ------------------------------------------------------------------------------ tensor cores, async copies
-// Lane l of a warp; g = l / 4, t = l % 4. Registers hold two bf16, the lower half first.
+// In the layouts below, l is the lane of a warp, g = l / 4, t = l % 4. A register holds two bf16,
+// the lower half first.
 
 // d += a · b of a 16×16 by a 16×8 matrix of bf16, summed in f32.
 //   a[0]: A[g, 2t..2t+1]   a[1]: A[g+8, 2t..]   a[2]: A[g, 2t+8..]   a[3]: A[g+8, 2t+8..]
@@ -164,8 +168,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 }
 #endif
 
-// Four 8×8 matrices of 16-bit values from shared memory. Lane l gives the address of row l % 8 of matrix l / 8
-// (16 bytes, 16-byte aligned) and receives in r[m] the values M_m[g, 2t..2t+1].
+// Loads four 8×8 matrices of 16-bit values from shared memory. Lane l passes the address of row l %
+// 8 of matrix l / 8 (16 bytes, 16-byte aligned) and receives in r[m] the values M_m[g, 2t..2t+1].
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* smem) {
 #ifdef BRADLEY_EMULATE
     emulate::ldmatrix_x4<false>(r, smem);
@@ -188,8 +192,9 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
 #endif
 }
 
-// Starts a copy of 16 aligned bytes from global to shared memory, or writes zeros (reading nothing) if not valid.
-// The bytes may be read by this thread after cp_async_wait, by others after a barrier that follows it.
+// Starts an asynchronous copy of 16 aligned bytes from global to shared memory. If not `valid`,
+// reads nothing and writes zeros. This thread may read the bytes after cp_async_wait, other threads
+// after a barrier that follows it.
 __device__ __forceinline__ void cp_async_16(void* smem, const void* global, bool valid) {
 #ifdef BRADLEY_EMULATE
     emulate::cp_async_16(smem, global, valid);
@@ -199,7 +204,7 @@ __device__ __forceinline__ void cp_async_16(void* smem, const void* global, bool
                  : "memory");
 #endif
 }
-// Closes a group of copies.
+// Closes a group of asynchronous copies.
 __device__ __forceinline__ void cp_async_commit() {
 #ifdef BRADLEY_EMULATE
     emulate::cp_async_commit();
@@ -207,7 +212,7 @@ __device__ __forceinline__ void cp_async_commit() {
     asm volatile("cp.async.commit_group;\n" ::: "memory");
 #endif
 }
-// Waits until at most the newest N groups of this thread are still under way.
+// Waits until at most the newest N groups of this thread are still in flight.
 template <int N> __device__ __forceinline__ void cp_async_wait() {
 #ifdef BRADLEY_EMULATE
     emulate::cp_async_wait(N);

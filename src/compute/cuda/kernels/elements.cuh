@@ -1,15 +1,16 @@
-// Rows as floats, W elements at a time: 16-byte accesses where the addresses allow them, single elements elsewhere.
+// Access to rows as floats, W elements at a time: 16 bytes per access if the addresses are aligned,
+// otherwise single elements.
 #pragma once
 
 #include "common.cuh"
 
-// A width known to the compiler.
+// A width that is known at compile time.
 template <int N> struct Width {
     static constexpr int value = N;
 };
 
-// Calls body(Width<W>): W is what 16 bytes hold of T if `wide`, else 1. `wide` must be the same for all threads.
-// Floats beside bf16 move in two accesses of 16 bytes.
+// Calls body(Width<W>()). W is the number of T in 16 bytes if `wide`, otherwise 1. `wide` must be
+// the same for all threads. Floats beside bf16 are accessed as two times 16 bytes.
 template <class T, class Body> __device__ __forceinline__ void by_width(bool wide, Body body) {
     if (wide) {
         body(Width<Vector<T>::N>());
@@ -18,7 +19,7 @@ template <class T, class Body> __device__ __forceinline__ void by_width(bool wid
     }
 }
 
-// to = W elements from `from` on; for W > 1 a 16-byte boundary.
+// Loads W elements from `from` on. For W > 1, `from` must be 16-byte aligned.
 template <int W, class T> __device__ __forceinline__ void load(float (&to)[W], const T* from) {
     if constexpr (W == 1) {
         to[0] = to_float(*from);
@@ -35,7 +36,7 @@ template <int W, class T> __device__ __forceinline__ void load(float (&to)[W], c
     }
 }
 
-// The W elements from `to` on = from, rounded to T; for W > 1 `to` is a 16-byte boundary.
+// Stores W elements at `to`, rounded to T. For W > 1, `to` must be 16-byte aligned.
 template <int W, class T> __device__ __forceinline__ void store(T* to, const float (&from)[W]) {
     if constexpr (W == 1) {
         *to = from_float<T>(from[0]);
@@ -53,12 +54,13 @@ template <int W, class T> __device__ __forceinline__ void store(T* to, const flo
     }
 }
 
-// Number of this thread in the grid (blocks and grid in one dimension), and of all threads.
+// Index of this thread in a one-dimensional grid, and the number of all threads in the grid.
 __device__ __forceinline__ long long grid_thread() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ long long grid_threads() { return (long long)gridDim.x * blockDim.x; }
 
-// Walks over a table some columns wide, a cell a thread, in strides of the whole grid. Any grid covers the table, and
-// neighbours in a warp are neighbours in the table. Only the start divides.
+// Grid-stride loop over the cells of a table with `width` columns, one cell per thread and step. Any
+// grid covers the table, and neighbouring lanes of a warp get neighbouring cells. Only the
+// constructor divides.
 //     for (Cells at(columns); at.row < rows; at.next()) { ... at.row, at.column ... }
 struct Cells {
     long long row;
@@ -75,7 +77,7 @@ struct Cells {
 
     __device__ __forceinline__ void next() {
         row += row_step;
-        // column + column_step ≥ columns, without overflow.
+        // Tests column + column_step ≥ columns without overflow.
         if (column >= columns - column_step) {
             column -= columns - column_step;
             ++row;

@@ -1,7 +1,9 @@
-// Kernels without a reduction over a row: moving rows, rotary positions, SwiGLU, biases, casts; and sums of columns.
+// Kernels without a reduction over a row: moving rows, rotary embedding, SwiGLU, biases, casts; and
+// column sums.
 //
-// Where a comment gives the grid as "any", threads stride over the table and every grid is right; enough blocks for one
-// cell of 16 bytes a thread is best, and more exit at once.
+// The end of a comment gives the launch as [blocks; threads]. "any": the threads run a grid-stride
+// loop, so every grid is correct. One thread per cell of 16 bytes is best; threads without a cell
+// exit at once.
 #include "elements.cuh"
 
 // ------------------------------------------------------------------------------------------- moving rows
@@ -25,8 +27,8 @@ KERNEL void gather_rows(float* to, const float* from, const unsigned* index, int
     embed<float>(to, from, index, n, width);
 }
 
-// to[rows[i], :] += Σ from[order[k], :] over k in offsets[i]..offsets[i+1], added one after the other. The rows differ,
-// so that no two threads share an element.   [any, e.g. unique; 256]
+// to[rows[i], :] += Σ from[order[k], :] over k in offsets[i]..offsets[i+1], added in this order.
+// The rows are distinct, so no two threads share an element.   [any, e.g. unique; 256]
 KERNEL void scatter_rows(float* to, const float* from, const unsigned* rows, const unsigned* offsets,
                          const unsigned* order, int unique, int width) {
     by_width<float>(rows_aligned_16(to, width) && rows_aligned_16(from, width), [&](auto w) {
@@ -36,7 +38,7 @@ KERNEL void scatter_rows(float* to, const float* from, const unsigned* rows, con
             float sum[W];
             load(sum, target);
             const unsigned end = offsets[at.row + 1];
-            // Unrolled, so that several rows are under way at once.
+            // Unrolled, so that several loads are in flight at once.
 #pragma unroll 4
             for (unsigned k = offsets[at.row]; k < end; ++k) {
                 float v[W];
@@ -72,7 +74,8 @@ INSTANTIATE(scale_rows, (T* to, const float* from, const float* g, int rows, int
 
 // ------------------------------------------------------------------------------------------------- casts
 
-// to[i] = from[i], rounded to To. Wide holds 16 bytes' worth of the narrower type.
+// to[i] = from[i], rounded to To. `Wide` is the narrower of the two types; 16 bytes of it are
+// processed at a time.
 template <class Wide, class To, class From>
 __device__ __forceinline__ void cast(To* to, const From* from, long long n) {
     by_width<Wide>(is_aligned_16(to) && is_aligned_16(from), [&](auto w) {
@@ -96,12 +99,13 @@ KERNEL void cast_f32(float* to, const bf16* from, long long n) { cast<bf16>(to, 
 
 // Rotates the first `heads` heads of every row in place, i in 0..D/2:
 //     (x_i, x_{i+D/2}) = (x_i·cos_i − x_{i+D/2}·s_i, x_{i+D/2}·cos_i + x_i·s_i),  s = sign·sin,
-// with tables [tokens, D/2]; sign −1 turns back, which is the gradient.   [any, e.g. tokens; 256]
+// with cos and sin [tokens, D/2]. sign = −1 rotates back, which maps the gradient of the output to
+// that of the input.   [any, e.g. tokens; 256]
 template <class T>
 __device__ __forceinline__ void rope(T* qkv, const float* cos, const float* sin, int tokens, int stride, int heads, int dim,
                                      float sign) {
     const int half = dim / 2;
-    // D/2 elements being a multiple of 16 bytes, so is every head's start.
+    // If D/2 elements are a multiple of 16 bytes, then so is the start of every head.
     const bool wide = rows_aligned_16(qkv, stride) && rows_aligned_16(qkv, half) && rows_aligned_16(cos, half) &&
                       rows_aligned_16(sin, half);
     by_width<T>(wide, [&](auto w) {
@@ -133,7 +137,8 @@ INSTANTIATE(rope, (T* qkv, const float* cos, const float* sin, int tokens, int s
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// Activations x·σ(u(x)): σ(u), and given s = σ(u) the derivative over s, 1 + x·u'·(1 − s).
+// Activations x·σ(u(x)). Each has σ(u), and, given s = σ(u), the derivative divided by s: 1 +
+// x·u'·(1 − s).
 struct Silu {
     static __device__ __forceinline__ float sigma(float x) { return sigmoid(x); }
     static __device__ __forceinline__ float derivative(float x, float s) { return 1.0f + x * (1.0f - s); }
@@ -207,9 +212,9 @@ INSTANTIATE(geglu_backward, (T* gate_up, const T* gy, int tokens, int width), (g
 
 // --------------------------------------------------------------------------------- biases, sums of columns
 
-// y[r, c] = (keep ? y[r, c] : 0) + bias[c]; without `keep` y is not read.   [any; 256]
+// y[r, c] = (accumulate ? y[r, c] : 0) + bias[c]. Without `accumulate`, y is not read.   [any; 256]
 template <class T>
-__device__ __forceinline__ void add_bias(T* y, const float* bias, int rows, int cols, int stride, int keep) {
+__device__ __forceinline__ void add_bias(T* y, const float* bias, int rows, int cols, int stride, int accumulate) {
     const bool wide = rows_aligned_16(y, stride) && rows_aligned_16(y, cols) && is_aligned_16(bias);
     by_width<T>(wide, [&](auto w) {
         constexpr int W = decltype(w)::value;
@@ -217,7 +222,7 @@ __device__ __forceinline__ void add_bias(T* y, const float* bias, int rows, int 
             T* const to = y + at.row * stride + at.column * W;
             float b[W];
             load(b, bias + at.column * W);
-            if (keep) {
+            if (accumulate) {
                 float v[W];
                 load(v, to);
 #pragma unroll
@@ -229,11 +234,12 @@ __device__ __forceinline__ void add_bias(T* y, const float* bias, int rows, int 
         }
     });
 }
-INSTANTIATE(add_bias, (T* y, const float* bias, int rows, int cols, int stride, int keep),
-            (y, bias, rows, cols, stride, keep))
+INSTANTIATE(add_bias, (T* y, const float* bias, int rows, int cols, int stride, int accumulate),
+            (y, bias, rows, cols, stride, accumulate))
 
-// out[c] += Σ_r g[r, c]. Thread (x, y) adds the rows y + 8k of column x in four sums, k mod 4: more loads under way and
-// smaller rounding errors; then the block's rows are added from 0 up.   [ceil(cols / 32); (32, 8)]
+// out[c] += Σ_r g[r, c]. Thread (x, y) adds the rows y + 8k of column x in four sums, by k mod 4:
+// more loads are in flight and rounding errors are smaller. Then the partial sums of the block are
+// added from y = 0 up.   [ceil(cols / 32); (32, 8)]
 template <class T> __device__ __forceinline__ void column_sum(float* out, const T* g, int rows, int cols, int stride) {
     constexpr int COLUMNS = 32, ROWS = 8, SUMS = 4;
     __shared__ float parts[ROWS][COLUMNS];

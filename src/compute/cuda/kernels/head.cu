@@ -1,11 +1,12 @@
-// The head, log-softmax and gather over one tile of the vocabulary after the other: [N, V] is never held.
+// LM head, log-softmax and gather, one tile of the vocabulary after the other. The logits [N, V]
+// never exist as a whole.
 //
-// log p(y) = ⟨h, W_y⟩ − log Σ_v e^⟨h, W_v⟩. cuBLAS forms a tile of logits and adds Σ p_v·W_v; these kernels keep the
-// maximum, the sums and ∂log p/∂h = W_y − Σ_v p_v·W_v together, scaled down whenever a larger logit appears (the online
-// softmax of arXiv:2205.14135).
+// log p(y) = ⟨h, W_y⟩ − log Σ_v e^⟨h, W_v⟩. cuBLAS computes a tile of logits and accumulates Σ
+// p_v·W_v. These kernels update the maximum, the sums and ∂log p/∂h = W_y − Σ_v p_v·W_v and rescale
+// them whenever a larger logit appears (the online softmax of arXiv:2205.14135).
 #include "elements.cuh"
 
-// A row's softmax so far, floats of state[row, 8].
+// State of a row's online softmax: indices of the floats in state[row, 8].
 enum State {
     MAXIMUM,   // the largest logit l
     TOTAL,     // Σ e^(l − max)
@@ -13,12 +14,12 @@ enum State {
     SQUARES,   // Σ e^(2(l − max))
     LOGITS,    // Σ l
     TARGET,    // the target's logit
-    ARGMAX,    // where the largest is (the first one, on a tie), the bits of an unsigned
+    ARGMAX,    // token of the largest logit (on a tie, the first), as the bits of an unsigned
     UNUSED,
     STATE
 };
 
-// Every row's state before the first tile.   [ceil(rows / 256); 256]
+// Initialises every row's state before the first tile.   [ceil(rows / 256); 256]
 KERNEL void head_start(float* state, int rows) {
     const long long row = grid_thread();
     if (row < rows) {
@@ -29,16 +30,18 @@ KERNEL void head_start(float* state, int rows) {
     }
 }
 
-// Takes in the logits of the tokens first..first + width, [rows, ld]. WEIGHTED, SQUARES, LOGITS and ARGMAX are kept only if
-// `distribution`. With `gradient`, p[i, j] = e^(l − max), of leading dimension ld too, and scales[i] = what sums over
-// older tiles are to be multiplied by (0 after the first tile). p may be the logits themselves.   [rows; 256]
+// Adds the logits of the tokens first..first + width, [rows, ld], to the state. WEIGHTED, SQUARES,
+// LOGITS and ARGMAX are updated only if `distribution`. With `gradient`, p[i, j] = e^(l − max),
+// with leading dimension ld too, and scales[i] is the factor for sums over earlier tiles (0 for the
+// first tile). p may alias the logits.   [rows; 256]
 template <class T>
 __device__ __forceinline__ void head_tile(float* state, T* p, float* scales, const float* logits, const unsigned* targets,
                                           int rows, int width, int ld, int first, int distribution, int gradient) {
     const long long start = (long long)blockIdx.x * ld;
     float* const s = state + (long long)blockIdx.x * STATE;
     const float old = s[MAXIMUM];
-    // Only thread 0 needs it, before any thread may overwrite it; wraps to a large number below `first`.
+    // Only thread 0 needs this. It is read before any thread may overwrite it. The difference wraps
+    // to a large number if the target is below `first`.
     const unsigned target = targets[blockIdx.x] - unsigned(first);
     const bool has_target = threadIdx.x == 0 && target < unsigned(width);
     const float of_target = has_target ? logits[start + target] : 0.0f;
@@ -64,10 +67,12 @@ __device__ __forceinline__ void head_tile(float* state, T* p, float* scales, con
         const float max = larger ? tile_max : old;
         float argmax = 0.0f;
         if (distribution && larger) {
-            // The smallest column that holds it. Columns of a tile, fewer than 2²⁴, are exact as floats.
+            // The smallest column with the maximum. Columns of a tile are below 2²⁴ and therefore
+            // exact as floats.
             argmax = -block_max(top == tile_max ? -float(at) : -INFINITY);
         }
-        // After the barriers of block_max all logits were read once, and of_target too: p may replace them.
+        // After the barriers of block_max every logit has been read once, and of_target too, so p
+        // may overwrite them.
         float sum = 0.0f, weighted = 0.0f, squares = 0.0f;
         for (int c = threadIdx.x * W; c < width; c += blockDim.x * W) {
             float l[W];
@@ -119,7 +124,7 @@ INSTANTIATE(head_tile,
              int first, int distribution, int gradient),
             (state, p, scales, logits, targets, rows, width, ld, first, distribution, gradient))
 
-// d[i, :] *= scales[i]; most rows keep their maximum, and 1 costs nothing.   [rows; 256]
+// d[i, :] *= scales[i]. Most rows keep their maximum; a scale of 1 is skipped.   [rows; 256]
 KERNEL void head_rescale(float* d, const float* scales, int rows, int width) {
     const float scale = scales[blockIdx.x];
     if (scale == 1.0f) {
@@ -164,8 +169,8 @@ __device__ __forceinline__ void head_finish(float* d, const float* state, const 
 INSTANTIATE(head_finish, (float* d, const float* state, const T* w, const unsigned* targets, int rows, int width),
             (d, state, w, targets, rows, width))
 
-// ∂loss/∂logits of a tile, for ∂W = eᵀ·h: e[i, j] = g_i·(1{first + j = y_i} − e^(l − lse_i)), of leading dimension ld, as
-// the logits. e may be the logits themselves.   [rows; 256]
+// ∂loss/∂logits of a tile, for ∂W = eᵀ·h: e[i, j] = g_i·(1{first + j = y_i} − e^(l − lse_i)), with
+// leading dimension ld like the logits. e may alias the logits.   [rows; 256]
 template <class T>
 __device__ __forceinline__ void head_errors(T* e, const float* logits, const float* lse, const float* g,
                                             const unsigned* targets, int rows, int width, int ld, int first) {

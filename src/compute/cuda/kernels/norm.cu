@@ -1,4 +1,5 @@
-// RMSNorm, y = x / √(mean(x²) + ε) ⊙ w over the last dimension (arXiv:1910.07467), of rows and of heads.
+// RMSNorm, y = x / √(mean(x²) + ε) ⊙ w over the last dimension (arXiv:1910.07467), of rows and of
+// heads.
 #include "elements.cuh"
 
 // 1 / √(mean(x²) + ε).
@@ -7,7 +8,7 @@ __device__ __forceinline__ float inverse_rms(float squares, int width, float eps
 }
 
 // ------------------------------------------------------------------------------------------------- rows
-// A block a row. What a thread reads again after the reduction is what it read before, a few KB: from the L1 cache.
+// One block per row. After the reduction a thread reads the same few KB again, from the L1 cache.
 
 // y = the norm of each row of x.   [rows; 256]
 template <class T>
@@ -40,7 +41,8 @@ __device__ __forceinline__ void rms_norm(T* y, const float* x, const float* w, i
 }
 INSTANTIATE(rms_norm, (T* y, const float* x, const float* w, int rows, int width, float eps), (y, x, w, rows, width, eps))
 
-// With r = 1/rms of the row: gx += r·(g⊙w − x·r²·mean(g⊙w⊙x)); inverse[row] = r, for rms_norm_weight.   [rows; 256]
+// With r = 1/rms of the row: gx += r·(g⊙w − x·r²·mean(g⊙w⊙x)). Writes inverse[row] = r for
+// rms_norm_weight.   [rows; 256]
 template <class T>
 __device__ __forceinline__ void rms_norm_backward(float* gx, float* inverse, const float* x, const float* w, const T* g,
                                                   int rows, int width, float eps) {
@@ -83,8 +85,9 @@ INSTANTIATE(rms_norm_backward,
             (float* gx, float* inverse, const float* x, const float* w, const T* g, int rows, int width, float eps),
             (gx, inverse, x, w, g, rows, width, eps))
 
-// partial[b, c] = Σ g·x·inverse of column c over the rows b·rows_per_block.., a thread a column; column_sum_f32 adds the
-// partials to ∂w.   [(ceil(width / 256), ceil(rows / rows_per_block)); 256]
+// partial[b, c] = Σ g·x·inverse of column c over the rows from b·rows_per_block on, one thread per
+// column. column_sum_f32 adds the partials to ∂w.   [(ceil(width / 256), ceil(rows /
+// rows_per_block)); 256]
 template <class T>
 __device__ __forceinline__ void rms_norm_weight(float* partial, const float* x, const float* inverse, const T* g, int rows,
                                                 int width, int rows_per_block) {
@@ -95,7 +98,7 @@ __device__ __forceinline__ void rms_norm_weight(float* partial, const float* x, 
     const long long first = (long long)blockIdx.y * rows_per_block;
     const long long end = first + rows_per_block < rows ? first + rows_per_block : rows;
     float sum = 0.0f;
-    // Unrolled, so that several rows are under way at once.
+    // Unrolled, so that several loads are in flight at once.
 #pragma unroll 8
     for (long long r = first; r < end; ++r) {
         sum += to_float(g[r * width + c]) * x[r * width + c] * inverse[r];
@@ -107,16 +110,17 @@ INSTANTIATE(rms_norm_weight,
             (partial, x, inverse, g, rows, width, rows_per_block))
 
 // ------------------------------------------------------------------------------------------------- heads
-// A warp a head of a row, which it holds in registers; item i is head i mod `heads` of row i / heads. D ≤ MAX_DIM, as in attention.
+// One warp per head of a row, which it holds in registers. Item i is head i mod `heads` of row i /
+// heads. D ≤ MAX_DIM, as in attention.
 
 constexpr int MAX_DIM = 256, HEAD_WARPS = 4;
 
-// A head in a warp's registers: lane l holds the elements (k·32 + l)·W + j of it, and zeros beyond its D.
+// A head in a warp's registers: lane l holds its elements (k·32 + l)·W + j, and zeros beyond D.
 template <int W> struct HeadRegisters {
     static constexpr int PARTS = MAX_DIM / (32 * W);
     float v[PARTS][W] = {};
 
-    // Calls f(k, c) for each part k that this lane has; c is the part's first element.
+    // Calls f(k, c) for each part k of this lane; c is the first element of the part.
     template <class F> static __device__ __forceinline__ void parts(int dim, F f) {
 #pragma unroll
         for (int k = 0; k < PARTS; ++k) {
@@ -136,18 +140,19 @@ template <int W> struct HeadRegisters {
     }
 };
 
-// Where item i's head starts.
+// Start of item i's head.
 __device__ __forceinline__ long long head_start_of(long long item, int stride, int offset, int heads, int dim) {
     const long long row = (unsigned long long)item / (unsigned)heads;
     return row * stride + offset + (item - row * heads) * dim;
 }
 
-// Whether all heads start and end on 16-byte boundaries.
+// True if all heads start and end on 16-byte boundaries.
 template <class T> __device__ __forceinline__ bool heads_aligned_16(const T* x, int stride, int offset, int dim) {
     return rows_aligned_16(x, stride) && rows_aligned_16(x, dim) && is_aligned_16(x + offset);
 }
 
-// Norms every head in place; row r's head h starts at r·stride + offset + h·D.   [ceil(rows·heads / 4); 128]
+// Applies RMSNorm to every head in place. Head h of row r starts at r·stride + offset + h·D.
+// [ceil(rows·heads / 4); 128]
 template <class T>
 __device__ __forceinline__ void head_norm(T* qkv, const float* w, int rows, int stride, int offset, int heads, int dim,
                                           float eps) {
@@ -178,10 +183,10 @@ __device__ __forceinline__ void head_norm(T* qkv, const float* w, int rows, int 
 INSTANTIATE(head_norm, (T* qkv, const float* w, int rows, int stride, int offset, int heads, int dim, float eps),
             (qkv, w, rows, stride, offset, heads, dim, eps))
 
-// Replaces the upstream gradient g of head_norm's output by that of its input, which was `before` (the same layout):
-//     g = r·(g⊙w − x·r²·mean(g⊙w⊙x)), r = 1/rms.
-// Unless it is null, partial[b, :] = Σ g⊙x·r over the items of block b, `per_block` of them, which its warps take in
-// turns; column_sum_f32 adds the partials to ∂w.   [ceil(rows·heads / per_block); 128]
+// Replaces the upstream gradient g of head_norm's output by the gradient of its input `before` (in
+// the same layout): g = r·(g⊙w − x·r²·mean(g⊙w⊙x)), r = 1/rms. If partial is not null, partial[b,
+// :] = Σ g⊙x·r over the `per_block` items of block b, which its warps process in turn;
+// column_sum_f32 adds the partials to ∂w.   [ceil(rows·heads / per_block); 128]
 template <class T>
 __device__ __forceinline__ void head_norm_backward(T* g, float* partial, const T* before, const float* w, int rows, int stride,
                                                    int offset, int heads, int dim, float eps, int per_block) {

@@ -5,8 +5,8 @@ use super::*;
 
 const HEADS: Heads = Heads { query: 4, key: 2, dim: 64, window: None, scale: 0.125 };
 
-/// Opens the GPU that BRADLEY_TEST_DEVICE names (`cuda:N`, which may be the emulator). Returns
-/// `None` after saying that the test is skipped.
+/// Opens the GPU that BRADLEY_TEST_DEVICE names (`cuda:N`, which may be the emulator). Otherwise
+/// prints that the test is skipped and returns `None`.
 fn gpu() -> Option<Arc<Gpu>> {
     let named = std::env::var("BRADLEY_TEST_DEVICE")
         .ok()
@@ -21,7 +21,7 @@ fn gpu() -> Option<Arc<Gpu>> {
     Some(Gpu::open(ordinal).unwrap())
 }
 
-/// The launch must have failed with an error that has all of these parts.
+/// Asserts that the launch failed with an error that contains all of these parts.
 #[track_caller]
 fn assert_refused(launched: Result<()>, parts: &[&str]) {
     let error = launched.expect_err("the launch must be refused").to_string();
