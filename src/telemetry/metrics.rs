@@ -1,4 +1,4 @@
-//! What `/metrics` says of each metric, and the recorder behind it.
+//! Metrics recorder, and the help text that `/metrics` shows for each metric.
 
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
@@ -6,15 +6,16 @@ use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, Promet
 use crate::domain::job::JobState;
 
 /// Upper bounds of duration histograms, in seconds.
-const SECONDS: [f64; 14] =
+const DURATION_BUCKETS: [f64; 14] =
     [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0];
 /// Upper bounds of token-count histograms.
-const TOKENS: [f64; 10] =
+const TOKEN_BUCKETS: [f64; 10] =
     [32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
-/// Upper bounds of histograms of how many items share a batch.
-const ITEMS: [f64; 9] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
+/// Upper bounds of histograms of items per batch.
+const ITEM_BUCKETS: [f64; 9] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
 
-/// Counters without labels: there from the start, so that their first increase is seen as one.
+/// Counters without labels. They are registered with the value 0 at the start: Prometheus computes
+/// an increase only for a series that already exists.
 const PLAIN_COUNTERS: [(&str, &str); 12] = [
     ("bradley_refused_total", "Calls refused for their bearer token or its roles."),
     ("bradley_tls_reloads_total", "Times that changed certificates were taken up."),
@@ -36,7 +37,8 @@ const PLAIN_COUNTERS: [(&str, &str); 12] = [
     ("bradley_jobs_recovered_total", "Jobs put back in the queue because their worker was gone."),
 ];
 
-/// Counters with labels.
+/// Counters with labels; their series appear when they are first incremented, except for those that
+/// [`install`] registers.
 const COUNTERS: [(&str, &str); 5] = [
     ("bradley_jobs_ended_total", "Jobs that this process brought to an end, by state."),
     (
@@ -105,15 +107,15 @@ const HISTOGRAMS: [(&str, &str); 10] = [
     ("bradley_event_lag_seconds", "From a training event's making to its being stored."),
 ];
 
-/// Installs the process's metrics recorder.
+/// Installs the metrics recorder of the process and describes every metric.
 ///
 /// # Errors
-/// When there is one already.
+/// Fails if a recorder is already installed.
 pub fn install() -> Result<PrometheusHandle, BuildError> {
     let handle = PrometheusBuilder::new()
-        .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SECONDS)?
-        .set_buckets_for_metric(Matcher::Suffix("_tokens".into()), &TOKENS)?
-        .set_buckets_for_metric(Matcher::Suffix("_items".into()), &ITEMS)?
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &DURATION_BUCKETS)?
+        .set_buckets_for_metric(Matcher::Suffix("_tokens".into()), &TOKEN_BUCKETS)?
+        .set_buckets_for_metric(Matcher::Suffix("_items".into()), &ITEM_BUCKETS)?
         .install_recorder()?;
     for (name, help) in PLAIN_COUNTERS {
         describe_counter!(name, help);
@@ -146,7 +148,7 @@ mod tests {
 
     use super::*;
 
-    /// Names of metrics in the sources below `dir`, but for this file's.
+    /// Collects the metric names in the source files below `dir`, except in this file.
     fn used(dir: &Path, found: &mut BTreeSet<String>) {
         for entry in std::fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
@@ -165,7 +167,7 @@ mod tests {
     fn every_metric_is_described_and_every_description_is_of_a_metric() {
         let mut found = BTreeSet::from(["bradley_build_info".to_owned()]);
         used(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut found);
-        // A run's own gauges are described where they are written.
+        // The gauges of a training run are described in `rpc`, where they are written.
         found.retain(|name| {
             !["loss", "margin", "accuracy", "progress_ratio"]
                 .iter()

@@ -1,4 +1,4 @@
-//! The checks of a job before it is made.
+//! Validation of a job before it is created.
 
 use std::ops::RangeInclusive;
 
@@ -20,7 +20,7 @@ use crate::train::estimate::Lengths;
 
 const PRIORITIES: RangeInclusive<i32> = -1000..=1000;
 
-/// Checks the fields that may change.
+/// Checks the fields that can be changed after creation.
 pub(super) fn check_changeable(request: &JobRequest, bad: &mut Violations) {
     if request.display_name.chars().count() > 256 {
         bad.push("training_job.display_name", "has more than 256 characters");
@@ -41,8 +41,8 @@ pub(super) fn check_changeable(request: &JobRequest, bad: &mut Violations) {
     }
 }
 
-/// Checks a priority against the highest that clients may give: they may not push each other aside
-/// without end.
+/// Checks a priority against the highest that clients may use. Without this limit, clients could
+/// outbid each other without end.
 pub(super) fn check_priority(caller: &Caller, priority: i32, highest: i32, bad: &mut Violations) {
     if !caller.is_admin() && priority > highest {
         let message = format!(
@@ -52,20 +52,20 @@ pub(super) fn check_priority(caller: &Caller, priority: i32, highest: i32, bad: 
     }
 }
 
-/// Checks requests for jobs, and pins what they name.
+/// Validates requests for jobs and pins the models and data that they name.
 #[derive(Clone)]
 pub(in crate::service) struct RequestValidator {
     pub store: Store,
     pub engine: Engine,
     pub policies: PolicyResolver,
     pub adapters: InitAdapters,
-    /// The highest priority that a client may give its jobs; administrators may give any.
+    /// Highest priority that a client may give its jobs. Administrators may give any.
     pub max_client_priority: i32,
 }
 
 impl RequestValidator {
-    /// Checks everything that can be checked before the data is read; pins `latest` and `best` to
-    /// steps.
+    /// Checks everything that can be checked before the data is read, and replaces `latest` and
+    /// `best` by steps.
     pub(super) async fn check_request(
         &self,
         caller: &Caller,
@@ -101,7 +101,7 @@ impl RequestValidator {
             check_weights(&self.store, caller, name).await?;
         }
 
-        // Pinned once: `latest` may move between two looks.
+        // Resolved only once, because `latest` may change between two look-ups.
         request.policy = self.policies.pin(&request.policy).await?;
         let start = self.policies.resolve(&request.policy).await?;
         request.model = Some(start.model.clone());
@@ -119,7 +119,8 @@ impl RequestValidator {
                     "the policy is a checkpoint with an adapter of its own: name one of the two";
                 return Err(ServiceError::invalid(INIT_ADAPTER, message));
             };
-            // A repeated request answers with the job that was made, whatever became of the folder.
+            // A repeated request returns the job of the first one, even if the folder has changed
+            // or is gone.
             if !self.store.was_made(&caller.owner, request_id).await? {
                 let folder = self.adapters.find(name).await?;
                 adopt_adapter(&mut request, folder).await?;
@@ -149,10 +150,10 @@ impl RequestValidator {
             let dataset = own_dataset(&self.store, caller, id).await?;
             let bad_rows = dataset.report.bad_rows_of_any_job();
             if request.row_policy == RowPolicy::Reject && bad_rows > 0 {
-                let counts = |i: &&RowIssue| {
+                let is_bad_for_any_job = |i: &&RowIssue| {
                     i.reason.severity() == Severity::Error && !i.reason.depends_on_job()
                 };
-                let first = dataset.report.issues.iter().find(counts);
+                let first = dataset.report.issues.iter().find(is_bad_for_any_job);
                 let example = first
                     .map(|i| format!(" (row {}, {}: {})", i.row, i.reason.name(), i.message))
                     .unwrap_or_default();
@@ -168,10 +169,11 @@ impl RequestValidator {
         }
         pins.contents = Some(self.policies.content_pins(&request).await?);
         request.pins = Some(pins);
-        // Pinned, so that the job goes on alike under a server with other settings.
+        // Pinned, so that the job continues with the same precision on a server with other
+        // settings.
         request.spec.precision.get_or_insert(self.engine.precision());
-        // How long a micro-batch gets is known when the rows are tokenised; the engine checks that
-        // before the run.
+        // The size of a micro-batch is known only after the rows are tokenised. The engine checks
+        // the actual lengths before the run; here the longest possible pair is assumed.
         let reference =
             request.spec.dpo.has_reference(request.reference.is_some()).then_some(&reference);
         self.engine.check(
@@ -184,8 +186,8 @@ impl RequestValidator {
     }
 }
 
-/// Refuses a reference that follows the policy (TR-DPO) on a model of another configuration: both
-/// models' weights are mixed, tensor by tensor.
+/// Rejects a moving reference (TR-DPO) on a model with another configuration: the weights of both
+/// models are mixed tensor by tensor.
 fn check_mixable(
     request: &JobRequest,
     policy: &ModelIdentity,
