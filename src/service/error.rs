@@ -93,7 +93,7 @@ pub enum ServiceError {
     },
 }
 
-/// The result of every service call.
+/// Result of every service call.
 pub type Result<T> = std::result::Result<T, ServiceError>;
 
 impl ServiceError {

@@ -78,7 +78,9 @@ pub(super) fn check(caller: &Caller, users: &Users, needed: Needed<'_>) -> Resul
         let message = "a job that this version of the server cannot read needs it: use the version that wrote the job".to_owned();
         return Err(ServiceError::FailedPrecondition { reason: Reason::InUse, message });
     }
-    let Some(user) = users.jobs.iter().find(|user| needed.is_needed_by(user)) else { return Ok(()) };
+    let Some(user) = users.jobs.iter().find(|user| needed.is_needed_by(user)) else {
+        return Ok(());
+    };
     let what = match needed {
         Needed::Dataset(id) => format!("datasets/{id}"),
         Needed::Weights { .. } => "these weights".to_owned(),

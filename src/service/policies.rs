@@ -101,7 +101,12 @@ impl PolicyResolver {
         let request = &job.request;
         let pinned = request.pins.as_ref().and_then(|pins| pins.reference_base.as_ref());
         let (Some(pinned), Some(name)) = (pinned, &request.reference) else { return Ok(()) };
-        self.check_identity(job, "with a reference on", &self.base_model_of_name(name).await?, pinned)
+        self.check_identity(
+            job,
+            "with a reference on",
+            &self.base_model_of_name(name).await?,
+            pinned,
+        )
     }
 
     /// Compares the model served under the id `model` with the one that a job is pinned to. `role`

@@ -30,7 +30,7 @@ fn check_visible<T>(
     name: impl Fn() -> String,
 ) -> Result<T> {
     match found {
-        Ok(it) => Ok(it) if caller.may_see(owner(&it)) => Ok(it) => Ok(it),
+        Ok(it) if caller.may_see(owner(&it)) => Ok(it),
         Ok(_) | Err(ServiceError::NotFound { .. }) if !caller.is_admin() => {
             let name = name();
             tracing::warn!(target: AUDIT, owner = caller.owner, resource = name, "refused");

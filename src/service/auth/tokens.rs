@@ -129,7 +129,11 @@ pub struct TokenService {
 impl TokenService {
     /// Creates the service for the tokens in `store`.
     pub(in crate::service) fn new(store: Store) -> Self {
-        TokenService { store, cache: Arc::default(), lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)) }
+        TokenService {
+            store,
+            cache: Arc::default(),
+            lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)),
+        }
     }
 
     /// Waits until the caller's token has been revoked or has expired, and returns the error for

@@ -55,7 +55,8 @@ impl JobCreator {
         let quota = self.max_jobs_per_client;
         // Runs in a separate task, which finishes even if the caller disconnects. Otherwise the
         // copied adapter of a job that is not stored would never be removed.
-        let (creator, caller, (sender, created)) = (self.clone(), caller.clone(), oneshot::channel());
+        let (creator, caller, (sender, created)) =
+            (self.clone(), caller.clone(), oneshot::channel());
         let creating = async move {
             let creation =
                 Creation { request_id: request_id.as_deref(), request_hash: &hash, quota };
@@ -68,7 +69,7 @@ impl JobCreator {
             let _ = sender.send(created);
         };
         tokio::spawn(creating.in_current_span());
-created.await.map_err(ServiceError::internal)?
+        created.await.map_err(ServiceError::internal)?
     }
 
     /// Copies the adapter that a new job starts from and stores the job, unless the caller has
@@ -77,7 +78,7 @@ created.await.map_err(ServiceError::internal)?
         &self,
         mut job: Job,
         creation: Creation<'_>,
-caller_left: impl Fn() -> bool,
+        caller_left: impl Fn() -> bool,
     ) -> Result<Job> {
         let inserted = match self.copy_init_adapter(&mut job, creation.request_id).await {
             Ok(()) if caller_left() => Err(ServiceError::DeadlineExceeded),

@@ -76,7 +76,10 @@ pub(super) async fn adopt_adapter(request: &mut JobRequest, folder: PathBuf) -> 
                     peft::WEIGHTS_FILE
                 ),
             };
-            return Err(ServiceError::invalid(field, format!("{adapter_name} cannot be read: {reason}")));
+            return Err(ServiceError::invalid(
+                field,
+                format!("{adapter_name} cannot be read: {reason}"),
+            ));
         }
     };
     let mut bad = Violations::default();

@@ -201,5 +201,9 @@ fn encode_dataset(
     let ignored_by_0_2_0 = |row: &PreferenceRow| {
         Some(format!("{} of row {} of datasets/{}", row.new_since_0_2_0()?, row.row, dataset.id))
     };
-    Ok(EncodedDataset { pairs, bad, new_since_0_2_0: loaded.rows.iter().find_map(ignored_by_0_2_0) })
+    Ok(EncodedDataset {
+        pairs,
+        bad,
+        new_since_0_2_0: loaded.rows.iter().find_map(ignored_by_0_2_0),
+    })
 }

@@ -113,7 +113,8 @@ impl LeasedJob {
     ) -> Result<Job> {
         let number = self.written.fetch_add(1, Ordering::Relaxed) + 1;
         let (job, sequence) =
-            retry_while_unavailable(|| self.store.write_run(&self.lease, number, &change, also)).await?;
+            retry_while_unavailable(|| self.store.write_run(&self.lease, number, &change, also))
+                .await?;
         self.events.notify(&self.lease.job, sequence);
         Ok(job)
     }

@@ -115,7 +115,11 @@ pub(super) async fn check_pairs(
 /// Removes checkpoint folders that have no row. A checkpoint exists only once its row is stored,
 /// after every event up to its step. A folder without a row was left by a crash or by another run
 /// of this job.
-async fn remove_folders_without_row(from: CheckpointSource<'_>, job: &str, known: &[Checkpoint]) -> Result<()> {
+async fn remove_folders_without_row(
+    from: CheckpointSource<'_>,
+    job: &str,
+    known: &[Checkpoint],
+) -> Result<()> {
     let folder = from.artifacts.checkpoints(job);
     let found =
         blocking(move || checkpoint::steps(&folder)).await?.map_err(ServiceError::internal)?;

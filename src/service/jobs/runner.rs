@@ -275,7 +275,7 @@ impl JobRunner {
             (if others_may_claim { PREEMPTION_DELAY } else { Duration::ZERO }, self.runs.woken());
         // A job may have been queued while this one was being prepared.
         woken.mark_changed();
-        let mut check_at:  Option<Instant> = None;
+        let mut check_at: Option<Instant> = None;
         let (context, mut previous_event) = (trace::current(), std::time::Instant::now());
         loop {
             let slice_over = tokio::select! {
