@@ -194,7 +194,8 @@ impl Artifacts {
             return match known {
                 None => Ok(()),
                 Some(known) => wrong(format!(
-                    "this database's files are in the artifact store with the identity {known}: set artifact_url"
+                    "this database's files are in the artifact store with the identity {known}: \
+                     set artifact_url"
                 )),
             };
         };
@@ -207,8 +208,10 @@ impl Artifacts {
                     |id| format!("its identity is {id}"),
                 );
                 return wrong(format!(
-                    "the artifact store {} is not the one that this database knows, which is {known} ({found}): mount that store, or correct \
-                     artifact_url; where a store was moved, its object bradley-store-id has to be copied, too",
+                    "the artifact store {} is not the one that this database knows, which is \
+                     {known} ({found}): mount that store, or correct \
+                     artifact_url; if the store was moved, its object bradley-store-id must be \
+                     copied, too",
                     remote.url()
                 ));
             }
@@ -218,7 +221,8 @@ impl Artifacts {
                     && remote.is_empty().await? =>
             {
                 return wrong(format!(
-                    "the artifact store {} is empty, but the database has datasets or checkpoints: mount the right store, or correct artifact_url",
+                    "the artifact store {} is empty, but the database has datasets or checkpoints: \
+                     mount the right store, or correct artifact_url",
                     remote.url()
                 ));
             }
@@ -233,7 +237,8 @@ impl Artifacts {
                 let chosen = store.set_property_once(ARTIFACT_STORE, &identity).await?;
                 if chosen != identity {
                     return wrong(format!(
-                        "the database knows the artifact store {chosen}, {} is {identity}",
+                        "the database has recorded the artifact store {chosen}, but {} is \
+                         {identity}",
                         remote.url()
                     ));
                 }
@@ -471,7 +476,8 @@ impl Artifacts {
     /// Returns the error for a dataset whose authoritative copy is missing.
     fn dataset_missing(&self, id: &str) -> ServiceError {
         let message = format!(
-            "the file of datasets/{id} is not in {}: restore it from a backup, or upload the dataset again and create the job anew",
+            "the file of datasets/{id} is not in {}: restore it from a backup, or upload the \
+             dataset again and create the job anew",
             self.location_name()
         );
         ServiceError::FailedPrecondition { reason: Reason::ArtifactMissing, message }
@@ -498,7 +504,8 @@ impl Artifacts {
     /// bucket or folder can be restored, and the listing of a store can lag.
     pub(super) fn missing(&self, name: &str) -> ServiceError {
         let message = format!(
-            "the files of {name} are not in {}: restore them, or delete what they belong to",
+            "the files of {name} are not in {}: restore them, or delete the checkpoint or job that \
+             they belong to",
             self.location_name()
         );
         ServiceError::FailedPrecondition { reason: Reason::ArtifactMissing, message }
@@ -574,7 +581,8 @@ impl Artifacts {
         let found = blocking(move || hash_files(&local, &ADAPTER_FILES)).await?;
         let changed = |found: &str| {
             let message = format!(
-                "the stored files of {name} were changed: their hash is {found}, the job was made with {expected}"
+                "the stored files of {name} were changed: their hash is {found}, the job was made \
+                 with {expected}"
             );
             ServiceError::FailedPrecondition { reason: Reason::ArtifactDamaged, message }
         };
@@ -658,7 +666,7 @@ impl Artifacts {
             let state = checkpoint::digest(&temporary.0);
             match state.and_then(|digest| checkpoint::check(&temporary.0).map(|()| digest)) {
                 Ok(digest) if digest == expected => {}
-                Ok(_) => return Err(damaged(&name, "its hash is another")),
+                Ok(_) => return Err(damaged(&name, "its hash differs from the recorded one")),
                 // A file may be missing because the list of objects lags or an object is gone. That
                 // does not prove damage.
                 Err(e) => return Err(artifacts.unusable(&e, &name)),
@@ -821,7 +829,8 @@ fn describe_below(dir: &Path, prefix: &str, files: &mut Vec<ExportedFile>) -> Re
 /// with.
 fn dataset_changed(id: &str, found: &str, expected: &str) -> ServiceError {
     let message = format!(
-        "the file of datasets/{id} has the content {found}, the job was made with {expected}: restore it, or upload it again and make a new job"
+        "the file of datasets/{id} has the content hash {found}, but the job was created with \
+         {expected}: restore it, or upload it again and make a new job"
     );
     ServiceError::FailedPrecondition { reason: Reason::DatasetChanged, message }
 }

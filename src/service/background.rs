@@ -72,7 +72,7 @@ impl BackgroundTasks {
                 continue;
             }
             if let Err(e) = self.reclaim(false).await {
-                tracing::warn!(error = %e, "jobs of dead workers cannot be looked for");
+                tracing::warn!(error = %e, "cannot look for jobs of dead workers");
             }
             if let Err(e) = self.expire(&mut expired).await {
                 tracing::warn!(error = %e, "expired jobs cannot be deleted");
@@ -86,7 +86,8 @@ impl BackgroundTasks {
             if tick.is_multiple_of(ROUNDS_PER_SWEEP)
                 && let Err(e) = self.sweep().await
             {
-                tracing::warn!(error = %e, "copies of what was deleted elsewhere cannot be removed");
+                tracing::warn!(error = %e, "local copies of deleted jobs and datasets cannot be \
+                    removed");
             }
         }
     }

@@ -14,6 +14,7 @@ pub(super) async fn remove_checkpoint_files(
     let (job, step) = (&c.job, c.step);
     engine.evict_policy(&artifacts.checkpoint(job, step));
     if let Err(e) = artifacts.remove_checkpoint(job, step, &c.digest).await {
-        tracing::warn!(job, step, error = %e, "the checkpoint's files are left until the job is deleted");
+        tracing::warn!(job, step, error = %e, "the checkpoint's files are left until the job is \
+            deleted");
     }
 }

@@ -81,7 +81,8 @@ impl CheckpointService {
         let newest = self.policies.find_checkpoint(job, CheckpointRef::Latest).await?.step;
         if !state.is_final() && newest == step && !self.is_unreadable(state, &checkpoint).await {
             let message = format!(
-                "trainingJobs/{job} is {} and would continue from step {step}: delete it when the job has ended",
+                "trainingJobs/{job} is {} and would continue from step {step}: delete it when the \
+                 job has ended",
                 state.name()
             );
             return Err(ServiceError::FailedPrecondition { reason: Reason::InUse, message });
@@ -140,7 +141,8 @@ impl CheckpointService {
         let (id, step) = (job.id.clone(), checkpoint.step);
         let (name, contents) = match format {
             ExportFormat::Adapter if wanted.dtype.is_some() => {
-                let message = "is for merged weights, an adapter is exported in f32 as it was trained: leave it empty, or ask for MERGED";
+                let message = "is for merged weights, an adapter is exported in f32 as it was \
+                               trained: leave it empty, or ask for MERGED";
                 return Err(ServiceError::invalid("dtype", message));
             }
             ExportFormat::Adapter => self.adapter_contents(&job, &checkpoint).await?,

@@ -135,8 +135,10 @@ impl DatasetService {
         if let Some(limit) = self.limits.max_bytes_per_client {
             let used = self.store.dataset_bytes(&caller.owner).await?;
             if used >= limit {
-                let message =
-                    format!("your datasets have {used} bytes, {limit} are allowed: delete one");
+                let message = format!(
+                    "your datasets have {used} bytes, at most {limit} are allowed: delete \
+                             one"
+                );
                 return Err(ServiceError::ResourceExhausted {
                     reason: Reason::TooManyBytes,
                     message,

@@ -26,44 +26,44 @@ pub enum ServiceError {
     /// The caller may not do this, or may not learn whether the resource exists.
     #[error("{message}")]
     PermissionDenied {
-        /// What and why.
+        /// Message for the client: the problem and its remedy.
         message: String,
     },
     /// The caller could not be authenticated.
     #[error("{message}")]
     Unauthenticated {
-        /// What and why.
+        /// Message for the client: the problem and its remedy.
         message: String,
     },
     /// The state of the resource does not allow the operation.
     #[error("{message}")]
     FailedPrecondition {
-        /// The stable word for it.
+        /// Stable reason code.
         reason: Reason,
-        /// What and why.
+        /// Message for the client: the problem and its remedy.
         message: String,
     },
     /// The request_id has already been used for a different request.
     #[error("{message}")]
     AlreadyExists {
-        /// What and why.
+        /// Message for the client: the problem and its remedy.
         message: String,
     },
     /// A concurrent change won: the resource changed since it was read, or another worker holds the
     /// lease of the job.
     #[error("{message}")]
     Aborted {
-        /// The stable word for it.
+        /// Stable reason code.
         reason: Reason,
-        /// What and why.
+        /// Message for the client: the problem and its remedy.
         message: String,
     },
     /// Temporarily not possible; the client should retry.
     #[error("{message}")]
     Unavailable {
-        /// The stable word for it.
+        /// Stable reason code.
         reason: Reason,
-        /// What and why.
+        /// Message for the client: the problem and its remedy.
         message: String,
         /// Delay before the next attempt.
         retry_after: Duration,
@@ -71,15 +71,15 @@ pub enum ServiceError {
     /// A limit is exceeded, and waiting alone does not help.
     #[error("{message}")]
     ResourceExhausted {
-        /// The stable word for it.
+        /// Stable reason code.
         reason: Reason,
-        /// What and why.
+        /// Message for the client: the problem and its remedy.
         message: String,
     },
     /// A cursor is outside the existing range.
     #[error("{message}")]
     OutOfRange {
-        /// What and why.
+        /// Message for the client: the problem and its remedy.
         message: String,
     },
     /// The caller's deadline has passed, or the caller has disconnected.
@@ -121,7 +121,9 @@ impl ServiceError {
     pub fn draining() -> Self {
         ServiceError::Unavailable {
             reason: Reason::Draining,
-            message: "the server is shutting down: retry, another replica or the restarted server will answer".into(),
+            message: "the server is shutting down: retry, another replica or the restarted server \
+                      will answer"
+                .into(),
             retry_after: Duration::from_secs(5),
         }
     }
@@ -234,10 +236,15 @@ pub(super) fn failed(path: &Path, e: io::Error) -> ServiceError {
 pub(super) fn unreadable(e: &DataError) -> ServiceError {
     match e {
         DataError::BadFile { reason, .. } => ServiceError::invalid("chunk", reason.clone()),
-        DataError::TooLarge { .. } => ServiceError::ResourceExhausted { reason: Reason::DatasetTooLarge, message: e.to_string() },
+        DataError::TooLarge { .. } => ServiceError::ResourceExhausted {
+            reason: Reason::DatasetTooLarge,
+            message: e.to_string(),
+        },
         DataError::Interrupted { .. } => ServiceError::Unavailable {
             reason: Reason::StorageUnavailable,
-            message: "the process that decodes the file was killed, perhaps because the machine has no memory left: retry later".to_owned(),
+            message: "the process that decodes the file was killed, perhaps because the machine \
+                      has no memory left: retry later"
+                .to_owned(),
             retry_after: Duration::from_secs(5),
         },
         DataError::Io { .. } => ServiceError::internal(e),

@@ -75,7 +75,10 @@ fn weights_of(user: &Job) -> impl Iterator<Item = &PolicyName> {
 pub(super) fn check(caller: &Caller, users: &Users, needed: Needed<'_>) -> Result<()> {
     let (Needed::Dataset(id) | Needed::Weights { job: id, .. }) = needed;
     if users.unreadable.iter().any(|request| request.contains(id)) {
-        let message = "a job that this version of the server cannot read needs it: use the version that wrote the job".to_owned();
+        let message =
+            "a job that this version of the server cannot read needs it: use the version \
+                       that wrote the job"
+                .to_owned();
         return Err(ServiceError::FailedPrecondition { reason: Reason::InUse, message });
     }
     let Some(user) = users.jobs.iter().find(|user| needed.is_needed_by(user)) else {
@@ -88,7 +91,8 @@ pub(super) fn check(caller: &Caller, users: &Users, needed: Needed<'_>) -> Resul
     let message = match caller.may_see(&user.owner) {
         true if user.state.is_final() => {
             format!(
-                "the checkpoints of trainingJobs/{} are scored against {what}: delete that job first",
+                "the checkpoints of trainingJobs/{} are scored against {what}: delete that job \
+                 first",
                 user.id
             )
         }

@@ -132,7 +132,8 @@ impl JobService {
         let newest = self.store.newest_sequence(job).await?;
         if after > newest {
             let message = format!(
-                "after_sequence is {after}, the newest event of trainingJobs/{job} is {newest}: use a sequence that was received"
+                "after_sequence is {after}, but the newest event of trainingJobs/{job} is \
+                 {newest}: use the sequence of an event that was received"
             );
             return Err(ServiceError::OutOfRange { message });
         }

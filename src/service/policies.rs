@@ -122,7 +122,8 @@ impl PolicyResolver {
             Ok(served) => served,
             Err(EngineError::UnknownModel(_)) => {
                 let message = format!(
-                    "trainingJobs/{} was made {role} models/{model} (identity {}), which this server does not have: serve it",
+                    "trainingJobs/{} was made {role} models/{model} (identity {}), which this \
+                     server does not have: serve it",
                     job.id,
                     pinned.hash()
                 );
@@ -136,7 +137,8 @@ impl PolicyResolver {
         let Some(difference) = pinned.difference(&served) else { return Ok(()) };
         let (part, (before, now)) = (difference.part, difference.hashes);
         let message = format!(
-            "trainingJobs/{} was made {role} models/{model} whose {part} has the hash {}, the {part} served now has {}: serve the model that the \
+            "trainingJobs/{} was made {role} models/{model} whose {part} has the hash {}, the \
+             {part} served now has {}: serve the model that the \
              job was made with",
             job.id,
             or_none(before),
@@ -163,8 +165,10 @@ impl PolicyResolver {
         let (ours, theirs) = (self.engine.tokenizer(policy)?, self.engine.tokenizer(reference)?);
         if !ours.has_vocabulary_of(&theirs) {
             let message = format!(
-                "is on models/{reference} whose tokenizer has the hash {}, the policy is on models/{policy} whose tokenizer has the hash {}, and \
-                 their vocabularies differ: the reference gets the policy's token ids, name one with the same tokenizer",
+                "is on models/{reference} whose tokenizer has the hash {}, the policy is on \
+                 models/{policy} whose tokenizer has the hash {}, and \
+                 their vocabularies differ: the reference gets the policy's token ids, name one \
+                 with the same tokenizer",
                 theirs.content_hash(),
                 ours.content_hash()
             );
@@ -174,7 +178,8 @@ impl PolicyResolver {
             (self.engine.model(reference)?.vocab_size, self.engine.model(policy)?.vocab_size);
         if reference_rows < ours.vocabulary_rows().min(policy_rows) {
             let message = format!(
-                "is on models/{reference}, which has embeddings for {reference_rows} tokens; models/{policy} has them for {policy_rows}, and their tokenizer has \
+                "is on models/{reference}, which has embeddings for {reference_rows} tokens; \
+                 models/{policy} has them for {policy_rows}, and their tokenizer has \
                  ids up to {}: name a reference that has an embedding for every token",
                 ours.vocabulary_rows() - 1
             );
@@ -240,7 +245,8 @@ impl PolicyResolver {
             _ => Err(ServiceError::FailedPrecondition {
                 reason: Reason::NoCheckpoint,
                 message: format!(
-                    "trainingJobs/{job} is {} and has no {which} checkpoint: wait for one, or set save_steps or an evaluation",
+                    "trainingJobs/{job} is {} and has no {which} checkpoint: wait for one, or set \
+                     save_steps or an evaluation",
                     state.name()
                 ),
             }),
@@ -400,14 +406,15 @@ impl PolicyResolver {
         }
         let WeightsRef::Full { model, dir, content } = policy.weights.clone() else {
             return Err(ServiceError::internal(format!(
-                "{} moves its reference and is no full checkpoint",
+                "{} has a moving reference but is not a full checkpoint",
                 policy.version
             )));
         };
         let file = dir.join(REFERENCE_FILE);
         if !blocking(move || file.is_file()).await? {
             let message = format!(
-                "{} does not hold its job's moved reference ({REFERENCE_FILE}): name a reference, e.g. models/{model}, or another checkpoint",
+                "{} does not hold its job's moved reference ({REFERENCE_FILE}): name a reference, \
+                 e.g. models/{model}, or another checkpoint",
                 policy.version
             );
             return Err(ServiceError::FailedPrecondition { reason: Reason::NoReference, message });
@@ -439,7 +446,8 @@ fn check_content(
         return Ok(());
     };
     let message = format!(
-        "trainingJobs/{} was made with a {what} of the content {pinned}, {} has {content} now: restore the checkpoint that the job was made with",
+        "trainingJobs/{} was made with a {what} of the content {pinned}, {} has {content} now: \
+         restore the checkpoint that the job was made with",
         job.id, found.version
     );
     Err(ServiceError::FailedPrecondition { reason: Reason::ModelChanged, message })

@@ -61,7 +61,8 @@ impl Remote {
                 std::fs::create_dir_all(&folder).map_err(|e| wrong(&e))?;
             } else if !folder.is_dir() {
                 let message = format!(
-                    "{} does not exist, but this database has files there: mount it, or correct the URL",
+                    "{} does not exist, but this database has files there: mount it, or correct \
+                     the URL",
                     folder.display()
                 );
                 return Err(wrong(&message));
@@ -107,7 +108,13 @@ impl Remote {
             Err(e) => return Err(unavailable(IDENTITY_KEY, &e)),
         }
         let found = self.identity().await?;
-        found.ok_or_else(|| unavailable_because(IDENTITY_KEY, "what was written cannot be read"))
+        found.ok_or_else(|| {
+            unavailable_because(
+                IDENTITY_KEY,
+                "the object that was just written \
+            cannot be read",
+            )
+        })
     }
 
     /// Returns true if the store has no objects.

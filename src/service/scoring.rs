@@ -42,11 +42,14 @@ const TEXT_BUDGET_KIB: usize = 256 << 10;
 
 /// Warning for equal policy and reference. A base model is its own reference unless another one is
 /// named.
-const SAME_WEIGHTS: &str = "policy and reference are the same weights: every reward is 0 and every probability is 0.5; name another reference, or a \
+const SAME_WEIGHTS: &str = "policy and reference are the same weights: every reward is 0 and every \
+                            probability is 0.5; name another reference, or a \
                             trained checkpoint as the policy";
 
-const MOVING_REFERENCE: &str = "the job is training and moves its reference (TR-DPO): each pair's rewards are against the reference as it is at the step \
-                                that scores the pair; name a checkpoint to score it against the reference that it holds";
+const MOVING_REFERENCE: &str = "the job is training and moves its reference (TR-DPO): each pair's \
+                                rewards are against the reference as it is at the step \
+                                that scores the pair; name a checkpoint to score it against the \
+                                reference that it holds";
 
 /// Options of a scoring request.
 #[derive(Clone, Debug, PartialEq)]
@@ -251,7 +254,8 @@ impl ScoringService {
         };
         if let Some(WeightsRef::Live { job }) = reference.as_ref().map(|r| &r.weights) {
             let message = format!(
-                "trainingJobs/{job} is still training: a reference must not move, name a checkpoint by its step"
+                "trainingJobs/{job} is still training: a reference must not move, name a \
+                 checkpoint by its step"
             );
             return Err(ServiceError::invalid("options.reference", message));
         }
@@ -403,7 +407,9 @@ impl ScoringSession {
             + answers.iter().map(|a| a.bytes()).sum::<usize>();
         if bytes > MAX_TEXT_BYTES {
             let message = format!(
-                "prompt and answers have {bytes} bytes of text, the prompt and its tools counted for each answer: {MAX_TEXT_BYTES} are the limit"
+                "prompt and answers have {bytes} bytes of text (the prompt and its tools are \
+                 counted once per answer), at most {MAX_TEXT_BYTES} are allowed: send shorter \
+                 texts or fewer answers"
             );
             return Err(ServiceError::invalid(field, message));
         }
@@ -608,7 +614,8 @@ fn ranked(errors: Vec<Option<ServiceError>>, scored: Vec<ScoredCompletion>) -> R
 fn needs_dialogue(field: &str) -> ServiceError {
     ServiceError::invalid(
         field,
-        "needs chat messages, because the chat template shows it to the model: give chat, or leave it out, its form as JSON too",
+        "applies only to chat messages, because the chat template renders it: send chat messages, \
+         or leave this field and its JSON form empty",
     )
 }
 

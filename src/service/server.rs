@@ -82,7 +82,8 @@ impl Server {
         };
         if tokio::time::timeout(self.drain_timeout, all).await.is_err() {
             tracing::warn!(
-                "a running job did not reach a checkpoint in time: it continues from its last one"
+                "a running job did not write a checkpoint in time: it will continue from its \
+                 previous one"
             );
         }
         for task in self.background.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {

@@ -288,7 +288,8 @@ async fn configure(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Re
         }
         // Commits must reach the disk, whatever the default of the database is. A stricter setting
         // is left unchanged.
-        let durable = "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'";
+        let durable = "SELECT set_config('synchronous_commit', 'on', false) WHERE \
+                       current_setting('synchronous_commit') = 'off'";
         sqlx::query(durable).execute(&mut *connection).await?;
     }
     Ok(())
@@ -325,7 +326,7 @@ fn parse_token(token: &str) -> Result<i64> {
         t => t.parse().map_err(|_| {
             ServiceError::invalid(
                 "page_token",
-                format!("{} was not given out by this list: start again without it", quoted(t)),
+                format!("{} is not a page token of this list: start again without it", quoted(t)),
             )
         }),
     }

@@ -18,44 +18,48 @@ const ITEM_BUCKETS: [f64; 9] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256
 /// an increase only for a series that already exists.
 const PLAIN_COUNTERS: [(&str, &str); 12] = [
     ("bradley_refused_total", "Calls refused for their bearer token or its roles."),
-    ("bradley_tls_reloads_total", "Times that changed certificates were taken up."),
+    ("bradley_tls_reloads_total", "Times that changed TLS certificates were loaded."),
     ("bradley_scoring_rejected_total", "Scoring items refused because the queue was full."),
     (
         "bradley_scoring_abandoned_total",
-        "Scoring items dropped before the device: nobody waited for them any more.",
+        "Scoring items dropped before they ran, because their clients had left.",
     ),
     (
         "bradley_scored_tokens_total",
         "Tokens scored; a prompt counts once for all answers of its item.",
     ),
     ("bradley_scored_pairs_total", "Preference pairs scored."),
-    ("bradley_reference_cache_hits_total", "Sequences whose reference log-probs were known."),
-    ("bradley_reference_cache_misses_total", "Sequences whose reference log-probs were computed."),
+    ("bradley_reference_cache_hits_total", "Sequences with reference log-probs in the cache."),
+    (
+        "bradley_reference_cache_misses_total",
+        "Sequences with reference log-probs that had to be \
+        computed.",
+    ),
     ("bradley_training_steps_total", "Optimizer steps taken."),
     ("bradley_training_tokens_total", "Tokens trained on; each sequence counts its prompt."),
     ("bradley_training_pairs_total", "Preference pairs trained on."),
-    ("bradley_jobs_recovered_total", "Jobs put back in the queue because their worker was gone."),
+    ("bradley_jobs_recovered_total", "Jobs requeued because their worker was gone."),
 ];
 
 /// Counters with labels; their series appear when they are first incremented, except for those that
 /// [`install`] registers.
 const COUNTERS: [(&str, &str); 5] = [
-    ("bradley_jobs_ended_total", "Jobs that this process brought to an end, by state."),
+    ("bradley_jobs_ended_total", "Jobs that this process moved to a final state, by state."),
     (
         "bradley_jobs_waiting_total",
-        "Times that a job went back to the queue because what it needs was not there, by reason.",
+        "Times that a job was requeued because an input was missing, by reason.",
     ),
     (
         "bradley_requests_total",
-        "Calls that ended, by method and code; one that its client gave up is Cancelled.",
+        "Finished calls, by method and code; a call that its client gave up is Cancelled.",
     ),
     (
         "bradley_scoring_saved_tokens_total",
-        "Tokens that padding to a batch's longest sequence, or a prompt for each answer, would have cost.",
+        "Additional tokens avoided by packing: padding, and copies of the prompt per answer.",
     ),
     (
         "bradley_store_retries_total",
-        "Waits for the database, the artifact store or the disk, by reason.",
+        "Retries after a failure of the database, the artifact store or the disk, by reason.",
     ),
 ];
 
@@ -63,19 +67,23 @@ const GAUGES: [(&str, &str); 14] = [
     ("bradley_build_info", "1; the version is a label."),
     ("bradley_connections", "Open connections to the gRPC port."),
     ("bradley_event_streams", "Open streams of training events."),
-    ("bradley_scoring_queue_tokens", "Tokens that wait to be scored."),
-    ("bradley_scoring_queue_items", "Items that wait to be scored."),
-    ("bradley_scoring_queue_limit_tokens", "Tokens that may wait to be scored."),
-    ("bradley_resident_policies", "Adapters and full weights in memory besides the base models."),
-    ("bradley_device_free_bytes", "A GPU's memory that is free or kept for the next passes."),
-    ("bradley_device_memory_bytes", "A GPU's memory, all of it."),
+    ("bradley_scoring_queue_tokens", "Tokens in the scoring queue."),
+    ("bradley_scoring_queue_items", "Items in the scoring queue."),
+    ("bradley_scoring_queue_limit_tokens", "Maximum number of tokens in the scoring queue."),
+    ("bradley_resident_policies", "Adapters and full weights in memory, without the base models."),
+    (
+        "bradley_device_free_bytes",
+        "GPU memory in bytes that is free or cached for the next \
+                                   passes.",
+    ),
+    ("bradley_device_memory_bytes", "Total memory of a GPU in bytes."),
     (
         "bradley_memory_limit_bytes",
-        "The machine's memory that models and jobs may be estimated to need.",
+        "Limit on the estimated host memory of models and jobs, in bytes.",
     ),
     (
         "bradley_device_memory_limit_bytes",
-        "A GPU's memory that models and its job may be estimated to need.",
+        "Limit on the estimated memory of models and a job on a GPU, in bytes.",
     ),
     ("bradley_jobs", "Jobs in the database, by state; every replica shows the same."),
     ("bradley_store_up", "1 when the database answers."),
@@ -86,25 +94,25 @@ const GAUGES: [(&str, &str); 14] = [
 ];
 
 const HISTOGRAMS: [(&str, &str); 10] = [
-    ("bradley_request_seconds", "From a call's arrival to its answer's head, by method."),
-    ("bradley_scoring_queue_seconds", "What an item waited for the device."),
-    ("bradley_scoring_tokenize_seconds", "Rendering and tokenising of an item."),
-    ("bradley_scoring_compute_seconds", "The device's time for a scoring batch."),
-    ("bradley_scoring_batch_tokens", "Tokens of a scoring batch."),
-    ("bradley_scoring_batch_items", "Items of a scoring batch."),
+    ("bradley_request_seconds", "Time from a call's arrival to the head of its answer, by method."),
+    ("bradley_scoring_queue_seconds", "Time that an item waited for the device."),
+    ("bradley_scoring_tokenize_seconds", "Time to render and tokenise an item."),
+    ("bradley_scoring_compute_seconds", "Device time of a scoring batch."),
+    ("bradley_scoring_batch_tokens", "Tokens per scoring batch."),
+    ("bradley_scoring_batch_items", "Items per scoring batch."),
     (
         "bradley_training_unit_seconds",
-        "The device's time for a unit of training: a micro-batch, an evaluation batch or a checkpoint; by device.",
+        "Device time of a micro-batch, an evaluation batch or a checkpoint, by device.",
     ),
     (
         "bradley_training_step_seconds",
-        "An optimizer step on the wall; scoring in between is part of it.",
+        "Wall-clock time of an optimizer step, including scoring in between.",
     ),
     (
         "bradley_checkpoint_seconds",
-        "A checkpoint's writing to disk, and its keeping in the artifact store, by phase.",
+        "Time to write a checkpoint to disk and to upload it to the artifact store, by phase.",
     ),
-    ("bradley_event_lag_seconds", "From a training event's making to its being stored."),
+    ("bradley_event_lag_seconds", "Time from the creation of a training event until it is stored."),
 ];
 
 /// Installs the metrics recorder of the process and describes every metric.

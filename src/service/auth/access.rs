@@ -35,7 +35,7 @@ fn check_visible<T>(
             let name = name();
             tracing::warn!(target: AUDIT, owner = caller.owner, resource = name, "refused");
             Err(ServiceError::PermissionDenied {
-                message: format!("{name} does not exist, or is not yours"),
+                message: format!("{name} does not exist, or belongs to another client"),
             })
         }
         other => other,

@@ -40,7 +40,8 @@ impl ScoringQuota {
         let queued = all.get(owner).copied().unwrap_or(0);
         if queued > 0 && queued + tokens > limit {
             let message = format!(
-                "{queued} of your tokens are waiting to be scored, {limit} are allowed: send more after some requests are answered"
+                "{queued} of your tokens are waiting to be scored, {limit} are allowed: send more \
+                 after some requests are answered"
             );
             return Err(ServiceError::ResourceExhausted { reason: Reason::TooManyTokens, message });
         }

@@ -26,7 +26,7 @@ impl InitAdapters {
     pub async fn find(&self, name: &str) -> Result<PathBuf> {
         let Some(root) = self.0.clone() else {
             let message =
-                "this server has no folder of adapters: set adapter_dir, or leave the field empty";
+                "this server has no adapter folder: set adapter_dir, or leave the field empty";
             return Err(ServiceError::invalid(INIT_ADAPTER, message));
         };
         let wanted = root.join(name);
@@ -40,7 +40,7 @@ impl InitAdapters {
             None => Err(ServiceError::invalid(
                 INIT_ADAPTER,
                 format!(
-                    "{} is no PEFT adapter folder below the server's adapter_dir",
+                    "{} is not a PEFT adapter folder below the server's adapter_dir",
                     quoted(name)
                 ),
             )),

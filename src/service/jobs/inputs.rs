@@ -153,7 +153,8 @@ fn encode_dataset(
     let (now, uploaded) = (loaded.report.rows, dataset.report.rows);
     if now != uploaded {
         let message = format!(
-            "datasets/{} has {now} rows that can be read now, {uploaded} at its upload: upload it again",
+            "datasets/{} has {now} rows that can be read now, {uploaded} at its upload: upload it \
+             again",
             dataset.id
         );
         return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
@@ -162,8 +163,10 @@ fn encode_dataset(
         && let Some(row) = loaded.rows.iter().find(|row| row.weight != 1.0)
     {
         let message = format!(
-            "row {} of datasets/{} has the weight {}, but aot and aot_unpaired compare sorted log-ratios across pairs and cannot weigh them: remove \
-             the weights (a row with several rejected answers has its weight divided among them), or choose another loss",
+            "row {} of datasets/{} has the weight {}, but aot and aot_unpaired compare sorted \
+             log-ratios across pairs and cannot weigh them: remove \
+             the weights (a row with several rejected answers has its weight divided among them), \
+             or choose another loss",
             row.row, dataset.id, row.weight
         );
         return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
@@ -188,7 +191,8 @@ fn encode_dataset(
         && let Some(first) = bad.first()
     {
         let message = format!(
-            "datasets/{} has {} rows that cannot be used with max_length {}; row {}, {}: {}. Fix them, or set row_policy to SKIP",
+            "datasets/{} has {} rows that cannot be used with max_length {}; row {}, {}: {}. Fix \
+             them, or set row_policy to SKIP",
             dataset.id,
             bad.rows(),
             request.spec.batch.max_length,

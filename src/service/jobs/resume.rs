@@ -95,15 +95,27 @@ pub(super) async fn check_pairs(
     blocking(move || {
         let why = match (pinned, &inputs.new_since_0_2_0) {
             (Some(pinned), _) if pinned == inputs.digest => return Ok(inputs),
-            (Some(pinned), _) => format!("its run's pairs have the digest {pinned}, this server makes pairs with {} of the rows", inputs.digest),
-            (None, Some(new)) => format!("version 0.2.0, or a build soon after it, wrote it and did not use {new}, which the model sees now"),
+            (Some(pinned), _) => format!(
+                "the run began with pairs of the digest {pinned}, but \
+                this server makes pairs of the digest {} from the rows",
+                inputs.digest
+            ),
+            (None, Some(new)) => format!(
+                "version 0.2.0, or a build soon after it, wrote it and \
+                ignored {new}, which the model would see now"
+            ),
             (None, None) => match tokens_until(&spec, &inputs.train, &state) {
                 tokens if tokens == state.tokens => return Ok(inputs),
-                tokens => format!("its run has used {} tokens, with this server's tokens of the rows it would be {tokens}", state.tokens),
+                tokens => format!(
+                    "the run has used {} tokens, but with this server's tokenisation \
+                                   of the rows it would be {tokens}",
+                    state.tokens
+                ),
             },
         };
         let message = format!(
-            "the run cannot go on from {folder}/{}: {why}. Let the version of the server that wrote it end the job, or cancel the job and create it \
+            "the run cannot continue from {folder}/{}: {why}. Let the version of the server that \
+             wrote it finish the job, or cancel the job and create it \
              again",
             state.step
         );

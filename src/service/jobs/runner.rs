@@ -142,18 +142,19 @@ impl JobRunner {
                     job = job.id,
                     reason = e.reason.name(),
                     error = e.message,
-                    "the job is put back in the queue: what it needs is not there"
+                    "the job is requeued because an input is missing"
                 );
                 Ok(End::Waits(e))
             }
             Ok(end) => Ok(End::Run(end)),
             Err(ServiceError::Aborted { message, .. }) => Err(message),
             Err(e) if may_succeed_later(&e) => {
-                tracing::warn!(job = job.id, error = %e, "the job is put back in the queue: what it needs is not there");
+                tracing::warn!(job = job.id, error = %e, "the job is requeued because an input is \
+                    missing");
                 Ok(End::Waits(failure(&e)))
             }
             Err(e) => {
-                tracing::error!(job = job.id, error = %e, "the job could not be carried on");
+                tracing::error!(job = job.id, error = %e, "the job failed");
                 Ok(End::Run(RunEnd::Failed(failure(&e))))
             }
         };
@@ -168,7 +169,7 @@ impl JobRunner {
             Err(lost) => Err(lost),
         };
         if let Err(e) = stored {
-            tracing::warn!(job = job.id, error = e, "the run's end is not stored");
+            tracing::warn!(job = job.id, error = e, "the end of the run could not be stored");
         }
         self.runs.remove(&leased);
     }
@@ -346,12 +347,7 @@ impl JobRunner {
                 }
             }
         }
-        tracing::info!(
-            job = leased.lease.job,
-            next = next.id,
-            ?preemption,
-            "the job makes room for another"
-        );
+        tracing::info!(job = leased.lease.job, next = next.id, ?preemption, "the job is preempted");
         Ok(Some(preemption))
     }
 
@@ -363,11 +359,13 @@ impl JobRunner {
         let contents = self.policies.content_pins(&job.request).await?;
         let message = match job.request.pins {
             None => format!(
-                "the job is from before version 0.2 and is pinned now to the model {} as it is served",
+                "a version before 0.2 created the job without pins: it is pinned now to the served \
+                 model {}",
                 base.hash()
             ),
             Some(_) => format!(
-                "the job is from an earlier version and is pinned now to its inputs as they are: the dataset {}, the policy {}, the reference {}",
+                "an earlier version created the job without pins of its inputs: it is pinned now \
+                 to the dataset {}, the policy {}, the reference {}",
                 contents.dataset,
                 contents.policy.as_deref().unwrap_or("(a base model)"),
                 contents.reference.as_deref().unwrap_or("(a base model)"),
@@ -610,7 +608,7 @@ async fn finish(leased: &LeasedJob, end: &End) -> Result<()> {
             End::Run(RunEnd::Drained) => {
                 let why = match preemption {
                     None => "the server is shutting down",
-                    Some(Preemption::Priority) => "makes room for a job of a higher priority",
+                    Some(Preemption::Priority) => "preempted by a job of a higher priority",
                     Some(Preemption::TimeSlice) => {
                         job.turn = now();
                         "its time slice is over"

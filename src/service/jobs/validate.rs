@@ -46,7 +46,7 @@ pub(super) fn check_changeable(request: &JobRequest, bad: &mut Violations) {
 pub(super) fn check_priority(caller: &Caller, priority: i32, highest: i32, bad: &mut Violations) {
     if !caller.is_admin() && priority > highest {
         let message = format!(
-            "is {priority}: {highest} is the highest that this server lets clients give (max_client_priority)"
+            "is {priority}: clients of this server may use at most {highest} (max_client_priority)"
         );
         bad.push("training_job.priority", message);
     }
@@ -107,7 +107,8 @@ impl RequestValidator {
         request.model = Some(start.model.clone());
         let mut pins = Pins { base: self.engine.identity(&start.model)?, ..Pins::default() };
         if let (Method::Lora(_), WeightsRef::Full { .. }) = (&request.spec.method, &start.weights) {
-            let message = "LoRA starts from a base model or from a LoRA checkpoint: export the full checkpoint merged and serve it as a model";
+            let message = "LoRA starts from a base model or from a LoRA checkpoint: export the \
+                           full checkpoint merged and serve it as a model";
             return Err(ServiceError::FailedPrecondition {
                 reason: Reason::FullCheckpoint,
                 message: message.into(),
@@ -158,7 +159,8 @@ impl RequestValidator {
                     .map(|i| format!(" (row {}, {}: {})", i.row, i.reason.name(), i.message))
                     .unwrap_or_default();
                 let message = format!(
-                    "datasets/{id} has {bad_rows} bad rows{example}: fix them, or set row_policy to SKIP to train on the other {}",
+                    "datasets/{id} has {bad_rows} bad rows{example}: fix them, or set row_policy \
+                     to SKIP to train on the other {}",
                     dataset.report.rows - bad_rows
                 );
                 return Err(ServiceError::FailedPrecondition {
@@ -198,7 +200,8 @@ fn check_mixable(
         return Ok(());
     }
     let message = format!(
-        "mixes the policy's weights into those of models/{model}, whose configuration has the hash {}, the policy's has {}: name a reference of the same \
+        "mixes the policy's weights into those of models/{model}, whose configuration has the hash \
+         {}, the policy's has {}: name a reference of the same \
          architecture and shape, or remove reference_sync",
         reference.config, policy.config
     );

@@ -23,10 +23,13 @@ impl Store {
                 .await?;
         }
         sqlx::query(
-            "INSERT INTO checkpoints (job, step, best, adapter, size_bytes, metrics, create_time, digest)
+            "INSERT INTO checkpoints (job, step, best, adapter, size_bytes, metrics, create_time, \
+             digest)
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
-             ON CONFLICT (job, step) DO UPDATE SET best = excluded.best, adapter = excluded.adapter, size_bytes = excluded.size_bytes,
-                 metrics = excluded.metrics, create_time = excluded.create_time, digest = excluded.digest",
+             ON CONFLICT (job, step) DO UPDATE SET best = excluded.best, adapter = \
+             excluded.adapter, size_bytes = excluded.size_bytes,
+                 metrics = excluded.metrics, create_time = excluded.create_time, digest = \
+                 excluded.digest",
         )
         .bind(&c.job)
         .bind(c.step as i64)

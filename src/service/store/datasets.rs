@@ -15,7 +15,8 @@ impl Store {
     /// `Unavailable` or `Internal` if the database fails.
     pub async fn insert_dataset(&self, d: &Dataset) -> Result<()> {
         sqlx::query(
-            "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, report, create_time, owner)
+            "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, report, \
+             create_time, owner)
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
         )
         .bind(&d.id)

@@ -69,9 +69,11 @@ impl Store {
         }
         self.check_needs(&mut tx, job).await?;
         let inserted: Option<i64> = sqlx::query_scalar(
-            "INSERT INTO jobs (id, version, state, request, progress, latest_metrics, skipped_rows, create_time, request_id, request_hash,
+            "INSERT INTO jobs (id, version, state, request, progress, latest_metrics, \
+             skipped_rows, create_time, request_id, request_hash,
                  priority, turn, owner, trace)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) ON CONFLICT (request_id) DO NOTHING RETURNING seq",
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) ON CONFLICT \
+             (request_id) DO NOTHING RETURNING seq",
         )
         .bind(&job.id)
         .bind(job.version)
@@ -97,7 +99,8 @@ impl Store {
             if earlier.request_hash.as_deref() != Some(creation.request_hash) {
                 let id = creation.request_id.unwrap_or_default();
                 let message = format!(
-                    "request_id {id:?} made trainingJobs/{} from another request: use a new request_id",
+                    "request_id {id:?} was already used for trainingJobs/{} with a different \
+                     request: use a new request_id",
                     earlier.id
                 );
                 return Err(ServiceError::AlreadyExists { message });
@@ -172,7 +175,8 @@ impl Store {
     /// Prevents other transactions from creating a job of this owner until this one ends.
     async fn lock_owner(&self, tx: &mut Transaction<'_, Any>, owner: &str) -> Result<()> {
         if self.dialect == Dialect::Postgres {
-            let lock = "SELECT COUNT(*) FROM (SELECT pg_advisory_xact_lock(hashtextextended($1, 0))) AS locked";
+            let lock = "SELECT COUNT(*) FROM (SELECT pg_advisory_xact_lock(hashtextextended($1, \
+                        0))) AS locked";
             sqlx::query(lock).bind(owner).execute(&mut **tx).await?;
         }
         Ok(())
@@ -192,7 +196,8 @@ impl Store {
             sqlx::query_scalar(AssertSqlSafe(count)).bind(owner).fetch_one(&mut **tx).await?;
         if unfinished as u64 >= quota {
             let message = format!(
-                "{unfinished} jobs of yours are unfinished, {quota} are allowed: wait for one or cancel one"
+                "you have {unfinished} unfinished jobs, at most {quota} are allowed: wait for one \
+                 or cancel one"
             );
             return Err(ServiceError::ResourceExhausted { reason: Reason::TooManyJobs, message });
         }
@@ -261,7 +266,8 @@ impl Store {
         let mut users = self.unfinished_in(tx).await?;
         let ended = format!(
             "SELECT {JOB} FROM jobs WHERE state IN ({}) AND id <> $1 AND request LIKE $2
-                 AND EXISTS (SELECT 1 FROM checkpoints WHERE checkpoints.job = jobs.id) ORDER BY seq",
+                 AND EXISTS (SELECT 1 FROM checkpoints WHERE checkpoints.job = jobs.id) ORDER BY \
+                 seq",
             state_list(JobState::is_final)
         );
         let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(ended))
@@ -285,7 +291,8 @@ impl Store {
         limit: usize,
     ) -> Result<(Vec<String>, Expired)> {
         let select = format!(
-            "SELECT id, expire_time, seq FROM jobs WHERE {} AND (expire_time > $1 OR (expire_time = $2 AND seq > $3))
+            "SELECT id, expire_time, seq FROM jobs WHERE {} AND (expire_time > $1 OR (expire_time \
+             = $2 AND seq > $3))
              ORDER BY expire_time, seq LIMIT $4",
             self.is_expired()
         );
@@ -398,7 +405,8 @@ impl Store {
             job.end_time = Some(now());
         }
         sqlx::query(
-            "UPDATE jobs SET version = $1, state = $2, request = $3, priority = $4, error = $5, progress = $6, latest_metrics = $7,
+            "UPDATE jobs SET version = $1, state = $2, request = $3, priority = $4, error = $5, \
+             progress = $6, latest_metrics = $7,
                  skipped_rows = $8, start_time = $9, end_time = $10, turn = $11, expire_time = $12
              WHERE id = $13",
         )
@@ -466,18 +474,21 @@ impl Store {
     /// # Errors
     /// `OutOfRange` if the event after `after` has been deleted.
     pub async fn events(&self, job: &str, after: u64, limit: usize) -> Result<Vec<Event>> {
-        let rows: Vec<EventRow> =
-            sqlx::query_as("SELECT sequence, time, body FROM events WHERE job = $1 AND sequence > $2 ORDER BY sequence LIMIT $3")
-                .bind(job)
-                .bind(after.min(i64::MAX as u64) as i64)
-                .bind(limit as i64)
-                .fetch_all(&self.readers)
-                .await?;
+        let rows: Vec<EventRow> = sqlx::query_as(
+            "SELECT sequence, time, body FROM events WHERE job = $1 AND sequence > \
+                            $2 ORDER BY sequence LIMIT $3",
+        )
+        .bind(job)
+        .bind(after.min(i64::MAX as u64) as i64)
+        .bind(limit as i64)
+        .fetch_all(&self.readers)
+        .await?;
         if let Some(oldest) =
             rows.first().map(|r| r.sequence as u64).filter(|first| *first > after.saturating_add(1))
         {
             let message = format!(
-                "after_sequence is {after}, the oldest event of trainingJobs/{job} that is kept is {oldest}: the ones between are gone, go on after {}",
+                "after_sequence is {after}, but the oldest stored event of trainingJobs/{job} is \
+                 {oldest}: the events in between have been deleted, go on after {}",
                 oldest - 1
             );
             return Err(ServiceError::OutOfRange { message });
@@ -530,7 +541,8 @@ pub(super) fn select_next_queued(passed_over: usize, condition: &str) -> String 
         _ => format!(" AND id NOT IN ({})", parameters.join(", ")),
     };
     format!(
-        "SELECT {JOB} FROM jobs WHERE state = 'queued'{others}{condition} ORDER BY priority DESC, turn, seq LIMIT 1"
+        "SELECT {JOB} FROM jobs WHERE state = 'queued'{others}{condition} ORDER BY priority DESC, \
+         turn, seq LIMIT 1"
     )
 }
 

@@ -99,7 +99,8 @@ impl Store {
         let (job, sequence) = self.apply(&mut tx, job, prepare).await?;
         let owner = format!("{}/{}", self.replica, uuid::Uuid::now_v7());
         let take_lease = format!(
-            "UPDATE jobs SET lease_owner = $1, lease_token = $2, lease_until = {}, lease_writes = 0 WHERE id = $3",
+            "UPDATE jobs SET lease_owner = $1, lease_token = $2, lease_until = {}, lease_writes = \
+             0 WHERE id = $3",
             self.lease_end()
         );
         sqlx::query(AssertSqlSafe(take_lease))
@@ -120,7 +121,8 @@ impl Store {
     /// `Unavailable` or `Internal` if the database fails.
     pub async fn renew(&self, lease: &Lease) -> Result<Option<JobState>> {
         let renew = format!(
-            "UPDATE jobs SET lease_until = {} WHERE id = $1 AND lease_token = $2 AND lease_owner = $3 RETURNING state",
+            "UPDATE jobs SET lease_until = {} WHERE id = $1 AND lease_token = $2 AND lease_owner = \
+             $3 RETURNING state",
             self.lease_end()
         );
         let renewed = sqlx::query_scalar(AssertSqlSafe(renew))
@@ -150,7 +152,7 @@ impl Store {
         if row.lease_token != lease.token
             || !(given_back || row.lease_owner.as_ref() == Some(&lease.owner))
         {
-            let message = format!("trainingJobs/{} is carried on by another worker", lease.job);
+            let message = format!("trainingJobs/{} is run by another worker", lease.job);
             return Err(ServiceError::Aborted { reason: Reason::LeaseLost, message });
         }
         if row.lease_writes >= number {
@@ -170,7 +172,8 @@ impl Store {
         let changed = self.apply(&mut tx, row.try_into()?, change).await?;
         let count_write = match also {
             Also::Release => {
-                "UPDATE jobs SET lease_writes = $1, lease_owner = NULL, lease_until = 0 WHERE id = $2"
+                "UPDATE jobs SET lease_writes = $1, lease_owner = NULL, lease_until = 0 WHERE id = \
+                 $2"
             }
             _ => "UPDATE jobs SET lease_writes = $1 WHERE id = $2",
         };
@@ -212,7 +215,8 @@ impl Store {
         for id in ids {
             let mut tx = self.writer.begin().await?;
             let recheck = format!(
-                "SELECT {JOB} FROM jobs WHERE id = $2 AND state IN ({leased_states}) AND {expired}{}",
+                "SELECT {JOB} FROM jobs WHERE id = $2 AND state IN ({leased_states}) AND \
+                 {expired}{}",
                 self.dialect.skip_locked()
             );
             let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(recheck))
@@ -225,7 +229,8 @@ impl Store {
             let job = match Job::try_from(row) {
                 Ok(job) => job,
                 Err(e) => {
-                    tracing::error!(job = id, error = %e, "a job that cannot be read is left as it is");
+                    tracing::error!(job = id, error = %e, "a job that cannot be read is left as it \
+                        is");
                     continue;
                 }
             };
@@ -243,14 +248,35 @@ impl Store {
                     let (to, reason) = match from {
                         JobState::Preparing | JobState::Running if reclaims > MAX_RECLAIMS => {
                             let message = format!(
-                                "its worker died {reclaims} times without getting beyond step {reached}: the job may need more memory than there is"
+                                "its worker died {reclaims} times without progress beyond step \
+                                 {reached}: the job may need more memory than there is"
                             );
-                            job.error = Some(JobError { reason: Reason::WorkerLost.into(), message: message.clone() });
+                            job.error = Some(JobError {
+                                reason: Reason::WorkerLost.into(),
+                                message: message.clone(),
+                            });
                             (JobState::Failed, message)
                         }
-                        JobState::Pausing => (JobState::Paused, format!("its worker is gone; continues from step {step}")),
-                        JobState::Cancelling => (JobState::Cancelled, "its worker is gone".to_owned()),
-                        _ => (JobState::Queued, format!("its worker is gone; continues from step {step}")),
+                        JobState::Pausing => (
+                            JobState::Paused,
+                            format!(
+                                "its worker is gone; \
+                            continues from step {step}"
+                            ),
+                        ),
+                        JobState::Cancelling => (
+                            JobState::Cancelled,
+                            "its worker is \
+                            gone"
+                                .to_owned(),
+                        ),
+                        _ => (
+                            JobState::Queued,
+                            format!(
+                                "its worker is gone; continues from step \
+                            {step}"
+                            ),
+                        ),
                     };
                     job.state = to;
                     Ok(vec![EventKind::StateChange { from: Some(from), to, reason }])
@@ -258,7 +284,8 @@ impl Store {
                 .await?;
             // The increased token prevents further writes of the old worker.
             let revoke_lease =
-                "UPDATE jobs SET lease_token = lease_token + 1, lease_owner = NULL, lease_until = 0, reclaims = $1, reclaim_step = $2
+                "UPDATE jobs SET lease_token = lease_token + 1, lease_owner = NULL, lease_until = \
+                 0, reclaims = $1, reclaim_step = $2
                  WHERE id = $3";
             sqlx::query(revoke_lease)
                 .bind(reclaims)

@@ -21,7 +21,8 @@ const DATASET: &str = "0f0e0d0c";
 async fn open() -> (tempfile::TempDir, Store) {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path(), &StoreOptions::default()).await.unwrap();
-    let insert = "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, report, create_time, owner)
+    let insert = "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, \
+                  report, create_time, owner)
                   VALUES ($1, '', '\"jsonl\"', 0, '', '{}', 0, '')";
     sqlx::query(insert).bind(DATASET).execute(&store.writer).await.unwrap();
     (dir, store)
@@ -207,7 +208,8 @@ async fn an_unreadable_job_stays_and_keeps_what_it_needs() {
             format!("INSERT INTO checkpoints VALUES ('{first}', {step}, 0, 1, 1, '{{}}', 1, '')");
         run(&store, &row).await;
     }
-    let held_out = "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, report, create_time, owner)
+    let held_out = "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, \
+                    report, create_time, owner)
                     SELECT 'held-out', '', format, 0, '', report, 0, '' FROM datasets";
     run(&store, held_out).await;
     run(
@@ -218,7 +220,12 @@ async fn an_unreadable_job_stays_and_keeps_what_it_needs() {
     )
     .await;
     insert(&store, &job("newer", whole_request()), None).await;
-    run(&store, "UPDATE jobs SET request = json_set(request, '$.spec.batch.from_the_future', 1) WHERE id = 'newer'").await;
+    run(
+        &store,
+        "UPDATE jobs SET request = json_set(request, '$.spec.batch.from_the_future', 1) \
+                 WHERE id = 'newer'",
+    )
+    .await;
 
     let unreadable = |e: ServiceError| {
         matches!(e, ServiceError::FailedPrecondition { reason: Reason::JobUnreadable, .. })

@@ -30,15 +30,18 @@ impl Store {
     /// # Errors
     /// `Unavailable` or `Internal` if the database fails.
     pub async fn insert_token(&self, t: &TokenRow) -> Result<()> {
-        sqlx::query("INSERT INTO tokens (id, owner, roles, hash, create_time, expire_time) VALUES ($1, $2, $3, $4, $5, $6)")
-            .bind(&t.id)
-            .bind(&t.owner)
-            .bind(&t.roles)
-            .bind(&t.hash)
-            .bind(t.create_time)
-            .bind(t.expire_time)
-            .execute(&self.writer)
-            .await?;
+        sqlx::query(
+            "INSERT INTO tokens (id, owner, roles, hash, create_time, expire_time) VALUES \
+                     ($1, $2, $3, $4, $5, $6)",
+        )
+        .bind(&t.id)
+        .bind(&t.owner)
+        .bind(&t.roles)
+        .bind(&t.hash)
+        .bind(t.create_time)
+        .bind(t.expire_time)
+        .execute(&self.writer)
+        .await?;
         Ok(())
     }
 
