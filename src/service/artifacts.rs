@@ -71,7 +71,7 @@ pub struct Artifacts {
 /// One file of an export.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportedFile {
-    /// Relative to the export's folder.
+    /// Path relative to the export's folder.
     pub path: String,
     /// Size of the file, in bytes.
     pub size_bytes: u64,
@@ -82,9 +82,10 @@ pub struct ExportedFile {
 /// The folder and files of an export.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Export {
-    /// The folder on this machine.
+    /// Path of the folder on this machine.
     pub path: PathBuf,
-    /// The folder relative to the data directory, or to the object store's URL where there is one.
+    /// Path of the folder relative to the data directory or, with an object store, to the store's
+    /// URL.
     pub location: String,
     /// The files, sorted by path.
     pub files: Vec<ExportedFile>,

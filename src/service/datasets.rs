@@ -246,7 +246,13 @@ impl DatasetUpload {
             return Err(e);
         }
         uncommitted.persist();
-        tracing::info!(target: AUDIT, owner = self.owner, action = "upload", resource = format!("datasets/{}", dataset.id), "done");
+        tracing::info!(
+            target: AUDIT,
+            owner = self.owner,
+            action = "upload",
+            resource = format!("datasets/{}", dataset.id),
+            "done"
+        );
         tracing::info!(
             dataset = dataset.id,
             rows = dataset.report.rows,

@@ -181,7 +181,11 @@ fn may_succeed_later(e: &sqlx::Error) -> bool {
 /// Returns true if PostgreSQL refused a prepared statement because the schema has changed since it
 /// was prepared.
 fn is_stale_statement(e: &sqlx::Error) -> bool {
-    matches!(e, sqlx::Error::Database(e) if e.code().is_some_and(|code| code.len() == 5 && code.starts_with("0A")))
+    matches!(
+        e,
+        sqlx::Error::Database(e)
+            if e.code().is_some_and(|code| code.len() == 5 && code.starts_with("0A"))
+    )
 }
 
 impl From<EngineError> for ServiceError {

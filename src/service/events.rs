@@ -123,7 +123,9 @@ impl EventFeed {
                         let _ = sender.send(Err(e)).await;
                         return;
                     }
-                    gone = async { changes.wait_for(|newest| *newest > cursor).await.is_err() } => if gone { return } else { false },
+                    gone = async { changes.wait_for(|newest| *newest > cursor).await.is_err() } => {
+                        if gone { return } else { false }
+                    },
                     () = sender.closed() => return,
                     drained = async { draining.wait_for(|d| *d).await.is_ok() } => drained,
                 };

@@ -22,13 +22,11 @@ pub(super) struct Users {
 /// A resource that a job may need.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Needed<'a> {
-    /// A dataset.
     Dataset(&'a str),
     /// Weights of a job: those of one step, or of any step if `step` is `None`.
     Weights {
-        /// The job's id.
         job: &'a str,
-        /// The checkpoint.
+        /// Step of the checkpoint; `None` for all checkpoints of the job.
         step: Option<u64>,
     },
 }

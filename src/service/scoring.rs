@@ -453,7 +453,8 @@ impl ScoringSession {
         Ok(Admitted { session: self.clone(), encoded, item, _quota: quota, _room: room })
     }
 
-    /// Scores a row.
+    /// Scores a row. If the job of a live policy has ended meanwhile, its latest checkpoint is
+    /// used.
     async fn score(&self, item: ScoreItem) -> Result<ScoredItem> {
         let (engine, policies) = (&self.service.engine, &self.service.policies);
         let reference = self.reference.as_ref().map(|r| &r.weights);

@@ -26,7 +26,7 @@ pub(super) enum Preemption {
     TimeSlice,
 }
 
-/// A job under this process's lease.
+/// A job that this process runs under a lease.
 pub(in crate::service) struct LeasedJob {
     pub lease: Lease,
     /// Tells the run to drain or to cancel.

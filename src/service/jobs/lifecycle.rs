@@ -101,8 +101,8 @@ impl JobService {
     /// Requeues a paused job.
     ///
     /// # Errors
-    /// `FailedPrecondition`: `MODEL_CHANGED` if the server's model differs from the one that the
-    /// job was created with; also if the job is not paused.
+    /// `FailedPrecondition` (`MODEL_CHANGED`) if the server's model differs from the one that the
+    /// job was created with; also if the job is neither paused nor queued.
     pub async fn resume_job(&self, caller: &Caller, id: &str) -> Result<Job> {
         let job = own_job(&self.store, caller, id).await?;
         self.policies.check_base(&job)?;

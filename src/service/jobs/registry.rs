@@ -66,7 +66,6 @@ impl RunRegistry {
         self.leased().keys().filter(|id| *id != job).cloned().collect()
     }
 
-    /// Adds a run.
     pub fn add(&self, job: &Arc<LeasedJob>) {
         self.leased().insert(job.lease.job.clone(), job.clone());
     }

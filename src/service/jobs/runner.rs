@@ -11,12 +11,14 @@
 //! | Preparing | Running | the device has loaded the weights |
 //! | Preparing, Running | Pausing | a client asks; the run is told to write a checkpoint and stop |
 //! | Preparing, Running, Pausing | Cancelling | a client asks; the run is told to stop |
-//! | Preparing, Running | Queued | the run is drained or preempted, or what it needs is not there: then it is postponed here |
-//! | Pausing | Paused | the run is drained, or what it needs is not there |
-//! | Preparing, Running, Pausing, Cancelling | Failed | the run failed, or an input cannot be used |
+//! | Preparing, Running | Queued | the run is drained or preempted |
+//! | Preparing, Running | Queued | an input is missing; this process postpones the job |
+//! | Pausing | Paused | the run is drained, or an input is missing |
+//! | Preparing, Running, Pausing, Cancelling | Failed | the run failed, or an input is unusable |
 //! | Cancelling | Cancelled | the run ended in any way but a failure |
 //! | Running, Pausing | Succeeded | the run has taken all its steps |
-//! | Preparing, Running | Queued, Failed | the worker is gone; Failed (`WORKER_LOST`) when that happens again and again |
+//! | Preparing, Running | Queued | the worker is gone |
+//! | Preparing, Running | Failed | workers were lost repeatedly without progress (`WORKER_LOST`) |
 //! | Pausing, Cancelling | Paused, Cancelled | the worker is gone |
 //!
 //! The last write of a run releases the lease. A run whose lease was lost can store nothing more.
@@ -103,7 +105,8 @@ impl JobRunner {
                 }
                 Ok(None) => tokio::select! {
                     _ = woken.changed() => {}
-                    () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
+                    () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)),
+                        if due.is_some() => {}
                     _ = draining.wait_for(|d| *d) => return,
                 },
                 Err(e) => {
@@ -284,10 +287,16 @@ impl JobRunner {
                     Some(Report { event: RunEvent::Ended(end), .. }) => return Ok(end),
                     Some(Report { made, event }) => {
                         if !matches!(event, RunEvent::Log { .. }) {
-                            trace_stage(&context, &event, made, made - std::mem::replace(&mut previous_event, made));
+                            trace_stage(
+                                &context,
+                                &event,
+                                made,
+                                made - std::mem::replace(&mut previous_event, made),
+                            );
                         }
                         self.persist_event(job, leased, event).await?;
-                        metrics::histogram!("bradley_event_lag_seconds").record(made.elapsed().as_secs_f64());
+                        metrics::histogram!("bradley_event_lag_seconds")
+                            .record(made.elapsed().as_secs_f64());
                         continue;
                     }
                     None => break,
@@ -296,7 +305,8 @@ impl JobRunner {
                     check_at.get_or_insert(Instant::now() + delay);
                     continue;
                 }
-                () = tokio::time::sleep_until(check_at.unwrap_or_else(Instant::now)), if check_at.is_some() => false,
+                () = tokio::time::sleep_until(check_at.unwrap_or_else(Instant::now)),
+                    if check_at.is_some() => false,
                 _ = slices.tick() => true,
             };
             check_at = None;
@@ -625,7 +635,11 @@ async fn finish(leased: &LeasedJob, end: &End) -> Result<()> {
     };
     let job = leased.write(change, Also::Release).await?;
     if let End::Waits(error) = end {
-        metrics::counter!("bradley_jobs_waiting_total", "reason" => error.reason.name().to_lowercase()).increment(1);
+        metrics::counter!(
+            "bradley_jobs_waiting_total",
+            "reason" => error.reason.name().to_lowercase()
+        )
+        .increment(1);
     }
     if job.state.is_final() {
         count_ended(job.state);
