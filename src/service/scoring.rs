@@ -43,13 +43,14 @@ const TEXT_BUDGET_KIB: usize = 256 << 10;
 /// Warning for equal policy and reference. A base model is its own reference unless another one is
 /// named.
 const SAME_WEIGHTS: &str = "policy and reference are the same weights: every reward is 0 and every \
-                            probability is 0.5; name another reference, or a \
-                            trained checkpoint as the policy";
+                            probability is 0.5; name another reference, or a trained checkpoint as \
+                            the policy";
 
+/// Warning for scoring with a running job that moves its reference.
 const MOVING_REFERENCE: &str = "the job is training and moves its reference (TR-DPO): each pair's \
-                                rewards are against the reference as it is at the step \
-                                that scores the pair; name a checkpoint to score it against the \
-                                reference that it holds";
+                                rewards are against the reference as it is at the step that scores \
+                                the pair; name a checkpoint to score it against the reference that \
+                                it holds";
 
 /// Options of a scoring request.
 #[derive(Clone, Debug, PartialEq)]

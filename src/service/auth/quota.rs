@@ -76,7 +76,7 @@ mod tests {
         drop((first, other));
         assert!(
             quota.in_queue.lock().unwrap().is_empty(),
-            "nothing is kept of clients without requests"
+            "no entry remains for a client without requests"
         );
         assert!(ScoringQuota::new(None).take("a", usize::MAX).unwrap().is_none());
     }

@@ -29,7 +29,7 @@ pub(super) enum Preemption {
 /// A job that this process runs under a lease.
 pub(in crate::service) struct LeasedJob {
     pub lease: Lease,
-    /// Tells the run to drain or to cancel.
+    /// Command that the run reads to learn that it should drain or cancel.
     pub control: Arc<RunControl>,
     store: Store,
     events: EventFeed,

@@ -56,8 +56,8 @@ use crate::telemetry::trace;
 use crate::train::checkpoint;
 use crate::train::validate::BadRows;
 
-/// Maximum number of events between the device and the store. The run waits when the channel is
-/// full.
+/// Maximum number of events between the device and the store. When the channel is full, the device
+/// worker waits; only log messages of the queue are dropped.
 const EVENT_CHANNEL_CAPACITY: usize = 64;
 /// Delay after the queue could not be read.
 const STORE_RETRY: Duration = Duration::from_secs(1);

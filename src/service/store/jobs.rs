@@ -93,7 +93,7 @@ impl Store {
         .await?;
         if inserted.is_none() {
             let earlier = self
-                .made_by(&mut tx, &key)
+                .job_of_request(&mut tx, &key)
                 .await?
                 .ok_or_else(|| ServiceError::internal("a job could not be stored"))?;
             if earlier.request_hash.as_deref() != Some(creation.request_hash) {
