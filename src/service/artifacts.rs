@@ -210,9 +210,8 @@ impl Artifacts {
                 );
                 return wrong(format!(
                     "the artifact store {} is not the one that this database knows, which is \
-                     {known} ({found}): mount that store, or correct \
-                     artifact_url; if the store was moved, its object bradley-store-id must be \
-                     copied, too",
+                     {known} ({found}): mount that store, or correct artifact_url; if the store \
+                     was moved, its object bradley-store-id must be copied, too",
                     remote.url()
                 ));
             }

@@ -136,8 +136,7 @@ impl DatasetService {
             let used = self.store.dataset_bytes(&caller.owner).await?;
             if used >= limit {
                 let message = format!(
-                    "your datasets have {used} bytes, at most {limit} are allowed: delete \
-                             one"
+                    "your datasets have {used} bytes, at most {limit} are allowed: delete one"
                 );
                 return Err(ServiceError::ResourceExhausted {
                     reason: Reason::TooManyBytes,

@@ -74,8 +74,8 @@ pub(super) fn check(caller: &Caller, users: &Users, needed: Needed<'_>) -> Resul
     let (Needed::Dataset(id) | Needed::Weights { job: id, .. }) = needed;
     if users.unreadable.iter().any(|request| request.contains(id)) {
         let message =
-            "a job that this version of the server cannot read needs it: use the version \
-                       that wrote the job"
+            "a job that this version of the server cannot read needs it: use the version that \
+             wrote the job"
                 .to_owned();
         return Err(ServiceError::FailedPrecondition { reason: Reason::InUse, message });
     }

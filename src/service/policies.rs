@@ -138,8 +138,7 @@ impl PolicyResolver {
         let (part, (before, now)) = (difference.part, difference.hashes);
         let message = format!(
             "trainingJobs/{} was made {role} models/{model} whose {part} has the hash {}, the \
-             {part} served now has {}: serve the model that the \
-             job was made with",
+             {part} served now has {}: serve the model that the job was made with",
             job.id,
             or_none(before),
             or_none(now)
@@ -166,9 +165,8 @@ impl PolicyResolver {
         if !ours.has_vocabulary_of(&theirs) {
             let message = format!(
                 "is on models/{reference} whose tokenizer has the hash {}, the policy is on \
-                 models/{policy} whose tokenizer has the hash {}, and \
-                 their vocabularies differ: the reference gets the policy's token ids, name one \
-                 with the same tokenizer",
+                 models/{policy} whose tokenizer has the hash {}, and their vocabularies differ: \
+                 the reference gets the policy's token ids, name one with the same tokenizer",
                 theirs.content_hash(),
                 ours.content_hash()
             );
@@ -179,8 +177,8 @@ impl PolicyResolver {
         if reference_rows < ours.vocabulary_rows().min(policy_rows) {
             let message = format!(
                 "is on models/{reference}, which has embeddings for {reference_rows} tokens; \
-                 models/{policy} has them for {policy_rows}, and their tokenizer has \
-                 ids up to {}: name a reference that has an embedding for every token",
+                 models/{policy} has them for {policy_rows}, and their tokenizer has ids up to {}: \
+                 name a reference that has an embedding for every token",
                 ours.vocabulary_rows() - 1
             );
             return Err(ServiceError::invalid(field, message));

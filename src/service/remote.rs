@@ -109,11 +109,7 @@ impl Remote {
         }
         let found = self.identity().await?;
         found.ok_or_else(|| {
-            unavailable_because(
-                IDENTITY_KEY,
-                "the object that was just written \
-            cannot be read",
-            )
+            unavailable_because(IDENTITY_KEY, "the object that was just written cannot be read")
         })
     }
 

@@ -32,8 +32,7 @@ const PLAIN_COUNTERS: [(&str, &str); 12] = [
     ("bradley_reference_cache_hits_total", "Sequences with reference log-probs in the cache."),
     (
         "bradley_reference_cache_misses_total",
-        "Sequences with reference log-probs that had to be \
-        computed.",
+        "Sequences with reference log-probs that had to be computed.",
     ),
     ("bradley_training_steps_total", "Optimizer steps taken."),
     ("bradley_training_tokens_total", "Tokens trained on; each sequence counts its prompt."),
@@ -73,8 +72,7 @@ const GAUGES: [(&str, &str); 14] = [
     ("bradley_resident_policies", "Adapters and full weights in memory, without the base models."),
     (
         "bradley_device_free_bytes",
-        "GPU memory in bytes that is free or cached for the next \
-                                   passes.",
+        "GPU memory in bytes that is free or cached for the next passes.",
     ),
     ("bradley_device_memory_bytes", "Total memory of a GPU in bytes."),
     (

@@ -164,9 +164,8 @@ fn encode_dataset(
     {
         let message = format!(
             "row {} of datasets/{} has the weight {}, but aot and aot_unpaired compare sorted \
-             log-ratios across pairs and cannot weigh them: remove \
-             the weights (a row with several rejected answers has its weight divided among them), \
-             or choose another loss",
+             log-ratios across pairs and cannot weigh them: remove the weights (a row with several \
+             rejected answers has its weight divided among them), or choose another loss",
             row.row, dataset.id, row.weight
         );
         return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });

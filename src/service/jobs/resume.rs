@@ -96,27 +96,26 @@ pub(super) async fn check_pairs(
         let why = match (pinned, &inputs.new_since_0_2_0) {
             (Some(pinned), _) if pinned == inputs.digest => return Ok(inputs),
             (Some(pinned), _) => format!(
-                "the run began with pairs of the digest {pinned}, but \
-                this server makes pairs of the digest {} from the rows",
+                "the run began with pairs of the digest {pinned}, but this server makes pairs of \
+                 the digest {} from the rows",
                 inputs.digest
             ),
             (None, Some(new)) => format!(
-                "version 0.2.0, or a build soon after it, wrote it and \
-                ignored {new}, which the model would see now"
+                "version 0.2.0, or a build soon after it, wrote it and ignored {new}, which the \
+                 model would see now"
             ),
             (None, None) => match tokens_until(&spec, &inputs.train, &state) {
                 tokens if tokens == state.tokens => return Ok(inputs),
                 tokens => format!(
-                    "the run has used {} tokens, but with this server's tokenisation \
-                                   of the rows it would be {tokens}",
+                    "the run has used {} tokens, but with this server's tokenisation of the rows \
+                     it would be {tokens}",
                     state.tokens
                 ),
             },
         };
         let message = format!(
             "the run cannot continue from {folder}/{}: {why}. Let the version of the server that \
-             wrote it finish the job, or cancel the job and create it \
-             again",
+             wrote it finish the job, or cancel the job and create it again",
             state.step
         );
         Err(ServiceError::FailedPrecondition { reason: Reason::RowsChanged, message })

@@ -201,8 +201,8 @@ fn check_mixable(
     }
     let message = format!(
         "mixes the policy's weights into those of models/{model}, whose configuration has the hash \
-         {}, the policy's has {}: name a reference of the same \
-         architecture and shape, or remove reference_sync",
+         {}, the policy's has {}: name a reference of the same architecture and shape, or remove \
+         reference_sync",
         reference.config, policy.config
     );
     Err(ServiceError::invalid("training_job.dpo.reference_sync", message))

@@ -475,8 +475,8 @@ impl Store {
     /// `OutOfRange` if the event after `after` has been deleted.
     pub async fn events(&self, job: &str, after: u64, limit: usize) -> Result<Vec<Event>> {
         let rows: Vec<EventRow> = sqlx::query_as(
-            "SELECT sequence, time, body FROM events WHERE job = $1 AND sequence > \
-                            $2 ORDER BY sequence LIMIT $3",
+            "SELECT sequence, time, body FROM events WHERE job = $1 AND sequence > $2 ORDER BY \
+             sequence LIMIT $3",
         )
         .bind(job)
         .bind(after.min(i64::MAX as u64) as i64)

@@ -259,23 +259,14 @@ impl Store {
                         }
                         JobState::Pausing => (
                             JobState::Paused,
-                            format!(
-                                "its worker is gone; \
-                            continues from step {step}"
-                            ),
+                            format!("its worker is gone; continues from step {step}"),
                         ),
-                        JobState::Cancelling => (
-                            JobState::Cancelled,
-                            "its worker is \
-                            gone"
-                                .to_owned(),
-                        ),
+                        JobState::Cancelling => {
+                            (JobState::Cancelled, "its worker is gone".to_owned())
+                        }
                         _ => (
                             JobState::Queued,
-                            format!(
-                                "its worker is gone; continues from step \
-                            {step}"
-                            ),
+                            format!("its worker is gone; continues from step {step}"),
                         ),
                     };
                     job.state = to;

@@ -22,9 +22,9 @@ fn from_json<T: DeserializeOwned>(text: &str, what: &str) -> Result<T> {
 /// Columns of a [`JobRow`]. They are selected by name, so that this version still works after a
 /// newer one has added columns.
 pub(super) const JOB: &str = "seq, id, version, state, request, error, progress, latest_metrics, \
-                              skipped_rows, create_time, start_time, end_time, \
-     request_hash, turn, owner, lease_token, lease_owner, lease_writes, reclaims, reclaim_step, \
-     trace";
+                              skipped_rows, create_time, start_time, end_time, request_hash, turn, \
+                              owner, lease_token, lease_owner, lease_writes, reclaims, \
+                              reclaim_step, trace";
 /// Columns of a [`CheckpointRow`].
 pub(super) const CHECKPOINT: &str =
     "job, step, best, adapter, size_bytes, metrics, create_time, digest";

@@ -222,8 +222,8 @@ async fn an_unreadable_job_stays_and_keeps_what_it_needs() {
     insert(&store, &job("newer", whole_request()), None).await;
     run(
         &store,
-        "UPDATE jobs SET request = json_set(request, '$.spec.batch.from_the_future', 1) \
-                 WHERE id = 'newer'",
+        "UPDATE jobs SET request = json_set(request, '$.spec.batch.from_the_future', 1) WHERE id = \
+         'newer'",
     )
     .await;
 

@@ -31,8 +31,8 @@ impl Store {
     /// `Unavailable` or `Internal` if the database fails.
     pub async fn insert_token(&self, t: &TokenRow) -> Result<()> {
         sqlx::query(
-            "INSERT INTO tokens (id, owner, roles, hash, create_time, expire_time) VALUES \
-                     ($1, $2, $3, $4, $5, $6)",
+            "INSERT INTO tokens (id, owner, roles, hash, create_time, expire_time) VALUES ($1, $2, \
+             $3, $4, $5, $6)",
         )
         .bind(&t.id)
         .bind(&t.owner)
