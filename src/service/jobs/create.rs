@@ -34,8 +34,10 @@ pub(in crate::service) struct JobCreator {
 }
 
 impl JobCreator {
-    /// Validates a job and adds it to the queue; see
-    /// [`JobService::create_job`](super::JobService::create_job).
+    /// Validates a job and adds it to the queue.
+    ///
+    /// # Errors
+    /// The errors of [`JobService::create_job`](super::JobService::create_job).
     pub async fn create_job(
         &self,
         caller: &Caller,

@@ -137,6 +137,9 @@ impl LeasedJob {
 }
 
 /// Repeats `f` while the database, the artifact store or the disk is unavailable or full.
+///
+/// # Errors
+/// All other errors of `f`.
 pub(super) async fn retry_while_unavailable<T, F: Future<Output = Result<T>> + Send>(
     f: impl Fn() -> F + Send + Sync,
 ) -> Result<T> {

@@ -67,6 +67,9 @@ pub(super) async fn newest_intact(
 
 /// Reads the training progress stored in the checkpoint folder `dir`, and the digest of its pairs
 /// if the checkpoint has one.
+///
+/// # Errors
+/// Those of [`Artifacts::unusable`] if the checkpoint cannot be read.
 pub(super) async fn progress(
     artifacts: &Artifacts,
     job: &Job,

@@ -66,6 +66,11 @@ pub(in crate::service) struct RequestValidator {
 impl RequestValidator {
     /// Checks everything that can be checked before the data is read, and replaces `latest` and
     /// `best` by steps.
+    ///
+    /// # Errors
+    /// `InvalidArgument` with all bad fields, `PermissionDenied` or `NotFound` for inputs of other
+    /// clients or missing ones, `FailedPrecondition` for inputs that cannot be used,
+    /// `ResourceExhausted` if the job needs more memory than the server has.
     pub(super) async fn check_request(
         &self,
         caller: &Caller,

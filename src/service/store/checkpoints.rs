@@ -56,6 +56,9 @@ impl Store {
     }
 
     /// Deletes the row of a checkpoint, unless `refuse` finds a job that needs it.
+    ///
+    /// # Errors
+    /// The errors of `refuse`.
     pub(in crate::service) async fn delete_checkpoint(
         &self,
         job: &str,

@@ -74,6 +74,9 @@ impl Store {
     }
 
     /// Deletes the row of a dataset, unless `refuse` finds an unfinished job that needs it.
+    ///
+    /// # Errors
+    /// The errors of `refuse`.
     pub(in crate::service) async fn delete_dataset(
         &self,
         id: &str,

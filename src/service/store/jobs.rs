@@ -371,6 +371,9 @@ impl Store {
     }
 
     /// Returns a job's row, locked until the transaction ends.
+    ///
+    /// # Errors
+    /// `NotFound` if the job does not exist.
     pub(super) async fn lock_job(&self, tx: &mut Transaction<'_, Any>, id: &str) -> Result<JobRow> {
         let select = format!("SELECT {JOB} FROM jobs WHERE id = $1{}", self.dialect.for_update());
         let row: Option<JobRow> =
@@ -380,6 +383,9 @@ impl Store {
 
     /// Applies `change` to a job with a locked row, and stores the job and its events. Returns the
     /// job and the sequence number of its newest new event (0 if there is none).
+    ///
+    /// # Errors
+    /// The errors of `change`; `FailedPrecondition` for a state transition that is not allowed.
     pub(super) async fn apply(
         &self,
         tx: &mut Transaction<'_, Any>,
