@@ -69,7 +69,7 @@ pub(super) async fn newest_intact(
 /// if the checkpoint has one.
 ///
 /// # Errors
-/// Those of [`Artifacts::unusable`] if the checkpoint cannot be read.
+/// The errors of [`Artifacts::unusable`] if the checkpoint cannot be read.
 pub(super) async fn progress(
     artifacts: &Artifacts,
     job: &Job,
