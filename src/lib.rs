@@ -1,9 +1,9 @@
 //! Bradley trains language models with Direct Preference Optimization over gRPC and scores
 //! preference pairs with them.
 //!
-//! The layers, lowest first; imports go down only (`tests/it/layers.rs` enforces it): [`domain`] ←
-//! [`math`] ← [`compute`] ← [`model`] ← [`formats`] ← [`infer`] ← [`train`] ← [`engine`] ←
-//! [`service`] ← [`rpc`] ← [`cli`]; [`telemetry`] stands beside [`domain`].
+//! Layers, lowest first. A layer imports only layers below it (`tests/it/layers.rs` checks this):
+//! [`domain`] ← [`math`] ← [`compute`] ← [`model`] ← [`formats`] ← [`infer`] ← [`train`] ←
+//! [`engine`] ← [`service`] ← [`rpc`] ← [`cli`]. [`telemetry`] is at the level of [`domain`].
 
 pub mod cli;
 pub mod compute;

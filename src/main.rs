@@ -1,4 +1,4 @@
-//! The `bradley` binary: everything is in the library.
+//! Entry point of the `bradley` binary. All code is in the library.
 
 fn main() -> std::process::ExitCode {
     bradley::cli::main()

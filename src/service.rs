@@ -1,7 +1,9 @@
-//! Services that own what they need: jobs, datasets, checkpoints, scoring, and the server's own
-//! life. Beneath them are the store, the artifacts, the event feed and the background tasks.
+//! Services for jobs, datasets, checkpoints, scoring and the server's own lifecycle. Each owns the
+//! parts it needs. Below them are the store, the artifacts, the event feed and the background
+//! tasks.
 //!
-//! **What was acknowledged is on disk; what is delivered was stored first.**
+//! **A call is acknowledged only after its effects are on disk, and an event is delivered only
+//! after it has been stored.**
 
 pub mod artifacts;
 pub mod audit;
@@ -58,67 +60,75 @@ use self::template_date::TemplateDate;
 use crate::domain::reason::Reason;
 use crate::engine::Engine;
 
-/// Estimates, validations, copies of adapters and exports side by side.
-const HEAVY: usize = 2;
+/// Maximum number of slow tasks at one time: job estimates, dataset validations, adapter copies and
+/// exports.
+const MAX_SLOW_TASKS: usize = 2;
 
-/// Limits and places.
+/// Limits and locations of the service.
 #[derive(Clone)]
 pub struct ServiceOptions {
-    /// Where the database and artifacts live.
+    /// Data directory: the SQLite database and the artifacts.
     pub data_dir: PathBuf,
-    /// The largest upload.
+    /// Largest dataset upload, in bytes.
     pub max_upload_bytes: u64,
-    /// Events kept of a job, the newest.
+    /// Maximum number of events stored per job; the oldest are deleted first.
     pub events_kept: u64,
-    /// How long a drain may take.
+    /// Maximum time that [`Server::drain`] waits for running jobs.
     pub drain_timeout: Duration,
-    /// `postgres://…`, shared by several replicas; `None` is SQLite in the data directory.
+    /// PostgreSQL URL (`postgres://…`), shared by several replicas. `None` selects SQLite in the
+    /// data directory.
     pub database_url: Option<String>,
-    /// An object store that holds the artifacts, and its vendor's variables; `None` is the data
-    /// directory.
+    /// URL of the object store that holds the artifacts, and the vendor's variables for it. `None`
+    /// stores artifacts in the data directory only.
     pub artifact_store: Option<(String, BTreeMap<String, String>)>,
-    /// How long a worker may be silent before its job goes to another.
+    /// Duration of a job's lease. A worker that does not renew it for this long loses the job.
     pub lease: Duration,
-    /// How long a job may keep a device while others of its priority wait.
+    /// Time after which a running job is preempted if another job of the same priority is queued.
     pub time_slice: Duration,
-    /// Unfinished jobs that one client may have.
+    /// Maximum number of unfinished jobs per client.
     pub max_jobs_per_client: Option<u64>,
-    /// The highest priority that a client may give its jobs; administrators may give any.
+    /// Highest priority that a client may give its jobs. Administrators may give any.
     pub max_client_priority: i32,
-    /// Bytes of datasets that one client may keep.
+    /// Maximum total size of one client's datasets, in bytes.
     pub max_dataset_bytes_per_client: Option<u64>,
-    /// Bytes of text that a dataset may hold: a job has its tokens in memory.
+    /// Maximum text in one dataset, in bytes. It is limited because a job holds all its tokens in
+    /// memory.
     pub max_dataset_text_bytes: u64,
-    /// Tokens that one client may have in the scoring queue.
+    /// Maximum number of one client's tokens in the scoring queue.
     pub max_scoring_tokens_per_client: Option<usize>,
-    /// The folder with PEFT adapters that jobs may start from.
+    /// Folder of PEFT adapters that jobs may start from.
     pub adapter_dir: Option<PathBuf>,
-    /// The date that chat templates print for models without a job; `None` is the present one.
+    /// Date that chat templates see for models without a job. `None` is the current date.
     pub template_date: Option<jiff::civil::Date>,
 }
 
-/// The services of a server; clones share them.
+/// All services of a server. Clones share them.
 #[derive(Clone)]
 pub struct Service {
     /// Training jobs and their events.
     pub jobs: Arc<JobService>,
-    /// Their checkpoints.
+    /// Checkpoints of jobs: read, delete, export.
     pub checkpoints: CheckpointService,
-    /// Datasets.
+    /// Uploaded datasets.
     pub datasets: DatasetService,
-    /// Scores of pairs and completions.
+    /// Scores of preference pairs and of completions.
     pub scoring: Arc<ScoringService>,
-    /// The base models, the callers' tokens, readiness and the drain.
+    /// Base models, callers' tokens, readiness and shutdown.
     pub server: Arc<Server>,
 }
 
 impl Service {
-    /// Opens the data directory, puts interrupted jobs back in the queue and starts a runner for
-    /// each run that the devices take at one time.
+    /// Opens the data directory, requeues interrupted jobs, and starts the background tasks and one
+    /// runner per run that the devices can execute concurrently.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` if another process uses the data directory, or if the artifact store is
+    /// not the one that belongs to the database. `Unavailable`, `InvalidArgument` or `Internal` if
+    /// the database, the data directory or the artifact store cannot be opened.
     pub async fn open(engine: Engine, options: ServiceOptions) -> Result<Service> {
         let (store, artifacts) = open_data(&options).await?;
-        let (shutdown, runs, heavy) =
-            (Shutdown::default(), RunRegistry::default(), Limiter::new(HEAVY));
+        let (shutdown, runs, slow_tasks) =
+            (Shutdown::default(), RunRegistry::default(), Limiter::new(MAX_SLOW_TASKS));
         let template_date = TemplateDate(options.template_date);
         let tokens = TokenService::new(store.clone());
         let events = EventFeed::new(store.clone(), tokens.clone(), shutdown.clone());
@@ -154,7 +164,7 @@ impl Service {
                 artifacts: artifacts.clone(),
                 validator: validator.clone(),
                 runs: runs.clone(),
-                heavy: heavy.clone(),
+                slow_tasks: slow_tasks.clone(),
                 shutdown: shutdown.clone(),
                 max_jobs_per_client: options.max_jobs_per_client,
             },
@@ -162,7 +172,7 @@ impl Service {
                 engine: engine.clone(),
                 validator,
                 inputs: inputs.clone(),
-                heavy: heavy.clone(),
+                slow_tasks: slow_tasks.clone(),
                 shutdown: shutdown.clone(),
             },
             max_client_priority: options.max_client_priority,
@@ -199,13 +209,13 @@ impl Service {
                 engine: engine.clone(),
                 policies: policies.clone(),
                 runs: runs.clone(),
-                heavy: heavy.clone(),
+                slow_tasks: slow_tasks.clone(),
             },
             datasets: DatasetService {
                 store: store.clone(),
                 artifacts,
                 engine: engine.clone(),
-                heavy,
+                slow_tasks,
                 shutdown: shutdown.clone(),
                 template_date,
                 limits: DatasetLimits {
@@ -235,7 +245,7 @@ impl Service {
     }
 }
 
-/// Opens the database and the artifacts of a data directory, which no other process may have.
+/// Locks the data directory for this process and opens its database and artifacts.
 async fn open_data(options: &ServiceOptions) -> Result<(Store, Artifacts)> {
     let root = &options.data_dir;
     std::fs::create_dir_all(root).map_err(|e| failed(root, e))?;
@@ -246,8 +256,8 @@ async fn open_data(options: &ServiceOptions) -> Result<(Store, Artifacts)> {
         lease: options.lease,
     };
     let store = Store::open(root, &store_options).await?;
-    // A database that has files somewhere must find them there; only a new one may begin with an
-    // empty folder.
+    // A missing artifact folder is created only for a database that has no files yet. For any other
+    // database it means a wrong URL or a share that is not mounted.
     let is_new = store.property(ARTIFACT_STORE).await?.is_none()
         && !(store.is_shared() && store.has_artifacts().await?);
     let open = |(url, variables): &(String, BTreeMap<String, String>)| {
@@ -260,7 +270,7 @@ async fn open_data(options: &ServiceOptions) -> Result<(Store, Artifacts)> {
     Ok((store, artifacts))
 }
 
-/// Takes the data directory for this process.
+/// Locks the data directory for this process.
 fn lock(root: &Path) -> Result<File> {
     let path = root.join("bradley.lock");
     let file = File::create(&path).map_err(|e| failed(&path, e))?;

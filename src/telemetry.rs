@@ -1,4 +1,4 @@
-//! What the process tells of itself: spans, gauges, and the description of every metric.
+//! Telemetry of the process: trace spans, gauges, and the description of every metric.
 
 pub mod counted;
 pub mod metrics;

@@ -1,6 +1,6 @@
-//! Files beside the database: datasets, checkpoints, exports. Everything is made under a temporary
-//! name and renamed when it is whole. With an object store, that is where they are kept, and the
-//! data directory holds copies.
+//! Files that belong to database rows: datasets, checkpoints, exports. Each is written under a
+//! temporary name and renamed when it is complete. If an object store is configured, it is the
+//! authoritative copy, and the data directory is a cache of it.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -22,12 +22,13 @@ use crate::formats::peft;
 use crate::formats::weights::ElementType;
 use crate::train::checkpoint::{self, CheckpointError};
 
-/// A file or folder that is removed unless it has been renamed.
+/// A temporary file or folder. It is removed on drop, unless it has been renamed or
+/// [`Temporary::persist`] was called.
 pub(super) struct Temporary(pub PathBuf);
 
 impl Temporary {
-    /// It is somebody's now.
-    pub fn keep(mut self) {
+    /// Leaves the file or folder in place.
+    pub fn persist(mut self) {
         self.0 = PathBuf::new();
     }
 }
@@ -40,69 +41,72 @@ impl Drop for Temporary {
     }
 }
 
-/// The files of a PEFT adapter.
+/// File names of a PEFT adapter.
 pub const ADAPTER_FILES: [&str; 2] = [peft::CONFIG_FILE, peft::WEIGHTS_FILE];
 
-/// The file that says that the data directory has never held an only copy.
-const COPIES: &str = "copies-only";
+/// Marker file in a data directory that has never held the only copy of anything.
+const COPIES_ONLY_MARKER: &str = "copies-only";
 
-/// The folder of the artifact store with the jobs' files.
-const JOBS: &str = "jobs";
+/// Folder for the files of jobs in the artifact store.
+const JOBS_FOLDER: &str = "jobs";
 
-/// How long the object store may take to say that it is there.
-const PING: Duration = Duration::from_secs(5);
+/// Maximum time for the object store to answer a ping.
+const PING_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The data directory, and the store that it is a copy of.
+/// Files in the data directory, and in the object store if one is configured. Clones share the
+/// state.
 #[derive(Clone, Debug)]
 pub struct Artifacts {
     root: PathBuf,
     remote: Option<Remote>,
-    /// The identity of the artifact store that belongs to the database.
+    /// Identity of the object store, set once the store is known to belong to the database.
     store_identity: Arc<OnceLock<String>>,
-    /// Checkpoints that this process has found whole.
-    checked: Arc<Mutex<HashSet<PathBuf>>>,
+    /// Folders whose files this process has verified completely.
+    verified: Arc<Mutex<HashSet<PathBuf>>>,
     fetching: Arc<tokio::sync::Mutex<()>>,
-    /// No other process has the data directory while this is open.
+    /// Lock on the data directory. Other processes cannot take it while any clone exists.
     _lock: Option<Arc<File>>,
 }
 
 /// One file of an export.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportedFile {
-    /// Relative to the export's folder.
+    /// Path relative to the export's folder.
     pub path: String,
-    /// Its size.
+    /// Size of the file, in bytes.
     pub size_bytes: u64,
-    /// BLAKE3 in hex.
+    /// BLAKE3 hash of the file, in hex.
     pub content_hash: String,
 }
 
 /// The folder and files of an export.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Export {
-    /// The folder on this machine.
+    /// Path of the folder on this machine.
     pub path: PathBuf,
-    /// The folder relative to the data directory, or to the object store's URL where there is one.
+    /// Path of the folder relative to the data directory or, with an object store, to the store's
+    /// URL.
     pub location: String,
-    /// Its files, by name.
+    /// The files, sorted by path.
     pub files: Vec<ExportedFile>,
 }
 
-/// What an export holds.
+/// Kind of an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExportFormat {
     /// A PEFT adapter.
     Adapter,
-    /// Weights as transformers loads them.
+    /// Full weights in the format of Hugging Face transformers.
     Merged,
 }
 
-/// Names an export among those of its checkpoint: equal requests share it.
+/// Name of an export among the exports of one checkpoint. Equal requests have equal names and share
+/// the files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExportName {
-    /// An adapter with the tokenizer's files.
+    /// An adapter with the files of the tokenizer.
     Adapter,
-    /// An adapter whose base model is not served: nobody has its tokenizer.
+    /// An adapter without a tokenizer, because its base model is not served.
     AdapterAlone,
     /// Merged weights.
     Merged(ElementType),
@@ -118,18 +122,22 @@ impl fmt::Display for ExportName {
     }
 }
 
-/// The folders of a checkpoint's exports as versions up to 0.2 made them: with other contents, and
-/// not given out any more.
+/// Suffixes of export folders of versions up to 0.2. Their contents differ, so they are only
+/// removed, never returned.
 const OLD_EXPORTS: [&str; 2] = ["adapter", "merged"];
 
 impl Artifacts {
-    /// Creates the folders and removes what an interrupted upload or export left.
+    /// Creates the folders of the data directory and removes what interrupted uploads and exports
+    /// left.
+    ///
+    /// # Errors
+    /// `Internal` or `ResourceExhausted` if the file system fails.
     pub fn open(root: &Path, remote: Option<Remote>) -> Result<Self> {
         let artifacts = Artifacts {
             root: root.to_owned(),
             remote,
             store_identity: Arc::default(),
-            checked: Arc::default(),
+            verified: Arc::default(),
             fetching: Arc::default(),
             _lock: None,
         };
@@ -140,40 +148,44 @@ impl Artifacts {
             empty &= fs::read_dir(&dir).map_err(|e| failed(&dir, e))?.next().is_none();
         }
         if artifacts.remote.is_some() && empty {
-            let marker = root.join(COPIES);
+            let marker = root.join(COPIES_ONLY_MARKER);
             File::create(&marker).map_err(|e| failed(&marker, e))?;
         }
         Ok(artifacts)
     }
 
-    /// Holds the lock on the data directory open as long as any clone of these artifacts.
+    /// Holds the lock on the data directory as long as any clone of these artifacts exists.
     pub(super) fn with_lock(self, lock: File) -> Self {
         Artifacts { _lock: Some(Arc::new(lock)), ..self }
     }
 
-    /// Whether the data directory is a copy of an object store.
+    /// Returns true if the data directory is a cache of an object store.
     pub fn is_copy(&self) -> bool {
         self.remote.is_some()
     }
 
-    /// Whether it has been one from its first day: then nothing in it is the only copy.
+    /// Returns true if the data directory has been a cache since it was created. Then it never
+    /// holds the only copy of a file.
     pub fn holds_copies_only(&self) -> bool {
-        self.is_copy() && self.root.join(COPIES).exists()
+        self.is_copy() && self.root.join(COPIES_ONLY_MARKER).exists()
     }
 
-    /// Whether the object store answers, if there is one.
+    /// Checks that the object store, if there is one, answers.
+    ///
+    /// # Errors
+    /// `Unavailable` if it does not answer.
     pub async fn ping(&self) -> Result<()> {
         match &self.remote {
-            Some(remote) => remote.ping(PING).await,
+            Some(remote) => remote.ping(PING_TIMEOUT).await,
             None => Ok(()),
         }
     }
 
-    /// Makes sure that the object store is the one whose files the database knows, or makes it that
-    /// when the database knows none.
+    /// Checks that the object store belongs to the database. If the database has no object store
+    /// yet, this one is recorded.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`WRONG_ARTIFACT_STORE`) for another one.
+    /// `FailedPrecondition` (`WRONG_ARTIFACT_STORE`) if it is another store.
     pub async fn identify(&self, store: &Store) -> Result<()> {
         let wrong = |message: String| {
             Err(ServiceError::FailedPrecondition { reason: Reason::WrongArtifactStore, message })
@@ -183,7 +195,8 @@ impl Artifacts {
             return match known {
                 None => Ok(()),
                 Some(known) => wrong(format!(
-                    "this database's files are in the artifact store with the identity {known}: set artifact_url"
+                    "this database's files are in the artifact store with the identity {known}: \
+                     set artifact_url"
                 )),
             };
         };
@@ -196,8 +209,9 @@ impl Artifacts {
                     |id| format!("its identity is {id}"),
                 );
                 return wrong(format!(
-                    "the artifact store {} is not the one that this database knows, which is {known} ({found}): mount that store, or correct \
-                     artifact_url; where a store was moved, its object bradley-store-id has to be copied, too",
+                    "the artifact store {} is not the one that this database knows, which is \
+                     {known} ({found}): mount that store, or correct artifact_url; if the store \
+                     was moved, its object bradley-store-id must be copied, too",
                     remote.url()
                 ));
             }
@@ -207,13 +221,15 @@ impl Artifacts {
                     && remote.is_empty().await? =>
             {
                 return wrong(format!(
-                    "the artifact store {} is empty, but the database has datasets or checkpoints: mount the right store, or correct artifact_url",
+                    "the artifact store {} is empty, but the database has datasets or checkpoints: \
+                     mount the right store, or correct artifact_url",
                     remote.url()
                 ));
             }
             (None, found) => {
-                // First the object: a start that fails in between can be repeated. Of several
-                // replicas that start at one time the store takes one's.
+                // The object is written first, so that a start that fails in between can be
+                // repeated. If several replicas start at one time, the store accepts only one of
+                // their identities.
                 let identity = match found {
                     Some(found) => found,
                     None => remote.create_identity(&uuid::Uuid::now_v7().to_string()).await?,
@@ -221,7 +237,8 @@ impl Artifacts {
                 let chosen = store.set_property_once(ARTIFACT_STORE, &identity).await?;
                 if chosen != identity {
                     return wrong(format!(
-                        "the database knows the artifact store {chosen}, {} is {identity}",
+                        "the database has recorded the artifact store {chosen}, but {} is \
+                         {identity}",
                         remote.url()
                     ));
                 }
@@ -232,12 +249,12 @@ impl Artifacts {
         Ok(())
     }
 
-    /// Makes sure that the object store is still the one that it was at the start: a share that is
-    /// no longer mounted leaves an empty folder, in which nothing is to be written and of which
-    /// nothing is to be believed.
+    /// Checks that the object store is still the one from the start. A share that is no longer
+    /// mounted looks like an empty folder: nothing must be written there, and missing files there
+    /// mean nothing.
     ///
     /// # Errors
-    /// `Unavailable` when it is not, or does not answer.
+    /// `Unavailable` if it is another store or does not answer.
     pub async fn check_store(&self) -> Result<()> {
         let (Some(remote), Some(known)) = (&self.remote, self.store_identity.get()) else {
             return Ok(());
@@ -258,12 +275,13 @@ impl Artifacts {
         self.root.join("tmp")
     }
 
-    /// A fresh name for something unfinished, on the same file system as everything else.
+    /// Returns a new path for unfinished files, on the same file system as the final ones, so that
+    /// a rename is atomic.
     pub fn temporary(&self) -> PathBuf {
         self.temporary_folder().join(uuid::Uuid::now_v7().to_string())
     }
 
-    /// A dataset's file.
+    /// Returns the path of a dataset's file in the data directory.
     pub fn dataset(&self, id: &str) -> PathBuf {
         self.root.join("datasets").join(id)
     }
@@ -272,25 +290,29 @@ impl Artifacts {
         self.root.join("jobs").join(job)
     }
 
-    /// The folder of a job's checkpoints.
+    /// Returns the folder of a job's checkpoints in the data directory.
     pub fn checkpoints(&self, job: &str) -> PathBuf {
         self.job(job).join("checkpoints")
     }
 
-    /// One checkpoint's folder.
+    /// Returns the folder of one checkpoint in the data directory.
     pub fn checkpoint(&self, job: &str, step: u64) -> PathBuf {
         self.checkpoints(job).join(step.to_string())
     }
 
-    /// The folder of an export.
+    /// Returns the folder of an export in the data directory.
     pub fn export(&self, job: &str, step: u64, name: ExportName) -> PathBuf {
         self.root.join(export_key(job, step, name))
     }
 
-    /// Removes a checkpoint's folder and the exports made from it.
+    /// Removes a checkpoint and the exports made from it, here and in the object store.
+    ///
+    /// # Errors
+    /// `Unavailable` if the object store does not answer; `Internal` if the file system fails.
     pub async fn remove_checkpoint(&self, job: &str, step: u64, digest: &str) -> Result<()> {
         if let Some(remote) = &self.remote {
-            // Exactly this one: a successor may have made the step anew meanwhile.
+            // Only the object with this digest: another worker may have written the same step again
+            // meanwhile.
             remote.remove(&checkpoint_key(job, step, digest)).await?;
             for exports in exports_keys(job, step) {
                 remote.remove(&exports).await?;
@@ -299,23 +321,29 @@ impl Artifacts {
         self.drop_local_checkpoint(job, step).await
     }
 
-    /// Has a checkpoint's files checked again before they are next used.
-    pub fn distrust_checkpoint(&self, job: &str, step: u64) {
-        self.checked
+    /// Marks a checkpoint as unverified: its files are checked again before their next use.
+    pub fn mark_unverified(&self, job: &str, step: u64) {
+        self.verified
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .remove(&self.checkpoint(job, step));
     }
 
-    /// Removes what this machine has of a checkpoint.
+    /// Removes the local files of a checkpoint and of its exports.
+    ///
+    /// # Errors
+    /// `Internal` if the file system fails.
     pub async fn drop_local_checkpoint(&self, job: &str, step: u64) -> Result<()> {
-        self.distrust_checkpoint(job, step);
+        self.mark_unverified(job, step);
         let mut paths: Vec<PathBuf> = exports_keys(job, step).map(|key| self.root.join(key)).into();
         paths.push(self.checkpoint(job, step));
         blocking(move || paths.iter().try_for_each(|p| remove(p))).await?
     }
 
-    /// The jobs and datasets that have files here.
+    /// Returns the ids of the jobs and of the datasets that have local files.
+    ///
+    /// # Errors
+    /// `Internal` if the file system fails.
     pub async fn local(&self) -> Result<(Vec<String>, Vec<String>)> {
         let folders = [self.root.join("jobs"), self.root.join("datasets")];
         blocking(move || {
@@ -328,41 +356,53 @@ impl Artifacts {
         .await?
     }
 
-    /// How long a job's folder has been here.
+    /// Returns the time since the last change of a job's folder, or `None` if it does not exist.
     pub fn job_age(&self, id: &str) -> Option<Duration> {
         fs::metadata(self.job(id)).ok()?.modified().ok()?.elapsed().ok()
     }
 
-    /// How long a dataset's file has been here.
+    /// Returns the time since the last change of a dataset's file, or `None` if it does not exist.
     pub fn dataset_age(&self, id: &str) -> Option<Duration> {
         fs::metadata(self.dataset(id)).ok()?.modified().ok()?.elapsed().ok()
     }
 
-    /// Removes what this machine has of a job.
+    /// Removes the local files of a job.
+    ///
+    /// # Errors
+    /// `Internal` if the file system fails.
     pub async fn drop_local_job(&self, job: &str) -> Result<()> {
         let path = self.job(job);
-        self.checked
+        self.verified
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .retain(|p| !p.starts_with(&path));
         blocking(move || remove(&path)).await?
     }
 
-    /// Removes what this machine has of a dataset.
+    /// Removes the local file of a dataset.
+    ///
+    /// # Errors
+    /// `Internal` if the file system fails.
     pub async fn drop_local_dataset(&self, id: &str) -> Result<()> {
         let path = self.dataset(id);
         blocking(move || remove(&path)).await?
     }
 
-    /// Removes everything of a job.
+    /// Removes all files of a job, here and in the object store.
+    ///
+    /// # Errors
+    /// `Unavailable` if the object store does not answer; `Internal` if the file system fails.
     pub async fn remove_job(&self, job: &str) -> Result<()> {
         if let Some(remote) = &self.remote {
-            remote.remove(&format!("{JOBS}/{job}")).await?;
+            remote.remove(&format!("{JOBS_FOLDER}/{job}")).await?;
         }
         self.drop_local_job(job).await
     }
 
-    /// Removes a dataset's file.
+    /// Removes a dataset's file, here and in the object store.
+    ///
+    /// # Errors
+    /// `Unavailable` if the object store does not answer; `Internal` if the file system fails.
     pub async fn remove_dataset(&self, id: &str) -> Result<()> {
         if let Some(remote) = &self.remote {
             remote.remove(&dataset_key(id)).await?;
@@ -370,26 +410,30 @@ impl Artifacts {
         self.drop_local_dataset(id).await
     }
 
-    // ---- to and from the object store
+    // ---- transfers to and from the object store
 
-    /// Keeps a dataset whose file is in place here.
-    pub async fn keep_dataset(&self, id: &str) -> Result<()> {
+    /// Uploads a dataset's local file to the object store, if there is one.
+    ///
+    /// # Errors
+    /// `Unavailable` if the object store does not answer or is not the database's.
+    pub async fn upload_dataset(&self, id: &str) -> Result<()> {
         let Some(remote) = &self.remote else { return Ok(()) };
         self.check_store().await?;
         remote.put_file(&self.dataset(id), &dataset_key(id)).await
     }
 
-    /// Returns a dataset's file on this machine, whose content has the hash `expected`. With an
-    /// object store, a file that is missing here, damaged or unreadable is fetched from there.
+    /// Returns the local path of a dataset's file after checking that its content has the hash
+    /// `expected`. If an object store is configured, a missing, damaged or unreadable file is
+    /// fetched from it.
     ///
     /// # Errors
-    /// `FailedPrecondition`: `ARTIFACT_MISSING` when the file is not where it is kept,
-    /// `DATASET_CHANGED` when it has other content there.
+    /// `FailedPrecondition`: `ARTIFACT_MISSING` if the authoritative copy is missing,
+    /// `DATASET_CHANGED` if it has other content.
     pub async fn fetch_dataset(&self, dataset: &Dataset, expected: &str) -> Result<PathBuf> {
         let (path, expected, id) =
             (self.dataset(&dataset.id), expected.to_owned(), dataset.id.clone());
-        let is_here = path.clone();
-        let found = blocking(move || hash_if_present(&is_here)).await?;
+        let local = path.clone();
+        let found = blocking(move || hash_if_present(&local)).await?;
         if matches!(&found, Ok(Some(hash)) if *hash == expected) {
             return Ok(path);
         }
@@ -410,7 +454,7 @@ impl Artifacts {
         let temporary = Temporary(self.temporary());
         if let Err(e) = remote.get_file(&dataset_key(&id), &temporary.0).await {
             return Err(match e {
-                // Of another store, or one that is not mounted, nothing is believed.
+                // If the store is another one or not mounted, a missing object means nothing.
                 ServiceError::NotFound { .. } => {
                     self.check_store().await.err().unwrap_or_else(|| self.dataset_missing(&id))
                 }
@@ -429,22 +473,23 @@ impl Artifacts {
         .await?
     }
 
-    /// The error for a dataset whose file is not where it is kept now.
+    /// Returns the error for a dataset whose authoritative copy is missing.
     fn dataset_missing(&self, id: &str) -> ServiceError {
         let message = format!(
-            "the file of datasets/{id} is not in {}: restore it from a backup, or upload the dataset again and create the job anew",
-            self.place()
+            "the file of datasets/{id} is not in {}: restore it from a backup, or upload the \
+             dataset again and create the job anew",
+            self.location_name()
         );
         ServiceError::FailedPrecondition { reason: Reason::ArtifactMissing, message }
     }
 
-    /// Where files are kept, in words.
-    fn place(&self) -> &'static str {
+    /// Returns the name of the authoritative store, for messages.
+    fn location_name(&self) -> &'static str {
         if self.is_copy() { "the artifact store" } else { "the data directory" }
     }
 
-    /// Maps a missing object to `ARTIFACT_MISSING`, or to `Unavailable` if this is not the
-    /// database's store.
+    /// Converts the error for a missing object to `ARTIFACT_MISSING`, or to `Unavailable` if the
+    /// store is not the database's.
     async fn explain_missing(&self, e: ServiceError, name: &str) -> ServiceError {
         if !matches!(e, ServiceError::NotFound { .. }) {
             return e;
@@ -455,18 +500,19 @@ impl Artifacts {
         }
     }
 
-    /// The error for files that are not where they are kept now. They may come back: a bucket or a
-    /// folder can be restored, a listing can lag.
+    /// Returns the error for files whose authoritative copy is missing. They may come back: a
+    /// bucket or folder can be restored, and the listing of a store can lag.
     pub(super) fn missing(&self, name: &str) -> ServiceError {
         let message = format!(
-            "the files of {name} are not in {}: restore them, or delete what they belong to",
-            self.place()
+            "the files of {name} are not in {}: restore them, or delete the checkpoint or job that \
+             they belong to",
+            self.location_name()
         );
         ServiceError::FailedPrecondition { reason: Reason::ArtifactMissing, message }
     }
 
-    /// Why the files of a checkpoint cannot be used: they are damaged, missing, of another version
-    /// of the server, or may be readable later.
+    /// Converts the error of reading a checkpoint: it is damaged, missing, of another version of
+    /// the server, or temporarily unreadable.
     pub(super) fn unusable(&self, e: &CheckpointError, name: &str) -> ServiceError {
         match e {
             e if e.is_damage() => damaged(name, e.for_clients()),
@@ -486,14 +532,17 @@ impl Artifacts {
         }
     }
 
-    /// The folder with the job's own copy of the adapter that it starts from.
+    /// Returns the local folder with the job's own copy of the adapter it starts from.
     pub fn init_adapter(&self, job: &str) -> PathBuf {
         self.job(job).join("init_adapter")
     }
 
-    /// Copies an adapter that a job starts from, so that nobody can change it; returns the hash of
-    /// the copy.
-    pub async fn keep_init_adapter(&self, job: &str, from: &Path) -> Result<String> {
+    /// Copies the adapter that a job starts from, so that later changes of the original do not
+    /// affect the job. Returns the hash of the copy.
+    ///
+    /// # Errors
+    /// `Internal` if the file system fails; `Unavailable` if the object store does not answer.
+    pub async fn store_init_adapter(&self, job: &str, from: &Path) -> Result<String> {
         let (artifacts, from, target) = (self.clone(), from.to_owned(), self.init_adapter(job));
         let hash = blocking(move || {
             let temporary = Temporary(artifacts.temporary());
@@ -514,24 +563,26 @@ impl Artifacts {
         Ok(hash)
     }
 
-    /// A job's copy of the adapter that it starts from, on this machine.
+    /// Returns the local folder with the job's copy of the adapter it starts from, after checking
+    /// its hash. A missing or damaged copy is fetched from the object store.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`ARTIFACT_MISSING`, `ARTIFACT_DAMAGED`) when it is lost or changed.
+    /// `FailedPrecondition` (`ARTIFACT_MISSING`, `ARTIFACT_DAMAGED`) if it is lost or changed.
     pub async fn fetch_init_adapter(&self, job: &str, expected: &str) -> Result<PathBuf> {
         let (dir, name) = (self.init_adapter(job), format!("trainingJobs/{job}'s init_adapter"));
-        let known = || self.checked.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = || self.verified.lock().unwrap_or_else(PoisonError::into_inner);
         if known().contains(&dir)
             && tokio::fs::try_exists(dir.join(peft::WEIGHTS_FILE)).await.unwrap_or(false)
         {
             return Ok(dir);
         }
         let _fetching = self.fetching.lock().await;
-        let here = dir.clone();
-        let found = blocking(move || hash_files(&here, &ADAPTER_FILES)).await?;
+        let local = dir.clone();
+        let found = blocking(move || hash_files(&local, &ADAPTER_FILES)).await?;
         let changed = |found: &str| {
             let message = format!(
-                "the stored files of {name} were changed: their hash is {found}, the job was made with {expected}"
+                "the stored files of {name} were changed: their hash is {found}, the job was made \
+                 with {expected}"
             );
             ServiceError::FailedPrecondition { reason: Reason::ArtifactDamaged, message }
         };
@@ -566,8 +617,12 @@ impl Artifacts {
         Ok(dir)
     }
 
-    /// Keeps a checkpoint whose folder is whole here.
-    pub async fn keep_checkpoint(&self, job: &str, step: u64, digest: &str) -> Result<()> {
+    /// Uploads a complete local checkpoint to the object store, if there is one. The state file is
+    /// uploaded last.
+    ///
+    /// # Errors
+    /// `Unavailable` if the object store does not answer or is not the database's.
+    pub async fn upload_checkpoint(&self, job: &str, step: u64, digest: &str) -> Result<()> {
         let Some(remote) = &self.remote else { return Ok(()) };
         self.check_store().await?;
         remote
@@ -579,25 +634,25 @@ impl Artifacts {
             .await
     }
 
-    /// A checkpoint's folder on this machine, fetched when it is not.
+    /// Returns the local folder of a checkpoint; a missing one is fetched from the object store.
     ///
     /// # Errors
-    /// `FailedPrecondition`: `ARTIFACT_DAMAGED` when its files are proven to be others than were
-    /// written, `ARTIFACT_MISSING` when the artifact store does not have them (now),
-    /// `CHECKPOINT_FORMAT` when another version of the server wrote them.
+    /// `FailedPrecondition`: `ARTIFACT_DAMAGED` if its files are proven to differ from those that
+    /// were written, `ARTIFACT_MISSING` if the authoritative copy is missing (now),
+    /// `CHECKPOINT_FORMAT` if another version of the server wrote it.
     pub async fn fetch_checkpoint(&self, c: &Checkpoint) -> Result<PathBuf> {
         let dir = self.checkpoint(&c.job, c.step);
-        if self.is_here(c).await? {
+        if self.is_local(c).await? {
             return Ok(dir);
         }
-        // One at a time: a second caller finds what the first has fetched.
+        // One fetch at a time: a second caller then finds what the first has fetched.
         let _fetching = self.fetching.lock().await;
-        if self.is_here(c).await? {
+        if self.is_local(c).await? {
             return Ok(dir);
         }
         let name = format!("trainingJobs/{}/checkpoints/{}", c.job, c.step);
         let Some(remote) = &self.remote else {
-            return Err(self.why_not_here(c, name).await?);
+            return Err(self.local_failure(c, name).await?);
         };
         let temporary = Temporary(self.temporary());
         fs::create_dir_all(&temporary.0).map_err(|e| failed(&temporary.0, e))?;
@@ -611,9 +666,9 @@ impl Artifacts {
             let state = checkpoint::digest(&temporary.0);
             match state.and_then(|digest| checkpoint::check(&temporary.0).map(|()| digest)) {
                 Ok(digest) if digest == expected => {}
-                Ok(_) => return Err(damaged(&name, "its hash is another")),
-                // A file may be missing where the list of objects is behind, or an object gone:
-                // nothing that is here is wrong.
+                Ok(_) => return Err(damaged(&name, "its hash differs from the recorded one")),
+                // A file may be missing because the list of objects lags or an object is gone. That
+                // does not prove damage.
                 Err(e) => return Err(artifacts.unusable(&e, &name)),
             }
             remove(&dir)?;
@@ -623,11 +678,10 @@ impl Artifacts {
         .await?
     }
 
-    /// Why a checkpoint is not on this machine, which has no other place to fetch it from. A state
-    /// file that is not the one that was written proves damage: it says which other files there
-    /// should be. Files that are only missing prove nothing: the data directory may have been
-    /// restored in part, or be another one.
-    async fn why_not_here(&self, c: &Checkpoint, name: String) -> Result<ServiceError> {
+    /// Returns the error for a local checkpoint that is not usable when there is no object store. A
+    /// changed state file proves damage, because it lists the other files. Missing files prove
+    /// nothing: the data directory may be a partly restored or a different one.
+    async fn local_failure(&self, c: &Checkpoint, name: String) -> Result<ServiceError> {
         let (dir, expected, artifacts) =
             (self.checkpoint(&c.job, c.step), c.digest.clone(), self.clone());
         blocking(move || match checkpoint::digest(&dir) {
@@ -637,16 +691,17 @@ impl Artifacts {
             Err(e) => artifacts.unusable(&e, &name),
             Ok(_) => match checkpoint::check(&dir) {
                 Err(e) => artifacts.unusable(&e, &name),
-                // It has come back meanwhile: the next try finds it.
+                // The files have been restored meanwhile. The next attempt finds them.
                 Ok(()) => artifacts.missing(&name),
             },
         })
         .await
     }
 
-    /// Whether the checkpoint's folder is on this machine, as it was written. Another replica's
-    /// folder of the same step, left from before a lease was lost, is not this checkpoint.
-    async fn is_here(&self, c: &Checkpoint) -> Result<bool> {
+    /// Returns true if the local folder of the checkpoint is complete and unchanged. A folder of
+    /// the same step with another digest, left by a worker that lost its lease, is not this
+    /// checkpoint.
+    async fn is_local(&self, c: &Checkpoint) -> Result<bool> {
         let (dir, expected, artifacts) =
             (self.checkpoint(&c.job, c.step), c.digest.clone(), self.clone());
         let name = format!("trainingJobs/{}/checkpoints/{}", c.job, c.step);
@@ -658,8 +713,8 @@ impl Artifacts {
                 }
                 _ => return Ok(false),
             }
-            // Every file, once for each process.
-            let known = || artifacts.checked.lock().unwrap_or_else(PoisonError::into_inner);
+            // Every file is checked once per process.
+            let known = || artifacts.verified.lock().unwrap_or_else(PoisonError::into_inner);
             if known().contains(&dir) {
                 return Ok(true);
             }
@@ -677,10 +732,14 @@ impl Artifacts {
         .await?
     }
 
-    /// Keeps an export whose folder with `files` is whole here; returns where clients find it. What
-    /// the object store has already is not sent again: an earlier call may have been given up
-    /// half-way.
-    pub async fn keep_export(
+    /// Uploads a complete local export to the object store, if there is one, and returns its
+    /// location for clients. Files that the store already has are skipped: an earlier call may have
+    /// been interrupted.
+    ///
+    /// # Errors
+    /// `Unavailable` if the object store does not answer, is not the database's, or does not list
+    /// the files yet.
+    pub async fn upload_export(
         &self,
         job: &str,
         step: u64,
@@ -690,15 +749,15 @@ impl Artifacts {
         let (path, key) = (self.export(job, step, name), export_key(job, step, name));
         let Some(remote) = &self.remote else { return Ok(key) };
         self.check_store().await?;
-        let kept = remote.folder(&key).await?;
-        let absent = |kept: &BTreeMap<String, u64>, file: &ExportedFile| {
-            kept.get(&file.path) != Some(&file.size_bytes)
+        let stored = remote.folder(&key).await?;
+        let absent = |stored: &BTreeMap<String, u64>, file: &ExportedFile| {
+            stored.get(&file.path) != Some(&file.size_bytes)
         };
-        for file in files.iter().filter(|file| absent(&kept, file)) {
+        for file in files.iter().filter(|file| absent(&stored, file)) {
             remote.put_file(&path.join(&file.path), &format!("{key}/{}", file.path)).await?;
         }
-        let kept = remote.folder(&key).await?;
-        if let Some(file) = files.iter().find(|file| absent(&kept, file)) {
+        let stored = remote.folder(&key).await?;
+        if let Some(file) = files.iter().find(|file| absent(&stored, file)) {
             let message =
                 format!("{} is not in the artifact store yet: ask for the export again", file.path);
             return Err(ServiceError::Unavailable {
@@ -710,7 +769,11 @@ impl Artifacts {
         Ok(key)
     }
 
-    /// Makes `temporary` durable as `target`.
+    /// Renames `temporary` to `target` durably: contents are synced before the rename, the parent
+    /// folder after it.
+    ///
+    /// # Errors
+    /// `Internal` or `ResourceExhausted` if the file system fails.
     pub fn publish(&self, temporary: &Path, target: &Path) -> Result<()> {
         let parent = target.parent().unwrap_or(&self.root);
         fs::create_dir_all(parent).map_err(|e| failed(parent, e))?;
@@ -720,7 +783,7 @@ impl Artifacts {
     }
 }
 
-/// Syncs a file, or a folder with the files and folders in it.
+/// Syncs a file, or a folder and recursively its contents, to disk.
 fn sync(path: &Path) -> Result<()> {
     if path.is_dir() {
         for entry in fs::read_dir(path).map_err(|e| failed(path, e))? {
@@ -734,8 +797,11 @@ fn sync(path: &Path) -> Result<()> {
     File::open(path).and_then(|f| f.sync_all()).map_err(|e| failed(path, e))
 }
 
-/// The plain files of a folder and of the folders in it, with their sizes and hashes; links are not
-/// followed.
+/// Lists the plain files below a folder with their sizes and hashes, sorted by path. Symbolic links
+/// are not followed.
+///
+/// # Errors
+/// `Internal` if a file cannot be read.
 pub fn describe(dir: &Path) -> Result<Vec<ExportedFile>> {
     let mut files = Vec::new();
     describe_below(dir, "", &mut files)?;
@@ -759,15 +825,17 @@ fn describe_below(dir: &Path, prefix: &str, files: &mut Vec<ExportedFile>) -> Re
     Ok(())
 }
 
-/// The error for a dataset's file with other content than a job was made with.
+/// Returns the error for a dataset file whose content differs from the one that the job was created
+/// with.
 fn dataset_changed(id: &str, found: &str, expected: &str) -> ServiceError {
     let message = format!(
-        "the file of datasets/{id} has the content {found}, the job was made with {expected}: restore it, or upload it again and make a new job"
+        "the file of datasets/{id} has the content hash {found}, but the job was created with \
+         {expected}: restore it, or upload it again and make a new job"
     );
     ServiceError::FailedPrecondition { reason: Reason::DatasetChanged, message }
 }
 
-/// Returns a file's BLAKE3, or `None` where there is no file.
+/// Returns the BLAKE3 hash of a file, or `None` if it does not exist.
 fn hash_if_present(path: &Path) -> Result<Option<String>> {
     match fs::exists(path) {
         Ok(false) => Ok(None),
@@ -775,7 +843,7 @@ fn hash_if_present(path: &Path) -> Result<Option<String>> {
     }
 }
 
-/// A file's size and BLAKE3.
+/// Returns the size of a file in bytes and its BLAKE3 hash.
 fn hash_file(path: &Path) -> Result<(u64, String)> {
     let mut hash = blake3::Hasher::new();
     let size = File::open(path)
@@ -789,22 +857,22 @@ fn dataset_key(id: &str) -> String {
 }
 
 fn checkpoint_key(job: &str, step: u64, digest: &str) -> String {
-    format!("{JOBS}/{job}/checkpoints/{step}/{digest}")
+    format!("{JOBS_FOLDER}/{job}/checkpoints/{step}/{digest}")
 }
 
 fn export_key(job: &str, step: u64, name: ExportName) -> String {
-    format!("{JOBS}/{job}/exports/{step}/{name}")
+    format!("{JOBS_FOLDER}/{job}/exports/{step}/{name}")
 }
 
-/// The folders with all exports of a checkpoint.
+/// Returns the folders of all exports of a checkpoint, including those of old versions.
 fn exports_keys(job: &str, step: u64) -> [String; 1 + OLD_EXPORTS.len()] {
-    let exports = format!("{JOBS}/{job}/exports/{step}");
+    let exports = format!("{JOBS_FOLDER}/{job}/exports/{step}");
     let [adapter, merged] = OLD_EXPORTS.map(|name| format!("{exports}-{name}"));
     [exports, adapter, merged]
 }
 
 fn init_adapter_key(job: &str) -> String {
-    format!("{JOBS}/{job}/init_adapter")
+    format!("{JOBS_FOLDER}/{job}/init_adapter")
 }
 
 fn damaged(name: &str, why: impl std::fmt::Display) -> ServiceError {
@@ -814,7 +882,10 @@ fn damaged(name: &str, why: impl std::fmt::Display) -> ServiceError {
     }
 }
 
-/// One hash of the named files of a folder.
+/// Returns one hash over the names, sizes and contents of the files `names` in `dir`.
+///
+/// # Errors
+/// `Internal` if a file is missing or cannot be read.
 pub fn hash_files(dir: &Path, names: &[&str]) -> Result<String> {
     let mut all = blake3::Hasher::new();
     for name in names {

@@ -1,12 +1,12 @@
-//! The lines of the audit log.
+//! Audit log.
 
 use crate::domain::access::Caller;
 
-/// Where the audit log's lines go: who did what to which resource, and who was refused. They lie in
-/// the span of their call, which has its id.
+/// Tracing target of the audit log, which records who did what to which resource and who was
+/// refused. Each line is inside the span of its call, which has the call's id.
 pub const AUDIT: &str = "audit";
 
-/// Notes what a caller did.
+/// Writes an audit line for a completed action.
 pub(super) fn audit(caller: &Caller, action: &'static str, resource: &str) {
     tracing::info!(target: AUDIT, owner = caller.owner, action, resource, "done");
 }

@@ -1,4 +1,4 @@
-//! Who calls, and what callers may see and take.
+//! Identity, permissions and quotas of callers.
 
 pub mod access;
 pub(super) mod quota;

@@ -18,14 +18,15 @@ use super::store::jobs::Expired;
 use super::store::listen::Notice;
 use crate::domain::job::JobState;
 
-/// Every how many rounds old copies are looked for.
-const SWEEP: u64 = 60;
-/// What an upload may take between its file and its row.
-const UPLOADING: Duration = Duration::from_secs(3600);
-/// Expired jobs that are deleted at a time.
-const DELETIONS: usize = 64;
+/// Number of rounds between two sweeps for local copies of deleted files.
+const ROUNDS_PER_SWEEP: u64 = 60;
+/// Minimum age of a file without a row before a sweep removes it. It is longer than any upload or
+/// job creation takes from its file to its row.
+const MIN_SWEEP_AGE: Duration = Duration::from_secs(3600);
+/// Maximum number of expired jobs deleted per round.
+const MAX_DELETIONS_PER_ROUND: usize = 64;
 
-/// What the background tasks need.
+/// Background tasks and the parts of the service they use.
 #[derive(Clone)]
 pub(super) struct BackgroundTasks {
     pub store: Store,
@@ -37,17 +38,17 @@ pub(super) struct BackgroundTasks {
 }
 
 impl BackgroundTasks {
-    /// Starts them; they go on until they are aborted.
+    /// Starts the tasks. They run until they are aborted.
     pub fn start(&self) -> Vec<JoinHandle<()>> {
-        let [renewing, keeping, listening] = [self.clone(), self.clone(), self.clone()];
+        let [renewing, maintaining, listening] = [self.clone(), self.clone(), self.clone()];
         vec![
             tokio::spawn(async move { renewing.renew_leases().await }),
-            tokio::spawn(async move { keeping.keep_house().await }),
+            tokio::spawn(async move { maintaining.maintain().await }),
             tokio::spawn(async move { listening.listen().await }),
         ]
     }
 
-    /// Renews leases for ever: nothing else may hold this up.
+    /// Renews leases forever. This is a task of its own, so that no other work delays a renewal.
     async fn renew_leases(&self) {
         // Two renewals may fail before a lease runs out.
         let pause = self.store.lease_time() / 3;
@@ -57,8 +58,9 @@ impl BackgroundTasks {
         }
     }
 
-    /// Keeps house until the service drains.
-    async fn keep_house(&self) {
+    /// Maintains jobs and gauges periodically. While the server drains, only `bradley_store_up` is
+    /// updated.
+    async fn maintain(&self) {
         let mut pause = tokio::time::interval(self.store.lease_time() / 3);
         pause.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut expired = Expired::default();
@@ -70,27 +72,29 @@ impl BackgroundTasks {
                 continue;
             }
             if let Err(e) = self.reclaim(false).await {
-                tracing::warn!(error = %e, "jobs of dead workers cannot be looked for");
+                tracing::warn!(error = %e, "cannot look for jobs of dead workers");
             }
             if let Err(e) = self.expire(&mut expired).await {
                 tracing::warn!(error = %e, "expired jobs cannot be deleted");
             }
-            if let Err(e) = self.count().await {
+            if let Err(e) = self.set_job_gauges().await {
                 tracing::debug!(error = %e, "jobs cannot be counted");
             }
-            // Restores what a caller who left, or a lost connection, kept from being told.
+            // Repeats notifications that were lost because a caller disconnected or the connection
+            // to the database broke.
             self.refresh().await;
-            if tick.is_multiple_of(SWEEP)
+            if tick.is_multiple_of(ROUNDS_PER_SWEEP)
                 && let Err(e) = self.sweep().await
             {
-                tracing::warn!(error = %e, "copies of what was deleted elsewhere cannot be removed");
+                tracing::warn!(error = %e, "local copies of deleted jobs and datasets cannot be \
+                    removed");
             }
         }
     }
 
-    /// Shows how many jobs are in each state, of all replicas, and how many of them this version
-    /// cannot read.
-    async fn count(&self) -> Result<()> {
+    /// Sets the gauges of the number of jobs per state, over all replicas, and of the jobs that
+    /// this version cannot read.
+    async fn set_job_gauges(&self) -> Result<()> {
         metrics::gauge!("bradley_unreadable_jobs").set(self.store.unreadable_jobs().await? as f64);
         let counts = self.store.job_counts().await?;
         for state in JobState::ALL {
@@ -100,24 +104,24 @@ impl BackgroundTasks {
         Ok(())
     }
 
-    /// Removes local copies of jobs and datasets that another replica deleted. What the artifact
-    /// store has is left alone: that a database does not know a job proves nothing, for it may be
-    /// an older one, or another.
+    /// Removes local copies of jobs and datasets that another replica deleted. Nothing is removed
+    /// from the artifact store: a job that is missing in the database proves nothing there, because
+    /// the database may be an older or a different one.
     async fn sweep(&self) -> Result<()> {
         if !self.artifacts.holds_copies_only() {
             return Ok(());
         }
         let (jobs, datasets) = self.artifacts.local().await?;
         for id in jobs {
-            // One that is being made has a copy of its adapter before it has a row.
-            let old = self.artifacts.job_age(&id).is_some_and(|age| age > UPLOADING);
+            // A job that is being created has a copy of its adapter before it has a row.
+            let old = self.artifacts.job_age(&id).is_some_and(|age| age > MIN_SWEEP_AGE);
             if old && matches!(self.store.job(&id).await, Err(ServiceError::NotFound { .. })) {
                 self.artifacts.drop_local_job(&id).await?;
             }
         }
         for id in datasets {
-            // One that is being uploaded has no row yet.
-            let old = self.artifacts.dataset_age(&id).is_some_and(|age| age > UPLOADING);
+            // A dataset that is being uploaded has no row yet.
+            let old = self.artifacts.dataset_age(&id).is_some_and(|age| age > MIN_SWEEP_AGE);
             if old && matches!(self.store.dataset(&id).await, Err(ServiceError::NotFound { .. })) {
                 self.artifacts.drop_local_dataset(&id).await?;
             }
@@ -125,11 +129,11 @@ impl BackgroundTasks {
         Ok(())
     }
 
-    /// Renews the leases of this process; a run whose lease is another's is stopped, and told what
-    /// clients asked for meanwhile.
-    async fn renew(&self, patience: Duration) {
+    /// Renews the leases of this process. A run that has lost its lease is stopped; other runs are
+    /// told which state clients have requested.
+    async fn renew(&self, timeout: Duration) {
         for run in self.runs.all() {
-            let renewed = tokio::time::timeout(patience, self.store.renew(&run.lease)).await;
+            let renewed = tokio::time::timeout(timeout, self.store.renew(&run.lease)).await;
             match renewed
                 .unwrap_or_else(|_| Err(ServiceError::internal("the database does not answer")))
             {
@@ -141,7 +145,7 @@ impl BackgroundTasks {
                     );
                     run.control.cancel();
                 }
-                // Until somebody takes the job, it is still ours.
+                // Nobody else has claimed the job yet, so its run continues.
                 Err(e) => {
                     tracing::warn!(job = run.lease.job, error = %e, "the lease cannot be renewed")
                 }
@@ -149,7 +153,10 @@ impl BackgroundTasks {
         }
     }
 
-    /// Puts jobs whose worker is gone back in the queue; see `Store::reclaim`.
+    /// Requeues jobs whose worker is gone; see [`Store::reclaim`].
+    ///
+    /// # Errors
+    /// `Unavailable` or `Internal` if the database fails.
     pub async fn reclaim(&self, all: bool) -> Result<()> {
         for (job, sequence) in self.store.reclaim(all).await? {
             tracing::info!(job = job.id, to = job.state.name(), "job recovered");
@@ -163,23 +170,23 @@ impl BackgroundTasks {
         Ok(())
     }
 
-    /// Deletes the next expired jobs. Each round goes on where the one before ended, so that jobs
-    /// which cannot be deleted do not hold up the others.
+    /// Deletes the next expired jobs. Each round continues where the last one ended, so that jobs
+    /// that cannot be deleted do not block the others.
     async fn expire(&self, after: &mut Expired) -> Result<()> {
-        let (jobs, next) = self.store.expired_jobs(*after, DELETIONS).await?;
+        let (jobs, next) = self.store.expired_jobs(*after, MAX_DELETIONS_PER_ROUND).await?;
         *after = next;
         for job in jobs {
             match self.jobs.delete_expired(&job).await {
                 Ok(()) => tracing::info!(job, "job deleted: its time to live is over"),
-                // Another job starts from it; another version wrote it; another replica was faster;
-                // or its time to live was prolonged meanwhile.
+                // Possible reasons: another job starts from it, another version wrote it, another
+                // replica was faster, or its time to live was prolonged meanwhile.
                 Err(e) => tracing::debug!(job, error = %e, "an expired job cannot be deleted yet"),
             }
         }
         Ok(())
     }
 
-    /// Tells followers what may have been missed.
+    /// Notifies followers and runners of changes that they may have missed.
     async fn refresh(&self) {
         for job in self.events.followed() {
             if let Ok(newest) = self.store.newest_sequence(&job).await {
@@ -189,10 +196,10 @@ impl BackgroundTasks {
         self.runs.wake();
     }
 
-    /// Passes on what other replicas change, for ever.
+    /// Forwards changes by other replicas to followers, runs and runners, forever.
     async fn listen(&self) {
-        let heard = tokio::sync::Notify::new();
-        let told = |notice: Option<Notice>| match notice {
+        let missed = tokio::sync::Notify::new();
+        let on_notice = |notice: Option<Notice>| match notice {
             Some(notice) => {
                 self.events.notify(&notice.job, notice.sequence);
                 if let Some(run) = self.runs.get(&notice.job) {
@@ -202,11 +209,11 @@ impl BackgroundTasks {
                     self.runs.wake();
                 }
             }
-            None => heard.notify_one(),
+            None => missed.notify_one(),
         };
         tokio::select! {
-            () = self.store.listen(told) => {}
-            () = async { loop { heard.notified().await; self.refresh().await; } } => {}
+            () = self.store.listen(on_notice) => {}
+            () = async { loop { missed.notified().await; self.refresh().await; } } => {}
         }
     }
 }

@@ -1,8 +1,11 @@
-//! Work that holds up the thread that it runs on.
+//! Blocking work in asynchronous code.
 
 use super::error::{Result, ServiceError};
 
-/// Runs what would hold up a tokio thread.
+/// Runs a blocking function on a thread pool, so that it does not block a tokio worker thread.
+///
+/// # Errors
+/// `Internal` if the function panics.
 pub(super) async fn blocking<T: Send + 'static>(
     f: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T> {

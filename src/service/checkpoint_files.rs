@@ -1,11 +1,11 @@
-//! The files of checkpoints whose rows are gone.
+//! Removal of the files of deleted checkpoints.
 
 use super::artifacts::Artifacts;
 use crate::domain::job::Checkpoint;
 use crate::engine::Engine;
 
-/// Removes the files of a checkpoint whose row is gone: what cannot be removed now goes with its
-/// job.
+/// Removes the files of a checkpoint whose row has been deleted. If that fails, the files remain
+/// until the job is deleted.
 pub(super) async fn remove_checkpoint_files(
     engine: &Engine,
     artifacts: &Artifacts,
@@ -14,6 +14,7 @@ pub(super) async fn remove_checkpoint_files(
     let (job, step) = (&c.job, c.step);
     engine.evict_policy(&artifacts.checkpoint(job, step));
     if let Err(e) = artifacts.remove_checkpoint(job, step, &c.digest).await {
-        tracing::warn!(job, step, error = %e, "the checkpoint's files are left until the job is deleted");
+        tracing::warn!(job, step, error = %e, "the checkpoint's files are left until the job is \
+            deleted");
     }
 }

@@ -1,4 +1,4 @@
-//! Checkpoints as clients see them: looked at, deleted, exported.
+//! Checkpoints: queries, deletion and export by clients.
 
 use std::path::{Path, PathBuf};
 
@@ -23,12 +23,12 @@ use crate::engine::api::WeightsRef;
 use crate::formats::peft;
 use crate::formats::weights::ElementType;
 
-/// The base model that a job is pinned to: its run goes on on no other.
-fn base(job: Job) -> Option<ModelIdentity> {
+/// Returns the base model that a job is pinned to, if it is pinned.
+fn pinned_base(job: Job) -> Option<ModelIdentity> {
     job.request.pins.map(|pins| pins.base)
 }
 
-/// Shows, deletes and exports checkpoints.
+/// Reads, deletes and exports checkpoints.
 #[derive(Clone)]
 pub struct CheckpointService {
     pub(super) store: Store,
@@ -36,12 +36,16 @@ pub struct CheckpointService {
     pub(super) engine: Engine,
     pub(super) policies: PolicyResolver,
     pub(super) runs: RunRegistry,
-    /// Exports share it with other work that takes long.
-    pub(super) heavy: Limiter,
+    /// Shared limit on slow tasks; an export counts as one.
+    pub(super) slow_tasks: Limiter,
 }
 
 impl CheckpointService {
-    /// Returns one checkpoint, and the base model that it was trained on.
+    /// Returns one checkpoint, and the base model it was trained on if the job is pinned to one.
+    ///
+    /// # Errors
+    /// `PermissionDenied` for another client's job; `NotFound` or `FailedPrecondition`
+    /// (`NO_CHECKPOINT`) if there is no such checkpoint.
     pub async fn get_checkpoint(
         &self,
         caller: &Caller,
@@ -49,27 +53,36 @@ impl CheckpointService {
         which: CheckpointRef,
     ) -> Result<(Checkpoint, Option<ModelIdentity>)> {
         let owner = own_job(&self.store, caller, job).await?;
-        Ok((self.policies.find_checkpoint(job, which).await?, base(owner)))
+        Ok((self.policies.find_checkpoint(job, which).await?, pinned_base(owner)))
     }
 
-    /// Returns a job's checkpoints, oldest first, and the base model that they were trained on.
+    /// Returns a job's checkpoints, oldest first, and the base model they were trained on if the
+    /// job is pinned to one.
+    ///
+    /// # Errors
+    /// `PermissionDenied` for another client's job.
     pub async fn list_checkpoints(
         &self,
         caller: &Caller,
         job: &str,
     ) -> Result<(Vec<Checkpoint>, Option<ModelIdentity>)> {
         let owner = own_job(&self.store, caller, job).await?;
-        Ok((self.store.checkpoints(job).await?, base(owner)))
+        Ok((self.store.checkpoints(job).await?, pinned_base(owner)))
     }
 
-    /// Deletes a checkpoint, but not the one that an unfinished job would continue from.
+    /// Deletes a checkpoint.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` (`IN_USE`) if the job has not ended and would continue from it, or if
+    /// another job needs it.
     pub async fn delete_checkpoint(&self, caller: &Caller, job: &str, step: u64) -> Result<()> {
         let state = own_job(&self.store, caller, job).await?.state;
         let checkpoint = self.policies.find_checkpoint(job, CheckpointRef::Step(step)).await?;
         let newest = self.policies.find_checkpoint(job, CheckpointRef::Latest).await?.step;
-        if !state.is_final() && newest == step && !self.is_out_of_reach(state, &checkpoint).await {
+        if !state.is_final() && newest == step && !self.is_unreadable(state, &checkpoint).await {
             let message = format!(
-                "trainingJobs/{job} is {} and would continue from step {step}: delete it when the job has ended",
+                "trainingJobs/{job} is {} and would continue from step {step}: delete it when the \
+                 job has ended",
                 state.name()
             );
             return Err(ServiceError::FailedPrecondition { reason: Reason::InUse, message });
@@ -83,9 +96,9 @@ impl CheckpointService {
         Ok(())
     }
 
-    /// Returns true if a waiting job cannot read this checkpoint. Deleting it lets the job continue
-    /// from the one before.
-    async fn is_out_of_reach(&self, state: JobState, checkpoint: &Checkpoint) -> bool {
+    /// Returns true if a queued or paused job cannot read this checkpoint. Deleting it lets the job
+    /// continue from the previous one.
+    async fn is_unreadable(&self, state: JobState, checkpoint: &Checkpoint) -> bool {
         matches!(state, JobState::Queued | JobState::Paused)
             && matches!(
                 self.artifacts.fetch_checkpoint(checkpoint).await,
@@ -98,11 +111,12 @@ impl CheckpointService {
             )
     }
 
-    /// Writes a checkpoint as an adapter or merged; what was exported before is given again.
+    /// Exports a checkpoint as an adapter or as merged weights. An existing export is returned
+    /// again.
     ///
     /// # Errors
     /// `FailedPrecondition` (`NO_ADAPTER`, `MODEL_CHANGED`, `MODEL_FILES_CHANGED`,
-    /// `WEIGHTS_UNUSABLE`, …), and `InvalidArgument` for an element type of an adapter.
+    /// `WEIGHTS_UNUSABLE`, …), and `InvalidArgument` if an element type is given for an adapter.
     pub async fn export_checkpoint(
         &self,
         caller: &Caller,
@@ -127,7 +141,8 @@ impl CheckpointService {
         let (id, step) = (job.id.clone(), checkpoint.step);
         let (name, contents) = match format {
             ExportFormat::Adapter if wanted.dtype.is_some() => {
-                let message = "is for merged weights, an adapter is exported in f32 as it was trained: leave it empty, or ask for MERGED";
+                let message = "is for merged weights, an adapter is exported in f32 as it was \
+                               trained: leave it empty, or ask for MERGED";
                 return Err(ServiceError::invalid("dtype", message));
             }
             ExportFormat::Adapter => self.adapter_contents(&job, &checkpoint).await?,
@@ -146,7 +161,7 @@ impl CheckpointService {
             }
         };
         let (artifacts, engine, job_id) = (self.artifacts.clone(), self.engine.clone(), id.clone());
-        let permit = self.heavy.acquire().await?;
+        let permit = self.slow_tasks.acquire().await?;
         let (files, path) = blocking(move || {
             let _permit = permit;
             let target = artifacts.export(&job_id, step, name);
@@ -164,13 +179,14 @@ impl CheckpointService {
             Ok::<_, ServiceError>((describe(&target)?, target))
         })
         .await??;
-        let location = self.artifacts.keep_export(&id, step, name, &files).await?;
+        let location = self.artifacts.upload_export(&id, step, name, &files).await?;
         audit(caller, "export", &format!("trainingJobs/{id}/checkpoints/{step}"));
         Ok(Export { files, path, location })
     }
 
-    /// The adapter's files are copied: that needs no model, and the model may have been replaced
-    /// since. Where it is served as it was, its tokenizer goes with them.
+    /// Returns the contents of an adapter export. The adapter's files are copied, which needs no
+    /// model: the base model may have been replaced meanwhile. If the unchanged base model is
+    /// served, its tokenizer is exported, too.
     async fn adapter_contents(
         &self,
         job: &Job,
@@ -192,27 +208,27 @@ impl CheckpointService {
     }
 }
 
-/// What a client asks for.
+/// Options of an export.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ExportRequest {
-    /// By the job's method when absent.
+    /// Kind of export; if absent, it follows from the checkpoint (adapter or full weights).
     pub format: Option<ExportFormat>,
-    /// The element type of merged weights; the base model's when absent.
+    /// Element type of merged weights; the base model's if absent.
     pub dtype: Option<ElementType>,
 }
 
-/// What is written into an export's folder.
+/// Contents of an export.
 enum ExportContents {
     Merged {
         weights: WeightsRef,
         dtype: ElementType,
     },
     Adapter {
-        /// The checkpoint's.
+        /// Folder of the checkpoint.
         folder: PathBuf,
-        /// The base model's name; `None` when it is not served as it was.
+        /// Name of the base model; `None` if the model is not served or has changed.
         base: Option<BaseName>,
-        /// The base model's id.
+        /// Id of the base model.
         model: String,
     },
 }

@@ -1,4 +1,5 @@
-//! Uploads: bytes to a temporary file, validation, rename, row; acknowledged only after all four.
+//! Datasets: upload, queries and deletion. An upload is written to a temporary file, validated,
+//! renamed, and stored as a row. It is acknowledged only after all four steps.
 
 use std::sync::Arc;
 
@@ -25,49 +26,50 @@ use crate::infer::encode::PairEncoder;
 use crate::train::rows::detect_format;
 use crate::train::validate::validate_rows;
 
-/// What an upload says of itself.
+/// Metadata of an upload.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct UploadMeta {
-    /// A title, at most 256 characters.
+    /// Display name, at most 256 characters.
     pub display_name: String,
-    /// Guessed when absent.
+    /// Format of the file; detected from its first bytes if absent.
     pub format: Option<DatasetFormat>,
-    /// Also check lengths with this model's tokenizer.
+    /// Id of a model; if given, the lengths of the rows are checked with its tokenizer.
     pub model: Option<String>,
-    /// The limit they are checked against.
+    /// Maximum length of a row in tokens for this check.
     pub max_length: usize,
 }
 
 /// Limits on uploads.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct DatasetLimits {
-    /// The largest upload, in bytes.
+    /// Largest upload, in bytes.
     pub max_upload_bytes: u64,
-    /// Bytes of datasets that one client may keep.
+    /// Maximum total size of one client's datasets, in bytes.
     pub max_bytes_per_client: Option<u64>,
-    /// Bytes of text that a dataset may hold: a job has its tokens in memory.
+    /// Maximum text in one dataset, in bytes. It is limited because a job holds all its tokens in
+    /// memory.
     pub max_text_bytes: u64,
 }
 
-/// Takes datasets in, shows and deletes them.
+/// Receives, reads and deletes datasets.
 #[derive(Clone)]
 pub struct DatasetService {
     pub(super) store: Store,
     pub(super) artifacts: Artifacts,
     pub(super) engine: Engine,
-    /// Validation shares it with other work that takes long.
-    pub(super) heavy: Limiter,
+    /// Shared limit on slow tasks; validating a dataset counts as one.
+    pub(super) slow_tasks: Limiter,
     pub(super) shutdown: Shutdown,
     pub(super) template_date: TemplateDate,
     pub(super) limits: DatasetLimits,
 }
 
-/// An upload in progress; dropping it removes what was written.
+/// An upload in progress. Dropping it removes the temporary file.
 pub struct DatasetUpload {
     service: DatasetService,
     owner: String,
     meta: UploadMeta,
-    /// The tokenizer and the vocabulary of the model that lengths are checked with.
+    /// Tokenizer and vocabulary size of the model used to check lengths.
     checked: Option<(Arc<ChatTokenizer>, usize)>,
     file: File,
     temporary: Temporary,
@@ -78,11 +80,18 @@ pub struct DatasetUpload {
 
 impl DatasetService {
     /// Returns one dataset.
+    ///
+    /// # Errors
+    /// `PermissionDenied` if the dataset does not exist or belongs to another client; `NotFound`
+    /// for administrators.
     pub async fn get_dataset(&self, caller: &Caller, id: &str) -> Result<Dataset> {
         own_dataset(&self.store, caller, id).await
     }
 
     /// Returns a page of datasets, newest first.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a page token that this list did not return.
     pub async fn list_datasets(
         &self,
         caller: &Caller,
@@ -92,7 +101,10 @@ impl DatasetService {
         self.store.datasets(caller.shown(), page_size, page_token).await
     }
 
-    /// Deletes a dataset that no unfinished job uses.
+    /// Deletes a dataset.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` (`IN_USE`) if an unfinished job uses it.
     pub async fn delete_dataset(&self, caller: &Caller, id: &str) -> Result<()> {
         own_dataset(&self.store, caller, id).await?;
         self.artifacts.check_store().await?;
@@ -102,6 +114,10 @@ impl DatasetService {
     }
 
     /// Begins an upload.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for bad metadata; `ResourceExhausted` if the client's datasets have
+    /// reached their limit; `Unavailable` if the server is shutting down.
     pub async fn begin_upload(&self, caller: &Caller, meta: UploadMeta) -> Result<DatasetUpload> {
         self.shutdown.refuse_new_work()?;
         if meta.display_name.chars().count() > 256 || meta.display_name.contains('\0') {
@@ -117,10 +133,11 @@ impl DatasetService {
             ));
         }
         if let Some(limit) = self.limits.max_bytes_per_client {
-            let kept = self.store.dataset_bytes(&caller.owner).await?;
-            if kept >= limit {
-                let message =
-                    format!("your datasets have {kept} bytes, {limit} are allowed: delete one");
+            let used = self.store.dataset_bytes(&caller.owner).await?;
+            if used >= limit {
+                let message = format!(
+                    "your datasets have {used} bytes, at most {limit} are allowed: delete one"
+                );
                 return Err(ServiceError::ResourceExhausted {
                     reason: Reason::TooManyBytes,
                     message,
@@ -151,7 +168,10 @@ impl DatasetService {
 }
 
 impl DatasetUpload {
-    /// Takes the next bytes.
+    /// Appends the next bytes.
+    ///
+    /// # Errors
+    /// `ResourceExhausted` if the upload exceeds its limit or the disk is full.
     pub async fn write(&mut self, bytes: &[u8]) -> Result<()> {
         let limit = self.service.limits.max_upload_bytes;
         self.size += bytes.len() as u64;
@@ -171,17 +191,17 @@ impl DatasetUpload {
         self.file.write_all(bytes).await.map_err(|e| failed(&self.temporary.0, e))
     }
 
-    /// Validates and stores the dataset; when this returns it survives a crash.
+    /// Validates and stores the dataset. When this returns, the dataset survives a crash.
     ///
     /// # Errors
-    /// `InvalidArgument` when no row can be used, with the first findings.
+    /// `InvalidArgument` with the first findings if no row can be used.
     pub async fn finish(mut self) -> Result<Dataset> {
         self.file.flush().await.map_err(|e| failed(&self.temporary.0, e))?;
         let format = self.meta.format.unwrap_or_else(|| detect_format(&self.start));
         let (path, checked, max_length) =
             (self.temporary.0.clone(), self.checked.clone(), self.meta.max_length);
         let date = self.service.template_date.of(None);
-        let permit = self.service.heavy.acquire().await?;
+        let permit = self.service.slow_tasks.acquire().await?;
         let limit = self.service.limits.max_text_bytes;
         let report = blocking(move || {
             let _permit = permit;
@@ -194,16 +214,16 @@ impl DatasetUpload {
         })
         .await??;
         if report.valid_rows == 0 && report.pairs == 0 {
-            return Err(ServiceError::invalid("chunk", nothing_usable(&report)));
+            return Err(ServiceError::invalid("chunk", no_usable_row_message(&report)));
         }
         let id = uuid::Uuid::now_v7().to_string();
         let DatasetService { store, artifacts, .. } = &self.service;
         let (path, target) = (self.temporary.0.clone(), artifacts.dataset(&id));
-        // Until the row is stored, the file belongs to nobody.
-        let unowned = Temporary(target.clone());
+        // Removes the file again unless the row is stored.
+        let uncommitted = Temporary(target.clone());
         let publisher = artifacts.clone();
         blocking(move || publisher.publish(&path, &target)).await??;
-        artifacts.keep_dataset(&id).await?;
+        artifacts.upload_dataset(&id).await?;
         let dataset = Dataset {
             id,
             display_name: self.meta.display_name.clone(),
@@ -215,17 +235,23 @@ impl DatasetUpload {
             owner: self.owner.clone(),
         };
         if let Err(e) = store.insert_dataset(&dataset).await {
-            // The row may be there all the same, its answer lost: then the file must stay.
+            // The insert may have succeeded although its answer was lost. Then the file must stay.
             match store.dataset(&dataset.id).await {
                 Err(ServiceError::NotFound { .. }) => {
                     drop(artifacts.remove_dataset(&dataset.id).await)
                 }
-                _ => unowned.keep(),
+                _ => uncommitted.persist(),
             }
             return Err(e);
         }
-        unowned.keep();
-        tracing::info!(target: AUDIT, owner = self.owner, action = "upload", resource = format!("datasets/{}", dataset.id), "done");
+        uncommitted.persist();
+        tracing::info!(
+            target: AUDIT,
+            owner = self.owner,
+            action = "upload",
+            resource = format!("datasets/{}", dataset.id),
+            "done"
+        );
         tracing::info!(
             dataset = dataset.id,
             rows = dataset.report.rows,
@@ -236,7 +262,7 @@ impl DatasetUpload {
     }
 }
 
-fn nothing_usable(report: &ValidationReport) -> String {
+fn no_usable_row_message(report: &ValidationReport) -> String {
     if report.rows == 0 {
         return "the file holds no row: send one JSON object a line, or a Parquet file".into();
     }

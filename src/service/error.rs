@@ -1,4 +1,4 @@
-//! The closed set of errors the service answers with; `rpc` maps each to one status.
+//! The closed set of errors that the service returns; `rpc` maps each to one gRPC status.
 
 use std::io;
 use std::path::Path;
@@ -9,119 +9,121 @@ use crate::domain::violation::Violations;
 use crate::engine::api::EngineError;
 use crate::train::rows::DataError;
 
-/// Why a request could not be served.
+/// Reason why a request could not be served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
-    /// Fields that cannot be accepted, all of them.
+    /// All fields of the request that are invalid.
     #[error("{0}")]
     InvalidArgument(Violations),
-    /// No such resource.
+    /// The resource does not exist.
     #[error("{kind} {name:?} does not exist")]
     NotFound {
-        /// job, dataset, checkpoint or model.
+        /// Kind of resource: job, dataset, checkpoint, model, token or artifact.
         kind: &'static str,
-        /// Its name.
+        /// Name of the resource.
         name: String,
     },
-    /// The caller may not do it, or may not know whether there is such a thing.
+    /// The caller may not do this, or may not learn whether the resource exists.
     #[error("{message}")]
     PermissionDenied {
-        /// What and why.
+        /// Message for the client: the problem and its remedy.
         message: String,
     },
-    /// Nobody knows who the caller is.
+    /// The caller could not be authenticated.
     #[error("{message}")]
     Unauthenticated {
-        /// What and why.
+        /// Message for the client: the problem and its remedy.
         message: String,
     },
-    /// The resource's state forbids it.
+    /// The state of the resource does not allow the operation.
     #[error("{message}")]
     FailedPrecondition {
-        /// The stable word for it.
+        /// Stable reason code.
         reason: Reason,
-        /// What and why.
+        /// Message for the client: the problem and its remedy.
         message: String,
     },
-    /// The request_id was used with another body.
+    /// The request_id has already been used for a different request.
     #[error("{message}")]
     AlreadyExists {
-        /// What and why.
+        /// Message for the client: the problem and its remedy.
         message: String,
     },
-    /// Somebody else was faster: the resource changed since it was read, or another worker carries
-    /// it on.
+    /// A concurrent change won: the resource changed since it was read, or another worker holds the
+    /// lease of the job.
     #[error("{message}")]
     Aborted {
-        /// The stable word for it.
+        /// Stable reason code.
         reason: Reason,
-        /// What and why.
+        /// Message for the client: the problem and its remedy.
         message: String,
     },
-    /// Not now; try again.
+    /// Temporarily not possible; the client should retry.
     #[error("{message}")]
     Unavailable {
-        /// The stable word for it.
+        /// Stable reason code.
         reason: Reason,
-        /// What and why.
+        /// Message for the client: the problem and its remedy.
         message: String,
-        /// When to try again.
+        /// Delay before the next attempt.
         retry_after: Duration,
     },
-    /// Over a limit that waiting does not lift.
+    /// A limit is exceeded, and waiting alone does not help.
     #[error("{message}")]
     ResourceExhausted {
-        /// The stable word for it.
+        /// Stable reason code.
         reason: Reason,
-        /// What and why.
+        /// Message for the client: the problem and its remedy.
         message: String,
     },
-    /// A cursor outside what exists.
+    /// A cursor is outside the existing range.
     #[error("{message}")]
     OutOfRange {
-        /// What and why.
+        /// Message for the client: the problem and its remedy.
         message: String,
     },
-    /// The caller's deadline has passed.
+    /// The caller's deadline has passed, or the caller has disconnected.
     #[error("the deadline has passed")]
     DeadlineExceeded,
-    /// A defect or a broken disk.
+    /// A defect of the server or a broken disk.
     #[error("{message}")]
     Internal {
-        /// What happened.
+        /// Description of the failure, for the log.
         message: String,
     },
 }
 
-/// The result of every service call.
+/// Result of every service call.
 pub type Result<T> = std::result::Result<T, ServiceError>;
 
 impl ServiceError {
-    /// One bad field.
+    /// Returns the error for one invalid field.
     pub fn invalid(field: impl Into<String>, description: impl Into<String>) -> Self {
         ServiceError::InvalidArgument(Violations::one(field, description))
     }
 
-    /// A missing resource.
+    /// Returns the error for a missing resource.
     pub fn not_found(kind: &'static str, name: impl Into<String>) -> Self {
         ServiceError::NotFound { kind, name: name.into() }
     }
 
-    /// Something that is a defect or a broken disk.
+    /// Returns the error for a defect or a broken disk.
     pub fn internal(message: impl std::fmt::Display) -> Self {
         ServiceError::Internal { message: message.to_string() }
     }
 
-    /// Whether it says that the server is stopping.
+    /// Returns true if the error says that the server is shutting down.
     pub fn is_draining(&self) -> bool {
         matches!(self, ServiceError::Unavailable { reason: Reason::Draining, .. })
     }
 
-    /// The server is stopping.
+    /// Returns the error for a server that is shutting down.
     pub fn draining() -> Self {
         ServiceError::Unavailable {
             reason: Reason::Draining,
-            message: "the server is shutting down: retry, another replica or the restarted server will answer".into(),
+            message: "the server is shutting down: retry, another replica or the restarted server \
+                      will answer"
+                .into(),
             retry_after: Duration::from_secs(5),
         }
     }
@@ -139,7 +141,7 @@ impl From<sqlx::Error> for ServiceError {
         if is_stale_statement(&e) {
             super::store::stale::note_refused();
         }
-        match may_answer_later(&e) {
+        match may_succeed_later(&e) {
             true => ServiceError::Unavailable {
                 reason: Reason::StoreUnavailable,
                 message,
@@ -150,22 +152,23 @@ impl From<sqlx::Error> for ServiceError {
     }
 }
 
-/// Whether the database is away, full or busy, rather than the statement wrong.
-fn may_answer_later(e: &sqlx::Error) -> bool {
+/// Returns true if the database is unreachable, full or busy, so that the same statement may
+/// succeed later.
+fn may_succeed_later(e: &sqlx::Error) -> bool {
     use sqlx::Error::{Database, Io, PoolClosed, PoolTimedOut, Protocol, Tls, WorkerCrashed};
     match e {
         Io(_) | Tls(_) | Protocol(_) | PoolTimedOut | PoolClosed | WorkerCrashed => true,
         Database(e) => match e.code().as_deref() {
-            // PostgreSQL: lost connections, a schema that changed under a prepared statement,
-            // conflicts, no resources, locks, operator intervention, system errors, read-only
-            // standby, an idle session ended.
+            // PostgreSQL SQLSTATE classes and codes: 08 lost connection, 0A schema changed under a
+            // prepared statement, 40 conflict, 53 no resources, 55 locked, 57 operator
+            // intervention, 58 system error, 25006 read-only standby, 25P03 idle session ended.
             Some(code) if code.len() == 5 => {
                 ["08", "0A", "40", "53", "55", "57", "58"]
                     .iter()
                     .any(|class| code.starts_with(class))
                     || matches!(code, "25006" | "25P03")
             }
-            // SQLite: busy, locked, I/O error, full, cannot open.
+            // SQLite result codes: 5 busy, 6 locked, 10 I/O error, 13 full, 14 cannot open.
             Some(code) => {
                 code.parse::<i32>().is_ok_and(|c| matches!(c & 0xff, 5 | 6 | 10 | 13 | 14))
             }
@@ -175,10 +178,14 @@ fn may_answer_later(e: &sqlx::Error) -> bool {
     }
 }
 
-/// Whether PostgreSQL refused a prepared statement because the schema has changed since it was
-/// prepared.
+/// Returns true if PostgreSQL refused a prepared statement because the schema has changed since it
+/// was prepared.
 fn is_stale_statement(e: &sqlx::Error) -> bool {
-    matches!(e, sqlx::Error::Database(e) if e.code().is_some_and(|code| code.len() == 5 && code.starts_with("0A")))
+    matches!(
+        e,
+        sqlx::Error::Database(e)
+            if e.code().is_some_and(|code| code.len() == 5 && code.starts_with("0A"))
+    )
 }
 
 impl From<EngineError> for ServiceError {
@@ -212,12 +219,13 @@ impl From<EngineError> for ServiceError {
     }
 }
 
-/// A file-system failure; a full disk is told apart, because it has a remedy.
+/// Converts a file-system failure. A full disk has its own error, because clients and operators can
+/// remedy it.
 pub(super) fn failed(path: &Path, e: io::Error) -> ServiceError {
     let message = format!("{}: {e}", path.display());
     match e.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            // Clients learn what to ask for, the log says where.
+            // Clients are told the remedy; the path is only logged.
             tracing::warn!(error = message, "no space is left");
             ServiceError::ResourceExhausted {
                 reason: Reason::StorageFull,
@@ -228,14 +236,19 @@ pub(super) fn failed(path: &Path, e: io::Error) -> ServiceError {
     }
 }
 
-/// What is wrong with a dataset's file, without the server's path in it.
+/// Converts a failure to read a dataset's file, without the server's path in the message.
 pub(super) fn unreadable(e: &DataError) -> ServiceError {
     match e {
         DataError::BadFile { reason, .. } => ServiceError::invalid("chunk", reason.clone()),
-        DataError::TooLarge { .. } => ServiceError::ResourceExhausted { reason: Reason::DatasetTooLarge, message: e.to_string() },
+        DataError::TooLarge { .. } => ServiceError::ResourceExhausted {
+            reason: Reason::DatasetTooLarge,
+            message: e.to_string(),
+        },
         DataError::Interrupted { .. } => ServiceError::Unavailable {
             reason: Reason::StorageUnavailable,
-            message: "the process that decodes the file was killed, perhaps because the machine has no memory left: retry later".to_owned(),
+            message: "the process that decodes the file was killed, perhaps because the machine \
+                      has no memory left: retry later"
+                .to_owned(),
             retry_after: Duration::from_secs(5),
         },
         DataError::Io { .. } => ServiceError::internal(e),

@@ -1,5 +1,5 @@
-//! Live events. Nothing is delivered that is not stored: a stream only learns here that there is
-//! more to read.
+//! Live event streams. Streams read events only from the store; this feed only tells them that
+//! there is more to read. So nothing is delivered that is not stored.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,33 +15,33 @@ use crate::domain::access::Caller;
 use crate::domain::job::{Event, EventKind};
 use crate::telemetry::counted::Counted;
 
-/// Events read from the store at a time.
-const PAGE: usize = 256;
-/// Events that wait for a slow client; more stay in the store.
-const BUFFER: usize = 64;
+/// Maximum number of events read from the store at a time.
+const EVENTS_PER_READ: usize = 256;
+/// Maximum number of events buffered for a slow client; further ones wait in the store.
+const STREAM_BUFFER_EVENTS: usize = 64;
 
-/// The event streams of jobs; clones share them.
+/// Event streams of jobs. Clones share them.
 #[derive(Clone)]
 pub(super) struct EventFeed {
-    /// The newest stored sequence of each job that somebody follows.
+    /// Newest stored sequence number of each followed job.
     followed: Arc<Mutex<HashMap<String, watch::Sender<u64>>>>,
     store: Store,
-    /// Streams end with the tokens of their callers.
+    /// Used to end a stream when the caller's token is revoked or expires.
     tokens: TokenService,
     shutdown: Shutdown,
 }
 
 impl EventFeed {
-    /// Creates a feed that nobody follows.
+    /// Creates a feed without followers.
     pub fn new(store: Store, tokens: TokenService, shutdown: Shutdown) -> Self {
         EventFeed { followed: Arc::default(), store, tokens, shutdown }
     }
 
-    /// Tells followers that `job` has events up to `sequence`.
+    /// Tells the followers of `job` that events up to `sequence` are stored.
     pub fn notify(&self, job: &str, sequence: u64) {
         if let Some(sender) = self.followed.lock().unwrap_or_else(PoisonError::into_inner).get(job)
         {
-            // Two changes of a job may be told in the other order: the newest never goes back.
+            // Notifications may arrive out of order; the newest sequence never decreases.
             sender.send_if_modified(|newest| {
                 let later = sequence > *newest;
                 *newest = sequence.max(*newest);
@@ -50,7 +50,7 @@ impl EventFeed {
         }
     }
 
-    /// The jobs that somebody follows.
+    /// Returns the ids of the jobs with at least one follower.
     pub fn followed(&self) -> Vec<String> {
         let followed = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
         followed
@@ -66,14 +66,15 @@ impl EventFeed {
         followed.entry(job.to_owned()).or_insert_with(|| watch::channel(0).0).subscribe()
     }
 
-    /// Every event after `after`, stored ones first, then live until the job has ended. When the
-    /// server stops the stream ends with `Unavailable`: the client goes on elsewhere from its last
-    /// sequence. It ends with the caller's token, too.
+    /// Returns a stream of all events after the sequence number `after`: first the stored ones,
+    /// then new ones until the job has ended. When the server shuts down, the stream ends with
+    /// `Unavailable`, and the client can continue elsewhere from its last sequence number. It also
+    /// ends when the caller's token becomes invalid.
     pub fn stream(&self, caller: Caller, job: String, after: u64) -> ReceiverStream<Result<Event>> {
-        let (sender, receiver) = mpsc::channel(BUFFER);
+        let (sender, receiver) = mpsc::channel(STREAM_BUFFER_EVENTS);
         let (tokens, store, mut draining) =
             (self.tokens.clone(), self.store.clone(), self.shutdown.subscribe());
-        // Subscribed before the first read: an event stored in between is noticed.
+        // Subscribe before the first read, so that an event stored in between is noticed.
         let mut changes = self.follow(&job);
         tokio::spawn(async move {
             let _open = Counted::new("bradley_event_streams");
@@ -81,14 +82,14 @@ impl EventFeed {
             let invalid = tokens.until_invalid(&caller);
             tokio::pin!(invalid);
             loop {
-                let page = match store.events(&job, cursor, PAGE).await {
+                let page = match store.events(&job, cursor, EVENTS_PER_READ).await {
                     Ok(page) => page,
                     Err(e) => {
                         let _ = sender.send(Err(e)).await;
                         return;
                     }
                 };
-                let more = page.len() == PAGE;
+                let has_more = page.len() == EVENTS_PER_READ;
                 for event in page {
                     cursor = event.sequence;
                     let last =
@@ -97,11 +98,11 @@ impl EventFeed {
                         return;
                     }
                 }
-                if more {
+                if has_more {
                     continue;
                 }
                 match store.job(&job).await {
-                    // The cursor is at the last event already.
+                    // All events up to the last one have been sent.
                     Ok(j)
                         if j.state.is_final()
                             && store
@@ -122,7 +123,9 @@ impl EventFeed {
                         let _ = sender.send(Err(e)).await;
                         return;
                     }
-                    gone = async { changes.wait_for(|newest| *newest > cursor).await.is_err() } => if gone { return } else { false },
+                    gone = async { changes.wait_for(|newest| *newest > cursor).await.is_err() } => {
+                        if gone { return } else { false }
+                    },
                     () = sender.closed() => return,
                     drained = async { draining.wait_for(|d| *d).await.is_ok() } => drained,
                 };

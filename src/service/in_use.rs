@@ -1,6 +1,6 @@
-//! Who needs what: datasets and weights of unfinished jobs are not removed, nor the references of
-//! jobs that have checkpoints. The store asks in the transaction that removes, while it holds the
-//! row that a new job's transaction would have to see.
+//! Checks whether a job still needs a dataset or weights. Inputs of unfinished jobs and references
+//! of jobs that have checkpoints cannot be deleted. The store runs the check in the transaction
+//! that deletes, while it holds a lock on the row that the creation of a new job must lock, too.
 
 use super::error::{Result, ServiceError};
 use crate::domain::access::Caller;
@@ -8,32 +8,31 @@ use crate::domain::job::{Evaluation, Job};
 use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::domain::reason::Reason;
 
-/// The unfinished jobs. Where weights are removed, also ended jobs that have checkpoints: these are
-/// scored against a reference.
+/// Jobs that may need a resource: the unfinished jobs and, if weights are to be deleted, also ended
+/// jobs that have checkpoints, because these are scored against a reference.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Users {
-    /// Those that this version of the server can read.
+    /// Jobs that this version of the server can read.
     pub jobs: Vec<Job>,
-    /// The requests of the others, as they are stored: an id that occurs in one is needed.
+    /// Stored requests of jobs that this version cannot read. Such a job is taken to need every id
+    /// that occurs in its request.
     pub unreadable: Vec<String>,
 }
 
-/// Something that a job may need.
+/// A resource that a job may need.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Needed<'a> {
-    /// A dataset.
     Dataset(&'a str),
-    /// Weights of a job: those of one step, or any.
+    /// Weights of a job: those of one step, or of any step if `step` is `None`.
     Weights {
-        /// The job's id.
         job: &'a str,
-        /// The checkpoint.
+        /// Step of the checkpoint; `None` for all checkpoints of the job.
         step: Option<u64>,
     },
 }
 
 impl Needed<'_> {
-    fn by(self, user: &Job) -> bool {
+    fn is_needed_by(self, user: &Job) -> bool {
         let request = &user.request;
         match self {
             Needed::Dataset(id) => {
@@ -53,28 +52,36 @@ impl Needed<'_> {
     }
 }
 
-/// The weights that a job needs. An unfinished job needs its policy and its reference. Of an ended
-/// job, scoring with its checkpoints needs the reference, which is the policy where none is named,
-/// and looks for the base model along the policies where the job does not name it.
+/// Returns the weights that a job needs. An unfinished job needs its policy and its reference. The
+/// checkpoints of an ended job are scored against its reference (the policy if no reference is
+/// named). If the request does not name the base model, it is found by following the policies.
 fn weights_of(user: &Job) -> impl Iterator<Item = &PolicyName> {
     let request = &user.request;
     let unfinished = !user.state.is_final();
-    let measured = request.spec.dpo.has_reference(request.reference.is_some());
+    let has_reference = request.spec.dpo.has_reference(request.reference.is_some());
     let needs_policy =
-        unfinished || request.model.is_none() || (measured && request.reference.is_none());
+        unfinished || request.model.is_none() || (has_reference && request.reference.is_none());
     let policy = Some(&request.policy).filter(|_| needs_policy);
-    let reference = request.reference.as_ref().filter(|_| unfinished || measured);
+    let reference = request.reference.as_ref().filter(|_| unfinished || has_reference);
     policy.into_iter().chain(reference)
 }
 
-/// Refuses when one of `users` needs it.
+/// Checks that none of `users` needs the resource.
+///
+/// # Errors
+/// `FailedPrecondition` (`IN_USE`) if one does.
 pub(super) fn check(caller: &Caller, users: &Users, needed: Needed<'_>) -> Result<()> {
     let (Needed::Dataset(id) | Needed::Weights { job: id, .. }) = needed;
     if users.unreadable.iter().any(|request| request.contains(id)) {
-        let message = "a job that this version of the server cannot read needs it: use the version that wrote the job".to_owned();
+        let message =
+            "a job that this version of the server cannot read needs it: use the version that \
+             wrote the job"
+                .to_owned();
         return Err(ServiceError::FailedPrecondition { reason: Reason::InUse, message });
     }
-    let Some(user) = users.jobs.iter().find(|user| needed.by(user)) else { return Ok(()) };
+    let Some(user) = users.jobs.iter().find(|user| needed.is_needed_by(user)) else {
+        return Ok(());
+    };
     let what = match needed {
         Needed::Dataset(id) => format!("datasets/{id}"),
         Needed::Weights { .. } => "these weights".to_owned(),
@@ -82,7 +89,8 @@ pub(super) fn check(caller: &Caller, users: &Users, needed: Needed<'_>) -> Resul
     let message = match caller.may_see(&user.owner) {
         true if user.state.is_final() => {
             format!(
-                "the checkpoints of trainingJobs/{} are scored against {what}: delete that job first",
+                "the checkpoints of trainingJobs/{} are scored against {what}: delete that job \
+                 first",
                 user.id
             )
         }

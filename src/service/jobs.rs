@@ -1,4 +1,4 @@
-//! Training jobs: made, looked at, changed, run.
+//! Training jobs: creation, queries, changes of state, and running.
 
 pub(super) mod create;
 pub mod estimate;
@@ -27,7 +27,7 @@ use crate::domain::access::Caller;
 use crate::domain::job::{Event, Job, JobRequest, JobState};
 use crate::engine::Engine;
 
-/// Makes, shows and changes training jobs. Running them is the `runner`'s.
+/// Creates, reads and changes training jobs. `runner` runs them.
 pub struct JobService {
     pub(super) store: Store,
     pub(super) artifacts: Artifacts,
@@ -37,12 +37,18 @@ pub struct JobService {
     pub(super) policies: PolicyResolver,
     pub(super) creator: JobCreator,
     pub(super) estimator: JobEstimator,
-    /// The highest priority that a client may give its jobs; administrators may give any.
+    /// Highest priority that a client may give its jobs. Administrators may give any.
     pub(super) max_client_priority: i32,
 }
 
 impl JobService {
-    /// Queues a job; see `CreateTrainingJob`.
+    /// Validates a job and adds it to the queue. With `validate_only` the job is returned but not
+    /// stored. A repeated `request_id` returns the job of the first request.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for bad fields, `FailedPrecondition` if an input cannot be used,
+    /// `AlreadyExists` if `request_id` belongs to a different request, `ResourceExhausted` if the
+    /// owner has too many unfinished jobs.
     pub async fn create_job(
         &self,
         caller: &Caller,
@@ -53,20 +59,29 @@ impl JobService {
         self.creator.create_job(caller, request, request_id, validate_only).await
     }
 
-    /// Estimates a job without making it.
+    /// Estimates the cost of a job without creating it.
     ///
     /// # Errors
-    /// Those of [`JobService::create_job`], as far as they can be found now.
+    /// The errors of [`JobService::create_job`], except those that are found only when a job is
+    /// stored.
     pub async fn estimate_job(&self, caller: &Caller, request: JobRequest) -> Result<JobEstimate> {
         self.estimator.estimate_job(caller, request).await
     }
 
     /// Returns one job.
+    ///
+    /// # Errors
+    /// `PermissionDenied` if the job does not exist or belongs to another client; `NotFound` for
+    /// administrators.
     pub async fn get_job(&self, caller: &Caller, id: &str) -> Result<Job> {
         own_job(&self.store, caller, id).await
     }
 
-    /// Returns a page of the jobs in one of `states` (all when empty), newest first.
+    /// Returns a page of the jobs that are in one of `states` (in any state if empty), newest
+    /// first.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a page token that this list did not return.
     pub async fn list_jobs(
         &self,
         caller: &Caller,
@@ -77,7 +92,12 @@ impl JobService {
         self.store.jobs(caller.shown(), states, page_size, page_token).await
     }
 
-    /// Returns events after `after`, and whether there are more.
+    /// Returns at most `limit` events after the sequence number `after`, and `true` if there are
+    /// more.
+    ///
+    /// # Errors
+    /// `OutOfRange` if `after` is beyond the newest event, or if the events that follow it have
+    /// been deleted.
     pub async fn list_events(
         &self,
         caller: &Caller,
@@ -92,7 +112,11 @@ impl JobService {
         Ok((events, more))
     }
 
-    /// Returns every event after `after`, stored ones first, then live; ends with the job.
+    /// Returns a stream of all events after the sequence number `after`: first the stored ones,
+    /// then new ones as they are stored. The stream ends with the job.
+    ///
+    /// # Errors
+    /// The errors of [`JobService::list_events`].
     pub async fn stream_events(
         &self,
         caller: &Caller,
@@ -108,11 +132,13 @@ impl JobService {
         let newest = self.store.newest_sequence(job).await?;
         if after > newest {
             let message = format!(
-                "after_sequence is {after}, the newest event of trainingJobs/{job} is {newest}: use a sequence that was received"
+                "after_sequence is {after}, but the newest event of trainingJobs/{job} is \
+                 {newest}: use the sequence of an event that was received"
             );
             return Err(ServiceError::OutOfRange { message });
         }
-        // An expired cursor is refused at once, not by the stream.
+        // Reads one event here, so that an expired cursor fails the call itself instead of the
+        // stream.
         self.store.events(job, after, 1).await.map(|_| ())
     }
 }

@@ -1,4 +1,4 @@
-//! From names to weights: which files a model's or checkpoint's name stands for.
+//! Resolves the names of policies and references to weights.
 
 use std::path::PathBuf;
 
@@ -16,19 +16,19 @@ use crate::engine::Engine;
 use crate::engine::api::{EngineError, WeightsRef};
 use crate::train::checkpoint::REFERENCE_FILE;
 
-/// Jobs may continue each other this far.
-const MAX_DEPTH: usize = 32;
+/// Maximum number of jobs in a chain in which each continues the one before.
+const MAX_CONTINUED_JOBS: usize = 32;
 
-/// A name made concrete.
+/// A resolved name.
 #[derive(Clone, Debug)]
 pub(super) struct Resolved {
-    /// What the engine loads.
+    /// Weights for the engine to load.
     pub weights: WeightsRef,
-    /// The base model's id.
+    /// Id of the base model.
     pub model: String,
-    /// The job it belongs to.
+    /// Job that trained the weights; `None` for a base model.
     pub job: Option<Job>,
-    /// Its name, with the step.
+    /// Name of the weights, with the step for a stored checkpoint.
     pub version: String,
 }
 
@@ -38,12 +38,17 @@ pub(super) struct PolicyResolver {
     pub store: Store,
     pub artifacts: Artifacts,
     pub engine: Engine,
-    /// Tells which jobs run here: their weights are on the device.
+    /// Runs of this process. The weights of a running job are on the device.
     pub runs: RunRegistry,
 }
 
 impl PolicyResolver {
-    /// Resolves a name; `latest` of a running job is what it trains now.
+    /// Resolves a name. `latest` of a job that runs in this process means the weights it is
+    /// training now.
+    ///
+    /// # Errors
+    /// `NotFound` for an unknown model or job, and the errors of
+    /// [`PolicyResolver::resolve_stored`].
     pub(super) async fn resolve(&self, name: &PolicyName) -> Result<Resolved> {
         match name {
             PolicyName::Model(id) => {
@@ -55,7 +60,8 @@ impl PolicyResolver {
                 let job = self.store.job(job).await?;
                 self.check_base(&job)?;
                 let model = self.base_model(&job).await?;
-                // Another replica's run cannot be looked into: there it is the newest checkpoint.
+                // The weights of a run on another replica are out of reach, so `latest` means its
+                // newest checkpoint then.
                 if *which == CheckpointRef::Latest
                     && job.state == JobState::Running
                     && self.runs.get(&job.id).is_some()
@@ -73,12 +79,12 @@ impl PolicyResolver {
         }
     }
 
-    /// Makes sure that the model which this server has is the one that a job was made with: its
-    /// adapters and numbers mean nothing on another.
+    /// Checks that the served base model is the one that the job was created with. An adapter is
+    /// only valid on its own base model.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`MODEL_CHANGED`) with both hashes, or when the server does not have
-    /// the model at all.
+    /// `FailedPrecondition` (`MODEL_CHANGED`) with both hashes if it differs, or if the server does
+    /// not have the model.
     pub(super) fn check_base(&self, job: &Job) -> Result<()> {
         let (Some(pins), Some(model)) = (&job.request.pins, &job.request.model) else {
             return Ok(());
@@ -86,20 +92,25 @@ impl PolicyResolver {
         self.check_identity(job, "with", model, &pins.base)
     }
 
-    /// Makes sure that the model under a job's reference is the one that it was made with, where
-    /// that is another model than the policy's.
+    /// Checks that the base model of the job's reference is the one that the job was created with.
+    /// Does nothing if the reference has the policy's base model.
     ///
     /// # Errors
-    /// Those of [`PolicyResolver::check_base`], for the reference's model.
+    /// The errors of [`PolicyResolver::check_base`], for the reference's base model.
     pub(super) async fn check_reference(&self, job: &Job) -> Result<()> {
         let request = &job.request;
         let pinned = request.pins.as_ref().and_then(|pins| pins.reference_base.as_ref());
         let (Some(pinned), Some(name)) = (pinned, &request.reference) else { return Ok(()) };
-        self.check_identity(job, "with a reference on", &self.model_under(name).await?, pinned)
+        self.check_identity(
+            job,
+            "with a reference on",
+            &self.base_model_of_name(name).await?,
+            pinned,
+        )
     }
 
-    /// Compares the model that is served under an id with the one that a job is pinned to; `role`
-    /// says what it is to the job.
+    /// Compares the model served under the id `model` with the one that a job is pinned to. `role`
+    /// describes the model's role in the error message.
     fn check_identity(
         &self,
         job: &Job,
@@ -111,7 +122,8 @@ impl PolicyResolver {
             Ok(served) => served,
             Err(EngineError::UnknownModel(_)) => {
                 let message = format!(
-                    "trainingJobs/{} was made {role} models/{model} (identity {}), which this server does not have: serve it",
+                    "trainingJobs/{} was made {role} models/{model} (identity {}), which this \
+                     server does not have: serve it",
                     job.id,
                     pinned.hash()
                 );
@@ -125,8 +137,8 @@ impl PolicyResolver {
         let Some(difference) = pinned.difference(&served) else { return Ok(()) };
         let (part, (before, now)) = (difference.part, difference.hashes);
         let message = format!(
-            "trainingJobs/{} was made {role} models/{model} whose {part} has the hash {}, the {part} served now has {}: serve the model that the \
-             job was made with",
+            "trainingJobs/{} was made {role} models/{model} whose {part} has the hash {}, the \
+             {part} served now has {}: serve the model that the job was made with",
             job.id,
             or_none(before),
             or_none(now)
@@ -134,12 +146,12 @@ impl PolicyResolver {
         Err(ServiceError::FailedPrecondition { reason: Reason::ModelChanged, message })
     }
 
-    /// Makes sure that a reference on `reference` can score what the tokenizer of `policy` makes:
-    /// token ids mean the same tokens in both models, and the reference has an embedding for each.
-    /// Both are ids of base models; `field` names the reference in the request.
+    /// Checks that the reference can score token ids of the policy's tokenizer: ids must mean the
+    /// same tokens in both models, and the reference must have an embedding for each. `policy` and
+    /// `reference` are ids of base models; `field` is the request field that names the reference.
     ///
     /// # Errors
-    /// `InvalidArgument` with both tokenizers' hashes, or both vocabularies' sizes.
+    /// `InvalidArgument` with the hashes of both tokenizers or the sizes of both vocabularies.
     pub(super) fn check_tokenizers(
         &self,
         field: &str,
@@ -152,19 +164,21 @@ impl PolicyResolver {
         let (ours, theirs) = (self.engine.tokenizer(policy)?, self.engine.tokenizer(reference)?);
         if !ours.has_vocabulary_of(&theirs) {
             let message = format!(
-                "is on models/{reference} whose tokenizer has the hash {}, the policy is on models/{policy} whose tokenizer has the hash {}, and \
-                 their vocabularies differ: the reference gets the policy's token ids, name one with the same tokenizer",
+                "is on models/{reference} whose tokenizer has the hash {}, the policy is on \
+                 models/{policy} whose tokenizer has the hash {}, and their vocabularies differ: \
+                 the reference gets the policy's token ids, name one with the same tokenizer",
                 theirs.content_hash(),
                 ours.content_hash()
             );
             return Err(ServiceError::invalid(field, message));
         }
-        let (has, policy_has) =
+        let (reference_rows, policy_rows) =
             (self.engine.model(reference)?.vocab_size, self.engine.model(policy)?.vocab_size);
-        if has < ours.vocabulary_rows().min(policy_has) {
+        if reference_rows < ours.vocabulary_rows().min(policy_rows) {
             let message = format!(
-                "is on models/{reference}, which has embeddings for {has} tokens; models/{policy} has them for {policy_has}, and their tokenizer has \
-                 ids up to {}: name a reference that has an embedding for every token",
+                "is on models/{reference}, which has embeddings for {reference_rows} tokens; \
+                 models/{policy} has them for {policy_rows}, and their tokenizer has ids up to {}: \
+                 name a reference that has an embedding for every token",
                 ours.vocabulary_rows() - 1
             );
             return Err(ServiceError::invalid(field, message));
@@ -172,7 +186,11 @@ impl PolicyResolver {
         Ok(())
     }
 
-    /// Resolves a checkpoint that is on disk.
+    /// Resolves a stored checkpoint, which is fetched if it is not on this machine.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` if the base model has changed or the checkpoint is missing, damaged or
+    /// of another version; `NotFound` if there is no such step.
     pub(super) async fn resolve_stored(
         &self,
         job: Job,
@@ -182,8 +200,8 @@ impl PolicyResolver {
         self.check_base(&job)?;
         let checkpoint = self.find_checkpoint(&job.id, which).await?;
         let dir = self.artifacts.fetch_checkpoint(&checkpoint).await?;
-        // Checkpoints of older versions have no hash; they are written once, under a job id that is
-        // never used again.
+        // Checkpoints of older versions have no digest. Their path identifies their content as
+        // well: it is written once, and job ids are never reused.
         let content = if checkpoint.digest.is_empty() {
             dir.display().to_string()
         } else {
@@ -197,7 +215,11 @@ impl PolicyResolver {
         Ok(Resolved { weights, model, job: Some(job), version })
     }
 
-    /// The checkpoint's row.
+    /// Returns the row of a checkpoint.
+    ///
+    /// # Errors
+    /// `NotFound` for a step without a checkpoint; `FailedPrecondition` (`NO_CHECKPOINT`) if the
+    /// job has no latest or best checkpoint.
     pub(super) async fn find_checkpoint(
         &self,
         job: &str,
@@ -221,20 +243,25 @@ impl PolicyResolver {
             _ => Err(ServiceError::FailedPrecondition {
                 reason: Reason::NoCheckpoint,
                 message: format!(
-                    "trainingJobs/{job} is {} and has no {which} checkpoint: wait for one, or set save_steps or an evaluation",
+                    "trainingJobs/{job} is {} and has no {which} checkpoint: wait for one, or set \
+                     save_steps or an evaluation",
                     state.name()
                 ),
             }),
         }
     }
 
-    /// The base model under a job, through the jobs that it continues.
+    /// Returns the id of a job's base model. If the request does not name it, the chain of
+    /// continued jobs is followed.
+    ///
+    /// # Errors
+    /// `Internal` for a chain of more than [`MAX_CONTINUED_JOBS`] jobs.
     pub(super) async fn base_model(&self, job: &Job) -> Result<String> {
         if let Some(model) = &job.request.model {
             return Ok(model.clone());
         }
         let mut policy = job.request.policy.clone();
-        for _ in 0..MAX_DEPTH {
+        for _ in 0..MAX_CONTINUED_JOBS {
             match policy {
                 PolicyName::Model(id) => return Ok(id),
                 PolicyName::Checkpoint { job, .. } => {
@@ -243,13 +270,13 @@ impl PolicyResolver {
             }
         }
         Err(ServiceError::internal(format!(
-            "trainingJobs/{} continues more than {MAX_DEPTH} jobs",
+            "trainingJobs/{} continues more than {MAX_CONTINUED_JOBS} jobs",
             job.id
         )))
     }
 
-    /// The base model under a policy's name.
-    async fn model_under(&self, name: &PolicyName) -> Result<String> {
+    /// Returns the id of the base model of a policy name.
+    async fn base_model_of_name(&self, name: &PolicyName) -> Result<String> {
         match name {
             PolicyName::Model(id) => Ok(id.clone()),
             PolicyName::Checkpoint { job, .. } => {
@@ -258,8 +285,11 @@ impl PolicyResolver {
         }
     }
 
-    /// Replaces `latest` and `best` by the step that they mean now, so that what was pinned never
-    /// moves.
+    /// Replaces `latest` and `best` by the step that they mean now, so that the name never changes
+    /// its meaning.
+    ///
+    /// # Errors
+    /// The errors of [`PolicyResolver::find_checkpoint`].
     pub(super) async fn pin(&self, name: &PolicyName) -> Result<PolicyName> {
         match name {
             PolicyName::Checkpoint { job, which } => {
@@ -270,8 +300,11 @@ impl PolicyResolver {
         }
     }
 
-    /// Returns the content hashes of a job's inputs as they are now; `latest` and `best` have been
-    /// replaced by steps.
+    /// Returns the present content hashes of a job's inputs. `latest` and `best` must have been
+    /// replaced by steps before.
+    ///
+    /// # Errors
+    /// `NotFound` if an input does not exist.
     pub(super) async fn content_pins(&self, request: &JobRequest) -> Result<ContentPins> {
         let dataset = self.store.dataset(&request.dataset).await?.content_hash;
         let eval_dataset = match &request.evaluation {
@@ -286,19 +319,19 @@ impl PolicyResolver {
         Ok(ContentPins { policy, reference, dataset, eval_dataset })
     }
 
-    /// Returns the digest of a checkpoint; `None` for a base model and for checkpoints of versions
-    /// that had no digests.
+    /// Returns the digest of a checkpoint; `None` for a base model, and for a checkpoint of a
+    /// version without digests.
     async fn digest(&self, name: &PolicyName) -> Result<Option<String>> {
         let PolicyName::Checkpoint { job, which } = name else { return Ok(None) };
         let digest = self.find_checkpoint(job, *which).await?.digest;
         Ok((!digest.is_empty()).then_some(digest))
     }
 
-    /// The weights a job starts from.
+    /// Resolves the weights that a job starts from.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`MODEL_CHANGED`, `ARTIFACT_MISSING`, `ARTIFACT_DAMAGED`) when they are
-    /// not those that the job was made with.
+    /// `FailedPrecondition` (`MODEL_CHANGED`, `ARTIFACT_MISSING`, `ARTIFACT_DAMAGED`) if they are
+    /// not those that the job was created with.
     pub(super) async fn start_weights(&self, job: &Job) -> Result<Resolved> {
         self.check_base(job)?;
         let mut start = self.resolve(&job.request.policy).await?;
@@ -313,24 +346,25 @@ impl PolicyResolver {
         Ok(start)
     }
 
-    /// The folder of the adapter that a job starts from, and its hash.
+    /// Returns the folder of the adapter that a job starts from, and its hash.
     async fn init_adapter(&self, job: &Job, name: &str) -> Result<(PathBuf, String)> {
         if let Some(hash) = job.request.pins.as_ref().and_then(|pins| pins.init_adapter.clone()) {
             return Ok((self.artifacts.fetch_init_adapter(&job.id, &hash).await?, hash));
         }
-        // A job of version 0.1 has no copy: the name is the folder's path.
+        // A job of version 0.1 has no copy of the adapter. Its adapter name is the path of the
+        // folder.
         let dir = PathBuf::from(name);
         let folder = dir.clone();
         let hash = blocking(move || hash_files(&folder, &ADAPTER_FILES)).await??;
         Ok((dir, hash))
     }
 
-    /// A job's pinned reference: the one it names, else its own start weights; `None` when the
-    /// objective has none.
+    /// Resolves a job's reference: the one that its request names, else its own start weights;
+    /// `None` if the objective has no reference.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`MODEL_CHANGED`) when it is on another model than the one that the job
-    /// was made with.
+    /// `FailedPrecondition` (`MODEL_CHANGED`) if its base model is not the one that the job was
+    /// created with.
     pub(super) async fn reference_weights(&self, job: &Job) -> Result<Option<Resolved>> {
         self.check_base(job)?;
         if !job.request.spec.dpo.has_reference(job.request.reference.is_some()) {
@@ -347,14 +381,14 @@ impl PolicyResolver {
         }
     }
 
-    /// What a policy is scored against when the request names nothing: its job's reference, or for
-    /// a model the model itself. A job that moves its reference (TR-DPO) stores it in its
-    /// checkpoints; what a running job trains now is scored against the reference that the run has
-    /// at that step.
+    /// Returns the reference for scoring a policy if the request names none: the reference of the
+    /// policy's job, or for a base model the model itself. A job with a moving reference (TR-DPO)
+    /// stores it in its checkpoints. The live weights of such a job are scored against the run's
+    /// present reference.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`NO_REFERENCE`) when a checkpoint lacks the reference that it should
-    /// hold.
+    /// `FailedPrecondition` (`NO_REFERENCE`) if the checkpoint lacks the reference file that it
+    /// should have.
     pub(super) async fn default_reference(&self, policy: &Resolved) -> Result<Option<Resolved>> {
         let Some(job) = &policy.job else { return Ok(Some(policy.clone())) };
         if job.request.spec.dpo.reference_sync.is_none() {
@@ -370,14 +404,15 @@ impl PolicyResolver {
         }
         let WeightsRef::Full { model, dir, content } = policy.weights.clone() else {
             return Err(ServiceError::internal(format!(
-                "{} moves its reference and is no full checkpoint",
+                "{} has a moving reference but is not a full checkpoint",
                 policy.version
             )));
         };
         let file = dir.join(REFERENCE_FILE);
         if !blocking(move || file.is_file()).await? {
             let message = format!(
-                "{} does not hold its job's moved reference ({REFERENCE_FILE}): name a reference, e.g. models/{model}, or another checkpoint",
+                "{} does not hold its job's moved reference ({REFERENCE_FILE}): name a reference, \
+                 e.g. models/{model}, or another checkpoint",
                 policy.version
             );
             return Err(ServiceError::FailedPrecondition { reason: Reason::NoReference, message });
@@ -390,11 +425,10 @@ impl PolicyResolver {
     }
 }
 
-/// Makes sure that a checkpoint which a job names has the content that it had when the job was
-/// made.
+/// Checks that a checkpoint named by a job has the content that it had when the job was created.
 ///
 /// # Errors
-/// `FailedPrecondition` (`MODEL_CHANGED`) with both hashes.
+/// `FailedPrecondition` (`MODEL_CHANGED`) with both hashes if it differs.
 fn check_content(
     job: &Job,
     what: &str,
@@ -410,13 +444,14 @@ fn check_content(
         return Ok(());
     };
     let message = format!(
-        "trainingJobs/{} was made with a {what} of the content {pinned}, {} has {content} now: restore the checkpoint that the job was made with",
+        "trainingJobs/{} was made with a {what} of the content {pinned}, {} has {content} now: \
+         restore the checkpoint that the job was made with",
         job.id, found.version
     );
     Err(ServiceError::FailedPrecondition { reason: Reason::ModelChanged, message })
 }
 
-/// A hash, or what stands for that of a part that a model does not have.
+/// Returns the hash, or `none` for a part that a model does not have.
 fn or_none(hash: &str) -> &str {
     if hash.is_empty() { "none" } else { hash }
 }

@@ -1,8 +1,8 @@
-//! Artifacts beyond one machine: an object store (S3, GCS, Azure, or a shared folder) that holds
-//! what every replica must find. The data directory is then a cache of it.
+//! Object store for artifacts (S3, GCS, Azure, or a shared folder). It holds the files that every
+//! replica must find; the data directory is then a cache of it.
 //!
-//! A checkpoint lies under the hash of its contents, so that a worker that lost its lease can never
-//! overwrite what its successor wrote.
+//! The key of a checkpoint contains the hash of its contents, so that a worker that lost its lease
+//! cannot overwrite the checkpoint of its successor.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -18,14 +18,14 @@ use tokio_stream::StreamExt;
 use super::error::{Result, ServiceError, failed};
 use crate::domain::reason::Reason;
 
-/// The object that tells one store from another.
-const IDENTITY: &str = "bradley-store-id";
-/// Bytes of one part of an upload.
-const PART: usize = 8 << 20;
-/// Parts of an upload on their way at a time.
-const PARTS: usize = 4;
+/// Object that holds the identity of the store.
+const IDENTITY_KEY: &str = "bradley-store-id";
+/// Size of one part of a multipart upload, in bytes.
+const PART_BYTES: usize = 8 << 20;
+/// Maximum number of parts of one upload in flight.
+const MAX_PARTS_IN_FLIGHT: usize = 4;
 
-/// An object store, below a prefix.
+/// An object store. All keys are below a prefix.
 #[derive(Clone)]
 pub struct Remote {
     store: Arc<dyn ObjectStore>,
@@ -35,15 +35,18 @@ pub struct Remote {
 
 impl std::fmt::Debug for Remote {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // The store itself would show credentials.
+        // The store itself is left out, because it would print credentials.
         f.debug_struct("Remote").field("url", &self.url).finish_non_exhaustive()
     }
 }
 
 impl Remote {
-    /// Opens `s3://bucket/prefix`, `gs://…`, `az://…` or `file:///folder`; `options` are the
-    /// vendors' variables (`AWS_REGION`, …). With `is_new` a folder is created; else one that is
-    /// missing is a share that is not mounted.
+    /// Opens `s3://bucket/prefix`, `gs://…`, `az://…` or `file:///folder`. `options` are the
+    /// variables of the vendor (`AWS_REGION`, …). A missing folder is created if `is_new`;
+    /// otherwise it is an error, because it is probably a share that is not mounted.
+    ///
+    /// # Errors
+    /// `InvalidArgument` (`artifact_url`) if the URL or an option cannot be used.
     pub fn open(url: &str, options: &BTreeMap<String, String>, is_new: bool) -> Result<Self> {
         let wrong = |e: &dyn std::fmt::Display| {
             ServiceError::invalid("artifact_url", format!("{url:?} cannot be used: {e}"))
@@ -58,7 +61,8 @@ impl Remote {
                 std::fs::create_dir_all(&folder).map_err(|e| wrong(&e))?;
             } else if !folder.is_dir() {
                 let message = format!(
-                    "{} does not exist, but this database has files there: mount it, or correct the URL",
+                    "{} does not exist, but this database has files there: mount it, or correct \
+                     the URL",
                     folder.display()
                 );
                 return Err(wrong(&message));
@@ -68,36 +72,51 @@ impl Remote {
         Ok(Remote { store: Arc::from(store), prefix, url: url.trim_end_matches('/').to_owned() })
     }
 
-    /// The identity that was written into the store; `None` for a store that has none.
+    /// Returns the identity of the store; `None` if it has none yet.
+    ///
+    /// # Errors
+    /// `Unavailable` if the store does not answer.
     pub async fn identity(&self) -> Result<Option<String>> {
-        match self.store.get(&self.key(IDENTITY)).await {
+        match self.store.get(&self.key(IDENTITY_KEY)).await {
             Ok(found) => {
-                let bytes = found.bytes().await.map_err(|e| unavailable(IDENTITY, &e))?;
+                let bytes = found.bytes().await.map_err(|e| unavailable(IDENTITY_KEY, &e))?;
                 Ok(Some(String::from_utf8_lossy(&bytes).trim().to_owned()))
             }
             Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(e) => Err(unavailable(IDENTITY, &e)),
+            Err(e) => Err(unavailable(IDENTITY_KEY, &e)),
         }
     }
 
-    /// Writes the store's identity unless another process has done so meanwhile; returns the one
-    /// that the store has then.
+    /// Writes the identity of the store, unless another process has done so meanwhile. Returns the
+    /// identity that the store has afterwards.
+    ///
+    /// # Errors
+    /// `Unavailable` if the store does not answer or the identity cannot be read back.
     pub async fn create_identity(&self, identity: &str) -> Result<String> {
         use object_store::Error::{AlreadyExists, NotImplemented, NotSupported, Precondition};
-        let (key, bytes) = (self.key(IDENTITY), identity.as_bytes().to_vec());
+        let (key, bytes) = (self.key(IDENTITY_KEY), identity.as_bytes().to_vec());
         match self.store.put_opts(&key, bytes.clone().into(), PutMode::Create.into()).await {
             Ok(_) | Err(AlreadyExists { .. } | Precondition { .. }) => {}
-            // A store without conditional writes: whoever writes last is read below, by all.
+            // A store without conditional writes: the last write wins, and all processes read that
+            // one below.
             Err(NotSupported { .. } | NotImplemented { .. }) => {
-                self.store.put(&key, bytes.into()).await.map_err(|e| unavailable(IDENTITY, &e))?;
+                self.store
+                    .put(&key, bytes.into())
+                    .await
+                    .map_err(|e| unavailable(IDENTITY_KEY, &e))?;
             }
-            Err(e) => return Err(unavailable(IDENTITY, &e)),
+            Err(e) => return Err(unavailable(IDENTITY_KEY, &e)),
         }
         let found = self.identity().await?;
-        found.ok_or_else(|| away(IDENTITY, "what was written cannot be read"))
+        found.ok_or_else(|| {
+            unavailable_because(IDENTITY_KEY, "the object that was just written cannot be read")
+        })
     }
 
-    /// Whether there is no object in it.
+    /// Returns true if the store has no objects.
+    ///
+    /// # Errors
+    /// `Unavailable` if the store does not answer.
     pub async fn is_empty(&self) -> Result<bool> {
         let prefix = (!self.prefix.as_ref().is_empty()).then_some(&self.prefix);
         let mut objects = self.store.list(prefix);
@@ -108,7 +127,7 @@ impl Remote {
         }
     }
 
-    /// The store's URL.
+    /// Returns the URL of the store.
     pub fn url(&self) -> &str {
         &self.url
     }
@@ -117,19 +136,22 @@ impl Remote {
         self.prefix.parts().chain(Key::from(name).parts().collect::<Vec<_>>()).collect()
     }
 
-    /// Uploads a file; it is there as a whole or not at all.
+    /// Uploads a file atomically: it becomes visible as a whole or not at all.
+    ///
+    /// # Errors
+    /// `Unavailable` if the store does not answer; `Internal` if the file cannot be read.
     pub async fn put_file(&self, from: &Path, name: &str) -> Result<()> {
         let mut file = tokio::fs::File::open(from).await.map_err(|e| failed(from, e))?;
         let size = file.metadata().await.map_err(|e| failed(from, e))?.len() as usize;
         let key = self.key(name);
-        if size <= PART {
+        if size <= PART_BYTES {
             let mut bytes = Vec::with_capacity(size);
             file.read_to_end(&mut bytes).await.map_err(|e| failed(from, e))?;
             self.store.put(&key, bytes.into()).await.map_err(|e| unavailable(name, &e))?;
             return Ok(());
         }
         let upload = self.store.put_multipart(&key).await.map_err(|e| unavailable(name, &e))?;
-        let mut parts = WriteMultipart::new_with_chunk_size(upload, PART);
+        let mut parts = WriteMultipart::new_with_chunk_size(upload, PART_BYTES);
         let mut buffer = vec![0; 1 << 20];
         loop {
             let n = match file.read(&mut buffer).await {
@@ -141,7 +163,7 @@ impl Remote {
                 }
             };
             parts.write(&buffer[..n]);
-            if let Err(e) = parts.wait_for_capacity(PARTS).await {
+            if let Err(e) = parts.wait_for_capacity(MAX_PARTS_IN_FLIGHT).await {
                 let _ = parts.abort().await;
                 return Err(unavailable(name, &e));
             }
@@ -150,7 +172,10 @@ impl Remote {
         Ok(())
     }
 
-    /// Uploads the plain files of a folder, `last` after all others.
+    /// Uploads the plain files of a folder. The file `last` is uploaded after all others.
+    ///
+    /// # Errors
+    /// The errors of [`Remote::put_file`].
     pub async fn put_folder(&self, from: &Path, name: &str, last: &str) -> Result<()> {
         let mut names = Vec::new();
         let mut entries = tokio::fs::read_dir(from).await.map_err(|e| failed(from, e))?;
@@ -166,10 +191,10 @@ impl Remote {
         Ok(())
     }
 
-    /// Downloads a file.
+    /// Downloads the object `name` to the file `to`.
     ///
     /// # Errors
-    /// `NotFound` when there is none.
+    /// `NotFound` if the object does not exist; `Unavailable` if the store does not answer.
     pub async fn get_file(&self, name: &str, to: &Path) -> Result<()> {
         let found =
             self.store.get(&self.key(name)).await.map_err(|e| missing_or_unavailable(name, &e))?;
@@ -183,10 +208,10 @@ impl Remote {
         file.flush().await.map_err(|e| failed(to, e))
     }
 
-    /// Downloads the files of a folder into one that exists.
+    /// Downloads the files of a folder to the existing folder `to`.
     ///
     /// # Errors
-    /// `NotFound` when there is none.
+    /// `NotFound` if the folder has no files; `Unavailable` if the store does not answer.
     pub async fn get_folder(&self, name: &str, to: &Path) -> Result<()> {
         let listed = self
             .store
@@ -204,7 +229,10 @@ impl Remote {
         Ok(())
     }
 
-    /// The files of a folder and of the folders in it with their sizes, by their names below it.
+    /// Lists all files below a folder: relative path and size in bytes.
+    ///
+    /// # Errors
+    /// `Unavailable` if the store does not answer.
     pub async fn folder(&self, name: &str) -> Result<BTreeMap<String, u64>> {
         let key = self.key(name);
         let (mut listed, mut files) = (self.store.list(Some(&key)), BTreeMap::new());
@@ -218,7 +246,10 @@ impl Remote {
         Ok(files)
     }
 
-    /// Removes a file, or everything below a folder.
+    /// Removes a file, or everything below a folder. Missing objects are ignored.
+    ///
+    /// # Errors
+    /// `Unavailable` if the store does not answer.
     pub async fn remove(&self, name: &str) -> Result<()> {
         let key = self.key(name);
         let locations = self.store.list(Some(&key)).map(|object| object.map(|o| o.location));
@@ -228,7 +259,8 @@ impl Remote {
             all.push(location.map_err(|e| unavailable(name, &e))?);
         }
         if all.is_empty() {
-            // A file, or nothing; a shared folder's directories are no objects.
+            // `name` is a single file, or does not exist. In a shared folder, directories are not
+            // listed as objects.
             all.push(key.clone());
         }
         for key in all {
@@ -240,13 +272,16 @@ impl Remote {
         Ok(())
     }
 
-    /// Whether the store answers.
-    pub async fn ping(&self, patience: Duration) -> Result<()> {
-        let asked = tokio::time::timeout(patience, self.store.head(&self.key("ping"))).await;
-        match asked {
+    /// Checks that the store answers within `timeout`.
+    ///
+    /// # Errors
+    /// `Unavailable` if it does not.
+    pub async fn ping(&self, timeout: Duration) -> Result<()> {
+        let answer = tokio::time::timeout(timeout, self.store.head(&self.key("ping"))).await;
+        match answer {
             Ok(Ok(_) | Err(object_store::Error::NotFound { .. })) => Ok(()),
             Ok(Err(e)) => Err(unavailable("ping", &e)),
-            Err(_) => Err(away("ping", "it did not answer in time")),
+            Err(_) => Err(unavailable_because("ping", "it did not answer in time")),
         }
     }
 }
@@ -258,8 +293,8 @@ fn missing_or_unavailable(name: &str, e: &object_store::Error) -> ServiceError {
     }
 }
 
-/// What went wrong, in a word: the vendor's answer may hold parts of credentials, and goes no
-/// further than the debug log.
+/// Converts an error of the store to a short message. The vendor's answer may contain parts of
+/// credentials and is written to the debug log only.
 fn unavailable(name: &str, e: &object_store::Error) -> ServiceError {
     use object_store::Error::{
         NotSupported, PermissionDenied, Precondition, Unauthenticated, UnknownConfigurationKey,
@@ -268,14 +303,14 @@ fn unavailable(name: &str, e: &object_store::Error) -> ServiceError {
     let why = match e {
         PermissionDenied { .. } => "permission denied",
         Unauthenticated { .. } => "the credentials are not accepted",
-        Precondition { .. } => "somebody else changed it",
-        NotSupported { .. } | UnknownConfigurationKey { .. } => "it is not configured rightly",
+        Precondition { .. } => "another process changed it",
+        NotSupported { .. } | UnknownConfigurationKey { .. } => "its configuration is wrong",
         _ => "it does not answer, or answers with an error",
     };
-    away(name, why)
+    unavailable_because(name, why)
 }
 
-fn away(name: &str, why: &str) -> ServiceError {
+fn unavailable_because(name: &str, why: &str) -> ServiceError {
     ServiceError::Unavailable {
         reason: Reason::ArtifactsUnavailable,
         message: format!("the artifact store failed at {name}: {why}"),
@@ -299,7 +334,7 @@ mod tests {
         let (of_a, of_b) = tokio::join!(a.create_identity("a"), b.create_identity("b"));
         let chosen = of_a.unwrap();
         assert_eq!(of_b.unwrap(), chosen);
-        // Whoever comes later takes it, too, and what is there never changes.
+        // A later caller gets the same identity, and the stored one never changes.
         assert_eq!(b.create_identity("c").await.unwrap(), chosen);
         assert_eq!(a.identity().await.unwrap(), Some(chosen));
     }

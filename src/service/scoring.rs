@@ -1,7 +1,7 @@
-//! Scoring: names are resolved once per request, texts tokenised off the async threads, the
-//! engine's log-probs turned into rewards, answers ranked.
+//! Scoring. Names are resolved once per request. Texts are tokenised outside the async threads. The
+//! engine's log-probabilities are turned into rewards, and answers are ranked.
 //!
-//! A pair's way: [`ScoringService::session`] → [`ScoringSession::admit`] (text budget, tokens,
+//! Steps for a pair: [`ScoringService::session`] → [`ScoringSession::admit`] (text budget, tokens,
 //! quota) → [`AdmittedPair::score`].
 
 use std::sync::Arc;
@@ -31,85 +31,94 @@ use crate::infer::encode::{EncodedCompletion, PairEncoder, Part, group};
 use crate::math::score::{AnswerLogps, best_of, preference_probability, ranking, reward};
 use crate::telemetry::trace;
 
-/// Bytes of one pair's text, or of a prompt and its answers: what the longest row could use is less
-/// than a tenth.
-const MAX_TEXT: usize = 16 << 20;
+/// Maximum text of one pair, or of a prompt and its answers, in bytes. The longest row can use less
+/// than a tenth of it.
+const MAX_TEXT_BYTES: usize = 16 << 20;
 
-/// Requests that may tokenise side by side.
-const TOKENIZERS: usize = 4;
-/// KiB of text that may be on their way to the device.
+/// Maximum number of requests that are tokenised at one time.
+const MAX_TOKENIZING_REQUESTS: usize = 4;
+/// Maximum text between admission and the end of scoring, over all requests, in KiB.
 const TEXT_BUDGET_KIB: usize = 256 << 10;
 
-/// A plain model is its own reference unless another is named.
-const SAME_WEIGHTS: &str = "policy and reference are the same weights: every reward is 0 and every probability is 0.5; name another reference, or a \
-                            trained checkpoint as the policy";
+/// Warning for equal policy and reference. A base model is its own reference unless another one is
+/// named.
+const SAME_WEIGHTS: &str = "policy and reference are the same weights: every reward is 0 and every \
+                            probability is 0.5; name another reference, or a trained checkpoint as \
+                            the policy";
 
-const MOVING_REFERENCE: &str = "the job is training and moves its reference (TR-DPO): each pair's rewards are against the reference as it is at the step \
-                                that scores the pair; name a checkpoint to score it against the reference that it holds";
+/// Warning for scoring with a running job that moves its reference.
+const MOVING_REFERENCE: &str = "the job is training and moves its reference (TR-DPO): each pair's \
+                                rewards are against the reference as it is at the step that scores \
+                                the pair; name a checkpoint to score it against the reference that \
+                                it holds";
 
-/// What a request wants to score with.
+/// Options of a scoring request.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ScoreOptions {
     /// The policy.
     pub policy: PolicyName,
-    /// `None`: the job's own pinned reference, or for a model the model itself.
+    /// Reference; `None` means the reference of the policy's job, or for a base model the model
+    /// itself.
     pub reference: Option<PolicyName>,
-    /// `None`: the job's β, or 0.1.
+    /// β of the reward; `None` means the job's β, or 0.1 for a base model.
     pub beta: Option<f64>,
-    /// `None`: the job's, or 1024.
+    /// Maximum length of a row in tokens; `None` means the job's, or 1024 for a base model.
     pub max_length: Option<usize>,
-    /// `None`: as the job trains its reward, or the sum for a model.
+    /// Normalization of the reward; `None` means the one the job trains with, or the sum for a base
+    /// model.
     pub normalization: Option<Normalization>,
-    /// Tools, and variables for the chat template, for dialogues without their own.
+    /// Tools and chat template variables for dialogues that have none of their own.
     pub arguments: TemplateArguments,
 }
 
 /// A prompt with two answers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PairToScore {
-    /// x.
+    /// Prompt x.
     pub prompt: Text,
-    /// y_a.
+    /// Answer y_a.
     pub a: Text,
-    /// y_b.
+    /// Answer y_b.
     pub b: Text,
-    /// Its own tools and variables for the chat template, which win over those of the request.
+    /// Tools and chat template variables of this pair; they override those of the request.
     pub arguments: TemplateArguments,
 }
 
-/// What is known of one answer.
+/// Score of one answer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ScoredCompletion {
-    /// Σ log π_θ, in nats.
+    /// Σ log π_θ over the answer's tokens, in nats.
     pub policy_logprob: f64,
-    /// Σ log π_ref; 0 without a reference.
+    /// Σ log π_ref over the answer's tokens, in nats; 0 without a reference.
     pub reference_logprob: f64,
-    /// β·lr, or β·lr/n, by the session's normalization.
+    /// Reward: β·lr, or β·lr/n for n tokens, depending on the session's normalization, where lr = Σ
+    /// log π_θ − Σ log π_ref.
     pub reward: f64,
-    /// The completion's tokens.
+    /// Token ids of the answer.
     pub token_ids: Vec<u32>,
-    /// Prompt tokens before them.
+    /// Number of prompt tokens before the answer.
     pub prompt_tokens: usize,
-    /// Whether max_length cut it.
+    /// True if the text was cut at max_length.
     pub truncated: bool,
-    /// log π_θ per token.
+    /// log π_θ of each token of the answer, in nats.
     pub policy_tokens: Vec<f32>,
-    /// log π_ref per token; empty without a reference.
+    /// log π_ref of each token of the answer, in nats; empty without a reference.
     pub reference_tokens: Vec<f32>,
 }
 
 /// The score of a pair.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ScoredPair {
-    /// Pr(a ≻ b).
+    /// Pr(a ≻ b), the probability that a is preferred.
     pub probability: f64,
-    /// r_a − r_b.
+    /// Margin r_a − r_b of the rewards.
     pub margin: f64,
-    /// The first answer.
+    /// Score of the first answer.
     pub a: ScoredCompletion,
-    /// The second.
+    /// Score of the second answer.
     pub b: ScoredCompletion,
-    /// The weights that scored.
+    /// Name of the policy's weights. For a running job `@` and the step at which it scored are
+    /// appended.
     pub policy_version: String,
 }
 
@@ -119,33 +128,34 @@ pub struct ScoringService {
     engine: Engine,
     quota: ScoringQuota,
     tokenizers: Limiter,
-    /// KiB of text on their way to the device.
+    /// Text budget; one permit is 1 KiB.
     texts: Limiter,
     shutdown: Shutdown,
     template_date: TemplateDate,
 }
 
-/// An answer among others to one prompt.
+/// One of several answers to a prompt.
 #[derive(Debug)]
 pub struct RankedCompletion {
-    /// Its score, or why it has none.
+    /// Score of the answer, or the error that prevented it.
     pub score: Result<ScoredCompletion>,
-    /// The probability that it is the best; 0 without a score.
+    /// Probability that this answer is the best one; 0 without a score.
     pub probability: f64,
 }
 
-/// Scored answers to one prompt.
+/// Scores and ranking of several answers to one prompt.
 #[derive(Debug)]
 pub struct RankedCompletions {
-    /// One for each answer, in the order of the request.
+    /// Results in the order of the answers in the request.
     pub answers: Vec<RankedCompletion>,
-    /// Indices of the answers that have a score, the best first.
+    /// Indices of the answers that have a score, best first.
     pub ranking: Vec<usize>,
 }
 
-/// A request's names made concrete; cheap to clone. An item is scored in two steps, which its types
-/// keep in order: `admit` waits for room for its text, tokenises it once and takes its client's
-/// quota; `score` computes. What an item has taken is given back when it is scored or dropped.
+/// Resolved options of a request; cheap to clone. An item is scored in two steps, whose order the
+/// types enforce: `admit` waits for room in the text budget, tokenises the text once and takes the
+/// client's quota; `score` computes. Budget and quota are released when the item is scored or
+/// dropped.
 #[derive(Clone)]
 pub struct ScoringSession {
     service: Arc<ScoringService>,
@@ -158,16 +168,16 @@ pub struct ScoringSession {
     normalization: Normalization,
     max_length: usize,
     truncation: Truncation,
-    /// The request's tools and variables over those of the policy's job.
+    /// Tools and variables of the request, merged over those of the policy's job.
     arguments: Arc<TemplateArguments>,
-    /// Whether the request names tools.
+    /// True if the request itself has tools.
     has_tools: bool,
-    /// The date that chat templates print.
+    /// Date that chat templates see.
     date: DateTime,
     vocab_size: usize,
 }
 
-/// A pair whose text has room beside the texts of others.
+/// A pair for whose text the budget is reserved.
 #[must_use = "the text budget is given back when this is dropped"]
 pub struct ReservedPair {
     session: ScoringSession,
@@ -175,20 +185,20 @@ pub struct ReservedPair {
     room: OwnedSemaphorePermit,
 }
 
-/// A pair that may be scored: within the text budget and its client's quota, and tokenised.
+/// A tokenised pair that holds its share of the text budget and of the client's quota.
 #[must_use = "nothing is scored until `score` is called"]
 pub struct AdmittedPair(Admitted);
 
-/// Answers to one prompt that may be scored, in one row.
+/// Answers to one prompt that are admitted and scored together in one row.
 #[must_use = "nothing is scored until `score` is called"]
 pub struct AdmittedCompletions {
-    /// One for each answer: `None` is the next one of the row.
+    /// Encoding errors in the order of the answers. `None` stands for an answer that is in the row.
     errors: Vec<Option<ServiceError>>,
-    /// `None` when no answer can be encoded.
+    /// `None` if no answer can be encoded.
     row: Option<Admitted>,
 }
 
-/// Tokens on their way to the device.
+/// An admitted row with its share of the budget and of the quota.
 struct Admitted {
     session: ScoringSession,
     encoded: Vec<EncodedCompletion>,
@@ -206,11 +216,17 @@ impl ScoringService {
         shutdown: Shutdown,
         template_date: TemplateDate,
     ) -> Self {
-        let (tokenizers, texts) = (Limiter::new(TOKENIZERS), Limiter::new(TEXT_BUDGET_KIB));
+        let (tokenizers, texts) =
+            (Limiter::new(MAX_TOKENIZING_REQUESTS), Limiter::new(TEXT_BUDGET_KIB));
         ScoringService { policies, engine, quota, tokenizers, texts, shutdown, template_date }
     }
 
-    /// Resolves what a scoring request names.
+    /// Resolves the options of a scoring request.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for bad options; `PermissionDenied` for another client's job;
+    /// `FailedPrecondition` if weights cannot be used; `Unavailable` if the server is shutting
+    /// down.
     pub async fn session(
         self: &Arc<Self>,
         caller: &Caller,
@@ -239,7 +255,8 @@ impl ScoringService {
         };
         if let Some(WeightsRef::Live { job }) = reference.as_ref().map(|r| &r.weights) {
             let message = format!(
-                "trainingJobs/{job} is still training: a reference must not move, name a checkpoint by its step"
+                "trainingJobs/{job} is still training: a reference must not move, name a \
+                 checkpoint by its step"
             );
             return Err(ServiceError::invalid("options.reference", message));
         }
@@ -247,19 +264,21 @@ impl ScoringService {
             self.policies.check_tokenizers("options.reference", &policy.model, &r.model)?;
         }
         let spec = policy.job.as_ref().map(|j| &j.request.spec);
-        let of_job = policy.job.as_ref().map(|j| j.template_arguments()).unwrap_or_default();
+        let job_arguments = policy.job.as_ref().map(|j| j.template_arguments()).unwrap_or_default();
         let mut warnings = Vec::new();
         if reference.as_ref().is_some_and(|r| r.weights == policy.weights) {
             warnings.push(SAME_WEIGHTS.to_owned());
         }
-        let moves = spec.is_some_and(|s| s.dpo.reference_sync.is_some());
-        if moves && options.reference.is_none() && matches!(policy.weights, WeightsRef::Live { .. })
+        let has_moving_reference = spec.is_some_and(|s| s.dpo.reference_sync.is_some());
+        if has_moving_reference
+            && options.reference.is_none()
+            && matches!(policy.weights, WeightsRef::Live { .. })
         {
             warnings.push(MOVING_REFERENCE.to_owned());
         }
         Ok(ScoringSession {
             has_tools: options.arguments.tools.iter().flatten().next().is_some(),
-            arguments: Arc::new(options.arguments.over(&of_job)),
+            arguments: Arc::new(options.arguments.over(&job_arguments)),
             date: self.template_date.of(policy.job.as_ref()),
             vocab_size: self.engine.model(&policy.model)?.vocab_size,
             tokenizer: self.engine.tokenizer(&policy.model)?,
@@ -280,58 +299,58 @@ impl ScoringService {
 }
 
 impl ScoringSession {
-    /// The policy's name, with its step unless it is still training.
+    /// Returns the name of the policy, with its step unless the job is still training.
     pub fn policy_version(&self) -> String {
         self.policy.version.clone()
     }
 
-    /// The reference's name.
+    /// Returns the name of the reference, if there is one.
     pub fn reference_version(&self) -> Option<String> {
         self.reference.as_ref().map(|r| r.version.clone())
     }
 
-    /// How rewards add up the log-ratios of an answer's tokens.
+    /// Returns the normalization of the rewards over an answer's tokens.
     pub fn normalization(&self) -> Normalization {
         self.normalization
     }
 
-    /// What whoever reads the scores should know about the weights that were named.
+    /// Returns warnings about the chosen weights for the readers of the scores.
     pub fn warnings(&self) -> Vec<String> {
         self.warnings.to_vec()
     }
 
-    /// Waits for room for a pair's text beside the texts of others. A stream reads no further until
-    /// it has it.
+    /// Reserves room for a pair's text in the text budget; waits until there is room. A stream must
+    /// not read its next pair before that.
     ///
     /// # Errors
-    /// `InvalidArgument` for a text that is longer than any row could use.
+    /// `InvalidArgument` if the text has more than 16 MiB.
     pub async fn reserve(&self, pair: PairToScore) -> Result<ReservedPair> {
         let room = self
-            .take_room("pair", pair.arguments.bytes(), &pair.prompt, &[&pair.a, &pair.b])
+            .reserve_text("pair", pair.arguments.bytes(), &pair.prompt, &[&pair.a, &pair.b])
             .await?;
         Ok(ReservedPair { session: self.clone(), pair, room })
     }
 
-    /// Admits a pair to be scored.
+    /// Admits a pair for scoring.
     ///
     /// # Errors
-    /// Those of [`ScoringSession::reserve`] and [`ReservedPair::admit`].
+    /// The errors of [`ScoringSession::reserve`] and [`ReservedPair::admit`].
     pub async fn admit(&self, pair: PairToScore) -> Result<AdmittedPair> {
         self.reserve(pair).await?.admit().await
     }
 
-    /// Admits N answers to one prompt; an answer that cannot be encoded has its own error.
+    /// Admits several answers to one prompt. An answer that cannot be encoded gets its own error.
     ///
     /// # Errors
-    /// `InvalidArgument` for a text that is longer than any row could use; `ResourceExhausted` when
-    /// the client has too many tokens in the queue.
+    /// `InvalidArgument` if the text has more than 16 MiB; `ResourceExhausted` if the
+    /// client has too many tokens in the queue.
     pub async fn admit_completions(
         &self,
         prompt: Text,
         completions: Vec<Text>,
     ) -> Result<AdmittedCompletions> {
         let room = self
-            .take_room("completions", 0, &prompt, &completions.iter().collect::<Vec<_>>())
+            .reserve_text("completions", 0, &prompt, &completions.iter().collect::<Vec<_>>())
             .await?;
         let lacks_dialogue = self.lacks_dialogue(&prompt);
         let encode =
@@ -364,37 +383,41 @@ impl ScoringSession {
         Ok(AdmittedCompletions { errors, row: Some(self.admitted(encoded, room)?) })
     }
 
-    /// Returns true if the request names tools, and the prompt is plain text, which no chat
-    /// template renders.
+    /// Returns true if the request has tools but the prompt is plain text, which no chat template
+    /// renders.
     fn lacks_dialogue(&self, prompt: &Text) -> bool {
         self.has_tools && matches!(prompt, Text::Plain(_))
     }
 
-    /// Takes room for a text whose field in the request is `field`.
-    async fn take_room(
+    /// Reserves room in the text budget for a prompt and its answers. The prompt is counted once
+    /// per answer, and for a dialogue its tools and variables, too. `field` names the text in error
+    /// messages.
+    async fn reserve_text(
         &self,
         field: &str,
-        own_arguments: usize,
+        pair_arguments_bytes: usize,
         prompt: &Text,
         answers: &[&Text],
     ) -> Result<OwnedSemaphorePermit> {
-        let rendered_with = match prompt {
+        let template_bytes = match prompt {
             Text::Plain(_) => 0,
-            Text::Chat(_) => (self.arguments.bytes() + own_arguments) * answers.len().max(1),
+            Text::Chat(_) => (self.arguments.bytes() + pair_arguments_bytes) * answers.len().max(1),
         };
-        let bytes = rendered_with
+        let bytes = template_bytes
             + prompt.bytes() * answers.len().max(1)
             + answers.iter().map(|a| a.bytes()).sum::<usize>();
-        if bytes > MAX_TEXT {
+        if bytes > MAX_TEXT_BYTES {
             let message = format!(
-                "prompt and answers have {bytes} bytes of text, the prompt and its tools counted for each answer: {MAX_TEXT} are the limit"
+                "prompt and answers have {bytes} bytes of text (the prompt and its tools are \
+                 counted once per answer), at most {MAX_TEXT_BYTES} are allowed: send shorter \
+                 texts or fewer answers"
             );
             return Err(ServiceError::invalid(field, message));
         }
         self.service.texts.acquire_many(bytes.div_ceil(1024) as u32).await
     }
 
-    /// Runs `encode` off the async threads.
+    /// Runs `encode` on a blocking thread.
     async fn tokenize<T: Send + 'static>(
         &self,
         arguments: Arc<TemplateArguments>,
@@ -403,7 +426,7 @@ impl ScoringSession {
         let (session, permit, caller) =
             (self.clone(), self.service.tokenizers.acquire().await?, trace::current());
         blocking(move || {
-            // Until the work is done, even when nobody waits for it any more.
+            // The permit is held until the work is done, even if the caller has disconnected.
             let _permit = permit;
             let start = Instant::now();
             let encoder =
@@ -420,7 +443,7 @@ impl ScoringSession {
         .await
     }
 
-    /// Takes the client's quota for a row.
+    /// Takes the client's quota for a row and builds the item to score.
     fn admitted(
         &self,
         encoded: Vec<EncodedCompletion>,
@@ -431,13 +454,14 @@ impl ScoringSession {
         Ok(Admitted { session: self.clone(), encoded, item, _quota: quota, _room: room })
     }
 
-    /// Scores a row.
+    /// Scores a row. If the job of a live policy has ended meanwhile, its latest checkpoint is
+    /// used.
     async fn score(&self, item: ScoreItem) -> Result<ScoredItem> {
         let (engine, policies) = (&self.service.engine, &self.service.policies);
         let reference = self.reference.as_ref().map(|r| &r.weights);
         match engine.score(&self.policy.weights, reference, item.clone()).await {
-            // The job ended between the request's start and now: its last checkpoint is what it
-            // trained.
+            // The job ended between the start of the request and now. Its latest checkpoint has the
+            // weights that it trained last.
             Err(EngineError::NotResident(_)) => {
                 let Some(job) = self.policy.job.clone() else {
                     return Err(ServiceError::internal("a live policy without a job"));
@@ -488,8 +512,8 @@ impl ReservedPair {
     /// Tokenises the pair and takes its client's quota.
     ///
     /// # Errors
-    /// `InvalidArgument` for a pair that cannot be encoded; `ResourceExhausted` when the client has
-    /// too many tokens in the queue.
+    /// `InvalidArgument` if the pair cannot be encoded; `ResourceExhausted` if the client has too
+    /// many tokens in the queue.
     pub async fn admit(self) -> Result<AdmittedPair> {
         let ReservedPair { session, pair: PairToScore { prompt, a, b, arguments: own }, room } =
             self;
@@ -521,7 +545,11 @@ impl ReservedPair {
 }
 
 impl AdmittedPair {
-    /// Scores the pair; its numbers do not depend on other requests.
+    /// Scores the pair. The result does not depend on other requests.
+    ///
+    /// # Errors
+    /// `Unavailable` if the queue is full or the server is shutting down; `ResourceExhausted` if
+    /// memory is not sufficient.
     pub async fn score(self) -> Result<ScoredPair> {
         let policy_version = self.0.session.policy.version.clone();
         let (scored, live_step) = self.0.score().await?;
@@ -540,8 +568,11 @@ impl AdmittedPair {
 }
 
 impl AdmittedCompletions {
-    /// Scores the answers in one row, ranks them by their rewards, and gives each its probability
-    /// to be the best.
+    /// Scores the answers in one row, ranks them by their rewards, and computes for each the
+    /// probability that it is the best.
+    ///
+    /// # Errors
+    /// The errors of [`AdmittedPair::score`].
     pub async fn score(self) -> Result<RankedCompletions> {
         let scored = match self.row {
             Some(row) => row.score().await?.0,
@@ -552,9 +583,9 @@ impl AdmittedCompletions {
 }
 
 impl Admitted {
-    /// Returns the scores of the row's answers, and the step of a live policy.
+    /// Returns the scores of the row's answers, and the step at which a live policy scored them.
     async fn score(self) -> Result<(Vec<ScoredCompletion>, Option<u64>)> {
-        // The quota and the room are held until the row is scored.
+        // The bindings hold quota and budget until the row is scored.
         let Admitted { session, encoded, item, _quota, _room } = self;
         let scored = session.score(item).await?;
         let live_step = scored.live_step;
@@ -562,20 +593,20 @@ impl Admitted {
     }
 }
 
-/// Puts the scores of the answers that have no error in their places, and ranks them.
+/// Merges scores and errors in the order of the answers, and ranks the scored ones.
 fn ranked(errors: Vec<Option<ServiceError>>, scored: Vec<ScoredCompletion>) -> RankedCompletions {
     let with_score: Vec<usize> =
         errors.iter().enumerate().filter(|(_, e)| e.is_none()).map(|(i, _)| i).collect();
     let rewards: Vec<f64> = scored.iter().map(|s| s.reward).collect();
     let ranking = ranking(&rewards).into_iter().map(|i| with_score[i]).collect();
     let mut scored = scored.into_iter().zip(best_of(&rewards));
-    let unscored = || (Err(ServiceError::internal("unscored")), 0.0);
+    let missing_score = || (Err(ServiceError::internal("unscored")), 0.0);
     let answers = errors.into_iter().map(|error| {
         let (score, probability) = match error {
             Some(e) => (Err(e), 0.0),
-            None => {
-                scored.next().map_or_else(unscored, |(score, probability)| (Ok(score), probability))
-            }
+            None => scored
+                .next()
+                .map_or_else(missing_score, |(score, probability)| (Ok(score), probability)),
         };
         RankedCompletion { score, probability }
     });
@@ -585,7 +616,8 @@ fn ranked(errors: Vec<Option<ServiceError>>, scored: Vec<ScoredCompletion>) -> R
 fn needs_dialogue(field: &str) -> ServiceError {
     ServiceError::invalid(
         field,
-        "needs chat messages, because the chat template shows it to the model: give chat, or leave it out, its form as JSON too",
+        "applies only to chat messages, because the chat template renders it: send chat messages, \
+         or leave this field and its JSON form empty",
     )
 }
 

@@ -1,4 +1,4 @@
-//! The server's own life: whether it takes requests, what it shows of itself, and how it stops.
+//! Lifecycle of the server: readiness, state for health checks and metrics, and shutdown.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -13,18 +13,18 @@ use super::store::Store;
 use crate::engine::Engine;
 use crate::engine::api::ModelInfo;
 
-/// What runs as long as the server.
+/// Parts that live as long as the server, and its runners and background tasks.
 pub struct Server {
     pub(super) engine: Engine,
     pub(super) store: Store,
     pub(super) runs: RunRegistry,
     pub(super) tokens: TokenService,
     pub(super) shutdown: Shutdown,
-    /// How long a drain may take.
+    /// Maximum time that [`Server::drain`] waits for the runners.
     pub(super) drain_timeout: Duration,
-    /// Each runs jobs until the drain.
+    /// Runners of jobs. They end when the server drains.
     pub(super) runners: Mutex<Vec<JoinHandle<()>>>,
-    /// They go on for ever.
+    /// Background tasks. They run until they are aborted.
     pub(super) background: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -35,18 +35,24 @@ impl Server {
     }
 
     /// Returns one base model.
+    ///
+    /// # Errors
+    /// `NotFound` if the server does not have it.
     pub fn model(&self, id: &str) -> Result<ModelInfo> {
         Ok(self.engine.model(id)?)
     }
 
-    /// Returns who knows the callers by their tokens.
+    /// Returns the service that authenticates callers by their tokens.
     pub fn tokens(&self) -> &TokenService {
         &self.tokens
     }
 
-    /// Tells whether requests should come here: not while draining. With a store that is away the
-    /// server still scores, and all replicas lack it alike, so that is said and no reason to send
-    /// requests elsewhere.
+    /// Returns a readiness message if requests should be sent to this server. A database that does
+    /// not answer is only mentioned: the server can still score, and other replicas have the same
+    /// problem.
+    ///
+    /// # Errors
+    /// `Unavailable` (`DRAINING`) if the server is shutting down.
     pub async fn ready(&self) -> Result<&'static str> {
         self.shutdown.refuse_new_work()?;
         Ok(if self.store.ping().await.is_ok() {
@@ -56,13 +62,13 @@ impl Server {
         })
     }
 
-    /// Returns gauges of each run of this process: its job, the gauge's name and its value.
+    /// Returns the gauges of all runs in this process as (job id, gauge name, value).
     pub fn run_gauges(&self) -> Vec<(String, &'static str, f64)> {
         self.runs.gauges()
     }
 
-    /// Refuses new work, lets running jobs write a checkpoint and go back to the queue, and closes
-    /// the store, all within `drain_timeout`.
+    /// Shuts down: refuses new work, waits at most `drain_timeout` for running jobs to write a
+    /// checkpoint and go back to the queue, stops the background tasks and closes the store.
     pub async fn drain(&self) {
         self.shutdown.begin();
         self.engine.drain();
@@ -76,7 +82,8 @@ impl Server {
         };
         if tokio::time::timeout(self.drain_timeout, all).await.is_err() {
             tracing::warn!(
-                "a running job did not reach a checkpoint in time: it continues from its last one"
+                "a running job did not write a checkpoint in time: it will continue from its \
+                 previous one"
             );
         }
         for task in self.background.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {

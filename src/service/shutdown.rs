@@ -1,4 +1,4 @@
-//! The signal that the server is stopping.
+//! Shutdown signal.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use tokio::sync::watch;
 
 use super::error::{Result, ServiceError};
 
-/// Turns on once, when the server begins to stop; clones share it.
+/// Flag that is set once when the server begins to shut down. Clones share it.
 #[derive(Clone, Debug)]
 pub(super) struct Shutdown(Arc<watch::Sender<bool>>);
 
@@ -22,20 +22,21 @@ impl Shutdown {
         self.0.send_replace(true);
     }
 
-    /// Returns true if the server is stopping.
+    /// Returns true if the server is shutting down.
     pub fn has_begun(&self) -> bool {
         *self.0.borrow()
     }
 
-    /// Refuses new work when the server is stopping.
+    /// Checks that the server accepts new work.
     ///
     /// # Errors
-    /// `Unavailable` (`DRAINING`): the client may ask another replica.
+    /// `Unavailable` (`DRAINING`) if it is shutting down; the client may retry with another
+    /// replica.
     pub fn refuse_new_work(&self) -> Result<()> {
         if self.has_begun() { Err(ServiceError::draining()) } else { Ok(()) }
     }
 
-    /// Returns a receiver that sees the shutdown begin.
+    /// Returns a receiver that is notified when the shutdown begins.
     pub fn subscribe(&self) -> watch::Receiver<bool> {
         self.0.subscribe()
     }

@@ -1,8 +1,8 @@
-//! Jobs, events, checkpoints and datasets in SQLite or PostgreSQL. What a call acknowledges is on
-//! disk.
+//! Store of jobs, events, checkpoints, datasets and tokens in SQLite or PostgreSQL. A write has
+//! reached the disk when its call returns.
 //!
-//! The SQL is written once, in what both databases understand; `Dialect` holds the few places where
-//! they differ. All columns are BIGINT and TEXT.
+//! The SQL is written once, in the subset that both databases understand; `Dialect` holds the few
+//! differences. All columns are BIGINT or TEXT.
 
 mod checkpoints;
 mod datasets;
@@ -28,28 +28,29 @@ use super::error::{Result, ServiceError};
 use crate::domain::job::Millis;
 use crate::domain::violation::quoted;
 
-/// Connections of a SQLite store that read side by side.
-const READERS: u32 = 4;
-/// Connections to PostgreSQL, for reads and for writes each.
-const CONNECTIONS: u32 = 8;
-/// How long a call waits for a connection: with a database that does not answer, callers hear so in
-/// this time.
-const ACQUIRE: Duration = Duration::from_secs(5);
+/// Number of connections for reads from SQLite.
+const SQLITE_READERS: u32 = 4;
+/// Number of connections to PostgreSQL: this many for reads, and as many again for writes.
+const POSTGRES_CONNECTIONS: u32 = 8;
+/// Maximum time that a call waits for a connection. If the database does not answer, callers get an
+/// error after this time.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Bytes of text in the rows of a page, which ends before the row that would exceed them: most
-/// clients take answers of 4 MiB at most.
+/// Maximum text in the rows of a page, in bytes. Most gRPC clients accept messages of at most 4
+/// MiB. A page ends before the row that would exceed the limit.
 const PAGE_BYTES: usize = 2 << 20;
-/// Rows of a page that are read from the database at a time.
+/// Maximum number of rows of a page read from the database at a time.
 const ROWS_AT_A_TIME: usize = 32;
 
-/// The condition of a list's page.
-const OF_PAGE: &str = "seq < $1 AND ($2 = 0 OR owner = $3)";
+/// SQL condition that selects the rows of a page: `$1` is the `seq` before which the page begins,
+/// `$2` is 0 for all owners, `$3` is the owner.
+const PAGE_CONDITION: &str = "seq < $1 AND ($2 = 0 OR owner = $3)";
 
-/// A row that lists give out.
+/// A row that can be listed in pages.
 trait ListedRow {
-    /// Its place in the list.
+    /// Position in the list.
     fn seq(&self) -> i64;
-    /// Bytes of its text.
+    /// Size of the text in the row, in bytes.
     fn bytes(&self) -> usize;
 }
 
@@ -58,11 +59,11 @@ trait ListedRow {
 pub struct Page<T> {
     /// The items, newest first.
     pub items: Vec<T>,
-    /// Empty on the last page.
+    /// Token for the next page; empty on the last page.
     pub next_page_token: String,
 }
 
-/// Where the two databases differ.
+/// SQL that differs between the two databases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Dialect {
     Sqlite,
@@ -70,7 +71,8 @@ enum Dialect {
 }
 
 impl Dialect {
-    /// The database's own clock, in milliseconds since 1970: replicas need not agree on the time.
+    /// Returns SQL for the database's clock, in milliseconds since 1970. The clocks of the replicas
+    /// need not agree.
     fn now(self) -> &'static str {
         match self {
             Dialect::Sqlite => "CAST(unixepoch('subsec') * 1000 AS INTEGER)",
@@ -78,7 +80,8 @@ impl Dialect {
         }
     }
 
-    /// Ends a SELECT of a row that this transaction will change. SQLite has one writer.
+    /// Returns the end of a SELECT that locks a row for an update. SQLite needs no lock, because it
+    /// has only one writer.
     fn for_update(self) -> &'static str {
         match self {
             Dialect::Sqlite => "",
@@ -86,7 +89,7 @@ impl Dialect {
         }
     }
 
-    /// The same, passing over rows that another transaction holds.
+    /// Like [`Dialect::for_update`], but skips rows that another transaction has locked.
     fn skip_locked(self) -> &'static str {
         match self {
             Dialect::Sqlite => "",
@@ -94,7 +97,8 @@ impl Dialect {
         }
     }
 
-    /// Ends a SELECT of a row that must still be there when this transaction ends.
+    /// Returns the end of a SELECT that prevents a row from being changed or deleted until the
+    /// transaction ends.
     fn for_share(self) -> &'static str {
         match self {
             Dialect::Sqlite => "",
@@ -103,14 +107,14 @@ impl Dialect {
     }
 }
 
-/// How the store is opened.
+/// Options for opening the store.
 #[derive(Clone, PartialEq, Eq)]
 pub struct StoreOptions {
-    /// `postgres://…`; `None` is SQLite in the data directory.
+    /// PostgreSQL URL (`postgres://…`); `None` selects SQLite in the data directory.
     pub database_url: Option<String>,
-    /// Events kept of a job, the newest.
+    /// Maximum number of events stored per job; the oldest are deleted first.
     pub events_kept: u64,
-    /// How long a worker may be silent before its job goes to another.
+    /// Duration of a job's lease. A worker that does not renew it for this long loses the job.
     pub lease: Duration,
 }
 
@@ -120,27 +124,32 @@ impl Default for StoreOptions {
     }
 }
 
-/// The database.
+/// The database. Clones share the connections.
 #[derive(Clone)]
 pub struct Store {
     dialect: Dialect,
     url: String,
-    /// With SQLite one connection: writes are serialised here and never meet `SQLITE_BUSY`.
+    /// Connections for writes. SQLite has only one, so that writes are serialised here and never
+    /// meet `SQLITE_BUSY`.
     writer: AnyPool,
     readers: AnyPool,
     events_kept: i64,
     lease: Duration,
-    /// This process among the replicas.
+    /// Random id of this process among the replicas.
     replica: String,
 }
 
-/// The time, in milliseconds since 1970.
+/// Returns this machine's time, in milliseconds since 1970.
 pub fn now() -> Millis {
     jiff::Timestamp::now().as_millisecond()
 }
 
 impl Store {
-    /// Opens the database, or creates `<data_dir>/bradley.db`, and brings its schema up to date.
+    /// Opens the database, or creates `<data_dir>/bradley.db`, and applies the migrations of its
+    /// schema.
+    ///
+    /// # Errors
+    /// `Internal` if the database cannot be opened or migrated.
     pub async fn open(data_dir: &Path, options: &StoreOptions) -> Result<Self> {
         sqlx::any::install_default_drivers();
         let (dialect, url) = match &options.database_url {
@@ -152,8 +161,8 @@ impl Store {
         let pool = |n: u32| {
             AnyPoolOptions::new()
                 .max_connections(n)
-                .acquire_timeout(ACQUIRE)
-                .after_connect(move |connection, _| Box::pin(prepare(dialect, connection)))
+                .acquire_timeout(ACQUIRE_TIMEOUT)
+                .after_connect(move |connection, _| Box::pin(configure(dialect, connection)))
                 .before_acquire(|_, about| {
                     let usable = stale::is_fresh(about.age);
                     Box::pin(async move { Ok(usable) })
@@ -161,17 +170,17 @@ impl Store {
                 .after_release(move |connection, _| Box::pin(is_clean(dialect, connection)))
         };
         let (writers, readers) = match dialect {
-            Dialect::Sqlite => (1, READERS),
-            Dialect::Postgres => (CONNECTIONS, CONNECTIONS),
+            Dialect::Sqlite => (1, SQLITE_READERS),
+            Dialect::Postgres => (POSTGRES_CONNECTIONS, POSTGRES_CONNECTIONS),
         };
-        let unreachable = |e| ServiceError::internal(format!("the database cannot be opened: {e}"));
-        let writer = pool(writers).connect_with(connect.clone()).await.map_err(unreachable)?;
+        let cannot_open = |e| ServiceError::internal(format!("the database cannot be opened: {e}"));
+        let writer = pool(writers).connect_with(connect.clone()).await.map_err(cannot_open)?;
         let mut migrations = match dialect {
             Dialect::Sqlite => sqlx::migrate!("src/service/migrations/sqlite"),
             Dialect::Postgres => sqlx::migrate!("src/service/migrations/postgres"),
         };
-        // Migrations only add: a newer version may have used this database, and an older one must
-        // still start after a rollback.
+        // Unknown migrations are ignored. Migrations only add to the schema, so an older version
+        // can still run on the database of a newer one after a rollback.
         migrations.set_ignore_missing(true);
         migrations.run(&writer).await.map_err(|e| {
             ServiceError::internal(format!(
@@ -182,27 +191,28 @@ impl Store {
             dialect,
             url,
             writer,
-            readers: pool(readers).connect_with(connect).await.map_err(unreachable)?,
+            readers: pool(readers).connect_with(connect).await.map_err(cannot_open)?,
             events_kept: options.events_kept.clamp(1, i64::MAX as u64) as i64,
             lease: options.lease,
             replica: uuid::Uuid::now_v7().to_string(),
         })
     }
 
-    /// Whether other replicas may use the same database.
+    /// Returns true if other replicas may use the same database.
     pub fn is_shared(&self) -> bool {
         self.dialect == Dialect::Postgres
     }
 
-    /// Closes every connection; SQLite folds its WAL into the database.
+    /// Closes all connections. SQLite then merges its WAL into the database file.
     pub async fn close(&self) {
         self.readers.close().await;
         self.writer.close().await;
     }
 
-    /// A page of what `select` finds, which has [`OF_PAGE`] among its conditions: rows of `owner`,
-    /// or of everyone when `None`, newest first. It has `size` rows at most, and fewer where their
-    /// text exceeds [`PAGE_BYTES`]. A row that alone exceeds them is a page.
+    /// Returns a page of the rows that `select` finds, newest first. `select` must contain
+    /// [`PAGE_CONDITION`]. Only rows of `owner` are returned, or of everyone if it is `None`. A
+    /// page has at most `size` rows, and fewer if their text would exceed [`PAGE_BYTES`]. A row
+    /// that alone exceeds the limit gets a page of its own.
     async fn page<R, T>(
         &self,
         select: &str,
@@ -217,8 +227,8 @@ impl Store {
         let select = format!("{select} ORDER BY seq DESC LIMIT $4");
         let (mut rows, mut bytes, mut before) = (Vec::<R>::new(), 0, parse_token(token)?);
         loop {
-            // A few at a time: 1000 large rows would take gigabytes. One row too many says that
-            // there is a next page.
+            // Rows are read in small batches, because 1000 large rows would take gigabytes. One
+            // more row than the page needs is read to learn whether there is a next page.
             let wanted = (size + 1 - rows.len()).min(ROWS_AT_A_TIME);
             let found: Vec<R> = sqlx::query_as(AssertSqlSafe(select.clone()))
                 .bind(before)
@@ -244,15 +254,18 @@ impl Store {
         }
     }
 
-    /// Whether the store answers.
+    /// Checks that the database answers.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Internal` if it does not.
     pub async fn ping(&self) -> Result<()> {
         sqlx::query("SELECT 1").execute(&self.readers).await?;
         Ok(())
     }
 }
 
-/// Sets a new connection up.
-async fn prepare(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Result<()> {
+/// Configures a new connection.
+async fn configure(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Result<()> {
     if dialect == Dialect::Sqlite {
         for pragma in [
             "journal_mode = WAL",
@@ -265,8 +278,7 @@ async fn prepare(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Resu
                 .await?;
         }
     } else {
-        // A replica that is frozen in a transaction must not hold its locks, and nobody waits long
-        // for one.
+        // Limits how long a frozen replica can hold locks, and how long others wait for a lock.
         for setting in [
             "idle_in_transaction_session_timeout = '10s'",
             "lock_timeout = '5s'",
@@ -274,27 +286,28 @@ async fn prepare(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Resu
         ] {
             sqlx::query(AssertSqlSafe(format!("SET {setting}"))).execute(&mut *connection).await?;
         }
-        // What is acknowledged is on disk, whatever the database's default is; a stricter setting
-        // stays.
-        let durable = "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'";
+        // Commits must reach the disk, whatever the default of the database is. A stricter setting
+        // is left unchanged.
+        let durable = "SELECT set_config('synchronous_commit', 'on', false) WHERE \
+                       current_setting('synchronous_commit') = 'off'";
         sqlx::query(durable).execute(&mut *connection).await?;
     }
     Ok(())
 }
 
-/// Whether a connection has no transaction left open. On a full disk SQLite rolls back by itself,
-/// and sqlx, whose own rollback then fails, takes the transaction to be still open: later ones
-/// would be savepoints inside it, and what they "commit" could be lost. Such a connection is
-/// closed.
+/// Returns true if a connection has no open transaction; others are closed. On a full disk SQLite
+/// rolls back by itself. The rollback of sqlx then fails, and sqlx believes that the transaction is
+/// still open. Later transactions would be savepoints inside it, and their commits could be lost.
 async fn is_clean(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Result<bool> {
     if dialect == Dialect::Sqlite {
-        // A rollback on its way is done before this is answered.
+        // The answer arrives only after a pending rollback is done.
         connection.ping().await?;
     }
     Ok(!connection.is_in_transaction())
 }
 
-/// A file's URL: everything but letters, digits, `/`, `.`, `-` and `_` is escaped.
+/// Returns the SQLite URL of a file. All bytes but letters, digits, `/`, `.`, `-` and `_` are
+/// escaped.
 fn sqlite_url(path: &Path) -> String {
     use std::os::unix::ffi::OsStrExt;
     let escape = |b: &u8| match b {
@@ -313,14 +326,14 @@ fn parse_token(token: &str) -> Result<i64> {
         t => t.parse().map_err(|_| {
             ServiceError::invalid(
                 "page_token",
-                format!("{} was not given out by this list: start again without it", quoted(t)),
+                format!("{} is not a page token of this list: start again without it", quoted(t)),
             )
         }),
     }
 }
 
-/// The records that this version can read: one that another version wrote must not stand in the way
-/// of all others.
+/// Converts rows to records. Rows that this version cannot read are logged and skipped, so that one
+/// row of another version does not block the whole list.
 fn readable<R, T: TryFrom<R, Error = ServiceError>>(rows: Vec<R>) -> Vec<T> {
     let read = |row| {
         T::try_from(row).inspect_err(|e| tracing::error!(error = %e, "a stored record is left out"))

@@ -1,4 +1,4 @@
-//! The date that chat templates print.
+//! Date that chat templates see.
 
 use jiff::Timestamp;
 use jiff::civil::{self, Date, DateTime};
@@ -6,14 +6,14 @@ use jiff::tz::TimeZone;
 
 use crate::domain::job::Job;
 
-/// The server's setting `template_date`.
+/// The server's setting `template_date`; `None` means the current date.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct TemplateDate(pub Option<Date>);
 
 impl TemplateDate {
-    /// Returns the date and time, in UTC, that chat templates print: for a job and its checkpoints
-    /// the time of the job's creation, so that a resumed job has the same tokens and scores do not
-    /// change from day to day; else the server's `template_date`, or now.
+    /// Returns the date and time, in UTC, that chat templates see. For a job and its checkpoints it
+    /// is the creation time of the job, so that a resumed job has the same tokens and scores do not
+    /// change from day to day. Without a job it is the server's `template_date`, or now.
     pub fn of(self, job: Option<&Job>) -> DateTime {
         let in_utc = |time: Timestamp| time.to_zoned(TimeZone::UTC).datetime();
         match (job, self.0) {

@@ -1,11 +1,11 @@
-//! Things that are open, as gauges.
+//! Gauges that count open objects (connections, streams).
 
-/// Counts in a gauge while it lives.
+/// Guard that adds 1 to a gauge while it exists, so that every return path decrements it.
 #[derive(Debug)]
 pub struct Counted(&'static str);
 
 impl Counted {
-    /// One more.
+    /// Increments `gauge` until the guard is dropped.
     pub fn new(gauge: &'static str) -> Self {
         metrics::gauge!(gauge).increment(1.0);
         Counted(gauge)

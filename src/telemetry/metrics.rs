@@ -1,4 +1,4 @@
-//! What `/metrics` says of each metric, and the recorder behind it.
+//! Metrics recorder, and the help text that `/metrics` shows for each metric.
 
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
@@ -6,54 +6,59 @@ use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, Promet
 use crate::domain::job::JobState;
 
 /// Upper bounds of duration histograms, in seconds.
-const SECONDS: [f64; 14] =
+const DURATION_BUCKETS: [f64; 14] =
     [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0];
 /// Upper bounds of token-count histograms.
-const TOKENS: [f64; 10] =
+const TOKEN_BUCKETS: [f64; 10] =
     [32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
-/// Upper bounds of histograms of how many items share a batch.
-const ITEMS: [f64; 9] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
+/// Upper bounds of histograms of items per batch.
+const ITEM_BUCKETS: [f64; 9] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
 
-/// Counters without labels: there from the start, so that their first increase is seen as one.
+/// Counters without labels. They are registered with the value 0 at the start: Prometheus computes
+/// an increase only for a series that already exists.
 const PLAIN_COUNTERS: [(&str, &str); 12] = [
     ("bradley_refused_total", "Calls refused for their bearer token or its roles."),
-    ("bradley_tls_reloads_total", "Times that changed certificates were taken up."),
+    ("bradley_tls_reloads_total", "Times that changed TLS certificates were loaded."),
     ("bradley_scoring_rejected_total", "Scoring items refused because the queue was full."),
     (
         "bradley_scoring_abandoned_total",
-        "Scoring items dropped before the device: nobody waited for them any more.",
+        "Scoring items dropped before they ran, because their clients had left.",
     ),
     (
         "bradley_scored_tokens_total",
         "Tokens scored; a prompt counts once for all answers of its item.",
     ),
     ("bradley_scored_pairs_total", "Preference pairs scored."),
-    ("bradley_reference_cache_hits_total", "Sequences whose reference log-probs were known."),
-    ("bradley_reference_cache_misses_total", "Sequences whose reference log-probs were computed."),
+    ("bradley_reference_cache_hits_total", "Sequences with reference log-probs in the cache."),
+    (
+        "bradley_reference_cache_misses_total",
+        "Sequences with reference log-probs that had to be computed.",
+    ),
     ("bradley_training_steps_total", "Optimizer steps taken."),
     ("bradley_training_tokens_total", "Tokens trained on; each sequence counts its prompt."),
     ("bradley_training_pairs_total", "Preference pairs trained on."),
-    ("bradley_jobs_recovered_total", "Jobs put back in the queue because their worker was gone."),
+    ("bradley_jobs_recovered_total", "Jobs requeued because their worker was gone."),
 ];
 
-/// Counters with labels.
+/// Counters with labels; their series appear when they are first incremented, except for those that
+/// [`install`] registers.
 const COUNTERS: [(&str, &str); 5] = [
-    ("bradley_jobs_ended_total", "Jobs that this process brought to an end, by state."),
+    ("bradley_jobs_ended_total", "Jobs that this process moved to a final state, by state."),
     (
         "bradley_jobs_waiting_total",
-        "Times that a job went back to the queue because what it needs was not there, by reason.",
+        "Times that a job was requeued because an input was missing, by reason.",
     ),
     (
         "bradley_requests_total",
-        "Calls that ended, by method and code; one that its client gave up is Cancelled.",
+        "Finished calls, by method and code; a call that its client gave up is Cancelled.",
     ),
     (
         "bradley_scoring_saved_tokens_total",
-        "Tokens that padding to a batch's longest sequence, or a prompt for each answer, would have cost.",
+        "Additional tokens avoided by packing: padding, and copies of the prompt per answer.",
     ),
     (
         "bradley_store_retries_total",
-        "Waits for the database, the artifact store or the disk, by reason.",
+        "Retries after a failure of the database, the artifact store or the disk, by reason.",
     ),
 ];
 
@@ -61,19 +66,22 @@ const GAUGES: [(&str, &str); 14] = [
     ("bradley_build_info", "1; the version is a label."),
     ("bradley_connections", "Open connections to the gRPC port."),
     ("bradley_event_streams", "Open streams of training events."),
-    ("bradley_scoring_queue_tokens", "Tokens that wait to be scored."),
-    ("bradley_scoring_queue_items", "Items that wait to be scored."),
-    ("bradley_scoring_queue_limit_tokens", "Tokens that may wait to be scored."),
-    ("bradley_resident_policies", "Adapters and full weights in memory besides the base models."),
-    ("bradley_device_free_bytes", "A GPU's memory that is free or kept for the next passes."),
-    ("bradley_device_memory_bytes", "A GPU's memory, all of it."),
+    ("bradley_scoring_queue_tokens", "Tokens in the scoring queue."),
+    ("bradley_scoring_queue_items", "Items in the scoring queue."),
+    ("bradley_scoring_queue_limit_tokens", "Maximum number of tokens in the scoring queue."),
+    ("bradley_resident_policies", "Adapters and full weights in memory, without the base models."),
+    (
+        "bradley_device_free_bytes",
+        "GPU memory in bytes that is free or cached for the next passes.",
+    ),
+    ("bradley_device_memory_bytes", "Total memory of a GPU in bytes."),
     (
         "bradley_memory_limit_bytes",
-        "The machine's memory that models and jobs may be estimated to need.",
+        "Limit on the estimated host memory of models and jobs, in bytes.",
     ),
     (
         "bradley_device_memory_limit_bytes",
-        "A GPU's memory that models and its job may be estimated to need.",
+        "Limit on the estimated memory of models and a job on a GPU, in bytes.",
     ),
     ("bradley_jobs", "Jobs in the database, by state; every replica shows the same."),
     ("bradley_store_up", "1 when the database answers."),
@@ -84,36 +92,36 @@ const GAUGES: [(&str, &str); 14] = [
 ];
 
 const HISTOGRAMS: [(&str, &str); 10] = [
-    ("bradley_request_seconds", "From a call's arrival to its answer's head, by method."),
-    ("bradley_scoring_queue_seconds", "What an item waited for the device."),
-    ("bradley_scoring_tokenize_seconds", "Rendering and tokenising of an item."),
-    ("bradley_scoring_compute_seconds", "The device's time for a scoring batch."),
-    ("bradley_scoring_batch_tokens", "Tokens of a scoring batch."),
-    ("bradley_scoring_batch_items", "Items of a scoring batch."),
+    ("bradley_request_seconds", "Time from a call's arrival to the head of its answer, by method."),
+    ("bradley_scoring_queue_seconds", "Time that an item waited for the device."),
+    ("bradley_scoring_tokenize_seconds", "Time to render and tokenise an item."),
+    ("bradley_scoring_compute_seconds", "Device time of a scoring batch."),
+    ("bradley_scoring_batch_tokens", "Tokens per scoring batch."),
+    ("bradley_scoring_batch_items", "Items per scoring batch."),
     (
         "bradley_training_unit_seconds",
-        "The device's time for a unit of training: a micro-batch, an evaluation batch or a checkpoint; by device.",
+        "Device time of a micro-batch, an evaluation batch or a checkpoint, by device.",
     ),
     (
         "bradley_training_step_seconds",
-        "An optimizer step on the wall; scoring in between is part of it.",
+        "Wall-clock time of an optimizer step, including scoring in between.",
     ),
     (
         "bradley_checkpoint_seconds",
-        "A checkpoint's writing to disk, and its keeping in the artifact store, by phase.",
+        "Time to write a checkpoint to disk and to upload it to the artifact store, by phase.",
     ),
-    ("bradley_event_lag_seconds", "From a training event's making to its being stored."),
+    ("bradley_event_lag_seconds", "Time from the creation of a training event until it is stored."),
 ];
 
-/// Installs the process's metrics recorder.
+/// Installs the metrics recorder of the process and describes every metric.
 ///
 /// # Errors
-/// When there is one already.
+/// Fails if a recorder is already installed.
 pub fn install() -> Result<PrometheusHandle, BuildError> {
     let handle = PrometheusBuilder::new()
-        .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SECONDS)?
-        .set_buckets_for_metric(Matcher::Suffix("_tokens".into()), &TOKENS)?
-        .set_buckets_for_metric(Matcher::Suffix("_items".into()), &ITEMS)?
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &DURATION_BUCKETS)?
+        .set_buckets_for_metric(Matcher::Suffix("_tokens".into()), &TOKEN_BUCKETS)?
+        .set_buckets_for_metric(Matcher::Suffix("_items".into()), &ITEM_BUCKETS)?
         .install_recorder()?;
     for (name, help) in PLAIN_COUNTERS {
         describe_counter!(name, help);
@@ -146,7 +154,7 @@ mod tests {
 
     use super::*;
 
-    /// Names of metrics in the sources below `dir`, but for this file's.
+    /// Collects the metric names in the source files below `dir`, except in this file.
     fn used(dir: &Path, found: &mut BTreeSet<String>) {
         for entry in std::fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
@@ -165,7 +173,7 @@ mod tests {
     fn every_metric_is_described_and_every_description_is_of_a_metric() {
         let mut found = BTreeSet::from(["bradley_build_info".to_owned()]);
         used(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut found);
-        // A run's own gauges are described where they are written.
+        // The gauges of a training run are described in `rpc`, where they are written.
         found.retain(|name| {
             !["loss", "margin", "accuracy", "progress_ratio"]
                 .iter()

@@ -1,6 +1,6 @@
-//! Spans in OpenTelemetry's sense, of work that is measured where it happens and told when it is
-//! over: queues, batches, stages of a run. A trace is carried between processes and kept with a job
-//! as W3C's `traceparent`.
+//! OpenTelemetry spans for work that is measured where it happens and recorded after it has ended:
+//! queues, batches, stages of a run. The trace context travels between processes, and is stored
+//! with a job, as a W3C `traceparent`.
 
 use std::collections::HashMap;
 use std::time::{Duration, SystemTime};
@@ -13,37 +13,37 @@ use opentelemetry::{Context, KeyValue, global};
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
-/// The header, and its value's name.
+/// Name of the W3C Trace Context header, and of the field in which a job stores it.
 pub const TRACEPARENT: &str = "traceparent";
 
-/// The trace that the calling code is part of.
+/// Returns the trace context of the current span.
 pub fn current() -> Context {
     tracing::Span::current().context()
 }
 
-/// What a `traceparent` says; nothing when it is not what W3C's Trace Context allows. A
-/// `tracestate` is not taken: it may be long, and would be part of every span.
+/// Parses a `traceparent`; returns an empty context if it is absent or not valid W3C Trace Context.
+/// `tracestate` is ignored: it may be long, and every span would carry it.
 pub fn parse(traceparent: Option<&str>) -> Context {
     let fields: HashMap<String, String> =
         traceparent.map(|t| (TRACEPARENT.to_owned(), t.to_owned())).into_iter().collect();
     TraceContextPropagator::new().extract_with_context(&Context::new(), &fields)
 }
 
-/// A context as `traceparent`, if it is part of a trace.
+/// Formats a context as `traceparent`; `None` if it is not part of a trace.
 pub fn format(context: &Context) -> Option<String> {
     let mut fields = HashMap::new();
     TraceContextPropagator::new().inject_context(context, &mut fields);
     fields.remove(TRACEPARENT)
 }
 
-/// The trace's id, for logs.
+/// Returns the trace id, for log lines.
 pub fn id(context: &Context) -> Option<String> {
     let span = context.span();
     span.span_context().is_valid().then(|| span.span_context().trace_id().to_string())
 }
 
-/// A span that is over: `parent` had it from `start`, for `took`. Returns what others may link to;
-/// `None` when the trace is not recorded.
+/// Records a finished child span of `parent` that began at `start` and lasted `took`. Returns its
+/// context, to which other spans can link, or `None` if the trace is not sampled.
 pub fn record(
     name: &'static str,
     parent: &Context,
@@ -58,7 +58,9 @@ pub fn record(
         .then(|| emit(name, parent, start, took, about, Vec::new()))
 }
 
-/// A span for many callers, linked to each that is recorded; it begins a trace of its own.
+/// Records a finished span of work that was done for several callers at once. It is the root of a
+/// trace of its own and links to the span of each sampled caller. Returns `None` if no caller is
+/// sampled.
 pub fn shared<'a>(
     name: &'static str,
     callers: impl Iterator<Item = &'a Context>,
@@ -71,7 +73,8 @@ pub fn shared<'a>(
     (!links.is_empty()).then(|| emit(name, &Context::new(), start, took, about, links))
 }
 
-/// [`record`], with a link to what it was done together with.
+/// Records a finished child span of `parent` with a link to the span `to`, for example to the batch
+/// in which the work was done.
 pub fn linked(
     name: &'static str,
     parent: &Context,

@@ -1,4 +1,4 @@
-//! Files of datasets that are missing or damaged, here and in the artifact store.
+//! Tests of dataset files that are missing or damaged, locally and in the object store.
 
 use tempfile::TempDir;
 
@@ -8,15 +8,15 @@ use crate::domain::reason::Reason;
 
 const ROWS: &[u8] = b"rows";
 
-/// A data directory with the file of one dataset, perhaps as a copy of an artifact store's.
-struct Kept {
+/// A data directory with the file of one dataset, with or without an object store.
+struct StoredDataset {
     root: TempDir,
     store: Option<TempDir>,
     artifacts: Artifacts,
     dataset: Dataset,
 }
 
-impl Kept {
+impl StoredDataset {
     async fn new(has_store: bool) -> Self {
         let (root, store) =
             (tempfile::tempdir().unwrap(), has_store.then(|| tempfile::tempdir().unwrap()));
@@ -36,8 +36,8 @@ impl Kept {
             owner: String::new(),
         };
         fs::write(artifacts.dataset("d"), ROWS).unwrap();
-        artifacts.keep_dataset("d").await.unwrap();
-        Kept { root, store, artifacts, dataset }
+        artifacts.upload_dataset("d").await.unwrap();
+        StoredDataset { root, store, artifacts, dataset }
     }
 
     fn here(&self) -> PathBuf {
@@ -52,7 +52,7 @@ impl Kept {
         self.artifacts.fetch_dataset(&self.dataset, &self.dataset.content_hash).await
     }
 
-    /// The reason and the message with which the file is refused.
+    /// Fetches the file, which must be refused, and returns the reason and the message.
     async fn refusal(&self) -> (Reason, String) {
         match self.fetch().await.unwrap_err() {
             ServiceError::FailedPrecondition { reason, message } => {
@@ -70,35 +70,35 @@ impl Kept {
 
 #[tokio::test]
 async fn a_damaged_or_missing_copy_of_a_dataset_is_fetched_again() {
-    let kept = Kept::new(true).await;
+    let stored = StoredDataset::new(true).await;
     let damages: [&dyn Fn(); 3] = [
-        &|| fs::write(kept.here(), b"other rows").unwrap(),
-        &|| fs::write(kept.here(), b"").unwrap(),
-        &|| fs::remove_file(kept.here()).unwrap(),
+        &|| fs::write(stored.here(), b"other rows").unwrap(),
+        &|| fs::write(stored.here(), b"").unwrap(),
+        &|| fs::remove_file(stored.here()).unwrap(),
     ];
     for damage in damages {
         damage();
-        let path = kept.fetch().await.unwrap();
-        assert_eq!((path.clone(), fs::read(path).unwrap()), (kept.here(), ROWS.to_vec()));
+        let path = stored.fetch().await.unwrap();
+        assert_eq!((path.clone(), fs::read(path).unwrap()), (stored.here(), ROWS.to_vec()));
     }
-    // A good copy needs no store.
-    fs::remove_file(kept.stored()).unwrap();
-    kept.fetch().await.unwrap();
+    // An intact local copy is used without the store.
+    fs::remove_file(stored.stored()).unwrap();
+    stored.fetch().await.unwrap();
 }
 
 #[tokio::test]
 async fn a_dataset_that_the_store_does_not_have_whole_is_refused() {
-    let kept = Kept::new(true).await;
-    fs::write(kept.here(), b"damaged").unwrap();
-    fs::write(kept.stored(), b"damaged, too").unwrap();
-    assert_eq!(kept.refusal().await.0, Reason::DatasetChanged);
+    let stored = StoredDataset::new(true).await;
+    fs::write(stored.here(), b"damaged").unwrap();
+    fs::write(stored.stored(), b"damaged, too").unwrap();
+    assert_eq!(stored.refusal().await.0, Reason::DatasetChanged);
     assert_eq!(
-        fs::read(kept.here()).unwrap(),
+        fs::read(stored.here()).unwrap(),
         b"damaged",
         "nothing is replaced by what is no better"
     );
-    fs::remove_file(kept.stored()).unwrap();
-    let (reason, message) = kept.refusal().await;
+    fs::remove_file(stored.stored()).unwrap();
+    let (reason, message) = stored.refusal().await;
     assert!(
         reason == Reason::ArtifactMissing && message.contains("artifact store"),
         "{reason:?}: {message}"
@@ -107,16 +107,16 @@ async fn a_dataset_that_the_store_does_not_have_whole_is_refused() {
 
 #[tokio::test]
 async fn without_a_store_a_missing_or_changed_dataset_is_refused_with_the_remedy() {
-    let kept = Kept::new(false).await;
-    assert_eq!(kept.fetch().await.unwrap(), kept.here());
-    fs::write(kept.here(), b"other rows").unwrap();
-    let (reason, message) = kept.refusal().await;
+    let stored = StoredDataset::new(false).await;
+    assert_eq!(stored.fetch().await.unwrap(), stored.here());
+    fs::write(stored.here(), b"other rows").unwrap();
+    let (reason, message) = stored.refusal().await;
     assert!(
-        reason == Reason::DatasetChanged && message.contains(&kept.dataset.content_hash),
+        reason == Reason::DatasetChanged && message.contains(&stored.dataset.content_hash),
         "{reason:?}: {message}"
     );
-    fs::remove_file(kept.here()).unwrap();
-    let (reason, message) = kept.refusal().await;
+    fs::remove_file(stored.here()).unwrap();
+    let (reason, message) = stored.refusal().await;
     assert!(
         reason == Reason::ArtifactMissing && message.contains("data directory"),
         "{reason:?}: {message}"

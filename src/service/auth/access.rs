@@ -1,5 +1,5 @@
-//! Whose a job or a dataset is. Permission comes before existence: to a caller who may not see it,
-//! what exists and what does not look the same.
+//! Ownership checks for jobs and datasets. A caller who may not see a resource gets the same error
+//! whether it exists or not, so that ids cannot be probed.
 
 use crate::domain::access::{Caller, Role};
 use crate::domain::dataset::Dataset;
@@ -9,7 +9,10 @@ use crate::service::audit::AUDIT;
 use crate::service::error::{Result, ServiceError};
 use crate::service::store::Store;
 
-/// Refuses a caller without `role`.
+/// Checks that a caller has `role`.
+///
+/// # Errors
+/// `PermissionDenied` if not.
 pub fn require(caller: &Caller, role: Role) -> Result<()> {
     if caller.may(role) {
         return Ok(());
@@ -18,8 +21,9 @@ pub fn require(caller: &Caller, role: Role) -> Result<()> {
     Err(ServiceError::PermissionDenied { message })
 }
 
-/// What `caller` may see of something found or not.
-fn seen<T>(
+/// Returns what was looked up if `caller` may see it. To others than administrators, a missing
+/// resource and another client's look the same.
+fn check_visible<T>(
     caller: &Caller,
     found: Result<T>,
     owner: impl Fn(&T) -> &str,
@@ -31,28 +35,40 @@ fn seen<T>(
             let name = name();
             tracing::warn!(target: AUDIT, owner = caller.owner, resource = name, "refused");
             Err(ServiceError::PermissionDenied {
-                message: format!("{name} does not exist, or is not yours"),
+                message: format!("{name} does not exist, or belongs to another client"),
             })
         }
         other => other,
     }
 }
 
-/// Returns a job of the caller's.
+/// Returns a job that the caller owns (any job for administrators).
+///
+/// # Errors
+/// `PermissionDenied` if the job does not exist or belongs to another client; `NotFound` for
+/// administrators.
 pub(in crate::service) async fn own_job(store: &Store, caller: &Caller, id: &str) -> Result<Job> {
-    seen(caller, store.job(id).await, |j| &j.owner, || format!("trainingJobs/{id}"))
+    check_visible(caller, store.job(id).await, |j| &j.owner, || format!("trainingJobs/{id}"))
 }
 
-/// Returns a dataset of the caller's.
+/// Returns a dataset that the caller owns (any dataset for administrators).
+///
+/// # Errors
+/// `PermissionDenied` if the dataset does not exist or belongs to another client; `NotFound` for
+/// administrators.
 pub(in crate::service) async fn own_dataset(
     store: &Store,
     caller: &Caller,
     id: &str,
 ) -> Result<Dataset> {
-    seen(caller, store.dataset(id).await, |d| &d.owner, || format!("datasets/{id}"))
+    check_visible(caller, store.dataset(id).await, |d| &d.owner, || format!("datasets/{id}"))
 }
 
-/// Refuses weights of a job that is not the caller's; models are everyone's.
+/// Checks that weights are a base model, which everyone may use, or belong to a job of the
+/// caller's.
+///
+/// # Errors
+/// The errors of [`own_job`].
 pub(in crate::service) async fn check_weights(
     store: &Store,
     caller: &Caller,

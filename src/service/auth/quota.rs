@@ -1,4 +1,4 @@
-//! How many tokens each client may have in the scoring queue.
+//! Quota of tokens in the scoring queue, per client.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -6,15 +6,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::domain::reason::Reason;
 use crate::service::error::{Result, ServiceError};
 
-/// Tokens in the queue, by client, and their limit; clones share them.
+/// Number of queued tokens per client, and the limit. Clones share them.
 #[derive(Clone, Debug)]
 pub(in crate::service) struct ScoringQuota {
-    /// Tokens that one client may have there; `None` is as many as it likes.
+    /// Maximum number of queued tokens per client; `None` is no limit.
     limit: Option<usize>,
     in_queue: Arc<Mutex<HashMap<String, usize>>>,
 }
 
-/// Some tokens of a client's; given back when dropped.
+/// A client's share of the quota. It is released when dropped.
 #[derive(Debug)]
 pub(in crate::service) struct QuotaShare {
     quota: ScoringQuota,
@@ -23,23 +23,25 @@ pub(in crate::service) struct QuotaShare {
 }
 
 impl ScoringQuota {
-    /// Creates a quota of which nothing is taken.
+    /// Creates a quota that is unused.
     pub fn new(limit: Option<usize>) -> Self {
         ScoringQuota { limit, in_queue: Arc::default() }
     }
 
-    /// Takes `tokens` for a client; `None` without a limit. One request is let in whatever its
-    /// size, so that none is refused for ever.
+    /// Takes `tokens` from a client's quota; returns `None` if there is no limit. A client without
+    /// queued tokens may send one request of any size, so that large requests are not refused
+    /// forever.
     ///
     /// # Errors
-    /// `ResourceExhausted` when the client has too many already.
+    /// `ResourceExhausted` if the client would have more queued tokens than the limit.
     pub fn take(&self, owner: &str, tokens: usize) -> Result<Option<QuotaShare>> {
         let Some(limit) = self.limit else { return Ok(None) };
         let mut all = self.in_queue.lock().unwrap_or_else(PoisonError::into_inner);
-        let has = all.get(owner).copied().unwrap_or(0);
-        if has > 0 && has + tokens > limit {
+        let queued = all.get(owner).copied().unwrap_or(0);
+        if queued > 0 && queued + tokens > limit {
             let message = format!(
-                "{has} tokens of yours wait to be scored, {limit} are allowed: send more when some are answered"
+                "{queued} of your tokens are waiting to be scored, {limit} are allowed: send more \
+                 after some requests are answered"
             );
             return Err(ServiceError::ResourceExhausted { reason: Reason::TooManyTokens, message });
         }
@@ -51,9 +53,9 @@ impl ScoringQuota {
 impl Drop for QuotaShare {
     fn drop(&mut self) {
         let mut all = self.quota.in_queue.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(has) = all.get_mut(&self.owner) {
-            *has -= self.tokens;
-            if *has == 0 {
+        if let Some(queued) = all.get_mut(&self.owner) {
+            *queued -= self.tokens;
+            if *queued == 0 {
                 all.remove(&self.owner);
             }
         }
@@ -74,7 +76,7 @@ mod tests {
         drop((first, other));
         assert!(
             quota.in_queue.lock().unwrap().is_empty(),
-            "nothing is kept of clients without requests"
+            "no entry remains for a client without requests"
         );
         assert!(ScoringQuota::new(None).take("a", usize::MAX).unwrap().is_none());
     }

@@ -1,5 +1,5 @@
-//! Bearer tokens. A token is `brd_<id>_<secret>`; the store has the secret's hash only. Secrets are
-//! 256 random bits, so that a fast hash is enough.
+//! Bearer tokens. A token is `brd_<id>_<secret>`. The store has only the hash of the secret.
+//! Secrets are 256 random bits, so a fast hash is sufficient.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,30 +15,33 @@ use crate::service::error::{Result, ServiceError};
 use crate::service::store::tokens::TokenRow;
 use crate::service::store::{Store, now};
 
-/// How long a token is believed without another look: a revoked one is refused after this.
-const BELIEVED: Duration = Duration::from_secs(5);
-/// Tokens believed at a time.
-const REMEMBERED: usize = 4096;
+/// Time for which the result of a look-up is cached. A revoked token is accepted at most this long.
+const CACHE_TTL: Duration = Duration::from_secs(5);
+/// Maximum number of cached tokens.
+const MAX_CACHED_TOKENS: usize = 4096;
 const PREFIX: &str = "brd";
-/// Looks into the database at a time.
-const LOOKS: usize = 2;
+/// Maximum number of concurrent look-ups in the database.
+const MAX_LOOKUPS: usize = 2;
 
-/// What is known of a token, without its secret.
+/// Description of a token, without its secret.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Token {
-    /// Its id, part of the token itself.
+    /// Id of the token, which is part of its text.
     pub id: String,
-    /// Whose jobs it is for; several tokens may share an owner.
+    /// Owner of the jobs and datasets created with the token. Several tokens may share an owner.
     pub owner: String,
-    /// What it allows.
+    /// Roles of the token.
     pub roles: Vec<Role>,
-    /// When it was made.
+    /// Creation time, in milliseconds since 1970.
     pub create_time: Millis,
-    /// When it ends.
+    /// Expiry time, in milliseconds since 1970; `None` never expires.
     pub expire_time: Option<Millis>,
 }
 
-/// Makes a token; what is returned second is the only copy of its secret.
+/// Creates a token. The second value returned is the token's text, the only copy of its secret.
+///
+/// # Errors
+/// `InvalidArgument` for a bad owner or an empty list of roles.
 pub async fn create(
     store: &Store,
     owner: &str,
@@ -82,12 +85,18 @@ pub async fn create(
     Ok((token, format!("{PREFIX}_{id}_{secret}")))
 }
 
-/// Every token, oldest first.
+/// Returns all tokens, oldest first.
+///
+/// # Errors
+/// `Unavailable` or `Internal` if the database fails.
 pub async fn list(store: &Store) -> Result<Vec<Token>> {
     Ok(store.tokens().await?.into_iter().map(described).collect())
 }
 
 /// Revokes a token.
+///
+/// # Errors
+/// `NotFound` if there is no token with this id.
 pub async fn revoke(store: &Store, id: &str) -> Result<()> {
     match store.delete_token(id).await? {
         true => Ok(()),
@@ -106,30 +115,36 @@ fn described(row: TokenRow) -> Token {
     }
 }
 
-/// Tells who presents a token; answers are believed for a few seconds. Clones share them.
+/// Authenticates callers by their tokens. Results are cached for a few seconds. Clones share the
+/// cache.
 #[derive(Clone)]
 pub struct TokenService {
     store: Store,
-    believed: Arc<Mutex<HashMap<blake3::Hash, (Caller, Instant)>>>,
-    /// Strangers' guesses must not take all connections to the database.
-    looks: Arc<Semaphore>,
+    cache: Arc<Mutex<HashMap<blake3::Hash, (Caller, Instant)>>>,
+    /// Limits concurrent look-ups, so that guessed tokens cannot take all connections to the
+    /// database.
+    lookups: Arc<Semaphore>,
 }
 
 impl TokenService {
-    /// Creates the service for the tokens of a store.
+    /// Creates the service for the tokens in `store`.
     pub(in crate::service) fn new(store: Store) -> Self {
-        TokenService { store, believed: Arc::default(), looks: Arc::new(Semaphore::new(LOOKS)) }
+        TokenService {
+            store,
+            cache: Arc::default(),
+            lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)),
+        }
     }
 
-    /// Returns when the caller's token has been revoked or has expired, for calls that go on; never
-    /// for a caller without one.
+    /// Waits until the caller's token has been revoked or has expired, and returns the error for
+    /// the calls that are still open. Never returns for a caller without a token.
     pub async fn until_invalid(&self, caller: &Caller) -> ServiceError {
         let Some(id) = &caller.token else { return std::future::pending().await };
         loop {
-            tokio::time::sleep(BELIEVED).await;
+            tokio::time::sleep(CACHE_TTL).await;
             match self.store.token(id).await {
                 Ok(Some(row)) if row.expire_time.is_none_or(|t| t > now()) => {}
-                // What cannot be looked up now is looked up again.
+                // If the look-up fails, it is repeated in the next round.
                 Err(_) => {}
                 Ok(_) => {
                     return ServiceError::Unauthenticated {
@@ -140,15 +155,14 @@ impl TokenService {
         }
     }
 
-    /// Who presents `token`.
+    /// Returns the caller who presents `token`.
     ///
     /// # Errors
-    /// `Unauthenticated` for one that is not known, expired or revoked; the answer does not say
-    /// which.
+    /// `Unauthenticated` if the token is unknown, expired or revoked. The error does not say which.
     pub async fn admit(&self, token: &str) -> Result<Caller> {
         let key = blake3::hash(token.as_bytes());
         if let Some((caller, until)) =
-            self.believed.lock().unwrap_or_else(PoisonError::into_inner).get(&key)
+            self.cache.lock().unwrap_or_else(PoisonError::into_inner).get(&key)
             && *until > Instant::now()
         {
             return Ok(caller.clone());
@@ -165,10 +179,10 @@ impl TokenService {
             return Err(refused());
         }
         let row = {
-            let _look = self.looks.acquire().await.map_err(ServiceError::internal)?;
+            let _lookup = self.lookups.acquire().await.map_err(ServiceError::internal)?;
             self.store.token(id).await?.ok_or_else(refused)?
         };
-        // Compared in constant time.
+        // `blake3::Hash` compares in constant time.
         let expected = blake3::Hash::from_hex(&row.hash).map_err(ServiceError::internal)?;
         if expected != blake3::hash(secret.as_bytes())
             || row.expire_time.is_some_and(|t| t <= now())
@@ -177,13 +191,13 @@ impl TokenService {
         }
         let token = described(row);
         let caller = Caller { owner: token.owner, roles: token.roles, token: Some(token.id) };
-        let mut known = self.believed.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.len() >= REMEMBERED {
+        let mut cached = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        if cached.len() >= MAX_CACHED_TOKENS {
             let at = Instant::now();
-            known.retain(|_, (_, until)| *until > at);
+            cached.retain(|_, (_, until)| *until > at);
         }
-        if known.len() < REMEMBERED {
-            known.insert(key, (caller.clone(), Instant::now() + BELIEVED));
+        if cached.len() < MAX_CACHED_TOKENS {
+            cached.insert(key, (caller.clone(), Instant::now() + CACHE_TTL));
         }
         Ok(caller)
     }

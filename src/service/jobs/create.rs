@@ -1,4 +1,5 @@
-//! Making a job: checked, its adapter copied, stored once for each request_id.
+//! Job creation: validates the request, copies the adapter that the job starts from, and stores the
+//! job once per `request_id`.
 
 use tokio::sync::oneshot;
 use tracing::Instrument as _;
@@ -18,22 +19,25 @@ use crate::service::store::jobs::Creation;
 use crate::service::store::{Store, now};
 use crate::telemetry::trace;
 
-/// Makes jobs.
+/// Creates jobs.
 #[derive(Clone)]
 pub(in crate::service) struct JobCreator {
     pub store: Store,
     pub artifacts: Artifacts,
     pub validator: RequestValidator,
     pub runs: RunRegistry,
-    /// Copies of adapters share it with other work that takes long.
-    pub heavy: Limiter,
+    /// Shared limit on slow tasks; copying an adapter counts as one.
+    pub slow_tasks: Limiter,
     pub shutdown: Shutdown,
-    /// Unfinished jobs that one client may have.
+    /// Maximum number of unfinished jobs per client.
     pub max_jobs_per_client: Option<u64>,
 }
 
 impl JobCreator {
-    /// Queues a job; see `CreateTrainingJob`.
+    /// Validates a job and adds it to the queue.
+    ///
+    /// # Errors
+    /// The errors of [`JobService::create_job`](super::JobService::create_job).
     pub async fn create_job(
         &self,
         caller: &Caller,
@@ -51,52 +55,53 @@ impl JobCreator {
             return Ok(Job { id: String::new(), ..job });
         }
         let quota = self.max_jobs_per_client;
-        // A task of its own, which ends even if the caller leaves: nothing else removes what was
-        // copied for a job that is not stored then.
-        let (creator, caller, (sender, made)) = (self.clone(), caller.clone(), oneshot::channel());
-        let making = async move {
+        // Runs in a separate task, which finishes even if the caller disconnects. Otherwise the
+        // copied adapter of a job that is not stored would never be removed.
+        let (creator, caller, (sender, created)) =
+            (self.clone(), caller.clone(), oneshot::channel());
+        let creating = async move {
             let creation =
                 Creation { request_id: request_id.as_deref(), request_hash: &hash, quota };
-            let made = creator.store_job(job, creation, || sender.is_closed()).await;
-            if let Ok(job) = &made {
+            let created = creator.store_job(job, creation, || sender.is_closed()).await;
+            if let Ok(job) = &created {
                 tracing::info!(job = job.id, state = job.state.name(), "job created");
                 audit(&caller, "create", &format!("trainingJobs/{}", job.id));
                 creator.runs.wake();
             }
-            let _ = sender.send(made);
+            let _ = sender.send(created);
         };
-        tokio::spawn(making.in_current_span());
-        made.await.map_err(ServiceError::internal)?
+        tokio::spawn(creating.in_current_span());
+        created.await.map_err(ServiceError::internal)?
     }
 
-    /// Copies the adapter that a new job starts from and stores the job, unless its caller has left
-    /// meanwhile. Removes the copy of a job that is not stored.
+    /// Copies the adapter that a new job starts from and stores the job, unless the caller has
+    /// disconnected meanwhile. If the job is not stored, the copy is removed.
     async fn store_job(
         &self,
         mut job: Job,
         creation: Creation<'_>,
-        has_left: impl Fn() -> bool,
+        caller_left: impl Fn() -> bool,
     ) -> Result<Job> {
         let inserted = match self.copy_init_adapter(&mut job, creation.request_id).await {
-            Ok(()) if has_left() => Err(ServiceError::DeadlineExceeded),
+            Ok(()) if caller_left() => Err(ServiceError::DeadlineExceeded),
             Ok(()) => self.store.insert_job(&job, creation).await,
             Err(e) => Err(e),
         };
         let is_stored = match &inserted {
             Ok(stored) => stored.id == job.id,
-            // The row may be there all the same, its answer lost: then its files must stay.
+            // The insert may have succeeded although its answer was lost. Then the files must stay.
             Err(_) => !matches!(self.store.job(&job.id).await, Err(ServiceError::NotFound { .. })),
         };
         if !is_stored && names_adapter(&job) {
-            // What cannot be removed now stays: a copy on this machine is swept up later, one in
-            // the artifact store is not.
+            // A failure is ignored. A copy in the data directory is removed by a later sweep; a
+            // copy in the artifact store remains.
             let _ = self.artifacts.remove_job(&job.id).await;
         }
         inserted
     }
 
-    /// Copies the adapter that a new job starts from, if any, into the job's artifacts and pins its
-    /// content. A request that was made before needs no other copy.
+    /// Copies the adapter that a new job starts from, if any, to the job's artifacts and pins its
+    /// content hash. Nothing is copied if the same `request_id` has already created a job.
     async fn copy_init_adapter(&self, job: &mut Job, request_id: Option<&str>) -> Result<()> {
         let Method::Lora(LoraConfig { init_adapter: Some(name), .. }) = &job.request.spec.method
         else {
@@ -106,17 +111,18 @@ impl JobCreator {
             return Ok(());
         }
         let from = self.validator.adapters.find(name).await?;
-        let _permit = self.heavy.acquire().await?;
-        let hash = self.artifacts.keep_init_adapter(&job.id, &from).await?;
+        let _permit = self.slow_tasks.acquire().await?;
+        let hash = self.artifacts.store_init_adapter(&job.id, &from).await?;
         if let Some(pins) = &mut job.request.pins {
             pins.init_adapter = Some(hash);
         }
-        // The folder may have been written to since it was looked at: the copy counts.
+        // The source folder may have changed since it was validated, so rank, α and targets are
+        // read from the copy.
         adopt_adapter(&mut job.request, self.artifacts.init_adapter(&job.id)).await
     }
 }
 
-/// Returns a job that is not stored yet.
+/// Returns a new queued job that is not stored yet.
 pub(super) fn draft(caller: &Caller, request: JobRequest) -> Job {
     let now = now();
     Job {

@@ -1,5 +1,6 @@
-//! What a job would cost, before it is made: its rows are tokenised as the job would, memory is the
-//! engine's own estimate, and time comes from scoring some of its pairs now.
+//! Cost estimate of a job before it is created. The rows are tokenised as the job would do it,
+//! memory is the engine's own estimate, and time is extrapolated from scoring some of the pairs
+//! now.
 
 use std::time::Instant;
 
@@ -17,29 +18,29 @@ use crate::service::limiter::Limiter;
 use crate::service::shutdown::Shutdown;
 use crate::train::estimate::Lengths;
 
-/// Tokens that are scored to see how fast the device is.
-const CALIBRATION: usize = 1024;
+/// Maximum number of tokens scored to measure the speed of the device.
+const CALIBRATION_TOKENS: usize = 1024;
 
-/// What a job would cost.
+/// Estimated cost of a job.
 #[derive(Clone, Debug, PartialEq)]
 pub struct JobEstimate {
     /// Pairs to train on.
     pub train_pairs: u64,
     /// Pairs to evaluate on.
     pub eval_pairs: u64,
-    /// Rows that would be left out.
+    /// Rows that would be skipped.
     pub skipped_rows: u64,
     /// Optimizer steps.
     pub total_steps: u64,
-    /// Packed tokens of all steps: each prompt once for both answers.
+    /// Packed tokens over all steps. In a packed pair both answers share one copy of the prompt.
     pub tokens: u64,
-    /// The longest pair, in packed tokens.
+    /// Length of the longest pair, in packed tokens.
     pub longest_pair_tokens: u64,
-    /// Bytes at the peak, the resident base models included.
+    /// Peak memory in bytes, including the resident base models.
     pub memory_bytes: u64,
-    /// Bytes that jobs may need on this server.
+    /// Memory limit for jobs on this server, in bytes.
     pub memory_limit_bytes: u64,
-    /// Seconds on a device that does nothing else.
+    /// Duration in seconds on a device without other work.
     pub seconds: f64,
 }
 
@@ -49,30 +50,31 @@ pub(in crate::service) struct JobEstimator {
     pub engine: Engine,
     pub validator: RequestValidator,
     pub inputs: InputLoader,
-    /// Estimates share it with other work that takes long.
-    pub heavy: Limiter,
+    /// Shared limit on slow tasks; an estimate counts as one.
+    pub slow_tasks: Limiter,
     pub shutdown: Shutdown,
 }
 
 impl JobEstimator {
-    /// Estimates a job without making it.
+    /// Estimates the cost of a job without creating it.
     ///
     /// # Errors
-    /// Those of `create_job`, as far as they can be found now.
+    /// The errors of `create_job`, except those that are found only when a job is stored.
     pub async fn estimate_job(&self, caller: &Caller, request: JobRequest) -> Result<JobEstimate> {
         self.shutdown.refuse_new_work()?;
         let mut request = self.validator.check_request(caller, request, None).await?;
         if let Method::Lora(lora) = &mut request.spec.method {
-            // The rows do not depend on it, and a draft has no copy of it.
+            // The rows do not depend on the adapter, and only a stored job has a copy of it.
             lora.init_adapter = None;
         }
         let job = draft(caller, request);
-        // A task of its own: a caller who leaves does not make room for more of this work.
-        let (loader, permit) = (self.inputs.clone(), self.heavy.acquire().await?);
-        let whole = job.clone();
+        // Runs in a separate task that owns the permit: a caller who disconnects must not free the
+        // permit while the work still runs.
+        let (loader, permit) = (self.inputs.clone(), self.slow_tasks.acquire().await?);
+        let draft_job = job.clone();
         let loaded = tokio::spawn(async move {
             let _permit = permit;
-            loader.load(&whole).await
+            loader.load(&draft_job).await
         });
         let inputs = loaded.await.map_err(ServiceError::internal)??;
         let (train, eval) = (&inputs.train, &inputs.eval);
@@ -94,8 +96,9 @@ impl JobEstimator {
             (false, every) => total_steps.div_ceil(every),
         };
         let forward = self.seconds_per_token(&inputs.model, train).await?;
-        // In passes over a token: forward, and backward to the activations; full training goes back
-        // to the weights, too. The reference is computed once for each pair and then remembered.
+        // Cost per token in units of a forward pass: 1 for the forward pass and 1 for the gradients
+        // of the activations; full training adds 1 for the gradients of the weights. The reference
+        // is computed once per pair and then cached.
         let passes = if matches!(spec.method, Method::Full) { 3.0 } else { 2.0 };
         let reference = match &inputs.reference {
             Some(weights) => {
@@ -122,12 +125,12 @@ impl JobEstimator {
         })
     }
 
-    /// Scores some pairs with the base model; while something else uses the device, its time is
-    /// counted too.
+    /// Returns the seconds per token of a forward pass, measured by scoring some pairs with the
+    /// base model. If the device is busy, waiting for it is included.
     async fn seconds_per_token(&self, model: &str, pairs: &[EncodedPair]) -> Result<f64> {
         let (mut tokens, mut groups) = (0, Vec::new());
         for pair in pairs {
-            if tokens > 0 && tokens + pair.packed_tokens() > CALIBRATION {
+            if tokens > 0 && tokens + pair.packed_tokens() > CALIBRATION_TOKENS {
                 break;
             }
             tokens += pair.packed_tokens();

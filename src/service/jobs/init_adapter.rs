@@ -1,4 +1,4 @@
-//! The PEFT adapters of the server that LoRA jobs may start from.
+//! PEFT adapters on the server from which LoRA jobs may start.
 
 use std::path::PathBuf;
 
@@ -10,20 +10,23 @@ use crate::model::error::ModelError;
 use crate::service::blocking::blocking;
 use crate::service::error::{Result, ServiceError};
 
-/// The field that names an adapter to start from.
+/// Request field that names the adapter to start from.
 pub(super) const INIT_ADAPTER: &str = "training_job.lora.init_adapter";
 
-/// The folder that has them, if there is one.
+/// Folder that contains the adapters (`adapter_dir`), if one is configured.
 #[derive(Clone, Debug)]
 pub(in crate::service) struct InitAdapters(pub Option<PathBuf>);
 
 impl InitAdapters {
-    /// The PEFT adapter folder of that name below the one that is configured; links do not lead out
-    /// of it.
+    /// Returns the PEFT adapter folder `name` below `adapter_dir`. Symbolic links that lead out of
+    /// `adapter_dir` are rejected.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if no `adapter_dir` is configured or it has no such adapter.
     pub async fn find(&self, name: &str) -> Result<PathBuf> {
         let Some(root) = self.0.clone() else {
             let message =
-                "this server has no folder of adapters: set adapter_dir, or leave the field empty";
+                "this server has no adapter folder: set adapter_dir, or leave the field empty";
             return Err(ServiceError::invalid(INIT_ADAPTER, message));
         };
         let wanted = root.join(name);
@@ -37,7 +40,7 @@ impl InitAdapters {
             None => Err(ServiceError::invalid(
                 INIT_ADAPTER,
                 format!(
-                    "{} is no PEFT adapter folder below the server's adapter_dir",
+                    "{} is not a PEFT adapter folder below the server's adapter_dir",
                     quoted(name)
                 ),
             )),
@@ -45,16 +48,16 @@ impl InitAdapters {
     }
 }
 
-/// Writes the rank, α and targets of the adapter in `folder`, from which a LoRA job starts, into
-/// the job's request.
+/// Copies the rank, α and target modules of the adapter in `folder`, from which a LoRA job starts,
+/// into the job's request.
 ///
 /// # Errors
-/// `InvalidArgument` for each of them that the client named otherwise, and for an adapter that
-/// cannot be read.
+/// `InvalidArgument` if the client gave another value for one of them, or if the adapter cannot be
+/// read.
 pub(super) async fn adopt_adapter(request: &mut JobRequest, folder: PathBuf) -> Result<()> {
     let JobRequest { spec, given_lora, policy, .. } = request;
     let Method::Lora(lora) = &mut spec.method else { return Ok(()) };
-    let (field, whose) = match &lora.init_adapter {
+    let (field, adapter_name) = match &lora.init_adapter {
         Some(name) => (INIT_ADAPTER, format!("the init_adapter {}", quoted(name))),
         None => ("training_job.policy", format!("the adapter of {policy}")),
     };
@@ -62,7 +65,7 @@ pub(super) async fn adopt_adapter(request: &mut JobRequest, folder: PathBuf) -> 
         Ok(adapter) => adapter,
         Err(e) => {
             tracing::warn!(error = %e, "an adapter cannot be read");
-            // Not the whole error, which names a path of this machine.
+            // Clients do not get the whole error, because it contains a path of this machine.
             let reason = match e {
                 ModelError::Adapter { reason, .. } | ModelError::CorruptWeights { reason, .. } => {
                     reason
@@ -73,15 +76,18 @@ pub(super) async fn adopt_adapter(request: &mut JobRequest, folder: PathBuf) -> 
                     peft::WEIGHTS_FILE
                 ),
             };
-            return Err(ServiceError::invalid(field, format!("{whose} cannot be read: {reason}")));
+            return Err(ServiceError::invalid(
+                field,
+                format!("{adapter_name} cannot be read: {reason}"),
+            ));
         }
     };
     let mut bad = Violations::default();
-    lora.adopt(&adapter, given_lora, &whose, "training_job.lora", &mut bad);
+    lora.adopt(&adapter, given_lora, &adapter_name, "training_job.lora", &mut bad);
     Ok(bad.into_result()?)
 }
 
-/// Returns true if a job starts from an adapter of the server's.
+/// Returns true if a job starts from one of the server's adapters.
 pub(super) fn names_adapter(job: &Job) -> bool {
     matches!(&job.request.spec.method, Method::Lora(lora) if lora.init_adapter.is_some())
 }

@@ -1,4 +1,4 @@
-//! What a job trains on: its weights resolved, its rows read and tokenised.
+//! Inputs of a job: resolved weights and tokenised rows.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -22,22 +22,23 @@ use crate::service::store::Store;
 use crate::service::template_date::TemplateDate;
 use crate::train::validate::{BadRows, load_rows};
 
-/// A job's data, ready for the device.
+/// Inputs of a job, ready for the device.
 pub(in crate::service) struct JobInputs {
-    /// The base model's id.
+    /// Id of the base model.
     pub model: String,
     pub start: WeightsRef,
     pub reference: Option<WeightsRef>,
     pub train: Vec<EncodedPair>,
     pub eval: Vec<EncodedPair>,
-    /// The digest of both lists of pairs.
+    /// Digest of the training and evaluation pairs.
     pub digest: String,
-    /// What version 0.2.0 did not use of the rows, where there is any.
+    /// Description of the first data in the rows that version 0.2.0 ignored; `None` if there is
+    /// none.
     pub new_since_0_2_0: Option<String>,
     pub skipped: BadRows,
 }
 
-/// Loads what jobs train on.
+/// Loads the inputs of jobs.
 #[derive(Clone)]
 pub(in crate::service) struct InputLoader {
     pub store: Store,
@@ -51,8 +52,8 @@ impl InputLoader {
     /// Resolves a job's weights and tokenises its rows.
     ///
     /// # Errors
-    /// `FailedPrecondition` when something is not as it was when the job was made, or the rows
-    /// cannot be used.
+    /// `FailedPrecondition` if an input has changed since the job was created, or if the rows
+    /// cannot be used. `InvalidArgument` if no row is left to train on.
     pub async fn load(&self, job: &Job) -> Result<JobInputs> {
         let start = self.policies.start_weights(job).await?;
         let reference = self.policies.reference_weights(job).await?.map(|r| r.weights);
@@ -122,7 +123,7 @@ impl InputLoader {
     }
 }
 
-/// What a job's rows are tokenised with.
+/// Settings for tokenising the rows of a job.
 struct RowContext {
     tokenizer: Arc<ChatTokenizer>,
     arguments: TemplateArguments,
@@ -130,12 +131,12 @@ struct RowContext {
     vocab_size: usize,
 }
 
-/// The pairs of a dataset.
+/// Tokenised pairs of a dataset.
 struct EncodedDataset {
     pairs: Vec<EncodedPair>,
-    /// Rows that are left out.
+    /// Skipped rows.
     bad: BadRows,
-    /// What version 0.2.0 did not use of the first row that has any such thing.
+    /// Description of the first data in the rows that version 0.2.0 ignored.
     new_since_0_2_0: Option<String>,
 }
 
@@ -147,12 +148,13 @@ fn encode_dataset(
     request: &JobRequest,
 ) -> Result<EncodedDataset> {
     let loaded = load_rows(path, dataset.format).map_err(|e| unreadable(&e))?;
-    // Decoding has limits, and a job must not train on the part before one that uploading did not
-    // meet.
+    // Decoding has limits that depend on the machine. If decoding stops earlier now than at the
+    // upload, the job must not train on a part of the dataset.
     let (now, uploaded) = (loaded.report.rows, dataset.report.rows);
     if now != uploaded {
         let message = format!(
-            "datasets/{} has {now} rows that can be read now, {uploaded} at its upload: upload it again",
+            "datasets/{} has {now} rows that can be read now, {uploaded} at its upload: upload it \
+             again",
             dataset.id
         );
         return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
@@ -161,8 +163,9 @@ fn encode_dataset(
         && let Some(row) = loaded.rows.iter().find(|row| row.weight != 1.0)
     {
         let message = format!(
-            "row {} of datasets/{} has the weight {}, but aot and aot_unpaired compare sorted log-ratios across pairs and cannot weigh them: remove \
-             the weights (a row with several rejected answers has its weight divided among them), or choose another loss",
+            "row {} of datasets/{} has the weight {}, but aot and aot_unpaired compare sorted \
+             log-ratios across pairs and cannot weigh them: remove the weights (a row with several \
+             rejected answers has its weight divided among them), or choose another loss",
             row.row, dataset.id, row.weight
         );
         return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
@@ -187,7 +190,8 @@ fn encode_dataset(
         && let Some(first) = bad.first()
     {
         let message = format!(
-            "datasets/{} has {} rows that cannot be used with max_length {}; row {}, {}: {}. Fix them, or set row_policy to SKIP",
+            "datasets/{} has {} rows that cannot be used with max_length {}; row {}, {}: {}. Fix \
+             them, or set row_policy to SKIP",
             dataset.id,
             bad.rows(),
             request.spec.batch.max_length,
@@ -197,8 +201,12 @@ fn encode_dataset(
         );
         return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
     }
-    let new = |row: &PreferenceRow| {
+    let ignored_by_0_2_0 = |row: &PreferenceRow| {
         Some(format!("{} of row {} of datasets/{}", row.new_since_0_2_0()?, row.row, dataset.id))
     };
-    Ok(EncodedDataset { pairs, bad, new_since_0_2_0: loaded.rows.iter().find_map(new) })
+    Ok(EncodedDataset {
+        pairs,
+        bad,
+        new_since_0_2_0: loaded.rows.iter().find_map(ignored_by_0_2_0),
+    })
 }

@@ -1,5 +1,5 @@
-//! A job that this process carries on: its lease, its run's control, and writes that are stored
-//! once, in order, or not at all.
+//! A job that this process runs: its lease, the control of its run, and its writes. A write is
+//! stored exactly once and in order, or not at all.
 
 use std::future::Future;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -14,37 +14,38 @@ use crate::service::events::EventFeed;
 use crate::service::store::Store;
 use crate::service::store::leases::{Also, Lease};
 
-/// The first wait after the store did not answer, and the longest.
-const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// First and longest delay between retries while the store does not answer.
+const RETRY_DELAYS: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
-/// Why a run is preempted.
+/// Reason for preempting a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Preemption {
-    /// A job of a higher priority waits.
+    /// A job of a higher priority is queued.
     Priority,
-    /// Its time slice is over and another waits.
+    /// The time slice is over and a job of the same priority is queued.
     TimeSlice,
 }
 
-/// A job under this process's lease.
+/// A job that this process runs under a lease.
 pub(in crate::service) struct LeasedJob {
     pub lease: Lease,
-    /// How its run is told to stop.
+    /// Command that the run reads to learn that it should drain or cancel.
     pub control: Arc<RunControl>,
     store: Store,
     events: EventFeed,
-    /// Writes that were begun under the lease.
+    /// Number of writes begun under the lease. It numbers them, so that a retried write is stored
+    /// once.
     written: AtomicI64,
     preemption: Mutex<Option<Preemption>>,
-    /// How far the run is, for whoever watches the process.
+    /// Gauges of the last logged step.
     gauges: Mutex<Vec<Gauge>>,
 }
 
-/// A gauge's name and value, of the last step that was logged.
+/// Name and value of a gauge.
 pub(in crate::service) type Gauge = (&'static str, f64);
 
-/// Gauges of a run, and the metric that each shows: the first that the run has, so that rewards are
-/// those that it trains.
+/// Gauges of a run with the metrics they can show, in order of preference. The first metric that
+/// the run reports is shown, so that a run with normalized rewards shows those.
 const GAUGES: [(&str, &[&str]); 3] = [
     ("bradley_training_loss", &["loss"]),
     ("bradley_training_margin", &["rewards_normalized/margins", "rewards/margins"]),
@@ -52,8 +53,8 @@ const GAUGES: [(&str, &[&str]); 3] = [
 ];
 
 impl LeasedJob {
-    /// Creates the entry of a job that was just claimed; its events are stored and told through
-    /// these.
+    /// Creates the entry for a job that was just claimed. Its changes are written to `store` and
+    /// announced through `events`.
     pub fn new(lease: Lease, store: Store, events: EventFeed) -> Self {
         LeasedJob {
             lease,
@@ -75,13 +76,13 @@ impl LeasedJob {
         }
     }
 
-    /// Sends the run back to the queue.
+    /// Asks the run to write a checkpoint and go back to the queue. The first reason is recorded.
     pub(super) fn preempt(&self, why: Preemption) {
         self.preemption.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
         self.control.drain();
     }
 
-    /// Returns why the run was sent back, if it was.
+    /// Returns the reason for the preemption, if the run was preempted.
     pub(super) fn preemption(&self) -> Option<Preemption> {
         *self.preemption.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -100,11 +101,11 @@ impl LeasedJob {
         self.gauges.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Stores a change of the job and tells its followers. While the store does not answer this
-    /// waits; the write is not made twice.
+    /// Stores a change of the job and notifies the followers of its events. Retries while the store
+    /// does not answer; a retried write is not stored twice.
     ///
     /// # Errors
-    /// `Aborted` when another worker has the job: nothing was stored.
+    /// `Aborted` if another worker holds the lease; nothing is stored then.
     pub async fn write(
         &self,
         change: impl Fn(&mut Job) -> Result<Vec<EventKind>> + Send + Sync,
@@ -112,21 +113,22 @@ impl LeasedJob {
     ) -> Result<Job> {
         let number = self.written.fetch_add(1, Ordering::Relaxed) + 1;
         let (job, sequence) =
-            patiently(|| self.store.write_run(&self.lease, number, &change, also)).await?;
+            retry_while_unavailable(|| self.store.write_run(&self.lease, number, &change, also))
+                .await?;
         self.events.notify(&self.lease.job, sequence);
         Ok(job)
     }
 
-    /// [`patiently`], until the run is told to stop: then the failure is returned.
-    pub async fn while_wanted<T, F: Future<Output = Result<T>> + Send>(
+    /// Like [`retry_while_unavailable`], but returns the failure once the run is told to stop.
+    pub async fn retry_until_stopped<T, F: Future<Output = Result<T>> + Send>(
         &self,
         f: impl Fn() -> F + Send + Sync,
     ) -> Result<T> {
         retry(f, || self.control.command() == RunCommand::Run).await
     }
 
-    /// [`patiently`], until the run is cancelled: then the failure is returned.
-    pub async fn unless_cancelled<T, F: Future<Output = Result<T>> + Send>(
+    /// Like [`retry_while_unavailable`], but returns the failure once the run is cancelled.
+    pub async fn retry_until_cancelled<T, F: Future<Output = Result<T>> + Send>(
         &self,
         f: impl Fn() -> F + Send + Sync,
     ) -> Result<T> {
@@ -134,8 +136,11 @@ impl LeasedJob {
     }
 }
 
-/// Repeats `f` while the store, or the artifact store, does not answer.
-pub(super) async fn patiently<T, F: Future<Output = Result<T>> + Send>(
+/// Repeats `f` while the database, the artifact store or the disk is unavailable or full.
+///
+/// # Errors
+/// All other errors of `f`.
+pub(super) async fn retry_while_unavailable<T, F: Future<Output = Result<T>> + Send>(
     f: impl Fn() -> F + Send + Sync,
 ) -> Result<T> {
     retry(f, || true).await
@@ -143,9 +148,9 @@ pub(super) async fn patiently<T, F: Future<Output = Result<T>> + Send>(
 
 async fn retry<T, F: Future<Output = Result<T>> + Send>(
     f: impl Fn() -> F + Send + Sync,
-    wanted: impl Fn() -> bool + Send + Sync,
+    should_retry: impl Fn() -> bool + Send + Sync,
 ) -> Result<T> {
-    let mut wait = RETRY.0;
+    let mut wait = RETRY_DELAYS.0;
     loop {
         match f().await {
             Err(
@@ -157,13 +162,13 @@ async fn retry<T, F: Future<Output = Result<T>> + Send>(
                     | Reason::ArtifactsUnavailable
                     | Reason::StorageUnavailable
                     | Reason::StorageFull
-            ) && wanted() =>
+            ) && should_retry() =>
             {
                 tracing::warn!(reason = reason.name(), error = message, "waiting");
                 metrics::counter!("bradley_store_retries_total", "reason" => reason.name())
                     .increment(1);
                 tokio::time::sleep(wait).await;
-                wait = (wait * 2).min(RETRY.1);
+                wait = (wait * 2).min(RETRY_DELAYS.1);
             }
             result => return result,
         }

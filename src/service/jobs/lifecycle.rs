@@ -1,5 +1,5 @@
-//! What a client may do to a job that exists: change, pause, resume, cancel, delete. Transitions
-//! are the domain's to allow.
+//! Changes that a client can make to an existing job: update, pause, resume, cancel, delete. The
+//! allowed state transitions are defined in `domain`.
 
 use std::collections::BTreeMap;
 
@@ -16,16 +16,17 @@ use crate::service::error::{Result, ServiceError};
 use crate::service::in_use::{Needed, Users, check};
 use crate::service::store::now;
 
-/// What of a job may change while it lives; `None` leaves it.
+/// Changes to the editable fields of a job; `None` leaves a field as it is.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct JobChanges {
-    /// The title.
+    /// Display name.
     pub display_name: Option<String>,
-    /// The labels, all of them.
+    /// New labels; they replace all existing ones.
     pub labels: Option<BTreeMap<String, String>>,
-    /// Higher goes first.
+    /// Priority; jobs with a higher one run first.
     pub priority: Option<i32>,
-    /// Milliseconds that it is kept after its end; `Some(None)` is for ever.
+    /// Time to live after the end of the job, in milliseconds; `Some(None)` means that the job
+    /// never expires.
     pub ttl_ms: Option<Option<u64>>,
 }
 
@@ -37,10 +38,11 @@ fn refused(job: &Job, reason: Reason, remedy: &str) -> ServiceError {
 }
 
 impl JobService {
-    /// Changes title, labels and priority; with `etag`, only while the job has it.
+    /// Changes the display name, labels, priority and time to live of a job. If `etag` is given,
+    /// the job must still have it.
     ///
     /// # Errors
-    /// `Aborted` when the job has changed since the etag was read.
+    /// `Aborted` if the job has changed since the etag was read; `InvalidArgument` for bad values.
     pub async fn update_job(
         &self,
         caller: &Caller,
@@ -80,7 +82,10 @@ impl JobService {
         Ok(job)
     }
 
-    /// Pauses a job; one that is on the device writes a checkpoint after its current unit.
+    /// Pauses a job. A running job first finishes its current unit of work and writes a checkpoint.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` if the job has ended or is being cancelled.
     pub async fn pause_job(&self, caller: &Caller, id: &str) -> Result<Job> {
         own_job(&self.store, caller, id).await?;
         self.move_job(caller, id, "pause", "paused by a client", |job| match job.state {
@@ -93,11 +98,11 @@ impl JobService {
         .await
     }
 
-    /// Puts a paused job back in the queue.
+    /// Requeues a paused job.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`MODEL_CHANGED`) when the model that this server has is not the one
-    /// that the job was made with.
+    /// `FailedPrecondition` (`MODEL_CHANGED`) if the server's model differs from the one that the
+    /// job was created with; also if the job is neither paused nor queued.
     pub async fn resume_job(&self, caller: &Caller, id: &str) -> Result<Job> {
         let job = own_job(&self.store, caller, id).await?;
         self.policies.check_base(&job)?;
@@ -117,7 +122,10 @@ impl JobService {
         Ok(job)
     }
 
-    /// Cancels a job; one that is on the device stops after its current unit.
+    /// Cancels a job. A running job stops after its current unit of work.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` if the job has already ended.
     pub async fn cancel_job(&self, caller: &Caller, id: &str) -> Result<Job> {
         own_job(&self.store, caller, id).await?;
         self.move_job(caller, id, "cancel", "cancelled by a client", |job| match job.state {
@@ -130,7 +138,8 @@ impl JobService {
         .await
     }
 
-    /// Moves a job to the state that `to` gives, and tells its run and its followers.
+    /// Changes a job to the state that `to` returns, and notifies its run and the followers of its
+    /// events.
     async fn move_job(
         &self,
         caller: &Caller,
@@ -158,7 +167,7 @@ impl JobService {
         if ended {
             count_ended(job.state);
         }
-        // Another replica's run is told by the database.
+        // A run on another replica is notified through the database.
         if let Some(run) = self.runs.get(id) {
             run.apply_requested_state(job.state);
         }
@@ -168,6 +177,9 @@ impl JobService {
     }
 
     /// Deletes an ended job with its events, checkpoints and exports.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` if the job has not ended, or if another job needs its weights.
     pub async fn delete_job(&self, caller: &Caller, id: &str) -> Result<()> {
         own_job(&self.store, caller, id).await?;
         self.remove_job(caller, id, false).await
@@ -176,7 +188,7 @@ impl JobService {
     /// Deletes an ended job whose time to live is over.
     ///
     /// # Errors
-    /// `NotFound` when it has been prolonged since the job was looked for.
+    /// `NotFound` if its time to live has been prolonged since it was listed as expired.
     pub(in crate::service) async fn delete_expired(&self, id: &str) -> Result<()> {
         self.remove_job(&Caller::anyone(), id, true).await
     }
@@ -188,11 +200,11 @@ impl JobService {
             }
             check(caller, users, Needed::Weights { job: id, step: None })
         };
-        // Files of a job without a row would be left for good: nothing is removed while the
-        // artifact store is away.
+        // A job's files could not be found again once its row is deleted. So nothing is removed
+        // while the artifact store is unavailable.
         self.artifacts.check_store().await?;
-        // The row goes first: what another client has changed or begun meanwhile is seen in the
-        // transaction that removes it.
+        // The row is deleted first: its transaction sees what other clients have changed or begun
+        // meanwhile.
         self.store.delete_job(id, expired, refuse).await?;
         self.engine.evict_policy(&self.artifacts.checkpoints(id));
         audit(caller, "delete", &format!("trainingJobs/{id}"));

@@ -1,5 +1,5 @@
-//! Jobs that this process leaves in the queue for a while: what they need is not there now, and
-//! would not be a moment later.
+//! Jobs that this process leaves in the queue for a while, because an input they need is missing
+//! and is unlikely to appear soon.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The longest pause before a job is tried again.
+/// Longest pause before a postponed job is tried again.
 const MAX_PAUSE: Duration = Duration::from_secs(600);
 
-/// Postponed jobs by id. Another process may take them at any time.
+/// Postponed jobs by id. Other processes do not know of the pause and may claim them at any time.
 #[derive(Debug, Default)]
 pub(super) struct Postponed(Mutex<HashMap<String, Pause>>);
 
@@ -21,7 +21,7 @@ struct Pause {
 }
 
 impl Postponed {
-    /// Postpones a job, by `first` or by twice the last pause of the same job.
+    /// Postpones a job by `first`, or by twice its last pause if it was postponed before.
     pub fn postpone(&self, job: &str, first: Duration) {
         self.postpone_at(Instant::now(), job, first);
     }
@@ -33,22 +33,22 @@ impl Postponed {
         pauses.insert(job.to_owned(), Pause { until: now + length, length });
     }
 
-    /// The job runs, has ended or may be tried at once: its next pause is a first one again.
+    /// Removes a job, so that it may be claimed at once and its next pause is `first` again.
     pub fn forget(&self, job: &str) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(job);
     }
 
-    /// The jobs that are not to be taken now.
+    /// Returns the ids of the jobs that are postponed now.
     pub fn jobs(&self) -> Vec<String> {
         self.pauses_at(Instant::now()).into_iter().map(|(job, _)| job).collect()
     }
 
-    /// When the next of them may be taken; `None` when none is postponed.
+    /// Returns the earliest end of a pause; `None` if no job is postponed.
     pub fn next_due(&self) -> Option<Instant> {
         self.pauses_at(Instant::now()).into_iter().map(|(_, until)| until).min()
     }
 
-    /// The jobs that are postponed at a time, and until when.
+    /// Returns the jobs that are postponed at `now`, each with the end of its pause.
     fn pauses_at(&self, now: Instant) -> Vec<(String, Instant)> {
         let pauses = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         pauses

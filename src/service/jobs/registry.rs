@@ -1,5 +1,5 @@
-//! The jobs that this process runs, those that it leaves in the queue, and the signal to look
-//! there.
+//! Registry of the jobs that this process runs and of those it has postponed, with the signal that
+//! wakes the runners.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,16 +12,16 @@ use super::leased_job::{Gauge, LeasedJob};
 use super::postponed::Postponed;
 use crate::domain::job::JobState;
 
-/// What this process has of the queue; clones share it.
+/// Runs and postponed jobs of this process. Clones share them.
 #[derive(Clone)]
 pub(in crate::service) struct RunRegistry(Arc<RegistryState>);
 
 struct RegistryState {
-    /// The jobs that this process runs.
+    /// Running jobs, by id.
     leased: Mutex<HashMap<String, Arc<LeasedJob>>>,
-    /// Queued jobs that it does not take for a while.
+    /// Queued jobs that this process does not claim for a while.
     postponed: Postponed,
-    /// Changes when a job was queued: every runner looks.
+    /// Incremented to make every runner look at the queue.
     queued: watch::Sender<u64>,
 }
 
@@ -41,17 +41,17 @@ impl RunRegistry {
         self.0.leased.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells the runners that a job was queued.
+    /// Wakes the runners, because a job may have been queued.
     pub fn wake(&self) {
         self.0.queued.send_modify(|count| *count += 1);
     }
 
-    /// Returns a receiver that sees every wake from now on.
+    /// Returns a receiver that is notified of every later [`wake`](RunRegistry::wake).
     pub fn woken(&self) -> watch::Receiver<u64> {
         self.0.queued.subscribe()
     }
 
-    /// Returns the run of a job, if this process has it.
+    /// Returns the run of a job if it runs in this process.
     pub fn get(&self, job: &str) -> Option<Arc<LeasedJob>> {
         self.leased().get(job).cloned()
     }
@@ -66,20 +66,19 @@ impl RunRegistry {
         self.leased().keys().filter(|id| *id != job).cloned().collect()
     }
 
-    /// Adds a run.
     pub fn add(&self, job: &Arc<LeasedJob>) {
         self.leased().insert(job.lease.job.clone(), job.clone());
     }
 
-    /// Removes a run that is over. Only its own entry is removed: this process may run the job
-    /// again already.
+    /// Removes a finished run. An entry of another run of the same job stays: this process may
+    /// already run the job again.
     pub fn remove(&self, job: &Arc<LeasedJob>) {
         let mut all = self.leased();
         if all.get(&job.lease.job).is_some_and(|entry| Arc::ptr_eq(entry, job)) {
             all.remove(&job.lease.job);
         }
         drop(all);
-        // The job may have been queued meanwhile, and passed over.
+        // The job may have been requeued meanwhile and skipped because it was still listed here.
         self.wake();
     }
 
@@ -88,7 +87,7 @@ impl RunRegistry {
         self.leased().values().for_each(|job| job.control.drain());
     }
 
-    /// Returns the gauges of each run: its job, the gauge's name and its value.
+    /// Returns the gauges of all runs as (job id, gauge name, value).
     pub fn gauges(&self) -> Vec<(String, &'static str, f64)> {
         let of_job = |(job, leased): (&String, &Arc<LeasedJob>)| {
             let named = |(gauge, value): Gauge| (job.clone(), gauge, value);
@@ -97,23 +96,23 @@ impl RunRegistry {
         self.leased().iter().flat_map(of_job).collect()
     }
 
-    /// Leaves a job in the queue for a while, longer each time.
+    /// Postpones a queued job by `first`, or by twice its last pause.
     pub fn postpone(&self, job: &str, first: Duration) {
         self.0.postponed.postpone(job, first);
     }
 
-    /// Lets a postponed job be taken at once.
+    /// Ends the pause of a postponed job.
     pub fn forget_postponed(&self, job: &str) {
         self.0.postponed.forget(job);
     }
 
-    /// Returns when the next postponed job may be taken.
+    /// Returns the time at which the next postponed job may be claimed.
     pub fn next_due(&self) -> Option<Instant> {
         self.0.postponed.next_due()
     }
 
-    /// Returns the queued jobs that this process does not take: postponed ones, and those of which
-    /// a run here has not ended yet, although its lease was lost.
+    /// Returns the ids of jobs that this process must not claim: postponed jobs, and jobs with a
+    /// run here that has not ended yet although its lease may be lost.
     pub fn passed_over(&self) -> Vec<String> {
         let mut jobs = self.0.postponed.jobs();
         jobs.extend(self.leased().keys().cloned());
@@ -121,7 +120,7 @@ impl RunRegistry {
     }
 }
 
-/// Counts a job that this process brought to its end.
+/// Counts a job that this process moved to a final state.
 pub(in crate::service) fn count_ended(state: JobState) {
     metrics::counter!("bradley_jobs_ended_total", "state" => state.name()).increment(1);
 }

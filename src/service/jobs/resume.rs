@@ -1,5 +1,5 @@
-//! What a run continues from: checkpoint rows and folders brought into line, damaged ones passed
-//! over.
+//! Finds the checkpoint from which a run continues. Makes checkpoint rows and folders consistent,
+//! and skips damaged checkpoints.
 
 use std::path::{Path, PathBuf};
 
@@ -17,7 +17,7 @@ use crate::service::store::leases::Also;
 use crate::train::checkpoint::{self, RunState};
 use crate::train::trainer::tokens_until;
 
-/// Where checkpoints are.
+/// Stores in which checkpoints are found.
 #[derive(Clone, Copy)]
 pub(super) struct CheckpointSource<'a> {
     pub store: &'a Store,
@@ -25,47 +25,51 @@ pub(super) struct CheckpointSource<'a> {
     pub engine: &'a Engine,
 }
 
-/// The newest checkpoint that is whole; `None` begins anew, which gives the same numbers. Ones that
-/// are proven to be damaged are removed, and the job's followers told.
+/// Returns the folder of the newest intact checkpoint. `None` starts the run from the beginning,
+/// which gives the same numbers. Checkpoints that are proven to be damaged are removed, and the
+/// followers of the job are told.
 ///
 /// # Errors
-/// `FailedPrecondition` (`ARTIFACT_MISSING`, `CHECKPOINT_FORMAT`) when the newest one may be usable
-/// later or elsewhere: nothing is removed then.
-pub(super) async fn newest_whole(
+/// `FailedPrecondition` (`ARTIFACT_MISSING`, `CHECKPOINT_FORMAT`) if the newest checkpoint may be
+/// usable later or by another version; nothing is removed then.
+pub(super) async fn newest_intact(
     from: CheckpointSource<'_>,
     leased: &LeasedJob,
 ) -> Result<Option<PathBuf>> {
     let job = &leased.lease.job;
-    let known = leased.while_wanted(|| from.store.checkpoints(job)).await?;
-    remove_unknown(from, job, &known).await?;
+    let known = leased.retry_until_stopped(|| from.store.checkpoints(job)).await?;
+    remove_folders_without_row(from, job, &known).await?;
     let folder = from.artifacts.checkpoints(job);
     blocking(move || std::fs::create_dir_all(&folder).map_err(|e| failed(&folder, e))).await??;
     for c in known.iter().rev() {
-        let reason = match leased.while_wanted(|| whole(from.artifacts, c)).await {
+        let reason = match leased.retry_until_stopped(|| intact_folder(from.artifacts, c)).await {
             Ok(dir) => return Ok(Some(dir)),
             Err(ServiceError::FailedPrecondition { reason: Reason::ArtifactDamaged, message }) => {
                 message
             }
             Err(e) => return Err(e),
         };
-        // Nothing that another store holds proves damage.
-        leased.while_wanted(|| from.artifacts.check_store()).await?;
+        // If the wrong artifact store is mounted, its contents prove no damage.
+        leased.retry_until_stopped(|| from.artifacts.check_store()).await?;
         tracing::warn!(job, step = c.step, reason, "damaged checkpoint");
         let message = format!(
             "checkpoint {} is removed, the run continues from the one before: {reason}",
             c.step
         );
-        let told = |_: &mut _| {
+        let log_removal = |_: &mut _| {
             Ok(vec![EventKind::Log { severity: "warning".into(), message: message.clone() }])
         };
-        leased.write(told, Also::Remove(c.step)).await?;
+        leased.write(log_removal, Also::Remove(c.step)).await?;
         remove_checkpoint_files(from.engine, from.artifacts, c).await;
     }
     Ok(None)
 }
 
-/// Reads how far the run of a job's checkpoint in the folder `dir` had come, and the digest of its
-/// pairs where the checkpoint has it.
+/// Reads the training progress stored in the checkpoint folder `dir`, and the digest of its pairs
+/// if the checkpoint has one.
+///
+/// # Errors
+/// The errors of [`Artifacts::unusable`] if the checkpoint cannot be read.
 pub(super) async fn progress(
     artifacts: &Artifacts,
     job: &Job,
@@ -77,13 +81,13 @@ pub(super) async fn progress(
         .await?
 }
 
-/// Makes sure that a run goes on from a checkpoint with the pairs with which it began: another
-/// version of the server may read or tokenise the rows in another way. Checkpoints of version 0.2.0
-/// have no digest of their pairs. For these, rows must have nothing that it did not use, and the
-/// pairs that the run has used must have as many tokens as it counted.
+/// Checks that a run continues with the same pairs it began with: another version of the server may
+/// read or tokenise the rows differently. Checkpoints of version 0.2.0 have no digest of their
+/// pairs. For these, the rows must contain nothing that 0.2.0 ignored, and the pairs used so far
+/// must have as many tokens as the run counted.
 ///
 /// # Errors
-/// `FailedPrecondition` (`ROWS_CHANGED`) when the pairs are others.
+/// `FailedPrecondition` (`ROWS_CHANGED`) if the pairs differ.
 pub(super) async fn check_pairs(
     job: &Job,
     (pinned, state): (Option<String>, RunState),
@@ -94,16 +98,27 @@ pub(super) async fn check_pairs(
     blocking(move || {
         let why = match (pinned, &inputs.new_since_0_2_0) {
             (Some(pinned), _) if pinned == inputs.digest => return Ok(inputs),
-            (Some(pinned), _) => format!("its run's pairs have the digest {pinned}, this server makes pairs with {} of the rows", inputs.digest),
-            (None, Some(new)) => format!("version 0.2.0, or a build soon after it, wrote it and did not use {new}, which the model sees now"),
+            (Some(pinned), _) => format!(
+                "the run began with pairs of the digest {pinned}, but this server makes pairs of \
+                 the digest {} from the rows",
+                inputs.digest
+            ),
+            (None, Some(new)) => format!(
+                "version 0.2.0, or a build soon after it, wrote it and ignored {new}, which the \
+                 model would see now"
+            ),
             (None, None) => match tokens_until(&spec, &inputs.train, &state) {
                 tokens if tokens == state.tokens => return Ok(inputs),
-                tokens => format!("its run has used {} tokens, with this server's tokens of the rows it would be {tokens}", state.tokens),
+                tokens => format!(
+                    "the run has used {} tokens, but with this server's tokenisation of the rows \
+                     it would be {tokens}",
+                    state.tokens
+                ),
             },
         };
         let message = format!(
-            "the run cannot go on from {folder}/{}: {why}. Let the version of the server that wrote it end the job, or cancel the job and create it \
-             again",
+            "the run cannot continue from {folder}/{}: {why}. Let the version of the server that \
+             wrote it finish the job, or cancel the job and create it again",
             state.step
         );
         Err(ServiceError::FailedPrecondition { reason: Reason::RowsChanged, message })
@@ -111,9 +126,14 @@ pub(super) async fn check_pairs(
     .await?
 }
 
-/// The row is what makes a checkpoint: it is stored after every event up to its step. A folder
-/// without one is what a crash cut short, or what another replica made meanwhile in another way.
-async fn remove_unknown(from: CheckpointSource<'_>, job: &str, known: &[Checkpoint]) -> Result<()> {
+/// Removes checkpoint folders that have no row. A checkpoint exists only once its row is stored,
+/// after every event up to its step. A folder without a row was left by a crash or by another run
+/// of this job.
+async fn remove_folders_without_row(
+    from: CheckpointSource<'_>,
+    job: &str,
+    known: &[Checkpoint],
+) -> Result<()> {
     let folder = from.artifacts.checkpoints(job);
     let found =
         blocking(move || checkpoint::steps(&folder)).await?.map_err(ServiceError::internal)?;
@@ -125,11 +145,12 @@ async fn remove_unknown(from: CheckpointSource<'_>, job: &str, known: &[Checkpoi
     Ok(())
 }
 
-/// A checkpoint's folder, every file as it was written. A damaged copy of one that the artifact
-/// store has is fetched again.
-async fn whole(artifacts: &Artifacts, c: &Checkpoint) -> Result<PathBuf> {
+/// Returns the folder of a checkpoint after checking every file. A damaged local copy of a
+/// checkpoint in the artifact store is fetched again.
+async fn intact_folder(artifacts: &Artifacts, c: &Checkpoint) -> Result<PathBuf> {
     let dir = match artifacts.fetch_checkpoint(c).await {
-        // What comes out wrong twice is wrong in the store, and no fault of the way here.
+        // Damage in transit is repaired by a second fetch. If that fails too, the object in the
+        // store is damaged.
         Err(ServiceError::FailedPrecondition { reason: Reason::ArtifactDamaged, .. })
             if artifacts.is_copy() =>
         {
@@ -137,23 +158,23 @@ async fn whole(artifacts: &Artifacts, c: &Checkpoint) -> Result<PathBuf> {
         }
         fetched => fetched?,
     };
-    match checked(artifacts, dir.clone(), c).await {
+    match check_files(artifacts, dir.clone(), c).await {
         Ok(()) => return Ok(dir),
         Err(ServiceError::FailedPrecondition {
             reason: Reason::ArtifactDamaged | Reason::ArtifactMissing,
             ..
         }) if artifacts.is_copy() => {}
         Err(e) => {
-            artifacts.distrust_checkpoint(&c.job, c.step);
+            artifacts.mark_unverified(&c.job, c.step);
             return Err(e);
         }
     }
     artifacts.drop_local_checkpoint(&c.job, c.step).await?;
     let dir = artifacts.fetch_checkpoint(c).await?;
-    checked(artifacts, dir.clone(), c).await.map(|()| dir)
+    check_files(artifacts, dir.clone(), c).await.map(|()| dir)
 }
 
-async fn checked(artifacts: &Artifacts, dir: PathBuf, c: &Checkpoint) -> Result<()> {
+async fn check_files(artifacts: &Artifacts, dir: PathBuf, c: &Checkpoint) -> Result<()> {
     let name = format!("trainingJobs/{}/checkpoints/{}", c.job, c.step);
     blocking(move || checkpoint::check(&dir)).await?.map_err(|e| artifacts.unusable(&e, &name))
 }

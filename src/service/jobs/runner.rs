@@ -1,7 +1,7 @@
-//! Runs jobs from the queue to their end, several at one time where there are devices for them, and
-//! stores everything that a run reports before anyone hears of it.
+//! Runs queued jobs to their end, several at one time if there are enough devices. Everything that
+//! a run reports is stored before anyone is told of it.
 //!
-//! The states of a job under a lease, and what moves it on. A change of state is stored with its
+//! States of a leased job and the transitions between them. A change of state is stored with its
 //! event in one transaction: by the run ([`LeasedJob::write`]), by a client's call, or by
 //! [`Store::reclaim`] when the worker is gone.
 //!
@@ -11,16 +11,17 @@
 //! | Preparing | Running | the device has loaded the weights |
 //! | Preparing, Running | Pausing | a client asks; the run is told to write a checkpoint and stop |
 //! | Preparing, Running, Pausing | Cancelling | a client asks; the run is told to stop |
-//! | Preparing, Running | Queued | the run is drained or preempted, or what it needs is not there: then it is postponed here |
-//! | Pausing | Paused | the run is drained, or what it needs is not there |
-//! | Preparing, Running, Pausing, Cancelling | Failed | the run failed, or an input cannot be used |
+//! | Preparing, Running | Queued | the run is drained or preempted |
+//! | Preparing, Running | Queued | an input is missing; this process postpones the job |
+//! | Pausing | Paused | the run is drained, or an input is missing |
+//! | Preparing, Running, Pausing, Cancelling | Failed | the run failed, or an input is unusable |
 //! | Cancelling | Cancelled | the run ended in any way but a failure |
 //! | Running, Pausing | Succeeded | the run has taken all its steps |
-//! | Preparing, Running | Queued, Failed | the worker is gone; Failed (`WORKER_LOST`) when that happens again and again |
+//! | Preparing, Running | Queued | the worker is gone |
+//! | Preparing, Running | Failed | workers were lost repeatedly without progress (`WORKER_LOST`) |
 //! | Pausing, Cancelling | Paused, Cancelled | the worker is gone |
 //!
-//! The last write of a run gives the lease back. A run whose lease is another's stores nothing
-//! more.
+//! The last write of a run releases the lease. A run whose lease was lost can store nothing more.
 
 use std::cmp::{Ordering, Reverse};
 use std::path::PathBuf;
@@ -34,9 +35,9 @@ use tracing::Instrument as _;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
 use super::inputs::{InputLoader, JobInputs};
-use super::leased_job::{LeasedJob, Preemption, patiently};
+use super::leased_job::{LeasedJob, Preemption, retry_while_unavailable};
 use super::registry::{RunRegistry, count_ended};
-use super::resume::{CheckpointSource, check_pairs, newest_whole, progress};
+use super::resume::{CheckpointSource, check_pairs, newest_intact, progress};
 use crate::domain::identity::Pins;
 use crate::domain::job::{Checkpoint, EventKind, Job, JobError, JobState};
 use crate::domain::reason::Reason;
@@ -55,14 +56,16 @@ use crate::telemetry::trace;
 use crate::train::checkpoint;
 use crate::train::validate::BadRows;
 
-/// Events on their way from the device to the store.
-const CHANNEL: usize = 64;
-/// How long the runner waits after the store failed.
+/// Maximum number of events between the device and the store. When the channel is full, the device
+/// worker waits; only log messages of the queue are dropped.
+const EVENT_CHANNEL_CAPACITY: usize = 64;
+/// Delay after the queue could not be read.
 const STORE_RETRY: Duration = Duration::from_secs(1);
-/// What others get to take a queued job before a run makes room for it.
+/// Time that other runners and replicas get to claim a queued job before this run is preempted for
+/// it.
 const PREEMPTION_DELAY: Duration = Duration::from_millis(500);
 
-/// Runs jobs, one after another.
+/// Runs jobs one after another.
 #[derive(Clone)]
 pub(in crate::service) struct JobRunner {
     pub store: Store,
@@ -73,21 +76,21 @@ pub(in crate::service) struct JobRunner {
     pub policies: PolicyResolver,
     pub inputs: InputLoader,
     pub shutdown: Shutdown,
-    /// How long a job may keep a device while others of its priority wait.
+    /// Time after which a running job is preempted if another job of the same priority is queued.
     pub time_slice: Duration,
-    /// How long a job is left in the queue at first when what it needs is not there.
+    /// First pause of a job that was requeued because an input was missing.
     pub postponement: Duration,
 }
 
-/// What a run begins with.
+/// Everything a run needs before it can start on the device.
 struct Loaded {
     inputs: JobInputs,
-    /// The checkpoint to continue from.
+    /// Folder of the checkpoint to continue from; `None` starts from the beginning.
     resume: Option<PathBuf>,
 }
 
 impl JobRunner {
-    /// Runs queued jobs, by priority and age, until the server stops.
+    /// Runs queued jobs, in the order of priority and waiting time, until the server drains.
     pub async fn run_until_drained(&self) {
         let (mut draining, mut woken) = (self.shutdown.subscribe(), self.runs.woken());
         loop {
@@ -102,7 +105,8 @@ impl JobRunner {
                 }
                 Ok(None) => tokio::select! {
                     _ = woken.changed() => {}
-                    () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
+                    () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)),
+                        if due.is_some() => {}
                     _ = draining.wait_for(|d| *d) => return,
                 },
                 Err(e) => {
@@ -113,7 +117,7 @@ impl JobRunner {
         }
     }
 
-    /// Runs a job in a span of the trace in which it was made.
+    /// Runs a job in a span that belongs to the trace of the call that created the job.
     async fn run_in_span(&self, job: &Job, lease: Lease) {
         let caller = trace::parse(job.trace.as_deref());
         let span = tracing::info_span!(
@@ -121,17 +125,17 @@ impl JobRunner {
             training_job = job.id,
             trace_id = trace::id(&caller)
         );
-        // It fails only where no spans are exported.
+        // This fails only if no spans are exported.
         let _ = span.set_parent(caller);
         self.run_leased_job(job, lease).instrument(span).await;
     }
 
-    /// Runs a job until it ends or goes back to the queue, and stores how. This is the only way
-    /// from a lease to its release.
+    /// Runs a leased job until it ends or is requeued, and stores the outcome. Every lease that a
+    /// runner takes is released here.
     async fn run_leased_job(&self, job: &Job, lease: Lease) {
         let leased = Arc::new(LeasedJob::new(lease, self.store.clone(), self.events.clone()));
         self.runs.add(&leased);
-        // A drain that began just before the job was listed must not be missed.
+        // A drain that began just before the job was added to the registry must not be missed.
         if self.shutdown.has_begun() {
             leased.control.drain();
         }
@@ -141,43 +145,44 @@ impl JobRunner {
                     job = job.id,
                     reason = e.reason.name(),
                     error = e.message,
-                    "the job is put back in the queue: what it needs is not there"
+                    "the job is requeued because an input is missing"
                 );
                 Ok(End::Waits(e))
             }
             Ok(end) => Ok(End::Run(end)),
             Err(ServiceError::Aborted { message, .. }) => Err(message),
-            Err(e) if may_come(&e) => {
-                tracing::warn!(job = job.id, error = %e, "the job is put back in the queue: what it needs is not there");
+            Err(e) if may_succeed_later(&e) => {
+                tracing::warn!(job = job.id, error = %e, "the job is requeued because an input is \
+                    missing");
                 Ok(End::Waits(failure(&e)))
             }
             Err(e) => {
-                tracing::error!(job = job.id, error = %e, "the job could not be carried on");
+                tracing::error!(job = job.id, error = %e, "the job failed");
                 Ok(End::Run(RunEnd::Failed(failure(&e))))
             }
         };
-        // Nobody listens to the run any more: the device must not go on with it.
+        // Nobody reads the run's events any more, so the device must stop working on it.
         leased.control.cancel();
         match &end {
             Ok(End::Waits(_)) => self.runs.postpone(&job.id, self.postponement),
             _ => self.runs.forget_postponed(&job.id),
         }
-        let told = match end {
+        let stored = match end {
             Ok(end) => finish(&leased, &end).await.map_err(|e| e.to_string()),
             Err(lost) => Err(lost),
         };
-        if let Err(e) = told {
-            tracing::warn!(job = job.id, error = e, "the run's end is not stored");
+        if let Err(e) = stored {
+            tracing::warn!(job = job.id, error = e, "the end of the run could not be stored");
         }
         self.runs.remove(&leased);
     }
 
-    /// Runs a job to its end, or to where it is told to stop.
+    /// Runs a job until it ends or is told to stop.
     async fn run(&self, job: &Job, leased: &LeasedJob) -> Result<RunEnd> {
         let pinned = match &job.request.pins {
             Some(Pins { contents: Some(_), .. }) => job.clone(),
             _ => {
-                let pinned = leased.while_wanted(|| self.pin_content(job, leased)).await;
+                let pinned = leased.retry_until_stopped(|| self.pin_content(job, leased)).await;
                 if let Some(end) = stopped(leased.control.command()) {
                     return Ok(end);
                 }
@@ -189,7 +194,7 @@ impl JobRunner {
             Ok(loaded) => loaded,
             Err(end) => return Ok(end),
         };
-        let (events, reported) = mpsc::channel(CHANNEL);
+        let (events, reported) = mpsc::channel(EVENT_CHANNEL_CAPACITY);
         let run = TrainingRun {
             job: job.id.clone(),
             model: inputs.model,
@@ -219,15 +224,15 @@ impl JobRunner {
         self.supervise(job, leased, reported).await
     }
 
-    /// Loads what the run needs: its inputs, and the checkpoint to continue from, if there is one.
-    /// `Err` of the inner result is how a run ends that was told to stop meanwhile.
+    /// Loads the inputs of the run and finds the checkpoint to continue from. The inner `Err` is
+    /// the end of a run that was told to stop meanwhile.
     async fn load_inputs(
         &self,
         job: &Job,
         leased: &LeasedJob,
     ) -> Result<std::result::Result<Loaded, RunEnd>> {
         let inputs = leased
-            .while_wanted(|| self.inputs.load(job))
+            .retry_until_stopped(|| self.inputs.load(job))
             .instrument(tracing::info_span!("training.prepare"))
             .await;
         if let Some(end) = stopped(leased.control.command()) {
@@ -235,20 +240,20 @@ impl JobRunner {
         }
         let mut inputs = inputs?;
         if inputs.skipped.rows() > 0 {
-            note_skipped(leased, &inputs.skipped).await?;
+            log_skipped_rows(leased, &inputs.skipped).await?;
         }
         let source = CheckpointSource {
             store: &self.store,
             artifacts: &self.artifacts,
             engine: &self.engine,
         };
-        let resume = leased.while_wanted(|| newest_whole(source, leased)).await;
+        let resume = leased.retry_until_stopped(|| newest_intact(source, leased)).await;
         if let Some(end) = stopped(leased.control.command()) {
             return Ok(Err(end));
         }
         let resume = resume?;
         if let Some(dir) = &resume {
-            let state = leased.while_wanted(|| progress(&self.artifacts, job, dir)).await;
+            let state = leased.retry_until_stopped(|| progress(&self.artifacts, job, dir)).await;
             if let Some(end) = stopped(leased.control.command()) {
                 return Ok(Err(end));
             }
@@ -257,7 +262,8 @@ impl JobRunner {
         Ok(Ok(Loaded { inputs, resume }))
     }
 
-    /// Stores what the run reports until it ends, and preempts it when another job's turn comes.
+    /// Stores the events of the run until it ends, and preempts the run when another job must run
+    /// instead.
     async fn supervise(
         &self,
         job: &Job,
@@ -266,47 +272,54 @@ impl JobRunner {
     ) -> Result<RunEnd> {
         let slice = self.time_slice;
         let mut slices = tokio::time::interval_at(Instant::now() + slice, slice);
-        // Other replicas and devices that are free are given the time to take a queued job before
-        // this run makes room for it.
-        let others = self.store.is_shared() || self.engine.concurrent_runs() > 1;
+        // Other replicas and free devices get some time to claim a queued job before this run is
+        // preempted for it.
+        let others_may_claim = self.store.is_shared() || self.engine.concurrent_runs() > 1;
         let (delay, mut woken) =
-            (if others { PREEMPTION_DELAY } else { Duration::ZERO }, self.runs.woken());
-        // A job may have been queued while this one was prepared.
+            (if others_may_claim { PREEMPTION_DELAY } else { Duration::ZERO }, self.runs.woken());
+        // A job may have been queued while this one was being prepared.
         woken.mark_changed();
-        let mut look: Option<Instant> = None;
-        let (context, mut stage) = (trace::current(), std::time::Instant::now());
+        let mut check_at: Option<Instant> = None;
+        let (context, mut previous_event) = (trace::current(), std::time::Instant::now());
         loop {
             let slice_over = tokio::select! {
                 report = reported.recv() => match report {
                     Some(Report { event: RunEvent::Ended(end), .. }) => return Ok(end),
                     Some(Report { made, event }) => {
                         if !matches!(event, RunEvent::Log { .. }) {
-                            trace_stage(&context, &event, made, made - std::mem::replace(&mut stage, made));
+                            trace_stage(
+                                &context,
+                                &event,
+                                made,
+                                made - std::mem::replace(&mut previous_event, made),
+                            );
                         }
                         self.persist_event(job, leased, event).await?;
-                        metrics::histogram!("bradley_event_lag_seconds").record(made.elapsed().as_secs_f64());
+                        metrics::histogram!("bradley_event_lag_seconds")
+                            .record(made.elapsed().as_secs_f64());
                         continue;
                     }
                     None => break,
                 },
                 _ = woken.changed() => {
-                    look.get_or_insert(Instant::now() + delay);
+                    check_at.get_or_insert(Instant::now() + delay);
                     continue;
                 }
-                () = tokio::time::sleep_until(look.unwrap_or_else(Instant::now)), if look.is_some() => false,
+                () = tokio::time::sleep_until(check_at.unwrap_or_else(Instant::now)),
+                    if check_at.is_some() => false,
                 _ = slices.tick() => true,
             };
-            look = None;
+            check_at = None;
             if let Err(e) = self.preempt_if_due(leased, slice_over).await {
-                // The run goes on; whoever waits is seen when it ends.
+                // The run continues. A waiting job is found at the next check or when the run ends.
                 tracing::warn!(job = job.id, error = %e, "the queue cannot be read");
             }
         }
-        let message = "the device worker ended without a word".to_owned();
+        let message = "the device worker ended without reporting a result".to_owned();
         Ok(RunEnd::Failed(JobError { reason: Reason::Internal.into(), message }))
     }
 
-    /// Sends the run back to the queue if [`JobRunner::should_preempt`] says so.
+    /// Preempts the run if [`JobRunner::should_preempt`] gives a reason.
     async fn preempt_if_due(&self, leased: &LeasedJob, slice_over: bool) -> Result<()> {
         if let Some(preemption) = self.should_preempt(leased, slice_over).await? {
             leased.preempt(preemption);
@@ -314,9 +327,10 @@ impl JobRunner {
         Ok(())
     }
 
-    /// Returns why the run should go back to the queue, if it should: a job of a higher priority
-    /// waits there, or one of the same when the run's time slice is over. Of several runs in this
-    /// process, one goes: of the lowest priority, the newest.
+    /// Returns the reason for preempting the run, if there is one: a job of a higher priority is
+    /// queued, or one of the same priority and the time slice is over. If this process has several
+    /// runs, only the one with the lowest priority is preempted for a higher priority; among
+    /// equals, the newest.
     async fn should_preempt(
         &self,
         leased: &LeasedJob,
@@ -325,7 +339,7 @@ impl JobRunner {
         let Some(next) = self.store.next_queued(&self.runs.passed_over()).await? else {
             return Ok(None);
         };
-        // It may have been changed since the run began.
+        // The priority may have been changed since the run began.
         let job = self.store.job(&leased.lease.job).await?;
         let priority = job.request.priority;
         let preemption = match next.request.priority.cmp(&priority) {
@@ -343,27 +357,25 @@ impl JobRunner {
                 }
             }
         }
-        tracing::info!(
-            job = leased.lease.job,
-            next = next.id,
-            ?preemption,
-            "the job makes room for another"
-        );
+        tracing::info!(job = leased.lease.job, next = next.id, ?preemption, "the job is preempted");
         Ok(Some(preemption))
     }
 
-    /// Pins a job of an earlier version to what is there now: it depended on nothing in particular.
+    /// Pins the inputs of a job that an earlier version created without pins to their present
+    /// content.
     async fn pin_content(&self, job: &Job, leased: &LeasedJob) -> Result<Job> {
         let model = self.policies.base_model(job).await?;
         let base = self.engine.identity(&model)?;
         let contents = self.policies.content_pins(&job.request).await?;
         let message = match job.request.pins {
             None => format!(
-                "the job is from before version 0.2 and is pinned now to the model {} as it is served",
+                "a version before 0.2 created the job without pins: it is pinned now to the served \
+                 model {}",
                 base.hash()
             ),
             Some(_) => format!(
-                "the job is from an earlier version and is pinned now to its inputs as they are: the dataset {}, the policy {}, the reference {}",
+                "an earlier version created the job without pins of its inputs: it is pinned now \
+                 to the dataset {}, the policy {}, the reference {}",
                 contents.dataset,
                 contents.policy.as_deref().unwrap_or("(a base model)"),
                 contents.reference.as_deref().unwrap_or("(a base model)"),
@@ -381,7 +393,7 @@ impl JobRunner {
         leased.write(pin, Also::Nothing).await
     }
 
-    /// Stores what a run reported, then tells the followers.
+    /// Stores an event of the run, then notifies the followers of the job.
     async fn persist_event(&self, job: &Job, leased: &LeasedJob, event: RunEvent) -> Result<()> {
         match event {
             RunEvent::Running { total_steps, from_step } => {
@@ -389,7 +401,7 @@ impl JobRunner {
                     j.progress.total_steps = total_steps;
                     j.progress.step = from_step;
                     if j.state != JobState::Preparing {
-                        return Ok(Vec::new()); // being cancelled
+                        return Ok(Vec::new()); // pausing or cancelling
                     }
                     j.state = JobState::Running;
                     let reason = if from_step > 0 {
@@ -430,15 +442,15 @@ impl JobRunner {
                 let digest = blocking(move || checkpoint::digest(&dir))
                     .await?
                     .map_err(ServiceError::internal)?;
-                let upload = || self.artifacts.keep_checkpoint(&job.id, step, &digest);
+                let upload = || self.artifacts.upload_checkpoint(&job.id, step, &digest);
                 let start = Instant::now();
-                let kept = leased.unless_cancelled(upload).await;
+                let uploaded = leased.retry_until_cancelled(upload).await;
                 metrics::histogram!("bradley_checkpoint_seconds", "phase" => "keep")
                     .record(start.elapsed().as_secs_f64());
-                if leased.control.command() == RunCommand::Cancel && kept.is_err() {
-                    return Ok(()); // nobody wants it
+                if leased.control.command() == RunCommand::Cancel && uploaded.is_err() {
+                    return Ok(()); // the job is cancelled: the checkpoint is not needed
                 }
-                kept?;
+                uploaded?;
                 let row = Checkpoint {
                     job: job.id.clone(),
                     step,
@@ -455,7 +467,7 @@ impl JobRunner {
                         Also::Add(&row),
                     )
                     .await?;
-                self.retain(job, leased).await?;
+                self.delete_surplus_checkpoints(job, leased).await?;
             }
             RunEvent::Log { severity, message } => {
                 let log = |_: &mut Job| {
@@ -468,14 +480,14 @@ impl JobRunner {
         Ok(())
     }
 
-    /// Keeps the newest checkpoints and the best one.
-    async fn retain(&self, job: &Job, leased: &LeasedJob) -> Result<()> {
-        let all = patiently(|| self.store.checkpoints(&job.id)).await?;
+    /// Deletes old checkpoints beyond `save_total_limit`, except the best one.
+    async fn delete_surplus_checkpoints(&self, job: &Job, leased: &LeasedJob) -> Result<()> {
+        let all = retry_while_unavailable(|| self.store.checkpoints(&job.id)).await?;
         let surplus = all.len().saturating_sub(job.request.spec.run.save_total_limit);
         for old in all.iter().take(surplus).filter(|c| !c.best) {
             match leased.write(|_| Ok(Vec::new()), Also::Retire(old.step)).await {
                 Ok(_) => remove_checkpoint_files(&self.engine, &self.artifacts, old).await,
-                // Another job starts from it or is measured against it.
+                // Another job starts from this checkpoint or uses it as its reference.
                 Err(ServiceError::FailedPrecondition { .. }) => {}
                 Err(e) => return Err(e),
             }
@@ -484,17 +496,17 @@ impl JobRunner {
     }
 }
 
-/// How a job leaves this process.
+/// Outcome of a leased job.
 enum End {
-    /// Its run ended.
+    /// The run ended.
     Run(RunEnd),
-    /// It goes back to the queue, because what it needs is not there.
+    /// The job is requeued because an input is missing.
     Waits(JobError),
 }
 
-/// Whether a job could not begin for something that may come: objects that are restored, another
-/// version of the server, the right model.
-fn may_come(e: &ServiceError) -> bool {
+/// Returns true if a job could not start for a reason that may pass: missing files may be restored,
+/// and another version of the server or the right model may be started.
+fn may_succeed_later(e: &ServiceError) -> bool {
     matches!(
         e,
         ServiceError::FailedPrecondition {
@@ -508,7 +520,7 @@ fn may_come(e: &ServiceError) -> bool {
     )
 }
 
-/// Why a job fails by what its server could not do.
+/// Converts an error of the service into the error that is stored with a failed job.
 fn failure(e: &ServiceError) -> JobError {
     let reason = match e {
         ServiceError::FailedPrecondition { reason, .. }
@@ -518,7 +530,7 @@ fn failure(e: &ServiceError) -> JobError {
         _ => Reason::Internal,
     };
     let message = match e {
-        // As in an answer: paths and statements are the operator's to read.
+        // As in answers to calls, only the operator may see paths and SQL statements.
         ServiceError::Internal { .. } => {
             "an internal error, which the server's log describes".to_owned()
         }
@@ -527,7 +539,7 @@ fn failure(e: &ServiceError) -> JobError {
     JobError { reason: reason.into(), message }
 }
 
-/// How a run ends that was told to stop.
+/// Returns the end of a run that was told to stop, or `None` if it should go on.
 fn stopped(command: RunCommand) -> Option<RunEnd> {
     match command {
         RunCommand::Cancel => Some(RunEnd::Cancelled),
@@ -536,7 +548,7 @@ fn stopped(command: RunCommand) -> Option<RunEnd> {
     }
 }
 
-/// What the device did since the event before, as a span.
+/// Records the work of the device since the previous event as a span.
 fn trace_stage(context: &Context, event: &RunEvent, made: std::time::Instant, took: Duration) {
     let (name, about) = match event {
         RunEvent::Running { from_step, .. } => {
@@ -559,13 +571,13 @@ fn trace_stage(context: &Context, event: &RunEvent, made: std::time::Instant, to
     trace::record(name, context, SystemTime::now() - made.elapsed() - took, took, about);
 }
 
-async fn note_skipped(leased: &LeasedJob, skipped: &BadRows) -> Result<()> {
+async fn log_skipped_rows(leased: &LeasedJob, skipped: &BadRows) -> Result<()> {
     let listed = skipped.lines();
     let first = listed.first().map(String::as_str).unwrap_or_default();
     let message =
         format!("{} rows are left out, see skipped_rows; the first: {first}", skipped.rows());
     let note = |j: &mut Job| {
-        // A job that is continued has told of them.
+        // A resumed job has already logged the same rows.
         let known = j.skipped_rows == listed;
         j.skipped_rows.clone_from(&listed);
         Ok(if known {
@@ -577,7 +589,7 @@ async fn note_skipped(leased: &LeasedJob, skipped: &BadRows) -> Result<()> {
     leased.write(note, Also::Nothing).await.map(|_| ())
 }
 
-/// The last state change of a run; the lease is given back with it.
+/// Stores the last change of state of a run and releases its lease.
 async fn finish(leased: &LeasedJob, end: &End) -> Result<()> {
     let preemption = leased.preemption();
     let change = move |job: &mut Job| {
@@ -606,7 +618,7 @@ async fn finish(leased: &LeasedJob, end: &End) -> Result<()> {
             End::Run(RunEnd::Drained) => {
                 let why = match preemption {
                     None => "the server is shutting down",
-                    Some(Preemption::Priority) => "makes room for a job of a higher priority",
+                    Some(Preemption::Priority) => "preempted by a job of a higher priority",
                     Some(Preemption::TimeSlice) => {
                         job.turn = now();
                         "its time slice is over"
@@ -623,7 +635,11 @@ async fn finish(leased: &LeasedJob, end: &End) -> Result<()> {
     };
     let job = leased.write(change, Also::Release).await?;
     if let End::Waits(error) = end {
-        metrics::counter!("bradley_jobs_waiting_total", "reason" => error.reason.name().to_lowercase()).increment(1);
+        metrics::counter!(
+            "bradley_jobs_waiting_total",
+            "reason" => error.reason.name().to_lowercase()
+        )
+        .increment(1);
     }
     if job.state.is_final() {
         count_ended(job.state);

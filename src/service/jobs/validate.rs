@@ -1,4 +1,4 @@
-//! The checks of a job before it is made.
+//! Validation of a job before it is created.
 
 use std::ops::RangeInclusive;
 
@@ -20,7 +20,7 @@ use crate::train::estimate::Lengths;
 
 const PRIORITIES: RangeInclusive<i32> = -1000..=1000;
 
-/// Checks the fields that may change.
+/// Checks the fields that can be changed after creation.
 pub(super) fn check_changeable(request: &JobRequest, bad: &mut Violations) {
     if request.display_name.chars().count() > 256 {
         bad.push("training_job.display_name", "has more than 256 characters");
@@ -41,31 +41,36 @@ pub(super) fn check_changeable(request: &JobRequest, bad: &mut Violations) {
     }
 }
 
-/// Checks a priority against the highest that clients may give: they may not push each other aside
-/// without end.
+/// Checks a priority against the highest that clients may use. Without this limit, clients could
+/// outbid each other without end.
 pub(super) fn check_priority(caller: &Caller, priority: i32, highest: i32, bad: &mut Violations) {
     if !caller.is_admin() && priority > highest {
         let message = format!(
-            "is {priority}: {highest} is the highest that this server lets clients give (max_client_priority)"
+            "is {priority}: clients of this server may use at most {highest} (max_client_priority)"
         );
         bad.push("training_job.priority", message);
     }
 }
 
-/// Checks requests for jobs, and pins what they name.
+/// Validates requests for jobs and pins the models and data that they name.
 #[derive(Clone)]
 pub(in crate::service) struct RequestValidator {
     pub store: Store,
     pub engine: Engine,
     pub policies: PolicyResolver,
     pub adapters: InitAdapters,
-    /// The highest priority that a client may give its jobs; administrators may give any.
+    /// Highest priority that a client may give its jobs. Administrators may give any.
     pub max_client_priority: i32,
 }
 
 impl RequestValidator {
-    /// Checks everything that can be checked before the data is read; pins `latest` and `best` to
-    /// steps.
+    /// Checks everything that can be checked before the data is read, and replaces `latest` and
+    /// `best` by steps.
+    ///
+    /// # Errors
+    /// `InvalidArgument` with all bad fields, `PermissionDenied` or `NotFound` for inputs of other
+    /// clients or missing ones, `FailedPrecondition` for inputs that cannot be used,
+    /// `ResourceExhausted` if the job needs more memory than the server has.
     pub(super) async fn check_request(
         &self,
         caller: &Caller,
@@ -101,13 +106,14 @@ impl RequestValidator {
             check_weights(&self.store, caller, name).await?;
         }
 
-        // Pinned once: `latest` may move between two looks.
+        // Resolved only once, because `latest` may change between two look-ups.
         request.policy = self.policies.pin(&request.policy).await?;
         let start = self.policies.resolve(&request.policy).await?;
         request.model = Some(start.model.clone());
         let mut pins = Pins { base: self.engine.identity(&start.model)?, ..Pins::default() };
         if let (Method::Lora(_), WeightsRef::Full { .. }) = (&request.spec.method, &start.weights) {
-            let message = "LoRA starts from a base model or from a LoRA checkpoint: export the full checkpoint merged and serve it as a model";
+            let message = "LoRA starts from a base model or from a LoRA checkpoint: export the \
+                           full checkpoint merged and serve it as a model";
             return Err(ServiceError::FailedPrecondition {
                 reason: Reason::FullCheckpoint,
                 message: message.into(),
@@ -119,7 +125,8 @@ impl RequestValidator {
                     "the policy is a checkpoint with an adapter of its own: name one of the two";
                 return Err(ServiceError::invalid(INIT_ADAPTER, message));
             };
-            // A repeated request answers with the job that was made, whatever became of the folder.
+            // A repeated request returns the job of the first one, even if the folder has changed
+            // or is gone.
             if !self.store.was_made(&caller.owner, request_id).await? {
                 let folder = self.adapters.find(name).await?;
                 adopt_adapter(&mut request, folder).await?;
@@ -149,15 +156,16 @@ impl RequestValidator {
             let dataset = own_dataset(&self.store, caller, id).await?;
             let bad_rows = dataset.report.bad_rows_of_any_job();
             if request.row_policy == RowPolicy::Reject && bad_rows > 0 {
-                let counts = |i: &&RowIssue| {
+                let is_bad_for_any_job = |i: &&RowIssue| {
                     i.reason.severity() == Severity::Error && !i.reason.depends_on_job()
                 };
-                let first = dataset.report.issues.iter().find(counts);
+                let first = dataset.report.issues.iter().find(is_bad_for_any_job);
                 let example = first
                     .map(|i| format!(" (row {}, {}: {})", i.row, i.reason.name(), i.message))
                     .unwrap_or_default();
                 let message = format!(
-                    "datasets/{id} has {bad_rows} bad rows{example}: fix them, or set row_policy to SKIP to train on the other {}",
+                    "datasets/{id} has {bad_rows} bad rows{example}: fix them, or set row_policy \
+                     to SKIP to train on the other {}",
                     dataset.report.rows - bad_rows
                 );
                 return Err(ServiceError::FailedPrecondition {
@@ -168,10 +176,11 @@ impl RequestValidator {
         }
         pins.contents = Some(self.policies.content_pins(&request).await?);
         request.pins = Some(pins);
-        // Pinned, so that the job goes on alike under a server with other settings.
+        // Pinned, so that the job continues with the same precision on a server with other
+        // settings.
         request.spec.precision.get_or_insert(self.engine.precision());
-        // How long a micro-batch gets is known when the rows are tokenised; the engine checks that
-        // before the run.
+        // The size of a micro-batch is known only after the rows are tokenised. The engine checks
+        // the actual lengths before the run; here the longest possible pair is assumed.
         let reference =
             request.spec.dpo.has_reference(request.reference.is_some()).then_some(&reference);
         self.engine.check(
@@ -184,8 +193,8 @@ impl RequestValidator {
     }
 }
 
-/// Refuses a reference that follows the policy (TR-DPO) on a model of another configuration: both
-/// models' weights are mixed, tensor by tensor.
+/// Rejects a moving reference (TR-DPO) on a model with another configuration: the weights of both
+/// models are mixed tensor by tensor.
 fn check_mixable(
     request: &JobRequest,
     policy: &ModelIdentity,
@@ -196,8 +205,9 @@ fn check_mixable(
         return Ok(());
     }
     let message = format!(
-        "mixes the policy's weights into those of models/{model}, whose configuration has the hash {}, the policy's has {}: name a reference of the same \
-         architecture and shape, or remove reference_sync",
+        "mixes the policy's weights into those of models/{model}, whose configuration has the hash \
+         {}, the policy's has {}: name a reference of the same architecture and shape, or remove \
+         reference_sync",
         reference.config, policy.config
     );
     Err(ServiceError::invalid("training_job.dpo.reference_sync", message))

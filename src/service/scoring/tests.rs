@@ -1,4 +1,4 @@
-//! Answers and their errors in the order of the request.
+//! Tests: answers and their errors are returned in the order of the request.
 
 use super::*;
 

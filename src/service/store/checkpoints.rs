@@ -1,5 +1,5 @@
-//! Checkpoints. Rows are added and removed by whoever holds the job's lease (see `leases`), or by a
-//! client when the job has ended.
+//! Rows of checkpoints. They are added and removed by the holder of the job's lease (see `leases`),
+//! and removed by clients.
 
 use sqlx::{Any, AssertSqlSafe, Transaction};
 
@@ -10,7 +10,7 @@ use crate::service::error::Result;
 use crate::service::in_use::Users;
 
 impl Store {
-    /// Adds or replaces a checkpoint; a best one takes the mark from the others.
+    /// Adds or replaces a checkpoint. If it is the best one, the previous best one loses the mark.
     pub(super) async fn put_checkpoint(
         &self,
         tx: &mut Transaction<'_, Any>,
@@ -23,10 +23,13 @@ impl Store {
                 .await?;
         }
         sqlx::query(
-            "INSERT INTO checkpoints (job, step, best, adapter, size_bytes, metrics, create_time, digest)
+            "INSERT INTO checkpoints (job, step, best, adapter, size_bytes, metrics, create_time, \
+             digest)
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
-             ON CONFLICT (job, step) DO UPDATE SET best = excluded.best, adapter = excluded.adapter, size_bytes = excluded.size_bytes,
-                 metrics = excluded.metrics, create_time = excluded.create_time, digest = excluded.digest",
+             ON CONFLICT (job, step) DO UPDATE SET best = excluded.best, adapter = \
+             excluded.adapter, size_bytes = excluded.size_bytes,
+                 metrics = excluded.metrics, create_time = excluded.create_time, digest = \
+                 excluded.digest",
         )
         .bind(&c.job)
         .bind(c.step as i64)
@@ -41,7 +44,10 @@ impl Store {
         Ok(())
     }
 
-    /// A job's checkpoints, oldest first.
+    /// Returns a job's checkpoints, oldest first.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Internal` if the database fails.
     pub async fn checkpoints(&self, job: &str) -> Result<Vec<Checkpoint>> {
         let select = format!("SELECT {CHECKPOINT} FROM checkpoints WHERE job = $1 ORDER BY step");
         let rows: Vec<CheckpointRow> =
@@ -49,7 +55,10 @@ impl Store {
         rows.into_iter().map(Checkpoint::try_from).collect()
     }
 
-    /// Forgets a checkpoint, unless `refuse` finds a job that needs it.
+    /// Deletes the row of a checkpoint, unless `refuse` finds a job that needs it.
+    ///
+    /// # Errors
+    /// The errors of `refuse`.
     pub(in crate::service) async fn delete_checkpoint(
         &self,
         job: &str,
@@ -67,7 +76,8 @@ impl Store {
         Ok(tx.commit().await?)
     }
 
-    /// Whoever makes a job that needs the checkpoint waits until the transaction ends.
+    /// Locks the row of a checkpoint. A transaction that creates a job with this checkpoint waits
+    /// until this one ends.
     pub(super) async fn lock_checkpoint(
         &self,
         tx: &mut Transaction<'_, Any>,

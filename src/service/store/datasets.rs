@@ -1,18 +1,22 @@
-//! Datasets' rows; the bytes are the artifacts'.
+//! Rows of datasets. Their files are in `artifacts`.
 
 use sqlx::AssertSqlSafe;
 
 use super::rows::{self, DatasetRow, to_json};
-use super::{OF_PAGE, Page, Store};
+use super::{PAGE_CONDITION, Page, Store};
 use crate::domain::dataset::Dataset;
 use crate::service::error::{Result, ServiceError};
 use crate::service::in_use::Users;
 
 impl Store {
     /// Adds a dataset.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Internal` if the database fails.
     pub async fn insert_dataset(&self, d: &Dataset) -> Result<()> {
         sqlx::query(
-            "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, report, create_time, owner)
+            "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, report, \
+             create_time, owner)
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
         )
         .bind(&d.id)
@@ -28,7 +32,10 @@ impl Store {
         Ok(())
     }
 
-    /// One dataset.
+    /// Returns one dataset.
+    ///
+    /// # Errors
+    /// `NotFound` if it does not exist.
     pub async fn dataset(&self, id: &str) -> Result<Dataset> {
         let select = format!("SELECT {} FROM datasets WHERE id = $1", rows::dataset());
         let row: Option<DatasetRow> =
@@ -36,29 +43,40 @@ impl Store {
         row.ok_or_else(|| ServiceError::not_found("dataset", format!("datasets/{id}")))?.try_into()
     }
 
-    /// Datasets of `owner` (of everyone when `None`), newest first, without the findings that their
-    /// reports list.
+    /// Returns a page of the datasets of `owner` (of everyone if `None`), newest first, without the
+    /// findings in their reports.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a bad page token.
     pub async fn datasets(
         &self,
         owner: Option<&str>,
         page_size: usize,
         page_token: &str,
     ) -> Result<Page<Dataset>> {
-        let select =
-            format!("SELECT {} FROM datasets WHERE {OF_PAGE}", rows::dataset_in_list(self.dialect));
+        let select = format!(
+            "SELECT {} FROM datasets WHERE {PAGE_CONDITION}",
+            rows::dataset_in_list(self.dialect)
+        );
         self.page::<DatasetRow, _>(&select, owner, page_size, page_token).await
     }
 
-    /// Bytes of an owner's datasets.
+    /// Returns the total size of an owner's datasets, in bytes.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Internal` if the database fails.
     pub async fn dataset_bytes(&self, owner: &str) -> Result<u64> {
-        // PostgreSQL's sum of BIGINT is NUMERIC.
+        // The cast is needed because PostgreSQL's sum of BIGINT is NUMERIC.
         let sum =
             "SELECT CAST(COALESCE(SUM(size_bytes), 0) AS BIGINT) FROM datasets WHERE owner = $1";
         let bytes: i64 = sqlx::query_scalar(sum).bind(owner).fetch_one(&self.readers).await?;
         Ok(bytes as u64)
     }
 
-    /// Forgets a dataset, unless `refuse` finds an unfinished job that needs it.
+    /// Deletes the row of a dataset, unless `refuse` finds an unfinished job that needs it.
+    ///
+    /// # Errors
+    /// The errors of `refuse`.
     pub(in crate::service) async fn delete_dataset(
         &self,
         id: &str,

@@ -1,25 +1,25 @@
-//! Jobs and their events. A change of a job and the events that tell of it are one transaction.
+//! Jobs and their events. A change of a job and its events are stored in one transaction.
 
 use std::collections::HashMap;
 
 use sqlx::{Any, AssertSqlSafe, Transaction};
 
 use super::rows::{EventRow, JOB, JobRow, to_json};
-use super::{Dialect, OF_PAGE, Page, Store, now};
+use super::{Dialect, PAGE_CONDITION, Page, Store, now};
 use crate::domain::job::{Evaluation, Event, EventKind, Finite, Job, JobState, Millis};
 use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::domain::reason::Reason;
 use crate::service::error::{Result, ServiceError};
 use crate::service::in_use::Users;
 
-/// How a client made a job.
+/// Parameters of a job's creation.
 #[derive(Clone, Copy, Debug)]
 pub struct Creation<'a> {
-    /// The client's own id for the request, if any.
+    /// Client's id for the request, which makes a repeated request return the same job.
     pub request_id: Option<&'a str>,
-    /// Of the request's body.
+    /// Hash of the request, to detect a `request_id` used for another request.
     pub request_hash: &'a str,
-    /// Unfinished jobs that the owner may have.
+    /// Maximum number of unfinished jobs of the owner.
     pub quota: Option<u64>,
 }
 
@@ -35,7 +35,7 @@ impl Users {
     }
 }
 
-/// A place in the list of expired jobs, which is in the order of their expiry.
+/// A position in the list of expired jobs, which is ordered by expiry time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Expired {
     time: Millis,
@@ -43,34 +43,37 @@ pub struct Expired {
 }
 
 impl Default for Expired {
-    /// Before all of them.
+    /// Returns the position before all expired jobs.
     fn default() -> Self {
         Expired { time: Millis::MIN, seq: i64::MIN }
     }
 }
 
 impl Store {
-    /// Adds a job with its first event, or returns the job that the same owner's `request_id`
-    /// already made from the same body.
+    /// Adds a job with its first event. If the owner's `request_id` has already created a job from
+    /// the same request, that job is returned instead.
     ///
     /// # Errors
-    /// `AlreadyExists` when it made another; `ResourceExhausted` when the owner has as many
-    /// unfinished jobs as allowed.
+    /// `AlreadyExists` if the `request_id` has created a job from another request;
+    /// `ResourceExhausted` if the owner has the maximum number of unfinished jobs; `NotFound` if an
+    /// input of the job does not exist.
     pub async fn insert_job(&self, job: &Job, creation: Creation<'_>) -> Result<Job> {
         let mut tx = self.writer.begin().await?;
-        // Each owner's ids are their own.
+        // Request ids are unique per owner.
         let key = creation.request_id.map(|id| format!("{}/{id}", job.owner));
         if let Some(quota) = creation.quota {
             self.lock_owner(&mut tx, &job.owner).await?;
-            if key.is_none() || self.made_by(&mut tx, &key).await?.is_none() {
+            if key.is_none() || self.job_of_request(&mut tx, &key).await?.is_none() {
                 self.check_quota(&mut tx, &job.owner, quota).await?;
             }
         }
         self.check_needs(&mut tx, job).await?;
         let inserted: Option<i64> = sqlx::query_scalar(
-            "INSERT INTO jobs (id, version, state, request, progress, latest_metrics, skipped_rows, create_time, request_id, request_hash,
+            "INSERT INTO jobs (id, version, state, request, progress, latest_metrics, \
+             skipped_rows, create_time, request_id, request_hash,
                  priority, turn, owner, trace)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) ON CONFLICT (request_id) DO NOTHING RETURNING seq",
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) ON CONFLICT \
+             (request_id) DO NOTHING RETURNING seq",
         )
         .bind(&job.id)
         .bind(job.version)
@@ -90,13 +93,14 @@ impl Store {
         .await?;
         if inserted.is_none() {
             let earlier = self
-                .made_by(&mut tx, &key)
+                .job_of_request(&mut tx, &key)
                 .await?
                 .ok_or_else(|| ServiceError::internal("a job could not be stored"))?;
             if earlier.request_hash.as_deref() != Some(creation.request_hash) {
                 let id = creation.request_id.unwrap_or_default();
                 let message = format!(
-                    "request_id {id:?} made trainingJobs/{} from another request: use a new request_id",
+                    "request_id {id:?} was already used for trainingJobs/{} with a different \
+                     request: use a new request_id",
                     earlier.id
                 );
                 return Err(ServiceError::AlreadyExists { message });
@@ -111,8 +115,7 @@ impl Store {
         Ok(job.clone())
     }
 
-    /// Finds everything that a job needs still there, and keeps it there until the transaction
-    /// ends.
+    /// Checks that the inputs of a job still exist, and locks them until the transaction ends.
     async fn check_needs(&self, tx: &mut Transaction<'_, Any>, job: &Job) -> Result<()> {
         let request = &job.request;
         let eval = match &request.evaluation {
@@ -143,7 +146,10 @@ impl Store {
         Ok(())
     }
 
-    /// Whether an owner's `request_id` has made a job.
+    /// Returns true if the owner's `request_id` has created a job.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Internal` if the database fails.
     pub async fn was_made(&self, owner: &str, request_id: Option<&str>) -> Result<bool> {
         let Some(id) = request_id else { return Ok(false) };
         let count = "SELECT COUNT(*) FROM jobs WHERE request_id = $1";
@@ -154,7 +160,7 @@ impl Store {
         Ok(made > 0)
     }
 
-    async fn made_by(
+    async fn job_of_request(
         &self,
         tx: &mut Transaction<'_, Any>,
         key: &Option<String>,
@@ -166,10 +172,11 @@ impl Store {
             .await?)
     }
 
-    /// Nobody else makes a job of this owner until the transaction ends.
+    /// Prevents other transactions from creating a job of this owner until this one ends.
     async fn lock_owner(&self, tx: &mut Transaction<'_, Any>, owner: &str) -> Result<()> {
         if self.dialect == Dialect::Postgres {
-            let lock = "SELECT COUNT(*) FROM (SELECT pg_advisory_xact_lock(hashtextextended($1, 0))) AS locked";
+            let lock = "SELECT COUNT(*) FROM (SELECT pg_advisory_xact_lock(hashtextextended($1, \
+                        0))) AS locked";
             sqlx::query(lock).bind(owner).execute(&mut **tx).await?;
         }
         Ok(())
@@ -183,20 +190,25 @@ impl Store {
     ) -> Result<()> {
         let count = format!(
             "SELECT COUNT(*) FROM jobs WHERE owner = $1 AND state IN ({})",
-            quoted(|s| !s.is_final())
+            state_list(|s| !s.is_final())
         );
         let unfinished: i64 =
             sqlx::query_scalar(AssertSqlSafe(count)).bind(owner).fetch_one(&mut **tx).await?;
         if unfinished as u64 >= quota {
             let message = format!(
-                "{unfinished} jobs of yours are unfinished, {quota} are allowed: wait for one or cancel one"
+                "you have {unfinished} unfinished jobs, at most {quota} are allowed: wait for one \
+                 or cancel one"
             );
             return Err(ServiceError::ResourceExhausted { reason: Reason::TooManyJobs, message });
         }
         Ok(())
     }
 
-    /// One job.
+    /// Returns one job.
+    ///
+    /// # Errors
+    /// `NotFound` if it does not exist; `FailedPrecondition` (`JOB_UNREADABLE`) if another version
+    /// of the server wrote it.
     pub async fn job(&self, id: &str) -> Result<Job> {
         let select = format!("SELECT {JOB} FROM jobs WHERE id = $1");
         let row: Option<JobRow> =
@@ -204,7 +216,11 @@ impl Store {
         row.ok_or_else(|| missing(id))?.try_into()
     }
 
-    /// Jobs of `owner` (of everyone when `None`) in one of `states` (all when empty), newest first.
+    /// Returns a page of the jobs of `owner` (of everyone if `None`) in one of `states` (in any
+    /// state if empty), newest first.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a bad page token.
     pub async fn jobs(
         &self,
         owner: Option<&str>,
@@ -212,12 +228,17 @@ impl Store {
         page_size: usize,
         page_token: &str,
     ) -> Result<Page<Job>> {
-        let wanted = quoted(|s| states.is_empty() || states.contains(&s));
-        let select = format!("SELECT {JOB} FROM jobs WHERE state IN ({wanted}) AND {OF_PAGE}");
+        let wanted = state_list(|s| states.is_empty() || states.contains(&s));
+        let select =
+            format!("SELECT {JOB} FROM jobs WHERE state IN ({wanted}) AND {PAGE_CONDITION}");
         self.page::<JobRow, _>(&select, owner, page_size, page_token).await
     }
 
-    /// How many jobs are in each state that any is in, by its name.
+    /// Returns the number of jobs per state, by the name of the state. States without jobs are
+    /// absent.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Internal` if the database fails.
     pub async fn job_counts(&self) -> Result<HashMap<String, i64>> {
         let rows: Vec<(String, i64)> =
             sqlx::query_as("SELECT state, COUNT(*) FROM jobs GROUP BY state")
@@ -226,17 +247,17 @@ impl Store {
         Ok(rows.into_iter().collect())
     }
 
-    /// The jobs that are not in a final state, as a transaction sees them.
+    /// Returns the jobs that are not in a final state, as the transaction sees them.
     pub(super) async fn unfinished_in(&self, tx: &mut Transaction<'_, Any>) -> Result<Users> {
         let rows: Vec<JobRow> =
-            sqlx::query_as(AssertSqlSafe(unfinished())).fetch_all(&mut **tx).await?;
+            sqlx::query_as(AssertSqlSafe(select_unfinished())).fetch_all(&mut **tx).await?;
         let mut users = Users::default();
         users.add(rows);
         Ok(users)
     }
 
-    /// The jobs that may need weights of `job`, as a transaction sees them: the unfinished ones,
-    /// and the ended ones that have checkpoints and whose requests name it.
+    /// Returns the jobs that may need weights of `job`, as the transaction sees them: the
+    /// unfinished ones, and ended ones that have checkpoints and mention `job` in their requests.
     pub(super) async fn users_of_weights_in(
         &self,
         tx: &mut Transaction<'_, Any>,
@@ -245,8 +266,9 @@ impl Store {
         let mut users = self.unfinished_in(tx).await?;
         let ended = format!(
             "SELECT {JOB} FROM jobs WHERE state IN ({}) AND id <> $1 AND request LIKE $2
-                 AND EXISTS (SELECT 1 FROM checkpoints WHERE checkpoints.job = jobs.id) ORDER BY seq",
-            quoted(JobState::is_final)
+                 AND EXISTS (SELECT 1 FROM checkpoints WHERE checkpoints.job = jobs.id) ORDER BY \
+                 seq",
+            state_list(JobState::is_final)
         );
         let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(ended))
             .bind(job)
@@ -257,16 +279,20 @@ impl Store {
         Ok(users)
     }
 
-    /// Ids of ended jobs whose time to live is over, at most `limit` after `after`, and where the
-    /// next page begins: the first one again after the last page. By the time that one of them is
-    /// deleted its time may have been prolonged.
+    /// Returns the ids of at most `limit` expired jobs after `after`, and the position at which the
+    /// next page begins. After the last page the list starts again. A job's time to live may be
+    /// prolonged before it is deleted.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Internal` if the database fails.
     pub async fn expired_jobs(
         &self,
         after: Expired,
         limit: usize,
     ) -> Result<(Vec<String>, Expired)> {
         let select = format!(
-            "SELECT id, expire_time, seq FROM jobs WHERE {} AND (expire_time > $1 OR (expire_time = $2 AND seq > $3))
+            "SELECT id, expire_time, seq FROM jobs WHERE {} AND (expire_time > $1 OR (expire_time \
+             = $2 AND seq > $3))
              ORDER BY expire_time, seq LIMIT $4",
             self.is_expired()
         );
@@ -288,13 +314,16 @@ impl Store {
         format!("expire_time < {}", self.dialect.now())
     }
 
-    /// The queued job that a running one may have to make room for: of the highest priority the one
-    /// that waits longest. `passed_over` names jobs that do not count, and those do not either that
-    /// went back to the queue because something was not there.
+    /// Returns the queued job for which a running one may be preempted: among those of the highest
+    /// priority, the one that has waited longest. Jobs in `passed_over`, and jobs that were
+    /// requeued because an input was missing, do not count.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Internal` if the database fails.
     pub async fn next_queued(&self, passed_over: &[String]) -> Result<Option<Job>> {
         let mut passed_over = passed_over.to_vec();
         loop {
-            let select = next(passed_over.len(), " AND error IS NULL");
+            let select = select_next_queued(passed_over.len(), " AND error IS NULL");
             let mut query = sqlx::query_as::<_, JobRow>(AssertSqlSafe(select));
             for id in &passed_over {
                 query = query.bind(id);
@@ -303,17 +332,20 @@ impl Store {
             let id = row.id.clone();
             match Job::try_from(row) {
                 Ok(job) => return Ok(Some(job)),
-                // Another version's; the next one may be ours.
+                // Written by another version of the server. The next job may be readable.
                 Err(_) => passed_over.push(id),
             }
         }
     }
 
-    /// How many unfinished jobs this version of the server cannot read.
+    /// Returns the number of unfinished jobs that this version of the server cannot read.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Internal` if the database fails.
     pub async fn unreadable_jobs(&self) -> Result<usize> {
         let select = format!(
             "SELECT {JOB} FROM jobs WHERE state NOT IN ({}) ORDER BY seq",
-            quoted(JobState::is_final)
+            state_list(JobState::is_final)
         );
         let rows: Vec<JobRow> =
             sqlx::query_as(AssertSqlSafe(select)).fetch_all(&self.readers).await?;
@@ -322,31 +354,38 @@ impl Store {
     }
 
     /// Changes a job for a client and appends the events that `change` returns, in one transaction.
-    /// Returns the job and its newest sequence.
+    /// Returns the job and the sequence number of its newest new event (0 if there is none).
     ///
     /// # Errors
-    /// Those of `change`; `FailedPrecondition` for an illegal state transition.
+    /// The errors of `change`; `FailedPrecondition` for a state transition that is not allowed.
     pub async fn change_job(
         &self,
         id: &str,
         change: impl FnOnce(&mut Job) -> Result<Vec<EventKind>> + Send,
     ) -> Result<(Job, u64)> {
         let mut tx = self.writer.begin().await?;
-        let row = self.locked(&mut tx, id).await?;
+        let row = self.lock_job(&mut tx, id).await?;
         let changed = self.apply(&mut tx, row.try_into()?, change).await?;
         tx.commit().await?;
         Ok(changed)
     }
 
-    /// A job's row, which nobody else changes until the transaction ends.
-    pub(super) async fn locked(&self, tx: &mut Transaction<'_, Any>, id: &str) -> Result<JobRow> {
+    /// Returns a job's row, locked until the transaction ends.
+    ///
+    /// # Errors
+    /// `NotFound` if the job does not exist.
+    pub(super) async fn lock_job(&self, tx: &mut Transaction<'_, Any>, id: &str) -> Result<JobRow> {
         let select = format!("SELECT {JOB} FROM jobs WHERE id = $1{}", self.dialect.for_update());
         let row: Option<JobRow> =
             sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&mut **tx).await?;
         row.ok_or_else(|| missing(id))
     }
 
-    /// Stores what `change` makes of a job whose row is locked, and its events.
+    /// Applies `change` to a job with a locked row, and stores the job and its events. Returns the
+    /// job and the sequence number of its newest new event (0 if there is none).
+    ///
+    /// # Errors
+    /// The errors of `change`; `FailedPrecondition` for a state transition that is not allowed.
     pub(super) async fn apply(
         &self,
         tx: &mut Transaction<'_, Any>,
@@ -372,7 +411,8 @@ impl Store {
             job.end_time = Some(now());
         }
         sqlx::query(
-            "UPDATE jobs SET version = $1, state = $2, request = $3, priority = $4, error = $5, progress = $6, latest_metrics = $7,
+            "UPDATE jobs SET version = $1, state = $2, request = $3, priority = $4, error = $5, \
+             progress = $6, latest_metrics = $7,
                  skipped_rows = $8, start_time = $9, end_time = $10, turn = $11, expire_time = $12
              WHERE id = $13",
         )
@@ -399,12 +439,12 @@ impl Store {
         Ok((job, newest))
     }
 
-    /// Removes a job with its events and checkpoints, unless `refuse`, which is given the job as it
-    /// is now and those that may need its weights, finds a reason not to. With `expired`, also
-    /// unless the job's time to live has been prolonged.
+    /// Deletes a job with its events and checkpoints. `refuse` gets the locked job and the jobs
+    /// that may need its weights, and can prevent the deletion with an error. With `expired`, the
+    /// job must also still be expired.
     ///
     /// # Errors
-    /// Those of `refuse`; `NotFound` when there is no such job, or it is no longer expired.
+    /// The errors of `refuse`; `NotFound` if the job does not exist or is no longer expired.
     pub(in crate::service) async fn delete_job(
         &self,
         id: &str,
@@ -423,7 +463,8 @@ impl Store {
         let row: Option<JobRow> =
             sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&mut *tx).await?;
         let job: Job = row.ok_or_else(|| missing(id))?.try_into()?;
-        // Whoever makes a job that needs one of its checkpoints waits until this transaction ends.
+        // The lock makes a transaction that creates a job with one of these checkpoints wait until
+        // this one ends.
         let lock = format!(
             "SELECT step FROM checkpoints WHERE job = $1 ORDER BY step{}",
             self.dialect.for_update()
@@ -434,23 +475,26 @@ impl Store {
         Ok(tx.commit().await?)
     }
 
-    /// Events after `after`, in order, at most `limit`.
+    /// Returns at most `limit` events after the sequence number `after`, in order.
     ///
     /// # Errors
-    /// `OutOfRange` when the next one is not kept any more.
+    /// `OutOfRange` if the event after `after` has been deleted.
     pub async fn events(&self, job: &str, after: u64, limit: usize) -> Result<Vec<Event>> {
-        let rows: Vec<EventRow> =
-            sqlx::query_as("SELECT sequence, time, body FROM events WHERE job = $1 AND sequence > $2 ORDER BY sequence LIMIT $3")
-                .bind(job)
-                .bind(after.min(i64::MAX as u64) as i64)
-                .bind(limit as i64)
-                .fetch_all(&self.readers)
-                .await?;
+        let rows: Vec<EventRow> = sqlx::query_as(
+            "SELECT sequence, time, body FROM events WHERE job = $1 AND sequence > $2 ORDER BY \
+             sequence LIMIT $3",
+        )
+        .bind(job)
+        .bind(after.min(i64::MAX as u64) as i64)
+        .bind(limit as i64)
+        .fetch_all(&self.readers)
+        .await?;
         if let Some(oldest) =
             rows.first().map(|r| r.sequence as u64).filter(|first| *first > after.saturating_add(1))
         {
             let message = format!(
-                "after_sequence is {after}, the oldest event of trainingJobs/{job} that is kept is {oldest}: the ones between are gone, go on after {}",
+                "after_sequence is {after}, but the oldest stored event of trainingJobs/{job} is \
+                 {oldest}: the events in between have been deleted, go on after {}",
                 oldest - 1
             );
             return Err(ServiceError::OutOfRange { message });
@@ -458,21 +502,25 @@ impl Store {
         rows.into_iter().map(Event::try_from).collect()
     }
 
-    /// The newest sequence of a job.
+    /// Returns the sequence number of a job's newest event, or 0.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Internal` if the database fails.
     pub async fn newest_sequence(&self, job: &str) -> Result<u64> {
-        let newest: i64 = sqlx::query_scalar(NEWEST).bind(job).fetch_one(&self.readers).await?;
+        let newest: i64 =
+            sqlx::query_scalar(SELECT_NEWEST).bind(job).fetch_one(&self.readers).await?;
         Ok(newest as u64)
     }
 
-    /// Appends an event, forgets the ones that it pushes past the limit, and returns its sequence.
-    /// The job's row is locked, so that sequences have no gap.
+    /// Appends an event, deletes events beyond the limit, and returns the new sequence number. The
+    /// caller has locked the job's row, so that sequence numbers have no gaps.
     pub(super) async fn append(
         &self,
         tx: &mut Transaction<'_, Any>,
         job: &str,
         event: &EventKind,
     ) -> Result<u64> {
-        let newest: i64 = sqlx::query_scalar(NEWEST).bind(job).fetch_one(&mut **tx).await?;
+        let newest: i64 = sqlx::query_scalar(SELECT_NEWEST).bind(job).fetch_one(&mut **tx).await?;
         let sequence = newest + 1;
         sqlx::query("INSERT INTO events (job, sequence, time, body) VALUES ($1, $2, $3, $4)")
             .bind(job)
@@ -490,27 +538,32 @@ impl Store {
     }
 }
 
-/// Selects the queued job whose turn it is; so many parameters name jobs that are passed over, and
-/// `condition` leaves out others.
-pub(super) fn next(passed_over: usize, condition: &str) -> String {
+/// Returns a SELECT of the queued job that is next in turn. Its first `passed_over` parameters are
+/// ids of jobs to skip; `condition` is appended to the WHERE clause.
+pub(super) fn select_next_queued(passed_over: usize, condition: &str) -> String {
     let parameters: Vec<String> = (1..=passed_over).map(|i| format!("${i}")).collect();
     let others = match passed_over {
         0 => String::new(),
         _ => format!(" AND id NOT IN ({})", parameters.join(", ")),
     };
     format!(
-        "SELECT {JOB} FROM jobs WHERE state = 'queued'{others}{condition} ORDER BY priority DESC, turn, seq LIMIT 1"
+        "SELECT {JOB} FROM jobs WHERE state = 'queued'{others}{condition} ORDER BY priority DESC, \
+         turn, seq LIMIT 1"
     )
 }
 
-pub(super) const NEWEST: &str = "SELECT COALESCE(MAX(sequence), 0) FROM events WHERE job = $1";
+pub(super) const SELECT_NEWEST: &str =
+    "SELECT COALESCE(MAX(sequence), 0) FROM events WHERE job = $1";
 
-fn unfinished() -> String {
-    format!("SELECT {JOB} FROM jobs WHERE state IN ({}) ORDER BY seq", quoted(|s| !s.is_final()))
+fn select_unfinished() -> String {
+    format!(
+        "SELECT {JOB} FROM jobs WHERE state IN ({}) ORDER BY seq",
+        state_list(|s| !s.is_final())
+    )
 }
 
-/// The names of some states, as a list for SQL.
-pub(super) fn quoted(wanted: impl Fn(JobState) -> bool) -> String {
+/// Returns the names of the states selected by `wanted`, as a list for SQL.
+pub(super) fn state_list(wanted: impl Fn(JobState) -> bool) -> String {
     JobState::ALL
         .into_iter()
         .filter(|s| wanted(*s))

@@ -1,12 +1,12 @@
-//! Who carries a job on. A lease is a token that only grows: a worker that was cut off finds its
-//! token outdated and can write nothing more, whatever it believes of the time. The database's
-//! clock decides when a lease has run out.
+//! Leases of jobs. A lease has a token that only grows (a fencing token). A worker that was cut off
+//! finds its token outdated and can write nothing more, whatever its clock says. The database's
+//! clock decides when a lease expires.
 
 use std::time::Duration;
 
 use sqlx::AssertSqlSafe;
 
-use super::jobs::{NEWEST, next, quoted};
+use super::jobs::{SELECT_NEWEST, select_next_queued, state_list};
 use super::rows::{JOB, JobRow};
 use super::{Store, now};
 use crate::domain::access::Caller;
@@ -15,54 +15,62 @@ use crate::domain::reason::Reason;
 use crate::service::error::{Result, ServiceError};
 use crate::service::in_use::{Needed, check};
 
-/// Workers that may die over a job without getting further in it: what kills each of them must not
-/// kill them for ever.
+/// Number of times that a job may lose its worker without making progress before it fails. A job
+/// that kills its workers must not do so forever.
 const MAX_RECLAIMS: i64 = 5;
 
-/// The right to carry a job on.
+/// The right to run a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lease {
-    /// The job's id.
+    /// Id of the job.
     pub job: String,
     token: i64,
-    /// The replica, and an id of this claim alone: after a fail-over of the database that lost
-    /// commits a token may be given out twice.
+    /// Id of the replica and a random id of this claim. The token alone is not unique: a database
+    /// fail-over that loses commits may give out a token twice.
     owner: String,
 }
 
-/// What a run's write does besides changing the job, in the same transaction.
+/// Additional effect of a run's write, in the same transaction.
 #[derive(Clone, Copy, Debug)]
 pub enum Also<'a> {
-    /// Nothing.
+    /// No additional effect.
     Nothing,
     /// Adds a checkpoint.
     Add(&'a Checkpoint),
-    /// Forgets the checkpoint of that step: it is lost.
+    /// Deletes the checkpoint of this step, because it is damaged.
     Remove(u64),
-    /// Forgets the checkpoint of that step, unless an unfinished job needs it.
+    /// Deletes the checkpoint of this step, unless another job needs it.
     Retire(u64),
-    /// Gives the lease back: the run is over.
+    /// Releases the lease, because the run is over.
     Release,
 }
 
 impl Store {
-    /// How long a worker may be silent.
+    /// Returns the duration of a lease.
     pub fn lease_time(&self) -> Duration {
         self.lease
     }
 
-    fn until(&self) -> String {
+    fn lease_end(&self) -> String {
         format!("{} + {}", self.dialect.now(), self.lease.as_millis())
     }
 
-    /// Takes the queued job whose turn it is: it becomes `Preparing`, and the lease its caller's.
-    /// Two replicas never get the same one. Jobs that `passed_over` names, and those that this
-    /// version cannot read, are left for others.
+    /// Claims the queued job that is next in turn: the job becomes `Preparing`, and the caller gets
+    /// its lease. Two replicas never get the same job. Jobs in `passed_over`, and those that this
+    /// version cannot read, are skipped. Returns the job, the lease and the job's newest sequence
+    /// number.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Internal` if the database fails.
     pub async fn claim(&self, passed_over: &[String]) -> Result<Option<(Job, Lease, u64)>> {
         let mut passed_over = passed_over.to_vec();
         let mut tx = self.writer.begin().await?;
         let (job, token) = loop {
-            let select = format!("{}{}", next(passed_over.len(), ""), self.dialect.skip_locked());
+            let select = format!(
+                "{}{}",
+                select_next_queued(passed_over.len(), ""),
+                self.dialect.skip_locked()
+            );
             let mut query = sqlx::query_as::<_, JobRow>(AssertSqlSafe(select));
             for id in &passed_over {
                 query = query.bind(id);
@@ -79,7 +87,7 @@ impl Store {
         };
         let prepare = |job: &mut Job| {
             job.state = JobState::Preparing;
-            // Why it was put back in the queue before.
+            // The error says why the job was requeued before.
             job.error = None;
             job.start_time.get_or_insert(now());
             Ok(vec![EventKind::StateChange {
@@ -90,11 +98,12 @@ impl Store {
         };
         let (job, sequence) = self.apply(&mut tx, job, prepare).await?;
         let owner = format!("{}/{}", self.replica, uuid::Uuid::now_v7());
-        let take = format!(
-            "UPDATE jobs SET lease_owner = $1, lease_token = $2, lease_until = {}, lease_writes = 0 WHERE id = $3",
-            self.until()
+        let take_lease = format!(
+            "UPDATE jobs SET lease_owner = $1, lease_token = $2, lease_until = {}, lease_writes = \
+             0 WHERE id = $3",
+            self.lease_end()
         );
-        sqlx::query(AssertSqlSafe(take))
+        sqlx::query(AssertSqlSafe(take_lease))
             .bind(&owner)
             .bind(token)
             .bind(&job.id)
@@ -105,12 +114,16 @@ impl Store {
         Ok(Some((job, lease, sequence)))
     }
 
-    /// Prolongs a lease and returns the job's state; `None` when it is another's now, or the job is
+    /// Renews a lease and returns the state of the job; `None` if the lease is lost or the job is
     /// gone.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Internal` if the database fails.
     pub async fn renew(&self, lease: &Lease) -> Result<Option<JobState>> {
         let renew = format!(
-            "UPDATE jobs SET lease_until = {} WHERE id = $1 AND lease_token = $2 AND lease_owner = $3 RETURNING state",
-            self.until()
+            "UPDATE jobs SET lease_until = {} WHERE id = $1 AND lease_token = $2 AND lease_owner = \
+             $3 RETURNING state",
+            self.lease_end()
         );
         let renewed = sqlx::query_scalar(AssertSqlSafe(renew))
             .bind(&lease.job)
@@ -120,11 +133,11 @@ impl Store {
         Ok(state.and_then(|s| JobState::parse(&s)))
     }
 
-    /// A write of a run, the `number`th under its lease: one that was stored before (its answer was
-    /// lost) is not stored again.
+    /// Stores a write of a run, the `number`th under its lease. If the write was already stored and
+    /// only its answer was lost, it is not stored again.
     ///
     /// # Errors
-    /// `Aborted` when the lease is another's; those of `change`.
+    /// `Aborted` if the lease is lost; the errors of `change`.
     pub async fn write_run(
         &self,
         lease: &Lease,
@@ -133,18 +146,18 @@ impl Store {
         also: Also<'_>,
     ) -> Result<(Job, u64)> {
         let mut tx = self.writer.begin().await?;
-        let row = self.locked(&mut tx, &lease.job).await?;
-        // A lease that was given back has no owner: only a repeated last write may find that.
+        let row = self.lock_job(&mut tx, &lease.job).await?;
+        // A released lease has no owner. Only a retry of the last write may find this state.
         let given_back = row.lease_owner.is_none() && row.lease_writes >= number;
         if row.lease_token != lease.token
             || !(given_back || row.lease_owner.as_ref() == Some(&lease.owner))
         {
-            let message = format!("trainingJobs/{} is carried on by another worker", lease.job);
+            let message = format!("trainingJobs/{} is run by another worker", lease.job);
             return Err(ServiceError::Aborted { reason: Reason::LeaseLost, message });
         }
         if row.lease_writes >= number {
             let newest: i64 =
-                sqlx::query_scalar(NEWEST).bind(&lease.job).fetch_one(&mut *tx).await?;
+                sqlx::query_scalar(SELECT_NEWEST).bind(&lease.job).fetch_one(&mut *tx).await?;
             return Ok((row.try_into()?, newest as u64));
         }
         if let Also::Retire(step) = also {
@@ -157,13 +170,14 @@ impl Store {
             )?;
         }
         let changed = self.apply(&mut tx, row.try_into()?, change).await?;
-        let number_it = match also {
+        let count_write = match also {
             Also::Release => {
-                "UPDATE jobs SET lease_writes = $1, lease_owner = NULL, lease_until = 0 WHERE id = $2"
+                "UPDATE jobs SET lease_writes = $1, lease_owner = NULL, lease_until = 0 WHERE id = \
+                 $2"
             }
             _ => "UPDATE jobs SET lease_writes = $1 WHERE id = $2",
         };
-        sqlx::query(number_it).bind(number).bind(&lease.job).execute(&mut *tx).await?;
+        sqlx::query(count_write).bind(number).bind(&lease.job).execute(&mut *tx).await?;
         match also {
             Also::Add(checkpoint) => self.put_checkpoint(&mut tx, checkpoint).await?,
             Also::Remove(step) | Also::Retire(step) => {
@@ -176,19 +190,23 @@ impl Store {
         Ok(changed)
     }
 
-    /// Puts jobs whose worker is gone back in the queue, or where they were going. With `all`, this
-    /// process is the only one and every lease is void. Returns the jobs with their newest
-    /// sequence.
+    /// Reclaims the jobs of dead workers: they are requeued, or paused or cancelled if that was
+    /// requested. With `all`, every lease counts as expired, because this is the only process.
+    /// Returns the jobs with their newest sequence numbers.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Internal` if the database fails.
     pub async fn reclaim(&self, all: bool) -> Result<Vec<(Job, u64)>> {
-        let held = quoted(|s| {
+        let leased_states = state_list(|s| {
             matches!(
                 s,
                 JobState::Preparing | JobState::Running | JobState::Pausing | JobState::Cancelling
             )
         });
         let expired = format!("($1 = 1 OR lease_until < {})", self.dialect.now());
-        let select =
-            format!("SELECT id FROM jobs WHERE state IN ({held}) AND {expired} ORDER BY seq");
+        let select = format!(
+            "SELECT id FROM jobs WHERE state IN ({leased_states}) AND {expired} ORDER BY seq"
+        );
         let ids: Vec<String> = sqlx::query_scalar(AssertSqlSafe(select))
             .bind(i64::from(all))
             .fetch_all(&self.readers)
@@ -196,11 +214,12 @@ impl Store {
         let mut moved = Vec::new();
         for id in ids {
             let mut tx = self.writer.begin().await?;
-            let again = format!(
-                "SELECT {JOB} FROM jobs WHERE id = $2 AND state IN ({held}) AND {expired}{}",
+            let recheck = format!(
+                "SELECT {JOB} FROM jobs WHERE id = $2 AND state IN ({leased_states}) AND \
+                 {expired}{}",
                 self.dialect.skip_locked()
             );
-            let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(again))
+            let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(recheck))
                 .bind(i64::from(all))
                 .bind(&id)
                 .fetch_optional(&mut *tx)
@@ -210,7 +229,8 @@ impl Store {
             let job = match Job::try_from(row) {
                 Ok(job) => job,
                 Err(e) => {
-                    tracing::error!(job = id, error = %e, "a job that cannot be read is left as it is");
+                    tracing::error!(job = id, error = %e, "a job that cannot be read is left as it \
+                        is");
                     continue;
                 }
             };
@@ -228,24 +248,37 @@ impl Store {
                     let (to, reason) = match from {
                         JobState::Preparing | JobState::Running if reclaims > MAX_RECLAIMS => {
                             let message = format!(
-                                "its worker died {reclaims} times without getting beyond step {reached}: the job may need more memory than there is"
+                                "its worker died {reclaims} times without progress beyond step \
+                                 {reached}: the job may need more memory than there is"
                             );
-                            job.error = Some(JobError { reason: Reason::WorkerLost.into(), message: message.clone() });
+                            job.error = Some(JobError {
+                                reason: Reason::WorkerLost.into(),
+                                message: message.clone(),
+                            });
                             (JobState::Failed, message)
                         }
-                        JobState::Pausing => (JobState::Paused, format!("its worker is gone; continues from step {step}")),
-                        JobState::Cancelling => (JobState::Cancelled, "its worker is gone".to_owned()),
-                        _ => (JobState::Queued, format!("its worker is gone; continues from step {step}")),
+                        JobState::Pausing => (
+                            JobState::Paused,
+                            format!("its worker is gone; continues from step {step}"),
+                        ),
+                        JobState::Cancelling => {
+                            (JobState::Cancelled, "its worker is gone".to_owned())
+                        }
+                        _ => (
+                            JobState::Queued,
+                            format!("its worker is gone; continues from step {step}"),
+                        ),
                     };
                     job.state = to;
                     Ok(vec![EventKind::StateChange { from: Some(from), to, reason }])
                 })
                 .await?;
-            // Whoever had the lease can write no more.
-            let void =
-                "UPDATE jobs SET lease_token = lease_token + 1, lease_owner = NULL, lease_until = 0, reclaims = $1, reclaim_step = $2
+            // The increased token prevents further writes of the old worker.
+            let revoke_lease =
+                "UPDATE jobs SET lease_token = lease_token + 1, lease_owner = NULL, lease_until = \
+                 0, reclaims = $1, reclaim_step = $2
                  WHERE id = $3";
-            sqlx::query(void)
+            sqlx::query(revoke_lease)
                 .bind(reclaims)
                 .bind(reached.max(before))
                 .bind(&id)

@@ -1,5 +1,5 @@
-//! What replicas tell each other through PostgreSQL: every stored change of a job is announced when
-//! its transaction commits.
+//! Notifications between replicas through PostgreSQL. Every change of a job is announced when its
+//! transaction commits.
 
 use std::time::Duration;
 
@@ -10,23 +10,23 @@ use super::{Dialect, Store};
 use crate::domain::job::{Job, JobState};
 use crate::service::error::Result;
 
-const CHANNEL: &str = "bradley_jobs";
-/// The wait before a broken connection is made again.
-const RECONNECT: Duration = Duration::from_secs(1);
+const NOTIFY_CHANNEL: &str = "bradley_jobs";
+/// Delay before a broken connection is opened again.
+const RECONNECT_DELAY: Duration = Duration::from_secs(1);
 
-/// Another replica changed a job.
+/// Notice that another replica changed a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Notice {
-    /// The job's id.
+    /// Id of the job.
     pub job: String,
-    /// Its newest event; 0 when the change has none.
+    /// Sequence number of the newest event; 0 if the change has no event.
     pub sequence: u64,
-    /// Its state.
+    /// State of the job.
     pub state: JobState,
 }
 
 impl Store {
-    /// Announces a change; it is told when the transaction commits.
+    /// Announces a change of a job. PostgreSQL delivers it when the transaction commits.
     pub(super) async fn announce(
         &self,
         tx: &mut Transaction<'_, Any>,
@@ -36,30 +36,31 @@ impl Store {
         if self.dialect == Dialect::Postgres {
             let notice = format!("{} {} {sequence} {}", self.replica, job.id, job.state.name());
             let tell = "SELECT COUNT(*) FROM (SELECT pg_notify($1, $2)) AS told";
-            sqlx::query(tell).bind(CHANNEL).bind(notice).execute(&mut **tx).await?;
+            sqlx::query(tell).bind(NOTIFY_CHANNEL).bind(notice).execute(&mut **tx).await?;
         }
         Ok(())
     }
 
-    /// Tells `told` what other replicas change, for ever; `None` stands for what may have been
-    /// missed while there was no connection. Returns at once when there are no other replicas.
-    pub async fn listen(&self, told: impl Fn(Option<Notice>)) {
+    /// Calls `on_notice` for every change by another replica, forever. `None` means that changes
+    /// may have been missed while there was no connection. Returns at once if the database is
+    /// SQLite, which has no other replicas.
+    pub async fn listen(&self, on_notice: impl Fn(Option<Notice>)) {
         if self.dialect != Dialect::Postgres {
             return;
         }
         loop {
             match self.listener().await {
                 Ok(mut listener) => {
-                    told(None);
+                    on_notice(None);
                     loop {
                         match listener.try_recv().await {
                             Ok(Some(notification)) => {
                                 if let Some(notice) = self.parse(notification.payload()) {
-                                    told(Some(notice));
+                                    on_notice(Some(notice));
                                 }
                             }
-                            // Connected again.
-                            Ok(None) => told(None),
+                            // The listener has reconnected.
+                            Ok(None) => on_notice(None),
                             Err(e) => {
                                 tracing::warn!(error = %e, "the database's notices cannot be read");
                                 break;
@@ -69,17 +70,17 @@ impl Store {
                 }
                 Err(e) => tracing::warn!(error = %e, "the database's notices cannot be read"),
             }
-            tokio::time::sleep(RECONNECT).await;
+            tokio::time::sleep(RECONNECT_DELAY).await;
         }
     }
 
     async fn listener(&self) -> sqlx::Result<PgListener> {
         let mut listener = PgListener::connect(&self.url).await?;
-        listener.listen(CHANNEL).await?;
+        listener.listen(NOTIFY_CHANNEL).await?;
         Ok(listener)
     }
 
-    /// A notice of another replica.
+    /// Parses a notice; `None` if this replica sent it or it is not valid.
     fn parse(&self, payload: &str) -> Option<Notice> {
         let mut words = payload.split(' ');
         let (replica, job, sequence, state) =

@@ -1,4 +1,4 @@
-//! Rows as the database holds them, and how they become records.
+//! Rows as the database stores them, and their conversion to records.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -19,28 +19,32 @@ fn from_json<T: DeserializeOwned>(text: &str, what: &str) -> Result<T> {
         .map_err(|e| ServiceError::internal(format!("the stored {what} cannot be read: {e}")))
 }
 
-/// The columns of a [`JobRow`], by name: servers of this version go on when a newer one has added
-/// others.
-pub(super) const JOB: &str = "seq, id, version, state, request, error, progress, latest_metrics, skipped_rows, create_time, start_time, end_time, \
-     request_hash, turn, owner, lease_token, lease_owner, lease_writes, reclaims, reclaim_step, trace";
-/// The columns of a [`CheckpointRow`].
+/// Columns of a [`JobRow`]. They are selected by name, so that this version still works after a
+/// newer one has added columns.
+pub(super) const JOB: &str = "seq, id, version, state, request, error, progress, latest_metrics, \
+                              skipped_rows, create_time, start_time, end_time, request_hash, turn, \
+                              owner, lease_token, lease_owner, lease_writes, reclaims, \
+                              reclaim_step, trace";
+/// Columns of a [`CheckpointRow`].
 pub(super) const CHECKPOINT: &str =
     "job, step, best, adapter, size_bytes, metrics, create_time, digest";
-/// The columns of a [`DatasetRow`] but its report.
+/// Columns of a [`DatasetRow`] without its report.
 const DATASET: &str = "seq, id, display_name, format, size_bytes, content_hash, create_time, owner";
-/// The columns of a [`TokenRow`](super::tokens::TokenRow).
+/// Columns of a [`TokenRow`](super::tokens::TokenRow).
 pub(super) const TOKEN: &str = "id, owner, roles, hash, create_time, expire_time";
 
-/// The columns of a [`DatasetRow`].
+/// Returns the columns of a [`DatasetRow`].
 pub(super) fn dataset() -> String {
     format!("{DATASET}, report")
 }
 
-/// The same without the report's list of findings, which may be long.
+/// Returns the columns of a [`DatasetRow`] for lists, without the report's findings, which may be
+/// long.
 pub(super) fn dataset_in_list(dialect: Dialect) -> String {
     let report = match dialect {
         Dialect::Sqlite => "json_remove(report, '$.issues')",
-        // JSONB has no NUL characters, which a row's id may have had in older reports.
+        // JSONB cannot contain NUL characters, which may occur in row ids in reports of older
+        // versions.
         Dialect::Postgres => {
             r"CASE WHEN POSITION('\u0000' IN report) > 0 THEN report ELSE CAST(CAST(report AS JSONB) - 'issues' AS TEXT) END"
         }
@@ -88,11 +92,12 @@ impl TryFrom<JobRow> for Job {
     type Error = ServiceError;
 
     /// # Errors
-    /// `FailedPrecondition` (`JOB_UNREADABLE`): another version of the server wrote the row.
+    /// `FailedPrecondition` (`JOB_UNREADABLE`) if another version of the server wrote the row.
     fn try_from(r: JobRow) -> Result<Job> {
         let unreadable = |what: &str, why: &dyn std::fmt::Display| {
             let message = format!(
-                "trainingJobs/{} cannot be read by this version of the server ({what}: {why}): use the version that wrote it",
+                "trainingJobs/{} cannot be read by this version of the server ({what}: {why}): use \
+                 the version that wrote it",
                 r.id
             );
             ServiceError::FailedPrecondition { reason: Reason::JobUnreadable, message }

@@ -1,21 +1,21 @@
-//! Connections whose prepared statements no longer fit the schema. PostgreSQL refuses a cached
-//! statement when a migration has changed the type of its result (SQLSTATE class 0A), and goes on
-//! refusing it on that connection. So every connection that is older than the last such refusal is
-//! closed before it would be used again.
+//! Detection of connections whose prepared statements no longer fit the schema. PostgreSQL refuses
+//! a cached statement after a migration has changed the type of its result (SQLSTATE class 0A), and
+//! keeps refusing it on that connection. Therefore every connection that is older than the last
+//! refusal is closed before it is used again.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// When a statement was last refused.
-static REFUSED: Mutex<Option<Instant>> = Mutex::new(None);
+/// Time of the last refused statement in this process.
+static LAST_REFUSAL: Mutex<Option<Instant>> = Mutex::new(None);
 
-/// Notes that a statement was refused because the schema changed.
+/// Records that a statement was refused because the schema changed.
 pub fn note_refused() {
-    *REFUSED.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    *LAST_REFUSAL.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
 }
 
-/// Whether a connection of that age was opened after the last refusal.
+/// Returns true if a connection of this age was opened after the last refusal.
 pub fn is_fresh(age: Duration) -> bool {
-    let refused = *REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
+    let refused = *LAST_REFUSAL.lock().unwrap_or_else(PoisonError::into_inner);
     refused.is_none_or(|refused| age < refused.elapsed())
 }

@@ -1,4 +1,4 @@
-//! Jobs that wait, that have expired, and that another version wrote.
+//! Tests: jobs that wait, that have expired, and that another version wrote; pages of lists.
 
 use std::collections::BTreeMap;
 
@@ -17,11 +17,12 @@ use crate::service::in_use::{Needed, check};
 
 const DATASET: &str = "0f0e0d0c";
 
-/// A store in a folder of its own, with a dataset.
+/// Opens a store with one dataset in a folder of its own.
 async fn open() -> (tempfile::TempDir, Store) {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path(), &StoreOptions::default()).await.unwrap();
-    let insert = "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, report, create_time, owner)
+    let insert = "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, \
+                  report, create_time, owner)
                   VALUES ($1, '', '\"jsonl\"', 0, '', '{}', 0, '')";
     sqlx::query(insert).bind(DATASET).execute(&store.writer).await.unwrap();
     (dir, store)
@@ -89,7 +90,7 @@ async fn a_job_that_waits_for_something_preempts_nobody_and_is_still_tried() {
     assert_eq!(next().await.as_deref(), Some("low"));
     run(&store, "UPDATE jobs SET state = 'paused' WHERE id = 'low'").await;
     assert_eq!(next().await, None);
-    // A free device takes it, and then it waits for nothing.
+    // A free device claims the job, which clears its error.
     let (claimed, ..) = store.claim(&[]).await.unwrap().unwrap();
     assert_eq!((claimed.id.as_str(), claimed.error), ("high", None));
 }
@@ -110,7 +111,7 @@ async fn expired_jobs_are_listed_page_by_page_though_none_of_them_is_deleted() {
     for i in 0..7 {
         insert(&store, &job(&format!("job-{i}"), request(0)), None).await;
     }
-    // Two of them expired at one moment, one has time left.
+    // Two jobs expired at the same time; one has not expired yet.
     run(
         &store,
         "UPDATE jobs SET state = 'succeeded', expire_time = CASE WHEN seq < 4 THEN 3 ELSE seq END",
@@ -130,9 +131,9 @@ async fn expired_jobs_are_listed_page_by_page_though_none_of_them_is_deleted() {
     assert_eq!((all.len(), after), (6, Expired::default()));
 }
 
-// ---- jobs that another version wrote
+// ---- jobs written by another version
 
-/// A request in which every part that may be left out is there.
+/// Returns a request in which every optional part is present.
 fn whole_request() -> JobRequest {
     let mut whole = request(0);
     whole.labels.insert("a".into(), "b".into());
@@ -155,7 +156,7 @@ fn whole_request() -> JobRequest {
     whole
 }
 
-/// Paths of all objects in a JSON value.
+/// Collects the paths of all objects in a JSON value.
 fn objects(value: &Value, path: &str, found: &mut Vec<String>) {
     match value {
         Value::Object(fields) => {
@@ -207,7 +208,8 @@ async fn an_unreadable_job_stays_and_keeps_what_it_needs() {
             format!("INSERT INTO checkpoints VALUES ('{first}', {step}, 0, 1, 1, '{{}}', 1, '')");
         run(&store, &row).await;
     }
-    let held_out = "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, report, create_time, owner)
+    let held_out = "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, \
+                    report, create_time, owner)
                     SELECT 'held-out', '', format, 0, '', report, 0, '' FROM datasets";
     run(&store, held_out).await;
     run(
@@ -218,7 +220,12 @@ async fn an_unreadable_job_stays_and_keeps_what_it_needs() {
     )
     .await;
     insert(&store, &job("newer", whole_request()), None).await;
-    run(&store, "UPDATE jobs SET request = json_set(request, '$.spec.batch.from_the_future', 1) WHERE id = 'newer'").await;
+    run(
+        &store,
+        "UPDATE jobs SET request = json_set(request, '$.spec.batch.from_the_future', 1) WHERE id = \
+         'newer'",
+    )
+    .await;
 
     let unreadable = |e: ServiceError| {
         matches!(e, ServiceError::FailedPrecondition { reason: Reason::JobUnreadable, .. })
