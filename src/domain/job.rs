@@ -220,7 +220,7 @@ pub struct JobError {
 pub struct Job {
     /// The id in `trainingJobs/{id}`.
     pub id: String,
-    /// Number of changes so far, for optimistic locking.
+    /// Number of changes made to the job so far.
     pub version: i64,
     /// Request of the client that created the job.
     pub request: JobRequest,

@@ -1,4 +1,4 @@
-//! How much memory a run needs, by arithmetic on shapes, and how to fit it into what there is.
+//! Memory estimate of a run, computed from shapes, and the choice of a plan that fits the limit.
 //!
 //! `benches/compare.py` prints the estimate beside the measured peak.
 
@@ -22,34 +22,34 @@ use crate::train::trainable::{Gradients, TrainablePolicy};
 
 const F32: u64 = 4;
 
-/// Whose memory is meant.
+/// Memory that a limit applies to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MemoryKind {
-    /// The machine's.
+    /// Host memory.
     Host,
-    /// A GPU's own.
+    /// A GPU's own memory.
     Gpu,
 }
 
 impl MemoryKind {
-    /// Where a device's passes keep their activations.
+    /// Returns the memory in which a device's passes store activations.
     pub fn of(device: &ComputeDevice) -> Self {
         if device.memory().is_some() { MemoryKind::Gpu } else { MemoryKind::Host }
     }
 }
 
-/// Lengths of a run's pairs, in packed tokens.
+/// Lengths of a run's pairs in packed tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lengths {
-    /// The longest pair.
+    /// Length of the longest pair.
     pub longest: usize,
-    /// An upper bound for the pairs of a micro-batch together.
+    /// Upper bound of the total length of a micro-batch.
     pub micro_batch: usize,
 }
 
 impl Lengths {
-    /// Lengths of the pairs of one set. Any pairs may meet in a micro-batch, so the bound is the
-    /// sum of the `batch_size` longest ones.
+    /// Returns the lengths of a set of pairs. Any pairs may be in the same micro-batch, so the
+    /// bound is the sum of the `batch_size` longest ones.
     pub fn of(pairs: &[EncodedPair], batch_size: usize) -> Self {
         let mut lengths: Vec<usize> = pairs.iter().map(EncodedPair::packed_tokens).collect();
         lengths.sort_unstable_by(|a, b| b.cmp(a));
@@ -57,12 +57,13 @@ impl Lengths {
         Lengths { longest: lengths.first().copied().unwrap_or(0), micro_batch }
     }
 
-    /// A single pair of `longest` tokens: the least that a run with such pairs needs.
+    /// Returns the lengths of a single pair, which gives the minimum for runs with pairs of this
+    /// length.
     pub fn one(longest: usize) -> Self {
         Lengths { longest, micro_batch: longest }
     }
 
-    /// The larger of each: micro-batches are drawn from one set or the other.
+    /// Returns the larger of each value, for micro-batches that come from either set.
     pub fn max(self, other: Self) -> Self {
         Lengths {
             longest: self.longest.max(other.longest),
@@ -71,33 +72,33 @@ impl Lengths {
     }
 }
 
-/// The program itself: code, runtime, tokenizer.
+/// Memory of the program itself in bytes: code, runtime, tokenizer.
 const PROGRAM: u64 = 92 << 20;
-/// A GPU's memory is mapped in chunks, and pieces leave gaps.
+/// Factor (numerator, denominator) for fragmentation of GPU memory, which is mapped in chunks.
 const ROUNDING: (u64, u64) = (17, 16);
 
-/// Bytes by purpose, besides the resident base weights, and the choices that they rest on.
+/// Estimated bytes by purpose, without the resident base weights, and the plan that they belong to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Estimate {
-    /// Weights of its own, gradients and AdamW's moments.
+    /// Bytes of the run's own weights, gradients and AdamW moments.
     pub training_state: u64,
-    /// Activations of one row (of a micro-batch's rows where the loss compares its pairs), the
-    /// largest at one time.
+    /// Peak bytes of activations: of one row, or of all rows of a micro-batch if the loss compares
+    /// pairs.
     pub activations: u64,
-    /// What the forward pass keeps.
+    /// Activations that the forward pass saves for the backward pass.
     pub keep: Keep,
-    /// Tokens of a packed row, unless one pair is longer.
+    /// Maximum tokens of a packed row. A longer pair gets a row of its own.
     pub row_tokens: usize,
 }
 
 impl Estimate {
-    /// All of it, the program and the panels that its threads pack included.
+    /// Returns the total in bytes, including the program and the packed GEMM panels of its threads.
     pub fn total(&self) -> u64 {
         PROGRAM + packed_bytes() as u64 + self.training_state + self.activations
     }
 }
 
-/// Numbers trained by `spec`.
+/// Returns the number of trainable parameters.
 pub fn trainable_parameters(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
     match &spec.method {
         Method::Full => config.parameter_count() as u64,
@@ -108,8 +109,8 @@ pub fn trainable_parameters(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
     }
 }
 
-/// Returns the sum of LoRA's ranks on the linear layers of a block, of the block where it is
-/// largest.
+/// Returns the sum of LoRA ranks over the linear layers of a block, for the block with the largest
+/// sum.
 fn ranks(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
     let Method::Lora(lora) = &spec.method else { return 0 };
     let mut of_block = vec![0; config.spec.blocks.len()];
@@ -119,11 +120,11 @@ fn ranks(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
     of_block.into_iter().max().unwrap_or(0)
 }
 
-/// What forward passes keep of a token until the backward pass.
+/// Size per token of the activations that a forward pass saves for the backward pass.
 struct SavedActivations {
-    /// Of a token of every row whose backward pass is still to come.
+    /// For each token of all rows that still need their backward pass.
     of_row: u64,
-    /// Besides, of a token of the row that goes back.
+    /// In addition for each token of the row in its backward pass.
     of_last_row: u64,
 }
 
@@ -137,8 +138,8 @@ impl SavedActivations {
     }
 }
 
-/// Tokens of the rows that are kept at one time: one row of `row` tokens, or every row of a
-/// micro-batch where the loss compares its pairs.
+/// Returns the tokens of the rows whose saved activations are in memory together: one row of `row`
+/// tokens, or the rows of a whole micro-batch if the loss compares pairs.
 fn held_tokens(spec: &TrainingSpec, lengths: Lengths, row: u64) -> u64 {
     match spec.dpo.compares_pairs() {
         true => row.max(lengths.micro_batch as u64),
@@ -146,7 +147,7 @@ fn held_tokens(spec: &TrainingSpec, lengths: Lengths, row: u64) -> u64 {
     }
 }
 
-/// What a run over pairs of these lengths needs with these choices.
+/// Returns the estimate for pairs of these lengths with the given plan.
 pub fn estimate(
     config: &ModelConfig,
     spec: &TrainingSpec,
@@ -171,8 +172,8 @@ pub fn estimate(
         SavedActivations::new(keep, blocks.len() as u64, tape, input);
     let scores =
         most(&blocks, |block| score_bytes(kernel, block.heads.query, t as usize, lengths.longest));
-    // A trained head keeps probabilities. Rows that are held together may be many, at most one for
-    // each pair.
+    // The head is trained, so its probabilities are saved. There are many such rows if the loss
+    // compares pairs, but at most one for each pair.
     let rows = if spec.dpo.compares_pairs() { spec.batch.batch_size as u64 } else { 1 };
     let head = match (&spec.method, keep) {
         (Method::Full, Keep::Tapes) => kept_bytes(rows, held, config.spec.vocab_size as u64),
@@ -180,7 +181,7 @@ pub fn estimate(
     };
     let passing = backward + head_floats(config.spec.hidden_size) as u64;
     let activations = F32 * (held * of_row + t * (of_last_row + passing)) + scores + head;
-    // As on the host of one GPU.
+    // The CPU computes with one set of gradients, like one GPU.
     let training_state = on_host(config, spec, 1);
     Estimate { training_state, activations, keep, row_tokens }
 }
@@ -190,18 +191,18 @@ fn shapes(config: &ModelConfig) -> Vec<BlockShape> {
     config.spec.blocks.iter().map(|block| BlockShape::of(config.spec.hidden_size, block)).collect()
 }
 
-/// Returns the largest `size` of a block.
+/// Returns the largest `size` over the blocks.
 fn most(blocks: &[BlockShape], size: impl Fn(&BlockShape) -> usize) -> u64 {
     blocks.iter().map(size).max().unwrap_or(0) as u64
 }
 
-/// Bytes of an element of the operands.
+/// Returns the bytes of a GEMM operand's element.
 fn element(spec: &TrainingSpec) -> usize {
     if spec.precision == Some(Precision::Bf16) { size_of::<half::bf16>() } else { size_of::<f32>() }
 }
 
-/// Bytes that a run on `devices` GPUs has on the host: masters, both moments, and the gradients of
-/// each GPU.
+/// Returns the host memory in bytes of a run on `devices` GPUs: master weights, both moments, and
+/// one set of gradients per GPU.
 pub fn on_host(config: &ModelConfig, spec: &TrainingSpec, devices: usize) -> u64 {
     let trained = trainable_parameters(config, spec);
     TrainablePolicy::master_bytes(trained)
@@ -209,8 +210,8 @@ pub fn on_host(config: &ModelConfig, spec: &TrainingSpec, devices: usize) -> u64
         + devices.max(1) as u64 * Gradients::bytes(trained)
 }
 
-/// What [`estimate`] says, for a GPU: masters and moments stay on the host; matrices and
-/// activations are in the job's precision, the residual stream in f32.
+/// Returns the estimate for a GPU. Master weights and moments stay on the host. Weights and
+/// activations have the job's precision, the residual stream is in f32.
 fn on_gpu(
     config: &ModelConfig,
     spec: &TrainingSpec,
@@ -233,15 +234,16 @@ fn on_gpu(
     Estimate { training_state, activations, keep, row_tokens }
 }
 
-/// Bytes of the activations of scoring a row of `tokens` tokens: a run may be interrupted for it.
+/// Returns the activation bytes of scoring a row of `tokens` tokens, which may interrupt a run.
 pub fn scoring(config: &ModelConfig, tokens: usize) -> u64 {
     F32 * tokens as u64 * most(&shapes(config), forward_floats)
 }
 
-/// The fastest choices that stay within `available` bytes, the resident base weights not counted.
+/// Returns the fastest plan within `available` bytes, which do not include the resident base
+/// weights.
 ///
 /// # Errors
-/// The leanest choices' estimate, when even that is too much.
+/// The estimate of the leanest plan, if even that does not fit.
 pub fn plan(
     config: &ModelConfig,
     spec: &TrainingSpec,
@@ -257,7 +259,7 @@ pub fn plan(
     let wanted = spec.batch.row_tokens;
     let mut last = estimate(config, spec, lengths, keeps[0], wanted, memory);
     for &keep in keeps {
-        // Shorter rows before recomputation: they cost less time.
+        // Try shorter rows before recomputation, because they cost less time.
         for row_tokens in [wanted, wanted / 2, lengths.longest.min(wanted)] {
             last = estimate(config, spec, lengths, keep, row_tokens.max(1), memory);
             if last.total() <= available {

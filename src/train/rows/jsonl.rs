@@ -1,4 +1,4 @@
-//! JSONL: a JSON object a line.
+//! JSONL files: one JSON object per line.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};

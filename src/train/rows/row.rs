@@ -1,4 +1,4 @@
-//! What a row may look like.
+//! Converts a row's columns into a [`PreferenceRow`].
 
 use serde_json::{Map, Value};
 
@@ -12,17 +12,17 @@ use crate::domain::message::{
 };
 use crate::domain::violation::shortened;
 
-/// Columns that hold something else than text, which models here do not see.
+/// Columns with images, video or audio, which the models cannot process.
 pub(super) const MEDIA: [&str; 6] = ["images", "image", "videos", "video", "audios", "audio"];
-/// Columns of tools and of variables for the chat template.
+/// Columns with the tools and with the variables for the chat template.
 pub(super) const TOOLS: &str = "tools";
 pub(super) const KWARGS: &str = "chat_template_kwargs";
 
-/// Unknown columns of a row that are reported.
+/// Maximum number of unknown columns of a row that are reported.
 const MAX_IGNORED: usize = 16;
 
-/// A row from its columns. Columns of other forms of rows than prompt, chosen and rejected have
-/// been made into these before; what is still unknown then is reported as not used.
+/// Builds a row from its columns. Other row shapes have been converted to prompt, chosen and
+/// rejected before. Remaining unknown columns are reported as not used.
 pub(super) fn from_fields(
     row: u64,
     mut fields: Map<String, Value>,
@@ -116,7 +116,7 @@ pub(super) fn from_fields(
     })
 }
 
-/// A row's tools and variables for the chat template.
+/// Takes a row's tools and template variables out of its columns.
 fn arguments(row: u64, fields: &mut Map<String, Value>) -> Result<TemplateArguments, RowIssue> {
     let wrong = |field: &str, reason: String| {
         issue(row, field, IssueReason::InvalidType, format!("{field} {reason}"))
@@ -140,7 +140,7 @@ fn arguments(row: u64, fields: &mut Map<String, Value>) -> Result<TemplateArgume
     Ok(TemplateArguments { tools, kwargs })
 }
 
-/// The finding about a weight that is no finite number above 0.
+/// Returns the finding about a weight that is not a finite number above 0.
 pub(super) fn invalid_weight(row: u64, weight: &str) -> RowIssue {
     let weight = shortened(weight, MAX_QUOTED_VALUE);
     issue(
@@ -159,14 +159,14 @@ fn unsupported(row: u64, field: &str) -> RowIssue {
     issue(row, field, IssueReason::UnsupportedField, message)
 }
 
-/// Splits two whole dialogues after the messages they share.
+/// Splits two whole dialogues after the messages that they share.
 fn split_dialogues(
     row: u64,
     mut chosen: Vec<ChatMessage>,
     mut rejected: Vec<ChatMessage>,
 ) -> Result<(Text, Text, Text), RowIssue> {
     let mut shared = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b).count();
-    // Identical dialogues still have an answer each, which validation then reports as identical.
+    // Leave at least one message as the answer; validation then reports identical dialogues.
     shared = shared.min(chosen.len().saturating_sub(1)).min(rejected.len().saturating_sub(1));
     if shared == 0 {
         let message = "the two dialogues share no first message, so there is no common prompt: pair answers to the same prompt";
@@ -176,7 +176,7 @@ fn split_dialogues(
     Ok((Text::Chat(chosen), Text::Chat(answers.0), Text::Chat(answers.1)))
 }
 
-/// A column's text.
+/// Converts a column into text or messages.
 fn to_text(row: u64, field: &str, value: Value) -> Result<Text, RowIssue> {
     let wrong = |message: String| issue(row, field, IssueReason::InvalidType, message);
     match value {
