@@ -203,7 +203,8 @@ fn refuse_wide_heads(models: &[LoadedModel], device: &ComputeDevice) -> Result<(
     match models.iter().find(|m| m.config.spec.head_dim() > limit) {
         None => Ok(()),
         Some(m) => Err(EngineError::Weights(format!(
-            "models/{}: head_dim is {}, and {} computes with at most {limit}: serve it with --device cpu",
+            "models/{}: head_dim is {}, and {} computes with at most {limit}: serve it with \
+             --device cpu",
             m.id,
             m.config.spec.head_dim(),
             device.name()
@@ -225,7 +226,8 @@ fn places(
             .map_err(|e| EngineError::Device(format!("{choice}: {e}")))
         {
             Err(e) if options.skip_missing_devices => {
-                tracing::warn!(device = %choice, error = %e, "a device that was named cannot be opened: going on without it");
+                tracing::warn!(device = %choice, error = %e, "a device that was named cannot be \
+                    opened: going on without it");
                 left_out = Some(e);
                 continue;
             }
@@ -382,7 +384,9 @@ impl Engine {
             host = extra.host + on_host(config, spec, options.data_parallel);
             let (needed, available) = (bases.on_host() + host, memory::host_limit(options));
             if needed > available {
-                let remedy = "on the host, for masters, moments and copies of weights: train with LoRA, or raise memory_limit".to_owned();
+                let remedy = "on the host, for masters, moments and copies of weights: train with \
+                    LoRA, or raise memory_limit"
+                    .to_owned();
                 return Err(EngineError::OutOfMemory {
                     needed_mib: needed >> 20,
                     available_mib: available >> 20,
@@ -405,11 +409,13 @@ impl Engine {
                 let remedy = match spec.dpo.compares_pairs() {
                     true => {
                         format!(
-                            "lower batch_size (the loss holds all pairs of a batch) or max_length, train with LoRA, or raise {setting}"
+                            "lower batch_size (the loss holds all pairs of a batch) or \
+                             max_length, train with LoRA, or raise {setting}"
                         )
                     }
                     false => format!(
-                        "lower max_length, train with LoRA, leave activation_checkpointing to auto, or raise {setting}"
+                        "lower max_length, train with LoRA, leave activation_checkpointing to \
+                         auto, or raise {setting}"
                     ),
                 };
                 Err(EngineError::OutOfMemory {

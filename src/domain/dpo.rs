@@ -314,7 +314,8 @@ impl DpoConfig {
         let smoothed =
             LossType::ALL.into_iter().filter(|loss| loss.smooths_labels()).map(LossType::name);
         let message = format!(
-            "has no effect on {}: leave it out or set it to 0, or use a loss with label smoothing ({})",
+            "has no effect on {}: leave it out or set it to 0, or use a loss with label smoothing \
+             ({})",
             names.join(", "),
             smoothed.collect::<Vec<_>>().join(", ")
         );
@@ -365,7 +366,11 @@ impl DpoConfig {
             if self.divergence != Divergence::ReverseKl && !l.loss.accepts_divergence() {
                 out.push(
                     format!("{field}.losses[{i}].loss"),
-                    format!("{} is defined for reverse_kl only: set divergence to reverse_kl or choose another loss", l.loss.name()),
+                    format!(
+                        "{} is defined for reverse_kl only: set divergence to reverse_kl or \
+                        choose another loss",
+                        l.loss.name()
+                    ),
                 );
             }
             self.validate_smoothing(field, i, out);
@@ -398,7 +403,8 @@ impl DpoConfig {
             );
         }
         if self.wpo && self.compares_pairs() {
-            let message = "weighs pairs, which aot and aot_unpaired cannot: they compare sorted log-ratios across pairs; remove one of the two";
+            let message = "weighs pairs, which aot and aot_unpaired cannot: they compare sorted \
+                log-ratios across pairs; remove one of the two";
             out.push(format!("{field}.use_weighting"), message);
         }
         out.non_negative(format!("{field}.simpo_gamma"), self.simpo_gamma);

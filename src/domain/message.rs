@@ -157,7 +157,8 @@ impl ChatMessage {
                 if !has_payload {
                     let how = if fields.contains_key("content") { "null" } else { "missing" };
                     let reason = format!(
-                        "is {how}: a message has a content, or something else to say such as tool_calls"
+                        "is {how}: a message has a content, or something else to say such as \
+                         tool_calls"
                     );
                     return Err(wrong("content", reason));
                 }

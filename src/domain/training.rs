@@ -121,7 +121,8 @@ impl LoraConfig {
     ) {
         let mut differs = |name: &str, wanted: String, has: String| {
             let message = format!(
-                "is {wanted}, but the job goes on with {whose}, which has {has}: leave it out or give the same"
+                "is {wanted}, but the job goes on with {whose}, which has {has}: leave it out or \
+                 give the same"
             );
             out.push(format!("{field}.{name}"), message);
         };

@@ -317,8 +317,9 @@ pub enum EngineError {
     },
     /// The weights do not fit beside the base models and the run in progress.
     #[error(
-        "these weights need {needed_mib} MiB of memory, {available_mib} MiB are left for them beside the base models and the run in \
-         progress: retry when that has ended, or raise {setting}"
+        "these weights need {needed_mib} MiB of memory, {available_mib} MiB are left for them \
+         beside the base models and the run in progress: retry when that has ended, or raise \
+         {setting}"
     )]
     NoRoom {
         /// Memory that the weights need, in MiB.

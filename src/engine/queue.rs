@@ -59,7 +59,8 @@ impl Waiting {
             return;
         }
         let message = format!(
-            "the run waits until another one has ended: it needs about {} MiB of the machine's memory, {} MiB are left of memory_limit",
+            "the run waits until another one has ended: it needs about {} MiB of the machine's \
+             memory, {} MiB are left of memory_limit",
             self.needs.host.div_ceil(1 << 20),
             left >> 20
         );
@@ -537,7 +538,8 @@ mod tests {
         let queue = Queue::<Entry>::new(10, 3);
         queue.add_handle();
         let idle = |worker, room| Seeker { worker, job: None, room, limit: u64::MAX };
-        // Each is known to the queue once it has looked; a scoring item each keeps it from waiting.
+        // The queue knows a worker after its first request; a scoring item prevents the request
+        // from waiting.
         for (worker, room) in [(0, Some(5)), (1, Some(9)), (2, None)] {
             let (item, _waits) = entry(1);
             queue.push(item).unwrap();
@@ -556,7 +558,7 @@ mod tests {
         assert!(matches!(queue.next(idle(2, None), true, 100), Work::Stop));
     }
 
-    /// Makes an idle worker known to the queue; a scoring item keeps it from waiting.
+    /// Makes an idle worker known to the queue. A scoring item prevents the request from waiting.
     fn looks(queue: &Queue<Entry>, seeker: Seeker) {
         let (item, _waits) = entry(1);
         queue.push(item).unwrap();
@@ -568,7 +570,7 @@ mod tests {
         let queue = Queue::<Entry>::new(10, 2);
         queue.add_handle();
         let idle = |worker, room, limit| Seeker { worker, job: None, room: Some(room), limit };
-        // The first has more free now, but may not give a run as much.
+        // The first worker has more free memory now, but a lower limit for a run.
         let (small, large) = (idle(0, 90, 50), idle(1, 70, 70));
         looks(&queue, small);
         looks(&queue, large);
@@ -583,8 +585,8 @@ mod tests {
         let Work::Begin(first, _) = queue.next(large, true, 100) else {
             panic!("the large worker takes the large run")
         };
-        // The second large run waits for the large worker, and is passed by one that cannot take
-        // its place.
+        // The second large run waits for the large worker. The small run overtakes it, because the
+        // small worker cannot take a large run.
         let Work::Begin(second, carried) = queue.next(small, true, 100) else {
             panic!("the small run does not wait")
         };
@@ -614,7 +616,7 @@ mod tests {
             matches!(queue.next(idle(0), true, 100), Work::Begin(first, _) if first.job == "first")
         );
         assert_eq!(queue.host_memory().left(), 40);
-        // The other worker has nothing to do: it begins neither the second run nor one behind it.
+        // The other worker starts neither the second run nor one behind it.
         looks(&queue, idle(1));
         for _ in 0..2 {
             assert!(queue.next_run(&mut queue.lock(), 1).is_none());
@@ -624,7 +626,7 @@ mod tests {
         };
         assert!(message.contains("memory_limit"), "{message}");
         assert!(told.try_recv().is_err(), "once");
-        // A run that waits can be told to stop.
+        // A waiting run can be told to stop.
         let (cancelled, _told) = with_events("cancelled");
         cancelled.control.cancel();
         queue.push_run(cancelled, needs(50)).unwrap();
@@ -632,7 +634,7 @@ mod tests {
             matches!(queue.next(idle(1), true, 100), Work::Begin(run, _) if run.job == "cancelled")
         );
         looks(&queue, idle(1));
-        // The first has ended: its worker looks for work without a job.
+        // The first run has ended: its worker asks for work without a job.
         looks(&queue, idle(0));
         assert_eq!(queue.host_memory().left(), 100);
         assert!(
@@ -642,12 +644,12 @@ mod tests {
             matches!(queue.next(idle(1), true, 100), Work::Begin(third, _) if third.job == "third")
         );
         assert_eq!(queue.host_memory().left(), 40);
-        // A worker that ends gives back what its run had.
+        // A worker that ends releases the memory of its run.
         queue.end(0);
         assert_eq!(queue.host_memory().left(), 90);
     }
 
-    /// Asserts that worker 1, which waits for work, is told to forget weights after `act`.
+    /// Asserts that worker 1, which waits for work, is told to evict weights after `act`.
     fn assert_wakes_to_forget(queue: &Queue<Entry>, act: impl FnOnce()) {
         std::thread::scope(|s| {
             let waits = s.spawn(|| queue.next(Seeker { worker: 1, ..IDLE }, true, 100));
@@ -703,7 +705,7 @@ mod tests {
         };
         assert_eq!(first.iter().map(|e| e.item.tokens()).collect::<Vec<_>>(), [3]);
         assert_eq!(queue.take("b", 100).len(), 1);
-        // Its moving reference is there, too, whatever is compared with it.
+        // The worker of the job also has its moving reference, whatever policy is compared with it.
         let (entry, _waits) = entry(2);
         queue
             .push(Entry { reference: Some(WeightsRef::LiveReference { job: "b".into() }), ..entry })

@@ -188,8 +188,9 @@ impl Bases {
         let ModelError::Changed { .. } = e else { return EngineError::unusable(e) };
         tracing::error!(model, error = %e, "the weights in their own precision cannot be read");
         EngineError::FilesChanged(format!(
-            "models/{model}: this needs the weights as their files have them, because the server computes in {} and the files are more \
-             precise, but {}; put the files back, restart the server with the model, or serve it in f32",
+            "models/{model}: this needs the weights as their files have them, because the server \
+             computes in {} and the files are more precise, but {}; put the files back, restart \
+             the server with the model, or serve it in f32",
             self.precision.name(),
             e.for_clients()
         ))

@@ -44,7 +44,7 @@ pub(super) fn models_to_read(run: &TrainingRun, bases: &Bases) -> Vec<String> {
 /// and the device continues to score.
 ///
 /// # Errors
-/// Those of [`Bases::exact`].
+/// Same as [`Bases::exact`].
 pub(super) fn read_exact(
     models: &[String],
     bases: &Bases,

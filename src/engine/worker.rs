@@ -350,7 +350,8 @@ impl Worker {
             Ok(Err(e)) if !self.queue.is_draining() => {
                 // Nothing is urgent here: the steps are worth waiting for, and a client who cannot
                 // wait may cancel.
-                tracing::warn!(error = %e, "the checkpoint of a run that makes room cannot be written: trying again");
+                tracing::warn!(error = %e, "the checkpoint of a run that makes room cannot be \
+                    written: trying again");
                 let live = active.live();
                 YieldPoint::new(&mut self.scoring, &self.cache, &live).run();
                 std::thread::sleep(SAVE_RETRY);

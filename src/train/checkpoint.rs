@@ -56,7 +56,8 @@ pub enum CheckpointError {
         reason: String,
     },
     /// The checkpoint was trained on another base model.
-    #[error("checkpoint {}: it was trained on a base model whose {part} has the hash {pinned}, this one's is {found}", path.display())]
+    #[error("checkpoint {}: it was trained on a base model whose {part} has the hash {pinned}, \
+        this one's is {found}", path.display())]
     OtherModel {
         /// Folder of the checkpoint.
         path: PathBuf,
@@ -68,7 +69,8 @@ pub enum CheckpointError {
         found: String,
     },
     /// Another build wrote it, in a format that this build cannot read.
-    #[error("checkpoint {}: its format is version {found}, this build reads version {VERSION}: use the build that wrote it", path.display())]
+    #[error("checkpoint {}: its format is version {found}, this build reads version {VERSION}: \
+        use the build that wrote it", path.display())]
     Version {
         /// Folder of the checkpoint.
         path: PathBuf,
@@ -396,7 +398,8 @@ fn verify(dir: &Path) -> Result<StateFile, CheckpointError> {
             return Err(damaged(
                 dir,
                 format!(
-                    "{name} does not match its checksum: the file was changed or damaged after it was written"
+                    "{name} does not match its checksum: the file was changed or damaged after it \
+                     was written"
                 ),
             ));
         }

@@ -282,7 +282,7 @@ mod tests {
         ModelConfig::from_hf_json(json, std::path::Path::new("config.json")).unwrap()
     }
 
-    /// Pairs of one length.
+    /// Returns the lengths of pairs that are all equally long.
     fn uniform(length: usize, spec: &TrainingSpec) -> Lengths {
         Lengths { longest: length, micro_batch: length * spec.batch.batch_size }
     }
@@ -327,8 +327,8 @@ mod tests {
             let (all_long, bound) =
                 (of(uniform(2048, &spec), Keep::Tapes), of(lengths, Keep::Tapes));
             assert!(bound < all_long / 5, "{memory:?}: {bound} of {all_long}");
-            // Not below what the rows of the worst micro-batch keep: as much as one row of them
-            // all.
+            // The bound is not below what the rows of the worst micro-batch save, which is as much
+            // as one row with all their tokens.
             let tokens = 2048 + 15 * 128;
             let kept = |tokens| of(Lengths { longest: 2048, micro_batch: tokens }, Keep::Tapes);
             assert!(bound >= kept(tokens) && kept(tokens) > kept(tokens - 128), "{memory:?}");
@@ -348,8 +348,8 @@ mod tests {
         let vocabulary = config.spec.vocab_size as u64;
         let with_words = of(&config);
         config.spec.vocab_size = 1;
-        // Two pairs do not fit into a row: 16 rows are held, each below the limit of a row's head,
-        // not 9 at that limit.
+        // Two pairs do not fit into one row. So 16 rows are in memory, each below the limit of a
+        // row's head, and not 9 rows at that limit.
         assert_eq!(with_words - of(&config), F32 * 16 * 1100 * (vocabulary - 1));
     }
 
@@ -383,7 +383,7 @@ mod tests {
                 of(&aot, Keep::Tapes) > 12 * one && of(&aot, Keep::Tapes) <= 16 * one,
                 "{memory:?}"
             );
-            // Halving the rows does not help, recomputation does.
+            // Halving the rows does not help, but recomputation does.
             assert!(
                 of(&aot, Keep::Inputs) < of(&aot, Keep::Tapes) / 3
                     && of(&aot, Keep::Inputs) > 2 * one_recomputed,
@@ -392,7 +392,7 @@ mod tests {
         }
     }
 
-    /// What a run with pairs of one length needs: of training state, and of activations.
+    /// Returns the bytes of training state and of activations for pairs of one length.
     fn needs(
         config: &ModelConfig,
         spec: &TrainingSpec,

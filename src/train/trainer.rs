@@ -40,7 +40,8 @@ use crate::model::device::{ComputeDevice, is_out_of_memory};
 pub enum TrainError {
     /// The loss or the gradient norm is NaN or infinite.
     #[error(
-        "{what} is {value} at step {step} (rows {rows:?}): lower the learning rate, or look at these rows"
+        "{what} is {value} at step {step} (rows {rows:?}): lower the learning rate, or look at \
+         these rows"
     )]
     NonFinite {
         /// `loss`, `grad_norm` or `eval_loss`.
@@ -57,8 +58,8 @@ pub enum TrainError {
     Checkpoint(#[from] CheckpointError),
     /// Even the leanest plan exceeds the memory that the run may use.
     #[error(
-        "the run needs at least {needed_mib} MiB besides copies of weights, {available_mib} MiB are left for it: \
-         lower max_length, train with LoRA, or give it more memory"
+        "the run needs at least {needed_mib} MiB besides copies of weights, {available_mib} MiB \
+         are left for it: lower max_length, train with LoRA, or give it more memory"
     )]
     NoPlan {
         /// Memory of the leanest plan in MiB.

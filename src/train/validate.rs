@@ -125,8 +125,9 @@ pub fn load_rows(path: &Path, format: DatasetFormat) -> Result<LoadedRows, DataE
 
 /// Message of the finding about a tokenizer without an end-of-sequence token, added to the first
 /// plain-text row.
-const NO_EOS: &str = "the model's tokenizer has no end-of-sequence token, so the model does not learn where plain-text answers end: set \
-                      eos_token in its tokenizer_config.json, or end each answer with a text that stops generation";
+const NO_EOS: &str = "the model's tokenizer has no end-of-sequence token, so the model does not \
+    learn where plain-text answers end: set eos_token in its tokenizer_config.json, or end each \
+    answer with a text that stops generation";
 
 fn scan(
     path: &Path,
@@ -327,9 +328,10 @@ fn check_lengths(row: &PreferenceRow, encoder: &PairEncoder) -> Vec<RowIssue> {
     }
     if let Some(tail) = prompt_cut {
         let message = format!(
-            "the end {} of the prompt's tokens is left out, because prompt + answer does not begin with it: the model is trained on another \
-             context than it answers in. Use a chat template that renders the prompt alike with and without an answer, or end a plain prompt \
-             where a token ends",
+            "the end {} of the prompt's tokens is left out, because prompt + answer does not \
+             begin with it: the model is trained on another context than it answers in. Use a \
+             chat template that renders the prompt alike with and without an answer, or end a \
+             plain prompt where a token ends",
             quoted(&tail)
         );
         issues.push(issue(row, "prompt", IssueReason::PromptCut, message));
@@ -349,7 +351,8 @@ impl UnusedColumns {
         }
         self.0.insert(column.to_owned());
         let message = format!(
-            "{column} is not used: the model does not see it (further rows with this column are counted, not listed)"
+            "{column} is not used: the model does not see it (further rows with this column are \
+             counted, not listed)"
         );
         tally.add(issue(row, column, IssueReason::IgnoredField, message));
     }
@@ -493,7 +496,7 @@ mod tests {
                 message: String::new(),
             });
         };
-        // Two pairs of one row, for another model perhaps both usable.
+        // Two pairs of one row; both may be usable with another model.
         add(1, "rejected[0]", IssueReason::TokenOutsideVocabulary);
         add(1, "rejected[1]", IssueReason::TokenOutsideVocabulary);
         add(2, "chosen", IssueReason::EmptyCompletion);
@@ -502,7 +505,7 @@ mod tests {
         add(4, "chosen", IssueReason::Truncated);
         let (report, _) = tally.finish();
         assert_eq!((report.rows, report.bad_rows(), report.bad_rows_of_any_job()), (4, 3, 2));
-        // As version 0.2.0 stored it.
+        // A report as version 0.2.0 stored it.
         let old = ValidationReport { unusable_rows: None, ..report };
         assert_eq!(old.bad_rows_of_any_job(), 0);
     }
@@ -521,7 +524,7 @@ mod tests {
             (bad.rows(), loaded.rows.iter().map(|r| r.row).collect::<Vec<_>>()),
             (4, vec![1, 2, 2, 3, 5])
         );
-        // When they are tokenised, the usable pairs of some of these rows turn out to be too long.
+        // When they are tokenised, the usable pairs of some of these rows are too long.
         for row in [1, 2, 2, 3, 5] {
             bad.add(RowIssue {
                 row,

@@ -163,8 +163,8 @@ impl Decoder {
             return Err(DataError::Interrupted { path: path.to_owned() });
         }
         let reason = format!(
-            "decoding needs more than {} MiB of memory, or more time than a file of this size may take, or fails ({status}): write the file anew with \
-             smaller row groups, or use JSONL",
+            "decoding needs more than {} MiB of memory, or more time than a file of this size may \
+             take, or fails ({status}): write the file anew with smaller row groups, or use JSONL",
             MEMORY >> 20
         );
         Err(DataError::BadFile { path: path.to_owned(), reason })

@@ -49,7 +49,8 @@ pub(super) fn decode(
     for needed in needed {
         if !names.contains(needed) {
             return Err(bad(format!(
-                "no column {needed:?} among {names:?}: a preference set has prompt, chosen and rejected, or OpenAI's columns"
+                "no column {needed:?} among {names:?}: a preference set has prompt, chosen and \
+                 rejected, or OpenAI's columns"
             )));
         }
     }

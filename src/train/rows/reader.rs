@@ -19,14 +19,16 @@ pub enum DataError {
         source: std::io::Error,
     },
     /// The decoding process was killed from outside, not because of its own limits.
-    #[error("{}: the process that decodes it was killed, perhaps because the machine has no memory left: retry later", path.display())]
+    #[error("{}: the process that decodes it was killed, perhaps because the machine has no \
+        memory left: retry later", path.display())]
     Interrupted {
         /// Path of the file.
         path: PathBuf,
     },
     /// The rows have more text than a job may hold in memory.
     #[error(
-        "the rows hold more than {limit} bytes of text: split the dataset, or raise max_dataset_text_bytes"
+        "the rows hold more than {limit} bytes of text: split the dataset, or raise \
+         max_dataset_text_bytes"
     )]
     TooLarge {
         /// Maximum in bytes.

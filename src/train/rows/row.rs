@@ -59,8 +59,14 @@ pub(super) fn from_fields(
     let (prompt, chosen, rejected) = (text("prompt")?, text("chosen")?, text("rejected")?);
     let need = |field: &str, t: Option<Text>| {
         t.ok_or_else(|| {
-            let shapes = "a row has prompt, chosen and rejected, or OpenAI's input, preferred_output and non_preferred_output";
-            named(issue(row, field, IssueReason::MissingField, format!("{field} is missing: {shapes}")))
+            let shapes = "a row has prompt, chosen and rejected, or OpenAI's input, \
+                preferred_output and non_preferred_output";
+            named(issue(
+                row,
+                field,
+                IssueReason::MissingField,
+                format!("{field} is missing: {shapes}"),
+            ))
         })
     };
     let (chosen, rejected) = (need("chosen", chosen)?, need("rejected", rejected)?);
@@ -68,7 +74,8 @@ pub(super) fn from_fields(
         (Some(p), c, r) => (p, c, r),
         (None, Text::Chat(c), Text::Chat(r)) => split_dialogues(row, c, r).map_err(named)?,
         (None, ..) => {
-            let message = "prompt is missing, and only two dialogues or two texts can be split into prompt and answer: add a prompt";
+            let message = "prompt is missing, and only two dialogues or two texts can be split \
+                into prompt and answer: add a prompt";
             return Err(named(issue(row, "prompt", IssueReason::MissingField, message)));
         }
     };
@@ -88,8 +95,8 @@ pub(super) fn from_fields(
     let mut ignored: Vec<String> = Vec::new();
     let arguments = if plain(&prompt) {
         if arguments.tools.iter().flatten().next().is_some() {
-            let message = "tools need a dialogue, because the chat template shows them to the model: make prompt, chosen and rejected lists \
-                           of messages, or remove tools";
+            let message = "tools need a dialogue, because the chat template shows them to the \
+                model: make prompt, chosen and rejected lists of messages, or remove tools";
             return Err(named(issue(row, TOOLS, IssueReason::UnsupportedField, message)));
         }
         if !arguments.kwargs.is_empty() {
@@ -153,8 +160,8 @@ pub(super) fn invalid_weight(row: u64, weight: &str) -> RowIssue {
 
 fn unsupported(row: u64, field: &str) -> RowIssue {
     let message = format!(
-        "{field} cannot be used, because models here see text only, and without it the row would mean something else: leave the row out, or \
-         remove {field}"
+        "{field} cannot be used, because models here see text only, and without it the row would \
+         mean something else: leave the row out, or remove {field}"
     );
     issue(row, field, IssueReason::UnsupportedField, message)
 }
@@ -169,7 +176,8 @@ fn split_dialogues(
     // Leave at least one message as the answer; validation then reports identical dialogues.
     shared = shared.min(chosen.len().saturating_sub(1)).min(rejected.len().saturating_sub(1));
     if shared == 0 {
-        let message = "the two dialogues share no first message, so there is no common prompt: pair answers to the same prompt";
+        let message = "the two dialogues share no first message, so there is no common prompt: \
+            pair answers to the same prompt";
         return Err(issue(row, "rejected", IssueReason::DifferentPrompts, message));
     }
     let answers = (chosen.split_off(shared), rejected.split_off(shared));

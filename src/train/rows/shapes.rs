@@ -238,7 +238,8 @@ fn renamed_path(path: &str, names: &[(&str, &str)]) -> String {
 fn openai(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowIssue> {
     let missing = |field: &str| {
         let message = format!(
-            "{field} is missing: OpenAI's preference rows have input.messages, preferred_output and non_preferred_output"
+            "{field} is missing: OpenAI's preference rows have input.messages, preferred_output \
+             and non_preferred_output"
         );
         issue(row, field, IssueReason::MissingField, message)
     };
@@ -246,7 +247,8 @@ fn openai(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowIssu
         Some(Value::Object(input)) => input,
         None | Some(Value::Null) => return Err(missing("input")),
         Some(_) => {
-            let message = "input is not an object: OpenAI's preference rows have the prompt as input.messages";
+            let message = "input is not an object: OpenAI's preference rows have the prompt as \
+                input.messages";
             return Err(issue(row, "input", IssueReason::InvalidType, message));
         }
     };
@@ -289,7 +291,8 @@ fn split_texts(row: u64, chosen: &str, rejected: &str) -> Result<[Value; 3], Row
     }
     let end = end_of_prompt(chosen, rejected);
     if end == 0 {
-        let message = "prompt is missing, and the two texts do not begin alike, so there is no common prompt: add a prompt";
+        let message = "prompt is missing, and the two texts do not begin alike, so there is no \
+            common prompt: add a prompt";
         return Err(issue(row, "prompt", IssueReason::DifferentPrompts, message));
     }
     Ok([&chosen[..end], &chosen[end..], &rejected[end..]].map(|text| json!(text)))
@@ -349,7 +352,8 @@ fn split_hh(
     let alike = alike.min(chosen.len() - 1).min(rejected.len() - 1);
     let both_answer = |at: &usize| chosen[*at].0 == ASSISTANT && rejected[*at].0 == ASSISTANT;
     let Some(end) = (1..=alike).rev().find(both_answer) else {
-        let message = "the two dialogues share no first message, so there is no common prompt: pair answers to the same prompt";
+        let message = "the two dialogues share no first message, so there is no common prompt: \
+            pair answers to the same prompt";
         return Err(issue(row, "rejected", IssueReason::DifferentPrompts, message));
     };
     let list = |messages: &[(&str, &str)]| {

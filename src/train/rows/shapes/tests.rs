@@ -1,4 +1,4 @@
-//! Every shape with what it becomes; implicit prompts against TRL's own results.
+//! Tests of every row shape. Implicit prompts are compared with TRL's own results.
 
 use std::io::Write;
 
@@ -48,7 +48,7 @@ fn texts_without_a_prompt_are_split_as_trl_splits_them() {
     for case in golden("texts") {
         let (row, expected) = (&case["row"], &case["split"]);
         let first = |field: &str| row[field].as_str().unwrap().chars().next();
-        // Nothing precedes the answers, or (TRL's index wraps) what does is in one of them only.
+        // There is no common prompt. (TRL's index wraps around in this case.)
         if expected["prompt"] == "" || first("chosen") != first("rejected") {
             assert_eq!(refusal(row.clone()).1, IssueReason::DifferentPrompts, "{case}");
             refused += 1;
@@ -71,7 +71,7 @@ fn a_prompt_that_repeats_the_first_user_message_gives_way_to_the_dialogues() {
         for (field, text) in ["prompt", "chosen", "rejected"].into_iter().zip(texts(&got)) {
             assert_eq!(serde_json::to_value(text).unwrap(), case["split"][field], "{case}");
         }
-        // The columns of the dataset that the shape is named after.
+        // Add the other columns of the dataset after which the shape is named.
         let mut row = case["row"].clone();
         row["score_chosen"] = json!(8.5);
         row["score_rejected"] = json!(3);
@@ -136,7 +136,7 @@ fn openais_rows_are_read() {
     assert_eq!(got.rejected, chat(&[("assistant", "It is not particularly cold.")]));
     assert!(got.ignored.is_empty());
 
-    // What is wrong is named as the file names it.
+    // Findings use the column names of the file.
     let mut missing = row.clone();
     missing["non_preferred_output"] = json!(null);
     let (field, reason, message) = refusal(missing);
@@ -194,7 +194,8 @@ fn hh_dialogues_become_messages() {
         [&prompt, &chat(&[("assistant", "It is 4.")]), &chat(&[("assistant", "It is\n\n5.")])]
     );
 
-    // Where the people differ, the prompt ends before the answer that both dialogues have.
+    // If the human turns differ, the prompt ends before the last assistant turn that both dialogues
+    // share.
     let start = "\n\nHuman: Hi\n\nAssistant: Hello";
     let row = one(
         json!({"chosen": format!("{start}\n\nHuman: A\n\nAssistant: a"), "rejected": format!("{start}\n\nHuman: B\n\nAssistant: b")}),
@@ -202,7 +203,7 @@ fn hh_dialogues_become_messages() {
     assert_eq!(row.prompt, chat(&[("user", "Hi")]));
     assert_eq!(row.rejected, chat(&[("assistant", "Hello"), ("user", "B"), ("assistant", "b")]));
 
-    // Three line breaks before a marker: the first belongs to the text.
+    // There are three line breaks before a marker; the first one belongs to the text.
     let row = one(
         json!({"chosen": "Human: Hi\n\n\nAssistant: a", "rejected": "Human: Hi\n\n\nAssistant: b"}),
     );
@@ -212,7 +213,7 @@ fn hh_dialogues_become_messages() {
         json!({"chosen": "Human: Hi\n\nAssistant: a", "rejected": "Human: Ho\n\nAssistant: b"}),
     );
     assert_eq!(reason, IssueReason::DifferentPrompts);
-    // With a prompt the answers are plain text, as they always were.
+    // If there is a prompt column, the answers are plain text.
     let row =
         one(json!({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " a", "rejected": " b"}));
     assert_eq!((row.shape, row.chosen), (RowShape::Preference, Text::Plain(" a".into())));
