@@ -99,7 +99,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
     let needed: u64 = models.iter().map(|m| m.config.parameter_count() as u64 * bytes).sum();
     let places = places(&options, &models, needed)?;
     let names: Vec<String> = places.iter().map(|(device, _)| device.name()).collect();
-    tracing::info!(devices = names.join(","), "computing on");
+    tracing::info!(devices = names.join(","), "computing on these devices");
     let loaded = Bases::load(models, places[0].0.clone(), &names.join(","), options.precision)?;
     let all: Vec<Arc<Bases>> =
         places.iter().map(|(device, _)| Arc::new(loaded.on(device.clone()))).collect();
@@ -226,8 +226,11 @@ fn places(
             .map_err(|e| EngineError::Device(format!("{choice}: {e}")))
         {
             Err(e) if options.skip_missing_devices => {
-                tracing::warn!(device = %choice, error = %e, "a device that was named cannot be \
-                    opened: going on without it");
+                tracing::warn!(
+                    device = %choice,
+                    error = %e,
+                    "a configured device cannot be opened: continuing without it"
+                );
                 left_out = Some(e);
                 continue;
             }

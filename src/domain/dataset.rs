@@ -258,9 +258,9 @@ impl RowIssue {
             if text.contains('\0') { text.replace('\0', "\u{fffd}") } else { text }
         };
         RowIssue {
-            id: self.id.map(|id| short(id, MAX_ISSUE_TEXT.0)),
-            field: short(self.field, MAX_ISSUE_TEXT.0),
-            message: short(self.message, MAX_ISSUE_TEXT.1),
+            id: self.id.map(|id| short(id, MAX_ISSUE_CHARS.0)),
+            field: short(self.field, MAX_ISSUE_CHARS.0),
+            message: short(self.message, MAX_ISSUE_CHARS.1),
             ..self
         }
     }
@@ -270,7 +270,7 @@ impl RowIssue {
 pub const MAX_LISTED_ISSUES: usize = 1000;
 /// Maximum length of a stored finding's id and field (first) and message (second), in characters.
 /// Rows come from clients and may be long.
-const MAX_ISSUE_TEXT: (usize, usize) = (199, 399);
+const MAX_ISSUE_CHARS: (usize, usize) = (199, 399);
 /// Maximum number of characters of a value that is quoted in a finding's message.
 pub const MAX_QUOTED_VALUE: usize = 200;
 

@@ -16,7 +16,7 @@ pub const MAX_ARGUMENT_BYTES: usize = 1 << 20;
 
 /// Parameter names of transformers' `apply_chat_template`. A template never sees values that a
 /// caller passes under these names.
-const RESERVED: [&str; 16] = [
+const RESERVED_KWARGS: [&str; 16] = [
     "messages",
     "conversation",
     "tools",
@@ -51,7 +51,7 @@ const MEDIA_PARTS: [&str; 11] = [
 ];
 const MEDIA_KEYS: [&str; 6] = ["images", "image", "videos", "video", "audios", "audio"];
 /// Keys that count as an answer even if the message has no text.
-const ANSWERS: [&str; 7] = [
+const ANSWER_KEYS: [&str; 7] = [
     "tool_calls",
     "function_call",
     "reasoning_content",
@@ -62,7 +62,7 @@ const ANSWERS: [&str; 7] = [
 ];
 
 /// Keys that describe a message; on their own they are no content.
-const LABELS: [&str; 4] = ["role", "content", "name", "tool_call_id"];
+const LABEL_KEYS: [&str; 4] = ["role", "content", "name", "tool_call_id"];
 
 /// Chat message: a JSON object with at least a role. The chat template sees every key, in the order
 /// of the input.
@@ -212,7 +212,7 @@ impl ChatMessage {
             && !self
                 .0
                 .iter()
-                .any(|(key, value)| ANSWERS.contains(&key.as_str()) && has_content(value))
+                .any(|(key, value)| ANSWER_KEYS.contains(&key.as_str()) && has_content(value))
     }
 
     /// Returns the approximate size in memory in bytes, keys included.
@@ -309,7 +309,7 @@ pub fn check_tools(tools: &[Value]) -> Result<(), String> {
 /// # Errors
 /// An explanation, to be appended to the field's name.
 pub fn check_kwargs(kwargs: &Map<String, Value>) -> Result<(), String> {
-    if let Some(name) = RESERVED.into_iter().find(|name| kwargs.contains_key(*name)) {
+    if let Some(name) = RESERVED_KWARGS.into_iter().find(|name| kwargs.contains_key(*name)) {
         let remedy = match name {
             "tools" => "give tools in their own field",
             _ => "it is no variable that a template can be given: remove it",
@@ -375,7 +375,7 @@ pub fn kind(value: &Value) -> &'static str {
 }
 
 fn is_payload(key: &str, value: &Value) -> bool {
-    !LABELS.contains(&key) && has_content(value)
+    !LABEL_KEYS.contains(&key) && has_content(value)
 }
 
 fn check_parts(parts: &[Value]) -> Result<(), MessageProblem> {
@@ -404,17 +404,18 @@ fn check_parts(parts: &[Value]) -> Result<(), MessageProblem> {
 
 /// Approximate memory of a JSON value without its text, in bytes. Counted because a list of a
 /// million empty strings is not small.
-const VALUE_BYTES: usize = 72;
+const VALUE_OVERHEAD_BYTES: usize = 72;
 
 /// Returns the approximate size of a value in memory, in bytes.
 fn bytes(value: &Value) -> usize {
     match value {
-        Value::String(text) => text.len().max(VALUE_BYTES),
-        Value::Array(items) => VALUE_BYTES + items.iter().map(bytes).sum::<usize>(),
+        Value::String(text) => text.len().max(VALUE_OVERHEAD_BYTES),
+        Value::Array(items) => VALUE_OVERHEAD_BYTES + items.iter().map(bytes).sum::<usize>(),
         Value::Object(fields) => {
-            VALUE_BYTES + fields.iter().map(|(key, value)| key.len() + bytes(value)).sum::<usize>()
+            VALUE_OVERHEAD_BYTES
+                + fields.iter().map(|(key, value)| key.len() + bytes(value)).sum::<usize>()
         }
-        Value::Null | Value::Bool(_) | Value::Number(_) => VALUE_BYTES,
+        Value::Null | Value::Bool(_) | Value::Number(_) => VALUE_OVERHEAD_BYTES,
     }
 }
 

@@ -109,20 +109,20 @@ impl LoraConfig {
     }
 
     /// Takes over the settings of the adapter that the run continues. Records a violation for each
-    /// field that the client set to another value than the adapter has. `whose` names the adapter
+    /// field that the client set to another value than the adapter has. `source` names the adapter
     /// in messages.
     pub fn adopt(
         &mut self,
         adapter: &LoraConfig,
         given: &GivenLora,
-        whose: &str,
+        source: &str,
         field: &str,
         out: &mut Violations,
     ) {
         let mut differs = |name: &str, wanted: String, has: String| {
             let message = format!(
-                "is {wanted}, but the job goes on with {whose}, which has {has}: leave it out or \
-                 give the same"
+                "is {wanted}, but the job continues from {source}, which has {has}: leave it out or \
+                 set the same value"
             );
             out.push(format!("{field}.{name}"), message);
         };

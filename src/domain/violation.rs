@@ -5,7 +5,7 @@ use std::fmt;
 /// Maximum number of violations that are listed; further ones are only counted.
 pub const MAX_LISTED: usize = 50;
 /// Maximum number of characters of a client's text that an error quotes.
-const MAX_QUOTED: usize = 100;
+const MAX_QUOTED_CHARS: usize = 100;
 
 /// One invalid field.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -107,7 +107,7 @@ impl std::error::Error for Violations {}
 /// Returns a client's text in quotation marks for an error message. A long text is cut and its
 /// length in bytes added.
 pub fn quoted(text: &str) -> String {
-    match text.char_indices().nth(MAX_QUOTED) {
+    match text.char_indices().nth(MAX_QUOTED_CHARS) {
         Some((end, _)) => format!("{:?}… ({} bytes)", &text[..end], text.len()),
         None => format!("{text:?}"),
     }

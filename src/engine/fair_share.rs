@@ -6,7 +6,7 @@
 //! - A scoring batch that takes s seconds adds s·(1 − share)/share seconds to scoring's **debt**.
 //! - The time for which training has the device pays off the debt. Scoring may run while there is
 //! no debt. It then takes one batch at a time, whatever the batch's length.
-//! - Training beyond its share becomes **credit** (a debt below 0), at most [`CREDIT`] seconds.
+//! - Training beyond its share becomes **credit** (a debt below 0), at most [`MAX_CREDIT_SECONDS`] seconds.
 //! Requests come in bursts, and the share should hold over longer times.
 //! - A batch inside a training unit counts as scoring: the unit's clock stops meanwhile.
 //! - A new run starts without debt and without credit.
@@ -16,7 +16,7 @@
 use std::time::{Duration, Instant};
 
 /// Maximum credit in seconds.
-const CREDIT: f64 = 10.0;
+const MAX_CREDIT_SECONDS: f64 = 10.0;
 
 /// Account of the device time between training and scoring.
 #[derive(Debug)]
@@ -43,7 +43,7 @@ impl FairShare {
     }
 
     /// Returns true if scoring may run, according to the last call of [`Self::pay`].
-    pub fn is_scorings_turn(&self) -> bool {
+    pub fn may_score(&self) -> bool {
         self.debt <= 0.0
     }
 
@@ -62,7 +62,7 @@ impl FairShare {
     /// Pays off debt with the time that training has had since the last call.
     pub fn pay(&mut self, now: Instant) {
         self.debt = (self.debt - now.saturating_duration_since(self.training_since).as_secs_f64())
-            .max(-CREDIT);
+            .max(-MAX_CREDIT_SECONDS);
         self.training_since = now;
     }
 
@@ -94,18 +94,18 @@ mod tests {
     fn scoring_waits_until_training_had_its_share() {
         let start = Instant::now();
         let mut account = FairShare::new(0.25, start);
-        assert!(account.is_scorings_turn(), "nothing is owed at first");
+        assert!(account.may_score(), "nothing is owed at first");
         account.start(start);
         account.charge(2 * SECOND);
-        assert!(!account.is_scorings_turn());
+        assert!(!account.may_score());
         account.pay(start + 5 * SECOND);
-        assert!(!account.is_scorings_turn(), "5 of 6 seconds");
+        assert!(!account.may_score(), "5 of 6 seconds");
         account.pay(start + 6 * SECOND);
-        assert!(account.is_scorings_turn());
+        assert!(account.may_score());
         // Alone on the device it owes nothing.
         let mut alone = FairShare::new(1.0, start);
         alone.charge(100 * SECOND);
-        assert!(alone.is_scorings_turn());
+        assert!(alone.may_score());
     }
 
     #[test]
@@ -118,9 +118,9 @@ mod tests {
         account.resume(start + SECOND, start + 4 * SECOND);
         // 3 seconds of debt, 1 of credit: 2 to go, from the end of the batch on.
         account.pay(start + 5 * SECOND);
-        assert!(!account.is_scorings_turn());
+        assert!(!account.may_score());
         assert_eq!(account.stop(start + 6 * SECOND), 3 * SECOND);
-        assert!(account.is_scorings_turn());
+        assert!(account.may_score());
         account.start(start + 7 * SECOND);
         assert_eq!(account.stop(start + 8 * SECOND), Duration::ZERO, "each unit counts its own");
     }
@@ -131,13 +131,13 @@ mod tests {
         let mut account = FairShare::new(0.5, start);
         account.start(start);
         account.pay(start + 1000 * SECOND);
-        account.charge(Duration::from_secs_f64(CREDIT));
-        assert!(account.is_scorings_turn(), "a burst spends the credit");
+        account.charge(Duration::from_secs_f64(MAX_CREDIT_SECONDS));
+        assert!(account.may_score(), "a burst spends the credit");
         account.charge(SECOND);
-        assert!(!account.is_scorings_turn(), "and no more than that");
+        assert!(!account.may_score(), "and no more than that");
         account.reset();
-        assert!(account.is_scorings_turn());
+        assert!(account.may_score());
         account.charge(SECOND);
-        assert!(!account.is_scorings_turn(), "credit is gone, too");
+        assert!(!account.may_score(), "credit is gone, too");
     }
 }

@@ -1,7 +1,7 @@
 //! Memory that a run needs besides the base models.
 
 use super::api::{EngineError, WeightsRef};
-use super::residents::{Bases, wants_exact, weight_bytes};
+use super::residents::{Bases, needs_exact, weight_bytes};
 use crate::domain::training::{Method, Precision, TrainingSpec};
 use crate::model::config::ModelConfig;
 use crate::train::estimate::{self, Lengths, MemoryKind};
@@ -47,7 +47,7 @@ pub(super) fn extra(
 ) -> Result<Extra, EngineError> {
     let server = bases.precision();
     let precision = spec.precision.unwrap_or(server);
-    let is_exact_run = wants_exact(spec, server);
+    let is_exact_run = needs_exact(spec, server);
     let base = bases.get(model)?;
     let f32_of = |parameters: u64| parameters * weight_bytes(Precision::F32);
     let (mut host, mut gpu, mut activations) = (0, 0, 0);

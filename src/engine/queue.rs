@@ -14,9 +14,9 @@ use super::needs::Needs;
 const MAX_WAITING_RUNS: usize = 16;
 /// Scoring rate in tokens per second that is assumed for retry hints until a rate has been
 /// measured.
-const ASSUMED_RATE: f64 = 500.0;
+const ASSUMED_TOKENS_PER_SECOND: f64 = 500.0;
 /// Interval at which an idle worker checks whether a waiting run was told to stop.
-const LOOK: Duration = Duration::from_millis(200);
+const STOP_CHECK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A small piece of work that is done in batches between the units of runs.
 pub(super) trait WorkItem {
@@ -48,14 +48,14 @@ struct Waiting {
     run: TrainingRun,
     needs: Needs,
     /// True once the client has been told that the run waits for memory.
-    told: bool,
+    notified: bool,
 }
 
 impl Waiting {
     /// Tells the client, once, that the run waits for host memory. `left` is the free part in
     /// bytes.
-    fn tell(&mut self, left: u64) {
-        if std::mem::replace(&mut self.told, true) {
+    fn notify_waits_for_memory(&mut self, left: u64) {
+        if std::mem::replace(&mut self.notified, true) {
             return;
         }
         let message = format!(
@@ -179,7 +179,7 @@ impl<W: WorkItem> Queue<W> {
         }
         let tokens = entry.tokens();
         if !inner.entries.is_empty() && inner.tokens + tokens > self.limit {
-            let rate = (inner.tokens_per_second.unwrap_or(ASSUMED_RATE)
+            let rate = (inner.tokens_per_second.unwrap_or(ASSUMED_TOKENS_PER_SECOND)
                 * inner.workers.len() as f64)
                 .max(1.0);
             let retry_after =
@@ -238,7 +238,7 @@ impl<W: WorkItem> Queue<W> {
                 retry_after: Duration::from_secs(30),
             });
         }
-        inner.runs.push_back(Waiting { run, needs, told: false });
+        inner.runs.push_back(Waiting { run, needs, notified: false });
         self.changed.notify_all();
         Ok(())
     }
@@ -260,7 +260,7 @@ impl<W: WorkItem> Queue<W> {
 
     /// Makes every worker evict weights that do not fit beside the runs in progress. Wakes idle
     /// workers.
-    pub fn have_all_fit(&self) {
+    pub fn evict_what_does_not_fit(&self) {
         self.lock().workers.iter_mut().filter(|w| !w.ended).for_each(|w| w.must_fit = true);
         self.changed.notify_all();
     }
@@ -324,7 +324,7 @@ impl<W: WorkItem> Queue<W> {
             }
             // Each run fits on its own; this was checked before it was queued.
             if in_use > 0 && !self.host.allows(in_use.saturating_add(needs.host)) {
-                waiting.tell(self.host.left());
+                waiting.notify_waits_for_memory(self.host.left());
                 return None;
             }
             if has_most_room(workers, me, needs.minimum) {
@@ -380,7 +380,10 @@ impl<W: WorkItem> Queue<W> {
                 true => self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
                 // Stopping a waiting run does not notify the queue, so check at intervals.
                 false => {
-                    self.changed.wait_timeout(inner, LOOK).unwrap_or_else(PoisonError::into_inner).0
+                    self.changed
+                        .wait_timeout(inner, STOP_CHECK_INTERVAL)
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .0
                 }
             };
         }
@@ -665,7 +668,7 @@ mod tests {
     fn an_idle_worker_wakes_up_to_evict_weights_that_have_no_room() {
         let queue = Queue::<Entry>::new(10, 2);
         queue.add_handle();
-        assert_wakes_to_forget(&queue, || queue.have_all_fit());
+        assert_wakes_to_forget(&queue, || queue.evict_what_does_not_fit());
         assert!(queue.take_must_fit(1) && !queue.take_must_fit(1));
         assert!(queue.take_must_fit(0), "every worker looks");
     }

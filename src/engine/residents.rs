@@ -284,7 +284,7 @@ fn describe(model: &LoadedModel, device: &str) -> ModelInfo {
 /// Returns true if a run needs unrounded frozen weights: its passes are in f32, or its reference is
 /// mixed with small parts of the policy (TR-DPO). Master weights start from unrounded weights in
 /// any case.
-pub(super) fn wants_exact(spec: &TrainingSpec, server: Precision) -> bool {
+pub(super) fn needs_exact(spec: &TrainingSpec, server: Precision) -> bool {
     spec.precision.unwrap_or(server) == Precision::F32 || spec.dpo.reference_sync.is_some()
 }
 
@@ -317,9 +317,9 @@ impl Resident {
     }
 
     /// Returns the bytes that count against the cache's limit: none if a run's needs include them.
-    fn counted(&self) -> u64 {
-        let is_run_s = self.of_run && self.policy.adapter.is_none() && self.is_in_use();
-        if is_run_s { 0 } else { self.bytes }
+    fn counted_bytes(&self) -> u64 {
+        let is_counted_by_run = self.of_run && self.policy.adapter.is_none() && self.is_in_use();
+        if is_counted_by_run { 0 } else { self.bytes }
     }
 }
 
@@ -376,7 +376,7 @@ impl Residents {
             None => {
                 let (policy, bytes) = match bases.full_bytes(weights)? {
                     Some(bytes) => {
-                        self.make_room(bases, bytes, for_run)?;
+                        self.evict_for_full_weights(bases, bytes, for_run)?;
                         (bases.open(weights)?, bytes)
                     }
                     // Adapters are small: others are evicted for them, but they are never refused.
@@ -408,7 +408,12 @@ impl Residents {
     }
 
     /// Evicts as [`Self::evict_for`] does, and refuses full weights that still do not fit.
-    fn make_room(&mut self, bases: &Bases, bytes: u64, for_run: bool) -> Result<(), EngineError> {
+    fn evict_for_full_weights(
+        &mut self,
+        bases: &Bases,
+        bytes: u64,
+        for_run: bool,
+    ) -> Result<(), EngineError> {
         self.evict_for(bytes);
         let left = self.left();
         if bytes <= left || for_run {
@@ -428,11 +433,11 @@ impl Residents {
 
     /// Returns the bytes that are left for more weights.
     fn left(&self) -> u64 {
-        self.room.bytes().saturating_sub(self.counted())
+        self.room.bytes().saturating_sub(self.counted_bytes())
     }
 
-    fn counted(&self) -> u64 {
-        self.all.iter().map(Resident::counted).sum()
+    fn counted_bytes(&self) -> u64 {
+        self.all.iter().map(Resident::counted_bytes).sum()
     }
 
     /// Evicts the least recently used weights that are not in use. Returns false if there are none.
@@ -453,7 +458,7 @@ impl Residents {
 
     /// Evicts weights that do not fit beside the runs in progress.
     pub fn fit(&mut self) {
-        while self.counted() > self.room.bytes() && self.evict_oldest() {}
+        while self.counted_bytes() > self.room.bytes() && self.evict_oldest() {}
     }
 
     #[cfg(test)]

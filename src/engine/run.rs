@@ -8,7 +8,7 @@ use std::sync::Arc;
 use candle_core::DType;
 
 use super::api::{EngineError, RunControl, TrainingRun, WeightsRef};
-use super::residents::{Bases, Residents, load_full, wants_exact};
+use super::residents::{Bases, Residents, load_full, needs_exact};
 use crate::domain::training::{Method, Precision, TrainingSpec};
 use crate::formats::{export, peft};
 use crate::model::adapter::Adapter;
@@ -27,7 +27,7 @@ pub(super) type ExactBases = HashMap<String, Arc<Parameters>>;
 /// Returns the base models that a run needs unrounded, but that are in memory only rounded.
 pub(super) fn models_to_read(run: &TrainingRun, bases: &Bases) -> Vec<String> {
     let start = starts_exact(&run.spec, bases.precision()).then_some(&run.start);
-    let reference = run.reference.as_ref().filter(|_| wants_exact(&run.spec, bases.precision()));
+    let reference = run.reference.as_ref().filter(|_| needs_exact(&run.spec, bases.precision()));
     let mut models = Vec::new();
     for weights in [start, reference].into_iter().flatten() {
         let (WeightsRef::Base { model } | WeightsRef::Adapter { model, .. }) = weights else {
@@ -62,7 +62,7 @@ pub(super) fn read_exact(
 /// Returns true if the policy must start from unrounded weights. Master weights are f32,
 /// independently of the precision of the server's frozen weights and of the passes.
 fn starts_exact(spec: &TrainingSpec, server: Precision) -> bool {
-    spec.method == Method::Full || wants_exact(spec, server)
+    spec.method == Method::Full || needs_exact(spec, server)
 }
 
 /// Creates the trainer of `run`; events and control stay with the caller.
@@ -209,7 +209,7 @@ fn reference(
 ) -> Result<Reference, EngineError> {
     let Some(weights) = &run.reference else { return Ok(Reference::None) };
     let bases = exact.bases;
-    let (policy, identity) = match wants_exact(&run.spec, bases.precision()) {
+    let (policy, identity) = match needs_exact(&run.spec, bases.precision()) {
         true => (exact.open(weights)?, exact.identity(weights)?),
         false => (residents.get_for_run(bases, weights)?, bases.identity(weights)?),
     };

@@ -111,7 +111,7 @@ impl Scoring {
     /// not used up its share of the time.
     fn yield_to_scoring(&mut self, cache: &ReferenceCache, live: &Live) {
         self.fair_share.pay(Instant::now());
-        if !self.fair_share.is_scorings_turn() {
+        if !self.fair_share.may_score() {
             return;
         }
         let batch = self.queue.take(&live.job, self.batch_tokens);
@@ -261,8 +261,9 @@ impl Scoring {
         let reference = reference.with_precision(self.precision(first, live));
         let items: Vec<&[SequenceGroup]> =
             entries.iter().map(|e| e.item.groups.as_slice()).collect();
-        let logps =
-            cache.score(&reference, &identity, &items, ROW_TOKENS, &mut || {}).map_err(device)?;
+        let logps = cache
+            .score(&reference, &identity, &items, ROW_TOKENS, &mut || {})
+            .map_err(device_error)?;
         Ok(logps.iter().map(|l| l.as_ref().clone()).collect())
     }
 
@@ -287,9 +288,9 @@ impl Scoring {
         }
         if let [policy] = policies.as_slice() {
             let items: Vec<&[SequenceGroup]> = items.iter().map(|(_, groups)| *groups).collect();
-            return scorer::score_all(policy, &items, ROW_TOKENS, &mut || {}).map_err(device);
+            return scorer::score_all(policy, &items, ROW_TOKENS, &mut || {}).map_err(device_error);
         }
-        scorer::score_shared(&policies, &items, ROW_TOKENS, &mut || {}).map_err(device)
+        scorer::score_shared(&policies, &items, ROW_TOKENS, &mut || {}).map_err(device_error)
     }
 
     /// Merges groups whose policies are the same base weights with or without an adapter, because
@@ -321,7 +322,7 @@ impl Scoring {
     }
 }
 
-fn device(e: candle_core::Error) -> EngineError {
+fn device_error(e: candle_core::Error) -> EngineError {
     if is_out_of_memory(&e) {
         EngineError::DeviceFull(e.to_string())
     } else {

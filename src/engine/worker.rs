@@ -29,14 +29,14 @@ use crate::train::host::Host;
 use crate::train::trainer::{Status, TrainError, Trainer};
 
 /// Delay before an event is sent again to a full channel.
-const FULL: Duration = Duration::from_millis(2);
+const CHANNEL_RETRY_DELAY: Duration = Duration::from_millis(2);
 
 /// Delay before a checkpoint that could not be written is tried again.
-const SAVE_RETRY: Duration = Duration::from_millis(500);
+const SAVE_RETRY_DELAY: Duration = Duration::from_millis(500);
 
 /// Interval at which a worker checks whether the weights of its run have been read. It scores in
 /// between.
-const READING: Duration = Duration::from_millis(2);
+const READ_CHECK_INTERVAL: Duration = Duration::from_millis(2);
 
 /// State of a device worker, owned by its thread.
 pub(super) struct Worker {
@@ -152,7 +152,7 @@ impl Worker {
             let (room, limit) =
                 (training.map(|t| free.unwrap_or(t.memory)), training.map_or(0, |t| t.memory));
             let seeker = Seeker { worker: self.index, job, room, limit };
-            let may_score = self.active.is_none() || self.scoring.fair_share.is_scorings_turn();
+            let may_score = self.active.is_none() || self.scoring.fair_share.may_score();
             match self.queue.next(seeker, may_score, self.scoring.batch_tokens) {
                 Work::Score(batch) => self.scoring.score_batch(
                     batch,
@@ -250,7 +250,7 @@ impl Worker {
             return self.end_before_start(&run, end);
         }
         self.scoring.residents.reserve_for_run(needs.minimum);
-        self.queue.have_all_fit();
+        self.queue.evict_what_does_not_fit();
         let models = run::models_to_read(&run, &self.bases);
         if models.is_empty() {
             return self.start(run, needs, ExactBases::new());
@@ -277,7 +277,7 @@ impl Worker {
         }
         if !reading.is_finished() {
             self.starting = Some(Starting { run, needs, reading });
-            return std::thread::sleep(READING);
+            return std::thread::sleep(READ_CHECK_INTERVAL);
         }
         let end = match reading.join() {
             Ok(Ok(Ok(read))) => return self.start(run, needs, read),
@@ -286,9 +286,9 @@ impl Worker {
             }
             Ok(Ok(Err(e))) => RunEnd::Failed(unavailable(&e)),
             Ok(Err(panic)) => RunEnd::Failed(internal(panic)),
-            Err(_) => RunEnd::Failed(internal(
-                "the thread that reads weights ended without a word".into(),
-            )),
+            Err(_) => {
+                RunEnd::Failed(internal("the thread that reads weights ended unexpectedly".into()))
+            }
         };
         self.end_before_start(&run, end);
     }
@@ -319,7 +319,7 @@ impl Worker {
         match prepared {
             Ok(trainer) => {
                 self.scoring.residents.reserve_for_run(needs.extra + trainer.planned_bytes());
-                self.queue.have_all_fit();
+                self.queue.evict_what_does_not_fit();
                 tracing::info!(
                     job = run.job,
                     from_step = trainer.step(),
@@ -350,11 +350,13 @@ impl Worker {
             Ok(Err(e)) if !self.queue.is_draining() => {
                 // Nothing is urgent here: the steps are worth waiting for, and a client who cannot
                 // wait may cancel.
-                tracing::warn!(error = %e, "the checkpoint of a run that makes room cannot be \
-                    written: trying again");
+                tracing::warn!(
+                    error = %e,
+                    "the checkpoint of a preempted run cannot be written: trying again"
+                );
                 let live = active.live();
                 YieldPoint::new(&mut self.scoring, &self.cache, &live).run();
-                std::thread::sleep(SAVE_RETRY);
+                std::thread::sleep(SAVE_RETRY_DELAY);
                 return;
             }
             // The job continues from its last complete checkpoint; only later steps are repeated.
@@ -393,7 +395,7 @@ fn offer(events: &Sender<Report>, mut report: Report, mut meanwhile: impl FnMut(
     while let Err(TrySendError::Full(back)) = events.try_send(report) {
         report = back;
         meanwhile();
-        std::thread::sleep(FULL);
+        std::thread::sleep(CHANNEL_RETRY_DELAY);
     }
 }
 

@@ -34,7 +34,7 @@ pub const STATE_FILE: &str = "trainer_state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 /// File with the moving reference (TR-DPO).
 pub const REFERENCE_FILE: &str = "reference.safetensors";
-const VERSION: u32 = 1;
+const FORMAT_VERSION: u32 = 1;
 
 /// Reason why a checkpoint could not be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -56,8 +56,11 @@ pub enum CheckpointError {
         reason: String,
     },
     /// The checkpoint was trained on another base model.
-    #[error("checkpoint {}: it was trained on a base model whose {part} has the hash {pinned}, \
-        this one's is {found}", path.display())]
+    #[error(
+        "checkpoint {}: it was trained on a base model whose {part} has the hash {pinned}, this \
+         one's is {found}",
+        path.display()
+    )]
     OtherModel {
         /// Folder of the checkpoint.
         path: PathBuf,
@@ -69,8 +72,11 @@ pub enum CheckpointError {
         found: String,
     },
     /// Another build wrote it, in a format that this build cannot read.
-    #[error("checkpoint {}: its format is version {found}, this build reads version {VERSION}: \
-        use the build that wrote it", path.display())]
+    #[error(
+        "checkpoint {}: its format is version {found}, this build reads version \
+         {FORMAT_VERSION}: use the build that wrote it",
+        path.display()
+    )]
     Version {
         /// Folder of the checkpoint.
         path: PathBuf,
@@ -240,7 +246,7 @@ fn write(temporary: &Path, contents: &CheckpointContents) -> Result<(), Checkpoi
         File::open(&path).and_then(|f| f.sync_all()).map_err(io_at(&path))?;
     }
     let state = StateFile {
-        version: VERSION,
+        version: FORMAT_VERSION,
         adapter: contents.policy.is_lora(),
         adam_updates: contents.optimizer.updates,
         base: Some(contents.identity.clone()),
@@ -412,7 +418,7 @@ fn read_state(dir: &Path) -> Result<StateFile, CheckpointError> {
     let text = fs::read(&path).map_err(io_at(&path))?;
     let unreadable = |e: serde_json::Error| damaged(dir, format!("{STATE_FILE}: {e}"));
     let Versioned { version } = serde_json::from_slice(&text).map_err(unreadable)?;
-    if version != VERSION {
+    if version != FORMAT_VERSION {
         return Err(CheckpointError::Version { path: dir.to_owned(), found: version });
     }
     serde_json::from_slice(&text).map_err(unreadable)

@@ -73,9 +73,9 @@ impl Lengths {
 }
 
 /// Memory of the program itself in bytes: code, runtime, tokenizer.
-const PROGRAM: u64 = 92 << 20;
+const PROGRAM_BYTES: u64 = 92 << 20;
 /// Factor (numerator, denominator) for fragmentation of GPU memory, which is mapped in chunks.
-const ROUNDING: (u64, u64) = (17, 16);
+const GPU_FRAGMENTATION: (u64, u64) = (17, 16);
 
 /// Estimated bytes by purpose, without the resident base weights, and the plan that they belong to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,7 +94,7 @@ pub struct Estimate {
 impl Estimate {
     /// Returns the total in bytes, including the program and the packed GEMM panels of its threads.
     pub fn total(&self) -> u64 {
-        PROGRAM + packed_bytes() as u64 + self.training_state + self.activations
+        PROGRAM_BYTES + packed_bytes() as u64 + self.training_state + self.activations
     }
 }
 
@@ -140,7 +140,7 @@ impl SavedActivations {
 
 /// Returns the tokens of the rows whose saved activations are in memory together: one row of `row`
 /// tokens, or the rows of a whole micro-batch if the loss compares pairs.
-fn held_tokens(spec: &TrainingSpec, lengths: Lengths, row: u64) -> u64 {
+fn saved_tokens(spec: &TrainingSpec, lengths: Lengths, row: u64) -> u64 {
     match spec.dpo.compares_pairs() {
         true => row.max(lengths.micro_batch as u64),
         false => row,
@@ -157,30 +157,31 @@ pub fn estimate(
     memory: MemoryKind,
 ) -> Estimate {
     let t = lengths.longest.max(row_tokens.min(lengths.micro_batch)) as u64;
-    let held = held_tokens(spec, lengths, t);
+    let saved = saved_tokens(spec, lengths, t);
     if memory == MemoryKind::Gpu {
-        return on_gpu(config, spec, t, held, keep, row_tokens);
+        return on_gpu(config, spec, t, saved, keep, row_tokens);
     }
     let blocks = shapes(config);
     let ranks = ranks(config, spec) as usize;
     let kernel = Kernel::best(spec.precision.unwrap_or(Precision::F32));
     let gate_up = KeepGateUp::for_tape(kernel, matches!(spec.method, Method::Lora(_)));
-    let tape = most(&blocks, |block| tape_floats(block, gate_up, ranks));
-    let input = most(&blocks, input_floats);
-    let backward = most(&blocks, |block| backward_floats(block, gate_up));
+    let tape = max_over_blocks(&blocks, |block| tape_floats(block, gate_up, ranks));
+    let input = max_over_blocks(&blocks, input_floats);
+    let backward = max_over_blocks(&blocks, |block| backward_floats(block, gate_up));
     let SavedActivations { of_row, of_last_row } =
         SavedActivations::new(keep, blocks.len() as u64, tape, input);
-    let scores =
-        most(&blocks, |block| score_bytes(kernel, block.heads.query, t as usize, lengths.longest));
+    let scores = max_over_blocks(&blocks, |block| {
+        score_bytes(kernel, block.heads.query, t as usize, lengths.longest)
+    });
     // The head is trained, so its probabilities are saved. There are many such rows if the loss
     // compares pairs, but at most one for each pair.
     let rows = if spec.dpo.compares_pairs() { spec.batch.batch_size as u64 } else { 1 };
     let head = match (&spec.method, keep) {
-        (Method::Full, Keep::Tapes) => kept_bytes(rows, held, config.spec.vocab_size as u64),
+        (Method::Full, Keep::Tapes) => kept_bytes(rows, saved, config.spec.vocab_size as u64),
         _ => 0,
     };
-    let passing = backward + head_floats(config.spec.hidden_size) as u64;
-    let activations = F32 * (held * of_row + t * (of_last_row + passing)) + scores + head;
+    let workspace = backward + head_floats(config.spec.hidden_size) as u64;
+    let activations = F32 * (saved * of_row + t * (of_last_row + workspace)) + scores + head;
     // The CPU computes with one set of gradients, like one GPU.
     let training_state = on_host(config, spec, 1);
     Estimate { training_state, activations, keep, row_tokens }
@@ -192,7 +193,7 @@ fn shapes(config: &ModelConfig) -> Vec<BlockShape> {
 }
 
 /// Returns the largest `size` over the blocks.
-fn most(blocks: &[BlockShape], size: impl Fn(&BlockShape) -> usize) -> u64 {
+fn max_over_blocks(blocks: &[BlockShape], size: impl Fn(&BlockShape) -> usize) -> u64 {
     blocks.iter().map(size).max().unwrap_or(0) as u64
 }
 
@@ -216,27 +217,28 @@ fn on_gpu(
     config: &ModelConfig,
     spec: &TrainingSpec,
     t: u64,
-    held: u64,
+    saved: u64,
     keep: Keep,
     row_tokens: usize,
 ) -> Estimate {
     let (hidden, bytes, ranks) =
         (config.spec.hidden_size, element(spec), ranks(config, spec) as usize);
     let blocks = shapes(config);
-    let tape = most(&blocks, |block| block.tape_bytes(bytes, ranks));
-    let input = most(&blocks, BlockShape::input_bytes);
+    let tape = max_over_blocks(&blocks, |block| block.tape_bytes(bytes, ranks));
+    let input = max_over_blocks(&blocks, BlockShape::input_bytes);
     let SavedActivations { of_row, of_last_row } =
         SavedActivations::new(keep, blocks.len() as u64, tape, input);
-    let passing =
-        most(&blocks, |block| block.backward_bytes(bytes)).max(head_bytes(hidden, bytes) as u64);
-    let activations = (held * of_row + t * (of_last_row + passing)) * ROUNDING.0 / ROUNDING.1;
+    let workspace = max_over_blocks(&blocks, |block| block.backward_bytes(bytes))
+        .max(head_bytes(hidden, bytes) as u64);
+    let activations = (saved * of_row + t * (of_last_row + workspace)) * GPU_FRAGMENTATION.0
+        / GPU_FRAGMENTATION.1;
     let training_state = trained_bytes(bytes) as u64 * trainable_parameters(config, spec);
     Estimate { training_state, activations, keep, row_tokens }
 }
 
 /// Returns the activation bytes of scoring a row of `tokens` tokens, which may interrupt a run.
 pub fn scoring(config: &ModelConfig, tokens: usize) -> u64 {
-    F32 * tokens as u64 * most(&shapes(config), forward_floats)
+    F32 * tokens as u64 * max_over_blocks(&shapes(config), forward_floats)
 }
 
 /// Returns the fastest plan within `available` bytes, which do not include the resident base
@@ -330,8 +332,11 @@ mod tests {
             // The bound is not below what the rows of the worst micro-batch save, which is as much
             // as one row with all their tokens.
             let tokens = 2048 + 15 * 128;
-            let kept = |tokens| of(Lengths { longest: 2048, micro_batch: tokens }, Keep::Tapes);
-            assert!(bound >= kept(tokens) && kept(tokens) > kept(tokens - 128), "{memory:?}");
+            let saved_by = |tokens| of(Lengths { longest: 2048, micro_batch: tokens }, Keep::Tapes);
+            assert!(
+                bound >= saved_by(tokens) && saved_by(tokens) > saved_by(tokens - 128),
+                "{memory:?}"
+            );
         }
     }
 

@@ -140,11 +140,11 @@ enum Phase {
 }
 
 /// Time for which a run tries to write a checkpoint before it fails.
-const SAVE_PATIENCE: Duration = Duration::from_secs(3600);
+const SAVE_RETRY_PERIOD: Duration = Duration::from_secs(3600);
 /// Delay before the next attempt.
-const SAVE_RETRY: Duration = Duration::from_secs(1);
+const SAVE_RETRY_DELAY: Duration = Duration::from_secs(1);
 /// Sleep between calls of the yield point while the run waits for the next attempt.
-const IDLE: Duration = Duration::from_millis(20);
+const SAVE_WAIT_SLEEP: Duration = Duration::from_millis(20);
 
 /// A checkpoint that could not be written yet: the first failure and the time of the next attempt.
 #[derive(Clone, Copy)]
@@ -174,7 +174,7 @@ pub struct Trainer {
     order: (u64, Vec<u32>),
     phase: Phase,
     /// Tokens and metrics before the step in progress, to which a repeated step returns.
-    before: (u64, Window),
+    before_step: (u64, Window),
     step_started: Instant,
     evaluation: EvaluationSums,
     latest: Metrics,
@@ -233,7 +233,7 @@ impl Trainer {
         let mut trainer = Trainer {
             gradients: policy.policy.devices().map(|_| Gradients::zeros(&policy)).collect(),
             order: (u64::MAX, Vec::new()),
-            before: Default::default(),
+            before_step: Default::default(),
             step_started: Instant::now(),
             evaluation: EvaluationSums::default(),
             started: Instant::now(),
@@ -359,7 +359,7 @@ impl Trainer {
     /// Returns to the start of the step in progress, in which `done` micro-batches are complete.
     fn rewind(&mut self, done: usize) -> Result<(), TrainError> {
         self.state.micro_batch -= done;
-        (self.state.tokens, self.state.window) = std::mem::take(&mut self.before);
+        (self.state.tokens, self.state.window) = std::mem::take(&mut self.before_step);
         self.phase = Phase::Step { done: 0 };
         Ok(self.clear()?)
     }
@@ -369,11 +369,11 @@ impl Trainer {
     }
 
     /// Writes a checkpoint. If that fails, e.g. because the disk is full, the run waits and tries
-    /// again for up to [`SAVE_PATIENCE`], in order not to lose the steps.
+    /// again for up to [`SAVE_RETRY_PERIOD`], in order not to lose the steps.
     fn save_unit(&mut self, best: bool, host: &mut Host) -> Result<(), TrainError> {
         if self.unsaved.is_some_and(|u| u.next > Instant::now()) {
             (host.pause)();
-            std::thread::sleep(IDLE);
+            std::thread::sleep(SAVE_WAIT_SLEEP);
             return Ok(());
         }
         let Err(e) = self.save(best, host.emit) else {
@@ -383,7 +383,7 @@ impl Trainer {
         };
         let now = Instant::now();
         let since = self.unsaved.map_or(now, |u| u.since);
-        if now - since > SAVE_PATIENCE {
+        if now - since > SAVE_RETRY_PERIOD {
             return Err(e);
         }
         if self.unsaved.is_none() {
@@ -395,7 +395,7 @@ impl Trainer {
             );
             (host.emit)(RunEvent::Log { severity: "warning", message });
         }
-        self.unsaved = Some(Unsaved { since, next: now + SAVE_RETRY });
+        self.unsaved = Some(Unsaved { since, next: now + SAVE_RETRY_DELAY });
         Ok(())
     }
 
@@ -405,7 +405,7 @@ impl Trainer {
         let (micro_batches, group) = self.group();
         if done == 0 {
             self.clear()?;
-            self.before = (self.state.tokens, self.state.window.clone());
+            self.before_step = (self.state.tokens, self.state.window.clone());
             self.step_started = Instant::now();
         }
         if let Err(e) = self.micro_batch(1.0 / group as f64, host) {
@@ -418,7 +418,7 @@ impl Trainer {
             return Ok(());
         }
         self.update()?;
-        observe::step(self.step_started.elapsed(), self.state.tokens - self.before.0);
+        observe::step(self.step_started.elapsed(), self.state.tokens - self.before_step.0);
         if self.state.micro_batch >= micro_batches {
             self.state.epoch += 1;
             self.state.micro_batch = 0;

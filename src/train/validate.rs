@@ -35,7 +35,7 @@ pub struct BadRows {
     /// Counted rows that also have a usable pair, in file order. Only these can be added again,
     /// when their pairs are tokenised. The list is bounded, because the total text of usable pairs
     /// is limited (`max_dataset_text_bytes`).
-    in_part: Vec<u64>,
+    partly_usable: Vec<u64>,
 }
 
 impl BadRows {
@@ -47,7 +47,7 @@ impl BadRows {
             return;
         }
         self.last = Some(this);
-        if error.row != self.counted && self.in_part.binary_search(&error.row).is_err() {
+        if error.row != self.counted && self.partly_usable.binary_search(&error.row).is_err() {
             self.counted = error.row;
             self.rows += 1;
         }
@@ -133,11 +133,11 @@ fn scan(
     path: &Path,
     format: DatasetFormat,
     lengths: Option<PairEncoder>,
-    mut keep: impl FnMut(PreferenceRow) -> Result<(), DataError>,
+    mut on_usable_row: impl FnMut(PreferenceRow) -> Result<(), DataError>,
 ) -> Result<(ValidationReport, BadRows), DataError> {
     let mut seen = Seen::default();
     let mut tally = Tally::default();
-    let mut warns_of_eos = lengths.is_some_and(|encoder| !encoder.has_eos());
+    let mut warn_no_eos = lengths.is_some_and(|encoder| !encoder.has_eos());
     let mut columns = UnusedColumns::default();
     apart::for_each_row(path, format, |row| {
         let (Ok(PreferenceRow { row: number, .. }) | Err(RowIssue { row: number, .. })) = row;
@@ -160,8 +160,8 @@ fn scan(
         {
             issues.extend(check_lengths(&row, encoder));
         }
-        if warns_of_eos && matches!(row.chosen, Text::Plain(_)) {
-            warns_of_eos = false;
+        if warn_no_eos && matches!(row.chosen, Text::Plain(_)) {
+            warn_no_eos = false;
             issues.push(issue(&row, "chosen", IssueReason::NoEos, NO_EOS));
         }
         let usable = issues.iter().all(|i| i.reason.severity() == Severity::Warning);
@@ -169,7 +169,7 @@ fn scan(
         if usable {
             tally.pairs += 1;
             tally.has_usable_pair = true;
-            keep(row)?;
+            on_usable_row(row)?;
         }
         Ok(())
     })?;
@@ -193,7 +193,7 @@ struct Tally {
     has_shape: bool,
     /// Findings about the current row. The pairs of a row share prompt and chosen answer, so they
     /// repeat findings.
-    said: Vec<(String, IssueReason)>,
+    reported: Vec<(String, IssueReason)>,
     /// Number of usable pairs so far.
     pairs: u64,
     /// True if any row has several pairs.
@@ -209,7 +209,7 @@ impl Tally {
         self.leave();
         (self.row, self.is_bad, self.is_bad_for_any_job) = (number, false, false);
         (self.has_usable_pair, self.has_shape) = (false, false);
-        self.said.clear();
+        self.reported.clear();
         self.report.rows += 1;
     }
 
@@ -217,7 +217,7 @@ impl Tally {
         self.report.valid_rows += u64::from(self.row > 0 && !self.is_bad);
         *self.report.unusable_rows.get_or_insert_default() += u64::from(self.is_bad_for_any_job);
         if self.is_bad && self.has_usable_pair {
-            self.bad.in_part.push(self.row);
+            self.bad.partly_usable.push(self.row);
         }
     }
 
@@ -230,11 +230,11 @@ impl Tally {
     }
 
     fn add(&mut self, issue: RowIssue) {
-        let said = (issue.field.clone(), issue.reason);
-        if self.said.contains(&said) {
+        let finding = (issue.field.clone(), issue.reason);
+        if self.reported.contains(&finding) {
             return;
         }
-        self.said.push(said);
+        self.reported.push(finding);
         if issue.reason.severity() == Severity::Error {
             self.is_bad = true;
             self.is_bad_for_any_job |= !issue.reason.depends_on_job();
@@ -245,9 +245,9 @@ impl Tally {
 
     /// Counts a finding that is listed already, at most once per row.
     fn count(&mut self, field: &str, reason: IssueReason) {
-        let said = (field.to_owned(), reason);
-        if !self.said.contains(&said) {
-            self.said.push(said);
+        let finding = (field.to_owned(), reason);
+        if !self.reported.contains(&finding) {
+            self.reported.push(finding);
             self.report.count(reason);
         }
     }

@@ -24,11 +24,11 @@ pub const DECODE: &str = "decode-parquet";
 pub const MEMORY: u64 = 1 << 30;
 /// Base limit of processor time in seconds; a larger file gets one more second for each
 /// [`BYTES_PER_SECOND`].
-const SECONDS: u64 = 60;
+const BASE_SECONDS: u64 = 60;
 const BYTES_PER_SECOND: u64 = 1 << 20;
 
 /// Lock that lets only one file be decoded at a time, to bound the total memory.
-static DECODING: Mutex<()> = Mutex::new(());
+static DECODE_LOCK: Mutex<()> = Mutex::new(());
 
 /// Message of the decoding process, one JSON line each.
 #[derive(Serialize, Deserialize)]
@@ -55,7 +55,7 @@ pub fn for_each_row(
     if format == DatasetFormat::Jsonl {
         return super::read_rows(path, format)?.try_for_each(row);
     }
-    let _alone = DECODING.lock().unwrap_or_else(PoisonError::into_inner);
+    let _lock = DECODE_LOCK.lock().unwrap_or_else(PoisonError::into_inner);
     let mut decoder = Decoder::start(path)?;
     loop {
         match decoder.line(path)? {
@@ -71,7 +71,7 @@ pub fn for_each_row(
 
 /// Returns the limit of processor seconds for a file of `file_bytes` bytes.
 pub fn seconds(file_bytes: u64) -> u64 {
-    SECONDS + file_bytes / BYTES_PER_SECOND
+    BASE_SECONDS + file_bytes / BYTES_PER_SECOND
 }
 
 /// Main function of the decoding process, which has already set its own limits: writes every row of
@@ -86,30 +86,30 @@ pub fn decode(path: &Path, out: impl Write) -> std::io::Result<()> {
             let DataError::BadFile { reason, .. } = e else {
                 return Err(std::io::Error::other(e.to_string()));
             };
-            say(&mut out, &Line::Unusable(reason))?;
+            write_line(&mut out, &Line::Unusable(reason))?;
         }
         Ok(records) => {
             for row in numbered(records) {
                 let (Ok(PreferenceRow { row: number, .. }) | Err(RowIssue { row: number, .. })) =
                     row;
                 let line = row.map_or_else(Line::Issue, Line::Row);
-                if !say(&mut out, &line)? {
+                if !write_line(&mut out, &line)? {
                     let message =
                         format!("the record has more than {} MiB: split it", MAX_LINE_BYTES >> 20);
-                    say(
+                    write_line(
                         &mut out,
                         &Line::Issue(issue(number, "", IssueReason::InvalidType, message)),
                     )?;
                 }
             }
-            say(&mut out, &Line::End)?;
+            write_line(&mut out, &Line::End)?;
         }
     }
     out.flush()
 }
 
 /// Writes a line. Returns false, without writing, if it is longer than the reader accepts.
-fn say(out: &mut impl Write, line: &Line) -> std::io::Result<bool> {
+fn write_line(out: &mut impl Write, line: &Line) -> std::io::Result<bool> {
     let mut text = serde_json::to_vec(line)?;
     text.push(b'\n');
     let fits = text.len() <= MAX_LINE_BYTES;

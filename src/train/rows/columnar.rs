@@ -14,18 +14,19 @@ use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
 use super::reader::{DataError, issue};
-use super::row::{KWARGS, MEDIA, TOOLS, invalid_weight};
-use super::shapes::OPENAI;
+use super::row::{KWARGS_COLUMN, MEDIA_COLUMNS, TOOLS_COLUMN, invalid_weight};
+use super::shapes::OPENAI_COLUMNS;
 use crate::domain::dataset::{IssueReason, RowIssue};
 use crate::domain::message::without_nulls;
 use crate::model::guard::guarded;
 
-const COLUMNS: [&str; 7] = ["prompt", "chosen", "rejected", "weight", "id", TOOLS, KWARGS];
+const COLUMNS: [&str; 7] =
+    ["prompt", "chosen", "rejected", "weight", "id", TOOLS_COLUMN, KWARGS_COLUMN];
 
 /// Returns true if a column is decoded: the columns of a row, and columns that lead to a finding if
 /// they are not empty.
 fn is_wanted(column: &str) -> bool {
-    COLUMNS.contains(&column) || MEDIA.contains(&column)
+    COLUMNS.contains(&column) || MEDIA_COLUMNS.contains(&column)
 }
 
 /// Returns the decoded columns of each record.
@@ -44,8 +45,8 @@ pub(super) fn decode(
     let names: Vec<&str> = schema.get_fields().iter().map(|f| f.name()).collect();
     let is_openai = !names.contains(&"chosen")
         && !names.contains(&"rejected")
-        && OPENAI.iter().any(|column| names.contains(column));
-    let needed = if is_openai { &OPENAI[..] } else { &["chosen", "rejected"] };
+        && OPENAI_COLUMNS.iter().any(|column| names.contains(column));
+    let needed = if is_openai { &OPENAI_COLUMNS[..] } else { &["chosen", "rejected"] };
     for needed in needed {
         if !names.contains(needed) {
             return Err(bad(format!(
@@ -54,7 +55,7 @@ pub(super) fn decode(
             )));
         }
     }
-    let is_wanted = |name: &str| is_wanted(name) || (is_openai && OPENAI.contains(&name));
+    let is_wanted = |name: &str| is_wanted(name) || (is_openai && OPENAI_COLUMNS.contains(&name));
     // These columns are not decoded, only reported as not used.
     let unknown: Vec<String> =
         names.iter().filter(|name| !is_wanted(name)).map(|name| (*name).to_owned()).collect();

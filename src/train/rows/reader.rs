@@ -19,8 +19,11 @@ pub enum DataError {
         source: std::io::Error,
     },
     /// The decoding process was killed from outside, not because of its own limits.
-    #[error("{}: the process that decodes it was killed, perhaps because the machine has no \
-        memory left: retry later", path.display())]
+    #[error(
+        "{}: the process that decodes it was killed, perhaps because the machine has no memory \
+         left: retry later",
+        path.display()
+    )]
     Interrupted {
         /// Path of the file.
         path: PathBuf,

@@ -13,10 +13,11 @@ use crate::domain::message::{
 use crate::domain::violation::shortened;
 
 /// Columns with images, video or audio, which the models cannot process.
-pub(super) const MEDIA: [&str; 6] = ["images", "image", "videos", "video", "audios", "audio"];
+pub(super) const MEDIA_COLUMNS: [&str; 6] =
+    ["images", "image", "videos", "video", "audios", "audio"];
 /// Columns with the tools and with the variables for the chat template.
-pub(super) const TOOLS: &str = "tools";
-pub(super) const KWARGS: &str = "chat_template_kwargs";
+pub(super) const TOOLS_COLUMN: &str = "tools";
+pub(super) const KWARGS_COLUMN: &str = "chat_template_kwargs";
 
 /// Maximum number of unknown columns of a row that are reported.
 const MAX_IGNORED: usize = 16;
@@ -48,7 +49,8 @@ pub(super) fn from_fields(
             .filter(|w| w.is_finite() && *w > 0.0)
             .ok_or_else(|| named(invalid_weight(row, &v.to_string())))?,
     };
-    if let Some(field) = MEDIA.into_iter().find(|f| fields.get(*f).is_some_and(has_content)) {
+    if let Some(field) = MEDIA_COLUMNS.into_iter().find(|f| fields.get(*f).is_some_and(has_content))
+    {
         return Err(named(unsupported(row, field)));
     }
     let arguments = arguments(row, &mut fields).map_err(named)?;
@@ -97,17 +99,18 @@ pub(super) fn from_fields(
         if arguments.tools.iter().flatten().next().is_some() {
             let message = "tools need a dialogue, because the chat template shows them to the \
                 model: make prompt, chosen and rejected lists of messages, or remove tools";
-            return Err(named(issue(row, TOOLS, IssueReason::UnsupportedField, message)));
+            return Err(named(issue(row, TOOLS_COLUMN, IssueReason::UnsupportedField, message)));
         }
         if !arguments.kwargs.is_empty() {
-            ignored.push(KWARGS.to_owned());
+            ignored.push(KWARGS_COLUMN.to_owned());
         }
         TemplateArguments::default()
     } else {
         arguments
     };
-    let unknown =
-        fields.iter().filter(|(name, value)| !MEDIA.contains(&name.as_str()) && has_content(value));
+    let unknown = fields
+        .iter()
+        .filter(|(name, value)| !MEDIA_COLUMNS.contains(&name.as_str()) && has_content(value));
     ignored.extend(unknown.take(MAX_IGNORED).map(|(name, _)| shortened(name, MAX_QUOTED_VALUE)));
     Ok(PreferenceRow {
         row,
@@ -128,11 +131,11 @@ fn arguments(row: u64, fields: &mut Map<String, Value>) -> Result<TemplateArgume
     let wrong = |field: &str, reason: String| {
         issue(row, field, IssueReason::InvalidType, format!("{field} {reason}"))
     };
-    let tools =
-        tools_from_json(fields.remove(TOOLS).unwrap_or_default()).map_err(|e| wrong(TOOLS, e))?;
-    let kwargs = match fields.remove(KWARGS) {
+    let tools = tools_from_json(fields.remove(TOOLS_COLUMN).unwrap_or_default())
+        .map_err(|e| wrong(TOOLS_COLUMN, e))?;
+    let kwargs = match fields.remove(KWARGS_COLUMN) {
         Some(Value::String(text)) if !text.trim().is_empty() => serde_json::from_str(&text)
-            .map_err(|e| wrong(KWARGS, format!("is a string that is not JSON: {e}")))?,
+            .map_err(|e| wrong(KWARGS_COLUMN, format!("is a string that is not JSON: {e}")))?,
         Some(Value::String(_)) | None => Value::Null,
         Some(other) => other,
     };
@@ -140,10 +143,13 @@ fn arguments(row: u64, fields: &mut Map<String, Value>) -> Result<TemplateArgume
         Value::Null => Map::new(),
         Value::Object(kwargs) => kwargs,
         other => {
-            return Err(wrong(KWARGS, format!("is {}: it must be a JSON object", kind(&other))));
+            return Err(wrong(
+                KWARGS_COLUMN,
+                format!("is {}: it must be a JSON object", kind(&other)),
+            ));
         }
     };
-    check_kwargs(&kwargs).map_err(|e| wrong(KWARGS, e))?;
+    check_kwargs(&kwargs).map_err(|e| wrong(KWARGS_COLUMN, e))?;
     Ok(TemplateArguments { tools, kwargs })
 }
 

@@ -25,10 +25,10 @@ use crate::domain::dataset::{IssueReason, MAX_MESSAGES, PreferenceRow, RowIssue,
 /// Maximum number of rejected answers in a row.
 pub(super) const MAX_REJECTED: usize = 64;
 /// Column names of OpenAI's format.
-pub(super) const OPENAI: [&str; 3] = ["input", "preferred_output", "non_preferred_output"];
+pub(super) const OPENAI_COLUMNS: [&str; 3] = ["input", "preferred_output", "non_preferred_output"];
 /// Pairs of our column name and OpenAI's.
 const OPENAI_NAMES: [(&str, &str); 3] =
-    [("prompt", "input.messages"), ("chosen", OPENAI[1]), ("rejected", OPENAI[2])];
+    [("prompt", "input.messages"), ("chosen", OPENAI_COLUMNS[1]), ("rejected", OPENAI_COLUMNS[2])];
 
 /// A row's number and columns, or the finding that it cannot be read.
 pub(super) type Record = Result<(u64, Map<String, Value>), RowIssue>;
@@ -171,7 +171,7 @@ fn read(row: u64, mut fields: Map<String, Value>) -> Result<PreferenceRow, RowIs
 /// stay unchanged, and the code that reads them reports the problem.
 fn normalise(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowIssue> {
     let has_answers = !is_absent(fields, "chosen") || !is_absent(fields, "rejected");
-    if !has_answers && OPENAI.iter().any(|column| !is_absent(fields, column)) {
+    if !has_answers && OPENAI_COLUMNS.iter().any(|column| !is_absent(fields, column)) {
         return openai(row, fields);
     }
     let prompt = fields.get("prompt").filter(|prompt| !prompt.is_null());
