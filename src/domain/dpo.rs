@@ -435,7 +435,8 @@ impl DpoConfig {
             } else if !self.needs_reference() {
                 let names: Vec<&str> = self.losses.iter().map(|l| l.loss.name()).collect();
                 let message = format!(
-                    "has no meaning: {} without a reference: remove it, or add a loss that has one",
+                    "has no meaning: {} trains without a reference: remove it, or add a loss that \
+                     needs one",
                     names.join(", ")
                 );
                 out.push(format!("{field}.reference_sync"), message);

@@ -121,8 +121,8 @@ impl LoraConfig {
     ) {
         let mut differs = |name: &str, wanted: String, has: String| {
             let message = format!(
-                "is {wanted}, but the job continues from {source}, which has {has}: leave it out or \
-                 set the same value"
+                "is {wanted}, but the job continues from {source}, which has {has}: leave it \
+                 out or set the same value"
             );
             out.push(format!("{field}.{name}"), message);
         };

@@ -37,6 +37,9 @@ impl Needs {
 /// Returns the memory that a run needs besides the base models and its plan. Admission, estimate
 /// and start of a run all use this function, so that the run plans with the memory that was
 /// granted.
+///
+/// # Errors
+/// `UnknownModel` if the server does not have a model that the run names.
 pub(super) fn extra(
     bases: &Bases,
     model: &str,

@@ -260,7 +260,7 @@ impl<W: WorkItem> Queue<W> {
 
     /// Makes every worker evict weights that do not fit beside the runs in progress. Wakes idle
     /// workers.
-    pub fn evict_what_does_not_fit(&self) {
+    pub fn request_fit_check(&self) {
         self.lock().workers.iter_mut().filter(|w| !w.ended).for_each(|w| w.must_fit = true);
         self.changed.notify_all();
     }
@@ -668,7 +668,7 @@ mod tests {
     fn an_idle_worker_wakes_up_to_evict_weights_that_have_no_room() {
         let queue = Queue::<Entry>::new(10, 2);
         queue.add_handle();
-        assert_wakes_to_forget(&queue, || queue.evict_what_does_not_fit());
+        assert_wakes_to_forget(&queue, || queue.request_fit_check());
         assert!(queue.take_must_fit(1) && !queue.take_must_fit(1));
         assert!(queue.take_must_fit(0), "every worker looks");
     }

@@ -58,6 +58,9 @@ pub(super) fn weight_bytes(precision: Precision) -> u64 {
 
 impl Bases {
     /// Loads every model's weights. `devices` names all devices that will use them.
+    ///
+    /// # Errors
+    /// `Weights` if a tensor cannot be read.
     pub fn load(
         models: Vec<LoadedModel>,
         device: ComputeDevice,
@@ -119,6 +122,9 @@ impl Bases {
     }
 
     /// Returns the model with this id.
+    ///
+    /// # Errors
+    /// `UnknownModel` if there is none.
     pub fn get(&self, id: &str) -> Result<&Base, EngineError> {
         self.by_id.get(id).ok_or_else(|| EngineError::UnknownModel(id.to_owned()))
     }
@@ -144,7 +150,11 @@ impl Bases {
         self.by_id.values().map(|b| b.info.parameters * weight_bytes(self.precision)).sum()
     }
 
-    /// Loads `weights`; fails for weights of a running job.
+    /// Loads `weights`.
+    ///
+    /// # Errors
+    /// `NotResident` for weights of a running job, `UnknownModel`, or `Weights` if files cannot be
+    /// read.
     pub fn open(&self, weights: &WeightsRef) -> Result<Policy, EngineError> {
         match weights {
             WeightsRef::Base { model } => Ok(self.get(model)?.policy.clone()),
@@ -233,11 +243,17 @@ impl Bases {
 
     /// Returns a name that identifies the content of these weights and the precision in which they
     /// are stored.
+    ///
+    /// # Errors
+    /// `NotResident` for weights of a running job, and `UnknownModel`.
     pub fn identity(&self, weights: &WeightsRef) -> Result<String, EngineError> {
         self.identity_in(weights, self.precision)
     }
 
     /// Returns the same name for weights that are in memory in `precision`.
+    ///
+    /// # Errors
+    /// Same as [`Self::identity`].
     pub fn identity_in(
         &self,
         weights: &WeightsRef,
@@ -289,6 +305,9 @@ pub(super) fn needs_exact(spec: &TrainingSpec, server: Precision) -> bool {
 }
 
 /// Loads full weights from a file of a checkpoint.
+///
+/// # Errors
+/// `Weights` if the file cannot be read or does not have the model's tensors.
 pub(super) fn load_full(
     config: &ModelConfig,
     file: &Path,
@@ -354,6 +373,9 @@ impl Residents {
 
     /// Returns weights for a run. The run's memory needs include full weights, so these are never
     /// refused.
+    ///
+    /// # Errors
+    /// Those of loading the weights.
     pub fn get_for_run(
         &mut self,
         bases: &Bases,

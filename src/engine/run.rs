@@ -70,6 +70,10 @@ fn starts_exact(spec: &TrainingSpec, server: Precision) -> bool {
 /// `read` has the weights that [`read_exact`] returned for the run. `memory` is the limit of its
 /// plan in bytes, not counting copies of weights (see [`super::needs::extra`]). `helpers` are the
 /// devices that share the rows with the worker's own device.
+///
+/// # Errors
+/// `OutOfMemory` or `DeviceFull` if the run does not fit, `Weights` if weights or the checkpoint
+/// cannot be loaded.
 pub(super) fn prepare(
     run: &mut TrainingRun,
     bases: &Bases,

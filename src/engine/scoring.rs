@@ -395,7 +395,7 @@ fn combine(
 ) -> Result<ScoredItem, EngineError> {
     let (policy, reference) = (policy.transpose()?, reference.transpose()?);
     let Some(logps) = policy.as_ref().or(reference.as_ref()) else {
-        return Err(EngineError::Device("an item was scored by no weights".into()));
+        return Err(EngineError::Device("an item was not scored by any weights".into()));
     };
     let of = |n: usize| reference.as_ref().map(|r| r[n].clone());
     let completions = logps

@@ -250,7 +250,7 @@ impl Worker {
             return self.end_before_start(&run, end);
         }
         self.scoring.residents.reserve_for_run(needs.minimum);
-        self.queue.evict_what_does_not_fit();
+        self.queue.request_fit_check();
         let models = run::models_to_read(&run, &self.bases);
         if models.is_empty() {
             return self.start(run, needs, ExactBases::new());
@@ -319,7 +319,7 @@ impl Worker {
         match prepared {
             Ok(trainer) => {
                 self.scoring.residents.reserve_for_run(needs.extra + trainer.planned_bytes());
-                self.queue.evict_what_does_not_fit();
+                self.queue.request_fit_check();
                 tracing::info!(
                     job = run.job,
                     from_step = trainer.step(),
@@ -368,7 +368,12 @@ impl Worker {
 
     fn end(&mut self, end: RunEnd) {
         if let Some(active) = self.active.take() {
-            tracing::info!(job = active.run.job, step = active.trainer.step(), end = ?end, "run ended");
+            tracing::info!(
+                job = active.run.job,
+                step = active.trainer.step(),
+                end = ?end,
+                "run ended"
+            );
             // Free weights and optimizer state before reporting the end, so that the next run finds
             // the memory.
             let Active { run, trainer } = active;

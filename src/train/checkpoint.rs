@@ -5,8 +5,8 @@
 //! <step>/adapter_config.json + adapter_model.safetensors    LoRA: loads in PEFT as it is
 //! <step>/config.json + model.safetensors + tokenizer files  full: loads in transformers as it is
 //! <step>/optimizer.safetensors                              AdamW's moments
-//! <step>/reference.safetensors                              TR-DPO's moving reference, when there is one
-//! <step>/trainer_state.json                                 counters, and a checksum of every file above
+//! <step>/reference.safetensors                              TR-DPO's moving reference, if any
+//! <step>/trainer_state.json                                 progress, checksums of all other files
 //! ```
 
 use std::collections::BTreeMap;

@@ -65,7 +65,9 @@ impl Reference {
         let mixed =
             reference.parameters.map(|param, old| match policy.parameters.get(param.id) {
                 Some(new) => (new * alpha)? + (old * (1.0 - alpha))?,
-                None => bail!("the policy has no tensor {}, its reference has", param.name()),
+                None => {
+                    bail!("the policy has no tensor {}, but its reference has one", param.name())
+                }
             })?;
         reference.parameters = Arc::new(mixed);
         *identity = format!("{run}#{count}");
@@ -81,7 +83,7 @@ impl Reference {
         let stored: std::collections::HashMap<String, Tensor> = tensors.into_iter().collect();
         let restored = policy.parameters.map(|param, t| match stored.get(param.name()) {
             Some(s) if s.shape() == t.shape() => Ok(s.clone()),
-            _ => bail!("the stored reference has no fitting tensor {}", param.name()),
+            _ => bail!("the stored reference has no tensor {} of the expected shape", param.name()),
         })?;
         policy.parameters = Arc::new(restored);
         *identity = format!("{run}#{count}");

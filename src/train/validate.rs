@@ -282,7 +282,7 @@ fn check(row: &PreferenceRow) -> Vec<RowIssue> {
             row,
             "prompt",
             IssueReason::MissingField,
-            "prompt is empty: an answer needs something to answer",
+            "prompt is empty: add the text that the answers respond to, or remove the row",
         ));
     }
     for (field, text) in [("chosen", &row.chosen), ("rejected", &row.rejected)] {
@@ -376,7 +376,7 @@ impl Seen {
         let backward = hash(row, &row.rejected, &row.chosen);
         if let Some(first) = self.0.get(&backward).filter(|_| forward != backward) {
             let message = format!(
-                "row {first} prefers these answers the other way round: keep one of the two"
+                "row {first} has the opposite preference for these answers: remove one of the rows"
             );
             return Some(issue(row, "", IssueReason::ContradictoryPair, message));
         }

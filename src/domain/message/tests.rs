@@ -30,7 +30,10 @@ fn what_is_no_message_is_refused_by_its_path() {
         (json!({"role": "user", "content": 3}), "content is a number"),
         (json!({"role": "user", "content": ["a"]}), "content[0] is a string"),
         (
-            json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}),
+            json!({
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]
+            }),
             "content[1].type cannot be used",
         ),
         (

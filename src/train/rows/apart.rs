@@ -164,7 +164,7 @@ impl Decoder {
         }
         let reason = format!(
             "decoding needs more than {} MiB of memory, or more time than a file of this size may \
-             take, or fails ({status}): write the file anew with smaller row groups, or use JSONL",
+             take, or fails ({status}): write the file again with smaller row groups, or use JSONL",
             MEMORY >> 20
         );
         Err(DataError::BadFile { path: path.to_owned(), reason })

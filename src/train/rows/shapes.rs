@@ -1,15 +1,18 @@
 //! Recognises row shapes of other tools and converts them into one: `prompt`, `chosen` and
 //! `rejected`.
 //!
-//! | shape | the row has |
-//! |---|---|
-//! | `preference` | `prompt`, `chosen` and `rejected` in one form |
-//! | `implicit_prompt` | `chosen` and `rejected` as whole dialogues: the messages that they share are the prompt |
-//! | `implicit_prompt_text` | `chosen` and `rejected` as plain texts without `prompt`, split as TRL's `extract_prompt` splits them |
-//! | `openai_preference` | `input.messages`, `preferred_output` and `non_preferred_output`, as OpenAI's fine-tuning takes them |
-//! | `hh` | `chosen` and `rejected` as texts of "\n\nHuman: …\n\nAssistant: …", as in Anthropic's HH-RLHF |
-//! | `ultrafeedback` | whole dialogues, and as `prompt` the text of their first user message (UltraFeedback, binarised) |
-//! | `several_rejected` | a list of rejected answers: it makes a pair with each of them |
+//! - `preference`: `prompt`, `chosen` and `rejected` in one form.
+//! - `implicit_prompt`: `chosen` and `rejected` as whole dialogues. The messages that they share are
+//!   the prompt.
+//! - `implicit_prompt_text`: `chosen` and `rejected` as plain texts without `prompt`, split as by
+//!   TRL's `extract_prompt`.
+//! - `openai_preference`: `input.messages`, `preferred_output` and `non_preferred_output`, the format
+//!   of OpenAI's fine-tuning.
+//! - `hh`: `chosen` and `rejected` as texts of "\n\nHuman: …\n\nAssistant: …", as in Anthropic's
+//!   HH-RLHF.
+//! - `ultrafeedback`: `chosen` and `rejected` as whole dialogues, and `prompt` with the text of their
+//!   first user message (UltraFeedback, binarised).
+//! - `several_rejected`: a list of rejected answers. Each makes a pair with the chosen answer.
 //!
 //! Every other column stays as it is. A row with several rejected answers counts as one row: each
 //! of its n pairs has the row's weight divided by n, and its id has the suffix `#1` to `#n`.
@@ -291,8 +294,8 @@ fn split_texts(row: u64, chosen: &str, rejected: &str) -> Result<[Value; 3], Row
     }
     let end = end_of_prompt(chosen, rejected);
     if end == 0 {
-        let message = "prompt is missing, and the two texts do not begin alike, so there is no \
-            common prompt: add a prompt";
+        let message = "prompt is missing, and the two texts have no common beginning, so there \
+            is no common prompt: add a prompt";
         return Err(issue(row, "prompt", IssueReason::DifferentPrompts, message));
     }
     Ok([&chosen[..end], &chosen[end..], &rejected[end..]].map(|text| json!(text)))

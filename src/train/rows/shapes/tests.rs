@@ -96,7 +96,12 @@ fn a_prompt_that_repeats_the_first_user_message_gives_way_to_the_dialogues() {
 
 #[test]
 fn dialogues_and_plain_rows_keep_their_names() {
-    let dialogue = |answer: &str| json!([{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]);
+    let dialogue = |answer: &str| {
+        json!([
+            {"role": "user", "content": "Q"},
+            {"role": "assistant", "content": answer}
+        ])
+    };
     assert_eq!(
         one(json!({"chosen": dialogue("a"), "rejected": dialogue("b")})).shape,
         RowShape::ImplicitPrompt
@@ -122,7 +127,8 @@ fn openais_rows_are_read() {
     let messages = |role: &str, content: &str| json!([{"role": role, "content": content}]);
     let row = json!({
         "id": 7,
-        "input": {"messages": messages("user", "Hello, how cold is San Francisco today?"), "tools": [], "parallel_tool_calls": true},
+        "input": {"messages": messages("user", "Hello, how cold is San Francisco today?"),
+            "tools": [], "parallel_tool_calls": true},
         "preferred_output": messages("assistant", "Today it is 13 °C there."),
         "non_preferred_output": messages("assistant", "It is not particularly cold."),
     });
@@ -167,7 +173,8 @@ fn openais_rows_are_read() {
 fn openais_tools_become_the_rows() {
     let tools = json!([{"type": "function", "function": {"name": "f", "parameters": {}}}]);
     let mut fields = json!({
-        "input": {"messages": [{"role": "user", "content": "Q"}], "tools": tools, "chat_template_kwargs": {"a": 1}, "weight": 9},
+        "input": {"messages": [{"role": "user", "content": "Q"}], "tools": tools,
+            "chat_template_kwargs": {"a": 1}, "weight": 9},
         "preferred_output": [{"role": "assistant", "content": "a"}],
         "non_preferred_output": [{"role": "assistant", "content": "b"}],
     });
@@ -197,9 +204,10 @@ fn hh_dialogues_become_messages() {
     // If the human turns differ, the prompt ends before the last assistant turn that both dialogues
     // share.
     let start = "\n\nHuman: Hi\n\nAssistant: Hello";
-    let row = one(
-        json!({"chosen": format!("{start}\n\nHuman: A\n\nAssistant: a"), "rejected": format!("{start}\n\nHuman: B\n\nAssistant: b")}),
-    );
+    let row = one(json!({
+        "chosen": format!("{start}\n\nHuman: A\n\nAssistant: a"),
+        "rejected": format!("{start}\n\nHuman: B\n\nAssistant: b")
+    }));
     assert_eq!(row.prompt, chat(&[("user", "Hi")]));
     assert_eq!(row.rejected, chat(&[("assistant", "Hello"), ("user", "B"), ("assistant", "b")]));
 
@@ -218,16 +226,18 @@ fn hh_dialogues_become_messages() {
         one(json!({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " a", "rejected": " b"}));
     assert_eq!((row.shape, row.chosen), (RowShape::Preference, Text::Plain(" a".into())));
     let many = "\n\nHuman: x".repeat(MAX_MESSAGES);
-    let (field, reason, _) = refusal(
-        json!({"chosen": format!("{many}\n\nAssistant: a"), "rejected": "Human: x\n\nAssistant: b"}),
-    );
+    let (field, reason, _) = refusal(json!({
+        "chosen": format!("{many}\n\nAssistant: a"),
+        "rejected": "Human: x\n\nAssistant: b"
+    }));
     assert_eq!((field.as_str(), reason), ("chosen", IssueReason::InvalidType));
 }
 
 #[test]
 fn several_rejected_answers_share_the_rows_weight() {
     let rows = all(&[
-        json!({"id": "q", "prompt": "Q", "chosen": "a", "rejected": ["b", "c", "d", "e"], "weight": 2}),
+        json!({"id": "q", "prompt": "Q", "chosen": "a", "rejected": ["b", "c", "d", "e"],
+            "weight": 2}),
         json!({"prompt": "P", "chosen": "a", "rejected": "b"}),
         json!({"prompt": "P", "chosen": "a", "rejected": ["b"], "id": "single"}),
     ]);
@@ -252,13 +262,20 @@ fn several_rejected_answers_share_the_rows_weight() {
 #[test]
 fn several_rejected_dialogues_and_answers_of_messages() {
     let answer = |text: &str| json!([{"role": "assistant", "content": text}]);
-    let dialogue = |text: &str| json!([{"role": "user", "content": "Q"}, {"role": "assistant", "content": text}]);
+    let dialogue = |text: &str| {
+        json!([
+            {"role": "user", "content": "Q"},
+            {"role": "assistant", "content": text}
+        ])
+    };
     let expected = [chat(&[("user", "Q")]), chat(&[("assistant", "a")])];
     for row in [
-        json!({"prompt": [{"role": "user", "content": "Q"}], "chosen": answer("a"), "rejected": [answer("b"), answer("c")]}),
+        json!({"prompt": [{"role": "user", "content": "Q"}], "chosen": answer("a"),
+            "rejected": [answer("b"), answer("c")]}),
         json!({"chosen": dialogue("a"), "rejected": [dialogue("b"), dialogue("c")]}),
         json!({"prompt": "Q", "chosen": dialogue("a"), "rejected": [dialogue("b"), dialogue("c")]}),
-        json!({"chosen": "Human: Q\n\nAssistant: a", "rejected": ["Human: Q\n\nAssistant: b", "Human: Q\n\nAssistant: c"]}),
+        json!({"chosen": "Human: Q\n\nAssistant: a", "rejected": ["Human: Q\n\nAssistant: b",
+            "Human: Q\n\nAssistant: c"]}),
     ] {
         let rows: Vec<PreferenceRow> =
             all(std::slice::from_ref(&row)).into_iter().map(Result::unwrap).collect();
