@@ -5,7 +5,9 @@ use serde::{Deserialize, Serialize};
 
 use super::violation::Violations;
 
-/// Loss of a pair. The formulas are in `math::loss`.
+/// Loss of a pair. The formulas are in `math::loss`, with the notation used here: lr = log π − log
+/// π_ref of an answer, s the divergence's score, δ = s_w − s_l, n the completion tokens, w chosen,
+/// l rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LossType {

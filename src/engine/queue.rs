@@ -78,7 +78,7 @@ pub(super) enum Work<W> {
     /// Nothing to score: start this run.
     Begin(Box<TrainingRun>, Needs),
     /// Nothing to compute, but weights must be evicted.
-    Forget,
+    Evict,
     /// Nothing to do, and no more work will come.
     Stop,
 }
@@ -374,7 +374,7 @@ impl<W: WorkItem> Queue<W> {
             }
             let me = &inner.workers[seeker.worker];
             if me.must_fit || !me.evicted.is_empty() {
-                return Work::Forget;
+                return Work::Evict;
             }
             inner = match inner.runs.is_empty() {
                 true => self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
@@ -640,9 +640,10 @@ mod tests {
         // The first run has ended: its worker asks for work without a job.
         looks(&queue, idle(0));
         assert_eq!(queue.host_memory().left(), 100);
-        assert!(
-            matches!(queue.next(idle(0), true, 100), Work::Begin(second, _) if second.job == "second")
-        );
+        assert!(matches!(
+            queue.next(idle(0), true, 100),
+            Work::Begin(second, _) if second.job == "second"
+        ));
         assert!(
             matches!(queue.next(idle(1), true, 100), Work::Begin(third, _) if third.job == "third")
         );
@@ -653,14 +654,14 @@ mod tests {
     }
 
     /// Asserts that worker 1, which waits for work, is told to evict weights after `act`.
-    fn assert_wakes_to_forget(queue: &Queue<Entry>, act: impl FnOnce()) {
+    fn assert_wakes_to_evict(queue: &Queue<Entry>, act: impl FnOnce()) {
         std::thread::scope(|s| {
             let waits = s.spawn(|| queue.next(Seeker { worker: 1, ..IDLE }, true, 100));
             while queue.lock().workers[1].room.is_none() {
                 std::thread::yield_now();
             }
             act();
-            assert!(matches!(waits.join(), Ok(Work::Forget)));
+            assert!(matches!(waits.join(), Ok(Work::Evict)));
         });
     }
 
@@ -668,7 +669,7 @@ mod tests {
     fn an_idle_worker_wakes_up_to_evict_weights_that_have_no_room() {
         let queue = Queue::<Entry>::new(10, 2);
         queue.add_handle();
-        assert_wakes_to_forget(&queue, || queue.request_fit_check());
+        assert_wakes_to_evict(&queue, || queue.request_fit_check());
         assert!(queue.take_must_fit(1) && !queue.take_must_fit(1));
         assert!(queue.take_must_fit(0), "every worker looks");
     }
@@ -677,7 +678,7 @@ mod tests {
     fn an_idle_worker_wakes_up_to_forget_weights() {
         let queue = Queue::<Entry>::new(10, 2);
         queue.add_handle();
-        assert_wakes_to_forget(&queue, || queue.evict(Path::new("/gone")));
+        assert_wakes_to_evict(&queue, || queue.evict(Path::new("/gone")));
         assert_eq!(queue.take_evicted(1), [PathBuf::from("/gone")]);
         let (item, _waits) = entry(1);
         queue.push(item).unwrap();
@@ -685,7 +686,7 @@ mod tests {
             matches!(queue.next(IDLE, true, 100), Work::Score(_)),
             "who has work does that first: it forgets before it computes"
         );
-        assert!(matches!(queue.next(IDLE, true, 100), Work::Forget));
+        assert!(matches!(queue.next(IDLE, true, 100), Work::Evict));
     }
 
     #[test]

@@ -130,7 +130,7 @@ impl Scoring {
 
     /// Evicts weights whose folder is gone or gets new content, and weights that do not fit beside
     /// the runs in progress.
-    pub fn forget_evicted(&mut self) {
+    pub fn evict_requested(&mut self) {
         if self.queue.take_must_fit(self.worker) {
             self.residents.fit();
         }
@@ -143,7 +143,7 @@ impl Scoring {
     /// scoring. Entries that name the same weights share a pass, both for policies and for
     /// references.
     pub fn score_batch(&mut self, batch: Vec<Entry>, cache: &ReferenceCache, live: Option<&Live>) {
-        self.forget_evicted();
+        self.evict_requested();
         let (start, began) = (Instant::now(), SystemTime::now());
         let tokens: usize = batch.iter().map(|e| e.item.tokens()).sum();
         observe(&batch, tokens);

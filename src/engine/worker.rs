@@ -140,7 +140,7 @@ impl Worker {
         loop {
             self.leave_if_lost();
             let free = self.note_memory();
-            self.scoring.forget_evicted();
+            self.scoring.evict_requested();
             if self.starting.as_ref().is_some_and(Starting::is_over) {
                 // Checked before scoring, because scoring requests may never stop coming.
                 self.go_on_starting();
@@ -162,7 +162,7 @@ impl Worker {
                 Work::Train if self.starting.is_some() => self.go_on_starting(),
                 Work::Train => self.train_unit(),
                 Work::Begin(run, needs) => self.begin(*run, needs),
-                Work::Forget => {}
+                Work::Evict => {}
                 Work::Stop => return,
             }
         }

@@ -181,7 +181,10 @@ impl CheckpointError {
 
     /// Returns true if a file is missing (as opposed to damaged).
     pub fn is_missing_file(&self) -> bool {
-        matches!(self, CheckpointError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+        matches!(
+            self,
+            CheckpointError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound
+        )
     }
 
     /// Returns true if the files are damaged permanently. Errors that depend on this build or may

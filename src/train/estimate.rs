@@ -279,8 +279,10 @@ mod tests {
     use crate::domain::dpo::LossType;
 
     fn config() -> ModelConfig {
-        let json = r#"{"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-            "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": true}"#;
+        let json = r#"{"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
+            "num_hidden_layers": 30, "num_attention_heads": 9,
+            "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": true}"#;
         ModelConfig::from_hf_json(json, std::path::Path::new("config.json")).unwrap()
     }
 
@@ -416,8 +418,10 @@ mod tests {
         let rounds = Kernel::best(Precision::Bf16).is_bf16();
         let by_kernel = |plain: u64, rounded: u64| if rounds { rounded } else { plain };
         let small = config();
-        let normed = r#"{"model_type": "qwen3", "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+        let normed = r#"{"model_type": "qwen3", "hidden_size": 128, "intermediate_size": 352,
+            "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000,
+            "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
             "tie_word_embeddings": false}"#;
         let normed =
             ModelConfig::from_hf_json(normed, std::path::Path::new("config.json")).unwrap();

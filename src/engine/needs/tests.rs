@@ -147,8 +147,10 @@ fn a_full_checkpoint_as_the_reference_has_weights_of_its_own() {
 fn a_larger_reference_needs_more_activations_in_rows_as_long_as_the_runs() {
     let config = |hidden: usize| {
         let json = format!(
-            r#"{{"model_type": "llama", "hidden_size": {hidden}, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 8,
-            "num_key_value_heads": 8, "vocab_size": 320, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5}}"#
+            r#"{{"model_type": "llama", "hidden_size": {hidden}, "intermediate_size": 1536,
+            "num_hidden_layers": 2, "num_attention_heads": 8,
+            "num_key_value_heads": 8, "vocab_size": 320, "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5}}"#
         );
         ModelConfig::from_hf_json(&json, Path::new("config.json")).unwrap()
     };

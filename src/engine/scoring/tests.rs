@@ -100,8 +100,8 @@ fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_se
         assert!(answer.try_recv().unwrap().is_ok() && other_answer.try_recv().unwrap().is_ok());
         assert!(is_cached(&cache, &bases, job) && is_cached(&cache, &bases, server));
 
-        // Another job's weights are not on this worker: scoring fails, and its reference is scored in
-        // the server's precision.
+        // Another job's weights are not on this worker: scoring fails, and its reference is scored
+        // in the server's precision.
         let cache = ReferenceCache::new(1 << 20);
         let (of_other, mut answer) = entry(WeightsRef::Live { job: "other".into() });
         scoring.score_batch(vec![of_other], &cache, Some(&live));

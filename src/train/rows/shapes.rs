@@ -2,16 +2,16 @@
 //! `rejected`.
 //!
 //! - `preference`: `prompt`, `chosen` and `rejected` in one form.
-//! - `implicit_prompt`: `chosen` and `rejected` as whole dialogues. The messages that they share are
-//!   the prompt.
+//! - `implicit_prompt`: `chosen` and `rejected` as whole dialogues. The messages that they share
+//!   are the prompt.
 //! - `implicit_prompt_text`: `chosen` and `rejected` as plain texts without `prompt`, split as by
 //!   TRL's `extract_prompt`.
-//! - `openai_preference`: `input.messages`, `preferred_output` and `non_preferred_output`, the format
-//!   of OpenAI's fine-tuning.
+//! - `openai_preference`: `input.messages`, `preferred_output` and `non_preferred_output`, the
+//!   format of OpenAI's fine-tuning.
 //! - `hh`: `chosen` and `rejected` as texts of "\n\nHuman: …\n\nAssistant: …", as in Anthropic's
 //!   HH-RLHF.
-//! - `ultrafeedback`: `chosen` and `rejected` as whole dialogues, and `prompt` with the text of their
-//!   first user message (UltraFeedback, binarised).
+//! - `ultrafeedback`: `chosen` and `rejected` as whole dialogues, and `prompt` with the text of
+//!   their first user message (UltraFeedback, binarised).
 //! - `several_rejected`: a list of rejected answers. Each makes a pair with the chosen answer.
 //!
 //! Every other column stays as it is. A row with several rejected answers counts as one row: each

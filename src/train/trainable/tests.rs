@@ -11,7 +11,8 @@ use crate::model::parameters::Parameters;
 /// Returns a Qwen3 policy with biases. It has every kind of tensor that a block can have, except
 /// biases in the feed-forward part.
 fn policy() -> Policy {
-    let json = r#"{"model_type": "qwen3", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+    let json = r#"{"model_type": "qwen3", "hidden_size": 8, "intermediate_size": 8,
+        "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 8, "attention_bias": true}"#;
     let config = ModelConfig::from_hf_json(json, Path::new("config.json")).unwrap();
     let parameters =
