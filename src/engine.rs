@@ -283,7 +283,7 @@ impl Engine {
     /// Returns one base model.
     ///
     /// # Errors
-    /// `UnknownModel` when the server does not have it.
+    /// `UnknownModel` if the server does not have it.
     pub fn model(&self, id: &str) -> Result<ModelInfo, EngineError> {
         Ok(self.shared.bases.get(id)?.info.clone())
     }

@@ -48,7 +48,7 @@ pub enum LossType {
 }
 
 impl LossType {
-    /// Every loss, in the order of REFERENCE's table.
+    /// All losses.
     pub const ALL: [LossType; 17] = [
         LossType::Sigmoid,
         LossType::Hinge,

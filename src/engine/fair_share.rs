@@ -5,9 +5,9 @@
 //!
 //! - A scoring batch that takes s seconds adds s·(1 − share)/share seconds to scoring's **debt**.
 //! - The time for which training has the device pays off the debt. Scoring may run while there is
-//! no debt. It then takes one batch at a time, whatever the batch's length.
+//!   no debt. It then takes one batch at a time, whatever the batch's length.
 //! - Training beyond its share becomes **credit** (a debt below 0), at most [`MAX_CREDIT_SECONDS`].
-//! Requests come in bursts, and the share should hold over longer times.
+//!   Requests come in bursts, and the share should hold over longer times.
 //! - A batch inside a training unit counts as scoring: the unit's clock stops meanwhile.
 //! - A new run starts without debt and without credit.
 //!

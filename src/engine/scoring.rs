@@ -63,15 +63,15 @@ pub(super) struct Scoring {
 /// middle of a unit. The rules:
 ///
 /// - It may score batches with any weights, including everything that this needs: reading adapters
-/// and checkpoints, evicting them, the cache of reference log-probs (which holds no lock while it
-/// computes), and answering callers.
+///   and checkpoints, evicting them, the cache of reference log-probs (which holds no lock while it
+///   computes), and answering callers.
 /// - It reads the run's weights from [`Live`], which does not change inside a unit: the trainer
-/// calls the hook only when no tensor is partially updated. The unit has borrowed the trainer, so
-/// the hook cannot train, start or end a run, or take one from the queue.
+///   calls the hook only when no tensor is partially updated. The unit has borrowed the trainer, so
+///   the hook cannot train, start or end a run, or take one from the queue.
 /// - It does not nest: passes of a batch get a hook that does nothing.
 /// - The unit's activations stay in memory meanwhile. A batch that runs out of memory frees cached
-/// weights that are not in use. If it still fails, only the batch fails; the same holds for a
-/// panic.
+///   weights that are not in use. If it still fails, only the batch fails; the same holds for a
+///   panic.
 pub(super) struct YieldPoint<'a> {
     scoring: &'a mut Scoring,
     cache: &'a ReferenceCache,
