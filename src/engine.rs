@@ -97,7 +97,7 @@ impl Drop for WorkerEndGuard {
 pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine, EngineError> {
     let bytes = residents::weight_bytes(options.precision);
     let needed: u64 = models.iter().map(|m| m.config.parameter_count() as u64 * bytes).sum();
-    let places = places(&options, &models, needed)?;
+    let places = open_devices(&options, &models, needed)?;
     let names: Vec<String> = places.iter().map(|(device, _)| device.name()).collect();
     tracing::info!(devices = names.join(","), "computing on these devices");
     let loaded = Bases::load(models, places[0].0.clone(), &names.join(","), options.precision)?;
@@ -215,7 +215,7 @@ fn refuse_wide_heads(models: &[LoadedModel], device: &ComputeDevice) -> Result<(
 /// Opens the devices and returns each with the memory in bytes that the estimate may reach on it.
 /// If the devices were chosen automatically, those that cannot hold the `needed` bytes are left
 /// out.
-fn places(
+fn open_devices(
     options: &EngineOptions,
     models: &[LoadedModel],
     needed: u64,

@@ -138,12 +138,12 @@ impl Worker {
     /// Works until the queue is drained or no engine handle is left.
     pub fn work(mut self) {
         loop {
-            self.leave_if_lost();
-            let free = self.note_memory();
+            self.abort_if_gpu_is_lost();
+            let free = self.update_memory_gauges();
             self.scoring.evict_requested();
             if self.starting.as_ref().is_some_and(Starting::is_over) {
                 // Checked before scoring, because scoring requests may never stop coming.
-                self.go_on_starting();
+                self.start_when_read();
             }
             let run =
                 self.active.as_ref().map(|a| &a.run).or(self.starting.as_ref().map(|s| &s.run));
@@ -159,7 +159,7 @@ impl Worker {
                     &self.cache,
                     self.active.as_ref().map(Active::live).as_ref(),
                 ),
-                Work::Train if self.starting.is_some() => self.go_on_starting(),
+                Work::Train if self.starting.is_some() => self.start_when_read(),
                 Work::Train => self.train_unit(),
                 Work::Begin(run, needs) => self.begin(*run, needs),
                 Work::Evict => {}
@@ -171,7 +171,7 @@ impl Worker {
     /// Aborts the process if a GPU has failed permanently. This happens before the run is reported
     /// as failed: nothing can be computed in this process, but the next one continues the run from
     /// its checkpoint.
-    fn leave_if_lost(&self) {
+    fn abort_if_gpu_is_lost(&self) {
         let helpers = self.training.iter().flat_map(|t| t.helpers.iter());
         if std::iter::once(self.bases.device()).chain(helpers).any(ComputeDevice::is_lost) {
             tracing::error!(
@@ -182,7 +182,7 @@ impl Worker {
     }
 
     /// Updates the memory gauges and returns the free bytes of the device; `None` on the CPU.
-    fn note_memory(&self) -> Option<u64> {
+    fn update_memory_gauges(&self) -> Option<u64> {
         let device = self.bases.device();
         let (free, total) = device.memory()?;
         metrics::gauge!("bradley_device_free_bytes", "device" => device.name()).set(free as f64);
@@ -229,7 +229,7 @@ impl Worker {
         metrics::histogram!("bradley_training_unit_seconds", "device" => self.label.clone())
             .record(spent.as_secs_f64());
         let ran_out_of_memory = active.trainer.is_shortened() && !was_shortened;
-        self.leave_if_lost();
+        self.abort_if_gpu_is_lost();
         if ran_out_of_memory {
             // The run repeats the step with shorter rows and can use the memory of cached weights
             // that are not in use.
@@ -269,7 +269,7 @@ impl Worker {
     }
 
     /// Starts the waiting run if its weights have been read, or ends it.
-    fn go_on_starting(&mut self) {
+    fn start_when_read(&mut self) {
         let Some(Starting { run, needs, reading }) = self.starting.take() else { return };
         if let Some(end) = stopped(&run.control) {
             // The reading thread also sees the request and stops at its next tensor.

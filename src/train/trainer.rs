@@ -402,7 +402,7 @@ impl Trainer {
     // One micro-batch, and the update after the step's last one.
 
     fn step_unit(&mut self, done: usize, host: &mut Host) -> Result<(), TrainError> {
-        let (micro_batches, group) = self.group();
+        let (micro_batches, group) = self.micro_batch_counts();
         if done == 0 {
             self.clear()?;
             self.before_step = (self.state.tokens, self.state.window.clone());
@@ -448,7 +448,7 @@ impl Trainer {
 
     /// Returns the number of micro-batches in an epoch and in the current step. The last step of an
     /// epoch may have fewer.
-    fn group(&self) -> (usize, usize) {
+    fn micro_batch_counts(&self) -> (usize, usize) {
         let micro_batches = self.train.len().div_ceil(self.spec.batch.batch_size);
         let accumulate = self.spec.batch.gradient_accumulation_steps;
         let start = self.state.micro_batch / accumulate * accumulate;
@@ -584,7 +584,8 @@ impl Trainer {
         Progress {
             step: self.state.step,
             total_steps: self.total_steps,
-            epoch: self.state.epoch as f64 + self.state.micro_batch as f64 / self.group().0 as f64,
+            epoch: self.state.epoch as f64
+                + self.state.micro_batch as f64 / self.micro_batch_counts().0 as f64,
             tokens: self.state.tokens,
             eta_seconds: (taken > 0)
                 .then(|| self.started.elapsed().as_secs_f64() / taken as f64 * left as f64),
