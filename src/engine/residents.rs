@@ -375,7 +375,7 @@ impl Residents {
     /// refused.
     ///
     /// # Errors
-    /// Those of loading the weights.
+    /// Fails if the weights cannot be loaded.
     pub fn get_for_run(
         &mut self,
         bases: &Bases,
