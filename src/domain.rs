@@ -1,5 +1,5 @@
-//! Records and legal states: what a job, a dataset, a checkpoint, an event and a score are. Plain
-//! data, no I/O.
+//! Records and legal states of jobs, datasets, checkpoints and events, and the settings of a run.
+//! Plain data, no I/O.
 
 pub mod access;
 pub mod dataset;

@@ -1,9 +1,12 @@
 //! Device workers and scheduling of work units.
 //!
-//! **One OS thread owns a device and its weights**; it runs scoring batches and training
-//! micro-batches in turn. Everything else only fills the bounded queue, which all devices' threads
-//! share, and waits for answers. With data parallelism a run uses the devices of a group: the first
-//! one's thread trains it, the others' score, and give their devices to the run's rows meanwhile.
+//! **One OS thread owns a device and its weights.** It alternates between scoring batches and
+//! training micro-batches. All other threads only add work to the bounded queue, which the threads
+//! of all devices share, and wait for answers.
+//!
+//! With data parallelism a run uses the devices of a group. The thread of the group's first device
+//! trains it. The threads of the other devices score, and their devices also compute a share of the
+//! run's rows.
 
 pub mod api;
 mod entry;
@@ -47,20 +50,20 @@ use crate::telemetry::trace;
 use crate::train::checkpoint::REFERENCE_FILE;
 use crate::train::estimate::{Lengths, MemoryKind, on_host, plan};
 
-/// A handle on the device worker; clones share it. The worker ends when it has drained or the last
-/// handle is dropped.
+/// Handle to the device workers; clones share them. A worker ends when the queue was drained or the
+/// last handle is dropped.
 pub struct Engine {
     shared: Arc<EngineState>,
 }
 
 struct EngineState {
     queue: Arc<ScoringQueue>,
-    /// The models as the device with the most room for a run has them.
+    /// Base models, as held by the device that has the most memory for a run.
     bases: Arc<Bases>,
     options: EngineOptions,
-    /// Bytes that the estimate may reach there.
+    /// Memory in bytes that the estimate of a run may reach on that device.
     available: u64,
-    /// Runs that can be in progress at one time.
+    /// Maximum number of runs in progress at the same time.
     concurrent_runs: usize,
 }
 
@@ -77,7 +80,7 @@ impl Drop for Engine {
     }
 }
 
-/// Tells the queue, when dropped, that its worker has ended.
+/// Tells the queue, when dropped, that the worker with this index has ended.
 struct WorkerEndGuard(Arc<ScoringQueue>, usize);
 
 impl Drop for WorkerEndGuard {
@@ -86,21 +89,21 @@ impl Drop for WorkerEndGuard {
     }
 }
 
-/// Loads the models' weights and starts a worker for each device.
+/// Loads the models' weights and starts one worker for each device.
 ///
 /// # Errors
-/// When a device is not available, a tensor cannot be read, or the weights do not fit the memory
-/// limit.
+/// Fails if a device is not available, a tensor cannot be read, or the weights do not fit the
+/// memory limit.
 pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine, EngineError> {
     let bytes = residents::weight_bytes(options.precision);
     let needed: u64 = models.iter().map(|m| m.config.parameter_count() as u64 * bytes).sum();
-    let places = places(&options, &models, needed)?;
+    let places = open_devices(&options, &models, needed)?;
     let names: Vec<String> = places.iter().map(|(device, _)| device.name()).collect();
-    tracing::info!(devices = names.join(","), "computing on");
+    tracing::info!(devices = names.join(","), "computing on these devices");
     let loaded = Bases::load(models, places[0].0.clone(), &names.join(","), options.precision)?;
     let all: Vec<Arc<Bases>> =
         places.iter().map(|(device, _)| Arc::new(loaded.on(device.clone()))).collect();
-    // Runs on GPUs share the machine's memory. On the CPU each worker has its part of it.
+    // Runs on GPUs share the host memory. On the CPU each worker has a fixed part of it.
     let on_gpu = places.iter().any(|(device, _)| device.memory().is_some());
     let host = if on_gpu {
         memory::host_limit(&options).saturating_sub(loaded.on_host())
@@ -126,12 +129,13 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
     let mut run_bytes: Arc<AtomicU64> = Arc::default();
     for (i, bases) in all.iter().enumerate() {
         if i.is_multiple_of(group) {
-            // A run needs as much of each device in its group.
+            // All devices of a group share one counter, because a run needs the same amount on
+            // each.
             run_bytes = Arc::default();
         }
         let training = i.is_multiple_of(group).then(|| {
             let members = &places[i..(i + group).min(places.len())];
-            // The run needs as much of each.
+            // A run needs the same amount on each device, so the smallest one decides.
             let least = members.iter().map(|(_, available)| *available).min().unwrap_or_default();
             if least > available {
                 (roomiest, available) = (i, least);
@@ -164,7 +168,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
         std::thread::Builder::new()
             .name(format!("device-{}", bases.device().name()))
             .spawn(move || {
-                // Whatever ends it, nobody waits for it in vain.
+                // Marks the worker as ended even after a panic, so that nobody waits forever.
                 let _ended = ended;
                 worker.work();
             })
@@ -183,7 +187,8 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
     })
 }
 
-/// A worker's name in metrics: its device's, numbered where several workers share one.
+/// Returns a worker's name in metrics: the name of its device, with a number if several workers
+/// share a device.
 fn label(devices: &[String], worker: usize) -> String {
     let name = &devices[worker];
     match devices.iter().filter(|other| *other == name).count() {
@@ -192,13 +197,14 @@ fn label(devices: &[String], worker: usize) -> String {
     }
 }
 
-/// Refuses a model whose heads are wider than the device's kernels can compute with.
+/// Refuses models whose heads are wider than the device's kernels support.
 fn refuse_wide_heads(models: &[LoadedModel], device: &ComputeDevice) -> Result<(), EngineError> {
     let Some(limit) = device.max_head_dim() else { return Ok(()) };
     match models.iter().find(|m| m.config.spec.head_dim() > limit) {
         None => Ok(()),
         Some(m) => Err(EngineError::Weights(format!(
-            "models/{}: head_dim is {}, and {} computes with at most {limit}: serve it with --device cpu",
+            "models/{}: head_dim is {}, and {} computes with at most {limit}: serve it with \
+             --device cpu",
             m.id,
             m.config.spec.head_dim(),
             device.name()
@@ -206,9 +212,10 @@ fn refuse_wide_heads(models: &[LoadedModel], device: &ComputeDevice) -> Result<(
     }
 }
 
-/// The devices, each with the bytes that the estimate may reach on it. Where they were not named,
-/// those are left out that cannot hold the `needed` bytes.
-fn places(
+/// Opens the devices and returns each with the memory in bytes that the estimate may reach on it.
+/// If the devices were chosen automatically, those that cannot hold the `needed` bytes are left
+/// out.
+fn open_devices(
     options: &EngineOptions,
     models: &[LoadedModel],
     needed: u64,
@@ -219,7 +226,11 @@ fn places(
             .map_err(|e| EngineError::Device(format!("{choice}: {e}")))
         {
             Err(e) if options.skip_missing_devices => {
-                tracing::warn!(device = %choice, error = %e, "a device that was named cannot be opened: going on without it");
+                tracing::warn!(
+                    device = %choice,
+                    error = %e,
+                    "a configured device cannot be opened: continuing without it"
+                );
                 left_out = Some(e);
                 continue;
             }
@@ -253,7 +264,7 @@ fn places(
     {
         return Err(e);
     }
-    // Workers on the CPU share the machine's memory, and the weights in it.
+    // Workers on the CPU share the machine's memory and the weights in it.
     if places.iter().all(|(device, _)| device.memory().is_none()) {
         let workers = places.len().max(1) as u64;
         places.iter_mut().for_each(|(_, available)| {
@@ -264,44 +275,52 @@ fn places(
 }
 
 impl Engine {
-    /// The base models.
+    /// Returns the base models, in the order of the settings.
     pub fn models(&self) -> Vec<ModelInfo> {
         self.shared.bases.infos()
     }
 
-    /// One base model.
+    /// Returns one base model.
     ///
     /// # Errors
-    /// `UnknownModel` when the server does not have it.
+    /// `UnknownModel` if the server does not have it.
     pub fn model(&self, id: &str) -> Result<ModelInfo, EngineError> {
         Ok(self.shared.bases.get(id)?.info.clone())
     }
 
-    /// What jobs compute in when they do not say.
+    /// Returns the precision of jobs that do not choose one.
     pub fn precision(&self) -> Precision {
         self.shared.options.precision
     }
 
-    /// Runs that can be in progress at one time; more wait.
+    /// Returns the maximum number of runs in progress at the same time; more runs wait in the
+    /// queue.
     pub fn concurrent_runs(&self) -> usize {
         self.shared.concurrent_runs
     }
 
     /// Returns the content hashes of a base model.
+    ///
+    /// # Errors
+    /// `UnknownModel` if the server does not have it.
     pub fn identity(&self, model: &str) -> Result<ModelIdentity, EngineError> {
         Ok(self.shared.bases.get(model)?.info.identity.clone())
     }
 
-    /// A base model's tokenizer.
+    /// Returns a base model's tokenizer.
+    ///
+    /// # Errors
+    /// `UnknownModel` if the server does not have it.
     pub fn tokenizer(&self, model: &str) -> Result<Arc<ChatTokenizer>, EngineError> {
         Ok(self.shared.bases.get(model)?.tokenizer.clone())
     }
 
-    /// Scores one item. Dropping the future abandons it: it never reaches the device if it has not
-    /// yet.
+    /// Scores one item. If the future is dropped while the item is still queued, the item is never
+    /// computed.
     ///
     /// # Errors
-    /// `QueueFull` at once when the queue is; the others as they are found.
+    /// `RowTooLong` and `QueueFull` immediately; `Draining` when the engine stops; otherwise the
+    /// error of the pass.
     pub async fn score(
         &self,
         policy: &WeightsRef,
@@ -325,10 +344,10 @@ impl Engine {
         answer.await.unwrap_or(Err(EngineError::Draining))
     }
 
-    /// Queues a run behind those in progress, if any. Its events tell the rest, `Ended` last.
+    /// Adds a run to the queue. Its progress is reported as events; `Ended` is the last one.
     ///
     /// # Errors
-    /// When it cannot fit the memory limit, or the engine is draining.
+    /// Fails if the run cannot fit the memory limit, too many runs wait, or the engine is draining.
     pub fn train(&self, run: TrainingRun) -> Result<(), EngineError> {
         let size = run.spec.batch.batch_size;
         let lengths = Lengths::of(&run.train, size).max(Lengths::of(&run.eval, size));
@@ -336,7 +355,10 @@ impl Engine {
         self.shared.queue.push_run(run, needs)
     }
 
-    /// The checks of [`Engine::train`] for pairs of these lengths.
+    /// Performs the memory checks of [`Engine::train`] for pairs of these lengths.
+    ///
+    /// # Errors
+    /// `OutOfMemory` if the run does not fit, and the errors of unknown models.
     pub fn check(
         &self,
         model: &str,
@@ -347,7 +369,7 @@ impl Engine {
         self.needs(model, reference, spec, lengths).map(|_| ())
     }
 
-    /// Returns what a run needs of memory, if the limits allow it.
+    /// Returns the memory that a run needs, or an error if it exceeds the limits.
     fn needs(
         &self,
         model: &str,
@@ -365,7 +387,9 @@ impl Engine {
             host = extra.host + on_host(config, spec, options.data_parallel);
             let (needed, available) = (bases.on_host() + host, memory::host_limit(options));
             if needed > available {
-                let remedy = "on the host, for masters, moments and copies of weights: train with LoRA, or raise memory_limit".to_owned();
+                let remedy = "on the host, for masters, moments and copies of weights: train with \
+                    LoRA, or raise memory_limit"
+                    .to_owned();
                 return Err(EngineError::OutOfMemory {
                     needed_mib: needed >> 20,
                     available_mib: available >> 20,
@@ -377,7 +401,8 @@ impl Engine {
         let plan_within = |bytes| plan(config, spec, lengths, bytes, self.memory_kind());
         match plan_within(available.saturating_sub(resident)) {
             Ok(granted) => {
-                // A device that has less than the roomiest one may be enough.
+                // A device with less memory than the largest one may be enough for the leanest
+                // plan.
                 let (Ok(leanest) | Err(leanest)) = plan_within(0);
                 let minimum = extra.device + leanest.total().min(granted.total());
                 Ok(Needs { extra: extra.device, minimum, host })
@@ -387,11 +412,13 @@ impl Engine {
                 let remedy = match spec.dpo.compares_pairs() {
                     true => {
                         format!(
-                            "lower batch_size (the loss holds all pairs of a batch) or max_length, train with LoRA, or raise {setting}"
+                            "lower batch_size (the loss holds all pairs of a batch) or \
+                             max_length, train with LoRA, or raise {setting}"
                         )
                     }
                     false => format!(
-                        "lower max_length, train with LoRA, leave activation_checkpointing to auto, or raise {setting}"
+                        "lower max_length, train with LoRA, leave activation_checkpointing to \
+                         auto, or raise {setting}"
                     ),
                 };
                 Err(EngineError::OutOfMemory {
@@ -403,7 +430,7 @@ impl Engine {
         }
     }
 
-    /// Bytes that a run needs besides the base models and its plan.
+    /// Returns the memory that a run needs besides the base models and its plan.
     fn extra(
         &self,
         model: &str,
@@ -418,8 +445,11 @@ impl Engine {
         MemoryKind::of(self.shared.bases.device())
     }
 
-    /// Returns the bytes that a run over pairs of these lengths needs at its peak, the base models
-    /// included, and its limit. A run that does not fit is told what it needs at least.
+    /// Returns a run's peak memory for pairs of these lengths, base models included, and the limit,
+    /// both in bytes. For a run that does not fit, the first value is the least that it needs.
+    ///
+    /// # Errors
+    /// `UnknownModel` if the server does not have a model that the run names.
     pub fn memory(
         &self,
         model: &str,
@@ -441,19 +471,21 @@ impl Engine {
         Ok((resident + plan.total(), available))
     }
 
-    /// The element type that a model's weights are stored in, and exported in unless another is
-    /// asked for.
+    /// Returns the element type in which a model's weights are stored. Exports use it by default.
+    ///
+    /// # Errors
+    /// `UnknownModel` if the server does not have it.
     pub fn element_type(&self, model: &str) -> Result<ElementType, EngineError> {
         Ok(self.shared.bases.get(model)?.element_type)
     }
 
-    /// Writes merged weights, the model's configuration and its tokenizer into the folder `out`. A
-    /// checkpoint's own tensors are copied, a base model's are taken as its files have them; each
-    /// number is rounded to `dtype` once. Blocks.
+    /// Writes merged weights, the model's configuration and its tokenizer into the folder `out`.
+    /// Weights come from the checkpoint's files or from the base model's files, and are rounded to
+    /// `dtype` only once. Blocks.
     ///
     /// # Errors
-    /// `Weights` when a file cannot be read, and `FilesChanged` when a base model whose weights in
-    /// memory are rounded has files that are gone or were changed.
+    /// `Weights` if a file cannot be read. `FilesChanged` if the base model is rounded in memory
+    /// and its files are gone or were changed. `NotResident` for the weights of a running job.
     pub fn export_merged(
         &self,
         weights: &WeightsRef,
@@ -496,12 +528,15 @@ impl Engine {
                 &base.policy.parameters.reader(),
             ),
         };
-        // Of all files only a base model's are checked against what was loaded.
+        // Only a base model's files are checked against the content that was loaded.
         written.map_err(|e| bases.unreadable(model, &e))?;
         export::save_companions(out, config, &base.tokenizer, |_| true).map_err(unusable)
     }
 
     /// Writes a model's tokenizer and chat templates into the folder `out`. Blocks.
+    ///
+    /// # Errors
+    /// `UnknownModel` if the server does not have it; `Weights` if a file cannot be written.
     pub fn export_tokenizer(&self, model: &str, out: &Path) -> Result<(), EngineError> {
         let base = self.shared.bases.get(model)?;
         let wanted = |name: &str| name != GENERATION_CONFIG;
@@ -509,23 +544,23 @@ impl Engine {
             .map_err(|e| EngineError::unusable(&e))
     }
 
-    /// Forgets weights loaded from `dir` or below: the files are gone.
+    /// Evicts the weights that were loaded from `dir` or below, because the files are gone.
     pub fn evict_policy(&self, dir: &Path) {
         self.shared.queue.evict(dir);
     }
 
-    /// Refuses new work from now on and answers what waits. A run in progress is stopped through
-    /// its control.
+    /// Refuses new work from now on, and answers everything in the queue with `Draining`. A run in
+    /// progress is stopped separately, through its [`RunControl`](api::RunControl).
     pub fn drain(&self) {
         for run in self.shared.queue.drain() {
-            // The channel was never used: there is room for one event.
+            // The channel has not been used, so there is room for one event.
             let _ = run.events.try_send(RunEvent::Ended(RunEnd::Drained).into());
         }
     }
 
-    /// Waits until the drained workers are done with the batch or the unit in progress; false when
-    /// that takes longer than `patience`. A process must not end before: the GPU's libraries are
-    /// taken down by its exit handlers, whoever still calls them. Blocks.
+    /// Waits until the drained workers have finished their current batch or unit. Returns false if
+    /// this takes longer than `patience`. The process must not exit earlier: its exit handlers shut
+    /// down the GPU's libraries, which a worker may still be calling. Blocks.
     pub fn wait_for_end(&self, patience: Duration) -> bool {
         self.shared.queue.wait_for_end(patience)
     }

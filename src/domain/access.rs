@@ -1,21 +1,21 @@
-//! Who asks, and what they may do.
+//! Callers and their roles.
 
-/// What a token allows. Roles are independent, apart from `Admin`, which includes the others.
+/// Permission that a token grants. Roles are independent, except that `Admin` includes the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {
-    /// Upload datasets, create jobs and handle one's own.
+    /// Upload datasets, create jobs and manage the caller's own.
     Submit,
     /// Score pairs and completions.
     Score,
-    /// Everything, and everyone's jobs.
+    /// Everything, including the jobs and datasets of other owners.
     Admin,
 }
 
 impl Role {
-    /// Every role.
+    /// All roles.
     pub const ALL: [Role; 3] = [Role::Submit, Role::Score, Role::Admin];
 
-    /// The name in the store and in settings.
+    /// Returns the name in the store and in settings.
     pub fn name(self) -> &'static str {
         match self {
             Role::Submit => "submit",
@@ -24,45 +24,46 @@ impl Role {
         }
     }
 
-    /// The role of that name.
+    /// Returns the role with this name.
     pub fn parse(name: &str) -> Option<Role> {
         Role::ALL.into_iter().find(|r| r.name() == name)
     }
 }
 
-/// Who makes a call.
+/// Identity and permissions behind a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Caller {
-    /// Whose jobs and datasets are the caller's own.
+    /// Name of the owner; jobs and datasets with this owner belong to the caller.
     pub owner: String,
-    /// What the caller may do.
+    /// Roles of the caller.
     pub roles: Vec<Role>,
-    /// The id of the token that says so; it may be revoked while a call goes on.
+    /// Id of the token that the caller presented. It may be revoked during a long call.
     pub token: Option<String>,
 }
 
 impl Caller {
-    /// Anyone, on a server without authentication; also the server itself.
+    /// Returns a caller with every permission: any client of a server without authentication, or
+    /// the server itself.
     pub fn anyone() -> Caller {
         Caller { owner: String::new(), roles: vec![Role::Admin], token: None }
     }
 
-    /// Whether the caller has `role`.
+    /// Returns true if the caller has `role`.
     pub fn may(&self, role: Role) -> bool {
         self.roles.contains(&role) || self.is_admin()
     }
 
-    /// Whether everyone's jobs are the caller's to see.
+    /// Returns true if the caller may see everyone's jobs and datasets.
     pub fn is_admin(&self) -> bool {
         self.roles.contains(&Role::Admin)
     }
 
-    /// Whether something of `owner` is the caller's to see.
+    /// Returns true if the caller may see jobs and datasets of `owner`.
     pub fn may_see(&self, owner: &str) -> bool {
         self.is_admin() || self.owner == owner
     }
 
-    /// Whose things a list shows; `None` is everyone's.
+    /// Returns the owner to which lists are restricted; `None` for an admin, who sees everything.
     pub fn shown(&self) -> Option<&str> {
         (!self.is_admin()).then_some(self.owner.as_str())
     }

@@ -1,4 +1,4 @@
-//! Preference rows and what validation says of them.
+//! Preference rows, and the findings of their validation.
 
 use std::collections::BTreeMap;
 
@@ -13,14 +13,14 @@ use super::violation::shortened;
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Text {
-    /// Used as it is.
+    /// Text that is tokenised as it is.
     Plain(String),
-    /// Rendered with the chat template.
+    /// Messages that are rendered with the chat template.
     Chat(Vec<ChatMessage>),
 }
 
 impl Text {
-    /// Bytes of its text.
+    /// Returns the size of the text in bytes.
     pub fn bytes(&self) -> usize {
         match self {
             Text::Plain(text) => text.len(),
@@ -29,39 +29,38 @@ impl Text {
     }
 }
 
-/// A prompt and two answers; the prompt and both answers have the same form (all plain or all
-/// chat).
+/// A prompt and two answers. All three have the same form: all plain text or all chat messages.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PreferenceRow {
-    /// From 1: a line number in JSONL.
+    /// Number of the row, from 1; in JSONL the line number.
     pub row: u64,
-    /// The row's own id.
+    /// Id that the row has in the file.
     pub id: Option<String>,
-    /// x; for implicit prompts, the messages both dialogues share.
+    /// Prompt x. With implicit prompts, the messages that both dialogues share.
     pub prompt: Text,
-    /// y_w.
+    /// Preferred answer y_w.
     pub chosen: Text,
-    /// y_l.
+    /// Other answer y_l.
     pub rejected: Text,
-    /// Multiplies the row's loss; 1 unless given.
+    /// Factor on the row's loss; the default is 1.
     pub weight: f64,
-    /// The row's own tools and template arguments, which only dialogues have.
+    /// Tools and template arguments of the row. Only rows of chat messages have them.
     #[serde(default, skip_serializing_if = "TemplateArguments::is_empty")]
     pub arguments: TemplateArguments,
-    /// Columns that the row has and that are neither used nor known, e.g. `score`.
+    /// Columns of the row that are not used, e.g. `score`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ignored: Vec<String>,
-    /// The shape that the row has in the file.
+    /// Shape of the row in the file.
     #[serde(default)]
     pub shape: RowShape,
-    /// The pair's place among its row's pairs, from 1, where the row has several rejected answers.
+    /// Number of the pair within its row, from 1, if the row has several rejected answers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pair: Option<u32>,
 }
 
 impl PreferenceRow {
-    /// Returns what version 0.2.0 did not use of the row, or could not read: a job of that version
-    /// saw other tokens. `None` for a row that means the same to both versions.
+    /// Returns the part of the row that version 0.2.0 ignored or could not read, so that a job of
+    /// that version saw other tokens. `None` if the row means the same to both versions.
     pub fn new_since_0_2_0(&self) -> Option<String> {
         if !matches!(self.shape, RowShape::Preference | RowShape::ImplicitPrompt) {
             return Some(self.shape.name().to_owned());
@@ -84,7 +83,8 @@ impl PreferenceRow {
         })
     }
 
-    /// A column as the row names it: of several rejected answers, the one of this pair.
+    /// Returns the name of a column as it is in the file. With several rejected answers, `rejected`
+    /// becomes the entry of this pair.
     pub fn column(&self, name: &str) -> String {
         match self.pair {
             Some(pair) if name == "rejected" => format!("rejected[{}]", pair.saturating_sub(1)),
@@ -93,29 +93,29 @@ impl PreferenceRow {
     }
 }
 
-/// The shapes of rows that are recognised; `train::rows` describes them.
+/// Supported row shapes; `train::rows` describes them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RowShape {
     /// prompt, chosen and rejected.
     #[default]
     Preference,
-    /// Two whole dialogues, which share the prompt.
+    /// Two whole dialogues that share the prompt.
     ImplicitPrompt,
-    /// Two plain texts, which share the prompt.
+    /// Two plain texts that share the prompt.
     ImplicitPromptText,
-    /// OpenAI's input, preferred_output and non_preferred_output.
+    /// OpenAI's columns input, preferred_output and non_preferred_output.
     OpenaiPreference,
-    /// Texts of "Human:" and "Assistant:".
+    /// Texts with "Human:" and "Assistant:" turns.
     Hh,
-    /// Whole dialogues, with the text of their first user message as the prompt.
+    /// Whole dialogues, and a prompt column with the text of their first user message.
     Ultrafeedback,
-    /// A list of rejected answers.
+    /// One chosen answer and a list of rejected ones.
     SeveralRejected,
 }
 
 impl RowShape {
-    /// The word on the wire.
+    /// Returns the name in the API.
     pub fn name(self) -> &'static str {
         match self {
             RowShape::Preference => "preference",
@@ -129,71 +129,70 @@ impl RowShape {
     }
 }
 
-/// The file format.
+/// File format of a dataset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DatasetFormat {
-    /// One JSON object a line.
+    /// One JSON object per line.
     Jsonl,
     /// Apache Parquet.
     Parquet,
 }
 
-/// Whether a row can still be used.
+/// Severity of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Severity {
-    /// It can.
+    /// The row can still be used.
     Warning,
-    /// It cannot.
+    /// The row cannot be used.
     Error,
 }
 
-/// The stable word for a finding.
+/// Reason of a finding; its name is part of the API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum IssueReason {
-    /// Not a JSON object.
+    /// The line is not a JSON object.
     InvalidJson,
-    /// Not UTF-8.
+    /// The line is not UTF-8.
     InvalidUtf8,
-    /// A field of the wrong type or form.
+    /// A field has the wrong type or form.
     InvalidType,
-    /// weight is not a finite number above 0.
+    /// `weight` is not a finite number above 0.
     InvalidWeight,
-    /// A field that changes what a row means and that cannot be used: images, audio, video, or
-    /// tools with plain text.
+    /// A field changes the meaning of the row but is not supported: images, audio, video, or tools
+    /// with plain text.
     UnsupportedField,
-    /// A column that is not used (a warning).
+    /// A column is not used (a warning).
     IgnoredField,
-    /// prompt, chosen or rejected is absent.
+    /// `prompt`, `chosen` or `rejected` is absent.
     MissingField,
-    /// An answer without text.
+    /// An answer has no text.
     EmptyCompletion,
-    /// chosen equals rejected.
+    /// `chosen` equals `rejected`.
     IdenticalAnswers,
-    /// Implicit prompts whose dialogues share no first message.
+    /// The prompt is implicit, but the two dialogues share no first message.
     DifferentPrompts,
-    /// No room for an answer token in max_length.
+    /// The prompt leaves no room for an answer token in `max_length`.
     PromptFillsMaxLength,
-    /// max_length cuts an answer (a warning).
+    /// `max_length` cuts an answer (a warning).
     Truncated,
-    /// The end of the prompt's tokens is not in prompt + answer, so that it is left out (a
-    /// warning).
+    /// The last tokens of the prompt differ in prompt + answer and are left out (a warning).
     PromptCut,
-    /// A token that the model has no embedding for.
+    /// A token has no embedding in the model.
     TokenOutsideVocabulary,
     /// The same pair occurred before (a warning).
     DuplicatePair,
-    /// The same pair occurred before with the answers exchanged.
+    /// The same pair occurred before with the answers swapped.
     ContradictoryPair,
-    /// Plain-text answers for a tokenizer that has no end-of-sequence token (a warning, once for a
+    /// Plain-text answers, but the tokenizer has no end-of-sequence token (a warning, once per
     /// file).
     NoEos,
 }
 
 impl IssueReason {
-    /// The word on the wire.
+    /// Returns the name in the API.
     pub fn name(self) -> &'static str {
         match self {
             IssueReason::InvalidJson => "invalid_json",
@@ -216,8 +215,8 @@ impl IssueReason {
         }
     }
 
-    /// Errors make a row unusable. Contradictions are warnings on both rows' face but poison
-    /// training, so they are errors.
+    /// Returns the severity. A contradictory pair could still be read, but it is an error because
+    /// it harms the training.
     pub fn severity(self) -> Severity {
         match self {
             IssueReason::Truncated
@@ -238,20 +237,20 @@ impl IssueReason {
 /// One finding about one row.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RowIssue {
-    /// From 1.
+    /// Number of the row, from 1.
     pub row: u64,
-    /// The row's own id.
+    /// Id that the row has in the file.
     pub id: Option<String>,
-    /// Which field.
+    /// Path of the field.
     pub field: String,
-    /// The stable word.
+    /// Reason of the finding.
     pub reason: IssueReason,
-    /// In words, with the remedy.
+    /// Explanation with the remedy.
     pub message: String,
 }
 
 impl RowIssue {
-    /// The same with texts of limited length and without NUL characters, which databases do not
+    /// Returns the finding with shortened texts and without NUL characters, which databases do not
     /// store.
     pub fn shortened(self) -> Self {
         let short = |text: String, limit: usize| {
@@ -259,44 +258,44 @@ impl RowIssue {
             if text.contains('\0') { text.replace('\0', "\u{fffd}") } else { text }
         };
         RowIssue {
-            id: self.id.map(|id| short(id, MAX_ISSUE_TEXT.0)),
-            field: short(self.field, MAX_ISSUE_TEXT.0),
-            message: short(self.message, MAX_ISSUE_TEXT.1),
+            id: self.id.map(|id| short(id, MAX_ISSUE_CHARS.0)),
+            field: short(self.field, MAX_ISSUE_CHARS.0),
+            message: short(self.message, MAX_ISSUE_CHARS.1),
             ..self
         }
     }
 }
 
-/// How many findings a report lists in full.
+/// Maximum number of findings that a report lists; further ones are only counted.
 pub const MAX_LISTED_ISSUES: usize = 1000;
-/// Characters of a row's id, and of a finding's message, that a report keeps: rows are a client's
-/// own, and may be long.
-const MAX_ISSUE_TEXT: (usize, usize) = (199, 399);
-/// Characters of a value that a finding's message repeats.
+/// Maximum length of a stored finding's id and field (first) and message (second), in characters.
+/// Rows come from clients and may be long.
+const MAX_ISSUE_CHARS: (usize, usize) = (199, 399);
+/// Maximum number of characters of a value that is quoted in a finding's message.
 pub const MAX_QUOTED_VALUE: usize = 200;
 
-/// What validation found.
+/// Result of a validation.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ValidationReport {
-    /// Rows in the file.
+    /// Number of rows in the file.
     pub rows: u64,
-    /// Rows without an error.
+    /// Number of rows without an error.
     pub valid_rows: u64,
-    /// Findings by reason.
+    /// Number of findings by reason.
     pub counts: BTreeMap<String, u64>,
-    /// The first [`MAX_LISTED_ISSUES`]; none in a list of datasets.
+    /// First [`MAX_LISTED_ISSUES`] findings. Empty in a list of datasets.
     #[serde(default)]
     pub issues: Vec<RowIssue>,
-    /// Whether there were more.
+    /// True if there were more findings than are listed.
     pub issues_truncated: bool,
-    /// Rows that could be read, by the name of their shape.
+    /// Number of readable rows by the name of their shape.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub shapes: BTreeMap<String, u64>,
-    /// Pairs that can be used, where rows make several; 0 where every row makes one.
+    /// Number of usable pairs, if rows have several; 0 if every row has one.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub pairs: u64,
-    /// Rows with an error that no model and no length avoids; `None` in reports of version 0.2.0,
-    /// where a row has at most one finding that depends on the job.
+    /// Number of rows with an error that does not depend on model or length. `None` in reports of
+    /// version 0.2.0, in which a row has at most one finding that depends on the job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unusable_rows: Option<u64>,
 }
@@ -311,7 +310,7 @@ impl ValidationReport {
         *self.counts.entry(reason.name().to_owned()).or_default() += 1;
     }
 
-    /// Counts a finding and lists it while there is room.
+    /// Counts a finding, and lists it if the list is not full.
     pub fn add(&mut self, issue: RowIssue) {
         self.count(issue.reason);
         if self.issues.len() < MAX_LISTED_ISSUES {
@@ -321,13 +320,13 @@ impl ValidationReport {
         }
     }
 
-    /// Rows that cannot be used.
+    /// Returns the number of rows with an error.
     pub fn bad_rows(&self) -> u64 {
         self.rows - self.valid_rows
     }
 
-    /// Rows that no job can use. Whether a prompt is too long, or a token is outside the
-    /// vocabulary, is for each job to say, with its own model and length.
+    /// Returns the number of rows that no job can use. Prompts that are too long and tokens outside
+    /// the vocabulary do not count: each job checks these with its own model and `max_length`.
     pub fn bad_rows_of_any_job(&self) -> u64 {
         self.unusable_rows.unwrap_or_else(|| {
             let reasons = [IssueReason::PromptFillsMaxLength, IssueReason::TokenOutsideVocabulary];
@@ -343,18 +342,18 @@ impl ValidationReport {
 pub struct Dataset {
     /// The id in `datasets/{id}`.
     pub id: String,
-    /// A title.
+    /// Title, for display only.
     pub display_name: String,
-    /// Its format.
+    /// File format.
     pub format: DatasetFormat,
-    /// Of the file.
+    /// Size of the file in bytes.
     pub size_bytes: u64,
-    /// BLAKE3 in hex.
+    /// BLAKE3 hash of the file, in hex.
     pub content_hash: String,
-    /// Findings.
+    /// Result of the validation.
     pub report: ValidationReport,
-    /// When acknowledged.
+    /// Time at which the upload was acknowledged.
     pub create_time: Millis,
-    /// The client that uploaded it; empty without authentication.
+    /// Client that uploaded it; empty without authentication.
     pub owner: String,
 }

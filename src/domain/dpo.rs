@@ -1,15 +1,17 @@
-//! A DPO objective: the loss mix, β, the divergence and the weightings. Names and defaults are
-//! TRL's where TRL has them.
+//! DPO objective: the mix of losses, β, the divergence and the weightings. Names and defaults
+//! follow TRL where TRL has them.
 
 use serde::{Deserialize, Serialize};
 
 use super::violation::Violations;
 
-/// A per-pair loss. Formulas: `math::loss`.
+/// Loss of a pair. The formulas are in `math::loss`, with the notation used here: lr = log π − log
+/// π_ref of an answer, s the divergence's score, δ = s_w − s_l, n the completion tokens, w chosen,
+/// l rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LossType {
-    /// −log σ(βδ), with label smoothing honoured (cDPO).
+    /// −log σ(βδ), optionally with label smoothing (cDPO).
     Sigmoid,
     /// relu(1 − βδ).
     Hinge,
@@ -46,7 +48,7 @@ pub enum LossType {
 }
 
 impl LossType {
-    /// Every loss, in the order of REFERENCE's table.
+    /// All losses.
     pub const ALL: [LossType; 17] = [
         LossType::Sigmoid,
         LossType::Hinge,
@@ -67,7 +69,7 @@ impl LossType {
         LossType::Orpo,
     ];
 
-    /// The name on the wire and in a settings file, as TRL spells it.
+    /// Returns the name in the API and in a settings file, as TRL spells it.
     pub fn name(self) -> &'static str {
         match self {
             LossType::Sigmoid => "sigmoid",
@@ -90,12 +92,12 @@ impl LossType {
         }
     }
 
-    /// The loss of that name, if there is one.
+    /// Returns the loss with this name.
     pub fn parse(name: &str) -> Option<LossType> {
         LossType::ALL.into_iter().find(|l| l.name() == name)
     }
 
-    /// Whether the value depends on reference log-probs.
+    /// Returns true if the value depends on reference log-probs.
     pub fn needs_reference(self) -> bool {
         !matches!(self, LossType::Sft | LossType::Simpo | LossType::Orpo)
     }
@@ -125,7 +127,8 @@ impl LossType {
         }
     }
 
-    /// Whether an f-divergence other than reverse KL is defined for it (TRL rejects the others).
+    /// Returns true if an f-divergence other than reverse KL is defined for this loss. TRL rejects
+    /// the others.
     pub fn accepts_divergence(self) -> bool {
         !matches!(
             self,
@@ -140,7 +143,7 @@ impl LossType {
     }
 }
 
-/// How a reward adds up the log-ratios of an answer's tokens.
+/// Aggregation of an answer's log-ratios in the reward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Normalization {
     /// r = β·Σ_t lr_t.
@@ -153,23 +156,24 @@ pub enum Normalization {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WeightedLoss {
-    /// Which loss.
+    /// Loss of this term.
     pub loss: LossType,
-    /// Its weight in the sum.
+    /// Weight in the sum.
     pub weight: f64,
-    /// ε of this term in [0, 0.5), for losses that smooth labels; `None` is the objective's.
+    /// Label smoothing ε of this term, in [0, 0.5), for losses that smooth labels; `None` means the
+    /// objective's value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub label_smoothing: Option<f64>,
 }
 
 impl WeightedLoss {
-    /// A term with the objective's label smoothing.
+    /// Returns a term that uses the objective's label smoothing.
     pub fn new(loss: LossType, weight: f64) -> Self {
         WeightedLoss { loss, weight, label_smoothing: None }
     }
 }
 
-/// s(lr): how a log-ratio enters the loss.
+/// f-divergence: the function s(lr) applied to a log-ratio before it enters the loss.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Divergence {
@@ -196,35 +200,35 @@ pub struct ReferenceSync {
     pub every_steps: u32,
 }
 
-/// The whole objective.
+/// The whole DPO objective.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DpoConfig {
-    /// The mix; at least one term.
+    /// Terms of the mix, at least one.
     pub losses: Vec<WeightedLoss>,
-    /// β > 0: the strength of the implicit reward, r = β·lr.
+    /// Strength β > 0 of the implicit reward, r = β·lr.
     pub beta: f64,
-    /// ε in [0, 0.5), of the terms that have none of their own.
+    /// Label smoothing ε in [0, 0.5), for terms without a value of their own.
     pub label_smoothing: f64,
-    /// How log-ratios enter.
+    /// Function applied to the log-ratios.
     pub divergence: Divergence,
-    /// τ of discopop.
+    /// Temperature τ of the discopop loss.
     pub discopop_tau: f64,
-    /// RPO: adds α·NLL(chosen), token mean.
+    /// RPO: adds α·NLL(chosen), averaged over tokens.
     pub rpo_alpha: Option<f64>,
-    /// DPOP (smaug): λ of the λ·max(0, −lr_w) penalty inside the sigmoid; 0 is off.
+    /// DPOP (smaug): factor λ of the penalty λ·max(0, −lr_w) inside the sigmoid; 0 turns it off.
     pub dpop_lambda: f64,
-    /// SimPO's target margin γ.
+    /// Target margin γ of SimPO.
     pub simpo_gamma: f64,
-    /// ORPO's λ.
+    /// Factor λ of ORPO.
     pub orpo_lambda: f64,
-    /// WPO: weigh each pair by its probability under the policy.
+    /// WPO: weights each pair by its probability under the policy.
     pub wpo: bool,
-    /// LD-DPO: weight of the tokens past the shorter answer's length, in [0, 1].
+    /// LD-DPO: weight in [0, 1] of the tokens beyond the length of the shorter answer.
     pub ld_alpha: Option<f64>,
-    /// lr = log π: no reference is consulted.
+    /// True to use lr = log π, without a reference.
     pub reference_free: bool,
-    /// TR-DPO.
+    /// TR-DPO: schedule that moves the reference towards the policy.
     pub reference_sync: Option<ReferenceSync>,
 }
 
@@ -312,7 +316,8 @@ impl DpoConfig {
         let smoothed =
             LossType::ALL.into_iter().filter(|loss| loss.smooths_labels()).map(LossType::name);
         let message = format!(
-            "has no effect on {}: leave it out or set it to 0, or use a loss with label smoothing ({})",
+            "has no effect on {}: leave it out or set it to 0, or use a loss with label smoothing \
+             ({})",
             names.join(", "),
             smoothed.collect::<Vec<_>>().join(", ")
         );
@@ -324,7 +329,7 @@ impl DpoConfig {
         term.label_smoothing.unwrap_or(self.label_smoothing)
     }
 
-    /// Records what is wrong with the label smoothing of term `i`.
+    /// Records the violations in the label smoothing of term `i`.
     fn validate_smoothing(&self, field: &str, i: usize, out: &mut Violations) {
         let term = &self.losses[i];
         let own = format!("{field}.losses[{i}].label_smoothing");
@@ -345,7 +350,7 @@ impl DpoConfig {
         }
     }
 
-    /// Records every impossible setting under `field`, e.g. `dpo.beta`.
+    /// Records every invalid setting. `field` is the prefix of the field paths, e.g. `dpo`.
     pub fn validate(&self, field: &str, out: &mut Violations) {
         if self.losses.is_empty() {
             out.push(
@@ -363,7 +368,11 @@ impl DpoConfig {
             if self.divergence != Divergence::ReverseKl && !l.loss.accepts_divergence() {
                 out.push(
                     format!("{field}.losses[{i}].loss"),
-                    format!("{} is defined for reverse_kl only: set divergence to reverse_kl or choose another loss", l.loss.name()),
+                    format!(
+                        "{} is defined for reverse_kl only: set divergence to reverse_kl or \
+                        choose another loss",
+                        l.loss.name()
+                    ),
                 );
             }
             self.validate_smoothing(field, i, out);
@@ -396,7 +405,8 @@ impl DpoConfig {
             );
         }
         if self.wpo && self.compares_pairs() {
-            let message = "weighs pairs, which aot and aot_unpaired cannot: they compare sorted log-ratios across pairs; remove one of the two";
+            let message = "weighs pairs, which aot and aot_unpaired cannot: they compare sorted \
+                log-ratios across pairs; remove one of the two";
             out.push(format!("{field}.use_weighting"), message);
         }
         out.non_negative(format!("{field}.simpo_gamma"), self.simpo_gamma);
@@ -427,7 +437,8 @@ impl DpoConfig {
             } else if !self.needs_reference() {
                 let names: Vec<&str> = self.losses.iter().map(|l| l.loss.name()).collect();
                 let message = format!(
-                    "has no meaning: {} without a reference: remove it, or add a loss that has one",
+                    "has no meaning: {} trains without a reference: remove it, or add a loss that \
+                     needs one",
                     names.join(", ")
                 );
                 out.push(format!("{field}.reference_sync"), message);

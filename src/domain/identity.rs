@@ -3,26 +3,26 @@
 
 use serde::{Deserialize, Serialize};
 
-/// A base model by the content of its parts, each a BLAKE3 hash in hex.
+/// Identity of a base model: a BLAKE3 hash in hex for each part.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelIdentity {
-    /// The weight files.
+    /// Hash of the weight files.
     pub weights: String,
-    /// The configuration as it is computed with, however its file is written.
+    /// Hash of the parsed configuration, independent of the file's formatting.
     pub config: String,
-    /// The tokenizer.
+    /// Hash of the tokenizer.
     pub tokenizer: String,
-    /// The chat template; empty where there is none.
+    /// Hash of the chat template; empty if there is none.
     pub chat_template: String,
 }
 
 /// A part in which two models differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Difference<'a> {
-    /// The name of the part, e.g. `weights`.
+    /// Name of the part, e.g. `weights`.
     pub part: &'static str,
-    /// The part's hash in the first model, and in the second.
+    /// Hash of the part in the first and in the second model.
     pub hashes: (&'a str, &'a str),
 }
 
@@ -36,7 +36,7 @@ impl ModelIdentity {
         ]
     }
 
-    /// One hash of all parts.
+    /// Returns one hash of all parts.
     pub fn hash(&self) -> String {
         let mut hash = blake3::Hasher::new();
         for (part, content) in self.parts() {
@@ -48,7 +48,7 @@ impl ModelIdentity {
         hash.finalize().to_hex().to_string()
     }
 
-    /// The first part that is not the same in `other`.
+    /// Returns the first part that differs from `other`.
     pub fn difference<'a>(&'a self, other: &'a ModelIdentity) -> Option<Difference<'a>> {
         let both = self.parts().into_iter().zip(other.parts());
         let mut differing = both.filter(|((_, mine), (_, theirs))| mine != theirs);
@@ -58,20 +58,21 @@ impl ModelIdentity {
     }
 }
 
-/// The content that a job depends on. It is pinned when the job is created.
+/// Content hashes that a job depends on, recorded when the job is created.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Pins {
-    /// The base model.
+    /// Identity of the base model.
     pub base: ModelIdentity,
-    /// BLAKE3 of the adapter that the policy starts from; the job's artifacts hold a copy of it.
+    /// BLAKE3 hash of the adapter that the policy starts from. The job's artifacts hold a copy of
+    /// it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init_adapter: Option<String>,
-    /// The base model under the reference, where that is another model than the policy's.
+    /// Identity of the reference's base model, if it is another model than the policy's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reference_base: Option<ModelIdentity>,
-    /// Hashes of the job's other inputs; `None` in jobs of versions that did not pin it and that
-    /// have not started since.
+    /// Hashes of the job's other inputs. `None` in jobs of older versions that have not started
+    /// since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub contents: Option<ContentPins>,
 }
@@ -80,16 +81,16 @@ pub struct Pins {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ContentPins {
-    /// The checkpoint that the policy starts from, by its digest; `None` for a base model.
+    /// Digest of the checkpoint that the policy starts from; `None` for a base model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<String>,
-    /// The checkpoint that the job names as its reference, by its digest; `None` for a base model
-    /// and where none is named.
+    /// Digest of the checkpoint that the job names as its reference; `None` for a base model or if
+    /// none is named.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reference: Option<String>,
-    /// BLAKE3 of the training dataset's file.
+    /// BLAKE3 hash of the training dataset's file.
     pub dataset: String,
-    /// BLAKE3 of the evaluation dataset's file, where there is one.
+    /// BLAKE3 hash of the evaluation dataset's file, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eval_dataset: Option<String>,
 }
@@ -129,7 +130,7 @@ mod tests {
             assert_eq!((difference.part, difference.hashes.1), (*part, "9"));
             assert_ne!(a.hash(), b.hash());
         }
-        // Moving a character from one part to the next is another model, too.
+        // Moving a character from one part to the next must change the hash, too.
         let shifted = ModelIdentity { weights: "12".into(), config: String::new(), ..a.clone() };
         assert_ne!(a.hash(), shifted.hash());
     }

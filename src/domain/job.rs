@@ -1,4 +1,4 @@
-//! A training job and its life.
+//! Training jobs: request, state, progress, checkpoints and events.
 
 use std::collections::BTreeMap;
 
@@ -14,11 +14,11 @@ use super::training::{GivenLora, TrainingSpec};
 /// Milliseconds since the Unix epoch, UTC.
 pub type Millis = i64;
 
-/// Metrics by their TRL names.
+/// Metrics by the names that TRL gives them.
 pub type Metrics = BTreeMap<String, f64>;
 
-/// Metrics in JSON, which has no infinities: what is not finite is left out, and what is null is
-/// taken for left out.
+/// JSON form of [`Metrics`]. JSON has no infinities or NaN: values that are not finite are left out
+/// when writing, and `null` is ignored when reading.
 pub mod finite {
     use std::collections::BTreeMap;
 
@@ -26,49 +26,49 @@ pub mod finite {
 
     use super::Metrics;
 
-    /// The finite ones.
+    /// Writes only the finite metrics.
     pub fn serialize<S: Serializer>(all: &Metrics, s: S) -> Result<S::Ok, S::Error> {
         s.collect_map(all.iter().filter(|(_, v)| v.is_finite()))
     }
 
-    /// The ones that are numbers.
+    /// Reads the metrics and skips those that are `null`.
     pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Metrics, D::Error> {
         let all = BTreeMap::<String, Option<f64>>::deserialize(d)?;
         Ok(all.into_iter().filter_map(|(name, v)| Some((name, v?))).collect())
     }
 }
 
-/// [`Metrics`] on their way to or from the store.
+/// [`Metrics`] in the JSON form of [`finite`], as the store has them.
 #[derive(Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Finite(#[serde(with = "finite")] pub Metrics);
 
-/// Where a job is in its life.
+/// State of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum JobState {
     /// Waiting for a device.
     Queued,
-    /// Loading, tokenising.
+    /// Loading weights and tokenising the data.
     Preparing,
     /// Taking optimizer steps.
     Running,
-    /// A pause was asked for.
+    /// A pause was requested; the run has not stopped yet.
     Pausing,
-    /// Stopped with a checkpoint until it is resumed.
+    /// Stopped with a checkpoint until a client resumes it.
     Paused,
-    /// A cancel was asked for.
+    /// A cancel was requested; the run has not stopped yet.
     Cancelling,
-    /// Ended by a cancel.
+    /// Ended because of a cancel.
     Cancelled,
-    /// Ended well.
+    /// Ended successfully.
     Succeeded,
-    /// Ended by an error.
+    /// Ended because of an error.
     Failed,
 }
 
 impl JobState {
-    /// Every state.
+    /// All states.
     pub const ALL: [JobState; 9] = [
         JobState::Queued,
         JobState::Preparing,
@@ -81,20 +81,20 @@ impl JobState {
         JobState::Failed,
     ];
 
-    /// Whether nothing will change any more.
+    /// Returns true if the state can never change again.
     pub fn is_final(self) -> bool {
         matches!(self, JobState::Cancelled | JobState::Succeeded | JobState::Failed)
     }
 
-    /// Whether the job may go from `self` to `to`. A drained or killed server's jobs go back to
-    /// `Queued`.
+    /// Returns true if a job may go from `self` to `to`. Jobs of a drained or killed server are
+    /// requeued, that is, they go back to `Queued`.
     pub fn may_become(self, to: JobState) -> bool {
         use JobState::*;
         match self {
             Queued => matches!(to, Preparing | Paused | Cancelled | Failed),
             Preparing => matches!(to, Running | Pausing | Cancelling | Failed | Queued),
             Running => matches!(to, Succeeded | Failed | Pausing | Cancelling | Queued),
-            // It may end by itself before the pause takes hold.
+            // The run may end by itself before it notices the request.
             Pausing => matches!(to, Paused | Succeeded | Failed | Cancelling),
             Paused => matches!(to, Queued | Cancelled),
             Cancelling => matches!(to, Cancelled | Failed),
@@ -102,7 +102,7 @@ impl JobState {
         }
     }
 
-    /// The name in the store and in logs.
+    /// Returns the name in the store and in logs.
     pub fn name(self) -> &'static str {
         match self {
             JobState::Queued => "queued",
@@ -117,99 +117,101 @@ impl JobState {
         }
     }
 
-    /// The state of that name.
+    /// Returns the state with this name.
     pub fn parse(name: &str) -> Option<JobState> {
         JobState::ALL.into_iter().find(|s| s.name() == name)
     }
 }
 
-/// What to do with rows that fail validation; never silent.
+/// Handling of rows that fail validation. Bad rows are never ignored silently.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RowPolicy {
     /// Refuse the job.
     #[default]
     Reject,
-    /// Leave them out and list them.
+    /// Leave the rows out and list them.
     Skip,
 }
 
-/// The rows to evaluate on.
+/// Source of the evaluation rows.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Evaluation {
-    /// None.
+    /// No evaluation.
     #[default]
     None,
-    /// A dataset of their own, by id.
+    /// A separate dataset, by its id.
     Dataset(String),
-    /// A fraction in (0, 1) split off by the seed.
+    /// A fraction in (0, 1) of the training rows, split off with the job's seed.
     Fraction(f64),
 }
 
-/// What a client asked for, as pinned at creation; title, labels and priority may change later.
+/// The client's request, fixed when the job is created. Only title, labels and priority may change
+/// later.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JobRequest {
-    /// A title for people.
+    /// Title, for display only.
     pub display_name: String,
-    /// Free labels.
+    /// Labels that the client chose freely.
     pub labels: BTreeMap<String, String>,
-    /// Higher goes first.
+    /// Jobs with a higher number run first.
     #[serde(default)]
     pub priority: i32,
-    /// The base model under it, which stays known when the jobs that it continues are deleted.
+    /// Id of the base model. Stored here so that it stays known after the jobs that this one
+    /// continues are deleted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
-    /// The content that the job depends on; `None` for jobs of version 0.1 that have not started
+    /// Content hashes that the job depends on. `None` for jobs of version 0.1 that have not started
     /// since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pins: Option<Pins>,
-    /// What is trained.
+    /// Weights that the training starts from.
     pub policy: PolicyName,
-    /// `None`: the policy's own start weights.
+    /// Reference weights; `None` means the weights that the policy starts from.
     pub reference: Option<PolicyName>,
     /// The dataset's id.
     pub dataset: String,
-    /// Rows to evaluate on.
+    /// Source of the evaluation rows.
     pub evaluation: Evaluation,
     /// Hyper-parameters.
     pub spec: TrainingSpec,
-    /// The fields of LoRA that the client named, which are checked against the adapter that the job
-    /// starts from. Not stored.
+    /// LoRA fields that the client set. They are checked against the adapter that the job starts
+    /// from and are not stored.
     #[serde(skip)]
     pub given_lora: GivenLora,
-    /// Bad rows.
+    /// Handling of rows that fail validation.
     pub row_policy: RowPolicy,
-    /// Milliseconds that it is kept after its end; `None` is for ever.
+    /// Time in milliseconds for which the job is stored after its end; `None` means without limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ttl_ms: Option<u64>,
-    /// Variables for the chat template; those of a row win.
+    /// Variables for the chat template; a row's own variables override them.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub chat_template_kwargs: Map<String, Value>,
 }
 
-/// How far a job is.
+/// Progress of a job.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     /// Optimizer steps taken.
     pub step: u64,
-    /// Optimizer steps in all.
+    /// Optimizer steps of the whole run.
     pub total_steps: u64,
-    /// Epochs done.
+    /// Epochs completed, with the fraction of the current one.
     pub epoch: f64,
     /// Tokens trained on.
     pub tokens: u64,
-    /// Seconds to go.
+    /// Estimated time to the end, in seconds.
     pub eta_seconds: Option<f64>,
 }
 
-/// Why a job failed.
+/// Error that ended a job, or that put it back in the queue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JobError {
-    /// The reason, whose name is stored, e.g. `NON_FINITE_LOSS` or `DATASET_INVALID`.
+    /// Reason; its name is stored, e.g. `NON_FINITE_LOSS` or `DATASET_INVALID`.
     pub reason: StoredReason,
-    /// In words, with the remedy.
+    /// Explanation with the remedy.
     pub message: String,
 }
 
@@ -218,46 +220,47 @@ pub struct JobError {
 pub struct Job {
     /// The id in `trainingJobs/{id}`.
     pub id: String,
-    /// Counts the changes.
+    /// Number of changes made to the job so far.
     pub version: i64,
-    /// What was asked for.
+    /// Request of the client that created the job.
     pub request: JobRequest,
-    /// Where it is.
+    /// Current state.
     pub state: JobState,
-    /// Why it failed; of a queued job, why it was put back in the queue.
+    /// Error that ended the job. For a queued job, the reason why it was requeued.
     pub error: Option<JobError>,
-    /// How far it is.
+    /// Progress of the training.
     pub progress: Progress,
-    /// The newest metrics.
+    /// Newest value of each metric.
     pub latest_metrics: Metrics,
-    /// Rows left out, in words.
+    /// Descriptions of the rows that were left out.
     pub skipped_rows: Vec<String>,
-    /// Created.
+    /// Time of creation.
     pub create_time: Millis,
-    /// First began to prepare.
+    /// Time at which the job first entered `Preparing`.
     pub start_time: Option<Millis>,
-    /// Ended.
+    /// Time at which the job reached a final state.
     pub end_time: Option<Millis>,
-    /// Since when it waits for a device: its place among jobs of its priority.
+    /// Time since which the job waits for a device. Among jobs of the same priority the earliest
+    /// goes first.
     pub turn: Millis,
-    /// The trace of the call that made it, as W3C's `traceparent`.
+    /// Trace of the call that created the job, as a W3C `traceparent`.
     pub trace: Option<String>,
-    /// The client that made it; empty without authentication.
+    /// Client that created the job; empty without authentication.
     pub owner: String,
 }
 
 impl Job {
-    /// The tools and variables that the chat template gets where a row has none of its own.
+    /// Returns the chat template's arguments for rows that have none of their own.
     pub fn template_arguments(&self) -> TemplateArguments {
         TemplateArguments { tools: None, kwargs: self.request.chat_template_kwargs.clone() }
     }
 
-    /// When it is deleted: its time to live after its end.
+    /// Returns the time at which the job is deleted: its end plus its time to live.
     pub fn expire_time(&self) -> Option<Millis> {
         Some(self.end_time?.saturating_add(self.request.ttl_ms? as Millis))
     }
 
-    /// Changes whenever title, labels, priority or state do; progress leaves it.
+    /// Returns a tag that changes with title, labels, priority and state, but not with progress.
     pub fn etag(&self) -> String {
         let mut hash = blake3::Hasher::new();
         let r = &self.request;
@@ -273,82 +276,82 @@ impl Job {
     }
 }
 
-/// A complete state on disk.
+/// Record of a complete checkpoint on disk.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
     /// The job's id.
     pub job: String,
-    /// The optimizer step.
+    /// Optimizer step after which it was written.
     pub step: u64,
-    /// Best so far.
+    /// True if it was the best so far.
     pub best: bool,
-    /// Whether it is a LoRA adapter.
+    /// True if it holds a LoRA adapter, false if it holds full weights.
     pub adapter: bool,
     /// Bytes on disk.
     pub size_bytes: u64,
-    /// Metrics then.
+    /// Metrics at that step.
     pub metrics: Metrics,
-    /// When it was complete.
+    /// Time at which it was complete.
     pub create_time: Millis,
-    /// The hash of its state file, which lists the hashes of its other files; empty for those of
+    /// Hash of its state file, which lists the hashes of its other files. Empty for checkpoints of
     /// older versions.
     pub digest: String,
 }
 
-/// An event as stored.
+/// Stored event of a job.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Event {
-    /// 1, 2, 3, … within the job.
+    /// Number of the event within the job, from 1.
     pub sequence: u64,
-    /// When.
+    /// Time at which the event was stored.
     pub time: Millis,
-    /// What.
+    /// Content of the event.
     pub kind: EventKind,
 }
 
-/// What happened.
+/// Content of an event.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum EventKind {
     /// The job changed state.
     StateChange {
-        /// Before; `None` for a new job.
+        /// Previous state; `None` for a new job.
         from: Option<JobState>,
-        /// After.
+        /// New state.
         to: JobState,
-        /// Why.
+        /// Explanation of the change.
         reason: String,
     },
-    /// One logged step.
+    /// Metrics of an optimizer step that is logged.
     Step {
         /// The optimizer step.
         step: u64,
-        /// How far.
+        /// Progress after the step.
         progress: Progress,
-        /// By name.
+        /// Values by metric name.
         #[serde(with = "finite")]
         metrics: Metrics,
     },
-    /// One evaluation.
+    /// Metrics of an evaluation.
     Eval {
-        /// After which step.
+        /// Optimizer step after which the rows were evaluated.
         step: u64,
-        /// By name.
+        /// Values by metric name.
         #[serde(with = "finite")]
         metrics: Metrics,
     },
     /// A checkpoint is complete.
     CheckpointCreated {
-        /// The step.
+        /// Optimizer step after which it was written.
         step: u64,
-        /// Best so far.
+        /// True if it was the best so far.
         best: bool,
     },
-    /// A message for people.
+    /// Message for people.
     Log {
-        /// info, warning, error.
+        /// `info`, `warning` or `error`.
         severity: String,
-        /// The text.
+        /// Text of the message.
         message: String,
     },
 }

@@ -1,20 +1,22 @@
-//! Chat messages, and what a chat template sees besides them.
+//! Chat messages, and the other inputs of a chat template.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-/// Messages of one text: each has a token at least, so that no row with more could be used.
+/// Maximum number of messages in one text. Each message has at least one token, so a longer text
+/// would not fit any row.
 pub const MAX_MESSAGES: usize = 16384;
-/// Tools of one row, job or scoring call.
+/// Maximum number of tools in one row, job or scoring call.
 pub const MAX_TOOLS: usize = 1024;
-/// How deep objects and lists of a message, a tool or a template argument may lie in each other.
+/// Maximum nesting depth of objects and lists in a message, a tool or a template argument.
 pub const MAX_DEPTH: usize = 64;
-/// Bytes of the tools, and of the template arguments, of one row, job or scoring call.
+/// Maximum size in bytes of the tools, and of the template arguments, of one row, job or scoring
+/// call.
 pub const MAX_ARGUMENT_BYTES: usize = 1 << 20;
 
-/// Names that transformers' `apply_chat_template` takes itself, so that no template sees a value
-/// which a caller gives under them.
-const RESERVED: [&str; 16] = [
+/// Parameter names of transformers' `apply_chat_template`. A template never sees values that a
+/// caller passes under these names.
+const RESERVED_KWARGS: [&str; 16] = [
     "messages",
     "conversation",
     "tools",
@@ -33,7 +35,7 @@ const RESERVED: [&str; 16] = [
     "tokenizer_kwargs",
 ];
 
-/// Kinds of content parts, and keys of messages, that hold something else than text.
+/// Types of content parts, and keys of messages, that hold something other than text.
 const MEDIA_PARTS: [&str; 11] = [
     "image",
     "image_url",
@@ -48,8 +50,8 @@ const MEDIA_PARTS: [&str; 11] = [
     "input_file",
 ];
 const MEDIA_KEYS: [&str; 6] = ["images", "image", "videos", "video", "audios", "audio"];
-/// Keys with which a message without text says something.
-const ANSWERS: [&str; 7] = [
+/// Keys that count as an answer even if the message has no text.
+const ANSWER_KEYS: [&str; 7] = [
     "tool_calls",
     "function_call",
     "reasoning_content",
@@ -59,28 +61,28 @@ const ANSWERS: [&str; 7] = [
     "refusal",
 ];
 
-/// Keys that name a message or say what it answers; alone they are no text.
-const LABELS: [&str; 4] = ["role", "content", "name", "tool_call_id"];
+/// Keys that describe a message; on their own they are no content.
+const LABEL_KEYS: [&str; 4] = ["role", "content", "name", "tool_call_id"];
 
-/// A chat message: a JSON object with at least a role. The chat template sees every key, in the
-/// order in which they were given.
+/// Chat message: a JSON object with at least a role. The chat template sees every key, in the order
+/// of the input.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "Value")]
 pub struct ChatMessage(Map<String, Value>);
 
-/// Why a JSON value is not a message that can be used.
+/// Reason why a JSON value cannot be used as a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MessageProblem {
     /// A key is missing or has the wrong type.
     Invalid {
-        /// The path in the message, e.g. `content[1].type`; empty for the message itself.
+        /// Path in the message, e.g. `content[1].type`; empty for the message itself.
         path: String,
-        /// The problem, to be read after the path.
+        /// Explanation, to be appended to the path.
         reason: String,
     },
-    /// The message holds an image, audio or video, which the models here do not see.
+    /// The message holds an image, audio or video, which the models cannot process.
     Media {
-        /// The path in the message.
+        /// Path in the message.
         path: String,
     },
 }
@@ -100,7 +102,7 @@ impl std::fmt::Display for MessageProblem {
 }
 
 impl ChatMessage {
-    /// A message with a role and a text.
+    /// Returns a message with a role and a text.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         let mut fields = Map::new();
         fields.insert("role".to_owned(), Value::String(role.into()));
@@ -108,16 +110,19 @@ impl ChatMessage {
         ChatMessage(fields)
     }
 
-    /// The message that a JSON object is. Keys with null are left out, as transformers leaves them
-    /// out before it renders.
+    /// Parses a message from a JSON object. Keys with null are left out, as transformers does
+    /// before rendering.
     ///
     /// # Errors
-    /// In words, when the value is no message or holds media.
+    /// Explains the problem if the value is not a message or holds media.
     pub fn from_json(value: Value) -> Result<Self, String> {
         Self::parse(value).map_err(|problem| problem.to_string())
     }
 
-    /// [`ChatMessage::from_json`] with a problem that says where it lies.
+    /// Parses a message like [`ChatMessage::from_json`], with a structured error.
+    ///
+    /// # Errors
+    /// The problem with its path in the message.
     pub fn parse(value: Value) -> Result<Self, MessageProblem> {
         let wrong =
             |path: &str, reason: String| MessageProblem::Invalid { path: path.to_owned(), reason };
@@ -152,7 +157,8 @@ impl ChatMessage {
                 if !has_payload {
                     let how = if fields.contains_key("content") { "null" } else { "missing" };
                     let reason = format!(
-                        "is {how}: a message has a content, or something else to say such as tool_calls"
+                        "is {how}: a message has a content, or something else to say such as \
+                         tool_calls"
                     );
                     return Err(wrong("content", reason));
                 }
@@ -172,17 +178,17 @@ impl ChatMessage {
         Ok(ChatMessage(fields))
     }
 
-    /// system, user, assistant, tool, …
+    /// Returns the role, e.g. `system`, `user`, `assistant` or `tool`.
     pub fn role(&self) -> &str {
         self.0.get("role").and_then(Value::as_str).unwrap_or_default()
     }
 
-    /// Every key, in order.
+    /// Returns all keys in the order of the input.
     pub fn fields(&self) -> &Map<String, Value> {
         &self.0
     }
 
-    /// Returns a key that version 0.2.0 did not use: it saw a role and a text, and nothing else.
+    /// Returns a key that version 0.2.0 ignored. That version used only the role and a text.
     pub(super) fn new_since_0_2_0(&self) -> Option<&str> {
         if !self.0.get("content").is_some_and(Value::is_string) {
             return Some("content");
@@ -206,10 +212,10 @@ impl ChatMessage {
             && !self
                 .0
                 .iter()
-                .any(|(key, value)| ANSWERS.contains(&key.as_str()) && has_content(value))
+                .any(|(key, value)| ANSWER_KEYS.contains(&key.as_str()) && has_content(value))
     }
 
-    /// Bytes of its text, keys included.
+    /// Returns the approximate size in memory in bytes, keys included.
     pub fn bytes(&self) -> usize {
         self.0.iter().map(|(key, value)| key.len() + bytes(value)).sum()
     }
@@ -223,12 +229,12 @@ impl TryFrom<Value> for ChatMessage {
     }
 }
 
-/// What a chat template sees besides the messages.
+/// Inputs of a chat template besides the messages.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TemplateArguments {
-    /// The tools that the model may call, each a JSON object; `None` is not the same as none for
-    /// some templates.
+    /// Tools that the model may call, each a JSON object. Some templates treat `None` and an empty
+    /// list differently.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tools: Option<Vec<Value>>,
     /// Further variables, e.g. `enable_thinking`.
@@ -237,30 +243,31 @@ pub struct TemplateArguments {
 }
 
 impl TemplateArguments {
-    /// Whether the template sees nothing of this.
+    /// Returns true if there are neither tools nor variables.
     pub fn is_empty(&self) -> bool {
         self.tools.is_none() && self.kwargs.is_empty()
     }
 
-    /// These arguments over those of `below`: tools and variables given here win.
+    /// Merges these arguments with the defaults in `below`. Tools and variables given here override
+    /// them.
     pub fn over(&self, below: &TemplateArguments) -> TemplateArguments {
         let mut kwargs = below.kwargs.clone();
         kwargs.extend(self.kwargs.clone());
         TemplateArguments { tools: self.tools.clone().or_else(|| below.tools.clone()), kwargs }
     }
 
-    /// Bytes of their text, keys included.
+    /// Returns the approximate size in memory in bytes, keys included.
     pub fn bytes(&self) -> usize {
         let tools: usize = self.tools.iter().flatten().map(bytes).sum();
         tools + self.kwargs.iter().map(|(key, value)| key.len() + bytes(value)).sum::<usize>()
     }
 }
 
-/// Tools from JSON: a list of objects, or a string that holds such a list, which is how tables of
-/// one type store them. Null is no tools.
+/// Parses tools from JSON: a list of objects, or a string with such a list in JSON, because tables
+/// with typed columns store tools as a string. Null and an empty string mean no tools.
 ///
 /// # Errors
-/// In words, to be read after the field's name.
+/// An explanation, to be appended to the field's name.
 pub fn tools_from_json(value: Value) -> Result<Option<Vec<Value>>, String> {
     let value = match value {
         Value::String(text) if text.trim().is_empty() => Value::Null,
@@ -286,7 +293,7 @@ pub fn tools_from_json(value: Value) -> Result<Option<Vec<Value>>, String> {
 /// Checks the form and the size of a list of tools.
 ///
 /// # Errors
-/// In words, to be read after the field's name.
+/// An explanation, to be appended to the field's name.
 pub fn check_tools(tools: &[Value]) -> Result<(), String> {
     if tools.len() > MAX_TOOLS {
         return Err(format!("has {} tools: {MAX_TOOLS} are the limit", tools.len()));
@@ -300,9 +307,9 @@ pub fn check_tools(tools: &[Value]) -> Result<(), String> {
 /// Checks the names and the size of template arguments.
 ///
 /// # Errors
-/// In words, to be read after the field's name.
+/// An explanation, to be appended to the field's name.
 pub fn check_kwargs(kwargs: &Map<String, Value>) -> Result<(), String> {
-    if let Some(name) = RESERVED.into_iter().find(|name| kwargs.contains_key(*name)) {
+    if let Some(name) = RESERVED_KWARGS.into_iter().find(|name| kwargs.contains_key(*name)) {
         let remedy = match name {
             "tools" => "give tools in their own field",
             _ => "it is no variable that a template can be given: remove it",
@@ -330,7 +337,8 @@ fn too_deep() -> String {
     format!("has objects and lists that lie more than {MAX_DEPTH} deep in each other: flatten it")
 }
 
-/// Whether a value says anything: not null, and not empty all through.
+/// Returns true if a value has any content. Null, empty strings and lists, and objects without any
+/// content have none.
 pub fn has_content(value: &Value) -> bool {
     match value {
         Value::Null => false,
@@ -341,8 +349,8 @@ pub fn has_content(value: &Value) -> bool {
     }
 }
 
-/// Removes keys with null from objects, all through a value. Tables of one type fill the keys that
-/// an object does not have with nulls; TRL's `remove_none_values` takes them out again like this.
+/// Removes null keys from objects at every depth. Typed tables fill absent keys with null; TRL's
+/// `remove_none_values` removes them in the same way.
 pub fn without_nulls(value: Value) -> Value {
     match value {
         Value::Array(items) => Value::Array(items.into_iter().map(without_nulls).collect()),
@@ -354,7 +362,7 @@ pub fn without_nulls(value: Value) -> Value {
     }
 }
 
-/// The type of a JSON value, in words.
+/// Returns a description of the value's JSON type, e.g. "a list".
 pub fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
@@ -367,7 +375,7 @@ pub fn kind(value: &Value) -> &'static str {
 }
 
 fn is_payload(key: &str, value: &Value) -> bool {
-    !LABELS.contains(&key) && has_content(value)
+    !LABEL_KEYS.contains(&key) && has_content(value)
 }
 
 fn check_parts(parts: &[Value]) -> Result<(), MessageProblem> {
@@ -394,19 +402,20 @@ fn check_parts(parts: &[Value]) -> Result<(), MessageProblem> {
     Ok(())
 }
 
-/// Bytes that a value takes in memory without its text: a list of a million empty texts is not
-/// small.
-const VALUE_BYTES: usize = 72;
+/// Approximate memory of a JSON value without its text, in bytes. Counted because a list of a
+/// million empty strings is not small.
+const VALUE_OVERHEAD_BYTES: usize = 72;
 
-/// Bytes that a value takes in memory, about.
+/// Returns the approximate size of a value in memory, in bytes.
 fn bytes(value: &Value) -> usize {
     match value {
-        Value::String(text) => text.len().max(VALUE_BYTES),
-        Value::Array(items) => VALUE_BYTES + items.iter().map(bytes).sum::<usize>(),
+        Value::String(text) => text.len().max(VALUE_OVERHEAD_BYTES),
+        Value::Array(items) => VALUE_OVERHEAD_BYTES + items.iter().map(bytes).sum::<usize>(),
         Value::Object(fields) => {
-            VALUE_BYTES + fields.iter().map(|(key, value)| key.len() + bytes(value)).sum::<usize>()
+            VALUE_OVERHEAD_BYTES
+                + fields.iter().map(|(key, value)| key.len() + bytes(value)).sum::<usize>()
         }
-        Value::Null | Value::Bool(_) | Value::Number(_) => VALUE_BYTES,
+        Value::Null | Value::Bool(_) | Value::Number(_) => VALUE_OVERHEAD_BYTES,
     }
 }
 

@@ -5,19 +5,19 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Which checkpoint of a job.
+/// Checkpoint within a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CheckpointRef {
-    /// The one after that optimizer step.
+    /// The checkpoint after this optimizer step.
     Step(u64),
-    /// The newest; for a running job, the weights it trains now.
+    /// The newest checkpoint; for a running job, its current weights.
     Latest,
-    /// The best by the job's metric.
+    /// The best checkpoint by the job's metric.
     Best,
 }
 
-/// What names a set of weights.
+/// Name of a set of weights.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum PolicyName {
@@ -27,12 +27,12 @@ pub enum PolicyName {
     Checkpoint {
         /// The job's id.
         job: String,
-        /// Which of its checkpoints.
+        /// Checkpoint of this job.
         which: CheckpointRef,
     },
 }
 
-/// Returns true for `owner/name` as the Hugging Face hub forms it, without a revision.
+/// Returns true if `name` has the form `owner/name` of the Hugging Face hub, without a revision.
 pub fn is_hub_id(name: &str) -> bool {
     let plain = |p: &str| {
         !p.is_empty()
@@ -42,12 +42,12 @@ pub fn is_hub_id(name: &str) -> bool {
     name.split_once('/').is_some_and(|(owner, name)| plain(owner) && plain(name))
 }
 
-/// The name under which other programs load a base model.
+/// Name under which other programs load a base model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BaseName {
-    /// `owner/name` on the Hugging Face hub, else the id in `models/{id}`. Never a path.
+    /// `owner/name` on the Hugging Face hub, or else the id in `models/{id}`. Never a path.
     pub name: String,
-    /// The hub's branch, tag or commit, where one was named.
+    /// Branch, tag or commit on the hub, if one was given.
     pub revision: Option<String>,
 }
 
@@ -68,7 +68,8 @@ impl From<&str> for BaseName {
     }
 }
 
-/// An id is 1 to 128 letters, digits, `-`, `_` or `.`, and does not start with a dot.
+/// Returns true if `id` has 1 to 128 letters, digits, `-`, `_` or `.`, and does not start with a
+/// dot.
 pub fn is_valid_id(id: &str) -> bool {
     !id.is_empty()
         && id.len() <= 128
@@ -80,22 +81,24 @@ fn id_after<'a>(name: &'a str, prefix: &str) -> Option<&'a str> {
     name.strip_prefix(prefix).filter(|id| is_valid_id(id))
 }
 
-/// The id in `trainingJobs/{id}`.
+/// Returns the id in `trainingJobs/{id}`.
 pub fn parse_job(name: &str) -> Option<&str> {
     id_after(name, "trainingJobs/")
 }
 
-/// The id in `datasets/{id}`.
+/// Returns the id in `datasets/{id}`.
 pub fn parse_dataset(name: &str) -> Option<&str> {
     id_after(name, "datasets/")
 }
 
-/// The id in `models/{id}`.
+/// Returns the id in `models/{id}`.
 pub fn parse_model(name: &str) -> Option<&str> {
     id_after(name, "models/")
 }
 
-/// The job and the checkpoint in `trainingJobs/{id}/checkpoints/{step|latest|best}`.
+/// Returns the job and the checkpoint in `trainingJobs/{id}/checkpoints/{step
+/// latest
+/// best}`.
 pub fn parse_checkpoint(name: &str) -> Option<(&str, CheckpointRef)> {
     let (job, which) = name.strip_prefix("trainingJobs/")?.split_once("/checkpoints/")?;
     let which = match which {
@@ -106,7 +109,7 @@ pub fn parse_checkpoint(name: &str) -> Option<(&str, CheckpointRef)> {
     is_valid_id(job).then_some((job, which))
 }
 
-/// A model's or a checkpoint's name.
+/// Parses the name of a base model or of a checkpoint.
 pub fn parse_policy(name: &str) -> Option<PolicyName> {
     match parse_model(name) {
         Some(id) => Some(PolicyName::Model(id.to_owned())),

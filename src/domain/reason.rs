@@ -1,11 +1,11 @@
-//! The stable words that say why a call was refused or a job failed.
+//! Stable reason names for refused calls and failed jobs.
 //!
-//! Clients dispatch on them, so that a name never changes. The code dispatches on [`Reason`], never
-//! on a name: [`Reason::name`] is for the wire, the store and metrics.
+//! Clients dispatch on the names, so a name never changes. The code dispatches on [`Reason`], never
+//! on a name: [`Reason::name`] is for the API, the store and metrics.
 
 use serde::{Deserialize, Serialize};
 
-/// The google.rpc code of a job's error, as far as jobs have them.
+/// google.rpc code of a failed job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FailureCode {
     /// FAILED_PRECONDITION.
@@ -22,14 +22,14 @@ pub enum FailureCode {
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $variant:ident = $name:literal => $code:ident,)+) => {
-        /// Why a call was refused or a job failed.
+        /// Reason for which a call was refused or a job failed.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum Reason {
             $($(#[$doc])* $variant,)+
         }
 
         impl Reason {
-            /// All of them.
+            /// All reasons.
             pub const ALL: &'static [Reason] = &[$(Reason::$variant,)+];
 
             /// Returns the name that clients, the store and metrics see.
@@ -50,7 +50,7 @@ macro_rules! reasons {
     };
 }
 
-// The one table of names and codes.
+// The single table of names and codes.
 reasons! {
     // Refusals of a request or of its caller.
     /// A field cannot be accepted.
@@ -59,11 +59,11 @@ reasons! {
     MalformedMessage = "MALFORMED_MESSAGE" => Internal,
     /// There is no such resource.
     NotFound = "NOT_FOUND" => NotFound,
-    /// The caller may not do it.
+    /// The caller does not have the required permission.
     PermissionDenied = "PERMISSION_DENIED" => Internal,
-    /// The caller is not known.
+    /// The caller could not be authenticated.
     Unauthenticated = "UNAUTHENTICATED" => Internal,
-    /// The request_id was used with another body.
+    /// The request_id was already used with another request body.
     RequestIdReused = "REQUEST_ID_REUSED" => Internal,
     /// An event cursor lies outside of the stored events.
     CursorOutOfRange = "CURSOR_OUT_OF_RANGE" => Internal,
@@ -73,22 +73,22 @@ reasons! {
     Internal = "INTERNAL" => Internal,
 
     // Limits.
-    /// The client has as many unfinished jobs as it may have.
+    /// The client has reached its limit of unfinished jobs.
     TooManyJobs = "TOO_MANY_JOBS" => Internal,
-    /// The client has as many tokens in the scoring queue as it may have.
+    /// The client has reached its limit of tokens in the scoring queue.
     TooManyTokens = "TOO_MANY_TOKENS" => Internal,
-    /// The client's datasets have as many bytes as they may have.
+    /// The client's datasets have reached the limit of bytes.
     TooManyBytes = "TOO_MANY_BYTES" => Internal,
-    /// The upload is larger than the server takes.
+    /// The upload exceeds the server's limit.
     UploadTooLarge = "UPLOAD_TOO_LARGE" => Internal,
-    /// The dataset has more text than a job could hold.
+    /// The dataset has more text than a job may hold in memory.
     DatasetTooLarge = "DATASET_TOO_LARGE" => Internal,
-    /// There is too little memory for it.
+    /// There is not enough memory.
     OutOfMemory = "OUT_OF_MEMORY" => ResourceExhausted,
     /// The disk is full.
     StorageFull = "STORAGE_FULL" => Internal,
 
-    // What may be there again in a moment.
+    // Conditions that may be temporary.
     /// The server is stopping.
     Draining = "DRAINING" => Internal,
     /// The scoring queue is full.
@@ -97,7 +97,7 @@ reasons! {
     StoreUnavailable = "STORE_UNAVAILABLE" => Internal,
     /// The artifact store does not answer.
     ArtifactsUnavailable = "ARTIFACTS_UNAVAILABLE" => Internal,
-    /// A file cannot be read now.
+    /// A file cannot be read at the moment.
     StorageUnavailable = "STORAGE_UNAVAILABLE" => Internal,
 
     // The state of a job.
@@ -119,17 +119,17 @@ reasons! {
     EtagStale = "ETAG_STALE" => Internal,
     /// Another version of the server wrote the job.
     JobUnreadable = "JOB_UNREADABLE" => Internal,
-    /// Another worker has the job's lease.
+    /// Another worker holds the job's lease.
     LeaseLost = "LEASE_LOST" => Internal,
-    /// The job's worker died again and again.
+    /// The job's worker died repeatedly.
     WorkerLost = "WORKER_LOST" => Aborted,
 
-    // What a job needs, or what needs it.
-    /// A job needs it.
+    // Inputs of a job, and resources that a job needs.
+    /// A job needs the resource, so it cannot be deleted.
     InUse = "IN_USE" => Internal,
     /// The job has no such checkpoint.
     NoCheckpoint = "NO_CHECKPOINT" => Internal,
-    /// The checkpoint does not hold the reference that it should hold.
+    /// The checkpoint lacks the reference that it should hold.
     NoReference = "NO_REFERENCE" => Internal,
     /// The checkpoint has no adapter.
     NoAdapter = "NO_ADAPTER" => Internal,
@@ -137,26 +137,26 @@ reasons! {
     FullCheckpoint = "FULL_CHECKPOINT" => Internal,
     /// Rows of the dataset cannot be used.
     DatasetInvalid = "DATASET_INVALID" => FailedPrecondition,
-    /// The dataset is not the one that the job was made with.
+    /// The dataset differs from the one that the job was created with.
     DatasetChanged = "DATASET_CHANGED" => FailedPrecondition,
-    /// The tokens of the rows are not those that the run began with.
+    /// The tokens of the rows differ from those that the run started with.
     RowsChanged = "ROWS_CHANGED" => FailedPrecondition,
-    /// The model is not the one that the job was made with.
+    /// The model differs from the one that the job was created with.
     ModelChanged = "MODEL_CHANGED" => FailedPrecondition,
-    /// The model's files are not those that were loaded.
+    /// The model's files differ from those that were loaded.
     ModelFilesChanged = "MODEL_FILES_CHANGED" => FailedPrecondition,
     /// Weights cannot be loaded.
     WeightsUnusable = "WEIGHTS_UNUSABLE" => Internal,
     /// A run's weights cannot be loaded.
     WeightsUnavailable = "WEIGHTS_UNAVAILABLE" => FailedPrecondition,
-    /// Files are not where they should be.
+    /// Files are missing.
     ArtifactMissing = "ARTIFACT_MISSING" => FailedPrecondition,
-    /// Files are not as they were written.
+    /// Files differ from what was written.
     ArtifactDamaged = "ARTIFACT_DAMAGED" => FailedPrecondition,
-    /// The checkpoint has the format of another version of the server.
+    /// The checkpoint has a format that another version of the server wrote.
     CheckpointFormat = "CHECKPOINT_FORMAT" => FailedPrecondition,
 
-    // How a run fails.
+    // Failures of a run.
     /// The loss is not finite.
     NonFiniteLoss = "NON_FINITE_LOSS" => FailedPrecondition,
     /// A checkpoint cannot be written.
@@ -164,10 +164,10 @@ reasons! {
     /// The device failed.
     DeviceFailed = "DEVICE_FAILED" => Internal,
 
-    // Why the server does not start.
-    /// Another process has the data directory.
+    // Reasons why the server does not start.
+    /// Another process uses the data directory.
     DataDirInUse = "DATA_DIR_IN_USE" => Internal,
-    /// The artifact store is another database's.
+    /// The artifact store belongs to another database.
     WrongArtifactStore = "WRONG_ARTIFACT_STORE" => Internal,
 }
 
@@ -177,19 +177,19 @@ impl Reason {
         Self::ALL.iter().copied().find(|reason| reason.name() == name)
     }
 
-    /// Returns true if the caller has used up what one client may have.
+    /// Returns true if the caller has reached a limit for one client.
     pub fn is_quota(self) -> bool {
         matches!(self, Reason::TooManyJobs | Reason::TooManyTokens | Reason::TooManyBytes)
     }
 }
 
-/// The reason in a stored record, which another version of the server may have written.
+/// Reason in a stored record, which another version of the server may have written.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub enum StoredReason {
-    /// One that this version knows.
+    /// A reason that this version knows.
     Known(Reason),
-    /// The name of another one.
+    /// Name of a reason of another version.
     Unknown(String),
 }
 

@@ -1,4 +1,4 @@
-//! What a training run is asked to do: method, optimizer, batches, evaluation. Defaults follow TRL.
+//! Settings of a training run: method, optimizer, batches, evaluation. Defaults follow TRL.
 
 use std::collections::BTreeSet;
 
@@ -7,32 +7,31 @@ use serde::{Deserialize, Serialize};
 use super::dpo::{DpoConfig, Normalization};
 use super::violation::{Violations, quoted};
 
-/// The projections LoRA can adapt, in the decoder's order.
+/// Projections that LoRA can adapt, in the decoder's order.
 pub const TARGET_MODULES: [&str; 7] =
     ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
-/// A whole run, less the data: everything the trainer needs to know, pinned when the job is
-/// created.
+/// Every setting of a run except the data, fixed when the job is created.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainingSpec {
-    /// The objective.
+    /// DPO objective.
     pub dpo: DpoConfig,
-    /// AdamW and its schedule.
+    /// AdamW and its learning-rate schedule.
     pub optimizer: OptimizerConfig,
-    /// LoRA or full.
+    /// LoRA or full fine-tuning.
     pub method: Method,
-    /// Batches and lengths.
+    /// Batch sizes and sequence lengths.
     pub batch: BatchConfig,
-    /// Checkpoints, evaluation, logging.
+    /// Checkpoints, evaluation and logging.
     pub run: RunConfig,
-    /// What matrix products are computed in; `None` is the server's choice.
+    /// Precision of GEMM operands; `None` means the server's default.
     pub precision: Option<Precision>,
-    /// Seeds the shuffle, the split and LoRA's initialisation.
+    /// Seed of the shuffle, the evaluation split and the initial LoRA weights.
     pub seed: Seed,
 }
 
-/// A seed, 42 unless said otherwise.
+/// Random seed; the default is 42.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seed(pub u64);
 
@@ -42,13 +41,13 @@ impl Default for Seed {
     }
 }
 
-/// What is trained.
+/// Set of weights that the optimizer changes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Method {
     /// Low-rank adapters on frozen base weights.
     Lora(LoraConfig),
-    /// Every weight.
+    /// All weights of the model.
     Full,
 }
 
@@ -58,34 +57,35 @@ impl Default for Method {
     }
 }
 
-/// LoRA, named as in PEFT: ΔW = scale·B·A, A `[r, in]`, B `[out, r]`.
+/// LoRA settings, named as in PEFT: ΔW = scale·B·A, with A `[r, in]` and B `[out, r]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LoraConfig {
-    /// r.
+    /// Rank r.
     pub rank: usize,
-    /// α.
+    /// Numerator α of the scale.
     pub alpha: f64,
-    /// Which projections, a subset of [`TARGET_MODULES`].
+    /// Names of the adapted projections, a subset of [`TARGET_MODULES`].
     pub target_modules: Vec<String>,
-    /// scale = α/√r in place of α/r.
+    /// True for rank-stabilised LoRA: scale = α/√r instead of α/r.
     pub use_rslora: bool,
-    /// The name of a PEFT adapter to start from, below the server's folder of adapters. The fields
-    /// above are that adapter's.
+    /// Name of a PEFT adapter to start from, in the server's adapter folder. The fields above then
+    /// have that adapter's values.
     pub init_adapter: Option<String>,
 }
 
-/// The fields of [`LoraConfig`] that a client named. `None` stands for the default, or for what the
-/// start adapter has.
+/// Fields of [`LoraConfig`] that a client set. `None` means the default, or the value of the
+/// adapter that the run starts from.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GivenLora {
-    /// The rank that was named.
+    /// Rank, if set.
     pub rank: Option<usize>,
-    /// The α that was named.
+    /// α, if set.
     pub alpha: Option<f64>,
-    /// The projections that were named.
+    /// Adapted projections, if set.
     pub target_modules: Option<Vec<String>>,
-    /// Whether rank-stabilised scaling was asked for; that it was not wanted cannot be said.
+    /// Rank-stabilised scaling, if set. The wire format cannot tell an explicit `false` from an
+    /// absent field.
     pub use_rslora: Option<bool>,
 }
 
@@ -102,26 +102,27 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
-    /// The factor on B·A.
+    /// Returns the factor on B·A: α/r, or α/√r for rank-stabilised LoRA.
     pub fn scale(&self) -> f64 {
         let r = self.rank as f64;
         self.alpha / if self.use_rslora { r.sqrt() } else { r }
     }
 
-    /// Takes over rank, α and targets of the adapter that the run continues. Records a violation
-    /// for each field that the client named and that the adapter has otherwise. `whose` names the
-    /// adapter in messages.
+    /// Takes over the settings of the adapter that the run continues. Records a violation for each
+    /// field that the client set to another value than the adapter has. `source` names the adapter
+    /// in messages.
     pub fn adopt(
         &mut self,
         adapter: &LoraConfig,
         given: &GivenLora,
-        whose: &str,
+        source: &str,
         field: &str,
         out: &mut Violations,
     ) {
         let mut differs = |name: &str, wanted: String, has: String| {
             let message = format!(
-                "is {wanted}, but the job goes on with {whose}, which has {has}: leave it out or give the same"
+                "is {wanted}, but the job continues from {source}, which has {has}: leave it \
+                 out or set the same value"
             );
             out.push(format!("{field}.{name}"), message);
         };
@@ -145,25 +146,25 @@ impl LoraConfig {
     }
 }
 
-/// AdamW (f32 state, decoupled decay) and its schedule.
+/// AdamW (f32 state, decoupled weight decay) and its learning-rate schedule.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct OptimizerConfig {
-    /// The peak learning rate.
+    /// Peak learning rate.
     pub learning_rate: f64,
-    /// β₁.
+    /// Decay rate β₁ of the first moment.
     pub adam_beta1: f64,
-    /// β₂.
+    /// Decay rate β₂ of the second moment.
     pub adam_beta2: f64,
-    /// ε.
+    /// Term ε in the denominator of the update.
     pub adam_epsilon: f64,
-    /// Decoupled; matrices only, as transformers does.
+    /// Decoupled weight decay, applied to matrices only, as in transformers.
     pub weight_decay: f64,
-    /// Clips the global gradient norm; 0 is off.
+    /// Maximum global gradient norm; larger gradients are scaled down. 0 turns clipping off.
     pub max_grad_norm: f64,
-    /// The learning rate over the steps.
+    /// Shape of the learning rate after warm-up.
     pub schedule: ScheduleKind,
-    /// How it warms up.
+    /// Length of the warm-up.
     pub warmup: Warmup,
 }
 
@@ -182,35 +183,35 @@ impl Default for OptimizerConfig {
     }
 }
 
-/// The shape of the learning rate after warm-up.
+/// Shape of the learning rate after warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum ScheduleKind {
     /// Stays at the peak.
     Constant,
-    /// Falls linearly to 0.
+    /// Decreases linearly to 0.
     Linear,
-    /// Half a cosine to 0.
+    /// Follows half a cosine down to 0.
     Cosine,
-    /// Half a cosine to `min_ratio` of the peak.
+    /// Follows half a cosine down to `min_ratio` of the peak.
     CosineWithFloor {
-        /// In [0, 1].
+        /// Floor as a fraction of the peak, in [0, 1].
         min_ratio: f64,
     },
 }
 
-/// The length of the warm-up.
+/// Length of the warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Warmup {
-    /// In optimizer steps.
+    /// Number of optimizer steps.
     Steps(u64),
-    /// As a share of all steps, rounded up.
+    /// Fraction of all steps, rounded up.
     Ratio(f64),
 }
 
 impl Warmup {
-    /// In steps, for a run of `total` steps.
+    /// Returns the number of warm-up steps in a run of `total` steps.
     pub fn steps(self, total: u64) -> u64 {
         match self {
             Warmup::Steps(n) => n,
@@ -219,31 +220,31 @@ impl Warmup {
     }
 }
 
-/// Which end of prompt + completion is kept.
+/// Side of prompt + completion that is cut when the sequence is longer than `max_length`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Truncation {
-    /// Cut the tail.
+    /// Cut the end.
     #[default]
     KeepStart,
-    /// Cut the head of the prompt.
+    /// Cut the start of the prompt.
     KeepEnd,
 }
 
-/// What matrix products are computed in. Sums, norms, softmax, losses, gradients and optimizer
-/// state are f32 either way.
+/// Precision of GEMM operands. Sums, norms, softmax, losses, gradients and optimizer state are
+/// always f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {
-    /// 32-bit.
+    /// 32-bit floating point.
     #[default]
     F32,
-    /// Operands rounded to bf16, products summed in f32.
+    /// Operands rounded to bf16, accumulation in f32.
     Bf16,
 }
 
 impl Precision {
-    /// By its name, `f32` or `bf16`.
+    /// Returns the precision with this name, `f32` or `bf16`.
     pub fn parse(name: &str) -> Option<Self> {
         match name {
             "f32" => Some(Precision::F32),
@@ -252,7 +253,7 @@ impl Precision {
         }
     }
 
-    /// `f32` or `bf16`.
+    /// Returns `f32` or `bf16`.
     pub fn name(self) -> &'static str {
         match self {
             Precision::F32 => "f32",
@@ -261,11 +262,12 @@ impl Precision {
     }
 }
 
-/// Whether block activations are recomputed in the backward pass.
+/// Setting for recomputing block activations in the backward pass, which saves memory and costs
+/// time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ActivationCheckpointing {
-    /// By the memory estimate.
+    /// On if the memory estimate requires it.
     #[default]
     Auto,
     /// Always.
@@ -274,27 +276,27 @@ pub enum ActivationCheckpointing {
     Off,
 }
 
-/// Batches and lengths.
+/// Batch sizes and sequence lengths.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct BatchConfig {
-    /// Pairs in a micro-batch.
+    /// Pairs per micro-batch.
     pub batch_size: usize,
-    /// Micro-batches in an optimizer step.
+    /// Micro-batches per optimizer step.
     pub gradient_accumulation_steps: usize,
-    /// Tokens of prompt + completion.
+    /// Maximum number of tokens of prompt + completion.
     pub max_length: usize,
-    /// Which end is kept.
+    /// Side that is cut from longer sequences.
     pub truncation: Truncation,
-    /// Passes over the data.
+    /// Passes over the data; may be fractional.
     pub epochs: f64,
-    /// Optimizer steps; wins over `epochs`.
+    /// Number of optimizer steps; overrides `epochs`.
     pub max_steps: Option<u64>,
-    /// Whether rows are shuffled each epoch.
+    /// True to shuffle the rows in each epoch.
     pub shuffle: bool,
-    /// Tokens in a packed row.
+    /// Maximum number of tokens in a packed row.
     pub row_tokens: usize,
-    /// Activation memory for time.
+    /// Recomputation of activations in the backward pass.
     pub activation_checkpointing: ActivationCheckpointing,
 }
 
@@ -315,12 +317,13 @@ impl Default for BatchConfig {
 }
 
 impl BatchConfig {
-    /// Optimizer steps in one epoch over `pairs` rows: ⌈⌈pairs/batch⌉/accumulation⌉, at least 1.
+    /// Returns the optimizer steps in one epoch over `pairs` rows: ⌈⌈pairs/batch⌉/accumulation⌉, at
+    /// least 1.
     pub fn steps_per_epoch(&self, pairs: usize) -> u64 {
         pairs.div_ceil(self.batch_size).div_ceil(self.gradient_accumulation_steps).max(1) as u64
     }
 
-    /// Optimizer steps in the whole run.
+    /// Returns the optimizer steps of the whole run, at least 1.
     pub fn total_steps(&self, pairs: usize) -> u64 {
         self.max_steps
             .unwrap_or_else(|| (self.epochs * self.steps_per_epoch(pairs) as f64).ceil() as u64)
@@ -328,21 +331,21 @@ impl BatchConfig {
     }
 }
 
-/// What decides which checkpoint is the best.
+/// Evaluation metric that selects the best checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BestMetric {
-    /// eval_loss, lower is better.
+    /// `eval_loss`, lower is better.
     #[default]
     EvalLoss,
-    /// The share of pairs whose chosen answer has the higher reward, higher is better.
+    /// Fraction of pairs in which the chosen answer has the higher reward; higher is better.
     EvalAccuracy,
-    /// The mean margin of the rewards, higher is better.
+    /// Mean reward margin; higher is better.
     EvalMargin,
 }
 
 impl BestMetric {
-    /// The metric's name in a job's settings.
+    /// Returns the metric's name in a job's settings.
     pub fn name(self) -> &'static str {
         match self {
             BestMetric::EvalLoss => "eval_loss",
@@ -351,7 +354,8 @@ impl BestMetric {
         }
     }
 
-    /// The name of the evaluation metric that is compared: of the reward as it is trained.
+    /// Returns the name of the evaluation metric to compare. If the objective trains rewards
+    /// averaged over tokens, this is the metric of the averaged rewards.
     pub fn of(self, normalization: Normalization) -> &'static str {
         match (self, normalization) {
             (BestMetric::EvalAccuracy, Normalization::Mean) => "eval_rewards_normalized/accuracies",
@@ -360,14 +364,14 @@ impl BestMetric {
         }
     }
 
-    /// The metric of that name.
+    /// Returns the metric with this name.
     pub fn parse(name: &str) -> Option<BestMetric> {
         [BestMetric::EvalLoss, BestMetric::EvalAccuracy, BestMetric::EvalMargin]
             .into_iter()
             .find(|m| m.name() == name)
     }
 
-    /// Whether `new` beats `old`.
+    /// Returns true if `new` is better than `old`.
     pub fn improves(self, new: f64, old: f64) -> bool {
         match self {
             BestMetric::EvalLoss => new < old,
@@ -376,23 +380,23 @@ impl BestMetric {
     }
 }
 
-/// Checkpoints, evaluation, logging.
+/// Checkpoints, evaluation and logging.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunConfig {
-    /// Steps between checkpoints; 0 keeps the final one only.
+    /// Optimizer steps between checkpoints; 0 writes only the final one.
     pub save_steps: u64,
-    /// Newest checkpoints kept besides the best.
+    /// Number of newest checkpoints that are not deleted, besides the best one.
     pub save_total_limit: usize,
-    /// Steps between evaluations; 0 evaluates at the end only.
+    /// Optimizer steps between evaluations; 0 evaluates only at the end.
     pub eval_steps: u64,
-    /// Steps between step metrics.
+    /// Optimizer steps between logged training metrics.
     pub logging_steps: u64,
-    /// Evaluations without improvement before the run ends early; 0 is off.
+    /// Number of evaluations without improvement after which the run ends early; 0 turns this off.
     pub early_stopping_patience: u32,
-    /// What "best" means.
+    /// Metric that selects the best checkpoint.
     pub metric_for_best: BestMetric,
-    /// Also evaluate before the first step.
+    /// True to evaluate before the first step as well.
     pub eval_on_start: bool,
 }
 
@@ -411,7 +415,7 @@ impl Default for RunConfig {
 }
 
 impl TrainingSpec {
-    /// Records every impossible setting, with field paths below `field`.
+    /// Records every invalid setting. `field` is the prefix of the field paths.
     pub fn validate(&self, field: &str, out: &mut Violations) {
         self.dpo.validate(&format!("{field}.dpo"), out);
         self.optimizer.validate(&format!("{field}.optimizer"), out);

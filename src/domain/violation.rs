@@ -1,22 +1,22 @@
-//! Collects every bad field of a request or a settings file, so that all are reported at once.
+//! Collects all invalid fields of a request or a settings file, so that they are reported together.
 
 use std::fmt;
 
-/// Violations that are kept; further ones are counted.
+/// Maximum number of violations that are listed; further ones are only counted.
 pub const MAX_LISTED: usize = 50;
-/// Characters of a client's own text that an error repeats.
-const MAX_QUOTED: usize = 100;
+/// Maximum number of characters of a client's text that an error quotes.
+const MAX_QUOTED_CHARS: usize = 100;
 
-/// One field that cannot be accepted.
+/// One invalid field.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
-    /// The path of the field, e.g. `training_job.dpo.beta`.
+    /// Path of the field, e.g. `training_job.dpo.beta`.
     pub field: String,
-    /// What is wrong with it and what would be right.
+    /// Description of the problem and the remedy.
     pub description: String,
 }
 
-/// The violations found so far: the first [`MAX_LISTED`], and how many there were besides.
+/// Violations found so far: the first [`MAX_LISTED`], and the number of further ones.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Violations {
     listed: Vec<Violation>,
@@ -24,14 +24,14 @@ pub struct Violations {
 }
 
 impl Violations {
-    /// A single violation.
+    /// Returns a single violation.
     pub fn one(field: impl Into<String>, description: impl Into<String>) -> Self {
         let mut violations = Violations::default();
         violations.push(field, description);
         violations
     }
 
-    /// Adds one.
+    /// Adds a violation.
     pub fn push(&mut self, field: impl Into<String>, description: impl Into<String>) {
         if self.listed.len() < MAX_LISTED {
             self.listed.push(Violation { field: field.into(), description: description.into() });
@@ -40,12 +40,12 @@ impl Violations {
         }
     }
 
-    /// The first [`MAX_LISTED`].
+    /// Returns the first [`MAX_LISTED`] violations.
     pub fn listed(&self) -> &[Violation] {
         &self.listed
     }
 
-    /// The number of violations found besides the listed ones.
+    /// Returns the number of violations that are not listed.
     pub fn more(&self) -> usize {
         self.more
     }
@@ -55,7 +55,8 @@ impl Violations {
         self.listed.is_empty()
     }
 
-    /// Adds one unless a repeated field has at most `limit` elements; returns whether it has.
+    /// Adds a violation if a repeated field has more than `limit` elements. Returns true if it does
+    /// not.
     pub fn at_most(&mut self, field: &str, elements: usize, limit: usize) -> bool {
         if elements > limit {
             self.push(field, format!("has {elements} elements: at most {limit} are accepted"));
@@ -63,21 +64,24 @@ impl Violations {
         elements <= limit
     }
 
-    /// Adds one unless `value` is finite and above 0.
+    /// Adds a violation unless `value` is finite and above 0.
     pub fn positive(&mut self, field: impl Into<String>, value: f64) {
         if !(value.is_finite() && value > 0.0) {
             self.push(field, format!("is {value}: it must be a finite number above 0"));
         }
     }
 
-    /// Adds one unless `value` is finite and at least 0.
+    /// Adds a violation unless `value` is finite and at least 0.
     pub fn non_negative(&mut self, field: impl Into<String>, value: f64) {
         if !(value.is_finite() && value >= 0.0) {
             self.push(field, format!("is {value}: it must be a finite number, 0 or above"));
         }
     }
 
-    /// `Ok` when nothing was added.
+    /// Returns the violations as an error, if there are any.
+    ///
+    /// # Errors
+    /// The violations that were added.
     pub fn into_result(self) -> Result<(), Violations> {
         if self.is_empty() { Ok(()) } else { Err(self) }
     }
@@ -100,16 +104,16 @@ impl fmt::Display for Violations {
 
 impl std::error::Error for Violations {}
 
-/// A client's text in quotation marks, for an error message; a long one is cut and its length
-/// given.
+/// Returns a client's text in quotation marks for an error message. A long text is cut and its
+/// length in bytes added.
 pub fn quoted(text: &str) -> String {
-    match text.char_indices().nth(MAX_QUOTED) {
+    match text.char_indices().nth(MAX_QUOTED_CHARS) {
         Some((end, _)) => format!("{:?}… ({} bytes)", &text[..end], text.len()),
         None => format!("{text:?}"),
     }
 }
 
-/// The first `limit` characters of a text that is shown to people.
+/// Returns the first `limit` characters of a text that is shown to people, with `…` if it was cut.
 pub fn shortened(text: &str, limit: usize) -> String {
     match text.char_indices().nth(limit) {
         Some((end, _)) => format!("{}…", &text[..end]),

@@ -1,4 +1,4 @@
-//! What the engine is asked and what it answers: plain records between `service` and the device
+//! Requests to the engine and its answers: plain records that pass between `service` and the device
 //! workers.
 
 use std::path::PathBuf;
@@ -16,76 +16,77 @@ use crate::model::device::DeviceChoice;
 use crate::model::error::ModelError;
 pub use crate::train::event::{RunEnd, RunEvent};
 
-/// What is known of a resident base model.
+/// Description of a loaded base model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelInfo {
     /// The id in `models/{id}`.
     pub id: String,
-    /// A hub id, or the last part of a local folder's or file's path.
+    /// Hub id, or the last part of a local folder's or file's path.
     pub source: String,
-    /// The name under which others find the model.
+    /// Name under which other programs find the model.
     pub base: BaseName,
-    /// llama, mistral, qwen2 or qwen3.
+    /// Architecture name in lower case, e.g. `llama` or `qwen3`.
     pub architecture: String,
-    /// Tied ones once.
+    /// Number of parameters; tied weights count once.
     pub parameters: u64,
-    /// V.
+    /// Number of tokens in the vocabulary (V).
     pub vocab_size: usize,
-    /// Decoder blocks.
+    /// Number of decoder blocks.
     pub num_layers: usize,
-    /// C.
+    /// Width of the hidden state (C).
     pub hidden_size: usize,
-    /// Positions the model was made for.
+    /// Longest sequence that the model was made for, in tokens.
     pub max_position_embeddings: usize,
-    /// Whether chat rows can be rendered.
+    /// True if the tokenizer has a chat template, so that chat rows can be rendered.
     pub chat_template: bool,
     /// Content hashes of weights, configuration, tokenizer and chat template.
     pub identity: ModelIdentity,
-    /// Where it is, e.g. `cpu` or `cuda:0,cuda:1`.
+    /// Devices that compute with it, e.g. `cpu` or `cuda:0,cuda:1`.
     pub device: String,
 }
 
-/// Weights that can score or start a run, resolved to what the engine can load.
+/// Weights that can score or start a run, resolved to something that the engine can load.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum WeightsRef {
     /// A base model as loaded.
     Base {
-        /// Its id.
+        /// The base model's id.
         model: String,
     },
     /// A base model with a PEFT adapter folder on it.
     Adapter {
-        /// The base's id.
+        /// The base model's id.
         model: String,
-        /// The folder with adapter_config.json and adapter_model.safetensors.
+        /// Folder with adapter_config.json and adapter_model.safetensors.
         dir: PathBuf,
-        /// A hash of the adapter: the same folder may hold another one later.
+        /// Hash of the adapter, because the same folder may hold another adapter later.
         content: String,
     },
     /// Full weights of a base model's shape.
     Full {
-        /// The base's id (its config and tokenizer).
+        /// Id of the base model, which provides the configuration and the tokenizer.
         model: String,
-        /// The folder with model.safetensors.
+        /// Folder with model.safetensors.
         dir: PathBuf,
-        /// A hash of the weights.
+        /// Hash of the weights.
         content: String,
     },
     /// The moving reference (TR-DPO) that a checkpoint of full weights holds.
     StoredReference {
-        /// The base's id.
+        /// The base model's id.
         model: String,
-        /// The checkpoint's folder.
+        /// Folder of the checkpoint.
         dir: PathBuf,
-        /// A hash of the checkpoint.
+        /// Hash of the checkpoint.
         content: String,
     },
-    /// What a running job trains now.
+    /// The current weights of a running job.
     Live {
         /// The job's id.
         job: String,
     },
-    /// The moving reference (TR-DPO) of a running job as it is now; only of the same job's `Live`.
+    /// The current moving reference (TR-DPO) of a running job. Valid only together with `Live` of
+    /// the same job.
     LiveReference {
         /// The job's id.
         job: String,
@@ -93,7 +94,7 @@ pub enum WeightsRef {
 }
 
 impl WeightsRef {
-    /// The id of the base model under the weights; `None` for a running job.
+    /// Returns the id of the base model that the weights belong to; `None` for a running job.
     pub fn model(&self) -> Option<&str> {
         match self {
             WeightsRef::Base { model }
@@ -105,50 +106,52 @@ impl WeightsRef {
     }
 }
 
-/// Sequences to score together in one row, e.g. a pair: the numbers never depend on other items.
+/// Sequences that are scored together in one row, e.g. a pair. The result never depends on other
+/// items in the batch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ScoreItem {
-    /// A pair is one group with two completions, or two groups when the prompts differ.
+    /// Groups of completions with a common prompt. A pair is one group with two completions, or two
+    /// groups if the prompts differ.
     pub groups: Vec<SequenceGroup>,
 }
 
 impl ScoreItem {
-    /// Tokens of the packed row.
+    /// Returns the number of tokens in the packed row.
     pub fn tokens(&self) -> usize {
         self.groups.iter().map(SequenceGroup::tokens).sum()
     }
 }
 
-/// Log-probs of one completion, per token, in nats.
+/// Log-probabilities of the tokens of one completion, in nats.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CompletionLogps {
-    /// log π_θ.
+    /// log π_θ of each token.
     pub policy: Vec<f32>,
-    /// log π_ref; `None` without a reference.
+    /// log π_ref of each token; `None` without a reference.
     pub reference: Option<Vec<f32>>,
 }
 
-/// A scored item.
+/// Result for one [`ScoreItem`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct ScoredItem {
-    /// In the order of the groups and their completions.
+    /// One entry for each completion, in the order of the groups and their completions.
     pub completions: Vec<CompletionLogps>,
-    /// For [`WeightsRef::Live`]: the optimizer step of the weights that scored.
+    /// Optimizer step of the weights that scored; set only for [`WeightsRef::Live`].
     pub live_step: Option<u64>,
 }
 
-/// How a run is told to stop.
+/// Flag through which a run in progress is told to stop. The run reads it between units of work.
 #[derive(Debug, Default)]
 pub struct RunControl(AtomicU8);
 
-/// What a run was told.
+/// Current instruction to a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunCommand {
-    /// Go on.
+    /// Continue.
     Run,
-    /// Stop for good; no checkpoint is written.
+    /// Stop for good, without a checkpoint.
     Cancel,
-    /// Write a checkpoint and stop; the job will be continued later.
+    /// Write a checkpoint and stop; the job is continued later.
     Drain,
 }
 
@@ -163,7 +166,7 @@ impl RunControl {
         let _ = self.0.compare_exchange(0, 2, Ordering::AcqRel, Ordering::Acquire);
     }
 
-    /// What was asked for.
+    /// Returns the current instruction.
     pub fn command(&self) -> RunCommand {
         match self.0.load(Ordering::Acquire) {
             0 => RunCommand::Run,
@@ -173,12 +176,12 @@ impl RunControl {
     }
 }
 
-/// An event on its way to whoever stores it.
+/// An event on its way to the task that stores it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Report {
-    /// When it was made.
+    /// Time at which the event was created.
     pub made: Instant,
-    /// What it says.
+    /// Content of the report.
     pub event: RunEvent,
 }
 
@@ -188,63 +191,65 @@ impl From<RunEvent> for Report {
     }
 }
 
-/// A training run, ready to start: the data is tokenised, the names are resolved.
+/// A training run that is ready to start: the data is tokenised and all names are resolved.
 #[derive(Debug)]
 pub struct TrainingRun {
     /// The job's id.
     pub job: String,
     /// The base model's id.
     pub model: String,
-    /// What the policy starts from; never `Live`.
+    /// Weights that the policy starts from; never `Live`.
     pub start: WeightsRef,
-    /// The frozen reference, perhaps on another base model; `None` when the objective has none;
+    /// Frozen reference, possibly on another base model. `None` if the objective has no reference;
     /// never `Live`.
     pub reference: Option<WeightsRef>,
-    /// Hyper-parameters.
+    /// Hyper-parameters of the run.
     pub spec: TrainingSpec,
     /// Training pairs, in file order.
     pub train: Vec<EncodedPair>,
-    /// Evaluation pairs.
+    /// Evaluation pairs, in file order.
     pub eval: Vec<EncodedPair>,
-    /// The folder of this job's checkpoints; each is the sub-folder named by its step.
+    /// Folder with this job's checkpoints, each in a sub-folder named after its step.
     pub checkpoints: PathBuf,
-    /// The checkpoint to continue from.
+    /// Folder of the checkpoint to continue from.
     pub resume: Option<PathBuf>,
-    /// Where events go; bounded, the run waits when it is full.
+    /// Channel for events. It is bounded: the run waits while it is full.
     pub events: mpsc::Sender<Report>,
-    /// How it is told to stop.
+    /// Flag that tells the run to stop.
     pub control: Arc<RunControl>,
 }
 
 /// Limits and sizes of the engine.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EngineOptions {
-    /// Where passes are computed; each is a worker's.
+    /// Devices to compute on; each gets a worker of its own.
     pub devices: Vec<DeviceChoice>,
-    /// Whether to start without those of the devices that cannot be opened, as long as one can.
+    /// True to start without the devices that cannot be opened, as long as at least one can.
     pub skip_missing_devices: bool,
-    /// Devices that a run uses together; 1 gives every run its own.
+    /// Number of devices that one run uses together; 1 gives every run a device of its own.
     pub data_parallel: usize,
-    /// How frozen weights are kept and what scoring computes in; jobs may choose their own.
+    /// Precision of frozen weights and of scoring. A job may choose another one.
     pub precision: Precision,
-    /// Tokens that may wait to be scored; more is refused with `QueueFull`.
+    /// Maximum number of tokens waiting to be scored; further items are refused with `QueueFull`.
     pub queue_tokens: usize,
-    /// Tokens of a scoring batch: one work unit.
+    /// Maximum number of tokens in a scoring batch, which is one unit of work.
     pub batch_tokens: usize,
-    /// The longest row that is accepted, in tokens.
+    /// Maximum length of a row, in tokens; longer rows are refused.
     pub max_row_tokens: usize,
-    /// Reference log-probs kept, in tokens.
+    /// Capacity of the cache of reference log-probabilities, in tokens.
     pub reference_cache_tokens: usize,
-    /// Where they are kept across restarts; `None` keeps them in memory only.
+    /// File that preserves this cache across restarts; `None` means memory only.
     pub reference_cache_file: Option<PathBuf>,
-    /// Adapters and full weights kept resident besides the base models, as far as memory allows.
+    /// Maximum number of adapters and full weights in the LRU cache, besides the base models.
+    /// Memory may allow fewer.
     pub resident_policies: usize,
-    /// Share of device time scoring may take while a job trains, in (0, 1].
+    /// Share of device time that scoring may take while a job trains, in (0, 1].
     pub scoring_share: f64,
-    /// Bytes of the machine's memory that the estimate may reach before a job is refused; `None` is
-    /// nine tenths of it, or of the limit of the process's control group where that is lower.
+    /// Host memory in bytes that the estimate may reach before a job is refused. `None` means nine
+    /// tenths of the machine's memory, or of the control group's limit if that is lower.
     pub memory_limit: Option<u64>,
-    /// The same of each GPU's own memory; `None` is nine tenths of what is free there at the start.
+    /// Memory of each GPU in bytes that the estimate may reach. `None` means nine tenths of the
+    /// memory that is free at the start.
     pub device_memory_limit: Option<u64>,
 }
 
@@ -268,77 +273,77 @@ impl Default for EngineOptions {
     }
 }
 
-/// Why the engine could not do what it was asked.
+/// Reason why the engine could not do what was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
     /// No such base model.
     #[error("model {0:?} is not loaded on this server: see ListModels for the ones that are")]
     UnknownModel(String),
-    /// The queue is full.
+    /// The scoring queue, or the list of waiting runs, is full.
     #[error(
         "the scoring queue is full ({queued} of {limit} tokens): retry later or raise queue_tokens"
     )]
     QueueFull {
-        /// Tokens waiting.
+        /// Tokens that wait, or runs if the list of runs is full.
         queued: usize,
-        /// The limit.
+        /// Maximum of the same.
         limit: usize,
-        /// When to try again.
+        /// Time after which a retry may succeed.
         retry_after: Duration,
     },
     /// One row is longer than the limit.
     #[error("the row has {tokens} tokens, the limit is {limit}: shorten it or lower max_length")]
     RowTooLong {
-        /// Its tokens.
+        /// Length of the row in tokens.
         tokens: usize,
-        /// The limit.
+        /// Maximum length in tokens.
         limit: usize,
     },
-    /// The job's weights are not on the device (it is not running).
+    /// The job is not running, so its weights are not on a device.
     #[error("job {0} is not running on this server")]
     NotResident(String),
     /// The engine is stopping.
     #[error("the server is shutting down: retry elsewhere or later")]
     Draining,
-    /// By the estimate, the job does not fit.
+    /// The job does not fit the memory limit according to the estimate.
     #[error("the job needs about {needed_mib} MiB, {available_mib} MiB are allowed: {remedy}")]
     OutOfMemory {
-        /// The estimate.
+        /// Estimated memory in MiB.
         needed_mib: u64,
-        /// The limit.
+        /// Memory limit in MiB.
         available_mib: u64,
-        /// What would make it fit.
+        /// Change that would make the job fit.
         remedy: String,
     },
-    /// Weights do not fit beside what must stay in memory.
+    /// The weights do not fit beside the base models and the run in progress.
     #[error(
-        "these weights need {needed_mib} MiB of memory, {available_mib} MiB are left for them beside the base models and the run in \
-         progress: retry when that has ended, or raise {setting}"
+        "these weights need {needed_mib} MiB of memory, {available_mib} MiB are left for them \
+         beside the base models and the run in progress: retry when that has ended, or raise \
+         {setting}"
     )]
     NoRoom {
-        /// Memory that they need, in MiB.
+        /// Memory that the weights need, in MiB.
         needed_mib: u64,
         /// Memory that is left for them, in MiB.
         available_mib: u64,
-        /// The settings that limit it.
+        /// Names of the settings that limit it.
         setting: &'static str,
     },
-    /// Loading failed: the files or their shapes are at fault.
+    /// Loading failed because of the files or the shapes of their tensors.
     #[error("{0}")]
     Weights(String),
-    /// A base model's weights cannot be read again as they were loaded: its files are gone or were
-    /// changed.
+    /// The files of a base model are gone or were changed, so its weights cannot be read again.
     #[error("{0}")]
     FilesChanged(String),
-    /// The device had too little free memory for a work unit; the worker goes on.
+    /// The device had too little free memory for a unit of work. The worker continues with the next
+    /// one.
     #[error("{0}: retry later, or send shorter rows")]
     DeviceFull(String),
-    /// A work unit failed; the worker goes on.
+    /// A unit of work failed. The worker continues with the next one.
     #[error("the device failed: {0}")]
     Device(String),
 }
 
-/// A failed computation on tensors.
 impl From<candle_core::Error> for EngineError {
     fn from(e: candle_core::Error) -> Self {
         EngineError::Device(e.to_string())
@@ -346,8 +351,8 @@ impl From<candle_core::Error> for EngineError {
 }
 
 impl EngineError {
-    /// Says why weights cannot be used: all of it in the log, without the server's folders to
-    /// clients.
+    /// Reports weights that cannot be used. The log gets the full error; the message for clients
+    /// leaves out the server's folders.
     pub(super) fn unusable(e: &ModelError) -> Self {
         tracing::warn!(error = %e, "weights cannot be used");
         EngineError::Weights(e.for_clients())

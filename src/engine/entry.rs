@@ -1,4 +1,4 @@
-//! A scoring item on its way to a device.
+//! A scoring item in the queue.
 
 use std::time::Instant;
 
@@ -8,16 +8,16 @@ use tokio::sync::oneshot;
 use super::api::{EngineError, ScoreItem, ScoredItem, WeightsRef};
 use super::queue::{Queue, WorkItem};
 
-/// The queue of an engine.
+/// Scoring queue of an engine.
 pub(super) type ScoringQueue = Queue<Entry>;
 
-/// One scoring item and who waits for it.
+/// One scoring item with the channel for its answer.
 pub(super) struct Entry {
     pub item: ScoreItem,
     pub policy: WeightsRef,
     pub reference: Option<WeightsRef>,
     pub enqueued: Instant,
-    /// The trace that it is part of.
+    /// Trace of the caller.
     pub trace: Context,
     pub reply: oneshot::Sender<Result<ScoredItem, EngineError>>,
 }

@@ -1,40 +1,38 @@
-//! Whose turn it is on a device that trains and scores.
+//! Division of a device's time between training and scoring.
 //!
-//! The rules, with `share` the part of the device's time that scoring may take while a run is in
-//! progress:
+//! Let `share` be the fraction of the device's time that scoring may take while a run is in
+//! progress.
 //!
-//! - A batch that takes s seconds makes a **debt** of s·(1 − share)/share seconds to training.
-//! - Training pays the debt off with the time for which it has the device. Scoring has its **turn**
-//!   while there is no debt, and then takes one batch at a time, however long that is.
-//! - Training beyond its share is remembered as **credit** (a debt below 0), at most [`CREDIT`]
-//!   seconds of it: requests come in bursts, and the share is meant over longer times.
-//! - A batch inside a training unit counts as scoring, not as training: the unit's clock stands
-//!   still meanwhile.
-//! - Another run begins without debt and without credit.
+//! - A scoring batch that takes s seconds adds s·(1 − share)/share seconds to scoring's **debt**.
+//! - The time for which training has the device pays off the debt. Scoring may run while there is
+//!   no debt. It then takes one batch at a time, whatever the batch's length.
+//! - Training beyond its share becomes **credit** (a debt below 0), at most [`MAX_CREDIT_SECONDS`].
+//!   Requests come in bursts, and the share should hold over longer times.
+//! - A batch inside a training unit counts as scoring: the unit's clock stops meanwhile.
+//! - A new run starts without debt and without credit.
 //!
-//! Times are given by the caller, so that a test needs no clock.
+//! Callers pass the current time, so that tests need no clock.
 
 use std::time::{Duration, Instant};
 
-/// The most seconds of training beyond its share that are remembered.
-const CREDIT: f64 = 10.0;
+/// Maximum credit in seconds.
+const MAX_CREDIT_SECONDS: f64 = 10.0;
 
-/// The account between training and scoring.
+/// Account of the device time between training and scoring.
 #[derive(Debug)]
 pub(super) struct FairShare {
-    /// Scoring's part of the time, in (0, 1].
+    /// Fraction of the time for scoring, in (0, 1].
     share: f64,
-    /// Seconds that training must get before scoring goes on; below 0 is credit.
+    /// Seconds of training that must pass before scoring may continue; below 0 it is credit.
     debt: f64,
-    /// Since when training has the device without an interruption.
+    /// Time since which training has had the device without interruption.
     training_since: Instant,
-    /// What scoring took since [`FairShare::start`].
+    /// Time that scoring took since [`FairShare::start`].
     scored: Duration,
 }
 
 impl FairShare {
-    /// Opens an account without debt. A share below 0.01 or above 1 is taken for the nearest of
-    /// these.
+    /// Opens an account without debt. The share is clamped to [0.01, 1].
     pub fn new(share: f64, now: Instant) -> Self {
         FairShare {
             share: share.clamp(0.01, 1.0),
@@ -44,43 +42,43 @@ impl FairShare {
         }
     }
 
-    /// Returns true if it is scoring's turn, as of the last payment.
-    pub fn is_scorings_turn(&self) -> bool {
+    /// Returns true if scoring may run, according to the last call of [`Self::pay`].
+    pub fn may_score(&self) -> bool {
         self.debt <= 0.0
     }
 
-    /// Begins a training unit.
+    /// Starts a training unit.
     pub fn start(&mut self, now: Instant) {
         self.training_since = now;
         self.scored = Duration::ZERO;
     }
 
-    /// Ends the unit; returns how much of its time scoring had.
+    /// Ends the unit and returns the part of its time that scoring took.
     pub fn stop(&mut self, now: Instant) -> Duration {
         self.pay(now);
         self.scored
     }
 
-    /// Pays off the debt with the time for which training has had the device until now.
+    /// Pays off debt with the time that training has had since the last call.
     pub fn pay(&mut self, now: Instant) {
         self.debt = (self.debt - now.saturating_duration_since(self.training_since).as_secs_f64())
-            .max(-CREDIT);
+            .max(-MAX_CREDIT_SECONDS);
         self.training_since = now;
     }
 
-    /// Gives the device back to training after a batch inside its unit, which began at
-    /// `batch_start`.
+    /// Gives the device back to training after a scoring batch inside the unit. The batch started
+    /// at `batch_start`.
     pub fn resume(&mut self, batch_start: Instant, now: Instant) {
         self.scored += now.saturating_duration_since(batch_start);
         self.training_since = now;
     }
 
-    /// Charges scoring for a batch while a run is in progress.
+    /// Adds the debt of a scoring batch that ran while a run was in progress.
     pub fn charge(&mut self, batch: Duration) {
         self.debt += batch.as_secs_f64() * (1.0 - self.share) / self.share;
     }
 
-    /// Forgets debt and credit: another run begins.
+    /// Removes debt and credit, because another run starts.
     pub fn reset(&mut self) {
         self.debt = 0.0;
     }
@@ -96,18 +94,18 @@ mod tests {
     fn scoring_waits_until_training_had_its_share() {
         let start = Instant::now();
         let mut account = FairShare::new(0.25, start);
-        assert!(account.is_scorings_turn(), "nothing is owed at first");
+        assert!(account.may_score(), "nothing is owed at first");
         account.start(start);
         account.charge(2 * SECOND);
-        assert!(!account.is_scorings_turn());
+        assert!(!account.may_score());
         account.pay(start + 5 * SECOND);
-        assert!(!account.is_scorings_turn(), "5 of 6 seconds");
+        assert!(!account.may_score(), "5 of 6 seconds");
         account.pay(start + 6 * SECOND);
-        assert!(account.is_scorings_turn());
+        assert!(account.may_score());
         // Alone on the device it owes nothing.
         let mut alone = FairShare::new(1.0, start);
         alone.charge(100 * SECOND);
-        assert!(alone.is_scorings_turn());
+        assert!(alone.may_score());
     }
 
     #[test]
@@ -120,9 +118,9 @@ mod tests {
         account.resume(start + SECOND, start + 4 * SECOND);
         // 3 seconds of debt, 1 of credit: 2 to go, from the end of the batch on.
         account.pay(start + 5 * SECOND);
-        assert!(!account.is_scorings_turn());
+        assert!(!account.may_score());
         assert_eq!(account.stop(start + 6 * SECOND), 3 * SECOND);
-        assert!(account.is_scorings_turn());
+        assert!(account.may_score());
         account.start(start + 7 * SECOND);
         assert_eq!(account.stop(start + 8 * SECOND), Duration::ZERO, "each unit counts its own");
     }
@@ -133,13 +131,13 @@ mod tests {
         let mut account = FairShare::new(0.5, start);
         account.start(start);
         account.pay(start + 1000 * SECOND);
-        account.charge(Duration::from_secs_f64(CREDIT));
-        assert!(account.is_scorings_turn(), "a burst spends the credit");
+        account.charge(Duration::from_secs_f64(MAX_CREDIT_SECONDS));
+        assert!(account.may_score(), "a burst spends the credit");
         account.charge(SECOND);
-        assert!(!account.is_scorings_turn(), "and no more than that");
+        assert!(!account.may_score(), "and no more than that");
         account.reset();
-        assert!(account.is_scorings_turn());
+        assert!(account.may_score());
         account.charge(SECOND);
-        assert!(!account.is_scorings_turn(), "credit is gone, too");
+        assert!(!account.may_score(), "credit is gone, too");
     }
 }

@@ -1,41 +1,45 @@
-//! Counts the memory that a run needs besides the base models.
+//! Memory that a run needs besides the base models.
 
 use super::api::{EngineError, WeightsRef};
-use super::residents::{Bases, wants_exact, weight_bytes};
+use super::residents::{Bases, needs_exact, weight_bytes};
 use crate::domain::training::{Method, Precision, TrainingSpec};
 use crate::model::config::ModelConfig;
 use crate::train::estimate::{self, Lengths, MemoryKind};
 
-/// Bytes that a run needs besides the base models and its plan.
+/// Memory in bytes that a run needs besides the base models and its plan.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Extra {
-    /// In the memory that its passes use: a GPU's own, or on the CPU the machine's.
+    /// In the memory that its passes use: a GPU's own memory, or host memory on the CPU.
     pub device: u64,
-    /// In the machine's memory, where the device has its own; 0 on the CPU.
+    /// In host memory, if the device has its own memory; 0 on the CPU.
     pub host: u64,
 }
 
-/// Bytes that a run needs besides the base models. The run carries them through the queue.
+/// Memory in bytes that a run needs besides the base models. Stored with the run in the queue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Needs {
-    /// [`Extra::device`].
+    /// See [`Extra::device`].
     pub extra: u64,
-    /// With the leanest plan on its device, `extra` included.
+    /// Needed on its device with the leanest plan, including `extra`.
     pub minimum: u64,
-    /// In the machine's memory, where the device has its own; 0 on the CPU.
+    /// Needed in host memory, if the device has its own memory; 0 on the CPU.
     pub host: u64,
 }
 
 impl Needs {
-    /// Returns the bytes that the run's plan may use on a device with `memory` bytes for the run:
-    /// what the copies of weights leave.
+    /// Returns the bytes for the run's plan on a device with `memory` bytes for the run: the part
+    /// that its copies of weights leave free.
     pub fn left_for_plan(self, memory: u64) -> u64 {
         memory.saturating_sub(self.extra)
     }
 }
 
-/// Returns what a run needs besides the base models and its plan. Admission, the estimate and the
-/// start of a run all use this function, so that a run plans with what was granted.
+/// Returns the memory that a run needs besides the base models and its plan. Admission, estimate
+/// and start of a run all use this function, so that the run plans with the memory that was
+/// granted.
+///
+/// # Errors
+/// `UnknownModel` if the server does not have a model that the run names.
 pub(super) fn extra(
     bases: &Bases,
     model: &str,
@@ -46,19 +50,19 @@ pub(super) fn extra(
 ) -> Result<Extra, EngineError> {
     let server = bases.precision();
     let precision = spec.precision.unwrap_or(server);
-    let is_exact_run = wants_exact(spec, server);
+    let is_exact_run = needs_exact(spec, server);
     let base = bases.get(model)?;
     let f32_of = |parameters: u64| parameters * weight_bytes(Precision::F32);
     let (mut host, mut gpu, mut activations) = (0, 0, 0);
 
-    // A LoRA policy's frozen weights, if those in memory are rounded and the run's must not be.
-    // A fully trained policy has all its weights in the plan.
+    // Frozen weights of a LoRA policy, if those in memory are rounded and the run needs exact ones.
+    // For full fine-tuning the plan includes all weights.
     let reads_base_again = matches!(spec.method, Method::Lora(_)) && is_exact_run && !base.is_exact;
     if reads_base_again {
         host += f32_of(base.info.parameters);
     }
-    // A GPU has the base model in the run's precision, too: for the policy, the reference, or
-    // scoring.
+    // A GPU also has a copy of the base model in the run's precision, for the policy, the reference
+    // or scoring.
     if precision != server {
         gpu += base.info.parameters * weight_bytes(precision);
     }
@@ -73,7 +77,7 @@ pub(super) fn extra(
             || matches!(weights, WeightsRef::Full { .. } | WeightsRef::StoredReference { .. });
         let shares_policy_base = id == model && reads_base_again;
         host += if is_moving {
-            // While the policy is mixed in, the old and the new weights are both there.
+            // During a sync the old and the new weights exist together.
             2 * f32_of(parameters)
         } else if has_own_weights {
             parameters * weight_bytes(if is_exact_run { Precision::F32 } else { server })
@@ -93,8 +97,8 @@ pub(super) fn extra(
     })
 }
 
-/// Bytes of activations that scoring a row on the reference's model needs beyond those on the
-/// policy's, which the plan counts.
+/// Returns the additional activation bytes if scoring a row on the reference's model needs more
+/// than on the policy's model, which the plan includes.
 fn more_activations(
     reference: &ModelConfig,
     policy: &ModelConfig,

@@ -1,5 +1,5 @@
-//! What waits for the devices: small items of work, bounded by tokens, and training runs. One queue
-//! for all workers: whoever is free takes what is oldest.
+//! Queue of work for the devices: scoring items, bounded by tokens, and training runs. All workers
+//! share it; a free worker takes the oldest work that it may do.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -10,74 +10,76 @@ use super::api::{EngineError, RunCommand, RunEvent, TrainingRun};
 use super::memory::HostMemory;
 use super::needs::Needs;
 
-/// Runs that may wait behind the running one.
+/// Maximum number of runs that wait for a worker.
 const MAX_WAITING_RUNS: usize = 16;
-/// Tokens a second assumed until a rate has been measured, for the first retry hint.
-const ASSUMED_RATE: f64 = 500.0;
-/// How often an idle worker looks whether a run that waits for memory or for a larger device was
-/// told to stop.
-const LOOK: Duration = Duration::from_millis(200);
+/// Scoring rate in tokens per second that is assumed for retry hints until a rate has been
+/// measured.
+const ASSUMED_TOKENS_PER_SECOND: f64 = 500.0;
+/// Interval at which an idle worker checks whether a waiting run was told to stop.
+const STOP_CHECK_INTERVAL: Duration = Duration::from_millis(200);
 
-/// A small piece of work, which is done in batches between the units of runs.
+/// A small piece of work that is done in batches between the units of runs.
 pub(super) trait WorkItem {
-    /// Returns what it counts against the queue's limit and a batch's budget.
+    /// Returns its size in tokens, which counts against the queue's limit and a batch's budget.
     fn tokens(&self) -> usize;
-    /// Returns true if nobody waits for its answer any more.
+    /// Returns true if the caller no longer waits for the answer.
     fn is_abandoned(&self) -> bool;
-    /// Returns the job whose weights in training it needs: these are with the worker that trains
-    /// them.
+    /// Returns the job whose current weights it needs, if any. Only the worker that trains the job
+    /// has them.
     fn live_job(&self) -> Option<&str>;
     /// Answers it with [`EngineError::Draining`].
     fn refuse(self);
 }
 
-/// A worker that looks for work.
+/// A worker that asks for work.
 #[derive(Clone, Copy)]
 pub(super) struct Seeker<'a> {
     pub worker: usize,
-    /// The job that it trains.
+    /// Job that it trains.
     pub job: Option<&'a str>,
-    /// Bytes that a run would find free; `None` when it takes no runs.
+    /// Memory in bytes that is free for a run; `None` if the worker takes no runs.
     pub room: Option<u64>,
-    /// Bytes that a run may need there besides the base models.
+    /// Maximum memory in bytes for a run on this worker, besides the base models.
     pub limit: u64,
 }
 
-/// A run that waits for a device.
+/// A run that waits for a worker.
 struct Waiting {
     run: TrainingRun,
     needs: Needs,
-    /// True once its client has been told that it waits for memory.
-    told: bool,
+    /// True once the client has been told that the run waits for memory.
+    notified: bool,
 }
 
 impl Waiting {
-    /// Tells the run's client once that the run waits for memory, of which `left` bytes are left.
-    fn tell(&mut self, left: u64) {
-        if std::mem::replace(&mut self.told, true) {
+    /// Tells the client, once, that the run waits for host memory. `left` is the free part in
+    /// bytes.
+    fn notify_waits_for_memory(&mut self, left: u64) {
+        if std::mem::replace(&mut self.notified, true) {
             return;
         }
         let message = format!(
-            "the run waits until another one has ended: it needs about {} MiB of the machine's memory, {} MiB are left of memory_limit",
+            "the run waits until another one has ended: it needs about {} MiB of the machine's \
+             memory, {} MiB are left of memory_limit",
             self.needs.host.div_ceil(1 << 20),
             left >> 20
         );
-        // Nothing was sent yet: there is room for one event.
+        // Nothing has been sent yet, so there is room for one event.
         let _ = self.run.events.try_send(RunEvent::Log { severity: "info", message }.into());
     }
 }
 
-/// What a worker should do next.
+/// Next task of a worker.
 pub(super) enum Work<W> {
-    /// Score these, in order.
+    /// Score these items, in order.
     Score(Vec<W>),
-    /// Nothing to score: go on with the run.
+    /// Nothing to score: continue the run.
     Train,
-    /// Nothing to score: begin this run.
+    /// Nothing to score: start this run.
     Begin(Box<TrainingRun>, Needs),
-    /// Nothing to do, but there are weights to forget.
-    Forget,
-    /// Nothing to do, and nothing will come.
+    /// Nothing to compute, but weights must be evicted.
+    Evict,
+    /// Nothing to do, and no more work will come.
     Stop,
 }
 
@@ -87,26 +89,26 @@ struct QueueState<W> {
     runs: VecDeque<Waiting>,
     workers: Vec<WorkerState>,
     draining: bool,
-    /// Handles that can still bring work.
+    /// Engine handles that can still add work.
     handles: usize,
-    /// Of one worker.
+    /// Measured scoring rate of one worker.
     tokens_per_second: Option<f64>,
 }
 
-/// What the queue knows of a worker.
+/// State of a worker as the queue knows it.
 #[derive(Default)]
 struct WorkerState {
-    /// The job that it trains.
+    /// Job that it trains.
     job: Option<String>,
-    /// Bytes that a run would find free; `None` when it takes none now.
+    /// Memory in bytes that is free for a run; `None` if it takes none now.
     room: Option<u64>,
-    /// Bytes that a run may need there.
+    /// Maximum memory in bytes for a run on this worker.
     limit: u64,
-    /// Bytes of the machine's memory that its run needs.
+    /// Host memory in bytes that its run needs.
     host: u64,
-    /// Folders whose weights it has to forget.
+    /// Folders whose weights it must evict.
     evicted: Vec<PathBuf>,
-    /// True if it must check that its loaded weights still fit.
+    /// True if it must check that its cached weights still fit the memory.
     must_fit: bool,
     ended: bool,
 }
@@ -114,14 +116,14 @@ struct WorkerState {
 /// The bounded queue in front of the devices.
 pub(super) struct Queue<W> {
     limit: usize,
-    /// The host's memory, which runs in progress share.
+    /// Host memory, which the runs in progress share.
     host: HostMemory,
     inner: Mutex<QueueState<W>>,
     changed: Condvar,
 }
 
 impl<W: WorkItem> Queue<W> {
-    /// For `workers` workers, which are numbered from 0 on.
+    /// Creates the queue for `workers` workers, numbered from 0.
     pub fn new(limit: usize, workers: usize) -> Self {
         metrics::gauge!("bradley_scoring_queue_limit_tokens").set(limit as f64);
         let inner = QueueState {
@@ -141,18 +143,18 @@ impl<W: WorkItem> Queue<W> {
         }
     }
 
-    /// Lets runs be in progress together only where this memory of the machine is enough for all.
+    /// Allows runs to be in progress together only if `host` is enough for all of them.
     pub fn sharing(self, host: HostMemory) -> Self {
         Queue { host, ..self }
     }
 
-    /// The machine's memory that runs in progress share.
+    /// Returns the host memory that the runs in progress share.
     pub fn host_memory(&self) -> &HostMemory {
         &self.host
     }
 
     fn lock(&self) -> MutexGuard<'_, QueueState<W>> {
-        // The guarded code does not panic half-way through a change.
+        // The guarded code does not panic in the middle of a change.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -165,7 +167,11 @@ impl<W: WorkItem> Queue<W> {
         self.changed.notify_all();
     }
 
-    /// Queues an item, or says why not.
+    /// Adds an item to the queue.
+    ///
+    /// # Errors
+    /// `Draining`, or `QueueFull` if the item exceeds the limit. A single item in an empty queue is
+    /// always accepted.
     pub fn push(&self, entry: W) -> Result<(), EngineError> {
         let mut inner = self.lock();
         if inner.draining {
@@ -173,7 +179,7 @@ impl<W: WorkItem> Queue<W> {
         }
         let tokens = entry.tokens();
         if !inner.entries.is_empty() && inner.tokens + tokens > self.limit {
-            let rate = (inner.tokens_per_second.unwrap_or(ASSUMED_RATE)
+            let rate = (inner.tokens_per_second.unwrap_or(ASSUMED_TOKENS_PER_SECOND)
                 * inner.workers.len() as f64)
                 .max(1.0);
             let retry_after =
@@ -192,12 +198,12 @@ impl<W: WorkItem> Queue<W> {
         Ok(())
     }
 
-    /// Whether the engine is stopping.
+    /// Returns true if the engine is stopping.
     pub fn is_draining(&self) -> bool {
         self.lock().draining
     }
 
-    /// A worker has ended; called when it has given up what it owned.
+    /// Marks a worker as ended. Called after the worker has released everything that it owned.
     pub fn end(&self, worker: usize) {
         let mut inner = self.lock();
         inner.workers[worker] = WorkerState { ended: true, ..WorkerState::default() };
@@ -205,7 +211,7 @@ impl<W: WorkItem> Queue<W> {
         self.changed.notify_all();
     }
 
-    /// Waits until all workers have ended; false when they have not within `patience`.
+    /// Waits until all workers have ended. Returns false if `patience` passes first.
     pub fn wait_for_end(&self, patience: Duration) -> bool {
         let waits = |inner: &mut QueueState<W>| inner.workers.iter().any(|w| !w.ended);
         let (inner, _) = self
@@ -215,7 +221,10 @@ impl<W: WorkItem> Queue<W> {
         inner.workers.iter().all(|w| w.ended)
     }
 
-    /// Queues a run.
+    /// Adds a run to the queue.
+    ///
+    /// # Errors
+    /// `Draining`, or `QueueFull` if too many runs wait.
     pub fn push_run(&self, run: TrainingRun, needs: Needs) -> Result<(), EngineError> {
         let mut inner = self.lock();
         if inner.draining {
@@ -229,12 +238,12 @@ impl<W: WorkItem> Queue<W> {
                 retry_after: Duration::from_secs(30),
             });
         }
-        inner.runs.push_back(Waiting { run, needs, told: false });
+        inner.runs.push_back(Waiting { run, needs, notified: false });
         self.changed.notify_all();
         Ok(())
     }
 
-    /// Has every worker forget the weights in a folder; one that waits wakes up for it.
+    /// Makes every worker evict the weights in a folder. Wakes idle workers.
     pub fn evict(&self, dir: &Path) {
         self.lock()
             .workers
@@ -244,19 +253,19 @@ impl<W: WorkItem> Queue<W> {
         self.changed.notify_all();
     }
 
-    /// What a worker has to forget before it computes with anything from a folder.
+    /// Returns the folders whose weights a worker must evict before it computes with any weights.
     pub fn take_evicted(&self, worker: usize) -> Vec<PathBuf> {
         std::mem::take(&mut self.lock().workers[worker].evicted)
     }
 
-    /// Has every worker evict the weights that have no room beside the runs in progress; one that
-    /// waits wakes up for it.
-    pub fn have_all_fit(&self) {
+    /// Makes every worker evict weights that do not fit beside the runs in progress. Wakes idle
+    /// workers.
+    pub fn request_fit_check(&self) {
         self.lock().workers.iter_mut().filter(|w| !w.ended).for_each(|w| w.must_fit = true);
         self.changed.notify_all();
     }
 
-    /// Returns true once if a worker has to evict weights that have no room.
+    /// Returns true, once, if a worker must evict weights that do not fit.
     pub fn take_must_fit(&self, worker: usize) -> bool {
         std::mem::take(&mut self.lock().workers[worker].must_fit)
     }
@@ -267,8 +276,8 @@ impl<W: WorkItem> Queue<W> {
         inner.tokens_per_second = Some(0.8 * old + 0.2 * tokens_per_second);
     }
 
-    /// Refuses new work from now on; what waits is answered with `Draining`. Waiting runs are
-    /// handed back to be told.
+    /// Refuses new work from now on and answers waiting items with `Draining`. Returns the waiting
+    /// runs, so that the caller can report to their clients.
     pub fn drain(&self) -> Vec<TrainingRun> {
         let mut inner = self.lock();
         inner.draining = true;
@@ -281,25 +290,25 @@ impl<W: WorkItem> Queue<W> {
         inner.runs.drain(..).map(|waiting| waiting.run).collect()
     }
 
-    /// What a batch of `budget` tokens takes, without waiting; empty when nothing waits that the
-    /// worker of `job` may score.
+    /// Returns a scoring batch of up to `budget` tokens without waiting. Empty if there is nothing
+    /// that the worker of `job` may score.
     pub fn take(&self, job: &str, budget: usize) -> Vec<W> {
         take_batch(&mut self.lock(), Some(job), budget)
     }
 
-    /// Notes what the runs in progress need of the machine's memory.
+    /// Updates the host memory that the runs in progress need.
     fn count_host(&self, inner: &QueueState<W>) {
         self.host.set_in_use(inner.workers.iter().map(|w| w.host).sum());
     }
 
-    /// Takes the run that worker `me` should begin, if there is one. A run passes another only when
-    /// that one waits for a larger device; a run that waits for the machine's memory is passed by
-    /// none.
+    /// Takes the run that worker `me` should start, if there is one. A run may overtake another
+    /// only if the other waits for a larger device. No run overtakes one that waits for host
+    /// memory.
     fn next_run(&self, inner: &mut QueueState<W>, me: usize) -> Option<Waiting> {
         let QueueState { runs, workers, .. } = inner;
-        // A worker that takes no runs has no room.
+        // A worker that takes no runs has no `room`.
         workers[me].room?;
-        // The worker ends it at once.
+        // A stopped run can go to any worker, which ends it immediately.
         if let Some(stopped) =
             runs.iter().position(|waiting| waiting.run.control.command() != RunCommand::Run)
         {
@@ -313,22 +322,22 @@ impl<W: WorkItem> Queue<W> {
             if !workers.iter().any(|w| w.room.is_some() && w.limit >= needs.minimum) {
                 continue;
             }
-            // Alone it fits: that was checked before it was queued.
+            // Each run fits on its own; this was checked before it was queued.
             if in_use > 0 && !self.host.allows(in_use.saturating_add(needs.host)) {
-                waiting.tell(self.host.left());
+                waiting.notify_waits_for_memory(self.host.left());
                 return None;
             }
             if has_most_room(workers, me, needs.minimum) {
                 return runs.remove(i);
             }
-            // Another worker is about to take it.
+            // Another worker will take it; reserve its memory.
             in_use = in_use.saturating_add(needs.host);
         }
         None
     }
 
-    /// Waits for work. With a run in progress it never waits: there is always something to train.
-    /// `may_score` is false while scoring has had its share.
+    /// Waits for work. Returns immediately if the worker has a run in progress. `may_score` is
+    /// false while scoring has used up its share of the time.
     pub fn next(&self, seeker: Seeker, may_score: bool, budget: usize) -> Work<W> {
         let mut inner = self.lock();
         let training = seeker.job.is_some();
@@ -338,7 +347,7 @@ impl<W: WorkItem> Queue<W> {
         }
         (me.room, me.limit) = (seeker.room.filter(|_| !training), seeker.limit);
         if !training && std::mem::take(&mut me.host) > 0 {
-            // A run may have waited for the memory of the one that has ended.
+            // Another run may have been waiting for this memory.
             self.count_host(&inner);
             self.changed.notify_all();
         }
@@ -365,22 +374,24 @@ impl<W: WorkItem> Queue<W> {
             }
             let me = &inner.workers[seeker.worker];
             if me.must_fit || !me.evicted.is_empty() {
-                return Work::Forget;
+                return Work::Evict;
             }
             inner = match inner.runs.is_empty() {
                 true => self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
-                // Nobody tells the queue when a run that waits is told to stop.
+                // Stopping a waiting run does not notify the queue, so check at intervals.
                 false => {
-                    self.changed.wait_timeout(inner, LOOK).unwrap_or_else(PoisonError::into_inner).0
+                    self.changed
+                        .wait_timeout(inner, STOP_CHECK_INTERVAL)
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .0
                 }
             };
         }
     }
 }
 
-/// Whether a run that needs at least `minimum` bytes should go to worker `me`: of the workers
-/// without a run that may give it as much, it is the one with the most free memory, or the first of
-/// these.
+/// Returns true if worker `me` should take a run that needs at least `minimum` bytes: among the
+/// idle workers that are large enough, it has the most free memory. The lower number wins a tie.
 fn has_most_room(workers: &[WorkerState], me: usize, minimum: u64) -> bool {
     let room = |w: &WorkerState| w.room.filter(|_| w.limit >= minimum);
     let Some(mine) = room(&workers[me]) else { return false };
@@ -390,16 +401,17 @@ fn has_most_room(workers: &[WorkerState], me: usize, minimum: u64) -> bool {
         .all(|(i, w)| room(w).is_none_or(|room| room < mine || (room == mine && me <= i)))
 }
 
-/// Whether the worker that trains `job` may score the entry: weights in training are with the
-/// worker that trains them. What nobody trains is for anyone: its caller hears of that.
+/// Returns true if the worker that trains `job` may score the entry. Only the worker that trains a
+/// job can score its current weights. If no worker trains that job, any worker may take the entry,
+/// and reports the error to the caller.
 fn may_take(workers: &[WorkerState], entry: &impl WorkItem, job: Option<&str>) -> bool {
     entry.live_job().is_none_or(|live| {
         job == Some(live) || workers.iter().all(|w| w.job.as_deref() != Some(live))
     })
 }
 
-/// The oldest items that the worker of `job` may score, up to `budget` tokens (at least one),
-/// without those whose caller has left.
+/// Takes the oldest items that the worker of `job` may score: at least one, up to `budget` tokens.
+/// Items whose caller has left are dropped.
 fn take_batch<W: WorkItem>(inner: &mut QueueState<W>, job: Option<&str>, budget: usize) -> Vec<W> {
     let (mut batch, mut tokens, mut at) = (Vec::new(), 0, 0);
     while let Some(entry) = inner.entries.get(at) {
@@ -529,7 +541,8 @@ mod tests {
         let queue = Queue::<Entry>::new(10, 3);
         queue.add_handle();
         let idle = |worker, room| Seeker { worker, job: None, room, limit: u64::MAX };
-        // Each is known to the queue once it has looked; a scoring item each keeps it from waiting.
+        // The queue knows a worker after its first request; a scoring item prevents the request
+        // from waiting.
         for (worker, room) in [(0, Some(5)), (1, Some(9)), (2, None)] {
             let (item, _waits) = entry(1);
             queue.push(item).unwrap();
@@ -548,7 +561,7 @@ mod tests {
         assert!(matches!(queue.next(idle(2, None), true, 100), Work::Stop));
     }
 
-    /// Makes an idle worker known to the queue; a scoring item keeps it from waiting.
+    /// Makes an idle worker known to the queue. A scoring item prevents the request from waiting.
     fn looks(queue: &Queue<Entry>, seeker: Seeker) {
         let (item, _waits) = entry(1);
         queue.push(item).unwrap();
@@ -560,7 +573,7 @@ mod tests {
         let queue = Queue::<Entry>::new(10, 2);
         queue.add_handle();
         let idle = |worker, room, limit| Seeker { worker, job: None, room: Some(room), limit };
-        // The first has more free now, but may not give a run as much.
+        // The first worker has more free memory now, but a lower limit for a run.
         let (small, large) = (idle(0, 90, 50), idle(1, 70, 70));
         looks(&queue, small);
         looks(&queue, large);
@@ -575,8 +588,8 @@ mod tests {
         let Work::Begin(first, _) = queue.next(large, true, 100) else {
             panic!("the large worker takes the large run")
         };
-        // The second large run waits for the large worker, and is passed by one that cannot take
-        // its place.
+        // The second large run waits for the large worker. The small run overtakes it, because the
+        // small worker cannot take a large run.
         let Work::Begin(second, carried) = queue.next(small, true, 100) else {
             panic!("the small run does not wait")
         };
@@ -606,7 +619,7 @@ mod tests {
             matches!(queue.next(idle(0), true, 100), Work::Begin(first, _) if first.job == "first")
         );
         assert_eq!(queue.host_memory().left(), 40);
-        // The other worker has nothing to do: it begins neither the second run nor one behind it.
+        // The other worker starts neither the second run nor one behind it.
         looks(&queue, idle(1));
         for _ in 0..2 {
             assert!(queue.next_run(&mut queue.lock(), 1).is_none());
@@ -616,7 +629,7 @@ mod tests {
         };
         assert!(message.contains("memory_limit"), "{message}");
         assert!(told.try_recv().is_err(), "once");
-        // A run that waits can be told to stop.
+        // A waiting run can be told to stop.
         let (cancelled, _told) = with_events("cancelled");
         cancelled.control.cancel();
         queue.push_run(cancelled, needs(50)).unwrap();
@@ -624,30 +637,31 @@ mod tests {
             matches!(queue.next(idle(1), true, 100), Work::Begin(run, _) if run.job == "cancelled")
         );
         looks(&queue, idle(1));
-        // The first has ended: its worker looks for work without a job.
+        // The first run has ended: its worker asks for work without a job.
         looks(&queue, idle(0));
         assert_eq!(queue.host_memory().left(), 100);
-        assert!(
-            matches!(queue.next(idle(0), true, 100), Work::Begin(second, _) if second.job == "second")
-        );
+        assert!(matches!(
+            queue.next(idle(0), true, 100),
+            Work::Begin(second, _) if second.job == "second"
+        ));
         assert!(
             matches!(queue.next(idle(1), true, 100), Work::Begin(third, _) if third.job == "third")
         );
         assert_eq!(queue.host_memory().left(), 40);
-        // A worker that ends gives back what its run had.
+        // A worker that ends releases the memory of its run.
         queue.end(0);
         assert_eq!(queue.host_memory().left(), 90);
     }
 
-    /// Asserts that worker 1, which waits for work, is told to forget weights after `act`.
-    fn assert_wakes_to_forget(queue: &Queue<Entry>, act: impl FnOnce()) {
+    /// Asserts that worker 1, which waits for work, is told to evict weights after `act`.
+    fn assert_wakes_to_evict(queue: &Queue<Entry>, act: impl FnOnce()) {
         std::thread::scope(|s| {
             let waits = s.spawn(|| queue.next(Seeker { worker: 1, ..IDLE }, true, 100));
             while queue.lock().workers[1].room.is_none() {
                 std::thread::yield_now();
             }
             act();
-            assert!(matches!(waits.join(), Ok(Work::Forget)));
+            assert!(matches!(waits.join(), Ok(Work::Evict)));
         });
     }
 
@@ -655,7 +669,7 @@ mod tests {
     fn an_idle_worker_wakes_up_to_evict_weights_that_have_no_room() {
         let queue = Queue::<Entry>::new(10, 2);
         queue.add_handle();
-        assert_wakes_to_forget(&queue, || queue.have_all_fit());
+        assert_wakes_to_evict(&queue, || queue.request_fit_check());
         assert!(queue.take_must_fit(1) && !queue.take_must_fit(1));
         assert!(queue.take_must_fit(0), "every worker looks");
     }
@@ -664,7 +678,7 @@ mod tests {
     fn an_idle_worker_wakes_up_to_forget_weights() {
         let queue = Queue::<Entry>::new(10, 2);
         queue.add_handle();
-        assert_wakes_to_forget(&queue, || queue.evict(Path::new("/gone")));
+        assert_wakes_to_evict(&queue, || queue.evict(Path::new("/gone")));
         assert_eq!(queue.take_evicted(1), [PathBuf::from("/gone")]);
         let (item, _waits) = entry(1);
         queue.push(item).unwrap();
@@ -672,7 +686,7 @@ mod tests {
             matches!(queue.next(IDLE, true, 100), Work::Score(_)),
             "who has work does that first: it forgets before it computes"
         );
-        assert!(matches!(queue.next(IDLE, true, 100), Work::Forget));
+        assert!(matches!(queue.next(IDLE, true, 100), Work::Evict));
     }
 
     #[test]
@@ -695,7 +709,7 @@ mod tests {
         };
         assert_eq!(first.iter().map(|e| e.item.tokens()).collect::<Vec<_>>(), [3]);
         assert_eq!(queue.take("b", 100).len(), 1);
-        // Its moving reference is there, too, whatever is compared with it.
+        // The worker of the job also has its moving reference, whatever policy is compared with it.
         let (entry, _waits) = entry(2);
         queue
             .push(Entry { reference: Some(WeightsRef::LiveReference { job: "b".into() }), ..entry })

@@ -1,5 +1,4 @@
-//! Which weights are in memory: the base models for good, adapters and full weights while they are
-//! used.
+//! Weights in memory: base models permanently, adapters and full weights in an LRU cache.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -22,34 +21,34 @@ use crate::model::params::ParamSpec;
 use crate::train::checkpoint::REFERENCE_FILE;
 use crate::train::estimate;
 
-/// Tokens of a row that several items share: more would only need more memory.
+/// Tokens in a row that several items share. Longer rows would only need more memory.
 pub(super) const ROW_TOKENS: usize = 2048;
 
-/// A base model in memory; shared by every policy on it.
+/// A base model in memory, shared by all policies on it.
 #[derive(Clone)]
 pub(super) struct Base {
     pub info: ModelInfo,
     pub policy: Policy,
     pub tokenizer: Arc<ChatTokenizer>,
-    /// Where its weights are read as the files have them; `None` where the ones in memory are
-    /// these.
+    /// Files from which unrounded weights can be read again; `None` if the weights in memory are
+    /// exact.
     files: Option<WeightFiles>,
-    /// What most of its numbers are stored in.
+    /// Element type of most weights in the files.
     pub element_type: ElementType,
-    /// Whether the weights in memory are those of the files, not rounded.
+    /// True if the weights in memory have the exact values of the files.
     pub is_exact: bool,
 }
 
 /// The base models by id, for one device.
 pub(super) struct Bases {
     by_id: HashMap<String, Base>,
-    /// In the order of the settings.
+    /// Ids in the order of the settings.
     order: Vec<String>,
     precision: Precision,
     device: ComputeDevice,
 }
 
-/// Bytes of a frozen weight.
+/// Returns the bytes of one frozen weight.
 pub(super) fn weight_bytes(precision: Precision) -> u64 {
     match precision {
         Precision::F32 => 4,
@@ -58,7 +57,10 @@ pub(super) fn weight_bytes(precision: Precision) -> u64 {
 }
 
 impl Bases {
-    /// Loads every model's weights; `devices` names all that will have them.
+    /// Loads every model's weights. `devices` names all devices that will use them.
+    ///
+    /// # Errors
+    /// `Weights` if a tensor cannot be read.
     pub fn load(
         models: Vec<LoadedModel>,
         device: ComputeDevice,
@@ -91,7 +93,7 @@ impl Bases {
         Ok(Bases { by_id: bases, order, precision, device })
     }
 
-    /// The same weights for another device.
+    /// Returns the same weights for another device.
     pub fn on(&self, device: ComputeDevice) -> Self {
         let moved = |base: &Base| Base {
             policy: Policy { device: device.clone(), ..base.policy.clone() },
@@ -101,17 +103,17 @@ impl Bases {
         Bases { by_id, order: self.order.clone(), precision: self.precision, device }
     }
 
-    /// What they compute in.
+    /// Returns the precision of the frozen weights and of scoring.
     pub fn precision(&self) -> Precision {
         self.precision
     }
 
-    /// Where they compute.
+    /// Returns the device that computes with them.
     pub fn device(&self) -> &ComputeDevice {
         &self.device
     }
 
-    /// The setting that limits the memory of their passes.
+    /// Returns the name of the setting that limits memory on this device.
     pub fn memory_setting(&self) -> &'static str {
         match self.device.memory() {
             Some(_) => "device_memory_limit",
@@ -119,17 +121,20 @@ impl Bases {
         }
     }
 
-    /// One of them.
+    /// Returns the model with this id.
+    ///
+    /// # Errors
+    /// `UnknownModel` if there is none.
     pub fn get(&self, id: &str) -> Result<&Base, EngineError> {
         self.by_id.get(id).ok_or_else(|| EngineError::UnknownModel(id.to_owned()))
     }
 
-    /// All of them, in the order of the settings.
+    /// Returns descriptions of all models, in the order of the settings.
     pub fn infos(&self) -> Vec<ModelInfo> {
         self.order.iter().filter_map(|id| self.by_id.get(id)).map(|b| b.info.clone()).collect()
     }
 
-    /// Bytes of their weights, and of a scoring batch on the largest of them.
+    /// Returns the bytes of all weights plus a scoring batch on the largest model.
     pub fn needed(&self) -> u64 {
         self.on_host()
             + self
@@ -140,12 +145,16 @@ impl Bases {
                 .unwrap_or(0)
     }
 
-    /// Bytes of their weights on the host, whatever computes.
+    /// Returns the bytes of all weights in host memory.
     pub fn on_host(&self) -> u64 {
         self.by_id.values().map(|b| b.info.parameters * weight_bytes(self.precision)).sum()
     }
 
-    /// Loads what `weights` names, other than a running job.
+    /// Loads `weights`.
+    ///
+    /// # Errors
+    /// `NotResident` for weights of a running job, `UnknownModel`, or `Weights` if files cannot be
+    /// read.
     pub fn open(&self, weights: &WeightsRef) -> Result<Policy, EngineError> {
         match weights {
             WeightsRef::Base { model } => Ok(self.get(model)?.policy.clone()),
@@ -167,41 +176,42 @@ impl Bases {
         }
     }
 
-    /// Loads full weights of a base model's shape.
+    /// Loads full weights for a base model's architecture.
     fn open_full(&self, model: &str, file: &Path) -> Result<Policy, EngineError> {
         let base = &self.get(model)?.policy;
         let parameters = load_full(&base.config, file, self.precision)?;
         Ok(Policy { parameters: Arc::new(parameters), adapter: None, ..base.clone() })
     }
 
-    /// Opens the files of a base model whose weights in memory are rounded; `None` where they are
-    /// not. Every tensor that is read is checked, see [`WeightFiles`].
+    /// Opens the files of a base model that is rounded in memory; `None` if it is exact. Each
+    /// tensor is checked when it is read, see [`WeightFiles`].
     ///
     /// # Errors
-    /// `FilesChanged` when the files are gone.
+    /// `FilesChanged` if the files are gone.
     pub fn reopen(&self, model: &str) -> Result<Option<Weights>, EngineError> {
         let files = self.get(model)?.files.as_ref();
         files.map(WeightFiles::open).transpose().map_err(|e| self.unreadable(model, &e))
     }
 
-    /// Says why a base model's files cannot be read again.
+    /// Returns the error of a base model whose files cannot be read again.
     pub fn unreadable(&self, model: &str, e: &ModelError) -> EngineError {
         let ModelError::Changed { .. } = e else { return EngineError::unusable(e) };
         tracing::error!(model, error = %e, "the weights in their own precision cannot be read");
         EngineError::FilesChanged(format!(
-            "models/{model}: this needs the weights as their files have them, because the server computes in {} and the files are more \
-             precise, but {}; put the files back, restart the server with the model, or serve it in f32",
+            "models/{model}: this needs the weights as their files have them, because the server \
+             computes in {} and the files are more precise, but {}; put the files back, restart \
+             the server with the model, or serve it in f32",
             self.precision.name(),
             e.for_clients()
         ))
     }
 
-    /// Reads a base model's weights in f32 as its files have them; `None` where those in memory are
-    /// not rounded. Blocks, and runs on the calling thread alone: scoring goes on with the others.
+    /// Reads a base model's unrounded weights in f32; `None` if those in memory are exact. Blocks.
+    /// It uses only the calling thread, so that scoring has the other ones.
     ///
     /// # Errors
-    /// `FilesChanged` when the files are gone or hold something else than what was loaded, and
-    /// `Draining` as soon as `control` says that the run is not wanted.
+    /// `FilesChanged` if the files are gone or differ from what was loaded; `Draining` as soon as
+    /// `control` tells the run to stop.
     pub fn exact(
         &self,
         model: &str,
@@ -217,8 +227,8 @@ impl Bases {
         Parameters::build(&self.get(model)?.policy.config, read).map(Some)
     }
 
-    /// Bytes of full weights besides the base models'; `None` for others, whose size is known when
-    /// they are loaded.
+    /// Returns the bytes of full weights. `None` for other weights: an adapter's size is known only
+    /// after loading, and the rest is in memory already.
     fn full_bytes(&self, weights: &WeightsRef) -> Result<Option<u64>, EngineError> {
         match weights {
             WeightsRef::Full { model, .. } | WeightsRef::StoredReference { model, .. } => {
@@ -231,13 +241,19 @@ impl Bases {
         }
     }
 
-    /// A name for these weights that never means others, nor the same ones stored in another
-    /// precision.
+    /// Returns a name that identifies the content of these weights and the precision in which they
+    /// are stored.
+    ///
+    /// # Errors
+    /// `NotResident` for weights of a running job, and `UnknownModel`.
     pub fn identity(&self, weights: &WeightsRef) -> Result<String, EngineError> {
         self.identity_in(weights, self.precision)
     }
 
-    /// The same for weights that are in memory in `precision`.
+    /// Returns the same name for weights that are in memory in `precision`.
+    ///
+    /// # Errors
+    /// Same as [`Self::identity`].
     pub fn identity_in(
         &self,
         weights: &WeightsRef,
@@ -281,13 +297,17 @@ fn describe(model: &LoadedModel, device: &str) -> ModelInfo {
     }
 }
 
-/// Returns true if a run's frozen weights must not be rounded: its passes are in f32, or its
-/// reference takes in small parts of the policy. Masters start from such weights in any case.
-pub(super) fn wants_exact(spec: &TrainingSpec, server: Precision) -> bool {
+/// Returns true if a run needs unrounded frozen weights: its passes are in f32, or its reference is
+/// mixed with small parts of the policy (TR-DPO). Master weights start from unrounded weights in
+/// any case.
+pub(super) fn needs_exact(spec: &TrainingSpec, server: Precision) -> bool {
     spec.precision.unwrap_or(server) == Precision::F32 || spec.dpo.reference_sync.is_some()
 }
 
-/// Loads the full weights of a checkpoint's folder.
+/// Loads full weights from a file of a checkpoint.
+///
+/// # Errors
+/// `Weights` if the file cannot be read or does not have the model's tensors.
 pub(super) fn load_full(
     config: &ModelConfig,
     file: &Path,
@@ -297,18 +317,17 @@ pub(super) fn load_full(
     Parameters::load(config, &weights, precision).map_err(|e| EngineError::unusable(&e))
 }
 
-/// Weights in the cache.
+/// Entry of the cache.
 struct Resident {
     weights: WeightsRef,
     policy: Policy,
     bytes: u64,
-    /// Whether a run has them: its own needs count full weights then.
+    /// True if a run uses the weights; the run's own memory needs then include full weights.
     of_run: bool,
 }
 
 impl Resident {
-    /// Returns true if something computes with these weights, so that evicting them would free
-    /// nothing.
+    /// Returns true if other code holds these weights, so that evicting them would free no memory.
     fn is_in_use(&self) -> bool {
         match &self.policy.adapter {
             Some(adapter) => Arc::strong_count(adapter) > 1,
@@ -316,10 +335,10 @@ impl Resident {
         }
     }
 
-    /// Bytes that no run counts.
-    fn counted(&self) -> u64 {
-        let is_run_s = self.of_run && self.policy.adapter.is_none() && self.is_in_use();
-        if is_run_s { 0 } else { self.bytes }
+    /// Returns the bytes that count against the cache's limit: none if a run's needs include them.
+    fn counted_bytes(&self) -> u64 {
+        let is_counted_by_run = self.of_run && self.policy.adapter.is_none() && self.is_in_use();
+        if is_counted_by_run { 0 } else { self.bytes }
     }
 }
 
@@ -332,27 +351,31 @@ pub(super) struct Residents {
 }
 
 impl Residents {
-    /// At most `limit` of them, however large.
+    /// Creates a cache of at most `limit` entries, without a limit on their bytes.
     pub fn new(limit: usize) -> Self {
         Residents { limit: limit.max(1), room: Room::unlimited(), all: Vec::new() }
     }
 
-    /// Lets them take no more bytes than `room` has.
+    /// Limits the entries to the bytes that `room` has, and evicts what exceeds them.
     pub fn limit_bytes(&mut self, room: Room) {
         self.room = room;
         self.fit();
     }
 
-    /// Returns weights, and loads them unless they are there.
+    /// Returns weights from the cache, or loads them.
     ///
     /// # Errors
-    /// `NoRoom` when there is no room for full weights although everything that nothing computes
-    /// with was evicted; those of opening them.
+    /// `NoRoom` if full weights do not fit even after all unused weights were evicted; otherwise
+    /// the errors of loading.
     pub fn get(&mut self, bases: &Bases, weights: &WeightsRef) -> Result<Policy, EngineError> {
         self.load(bases, weights, false)
     }
 
-    /// The same for a run, whose needs count full weights: for these room was granted.
+    /// Returns weights for a run. The run's memory needs include full weights, so these are never
+    /// refused.
+    ///
+    /// # Errors
+    /// Fails if the weights cannot be loaded.
     pub fn get_for_run(
         &mut self,
         bases: &Bases,
@@ -375,10 +398,10 @@ impl Residents {
             None => {
                 let (policy, bytes) = match bases.full_bytes(weights)? {
                     Some(bytes) => {
-                        self.make_room(bases, bytes, for_run)?;
+                        self.evict_for_full_weights(bases, bytes, for_run)?;
                         (bases.open(weights)?, bytes)
                     }
-                    // Adapters are small: others make room for them, but none is refused.
+                    // Adapters are small: others are evicted for them, but they are never refused.
                     None => {
                         let policy = bases.open(weights)?;
                         let bytes = adapter_bytes(&policy);
@@ -396,8 +419,8 @@ impl Residents {
         Ok(policy)
     }
 
-    /// Evicts the least recently used weights that nothing computes with, until one more of `bytes`
-    /// bytes has room or none is left to evict.
+    /// Evicts the least recently used weights that are not in use until `bytes` more bytes and one
+    /// more entry fit, or nothing is left to evict.
     fn evict_for(&mut self, bytes: u64) {
         while self.left() < bytes || self.all.len() >= self.limit {
             if !self.evict_oldest() {
@@ -406,8 +429,13 @@ impl Residents {
         }
     }
 
-    /// The same for full weights, which are refused where there is still no room for them.
-    fn make_room(&mut self, bases: &Bases, bytes: u64, for_run: bool) -> Result<(), EngineError> {
+    /// Evicts as [`Self::evict_for`] does, and refuses full weights that still do not fit.
+    fn evict_for_full_weights(
+        &mut self,
+        bases: &Bases,
+        bytes: u64,
+        for_run: bool,
+    ) -> Result<(), EngineError> {
         self.evict_for(bytes);
         let left = self.left();
         if bytes <= left || for_run {
@@ -425,24 +453,23 @@ impl Residents {
         })
     }
 
-    /// Bytes that are left for more weights.
+    /// Returns the bytes that are left for more weights.
     fn left(&self) -> u64 {
-        self.room.bytes().saturating_sub(self.counted())
+        self.room.bytes().saturating_sub(self.counted_bytes())
     }
 
-    fn counted(&self) -> u64 {
-        self.all.iter().map(Resident::counted).sum()
+    fn counted_bytes(&self) -> u64 {
+        self.all.iter().map(Resident::counted_bytes).sum()
     }
 
-    /// Evicts the least recently used weights that nothing computes with; false when there are
-    /// none.
+    /// Evicts the least recently used weights that are not in use. Returns false if there are none.
     fn evict_oldest(&mut self) -> bool {
         let oldest = self.all.iter().position(|r| !r.is_in_use());
         oldest.map(|i| self.all.remove(i)).is_some()
     }
 
-    /// Reserves `bytes` for the run on these devices, and evicts what has no room beside it. 0
-    /// means that the run is over.
+    /// Reserves `bytes` for the run on this group of devices, and evicts weights that no longer
+    /// fit. 0 means that the run has ended.
     pub fn reserve_for_run(&mut self, bytes: u64) {
         if bytes == 0 {
             self.all.iter_mut().for_each(|r| r.of_run = false);
@@ -451,9 +478,9 @@ impl Residents {
         self.fit();
     }
 
-    /// Evicts what has no room beside the runs in progress.
+    /// Evicts weights that do not fit beside the runs in progress.
     pub fn fit(&mut self) {
-        while self.counted() > self.room.bytes() && self.evict_oldest() {}
+        while self.counted_bytes() > self.room.bytes() && self.evict_oldest() {}
     }
 
     #[cfg(test)]
@@ -461,12 +488,12 @@ impl Residents {
         self.all.is_empty()
     }
 
-    /// Evicts everything that nothing computes with.
+    /// Evicts all weights that are not in use.
     pub fn evict_unused(&mut self) {
         self.all.retain(Resident::is_in_use);
     }
 
-    /// Forgets weights whose files are gone.
+    /// Evicts weights whose files are gone, even if they are in use.
     pub fn evict(&mut self, gone: &Path) {
         self.all.retain(|r| match &r.weights {
             WeightsRef::Adapter { dir, .. }
@@ -484,7 +511,7 @@ impl Residents {
     }
 }
 
-/// Bytes of a policy's adapter in memory.
+/// Returns the bytes of a policy's adapter in memory.
 fn adapter_bytes(policy: &Policy) -> u64 {
     let tensors = policy.adapter.iter().flat_map(|adapter| adapter.named());
     tensors.map(|(_, t)| (t.elem_count() * t.dtype().size_in_bytes()) as u64).sum()

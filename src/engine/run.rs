@@ -1,4 +1,4 @@
-//! Turns a run as asked for into a trainer: resolves weights, initialises the adapter, picks the
+//! Turns a requested run into a trainer: resolves weights, initialises the adapter, selects the
 //! reference.
 
 use std::collections::HashMap;
@@ -8,7 +8,7 @@ use std::sync::Arc;
 use candle_core::DType;
 
 use super::api::{EngineError, RunControl, TrainingRun, WeightsRef};
-use super::residents::{Bases, Residents, load_full, wants_exact};
+use super::residents::{Bases, Residents, load_full, needs_exact};
 use crate::domain::training::{Method, Precision, TrainingSpec};
 use crate::formats::{export, peft};
 use crate::model::adapter::Adapter;
@@ -21,14 +21,13 @@ use crate::train::reference::Reference;
 use crate::train::trainable::TrainablePolicy;
 use crate::train::trainer::{TrainError, Trainer, TrainerInput};
 
-/// Base weights in f32 that are not rounded, by model id.
+/// Unrounded base weights in f32, by model id.
 pub(super) type ExactBases = HashMap<String, Arc<Parameters>>;
 
-/// Returns the base models whose weights a run needs unrounded and that the server has in memory
-/// only rounded.
+/// Returns the base models that a run needs unrounded, but that are in memory only rounded.
 pub(super) fn models_to_read(run: &TrainingRun, bases: &Bases) -> Vec<String> {
     let start = starts_exact(&run.spec, bases.precision()).then_some(&run.start);
-    let reference = run.reference.as_ref().filter(|_| wants_exact(&run.spec, bases.precision()));
+    let reference = run.reference.as_ref().filter(|_| needs_exact(&run.spec, bases.precision()));
     let mut models = Vec::new();
     for weights in [start, reference].into_iter().flatten() {
         let (WeightsRef::Base { model } | WeightsRef::Adapter { model, .. }) = weights else {
@@ -41,11 +40,11 @@ pub(super) fn models_to_read(run: &TrainingRun, bases: &Bases) -> Vec<String> {
     models
 }
 
-/// Reads the models of [`models_to_read`] again. Blocks: the worker has it done by another thread,
-/// so that the device goes on scoring.
+/// Reads the models of [`models_to_read`] again. Blocks, so the worker calls it on another thread
+/// and the device continues to score.
 ///
 /// # Errors
-/// Those of [`Bases::exact`].
+/// Same as [`Bases::exact`].
 pub(super) fn read_exact(
     models: &[String],
     bases: &Bases,
@@ -60,15 +59,21 @@ pub(super) fn read_exact(
     Ok(exact)
 }
 
-/// Returns true if the policy must not start from rounded weights: masters are f32, whatever the
-/// server keeps frozen weights in and the passes compute in.
+/// Returns true if the policy must start from unrounded weights. Master weights are f32,
+/// independently of the precision of the server's frozen weights and of the passes.
 fn starts_exact(spec: &TrainingSpec, server: Precision) -> bool {
-    spec.method == Method::Full || wants_exact(spec, server)
+    spec.method == Method::Full || needs_exact(spec, server)
 }
 
-/// Prepares `run`; its events and control stay with the caller. `read` is what [`read_exact`] read
-/// for it. `memory` is what its plan may need; copies of weights do not count towards it (see
-/// [`super::needs::extra`]). `helpers` are the devices that share the rows with the worker's own.
+/// Creates the trainer of `run`; events and control stay with the caller.
+///
+/// `read` has the weights that [`read_exact`] returned for the run. `memory` is the limit of its
+/// plan in bytes, not counting copies of weights (see [`super::needs::extra`]). `helpers` are the
+/// devices that share the rows with the worker's own device.
+///
+/// # Errors
+/// `OutOfMemory` or `DeviceFull` if the run does not fit, `Weights` if weights or the checkpoint
+/// cannot be loaded.
 pub(super) fn prepare(
     run: &mut TrainingRun,
     bases: &Bases,
@@ -116,10 +121,10 @@ pub(super) fn prepare(
     })
 }
 
-/// Weights for a run that are not rounded.
+/// Source of unrounded weights for a run.
 struct ExactWeights<'a> {
     bases: &'a Bases,
-    /// What [`read_exact`] read for it.
+    /// Weights that [`read_exact`] returned for the run.
     read: ExactBases,
 }
 
@@ -158,14 +163,14 @@ impl ExactWeights<'_> {
         }
     }
 
-    /// Loads full weights of a base model's shape.
+    /// Loads full weights for a base model's architecture.
     fn open_full(&self, model: &str, file: &Path) -> Result<Policy, EngineError> {
         let base = &self.bases.get(model)?.policy;
         let parameters = load_full(&base.config, file, Precision::F32)?;
         Ok(Policy { parameters: Arc::new(parameters), adapter: None, ..base.clone() })
     }
 
-    /// Names weights that [`ExactWeights::open`] gave.
+    /// Returns a name for the weights that [`ExactWeights::open`] loads.
     fn identity(&self, weights: &WeightsRef) -> Result<String, EngineError> {
         let precision = match weights {
             WeightsRef::Base { model } | WeightsRef::Adapter { model, .. }
@@ -208,7 +213,7 @@ fn reference(
 ) -> Result<Reference, EngineError> {
     let Some(weights) = &run.reference else { return Ok(Reference::None) };
     let bases = exact.bases;
-    let (policy, identity) = match wants_exact(&run.spec, bases.precision()) {
+    let (policy, identity) = match needs_exact(&run.spec, bases.precision()) {
         true => (exact.open(weights)?, exact.identity(weights)?),
         false => (residents.get_for_run(bases, weights)?, bases.identity(weights)?),
     };
@@ -216,10 +221,10 @@ fn reference(
     if run.spec.dpo.reference_sync.is_some() {
         let tensor = |e: candle_core::Error| EngineError::Device(e.to_string());
         let mut merged = export::merged(&policy).map_err(|e| EngineError::unusable(&e))?;
-        // It takes in small parts of the policy: bf16 would lose them.
+        // Each sync adds a small part of the policy to the reference, which bf16 would round away.
         merged.parameters =
             Arc::new(merged.parameters.map(|_, t| t.to_dtype(DType::F32)).map_err(tensor)?);
-        // The job's id alone does not name the weights that it starts from.
+        // The job's id alone does not identify the weights that the reference starts from.
         return Ok(Reference::moving_from(merged, &format!("{} from {identity}", run.job)));
     }
     Ok(Reference::Frozen { policy, identity })

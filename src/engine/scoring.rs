@@ -1,5 +1,4 @@
-//! The scoring half of a device worker: batches from the queue, and whose turn it is while a run
-//! trains.
+//! The scoring part of a device worker: batches from the queue, and sharing the device with a run.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -20,58 +19,59 @@ use crate::model::device::is_out_of_memory;
 use crate::model::guard::guarded;
 use crate::telemetry::trace;
 
-/// An item's log-probs, or why there are none.
+/// Log-probabilities of an item, or the error.
 type LogpsResult = Result<Logps, EngineError>;
 
-/// The weights of the run in progress.
+/// Current weights of the run in progress.
 pub(super) struct Live {
     pub job: String,
     pub policy: Policy,
-    /// Its reference, as the run has it: a run in f32 on a bf16 server has weights that are not
-    /// rounded.
+    /// Reference as the run uses it. A run in f32 on a bf16 server has unrounded reference weights.
     pub reference: Option<LiveReference>,
-    /// Optimizer steps that the policy has taken, and after which the reference was moved last.
+    /// Optimizer steps that the policy has taken. A moving reference is the one after this step,
+    /// too.
     pub step: u64,
 }
 
-/// The reference of the run in progress; one that moves (TR-DPO) as it is at the policy's step.
+/// Current reference of the run in progress.
 pub(super) struct LiveReference {
-    /// The name that entries have for it.
+    /// Name by which entries refer to it.
     pub weights: WeightsRef,
     pub policy: Policy,
-    /// Names the weights in the cache of log-probs.
+    /// Identity of the weights in the cache of log-probs.
     pub identity: String,
 }
 
-/// Scores what waits, and keeps account of the time that it takes from training.
+/// Scores queued items, and records the time that this takes from training.
 pub(super) struct Scoring {
-    /// Whose half this is.
+    /// Index of the worker.
     worker: usize,
     queue: Arc<ScoringQueue>,
     bases: Arc<Bases>,
-    /// Weights in memory.
+    /// Cache of adapters and full weights.
     pub residents: Residents,
-    /// Tokens of a batch.
+    /// Maximum tokens per batch.
     pub batch_tokens: usize,
-    /// Whose turn it is while a run is in progress.
+    /// Account of the device time while a run is in progress.
     pub fair_share: FairShare,
 }
 
-/// The hook that a training unit calls between two decoder blocks, milliseconds apart, and where it
+/// Hook that a training unit calls between two decoder blocks, every few milliseconds, and while it
 /// waits.
 ///
-/// It runs on the device's thread inside the trainer's call, so that it re-enters the engine
-/// half-way through a unit. What may run inside:
+/// It runs on the device's thread inside the trainer's call, so it re-enters the engine in the
+/// middle of a unit. The rules:
 ///
-/// - Scoring batches of any weights, with everything that takes: reading adapters and checkpoints,
-///   evicting them, the cache of reference log-probs (which holds no lock while it computes),
-///   answering callers.
-/// - The run's weights are read as they are in [`Live`], which does not change inside a unit: the
-///   trainer calls the hook only where no tensor is half updated. The trainer itself is borrowed by
-///   the unit: nothing here trains, begins or ends a run, or asks the queue for one.
+/// - It may score batches with any weights, including everything that this needs: reading adapters
+///   and checkpoints, evicting them, the cache of reference log-probs (which holds no lock while it
+///   computes), and answering callers.
+/// - It reads the run's weights from [`Live`], which does not change inside a unit: the trainer
+///   calls the hook only when no tensor is partially updated. The unit has borrowed the trainer, so
+///   the hook cannot train, start or end a run, or take one from the queue.
 /// - It does not nest: passes of a batch get a hook that does nothing.
-/// - The unit's activations stay in memory meanwhile. A batch that runs out of memory frees weights
-///   that nothing computes with, and fails alone; a panic fails the batch, never the unit.
+/// - The unit's activations stay in memory meanwhile. A batch that runs out of memory frees cached
+///   weights that are not in use. If it still fails, only the batch fails; the same holds for a
+///   panic.
 pub(super) struct YieldPoint<'a> {
     scoring: &'a mut Scoring,
     cache: &'a ReferenceCache,
@@ -79,12 +79,12 @@ pub(super) struct YieldPoint<'a> {
 }
 
 impl<'a> YieldPoint<'a> {
-    /// Creates the hook of one unit, during which the run's weights are `live`.
+    /// Creates the hook of one unit. `live` has the run's weights during the unit.
     pub fn new(scoring: &'a mut Scoring, cache: &'a ReferenceCache, live: &'a Live) -> Self {
         YieldPoint { scoring, cache, live }
     }
 
-    /// Scores one batch when something waits and it is scoring's turn.
+    /// Scores one batch if items are waiting and scoring has not used up its share of the time.
     pub fn run(&mut self) {
         self.scoring.yield_to_scoring(self.cache, self.live);
     }
@@ -107,30 +107,30 @@ impl Scoring {
         }
     }
 
-    /// Scores one batch between two blocks of a training pass, when something waits and it is
-    /// scoring's turn.
+    /// Scores one batch between two blocks of a training pass, if items are waiting and scoring has
+    /// not used up its share of the time.
     fn yield_to_scoring(&mut self, cache: &ReferenceCache, live: &Live) {
         self.fair_share.pay(Instant::now());
-        if !self.fair_share.is_scorings_turn() {
+        if !self.fair_share.may_score() {
             return;
         }
         let batch = self.queue.take(&live.job, self.batch_tokens);
         if !batch.is_empty() {
-            // What training gave a GPU before is training's time.
+            // Wait for kernels that training has queued on the GPU; their time counts as training.
             self.bases.device().wait();
             let start = Instant::now();
             self.fair_share.pay(start);
             if let Err(panic) = guarded(|| self.score_batch(batch, cache, Some(live))) {
-                // Whoever waited hears that their request was dropped; the run goes on.
+                // The callers learn that their requests were dropped; the run continues.
                 tracing::error!(panic, "a scoring batch failed");
             }
             self.fair_share.resume(start, Instant::now());
         }
     }
 
-    /// Forgets weights whose folder is gone or will hold others, and those that have no room beside
+    /// Evicts weights whose folder is gone or gets new content, and weights that do not fit beside
     /// the runs in progress.
-    pub fn forget_evicted(&mut self) {
+    pub fn evict_requested(&mut self) {
         if self.queue.take_must_fit(self.worker) {
             self.residents.fit();
         }
@@ -139,11 +139,11 @@ impl Scoring {
         }
     }
 
-    /// Scores a batch and answers whoever waits; with a run in progress, training is owed its
-    /// share. Entries share a pass over each of the weights that they name, policies and references
-    /// alike.
+    /// Scores a batch and answers the callers. If a run is in progress, charges the time to
+    /// scoring. Entries that name the same weights share a pass, both for policies and for
+    /// references.
     pub fn score_batch(&mut self, batch: Vec<Entry>, cache: &ReferenceCache, live: Option<&Live>) {
-        self.forget_evicted();
+        self.evict_requested();
         let (start, began) = (Instant::now(), SystemTime::now());
         let tokens: usize = batch.iter().map(|e| e.item.tokens()).sum();
         observe(&batch, tokens);
@@ -161,7 +161,7 @@ impl Scoring {
                 scoring.references(entries, cache, live)
             });
         }
-        // A base model scored against itself costs one pass.
+        // A model that is scored against itself needs only one pass.
         let own = |e: &'_ Entry| e.reference.as_ref() != Some(&e.policy);
         let mut policies = vec_of_none(batch.len());
         for members in self.clusters(groups(&batch, |e| own(e).then_some(&e.policy)), &batch, live)
@@ -170,13 +170,13 @@ impl Scoring {
                 scoring.policies(entries, live)
             });
         }
-        // Told before the answers: a caller's span outlives those within it.
+        // Recorded before the answers, because a caller's span must end after the spans inside it.
         trace_batch(&batch, began, start.elapsed(), tokens);
         for ((entry, reference), policy) in batch.into_iter().zip(references).zip(policies) {
             let live_step = matches!(entry.policy, WeightsRef::Live { .. })
                 .then(|| live.map(|l| l.step))
                 .flatten();
-            // The caller may have left meanwhile; nobody else wants the answer.
+            // The caller may have left; then nobody needs the answer.
             let _ = entry.reply.send(combine(policy, reference, live_step));
         }
         let spent = start.elapsed();
@@ -188,9 +188,9 @@ impl Scoring {
         }
     }
 
-    /// Runs `pass` over some entries together; when that fails, over each alone, so that a bad item
-    /// fails only itself. When the device runs out of memory, weights that nothing computes with
-    /// are evicted and the pass runs once more.
+    /// Runs `pass` over several entries together. If that fails, runs it for each entry alone, so
+    /// that a bad item fails only itself. If the device runs out of memory, evicts cached weights
+    /// that are not in use and tries once more.
     fn pass(
         &mut self,
         batch: &[Entry],
@@ -223,15 +223,16 @@ impl Scoring {
         }
     }
 
-    /// Frees the memory of weights that nothing computes with, and what the device keeps for later
-    /// use.
+    /// Frees the memory of cached weights that are not in use, and unused memory of the device's
+    /// arena.
     pub fn free_memory(&mut self) {
         self.residents.evict_unused();
         self.bases.device().trim();
     }
 
-    /// The precision in which an entry is scored: a running job's own, else the server's. Its
-    /// reference is scored in the same one, so that their difference is that of the weights alone.
+    /// Returns the precision in which an entry is scored: the precision of the running job whose
+    /// weights it names, or else the server's. The reference uses the same precision, so that
+    /// rounding does not add to the difference.
     fn precision(&self, entry: &Entry, live: Option<&Live>) -> Precision {
         match (&entry.policy, live) {
             (WeightsRef::Live { job }, Some(live)) if live.job == *job => live.policy.precision,
@@ -239,8 +240,8 @@ impl Scoring {
         }
     }
 
-    /// The log-probs of entries that name the same reference and are scored in the same precision,
-    /// under it.
+    /// Returns the log-probs under the reference. All entries name the same reference and are
+    /// scored in the same precision.
     fn references(
         &mut self,
         entries: &[&Entry],
@@ -260,12 +261,13 @@ impl Scoring {
         let reference = reference.with_precision(self.precision(first, live));
         let items: Vec<&[SequenceGroup]> =
             entries.iter().map(|e| e.item.groups.as_slice()).collect();
-        let logps =
-            cache.score(&reference, &identity, &items, ROW_TOKENS, &mut || {}).map_err(device)?;
+        let logps = cache
+            .score(&reference, &identity, &items, ROW_TOKENS, &mut || {})
+            .map_err(device_error)?;
         Ok(logps.iter().map(|l| l.as_ref().clone()).collect())
     }
 
-    /// The log-probs of entries of one cluster, each under its own policy.
+    /// Returns the log-probs of one cluster's entries, each under its own policy.
     fn policies(
         &mut self,
         entries: &[&Entry],
@@ -286,13 +288,13 @@ impl Scoring {
         }
         if let [policy] = policies.as_slice() {
             let items: Vec<&[SequenceGroup]> = items.iter().map(|(_, groups)| *groups).collect();
-            return scorer::score_all(policy, &items, ROW_TOKENS, &mut || {}).map_err(device);
+            return scorer::score_all(policy, &items, ROW_TOKENS, &mut || {}).map_err(device_error);
         }
-        scorer::score_shared(&policies, &items, ROW_TOKENS, &mut || {}).map_err(device)
+        scorer::score_shared(&policies, &items, ROW_TOKENS, &mut || {}).map_err(device_error)
     }
 
-    /// Joins groups whose policies are adapters on the same base weights (or these themselves):
-    /// they share a pass.
+    /// Merges groups whose policies are the same base weights with or without an adapter, because
+    /// they can share a pass.
     fn clusters(
         &mut self,
         groups: Vec<Vec<usize>>,
@@ -301,7 +303,7 @@ impl Scoring {
     ) -> Vec<Vec<usize>> {
         let mut clusters: Vec<(Option<Policy>, Vec<usize>)> = Vec::new();
         for members in groups {
-            // What cannot be loaded fails in a pass of its own.
+            // Weights that cannot be loaded get a pass of their own, which fails.
             let policy = members.first().and_then(|i| self.policy(&batch[*i].policy, live).ok());
             let alike = |other: &Policy| policy.as_ref().is_some_and(|p| p.shares_base(other));
             match clusters.iter_mut().find(|(other, _)| other.as_ref().is_some_and(alike)) {
@@ -320,7 +322,7 @@ impl Scoring {
     }
 }
 
-fn device(e: candle_core::Error) -> EngineError {
+fn device_error(e: candle_core::Error) -> EngineError {
     if is_out_of_memory(&e) {
         EngineError::DeviceFull(e.to_string())
     } else {
@@ -328,8 +330,8 @@ fn device(e: candle_core::Error) -> EngineError {
     }
 }
 
-/// Counts a batch, and the tokens that sequences padded to the longest would have cost and packed
-/// ones do not. Prompts that items share are saved, too, but not counted.
+/// Records a batch's size and the tokens saved compared to padding all sequences to the longest,
+/// and compared to repeating a shared prompt.
 fn observe(batch: &[Entry], tokens: usize) {
     metrics::histogram!("bradley_scoring_batch_items").record(batch.len() as f64);
     metrics::histogram!("bradley_scoring_batch_tokens").record(tokens as f64);
@@ -343,8 +345,8 @@ fn observe(batch: &[Entry], tokens: usize) {
         .increment(alone.saturating_sub(tokens) as u64);
 }
 
-/// One span for the batch, linked to its callers' spans, and one in each caller's trace, linked to
-/// it.
+/// Records one span for the batch, linked to its callers' spans, and one span in each caller's
+/// trace, linked to the batch.
 fn trace_batch(batch: &[Entry], began: SystemTime, took: Duration, tokens: usize) {
     let about = vec![
         KeyValue::new("bradley.batch.items", batch.len() as i64),
@@ -367,8 +369,8 @@ fn vec_of_none(n: usize) -> Vec<Option<LogpsResult>> {
     (0..n).map(|_| None).collect()
 }
 
-/// The entries that have a key by `which`, e.g. the weights that they name, grouped by it, in the
-/// order in which they first appear.
+/// Groups the entries by the key that `which` returns, in the order of first appearance. Entries
+/// without a key are left out.
 fn groups<'a, K: PartialEq>(
     batch: &'a [Entry],
     which: impl Fn(&'a Entry) -> Option<K>,
@@ -384,8 +386,8 @@ fn groups<'a, K: PartialEq>(
     groups.into_iter().map(|(_, members)| members).collect()
 }
 
-/// An item's answer from what the passes gave; without a pass of its own, the policy's log-probs
-/// are the reference's.
+/// Combines the results of the passes into an item's answer. If the policy had no pass of its own,
+/// it is the same as the reference.
 fn combine(
     policy: Option<LogpsResult>,
     reference: Option<LogpsResult>,
@@ -393,7 +395,7 @@ fn combine(
 ) -> Result<ScoredItem, EngineError> {
     let (policy, reference) = (policy.transpose()?, reference.transpose()?);
     let Some(logps) = policy.as_ref().or(reference.as_ref()) else {
-        return Err(EngineError::Device("an item was scored by no weights".into()));
+        return Err(EngineError::Device("an item was not scored by any weights".into()));
     };
     let of = |n: usize| reference.as_ref().map(|r| r[n].clone());
     let completions = logps

@@ -1,5 +1,5 @@
-//! The device worker: one OS thread that owns a device and runs units of work. A training unit lets
-//! scoring in between any two decoder blocks.
+//! The device worker: one OS thread that owns a device and runs units of work. A training unit
+//! yields to scoring between any two decoder blocks.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -28,19 +28,20 @@ use crate::model::guard::guarded;
 use crate::train::host::Host;
 use crate::train::trainer::{Status, TrainError, Trainer};
 
-/// The wait before a full channel is tried again.
-const FULL: Duration = Duration::from_millis(2);
+/// Delay before an event is sent again to a full channel.
+const CHANNEL_RETRY_DELAY: Duration = Duration::from_millis(2);
 
-/// The wait before a checkpoint that could not be written is tried again.
-const SAVE_RETRY: Duration = Duration::from_millis(500);
+/// Delay before a checkpoint that could not be written is tried again.
+const SAVE_RETRY_DELAY: Duration = Duration::from_millis(500);
 
-/// How often a worker looks whether the weights of its run have been read; it scores between.
-const READING: Duration = Duration::from_millis(2);
+/// Interval at which a worker checks whether the weights of its run have been read. It scores in
+/// between.
+const READ_CHECK_INTERVAL: Duration = Duration::from_millis(2);
 
-/// What the thread owns.
+/// State of a device worker, owned by its thread.
 pub(super) struct Worker {
     index: usize,
-    /// Its name in metrics.
+    /// Name in metrics.
     label: String,
     queue: Arc<ScoringQueue>,
     bases: Arc<Bases>,
@@ -51,19 +52,19 @@ pub(super) struct Worker {
     training: Option<TrainingResources>,
 }
 
-/// What a worker has for runs.
+/// Resources of a worker that runs training.
 pub(super) struct TrainingResources {
-    /// Bytes that one may need.
+    /// Maximum memory in bytes for a run.
     pub memory: u64,
-    /// Devices that take a share of its rows.
+    /// Further devices that compute a part of the run's rows.
     pub helpers: Arc<[ComputeDevice]>,
 }
 
-/// A run whose unrounded base weights are being read by a thread of its own.
+/// A run that waits for its unrounded base weights, which a separate thread reads.
 ///
-/// Reading, hashing and converting a model's files takes from seconds to minutes, for which scoring
-/// must not wait. It begins when the run has its device: a run that waits in the queue takes no
-/// memory.
+/// Reading, hashing and converting a model's files takes seconds to minutes, and scoring must not
+/// wait for it. Reading starts only when the run has been assigned to this worker, because a run in
+/// the queue must not use memory.
 struct Starting {
     run: TrainingRun,
     needs: Needs,
@@ -71,21 +72,21 @@ struct Starting {
 }
 
 impl Starting {
-    /// Returns true if there is nothing more to wait for.
+    /// Returns true if the weights have been read or the run was told to stop.
     fn is_over(&self) -> bool {
         self.reading.is_finished() || stopped(&self.run.control).is_some()
     }
 }
 
-/// The run on the device.
+/// The run in progress.
 struct Active {
     run: TrainingRun,
     trainer: Trainer,
 }
 
 impl Active {
-    /// Its policy and its reference as they are now. They are of one step until the trainer takes
-    /// the next: the policy's tensors change in place, a moving reference is replaced.
+    /// Returns the current policy and reference. Both stay consistent until the trainer takes its
+    /// next step: it changes the policy's tensors in place and replaces a moving reference.
     fn live(&self) -> Live {
         let job = self.run.job.clone();
         let weights = match self.trainer.moves_reference() {
@@ -105,7 +106,7 @@ impl Active {
 }
 
 impl Worker {
-    /// Worker number `index`; without `training` it scores only.
+    /// Creates worker number `index`. Without `training` it only scores.
     pub fn new(
         index: usize,
         label: String,
@@ -129,20 +130,20 @@ impl Worker {
         }
     }
 
-    /// Limits the bytes of adapters and full weights that it keeps resident.
+    /// Limits the bytes of adapters and full weights in its cache.
     pub fn limit_residents(&mut self, room: Room) {
         self.scoring.residents.limit_bytes(room);
     }
 
-    /// Works until the queue is drained or no handle is left.
+    /// Works until the queue is drained or no engine handle is left.
     pub fn work(mut self) {
         loop {
-            self.leave_if_lost();
-            let free = self.note_memory();
-            self.scoring.forget_evicted();
+            self.abort_if_gpu_is_lost();
+            let free = self.update_memory_gauges();
+            self.scoring.evict_requested();
             if self.starting.as_ref().is_some_and(Starting::is_over) {
-                // Before more is scored: requests may never end.
-                self.go_on_starting();
+                // Checked before scoring, because scoring requests may never stop coming.
+                self.start_when_read();
             }
             let run =
                 self.active.as_ref().map(|a| &a.run).or(self.starting.as_ref().map(|s| &s.run));
@@ -151,25 +152,26 @@ impl Worker {
             let (room, limit) =
                 (training.map(|t| free.unwrap_or(t.memory)), training.map_or(0, |t| t.memory));
             let seeker = Seeker { worker: self.index, job, room, limit };
-            let may_score = self.active.is_none() || self.scoring.fair_share.is_scorings_turn();
+            let may_score = self.active.is_none() || self.scoring.fair_share.may_score();
             match self.queue.next(seeker, may_score, self.scoring.batch_tokens) {
                 Work::Score(batch) => self.scoring.score_batch(
                     batch,
                     &self.cache,
                     self.active.as_ref().map(Active::live).as_ref(),
                 ),
-                Work::Train if self.starting.is_some() => self.go_on_starting(),
+                Work::Train if self.starting.is_some() => self.start_when_read(),
                 Work::Train => self.train_unit(),
                 Work::Begin(run, needs) => self.begin(*run, needs),
-                Work::Forget => {}
+                Work::Evict => {}
                 Work::Stop => return,
             }
         }
     }
 
-    /// Ends the process when the GPU failed for good, before a run is said to have failed: it goes
-    /// on from its checkpoint in the next process, and nothing could be computed in this one.
-    fn leave_if_lost(&self) {
+    /// Aborts the process if a GPU has failed permanently. This happens before the run is reported
+    /// as failed: nothing can be computed in this process, but the next one continues the run from
+    /// its checkpoint.
+    fn abort_if_gpu_is_lost(&self) {
         let helpers = self.training.iter().flat_map(|t| t.helpers.iter());
         if std::iter::once(self.bases.device()).chain(helpers).any(ComputeDevice::is_lost) {
             tracing::error!(
@@ -179,8 +181,8 @@ impl Worker {
         }
     }
 
-    /// Bytes that are free on the device, where it has memory of its own.
-    fn note_memory(&self) -> Option<u64> {
+    /// Updates the memory gauges and returns the free bytes of the device; `None` on the CPU.
+    fn update_memory_gauges(&self) -> Option<u64> {
         let device = self.bases.device();
         let (free, total) = device.memory()?;
         metrics::gauge!("bradley_device_free_bytes", "device" => device.name()).set(free as f64);
@@ -210,8 +212,9 @@ impl Worker {
             trainer.advance(&mut Host { cache, pause: &mut pause, emit: &mut emit })
         });
         drop(live);
-        // The unit's last act may have been an update: scored is what the policy and its reference
-        // are now. After a panic they are not to be trusted, but what was told before it is.
+        // The unit may have updated the weights, so scoring must use the new ones. After a panic
+        // the weights are not reliable, so no scoring happens; the events reported before the panic
+        // are still sent.
         let live = status.is_ok().then(|| active.live());
         let mut yield_point = live.as_ref().map(|live| YieldPoint::new(scoring, cache, live));
         for report in reports {
@@ -226,10 +229,10 @@ impl Worker {
         metrics::histogram!("bradley_training_unit_seconds", "device" => self.label.clone())
             .record(spent.as_secs_f64());
         let ran_out_of_memory = active.trainer.is_shortened() && !was_shortened;
-        self.leave_if_lost();
+        self.abort_if_gpu_is_lost();
         if ran_out_of_memory {
-            // The run repeats the step in shorter rows, and has the memory of weights that nothing
-            // uses.
+            // The run repeats the step with shorter rows and can use the memory of cached weights
+            // that are not in use.
             self.scoring.free_memory();
         }
         match status {
@@ -240,13 +243,14 @@ impl Worker {
         }
     }
 
-    /// Begins a run: at once, or when the base weights have been read that it needs unrounded.
+    /// Starts a run immediately, or first has another thread read the unrounded base weights that
+    /// it needs.
     fn begin(&mut self, run: TrainingRun, needs: Needs) {
         if let Some(end) = stopped(&run.control) {
             return self.end_before_start(&run, end);
         }
         self.scoring.residents.reserve_for_run(needs.minimum);
-        self.queue.have_all_fit();
+        self.queue.request_fit_check();
         let models = run::models_to_read(&run, &self.bases);
         if models.is_empty() {
             return self.start(run, needs, ExactBases::new());
@@ -264,16 +268,16 @@ impl Worker {
         }
     }
 
-    /// Starts the run whose weights are being read, if they have been read, or ends it.
-    fn go_on_starting(&mut self) {
+    /// Starts the waiting run if its weights have been read, or ends it.
+    fn start_when_read(&mut self) {
         let Some(Starting { run, needs, reading }) = self.starting.take() else { return };
         if let Some(end) = stopped(&run.control) {
-            // The thread sees it, too, and stops at its next tensor.
+            // The reading thread also sees the request and stops at its next tensor.
             return self.end_before_start(&run, end);
         }
         if !reading.is_finished() {
             self.starting = Some(Starting { run, needs, reading });
-            return std::thread::sleep(READING);
+            return std::thread::sleep(READ_CHECK_INTERVAL);
         }
         let end = match reading.join() {
             Ok(Ok(Ok(read))) => return self.start(run, needs, read),
@@ -282,14 +286,14 @@ impl Worker {
             }
             Ok(Ok(Err(e))) => RunEnd::Failed(unavailable(&e)),
             Ok(Err(panic)) => RunEnd::Failed(internal(panic)),
-            Err(_) => RunEnd::Failed(internal(
-                "the thread that reads weights ended without a word".into(),
-            )),
+            Err(_) => {
+                RunEnd::Failed(internal("the thread that reads weights ended unexpectedly".into()))
+            }
         };
         self.end_before_start(&run, end);
     }
 
-    /// Tells that a run has not started, and gives back what was reserved for it.
+    /// Reports that a run has not started, and releases the memory reserved for it.
     fn end_before_start(&mut self, run: &TrainingRun, end: RunEnd) {
         self.scoring.residents.reserve_for_run(0);
         send(run, RunEvent::Ended(end));
@@ -298,7 +302,7 @@ impl Worker {
     fn start(&mut self, mut run: TrainingRun, needs: Needs, read: ExactBases) {
         let end = stopped(&run.control);
         let (bases, residents) = (&self.bases, &mut self.scoring.residents);
-        // The queue gives runs to workers that take them.
+        // The queue gives runs only to workers with training resources.
         let Some(TrainingResources { memory, helpers }) = &self.training else { return };
         let for_plan = needs.left_for_plan(*memory);
         let prepared = match end {
@@ -315,7 +319,7 @@ impl Worker {
         match prepared {
             Ok(trainer) => {
                 self.scoring.residents.reserve_for_run(needs.extra + trainer.planned_bytes());
-                self.queue.have_all_fit();
+                self.queue.request_fit_check();
                 tracing::info!(
                     job = run.job,
                     from_step = trainer.step(),
@@ -344,15 +348,18 @@ impl Worker {
         match saved {
             Ok(Ok(())) => {}
             Ok(Err(e)) if !self.queue.is_draining() => {
-                // Nothing is in a hurry: the steps are worth the wait, and whoever waits for them
-                // may cancel.
-                tracing::warn!(error = %e, "the checkpoint of a run that makes room cannot be written: trying again");
+                // Nothing is urgent here: the steps are worth waiting for, and a client who cannot
+                // wait may cancel.
+                tracing::warn!(
+                    error = %e,
+                    "the checkpoint of a preempted run cannot be written: trying again"
+                );
                 let live = active.live();
                 YieldPoint::new(&mut self.scoring, &self.cache, &live).run();
-                std::thread::sleep(SAVE_RETRY);
+                std::thread::sleep(SAVE_RETRY_DELAY);
                 return;
             }
-            // The job continues from its last good checkpoint; only the steps since are repeated.
+            // The job continues from its last complete checkpoint; only later steps are repeated.
             Ok(Err(e)) => tracing::error!(error = %e, "checkpoint at drain failed"),
             Err(panic) => tracing::error!(panic, "checkpoint at drain failed"),
         }
@@ -361,8 +368,14 @@ impl Worker {
 
     fn end(&mut self, end: RunEnd) {
         if let Some(active) = self.active.take() {
-            tracing::info!(job = active.run.job, step = active.trainer.step(), end = ?end, "run ended");
-            // Weights and optimizer are freed before anyone hears that the run is over.
+            tracing::info!(
+                job = active.run.job,
+                step = active.trainer.step(),
+                end = ?end,
+                "run ended"
+            );
+            // Free weights and optimizer state before reporting the end, so that the next run finds
+            // the memory.
             let Active { run, trainer } = active;
             drop(trainer);
             self.scoring.residents.reserve_for_run(0);
@@ -375,18 +388,19 @@ impl Worker {
     }
 }
 
-/// Sends and waits while the channel is full. A receiver that is gone means that the service is
-/// going down: the run notices by its control.
+/// Sends an event and blocks while the channel is full. A closed channel means that the service is
+/// shutting down; the run learns that from its control.
 fn send(run: &TrainingRun, event: RunEvent) {
     let _ = run.events.blocking_send(event.into());
 }
 
-/// Sends while scoring goes on: the store may be away for long.
+/// Sends an event and lets scoring continue while the channel is full, because the store may be
+/// unavailable for a long time.
 fn offer(events: &Sender<Report>, mut report: Report, mut meanwhile: impl FnMut()) {
     while let Err(TrySendError::Full(back)) = events.try_send(report) {
         report = back;
         meanwhile();
-        std::thread::sleep(FULL);
+        std::thread::sleep(CHANNEL_RETRY_DELAY);
     }
 }
 
@@ -396,7 +410,7 @@ fn emitter(events: &Sender<Report>) -> impl FnMut(RunEvent) + '_ {
     }
 }
 
-/// How a run ends that was told to stop before it began.
+/// Returns the end of a run that was told to stop before it started.
 fn stopped(control: &RunControl) -> Option<RunEnd> {
     match control.command() {
         RunCommand::Cancel => Some(RunEnd::Cancelled),
@@ -417,7 +431,7 @@ fn internal(message: String) -> JobError {
     JobError { reason: Reason::Internal.into(), message }
 }
 
-/// Says why a run failed, by a reason that its client can act on.
+/// Describes why a run failed, with a reason that clients can act on.
 pub(super) fn explain(e: &TrainError) -> JobError {
     let reason = match e {
         e if e.is_out_of_memory() => Reason::OutOfMemory,

@@ -1,5 +1,5 @@
-//! Forward and backward over one packed row, on the device of its policy, with the gradients of a
-//! training run. [`crate::model::pass`] has the passes.
+//! Forward and backward pass over one packed row on its policy's device, with gradients for
+//! training. The passes themselves are in [`crate::model::pass`].
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use crate::model::device::ComputeDevice;
 use crate::model::pass;
 use crate::model::row::{PreparedRow, Row};
 
-/// A row after its forward pass, ready to go back.
+/// A row after its forward pass, with the tape for its backward pass.
 pub struct RowTape {
     row: PreparedRow,
     tape: BackendTape,
@@ -26,10 +26,10 @@ enum BackendTape {
     Cuda(Box<DeviceTape>),
 }
 
-/// Runs the row forward. `pause` is called before every block.
+/// Runs the forward pass of a row. `pause` is called before every block.
 ///
 /// # Errors
-/// When the device fails or has no memory left.
+/// Fails if the device fails or runs out of memory.
 pub fn forward(
     policy: &Policy,
     row: Arc<Row>,
@@ -50,11 +50,11 @@ pub fn forward(
     Ok(RowTape { row, tape })
 }
 
-/// Runs the row backward from ∂loss/∂logp `[N]` and adds every trainable tensor's gradient to
-/// `gradients`. `pause` is called before every block.
+/// Runs the backward pass of a row from ∂loss/∂logp `[N]` and adds the gradient of every trainable
+/// tensor to `gradients`. `pause` is called before every block.
 ///
 /// # Errors
-/// When the forward pass saved no tape, and when the device fails or has no memory left.
+/// Fails if the forward pass saved no tape, or the device fails or runs out of memory.
 pub fn backward(
     policy: &Policy,
     tape: RowTape,
@@ -81,12 +81,12 @@ impl RowTape {
         }
     }
 
-    /// Returns log p of every completion token `[N]`.
+    /// Returns log p of every completion token, `[N]`.
     pub fn log_probs(&self) -> &[f32] {
         &self.output().log_probs
     }
 
-    /// Returns what else is known of each completion token.
+    /// Returns the statistics of each completion token's distribution, `[N]`.
     pub fn distributions(&self) -> &[TokenDistribution] {
         &self.output().distributions
     }

@@ -1,12 +1,12 @@
-//! A run's complete state on disk: one folder per step, written under a temporary name, synced,
-//! then renamed.
+//! Checkpoints: the complete state of a run on disk. Each is a folder named after its step, written
+//! under a temporary name, synced, then renamed.
 //!
 //! ```text
 //! <step>/adapter_config.json + adapter_model.safetensors    LoRA: loads in PEFT as it is
 //! <step>/config.json + model.safetensors + tokenizer files  full: loads in transformers as it is
 //! <step>/optimizer.safetensors                              AdamW's moments
-//! <step>/reference.safetensors                              TR-DPO's moving reference, when there is one
-//! <step>/trainer_state.json                                 counters, and a checksum of every file above
+//! <step>/reference.safetensors                              TR-DPO's moving reference, if any
+//! <step>/trainer_state.json                                 progress, checksums of all other files
 //! ```
 
 use std::collections::BTreeMap;
@@ -29,50 +29,58 @@ use crate::formats::{export, peft};
 use crate::model::decoder::Policy;
 use crate::model::error::{ModelError, last_part};
 
-/// The file that makes a folder a checkpoint; written last.
+/// File that marks a folder as a complete checkpoint; written last.
 pub const STATE_FILE: &str = "trainer_state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
-/// TR-DPO's moving reference.
+/// File with the moving reference (TR-DPO).
 pub const REFERENCE_FILE: &str = "reference.safetensors";
-const VERSION: u32 = 1;
+const FORMAT_VERSION: u32 = 1;
 
-/// Why a checkpoint could not be written or read.
+/// Reason why a checkpoint could not be written or read.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
-    /// The file system refused.
+    /// A file operation failed.
     #[error("{}: {source}", path.display())]
     Io {
-        /// Where.
+        /// File or folder of the operation.
         path: PathBuf,
-        /// Its answer.
+        /// Error of the operating system.
         source: io::Error,
     },
     /// The checkpoint is damaged or belongs to another run.
     #[error("checkpoint {}: {reason}", path.display())]
     Damaged {
-        /// The folder.
+        /// Folder of the checkpoint.
         path: PathBuf,
-        /// What is wrong.
+        /// Description of the damage.
         reason: String,
     },
-    /// Its run was on another base model.
-    #[error("checkpoint {}: it was trained on a base model whose {part} has the hash {pinned}, this one's is {found}", path.display())]
+    /// The checkpoint was trained on another base model.
+    #[error(
+        "checkpoint {}: it was trained on a base model whose {part} has the hash {pinned}, this \
+         one's is {found}",
+        path.display()
+    )]
     OtherModel {
-        /// The folder.
+        /// Folder of the checkpoint.
         path: PathBuf,
-        /// The part of the model that differs.
+        /// Part of the model that differs.
         part: &'static str,
-        /// The part's hash in the checkpoint.
+        /// Hash of the part in the checkpoint.
         pinned: String,
-        /// The part's hash in the model at hand.
+        /// Hash of the part in the current model.
         found: String,
     },
-    /// Another build wrote it.
-    #[error("checkpoint {}: its format is version {found}, this build reads version {VERSION}: use the build that wrote it", path.display())]
+    /// Another build wrote it, in a format that this build cannot read.
+    #[error(
+        "checkpoint {}: its format is version {found}, this build reads version \
+         {FORMAT_VERSION}: use the build that wrote it",
+        path.display()
+    )]
     Version {
-        /// The folder.
+        /// Folder of the checkpoint.
         path: PathBuf,
-        /// Its format.
+        /// Format version of the checkpoint.
         found: u32,
     },
     /// Its weights could not be written or read.
@@ -83,31 +91,31 @@ pub enum CheckpointError {
     Candle(#[from] candle_core::Error),
 }
 
-/// Where a run stands, apart from tensors. The shuffle needs no generator state: an epoch's order
-/// is a function of the seed and the epoch.
+/// Progress of a run, without tensors. The shuffle needs no generator state, because an epoch's
+/// order is a function of the seed and the epoch.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RunState {
     /// Optimizer steps taken.
     pub step: u64,
-    /// The epoch of the next micro-batch.
+    /// Epoch of the next micro-batch.
     pub epoch: u64,
-    /// The next micro-batch within the epoch.
+    /// Index of the next micro-batch within the epoch.
     pub micro_batch: usize,
-    /// Tokens trained on.
+    /// Number of tokens trained on.
     pub tokens: u64,
-    /// The best evaluation so far and its step.
+    /// Value of the best evaluation so far, and its step.
     pub best: Option<(f64, u64)>,
-    /// The name of the metric that `best` is a value of; empty in checkpoints of version 0.2.
+    /// Name of the metric whose value is in `best`; empty in checkpoints of version 0.2.
     #[serde(default)]
     pub best_metric: String,
-    /// Evaluations since the best.
+    /// Number of evaluations since the best one.
     pub stale_evaluations: u32,
-    /// The step of the last evaluation: a run that was drained before one that was due makes up for
-    /// it.
+    /// Step of the last evaluation. A run that was drained before an evaluation that was due makes
+    /// it after continuing.
     pub evaluated: Option<u64>,
-    /// TR-DPO syncs made.
+    /// Number of TR-DPO syncs.
     pub reference_syncs: u64,
-    /// Metrics of the steps since the last log line.
+    /// Metrics of the steps since the last logged step.
     #[serde(default)]
     pub window: Window,
 }
@@ -117,48 +125,48 @@ struct StateFile {
     version: u32,
     adapter: bool,
     adam_updates: u64,
-    /// The base model that it was trained on; none in checkpoints of version 0.1.
+    /// Base model that it was trained on; `None` in checkpoints of version 0.1.
     #[serde(default)]
     base: Option<ModelIdentity>,
-    /// The digest of the run's pairs; none in checkpoints of version 0.2.0.
+    /// Digest of the run's pairs; `None` in checkpoints of version 0.2.0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pairs: Option<String>,
     state: RunState,
     metrics: Metrics,
-    /// BLAKE3 of every other file.
+    /// BLAKE3 hash of every other file, by name.
     files: BTreeMap<String, String>,
 }
 
-/// Read first: another version may have other fields.
+/// Format version, read before the rest because other versions may have other fields.
 #[derive(Deserialize)]
 struct Versioned {
     version: u32,
 }
 
-/// What goes into a checkpoint.
+/// Contents of a checkpoint.
 pub struct CheckpointContents<'a> {
-    /// The weights.
+    /// Weights that are trained.
     pub policy: &'a TrainablePolicy,
-    /// AdamW.
+    /// Optimizer with its moments.
     pub optimizer: &'a AdamW,
-    /// TR-DPO's moving reference.
+    /// Moving reference (TR-DPO).
     pub reference: Option<&'a Policy>,
-    /// Counters.
+    /// Progress of the run.
     pub state: &'a RunState,
-    /// The newest metrics.
+    /// Newest value of each metric.
     pub metrics: &'a Metrics,
-    /// Written beside full weights.
+    /// Tokenizer, written beside full weights.
     pub tokenizer: &'a ChatTokenizer,
-    /// The base model's name, for adapter_config.json.
+    /// Name of the base model, for adapter_config.json.
     pub base: &'a BaseName,
-    /// The base model by content.
+    /// Content hashes of the base model.
     pub identity: &'a ModelIdentity,
-    /// The digest of the run's pairs.
+    /// Digest of the run's pairs.
     pub pairs: &'a str,
 }
 
 impl CheckpointError {
-    /// Returns the message without folders of the server.
+    /// Returns the message without the server's folders.
     pub fn for_clients(&self) -> String {
         let path = match self {
             CheckpointError::Io { path, .. }
@@ -171,13 +179,16 @@ impl CheckpointError {
         self.to_string().replace(&path.display().to_string(), &last_part(path))
     }
 
-    /// Whether a file is not there, rather than wrong.
+    /// Returns true if a file is missing (as opposed to damaged).
     pub fn is_missing_file(&self) -> bool {
-        matches!(self, CheckpointError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+        matches!(
+            self,
+            CheckpointError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound
+        )
     }
 
-    /// Whether the files are at fault for good, rather than this build or a disk that may answer
-    /// later. A file that is not there may come back, and proves no damage.
+    /// Returns true if the files are damaged permanently. Errors that depend on this build or may
+    /// be temporary do not count; neither does a missing file, which may come back.
     pub fn is_damage(&self) -> bool {
         match self {
             CheckpointError::Damaged { .. } => true,
@@ -194,23 +205,26 @@ fn io_at(path: &Path) -> impl FnOnce(io::Error) -> CheckpointError + '_ {
     move |source| CheckpointError::Io { path: path.to_owned(), source }
 }
 
-/// Writes `<folder>/<step>` atomically and returns its size in bytes. After it returns the
+/// Writes `<folder>/<step>` atomically and returns its size in bytes. After it has returned, the
 /// checkpoint survives a crash of the machine.
+///
+/// # Errors
+/// Fails if a file cannot be written; the temporary folder is then removed.
 pub fn save(folder: &Path, contents: &CheckpointContents) -> Result<u64, CheckpointError> {
     let target = folder.join(contents.state.step.to_string());
     let temporary = folder.join(format!(".{}.tmp", contents.state.step));
-    // A step's tensors are a function of the run, so one that is there and whole need not be
-    // replaced: there is no moment without it.
+    // A step's tensors are a function of the run, so an intact checkpoint of this step need not be
+    // replaced. Thus there is always one on disk.
     if verify(&target).is_ok() {
         return size(&target);
     }
     remove_if_present(&temporary)?;
     if let Err(e) = write(&temporary, contents) {
-        // On a full disk half a checkpoint is in the way of everyone.
+        // A partial checkpoint would only fill the disk further.
         let _ = fs::remove_dir_all(&temporary);
         return Err(e);
     }
-    // Only a damaged one can be in the way.
+    // An intact checkpoint was returned above, so this one is damaged.
     remove_if_present(&target)?;
     fs::rename(&temporary, &target).map_err(io_at(&target))?;
     sync_folder(folder)?;
@@ -235,7 +249,7 @@ fn write(temporary: &Path, contents: &CheckpointContents) -> Result<(), Checkpoi
         File::open(&path).and_then(|f| f.sync_all()).map_err(io_at(&path))?;
     }
     let state = StateFile {
-        version: VERSION,
+        version: FORMAT_VERSION,
         adapter: contents.policy.is_lora(),
         adam_updates: contents.optimizer.updates,
         base: Some(contents.identity.clone()),
@@ -251,7 +265,8 @@ fn write(temporary: &Path, contents: &CheckpointContents) -> Result<(), Checkpoi
     sync_folder(temporary)
 }
 
-/// Writes full weights with what transformers needs to load them, as files without folders.
+/// Writes full weights and the files that transformers needs to load them. Companion files in
+/// sub-folders are left out.
 fn save_full(dir: &Path, policy: &Policy, tokenizer: &ChatTokenizer) -> Result<(), ModelError> {
     export::save_merged(
         dir,
@@ -278,18 +293,22 @@ fn moments(contents: &CheckpointContents) -> Result<Vec<(String, Tensor)>, Check
     Ok(all)
 }
 
-/// What [`restore`] gives back besides the tensors it puts in place.
+/// Result of [`restore`], besides the tensors that it sets in place.
 pub struct Restored {
-    /// Counters.
+    /// Progress of the run.
     pub state: RunState,
-    /// The newest metrics.
+    /// Newest value of each metric.
     pub metrics: Metrics,
-    /// TR-DPO's moving reference, if stored.
+    /// Tensors of the moving reference (TR-DPO), if stored.
     pub reference: Option<Vec<(String, Tensor)>>,
 }
 
-/// Restores weights and moments into a policy and optimizer of the same shapes, on the base model
-/// that the checkpoint was trained on.
+/// Restores weights and moments into a policy and an optimizer with the same shapes. The base model
+/// must have the content that the checkpoint was trained on.
+///
+/// # Errors
+/// Fails if the checkpoint is damaged, was written for another model or method, or has an unknown
+/// format version.
 pub fn restore(
     dir: &Path,
     base: &ModelIdentity,
@@ -354,23 +373,32 @@ fn fetch(
 }
 
 /// Checks every file of a checkpoint against its checksum.
+///
+/// # Errors
+/// Fails if a file is missing, unreadable or changed.
 pub fn check(dir: &Path) -> Result<(), CheckpointError> {
     verify(dir).map(|_| ())
 }
 
-/// Returns the digest of the pairs of a checkpoint's run, if it has one, and where the run stands.
+/// Returns the digest of the run's pairs, if the checkpoint has one, and the progress of the run.
+///
+/// # Errors
+/// Fails if the state file cannot be read.
 pub fn progress(dir: &Path) -> Result<(Option<String>, RunState), CheckpointError> {
     let file = read_state(dir)?;
     Ok((file.pairs, file.state))
 }
 
-/// What tells a checkpoint from any other: the hash of its state file, which lists the hashes of
-/// its other files.
+/// Returns a digest that identifies the checkpoint: the hash of its state file, which lists the
+/// hashes of its other files.
+///
+/// # Errors
+/// Fails if the state file cannot be read.
 pub fn digest(dir: &Path) -> Result<String, CheckpointError> {
     checksum(&dir.join(STATE_FILE))
 }
 
-/// Reads a checkpoint's description and checks every file against its checksum.
+/// Reads a checkpoint's state file and checks all files against their checksums.
 fn verify(dir: &Path) -> Result<StateFile, CheckpointError> {
     let file = read_state(dir)?;
     for (name, expected) in &file.files {
@@ -379,7 +407,8 @@ fn verify(dir: &Path) -> Result<StateFile, CheckpointError> {
             return Err(damaged(
                 dir,
                 format!(
-                    "{name} does not match its checksum: the file was changed or damaged after it was written"
+                    "{name} does not match its checksum: the file was changed or damaged after it \
+                     was written"
                 ),
             ));
         }
@@ -392,13 +421,17 @@ fn read_state(dir: &Path) -> Result<StateFile, CheckpointError> {
     let text = fs::read(&path).map_err(io_at(&path))?;
     let unreadable = |e: serde_json::Error| damaged(dir, format!("{STATE_FILE}: {e}"));
     let Versioned { version } = serde_json::from_slice(&text).map_err(unreadable)?;
-    if version != VERSION {
+    if version != FORMAT_VERSION {
         return Err(CheckpointError::Version { path: dir.to_owned(), found: version });
     }
     serde_json::from_slice(&text).map_err(unreadable)
 }
 
-/// The steps that have a folder, in no order; leftovers of interrupted writes are not among them.
+/// Returns the steps that have a folder, in no particular order. Leftovers of interrupted writes
+/// are not included.
+///
+/// # Errors
+/// Fails if the folder exists but cannot be read.
 pub fn steps(folder: &Path) -> Result<Vec<u64>, CheckpointError> {
     match fs::metadata(folder) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),

@@ -1,4 +1,4 @@
-//! How much memory a run needs, by arithmetic on shapes, and how to fit it into what there is.
+//! Memory estimate of a run, computed from shapes, and the choice of a plan that fits the limit.
 //!
 //! `benches/compare.py` prints the estimate beside the measured peak.
 
@@ -22,34 +22,34 @@ use crate::train::trainable::{Gradients, TrainablePolicy};
 
 const F32: u64 = 4;
 
-/// Whose memory is meant.
+/// Memory that a limit applies to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MemoryKind {
-    /// The machine's.
+    /// Host memory.
     Host,
-    /// A GPU's own.
+    /// A GPU's own memory.
     Gpu,
 }
 
 impl MemoryKind {
-    /// Where a device's passes keep their activations.
+    /// Returns the memory in which a device's passes store activations.
     pub fn of(device: &ComputeDevice) -> Self {
         if device.memory().is_some() { MemoryKind::Gpu } else { MemoryKind::Host }
     }
 }
 
-/// Lengths of a run's pairs, in packed tokens.
+/// Lengths of a run's pairs in packed tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lengths {
-    /// The longest pair.
+    /// Length of the longest pair.
     pub longest: usize,
-    /// An upper bound for the pairs of a micro-batch together.
+    /// Upper bound of the total length of a micro-batch.
     pub micro_batch: usize,
 }
 
 impl Lengths {
-    /// Lengths of the pairs of one set. Any pairs may meet in a micro-batch, so the bound is the
-    /// sum of the `batch_size` longest ones.
+    /// Returns the lengths of a set of pairs. Any pairs may be in the same micro-batch, so the
+    /// bound is the sum of the `batch_size` longest ones.
     pub fn of(pairs: &[EncodedPair], batch_size: usize) -> Self {
         let mut lengths: Vec<usize> = pairs.iter().map(EncodedPair::packed_tokens).collect();
         lengths.sort_unstable_by(|a, b| b.cmp(a));
@@ -57,12 +57,13 @@ impl Lengths {
         Lengths { longest: lengths.first().copied().unwrap_or(0), micro_batch }
     }
 
-    /// A single pair of `longest` tokens: the least that a run with such pairs needs.
+    /// Returns the lengths of a single pair, which gives the minimum for runs with pairs of this
+    /// length.
     pub fn one(longest: usize) -> Self {
         Lengths { longest, micro_batch: longest }
     }
 
-    /// The larger of each: micro-batches are drawn from one set or the other.
+    /// Returns the larger of each value, for micro-batches that come from either set.
     pub fn max(self, other: Self) -> Self {
         Lengths {
             longest: self.longest.max(other.longest),
@@ -71,33 +72,33 @@ impl Lengths {
     }
 }
 
-/// The program itself: code, runtime, tokenizer.
-const PROGRAM: u64 = 92 << 20;
-/// A GPU's memory is mapped in chunks, and pieces leave gaps.
-const ROUNDING: (u64, u64) = (17, 16);
+/// Memory of the program itself in bytes: code, runtime, tokenizer.
+const PROGRAM_BYTES: u64 = 92 << 20;
+/// Factor (numerator, denominator) for fragmentation of GPU memory, which is mapped in chunks.
+const GPU_FRAGMENTATION: (u64, u64) = (17, 16);
 
-/// Bytes by purpose, besides the resident base weights, and the choices that they rest on.
+/// Estimated bytes by purpose, without the resident base weights, and the plan that they belong to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Estimate {
-    /// Weights of its own, gradients and AdamW's moments.
+    /// Bytes of the run's own weights, gradients and AdamW moments.
     pub training_state: u64,
-    /// Activations of one row (of a micro-batch's rows where the loss compares its pairs), the
-    /// largest at one time.
+    /// Peak bytes of activations: of one row, or of all rows of a micro-batch if the loss compares
+    /// pairs.
     pub activations: u64,
-    /// What the forward pass keeps.
+    /// Activations that the forward pass saves for the backward pass.
     pub keep: Keep,
-    /// Tokens of a packed row, unless one pair is longer.
+    /// Maximum tokens of a packed row. A longer pair gets a row of its own.
     pub row_tokens: usize,
 }
 
 impl Estimate {
-    /// All of it, the program and the panels that its threads pack included.
+    /// Returns the total in bytes, including the program and the packed GEMM panels of its threads.
     pub fn total(&self) -> u64 {
-        PROGRAM + packed_bytes() as u64 + self.training_state + self.activations
+        PROGRAM_BYTES + packed_bytes() as u64 + self.training_state + self.activations
     }
 }
 
-/// Numbers trained by `spec`.
+/// Returns the number of trainable parameters.
 pub fn trainable_parameters(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
     match &spec.method {
         Method::Full => config.parameter_count() as u64,
@@ -108,8 +109,8 @@ pub fn trainable_parameters(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
     }
 }
 
-/// Returns the sum of LoRA's ranks on the linear layers of a block, of the block where it is
-/// largest.
+/// Returns the sum of LoRA ranks over the linear layers of a block, for the block with the largest
+/// sum.
 fn ranks(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
     let Method::Lora(lora) = &spec.method else { return 0 };
     let mut of_block = vec![0; config.spec.blocks.len()];
@@ -119,11 +120,11 @@ fn ranks(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
     of_block.into_iter().max().unwrap_or(0)
 }
 
-/// What forward passes keep of a token until the backward pass.
+/// Size per token of the activations that a forward pass saves for the backward pass.
 struct SavedActivations {
-    /// Of a token of every row whose backward pass is still to come.
+    /// For each token of all rows that still need their backward pass.
     of_row: u64,
-    /// Besides, of a token of the row that goes back.
+    /// In addition for each token of the row in its backward pass.
     of_last_row: u64,
 }
 
@@ -137,16 +138,16 @@ impl SavedActivations {
     }
 }
 
-/// Tokens of the rows that are kept at one time: one row of `row` tokens, or every row of a
-/// micro-batch where the loss compares its pairs.
-fn held_tokens(spec: &TrainingSpec, lengths: Lengths, row: u64) -> u64 {
+/// Returns the tokens of the rows whose saved activations are in memory together: one row of `row`
+/// tokens, or the rows of a whole micro-batch if the loss compares pairs.
+fn saved_tokens(spec: &TrainingSpec, lengths: Lengths, row: u64) -> u64 {
     match spec.dpo.compares_pairs() {
         true => row.max(lengths.micro_batch as u64),
         false => row,
     }
 }
 
-/// What a run over pairs of these lengths needs with these choices.
+/// Returns the estimate for pairs of these lengths with the given plan.
 pub fn estimate(
     config: &ModelConfig,
     spec: &TrainingSpec,
@@ -156,31 +157,32 @@ pub fn estimate(
     memory: MemoryKind,
 ) -> Estimate {
     let t = lengths.longest.max(row_tokens.min(lengths.micro_batch)) as u64;
-    let held = held_tokens(spec, lengths, t);
+    let saved = saved_tokens(spec, lengths, t);
     if memory == MemoryKind::Gpu {
-        return on_gpu(config, spec, t, held, keep, row_tokens);
+        return on_gpu(config, spec, t, saved, keep, row_tokens);
     }
     let blocks = shapes(config);
     let ranks = ranks(config, spec) as usize;
     let kernel = Kernel::best(spec.precision.unwrap_or(Precision::F32));
     let gate_up = KeepGateUp::for_tape(kernel, matches!(spec.method, Method::Lora(_)));
-    let tape = most(&blocks, |block| tape_floats(block, gate_up, ranks));
-    let input = most(&blocks, input_floats);
-    let backward = most(&blocks, |block| backward_floats(block, gate_up));
+    let tape = max_over_blocks(&blocks, |block| tape_floats(block, gate_up, ranks));
+    let input = max_over_blocks(&blocks, input_floats);
+    let backward = max_over_blocks(&blocks, |block| backward_floats(block, gate_up));
     let SavedActivations { of_row, of_last_row } =
         SavedActivations::new(keep, blocks.len() as u64, tape, input);
-    let scores =
-        most(&blocks, |block| score_bytes(kernel, block.heads.query, t as usize, lengths.longest));
-    // A trained head keeps probabilities. Rows that are held together may be many, at most one for
-    // each pair.
+    let scores = max_over_blocks(&blocks, |block| {
+        score_bytes(kernel, block.heads.query, t as usize, lengths.longest)
+    });
+    // The head is trained, so its probabilities are saved. There are many such rows if the loss
+    // compares pairs, but at most one for each pair.
     let rows = if spec.dpo.compares_pairs() { spec.batch.batch_size as u64 } else { 1 };
     let head = match (&spec.method, keep) {
-        (Method::Full, Keep::Tapes) => kept_bytes(rows, held, config.spec.vocab_size as u64),
+        (Method::Full, Keep::Tapes) => kept_bytes(rows, saved, config.spec.vocab_size as u64),
         _ => 0,
     };
-    let passing = backward + head_floats(config.spec.hidden_size) as u64;
-    let activations = F32 * (held * of_row + t * (of_last_row + passing)) + scores + head;
-    // As on the host of one GPU.
+    let workspace = backward + head_floats(config.spec.hidden_size) as u64;
+    let activations = F32 * (saved * of_row + t * (of_last_row + workspace)) + scores + head;
+    // The CPU computes with one set of gradients, like one GPU.
     let training_state = on_host(config, spec, 1);
     Estimate { training_state, activations, keep, row_tokens }
 }
@@ -190,18 +192,18 @@ fn shapes(config: &ModelConfig) -> Vec<BlockShape> {
     config.spec.blocks.iter().map(|block| BlockShape::of(config.spec.hidden_size, block)).collect()
 }
 
-/// Returns the largest `size` of a block.
-fn most(blocks: &[BlockShape], size: impl Fn(&BlockShape) -> usize) -> u64 {
+/// Returns the largest `size` over the blocks.
+fn max_over_blocks(blocks: &[BlockShape], size: impl Fn(&BlockShape) -> usize) -> u64 {
     blocks.iter().map(size).max().unwrap_or(0) as u64
 }
 
-/// Bytes of an element of the operands.
+/// Returns the bytes of a GEMM operand's element.
 fn element(spec: &TrainingSpec) -> usize {
     if spec.precision == Some(Precision::Bf16) { size_of::<half::bf16>() } else { size_of::<f32>() }
 }
 
-/// Bytes that a run on `devices` GPUs has on the host: masters, both moments, and the gradients of
-/// each GPU.
+/// Returns the host memory in bytes of a run on `devices` GPUs: master weights, both moments, and
+/// one set of gradients per GPU.
 pub fn on_host(config: &ModelConfig, spec: &TrainingSpec, devices: usize) -> u64 {
     let trained = trainable_parameters(config, spec);
     TrainablePolicy::master_bytes(trained)
@@ -209,39 +211,41 @@ pub fn on_host(config: &ModelConfig, spec: &TrainingSpec, devices: usize) -> u64
         + devices.max(1) as u64 * Gradients::bytes(trained)
 }
 
-/// What [`estimate`] says, for a GPU: masters and moments stay on the host; matrices and
-/// activations are in the job's precision, the residual stream in f32.
+/// Returns the estimate for a GPU. Master weights and moments stay on the host. Weights and
+/// activations have the job's precision, the residual stream is in f32.
 fn on_gpu(
     config: &ModelConfig,
     spec: &TrainingSpec,
     t: u64,
-    held: u64,
+    saved: u64,
     keep: Keep,
     row_tokens: usize,
 ) -> Estimate {
     let (hidden, bytes, ranks) =
         (config.spec.hidden_size, element(spec), ranks(config, spec) as usize);
     let blocks = shapes(config);
-    let tape = most(&blocks, |block| block.tape_bytes(bytes, ranks));
-    let input = most(&blocks, BlockShape::input_bytes);
+    let tape = max_over_blocks(&blocks, |block| block.tape_bytes(bytes, ranks));
+    let input = max_over_blocks(&blocks, BlockShape::input_bytes);
     let SavedActivations { of_row, of_last_row } =
         SavedActivations::new(keep, blocks.len() as u64, tape, input);
-    let passing =
-        most(&blocks, |block| block.backward_bytes(bytes)).max(head_bytes(hidden, bytes) as u64);
-    let activations = (held * of_row + t * (of_last_row + passing)) * ROUNDING.0 / ROUNDING.1;
+    let workspace = max_over_blocks(&blocks, |block| block.backward_bytes(bytes))
+        .max(head_bytes(hidden, bytes) as u64);
+    let activations = (saved * of_row + t * (of_last_row + workspace)) * GPU_FRAGMENTATION.0
+        / GPU_FRAGMENTATION.1;
     let training_state = trained_bytes(bytes) as u64 * trainable_parameters(config, spec);
     Estimate { training_state, activations, keep, row_tokens }
 }
 
-/// Bytes of the activations of scoring a row of `tokens` tokens: a run may be interrupted for it.
+/// Returns the activation bytes of scoring a row of `tokens` tokens, which may interrupt a run.
 pub fn scoring(config: &ModelConfig, tokens: usize) -> u64 {
-    F32 * tokens as u64 * most(&shapes(config), forward_floats)
+    F32 * tokens as u64 * max_over_blocks(&shapes(config), forward_floats)
 }
 
-/// The fastest choices that stay within `available` bytes, the resident base weights not counted.
+/// Returns the fastest plan within `available` bytes, which do not include the resident base
+/// weights.
 ///
 /// # Errors
-/// The leanest choices' estimate, when even that is too much.
+/// The estimate of the leanest plan, if even that does not fit.
 pub fn plan(
     config: &ModelConfig,
     spec: &TrainingSpec,
@@ -257,7 +261,7 @@ pub fn plan(
     let wanted = spec.batch.row_tokens;
     let mut last = estimate(config, spec, lengths, keeps[0], wanted, memory);
     for &keep in keeps {
-        // Shorter rows before recomputation: they cost less time.
+        // Try shorter rows before recomputation, because they cost less time.
         for row_tokens in [wanted, wanted / 2, lengths.longest.min(wanted)] {
             last = estimate(config, spec, lengths, keep, row_tokens.max(1), memory);
             if last.total() <= available {
@@ -275,12 +279,14 @@ mod tests {
     use crate::domain::dpo::LossType;
 
     fn config() -> ModelConfig {
-        let json = r#"{"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-            "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": true}"#;
+        let json = r#"{"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
+            "num_hidden_layers": 30, "num_attention_heads": 9,
+            "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": true}"#;
         ModelConfig::from_hf_json(json, std::path::Path::new("config.json")).unwrap()
     }
 
-    /// Pairs of one length.
+    /// Returns the lengths of pairs that are all equally long.
     fn uniform(length: usize, spec: &TrainingSpec) -> Lengths {
         Lengths { longest: length, micro_batch: length * spec.batch.batch_size }
     }
@@ -325,11 +331,14 @@ mod tests {
             let (all_long, bound) =
                 (of(uniform(2048, &spec), Keep::Tapes), of(lengths, Keep::Tapes));
             assert!(bound < all_long / 5, "{memory:?}: {bound} of {all_long}");
-            // Not below what the rows of the worst micro-batch keep: as much as one row of them
-            // all.
+            // The bound is not below what the rows of the worst micro-batch save, which is as much
+            // as one row with all their tokens.
             let tokens = 2048 + 15 * 128;
-            let kept = |tokens| of(Lengths { longest: 2048, micro_batch: tokens }, Keep::Tapes);
-            assert!(bound >= kept(tokens) && kept(tokens) > kept(tokens - 128), "{memory:?}");
+            let saved_by = |tokens| of(Lengths { longest: 2048, micro_batch: tokens }, Keep::Tapes);
+            assert!(
+                bound >= saved_by(tokens) && saved_by(tokens) > saved_by(tokens - 128),
+                "{memory:?}"
+            );
         }
     }
 
@@ -346,8 +355,8 @@ mod tests {
         let vocabulary = config.spec.vocab_size as u64;
         let with_words = of(&config);
         config.spec.vocab_size = 1;
-        // Two pairs do not fit into a row: 16 rows are held, each below the limit of a row's head,
-        // not 9 at that limit.
+        // Two pairs do not fit into one row. So 16 rows are in memory, each below the limit of a
+        // row's head, and not 9 rows at that limit.
         assert_eq!(with_words - of(&config), F32 * 16 * 1100 * (vocabulary - 1));
     }
 
@@ -381,7 +390,7 @@ mod tests {
                 of(&aot, Keep::Tapes) > 12 * one && of(&aot, Keep::Tapes) <= 16 * one,
                 "{memory:?}"
             );
-            // Halving the rows does not help, recomputation does.
+            // Halving the rows does not help, but recomputation does.
             assert!(
                 of(&aot, Keep::Inputs) < of(&aot, Keep::Tapes) / 3
                     && of(&aot, Keep::Inputs) > 2 * one_recomputed,
@@ -390,7 +399,7 @@ mod tests {
         }
     }
 
-    /// What a run with pairs of one length needs: of training state, and of activations.
+    /// Returns the bytes of training state and of activations for pairs of one length.
     fn needs(
         config: &ModelConfig,
         spec: &TrainingSpec,
@@ -409,8 +418,10 @@ mod tests {
         let rounds = Kernel::best(Precision::Bf16).is_bf16();
         let by_kernel = |plain: u64, rounded: u64| if rounds { rounded } else { plain };
         let small = config();
-        let normed = r#"{"model_type": "qwen3", "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+        let normed = r#"{"model_type": "qwen3", "hidden_size": 128, "intermediate_size": 352,
+            "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000,
+            "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
             "tie_word_embeddings": false}"#;
         let normed =
             ModelConfig::from_hf_json(normed, std::path::Path::new("config.json")).unwrap();

@@ -1,68 +1,68 @@
-//! What a training run reports, as it happens. The layers above carry these through channels.
+//! Events that a training run reports. The layers above send these through channels.
 
 use crate::domain::job::{JobError, Metrics, Progress};
 
-/// What a run reports. `Running` comes first and `Ended` last, each once; the trainer itself emits
-/// what lies between.
+/// Event of a run. `Running` comes first and `Ended` last, each once; the trainer itself emits the
+/// other events.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RunEvent {
-    /// Weights are loaded; steps begin.
+    /// The weights are loaded and the steps start.
     Running {
-        /// Optimizer steps in all.
+        /// Optimizer steps of the whole run.
         total_steps: u64,
-        /// The step continued from; 0 for a fresh run.
+        /// Step from which the run continues; 0 for a new run.
         from_step: u64,
     },
-    /// A logged step.
+    /// Metrics of an optimizer step that is logged.
     Step {
-        /// How far, step included.
+        /// Progress after the step.
         progress: Progress,
-        /// By TRL's names.
+        /// Values by the names that TRL uses.
         metrics: Metrics,
     },
-    /// An evaluation.
+    /// Metrics of an evaluation.
     Eval {
-        /// After which step.
+        /// Optimizer step after which the rows were evaluated.
         step: u64,
-        /// By name, with the eval_ prefix.
+        /// Values by name, with the prefix `eval_`.
         metrics: Metrics,
     },
     /// A checkpoint folder is complete and synced.
     Checkpoint {
-        /// The step.
+        /// Optimizer step after which it was written.
         step: u64,
-        /// Best so far.
+        /// True if it is the best so far.
         best: bool,
-        /// Whether it holds an adapter.
+        /// True if it holds a LoRA adapter, false if it holds full weights.
         adapter: bool,
-        /// Bytes on disk.
+        /// Size on disk in bytes.
         size_bytes: u64,
-        /// Metrics then.
+        /// Metrics at that step.
         metrics: Metrics,
     },
     /// A message for people.
     Log {
-        /// info, warning, error.
+        /// `info`, `warning` or `error`.
         severity: &'static str,
-        /// The text.
+        /// Text of the message.
         message: String,
     },
     /// The run is over.
     Ended(RunEnd),
 }
 
-/// How a run ended.
+/// End of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RunEnd {
-    /// All steps taken, or stopped early on purpose.
+    /// All steps were taken, or early stopping ended the run.
     Succeeded,
-    /// Cancelled on request.
+    /// A client cancelled it.
     Cancelled,
-    /// Stopped with a checkpoint, to be continued.
+    /// Stopped with a checkpoint; the job is continued later.
     Drained,
-    /// It could not go on.
+    /// The run failed.
     Failed(JobError),
-    /// It could not begin here and now, and has done nothing: what it needs may come back, or be
-    /// somewhere else.
+    /// The run could not start on this server now, and nothing was done. The job may start later or
+    /// on another server.
     NotBegun(JobError),
 }

@@ -1,16 +1,16 @@
-//! What a run has of the thread that drives it.
+//! Services that the thread driving a run provides to it.
 
 use super::event::RunEvent;
 use crate::infer::reference_cache::ReferenceCache;
 
-/// The surroundings of one unit of work.
+/// Context of one unit of work.
 pub struct Host<'a> {
-    /// Reference log-probs by content.
+    /// Cache of reference log-probs by content.
     pub cache: &'a ReferenceCache,
-    /// The yield point: called between the blocks of every pass, milliseconds apart, so that the
-    /// thread may do other work there, such as scoring. It is called only where no weight is half
+    /// Yield point: called between the blocks of every pass, every few milliseconds, so that the
+    /// thread can do other work such as scoring. It is called only when no weight is partially
     /// updated.
     pub pause: &'a mut dyn FnMut(),
-    /// Takes what the run reports.
+    /// Receives the run's events.
     pub emit: &'a mut dyn FnMut(RunEvent),
 }

@@ -1,7 +1,8 @@
-//! One micro-batch: forward, loss, metrics and, when training, backward.
+//! One micro-batch: forward pass, loss, metrics and, when training, backward pass.
 //!
-//! Rows go forward and back one after the other, so that a device holds one row's activations at a
-//! time. Only losses that compare pairs with each other (AOT) need all rows forward first.
+//! Each row runs forward and backward before the next one, so that a device holds the activations
+//! of only one row at a time. Only losses that compare pairs with each other (AOT) need the forward
+//! passes of all rows first.
 
 use std::sync::Arc;
 
@@ -20,23 +21,23 @@ use crate::math::metrics::{PairObservation, TokenStats, micro_batch};
 use crate::math::score::{AnswerLogps, reward};
 use crate::model::decoder::Policy;
 
-/// Pairs whose mean loss is taken.
+/// Pairs over which the loss is averaged.
 pub(super) struct MicroBatch<'a> {
     pub dpo: &'a DpoConfig,
     pub policy: &'a Policy,
     pub pairs: &'a [&'a EncodedPair],
-    /// Per pair; `None` without a reference.
+    /// Reference log-probs of each pair; `None` without a reference.
     pub references: Option<&'a [Arc<Logps>]>,
     pub row_tokens: usize,
 }
 
-/// A pair's log-probs in the row it is in.
+/// Log-probs and statistics of a pair, taken from its row.
 struct Sides<'a> {
-    /// Which pair of the micro-batch.
+    /// Index of the pair in the micro-batch.
     pair: usize,
-    /// log π_θ of each token: chosen, rejected.
+    /// log π_θ of each token, for chosen and rejected.
     logps: [&'a [f32]; 2],
-    /// Whether they are wanted: log Σ p² of each token.
+    /// log Σ p² of each token, used by WPO.
     squares: [Vec<f32>; 2],
     stats: [Vec<TokenStats>; 2],
 }
@@ -72,8 +73,8 @@ fn sides<'a>(row: &PackedRow, tape: &'a RowTape) -> Vec<Sides<'a>> {
 }
 
 impl MicroBatch<'_> {
-    /// The mean loss and its metrics; adds `scale`·∂loss to `gradients`, of which each of the
-    /// policy's devices has its own.
+    /// Returns the mean loss and its metrics. Adds `scale`·∂loss to `gradients`, which has one
+    /// entry for each of the policy's devices.
     pub fn train(
         &self,
         keep: Keep,
@@ -85,7 +86,7 @@ impl MicroBatch<'_> {
         Ok((loss, micro_batch(loss, &observations)))
     }
 
-    /// The mean loss and what was seen of each pair.
+    /// Returns the mean loss and the observations of each pair.
     pub fn evaluate(&self, pause: &mut dyn FnMut()) -> Result<(f64, Vec<PairObservation>)> {
         self.run(Keep::Nothing, 1.0, None, pause)
     }
@@ -114,7 +115,7 @@ impl MicroBatch<'_> {
             let Some(gradients) = gradients.as_deref_mut().filter(|_| loss.is_finite()) else {
                 continue;
             };
-            // Each row goes back where it went forward.
+            // The backward pass of a row runs on the device of its forward pass.
             let mut shares: Vec<Vec<(RowTape, Vec<f32>)>> =
                 (0..devices).map(|_| Vec::new()).collect();
             for (i, row) in tapes.into_iter().zip(upstream).enumerate() {
@@ -130,7 +131,8 @@ impl MicroBatch<'_> {
         Ok((loss, observations))
     }
 
-    /// What some rows add to the loss, and ∂loss/∂log p of each of their targets.
+    /// Returns the part of the loss that comes from some rows, and ∂loss/∂log p `[N]` for the
+    /// targets of each row.
     fn part(
         &self,
         rows: &[PackedRow],

@@ -1,4 +1,4 @@
-//! Metrics between log lines and over evaluations, and what the process counts of every step.
+//! Metrics averaged between logged steps and over evaluations, and process-wide step counters.
 
 use std::time::Duration;
 
@@ -7,20 +7,21 @@ use serde::{Deserialize, Serialize};
 use crate::domain::job::Metrics;
 use crate::math::metrics::{Average, PairObservation, add_pairs, exact, tokens};
 
-/// Counts an optimizer step, logged or not. Its time is that on the wall: scoring in between is
-/// part of it.
+/// Counts an optimizer step, logged or not. `took` is wall-clock time and includes scoring in
+/// between.
 pub fn step(took: Duration, tokens: u64) {
     metrics::counter!("bradley_training_steps_total").increment(1);
     metrics::counter!("bradley_training_tokens_total").increment(tokens);
     metrics::histogram!("bradley_training_step_seconds").record(took.as_secs_f64());
 }
 
-/// Metrics between two log lines.
+/// Metrics since the last logged step.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Window {
     average: Average,
-    /// Σ over steps of Σ over micro-batches of loss/group: a short group weighs as much as a full
-    /// one, as in transformers.
+    /// Σ over steps of Σ over micro-batches of loss/group, where `group` is the number of
+    /// micro-batches in the step. A short step has the same weight as a full one, as in
+    /// transformers.
     #[serde(with = "exact")]
     loss: f64,
     steps: u64,
@@ -31,20 +32,21 @@ pub struct Window {
 }
 
 impl Window {
-    /// Adds a micro-batch that counts `scale` in its step.
+    /// Adds the metrics of a micro-batch that has the weight `scale` in its step.
     pub fn add(&mut self, metrics: Metrics, scale: f64) {
         self.loss += metrics.get("loss").copied().unwrap_or_default() * scale;
         self.average.add(metrics);
     }
 
-    /// Adds an optimizer step.
+    /// Records an optimizer step.
     pub fn step(&mut self, grad_norm: f64, learning_rate: f64) {
         self.steps += 1;
         self.grad_norm = grad_norm;
         self.learning_rate = learning_rate;
     }
 
-    /// The means; grad_norm and learning_rate are the last step's. Starts a new window.
+    /// Returns the means and starts a new window. `grad_norm` and `learning_rate` are those of the
+    /// last step.
     pub fn take(&mut self) -> Metrics {
         let mut metrics = self.average.take();
         metrics.insert("loss".into(), self.loss / self.steps.max(1) as f64);
@@ -55,14 +57,14 @@ impl Window {
     }
 }
 
-/// Metrics over the evaluation rows. Every pair counts the same, so that a short last batch does
-/// not count as much as a full one.
+/// Metrics over all evaluation rows. Every pair has the same weight, so a short last batch does not
+/// weigh as much as a full one.
 #[derive(Debug, Default)]
 pub(super) struct EvaluationSums {
-    /// Sums over pairs of rewards and log-probs. They are taken pair by pair: their means are the
-    /// means of what scoring serves, to the last bit.
+    /// Sums of rewards and log-probs over pairs. Summing pair by pair makes the means bit-identical
+    /// to means of the values that scoring returns.
     of_pairs: Metrics,
-    /// Sums of batches' means, each times the batch's pairs.
+    /// Sums of batch means, each multiplied by the number of pairs in the batch.
     of_batches: Metrics,
     pairs: f64,
 }
@@ -78,7 +80,7 @@ impl EvaluationSums {
         self.pairs += weight;
     }
 
-    /// The means, with the eval_ prefix.
+    /// Returns the means, with the prefix `eval_`.
     pub fn finish(self) -> Metrics {
         let sums = self.of_pairs.into_iter().chain(self.of_batches);
         sums.map(|(name, sum)| (format!("eval_{name}"), sum / self.pairs.max(1.0))).collect()

@@ -1,5 +1,5 @@
-//! AdamW with f32 state, updated in place (arXiv:1711.05101, in torch.optim.AdamW's order of
-//! operations).
+//! AdamW with f32 state, updated in place (arXiv:1711.05101, with the order of operations of
+//! torch.optim.AdamW).
 
 use std::sync::{Mutex, PoisonError};
 
@@ -10,38 +10,38 @@ use crate::compute::cpu::simd::dispatch;
 use crate::compute::cpu::thread_pool;
 use crate::domain::training::OptimizerConfig;
 
-/// Elements one task updates.
+/// Number of elements that one task updates.
 const CHUNK: usize = 1 << 15;
 
-/// First and second moments of every trainable tensor.
+/// Moments of every trainable tensor.
 #[derive(Clone, Debug, Default)]
 pub struct AdamW {
-    /// Updates made so far.
+    /// Number of updates so far.
     pub updates: u64,
-    /// m, per tensor.
+    /// First moment m of each tensor.
     pub first: Vec<Vec<f32>>,
-    /// v, per tensor.
+    /// Second moment v of each tensor.
     pub second: Vec<Vec<f32>>,
 }
 
-/// The numbers of one update.
+/// Coefficients of one update.
 #[derive(Clone, Copy, Debug)]
 struct Step {
     beta1: f32,
     beta2: f32,
     eps: f32,
-    /// 1 − lr·λ.
+    /// Factor of the decoupled weight decay, 1 − lr·λ.
     shrink: f32,
     /// lr / (1 − β₁ᵗ).
     step_size: f32,
-    /// √(1 − β₂ᵗ).
+    /// Bias correction of the second moment, √(1 − β₂ᵗ).
     correction2: f32,
-    /// The clipping coefficient on every gradient.
+    /// Clipping coefficient, multiplied to every gradient.
     clip: f32,
 }
 
 impl AdamW {
-    /// Zero moments for tensors of these sizes.
+    /// Creates moments of zero for tensors of these sizes.
     pub fn new(sizes: impl IntoIterator<Item = usize>) -> Self {
         let first: Vec<Vec<f32>> = sizes.into_iter().map(|n| vec![0f32; n]).collect();
         let second: Vec<Vec<f32>> = first.iter().map(|m| vec![0f32; m.len()]).collect();
@@ -49,12 +49,15 @@ impl AdamW {
         AdamW { updates: 0, first, second }
     }
 
-    /// Returns the bytes of both moments of `trained` numbers.
+    /// Returns the bytes of both moments of `trained` parameters.
     pub fn bytes(trained: u64) -> u64 {
         2 * size_of::<f32>() as u64 * trained
     }
 
-    /// One update of every `(variable, decays)` with its gradient times `clip`.
+    /// Updates every `(variable, decays)` with its gradient times `clip`.
+    ///
+    /// # Errors
+    /// Fails if a variable is not contiguous f32 or its gradient has another size.
     pub fn step(
         &mut self,
         config: &OptimizerConfig,

@@ -1,5 +1,5 @@
-//! The reference π_ref: frozen weights, weights that follow the policy at intervals (TR-DPO), or
-//! none.
+//! The reference π_ref: frozen weights, weights that are moved towards the policy at intervals
+//! (TR-DPO), or none.
 
 use std::sync::Arc;
 
@@ -7,36 +7,36 @@ use candle_core::{Result, Tensor, bail};
 
 use crate::model::decoder::Policy;
 
-/// What log-ratios are taken against.
+/// Reference for the log-ratios.
 #[derive(Debug)]
 pub enum Reference {
-    /// lr = log π.
+    /// No reference: lr = log π.
     None,
-    /// Frozen; `identity` names the weights for good.
+    /// Frozen weights.
     Frozen {
-        /// The weights.
+        /// The frozen weights.
         policy: Policy,
-        /// For the cache of log-probs.
+        /// Permanent identity of the weights, for the cache of log-probs.
         identity: String,
     },
     /// TR-DPO: ref ← α·π + (1−α)·ref at intervals (arXiv:2404.09656).
     Moving {
-        /// The weights as they are now.
+        /// The current weights.
         policy: Policy,
-        /// Names the weights since the last sync.
+        /// Identity of the weights since the last sync.
         identity: String,
-        /// Names the run.
+        /// Prefix of the identities, which names the run.
         run: String,
     },
 }
 
 impl Reference {
-    /// A reference that starts as `policy` and moves.
+    /// Returns a moving reference that starts as `policy`.
     pub fn moving_from(policy: Policy, run: &str) -> Self {
         Reference::Moving { policy, identity: format!("{run}#0"), run: run.to_owned() }
     }
 
-    /// The weights and their identity.
+    /// Returns the current weights and their identity.
     pub fn weights(&self) -> Option<(&Policy, &str)> {
         match self {
             Reference::None => None,
@@ -46,7 +46,7 @@ impl Reference {
         }
     }
 
-    /// The weights that a checkpoint must hold.
+    /// Returns the weights of a moving reference, which a checkpoint must hold.
     pub fn moving(&self) -> Option<&Policy> {
         match self {
             Reference::Moving { policy, .. } => Some(policy),
@@ -54,7 +54,10 @@ impl Reference {
         }
     }
 
-    /// ref ← α·π + (1−α)·ref, in f32.
+    /// Computes ref ← α·π + (1−α)·ref in f32. `count` is the number of syncs including this one.
+    ///
+    /// # Errors
+    /// Fails if the reference does not move or a tensor operation fails.
     pub fn sync(&mut self, policy: &Policy, alpha: f64, count: u64) -> Result<()> {
         let Reference::Moving { policy: reference, identity, run } = self else {
             bail!("reference_sync needs a moving reference");
@@ -62,20 +65,25 @@ impl Reference {
         let mixed =
             reference.parameters.map(|param, old| match policy.parameters.get(param.id) {
                 Some(new) => (new * alpha)? + (old * (1.0 - alpha))?,
-                None => bail!("the policy has no tensor {}, its reference has", param.name()),
+                None => {
+                    bail!("the policy has no tensor {}, but its reference has one", param.name())
+                }
             })?;
         reference.parameters = Arc::new(mixed);
         *identity = format!("{run}#{count}");
         Ok(())
     }
 
-    /// Puts stored weights back.
+    /// Restores stored weights after `count` syncs. Does nothing if the reference does not move.
+    ///
+    /// # Errors
+    /// Fails if a tensor is missing or has another shape.
     pub fn restore(&mut self, tensors: Vec<(String, Tensor)>, count: u64) -> Result<()> {
         let Reference::Moving { policy, identity, run } = self else { return Ok(()) };
         let stored: std::collections::HashMap<String, Tensor> = tensors.into_iter().collect();
         let restored = policy.parameters.map(|param, t| match stored.get(param.name()) {
             Some(s) if s.shape() == t.shape() => Ok(s.clone()),
-            _ => bail!("the stored reference has no fitting tensor {}", param.name()),
+            _ => bail!("the stored reference has no tensor {} of the expected shape", param.name()),
         })?;
         policy.parameters = Arc::new(restored);
         *identity = format!("{run}#{count}");

@@ -14,15 +14,15 @@ use serde_json::{Map, Value};
 pub use self::reader::{DataError, MAX_LINE_BYTES, RowReader};
 use crate::domain::dataset::{DatasetFormat, RowIssue};
 
-/// Parquet starts with `PAR1`; anything else is taken for JSONL.
+/// Returns the format of a file: Parquet if it starts with `PAR1`, else JSONL.
 pub fn detect_format(first_bytes: &[u8]) -> DatasetFormat {
     if first_bytes.starts_with(b"PAR1") { DatasetFormat::Parquet } else { DatasetFormat::Jsonl }
 }
 
-/// Opens a file of one's own; a stranger's Parquet file is for [`apart::for_each_row`].
+/// Reads a trusted file. Use [`apart::for_each_row`] for uploaded Parquet files.
 ///
 /// # Errors
-/// When it cannot be opened or, for Parquet, its footer or columns are not usable.
+/// Fails if the file cannot be opened or, for Parquet, its footer or columns are not usable.
 pub fn read_rows(path: &Path, format: DatasetFormat) -> Result<RowReader, DataError> {
     match format {
         DatasetFormat::Jsonl => jsonl::read(path),
@@ -30,7 +30,7 @@ pub fn read_rows(path: &Path, format: DatasetFormat) -> Result<RowReader, DataEr
     }
 }
 
-/// The rows of records that were decoded.
+/// Turns decoded records into numbered pairs.
 fn numbered(
     records: impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + 'static,
 ) -> RowReader {

@@ -1,4 +1,4 @@
-//! A policy whose weights are being trained: which tensors are variables, and their gradients.
+//! Policies that are being trained: their trainable tensors and gradients.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,13 +19,13 @@ use crate::model::params::ParamId;
 /// One trainable tensor.
 #[derive(Clone, Debug)]
 pub struct Trainable {
-    /// Which parameter it is.
+    /// Parameter that the tensor belongs to.
     pub id: ParamId,
-    /// Its Hugging Face or PEFT name.
+    /// Name in Hugging Face or PEFT files.
     pub name: String,
-    /// Its storage, updated in place.
+    /// Storage of the tensor, updated in place.
     pub var: Var,
-    /// Whether weight decay applies: to matrices, not to norms and biases.
+    /// True if weight decay applies: for matrices, not for norms and biases.
     pub decay: bool,
 }
 
@@ -34,13 +34,16 @@ pub struct Trainable {
 pub struct TrainablePolicy {
     /// The policy; its trainable tensors share storage with `trainables`.
     pub policy: Policy,
-    /// What is trained, in a fixed order.
+    /// Trainable tensors, in a fixed order.
     pub trainables: Vec<Trainable>,
     index: HashMap<ParamId, usize>,
 }
 
 impl TrainablePolicy {
-    /// Trains `adapter` on the frozen weights of `base`.
+    /// Creates a policy that trains `adapter` on the frozen weights of `base`.
+    ///
+    /// # Errors
+    /// Fails if a tensor cannot be copied.
     pub fn lora(base: &Policy, adapter: &Adapter, precision: Precision) -> Result<Self> {
         let mut trainables = Vec::new();
         let adapter = adapter.map(|tensor, t| {
@@ -52,7 +55,10 @@ impl TrainablePolicy {
         Ok(Self::over(policy, trainables))
     }
 
-    /// Trains a copy of every weight of `start`, in f32.
+    /// Creates a policy that trains an f32 copy of every weight of `start`.
+    ///
+    /// # Errors
+    /// Fails if a tensor cannot be copied.
     pub fn full(start: &Policy, precision: Precision) -> Result<Self> {
         let mut trainables = Vec::new();
         let parameters = start.parameters.map(|param, t| {
@@ -71,32 +77,32 @@ impl TrainablePolicy {
         TrainablePolicy { policy, trainables, index }
     }
 
-    /// Numbers trained.
+    /// Returns the number of trainable parameters.
     pub fn num_trainable(&self) -> usize {
         self.trainables.iter().map(|t| t.var.elem_count()).sum()
     }
 
-    /// Returns the bytes of the masters of `trained` numbers.
+    /// Returns the bytes of the f32 master weights of `trained` parameters.
     pub fn master_bytes(trained: u64) -> u64 {
         size_of::<f32>() as u64 * trained
     }
 
-    /// Whether only an adapter is trained.
+    /// Returns true if only an adapter is trained.
     pub fn is_lora(&self) -> bool {
         self.policy.adapter.is_some()
     }
 }
 
-/// Makes a trainable copy of a tensor in f32, and the tensor that shares its storage.
+/// Returns a trainable f32 copy of a tensor, and a tensor that shares its storage.
 fn track(id: ParamId, name: &str, decay: bool, t: &Tensor) -> Result<(Trainable, Tensor)> {
     let var = Var::from_tensor(&t.detach().to_dtype(candle_core::DType::F32)?.contiguous()?)?;
     let shared = var.as_detached_tensor();
     Ok((Trainable { id, name: name.to_owned(), var, decay }, shared))
 }
 
-/// The order in which a full fine-tune lists its tensors: that of the table, but each block's norms
-/// behind its linear layers. The gradient's norm is summed in it, so another order would change
-/// last bits.
+/// Returns the sort key of a tensor in full fine-tuning: the order of the parameter table, but with
+/// each block's norms after its linear layers. The gradient norm is summed in this order, so
+/// another order would change its last bits.
 fn order(id: ParamId) -> (usize, usize, bool) {
     match id {
         ParamId::Embedding => (0, 0, false),
@@ -106,17 +112,17 @@ fn order(id: ParamId) -> (usize, usize, bool) {
     }
 }
 
-/// The gradient of every trainable tensor, summed over a step's micro-batches.
+/// Gradient of every trainable tensor, summed over a step's micro-batches.
 #[derive(Debug)]
 pub struct Gradients {
     values: Vec<Vec<f32>>,
     index: HashMap<ParamId, usize>,
-    /// The sums while they grow, where the passes run on a GPU.
+    /// Sums on the GPU, if the passes run there.
     device: Option<GradientBuffers>,
 }
 
 impl Gradients {
-    /// All zero.
+    /// Returns gradients of zero.
     pub fn zeros(policy: &TrainablePolicy) -> Self {
         let values: Vec<Vec<f32>> =
             policy.trainables.iter().map(|t| vec![0f32; t.var.elem_count()]).collect();
@@ -124,12 +130,15 @@ impl Gradients {
         Gradients { values, index: policy.index.clone(), device: None }
     }
 
-    /// Returns the bytes of the gradients of `trained` numbers.
+    /// Returns the bytes of the gradients of `trained` parameters.
     pub fn bytes(trained: u64) -> u64 {
         size_of::<f32>() as u64 * trained
     }
 
-    /// Sets all to zero for the next step.
+    /// Sets all gradients to zero for the next step.
+    ///
+    /// # Errors
+    /// Fails if the device fails.
     pub fn clear(&mut self) -> Result<()> {
         thread_pool::chunks(&mut self.values, 1, |_, g| g[0].fill(0.0));
         if let Some(device) = &self.device {
@@ -138,7 +147,10 @@ impl Gradients {
         Ok(())
     }
 
-    /// Makes the host's values those of the device that summed them.
+    /// Copies the sums from the GPU to the host, if the passes run there.
+    ///
+    /// # Errors
+    /// Fails if the device fails.
     pub fn collect(&mut self) -> Result<()> {
         if let Some(device) = &self.device {
             for (id, i) in &self.index {
@@ -148,7 +160,10 @@ impl Gradients {
         Ok(())
     }
 
-    /// Adds what another device has summed; afterwards the sums are those of both.
+    /// Adds the gradients of another device to these.
+    ///
+    /// # Errors
+    /// Fails if a device fails.
     pub fn reduce(&mut self, other: &mut Gradients) -> Result<()> {
         other.collect()?;
         let theirs = &other.values;
@@ -158,7 +173,7 @@ impl Gradients {
         Ok(())
     }
 
-    /// Runs a pass on the policy's GPU with the sums there.
+    /// Runs a pass on the policy's GPU that adds to the gradients there.
     pub(super) fn on_device(
         &mut self,
         policy: &Policy,
@@ -176,12 +191,13 @@ impl Gradients {
         }
     }
 
-    /// Per trainable tensor, in their order.
+    /// Returns the host's values of each trainable tensor, in the order of the tensors.
     pub fn values(&self) -> &[Vec<f32>] {
         &self.values
     }
 
-    /// √Σ g², summed per tensor in f32 and over tensors in f64, in a fixed order.
+    /// Returns the global norm √Σ g². Each tensor is summed in chunks in f32, the sums in f64, in a
+    /// fixed order.
     pub fn norm(&self) -> f64 {
         let squares: Vec<f64> = thread_pool::map(self.values.len(), |i| {
             self.values[i].chunks(1 << 14).map(|c| square_sum(c) as f64).sum()

@@ -1,9 +1,10 @@
 //! The trainer: a run as a sequence of short units of work, so that the device can score between
 //! them.
 //!
-//! One unit is one micro-batch (forward, loss, backward), one optimizer update with what is due
-//! after it, or one batch of an evaluation. Everything is a function of the spec, the data and the
-//! seed: the same run gives the same numbers bit for bit, continued or not.
+//! One unit is one micro-batch (forward, loss, backward), with the optimizer update if it is the
+//! last of its step, one batch of an evaluation, or one checkpoint. Everything is a function of the
+//! spec, the data and the seed: the same run gives bit-identical numbers, even if it was
+//! interrupted and continued.
 
 mod evaluation;
 
@@ -34,35 +35,36 @@ use crate::math::schedule::learning_rate;
 use crate::model::decoder::Policy;
 use crate::model::device::{ComputeDevice, is_out_of_memory};
 
-/// Why a run could not go on.
+/// Reason why a run could not continue.
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
-    /// The loss or the gradient is not a number.
+    /// The loss or the gradient norm is NaN or infinite.
     #[error(
-        "{what} is {value} at step {step} (rows {rows:?}): lower the learning rate, or look at these rows"
+        "{what} is {value} at step {step} (rows {rows:?}): lower the learning rate, or look at \
+         these rows"
     )]
     NonFinite {
-        /// loss, grad_norm or eval_loss.
+        /// `loss`, `grad_norm` or `eval_loss`.
         what: &'static str,
-        /// inf or NaN.
+        /// The value, infinite or NaN.
         value: f64,
-        /// The step being taken.
+        /// Optimizer step in which it occurred.
         step: u64,
-        /// The dataset rows of the micro-batch.
+        /// Dataset rows of the micro-batch.
         rows: Vec<u64>,
     },
     /// A checkpoint could not be written or read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// Not even the leanest plan fits the memory that the run may use.
+    /// Even the leanest plan exceeds the memory that the run may use.
     #[error(
-        "the run needs at least {needed_mib} MiB besides copies of weights, {available_mib} MiB are left for it: \
-         lower max_length, train with LoRA, or give it more memory"
+        "the run needs at least {needed_mib} MiB besides copies of weights, {available_mib} MiB \
+         are left for it: lower max_length, train with LoRA, or give it more memory"
     )]
     NoPlan {
-        /// What the leanest plan needs.
+        /// Memory of the leanest plan in MiB.
         needed_mib: u64,
-        /// What there is.
+        /// Memory for the run in MiB.
         available_mib: u64,
     },
     /// A tensor operation failed.
@@ -71,7 +73,7 @@ pub enum TrainError {
 }
 
 impl TrainError {
-    /// Returns true if memory ran out, or would.
+    /// Returns true if memory ran out or the plan shows that it would.
     pub fn is_out_of_memory(&self) -> bool {
         match self {
             TrainError::Tensor(e) => is_out_of_memory(e),
@@ -80,7 +82,7 @@ impl TrainError {
         }
     }
 
-    /// Returns the message without folders of the server.
+    /// Returns the message without the server's folders.
     pub fn for_clients(&self) -> String {
         match self {
             TrainError::Checkpoint(e) => e.for_clients(),
@@ -89,60 +91,62 @@ impl TrainError {
     }
 }
 
-/// What a run needs.
+/// Inputs of a run.
 pub struct TrainerInput {
-    /// Hyper-parameters.
+    /// Hyper-parameters of the run.
     pub spec: TrainingSpec,
-    /// The weights to train, at their start.
+    /// Weights to train, with their start values.
     pub policy: TrainablePolicy,
-    /// What log-ratios are taken against.
+    /// Reference for the log-ratios.
     pub reference: Reference,
     /// Training pairs, in file order; at least one.
     pub train: Vec<EncodedPair>,
-    /// Evaluation pairs.
+    /// Evaluation pairs, in file order.
     pub eval: Vec<EncodedPair>,
-    /// The folder for checkpoints.
+    /// Folder for the checkpoints.
     pub checkpoints: PathBuf,
-    /// The checkpoint to continue from.
+    /// Folder of the checkpoint to continue from.
     pub resume: Option<PathBuf>,
-    /// For full checkpoints.
+    /// Tokenizer, written into checkpoints of full weights.
     pub tokenizer: Arc<ChatTokenizer>,
-    /// The base model's name, for adapter_config.json.
+    /// Name of the base model, for adapter_config.json.
     pub base: BaseName,
-    /// The base model by content: checkpoints record it, and a run continues on no other.
+    /// Content hashes of the base model. Checkpoints record them, and a run continues only on the
+    /// same content.
     pub identity: ModelIdentity,
-    /// Bytes the run may need besides the resident base weights: decides what is recomputed.
+    /// Memory in bytes for the run besides the resident base weights. It decides whether
+    /// activations are recomputed.
     pub memory: u64,
 }
 
-/// What is left to do.
+/// Result of a unit of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
-    /// More units.
+    /// More units follow.
     Working,
-    /// Nothing.
+    /// The run is complete.
     Finished,
 }
 
 enum Phase {
-    /// Micro-batch `done` of the step's group is next.
+    /// Compute micro-batch `done` of the current step.
     Step { done: usize },
-    /// The evaluation goes on at this pair.
+    /// Continue the evaluation at this pair.
     Evaluate { next: usize },
-    /// A checkpoint is due.
+    /// Write a checkpoint.
     Save { best: bool },
-    /// The run is over.
+    /// Nothing is left to do.
     Done,
 }
 
-/// How long a run waits for a checkpoint that cannot be written, before it fails.
-const SAVE_PATIENCE: Duration = Duration::from_secs(3600);
-/// How long until it tries again.
-const SAVE_RETRY: Duration = Duration::from_secs(1);
-/// The thread's naps meanwhile.
-const IDLE: Duration = Duration::from_millis(20);
+/// Time for which a run tries to write a checkpoint before it fails.
+const SAVE_RETRY_PERIOD: Duration = Duration::from_secs(3600);
+/// Delay before the next attempt.
+const SAVE_RETRY_DELAY: Duration = Duration::from_secs(1);
+/// Sleep between calls of the yield point while the run waits for the next attempt.
+const SAVE_WAIT_SLEEP: Duration = Duration::from_millis(20);
 
-/// A checkpoint that could not be written yet.
+/// A checkpoint that could not be written yet: the first failure and the time of the next attempt.
 #[derive(Clone, Copy)]
 struct Unsaved {
     since: Instant,
@@ -160,31 +164,34 @@ pub struct Trainer {
     tokenizer: Arc<ChatTokenizer>,
     base: BaseName,
     identity: ModelIdentity,
-    /// The digest of both lists of pairs, which checkpoints record.
+    /// Digest of the training and evaluation pairs, which checkpoints record.
     pairs: String,
     optimizer: AdamW,
-    /// Of each of the policy's devices; the update sees the first, to which the others are added.
+    /// Gradients on each of the policy's devices. Before an update all are added to the first.
     gradients: Vec<Gradients>,
     state: RunState,
     total_steps: u64,
     order: (u64, Vec<u32>),
     phase: Phase,
-    /// Tokens and window before the step in progress: what its repetition begins with.
-    before: (u64, Window),
+    /// Tokens and metrics before the step in progress, to which a repeated step returns.
+    before_step: (u64, Window),
     step_started: Instant,
     evaluation: EvaluationSums,
     latest: Metrics,
     saved_step: Option<u64>,
     unsaved: Option<Unsaved>,
     plan: Estimate,
-    /// Whether the plan was cut down because the device ran out of memory.
+    /// True after the rows were shortened because the device ran out of memory.
     shortened: bool,
     started: Instant,
     first_step: u64,
 }
 
 impl Trainer {
-    /// Prepares a run; with `resume`, restores its state.
+    /// Prepares a run. With `resume`, restores its state from the checkpoint.
+    ///
+    /// # Errors
+    /// Fails if the checkpoint cannot be restored or no plan fits the memory.
     pub fn new(input: TrainerInput) -> Result<Self, TrainError> {
         let TrainerInput {
             spec,
@@ -226,7 +233,7 @@ impl Trainer {
         let mut trainer = Trainer {
             gradients: policy.policy.devices().map(|_| Gradients::zeros(&policy)).collect(),
             order: (u64::MAX, Vec::new()),
-            before: Default::default(),
+            before_step: Default::default(),
             step_started: Instant::now(),
             evaluation: EvaluationSums::default(),
             started: Instant::now(),
@@ -255,8 +262,8 @@ impl Trainer {
         Ok(trainer)
     }
 
-    /// Where a fresh or continued run begins: with an evaluation that is due and was not made, else
-    /// with the next step.
+    /// Returns the first phase of a new or continued run: an evaluation that is due but was not
+    /// made, or the next step.
     fn first_phase(&self) -> Phase {
         let due = if self.state.step == 0 {
             self.spec.run.eval_on_start && !self.eval.is_empty()
@@ -272,19 +279,19 @@ impl Trainer {
         }
     }
 
-    /// Whether the rows are evaluated after the step just taken.
+    /// Returns true if an evaluation is due after the last step.
     fn evaluation_due(&self) -> bool {
         let (step, every) = (self.state.step, self.spec.run.eval_steps);
         !self.eval.is_empty()
             && (step >= self.total_steps || (every > 0 && step.is_multiple_of(every)))
     }
 
-    /// The weights as they are now, for scoring between units.
+    /// Returns the current weights, for scoring between units.
     pub fn live_policy(&self) -> Policy {
         self.policy.policy.clone()
     }
 
-    /// The reference as it is now, and its name in the cache of log-probs.
+    /// Returns the current reference and its identity in the cache of log-probs.
     pub fn reference(&self) -> Option<(&Policy, &str)> {
         self.reference.weights()
     }
@@ -294,27 +301,30 @@ impl Trainer {
         self.reference.moving().is_some()
     }
 
-    /// Optimizer steps taken.
+    /// Returns the number of optimizer steps taken.
     pub fn step(&self) -> u64 {
         self.state.step
     }
 
-    /// Optimizer steps in all.
+    /// Returns the number of optimizer steps of the whole run.
     pub fn total_steps(&self) -> u64 {
         self.total_steps
     }
 
-    /// Bytes that the run plans to need on each of its devices, besides copies of weights.
+    /// Returns the planned memory on each device in bytes, without copies of weights.
     pub fn planned_bytes(&self) -> u64 {
         self.plan.total()
     }
 
-    /// Returns true if a device ran out of memory and rows were shortened for it.
+    /// Returns true if a device ran out of memory and the rows were shortened because of it.
     pub fn is_shortened(&self) -> bool {
         self.shortened
     }
 
     /// Does one unit of work.
+    ///
+    /// # Errors
+    /// Fails if the run cannot continue.
     pub fn advance(&mut self, host: &mut Host) -> Result<Status, TrainError> {
         match self.phase {
             Phase::Done => return Ok(Status::Finished),
@@ -325,14 +335,17 @@ impl Trainer {
         Ok(if matches!(self.phase, Phase::Done) { Status::Finished } else { Status::Working })
     }
 
-    /// Writes a checkpoint of the last completed step, unless there is one; used when the server
-    /// drains.
+    /// Writes a checkpoint of the last completed step, unless it exists. Used when the server
+    /// drains or the run is preempted.
+    ///
+    /// # Errors
+    /// Fails if the checkpoint cannot be written.
     pub fn save_now(&mut self, emit: &mut dyn FnMut(RunEvent)) -> Result<(), TrainError> {
         if let Phase::Step { done } = self.phase
             && done > 0
         {
-            // The step's first micro-batches are repeated when the run continues: their gradients
-            // are not part of a checkpoint.
+            // Gradients are not part of a checkpoint, so the continued run repeats the step's first
+            // micro-batches.
             self.rewind(done)?;
         }
         let best = matches!(self.phase, Phase::Save { best: true });
@@ -343,10 +356,10 @@ impl Trainer {
         }
     }
 
-    /// Back to the start of the step in progress, of which `done` micro-batches are done.
+    /// Returns to the start of the step in progress, in which `done` micro-batches are complete.
     fn rewind(&mut self, done: usize) -> Result<(), TrainError> {
         self.state.micro_batch -= done;
-        (self.state.tokens, self.state.window) = std::mem::take(&mut self.before);
+        (self.state.tokens, self.state.window) = std::mem::take(&mut self.before_step);
         self.phase = Phase::Step { done: 0 };
         Ok(self.clear()?)
     }
@@ -355,12 +368,12 @@ impl Trainer {
         self.gradients.iter_mut().try_for_each(Gradients::clear)
     }
 
-    /// Writes a checkpoint. When it cannot be written (the disk is full, say) the run waits and
-    /// tries again: what was trained is worth more than the wait.
+    /// Writes a checkpoint. If that fails, e.g. because the disk is full, the run waits and tries
+    /// again for up to [`SAVE_RETRY_PERIOD`], in order not to lose the steps.
     fn save_unit(&mut self, best: bool, host: &mut Host) -> Result<(), TrainError> {
         if self.unsaved.is_some_and(|u| u.next > Instant::now()) {
             (host.pause)();
-            std::thread::sleep(IDLE);
+            std::thread::sleep(SAVE_WAIT_SLEEP);
             return Ok(());
         }
         let Err(e) = self.save(best, host.emit) else {
@@ -370,7 +383,7 @@ impl Trainer {
         };
         let now = Instant::now();
         let since = self.unsaved.map_or(now, |u| u.since);
-        if now - since > SAVE_PATIENCE {
+        if now - since > SAVE_RETRY_PERIOD {
             return Err(e);
         }
         if self.unsaved.is_none() {
@@ -382,17 +395,17 @@ impl Trainer {
             );
             (host.emit)(RunEvent::Log { severity: "warning", message });
         }
-        self.unsaved = Some(Unsaved { since, next: now + SAVE_RETRY });
+        self.unsaved = Some(Unsaved { since, next: now + SAVE_RETRY_DELAY });
         Ok(())
     }
 
-    // ---- one micro-batch, and the update when the step's last one is done
+    // One micro-batch, and the update after the step's last one.
 
     fn step_unit(&mut self, done: usize, host: &mut Host) -> Result<(), TrainError> {
-        let (micro_batches, group) = self.group();
+        let (micro_batches, group) = self.micro_batch_counts();
         if done == 0 {
             self.clear()?;
-            self.before = (self.state.tokens, self.state.window.clone());
+            self.before_step = (self.state.tokens, self.state.window.clone());
             self.step_started = Instant::now();
         }
         if let Err(e) = self.micro_batch(1.0 / group as f64, host) {
@@ -405,7 +418,7 @@ impl Trainer {
             return Ok(());
         }
         self.update()?;
-        observe::step(self.step_started.elapsed(), self.state.tokens - self.before.0);
+        observe::step(self.step_started.elapsed(), self.state.tokens - self.before_step.0);
         if self.state.micro_batch >= micro_batches {
             self.state.epoch += 1;
             self.state.micro_batch = 0;
@@ -414,8 +427,8 @@ impl Trainer {
         Ok(())
     }
 
-    /// When the device ran out of memory, once: shorter rows, whose blocks are run again. Any other
-    /// error stands.
+    /// Handles the first out-of-memory error: halves the rows and turns on recomputation. Returns
+    /// any other error, and a second one.
     fn shorten(&mut self, e: TrainError, host: &mut Host) -> Result<(), TrainError> {
         if !e.is_out_of_memory() || std::mem::replace(&mut self.shortened, true) {
             return Err(e);
@@ -433,9 +446,9 @@ impl Trainer {
         Ok(())
     }
 
-    /// Micro-batches in this epoch, and in the current step's group (the last group of an epoch may
-    /// be short).
-    fn group(&self) -> (usize, usize) {
+    /// Returns the number of micro-batches in an epoch and in the current step. The last step of an
+    /// epoch may have fewer.
+    fn micro_batch_counts(&self) -> (usize, usize) {
         let micro_batches = self.train.len().div_ceil(self.spec.batch.batch_size);
         let accumulate = self.spec.batch.gradient_accumulation_steps;
         let start = self.state.micro_batch / accumulate * accumulate;
@@ -571,7 +584,8 @@ impl Trainer {
         Progress {
             step: self.state.step,
             total_steps: self.total_steps,
-            epoch: self.state.epoch as f64 + self.state.micro_batch as f64 / self.group().0 as f64,
+            epoch: self.state.epoch as f64
+                + self.state.micro_batch as f64 / self.micro_batch_counts().0 as f64,
             tokens: self.state.tokens,
             eta_seconds: (taken > 0)
                 .then(|| self.started.elapsed().as_secs_f64() / taken as f64 * left as f64),
@@ -607,7 +621,7 @@ impl Trainer {
     }
 }
 
-/// The order of `n` pairs in an epoch.
+/// Returns the order of `n` pairs in an epoch.
 fn order(spec: &TrainingSpec, n: usize, epoch: u64) -> Vec<u32> {
     match spec.batch.shuffle {
         true => epoch_order(n, spec.seed.0, epoch),
@@ -615,7 +629,7 @@ fn order(spec: &TrainingSpec, n: usize, epoch: u64) -> Vec<u32> {
     }
 }
 
-/// Returns the tokens of the pairs that a run on `train` has used when it is at the epoch and
+/// Returns the number of tokens that a run on `train` has processed when it reaches the epoch and
 /// micro-batch of `state`.
 pub fn tokens_until(spec: &TrainingSpec, train: &[EncodedPair], state: &RunState) -> u64 {
     let tokens = |pair: &EncodedPair| pair.sequence_tokens() as u64;

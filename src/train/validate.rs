@@ -1,4 +1,4 @@
-//! Says what is wrong with each row of a dataset, before anything is trained on it.
+//! Validation of a dataset's rows before training.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -11,43 +11,43 @@ use crate::domain::dataset::{
 use crate::domain::violation::quoted;
 use crate::infer::encode::PairEncoder;
 
-/// The usable rows of a file and what was found about all of them.
+/// Usable rows of a file, and the findings about all rows.
 #[derive(Clone, Debug, Default)]
 pub struct LoadedRows {
     /// Rows without an error, in file order.
     pub rows: Vec<PreferenceRow>,
     /// Findings about every row.
     pub report: ValidationReport,
-    /// The rows with an error.
+    /// Summary of the rows with an error.
     pub bad: BadRows,
 }
 
-/// Rows with an error: how many there are, and what is wrong with the first. The findings of a
-/// report do not tell, because warnings may fill its list.
+/// Number of rows with an error, and their first errors. The report cannot provide these, because
+/// warnings may fill its list.
 #[derive(Clone, Debug, Default)]
 pub struct BadRows {
     rows: u64,
     errors: u64,
     listed: Vec<RowIssue>,
     last: Option<(u64, String, IssueReason)>,
-    /// The row that was counted last; 0 before the first.
+    /// Number of the row that was counted last; 0 before the first.
     counted: u64,
-    /// Counted rows that also have a pair without an error, in file order. Only these can come
-    /// again, when their pairs are tokenised. Each of them has such a pair, and the text of all
-    /// these pairs is limited (`max_dataset_text_bytes`), which bounds this list.
-    in_part: Vec<u64>,
+    /// Counted rows that also have a usable pair, in file order. Only these can be added again,
+    /// when their pairs are tokenised. The list is bounded, because the total text of usable pairs
+    /// is limited (`max_dataset_text_bytes`).
+    partly_usable: Vec<u64>,
 }
 
 impl BadRows {
-    /// Adds an error. The pairs of one row may repeat it, which counts once. Rows come in file
-    /// order, once when the file is read and once when usable pairs are tokenised.
+    /// Adds an error. Several pairs of a row may have the same error, which counts once. Rows come
+    /// in file order: once when the file is read, and again when usable pairs are tokenised.
     pub fn add(&mut self, error: RowIssue) {
         let this = (error.row, error.field.clone(), error.reason);
         if self.last.as_ref() == Some(&this) {
             return;
         }
         self.last = Some(this);
-        if error.row != self.counted && self.in_part.binary_search(&error.row).is_err() {
+        if error.row != self.counted && self.partly_usable.binary_search(&error.row).is_err() {
             self.counted = error.row;
             self.rows += 1;
         }
@@ -57,7 +57,7 @@ impl BadRows {
         }
     }
 
-    /// Adds the rows of another dataset.
+    /// Adds the bad rows of another dataset.
     pub fn extend(&mut self, other: BadRows) {
         self.rows += other.rows;
         self.errors += other.errors;
@@ -65,17 +65,17 @@ impl BadRows {
         self.listed.extend(other.listed.into_iter().take(room));
     }
 
-    /// How many rows have an error.
+    /// Returns the number of rows with an error.
     pub fn rows(&self) -> u64 {
         self.rows
     }
 
-    /// The first error.
+    /// Returns the first error.
     pub fn first(&self) -> Option<&RowIssue> {
         self.listed.first()
     }
 
-    /// Describes the first errors, a line each, and counts the others on a last line.
+    /// Describes the first errors, one per line. The last line counts the remaining ones.
     pub fn lines(&self) -> Vec<String> {
         let line =
             |i: &RowIssue| format!("row {}, {} {}: {}", i.row, i.field, i.reason.name(), i.message);
@@ -88,11 +88,11 @@ impl BadRows {
     }
 }
 
-/// Checks every row; with an encoder, lengths too.
+/// Validates every row. With an encoder, also checks lengths.
 ///
 /// # Errors
-/// `TooLarge` when the rows hold more than `limit` bytes of text: a small compressed file may hold
-/// any number.
+/// `TooLarge` if the rows have more than `limit` bytes of text, which is possible even for a small
+/// compressed file; otherwise the errors of reading the file.
 pub fn validate_rows(
     path: &Path,
     format: DatasetFormat,
@@ -110,7 +110,10 @@ pub fn validate_rows(
     Ok(report)
 }
 
-/// The rows that can be used, with the report that says why others cannot.
+/// Returns the usable rows, and a report about the others.
+///
+/// # Errors
+/// Fails if the file cannot be read.
 pub fn load_rows(path: &Path, format: DatasetFormat) -> Result<LoadedRows, DataError> {
     let mut rows = Vec::new();
     let (report, bad) = scan(path, format, None, |row| {
@@ -120,19 +123,21 @@ pub fn load_rows(path: &Path, format: DatasetFormat) -> Result<LoadedRows, DataE
     Ok(LoadedRows { rows, report, bad })
 }
 
-/// Said of the first plain-text row when the tokenizer has no end-of-sequence token.
-const NO_EOS: &str = "the model's tokenizer has no end-of-sequence token, so the model does not learn where plain-text answers end: set \
-                      eos_token in its tokenizer_config.json, or end each answer with a text that stops generation";
+/// Message of the finding about a tokenizer without an end-of-sequence token, added to the first
+/// plain-text row.
+const NO_EOS: &str = "the model's tokenizer has no end-of-sequence token, so the model does not \
+    learn where plain-text answers end: set eos_token in its tokenizer_config.json, or end each \
+    answer with a text that stops generation";
 
 fn scan(
     path: &Path,
     format: DatasetFormat,
     lengths: Option<PairEncoder>,
-    mut keep: impl FnMut(PreferenceRow) -> Result<(), DataError>,
+    mut on_usable_row: impl FnMut(PreferenceRow) -> Result<(), DataError>,
 ) -> Result<(ValidationReport, BadRows), DataError> {
     let mut seen = Seen::default();
     let mut tally = Tally::default();
-    let mut warns_of_eos = lengths.is_some_and(|encoder| !encoder.has_eos());
+    let mut warn_no_eos = lengths.is_some_and(|encoder| !encoder.has_eos());
     let mut columns = UnusedColumns::default();
     apart::for_each_row(path, format, |row| {
         let (Ok(PreferenceRow { row: number, .. }) | Err(RowIssue { row: number, .. })) = row;
@@ -155,8 +160,8 @@ fn scan(
         {
             issues.extend(check_lengths(&row, encoder));
         }
-        if warns_of_eos && matches!(row.chosen, Text::Plain(_)) {
-            warns_of_eos = false;
+        if warn_no_eos && matches!(row.chosen, Text::Plain(_)) {
+            warn_no_eos = false;
             issues.push(issue(&row, "chosen", IssueReason::NoEos, NO_EOS));
         }
         let usable = issues.iter().all(|i| i.reason.severity() == Severity::Warning);
@@ -164,38 +169,39 @@ fn scan(
         if usable {
             tally.pairs += 1;
             tally.has_usable_pair = true;
-            keep(row)?;
+            on_usable_row(row)?;
         }
         Ok(())
     })?;
     Ok(tally.finish())
 }
 
-/// Counts rows from pairs: those of one row come one after another.
+/// Counts rows from a stream of pairs, in which the pairs of a row are adjacent.
 #[derive(Default)]
 struct Tally {
     report: ValidationReport,
     bad: BadRows,
-    /// The row whose pairs are being read; 0 before the first.
+    /// Number of the current row; 0 before the first.
     row: u64,
-    /// Whether that row has an error.
+    /// True if the current row has an error.
     is_bad: bool,
-    /// Whether it has an error that no model and no length avoids.
+    /// True if it has an error that does not depend on model or length.
     is_bad_for_any_job: bool,
-    /// Whether one of its pairs has no error.
+    /// True if one of its pairs has no error.
     has_usable_pair: bool,
-    /// Whether its shape is counted.
+    /// True if its shape has been counted.
     has_shape: bool,
-    /// What is said of it already: all its pairs have the same prompt and the same chosen answer.
-    said: Vec<(String, IssueReason)>,
-    /// Usable pairs so far.
+    /// Findings about the current row. The pairs of a row share prompt and chosen answer, so they
+    /// repeat findings.
+    reported: Vec<(String, IssueReason)>,
+    /// Number of usable pairs so far.
     pairs: u64,
-    /// Whether any row makes several pairs.
+    /// True if any row has several pairs.
     has_several: bool,
 }
 
 impl Tally {
-    /// Begins a row, unless `number` is that of the row being read.
+    /// Starts a new row, unless `number` is the current one.
     fn enter(&mut self, number: u64) {
         if number == self.row {
             return;
@@ -203,7 +209,7 @@ impl Tally {
         self.leave();
         (self.row, self.is_bad, self.is_bad_for_any_job) = (number, false, false);
         (self.has_usable_pair, self.has_shape) = (false, false);
-        self.said.clear();
+        self.reported.clear();
         self.report.rows += 1;
     }
 
@@ -211,7 +217,7 @@ impl Tally {
         self.report.valid_rows += u64::from(self.row > 0 && !self.is_bad);
         *self.report.unusable_rows.get_or_insert_default() += u64::from(self.is_bad_for_any_job);
         if self.is_bad && self.has_usable_pair {
-            self.bad.in_part.push(self.row);
+            self.bad.partly_usable.push(self.row);
         }
     }
 
@@ -224,11 +230,11 @@ impl Tally {
     }
 
     fn add(&mut self, issue: RowIssue) {
-        let said = (issue.field.clone(), issue.reason);
-        if self.said.contains(&said) {
+        let finding = (issue.field.clone(), issue.reason);
+        if self.reported.contains(&finding) {
             return;
         }
-        self.said.push(said);
+        self.reported.push(finding);
         if issue.reason.severity() == Severity::Error {
             self.is_bad = true;
             self.is_bad_for_any_job |= !issue.reason.depends_on_job();
@@ -237,11 +243,11 @@ impl Tally {
         self.report.add(issue);
     }
 
-    /// Counts a finding that is listed already, once in a row.
+    /// Counts a finding that is listed already, at most once per row.
     fn count(&mut self, field: &str, reason: IssueReason) {
-        let said = (field.to_owned(), reason);
-        if !self.said.contains(&said) {
-            self.said.push(said);
+        let finding = (field.to_owned(), reason);
+        if !self.reported.contains(&finding) {
+            self.reported.push(finding);
             self.report.count(reason);
         }
     }
@@ -268,7 +274,7 @@ fn issue(
     }
 }
 
-/// What a row says by itself.
+/// Returns the findings that follow from the row alone.
 fn check(row: &PreferenceRow) -> Vec<RowIssue> {
     let mut issues = Vec::new();
     if is_empty(&row.prompt) {
@@ -276,7 +282,7 @@ fn check(row: &PreferenceRow) -> Vec<RowIssue> {
             row,
             "prompt",
             IssueReason::MissingField,
-            "prompt is empty: an answer needs something to answer",
+            "prompt is empty: add the text that the answers respond to, or remove the row",
         ));
     }
     for (field, text) in [("chosen", &row.chosen), ("rejected", &row.rejected)] {
@@ -322,9 +328,10 @@ fn check_lengths(row: &PreferenceRow, encoder: &PairEncoder) -> Vec<RowIssue> {
     }
     if let Some(tail) = prompt_cut {
         let message = format!(
-            "the end {} of the prompt's tokens is left out, because prompt + answer does not begin with it: the model is trained on another \
-             context than it answers in. Use a chat template that renders the prompt alike with and without an answer, or end a plain prompt \
-             where a token ends",
+            "the end {} of the prompt's tokens is left out, because prompt + answer does not \
+             begin with it: the model is trained on another context than it answers in. Use a \
+             chat template that renders the prompt alike with and without an answer, or end a \
+             plain prompt where a token ends",
             quoted(&tail)
         );
         issues.push(issue(row, "prompt", IssueReason::PromptCut, message));
@@ -332,8 +339,8 @@ fn check_lengths(row: &PreferenceRow, encoder: &PairEncoder) -> Vec<RowIssue> {
     issues
 }
 
-/// The columns that were reported as not used. Each is listed once in a file, and counted in every
-/// row that has it.
+/// Columns that were reported as not used. Each is listed once per file and counted in every row
+/// that has it.
 #[derive(Default)]
 struct UnusedColumns(HashSet<String>);
 
@@ -344,13 +351,14 @@ impl UnusedColumns {
         }
         self.0.insert(column.to_owned());
         let message = format!(
-            "{column} is not used: the model does not see it (further rows with this column are counted, not listed)"
+            "{column} is not used: the model does not see it (further rows with this column are \
+             counted, not listed)"
         );
         tally.add(issue(row, column, IssueReason::IgnoredField, message));
     }
 }
 
-/// Pairs met so far, by content hash.
+/// Row number of each pair so far, by content hash.
 #[derive(Default)]
 struct Seen(HashMap<[u8; 32], u64>);
 
@@ -368,7 +376,7 @@ impl Seen {
         let backward = hash(row, &row.rejected, &row.chosen);
         if let Some(first) = self.0.get(&backward).filter(|_| forward != backward) {
             let message = format!(
-                "row {first} prefers these answers the other way round: keep one of the two"
+                "row {first} has the opposite preference for these answers: remove one of the rows"
             );
             return Some(issue(row, "", IssueReason::ContradictoryPair, message));
         }
@@ -377,7 +385,8 @@ impl Seen {
     }
 }
 
-/// Lengths are hashed too, so that no two different rows give the same bytes.
+/// Returns the content hash of a pair. Text lengths are included, so that different pairs never
+/// give the same input bytes.
 fn hash(row: &PreferenceRow, a: &Text, b: &Text) -> [u8; 32] {
     let mut hash = blake3::Hasher::new();
     let mut add = |s: &str| {
@@ -399,7 +408,7 @@ fn hash(row: &PreferenceRow, a: &Text, b: &Text) -> [u8; 32] {
     *hash.finalize().as_bytes()
 }
 
-/// Every key and value in order, as JSON. A map of JSON values is always JSON.
+/// Returns a value as JSON with its keys in order. Serialising cannot fail for these types.
 fn json(value: &impl serde::Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default()
 }
@@ -487,7 +496,7 @@ mod tests {
                 message: String::new(),
             });
         };
-        // Two pairs of one row, for another model perhaps both usable.
+        // Two pairs of one row; both may be usable with another model.
         add(1, "rejected[0]", IssueReason::TokenOutsideVocabulary);
         add(1, "rejected[1]", IssueReason::TokenOutsideVocabulary);
         add(2, "chosen", IssueReason::EmptyCompletion);
@@ -496,7 +505,7 @@ mod tests {
         add(4, "chosen", IssueReason::Truncated);
         let (report, _) = tally.finish();
         assert_eq!((report.rows, report.bad_rows(), report.bad_rows_of_any_job()), (4, 3, 2));
-        // As version 0.2.0 stored it.
+        // A report as version 0.2.0 stored it.
         let old = ValidationReport { unusable_rows: None, ..report };
         assert_eq!(old.bad_rows_of_any_job(), 0);
     }
@@ -515,7 +524,7 @@ mod tests {
             (bad.rows(), loaded.rows.iter().map(|r| r.row).collect::<Vec<_>>()),
             (4, vec![1, 2, 2, 3, 5])
         );
-        // When they are tokenised, the usable pairs of some of these rows turn out to be too long.
+        // When they are tokenised, the usable pairs of some of these rows are too long.
         for row in [1, 2, 2, 3, 5] {
             bad.add(RowIssue {
                 row,

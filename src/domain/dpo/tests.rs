@@ -17,7 +17,7 @@ fn an_objective_of_means_has_a_mean_reward_and_any_other_a_sum() {
         (&[Simpo], Mean, Mean),
         (&[Orpo], Mean, Mean),
         (&[Ipo, Simpo], Mean, Sum),
-        // SFT compares no answers: what it is mixed with decides.
+        // SFT compares no answers, so the other loss of the mix decides.
         (&[Simpo, Sft], Mean, Mean),
         (&[Ipo, Sft], Mean, Sum),
         (&[Sft], Sum, Sum),

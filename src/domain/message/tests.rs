@@ -1,4 +1,4 @@
-//! Which JSON is a message, and which arguments a template may have.
+//! Tests of the JSON forms of messages and template arguments.
 
 use serde_json::json;
 
@@ -30,7 +30,10 @@ fn what_is_no_message_is_refused_by_its_path() {
         (json!({"role": "user", "content": 3}), "content is a number"),
         (json!({"role": "user", "content": ["a"]}), "content[0] is a string"),
         (
-            json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}),
+            json!({
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]
+            }),
             "content[1].type cannot be used",
         ),
         (
@@ -78,7 +81,7 @@ fn tools_are_a_list_or_a_string_of_it() {
     }
     let many = vec![json!({}); MAX_TOOLS + 1];
     assert!(check_tools(&many).unwrap_err().contains("1025 tools"));
-    // Many values that have no text take memory, too.
+    // Many values without text use memory, too.
     let empty = [json!({"list": vec![""; MAX_ARGUMENT_BYTES / 64]})];
     assert!(check_tools(&empty).unwrap_err().contains("bytes"));
     let long = [json!({"description": "d".repeat(MAX_ARGUMENT_BYTES)})];

@@ -1,4 +1,4 @@
-//! The memory that runs leave, and limits of control groups.
+//! Tests of the memory that runs leave free, and of the limits of control groups.
 
 use super::*;
 
@@ -8,7 +8,7 @@ fn loaded_weights_have_the_room_that_runs_leave() {
     let room = Room::new(100, run.clone(), host.clone(), 4);
     assert_eq!(room.bytes(), 100);
     room.reserve_for_run(30);
-    // The run takes as much of every device of its group.
+    // The run needs the same amount of every device in its group.
     assert_eq!(Room::new(100, run, HostMemory::new(u64::MAX), 1).bytes(), 70);
     host.set_in_use(400);
     assert_eq!((host.left(), room.bytes()), (200, 50), "a quarter of the machine's memory");
@@ -34,7 +34,7 @@ fn the_lowest_limit_on_the_way_to_the_root_counts() {
     assert_eq!(of("0::/a/b\n"), Some(4096), "the group above is tighter");
     write(mount.path(), "a/b/memory.max", "1024\n");
     assert_eq!(of("0::/a/b\n"), Some(1024));
-    // In a container the group's own limit is at the root, whatever the path says.
+    // In a container the group's own limit is at the root, whatever the listed path says.
     write(mount.path(), "memory.max", "512\n");
     assert_eq!(of("0::/not/mounted/here\n"), Some(512));
 }

@@ -1,5 +1,5 @@
-//! Checks the memory that a run needs besides its plan, and that a run starts with what was
-//! granted.
+//! Tests of the memory that a run needs besides its plan, and of starting a run with the granted
+//! memory.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,12 +19,12 @@ use crate::formats::source::HubOptions;
 use crate::model::device::{ComputeDevice, OutOfMemory};
 use crate::train::trainer::TrainError;
 
-/// Tokens of the pairs of runs.
+/// Length of the pairs in tokens.
 const TOKENS: usize = 64;
 
 const LENGTHS: Lengths = Lengths { longest: 64, micro_batch: 128 };
 
-/// Models as a server with that precision has them: two that are stored in f32, one in bf16.
+/// Returns the models of a server with this precision: two are stored in f32, one in bf16.
 fn bases(precision: Precision) -> Bases {
     let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models");
     let load = |(id, folder): (&str, &str)| {
@@ -52,7 +52,7 @@ fn lora(precision: Precision) -> TrainingSpec {
     spec(TrainingSpec::default().method, precision)
 }
 
-/// Bytes on the CPU; of a GPU and of the machine beside it.
+/// Returns the bytes on the CPU, and the bytes of GPU and host with a GPU.
 fn needs(
     bases: &Bases,
     model: &str,
@@ -82,16 +82,17 @@ fn weights_that_must_not_be_rounded_are_copied_of_each_model_once() {
         (parameters("tiny"), parameters("other"), parameters("stored_in_bf16"));
     assert_ne!(tiny, other);
     let run = lora(Precision::F32);
-    // The policy's frozen weights are its reference's.
+    // The policy and the reference share frozen weights.
     assert_eq!(needs(&bases, "tiny", Some(&model("tiny")), &run), (4 * tiny, (4 * tiny, 4 * tiny)));
     let both = 4 * (tiny + other);
     assert_eq!(needs(&bases, "tiny", Some(&model("other")), &run), (both, (both, both)));
-    // Weights that are stored in bf16 are not rounded. A GPU needs a copy in f32 all the same.
+    // Weights stored in bf16 are never rounded, but a GPU still needs an f32 copy.
     assert_eq!(
         needs(&bases, "stored_in_bf16", Some(&model("stored_in_bf16")), &run),
         (0, (4 * stored, 0))
     );
-    // A fully trained policy has its weights in the plan, its frozen reference has not.
+    // The plan of full fine-tuning includes the policy's weights, but not those of a frozen
+    // reference.
     let run = spec(Method::Full, Precision::F32);
     assert_eq!(needs(&bases, "tiny", Some(&model("tiny")), &run), (4 * tiny, (4 * tiny, 4 * tiny)));
     assert_eq!(needs(&bases, "tiny", None, &run), (0, (4 * tiny, 0)));
@@ -132,10 +133,10 @@ fn a_full_checkpoint_as_the_reference_has_weights_of_its_own() {
     let reference = full("tiny");
     let run = spec(Method::Full, Precision::Bf16);
     assert_eq!(needs(&bases, "tiny", Some(&reference), &run), (2 * tiny, (2 * tiny, 2 * tiny)));
-    // In f32 it is loaded as its files have it, beside the policy's own frozen weights.
+    // In f32 it is loaded unrounded, in addition to the policy's own frozen weights.
     let run = lora(Precision::F32);
     assert_eq!(needs(&bases, "tiny", Some(&reference), &run), (8 * tiny, (8 * tiny, 8 * tiny)));
-    // An objective without a reference has none.
+    // An objective without a reference needs no memory for one.
     let mut run = spec(Method::Full, Precision::Bf16);
     run.dpo.losses[0].loss = LossType::Simpo;
     run.dpo.reference_free = true;
@@ -146,8 +147,10 @@ fn a_full_checkpoint_as_the_reference_has_weights_of_its_own() {
 fn a_larger_reference_needs_more_activations_in_rows_as_long_as_the_runs() {
     let config = |hidden: usize| {
         let json = format!(
-            r#"{{"model_type": "llama", "hidden_size": {hidden}, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 8,
-            "num_key_value_heads": 8, "vocab_size": 320, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5}}"#
+            r#"{{"model_type": "llama", "hidden_size": {hidden}, "intermediate_size": 1536,
+            "num_hidden_layers": 2, "num_attention_heads": 8,
+            "num_key_value_heads": 8, "vocab_size": 320, "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5}}"#
         );
         ModelConfig::from_hf_json(&json, Path::new("config.json")).unwrap()
     };
@@ -170,7 +173,7 @@ fn a_larger_reference_needs_more_activations_in_rows_as_long_as_the_runs() {
     assert_eq!(more_activations(&small, &large, &run, LENGTHS), 0, "the plan counts as much");
 }
 
-/// An engine on the CPU with a tiny model whose weights are rounded in memory.
+/// Starts an engine on the CPU with a tiny model that is rounded in memory.
 fn engine(memory_limit: u64) -> Engine {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");
     let model = load_model(Some("tiny"), folder.to_str().unwrap(), &HubOptions::default()).unwrap();
@@ -182,8 +185,8 @@ fn engine(memory_limit: u64) -> Engine {
     start(vec![model], options).unwrap()
 }
 
-/// Runs that have only one plan, because their pairs fill a row: with a moving reference, with a
-/// frozen one on unrounded weights, and without copies.
+/// Returns settings that allow only one plan, because their pairs fill a row: with a moving
+/// reference, with a frozen reference on unrounded weights, and without copies of weights.
 fn specs() -> Vec<TrainingSpec> {
     let mut one = TrainingSpec { precision: Some(Precision::Bf16), ..TrainingSpec::default() };
     one.batch.activation_checkpointing = ActivationCheckpointing::Off;
@@ -246,8 +249,8 @@ fn a_run_starts_in_exactly_the_memory_that_its_estimate_names_and_is_refused_wit
     }
 }
 
-/// A run with unrounded weights plans with what their copy leaves: where all the memory would do
-/// for the fastest plan, it takes a leaner one.
+/// The plan of a run with unrounded weights uses only the memory that their copy leaves free. It is
+/// leaner than the plan that the whole memory would allow.
 #[test]
 fn a_plan_has_the_memory_that_copies_of_weights_leave() {
     let bases = bases(Precision::Bf16);

@@ -1,4 +1,4 @@
-//! Which loaded weights stay, by the bytes that there are for them.
+//! Tests of the byte limit of the weight cache.
 
 use std::path::PathBuf;
 
@@ -10,7 +10,7 @@ fn golden(folder: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(folder)
 }
 
-/// The base's own files as the full weights of checkpoint `i`.
+/// Returns the base model's own files as the full weights of checkpoint `i`.
 fn full(i: usize) -> WeightsRef {
     WeightsRef::Full { model: "tiny".into(), dir: golden("models/llama"), content: i.to_string() }
 }
@@ -23,7 +23,7 @@ fn adapter() -> WeightsRef {
     }
 }
 
-/// A cache of at most 8 weights, which never matters here, and of so many bytes.
+/// Returns a cache with a limit of `bytes`. Its limit of 8 entries is never reached.
 fn residents(bytes: u64) -> Residents {
     let mut residents = Residents::new(8);
     residents.limit_bytes(Room::new(bytes, Arc::default(), HostMemory::new(u64::MAX), 1));
@@ -48,7 +48,7 @@ fn full_size(bases: &Bases) -> u64 {
 fn the_least_recently_used_weights_leave_when_there_is_no_room_for_more() {
     let bases = bases(Precision::F32);
     let bytes = full_size(&bases);
-    // Room for two.
+    // There is room for two.
     let mut residents = residents(2 * bytes + bytes / 2);
     for i in [0, 1, 0, 2] {
         residents.get(&bases, &full(i)).unwrap();
@@ -105,7 +105,7 @@ fn a_run_takes_the_room_of_weights_that_nothing_uses_and_gives_it_back() {
     }
     residents.reserve_for_run(2 * bytes);
     assert_eq!(contents(&residents), ["2"]);
-    // The run's own reference is part of what it needs.
+    // The run's own reference is part of the run's needs.
     let reference = residents.get_for_run(&bases, &full(5)).unwrap();
     residents.get(&bases, &full(6)).unwrap();
     assert_eq!(contents(&residents), ["5", "6"]);
@@ -131,7 +131,7 @@ fn adapters_are_counted_as_they_are_in_memory() {
     assert!(bytes > 0 && bytes < full_size(&bases));
     assert!(residents(bytes).get(&bases, &adapter()).is_ok());
     assert!(residents(bytes - 1).get(&bases, &adapter()).is_ok(), "an adapter is never refused");
-    // It leaves for full weights that need its room.
+    // An adapter is evicted for full weights that need its memory.
     let mut residents = residents(full_size(&bases));
     residents.get(&bases, &adapter()).unwrap();
     residents.get(&bases, &full(0)).unwrap();

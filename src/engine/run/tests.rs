@@ -1,4 +1,4 @@
-//! What names a run's reference, and in how much memory a run starts.
+//! Tests of the identity of a run's reference, and of the memory in which a run starts.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! Which precision a batch is scored in, and what happens when the device runs out of memory.
+//! Tests of the precision in which a batch is scored, and of batches that run out of device memory.
 
 use std::cell::Cell;
 use std::path::Path;
@@ -15,7 +15,7 @@ use crate::model::device::ComputeDevice;
 
 const JOB: &str = "job";
 
-/// A tiny model, as a server with that precision has it.
+/// Returns a tiny model, as loaded by a server with this precision.
 pub(in crate::engine) fn bases(precision: Precision) -> Arc<Bases> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");
     let model = load_model(Some("tiny"), folder.to_str().unwrap(), &HubOptions::default()).unwrap();
@@ -26,7 +26,7 @@ pub(in crate::engine) fn base() -> WeightsRef {
     WeightsRef::Base { model: "tiny".into() }
 }
 
-/// A pair of so many packed tokens.
+/// Returns a pair of `tokens` packed tokens.
 pub(in crate::engine) fn pair(tokens: usize) -> EncodedPair {
     EncodedPair {
         row: 1,
@@ -60,8 +60,8 @@ fn entry(policy: WeightsRef) -> (Entry, oneshot::Receiver<Result<ScoredItem, Eng
     (entry, answer)
 }
 
-/// Returns true if the base's log-probs in this precision are in the cache: then no block runs.
-/// They are there afterwards in any case.
+/// Returns true if the base model's log-probs in this precision are cached, that is, if no block
+/// runs. They are cached afterwards in any case.
 fn is_cached(cache: &ReferenceCache, bases: &Bases, precision: Precision) -> bool {
     let policy = bases.open(&base()).unwrap().with_precision(precision);
     let (identity, groups) = (bases.identity(&base()).unwrap(), groups_of_a_pair());
@@ -86,13 +86,13 @@ fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_se
         scoring.score_batch(vec![of_job], &cache, Some(&live));
         let scored = answer.try_recv().unwrap().unwrap();
         for completion in scored.completions {
-            // The weights are the reference's: so is every bit, in the same arithmetic.
+            // The weights and the precision are those of the reference, so all bits are equal.
             assert_eq!(Some(completion.policy), completion.reference);
         }
         assert!(is_cached(&cache, &bases, job), "the reference is scored in {job:?}");
         assert!(!is_cached(&cache, &bases, server), "and not in {server:?}");
 
-        // In one batch, each against the reference in its own precision.
+        // Entries of one batch are each compared with the reference in their own precision.
         let cache = ReferenceCache::new(1 << 20);
         let (of_job, mut answer) = entry(WeightsRef::Live { job: JOB.into() });
         let (of_base, mut other_answer) = entry(base());
@@ -100,7 +100,8 @@ fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_se
         assert!(answer.try_recv().unwrap().is_ok() && other_answer.try_recv().unwrap().is_ok());
         assert!(is_cached(&cache, &bases, job) && is_cached(&cache, &bases, server));
 
-        // Another job's weights are not here: whoever asks for them asks the server.
+        // Another job's weights are not on this worker: scoring fails, and its reference is scored
+        // in the server's precision.
         let cache = ReferenceCache::new(1 << 20);
         let (of_other, mut answer) = entry(WeightsRef::Live { job: "other".into() });
         scoring.score_batch(vec![of_other], &cache, Some(&live));
@@ -109,7 +110,7 @@ fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_se
     }
 }
 
-/// Scoring with a full checkpoint in memory that nothing computes with.
+/// Returns the scoring part with a cached full checkpoint that is not in use.
 fn scoring_with_a_checkpoint() -> (Scoring, WeightsRef) {
     let bases = bases(Precision::F32);
     let queue = Arc::new(ScoringQueue::new(1 << 20, 1));
@@ -128,7 +129,7 @@ fn a_pass_without_memory_is_repeated_once_without_the_weights_that_nothing_uses(
     let (calls, mut results) = (Cell::new(0), vec_of_none(2));
     scoring.pass(&batch, vec![0, 1], &mut results, |scoring, entries| {
         calls.set(calls.get() + 1);
-        // There is memory once the checkpoint is gone.
+        // Memory becomes free when the checkpoint is evicted.
         match scoring.residents.is_empty() {
             true => Ok(vec![Logps::default(); entries.len()]),
             false => Err(EngineError::DeviceFull("the GPU is out of memory".into())),
@@ -137,7 +138,7 @@ fn a_pass_without_memory_is_repeated_once_without_the_weights_that_nothing_uses(
     assert_eq!(calls.get(), 2, "both items together, twice");
     assert!(results.iter().all(|r| matches!(r, Some(Ok(_)))));
 
-    // What has no memory even then fails, each item alone, and is not tried for ever.
+    // Entries that still do not fit fail one by one, and are not retried forever.
     let (calls, mut results) = (Cell::new(0), vec_of_none(2));
     scoring.pass(&batch, vec![0, 1], &mut results, |_, _| {
         calls.set(calls.get() + 1);

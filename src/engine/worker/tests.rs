@@ -1,5 +1,5 @@
-//! An engine on the CPU with runs whose events nobody reads: such a run stands still where it
-//! reports.
+//! Tests of an engine on the CPU. Nobody reads the events of its runs, so a run blocks at the point
+//! where it reports.
 
 use std::path::{Path, PathBuf};
 
@@ -21,7 +21,7 @@ use crate::infer::pair::{EncodedPair, SequenceGroup};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A copy of a tiny model's files, which a test may change.
+/// Copies a tiny model's files, so that a test may change them.
 fn copied_model() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for entry in
@@ -61,7 +61,7 @@ fn groups() -> Vec<SequenceGroup> {
     pair().groups()
 }
 
-/// A run with room for one event, and that event's receiver.
+/// Returns a run with room for one event, and the receiver of its events.
 fn run(method: Method, checkpoints: PathBuf) -> (TrainingRun, Receiver<Report>) {
     let (events, receiver) = channel(1);
     let spec = TrainingSpec {
@@ -90,7 +90,7 @@ fn run(method: Method, checkpoints: PathBuf) -> (TrainingRun, Receiver<Report>) 
     (run, receiver)
 }
 
-/// A run that needs no other weights than those in memory.
+/// Returns a run that needs only weights that are in memory.
 fn run_lora(checkpoints: PathBuf) -> (TrainingRun, Receiver<Report>) {
     run(Method::default(), checkpoints)
 }
@@ -138,7 +138,7 @@ async fn a_run_whose_models_files_are_gone_or_changed_has_not_begun() {
             Err(EngineError::FilesChanged(message)) => told(&message),
             other => panic!("{other:?}"),
         }
-        // What is in memory is enough for a run in bf16.
+        // The weights in memory are sufficient for a run in bf16.
         let (run, mut events) = run_lora(dir.path().join("lora"));
         let control = run.control.clone();
         engine.train(run).unwrap();
@@ -164,7 +164,7 @@ async fn the_device_scores_while_the_files_of_a_run_are_read() {
     let engine = engine(model.path(), Precision::Bf16);
     let weights = model.path().join(export::WEIGHTS_FILE);
     std::fs::remove_file(&weights).unwrap();
-    // To open it takes until somebody opens the other end.
+    // Opening a named pipe blocks until the other end is opened.
     let path = std::ffi::CString::new(weights.to_str().unwrap()).unwrap();
     // SAFETY: the path is a string that ends in 0.
     assert_eq!(unsafe { libc::mkfifo(path.as_ptr(), 0o600) }, 0);
@@ -177,11 +177,11 @@ async fn the_device_scores_while_the_files_of_a_run_are_read() {
         .await
         .expect("scoring does not wait for the files")
         .unwrap();
-    // Nor does whoever stops the run.
+    // Stopping the run does not wait for the files either.
     control.cancel();
     let ended = next(&mut first_events).await;
     assert!(matches!(ended, RunEvent::Ended(RunEnd::Cancelled)), "{ended:?}");
-    // The next run reads what comes out of the other end: nothing.
+    // The next run reads from the pipe and gets an empty file.
     let (second, mut second_events) = run(Method::Full, dir.path().join("2"));
     engine.train(second).unwrap();
     let other_end = std::fs::OpenOptions::new().read(true).write(true).open(&weights).unwrap();
@@ -199,7 +199,7 @@ async fn a_moving_reference_is_scored_as_it_is_at_the_policys_step() {
     let (model, dir) = (copied_model(), tempfile::tempdir().unwrap());
     let engine = engine(model.path(), Precision::F32);
     let (mut run, events) = run(Method::Full, dir.path().into());
-    // After each step the reference is the policy.
+    // After each step the reference equals the policy.
     run.spec.dpo.reference_sync = Some(ReferenceSync { alpha: 1.0, every_steps: 1 });
     let control = run.control.clone();
     engine.train(run).unwrap();
@@ -218,7 +218,7 @@ async fn a_moving_reference_is_scored_as_it_is_at_the_policys_step() {
                         scored.live_step
                     );
                 }
-                // The run has no room for the event of its first step: it stands there.
+                // The channel is full, so the run blocks at the event of its first step.
                 if scored.live_step == Some(1) {
                     break scored;
                 }
@@ -233,7 +233,7 @@ async fn a_moving_reference_is_scored_as_it_is_at_the_policys_step() {
         (start.live_step, &start.completions[0].policy),
         (Some(1), &trained.completions[0].policy)
     );
-    // Both end with the run: whoever asks for them then is told, and may ask for what is stored.
+    // Both end with the run: later requests fail, and the caller can request the stored weights.
     control.cancel();
     drop(events);
     loop {

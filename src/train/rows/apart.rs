@@ -1,7 +1,9 @@
-//! A stranger's file, decoded by a process of its own that may use only so much memory and
-//! processor time: what its claims cost is lost with that process, and the file is told to be at
-//! fault. The process is this binary, told so by its first argument ([`DECODE`]); it writes a JSON
-//! line for each row, and one at the end.
+//! Decodes uploaded Parquet files in a sandbox: a separate process with limits on memory and
+//! processor time. A malicious file can only exhaust that process, and the error then blames the
+//! file.
+//!
+//! The process runs this binary with [`DECODE`] as the first argument. It writes one JSON line for
+//! each row and one at the end.
 
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::os::unix::process::ExitStatusExt as _;
@@ -15,35 +17,36 @@ use super::reader::{DataError, MAX_LINE_BYTES, issue};
 use super::{columnar, numbered};
 use crate::domain::dataset::{DatasetFormat, IssueReason, PreferenceRow, RowIssue};
 
-/// The subcommand that [`decode`] answers.
+/// Subcommand that runs [`decode`].
 pub const DECODE: &str = "decode-parquet";
-/// Address space that decoding may use, in bytes: pages of some hundred MiB, decompressed, with
-/// their records.
+/// Address space limit of the decoding process in bytes. Enough for decompressed pages of several
+/// hundred MiB and their records.
 pub const MEMORY: u64 = 1 << 30;
-/// Processor seconds for any file, and bytes for each further one.
-const SECONDS: u64 = 60;
+/// Base limit of processor time in seconds; a larger file gets one more second for each
+/// [`BYTES_PER_SECOND`].
+const BASE_SECONDS: u64 = 60;
 const BYTES_PER_SECOND: u64 = 1 << 20;
 
-/// Files are decoded one after another, so that all together need no more than one.
-static DECODING: Mutex<()> = Mutex::new(());
+/// Lock that lets only one file be decoded at a time, to bound the total memory.
+static DECODE_LOCK: Mutex<()> = Mutex::new(());
 
-/// What the decoding process says, a line each.
+/// Message of the decoding process, one JSON line each.
 #[derive(Serialize, Deserialize)]
 enum Line {
     Row(PreferenceRow),
     Issue(RowIssue),
     /// The file cannot be read at all.
     Unusable(String),
-    /// That was every row.
+    /// End of the file; all rows were sent.
     End,
 }
 
-/// Hands each row, or what is wrong with it, to `row`. A Parquet file is decoded by another
-/// process, when no other file is.
+/// Calls `row` with each row or with the finding about a row that cannot be read. A Parquet file is
+/// decoded by another process; only one file is decoded at a time.
 ///
 /// # Errors
-/// When the file cannot be opened or, for Parquet, its footer or columns are not usable, or it
-/// costs more than it may, wherever in the file; and what `row` returns.
+/// Fails if the file cannot be opened. For Parquet also if its footer or columns are not usable, or
+/// decoding exceeds a limit. Returns errors of `row`.
 pub fn for_each_row(
     path: &Path,
     format: DatasetFormat,
@@ -52,7 +55,7 @@ pub fn for_each_row(
     if format == DatasetFormat::Jsonl {
         return super::read_rows(path, format)?.try_for_each(row);
     }
-    let _alone = DECODING.lock().unwrap_or_else(PoisonError::into_inner);
+    let _lock = DECODE_LOCK.lock().unwrap_or_else(PoisonError::into_inner);
     let mut decoder = Decoder::start(path)?;
     loop {
         match decoder.line(path)? {
@@ -66,16 +69,16 @@ pub fn for_each_row(
     }
 }
 
-/// Processor seconds that decoding a file of so many bytes may take.
+/// Returns the limit of processor seconds for a file of `file_bytes` bytes.
 pub fn seconds(file_bytes: u64) -> u64 {
-    SECONDS + file_bytes / BYTES_PER_SECOND
+    BASE_SECONDS + file_bytes / BYTES_PER_SECOND
 }
 
-/// The decoding process's work, after it has limited itself: every row of the file at `path` onto
-/// `out`.
+/// Main function of the decoding process, which has already set its own limits: writes every row of
+/// the file at `path` to `out`.
 ///
 /// # Errors
-/// When nobody reads them any more.
+/// Fails if the reading process has closed `out`, or the file cannot be opened.
 pub fn decode(path: &Path, out: impl Write) -> std::io::Result<()> {
     let mut out = BufWriter::with_capacity(1 << 16, out);
     match columnar::decode(path) {
@@ -83,30 +86,30 @@ pub fn decode(path: &Path, out: impl Write) -> std::io::Result<()> {
             let DataError::BadFile { reason, .. } = e else {
                 return Err(std::io::Error::other(e.to_string()));
             };
-            say(&mut out, &Line::Unusable(reason))?;
+            write_line(&mut out, &Line::Unusable(reason))?;
         }
         Ok(records) => {
             for row in numbered(records) {
                 let (Ok(PreferenceRow { row: number, .. }) | Err(RowIssue { row: number, .. })) =
                     row;
                 let line = row.map_or_else(Line::Issue, Line::Row);
-                if !say(&mut out, &line)? {
+                if !write_line(&mut out, &line)? {
                     let message =
                         format!("the record has more than {} MiB: split it", MAX_LINE_BYTES >> 20);
-                    say(
+                    write_line(
                         &mut out,
                         &Line::Issue(issue(number, "", IssueReason::InvalidType, message)),
                     )?;
                 }
             }
-            say(&mut out, &Line::End)?;
+            write_line(&mut out, &Line::End)?;
         }
     }
     out.flush()
 }
 
-/// Writes a line, unless it is too long for whoever reads it.
-fn say(out: &mut impl Write, line: &Line) -> std::io::Result<bool> {
+/// Writes a line. Returns false, without writing, if it is longer than the reader accepts.
+fn write_line(out: &mut impl Write, line: &Line) -> std::io::Result<bool> {
     let mut text = serde_json::to_vec(line)?;
     text.push(b'\n');
     let fits = text.len() <= MAX_LINE_BYTES;
@@ -116,7 +119,7 @@ fn say(out: &mut impl Write, line: &Line) -> std::io::Result<bool> {
     Ok(fits)
 }
 
-/// The decoding process; it ends with this.
+/// Handle of the decoding process, which is killed on drop.
 struct Decoder {
     child: Child,
     lines: BufReader<ChildStdout>,
@@ -125,9 +128,9 @@ struct Decoder {
 impl Decoder {
     fn start(path: &Path) -> Result<Self, DataError> {
         let failed = |source| DataError::Io { path: path.to_owned(), source };
-        // What cannot be opened is no fault of the file.
+        // Opened here first, because a file that cannot be opened is not a damaged file.
         std::fs::File::open(path).map_err(failed)?;
-        // The name stays good when the file of the binary is replaced.
+        // This path stays valid if the binary's file is replaced.
         let mut command = Command::new("/proc/self/exe");
         command
             .arg(DECODE)
@@ -154,14 +157,14 @@ impl Decoder {
             return serde_json::from_slice(&line).map_err(|e| failed(e.into()));
         }
         let status = self.child.wait().map_err(failed)?;
-        // Its own limits end it otherwise: what wants memory aborts, and SIGXCPU comes before
-        // SIGKILL.
+        // Its own limits end it with other signals: a failed allocation aborts, and SIGXCPU comes
+        // before SIGKILL.
         if matches!(status.signal(), Some(libc::SIGKILL)) {
             return Err(DataError::Interrupted { path: path.to_owned() });
         }
         let reason = format!(
-            "decoding needs more than {} MiB of memory, or more time than a file of this size may take, or fails ({status}): write the file anew with \
-             smaller row groups, or use JSONL",
+            "decoding needs more than {} MiB of memory, or more time than a file of this size may \
+             take, or fails ({status}): write the file again with smaller row groups, or use JSONL",
             MEMORY >> 20
         );
         Err(DataError::BadFile { path: path.to_owned(), reason })

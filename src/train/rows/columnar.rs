@@ -1,7 +1,7 @@
 //! Parquet: each record becomes the JSON object that a JSONL line would hold.
 //!
-//! The format's sizes are claims that its library believes: a file of a kilobyte may ask for
-//! gigabytes, or name a billion elements. So a server decodes a stranger's file in [another
+//! The library trusts the sizes that a file claims: a file of one kilobyte can make it allocate
+//! gigabytes or create a billion elements. So the server decodes uploaded files in [another
 //! process](super::apart).
 
 use std::fs::File;
@@ -14,28 +14,29 @@ use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
 use super::reader::{DataError, issue};
-use super::row::{KWARGS, MEDIA, TOOLS, invalid_weight};
-use super::shapes::OPENAI;
+use super::row::{KWARGS_COLUMN, MEDIA_COLUMNS, TOOLS_COLUMN, invalid_weight};
+use super::shapes::OPENAI_COLUMNS;
 use crate::domain::dataset::{IssueReason, RowIssue};
 use crate::domain::message::without_nulls;
 use crate::model::guard::guarded;
 
-const COLUMNS: [&str; 7] = ["prompt", "chosen", "rejected", "weight", "id", TOOLS, KWARGS];
+const COLUMNS: [&str; 7] =
+    ["prompt", "chosen", "rejected", "weight", "id", TOOLS_COLUMN, KWARGS_COLUMN];
 
-/// Whether a column is decoded: those of a row, and those about which there is a finding where they
-/// hold something.
+/// Returns true if a column is decoded: the columns of a row, and columns that lead to a finding if
+/// they are not empty.
 fn is_wanted(column: &str) -> bool {
-    COLUMNS.contains(&column) || MEDIA.contains(&column)
+    COLUMNS.contains(&column) || MEDIA_COLUMNS.contains(&column)
 }
 
-/// The wanted columns of each record.
+/// Returns the decoded columns of each record.
 pub(super) fn decode(
     path: &Path,
 ) -> Result<impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + use<>, DataError> {
     let file =
         File::open(path).map_err(|source| DataError::Io { path: path.to_owned(), source })?;
     let bad = |reason: String| DataError::BadFile { path: path.to_owned(), reason };
-    // The library asserts, or calls unimplemented, at some damaged files.
+    // The library panics on some damaged files.
     let unreadable = |e: &dyn std::fmt::Display| bad(format!("not a readable Parquet file: {e}"));
     let reader = guarded(|| SerializedFileReader::new(file))
         .map_err(|e| unreadable(&e))?
@@ -44,17 +45,18 @@ pub(super) fn decode(
     let names: Vec<&str> = schema.get_fields().iter().map(|f| f.name()).collect();
     let is_openai = !names.contains(&"chosen")
         && !names.contains(&"rejected")
-        && OPENAI.iter().any(|column| names.contains(column));
-    let needed = if is_openai { &OPENAI[..] } else { &["chosen", "rejected"] };
+        && OPENAI_COLUMNS.iter().any(|column| names.contains(column));
+    let needed = if is_openai { &OPENAI_COLUMNS[..] } else { &["chosen", "rejected"] };
     for needed in needed {
         if !names.contains(needed) {
             return Err(bad(format!(
-                "no column {needed:?} among {names:?}: a preference set has prompt, chosen and rejected, or OpenAI's columns"
+                "no column {needed:?} among {names:?}: a preference set has prompt, chosen and \
+                 rejected, or OpenAI's columns"
             )));
         }
     }
-    let is_wanted = |name: &str| is_wanted(name) || (is_openai && OPENAI.contains(&name));
-    // They are not decoded, only reported as not used.
+    let is_wanted = |name: &str| is_wanted(name) || (is_openai && OPENAI_COLUMNS.contains(&name));
+    // These columns are not decoded, only reported as not used.
     let unknown: Vec<String> =
         names.iter().filter(|name| !is_wanted(name)).map(|name| (*name).to_owned()).collect();
     let wanted = schema.get_fields().iter().filter(|f| is_wanted(f.name())).cloned().collect();
@@ -78,15 +80,15 @@ pub(super) fn decode(
             }
             let value = match to_json(field) {
                 Ok(value) => value,
-                // Bytes of an image, for example: what they are does not matter, there is a finding
-                // in any case.
+                // For example the bytes of an image. The value does not matter, because the column
+                // leads to a finding anyway.
                 Err(_) if !COLUMNS.contains(&name.as_str()) => Value::Bool(true),
                 Err(kind) => {
                     let message = format!("{name} holds {kind}: use text or a list of messages");
                     return Err(issue(row, name, IssueReason::InvalidType, message));
                 }
             };
-            // A column of structures has a null wherever a row lacks a key that another one has.
+            // In a column of structs, a key that a row lacks is null if another row has it.
             fields.insert(name.clone(), without_nulls(value));
         }
         fields.extend(unknown.iter().map(|name| (name.clone(), Value::Bool(true))));
@@ -94,7 +96,7 @@ pub(super) fn decode(
     }))
 }
 
-/// Records until the file ends or the reader fails: after a failure nothing of it can be used.
+/// Iterator over records that ends at the first failure, because later data cannot be trusted.
 struct Records {
     rows: Option<RowIter<'static>>,
 }
@@ -115,7 +117,7 @@ impl Iterator for Records {
     }
 }
 
-/// A number that JSON cannot express.
+/// Returns a number that JSON cannot express.
 fn not_finite(field: &Field) -> Option<f64> {
     let number = match field {
         Field::Float16(x) => f64::from(*x),

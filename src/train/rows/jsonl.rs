@@ -1,4 +1,4 @@
-//! JSONL: a JSON object a line.
+//! JSONL files: one JSON object per line.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -51,7 +51,8 @@ impl Iterator for Lines {
             if line.len() > MAX_LINE_BYTES {
                 self.skip_line();
                 let message = format!(
-                    "the line is longer than {} MiB: split the file into rows, one JSON object a line",
+                    "the line is longer than {} MiB: split the file into rows, one JSON object a \
+                     line",
                     MAX_LINE_BYTES >> 20
                 );
                 return Some(Err(issue(self.row, "", IssueReason::InvalidJson, message)));

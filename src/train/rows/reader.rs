@@ -1,52 +1,57 @@
-//! What the readers of all formats have in common: what comes of a file, and of a row.
+//! Types shared by the readers of all formats.
 
 use std::path::PathBuf;
 
 use crate::domain::dataset::{IssueReason, PreferenceRow, RowIssue};
 
-/// A line longer than this is refused, not read into memory.
+/// Maximum length of a line in bytes. Longer lines are refused without reading them into memory.
 pub const MAX_LINE_BYTES: usize = 16 << 20;
 
-/// Why a file could not be read at all. What is wrong with a single row is a [`RowIssue`].
+/// Error that prevents reading a file. Problems of a single row are [`RowIssue`]s.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
-    /// The file system refused.
+    /// A file operation failed.
     #[error("{}: {source}", path.display())]
     Io {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its answer.
+        /// Error of the operating system.
         source: std::io::Error,
     },
-    /// The process that decoded the file was killed, not by limits of its own.
-    #[error("{}: the process that decodes it was killed, perhaps because the machine has no memory left: retry later", path.display())]
+    /// The decoding process was killed from outside, not because of its own limits.
+    #[error(
+        "{}: the process that decodes it was killed, perhaps because the machine has no memory \
+         left: retry later",
+        path.display()
+    )]
     Interrupted {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
     },
-    /// The rows hold more text than a job may have in memory.
+    /// The rows have more text than a job may hold in memory.
     #[error(
-        "the rows hold more than {limit} bytes of text: split the dataset, or raise max_dataset_text_bytes"
+        "the rows hold more than {limit} bytes of text: split the dataset, or raise \
+         max_dataset_text_bytes"
     )]
     TooLarge {
-        /// The limit.
+        /// Maximum in bytes.
         limit: u64,
     },
-    /// The file is not what its format says.
+    /// The file does not have a valid format.
     #[error("{}: {reason}", path.display())]
     BadFile {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong and what to do.
+        /// Explanation with the remedy.
         reason: String,
     },
 }
 
-/// Pairs in the order of their rows in the file: a row makes one, or one for each of several
-/// rejected answers, all with its number. A bad row does not end the iteration.
+/// Iterator over the pairs of a file in row order. A row has one pair, or one for each of several
+/// rejected answers; all carry the row's number. A bad row does not end the iteration.
 pub type RowReader = Box<dyn Iterator<Item = Result<PreferenceRow, RowIssue>> + Send>;
 
-/// A finding about a row that has no id yet.
+/// Returns a finding about a row without an id.
 pub(super) fn issue(
     row: u64,
     field: &str,

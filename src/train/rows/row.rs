@@ -1,4 +1,4 @@
-//! What a row may look like.
+//! Converts a row's columns into a [`PreferenceRow`].
 
 use serde_json::{Map, Value};
 
@@ -12,17 +12,18 @@ use crate::domain::message::{
 };
 use crate::domain::violation::shortened;
 
-/// Columns that hold something else than text, which models here do not see.
-pub(super) const MEDIA: [&str; 6] = ["images", "image", "videos", "video", "audios", "audio"];
-/// Columns of tools and of variables for the chat template.
-pub(super) const TOOLS: &str = "tools";
-pub(super) const KWARGS: &str = "chat_template_kwargs";
+/// Columns with images, video or audio, which the models cannot process.
+pub(super) const MEDIA_COLUMNS: [&str; 6] =
+    ["images", "image", "videos", "video", "audios", "audio"];
+/// Columns with the tools and with the variables for the chat template.
+pub(super) const TOOLS_COLUMN: &str = "tools";
+pub(super) const KWARGS_COLUMN: &str = "chat_template_kwargs";
 
-/// Unknown columns of a row that are reported.
+/// Maximum number of unknown columns of a row that are reported.
 const MAX_IGNORED: usize = 16;
 
-/// A row from its columns. Columns of other forms of rows than prompt, chosen and rejected have
-/// been made into these before; what is still unknown then is reported as not used.
+/// Builds a row from its columns. Other row shapes have been converted to prompt, chosen and
+/// rejected before. Remaining unknown columns are reported as not used.
 pub(super) fn from_fields(
     row: u64,
     mut fields: Map<String, Value>,
@@ -48,7 +49,8 @@ pub(super) fn from_fields(
             .filter(|w| w.is_finite() && *w > 0.0)
             .ok_or_else(|| named(invalid_weight(row, &v.to_string())))?,
     };
-    if let Some(field) = MEDIA.into_iter().find(|f| fields.get(*f).is_some_and(has_content)) {
+    if let Some(field) = MEDIA_COLUMNS.into_iter().find(|f| fields.get(*f).is_some_and(has_content))
+    {
         return Err(named(unsupported(row, field)));
     }
     let arguments = arguments(row, &mut fields).map_err(named)?;
@@ -59,8 +61,14 @@ pub(super) fn from_fields(
     let (prompt, chosen, rejected) = (text("prompt")?, text("chosen")?, text("rejected")?);
     let need = |field: &str, t: Option<Text>| {
         t.ok_or_else(|| {
-            let shapes = "a row has prompt, chosen and rejected, or OpenAI's input, preferred_output and non_preferred_output";
-            named(issue(row, field, IssueReason::MissingField, format!("{field} is missing: {shapes}")))
+            let shapes = "a row has prompt, chosen and rejected, or OpenAI's input, \
+                preferred_output and non_preferred_output";
+            named(issue(
+                row,
+                field,
+                IssueReason::MissingField,
+                format!("{field} is missing: {shapes}"),
+            ))
         })
     };
     let (chosen, rejected) = (need("chosen", chosen)?, need("rejected", rejected)?);
@@ -68,7 +76,8 @@ pub(super) fn from_fields(
         (Some(p), c, r) => (p, c, r),
         (None, Text::Chat(c), Text::Chat(r)) => split_dialogues(row, c, r).map_err(named)?,
         (None, ..) => {
-            let message = "prompt is missing, and only two dialogues or two texts can be split into prompt and answer: add a prompt";
+            let message = "prompt is missing, and only two dialogues or two texts can be split \
+                into prompt and answer: add a prompt";
             return Err(named(issue(row, "prompt", IssueReason::MissingField, message)));
         }
     };
@@ -88,19 +97,20 @@ pub(super) fn from_fields(
     let mut ignored: Vec<String> = Vec::new();
     let arguments = if plain(&prompt) {
         if arguments.tools.iter().flatten().next().is_some() {
-            let message = "tools need a dialogue, because the chat template shows them to the model: make prompt, chosen and rejected lists \
-                           of messages, or remove tools";
-            return Err(named(issue(row, TOOLS, IssueReason::UnsupportedField, message)));
+            let message = "tools need a dialogue, because the chat template shows them to the \
+                model: make prompt, chosen and rejected lists of messages, or remove tools";
+            return Err(named(issue(row, TOOLS_COLUMN, IssueReason::UnsupportedField, message)));
         }
         if !arguments.kwargs.is_empty() {
-            ignored.push(KWARGS.to_owned());
+            ignored.push(KWARGS_COLUMN.to_owned());
         }
         TemplateArguments::default()
     } else {
         arguments
     };
-    let unknown =
-        fields.iter().filter(|(name, value)| !MEDIA.contains(&name.as_str()) && has_content(value));
+    let unknown = fields
+        .iter()
+        .filter(|(name, value)| !MEDIA_COLUMNS.contains(&name.as_str()) && has_content(value));
     ignored.extend(unknown.take(MAX_IGNORED).map(|(name, _)| shortened(name, MAX_QUOTED_VALUE)));
     Ok(PreferenceRow {
         row,
@@ -116,16 +126,16 @@ pub(super) fn from_fields(
     })
 }
 
-/// A row's tools and variables for the chat template.
+/// Takes a row's tools and template variables out of its columns.
 fn arguments(row: u64, fields: &mut Map<String, Value>) -> Result<TemplateArguments, RowIssue> {
     let wrong = |field: &str, reason: String| {
         issue(row, field, IssueReason::InvalidType, format!("{field} {reason}"))
     };
-    let tools =
-        tools_from_json(fields.remove(TOOLS).unwrap_or_default()).map_err(|e| wrong(TOOLS, e))?;
-    let kwargs = match fields.remove(KWARGS) {
+    let tools = tools_from_json(fields.remove(TOOLS_COLUMN).unwrap_or_default())
+        .map_err(|e| wrong(TOOLS_COLUMN, e))?;
+    let kwargs = match fields.remove(KWARGS_COLUMN) {
         Some(Value::String(text)) if !text.trim().is_empty() => serde_json::from_str(&text)
-            .map_err(|e| wrong(KWARGS, format!("is a string that is not JSON: {e}")))?,
+            .map_err(|e| wrong(KWARGS_COLUMN, format!("is a string that is not JSON: {e}")))?,
         Some(Value::String(_)) | None => Value::Null,
         Some(other) => other,
     };
@@ -133,14 +143,17 @@ fn arguments(row: u64, fields: &mut Map<String, Value>) -> Result<TemplateArgume
         Value::Null => Map::new(),
         Value::Object(kwargs) => kwargs,
         other => {
-            return Err(wrong(KWARGS, format!("is {}: it must be a JSON object", kind(&other))));
+            return Err(wrong(
+                KWARGS_COLUMN,
+                format!("is {}: it must be a JSON object", kind(&other)),
+            ));
         }
     };
-    check_kwargs(&kwargs).map_err(|e| wrong(KWARGS, e))?;
+    check_kwargs(&kwargs).map_err(|e| wrong(KWARGS_COLUMN, e))?;
     Ok(TemplateArguments { tools, kwargs })
 }
 
-/// The finding about a weight that is no finite number above 0.
+/// Returns the finding about a weight that is not a finite number above 0.
 pub(super) fn invalid_weight(row: u64, weight: &str) -> RowIssue {
     let weight = shortened(weight, MAX_QUOTED_VALUE);
     issue(
@@ -153,30 +166,31 @@ pub(super) fn invalid_weight(row: u64, weight: &str) -> RowIssue {
 
 fn unsupported(row: u64, field: &str) -> RowIssue {
     let message = format!(
-        "{field} cannot be used, because models here see text only, and without it the row would mean something else: leave the row out, or \
-         remove {field}"
+        "{field} cannot be used, because models here see text only, and without it the row would \
+         mean something else: leave the row out, or remove {field}"
     );
     issue(row, field, IssueReason::UnsupportedField, message)
 }
 
-/// Splits two whole dialogues after the messages they share.
+/// Splits two whole dialogues after the messages that they share.
 fn split_dialogues(
     row: u64,
     mut chosen: Vec<ChatMessage>,
     mut rejected: Vec<ChatMessage>,
 ) -> Result<(Text, Text, Text), RowIssue> {
     let mut shared = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b).count();
-    // Identical dialogues still have an answer each, which validation then reports as identical.
+    // Leave at least one message as the answer; validation then reports identical dialogues.
     shared = shared.min(chosen.len().saturating_sub(1)).min(rejected.len().saturating_sub(1));
     if shared == 0 {
-        let message = "the two dialogues share no first message, so there is no common prompt: pair answers to the same prompt";
+        let message = "the two dialogues share no first message, so there is no common prompt: \
+            pair answers to the same prompt";
         return Err(issue(row, "rejected", IssueReason::DifferentPrompts, message));
     }
     let answers = (chosen.split_off(shared), rejected.split_off(shared));
     Ok((Text::Chat(chosen), Text::Chat(answers.0), Text::Chat(answers.1)))
 }
 
-/// A column's text.
+/// Converts a column into text or messages.
 fn to_text(row: u64, field: &str, value: Value) -> Result<Text, RowIssue> {
     let wrong = |message: String| issue(row, field, IssueReason::InvalidType, message);
     match value {

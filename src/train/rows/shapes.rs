@@ -1,15 +1,18 @@
-//! Recognises rows in the shapes that other tools write and brings them into one: `prompt`,
-//! `chosen` and `rejected`.
+//! Recognises row shapes of other tools and converts them into one: `prompt`, `chosen` and
+//! `rejected`.
 //!
-//! | shape | the row has |
-//! |---|---|
-//! | `preference` | `prompt`, `chosen` and `rejected` in one form |
-//! | `implicit_prompt` | `chosen` and `rejected` as whole dialogues: the messages that they share are the prompt |
-//! | `implicit_prompt_text` | `chosen` and `rejected` as plain texts without `prompt`, split as TRL's `extract_prompt` splits them |
-//! | `openai_preference` | `input.messages`, `preferred_output` and `non_preferred_output`, as OpenAI's fine-tuning takes them |
-//! | `hh` | `chosen` and `rejected` as texts of "\n\nHuman: …\n\nAssistant: …", as in Anthropic's HH-RLHF |
-//! | `ultrafeedback` | whole dialogues, and as `prompt` the text of their first user message (UltraFeedback, binarised) |
-//! | `several_rejected` | a list of rejected answers: it makes a pair with each of them |
+//! - `preference`: `prompt`, `chosen` and `rejected` in one form.
+//! - `implicit_prompt`: `chosen` and `rejected` as whole dialogues. The messages that they share
+//!   are the prompt.
+//! - `implicit_prompt_text`: `chosen` and `rejected` as plain texts without `prompt`, split as by
+//!   TRL's `extract_prompt`.
+//! - `openai_preference`: `input.messages`, `preferred_output` and `non_preferred_output`, the
+//!   format of OpenAI's fine-tuning.
+//! - `hh`: `chosen` and `rejected` as texts of "\n\nHuman: …\n\nAssistant: …", as in Anthropic's
+//!   HH-RLHF.
+//! - `ultrafeedback`: `chosen` and `rejected` as whole dialogues, and `prompt` with the text of
+//!   their first user message (UltraFeedback, binarised).
+//! - `several_rejected`: a list of rejected answers. Each makes a pair with the chosen answer.
 //!
 //! Every other column stays as it is. A row with several rejected answers counts as one row: each
 //! of its n pairs has the row's weight divided by n, and its id has the suffix `#1` to `#n`.
@@ -22,19 +25,19 @@ use super::reader::issue;
 use super::row;
 use crate::domain::dataset::{IssueReason, MAX_MESSAGES, PreferenceRow, RowIssue, RowShape};
 
-/// Rejected answers that a row may have.
+/// Maximum number of rejected answers in a row.
 pub(super) const MAX_REJECTED: usize = 64;
-/// OpenAI's columns.
-pub(super) const OPENAI: [&str; 3] = ["input", "preferred_output", "non_preferred_output"];
-/// Our names for what those columns hold.
+/// Column names of OpenAI's format.
+pub(super) const OPENAI_COLUMNS: [&str; 3] = ["input", "preferred_output", "non_preferred_output"];
+/// Pairs of our column name and OpenAI's.
 const OPENAI_NAMES: [(&str, &str); 3] =
-    [("prompt", "input.messages"), ("chosen", OPENAI[1]), ("rejected", OPENAI[2])];
+    [("prompt", "input.messages"), ("chosen", OPENAI_COLUMNS[1]), ("rejected", OPENAI_COLUMNS[2])];
 
-/// The columns of a row with its number, or why they cannot be read.
+/// A row's number and columns, or the finding that it cannot be read.
 pub(super) type Record = Result<(u64, Map<String, Value>), RowIssue>;
 
-/// Returns the pairs that a record makes: one, or one for each of several rejected answers. They
-/// are made one at a time, because each has a copy of the prompt.
+/// Returns the pairs of a record: one, or one for each of several rejected answers. They are
+/// created one at a time, because each has a copy of the prompt.
 pub(super) fn pairs(record: Record) -> Pairs {
     Pairs(match record {
         Err(issue) => Rest::One(Some(Err(issue))),
@@ -46,7 +49,7 @@ pub(super) fn pairs(record: Record) -> Pairs {
     })
 }
 
-/// The pairs of one row.
+/// Iterator over the pairs of one row.
 pub(super) struct Pairs(Rest);
 
 enum Rest {
@@ -65,18 +68,18 @@ impl Iterator for Pairs {
     }
 }
 
-/// A row with several rejected answers.
+/// Iterator over the pairs of a row with several rejected answers.
 struct Several {
     row: u64,
-    /// Every column but `rejected`.
+    /// All columns except `rejected`.
     fields: Map<String, Value>,
     rejected: IntoIter<Value>,
     id: Option<String>,
     count: usize,
 }
 
-/// Whether `rejected` is a list of answers: texts or lists of messages. A list of objects is one
-/// answer.
+/// Returns true if `rejected` is a list of answers (texts or lists of messages). A list of objects
+/// is a single answer.
 fn has_several_rejected(fields: &Map<String, Value>) -> bool {
     let rejected = fields.get("rejected").and_then(Value::as_array);
     rejected
@@ -123,7 +126,7 @@ impl Several {
             None | Some(Value::Null) => Some(1.0),
             Some(given) => given.as_f64(),
         };
-        // Any other weight stays as it is, and is reported.
+        // Other weights are invalid; they stay unchanged and are reported later.
         if let Some(weight) = weight.filter(|weight| *weight > 0.0) {
             fields.insert("weight".to_owned(), json!(weight / count as f64));
         }
@@ -167,11 +170,11 @@ fn read(row: u64, mut fields: Map<String, Value>) -> Result<PreferenceRow, RowIs
     Ok(pair)
 }
 
-/// Brings the columns of a row into `prompt`, `chosen` and `rejected`. What has no shape that is
-/// known stays as it is, and is reported by whoever reads those columns.
+/// Converts the columns of a row to `prompt`, `chosen` and `rejected`. Columns of an unknown shape
+/// stay unchanged, and the code that reads them reports the problem.
 fn normalise(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowIssue> {
     let has_answers = !is_absent(fields, "chosen") || !is_absent(fields, "rejected");
-    if !has_answers && OPENAI.iter().any(|column| !is_absent(fields, column)) {
+    if !has_answers && OPENAI_COLUMNS.iter().any(|column| !is_absent(fields, column)) {
         return openai(row, fields);
     }
     let prompt = fields.get("prompt").filter(|prompt| !prompt.is_null());
@@ -203,7 +206,7 @@ fn is_absent(fields: &Map<String, Value>, column: &str) -> bool {
     fields.get(column).is_none_or(Value::is_null)
 }
 
-/// The row's id as text, where it is one that can be used.
+/// Returns the row's id as text, if it is valid.
 fn id(fields: &Map<String, Value>) -> Option<String> {
     match fields.get("id") {
         Some(Value::String(id)) => Some(id.clone()),
@@ -212,7 +215,8 @@ fn id(fields: &Map<String, Value>) -> Option<String> {
     }
 }
 
-/// Names a finding's field as the file does; `names` are pairs of our name and the file's.
+/// Replaces our column name by the file's in a finding. `names` are pairs of our name and the
+/// file's.
 fn renamed(issue: RowIssue, names: &[(&str, &str)]) -> RowIssue {
     let field = renamed_path(&issue.field, names);
     let message = match issue.message.strip_prefix(&issue.field) {
@@ -231,13 +235,14 @@ fn renamed_path(path: &str, names: &[(&str, &str)]) -> String {
         .map_or_else(|| path.to_owned(), |(_, theirs)| format!("{theirs}{rest}"))
 }
 
-/// OpenAI's preference rows. Whether tools may be called at the same time is said to the API and
-/// not to the model, so `parallel_tool_calls` is left out; what else `input` has becomes a column
-/// of the row.
+/// Converts a row in OpenAI's format. `parallel_tool_calls` is dropped, because it is an
+/// instruction to the API that the model does not see. Other keys of `input` become columns of the
+/// row.
 fn openai(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowIssue> {
     let missing = |field: &str| {
         let message = format!(
-            "{field} is missing: OpenAI's preference rows have input.messages, preferred_output and non_preferred_output"
+            "{field} is missing: OpenAI's preference rows have input.messages, preferred_output \
+             and non_preferred_output"
         );
         issue(row, field, IssueReason::MissingField, message)
     };
@@ -245,7 +250,8 @@ fn openai(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowIssu
         Some(Value::Object(input)) => input,
         None | Some(Value::Null) => return Err(missing("input")),
         Some(_) => {
-            let message = "input is not an object: OpenAI's preference rows have the prompt as input.messages";
+            let message = "input is not an object: OpenAI's preference rows have the prompt as \
+                input.messages";
             return Err(issue(row, "input", IssueReason::InvalidType, message));
         }
     };
@@ -269,7 +275,7 @@ fn openai(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowIssu
     Ok(RowShape::OpenaiPreference)
 }
 
-/// The text of a dialogue's first user message.
+/// Returns the text of a dialogue's first user message.
 fn first_user_text(dialogue: &[Value]) -> Option<&str> {
     let first = dialogue
         .iter()
@@ -277,8 +283,8 @@ fn first_user_text(dialogue: &[Value]) -> Option<&str> {
     first.get("content").and_then(Value::as_str)
 }
 
-/// Splits two plain texts into prompt and answers as TRL does. Where TRL would train on an empty
-/// prompt, the row is refused.
+/// Splits two plain texts into prompt and answers, as TRL does. A row for which TRL would train on
+/// an empty prompt is refused.
 fn split_texts(row: u64, chosen: &str, rejected: &str) -> Result<[Value; 3], RowIssue> {
     for (field, text) in [("chosen", chosen), ("rejected", rejected)] {
         if text.is_empty() {
@@ -288,15 +294,16 @@ fn split_texts(row: u64, chosen: &str, rejected: &str) -> Result<[Value; 3], Row
     }
     let end = end_of_prompt(chosen, rejected);
     if end == 0 {
-        let message = "prompt is missing, and the two texts do not begin alike, so there is no common prompt: add a prompt";
+        let message = "prompt is missing, and the two texts have no common beginning, so there \
+            is no common prompt: add a prompt";
         return Err(issue(row, "prompt", IssueReason::DifferentPrompts, message));
     }
     Ok([&chosen[..end], &chosen[end..], &rejected[end..]].map(|text| json!(text)))
 }
 
-/// The byte where the prompt ends that TRL's `extract_prompt` finds: before the first character in
-/// which the texts differ, and before a space that precedes it. Where one text continues the other,
-/// or both are the same, it ends before the shorter one's last character.
+/// Returns the byte at which the prompt ends, as in TRL's `extract_prompt`: before the first
+/// character that differs, and before a space directly in front of it. If one text is a prefix of
+/// the other, or both are equal, the prompt ends before the shorter text's last character.
 fn end_of_prompt(chosen: &str, rejected: &str) -> usize {
     let mut last = (0, None);
     for ((at, a), b) in chosen.char_indices().zip(rejected.chars()) {
@@ -311,7 +318,7 @@ fn end_of_prompt(chosen: &str, rejected: &str) -> usize {
 const USER: &str = "user";
 const ASSISTANT: &str = "assistant";
 
-/// The messages (role and content) of an HH dialogue, or `None` for any other text.
+/// Returns the messages (role and content) of an HH dialogue; `None` for other text.
 fn hh_messages<'a>(text: &'a str) -> Option<Vec<(&'static str, &'a str)>> {
     const MARKERS: [(&str, &str); 2] = [("\n\nHuman:", USER), ("\n\nAssistant:", ASSISTANT)];
     let text = text.trim_start().strip_prefix("Human:")?;
@@ -330,8 +337,8 @@ fn hh_messages<'a>(text: &'a str) -> Option<Vec<(&'static str, &'a str)>> {
     messages.iter().any(|(role, _)| *role == ASSISTANT).then_some(messages)
 }
 
-/// Splits two HH dialogues after the messages that they share, where both go on with an answer of
-/// the assistant.
+/// Splits two HH dialogues after the messages that they share, at a position where both continue
+/// with an answer of the assistant.
 fn split_hh(
     row: u64,
     chosen: Vec<(&str, &str)>,
@@ -344,11 +351,12 @@ fn split_hh(
         }
     }
     let alike = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b).count();
-    // Identical dialogues still have an answer each, which validation then reports as identical.
+    // Leave at least one message as the answer; validation then reports identical dialogues.
     let alike = alike.min(chosen.len() - 1).min(rejected.len() - 1);
     let both_answer = |at: &usize| chosen[*at].0 == ASSISTANT && rejected[*at].0 == ASSISTANT;
     let Some(end) = (1..=alike).rev().find(both_answer) else {
-        let message = "the two dialogues share no first message, so there is no common prompt: pair answers to the same prompt";
+        let message = "the two dialogues share no first message, so there is no common prompt: \
+            pair answers to the same prompt";
         return Err(issue(row, "rejected", IssueReason::DifferentPrompts, message));
     };
     let list = |messages: &[(&str, &str)]| {

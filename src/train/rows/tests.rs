@@ -1,4 +1,5 @@
-//! Row forms, bad rows, hostile bytes; Parquet written by the parquet crate itself.
+//! Tests of row forms, bad rows and hostile bytes. The Parquet files are written by the parquet
+//! crate.
 
 use std::io::Write;
 use std::sync::Arc;

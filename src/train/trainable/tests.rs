@@ -8,10 +8,11 @@ use crate::model::config::ModelConfig;
 use crate::model::device::ComputeDevice;
 use crate::model::parameters::Parameters;
 
-/// A Qwen3 with biases: every kind of tensor that a block can have, but for biases of the
-/// feed-forward part.
+/// Returns a Qwen3 policy with biases. It has every kind of tensor that a block can have, except
+/// biases in the feed-forward part.
 fn policy() -> Policy {
-    let json = r#"{"model_type": "qwen3", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+    let json = r#"{"model_type": "qwen3", "hidden_size": 8, "intermediate_size": 8,
+        "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 8, "attention_bias": true}"#;
     let config = ModelConfig::from_hf_json(json, Path::new("config.json")).unwrap();
     let parameters =
@@ -28,8 +29,8 @@ fn policy() -> Policy {
     }
 }
 
-/// The gradient's norm is summed in this order: another one would change
-/// the last bits of every run.
+/// The gradient norm is summed in this order, so another order would change the last bits of every
+/// run.
 #[test]
 fn a_full_fine_tune_lists_a_blocks_norms_behind_its_linear_layers() {
     let trained = TrainablePolicy::full(&policy(), Precision::F32).unwrap();
@@ -71,7 +72,7 @@ fn a_full_fine_tune_lists_a_blocks_norms_behind_its_linear_layers() {
 #[test]
 fn an_adapter_is_listed_block_by_block_in_the_order_of_target_modules() {
     let base = policy();
-    // Another order in the configuration changes nothing.
+    // The order in the configuration has no effect.
     let target_modules = vec!["down_proj".to_owned(), "q_proj".to_owned()];
     let config = LoraConfig { rank: 2, target_modules, ..LoraConfig::default() };
     let adapter = Adapter::init(&base.config, &config, 1).unwrap();

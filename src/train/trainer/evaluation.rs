@@ -1,4 +1,4 @@
-//! The trainer's evaluations: a batch a unit, and what their result decides.
+//! Evaluations of the trainer: one batch per unit, then the decision about the best checkpoint.
 
 use std::ops::Range;
 
@@ -63,12 +63,13 @@ impl Trainer {
         Ok(batch.evaluate(host.pause)?)
     }
 
-    /// The name of the evaluation metric that decides which checkpoint is the best.
+    /// Returns the name of the evaluation metric that selects the best checkpoint.
     fn best_metric(&self) -> &'static str {
         self.spec.run.metric_for_best.of(self.spec.dpo.reward_normalization())
     }
 
-    /// Whether this evaluation, after at least one step, is the best so far.
+    /// Records the result of an evaluation after at least one step. Returns true if it is the best
+    /// so far.
     fn judge(&mut self, metrics: &Metrics) -> bool {
         let metric = self.spec.run.metric_for_best;
         let name = self.best_metric();
@@ -76,7 +77,8 @@ impl Trainer {
         if self.state.step == 0 {
             return false;
         }
-        // Version 0.2 did not store the name, and compared sums whatever the objective.
+        // Version 0.2 did not store the metric's name, and always compared metrics of summed
+        // log-ratios.
         let compared =
             if self.state.best_metric.is_empty() { metric.name() } else { &self.state.best_metric };
         let best = self.state.best.filter(|_| compared == name);

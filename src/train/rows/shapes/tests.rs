@@ -1,4 +1,4 @@
-//! Every shape with what it becomes; implicit prompts against TRL's own results.
+//! Tests of every row shape. Implicit prompts are compared with TRL's own results.
 
 use std::io::Write;
 
@@ -48,7 +48,7 @@ fn texts_without_a_prompt_are_split_as_trl_splits_them() {
     for case in golden("texts") {
         let (row, expected) = (&case["row"], &case["split"]);
         let first = |field: &str| row[field].as_str().unwrap().chars().next();
-        // Nothing precedes the answers, or (TRL's index wraps) what does is in one of them only.
+        // There is no common prompt. (TRL's index wraps around in this case.)
         if expected["prompt"] == "" || first("chosen") != first("rejected") {
             assert_eq!(refusal(row.clone()).1, IssueReason::DifferentPrompts, "{case}");
             refused += 1;
@@ -71,7 +71,7 @@ fn a_prompt_that_repeats_the_first_user_message_gives_way_to_the_dialogues() {
         for (field, text) in ["prompt", "chosen", "rejected"].into_iter().zip(texts(&got)) {
             assert_eq!(serde_json::to_value(text).unwrap(), case["split"][field], "{case}");
         }
-        // The columns of the dataset that the shape is named after.
+        // Add the other columns of the dataset after which the shape is named.
         let mut row = case["row"].clone();
         row["score_chosen"] = json!(8.5);
         row["score_rejected"] = json!(3);
@@ -96,7 +96,12 @@ fn a_prompt_that_repeats_the_first_user_message_gives_way_to_the_dialogues() {
 
 #[test]
 fn dialogues_and_plain_rows_keep_their_names() {
-    let dialogue = |answer: &str| json!([{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]);
+    let dialogue = |answer: &str| {
+        json!([
+            {"role": "user", "content": "Q"},
+            {"role": "assistant", "content": answer}
+        ])
+    };
     assert_eq!(
         one(json!({"chosen": dialogue("a"), "rejected": dialogue("b")})).shape,
         RowShape::ImplicitPrompt
@@ -122,7 +127,8 @@ fn openais_rows_are_read() {
     let messages = |role: &str, content: &str| json!([{"role": role, "content": content}]);
     let row = json!({
         "id": 7,
-        "input": {"messages": messages("user", "Hello, how cold is San Francisco today?"), "tools": [], "parallel_tool_calls": true},
+        "input": {"messages": messages("user", "Hello, how cold is San Francisco today?"),
+            "tools": [], "parallel_tool_calls": true},
         "preferred_output": messages("assistant", "Today it is 13 °C there."),
         "non_preferred_output": messages("assistant", "It is not particularly cold."),
     });
@@ -136,7 +142,7 @@ fn openais_rows_are_read() {
     assert_eq!(got.rejected, chat(&[("assistant", "It is not particularly cold.")]));
     assert!(got.ignored.is_empty());
 
-    // What is wrong is named as the file names it.
+    // Findings use the column names of the file.
     let mut missing = row.clone();
     missing["non_preferred_output"] = json!(null);
     let (field, reason, message) = refusal(missing);
@@ -167,7 +173,8 @@ fn openais_rows_are_read() {
 fn openais_tools_become_the_rows() {
     let tools = json!([{"type": "function", "function": {"name": "f", "parameters": {}}}]);
     let mut fields = json!({
-        "input": {"messages": [{"role": "user", "content": "Q"}], "tools": tools, "chat_template_kwargs": {"a": 1}, "weight": 9},
+        "input": {"messages": [{"role": "user", "content": "Q"}], "tools": tools,
+            "chat_template_kwargs": {"a": 1}, "weight": 9},
         "preferred_output": [{"role": "assistant", "content": "a"}],
         "non_preferred_output": [{"role": "assistant", "content": "b"}],
     });
@@ -194,15 +201,17 @@ fn hh_dialogues_become_messages() {
         [&prompt, &chat(&[("assistant", "It is 4.")]), &chat(&[("assistant", "It is\n\n5.")])]
     );
 
-    // Where the people differ, the prompt ends before the answer that both dialogues have.
+    // If the human turns differ, the prompt ends before the last assistant turn that both dialogues
+    // share.
     let start = "\n\nHuman: Hi\n\nAssistant: Hello";
-    let row = one(
-        json!({"chosen": format!("{start}\n\nHuman: A\n\nAssistant: a"), "rejected": format!("{start}\n\nHuman: B\n\nAssistant: b")}),
-    );
+    let row = one(json!({
+        "chosen": format!("{start}\n\nHuman: A\n\nAssistant: a"),
+        "rejected": format!("{start}\n\nHuman: B\n\nAssistant: b")
+    }));
     assert_eq!(row.prompt, chat(&[("user", "Hi")]));
     assert_eq!(row.rejected, chat(&[("assistant", "Hello"), ("user", "B"), ("assistant", "b")]));
 
-    // Three line breaks before a marker: the first belongs to the text.
+    // There are three line breaks before a marker; the first one belongs to the text.
     let row = one(
         json!({"chosen": "Human: Hi\n\n\nAssistant: a", "rejected": "Human: Hi\n\n\nAssistant: b"}),
     );
@@ -212,21 +221,23 @@ fn hh_dialogues_become_messages() {
         json!({"chosen": "Human: Hi\n\nAssistant: a", "rejected": "Human: Ho\n\nAssistant: b"}),
     );
     assert_eq!(reason, IssueReason::DifferentPrompts);
-    // With a prompt the answers are plain text, as they always were.
+    // If there is a prompt column, the answers are plain text.
     let row =
         one(json!({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " a", "rejected": " b"}));
     assert_eq!((row.shape, row.chosen), (RowShape::Preference, Text::Plain(" a".into())));
     let many = "\n\nHuman: x".repeat(MAX_MESSAGES);
-    let (field, reason, _) = refusal(
-        json!({"chosen": format!("{many}\n\nAssistant: a"), "rejected": "Human: x\n\nAssistant: b"}),
-    );
+    let (field, reason, _) = refusal(json!({
+        "chosen": format!("{many}\n\nAssistant: a"),
+        "rejected": "Human: x\n\nAssistant: b"
+    }));
     assert_eq!((field.as_str(), reason), ("chosen", IssueReason::InvalidType));
 }
 
 #[test]
 fn several_rejected_answers_share_the_rows_weight() {
     let rows = all(&[
-        json!({"id": "q", "prompt": "Q", "chosen": "a", "rejected": ["b", "c", "d", "e"], "weight": 2}),
+        json!({"id": "q", "prompt": "Q", "chosen": "a", "rejected": ["b", "c", "d", "e"],
+            "weight": 2}),
         json!({"prompt": "P", "chosen": "a", "rejected": "b"}),
         json!({"prompt": "P", "chosen": "a", "rejected": ["b"], "id": "single"}),
     ]);
@@ -251,13 +262,20 @@ fn several_rejected_answers_share_the_rows_weight() {
 #[test]
 fn several_rejected_dialogues_and_answers_of_messages() {
     let answer = |text: &str| json!([{"role": "assistant", "content": text}]);
-    let dialogue = |text: &str| json!([{"role": "user", "content": "Q"}, {"role": "assistant", "content": text}]);
+    let dialogue = |text: &str| {
+        json!([
+            {"role": "user", "content": "Q"},
+            {"role": "assistant", "content": text}
+        ])
+    };
     let expected = [chat(&[("user", "Q")]), chat(&[("assistant", "a")])];
     for row in [
-        json!({"prompt": [{"role": "user", "content": "Q"}], "chosen": answer("a"), "rejected": [answer("b"), answer("c")]}),
+        json!({"prompt": [{"role": "user", "content": "Q"}], "chosen": answer("a"),
+            "rejected": [answer("b"), answer("c")]}),
         json!({"chosen": dialogue("a"), "rejected": [dialogue("b"), dialogue("c")]}),
         json!({"prompt": "Q", "chosen": dialogue("a"), "rejected": [dialogue("b"), dialogue("c")]}),
-        json!({"chosen": "Human: Q\n\nAssistant: a", "rejected": ["Human: Q\n\nAssistant: b", "Human: Q\n\nAssistant: c"]}),
+        json!({"chosen": "Human: Q\n\nAssistant: a", "rejected": ["Human: Q\n\nAssistant: b",
+            "Human: Q\n\nAssistant: c"]}),
     ] {
         let rows: Vec<PreferenceRow> =
             all(std::slice::from_ref(&row)).into_iter().map(Result::unwrap).collect();
