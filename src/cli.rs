@@ -26,7 +26,7 @@ use self::settings::{Settings, Sources};
 use crate::telemetry::metrics;
 use crate::train::rows::apart;
 
-/// How long the last spans may take to be sent.
+/// Time limit for sending the last spans when the process ends.
 const TRACES: Duration = Duration::from_secs(3);
 
 /// Parses the arguments and runs the command.

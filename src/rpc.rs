@@ -37,16 +37,16 @@ use crate::service::Service;
 
 /// Streams that may be open on one connection.
 const MAX_STREAMS: u32 = 1024;
-/// What open calls get at least to hear that the server is going.
+/// Minimum time that open calls get to receive their final status in a shutdown.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-/// HTTP/2 pings find out that a client's machine is gone.
+/// Interval of HTTP/2 pings, which detect that a client's machine is gone.
 const KEEPALIVE: Duration = Duration::from_secs(30);
-/// How long the answer to a ping may take.
+/// Time limit for the answer to a ping.
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Bytes of a call's headers.
+/// Maximum size of a call's headers, in bytes.
 const MAX_HEADERS: u32 = 16 << 10;
-/// What calls on a connection that has become too old get to end; event streams go on elsewhere
-/// from their last sequence.
+/// Time that open calls get to finish on a connection past its maximum age. Event streams resume on
+/// another connection from their last sequence.
 const AGE_GRACE: Duration = Duration::from_secs(60);
 
 /// Limits of the gRPC port.
@@ -54,16 +54,16 @@ const AGE_GRACE: Duration = Duration::from_secs(60);
 pub struct ServeOptions {
     /// The largest message taken from a client.
     pub max_message_bytes: usize,
-    /// How long open calls may go on after a drain began.
+    /// Time that open calls may continue after a drain began.
     pub drain_timeout: Duration,
-    /// Encryption, and whether clients need certificates.
+    /// TLS settings, including the CA of client certificates if these are required.
     pub tls: Option<Tls>,
-    /// Whether callers need a bearer token.
+    /// True if callers need a bearer token.
     pub tokens: bool,
     /// Connections that may be open; beyond them the idlest is closed.
     pub max_connections: usize,
-    /// When a connection is closed so that its client spreads over the replicas anew; `None` is
-    /// never.
+    /// Age at which a connection is closed, so that its client is balanced over the replicas again.
+    /// `None` means never.
     pub max_connection_age: Option<Duration>,
 }
 

@@ -14,10 +14,10 @@ use crate::train::rows::apart::DECODE;
 #[derive(Debug, Parser)]
 #[command(name = "bradley", version, arg_required_else_help = true, after_help = EXIT_CODES)]
 pub struct Cli {
-    /// What to do.
+    /// The command to run.
     #[command(subcommand)]
     pub command: Command,
-    /// How results are printed.
+    /// Format of the results.
     #[arg(long, global = true, value_enum, default_value_t = Output::Table, env = "BRADLEY_OUTPUT")]
     pub output: Output,
 }
@@ -63,7 +63,8 @@ pub enum Command {
     /// Make, list and revoke bearer tokens, in the server's database.
     #[command(subcommand)]
     Tokens(TokensCommand),
-    /// What a server starts to decode a stranger's Parquet file.
+    /// Decodes an uploaded Parquet file. The server starts this command in a process of its own,
+    /// because the file is not trusted.
     #[command(hide = true, name = DECODE)]
     Decode {
         /// The file.
@@ -76,16 +77,16 @@ pub enum Command {
 pub enum TokensCommand {
     /// Make a token and print it: it cannot be shown again.
     Create {
-        /// Whose jobs and datasets it is for; tokens of one owner share them.
+        /// Owner of the jobs and datasets made with this token; tokens of one owner share them.
         #[arg(long)]
         owner: String,
-        /// What it allows, separated by commas: submit, score, admin.
+        /// Roles of the token, separated by commas: submit, score, admin.
         #[arg(long, value_delimiter = ',', default_value = "submit,score")]
         roles: Vec<String>,
-        /// Days until it ends; without this it does not.
+        /// Days until the token expires. Default: never.
         #[arg(long)]
         days: Option<u32>,
-        /// Where the database is.
+        /// The server's database.
         #[command(flatten)]
         database: DatabaseArgs,
     },
@@ -95,13 +96,13 @@ pub enum TokensCommand {
     Revoke {
         /// Its id, as listed.
         id: String,
-        /// Where the database is.
+        /// The server's database.
         #[command(flatten)]
         database: DatabaseArgs,
     },
 }
 
-/// Where a server's database is.
+/// Location of a server's database.
 #[derive(Debug, Args)]
 pub struct DatabaseArgs {
     /// The server's data directory.
@@ -163,7 +164,7 @@ impl Args for ServeArgs {
     }
 }
 
-/// Where the server is.
+/// Address and credentials of the server.
 #[derive(Clone, Debug, Args)]
 pub struct ServerArgs {
     /// The server's address: http://HOST:PORT, or https://HOST:PORT with TLS.
@@ -204,10 +205,10 @@ pub struct DemoArgs {
     /// Passes over the training pairs.
     #[arg(long, default_value_t = 2.0)]
     pub epochs: f64,
-    /// What matrix products are computed in: f32 or bf16.
+    /// Precision of matrix multiplications: f32 or bf16.
     #[arg(long, default_value = "f32")]
     pub precision: String,
-    /// Where to compute: cpu, cuda:N, or several with commas between, or auto (every GPU, else
+    /// Devices to compute on: cpu, cuda:N, several separated by commas, or auto (every GPU, else
     /// cpu).
     #[arg(long, default_value = "cpu")]
     pub device: String,
@@ -219,7 +220,7 @@ pub struct DemoArgs {
 /// Arguments of `train`.
 #[derive(Debug, Args)]
 pub struct TrainArgs {
-    /// Where the server is.
+    /// The server to connect to.
     #[command(flatten)]
     pub server: ServerArgs,
     /// Preference pairs to upload: JSONL or Parquet.
@@ -309,7 +310,7 @@ pub struct TrainArgs {
     /// Seed.
     #[arg(long)]
     pub seed: Option<u64>,
-    /// What matrix products are computed in, f32 or bf16; the server's own without it.
+    /// Precision of matrix multiplications, f32 or bf16. Default: the server's precision.
     #[arg(long)]
     pub precision: Option<String>,
     /// Leave out rows that fail validation instead of refusing the job.
@@ -326,7 +327,7 @@ pub struct TrainArgs {
 /// Arguments of `watch`.
 #[derive(Debug, Args)]
 pub struct WatchArgs {
-    /// Where the server is.
+    /// The server to connect to.
     #[command(flatten)]
     pub server: ServerArgs,
     /// The job: trainingJobs/ID or ID.
@@ -339,7 +340,7 @@ pub struct WatchArgs {
 /// Arguments of `score`.
 #[derive(Debug, Args)]
 pub struct ScoreArgs {
-    /// Where the server is.
+    /// The server to connect to.
     #[command(flatten)]
     pub server: ServerArgs,
     /// Pairs: prompt, chosen (a) and rejected (b), as JSONL or Parquet.
@@ -364,8 +365,8 @@ pub struct ScoreArgs {
     /// A file with a JSON array of tools, for rows without tools of their own.
     #[arg(long, value_name = "FILE")]
     pub tools: Option<PathBuf>,
-    /// How rewards add up an answer's tokens: as the job trained them, by their sum, or by their
-    /// mean.
+    /// Aggregation of an answer's tokens into its reward: as the job trained it, their sum, or
+    /// their mean.
     #[arg(long, default_value = "as_trained", value_parser = ["as_trained", "sum", "mean"])]
     pub normalization: String,
 }
@@ -453,7 +454,7 @@ pub enum ModelsCommand {
 /// A resource on a server.
 #[derive(Debug, Args)]
 pub struct NamedArgs {
-    /// Where the server is.
+    /// The server to connect to.
     #[command(flatten)]
     pub server: ServerArgs,
     /// Its name; the collection's prefix may be left out.
@@ -463,7 +464,7 @@ pub struct NamedArgs {
 /// Arguments of `datasets upload`.
 #[derive(Debug, Args)]
 pub struct UploadArgs {
-    /// Where the server is.
+    /// The server to connect to.
     #[command(flatten)]
     pub server: ServerArgs,
     /// The file.
@@ -479,7 +480,7 @@ pub struct UploadArgs {
     pub max_length: u32,
 }
 
-/// What an export holds.
+/// Contents of an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
     /// adapter for LoRA jobs, merged for full fine-tunes.
@@ -496,7 +497,7 @@ pub struct ExportArgs {
     /// The checkpoint.
     #[command(flatten)]
     pub named: NamedArgs,
-    /// What to export.
+    /// Contents of the export.
     #[arg(long, value_enum, default_value_t = Format::Auto)]
     pub format: Format,
     /// f32, bf16 or f16 for merged weights; default: what the base model is stored in.
@@ -510,7 +511,7 @@ pub struct DownloadArgs {
     /// The checkpoint.
     #[command(flatten)]
     pub named: NamedArgs,
-    /// What to download.
+    /// Contents of the download.
     #[arg(long, value_enum, default_value_t = Format::Auto)]
     pub format: Format,
     /// f32, bf16 or f16 for merged weights; default: what the base model is stored in.

@@ -1,4 +1,4 @@
-//! What the commands print: tables for people, JSON for programs.
+//! Output of the commands: tables for people, JSON for programs.
 #![allow(clippy::print_stdout)]
 
 use comfy_table::{Table, presets};
@@ -114,7 +114,7 @@ fn pins(p: &pb::JobPins) -> Value {
     Value::Object(all)
 }
 
-/// What a job would cost.
+/// Renders the estimated cost of a job as JSON.
 pub fn estimate(e: &pb::EstimateTrainingJobResponse) -> Value {
     let seconds = e.duration.as_ref().map_or(0.0, |d| d.seconds as f64 + f64::from(d.nanos) / 1e9);
     json!({

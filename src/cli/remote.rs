@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::failure::Failure;
 use crate::rpc::client::{Client, Target};
 
-/// How long a client waits for a connection.
+/// Time limit for connecting to a server.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Connects to a server.

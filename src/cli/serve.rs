@@ -15,14 +15,14 @@ use crate::formats::loader::{LoadedModel, load_model};
 use crate::rpc::{ServeOptions, Tls, serve, serve_http};
 use crate::service::{Service, ServiceOptions};
 
-/// How long the server waits, after its last answer, for what the device still computes: a batch
-/// that nobody waits for any more, or a block of a run that did not stop in time.
+/// Time that the server, after its last answer, still waits for computations on the device: a
+/// scoring batch that no client waits for any more, or a block of a run that did not stop in time.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
 
-/// The fewest connections that a server is worth starting with.
+/// Minimum number of connections for which the server starts.
 const MIN_CONNECTIONS: u64 = 16;
 
-/// How a server ended.
+/// State of the device when the server ended.
 #[derive(Debug)]
 pub enum Ended {
     /// Nothing is computed any more.
@@ -32,7 +32,7 @@ pub enum Ended {
     AtWork(anyhow::Result<()>),
 }
 
-/// How often metrics that nobody scrapes are folded.
+/// Interval of the metrics' upkeep, which limits their memory when nobody scrapes them.
 const UPKEEP: Duration = Duration::from_secs(5);
 
 /// Serves until SIGTERM or SIGINT; a second signal ends the process at once.

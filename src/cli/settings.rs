@@ -157,7 +157,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
 /// Settings that are not shown.
 const SECRET: [&str; 1] = ["database_url"];
 
-/// Where a value came from, weakest first.
+/// The sources of settings. A later field overrides the earlier ones.
 #[derive(Clone, Debug, Default)]
 pub struct Sources {
     /// The TOML file's table, with its path.
@@ -173,7 +173,7 @@ pub struct Sources {
 pub struct Settings {
     /// `(id, source)` of each model.
     pub models: Vec<(String, String)>,
-    /// Where everything is kept.
+    /// The folder of the database, datasets, checkpoints and exports.
     pub data_dir: PathBuf,
     /// The gRPC address.
     pub listen: SocketAddr,
@@ -189,15 +189,15 @@ pub struct Settings {
     pub max_upload_bytes: u64,
     /// Events kept of a job.
     pub events_kept: u64,
-    /// How long a shutdown may take.
+    /// Time limit for a shutdown.
     pub drain_timeout: Duration,
     /// A database that replicas share.
     pub database_url: Option<String>,
     /// An artifact store that replicas share, with its vendor's variables.
     pub artifact_store: Option<(String, BTreeMap<String, String>)>,
-    /// How long a worker may be silent.
+    /// Time without a renewal after which a worker loses the lease of its job.
     pub lease: Duration,
-    /// How long a job keeps the device while others wait.
+    /// Time that a job may occupy the device while others wait.
     pub time_slice: Duration,
     /// Unfinished jobs of one client.
     pub max_jobs_per_client: Option<u64>,
@@ -213,7 +213,7 @@ pub struct Settings {
     pub adapter_dir: Option<PathBuf>,
     /// The date that chat templates print for models without a job.
     pub template_date: Option<jiff::civil::Date>,
-    /// Whether callers need a token.
+    /// True if callers need a bearer token.
     pub tokens: bool,
     /// The audit log's file.
     pub audit_log: Option<PathBuf>,
@@ -221,15 +221,15 @@ pub struct Settings {
     pub tls: Option<TlsFiles>,
     /// Connections that may be open.
     pub max_connections: usize,
-    /// When clients must connect anew.
+    /// Age at which a connection is closed, so that its client connects again.
     pub max_connection_age: Option<Duration>,
-    /// Where traces go, and the share of those that begin here.
+    /// OTLP endpoint for traces, and the sampled share (0 to 1) of the traces that begin here.
     pub traces: Option<(String, f64)>,
     /// The log filter.
     pub log: String,
-    /// Whether logs are JSON.
+    /// True if log lines are JSON.
     pub log_json: bool,
-    /// How the hub is reached.
+    /// Access to the Hugging Face hub.
     pub hub: HubOptions,
 }
 
@@ -237,7 +237,7 @@ impl Sources {
     /// The process's environment, the TOML file (given, else BRADLEY_CONFIG) and flags.
     ///
     /// # Errors
-    /// When the file cannot be read or is not TOML.
+    /// Returns a violation if the file cannot be read or is not TOML.
     pub fn collect(
         config: Option<&Path>,
         flags: BTreeMap<String, String>,

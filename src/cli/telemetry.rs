@@ -20,14 +20,14 @@ use tracing_subscriber::{EnvFilter, Layer as _};
 
 use crate::service::audit::AUDIT;
 
-/// How long a collector may take for a batch.
+/// Time limit for sending a batch of spans to the collector.
 const EXPORT: Duration = Duration::from_secs(5);
 
 /// Starts sending spans by OTLP over gRPC, in batches, from a thread of its own.
-/// OTEL_EXPORTER_OTLP_HEADERS and OTEL_RESOURCE_ATTRIBUTES are heeded.
+/// OTEL_EXPORTER_OTLP_HEADERS and OTEL_RESOURCE_ATTRIBUTES are respected.
 ///
 /// # Errors
-/// When the endpoint is no URL.
+/// Returns an error if `endpoint` is not a URL.
 pub fn traces(endpoint: &str, ratio: f64) -> anyhow::Result<SdkTracerProvider> {
     let mut exporter =
         SpanExporter::builder().with_tonic().with_endpoint(endpoint).with_timeout(EXPORT);
@@ -51,7 +51,7 @@ pub fn traces(endpoint: &str, ratio: f64) -> anyhow::Result<SdkTracerProvider> {
 /// spans to `traces`; a second call changes nothing.
 ///
 /// # Errors
-/// When the audit log cannot be written.
+/// Returns an error if the audit log cannot be written.
 pub fn log(
     filter: &str,
     json: bool,

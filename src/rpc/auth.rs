@@ -31,9 +31,9 @@ const LOGGED: u32 = 20;
 pub(super) struct AuthLayer {
     /// Knows the tokens.
     pub authenticator: TokenService,
-    /// Whether callers need one.
+    /// True if callers need a token.
     pub required: bool,
-    /// How many refusals are logged.
+    /// Limits the number of refusals that are logged.
     pub log: Arc<Rate>,
 }
 
@@ -42,7 +42,7 @@ pub(super) struct AuthLayer {
 pub(super) struct Rate(Mutex<Option<(Instant, u32)>>);
 
 impl Rate {
-    /// Whether one more may be written in this second.
+    /// Counts a log line and returns true if it is within the limit of this second.
     fn may(&self) -> bool {
         let mut window = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *window {

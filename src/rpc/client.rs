@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
-/// What a server answers when it refuses.
+/// The error status with which a server refuses a call.
 pub use tonic::Status;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
@@ -45,7 +45,7 @@ pub enum ClientError {
     Unreachable {
         /// The server's address.
         address: String,
-        /// What the transport said.
+        /// The transport's error.
         reason: String,
     },
     /// The server refused.
@@ -65,7 +65,8 @@ pub enum ClientError {
 }
 
 impl ClientError {
-    /// Whether the arguments are at fault (rather than the server or the network).
+    /// Returns true if the caller's arguments caused the error, rather than the server or the
+    /// network.
     pub fn is_usage(&self) -> bool {
         matches!(self, ClientError::Refused(s) if matches!(s.code(), Code::InvalidArgument | Code::NotFound | Code::FailedPrecondition | Code::AlreadyExists | Code::Aborted | Code::OutOfRange))
     }
@@ -95,7 +96,7 @@ fn describe(status: &Status) -> String {
 /// The result of a call.
 pub type Result<T> = std::result::Result<T, ClientError>;
 
-/// Where a server is, and how a client shows who it is.
+/// Address of a server, and the client's credentials.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Target {
     /// `http://HOST:PORT`, or `https://…` with TLS.
@@ -146,7 +147,7 @@ impl Interceptor for Bearer {
     }
 }
 
-/// What calls go through.
+/// The channel that calls go through. It adds the bearer token to each.
 pub type Transport = InterceptedService<Channel, Bearer>;
 
 /// A connection to a server.
@@ -215,7 +216,7 @@ impl Client {
             .max_decoding_message_size(MAX_MESSAGE)
     }
 
-    /// Whether the server says SERVING.
+    /// Returns true if the server's health check answers SERVING.
     pub async fn health(&self) -> Result<bool> {
         let mut client = tonic_health::pb::health_client::HealthClient::new(self.channel.clone());
         let answer = client
@@ -378,7 +379,7 @@ impl Client {
     }
 }
 
-/// Whether a file's name leads to below the folder that it is joined to, at most one folder deep.
+/// Returns true if joining `name` to a folder stays inside it, at most one folder deep.
 fn is_plain(name: &str) -> bool {
     let part = |p: &str| !p.is_empty() && !p.starts_with('.') && !p.contains(['\\', ':']);
     name.split('/').count() <= 2 && name.split('/').all(part)

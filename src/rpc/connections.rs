@@ -13,12 +13,12 @@ use tokio_util::sync::CancellationToken;
 
 /// A connection without an open call is closed after this time.
 const MAX_IDLE: Duration = Duration::from_secs(300);
-/// How often idle connections are looked for.
+/// Interval at which idle connections are closed.
 const SWEEP: Duration = Duration::from_secs(15);
-/// When all places are taken, a connection that has been idle for this time makes room: a new one
-/// gets the time to send its first request.
+/// Minimum idle time before a connection may be closed to admit a new one when the limit is
+/// reached. It gives a new connection time to send its first request.
 const MIN_IDLE: Duration = Duration::from_secs(1);
-/// How often a client that waits for a place looks for one.
+/// Interval at which a waiting client retries to get a place among the connections.
 const RETRY: Duration = Duration::from_millis(20);
 
 /// The connections of a port.
@@ -29,12 +29,12 @@ pub(super) struct Connections {
     next: AtomicU64,
 }
 
-/// What a connection does.
+/// Open calls and idle time of a connection.
 #[derive(Debug)]
 pub(super) struct Activity {
-    /// Calls whose answers have not been sent to the end.
+    /// Calls that have not sent all of their answer yet.
     calls: AtomicUsize,
-    /// Since when there is none.
+    /// End of the last call; meaningful only while `calls` is 0.
     idle_since: Mutex<Instant>,
     close: CancellationToken,
 }
@@ -77,7 +77,7 @@ impl Activity {
         self.close.clone()
     }
 
-    /// How long it has had no call; `None` while it has one.
+    /// Returns the time since the last call ended, or `None` while a call is open.
     fn idle(&self) -> Option<Duration> {
         if self.calls.load(Ordering::Acquire) > 0 {
             return None;

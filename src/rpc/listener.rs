@@ -28,19 +28,19 @@ use tonic::transport::server::Connected;
 use super::connections::{Activity, Connections, Place};
 use crate::telemetry::counted::Counted;
 
-/// How long a client may take for a TLS handshake.
+/// Time limit for a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// How long a client may take to begin speaking HTTP/2, and how many bytes show that it did: the
-/// protocol's preface.
+/// Time limit for a client to send the HTTP/2 connection preface, and the preface's length in
+/// bytes.
 const PREFACE: (Duration, usize) = (Duration::from_secs(10), 24);
-/// How often certificate files are looked at.
+/// Interval at which the certificate files are checked for changes.
 const ROTATION: Duration = Duration::from_secs(10);
-/// Connections that wait for the server to take them up.
+/// Maximum number of accepted connections that wait for the server to take them.
 const BUFFER: usize = 64;
 /// The wait after a failed accept, e.g. without file descriptors left.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
-/// Where certificates are.
+/// Paths of the certificate files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsFiles {
     /// The server's certificate chain, PEM.
@@ -68,7 +68,7 @@ impl Tls {
     /// logged, and the old certificates stay.
     ///
     /// # Errors
-    /// When they cannot be used now.
+    /// Returns an error if the files cannot be used now.
     pub fn open(files: TlsFiles) -> Result<Self, TlsError> {
         let mut known = contents(&files)?;
         let (sender, receiver) = watch::channel(Arc::new(configure(&files)?));
@@ -259,7 +259,7 @@ pub(super) struct Connection {
     /// Until when it must have begun to speak; the transport itself waits for ever.
     silent: Option<Pin<Box<Sleep>>>,
     read: usize,
-    /// Whether somebody tells when its calls begin and end.
+    /// True if the start and the end of its calls are reported to its [`Activity`].
     counts_calls: bool,
     closing: Pin<Box<WaitForCancellationFutureOwned>>,
     closed: bool,
@@ -282,19 +282,20 @@ impl Connection {
         }
     }
 
-    /// Whether it is to be closed; else whoever polls is woken when it is.
+    /// Returns true if the connection must be closed. Otherwise the polling task is woken when it
+    /// must be.
     fn is_closing(&mut self, cx: &mut Context<'_>) -> bool {
         self.closed = self.closed || self.closing.as_mut().poll(cx).is_ready();
         self.closed
     }
 }
 
-/// What requests know of their connection.
+/// The connection of a request, stored in the request's extensions.
 #[derive(Clone, Debug)]
 pub(super) struct Peer {
     /// The client's address.
     pub address: SocketAddr,
-    /// What the connection does.
+    /// Open calls and idle time of the connection.
     pub activity: Arc<Activity>,
 }
 

@@ -26,7 +26,8 @@ use crate::telemetry::trace;
 /// The header that carries a request's id, taken from the client or made here, and given back.
 const REQUEST_ID: &str = "x-request-id";
 
-/// How much earlier than the transport a deadline is kept here.
+/// Time by which a deadline is enforced here before the transport enforces it. The transport's
+/// answer has no error details.
 const TRANSPORT: Duration = Duration::from_millis(3);
 
 /// Adds [`Observe`] to a server.
@@ -151,8 +152,8 @@ impl http_body::Body for CountedBody {
     }
 }
 
-/// What is counted and logged of a call when it ends or, its client gone, is dropped: then it was
-/// cancelled.
+/// Counts and logs a call when it ends. A call that is dropped before its end was cancelled by its
+/// client.
 struct ObservedCall {
     method: &'static str,
     start: Instant,
@@ -215,7 +216,7 @@ fn span(method: &'static str, id: &str, headers: &HeaderMap) -> tracing::Span {
     span
 }
 
-/// Whether a code tells of the server's fault, not of the caller's: only such a span is an error.
+/// Returns true if the server, not the caller, is at fault. Only such spans are marked as errors.
 fn is_ours(code: Code) -> bool {
     matches!(
         code,
@@ -228,8 +229,8 @@ fn is_ours(code: Code) -> bool {
     )
 }
 
-/// What a client's `grpc-timeout` leaves, a little less: the transport ends the call on time, but
-/// without details.
+/// Reads the client's `grpc-timeout` and subtracts [`TRANSPORT`], so that the call ends here, with
+/// error details, before the transport ends it without.
 fn deadline(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get("grpc-timeout")?.to_str().ok()?;
     let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;

@@ -134,8 +134,8 @@ fn decoded(status: Status) -> tonic_types::Status {
     })
 }
 
-/// What a call's headers must say when the transport ended it without a reason: it could not read
-/// the message. Ours always have one.
+/// Returns a status with error details for a call that the transport ended because it could not
+/// read the message. Only the transport's own errors are INTERNAL without details.
 pub fn explained(headers: &HeaderMap) -> Option<Status> {
     let given = Status::from_header_map(headers)
         .filter(|s| s.code() == Code::Internal && s.details().is_empty())?;

@@ -9,7 +9,7 @@ use crate::domain::violation::{Violations, quoted};
 use crate::rpc::pb;
 use crate::service::datasets::UploadMeta;
 
-/// What an upload says of itself.
+/// Converts and validates the metadata of an upload.
 pub(in crate::rpc) fn upload_meta(m: pb::UploadMetadata) -> Result<UploadMeta, Status> {
     let mut bad = Violations::default();
     let format = match pb::DatasetFormat::try_from(m.format) {

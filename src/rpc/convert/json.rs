@@ -6,10 +6,10 @@ use serde_json::{Map, Number, Value};
 
 use crate::domain::message::{TemplateArguments, check_kwargs, check_tools, kind, tools_from_json};
 
-/// How deep objects and lists of a Struct may lie in each other. Protobuf's own limit, of which an
-/// error names no field, is a little above.
+/// Maximum nesting of objects and lists in a Struct. It is a little below protobuf's own limit,
+/// because protobuf's error does not name the field.
 const MAX_DEPTH: usize = 24;
-/// Whole numbers below this are exact as doubles.
+/// Integers below this are exact as f64.
 const EXACT: f64 = (1u64 << 53) as f64;
 
 /// A field that cannot be used, and why.
@@ -120,8 +120,8 @@ pub(in crate::rpc) fn kwargs_fields(kwargs: Map<String, Value>) -> (Option<Struc
     }
 }
 
-/// What a chat template is to see besides the messages; `place` is where the fields are, e.g.
-/// `options`.
+/// Reads the variables that a chat template sees besides the messages. `place` is the path of the
+/// message that holds the fields, e.g. `options`, for error messages.
 pub(in crate::rpc) fn arguments(
     place: &str,
     tools: Vec<Struct>,

@@ -14,7 +14,7 @@ use crate::rpc::pb;
 use crate::service::error::ServiceError;
 use crate::service::scoring::{PairToScore, ScoreOptions, ScoredCompletion, ScoredPair};
 
-/// What a request wants to score with, and whether per-token log-probs are wanted.
+/// Reads the scoring options of a request. The bool is true if it asks for per-token log-probs.
 pub(in crate::rpc) fn options(
     o: Option<pb::ScoringOptions>,
 ) -> Result<(ScoreOptions, bool), Status> {

@@ -171,7 +171,7 @@ fn ttl(given: Option<prost_types::Duration>, bad: &mut Violations) -> Option<u64
     }
 }
 
-/// What a job would cost.
+/// Converts the estimated cost of a job.
 pub(in crate::rpc) fn estimate(e: JobEstimate) -> pb::EstimateTrainingJobResponse {
     pb::EstimateTrainingJobResponse {
         train_pairs: e.train_pairs,
