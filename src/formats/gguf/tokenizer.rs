@@ -1,5 +1,5 @@
-//! Byte-level BPE tokenizers from GGUF metadata, rebuilt as the tokenizer.json they were converted
-//! from.
+//! Byte-level BPE tokenizers from GGUF metadata. They are rebuilt as the tokenizer.json from which
+//! llama.cpp converted them.
 
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
@@ -8,9 +8,11 @@ use super::reader::Gguf;
 use crate::formats::tokenizer::parts::{DEFAULT, Parts, TOOL_USE, wrong};
 use crate::model::error::ModelError;
 
+/// Values of `tokenizer.ggml.token_type` for special tokens and for tokens that a user added.
 const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
 
+/// Regular expressions of the pre-tokenizers of Llama 3 and Qwen 2.
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
@@ -128,7 +130,8 @@ struct Pipeline {
     ignore_merges: bool,
 }
 
-/// What each of llama.cpp's names stands for in the tokenizer.json files that it was made from.
+/// Returns the normalizer and pre-tokenizer for llama.cpp's name of a pre-tokenizer, as in the
+/// tokenizer.json files of the models it was named for.
 fn pipeline(pre: &str) -> Option<Pipeline> {
     let byte_level = |regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex});
     let split = |pattern: &str| {
