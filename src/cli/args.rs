@@ -29,7 +29,7 @@ const EXIT_CODES: &str = "Exit codes: 0 success, 1 failure (a job failed or was 
 pub enum Output {
     /// Columns.
     Table,
-    /// One JSON document, or one a line for streams.
+    /// One JSON document, or for streams one document per line.
     Json,
 }
 
@@ -42,20 +42,20 @@ pub enum Command {
     Demo(DemoArgs),
     /// Upload a preference set and submit a training job.
     Train(Box<TrainArgs>),
-    /// Look at, change, pause, resume, cancel and delete training jobs.
+    /// Show, change, pause, resume, cancel and delete training jobs.
     #[command(subcommand)]
     Jobs(JobsCommand),
     /// Follow a job's events until it ends.
     Watch(WatchArgs),
     /// Score the pairs of a JSONL or Parquet file.
     Score(ScoreArgs),
-    /// Upload, look at and delete datasets.
+    /// Upload, show and delete datasets.
     #[command(subcommand)]
     Datasets(DatasetsCommand),
-    /// Look at, download, export and delete checkpoints.
+    /// Show, download, export and delete checkpoints.
     #[command(subcommand)]
     Checkpoints(CheckpointsCommand),
-    /// Look at the server's base models.
+    /// Show the server's base models.
     #[command(subcommand)]
     Models(ModelsCommand),
     /// Ask a server whether it is serving; for container health checks.
@@ -118,7 +118,7 @@ pub struct DatabaseArgs {
 pub struct ServeArgs {
     /// A TOML file with settings.
     pub config: Option<PathBuf>,
-    /// By setting name.
+    /// Values of the flags, by setting name.
     pub flags: BTreeMap<String, String>,
 }
 
@@ -185,7 +185,7 @@ pub struct ServerArgs {
 }
 
 impl ServerArgs {
-    /// As the client takes it.
+    /// Converts the arguments to the client's target.
     pub fn target(&self) -> Target {
         Target {
             address: self.server.clone(),
@@ -245,10 +245,10 @@ pub struct TrainArgs {
     /// A title.
     #[arg(long, default_value = "")]
     pub name: String,
-    /// Higher goes first, and a running job of a lower one makes room.
+    /// Priority of the job: higher goes first, and preempts a running job of a lower one.
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     pub priority: i32,
-    /// Days that the job, its events and its checkpoints are kept after its end; without this until
+    /// Days that the job, its events and its checkpoints are stored after its end. Default: until
     /// it is deleted.
     #[arg(long, value_name = "DAYS")]
     pub ttl_days: Option<u32>,
@@ -382,7 +382,7 @@ pub enum JobsCommand {
     Update(UpdateArgs),
     /// Stop a job for now; it writes a checkpoint first.
     Pause(NamedArgs),
-    /// Let a paused job go on.
+    /// Resume a paused job.
     Resume(NamedArgs),
     /// Stop a job for good.
     Cancel(NamedArgs),
@@ -475,7 +475,7 @@ pub struct UploadArgs {
     /// models/ID: also check lengths with its tokenizer.
     #[arg(long, default_value = "")]
     pub model: String,
-    /// The limit they are checked against.
+    /// Maximum length in tokens that the rows are checked against.
     #[arg(long, default_value_t = 1024)]
     pub max_length: u32,
 }

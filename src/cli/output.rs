@@ -11,8 +11,8 @@ use crate::rpc::pb;
 
 /// Fields of resources that hold hashes of content.
 const HASHES: [&str; 3] = ["identity", "pins", "base"];
-/// Digits of a hash in a table.
-const SHORT: usize = 12;
+/// Number of a hash's digits in a table.
+const HASH_DIGITS: usize = 12;
 
 /// Prints a line on standard output.
 pub fn line(text: &str) {
@@ -29,7 +29,7 @@ pub fn json_line(value: &Value) {
     println!("{value}");
 }
 
-/// A table with a header.
+/// Renders a table with a header.
 pub fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::UTF8_BORDERS_ONLY);
@@ -48,7 +48,7 @@ pub fn list(output: Output, header: &[&str], rows: Vec<Vec<String>>, json: Vec<V
     }
 }
 
-/// Prints one resource: name and value a line, or JSON.
+/// Prints one resource: one field per line, or JSON.
 pub fn resource(output: Output, value: &Value) {
     match (output, value) {
         (Output::Table, Value::Object(fields)) => {
@@ -63,8 +63,8 @@ pub fn resource(output: Output, value: &Value) {
     }
 }
 
-/// The rows of a resource's field in a table. Hashes of content have a row each and are shortened;
-/// JSON has them whole.
+/// Returns the table rows of a resource's field. Content hashes get a row each and are shortened;
+/// JSON output has them in full.
 fn cells(field: &str, value: &Value) -> Vec<(String, String)> {
     match value {
         Value::Object(parts) if HASHES.contains(&field) => {
@@ -90,9 +90,9 @@ fn hash_cells(field: &str, value: &Value) -> Vec<(String, String)> {
     }
 }
 
-/// The first 12 digits of a hash, which tell models and datasets apart.
+/// Returns the first 12 digits of a hash, which suffice to distinguish models and datasets.
 pub fn short(hash: &str) -> String {
-    hash.chars().take(SHORT).collect()
+    hash.chars().take(HASH_DIGITS).collect()
 }
 
 fn identity(i: &pb::ModelIdentity) -> Value {
@@ -123,20 +123,20 @@ pub fn estimate(e: &pb::EstimateTrainingJobResponse) -> Value {
     })
 }
 
-/// `2026-11-24T10:00:00Z`.
+/// Formats a time as `2026-11-24T10:00:00Z`.
 pub fn time(t: Option<&Timestamp>) -> String {
     t.and_then(|t| jiff::Timestamp::new(t.seconds, 0).ok())
         .map(|t| t.to_string())
         .unwrap_or_default()
 }
 
-/// The state without its prefix, in lower case.
+/// Returns a state's name without its prefix, in lower case.
 pub fn state(state: i32) -> String {
     let name = pb::JobState::try_from(state).unwrap_or_default().as_str_name();
     name.trim_start_matches("JOB_STATE_").to_lowercase()
 }
 
-/// A job as JSON.
+/// Renders a job as JSON.
 pub fn job(j: &pb::TrainingJob) -> Value {
     let p = j.progress.unwrap_or_default();
     json!({
@@ -147,7 +147,7 @@ pub fn job(j: &pb::TrainingJob) -> Value {
     })
 }
 
-/// A dataset as JSON.
+/// Renders a dataset as JSON.
 pub fn dataset(d: &pb::Dataset) -> Value {
     let r = d.report.clone().unwrap_or_default();
     let issues: Vec<Value> =
@@ -173,7 +173,7 @@ pub fn shapes(r: &pb::ValidationReport) -> Option<String> {
     (!is_plain).then(|| format!("rows by shape: {}", parts.join(", ")))
 }
 
-/// A checkpoint as JSON.
+/// Renders a checkpoint as JSON.
 pub fn checkpoint(c: &pb::Checkpoint) -> Value {
     json!({
         "name": c.name, "step": c.step, "best": c.best, "adapter": c.adapter, "size_bytes": c.size_bytes, "metrics": c.metrics,
@@ -182,7 +182,7 @@ pub fn checkpoint(c: &pb::Checkpoint) -> Value {
     })
 }
 
-/// A model as JSON.
+/// Renders a model as JSON.
 pub fn model(m: &pb::Model) -> Value {
     json!({
         "name": m.name, "source": m.source, "architecture": m.architecture, "parameters": m.parameters, "vocab_size": m.vocab_size,
@@ -192,7 +192,7 @@ pub fn model(m: &pb::Model) -> Value {
     })
 }
 
-/// An event as JSON.
+/// Renders an event as JSON.
 pub fn event(e: &pb::TrainingEvent) -> Value {
     use pb::training_event::Event as E;
     let (kind, body) = match &e.event {
@@ -211,7 +211,7 @@ pub fn event(e: &pb::TrainingEvent) -> Value {
     json!({"sequence": e.sequence, "time": time(e.time.as_ref()), kind: body})
 }
 
-/// Bytes for people.
+/// Formats a number of bytes for people.
 pub fn bytes(n: u64) -> String {
     indicatif::HumanBytes(n).to_string()
 }

@@ -1,4 +1,5 @@
-//! `bradley tokens`: works on the server's database, which only an administrator reaches.
+//! `bradley tokens`: manages tokens in the server's database, to which only administrators have
+//! access.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Datasets and their validation reports.
+//! Converts datasets and their validation reports.
 
 use tonic::Status;
 
@@ -41,7 +41,7 @@ pub(in crate::rpc) fn upload_meta(m: pb::UploadMetadata) -> Result<UploadMeta, S
     finish(UploadMeta { display_name: m.display_name, format, model, max_length }, bad)
 }
 
-/// A dataset; `with_issues` lists every finding.
+/// Converts a dataset. `with_issues` includes the findings in its report.
 pub(in crate::rpc) fn dataset(d: Dataset, with_issues: bool) -> pb::Dataset {
     pb::Dataset {
         name: format!("datasets/{}", d.id),
