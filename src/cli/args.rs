@@ -22,7 +22,9 @@ pub struct Cli {
     pub output: Output,
 }
 
-const EXIT_CODES: &str = "Exit codes: 0 success, 1 failure (a job failed or was cancelled, a file or the server failed), 2 wrong arguments or settings, 3 no server reached.";
+const EXIT_CODES: &str = "Exit codes: 0 success, 1 failure (a job failed or was cancelled, \
+                          a file or the server failed), 2 wrong arguments or settings, \
+                          3 no server reached.";
 
 /// Table for people, JSON for programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

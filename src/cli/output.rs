@@ -96,7 +96,12 @@ pub fn short(hash: &str) -> String {
 }
 
 fn identity(i: &pb::ModelIdentity) -> Value {
-    json!({"weights": i.weights, "config": i.config, "tokenizer": i.tokenizer, "chat_template": i.chat_template})
+    json!({
+        "weights": i.weights,
+        "config": i.config,
+        "tokenizer": i.tokenizer,
+        "chat_template": i.chat_template,
+    })
 }
 
 fn pins(p: &pb::JobPins) -> Value {
@@ -118,8 +123,15 @@ fn pins(p: &pb::JobPins) -> Value {
 pub fn estimate(e: &pb::EstimateTrainingJobResponse) -> Value {
     let seconds = e.duration.as_ref().map_or(0.0, |d| d.seconds as f64 + f64::from(d.nanos) / 1e9);
     json!({
-        "train_pairs": e.train_pairs, "eval_pairs": e.eval_pairs, "skipped_rows": e.skipped_rows, "total_steps": e.total_steps, "tokens": e.tokens,
-        "longest_pair_tokens": e.longest_pair_tokens, "memory_bytes": e.memory_bytes, "memory_limit_bytes": e.memory_limit_bytes, "seconds": seconds,
+        "train_pairs": e.train_pairs,
+        "eval_pairs": e.eval_pairs,
+        "skipped_rows": e.skipped_rows,
+        "total_steps": e.total_steps,
+        "tokens": e.tokens,
+        "longest_pair_tokens": e.longest_pair_tokens,
+        "memory_bytes": e.memory_bytes,
+        "memory_limit_bytes": e.memory_limit_bytes,
+        "seconds": seconds,
     })
 }
 
@@ -140,10 +152,27 @@ pub fn state(state: i32) -> String {
 pub fn job(j: &pb::TrainingJob) -> Value {
     let p = j.progress.unwrap_or_default();
     json!({
-        "name": j.name, "display_name": j.display_name, "labels": j.labels, "priority": j.priority, "etag": j.etag, "state": state(j.state), "policy": j.policy, "reference": j.reference, "dataset": j.dataset,
-        "step": p.step, "total_steps": p.total_steps, "epoch": p.epoch, "tokens": p.tokens, "eta_seconds": p.eta_seconds,
-        "metrics": j.latest_metrics, "pins": j.pins.as_ref().map(pins), "error": j.error.as_ref().map(|e| e.message.clone()), "skipped_rows": j.skipped_rows,
-        "create_time": time(j.create_time.as_ref()), "start_time": time(j.start_time.as_ref()), "end_time": time(j.end_time.as_ref()),
+        "name": j.name,
+        "display_name": j.display_name,
+        "labels": j.labels,
+        "priority": j.priority,
+        "etag": j.etag,
+        "state": state(j.state),
+        "policy": j.policy,
+        "reference": j.reference,
+        "dataset": j.dataset,
+        "step": p.step,
+        "total_steps": p.total_steps,
+        "epoch": p.epoch,
+        "tokens": p.tokens,
+        "eta_seconds": p.eta_seconds,
+        "metrics": j.latest_metrics,
+        "pins": j.pins.as_ref().map(pins),
+        "error": j.error.as_ref().map(|e| e.message.clone()),
+        "skipped_rows": j.skipped_rows,
+        "create_time": time(j.create_time.as_ref()),
+        "start_time": time(j.start_time.as_ref()),
+        "end_time": time(j.end_time.as_ref()),
     })
 }
 
@@ -153,8 +182,17 @@ pub fn dataset(d: &pb::Dataset) -> Value {
     let issues: Vec<Value> =
         r.issues.iter().map(|i| json!({"row": i.row, "id": i.id, "field": i.field, "reason": i.reason, "message": i.message})).collect();
     json!({
-        "name": d.name, "display_name": d.display_name, "size_bytes": d.size_bytes, "content_hash": d.content_hash, "rows": r.rows,
-        "valid_rows": r.valid_rows, "shapes": r.shapes, "pairs": r.pairs, "findings": r.counts, "issues": issues, "create_time": time(d.create_time.as_ref()),
+        "name": d.name,
+        "display_name": d.display_name,
+        "size_bytes": d.size_bytes,
+        "content_hash": d.content_hash,
+        "rows": r.rows,
+        "valid_rows": r.valid_rows,
+        "shapes": r.shapes,
+        "pairs": r.pairs,
+        "findings": r.counts,
+        "issues": issues,
+        "create_time": time(d.create_time.as_ref()),
     })
 }
 
@@ -176,7 +214,12 @@ pub fn shapes(r: &pb::ValidationReport) -> Option<String> {
 /// Renders a checkpoint as JSON.
 pub fn checkpoint(c: &pb::Checkpoint) -> Value {
     json!({
-        "name": c.name, "step": c.step, "best": c.best, "adapter": c.adapter, "size_bytes": c.size_bytes, "metrics": c.metrics,
+        "name": c.name,
+        "step": c.step,
+        "best": c.best,
+        "adapter": c.adapter,
+        "size_bytes": c.size_bytes,
+        "metrics": c.metrics,
         "base": c.base.as_ref().map(identity),
         "create_time": time(c.create_time.as_ref()),
     })
@@ -185,8 +228,14 @@ pub fn checkpoint(c: &pb::Checkpoint) -> Value {
 /// Renders a model as JSON.
 pub fn model(m: &pb::Model) -> Value {
     json!({
-        "name": m.name, "source": m.source, "architecture": m.architecture, "parameters": m.parameters, "vocab_size": m.vocab_size,
-        "num_layers": m.num_layers, "hidden_size": m.hidden_size, "max_position_embeddings": m.max_position_embeddings,
+        "name": m.name,
+        "source": m.source,
+        "architecture": m.architecture,
+        "parameters": m.parameters,
+        "vocab_size": m.vocab_size,
+        "num_layers": m.num_layers,
+        "hidden_size": m.hidden_size,
+        "max_position_embeddings": m.max_position_embeddings,
         "chat_template": m.chat_template, "fingerprint": m.fingerprint, "device": m.device,
         "identity": m.identity.as_ref().map(identity),
     })

@@ -53,7 +53,8 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
                 rows,
             ));
             output::line(&format!(
-                "{} pairs: accuracy {:.1}% (ties count half), mean probability {:.3}, mean margin {:+.3}; rewards are {}s over tokens",
+                "{} pairs: accuracy {:.1}% (ties count half), mean probability {:.3}, \
+                 mean margin {:+.3}; rewards are {}s over tokens",
                 results.len() - failed,
                 100.0 * summary.accuracy,
                 summary.probability,
@@ -276,9 +277,22 @@ fn to_json(r: &pb::PairResult, normalization: pb::RewardNormalization) -> Value 
         Some(pb::pair_result::Result::Score(s)) => {
             let side = |c: &Option<pb::CompletionScore>| {
                 let c = c.clone().unwrap_or_default();
-                json!({"policy_logprob": c.policy_logprob, "reference_logprob": c.reference_logprob, "reward": c.reward, "tokens": c.tokens, "truncated": c.truncated})
+                json!({
+                    "policy_logprob": c.policy_logprob,
+                    "reference_logprob": c.reference_logprob,
+                    "reward": c.reward,
+                    "tokens": c.tokens,
+                    "truncated": c.truncated,
+                })
             };
-            json!({"id": r.id, "probability": s.probability, "margin": s.margin, "normalization": normalization_name(normalization), "a": side(&s.a), "b": side(&s.b)})
+            json!({
+                "id": r.id,
+                "probability": s.probability,
+                "margin": s.margin,
+                "normalization": normalization_name(normalization),
+                "a": side(&s.a),
+                "b": side(&s.b),
+            })
         }
         Some(pb::pair_result::Result::Error(e)) => json!({"id": r.id, "error": e.message}),
         None => json!({"id": r.id, "error": "no result"}),

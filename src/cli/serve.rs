@@ -124,13 +124,18 @@ pub async fn serve_on(
             let _ = stopping.wait_for(|s| *s).await;
         }))
     });
-    tracing::info!(address = %listener.local_addr()?, http_address = http_address.map(tracing::field::display), "serving");
+    tracing::info!(
+        address = %listener.local_addr()?,
+        http_address = http_address.map(tracing::field::display),
+        "serving"
+    );
     if !settings.tokens && !settings.listen.ip().is_loopback() {
         tracing::warn!("auth is off: whoever reaches {} may do everything", settings.listen);
     }
     if settings.tokens && settings.tls.is_none() && !settings.listen.ip().is_loopback() {
         tracing::warn!(
-            "tokens travel in clear: set tls_cert and tls_key, or let only a proxy that speaks TLS reach {}",
+            "tokens are sent unencrypted: set tls_cert and tls_key, \
+             or let only a proxy that speaks TLS reach {}",
             settings.listen
         );
     }
@@ -172,7 +177,8 @@ fn connections_that_fit(wanted: usize) -> anyhow::Result<usize> {
     let fitting = limit.saturating_sub(reserved_descriptors(limit));
     anyhow::ensure!(
         fitting >= MIN_CONNECTIONS,
-        "the limit on open files is {limit}: at least {} are needed (ulimit -n, LimitNOFILE, or the container runtime's setting)",
+        "the limit on open files is {limit}: at least {} are needed \
+         (ulimit -n, LimitNOFILE, or the container runtime's setting)",
         reserved_descriptors(limit) + MIN_CONNECTIONS
     );
     if (wanted as u64) > fitting {

@@ -334,9 +334,11 @@ impl Settings {
             |s| s.contains("://").then(|| s.to_owned()),
         );
         if database_url.is_some() && artifact_url.is_none() {
-            reader
-                .bad
-                .push("artifact_url", "is not set: replicas that share a database must find the same files, e.g. file:///a/shared/folder");
+            reader.bad.push(
+                "artifact_url",
+                "is not set: replicas that share a database must find the same files, \
+                     e.g. file:///a/shared/folder",
+            );
         }
         let devices = reader
             .parse(
@@ -573,7 +575,13 @@ impl SettingsReader<'_> {
                 None => (default_id(part), part.to_owned()),
             };
             if !is_valid_id(&id) || source.is_empty() {
-                self.bad.push(origin.clone(), format!("{part:?} must be SOURCE or ID=SOURCE with an id of letters, digits, - _ and ."));
+                self.bad.push(
+                    origin.clone(),
+                    format!(
+                        "{part:?} must be SOURCE or ID=SOURCE \
+                         with an id of letters, digits, - _ and ."
+                    ),
+                );
             } else if models.iter().any(|(other, _)| *other == id) {
                 self.bad.push(
                     origin.clone(),
@@ -584,7 +592,11 @@ impl SettingsReader<'_> {
             }
         }
         if models.is_empty() && self.bad.is_empty() {
-            self.bad.push("--models", "is not set: name at least one model, e.g. --models HuggingFaceTB/SmolLM2-135M-Instruct");
+            self.bad.push(
+                "--models",
+                "is not set: name at least one model, \
+                 e.g. --models HuggingFaceTB/SmolLM2-135M-Instruct",
+            );
         }
         models
     }

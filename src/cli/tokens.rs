@@ -91,5 +91,11 @@ fn time(ms: Option<i64>) -> String {
 }
 
 fn described(t: &Token) -> serde_json::Value {
-    serde_json::json!({"id": t.id, "owner": t.owner, "roles": roles(t), "created": time(Some(t.create_time)), "ends": time(t.expire_time)})
+    serde_json::json!({
+        "id": t.id,
+        "owner": t.owner,
+        "roles": roles(t),
+        "created": time(Some(t.create_time)),
+        "ends": time(t.expire_time),
+    })
 }

@@ -211,7 +211,8 @@ async fn upload_for_job(
         .map(|i| format!(" (row {}, {}: {})", i.row, i.reason, i.message));
     let remedy = match report.counts.contains_key(IssueReason::PromptFillsMaxLength.name()) {
         true => {
-            "give them more room with --max-length, correct the file, or leave them out with --skip-bad-rows"
+            "give them more room with --max-length, correct the file, \
+             or leave them out with --skip-bad-rows"
         }
         false => "correct the file, or leave them out with --skip-bad-rows",
     };

@@ -212,7 +212,8 @@ fn explain(e: &Error) -> ModelError {
     };
     let hint = match percent::is_about_operator(e) {
         true => {
-            "; formatting with % is supported directly behind a string literal: elsewhere the template must use the filter format"
+            "; formatting with % is supported only directly after a string literal: \
+             elsewhere the template must use the filter format"
         }
         false => "",
     };

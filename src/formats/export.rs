@@ -92,7 +92,10 @@ pub fn save_merged(
         let elements: usize = tensors.iter().map(ParamSpec::elements).sum();
         let size = elements * layout.dtype.size();
         weight_map.sort_keys();
-        let index = json!({"metadata": {"total_parameters": elements, "total_size": size}, "weight_map": weight_map});
+        let index = json!({
+            "metadata": {"total_parameters": elements, "total_size": size},
+            "weight_map": weight_map,
+        });
         write_json(dir, INDEX_FILE, &index)?;
     }
     write_json(dir, "config.json", &config_json(config, layout.dtype))

@@ -57,8 +57,9 @@ pub fn load_model(
     if model.tokenizer.eos_token().is_none() {
         tracing::warn!(
             model = model.id,
-            "the tokenizer has no end-of-sequence token, or one that is not in its vocabulary: the model does not learn where plain-text \
-             answers end; set eos_token in tokenizer_config.json (tokenizer.ggml.eos_token_id in GGUF)"
+            "the tokenizer has no end-of-sequence token, or one that is not in its vocabulary: \
+             the model does not learn where plain-text answers end; set eos_token in \
+             tokenizer_config.json (tokenizer.ggml.eos_token_id in GGUF)"
         );
     }
     Ok(model)

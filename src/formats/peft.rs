@@ -139,7 +139,8 @@ pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
         let (name, shape) = (tensor.name.as_str(), tensor.shape);
         let view = tensors.tensor(name).map_err(|_| {
             wrong(format!(
-                "tensor {name} is missing: the adapter must cover {} in every one of the {layers} layers",
+                "tensor {name} is missing: \
+                 the adapter must cover {} in every one of the {layers} layers",
                 config.target_modules.join(", ")
             ))
         })?;
@@ -163,7 +164,8 @@ pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
             .collect();
         let extra = tensors.names().into_iter().find(|n| !covered.contains(n)).unwrap_or_default();
         return Err(wrong(format!(
-            "tensor {extra} belongs to no projection of this model ({layers} layers): the adapter was made for another one"
+            "tensor {extra} belongs to no projection of this model ({layers} layers): \
+             the adapter was made for another one"
         )));
     }
     Ok(adapter)
@@ -194,7 +196,8 @@ fn check_supported(fields: &Value) -> Result<(), String> {
             let allowed: Vec<&str> = off.iter().copied().chain(["null"]).collect();
             return Err(format!(
                 "{} is {}: only {} is supported, because {}; \
-                 merge the adapter into its base model with PEFT and serve the result, or train a plain LoRA",
+                 merge the adapter into its base model with PEFT and serve the result, \
+                 or train a plain LoRA",
                 shortened(field, MAX_VALUE_CHARS),
                 shortened(&value.to_string(), MAX_VALUE_CHARS),
                 allowed.join(" or "),

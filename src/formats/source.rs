@@ -88,7 +88,7 @@ fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, Str
         return Ok(dir.clone());
     }
     let cached = if begun.is_some() {
-        "a download that did not end, or one of another program"
+        "a download that did not end, or one by another program"
     } else {
         "not there"
     };
@@ -101,7 +101,7 @@ fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, Str
         };
         tracing::warn!(
             model = name,
-            "the cache does not say whether the model's download ended: it is used as it is, in offline mode"
+            "the cached model may be incomplete: it is used as it is, because of offline mode"
         );
         return Ok(dir);
     }
@@ -140,7 +140,11 @@ fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, Str
         cache.repo(repo).create_ref(&info.sha).map_err(|e| failed(&e))?;
     }
     if let Err(e) = mark_complete(&dir, &files) {
-        tracing::warn!(model = name, error = %e, "the cache cannot keep that the download ended: the hub is asked again next time");
+        tracing::warn!(
+            model = name,
+            error = %e,
+            "the list of downloaded files cannot be written: the hub is asked again next time"
+        );
     }
     Ok(dir)
 }

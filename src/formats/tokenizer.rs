@@ -244,8 +244,16 @@ impl Templates {
                     ModelError::ChatTemplate { reason } => reason,
                     other => other.to_string(),
                 };
-                tracing::warn!(path = %path.display(), name, error = reason, "the chat template does not compile: only plain text can be used");
-                format!("the model's template {name:?} does not compile: {reason}; use plain-text prompts and completions, or serve another template")
+                tracing::warn!(
+                    path = %path.display(),
+                    name,
+                    error = reason,
+                    "the chat template does not compile: only plain text can be used"
+                );
+                format!(
+                    "the model's template {name:?} does not compile: {reason}; \
+                     use plain-text prompts and completions, or serve another template"
+                )
             });
             *place = Some(NamedTemplate { source, compiled });
         }
@@ -263,7 +271,8 @@ impl Templates {
                     .to_owned())
             }
             None => Err(format!(
-                "this model has templates named {} and none named {DEFAULT:?}: use plain-text prompts and completions",
+                "this model has templates named {} and none named {DEFAULT:?}: \
+                 use plain-text prompts and completions",
                 self.names.join(", ")
             )),
         }

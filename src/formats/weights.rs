@@ -216,7 +216,7 @@ impl Weights {
                 path = %self.path.display(),
                 tensor = *first,
                 tensors = unexpected.len(),
-                "the weights hold tensors that the configuration does not call for: they are not used"
+                "the weights have tensors that the configuration does not use: they are ignored"
             );
         }
         Ok(())

@@ -163,9 +163,9 @@ pub(super) fn split_caller<T>(request: tonic::Request<T>) -> Result<(Caller, T),
     let caller = request.extensions().get::<Caller>().cloned();
     match caller {
         Some(caller) => Ok((caller, request.into_inner())),
-        None => {
-            Err(status(ServiceError::Unauthenticated { message: "nobody is known to call".into() }))
-        }
+        None => Err(status(ServiceError::Unauthenticated {
+            message: "the request has no caller".into(),
+        })),
     }
 }
 

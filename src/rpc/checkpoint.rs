@@ -62,7 +62,7 @@ impl CheckpointService for Checkpoints {
         let (job, CheckpointRef::Step(step)) = parse(&r.name)? else {
             return Err(invalid(
                 "name",
-                "must name a step: latest and best may move between the look and the deletion",
+                "must name a step, because latest and best may change before the deletion",
             ));
         };
         self.0.delete_checkpoint(&caller, job, step).await.map_err(status)?;
@@ -148,7 +148,14 @@ async fn send_file(sender: &Sender, f: ExportedFile, path: PathBuf) -> bool {
 
 fn parse(name: &str) -> Result<(&str, CheckpointRef), Status> {
     names::parse_checkpoint(name).ok_or_else(|| {
-        invalid("name", format!("is {}: it must look like trainingJobs/ID/checkpoints/STEP, with latest or best for STEP", quoted(name)))
+        invalid(
+            "name",
+            format!(
+                "is {}: it must look like trainingJobs/ID/checkpoints/STEP, \
+                 with latest or best for STEP",
+                quoted(name)
+            ),
+        )
     })
 }
 

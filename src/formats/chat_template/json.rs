@@ -81,7 +81,7 @@ impl Style {
     fn dump(&self, value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
         if depth > MAX_DEPTH {
             return Err(refused(format!(
-                "tojson: objects and lists lie more than {MAX_DEPTH} deep in each other"
+                "tojson: objects and lists are nested more than {MAX_DEPTH} deep"
             )));
         }
         if out.len() > MAX_JSON {

@@ -249,8 +249,9 @@ impl<'a> Field<'a> {
             }
             other => {
                 return Err(refused(format!(
-                    "format: the conversion '%{other}' is not supported; supported are %s, %r, %d, %i, %u, %x, %X, %o, %f, %F, %e, %E, %g, \
-                     %G, %c and %%, with a width and a precision in digits"
+                    "format: the conversion '%{other}' is not supported; supported are %s, %r, %d, \
+                     %i, %u, %x, %X, %o, %f, %F, %e, %E, %g, %G, %c and %%, \
+                     with a width and a precision in digits"
                 )));
             }
         }

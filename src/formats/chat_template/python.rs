@@ -64,7 +64,7 @@ pub(super) fn represent(
     out: &mut String,
 ) -> Result<(), Error> {
     if depth > MAX_DEPTH {
-        return Err(refused(format!("containers lie more than {MAX_DEPTH} deep in each other")));
+        return Err(refused(format!("containers are nested more than {MAX_DEPTH} deep")));
     }
     // Each value costs fuel, because containers may hold the same value many times.
     state.consume_fuel(1)?;
@@ -131,9 +131,21 @@ fn represent_string(state: &State, text: &str, out: &mut String) -> Result<(), E
 /// control, format and private-use characters, and all separators except the space. Python also
 /// escapes unassigned characters; this function does not.
 fn is_printable(c: char) -> bool {
-    let is_format = matches!(c,
-        '\u{ad}' | '\u{600}'..='\u{605}' | '\u{61c}' | '\u{6dd}' | '\u{70f}' | '\u{180e}' | '\u{200b}'..='\u{200f}'
-        | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0001}'..='\u{e007f}');
+    let is_format = matches!(
+        c,
+        '\u{ad}'
+            | '\u{600}'..='\u{605}'
+            | '\u{61c}'
+            | '\u{6dd}'
+            | '\u{70f}'
+            | '\u{180e}'
+            | '\u{200b}'..='\u{200f}'
+            | '\u{202a}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}'
+            | '\u{feff}'
+            | '\u{fff9}'..='\u{fffb}'
+            | '\u{e0001}'..='\u{e007f}'
+    );
     let is_private = matches!(c, '\u{e000}'..='\u{f8ff}' | '\u{f0000}'..);
     !(c.is_control() || (c.is_whitespace() && c != ' ') || is_format || is_private)
 }

@@ -42,7 +42,8 @@ impl ModelConfig {
             "qwen3" => Architecture::Qwen3,
             other => {
                 let what = format!(
-                    "{}: GGUF architecture '{other}' (supported: llama, which Mistral uses too, qwen2, qwen3)",
+                    "{}: GGUF architecture '{other}' \
+                     (supported: llama, which Mistral uses too, qwen2, qwen3)",
                     gguf.path.display()
                 );
                 return Err(ModelError::Unsupported { what });
@@ -190,9 +191,11 @@ fn scaling(
         }
         Some("yarn") => {
             let original = keys.integer("rope.scaling.original_context_length")?.unwrap_or(context);
-            return Ok(Some(
-                json!({"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}),
-            ));
+            return Ok(Some(json!({
+                "rope_type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings": original,
+            })));
         }
         Some(other) => {
             return Err(keys.gguf.invalid(
@@ -222,7 +225,10 @@ fn scaling(
         ));
     }
     Ok(Some(json!({
-        "rope_type": "llama3", "factor": factor, "low_freq_factor": low_freq_factor, "high_freq_factor": high_freq_factor,
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low_freq_factor,
+        "high_freq_factor": high_freq_factor,
         "original_max_position_embeddings": original_max_position_embeddings,
     })))
 }

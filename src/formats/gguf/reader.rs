@@ -121,7 +121,8 @@ impl Gguf {
             let end = data_start.checked_add(offset).and_then(|start| start.checked_add(bytes));
             if end.is_none_or(|end| end > len) {
                 let reason = format!(
-                    "tensor '{name}' needs {bytes} bytes at offset {offset} of the data; the file has {}",
+                    "tensor '{name}' needs {bytes} bytes at offset {offset} of the data; \
+                     the file has {}",
                     len.saturating_sub(data_start)
                 );
                 return Err(ModelError::corrupt(path, reason));
@@ -263,7 +264,8 @@ fn extent(
 ) -> Result<(GgmlDType, u64), ModelError> {
     let dtype = ggml_dtype(kind).ok_or_else(|| ModelError::Unsupported {
         what: format!(
-            "{}: tensor '{name}' in {} (supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K)",
+            "{}: tensor '{name}' in {} \
+             (supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K)",
             path.display(),
             unsupported_name(kind)
         ),

@@ -20,7 +20,8 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
     let model = gguf.string("tokenizer.ggml.model")?.unwrap_or("none");
     if model != "gpt2" {
         let what = format!(
-            "{}: tokenizer '{model}' in GGUF (supported: gpt2, the byte-level BPE; for SentencePiece models use the safetensors folder)",
+            "{}: tokenizer '{model}' in GGUF (supported: gpt2, the byte-level BPE; \
+             for SentencePiece models use the safetensors folder)",
             gguf.path.display()
         );
         return Err(ModelError::Unsupported { what });
@@ -34,7 +35,8 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
     let pre = gguf.string("tokenizer.ggml.pre")?.unwrap_or("default");
     let pipeline = pipeline(pre).ok_or_else(|| ModelError::Unsupported {
         what: format!(
-            "{}: pre-tokenizer '{pre}' (supported: default, gpt-2, smollm, starcoder, qwen2, deepseek-r1-qwen, llama-bpe)",
+            "{}: pre-tokenizer '{pre}' (supported: default, gpt-2, smollm, starcoder, qwen2, \
+             deepseek-r1-qwen, llama-bpe)",
             gguf.path.display()
         ),
     })?;
@@ -62,7 +64,15 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
         .enumerate()
         .filter(|(_, (_, kind))| matches!(**kind, CONTROL | USER_DEFINED))
         .map(|(id, (content, kind))| {
-            json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": *kind == CONTROL})
+            json!({
+                "id": id,
+                "content": content,
+                "single_word": false,
+                "lstrip": false,
+                "rstrip": false,
+                "normalized": false,
+                "special": *kind == CONTROL,
+            })
         })
         .collect();
     let vocab: serde_json::Map<String, Value> =
@@ -80,8 +90,16 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
         "post_processor": post_processor,
         "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
         "model": {
-            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": false,
-            "byte_fallback": false, "ignore_merges": pipeline.ignore_merges, "vocab": vocab, "merges": merges,
+            "type": "BPE",
+            "dropout": null,
+            "unk_token": null,
+            "continuing_subword_prefix": null,
+            "end_of_word_suffix": null,
+            "fuse_unk": false,
+            "byte_fallback": false,
+            "ignore_merges": pipeline.ignore_merges,
+            "vocab": vocab,
+            "merges": merges,
         },
     });
     let file = serde_json::to_vec(&description).map_err(|e| wrong(&gguf.path, e.to_string()))?;

@@ -31,7 +31,8 @@ fn fields(given: Struct, depth: usize) -> Result<Map<String, Value>, String> {
 fn json(value: prost_types::Value, depth: usize) -> Result<Value, String> {
     if depth == 0 {
         return Err(format!(
-            "has objects and lists that lie more than {MAX_DEPTH} deep in each other: flatten it, or use the field for JSON"
+            "has objects and lists nested more than {MAX_DEPTH} deep: \
+             flatten it, or use the field for JSON"
         ));
     }
     Ok(match value.kind {
