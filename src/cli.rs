@@ -91,7 +91,7 @@ fn decode(path: &std::path::Path) -> ExitCode {
     let _ = std::fs::write("/proc/self/oom_score_adj", "1000");
     // Signals to the process group are meant for the server, which then ends this process.
     for ignored in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
-        // SAFETY: no handler is installed.
+        // SAFETY: SIG_IGN installs no handler, so no code of this process runs on a signal.
         unsafe { libc::signal(ignored, libc::SIG_IGN) };
     }
     match apart::decode(path, std::io::stdout().lock()) {

@@ -179,8 +179,19 @@ pub fn job(j: &pb::TrainingJob) -> Value {
 /// Renders a dataset as JSON.
 pub fn dataset(d: &pb::Dataset) -> Value {
     let r = d.report.clone().unwrap_or_default();
-    let issues: Vec<Value> =
-        r.issues.iter().map(|i| json!({"row": i.row, "id": i.id, "field": i.field, "reason": i.reason, "message": i.message})).collect();
+    let issues: Vec<Value> = r
+        .issues
+        .iter()
+        .map(|i| {
+            json!({
+                "row": i.row,
+                "id": i.id,
+                "field": i.field,
+                "reason": i.reason,
+                "message": i.message,
+            })
+        })
+        .collect();
     json!({
         "name": d.name,
         "display_name": d.display_name,

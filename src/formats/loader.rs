@@ -12,7 +12,7 @@ use crate::domain::names::{BaseName, is_valid_id};
 use crate::model::config::ModelConfig;
 use crate::model::error::{ModelError, last_part};
 
-/// A model whose weights are still on disk.
+/// An opened model. Its weights are still on disk.
 #[derive(Debug)]
 pub struct LoadedModel {
     /// The id in `models/{id}`.

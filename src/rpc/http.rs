@@ -44,7 +44,8 @@ pub async fn serve_http(
         .await
 }
 
-const HELP: &str = "Of the last logged step of a job that runs in this process; gone when it ends.";
+const HELP: &str =
+    "Value at the last logged step of a job that runs in this process; removed when the job ends.";
 
 /// Renders the gauges of the current runs. They are not in the metrics recorder, because it would
 /// report the last value of every ended job for ever.

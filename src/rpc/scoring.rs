@@ -222,12 +222,20 @@ async fn follow(
                         Err(e) => drop(tasks.spawn(async move { (id, Err(e)) })),
                     }
                 }
-                Some(_) => return Err(incomplete("after the options every message of a scoring stream must be a pair")),
+                Some(_) => {
+                    return Err(incomplete(
+                        "after the options every message of a scoring stream must be a pair",
+                    ));
+                }
                 None => open = false,
             },
             Some(done) = tasks.join_next() => {
-                let (id, scored) = done.map_err(|e| status(ServiceError::internal(format!("a scoring task failed: {e}"))))?;
-                let policy_version = scored.as_ref().map_or_else(|_| session.policy_version(), |s| s.policy_version.clone());
+                let (id, scored) = done.map_err(|e| {
+                    status(ServiceError::internal(format!("a scoring task failed: {e}")))
+                })?;
+                let policy_version = scored
+                    .as_ref()
+                    .map_or_else(|_| session.policy_version(), |s| s.policy_version.clone());
                 let answer = pb::StreamScorePairsResponse {
                     result: Some(pair_result(id, scored, per_token)),
                     policy_version,

@@ -16,6 +16,11 @@ const USER_DEFINED: i32 = 4;
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// Reads the tokenizer and chat templates from the metadata.
+///
+/// # Errors
+/// Returns an error that names the file and the key if the tokenizer is of another kind, or if a
+/// key is missing or malformed.
 pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
     let model = gguf.string("tokenizer.ggml.model")?.unwrap_or("none");
     if model != "gpt2" {
@@ -151,7 +156,14 @@ struct Pipeline {
 /// Returns the normalizer and pre-tokenizer for llama.cpp's name of a pre-tokenizer, as in the
 /// tokenizer.json files of the models it was named for.
 fn pipeline(pre: &str) -> Option<Pipeline> {
-    let byte_level = |regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex});
+    let byte_level = |regex: bool| {
+        json!({
+            "type": "ByteLevel",
+            "add_prefix_space": false,
+            "trim_offsets": true,
+            "use_regex": regex,
+        })
+    };
     let split = |pattern: &str| {
         json!({"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false}, byte_level(false)]})

@@ -46,6 +46,11 @@ pub fn is_extra_template(file: &str) -> bool {
     })
 }
 
+/// Reads the tokenizer, its special tokens and the chat templates of a folder.
+///
+/// # Errors
+/// Returns an error that names the file if tokenizer.json is missing, or if a file cannot be read
+/// or is malformed.
 pub(in crate::formats) fn read(folder: &Path) -> Result<Parts, ModelError> {
     let mut files = Vec::new();
     let mut take = |name: &str| -> Result<Option<Vec<u8>>, ModelError> {
@@ -171,7 +176,12 @@ fn as_class(tokenizer: &[u8], config: &Value, model_type: Option<&str>) -> Optio
     if adds_space {
         decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
     }
-    let pre_tokenizer = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": prepend_scheme, "split": false});
+    let pre_tokenizer = json!({
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": prepend_scheme,
+        "split": false,
+    });
     let parts = file.as_object_mut()?;
     parts.insert("normalizer".to_owned(), Value::Null);
     parts.insert("pre_tokenizer".to_owned(), pre_tokenizer);

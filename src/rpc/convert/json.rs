@@ -121,8 +121,8 @@ pub(in crate::rpc) fn kwargs_fields(kwargs: Map<String, Value>) -> (Option<Struc
     }
 }
 
-/// Reads the variables that a chat template sees besides the messages. `place` is the path of the
-/// message that holds the fields, e.g. `options`, for error messages.
+/// Reads the tools and variables for a chat template. `place` is the path of the message that holds
+/// the fields, e.g. `options`, for error messages.
 pub(in crate::rpc) fn arguments(
     place: &str,
     tools: Vec<Struct>,
