@@ -301,8 +301,7 @@ impl Client {
     /// continues after the last event. Returns the sequence of the last event.
     ///
     /// # Errors
-    /// Returns an error if the server refuses the call, or after 30 reconnects
-    /// without an event.
+    /// Returns an error if the server refuses the call, or after 30 reconnects without an event.
     pub async fn follow(
         &self,
         job: &str,

@@ -184,7 +184,7 @@ mod tests {
         assert_eq!(connections.lock().len(), 1);
         connections.close_idle(Duration::ZERO);
         assert!(!busy.activity.close.is_cancelled());
-        // When its call ends, the connection is idle.
+        // The connection becomes idle when its call ends.
         drop(call);
         connections.close_idle(MAX_IDLE);
         assert!(!busy.activity.close.is_cancelled());
