@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
 
-/// The CUDA kernels; `all.cu` includes them all.
+/// Folder of the CUDA kernels. Its `all.cu` includes them all.
 const KERNELS: &str = "src/compute/cuda/kernels";
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
     let files = ["training", "dataset", "checkpoint", "scoring", "model"]
         .map(|f| format!("bradley/v1/{f}.proto"));
-    // Error details, so that clients by reflection can read them.
+    // Includes the types of error details, so that clients that use reflection can decode them.
     let files = files.into_iter().chain(["google/rpc/error_details.proto".to_owned()]);
     let descriptors = protox::compile(files, ["proto"])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
@@ -27,8 +27,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Compiles the CUDA kernels to PTX, which drivers compile for their GPUs: compute capability 8.0
-/// and newer.
+/// Compiles the CUDA kernels to PTX for compute capability 8.0 and newer. The driver compiles PTX
+/// for its GPU.
 fn compile_kernels(ptx: &Path) -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed={KERNELS}");
     for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH"] {
@@ -45,7 +45,11 @@ fn compile_kernels(ptx: &Path) -> Result<(), Box<dyn std::error::Error>> {
         .args([ptx, &Path::new(KERNELS).join("all.cu")])
         .status()
         .map_err(|e| {
-            format!("the feature cuda needs NVIDIA's compiler, and {} did not start: {e}; set NVCC or CUDA_HOME", nvcc.display())
+            format!(
+                "the feature cuda needs NVIDIA's compiler, and {} did not start: {e}; \
+                 set NVCC or CUDA_HOME",
+                nvcc.display()
+            )
         })?;
     if status.success() {
         Ok(())

@@ -1,6 +1,6 @@
-//! The kernels at SmolLM2's and at larger shapes; items are floating-point operations, so that
-//! items/s are FLOP/s. `peak` is the machine's own best: a product whose operands stay in the
-//! nearest cache. `cargo bench --bench kernels`.
+//! Benchmarks of the CPU kernels at SmolLM2's and at larger shapes: `cargo bench --bench kernels`.
+//! Items are floating-point operations, so items/s means FLOP/s. `peak` approximates the machine's
+//! maximum: a GEMM with operands that stay in a core's own cache.
 
 #![allow(clippy::print_stdout)]
 
@@ -38,7 +38,7 @@ fn values(n: usize) -> Vec<f32> {
     (0..n).map(|i| ((i * 7919) % 1000) as f32 / 1000.0 - 0.5).collect()
 }
 
-/// Small products, over and over, on every thread at once.
+/// Repeats a small GEMM on every thread at the same time.
 #[divan::bench(args = PRECISIONS)]
 fn peak(bencher: Bencher, precision: &str) {
     let kernel = kernel(precision);
@@ -86,19 +86,19 @@ fn gate_forward_64x576x1536(bencher: Bencher, precision: &str) {
     product(bencher, precision, 64, 576, 1536, false);
 }
 
-/// The gradient of an adapter's A or B: a low rank of rows, summed over tokens.
+/// Gradient of an adapter's A or B: a GEMM with few rows (the rank) that sums over tokens.
 #[divan::bench(args = PRECISIONS)]
 fn adapter_gradient_16x550x1536(bencher: Bencher, precision: &str) {
     product(bencher, precision, 16, 550, 1536, true);
 }
 
-/// A block of a 1.7B model (SmolLM2-1.7B: C 2048, F 8192).
+/// GEMM at the size of a 1.7B model's block (SmolLM2-1.7B: C 2048, F 8192).
 #[divan::bench(args = PRECISIONS)]
 fn gate_forward_550x2048x8192(bencher: Bencher, precision: &str) {
     product(bencher, precision, 550, 2048, 8192, false);
 }
 
-/// Logits, log-softmax and the gradient for 390 completion tokens.
+/// Logits, log-softmax and gradient for 390 completion tokens.
 #[divan::bench(args = PRECISIONS)]
 fn head_390x576x49152(bencher: Bencher, precision: &str) {
     let (n, c, v) = (390, 576, 49152);

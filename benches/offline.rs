@@ -1,9 +1,10 @@
-//! The engine without the service, one side of `benches/compare.py`: reads a line per round from
-//! stdin, does the round, prints its figures as JSON.
+//! Runs the engine without the service, as one side of `benches/compare.py`. It reads one line per
+//! round from stdin, runs the round and prints its measurements as JSON.
 //!
-//! `offline MODEL PAIRS.jsonl train-lora|train-full|score f32|bf16 BATCH [MAX_LENGTH
-//! [ROW_TOKENS]]`; a line is `FROM TO` (pairs of the file, or `FROM TO warm` to keep the reference
-//! cache of the round before). BRADLEY_BENCH_DEVICE: where to compute, `cuda:0` say.
+//! Arguments: `offline MODEL PAIRS.jsonl train-lora|train-full|score f32|bf16 BATCH [MAX_LENGTH
+//! [ROW_TOKENS]]`. A line is `FROM TO`, a range of pairs of the file, or `FROM TO warm` to reuse
+//! the reference cache of the previous round. The variable BRADLEY_BENCH_DEVICE selects the device,
+//! e.g. `cuda:0`; the default is `cpu`.
 
 #![allow(clippy::print_stdout)]
 
@@ -36,7 +37,7 @@ fn main() -> anyhow::Result<()> {
     bradley::cli::tune_allocator();
     let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let [model, pairs, mode, precision, batch, rest @ ..] = args.as_slice() else {
-        // `cargo bench` starts every bench without arguments: there is nothing to measure then.
+        // `cargo bench` starts every benchmark without arguments. This one then does nothing.
         println!("offline: started by benches/compare.py");
         return Ok(());
     };
@@ -95,7 +96,7 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The most memory that was ever in use: the GPU's own, or what this process had resident (VmHWM).
+/// Returns the peak memory in bytes: that of the GPU, or this process's resident memory (VmHWM).
 fn peak_bytes(policy: &Policy) -> u64 {
     if let Some(bytes) = policy.device.peak_memory() {
         return bytes;
@@ -105,7 +106,7 @@ fn peak_bytes(policy: &Policy) -> u64 {
     line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()).unwrap_or_default() * 1024
 }
 
-/// Rank 16 on all linear layers.
+/// LoRA of rank 16 on all linear layers.
 fn lora() -> LoraConfig {
     LoraConfig {
         rank: 16,
@@ -153,8 +154,8 @@ fn score(base: &Policy, pairs: &[EncodedPair], cache: &ReferenceCache) -> anyhow
     Ok(start.elapsed().as_secs_f64())
 }
 
-/// Trains the pairs in their order. Seconds of the whole run, and of its first step, in which a
-/// fresh process touches its memory for the first time.
+/// Trains on the pairs in their order. Returns the seconds of the whole run and of its first step,
+/// in which a fresh process touches its memory for the first time.
 fn train(
     base: &Policy,
     pairs: &[EncodedPair],
@@ -186,7 +187,7 @@ fn train(
     let (start, total) = (Instant::now(), trainer.total_steps());
     let mut host = Host { cache, pause: &mut || {}, emit: &mut |_| {} };
     let mut first_step = None;
-    // The last checkpoint is not part of the figure: TRL's is not either.
+    // The final checkpoint is not part of the measurement, as for TRL.
     while trainer.step() < total && trainer.advance(&mut host)? == Status::Working {
         if trainer.step() == 1 {
             first_step.get_or_insert_with(|| start.elapsed().as_secs_f64());
@@ -196,7 +197,8 @@ fn train(
     Ok((seconds, first_step.unwrap_or(seconds)))
 }
 
-/// Seconds a token of scoring one row, by its length: what grows is attention.
+/// Measures the seconds per token of scoring one row, by the row's length. Only the cost of
+/// attention grows with the length.
 fn lengths(base: &Policy, pairs: &[EncodedPair]) -> anyhow::Result<()> {
     let text: Vec<u32> =
         pairs.iter().flat_map(|p| p.prompt.iter().chain(&p.chosen).copied()).collect();
@@ -221,18 +223,18 @@ fn lengths(base: &Policy, pairs: &[EncodedPair]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Multiplications and additions of the matrix products that the round needs at least, in 10⁹:
-/// packed tokens, heads on completions only. The policy and the reference go forward, a training
-/// round also goes back.
+/// Counts the minimum multiplications and additions of the round's GEMMs, in 10⁹: packed tokens,
+/// and the head on completions only. Policy and reference run a forward pass; a training round also
+/// runs a backward pass.
 fn gflop(base: &Policy, pairs: &[EncodedPair], mode: &str) -> f64 {
     let spec = &base.config.spec;
     let head = (spec.vocab_size * spec.hidden_size) as f64;
-    // The embedding is looked up; a head of its own is the product that is counted beside.
+    // The embedding is a lookup, not a GEMM. An untied head is counted separately.
     let linear = base.config.parameter_count() as f64
         - if spec.tie_word_embeddings { head } else { 2.0 * head };
     let heads =
         spec.blocks.iter().map(|block| block.attention().query_width()).sum::<usize>() as f64;
-    // Passes over the blocks, over the head and over attention, in forward passes.
+    // Cost of the blocks, the head and attention, in units of one forward pass.
     let (blocks, heads_passes, attention) = match mode {
         "train-lora" => (3.0, 3.0, 4.5),
         "train-full" => (4.0, 4.0, 4.5),
@@ -249,7 +251,7 @@ fn gflop(base: &Policy, pairs: &[EncodedPair], mode: &str) -> f64 {
     pairs.iter().map(of).sum::<f64>() / 1e9
 }
 
-/// The memory estimate, resident weights included; 0 for scoring.
+/// Returns the memory estimate in bytes, including resident weights; 0 for scoring.
 fn estimated(base: &Policy, pairs: &[EncodedPair], mode: &str, spec: &TrainingSpec) -> u64 {
     if mode == "score" {
         return 0;

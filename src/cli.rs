@@ -1,4 +1,4 @@
-//! The command line: arguments, settings, output.
+//! The command line: parses arguments and settings, runs commands and prints results.
 
 mod args;
 mod demo;
@@ -26,13 +26,13 @@ use self::settings::{Settings, Sources};
 use crate::telemetry::metrics;
 use crate::train::rows::apart;
 
-/// How long the last spans may take to be sent.
-const TRACES: Duration = Duration::from_secs(3);
+/// Time limit for sending the last spans when the process ends.
+const TRACE_FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Parses the arguments and runs the command.
 pub fn main() -> ExitCode {
     tune_allocator();
-    // The one TLS stack's cryptography; it fails only if something chose before.
+    // Selects the cryptography for TLS. It fails only if one is already selected.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let cli = Cli::parse();
     if let Command::Decode { path } = &cli.command {
@@ -47,7 +47,7 @@ pub fn main() -> ExitCode {
         }
     };
     let outcome = runtime.block_on(run(cli));
-    // A blocking task that hangs (a download, say) must not keep the process.
+    // A blocking task that hangs, e.g. a download, must not delay the exit.
     runtime.shutdown_timeout(Duration::from_secs(1));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -78,20 +78,20 @@ async fn run(cli: Cli) -> Outcome {
     }
 }
 
-/// Decodes a stranger's file for the server that started this process, within limits that bind
-/// before the first byte is read.
+/// Decodes an untrusted file for the server that started this process. Limits on memory and CPU
+/// time are set before the first byte is read.
 fn decode(path: &std::path::Path) -> ExitCode {
     let bytes = std::fs::metadata(path).map_or(0, |m| m.len());
     limit(libc::RLIMIT_AS, apart::MEMORY, apart::MEMORY);
-    // SIGXCPU first, which tells it from a kill.
+    // The soft limit sends SIGXCPU, which the server can tell from a kill.
     limit(libc::RLIMIT_CPU, apart::seconds(bytes), apart::seconds(bytes) + 5);
     limit(libc::RLIMIT_CORE, 0, 0);
-    // Should memory run out, this process goes, not the server; it may fail where /proc is not
-    // writable.
+    // If memory runs out, the kernel should kill this process, not the server. The write may fail
+    // where /proc is not writable.
     let _ = std::fs::write("/proc/self/oom_score_adj", "1000");
-    // Signals to the process group are the server's: it ends this process.
+    // Signals to the process group are meant for the server, which then ends this process.
     for ignored in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
-        // SAFETY: no handler is installed.
+        // SAFETY: SIG_IGN installs no handler, so no code of this process runs on a signal.
         unsafe { libc::signal(ignored, libc::SIG_IGN) };
     }
     match apart::decode(path, std::io::stdout().lock()) {
@@ -130,20 +130,23 @@ async fn serve_command(args: ServeArgs) -> Outcome {
     let metrics = metrics::install().map_err(|e| Failure::Failed(format!("metrics: {e}")))?;
     let served = serve::run(settings, metrics).await;
     if let Some(traces) = traces {
-        // What is left is sent; a collector that does not answer is not waited for.
-        let _ = tokio::task::spawn_blocking(move || traces.shutdown_with_timeout(TRACES)).await;
+        // Sends the remaining spans. The timeout limits the wait for a collector that does not
+        // answer.
+        let _ =
+            tokio::task::spawn_blocking(move || traces.shutdown_with_timeout(TRACE_FLUSH_TIMEOUT))
+                .await;
     }
     match served? {
         serve::Ended::AtRest => Ok(()),
         serve::Ended::AtWork(result) => {
             let code = result.map_or_else(|e| report(e.into()), |()| 0);
-            // SAFETY: ends the process, without exit handlers.
+            // SAFETY: `_exit` has no preconditions. It ends the process without exit handlers.
             unsafe { libc::_exit(code.into()) }
         }
     }
 }
 
-/// Tells of a failure; returns its exit code.
+/// Prints a failure and returns its exit code.
 #[allow(clippy::print_stderr)]
 fn report(failure: Failure) -> u8 {
     let (message, code) = match failure {
@@ -155,8 +158,9 @@ fn report(failure: Failure) -> u8 {
     code
 }
 
-/// Large activations come and go at every step; without this glibc maps and unmaps them each time,
-/// and the page faults cost more than the work.
+/// Makes glibc reuse memory instead of returning it. Large activations are allocated and freed at
+/// every step. By default glibc maps and unmaps them each time, and the page faults cost more than
+/// the computation.
 pub fn tune_allocator() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: mallopt only sets glibc parameters, before any other thread exists.

@@ -1,4 +1,4 @@
-//! Files and their formats: configurations, weights, tokenizers and adapters, read and written.
+//! File formats: reads and writes configurations, weights, tokenizers and adapters.
 
 pub mod chat_template;
 pub mod export;

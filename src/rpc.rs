@@ -1,4 +1,5 @@
-//! gRPC: proto ↔ domain, status mapping, one file per service.
+//! The gRPC API: one file per service, conversion between protobuf and domain types, and mapping of
+//! errors to statuses.
 //!
 //! **Only this layer knows protobuf, and only `status.rs` makes a gRPC status.**
 
@@ -35,39 +36,39 @@ use self::pb::scoring_service_server::ScoringServiceServer;
 use self::pb::training_service_server::TrainingServiceServer;
 use crate::service::Service;
 
-/// Streams that may be open on one connection.
+/// Maximum number of open HTTP/2 streams per connection.
 const MAX_STREAMS: u32 = 1024;
-/// What open calls get at least to hear that the server is going.
-const LAST_WORDS: Duration = Duration::from_secs(1);
-/// HTTP/2 pings find out that a client's machine is gone.
-const KEEPALIVE: Duration = Duration::from_secs(30);
-/// How long the answer to a ping may take.
+/// Minimum time that open calls get to receive their final status in a shutdown.
+const MIN_FINAL_GRACE: Duration = Duration::from_secs(1);
+/// Interval of HTTP/2 pings, which detect that a client's machine is gone.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+/// Time limit for the answer to a ping.
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Bytes of a call's headers.
+/// Maximum size of a call's headers, in bytes.
 const MAX_HEADERS: u32 = 16 << 10;
-/// What calls on a connection that has become too old get to end; event streams go on elsewhere
-/// from their last sequence.
+/// Time that open calls get to finish on a connection past its maximum age. Event streams resume on
+/// another connection from their last sequence.
 const AGE_GRACE: Duration = Duration::from_secs(60);
 
 /// Limits of the gRPC port.
 #[derive(Clone, Debug)]
 pub struct ServeOptions {
-    /// The largest message taken from a client.
+    /// Maximum size of a client's message, in bytes.
     pub max_message_bytes: usize,
-    /// How long open calls may go on after a drain began.
+    /// Time that open calls may continue after a drain began.
     pub drain_timeout: Duration,
-    /// Encryption, and whether clients need certificates.
+    /// TLS settings, including the CA of client certificates if these are required.
     pub tls: Option<Tls>,
-    /// Whether callers need a bearer token.
+    /// True if callers need a bearer token.
     pub tokens: bool,
-    /// Connections that may be open; beyond them the idlest is closed.
+    /// Maximum number of open connections. When it is reached, the longest idle one is closed.
     pub max_connections: usize,
-    /// When a connection is closed so that its client spreads over the replicas anew; `None` is
-    /// never.
+    /// Age at which a connection is closed, so that its client is balanced over the replicas again.
+    /// `None` means never.
     pub max_connection_age: Option<Duration>,
 }
 
-/// Why the server could not serve.
+/// The reason why serving failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// The transport failed.
@@ -78,9 +79,12 @@ pub enum ServeError {
     Reflection(#[from] tonic_reflection::server::Error),
 }
 
-/// Serves every service on `listener` until `shutdown`; then health says NOT_SERVING, new work is
-/// refused, the running job is put back in the queue with a checkpoint, and open calls end, all
-/// within the drain timeout.
+/// Serves all gRPC services on `listener` until `shutdown`, then drains: health says NOT_SERVING,
+/// new work is refused, running jobs write a checkpoint and are requeued, and open calls end. All
+/// of this happens within the drain timeout.
+///
+/// # Errors
+/// Returns an error if the transport fails or reflection cannot be set up.
 pub async fn serve(
     listener: TcpListener,
     service: Service,
@@ -107,7 +111,7 @@ pub async fn serve(
     .send_compressed(CompressionEncoding::Gzip);
     let models = ModelServiceServer::new(model::Models(service.server.clone()))
         .max_decoding_message_size(max);
-    for name in names() {
+    for name in service_names() {
         health.set_service_status(name, tonic_health::ServingStatus::Serving).await;
     }
 
@@ -117,7 +121,7 @@ pub async fn serve(
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     let mut builder = Server::builder()
-        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .http2_max_header_list_size(MAX_HEADERS)
         .max_concurrent_streams(MAX_STREAMS);
@@ -152,16 +156,16 @@ pub async fn serve(
     }
     tracing::info!("draining");
     let began = Instant::now();
-    for name in names() {
+    for name in service_names() {
         health.set_service_status(name, tonic_health::ServingStatus::NotServing).await;
     }
-    // Calls still run while the service drains: the event streams end with it.
+    // Calls continue while the service drains. Event streams end when it has drained.
     tokio::select! {
         () = service.server.drain() => {}
         result = &mut server => return Ok(result?),
     }
     stop.send_replace(true);
-    let left = options.drain_timeout.saturating_sub(began.elapsed()).max(LAST_WORDS);
+    let left = options.drain_timeout.saturating_sub(began.elapsed()).max(MIN_FINAL_GRACE);
     match tokio::time::timeout(left, server).await {
         Ok(result) => result?,
         Err(_) => tracing::warn!("open calls did not end in time: their connections are closed"),
@@ -170,8 +174,8 @@ pub async fn serve(
     Ok(())
 }
 
-/// The services whose health is reported; the empty name is the whole server.
-fn names() -> [&'static str; 6] {
+/// Names of the services that report their health. The empty name stands for the whole server.
+fn service_names() -> [&'static str; 6] {
     [
         "",
         "bradley.v1.TrainingService",

@@ -14,22 +14,24 @@ use crate::train::rows::apart::DECODE;
 #[derive(Debug, Parser)]
 #[command(name = "bradley", version, arg_required_else_help = true, after_help = EXIT_CODES)]
 pub struct Cli {
-    /// What to do.
+    /// The command to run.
     #[command(subcommand)]
     pub command: Command,
-    /// How results are printed.
+    /// Format of the results.
     #[arg(long, global = true, value_enum, default_value_t = Output::Table, env = "BRADLEY_OUTPUT")]
     pub output: Output,
 }
 
-const EXIT_CODES: &str = "Exit codes: 0 success, 1 failure (a job failed or was cancelled, a file or the server failed), 2 wrong arguments or settings, 3 no server reached.";
+const EXIT_CODES: &str = "Exit codes: 0 success, 1 failure (a job failed or was cancelled, \
+                          a file or the server failed), 2 wrong arguments or settings, \
+                          3 no server reached.";
 
 /// Table for people, JSON for programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Output {
     /// Columns.
     Table,
-    /// One JSON document, or one a line for streams.
+    /// One JSON document, or for streams one document per line.
     Json,
 }
 
@@ -42,20 +44,20 @@ pub enum Command {
     Demo(DemoArgs),
     /// Upload a preference set and submit a training job.
     Train(Box<TrainArgs>),
-    /// Look at, change, pause, resume, cancel and delete training jobs.
+    /// Show, change, pause, resume, cancel and delete training jobs.
     #[command(subcommand)]
     Jobs(JobsCommand),
     /// Follow a job's events until it ends.
     Watch(WatchArgs),
     /// Score the pairs of a JSONL or Parquet file.
     Score(ScoreArgs),
-    /// Upload, look at and delete datasets.
+    /// Upload, show and delete datasets.
     #[command(subcommand)]
     Datasets(DatasetsCommand),
-    /// Look at, download, export and delete checkpoints.
+    /// Show, download, export and delete checkpoints.
     #[command(subcommand)]
     Checkpoints(CheckpointsCommand),
-    /// Look at the server's base models.
+    /// Show the server's base models.
     #[command(subcommand)]
     Models(ModelsCommand),
     /// Ask a server whether it is serving; for container health checks.
@@ -63,7 +65,8 @@ pub enum Command {
     /// Make, list and revoke bearer tokens, in the server's database.
     #[command(subcommand)]
     Tokens(TokensCommand),
-    /// What a server starts to decode a stranger's Parquet file.
+    /// Decodes an uploaded Parquet file. The server starts this command in a process of its own,
+    /// because the file is not trusted.
     #[command(hide = true, name = DECODE)]
     Decode {
         /// The file.
@@ -76,16 +79,16 @@ pub enum Command {
 pub enum TokensCommand {
     /// Make a token and print it: it cannot be shown again.
     Create {
-        /// Whose jobs and datasets it is for; tokens of one owner share them.
+        /// Owner of the jobs and datasets made with this token; tokens of one owner share them.
         #[arg(long)]
         owner: String,
-        /// What it allows, separated by commas: submit, score, admin.
+        /// Roles of the token, separated by commas: submit, score, admin.
         #[arg(long, value_delimiter = ',', default_value = "submit,score")]
         roles: Vec<String>,
-        /// Days until it ends; without this it does not.
+        /// Days until the token expires. Default: never.
         #[arg(long)]
         days: Option<u32>,
-        /// Where the database is.
+        /// The server's database.
         #[command(flatten)]
         database: DatabaseArgs,
     },
@@ -95,13 +98,13 @@ pub enum TokensCommand {
     Revoke {
         /// Its id, as listed.
         id: String,
-        /// Where the database is.
+        /// The server's database.
         #[command(flatten)]
         database: DatabaseArgs,
     },
 }
 
-/// Where a server's database is.
+/// Location of a server's database.
 #[derive(Debug, Args)]
 pub struct DatabaseArgs {
     /// The server's data directory.
@@ -117,7 +120,7 @@ pub struct DatabaseArgs {
 pub struct ServeArgs {
     /// A TOML file with settings.
     pub config: Option<PathBuf>,
-    /// By setting name.
+    /// Values of the flags, by setting name.
     pub flags: BTreeMap<String, String>,
 }
 
@@ -163,7 +166,7 @@ impl Args for ServeArgs {
     }
 }
 
-/// Where the server is.
+/// Address and credentials of the server.
 #[derive(Clone, Debug, Args)]
 pub struct ServerArgs {
     /// The server's address: http://HOST:PORT, or https://HOST:PORT with TLS.
@@ -184,7 +187,7 @@ pub struct ServerArgs {
 }
 
 impl ServerArgs {
-    /// As the client takes it.
+    /// Converts the arguments to the client's target.
     pub fn target(&self) -> Target {
         Target {
             address: self.server.clone(),
@@ -204,10 +207,10 @@ pub struct DemoArgs {
     /// Passes over the training pairs.
     #[arg(long, default_value_t = 2.0)]
     pub epochs: f64,
-    /// What matrix products are computed in: f32 or bf16.
+    /// Precision of matrix multiplications: f32 or bf16.
     #[arg(long, default_value = "f32")]
     pub precision: String,
-    /// Where to compute: cpu, cuda:N, or several with commas between, or auto (every GPU, else
+    /// Devices to compute on: cpu, cuda:N, several separated by commas, or auto (every GPU, else
     /// cpu).
     #[arg(long, default_value = "cpu")]
     pub device: String,
@@ -219,7 +222,7 @@ pub struct DemoArgs {
 /// Arguments of `train`.
 #[derive(Debug, Args)]
 pub struct TrainArgs {
-    /// Where the server is.
+    /// The server to connect to.
     #[command(flatten)]
     pub server: ServerArgs,
     /// Preference pairs to upload: JSONL or Parquet.
@@ -244,10 +247,10 @@ pub struct TrainArgs {
     /// A title.
     #[arg(long, default_value = "")]
     pub name: String,
-    /// Higher goes first, and a running job of a lower one makes room.
+    /// Priority of the job: higher goes first, and preempts a running job of a lower one.
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     pub priority: i32,
-    /// Days that the job, its events and its checkpoints are kept after its end; without this until
+    /// Days that the job, its events and its checkpoints are stored after its end. Default: until
     /// it is deleted.
     #[arg(long, value_name = "DAYS")]
     pub ttl_days: Option<u32>,
@@ -309,7 +312,7 @@ pub struct TrainArgs {
     /// Seed.
     #[arg(long)]
     pub seed: Option<u64>,
-    /// What matrix products are computed in, f32 or bf16; the server's own without it.
+    /// Precision of matrix multiplications, f32 or bf16. Default: the server's precision.
     #[arg(long)]
     pub precision: Option<String>,
     /// Leave out rows that fail validation instead of refusing the job.
@@ -326,7 +329,7 @@ pub struct TrainArgs {
 /// Arguments of `watch`.
 #[derive(Debug, Args)]
 pub struct WatchArgs {
-    /// Where the server is.
+    /// The server to connect to.
     #[command(flatten)]
     pub server: ServerArgs,
     /// The job: trainingJobs/ID or ID.
@@ -339,7 +342,7 @@ pub struct WatchArgs {
 /// Arguments of `score`.
 #[derive(Debug, Args)]
 pub struct ScoreArgs {
-    /// Where the server is.
+    /// The server to connect to.
     #[command(flatten)]
     pub server: ServerArgs,
     /// Pairs: prompt, chosen (a) and rejected (b), as JSONL or Parquet.
@@ -364,8 +367,8 @@ pub struct ScoreArgs {
     /// A file with a JSON array of tools, for rows without tools of their own.
     #[arg(long, value_name = "FILE")]
     pub tools: Option<PathBuf>,
-    /// How rewards add up an answer's tokens: as the job trained them, by their sum, or by their
-    /// mean.
+    /// Aggregation of an answer's tokens into its reward: as the job trained it, their sum, or
+    /// their mean.
     #[arg(long, default_value = "as_trained", value_parser = ["as_trained", "sum", "mean"])]
     pub normalization: String,
 }
@@ -381,7 +384,7 @@ pub enum JobsCommand {
     Update(UpdateArgs),
     /// Stop a job for now; it writes a checkpoint first.
     Pause(NamedArgs),
-    /// Let a paused job go on.
+    /// Resume a paused job.
     Resume(NamedArgs),
     /// Stop a job for good.
     Cancel(NamedArgs),
@@ -453,7 +456,7 @@ pub enum ModelsCommand {
 /// A resource on a server.
 #[derive(Debug, Args)]
 pub struct NamedArgs {
-    /// Where the server is.
+    /// The server to connect to.
     #[command(flatten)]
     pub server: ServerArgs,
     /// Its name; the collection's prefix may be left out.
@@ -463,7 +466,7 @@ pub struct NamedArgs {
 /// Arguments of `datasets upload`.
 #[derive(Debug, Args)]
 pub struct UploadArgs {
-    /// Where the server is.
+    /// The server to connect to.
     #[command(flatten)]
     pub server: ServerArgs,
     /// The file.
@@ -474,12 +477,12 @@ pub struct UploadArgs {
     /// models/ID: also check lengths with its tokenizer.
     #[arg(long, default_value = "")]
     pub model: String,
-    /// The limit they are checked against.
+    /// Maximum length in tokens that the rows are checked against.
     #[arg(long, default_value_t = 1024)]
     pub max_length: u32,
 }
 
-/// What an export holds.
+/// Contents of an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
     /// adapter for LoRA jobs, merged for full fine-tunes.
@@ -496,7 +499,7 @@ pub struct ExportArgs {
     /// The checkpoint.
     #[command(flatten)]
     pub named: NamedArgs,
-    /// What to export.
+    /// Contents of the export.
     #[arg(long, value_enum, default_value_t = Format::Auto)]
     pub format: Format,
     /// f32, bf16 or f16 for merged weights; default: what the base model is stored in.
@@ -510,7 +513,7 @@ pub struct DownloadArgs {
     /// The checkpoint.
     #[command(flatten)]
     pub named: NamedArgs,
-    /// What to download.
+    /// Contents of the download.
     #[arg(long, value_enum, default_value_t = Format::Auto)]
     pub format: Format,
     /// f32, bf16 or f16 for merged weights; default: what the base model is stored in.

@@ -1,4 +1,4 @@
-//! `bradley demo`: the whole product on a real model, over a real loopback connection.
+//! `bradley demo`: serves, trains and scores a real model over a loopback connection.
 
 mod model;
 
@@ -22,7 +22,7 @@ use crate::rpc::client::Client;
 use crate::rpc::client::Target;
 use crate::rpc::pb::{self, training_event::Event};
 
-/// 124 pairs, a direct answer over a padded one, a quarter of them held out.
+/// 124 pairs that prefer a direct answer to a padded one. A quarter of them is held out.
 const PAIRS: &str = include_str!("demo/pairs.jsonl");
 const MODEL_ID: &str = "demo";
 
@@ -181,7 +181,8 @@ impl DemoServer {
         let own = Sources {
             flags: flags.into_iter().map(|(k, v)| (k.to_owned(), v)).collect(),
             file: None,
-            // The hub's variables count, a deployment's BRADLEY_* do not belong to the demo.
+            // The hub's variables apply. A deployment's BRADLEY_* variables do not apply to the
+            // demo.
             environment: sources
                 .environment
                 .iter()
@@ -203,7 +204,8 @@ impl DemoServer {
         Ok(DemoServer { address, stop, task })
     }
 
-    /// Connects when the models are loaded: the port is open from the start, the answers come then.
+    /// Connects and waits until the server answers. Its port is open from the start, but it answers
+    /// only when the models are loaded.
     async fn client(&self) -> Result<Client, Failure> {
         let client = connect(&Target::plain(&self.address)).await?;
         for _ in 0..1200 {
@@ -267,7 +269,7 @@ async fn score_held_out(
     Ok(Summary::of(&score::score(client, options, rows).await?.results))
 }
 
-/// The process's peak resident memory, where the system tells.
+/// Returns the process's peak resident memory in MiB, if the system reports it.
 fn peak_memory_mib() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;

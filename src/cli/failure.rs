@@ -1,8 +1,8 @@
-//! How a command ends.
+//! Reasons for which a command fails, with their exit codes.
 
 use crate::rpc::client::{ClientError, Status};
 
-/// How a command ended; see the exit codes in `--help`.
+/// The reason why a command failed. `--help` lists the exit codes.
 #[derive(Debug)]
 pub(super) enum Failure {
     /// Exit code 1.

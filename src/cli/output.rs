@@ -1,4 +1,4 @@
-//! What the commands print: tables for people, JSON for programs.
+//! Output of the commands: tables for people, JSON for programs.
 #![allow(clippy::print_stdout)]
 
 use comfy_table::{Table, presets};
@@ -11,8 +11,8 @@ use crate::rpc::pb;
 
 /// Fields of resources that hold hashes of content.
 const HASHES: [&str; 3] = ["identity", "pins", "base"];
-/// Digits of a hash in a table.
-const SHORT: usize = 12;
+/// Number of a hash's digits in a table.
+const HASH_DIGITS: usize = 12;
 
 /// Prints a line on standard output.
 pub fn line(text: &str) {
@@ -29,7 +29,7 @@ pub fn json_line(value: &Value) {
     println!("{value}");
 }
 
-/// A table with a header.
+/// Renders a table with a header.
 pub fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::UTF8_BORDERS_ONLY);
@@ -48,7 +48,7 @@ pub fn list(output: Output, header: &[&str], rows: Vec<Vec<String>>, json: Vec<V
     }
 }
 
-/// Prints one resource: name and value a line, or JSON.
+/// Prints one resource: one field per line, or JSON.
 pub fn resource(output: Output, value: &Value) {
     match (output, value) {
         (Output::Table, Value::Object(fields)) => {
@@ -63,8 +63,8 @@ pub fn resource(output: Output, value: &Value) {
     }
 }
 
-/// The rows of a resource's field in a table. Hashes of content have a row each and are shortened;
-/// JSON has them whole.
+/// Returns the table rows of a resource's field. Content hashes get a row each and are shortened;
+/// JSON output has them in full.
 fn cells(field: &str, value: &Value) -> Vec<(String, String)> {
     match value {
         Value::Object(parts) if HASHES.contains(&field) => {
@@ -90,13 +90,18 @@ fn hash_cells(field: &str, value: &Value) -> Vec<(String, String)> {
     }
 }
 
-/// The first 12 digits of a hash, which tell models and datasets apart.
+/// Returns the first 12 digits of a hash, which suffice to distinguish models and datasets.
 pub fn short(hash: &str) -> String {
-    hash.chars().take(SHORT).collect()
+    hash.chars().take(HASH_DIGITS).collect()
 }
 
 fn identity(i: &pb::ModelIdentity) -> Value {
-    json!({"weights": i.weights, "config": i.config, "tokenizer": i.tokenizer, "chat_template": i.chat_template})
+    json!({
+        "weights": i.weights,
+        "config": i.config,
+        "tokenizer": i.tokenizer,
+        "chat_template": i.chat_template,
+    })
 }
 
 fn pins(p: &pb::JobPins) -> Value {
@@ -114,47 +119,91 @@ fn pins(p: &pb::JobPins) -> Value {
     Value::Object(all)
 }
 
-/// What a job would cost.
+/// Renders the estimated cost of a job as JSON.
 pub fn estimate(e: &pb::EstimateTrainingJobResponse) -> Value {
     let seconds = e.duration.as_ref().map_or(0.0, |d| d.seconds as f64 + f64::from(d.nanos) / 1e9);
     json!({
-        "train_pairs": e.train_pairs, "eval_pairs": e.eval_pairs, "skipped_rows": e.skipped_rows, "total_steps": e.total_steps, "tokens": e.tokens,
-        "longest_pair_tokens": e.longest_pair_tokens, "memory_bytes": e.memory_bytes, "memory_limit_bytes": e.memory_limit_bytes, "seconds": seconds,
+        "train_pairs": e.train_pairs,
+        "eval_pairs": e.eval_pairs,
+        "skipped_rows": e.skipped_rows,
+        "total_steps": e.total_steps,
+        "tokens": e.tokens,
+        "longest_pair_tokens": e.longest_pair_tokens,
+        "memory_bytes": e.memory_bytes,
+        "memory_limit_bytes": e.memory_limit_bytes,
+        "seconds": seconds,
     })
 }
 
-/// `2026-11-24T10:00:00Z`.
+/// Formats a time as `2026-11-24T10:00:00Z`.
 pub fn time(t: Option<&Timestamp>) -> String {
     t.and_then(|t| jiff::Timestamp::new(t.seconds, 0).ok())
         .map(|t| t.to_string())
         .unwrap_or_default()
 }
 
-/// The state without its prefix, in lower case.
+/// Returns a state's name without its prefix, in lower case.
 pub fn state(state: i32) -> String {
     let name = pb::JobState::try_from(state).unwrap_or_default().as_str_name();
     name.trim_start_matches("JOB_STATE_").to_lowercase()
 }
 
-/// A job as JSON.
+/// Renders a job as JSON.
 pub fn job(j: &pb::TrainingJob) -> Value {
     let p = j.progress.unwrap_or_default();
     json!({
-        "name": j.name, "display_name": j.display_name, "labels": j.labels, "priority": j.priority, "etag": j.etag, "state": state(j.state), "policy": j.policy, "reference": j.reference, "dataset": j.dataset,
-        "step": p.step, "total_steps": p.total_steps, "epoch": p.epoch, "tokens": p.tokens, "eta_seconds": p.eta_seconds,
-        "metrics": j.latest_metrics, "pins": j.pins.as_ref().map(pins), "error": j.error.as_ref().map(|e| e.message.clone()), "skipped_rows": j.skipped_rows,
-        "create_time": time(j.create_time.as_ref()), "start_time": time(j.start_time.as_ref()), "end_time": time(j.end_time.as_ref()),
+        "name": j.name,
+        "display_name": j.display_name,
+        "labels": j.labels,
+        "priority": j.priority,
+        "etag": j.etag,
+        "state": state(j.state),
+        "policy": j.policy,
+        "reference": j.reference,
+        "dataset": j.dataset,
+        "step": p.step,
+        "total_steps": p.total_steps,
+        "epoch": p.epoch,
+        "tokens": p.tokens,
+        "eta_seconds": p.eta_seconds,
+        "metrics": j.latest_metrics,
+        "pins": j.pins.as_ref().map(pins),
+        "error": j.error.as_ref().map(|e| e.message.clone()),
+        "skipped_rows": j.skipped_rows,
+        "create_time": time(j.create_time.as_ref()),
+        "start_time": time(j.start_time.as_ref()),
+        "end_time": time(j.end_time.as_ref()),
     })
 }
 
-/// A dataset as JSON.
+/// Renders a dataset as JSON.
 pub fn dataset(d: &pb::Dataset) -> Value {
     let r = d.report.clone().unwrap_or_default();
-    let issues: Vec<Value> =
-        r.issues.iter().map(|i| json!({"row": i.row, "id": i.id, "field": i.field, "reason": i.reason, "message": i.message})).collect();
+    let issues: Vec<Value> = r
+        .issues
+        .iter()
+        .map(|i| {
+            json!({
+                "row": i.row,
+                "id": i.id,
+                "field": i.field,
+                "reason": i.reason,
+                "message": i.message,
+            })
+        })
+        .collect();
     json!({
-        "name": d.name, "display_name": d.display_name, "size_bytes": d.size_bytes, "content_hash": d.content_hash, "rows": r.rows,
-        "valid_rows": r.valid_rows, "shapes": r.shapes, "pairs": r.pairs, "findings": r.counts, "issues": issues, "create_time": time(d.create_time.as_ref()),
+        "name": d.name,
+        "display_name": d.display_name,
+        "size_bytes": d.size_bytes,
+        "content_hash": d.content_hash,
+        "rows": r.rows,
+        "valid_rows": r.valid_rows,
+        "shapes": r.shapes,
+        "pairs": r.pairs,
+        "findings": r.counts,
+        "issues": issues,
+        "create_time": time(d.create_time.as_ref()),
     })
 }
 
@@ -173,26 +222,37 @@ pub fn shapes(r: &pb::ValidationReport) -> Option<String> {
     (!is_plain).then(|| format!("rows by shape: {}", parts.join(", ")))
 }
 
-/// A checkpoint as JSON.
+/// Renders a checkpoint as JSON.
 pub fn checkpoint(c: &pb::Checkpoint) -> Value {
     json!({
-        "name": c.name, "step": c.step, "best": c.best, "adapter": c.adapter, "size_bytes": c.size_bytes, "metrics": c.metrics,
+        "name": c.name,
+        "step": c.step,
+        "best": c.best,
+        "adapter": c.adapter,
+        "size_bytes": c.size_bytes,
+        "metrics": c.metrics,
         "base": c.base.as_ref().map(identity),
         "create_time": time(c.create_time.as_ref()),
     })
 }
 
-/// A model as JSON.
+/// Renders a model as JSON.
 pub fn model(m: &pb::Model) -> Value {
     json!({
-        "name": m.name, "source": m.source, "architecture": m.architecture, "parameters": m.parameters, "vocab_size": m.vocab_size,
-        "num_layers": m.num_layers, "hidden_size": m.hidden_size, "max_position_embeddings": m.max_position_embeddings,
+        "name": m.name,
+        "source": m.source,
+        "architecture": m.architecture,
+        "parameters": m.parameters,
+        "vocab_size": m.vocab_size,
+        "num_layers": m.num_layers,
+        "hidden_size": m.hidden_size,
+        "max_position_embeddings": m.max_position_embeddings,
         "chat_template": m.chat_template, "fingerprint": m.fingerprint, "device": m.device,
         "identity": m.identity.as_ref().map(identity),
     })
 }
 
-/// An event as JSON.
+/// Renders an event as JSON.
 pub fn event(e: &pb::TrainingEvent) -> Value {
     use pb::training_event::Event as E;
     let (kind, body) = match &e.event {
@@ -211,7 +271,7 @@ pub fn event(e: &pb::TrainingEvent) -> Value {
     json!({"sequence": e.sequence, "time": time(e.time.as_ref()), kind: body})
 }
 
-/// Bytes for people.
+/// Formats a number of bytes for people.
 pub fn bytes(n: u64) -> String {
     indicatif::HumanBytes(n).to_string()
 }

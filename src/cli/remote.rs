@@ -1,11 +1,11 @@
-//! The server that a command talks to.
+//! Connects commands to a server.
 
 use std::time::Duration;
 
 use super::failure::Failure;
 use crate::rpc::client::{Client, Target};
 
-/// How long a client waits for a connection.
+/// Time limit for connecting to a server.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Connects to a server.
@@ -13,7 +13,7 @@ pub(super) async fn connect(target: &Target) -> Result<Client, Failure> {
     Ok(Client::connect(target, CONNECT_TIMEOUT).await?)
 }
 
-/// A resource's full name: the collection's prefix may be left out.
+/// Completes a resource's name with the collection's prefix if it is missing.
 pub(super) fn full_name(collection: &str, name: &str) -> String {
     if name.starts_with(&format!("{collection}/")) {
         name.to_owned()

@@ -1,4 +1,4 @@
-//! `bradley jobs | datasets | checkpoints | models`: the plain calls.
+//! `bradley jobs | datasets | checkpoints | models`: commands that make one call.
 
 use super::args::{
     CheckpointsCommand, DatasetsCommand, Format, JobsCommand, ModelsCommand, NamedArgs, Output,

@@ -14,8 +14,8 @@ use crate::rpc::client::Client;
 use crate::rpc::pb;
 use crate::train::rows::{detect_format, read_rows};
 
-/// Pairs on their way to the server.
-const AHEAD: usize = 64;
+/// Maximum number of pairs that are queued for sending.
+const MAX_QUEUED_PAIRS: usize = 64;
 
 pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     let client = connect(&args.server.target()).await?;
@@ -53,7 +53,8 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
                 rows,
             ));
             output::line(&format!(
-                "{} pairs: accuracy {:.1}% (ties count half), mean probability {:.3}, mean margin {:+.3}; rewards are {}s over tokens",
+                "{} pairs: accuracy {:.1}% (ties count half), mean probability {:.3}, \
+                 mean margin {:+.3}; rewards are {}s over tokens",
                 results.len() - failed,
                 100.0 * summary.accuracy,
                 summary.probability,
@@ -68,7 +69,7 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     }
 }
 
-/// The rows of a file; a bad one is an error that names it.
+/// Reads the rows of a file. A bad row is an error that names it.
 pub(super) fn read(path: &std::path::Path) -> Result<Vec<PreferenceRow>, Failure> {
     let failed = |e: &dyn std::fmt::Display| Failure::Failed(format!("{}: {e}", path.display()));
     let mut start = [0; 4];
@@ -81,8 +82,8 @@ pub(super) fn read(path: &std::path::Path) -> Result<Vec<PreferenceRow>, Failure
     Ok(rows)
 }
 
-/// The value of `--template-args`, which goes to the server as it is: a Struct would lose the order
-/// of keys, and 1.0 would become 1. Empty without the flag.
+/// Checks the value of `--template-args`; the result is empty without the flag. The text is sent as
+/// it is, because a Struct would lose the order of keys and turn 1.0 into 1.
 pub(super) fn template_arguments(text: Option<&str>) -> Result<String, Failure> {
     let Some(text) = text else { return Ok(String::new()) };
     let _: Map<String, Value> = serde_json::from_str(text).map_err(|e| {
@@ -93,7 +94,7 @@ pub(super) fn template_arguments(text: Option<&str>) -> Result<String, Failure> 
     Ok(text.to_owned())
 }
 
-/// The option's value.
+/// Parses the value of `--normalization`.
 fn normalization(name: &str) -> pb::RewardNormalization {
     match name {
         "sum" => pb::RewardNormalization::Sum,
@@ -102,7 +103,7 @@ fn normalization(name: &str) -> pb::RewardNormalization {
     }
 }
 
-/// The option's name.
+/// Returns the name of a normalization in `--normalization`.
 fn normalization_name(normalization: pb::RewardNormalization) -> &'static str {
     match normalization {
         pb::RewardNormalization::Sum => "sum",
@@ -116,7 +117,7 @@ fn warn(message: &str) {
     eprintln!("warning: {message}");
 }
 
-/// Says which fields of the rows are not used.
+/// Warns of fields of the rows that are not used.
 fn warn_of_ignored(rows: &[PreferenceRow]) {
     let affected = rows.iter().filter(|row| !row.ignored.is_empty()).count();
     if let Some(row) = rows.iter().find(|row| !row.ignored.is_empty()) {
@@ -145,7 +146,7 @@ pub(super) async fn score(
     rows: &[PreferenceRow],
 ) -> Result<Scores, Failure> {
     use pb::stream_score_pairs_request::Part;
-    let (sender, receiver) = mpsc::channel(AHEAD);
+    let (sender, receiver) = mpsc::channel(MAX_QUEUED_PAIRS);
     let mut messages = vec![Part::Options(options)];
     messages.extend(rows.iter().enumerate().map(|(i, r)| Part::Pair(pair(i.to_string(), r))));
     tokio::spawn(async move {
@@ -176,7 +177,8 @@ pub(super) async fn score(
     Ok(Scores { results, normalization, warnings })
 }
 
-/// The row's id, or its number with that of the pair where it makes several.
+/// Returns the row's id, else its number. If the row makes several pairs, the pair's number is
+/// added.
 fn name(row: &PreferenceRow) -> String {
     match (&row.id, row.pair) {
         (Some(id), _) => id.clone(),
@@ -217,8 +219,8 @@ fn text(t: &Text) -> pb::Text {
     pb::Text { form: Some(form) }
 }
 
-/// A message; as JSON where it has other keys than a role and a text, so that they keep their
-/// order.
+/// Converts a message. If it has other keys than a role and a text, it is sent as JSON, which
+/// preserves their order.
 fn message(message: &ChatMessage) -> pb::Message {
     let fields = message.fields();
     match fields.get("content").and_then(Value::as_str) {
@@ -231,7 +233,7 @@ fn message(message: &ChatMessage) -> pb::Message {
     }
 }
 
-/// Averages over the scored pairs, a being the preferred side.
+/// Averages over the scored pairs. In each, answer a is the preferred one.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Summary {
     /// Share of pairs with a positive margin; a tie counts half.
@@ -275,9 +277,22 @@ fn to_json(r: &pb::PairResult, normalization: pb::RewardNormalization) -> Value 
         Some(pb::pair_result::Result::Score(s)) => {
             let side = |c: &Option<pb::CompletionScore>| {
                 let c = c.clone().unwrap_or_default();
-                json!({"policy_logprob": c.policy_logprob, "reference_logprob": c.reference_logprob, "reward": c.reward, "tokens": c.tokens, "truncated": c.truncated})
+                json!({
+                    "policy_logprob": c.policy_logprob,
+                    "reference_logprob": c.reference_logprob,
+                    "reward": c.reward,
+                    "tokens": c.tokens,
+                    "truncated": c.truncated,
+                })
             };
-            json!({"id": r.id, "probability": s.probability, "margin": s.margin, "normalization": normalization_name(normalization), "a": side(&s.a), "b": side(&s.b)})
+            json!({
+                "id": r.id,
+                "probability": s.probability,
+                "margin": s.margin,
+                "normalization": normalization_name(normalization),
+                "a": side(&s.a),
+                "b": side(&s.b),
+            })
         }
         Some(pb::pair_result::Result::Error(e)) => json!({"id": r.id, "error": e.message}),
         None => json!({"id": r.id, "error": "no result"}),

@@ -1,4 +1,4 @@
-//! `bradley serve`: models, engine, service, ports.
+//! `bradley serve`: loads the models, starts engine and service, and opens the ports.
 
 use anyhow::Context as _;
 use std::future::Future;
@@ -15,27 +15,30 @@ use crate::formats::loader::{LoadedModel, load_model};
 use crate::rpc::{ServeOptions, Tls, serve, serve_http};
 use crate::service::{Service, ServiceOptions};
 
-/// How long the server waits, after its last answer, for what the device still computes: a batch
-/// that nobody waits for any more, or a block of a run that did not stop in time.
-const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
+/// Time that the server, after its last answer, still waits for computations on the device: a
+/// scoring batch that no client waits for any more, or a block of a run that did not stop in time.
+const DEVICE_DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The fewest connections that a server is worth starting with.
+/// Minimum number of connections for which the server starts.
 const MIN_CONNECTIONS: u64 = 16;
 
-/// How a server ended.
+/// State of the device when the server ended.
 #[derive(Debug)]
 pub enum Ended {
-    /// Nothing is computed any more.
+    /// The device computes nothing any more.
     AtRest,
-    /// The device still computes: a GPU's libraries are not to be taken down meanwhile, so the
-    /// process should leave without exit handlers. With how serving ended.
+    /// The device still computes, with the result of serving. The process should end without exit
+    /// handlers, because these must not unload a GPU's libraries during a computation.
     AtWork(anyhow::Result<()>),
 }
 
-/// How often metrics that nobody scrapes are folded.
-const UPKEEP: Duration = Duration::from_secs(5);
+/// Interval of the metrics' upkeep, which limits their memory when nobody scrapes them.
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Serves until SIGTERM or SIGINT; a second signal ends the process at once.
+/// Serves until SIGTERM or SIGINT. A second signal ends the process at once.
+///
+/// # Errors
+/// Returns an error if the server cannot start or a port fails.
 pub async fn run(settings: Settings, metrics: PrometheusHandle) -> anyhow::Result<Ended> {
     let listener = TcpListener::bind(settings.listen)
         .await
@@ -61,14 +64,19 @@ pub async fn run(settings: Settings, metrics: PrometheusHandle) -> anyhow::Resul
                 _ = int.recv() => {}
             }
             tracing::warn!("second signal: stopping at once");
-            // SAFETY: ends the process, without exit handlers, as for [`Ended::AtWork`].
+            // SAFETY: `_exit` has no preconditions. It ends the process without exit handlers, as
+            // for `Ended::AtWork`.
             unsafe { libc::_exit(130) };
         });
     };
     serve_on(settings, listener, http.map(|l| (l, metrics)), shutdown).await
 }
 
-/// The whole server on given listeners, so that a test or the demo owns both ends.
+/// Runs the whole server on given listeners, so that a test or the demo owns the listeners and the
+/// shutdown.
+///
+/// # Errors
+/// As [`run`].
 pub async fn serve_on(
     settings: Settings,
     listener: TcpListener,
@@ -78,7 +86,7 @@ pub async fn serve_on(
     tokio::pin!(shutdown);
     let engine = tokio::select! {
         engine = start_engine(&settings) => engine?,
-        // Nothing was acknowledged yet: there is nothing to drain.
+        // No request was accepted yet, so there is nothing to drain.
         () = &mut shutdown => return Ok(Ended::AtRest),
     };
     let options = ServiceOptions {
@@ -99,7 +107,7 @@ pub async fn serve_on(
         template_date: settings.template_date,
     };
     let tls = settings.tls.clone().map(Tls::open).transpose()?;
-    // Before anything is served: connections of the HTTP port need descriptors, too.
+    // This comes before the HTTP port is served, because its connections need descriptors, too.
     let max_connections = connections_that_fit(settings.max_connections)?;
     let service = Service::open(engine.clone(), options).await?;
     let (stop, mut stopping) = watch::channel(false);
@@ -108,7 +116,7 @@ pub async fn serve_on(
         let (server, upkeep) = (service.server.clone(), handle.clone());
         tokio::spawn(async move {
             loop {
-                tokio::time::sleep(UPKEEP).await;
+                tokio::time::sleep(UPKEEP_INTERVAL).await;
                 upkeep.run_upkeep();
             }
         });
@@ -116,13 +124,18 @@ pub async fn serve_on(
             let _ = stopping.wait_for(|s| *s).await;
         }))
     });
-    tracing::info!(address = %listener.local_addr()?, http_address = http_address.map(tracing::field::display), "serving");
+    tracing::info!(
+        address = %listener.local_addr()?,
+        http_address = http_address.map(tracing::field::display),
+        "serving"
+    );
     if !settings.tokens && !settings.listen.ip().is_loopback() {
         tracing::warn!("auth is off: whoever reaches {} may do everything", settings.listen);
     }
     if settings.tokens && settings.tls.is_none() && !settings.listen.ip().is_loopback() {
         tracing::warn!(
-            "tokens travel in clear: set tls_cert and tls_key, or let only a proxy that speaks TLS reach {}",
+            "tokens are sent unencrypted: set tls_cert and tls_key, \
+             or let only a proxy that speaks TLS reach {}",
             settings.listen
         );
     }
@@ -141,7 +154,8 @@ pub async fn serve_on(
         let _ = tokio::time::timeout(Duration::from_secs(1), http).await;
     }
     engine.drain();
-    let ended = tokio::task::spawn_blocking(move || engine.wait_for_end(DEVICE_PATIENCE)).await;
+    let ended =
+        tokio::task::spawn_blocking(move || engine.wait_for_end(DEVICE_DRAIN_TIMEOUT)).await;
     if matches!(ended, Ok(true)) {
         result?;
         return Ok(Ended::AtRest);
@@ -150,20 +164,21 @@ pub async fn serve_on(
     Ok(Ended::AtWork(result.map_err(Into::into)))
 }
 
-/// Descriptors that are not for gRPC connections: files, the database, the artifact store, uploads
-/// and the HTTP port need some.
+/// Returns the number of file descriptors reserved for files, the database, the artifact store,
+/// uploads and the HTTP port. The others are for gRPC connections.
 fn reserved_descriptors(limit: u64) -> u64 {
     (limit / 8).clamp(160, 1024)
 }
 
-/// Raises the limit on file descriptors as far as the system allows and returns how many
-/// connections fit beside the reserve.
+/// Raises the limit on file descriptors as far as the system allows. Returns the number of
+/// connections, at most `wanted`, that fit beside the reserved descriptors.
 fn connections_that_fit(wanted: usize) -> anyhow::Result<usize> {
     let limit = raise_descriptor_limit();
     let fitting = limit.saturating_sub(reserved_descriptors(limit));
     anyhow::ensure!(
         fitting >= MIN_CONNECTIONS,
-        "the limit on open files is {limit}: at least {} are needed (ulimit -n, LimitNOFILE, or the container runtime's setting)",
+        "the limit on open files is {limit}: at least {} are needed \
+         (ulimit -n, LimitNOFILE, or the container runtime's setting)",
         reserved_descriptors(limit) + MIN_CONNECTIONS
     );
     if (wanted as u64) > fitting {
@@ -177,7 +192,7 @@ fn connections_that_fit(wanted: usize) -> anyhow::Result<usize> {
     Ok(wanted.min(fitting as usize))
 }
 
-/// Raises the soft limit on file descriptors to the hard one; returns the limit in force.
+/// Raises the soft limit on file descriptors to the hard limit. Returns the limit that applies.
 fn raise_descriptor_limit() -> u64 {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the call writes one struct that lives as long as it.
@@ -194,7 +209,7 @@ fn raise_descriptor_limit() -> u64 {
 
 async fn start_engine(settings: &Settings) -> anyhow::Result<engine::Engine> {
     if settings.threads > 0 {
-        // A pool that exists already, as in a test process, stays as it is.
+        // This has no effect if the thread pool already exists, as in a test process.
         crate::compute::cpu::thread_pool::set_threads(settings.threads);
     }
     let (models, hub, mut options) =

@@ -1,5 +1,5 @@
-//! Settings of `bradley serve`: flags over environment over a TOML file over defaults, every bad
-//! one reported at once.
+//! Settings of `bradley serve`. Flags override the environment, which overrides a TOML file, which
+//! overrides the defaults. All bad settings are reported together.
 //!
 //! **Nothing else reads the environment.**
 
@@ -154,90 +154,91 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("log_format", "text", "text or json"),
 ];
 
-/// Settings that are not shown.
-const SECRET: [&str; 1] = ["database_url"];
+/// Settings with values that error messages must not show.
+const SECRET_SETTINGS: [&str; 1] = ["database_url"];
 
-/// Where a value came from, weakest first.
+/// The sources of settings. A later field overrides the earlier ones.
 #[derive(Clone, Debug, Default)]
 pub struct Sources {
-    /// The TOML file's table, with its path.
+    /// The TOML file's path and table.
     pub file: Option<(PathBuf, toml::Table)>,
     /// The environment.
     pub environment: BTreeMap<String, String>,
-    /// Flags given, by setting name.
+    /// Values of the given flags, by setting name.
     pub flags: BTreeMap<String, String>,
 }
 
-/// Checked settings.
+/// The validated settings.
 #[derive(Clone)]
 pub struct Settings {
     /// `(id, source)` of each model.
     pub models: Vec<(String, String)>,
-    /// Where everything is kept.
+    /// The folder of the database, datasets, checkpoints and exports.
     pub data_dir: PathBuf,
     /// The gRPC address.
     pub listen: SocketAddr,
     /// The HTTP address.
     pub http_listen: Option<SocketAddr>,
-    /// Compute threads; 0 is all cores.
+    /// Number of compute threads; 0 means all cores.
     pub threads: usize,
     /// The engine's limits.
     pub engine: EngineOptions,
-    /// The largest gRPC message.
+    /// Maximum size of a gRPC message, in bytes.
     pub max_message_bytes: usize,
-    /// The largest dataset.
+    /// Maximum size of an uploaded dataset, in bytes.
     pub max_upload_bytes: u64,
-    /// Events kept of a job.
+    /// Number of a job's newest events that are stored.
     pub events_kept: u64,
-    /// How long a shutdown may take.
+    /// Time limit for a shutdown.
     pub drain_timeout: Duration,
     /// A database that replicas share.
     pub database_url: Option<String>,
     /// An artifact store that replicas share, with its vendor's variables.
     pub artifact_store: Option<(String, BTreeMap<String, String>)>,
-    /// How long a worker may be silent.
+    /// Time without a renewal after which a worker loses the lease of its job.
     pub lease: Duration,
-    /// How long a job keeps the device while others wait.
+    /// Time that a job may occupy the device while others wait.
     pub time_slice: Duration,
-    /// Unfinished jobs of one client.
+    /// Maximum number of one client's unfinished jobs.
     pub max_jobs_per_client: Option<u64>,
-    /// The highest priority that clients may give.
+    /// Maximum priority that clients may set.
     pub max_client_priority: i32,
-    /// Bytes of one client's datasets.
+    /// Maximum size of all datasets of one client, in bytes.
     pub max_dataset_bytes_per_client: Option<u64>,
-    /// Bytes of a dataset's text.
+    /// Maximum size of a dataset's text, in bytes.
     pub max_dataset_text_bytes: u64,
-    /// Tokens of one client in the scoring queue.
+    /// Maximum number of one client's tokens in the scoring queue.
     pub max_scoring_tokens_per_client: Option<usize>,
-    /// Adapters that jobs may start from.
+    /// Folder of the adapters that jobs may start from.
     pub adapter_dir: Option<PathBuf>,
     /// The date that chat templates print for models without a job.
     pub template_date: Option<jiff::civil::Date>,
-    /// Whether callers need a token.
+    /// True if callers need a bearer token.
     pub tokens: bool,
     /// The audit log's file.
     pub audit_log: Option<PathBuf>,
     /// The gRPC port's certificates.
     pub tls: Option<TlsFiles>,
-    /// Connections that may be open.
+    /// Maximum number of open gRPC connections.
     pub max_connections: usize,
-    /// When clients must connect anew.
+    /// Age at which a connection is closed, so that its client connects again.
     pub max_connection_age: Option<Duration>,
-    /// Where traces go, and the share of those that begin here.
+    /// OTLP endpoint for traces, and the sampled share (0 to 1) of the traces that begin here.
     pub traces: Option<(String, f64)>,
     /// The log filter.
     pub log: String,
-    /// Whether logs are JSON.
+    /// True if log lines are JSON.
     pub log_json: bool,
-    /// How the hub is reached.
+    /// Access to the Hugging Face hub.
     pub hub: HubOptions,
 }
 
 impl Sources {
-    /// The process's environment, the TOML file (given, else BRADLEY_CONFIG) and flags.
+    /// Collects the process's environment, the TOML file (`config`, else BRADLEY_CONFIG) and the
+    /// flags.
     ///
     /// # Errors
-    /// When the file cannot be read or is not TOML.
+    /// Returns a violation if the file cannot be read or is not TOML.
     pub fn collect(
         config: Option<&Path>,
         flags: BTreeMap<String, String>,
@@ -263,12 +264,13 @@ impl Sources {
         Ok(Sources { file, environment, flags })
     }
 
-    /// A variable of the environment.
+    /// Returns a variable of the environment.
     pub fn variable(&self, name: &str) -> Option<&str> {
         self.environment.get(name).map(String::as_str).filter(|v| !v.is_empty())
     }
 
-    /// The winning value of a setting and how to name its origin.
+    /// Returns the value of a setting from the strongest source that has it, and the name of that
+    /// source for error messages.
     fn get(&self, name: &str, default: &str) -> (String, String) {
         if let Some(v) = self.flags.get(name) {
             return (v.clone(), format!("--{}", name.replace('_', "-")));
@@ -296,10 +298,10 @@ impl Sources {
 }
 
 impl Settings {
-    /// Checks every setting.
+    /// Validates every setting.
     ///
     /// # Errors
-    /// All that is wrong, each with where it came from.
+    /// Returns all bad settings, each with its source.
     pub fn resolve(sources: &Sources) -> Result<Self, Violations> {
         let mut bad = Violations::default();
         if let Some((path, table)) = &sources.file {
@@ -332,9 +334,11 @@ impl Settings {
             |s| s.contains("://").then(|| s.to_owned()),
         );
         if database_url.is_some() && artifact_url.is_none() {
-            reader
-                .bad
-                .push("artifact_url", "is not set: replicas that share a database must find the same files, e.g. file:///a/shared/folder");
+            reader.bad.push(
+                "artifact_url",
+                "is not set: replicas that share a database must find the same files, \
+                     e.g. file:///a/shared/folder",
+            );
         }
         let devices = reader
             .parse(
@@ -344,7 +348,8 @@ impl Settings {
             )
             .unwrap_or_default();
         let data_parallel = reader.number("data_parallel", 1).unwrap_or(1);
-        // How many `auto` finds is known when the engine starts, which warns.
+        // The number of devices that `auto` finds is known only when the engine starts. It warns
+        // then.
         if !devices.is_empty()
             && !devices.contains(&DeviceChoice::Auto)
             && data_parallel > devices.len()
@@ -465,7 +470,7 @@ impl Settings {
     }
 }
 
-/// The variables by which object stores' vendors configure their clients.
+/// Returns the environment variables with which vendors of object stores configure their clients.
 fn vendor_variables(sources: &Sources) -> BTreeMap<String, String> {
     let vendors = ["AWS_", "GOOGLE_", "AZURE_"];
     sources
@@ -476,7 +481,7 @@ fn vendor_variables(sources: &Sources) -> BTreeMap<String, String> {
         .collect()
 }
 
-/// The Hugging Face hub's own variables.
+/// Reads the Hugging Face hub's own environment variables.
 pub fn hub(sources: &Sources) -> HubOptions {
     let path = |name: &str| sources.variable(name).map(PathBuf::from);
     HubOptions {
@@ -516,7 +521,7 @@ impl SettingsReader<'_> {
         let parsed = parse(text.trim());
         if parsed.is_none() {
             // A URL may hold a password.
-            let shown = if SECRET.contains(&name) {
+            let shown = if SECRET_SETTINGS.contains(&name) {
                 "cannot be used".to_owned()
             } else {
                 format!("is {text:?}")
@@ -526,7 +531,7 @@ impl SettingsReader<'_> {
         parsed
     }
 
-    /// A setting that may be left empty.
+    /// Parses a setting that may be empty.
     fn optional<T>(
         &mut self,
         name: &str,
@@ -570,7 +575,13 @@ impl SettingsReader<'_> {
                 None => (default_id(part), part.to_owned()),
             };
             if !is_valid_id(&id) || source.is_empty() {
-                self.bad.push(origin.clone(), format!("{part:?} must be SOURCE or ID=SOURCE with an id of letters, digits, - _ and ."));
+                self.bad.push(
+                    origin.clone(),
+                    format!(
+                        "{part:?} must be SOURCE or ID=SOURCE \
+                         with an id of letters, digits, - _ and ."
+                    ),
+                );
             } else if models.iter().any(|(other, _)| *other == id) {
                 self.bad.push(
                     origin.clone(),
@@ -581,13 +592,17 @@ impl SettingsReader<'_> {
             }
         }
         if models.is_empty() && self.bad.is_empty() {
-            self.bad.push("--models", "is not set: name at least one model, e.g. --models HuggingFaceTB/SmolLM2-135M-Instruct");
+            self.bad.push(
+                "--models",
+                "is not set: name at least one model, \
+                 e.g. --models HuggingFaceTB/SmolLM2-135M-Instruct",
+            );
         }
         models
     }
 }
 
-/// `12`, `500K`, `20GiB`, …: powers of 1024.
+/// Parses a size such as `12`, `500K` or `20GiB`. The units are powers of 1024.
 fn parse_bytes(text: &str) -> Option<u64> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let n: u64 = text[..digits].parse().ok()?;

@@ -1,4 +1,4 @@
-//! Logs and traces of the process.
+//! Sets up the logs and traces of the process.
 
 use std::fs::OpenOptions;
 use std::path::Path;
@@ -20,17 +20,17 @@ use tracing_subscriber::{EnvFilter, Layer as _};
 
 use crate::service::audit::AUDIT;
 
-/// How long a collector may take for a batch.
-const EXPORT: Duration = Duration::from_secs(5);
+/// Time limit for sending a batch of spans to the collector.
+const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Starts sending spans by OTLP over gRPC, in batches, from a thread of its own.
-/// OTEL_EXPORTER_OTLP_HEADERS and OTEL_RESOURCE_ATTRIBUTES are heeded.
+/// Starts sending spans by OTLP over gRPC, in batches and from a separate thread.
+/// OTEL_EXPORTER_OTLP_HEADERS and OTEL_RESOURCE_ATTRIBUTES are respected.
 ///
 /// # Errors
-/// When the endpoint is no URL.
+/// Returns an error if `endpoint` is not a URL.
 pub fn traces(endpoint: &str, ratio: f64) -> anyhow::Result<SdkTracerProvider> {
     let mut exporter =
-        SpanExporter::builder().with_tonic().with_endpoint(endpoint).with_timeout(EXPORT);
+        SpanExporter::builder().with_tonic().with_endpoint(endpoint).with_timeout(EXPORT_TIMEOUT);
     if endpoint.starts_with("https://") {
         exporter = exporter.with_tls_config(ClientTlsConfig::new().with_enabled_roots());
     }
@@ -47,11 +47,11 @@ pub fn traces(endpoint: &str, ratio: f64) -> anyhow::Result<SdkTracerProvider> {
     Ok(provider)
 }
 
-/// Starts logging to standard error, the audit log's lines to `audit`, too, and this program's
-/// spans to `traces`; a second call changes nothing.
+/// Starts logging to standard error. Lines of the audit log also go to the file `audit`, and this
+/// program's spans to `traces`. A second call has no effect.
 ///
 /// # Errors
-/// When the audit log cannot be written.
+/// Returns an error if the audit log cannot be written.
 pub fn log(
     filter: &str,
     json: bool,
@@ -70,7 +70,7 @@ pub fn log(
                 .open(path)
                 .with_context(|| format!("audit_log {}", path.display()))?;
             let lines = tracing_subscriber::fmt::layer().json().with_writer(Mutex::new(file));
-            // A line tells of its call by the span that it lies in.
+            // Spans are needed as well: a line shows the call's fields from the span around it.
             Some(lines.with_filter(filter_fn(|m| m.target() == AUDIT || m.is_span())))
         }
     };
@@ -79,7 +79,7 @@ pub fn log(
             .with_tracer(provider.tracer("bradley"))
             .with_location(false)
             .with_threads(false);
-        // Its spans only: the exporter has some of its own.
+        // Only this program's spans are exported, because the exporter makes spans itself.
         layer.with_filter(filter_fn(|m| m.is_span() && m.target().starts_with("bradley")))
     });
     let _ = tracing_subscriber::registry()

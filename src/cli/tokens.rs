@@ -1,4 +1,5 @@
-//! `bradley tokens`: works on the server's database, which only an administrator reaches.
+//! `bradley tokens`: manages tokens in the server's database, to which only administrators have
+//! access.
 
 use std::time::Duration;
 
@@ -90,5 +91,11 @@ fn time(ms: Option<i64>) -> String {
 }
 
 fn described(t: &Token) -> serde_json::Value {
-    serde_json::json!({"id": t.id, "owner": t.owner, "roles": roles(t), "created": time(Some(t.create_time)), "ends": time(t.expire_time)})
+    serde_json::json!({
+        "id": t.id,
+        "owner": t.owner,
+        "roles": roles(t),
+        "created": time(Some(t.create_time)),
+        "ends": time(t.expire_time),
+    })
 }

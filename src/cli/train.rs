@@ -1,4 +1,4 @@
-//! `bradley train`: upload, submit and, with `--watch`, follow in one go.
+//! `bradley train`: uploads a dataset, submits a job and, with `--watch`, follows it.
 
 use std::path::Path;
 
@@ -10,10 +10,10 @@ use crate::domain::dataset::IssueReason;
 use crate::rpc::client::{Client, ProtoDuration};
 use crate::rpc::pb;
 
-/// Jobs that may continue each other.
-const MAX_DEPTH: usize = 32;
-/// Seconds.
-const DAY: i64 = 24 * 3600;
+/// Maximum length of a chain of jobs that start from each other's checkpoints.
+const MAX_JOB_CHAIN: usize = 32;
+/// Seconds per day.
+const SECONDS_PER_DAY: i64 = 24 * 3600;
 
 pub(super) async fn run(args: TrainArgs, output: Output) -> Outcome {
     let client = connect(&args.server.target()).await?;
@@ -114,7 +114,9 @@ fn job(
         }),
         seed: args.seed,
         precision: args.precision.clone().unwrap_or_default(),
-        ttl: args.ttl_days.map(|days| ProtoDuration { seconds: i64::from(days) * DAY, nanos: 0 }),
+        ttl: args
+            .ttl_days
+            .map(|days| ProtoDuration { seconds: i64::from(days) * SECONDS_PER_DAY, nanos: 0 }),
         chat_template_kwargs_json: super::score::template_arguments(args.template_args.as_deref())?,
         row_policy: if args.skip_bad_rows {
             pb::RowPolicy::Skip.into()
@@ -125,7 +127,7 @@ fn job(
     })
 }
 
-/// `sigmoid` or `sigmoid=0.8,sft=0.2`.
+/// Parses a loss or a mix: `sigmoid` or `sigmoid=0.8,sft=0.2`.
 fn losses(text: Option<&str>) -> Result<Vec<pb::WeightedLoss>, Failure> {
     let mut losses = Vec::new();
     for part in text.unwrap_or_default().split(',').filter(|p| !p.is_empty()) {
@@ -166,11 +168,11 @@ struct Checked {
     max_length: u32,
 }
 
-/// The base model under a policy, through the jobs that it continues; empty when it cannot be found
-/// out.
+/// Returns the base model of a policy. For a checkpoint it follows the chain of jobs. The result is
+/// empty if the base model cannot be determined.
 async fn base_model(client: &Client, policy: &str) -> Result<String, Failure> {
     let mut policy = policy.to_owned();
-    for _ in 0..MAX_DEPTH {
+    for _ in 0..MAX_JOB_CHAIN {
         if policy.starts_with("models/") {
             return Ok(policy);
         }
@@ -178,15 +180,16 @@ async fn base_model(client: &Client, policy: &str) -> Result<String, Failure> {
         let request = pb::GetTrainingJobRequest { name: job.to_owned() };
         match client.training().get_training_job(request).await {
             Ok(job) => policy = job.into_inner().policy,
-            // A job that was deleted since, or a name that the server will refuse with a reason.
+            // The job was deleted, or the name is wrong and the server will refuse it with a
+            // reason.
             Err(_) => break,
         }
     }
     Ok(String::new())
 }
 
-/// Uploads a file, checked with the model and the length of the job, and stops where the job would
-/// be refused for its rows.
+/// Uploads a file and has it checked with the job's model and maximum length. Fails if the server
+/// would refuse the job because of its rows.
 async fn upload_for_job(
     client: &Client,
     path: &Path,
@@ -208,7 +211,8 @@ async fn upload_for_job(
         .map(|i| format!(" (row {}, {}: {})", i.row, i.reason, i.message));
     let remedy = match report.counts.contains_key(IssueReason::PromptFillsMaxLength.name()) {
         true => {
-            "give them more room with --max-length, correct the file, or leave them out with --skip-bad-rows"
+            "give them more room with --max-length, correct the file, \
+             or leave them out with --skip-bad-rows"
         }
         false => "correct the file, or leave them out with --skip-bad-rows",
     };
@@ -219,7 +223,7 @@ async fn upload_for_job(
     )))
 }
 
-/// Uploads a file and says what validation found.
+/// Uploads a file and prints the findings of its validation.
 async fn upload_checked(
     client: &Client,
     path: &Path,
@@ -251,7 +255,7 @@ async fn upload_checked(
     Ok(dataset)
 }
 
-/// A refusal in the words of the command line: the server speaks of the fields of its API.
+/// Turns a refusal into a failure. The API's field names in its text are replaced by flags.
 fn in_flags(status: crate::rpc::client::Status) -> Failure {
     const FLAGS: [(&str, &str); 3] = [
         (

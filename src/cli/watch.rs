@@ -16,7 +16,7 @@ pub(super) async fn run(args: WatchArgs, output: Output) -> Outcome {
     follow(&client, &full_name("trainingJobs", &args.job), args.after, output).await
 }
 
-/// Follows a job to its end; an end other than success is a failure.
+/// Follows a job to its end. Returns a failure unless the job succeeded.
 pub(super) async fn follow(client: &Client, job: &str, after: u64, output: Output) -> Outcome {
     let mut view = ProgressView::new(output);
     let mut end = None;
@@ -32,7 +32,7 @@ pub(super) async fn follow(client: &Client, job: &str, after: u64, output: Outpu
     view.bar.finish_and_clear();
     let end = match end {
         Some(end) => end,
-        // Nothing was left to stream: the job had ended before.
+        // No event was left to stream, because the job had already ended.
         None => {
             let request = pb::GetTrainingJobRequest { name: job.to_owned() };
             let job = client.training().get_training_job(request).await?.into_inner();
@@ -49,7 +49,7 @@ pub(super) async fn follow(client: &Client, job: &str, after: u64, output: Outpu
     }
 }
 
-/// Draws events.
+/// Shows events with a progress bar, or as JSON lines.
 pub(super) struct ProgressView {
     output: Output,
     bar: ProgressBar,
@@ -93,7 +93,7 @@ impl ProgressView {
                 if !self.bar.is_hidden() {
                     return;
                 }
-                // Without a terminal there is no bar: a line for every step instead.
+                // Without a terminal there is no bar, so each step prints a line.
                 format!("step {}/{}  {}", p.step, p.total_steps, metrics(&s.metrics, ""))
             }
             Some(Event::EvalMetrics(s)) => {
@@ -112,7 +112,7 @@ impl ProgressView {
 fn metrics(all: &std::collections::BTreeMap<String, f64>, prefix: &str) -> String {
     let find = |name: &str| all.get(&format!("{prefix}{name}")).copied();
     let get = |name: &str| find(name).unwrap_or(f64::NAN);
-    // The reward as it is trained.
+    // Prefers the normalized reward, which is the one that the objective trains.
     let reward = |name: &str| {
         find(&format!("rewards_normalized/{name}"))
             .unwrap_or_else(|| get(&format!("rewards/{name}")))

@@ -1,4 +1,4 @@
-//! Chat templates, rendered as transformers 5.23 renders them.
+//! Renders chat templates as transformers 5.23 does.
 
 mod json;
 mod percent;
@@ -15,12 +15,13 @@ use serde_json::Map;
 pub use crate::domain::dataset::ChatMessage;
 use crate::model::error::ModelError;
 
-/// Template instructions before a rendering is given up: a hostile template cannot hang the server.
+/// Maximum number of template instructions per rendering, so that a hostile template cannot hang
+/// the server.
 const FUEL: u64 = 50_000_000;
 const NAME: &str = "chat_template";
-/// The function of templates that prints the date.
+/// Name of the template function that prints the date.
 const STRFTIME: &str = "strftime_now";
-/// Keys under which messages hold their reasoning, the one that templates read most first.
+/// Keys under which messages store their reasoning; the one that most templates read is first.
 const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 static NO_KWARGS: LazyLock<Map<String, serde_json::Value>> = LazyLock::new(Map::new);
@@ -33,22 +34,22 @@ pub struct ChatTemplate {
     special_tokens: Vec<(String, String)>,
 }
 
-/// What a template sees besides the messages.
+/// Variables that a template sees besides the messages.
 #[derive(Clone, Copy, Debug)]
 pub struct RenderOptions<'a> {
-    /// Render up to where the assistant's answer begins.
+    /// True to end the rendering with the prefix of the assistant's answer.
     pub add_generation_prompt: bool,
     /// The tools that the model may call. `None` renders as transformers' `tools=None`.
     pub tools: Option<&'a [serde_json::Value]>,
-    /// Further variables, as the keyword arguments of transformers' `apply_chat_template`. They may
-    /// replace special tokens such as `bos_token`.
+    /// Further variables, like the keyword arguments of transformers' `apply_chat_template`. They
+    /// may replace special tokens such as `bos_token`.
     pub kwargs: &'a Map<String, serde_json::Value>,
     /// The date and time that `strftime_now` formats; `None` is the present, in UTC.
     pub date: Option<DateTime>,
 }
 
 impl RenderOptions<'static> {
-    /// Options without tools, variables and date.
+    /// Returns options without tools, further variables and date.
     pub fn new(add_generation_prompt: bool) -> Self {
         RenderOptions { add_generation_prompt, tools: None, kwargs: &NO_KWARGS, date: None }
     }
@@ -58,7 +59,7 @@ impl ChatTemplate {
     /// Compiles a template; `special_tokens` are variables such as `bos_token`.
     ///
     /// # Errors
-    /// When the template engine cannot parse it.
+    /// Returns an error if the template engine cannot parse the template.
     pub fn new(source: &str, special_tokens: Vec<(String, String)>) -> Result<Self, ModelError> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder()
@@ -89,7 +90,7 @@ impl ChatTemplate {
     /// Renders a dialogue.
     ///
     /// # Errors
-    /// With what the template engine, or the template itself, says.
+    /// Returns the error of the template engine, or the one that the template itself raises.
     pub fn render(
         &self,
         messages: &[ChatMessage],
@@ -110,7 +111,7 @@ impl ChatTemplate {
             ("documents", Value::from(())),
             ("add_generation_prompt", Value::from(options.add_generation_prompt)),
         ];
-        // Of two variables of one name the later counts.
+        // If two variables have the same name, the later one wins.
         let variables = Value::from_pairs(special_tokens.chain(kwargs).chain(fixed));
         let render = |environment: &Environment| environment.get_template(NAME)?.render(variables);
         if !self.source.contains(STRFTIME) {
@@ -119,7 +120,8 @@ impl ChatTemplate {
         let date = options
             .date
             .unwrap_or_else(|| jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC).datetime());
-        // A global of this rendering only, which macros see, too.
+        // The function is global, so that macros see it, too. The clone limits it to this
+        // rendering.
         let mut environment = self.environment.clone();
         environment.add_function(STRFTIME, move |format: String| -> Result<String, Error> {
             jiff::fmt::strtime::format(&format, date)
@@ -129,8 +131,9 @@ impl ChatTemplate {
     }
 }
 
-/// A message as templates see it. Like transformers, this gives the reasoning under the names
-/// `thinking` and `reasoning_content` whichever name the message has it under.
+/// Converts a message for templates. Like transformers, it provides the reasoning under both
+/// `thinking` and `reasoning_content`, even if the message stores it under only one of
+/// [`REASONING`].
 fn message(message: &ChatMessage) -> Value {
     let fields = message.fields();
     let Some(reasoning) =
@@ -151,7 +154,7 @@ fn template_object(fields: &Map<String, serde_json::Value>) -> Value {
     Value::from_pairs(fields.iter().map(|(key, value)| (key.as_str(), template_value(value))))
 }
 
-/// A JSON value for templates; objects keep the order of their keys.
+/// Converts a JSON value for templates. Objects preserve the order of their keys.
 fn template_value(value: &serde_json::Value) -> Value {
     use serde_json::Value as Json;
     match value {
@@ -168,9 +171,9 @@ fn template_value(value: &serde_json::Value) -> Value {
     }
 }
 
-/// Replaces the tags `{% generation %}` and `{% endgeneration %}`, with any white space in them, by
-/// ones that print what is between them, in a scope of its own: they mark the assistant's tokens
-/// for transformers' masks.
+/// Replaces the tags `{% generation %}` and `{% endgeneration %}` by `{% with %}` and
+/// `{% endwith %}`, which print their content in a scope of its own. With these tags transformers
+/// marks the assistant's tokens for its masks; minijinja does not know them.
 fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -209,7 +212,8 @@ fn explain(e: &Error) -> ModelError {
     };
     let hint = match percent::is_about_operator(e) {
         true => {
-            "; formatting with % is supported directly behind a string literal: elsewhere the template must use the filter format"
+            "; formatting with % is supported only directly after a string literal: \
+             elsewhere the template must use the filter format"
         }
         false => "",
     };

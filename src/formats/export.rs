@@ -19,35 +19,37 @@ use crate::model::decoder::Policy;
 use crate::model::error::ModelError;
 use crate::model::params::{BlockParam, ParamId, ParamSpec, params};
 
-/// The file with the weights, where one file holds them all.
+/// File with all weights, if they are not divided into shards.
 pub const WEIGHTS_FILE: &str = "model.safetensors";
-/// The file that says which shard holds which tensor.
+/// File that maps each tensor's name to its shard.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
-/// Bytes of a shard of an export.
+/// Maximum size of a shard of an export, in bytes.
 pub const SHARD_BYTES: u64 = 5_000_000_000;
 
-/// How weights are written.
+/// Element type and maximum file size of written weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// The element type of every tensor.
     pub dtype: ElementType,
-    /// Bytes that a file holds at most; a tensor that is larger has a file of its own.
+    /// Maximum size of a file, in bytes. A larger tensor gets a file of its own.
     pub shard_bytes: u64,
 }
 
 impl Layout {
-    /// One file in f32, which loses nothing of the masters.
+    /// One file in f32, which stores the f32 master weights exactly.
     pub const CHECKPOINT: Layout = Layout { dtype: ElementType::F32, shard_bytes: u64::MAX };
 }
 
-/// Returns the tensor of a parameter.
+/// Callback that returns the tensor of a parameter.
 pub type ReadWeight<'a> = dyn Fn(&ParamSpec) -> Result<Tensor, ModelError> + 'a;
 
-/// Writes the weights of a model with `adapter` merged in: W + scale·B·A, formed in f32 and rounded
-/// once. `read` returns a base weight; one is asked for at a time.
+/// Writes the weights of a model with `adapter` merged in: W + scale·B·A, computed in f32 and
+/// rounded once. `read` returns a base weight. It is called for one weight at a time, so the whole
+/// model is never in memory.
 ///
 /// # Errors
-/// When a weight cannot be read, does not fit the element type, or the disk refuses.
+/// Returns an error if a weight cannot be read or does not fit the element type, or if a file
+/// cannot be written.
 pub fn save_merged(
     dir: &Path,
     config: &ModelConfig,
@@ -78,7 +80,8 @@ pub fn save_merged(
         let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
         let path = dir.join(&file);
         let written = safetensors::serialize_to_file(views, Some(metadata), &path);
-        // A tensor that could not be read was written as nothing: its error comes first.
+        // A tensor that could not be read was written without bytes. Its error is the cause of a
+        // later one, so it is returned first.
         if let Some(e) = failed.take() {
             return Err(e);
         }
@@ -89,14 +92,20 @@ pub fn save_merged(
         let elements: usize = tensors.iter().map(ParamSpec::elements).sum();
         let size = elements * layout.dtype.size();
         weight_map.sort_keys();
-        let index = json!({"metadata": {"total_parameters": elements, "total_size": size}, "weight_map": weight_map});
+        let index = json!({
+            "metadata": {"total_parameters": elements, "total_size": size},
+            "weight_map": weight_map,
+        });
         write_json(dir, INDEX_FILE, &index)?;
     }
     write_json(dir, "config.json", &config_json(config, layout.dtype))
 }
 
-/// Writes those of the tokenizer's files whose names are `wanted`, and a generation_config.json
-/// made from the configuration where that is wanted and the model has none.
+/// Writes the tokenizer's files for which `wanted` returns true. If generation_config.json is
+/// wanted and the model has none, it is made from the configuration.
+///
+/// # Errors
+/// Returns an error that names the file if it cannot be written.
 pub fn save_companions(
     dir: &Path,
     config: &ModelConfig,
@@ -124,8 +133,9 @@ fn write_json(dir: &Path, name: &str, value: &Value) -> Result<(), ModelError> {
     std::fs::write(&path, text).map_err(ModelError::io(&path))
 }
 
-/// The source's config.json with the element type of the weights, under the key that it has: older
-/// versions of transformers write `torch_dtype`, later ones `dtype`. All versions read the former.
+/// Returns the source's config.json with the element type of the written weights. Older versions of
+/// transformers write it as `torch_dtype`, later ones as `dtype`. The key of the source is used, or
+/// `torch_dtype`, which all versions read, if it has none.
 fn config_json(config: &ModelConfig, dtype: ElementType) -> Value {
     let mut json = config.hf_json.clone();
     if let Some(fields) = json.as_object_mut() {
@@ -138,7 +148,7 @@ fn config_json(config: &ModelConfig, dtype: ElementType) -> Value {
     json
 }
 
-/// The tokens that start and end a sequence, as config.json has them.
+/// Makes a generation_config.json with the tokens that start and end a sequence.
 fn generation_config(config: &ModelConfig) -> Value {
     let mut json = Map::new();
     json.insert("_from_model_config".into(), json!(true));
@@ -154,7 +164,7 @@ fn generation_config(config: &ModelConfig) -> Value {
 }
 
 /// Divides the tensors among files in their order, as huggingface_hub's
-/// `split_state_dict_into_shards_factory` does: a tensor above the limit has a file of its own.
+/// `split_state_dict_into_shards_factory` does. A tensor above the limit gets a file of its own.
 fn split<T>(tensors: &[T], bytes: impl Fn(&T) -> u64, limit: u64) -> Vec<Vec<&T>> {
     let (mut shards, mut current, mut size) = (Vec::new(), Vec::new(), 0u64);
     for tensor in tensors {
@@ -176,8 +186,8 @@ fn split<T>(tensors: &[T], bytes: impl Fn(&T) -> u64, limit: u64) -> Vec<Vec<&T>
     shards
 }
 
-/// A tensor whose bytes are formed when they are written. [`View`] has no way to fail, so an error
-/// is left in `failed`.
+/// A tensor that makes its bytes when they are written. [`View`] cannot return an error, so one is
+/// stored in `failed`.
 struct Lazy<'a, F> {
     value: F,
     shape: &'a [usize],
@@ -216,11 +226,12 @@ impl<F: Fn() -> Result<Vec<u8>, ModelError>> View for Lazy<'_, F> {
     }
 }
 
-/// The bytes of a tensor, each element rounded to the nearest of `dtype`.
+/// Returns the bytes of a tensor, with each element rounded to the nearest value of `dtype`.
 fn encode(name: &str, tensor: &Tensor, dtype: ElementType) -> Result<Vec<u8>, ModelError> {
     let tensor = tensor.detach().to_dtype(DType::F32)?.contiguous()?;
     with_values(&tensor, |values| {
-        // Weights that training made infinite are the run's own; ones that rounding would are not.
+        // Weights that are already infinite are written as they are. Rounding must not make finite
+        // ones infinite.
         if dtype == ElementType::F16
             && let Some(value) =
                 values.iter().find(|x| x.is_finite() && half::f16::from_f32(**x).is_infinite())
@@ -243,8 +254,11 @@ fn encode(name: &str, tensor: &Tensor, dtype: ElementType) -> Result<Vec<u8>, Mo
     })?
 }
 
-/// The same function as `policy` without an adapter; shares every tensor that the adapter leaves
-/// alone.
+/// Returns a policy without an adapter that computes the same function. It shares all tensors that
+/// the adapter does not update.
+///
+/// # Errors
+/// Returns an error if a matrix multiplication of the merge fails.
 pub fn merged(policy: &Policy) -> Result<Policy, ModelError> {
     let parameters =
         policy.parameters.map(|param, t| merge(policy.adapter.as_deref(), param.id, t.clone()))?;
@@ -256,7 +270,7 @@ pub fn merged(policy: &Policy) -> Result<Policy, ModelError> {
     })
 }
 
-/// W + scale·B·A in f32 where `adapter` has an update for the parameter, else W.
+/// Returns W + scale·B·A in f32 if `adapter` updates the parameter, else W unchanged.
 fn merge(adapter: Option<&Adapter>, id: ParamId, w: Tensor) -> Result<Tensor, ModelError> {
     let Some(adapter) = adapter else { return Ok(w) };
     match low_rank(adapter, id) {

@@ -1,4 +1,4 @@
-//! What llama.cpp's GGUF files hold: metadata, configuration, weights and tokenizer.
+//! Readers for llama.cpp's GGUF files: metadata, configuration, weights and tokenizer.
 
 pub(super) mod config;
 pub(super) mod reader;

@@ -1,4 +1,4 @@
-//! What a folder of Hugging Face files holds: weights in safetensors, and the tokenizer.
+//! Readers for a folder of Hugging Face files: weights in safetensors, and the tokenizer.
 
 pub(super) mod safetensors;
 pub(super) mod tokenizer;

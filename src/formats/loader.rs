@@ -12,25 +12,25 @@ use crate::domain::names::{BaseName, is_valid_id};
 use crate::model::config::ModelConfig;
 use crate::model::error::{ModelError, last_part};
 
-/// A model whose weights are still on disk.
+/// An opened model. Its weights are still on disk.
 #[derive(Debug)]
 pub struct LoadedModel {
     /// The id in `models/{id}`.
     pub id: String,
-    /// The shape.
+    /// Architecture and dimensions.
     pub config: ModelConfig,
-    /// The weights.
+    /// The opened weight files.
     pub weights: Weights,
     /// The tokenizer and chat template.
     pub tokenizer: ChatTokenizer,
-    /// The source as clients see it: the hub id as it was named, or the last part of a path.
+    /// The source as clients see it: the hub id as it was given, or the last part of a path.
     pub origin: String,
-    /// The name under which PEFT and transformers find it.
+    /// The name under which PEFT and transformers find the model.
     pub base: BaseName,
 }
 
 impl LoadedModel {
-    /// What the model is, by content.
+    /// Returns the content hashes of the model's parts.
     pub fn identity(&self) -> ModelIdentity {
         ModelIdentity {
             weights: self.weights.fingerprint(),
@@ -41,11 +41,12 @@ impl LoadedModel {
     }
 }
 
-/// Opens `source` (a folder, a GGUF file or a hub id) under `id`, or under an id made from the
-/// source's last part.
+/// Opens `source` (a folder, a GGUF file or a hub id) as the model `id`. Without `id`, the id is
+/// made from the last part of `source`.
 ///
 /// # Errors
-/// Each names the file, and the field or tensor in it.
+/// Returns an error that names the file, and the field or tensor in it, if something is missing,
+/// malformed or not supported.
 pub fn load_model(
     id: Option<&str>,
     source: &str,
@@ -56,8 +57,9 @@ pub fn load_model(
     if model.tokenizer.eos_token().is_none() {
         tracing::warn!(
             model = model.id,
-            "the tokenizer has no end-of-sequence token, or one that is not in its vocabulary: the model does not learn where plain-text \
-             answers end; set eos_token in tokenizer_config.json (tokenizer.ggml.eos_token_id in GGUF)"
+            "the tokenizer has no end-of-sequence token, or one that is not in its vocabulary: \
+             the model does not learn where plain-text answers end; set eos_token in \
+             tokenizer_config.json (tokenizer.ggml.eos_token_id in GGUF)"
         );
     }
     Ok(model)
@@ -67,7 +69,7 @@ fn open(id: String, source: &str, hub: &HubOptions) -> Result<LoadedModel, Model
     let located = locate(source, hub)?;
     let is_local = Path::new(source).exists();
     let (origin, base) = match is_local {
-        // `.` and `..` have no last part.
+        // The paths `.` and `..` have no last part.
         true => match last_part(Path::new(source)) {
             last if last.is_empty() => (id.clone(), BaseName::from(id.as_str())),
             last => (last, BaseName::from(id.as_str())),
@@ -112,8 +114,8 @@ fn load_gguf(
     Ok(LoadedModel { id, config, weights, tokenizer, origin, base })
 }
 
-/// The last part of a path or hub id, without extension and revision, with other characters than an
-/// id's made `-`.
+/// Makes a model id from the last part of a path or hub id, without `.gguf` and revision.
+/// Characters that an id must not have become `-`.
 pub fn default_id(source: &str) -> String {
     let last = source.trim_end_matches('/').rsplit('/').next().unwrap_or(source);
     let last = last.split('@').next().unwrap_or(last);

@@ -16,13 +16,13 @@ use crate::model::config::ModelConfig;
 use crate::model::error::ModelError;
 use crate::model::params::{Linear, lora_params, peft_example};
 
-/// The file with rank, α and targets.
+/// File with the adapter's rank, α and target modules.
 pub const CONFIG_FILE: &str = "adapter_config.json";
-/// The file with A and B.
+/// File with the adapter's matrices A and B.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
-/// Characters of a refused value that a message repeats.
-const MAX_VALUE: usize = 200;
+/// Maximum number of characters of a refused field or value that an error message repeats.
+const MAX_VALUE_CHARS: usize = 200;
 
 /// The fields of adapter_config.json that may have any value: this module reads them elsewhere, or
 /// they have no effect on what the adapter computes once it is trained.
@@ -43,21 +43,21 @@ const FREE: [&str; 17] = [
     // Training only.
     "inference_mode",
     "lora_dropout",
-    // How A is chosen when `init_lora_weights` is "eva".
+    // Settings for the start values of A when `init_lora_weights` is "eva".
     "eva_config",
-    // Where PEFT computes, not what.
+    // These choose the device or the parallel layers, not the result.
     "runtime_config",
     "megatron_core",
-    // Read by PEFT only together with a field that must be off.
+    // PEFT reads these only together with a field that must be off.
     "qalora_group_size",
     "ensure_weight_tying",
 ];
 
-/// The other fields of PEFT 0.21.2's `LoraConfig`, each with the values at which it does nothing
-/// that this decoder does not do. `null` is one of them for every field.
+/// The other fields of PEFT 0.21.2's `LoraConfig`. Each is listed with its supported values (as
+/// JSON), at which the adapter computes plain LoRA. `null` is supported for every field.
 const OFF: [(&str, &[&str]); 26] = [
-    // `true`, `false`, Gaussian, orthogonal and EVA starts touch only A and B, which the file
-    // replaces; for the others see `why_refused`.
+    // With these values only A and B are initialised, and the file replaces both. See `why_refused`
+    // for the other values.
     ("init_lora_weights", &["true", "false", "\"gaussian\"", "\"orthogonal\"", "\"eva\""]),
     ("bias", &["\"none\""]),
     ("fan_in_fan_out", &["false"]),
@@ -82,12 +82,16 @@ const OFF: [(&str, &[&str]); 26] = [
     ("monteclora_config", &[]),
     ("use_bdlora", &[]),
     ("velora_config", &[]),
-    // Of PEFT before 0.4.
+    // Fields of PEFT before 0.4.
     ("enable_lora", &[]),
     ("merge_weights", &["false"]),
 ];
 
-/// Reads an adapter's rank, α and targets, without its values.
+/// Reads an adapter's rank, α and target modules, without the values of its tensors.
+///
+/// # Errors
+/// Returns an error if a file is missing or malformed, or if the configuration asks for more than
+/// plain LoRA.
 pub fn config(dir: &Path) -> Result<LoraConfig, ModelError> {
     let fields = read_fields(dir)?;
     let path = dir.join(WEIGHTS_FILE);
@@ -98,7 +102,7 @@ pub fn config(dir: &Path) -> Result<LoraConfig, ModelError> {
         .map_err(|reason| ModelError::Adapter { path: dir.to_owned(), reason })
 }
 
-/// Reads an adapter's configuration file and refuses one that asks for other maths.
+/// Reads adapter_config.json and refuses fields that would change what the adapter computes.
 fn read_fields(dir: &Path) -> Result<Value, ModelError> {
     let wrong = |reason: String| ModelError::Adapter { path: dir.to_owned(), reason };
     let path = dir.join(CONFIG_FILE);
@@ -115,7 +119,11 @@ fn map_weights(path: &Path) -> Result<memmap2::Mmap, ModelError> {
     unsafe { memmap2::Mmap::map(&file) }.map_err(ModelError::io(path))
 }
 
-/// Reads an adapter made for a model of this shape.
+/// Reads an adapter that was made for a model with this configuration.
+///
+/// # Errors
+/// As [`config`]. Also returns an error if a tensor is missing, has another shape, is not finite,
+/// or belongs to no projection of the model.
 pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
     let wrong = |reason: String| ModelError::Adapter { path: dir.to_owned(), reason };
     let fields = read_fields(dir)?;
@@ -131,7 +139,8 @@ pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
         let (name, shape) = (tensor.name.as_str(), tensor.shape);
         let view = tensors.tensor(name).map_err(|_| {
             wrong(format!(
-                "tensor {name} is missing: the adapter must cover {} in every one of the {layers} layers",
+                "tensor {name} is missing: \
+                 the adapter must cover {} in every one of the {layers} layers",
                 config.target_modules.join(", ")
             ))
         })?;
@@ -155,7 +164,8 @@ pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
             .collect();
         let extra = tensors.names().into_iter().find(|n| !covered.contains(n)).unwrap_or_default();
         return Err(wrong(format!(
-            "tensor {extra} belongs to no projection of this model ({layers} layers): the adapter was made for another one"
+            "tensor {extra} belongs to no projection of this model ({layers} layers): \
+             the adapter was made for another one"
         )));
     }
     Ok(adapter)
@@ -176,7 +186,8 @@ fn check_supported(fields: &Value) -> Result<(), String> {
         if name == "peft_type" || FREE.contains(&name) || value.is_null() {
             continue;
         }
-        // A field of another version of PEFT: only a switch that is off is surely harmless.
+        // An unknown field is from another version of PEFT. It is safe to ignore only if it is a
+        // switch that is off.
         let off = OFF
             .iter()
             .find(|(known, _)| *known == name)
@@ -185,9 +196,10 @@ fn check_supported(fields: &Value) -> Result<(), String> {
             let allowed: Vec<&str> = off.iter().copied().chain(["null"]).collect();
             return Err(format!(
                 "{} is {}: only {} is supported, because {}; \
-                 merge the adapter into its base model with PEFT and serve the result, or train a plain LoRA",
-                shortened(field, MAX_VALUE),
-                shortened(&value.to_string(), MAX_VALUE),
+                 merge the adapter into its base model with PEFT and serve the result, \
+                 or train a plain LoRA",
+                shortened(field, MAX_VALUE_CHARS),
+                shortened(&value.to_string(), MAX_VALUE_CHARS),
                 allowed.join(" or "),
                 why_refused(name, value)
             ));
@@ -196,7 +208,7 @@ fn check_supported(fields: &Value) -> Result<(), String> {
     Ok(())
 }
 
-/// Says what another value of a field than the supported ones does.
+/// Returns the reason why an unsupported value of a field is refused.
 fn why_refused(field: &str, value: &Value) -> &'static str {
     let start =
         value.as_str().filter(|_| field == "init_lora_weights").unwrap_or_default().to_lowercase();
@@ -211,8 +223,8 @@ fn why_refused(field: &str, value: &Value) -> &'static str {
     }
 }
 
-/// Rank and α from the config; the targets from the tensors, because `target_modules` may be a
-/// pattern.
+/// Takes rank and α from the configuration. Takes the target modules from the tensors' names,
+/// because `target_modules` may be a pattern.
 fn read_config(fields: &Value, tensors: &SafeTensors) -> Result<LoraConfig, String> {
     let rank = fields
         .get("r")
@@ -265,8 +277,11 @@ fn to_f32(view: &TensorView, name: &str) -> Result<Tensor, String> {
     Tensor::from_vec(values, view.shape(), &candle_core::Device::Cpu).map_err(|e| e.to_string())
 }
 
-/// Writes an adapter so that `PeftModel.from_pretrained` loads it, and `AutoPeftModelForCausalLM`
-/// where the base model can be found under the name `base`.
+/// Writes an adapter that `PeftModel.from_pretrained` loads. `AutoPeftModelForCausalLM` loads it,
+/// too, where it finds the base model under the name `base`.
+///
+/// # Errors
+/// Returns an error that names the file if it cannot be written.
 pub fn save(dir: &Path, adapter: &Adapter, base: &BaseName) -> Result<(), ModelError> {
     let c = &adapter.config;
     let config = json!({
@@ -292,10 +307,10 @@ pub fn save(dir: &Path, adapter: &Adapter, base: &BaseName) -> Result<(), ModelE
     save_tensors(&dir.join(WEIGHTS_FILE), &adapter.named())
 }
 
-/// Returns an adapter_config.json with another name of the base model.
+/// Returns the adapter_config.json with the base model's name replaced by `base`.
 ///
 /// # Errors
-/// When `config` is not a JSON object.
+/// Returns an error if `config` is not a JSON object.
 pub fn with_base(config: &[u8], base: &BaseName) -> Result<Vec<u8>, String> {
     let wrong = |reason: String| format!("{CONFIG_FILE} is not a JSON object: {reason}");
     let mut fields: serde_json::Map<String, Value> =
@@ -305,8 +320,8 @@ pub fn with_base(config: &[u8], base: &BaseName) -> Result<Vec<u8>, String> {
     serde_json::to_vec_pretty(&fields).map_err(|e| wrong(e.to_string()))
 }
 
-/// Returns the base model's name in an adapter_config.json, or `id` where that is a path of the
-/// machine that wrote it: versions up to 0.2 wrote the model's source as it was typed.
+/// Returns the base model's name in an adapter_config.json if it is a hub id, else `id`. Versions
+/// up to 0.2 wrote the model's source as it was typed, which may be a path on another machine.
 pub fn base_of(config: &[u8], id: &str) -> BaseName {
     let fields: Value = serde_json::from_slice(config).unwrap_or_default();
     let text = |field: &str| fields.get(field).and_then(Value::as_str);
@@ -320,10 +335,13 @@ pub fn base_of(config: &[u8], id: &str) -> BaseName {
     }
 }
 
-/// Writes f32 tensors as a safetensors file that torch reads.
+/// Writes tensors in f32 to a safetensors file that torch reads.
+///
+/// # Errors
+/// Returns an error that names the file if it cannot be written.
 pub fn save_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<(), ModelError> {
-    // safetensors wants all the bytes at once; each tensor's are made when they are written, and
-    // only views are kept.
+    // The library takes all tensors in one call. Each view makes its bytes when they are written,
+    // so the bytes of only one tensor are in memory.
     let views = tensors
         .iter()
         .map(|(n, t)| Ok((n.clone(), Bytes::new(t)?)))
@@ -335,7 +353,7 @@ pub fn save_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<(), Mod
     })
 }
 
-/// A tensor whose bytes are formed on demand.
+/// A tensor that makes its bytes on demand.
 struct Bytes {
     tensor: Tensor,
     shape: Vec<usize>,
@@ -361,8 +379,8 @@ impl safetensors::View for Bytes {
         let bytes = crate::compute::cpu::with_values(&self.tensor, |v| {
             v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>()
         });
-        // The tensor was made f32, contiguous and on the CPU by `new`, which is all that can fail
-        // here.
+        // This fails only for a tensor that is not f32, contiguous and on the CPU. `new` has made
+        // it so.
         std::borrow::Cow::Owned(bytes.unwrap_or_default())
     }
 

@@ -10,16 +10,16 @@ use super::tokenizer::{EXTRA_FILES, is_extra_template};
 use crate::domain::names::is_hub_id;
 use crate::model::error::ModelError;
 
-/// How the hub is reached.
+/// Access to the Hugging Face hub and its local cache.
 #[derive(Clone, Default)]
 pub struct HubOptions {
-    /// HF_ENDPOINT; the public hub when absent.
+    /// HF_ENDPOINT. `None` means the public hub.
     pub endpoint: Option<String>,
     /// HF_TOKEN.
     pub token: Option<String>,
-    /// HF_HOME/hub or HF_HUB_CACHE; ~/.cache/huggingface/hub when absent.
+    /// HF_HUB_CACHE or HF_HOME/hub. `None` means ~/.cache/huggingface/hub.
     pub cache_dir: Option<PathBuf>,
-    /// HF_HUB_OFFLINE: the cache only.
+    /// HF_HUB_OFFLINE. True means that only the cache is used.
     pub offline: bool,
 }
 
@@ -35,19 +35,20 @@ impl fmt::Debug for HubOptions {
     }
 }
 
-/// Where a model's files are.
+/// Location of a model's files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Located {
-    /// config.json, safetensors, tokenizer.json.
+    /// A folder with config.json, safetensors and tokenizer.json.
     Folder(PathBuf),
-    /// Everything in one file.
+    /// A GGUF file, which holds everything.
     Gguf(PathBuf),
 }
 
-/// Finds `source`: an existing folder or .gguf file, else `owner/name[@revision]` on the hub.
+/// Finds `source`: an existing folder or GGUF file, else `owner/name[@revision]` in the cache or on
+/// the hub.
 ///
 /// # Errors
-/// [`ModelError::NotFound`] says what was tried.
+/// [`ModelError::NotFound`], which lists the places that were tried.
 pub fn locate(source: &str, hub: &HubOptions) -> Result<Located, ModelError> {
     let path = Path::new(source);
     if path.is_dir() {
@@ -67,14 +68,15 @@ pub fn locate(source: &str, hub: &HubOptions) -> Result<Located, ModelError> {
     download(name, revision, hub).map(Located::Folder).map_err(not_found)
 }
 
-/// The file in a snapshot's folder that lists the files of a download that ended.
+/// File in a snapshot's folder that lists the files of a completed download.
 const COMPLETE: &str = ".bradley-complete.json";
 
-/// The snapshot folder with all the files a model needs; on failure, what was tried.
+/// Returns the snapshot folder with all files that a model needs. The error is a text that lists
+/// the places that were tried.
 ///
-/// A download that was interrupted has no list of its files and is taken up again, at the commit
-/// that it was of. So is one of another program, which costs a request and no download where it is
-/// whole.
+/// An interrupted download has no [`COMPLETE`] file, so it is resumed, at the same commit. A
+/// snapshot that another program downloaded has none either. If it is complete, this costs one
+/// request and no download.
 fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, String> {
     let repo_at =
         |revision: &str| Repo::with_revision(name.to_owned(), RepoType::Model, revision.to_owned());
@@ -86,7 +88,7 @@ fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, Str
         return Ok(dir.clone());
     }
     let cached = if begun.is_some() {
-        "a download that did not end, or one of another program"
+        "a download that did not end, or one by another program"
     } else {
         "not there"
     };
@@ -99,7 +101,7 @@ fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, Str
         };
         tracing::warn!(
             model = name,
-            "the cache does not say whether the model's download ended: it is used as it is, in offline mode"
+            "the cached model may be incomplete: it is used as it is, because of offline mode"
         );
         return Ok(dir);
     }
@@ -117,7 +119,7 @@ fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, Str
         .with_progress(false)
         .build()
         .map_err(|e| failed(&e))?;
-    // A branch may have moved since: files of two commits do not make a model.
+    // The branch may have moved since the first download. The files must all be of one commit.
     let commit = begun.as_ref().and_then(|dir| dir.file_name()?.to_str());
     let remote = api.repo(commit.map_or_else(|| repo.clone(), repo_at));
     let info = remote.info().map_err(|e| failed(&e))?;
@@ -138,19 +140,23 @@ fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, Str
         cache.repo(repo).create_ref(&info.sha).map_err(|e| failed(&e))?;
     }
     if let Err(e) = mark_complete(&dir, &files) {
-        tracing::warn!(model = name, error = %e, "the cache cannot keep that the download ended: the hub is asked again next time");
+        tracing::warn!(
+            model = name,
+            error = %e,
+            "the list of downloaded files cannot be written: the hub is asked again next time"
+        );
     }
     Ok(dir)
 }
 
-/// Writes down which files a download brought, after the last of them.
+/// Writes the list of downloaded files. It must be called after the last download.
 fn mark_complete(dir: &Path, files: &[String]) -> std::io::Result<()> {
     let unfinished = dir.join(format!("{COMPLETE}.{}", std::process::id()));
     std::fs::write(&unfinished, serde_json::to_vec(files)?)?;
     std::fs::rename(&unfinished, dir.join(COMPLETE))
 }
 
-/// Whether a download ended and everything that it brought is there.
+/// Returns true if the download completed and all of its files still exist.
 fn is_complete(dir: &Path) -> bool {
     let listed = std::fs::read(dir.join(COMPLETE))
         .ok()
@@ -173,7 +179,7 @@ fn is_needed(file: &str) -> bool {
         || (file.starts_with("model") && file.ends_with(".safetensors") && !file.contains('/'))
 }
 
-/// Whether the files are there without which no model can be opened.
+/// Returns true if the folder has the files that every model needs.
 fn is_usable(dir: &Path) -> bool {
     let has = |f: &str| dir.join(f).is_file();
     has("config.json")

@@ -14,7 +14,7 @@ use super::{gguf, hf};
 use crate::model::error::{ModelError, last_part};
 use crate::model::guard::guarded;
 
-/// A tokenizer that knows its model's special tokens and chat format.
+/// A tokenizer with its model's special tokens and chat templates.
 #[derive(Debug)]
 pub struct ChatTokenizer {
     tokenizer: Tokenizer,
@@ -27,12 +27,12 @@ pub struct ChatTokenizer {
     path: PathBuf,
 }
 
-/// The tokens and their ids, without the rules that turn text into them.
+/// Summary of the mapping from ids to tokens, without the rules that split text into tokens.
 #[derive(Debug)]
 struct Vocabulary {
     /// BLAKE3 of every id with its token, in hex.
     hash: String,
-    /// The largest id plus one: the embedding rows that a model needs for it.
+    /// The largest id plus one: the number of embedding rows that a model needs.
     rows: usize,
 }
 
@@ -53,7 +53,12 @@ impl Vocabulary {
 }
 
 impl ChatTokenizer {
-    /// Reads tokenizer.json, tokenizer_config.json and chat_template.jinja of a folder.
+    /// Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json and the chat templates
+    /// of a folder.
+    ///
+    /// # Errors
+    /// Returns an error that names the file if one is missing or malformed. A chat template that
+    /// does not compile is only logged.
     pub fn from_folder(folder: &Path) -> Result<Self, ModelError> {
         Self::assemble(hf::tokenizer::read(folder)?, folder)
     }
@@ -63,8 +68,8 @@ impl ChatTokenizer {
     }
 
     fn assemble(mut parts: Parts, path: &Path) -> Result<Self, ModelError> {
-        // A tokenizer.json may ask for truncation or padding; lengths are the business of the
-        // encoder here.
+        // A tokenizer.json may ask for truncation or padding. Here only the pair encoder limits
+        // lengths.
         parts.tokenizer.with_padding(None);
         parts.tokenizer.with_truncation(None).map_err(|e| wrong(path, e.to_string()))?;
         let id = |token: Option<String>| {
@@ -89,49 +94,57 @@ impl ChatTokenizer {
             vocabulary,
             path: path.to_owned(),
         };
-        // A template that names tokens which are not there is found now, not by the first request.
+        // A post-processor that names tokens outside the vocabulary must fail now, not in the first
+        // request.
         assembled.encode("", true)?;
-        // Later errors are about clients' texts, and go to clients: without the server's folders.
+        // Later errors are sent to clients, which must not see the server's folders.
         assembled.path = PathBuf::from(last_part(path));
         Ok(assembled)
     }
 
-    /// The token ids of `text`; with `add_special_tokens`, BOS where the tokenizer adds one.
+    /// Encodes `text` as token ids. With `add_special_tokens`, the special tokens that the
+    /// tokenizer adds (e.g. BOS) are included.
+    ///
+    /// # Errors
+    /// Returns an error if the tokenizer library fails or panics.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, ModelError> {
-        // The library panics at some of what a file may hold.
+        // The library panics at some malformed tokenizer files.
         let encoding = guarded(|| self.tokenizer.encode_fast(text, add_special_tokens))
             .map_err(|e| wrong(&self.path, e))?;
         Ok(encoding.map_err(|e| wrong(&self.path, e.to_string()))?.get_ids().to_vec())
     }
 
-    /// The text of `ids`, special tokens included.
+    /// Decodes token ids to text, including special tokens.
+    ///
+    /// # Errors
+    /// Returns an error if the tokenizer library fails or panics.
     pub fn decode(&self, ids: &[u32]) -> Result<String, ModelError> {
         guarded(|| self.tokenizer.decode(ids, false))
             .map_err(|e| wrong(&self.path, e))?
             .map_err(|e| wrong(&self.path, e.to_string()))
     }
 
-    /// The token that ends a sequence.
+    /// Returns the token that ends a sequence.
     pub fn eos_token(&self) -> Option<&str> {
         self.eos.as_ref().map(|(t, _)| t.as_str())
     }
 
-    /// Its id.
+    /// Returns the id of the token that ends a sequence.
     pub fn eos_id(&self) -> Option<u32> {
         self.eos.as_ref().map(|(_, id)| *id)
     }
 
-    /// The id of the token that starts a sequence.
+    /// Returns the id of the token that starts a sequence.
     pub fn bos_id(&self) -> Option<u32> {
         self.bos.as_ref().map(|(_, id)| *id)
     }
 
-    /// The token that starts a sequence.
+    /// Returns the token that starts a sequence.
     pub fn bos_token(&self) -> Option<&str> {
         self.bos.as_ref().map(|(t, _)| t.as_str())
     }
 
-    /// Whether dialogues can be rendered.
+    /// Returns true if at least one chat template compiled.
     pub fn has_chat_template(&self) -> bool {
         [&self.templates.default, &self.templates.tool_use]
             .into_iter()
@@ -139,11 +152,11 @@ impl ChatTokenizer {
             .any(|t| t.compiled.is_ok())
     }
 
-    /// Renders a dialogue; encode the result without adding special tokens.
+    /// Renders a dialogue. Encode the result without adding special tokens.
     ///
     /// # Errors
-    /// When the model has no chat template, or the template does not compile or refuses these
-    /// messages.
+    /// Returns an error if the model has no chat template, the template does not compile, or it
+    /// refuses these messages.
     pub fn apply_chat_template(
         &self,
         messages: &[ChatMessage],
@@ -156,24 +169,25 @@ impl ChatTokenizer {
         template.render(messages, options)
     }
 
-    /// BLAKE3 of the tokenizer and its special tokens, in hex; the chat template is no part of it.
+    /// Returns the BLAKE3 hash of the tokenizer and its special tokens, in hex. Chat templates are
+    /// not part of it.
     pub fn content_hash(&self) -> &str {
         &self.content_hash
     }
 
-    /// Returns true if every token id means the same token in both. They may still split text
-    /// differently, and differ in their special tokens' roles and chat templates.
+    /// Returns true if every id stands for the same token in both tokenizers. They may still split
+    /// text differently, and may differ in the roles of special tokens and in chat templates.
     pub fn has_vocabulary_of(&self, other: &ChatTokenizer) -> bool {
         self.vocabulary.hash == other.vocabulary.hash
     }
 
-    /// The embedding rows that a model needs for its tokens: the largest id plus one.
+    /// Returns the number of embedding rows that a model needs: the largest token id plus one.
     pub fn vocabulary_rows(&self) -> usize {
         self.vocabulary.rows
     }
 
-    /// BLAKE3 of the chat template, in hex, of both where dialogues with tools have one of their
-    /// own; empty without any.
+    /// Returns the BLAKE3 hash of the default chat template, in hex. If dialogues with tools have a
+    /// template of their own, the hash covers both. It is empty if there is no template.
     pub fn template_hash(&self) -> String {
         let of = |text: &str| blake3::hash(text.as_bytes()).to_hex().to_string();
         match (&self.templates.default, &self.templates.tool_use) {
@@ -186,8 +200,9 @@ impl ChatTokenizer {
         }
     }
 
-    /// The files to write beside exported weights, as they were read: of the tokenizer, the chat
-    /// templates and generation_config.json. A name may have a folder in it.
+    /// Returns name and contents of the files to write beside exported weights, as they were read:
+    /// the tokenizer's files, the chat templates and generation_config.json. A name may contain a
+    /// folder.
     pub fn files(&self) -> &[(String, Vec<u8>)] {
         &self.files
     }
@@ -198,12 +213,12 @@ impl ChatTokenizer {
 struct Templates {
     default: Option<NamedTemplate>,
     tool_use: Option<NamedTemplate>,
-    /// The names of all, for errors.
+    /// The names of all templates, for error messages.
     names: Vec<String>,
 }
 
-/// A template that may not compile: it is an error of the dialogues that need it, not of the model,
-/// which can be used with plain text.
+/// A template and the result of compiling it. A failure is reported for dialogues that need the
+/// template, not when the model is loaded, because the model still works with plain text.
 #[derive(Debug)]
 struct NamedTemplate {
     source: String,
@@ -229,15 +244,24 @@ impl Templates {
                     ModelError::ChatTemplate { reason } => reason,
                     other => other.to_string(),
                 };
-                tracing::warn!(path = %path.display(), name, error = reason, "the chat template does not compile: only plain text can be used");
-                format!("the model's template {name:?} does not compile: {reason}; use plain-text prompts and completions, or serve another template")
+                tracing::warn!(
+                    path = %path.display(),
+                    name,
+                    error = reason,
+                    "the chat template does not compile: only plain text can be used"
+                );
+                format!(
+                    "the model's template {name:?} does not compile: {reason}; \
+                     use plain-text prompts and completions, or serve another template"
+                )
             });
             *place = Some(NamedTemplate { source, compiled });
         }
         templates
     }
 
-    /// The template that transformers chooses.
+    /// Returns the template that transformers chooses: `tool_use` for dialogues with tools if there
+    /// is one, else `default`.
     fn find(&self, with_tools: bool) -> Result<&ChatTemplate, String> {
         let chosen = self.tool_use.as_ref().filter(|_| with_tools).or(self.default.as_ref());
         match chosen {
@@ -247,7 +271,8 @@ impl Templates {
                     .to_owned())
             }
             None => Err(format!(
-                "this model has templates named {} and none named {DEFAULT:?}: use plain-text prompts and completions",
+                "this model has templates named {} and none named {DEFAULT:?}: \
+                 use plain-text prompts and completions",
                 self.names.join(", ")
             )),
         }

@@ -1,5 +1,5 @@
-//! Weights on disk: safetensors (one file or shards) or GGUF. Tensors are read one at a time, under
-//! their Hugging Face names.
+//! Weights on disk: safetensors (one file or shards) or GGUF. Tensors are read one at a time and
+//! identified by their Hugging Face names.
 
 pub(super) mod stored;
 
@@ -19,17 +19,16 @@ use crate::model::error::ModelError;
 use crate::model::parameters::TensorSource;
 use crate::model::params::{self, ParamRole, ParamSpec};
 
-/// BLAKE3 of the tensors' bytes as they are stored, by the tensors' Hugging Face names.
+/// BLAKE3 hash of each tensor's stored bytes, by the tensor's Hugging Face name.
 type Digests = HashMap<String, blake3::Hash>;
 
-/// Where a model's weights were read, for reading the same numbers again after the files have been
-/// closed.
+/// Location of a model's weights, for reading the same values again after the files were closed.
 ///
-/// Others may replace, cut off or overwrite the files at any time, also while they are read. So
-/// they are not mapped: the bytes of one tensor are read into memory, and the hash of these bytes
-/// must be that of the bytes that were loaded before. What is used is what was checked, and only
-/// what is used is read and hashed. Where a tensor lies, its shape and its element type are those
-/// of the first time; the headers are not read again.
+/// Other programs may replace, truncate or overwrite the files at any time, also during a read. So
+/// the files are not mapped. The bytes of one tensor are read into memory, and their hash must
+/// equal that of the first load. Thus the values that are used are the values that were checked.
+/// Tensors that are not needed are neither read nor hashed. Position, shape and element type of a
+/// tensor are those of the first time; the headers are not read again.
 #[derive(Clone, Debug)]
 pub struct WeightFiles {
     path: PathBuf,
@@ -47,7 +46,7 @@ impl WeightFiles {
     /// Opens the files again. [`Weights::load`] then checks every tensor that it reads.
     ///
     /// # Errors
-    /// [`ModelError::Changed`] when a file is gone or cannot be opened.
+    /// [`ModelError::Changed`] if a file is gone or cannot be opened.
     pub fn open(&self) -> Result<Weights, ModelError> {
         let kind = match &self.directory {
             Directory::Safetensors(d) => d.open().map(FileFormat::Safetensors),
@@ -58,7 +57,7 @@ impl WeightFiles {
     }
 }
 
-/// A file that could be read once is not what it was when it cannot be read again.
+/// Turns an I/O error into [`ModelError::Changed`]: the file was readable the first time.
 fn unreadable_again(e: ModelError) -> ModelError {
     match e {
         ModelError::Io { path, source } => ModelError::Changed { path, reason: source.to_string() },
@@ -66,14 +65,14 @@ fn unreadable_again(e: ModelError) -> ModelError {
     }
 }
 
-/// What the hash of a tensor's bytes is for.
+/// Treatment of the hash of each tensor's bytes.
 #[derive(Debug)]
 enum Digesting {
     /// Nothing is hashed.
     Off,
-    /// It is remembered.
+    /// The hash is recorded.
     Recorded(Mutex<Digests>),
-    /// It must be this one.
+    /// The hash must equal the recorded one.
     Expected(Arc<Digests>),
 }
 
@@ -97,12 +96,15 @@ impl Weights {
     /// folder.
     ///
     /// # Errors
-    /// When there is neither, or a file is truncated or malformed: the file is named.
+    /// Returns an error that names the file if there is neither, or one is truncated or malformed.
     pub fn open_folder(folder: &Path) -> Result<Self, ModelError> {
         Ok(Self::new(FileFormat::Safetensors(SafetensorsWeights::open_folder(folder)?), folder))
     }
 
     /// Opens one safetensors file.
+    ///
+    /// # Errors
+    /// As [`Weights::open_folder`].
     pub fn open_safetensors(file: &Path) -> Result<Self, ModelError> {
         Ok(Self::new(FileFormat::Safetensors(SafetensorsWeights::open(&[file.to_owned()])?), file))
     }
@@ -120,13 +122,13 @@ impl Weights {
         }
     }
 
-    /// A parameter's tensor, contiguous, on the CPU: a matrix in `precision`, norms and biases in
-    /// f32.
+    /// Reads a parameter's tensor, contiguous and on the CPU. A matrix has the element type
+    /// `precision`; norms and biases are f32.
     ///
     /// # Errors
-    /// When it is missing, has another shape or an element type that cannot be read, and
-    /// [`ModelError::Changed`] when its file was opened by [`WeightFiles::open`] and is not what it
-    /// was.
+    /// Returns an error if the tensor is missing, or has another shape or an unsupported element
+    /// type. Returns [`ModelError::Changed`] if its file was opened by [`WeightFiles::open`] and
+    /// the tensor's bytes have changed or cannot be read.
     pub fn load(&self, param: &ParamSpec, precision: Precision) -> Result<Tensor, ModelError> {
         let dtype = if param.role == ParamRole::Matrix && precision == Precision::Bf16 {
             DType::BF16
@@ -162,7 +164,7 @@ impl Weights {
             Digesting::Off => Ok(()),
             Digesting::Recorded(digests) => {
                 let digest = blake3::hash(bytes);
-                // Nothing panics while the map is changed.
+                // A poisoned lock is harmless: nothing panics while the map is changed.
                 digests
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)
@@ -181,9 +183,9 @@ impl Weights {
         }
     }
 
-    /// Checks that the configuration calls for what is stored. A tensor elsewhere than in a decoder
-    /// layer is only warned of: many files have parts that no forward pass of the language model
-    /// uses.
+    /// Checks that the configuration uses every stored tensor. An unused tensor outside of the
+    /// decoder layers only causes a warning, because many files have parts that the language
+    /// model's forward pass does not use.
     ///
     /// # Errors
     /// [`ModelError::UnexpectedTensor`] for tensors of decoder layers, e.g. biases that the
@@ -214,14 +216,14 @@ impl Weights {
                 path = %self.path.display(),
                 tensor = *first,
                 tensors = unexpected.len(),
-                "the weights hold tensors that the configuration does not call for: they are not used"
+                "the weights have tensors that the configuration does not use: they are ignored"
             );
         }
         Ok(())
     }
 
-    /// Returns the element type that most of the numbers have. Quantised ones count as f16: that
-    /// is what their scales are stored in, and it rounds less than bf16.
+    /// Returns the element type of most of the weights. Quantised weights count as f16, because
+    /// their scales are stored in f16 and f16 rounds less than bf16.
     pub fn element_type(&self) -> ElementType {
         let tensors = self.stored();
         let count =
@@ -253,8 +255,8 @@ impl Weights {
         self.digests = Digesting::Recorded(Mutex::default());
     }
 
-    /// Returns what is needed to read the same weights again: those that were loaded since
-    /// [`Weights::record_digests`].
+    /// Returns the location and hashes with which the same weights can be read again. It has the
+    /// hashes of the tensors that were loaded since [`Weights::record_digests`].
     pub fn files(&self) -> WeightFiles {
         let directory = match &self.kind {
             FileFormat::Safetensors(w) => Directory::Safetensors(w.directory()),
@@ -270,7 +272,7 @@ impl Weights {
         WeightFiles { path: self.path.clone(), directory, digests }
     }
 
-    /// BLAKE3 of the files' contents, in hex; computed once.
+    /// Returns the BLAKE3 hash of the files' contents, in hex. It is computed once.
     pub fn fingerprint(&self) -> String {
         let compute = || {
             let mut hash = blake3::Hasher::new();
@@ -290,8 +292,7 @@ impl TensorSource for Weights {
     }
 }
 
-/// Whether a tensor says nothing that the configuration and the other tensors do not: rotary
-/// frequencies, and the copy of a tied head.
+/// Returns true for tensors that are redundant: rotary frequencies, and the copy of a tied head.
 fn is_harmless(name: &str) -> bool {
     const SUFFIXES: [&str; 2] = [".rotary_emb.inv_freq", ".attn_rot_embd"];
     const NAMES: [&str; 2] = [params::HF_HEAD, ModelConfig::GGUF_ROPE_FREQS];

@@ -1,5 +1,5 @@
-//! Who calls: a bearer token becomes a [`Caller`] that travels with the request, and its role is
-//! checked before a message is read.
+//! Authentication. A bearer token is resolved to a [`Caller`], which is stored in the request. The
+//! caller's role is checked before the message is read.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -19,36 +19,36 @@ use crate::service::auth::access::require;
 use crate::service::auth::tokens::TokenService;
 use crate::service::error::ServiceError;
 
-/// A look at the health is everyone's: probes have no token. Watching it holds a stream open, which
-/// is not.
-pub(super) const OPEN: &str = "/grpc.health.v1.Health/Check";
-/// Refusals that are logged in a second; the others are only counted, so that strangers cannot fill
-/// a disk.
-const LOGGED: u32 = 20;
+/// The only method that needs no token, because health probes have none. The method `Watch` of the
+/// same service needs one, because it holds a stream open.
+pub(super) const HEALTH_CHECK_METHOD: &str = "/grpc.health.v1.Health/Check";
+/// Maximum number of refusals that are logged per second. Further ones are only counted, so that
+/// callers without a token cannot fill the disk.
+const MAX_LOGGED_PER_SECOND: u32 = 20;
 
 /// Adds [`Auth`] to a server.
 #[derive(Clone)]
 pub(super) struct AuthLayer {
-    /// Knows the tokens.
+    /// Resolves tokens to callers.
     pub authenticator: TokenService,
-    /// Whether callers need one.
+    /// True if callers need a token.
     pub required: bool,
-    /// How many refusals are logged.
+    /// Limits the number of refusals that are logged.
     pub log: Arc<Rate>,
 }
 
-/// A limit on log lines.
+/// Rate limit for log lines: start of the current second, and the lines in it.
 #[derive(Debug, Default)]
 pub(super) struct Rate(Mutex<Option<(Instant, u32)>>);
 
 impl Rate {
-    /// Whether one more may be written in this second.
-    fn may(&self) -> bool {
+    /// Counts a log line and returns true if it is within the limit of this second.
+    fn try_log(&self) -> bool {
         let mut window = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *window {
             Some((since, n)) if since.elapsed() < Duration::from_secs(1) => {
                 *n += 1;
-                *n <= LOGGED
+                *n <= MAX_LOGGED_PER_SECOND
             }
             _ => {
                 *window = Some((Instant::now(), 1));
@@ -66,7 +66,7 @@ impl<S> Layer<S> for AuthLayer {
     }
 }
 
-/// A service that knows its callers.
+/// A service that authenticates its callers.
 #[derive(Clone)]
 pub(super) struct Auth<S> {
     inner: S,
@@ -88,7 +88,7 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        // The clone is what was not polled ready: the ready one is taken.
+        // Only the original was polled ready, so the call uses it and the clone takes its place.
         let ready = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, ready);
         let layer = self.layer.clone();
@@ -100,7 +100,7 @@ where
                 }
                 Err(e) => {
                     metrics::counter!("bradley_refused_total").increment(1);
-                    if layer.log.may() {
+                    if layer.log.try_log() {
                         let peer =
                             request.extensions().get::<Peer>().map(|p| p.address.to_string());
                         tracing::warn!(target: AUDIT, peer, reason = %e, "refused");
@@ -113,7 +113,7 @@ where
 }
 
 async fn admit(layer: &AuthLayer, path: &str, headers: &HeaderMap) -> Result<Caller, ServiceError> {
-    if !layer.required || path == OPEN {
+    if !layer.required || path == HEALTH_CHECK_METHOD {
         return Ok(Caller::anyone());
     }
     let token = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()).and_then(bearer);
@@ -124,7 +124,7 @@ async fn admit(layer: &AuthLayer, path: &str, headers: &HeaderMap) -> Result<Cal
         return Err(ServiceError::Unauthenticated { message });
     };
     let caller = layer.authenticator.admit(token).await?;
-    if let Some(role) = needed(path) {
+    if let Some(role) = required_role(path) {
         require(&caller, role)?;
     }
     Ok(caller)
@@ -135,8 +135,9 @@ fn bearer(value: &str) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }
 
-/// The role that a method needs; `None` is any. What is not known here needs the most.
-fn needed(path: &str) -> Option<Role> {
+/// Returns the role that a method requires; `None` means any role. Unknown methods require the
+/// highest role.
+fn required_role(path: &str) -> Option<Role> {
     match path.trim_start_matches('/').split('/').next() {
         Some(
             "bradley.v1.ModelService"
@@ -154,15 +155,17 @@ fn needed(path: &str) -> Option<Role> {
     }
 }
 
-/// The caller that [`Auth`] found, and the message. A request that did not come through it has
-/// none.
-pub(super) fn whose<T>(request: tonic::Request<T>) -> Result<(Caller, T), tonic::Status> {
+/// Returns the caller that [`Auth`] stored in the request, and the message.
+///
+/// # Errors
+/// Returns an error if the request did not pass through [`Auth`], so that it has no caller.
+pub(super) fn split_caller<T>(request: tonic::Request<T>) -> Result<(Caller, T), tonic::Status> {
     let caller = request.extensions().get::<Caller>().cloned();
     match caller {
         Some(caller) => Ok((caller, request.into_inner())),
-        None => {
-            Err(status(ServiceError::Unauthenticated { message: "nobody is known to call".into() }))
-        }
+        None => Err(status(ServiceError::Unauthenticated {
+            message: "the request has no caller".into(),
+        })),
     }
 }
 
@@ -172,11 +175,14 @@ mod tests {
 
     #[test]
     fn every_service_has_its_role() {
-        assert_eq!(needed("/bradley.v1.ScoringService/ScorePairs"), Some(Role::Score));
-        assert_eq!(needed("/bradley.v1.TrainingService/CreateTrainingJob"), Some(Role::Submit));
-        assert_eq!(needed("/bradley.v1.ModelService/ListModels"), None);
-        assert_eq!(needed("/bradley.v1.Unheard/Of"), Some(Role::Admin));
-        assert_eq!(needed("bradley.v1.ScoringServiceX/Y"), Some(Role::Admin));
+        assert_eq!(required_role("/bradley.v1.ScoringService/ScorePairs"), Some(Role::Score));
+        assert_eq!(
+            required_role("/bradley.v1.TrainingService/CreateTrainingJob"),
+            Some(Role::Submit)
+        );
+        assert_eq!(required_role("/bradley.v1.ModelService/ListModels"), None);
+        assert_eq!(required_role("/bradley.v1.Unheard/Of"), Some(Role::Admin));
+        assert_eq!(required_role("bradley.v1.ScoringServiceX/Y"), Some(Role::Admin));
     }
 
     #[test]

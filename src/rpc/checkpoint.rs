@@ -1,4 +1,4 @@
-//! CheckpointService.
+//! Implements the gRPC CheckpointService.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::auth::whose;
+use super::auth::split_caller;
 use super::convert::{identity, invalid, job_id, timestamp};
 use super::pb::{
     self, checkpoint_service_server::CheckpointService, download_checkpoint_response::Part,
@@ -22,12 +22,12 @@ use crate::service::artifacts::{ExportFormat, ExportedFile};
 use crate::service::checkpoints::{self, ExportRequest};
 use crate::service::error::ServiceError;
 
-/// Bytes in a piece of a download.
+/// Size of a chunk of a download, in bytes.
 const CHUNK: usize = 256 << 10;
-/// Pieces that wait for a slow client.
+/// Maximum number of messages that wait for a slow client.
 const BUFFER: usize = 4;
 
-/// The gRPC face of checkpoints.
+/// The gRPC service for checkpoints.
 pub(super) struct Checkpoints(pub checkpoints::CheckpointService);
 
 #[tonic::async_trait]
@@ -36,7 +36,7 @@ impl CheckpointService for Checkpoints {
         &self,
         request: Request<pb::GetCheckpointRequest>,
     ) -> Result<Response<pb::Checkpoint>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         let (job, which) = parse(&r.name)?;
         let (checkpoint, base) =
             self.0.get_checkpoint(&caller, job, which).await.map_err(status)?;
@@ -47,7 +47,7 @@ impl CheckpointService for Checkpoints {
         &self,
         request: Request<pb::ListCheckpointsRequest>,
     ) -> Result<Response<pb::ListCheckpointsResponse>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         let (all, base) =
             self.0.list_checkpoints(&caller, job_id("parent", &r.parent)?).await.map_err(status)?;
         let checkpoints = all.into_iter().map(|c| convert(c, base.clone())).collect();
@@ -58,11 +58,11 @@ impl CheckpointService for Checkpoints {
         &self,
         request: Request<pb::DeleteCheckpointRequest>,
     ) -> Result<Response<pb::DeleteCheckpointResponse>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         let (job, CheckpointRef::Step(step)) = parse(&r.name)? else {
             return Err(invalid(
                 "name",
-                "must name a step: latest and best may move between the look and the deletion",
+                "must name a step, because latest and best may change before the deletion",
             ));
         };
         self.0.delete_checkpoint(&caller, job, step).await.map_err(status)?;
@@ -73,7 +73,7 @@ impl CheckpointService for Checkpoints {
         &self,
         request: Request<pb::ExportCheckpointRequest>,
     ) -> Result<Response<pb::ExportCheckpointResponse>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         let (job, which) = parse(&r.name)?;
         let export = self
             .0
@@ -90,7 +90,7 @@ impl CheckpointService for Checkpoints {
         &self,
         request: Request<pb::DownloadCheckpointRequest>,
     ) -> Result<Response<Self::DownloadCheckpointStream>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         let (job, which) = parse(&r.name)?;
         let export = self
             .0
@@ -112,7 +112,8 @@ impl CheckpointService for Checkpoints {
 
 type Sender = mpsc::Sender<Result<pb::DownloadCheckpointResponse, Status>>;
 
-/// Sends a header and the bytes; false when the client has left or the file failed.
+/// Sends a file's header and bytes. Returns false if the client has left or the file cannot be
+/// read.
 async fn send_file(sender: &Sender, f: ExportedFile, path: PathBuf) -> bool {
     let part = |part| Ok(pb::DownloadCheckpointResponse { part: Some(part) });
     if sender.send(part(Part::File(file(f)))).await.is_err() {
@@ -147,7 +148,14 @@ async fn send_file(sender: &Sender, f: ExportedFile, path: PathBuf) -> bool {
 
 fn parse(name: &str) -> Result<(&str, CheckpointRef), Status> {
     names::parse_checkpoint(name).ok_or_else(|| {
-        invalid("name", format!("is {}: it must look like trainingJobs/ID/checkpoints/STEP, with latest or best for STEP", quoted(name)))
+        invalid(
+            "name",
+            format!(
+                "is {}: it must look like trainingJobs/ID/checkpoints/STEP, \
+                 with latest or best for STEP",
+                quoted(name)
+            ),
+        )
     })
 }
 

@@ -1,7 +1,7 @@
-//! A thin client for the command line and the demo: connects with a clear error, uploads, follows
-//! events across reconnects, downloads safely.
+//! A thin client for the command line and the demo. It uploads datasets, follows events across
+//! reconnects, and downloads checkpoints without trusting the server's file names.
 
-/// A point in time and a choice of fields, as messages carry them.
+/// Well-known protobuf types of message fields.
 pub use prost_types::{Duration as ProtoDuration, FieldMask, Struct as ProtoStruct, Timestamp};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
-/// What a server answers when it refuses.
+/// The error status with which a server refuses a call.
 pub use tonic::Status;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
@@ -25,49 +25,61 @@ use super::pb::model_service_client::ModelServiceClient;
 use super::pb::scoring_service_client::ScoringServiceClient;
 use super::pb::training_service_client::TrainingServiceClient;
 
-/// A JSON object as messages carry it; the order of its keys is lost.
+/// Converts a JSON object to a protobuf Struct, which loses the order of its keys.
 pub fn json_struct(fields: &serde_json::Map<String, serde_json::Value>) -> prost_types::Struct {
     super::convert::json::to_struct(fields)
 }
 
-/// Bytes in a piece of an upload.
+/// Size of a chunk of an upload, in bytes.
 const CHUNK: usize = 1 << 20;
-/// The largest answer taken from a server.
+/// Maximum size of a server's message, in bytes.
 const MAX_MESSAGE: usize = 256 << 20;
-/// Reconnects of an event stream without an event in between.
+/// Maximum number of reconnects of an event stream without an event in between.
 const MAX_RECONNECTS: u32 = 30;
 
-/// Why a call failed.
+/// The reason why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nothing answers there.
+    /// The server cannot be reached.
     #[error("cannot reach {address}: {reason}; is `bradley serve` running there?")]
     Unreachable {
         /// The server's address.
         address: String,
-        /// What the transport said.
+        /// The transport's error.
         reason: String,
     },
     /// The server refused.
     #[error("{}", describe(.0))]
     Refused(Box<Status>),
-    /// A local file failed.
+    /// A local file cannot be read or written.
     #[error("{path}: {source}")]
     File {
-        /// The file.
+        /// The file's path.
         path: String,
-        /// The system's answer.
+        /// The operating system's error.
         source: std::io::Error,
     },
-    /// The server's answer makes no sense.
+    /// The server's answer violates the protocol, or the token is malformed.
     #[error("the server's answer cannot be used: {0}")]
     Protocol(String),
 }
 
 impl ClientError {
-    /// Whether the arguments are at fault (rather than the server or the network).
+    /// Returns true if the caller's arguments caused the error, rather than the server or the
+    /// network.
     pub fn is_usage(&self) -> bool {
-        matches!(self, ClientError::Refused(s) if matches!(s.code(), Code::InvalidArgument | Code::NotFound | Code::FailedPrecondition | Code::AlreadyExists | Code::Aborted | Code::OutOfRange))
+        matches!(
+            self,
+            ClientError::Refused(s) if matches!(
+                s.code(),
+                Code::InvalidArgument
+                    | Code::NotFound
+                    | Code::FailedPrecondition
+                    | Code::AlreadyExists
+                    | Code::Aborted
+                    | Code::OutOfRange
+            )
+        )
     }
 }
 
@@ -77,7 +89,7 @@ impl From<Status> for ClientError {
     }
 }
 
-/// The message with each bad field on a line of its own.
+/// Formats a status for people, with each bad field on a line of its own.
 fn describe(status: &Status) -> String {
     match status.get_details_bad_request() {
         Some(bad) if !bad.field_violations.is_empty() => {
@@ -92,24 +104,25 @@ fn describe(status: &Status) -> String {
     }
 }
 
-/// The result of a call.
+/// Result of a call.
 pub type Result<T> = std::result::Result<T, ClientError>;
 
-/// Where a server is, and how a client shows who it is.
+/// Address of a server, and the client's credentials.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Target {
     /// `http://HOST:PORT`, or `https://…` with TLS.
     pub address: String,
     /// A bearer token.
     pub token: Option<String>,
-    /// The authority that signed the server's certificate, PEM; `None` is the system's.
+    /// PEM file of the CA that signed the server's certificate. `None` means the system's CAs.
     pub tls_ca: Option<PathBuf>,
-    /// The client's own certificate and key, PEM, for servers that ask for one.
+    /// PEM files of the client's certificate and key, for servers that require a client
+    /// certificate.
     pub tls_identity: Option<(PathBuf, PathBuf)>,
 }
 
 impl Target {
-    /// A server without TLS and tokens.
+    /// Returns a target without TLS and token.
     pub fn plain(address: impl Into<String>) -> Self {
         Target { address: address.into(), ..Target::default() }
     }
@@ -146,7 +159,7 @@ impl Interceptor for Bearer {
     }
 }
 
-/// What calls go through.
+/// The channel that calls go through. It adds the bearer token to each.
 pub type Transport = InterceptedService<Channel, Bearer>;
 
 /// A connection to a server.
@@ -158,6 +171,10 @@ pub struct Client {
 
 impl Client {
     /// Connects to a server.
+    ///
+    /// # Errors
+    /// [`ClientError::Unreachable`] if the connection fails, [`ClientError::File`] if a certificate
+    /// or key cannot be read, [`ClientError::Protocol`] if the token is malformed.
     pub async fn connect(target: &Target, timeout: Duration) -> Result<Self> {
         let address = &target.address;
         let unreachable =
@@ -166,7 +183,7 @@ impl Client {
         if let Some(token) = &target.token {
             let mut value: MetadataValue<Ascii> =
                 format!("Bearer {token}").parse().map_err(|_| {
-                    ClientError::Protocol("the token holds characters that no token has".into())
+                    ClientError::Protocol("the token has characters that are not allowed".into())
                 })?;
             value.set_sensitive(true);
             bearer = Bearer(Some(value));
@@ -185,37 +202,40 @@ impl Client {
         Ok(Client { channel, bearer })
     }
 
-    /// Training jobs.
+    /// Returns a client for training jobs.
     pub fn training(&self) -> TrainingServiceClient<Transport> {
         TrainingServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
             .max_decoding_message_size(MAX_MESSAGE)
     }
 
-    /// Datasets.
+    /// Returns a client for datasets.
     pub fn datasets(&self) -> DatasetServiceClient<Transport> {
         DatasetServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
             .max_decoding_message_size(MAX_MESSAGE)
     }
 
-    /// Checkpoints.
+    /// Returns a client for checkpoints.
     pub fn checkpoints(&self) -> CheckpointServiceClient<Transport> {
         CheckpointServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
             .max_decoding_message_size(MAX_MESSAGE)
     }
 
-    /// Scoring.
+    /// Returns a client for scoring.
     pub fn scoring(&self) -> ScoringServiceClient<Transport> {
         ScoringServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
             .max_decoding_message_size(MAX_MESSAGE)
     }
 
-    /// Models.
+    /// Returns a client for models.
     pub fn models(&self) -> ModelServiceClient<Transport> {
         ModelServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
             .max_decoding_message_size(MAX_MESSAGE)
     }
 
-    /// Whether the server says SERVING.
+    /// Returns true if the server's health check answers SERVING.
+    ///
+    /// # Errors
+    /// Returns an error if the call fails.
     pub async fn health(&self) -> Result<bool> {
         let mut client = tonic_health::pb::health_client::HealthClient::new(self.channel.clone());
         let answer = client
@@ -225,7 +245,11 @@ impl Client {
         Ok(answer.status == tonic_health::pb::health_check_response::ServingStatus::Serving as i32)
     }
 
-    /// Uploads a file; `sent` is told how many bytes are on their way.
+    /// Uploads a dataset's file. `sent` is called with the number of bytes queued for sending so
+    /// far.
+    ///
+    /// # Errors
+    /// Returns an error if the file cannot be read or the server refuses the upload.
     pub async fn upload_dataset(
         &self,
         path: &Path,
@@ -272,9 +296,12 @@ impl Client {
         }
     }
 
-    /// Calls `each` for every event of `job` after `after`, in order and once each, until the job
-    /// ends or `each` returns false. A dropped connection is taken up again after the last event
-    /// seen.
+    /// Calls `each` for every event of `job` with a sequence above `after`, in order and once each,
+    /// until the job ends or `each` returns false. If the connection drops, it reconnects and
+    /// continues after the last event. Returns the sequence of the last event.
+    ///
+    /// # Errors
+    /// Returns an error if the server refuses the call, or after 30 reconnects without an event.
     pub async fn follow(
         &self,
         job: &str,
@@ -311,12 +338,15 @@ impl Client {
             if !transient || failures > MAX_RECONNECTS {
                 return Err(error.into());
             }
-            tracing::debug!(error = %error, cursor, "event stream dropped; taking it up again");
+            tracing::debug!(error = %error, cursor, "event stream dropped; reconnecting");
             tokio::time::sleep(Duration::from_millis(200 * u64::from(failures.min(25)))).await;
         }
     }
 
-    /// Downloads a checkpoint's files into the folder `out`; returns their names.
+    /// Downloads a checkpoint's files into the folder `out`. Returns their names.
+    ///
+    /// # Errors
+    /// As [`Client::download`].
     pub async fn download_checkpoint(
         &self,
         name: &str,
@@ -331,7 +361,11 @@ impl Client {
         self.download(request, out).await
     }
 
-    /// Downloads what `request` names into the folder `out`; returns the files' names.
+    /// Downloads the requested checkpoint's files into the folder `out`. Returns their names.
+    ///
+    /// # Errors
+    /// Returns an error if the server refuses the call, sends a file name that leads outside of
+    /// `out`, or if a file cannot be written.
     pub async fn download(
         &self,
         request: pb::DownloadCheckpointRequest,
@@ -348,7 +382,7 @@ impl Client {
                 Some(Part::File(file)) => {
                     if !is_plain(&file.path) {
                         return Err(ClientError::Protocol(format!(
-                            "it names the file {:?}",
+                            "the file name {:?} leads outside of the folder",
                             file.path
                         )));
                     }
@@ -378,7 +412,7 @@ impl Client {
     }
 }
 
-/// Whether a file's name leads to below the folder that it is joined to, at most one folder deep.
+/// Returns true if joining `name` to a folder stays inside it, at most one folder deep.
 fn is_plain(name: &str) -> bool {
     let part = |p: &str| !p.is_empty() && !p.starts_with('.') && !p.contains(['\\', ':']);
     name.split('/').count() <= 2 && name.split('/').all(part)

@@ -1,6 +1,6 @@
-//! The open connections of a port: at most so many, and none that nobody uses. A connection costs a
-//! file descriptor, which files, the database and probes need, too, and a client without a token
-//! may open any number of connections.
+//! Limits the number of open connections of a port and closes idle ones. Each connection takes a
+//! file descriptor, and files, the database and probes need descriptors, too. Without a limit, a
+//! client without a token could use them all.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -11,15 +11,15 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// A connection without an open call is closed after this time.
+/// Time without an open call after which a connection is closed.
 const MAX_IDLE: Duration = Duration::from_secs(300);
-/// How often idle connections are looked for.
-const SWEEP: Duration = Duration::from_secs(15);
-/// When all places are taken, a connection that has been idle for this time makes room: a new one
-/// gets the time to send its first request.
+/// Interval at which idle connections are closed.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(15);
+/// Minimum idle time before a connection may be closed to admit a new one when the limit is
+/// reached. It gives a new connection time to send its first request.
 const MIN_IDLE: Duration = Duration::from_secs(1);
-/// How often a client that waits for a place looks for one.
-const RETRY: Duration = Duration::from_millis(20);
+/// Interval at which a waiting client retries to get a place among the connections.
+const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The connections of a port.
 #[derive(Debug)]
@@ -29,17 +29,18 @@ pub(super) struct Connections {
     next: AtomicU64,
 }
 
-/// What a connection does.
+/// Open calls and idle time of a connection.
 #[derive(Debug)]
 pub(super) struct Activity {
-    /// Calls whose answers have not been sent to the end.
+    /// Calls that have not sent all of their answer yet.
     calls: AtomicUsize,
-    /// Since when there is none.
+    /// Time of the last activity: the end of the last counted call, or the last call of
+    /// [`Activity::touch`]. It is meaningful only while `calls` is 0.
     idle_since: Mutex<Instant>,
     close: CancellationToken,
 }
 
-/// A connection's place, given back when it is dropped.
+/// A connection's place among the limited number; dropping it frees the place.
 #[derive(Debug)]
 pub(super) struct Place {
     pub activity: Arc<Activity>,
@@ -48,7 +49,7 @@ pub(super) struct Place {
     _permit: OwnedSemaphorePermit,
 }
 
-/// A call that is open while this lives.
+/// Guard of an open call; dropping it ends the call.
 #[derive(Debug)]
 pub(super) struct OpenCall(Arc<Activity>);
 
@@ -61,23 +62,23 @@ impl Activity {
         }
     }
 
-    /// A call begins.
+    /// Counts a call as open until the result is dropped.
     pub fn begin_call(self: &Arc<Self>) -> OpenCall {
         self.calls.fetch_add(1, Ordering::AcqRel);
         OpenCall(self.clone())
     }
 
-    /// It was of use; for calls that are not counted.
+    /// Restarts the idle time. It is used for calls that are not counted.
     pub fn touch(&self) {
         *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
-    /// Tells when the connection is to be closed.
+    /// Returns a token that is cancelled when the connection must be closed.
     pub fn closing(&self) -> CancellationToken {
         self.close.clone()
     }
 
-    /// How long it has had no call; `None` while it has one.
+    /// Returns the time since the last activity, or `None` while a call is open.
     fn idle(&self) -> Option<Duration> {
         if self.calls.load(Ordering::Acquire) > 0 {
             return None;
@@ -88,7 +89,7 @@ impl Activity {
 
 impl Drop for OpenCall {
     fn drop(&mut self) {
-        // First the time: whoever sees no call must not see an old one.
+        // The time is set first: a reader that sees no open call must not see an old idle time.
         self.0.touch();
         self.0.calls.fetch_sub(1, Ordering::AcqRel);
     }
@@ -101,7 +102,8 @@ impl Drop for Place {
 }
 
 impl Connections {
-    /// At most `limit` connections. Idle ones are closed as long as the result, or a place, lives.
+    /// Makes a set of at most `limit` connections. Idle ones are closed as long as the result, or a
+    /// place, exists.
     pub fn new(limit: usize) -> Arc<Self> {
         let connections = Arc::new(Connections {
             places: Arc::new(Semaphore::new(limit)),
@@ -111,7 +113,7 @@ impl Connections {
         let swept = Arc::downgrade(&connections);
         tokio::spawn(async move {
             loop {
-                tokio::time::sleep(SWEEP).await;
+                tokio::time::sleep(SWEEP_INTERVAL).await;
                 let Some(connections) = swept.upgrade() else { return };
                 connections.close_idle(MAX_IDLE);
             }
@@ -123,8 +125,8 @@ impl Connections {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for an accepted connection. When all are taken, the connection that has been idle
-    /// longest is closed; while none is, this waits.
+    /// Returns a place for an accepted connection. If all places are taken, the connection that has
+    /// been idle longest is closed. If none is idle, this waits.
     pub async fn place(self: &Arc<Self>) -> Place {
         loop {
             if let Ok(permit) = self.places.clone().try_acquire_owned() {
@@ -134,7 +136,7 @@ impl Connections {
                 return Place { activity, id, connections: self.clone(), _permit: permit };
             }
             self.close_idlest();
-            tokio::time::sleep(RETRY).await;
+            tokio::time::sleep(RETRY_INTERVAL).await;
         }
     }
 
@@ -169,7 +171,7 @@ mod tests {
         let first = connections.place().await;
         tokio::time::sleep(Duration::from_millis(10)).await;
         let second = connections.place().await;
-        // Whoever comes now waits until the first idle one may be closed.
+        // A further connection waits until the first idle one may be closed.
         let waiting = tokio::spawn({
             let connections = connections.clone();
             async move { connections.place().await }
@@ -182,7 +184,7 @@ mod tests {
         assert_eq!(connections.lock().len(), 1);
         connections.close_idle(Duration::ZERO);
         assert!(!busy.activity.close.is_cancelled());
-        // A call that has ended leaves an idle connection.
+        // The connection becomes idle when its call ends.
         drop(call);
         connections.close_idle(MAX_IDLE);
         assert!(!busy.activity.close.is_cancelled());

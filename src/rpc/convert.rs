@@ -1,4 +1,5 @@
-//! Proto ↔ domain. Every bad field is collected with its proto path before anything is refused.
+//! Converts between protobuf and domain types. All bad fields of a request are collected, with
+//! their paths, and reported in one error.
 
 pub(super) mod dataset;
 pub(super) mod json;
@@ -15,7 +16,7 @@ use crate::domain::names;
 use crate::domain::violation::{Violations, quoted};
 use crate::service::error::ServiceError;
 
-/// Milliseconds to a timestamp.
+/// Converts milliseconds since the epoch to a timestamp.
 pub(super) fn timestamp(ms: Millis) -> prost_types::Timestamp {
     prost_types::Timestamp {
         seconds: ms.div_euclid(1000),
@@ -23,18 +24,18 @@ pub(super) fn timestamp(ms: Millis) -> prost_types::Timestamp {
     }
 }
 
-/// A base model's content hashes.
+/// Converts a base model's content hashes.
 pub(super) fn identity(identity: ModelIdentity) -> pb::ModelIdentity {
     let ModelIdentity { weights, config, tokenizer, chat_template } = identity;
     pb::ModelIdentity { weights, config, tokenizer, chat_template }
 }
 
-/// One bad field.
+/// Makes the error for one bad field.
 pub(super) fn invalid(field: &str, description: impl Into<String>) -> Status {
     status(ServiceError::invalid(field, description))
 }
 
-/// A page size within bounds, or the default.
+/// Checks a page size and replaces 0 by the default.
 pub(super) fn page_size(given: i32, default: usize) -> Result<usize, Status> {
     match given {
         0 => Ok(default),
@@ -46,21 +47,21 @@ pub(super) fn page_size(given: i32, default: usize) -> Result<usize, Status> {
     }
 }
 
-/// The id in `trainingJobs/{id}`.
+/// Returns the id in `trainingJobs/{id}`.
 pub(super) fn job_id<'a>(field: &str, name: &'a str) -> Result<&'a str, Status> {
     names::parse_job(name).ok_or_else(|| {
         invalid(field, format!("is {}: it must look like trainingJobs/ID", quoted(name)))
     })
 }
 
-/// The id in `datasets/{id}`.
+/// Returns the id in `datasets/{id}`.
 pub(super) fn dataset_id<'a>(field: &str, name: &'a str) -> Result<&'a str, Status> {
     names::parse_dataset(name).ok_or_else(|| {
         invalid(field, format!("is {}: it must look like datasets/ID", quoted(name)))
     })
 }
 
-/// `Ok` unless something was collected.
+/// Returns `value`, or an error if violations were collected.
 pub(super) fn finish<T>(value: T, bad: Violations) -> Result<T, Status> {
     bad.into_result().map(|()| value).map_err(bad_request)
 }

@@ -1,18 +1,18 @@
-//! DatasetService.
+//! Implements the gRPC DatasetService.
 
 use tonic::{Request, Response, Status, Streaming};
 
-use super::auth::whose;
+use super::auth::split_caller;
 use super::convert::{dataset as convert, dataset_id, page_size};
 use super::pb::{self, dataset_service_server::DatasetService, upload_dataset_request::Part};
 use super::status::{incomplete, status};
 use crate::service::datasets;
 use crate::service::error::ServiceError;
 
-/// The largest piece of an upload.
+/// Maximum size of a chunk of an upload, in bytes.
 const MAX_CHUNK: usize = 4 << 20;
 
-/// The gRPC face of datasets.
+/// The gRPC service for datasets.
 pub(super) struct Datasets(pub datasets::DatasetService);
 
 #[tonic::async_trait]
@@ -21,7 +21,7 @@ impl DatasetService for Datasets {
         &self,
         request: Request<Streaming<pb::UploadDatasetRequest>>,
     ) -> Result<Response<pb::Dataset>, Status> {
-        let (caller, mut stream) = whose(request)?;
+        let (caller, mut stream) = split_caller(request)?;
         let Some(Part::Metadata(meta)) = stream.message().await?.and_then(|m| m.part) else {
             return Err(incomplete("the first message of an upload must be metadata"));
         };
@@ -52,7 +52,7 @@ impl DatasetService for Datasets {
         &self,
         request: Request<pb::GetDatasetRequest>,
     ) -> Result<Response<pb::Dataset>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         let dataset =
             self.0.get_dataset(&caller, dataset_id("name", &r.name)?).await.map_err(status)?;
         Ok(Response::new(convert::dataset(dataset, true)))
@@ -62,7 +62,7 @@ impl DatasetService for Datasets {
         &self,
         request: Request<pb::ListDatasetsRequest>,
     ) -> Result<Response<pb::ListDatasetsResponse>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         let page = self
             .0
             .list_datasets(&caller, page_size(r.page_size, 50)?, &r.page_token)
@@ -79,7 +79,7 @@ impl DatasetService for Datasets {
         &self,
         request: Request<pb::DeleteDatasetRequest>,
     ) -> Result<Response<pb::DeleteDatasetResponse>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         self.0.delete_dataset(&caller, dataset_id("name", &r.name)?).await.map_err(status)?;
         Ok(Response::new(pb::DeleteDatasetResponse {}))
     }

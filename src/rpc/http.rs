@@ -14,7 +14,8 @@ use tokio::net::TcpListener;
 use super::listener::HttpListener;
 use crate::service::server::Server;
 
-/// Connections to the HTTP port: probes and scrapes need few, and each takes a file descriptor.
+/// Maximum number of connections to the HTTP port. Probes and scrapes need few, and each takes a
+/// file descriptor.
 pub const MAX_CONNECTIONS: usize = 32;
 
 /// Serves `/metrics`, `/livez` (the process answers) and `/readyz` (the server is not draining)
@@ -43,9 +44,11 @@ pub async fn serve_http(
         .await
 }
 
-const HELP: &str = "Of the last logged step of a job that runs in this process; gone when it ends.";
+const HELP: &str =
+    "Value at the last logged step of a job that runs in this process; removed when the job ends.";
 
-/// Gauges that end with their run: the recorder would keep the last value of every job for ever.
+/// Renders the gauges of the current runs. They are not in the metrics recorder, because it would
+/// report the last value of every ended job for ever.
 fn runs(shown: &[(String, &'static str, f64)]) -> String {
     let mut gauges: BTreeMap<&str, String> = BTreeMap::new();
     for (job, gauge, value) in shown {

@@ -1,5 +1,5 @@
-//! Connections: accepted one by one, each with one of the limited places, with TLS when it is
-//! configured. Certificates are read again when their files change.
+//! Accepts connections, with TLS if it is configured. Each connection takes one of a limited number
+//! of places. Certificates are read again when their files change.
 
 use std::fmt;
 use std::future::Future as _;
@@ -28,30 +28,30 @@ use tonic::transport::server::Connected;
 use super::connections::{Activity, Connections, Place};
 use crate::telemetry::counted::Counted;
 
-/// How long a client may take for a TLS handshake.
-const HANDSHAKE: Duration = Duration::from_secs(10);
-/// How long a client may take to begin speaking HTTP/2, and how many bytes show that it did: the
-/// protocol's preface.
+/// Time limit for a TLS handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time limit for a client to send the HTTP/2 connection preface, and the preface's length in
+/// bytes.
 const PREFACE: (Duration, usize) = (Duration::from_secs(10), 24);
-/// How often certificate files are looked at.
-const ROTATION: Duration = Duration::from_secs(10);
-/// Connections that wait for the server to take them up.
+/// Interval at which the certificate files are checked for changes.
+const CERTIFICATE_CHECK_INTERVAL: Duration = Duration::from_secs(10);
+/// Maximum number of accepted connections that wait for the server to take them.
 const BUFFER: usize = 64;
-/// The wait after a failed accept, e.g. without file descriptors left.
+/// Waiting time after a failed accept, e.g. when no file descriptors are left.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
-/// Where certificates are.
+/// Paths of the certificate files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsFiles {
-    /// The server's certificate chain, PEM.
+    /// PEM file of the server's certificate chain.
     pub certificate: PathBuf,
-    /// Its private key, PEM.
+    /// PEM file of the certificate's private key.
     pub key: PathBuf,
-    /// Clients must show a certificate that this authority signed.
+    /// PEM file of a CA. If set, clients must have a certificate that it signed.
     pub client_ca: Option<PathBuf>,
 }
 
-/// Why TLS cannot be used: the file, and what is wrong with it.
+/// The reason why a TLS file cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {reason}", path.display())]
 pub struct TlsError {
@@ -59,40 +59,49 @@ pub struct TlsError {
     reason: String,
 }
 
-/// The TLS configuration in force.
+/// The current TLS configuration, which follows changes of the files.
 #[derive(Clone)]
 pub struct Tls(watch::Receiver<Arc<ServerConfig>>);
 
 impl Tls {
-    /// Reads the files, and reads them again whenever they change. A change that cannot be used is
-    /// logged, and the old certificates stay.
+    /// Reads the files, and reads them again whenever they change. If the changed files cannot be
+    /// used, this is logged and the old certificates stay in use.
     ///
     /// # Errors
-    /// When they cannot be used now.
+    /// Returns an error if the files cannot be used now.
     pub fn open(files: TlsFiles) -> Result<Self, TlsError> {
         let mut known = contents(&files)?;
         let (sender, receiver) = watch::channel(Arc::new(configure(&files)?));
         tokio::spawn(async move {
             while !sender.is_closed() {
-                tokio::time::sleep(ROTATION).await;
+                tokio::time::sleep(CERTIFICATE_CHECK_INTERVAL).await;
                 let current = match contents(&files) {
                     Ok(current) if current != known => current,
                     Ok(_) => continue,
                     Err(e) => {
-                        tracing::error!(error = %e, "the TLS files cannot be read: the certificates in use stay");
+                        tracing::error!(
+                            error = %e,
+                            "the TLS files cannot be read: the current certificates stay in use"
+                        );
                         continue;
                     }
                 };
                 match configure(&files) {
                     Ok(config) => {
-                        tracing::info!(certificate = %files.certificate.display(), "new TLS certificates are in use");
+                        tracing::info!(
+                            certificate = %files.certificate.display(),
+                            "new TLS certificates are in use"
+                        );
                         metrics::counter!("bradley_tls_reloads_total").increment(1);
                         sender.send_replace(Arc::new(config));
                         known = current;
                     }
-                    // The key may be written after the certificate: looked at again.
+                    // The key may be written after the certificate, so the files are tried again.
                     Err(e) => {
-                        tracing::error!(error = %e, "the new TLS files cannot be used: the certificates in use stay")
+                        tracing::error!(
+                            error = %e,
+                            "the new TLS files cannot be used: the current certificates stay in use"
+                        )
                     }
                 }
             }
@@ -156,7 +165,7 @@ async fn accept(
     loop {
         match listener.accept().await {
             Ok((stream, peer)) => {
-                // It only costs latency where it cannot be set.
+                // A failure only costs latency.
                 let _ = stream.set_nodelay(true);
                 return (stream, peer, connections.place().await);
             }
@@ -168,8 +177,8 @@ async fn accept(
     }
 }
 
-/// Accepts connections until the receiver is dropped. Beyond `limit` open ones, the idlest is
-/// closed; while none is idle, further clients wait.
+/// Accepts connections until the returned stream is dropped. When `limit` connections are open, the
+/// longest idle one is closed for a new one. If none is idle, further clients wait.
 pub(super) fn incoming(
     listener: TcpListener,
     tls: Option<Tls>,
@@ -193,8 +202,8 @@ pub(super) fn incoming(
                 (tls.acceptor(), sender.clone(), place.activity.closing());
             tokio::spawn(async move {
                 let handshake = tokio::select! {
-                    done = tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)) => done,
-                    // Its place is needed for a client that says something.
+                    done = tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)) => done,
+                    // The place is needed for another client.
                     () = closing.cancelled() => return,
                 };
                 match handshake {
@@ -217,15 +226,15 @@ enum Io {
     Tls(Box<TlsStream<TcpStream>>),
 }
 
-/// The plain HTTP port's connections. Its calls are not counted: a connection is idle while nothing
-/// is answered.
+/// Listener of the plain HTTP port. Its calls are not counted; a connection counts as idle since
+/// the last write of an answer.
 pub(super) struct HttpListener {
     listener: TcpListener,
     connections: Arc<Connections>,
 }
 
 impl HttpListener {
-    /// At most `limit` connections.
+    /// Accepts at most `limit` connections at the same time.
     pub fn new(listener: TcpListener, limit: usize) -> Self {
         HttpListener { listener, connections: Connections::new(limit) }
     }
@@ -252,14 +261,16 @@ impl axum::serve::Listener for HttpListener {
     }
 }
 
-/// An accepted connection; it has one of the limited places while it is open.
+/// An accepted connection. It occupies one of the limited places while it is open.
 pub(super) struct Connection {
     io: Io,
     peer: SocketAddr,
-    /// Until when it must have begun to speak; the transport itself waits for ever.
+    /// Timer until the client must have sent the HTTP/2 preface. The transport itself would wait
+    /// for ever.
     silent: Option<Pin<Box<Sleep>>>,
     read: usize,
-    /// Whether somebody tells when its calls begin and end.
+    /// True if calls are counted by its [`Activity`]. If false (HTTP port), each write restarts the
+    /// idle time instead.
     counts_calls: bool,
     closing: Pin<Box<WaitForCancellationFutureOwned>>,
     closed: bool,
@@ -282,19 +293,20 @@ impl Connection {
         }
     }
 
-    /// Whether it is to be closed; else whoever polls is woken when it is.
+    /// Returns true if the connection must be closed. Otherwise the polling task is woken when it
+    /// must be.
     fn is_closing(&mut self, cx: &mut Context<'_>) -> bool {
         self.closed = self.closed || self.closing.as_mut().poll(cx).is_ready();
         self.closed
     }
 }
 
-/// What requests know of their connection.
+/// The connection of a request, stored in the request's extensions.
 #[derive(Clone, Debug)]
 pub(super) struct Peer {
     /// The client's address.
     pub address: SocketAddr,
-    /// What the connection does.
+    /// Open calls and idle time of the connection.
     pub activity: Arc<Activity>,
 }
 
@@ -314,7 +326,8 @@ impl AsyncRead for Connection {
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if this.is_closing(cx) {
-            // As if the client had left: the transport ends the connection in good order.
+            // End of file, as if the client had left. The transport then closes the connection in
+            // good order.
             return Poll::Ready(Ok(()));
         }
         let before = buf.filled().len();
@@ -341,7 +354,7 @@ impl AsyncWrite for Connection {
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        // A client that reads nothing must not keep a connection that is to be closed.
+        // A client that reads nothing must not hold a connection open that must be closed.
         if this.is_closing(cx) {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
@@ -379,7 +392,7 @@ mod tests {
 
     use super::*;
 
-    /// A port with one place, and a connection that has it, with its client.
+    /// Makes a port with one place, a connection that occupies it, and the connection's client.
     async fn connected() -> (Arc<Connections>, Connection, TcpStream) {
         let connections = Connections::new(1);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -388,7 +401,7 @@ mod tests {
         (connections, Connection::new(Io::Plain(stream), peer, place), client)
     }
 
-    /// Asserts that a dropped connection has given its place back.
+    /// Asserts that a dropped connection has freed its place.
     async fn assert_free(connections: &Arc<Connections>) {
         let place = tokio::time::timeout(Duration::from_secs(10), connections.place()).await;
         assert!(place.is_ok(), "its place is not free");
@@ -408,7 +421,8 @@ mod tests {
                 let _ = sender.try_send(());
             }
         });
-        // The writer is inside its loop, and nobody ever reads: it ends only when it is told to.
+        // The writer is in its loop and nobody reads, so it ends only when the connection is
+        // closed.
         written.recv().await.unwrap();
         closing.cancel();
         let ended = tokio::time::timeout(Duration::from_secs(10), writing).await;
@@ -423,7 +437,7 @@ mod tests {
         connection.write_all(b"before").await.unwrap();
         connection.flush().await.unwrap();
         connection.place.activity.closing().cancel();
-        // A flush or a write, of which neither has read anything before.
+        // A flush and a write notice the closing, too, although nothing was read before.
         let flushed = connection.flush().await;
         assert_eq!(flushed.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
         let wrote = connection.write(b"after").await;

@@ -1,4 +1,4 @@
-//! ModelService.
+//! Implements the gRPC ModelService.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use crate::domain::violation::quoted;
 use crate::engine::api::ModelInfo;
 use crate::service::server::Server;
 
-/// The gRPC face of the base models.
+/// The gRPC service for base models.
 pub(super) struct Models(pub Arc<Server>);
 
 #[tonic::async_trait]

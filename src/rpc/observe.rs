@@ -1,4 +1,4 @@
-//! One span, one counter and one histogram for every call.
+//! Traces, counts and times every call.
 
 use std::collections::HashSet;
 use std::future::Future;
@@ -16,18 +16,20 @@ use tracing::Instrument;
 use tracing::field::Empty;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
-use super::auth::OPEN;
+use super::auth::HEALTH_CHECK_METHOD;
 use super::connections::OpenCall;
 use super::listener::Peer;
 use super::{pb, status};
 use crate::service::error::ServiceError;
 use crate::telemetry::trace;
 
-/// The header that carries a request's id, taken from the client or made here, and given back.
+/// Header with a request's id. The id is the client's or is made here, and is returned in the
+/// answer.
 const REQUEST_ID: &str = "x-request-id";
 
-/// How much earlier than the transport a deadline is kept here.
-const TRANSPORT: Duration = Duration::from_millis(3);
+/// Time by which a deadline is enforced here before the transport enforces it. The transport's
+/// answer has no error details.
+const DEADLINE_MARGIN: Duration = Duration::from_millis(3);
 
 /// Adds [`Observe`] to a server.
 #[derive(Clone, Copy, Debug)]
@@ -41,7 +43,7 @@ impl<S> Layer<S> for ObserveLayer {
     }
 }
 
-/// A service whose calls are traced and counted.
+/// A service that traces and counts its calls.
 #[derive(Clone, Debug)]
 pub(super) struct Observe<S> {
     inner: S,
@@ -75,17 +77,18 @@ where
         let trace = span.context();
         let traceparent = trace::format(&trace);
         let deadline = deadline(request.headers());
-        // Its connection is in use until the answer has been sent to the end.
+        // The connection is in use until all of the answer has been sent.
         let open = request.extensions().get::<Peer>().and_then(|peer| {
-            // Probes have no token, so that a call which never ends must not keep its connection
-            // open.
+            // Health checks need no token, so a health check that never ends must not hold its
+            // connection open. It is not counted as an open call.
             peer.activity.touch();
-            (method != OPEN).then(|| peer.activity.begin_call())
+            (method != HEALTH_CHECK_METHOD).then(|| peer.activity.begin_call())
         });
         let call = self.inner.call(request);
         let mut seen = ObservedCall::new(method);
         let observed = async move {
-            // Dropping the call abandons its work: what waits for the device never reaches it.
+            // After the deadline the call is dropped. Work of it that still waits for the device is
+            // then never started.
             let mut result = match deadline {
                 Some(left) => tokio::time::timeout(left, call).await.unwrap_or_else(|_| {
                     Ok(status::status(ServiceError::DeadlineExceeded).into_http())
@@ -104,11 +107,12 @@ where
                     if let Some(status) = status::explained(response.headers()) {
                         let headers = response.headers_mut();
                         headers.remove("grpc-message");
-                        // It fails only for text that is no header, which `Status` encodes.
+                        // It fails only for text that is not valid in a header, but `Status`
+                        // encodes its text.
                         let _ = status.add_header(headers);
                     }
-                    // An error without an answer has its status among the headers; a stream's later
-                    // error is its own event.
+                    // An error without a body has its status in the headers. A later error of a
+                    // stream is not counted here.
                     let code = response
                         .headers()
                         .get("grpc-status")
@@ -125,7 +129,7 @@ where
     }
 }
 
-/// An answer whose connection is in use until it has been sent.
+/// The body of an answer. Its connection counts as in use until the body is dropped.
 struct CountedBody {
     body: Body,
     _open: Option<OpenCall>,
@@ -151,8 +155,8 @@ impl http_body::Body for CountedBody {
     }
 }
 
-/// What is counted and logged of a call when it ends or, its client gone, is dropped: then it was
-/// cancelled.
+/// Counts and logs a call when it ends. A call that is dropped before its end was cancelled by its
+/// client.
 struct ObservedCall {
     method: &'static str,
     start: Instant,
@@ -164,8 +168,8 @@ impl ObservedCall {
         ObservedCall { method, start: Instant::now(), code: Code::Cancelled }
     }
 
-    /// A method, so that the call's future holds the whole of it: of an assignment it would hold
-    /// the field alone.
+    /// Sets the call's code. This is a method so that the future captures the whole struct, with
+    /// its `Drop`; an assignment would capture only the field.
     fn ended(&mut self, code: Code) {
         self.code = code;
     }
@@ -178,7 +182,7 @@ impl Drop for ObservedCall {
         let code_label = format!("{code:?}");
         let this = tracing::Span::current();
         this.set_attribute("rpc.grpc.status_code", code as i64);
-        if is_ours(code) {
+        if is_server_fault(code) {
             this.set_status(opentelemetry::trace::Status::error(code_label.clone()));
         }
         metrics::counter!("bradley_requests_total", "method" => method, "code" => code_label)
@@ -188,7 +192,7 @@ impl Drop for ObservedCall {
     }
 }
 
-/// The call's span, in the caller's trace if it sent one; logs show the trace's id also where no
+/// Makes the call's span, in the caller's trace if it sent one. Logs show the trace's id even if no
 /// spans are exported.
 fn span(method: &'static str, id: &str, headers: &HeaderMap) -> tracing::Span {
     let caller = trace::parse(headers.get(trace::TRACEPARENT).and_then(|v| v.to_str().ok()));
@@ -202,7 +206,7 @@ fn span(method: &'static str, id: &str, headers: &HeaderMap) -> tracing::Span {
         otel.kind = "server"
     );
     let known = trace::id(&caller);
-    // It fails only where no spans are exported.
+    // It fails only if no spans are exported.
     let _ = span.set_parent(caller);
     if let Some(trace_id) = known.or_else(|| trace::id(&span.context())) {
         span.record("trace_id", trace_id);
@@ -215,8 +219,8 @@ fn span(method: &'static str, id: &str, headers: &HeaderMap) -> tracing::Span {
     span
 }
 
-/// Whether a code tells of the server's fault, not of the caller's: only such a span is an error.
-fn is_ours(code: Code) -> bool {
+/// Returns true if the server, not the caller, is at fault. Only such spans are marked as errors.
+fn is_server_fault(code: Code) -> bool {
     matches!(
         code,
         Code::Unknown
@@ -228,12 +232,12 @@ fn is_ours(code: Code) -> bool {
     )
 }
 
-/// What a client's `grpc-timeout` leaves, a little less: the transport ends the call on time, but
-/// without details.
+/// Reads the client's `grpc-timeout` and subtracts [`DEADLINE_MARGIN`], so that the call ends here,
+/// with error details, before the transport ends it without.
 fn deadline(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get("grpc-timeout")?.to_str().ok()?;
     let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    // At most eight digits, by the protocol.
+    // The gRPC protocol allows at most eight digits.
     let n: u64 = Some(number).filter(|n| n.len() <= 8)?.parse().ok()?;
     let left = match unit {
         "H" => Duration::from_secs(n * 3600),
@@ -244,16 +248,16 @@ fn deadline(headers: &HeaderMap) -> Option<Duration> {
         "n" => Duration::from_nanos(n),
         _ => return None,
     };
-    Some(left.saturating_sub(TRANSPORT))
+    Some(left.saturating_sub(DEADLINE_MARGIN))
 }
 
-/// A method's name, if the server has it: strangers cannot make up metric series or fill logs with
-/// names of their own.
+/// Returns the name of a method that the server has, else `unknown`. Otherwise callers could create
+/// metric series and fill logs with invented names.
 pub(super) fn known(path: &str) -> &'static str {
     METHODS.get(path).map_or("unknown", String::as_str)
 }
 
-/// `/package.Service/Method` of every service that is served.
+/// Paths `/package.Service/Method` of all methods that are served.
 static METHODS: LazyLock<HashSet<String>> = LazyLock::new(|| {
     let sets = [pb::FILE_DESCRIPTOR_SET, tonic_health::pb::FILE_DESCRIPTOR_SET];
     let files = sets
@@ -303,7 +307,7 @@ mod tests {
         assert_eq!(left("2S"), Some(Duration::from_millis(1997)));
         assert_eq!(left("50m"), Some(Duration::from_millis(47)));
         assert_eq!(left("1n"), Some(Duration::ZERO));
-        assert_eq!(left("1H"), Some(Duration::from_secs(3600) - TRANSPORT));
+        assert_eq!(left("1H"), Some(Duration::from_secs(3600) - DEADLINE_MARGIN));
         for wrong in ["", "S", "1x", "123456789S", "é"] {
             assert_eq!(left(wrong), None, "{wrong:?}");
         }

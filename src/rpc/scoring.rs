@@ -1,4 +1,4 @@
-//! ScoringService.
+//! Implements the gRPC ScoringService.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument as _;
 
-use super::auth::whose;
+use super::auth::split_caller;
 use super::convert::scoring as convert;
 use super::pb::{self, scoring_service_server::ScoringService, stream_score_pairs_request::Part};
 use super::status::{incomplete, message, status};
@@ -16,20 +16,20 @@ use crate::service::auth::tokens::TokenService;
 use crate::service::error::ServiceError;
 use crate::service::scoring::{self, ReservedPair, ScoredPair, ScoringSession};
 
-/// Pairs in a unary batch.
+/// Maximum number of pairs in a unary batch.
 const MAX_PAIRS: usize = 1024;
-/// Answers to one prompt.
+/// Maximum number of answers to one prompt.
 const MAX_COMPLETIONS: usize = 256;
-/// Pairs of one stream that are being scored; more are not read from the client until some are
-/// answered.
+/// Maximum number of pairs of one stream that are scored at the same time. Further pairs are not
+/// read from the client until some are answered.
 const IN_FLIGHT: usize = 256;
-/// Answers that wait for a slow client.
+/// Maximum number of answers that wait for a slow client.
 const BUFFER: usize = 64;
 
-/// The gRPC face of scoring.
+/// The gRPC service for scoring.
 pub(super) struct Scoring {
     pub scoring: Arc<scoring::ScoringService>,
-    /// Streams end with the tokens of their callers.
+    /// Ends streams when their callers' tokens expire or are revoked.
     pub tokens: TokenService,
 }
 
@@ -41,7 +41,7 @@ impl ScoringService for Scoring {
         &self,
         request: Request<pb::ScorePairsRequest>,
     ) -> Result<Response<pb::ScorePairsResponse>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         let (options, per_token) = convert::options(r.options)?;
         if r.pairs.is_empty() || r.pairs.len() > MAX_PAIRS {
             return Err(status(ServiceError::invalid(
@@ -50,7 +50,8 @@ impl ScoringService for Scoring {
             )));
         }
         let session = self.scoring.session(&caller, options).await.map_err(status)?;
-        // Dropped with this call: what its client no longer waits for is abandoned.
+        // The tasks are dropped with this call, so that pairs are not scored for a client that has
+        // left.
         let mut tasks = JoinSet::new();
         let mut results: Vec<(String, Option<Scored>)> = Vec::with_capacity(r.pairs.len());
         for (i, pair) in r.pairs.into_iter().enumerate() {
@@ -62,8 +63,8 @@ impl ScoringService for Scoring {
             match done.map_err(|e| {
                 status(ServiceError::internal(format!("a scoring task failed: {e}")))
             })? {
-                // Another replica answers the call whole: a client or a gateway that repeats it
-                // must not have to look into the results.
+                // The whole call fails, so that a client or a gateway can repeat it at another
+                // replica without looking into the results.
                 (_, Err(e)) if e.is_draining() => return Err(status(e)),
                 (i, scored) => results[i].1 = Some(scored),
             }
@@ -104,7 +105,7 @@ impl ScoringService for Scoring {
         &self,
         request: Request<Streaming<pb::StreamScorePairsRequest>>,
     ) -> Result<Response<Self::StreamScorePairsStream>, Status> {
-        let (caller, mut requests) = whose(request)?;
+        let (caller, mut requests) = split_caller(request)?;
         let Some(Part::Options(options)) = requests.message().await?.and_then(|m| m.part) else {
             return Err(incomplete("the first message of a scoring stream must be options"));
         };
@@ -129,7 +130,7 @@ impl ScoringService for Scoring {
         &self,
         request: Request<pb::ScoreCompletionsRequest>,
     ) -> Result<Response<pb::ScoreCompletionsResponse>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         let (options, per_token) = convert::options(r.options)?;
         let n = r.completions.len();
         if n == 0 || n > MAX_COMPLETIONS {
@@ -193,8 +194,8 @@ fn pair_result(id: String, scored: Scored, per_token: bool) -> pb::PairResult {
 
 type Answers = mpsc::Sender<Result<pb::StreamScorePairsResponse, Status>>;
 
-/// Reads pairs and answers them as they are scored, at most [`IN_FLIGHT`] at a time; ends when the
-/// client has half-closed and all is answered.
+/// Reads pairs and answers each when it is scored, at most [`IN_FLIGHT`] at a time. Returns when
+/// the client has half-closed the stream and all pairs are answered, or when the client has left.
 async fn follow(
     mut requests: Streaming<pb::StreamScorePairsRequest>,
     answers: &Answers,
@@ -203,14 +204,15 @@ async fn follow(
 ) -> Result<(), Status> {
     let mut tasks: JoinSet<(String, Scored)> = JoinSet::new();
     let mut open = true;
-    // The first answer carries them.
+    // Only the first answer has the warnings.
     let mut warnings = session.warnings();
     while open || !tasks.is_empty() {
         tokio::select! {
             next = requests.message(), if open && tasks.len() < IN_FLIGHT => match next? {
                 Some(pb::StreamScorePairsRequest { part: Some(Part::Pair(pair)) }) => {
                     let id = pair.id.clone();
-                    // The next message is not read before there is room for this one's text.
+                    // This waits until there is room for the pair's text. Only then is the next
+                    // message read.
                     match convert::pair(pair) {
                         Ok(pair) => {
                             let reserved = session.reserve(pair).await;
@@ -220,12 +222,20 @@ async fn follow(
                         Err(e) => drop(tasks.spawn(async move { (id, Err(e)) })),
                     }
                 }
-                Some(_) => return Err(incomplete("after the options every message of a scoring stream must be a pair")),
+                Some(_) => {
+                    return Err(incomplete(
+                        "after the options every message of a scoring stream must be a pair",
+                    ));
+                }
                 None => open = false,
             },
             Some(done) = tasks.join_next() => {
-                let (id, scored) = done.map_err(|e| status(ServiceError::internal(format!("a scoring task failed: {e}"))))?;
-                let policy_version = scored.as_ref().map_or_else(|_| session.policy_version(), |s| s.policy_version.clone());
+                let (id, scored) = done.map_err(|e| {
+                    status(ServiceError::internal(format!("a scoring task failed: {e}")))
+                })?;
+                let policy_version = scored
+                    .as_ref()
+                    .map_or_else(|_| session.policy_version(), |s| s.policy_version.clone());
                 let answer = pb::StreamScorePairsResponse {
                     result: Some(pair_result(id, scored, per_token)),
                     policy_version,

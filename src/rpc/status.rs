@@ -1,4 +1,4 @@
-//! The one place where an error becomes a gRPC status, details included.
+//! Maps errors to gRPC statuses with details. No other module does this.
 
 use tonic::codegen::http::HeaderMap;
 use tonic::{Code, Status};
@@ -8,21 +8,22 @@ use crate::domain::reason::Reason;
 use crate::domain::violation::{Violations, shortened};
 use crate::service::error::ServiceError;
 
-/// The domain of every ErrorInfo.
+/// Domain in every ErrorInfo.
 pub const DOMAIN: &str = "bradley.dev";
 
-// A status travels in headers, of which many clients accept 8 KiB. These limits keep all of it
-// below 4 KiB: the message is sent twice (once in the details), and the details are encoded as
-// base64.
-/// Bytes of a message as the header has it: beside violations or a name, and alone.
+// A status is sent in headers, and many clients accept only 8 KiB of headers. These limits keep the
+// whole status below 4 KiB. The message is sent twice (once in the details), and the details are
+// encoded as base64.
+/// Maximum size of a message, in bytes as encoded in the header: with violations or a resource's
+/// name beside it, and alone.
 const MAX_MESSAGE: (usize, usize) = (640, 1400);
-/// Bytes of all violations.
+/// Maximum size of all violations, in bytes.
 const MAX_VIOLATIONS: usize = 1664;
-/// Characters of one violation's field and description.
+/// Maximum length of one violation's field and of its description, in characters.
 const MAX_VIOLATION: (usize, usize) = (100, 400);
-/// Bytes that the encoding adds to a violation.
+/// Bytes that protobuf's encoding adds to each violation.
 const PER_VIOLATION: usize = 8;
-/// Characters of a resource's name.
+/// Maximum length of a resource's name, in characters.
 const MAX_NAME: usize = 300;
 
 /// Maps an error to its status: code, message, and BadRequest, ErrorInfo, RetryInfo or ResourceInfo
@@ -58,8 +59,8 @@ pub fn status(e: ServiceError) -> Status {
         ServiceError::OutOfRange { .. } => (Code::OutOfRange, Reason::CursorOutOfRange),
         ServiceError::DeadlineExceeded => (Code::DeadlineExceeded, Reason::DeadlineExceeded),
         ServiceError::Internal { .. } => {
-            // Paths and statements are the operator's to read; the answer's x-request-id finds
-            // them.
+            // Only the operator may see paths and SQL statements. The log line is found by the
+            // answer's x-request-id.
             tracing::error!(error = %e, "internal error");
             message = "an internal error, which the server's log describes".to_owned();
             (Code::Internal, Reason::Internal)
@@ -69,7 +70,7 @@ pub fn status(e: ServiceError) -> Status {
     Status::with_error_details(code, message, details)
 }
 
-/// Lists violations while there is room, and says how many are left out.
+/// Adds violations while there is room. The last one says how many are left out.
 fn add_violations(details: &mut ErrorDetails, violations: &Violations) {
     let mut left = MAX_VIOLATIONS;
     for (i, violation) in violations.listed().iter().enumerate() {
@@ -89,12 +90,13 @@ fn add_violations(details: &mut ErrorDetails, violations: &Violations) {
     }
 }
 
-/// Bytes of a character in the header: some are percent-encoded, three for each of their bytes.
+/// Returns the size of a character in the header, in bytes. Some characters are percent-encoded,
+/// which takes three bytes for each of theirs.
 fn header_bytes(c: char) -> usize {
     if c.is_ascii_graphic() && !"\"#%<>`?{}".contains(c) { 1 } else { 3 * c.len_utf8() }
 }
 
-/// A message that fits a header.
+/// Shortens a message to `limit` bytes in the header.
 fn cut(message: String, limit: usize) -> String {
     let mut left = limit;
     for (i, c) in message.char_indices() {
@@ -107,19 +109,19 @@ fn cut(message: String, limit: usize) -> String {
     message
 }
 
-/// The status of bad fields.
+/// Returns the status for bad fields.
 pub fn bad_request(v: Violations) -> Status {
     status(ServiceError::InvalidArgument(v))
 }
 
-/// Why a job failed, as a message.
+/// Makes the google.rpc.Status for the reason why a job failed.
 pub fn job_error(code: Code, reason: &str, text: String) -> tonic_types::Status {
     let mut details = ErrorDetails::new();
     details.set_error_info(reason, DOMAIN, std::collections::HashMap::new());
     decoded(Status::with_error_details(code, text, details))
 }
 
-/// The same as a message that travels inside an answer.
+/// Converts an error to a google.rpc.Status, which is sent inside an answer.
 pub fn message(e: ServiceError) -> tonic_types::Status {
     decoded(status(e))
 }
@@ -134,8 +136,9 @@ fn decoded(status: Status) -> tonic_types::Status {
     })
 }
 
-/// What a call's headers must say when the transport ended it without a reason: it could not read
-/// the message. Ours always have one.
+/// Returns a status with error details for a call that the transport ended because it could not
+/// read the message. Such a call is recognised by the code INTERNAL without details: statuses that
+/// are made in this module always have details.
 pub fn explained(headers: &HeaderMap) -> Option<Status> {
     let given = Status::from_header_map(headers)
         .filter(|s| s.code() == Code::Internal && s.details().is_empty())?;
@@ -152,7 +155,7 @@ pub fn explained(headers: &HeaderMap) -> Option<Status> {
     Some(Status::with_error_details(Code::InvalidArgument, message, details))
 }
 
-/// A stream that a client left half-way.
+/// Returns the status for a stream with missing or unexpected messages.
 pub fn incomplete(what: &str) -> Status {
     status(ServiceError::invalid("part", what))
 }

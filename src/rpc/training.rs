@@ -1,4 +1,4 @@
-//! TrainingService.
+//! Implements the gRPC TrainingService.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -6,13 +6,13 @@ use std::sync::Arc;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
 
-use super::auth::whose;
+use super::auth::split_caller;
 use super::convert::{invalid, job_id, page_size, training as convert};
 use super::pb::{self, training_service_server::TrainingService};
 use super::status::status;
 use crate::service::jobs::JobService;
 
-/// The gRPC face of training jobs.
+/// The gRPC service for training jobs.
 pub(super) struct Training(pub Arc<JobService>);
 
 fn no_job() -> Status {
@@ -27,7 +27,7 @@ impl TrainingService for Training {
         &self,
         request: Request<pb::CreateTrainingJobRequest>,
     ) -> Result<Response<pb::TrainingJob>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         let request = convert::job_request(r.training_job.ok_or_else(no_job)?)?;
         let request_id = (!r.request_id.is_empty()).then_some(r.request_id);
         let job = self
@@ -42,7 +42,7 @@ impl TrainingService for Training {
         &self,
         request: Request<pb::GetTrainingJobRequest>,
     ) -> Result<Response<pb::TrainingJob>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         let job = self.0.get_job(&caller, job_id("name", &r.name)?).await.map_err(status)?;
         Ok(Response::new(convert::job(job)))
     }
@@ -51,7 +51,7 @@ impl TrainingService for Training {
         &self,
         request: Request<pb::ListTrainingJobsRequest>,
     ) -> Result<Response<pb::ListTrainingJobsResponse>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         let (states, size) = (convert::states(&r.states)?, page_size(r.page_size, 50)?);
         let page = self.0.list_jobs(&caller, &states, size, &r.page_token).await.map_err(status)?;
         let training_jobs = page.items.into_iter().map(convert::job).collect();
@@ -65,7 +65,7 @@ impl TrainingService for Training {
         &self,
         request: Request<pb::EstimateTrainingJobRequest>,
     ) -> Result<Response<pb::EstimateTrainingJobResponse>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         let request = convert::job_request(r.training_job.ok_or_else(no_job)?)?;
         let estimate = self.0.estimate_job(&caller, request).await.map_err(status)?;
         Ok(Response::new(convert::estimate(estimate)))
@@ -75,7 +75,7 @@ impl TrainingService for Training {
         &self,
         request: Request<pb::UpdateTrainingJobRequest>,
     ) -> Result<Response<pb::TrainingJob>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         let job = r.training_job.unwrap_or_default();
         let (id, etag) = (job_id("training_job.name", &job.name)?.to_owned(), job.etag.clone());
         let changes = convert::changes(job, r.update_mask)?;
@@ -88,7 +88,7 @@ impl TrainingService for Training {
         &self,
         request: Request<pb::PauseTrainingJobRequest>,
     ) -> Result<Response<pb::TrainingJob>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         let job = self.0.pause_job(&caller, job_id("name", &r.name)?).await.map_err(status)?;
         Ok(Response::new(convert::job(job)))
     }
@@ -97,7 +97,7 @@ impl TrainingService for Training {
         &self,
         request: Request<pb::ResumeTrainingJobRequest>,
     ) -> Result<Response<pb::TrainingJob>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         let job = self.0.resume_job(&caller, job_id("name", &r.name)?).await.map_err(status)?;
         Ok(Response::new(convert::job(job)))
     }
@@ -106,7 +106,7 @@ impl TrainingService for Training {
         &self,
         request: Request<pb::CancelTrainingJobRequest>,
     ) -> Result<Response<pb::TrainingJob>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         let job = self.0.cancel_job(&caller, job_id("name", &r.name)?).await.map_err(status)?;
         Ok(Response::new(convert::job(job)))
     }
@@ -115,7 +115,7 @@ impl TrainingService for Training {
         &self,
         request: Request<pb::DeleteTrainingJobRequest>,
     ) -> Result<Response<pb::DeleteTrainingJobResponse>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         self.0.delete_job(&caller, job_id("name", &r.name)?).await.map_err(status)?;
         Ok(Response::new(pb::DeleteTrainingJobResponse {}))
     }
@@ -124,7 +124,7 @@ impl TrainingService for Training {
         &self,
         request: Request<pb::ListTrainingEventsRequest>,
     ) -> Result<Response<pb::ListTrainingEventsResponse>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         let (id, size) = (job_id("parent", &r.parent)?, page_size(r.page_size, 100)?);
         let (events, more) =
             self.0.list_events(&caller, id, r.after_sequence, size).await.map_err(status)?;
@@ -138,7 +138,7 @@ impl TrainingService for Training {
         &self,
         request: Request<pb::StreamTrainingEventsRequest>,
     ) -> Result<Response<EventStream>, Status> {
-        let (caller, r) = whose(request)?;
+        let (caller, r) = split_caller(request)?;
         let id = job_id("parent", &r.parent)?.to_owned();
         let events = self.0.stream_events(&caller, &id, r.after_sequence).await.map_err(status)?;
         let stream = events.map(move |e| e.map(|e| convert::event(&id, e)).map_err(status));

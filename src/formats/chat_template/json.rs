@@ -1,19 +1,20 @@
-//! The filter `tojson`: Python's `json.dumps` as transformers gives it to templates.
+//! The filter `tojson`: Python's `json.dumps`, as transformers provides it to templates.
 
 use minijinja::value::{Kwargs, Rest, Value, ValueKind, ValueOrKwargs, from_args};
 use minijinja::{Error, ErrorKind};
 
-/// Objects and lists in each other before serialisation is given up.
+/// Maximum nesting of objects and lists.
 const MAX_DEPTH: usize = 500;
-/// Bytes of JSON before serialisation is given up: indentation multiplies what a small value takes.
+/// Maximum size of the JSON, in bytes. With indentation a small value can take a multiple of its
+/// size.
 const MAX_JSON: usize = 32 << 20;
-/// Characters of one level of indentation.
+/// Maximum number of characters per level of indentation.
 const MAX_INDENT: usize = 64;
 
-/// The arguments after the value, in their order.
+/// Names of the arguments after the value, in their positional order.
 const NAMES: [&str; 4] = ["ensure_ascii", "indent", "separators", "sort_keys"];
 
-/// How values are written, as `json.dumps` names it.
+/// Options of `json.dumps`, under its names.
 struct Style {
     ensure_ascii: bool,
     /// One level of indentation; `None` writes everything on one line.
@@ -80,7 +81,7 @@ impl Style {
     fn dump(&self, value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
         if depth > MAX_DEPTH {
             return Err(refused(format!(
-                "tojson: objects and lists lie more than {MAX_DEPTH} deep in each other"
+                "tojson: objects and lists are nested more than {MAX_DEPTH} deep"
             )));
         }
         if out.len() > MAX_JSON {
@@ -170,7 +171,7 @@ impl Style {
     }
 }
 
-/// A key as Python writes it: `json.dumps` takes numbers, booleans and None for keys.
+/// Writes a key as Python does: `json.dumps` accepts numbers, booleans and None as keys.
 fn key_text(key: &Value) -> Result<String, Error> {
     match key.kind() {
         ValueKind::String => Ok(key.as_str().unwrap_or_default().to_owned()),
@@ -189,7 +190,7 @@ fn number(value: &Value) -> Result<String, Error> {
     }
 }
 
-/// Python's `repr` of a float.
+/// Writes a float as `json.dumps` does: Python's `repr`, or `NaN`, `Infinity` and `-Infinity`.
 pub(super) fn float(x: f64) -> String {
     if !x.is_finite() {
         return if x.is_nan() {
@@ -201,7 +202,7 @@ pub(super) fn float(x: f64) -> String {
         }
         .to_owned();
     }
-    // The shortest digits that give the same number again, as d.ddde±x.
+    // The shortest digits that are read as the same number, as d.ddde±x.
     let scientific = format!("{x:e}");
     let (mantissa, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
     match exponent.parse::<i32>() {

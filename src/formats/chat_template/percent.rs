@@ -1,23 +1,23 @@
-//! Python's string formatting with `%`: the operator behind a string literal, as in
+//! Python's string formatting with `%`: the operator after a string literal, as in
 //! `'%s: %d' % (name, n)`, and the filter `format`.
 //!
-//! minijinja's operator takes numbers only, and cannot be replaced. [`rewrite`] turns the operator
-//! behind a string literal into a call of a filter before the template is compiled. With another
-//! operand on its left, e.g. a variable, rendering fails with an error.
+//! minijinja's operator takes only numbers and cannot be replaced. So [`rewrite`] turns each
+//! operator after a string literal into a call of a filter before the template is compiled. If the
+//! left operand is another expression with a string value, e.g. a variable, rendering fails.
 
 use minijinja::value::{Kwargs, Rest, Value, ValueKind, ValueOrKwargs, from_args};
 use minijinja::{Environment, Error, ErrorKind, State};
 
 use super::python::{pay, refused, represent, text};
 
-/// The filter that [`rewrite`] puts in place of the operator.
+/// Name of the filter that replaces the operator.
 const OPERATOR: &str = "__percent__";
-/// The widest field and the most digits: both multiply what a small template takes.
+/// Maximum width and precision of a field. Both let a small template produce large output.
 const MAX_WIDTH: usize = 10_000;
-/// Brackets in each other up to which operators are found; the template engine reads 150.
+/// Maximum nesting of brackets in which operators are rewritten. minijinja's own limit is also 150.
 const MAX_DEPTH: usize = 150;
 
-/// Adds the filters.
+/// Adds the filters to the environment.
 pub(super) fn install(environment: &mut Environment<'_>) {
     environment.add_filter(OPERATOR, |state: &State, format: Value, value: Value| {
         percent(state, &format, &value)
@@ -50,7 +50,7 @@ fn percent(state: &State, format: &Value, value: &Value) -> Result<Value, Error>
     let arguments = if value.is_tuple() {
         Arguments { values: value.try_iter()?.collect(), next: 0, mapping: None }
     } else {
-        // Whatever can be asked for items may stay unused.
+        // As in Python, a value that supports access by key may stay unused.
         let is_mapping =
             matches!(value.kind(), ValueKind::Map | ValueKind::Seq | ValueKind::Undefined)
                 || (value.kind() == ValueKind::Iterable && value.len().is_some());
@@ -86,11 +86,11 @@ fn formatted(state: &State, format: &Value, mut arguments: Arguments) -> Result<
     Ok(Value::from(out))
 }
 
-/// The values on the right of the operator.
+/// The right operand of the operator, or the arguments of the filter.
 struct Arguments {
     values: Vec<Value>,
     next: usize,
-    /// The value that fields with a key read, if it can be asked for items.
+    /// The right operand if it supports access by key. Fields with a key read from it.
     mapping: Option<Value>,
 }
 
@@ -105,7 +105,7 @@ impl Arguments {
             self.next += 1;
             return Ok(value);
         };
-        // A field without a key has no value left behind one with a key.
+        // After a field with a key, a field without one finds no values any more.
         self.next = self.values.len();
         let mapping = self.mapping.as_ref().filter(|m| m.kind() == ValueKind::Map);
         let mapping = mapping.ok_or_else(|| refused("format requires a mapping"))?;
@@ -125,7 +125,7 @@ impl Arguments {
     }
 }
 
-/// A conversion, e.g. `%(name)-8.3f`.
+/// A conversion specifier, e.g. `%(name)-8.3f`.
 #[derive(Debug, Default)]
 struct Field<'a> {
     key: Option<&'a str>,
@@ -140,7 +140,7 @@ struct Field<'a> {
 }
 
 impl<'a> Field<'a> {
-    /// Reads what is behind the `%`; also returns the rest of the text.
+    /// Reads the specifier after its `%`; also returns the rest of the text.
     fn read(text: &'a str) -> Result<(Self, &'a str), Error> {
         let mut field = Field::default();
         let mut rest = text;
@@ -167,7 +167,7 @@ impl<'a> Field<'a> {
             let (precision, after) = digits(after)?;
             (field.precision, rest) = (Some(precision), after);
         }
-        // Of C, and without a meaning.
+        // Python accepts C's length modifiers and ignores them.
         rest = rest.strip_prefix(['h', 'l', 'L']).unwrap_or(rest);
         field.conversion = rest.chars().next().ok_or_else(|| refused("incomplete format"))?;
         let after = &rest[field.conversion.len_utf8()..];
@@ -249,8 +249,9 @@ impl<'a> Field<'a> {
             }
             other => {
                 return Err(refused(format!(
-                    "format: the conversion '%{other}' is not supported; supported are %s, %r, %d, %i, %u, %x, %X, %o, %f, %F, %e, %E, %g, \
-                     %G, %c and %%, with a width and a precision in digits"
+                    "format: the conversion '%{other}' is not supported; supported are %s, %r, %d, \
+                     %i, %u, %x, %X, %o, %f, %F, %e, %E, %g, %G, %c and %%, \
+                     with a width and a precision in digits"
                 )));
             }
         }
@@ -295,7 +296,7 @@ impl<'a> Field<'a> {
     }
 }
 
-/// Reads a width or a precision; 0 where there is none.
+/// Reads a width or a precision; it is 0 if there are no digits.
 fn digits(text: &str) -> Result<(usize, &str), Error> {
     let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, rest) = text.split_at(end);
@@ -306,7 +307,7 @@ fn digits(text: &str) -> Result<(usize, &str), Error> {
     }
 }
 
-/// The sign and the digits of a number without its fraction.
+/// Truncates a number to an integer. Returns true if it is negative, and its digits.
 fn whole(value: &Value) -> Option<(bool, String)> {
     if value.kind() == ValueKind::Number && !value.is_integer() {
         let number = f64::try_from(value.clone()).ok().filter(|n| n.is_finite())?.trunc();
@@ -324,7 +325,7 @@ fn whole(value: &Value) -> Option<(bool, String)> {
     }
 }
 
-/// Writes a number that is not negative as C's `%e` does, e.g. `1.50e+03`.
+/// Writes a non-negative number as C's `%e` does, e.g. `1.50e+03`.
 fn scientific(number: f64, precision: usize, keeps_point: bool) -> String {
     let written = format!("{number:.precision$e}");
     let (digits, exponent) = written.split_once('e').unwrap_or((&written, "0"));
@@ -334,7 +335,7 @@ fn scientific(number: f64, precision: usize, keeps_point: bool) -> String {
     format!("{digits}{point}e{sign}{exponent:0>2}")
 }
 
-/// Writes a number that is not negative with so many significant digits as C's `%g` does.
+/// Writes a non-negative number with at most `significant` digits, as C's `%g` does.
 fn general(number: f64, significant: usize, keeps_zeros: bool) -> String {
     let written = format!("{number:.*e}", significant - 1);
     let exponent: i32 =
@@ -375,7 +376,7 @@ fn float(value: &Value) -> Option<f64> {
     }
 }
 
-/// A piece of an expression.
+/// A token of a template expression.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum TemplateToken {
     Space,
@@ -383,12 +384,12 @@ enum TemplateToken {
     Word,
     Open,
     Close,
-    /// An operator that binds as `%` does, or closer: `*`, `/`, `//`, `%` and `**`.
+    /// An operator that binds at least as strongly as `%`: `*`, `/`, `//`, `%` or `**`.
     Times,
     Other,
 }
 
-/// Reads the token at the start of a text that is not empty; also returns its length.
+/// Returns the token at the start of a non-empty text, and its length in bytes.
 fn token(text: &str) -> (TemplateToken, usize) {
     let first = text.chars().next().unwrap_or(' ');
     let until = |is_end: &dyn Fn(char) -> bool| text.find(is_end).unwrap_or(text.len());
@@ -415,7 +416,7 @@ fn string_length(text: &str, quote: char) -> usize {
     text.len()
 }
 
-/// The length of a name or a number, e.g. of `1.5e-3`.
+/// Returns the length in bytes of a name or a number, e.g. of `1.5e-3`.
 fn word_length(text: &str) -> usize {
     let is_number = text.starts_with(|c: char| c.is_ascii_digit());
     let bytes = text.as_bytes();
@@ -439,9 +440,9 @@ fn space(text: &str) -> usize {
     text.len() - text.trim_start().len()
 }
 
-/// Rewrites the operator `%` behind string literals as a call of the filter [`OPERATOR`].
+/// Rewrites every operator `%` after a string literal as a call of the filter [`OPERATOR`].
 pub(super) fn rewrite(source: &str) -> String {
-    // What replaces which bytes of the source.
+    // Start and end of a range of bytes in the source, and its replacement.
     let mut edits: Vec<(usize, usize, String)> = Vec::new();
     let mut at = 0;
     while let Some(start) = source[at..].find('{') {
@@ -472,7 +473,7 @@ fn is_raw(tag: &str) -> bool {
         .is_some_and(|rest| rest.trim_start().trim_start_matches(['-', '+']).starts_with("%}"))
 }
 
-/// Finds the operators in the tag whose content starts at `at`; returns where the tag ends.
+/// Finds the operators in the tag with content from `at`. Returns the position of the tag's end.
 fn expression(
     source: &str,
     mut at: usize,
@@ -487,7 +488,7 @@ fn expression(
             return at;
         }
         let (token, length) = token(rest);
-        // Adjacent literals are one.
+        // Adjacent literals count as one literal.
         if token == TemplateToken::Text
             && !matches!(last, TemplateToken::Times | TemplateToken::Text)
             && depth <= MAX_DEPTH
@@ -499,7 +500,8 @@ fn expression(
             TemplateToken::Close => depth = depth.saturating_sub(1),
             _ => {}
         }
-        // A sign belongs to the operand: the literal behind it is still one of the operator.
+        // A minus sign is part of the operand, so a literal after it still belongs to the operator
+        // before the sign.
         let is_sign = last == TemplateToken::Times && rest.starts_with('-');
         if token != TemplateToken::Space && !is_sign {
             last = token;
@@ -526,7 +528,7 @@ fn operators(source: &str, at: usize, edits: &mut Vec<(usize, usize, String)>) {
     }
 }
 
-/// The length of adjacent string literals.
+/// Returns the length in bytes of adjacent string literals.
 fn literals(text: &str) -> usize {
     let mut end = 0;
     loop {
@@ -538,8 +540,9 @@ fn literals(text: &str) -> usize {
     }
 }
 
-/// The length of the operator's right operand, with the space before it: powers of values with
-/// what is behind these. `None` where it cannot be told.
+/// Returns the length in bytes of the operator's right operand, with the space before it. The
+/// operand may be a power, and each value may have attributes, items, calls and filters. Returns
+/// `None` if the end of the operand cannot be determined.
 fn operand_length(text: &str) -> Option<usize> {
     let mut at = unary_length(text)?;
     loop {
@@ -579,14 +582,14 @@ fn unary_length(text: &str) -> Option<usize> {
                 let (TemplateToken::Word, length) = token(name_text) else { return None };
                 at = next + name + length;
             }
-            // A test would belong to the operand.
+            // In jinja2 a test after the operand would be part of it.
             _ if token(rest) == (TemplateToken::Word, 2) && rest.starts_with("is") => return None,
             _ => return Some(at),
         }
     }
 }
 
-/// The length of brackets with what is in them; `None` where they are not closed.
+/// Returns the length in bytes of brackets and their content, or `None` if they are not closed.
 fn brackets_length(text: &str) -> Option<usize> {
     let (mut at, mut depth) = (0, 0_usize);
     while at < text.len() {
@@ -602,8 +605,8 @@ fn brackets_length(text: &str) -> Option<usize> {
     None
 }
 
-/// Whether an error of the template engine is about the operator with a string on its left. The
-/// engine tells this in words only, and the answer only adds a hint to the error's text.
+/// Returns true if the error is about the operator `%` with a string on its left. minijinja gives
+/// only a text to recognise it by; the result only adds a hint to the error message.
 pub(super) fn is_about_operator(error: &Error) -> bool {
     error.kind() == ErrorKind::InvalidOperation
         && error.detail().is_some_and(|detail| {

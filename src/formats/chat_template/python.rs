@@ -1,5 +1,5 @@
-//! Where templates see Python: how values print, the methods of strings, and the tests that answer
-//! differently in jinja2 and in minijinja.
+//! Python semantics in templates: the printed form of values, the methods of strings, and the tests
+//! that give other results in jinja2 than in minijinja.
 
 use std::fmt::Write;
 
@@ -9,9 +9,9 @@ use minijinja_contrib::pycompat;
 
 use super::json;
 
-/// Containers in each other before printing is given up.
+/// Maximum nesting of containers that are printed.
 const MAX_DEPTH: usize = 100;
-/// Bytes that one unit of fuel pays for, as in the engine.
+/// Bytes of output that cost one unit of fuel, as in minijinja.
 const BYTES_PER_FUEL: usize = 64;
 
 /// Makes the environment behave as transformers' jinja2 environment.
@@ -22,9 +22,9 @@ pub(super) fn install(environment: &mut Environment<'_>) {
         if value.as_str().is_some() { Ok(value) } else { Ok(Value::from(text(state, &value)?)) }
     });
     environment.add_filter("trim", trim);
-    // None is not, unlike in minijinja; what is undefined is.
+    // Unlike in minijinja, None is not iterable. An undefined value is.
     environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
-    // Whatever has a length and items: strings and mappings, too.
+    // Everything with a length and items is a sequence, including strings and mappings.
     environment.add_test("sequence", |value: &Value| {
         matches!(
             value.kind(),
@@ -43,7 +43,7 @@ fn print(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error
     }
 }
 
-/// Python's `str` of a value.
+/// Returns Python's `str` of a value.
 pub(super) fn text(state: &State, value: &Value) -> Result<String, Error> {
     match value.as_str() {
         Some(text) => Ok(text.to_owned()),
@@ -64,9 +64,9 @@ pub(super) fn represent(
     out: &mut String,
 ) -> Result<(), Error> {
     if depth > MAX_DEPTH {
-        return Err(refused(format!("containers lie more than {MAX_DEPTH} deep in each other")));
+        return Err(refused(format!("containers are nested more than {MAX_DEPTH} deep")));
     }
-    // Containers may hold the same value many times.
+    // Each value costs fuel, because containers may hold the same value many times.
     state.consume_fuel(1)?;
     match value.kind() {
         ValueKind::Undefined => out.push_str("Undefined"),
@@ -127,23 +127,36 @@ fn represent_string(state: &State, text: &str, out: &mut String) -> Result<(), E
     Ok(())
 }
 
-/// Whether Python's `repr` writes the character itself: it is no control or format character, no
-/// separator but the space, and not for private use. (Characters that are not assigned are.)
+/// Returns true if Python's `repr` writes the character itself instead of an escape. It escapes
+/// control, format and private-use characters, and all separators except the space. Python also
+/// escapes unassigned characters; this function does not.
 fn is_printable(c: char) -> bool {
-    let is_format = matches!(c,
-        '\u{ad}' | '\u{600}'..='\u{605}' | '\u{61c}' | '\u{6dd}' | '\u{70f}' | '\u{180e}' | '\u{200b}'..='\u{200f}'
-        | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0001}'..='\u{e007f}');
+    let is_format = matches!(
+        c,
+        '\u{ad}'
+            | '\u{600}'..='\u{605}'
+            | '\u{61c}'
+            | '\u{6dd}'
+            | '\u{70f}'
+            | '\u{180e}'
+            | '\u{200b}'..='\u{200f}'
+            | '\u{202a}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}'
+            | '\u{feff}'
+            | '\u{fff9}'..='\u{fffb}'
+            | '\u{e0001}'..='\u{e007f}'
+    );
     let is_private = matches!(c, '\u{e000}'..='\u{f8ff}' | '\u{f0000}'..);
     !(c.is_control() || (c.is_whitespace() && c != ' ') || is_format || is_private)
 }
 
-/// The filter `trim`, which makes a string of any value.
+/// The filter `trim`, which converts any value to a string first.
 fn trim(state: &State, value: Value, characters: Option<String>) -> Result<Value, Error> {
     let stripped = strip(&text(state, &value)?, characters.as_deref(), true, true).to_owned();
     Ok(if value.is_safe() { Value::from_safe_string(stripped) } else { Value::from(stripped) })
 }
 
-/// Methods of Python that minijinja has not, or has with another result.
+/// Calls a Python method that minijinja lacks or for which it gives another result.
 fn call_method(
     state: &mut State,
     value: &Value,
@@ -169,7 +182,7 @@ fn call_method(
     }
 }
 
-/// The result of a string's method, or `None` for methods that minijinja has.
+/// Returns the result of a string's method, or `None` for methods that are left to minijinja.
 fn string_method(
     state: &State,
     text: &str,
@@ -246,7 +259,7 @@ fn string_method(
     Ok(Some(result))
 }
 
-/// What Python takes for white space: Unicode's, and the separators of ASCII.
+/// Returns true for Python's white space: that of Unicode, and the ASCII separators.
 fn is_space(c: char) -> bool {
     c.is_whitespace() || matches!(c, '\u{1c}'..='\u{1f}')
 }
@@ -322,7 +335,7 @@ fn justify(text: &str, method: &str, width: usize, filler: char) -> String {
     match method {
         "ljust" => text.to_owned() + &padding(filler),
         "rjust" => padding(filler) + text,
-        // Zeros go between a sign and the digits.
+        // The method `zfill` puts the zeros between a sign and the digits.
         _ => {
             let (sign, digits) = text.split_at(usize::from(text.starts_with(['+', '-'])));
             format!("{sign}{}{digits}", padding('0'))
@@ -330,7 +343,7 @@ fn justify(text: &str, method: &str, width: usize, filler: char) -> String {
     }
 }
 
-/// Pays for data that is about to be made.
+/// Consumes fuel for `bytes` of output, before they are allocated.
 pub(super) fn pay(state: &State, bytes: usize) -> Result<(), Error> {
     state.consume_fuel((bytes / BYTES_PER_FUEL) as u64)
 }

@@ -1,4 +1,4 @@
-//! Rendering, next to what jinja2 under transformers prints for the same input.
+//! Compares renderings with those of jinja2 under transformers for the same input.
 
 use serde_json::json;
 
@@ -68,7 +68,7 @@ fn tojson_is_pythons() {
     assert_eq!(plain(&t, &[say("user", "é\"")]), r#"[{"role": "user", "content": "é\""}]"#);
     let value = json!({"b": [1, 1.0, 1e16, 1e-5, 0.0001, -2.5], "a": {"é\u{7f}𝄞": null, "e": [], "o": {}}, "t": true, "s": "</\u{1}\n"});
     let kwargs = Map::from_iter([("x".to_owned(), value)]);
-    // Each from json.dumps in Python 3.
+    // Expected texts are from json.dumps in Python 3.
     for (filter, expected) in [
         (
             "tojson",

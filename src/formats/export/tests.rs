@@ -47,7 +47,8 @@ fn tensors_are_divided_as_huggingface_hub_divides_them() {
             .map(|shard| shard.iter().map(|n| **n).collect())
             .collect()
     };
-    // The example of `split_state_dict_into_shards_factory`, and a tensor above the limit.
+    // The example of huggingface_hub's `split_state_dict_into_shards_factory`, with an additional
+    // tensor above the limit.
     assert_eq!(sizes(&[6, 6, 2, 6, 2, 2], 10), [vec![6], vec![6, 2], vec![6, 2, 2]]);
     assert_eq!(sizes(&[3, 20, 3, 3], 7), [vec![20], vec![3, 3], vec![3]]);
     assert_eq!(sizes(&[5, 5], 10), [vec![5, 5]]);
@@ -124,12 +125,12 @@ fn a_merge_is_rounded_once() {
                 None => 0.0,
             };
             let round = |x: f64| bf16::from_f64(x).to_f32();
-            // The bf16 nearest to the exact sum, or to what f32 makes of it.
+            // The bf16 value nearest to the exact sum, or to the sum in f32.
             let (want, slack) = (f64::from(*w) + added, 1e-6 * (f64::from(w.abs()) + added.abs()));
             let near = round(want - slack)..=round(want + slack);
             assert!(near.contains(&got[i]), "{name}[{i}]: {} is not {want}", got[i]);
             changed += usize::from(update.is_some());
-            // Rounding the base first gives other numbers: the test can tell.
+            // Rounding the base first gives other numbers, so the test would detect it.
             otherwise +=
                 usize::from(!near.contains(&round(f64::from(round(f64::from(*w))) + added)));
         }
@@ -238,7 +239,7 @@ fn an_adapter_names_its_base_as_peft_loads_it() {
         peft::save(dir.path(), &adapter, &base).unwrap();
         let config = json_file(dir.path(), peft::CONFIG_FILE);
         assert_eq!((&config["base_model_name_or_path"], &config["revision"]), (&name, &revision));
-        // What is written can be read.
+        // The written configuration can be read again.
         peft::load(dir.path(), &model.config).unwrap();
     }
     // Older versions wrote the source as it was typed.

@@ -1,5 +1,5 @@
-//! The same configuration from GGUF metadata: turned into the config.json it stands for, then read
-//! like one.
+//! Model configuration from GGUF metadata. The metadata is converted to an equivalent config.json,
+//! which is then read like one from Hugging Face.
 
 use std::collections::BTreeSet;
 
@@ -12,19 +12,21 @@ use crate::model::families::Architecture;
 use crate::model::params::{Linear, gguf_bias, gguf_embedding, gguf_head};
 use crate::model::rope::{RopeConfig, RopeScaling};
 
-/// Where llama.cpp stores llama3 scaling: one divisor per frequency.
+/// Tensor in which llama.cpp stores the llama3 RoPE scaling, shape `[D/2]`: one divisor per
+/// frequency.
 const ROPE_FREQS: &str = "rope_freqs.weight";
-/// The ramp of every published Llama 3.x; GGUF does not store it.
+/// `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings` of every published
+/// Llama 3.x. GGUF does not store them.
 const LLAMA3_RAMP: (f64, f64, usize) = (1.0, 4.0, 8192);
-/// Tokens that end a turn or a message where a chat template prints them.
+/// Tokens that end a turn or a message if the chat template prints them.
 const TURN_ENDS: [&str; 3] = ["<|eot_id|>", "<|eom_id|>", "<|im_end|>"];
 
 impl ModelConfig {
     /// Reads the configuration of a GGUF file.
     ///
-    /// Mistral files carry the architecture `llama` and no sliding window: such a model attends to
-    /// everything, as it does in llama.cpp and transformers. `rope_freqs` gives llama.cpp's copy of
-    /// the llama3 divisors, if the file has one.
+    /// Mistral files have the architecture `llama` and no sliding window. Such a model attends to
+    /// all earlier positions, as in llama.cpp and transformers. `rope_freqs` holds the values of
+    /// the tensor [`ModelConfig::GGUF_ROPE_FREQS`], if the file has it.
     ///
     /// # Errors
     /// As [`ModelConfig::from_hf_json`].
@@ -40,7 +42,8 @@ impl ModelConfig {
             "qwen3" => Architecture::Qwen3,
             other => {
                 let what = format!(
-                    "{}: GGUF architecture '{other}' (supported: llama, which Mistral uses too, qwen2, qwen3)",
+                    "{}: GGUF architecture '{other}' \
+                     (supported: llama, which Mistral uses too, qwen2, qwen3)",
                     gguf.path.display()
                 );
                 return Err(ModelError::Unsupported { what });
@@ -110,22 +113,23 @@ impl ModelConfig {
         Self::from_hf_value(Value::Object(config), &gguf.path)
     }
 
-    /// The tensor whose contents [`ModelConfig::from_gguf`] takes as `rope_freqs`.
+    /// Name of the tensor that [`ModelConfig::from_gguf`] takes as `rope_freqs`.
     pub(crate) const GGUF_ROPE_FREQS: &str = ROPE_FREQS;
 }
 
-/// Returns the tokens at which generation stops, as the `eos_token_id` of a config.json lists them.
+/// Returns the ids of the tokens at which generation stops, in the form of `eos_token_id` in a
+/// config.json.
 ///
-/// The first is the end of a text, which alone is the tokenizer's `eos_token`. A Llama 3 ends the
-/// assistant's turns with another token: an export that does not list it would generate on and on.
-/// Many files have no key for it, so that it is also found in the chat template.
+/// The first id is the tokenizer's `eos_token`, which ends a text. Llama 3 ends an assistant's turn
+/// with another token. An export must list that one, too, or generation would not stop after the
+/// answer. Many files have no metadata key for it, so it is also looked up in the chat template.
 fn stop_tokens(gguf: &Gguf) -> Result<Value, ModelError> {
     let mut ids: Vec<u64> = gguf.integer("tokenizer.ggml.eos_token_id")?.into_iter().collect();
     let template = gguf.string("tokenizer.chat_template")?.unwrap_or_default();
     let printed: Vec<&str> =
         TURN_ENDS.into_iter().filter(|token| template.contains(token)).collect();
     let tokens = gguf.strings("tokenizer.ggml.tokens")?.unwrap_or_default();
-    // Where there is no such token, some files say so with a number that is no token's.
+    // Some files mark an absent token by an id that is outside the vocabulary.
     let is_token = |id: &u64| *id < tokens.len() as u64;
     let ends = ["tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
     ids.extend(ends.iter().filter_map(|key| gguf.integer(key).ok().flatten()).filter(is_token));
@@ -145,7 +149,7 @@ fn stop_tokens(gguf: &Gguf) -> Result<Value, ModelError> {
     })
 }
 
-/// Keys are prefixed by the architecture.
+/// Reads metadata keys, which are prefixed by the architecture's name.
 struct MetadataKeys<'a> {
     gguf: &'a Gguf,
     architecture: &'a str,
@@ -169,7 +173,7 @@ impl MetadataKeys<'_> {
     }
 }
 
-/// `rope_scaling` of the config.json, if any.
+/// Returns `rope_scaling` for the config.json, if the file has any.
 fn scaling(
     keys: &MetadataKeys<'_>,
     context: u64,
@@ -187,9 +191,11 @@ fn scaling(
         }
         Some("yarn") => {
             let original = keys.integer("rope.scaling.original_context_length")?.unwrap_or(context);
-            return Ok(Some(
-                json!({"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}),
-            ));
+            return Ok(Some(json!({
+                "rope_type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings": original,
+            })));
         }
         Some(other) => {
             return Err(keys.gguf.invalid(
@@ -199,7 +205,7 @@ fn scaling(
         }
     }
     let Some(freqs) = freqs else { return Ok(None) };
-    // The largest divisor is the factor; the ramp must then reproduce all the others.
+    // The largest divisor is the scaling factor. The ramp must then reproduce all other divisors.
     let factor = f64::from(freqs.iter().copied().fold(1.0, f32::max));
     let (low_freq_factor, high_freq_factor, original_max_position_embeddings) = LLAMA3_RAMP;
     let scaled = RopeScaling::Llama3 {
@@ -219,7 +225,10 @@ fn scaling(
         ));
     }
     Ok(Some(json!({
-        "rope_type": "llama3", "factor": factor, "low_freq_factor": low_freq_factor, "high_freq_factor": high_freq_factor,
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low_freq_factor,
+        "high_freq_factor": high_freq_factor,
         "original_max_position_embeddings": original_max_position_embeddings,
     })))
 }
@@ -228,8 +237,8 @@ fn missing(gguf: &Gguf, name: &str) -> ModelError {
     ModelError::MissingTensor { name: name.to_owned(), path: gguf.path.clone() }
 }
 
-/// GGUF stores f32: 1e-5 comes back as 9.99999974738e-6. The shortest decimal that rounds to that
-/// f32 is what was written.
+/// Returns the shortest decimal that rounds to the same f32. GGUF stores f32, so 1e-5 is read as
+/// 9.99999974738e-6; this restores the number that was written.
 fn shortest(x: f64) -> f64 {
     (x as f32).to_string().parse().unwrap_or(x)
 }

@@ -1,9 +1,9 @@
 //! The GGUF container: metadata and the directory of tensors, versions 2 and 3, little-endian.
 //!
-//! candle's reader trusts more than a file from a stranger deserves (an alignment of 0 divides by
-//! zero, dimensions multiply unchecked) and keeps each of the tokenizer's hundred thousand strings
-//! in a general value; this one checks every length against what is left of the file before it
-//! allocates, and every tensor's extent before anything is read.
+//! candle's reader is not safe for untrusted files: an alignment of 0 divides by zero, and
+//! dimensions are multiplied unchecked. It also stores each of the tokenizer's about hundred
+//! thousand strings in a value of a general type. This reader checks every length against the rest
+//! of the file before it allocates, and every tensor's extent before anything is read.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -17,29 +17,28 @@ use crate::model::error::ModelError;
 /// An opened GGUF file.
 #[derive(Debug)]
 pub(crate) struct Gguf {
-    /// Where it is.
     pub path: PathBuf,
-    /// For reading tensors.
+    /// The open file, from which tensors are read.
     pub file: File,
     metadata: BTreeMap<String, Metadata>,
     tensors: TensorEntries,
 }
 
-/// The directory of a file: tensors by their GGUF names.
+/// Directory of a file: the tensors' entries by GGUF name.
 pub(crate) type TensorEntries = BTreeMap<String, TensorEntry>;
 
-/// A tensor's place; checked to lie inside the file.
+/// Element type, shape and position of a tensor. Its bytes were checked to lie inside the file.
 #[derive(Clone, Debug)]
 pub(crate) struct TensorEntry {
     pub dtype: GgmlDType,
-    /// Outermost first, the reverse of GGUF's order.
+    /// Outermost dimension first, the reverse of GGUF's order.
     pub shape: Vec<usize>,
-    /// From the start of the file.
+    /// Bytes from the start of the file.
     pub offset: u64,
     pub bytes: u64,
 }
 
-/// A metadata value, as wide as its kind.
+/// A metadata value. Scalar integers are widened to i64, and scalar floats to f64.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Metadata {
     Integer(i64),
@@ -49,7 +48,7 @@ pub(crate) enum Metadata {
     Strings(Vec<String>),
     Integers(Vec<i32>),
     Floats(Vec<f32>),
-    /// A kind that no reader of this crate asks for.
+    /// A value of a type that this crate does not use.
     Other,
 }
 
@@ -63,8 +62,8 @@ impl Gguf {
     /// Reads the header and checks that every tensor lies inside the file.
     ///
     /// # Errors
-    /// [`ModelError::CorruptWeights`] where the file is not GGUF, is truncated or contradicts
-    /// itself; [`ModelError::Unsupported`] for a version or quantisation that cannot be read.
+    /// [`ModelError::CorruptWeights`] if the file is not GGUF, is truncated or contradicts itself.
+    /// [`ModelError::Unsupported`] if its version or a quantisation cannot be read.
     pub(crate) fn open(path: &Path) -> Result<Self, ModelError> {
         let file = File::open(path).map_err(ModelError::io(path))?;
         let len = file.metadata().map_err(ModelError::io(path))?.len();
@@ -122,7 +121,8 @@ impl Gguf {
             let end = data_start.checked_add(offset).and_then(|start| start.checked_add(bytes));
             if end.is_none_or(|end| end > len) {
                 let reason = format!(
-                    "tensor '{name}' needs {bytes} bytes at offset {offset} of the data; the file has {}",
+                    "tensor '{name}' needs {bytes} bytes at offset {offset} of the data; \
+                     the file has {}",
                     len.saturating_sub(data_start)
                 );
                 return Err(ModelError::corrupt(path, reason));
@@ -135,34 +135,39 @@ impl Gguf {
         Ok(Gguf { path: path.to_owned(), file, metadata, tensors })
     }
 
-    /// Opens a file whose header was read before, without reading it again; it has no metadata
-    /// then.
+    /// Opens a file again with the directory that was read before. The header is not read, so there
+    /// is no metadata.
+    ///
+    /// # Errors
+    /// [`ModelError::Io`] if the file cannot be opened.
     pub(crate) fn reopen(path: &Path, tensors: TensorEntries) -> Result<Self, ModelError> {
         let file = File::open(path).map_err(ModelError::io(path))?;
         Ok(Gguf { path: path.to_owned(), file, metadata: BTreeMap::new(), tensors })
     }
 
-    /// The directory, for [`Gguf::reopen`].
+    /// Returns a copy of the directory, for [`Gguf::reopen`].
     pub(crate) fn entries(&self) -> TensorEntries {
         self.tensors.clone()
     }
 
-    /// Every tensor's GGUF name.
+    /// Returns the GGUF names of all tensors.
     pub(crate) fn tensor_names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// A tensor by its GGUF name.
+    /// Returns the entry of the tensor with this GGUF name.
     pub(crate) fn tensor(&self, name: &str) -> Option<&TensorEntry> {
         self.tensors.get(name)
     }
 
-    /// All tensors.
     pub(crate) fn tensors(&self) -> impl Iterator<Item = &TensorEntry> {
         self.tensors.values()
     }
 
-    /// The values of an f32 tensor.
+    /// Reads the values of an f32 tensor.
+    ///
+    /// # Errors
+    /// Returns an error if the tensor is not f32 or the file cannot be read.
     pub(crate) fn read_f32(&self, entry: &TensorEntry) -> Result<Vec<f32>, ModelError> {
         if entry.dtype != GgmlDType::F32 {
             return Err(ModelError::corrupt(
@@ -178,7 +183,7 @@ impl Gguf {
         Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
     }
 
-    /// [`ModelError::InvalidConfig`] about a metadata key.
+    /// Makes a [`ModelError::InvalidConfig`] about a metadata key.
     pub(crate) fn invalid(&self, key: &str, reason: impl Into<String>) -> ModelError {
         ModelError::InvalidConfig {
             path: self.path.clone(),
@@ -199,7 +204,7 @@ impl Gguf {
             .transpose()
     }
 
-    /// An integer.
+    /// Returns the non-negative integer stored under `key`, if any.
     pub(crate) fn integer(&self, key: &str) -> Result<Option<u64>, ModelError> {
         self.read(key, "a non-negative integer", |v| match v {
             Metadata::Integer(n) => u64::try_from(*n).ok(),
@@ -207,7 +212,7 @@ impl Gguf {
         })
     }
 
-    /// A float, or an integer taken for one.
+    /// Returns the number stored under `key`, if any; an integer is converted to a float.
     pub(crate) fn number(&self, key: &str) -> Result<Option<f64>, ModelError> {
         self.read(key, "a number", |v| match v {
             Metadata::Float(x) => Some(*x),
@@ -216,7 +221,7 @@ impl Gguf {
         })
     }
 
-    /// A truth value.
+    /// Returns the bool stored under `key`, if any.
     pub(crate) fn flag(&self, key: &str) -> Result<Option<bool>, ModelError> {
         self.read(key, "a truth value", |v| match v {
             Metadata::Bool(b) => Some(*b),
@@ -224,7 +229,7 @@ impl Gguf {
         })
     }
 
-    /// A string.
+    /// Returns the string stored under `key`, if any.
     pub(crate) fn string(&self, key: &str) -> Result<Option<&str>, ModelError> {
         self.read(key, "a string", |v| match v {
             Metadata::String(s) => Some(s.as_str()),
@@ -232,7 +237,7 @@ impl Gguf {
         })
     }
 
-    /// An array of strings.
+    /// Returns the array of strings stored under `key`, if any.
     pub(crate) fn strings(&self, key: &str) -> Result<Option<&[String]>, ModelError> {
         self.read(key, "an array of strings", |v| match v {
             Metadata::Strings(s) => Some(s.as_slice()),
@@ -240,7 +245,7 @@ impl Gguf {
         })
     }
 
-    /// An array of integers.
+    /// Returns the array of integers stored under `key`, if any.
     pub(crate) fn integers(&self, key: &str) -> Result<Option<&[i32]>, ModelError> {
         self.read(key, "an array of 32-bit integers", |v| match v {
             Metadata::Integers(n) => Some(n.as_slice()),
@@ -249,7 +254,8 @@ impl Gguf {
     }
 }
 
-/// The element type and the bytes of a tensor, with every product checked.
+/// Returns the element type and the size in bytes of a tensor. Every multiplication is checked for
+/// overflow.
 fn extent(
     path: &Path,
     name: &str,
@@ -258,7 +264,8 @@ fn extent(
 ) -> Result<(GgmlDType, u64), ModelError> {
     let dtype = ggml_dtype(kind).ok_or_else(|| ModelError::Unsupported {
         what: format!(
-            "{}: tensor '{name}' in {} (supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K)",
+            "{}: tensor '{name}' in {} \
+             (supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K)",
             path.display(),
             unsupported_name(kind)
         ),
@@ -277,7 +284,7 @@ fn extent(
     })
 }
 
-/// ggml's type numbers.
+/// Maps ggml's number of an element type to the type.
 fn ggml_dtype(kind: u32) -> Option<GgmlDType> {
     Some(match kind {
         0 => GgmlDType::F32,
@@ -316,7 +323,7 @@ fn unsupported_name(kind: u32) -> String {
     name.to_owned()
 }
 
-/// A cursor that knows how much of the file is left.
+/// A cursor that counts the bytes that are left in the file.
 struct Reader<'a> {
     inner: BufReader<&'a File>,
     path: &'a Path,
@@ -327,7 +334,8 @@ struct Reader<'a> {
 type RawTensor = (String, Vec<usize>, u32, u64);
 
 impl Reader<'_> {
-    /// Fails unless `bytes` more are left: called before every allocation.
+    /// Fails unless at least `bytes` are left in the file. It is called before every allocation, so
+    /// that a false length cannot exhaust the memory.
     fn expect(&self, bytes: u64, what: &str) -> Result<(), ModelError> {
         let left = self.len.saturating_sub(self.position);
         if bytes > left {
@@ -366,8 +374,8 @@ impl Reader<'_> {
         self.expect(len, what)?;
         let mut bytes = vec![0; len as usize];
         self.fill(&mut bytes, what)?;
-        // Some published vocabularies hold a token that is not UTF-8; it can never be produced from
-        // text.
+        // Some published vocabularies hold a token that is not UTF-8. No text is ever encoded as
+        // it.
         Ok(String::from_utf8(bytes)
             .unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned()))
     }

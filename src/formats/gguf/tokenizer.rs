@@ -1,5 +1,5 @@
-//! Byte-level BPE tokenizers from GGUF metadata, rebuilt as the tokenizer.json they were converted
-//! from.
+//! Byte-level BPE tokenizers from GGUF metadata. They are rebuilt as the tokenizer.json from which
+//! llama.cpp converted them.
 
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
@@ -8,17 +8,25 @@ use super::reader::Gguf;
 use crate::formats::tokenizer::parts::{DEFAULT, Parts, TOOL_USE, wrong};
 use crate::model::error::ModelError;
 
+/// Values of `tokenizer.ggml.token_type` for special tokens and for tokens that a user added.
 const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
 
+/// Regular expressions of the pre-tokenizers of Llama 3 and Qwen 2.
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// Reads the tokenizer and chat templates from the metadata.
+///
+/// # Errors
+/// Returns an error that names the file and the key if the tokenizer is of another kind, or if a
+/// key is missing or malformed.
 pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
     let model = gguf.string("tokenizer.ggml.model")?.unwrap_or("none");
     if model != "gpt2" {
         let what = format!(
-            "{}: tokenizer '{model}' in GGUF (supported: gpt2, the byte-level BPE; for SentencePiece models use the safetensors folder)",
+            "{}: tokenizer '{model}' in GGUF (supported: gpt2, the byte-level BPE; \
+             for SentencePiece models use the safetensors folder)",
             gguf.path.display()
         );
         return Err(ModelError::Unsupported { what });
@@ -32,7 +40,8 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
     let pre = gguf.string("tokenizer.ggml.pre")?.unwrap_or("default");
     let pipeline = pipeline(pre).ok_or_else(|| ModelError::Unsupported {
         what: format!(
-            "{}: pre-tokenizer '{pre}' (supported: default, gpt-2, smollm, starcoder, qwen2, deepseek-r1-qwen, llama-bpe)",
+            "{}: pre-tokenizer '{pre}' (supported: default, gpt-2, smollm, starcoder, qwen2, \
+             deepseek-r1-qwen, llama-bpe)",
             gguf.path.display()
         ),
     })?;
@@ -60,7 +69,15 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
         .enumerate()
         .filter(|(_, (_, kind))| matches!(**kind, CONTROL | USER_DEFINED))
         .map(|(id, (content, kind))| {
-            json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": *kind == CONTROL})
+            json!({
+                "id": id,
+                "content": content,
+                "single_word": false,
+                "lstrip": false,
+                "rstrip": false,
+                "normalized": false,
+                "special": *kind == CONTROL,
+            })
         })
         .collect();
     let vocab: serde_json::Map<String, Value> =
@@ -78,8 +95,16 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
         "post_processor": post_processor,
         "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
         "model": {
-            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": false,
-            "byte_fallback": false, "ignore_merges": pipeline.ignore_merges, "vocab": vocab, "merges": merges,
+            "type": "BPE",
+            "dropout": null,
+            "unk_token": null,
+            "continuing_subword_prefix": null,
+            "end_of_word_suffix": null,
+            "fuse_unk": false,
+            "byte_fallback": false,
+            "ignore_merges": pipeline.ignore_merges,
+            "vocab": vocab,
+            "merges": merges,
         },
     });
     let file = serde_json::to_vec(&description).map_err(|e| wrong(&gguf.path, e.to_string()))?;
@@ -128,9 +153,17 @@ struct Pipeline {
     ignore_merges: bool,
 }
 
-/// What each of llama.cpp's names stands for in the tokenizer.json files that it was made from.
+/// Returns the normalizer and pre-tokenizer for llama.cpp's name of a pre-tokenizer, as in the
+/// tokenizer.json files of the models it was named for.
 fn pipeline(pre: &str) -> Option<Pipeline> {
-    let byte_level = |regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex});
+    let byte_level = |regex: bool| {
+        json!({
+            "type": "ByteLevel",
+            "add_prefix_space": false,
+            "trim_offsets": true,
+            "use_regex": regex,
+        })
+    };
     let split = |pattern: &str| {
         json!({"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false}, byte_level(false)]})

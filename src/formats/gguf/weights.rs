@@ -1,4 +1,4 @@
-//! GGUF tensors, dequantised one at a time and given their Hugging Face layout.
+//! GGUF tensors, dequantised one at a time and converted to the Hugging Face layout.
 
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
@@ -14,17 +14,17 @@ use crate::model::config::ModelConfig;
 use crate::model::error::ModelError;
 use crate::model::params::ParamSpec;
 
-/// An opened GGUF file with what its names and layout mean.
+/// The tensors of an opened GGUF file.
 #[derive(Debug)]
 pub(in crate::formats) struct GgufWeights {
     gguf: Gguf,
-    /// Whether Q and K are stored in ggml's interleaved order.
+    /// True if the rows of Q and K are stored in ggml's interleaved order.
     is_interleaved: bool,
-    /// Reads share one file position.
+    /// Held during a seek and the read after it, because all reads share one file position.
     lock: Mutex<()>,
 }
 
-/// Which tensors are where, without the open file.
+/// Directory of the tensors, without the open file.
 #[derive(Clone, Debug)]
 pub(in crate::formats) struct GgufDirectory {
     tensors: TensorEntries,
@@ -32,7 +32,8 @@ pub(in crate::formats) struct GgufDirectory {
 }
 
 impl GgufDirectory {
-    /// Opens the file as it is now.
+    /// Opens the file again without reading its header. [`GgufWeights::load`] then reads the bytes
+    /// that are there now.
     pub fn open(&self, path: &Path) -> Result<GgufWeights, ModelError> {
         let gguf = Gguf::reopen(path, self.tensors.clone())?;
         Ok(GgufWeights { gguf, is_interleaved: self.is_interleaved, lock: Mutex::new(()) })
@@ -45,17 +46,21 @@ impl GgufWeights {
         GgufWeights { gguf, is_interleaved, lock: Mutex::new(()) }
     }
 
-    /// The stored tensors' names, as llama.cpp spells them.
+    /// Returns the names of the stored tensors, as llama.cpp spells them.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.gguf.tensor_names()
     }
 
-    /// Returns what is needed to open the file again.
+    /// Returns the directory with which the file can be opened again.
     pub(in crate::formats) fn directory(&self) -> GgufDirectory {
         GgufDirectory { tensors: self.gguf.entries(), is_interleaved: self.is_interleaved }
     }
 
-    /// As f32. `check` gets the file and the tensor's bytes before they are dequantised.
+    /// Reads a parameter's tensor as f32; `None` if the file does not have it. `check` gets the
+    /// file's path and the tensor's bytes before they are dequantised.
+    ///
+    /// # Errors
+    /// Returns an error if the bytes cannot be read or dequantised, or the error of `check`.
     pub fn load(&self, param: &ParamSpec, check: &Check) -> Result<Option<Tensor>, ModelError> {
         let Some(entry) = self.gguf.tensor(&param.gguf.name) else { return Ok(None) };
         let tensor = self.dequantise(entry, check)?;
@@ -68,7 +73,7 @@ impl GgufWeights {
     fn dequantise(&self, entry: &TensorEntry, check: &Check) -> Result<Tensor, ModelError> {
         let path = &self.gguf.path;
         if entry.bytes == 0 {
-            // The library that dequantises would make a slice of a dangling pointer.
+            // For an empty tensor candle would make a slice from a dangling pointer.
             return Err(ModelError::corrupt(path, "a tensor has no elements".to_owned()));
         }
         let mut bytes = vec![0u8; entry.bytes as usize];
@@ -84,7 +89,7 @@ impl GgufWeights {
         Ok(quantised.dequantize(&Device::Cpu)?.to_dtype(DType::F32)?)
     }
 
-    /// The element type and size of every tensor; quantised ones are said to be f16.
+    /// Returns the element type and size of every tensor. Quantised tensors are reported as f16.
     pub fn stored(&self) -> Vec<StoredAs> {
         let of = |t: &TensorEntry| {
             let dtype = match t.dtype {
@@ -100,8 +105,8 @@ impl GgufWeights {
     pub fn hash(&self, hash: &mut blake3::Hasher) {
         let _guard = self.lock.lock();
         let mut file = &self.gguf.file;
-        // A file that cannot be read any more has no tensors either; its fingerprint does not
-        // matter then.
+        // If the file cannot be read any more, no tensor can be loaded from it either, so its
+        // fingerprint does not matter.
         if file.seek(SeekFrom::Start(0)).is_ok() {
             let _ = std::io::copy(&mut file, hash);
         }
@@ -125,7 +130,7 @@ mod tests {
 
     #[test]
     fn de_interleaving_puts_pairs_back_into_halves() {
-        // One head of D = 4: ggml's rows are (0, 2, 1, 3) of the original.
+        // One head with D = 4: ggml stores the original rows in the order (0, 2, 1, 3).
         let stored = Tensor::from_vec(vec![0f32, 2.0, 1.0, 3.0], (4, 1), &Device::Cpu).unwrap();
         let got: Vec<f32> =
             deinterleave(&stored, 1).unwrap().flatten_all().unwrap().to_vec1().unwrap();

@@ -1,5 +1,5 @@
-//! safetensors: files are mapped and their headers checked when they are opened, tensors are
-//! converted when they are asked for.
+//! Reads safetensors files. Opening maps the files and checks their headers; tensors are converted
+//! only when they are loaded.
 
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
@@ -28,12 +28,12 @@ pub(in crate::formats) struct SafetensorsWeights {
     tensors: Arc<HashMap<String, Stored>>,
 }
 
-/// How a file's bytes are had.
+/// Access to a file's bytes.
 #[derive(Debug)]
 enum Contents {
-    /// Mapped: the process is killed (SIGBUS) when the file is cut off while it is read.
+    /// A memory map. If the file is truncated, reading kills the process (SIGBUS).
     Mapped(Mmap),
-    /// Read into memory when they are asked for.
+    /// An open file. Each tensor's bytes are read into memory when it is loaded.
     Read(File),
 }
 
@@ -50,7 +50,7 @@ impl Contents {
     }
 }
 
-/// Which tensors are where, without the open files.
+/// Directory of the tensors, without the open files.
 #[derive(Clone, Debug)]
 pub(in crate::formats) struct SafetensorsDirectory {
     paths: Vec<PathBuf>,
@@ -58,7 +58,7 @@ pub(in crate::formats) struct SafetensorsDirectory {
 }
 
 impl SafetensorsDirectory {
-    /// Opens the files as they are now, without mapping them.
+    /// Opens the files again, without mapping them or reading their headers.
     pub fn open(&self) -> Result<SafetensorsWeights, ModelError> {
         let open = |path: &PathBuf| {
             let file = File::open(path).map_err(ModelError::io(path))?;
@@ -136,8 +136,8 @@ impl SafetensorsWeights {
         let (mut files, mut tensors) = (Vec::new(), HashMap::new());
         for (file, path) in paths.iter().enumerate() {
             let handle = File::open(path).map_err(ModelError::io(path))?;
-            // SAFETY: the map is read-only; weight files are not written while a server uses them,
-            // as with every mmap-based loader.
+            // SAFETY: the map is read-only. Weight files must not be modified while the server has
+            // them open, as with every loader that maps files.
             let map = unsafe { Mmap::map(&handle) }.map_err(ModelError::io(path))?;
             let (header, metadata) = SafeTensors::read_metadata(&map)
                 .map_err(|e| ModelError::corrupt(path, format!("safetensors header: {e}")))?;
@@ -164,13 +164,18 @@ impl SafetensorsWeights {
         Ok(SafetensorsWeights { files, tensors: Arc::new(tensors) })
     }
 
-    /// The stored tensors' names.
+    /// Returns the names of the stored tensors.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// As f32, or as bf16 where that is how it is stored and `keep_bf16` is set. `check` gets the
-    /// file and the tensor's bytes before they are converted.
+    /// Reads a tensor as f32, or as bf16 if it is stored so and `keep_bf16` is true. Returns `None`
+    /// if there is no such tensor. `check` gets the file's path and the tensor's bytes before they
+    /// are converted.
+    ///
+    /// # Errors
+    /// Returns an error if the bytes cannot be read or the element type is not supported, or the
+    /// error of `check`.
     pub fn load(
         &self,
         name: &str,
@@ -214,7 +219,7 @@ impl SafetensorsWeights {
         tensor.map(Some)
     }
 
-    /// The element type and size of every tensor that can be read.
+    /// Returns the element type and size of every tensor of a supported element type.
     pub fn stored(&self) -> Vec<StoredAs> {
         let of = |t: &Stored| {
             let dtype = match t.dtype {
@@ -228,14 +233,14 @@ impl SafetensorsWeights {
         self.tensors.values().filter_map(of).collect()
     }
 
-    /// Returns a tensor's file, and where its bytes begin there.
+    /// Returns a tensor's file and the offset of its bytes in it.
     #[cfg(test)]
     pub fn place(&self, name: &str) -> (PathBuf, u64) {
         let stored = &self.tensors[name];
         (self.files[stored.file].0.clone(), stored.bytes.start as u64)
     }
 
-    /// Returns what is needed to open the files again.
+    /// Returns the directory with which the files can be opened again.
     pub fn directory(&self) -> SafetensorsDirectory {
         SafetensorsDirectory {
             paths: self.files.iter().map(|(path, _)| path.clone()).collect(),
@@ -250,8 +255,8 @@ impl SafetensorsWeights {
                     hash.update(map);
                 }
                 Contents::Read(file) => {
-                    // A file that cannot be read any more has no tensors either; its fingerprint
-                    // does not matter then.
+                    // If the file cannot be read any more, no tensor can be loaded from it either,
+                    // so its fingerprint does not matter.
                     let _ = std::io::copy(&mut &*file, hash);
                 }
             }

@@ -1,5 +1,5 @@
-//! tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja and the
-//! further templates in additional_chat_templates.
+//! Reads a tokenizer from tokenizer.json, tokenizer_config.json, special_tokens_map.json,
+//! chat_template.jinja and the further templates in additional_chat_templates.
 
 use std::path::Path;
 
@@ -14,17 +14,18 @@ const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
 const TEMPLATE: &str = "chat_template.jinja";
 const MODEL_CONFIG: &str = "config.json";
-/// Model types for which transformers uses another class whatever tokenizer_config.json names.
+/// Model types for which transformers ignores the class LlamaTokenizer in tokenizer_config.json and
+/// uses another class.
 const OTHER_CLASS: [&str; 3] = ["mistral", "mixtral", "qwen2"];
 const SPECIAL: &str = "special_tokens_map.json";
 
-/// The folder of chat templates besides the default one.
+/// Folder of the chat templates besides the default one.
 const EXTRA_TEMPLATES: &str = "additional_chat_templates";
 
-/// The decoding defaults of transformers' `generate`, the end-of-sequence tokens among them.
+/// File with the defaults of transformers' `generate`, including the end-of-sequence tokens.
 pub const GENERATION_CONFIG: &str = "generation_config.json";
 
-/// Files that this program does not read, but that other programs want beside the weights.
+/// Files that this program does not use, but that other programs need beside the weights.
 pub const EXTRA_FILES: [&str; 9] = [
     GENERATION_CONFIG,
     "added_tokens.json",
@@ -45,6 +46,11 @@ pub fn is_extra_template(file: &str) -> bool {
     })
 }
 
+/// Reads the tokenizer, its special tokens and the chat templates of a folder.
+///
+/// # Errors
+/// Returns an error that names the file if tokenizer.json is missing, or if a file cannot be read
+/// or is malformed.
 pub(in crate::formats) fn read(folder: &Path) -> Result<Parts, ModelError> {
     let mut files = Vec::new();
     let mut take = |name: &str| -> Result<Option<Vec<u8>>, ModelError> {
@@ -101,7 +107,7 @@ pub(in crate::formats) fn read(folder: &Path) -> Result<Parts, ModelError> {
             ));
         }
     }
-    // Files replace what the configuration holds.
+    // Template files take precedence over the templates in the configuration.
     if templates.is_empty() {
         templates = configured_templates(&config);
     }
@@ -110,7 +116,8 @@ pub(in crate::formats) fn read(folder: &Path) -> Result<Parts, ModelError> {
     }
     let find = |name: &str| special_tokens.iter().find(|(n, _)| n == name).map(|(_, t)| t.clone());
     let mut content = blake3::Hasher::new();
-    // What decides the tokens: another class, or flag of the class, is another tokenizer.
+    // The hash covers the file that decides the tokens, so another class or flag of the class
+    // counts as another tokenizer.
     content.update(pipeline.as_deref().unwrap_or(&bytes));
     Ok(Parts {
         bos_token: find("bos_token"),
@@ -123,20 +130,21 @@ pub(in crate::formats) fn read(folder: &Path) -> Result<Parts, ModelError> {
     })
 }
 
-/// `model_type` of config.json, where the folder has one.
+/// Returns `model_type` of config.json, if the folder has one.
 fn model_type(folder: &Path) -> Option<String> {
     let bytes = std::fs::read(folder.join(MODEL_CONFIG)).ok()?;
     let config: Value = serde_json::from_slice(&bytes).ok()?;
     config.get("model_type").and_then(Value::as_str).map(str::to_owned)
 }
 
-/// The tokenizer.json that transformers makes of the file, where it does not use the file as it is.
+/// Returns the tokenizer.json that transformers makes from the file, or `None` if it uses the file
+/// as it is.
 ///
-/// Its class LlamaTokenizer takes the vocabulary and the merges out of a SentencePiece tokenizer's
-/// file and makes the rest itself (models/llama/tokenization_llama.py): a space goes in front of
-/// every piece of text that does not begin with one, where the normaliser in the file of Llama 2
-/// adds one in any case. A model is trained and compared with transformers' tokens, so the class
-/// wins.
+/// transformers' class LlamaTokenizer takes only the vocabulary and the merges from the file of a
+/// SentencePiece tokenizer. It makes the rest itself (models/llama/tokenization_llama.py). By
+/// default it puts a space before a text that does not begin with one, whereas the normaliser in
+/// Llama 2's file always adds a space. Training must see the same tokens as transformers, so the
+/// class takes precedence over the file.
 fn as_class(tokenizer: &[u8], config: &Value, model_type: Option<&str>) -> Option<Vec<u8>> {
     let class = config.get("tokenizer_class").and_then(Value::as_str)?;
     if class.strip_suffix("Fast").unwrap_or(class) != "LlamaTokenizer"
@@ -168,7 +176,12 @@ fn as_class(tokenizer: &[u8], config: &Value, model_type: Option<&str>) -> Optio
     if adds_space {
         decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
     }
-    let pre_tokenizer = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": prepend_scheme, "split": false});
+    let pre_tokenizer = json!({
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": prepend_scheme,
+        "split": false,
+    });
     let parts = file.as_object_mut()?;
     parts.insert("normalizer".to_owned(), Value::Null);
     parts.insert("pre_tokenizer".to_owned(), pre_tokenizer);
@@ -176,19 +189,19 @@ fn as_class(tokenizer: &[u8], config: &Value, model_type: Option<&str>) -> Optio
     serde_json::to_vec(&file).ok()
 }
 
-/// Whether a pre-tokenizer or decoder works on bytes, alone or as a part of a sequence.
+/// Returns true if a pre-tokenizer or decoder is ByteLevel, alone or as a part of a sequence.
 fn has_byte_level(part: &Value) -> bool {
     let parts = ["pretokenizers", "decoders"].iter().find_map(|key| part[*key].as_array());
     part["type"] == "ByteLevel" || parts.is_some_and(|parts| parts.iter().any(has_byte_level))
 }
 
-/// A special token is a string or an AddedToken object.
+/// Returns a special token, which is stored as a string or as an AddedToken object.
 fn token(config: &Value, name: &str) -> Option<String> {
     let value = config.get(name)?;
     value.as_str().or_else(|| value.get("content").and_then(Value::as_str)).map(str::to_owned)
 }
 
-/// One template, or a list of named ones.
+/// Returns the chat templates of tokenizer_config.json: one template, or a list of named ones.
 fn configured_templates(config: &Value) -> Vec<(String, String)> {
     let named = |t: &Value| {
         let text = |key: &str| t.get(key).and_then(Value::as_str).map(str::to_owned);
@@ -201,7 +214,7 @@ fn configured_templates(config: &Value) -> Vec<(String, String)> {
     }
 }
 
-/// The names of the files in the folder of further templates, in alphabetical order.
+/// Returns the names of the templates in [`EXTRA_TEMPLATES`], in alphabetical order.
 fn more_templates(folder: &Path) -> Result<Vec<String>, ModelError> {
     let path = folder.join(EXTRA_TEMPLATES);
     let entries = match std::fs::read_dir(&path) {

@@ -66,7 +66,7 @@ fn a_field_that_changes_the_maths_is_refused_by_name_and_value() {
         ("alora_invocation_tokens", json!([5, 6])),
         ("arrow_config", json!({"top_k": 3})),
         ("corda_config", json!({"corda_method": "kpm"})),
-        // PEFT makes a configuration of an empty object, and with it the variant is on.
+        // PEFT turns an empty object into a configuration, which switches the variant on.
         ("kasa_config", json!({})),
         ("lora_ga_config", json!({"direction": "ArB2r"})),
         ("megatron_config", json!({"hidden_size": 1})),
@@ -84,7 +84,7 @@ fn a_field_that_changes_the_maths_is_refused_by_name_and_value() {
             "{field}: {e}"
         );
     }
-    // Each field of the list has its case.
+    // Every field of the list has a case here.
     for (field, _) in OFF {
         assert!(cases.iter().any(|(name, _)| *name == field), "{field} has no case");
     }
@@ -109,7 +109,7 @@ fn fields_that_do_not_change_the_maths_are_accepted() {
         ("init_lora_weights", json!("gaussian")),
         ("init_lora_weights", json!("orthogonal")),
         ("init_lora_weights", json!("eva")),
-        // As PEFT 0.21.2 writes it with such an adapter.
+        // The form in which PEFT 0.21.2 writes it for such an adapter.
         (
             "eva_config",
             json!({"rho": 1.0, "tau": 0.99, "use_label_mask": true, "label_mask_value": -100, "whiten": false, "adjust_scaling_factors": true}),

@@ -1,4 +1,4 @@
-//! What a tokenizer is read as, whichever file it comes from.
+//! The parts of a tokenizer, as read from either file format.
 
 use std::path::Path;
 
@@ -6,26 +6,27 @@ use tokenizers::Tokenizer;
 
 use crate::model::error::ModelError;
 
-/// The name of the template that transformers uses when it is not asked for another.
+/// Name of the template that transformers uses by default.
 pub(in crate::formats) const DEFAULT: &str = "default";
-/// The name of the template that transformers uses for dialogues with tools.
+/// Name of the template that transformers uses for dialogues with tools.
 pub(in crate::formats) const TOOL_USE: &str = "tool_use";
 
-/// What a tokenizer is made of.
+/// The parts that a `ChatTokenizer` is assembled from.
 pub(in crate::formats) struct Parts {
     pub tokenizer: Tokenizer,
     pub bos_token: Option<String>,
     pub eos_token: Option<String>,
-    /// Every special token variable a template may use.
+    /// Special tokens by the names of the variables through which templates use them.
     pub special_tokens: Vec<(String, String)>,
-    /// Chat templates by name; a model with one of them has it as [`DEFAULT`].
+    /// Chat templates by name. A single unnamed template has the name [`DEFAULT`].
     pub templates: Vec<(String, String)>,
+    /// Names and contents of the files to write beside exported weights.
     pub files: Vec<(String, Vec<u8>)>,
-    /// What turns text into tokens, as it was read.
+    /// Hasher of everything that decides how text is split into tokens, except the special tokens.
     pub content: blake3::Hasher,
 }
 
-/// The error for a tokenizer that cannot be used.
+/// Makes the error for a tokenizer that cannot be used.
 pub(in crate::formats) fn wrong(path: &Path, reason: impl Into<String>) -> ModelError {
     ModelError::Tokenizer { path: path.to_owned(), reason: reason.into() }
 }

@@ -1,10 +1,10 @@
-//! How tensors are stored, whatever the files' format.
+//! Storage types of tensors, common to all file formats.
 
 use std::path::Path;
 
 use crate::model::error::ModelError;
 
-/// An element type that weights are exported in.
+/// An element type in which weights can be exported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ElementType {
     /// IEEE single precision.
@@ -16,10 +16,10 @@ pub enum ElementType {
 }
 
 impl ElementType {
-    /// All of them, the first is preferred where two are equally common.
+    /// All element types. If two are equally common in a file, the earlier one is preferred.
     pub const ALL: [ElementType; 3] = [ElementType::F32, ElementType::Bf16, ElementType::F16];
 
-    /// The name in requests and file names.
+    /// Returns the name in requests and file names.
     pub fn name(self) -> &'static str {
         match self {
             ElementType::F32 => "f32",
@@ -28,12 +28,12 @@ impl ElementType {
         }
     }
 
-    /// The element type that a request names.
+    /// Returns the element type with this name in requests.
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|t| t.name() == name)
     }
 
-    /// The name in config.json.
+    /// Returns the name in config.json.
     pub fn torch_name(self) -> &'static str {
         match self {
             ElementType::F32 => "float32",
@@ -42,7 +42,7 @@ impl ElementType {
         }
     }
 
-    /// Bytes of an element.
+    /// Returns the bytes per element.
     pub fn size(self) -> usize {
         match self {
             ElementType::F32 => 4,
@@ -51,12 +51,13 @@ impl ElementType {
     }
 }
 
-/// Tensors of one kind: their element type, number of dimensions and number of elements.
+/// Element type, number of dimensions and number of elements of a stored tensor.
 pub(in crate::formats) struct StoredAs {
     pub dtype: ElementType,
     pub dims: usize,
     pub elements: usize,
 }
 
-/// Gets a file's path and the bytes of a tensor in it before they are used.
+/// Callback that checks the bytes of a tensor before they are used. Its arguments are the file's
+/// path and the bytes.
 pub(in crate::formats) type Check<'a> = dyn Fn(&Path, &[u8]) -> Result<(), ModelError> + 'a;

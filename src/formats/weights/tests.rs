@@ -1,4 +1,4 @@
-//! Reading weights again from files that others may change at any time.
+//! Tests that weights are read again only from unchanged files.
 
 use std::fs::OpenOptions;
 use std::io::{BufWriter, Seek as _, SeekFrom, Write as _};
@@ -14,12 +14,13 @@ use crate::model::params::params;
 const NORM: &str = "model.norm.weight";
 const QUERIES: &str = "model.layers.0.self_attn.q_proj.weight";
 
-/// A model in files of its own.
+/// A model in temporary files.
 struct Case {
     folder: tempfile::TempDir,
     config: ModelConfig,
     weights: Weights,
-    /// The file with `name`, the tensors that are in it, and where the bytes of one of them lie.
+    /// The file that the tests change. The tensor `name` begins at byte `offset` in it, and `names`
+    /// has the names of the tensors to load.
     file: PathBuf,
     name: &'static str,
     offset: u64,
@@ -102,7 +103,7 @@ fn weights_are_read_again_bit_for_bit() {
         let (files, wanted) = case.close();
         let again = files.open().unwrap();
         assert_eq!(case.load_all(&again), wanted);
-        // And once more: what was checked can be checked again.
+        // A second time, because the files can be opened again any number of times.
         assert_eq!(case.load_all(&again.files().open().unwrap()), wanted);
     }
 }
@@ -121,7 +122,7 @@ fn what_is_overwritten_while_it_is_read_is_not_used() {
             let e = case.load(&weights, case.name).unwrap_err();
             assert!(matches!(&e, ModelError::Changed { path, .. } if *path == case.file), "{e}");
             assert!(e.to_string().contains(case.name), "{e}");
-            // Only what is used counts.
+            // Only changes of tensors that are loaded are detected.
             assert_eq!(&case.load(&weights, QUERIES).unwrap(), before(QUERIES));
         }
     }
@@ -132,7 +133,7 @@ fn a_file_that_is_cut_off_or_gone_is_an_error_that_names_no_folder() {
     for mut case in [safetensors(), gguf()] {
         let (files, _) = case.close();
         let again = files.open().unwrap();
-        // A map of the file would end the process here.
+        // If the file were mapped, the process would be killed here.
         OpenOptions::new().write(true).open(&case.file).unwrap().set_len(16).unwrap();
         let cut_off = case.load(&again, case.name).unwrap_err();
         std::fs::remove_file(&case.file).unwrap();

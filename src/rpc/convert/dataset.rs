@@ -1,4 +1,4 @@
-//! Datasets and their validation reports.
+//! Converts datasets and their validation reports.
 
 use tonic::Status;
 
@@ -9,7 +9,7 @@ use crate::domain::violation::{Violations, quoted};
 use crate::rpc::pb;
 use crate::service::datasets::UploadMeta;
 
-/// What an upload says of itself.
+/// Converts and validates the metadata of an upload.
 pub(in crate::rpc) fn upload_meta(m: pb::UploadMetadata) -> Result<UploadMeta, Status> {
     let mut bad = Violations::default();
     let format = match pb::DatasetFormat::try_from(m.format) {
@@ -41,7 +41,7 @@ pub(in crate::rpc) fn upload_meta(m: pb::UploadMetadata) -> Result<UploadMeta, S
     finish(UploadMeta { display_name: m.display_name, format, model, max_length }, bad)
 }
 
-/// A dataset; `with_issues` lists every finding.
+/// Converts a dataset. `with_issues` includes the findings in its report.
 pub(in crate::rpc) fn dataset(d: Dataset, with_issues: bool) -> pb::Dataset {
     pb::Dataset {
         name: format!("datasets/{}", d.id),

@@ -1,4 +1,4 @@
-//! JSON in requests: `google.protobuf.Struct`, and strings of JSON where the order of keys counts.
+//! JSON in requests: `google.protobuf.Struct`, and strings of JSON where the order of keys matters.
 
 use prost_types::value::Kind;
 use prost_types::{ListValue, NullValue, Struct};
@@ -6,32 +6,33 @@ use serde_json::{Map, Number, Value};
 
 use crate::domain::message::{TemplateArguments, check_kwargs, check_tools, kind, tools_from_json};
 
-/// How deep objects and lists of a Struct may lie in each other. Protobuf's own limit, of which an
-/// error names no field, is a little above.
+/// Maximum nesting of objects and lists in a Struct. It is a little below protobuf's own limit,
+/// because protobuf's error does not name the field.
 const MAX_DEPTH: usize = 24;
-/// Whole numbers below this are exact as doubles.
-const EXACT: f64 = (1u64 << 53) as f64;
+/// Integers below this are exact as f64.
+const EXACT_INTEGER_LIMIT: f64 = (1u64 << 53) as f64;
 
-/// A field that cannot be used, and why.
+/// A bad field's path, and the reason why it cannot be used.
 pub(in crate::rpc) type Wrong = (String, String);
 
-/// The JSON object that a Struct stands for, its keys sorted.
+/// Converts a Struct to a JSON object with sorted keys.
 ///
 /// # Errors
-/// In words, to be read after the field's name.
+/// Returns a text that completes a sentence after the field's name.
 pub(in crate::rpc) fn object(given: Struct) -> Result<Map<String, Value>, String> {
     fields(given, MAX_DEPTH)
 }
 
 fn fields(given: Struct, depth: usize) -> Result<Map<String, Value>, String> {
-    // The map of a Struct is sorted.
+    // The map of a Struct is a BTreeMap, so its keys are sorted.
     given.fields.into_iter().map(|(key, value)| Ok((key, json(value, depth)?))).collect()
 }
 
 fn json(value: prost_types::Value, depth: usize) -> Result<Value, String> {
     if depth == 0 {
         return Err(format!(
-            "has objects and lists that lie more than {MAX_DEPTH} deep in each other: flatten it, or use the field for JSON"
+            "has objects and lists nested more than {MAX_DEPTH} deep: \
+             flatten it, or use the field for JSON"
         ));
     }
     Ok(match value.kind {
@@ -46,15 +47,15 @@ fn json(value: prost_types::Value, depth: usize) -> Result<Value, String> {
     })
 }
 
-/// A Struct's number is a double: what is whole is meant as an integer.
+/// Converts a number of a Struct, which is always an f64. An integral value becomes an integer.
 fn number(x: f64) -> Result<Number, String> {
-    if x.fract() == 0.0 && x.abs() < EXACT {
+    if x.fract() == 0.0 && x.abs() < EXACT_INTEGER_LIMIT {
         return Ok(Number::from(x as i64));
     }
     Number::from_f64(x).ok_or_else(|| format!("has the number {x}: JSON has finite numbers only"))
 }
 
-/// The Struct that stands for a JSON object.
+/// Converts a JSON object to a Struct.
 pub(in crate::rpc) fn to_struct(fields: &Map<String, Value>) -> Struct {
     Struct { fields: fields.iter().map(|(key, value)| (key.clone(), to_value(value))).collect() }
 }
@@ -73,10 +74,10 @@ fn to_value(value: &Value) -> prost_types::Value {
     prost_types::Value { kind: Some(kind) }
 }
 
-/// A JSON object in a string.
+/// Parses a JSON object.
 ///
 /// # Errors
-/// In words, to be read after the field's name.
+/// Returns a text that completes a sentence after the field's name.
 pub(in crate::rpc) fn parse_object(text: &str) -> Result<Map<String, Value>, String> {
     match serde_json::from_str(text) {
         Ok(Value::Object(fields)) => Ok(fields),
@@ -85,8 +86,8 @@ pub(in crate::rpc) fn parse_object(text: &str) -> Result<Map<String, Value>, Str
     }
 }
 
-/// Variables for the chat template, from the one of two fields that is given; `place` is where the
-/// fields are, e.g. `options`.
+/// Reads the variables for the chat template from the one of two fields that is given. `place` is
+/// the path of the message that holds the fields, e.g. `options`, for error messages.
 pub(in crate::rpc) fn kwargs(
     place: &str,
     given: Option<Struct>,
@@ -106,8 +107,8 @@ pub(in crate::rpc) fn kwargs(
     checked.map_err(|reason| (format!("{place}.{name}"), reason))
 }
 
-/// The two fields for variables of the chat template. The Struct is set where it stands for the
-/// very same JSON, else the text; neither is set without variables.
+/// Returns the two fields for variables of the chat template. The Struct is set if it represents
+/// the same JSON exactly, else the text. Without variables neither is set.
 pub(in crate::rpc) fn kwargs_fields(kwargs: Map<String, Value>) -> (Option<Struct>, String) {
     if kwargs.is_empty() {
         return (None, String::new());
@@ -120,8 +121,8 @@ pub(in crate::rpc) fn kwargs_fields(kwargs: Map<String, Value>) -> (Option<Struc
     }
 }
 
-/// What a chat template is to see besides the messages; `place` is where the fields are, e.g.
-/// `options`.
+/// Reads the tools and variables for a chat template. `place` is the path of the message that holds
+/// the fields, e.g. `options`, for error messages.
 pub(in crate::rpc) fn arguments(
     place: &str,
     tools: Vec<Struct>,

@@ -1,4 +1,4 @@
-//! Scoring requests and scores.
+//! Converts scoring requests and scores.
 
 use tonic::Status;
 
@@ -14,7 +14,7 @@ use crate::rpc::pb;
 use crate::service::error::ServiceError;
 use crate::service::scoring::{PairToScore, ScoreOptions, ScoredCompletion, ScoredPair};
 
-/// What a request wants to score with, and whether per-token log-probs are wanted.
+/// Reads the scoring options of a request. The bool is true if it asks for per-token log-probs.
 pub(in crate::rpc) fn options(
     o: Option<pb::ScoringOptions>,
 ) -> Result<(ScoreOptions, bool), Status> {
@@ -70,7 +70,7 @@ pub(in crate::rpc) fn options(
     )
 }
 
-/// The normalization that was used: the sum or the mean.
+/// Converts the normalization that was used: the sum or the mean.
 pub(in crate::rpc) fn normalization(n: Normalization) -> i32 {
     match n {
         Normalization::Sum => pb::RewardNormalization::Sum.into(),
@@ -78,7 +78,7 @@ pub(in crate::rpc) fn normalization(n: Normalization) -> i32 {
     }
 }
 
-/// A text that must be present.
+/// Converts a required text.
 pub(in crate::rpc) fn text(field: &str, t: Option<pb::Text>) -> Result<Text, ServiceError> {
     match t.and_then(|t| t.form) {
         Some(pb::text::Form::Plain(s)) => Ok(Text::Plain(s)),
@@ -99,7 +99,7 @@ pub(in crate::rpc) fn text(field: &str, t: Option<pb::Text>) -> Result<Text, Ser
     }
 }
 
-/// A message with its further keys.
+/// Converts a chat message with its further keys.
 fn message(field: &str, m: pb::Message) -> Result<ChatMessage, ServiceError> {
     let further = match (m.fields, m.fields_json.as_str()) {
         (None, "") => return Ok(ChatMessage::new(m.role, m.content)),
@@ -137,7 +137,7 @@ fn message(field: &str, m: pb::Message) -> Result<ChatMessage, ServiceError> {
     })
 }
 
-/// A pair to score.
+/// Converts a pair to score.
 pub(in crate::rpc) fn pair(p: pb::Pair) -> Result<PairToScore, ServiceError> {
     let arguments = json::arguments(
         "pair",
@@ -155,7 +155,7 @@ pub(in crate::rpc) fn pair(p: pb::Pair) -> Result<PairToScore, ServiceError> {
     })
 }
 
-/// A pair's score.
+/// Converts a pair's score.
 pub(in crate::rpc) fn pair_score(s: ScoredPair, per_token: bool) -> pb::PairScore {
     pb::PairScore {
         probability: s.probability,
@@ -165,7 +165,7 @@ pub(in crate::rpc) fn pair_score(s: ScoredPair, per_token: bool) -> pb::PairScor
     }
 }
 
-/// An answer's score.
+/// Converts an answer's score.
 pub(in crate::rpc) fn completion(c: ScoredCompletion, per_token: bool) -> pb::CompletionScore {
     let keep = |xs: Vec<f32>| if per_token { xs } else { Vec::new() };
     pb::CompletionScore {

@@ -1,4 +1,4 @@
-//! Training jobs and their events.
+//! Converts training jobs and their events.
 
 use tonic::{Code, Status};
 
@@ -26,18 +26,18 @@ const LORA_LEARNING_RATE: f64 = 1e-4;
 const ALPHA_DIVERGENCE: &str = "alpha_divergence";
 /// A schedule without warm-up.
 const CONSTANT: &str = "constant";
-/// The same learning rate after a warm-up, as transformers' get_constant_schedule_with_warmup.
+/// A constant learning rate after a warm-up, as in transformers' get_constant_schedule_with_warmup.
 const CONSTANT_WITH_WARMUP: &str = "constant_with_warmup";
-/// The names of the schedule that ends at a floor: ours and transformers'.
+/// The two names of the schedule that ends at a floor: this API's and transformers'.
 const FLOOR_SCHEDULES: [&str; 2] = ["cosine_with_floor", "cosine_with_min_lr"];
-/// Paths of an update mask: about as many as a job has fields.
+/// Maximum number of paths in an update mask, about the number of a job's fields.
 const MAX_PATHS: usize = 32;
-/// A hundred years.
+/// Maximum time to live: a hundred years.
 const MAX_TTL: std::time::Duration = std::time::Duration::from_secs(100 * 366 * 24 * 3600);
 
 // ---- requests
 
-/// A job as asked for; output-only fields are ignored.
+/// Converts a requested job. Output-only fields are ignored.
 pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, Status> {
     let mut bad = Violations::default();
     let policy = names::parse_policy(&job.policy);
@@ -125,7 +125,8 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
         seed: Seed(job.seed.unwrap_or(Seed::default().0)),
         method,
     };
-    // The ranges are the domain's to check, but all bad fields belong in one answer.
+    // The domain checks the ranges. Its findings are added to the same list, so that one answer has
+    // all bad fields.
     spec.validate("training_job", &mut bad);
     let Some(policy) = policy else { return finish_never(bad) };
     let ttl_ms = ttl(job.ttl, &mut bad);
@@ -140,7 +141,7 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
         display_name,
         labels,
         priority,
-        // The service finds these two.
+        // The service sets these two.
         model: None,
         pins: None,
         policy,
@@ -156,7 +157,7 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
     finish(request, bad)
 }
 
-/// A time to live in milliseconds.
+/// Converts a time to live to milliseconds.
 fn ttl(given: Option<prost_types::Duration>, bad: &mut Violations) -> Option<u64> {
     let ttl = given?;
     match std::time::Duration::try_from(ttl) {
@@ -171,7 +172,7 @@ fn ttl(given: Option<prost_types::Duration>, bad: &mut Violations) -> Option<u64
     }
 }
 
-/// What a job would cost.
+/// Converts the estimated cost of a job.
 pub(in crate::rpc) fn estimate(e: JobEstimate) -> pb::EstimateTrainingJobResponse {
     pb::EstimateTrainingJobResponse {
         train_pairs: e.train_pairs,
@@ -190,7 +191,7 @@ fn duration(seconds: f64) -> prost_types::Duration {
     prost_types::Duration { seconds: seconds as i64, nanos: (seconds.fract() * 1e9) as i32 }
 }
 
-/// The fields of `job` that `mask` names; without a mask all that may change.
+/// Returns the fields of `job` that `mask` names. Without a mask these are all that may change.
 pub(in crate::rpc) fn changes(
     job: pb::TrainingJob,
     mask: Option<prost_types::FieldMask>,
@@ -227,7 +228,7 @@ fn finish_never<T>(bad: Violations) -> Result<T, Status> {
 fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
     let d = DpoConfig::default();
     let mut losses = Vec::new();
-    // A mix names each loss once at most; what is longer is not looked at.
+    // A mix has each loss at most once. A longer list is refused without reading it.
     let few = bad.at_most("training_job.dpo.losses", c.losses.len(), LossType::ALL.len());
     if !few {
         c.losses.clear();
@@ -262,7 +263,7 @@ fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
             Divergence::ReverseKl
         }
     };
-    // With an unknown loss nothing can be said of the settings that belong to one.
+    // If a loss is unknown, the settings that belong to a loss cannot be checked.
     let all_known = few && losses.len() == c.losses.len();
     let losses = if losses.is_empty() { d.losses } else { losses };
     if all_known {
@@ -288,8 +289,8 @@ fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
     }
 }
 
-/// Records every setting that was given for a loss or a divergence which the objective does not
-/// have. Label smoothing is checked by the domain.
+/// Records a violation for every setting of a loss or a divergence that the objective does not
+/// have. The domain checks label smoothing.
 fn refuse_unused_dpo(c: &pb::DpoConfig, losses: &[WeightedLoss], bad: &mut Violations) {
     let settings = [
         ("discopop_tau", c.discopop_tau, LossType::Discopop),
@@ -312,7 +313,7 @@ fn refuse_unused_dpo(c: &pb::DpoConfig, losses: &[WeightedLoss], bad: &mut Viola
     }
 }
 
-/// Records every setting that was given for another schedule than the one that is used.
+/// Records a violation for every setting that the chosen schedule does not use.
 fn refuse_unused_schedule(c: &pb::OptimizerConfig, bad: &mut Violations) {
     let schedule = c.lr_scheduler_type.as_str();
     if c.min_lr_ratio.is_some() && !FLOOR_SCHEDULES.contains(&schedule) {
@@ -338,7 +339,7 @@ fn optimizer(c: pb::OptimizerConfig, method: &Method, bad: &mut Violations) -> O
     refuse_unused_schedule(&c, bad);
     let schedule = match c.lr_scheduler_type.as_str() {
         "" | "linear" => ScheduleKind::Linear,
-        // They differ in what may be asked for: without warm-up they are the same.
+        // The two differ only in whether a warm-up is allowed.
         CONSTANT | CONSTANT_WITH_WARMUP => ScheduleKind::Constant,
         "cosine" => ScheduleKind::Cosine,
         name if FLOOR_SCHEDULES.contains(&name) => {
@@ -461,7 +462,7 @@ fn run(c: pb::RunConfig, bad: &mut Violations) -> RunConfig {
 
 // ---- answers
 
-/// A job as stored.
+/// Converts a stored job.
 pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
     let etag = j.etag();
     let r = j.request;
@@ -530,7 +531,7 @@ fn pins(pins: Pins) -> pb::JobPins {
     }
 }
 
-/// The google.rpc code of a job's error.
+/// Returns the google.rpc code of a job's error.
 fn code_of(reason: &StoredReason) -> Code {
     match reason.failure_code() {
         FailureCode::ResourceExhausted => Code::ResourceExhausted,
@@ -554,7 +555,8 @@ fn dpo_message(c: &DpoConfig) -> pb::DpoConfig {
         label_smoothing: Some(c.label_smoothing),
         f_divergence: f_divergence.into(),
         f_alpha,
-        // What has no effect is left out: a client may make a job like this one from the answer.
+        // Settings without effect are left out, because a request with them would be refused, and a
+        // client may create a job like this one from the answer.
         discopop_tau: c.has_loss(LossType::Discopop).then_some(c.discopop_tau),
         rpo_alpha: c.rpo_alpha,
         dpop_lambda: Some(c.dpop_lambda),
@@ -677,7 +679,7 @@ fn state(s: JobState) -> pb::JobState {
     }
 }
 
-/// The states of a filter.
+/// Converts the states of a filter.
 pub(in crate::rpc) fn states(given: &[i32]) -> Result<Vec<JobState>, Status> {
     let mut bad = Violations::default();
     let mut wanted = Vec::new();
@@ -696,7 +698,7 @@ pub(in crate::rpc) fn states(given: &[i32]) -> Result<Vec<JobState>, Status> {
     finish(wanted, bad)
 }
 
-/// An event of `job`.
+/// Converts an event of `job`.
 pub(in crate::rpc) fn event(job: &str, e: Event) -> pb::TrainingEvent {
     use pb::training_event::Event as P;
     let event = match e.kind {

@@ -1,4 +1,4 @@
-//! What is rendered, next to what jinja2 3.1.6 under Python 3.11 renders for the same template.
+//! Compares renderings with those of jinja2 3.1.6 under Python 3.11 for the same templates.
 
 use serde_json::{Map, json};
 
@@ -151,15 +151,21 @@ fn what_python_refuses_is_refused() {
 
 #[test]
 fn what_is_not_supported_is_refused_by_name() {
-    // Python has a result for each.
+    // Python gives a result for each of these.
     let cases = [
         ("'%*d' % (3, 1)", "'%*' is not supported"),
         ("'%a' % 'é'", "'%a' is not supported"),
         ("'%20000d' % 1", "more than 10000"),
         ("'%.20000f' % 1", "more than 10000"),
-        ("'%s' * 2 % (1, 2)", "formatting with % is supported directly behind a string literal"),
-        ("('%s' ~ '!') % 1", "formatting with % is supported directly behind a string literal"),
-        ("'%s' % 1 is string", "formatting with % is supported directly behind a string literal"),
+        (
+            "'%s' * 2 % (1, 2)",
+            "formatting with % is supported only directly after a string literal",
+        ),
+        ("('%s' ~ '!') % 1", "formatting with % is supported only directly after a string literal"),
+        (
+            "'%s' % 1 is string",
+            "formatting with % is supported only directly after a string literal",
+        ),
     ];
     for (expression, reason) in cases {
         let told = render(&format!("{{{{ {expression} }}}}")).unwrap_err();
@@ -204,7 +210,7 @@ fn a_hostile_template_is_rewritten_in_time() {
     assert_eq!(calls(&format!("{}1", "'%s' % ".repeat(n))), n);
     assert_eq!(calls(&"'a' ".repeat(n)), 0);
     assert_eq!(calls(&format!("'%s'{}", " % -'a'".repeat(n))), n);
-    // A literal behind the operator's sign is an operand, and not the start of another format.
+    // A literal after the operator and a sign is an operand, not the start of another format.
     assert!(
         render("{{ '%d' % -'1' % 2 }}").is_err() && render("{{ '%d' % 2 ** -'a' % 3 }}").is_err()
     );

@@ -9,7 +9,7 @@ fn render(template: &str) -> Result<String, minijinja::Error> {
     environment.render_str(template, ())
 }
 
-/// The right sides are what jinja2 3.1.6 renders.
+/// The right sides were rendered by jinja2 3.1.6.
 #[test]
 fn expressions_render_as_in_python() {
     let cases = [
@@ -75,7 +75,7 @@ fn what_python_refuses_is_refused() {
 
 #[test]
 fn printing_is_paid_for() {
-    // Every list holds the one before it twice.
+    // Every list contains the previous one twice.
     let doubled = "{% set ns = namespace(x=[0]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}";
     assert!(render(doubled).is_err());
     let nested = "{% set ns = namespace(x=[0]) %}{% for i in range(500) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}";

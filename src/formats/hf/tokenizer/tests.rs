@@ -22,7 +22,7 @@ fn sentencepiece() -> Value {
     })
 }
 
-/// The ids of `text` as transformers' class makes them, or `None` where the file is used as it is.
+/// Returns the ids of `text` with the class's tokenizer, or `None` if the file is used as it is.
 fn ids(file: &Value, config: &Value, model_type: Option<&str>, text: &str) -> Option<Vec<u32>> {
     let changed = as_class(file.to_string().as_bytes(), config, model_type)?;
     Some(Tokenizer::from_bytes(changed).unwrap().encode(text, false).unwrap().get_ids().to_vec())

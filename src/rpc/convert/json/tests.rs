@@ -1,4 +1,4 @@
-//! Structs as JSON and back, and what is refused.
+//! Tests the conversion of Structs to JSON and back, and its errors.
 
 use serde_json::json;
 
@@ -79,7 +79,7 @@ fn template_arguments_come_as_a_struct_or_as_json_but_not_as_both() {
     );
     let from_struct = kwargs("options", Some(to_struct(&from_text)), "").unwrap();
     assert_eq!(Value::Object(from_struct.clone()).to_string(), r#"{"a":{"c":2.5,"z":1},"b":1}"#);
-    // What is given back makes the same arguments again.
+    // The returned fields convert to the same arguments again.
     for arguments in [from_text, from_struct, Map::new()] {
         let (given, json) = kwargs_fields(arguments.clone());
         assert!(given.is_none() || json.is_empty());

@@ -44,7 +44,7 @@ fn an_absent_field_has_its_default_and_a_job_survives_the_round_trip() {
     assert_eq!(again(message), request);
 }
 
-/// The request for a job like the one shown. Every field is named then.
+/// Makes the request for a job like the returned one. It sets every field.
 fn again(shown: pb::TrainingJob) -> JobRequest {
     JobRequest { given_lora: GivenLora::default(), ..job_request(shown).unwrap() }
 }
@@ -113,7 +113,7 @@ fn every_bad_field_is_reported_at_once_under_its_proto_path() {
     }
 }
 
-/// The paths of the fields that a job is refused for.
+/// Returns the paths of the fields for which a job is refused.
 fn refused_fields(job: pb::TrainingJob) -> Vec<String> {
     let Err(status) = job_request(job) else { return Vec::new() };
     status
@@ -190,7 +190,7 @@ fn a_setting_of_the_objective_with_effect_is_accepted() {
     for (loss, dpo) in accepted {
         let wanted = with_dpo(loss, dpo);
         let request = job_request(wanted.clone()).unwrap_or_else(|e| panic!("{loss}: {e:?}"));
-        // A client may make the same job again from what it is shown.
+        // A client can create the same job again from the returned one.
         assert_eq!(again(job(stored(request.clone()))), request, "{wanted:?}");
     }
 }
@@ -259,7 +259,7 @@ fn a_constant_rate_after_a_warm_up_is_accepted_and_shown_by_its_name() {
     }
 }
 
-/// A job that was stored before such settings were refused must still be read and shown.
+/// A job that was stored before such settings were refused can still be read and returned.
 #[test]
 fn a_stored_job_with_a_setting_without_effect_is_shown() {
     let mut request = job_request(minimal()).unwrap();
