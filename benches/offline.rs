@@ -27,9 +27,9 @@ use bradley::model::decoder::Policy;
 use bradley::model::device::{ComputeDevice, DeviceChoice};
 use bradley::model::parameters::Parameters;
 use bradley::train::estimate::{Lengths, MemoryKind, plan};
-use bradley::train::host::Host;
 use bradley::train::reference::Reference;
 use bradley::train::rows::read_rows;
+use bradley::train::run_context::RunContext;
 use bradley::train::trainable::TrainablePolicy;
 use bradley::train::trainer::{Status, Trainer, TrainerInput};
 
@@ -185,7 +185,7 @@ fn train(
     };
     let mut trainer = Trainer::new(input)?;
     let (start, total) = (Instant::now(), trainer.total_steps());
-    let mut host = Host { cache, pause: &mut || {}, emit: &mut |_| {} };
+    let mut host = RunContext { cache, yield_point: &mut || {}, emit: &mut |_| {} };
     let mut first_step = None;
     // The final checkpoint is not part of the measurement, as for TRL.
     while trainer.step() < total && trainer.advance(&mut host)? == Status::Working {

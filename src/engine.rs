@@ -13,8 +13,8 @@ mod entry;
 mod fair_share;
 mod memory;
 mod needs;
+mod policy_cache;
 mod queue;
-mod residents;
 mod run;
 mod scoring;
 mod worker;
@@ -33,8 +33,8 @@ use self::api::{
 use self::entry::{Entry, ScoringQueue};
 use self::memory::{HostMemory, Room};
 use self::needs::{Extra, Needs};
+use self::policy_cache::BaseModels;
 use self::queue::Queue;
-use self::residents::Bases;
 use crate::domain::identity::ModelIdentity;
 use crate::domain::training::{Precision, TrainingSpec};
 use crate::formats::export::{self, Layout};
@@ -59,7 +59,7 @@ pub struct Engine {
 struct EngineState {
     queue: Arc<ScoringQueue>,
     /// Base models, as held by the device that has the most memory for a run.
-    bases: Arc<Bases>,
+    base_models: Arc<BaseModels>,
     options: EngineOptions,
     /// Memory in bytes that the estimate of a run may reach on that device.
     available: u64,
@@ -95,13 +95,14 @@ impl Drop for WorkerEndGuard {
 /// Fails if a device is not available, a tensor cannot be read, or the weights do not fit the
 /// memory limit.
 pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine, EngineError> {
-    let bytes = residents::weight_bytes(options.precision);
+    let bytes = policy_cache::weight_bytes(options.precision);
     let needed: u64 = models.iter().map(|m| m.config.parameter_count() as u64 * bytes).sum();
     let places = open_devices(&options, &models, needed)?;
     let names: Vec<String> = places.iter().map(|(device, _)| device.name()).collect();
     tracing::info!(devices = names.join(","), "computing on these devices");
-    let loaded = Bases::load(models, places[0].0.clone(), &names.join(","), options.precision)?;
-    let all: Vec<Arc<Bases>> =
+    let loaded =
+        BaseModels::load(models, places[0].0.clone(), &names.join(","), options.precision)?;
+    let all: Vec<Arc<BaseModels>> =
         places.iter().map(|(device, _)| Arc::new(loaded.on(device.clone()))).collect();
     // Runs on GPUs share the host memory. On the CPU each worker has a fixed part of it.
     let on_gpu = places.iter().any(|(device, _)| device.memory().is_some());
@@ -127,7 +128,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
     }
     let (mut roomiest, mut available) = (0, 0);
     let mut run_bytes: Arc<AtomicU64> = Arc::default();
-    for (i, bases) in all.iter().enumerate() {
+    for (i, base_models) in all.iter().enumerate() {
         if i.is_multiple_of(group) {
             // All devices of a group share one counter, because a run needs the same amount on
             // each.
@@ -141,15 +142,18 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
                 (roomiest, available) = (i, least);
             }
             let helpers = members[1..].iter().map(|(device, _)| device.clone()).collect();
-            worker::TrainingResources { memory: least.saturating_sub(bases.needed()), helpers }
+            worker::TrainingResources {
+                memory: least.saturating_sub(base_models.needed()),
+                helpers,
+            }
         });
         let label = label(&names, i);
-        if bases.device().memory().is_some() {
+        if base_models.device().memory().is_some() {
             metrics::gauge!("bradley_device_memory_limit_bytes", "device" => label.clone())
                 .set(places[i].1 as f64);
         }
         let room = Room::new(
-            places[i].1.saturating_sub(bases.needed()),
+            places[i].1.saturating_sub(base_models.needed()),
             run_bytes.clone(),
             queue.host_memory().clone(),
             all.len(),
@@ -158,7 +162,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
             i,
             label,
             queue.clone(),
-            bases.clone(),
+            base_models.clone(),
             cache.clone(),
             &options,
             training,
@@ -166,7 +170,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
         worker.limit_residents(room);
         let ended = WorkerEndGuard(queue.clone(), i);
         std::thread::Builder::new()
-            .name(format!("device-{}", bases.device().name()))
+            .name(format!("device-{}", base_models.device().name()))
             .spawn(move || {
                 // Marks the worker as ended even after a panic, so that nobody waits forever.
                 let _ended = ended;
@@ -179,7 +183,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
     Ok(Engine {
         shared: Arc::new(EngineState {
             queue,
-            bases: all[roomiest].clone(),
+            base_models: all[roomiest].clone(),
             options,
             available,
             concurrent_runs,
@@ -277,7 +281,7 @@ fn open_devices(
 impl Engine {
     /// Returns the base models, in the order of the settings.
     pub fn models(&self) -> Vec<ModelInfo> {
-        self.shared.bases.infos()
+        self.shared.base_models.infos()
     }
 
     /// Returns one base model.
@@ -285,7 +289,7 @@ impl Engine {
     /// # Errors
     /// `UnknownModel` if the server does not have it.
     pub fn model(&self, id: &str) -> Result<ModelInfo, EngineError> {
-        Ok(self.shared.bases.get(id)?.info.clone())
+        Ok(self.shared.base_models.get(id)?.info.clone())
     }
 
     /// Returns the precision of jobs that do not choose one.
@@ -304,7 +308,7 @@ impl Engine {
     /// # Errors
     /// `UnknownModel` if the server does not have it.
     pub fn identity(&self, model: &str) -> Result<ModelIdentity, EngineError> {
-        Ok(self.shared.bases.get(model)?.info.identity.clone())
+        Ok(self.shared.base_models.get(model)?.info.identity.clone())
     }
 
     /// Returns a base model's tokenizer.
@@ -312,7 +316,7 @@ impl Engine {
     /// # Errors
     /// `UnknownModel` if the server does not have it.
     pub fn tokenizer(&self, model: &str) -> Result<Arc<ChatTokenizer>, EngineError> {
-        Ok(self.shared.bases.get(model)?.tokenizer.clone())
+        Ok(self.shared.base_models.get(model)?.tokenizer.clone())
     }
 
     /// Scores one item. If the future is dropped while the item is still queued, the item is never
@@ -377,15 +381,15 @@ impl Engine {
         spec: &TrainingSpec,
         lengths: Lengths,
     ) -> Result<Needs, EngineError> {
-        let bases = &self.shared.bases;
-        let config = &bases.get(model)?.policy.config;
+        let base_models = &self.shared.base_models;
+        let config = &base_models.get(model)?.policy.config;
         let extra = self.extra(model, reference, spec, lengths)?;
         let available = self.shared.available;
         let mut host = 0;
         if self.memory_kind() == MemoryKind::Gpu {
             let options = &self.shared.options;
             host = extra.host + on_host(config, spec, options.data_parallel);
-            let (needed, available) = (bases.on_host() + host, memory::host_limit(options));
+            let (needed, available) = (base_models.on_host() + host, memory::host_limit(options));
             if needed > available {
                 let remedy = "on the host, for masters, moments and copies of weights: train with \
                     LoRA, or raise memory_limit"
@@ -397,7 +401,7 @@ impl Engine {
                 });
             }
         }
-        let resident = bases.needed() + extra.device;
+        let resident = base_models.needed() + extra.device;
         let plan_within = |bytes| plan(config, spec, lengths, bytes, self.memory_kind());
         match plan_within(available.saturating_sub(resident)) {
             Ok(granted) => {
@@ -408,7 +412,7 @@ impl Engine {
                 Ok(Needs { extra: extra.device, minimum, host })
             }
             Err(least) => {
-                let setting = bases.memory_setting();
+                let setting = base_models.memory_setting();
                 let remedy = match spec.dpo.compares_pairs() {
                     true => {
                         format!(
@@ -438,11 +442,11 @@ impl Engine {
         spec: &TrainingSpec,
         lengths: Lengths,
     ) -> Result<Extra, EngineError> {
-        needs::extra(&self.shared.bases, model, reference, spec, lengths, self.memory_kind())
+        needs::extra(&self.shared.base_models, model, reference, spec, lengths, self.memory_kind())
     }
 
     fn memory_kind(&self) -> MemoryKind {
-        MemoryKind::of(self.shared.bases.device())
+        MemoryKind::of(self.shared.base_models.device())
     }
 
     /// Returns a run's peak memory for pairs of these lengths, base models included, and the limit,
@@ -457,9 +461,9 @@ impl Engine {
         spec: &TrainingSpec,
         lengths: Lengths,
     ) -> Result<(u64, u64), EngineError> {
-        let base = self.shared.bases.get(model)?;
+        let base = self.shared.base_models.get(model)?;
         let resident =
-            self.shared.bases.needed() + self.extra(model, reference, spec, lengths)?.device;
+            self.shared.base_models.needed() + self.extra(model, reference, spec, lengths)?.device;
         let available = self.shared.available;
         let (Ok(plan) | Err(plan)) = plan(
             &base.policy.config,
@@ -476,7 +480,7 @@ impl Engine {
     /// # Errors
     /// `UnknownModel` if the server does not have it.
     pub fn element_type(&self, model: &str) -> Result<ElementType, EngineError> {
-        Ok(self.shared.bases.get(model)?.element_type)
+        Ok(self.shared.base_models.get(model)?.element_type)
     }
 
     /// Writes merged weights, the model's configuration and its tokenizer into the folder `out`.
@@ -502,8 +506,8 @@ impl Engine {
                 return Err(EngineError::NotResident(job.clone()));
             }
         };
-        let bases = &self.shared.bases;
-        let base = bases.get(model)?;
+        let base_models = &self.shared.base_models;
+        let base = base_models.get(model)?;
         let (config, unusable) = (&base.policy.config, |e: ModelError| EngineError::unusable(&e));
         let adapter = adapter.map(|dir| peft::load(dir, config)).transpose().map_err(unusable)?;
         let source = match weights {
@@ -513,7 +517,7 @@ impl Engine {
             WeightsRef::StoredReference { dir, .. } => {
                 Some(Weights::open_safetensors(&dir.join(REFERENCE_FILE)).map_err(unusable)?)
             }
-            _ => bases.reopen(model)?,
+            _ => base_models.reopen(model)?,
         };
         let written = match &source {
             Some(files) => {
@@ -529,7 +533,7 @@ impl Engine {
             ),
         };
         // Only a base model's files are checked against the content that was loaded.
-        written.map_err(|e| bases.unreadable(model, &e))?;
+        written.map_err(|e| base_models.unreadable(model, &e))?;
         export::save_companions(out, config, &base.tokenizer, |_| true).map_err(unusable)
     }
 
@@ -538,7 +542,7 @@ impl Engine {
     /// # Errors
     /// `UnknownModel` if the server does not have it; `Weights` if a file cannot be written.
     pub fn export_tokenizer(&self, model: &str, out: &Path) -> Result<(), EngineError> {
-        let base = self.shared.bases.get(model)?;
+        let base = self.shared.base_models.get(model)?;
         let wanted = |name: &str| name != GENERATION_CONFIG;
         export::save_companions(out, &base.policy.config, &base.tokenizer, wanted)
             .map_err(|e| EngineError::unusable(&e))

@@ -101,7 +101,7 @@ pub async fn serve(
     let checkpoints =
         CheckpointServiceServer::new(checkpoint::Checkpoints(service.checkpoints.clone()))
             .max_decoding_message_size(max);
-    let scoring = ScoringServiceServer::new(scoring::Scoring {
+    let scoring = ScoringServiceServer::new(scoring::ScoringRpc {
         scoring: service.scoring.clone(),
         tokens: service.server.tokens().clone(),
     })

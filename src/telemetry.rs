@@ -1,5 +1,5 @@
 //! Telemetry of the process: trace spans, gauges, and the description of every metric.
 
-pub mod counted;
+pub mod gauge_guard;
 pub mod metrics;
 pub mod trace;

@@ -26,132 +26,172 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
         "",
         "Models to serve, separated by commas: [ID=]SOURCE, a folder, a GGUF file or a hub id",
     ),
-    ("data_dir", "bradley-data", "Where jobs, datasets and checkpoints are kept"),
-    ("listen", "127.0.0.1:50051", "The gRPC address"),
-    (
-        "http_listen",
-        "127.0.0.1:9090",
-        "The address of /metrics, /livez and /readyz; off turns it off",
-    ),
+    ("data_dir", "bradley-data", "Folder for jobs, datasets, checkpoints and exports"),
+    ("listen", "127.0.0.1:50051", "Address of the gRPC server"),
+    ("http_listen", "127.0.0.1:9090", "Address of /metrics, /livez and /readyz; off disables it"),
     (
         "device",
         "cpu",
-        "Where to compute: cpu, cuda:N (a GPU), several with commas between, each a worker, or auto (every GPU, else cpu)",
+        "Devices to compute on: cpu, cuda:N (one GPU), a list separated by commas (one worker \
+         per device), or auto (all GPUs, or the CPU if there is none)",
     ),
     (
         "missing_devices",
         "refuse",
-        "When a device that is named cannot be opened: refuse to start, or skip it and start with the others",
+        "If a listed device cannot be opened: refuse (do not start) or skip (start with the \
+         others)",
     ),
     (
         "data_parallel",
         "1",
-        "Devices that a training run uses together, each for a share of its rows; 1 gives every run its own",
+        "Number of devices that one training run uses; each device computes a share of the \
+         rows of every batch",
     ),
     (
         "precision",
         "f32",
-        "What matrix products are computed in, and how frozen weights are kept: f32 or bf16",
+        "Precision of matrix multiplications and of frozen weights in memory: f32 or bf16",
     ),
-    ("threads", "0", "CPU threads for compute; 0 is all cores"),
+    ("threads", "0", "Number of CPU threads for compute; 0 means all cores"),
     (
         "memory_limit",
         "0",
-        "Memory of this machine that models and a job may be estimated to need, e.g. 20GiB; 0 is nine tenths of it, or of the control group's limit where that is lower",
+        "Host memory that the models and a job together may be estimated to need, e.g. 20GiB; \
+         0 means nine tenths of the machine's memory, or of the control group's limit if that \
+         is lower",
     ),
     (
         "device_memory_limit",
         "0",
-        "The same of each GPU's own memory, e.g. 70GiB; 0 is nine tenths of what is free on it at the start",
+        "Memory of each GPU that the models and a job together may be estimated to need, e.g. \
+         70GiB; 0 means nine tenths of the memory that is free at the start",
     ),
     (
         "scoring_share",
         "0.4",
-        "Share of device time scoring may take while a job trains, above 0 and at most 1",
+        "Share of device time that scoring may use while a job trains, above 0 and at most 1",
     ),
-    ("queue_tokens", "1048576", "Tokens that may wait to be scored"),
-    ("batch_tokens", "4096", "Tokens of one scoring batch"),
-    ("max_row_tokens", "16384", "Tokens of the longest row that is accepted"),
+    ("queue_tokens", "1048576", "Maximum number of tokens that wait to be scored"),
+    ("batch_tokens", "4096", "Maximum number of tokens in a scoring batch"),
+    (
+        "max_row_tokens",
+        "16384",
+        "Maximum number of tokens in a row of a dataset or a scoring request",
+    ),
     (
         "reference_cache_tokens",
         "4194304",
-        "Reference log-probs kept in memory, and in the data folder, in tokens",
+        "Size of the cache of reference log-probs, in tokens, both in memory and in the data \
+         folder",
     ),
     (
         "resident_policies",
         "8",
-        "Adapters and full weights kept in memory besides the base models, as far as memory_limit and device_memory_limit allow",
+        "Maximum number of adapters and full weights in memory besides the base models; \
+         memory_limit and device_memory_limit may allow fewer",
     ),
-    ("max_message_bytes", "16MiB", "The largest gRPC message"),
-    ("max_upload_bytes", "16GiB", "The largest dataset"),
-    ("events_kept", "1000000", "Events kept of a job, the newest"),
-    ("drain_timeout", "30", "Seconds that a shutdown may take"),
+    ("max_message_bytes", "16MiB", "Maximum size of a gRPC message"),
+    ("max_upload_bytes", "16GiB", "Maximum size of an uploaded dataset"),
+    ("events_kept", "1000000", "Number of a job's newest events that are stored"),
+    ("drain_timeout", "30", "Time limit for a shutdown, in seconds"),
     (
         "database_url",
         "",
-        "PostgreSQL that replicas share: postgres://USER:PASSWORD@HOST/NAME; empty is SQLite in data_dir",
+        "PostgreSQL database that replicas share: postgres://USER:PASSWORD@HOST/NAME; empty \
+         means SQLite in data_dir",
     ),
     (
         "artifact_url",
         "",
-        "Where replicas share datasets and checkpoints: s3://, gs://, az:// or file:///FOLDER; empty is data_dir",
+        "Store of datasets and checkpoints that replicas share: s3://, gs://, az:// or \
+         file:///FOLDER; empty means data_dir",
     ),
-    ("lease", "30", "Seconds that a worker may be silent before another takes over its job"),
-    ("time_slice", "600", "Seconds that a job keeps the device while others of its priority wait"),
-    ("max_jobs_per_client", "1000", "Unfinished jobs that a client may have; 0 is any number"),
+    (
+        "lease",
+        "30",
+        "Time without a sign of life after which another worker takes over a worker's job, in \
+         seconds",
+    ),
+    (
+        "time_slice",
+        "600",
+        "Time that a job may occupy a device while others of its priority wait, in seconds",
+    ),
+    (
+        "max_jobs_per_client",
+        "1000",
+        "Maximum number of unfinished jobs of one client; 0 means no limit",
+    ),
     (
         "max_client_priority",
         "0",
-        "The highest priority that clients may give their jobs; administrators may give any",
+        "Highest priority that clients may give to their jobs; administrators may give any",
     ),
     (
         "max_dataset_bytes_per_client",
         "0",
-        "Bytes of datasets that a client may keep; 0 is any number",
+        "Maximum size of all datasets of one client; 0 means no limit",
     ),
     (
         "max_dataset_text_bytes",
         "4GiB",
-        "Bytes of text that a dataset may hold: a job has it in memory",
+        "Maximum size of the text of one dataset, which a job holds in memory",
     ),
     (
         "max_scoring_tokens_per_client",
         "0",
-        "Tokens that a client may have in the scoring queue; 0 is any number",
+        "Maximum number of one client's tokens in the scoring queue; 0 means no limit",
     ),
-    ("adapter_dir", "", "A folder with PEFT adapters that jobs may start from, by name"),
+    ("adapter_dir", "", "Folder of PEFT adapters that jobs may start from, by name"),
     (
         "template_date",
         "",
-        "The date that chat templates print for models, YYYY-MM-DD; empty is today's. Jobs have the date of their creation",
+        "Date that chat templates print when a model is scored, YYYY-MM-DD; empty means \
+         today. Jobs use the date of their creation",
     ),
     (
         "auth",
         "off",
-        "tokens: callers need a bearer token (see bradley tokens); off: everyone may do everything",
+        "tokens: callers need a bearer token (see bradley tokens); off: everyone may do \
+         everything",
     ),
-    ("audit_log", "", "A file for the audit log, JSON lines; it is part of the log in any case"),
+    (
+        "audit_log",
+        "",
+        "File for the audit log, as JSON lines; the audit log is also part of the normal log",
+    ),
     (
         "tls_cert",
         "",
-        "The server's certificate chain (PEM); with tls_key, the gRPC port speaks TLS",
+        "PEM file of the server's certificate chain; together with tls_key it enables TLS on \
+         the gRPC port",
     ),
-    ("tls_key", "", "The certificate's private key (PEM)"),
-    ("tls_client_ca", "", "Clients need a certificate signed by this authority (PEM)"),
-    ("max_connections", "4096", "Connections that may be open"),
+    ("tls_key", "", "PEM file of the certificate's private key"),
+    (
+        "tls_client_ca",
+        "",
+        "PEM file of a certificate authority; clients then need a certificate that it signed",
+    ),
+    ("max_connections", "4096", "Maximum number of open gRPC connections"),
     (
         "max_connection_age",
         "0",
-        "Seconds after which a client must connect anew, so that it spreads over replicas; 0 is never",
+        "Age at which a connection is closed so that its client connects again, perhaps to \
+         another replica, in seconds; 0 means never",
     ),
-    ("otlp_endpoint", "", "Where traces go, by OTLP over gRPC: http://HOST:4317; empty is nowhere"),
+    (
+        "otlp_endpoint",
+        "",
+        "Endpoint for traces by OTLP over gRPC: http://HOST:4317; empty means no traces",
+    ),
     (
         "trace_ratio",
         "1",
-        "Share of the traces that begin here that are exported, 0 to 1; callers decide about theirs",
+        "Share of the traces that begin in this server that is exported, 0 to 1; for other \
+         traces the caller decides",
     ),
     ("log", "info", "Log filter, e.g. info or bradley=debug"),
-    ("log_format", "text", "text or json"),
+    ("log_format", "text", "Format of log lines: text or json"),
 ];
 
 /// Settings with values that error messages must not show.

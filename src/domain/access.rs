@@ -44,7 +44,7 @@ pub struct Caller {
 impl Caller {
     /// Returns a caller with every permission: any client of a server without authentication, or
     /// the server itself.
-    pub fn anyone() -> Caller {
+    pub fn unrestricted() -> Caller {
         Caller { owner: String::new(), roles: vec![Role::Admin], token: None }
     }
 
@@ -64,7 +64,7 @@ impl Caller {
     }
 
     /// Returns the owner to which lists are restricted; `None` for an admin, who sees everything.
-    pub fn shown(&self) -> Option<&str> {
+    pub fn visible_owner(&self) -> Option<&str> {
         (!self.is_admin()).then_some(self.owner.as_str())
     }
 }
@@ -80,13 +80,13 @@ mod tests {
         assert!(
             caller.may(Role::Submit)
                 && !caller.may(Role::Score)
-                && caller.shown() == Some("team-a")
+                && caller.visible_owner() == Some("team-a")
         );
         let admin = Caller { owner: "ops".into(), roles: vec![Role::Admin], token: None };
         assert!(
             admin.may_see("team-a")
                 && Role::ALL.iter().all(|r| admin.may(*r))
-                && admin.shown().is_none()
+                && admin.visible_owner().is_none()
         );
     }
 }

@@ -1,7 +1,7 @@
 //! Memory that a run needs besides the base models.
 
 use super::api::{EngineError, WeightsRef};
-use super::residents::{Bases, needs_exact, weight_bytes};
+use super::policy_cache::{BaseModels, needs_exact, weight_bytes};
 use crate::domain::training::{Method, Precision, TrainingSpec};
 use crate::model::config::ModelConfig;
 use crate::train::estimate::{self, Lengths, MemoryKind};
@@ -41,17 +41,17 @@ impl Needs {
 /// # Errors
 /// `UnknownModel` if the server does not have a model that the run names.
 pub(super) fn extra(
-    bases: &Bases,
+    base_models: &BaseModels,
     model: &str,
     reference: Option<&WeightsRef>,
     spec: &TrainingSpec,
     lengths: Lengths,
     memory: MemoryKind,
 ) -> Result<Extra, EngineError> {
-    let server = bases.precision();
+    let server = base_models.precision();
     let precision = spec.precision.unwrap_or(server);
     let is_exact_run = needs_exact(spec, server);
-    let base = bases.get(model)?;
+    let base = base_models.get(model)?;
     let f32_of = |parameters: u64| parameters * weight_bytes(Precision::F32);
     let (mut host, mut gpu, mut activations) = (0, 0, 0);
 
@@ -70,7 +70,7 @@ pub(super) fn extra(
     if let Some((weights, id)) =
         reference.filter(|_| spec.dpo.has_reference(true)).and_then(|w| Some((w, w.model()?)))
     {
-        let other = bases.get(id)?;
+        let other = base_models.get(id)?;
         let parameters = other.info.parameters;
         let is_moving = spec.dpo.reference_sync.is_some();
         let has_own_weights = is_moving

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use candle_core::DType;
 
 use super::api::{EngineError, RunControl, TrainingRun, WeightsRef};
-use super::residents::{Bases, Residents, load_full, needs_exact};
+use super::policy_cache::{BaseModels, PolicyCache, load_full, needs_exact};
 use crate::domain::training::{Method, Precision, TrainingSpec};
 use crate::formats::{export, peft};
 use crate::model::adapter::Adapter;
@@ -25,15 +25,16 @@ use crate::train::trainer::{TrainError, Trainer, TrainerInput};
 pub(super) type ExactBases = HashMap<String, Arc<Parameters>>;
 
 /// Returns the base models that a run needs unrounded, but that are in memory only rounded.
-pub(super) fn models_to_read(run: &TrainingRun, bases: &Bases) -> Vec<String> {
-    let start = starts_exact(&run.spec, bases.precision()).then_some(&run.start);
-    let reference = run.reference.as_ref().filter(|_| needs_exact(&run.spec, bases.precision()));
+pub(super) fn models_to_read(run: &TrainingRun, base_models: &BaseModels) -> Vec<String> {
+    let start = starts_exact(&run.spec, base_models.precision()).then_some(&run.start);
+    let reference =
+        run.reference.as_ref().filter(|_| needs_exact(&run.spec, base_models.precision()));
     let mut models = Vec::new();
     for weights in [start, reference].into_iter().flatten() {
         let (WeightsRef::Base { model } | WeightsRef::Adapter { model, .. }) = weights else {
             continue;
         };
-        if !models.contains(model) && bases.get(model).is_ok_and(|base| !base.is_exact) {
+        if !models.contains(model) && base_models.get(model).is_ok_and(|base| !base.is_exact) {
             models.push(model.clone());
         }
     }
@@ -44,15 +45,15 @@ pub(super) fn models_to_read(run: &TrainingRun, bases: &Bases) -> Vec<String> {
 /// and the device continues to score.
 ///
 /// # Errors
-/// Same as [`Bases::exact`].
+/// Same as [`BaseModels::exact`].
 pub(super) fn read_exact(
     models: &[String],
-    bases: &Bases,
+    base_models: &BaseModels,
     control: &RunControl,
 ) -> Result<ExactBases, EngineError> {
     let mut exact = ExactBases::new();
     for model in models {
-        if let Some(parameters) = bases.exact(model, control)? {
+        if let Some(parameters) = base_models.exact(model, control)? {
             exact.insert(model.clone(), Arc::new(parameters));
         }
     }
@@ -76,21 +77,21 @@ fn starts_exact(spec: &TrainingSpec, server: Precision) -> bool {
 /// cannot be loaded.
 pub(super) fn prepare(
     run: &mut TrainingRun,
-    bases: &Bases,
+    base_models: &BaseModels,
     read: ExactBases,
-    residents: &mut Residents,
+    policies: &mut PolicyCache,
     memory: u64,
     helpers: &Arc<[ComputeDevice]>,
 ) -> Result<Trainer, EngineError> {
-    let base = bases.get(&run.model)?;
-    let precision = run.spec.precision.unwrap_or(bases.precision());
-    let exact = ExactWeights { bases, read };
-    let start = match starts_exact(&run.spec, bases.precision()) {
+    let base = base_models.get(&run.model)?;
+    let precision = run.spec.precision.unwrap_or(base_models.precision());
+    let exact = ExactWeights { base_models, read };
+    let start = match starts_exact(&run.spec, base_models.precision()) {
         true => exact.open(&run.start)?,
-        false => bases.open(&run.start)?,
+        false => base_models.open(&run.start)?,
     };
     let policy = trainable(run, &Policy { helpers: helpers.clone(), ..start }, precision)?;
-    let reference = reference(run, &exact, residents, precision, helpers)?;
+    let reference = reference(run, &exact, policies, precision, helpers)?;
     let input = TrainerInput {
         spec: run.spec.clone(),
         policy,
@@ -112,7 +113,7 @@ pub(super) fn prepare(
                 available_mib: *available_mib,
                 remedy: format!(
                     "lower max_length, train with LoRA, or raise {}",
-                    bases.memory_setting()
+                    base_models.memory_setting()
                 ),
             },
             e if e.is_out_of_memory() => EngineError::DeviceFull(e.for_clients()),
@@ -123,14 +124,14 @@ pub(super) fn prepare(
 
 /// Source of unrounded weights for a run.
 struct ExactWeights<'a> {
-    bases: &'a Bases,
+    base_models: &'a BaseModels,
     /// Weights that [`read_exact`] returned for the run.
     read: ExactBases,
 }
 
 impl ExactWeights<'_> {
     fn base(&self, model: &str) -> Result<Policy, EngineError> {
-        let base = self.bases.get(model)?;
+        let base = self.base_models.get(model)?;
         match self.read.get(model) {
             Some(parameters) => {
                 Ok(Policy { parameters: parameters.clone(), ..base.policy.clone() })
@@ -165,7 +166,7 @@ impl ExactWeights<'_> {
 
     /// Loads full weights for a base model's architecture.
     fn open_full(&self, model: &str, file: &Path) -> Result<Policy, EngineError> {
-        let base = &self.bases.get(model)?.policy;
+        let base = &self.base_models.get(model)?.policy;
         let parameters = load_full(&base.config, file, Precision::F32)?;
         Ok(Policy { parameters: Arc::new(parameters), adapter: None, ..base.clone() })
     }
@@ -174,13 +175,13 @@ impl ExactWeights<'_> {
     fn identity(&self, weights: &WeightsRef) -> Result<String, EngineError> {
         let precision = match weights {
             WeightsRef::Base { model } | WeightsRef::Adapter { model, .. }
-                if self.bases.get(model)?.is_exact =>
+                if self.base_models.get(model)?.is_exact =>
             {
-                self.bases.precision()
+                self.base_models.precision()
             }
             _ => Precision::F32,
         };
-        self.bases.identity_in(weights, precision)
+        self.base_models.identity_in(weights, precision)
     }
 }
 
@@ -207,15 +208,15 @@ fn trainable(
 fn reference(
     run: &TrainingRun,
     exact: &ExactWeights,
-    residents: &mut Residents,
+    policies: &mut PolicyCache,
     precision: Precision,
     helpers: &Arc<[ComputeDevice]>,
 ) -> Result<Reference, EngineError> {
     let Some(weights) = &run.reference else { return Ok(Reference::None) };
-    let bases = exact.bases;
-    let (policy, identity) = match needs_exact(&run.spec, bases.precision()) {
+    let base_models = exact.base_models;
+    let (policy, identity) = match needs_exact(&run.spec, base_models.precision()) {
         true => (exact.open(weights)?, exact.identity(weights)?),
-        false => (residents.get_for_run(bases, weights)?, bases.identity(weights)?),
+        false => (policies.get_for_run(base_models, weights)?, base_models.identity(weights)?),
     };
     let policy = Policy { helpers: helpers.clone(), ..policy.with_precision(precision) };
     if run.spec.dpo.reference_sync.is_some() {

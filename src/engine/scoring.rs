@@ -8,7 +8,7 @@ use opentelemetry::KeyValue;
 use super::api::{CompletionLogps, EngineError, EngineOptions, ScoredItem, WeightsRef};
 use super::entry::{Entry, ScoringQueue};
 use super::fair_share::FairShare;
-use super::residents::{Bases, ROW_TOKENS, Residents};
+use super::policy_cache::{BaseModels, PolicyCache, ROW_TOKENS};
 use crate::domain::training::Precision;
 use crate::infer::pack::Owned;
 use crate::infer::pair::SequenceGroup;
@@ -43,13 +43,13 @@ pub(super) struct LiveReference {
 }
 
 /// Scores queued items, and records the time that this takes from training.
-pub(super) struct Scoring {
+pub(super) struct PolicyScorer {
     /// Index of the worker.
     worker: usize,
     queue: Arc<ScoringQueue>,
-    bases: Arc<Bases>,
+    base_models: Arc<BaseModels>,
     /// Cache of adapters and full weights.
-    pub residents: Residents,
+    pub policies: PolicyCache,
     /// Maximum tokens per batch.
     pub batch_tokens: usize,
     /// Account of the device time while a run is in progress.
@@ -73,14 +73,14 @@ pub(super) struct Scoring {
 ///   weights that are not in use. If it still fails, only the batch fails; the same holds for a
 ///   panic.
 pub(super) struct YieldPoint<'a> {
-    scoring: &'a mut Scoring,
+    scoring: &'a mut PolicyScorer,
     cache: &'a ReferenceCache,
     live: &'a Live,
 }
 
 impl<'a> YieldPoint<'a> {
     /// Creates the hook of one unit. `live` has the run's weights during the unit.
-    pub fn new(scoring: &'a mut Scoring, cache: &'a ReferenceCache, live: &'a Live) -> Self {
+    pub fn new(scoring: &'a mut PolicyScorer, cache: &'a ReferenceCache, live: &'a Live) -> Self {
         YieldPoint { scoring, cache, live }
     }
 
@@ -90,18 +90,18 @@ impl<'a> YieldPoint<'a> {
     }
 }
 
-impl Scoring {
+impl PolicyScorer {
     pub fn new(
         worker: usize,
         queue: Arc<ScoringQueue>,
-        bases: Arc<Bases>,
+        base_models: Arc<BaseModels>,
         options: &EngineOptions,
     ) -> Self {
-        Scoring {
+        PolicyScorer {
             worker,
             queue,
-            bases,
-            residents: Residents::new(options.resident_policies),
+            base_models,
+            policies: PolicyCache::new(options.resident_policies),
             batch_tokens: options.batch_tokens,
             fair_share: FairShare::new(options.scoring_share, Instant::now()),
         }
@@ -117,7 +117,7 @@ impl Scoring {
         let batch = self.queue.take(&live.job, self.batch_tokens);
         if !batch.is_empty() {
             // Wait for kernels that training has queued on the GPU; their time counts as training.
-            self.bases.device().wait();
+            self.base_models.device().wait();
             let start = Instant::now();
             self.fair_share.pay(start);
             if let Err(panic) = guarded(|| self.score_batch(batch, cache, Some(live))) {
@@ -132,10 +132,10 @@ impl Scoring {
     /// the runs in progress.
     pub fn evict_requested(&mut self) {
         if self.queue.take_must_fit(self.worker) {
-            self.residents.fit();
+            self.policies.fit();
         }
         for dir in self.queue.take_evicted(self.worker) {
-            self.residents.evict(&dir);
+            self.policies.evict(&dir);
         }
     }
 
@@ -226,8 +226,8 @@ impl Scoring {
     /// Frees the memory of cached weights that are not in use, and unused memory of the device's
     /// arena.
     pub fn free_memory(&mut self) {
-        self.residents.evict_unused();
-        self.bases.device().trim();
+        self.policies.evict_unused();
+        self.base_models.device().trim();
     }
 
     /// Returns the precision in which an entry is scored: the precision of the running job whose
@@ -236,7 +236,7 @@ impl Scoring {
     fn precision(&self, entry: &Entry, live: Option<&Live>) -> Precision {
         match (&entry.policy, live) {
             (WeightsRef::Live { job }, Some(live)) if live.job == *job => live.policy.precision,
-            _ => self.bases.precision(),
+            _ => self.base_models.precision(),
         }
     }
 
@@ -256,7 +256,10 @@ impl Scoring {
             .filter(|reference| reference.weights == *weights);
         let (reference, identity) = match of_run {
             Some(reference) => (reference.policy.clone(), reference.identity.clone()),
-            None => (self.residents.get(&self.bases, weights)?, self.bases.identity(weights)?),
+            None => (
+                self.policies.get(&self.base_models, weights)?,
+                self.base_models.identity(weights)?,
+            ),
         };
         let reference = reference.with_precision(self.precision(first, live));
         let items: Vec<&[SequenceGroup]> =
@@ -317,7 +320,7 @@ impl Scoring {
     fn policy(&mut self, weights: &WeightsRef, live: Option<&Live>) -> Result<Policy, EngineError> {
         match (weights, live) {
             (WeightsRef::Live { job }, Some(live)) if live.job == *job => Ok(live.policy.clone()),
-            _ => self.residents.get(&self.bases, weights),
+            _ => self.policies.get(&self.base_models, weights),
         }
     }
 }

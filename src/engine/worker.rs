@@ -15,17 +15,17 @@ use super::api::{
 use super::entry::ScoringQueue;
 use super::memory::Room;
 use super::needs::Needs;
+use super::policy_cache::BaseModels;
 use super::queue::{Seeker, Work};
-use super::residents::Bases;
 use super::run::{self, ExactBases};
-use super::scoring::{Live, LiveReference, Scoring, YieldPoint};
+use super::scoring::{Live, LiveReference, PolicyScorer, YieldPoint};
 use crate::domain::job::JobError;
 use crate::domain::reason::Reason;
 use crate::infer::reference_cache::ReferenceCache;
 use crate::model::decoder::Policy;
 use crate::model::device::ComputeDevice;
 use crate::model::guard::guarded;
-use crate::train::host::Host;
+use crate::train::run_context::RunContext;
 use crate::train::trainer::{Status, TrainError, Trainer};
 
 /// Delay before an event is sent again to a full channel.
@@ -44,8 +44,8 @@ pub(super) struct Worker {
     /// Name in metrics.
     label: String,
     queue: Arc<ScoringQueue>,
-    bases: Arc<Bases>,
-    scoring: Scoring,
+    base_models: Arc<BaseModels>,
+    scoring: PolicyScorer,
     cache: Arc<ReferenceCache>,
     starting: Option<Starting>,
     active: Option<Active>,
@@ -111,17 +111,17 @@ impl Worker {
         index: usize,
         label: String,
         queue: Arc<ScoringQueue>,
-        bases: Arc<Bases>,
+        base_models: Arc<BaseModels>,
         cache: Arc<ReferenceCache>,
         options: &EngineOptions,
         training: Option<TrainingResources>,
     ) -> Self {
-        let scoring = Scoring::new(index, queue.clone(), bases.clone(), options);
+        let scoring = PolicyScorer::new(index, queue.clone(), base_models.clone(), options);
         Worker {
             index,
             label,
             queue,
-            bases,
+            base_models,
             scoring,
             cache,
             starting: None,
@@ -132,7 +132,7 @@ impl Worker {
 
     /// Limits the bytes of adapters and full weights in its cache.
     pub fn limit_residents(&mut self, room: Room) {
-        self.scoring.residents.limit_bytes(room);
+        self.scoring.policies.limit_bytes(room);
     }
 
     /// Works until the queue is drained or no engine handle is left.
@@ -173,7 +173,7 @@ impl Worker {
     /// its checkpoint.
     fn abort_if_gpu_is_lost(&self) {
         let helpers = self.training.iter().flat_map(|t| t.helpers.iter());
-        if std::iter::once(self.bases.device()).chain(helpers).any(ComputeDevice::is_lost) {
+        if std::iter::once(self.base_models.device()).chain(helpers).any(ComputeDevice::is_lost) {
             tracing::error!(
                 "the GPU failed for good: the process ends, so that another one can use it"
             );
@@ -183,7 +183,7 @@ impl Worker {
 
     /// Updates the memory gauges and returns the free bytes of the device; `None` on the CPU.
     fn update_memory_gauges(&self) -> Option<u64> {
-        let device = self.bases.device();
+        let device = self.base_models.device();
         let (free, total) = device.memory()?;
         metrics::gauge!("bradley_device_free_bytes", "device" => device.name()).set(free as f64);
         metrics::gauge!("bradley_device_memory_bytes", "device" => device.name()).set(total as f64);
@@ -207,9 +207,13 @@ impl Worker {
         scoring.fair_share.start(Instant::now());
         let status = guarded(|| {
             let mut yield_point = YieldPoint::new(scoring, cache, &live);
-            let mut pause = || yield_point.run();
+            let mut run_yield_point = || yield_point.run();
             let mut emit = |event: RunEvent| reports.push(event.into());
-            trainer.advance(&mut Host { cache, pause: &mut pause, emit: &mut emit })
+            trainer.advance(&mut RunContext {
+                cache,
+                yield_point: &mut run_yield_point,
+                emit: &mut emit,
+            })
         });
         drop(live);
         // The unit may have updated the weights, so scoring must use the new ones. After a panic
@@ -249,16 +253,16 @@ impl Worker {
         if let Some(end) = stopped(&run.control) {
             return self.end_before_start(&run, end);
         }
-        self.scoring.residents.reserve_for_run(needs.minimum);
+        self.scoring.policies.reserve_for_run(needs.minimum);
         self.queue.request_fit_check();
-        let models = run::models_to_read(&run, &self.bases);
+        let models = run::models_to_read(&run, &self.base_models);
         if models.is_empty() {
             return self.start(run, needs, ExactBases::new());
         }
-        let (bases, control) = (self.bases.clone(), run.control.clone());
+        let (base_models, control) = (self.base_models.clone(), run.control.clone());
         let reading = std::thread::Builder::new()
             .name("read-weights".into())
-            .spawn(move || guarded(|| run::read_exact(&models, &bases, &control)));
+            .spawn(move || guarded(|| run::read_exact(&models, &base_models, &control)));
         match reading {
             Ok(reading) => self.starting = Some(Starting { run, needs, reading }),
             Err(e) => self.end_before_start(
@@ -282,7 +286,7 @@ impl Worker {
         let end = match reading.join() {
             Ok(Ok(Ok(read))) => return self.start(run, needs, read),
             Ok(Ok(Err(EngineError::FilesChanged(message)))) => {
-                RunEnd::NotBegun(JobError { reason: Reason::ModelFilesChanged.into(), message })
+                RunEnd::InputMissing(JobError { reason: Reason::ModelFilesChanged.into(), message })
             }
             Ok(Ok(Err(e))) => RunEnd::Failed(unavailable(&e)),
             Ok(Err(panic)) => RunEnd::Failed(internal(panic)),
@@ -295,21 +299,22 @@ impl Worker {
 
     /// Reports that a run has not started, and releases the memory reserved for it.
     fn end_before_start(&mut self, run: &TrainingRun, end: RunEnd) {
-        self.scoring.residents.reserve_for_run(0);
+        self.scoring.policies.reserve_for_run(0);
         send(run, RunEvent::Ended(end));
     }
 
     fn start(&mut self, mut run: TrainingRun, needs: Needs, read: ExactBases) {
         let end = stopped(&run.control);
-        let (bases, residents) = (&self.bases, &mut self.scoring.residents);
+        let (base_models, policies) = (&self.base_models, &mut self.scoring.policies);
         // The queue gives runs only to workers with training resources.
         let Some(TrainingResources { memory, helpers }) = &self.training else { return };
         let for_plan = needs.left_for_plan(*memory);
         let prepared = match end {
             Some(end) => Err(end),
             None => {
-                match guarded(|| run::prepare(&mut run, bases, read, residents, for_plan, helpers))
-                {
+                match guarded(|| {
+                    run::prepare(&mut run, base_models, read, policies, for_plan, helpers)
+                }) {
                     Ok(Ok(trainer)) => Ok(trainer),
                     Ok(Err(e)) => Err(RunEnd::Failed(unavailable(&e))),
                     Err(panic) => Err(RunEnd::Failed(internal(panic))),
@@ -318,7 +323,7 @@ impl Worker {
         };
         match prepared {
             Ok(trainer) => {
-                self.scoring.residents.reserve_for_run(needs.extra + trainer.planned_bytes());
+                self.scoring.policies.reserve_for_run(needs.extra + trainer.planned_bytes());
                 self.queue.request_fit_check();
                 tracing::info!(
                     job = run.job,
@@ -378,11 +383,11 @@ impl Worker {
             // the memory.
             let Active { run, trainer } = active;
             drop(trainer);
-            self.scoring.residents.reserve_for_run(0);
+            self.scoring.policies.reserve_for_run(0);
             let helpers = self.training.iter().flat_map(|t| t.helpers.iter());
-            std::iter::once(self.bases.device())
+            std::iter::once(self.base_models.device())
                 .chain(helpers)
-                .for_each(|device| device.end_of_run(self.bases.precision()));
+                .for_each(|device| device.end_of_run(self.base_models.precision()));
             send(&run, RunEvent::Ended(end));
         }
     }

@@ -35,11 +35,11 @@ pub struct PolicyView<'a> {
 
 /// Selects the values that a forward pass saves for the backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Keep {
+pub enum SavePolicy {
     /// Every block's tape.
     Tapes,
     /// Every block's input: the backward pass runs the block forward again (recomputation).
-    Inputs,
+    BlockInputs,
     /// Nothing: no backward pass will follow.
     Nothing,
 }
@@ -71,9 +71,9 @@ pub trait Backend: Sized {
     type Activation;
     /// The left operand of a matrix multiplication, in the layout and precision that the device's
     /// GEMM reads.
-    type Operand<'a>;
+    type LeftOperand<'a>;
     /// x·Aᵀ of a group of linear layers `[T, Σr]`. The adapter's gradients are computed from it.
-    type LowRank;
+    type LowRankProjection;
     /// Memory for the outputs of the gate and up projections. It is allocated before their input.
     type GateUpSpace;
     /// `[gate | up]` `[T, 2F]` as the tape stores it.
@@ -111,11 +111,11 @@ pub struct Attended<B: Backend> {
 /// Result of [`BlockOps::feed_forward`].
 pub struct Gated<B: Backend> {
     /// activation(gate) ⊙ up `[T, F]`.
-    pub y: B::Operand<'static>,
+    pub y: B::LeftOperand<'static>,
     /// `[gate | up]`. `None` if the device did not store it because no tape is saved.
     pub gate_up: Option<B::GateUp>,
     /// x·Aᵀ of gate and up.
-    pub low_rank: B::LowRank,
+    pub low_rank: B::LowRankProjection,
 }
 
 /// The gradient of the output of a group of linear layers. The variants differ in the matrix that
@@ -157,8 +157,8 @@ pub trait RowOps<B: Backend> {
     fn log_probs(&self, x: &B::Activation) -> Result<Vec<f32>>;
 
     /// Runs the last norm and the head on the last block's output `[T, C]`. With
-    /// [`Keep::Nothing`] the result cannot be passed to [`RowOps::head_backward`].
-    fn head(&self, x: &B::Activation, keep: Keep) -> Result<(HeadOutput, B::HeadTape)>;
+    /// [`SavePolicy::Nothing`] the result cannot be passed to [`RowOps::head_backward`].
+    fn head(&self, x: &B::Activation, save: SavePolicy) -> Result<(HeadOutput, B::HeadTape)>;
 
     /// Returns the gradient of the last block's output `[T, C]`, given `upstream` = ∂loss/∂log p
     /// `[N]`. Accumulates the gradients of the head and of the last norm if they are trained.
@@ -188,26 +188,26 @@ pub trait BlockOps<B: Backend> {
     fn new_gate_up(&self) -> Result<B::GateUpSpace>;
 
     /// Applies a norm to the residual stream `x` and returns the result as an operand.
-    fn norm(&self, norm: StreamNorm, x: &B::Activation) -> Result<B::Operand<'static>>;
+    fn norm(&self, norm: StreamNorm, x: &B::Activation) -> Result<B::LeftOperand<'static>>;
 
     /// Returns attention's output as the operand of the output projection.
-    fn attention_operand<'a>(&self, output: &'a B::Activation) -> B::Operand<'a>;
+    fn attention_operand<'a>(&self, output: &'a B::Activation) -> B::LeftOperand<'a>;
 
     /// Writes the outputs of a group of linear layers to `out`. Returns x·Aᵀ.
     fn project(
         &self,
         group: LinearGroup,
-        input: &B::Operand<'_>,
+        input: &B::LeftOperand<'_>,
         out: &mut B::Activation,
-    ) -> Result<B::LowRank>;
+    ) -> Result<B::LowRankProjection>;
 
     /// Adds the output of a linear layer to the residual stream `x`. Returns x·Aᵀ.
     fn add_to_stream(
         &self,
         group: LinearGroup,
-        input: &B::Operand<'_>,
+        input: &B::LeftOperand<'_>,
         x: &mut B::Activation,
-    ) -> Result<B::LowRank>;
+    ) -> Result<B::LowRankProjection>;
 
     /// Applies RMSNorm to every head of the queries and keys in place.
     fn head_norms(&self, qkv: &mut B::Activation) -> Result<()>;
@@ -223,7 +223,7 @@ pub trait BlockOps<B: Backend> {
     fn feed_forward(
         &self,
         space: B::GateUpSpace,
-        input: B::Operand<'static>,
+        input: B::LeftOperand<'static>,
         save_tape: bool,
     ) -> Result<Gated<B>>;
 
@@ -232,7 +232,7 @@ pub trait BlockOps<B: Backend> {
     fn feed_forward_backward(
         &self,
         gate_up: B::GateUp,
-        low_rank: &B::LowRank,
+        low_rank: &B::LowRankProjection,
         gx: &B::Activation,
         gradients: &mut B::Gradients,
     ) -> Result<B::GateUpGradient>;
@@ -242,8 +242,8 @@ pub trait BlockOps<B: Backend> {
     fn linear_backward(
         &self,
         group: LinearGroup,
-        input: &B::Operand<'_>,
-        low_rank: &B::LowRank,
+        input: &B::LeftOperand<'_>,
+        low_rank: &B::LowRankProjection,
         g: OutputGradient<'_, B>,
         gradients: &mut B::Gradients,
     ) -> Result<B::Activation>;

@@ -31,7 +31,7 @@ pub struct BlockTape<B: Backend> {
     middle: B::Activation,
     gate_up: B::GateUp,
     /// x·Aᵀ of each group of linear layers.
-    low_rank: PerGroup<B::LowRank>,
+    low_rank: PerGroup<B::LowRankProjection>,
 }
 
 /// Destructures a block's specification and returns its attention.

@@ -28,7 +28,7 @@ use self::opened::{OpenPolicy, OpenRow};
 use self::row::DeviceRow;
 use self::weights::{Copies, DeviceAdapter, DeviceWeights};
 use super::adapter::Adapter;
-use super::backend::{Keep, PolicyView};
+use super::backend::{PolicyView, SavePolicy};
 use super::parameters::Parameters;
 use super::params::ParamId;
 use super::pass::{self, Tape};
@@ -209,19 +209,19 @@ impl Cuda {
         )
     }
 
-    /// Runs the row forward and saves what `keep` selects.
+    /// Runs the row forward and saves what `save` selects.
     pub fn forward(
         &self,
         policy: PolicyView<'_>,
         row: &PreparedRow,
-        keep: Keep,
+        save: SavePolicy,
         yield_point: &mut dyn FnMut(),
     ) -> Result<DeviceTape> {
         let policy = self.open_policy(policy, row)?;
         let on_device = DeviceRow::new(&self.gpu, row)?;
         let tape = pass::forward(
             &OpenRow { policy: &policy, source: row.row(), row: &on_device },
-            keep,
+            save,
             yield_point,
         )?;
         Ok(DeviceTape { row: on_device, tape })

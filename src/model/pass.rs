@@ -11,13 +11,13 @@
 
 use candle_core::{Result, bail};
 
-use super::backend::{Backend, Keep, RowOps};
+use super::backend::{Backend, RowOps, SavePolicy};
 use super::block::{BlockTape, block_backward, block_forward};
 use crate::compute::cpu::head::HeadOutput;
 
 /// Values of a forward pass that are saved for the backward pass.
 pub struct Tape<B: Backend> {
-    /// One entry per block. Empty after a forward pass with [`Keep::Nothing`].
+    /// One entry per block. Empty after a forward pass with [`SavePolicy::Nothing`].
     blocks: Vec<Saved<B>>,
     head: B::HeadTape,
     output: HeadOutput,
@@ -46,21 +46,21 @@ pub fn log_probs<B: Backend, R: RowOps<B>>(
     row: &R,
     yield_point: &mut dyn FnMut(),
 ) -> Result<Vec<f32>> {
-    let (x, _) = blocks_forward(row, Keep::Nothing, yield_point)?;
+    let (x, _) = blocks_forward(row, SavePolicy::Nothing, yield_point)?;
     row.log_probs(&x)
 }
 
-/// Runs the row forward and saves what `keep` selects.
+/// Runs the row forward and saves what `save` selects.
 ///
 /// # Errors
 /// Fails if the device fails or has no memory left.
 pub fn forward<B: Backend, R: RowOps<B>>(
     row: &R,
-    keep: Keep,
+    save: SavePolicy,
     yield_point: &mut dyn FnMut(),
 ) -> Result<Tape<B>> {
-    let (x, blocks) = blocks_forward(row, keep, yield_point)?;
-    let (output, head) = row.head(&x, keep)?;
+    let (x, blocks) = blocks_forward(row, save, yield_point)?;
+    let (output, head) = row.head(&x, save)?;
     Ok(Tape { blocks, head, output })
 }
 
@@ -68,15 +68,15 @@ pub fn forward<B: Backend, R: RowOps<B>>(
 /// values.
 fn blocks_forward<B: Backend, R: RowOps<B>>(
     row: &R,
-    keep: Keep,
+    save: SavePolicy,
     yield_point: &mut dyn FnMut(),
 ) -> Result<(B::Activation, Vec<Saved<B>>)> {
     let mut x = row.embed()?;
     let mut saved = Vec::with_capacity(row.num_blocks());
     for index in 0..row.num_blocks() {
         yield_point();
-        let input = (keep == Keep::Inputs).then(|| B::copy(&x)).transpose()?;
-        let tape = block_forward(&row.block(index)?, &mut x, keep == Keep::Tapes)?;
+        let input = (save == SavePolicy::BlockInputs).then(|| B::copy(&x)).transpose()?;
+        let tape = block_forward(&row.block(index)?, &mut x, save == SavePolicy::Tapes)?;
         saved.extend(tape.map(|tape| Saved::Tape(Box::new(tape))).or(input.map(Saved::Input)));
     }
     Ok((x, saved))

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::rope::RopeConfig;
 use crate::compute::cpu::attention::Heads;
-pub use crate::compute::cpu::swiglu::Activation;
+pub use crate::compute::cpu::swiglu::ActivationFunction;
 use crate::domain::training::Precision;
 
 /// A decoder: an embedding, blocks, a last RMSNorm and a head.
@@ -98,7 +98,7 @@ pub enum FeedForward {
         /// F, the number of outputs of gate and of up.
         width: usize,
         /// The activation function, applied to the gate.
-        activation: Activation,
+        activation: ActivationFunction,
         /// True if gate, up and down have biases.
         bias: bool,
     },
@@ -129,8 +129,8 @@ impl ModelSpec {
         let Some(block) = self.blocks.first() else { return found };
         let attention = block.attention();
         match block.feed_forward {
-            FeedForward::Gated { activation: Activation::Silu, .. } => {}
-            FeedForward::Gated { activation: Activation::GeluTanh, .. } => {
+            FeedForward::Gated { activation: ActivationFunction::Silu, .. } => {}
+            FeedForward::Gated { activation: ActivationFunction::GeluTanh, .. } => {
                 found.push(json!(["activation", "gelu_tanh"]))
             }
         }

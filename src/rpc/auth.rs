@@ -114,7 +114,7 @@ where
 
 async fn admit(layer: &AuthLayer, path: &str, headers: &HeaderMap) -> Result<Caller, ServiceError> {
     if !layer.required || path == HEALTH_CHECK_METHOD {
-        return Ok(Caller::anyone());
+        return Ok(Caller::unrestricted());
     }
     let token = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()).and_then(bearer);
     let Some(token) = token else {

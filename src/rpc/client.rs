@@ -105,7 +105,7 @@ fn describe(status: &Status) -> String {
 }
 
 /// Result of a call.
-pub type Result<T> = std::result::Result<T, ClientError>;
+pub type ClientResult<T> = Result<T, ClientError>;
 
 /// Address of a server, and the client's credentials.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -127,7 +127,7 @@ impl Target {
         Target { address: address.into(), ..Target::default() }
     }
 
-    fn tls(&self) -> Result<ClientTlsConfig> {
+    fn tls(&self) -> ClientResult<ClientTlsConfig> {
         let read = |path: &Path| {
             std::fs::read(path)
                 .map_err(|source| ClientError::File { path: path.display().to_string(), source })
@@ -175,7 +175,7 @@ impl Client {
     /// # Errors
     /// [`ClientError::Unreachable`] if the connection fails, [`ClientError::File`] if a certificate
     /// or key cannot be read, [`ClientError::Protocol`] if the token is malformed.
-    pub async fn connect(target: &Target, timeout: Duration) -> Result<Self> {
+    pub async fn connect(target: &Target, timeout: Duration) -> ClientResult<Self> {
         let address = &target.address;
         let unreachable =
             |reason: String| ClientError::Unreachable { address: address.clone(), reason };
@@ -236,7 +236,7 @@ impl Client {
     ///
     /// # Errors
     /// Returns an error if the call fails.
-    pub async fn health(&self) -> Result<bool> {
+    pub async fn health(&self) -> ClientResult<bool> {
         let mut client = tonic_health::pb::health_client::HealthClient::new(self.channel.clone());
         let answer = client
             .check(tonic_health::pb::HealthCheckRequest { service: String::new() })
@@ -255,7 +255,7 @@ impl Client {
         path: &Path,
         metadata: pb::UploadMetadata,
         mut sent: impl FnMut(u64) + Send + 'static,
-    ) -> Result<pb::Dataset> {
+    ) -> ClientResult<pb::Dataset> {
         let failed = |source| ClientError::File { path: path.display().to_string(), source };
         let mut file = tokio::fs::File::open(path).await.map_err(failed)?;
         let (sender, receiver) = mpsc::channel(4);
@@ -307,7 +307,7 @@ impl Client {
         job: &str,
         after: u64,
         mut each: impl FnMut(pb::TrainingEvent) -> bool,
-    ) -> Result<u64> {
+    ) -> ClientResult<u64> {
         let (mut cursor, mut failures) = (after, 0);
         loop {
             let request =
@@ -352,7 +352,7 @@ impl Client {
         name: &str,
         format: pb::ExportFormat,
         out: &Path,
-    ) -> Result<Vec<String>> {
+    ) -> ClientResult<Vec<String>> {
         let request = pb::DownloadCheckpointRequest {
             name: name.to_owned(),
             format: format.into(),
@@ -370,7 +370,7 @@ impl Client {
         &self,
         request: pb::DownloadCheckpointRequest,
         out: &Path,
-    ) -> Result<Vec<String>> {
+    ) -> ClientResult<Vec<String>> {
         use pb::download_checkpoint_response::Part;
         let mut stream = self.checkpoints().download_checkpoint(request).await?.into_inner();
         let failed =

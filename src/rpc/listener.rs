@@ -26,7 +26,7 @@ use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::transport::server::Connected;
 
 use super::connections::{Activity, Connections, Place};
-use crate::telemetry::counted::Counted;
+use crate::telemetry::gauge_guard::GaugeGuard;
 
 /// Time limit for a TLS handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -289,7 +289,7 @@ impl Connection {
             closing: Box::pin(place.activity.closing().cancelled_owned()),
             closed: false,
             place,
-            _open: Some(Counted::new("bradley_connections")),
+            _open: Some(GaugeGuard::new("bradley_connections")),
         }
     }
 

@@ -27,7 +27,7 @@ const IN_FLIGHT: usize = 256;
 const BUFFER: usize = 64;
 
 /// The gRPC service for scoring.
-pub(super) struct Scoring {
+pub(super) struct ScoringRpc {
     pub scoring: Arc<scoring::ScoringService>,
     /// Ends streams when their callers' tokens expire or are revoked.
     pub tokens: TokenService,
@@ -36,7 +36,7 @@ pub(super) struct Scoring {
 type Scored = Result<ScoredPair, ServiceError>;
 
 #[tonic::async_trait]
-impl ScoringService for Scoring {
+impl ScoringService for ScoringRpc {
     async fn score_pairs(
         &self,
         request: Request<pb::ScorePairsRequest>,

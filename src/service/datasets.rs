@@ -98,7 +98,7 @@ impl DatasetService {
         page_size: usize,
         page_token: &str,
     ) -> Result<Page<Dataset>> {
-        self.store.datasets(caller.shown(), page_size, page_token).await
+        self.store.datasets(caller.visible_owner(), page_size, page_token).await
     }
 
     /// Deletes a dataset.

@@ -13,7 +13,7 @@ use super::shutdown::Shutdown;
 use super::store::Store;
 use crate::domain::access::Caller;
 use crate::domain::job::{Event, EventKind};
-use crate::telemetry::counted::Counted;
+use crate::telemetry::gauge_guard::GaugeGuard;
 
 /// Maximum number of events read from the store at a time.
 const EVENTS_PER_READ: usize = 256;
@@ -77,7 +77,7 @@ impl EventFeed {
         // Subscribe before the first read, so that an event stored in between is noticed.
         let mut changes = self.follow(&job);
         tokio::spawn(async move {
-            let _open = Counted::new("bradley_event_streams");
+            let _open = GaugeGuard::new("bradley_event_streams");
             let mut cursor = after;
             let invalid = tokens.until_invalid(&caller);
             tokio::pin!(invalid);

@@ -89,7 +89,7 @@ impl JobService {
         page_size: usize,
         page_token: &str,
     ) -> Result<Page<Job>> {
-        self.store.jobs(caller.shown(), states, page_size, page_token).await
+        self.store.jobs(caller.visible_owner(), states, page_size, page_token).await
     }
 
     /// Returns at most `limit` events after the sequence number `after`, and `true` if there are

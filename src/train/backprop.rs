@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use candle_core::Result;
 
-use super::trainable::Gradients;
+use super::trainable::StepGradients;
 use crate::compute::cpu::head::{HeadOutput, TokenDistribution};
-pub use crate::model::backend::Keep;
+pub use crate::model::backend::SavePolicy;
 use crate::model::cpu::{CpuBackend, CpuRow};
 use crate::model::cuda::DeviceTape;
 use crate::model::decoder::Policy;
@@ -26,32 +26,32 @@ enum BackendTape {
     Cuda(Box<DeviceTape>),
 }
 
-/// Runs the forward pass of a row. `pause` is called before every block.
+/// Runs the forward pass of a row. `yield_point` is called before every block.
 ///
 /// # Errors
 /// Fails if the device fails or runs out of memory.
 pub fn forward(
     policy: &Policy,
     row: Arc<Row>,
-    keep: Keep,
-    pause: &mut dyn FnMut(),
+    save: SavePolicy,
+    yield_point: &mut dyn FnMut(),
 ) -> Result<RowTape> {
     let row = policy.prepare(row)?;
     let tape = match &policy.device {
         ComputeDevice::Cpu => BackendTape::Cpu(Box::new(pass::forward(
             &CpuRow::new(policy.view(), &row),
-            keep,
-            pause,
+            save,
+            yield_point,
         )?)),
         ComputeDevice::Cuda(cuda) => {
-            BackendTape::Cuda(Box::new(cuda.forward(policy.view(), &row, keep, pause)?))
+            BackendTape::Cuda(Box::new(cuda.forward(policy.view(), &row, save, yield_point)?))
         }
     };
     Ok(RowTape { row, tape })
 }
 
 /// Runs the backward pass of a row from ∂loss/∂logp `[N]` and adds the gradient of every trainable
-/// tensor to `gradients`. `pause` is called before every block.
+/// tensor to `gradients`. `yield_point` is called before every block.
 ///
 /// # Errors
 /// Fails if the forward pass saved no tape, or the device fails or runs out of memory.
@@ -59,16 +59,20 @@ pub fn backward(
     policy: &Policy,
     tape: RowTape,
     upstream: &[f32],
-    gradients: &mut Gradients,
-    pause: &mut dyn FnMut(),
+    gradients: &mut StepGradients,
+    yield_point: &mut dyn FnMut(),
 ) -> Result<()> {
     let RowTape { row, tape } = tape;
     match tape {
-        BackendTape::Cpu(tape) => {
-            pass::backward(&CpuRow::new(policy.view(), &row), *tape, upstream, gradients, pause)
-        }
+        BackendTape::Cpu(tape) => pass::backward(
+            &CpuRow::new(policy.view(), &row),
+            *tape,
+            upstream,
+            gradients,
+            yield_point,
+        ),
         BackendTape::Cuda(tape) => gradients.on_device(policy, |cuda, sums| {
-            cuda.backward(policy.view(), &row, *tape, upstream, sums, pause)
+            cuda.backward(policy.view(), &row, *tape, upstream, sums, yield_point)
         }),
     }
 }

@@ -4,8 +4,8 @@
 
 use crate::compute::cpu::attention::score_bytes;
 use crate::compute::cpu::gemm::{Kernel, packed_bytes};
-use crate::compute::cpu::head::kept_bytes;
-use crate::compute::cpu::swiglu::KeepGateUp;
+use crate::compute::cpu::head::saved_bytes;
+use crate::compute::cpu::swiglu::SavedGateUp;
 use crate::domain::training::{ActivationCheckpointing, Method, Precision, TrainingSpec};
 use crate::infer::pair::EncodedPair;
 use crate::model::block_shape::BlockShape;
@@ -16,9 +16,9 @@ use crate::model::cpu::sizes::{
 use crate::model::cuda::sizes::{head_bytes, trained_bytes};
 use crate::model::device::ComputeDevice;
 use crate::model::params::{LoraLayer, lora_layers};
-use crate::train::backprop::Keep;
+use crate::train::backprop::SavePolicy;
 use crate::train::optimizer::AdamW;
-use crate::train::trainable::{Gradients, TrainablePolicy};
+use crate::train::trainable::{StepGradients, TrainablePolicy};
 
 const F32: u64 = 4;
 
@@ -86,7 +86,7 @@ pub struct Estimate {
     /// pairs.
     pub activations: u64,
     /// Activations that the forward pass saves for the backward pass.
-    pub keep: Keep,
+    pub save: SavePolicy,
     /// Maximum tokens of a packed row. A longer pair gets a row of its own.
     pub row_tokens: usize,
 }
@@ -129,11 +129,13 @@ struct SavedActivations {
 }
 
 impl SavedActivations {
-    fn new(keep: Keep, layers: u64, tape: u64, input: u64) -> Self {
-        match keep {
-            Keep::Tapes => SavedActivations { of_row: layers * tape, of_last_row: 0 },
-            Keep::Inputs => SavedActivations { of_row: layers * input, of_last_row: tape },
-            Keep::Nothing => SavedActivations { of_row: 0, of_last_row: 0 },
+    fn new(save: SavePolicy, layers: u64, tape: u64, input: u64) -> Self {
+        match save {
+            SavePolicy::Tapes => SavedActivations { of_row: layers * tape, of_last_row: 0 },
+            SavePolicy::BlockInputs => {
+                SavedActivations { of_row: layers * input, of_last_row: tape }
+            }
+            SavePolicy::Nothing => SavedActivations { of_row: 0, of_last_row: 0 },
         }
     }
 }
@@ -152,39 +154,41 @@ pub fn estimate(
     config: &ModelConfig,
     spec: &TrainingSpec,
     lengths: Lengths,
-    keep: Keep,
+    save: SavePolicy,
     row_tokens: usize,
     memory: MemoryKind,
 ) -> Estimate {
     let t = lengths.longest.max(row_tokens.min(lengths.micro_batch)) as u64;
     let saved = saved_tokens(spec, lengths, t);
     if memory == MemoryKind::Gpu {
-        return on_gpu(config, spec, t, saved, keep, row_tokens);
+        return on_gpu(config, spec, t, saved, save, row_tokens);
     }
     let blocks = shapes(config);
     let ranks = ranks(config, spec) as usize;
     let kernel = Kernel::best(spec.precision.unwrap_or(Precision::F32));
-    let gate_up = KeepGateUp::for_tape(kernel, matches!(spec.method, Method::Lora(_)));
+    let gate_up = SavedGateUp::for_tape(kernel, matches!(spec.method, Method::Lora(_)));
     let tape = max_over_blocks(&blocks, |block| tape_floats(block, gate_up, ranks));
     let input = max_over_blocks(&blocks, input_floats);
     let backward = max_over_blocks(&blocks, |block| backward_floats(block, gate_up));
     let SavedActivations { of_row, of_last_row } =
-        SavedActivations::new(keep, blocks.len() as u64, tape, input);
+        SavedActivations::new(save, blocks.len() as u64, tape, input);
     let scores = max_over_blocks(&blocks, |block| {
         score_bytes(kernel, block.heads.query, t as usize, lengths.longest)
     });
     // The head is trained, so its probabilities are saved. There are many such rows if the loss
     // compares pairs, but at most one for each pair.
     let rows = if spec.dpo.compares_pairs() { spec.batch.batch_size as u64 } else { 1 };
-    let head = match (&spec.method, keep) {
-        (Method::Full, Keep::Tapes) => kept_bytes(rows, saved, config.spec.vocab_size as u64),
+    let head = match (&spec.method, save) {
+        (Method::Full, SavePolicy::Tapes) => {
+            saved_bytes(rows, saved, config.spec.vocab_size as u64)
+        }
         _ => 0,
     };
     let workspace = backward + head_floats(config.spec.hidden_size) as u64;
     let activations = F32 * (saved * of_row + t * (of_last_row + workspace)) + scores + head;
     // The CPU computes with one set of gradients, like one GPU.
     let training_state = on_host(config, spec, 1);
-    Estimate { training_state, activations, keep, row_tokens }
+    Estimate { training_state, activations, save, row_tokens }
 }
 
 /// Returns the shape of each block.
@@ -208,7 +212,7 @@ pub fn on_host(config: &ModelConfig, spec: &TrainingSpec, devices: usize) -> u64
     let trained = trainable_parameters(config, spec);
     TrainablePolicy::master_bytes(trained)
         + AdamW::bytes(trained)
-        + devices.max(1) as u64 * Gradients::bytes(trained)
+        + devices.max(1) as u64 * StepGradients::bytes(trained)
 }
 
 /// Returns the estimate for a GPU. Master weights and moments stay on the host. Weights and
@@ -218,7 +222,7 @@ fn on_gpu(
     spec: &TrainingSpec,
     t: u64,
     saved: u64,
-    keep: Keep,
+    save: SavePolicy,
     row_tokens: usize,
 ) -> Estimate {
     let (hidden, bytes, ranks) =
@@ -227,13 +231,13 @@ fn on_gpu(
     let tape = max_over_blocks(&blocks, |block| block.tape_bytes(bytes, ranks));
     let input = max_over_blocks(&blocks, BlockShape::input_bytes);
     let SavedActivations { of_row, of_last_row } =
-        SavedActivations::new(keep, blocks.len() as u64, tape, input);
+        SavedActivations::new(save, blocks.len() as u64, tape, input);
     let workspace = max_over_blocks(&blocks, |block| block.backward_bytes(bytes))
         .max(head_bytes(hidden, bytes) as u64);
     let activations = (saved * of_row + t * (of_last_row + workspace)) * GPU_FRAGMENTATION.0
         / GPU_FRAGMENTATION.1;
     let training_state = trained_bytes(bytes) as u64 * trainable_parameters(config, spec);
-    Estimate { training_state, activations, keep, row_tokens }
+    Estimate { training_state, activations, save, row_tokens }
 }
 
 /// Returns the activation bytes of scoring a row of `tokens` tokens, which may interrupt a run.
@@ -253,17 +257,17 @@ pub fn plan(
     available: u64,
     memory: MemoryKind,
 ) -> Result<Estimate, Estimate> {
-    let keeps: &[Keep] = match spec.batch.activation_checkpointing {
-        ActivationCheckpointing::On => &[Keep::Inputs],
-        ActivationCheckpointing::Off => &[Keep::Tapes],
-        ActivationCheckpointing::Auto => &[Keep::Tapes, Keep::Inputs],
+    let policies: &[SavePolicy] = match spec.batch.activation_checkpointing {
+        ActivationCheckpointing::On => &[SavePolicy::BlockInputs],
+        ActivationCheckpointing::Off => &[SavePolicy::Tapes],
+        ActivationCheckpointing::Auto => &[SavePolicy::Tapes, SavePolicy::BlockInputs],
     };
     let wanted = spec.batch.row_tokens;
-    let mut last = estimate(config, spec, lengths, keeps[0], wanted, memory);
-    for &keep in keeps {
+    let mut last = estimate(config, spec, lengths, policies[0], wanted, memory);
+    for &save in policies {
         // Try shorter rows before recomputation, because they cost less time.
         for row_tokens in [wanted, wanted / 2, lengths.longest.min(wanted)] {
-            last = estimate(config, spec, lengths, keep, row_tokens.max(1), memory);
+            last = estimate(config, spec, lengths, save, row_tokens.max(1), memory);
             if last.total() <= available {
                 return Ok(last);
             }
@@ -327,14 +331,15 @@ mod tests {
         let lengths = Lengths::of(&mixed, spec.batch.batch_size);
         for memory in [MemoryKind::Host, MemoryKind::Gpu] {
             let of =
-                |lengths, keep| estimate(&config, &spec, lengths, keep, 1024, memory).activations;
+                |lengths, save| estimate(&config, &spec, lengths, save, 1024, memory).activations;
             let (all_long, bound) =
-                (of(uniform(2048, &spec), Keep::Tapes), of(lengths, Keep::Tapes));
+                (of(uniform(2048, &spec), SavePolicy::Tapes), of(lengths, SavePolicy::Tapes));
             assert!(bound < all_long / 5, "{memory:?}: {bound} of {all_long}");
             // The bound is not below what the rows of the worst micro-batch save, which is as much
             // as one row with all their tokens.
             let tokens = 2048 + 15 * 128;
-            let saved_by = |tokens| of(Lengths { longest: 2048, micro_batch: tokens }, Keep::Tapes);
+            let saved_by =
+                |tokens| of(Lengths { longest: 2048, micro_batch: tokens }, SavePolicy::Tapes);
             assert!(
                 bound >= saved_by(tokens) && saved_by(tokens) > saved_by(tokens - 128),
                 "{memory:?}"
@@ -349,7 +354,7 @@ mod tests {
         spec.batch.batch_size = 16;
         spec.dpo.losses[0].loss = LossType::Aot;
         let of = |config: &ModelConfig| {
-            estimate(config, &spec, uniform(1100, &spec), Keep::Tapes, 2048, MemoryKind::Host)
+            estimate(config, &spec, uniform(1100, &spec), SavePolicy::Tapes, 2048, MemoryKind::Host)
                 .activations
         };
         let vocabulary = config.spec.vocab_size as u64;
@@ -364,7 +369,7 @@ mod tests {
     fn a_gpu_holds_neither_masters_nor_moments_and_bf16_takes_half() {
         let (config, mut spec) = (config(), TrainingSpec::default());
         let of = |spec: &TrainingSpec, memory| {
-            estimate(&config, spec, uniform(300, spec), Keep::Tapes, 1024, memory)
+            estimate(&config, spec, uniform(300, spec), SavePolicy::Tapes, 1024, memory)
         };
         assert!(
             of(&spec, MemoryKind::Gpu).training_state < of(&spec, MemoryKind::Host).training_state
@@ -380,20 +385,21 @@ mod tests {
         let (config, mut spec) = (config(), TrainingSpec::default());
         spec.batch.batch_size = 16;
         for memory in [MemoryKind::Host, MemoryKind::Gpu] {
-            let of = |spec: &TrainingSpec, keep| {
-                estimate(&config, spec, uniform(1024, spec), keep, 1024, memory).activations
+            let of = |spec: &TrainingSpec, save| {
+                estimate(&config, spec, uniform(1024, spec), save, 1024, memory).activations
             };
-            let (one, one_recomputed) = (of(&spec, Keep::Tapes), of(&spec, Keep::Inputs));
+            let (one, one_recomputed) =
+                (of(&spec, SavePolicy::Tapes), of(&spec, SavePolicy::BlockInputs));
             let mut aot = spec.clone();
             aot.dpo.losses[0].loss = LossType::Aot;
             assert!(
-                of(&aot, Keep::Tapes) > 12 * one && of(&aot, Keep::Tapes) <= 16 * one,
+                of(&aot, SavePolicy::Tapes) > 12 * one && of(&aot, SavePolicy::Tapes) <= 16 * one,
                 "{memory:?}"
             );
             // Halving the rows does not help, but recomputation does.
             assert!(
-                of(&aot, Keep::Inputs) < of(&aot, Keep::Tapes) / 3
-                    && of(&aot, Keep::Inputs) > 2 * one_recomputed,
+                of(&aot, SavePolicy::BlockInputs) < of(&aot, SavePolicy::Tapes) / 3
+                    && of(&aot, SavePolicy::BlockInputs) > 2 * one_recomputed,
                 "{memory:?}"
             );
         }
@@ -404,11 +410,11 @@ mod tests {
         config: &ModelConfig,
         spec: &TrainingSpec,
         length: usize,
-        keep: Keep,
+        save: SavePolicy,
         memory: MemoryKind,
     ) -> (u64, u64) {
         let estimate =
-            estimate(config, spec, uniform(length, spec), keep, spec.batch.row_tokens, memory);
+            estimate(config, spec, uniform(length, spec), save, spec.batch.row_tokens, memory);
         (estimate.training_state, estimate.activations)
     }
 
@@ -428,15 +434,15 @@ mod tests {
 
         let lora = TrainingSpec::default();
         assert_eq!(
-            needs(&small, &lora, 300, Keep::Tapes, MemoryKind::Host),
+            needs(&small, &lora, 300, SavePolicy::Tapes, MemoryKind::Host),
             (78_151_680, 780_951_552)
         );
         assert_eq!(
-            needs(&small, &lora, 300, Keep::Tapes, MemoryKind::Gpu),
+            needs(&small, &lora, 300, SavePolicy::Tapes, MemoryKind::Gpu),
             (39_075_840, 849_153_536)
         );
         let total =
-            estimate(&small, &lora, uniform(300, &lora), Keep::Tapes, 1024, MemoryKind::Host)
+            estimate(&small, &lora, uniform(300, &lora), SavePolicy::Tapes, 1024, MemoryKind::Host)
                 .total();
         assert_eq!(
             total - thread_pool::threads() as u64 * (2 << 20),
@@ -447,39 +453,39 @@ mod tests {
             TrainingSpec { precision: Some(Precision::Bf16), ..TrainingSpec::default() };
         let activations = by_kernel(399_944_000, 309_512_000);
         assert_eq!(
-            needs(&small, &lora_bf16, 2000, Keep::Inputs, MemoryKind::Host),
+            needs(&small, &lora_bf16, 2000, SavePolicy::BlockInputs, MemoryKind::Host),
             (78_151_680, activations)
         );
         assert_eq!(
-            needs(&small, &lora_bf16, 2000, Keep::Inputs, MemoryKind::Gpu),
+            needs(&small, &lora_bf16, 2000, SavePolicy::BlockInputs, MemoryKind::Gpu),
             (29_306_880, 300_840_500)
         );
         let activations = by_kernel(62_062_592, 50_331_648);
         assert_eq!(
-            needs(&normed, &lora_bf16, 300, Keep::Tapes, MemoryKind::Host),
+            needs(&normed, &lora_bf16, 300, SavePolicy::Tapes, MemoryKind::Host),
             (2_785_280, activations)
         );
         assert_eq!(
-            needs(&normed, &lora_bf16, 300, Keep::Tapes, MemoryKind::Gpu),
+            needs(&normed, &lora_bf16, 300, SavePolicy::Tapes, MemoryKind::Gpu),
             (1_044_480, 78_475_264)
         );
 
         let full = TrainingSpec { method: Method::Full, ..TrainingSpec::default() };
         assert_eq!(
-            needs(&normed, &full, 300, Keep::Inputs, MemoryKind::Host),
+            needs(&normed, &full, 300, SavePolicy::BlockInputs, MemoryKind::Host),
             (19_064_832, 34_750_464)
         );
         assert_eq!(
-            needs(&normed, &full, 300, Keep::Inputs, MemoryKind::Gpu),
+            needs(&normed, &full, 300, SavePolicy::BlockInputs, MemoryKind::Gpu),
             (9_532_416, 85_525_504)
         );
         let full_bf16 = TrainingSpec { precision: Some(Precision::Bf16), ..full.clone() };
         assert_eq!(
-            needs(&small, &full_bf16, 300, Keep::Tapes, MemoryKind::Host),
+            needs(&small, &full_bf16, 300, SavePolicy::Tapes, MemoryKind::Host),
             (2_152_240_128, by_kernel(968_515_584, 955_097_088))
         );
         assert_eq!(
-            needs(&small, &full_bf16, 300, Keep::Tapes, MemoryKind::Gpu),
+            needs(&small, &full_bf16, 300, SavePolicy::Tapes, MemoryKind::Gpu),
             (807_090_048, 515_894_784)
         );
 
@@ -487,11 +493,11 @@ mod tests {
         (compared.batch.batch_size, compared.batch.row_tokens) = (16, 2048);
         compared.dpo.losses[0].loss = LossType::Aot;
         assert_eq!(
-            needs(&small, &compared, 1100, Keep::Tapes, MemoryKind::Host),
+            needs(&small, &compared, 1100, SavePolicy::Tapes, MemoryKind::Host),
             (2_152_240_128, 15_867_775_488)
         );
         assert_eq!(
-            needs(&small, &compared, 1100, Keep::Tapes, MemoryKind::Gpu),
+            needs(&small, &compared, 1100, SavePolicy::Tapes, MemoryKind::Gpu),
             (1_076_120_064, 13_108_296_352)
         );
 
@@ -506,11 +512,11 @@ mod tests {
     fn less_memory_means_shorter_rows_then_recomputation_then_a_refusal() {
         let (config, spec) = (config(), TrainingSpec::default());
         let all = plan(&config, &spec, uniform(300, &spec), u64::MAX, MemoryKind::Host).unwrap();
-        assert_eq!((all.keep, all.row_tokens), (Keep::Tapes, spec.batch.row_tokens));
+        assert_eq!((all.save, all.row_tokens), (SavePolicy::Tapes, spec.batch.row_tokens));
         let less =
             plan(&config, &spec, uniform(300, &spec), all.total() - 1, MemoryKind::Host).unwrap();
         assert!(
-            less.keep == Keep::Tapes
+            less.save == SavePolicy::Tapes
                 && less.row_tokens < all.row_tokens
                 && less.total() < all.total()
         );
@@ -519,7 +525,7 @@ mod tests {
             plan(&config, &spec, uniform(300, &spec), least.total(), MemoryKind::Host).unwrap(),
             least
         );
-        assert_eq!(least.keep, Keep::Inputs);
+        assert_eq!(least.save, SavePolicy::BlockInputs);
         assert!(
             plan(&config, &spec, uniform(300, &spec), least.total() - 1, MemoryKind::Host).is_err()
         );

@@ -64,5 +64,5 @@ pub enum RunEnd {
     Failed(JobError),
     /// The run could not start on this server now, and nothing was done. The job may start later or
     /// on another server.
-    NotBegun(JobError),
+    InputMissing(JobError),
 }

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use candle_core::Result;
 
-use super::backprop::{self, Keep, RowTape};
-use super::trainable::Gradients;
+use super::backprop::{self, RowTape, SavePolicy};
+use super::trainable::StepGradients;
 use crate::domain::dpo::{DpoConfig, Normalization};
 use crate::domain::job::Metrics;
 use crate::infer::data_parallel::over_devices;
@@ -77,26 +77,26 @@ impl MicroBatch<'_> {
     /// entry for each of the policy's devices.
     pub fn train(
         &self,
-        keep: Keep,
+        save: SavePolicy,
         scale: f64,
-        gradients: &mut [Gradients],
-        pause: &mut dyn FnMut(),
+        gradients: &mut [StepGradients],
+        yield_point: &mut dyn FnMut(),
     ) -> Result<(f64, Metrics)> {
-        let (loss, observations) = self.run(keep, scale, Some(gradients), pause)?;
+        let (loss, observations) = self.run(save, scale, Some(gradients), yield_point)?;
         Ok((loss, micro_batch(loss, &observations)))
     }
 
     /// Returns the mean loss and the observations of each pair.
-    pub fn evaluate(&self, pause: &mut dyn FnMut()) -> Result<(f64, Vec<PairObservation>)> {
-        self.run(Keep::Nothing, 1.0, None, pause)
+    pub fn evaluate(&self, yield_point: &mut dyn FnMut()) -> Result<(f64, Vec<PairObservation>)> {
+        self.run(SavePolicy::Nothing, 1.0, None, yield_point)
     }
 
     fn run(
         &self,
-        keep: Keep,
+        save: SavePolicy,
         scale: f64,
-        mut gradients: Option<&mut [Gradients]>,
-        pause: &mut dyn FnMut(),
+        mut gradients: Option<&mut [StepGradients]>,
+        yield_point: &mut dyn FnMut(),
     ) -> Result<(f64, Vec<PairObservation>)> {
         let groups: Vec<Vec<SequenceGroup>> = self.pairs.iter().map(|p| p.groups()).collect();
         let items: Vec<&[SequenceGroup]> = groups.iter().map(Vec::as_slice).collect();
@@ -106,10 +106,10 @@ impl MicroBatch<'_> {
         let mut loss = 0.0;
         let mut observations = vec![PairObservation::default(); self.pairs.len()];
         for rows in rows.chunks(at_once) {
-            let forward = |policy: &Policy, row: &PackedRow, pause: &mut dyn FnMut()| {
-                backprop::forward(policy, row.row.clone(), keep, pause)
+            let forward = |policy: &Policy, row: &PackedRow, yield_point: &mut dyn FnMut()| {
+                backprop::forward(policy, row.row.clone(), save, yield_point)
             };
-            let tapes = over_devices(self.policy, rows.iter().collect(), pause, forward)?;
+            let tapes = over_devices(self.policy, rows.iter().collect(), yield_point, forward)?;
             let (part, upstream) = self.part(rows, &tapes, scale, &mut observations);
             loss += part;
             let Some(gradients) = gradients.as_deref_mut().filter(|_| loss.is_finite()) else {
@@ -122,11 +122,16 @@ impl MicroBatch<'_> {
                 shares[i % devices].push(row);
             }
             let shares = shares.into_iter().zip(gradients).collect();
-            over_devices(self.policy, shares, pause, |policy, (share, gradients), pause| {
-                share.into_iter().try_for_each(|(tape, upstream)| {
-                    backprop::backward(policy, tape, &upstream, gradients, pause)
-                })
-            })?;
+            over_devices(
+                self.policy,
+                shares,
+                yield_point,
+                |policy, (share, gradients), yield_point| {
+                    share.into_iter().try_for_each(|(tape, upstream)| {
+                        backprop::backward(policy, tape, &upstream, gradients, yield_point)
+                    })
+                },
+            )?;
         }
         Ok((loss, observations))
     }

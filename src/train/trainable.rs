@@ -114,20 +114,20 @@ fn order(id: ParamId) -> (usize, usize, bool) {
 
 /// Gradient of every trainable tensor, summed over a step's micro-batches.
 #[derive(Debug)]
-pub struct Gradients {
+pub struct StepGradients {
     values: Vec<Vec<f32>>,
     index: HashMap<ParamId, usize>,
     /// Sums on the GPU, if the passes run there.
     device: Option<GradientBuffers>,
 }
 
-impl Gradients {
+impl StepGradients {
     /// Returns gradients of zero.
     pub fn zeros(policy: &TrainablePolicy) -> Self {
         let values: Vec<Vec<f32>> =
             policy.trainables.iter().map(|t| vec![0f32; t.var.elem_count()]).collect();
         values.iter().for_each(|v| large_pages(v));
-        Gradients { values, index: policy.index.clone(), device: None }
+        StepGradients { values, index: policy.index.clone(), device: None }
     }
 
     /// Returns the bytes of the gradients of `trained` parameters.
@@ -164,7 +164,7 @@ impl Gradients {
     ///
     /// # Errors
     /// Fails if a device fails.
-    pub fn reduce(&mut self, other: &mut Gradients) -> Result<()> {
+    pub fn reduce(&mut self, other: &mut StepGradients) -> Result<()> {
         other.collect()?;
         let theirs = &other.values;
         thread_pool::chunks(&mut self.values, 1, |i, ours| {
@@ -206,7 +206,7 @@ impl Gradients {
     }
 }
 
-impl GradientSink for Gradients {
+impl GradientSink for StepGradients {
     fn slot(&mut self, id: ParamId) -> Option<&mut [f32]> {
         let i = *self.index.get(&id)?;
         Some(&mut self.values[i])

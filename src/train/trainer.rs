@@ -12,16 +12,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::backprop::Keep;
+use super::backprop::SavePolicy;
 use super::checkpoint::{self, CheckpointContents, CheckpointError, RunState};
 use super::estimate::{self, Estimate, Lengths, MemoryKind};
 use super::event::RunEvent;
-use super::host::Host;
 use super::micro_batch::MicroBatch;
 use super::observe::{self, EvaluationSums, Window};
 use super::optimizer::AdamW;
 use super::reference::Reference;
-use super::trainable::{Gradients, TrainablePolicy};
+use super::run_context::RunContext;
+use super::trainable::{StepGradients, TrainablePolicy};
 use crate::domain::identity::ModelIdentity;
 use crate::domain::job::{Metrics, Progress};
 use crate::domain::names::BaseName;
@@ -168,7 +168,7 @@ pub struct Trainer {
     pairs: String,
     optimizer: AdamW,
     /// Gradients on each of the policy's devices. Before an update all are added to the first.
-    gradients: Vec<Gradients>,
+    gradients: Vec<StepGradients>,
     state: RunState,
     total_steps: u64,
     order: (u64, Vec<u32>),
@@ -231,7 +231,7 @@ impl Trainer {
         let total_steps = spec.batch.total_steps(train.len());
         let first_step = state.step;
         let mut trainer = Trainer {
-            gradients: policy.policy.devices().map(|_| Gradients::zeros(&policy)).collect(),
+            gradients: policy.policy.devices().map(|_| StepGradients::zeros(&policy)).collect(),
             order: (u64::MAX, Vec::new()),
             before_step: Default::default(),
             step_started: Instant::now(),
@@ -325,7 +325,7 @@ impl Trainer {
     ///
     /// # Errors
     /// Fails if the run cannot continue.
-    pub fn advance(&mut self, host: &mut Host) -> Result<Status, TrainError> {
+    pub fn advance(&mut self, host: &mut RunContext) -> Result<Status, TrainError> {
         match self.phase {
             Phase::Done => return Ok(Status::Finished),
             Phase::Step { done } => self.step_unit(done, host)?,
@@ -365,14 +365,14 @@ impl Trainer {
     }
 
     fn clear(&mut self) -> candle_core::Result<()> {
-        self.gradients.iter_mut().try_for_each(Gradients::clear)
+        self.gradients.iter_mut().try_for_each(StepGradients::clear)
     }
 
     /// Writes a checkpoint. If that fails, e.g. because the disk is full, the run waits and tries
     /// again for up to [`SAVE_RETRY_PERIOD`], in order not to lose the steps.
-    fn save_unit(&mut self, best: bool, host: &mut Host) -> Result<(), TrainError> {
+    fn save_unit(&mut self, best: bool, host: &mut RunContext) -> Result<(), TrainError> {
         if self.unsaved.is_some_and(|u| u.next > Instant::now()) {
-            (host.pause)();
+            (host.yield_point)();
             std::thread::sleep(SAVE_WAIT_SLEEP);
             return Ok(());
         }
@@ -401,7 +401,7 @@ impl Trainer {
 
     // One micro-batch, and the update after the step's last one.
 
-    fn step_unit(&mut self, done: usize, host: &mut Host) -> Result<(), TrainError> {
+    fn step_unit(&mut self, done: usize, host: &mut RunContext) -> Result<(), TrainError> {
         let (micro_batches, group) = self.micro_batch_counts();
         if done == 0 {
             self.clear()?;
@@ -429,7 +429,7 @@ impl Trainer {
 
     /// Handles the first out-of-memory error: halves the rows and turns on recomputation. Returns
     /// any other error, and a second one.
-    fn shorten(&mut self, e: TrainError, host: &mut Host) -> Result<(), TrainError> {
+    fn shorten(&mut self, e: TrainError, host: &mut RunContext) -> Result<(), TrainError> {
         if !e.is_out_of_memory() || std::mem::replace(&mut self.shortened, true) {
             return Err(e);
         }
@@ -437,7 +437,7 @@ impl Trainer {
         let size = self.spec.batch.batch_size;
         let lengths = Lengths::of(&self.train, size).max(Lengths::of(&self.eval, size));
         self.plan.row_tokens = (self.plan.row_tokens.min(lengths.micro_batch) / 2).max(1);
-        self.plan.keep = Keep::Inputs;
+        self.plan.save = SavePolicy::BlockInputs;
         let message = format!(
             "{e}; going on with rows of {} tokens and activation checkpointing",
             self.plan.row_tokens
@@ -470,7 +470,7 @@ impl Trainer {
             .collect()
     }
 
-    fn micro_batch(&mut self, scale: f64, host: &mut Host) -> Result<(), TrainError> {
+    fn micro_batch(&mut self, scale: f64, host: &mut RunContext) -> Result<(), TrainError> {
         let chosen = self.batch_rows();
         let pairs: Vec<&EncodedPair> = chosen.iter().map(|i| &self.train[*i]).collect();
         let row_tokens = self.plan.row_tokens;
@@ -483,7 +483,7 @@ impl Trainer {
             row_tokens,
         };
         let (loss, metrics) =
-            batch.train(self.plan.keep, scale, &mut self.gradients, host.pause)?;
+            batch.train(self.plan.save, scale, &mut self.gradients, host.yield_point)?;
         if !loss.is_finite() {
             return Err(self.non_finite("loss", loss, &chosen));
         }
@@ -644,10 +644,10 @@ fn references(
     reference: &Reference,
     pairs: &[&EncodedPair],
     row_tokens: usize,
-    host: &mut Host,
+    host: &mut RunContext,
 ) -> Result<Option<Vec<Arc<Logps>>>, TrainError> {
     let Some((policy, identity)) = reference.weights() else { return Ok(None) };
     let groups: Vec<Vec<SequenceGroup>> = pairs.iter().map(|p| p.groups()).collect();
     let items: Vec<&[SequenceGroup]> = groups.iter().map(Vec::as_slice).collect();
-    Ok(Some(host.cache.score(policy, identity, &items, row_tokens, host.pause)?))
+    Ok(Some(host.cache.score(policy, identity, &items, row_tokens, host.yield_point)?))
 }

@@ -16,8 +16,8 @@ use bradley::infer::scorer::score;
 use bradley::model::decoder::Policy;
 use bradley::train::checkpoint;
 use bradley::train::event::RunEvent;
-use bradley::train::host::Host;
 use bradley::train::reference::Reference;
+use bradley::train::run_context::RunContext;
 use bradley::train::trainable::TrainablePolicy;
 use bradley::train::trainer::{Status, Trainer, TrainerInput, tokens_until};
 

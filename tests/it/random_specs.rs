@@ -18,7 +18,7 @@ use bradley::model::parameters::Parameters;
 use bradley::model::params::{LoraTensor, ParamId, ParamRole, ParamSpec};
 use bradley::model::rope::{RopeConfig, RopeScaling};
 use bradley::model::spec::{
-    Activation, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm,
+    ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm,
 };
 use bradley::train::backprop::{Keep, backward, forward};
 use bradley::train::trainable::{Gradients, TrainablePolicy};
@@ -140,7 +140,7 @@ fn random_block(draw: &mut Draw, head_dim: usize) -> BlockSpec {
         feed_forward: FeedForward::Gated {
             // Whole panels of the kernels go another way than the rest.
             width: draw.pick(&[odd_width, 32, 64]),
-            activation: Activation::Silu,
+            activation: ActivationFunction::Silu,
             bias: draw.flag(),
         },
         feed_forward_norms: Norms::Pre,
@@ -182,7 +182,7 @@ fn draw_distinctions(draw: &mut Draw, spec: &mut ModelSpec) {
             attention.scale *= draw.number(0.5, 1.5) as f32;
         }
         let FeedForward::Gated { activation, .. } = &mut block.feed_forward;
-        *activation = draw.pick(&[Activation::Silu, Activation::GeluTanh]);
+        *activation = draw.pick(&[ActivationFunction::Silu, ActivationFunction::GeluTanh]);
     }
 }
 
@@ -531,7 +531,7 @@ fn the_seeds_draw_every_variant() {
     any("scores of another scale", &|c| {
         attention(c, &|a| a.scale != 1.0 / (a.head_dim as f32).sqrt())
     });
-    for wanted in [Activation::Silu, Activation::GeluTanh] {
+    for wanted in [ActivationFunction::Silu, ActivationFunction::GeluTanh] {
         let is = |b: &BlockSpec| {
             let FeedForward::Gated { activation, .. } = b.feed_forward;
             activation == wanted

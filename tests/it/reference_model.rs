@@ -8,7 +8,7 @@ use std::f64::consts::PI;
 use bradley::model::decoder::Policy;
 use bradley::model::params::{BlockParam, Linear, ParamId, params};
 use bradley::model::rope::{RopeConfig, RopeScaling};
-use bradley::model::spec::{Activation, FeedForward, ModelSpec, Norms};
+use bradley::model::spec::{ActivationFunction, FeedForward, ModelSpec, Norms};
 use candle_core::{DType, Tensor};
 
 /// Hidden states of a sequence: one vector for each token.
@@ -196,10 +196,10 @@ impl ReferenceModel {
 }
 
 /// An activation by its definition.
-fn activate(activation: Activation, x: f64) -> f64 {
+fn activate(activation: ActivationFunction, x: f64) -> f64 {
     match activation {
-        Activation::Silu => x / (1.0 + (-x).exp()),
-        Activation::GeluTanh => {
+        ActivationFunction::Silu => x / (1.0 + (-x).exp()),
+        ActivationFunction::GeluTanh => {
             0.5 * x * (1.0 + ((2.0 / PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
         }
     }

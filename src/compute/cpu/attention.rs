@@ -55,7 +55,7 @@ pub fn attention(
         let (b, head) = tasks[task];
         let block = &blocks[b];
         let (rows, columns) = (block.queries.len(), block.columns());
-        let mut s = Buffer::dirty(rows * columns);
+        let mut s = Buffer::uninit(rows * columns);
         let q = View::f32(&qkv[block.queries.start * row + head * heads.dim..], row);
         let q = Operand::new(kernel, q, rows, heads.dim, 1.0);
         over_keys(&q, &keys, head / group, block, &mut s);

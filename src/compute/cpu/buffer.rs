@@ -195,7 +195,7 @@ pub struct Buffer {
 impl Buffer {
     /// Allocates `len` values with **unspecified contents**. Callers must write every element
     /// before they read it.
-    pub fn dirty(len: usize) -> Self {
+    pub fn uninit(len: usize) -> Self {
         if len == 0 {
             return Buffer::default();
         }
@@ -208,7 +208,7 @@ impl Buffer {
 
     /// Allocates `len` zeros.
     pub fn zeros(len: usize) -> Self {
-        let mut b = Self::dirty(len);
+        let mut b = Self::uninit(len);
         b.fill(0.0);
         b
     }
@@ -216,7 +216,7 @@ impl Buffer {
     /// Copies `values` into a new buffer, with all threads.
     pub fn copy_of(values: &[f32]) -> Self {
         const PART: usize = 1 << 16;
-        let mut b = Self::dirty(values.len());
+        let mut b = Self::uninit(values.len());
         thread_pool::chunks(&mut b, PART, |i, to| {
             to.copy_from_slice(&values[i * PART..][..to.len()])
         });
@@ -295,7 +295,7 @@ mod tests {
     fn a_buffer_has_the_length_asked_for_and_zeros_are_zero() {
         for len in [0, 1, 4900, (1 << 16) + 1] {
             {
-                let mut b = Buffer::dirty(len);
+                let mut b = Buffer::uninit(len);
                 b.fill(7.0);
             }
             let b = Buffer::zeros(len);

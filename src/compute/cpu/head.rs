@@ -20,7 +20,7 @@ const TILE: usize = 512;
 const MAX_ROWS: usize = 128;
 /// Maximum number of probabilities that one row's head saves for the weight's gradient: 256 MiB of
 /// f32.
-pub const KEPT: usize = 1 << 26;
+pub const MAX_SAVED_PROBABILITIES: usize = 1 << 26;
 
 /// Returns the number of rows per task: every thread gets the same number of tasks, of about equal
 /// size, in whole strips of the kernel. No row's result depends on it.
@@ -99,16 +99,17 @@ impl SavedExponentials {
         let all = vocabulary.div_ceil(TILE);
         let tiles = (at_most / (rows.max(1) * TILE)).min(all);
         SavedExponentials {
-            exponentials: Buffer::dirty(tiles * rows * TILE),
-            maxima: Buffer::dirty(all * rows),
+            exponentials: Buffer::uninit(tiles * rows * TILE),
+            maxima: Buffer::uninit(all * rows),
         }
     }
 }
 
 /// Returns the size in bytes of the saved probabilities for `rows` rows with `predictors`
-/// predictors in all. Each row's head saves at most [`KEPT`] values.
-pub fn kept_bytes(rows: u64, predictors: u64, vocabulary: u64) -> u64 {
-    size_of::<f32>() as u64 * (predictors * vocabulary).min(rows.saturating_mul(KEPT as u64))
+/// predictors in all. Each row's head saves at most [`MAX_SAVED_PROBABILITIES`] values.
+pub fn saved_bytes(rows: u64, predictors: u64, vocabulary: u64) -> u64 {
+    size_of::<f32>() as u64
+        * (predictors * vocabulary).min(rows.saturating_mul(MAX_SAVED_PROBABILITIES as u64))
 }
 
 /// State of a row's online softmax.
@@ -201,7 +202,7 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
     let mut running = vec![EMPTY_SOFTMAX; rows];
     let per_task = rows_per_task(kernel, rows);
-    let mut gradient = Buffer::dirty(if options.gradient { rows * hidden } else { 0 });
+    let mut gradient = Buffer::uninit(if options.gradient { rows * hidden } else { 0 });
     let mut saved = options.trained.map_or_else(SavedExponentials::default, |at_most| {
         SavedExponentials::new(rows, vocabulary, at_most)
     });
@@ -212,7 +213,7 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
             (Shared(saved.exponentials.as_mut_ptr()), Shared(saved.maxima.as_mut_ptr()));
         thread_pool::chunks(&mut running, per_task, |i, running| {
             let (first, n) = (i * per_task, running.len());
-            let mut passing = Buffer::dirty(if is_saved { 0 } else { n * TILE });
+            let mut passing = Buffer::uninit(if is_saved { 0 } else { n * TILE });
             let place = tile.first / TILE * rows + first;
             let logits = if is_saved {
                 // SAFETY: the saved exponentials have all rows of this tile, and this task alone
@@ -343,7 +344,7 @@ pub fn head_weight_gradient(
         add(tile, width, errors);
     }
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
-    let mut errors = Buffer::dirty(rows * TILE);
+    let mut errors = Buffer::uninit(rows * TILE);
     for_each_tile(kernel, w, saved * TILE, false, |part| {
         let tile = part.first / TILE;
         thread_pool::chunks(&mut errors, per_task * TILE, |i, errors| {
@@ -386,8 +387,8 @@ fn for_each_tile(
     let (vocabulary, hidden) = (w.rows(), w.columns());
     let depth = kernel.depth(hidden);
     let sums = if gradient { hidden.div_ceil(NR) } else { 0 };
-    let mut across = Buffer::dirty(TILE * depth);
-    let mut along = Buffer::dirty(sums * NR * kernel.depth(TILE));
+    let mut across = Buffer::uninit(TILE * depth);
+    let mut along = Buffer::uninit(sums * NR * kernel.depth(TILE));
     for first in (from..vocabulary).step_by(TILE) {
         let width = TILE.min(vocabulary - first);
         let k = kernel.depth(width);

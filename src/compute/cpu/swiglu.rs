@@ -11,7 +11,7 @@ use super::thread_pool;
 
 /// Activation function of the gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
+pub enum ActivationFunction {
     /// x·σ(x).
     Silu,
     /// GELU with its tanh approximation, x·σ(2·√(2/π)·(x + 0.044715·x³)).
@@ -65,13 +65,13 @@ impl Gate for GeluTanh {
 /// Computes the operand y `[T, F]` from `[gate | up]` `[T, 2F]`, with F = `width`.
 pub fn gated(
     kernel: Kernel,
-    activation: Activation,
+    activation: ActivationFunction,
     gate_up: &[f32],
     width: usize,
 ) -> Operand<'static> {
     match activation {
-        Activation::Silu => gated_by::<Silu>(kernel, gate_up, width),
-        Activation::GeluTanh => gated_by::<GeluTanh>(kernel, gate_up, width),
+        ActivationFunction::Silu => gated_by::<Silu>(kernel, gate_up, width),
+        ActivationFunction::GeluTanh => gated_by::<GeluTanh>(kernel, gate_up, width),
     }
 }
 
@@ -91,10 +91,15 @@ fn gated_by<G: Gate>(kernel: Kernel, gate_up: &[f32], width: usize) -> Operand<'
 
 /// Replaces `[gate | up]` `[T, 2F]` by its gradient for the upstream gradient `g` `[T, F]`. With s
 /// = σ(u(gate)): d_up = g·gate·s, d_gate = g·up·s·(1 + gate·u'(gate)·(1 − s)).
-pub fn gated_backward(activation: Activation, gate_up: &mut [f32], width: usize, g: &[f32]) {
+pub fn gated_backward(
+    activation: ActivationFunction,
+    gate_up: &mut [f32],
+    width: usize,
+    g: &[f32],
+) {
     match activation {
-        Activation::Silu => gated_by_backward::<Silu>(gate_up, width, g),
-        Activation::GeluTanh => gated_by_backward::<GeluTanh>(gate_up, width, g),
+        ActivationFunction::Silu => gated_by_backward::<Silu>(gate_up, width, g),
+        ActivationFunction::GeluTanh => gated_by_backward::<GeluTanh>(gate_up, width, g),
     }
 }
 
@@ -118,7 +123,7 @@ fn gated_by_backward<G: Gate>(gate_up: &mut [f32], width: usize, g: &[f32]) {
 }
 
 /// Saved `[gate | up]` `[T, 2F]` for the backward pass.
-pub enum GateUp {
+pub enum GateUpTape {
     /// As computed.
     F32(Buffer),
     /// Rounded to bf16, which takes half the memory. Used with bf16 kernels when only an adapter is
@@ -128,28 +133,28 @@ pub enum GateUp {
 
 /// Format in which `[gate | up]` is saved for the backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KeepGateUp {
+pub enum SavedGateUp {
     /// Not saved.
-    No,
-    /// [`GateUp::F32`].
+    Nothing,
+    /// [`GateUpTape::F32`].
     F32,
-    /// [`GateUp::Bf16`]; for bf16 kernels only.
+    /// [`GateUpTape::Bf16`]; for bf16 kernels only.
     Bf16,
 }
 
-impl KeepGateUp {
+impl SavedGateUp {
     /// Returns the format for a tape. With a bf16 kernel and only an adapter to train, rounded
     /// values are enough.
     pub fn for_tape(kernel: Kernel, is_adapted: bool) -> Self {
-        if kernel.is_bf16() && is_adapted { KeepGateUp::Bf16 } else { KeepGateUp::F32 }
+        if kernel.is_bf16() && is_adapted { SavedGateUp::Bf16 } else { SavedGateUp::F32 }
     }
 
     /// Returns the memory saved per token, in f32 values, for F = `width`.
     pub fn floats(self, width: usize) -> usize {
         match self {
-            KeepGateUp::No => 0,
-            KeepGateUp::F32 => 2 * width,
-            KeepGateUp::Bf16 => width,
+            SavedGateUp::Nothing => 0,
+            SavedGateUp::F32 => 2 * width,
+            SavedGateUp::Bf16 => width,
         }
     }
 }
@@ -161,19 +166,19 @@ pub fn forward_floats(width: usize) -> usize {
 }
 
 /// Returns the f32 values per token that the backward pass needs in addition to the tape: y, its
-/// gradient and their operands. With [`KeepGateUp::Bf16`] there are only rounded operands, written
+/// gradient and their operands. With [`SavedGateUp::Bf16`] there are only rounded operands, written
 /// tile by tile.
-pub fn backward_floats(width: usize, tape: KeepGateUp) -> usize {
+pub fn backward_floats(width: usize, tape: SavedGateUp) -> usize {
     match tape {
-        KeepGateUp::Bf16 => 3 * width / 2,
-        KeepGateUp::F32 | KeepGateUp::No => 2 * width,
+        SavedGateUp::Bf16 => 3 * width / 2,
+        SavedGateUp::F32 | SavedGateUp::Nothing => 2 * width,
     }
 }
 
 /// Computes y = activation(gate) ⊙ up tile by tile. The full gate and up matrices exist only if
 /// they are saved for the backward pass.
 pub struct GatedTiles {
-    activation: Activation,
+    activation: ActivationFunction,
     tokens: usize,
     width: usize,
     y: TiledOperand,
@@ -185,16 +190,16 @@ impl GatedTiles {
     /// Allocates the outputs for `tokens` tokens and F = `width`, a multiple of [`NR`].
     pub fn new(
         kernel: Kernel,
-        activation: Activation,
+        activation: ActivationFunction,
         (tokens, width): (usize, usize),
-        format: KeepGateUp,
+        format: SavedGateUp,
     ) -> Self {
         assert!(width.is_multiple_of(NR), "gated: the width {width} is not a multiple of {NR}");
-        let mut saved = (format == KeepGateUp::F32)
-            .then(|| (Buffer::dirty(tokens * 2 * width), Shared(std::ptr::null_mut())));
+        let mut saved = (format == SavedGateUp::F32)
+            .then(|| (Buffer::uninit(tokens * 2 * width), Shared(std::ptr::null_mut())));
         saved.iter_mut().for_each(|(buffer, at)| *at = Shared(buffer.as_mut_ptr()));
         let rounded =
-            (format == KeepGateUp::Bf16).then(|| TiledOperand::new(kernel, tokens, 2 * width));
+            (format == SavedGateUp::Bf16).then(|| TiledOperand::new(kernel, tokens, 2 * width));
         GatedTiles {
             activation,
             tokens,
@@ -239,17 +244,17 @@ impl GatedTiles {
             }
         }
         match self.activation {
-            Activation::Silu => multiply::<Silu>(up, gate),
-            Activation::GeluTanh => multiply::<GeluTanh>(up, gate),
+            ActivationFunction::Silu => multiply::<Silu>(up, gate),
+            ActivationFunction::GeluTanh => multiply::<GeluTanh>(up, gate),
         }
         // SAFETY: guaranteed by the caller.
         unsafe { self.y.write(rows, columns.start, width, up) };
     }
 
     /// Returns y and the saved `[gate | up]`, if requested.
-    pub fn finish(self) -> (Operand<'static>, Option<GateUp>) {
-        let rounded = self.rounded.map(|r| GateUp::Bf16(r.operand()));
-        (self.y.operand(), rounded.or(self.saved.map(|(buffer, _)| GateUp::F32(buffer))))
+    pub fn finish(self) -> (Operand<'static>, Option<GateUpTape>) {
+        let rounded = self.rounded.map(|r| GateUpTape::Bf16(r.operand()));
+        (self.y.operand(), rounded.or(self.saved.map(|(buffer, _)| GateUpTape::F32(buffer))))
     }
 }
 
@@ -268,7 +273,7 @@ fn multiply<G: Gate>(up: &mut [f32], gate: &[f32]) {
 /// Computes the gradients of gate and up, as [`gated_backward`] does, and y again. Works tile by
 /// tile from the saved rounded `[gate | up]` and the upstream gradient.
 pub struct GradientTiles<'a> {
-    activation: Activation,
+    activation: ActivationFunction,
     saved: &'a Operand<'static>,
     width: usize,
     y: TiledOperand,
@@ -278,7 +283,7 @@ pub struct GradientTiles<'a> {
 
 impl<'a> GradientTiles<'a> {
     /// Allocates the outputs for the `[gate | up]` that [`GatedTiles`] saved, with F = `width`.
-    pub fn new(saved: &'a Operand<'static>, activation: Activation, width: usize) -> Self {
+    pub fn new(saved: &'a Operand<'static>, activation: ActivationFunction, width: usize) -> Self {
         let tiled = || TiledOperand::new(saved.kernel(), saved.rows(), width);
         GradientTiles { activation, saved, width, y: tiled(), gate: tiled(), up: tiled() }
     }
@@ -291,8 +296,8 @@ impl<'a> GradientTiles<'a> {
         // SAFETY: guaranteed by the caller.
         unsafe {
             match self.activation {
-                Activation::Silu => self.take_by::<Silu>(rows, columns, g),
-                Activation::GeluTanh => self.take_by::<GeluTanh>(rows, columns, g),
+                ActivationFunction::Silu => self.take_by::<Silu>(rows, columns, g),
+                ActivationFunction::GeluTanh => self.take_by::<GeluTanh>(rows, columns, g),
             }
         }
     }

@@ -5,11 +5,11 @@ use candle_core::{D, DType, Device, Tensor};
 
 use super::attention::{Heads, attention, attention_backward};
 use super::gemm::{Elements, Kernel, NR, Operand, View, WeightView};
-use super::head::{HeadInput, HeadOptions, KEPT, head, head_weight_gradient};
+use super::head::{HeadInput, HeadOptions, MAX_SAVED_PROBABILITIES, head, head_weight_gradient};
 use super::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm, rms_norm_backward};
 use super::rope::{Direction, RopeTable, rotate};
 use super::swiglu::{
-    Activation, GateUp, GatedTiles, GradientTiles, KeepGateUp, gated, gated_backward,
+    ActivationFunction, GateUpTape, GatedTiles, GradientTiles, SavedGateUp, gated, gated_backward,
 };
 use crate::compute::layout::RowLayout;
 use crate::math::rng::kaiming_uniform;
@@ -146,8 +146,8 @@ fn gated_units_match_their_formulas_and_their_differences() {
         let gate = t.narrow(1, 0, 40).unwrap();
         // candle's GELU is the tanh approximation.
         let active = match activation {
-            Activation::Silu => gate.silu().unwrap(),
-            Activation::GeluTanh => gate.gelu().unwrap(),
+            ActivationFunction::Silu => gate.silu().unwrap(),
+            ActivationFunction::GeluTanh => gate.gelu().unwrap(),
         };
         let plain = (active * t.narrow(1, 40, 40).unwrap()).unwrap();
         assert!(relative(&product(&x), &values(&plain)) < 1e-6, "{activation:?}");
@@ -172,7 +172,8 @@ fn the_ends_of_the_activations_are_finite() {
     }
 }
 
-const ACTIVATIONS: [Activation; 2] = [Activation::Silu, Activation::GeluTanh];
+const ACTIVATIONS: [ActivationFunction; 2] =
+    [ActivationFunction::Silu, ActivationFunction::GeluTanh];
 
 /// Calls `f` with `[T, F]` matrices tile by tile, as `matmul_tiles` does.
 fn by_tiles<const P: usize>(
@@ -222,9 +223,9 @@ fn gating_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
                 })
                 .collect()
         };
-        let formats = [KeepGateUp::No, KeepGateUp::F32, KeepGateUp::Bf16]
+        let formats = [SavedGateUp::Nothing, SavedGateUp::F32, SavedGateUp::Bf16]
             .into_iter()
-            .filter(|k| rounds || *k != KeepGateUp::Bf16);
+            .filter(|k| rounds || *k != SavedGateUp::Bf16);
         for (format, activation) in
             formats.flat_map(|format| ACTIVATIONS.map(|activation| (format, activation)))
         {
@@ -240,16 +241,16 @@ fn gating_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
                 "{kernel:?} {activation:?} {format:?}"
             );
             match (saved, format) {
-                (None, KeepGateUp::No) => {}
-                (Some(GateUp::F32(saved)), KeepGateUp::F32) => {
+                (None, SavedGateUp::Nothing) => {}
+                (Some(GateUpTape::F32(saved)), SavedGateUp::F32) => {
                     assert_eq!(saved[..], x[..], "{kernel:?}")
                 }
-                (Some(GateUp::Bf16(saved)), KeepGateUp::Bf16) => {
+                (Some(GateUpTape::Bf16(saved)), SavedGateUp::Bf16) => {
                     let rounded =
                         Operand::new(kernel, View::f32(&x, 2 * width), tokens, 2 * width, 1.0);
                     assert_eq!(bits(&saved, 2 * width), bits(&rounded, 2 * width), "{kernel:?}");
                 }
-                _ => panic!("{kernel:?} keeps something else for {format:?}"),
+                _ => panic!("{kernel:?} saves something else for {format:?}"),
             }
         }
     }
@@ -447,7 +448,7 @@ fn log_prob_gradients_match_differences_for_a_frozen_and_a_trainable_head() {
     let u = random(rows, 21);
     for kernel in kernels() {
         // Save all probabilities, those of the first tiles, or none.
-        let gradients = [KEPT, rows * 1024, 0].map(|saved| {
+        let gradients = [MAX_SAVED_PROBABILITIES, rows * 1024, 0].map(|saved| {
             let options = HeadOptions { distribution: false, gradient: true, trained: Some(saved) };
             let mut out = head(head_input(kernel, &h, &w, hidden, &targets), options);
             let mut dw = vec![0f32; w.len()];

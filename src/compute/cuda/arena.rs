@@ -26,7 +26,7 @@ const MIN_CHUNKS: usize = 512;
 const ALIGNMENT: usize = 512;
 
 /// Device memory, free and in use.
-pub(super) struct Arena {
+pub(super) struct DeviceArena {
     source: Source,
     live_bytes: usize,
     peak_bytes: usize,
@@ -44,7 +44,7 @@ enum Source {
     },
 }
 
-impl Arena {
+impl DeviceArena {
     /// Opens the arena of GPU `ordinal`, which has `total` bytes. The GPU's context must be
     /// current.
     pub fn open(ordinal: usize, total: usize, reserve: usize, can_map: bool) -> Self {
@@ -61,7 +61,7 @@ impl Arena {
             );
             Source::Pieces { free: BTreeMap::new(), free_bytes: 0 }
         });
-        Arena { source, live_bytes: 0, peak_bytes: 0, reserve }
+        DeviceArena { source, live_bytes: 0, peak_bytes: 0, reserve }
     }
 
     /// Allocates at least `bytes` bytes. Returns the address and the allocated size in bytes.

@@ -13,7 +13,7 @@ use candle_core::{Result, bail};
 use cudarc::cublas::{result as blas, sys as blas_sys};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result as driver, sys as driver_sys};
 
-use super::arena::Arena;
+use super::arena::DeviceArena;
 use super::kernels::{self, Arg, Kind, Launch};
 use super::staging::Staging;
 use crate::compute::out_of_memory::OutOfMemory;
@@ -34,7 +34,7 @@ pub struct Gpu {
     blas: Mutex<Blas>,
     module: driver_sys::CUmodule,
     functions: HashMap<(&'static str, Option<Kind>), driver_sys::CUfunction>,
-    arena: Mutex<Arena>,
+    arena: Mutex<DeviceArena>,
     staging: Mutex<Staging>,
     lost: AtomicBool,
     name: String,
@@ -216,7 +216,7 @@ impl Gpu {
         let total = context.total_mem().map_err(|e| failed("reading its memory size", e))?;
         let maps = driver_sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED;
         let can_map = context.attribute(maps).is_ok_and(|supported| supported != 0);
-        let arena = Arena::open(ordinal, total, total / RESERVE_DIVISOR, can_map);
+        let arena = DeviceArena::open(ordinal, total, total / RESERVE_DIVISOR, can_map);
         let staging =
             Mutex::new(Staging::open().map_err(|e| failed("allocating page-locked memory", e))?);
         tracing::info!(gpu = name, ordinal, capability = format!("{major}.{minor}"), "GPU opened");
@@ -286,7 +286,7 @@ impl Gpu {
         self.context.bind_to_thread().map_err(|e| self.record_error("binding the GPU's context", e))
     }
 
-    fn arena(&self) -> MutexGuard<'_, Arena> {
+    fn arena(&self) -> MutexGuard<'_, DeviceArena> {
         self.arena.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -305,7 +305,7 @@ impl Gpu {
     }
 
     /// Allocates `len` elements with **unspecified contents**.
-    pub fn dirty(self: &Arc<Self>, kind: Kind, len: usize) -> Result<Memory> {
+    pub fn uninit(self: &Arc<Self>, kind: Kind, len: usize) -> Result<Memory> {
         let bytes = len * kind.bytes();
         let found = self.arena().allocate(bytes);
         let (address, size) = match found {
@@ -357,7 +357,7 @@ impl Gpu {
 
     /// Allocates `len` zeros.
     pub fn zeros(self: &Arc<Self>, kind: Kind, len: usize) -> Result<Memory> {
-        let memory = self.dirty(kind, len)?;
+        let memory = self.uninit(kind, len)?;
         self.clear(&memory)?;
         Ok(memory)
     }
@@ -373,7 +373,7 @@ impl Gpu {
     /// Copies host values to new device memory. `T` must be as wide as an element.
     pub fn upload<T: Copy>(self: &Arc<Self>, kind: Kind, values: &[T]) -> Result<Memory> {
         debug_assert_eq!(size_of::<T>(), kind.bytes());
-        let memory = self.dirty(kind, values.len())?;
+        let memory = self.uninit(kind, values.len())?;
         self.write(&memory, 0, values)?;
         Ok(memory)
     }
@@ -413,7 +413,7 @@ impl Gpu {
 
     /// Copies the memory on the device.
     fn copy(self: &Arc<Self>, from: &Memory) -> Result<Memory> {
-        let to = self.dirty(from.kind, from.len)?;
+        let to = self.uninit(from.kind, from.len)?;
         let bytes = from.len * from.kind.bytes();
         // SAFETY: both are that long.
         unsafe {

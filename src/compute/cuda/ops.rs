@@ -18,7 +18,7 @@ use super::kernels::Kind::{Bf16, F32};
 use super::kernels::{Arg, AttentionPass, Kind, Launch, tensor_core_kernel};
 use crate::compute::cpu::attention::Heads;
 use crate::compute::cpu::rope::Direction;
-use crate::compute::cpu::swiglu::Activation;
+use crate::compute::cpu::swiglu::ActivationFunction;
 
 /// Number of floats in a row's softmax state (`State` in head.cu).
 pub(crate) const SOFTMAX_STATE: usize = 8;
@@ -117,7 +117,7 @@ fn check_columns(kernel: &str, operand: &str, end: usize, stride: usize) -> Resu
 /// Position of heads of equal width in the rows of a matrix: head h of row r starts at element
 /// r·stride + first + h·dim.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct HeadColumns {
+pub(crate) struct HeadLayout {
     pub rows: usize,
     pub stride: usize,
     pub first: usize,
@@ -125,7 +125,7 @@ pub(crate) struct HeadColumns {
     pub dim: usize,
 }
 
-impl HeadColumns {
+impl HeadLayout {
     /// Checks that the heads lie inside the rows and returns the number of elements of the matrix.
     fn elements(&self, kernel: &str, operand: &str) -> Result<usize> {
         check_columns(kernel, operand, self.first + self.heads * self.dim, self.stride)?;
@@ -260,10 +260,10 @@ pub(crate) fn rope(
     x: &Memory,
     cos: &Memory,
     sin: &Memory,
-    heads: HeadColumns,
+    heads: HeadLayout,
     direction: Direction,
 ) -> Result<()> {
-    let HeadColumns { rows, stride, first, heads: count, dim } = heads;
+    let HeadLayout { rows, stride, first, heads: count, dim } = heads;
     if first != 0 {
         bail!("CUDA: rope: heads must start at column 0, not {first}");
     }
@@ -297,14 +297,14 @@ pub(crate) fn rope(
 /// 2·width]`.
 pub(crate) fn gated(
     gpu: &Gpu,
-    activation: Activation,
+    activation: ActivationFunction,
     y: &Memory,
     gate_up: &Memory,
     width: usize,
 ) -> Result<()> {
     let kernel = match activation {
-        Activation::Silu => "swiglu",
-        Activation::GeluTanh => "geglu",
+        ActivationFunction::Silu => "swiglu",
+        ActivationFunction::GeluTanh => "geglu",
     };
     let tokens = count_rows(kernel, "y", y.len(), width)?;
     check(kernel, &[("gate_up", gate_up, y.kind(), 2 * y.len())])?;
@@ -315,14 +315,14 @@ pub(crate) fn gated(
 /// Replaces gate_up by its gradient, given the gradient of y, `gy` `[T, width]`.
 pub(crate) fn gated_backward(
     gpu: &Gpu,
-    activation: Activation,
+    activation: ActivationFunction,
     gate_up: &Memory,
     gy: &Memory,
     width: usize,
 ) -> Result<()> {
     let kernel = match activation {
-        Activation::Silu => "swiglu_backward",
-        Activation::GeluTanh => "geglu_backward",
+        ActivationFunction::Silu => "swiglu_backward",
+        ActivationFunction::GeluTanh => "geglu_backward",
     };
     let tokens = count_rows(kernel, "gy", gy.len(), width)?;
     check(kernel, &[("gate_up", gate_up, gy.kind(), 2 * gy.len())])?;
@@ -449,10 +449,10 @@ pub(crate) fn head_norm(
     gpu: &Gpu,
     x: &Memory,
     w: &Memory,
-    heads: HeadColumns,
+    heads: HeadLayout,
     eps: f32,
 ) -> Result<()> {
-    let HeadColumns { rows, stride, first, heads: count, dim } = heads;
+    let HeadLayout { rows, stride, first, heads: count, dim } = heads;
     check(
         "head_norm",
         &[("x", x, x.kind(), heads.elements("head_norm", "x")?), ("w", w, F32, dim)],
@@ -489,9 +489,9 @@ pub(crate) struct HeadNormBackward<'a> {
 pub(crate) fn head_norm_backward(
     gpu: &Gpu,
     n: HeadNormBackward<'_>,
-    heads: HeadColumns,
+    heads: HeadLayout,
 ) -> Result<()> {
-    let HeadColumns { rows, stride, first, heads: count, dim } = heads;
+    let HeadLayout { rows, stride, first, heads: count, dim } = heads;
     let (kind, len, parts) =
         (n.g.kind(), heads.elements("head_norm_backward", "g")?, weight_partials(heads.items()));
     check(

@@ -25,7 +25,7 @@ const TOKENS: usize = 64;
 const LENGTHS: Lengths = Lengths { longest: 64, micro_batch: 128 };
 
 /// Returns the models of a server with this precision: two are stored in f32, one in bf16.
-fn bases(precision: Precision) -> Bases {
+fn base_models(precision: Precision) -> BaseModels {
     let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models");
     let load = |(id, folder): (&str, &str)| {
         load_model(Some(id), goldens.join(folder).to_str().unwrap(), &HubOptions::default())
@@ -33,7 +33,7 @@ fn bases(precision: Precision) -> Bases {
     };
     let models =
         [("tiny", "llama"), ("other", "qwen2-ref"), ("stored_in_bf16", "llama-bf16")].map(load);
-    Bases::load(models.into(), ComputeDevice::Cpu, "cpu", precision).unwrap()
+    BaseModels::load(models.into(), ComputeDevice::Cpu, "cpu", precision).unwrap()
 }
 
 fn model(id: &str) -> WeightsRef {
@@ -54,12 +54,12 @@ fn lora(precision: Precision) -> TrainingSpec {
 
 /// Returns the bytes on the CPU, and the bytes of GPU and host with a GPU.
 fn needs(
-    bases: &Bases,
+    base_models: &BaseModels,
     model: &str,
     reference: Option<&WeightsRef>,
     spec: &TrainingSpec,
 ) -> (u64, (u64, u64)) {
-    let of = |memory| extra(bases, model, reference, spec, LENGTHS, memory).unwrap();
+    let of = |memory| extra(base_models, model, reference, spec, LENGTHS, memory).unwrap();
     let (cpu, gpu) = (of(MemoryKind::Host), of(MemoryKind::Gpu));
     assert_eq!(cpu.host, 0, "the CPU's memory is the machine's");
     (cpu.device, (gpu.device, gpu.host))
@@ -67,58 +67,67 @@ fn needs(
 
 #[test]
 fn weights_as_they_are_in_memory_are_not_copied() {
-    let bases = bases(Precision::Bf16);
+    let base_models = base_models(Precision::Bf16);
     let spec = lora(Precision::Bf16);
-    assert_eq!(needs(&bases, "tiny", Some(&model("tiny")), &spec), (0, (0, 0)));
-    assert_eq!(needs(&bases, "tiny", Some(&model("other")), &spec), (0, (0, 0)));
-    assert_eq!(needs(&bases, "tiny", None, &spec), (0, (0, 0)));
+    assert_eq!(needs(&base_models, "tiny", Some(&model("tiny")), &spec), (0, (0, 0)));
+    assert_eq!(needs(&base_models, "tiny", Some(&model("other")), &spec), (0, (0, 0)));
+    assert_eq!(needs(&base_models, "tiny", None, &spec), (0, (0, 0)));
 }
 
 #[test]
 fn weights_that_must_not_be_rounded_are_copied_of_each_model_once() {
-    let bases = bases(Precision::Bf16);
-    let parameters = |id: &str| bases.get(id).unwrap().info.parameters;
+    let base_models = base_models(Precision::Bf16);
+    let parameters = |id: &str| base_models.get(id).unwrap().info.parameters;
     let (tiny, other, stored) =
         (parameters("tiny"), parameters("other"), parameters("stored_in_bf16"));
     assert_ne!(tiny, other);
     let run = lora(Precision::F32);
     // The policy and the reference share frozen weights.
-    assert_eq!(needs(&bases, "tiny", Some(&model("tiny")), &run), (4 * tiny, (4 * tiny, 4 * tiny)));
+    assert_eq!(
+        needs(&base_models, "tiny", Some(&model("tiny")), &run),
+        (4 * tiny, (4 * tiny, 4 * tiny))
+    );
     let both = 4 * (tiny + other);
-    assert_eq!(needs(&bases, "tiny", Some(&model("other")), &run), (both, (both, both)));
+    assert_eq!(needs(&base_models, "tiny", Some(&model("other")), &run), (both, (both, both)));
     // Weights stored in bf16 are never rounded, but a GPU still needs an f32 copy.
     assert_eq!(
-        needs(&bases, "stored_in_bf16", Some(&model("stored_in_bf16")), &run),
+        needs(&base_models, "stored_in_bf16", Some(&model("stored_in_bf16")), &run),
         (0, (4 * stored, 0))
     );
     // The plan of full fine-tuning includes the policy's weights, but not those of a frozen
     // reference.
     let run = spec(Method::Full, Precision::F32);
-    assert_eq!(needs(&bases, "tiny", Some(&model("tiny")), &run), (4 * tiny, (4 * tiny, 4 * tiny)));
-    assert_eq!(needs(&bases, "tiny", None, &run), (0, (4 * tiny, 0)));
+    assert_eq!(
+        needs(&base_models, "tiny", Some(&model("tiny")), &run),
+        (4 * tiny, (4 * tiny, 4 * tiny))
+    );
+    assert_eq!(needs(&base_models, "tiny", None, &run), (0, (4 * tiny, 0)));
 }
 
 #[test]
 fn a_server_in_f32_copies_nothing_on_the_cpu_and_a_gpu_has_weights_in_each_precision() {
-    let bases = bases(Precision::F32);
-    let parameters = |id: &str| bases.get(id).unwrap().info.parameters;
+    let base_models = base_models(Precision::F32);
+    let parameters = |id: &str| base_models.get(id).unwrap().info.parameters;
     let run = lora(Precision::Bf16);
-    assert_eq!(needs(&bases, "tiny", Some(&model("tiny")), &run), (0, (2 * parameters("tiny"), 0)));
+    assert_eq!(
+        needs(&base_models, "tiny", Some(&model("tiny")), &run),
+        (0, (2 * parameters("tiny"), 0))
+    );
     let both = 2 * (parameters("tiny") + parameters("other"));
-    assert_eq!(needs(&bases, "tiny", Some(&model("other")), &run), (0, (both, 0)));
+    assert_eq!(needs(&base_models, "tiny", Some(&model("other")), &run), (0, (both, 0)));
 }
 
 #[test]
 fn a_moving_reference_is_in_memory_twice_while_the_policy_is_mixed_in() {
     for server in [Precision::F32, Precision::Bf16] {
-        let bases = bases(server);
-        let tiny = bases.get("tiny").unwrap().info.parameters;
+        let base_models = base_models(server);
+        let tiny = base_models.get("tiny").unwrap().info.parameters;
         let mut run = spec(Method::Full, server);
         run.dpo.reference_sync = Some(ReferenceSync { alpha: 0.5, every_steps: 1 });
         let on_gpu = weight_bytes(server) * tiny;
         for reference in [model("tiny"), full("tiny")] {
             assert_eq!(
-                needs(&bases, "tiny", Some(&reference), &run),
+                needs(&base_models, "tiny", Some(&reference), &run),
                 (8 * tiny, (on_gpu, 8 * tiny)),
                 "{server:?}"
             );
@@ -128,19 +137,25 @@ fn a_moving_reference_is_in_memory_twice_while_the_policy_is_mixed_in() {
 
 #[test]
 fn a_full_checkpoint_as_the_reference_has_weights_of_its_own() {
-    let bases = bases(Precision::Bf16);
-    let tiny = bases.get("tiny").unwrap().info.parameters;
+    let base_models = base_models(Precision::Bf16);
+    let tiny = base_models.get("tiny").unwrap().info.parameters;
     let reference = full("tiny");
     let run = spec(Method::Full, Precision::Bf16);
-    assert_eq!(needs(&bases, "tiny", Some(&reference), &run), (2 * tiny, (2 * tiny, 2 * tiny)));
+    assert_eq!(
+        needs(&base_models, "tiny", Some(&reference), &run),
+        (2 * tiny, (2 * tiny, 2 * tiny))
+    );
     // In f32 it is loaded unrounded, in addition to the policy's own frozen weights.
     let run = lora(Precision::F32);
-    assert_eq!(needs(&bases, "tiny", Some(&reference), &run), (8 * tiny, (8 * tiny, 8 * tiny)));
+    assert_eq!(
+        needs(&base_models, "tiny", Some(&reference), &run),
+        (8 * tiny, (8 * tiny, 8 * tiny))
+    );
     // An objective without a reference needs no memory for one.
     let mut run = spec(Method::Full, Precision::Bf16);
     run.dpo.losses[0].loss = LossType::Simpo;
     run.dpo.reference_free = true;
-    assert_eq!(needs(&bases, "tiny", Some(&reference), &run), (0, (0, 0)));
+    assert_eq!(needs(&base_models, "tiny", Some(&reference), &run), (0, (0, 0)));
 }
 
 #[test]
@@ -253,11 +268,11 @@ fn a_run_starts_in_exactly_the_memory_that_its_estimate_names_and_is_refused_wit
 /// leaner than the plan that the whole memory would allow.
 #[test]
 fn a_plan_has_the_memory_that_copies_of_weights_leave() {
-    let bases = bases(Precision::Bf16);
-    let config = &bases.get("tiny").unwrap().policy.config;
+    let base_models = base_models(Precision::Bf16);
+    let config = &base_models.get("tiny").unwrap().policy.config;
     let run = lora(Precision::F32);
     assert_eq!(run.batch.activation_checkpointing, ActivationCheckpointing::Auto);
-    let extra = extra(&bases, "tiny", Some(&model("tiny")), &run, LENGTHS, MemoryKind::Host)
+    let extra = extra(&base_models, "tiny", Some(&model("tiny")), &run, LENGTHS, MemoryKind::Host)
         .unwrap()
         .device;
     let plan = |available| estimate::plan(config, &run, LENGTHS, available, MemoryKind::Host);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::*;
 use crate::domain::dpo::ReferenceSync;
 use crate::domain::training::TrainingSpec;
-use crate::engine::scoring::tests::{base, bases, pair};
+use crate::engine::scoring::tests::{base, base_models, pair};
 use crate::train::estimate::{Lengths, MemoryKind, plan};
 
 fn run() -> TrainingRun {
@@ -29,10 +29,15 @@ fn run() -> TrainingRun {
 #[test]
 fn a_moving_reference_starts_from_unrounded_weights_on_every_server() {
     let identity = |stored: Precision| {
-        let bases = bases(stored);
+        let base_models = base_models(stored);
         let exact = ExactWeights {
-            bases: &bases,
-            read: read_exact(&models_to_read(&run(), &bases), &bases, &Default::default()).unwrap(),
+            base_models: &base_models,
+            read: read_exact(
+                &models_to_read(&run(), &base_models),
+                &base_models,
+                &Default::default(),
+            )
+            .unwrap(),
         };
         assert_eq!(
             exact.read.len(),
@@ -40,7 +45,7 @@ fn a_moving_reference_starts_from_unrounded_weights_on_every_server() {
             "read where the ones in memory are rounded"
         );
         let moving =
-            reference(&run(), &exact, &mut Residents::new(1), Precision::F32, &Arc::default());
+            reference(&run(), &exact, &mut PolicyCache::new(1), Precision::F32, &Arc::default());
         moving.unwrap().weights().unwrap().1.to_owned()
     };
     assert_eq!(identity(Precision::F32), identity(Precision::Bf16));
@@ -49,19 +54,19 @@ fn a_moving_reference_starts_from_unrounded_weights_on_every_server() {
 
 #[test]
 fn a_run_starts_with_its_leanest_plan_and_with_none_below() {
-    let bases = bases(Precision::F32);
+    let base_models = base_models(Precision::F32);
     let start = |memory| {
         let mut run = TrainingRun { train: vec![pair(40); 3], ..run() };
         prepare(
             &mut run,
-            &bases,
+            &base_models,
             ExactBases::new(),
-            &mut Residents::new(1),
+            &mut PolicyCache::new(1),
             memory,
             &Arc::default(),
         )
     };
-    let (config, spec) = (&bases.get("tiny").unwrap().policy.config, run().spec);
+    let (config, spec) = (&base_models.get("tiny").unwrap().policy.config, run().spec);
     let lengths = Lengths::of(&vec![pair(40); 3], spec.batch.batch_size);
     let leanest = plan(config, &spec, lengths, 0, MemoryKind::Host).unwrap_err().total();
     assert_eq!(start(leanest).unwrap().planned_bytes(), leanest);
@@ -80,19 +85,19 @@ fn a_run_starts_with_its_leanest_plan_and_with_none_below() {
 
 #[test]
 fn weights_of_a_runs_reference_are_kept_where_others_find_them() {
-    let bases = bases(Precision::F32);
+    let base_models = base_models(Precision::F32);
     let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");
     let checkpoint = WeightsRef::Full { model: "tiny".into(), dir, content: "hash".into() };
     let mut frozen = TrainingRun { reference: Some(checkpoint), ..run() };
     frozen.spec.dpo.reference_sync = None;
     frozen.spec.precision = Some(Precision::Bf16);
-    let exact = ExactWeights { bases: &bases, read: ExactBases::new() };
-    let mut residents = Residents::new(1);
+    let exact = ExactWeights { base_models: &base_models, read: ExactBases::new() };
+    let mut policies = PolicyCache::new(1);
     let reference =
-        reference(&frozen, &exact, &mut residents, Precision::Bf16, &Arc::default()).unwrap();
-    residents.evict_unused();
-    assert!(!residents.is_empty(), "the run has it");
+        reference(&frozen, &exact, &mut policies, Precision::Bf16, &Arc::default()).unwrap();
+    policies.evict_unused();
+    assert!(!policies.is_empty(), "the run has it");
     drop(reference);
-    residents.evict_unused();
-    assert!(residents.is_empty());
+    policies.evict_unused();
+    assert!(policies.is_empty());
 }

@@ -16,10 +16,10 @@ use crate::model::device::ComputeDevice;
 const JOB: &str = "job";
 
 /// Returns a tiny model, as loaded by a server with this precision.
-pub(in crate::engine) fn bases(precision: Precision) -> Arc<Bases> {
+pub(in crate::engine) fn base_models(precision: Precision) -> Arc<BaseModels> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");
     let model = load_model(Some("tiny"), folder.to_str().unwrap(), &HubOptions::default()).unwrap();
-    Arc::new(Bases::load(vec![model], ComputeDevice::Cpu, "cpu", precision).unwrap())
+    Arc::new(BaseModels::load(vec![model], ComputeDevice::Cpu, "cpu", precision).unwrap())
 }
 
 pub(in crate::engine) fn base() -> WeightsRef {
@@ -62,9 +62,9 @@ fn entry(policy: WeightsRef) -> (Entry, oneshot::Receiver<Result<ScoredItem, Eng
 
 /// Returns true if the base model's log-probs in this precision are cached, that is, if no block
 /// runs. They are cached afterwards in any case.
-fn is_cached(cache: &ReferenceCache, bases: &Bases, precision: Precision) -> bool {
-    let policy = bases.open(&base()).unwrap().with_precision(precision);
-    let (identity, groups) = (bases.identity(&base()).unwrap(), groups_of_a_pair());
+fn is_cached(cache: &ReferenceCache, base_models: &BaseModels, precision: Precision) -> bool {
+    let policy = base_models.open(&base()).unwrap().with_precision(precision);
+    let (identity, groups) = (base_models.identity(&base()).unwrap(), groups_of_a_pair());
     let mut blocks = 0;
     cache.score(&policy, &identity, &[&groups], ROW_TOKENS, &mut || blocks += 1).unwrap();
     blocks == 0
@@ -74,11 +74,15 @@ fn is_cached(cache: &ReferenceCache, bases: &Bases, precision: Precision) -> boo
 fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_servers() {
     let precisions = [Precision::F32, Precision::Bf16];
     for (server, job) in [precisions, [precisions[1], precisions[0]]].map(|[a, b]| (a, b)) {
-        let bases = bases(server);
+        let base_models = base_models(server);
         let options = EngineOptions { precision: server, ..Default::default() };
-        let mut scoring =
-            Scoring::new(0, Arc::new(ScoringQueue::new(1 << 20, 1)), bases.clone(), &options);
-        let policy = bases.open(&base()).unwrap().with_precision(job);
+        let mut scoring = PolicyScorer::new(
+            0,
+            Arc::new(ScoringQueue::new(1 << 20, 1)),
+            base_models.clone(),
+            &options,
+        );
+        let policy = base_models.open(&base()).unwrap().with_precision(job);
         let live = Live { job: JOB.into(), policy, reference: None, step: 0 };
 
         let cache = ReferenceCache::new(1 << 20);
@@ -89,8 +93,8 @@ fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_se
             // The weights and the precision are those of the reference, so all bits are equal.
             assert_eq!(Some(completion.policy), completion.reference);
         }
-        assert!(is_cached(&cache, &bases, job), "the reference is scored in {job:?}");
-        assert!(!is_cached(&cache, &bases, server), "and not in {server:?}");
+        assert!(is_cached(&cache, &base_models, job), "the reference is scored in {job:?}");
+        assert!(!is_cached(&cache, &base_models, server), "and not in {server:?}");
 
         // Entries of one batch are each compared with the reference in their own precision.
         let cache = ReferenceCache::new(1 << 20);
@@ -98,7 +102,7 @@ fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_se
         let (of_base, mut other_answer) = entry(base());
         scoring.score_batch(vec![of_job, of_base], &cache, Some(&live));
         assert!(answer.try_recv().unwrap().is_ok() && other_answer.try_recv().unwrap().is_ok());
-        assert!(is_cached(&cache, &bases, job) && is_cached(&cache, &bases, server));
+        assert!(is_cached(&cache, &base_models, job) && is_cached(&cache, &base_models, server));
 
         // Another job's weights are not on this worker: scoring fails, and its reference is scored
         // in the server's precision.
@@ -106,18 +110,18 @@ fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_se
         let (of_other, mut answer) = entry(WeightsRef::Live { job: "other".into() });
         scoring.score_batch(vec![of_other], &cache, Some(&live));
         assert!(answer.try_recv().unwrap().is_err());
-        assert!(is_cached(&cache, &bases, server) && !is_cached(&cache, &bases, job));
+        assert!(is_cached(&cache, &base_models, server) && !is_cached(&cache, &base_models, job));
     }
 }
 
 /// Returns the scoring part with a cached full checkpoint that is not in use.
-fn scoring_with_a_checkpoint() -> (Scoring, WeightsRef) {
-    let bases = bases(Precision::F32);
+fn scoring_with_a_checkpoint() -> (PolicyScorer, WeightsRef) {
+    let base_models = base_models(Precision::F32);
     let queue = Arc::new(ScoringQueue::new(1 << 20, 1));
-    let mut scoring = Scoring::new(0, queue, bases.clone(), &EngineOptions::default());
+    let mut scoring = PolicyScorer::new(0, queue, base_models.clone(), &EngineOptions::default());
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");
     let checkpoint = WeightsRef::Full { model: "tiny".into(), dir, content: "hash".into() };
-    scoring.residents.get(&bases, &checkpoint).unwrap();
+    scoring.policies.get(&base_models, &checkpoint).unwrap();
     (scoring, checkpoint)
 }
 
@@ -130,7 +134,7 @@ fn a_pass_without_memory_is_repeated_once_without_the_weights_that_nothing_uses(
     scoring.pass(&batch, vec![0, 1], &mut results, |scoring, entries| {
         calls.set(calls.get() + 1);
         // Memory becomes free when the checkpoint is evicted.
-        match scoring.residents.is_empty() {
+        match scoring.policies.is_empty() {
             true => Ok(vec![Logps::default(); entries.len()]),
             false => Err(EngineError::DeviceFull("the GPU is out of memory".into())),
         }
@@ -157,19 +161,19 @@ fn other_errors_evict_nothing_and_weights_in_use_stay() {
         calls.set(calls.get() + 1);
         Err(EngineError::Device("an illegal address".into()))
     });
-    assert!(calls.get() == 1 && !scoring.residents.is_empty());
-    let bases = scoring.bases.clone();
-    let held = scoring.residents.get(&bases, &checkpoint).unwrap();
+    assert!(calls.get() == 1 && !scoring.policies.is_empty());
+    let base_models = scoring.base_models.clone();
+    let held = scoring.policies.get(&base_models, &checkpoint).unwrap();
     scoring.free_memory();
-    assert!(!scoring.residents.is_empty());
+    assert!(!scoring.policies.is_empty());
     drop(held);
     scoring.free_memory();
-    assert!(scoring.residents.is_empty());
+    assert!(scoring.policies.is_empty());
 }
 
 #[test]
 fn the_arithmetic_names_the_precision_and_each_kind_of_device_once() {
-    let alone = bases(Precision::F32).open(&base()).unwrap();
+    let alone = base_models(Precision::F32).open(&base()).unwrap();
     let helped = Policy { helpers: Arc::new([ComputeDevice::Cpu]), ..alone.clone() };
     assert_eq!(alone.arithmetic(), helped.arithmetic(), "the helper computes alike");
     let bf16 = alone.with_precision(Precision::Bf16);

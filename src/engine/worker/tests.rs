@@ -127,7 +127,7 @@ async fn a_run_whose_models_files_are_gone_or_changed_has_not_begun() {
         let (run, mut events) = run(Method::Full, dir.path().join("failed"));
         engine.train(run).unwrap();
         match next(&mut events).await {
-            RunEvent::Ended(RunEnd::NotBegun(e)) => {
+            RunEvent::Ended(RunEnd::InputMissing(e)) => {
                 assert_eq!(e.reason, Reason::ModelFilesChanged);
                 told(&e.message);
             }
@@ -186,7 +186,7 @@ async fn the_device_scores_while_the_files_of_a_run_are_read() {
     engine.train(second).unwrap();
     let other_end = std::fs::OpenOptions::new().read(true).write(true).open(&weights).unwrap();
     match next(&mut second_events).await {
-        RunEvent::Ended(RunEnd::NotBegun(e)) => assert_eq!(e.reason, Reason::ModelFilesChanged),
+        RunEvent::Ended(RunEnd::InputMissing(e)) => assert_eq!(e.reason, Reason::ModelFilesChanged),
         other => panic!("{other:?}"),
     }
     drop(other_end);

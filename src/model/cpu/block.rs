@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::Result;
 
-use super::backend::{CpuBackend, GateUpGradient, Gradients};
+use super::backend::{CpuBackend, CpuGateUpGradient, CpuGradients};
 use super::projections::CpuLinearGroup;
 use crate::compute::cpu::attention::{Heads, attention, attention_backward};
 use crate::compute::cpu::buffer::Buffer;
@@ -15,14 +15,14 @@ use crate::compute::cpu::rms_norm::{
 };
 use crate::compute::cpu::rope::{Direction, rotate};
 use crate::compute::cpu::swiglu::{
-    GateUp, GatedTiles, GradientTiles, KeepGateUp, gated, gated_backward,
+    GateUpTape, GatedTiles, GradientTiles, SavedGateUp, gated, gated_backward,
 };
 use crate::model::adapter::Adapter;
 use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, PolicyView, StreamNorm};
 use crate::model::parameters::{NormFactors, Parameters};
 use crate::model::params::{BlockParam, LinearGroup, ParamId, PerGroup};
 use crate::model::row::PreparedRow;
-use crate::model::spec::{Activation, BlockSpec, FeedForward, Mixer};
+use crate::model::spec::{ActivationFunction, BlockSpec, FeedForward, Mixer};
 
 /// A block with its adapter, opened for a pass over a row.
 pub struct CpuBlock<'a> {
@@ -32,7 +32,7 @@ pub struct CpuBlock<'a> {
     heads: Heads,
     /// F, the width of the feed-forward part.
     width: usize,
-    activation: Activation,
+    activation: ActivationFunction,
     /// ε of the norms.
     eps: f32,
     /// True if the policy has an adapter. In that case only the adapter is trained.
@@ -121,7 +121,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
     }
 
     fn new_qkv(&self) -> Result<Buffer> {
-        Ok(Buffer::dirty(self.tokens() * self.heads.row()))
+        Ok(Buffer::uninit(self.tokens() * self.heads.row()))
     }
 
     fn new_gate_up(&self) -> Result<()> {
@@ -171,7 +171,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
     fn attention(&self, qkv: &Buffer) -> Result<Attended<CpuBackend>> {
         let (tokens, heads) = (self.tokens(), self.heads);
         let (mut output, mut log_sum_exp) =
-            (Buffer::dirty(tokens * heads.width()), Buffer::dirty(tokens * heads.query));
+            (Buffer::uninit(tokens * heads.width()), Buffer::uninit(tokens * heads.query));
         attention(self.kernel, qkv, heads, &self.row.row().layout, &mut output, &mut log_sum_exp);
         Ok(Attended { output, log_sum_exp })
     }
@@ -186,8 +186,8 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
     ) -> Result<Gated<CpuBackend>> {
         let (tokens, width) = (self.tokens(), self.width);
         let saved_gate_up = match save_tape {
-            false => KeepGateUp::No,
-            true => KeepGateUp::for_tape(self.kernel, self.is_adapted),
+            false => SavedGateUp::Nothing,
+            true => SavedGateUp::for_tape(self.kernel, self.is_adapted),
         };
         if self.parts.is_empty() && self.groups.gate_up.is_tiled::<2>() {
             let tiles =
@@ -201,13 +201,13 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
             let (y, gate_up) = tiles.finish();
             return Ok(Gated { y, gate_up, low_rank });
         }
-        let mut gate_up = Buffer::dirty(tokens * 2 * width);
+        let mut gate_up = Buffer::uninit(tokens * 2 * width);
         let low_rank = self.run_group(LinearGroup::GateUp, &input, &mut gate_up, false)?;
         let y = gated(self.kernel, self.activation, &gate_up, width);
         let gate_up = match saved_gate_up {
-            KeepGateUp::No => None,
-            KeepGateUp::F32 => Some(GateUp::F32(gate_up)),
-            KeepGateUp::Bf16 => Some(GateUp::Bf16(Operand::owned(
+            SavedGateUp::Nothing => None,
+            SavedGateUp::F32 => Some(GateUpTape::F32(gate_up)),
+            SavedGateUp::Bf16 => Some(GateUpTape::Bf16(Operand::owned(
                 self.kernel,
                 View::f32(&gate_up, 2 * width),
                 tokens,
@@ -219,20 +219,20 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
 
     fn feed_forward_backward(
         &self,
-        gate_up: GateUp,
+        gate_up: GateUpTape,
         low_rank: &Buffer,
         gx: &Buffer,
-        gradients: &mut Gradients,
-    ) -> Result<GateUpGradient> {
+        gradients: &mut CpuGradients,
+    ) -> Result<CpuGateUpGradient> {
         let (tokens, width, down) = (self.tokens(), self.width, &self.groups.down);
         match gate_up {
-            GateUp::F32(mut gate_up) => {
+            GateUpTape::F32(mut gate_up) => {
                 let y = gated(self.kernel, self.activation, &gate_up, width);
                 let gy = down.backward(&y, low_rank, gx, tokens, gradients)?;
                 gated_backward(self.activation, &mut gate_up, width, &gy);
-                Ok(GateUpGradient::F32(gate_up))
+                Ok(CpuGateUpGradient::F32(gate_up))
             }
-            GateUp::Bf16(saved) => {
+            GateUpTape::Bf16(saved) => {
                 let g = [Operand::new(
                     self.kernel,
                     View::f32(gx, down.output()),
@@ -247,7 +247,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
                 });
                 let (y, gradient) = tiles.finish();
                 down.low_rank_gradients(&y, low_rank, &g, &v, tokens, gradients);
-                Ok(GateUpGradient::Rounded(gradient))
+                Ok(CpuGateUpGradient::Rounded(gradient))
             }
         }
     }
@@ -258,13 +258,13 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         input: &Operand<'_>,
         low_rank: &Buffer,
         g: OutputGradient<'_, CpuBackend>,
-        gradients: &mut Gradients,
+        gradients: &mut CpuGradients,
     ) -> Result<Buffer> {
         let group = self.groups.get(group);
         let g = match g {
             OutputGradient::Stream(g) | OutputGradient::Qkv(g) => g,
-            OutputGradient::GateUp(GateUpGradient::F32(g)) => g,
-            OutputGradient::GateUp(GateUpGradient::Rounded(gs)) => {
+            OutputGradient::GateUp(CpuGateUpGradient::F32(g)) => g,
+            OutputGradient::GateUp(CpuGateUpGradient::Rounded(gs)) => {
                 return group.backward_frozen(input, low_rank, gs, self.tokens(), gradients);
             }
         };
@@ -277,7 +277,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         attended: &Attended<CpuBackend>,
         g: &Buffer,
     ) -> Result<Buffer> {
-        let mut dqkv = Buffer::dirty(self.tokens() * self.heads.row());
+        let mut dqkv = Buffer::uninit(self.tokens() * self.heads.row());
         let forward: (&[f32], &[f32]) = (&attended.output, &attended.log_sum_exp);
         attention_backward(
             self.kernel,
@@ -295,7 +295,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         &self,
         before: &Buffer,
         dqkv: &mut Buffer,
-        gradients: &mut Gradients,
+        gradients: &mut CpuGradients,
     ) -> Result<()> {
         for (columns, norm) in self.normed_heads() {
             let slot = gradients.slot(ParamId::Block(self.index, norm));
@@ -317,7 +317,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         x: &Buffer,
         g: &Buffer,
         gx: &mut Buffer,
-        gradients: &mut Gradients,
+        gradients: &mut CpuGradients,
     ) -> Result<()> {
         let slot = gradients.slot(ParamId::Block(self.index, norm.weight()));
         rms_norm_backward(x, self.factors(norm.weight())?.values()?, g, self.eps, gx, slot);

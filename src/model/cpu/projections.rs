@@ -84,7 +84,7 @@ impl<'a> CpuLinearGroup<'a> {
             });
             (output, ranks, input) = (output + out, ranks + rank, width);
         }
-        let mut stacked_a = Buffer::dirty(ranks * input);
+        let mut stacked_a = Buffer::uninit(ranks * input);
         for m in &members {
             if let Some((a, _)) = &m.low_rank {
                 let a = a.f32()?;
@@ -215,7 +215,7 @@ impl<'a> CpuLinearGroup<'a> {
 
     /// Returns x·Aᵀ `[T, Σr]`.
     fn low_rank_inputs(&self, x: &Operand, tokens: usize) -> Buffer {
-        let mut u = Buffer::dirty(tokens * self.ranks);
+        let mut u = Buffer::uninit(tokens * self.ranks);
         if self.ranks > 0 {
             let a = View::f32(&self.stacked_a, self.input).t();
             matmul(tokens, self.ranks, &[Term::new(x, a)], &mut u, self.ranks, false, Threads::All);
@@ -269,7 +269,7 @@ impl<'a> CpuLinearGroup<'a> {
         tokens: usize,
         sink: &mut dyn GradientSink,
     ) -> Result<Buffer> {
-        let mut dx = Buffer::dirty(tokens * self.input);
+        let mut dx = Buffer::uninit(tokens * self.input);
         let v = self.input_gradient(gs, tokens, |terms| {
             matmul(tokens, self.input, terms, &mut dx, self.input, false, Threads::All)
         });
@@ -297,7 +297,7 @@ impl<'a> CpuLinearGroup<'a> {
         multiply: impl FnOnce(&[Term]),
     ) -> Buffer {
         let kernel = self.kernel;
-        let mut v = Buffer::dirty(tokens * self.ranks);
+        let mut v = Buffer::uninit(tokens * self.ranks);
         for (m, g) in self.members.iter().zip(gs) {
             if let Some((_, b)) = &m.low_rank {
                 let rank = self.rank(m);
@@ -346,7 +346,7 @@ impl<'a> CpuLinearGroup<'a> {
         let kernel = self.kernel;
         let transposed =
             Operand::new(kernel, View::f32(v, self.ranks).t(), self.ranks, tokens, self.scale);
-        let mut da = Buffer::dirty(self.ranks * self.input);
+        let mut da = Buffer::uninit(self.ranks * self.input);
         matmul(
             self.ranks,
             self.input,
@@ -374,7 +374,7 @@ impl<'a> CpuLinearGroup<'a> {
                     tokens,
                     self.scale,
                 );
-                let mut db = Buffer::dirty(rank * m.out);
+                let mut db = Buffer::uninit(rank * m.out);
                 matmul(
                     rank,
                     m.out,

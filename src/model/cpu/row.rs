@@ -2,16 +2,16 @@
 
 use candle_core::{Result, bail};
 
-use super::backend::{CpuBackend, Gradients, HeadTape};
+use super::backend::{CpuBackend, CpuGradients, CpuHeadTape};
 use super::block::CpuBlock;
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::Kernel;
 use crate::compute::cpu::head::{
-    HeadInput, HeadOptions, HeadOutput, KEPT, head, head_weight_gradient,
+    HeadInput, HeadOptions, HeadOutput, MAX_SAVED_PROBABILITIES, head, head_weight_gradient,
 };
 use crate::compute::cpu::rms_norm::{rms_norm, rms_norm_backward};
 use crate::compute::cpu::thread_pool;
-use crate::model::backend::{Keep, PolicyView, RowOps};
+use crate::model::backend::{PolicyView, RowOps, SavePolicy};
 use crate::model::parameters::NormFactors;
 use crate::model::params::ParamId;
 use crate::model::row::PreparedRow;
@@ -51,19 +51,19 @@ impl<'a> CpuRow<'a> {
     }
 
     /// Runs the last norm and the head on the last block's output `[T, C]`.
-    fn run_head(&self, x: &[f32], options: HeadOptions) -> Result<(HeadOutput, HeadTape)> {
+    fn run_head(&self, x: &[f32], options: HeadOptions) -> Result<(HeadOutput, CpuHeadTape)> {
         let (width, row) = (self.width(), self.row.row());
-        let mut before_norm = Buffer::dirty(row.predictors.len() * width);
+        let mut before_norm = Buffer::uninit(row.predictors.len() * width);
         thread_pool::chunks(&mut before_norm, width, |i, to| {
             to.copy_from_slice(&x[row.predictors[i] as usize * width..][..width])
         });
-        let mut normed = Buffer::dirty(before_norm.len());
+        let mut normed = Buffer::uninit(before_norm.len());
         rms_norm(&before_norm, self.last_norm()?.values()?, self.eps(), &mut normed);
         let w = self.policy.parameters.head()?.read()?;
         let input =
             HeadInput { kernel: self.kernel(), h: &normed, w: w.view(), targets: &row.targets };
         let output = head(input, options);
-        Ok((output, HeadTape { before_norm, normed }))
+        Ok((output, CpuHeadTape { before_norm, normed }))
     }
 }
 
@@ -84,7 +84,7 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
     fn embed(&self) -> Result<Buffer> {
         let (width, scale) = (self.width(), self.embedding_scale());
         let embedding = self.policy.parameters.matrix(ParamId::Embedding)?.read()?;
-        let mut x = Buffer::dirty(self.row.tokens() * width);
+        let mut x = Buffer::uninit(self.row.tokens() * width);
         for (to, &id) in x.chunks_mut(width).zip(&self.row.row().ids) {
             embedding.view().read_row(id as usize, to);
             if scale != 1.0 {
@@ -94,7 +94,7 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
         Ok(x)
     }
 
-    fn embed_backward(&self, gx: &Buffer, gradients: &mut Gradients) -> Result<()> {
+    fn embed_backward(&self, gx: &Buffer, gradients: &mut CpuGradients) -> Result<()> {
         let (width, scale) = (self.width(), self.embedding_scale());
         if let Some(slot) = gradients.slot(ParamId::Embedding) {
             for (from, &id) in gx.chunks(width).zip(&self.row.row().ids) {
@@ -111,30 +111,30 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
         Ok(self.run_head(x, HeadOptions::default())?.0.log_probs)
     }
 
-    fn head(&self, x: &Buffer, keep: Keep) -> Result<(HeadOutput, HeadTape)> {
+    fn head(&self, x: &Buffer, save: SavePolicy) -> Result<(HeadOutput, CpuHeadTape)> {
         // The head is trained only if the policy has no adapter. `trained` is the number of
         // probabilities that the head may save for the gradient of its weight.
-        let trained = match keep {
-            Keep::Tapes => Some(KEPT),
-            Keep::Inputs => Some(0),
-            Keep::Nothing => None,
+        let trained = match save {
+            SavePolicy::Tapes => Some(MAX_SAVED_PROBABILITIES),
+            SavePolicy::BlockInputs => Some(0),
+            SavePolicy::Nothing => None,
         };
         let trained = trained.filter(|_| self.policy.adapter.is_none());
         self.run_head(
             x,
-            HeadOptions { distribution: true, gradient: keep != Keep::Nothing, trained },
+            HeadOptions { distribution: true, gradient: save != SavePolicy::Nothing, trained },
         )
     }
 
     fn head_backward(
         &self,
-        tape: HeadTape,
+        tape: CpuHeadTape,
         mut output: HeadOutput,
         upstream: &[f32],
-        gradients: &mut Gradients,
+        gradients: &mut CpuGradients,
     ) -> Result<Buffer> {
         let (width, row) = (self.width(), self.row.row());
-        let HeadTape { before_norm, normed } = tape;
+        let CpuHeadTape { before_norm, normed } = tape;
         if output.gradient.len() != upstream.len() * width {
             bail!("the head saved no gradient: the row was run forward without a tape");
         }

@@ -3,12 +3,12 @@
 //! `train/estimate.rs` estimates the memory of a run with these functions. Sizes are in f32 values.
 
 use crate::compute::cpu::attention;
-use crate::compute::cpu::swiglu::{self, KeepGateUp};
+use crate::compute::cpu::swiglu::{self, SavedGateUp};
 use crate::model::block_shape::BlockShape;
 
 /// Returns the values per token of a block's tape. `ranks` is the sum of the adapter's ranks on the
 /// block.
-pub fn tape_floats(block: &BlockShape, gate_up: KeepGateUp, ranks: usize) -> usize {
+pub fn tape_floats(block: &BlockShape, gate_up: SavedGateUp, ranks: usize) -> usize {
     let before_norm = if block.qk_norm { block.heads.row() } else { 0 };
     let residual = block.saved_streams * block.hidden;
     residual
@@ -25,7 +25,7 @@ pub fn input_floats(block: &BlockShape) -> usize {
 
 /// Returns the peak values per token of a block's backward pass, without the tape. Besides the
 /// values of the operations it counts the gradients of the residual stream and the operands.
-pub fn backward_floats(block: &BlockShape, gate_up: KeepGateUp) -> usize {
+pub fn backward_floats(block: &BlockShape, gate_up: SavedGateUp) -> usize {
     let feed_forward = swiglu::backward_floats(block.feed_forward, gate_up) + 4 * block.hidden;
     let attention = attention::backward_floats(&block.heads) + 2 * block.hidden;
     // One gradient of the stream is already counted with the operands above.
@@ -66,18 +66,18 @@ mod tests {
             (BlockShape { qk_norm: true, ..block }, BlockShape { feed_forward: 64, ..block });
         // Two residuals; [q | k | v], output, log-sum-exps; [gate | up]; x·Aᵀ.
         assert_eq!(
-            tape_floats(&block, KeepGateUp::F32, 112),
+            tape_floats(&block, SavedGateUp::F32, 112),
             2 * 576 + (960 + 576 + 9) + 3072 + 112
         );
-        assert_eq!(tape_floats(&block, KeepGateUp::Bf16, 112), 4345);
-        assert_eq!(tape_floats(&normed, KeepGateUp::F32, 112), 6841);
+        assert_eq!(tape_floats(&block, SavedGateUp::Bf16, 112), 4345);
+        assert_eq!(tape_floats(&normed, SavedGateUp::F32, 112), 6841);
         assert_eq!((input_floats(&block), head_floats(576)), (576, 2304));
         // In the first case the feed-forward part is larger, in the narrow block attention.
         assert_eq!(
-            (backward_floats(&block, KeepGateUp::F32), backward_floats(&block, KeepGateUp::Bf16)),
+            (backward_floats(&block, SavedGateUp::F32), backward_floats(&block, SavedGateUp::Bf16)),
             (5376, 5184)
         );
-        assert_eq!(backward_floats(&narrow, KeepGateUp::F32), 5184);
+        assert_eq!(backward_floats(&narrow, SavedGateUp::F32), 5184);
         assert_eq!((forward_floats(&block), forward_floats(&narrow)), (7296, 3648));
     }
 }

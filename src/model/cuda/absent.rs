@@ -5,29 +5,33 @@
 
 pub mod sizes;
 
+pub use self::{
+    AbsentGpu as Cuda, AbsentGradientBuffers as GradientBuffers, AbsentTape as DeviceTape,
+};
+
 use std::sync::Arc;
 
 use candle_core::{Error, Result};
 
 use crate::compute::cpu::head::HeadOutput;
 use crate::domain::training::Precision;
-use crate::model::backend::{Keep, PolicyView};
+use crate::model::backend::{PolicyView, SavePolicy};
 use crate::model::params::ParamId;
 use crate::model::row::PreparedRow;
 
 /// A GPU. This build cannot open one.
 #[derive(Debug)]
-pub enum Cuda {}
+pub enum AbsentGpu {}
 
 /// Result of a forward pass over a row on a GPU.
 #[derive(Debug)]
-pub enum DeviceTape {}
+pub enum AbsentTape {}
 
 /// Gradients on a GPU.
 #[derive(Debug)]
-pub enum GradientBuffers {}
+pub enum AbsentGradientBuffers {}
 
-impl Cuda {
+impl AbsentGpu {
     /// Returns an error.
     ///
     /// # Errors
@@ -95,7 +99,7 @@ impl Cuda {
     pub fn gradients(
         &self,
         _sizes: impl IntoIterator<Item = (ParamId, usize)>,
-    ) -> Result<GradientBuffers> {
+    ) -> Result<AbsentGradientBuffers> {
         match *self {}
     }
 
@@ -114,9 +118,9 @@ impl Cuda {
         &self,
         _policy: PolicyView<'_>,
         _row: &PreparedRow,
-        _keep: Keep,
+        _save: SavePolicy,
         _yield_point: &mut dyn FnMut(),
-    ) -> Result<DeviceTape> {
+    ) -> Result<AbsentTape> {
         match *self {}
     }
 
@@ -125,23 +129,23 @@ impl Cuda {
         &self,
         _policy: PolicyView<'_>,
         _row: &PreparedRow,
-        _tape: DeviceTape,
+        _tape: AbsentTape,
         _upstream: &[f32],
-        _gradients: &mut GradientBuffers,
+        _gradients: &mut AbsentGradientBuffers,
         _yield_point: &mut dyn FnMut(),
     ) -> Result<()> {
         match *self {}
     }
 }
 
-impl DeviceTape {
+impl AbsentTape {
     /// Returns the output of the head.
     pub fn output(&self) -> &HeadOutput {
         match *self {}
     }
 }
 
-impl GradientBuffers {
+impl AbsentGradientBuffers {
     /// Sets all gradients to zero.
     pub fn clear(&self) -> Result<()> {
         match *self {}

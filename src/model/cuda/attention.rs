@@ -30,8 +30,8 @@ impl Attention<'_> {
     /// Runs attention forward on `qkv` `[T, (H + 2K)·D]`.
     pub fn forward(&self, qkv: &Memory) -> Result<Attended<CudaBackend>> {
         let (gpu, tokens, shape) = (self.gpu, self.row.tokens, self.shape);
-        let output = gpu.dirty(self.kind, tokens * shape.attended())?;
-        let log_sum_exp = gpu.dirty(Kind::F32, tokens * shape.log_sum_exps())?;
+        let output = gpu.uninit(self.kind, tokens * shape.attended())?;
+        let log_sum_exp = gpu.uninit(Kind::F32, tokens * shape.log_sum_exps())?;
         ops::attention(gpu, &output, &log_sum_exp, qkv, self.over(&self.row.tiles))?;
         Ok(Attended { output, log_sum_exp })
     }
@@ -45,13 +45,13 @@ impl Attention<'_> {
     ) -> Result<Memory> {
         let (gpu, kind, tokens, shape) = (self.gpu, self.kind, self.row.tokens, self.shape);
         let Attended { output, log_sum_exp: lse } = attended;
-        let delta = gpu.dirty(Kind::F32, tokens * shape.log_sum_exps())?;
+        let delta = gpu.uninit(Kind::F32, tokens * shape.log_sum_exps())?;
         ops::attention_delta(gpu, &delta, output, dout, shape.heads)?;
-        let dqkv = gpu.dirty(kind, tokens * shape.qkv())?;
+        let dqkv = gpu.uninit(kind, tokens * shape.qkv())?;
         let operands = AttentionBackward { dqkv: &dqkv, qkv, dout, lse, delta: &delta };
         ops::attention_dq(gpu, operands, self.over(&self.row.tiles))?;
         let parts = match ops::has_key_gradient_parts(kind, shape.heads) {
-            true => Some(gpu.dirty(Kind::F32, tokens * shape.key_gradient_parts())?),
+            true => Some(gpu.uninit(Kind::F32, tokens * shape.key_gradient_parts())?),
             false => None,
         };
         ops::attention_dkv(gpu, operands, self.over(&self.row.key_tiles), parts.as_ref())?;

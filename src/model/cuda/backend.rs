@@ -14,14 +14,14 @@ pub(super) struct CudaBackend;
 impl Backend for CudaBackend {
     /// In the pass's precision, except for the matrices that are f32 on every device.
     type Activation = Memory;
-    type Operand<'a> = Operand<'a>;
+    type LeftOperand<'a> = CudaOperand<'a>;
     /// `None` if the group has no adapter.
-    type LowRank = Option<Memory>;
+    type LowRankProjection = Option<Memory>;
     type GateUpSpace = Memory;
     type GateUp = Memory;
     /// Reuses the memory of the tape.
     type GateUpGradient = Memory;
-    type HeadTape = HeadTape;
+    type HeadTape = CudaHeadTape;
     type Gradients = GradientBuffers;
     type Retired<T> = ();
 
@@ -33,24 +33,24 @@ impl Backend for CudaBackend {
 }
 
 /// The left operand of a GEMM. cuBLAS needs no packing, so this is the matrix itself.
-pub(super) enum Operand<'a> {
+pub(super) enum CudaOperand<'a> {
     Owned(Memory),
     Borrowed(&'a Memory),
 }
 
-impl Deref for Operand<'_> {
+impl Deref for CudaOperand<'_> {
     type Target = Memory;
 
     fn deref(&self) -> &Memory {
         match self {
-            Operand::Owned(memory) => memory,
-            Operand::Borrowed(memory) => memory,
+            CudaOperand::Owned(memory) => memory,
+            CudaOperand::Borrowed(memory) => memory,
         }
     }
 }
 
 /// Values that the head saves for the backward pass, in addition to its output.
-pub(super) struct HeadTape {
+pub(super) struct CudaHeadTape {
     /// The predictors' hidden states before the last norm `[N, C]`.
     pub before_norm: Memory,
     /// The predictors' hidden states after the last norm `[N, C]`.

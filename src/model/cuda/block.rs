@@ -7,7 +7,7 @@ use std::sync::Arc;
 use candle_core::Result;
 
 use super::attention::Attention;
-use super::backend::{CudaBackend, Operand};
+use super::backend::{CudaBackend, CudaOperand};
 use super::gradients::GradientBuffers;
 use super::projections::{CudaLinearGroup, GroupBackward};
 use super::row::DeviceRow;
@@ -16,13 +16,13 @@ use super::weights::{BlockWeights, DeviceAdapter};
 use crate::compute::cpu::rope::Direction;
 use crate::compute::cuda::gpu::{Gpu, Memory};
 use crate::compute::cuda::kernels::Kind;
-use crate::compute::cuda::ops::{self, Columns, HeadColumns, HeadNormBackward, RmsNormBackward};
+use crate::compute::cuda::ops::{self, Columns, HeadLayout, HeadNormBackward, RmsNormBackward};
 use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, StreamNorm};
 use crate::model::params::{BlockParam, LinearGroup, ParamId};
-use crate::model::spec::{Activation, BlockSpec, FeedForward};
+use crate::model::spec::{ActivationFunction, BlockSpec, FeedForward};
 
 /// A block with its adapter, opened for a pass over a row.
-pub(super) struct Block<'a> {
+pub(super) struct CudaBlock<'a> {
     pub gpu: &'a Arc<Gpu>,
     pub kind: Kind,
     pub index: usize,
@@ -37,7 +37,7 @@ pub(super) struct Block<'a> {
     pub row: &'a DeviceRow,
 }
 
-impl Block<'_> {
+impl CudaBlock<'_> {
     fn group(&self, which: LinearGroup) -> CudaLinearGroup<'_> {
         let adapter = self.adapter.map(|a| a.group(self.index, which));
         CudaLinearGroup {
@@ -66,8 +66,8 @@ impl Block<'_> {
     }
 
     /// Returns the columns of `heads` heads in `[q | k | v]`, starting at column `first`.
-    fn head_columns(&self, first: usize, heads: usize) -> HeadColumns {
-        HeadColumns {
+    fn head_columns(&self, first: usize, heads: usize) -> HeadLayout {
+        HeadLayout {
             rows: self.row.tokens,
             stride: self.shape.qkv(),
             first,
@@ -77,7 +77,7 @@ impl Block<'_> {
     }
 
     /// Returns the columns of the queries and of the keys in `[q | k | v]`, each with its norm.
-    fn normed_heads(&self) -> [(HeadColumns, BlockParam); 2] {
+    fn normed_heads(&self) -> [(HeadLayout, BlockParam); 2] {
         let h = self.shape.heads;
         let (queries, keys) =
             (self.head_columns(0, h.query), self.head_columns(h.query * h.dim, h.key));
@@ -88,14 +88,14 @@ impl Block<'_> {
         Attention { gpu: self.gpu, kind: self.kind, shape: self.shape, row: self.row }
     }
 
-    fn activation(&self) -> Activation {
+    fn activation(&self) -> ActivationFunction {
         let FeedForward::Gated { activation, .. } = self.spec.feed_forward;
         activation
     }
 
     fn gated(&self, gate_up: &Memory) -> Result<Memory> {
         let width = self.shape.feed_forward;
-        let y = self.gpu.dirty(self.kind, self.row.tokens * width)?;
+        let y = self.gpu.uninit(self.kind, self.row.tokens * width)?;
         ops::gated(self.gpu, self.activation(), &y, gate_up, width)?;
         Ok(y)
     }
@@ -105,12 +105,12 @@ impl Block<'_> {
         g: &Memory,
         before: &Memory,
         w: &Memory,
-        heads: HeadColumns,
+        heads: HeadLayout,
         slot: Option<&Memory>,
     ) -> Result<()> {
         let (gpu, dim) = (self.gpu, heads.dim);
         let parts = ops::weight_partials(heads.items());
-        let partial = slot.map(|_| gpu.dirty(Kind::F32, parts * dim)).transpose()?;
+        let partial = slot.map(|_| gpu.uninit(Kind::F32, parts * dim)).transpose()?;
         ops::head_norm_backward(
             gpu,
             HeadNormBackward { g, partial: partial.as_ref(), before, w, eps: self.eps },
@@ -123,33 +123,33 @@ impl Block<'_> {
     }
 }
 
-impl BlockOps<CudaBackend> for Block<'_> {
+impl BlockOps<CudaBackend> for CudaBlock<'_> {
     fn spec(&self) -> &BlockSpec {
         self.spec
     }
 
     fn new_qkv(&self) -> Result<Memory> {
-        self.gpu.dirty(self.kind, self.row.tokens * self.shape.qkv())
+        self.gpu.uninit(self.kind, self.row.tokens * self.shape.qkv())
     }
 
     fn new_gate_up(&self) -> Result<Memory> {
-        self.gpu.dirty(self.kind, self.row.tokens * self.shape.gate_up())
+        self.gpu.uninit(self.kind, self.row.tokens * self.shape.gate_up())
     }
 
-    fn norm(&self, norm: StreamNorm, x: &Memory) -> Result<Operand<'static>> {
-        let n = self.gpu.dirty(self.kind, self.row.tokens * self.shape.hidden)?;
+    fn norm(&self, norm: StreamNorm, x: &Memory) -> Result<CudaOperand<'static>> {
+        let n = self.gpu.uninit(self.kind, self.row.tokens * self.shape.hidden)?;
         ops::rms_norm(self.gpu, &n, x, self.weights.norm(norm.weight())?, self.eps)?;
-        Ok(Operand::Owned(n))
+        Ok(CudaOperand::Owned(n))
     }
 
-    fn attention_operand<'b>(&self, output: &'b Memory) -> Operand<'b> {
-        Operand::Borrowed(output)
+    fn attention_operand<'b>(&self, output: &'b Memory) -> CudaOperand<'b> {
+        CudaOperand::Borrowed(output)
     }
 
     fn project(
         &self,
         group: LinearGroup,
-        input: &Operand<'_>,
+        input: &CudaOperand<'_>,
         out: &mut Memory,
     ) -> Result<Option<Memory>> {
         self.run_group(group, input, out, false)
@@ -158,7 +158,7 @@ impl BlockOps<CudaBackend> for Block<'_> {
     fn add_to_stream(
         &self,
         group: LinearGroup,
-        input: &Operand<'_>,
+        input: &CudaOperand<'_>,
         x: &mut Memory,
     ) -> Result<Option<Memory>> {
         self.run_group(group, input, x, true)
@@ -183,13 +183,13 @@ impl BlockOps<CudaBackend> for Block<'_> {
     fn feed_forward(
         &self,
         space: Memory,
-        input: Operand<'static>,
+        input: CudaOperand<'static>,
         _save_tape: bool,
     ) -> Result<Gated<CudaBackend>> {
         let low_rank = self.run_group(LinearGroup::GateUp, &input, &space, false)?;
         drop(input);
         let y = self.gated(&space)?;
-        Ok(Gated { y: Operand::Owned(y), gate_up: Some(space), low_rank })
+        Ok(Gated { y: CudaOperand::Owned(y), gate_up: Some(space), low_rank })
     }
 
     fn feed_forward_backward(
@@ -199,7 +199,7 @@ impl BlockOps<CudaBackend> for Block<'_> {
         gx: &Memory,
         gradients: &mut GradientBuffers,
     ) -> Result<Memory> {
-        let y = Operand::Owned(self.gated(&gate_up)?);
+        let y = CudaOperand::Owned(self.gated(&gate_up)?);
         let gy = self.linear_backward(
             LinearGroup::Down,
             &y,
@@ -214,7 +214,7 @@ impl BlockOps<CudaBackend> for Block<'_> {
     fn linear_backward(
         &self,
         group: LinearGroup,
-        input: &Operand<'_>,
+        input: &CudaOperand<'_>,
         low_rank: &Option<Memory>,
         g: OutputGradient<'_, CudaBackend>,
         gradients: &mut GradientBuffers,
@@ -278,7 +278,7 @@ fn round(gpu: &Arc<Gpu>, kind: Kind, gx: &Memory) -> Result<Option<Memory>> {
     if kind == Kind::F32 {
         return Ok(None);
     }
-    let g = gpu.dirty(kind, gx.len())?;
+    let g = gpu.uninit(kind, gx.len())?;
     ops::cast_bf16(gpu, &g, gx)?;
     Ok(Some(g))
 }
@@ -302,10 +302,10 @@ impl NormBackward<'_> {
         let NormBackward { x, w, g, eps, slot } = *self;
         let width = w.len();
         let rows = x.len().checked_div(width).unwrap_or(0);
-        let inverse = gpu.dirty(Kind::F32, rows)?;
+        let inverse = gpu.uninit(Kind::F32, rows)?;
         ops::rms_norm_backward(gpu, RmsNormBackward { gx, inverse: &inverse, x, w, g, eps })?;
         let Some(slot) = slot else { return Ok(()) };
-        let partial = gpu.dirty(Kind::F32, ops::weight_partials(rows) * width)?;
+        let partial = gpu.uninit(Kind::F32, ops::weight_partials(rows) * width)?;
         ops::rms_norm_weight(gpu, &partial, x, &inverse, g, width)?;
         ops::column_sum(gpu, slot, Columns::all(&partial, width))
     }

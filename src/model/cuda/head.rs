@@ -74,13 +74,13 @@ impl Head<'_> {
             return Ok(Passed { output: HeadOutput::default(), gradient: None });
         }
         let target_ids = &row.target_ids;
-        let state = gpu.dirty(Kind::F32, rows * SOFTMAX_STATE)?;
+        let state = gpu.uninit(Kind::F32, rows * SOFTMAX_STATE)?;
         ops::head_start(gpu, &state)?;
-        let logits = gpu.dirty(Kind::F32, head_tile(rows))?;
+        let logits = gpu.uninit(Kind::F32, head_tile(rows))?;
         let of_gradient = if options.gradient { rows } else { 0 };
-        let p = gpu.dirty(kind, head_tile(of_gradient))?;
-        let scales = gpu.dirty(Kind::F32, rows)?;
-        let gradient = gpu.dirty(Kind::F32, of_gradient * hidden)?;
+        let p = gpu.uninit(kind, head_tile(of_gradient))?;
+        let scales = gpu.uninit(Kind::F32, rows)?;
+        let gradient = gpu.uninit(Kind::F32, of_gradient * hidden)?;
         for (first, width) in self.tiles() {
             self.logits(h, rows, first, width, &logits)?;
             let tile = HeadTile {
@@ -158,7 +158,7 @@ impl Head<'_> {
     ) -> Result<()> {
         let (gpu, rows, hidden) = (self.gpu, row.targets, self.hidden);
         let (logits, errors) =
-            (gpu.dirty(Kind::F32, head_tile(rows))?, gpu.dirty(self.kind, head_tile(rows))?);
+            (gpu.uninit(Kind::F32, head_tile(rows))?, gpu.uninit(self.kind, head_tile(rows))?);
         for (first, width) in self.tiles() {
             self.logits(h, rows, first, width, &logits)?;
             let tile = LogitTile { logits: &logits, stride: HEAD_TILE, first, width };

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use candle_core::{Result, bail};
 
-use super::backend::{CudaBackend, HeadTape};
-use super::block::{Block, NormBackward};
+use super::backend::{CudaBackend, CudaHeadTape};
+use super::block::{CudaBlock, NormBackward};
 use super::gradients::GradientBuffers;
 use super::head::Head;
 use super::row::{DeviceRow, Scatter};
@@ -16,7 +16,7 @@ use crate::compute::cpu::head::{HeadOptions, HeadOutput};
 use crate::compute::cuda::gpu::{Gpu, Memory};
 use crate::compute::cuda::kernels::Kind;
 use crate::compute::cuda::ops;
-use crate::model::backend::{Keep, PolicyView, RowOps};
+use crate::model::backend::{PolicyView, RowOps, SavePolicy};
 use crate::model::params::ParamId;
 use crate::model::row::Row;
 
@@ -73,9 +73,9 @@ impl OpenRow<'_> {
     fn last_norm(&self, x: &Memory) -> Result<(Memory, Memory)> {
         let OpenPolicy { gpu, kind, weights, .. } = self.policy;
         let (rows, width) = (self.row.targets, self.policy.hidden());
-        let before = gpu.dirty(Kind::F32, rows * width)?;
+        let before = gpu.uninit(Kind::F32, rows * width)?;
         ops::gather_rows(gpu, &before, x, &self.row.predictors, width)?;
-        let normed = gpu.dirty(*kind, rows * width)?;
+        let normed = gpu.uninit(*kind, rows * width)?;
         ops::rms_norm(gpu, &normed, &before, &weights.norm, self.policy.eps())?;
         Ok((before, normed))
     }
@@ -83,7 +83,7 @@ impl OpenRow<'_> {
 
 impl RowOps<CudaBackend> for OpenRow<'_> {
     type Block<'b>
-        = Block<'b>
+        = CudaBlock<'b>
     where
         Self: 'b;
 
@@ -91,14 +91,14 @@ impl RowOps<CudaBackend> for OpenRow<'_> {
         self.policy.policy.parameters.num_blocks()
     }
 
-    fn block(&self, index: usize) -> Result<Block<'_>> {
+    fn block(&self, index: usize) -> Result<CudaBlock<'_>> {
         let OpenPolicy { gpu, kind, policy, weights, adapter, parts } = self.policy;
         let spec = &policy.spec.blocks[index];
         let mut shape = BlockShape::of(self.policy.hidden(), spec);
         shape.heads.window = shape.heads.window.filter(|window| *window < NO_WINDOW);
         let (weights, adapter, eps) =
             (&weights.blocks[index], adapter.as_deref(), self.policy.eps());
-        Ok(Block {
+        Ok(CudaBlock {
             gpu,
             kind: *kind,
             index,
@@ -115,7 +115,7 @@ impl RowOps<CudaBackend> for OpenRow<'_> {
     fn embed(&self) -> Result<Memory> {
         let OpenPolicy { gpu, weights, .. } = self.policy;
         let width = self.policy.hidden();
-        let x = gpu.dirty(Kind::F32, self.row.tokens * width)?;
+        let x = gpu.uninit(Kind::F32, self.row.tokens * width)?;
         ops::embed(gpu, &x, &weights.embed, &self.row.ids, width)?;
         if let Some(scales) = self.embedding_scales()? {
             ops::scale_rows(gpu, &x, &x, &scales, width)?;
@@ -129,7 +129,7 @@ impl RowOps<CudaBackend> for OpenRow<'_> {
         let scatter = Scatter::new(gpu, &self.source.ids)?;
         match self.embedding_scales()? {
             Some(scales) => {
-                let scaled = gpu.dirty(Kind::F32, gx.len())?;
+                let scaled = gpu.uninit(Kind::F32, gx.len())?;
                 ops::scale_rows(gpu, &scaled, gx, &scales, width)?;
                 scatter.add(gpu, slot, &scaled, width)
             }
@@ -148,23 +148,26 @@ impl RowOps<CudaBackend> for OpenRow<'_> {
         Ok(passed.output.log_probs)
     }
 
-    fn head(&self, x: &Memory, keep: Keep) -> Result<(HeadOutput, HeadTape)> {
+    fn head(&self, x: &Memory, save: SavePolicy) -> Result<(HeadOutput, CudaHeadTape)> {
         let (before_norm, normed) = self.last_norm(x)?;
-        let options =
-            HeadOptions { distribution: true, gradient: keep != Keep::Nothing, trained: None };
+        let options = HeadOptions {
+            distribution: true,
+            gradient: save != SavePolicy::Nothing,
+            trained: None,
+        };
         let passed =
             self.policy.head().forward(&normed, self.row, &self.source.targets, options)?;
-        Ok((passed.output, HeadTape { before_norm, normed, gradient: passed.gradient }))
+        Ok((passed.output, CudaHeadTape { before_norm, normed, gradient: passed.gradient }))
     }
 
     fn head_backward(
         &self,
-        tape: HeadTape,
+        tape: CudaHeadTape,
         output: HeadOutput,
         upstream: &[f32],
         gradients: &mut GradientBuffers,
     ) -> Result<Memory> {
-        let HeadTape { before_norm, normed, gradient: Some(gradient) } = tape else {
+        let CudaHeadTape { before_norm, normed, gradient: Some(gradient) } = tape else {
             bail!("the row was run forward without a tape");
         };
         let OpenPolicy { gpu, kind, policy, weights, .. } = self.policy;
@@ -174,7 +177,7 @@ impl RowOps<CudaBackend> for OpenRow<'_> {
             let lse = gpu.upload(Kind::F32, &output.log_sum_exp)?;
             self.policy.head().weight_gradient(&normed, self.row, &lse, &g, slot)?;
         }
-        let scaled = gpu.dirty(*kind, rows * width)?;
+        let scaled = gpu.uninit(*kind, rows * width)?;
         ops::scale_rows(gpu, &scaled, &gradient, &g, width)?;
         let dh = gpu.zeros(Kind::F32, rows * width)?;
         let slot = gradients.slot(ParamId::Norm);

@@ -91,7 +91,7 @@ impl CudaLinearGroup<'_> {
         if ranks == 0 || tokens == 0 {
             return Ok(None);
         }
-        let u = gpu.dirty(self.kind, tokens * ranks)?;
+        let u = gpu.uninit(self.kind, tokens * ranks)?;
         let input = x.matrix_at(rows.start * w.input, w.input);
         gpu.matmul(
             [tokens, ranks, w.input],
@@ -121,7 +121,7 @@ impl CudaLinearGroup<'_> {
     pub fn backward(&self, pass: GroupBackward<'_>, gradients: &GradientBuffers) -> Result<Memory> {
         let (w, gpu) = (self.weights, self.gpu);
         let GroupBackward { block, tokens, x, u, g } = pass;
-        let dx = gpu.dirty(self.kind, tokens * w.input)?;
+        let dx = gpu.uninit(self.kind, tokens * w.input)?;
         gpu.matmul(
             [tokens, w.input, w.output],
             g.matrix(w.output),
@@ -170,7 +170,7 @@ impl CudaLinearGroup<'_> {
     ) -> Result<()> {
         let GroupBackward { block, tokens, x, g, .. } = pass;
         let (w, gpu, ranks, scale) = (self.weights, self.gpu, adapter.group.ranks, adapter.scale);
-        let v = gpu.dirty(self.kind, tokens * ranks)?;
+        let v = gpu.uninit(self.kind, tokens * ranks)?;
         for (m, b) in w.members.iter().zip(&adapter.group.b) {
             let Some((b, rank, column)) = *b else { continue };
             let (g_m, v_m) = (g.matrix_at(m.column, w.output), v.matrix_at(column, ranks));

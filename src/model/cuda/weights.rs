@@ -264,7 +264,7 @@ impl<'a> Pieces<'a> {
 /// Uploads matrices to one buffer, stacked. A matrix that already has the element type of `kind` is
 /// copied directly from its storage.
 fn upload_stacked(gpu: &Arc<Gpu>, kind: Kind, matrices: &[WeightRead]) -> Result<Memory> {
-    let memory = gpu.dirty(kind, matrices.iter().map(|m| m.view().elements().len()).sum())?;
+    let memory = gpu.uninit(kind, matrices.iter().map(|m| m.view().elements().len()).sum())?;
     let mut at = 0;
     for elements in matrices.iter().map(|m| m.view().elements()) {
         write_converted(gpu, kind, &memory, at, elements)?;
@@ -276,7 +276,7 @@ fn upload_stacked(gpu: &Arc<Gpu>, kind: Kind, matrices: &[WeightRead]) -> Result
 /// Uploads a bias as f32.
 fn upload_vector(gpu: &Arc<Gpu>, t: &Tensor) -> Result<Memory> {
     let values = TensorRead::of(t)?;
-    let memory = gpu.dirty(Kind::F32, values.elements().len())?;
+    let memory = gpu.uninit(Kind::F32, values.elements().len())?;
     write_converted(gpu, Kind::F32, &memory, 0, values.elements())?;
     Ok(memory)
 }

@@ -8,7 +8,7 @@ use crate::model::config::rope::rope;
 use crate::model::error::ModelError;
 use crate::model::rope::RopeConfig;
 use crate::model::spec::{
-    Activation, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm,
+    ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm,
 };
 
 /// Description of a family of models.
@@ -62,7 +62,7 @@ pub(super) struct Common {
     head_dim: usize,
     intermediate_size: usize,
     mlp_bias: bool,
-    activation: Activation,
+    activation: ActivationFunction,
     vocab_size: usize,
     max_position_embeddings: usize,
     rms_norm_eps: f64,
@@ -162,13 +162,13 @@ impl Common {
     }
 }
 
-fn activation(fields: &Fields<'_>) -> Result<Activation, ModelError> {
+fn activation(fields: &Fields<'_>) -> Result<ActivationFunction, ModelError> {
     // Config classes that have `hidden_activation` ignore `hidden_act`.
     let has_long_name = fields.has_default("hidden_activation");
     let field = if has_long_name { "hidden_activation" } else { "hidden_act" };
     match fields.string(field)?.unwrap_or("silu") {
-        "silu" | "swish" => Ok(Activation::Silu),
-        "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
+        "silu" | "swish" => Ok(ActivationFunction::Silu),
+        "gelu_pytorch_tanh" => Ok(ActivationFunction::GeluTanh),
         other => Err(fields.invalid(
             field,
             format!("'{other}' is not implemented; supported: silu, gelu_pytorch_tanh"),

@@ -33,20 +33,20 @@ struct Ledger {
 }
 
 /// Memory on the device.
-struct Piece {
+struct CountedPiece {
     bytes: usize,
     ledger: Rc<Ledger>,
 }
 
-impl Piece {
+impl CountedPiece {
     fn new(ledger: &Rc<Ledger>, bytes: usize) -> Self {
         ledger.live.set(ledger.live.get() + bytes);
         ledger.peak.set(ledger.peak.get().max(ledger.live.get()));
-        Piece { bytes, ledger: ledger.clone() }
+        CountedPiece { bytes, ledger: ledger.clone() }
     }
 }
 
-impl Drop for Piece {
+impl Drop for CountedPiece {
     fn drop(&mut self) {
         self.ledger.live.set(self.ledger.live.get() - self.bytes);
     }
@@ -55,19 +55,19 @@ impl Drop for Piece {
 struct Counting;
 
 impl Backend for Counting {
-    type Activation = Piece;
+    type Activation = CountedPiece;
     /// `None` where an activation is borrowed.
-    type Operand<'a> = Option<Piece>;
-    type LowRank = Piece;
-    type GateUpSpace = Piece;
-    type GateUp = Piece;
-    type GateUpGradient = Piece;
+    type LeftOperand<'a> = Option<CountedPiece>;
+    type LowRankProjection = CountedPiece;
+    type GateUpSpace = CountedPiece;
+    type GateUp = CountedPiece;
+    type GateUpGradient = CountedPiece;
     type HeadTape = ();
     type Gradients = ();
     type Retired<T> = ();
 
-    fn copy(x: &Piece) -> Result<Piece> {
-        Ok(Piece::new(&x.ledger, x.bytes))
+    fn copy(x: &CountedPiece) -> Result<CountedPiece> {
+        Ok(CountedPiece::new(&x.ledger, x.bytes))
     }
 
     fn retire<T>(_value: T) {}
@@ -109,8 +109,8 @@ impl CountingRow {
     }
 
     /// Allocates `bytes` bytes per token.
-    fn piece(&self, bytes: usize) -> Piece {
-        Piece::new(&self.ledger, TOKENS * bytes)
+    fn piece(&self, bytes: usize) -> CountedPiece {
+        CountedPiece::new(&self.ledger, TOKENS * bytes)
     }
 }
 
@@ -125,19 +125,19 @@ impl RowOps<Counting> for CountingRow {
         Ok(CountingBlock { row: self, spec: &self.blocks[index], shape: self.shape() })
     }
 
-    fn embed(&self) -> Result<Piece> {
+    fn embed(&self) -> Result<CountedPiece> {
         Ok(self.piece(F32 * HIDDEN))
     }
 
-    fn embed_backward(&self, _gx: &Piece, (): &mut ()) -> Result<()> {
+    fn embed_backward(&self, _gx: &CountedPiece, (): &mut ()) -> Result<()> {
         Ok(())
     }
 
-    fn log_probs(&self, _x: &Piece) -> Result<Vec<f32>> {
+    fn log_probs(&self, _x: &CountedPiece) -> Result<Vec<f32>> {
         Ok(vec![-1.0])
     }
 
-    fn head(&self, _x: &Piece, _keep: Keep) -> Result<(HeadOutput, ())> {
+    fn head(&self, _x: &CountedPiece, _save: SavePolicy) -> Result<(HeadOutput, ())> {
         Ok((HeadOutput { log_probs: vec![-1.0], ..HeadOutput::default() }, ()))
     }
 
@@ -147,7 +147,7 @@ impl RowOps<Counting> for CountingRow {
         _output: HeadOutput,
         _upstream: &[f32],
         (): &mut (),
-    ) -> Result<Piece> {
+    ) -> Result<CountedPiece> {
         Ok(self.piece(F32 * HIDDEN))
     }
 }
@@ -159,7 +159,7 @@ struct CountingBlock<'a> {
 }
 
 impl CountingBlock<'_> {
-    fn low_rank(&self, group: LinearGroup) -> Piece {
+    fn low_rank(&self, group: LinearGroup) -> CountedPiece {
         self.row.piece(ELEMENT * RANK * group.members().len())
     }
 }
@@ -169,58 +169,58 @@ impl BlockOps<Counting> for CountingBlock<'_> {
         self.spec
     }
 
-    fn new_qkv(&self) -> Result<Piece> {
+    fn new_qkv(&self) -> Result<CountedPiece> {
         self.row.ledger.runs.set(self.row.ledger.runs.get() + 1);
         Ok(self.row.piece(ELEMENT * self.shape.qkv()))
     }
 
-    fn new_gate_up(&self) -> Result<Piece> {
+    fn new_gate_up(&self) -> Result<CountedPiece> {
         Ok(self.row.piece(ELEMENT * self.shape.gate_up()))
     }
 
-    fn norm(&self, _norm: StreamNorm, _x: &Piece) -> Result<Option<Piece>> {
+    fn norm(&self, _norm: StreamNorm, _x: &CountedPiece) -> Result<Option<CountedPiece>> {
         Ok(Some(self.row.piece(ELEMENT * HIDDEN)))
     }
 
-    fn attention_operand(&self, _output: &Piece) -> Option<Piece> {
+    fn attention_operand(&self, _output: &CountedPiece) -> Option<CountedPiece> {
         None
     }
 
     fn project(
         &self,
         group: LinearGroup,
-        _input: &Option<Piece>,
-        _out: &mut Piece,
-    ) -> Result<Piece> {
+        _input: &Option<CountedPiece>,
+        _out: &mut CountedPiece,
+    ) -> Result<CountedPiece> {
         Ok(self.low_rank(group))
     }
 
     fn add_to_stream(
         &self,
         group: LinearGroup,
-        _input: &Option<Piece>,
-        _x: &mut Piece,
-    ) -> Result<Piece> {
+        _input: &Option<CountedPiece>,
+        _x: &mut CountedPiece,
+    ) -> Result<CountedPiece> {
         Ok(self.low_rank(group))
     }
 
-    fn head_norms(&self, _qkv: &mut Piece) -> Result<()> {
+    fn head_norms(&self, _qkv: &mut CountedPiece) -> Result<()> {
         Ok(())
     }
 
-    fn rotate(&self, _qkv: &mut Piece, _direction: Direction) -> Result<()> {
+    fn rotate(&self, _qkv: &mut CountedPiece, _direction: Direction) -> Result<()> {
         Ok(())
     }
 
-    fn attention(&self, _qkv: &Piece) -> Result<Attended<Counting>> {
+    fn attention(&self, _qkv: &CountedPiece) -> Result<Attended<Counting>> {
         let output = self.row.piece(ELEMENT * self.shape.attended());
         Ok(Attended { output, log_sum_exp: self.row.piece(F32 * self.shape.log_sum_exps()) })
     }
 
     fn feed_forward(
         &self,
-        space: Piece,
-        input: Option<Piece>,
+        space: CountedPiece,
+        input: Option<CountedPiece>,
         _save_tape: bool,
     ) -> Result<Gated<Counting>> {
         let low_rank = self.low_rank(LinearGroup::GateUp);
@@ -231,11 +231,11 @@ impl BlockOps<Counting> for CountingBlock<'_> {
 
     fn feed_forward_backward(
         &self,
-        gate_up: Piece,
-        _low_rank: &Piece,
-        _gx: &Piece,
+        gate_up: CountedPiece,
+        _low_rank: &CountedPiece,
+        _gx: &CountedPiece,
         (): &mut (),
-    ) -> Result<Piece> {
+    ) -> Result<CountedPiece> {
         let (y, gy) = (
             self.row.piece(ELEMENT * self.shape.feed_forward),
             self.row.piece(ELEMENT * self.shape.feed_forward),
@@ -247,34 +247,39 @@ impl BlockOps<Counting> for CountingBlock<'_> {
     fn linear_backward(
         &self,
         group: LinearGroup,
-        _input: &Option<Piece>,
-        _low_rank: &Piece,
+        _input: &Option<CountedPiece>,
+        _low_rank: &CountedPiece,
         _g: OutputGradient<'_, Counting>,
         (): &mut (),
-    ) -> Result<Piece> {
+    ) -> Result<CountedPiece> {
         let width = if group == LinearGroup::Output { self.shape.attended() } else { HIDDEN };
         Ok(self.row.piece(ELEMENT * width))
     }
 
     fn attention_backward(
         &self,
-        _qkv: &Piece,
+        _qkv: &CountedPiece,
         _attended: &Attended<Counting>,
-        _g: &Piece,
-    ) -> Result<Piece> {
+        _g: &CountedPiece,
+    ) -> Result<CountedPiece> {
         Ok(self.row.piece(ELEMENT * self.shape.qkv()))
     }
 
-    fn head_norms_backward(&self, _before: &Piece, _dqkv: &mut Piece, (): &mut ()) -> Result<()> {
+    fn head_norms_backward(
+        &self,
+        _before: &CountedPiece,
+        _dqkv: &mut CountedPiece,
+        (): &mut (),
+    ) -> Result<()> {
         Ok(())
     }
 
     fn norm_backward(
         &self,
         _norm: StreamNorm,
-        _x: &Piece,
-        _g: &Piece,
-        _gx: &mut Piece,
+        _x: &CountedPiece,
+        _g: &CountedPiece,
+        _gx: &mut CountedPiece,
         (): &mut (),
     ) -> Result<()> {
         Ok(())
@@ -286,21 +291,21 @@ fn a_forward_pass_saves_what_the_formulas_for_its_memory_say() {
     for qk_norm in [QkNorm::Absent, QkNorm::PerHead] {
         let row = CountingRow::new(qk_norm);
         let tape_bytes = row.shape().tape_bytes(ELEMENT, 7 * RANK);
-        for (keep, of_block) in [
-            (Keep::Tapes, tape_bytes),
-            (Keep::Inputs, row.shape().input_bytes()),
-            (Keep::Nothing, 0),
+        for (save, of_block) in [
+            (SavePolicy::Tapes, tape_bytes),
+            (SavePolicy::BlockInputs, row.shape().input_bytes()),
+            (SavePolicy::Nothing, 0),
         ] {
             let mut yields = 0;
-            let tape = forward(&row, keep, &mut || yields += 1).unwrap();
-            assert_eq!(row.ledger.live.get(), BLOCKS * TOKENS * of_block, "{qk_norm:?} {keep:?}");
+            let tape = forward(&row, save, &mut || yields += 1).unwrap();
+            assert_eq!(row.ledger.live.get(), BLOCKS * TOKENS * of_block, "{qk_norm:?} {save:?}");
             assert_eq!(
                 (yields, tape.output().log_probs.len()),
                 (BLOCKS, 1),
-                "{qk_norm:?} {keep:?}"
+                "{qk_norm:?} {save:?}"
             );
             drop(tape);
-            assert_eq!(row.ledger.live.get(), 0, "{qk_norm:?} {keep:?}");
+            assert_eq!(row.ledger.live.get(), 0, "{qk_norm:?} {save:?}");
         }
     }
 }
@@ -308,9 +313,9 @@ fn a_forward_pass_saves_what_the_formulas_for_its_memory_say() {
 #[test]
 fn a_backward_pass_takes_no_more_than_its_formula_and_frees_everything() {
     for qk_norm in [QkNorm::Absent, QkNorm::PerHead] {
-        for (keep, runs_again) in [(Keep::Tapes, 0), (Keep::Inputs, BLOCKS)] {
+        for (save, runs_again) in [(SavePolicy::Tapes, 0), (SavePolicy::BlockInputs, BLOCKS)] {
             let row = CountingRow::new(qk_norm);
-            let tape = forward(&row, keep, &mut || {}).unwrap();
+            let tape = forward(&row, save, &mut || {}).unwrap();
             let saved = row.ledger.live.get();
             row.ledger.peak.set(saved);
             row.ledger.runs.set(0);
@@ -319,10 +324,10 @@ fn a_backward_pass_takes_no_more_than_its_formula_and_frees_everything() {
             assert_eq!(
                 (yields, row.ledger.runs.get()),
                 (BLOCKS, runs_again),
-                "{qk_norm:?} {keep:?}"
+                "{qk_norm:?} {save:?}"
             );
-            assert_eq!(row.ledger.live.get(), 0, "{qk_norm:?} {keep:?}");
-            if keep == Keep::Tapes {
+            assert_eq!(row.ledger.live.get(), 0, "{qk_norm:?} {save:?}");
+            if save == SavePolicy::Tapes {
                 let besides = row.ledger.peak.get() - saved;
                 let formula = TOKENS * row.shape().backward_bytes(ELEMENT);
                 assert!(
@@ -337,7 +342,7 @@ fn a_backward_pass_takes_no_more_than_its_formula_and_frees_everything() {
 #[test]
 fn a_row_that_saved_nothing_cannot_go_back() {
     let row = CountingRow::new(QkNorm::Absent);
-    let tape = forward(&row, Keep::Nothing, &mut || {}).unwrap();
+    let tape = forward(&row, SavePolicy::Nothing, &mut || {}).unwrap();
     let error = backward(&row, tape, &[1.0], &mut (), &mut || {}).unwrap_err();
     assert!(error.to_string().contains("without a tape"), "{error}");
 }

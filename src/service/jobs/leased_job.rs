@@ -12,7 +12,7 @@ use crate::engine::api::{RunCommand, RunControl};
 use crate::service::error::{Result, ServiceError};
 use crate::service::events::EventFeed;
 use crate::service::store::Store;
-use crate::service::store::leases::{Also, Lease};
+use crate::service::store::leases::{Lease, RunWriteEffect};
 
 /// First and longest delay between retries while the store does not answer.
 const RETRY_DELAYS: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
@@ -109,7 +109,7 @@ impl LeasedJob {
     pub async fn write(
         &self,
         change: impl Fn(&mut Job) -> Result<Vec<EventKind>> + Send + Sync,
-        also: Also<'_>,
+        also: RunWriteEffect<'_>,
     ) -> Result<Job> {
         let number = self.written.fetch_add(1, Ordering::Relaxed) + 1;
         let (job, sequence) =

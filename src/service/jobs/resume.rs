@@ -59,7 +59,7 @@ pub(super) async fn newest_intact(
         let log_removal = |_: &mut _| {
             Ok(vec![EventKind::Log { severity: "warning".into(), message: message.clone() }])
         };
-        leased.write(log_removal, Also::Remove(c.step)).await?;
+        leased.write(log_removal, RunWriteEffect::Remove(c.step)).await?;
         remove_checkpoint_files(from.engine, from.artifacts, c).await;
     }
     Ok(None)

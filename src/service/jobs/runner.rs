@@ -50,7 +50,7 @@ use crate::service::error::{Result, ServiceError};
 use crate::service::events::EventFeed;
 use crate::service::policies::PolicyResolver;
 use crate::service::shutdown::Shutdown;
-use crate::service::store::leases::{Also, Lease};
+use crate::service::store::leases::{Lease, RunWriteEffect};
 use crate::service::store::{Store, now};
 use crate::telemetry::trace;
 use crate::train::checkpoint;
@@ -140,7 +140,7 @@ impl JobRunner {
             leased.control.drain();
         }
         let end = match self.run(job, &leased).await {
-            Ok(RunEnd::NotBegun(e)) => {
+            Ok(RunEnd::InputMissing(e)) => {
                 tracing::warn!(
                     job = job.id,
                     reason = e.reason.name(),
@@ -390,7 +390,7 @@ impl JobRunner {
             pins.contents.get_or_insert_with(|| contents.clone());
             Ok(vec![EventKind::Log { severity: "warning".into(), message: message.clone() }])
         };
-        leased.write(pin, Also::Nothing).await
+        leased.write(pin, RunWriteEffect::Nothing).await
     }
 
     /// Stores an event of the run, then notifies the followers of the job.
@@ -415,7 +415,7 @@ impl JobRunner {
                         reason,
                     }])
                 };
-                leased.write(running, Also::Nothing).await?;
+                leased.write(running, RunWriteEffect::Nothing).await?;
             }
             RunEvent::Step { progress, metrics } => {
                 leased.set_gauges(&progress, &metrics);
@@ -428,14 +428,14 @@ impl JobRunner {
                         metrics: metrics.clone(),
                     }])
                 };
-                leased.write(step, Also::Nothing).await?;
+                leased.write(step, RunWriteEffect::Nothing).await?;
             }
             RunEvent::Eval { step, metrics } => {
                 let eval = |j: &mut Job| {
                     j.latest_metrics.extend(metrics.clone());
                     Ok(vec![EventKind::Eval { step, metrics: metrics.clone() }])
                 };
-                leased.write(eval, Also::Nothing).await?;
+                leased.write(eval, RunWriteEffect::Nothing).await?;
             }
             RunEvent::Checkpoint { step, best, adapter, size_bytes, metrics } => {
                 let dir = self.artifacts.checkpoint(&job.id, step);
@@ -464,7 +464,7 @@ impl JobRunner {
                 leased
                     .write(
                         |_| Ok(vec![EventKind::CheckpointCreated { step, best }]),
-                        Also::Add(&row),
+                        RunWriteEffect::Add(&row),
                     )
                     .await?;
                 self.delete_surplus_checkpoints(job, leased).await?;
@@ -473,7 +473,7 @@ impl JobRunner {
                 let log = |_: &mut Job| {
                     Ok(vec![EventKind::Log { severity: severity.into(), message: message.clone() }])
                 };
-                leased.write(log, Also::Nothing).await?;
+                leased.write(log, RunWriteEffect::Nothing).await?;
             }
             RunEvent::Ended(_) => {}
         }
@@ -485,7 +485,7 @@ impl JobRunner {
         let all = retry_while_unavailable(|| self.store.checkpoints(&job.id)).await?;
         let surplus = all.len().saturating_sub(job.request.spec.run.save_total_limit);
         for old in all.iter().take(surplus).filter(|c| !c.best) {
-            match leased.write(|_| Ok(Vec::new()), Also::Retire(old.step)).await {
+            match leased.write(|_| Ok(Vec::new()), RunWriteEffect::Retire(old.step)).await {
                 Ok(_) => remove_checkpoint_files(&self.engine, &self.artifacts, old).await,
                 // Another job starts from this checkpoint or uses it as its reference.
                 Err(ServiceError::FailedPrecondition { .. }) => {}
@@ -586,7 +586,7 @@ async fn log_skipped_rows(leased: &LeasedJob, skipped: &BadRows) -> Result<()> {
             vec![EventKind::Log { severity: "warning".into(), message: message.clone() }]
         })
     };
-    leased.write(note, Also::Nothing).await.map(|_| ())
+    leased.write(note, RunWriteEffect::Nothing).await.map(|_| ())
 }
 
 /// Stores the last change of state of a run and releases its lease.
@@ -601,7 +601,7 @@ async fn finish(leased: &LeasedJob, end: &End) -> Result<()> {
                 (JobState::Failed, e.message.clone())
             }
             _ if cancelling => (JobState::Cancelled, "cancelled by a client".to_owned()),
-            End::Waits(e) | End::Run(RunEnd::NotBegun(e)) => {
+            End::Waits(e) | End::Run(RunEnd::InputMissing(e)) => {
                 job.error = Some(e.clone());
                 let to =
                     if from == JobState::Pausing { JobState::Paused } else { JobState::Queued };
@@ -633,7 +633,7 @@ async fn finish(leased: &LeasedJob, end: &End) -> Result<()> {
         job.state = to;
         Ok(vec![EventKind::StateChange { from: Some(from), to, reason }])
     };
-    let job = leased.write(change, Also::Release).await?;
+    let job = leased.write(change, RunWriteEffect::Release).await?;
     if let End::Waits(error) = end {
         metrics::counter!(
             "bradley_jobs_waiting_total",

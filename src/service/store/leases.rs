@@ -32,7 +32,7 @@ pub struct Lease {
 
 /// Additional effect of a run's write, in the same transaction.
 #[derive(Clone, Copy, Debug)]
-pub enum Also<'a> {
+pub enum RunWriteEffect<'a> {
     /// No additional effect.
     Nothing,
     /// Adds a checkpoint.
@@ -143,7 +143,7 @@ impl Store {
         lease: &Lease,
         number: i64,
         change: impl FnOnce(&mut Job) -> Result<Vec<EventKind>>,
-        also: Also<'_>,
+        also: RunWriteEffect<'_>,
     ) -> Result<(Job, u64)> {
         let mut tx = self.writer.begin().await?;
         let row = self.lock_job(&mut tx, &lease.job).await?;
@@ -160,18 +160,18 @@ impl Store {
                 sqlx::query_scalar(SELECT_NEWEST).bind(&lease.job).fetch_one(&mut *tx).await?;
             return Ok((row.try_into()?, newest as u64));
         }
-        if let Also::Retire(step) = also {
+        if let RunWriteEffect::Retire(step) = also {
             let needed = Needed::Weights { job: &lease.job, step: Some(step) };
             self.lock_checkpoint(&mut tx, &lease.job, step).await?;
             check(
-                &Caller::anyone(),
+                &Caller::unrestricted(),
                 &self.users_of_weights_in(&mut tx, &lease.job).await?,
                 needed,
             )?;
         }
         let changed = self.apply(&mut tx, row.try_into()?, change).await?;
         let count_write = match also {
-            Also::Release => {
+            RunWriteEffect::Release => {
                 "UPDATE jobs SET lease_writes = $1, lease_owner = NULL, lease_until = 0 WHERE id = \
                  $2"
             }
@@ -179,12 +179,12 @@ impl Store {
         };
         sqlx::query(count_write).bind(number).bind(&lease.job).execute(&mut *tx).await?;
         match also {
-            Also::Add(checkpoint) => self.put_checkpoint(&mut tx, checkpoint).await?,
-            Also::Remove(step) | Also::Retire(step) => {
+            RunWriteEffect::Add(checkpoint) => self.put_checkpoint(&mut tx, checkpoint).await?,
+            RunWriteEffect::Remove(step) | RunWriteEffect::Retire(step) => {
                 let remove = "DELETE FROM checkpoints WHERE job = $1 AND step = $2";
                 sqlx::query(remove).bind(&lease.job).bind(step as i64).execute(&mut *tx).await?;
             }
-            Also::Nothing | Also::Release => {}
+            RunWriteEffect::Nothing | RunWriteEffect::Release => {}
         }
         tx.commit().await?;
         Ok(changed)

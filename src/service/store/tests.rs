@@ -240,7 +240,7 @@ async fn an_unreadable_job_stays_and_keeps_what_it_needs() {
             "{r:?}"
         )
     };
-    let anyone = Caller::anyone();
+    let anyone = Caller::unrestricted();
     for dataset in [DATASET, "held-out"] {
         in_use(
             store

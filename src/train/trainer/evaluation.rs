@@ -7,10 +7,14 @@ use crate::domain::job::Metrics;
 use crate::infer::pair::EncodedPair;
 use crate::math::metrics::PairObservation;
 use crate::train::event::RunEvent;
-use crate::train::host::Host;
+use crate::train::run_context::RunContext;
 
 impl Trainer {
-    pub(super) fn evaluate_unit(&mut self, next: usize, host: &mut Host) -> Result<(), TrainError> {
+    pub(super) fn evaluate_unit(
+        &mut self,
+        next: usize,
+        host: &mut RunContext,
+    ) -> Result<(), TrainError> {
         let end = (next + self.spec.batch.batch_size).min(self.eval.len());
         match self.evaluate(next..end, host) {
             Ok((loss, pairs)) => self.evaluation.add(loss, &pairs),
@@ -48,7 +52,7 @@ impl Trainer {
     fn evaluate(
         &self,
         rows: Range<usize>,
-        host: &mut Host,
+        host: &mut RunContext,
     ) -> Result<(f64, Vec<PairObservation>), TrainError> {
         let pairs: Vec<&EncodedPair> = self.eval[rows].iter().collect();
         let row_tokens = self.plan.row_tokens;
@@ -60,7 +64,7 @@ impl Trainer {
             references: references.as_deref(),
             row_tokens,
         };
-        Ok(batch.evaluate(host.pause)?)
+        Ok(batch.evaluate(host.yield_point)?)
     }
 
     /// Returns the name of the evaluation metric that selects the best checkpoint.

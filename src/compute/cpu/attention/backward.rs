@@ -160,7 +160,7 @@ impl Sweep<'_> {
         let (kernel, heads) = (self.kernel, self.heads);
         let (row, width, kv) = (heads.row(), heads.width(), head / (heads.query / heads.key));
         let (rows, columns) = (block.queries.len(), block.columns());
-        let (mut p, mut ds) = (Buffer::dirty(rows * columns), Buffer::dirty(rows * columns));
+        let (mut p, mut ds) = (Buffer::uninit(rows * columns), Buffer::uninit(rows * columns));
         let at = |t: usize| t * width + head * heads.dim;
         let q = View::f32(&self.qkv[block.queries.start * row + head * heads.dim..], row);
         over_keys(

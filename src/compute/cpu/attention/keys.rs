@@ -37,7 +37,7 @@ impl Keys {
             );
         }
         let panels = places.len();
-        let mut units = Buffer::dirty(heads * panels * depth * NR);
+        let mut units = Buffer::uninit(heads * panels * depth * NR);
         thread_pool::chunks(units.units_mut(), depth * NR, |i, panel| {
             let (head, place) = (i / panels, &places[i % panels]);
             let view = View::f32(&tokens[place.start * row + at(head)..], row).t();
@@ -92,7 +92,7 @@ impl Along {
         }
         let panels = dim.div_ceil(NR);
         let depth = first[first.len() - 1];
-        let mut units = Buffer::dirty(heads * panels * depth * NR);
+        let mut units = Buffer::uninit(heads * panels * depth * NR);
         thread_pool::chunks(units.units_mut(), depth * NR, |i, panel| {
             let (head, column) = (i / panels, i % panels * NR);
             for (stretch, s) in stretches.iter().enumerate() {

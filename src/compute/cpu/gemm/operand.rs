@@ -63,7 +63,7 @@ impl<'a> Operand<'a> {
             };
         }
         let depth = kernel.depth(cols);
-        let mut own = Buffer::dirty((rows + ROW_PADDING) * depth);
+        let mut own = Buffer::uninit((rows + ROW_PADDING) * depth);
         let units = own.units_mut();
         let lines =
             if view.col_stride == 1 { (CHUNK / depth.max(1)).clamp(1, rows.max(1)) } else { 64 };
@@ -209,7 +209,7 @@ impl Rounded {
     fn new(kernel: Kernel, rows: usize, cols: usize) -> Self {
         let depth = kernel.depth(cols);
         let own = if kernel.is_bf16() {
-            Buffer::dirty((rows + ROW_PADDING) * depth)
+            Buffer::uninit((rows + ROW_PADDING) * depth)
         } else {
             Buffer::default()
         };
@@ -329,7 +329,7 @@ fn fill_rows_bf16(
     }
     // The source is contiguous along the rows of A: two neighbouring k are rounded and interleaved
     // into pairs, and the pairs are transposed.
-    let mut paired = Buffer::dirty(used * rows);
+    let mut paired = Buffer::uninit(used * rows);
     lines.resize(2 * rows, bf16::ZERO);
     for (p, units) in paired.units_mut().chunks_mut(rows).enumerate() {
         for half in 0..2 {
@@ -400,7 +400,7 @@ impl Operand<'static> {
         fill: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Self {
         let depth = kernel.depth(cols);
-        let mut own = Buffer::dirty((rows + ROW_PADDING) * depth);
+        let mut own = Buffer::uninit((rows + ROW_PADDING) * depth);
         let lines = thread_pool::rows_per_task(rows);
         if kernel.is_bf16() {
             thread_pool::chunks(&mut own.units_mut()[..rows * depth], lines * depth, |i, part| {
@@ -427,7 +427,7 @@ impl Operand<'static> {
         let units = match units {
             Units::Owned(b) => Units::Owned(b),
             Units::Borrowed(units) => {
-                let mut own = Buffer::dirty(units.len());
+                let mut own = Buffer::uninit(units.len());
                 own.units_mut().copy_from_slice(units);
                 Units::Owned(own)
             }

@@ -294,7 +294,7 @@ fn by_slices(
 /// Packs one panel after the other and multiplies each at once, while it is in the L1 cache. Used
 /// for few rows of A, which are in the cache too.
 fn by_panels(task: &BlockTask, panels: Range<usize>) {
-    let mut packed = Buffer::dirty(task.depth * NR);
+    let mut packed = Buffer::uninit(task.depth * NR);
     for panel in panels {
         task.pack(panel, packed.units_mut());
         task.run(0..task.m, panel, packed.units());
@@ -335,8 +335,8 @@ pub(super) fn by_groups(
         let group = panels * group / groups..panels * (group + 1) / groups;
         let rows = strips * cut / cuts * step..(strips * (cut + 1) / cuts * step).min(m);
         let (mut packed, mut scratch) = (
-            Buffer::dirty(panels_per_pack.min(group.len()) * units),
-            Buffer::dirty(pass.min(m) * scratch),
+            Buffer::uninit(panels_per_pack.min(group.len()) * units),
+            Buffer::uninit(pass.min(m) * scratch),
         );
         for first in group.clone().step_by(panels_per_pack) {
             let some = first..(first + panels_per_pack).min(group.end);

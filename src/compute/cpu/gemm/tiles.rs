@@ -107,7 +107,7 @@ impl TiledOperand {
     /// before they call [`TiledOperand::operand`].
     pub fn new(kernel: Kernel, rows: usize, cols: usize) -> Self {
         let depth = kernel.depth(cols);
-        let mut own = Buffer::dirty((rows + ROW_PADDING) * depth);
+        let mut own = Buffer::uninit((rows + ROW_PADDING) * depth);
         let at = Shared(own.as_mut_ptr());
         TiledOperand { kernel, rows, cols, depth, own, at }
     }

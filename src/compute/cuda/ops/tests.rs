@@ -51,10 +51,10 @@ fn an_operand_is_compared_by_kind_and_size() {
     }
     assert!(check_columns("add_bias", "y", 8, 8).is_ok());
     assert_refused(check_columns("add_bias", "y", 9, 8), &["add_bias", "column 9", "8 elements"]);
-    let heads = HeadColumns { rows: 3, stride: 512, first: 256, heads: 2, dim: 128 };
+    let heads = HeadLayout { rows: 3, stride: 512, first: 256, heads: 2, dim: 128 };
     assert_eq!((heads.elements("head_norm", "x").unwrap(), heads.items()), (3 * 512, 6));
     assert_refused(
-        HeadColumns { first: 257, ..heads }.elements("head_norm", "x").map(drop),
+        HeadLayout { first: 257, ..heads }.elements("head_norm", "x").map(drop),
         &["head_norm", "column 513"],
     );
 }
@@ -145,15 +145,15 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
         &["rms_norm_weight", "partial has 4"],
     );
     assert_refused(
-        gated(&gpu, Activation::Silu, &y, &x, 2),
+        gated(&gpu, ActivationFunction::Silu, &y, &x, 2),
         &["swiglu", "gate_up has 4 elements", "8"],
     );
     assert_refused(
-        gated_backward(&gpu, Activation::Silu, &x, &y, 2),
+        gated_backward(&gpu, ActivationFunction::Silu, &x, &y, 2),
         &["swiglu_backward", "gate_up has 4 elements", "8"],
     );
     assert_refused(
-        gated(&gpu, Activation::GeluTanh, &y, &x, 2),
+        gated(&gpu, ActivationFunction::GeluTanh, &y, &x, 2),
         &["geglu", "gate_up has 4 elements", "8"],
     );
 
@@ -220,7 +220,7 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
     // The value's gradient is that of the output, summed over the two heads that share it.
     let of_value = read(&dqkv)[HEADS.row() - 1];
     assert!((of_value - 0.5).abs() < 1e-5, "{of_value}");
-    let places = HeadColumns { rows: 1, stride: HEADS.row(), first: 0, heads: 6, dim: 64 };
+    let places = HeadLayout { rows: 1, stride: HEADS.row(), first: 0, heads: 6, dim: 64 };
     assert_refused(
         rope(&gpu, &dqkv, &lse, &lse, places, Direction::Forward),
         &["rope", "cos has 4 elements", "32"],

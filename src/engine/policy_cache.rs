@@ -40,7 +40,7 @@ pub(super) struct Base {
 }
 
 /// The base models by id, for one device.
-pub(super) struct Bases {
+pub(super) struct BaseModels {
     by_id: HashMap<String, Base>,
     /// Ids in the order of the settings.
     order: Vec<String>,
@@ -56,7 +56,7 @@ pub(super) fn weight_bytes(precision: Precision) -> u64 {
     }
 }
 
-impl Bases {
+impl BaseModels {
     /// Loads every model's weights. `devices` names all devices that will use them.
     ///
     /// # Errors
@@ -67,7 +67,7 @@ impl Bases {
         devices: &str,
         precision: Precision,
     ) -> Result<Self, EngineError> {
-        let (mut bases, mut order) = (HashMap::new(), Vec::new());
+        let (mut base_models, mut order) = (HashMap::new(), Vec::new());
         for mut model in models {
             let is_exact = model.weights.is_exact_in(precision);
             if !is_exact {
@@ -88,9 +88,10 @@ impl Bases {
                 helpers: Arc::default(),
             };
             let tokenizer = Arc::new(model.tokenizer);
-            bases.insert(model.id, Base { info, policy, tokenizer, files, element_type, is_exact });
+            base_models
+                .insert(model.id, Base { info, policy, tokenizer, files, element_type, is_exact });
         }
-        Ok(Bases { by_id: bases, order, precision, device })
+        Ok(BaseModels { by_id: base_models, order, precision, device })
     }
 
     /// Returns the same weights for another device.
@@ -100,7 +101,7 @@ impl Bases {
             ..base.clone()
         };
         let by_id = self.by_id.iter().map(|(id, base)| (id.clone(), moved(base))).collect();
-        Bases { by_id, order: self.order.clone(), precision: self.precision, device }
+        BaseModels { by_id, order: self.order.clone(), precision: self.precision, device }
     }
 
     /// Returns the precision of the frozen weights and of scoring.
@@ -343,17 +344,17 @@ impl Resident {
 }
 
 /// LRU cache of adapters and full weights, bounded by bytes and by number.
-pub(super) struct Residents {
+pub(super) struct PolicyCache {
     limit: usize,
     room: Room,
     /// Most recently used last.
     all: Vec<Resident>,
 }
 
-impl Residents {
+impl PolicyCache {
     /// Creates a cache of at most `limit` entries, without a limit on their bytes.
     pub fn new(limit: usize) -> Self {
-        Residents { limit: limit.max(1), room: Room::unlimited(), all: Vec::new() }
+        PolicyCache { limit: limit.max(1), room: Room::unlimited(), all: Vec::new() }
     }
 
     /// Limits the entries to the bytes that `room` has, and evicts what exceeds them.
@@ -367,8 +368,12 @@ impl Residents {
     /// # Errors
     /// `NoRoom` if full weights do not fit even after all unused weights were evicted; otherwise
     /// the errors of loading.
-    pub fn get(&mut self, bases: &Bases, weights: &WeightsRef) -> Result<Policy, EngineError> {
-        self.load(bases, weights, false)
+    pub fn get(
+        &mut self,
+        base_models: &BaseModels,
+        weights: &WeightsRef,
+    ) -> Result<Policy, EngineError> {
+        self.load(base_models, weights, false)
     }
 
     /// Returns weights for a run. The run's memory needs include full weights, so these are never
@@ -378,32 +383,32 @@ impl Residents {
     /// Fails if the weights cannot be loaded.
     pub fn get_for_run(
         &mut self,
-        bases: &Bases,
+        base_models: &BaseModels,
         weights: &WeightsRef,
     ) -> Result<Policy, EngineError> {
-        self.load(bases, weights, true)
+        self.load(base_models, weights, true)
     }
 
     fn load(
         &mut self,
-        bases: &Bases,
+        base_models: &BaseModels,
         weights: &WeightsRef,
         for_run: bool,
     ) -> Result<Policy, EngineError> {
         if let WeightsRef::Base { .. } = weights {
-            return bases.open(weights);
+            return base_models.open(weights);
         }
         let mut found = match self.all.iter().position(|r| r.weights == *weights) {
             Some(i) => self.all.remove(i),
             None => {
-                let (policy, bytes) = match bases.full_bytes(weights)? {
+                let (policy, bytes) = match base_models.full_bytes(weights)? {
                     Some(bytes) => {
-                        self.evict_for_full_weights(bases, bytes, for_run)?;
-                        (bases.open(weights)?, bytes)
+                        self.evict_for_full_weights(base_models, bytes, for_run)?;
+                        (base_models.open(weights)?, bytes)
                     }
                     // Adapters are small: others are evicted for them, but they are never refused.
                     None => {
-                        let policy = bases.open(weights)?;
+                        let policy = base_models.open(weights)?;
                         let bytes = adapter_bytes(&policy);
                         self.evict_for(bytes);
                         (policy, bytes)
@@ -415,7 +420,7 @@ impl Residents {
         found.of_run |= for_run;
         let policy = found.policy.clone();
         self.all.push(found);
-        self.report(bases);
+        self.report(base_models);
         Ok(policy)
     }
 
@@ -432,7 +437,7 @@ impl Residents {
     /// Evicts as [`Self::evict_for`] does, and refuses full weights that still do not fit.
     fn evict_for_full_weights(
         &mut self,
-        bases: &Bases,
+        base_models: &BaseModels,
         bytes: u64,
         for_run: bool,
     ) -> Result<(), EngineError> {
@@ -441,7 +446,7 @@ impl Residents {
         if bytes <= left || for_run {
             return Ok(());
         }
-        let setting = if bases.device().memory().is_some() {
+        let setting = if base_models.device().memory().is_some() {
             "device_memory_limit or memory_limit"
         } else {
             "memory_limit"
@@ -505,8 +510,8 @@ impl Residents {
         });
     }
 
-    fn report(&self, bases: &Bases) {
-        metrics::gauge!("bradley_resident_policies", "device" => bases.device().name())
+    fn report(&self, base_models: &BaseModels) {
+        metrics::gauge!("bradley_resident_policies", "device" => base_models.device().name())
             .set(self.all.len() as f64);
     }
 }

@@ -2,17 +2,17 @@
 
 /// Guard that adds 1 to a gauge while it exists, so that every return path decrements it.
 #[derive(Debug)]
-pub struct Counted(&'static str);
+pub struct GaugeGuard(&'static str);
 
-impl Counted {
+impl GaugeGuard {
     /// Increments `gauge` until the guard is dropped.
     pub fn new(gauge: &'static str) -> Self {
         metrics::gauge!(gauge).increment(1.0);
-        Counted(gauge)
+        GaugeGuard(gauge)
     }
 }
 
-impl Drop for Counted {
+impl Drop for GaugeGuard {
     fn drop(&mut self) {
         metrics::gauge!(self.0).decrement(1.0);
     }

@@ -4,13 +4,13 @@ use super::event::RunEvent;
 use crate::infer::reference_cache::ReferenceCache;
 
 /// Context of one unit of work.
-pub struct Host<'a> {
+pub struct RunContext<'a> {
     /// Cache of reference log-probs by content.
     pub cache: &'a ReferenceCache,
     /// Yield point: called between the blocks of every pass, every few milliseconds, so that the
     /// thread can do other work such as scoring. It is called only when no weight is partially
     /// updated.
-    pub pause: &'a mut dyn FnMut(),
+    pub yield_point: &'a mut dyn FnMut(),
     /// Receives the run's events.
     pub emit: &'a mut dyn FnMut(RunEvent),
 }
