@@ -19,10 +19,9 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Starts one; `None` where there is no PostgreSQL (BRADLEY_TEST_POSTGRES names the folder of
-    /// its programs).
-    pub fn start(test: &str) -> Option<Self> {
-        let bin = PathBuf::from(needed("BRADLEY_TEST_POSTGRES", test)?);
+    /// Starts a server with the programs in the folder that BRADLEY_TEST_POSTGRES names.
+    pub fn start() -> Self {
+        let bin = PathBuf::from(needed("BRADLEY_TEST_POSTGRES"));
         let dir = tempfile::tempdir().unwrap();
         if is_root() {
             // PostgreSQL refuses to run as root.
@@ -44,7 +43,7 @@ impl Postgres {
         assert!(made.unwrap().success());
         let mut postgres = Postgres { bin, dir, port: free_port(), child: None };
         postgres.resume();
-        Some(postgres)
+        postgres
     }
 
     /// The database's URL.
@@ -112,9 +111,9 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// Starts the database; `None` where there is no PostgreSQL.
-    pub fn start(test: &str) -> Option<Self> {
-        Some(Shared { postgres: Postgres::start(test)?, artifacts: tempfile::tempdir().unwrap() })
+    /// Starts the database.
+    pub fn start() -> Self {
+        Shared { postgres: Postgres::start(), artifacts: tempfile::tempdir().unwrap() }
     }
 
     /// Starts a server on both, with a data folder of its own.
@@ -133,10 +132,9 @@ pub struct S3 {
 }
 
 impl S3 {
-    /// Starts one; `None` where there is no moto (BRADLEY_TEST_PYTHON names the Python that has
-    /// it).
-    pub fn start(test: &str) -> Option<Self> {
-        let python = needed("BRADLEY_TEST_PYTHON", test)?;
+    /// Starts moto with the Python that BRADLEY_TEST_PYTHON names.
+    pub fn start() -> Self {
+        let python = needed("BRADLEY_TEST_PYTHON");
         let port = free_port();
         let child = Command::new(python)
             .args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()])
@@ -149,7 +147,7 @@ impl S3 {
         wait_for("the bucket", || {
             s3.request("PUT", "/bradley").is_ok_and(|answer| answer.starts_with("HTTP/1.1 200"))
         });
-        Some(s3)
+        s3
     }
 
     /// Its port.

@@ -30,9 +30,8 @@ struct Envoy {
 }
 
 impl Envoy {
-    fn start(test: &str, replicas: &[&Server]) -> Option<Self> {
-        let (program, python) =
-            (needed("BRADLEY_TEST_ENVOY", test)?, needed("BRADLEY_TEST_PYTHON", test)?);
+    fn start(replicas: &[&Server]) -> Self {
+        let (program, python) = (needed("BRADLEY_TEST_ENVOY"), needed("BRADLEY_TEST_PYTHON"));
         let dir = tempfile::tempdir().unwrap();
         let descriptors = dir.path().join("bradley.pb");
         let files = ["training", "dataset", "checkpoint", "scoring", "model"]
@@ -75,7 +74,7 @@ impl Envoy {
             assert!(start.elapsed() < Duration::from_secs(60), "Envoy does not listen");
             std::thread::sleep(Duration::from_millis(50));
         }
-        Some(envoy)
+        envoy
     }
 
     /// The replicas are these from now on.
@@ -192,9 +191,9 @@ impl Load {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES), Envoy (BRADLEY_TEST_ENVOY) and Python with grpcio-tools (BRADLEY_TEST_PYTHON)"]
 async fn both_replicas_are_replaced_in_turn_and_no_request_fails() {
-    let test = "both_replicas_are_replaced";
-    let Some(postgres) = Postgres::start(test) else { return };
+    let postgres = Postgres::start();
     let (expected, weights) = undisturbed(1500).await;
     let shared = tempfile::tempdir().unwrap();
     let (database, artifacts) = (postgres.url(), format!("file://{}", shared.path().display()));
@@ -204,7 +203,7 @@ async fn both_replicas_are_replaced_in_turn_and_no_request_fails() {
         (0..4).map(|i| shared.path().join(format!("replica-{i}"))).collect();
     let start = |i: usize| Server::start_with(&folders[i], &models, &flags);
     let mut replicas = vec![start(0), start(1)];
-    let Some(envoy) = Envoy::start(test, &replicas.iter().collect::<Vec<_>>()) else { return };
+    let envoy = Envoy::start(&replicas.iter().collect::<Vec<_>>());
     let client = envoy.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let name = submit(&client, checkpointing(&dataset.name, 1500)).await;
@@ -233,10 +232,11 @@ async fn both_replicas_are_replaced_in_turn_and_no_request_fails() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Envoy (BRADLEY_TEST_ENVOY) and Python with grpcio-tools (BRADLEY_TEST_PYTHON)"]
 async fn rest_with_json_is_the_same_service() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
-    let Some(envoy) = Envoy::start("rest_with_json", &[&server]) else { return };
+    let envoy = Envoy::start(&[&server]);
     let (status, models) = envoy.rest("GET", "/v1/models", "");
     assert_eq!(
         (status, models["models"][0]["name"].as_str()),
@@ -273,8 +273,9 @@ async fn rest_with_json_is_the_same_service() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Python with grpcio (BRADLEY_TEST_PYTHON)"]
 async fn a_client_with_the_service_config_does_not_notice_that_a_replica_stops() {
-    let Some(python) = needed("BRADLEY_TEST_PYTHON", "the service config's test") else { return };
+    let python = needed("BRADLEY_TEST_PYTHON");
     let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     let mut stopping = Server::start(dirs[0].path());
     let staying = Server::start(dirs[1].path());

@@ -111,9 +111,9 @@ pub async fn undisturbed(steps: u64) -> (BTreeMap<u64, u64>, Vec<u8>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn twenty_jobs_of_two_replicas_succeed_exactly_once_though_one_is_killed() {
-    let test = "twenty_jobs";
-    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (postgres, s3) = (Postgres::start(), S3::start());
     let (expected, weights) = undisturbed(60).await;
     let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let mut a = replica(dir_a.path(), &postgres, &s3);
@@ -158,9 +158,9 @@ async fn twenty_jobs_of_two_replicas_succeed_exactly_once_though_one_is_killed()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn a_frozen_worker_writes_nothing_after_its_lease_was_taken() {
-    let test = "a_frozen_worker";
-    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (postgres, s3) = (Postgres::start(), S3::start());
     let (expected, weights) = undisturbed(400).await;
     let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let a = replica(dir_a.path(), &postgres, &s3);
@@ -194,9 +194,9 @@ async fn a_frozen_worker_writes_nothing_after_its_lease_was_taken() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn a_client_of_one_replica_commands_a_job_on_another() {
-    let test = "a_client_of_one_replica";
-    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (postgres, s3) = (Postgres::start(), S3::start());
     let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let a = replica(dir_a.path(), &postgres, &s3);
     let client_a = a.client().await;
@@ -249,9 +249,9 @@ async fn a_client_of_one_replica_commands_a_job_on_another() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn a_run_waits_for_its_database_and_its_artifact_store() {
-    let test = "a_run_waits";
-    let (Some(mut postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (mut postgres, s3) = (Postgres::start(), S3::start());
     let (expected, weights) = undisturbed(400).await;
     let dir = tempfile::tempdir().unwrap();
     let server = replica(dir.path(), &postgres, &s3);
@@ -293,9 +293,9 @@ async fn a_run_waits_for_its_database_and_its_artifact_store() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_waited_for() {
-    let test = "a_damaged_copy";
-    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (postgres, s3) = (Postgres::start(), S3::start());
     let (expected, weights) = undisturbed(400).await;
     let dir = tempfile::tempdir().unwrap();
     let mut server = replica(dir.path(), &postgres, &s3);
@@ -451,9 +451,9 @@ fn walk(folder: &Path) -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn a_new_job_and_the_deletion_of_what_it_needs_exclude_each_other() {
-    let test = "a_new_job_and_the_deletion";
-    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (postgres, s3) = (Postgres::start(), S3::start());
     let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (a, b) = (replica(dir_a.path(), &postgres, &s3), replica(dir_b.path(), &postgres, &s3));
     let (client_a, client_b) = (a.client().await, b.client().await);

@@ -125,8 +125,9 @@ fn relay(mut client: TcpStream, backend: u16, mark: &[u8], lost: &AtomicBool) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_job_whose_stored_answer_was_lost_is_there_with_its_adapter() {
-    let Some(postgres) = Postgres::start("a_job_whose_stored_answer_was_lost") else { return };
+    let postgres = Postgres::start();
     let (dir, share, adapters) =
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let port = postgres.url().split([':', '/']).find_map(|part| part.parse().ok()).unwrap();
@@ -211,8 +212,9 @@ async fn a_repeated_request_copies_no_adapter() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn an_adapter_whose_client_leaves_before_its_job_is_stored_is_removed() {
-    let Some(s3) = S3::start("an_adapter_whose_client_leaves") else { return };
+    let s3 = S3::start();
     let proxy = Proxy::start(s3.port());
     let environment = s3.environment_at(proxy.port());
     let environment: Vec<_> = environment.iter().map(|(k, v)| (*k, v.as_str())).collect();
@@ -370,8 +372,9 @@ async fn health_checks_without_an_end_keep_no_connection() {
 // ---- the identity of the artifact store
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn two_servers_that_begin_an_empty_store_at_once_agree_on_it() {
-    let Some(postgres) = Postgres::start("two_servers_that_begin") else { return };
+    let postgres = Postgres::start();
     let (share, dirs) = (
         tempfile::tempdir().unwrap(),
         [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()],
@@ -421,8 +424,9 @@ async fn a_store_that_has_an_identity_is_taken_by_a_new_database() {
 // ---- jobs of another version
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_job_with_a_setting_of_another_version_waits_for_it_with_its_dataset() {
-    let Some(postgres) = Postgres::start("a_job_with_a_setting_of_another_version") else { return };
+    let postgres = Postgres::start();
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let mut server = replica(dir.path(), &postgres, share.path(), &[]);
     let client = server.client().await;
@@ -455,8 +459,9 @@ async fn a_job_with_a_setting_of_another_version_waits_for_it_with_its_dataset()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn expired_jobs_that_cannot_be_read_hold_up_no_others() {
-    let Some(postgres) = Postgres::start("expired_jobs_that_cannot_be_read") else { return };
+    let postgres = Postgres::start();
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let server = replica(dir.path(), &postgres, share.path(), &[]);
     let client = server.client().await;

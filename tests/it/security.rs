@@ -1,6 +1,6 @@
 //! Nobody gets in: tokens, roles, ownership, TLS, quotas, deadlines.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -539,31 +539,83 @@ impl Authority {
     }
 }
 
+/// A server with TLS, and a folder with its certificates and those of two clients: `client`,
+/// which the server accepts, and `stranger`, whose certificate another authority signed.
+struct TlsServer {
+    server: Server,
+    files: tempfile::TempDir,
+    _data_dir: tempfile::TempDir,
+}
+
+impl TlsServer {
+    fn start() -> Self {
+        let (data_dir, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let at = |name: &str| files.path().join(name);
+        let write = |name: &str, text: &str| std::fs::write(at(name), text).unwrap();
+        let (servers, clients) = (Authority::new(), Authority::new());
+        write_server_certificate(files.path(), &servers);
+        write("clients.pem", &clients.certificate);
+        for (name, authority) in [("client", &clients), ("stranger", &servers)] {
+            let (certificate, key) = authority.sign(ExtendedKeyUsagePurpose::ClientAuth);
+            write(&format!("{name}.pem"), &certificate);
+            write(&format!("{name}.key"), &key);
+        }
+        let path = |name: &str| at(name).to_str().unwrap().to_owned();
+        let (cert, key, ca) = (path("server.pem"), path("server.key"), path("clients.pem"));
+        let flags = ["--tls-cert", &cert, "--tls-key", &key, "--tls-client-ca", &ca];
+        let server = Server::start_with(data_dir.path(), &tiny(), &flags);
+        TlsServer { server, files, _data_dir: data_dir }
+    }
+
+    fn port(&self) -> &str {
+        self.server.address.rsplit(':').next().unwrap()
+    }
+
+    /// The path of one of the certificates or keys.
+    fn file(&self, name: &str) -> PathBuf {
+        self.files.path().join(name)
+    }
+}
+
+/// Writes a certificate for the server that `authority` signed, its key, and the authority's own
+/// certificate, which clients trust.
+fn write_server_certificate(folder: &Path, authority: &Authority) {
+    let (certificate, key) = authority.sign(ExtendedKeyUsagePurpose::ServerAuth);
+    let files =
+        [("server.pem", &certificate), ("server.key", &key), ("ca.pem", &authority.certificate)];
+    for (name, text) in files {
+        std::fs::write(folder.join(name), text).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs grpcurl (BRADLEY_TEST_GRPCURL)"]
+async fn grpcurl_connects_with_a_client_certificate() {
+    let grpcurl = needed("BRADLEY_TEST_GRPCURL");
+    let tls = TlsServer::start();
+    let done = Command::new(grpcurl)
+        .arg("-cacert")
+        .arg(tls.file("ca.pem"))
+        .arg("-cert")
+        .arg(tls.file("client.pem"))
+        .arg("-key")
+        .arg(tls.file("client.key"))
+        .args([&format!("localhost:{}", tls.port()), "bradley.v1.ModelService/ListModels"])
+        .output()
+        .unwrap();
+    assert!(
+        String::from_utf8_lossy(&done.stdout).contains("models/tiny"),
+        "{}",
+        String::from_utf8_lossy(&done.stderr)
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn tls_asks_for_certificates_and_takes_up_new_ones() {
-    let (dir, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let at = |name: &str| files.path().join(name);
+    let tls = TlsServer::start();
+    let at = |name: &str| tls.file(name);
     let write = |name: &str, text: &str| std::fs::write(at(name), text).unwrap();
-    let (first, clients) = (Authority::new(), Authority::new());
-    let serve = |authority: &Authority| {
-        let (certificate, key) = authority.sign(ExtendedKeyUsagePurpose::ServerAuth);
-        write("server.pem", &certificate);
-        write("server.key", &key);
-        write("ca.pem", &authority.certificate);
-    };
-    serve(&first);
-    write("clients.pem", &clients.certificate);
-    let (certificate, key) = clients.sign(ExtendedKeyUsagePurpose::ClientAuth);
-    write("client.pem", &certificate);
-    write("client.key", &key);
-    let (certificate, key) = first.sign(ExtendedKeyUsagePurpose::ClientAuth);
-    write("stranger.pem", &certificate);
-    write("stranger.key", &key);
-    let path = |name: &str| at(name).to_str().unwrap().to_owned();
-    let (cert, key, ca) = (path("server.pem"), path("server.key"), path("clients.pem"));
-    let flags = ["--tls-cert", &cert, "--tls-key", &key, "--tls-client-ca", &ca];
-    let server = Server::start_with(dir.path(), &tiny(), &flags);
-    let port = server.address.rsplit(':').next().unwrap().to_owned();
+    let port = tls.port();
 
     let connect = async |identity: Option<&str>| {
         let target = Target {
@@ -580,28 +632,9 @@ async fn tls_asks_for_certificates_and_takes_up_new_ones() {
     let client = connect(Some("client")).await.unwrap();
     assert!(connect(None).await.is_err(), "without a certificate");
     assert!(connect(Some("stranger")).await.is_err(), "with another authority's certificate");
-    let plain = Client::connect(&Target::plain(&server.address), Duration::from_secs(5)).await;
+    let plain = Client::connect(&Target::plain(&tls.server.address), Duration::from_secs(5)).await;
     if let Ok(plain) = plain {
         assert!(plain.health().await.is_err(), "without TLS");
-    }
-    if let Some(grpcurl) = needed("BRADLEY_TEST_GRPCURL", "tls_asks_for_certificates") {
-        let done = Command::new(grpcurl)
-            .args([
-                "-cacert",
-                &path("ca.pem"),
-                "-cert",
-                &path("client.pem"),
-                "-key",
-                &path("client.key"),
-            ])
-            .args([&format!("localhost:{port}"), "bradley.v1.ModelService/ListModels"])
-            .output()
-            .unwrap();
-        assert!(
-            String::from_utf8_lossy(&done.stdout).contains("models/tiny"),
-            "{}",
-            String::from_utf8_lossy(&done.stderr)
-        );
     }
 
     // Damaged files change nothing; new ones are taken up while old connections go on.
@@ -610,7 +643,7 @@ async fn tls_asks_for_certificates_and_takes_up_new_ones() {
     tokio::time::sleep(Duration::from_secs(11)).await;
     connect(Some("client")).await.unwrap();
     write("server.pem", &old);
-    serve(&Authority::new());
+    write_server_certificate(tls.files.path(), &Authority::new());
     let start = Instant::now();
     while connect(Some("client")).await.is_err() {
         assert!(start.elapsed() < Duration::from_secs(30), "the new certificate is not used");

@@ -263,8 +263,8 @@ struct Paused {
 }
 
 impl Paused {
-    async fn new(test: &str) -> Option<Paused> {
-        let postgres = Postgres::start(test)?;
+    async fn new() -> Paused {
+        let postgres = Postgres::start();
         let (share, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let mut server = replica(dir.path(), &postgres, share.path(), &[]);
         let client = server.client().await;
@@ -274,7 +274,7 @@ impl Paused {
         reaches(&client, &name, second).await;
         pause(&client, &name).await;
         assert!(server.terminate(LIMIT).success());
-        Some(Paused { postgres, share, dir, dataset, name })
+        Paused { postgres, share, dir, dataset, name }
     }
 
     /// The folder of the job's checkpoints in the artifact store.
@@ -321,8 +321,8 @@ impl Paused {
 
 // ---- checkpoints of another format
 
-async fn another_format(test: &str, has_copy: bool) {
-    let Some(paused) = Paused::new(test).await else { return };
+async fn another_format(has_copy: bool) {
+    let paused = Paused::new().await;
     let rows = checkpoint_rows(&paused.postgres, &paused.name);
     let newest = rows.last().unwrap().0;
     let mut written = Vec::new();
@@ -365,20 +365,23 @@ async fn another_format(test: &str, has_copy: bool) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_checkpoint_of_another_format_is_kept_and_its_job_waits() {
-    another_format("a_checkpoint_of_another_format_is_kept", false).await;
+    another_format(false).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_local_copy_of_another_format_is_kept_and_its_job_waits() {
-    another_format("a_local_copy_of_another_format_is_kept", true).await;
+    another_format(true).await;
 }
 
 // ---- artifacts that are not there
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_job_waits_for_its_missing_checkpoint_and_goes_on_from_it() {
-    let Some(paused) = Paused::new("a_job_waits_for_its_missing_checkpoint").await else { return };
+    let paused = Paused::new().await;
     let rows = checkpoint_rows(&paused.postgres, &paused.name);
     let newest = rows.last().unwrap().0;
     let (elsewhere, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -397,8 +400,9 @@ async fn a_job_waits_for_its_missing_checkpoint_and_goes_on_from_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_job_waits_for_its_missing_dataset() {
-    let Some(postgres) = Postgres::start("a_job_waits_for_its_missing_dataset") else { return };
+    let postgres = Postgres::start();
     let (share, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let mut server = replica(dir.path(), &postgres, share.path(), &[]);
     let client = server.client().await;
@@ -421,8 +425,9 @@ async fn a_job_waits_for_its_missing_dataset() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_server_does_not_start_while_its_artifact_store_is_not_mounted() {
-    let Some(postgres) = Postgres::start("a_server_does_not_start_while") else { return };
+    let postgres = Postgres::start();
     let (share, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (root, away) = (share.path().join("store"), share.path().join("away"));
     std::fs::create_dir(&root).unwrap();
@@ -442,8 +447,9 @@ async fn a_server_does_not_start_while_its_artifact_store_is_not_mounted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_server_does_not_start_with_a_store_that_its_database_does_not_know() {
-    let Some(postgres) = Postgres::start("a_server_does_not_start_with") else { return };
+    let postgres = Postgres::start();
     let (share, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let mut server = replica(dir.path(), &postgres, share.path(), &[]);
     let client = server.client().await;
@@ -464,8 +470,9 @@ async fn a_server_does_not_start_with_a_store_that_its_database_does_not_know() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn an_upload_into_an_unmounted_store_is_refused() {
-    let Some(postgres) = Postgres::start("an_upload_into_an_unmounted_store") else { return };
+    let postgres = Postgres::start();
     let (share, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (root, away) = (share.path().join("store"), share.path().join("away"));
     std::fs::create_dir(&root).unwrap();
@@ -498,9 +505,9 @@ async fn an_upload_into_an_unmounted_store_is_refused() {
 // ---- acknowledged changes
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn a_job_whose_ttl_was_cleared_is_not_deleted() {
-    let test = "a_job_whose_ttl_was_cleared";
-    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (postgres, s3) = (Postgres::start(), S3::start());
     let (dir, proxy) = (tempfile::tempdir().unwrap(), Proxy::start(s3.port()));
     let server = replica_on_s3(dir.path(), &postgres, &s3, &proxy, &[]);
     let client = server.client().await;
@@ -572,9 +579,9 @@ async fn whole_export(client: &Client, name: &str, s3: &S3, when: &str) -> Vec<S
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn an_export_whose_caller_leaves_is_completed_by_the_next_call() {
-    let test = "an_export_whose_caller_leaves";
-    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (postgres, s3) = (Postgres::start(), S3::start());
     let (dir, proxy) = (tempfile::tempdir().unwrap(), Proxy::start(s3.port()));
     let server = replica_on_s3(dir.path(), &postgres, &s3, &proxy, &[]);
     let client = server.client().await;
@@ -597,9 +604,9 @@ async fn an_export_whose_caller_leaves_is_completed_by_the_next_call() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn an_export_that_lost_a_file_is_made_whole_again() {
-    let test = "an_export_that_lost_a_file";
-    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (postgres, s3) = (Postgres::start(), S3::start());
     let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let proxy = Proxy::start(s3.port());
     let a = replica_on_s3(dir_a.path(), &postgres, &s3, &proxy, &[]);
@@ -626,8 +633,9 @@ async fn an_export_that_lost_a_file_is_made_whole_again() {
 /// The database goes back to where it was before a worker's claim, as a fail-over does that lost
 /// the newest commits. The next claim then has the same token.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn two_workers_with_the_same_token_never_write_both() {
-    let Some(postgres) = Postgres::start("two_workers_with_the_same_token") else { return };
+    let postgres = Postgres::start();
     let (expected, weights) = expected().await;
     let share = tempfile::tempdir().unwrap();
     let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -677,9 +685,9 @@ async fn two_workers_with_the_same_token_never_write_both() {
 
 /// A process with two devices claims a job that it is still training.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn the_end_of_a_fenced_run_leaves_its_successor_the_lease() {
-    let test = "the_end_of_a_fenced_run";
-    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (postgres, s3) = (Postgres::start(), S3::start());
     let (expected, weights) = expected().await;
     let (dir, proxy) = (tempfile::tempdir().unwrap(), Proxy::start(s3.port()));
     let server = replica_on_s3(dir.path(), &postgres, &s3, &proxy, &["--device", "cpu,cpu"]);

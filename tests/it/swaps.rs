@@ -200,8 +200,9 @@ async fn nothing_goes_on_after_a_restart_with_another_chat_template() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn nothing_goes_on_on_a_replica_with_another_part_of_the_model() {
-    let Some(shared) = Shared::start("a_replica_with_another_part") else { return };
+    let shared = Shared::start();
     let data = tempfile::tempdir().unwrap();
     let first = shared.replica(data.path(), &models(&golden("models/llama")), &[]);
     let client = first.client().await;
@@ -231,8 +232,9 @@ async fn nothing_goes_on_on_a_replica_with_another_part_of_the_model() {
 // ---- adapters
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn an_adapter_that_is_overwritten_between_replicas_changes_nothing_for_the_jobs_before() {
-    let Some(shared) = Shared::start("an_adapter_that_is_overwritten") else { return };
+    let shared = Shared::start();
     let start =
         move |data: &Path, models: &str, flags: &[&str]| shared.replica(data, models, flags);
     let mut it = Adapters::start_as(Box::new(start)).await;
