@@ -27,6 +27,7 @@ use tonic_types::{FieldViolation, StatusExt as _};
 
 use crate::server::{Server, finish, job, submit, upload};
 use crate::support::golden;
+use crate::wait::until;
 
 /// How long a call may take while a server is under attack.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -296,13 +297,15 @@ async fn flood(server: &Server, number: usize) -> JoinSet<std::io::Result<()>> {
     }
     // Until the server has accepted what it will. Where it accepts no more, the system's queue
     // fills up, and the rest cannot connect.
-    let (start, mut before, mut unchanged) = (Instant::now(), (0, 0), 0);
-    while unchanged < 4 && start.elapsed() < Duration::from_secs(10) {
-        tokio::time::sleep(Duration::from_millis(250)).await;
+    let (mut before, mut unchanged_since) = ((0, 0), Instant::now());
+    until("the end of new connections", Duration::from_secs(30), async || {
         let now = (connected.load(Ordering::Relaxed), descriptors(server.pid()));
-        unchanged = if now == before && now.0 > 0 { unchanged + 1 } else { 0 };
-        before = now;
-    }
+        if now != before || now.0 == 0 {
+            (before, unchanged_since) = (now, Instant::now());
+        }
+        unchanged_since.elapsed() >= Duration::from_secs(1)
+    })
+    .await;
     let connected = before.0;
     assert!(connected >= number / 2, "{connected} of {number} connections could be opened");
     all
@@ -418,11 +421,10 @@ async fn two_hundred_silent_connections_to_the_http_port_do_not_stop_probes() {
 async fn a_server_says_that_it_accepts_fewer_connections_than_it_is_set_to() {
     let dir = tempfile::tempdir().unwrap();
     let server = start_limited(dir.path(), libc::RLIMIT_NOFILE, 256, 256);
-    let start = Instant::now();
-    while !server.has_logged("max_connections") {
-        assert!(start.elapsed() < Duration::from_secs(10), "the server does not say it");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    until("a log line about max_connections", Duration::from_secs(10), async || {
+        server.has_logged("max_connections")
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

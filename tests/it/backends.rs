@@ -5,10 +5,14 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::server::{Server, free_port};
 use crate::support::needed;
+use crate::wait::until_blocking;
+
+/// Time that a backend has to start.
+const START_LIMIT: Duration = Duration::from_secs(60);
 
 /// PostgreSQL with an empty database; gone when dropped.
 pub struct Postgres {
@@ -88,7 +92,7 @@ impl Postgres {
             .spawn()
             .unwrap();
         self.child = Some(child);
-        wait_for("PostgreSQL", || {
+        until_blocking("the start of PostgreSQL", START_LIMIT, || {
             let ready = Command::new(self.bin.join("pg_isready"))
                 .args(["-h", "127.0.0.1", "-p", &self.port.to_string()])
                 .output()
@@ -143,8 +147,10 @@ impl S3 {
             .spawn()
             .unwrap();
         let s3 = S3 { child, port };
-        wait_for("moto", || TcpStream::connect(("127.0.0.1", port)).is_ok());
-        wait_for("the bucket", || {
+        until_blocking("the start of moto", START_LIMIT, || {
+            TcpStream::connect(("127.0.0.1", port)).is_ok()
+        });
+        until_blocking("the creation of the bucket", START_LIMIT, || {
             s3.request("PUT", "/bradley").is_ok_and(|answer| answer.starts_with("HTTP/1.1 200"))
         });
         s3
@@ -318,12 +324,4 @@ fn as_user(program: &Path) -> Command {
 fn is_root() -> bool {
     // SAFETY: geteuid only reads.
     unsafe { libc::geteuid() == 0 }
-}
-
-fn wait_for(what: &str, done: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !done() {
-        assert!(start.elapsed() < Duration::from_secs(60), "{what} does not start");
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }

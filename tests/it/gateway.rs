@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bradley::rpc::client::Client;
 use bradley::rpc::client::Target;
@@ -17,6 +17,10 @@ use crate::backends::Postgres;
 use crate::replicas::{adapter, check_history, checkpointing, losses, undisturbed};
 use crate::server::{Server, finish, free_port, pairs, score, scored, state, submit, upload};
 use crate::support::{golden, needed};
+use crate::wait::{until, until_blocking};
+
+/// Time that Envoy has to start, and requests have to be answered.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -69,11 +73,9 @@ impl Envoy {
             .spawn()
             .unwrap();
         let envoy = Envoy { child, dir, port };
-        let start = Instant::now();
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
-            assert!(start.elapsed() < Duration::from_secs(60), "Envoy does not listen");
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        until_blocking("the start of Envoy", PATIENCE, || {
+            TcpStream::connect(("127.0.0.1", port)).is_ok()
+        });
         envoy
     }
 
@@ -172,13 +174,10 @@ impl Load {
         self.answered.load(Ordering::Relaxed)
     }
 
-    /// Waits until so many further requests were answered.
+    /// Waits until `n` further requests were answered.
     async fn more(&self, n: usize) {
-        let (start, begun) = (self.answered(), Instant::now());
-        while self.answered() < start + n {
-            assert!(begun.elapsed() < Duration::from_secs(60), "the load stands still");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        let before = self.answered();
+        until("an answer to every request", PATIENCE, async || self.answered() >= before + n).await;
     }
 
     async fn end(self) -> usize {
@@ -303,11 +302,7 @@ async fn a_client_with_the_service_config_does_not_notice_that_a_replica_stops()
                 .lines()
                 .find_map(|l| l.strip_prefix("bradley_scored_pairs_total ")?.parse::<u64>().ok())
         };
-        let start = Instant::now();
-        while scored().is_none_or(|n| n < 10) {
-            assert!(start.elapsed() < Duration::from_secs(60), "one of the replicas is not used");
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        until("the use of a replica", PATIENCE, async || scored().is_some_and(|n| n >= 10)).await;
     }
     assert!(tokio::task::block_in_place(|| stopping.terminate(Duration::from_secs(40))).success());
     tokio::time::sleep(Duration::from_millis(500)).await;

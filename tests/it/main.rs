@@ -45,3 +45,4 @@ mod support;
 mod swaps;
 mod templates;
 mod tokenizers;
+mod wait;

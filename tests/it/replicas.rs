@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bradley::rpc::client::Client;
 use bradley::rpc::pb;
@@ -14,6 +14,7 @@ use tonic_types::StatusExt;
 use crate::backends::{Postgres, S3, signal};
 use crate::server::{Server, finish, job, pairs, score, scored, state, submit, upload};
 use crate::support::golden;
+use crate::wait::{holds_for, until};
 
 /// Starts a replica with short leases.
 fn replica(dir: &Path, postgres: &Postgres, s3: &S3) -> Server {
@@ -89,14 +90,6 @@ pub async fn adapter(client: &Client, job: &str) -> Vec<u8> {
     let name = format!("{job}/checkpoints/latest");
     client.download_checkpoint(&name, pb::ExportFormat::Adapter, dir.path()).await.unwrap();
     std::fs::read(dir.path().join("adapter_model.safetensors")).unwrap()
-}
-
-async fn until(what: &str, limit: Duration, mut done: impl AsyncFnMut() -> bool) {
-    let start = Instant::now();
-    while !done().await {
-        assert!(start.elapsed() < limit, "{what} does not happen");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
 }
 
 /// Losses and adapter of the same job on a server of its own, with SQLite.
@@ -183,7 +176,9 @@ async fn a_frozen_worker_writes_nothing_after_its_lease_was_taken() {
     );
     assert_eq!(losses(&events), expected);
     // The thawed one finds out, gives up, adds nothing, and goes on serving.
-    tokio::time::sleep(Duration::from_secs(4)).await;
+    let id = name.trim_start_matches("trainingJobs/");
+    until("the end of the thawed run", Duration::from_secs(60), async || !a.metrics().contains(id))
+        .await;
     assert_eq!(finish(&client_a, &name).await, events, "nothing was written after the end");
     assert!(
         adapter(&client_b, &name).await == weights && adapter(&client_a, &name).await == weights
@@ -263,8 +258,13 @@ async fn a_run_waits_for_its_database_and_its_artifact_store() {
         tokio::time::timeout(Duration::from_secs(60), follow).await.expect("events come").unwrap();
     };
     reaches(15).await;
+    // Scoring with a base model needs neither backend.
+    let scores = async || {
+        let scored_all = score(&client, "models/tiny", pairs()).await.results;
+        scored_all.iter().all(|r| scored(r).probability > 0.0)
+    };
     s3.freeze();
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    holds_for("scoring without S3", Duration::from_secs(3), &scores).await;
     s3.thaw();
     reaches(45).await;
     postgres.crash();
@@ -275,15 +275,7 @@ async fn a_run_waits_for_its_database_and_its_artifact_store() {
         .unwrap_err();
     assert_eq!(away.code(), Code::Unavailable, "{away}");
     assert!(away.get_details_retry_info().is_some());
-    // Scoring with a base model needs neither.
-    assert!(
-        score(&client, "models/tiny", pairs())
-            .await
-            .results
-            .iter()
-            .all(|r| scored(r).probability > 0.0)
-    );
-    tokio::time::sleep(Duration::from_secs(4)).await;
+    holds_for("scoring without PostgreSQL", Duration::from_secs(4), &scores).await;
     postgres.resume();
     let events = finish(&client, &name).await;
     assert_eq!(state(&client, &name).await, pb::JobState::Succeeded);

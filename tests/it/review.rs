@@ -6,7 +6,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use bradley::rpc::client::{Client, Status};
 use bradley::rpc::pb::{self, training_event::Event};
@@ -20,9 +20,10 @@ use crate::replicas::{adapter, check_history, checkpointing, losses};
 use crate::server::{Server, finish, job, pairs, score, state, submit, upload};
 use crate::store_safety::{
     LEASE, LIMIT, STEPS, another_succeeds, changes, events, expected, files, get, id, is_step,
-    models, pause, reaches, refused_start, replica, resume, try_get, until, url_of, waits,
+    models, pause, reaches, refused_start, replica, resume, try_get, url_of, waits,
 };
 use crate::support::golden;
+use crate::wait::until;
 
 /// The weights of a PEFT adapter.
 const WEIGHTS: &str = "adapter_model.safetensors";
@@ -229,12 +230,12 @@ async fn an_adapter_whose_client_leaves_before_its_job_is_stored_is_removed() {
         let (client, request) = (it.client.clone(), from_adapter(&it.dataset, "left"));
         async move { create(&client, request).await.map(drop) }
     });
-    until("an object of the adapter", async || copies() > 0).await;
+    until("an object of the adapter", LIMIT, async || copies() > 0).await;
     call.abort();
     proxy.set(Fault::None);
-    until("the removal", async || copies() == 0).await;
+    until("the removal", LIMIT, async || copies() == 0).await;
     assert_eq!(all_jobs(&it.client).await, before, "a job that nobody waits for is not made");
-    until("the removal here", async || {
+    until("the removal here", LIMIT, async || {
         let folders = std::fs::read_dir(it.dir.path().join("jobs")).unwrap().count();
         folders == before.len()
     })
@@ -476,7 +477,7 @@ async fn expired_jobs_that_cannot_be_read_hold_up_no_others() {
          UPDATE jobs SET expire_time = 2, request = jsonb_set(request::jsonb, '{{ttl_ms}}', '1')::text WHERE id = '{0}'",
         id(&name)
     ));
-    until("the deletion", async || {
+    until("the deletion", LIMIT, async || {
         try_get(&client, &name).await.is_err_and(|e| e.code() == Code::NotFound)
     })
     .await;
@@ -663,7 +664,8 @@ async fn only_old_local_files_of_jobs_that_were_never_stored_are_swept_up() {
     let left = |root: &Path, kind: &str| {
         files(root).iter().filter(|p| p.display().to_string().contains(kind)).count()
     };
-    until("the sweep here", async || left(&here, "-old") == 0 && left(&here, "-ran") == 0).await;
+    until("the sweep here", LIMIT, async || left(&here, "-old") == 0 && left(&here, "-ran") == 0)
+        .await;
     assert_eq!(files(&there), kept_there);
     assert_eq!(left(&here, "-fresh"), 12);
     let client = server.client().await;

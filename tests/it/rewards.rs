@@ -19,7 +19,7 @@ use tonic_types::StatusExt;
 
 use crate::golden_training::{Run, events, train};
 use crate::server::{
-    Server, finish, is_step, job, pairs, pause, score, scored, state, submit, until, upload,
+    Server, finish, is_step, job, pairs, pause, score, scored, state, submit, until_event, upload,
 };
 use crate::support::{assert_close, binary, encode, golden, json, rows, tiny};
 
@@ -354,7 +354,7 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
         };
         let name = submit(&client, wanted).await;
         let policy = format!("{name}/checkpoints/latest");
-        until(&client, &name, |e| is_step(e, 5)).await;
+        until_event(&client, &name, |e| is_step(e, 5)).await;
 
         use pb::stream_score_pairs_request::Part;
         let options = pb::ScoringOptions {

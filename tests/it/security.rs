@@ -14,6 +14,7 @@ use tonic_types::StatusExt;
 
 use crate::server::{Server, finish, job, pairs, score, state, submit, upload};
 use crate::support::{golden, needed};
+use crate::wait::until;
 
 fn bradley(arguments: &[&str]) -> String {
     let done = Command::new(crate::support::binary()).args(arguments).output().unwrap();
@@ -172,11 +173,8 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
         }
     });
     bradley(&["tokens", "revoke", &a_id, "--data-dir", dir.path().to_str().unwrap()]);
-    let start = Instant::now();
-    while get(&a, &name).await.is_ok() {
-        assert!(start.elapsed() < Duration::from_secs(15), "a revoked token is still admitted");
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
+    let limit = Duration::from_secs(15);
+    until("the refusal of a revoked token", limit, async || get(&a, &name).await.is_err()).await;
     assert_eq!(get(&a, &name).await.unwrap_err().code(), Code::Unauthenticated);
     let ended = tokio::time::timeout(Duration::from_secs(30), ended)
         .await
@@ -274,12 +272,11 @@ async fn clients_have_quotas_and_jobs_a_time_to_live() {
     let second = submit(&client, short_lived).await;
     // Its time to live over, a job is gone with its files.
     let folder = dir.path().join("jobs").join(second.trim_start_matches("trainingJobs/"));
-    let start = Instant::now();
     // The files follow the row.
-    while get(&client, &second).await.is_ok() || folder.exists() {
-        assert!(start.elapsed() < Duration::from_secs(60), "the job outlives its time");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    until("the deletion of an expired job", Duration::from_secs(60), async || {
+        get(&client, &second).await.is_err() && !folder.exists()
+    })
+    .await;
     assert!(get(&client, &long).await.is_ok());
 
     // Many pairs at once are more than the client's share of the queue.
@@ -320,15 +317,14 @@ async fn jobs_of_one_priority_take_turns() {
         submit(&client, job(&dataset.name, 100_000)).await,
     ];
     let mut runs = [0, 0];
-    let start = Instant::now();
     // Both come to the device more than once.
-    while runs.iter().any(|n| *n < 2) {
-        assert!(start.elapsed() < Duration::from_secs(60), "{runs:?}");
-        tokio::time::sleep(Duration::from_millis(100)).await;
+    until("the second turn of both jobs", Duration::from_secs(60), async || {
         for (name, runs) in jobs.iter().zip(&mut runs) {
             *runs = started(&client, name).await;
         }
-    }
+        runs.iter().all(|n| *n >= 2)
+    })
+    .await;
     for name in &jobs {
         client
             .training()
@@ -640,15 +636,17 @@ async fn tls_asks_for_certificates_and_takes_up_new_ones() {
     // Damaged files change nothing; new ones are taken up while old connections go on.
     let old = std::fs::read_to_string(at("server.pem")).unwrap();
     write("server.pem", "-----BEGIN CERTIFICATE-----\nnonsense");
-    tokio::time::sleep(Duration::from_secs(11)).await;
+    until("the refusal of a damaged certificate", Duration::from_secs(30), async || {
+        tls.server.has_logged("the certificates in use stay")
+    })
+    .await;
     connect(Some("client")).await.unwrap();
     write("server.pem", &old);
     write_server_certificate(tls.files.path(), &Authority::new());
-    let start = Instant::now();
-    while connect(Some("client")).await.is_err() {
-        assert!(start.elapsed() < Duration::from_secs(30), "the new certificate is not used");
-        tokio::time::sleep(Duration::from_millis(500)).await;
-    }
+    until("the use of the new certificate", Duration::from_secs(30), async || {
+        connect(Some("client")).await.is_ok()
+    })
+    .await;
     client.models().list_models(pb::ListModelsRequest {}).await.unwrap();
 }
 
@@ -683,16 +681,16 @@ async fn a_call_that_its_client_gives_up_is_counted_as_cancelled() {
     let server = Server::start(dir.path());
     let client = server.client().await;
     let many: Vec<pb::Pair> = (0..40).flat_map(|_| pairs()).take(1024).collect();
-    let start = Instant::now();
-    while counted(&server, "ScorePairs", "Cancelled").await == 0 {
-        assert!(start.elapsed() < Duration::from_secs(60), "never counted");
+    until("the count of a cancelled call", Duration::from_secs(60), async || {
         // Given up while it waits or is computed, or before it arrived: then it is tried again.
         let _ = tokio::time::timeout(
             Duration::from_millis(8),
             score(&client, "models/tiny", many.clone()),
         )
         .await;
-    }
+        counted(&server, "ScorePairs", "Cancelled").await > 0
+    })
+    .await;
 }
 
 /// How many calls of a method the server counts under a code.

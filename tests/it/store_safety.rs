@@ -20,6 +20,7 @@ use crate::backends::{Fault, Postgres, Proxy, S3, signal};
 use crate::replicas::{adapter, check_history, checkpointing, losses, undisturbed};
 use crate::server::{Server, finish, job, state, submit, upload};
 use crate::support::golden;
+use crate::wait::{until, until_ok};
 
 /// Steps of the jobs that are compared with an undisturbed run.
 pub const STEPS: u64 = 120;
@@ -108,14 +109,6 @@ pub fn id(name: &str) -> &str {
     name.trim_start_matches("trainingJobs/")
 }
 
-pub async fn until(what: &str, mut done: impl AsyncFnMut() -> bool) {
-    let start = Instant::now();
-    while !done().await {
-        assert!(start.elapsed() < LIMIT, "{what} does not happen");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-}
-
 pub async fn try_get(client: &Client, name: &str) -> Result<pb::TrainingJob, Status> {
     let request = pb::GetTrainingJobRequest { name: name.into() };
     client.training().get_training_job(request).await.map(|r| r.into_inner())
@@ -128,7 +121,7 @@ pub async fn get(client: &Client, name: &str) -> pb::TrainingJob {
 pub async fn pause(client: &Client, name: &str) {
     let request = pb::PauseTrainingJobRequest { name: name.into() };
     client.training().pause_training_job(request).await.unwrap();
-    until("the pause", async || state(client, name).await == pb::JobState::Paused).await;
+    until("the pause", LIMIT, async || state(client, name).await == pb::JobState::Paused).await;
 }
 
 pub async fn resume(client: &Client, name: &str) {
@@ -193,8 +186,7 @@ fn reasons(events: &[pb::TrainingEvent]) -> Vec<&str> {
 
 /// Waits until a job is back in the queue with an error of this reason, which an event tells too.
 pub async fn waits(client: &Client, name: &str, reason: &str) {
-    let start = Instant::now();
-    loop {
+    until_ok(&format!("a wait for {reason}"), LIMIT, async || {
         let job = get(client, name).await;
         let error = job.error.clone().unwrap_or_default();
         let found = error.get_details_error_info().map(|info| info.reason);
@@ -205,15 +197,15 @@ pub async fn waits(client: &Client, name: &str, reason: &str) {
                 .iter()
                 .any(|(_, c)| c.to() == pb::JobState::Queued && c.reason.contains(&error.message));
             assert!(told, "no event says {:?}: {changes:?}", error.message);
-            return;
+            return Ok(());
         }
         if matches!(job.state(), pb::JobState::Succeeded | pb::JobState::Failed) {
             let events = events(client, name).await;
             panic!("it does not wait, it ended {:?}: {:?}", job.state(), reasons(&events));
         }
-        assert!(start.elapsed() < LIMIT, "no {reason}: {:?} {error:?}", job.state());
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+        Err(format!("{:?} {error:?}", job.state()))
+    })
+    .await;
 }
 
 /// A short job gets its turn and succeeds.
@@ -345,7 +337,7 @@ async fn another_format(has_copy: bool) {
     another_succeeds(&client, &paused.dataset).await;
     // It is tried again, not at once.
     let mut refusals = Vec::new();
-    until("the second try", async || {
+    until("the second try", LIMIT, async || {
         let changes = changes(&events(&client, &paused.name).await);
         let back = changes
             .iter()
@@ -499,7 +491,7 @@ async fn an_upload_into_an_unmounted_store_is_refused() {
 
     std::fs::remove_dir_all(&root).unwrap();
     std::fs::rename(&away, &root).unwrap();
-    until("an upload", async || try_upload().await.is_ok()).await;
+    until("an upload", LIMIT, async || try_upload().await.is_ok()).await;
 }
 
 // ---- acknowledged changes
@@ -530,7 +522,7 @@ async fn a_job_whose_ttl_was_cleared_is_not_deleted() {
         "UPDATE jobs SET expire_time = seq,
              request = jsonb_set(request::jsonb, '{ttl_ms}', '1')::text",
     );
-    until("a deletion", async || objects(first) < of_first).await;
+    until("a deletion", LIMIT, async || objects(first) < of_first).await;
     let update_mask = Some(FieldMask { paths: vec!["ttl".into()] });
     let training_job = Some(pb::TrainingJob { name: kept.clone(), ..Default::default() });
     let request = pb::UpdateTrainingJobRequest { training_job, update_mask };
@@ -541,7 +533,7 @@ async fn a_job_whose_ttl_was_cleared_is_not_deleted() {
     }
     for name in jobs.iter().filter(|name| *name != kept) {
         let gone = async || try_get(&client, name).await.is_err_and(|e| e.code() == Code::NotFound);
-        until("every other deletion", gone).await;
+        until("every other deletion", LIMIT, gone).await;
     }
     proxy.set(Fault::None);
     let still = try_get(&client, kept).await.expect("the job whose ttl was cleared is there");
@@ -560,15 +552,13 @@ async fn export(client: &Client, name: &str) -> Result<pb::ExportCheckpointRespo
 
 /// Asks for an export until there is one, and finds each of its files in the store.
 async fn whole_export(client: &Client, name: &str, s3: &S3, when: &str) -> Vec<String> {
-    let start = Instant::now();
-    let export = loop {
-        match export(client, name).await {
-            Ok(export) => break export,
-            Err(status) => assert_eq!(status.code(), Code::Unavailable, "{status}"),
-        }
-        assert!(start.elapsed() < LIMIT, "no export {when}");
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    };
+    let export = until_ok(&format!("an export {when}"), LIMIT, async || {
+        export(client, name).await.map_err(|status| {
+            assert_eq!(status.code(), Code::Unavailable, "{status}");
+            status.to_string()
+        })
+    })
+    .await;
     let folder = format!("runs/{}", export.path);
     let listed: Vec<_> = export.files.iter().map(|f| format!("{folder}/{}", f.path)).collect();
     let found = s3.keys(&format!("{folder}/"));
@@ -597,7 +587,7 @@ async fn an_export_whose_caller_leaves_is_completed_by_the_next_call() {
         let (client, name) = (client.clone(), name.clone());
         async move { export(&client, &name).await.map(drop) }
     });
-    until("an object", async || s3.keys("runs/").len() > before).await;
+    until("an object", LIMIT, async || s3.keys("runs/").len() > before).await;
     call.abort();
     proxy.set(Fault::None);
     whole_export(&client, &name, &s3, "after a call that was given up").await;
@@ -678,7 +668,7 @@ async fn two_workers_with_the_same_token_never_write_both() {
     assert_eq!(losses(&events), *expected, "the same losses, bit for bit");
     assert!(adapter(&client_b, &name).await == *weights, "the same weights, bit for bit");
     // The first worker gives its run up, adds nothing, and goes on serving.
-    until("the end of the other run", async || !a.metrics().contains(id(&name))).await;
+    until("the end of the other run", LIMIT, async || !a.metrics().contains(id(&name))).await;
     assert_eq!(finish(&client_a, &name).await, events, "nothing was written after the end");
     another_succeeds(&client_a, &dataset).await;
 }
@@ -698,7 +688,7 @@ async fn the_end_of_a_fenced_run_leaves_its_successor_the_lease() {
     proxy.set(Fault::Slow(Duration::from_millis(300)));
     let name = submit(&client, checkpointing(&dataset, STEPS)).await;
     let checkpoints = format!("runs/jobs/{}/checkpoints/", id(&name));
-    until("an upload", async || !s3.keys(&checkpoints).is_empty()).await;
+    until("an upload", LIMIT, async || !s3.keys(&checkpoints).is_empty()).await;
     postgres.sql(&format!(
         "UPDATE jobs SET lease_token = lease_token + 1, state = 'queued', lease_owner = NULL,
              lease_until = 0
@@ -718,7 +708,7 @@ async fn the_end_of_a_fenced_run_leaves_its_successor_the_lease() {
         let died = said.iter().any(|reason| reason.contains("worker is gone"));
         assert!(!died, "a live run was taken for a dead one: {said:?}");
     };
-    until("four leases", async || {
+    until("four leases", LIMIT, async || {
         nobody_died(&events(&client, &name).await);
         taken.elapsed() > 4 * LEASE_TIME
     })

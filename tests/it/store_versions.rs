@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bradley::rpc::client::{Client, Status, Target};
 use bradley::rpc::pb;
@@ -15,8 +15,9 @@ use crate::replicas::{check_history, checkpointing, losses};
 use crate::server::{Server, finish, job, state, submit, upload};
 use crate::store_safety::{
     LIMIT, STEPS, another_succeeds, cancel, expected, id, is_step, models, pause, reaches, replica,
-    try_get, until,
+    try_get,
 };
+use crate::wait::{until, until_ok};
 
 // ---- columns that a newer version adds or changes
 
@@ -35,15 +36,13 @@ fn token(dir: &Path, postgres: &Postgres) -> String {
 
 /// Makes a call again while the answer is UNAVAILABLE.
 async fn retried<T>(call: impl AsyncFn() -> Result<T, Status>) -> T {
-    let start = Instant::now();
-    loop {
-        match call().await {
-            Ok(answer) => return answer,
-            Err(status) => assert_eq!(status.code(), Code::Unavailable, "{status}"),
-        }
-        assert!(start.elapsed() < LIMIT, "a call stays unavailable");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    until_ok("an answer", LIMIT, async || {
+        call().await.map_err(|status| {
+            assert_eq!(status.code(), Code::Unavailable, "{status}");
+            status.to_string()
+        })
+    })
+    .await
 }
 
 /// Reads every table, often enough that each connection has planned the statements.
@@ -97,7 +96,7 @@ async fn a_change_of_the_schema(statements: &str) {
     // The database is asked, because calls may fail for a reason of their own.
     let look = format!("SELECT state, error FROM jobs WHERE id = '{}'", id(&name));
     let mut row = String::new();
-    until("the end of the job", async || {
+    until("the end of the job", LIMIT, async || {
         row = postgres.sql(&look).remove(0);
         ["succeeded", "failed", "cancelled"].iter().any(|end| row.starts_with(end))
     })
@@ -141,20 +140,20 @@ async fn an_unreadable_job(change: &str) {
     // Others are made, claimed, carried on, listed and cancelled.
     another_succeeds(&client, &dataset).await;
     let long = submit(&client, job(&dataset, 100_000)).await;
-    until("the run", async || state(&client, &long).await == pb::JobState::Running).await;
+    until("the run", LIMIT, async || state(&client, &long).await == pb::JobState::Running).await;
     let list = pb::ListTrainingJobsRequest::default();
     let jobs = client.training().list_training_jobs(list).await.unwrap().into_inner();
     let names: Vec<_> = jobs.training_jobs.iter().map(|j| j.name.as_str()).collect();
     assert!(names.len() == 2 && names.contains(&long.as_str()), "{names:?}");
     cancel(&client, &long).await;
-    until("the end", async || state(&client, &long).await == pb::JobState::Cancelled).await;
+    until("the end", LIMIT, async || state(&client, &long).await == pb::JobState::Cancelled).await;
 
     let refused = try_get(&client, &unreadable).await.unwrap_err();
     let reason = refused.get_details_error_info().map(|info| info.reason);
     let found = (refused.code(), reason.as_deref());
     assert_eq!(found, (Code::FailedPrecondition, Some("JOB_UNREADABLE")), "{refused}");
     let counted = || server.metrics().lines().any(|line| line == "bradley_unreadable_jobs 1");
-    until("the count of unreadable jobs", async || counted()).await;
+    until("the count of unreadable jobs", LIMIT, async || counted()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

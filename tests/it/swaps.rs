@@ -15,7 +15,7 @@ use crate::backends::Shared;
 use crate::pins::{Adapters, STEPS, UNDECIDED};
 use crate::server::{
     Server, assert_refused, assert_waits, became, events, finish, get, is_step, job, latest, pairs,
-    pause, resume, score, scored, state, submit, succeed, until, upload,
+    pause, resume, score, scored, state, submit, succeed, until_event, upload,
 };
 use crate::support::{copy_files, golden, perturb_weights, replace};
 
@@ -87,7 +87,7 @@ impl Made {
         let paused = submit(client, job(&dataset, STEPS)).await;
         pause(client, &paused).await;
         let running = submit(client, job(&dataset, 100_000)).await;
-        until(client, &running, |e| is_step(e, 1)).await;
+        until_event(client, &running, |e| is_step(e, 1)).await;
         Made { dataset, ended, paused, running, scores }
     }
 

@@ -1,7 +1,7 @@
 //! Faults of a GPU that only the emulator can show: memory that runs out, a device that is lost, a
 //! cuBLAS that rounds. tests/cuda/device leaves these tests out on a real GPU, by the module's name.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bradley::model::device::ComputeDevice;
 use bradley::rpc::pb::{self, training_event::Event};
@@ -9,6 +9,7 @@ use bradley::rpc::pb::{self, training_event::Event};
 use super::{gpu_name, losses};
 use crate::server::{Server, finish, job, state, submit, upload};
 use crate::support::{device, golden};
+use crate::wait::until;
 
 /// Returns the name of the emulated GPU under test, `cuda:N`.
 fn emulated_gpu_name() -> String {
@@ -88,11 +89,10 @@ async fn a_gpu_that_fails_for_good_ends_the_process_and_the_next_one_goes_on() {
     let mut wanted = job(&dataset.name, 14);
     wanted.run = Some(pb::RunConfig { save_steps: Some(2), ..Default::default() });
     let job = submit(&client, wanted).await;
-    let start = Instant::now();
-    while server.exit_status().is_none() {
-        assert!(start.elapsed() < Duration::from_secs(60), "the server goes on without its GPU");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    until("the end of a server without its GPU", Duration::from_secs(60), async || {
+        server.exit_status().is_some()
+    })
+    .await;
     let server = Server::start_with(dir.path(), &models, &flags);
     let events = finish(&server.client().await, &job).await;
     assert_eq!(state(&server.client().await, &job).await, pb::JobState::Succeeded);
