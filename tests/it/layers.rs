@@ -5,7 +5,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-mod scan;
+pub mod scan;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::fs;
@@ -341,11 +341,16 @@ fn layer_rank(name: &str) -> Option<usize> {
     LAYERS.iter().position(|l| *l == name)
 }
 
-/// Every source file: its path under `src`, with forward slashes, and its text.
 fn sources() -> Vec<(String, String)> {
+    sources_with(&["rs"])
+}
+
+/// Returns every file below `src` with one of these extensions: its path under `src`, with forward
+/// slashes, and its text.
+pub fn sources_with(extensions: &[&str]) -> Vec<(String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
-    walk(&root, &mut files);
+    walk(&root, extensions, &mut files);
     assert!(
         files.len() > LAYERS.len(),
         "found only {} files under {}",
@@ -364,12 +369,12 @@ fn sources() -> Vec<(String, String)> {
     files.iter().map(|p| (relative(p), fs::read_to_string(p).unwrap())).collect()
 }
 
-fn walk(folder: &Path, files: &mut Vec<PathBuf>) {
+fn walk(folder: &Path, extensions: &[&str], files: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {
-            walk(&path, files);
-        } else if path.extension().is_some_and(|e| e == "rs") {
+            walk(&path, extensions, files);
+        } else if path.extension().is_some_and(|e| extensions.iter().any(|wanted| e == *wanted)) {
             files.push(path);
         }
     }

@@ -27,6 +27,7 @@ mod memory;
 mod model_files;
 mod pinned_inputs;
 mod pins;
+mod prose;
 mod random_specs;
 mod reference_model;
 mod references;

@@ -17,9 +17,10 @@ pub struct PathUse {
 }
 
 /// A name, `::`, or one other character; a literal is `"`.
-struct Token {
-    text: String,
-    line: usize,
+pub struct Token {
+    pub text: String,
+    /// The line where it begins, from 1.
+    pub line: usize,
 }
 
 /// Every path in `source`; a name alone is a path of one.
@@ -119,11 +120,12 @@ fn read(
     i
 }
 
-fn is_name(text: &str) -> bool {
+pub fn is_name(text: &str) -> bool {
     text.starts_with(|c: char| c.is_alphabetic() || c == '_')
 }
 
-fn tokens(source: &str) -> Vec<Token> {
+/// Reads the tokens of `source`, comments left out.
+pub fn tokens(source: &str) -> Vec<Token> {
     let chars: Vec<char> = source.chars().collect();
     let at = |i: usize| chars.get(i).copied().unwrap_or('\0');
     let word = |c: char| c.is_alphanumeric() || c == '_';
