@@ -29,7 +29,7 @@ use crate::server::{Server, finish, job, submit, upload};
 use crate::support::golden;
 use crate::wait::until;
 
-/// How long a call may take while a server is under attack.
+/// Time that a call may take while a server is under attack.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn tiny() -> String {
@@ -311,7 +311,7 @@ async fn flood(server: &Server, number: usize) -> JoinSet<std::io::Result<()>> {
     all
 }
 
-/// How many files a process has open.
+/// Returns the number of files that a process has open.
 fn descriptors(pid: u32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/fd")).expect("the server lives").count()
 }

@@ -108,7 +108,7 @@ impl Drop for Postgres {
     }
 }
 
-/// What several servers share: a PostgreSQL, and a folder as their artifact store.
+/// Backends that several servers share: PostgreSQL, and a folder as the artifact store.
 pub struct Shared {
     postgres: Postgres,
     artifacts: tempfile::TempDir,
@@ -161,7 +161,7 @@ impl S3 {
         self.port
     }
 
-    /// What a server must be told to use it.
+    /// Returns the environment of a server that uses this S3.
     pub fn environment(&self) -> Vec<(&'static str, String)> {
         self.environment_at(self.port)
     }
@@ -223,7 +223,7 @@ impl Drop for S3 {
     }
 }
 
-/// What a [`Proxy`] does to connections.
+/// Fault that a [`Proxy`] causes on its connections.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Fault {
     /// Nothing.

@@ -31,7 +31,7 @@ const STEPS: u64 = 150;
 const LEASE: &str = "2";
 /// Rounds without BRADLEY_TEST_CAMPAIGN: each fault about once.
 const ROUNDS: usize = 14;
-/// How long a round's job may take.
+/// Time that a round's job may take.
 const LIMIT: Duration = Duration::from_secs(90);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

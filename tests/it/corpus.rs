@@ -1,5 +1,5 @@
-//! The fuzzers' saved corpus, what they found included, through the parsers that it is for. The
-//! name of each file says what its parser must do: NAME.ok is taken, NAME.refused is an error.
+//! The saved corpus of the fuzzers, with the inputs that they found, given to each parser. The name
+//! of each file says what its parser must do: NAME.ok is taken, NAME.refused is an error.
 //! Neither may panic.
 
 use std::path::{Path, PathBuf};

@@ -25,7 +25,7 @@ const TWO_EMULATED: Devices = ("cuda:0,cuda:1", &[("EMULATE_DEVICES", "2")]);
 const TWO_EMULATED_LATE: Devices =
     ("cuda:0,cuda:1", &[("EMULATE_DEVICES", "2"), ("EMULATE_MAPPING", "1"), ("EMULATE_LATE", "1")]);
 
-/// Two devices of each kind that can be had here.
+/// Returns two devices of each kind that is available.
 fn kinds() -> Vec<Devices> {
     let mut kinds: Vec<Devices> = vec![("cpu,cpu", &[])];
     if format!("{:?}", device()).contains("Emulated") {

@@ -89,7 +89,7 @@ impl Envoy {
         Client::connect(&target, Duration::from_secs(10)).await.unwrap()
     }
 
-    /// One request of its REST side: the status and the body.
+    /// Sends a request to the REST side; returns the status and the body.
     fn rest(&self, method: &str, path: &str, body: &str) -> (u16, serde_json::Value) {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
@@ -107,7 +107,7 @@ impl Envoy {
             true => body.split("\r\n").skip(1).step_by(2).collect::<String>(),
             false => body.to_owned(),
         };
-        // What Envoy itself refuses is no JSON.
+        // Answers of Envoy itself are not JSON.
         (status, serde_json::from_str(&text).unwrap_or(serde_json::Value::String(text)))
     }
 }

@@ -33,7 +33,7 @@ const EXEMPT: [&str; 2] = ["lib.rs", "main.rs"];
 /// The compute threads, and those of a run's other devices.
 const THREADED: [&str; 2] = ["compute/cpu/thread_pool.rs", "infer/data_parallel.rs"];
 
-/// What makes a gRPC status.
+/// Functions that make a gRPC status.
 const STATUS_CONSTRUCTORS: [&str; 22] = [
     "new",
     "ok",
@@ -121,7 +121,7 @@ fn names_of_tensors_stand_in_one_table() {
     }
 }
 
-/// What is compiled with the feature `cuda` only: what the GPU does, and what it does for a model.
+/// Returns whether a file is compiled with the feature `cuda` only: kernels, and the model on a GPU.
 fn is_for_cuda(file: &str) -> bool {
     ["compute", "model"].iter().any(|layer| {
         file == format!("{layer}/cuda.rs") || file.starts_with(&format!("{layer}/cuda/"))
@@ -203,7 +203,7 @@ fn lines_with(text: &str, chosen: impl Fn(&str) -> bool) -> Vec<String> {
     sources().iter().filter(|(file, _)| chosen(file)).flat_map(in_file).collect()
 }
 
-/// One thing to say per breach, each with the file and the line. `file` is relative to `src`.
+/// Returns a message for each breach, with the file and the line. `file` is relative to `src`.
 fn breaches(file: &str, source: &str) -> Vec<String> {
     if EXEMPT.contains(&file) {
         return Vec::new();

@@ -23,7 +23,8 @@ fn saving(dataset: &str) -> pb::TrainingJob {
     wanted
 }
 
-/// One whose log lines and steps span several units of work: a pause falls into the middle.
+/// A job whose log lines and steps span several units of work, so that a pause falls into the
+/// middle of them.
 fn spanning(dataset: &str) -> pb::TrainingJob {
     let mut wanted = saving(dataset);
     wanted.run =

@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 use crate::golden_training::{Run, train};
 use crate::support::{MODELS, device, tiny};
 
-/// How far a plan may be from the peak.
+/// Largest difference between a plan and the peak, as a part of the peak.
 const TOLERANCE: f64 = 0.2;
 /// Names the run that a process is to make, as JSON.
 const CASE: &str = "BRADLEY_TEST_MEMORY_CASE";
@@ -37,9 +37,9 @@ struct Case {
     model: &'static str,
     full: bool,
     recompute: bool,
-    /// How many pairs are in the row, and the tokens of the prompt, of chosen and of rejected of
-    /// each.
+    /// Number of pairs in the row.
     pairs: usize,
+    /// Tokens of the prompt, of chosen and of rejected of each pair.
     lengths: [usize; 3],
 }
 
@@ -218,8 +218,8 @@ fn a_run_takes_the_memory_that_is_planned() {
     }
 }
 
-/// Where a row has several pairs, the plan does not know how each divides into prompt and
-/// completions, and takes the worst. Only for the CPU: .ci/run leaves it out on a GPU.
+/// The plan of a row of several pairs does not know how each divides into prompt and completions.
+/// It takes the worst case. Only for the CPU: .ci/run leaves it out on a GPU.
 #[test]
 fn a_row_of_several_pairs_takes_no_more_than_planned() {
     assert_eq!(device().name(), "cpu", "this test is for the CPU: unset BRADLEY_TEST_DEVICE");

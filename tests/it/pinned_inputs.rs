@@ -1,5 +1,5 @@
-//! What a job shows of its inputs, and that it goes on with these only: adapters, references and
-//! datasets.
+//! Pinned inputs of a job (adapters, references, datasets): the job shows their hashes, and goes on
+//! with the same files only.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -42,8 +42,8 @@ const FIRST_SEED: u64 = 1;
 const LOGP_F32: f64 = 1e-4;
 /// A tensor's gradient in f32, relative to its norm.
 const GRADIENT_F32: f64 = 5e-4;
-/// What a tensor's gradient is at least compared with: this part of the norm of all gradients. A
-/// gradient that is smaller is what remains of larger numbers that cancel.
+/// A tensor's gradient is compared relative to its norm, but at least to this part of the norm of
+/// all gradients: a smaller gradient is the rest of larger numbers that cancel.
 const SMALL_GRADIENT: f64 = 0.02;
 /// All log-probs of a row in bf16, relative. An operand rounds by 2⁻⁹, and logits of about 1 are
 /// off by about 1e-2, of log-probs of about −4.
@@ -261,7 +261,7 @@ fn random_adapter(draw: &mut Draw, config: &ModelConfig) -> Adapter {
     Adapter::build(config, &lora, tensor).unwrap()
 }
 
-/// What is drawn from a seed.
+/// A model, an adapter and a row, drawn from a seed.
 struct Case {
     base: Policy,
     /// Trained, or else all weights are.
@@ -331,7 +331,7 @@ impl Case {
     }
 }
 
-/// What the program computes.
+/// Results of the program.
 struct Computed {
     log_probs: Vec<f32>,
     /// Of each trained tensor.

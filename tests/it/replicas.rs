@@ -60,7 +60,7 @@ fn changes(events: &[pb::TrainingEvent]) -> Vec<(pb::JobState, String)> {
     events.iter().filter_map(change).collect()
 }
 
-/// What every history must be: no gap, one end, and steps that only a worker's end repeats.
+/// Checks a job's events: no gap, one end, and steps that repeat only after a worker ended.
 pub fn check_history(events: &[pb::TrainingEvent]) {
     assert!(
         events.iter().enumerate().all(|(i, e)| e.sequence == i as u64 + 1),
@@ -337,7 +337,8 @@ async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_waited_for() {
         .resume_training_job(pb::ResumeTrainingJobRequest { name: name.clone() })
         .await
         .unwrap();
-    // What is not in the store may come back: the job waits for it, until its owner does without.
+    // A checkpoint that is missing from the store may come back. The job waits for it until its owner
+    // decides to go on without.
     until("the wait", Duration::from_secs(30), async || {
         let job = client
             .training()

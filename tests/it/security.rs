@@ -101,7 +101,7 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
     finish(&a, &name).await;
     assert_eq!(get(&a, &name).await.unwrap().owner, "team-a");
 
-    // What another owns looks like what does not exist.
+    // Another owner's job looks like one that does not exist.
     let others = get(&b, &name).await.unwrap_err();
     let nothing = get(&b, "trainingJobs/none").await.unwrap_err();
     assert_eq!((others.code(), nothing.code()), (Code::PermissionDenied, Code::PermissionDenied));
@@ -334,7 +334,7 @@ async fn jobs_of_one_priority_take_turns() {
     }
 }
 
-/// How often a job came to the device.
+/// Returns how often a job began to run.
 async fn started(client: &Client, name: &str) -> usize {
     let (mut n, mut after) = (0, 0);
     loop {
@@ -693,7 +693,7 @@ async fn a_call_that_its_client_gives_up_is_counted_as_cancelled() {
     .await;
 }
 
-/// How many calls of a method the server counts under a code.
+/// Returns the number of calls of a method that the server counted under a code.
 async fn counted(server: &Server, method: &str, code: &str) -> u64 {
     let metrics = http_get(&server.http, "/metrics").await;
     let of = format!(

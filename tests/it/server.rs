@@ -112,7 +112,7 @@ impl Server {
         }
     }
 
-    /// How it ended, if it did.
+    /// Returns its exit status, or `None` while it runs.
     pub fn exit_status(&mut self) -> Option<std::process::ExitStatus> {
         self.child.try_wait().unwrap()
     }
@@ -122,7 +122,7 @@ impl Server {
         self.child.id()
     }
 
-    /// Whether it has logged a warning or an error that contains `text`.
+    /// Returns whether it has logged a warning or an error that contains `text`.
     pub fn has_logged(&self, text: &str) -> bool {
         self.log.lock().unwrap().iter().any(|line| line.contains(text))
     }
@@ -132,7 +132,7 @@ impl Server {
         Client::connect(&Target::plain(&self.address), Duration::from_secs(10)).await.unwrap()
     }
 
-    /// What `/metrics` says.
+    /// Returns the answer of `/metrics`.
     pub fn metrics(&self) -> String {
         let mut connection = TcpStream::connect(&self.http).unwrap();
         write!(connection, "GET /metrics HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n")
@@ -287,12 +287,12 @@ pub async fn until_event(client: &Client, name: &str, enough: impl Fn(&Event) ->
     followed.expect("the event comes").unwrap();
 }
 
-/// Whether an event is a step's, of `from` or a later one.
+/// Returns whether an event reports a step, `from` or a later one.
 pub fn is_step(event: &Event, from: u64) -> bool {
     matches!(event, Event::StepMetrics(s) if s.step >= from)
 }
 
-/// Whether an event says that a job has become `wanted`.
+/// Returns whether an event says that a job has reached the state `wanted`.
 pub fn became(event: &Event, wanted: pb::JobState) -> bool {
     matches!(event, Event::StateChange(s) if s.to() == wanted)
 }

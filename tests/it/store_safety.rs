@@ -1,4 +1,4 @@
-//! What a store must not lose: checkpoints of another format, artifacts of a store that is not
+//! Data that a store must not lose: checkpoints of another format, artifacts of a store that is not
 //! mounted, acknowledged changes, exports, and runs whose lease another worker took.
 
 use std::collections::BTreeMap;
@@ -24,7 +24,7 @@ use crate::wait::{until, until_ok};
 
 /// Steps of the jobs that are compared with an undisturbed run.
 pub const STEPS: u64 = 120;
-/// How long a test waits for anything.
+/// Deadline of every wait.
 pub const LIMIT: Duration = Duration::from_secs(120);
 /// Short leases, in seconds: as a flag, and as a time.
 pub const LEASE: &str = "3";
@@ -171,7 +171,7 @@ pub fn changes(events: &[pb::TrainingEvent]) -> Vec<(i64, pb::StateChange)> {
     events.iter().filter_map(change).collect()
 }
 
-/// What an event says in words: a log line, or the reason of a state change.
+/// Returns the text of an event: a log line, or the reason of a state change.
 fn words(e: &pb::TrainingEvent) -> Option<&str> {
     match &e.event {
         Some(Event::StateChange(s)) => Some(&s.reason),
@@ -476,7 +476,7 @@ async fn an_upload_into_an_unmounted_store_is_refused() {
     };
     try_upload().await.unwrap();
 
-    // What remains when a share goes away is the empty folder that it was mounted at.
+    // When a share goes away, the empty folder remains that it was mounted at.
     std::fs::rename(&root, &away).unwrap();
     std::fs::create_dir(&root).unwrap();
     match try_upload().await {

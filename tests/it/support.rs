@@ -1,4 +1,4 @@
-//! What several test modules need: golden files, models, and comparisons.
+//! Helpers of several test modules: golden files, models, and comparisons.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -61,7 +61,7 @@ pub fn policy(model: LoadedModel) -> (Policy, ChatTokenizer) {
     )
 }
 
-/// Where the golden tests compute: BRADLEY_TEST_DEVICE, or the CPU.
+/// Returns the device of the golden tests: BRADLEY_TEST_DEVICE, or the CPU.
 pub fn device() -> ComputeDevice {
     static DEVICE: OnceLock<ComputeDevice> = OnceLock::new();
     let open = || {
@@ -71,8 +71,8 @@ pub fn device() -> ComputeDevice {
     DEVICE.get_or_init(open).clone()
 }
 
-/// Whether bits do not depend on what shares a row: on a GPU cuBLAS picks its kernels by the
-/// product's shape.
+/// Returns whether a pair's results have the same bits whatever else shares its row. On a GPU they
+/// have not: cuBLAS chooses its kernels by the shape of the multiplication.
 pub fn is_batch_invariant() -> bool {
     matches!(device(), ComputeDevice::Cpu)
 }

@@ -21,7 +21,7 @@ use crate::support::{copy_files, golden, perturb_weights, replace};
 
 /// The parts of a model, as errors name them.
 const PARTS: [&str; 4] = ["weights", "config", "tokenizer", "chat template"];
-/// What a server gets to end in.
+/// Time that a server has to end.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Changes a part of the model in a folder.
@@ -168,7 +168,7 @@ async fn nothing_goes_on_after_a_restart_with_another(part: &str) {
         assert_waits(&client, waiting, part).await;
     }
     made.new_works(&client).await;
-    // What waits can be given up, and has not been run meanwhile.
+    // A waiting job can be cancelled, and has not run meanwhile.
     made.give_up_running(&client).await;
     assert_waits(&client, &queued, part).await;
     assert_never_ran(&client, &queued).await;
@@ -218,7 +218,7 @@ async fn nothing_goes_on_on_a_replica_with_another_part_of_the_model() {
         let waiting = made.queue(&client).await;
         assert_waits(&other, &waiting, part).await;
         let new = made.new_works(&other).await;
-        // What the second replica made means nothing on the first.
+        // The first replica refuses checkpoints that the second one made.
         assert_refused("scoring on the first replica", score_checkpoint(&client, &new).await, part);
         assert_never_ran(&client, &waiting).await;
         assert!(second.terminate(PATIENCE).success());

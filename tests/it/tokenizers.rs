@@ -1,8 +1,8 @@
 //! Real tokenizers and every chat template of TRL over the dialogues and texts of
 //! tests/goldens/dialogues.json: token for token, and character for character, as transformers.
 //!
-//! What is expected is computed here and now: tests/goldens/real_tokenizers.py runs transformers on
-//! the tokenizers that .ci/tokenizers fetches.
+//! The expected values are computed during the test: tests/goldens/real_tokenizers.py runs
+//! transformers on the tokenizers that .ci/tokenizers fetches.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -32,7 +32,7 @@ const TEMPLATES: usize = 72;
 /// differs fails the test.
 const EXCEPTIONS: [(&str, &str, &str); 0] = [];
 
-/// What transformers makes of everything.
+/// Results of transformers.
 struct Expected {
     /// Holds a folder for each tokenizer.
     folder: TempDir,
@@ -105,7 +105,8 @@ impl<'a> Chat<'a> {
         }
     }
 
-    /// How a rendering differs from the expected one; where transformers raises, Bradley must, too.
+    /// Returns how a rendering differs from the expected one, or `None`. Where transformers raises an
+    /// error, Bradley must fail, too.
     fn difference(&self, rendered: Result<&str, String>) -> Option<String> {
         let problem = match (self.expected["text"].as_str(), rendered) {
             (Some(expected), Ok(rendered)) if expected == rendered => return None,

@@ -6,13 +6,13 @@
 pub struct PathUse {
     /// Its names; a glob ends in `*`.
     pub segments: Vec<String>,
-    /// Where it starts, from 1.
+    /// The line where it starts, from 1.
     pub line: usize,
     /// The inline modules around it, outermost first.
     pub inside: Vec<String>,
-    /// Whether it stands in `pub(in ..)`: it names who may import, and imports nothing.
+    /// True inside `pub(in ..)`, which names who may import, and imports nothing.
     pub is_visibility: bool,
-    /// Whether it begins with `::`: the first name is a crate.
+    /// True if it begins with `::`: the first name is a crate.
     pub is_external: bool,
 }
 
@@ -23,7 +23,7 @@ pub struct Token {
     pub line: usize,
 }
 
-/// Every path in `source`; a name alone is a path of one.
+/// Returns every path in `source`; a name alone is a path of one segment.
 pub fn paths(source: &str) -> Vec<PathUse> {
     let tokens = tokens(source);
     let text = |i: usize| tokens.get(i).map_or("", |t: &Token| t.text.as_str());
