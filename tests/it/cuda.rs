@@ -27,7 +27,7 @@ use bradley::train::backprop::{Keep, backward, forward};
 use bradley::train::trainable::{Gradients, TrainablePolicy};
 use candle_core::{DType, Device, Tensor};
 
-use crate::server::{Server, finish, job, pairs, score, scored, state, submit, upload};
+use crate::server::{Server, finish, job, pairs, score, scored, submit, upload};
 use crate::support::{assert_close, device, golden};
 
 /// Returns the name of the GPU under test, `cuda:N`.

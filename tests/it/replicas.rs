@@ -260,8 +260,8 @@ async fn a_run_waits_for_its_database_and_its_artifact_store() {
     reaches(15).await;
     // Scoring with a base model needs neither backend.
     let scores = async || {
-        let scored_all = score(&client, "models/tiny", pairs()).await.results;
-        scored_all.iter().all(|r| scored(r).probability > 0.0)
+        let results = score(&client, "models/tiny", pairs()).await.results;
+        results.iter().all(|r| scored(r).probability > 0.0)
     };
     s3.freeze();
     holds_for("scoring without S3", Duration::from_secs(3), &scores).await;
