@@ -9,7 +9,7 @@ test *args:
 
 # All tests: the real model, a Python client, grpcurl, PEFT. Downloads about 3 GB the first time.
 test-all *args:
-    eval "$(.ci/run setup | grep '^export')" && cargo test --tests {{ args }} -- --include-ignored
+    eval "$(.ci/run setup | grep '^export')" && cargo test {{ args }} -- --include-ignored
 
 # Formatting, clippy, docs.
 lint:

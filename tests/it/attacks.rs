@@ -561,7 +561,7 @@ async fn parquet_weights_that_are_no_finite_numbers_are_findings() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_row_holds_besides_its_texts_is_never_dropped_in_silence() {
+async fn extra_fields_of_a_row_are_used_or_reported() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -586,7 +586,7 @@ async fn what_a_row_holds_besides_its_texts_is_never_dropped_in_silence() {
     add(&|row| row["rejected"][0]["thinking"] = json!("Hm."));
     add(&|row| row["prompt"][0]["name"] = json!("Ada"));
     add(&|row| row["system"] = json!("Be brief."));
-    // What is empty says nothing.
+    // Empty values are no information that could be lost.
     add(&|row| {
         for column in ["tools", "images", "chat_template_kwargs", "system"] {
             row[column] = json!(null);
@@ -628,7 +628,7 @@ async fn what_a_row_holds_besides_its_texts_is_never_dropped_in_silence() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_parquet_row_holds_besides_its_texts_is_never_dropped_in_silence() {
+async fn extra_columns_of_a_parquet_row_are_used_or_reported() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -759,7 +759,7 @@ async fn sorted_losses_take_no_weighted_rows() {
             job_with(dataset, dpo)
         };
         let message = refusal_of_rows(&client, wanted(&weighted)).await;
-        // Which row, what is wrong, and what to do.
+        // The message names the row, the problem and the remedy.
         assert!(message.contains("row 3"), "{message}");
         assert!(message.contains("weight") && message.contains(name), "{message}");
         let request = pb::EstimateTrainingJobRequest { training_job: Some(wanted(&weighted)) };

@@ -128,7 +128,7 @@ async fn a_full_fine_tune_in_f32_is_the_same_on_a_bf16_server_bit_for_bit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_needs_files_that_are_gone_or_changed_waits_for_them() {
+async fn jobs_whose_model_files_are_gone_or_changed_wait_for_them() {
     let (dir, models) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let folder = models.path().join("tiny");
     copy_model("llama", &folder);

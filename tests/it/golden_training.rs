@@ -241,7 +241,7 @@ fn scoring_between_the_blocks_of_a_pass_changes_neither_the_run_nor_the_scores()
     };
     let undisturbed = bits(&train(make()));
     let (mut calls, mut same) = (0, 0);
-    // What the run's own weights say must hold still within a step.
+    // Scores by the run's own weights must not change within a step.
     let mut last = Vec::new();
     let disturbed = events_with(make(), &mut |live, cache| {
         calls += 1;

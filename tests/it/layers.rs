@@ -570,7 +570,7 @@ fn an_upward_import_is_caught_however_it_is_written() {
 }
 
 #[test]
-fn what_belongs_to_one_layer_is_caught_elsewhere() {
+fn a_use_outside_its_only_layer_is_caught() {
     assert_caught(
         "service/store.rs",
         "use tonic::Status; use prost_types::Any;",
@@ -598,7 +598,7 @@ fn what_belongs_to_one_layer_is_caught_elsewhere() {
 }
 
 #[test]
-fn what_is_legal_passes() {
+fn legal_imports_pass() {
     for (file, source) in [
         (
             "math/loss.rs",
@@ -707,7 +707,7 @@ fn an_import_cycle_is_caught_however_it_is_written() {
 }
 
 #[test]
-fn what_is_no_cycle_passes() {
+fn imports_without_a_cycle_pass() {
     let passes = |files: &[(&str, &str)]| assert_cycles(files, &[]);
     // A parent that declares its children, and children that share a file.
     passes(&[

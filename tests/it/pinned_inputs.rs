@@ -167,7 +167,7 @@ async fn goes_on_with_the_adapters_values(
             assert_eq!(effective.target_modules, ["q_proj", "v_proj"]);
         }
         finish(client, &shown.name).await;
-        // What is trained is what is shown.
+        // The LoRA settings that the job shows are those of the adapter that it trained.
         let checkpoint = latest(&shown.name);
         let folder = tempfile::tempdir().unwrap();
         client

@@ -1,5 +1,5 @@
-//! Rules about how the source reads, held by tests: how a doc comment begins, how wide a line is,
-//! and that a type's name means one thing. They are read off the source text, as in `layers.rs`.
+//! Rules of style for the source text: the beginning of a doc comment, the width of a line, and one
+//! meaning for each name of a type. The source is scanned as in `layers.rs`.
 
 use std::collections::BTreeMap;
 

@@ -398,7 +398,7 @@ async fn nothing_is_measured_against_another_reference_than_its_jobs() {
     for waiting in [&running, &queued] {
         assert_waits(&client, waiting, "weights").await;
     }
-    // What does not need that reference works, and new jobs get the one that is there.
+    // Calls that do not need the old reference work, and new jobs get the new one.
     score_against(&client, &latest(&undisturbed), "models/a").await.unwrap();
     let format = pb::ExportFormat::Merged.into();
     let export =

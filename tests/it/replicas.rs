@@ -412,8 +412,8 @@ async fn a_shared_folder_serves_as_the_artifact_store() {
     let exported = shared.path().join(&export.path).join("adapter_model.safetensors");
     assert!(export.path.starts_with("jobs/") && exported.is_file(), "{}", export.path);
 
-    // What a finished job continued may go, unless it is the job's reference, too: its own weights
-    // stay usable.
+    // The job that a finished job was continued from may be deleted, unless it is also the
+    // reference: the weights of the finished job stay usable.
     client
         .training()
         .delete_training_job(pb::DeleteTrainingJobRequest { name: first.clone() })

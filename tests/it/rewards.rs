@@ -398,8 +398,8 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
         );
         assert_eq!(state(&client, &name).await, pb::JobState::Running);
 
-        // What was asked for while it ran is its checkpoint once it does not, against the reference
-        // that this holds.
+        // The stream was opened while the job ran. After the pause it scores with the checkpoint,
+        // against the reference of the checkpoint.
         pause(&client, &name).await;
         messages.send(ask(Part::Pair(pairs().remove(0)))).await.unwrap();
         drop(messages);
