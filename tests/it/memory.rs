@@ -1,10 +1,10 @@
 //! The memory that a run is planned with (`train/estimate.rs`), against what the run takes.
 //!
-//! The parts of a plan are held against what they are planned for. The state of training lies in
-//! vectors, of which the first test takes the sizes. Activations lie in the arena of
-//! `compute/cpu/buffer.rs`, or on the GPU, and both know their peak: of the whole process, so each
-//! run gets one of its own. A plan's two constants, for the program and for packed panels, would
-//! hide everything else of a tiny model, and are left out.
+//! Each part of a plan is compared with the memory that it plans. The state of training lies in
+//! vectors: the first test adds up their sizes. Activations lie in the arena of
+//! `compute/cpu/buffer.rs`, or on the GPU. Both record the peak of the whole process, so each run
+//! gets a process of its own. A plan's two constants, for the program and for packed panels, are
+//! left out: they are larger than everything else of a tiny model.
 
 use std::process::Command;
 

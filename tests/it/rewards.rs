@@ -535,7 +535,7 @@ fn assert_violation<T: std::fmt::Debug>(answer: Result<T, Status>, field: &str) 
     assert_eq!(fields, [field], "{status}");
 }
 
-/// The steps whose value beats those of all steps before.
+/// Returns the steps with a better value than all steps before.
 fn records(evaluations: &[(u64, f64)]) -> Vec<u64> {
     let mut best = f64::NEG_INFINITY;
     let mut steps = Vec::new();

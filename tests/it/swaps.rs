@@ -96,7 +96,7 @@ impl Made {
         submit(client, job(&self.dataset, 2)).await
     }
 
-    /// Checks what a server refuses whose model has another `part`.
+    /// Checks that a server refuses these when another `part` of its model has changed.
     async fn are_refused(&self, client: &Client, part: &str) {
         assert_refused("scoring", score_checkpoint(client, &self.ended).await, part);
         assert_refused("a merged export", export(client, &self.ended).await, part);
