@@ -27,8 +27,9 @@ use tonic_types::{FieldViolation, StatusExt as _};
 
 use crate::server::{Server, finish, job, submit, upload};
 use crate::support::golden;
+use crate::wait::until;
 
-/// How long a call may take while a server is under attack.
+/// Time that a call may take while a server is under attack.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn tiny() -> String {
@@ -296,19 +297,21 @@ async fn flood(server: &Server, number: usize) -> JoinSet<std::io::Result<()>> {
     }
     // Until the server has accepted what it will. Where it accepts no more, the system's queue
     // fills up, and the rest cannot connect.
-    let (start, mut before, mut unchanged) = (Instant::now(), (0, 0), 0);
-    while unchanged < 4 && start.elapsed() < Duration::from_secs(10) {
-        tokio::time::sleep(Duration::from_millis(250)).await;
+    let (mut before, mut unchanged_since) = ((0, 0), Instant::now());
+    until("the end of new connections", Duration::from_secs(30), async || {
         let now = (connected.load(Ordering::Relaxed), descriptors(server.pid()));
-        unchanged = if now == before && now.0 > 0 { unchanged + 1 } else { 0 };
-        before = now;
-    }
+        if now != before || now.0 == 0 {
+            (before, unchanged_since) = (now, Instant::now());
+        }
+        unchanged_since.elapsed() >= Duration::from_secs(1)
+    })
+    .await;
     let connected = before.0;
     assert!(connected >= number / 2, "{connected} of {number} connections could be opened");
     all
 }
 
-/// How many files a process has open.
+/// Returns the number of files that a process has open.
 fn descriptors(pid: u32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/fd")).expect("the server lives").count()
 }
@@ -418,11 +421,10 @@ async fn two_hundred_silent_connections_to_the_http_port_do_not_stop_probes() {
 async fn a_server_says_that_it_accepts_fewer_connections_than_it_is_set_to() {
     let dir = tempfile::tempdir().unwrap();
     let server = start_limited(dir.path(), libc::RLIMIT_NOFILE, 256, 256);
-    let start = Instant::now();
-    while !server.has_logged("max_connections") {
-        assert!(start.elapsed() < Duration::from_secs(10), "the server does not say it");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    until("a log line about max_connections", Duration::from_secs(10), async || {
+        server.has_logged("max_connections")
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -559,7 +561,7 @@ async fn parquet_weights_that_are_no_finite_numbers_are_findings() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_row_holds_besides_its_texts_is_never_dropped_in_silence() {
+async fn extra_fields_of_a_row_are_used_or_reported() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -584,7 +586,7 @@ async fn what_a_row_holds_besides_its_texts_is_never_dropped_in_silence() {
     add(&|row| row["rejected"][0]["thinking"] = json!("Hm."));
     add(&|row| row["prompt"][0]["name"] = json!("Ada"));
     add(&|row| row["system"] = json!("Be brief."));
-    // What is empty says nothing.
+    // Empty values are no information that could be lost.
     add(&|row| {
         for column in ["tools", "images", "chat_template_kwargs", "system"] {
             row[column] = json!(null);
@@ -626,7 +628,7 @@ async fn what_a_row_holds_besides_its_texts_is_never_dropped_in_silence() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_parquet_row_holds_besides_its_texts_is_never_dropped_in_silence() {
+async fn extra_columns_of_a_parquet_row_are_used_or_reported() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -757,7 +759,7 @@ async fn sorted_losses_take_no_weighted_rows() {
             job_with(dataset, dpo)
         };
         let message = refusal_of_rows(&client, wanted(&weighted)).await;
-        // Which row, what is wrong, and what to do.
+        // The message names the row, the problem and the remedy.
         assert!(message.contains("row 3"), "{message}");
         assert!(message.contains("weight") && message.contains(name), "{message}");
         let request = pb::EstimateTrainingJobRequest { training_job: Some(wanted(&weighted)) };

@@ -5,10 +5,14 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::server::{Server, free_port};
 use crate::support::needed;
+use crate::wait::until_blocking;
+
+/// Time that a backend has to start.
+const START_LIMIT: Duration = Duration::from_secs(60);
 
 /// PostgreSQL with an empty database; gone when dropped.
 pub struct Postgres {
@@ -19,10 +23,9 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Starts one; `None` where there is no PostgreSQL (BRADLEY_TEST_POSTGRES names the folder of
-    /// its programs).
-    pub fn start(test: &str) -> Option<Self> {
-        let bin = PathBuf::from(needed("BRADLEY_TEST_POSTGRES", test)?);
+    /// Starts a server with the programs in the folder that BRADLEY_TEST_POSTGRES names.
+    pub fn start() -> Self {
+        let bin = PathBuf::from(needed("BRADLEY_TEST_POSTGRES"));
         let dir = tempfile::tempdir().unwrap();
         if is_root() {
             // PostgreSQL refuses to run as root.
@@ -44,7 +47,7 @@ impl Postgres {
         assert!(made.unwrap().success());
         let mut postgres = Postgres { bin, dir, port: free_port(), child: None };
         postgres.resume();
-        Some(postgres)
+        postgres
     }
 
     /// The database's URL.
@@ -89,7 +92,7 @@ impl Postgres {
             .spawn()
             .unwrap();
         self.child = Some(child);
-        wait_for("PostgreSQL", || {
+        until_blocking("the start of PostgreSQL", START_LIMIT, || {
             let ready = Command::new(self.bin.join("pg_isready"))
                 .args(["-h", "127.0.0.1", "-p", &self.port.to_string()])
                 .output()
@@ -105,16 +108,16 @@ impl Drop for Postgres {
     }
 }
 
-/// What several servers share: a PostgreSQL, and a folder as their artifact store.
+/// Backends that several servers share: PostgreSQL, and a folder as the artifact store.
 pub struct Shared {
     postgres: Postgres,
     artifacts: tempfile::TempDir,
 }
 
 impl Shared {
-    /// Starts the database; `None` where there is no PostgreSQL.
-    pub fn start(test: &str) -> Option<Self> {
-        Some(Shared { postgres: Postgres::start(test)?, artifacts: tempfile::tempdir().unwrap() })
+    /// Starts the database.
+    pub fn start() -> Self {
+        Shared { postgres: Postgres::start(), artifacts: tempfile::tempdir().unwrap() }
     }
 
     /// Starts a server on both, with a data folder of its own.
@@ -133,10 +136,9 @@ pub struct S3 {
 }
 
 impl S3 {
-    /// Starts one; `None` where there is no moto (BRADLEY_TEST_PYTHON names the Python that has
-    /// it).
-    pub fn start(test: &str) -> Option<Self> {
-        let python = needed("BRADLEY_TEST_PYTHON", test)?;
+    /// Starts moto with the Python that BRADLEY_TEST_PYTHON names.
+    pub fn start() -> Self {
+        let python = needed("BRADLEY_TEST_PYTHON");
         let port = free_port();
         let child = Command::new(python)
             .args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()])
@@ -145,11 +147,13 @@ impl S3 {
             .spawn()
             .unwrap();
         let s3 = S3 { child, port };
-        wait_for("moto", || TcpStream::connect(("127.0.0.1", port)).is_ok());
-        wait_for("the bucket", || {
+        until_blocking("the start of moto", START_LIMIT, || {
+            TcpStream::connect(("127.0.0.1", port)).is_ok()
+        });
+        until_blocking("the creation of the bucket", START_LIMIT, || {
             s3.request("PUT", "/bradley").is_ok_and(|answer| answer.starts_with("HTTP/1.1 200"))
         });
-        Some(s3)
+        s3
     }
 
     /// Its port.
@@ -157,7 +161,7 @@ impl S3 {
         self.port
     }
 
-    /// What a server must be told to use it.
+    /// Returns the environment of a server that uses this S3.
     pub fn environment(&self) -> Vec<(&'static str, String)> {
         self.environment_at(self.port)
     }
@@ -219,7 +223,7 @@ impl Drop for S3 {
     }
 }
 
-/// What a [`Proxy`] does to connections.
+/// Fault that a [`Proxy`] causes on its connections.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Fault {
     /// Nothing.
@@ -320,12 +324,4 @@ fn as_user(program: &Path) -> Command {
 fn is_root() -> bool {
     // SAFETY: geteuid only reads.
     unsafe { libc::geteuid() == 0 }
-}
-
-fn wait_for(what: &str, done: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !done() {
-        assert!(start.elapsed() < Duration::from_secs(60), "{what} does not start");
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }

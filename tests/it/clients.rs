@@ -57,8 +57,9 @@ fn cycle(
 }
 
 #[test]
+#[ignore = "needs Python with grpcio and peft (BRADLEY_TEST_PYTHON)"]
 fn grpcio_and_peft_go_through_the_whole_cycle() {
-    let Some(python) = needed("BRADLEY_TEST_PYTHON", "the grpcio and peft test") else { return };
+    let python = needed("BRADLEY_TEST_PYTHON");
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let base = golden("models/llama");
@@ -74,8 +75,9 @@ fn grpcio_and_peft_go_through_the_whole_cycle() {
 }
 
 #[test]
+#[ignore = "needs Python with grpcio and OpenTelemetry (BRADLEY_TEST_PYTHON)"]
 fn opentelemetrys_client_and_sink_see_one_trace_for_a_score_and_for_a_job() {
-    let Some(python) = needed("BRADLEY_TEST_PYTHON", "the OpenTelemetry test") else { return };
+    let python = needed("BRADLEY_TEST_PYTHON");
     let mut client = Command::new(python)
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/traces.py"))
         .arg(protos())
@@ -107,8 +109,9 @@ fn opentelemetrys_client_and_sink_see_one_trace_for_a_score_and_for_a_job() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs grpcurl (BRADLEY_TEST_GRPCURL)"]
 async fn grpcurl_goes_through_the_cycle_by_reflection() {
-    let Some(grpcurl) = needed("BRADLEY_TEST_GRPCURL", "the grpcurl test") else { return };
+    let grpcurl = needed("BRADLEY_TEST_GRPCURL");
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let address = server.address.strip_prefix("http://").unwrap().to_owned();
@@ -235,13 +238,9 @@ async fn reflection_v1_answers_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs SmolLM2 (BRADLEY_TEST_MODEL) and Python with grpcio and peft (BRADLEY_TEST_PYTHON)"]
 async fn the_real_model_goes_through_the_python_cycle() {
-    let (Some(python), Some(model)) = (
-        needed("BRADLEY_TEST_PYTHON", "the SmolLM2 cycle"),
-        needed("BRADLEY_TEST_MODEL", "the SmolLM2 cycle"),
-    ) else {
-        return;
-    };
+    let (python, model) = (needed("BRADLEY_TEST_PYTHON"), needed("BRADLEY_TEST_MODEL"));
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start_with(dir.path(), &format!("smollm2={model}"), &[]);
     let said = cycle(

@@ -1,8 +1,10 @@
-//! The fuzzers' saved corpus, what they found included, through the parsers that it is for: an
-//! answer, never a panic.
+//! The saved corpus of the fuzzers, with the inputs that they found, given to each parser. The name
+//! of each file says what its parser must do: NAME.ok is taken, NAME.refused is an error.
+//! Neither may panic.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use bradley::cli::settings::{Settings, Sources};
 use bradley::domain::dataset::DatasetFormat;
 use bradley::domain::training::Precision;
 use bradley::formats::chat_template::{ChatTemplate, RenderOptions};
@@ -15,67 +17,116 @@ use bradley::train::rows::read_rows;
 
 use crate::support::golden;
 
-/// The files of a target.
-fn files(target: &str) -> Vec<PathBuf> {
-    let folder = golden("../fuzz/corpus").join(target);
-    let files: Vec<PathBuf> =
-        std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
-    assert!(!files.is_empty());
-    files
+fn corpus() -> PathBuf {
+    golden("../fuzz/corpus")
 }
 
-/// How many files of `target` the parser takes.
-fn taken(target: &str, parse: impl Fn(&PathBuf) -> bool) -> usize {
-    files(target).iter().filter(|f| parse(f)).count()
+/// Checks that `is_taken` is true of the files of a target that are named `.ok`, and false of those
+/// that are named `.refused`.
+#[track_caller]
+fn assert_outcomes(target: &str, is_taken: impl Fn(&Path) -> bool) {
+    let mut files = 0;
+    for entry in std::fs::read_dir(corpus().join(target)).unwrap() {
+        let file = entry.unwrap().path();
+        let expected = match file.extension().and_then(|extension| extension.to_str()) {
+            Some("ok") => true,
+            Some("refused") => false,
+            _ => panic!("{}: name it NAME.ok or NAME.refused", file.display()),
+        };
+        assert_eq!(is_taken(&file), expected, "{} is not what its name says", file.display());
+        files += 1;
+    }
+    assert!(files > 0, "no files of {target}");
+}
+
+fn text(file: &Path) -> String {
+    std::fs::read_to_string(file).unwrap_or_default()
 }
 
 #[test]
-fn rows_are_read_or_found_wanting() {
-    let good = |file: &PathBuf| {
+fn every_target_is_tested_here() {
+    let mut targets: Vec<String> = std::fs::read_dir(corpus())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    targets.sort();
+    let tested = [
+        "adapter_config",
+        "chat_template",
+        "gguf",
+        "model_config",
+        "rows",
+        "safetensors",
+        "settings",
+        "tokenizer",
+    ];
+    assert_eq!(targets, tested);
+}
+
+#[test]
+fn rows() {
+    // Taken: at least one row can be read.
+    assert_outcomes("rows", |file| {
         read_rows(file, DatasetFormat::Jsonl).is_ok_and(|rows| rows.take(1000).any(|r| r.is_ok()))
-    };
-    assert_eq!(taken("rows", good), 7);
+    });
 }
 
 #[test]
-fn model_files_load_or_say_what_is_wrong() {
+fn settings() {
+    assert_outcomes("settings", |file| {
+        text(file).parse().is_ok_and(|table| {
+            let file = Some(("bradley.toml".into(), table));
+            Settings::resolve(&Sources { file, ..Sources::default() }).is_ok()
+        })
+    });
+}
+
+#[test]
+fn gguf_models() {
     let dir = tempfile::tempdir().unwrap();
-    let copy = |file: &PathBuf, name: &str| {
-        let to = dir.path().join(name);
-        std::fs::copy(file, &to).unwrap();
-        to
-    };
-    let gguf = |file: &PathBuf| {
-        let path = copy(file, "m.gguf");
+    assert_outcomes("gguf", |file| {
+        let path = dir.path().join("m.gguf");
+        std::fs::copy(file, &path).unwrap();
         let model = load_model(None, path.to_str().unwrap(), &Default::default());
         model.is_ok_and(|m| Parameters::load(&m.config, &m.weights, Precision::F32).is_ok())
-    };
-    assert!(taken("gguf", gguf) >= 1);
-    let tokenizer = |file: &PathBuf| {
-        copy(file, "tokenizer.json");
-        ChatTokenizer::from_folder(dir.path()).is_ok()
-    };
-    assert_eq!(taken("tokenizer", tokenizer), 3);
-    let text = |file: &PathBuf| std::fs::read_to_string(file).unwrap_or_default();
-    assert!(taken("model_config", |f| ModelConfig::from_hf_json(&text(f), f).is_ok()) >= 4);
-    assert!(
-        taken("chat_template", |f| ChatTemplate::new(&text(f), vec![])
-            .is_ok_and(|t| t.render(&[], &RenderOptions::new(true)).is_ok()))
-            >= 4
-    );
+    });
+}
 
-    let llama = golden("models/llama/config.json");
-    let config = ModelConfig::from_hf_json(&text(&llama), &llama).unwrap();
-    copy(&golden("adapters/llama/adapter_config.json"), peft::CONFIG_FILE);
-    let weights = |file: &PathBuf| {
-        copy(file, peft::WEIGHTS_FILE);
-        peft::load(dir.path(), &config).is_ok()
-    };
-    assert_eq!(taken("safetensors", weights), 1);
-    copy(&golden("adapters/llama/adapter_model.safetensors"), peft::WEIGHTS_FILE);
-    let adapter = |file: &PathBuf| {
-        copy(file, peft::CONFIG_FILE);
-        peft::load(dir.path(), &config).is_ok()
-    };
-    assert!(taken("adapter_config", adapter) >= 1);
+#[test]
+fn tokenizers() {
+    let dir = tempfile::tempdir().unwrap();
+    assert_outcomes("tokenizer", |file| {
+        std::fs::copy(file, dir.path().join("tokenizer.json")).unwrap();
+        ChatTokenizer::from_folder(dir.path()).is_ok()
+    });
+}
+
+#[test]
+fn model_configurations() {
+    assert_outcomes("model_config", |file| ModelConfig::from_hf_json(&text(file), file).is_ok());
+}
+
+#[test]
+fn chat_templates() {
+    assert_outcomes("chat_template", |file| {
+        ChatTemplate::new(&text(file), vec![])
+            .is_ok_and(|template| template.render(&[], &RenderOptions::new(true)).is_ok())
+    });
+}
+
+#[test]
+fn adapters() {
+    let config = golden("models/llama/config.json");
+    let config = ModelConfig::from_hf_json(&text(&config), &config).unwrap();
+    for (target, replaced, whole) in [
+        ("safetensors", peft::WEIGHTS_FILE, peft::CONFIG_FILE),
+        ("adapter_config", peft::CONFIG_FILE, peft::WEIGHTS_FILE),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::copy(golden("adapters/llama").join(whole), dir.path().join(whole)).unwrap();
+        assert_outcomes(target, |file| {
+            std::fs::copy(file, dir.path().join(replaced)).unwrap();
+            peft::load(dir.path(), &config).is_ok()
+        });
+    }
 }

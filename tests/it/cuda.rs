@@ -2,10 +2,11 @@
 //! cores' kernels. BRADLEY_TEST_DEVICE=cuda:N names the GPU; with tests/cuda/emulator's libraries
 //! in LD_LIBRARY_PATH it is this machine's processor. The golden tests run on that device too.
 
-use std::io::Write;
+mod emulator;
+
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bradley::domain::training::{LoraConfig, Precision, TARGET_MODULES};
 use bradley::engine::{self, api::EngineOptions};
@@ -22,28 +23,22 @@ use bradley::model::device::{ComputeDevice, DeviceChoice};
 use bradley::model::parameters::Parameters;
 use bradley::model::params::LoraTensor;
 use bradley::rpc::pb::{self, training_event::Event};
-use bradley::train::backprop::{Keep, backward, forward};
+use bradley::train::backprop::{SavePolicy, backward, forward};
 use bradley::train::trainable::{Gradients, TrainablePolicy};
 use candle_core::{DType, Device, Tensor};
 
-use crate::server::{Server, finish, job, pairs, score, scored, state, submit, upload};
+use crate::server::{Server, finish, job, pairs, score, scored, submit, upload};
 use crate::support::{assert_close, device, golden};
 
-/// The GPU under test, or `None` after saying that the test is skipped.
-fn gpu_name() -> Option<String> {
+/// Returns the name of the GPU under test, `cuda:N`.
+fn gpu_name() -> String {
     let name = device().name();
-    if name == "cpu" {
-        let _ = writeln!(
-            std::io::stderr(),
-            "skipped: this test needs a GPU or the emulator, and BRADLEY_TEST_DEVICE to name it"
-        );
-        return None;
-    }
-    Some(name)
-}
-
-fn is_emulated() -> bool {
-    matches!(device(), ComputeDevice::Cuda(cuda) if cuda.gpu().name().contains("Emulated"))
+    assert!(
+        name != "cpu",
+        "this test needs a GPU or the emulator: set the environment variable \
+         BRADLEY_TEST_DEVICE to cuda:N"
+    );
+    name
 }
 
 /// Shapes that reach every kernel: heads of 64 and of 128, norms on queries and keys, biases, a
@@ -129,7 +124,11 @@ fn adapter(policy: &Policy) -> Adapter {
 }
 
 /// Log-probs and gradients for an upstream gradient that differs from token to token.
-fn passes(policy: &TrainablePolicy, row: &PackedRow, keep: Keep) -> (Vec<f32>, Vec<Vec<f32>>) {
+fn passes(
+    policy: &TrainablePolicy,
+    row: &PackedRow,
+    keep: SavePolicy,
+) -> (Vec<f32>, Vec<Vec<f32>>) {
     let tape = forward(&policy.policy, row.row.clone(), keep, &mut || {}).unwrap();
     let logps = tape.log_probs().to_vec();
     let upstream: Vec<f32> = (0..logps.len()).map(|i| ((i % 7) as f32 + 1.0) / 40.0).collect();
@@ -150,8 +149,9 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 }
 
 #[test]
+#[ignore = "needs a GPU or the emulator (BRADLEY_TEST_DEVICE)"]
 fn a_gpu_computes_what_the_cpu_computes() {
-    let Some(_) = gpu_name() else { return };
+    gpu_name();
     let row = row();
     for (name, shape) in SHAPES {
         let base = random(shape, 1);
@@ -168,9 +168,10 @@ fn a_gpu_computes_what_the_cpu_computes() {
                     true => TrainablePolicy::full(policy, precision).unwrap(),
                     false => TrainablePolicy::lora(policy, &adapter, precision).unwrap(),
                 };
-                let (want, wanted) = passes(&trainable(&on_cpu, Precision::F32), &row, Keep::Tapes);
+                let (want, wanted) =
+                    passes(&trainable(&on_cpu, Precision::F32), &row, SavePolicy::Tapes);
                 let policy = trainable(&on_gpu, precision);
-                let (got, gradients) = passes(&policy, &row, Keep::Tapes);
+                let (got, gradients) = passes(&policy, &row, SavePolicy::Tapes);
                 let what = format!("{name} {precision:?} full {full}");
                 assert!(
                     distance(&got, &want) < logp,
@@ -189,7 +190,7 @@ fn a_gpu_computes_what_the_cpu_computes() {
                     let off = distance(g, w);
                     assert!(off < gradient, "{what}: the gradient of {} is off by {off:e}", t.name);
                 }
-                let again = passes(&policy, &row, Keep::Inputs);
+                let again = passes(&policy, &row, SavePolicy::BlockInputs);
                 assert!(
                     again == (got, gradients),
                     "{what}: with its blocks run again the row gives other bits"
@@ -201,8 +202,10 @@ fn a_gpu_computes_what_the_cpu_computes() {
 
 /// Log-probs in the reference cache are of all devices that computed them.
 #[test]
+#[ignore = "needs a GPU or the emulator (BRADLEY_TEST_DEVICE)"]
 fn the_arithmetic_names_each_device_and_the_version_of_cublas() {
-    let ComputeDevice::Cuda(cuda) = device() else { return drop(gpu_name()) };
+    gpu_name();
+    let ComputeDevice::Cuda(cuda) = device() else { panic!("{:?} is no GPU", device()) };
     let name = cuda.gpu().name();
     let on_cpu = random(SHAPES[0].1, 1);
     let on_gpu = Policy { device: device(), ..on_cpu.clone() };
@@ -239,8 +242,9 @@ fn losses(events: &[pb::TrainingEvent]) -> Vec<f64> {
 }
 
 #[tokio::test]
+#[ignore = "needs a GPU or the emulator (BRADLEY_TEST_DEVICE)"]
 async fn a_server_on_a_gpu_trains_and_scores_as_one_on_the_cpu() {
-    let Some(name) = gpu_name() else { return };
+    let name = gpu_name();
     let mut outcomes = Vec::new();
     let models = format!("tiny={}", golden("models/llama").display());
     // With mapped memory, too, which a GPU has and the emulator only when asked; and with work that
@@ -284,92 +288,9 @@ async fn a_server_on_a_gpu_trains_and_scores_as_one_on_the_cpu() {
 }
 
 #[tokio::test]
-async fn a_run_that_does_not_fit_the_gpu_goes_on_with_shorter_rows_and_fails_when_that_is_not_enough()
- {
-    let Some(device) = gpu_name().filter(|_| is_emulated()) else { return };
-    // Room for one pair of a row, not for two; and room for none. Mapped memory comes in larger
-    // pieces. In the last case the driver's call that gives memory back says that it failed: what
-    // was unmapped must not be handed out.
-    let cases = [
-        (46, "0", "0", None),
-        (36, "0", "0", Some("out of memory")),
-        (46, "1", "0", None),
-        (38, "1", "0", Some("out of memory")),
-        (44, "1", "1", Some("freeing memory")),
-    ];
-    for (megabytes, mapping, release_fails, error) in cases {
-        let what = format!("{megabytes} MiB, mapping {mapping}, release fails {release_fails}");
-        let dir = tempfile::tempdir().unwrap();
-        let memory = (megabytes << 20).to_string();
-        let flags = ["--device", &device, "--device-memory-limit", "20GiB"];
-        let models = format!("tiny={}", golden("models/llama").display());
-        let environment = [
-            ("EMULATE_MEMORY", &*memory),
-            ("EMULATE_MAPPING", mapping),
-            ("EMULATE_RELEASE_FAILS", release_fails),
-        ];
-        let server = Server::start_in(dir.path(), &models, &flags, &environment);
-        let client = server.client().await;
-        let dataset = upload(&client, "pairs.jsonl").await;
-        let job = submit(&client, job(&dataset.name, 3)).await;
-        let events = finish(&client, &job).await;
-        let logs: Vec<&str> = events
-            .iter()
-            .filter_map(|e| {
-                if let Some(Event::Log(l)) = &e.event { Some(l.message.as_str()) } else { None }
-            })
-            .collect();
-        let shortened =
-            logs.iter().any(|l| l.contains("out of memory") && l.contains("going on with rows of"));
-        assert!(shortened || error == Some("freeing memory"), "{what}: {logs:?}");
-        let request = pb::GetTrainingJobRequest { name: job };
-        let ended = client.training().get_training_job(request).await.unwrap().into_inner();
-        let wanted = if error.is_none() { pb::JobState::Succeeded } else { pb::JobState::Failed };
-        assert_eq!(ended.state(), wanted, "{what}: {:?}", ended.error);
-        assert_eq!(losses(&events).len() == 3, error.is_none(), "{what}");
-        if let Some(error) = error {
-            assert!(ended.error.unwrap().message.contains(error), "{what}");
-        }
-    }
-}
-
-#[tokio::test]
-async fn a_gpu_that_fails_for_good_ends_the_process_and_the_next_one_goes_on() {
-    let Some(device) = gpu_name().filter(|_| is_emulated()) else { return };
-    let dir = tempfile::tempdir().unwrap();
-    let models = format!("tiny={}", golden("models/llama").display());
-    let flags = ["--device", &device];
-    let mut server = Server::start_in(
-        dir.path(),
-        &models,
-        &flags,
-        &[("EMULATE_LOST_AFTER", "400"), ("EMULATE_MAPPING", "1")],
-    );
-    let client = server.client().await;
-    let dataset = upload(&client, "pairs.jsonl").await;
-    let mut wanted = job(&dataset.name, 14);
-    wanted.run = Some(pb::RunConfig { save_steps: Some(2), ..Default::default() });
-    let job = submit(&client, wanted).await;
-    let start = Instant::now();
-    while server.exit_status().is_none() {
-        assert!(start.elapsed() < Duration::from_secs(60), "the server goes on without its GPU");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    let server = Server::start_with(dir.path(), &models, &flags);
-    let events = finish(&server.client().await, &job).await;
-    assert_eq!(state(&server.client().await, &job).await, pb::JobState::Succeeded);
-    let steps: Vec<u64> = events
-        .iter()
-        .filter_map(
-            |e| if let Some(Event::StepMetrics(s)) = &e.event { Some(s.step) } else { None },
-        )
-        .collect();
-    assert!(steps.ends_with(&[13, 14]) && steps.contains(&1), "{steps:?}");
-}
-
-#[tokio::test]
+#[ignore = "needs a GPU or the emulator (BRADLEY_TEST_DEVICE)"]
 async fn a_server_at_work_on_its_gpu_ends_with_success_when_it_is_told_to() {
-    let Some(device) = gpu_name() else { return };
+    let device = gpu_name();
     let dir = tempfile::tempdir().unwrap();
     let models = format!("tiny={}", golden("models/llama").display());
     // Nobody reads what the client's connection says while the test waits for the server: the call
@@ -422,8 +343,9 @@ fn start_engine(folder: &Path, change: impl FnOnce(&mut EngineOptions)) -> Resul
 }
 
 #[test]
+#[ignore = "needs a GPU or the emulator (BRADLEY_TEST_DEVICE)"]
 fn a_model_whose_heads_are_too_wide_for_the_kernels_is_refused() {
-    let Some(_) = gpu_name() else { return };
+    gpu_name();
     let shape = |width: usize| {
         format!(
             r#""model_type": "qwen3", "hidden_size": 64, "head_dim": {width}, "num_attention_heads": 1, "num_key_value_heads": 1"#
@@ -435,34 +357,15 @@ fn a_model_whose_heads_are_too_wide_for_the_kernels_is_refused() {
 }
 
 #[test]
+#[ignore = "needs a GPU or the emulator (BRADLEY_TEST_DEVICE)"]
 fn a_gpu_has_a_memory_limit_of_its_own() {
-    let Some(_) = gpu_name() else { return };
+    gpu_name();
     let folder = model_folder(SHAPES[0].1);
     // The container's memory says nothing about the GPU's.
     assert_eq!(start_engine(folder.path(), |options| options.memory_limit = Some(1)), Ok(()));
     let refused =
         start_engine(folder.path(), |options| options.device_memory_limit = Some(1)).unwrap_err();
     assert!(refused.contains("raise device_memory_limit"), "{refused}");
-}
-
-#[test]
-fn a_gpu_that_rounds_f32_products_is_refused() {
-    let Some(device) = gpu_name().filter(|_| is_emulated()) else { return };
-    let out = std::process::Command::new(crate::support::binary())
-        .args([
-            "serve",
-            "--models",
-            &format!("tiny={}", golden("models/llama").display()),
-            "--device",
-            &device,
-            "--listen",
-            "127.0.0.1:0",
-        ])
-        .env("EMULATE_TF32", "1")
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&out.stderr);
-    assert!(!out.status.success() && said.contains("NVIDIA_TF32_OVERRIDE"), "{said}");
 }
 
 #[test]

@@ -25,8 +25,8 @@ async fn upload(server: &Server, file: &Path) -> Result<pb::Dataset, ClientError
     server.client().await.upload_dataset(file, pb::UploadMetadata::default(), |_| {}).await
 }
 
-/// A good record, then one whose lists have so many messages without text: runs of levels, some
-/// bytes however many.
+/// Writes a good record, then one whose lists have `messages` messages without text. Parquet stores
+/// them as runs of levels, a few bytes for any number of messages.
 fn endless_messages(path: &Path, messages: usize) {
     let schema =
         ["prompt", "chosen", "rejected"].map(|c| format!("required group {c} {MESSAGES}")).concat();

@@ -2,7 +2,7 @@
 //! this machine's cores; in the CUDA build with the emulator's libraries
 //! (BRADLEY_TEST_DEVICE=cuda:N) two emulated GPUs, whose memory no other device can touch.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bradley::engine::{self, api::EngineOptions};
 use bradley::model::device::DeviceChoice;
@@ -10,8 +10,12 @@ use bradley::rpc::pb::{self, training_event::Event};
 
 use crate::server::{Server, finish, job, pairs, score, scored, state, submit, upload};
 use crate::support::{assert_close, device, golden};
+use crate::wait::until;
 
-/// What `--device` says, and the environment of a server that has these.
+/// Time that a job has to reach a state.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// Value of `--device`, and the environment of a server that has these.
 type Devices = (&'static str, &'static [(&'static str, &'static str)]);
 
 const TWO_EMULATED: Devices = ("cuda:0,cuda:1", &[("EMULATE_DEVICES", "2")]);
@@ -21,7 +25,7 @@ const TWO_EMULATED: Devices = ("cuda:0,cuda:1", &[("EMULATE_DEVICES", "2")]);
 const TWO_EMULATED_LATE: Devices =
     ("cuda:0,cuda:1", &[("EMULATE_DEVICES", "2"), ("EMULATE_MAPPING", "1"), ("EMULATE_LATE", "1")]);
 
-/// Two devices of each kind that can be had here.
+/// Returns two devices of each kind that is available.
 fn kinds() -> Vec<Devices> {
     let mut kinds: Vec<Devices> = vec![("cpu,cpu", &[])];
     if format!("{:?}", device()).contains("Emulated") {
@@ -34,14 +38,6 @@ fn start(dir: &std::path::Path, (devices, environment): Devices, more: &[&str]) 
     let models = format!("tiny={}", golden("models/llama").display());
     let flags = [&["--device", devices], more].concat();
     Server::start_in(dir, &models, &flags, environment)
-}
-
-async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
-    let start = Instant::now();
-    while !holds().await {
-        assert!(start.elapsed() < Duration::from_secs(90), "in vain: {what}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
 }
 
 #[tokio::test]
@@ -67,7 +63,7 @@ async fn each_device_trains_a_job_and_scores_its_weights() {
         let jobs = [submit(&client, endless(1e-2)).await, submit(&client, endless(1e-20)).await];
         // A third one waits: there are two devices.
         let third = submit(&client, job(&dataset.name, 2)).await;
-        until("both run", async || {
+        until("both run", PATIENCE, async || {
             state(&client, &jobs[0]).await == pb::JobState::Running
                 && state(&client, &jobs[1]).await == pb::JobState::Running
         })
@@ -75,7 +71,7 @@ async fn each_device_trains_a_job_and_scores_its_weights() {
         assert_eq!(state(&client, &third).await, pb::JobState::Queued);
         // The weights that learn are scored by the worker that trains them, those that stand still
         // by the other; so is a base model, by either.
-        until("the first one has learnt", async || {
+        until("the first one has learnt", PATIENCE, async || {
             let results =
                 score(&client, &format!("{}/checkpoints/latest", jobs[0]), pairs()).await.results;
             results.iter().any(|r| scored(r).margin.abs() > 1e-3)
@@ -117,14 +113,17 @@ async fn a_job_of_a_higher_priority_takes_the_place_of_the_lowest() {
     let with = |priority, steps| pb::TrainingJob { priority, ..job(&dataset.name, steps) };
     let (low, middle) =
         (submit(&client, with(0, 100_000)).await, submit(&client, with(1, 100_000)).await);
-    until("both run", async || {
+    until("both run", PATIENCE, async || {
         state(&client, &low).await == pb::JobState::Running
             && state(&client, &middle).await == pb::JobState::Running
     })
     .await;
     let high = submit(&client, with(2, 100_000)).await;
-    until("it runs", async || state(&client, &high).await == pb::JobState::Running).await;
-    until("the lowest waits", async || state(&client, &low).await == pb::JobState::Queued).await;
+    until("it runs", PATIENCE, async || state(&client, &high).await == pb::JobState::Running).await;
+    until("the lowest waits", PATIENCE, async || {
+        state(&client, &low).await == pb::JobState::Queued
+    })
+    .await;
     assert_eq!(state(&client, &middle).await, pb::JobState::Running);
 }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bradley::rpc::client::Client;
 use bradley::rpc::client::Target;
@@ -17,6 +17,10 @@ use crate::backends::Postgres;
 use crate::replicas::{adapter, check_history, checkpointing, losses, undisturbed};
 use crate::server::{Server, finish, free_port, pairs, score, scored, state, submit, upload};
 use crate::support::{golden, needed};
+use crate::wait::{until, until_blocking};
+
+/// Time that Envoy has to start, and requests have to be answered.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -30,9 +34,8 @@ struct Envoy {
 }
 
 impl Envoy {
-    fn start(test: &str, replicas: &[&Server]) -> Option<Self> {
-        let (program, python) =
-            (needed("BRADLEY_TEST_ENVOY", test)?, needed("BRADLEY_TEST_PYTHON", test)?);
+    fn start(replicas: &[&Server]) -> Self {
+        let (program, python) = (needed("BRADLEY_TEST_ENVOY"), needed("BRADLEY_TEST_PYTHON"));
         let dir = tempfile::tempdir().unwrap();
         let descriptors = dir.path().join("bradley.pb");
         let files = ["training", "dataset", "checkpoint", "scoring", "model"]
@@ -70,12 +73,10 @@ impl Envoy {
             .spawn()
             .unwrap();
         let envoy = Envoy { child, dir, port };
-        let start = Instant::now();
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
-            assert!(start.elapsed() < Duration::from_secs(60), "Envoy does not listen");
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        Some(envoy)
+        until_blocking("the start of Envoy", PATIENCE, || {
+            TcpStream::connect(("127.0.0.1", port)).is_ok()
+        });
+        envoy
     }
 
     /// The replicas are these from now on.
@@ -88,7 +89,7 @@ impl Envoy {
         Client::connect(&target, Duration::from_secs(10)).await.unwrap()
     }
 
-    /// One request of its REST side: the status and the body.
+    /// Sends a request to the REST side; returns the status and the body.
     fn rest(&self, method: &str, path: &str, body: &str) -> (u16, serde_json::Value) {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
@@ -106,7 +107,7 @@ impl Envoy {
             true => body.split("\r\n").skip(1).step_by(2).collect::<String>(),
             false => body.to_owned(),
         };
-        // What Envoy itself refuses is no JSON.
+        // Answers of Envoy itself are not JSON.
         (status, serde_json::from_str(&text).unwrap_or(serde_json::Value::String(text)))
     }
 }
@@ -173,13 +174,10 @@ impl Load {
         self.answered.load(Ordering::Relaxed)
     }
 
-    /// Waits until so many further requests were answered.
+    /// Waits until `n` further requests were answered.
     async fn more(&self, n: usize) {
-        let (start, begun) = (self.answered(), Instant::now());
-        while self.answered() < start + n {
-            assert!(begun.elapsed() < Duration::from_secs(60), "the load stands still");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        let before = self.answered();
+        until("an answer to every request", PATIENCE, async || self.answered() >= before + n).await;
     }
 
     async fn end(self) -> usize {
@@ -192,9 +190,9 @@ impl Load {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES), Envoy (BRADLEY_TEST_ENVOY) and Python with grpcio-tools (BRADLEY_TEST_PYTHON)"]
 async fn both_replicas_are_replaced_in_turn_and_no_request_fails() {
-    let test = "both_replicas_are_replaced";
-    let Some(postgres) = Postgres::start(test) else { return };
+    let postgres = Postgres::start();
     let (expected, weights) = undisturbed(1500).await;
     let shared = tempfile::tempdir().unwrap();
     let (database, artifacts) = (postgres.url(), format!("file://{}", shared.path().display()));
@@ -204,7 +202,7 @@ async fn both_replicas_are_replaced_in_turn_and_no_request_fails() {
         (0..4).map(|i| shared.path().join(format!("replica-{i}"))).collect();
     let start = |i: usize| Server::start_with(&folders[i], &models, &flags);
     let mut replicas = vec![start(0), start(1)];
-    let Some(envoy) = Envoy::start(test, &replicas.iter().collect::<Vec<_>>()) else { return };
+    let envoy = Envoy::start(&replicas.iter().collect::<Vec<_>>());
     let client = envoy.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let name = submit(&client, checkpointing(&dataset.name, 1500)).await;
@@ -233,10 +231,11 @@ async fn both_replicas_are_replaced_in_turn_and_no_request_fails() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Envoy (BRADLEY_TEST_ENVOY) and Python with grpcio-tools (BRADLEY_TEST_PYTHON)"]
 async fn rest_with_json_is_the_same_service() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
-    let Some(envoy) = Envoy::start("rest_with_json", &[&server]) else { return };
+    let envoy = Envoy::start(&[&server]);
     let (status, models) = envoy.rest("GET", "/v1/models", "");
     assert_eq!(
         (status, models["models"][0]["name"].as_str()),
@@ -273,8 +272,9 @@ async fn rest_with_json_is_the_same_service() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Python with grpcio (BRADLEY_TEST_PYTHON)"]
 async fn a_client_with_the_service_config_does_not_notice_that_a_replica_stops() {
-    let Some(python) = needed("BRADLEY_TEST_PYTHON", "the service config's test") else { return };
+    let python = needed("BRADLEY_TEST_PYTHON");
     let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     let mut stopping = Server::start(dirs[0].path());
     let staying = Server::start(dirs[1].path());
@@ -302,11 +302,7 @@ async fn a_client_with_the_service_config_does_not_notice_that_a_replica_stops()
                 .lines()
                 .find_map(|l| l.strip_prefix("bradley_scored_pairs_total ")?.parse::<u64>().ok())
         };
-        let start = Instant::now();
-        while scored().is_none_or(|n| n < 10) {
-            assert!(start.elapsed() < Duration::from_secs(60), "one of the replicas is not used");
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        until("the use of a replica", PATIENCE, async || scored().is_some_and(|n| n >= 10)).await;
     }
     assert!(tokio::task::block_in_place(|| stopping.terminate(Duration::from_secs(40))).success());
     tokio::time::sleep(Duration::from_millis(500)).await;

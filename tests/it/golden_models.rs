@@ -13,7 +13,7 @@ use bradley::math::rng::kaiming_uniform;
 use bradley::model::adapter::Adapter;
 use bradley::model::decoder::Policy;
 use bradley::model::params::LoraTensor;
-use bradley::train::backprop::{Keep, backward, forward};
+use bradley::train::backprop::{SavePolicy, backward, forward};
 use bradley::train::trainable::{Gradients, TrainablePolicy};
 use candle_core::{Device, Tensor};
 
@@ -94,7 +94,8 @@ fn token_statistics_are_those_of_transformers() {
         let rows = rows("pairs.jsonl");
         for (row, pair) in rows.iter().zip(encode(&rows, &tokenizer, 256)) {
             let tape =
-                forward(&model, pack(&[&pair.groups()]).row, Keep::Nothing, &mut || {}).unwrap();
+                forward(&model, pack(&[&pair.groups()]).row, SavePolicy::Nothing, &mut || {})
+                    .unwrap();
             let e = &expected[name][row.id.as_deref().unwrap()]["chosen"]["policy"];
             let (means, entropies, p2) =
                 (numbers(&e["mean_logits"]), numbers(&e["entropy"]), numbers(&e["log_sum_p2"]));
@@ -118,7 +119,7 @@ fn gradients(
 ) -> Vec<(String, Tensor)> {
     let groups: Vec<_> = pairs.iter().map(EncodedPair::groups).collect();
     let row = pack(&groups.iter().map(Vec::as_slice).collect::<Vec<_>>());
-    let keep = if checkpointing { Keep::Inputs } else { Keep::Tapes };
+    let keep = if checkpointing { SavePolicy::BlockInputs } else { SavePolicy::Tapes };
     let tape = forward(&policy.policy, row.row.clone(), keep, &mut || {}).unwrap();
     let side = |i: usize, s: usize| &tape.log_probs()[row.completions[i][s].clone()];
     let inputs: Vec<PairLogps> = (0..pairs.len())

@@ -106,8 +106,11 @@ fn events_with(run: Run, pause: &mut dyn FnMut(&Policy, &ReferenceCache)) -> Vec
     let cache = ReferenceCache::new(1 << 20);
     let mut events = Vec::new();
     let live = trainer.live_policy();
-    let mut host =
-        Host { cache: &cache, pause: &mut || pause(&live, &cache), emit: &mut |e| events.push(e) };
+    let mut host = RunContext {
+        cache: &cache,
+        yield_point: &mut || pause(&live, &cache),
+        emit: &mut |e| events.push(e),
+    };
     while trainer.advance(&mut host).unwrap() == Status::Working {}
     events
 }
@@ -241,7 +244,7 @@ fn scoring_between_the_blocks_of_a_pass_changes_neither_the_run_nor_the_scores()
     };
     let undisturbed = bits(&train(make()));
     let (mut calls, mut same) = (0, 0);
-    // What the run's own weights say must hold still within a step.
+    // Scores by the run's own weights must not change within a step.
     let mut last = Vec::new();
     let disturbed = events_with(make(), &mut |live, cache| {
         calls += 1;

@@ -27,7 +27,7 @@ struct Hub {
     listed: AtomicUsize,
     /// A file that cannot be had now.
     broken: Mutex<Option<&'static str>>,
-    /// Whether the branch has moved to the second commit.
+    /// True once the branch has moved to the second commit.
     has_moved: AtomicBool,
 }
 

@@ -5,7 +5,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-mod scan;
+pub mod scan;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::fs;
@@ -33,7 +33,7 @@ const EXEMPT: [&str; 2] = ["lib.rs", "main.rs"];
 /// The compute threads, and those of a run's other devices.
 const THREADED: [&str; 2] = ["compute/cpu/thread_pool.rs", "infer/data_parallel.rs"];
 
-/// What makes a gRPC status.
+/// Functions that make a gRPC status.
 const STATUS_CONSTRUCTORS: [&str; 22] = [
     "new",
     "ok",
@@ -121,7 +121,7 @@ fn names_of_tensors_stand_in_one_table() {
     }
 }
 
-/// What is compiled with the feature `cuda` only: what the GPU does, and what it does for a model.
+/// Returns whether a file is compiled with the feature `cuda` only: kernels, and the model on a GPU.
 fn is_for_cuda(file: &str) -> bool {
     ["compute", "model"].iter().any(|layer| {
         file == format!("{layer}/cuda.rs") || file.starts_with(&format!("{layer}/cuda/"))
@@ -203,7 +203,7 @@ fn lines_with(text: &str, chosen: impl Fn(&str) -> bool) -> Vec<String> {
     sources().iter().filter(|(file, _)| chosen(file)).flat_map(in_file).collect()
 }
 
-/// One thing to say per breach, each with the file and the line. `file` is relative to `src`.
+/// Returns a message for each breach, with the file and the line. `file` is relative to `src`.
 fn breaches(file: &str, source: &str) -> Vec<String> {
     if EXEMPT.contains(&file) {
         return Vec::new();
@@ -341,11 +341,16 @@ fn layer_rank(name: &str) -> Option<usize> {
     LAYERS.iter().position(|l| *l == name)
 }
 
-/// Every source file: its path under `src`, with forward slashes, and its text.
 fn sources() -> Vec<(String, String)> {
+    sources_with(&["rs"])
+}
+
+/// Returns every file below `src` with one of these extensions: its path under `src`, with forward
+/// slashes, and its text.
+pub fn sources_with(extensions: &[&str]) -> Vec<(String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
-    walk(&root, &mut files);
+    walk(&root, extensions, &mut files);
     assert!(
         files.len() > LAYERS.len(),
         "found only {} files under {}",
@@ -364,12 +369,12 @@ fn sources() -> Vec<(String, String)> {
     files.iter().map(|p| (relative(p), fs::read_to_string(p).unwrap())).collect()
 }
 
-fn walk(folder: &Path, files: &mut Vec<PathBuf>) {
+fn walk(folder: &Path, extensions: &[&str], files: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {
-            walk(&path, files);
-        } else if path.extension().is_some_and(|e| e == "rs") {
+            walk(&path, extensions, files);
+        } else if path.extension().is_some_and(|e| extensions.iter().any(|wanted| e == *wanted)) {
             files.push(path);
         }
     }
@@ -565,7 +570,7 @@ fn an_upward_import_is_caught_however_it_is_written() {
 }
 
 #[test]
-fn what_belongs_to_one_layer_is_caught_elsewhere() {
+fn a_use_outside_its_only_layer_is_caught() {
     assert_caught(
         "service/store.rs",
         "use tonic::Status; use prost_types::Any;",
@@ -593,7 +598,7 @@ fn what_belongs_to_one_layer_is_caught_elsewhere() {
 }
 
 #[test]
-fn what_is_legal_passes() {
+fn legal_imports_pass() {
     for (file, source) in [
         (
             "math/loss.rs",
@@ -702,7 +707,7 @@ fn an_import_cycle_is_caught_however_it_is_written() {
 }
 
 #[test]
-fn what_is_no_cycle_passes() {
+fn imports_without_a_cycle_pass() {
     let passes = |files: &[(&str, &str)]| assert_cycles(files, &[]);
     // A parent that declares its children, and children that share a file.
     passes(&[

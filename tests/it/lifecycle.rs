@@ -11,7 +11,8 @@ use bradley::rpc::pb::{self, training_event::Event};
 use tonic::Code;
 use tonic_types::StatusExt;
 
-use crate::server::{Server, finish, job, state, submit, upload};
+use crate::server::{Server, finish, job, state, submit, until_event, upload};
+use crate::wait::until;
 
 const STEPS: u64 = 150;
 
@@ -22,7 +23,8 @@ fn saving(dataset: &str) -> pb::TrainingJob {
     wanted
 }
 
-/// One whose log lines and steps span several units of work: a pause falls into the middle.
+/// A job whose log lines and steps span several units of work, so that a pause falls into the
+/// middle of them.
 fn spanning(dataset: &str) -> pb::TrainingJob {
     let mut wanted = saving(dataset);
     wanted.run =
@@ -67,12 +69,6 @@ async fn undisturbed(wanted: impl Fn(&str) -> pb::TrainingJob) -> Outcome {
     outcome(dir.path(), &name, &events)
 }
 
-/// Waits until an event satisfies `enough`.
-async fn until(client: &Client, name: &str, enough: impl Fn(&Event) -> bool) {
-    let follow = client.follow(name, 0, |e| !e.event.as_ref().is_some_and(&enough));
-    tokio::time::timeout(Duration::from_secs(60), follow).await.expect("the event comes").unwrap();
-}
-
 fn is_step(e: &Event, from: u64) -> bool {
     matches!(e, Event::StepMetrics(s) if s.step >= from)
 }
@@ -105,9 +101,9 @@ async fn a_paused_job_goes_on_bit_for_bit_also_on_another_server() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let name = submit(&client, spanning(&dataset.name)).await;
-    until(&client, &name, |e| is_step(e, 7)).await;
+    until_event(&client, &name, |e| is_step(e, 7)).await;
     assert_eq!(pause(&client, &name).await.unwrap().state(), pb::JobState::Pausing);
-    until(&client, &name, |e| became(e, pb::JobState::Paused)).await;
+    until_event(&client, &name, |e| became(e, pb::JobState::Paused)).await;
     assert_eq!(
         pause(&client, &name).await.unwrap().state(),
         pb::JobState::Paused,
@@ -150,7 +146,7 @@ async fn a_job_of_a_higher_priority_goes_first_and_the_other_continues_bit_for_b
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let low = submit(&client, saving(&dataset.name)).await;
-    until(&client, &low, |e| is_step(e, 3)).await;
+    until_event(&client, &low, |e| is_step(e, 3)).await;
     let same = submit(&client, job(&dataset.name, 2)).await;
     let high = submit(&client, pb::TrainingJob { priority: 5, ..job(&dataset.name, 2) }).await;
     finish(&client, &high).await;
@@ -235,10 +231,10 @@ async fn a_damaged_checkpoint_is_reported_and_the_one_before_is_used() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let name = submit(&client, saving(&dataset.name)).await;
-    until(&client, &name, |e| is_step(e, 13)).await;
+    until_event(&client, &name, |e| is_step(e, 13)).await;
     // The checkpoint of a paused job is stored.
     pause(&client, &name).await.unwrap();
-    until(&client, &name, |e| became(e, pb::JobState::Paused)).await;
+    until_event(&client, &name, |e| became(e, pb::JobState::Paused)).await;
     server.kill();
     let steps = std::fs::read_dir(checkpoint(dir.path(), &name, 0).parent().unwrap()).unwrap();
     let newest =
@@ -270,9 +266,10 @@ async fn an_expired_cursor_is_out_of_range_and_names_the_oldest_event() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let name = submit(&client, job(&dataset.name, 30)).await;
-    while state(&client, &name).await != pb::JobState::Succeeded {
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    until("the end of the job", Duration::from_secs(60), async || {
+        state(&client, &name).await == pb::JobState::Succeeded
+    })
+    .await;
     let list = async |after_sequence| {
         let request =
             pb::ListTrainingEventsRequest { parent: name.clone(), after_sequence, page_size: 0 };
@@ -344,13 +341,14 @@ async fn random_commands_make_only_legal_transitions() {
     }
     for name in &jobs {
         // Paused ones go on; the others end by themselves.
-        for _ in 0..200 {
-            match state(&client, name).await {
-                pb::JobState::Paused => drop(resume(&client, name).await),
-                pb::JobState::Succeeded | pb::JobState::Cancelled | pb::JobState::Failed => break,
-                _ => tokio::time::sleep(Duration::from_millis(100)).await,
+        until("the end of a job", Duration::from_secs(60), async || {
+            let now = state(&client, name).await;
+            if now == pb::JobState::Paused {
+                let _ = resume(&client, name).await;
             }
-        }
+            matches!(now, pb::JobState::Succeeded | pb::JobState::Cancelled | pb::JobState::Failed)
+        })
+        .await;
         let mut last = None;
         for e in finish(&client, name).await {
             let Some(Event::StateChange(change)) = e.event else { continue };

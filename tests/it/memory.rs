@@ -1,10 +1,10 @@
 //! The memory that a run is planned with (`train/estimate.rs`), against what the run takes.
 //!
-//! The parts of a plan are held against what they are planned for. The state of training lies in
-//! vectors, of which the first test takes the sizes. Activations lie in the arena of
-//! `compute/cpu/buffer.rs`, or on the GPU, and both know their peak: of the whole process, so each
-//! run gets one of its own. A plan's two constants, for the program and for packed panels, would
-//! hide everything else of a tiny model, and are left out.
+//! Each part of a plan is compared with the memory that it plans. The state of training lies in
+//! vectors: the first test adds up their sizes. Activations lie in the arena of
+//! `compute/cpu/buffer.rs`, or on the GPU. Both record the peak of the whole process, so each run
+//! gets a process of its own. A plan's two constants, for the program and for packed panels, are
+//! left out: they are larger than everything else of a tiny model.
 
 use std::process::Command;
 
@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 use crate::golden_training::{Run, train};
 use crate::support::{MODELS, device, tiny};
 
-/// How far a plan may be from the peak.
+/// Largest difference between a plan and the peak, as a part of the peak.
 const TOLERANCE: f64 = 0.2;
 /// Names the run that a process is to make, as JSON.
 const CASE: &str = "BRADLEY_TEST_MEMORY_CASE";
@@ -37,9 +37,9 @@ struct Case {
     model: &'static str,
     full: bool,
     recompute: bool,
-    /// How many pairs are in the row, and the tokens of the prompt, of chosen and of rejected of
-    /// each.
+    /// Number of pairs in the row.
     pairs: usize,
+    /// Tokens of the prompt, of chosen and of rejected of each pair.
     lengths: [usize; 3],
 }
 
@@ -141,7 +141,7 @@ fn the_state_of_training_is_as_large_as_planned() {
 /// Runs a case in a process of its own; returns the bytes that were planned and the peak.
 fn measured(case: &Case) -> (f64, f64) {
     let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "memory::measures_a_run", "--nocapture"])
+        .args(["--exact", "memory::a_run_takes_the_memory_that_is_planned", "--nocapture"])
         .env(CASE, case.to_json().to_string())
         .output()
         .unwrap();
@@ -153,10 +153,10 @@ fn measured(case: &Case) -> (f64, f64) {
     (figures["planned"].as_f64().unwrap(), figures["peak"].as_f64().unwrap())
 }
 
-#[test]
-#[ignore = "a process for a_run_takes_the_memory_that_is_planned"]
-fn measures_a_run() {
-    let Ok(case) = std::env::var(CASE) else { return };
+/// Makes the run that the environment names and prints the bytes planned and taken. Returns false
+/// where it names none: this process is no child of [`measured`].
+fn measures_as_a_child() -> bool {
+    let Ok(case) = std::env::var(CASE) else { return false };
     let case = Case::from_json(&serde_json::from_str(&case).unwrap());
     // Each thread has scores of a block to itself.
     thread_pool::set_threads(2);
@@ -181,10 +181,15 @@ fn measures_a_run() {
     let state = if device().memory().is_some() { planned.training_state } else { 0 };
     let figures = json!({"planned": planned.activations + state, "peak": peak() - before});
     println!("\nmeasured: {figures}");
+    true
 }
 
 #[test]
 fn a_run_takes_the_memory_that_is_planned() {
+    // Every run has a process of its own, which is this test again.
+    if measures_as_a_child() {
+        return;
+    }
     let mut cases = Vec::new();
     let case = |model, full, recompute, lengths| Case { model, full, recompute, pairs: 1, lengths };
     if device().name() == "cpu" {
@@ -213,13 +218,11 @@ fn a_run_takes_the_memory_that_is_planned() {
     }
 }
 
-/// Where a row has several pairs, the plan does not know how each divides into prompt and
-/// completions, and takes the worst.
+/// The plan of a row of several pairs does not know how each divides into prompt and completions.
+/// It takes the worst case. Only for the CPU: .ci/run leaves it out on a GPU.
 #[test]
 fn a_row_of_several_pairs_takes_no_more_than_planned() {
-    if device().name() != "cpu" {
-        return;
-    }
+    assert_eq!(device().name(), "cpu", "this test is for the CPU: unset BRADLEY_TEST_DEVICE");
     for full in [false, true] {
         let case =
             Case { model: "llama", full, recompute: false, pairs: 4, lengths: [128, 64, 64] };

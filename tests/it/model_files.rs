@@ -1,4 +1,4 @@
-//! Models whose files say more, or less, than they should.
+//! Model files with too much or too little in them.
 
 use std::path::Path;
 

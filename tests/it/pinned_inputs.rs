@@ -1,8 +1,8 @@
-//! What a job shows of its inputs, and that it goes on with these only: adapters, references and
-//! datasets.
+//! Pinned inputs of a job (adapters, references, datasets): the job shows their hashes, and goes on
+//! with the same files only.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bradley::rpc::client::{Client, Status};
 use bradley::rpc::pb::{self, training_event::Event};
@@ -13,8 +13,9 @@ use tempfile::TempDir;
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
-use crate::server::{Server, finish, job, pairs, score, state, submit, upload};
+use crate::server::{Server, finish, job, pairs, score, state, submit, until_event, upload};
 use crate::support::golden;
+use crate::wait::until_ok;
 
 /// Steps of a job that is paused on its way.
 const STEPS: u64 = 120;
@@ -45,19 +46,17 @@ async fn resume(client: &Client, name: &str) {
     client.training().resume_training_job(request).await.unwrap();
 }
 
-/// Waits until an event satisfies `enough`.
-async fn until(client: &Client, name: &str, enough: impl Fn(&Event) -> bool) {
-    let follow = client.follow(name, 0, |e| !e.event.as_ref().is_some_and(&enough));
-    tokio::time::timeout(PATIENCE, follow).await.expect("the event comes").unwrap();
-}
-
 /// Pauses a job after some steps.
 async fn pause(client: &Client, name: &str) {
-    until(client, name, |e| matches!(e, Event::StepMetrics(s) if s.step >= 3)).await;
+    until_event(client, name, |e| matches!(e, Event::StepMetrics(s) if s.step >= 3)).await;
     let request = pb::PauseTrainingJobRequest { name: name.into() };
     client.training().pause_training_job(request).await.unwrap();
-    until(client, name, |e| matches!(e, Event::StateChange(s) if s.to() == pb::JobState::Paused))
-        .await;
+    until_event(
+        client,
+        name,
+        |e| matches!(e, Event::StateChange(s) if s.to() == pb::JobState::Paused),
+    )
+    .await;
 }
 
 async fn succeed(client: &Client, wanted: pb::TrainingJob) -> String {
@@ -84,16 +83,15 @@ fn reason(error: &tonic_types::Status) -> String {
 
 /// Waits until a job says why it cannot go on; returns its state and the reason.
 async fn trouble(client: &Client, name: &str) -> (pb::JobState, String) {
-    let start = Instant::now();
-    loop {
+    until_ok("an error of the job", PATIENCE, async || {
         let shown = get(client, name).await;
         if let Some(error) = &shown.error {
             assert_eq!(error.code, Code::FailedPrecondition as i32, "{error:?}");
-            return (shown.state(), reason(error));
+            return Ok((shown.state(), reason(error)));
         }
-        assert!(start.elapsed() < PATIENCE, "it goes on: {:?}", shown.state());
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+        Err(format!("{:?}", shown.state()))
+    })
+    .await
 }
 
 /// Changes the database of a server that is not running.
@@ -169,7 +167,7 @@ async fn goes_on_with_the_adapters_values(
             assert_eq!(effective.target_modules, ["q_proj", "v_proj"]);
         }
         finish(client, &shown.name).await;
-        // What is trained is what is shown.
+        // The LoRA settings that the job shows are those of the adapter that it trained.
         let checkpoint = latest(&shown.name);
         let folder = tempfile::tempdir().unwrap();
         client
@@ -340,8 +338,7 @@ impl Paused {
 
     /// Waits until the job is refused for its rows, with all of `words` in the message.
     async fn is_refused_for_its_rows(&self, words: &[&str]) {
-        let start = Instant::now();
-        loop {
+        until_ok("a refusal of the rows", PATIENCE, async || {
             let shown = get(&self.client, &self.job).await;
             let error = shown.error.unwrap_or_default();
             if words.iter().all(|word| error.message.contains(word)) {
@@ -351,11 +348,11 @@ impl Paused {
                 );
                 assert_eq!(error.code, Code::FailedPrecondition as i32);
                 assert!(error.message.contains("create it again"), "{error:?}");
-                return;
+                return Ok(());
             }
-            assert!(start.elapsed() < PATIENCE, "{words:?} are not in {error:?}");
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+            Err(format!("{words:?} are not in {error:?}"))
+        })
+        .await;
     }
 
     async fn warnings(&self) -> Vec<String> {

@@ -20,7 +20,7 @@ use bradley::model::rope::{RopeConfig, RopeScaling};
 use bradley::model::spec::{
     ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm,
 };
-use bradley::train::backprop::{Keep, backward, forward};
+use bradley::train::backprop::{SavePolicy, backward, forward};
 use bradley::train::trainable::{Gradients, TrainablePolicy};
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
@@ -42,8 +42,8 @@ const FIRST_SEED: u64 = 1;
 const LOGP_F32: f64 = 1e-4;
 /// A tensor's gradient in f32, relative to its norm.
 const GRADIENT_F32: f64 = 5e-4;
-/// What a tensor's gradient is at least compared with: this part of the norm of all gradients. A
-/// gradient that is smaller is what remains of larger numbers that cancel.
+/// A tensor's gradient is compared relative to its norm, but at least to this part of the norm of
+/// all gradients: a smaller gradient is the rest of larger numbers that cancel.
 const SMALL_GRADIENT: f64 = 0.02;
 /// All log-probs of a row in bf16, relative. An operand rounds by 2⁻⁹, and logits of about 1 are
 /// off by about 1e-2, of log-probs of about −4.
@@ -261,7 +261,7 @@ fn random_adapter(draw: &mut Draw, config: &ModelConfig) -> Adapter {
     Adapter::build(config, &lora, tensor).unwrap()
 }
 
-/// What is drawn from a seed.
+/// A model, an adapter and a row, drawn from a seed.
 struct Case {
     base: Policy,
     /// Trained, or else all weights are.
@@ -270,7 +270,7 @@ struct Case {
     row: PackedRow,
     /// ∂loss/∂log p of each of the row's targets.
     upstream: Vec<f32>,
-    keep: Keep,
+    keep: SavePolicy,
     /// For what is drawn later.
     draw: Draw,
 }
@@ -292,7 +292,7 @@ impl Case {
         let adapter = draw.flag().then(|| random_adapter(&mut draw, &config));
         let row = pack(&groups.iter().map(std::slice::from_ref).collect::<Vec<_>>());
         let upstream = row.row.targets.iter().map(|_| draw.number(-1.0, 1.0) as f32).collect();
-        let keep = draw.pick(&[Keep::Tapes, Keep::Inputs]);
+        let keep = draw.pick(&[SavePolicy::Tapes, SavePolicy::BlockInputs]);
         let base = Policy {
             config: Arc::new(config),
             parameters: Arc::new(parameters),
@@ -331,7 +331,7 @@ impl Case {
     }
 }
 
-/// What the program computes.
+/// Results of the program.
 struct Computed {
     log_probs: Vec<f32>,
     /// Of each trained tensor.
@@ -504,8 +504,8 @@ fn the_seeds_draw_every_variant() {
     any("two tiles of the vocabulary", &|c| c.base.config.spec.vocab_size > 512);
     any("an adapter", &|c| c.adapter.is_some());
     any("a full fine-tune", &|c| c.adapter.is_none());
-    any("tapes", &|c| c.keep == Keep::Tapes);
-    any("recomputation", &|c| c.keep == Keep::Inputs);
+    any("tapes", &|c| c.keep == SavePolicy::Tapes);
+    any("recomputation", &|c| c.keep == SavePolicy::BlockInputs);
     any("no scaling", &|c| scalings(c, &|s| *s == RopeScaling::None));
     any("linear", &|c| scalings(c, &|s| matches!(s, RopeScaling::Linear { .. })));
     any("llama3", &|c| scalings(c, &|s| matches!(s, RopeScaling::Llama3 { .. })));

@@ -235,7 +235,7 @@ fn frequencies(rope: &RopeConfig, dim: usize) -> (Vec<f64>, f64) {
             mscale_all_dim,
             truncate,
         } => {
-            // The dimension that turns so many times over the context of the pretrained model.
+            // The dimension that turns `turns` times over the context of the pretrained model.
             let dimension = |turns: f64| {
                 let wavelength = original_max_position_embeddings as f64 / turns;
                 dim as f64 * (wavelength / (2.0 * PI)).ln() / (2.0 * rope.theta.ln())

@@ -14,7 +14,7 @@ use tonic_types::StatusExt as _;
 
 use crate::server::{
     Server, assert_refused, assert_waits, finish, get, is_step, job, latest, pairs, pause, resume,
-    score, scored, state, submit, succeed, until, upload,
+    score, scored, state, submit, succeed, until_event, upload,
 };
 use crate::support::{
     assert_close, copy_files, golden, hashes, json, numbers, perturb_weights, replace,
@@ -205,7 +205,7 @@ async fn a_running_jobs_margins_are_0_while_it_is_its_reference_whatever_its_pre
             ..job(&dataset, 100_000)
         };
         let name = submit(&client, still).await;
-        until(&client, &name, |e| is_step(e, 1)).await;
+        until_event(&client, &name, |e| is_step(e, 1)).await;
         let scores = score(&client, &latest(&name), pairs()).await;
         assert_eq!(state(&client, &name).await, pb::JobState::Running);
         for result in &scores.results {
@@ -384,7 +384,7 @@ async fn nothing_is_measured_against_another_reference_than_its_jobs() {
     pause(&client, &paused).await;
     let saving = Some(pb::RunConfig { save_steps: Some(2), ..Default::default() });
     let running = submit(&client, pb::TrainingJob { run: saving, ..against(100_000) }).await;
-    until(&client, &running, |e| is_step(e, 5)).await;
+    until_event(&client, &running, |e| is_step(e, 5)).await;
     let queued = submit(&client, against(2)).await;
     server.kill();
 
@@ -398,7 +398,7 @@ async fn nothing_is_measured_against_another_reference_than_its_jobs() {
     for waiting in [&running, &queued] {
         assert_waits(&client, waiting, "weights").await;
     }
-    // What does not need that reference works, and new jobs get the one that is there.
+    // Calls that do not need the old reference work, and new jobs get the new one.
     score_against(&client, &latest(&undisturbed), "models/a").await.unwrap();
     let format = pb::ExportFormat::Merged.into();
     let export =
@@ -433,7 +433,7 @@ async fn nothing_is_measured_against_another_reference_than_its_jobs() {
     }
     // The killed job goes on from its checkpoint by itself, then the one behind it.
     let step = get(&client, &running).await.progress.unwrap_or_default().step;
-    until(&client, &running, |e| is_step(e, step + 1)).await;
+    until_event(&client, &running, |e| is_step(e, step + 1)).await;
     let cancel = pb::CancelTrainingJobRequest { name: running.clone() };
     client.training().cancel_training_job(cancel).await.unwrap();
     assert_eq!(succeed(&client, &queued).await.len(), 2);

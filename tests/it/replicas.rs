@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bradley::rpc::client::Client;
 use bradley::rpc::pb;
@@ -14,6 +14,7 @@ use tonic_types::StatusExt;
 use crate::backends::{Postgres, S3, signal};
 use crate::server::{Server, finish, job, pairs, score, scored, state, submit, upload};
 use crate::support::golden;
+use crate::wait::{holds_for, until};
 
 /// Starts a replica with short leases.
 fn replica(dir: &Path, postgres: &Postgres, s3: &S3) -> Server {
@@ -59,7 +60,7 @@ fn changes(events: &[pb::TrainingEvent]) -> Vec<(pb::JobState, String)> {
     events.iter().filter_map(change).collect()
 }
 
-/// What every history must be: no gap, one end, and steps that only a worker's end repeats.
+/// Checks a job's events: no gap, one end, and steps that repeat only after a worker ended.
 pub fn check_history(events: &[pb::TrainingEvent]) {
     assert!(
         events.iter().enumerate().all(|(i, e)| e.sequence == i as u64 + 1),
@@ -91,14 +92,6 @@ pub async fn adapter(client: &Client, job: &str) -> Vec<u8> {
     std::fs::read(dir.path().join("adapter_model.safetensors")).unwrap()
 }
 
-async fn until(what: &str, limit: Duration, mut done: impl AsyncFnMut() -> bool) {
-    let start = Instant::now();
-    while !done().await {
-        assert!(start.elapsed() < limit, "{what} does not happen");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-}
-
 /// Losses and adapter of the same job on a server of its own, with SQLite.
 pub async fn undisturbed(steps: u64) -> (BTreeMap<u64, u64>, Vec<u8>) {
     let dir = tempfile::tempdir().unwrap();
@@ -111,9 +104,9 @@ pub async fn undisturbed(steps: u64) -> (BTreeMap<u64, u64>, Vec<u8>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn twenty_jobs_of_two_replicas_succeed_exactly_once_though_one_is_killed() {
-    let test = "twenty_jobs";
-    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (postgres, s3) = (Postgres::start(), S3::start());
     let (expected, weights) = undisturbed(60).await;
     let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let mut a = replica(dir_a.path(), &postgres, &s3);
@@ -158,9 +151,9 @@ async fn twenty_jobs_of_two_replicas_succeed_exactly_once_though_one_is_killed()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn a_frozen_worker_writes_nothing_after_its_lease_was_taken() {
-    let test = "a_frozen_worker";
-    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (postgres, s3) = (Postgres::start(), S3::start());
     let (expected, weights) = undisturbed(400).await;
     let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let a = replica(dir_a.path(), &postgres, &s3);
@@ -183,7 +176,9 @@ async fn a_frozen_worker_writes_nothing_after_its_lease_was_taken() {
     );
     assert_eq!(losses(&events), expected);
     // The thawed one finds out, gives up, adds nothing, and goes on serving.
-    tokio::time::sleep(Duration::from_secs(4)).await;
+    let id = name.trim_start_matches("trainingJobs/");
+    until("the end of the thawed run", Duration::from_secs(60), async || !a.metrics().contains(id))
+        .await;
     assert_eq!(finish(&client_a, &name).await, events, "nothing was written after the end");
     assert!(
         adapter(&client_b, &name).await == weights && adapter(&client_a, &name).await == weights
@@ -194,9 +189,9 @@ async fn a_frozen_worker_writes_nothing_after_its_lease_was_taken() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn a_client_of_one_replica_commands_a_job_on_another() {
-    let test = "a_client_of_one_replica";
-    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (postgres, s3) = (Postgres::start(), S3::start());
     let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let a = replica(dir_a.path(), &postgres, &s3);
     let client_a = a.client().await;
@@ -249,9 +244,9 @@ async fn a_client_of_one_replica_commands_a_job_on_another() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn a_run_waits_for_its_database_and_its_artifact_store() {
-    let test = "a_run_waits";
-    let (Some(mut postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (mut postgres, s3) = (Postgres::start(), S3::start());
     let (expected, weights) = undisturbed(400).await;
     let dir = tempfile::tempdir().unwrap();
     let server = replica(dir.path(), &postgres, &s3);
@@ -263,8 +258,13 @@ async fn a_run_waits_for_its_database_and_its_artifact_store() {
         tokio::time::timeout(Duration::from_secs(60), follow).await.expect("events come").unwrap();
     };
     reaches(15).await;
+    // Scoring with a base model needs neither backend.
+    let scores = async || {
+        let results = score(&client, "models/tiny", pairs()).await.results;
+        results.iter().all(|r| scored(r).probability > 0.0)
+    };
     s3.freeze();
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    holds_for("scoring without S3", Duration::from_secs(3), &scores).await;
     s3.thaw();
     reaches(45).await;
     postgres.crash();
@@ -275,15 +275,7 @@ async fn a_run_waits_for_its_database_and_its_artifact_store() {
         .unwrap_err();
     assert_eq!(away.code(), Code::Unavailable, "{away}");
     assert!(away.get_details_retry_info().is_some());
-    // Scoring with a base model needs neither.
-    assert!(
-        score(&client, "models/tiny", pairs())
-            .await
-            .results
-            .iter()
-            .all(|r| scored(r).probability > 0.0)
-    );
-    tokio::time::sleep(Duration::from_secs(4)).await;
+    holds_for("scoring without PostgreSQL", Duration::from_secs(4), &scores).await;
     postgres.resume();
     let events = finish(&client, &name).await;
     assert_eq!(state(&client, &name).await, pb::JobState::Succeeded);
@@ -293,9 +285,9 @@ async fn a_run_waits_for_its_database_and_its_artifact_store() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_waited_for() {
-    let test = "a_damaged_copy";
-    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (postgres, s3) = (Postgres::start(), S3::start());
     let (expected, weights) = undisturbed(400).await;
     let dir = tempfile::tempdir().unwrap();
     let mut server = replica(dir.path(), &postgres, &s3);
@@ -345,7 +337,8 @@ async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_waited_for() {
         .resume_training_job(pb::ResumeTrainingJobRequest { name: name.clone() })
         .await
         .unwrap();
-    // What is not in the store may come back: the job waits for it, until its owner does without.
+    // A checkpoint that is missing from the store may come back. The job waits for it until its owner
+    // decides to go on without.
     until("the wait", Duration::from_secs(30), async || {
         let job = client
             .training()
@@ -419,8 +412,8 @@ async fn a_shared_folder_serves_as_the_artifact_store() {
     let exported = shared.path().join(&export.path).join("adapter_model.safetensors");
     assert!(export.path.starts_with("jobs/") && exported.is_file(), "{}", export.path);
 
-    // What a finished job continued may go, unless it is the job's reference, too: its own weights
-    // stay usable.
+    // The job that a finished job was continued from may be deleted, unless it is also the
+    // reference: the weights of the finished job stay usable.
     client
         .training()
         .delete_training_job(pb::DeleteTrainingJobRequest { name: first.clone() })
@@ -451,9 +444,9 @@ fn walk(folder: &Path) -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn a_new_job_and_the_deletion_of_what_it_needs_exclude_each_other() {
-    let test = "a_new_job_and_the_deletion";
-    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (postgres, s3) = (Postgres::start(), S3::start());
     let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (a, b) = (replica(dir_a.path(), &postgres, &s3), replica(dir_b.path(), &postgres, &s3));
     let (client_a, client_b) = (a.client().await, b.client().await);

@@ -1,5 +1,5 @@
-//! What a review of the store found: lost answers, models that are not served, stores half begun,
-//! probes without an end, and files of jobs that were never stored.
+//! Defects that a review of the store found: lost answers, models that are not served, stores that
+//! were begun but not finished, probes without an end, and files of jobs that were never stored.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -20,9 +20,10 @@ use crate::replicas::{adapter, check_history, checkpointing, losses};
 use crate::server::{Server, finish, job, pairs, score, state, submit, upload};
 use crate::store_safety::{
     LEASE, LIMIT, STEPS, another_succeeds, changes, events, expected, files, get, id, is_step,
-    models, pause, reaches, refused_start, replica, resume, try_get, until, url_of, waits,
+    models, pause, reaches, refused_start, replica, resume, try_get, url_of, waits,
 };
 use crate::support::golden;
+use crate::wait::until;
 
 /// The weights of a PEFT adapter.
 const WEIGHTS: &str = "adapter_model.safetensors";
@@ -125,8 +126,9 @@ fn relay(mut client: TcpStream, backend: u16, mark: &[u8], lost: &AtomicBool) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_job_whose_stored_answer_was_lost_is_there_with_its_adapter() {
-    let Some(postgres) = Postgres::start("a_job_whose_stored_answer_was_lost") else { return };
+    let postgres = Postgres::start();
     let (dir, share, adapters) =
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let port = postgres.url().split([':', '/']).find_map(|part| part.parse().ok()).unwrap();
@@ -211,8 +213,9 @@ async fn a_repeated_request_copies_no_adapter() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn an_adapter_whose_client_leaves_before_its_job_is_stored_is_removed() {
-    let Some(s3) = S3::start("an_adapter_whose_client_leaves") else { return };
+    let s3 = S3::start();
     let proxy = Proxy::start(s3.port());
     let environment = s3.environment_at(proxy.port());
     let environment: Vec<_> = environment.iter().map(|(k, v)| (*k, v.as_str())).collect();
@@ -227,12 +230,12 @@ async fn an_adapter_whose_client_leaves_before_its_job_is_stored_is_removed() {
         let (client, request) = (it.client.clone(), from_adapter(&it.dataset, "left"));
         async move { create(&client, request).await.map(drop) }
     });
-    until("an object of the adapter", async || copies() > 0).await;
+    until("an object of the adapter", LIMIT, async || copies() > 0).await;
     call.abort();
     proxy.set(Fault::None);
-    until("the removal", async || copies() == 0).await;
+    until("the removal", LIMIT, async || copies() == 0).await;
     assert_eq!(all_jobs(&it.client).await, before, "a job that nobody waits for is not made");
-    until("the removal here", async || {
+    until("the removal here", LIMIT, async || {
         let folders = std::fs::read_dir(it.dir.path().join("jobs")).unwrap().count();
         folders == before.len()
     })
@@ -370,8 +373,9 @@ async fn health_checks_without_an_end_keep_no_connection() {
 // ---- the identity of the artifact store
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn two_servers_that_begin_an_empty_store_at_once_agree_on_it() {
-    let Some(postgres) = Postgres::start("two_servers_that_begin") else { return };
+    let postgres = Postgres::start();
     let (share, dirs) = (
         tempfile::tempdir().unwrap(),
         [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()],
@@ -421,8 +425,9 @@ async fn a_store_that_has_an_identity_is_taken_by_a_new_database() {
 // ---- jobs of another version
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_job_with_a_setting_of_another_version_waits_for_it_with_its_dataset() {
-    let Some(postgres) = Postgres::start("a_job_with_a_setting_of_another_version") else { return };
+    let postgres = Postgres::start();
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let mut server = replica(dir.path(), &postgres, share.path(), &[]);
     let client = server.client().await;
@@ -455,8 +460,9 @@ async fn a_job_with_a_setting_of_another_version_waits_for_it_with_its_dataset()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn expired_jobs_that_cannot_be_read_hold_up_no_others() {
-    let Some(postgres) = Postgres::start("expired_jobs_that_cannot_be_read") else { return };
+    let postgres = Postgres::start();
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let server = replica(dir.path(), &postgres, share.path(), &[]);
     let client = server.client().await;
@@ -471,7 +477,7 @@ async fn expired_jobs_that_cannot_be_read_hold_up_no_others() {
          UPDATE jobs SET expire_time = 2, request = jsonb_set(request::jsonb, '{{ttl_ms}}', '1')::text WHERE id = '{0}'",
         id(&name)
     ));
-    until("the deletion", async || {
+    until("the deletion", LIMIT, async || {
         try_get(&client, &name).await.is_err_and(|e| e.code() == Code::NotFound)
     })
     .await;
@@ -658,7 +664,8 @@ async fn only_old_local_files_of_jobs_that_were_never_stored_are_swept_up() {
     let left = |root: &Path, kind: &str| {
         files(root).iter().filter(|p| p.display().to_string().contains(kind)).count()
     };
-    until("the sweep here", async || left(&here, "-old") == 0 && left(&here, "-ran") == 0).await;
+    until("the sweep here", LIMIT, async || left(&here, "-old") == 0 && left(&here, "-ran") == 0)
+        .await;
     assert_eq!(files(&there), kept_there);
     assert_eq!(left(&here, "-fresh"), 12);
     let client = server.client().await;

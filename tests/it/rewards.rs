@@ -19,7 +19,7 @@ use tonic_types::StatusExt;
 
 use crate::golden_training::{Run, events, train};
 use crate::server::{
-    Server, finish, is_step, job, pairs, pause, score, scored, state, submit, until, upload,
+    Server, finish, is_step, job, pairs, pause, score, scored, state, submit, until_event, upload,
 };
 use crate::support::{assert_close, binary, encode, golden, json, rows, tiny};
 
@@ -354,7 +354,7 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
         };
         let name = submit(&client, wanted).await;
         let policy = format!("{name}/checkpoints/latest");
-        until(&client, &name, |e| is_step(e, 5)).await;
+        until_event(&client, &name, |e| is_step(e, 5)).await;
 
         use pb::stream_score_pairs_request::Part;
         let options = pb::ScoringOptions {
@@ -398,8 +398,8 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
         );
         assert_eq!(state(&client, &name).await, pb::JobState::Running);
 
-        // What was asked for while it ran is its checkpoint once it does not, against the reference
-        // that this holds.
+        // The stream was opened while the job ran. After the pause it scores with the checkpoint,
+        // against the reference of the checkpoint.
         pause(&client, &name).await;
         messages.send(ask(Part::Pair(pairs().remove(0)))).await.unwrap();
         drop(messages);
@@ -535,7 +535,7 @@ fn assert_violation<T: std::fmt::Debug>(answer: Result<T, Status>, field: &str) 
     assert_eq!(fields, [field], "{status}");
 }
 
-/// The steps whose value beats those of all steps before.
+/// Returns the steps with a better value than all steps before.
 fn records(evaluations: &[(u64, f64)]) -> Vec<u64> {
     let mut best = f64::NEG_INFINITY;
     let mut steps = Vec::new();

@@ -1,6 +1,6 @@
 //! Nobody gets in: tokens, roles, ownership, TLS, quotas, deadlines.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use tonic_types::StatusExt;
 
 use crate::server::{Server, finish, job, pairs, score, state, submit, upload};
 use crate::support::{golden, needed};
+use crate::wait::until;
 
 fn bradley(arguments: &[&str]) -> String {
     let done = Command::new(crate::support::binary()).args(arguments).output().unwrap();
@@ -100,7 +101,7 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
     finish(&a, &name).await;
     assert_eq!(get(&a, &name).await.unwrap().owner, "team-a");
 
-    // What another owns looks like what does not exist.
+    // Another owner's job looks like one that does not exist.
     let others = get(&b, &name).await.unwrap_err();
     let nothing = get(&b, "trainingJobs/none").await.unwrap_err();
     assert_eq!((others.code(), nothing.code()), (Code::PermissionDenied, Code::PermissionDenied));
@@ -172,11 +173,8 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
         }
     });
     bradley(&["tokens", "revoke", &a_id, "--data-dir", dir.path().to_str().unwrap()]);
-    let start = Instant::now();
-    while get(&a, &name).await.is_ok() {
-        assert!(start.elapsed() < Duration::from_secs(15), "a revoked token is still admitted");
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
+    let limit = Duration::from_secs(15);
+    until("the refusal of a revoked token", limit, async || get(&a, &name).await.is_err()).await;
     assert_eq!(get(&a, &name).await.unwrap_err().code(), Code::Unauthenticated);
     let ended = tokio::time::timeout(Duration::from_secs(30), ended)
         .await
@@ -274,12 +272,11 @@ async fn clients_have_quotas_and_jobs_a_time_to_live() {
     let second = submit(&client, short_lived).await;
     // Its time to live over, a job is gone with its files.
     let folder = dir.path().join("jobs").join(second.trim_start_matches("trainingJobs/"));
-    let start = Instant::now();
     // The files follow the row.
-    while get(&client, &second).await.is_ok() || folder.exists() {
-        assert!(start.elapsed() < Duration::from_secs(60), "the job outlives its time");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    until("the deletion of an expired job", Duration::from_secs(60), async || {
+        get(&client, &second).await.is_err() && !folder.exists()
+    })
+    .await;
     assert!(get(&client, &long).await.is_ok());
 
     // Many pairs at once are more than the client's share of the queue.
@@ -320,15 +317,14 @@ async fn jobs_of_one_priority_take_turns() {
         submit(&client, job(&dataset.name, 100_000)).await,
     ];
     let mut runs = [0, 0];
-    let start = Instant::now();
     // Both come to the device more than once.
-    while runs.iter().any(|n| *n < 2) {
-        assert!(start.elapsed() < Duration::from_secs(60), "{runs:?}");
-        tokio::time::sleep(Duration::from_millis(100)).await;
+    until("the second turn of both jobs", Duration::from_secs(60), async || {
         for (name, runs) in jobs.iter().zip(&mut runs) {
             *runs = started(&client, name).await;
         }
-    }
+        runs.iter().all(|n| *n >= 2)
+    })
+    .await;
     for name in &jobs {
         client
             .training()
@@ -338,7 +334,7 @@ async fn jobs_of_one_priority_take_turns() {
     }
 }
 
-/// How often a job came to the device.
+/// Returns how often a job began to run.
 async fn started(client: &Client, name: &str) -> usize {
     let (mut n, mut after) = (0, 0);
     loop {
@@ -539,31 +535,83 @@ impl Authority {
     }
 }
 
+/// A server with TLS, and a folder with its certificates and those of two clients: `client`,
+/// which the server accepts, and `stranger`, whose certificate another authority signed.
+struct TlsServer {
+    server: Server,
+    files: tempfile::TempDir,
+    _data_dir: tempfile::TempDir,
+}
+
+impl TlsServer {
+    fn start() -> Self {
+        let (data_dir, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let at = |name: &str| files.path().join(name);
+        let write = |name: &str, text: &str| std::fs::write(at(name), text).unwrap();
+        let (servers, clients) = (Authority::new(), Authority::new());
+        write_server_certificate(files.path(), &servers);
+        write("clients.pem", &clients.certificate);
+        for (name, authority) in [("client", &clients), ("stranger", &servers)] {
+            let (certificate, key) = authority.sign(ExtendedKeyUsagePurpose::ClientAuth);
+            write(&format!("{name}.pem"), &certificate);
+            write(&format!("{name}.key"), &key);
+        }
+        let path = |name: &str| at(name).to_str().unwrap().to_owned();
+        let (cert, key, ca) = (path("server.pem"), path("server.key"), path("clients.pem"));
+        let flags = ["--tls-cert", &cert, "--tls-key", &key, "--tls-client-ca", &ca];
+        let server = Server::start_with(data_dir.path(), &tiny(), &flags);
+        TlsServer { server, files, _data_dir: data_dir }
+    }
+
+    fn port(&self) -> &str {
+        self.server.address.rsplit(':').next().unwrap()
+    }
+
+    /// The path of one of the certificates or keys.
+    fn file(&self, name: &str) -> PathBuf {
+        self.files.path().join(name)
+    }
+}
+
+/// Writes a certificate for the server that `authority` signed, its key, and the authority's own
+/// certificate, which clients trust.
+fn write_server_certificate(folder: &Path, authority: &Authority) {
+    let (certificate, key) = authority.sign(ExtendedKeyUsagePurpose::ServerAuth);
+    let files =
+        [("server.pem", &certificate), ("server.key", &key), ("ca.pem", &authority.certificate)];
+    for (name, text) in files {
+        std::fs::write(folder.join(name), text).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs grpcurl (BRADLEY_TEST_GRPCURL)"]
+async fn grpcurl_connects_with_a_client_certificate() {
+    let grpcurl = needed("BRADLEY_TEST_GRPCURL");
+    let tls = TlsServer::start();
+    let done = Command::new(grpcurl)
+        .arg("-cacert")
+        .arg(tls.file("ca.pem"))
+        .arg("-cert")
+        .arg(tls.file("client.pem"))
+        .arg("-key")
+        .arg(tls.file("client.key"))
+        .args([&format!("localhost:{}", tls.port()), "bradley.v1.ModelService/ListModels"])
+        .output()
+        .unwrap();
+    assert!(
+        String::from_utf8_lossy(&done.stdout).contains("models/tiny"),
+        "{}",
+        String::from_utf8_lossy(&done.stderr)
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn tls_asks_for_certificates_and_takes_up_new_ones() {
-    let (dir, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let at = |name: &str| files.path().join(name);
+    let tls = TlsServer::start();
+    let at = |name: &str| tls.file(name);
     let write = |name: &str, text: &str| std::fs::write(at(name), text).unwrap();
-    let (first, clients) = (Authority::new(), Authority::new());
-    let serve = |authority: &Authority| {
-        let (certificate, key) = authority.sign(ExtendedKeyUsagePurpose::ServerAuth);
-        write("server.pem", &certificate);
-        write("server.key", &key);
-        write("ca.pem", &authority.certificate);
-    };
-    serve(&first);
-    write("clients.pem", &clients.certificate);
-    let (certificate, key) = clients.sign(ExtendedKeyUsagePurpose::ClientAuth);
-    write("client.pem", &certificate);
-    write("client.key", &key);
-    let (certificate, key) = first.sign(ExtendedKeyUsagePurpose::ClientAuth);
-    write("stranger.pem", &certificate);
-    write("stranger.key", &key);
-    let path = |name: &str| at(name).to_str().unwrap().to_owned();
-    let (cert, key, ca) = (path("server.pem"), path("server.key"), path("clients.pem"));
-    let flags = ["--tls-cert", &cert, "--tls-key", &key, "--tls-client-ca", &ca];
-    let server = Server::start_with(dir.path(), &tiny(), &flags);
-    let port = server.address.rsplit(':').next().unwrap().to_owned();
+    let port = tls.port();
 
     let connect = async |identity: Option<&str>| {
         let target = Target {
@@ -580,42 +628,25 @@ async fn tls_asks_for_certificates_and_takes_up_new_ones() {
     let client = connect(Some("client")).await.unwrap();
     assert!(connect(None).await.is_err(), "without a certificate");
     assert!(connect(Some("stranger")).await.is_err(), "with another authority's certificate");
-    let plain = Client::connect(&Target::plain(&server.address), Duration::from_secs(5)).await;
+    let plain = Client::connect(&Target::plain(&tls.server.address), Duration::from_secs(5)).await;
     if let Ok(plain) = plain {
         assert!(plain.health().await.is_err(), "without TLS");
-    }
-    if let Some(grpcurl) = needed("BRADLEY_TEST_GRPCURL", "tls_asks_for_certificates") {
-        let done = Command::new(grpcurl)
-            .args([
-                "-cacert",
-                &path("ca.pem"),
-                "-cert",
-                &path("client.pem"),
-                "-key",
-                &path("client.key"),
-            ])
-            .args([&format!("localhost:{port}"), "bradley.v1.ModelService/ListModels"])
-            .output()
-            .unwrap();
-        assert!(
-            String::from_utf8_lossy(&done.stdout).contains("models/tiny"),
-            "{}",
-            String::from_utf8_lossy(&done.stderr)
-        );
     }
 
     // Damaged files change nothing; new ones are taken up while old connections go on.
     let old = std::fs::read_to_string(at("server.pem")).unwrap();
     write("server.pem", "-----BEGIN CERTIFICATE-----\nnonsense");
-    tokio::time::sleep(Duration::from_secs(11)).await;
+    until("the refusal of a damaged certificate", Duration::from_secs(30), async || {
+        tls.server.has_logged("the certificates in use stay")
+    })
+    .await;
     connect(Some("client")).await.unwrap();
     write("server.pem", &old);
-    serve(&Authority::new());
-    let start = Instant::now();
-    while connect(Some("client")).await.is_err() {
-        assert!(start.elapsed() < Duration::from_secs(30), "the new certificate is not used");
-        tokio::time::sleep(Duration::from_millis(500)).await;
-    }
+    write_server_certificate(tls.files.path(), &Authority::new());
+    until("the use of the new certificate", Duration::from_secs(30), async || {
+        connect(Some("client")).await.is_ok()
+    })
+    .await;
     client.models().list_models(pb::ListModelsRequest {}).await.unwrap();
 }
 
@@ -650,19 +681,19 @@ async fn a_call_that_its_client_gives_up_is_counted_as_cancelled() {
     let server = Server::start(dir.path());
     let client = server.client().await;
     let many: Vec<pb::Pair> = (0..40).flat_map(|_| pairs()).take(1024).collect();
-    let start = Instant::now();
-    while counted(&server, "ScorePairs", "Cancelled").await == 0 {
-        assert!(start.elapsed() < Duration::from_secs(60), "never counted");
+    until("the count of a cancelled call", Duration::from_secs(60), async || {
         // Given up while it waits or is computed, or before it arrived: then it is tried again.
         let _ = tokio::time::timeout(
             Duration::from_millis(8),
             score(&client, "models/tiny", many.clone()),
         )
         .await;
-    }
+        counted(&server, "ScorePairs", "Cancelled").await > 0
+    })
+    .await;
 }
 
-/// How many calls of a method the server counts under a code.
+/// Returns the number of calls of a method that the server counted under a code.
 async fn counted(server: &Server, method: &str, code: &str) -> u64 {
     let metrics = http_get(&server.http, "/metrics").await;
     let of = format!(

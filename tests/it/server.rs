@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bradley::rpc::client::{Client, Status, Target};
 use bradley::rpc::pb::{self, training_event::Event};
@@ -16,6 +16,7 @@ use tonic::Code;
 use tonic_types::StatusExt as _;
 
 use crate::support::{golden, hashes};
+use crate::wait::{until_blocking, until_ok};
 
 /// A running server; killed when dropped.
 pub struct Server {
@@ -111,7 +112,7 @@ impl Server {
         }
     }
 
-    /// How it ended, if it did.
+    /// Returns its exit status, or `None` while it runs.
     pub fn exit_status(&mut self) -> Option<std::process::ExitStatus> {
         self.child.try_wait().unwrap()
     }
@@ -121,7 +122,7 @@ impl Server {
         self.child.id()
     }
 
-    /// Whether it has logged a warning or an error that contains `text`.
+    /// Returns whether it has logged a warning or an error that contains `text`.
     pub fn has_logged(&self, text: &str) -> bool {
         self.log.lock().unwrap().iter().any(|line| line.contains(text))
     }
@@ -131,7 +132,7 @@ impl Server {
         Client::connect(&Target::plain(&self.address), Duration::from_secs(10)).await.unwrap()
     }
 
-    /// What `/metrics` says.
+    /// Returns the answer of `/metrics`.
     pub fn metrics(&self) -> String {
         let mut connection = TcpStream::connect(&self.http).unwrap();
         write!(connection, "GET /metrics HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n")
@@ -151,14 +152,12 @@ impl Server {
     pub fn terminate(&mut self, limit: Duration) -> std::process::ExitStatus {
         // SAFETY: signals the child that this struct owns and has not reaped.
         assert_eq!(unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) }, 0);
-        let start = Instant::now();
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status;
-            }
-            assert!(start.elapsed() < limit, "the server hangs on SIGTERM");
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        let mut status = None;
+        until_blocking("the end after SIGTERM", limit, || {
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        });
+        status.unwrap()
     }
 }
 
@@ -282,28 +281,28 @@ pub fn scored(r: &pb::PairResult) -> &pb::PairScore {
 }
 
 /// Waits until an event satisfies `enough`.
-pub async fn until(client: &Client, name: &str, enough: impl Fn(&Event) -> bool) {
+pub async fn until_event(client: &Client, name: &str, enough: impl Fn(&Event) -> bool) {
     let follow = client.follow(name, 0, |e| !e.event.as_ref().is_some_and(&enough));
     let followed = tokio::time::timeout(Duration::from_secs(60), follow).await;
     followed.expect("the event comes").unwrap();
 }
 
-/// Whether an event is a step's, of `from` or a later one.
+/// Returns whether an event reports a step, `from` or a later one.
 pub fn is_step(event: &Event, from: u64) -> bool {
     matches!(event, Event::StepMetrics(s) if s.step >= from)
 }
 
-/// Whether an event says that a job has become `wanted`.
+/// Returns whether an event says that a job has reached the state `wanted`.
 pub fn became(event: &Event, wanted: pb::JobState) -> bool {
     matches!(event, Event::StateChange(s) if s.to() == wanted)
 }
 
 /// Pauses a job after some steps.
 pub async fn pause(client: &Client, name: &str) {
-    until(client, name, |e| is_step(e, 3)).await;
+    until_event(client, name, |e| is_step(e, 3)).await;
     let request = pb::PauseTrainingJobRequest { name: name.into() };
     client.training().pause_training_job(request).await.unwrap();
-    until(client, name, |e| became(e, pb::JobState::Paused)).await;
+    until_event(client, name, |e| became(e, pb::JobState::Paused)).await;
 }
 
 /// Resumes a job.
@@ -352,19 +351,19 @@ pub fn assert_refused<T>(what: &str, answer: Result<T, Status>, part: &str) {
 
 /// Waits until a job waits for its model, and checks what it says.
 pub async fn assert_waits(client: &Client, name: &str, part: &str) {
-    let start = Instant::now();
-    loop {
+    let limit = Duration::from_secs(30);
+    until_ok("a job's wait for its model", limit, async || {
         let shown = get(client, name).await;
         if let (pb::JobState::Queued, Some(error)) = (shown.state(), &shown.error) {
             let details = error.encode_to_vec().into();
             let status = Status::with_details(error.code.into(), error.message.clone(), details);
             let reason = status.get_details_error_info().map(|i| i.reason).unwrap_or_default();
-            return assert_changed("a waiting job", status.code(), &reason, &error.message, part);
+            assert_changed("a waiting job", status.code(), &reason, &error.message, part);
+            return Ok(());
         }
-        let late = start.elapsed() > Duration::from_secs(30);
-        assert!(!late, "it should wait: {:?}, {:?}", shown.state(), shown.error);
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+        Err(format!("{:?}, {:?}", shown.state(), shown.error))
+    })
+    .await;
 }
 
 /// The events of a job.

@@ -9,6 +9,7 @@ use tonic_types::StatusExt;
 
 use crate::server::{Server, finish, job, pairs, score, scored, state, submit, upload};
 use crate::support::golden;
+use crate::wait::until;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_whole_cycle() {
@@ -450,9 +451,10 @@ async fn scoring_is_answered_while_a_job_trains_and_the_job_goes_on() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let name = submit(&client, job(&dataset.name, 3000)).await;
-    while state(&client, &name).await != pb::JobState::Running {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    until("the start of the run", Duration::from_secs(60), async || {
+        state(&client, &name).await == pb::JobState::Running
+    })
+    .await;
     let (mut steps, latest) = (Vec::new(), format!("{name}/checkpoints/latest"));
     for _ in 0..20 {
         let live = score(&client, &latest, pairs());

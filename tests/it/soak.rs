@@ -41,7 +41,7 @@ struct Seen {
     streamed: AtomicU64,
     vanished: AtomicU64,
     latencies: Mutex<Vec<f64>>,
-    /// What else was answered: must stay empty.
+    /// Unexpected answers, counted; must stay empty.
     wrong: Mutex<BTreeMap<String, u64>>,
 }
 
@@ -71,7 +71,7 @@ fn request(n: usize) -> pb::ScorePairsRequest {
     pb::ScorePairsRequest { options, pairs }
 }
 
-/// One request; it is accepted when any of its pairs is scored, and each that is not must have its
+/// Sends one request. It is accepted if any of its pairs is scored; every other pair must have a
 /// reason.
 async fn once(client: &Client, n: usize, seen: &Seen) {
     let start = Instant::now();

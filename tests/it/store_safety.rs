@@ -1,4 +1,4 @@
-//! What a store must not lose: checkpoints of another format, artifacts of a store that is not
+//! Data that a store must not lose: checkpoints of another format, artifacts of a store that is not
 //! mounted, acknowledged changes, exports, and runs whose lease another worker took.
 
 use std::collections::BTreeMap;
@@ -20,10 +20,11 @@ use crate::backends::{Fault, Postgres, Proxy, S3, signal};
 use crate::replicas::{adapter, check_history, checkpointing, losses, undisturbed};
 use crate::server::{Server, finish, job, state, submit, upload};
 use crate::support::golden;
+use crate::wait::{until, until_ok};
 
 /// Steps of the jobs that are compared with an undisturbed run.
 pub const STEPS: u64 = 120;
-/// How long a test waits for anything.
+/// Deadline of every wait.
 pub const LIMIT: Duration = Duration::from_secs(120);
 /// Short leases, in seconds: as a flag, and as a time.
 pub const LEASE: &str = "3";
@@ -108,14 +109,6 @@ pub fn id(name: &str) -> &str {
     name.trim_start_matches("trainingJobs/")
 }
 
-pub async fn until(what: &str, mut done: impl AsyncFnMut() -> bool) {
-    let start = Instant::now();
-    while !done().await {
-        assert!(start.elapsed() < LIMIT, "{what} does not happen");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-}
-
 pub async fn try_get(client: &Client, name: &str) -> Result<pb::TrainingJob, Status> {
     let request = pb::GetTrainingJobRequest { name: name.into() };
     client.training().get_training_job(request).await.map(|r| r.into_inner())
@@ -128,7 +121,7 @@ pub async fn get(client: &Client, name: &str) -> pb::TrainingJob {
 pub async fn pause(client: &Client, name: &str) {
     let request = pb::PauseTrainingJobRequest { name: name.into() };
     client.training().pause_training_job(request).await.unwrap();
-    until("the pause", async || state(client, name).await == pb::JobState::Paused).await;
+    until("the pause", LIMIT, async || state(client, name).await == pb::JobState::Paused).await;
 }
 
 pub async fn resume(client: &Client, name: &str) {
@@ -178,7 +171,7 @@ pub fn changes(events: &[pb::TrainingEvent]) -> Vec<(i64, pb::StateChange)> {
     events.iter().filter_map(change).collect()
 }
 
-/// What an event says in words: a log line, or the reason of a state change.
+/// Returns the text of an event: a log line, or the reason of a state change.
 fn words(e: &pb::TrainingEvent) -> Option<&str> {
     match &e.event {
         Some(Event::StateChange(s)) => Some(&s.reason),
@@ -193,8 +186,7 @@ fn reasons(events: &[pb::TrainingEvent]) -> Vec<&str> {
 
 /// Waits until a job is back in the queue with an error of this reason, which an event tells too.
 pub async fn waits(client: &Client, name: &str, reason: &str) {
-    let start = Instant::now();
-    loop {
+    until_ok(&format!("a wait for {reason}"), LIMIT, async || {
         let job = get(client, name).await;
         let error = job.error.clone().unwrap_or_default();
         let found = error.get_details_error_info().map(|info| info.reason);
@@ -205,15 +197,15 @@ pub async fn waits(client: &Client, name: &str, reason: &str) {
                 .iter()
                 .any(|(_, c)| c.to() == pb::JobState::Queued && c.reason.contains(&error.message));
             assert!(told, "no event says {:?}: {changes:?}", error.message);
-            return;
+            return Ok(());
         }
         if matches!(job.state(), pb::JobState::Succeeded | pb::JobState::Failed) {
             let events = events(client, name).await;
             panic!("it does not wait, it ended {:?}: {:?}", job.state(), reasons(&events));
         }
-        assert!(start.elapsed() < LIMIT, "no {reason}: {:?} {error:?}", job.state());
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+        Err(format!("{:?} {error:?}", job.state()))
+    })
+    .await;
 }
 
 /// A short job gets its turn and succeeds.
@@ -263,8 +255,8 @@ struct Paused {
 }
 
 impl Paused {
-    async fn new(test: &str) -> Option<Paused> {
-        let postgres = Postgres::start(test)?;
+    async fn new() -> Paused {
+        let postgres = Postgres::start();
         let (share, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let mut server = replica(dir.path(), &postgres, share.path(), &[]);
         let client = server.client().await;
@@ -274,7 +266,7 @@ impl Paused {
         reaches(&client, &name, second).await;
         pause(&client, &name).await;
         assert!(server.terminate(LIMIT).success());
-        Some(Paused { postgres, share, dir, dataset, name })
+        Paused { postgres, share, dir, dataset, name }
     }
 
     /// The folder of the job's checkpoints in the artifact store.
@@ -321,8 +313,8 @@ impl Paused {
 
 // ---- checkpoints of another format
 
-async fn another_format(test: &str, has_copy: bool) {
-    let Some(paused) = Paused::new(test).await else { return };
+async fn another_format(has_copy: bool) {
+    let paused = Paused::new().await;
     let rows = checkpoint_rows(&paused.postgres, &paused.name);
     let newest = rows.last().unwrap().0;
     let mut written = Vec::new();
@@ -345,7 +337,7 @@ async fn another_format(test: &str, has_copy: bool) {
     another_succeeds(&client, &paused.dataset).await;
     // It is tried again, not at once.
     let mut refusals = Vec::new();
-    until("the second try", async || {
+    until("the second try", LIMIT, async || {
         let changes = changes(&events(&client, &paused.name).await);
         let back = changes
             .iter()
@@ -365,20 +357,23 @@ async fn another_format(test: &str, has_copy: bool) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_checkpoint_of_another_format_is_kept_and_its_job_waits() {
-    another_format("a_checkpoint_of_another_format_is_kept", false).await;
+    another_format(false).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_local_copy_of_another_format_is_kept_and_its_job_waits() {
-    another_format("a_local_copy_of_another_format_is_kept", true).await;
+    another_format(true).await;
 }
 
 // ---- artifacts that are not there
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_job_waits_for_its_missing_checkpoint_and_goes_on_from_it() {
-    let Some(paused) = Paused::new("a_job_waits_for_its_missing_checkpoint").await else { return };
+    let paused = Paused::new().await;
     let rows = checkpoint_rows(&paused.postgres, &paused.name);
     let newest = rows.last().unwrap().0;
     let (elsewhere, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -397,8 +392,9 @@ async fn a_job_waits_for_its_missing_checkpoint_and_goes_on_from_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_job_waits_for_its_missing_dataset() {
-    let Some(postgres) = Postgres::start("a_job_waits_for_its_missing_dataset") else { return };
+    let postgres = Postgres::start();
     let (share, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let mut server = replica(dir.path(), &postgres, share.path(), &[]);
     let client = server.client().await;
@@ -421,8 +417,9 @@ async fn a_job_waits_for_its_missing_dataset() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_server_does_not_start_while_its_artifact_store_is_not_mounted() {
-    let Some(postgres) = Postgres::start("a_server_does_not_start_while") else { return };
+    let postgres = Postgres::start();
     let (share, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (root, away) = (share.path().join("store"), share.path().join("away"));
     std::fs::create_dir(&root).unwrap();
@@ -442,8 +439,9 @@ async fn a_server_does_not_start_while_its_artifact_store_is_not_mounted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_server_does_not_start_with_a_store_that_its_database_does_not_know() {
-    let Some(postgres) = Postgres::start("a_server_does_not_start_with") else { return };
+    let postgres = Postgres::start();
     let (share, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let mut server = replica(dir.path(), &postgres, share.path(), &[]);
     let client = server.client().await;
@@ -464,8 +462,9 @@ async fn a_server_does_not_start_with_a_store_that_its_database_does_not_know() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn an_upload_into_an_unmounted_store_is_refused() {
-    let Some(postgres) = Postgres::start("an_upload_into_an_unmounted_store") else { return };
+    let postgres = Postgres::start();
     let (share, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (root, away) = (share.path().join("store"), share.path().join("away"));
     std::fs::create_dir(&root).unwrap();
@@ -477,7 +476,7 @@ async fn an_upload_into_an_unmounted_store_is_refused() {
     };
     try_upload().await.unwrap();
 
-    // What remains when a share goes away is the empty folder that it was mounted at.
+    // When a share goes away, the empty folder remains that it was mounted at.
     std::fs::rename(&root, &away).unwrap();
     std::fs::create_dir(&root).unwrap();
     match try_upload().await {
@@ -492,15 +491,15 @@ async fn an_upload_into_an_unmounted_store_is_refused() {
 
     std::fs::remove_dir_all(&root).unwrap();
     std::fs::rename(&away, &root).unwrap();
-    until("an upload", async || try_upload().await.is_ok()).await;
+    until("an upload", LIMIT, async || try_upload().await.is_ok()).await;
 }
 
 // ---- acknowledged changes
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn a_job_whose_ttl_was_cleared_is_not_deleted() {
-    let test = "a_job_whose_ttl_was_cleared";
-    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (postgres, s3) = (Postgres::start(), S3::start());
     let (dir, proxy) = (tempfile::tempdir().unwrap(), Proxy::start(s3.port()));
     let server = replica_on_s3(dir.path(), &postgres, &s3, &proxy, &[]);
     let client = server.client().await;
@@ -523,7 +522,7 @@ async fn a_job_whose_ttl_was_cleared_is_not_deleted() {
         "UPDATE jobs SET expire_time = seq,
              request = jsonb_set(request::jsonb, '{ttl_ms}', '1')::text",
     );
-    until("a deletion", async || objects(first) < of_first).await;
+    until("a deletion", LIMIT, async || objects(first) < of_first).await;
     let update_mask = Some(FieldMask { paths: vec!["ttl".into()] });
     let training_job = Some(pb::TrainingJob { name: kept.clone(), ..Default::default() });
     let request = pb::UpdateTrainingJobRequest { training_job, update_mask };
@@ -534,7 +533,7 @@ async fn a_job_whose_ttl_was_cleared_is_not_deleted() {
     }
     for name in jobs.iter().filter(|name| *name != kept) {
         let gone = async || try_get(&client, name).await.is_err_and(|e| e.code() == Code::NotFound);
-        until("every other deletion", gone).await;
+        until("every other deletion", LIMIT, gone).await;
     }
     proxy.set(Fault::None);
     let still = try_get(&client, kept).await.expect("the job whose ttl was cleared is there");
@@ -553,15 +552,13 @@ async fn export(client: &Client, name: &str) -> Result<pb::ExportCheckpointRespo
 
 /// Asks for an export until there is one, and finds each of its files in the store.
 async fn whole_export(client: &Client, name: &str, s3: &S3, when: &str) -> Vec<String> {
-    let start = Instant::now();
-    let export = loop {
-        match export(client, name).await {
-            Ok(export) => break export,
-            Err(status) => assert_eq!(status.code(), Code::Unavailable, "{status}"),
-        }
-        assert!(start.elapsed() < LIMIT, "no export {when}");
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    };
+    let export = until_ok(&format!("an export {when}"), LIMIT, async || {
+        export(client, name).await.map_err(|status| {
+            assert_eq!(status.code(), Code::Unavailable, "{status}");
+            status.to_string()
+        })
+    })
+    .await;
     let folder = format!("runs/{}", export.path);
     let listed: Vec<_> = export.files.iter().map(|f| format!("{folder}/{}", f.path)).collect();
     let found = s3.keys(&format!("{folder}/"));
@@ -572,9 +569,9 @@ async fn whole_export(client: &Client, name: &str, s3: &S3, when: &str) -> Vec<S
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn an_export_whose_caller_leaves_is_completed_by_the_next_call() {
-    let test = "an_export_whose_caller_leaves";
-    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (postgres, s3) = (Postgres::start(), S3::start());
     let (dir, proxy) = (tempfile::tempdir().unwrap(), Proxy::start(s3.port()));
     let server = replica_on_s3(dir.path(), &postgres, &s3, &proxy, &[]);
     let client = server.client().await;
@@ -590,16 +587,16 @@ async fn an_export_whose_caller_leaves_is_completed_by_the_next_call() {
         let (client, name) = (client.clone(), name.clone());
         async move { export(&client, &name).await.map(drop) }
     });
-    until("an object", async || s3.keys("runs/").len() > before).await;
+    until("an object", LIMIT, async || s3.keys("runs/").len() > before).await;
     call.abort();
     proxy.set(Fault::None);
     whole_export(&client, &name, &s3, "after a call that was given up").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn an_export_that_lost_a_file_is_made_whole_again() {
-    let test = "an_export_that_lost_a_file";
-    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (postgres, s3) = (Postgres::start(), S3::start());
     let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let proxy = Proxy::start(s3.port());
     let a = replica_on_s3(dir_a.path(), &postgres, &s3, &proxy, &[]);
@@ -626,8 +623,9 @@ async fn an_export_that_lost_a_file_is_made_whole_again() {
 /// The database goes back to where it was before a worker's claim, as a fail-over does that lost
 /// the newest commits. The next claim then has the same token.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn two_workers_with_the_same_token_never_write_both() {
-    let Some(postgres) = Postgres::start("two_workers_with_the_same_token") else { return };
+    let postgres = Postgres::start();
     let (expected, weights) = expected().await;
     let share = tempfile::tempdir().unwrap();
     let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -670,16 +668,16 @@ async fn two_workers_with_the_same_token_never_write_both() {
     assert_eq!(losses(&events), *expected, "the same losses, bit for bit");
     assert!(adapter(&client_b, &name).await == *weights, "the same weights, bit for bit");
     // The first worker gives its run up, adds nothing, and goes on serving.
-    until("the end of the other run", async || !a.metrics().contains(id(&name))).await;
+    until("the end of the other run", LIMIT, async || !a.metrics().contains(id(&name))).await;
     assert_eq!(finish(&client_a, &name).await, events, "nothing was written after the end");
     another_succeeds(&client_a, &dataset).await;
 }
 
 /// A process with two devices claims a job that it is still training.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
 async fn the_end_of_a_fenced_run_leaves_its_successor_the_lease() {
-    let test = "the_end_of_a_fenced_run";
-    let (Some(postgres), Some(s3)) = (Postgres::start(test), S3::start(test)) else { return };
+    let (postgres, s3) = (Postgres::start(), S3::start());
     let (expected, weights) = expected().await;
     let (dir, proxy) = (tempfile::tempdir().unwrap(), Proxy::start(s3.port()));
     let server = replica_on_s3(dir.path(), &postgres, &s3, &proxy, &["--device", "cpu,cpu"]);
@@ -690,7 +688,7 @@ async fn the_end_of_a_fenced_run_leaves_its_successor_the_lease() {
     proxy.set(Fault::Slow(Duration::from_millis(300)));
     let name = submit(&client, checkpointing(&dataset, STEPS)).await;
     let checkpoints = format!("runs/jobs/{}/checkpoints/", id(&name));
-    until("an upload", async || !s3.keys(&checkpoints).is_empty()).await;
+    until("an upload", LIMIT, async || !s3.keys(&checkpoints).is_empty()).await;
     postgres.sql(&format!(
         "UPDATE jobs SET lease_token = lease_token + 1, state = 'queued', lease_owner = NULL,
              lease_until = 0
@@ -710,7 +708,7 @@ async fn the_end_of_a_fenced_run_leaves_its_successor_the_lease() {
         let died = said.iter().any(|reason| reason.contains("worker is gone"));
         assert!(!died, "a live run was taken for a dead one: {said:?}");
     };
-    until("four leases", async || {
+    until("four leases", LIMIT, async || {
         nobody_died(&events(&client, &name).await);
         taken.elapsed() > 4 * LEASE_TIME
     })

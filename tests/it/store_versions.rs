@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bradley::rpc::client::{Client, Status, Target};
 use bradley::rpc::pb;
@@ -15,8 +15,9 @@ use crate::replicas::{check_history, checkpointing, losses};
 use crate::server::{Server, finish, job, state, submit, upload};
 use crate::store_safety::{
     LIMIT, STEPS, another_succeeds, cancel, expected, id, is_step, models, pause, reaches, replica,
-    try_get, until,
+    try_get,
 };
+use crate::wait::{until, until_ok};
 
 // ---- columns that a newer version adds or changes
 
@@ -35,15 +36,13 @@ fn token(dir: &Path, postgres: &Postgres) -> String {
 
 /// Makes a call again while the answer is UNAVAILABLE.
 async fn retried<T>(call: impl AsyncFn() -> Result<T, Status>) -> T {
-    let start = Instant::now();
-    loop {
-        match call().await {
-            Ok(answer) => return answer,
-            Err(status) => assert_eq!(status.code(), Code::Unavailable, "{status}"),
-        }
-        assert!(start.elapsed() < LIMIT, "a call stays unavailable");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    until_ok("an answer", LIMIT, async || {
+        call().await.map_err(|status| {
+            assert_eq!(status.code(), Code::Unavailable, "{status}");
+            status.to_string()
+        })
+    })
+    .await
 }
 
 /// Reads every table, often enough that each connection has planned the statements.
@@ -78,8 +77,8 @@ async fn read_everything(client: &Client, job: &str, dataset: &str) {
 }
 
 /// A job whose database changes its schema half-way succeeds as if it had not.
-async fn a_change_of_the_schema(test: &str, statements: &str) {
-    let Some(postgres) = Postgres::start(test) else { return };
+async fn a_change_of_the_schema(statements: &str) {
+    let postgres = Postgres::start();
     let (expected, _) = expected().await;
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let token = Some(token(dir.path(), &postgres));
@@ -97,7 +96,7 @@ async fn a_change_of_the_schema(test: &str, statements: &str) {
     // The database is asked, because calls may fail for a reason of their own.
     let look = format!("SELECT state, error FROM jobs WHERE id = '{}'", id(&name));
     let mut row = String::new();
-    until("the end of the job", async || {
+    until("the end of the job", LIMIT, async || {
         row = postgres.sql(&look).remove(0);
         ["succeeded", "failed", "cancelled"].iter().any(|end| row.starts_with(end))
     })
@@ -110,23 +109,25 @@ async fn a_change_of_the_schema(test: &str, statements: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_run_goes_on_when_every_table_gets_a_column() {
     let add = |table| format!("ALTER TABLE {table} ADD COLUMN x BIGINT;");
     let all = ["checkpoints", "datasets", "tokens", "jobs", "events"].map(add).concat();
-    a_change_of_the_schema("a_run_goes_on_when_every_table", &all).await;
+    a_change_of_the_schema(&all).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_run_goes_on_when_a_column_changes_its_type() {
     let change = "ALTER TABLE jobs ALTER COLUMN trace TYPE varchar";
-    a_change_of_the_schema("a_run_goes_on_when_a_column", change).await;
+    a_change_of_the_schema(change).await;
 }
 
 // ---- jobs that this version cannot read
 
 /// A job of the highest priority that this version cannot read; `change` makes it one.
-async fn an_unreadable_job(test: &str, change: &str) {
-    let Some(postgres) = Postgres::start(test) else { return };
+async fn an_unreadable_job(change: &str) {
+    let postgres = Postgres::start();
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let server = replica(dir.path(), &postgres, share.path(), &[]);
     let client = server.client().await;
@@ -139,31 +140,33 @@ async fn an_unreadable_job(test: &str, change: &str) {
     // Others are made, claimed, carried on, listed and cancelled.
     another_succeeds(&client, &dataset).await;
     let long = submit(&client, job(&dataset, 100_000)).await;
-    until("the run", async || state(&client, &long).await == pb::JobState::Running).await;
+    until("the run", LIMIT, async || state(&client, &long).await == pb::JobState::Running).await;
     let list = pb::ListTrainingJobsRequest::default();
     let jobs = client.training().list_training_jobs(list).await.unwrap().into_inner();
     let names: Vec<_> = jobs.training_jobs.iter().map(|j| j.name.as_str()).collect();
     assert!(names.len() == 2 && names.contains(&long.as_str()), "{names:?}");
     cancel(&client, &long).await;
-    until("the end", async || state(&client, &long).await == pb::JobState::Cancelled).await;
+    until("the end", LIMIT, async || state(&client, &long).await == pb::JobState::Cancelled).await;
 
     let refused = try_get(&client, &unreadable).await.unwrap_err();
     let reason = refused.get_details_error_info().map(|info| info.reason);
     let found = (refused.code(), reason.as_deref());
     assert_eq!(found, (Code::FailedPrecondition, Some("JOB_UNREADABLE")), "{refused}");
     let counted = || server.metrics().lines().any(|line| line == "bradley_unreadable_jobs 1");
-    until("the count of unreadable jobs", async || counted()).await;
+    until("the count of unreadable jobs", LIMIT, async || counted()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_job_with_an_unreadable_request_stands_in_nobodys_way() {
     let change = r#"state = 'queued', request = '{"from":"the future"}'"#;
-    an_unreadable_job("a_job_with_an_unreadable_request", change).await;
+    an_unreadable_job(change).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_job_in_an_unknown_state_stands_in_nobodys_way() {
-    an_unreadable_job("a_job_in_an_unknown_state", "state = 'dreaming'").await;
+    an_unreadable_job("state = 'dreaming'").await;
 }
 
 // ---- migrations that this version does not know
@@ -175,8 +178,9 @@ const NEWER: &str = "INSERT INTO _sqlx_migrations
      FROM _sqlx_migrations ORDER BY version LIMIT 1";
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_server_starts_on_a_newer_postgresql_schema() {
-    let Some(postgres) = Postgres::start("a_server_starts_on_a_newer") else { return };
+    let postgres = Postgres::start();
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let mut server = replica(dir.path(), &postgres, share.path(), &[]);
     let dataset = upload(&server.client().await, "pairs.jsonl").await.name;
@@ -201,8 +205,9 @@ async fn a_server_starts_on_a_newer_sqlite_schema() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn datasets_are_listed_though_a_finding_has_a_character_that_the_database_lacks() {
-    let Some(postgres) = Postgres::start("datasets_are_listed") else { return };
+    let postgres = Postgres::start();
     let (dir, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let server = replica(dir.path(), &postgres, root.path(), &[]);
     let client = server.client().await;

@@ -1,7 +1,6 @@
-//! What several test modules need: golden files, models, and comparisons.
+//! Helpers of several test modules: golden files, models, and comparisons.
 
 use std::collections::{BTreeSet, HashMap};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -62,7 +61,7 @@ pub fn policy(model: LoadedModel) -> (Policy, ChatTokenizer) {
     )
 }
 
-/// Where the golden tests compute: BRADLEY_TEST_DEVICE, or the CPU.
+/// Returns the device of the golden tests: BRADLEY_TEST_DEVICE, or the CPU.
 pub fn device() -> ComputeDevice {
     static DEVICE: OnceLock<ComputeDevice> = OnceLock::new();
     let open = || {
@@ -72,8 +71,8 @@ pub fn device() -> ComputeDevice {
     DEVICE.get_or_init(open).clone()
 }
 
-/// Whether bits do not depend on what shares a row: on a GPU cuBLAS picks its kernels by the
-/// product's shape.
+/// Returns whether a pair's results have the same bits whatever else shares its row. On a GPU they
+/// have not: cuBLAS chooses its kernels by the shape of the multiplication.
 pub fn is_batch_invariant() -> bool {
     matches!(device(), ComputeDevice::Cpu)
 }
@@ -127,19 +126,16 @@ pub fn relative(a: &Tensor, b: &Tensor) -> f64 {
     (num / den.max(1e-30)).sqrt()
 }
 
-/// A variable of the environment that names something tests need, or `None` after saying that the
-/// test is skipped. In CI, where BRADLEY_TEST_REQUIRE is set, a missing one fails.
-pub fn needed(variable: &str, test: &str) -> Option<String> {
+/// Returns a variable of the environment that names a tool or a file. Tests that call this are
+/// `#[ignore]`d, with the tool as the reason; `.ci/run setup` prints all these variables.
+#[track_caller]
+pub fn needed(variable: &str) -> String {
     match std::env::var(variable) {
-        Ok(value) if !value.is_empty() => Some(value),
-        _ if std::env::var_os("BRADLEY_TEST_REQUIRE").is_some() => {
-            panic!("{test}: {variable} must be set here")
-        }
-        _ => {
-            // Straight to the descriptor: libtest would swallow what a passing test prints.
-            let _ = writeln!(std::io::stderr(), "skipped: {test} needs {variable}");
-            None
-        }
+        Ok(value) if !value.is_empty() => value,
+        _ => panic!(
+            "this test needs the environment variable {variable}, which is not set: \
+             `.ci/run setup` installs the tools and prints it"
+        ),
     }
 }
 

@@ -15,13 +15,13 @@ use crate::backends::Shared;
 use crate::pins::{Adapters, STEPS, UNDECIDED};
 use crate::server::{
     Server, assert_refused, assert_waits, became, events, finish, get, is_step, job, latest, pairs,
-    pause, resume, score, scored, state, submit, succeed, until, upload,
+    pause, resume, score, scored, state, submit, succeed, until_event, upload,
 };
 use crate::support::{copy_files, golden, perturb_weights, replace};
 
 /// The parts of a model, as errors name them.
 const PARTS: [&str; 4] = ["weights", "config", "tokenizer", "chat template"];
-/// What a server gets to end in.
+/// Time that a server has to end.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Changes a part of the model in a folder.
@@ -87,7 +87,7 @@ impl Made {
         let paused = submit(client, job(&dataset, STEPS)).await;
         pause(client, &paused).await;
         let running = submit(client, job(&dataset, 100_000)).await;
-        until(client, &running, |e| is_step(e, 1)).await;
+        until_event(client, &running, |e| is_step(e, 1)).await;
         Made { dataset, ended, paused, running, scores }
     }
 
@@ -96,7 +96,7 @@ impl Made {
         submit(client, job(&self.dataset, 2)).await
     }
 
-    /// Checks what a server refuses whose model has another `part`.
+    /// Checks that a server refuses these when another `part` of its model has changed.
     async fn are_refused(&self, client: &Client, part: &str) {
         assert_refused("scoring", score_checkpoint(client, &self.ended).await, part);
         assert_refused("a merged export", export(client, &self.ended).await, part);
@@ -168,7 +168,7 @@ async fn nothing_goes_on_after_a_restart_with_another(part: &str) {
         assert_waits(&client, waiting, part).await;
     }
     made.new_works(&client).await;
-    // What waits can be given up, and has not been run meanwhile.
+    // A waiting job can be cancelled, and has not run meanwhile.
     made.give_up_running(&client).await;
     assert_waits(&client, &queued, part).await;
     assert_never_ran(&client, &queued).await;
@@ -200,8 +200,9 @@ async fn nothing_goes_on_after_a_restart_with_another_chat_template() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn nothing_goes_on_on_a_replica_with_another_part_of_the_model() {
-    let Some(shared) = Shared::start("a_replica_with_another_part") else { return };
+    let shared = Shared::start();
     let data = tempfile::tempdir().unwrap();
     let first = shared.replica(data.path(), &models(&golden("models/llama")), &[]);
     let client = first.client().await;
@@ -217,7 +218,7 @@ async fn nothing_goes_on_on_a_replica_with_another_part_of_the_model() {
         let waiting = made.queue(&client).await;
         assert_waits(&other, &waiting, part).await;
         let new = made.new_works(&other).await;
-        // What the second replica made means nothing on the first.
+        // The first replica refuses checkpoints that the second one made.
         assert_refused("scoring on the first replica", score_checkpoint(&client, &new).await, part);
         assert_never_ran(&client, &waiting).await;
         assert!(second.terminate(PATIENCE).success());
@@ -231,8 +232,9 @@ async fn nothing_goes_on_on_a_replica_with_another_part_of_the_model() {
 // ---- adapters
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn an_adapter_that_is_overwritten_between_replicas_changes_nothing_for_the_jobs_before() {
-    let Some(shared) = Shared::start("an_adapter_that_is_overwritten") else { return };
+    let shared = Shared::start();
     let start =
         move |data: &Path, models: &str, flags: &[&str]| shared.replica(data, models, flags);
     let mut it = Adapters::start_as(Box::new(start)).await;

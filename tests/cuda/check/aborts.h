@@ -1,4 +1,4 @@
-// What the tests of the emulator share: conditions, and code that must abort with a report.
+// Helpers of the tests of the emulator: conditions, and code that must abort with a report.
 #pragma once
 
 #include <signal.h>
@@ -17,7 +17,7 @@ static int failures = 0;
         }                                                                       \
     } while (false)
 
-// Whether `run` aborts with a report that contains `text`.
+// Returns whether `run` aborts with a report that contains `text`.
 template <class F> static bool aborts_with(const char* text, F run) {
     int ends[2];
     if (pipe(ends) != 0) {

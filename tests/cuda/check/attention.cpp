@@ -157,7 +157,7 @@ const Kernels<bf16> BF16{attention_bf16, attention_delta_bf16, attention_dq_bf16
 const Kernels<bf16> MMA_64{attention_mma_64, attention_delta_bf16, attention_dq_mma_64, nullptr, attention_dkv_mma_64, 32768, 40960};
 const Kernels<bf16> MMA_128{attention_mma_128, attention_delta_bf16, attention_dq_mma_128, nullptr, attention_dkv_mma_128, 65536, 81920};
 
-// What a kernel wrote, and the bits of it.
+// Outputs of a kernel, and their bits.
 template <class T>
 struct Outputs {
     std::vector<T> out, dqkv;

@@ -343,7 +343,7 @@ template <class T> void whole_head(int rows, int vocabulary, int tile, int pad, 
             run.expect(p, want_p);
             run.expect(scales, want_scales);
             if (!gradient) continue;
-            // What cuBLAS does, with β = 0 at first.
+            // The same as the GEMM of cuBLAS, with β = 0 in the first call.
             if (first > 0) launch(head_rescale, rows, 256, 0, d.data(), scales.data(), rows, hidden);
             for (int i = 0; i < rows; ++i)
                 for (int c = 0; c < hidden; ++c) {

@@ -1,4 +1,4 @@
-// What the checks of kernels share: arrays between guards, comparison with a reference, runs in several orders.
+// Helpers of the checks of kernels: arrays between guards, comparison with a reference, runs in several orders.
 #pragma once
 
 #include "common.cuh"

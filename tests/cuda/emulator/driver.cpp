@@ -136,7 +136,7 @@ bool is_set(const char* variable) {
     return text != nullptr && *text == '1';
 }
 
-// What a device has been given to do and has not done.
+// Work that a device has accepted and not done yet.
 struct Queue {
     std::recursive_mutex mutex;
     std::deque<std::function<Result()>> waiting;

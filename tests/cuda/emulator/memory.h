@@ -106,7 +106,7 @@ class Memory {
         return madvise(pointer, bytes, MADV_DONTNEED) == 0 && mprotect(pointer, bytes, PROT_NONE) == 0;
     }
 
-    // Whether [pointer, pointer + bytes) lies in one piece of the current device's live memory, or is mapped there.
+    // Returns whether [pointer, pointer + bytes) lies in one live allocation of the current device, or is mapped there.
     bool contains(const void* pointer, size_t bytes) {
         std::lock_guard<std::mutex> lock(mutex_);
         const auto address = reinterpret_cast<size_t>(pointer);

@@ -38,7 +38,7 @@ class Races {
             }
             Accesses& mine = write ? of_warps[own].writes : of_warps[own].reads;
             if (mine.between_barriers != between_barriers_ || mine.between_syncwarps != between_syncwarps_[own]) {
-                // What the warp did before its last __syncwarp comes before this for the warp itself, but not for others.
+                // The warp's accesses before its last __syncwarp are ordered before this one for the warp itself, but not for other warps.
                 const unsigned before = mine.between_barriers == between_barriers_ ? mine.earlier | mine.lanes : 0;
                 mine = Accesses{between_barriers_, between_syncwarps_[own], 0, before};
             }

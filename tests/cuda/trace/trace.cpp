@@ -128,7 +128,7 @@ void *flusher(void *) {
     return nullptr;
 }
 
-// Whether all records were delivered in time.
+// Returns whether all records were delivered in time.
 bool flush(int seconds, bool last) {
     pthread_mutex_lock(&flush_lock);
     Count goal = stopped ? 0 : ++wanted;

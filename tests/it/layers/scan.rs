@@ -6,23 +6,24 @@
 pub struct PathUse {
     /// Its names; a glob ends in `*`.
     pub segments: Vec<String>,
-    /// Where it starts, from 1.
+    /// The line where it starts, from 1.
     pub line: usize,
     /// The inline modules around it, outermost first.
     pub inside: Vec<String>,
-    /// Whether it stands in `pub(in ..)`: it names who may import, and imports nothing.
+    /// True inside `pub(in ..)`, which names who may import, and imports nothing.
     pub is_visibility: bool,
-    /// Whether it begins with `::`: the first name is a crate.
+    /// True if it begins with `::`: the first name is a crate.
     pub is_external: bool,
 }
 
 /// A name, `::`, or one other character; a literal is `"`.
-struct Token {
-    text: String,
-    line: usize,
+pub struct Token {
+    pub text: String,
+    /// The line where it begins, from 1.
+    pub line: usize,
 }
 
-/// Every path in `source`; a name alone is a path of one.
+/// Returns every path in `source`; a name alone is a path of one segment.
 pub fn paths(source: &str) -> Vec<PathUse> {
     let tokens = tokens(source);
     let text = |i: usize| tokens.get(i).map_or("", |t: &Token| t.text.as_str());
@@ -119,11 +120,12 @@ fn read(
     i
 }
 
-fn is_name(text: &str) -> bool {
+pub fn is_name(text: &str) -> bool {
     text.starts_with(|c: char| c.is_alphabetic() || c == '_')
 }
 
-fn tokens(source: &str) -> Vec<Token> {
+/// Reads the tokens of `source`, comments left out.
+pub fn tokens(source: &str) -> Vec<Token> {
     let chars: Vec<char> = source.chars().collect();
     let at = |i: usize| chars.get(i).copied().unwrap_or('\0');
     let word = |c: char| c.is_alphanumeric() || c == '_';

@@ -1,0 +1,53 @@
+//! Waiting for something that another process or task does. Tests poll with a deadline instead of
+//! sleeping a fixed time, and say what they waited for in vain.
+
+use std::time::{Duration, Instant};
+
+/// Time between two polls.
+const INTERVAL: Duration = Duration::from_millis(50);
+
+/// Waits until `holds` returns true. Panics after `limit`; `what` names what did not happen.
+pub async fn until(what: &str, limit: Duration, mut holds: impl AsyncFnMut() -> bool) {
+    until_ok(what, limit, async || if holds().await { Ok(()) } else { Err(String::new()) }).await;
+}
+
+/// Waits until `look` returns a value, and returns that. Panics after `limit`; the message has the
+/// last error, which tells what was seen instead.
+pub async fn until_ok<T>(
+    what: &str,
+    limit: Duration,
+    mut look: impl AsyncFnMut() -> Result<T, String>,
+) -> T {
+    let start = Instant::now();
+    loop {
+        match look().await {
+            Ok(value) => return value,
+            Err(seen) if start.elapsed() >= limit => panic!("{}", message(what, limit, &seen)),
+            Err(_) => tokio::time::sleep(INTERVAL).await,
+        }
+    }
+}
+
+/// [`until`] for code that is not async.
+#[track_caller]
+pub fn until_blocking(what: &str, limit: Duration, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < limit, "{}", message(what, limit, ""));
+        std::thread::sleep(INTERVAL);
+    }
+}
+
+/// Checks again and again, for as long as `time`, that `holds` returns true.
+pub async fn holds_for(what: &str, time: Duration, mut holds: impl AsyncFnMut() -> bool) {
+    let start = Instant::now();
+    while start.elapsed() < time {
+        assert!(holds().await, "{what} ended after {:?}, before {time:?}", start.elapsed());
+        tokio::time::sleep(INTERVAL).await;
+    }
+}
+
+fn message(what: &str, limit: Duration, seen: &str) -> String {
+    let separator = if seen.is_empty() { "" } else { ": " };
+    format!("{what} did not happen within {limit:?}{separator}{seen}")
+}
