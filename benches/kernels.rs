@@ -10,7 +10,7 @@ use bradley::compute::cpu::gemm::{
 };
 use bradley::compute::cpu::head::{HeadInput, HeadOptions, head};
 use bradley::compute::cpu::rms_norm::{rms_norm, rms_norm_backward};
-use bradley::compute::cpu::swiglu::{swiglu, swiglu_backward};
+use bradley::compute::cpu::swiglu::{Activation, gated, gated_backward};
 use bradley::compute::cpu::thread_pool;
 use bradley::compute::layout::RowLayout;
 use bradley::domain::training::Precision;
@@ -126,7 +126,7 @@ fn pair() -> (RowLayout, Heads, usize) {
         .iter()
         .map(|s| (0..s.tokens.len()).map(|i| s.prefix.len() + i + 1).sum::<usize>())
         .sum();
-    (layout, Heads { query: 9, key: 3, dim: 64, window: None }, seen)
+    (layout, Heads { query: 9, key: 3, dim: 64, window: None, scale: 0.125 }, seen)
 }
 
 #[divan::bench(args = PRECISIONS)]
@@ -174,7 +174,9 @@ fn rms_norm_backward_550x576(bencher: Bencher) {
 #[divan::bench]
 fn swiglu_550x1536(bencher: Bencher) {
     let x = values(550 * 3072);
-    bencher.counter(BytesCount::new(6 * x.len())).bench_local(|| swiglu(kernel("f32"), &x, 1536));
+    bencher
+        .counter(BytesCount::new(6 * x.len()))
+        .bench_local(|| gated(kernel("f32"), Activation::Silu, &x, 1536));
 }
 
 #[divan::bench]
@@ -182,5 +184,5 @@ fn swiglu_backward_550x1536(bencher: Bencher) {
     let (mut x, g) = (values(550 * 3072), values(550 * 1536));
     bencher
         .counter(BytesCount::new(10 * x.len()))
-        .bench_local(|| swiglu_backward(&mut x, 1536, &g));
+        .bench_local(|| gated_backward(Activation::Silu, &mut x, 1536, &g));
 }

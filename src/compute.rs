@@ -1,5 +1,5 @@
-//! What a device does for a model, and nothing of what a model is: memory, threads, and kernels
-//! over slices and device memory.
+//! Memory, threads and kernels of the devices. Kernels work on slices and on device memory; they
+//! know nothing of a model's parameters.
 
 pub mod cpu;
 pub(crate) mod cuda;

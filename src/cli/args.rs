@@ -234,8 +234,8 @@ pub struct TrainArgs {
     /// The share of the training pairs to evaluate on instead.
     #[arg(long)]
     pub eval_fraction: Option<f64>,
-    /// What to train: models/ID or trainingJobs/ID/checkpoints/STEP. Default: the server's only
-    /// model.
+    /// The policy to train: models/ID or trainingJobs/ID/checkpoints/STEP. Default: the server's
+    /// only model.
     #[arg(long)]
     pub policy: Option<String>,
     /// The frozen reference. Default: the policy's start weights.

@@ -1,5 +1,5 @@
-//! What a DPO objective is: the loss mix, β, the divergence and the weightings. Names and defaults
-//! are TRL's where TRL has them.
+//! A DPO objective: the loss mix, β, the divergence and the weightings. Names and defaults are
+//! TRL's where TRL has them.
 
 use serde::{Deserialize, Serialize};
 

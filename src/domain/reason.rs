@@ -52,7 +52,7 @@ macro_rules! reasons {
 
 // The one table of names and codes.
 reasons! {
-    // What a request or its caller is refused for.
+    // Refusals of a request or of its caller.
     /// A field cannot be accepted.
     InvalidArgument = "INVALID_ARGUMENT" => Internal,
     /// The message is not the method's protobuf message.

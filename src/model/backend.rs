@@ -58,7 +58,7 @@ impl StreamNorm {
     pub fn weight(self) -> BlockParam {
         match self {
             StreamNorm::Mixer => BlockParam::InputNorm,
-            StreamNorm::FeedForward => BlockParam::PostNorm,
+            StreamNorm::FeedForward => BlockParam::FeedForwardNorm,
         }
     }
 }

@@ -2,9 +2,9 @@
 //! has the order of a block's steps.
 //!
 //! x' = x + O(attention(rope(Q(n), K(n)), V(n))) with n = norm(x);
-//! x'' = x' + down(silu(gate(m)) ⊙ up(m)) with m = norm(x').
+//! x'' = x' + down(activation(gate(m)) ⊙ up(m)) with m = norm(x').
 //!
-//! The tape has what is expensive to compute again. Norms and the product silu(gate) ⊙ up are
+//! The tape has what is expensive to compute again. Norms and the product activation(gate) ⊙ up are
 //! computed again in the backward pass.
 //!
 //! Memory on a device comes from an arena that is first-fit, so the order of allocations and frees
@@ -39,7 +39,12 @@ fn attention_of(spec: &BlockSpec) -> AttentionSpec {
     let BlockSpec {
         mixer: Mixer::Attention(attention),
         mixer_norms: Norms::Pre,
-        feed_forward: FeedForward::Gated { width: _, activation: Activation::Silu, bias: _ },
+        feed_forward:
+            FeedForward::Gated {
+                width: _,
+                activation: Activation::Silu | Activation::GeluTanh,
+                bias: _,
+            },
         feed_forward_norms: Norms::Pre,
     } = *spec;
     attention

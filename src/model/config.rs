@@ -12,7 +12,7 @@ use self::json::{Fields, invalid};
 use super::error::ModelError;
 use super::families::Architecture;
 use super::params;
-use super::spec::{Activation, FeedForward, ModelSpec, Norms, QkNorm};
+use super::spec::{FeedForward, ModelSpec, QkNorm};
 
 /// A configuration: the decoder that it describes, and what else config.json says.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,36 +34,35 @@ impl ModelConfig {
     /// written. It is part of what jobs are pinned to: a field that is added later must be left out
     /// where it has no effect, or every older job is refused.
     ///
-    /// The blocks of the families that it covers differ in their windows only, so it describes the
-    /// first one and lists the windows of all.
+    /// The blocks of the families that it covers differ in their windows and frequencies only, so
+    /// it describes the first one and lists the windows and frequencies of all.
     pub fn canonical(&self) -> String {
         let spec = &self.spec;
-        let (frequencies, attention_factor) = spec.rope.inv_freq(spec.head_dim());
-        let bits: Vec<u32> = frequencies.iter().map(|f| f.to_bits()).collect();
+        let (frequencies, factor) = spec.ropes[0].bits(spec.head_dim());
         let windows: Vec<usize> =
             spec.blocks.iter().map(|block| block.attention().window.unwrap_or(0)).collect();
         let block = &spec.blocks[0];
-        let (attention, Norms::Pre, Norms::Pre) =
-            (block.attention(), block.mixer_norms, block.feed_forward_norms);
-        let FeedForward::Gated { width, activation: Activation::Silu, bias } = block.feed_forward;
-        json!([
-            ["architecture", self.architecture.as_str()],
-            ["vocab_size", spec.vocab_size],
-            ["hidden_size", spec.hidden_size],
-            ["intermediate_size", width],
-            ["num_layers", spec.blocks.len()],
-            ["num_heads", attention.heads],
-            ["num_kv_heads", attention.kv_heads],
-            ["head_dim", attention.head_dim],
-            ["rms_norm_eps", spec.rms_norm_eps],
-            ["rope_frequencies", bits],
-            ["rope_factor", attention_factor.to_bits()],
-            ["tie_word_embeddings", spec.tie_word_embeddings],
-            ["biases", [attention.qkv_bias, attention.output_bias, bias]],
-            ["qk_norm", attention.qk_norm == QkNorm::PerHead],
-            ["sliding_window", windows],
-        ])
-        .to_string()
+        let attention = block.attention();
+        let FeedForward::Gated { width, activation: _, bias } = block.feed_forward;
+        let mut fields = vec![
+            json!(["architecture", self.architecture.as_str()]),
+            json!(["vocab_size", spec.vocab_size]),
+            json!(["hidden_size", spec.hidden_size]),
+            json!(["intermediate_size", width]),
+            json!(["num_layers", spec.blocks.len()]),
+            json!(["num_heads", attention.heads]),
+            json!(["num_kv_heads", attention.kv_heads]),
+            json!(["head_dim", attention.head_dim]),
+            json!(["rms_norm_eps", spec.rms_norm_eps]),
+            json!(["rope_frequencies", frequencies]),
+            json!(["rope_factor", factor]),
+            json!(["tie_word_embeddings", spec.tie_word_embeddings]),
+            json!(["biases", [attention.qkv_bias, attention.output_bias, bias]]),
+            json!(["qk_norm", attention.qk_norm == QkNorm::PerHead]),
+            json!(["sliding_window", windows]),
+        ];
+        fields.extend(spec.distinctions());
+        Value::Array(fields).to_string()
     }
 
     /// Reads a config.json, of transformers 4 (`rope_theta`, `rope_scaling`) or 5
@@ -81,6 +80,7 @@ impl ModelConfig {
 
     /// Reads the value of a config.json; `path` is for messages.
     pub(crate) fn from_hf_value(json: Value, path: &Path) -> Result<Self, ModelError> {
+        let json = text_config(json);
         let fields = Fields::new(&json, path)?;
         let architecture = architecture(&fields)?;
         if !fields.is_null("quantization_config") {
@@ -90,7 +90,9 @@ impl ModelConfig {
             );
             return Err(ModelError::Unsupported { what });
         }
-        let spec = (architecture.family().spec)(&fields)?;
+        let family = architecture.family();
+        let defaults = (family.defaults)();
+        let spec = (family.spec)(&fields.with_defaults(&defaults))?;
         let bos_token_id = fields.token_ids("bos_token_id")?.first().copied();
         let eos_token_ids = fields.token_ids("eos_token_id")?;
         Ok(ModelConfig { architecture, spec, bos_token_id, eos_token_ids, hf_json: json })
@@ -100,6 +102,31 @@ impl ModelConfig {
     pub fn parameter_count(&self) -> usize {
         params::parameter_count(&self.spec)
     }
+}
+
+/// Returns the configuration of the language model inside one of text and images, as the
+/// config.json that it would have alone; other configurations as they are.
+fn text_config(mut json: Value) -> Value {
+    let family = json.get("model_type").and_then(Value::as_str).and_then(Architecture::of_text_in);
+    let stored = family.and_then(|_| json.get_mut("text_config")).map(Value::take);
+    let Some(Value::Object(mut text)) = stored else { return json };
+    for key in [
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "dtype",
+        "torch_dtype",
+        "quantization_config",
+    ] {
+        if let (false, Some(value)) = (text.contains_key(key), json.get_mut(key).map(Value::take)) {
+            text.insert(key.to_owned(), value);
+        }
+    }
+    if let Some(family) = family {
+        text.insert("model_type".to_owned(), json!(family.as_str()));
+        text.insert("architectures".to_owned(), json!([family.family().causal_lm_class]));
+    }
+    Value::Object(text)
 }
 
 fn architecture(fields: &Fields<'_>) -> Result<Architecture, ModelError> {

@@ -13,6 +13,7 @@ use super::cpu::CpuRow;
 use super::device::ComputeDevice;
 use super::parameters::Parameters;
 use super::pass;
+use super::rope::RopeConfig;
 use super::row::{PreparedRow, Row};
 use crate::compute::cpu::gemm::Kernel;
 use crate::compute::cpu::rope::RopeTable;
@@ -103,9 +104,13 @@ impl Policy {
             bail!("token id {bad} is outside the model's vocabulary of {vocabulary}");
         }
         let spec = &self.config.spec;
-        let (inv_freq, factor) = spec.rope.inv_freq(spec.head_dim());
-        let rope = RopeTable::new(&row.layout.positions(), &inv_freq, factor);
-        Ok(PreparedRow::new(row, rope))
+        let positions = row.layout.positions();
+        let table = |rope: &RopeConfig| {
+            let (inv_freq, factor) = rope.inv_freq(spec.head_dim());
+            RopeTable::new(&positions, &inv_freq, factor)
+        };
+        let ropes = spec.ropes.iter().map(table).collect();
+        Ok(PreparedRow::new(row, ropes))
     }
 
     /// Log-probs of the row's completion tokens `[N]`. `pause` is called before every block.

@@ -37,6 +37,12 @@ impl Architecture {
         Self::ALL.into_iter().find(|a| a.as_str() == name)
     }
 
+    /// Returns the family of the language model inside models of text and images of this
+    /// `model_type`, which have its configuration as `text_config`.
+    pub(super) fn of_text_in(model_type: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|a| a.family().text_in == Some(model_type))
+    }
+
     /// Returns the class that transformers loads a model of the family with.
     pub(crate) fn causal_lm_class(self) -> &'static str {
         self.family().causal_lm_class

@@ -10,7 +10,7 @@ use super::config::ModelConfig;
 use super::error::ModelError;
 use super::params::{BlockParam, Linear, ParamId, ParamRole, ParamSpec, params};
 use super::weight_matrix::WeightMatrix;
-use crate::compute::cpu::thread_pool;
+use crate::compute::cpu::{TensorRead, thread_pool};
 use crate::domain::training::Precision;
 
 /// Tensors that are read at one time at most: each is in memory twice or three times while it is
@@ -34,6 +34,27 @@ pub struct Projection<'a> {
     pub weight: &'a WeightMatrix,
     /// b `[out]`.
     pub bias: Option<&'a Tensor>,
+}
+
+/// What an RMSNorm multiplies by.
+pub enum NormFactors<'a> {
+    /// The stored weight.
+    Stored(TensorRead<'a>),
+    /// 1 + the stored weight.
+    PlusOne(Vec<f32>),
+}
+
+impl NormFactors<'_> {
+    /// Returns the factors.
+    ///
+    /// # Errors
+    /// When the stored weight is not f32.
+    pub fn values(&self) -> candle_core::Result<&[f32]> {
+        match self {
+            NormFactors::Stored(held) => held.f32(),
+            NormFactors::PlusOne(values) => Ok(values),
+        }
+    }
 }
 
 /// All weights of a decoder.
@@ -179,6 +200,27 @@ impl Parameters {
             Some(Value::Matrix(_)) => bail!("{id:?} is a matrix"),
             None => bail!("the model has no {id:?}"),
         }
+    }
+
+    /// Returns the RMSNorms of a block.
+    pub fn norms(&self, block: usize) -> impl Iterator<Item = BlockParam> {
+        self.table.params.iter().filter_map(move |param| match param.id {
+            ParamId::Block(index, norm) if index == block && norm.is_norm() => Some(norm),
+            _ => None,
+        })
+    }
+
+    /// Returns the factors of an RMSNorm.
+    ///
+    /// # Errors
+    /// When the model has none of this id.
+    pub fn norm(&self, id: ParamId) -> candle_core::Result<NormFactors<'_>> {
+        let held = TensorRead::of(self.vector(id)?)?;
+        let adds_one = self.table.index.get(&id).is_some_and(|i| self.table.params[*i].adds_one);
+        Ok(match adds_one {
+            false => NormFactors::Stored(held),
+            true => NormFactors::PlusOne(held.f32()?.iter().map(|w| 1.0 + w).collect()),
+        })
     }
 
     /// Returns the tensors of a linear layer.

@@ -4,6 +4,8 @@
 //! This is the only place that spells a tensor's name or shape. Loading, export, GGUF, LoRA, PEFT's
 //! names, gradients, weight decay, the copies on a GPU and the parameter counts all read it.
 
+use std::borrow::Cow;
+
 use super::spec::{AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm};
 use crate::domain::training::LoraConfig;
 
@@ -26,7 +28,7 @@ pub enum BlockParam {
     /// RMSNorm before the mixer.
     InputNorm,
     /// RMSNorm before the feed-forward part.
-    PostNorm,
+    FeedForwardNorm,
     /// RMSNorm on queries.
     QueryNorm,
     /// RMSNorm on keys.
@@ -124,6 +126,8 @@ pub struct ParamSpec {
     /// How many heads that are rotated make up its rows, for queries and keys; `None` for all
     /// others.
     pub rotated_heads: Option<usize>,
+    /// Whether passes compute with 1 + w. llama.cpp's files hold the sum, transformers' hold w.
+    pub adds_one: bool,
 }
 
 /// One tensor of an adapter.
@@ -172,7 +176,7 @@ const EMBEDDING: Module = Module { hf: "model.embed_tokens", gguf: "token_embd" 
 const NORM: Module = Module { hf: "model.norm", gguf: "output_norm" };
 const HEAD: Module = Module { hf: "lm_head", gguf: "output" };
 const INPUT_NORM: Module = Module { hf: "input_layernorm", gguf: "attn_norm" };
-const POST_NORM: Module = Module { hf: "post_attention_layernorm", gguf: "ffn_norm" };
+const FEED_FORWARD_NORM: Module = Module { hf: "post_attention_layernorm", gguf: "ffn_norm" };
 const QUERY_NORM: Module = Module { hf: "self_attn.q_norm", gguf: "attn_q_norm" };
 const KEY_NORM: Module = Module { hf: "self_attn.k_norm", gguf: "attn_k_norm" };
 
@@ -264,7 +268,7 @@ impl BlockParam {
     pub fn is_norm(self) -> bool {
         match self {
             BlockParam::InputNorm
-            | BlockParam::PostNorm
+            | BlockParam::FeedForwardNorm
             | BlockParam::QueryNorm
             | BlockParam::KeyNorm => true,
             BlockParam::Weight(_)
@@ -389,6 +393,21 @@ pub fn is_in_block(stored: &str) -> bool {
     stored.starts_with(HF_BLOCKS) || stored.starts_with(GGUF_BLOCKS)
 }
 
+/// Returns a stored tensor's name in the table: what models of text and images call their language
+/// model is left out.
+pub fn text_name(stored: &str) -> Cow<'_, str> {
+    if let Some(name) = stored
+        .strip_prefix("language_model.")
+        .filter(|name| name.starts_with("model.") || *name == HF_HEAD)
+    {
+        return Cow::Borrowed(name);
+    }
+    match stored.strip_prefix("model.language_model.") {
+        Some(name) => Cow::Owned(format!("model.{name}")),
+        None => Cow::Borrowed(stored),
+    }
+}
+
 /// Returns the name of a module's tensor.
 fn file_name(module: &str, role: ParamRole) -> String {
     match role {
@@ -404,6 +423,7 @@ struct TableRow<'a> {
     role: ParamRole,
     shape: &'a [usize],
     rotated_heads: Option<usize>,
+    adds_one: bool,
 }
 
 impl TableRow<'_> {
@@ -429,6 +449,7 @@ impl TableRow<'_> {
             role: self.role,
             lora_target: self.lora_target(),
             rotated_heads: self.rotated_heads,
+            adds_one: self.adds_one,
         }
     }
 }
@@ -436,7 +457,7 @@ impl TableRow<'_> {
 /// Calls `visit` with every row of the table, in its order.
 fn each_row(spec: &ModelSpec, visit: impl FnMut(TableRow<'_>)) {
     let width = spec.hidden_size;
-    let mut rows = Rows(visit);
+    let mut rows = Rows { visit, norms_add_one: spec.norms_add_one };
     rows.push(ParamId::Embedding, EMBEDDING, ParamRole::Matrix, &[spec.vocab_size, width]);
     for (index, block) in spec.blocks.iter().enumerate() {
         rows.block(index, block, width);
@@ -448,11 +469,15 @@ fn each_row(spec: &ModelSpec, visit: impl FnMut(TableRow<'_>)) {
 }
 
 /// Where the rows go.
-struct Rows<F>(F);
+struct Rows<F> {
+    visit: F,
+    norms_add_one: bool,
+}
 
 impl<F: FnMut(TableRow<'_>)> Rows<F> {
     fn push(&mut self, id: ParamId, module: Module, role: ParamRole, shape: &[usize]) {
-        (self.0)(TableRow { id, module, role, shape, rotated_heads: None });
+        let adds_one = role == ParamRole::Norm && self.norms_add_one;
+        (self.visit)(TableRow { id, module, role, shape, rotated_heads: None, adds_one });
     }
 
     fn block(&mut self, index: usize, block: &BlockSpec, width: usize) {
@@ -463,7 +488,7 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
             Mixer::Attention(attention) => self.attention(index, attention, width),
         }
         match block.feed_forward_norms {
-            Norms::Pre => self.norm(index, BlockParam::PostNorm, POST_NORM, width),
+            Norms::Pre => self.norm(index, BlockParam::FeedForwardNorm, FEED_FORWARD_NORM, width),
         }
         match block.feed_forward {
             FeedForward::Gated { width: inner, activation: _, bias } => {
@@ -509,15 +534,23 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
     ) {
         let module = linear.module();
         let id = ParamId::Block(index, BlockParam::Weight(linear));
-        (self.0)(TableRow { id, module, role: ParamRole::Matrix, shape: &shape, rotated_heads });
+        (self.visit)(TableRow {
+            id,
+            module,
+            role: ParamRole::Matrix,
+            shape: &shape,
+            rotated_heads,
+            adds_one: false,
+        });
         if bias {
             let id = ParamId::Block(index, BlockParam::Bias(linear));
-            (self.0)(TableRow {
+            (self.visit)(TableRow {
                 id,
                 module,
                 role: ParamRole::Bias,
                 shape: &shape[..1],
                 rotated_heads,
+                adds_one: false,
             });
         }
     }

@@ -55,6 +55,12 @@ pub enum RopeScaling {
 }
 
 impl RopeConfig {
+    /// Returns the bits of what [`RopeConfig::inv_freq`] returns.
+    pub fn bits(&self, head_dim: usize) -> (Vec<u32>, u32) {
+        let (frequencies, factor) = self.inv_freq(head_dim);
+        (frequencies.into_iter().map(f32::to_bits).collect(), factor.to_bits())
+    }
+
     /// Inverse frequencies `[head_dim / 2]` and the factor that multiplies cos and sin; the numbers
     /// that transformers' `ROPE_INIT_FUNCTIONS` give, rounded to f32 where they round.
     pub fn inv_freq(&self, head_dim: usize) -> (Vec<f32>, f32) {

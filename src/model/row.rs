@@ -24,15 +24,16 @@ pub struct Row {
 #[derive(Clone, Debug)]
 pub struct PreparedRow {
     pub(super) row: Arc<Row>,
-    pub(super) rope: RopeTable,
+    /// In the order of the model's rotary frequencies.
+    pub(super) ropes: Vec<RopeTable>,
     /// Adapters on parts of the row, besides the policy's own; only for passes without a tape.
     pub(super) adapters: Vec<(Range<usize>, Arc<Adapter>)>,
 }
 
 impl PreparedRow {
     /// Returns a row on which no part has an adapter of its own.
-    pub(super) fn new(row: Arc<Row>, rope: RopeTable) -> Self {
-        PreparedRow { row, rope, adapters: Vec::new() }
+    pub(super) fn new(row: Arc<Row>, ropes: Vec<RopeTable>) -> Self {
+        PreparedRow { row, ropes, adapters: Vec::new() }
     }
 
     /// Returns the row as it was packed.

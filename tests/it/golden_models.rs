@@ -64,7 +64,7 @@ fn rope_scalings_are_those_of_transformers() {
             std::path::Path::new("config.json"),
         )
         .unwrap();
-        let (inv_freq, factor) = config.spec.rope.inv_freq(config.spec.head_dim());
+        let (inv_freq, factor) = config.spec.ropes[0].inv_freq(config.spec.head_dim());
         let want = numbers(&case["inv_freq"]);
         assert_eq!(inv_freq.len(), want.len());
         for (g, w) in inv_freq.iter().zip(want) {

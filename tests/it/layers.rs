@@ -783,7 +783,9 @@ fn modules_in(folder: &Path, deep: bool) -> BTreeSet<String> {
         let path = entry.unwrap().path();
         let name = path.file_stem().unwrap().to_string_lossy().into_owned();
         if path.is_dir() {
-            names.extend(deep.then(|| modules_in(&path, true)).unwrap_or_default());
+            if deep {
+                names.extend(modules_in(&path, true));
+            }
             names.insert(name);
         } else if path.extension().is_some_and(|e| e == "rs") {
             names.insert(name);

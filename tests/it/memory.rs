@@ -2,7 +2,7 @@
 //!
 //! The parts of a plan are held against what they are planned for. The state of training lies in
 //! vectors, of which the first test takes the sizes. Activations lie in the arena of
-//! `model/ops/buffer.rs`, or on the GPU, and both know their peak: of the whole process, so each
+//! `compute/cpu/buffer.rs`, or on the GPU, and both know their peak: of the whole process, so each
 //! run gets one of its own. A plan's two constants, for the program and for packed panels, would
 //! hide everything else of a tiny model, and are left out.
 
@@ -109,7 +109,7 @@ impl Case {
 
     fn plan(&self, base: &Policy) -> Estimate {
         let lengths = Lengths::of(&self.encoded(), self.pairs);
-        let memory = Memory::of(&device());
+        let memory = MemoryKind::of(&device());
         plan(&base.config, &self.spec(), lengths, u64::MAX, memory).unwrap()
     }
 }

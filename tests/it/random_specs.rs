@@ -126,6 +126,8 @@ fn random_block(draw: &mut Draw, head_dim: usize) -> BlockSpec {
         heads,
         kv_heads: draw.pick(&divisors),
         head_dim,
+        scale: 1.0 / (head_dim as f32).sqrt(),
+        rope: 0,
         window: draw.flag().then(|| draw.pick(&[1, 2, 3, 7, 16, 33, 64, 70, 500])),
         qk_norm: draw.pick(&[QkNorm::Absent, QkNorm::PerHead]),
         qkv_bias: draw.flag(),
@@ -156,9 +158,31 @@ fn random_spec(draw: &mut Draw) -> ModelSpec {
         hidden_size: draw.within(4..=40),
         max_position_embeddings: 512,
         rms_norm_eps: draw.pick(&[1e-6, 1e-5, 1e-3, 1e-2]),
-        rope: random_rope(draw),
+        embedding_scale: 1.0,
+        norms_add_one: false,
+        ropes: vec![random_rope(draw)],
         tie_word_embeddings: draw.flag(),
         blocks: (0..blocks).map(|_| random_block(draw, head_dim)).collect(),
+    }
+}
+
+/// Draws what only some families have. These draws are their own, so that a seed has the sizes that
+/// it had before there were such families.
+fn draw_distinctions(draw: &mut Draw, spec: &mut ModelSpec) {
+    // Numbers that bf16 represents.
+    spec.embedding_scale = draw.pick(&[1.0, 1.0, 0.5, 3.0]);
+    spec.norms_add_one = draw.flag();
+    if draw.flag() {
+        spec.ropes.push(random_rope(draw));
+    }
+    for block in &mut spec.blocks {
+        let Mixer::Attention(attention) = &mut block.mixer;
+        attention.rope = draw.below(spec.ropes.len());
+        if draw.flag() {
+            attention.scale *= draw.number(0.5, 1.5) as f32;
+        }
+        let FeedForward::Gated { activation, .. } = &mut block.feed_forward;
+        *activation = draw.pick(&[Activation::Silu, Activation::GeluTanh]);
     }
 }
 
@@ -197,17 +221,19 @@ fn random_groups(draw: &mut Draw, vocabulary: usize) -> Vec<SequenceGroup> {
 /// Draws a model's tensors: about as large as those of a trained model, so that no part of it
 /// drowns in the others.
 fn random_parameters(draw: &mut Draw, config: &ModelConfig) -> Parameters {
-    let tensor = |param: &ParamSpec| -> Result<Tensor, Infallible> {
+    let tensor = |param: &ParamSpec| -> candle_core::Result<Tensor> {
         let values = match param.role {
             // The variance of what comes out is about that of what goes in.
             ParamRole::Matrix => {
                 let inputs = param.shape[param.shape.len() - 1];
                 draw.weights(param.elements(), 1.7 / (inputs as f64).sqrt(), 0.0)
             }
-            ParamRole::Norm => draw.weights(param.elements(), 0.4, 1.0),
+            ParamRole::Norm => {
+                draw.weights(param.elements(), 0.4, if param.adds_one { 0.0 } else { 1.0 })
+            }
             ParamRole::Bias => draw.weights(param.elements(), 0.3, 0.0),
         };
-        Ok(Tensor::from_vec(values, param.shape.as_slice(), &Device::Cpu).unwrap())
+        Tensor::from_vec(values, param.shape.as_slice(), &Device::Cpu)
     };
     Parameters::build(config, tensor).unwrap()
 }
@@ -252,7 +278,8 @@ struct Case {
 impl Case {
     fn new(seed: u64) -> Self {
         let mut draw = Draw(ChaCha8Rng::seed_from_u64(seed));
-        let spec = random_spec(&mut draw);
+        let mut spec = random_spec(&mut draw);
+        draw_distinctions(&mut Draw(ChaCha8Rng::seed_from_u64(!seed)), &mut spec);
         let groups = random_groups(&mut draw, spec.vocab_size);
         let config = ModelConfig {
             architecture: Architecture::Llama,
@@ -469,6 +496,9 @@ fn the_seeds_draw_every_variant() {
     let attention = |case: &Case, is: &dyn Fn(&AttentionSpec) -> bool| {
         blocks(case).iter().any(|block| is(block.attention()))
     };
+    let scalings = |case: &Case, is: &dyn Fn(&RopeScaling) -> bool| {
+        case.base.config.spec.ropes.iter().any(|rope| is(&rope.scaling))
+    };
     any("a tied head", &|c| c.base.config.spec.tie_word_embeddings);
     any("a head of its own", &|c| !c.base.config.spec.tie_word_embeddings);
     any("two tiles of the vocabulary", &|c| c.base.config.spec.vocab_size > 512);
@@ -476,10 +506,10 @@ fn the_seeds_draw_every_variant() {
     any("a full fine-tune", &|c| c.adapter.is_none());
     any("tapes", &|c| c.keep == Keep::Tapes);
     any("recomputation", &|c| c.keep == Keep::Inputs);
-    any("no scaling", &|c| c.base.config.spec.rope.scaling == RopeScaling::None);
-    any("linear", &|c| matches!(c.base.config.spec.rope.scaling, RopeScaling::Linear { .. }));
-    any("llama3", &|c| matches!(c.base.config.spec.rope.scaling, RopeScaling::Llama3 { .. }));
-    any("yarn", &|c| matches!(c.base.config.spec.rope.scaling, RopeScaling::Yarn { .. }));
+    any("no scaling", &|c| scalings(c, &|s| *s == RopeScaling::None));
+    any("linear", &|c| scalings(c, &|s| matches!(s, RopeScaling::Linear { .. })));
+    any("llama3", &|c| scalings(c, &|s| matches!(s, RopeScaling::Llama3 { .. })));
+    any("yarn", &|c| scalings(c, &|s| matches!(s, RopeScaling::Yarn { .. })));
     any("grouped queries", &|c| attention(c, &|a| a.kv_heads > 1 && a.kv_heads < a.heads));
     any("one key head for all", &|c| attention(c, &|a| a.kv_heads == 1 && a.heads > 1));
     any("norms on queries and keys", &|c| attention(c, &|a| a.qk_norm == QkNorm::PerHead));
@@ -495,6 +525,19 @@ fn the_seeds_draw_every_variant() {
         let longest = c.groups.iter().map(|g| g.prompt.len()).max().unwrap();
         attention(c, &|a| a.window.is_some_and(|window| window < longest))
     });
+    any("scaled embeddings", &|c| c.base.config.spec.embedding_scale != 1.0);
+    any("norms of 1 + w", &|c| c.base.config.spec.norms_add_one);
+    any("two rotations", &|c| attention(c, &|a| a.rope == 0) && attention(c, &|a| a.rope == 1));
+    any("scores of another scale", &|c| {
+        attention(c, &|a| a.scale != 1.0 / (a.head_dim as f32).sqrt())
+    });
+    for wanted in [Activation::Silu, Activation::GeluTanh] {
+        let is = |b: &BlockSpec| {
+            let FeedForward::Gated { activation, .. } = b.feed_forward;
+            activation == wanted
+        };
+        any("an activation", &|c| blocks(c).iter().any(is));
+    }
     any("several completions of one prompt", &|c| c.groups.iter().any(|g| g.completions.len() > 1));
     any("a prompt that two items share", &|c| {
         c.groups.len() > 1 && c.groups.last().unwrap().prompt == c.groups[0].prompt

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::f64::consts::PI;
 
 use bradley::model::decoder::Policy;
-use bradley::model::params::{BlockParam, Linear, ParamId};
+use bradley::model::params::{BlockParam, Linear, ParamId, params};
 use bradley::model::rope::{RopeConfig, RopeScaling};
 use bradley::model::spec::{Activation, FeedForward, ModelSpec, Norms};
 use candle_core::{DType, Tensor};
@@ -21,18 +21,18 @@ pub struct ReferenceModel {
     tensors: HashMap<ParamId, Vec<f64>>,
     /// The factor on B·A.
     lora_scale: f64,
-    /// Radians for each position, for each pair of dimensions of a head.
-    frequencies: Vec<f64>,
-    /// Multiplies cos and sin.
-    rope_factor: f64,
+    /// For each of the model's rotations: radians for each position, for each pair of dimensions of
+    /// a head, and what multiplies cos and sin.
+    rotations: Vec<(Vec<f64>, f64)>,
 }
 
 impl ReferenceModel {
     /// Copies a policy's weights.
     pub fn new(policy: &Policy) -> Self {
         let spec = policy.config.spec.clone();
-        let named = policy.parameters.iter().map(|(param, tensor)| (param.id, numbers(tensor)));
-        let mut tensors: HashMap<ParamId, Vec<f64>> = named.collect();
+        let value = |id| Some((id, numbers(&policy.parameters.get(id)?)));
+        let mut tensors: HashMap<ParamId, Vec<f64>> =
+            params(&spec).iter().filter_map(|param| value(param.id)).collect();
         let adapter = policy.adapter.as_deref();
         for block in 0..spec.blocks.len() {
             for linear in Linear::ALL {
@@ -48,12 +48,12 @@ impl ReferenceModel {
                 }
             }
         }
-        let (frequencies, rope_factor) = frequencies(&spec.rope, spec.head_dim());
+        let rotations = spec.ropes.iter().map(|rope| frequencies(rope, spec.head_dim())).collect();
         let lora_scale = adapter.map_or(1.0, |adapter| {
             let (alpha, rank) = (adapter.config.alpha, adapter.config.rank as f64);
             if adapter.config.use_rslora { alpha / rank.sqrt() } else { alpha / rank }
         });
-        ReferenceModel { spec, tensors, lora_scale, frequencies, rope_factor }
+        ReferenceModel { spec, tensors, lora_scale, rotations }
     }
 
     /// Returns the number of decoder blocks.
@@ -81,7 +81,10 @@ impl ReferenceModel {
     pub fn embed(&self, prompt: &[u32], completion: &[u32]) -> Hidden {
         let (table, width) = (&self.tensors[&ParamId::Embedding], self.spec.hidden_size);
         let tokens = prompt.iter().chain(&completion[..completion.len() - 1]);
-        tokens.map(|id| table[*id as usize * width..][..width].to_vec()).collect()
+        let scale = f64::from(self.spec.embedding_scale);
+        let embedding =
+            |id: &u32| table[*id as usize * width..][..width].iter().map(|x| scale * x).collect();
+        tokens.map(embedding).collect()
     }
 
     /// Returns a block's output for its input.
@@ -103,7 +106,7 @@ impl ReferenceModel {
                         let normed = self.norm(ParamId::Block(index, norm), head);
                         head.copy_from_slice(&normed);
                     }
-                    self.rotate(head, position);
+                    self.rotate(attention.rope, head, position);
                 }
             }
             queries.push(query);
@@ -119,7 +122,8 @@ impl ReferenceModel {
             for head in 0..heads {
                 let kv = head / (heads / kv_heads) * dim;
                 let query = &queries[i][head * dim..][..dim];
-                let score = |j: usize| dot(query, &keys[j][kv..][..dim]) / (dim as f64).sqrt();
+                let score =
+                    |j: usize| f64::from(attention.scale) * dot(query, &keys[j][kv..][..dim]);
                 let probabilities = softmax((first..=i).map(score).collect());
                 let mut sum = vec![0.0; dim];
                 for (p, j) in probabilities.iter().zip(first..) {
@@ -130,12 +134,12 @@ impl ReferenceModel {
             let mut y = x.clone();
             add(&mut y, 1.0, &self.linear(index, Linear::Output, &attended));
 
-            let FeedForward::Gated { activation: Activation::Silu, .. } = block.feed_forward;
-            let n = self.norm(ParamId::Block(index, BlockParam::PostNorm), &y);
+            let FeedForward::Gated { activation, .. } = block.feed_forward;
+            let n = self.norm(ParamId::Block(index, BlockParam::FeedForwardNorm), &y);
             let gate = self.linear(index, Linear::Gate, &n);
             let up = self.linear(index, Linear::Up, &n);
             let inner: Vec<f64> =
-                gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+                gate.iter().zip(&up).map(|(g, u)| activate(activation, *g) * u).collect();
             add(&mut y, 1.0, &self.linear(index, Linear::Down, &inner));
             output.push(y);
         }
@@ -156,10 +160,11 @@ impl ReferenceModel {
         predictors.map(log_prob).collect()
     }
 
-    /// RMSNorm: x / √(mean(x²) + ε) ⊙ w.
+    /// RMSNorm: x / √(mean(x²) + ε) ⊙ w, or ⊙ (1 + w).
     fn norm(&self, weight: ParamId, x: &[f64]) -> Vec<f64> {
+        let one = if self.spec.norms_add_one { 1.0 } else { 0.0 };
         let rms = (dot(x, x) / x.len() as f64 + self.spec.rms_norm_eps).sqrt();
-        x.iter().zip(&self.tensors[&weight]).map(|(x, w)| x / rms * w).collect()
+        x.iter().zip(&self.tensors[&weight]).map(|(x, w)| x / rms * (one + w)).collect()
     }
 
     /// W·x + b + scale·B·(A·x).
@@ -178,13 +183,24 @@ impl ReferenceModel {
     }
 
     /// Rotates dimension i of a head with dimension i + D/2.
-    fn rotate(&self, head: &mut [f64], position: usize) {
+    fn rotate(&self, rope: usize, head: &mut [f64], position: usize) {
         let half = head.len() / 2;
-        for (i, frequency) in self.frequencies.iter().enumerate() {
+        let (frequencies, factor) = &self.rotations[rope];
+        for (i, frequency) in frequencies.iter().enumerate() {
             let (sin, cos) = (position as f64 * frequency).sin_cos();
-            let (sin, cos) = (sin * self.rope_factor, cos * self.rope_factor);
+            let (sin, cos) = (sin * factor, cos * factor);
             let (a, b) = (head[i], head[i + half]);
             (head[i], head[i + half]) = (a * cos - b * sin, b * cos + a * sin);
+        }
+    }
+}
+
+/// An activation by its definition.
+fn activate(activation: Activation, x: f64) -> f64 {
+    match activation {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::GeluTanh => {
+            0.5 * x * (1.0 + ((2.0 / PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
         }
     }
 }

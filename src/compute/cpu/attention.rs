@@ -25,7 +25,7 @@ use super::simd::{dispatch, exp_sum, max};
 use super::thread_pool;
 use crate::compute::layout::RowLayout;
 
-/// `qkv` `[T, (H + 2K)·D]` → `out` `[T, H·D]`, scaled by 1/√D; `lse` `[T, H]` receives the
+/// `qkv` `[T, (H + 2K)·D]` → `out` `[T, H·D]`, scaled by `heads.scale`; `lse` `[T, H]` receives the
 /// log-sum-exp of each query.
 pub fn attention(
     kernel: Kernel,
@@ -64,7 +64,7 @@ pub fn attention(
             let visible = block.visible(i, heads.window);
             let (m, total) = dispatch(
                 #[inline(always)]
-                || softmax(s, &visible, heads.scale()),
+                || softmax(s, &visible, heads.scale),
             );
             inverse[i] = 1.0 / total;
             // SAFETY: this task alone writes its queries and head.

@@ -49,12 +49,12 @@ pub struct HeadOptions {
     pub distribution: bool,
     /// Form ∂log p/∂h.
     pub gradient: bool,
-    /// Whether [`head_weight_gradient`] follows, and how many probabilities may be kept for it: it
-    /// forms the others again, with the same bits.
+    /// The head is trained if this is set: it is the largest number of probabilities that are saved
+    /// for [`head_weight_gradient`], which computes the others again, with the same bits.
     pub trained: Option<usize>,
 }
 
-/// What the head reads, forward and backward.
+/// The inputs of the head's forward and backward pass.
 #[derive(Clone, Copy, Debug)]
 pub struct HeadInput<'a> {
     /// The kernel of the matrix products.

@@ -1,4 +1,4 @@
-//! SwiGLU: y = silu(gate) ⊙ up (arXiv:2002.05202).
+//! Gated linear units: y = activation(gate) ⊙ up, SwiGLU and GEGLU (arXiv:2002.05202).
 
 use std::ops::Range;
 
@@ -9,24 +9,95 @@ use super::gemm::{Kernel, NR, Operand, Shared, TiledOperand};
 use super::simd::{dispatch, sigmoid};
 use super::thread_pool;
 
+/// What the gate goes through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// x·σ(x).
+    Silu,
+    /// GELU with its tanh approximation, x·σ(2·√(2/π)·(x + 0.044715·x³)).
+    GeluTanh,
+}
+
+/// An activation x·σ(u(x)).
+trait Gate {
+    /// σ(u(x)).
+    fn sigma(x: f32) -> f32;
+
+    /// x·u'(x)·(1 − s), given s = σ(u(x)); the derivative of x·σ(u(x)) is s times 1 + this.
+    fn slope(x: f32, s: f32) -> f32;
+}
+
+struct Silu;
+
+impl Gate for Silu {
+    #[inline(always)]
+    fn sigma(x: f32) -> f32 {
+        sigmoid(x)
+    }
+
+    #[inline(always)]
+    fn slope(x: f32, s: f32) -> f32 {
+        x * (1.0 - s)
+    }
+}
+
+struct GeluTanh;
+
+impl GeluTanh {
+    /// 2·√(2/π).
+    const SCALE: f32 = 1.595_769_2;
+    const CUBE: f32 = 0.044_715;
+}
+
+impl Gate for GeluTanh {
+    #[inline(always)]
+    fn sigma(x: f32) -> f32 {
+        sigmoid(Self::SCALE * (x + Self::CUBE * x * x * x))
+    }
+
+    #[inline(always)]
+    fn slope(x: f32, s: f32) -> f32 {
+        x * (1.0 - s) * (Self::SCALE * (1.0 + 3.0 * Self::CUBE * x * x))
+    }
+}
+
 /// y `[T, F]` from `[gate | up]` `[T, 2F]`, to be multiplied.
-pub fn swiglu(kernel: Kernel, gate_up: &[f32], width: usize) -> Operand<'static> {
+pub fn gated(
+    kernel: Kernel,
+    activation: Activation,
+    gate_up: &[f32],
+    width: usize,
+) -> Operand<'static> {
+    match activation {
+        Activation::Silu => gated_by::<Silu>(kernel, gate_up, width),
+        Activation::GeluTanh => gated_by::<GeluTanh>(kernel, gate_up, width),
+    }
+}
+
+fn gated_by<G: Gate>(kernel: Kernel, gate_up: &[f32], width: usize) -> Operand<'static> {
     Operand::computed(kernel, gate_up.len() / (2 * width), width, |i, y| {
         let (gate, up) = gate_up[2 * i * width..][..2 * width].split_at(width);
         dispatch(
             #[inline(always)]
             || {
                 for ((y, a), b) in y.iter_mut().zip(gate).zip(up) {
-                    *y = a * sigmoid(*a) * b;
+                    *y = a * G::sigma(*a) * b;
                 }
             },
         )
     })
 }
 
-/// Replaces `[gate | up]` by its gradient for the upstream gradient `g` `[T, F]`. With s = σ(gate):
-/// d_up = g·gate·s, d_gate = g·up·s·(1 + gate·(1 − s)).
-pub fn swiglu_backward(gate_up: &mut [f32], width: usize, g: &[f32]) {
+/// Replaces `[gate | up]` by its gradient for the upstream gradient `g` `[T, F]`. With s =
+/// σ(u(gate)): d_up = g·gate·s, d_gate = g·up·s·(1 + gate·u'(gate)·(1 − s)).
+pub fn gated_backward(activation: Activation, gate_up: &mut [f32], width: usize, g: &[f32]) {
+    match activation {
+        Activation::Silu => gated_by_backward::<Silu>(gate_up, width, g),
+        Activation::GeluTanh => gated_by_backward::<GeluTanh>(gate_up, width, g),
+    }
+}
+
+fn gated_by_backward<G: Gate>(gate_up: &mut [f32], width: usize, g: &[f32]) {
     let rows = thread_pool::rows_per_task(g.len() / width);
     thread_pool::chunks(gate_up, rows * 2 * width, |i, gate_up| {
         let g = &g[i * rows * width..];
@@ -36,8 +107,8 @@ pub fn swiglu_backward(gate_up: &mut [f32], width: usize, g: &[f32]) {
                 for (row, g) in gate_up.chunks_mut(2 * width).zip(g.chunks(width)) {
                     let (gate, up) = row.split_at_mut(width);
                     for ((a, b), g) in gate.iter_mut().zip(up).zip(g) {
-                        let s = sigmoid(*a);
-                        (*a, *b) = (g * *b * s * (1.0 + *a * (1.0 - s)), g * *a * s);
+                        let s = G::sigma(*a);
+                        (*a, *b) = (g * *b * s * (1.0 + G::slope(*a, s)), g * *a * s);
                     }
                 }
             },
@@ -97,7 +168,8 @@ pub fn backward_floats(width: usize, tape: KeepGateUp) -> usize {
 }
 
 /// y from tiles of gate and of up: neither is written as a whole, but for what is kept.
-pub struct SwigluTiles {
+pub struct GatedTiles {
+    activation: Activation,
     tokens: usize,
     width: usize,
     y: TiledOperand,
@@ -105,16 +177,28 @@ pub struct SwigluTiles {
     kept: Option<(Buffer, Shared)>,
 }
 
-impl SwigluTiles {
+impl GatedTiles {
     /// For T tokens of F = `width`, a multiple of [`NR`].
-    pub fn new(kernel: Kernel, tokens: usize, width: usize, keep: KeepGateUp) -> Self {
-        assert!(width.is_multiple_of(NR), "swiglu: tiles of a width of {width}");
+    pub fn new(
+        kernel: Kernel,
+        activation: Activation,
+        (tokens, width): (usize, usize),
+        keep: KeepGateUp,
+    ) -> Self {
+        assert!(width.is_multiple_of(NR), "gated: tiles of a width of {width}");
         let mut kept = (keep == KeepGateUp::F32)
             .then(|| (Buffer::dirty(tokens * 2 * width), Shared(std::ptr::null_mut())));
         kept.iter_mut().for_each(|(buffer, at)| *at = Shared(buffer.as_mut_ptr()));
         let rounded =
             (keep == KeepGateUp::Bf16).then(|| TiledOperand::new(kernel, tokens, 2 * width));
-        SwigluTiles { tokens, width, y: TiledOperand::new(kernel, tokens, width), rounded, kept }
+        GatedTiles {
+            activation,
+            tokens,
+            width,
+            y: TiledOperand::new(kernel, tokens, width),
+            rounded,
+            kept,
+        }
     }
 
     /// Takes a tile of each; `up` is overwritten.
@@ -148,14 +232,10 @@ impl SwigluTiles {
                 }
             }
         }
-        dispatch(
-            #[inline(always)]
-            || {
-                for (y, a) in up.iter_mut().zip(gate) {
-                    *y *= a * sigmoid(*a);
-                }
-            },
-        );
+        match self.activation {
+            Activation::Silu => multiply::<Silu>(up, gate),
+            Activation::GeluTanh => multiply::<GeluTanh>(up, gate),
+        }
         // SAFETY: by the caller.
         unsafe { self.y.write(rows, columns.start, width, up) };
     }
@@ -167,9 +247,22 @@ impl SwigluTiles {
     }
 }
 
-/// The gradients of gate and of up, as [`swiglu_backward`] gives them, and y again, from what was
+/// y = up ⊙ activation(gate) in up's place.
+fn multiply<G: Gate>(up: &mut [f32], gate: &[f32]) {
+    dispatch(
+        #[inline(always)]
+        || {
+            for (y, a) in up.iter_mut().zip(gate) {
+                *y *= a * G::sigma(*a);
+            }
+        },
+    );
+}
+
+/// The gradients of gate and of up, as [`gated_backward`] gives them, and y again, from what was
 /// kept rounded and tiles of the upstream gradient.
 pub struct GradientTiles<'a> {
+    activation: Activation,
     kept: &'a Operand<'static>,
     width: usize,
     y: TiledOperand,
@@ -178,10 +271,10 @@ pub struct GradientTiles<'a> {
 }
 
 impl<'a> GradientTiles<'a> {
-    /// For what [`SwigluTiles`] kept; F = `width`.
-    pub fn new(kept: &'a Operand<'static>, width: usize) -> Self {
+    /// For what [`GatedTiles`] kept; F = `width`.
+    pub fn new(kept: &'a Operand<'static>, activation: Activation, width: usize) -> Self {
         let tiled = || TiledOperand::new(kept.kernel(), kept.rows(), width);
-        GradientTiles { kept, width, y: tiled(), gate: tiled(), up: tiled() }
+        GradientTiles { activation, kept, width, y: tiled(), gate: tiled(), up: tiled() }
     }
 
     /// Takes a tile of the upstream gradient.
@@ -189,6 +282,18 @@ impl<'a> GradientTiles<'a> {
     /// # Safety
     /// No other task has this part.
     pub unsafe fn take(&self, rows: Range<usize>, columns: Range<usize>, g: &[f32]) {
+        // SAFETY: by the caller.
+        unsafe {
+            match self.activation {
+                Activation::Silu => self.take_by::<Silu>(rows, columns, g),
+                Activation::GeluTanh => self.take_by::<GeluTanh>(rows, columns, g),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`GradientTiles::take`].
+    unsafe fn take_by<G: Gate>(&self, rows: Range<usize>, columns: Range<usize>, g: &[f32]) {
         let width = columns.len();
         let (mut y, mut gate, mut up) = ([0f32; PART * NR], [0f32; PART * NR], [0f32; PART * NR]);
         for first in rows.clone().step_by(PART) {
@@ -209,9 +314,9 @@ impl<'a> GradientTiles<'a> {
                     for (((y, a), b), g) in
                         y[..n].iter_mut().zip(&mut gate[..n]).zip(&mut up[..n]).zip(g)
                     {
-                        let s = sigmoid(*a);
+                        let s = G::sigma(*a);
                         *y = *a * s * *b;
-                        (*a, *b) = (g * *b * s * (1.0 + *a * (1.0 - s)), g * *a * s);
+                        (*a, *b) = (g * *b * s * (1.0 + G::slope(*a, s)), g * *a * s);
                     }
                 },
             );

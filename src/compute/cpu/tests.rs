@@ -8,7 +8,9 @@ use super::gemm::{Elements, Kernel, NR, Operand, View, WeightView};
 use super::head::{HeadInput, HeadOptions, KEPT, head, head_weight_gradient};
 use super::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm, rms_norm_backward};
 use super::rope::{Direction, RopeTable, rotate};
-use super::swiglu::{GateUp, GradientTiles, KeepGateUp, SwigluTiles, swiglu, swiglu_backward};
+use super::swiglu::{
+    Activation, GateUp, GatedTiles, GradientTiles, KeepGateUp, gated, gated_backward,
+};
 use crate::compute::layout::RowLayout;
 use crate::math::rng::kaiming_uniform;
 
@@ -132,21 +134,45 @@ fn rope_rotates_and_its_transpose_is_its_gradient() {
 }
 
 #[test]
-fn swiglu_matches_its_formula_and_its_differences() {
+fn gated_units_match_their_formulas_and_their_differences() {
     let x: Vec<f32> = random(6 * 80, 4).iter().map(|x| 4.0 * x).collect();
     let u = random(6 * 40, 5);
-    let product = |x: &[f32]| match swiglu(Kernel::Portable, x, 40).view().elements {
-        Elements::F32(y) => y[..6 * 40].to_vec(),
-        Elements::Bf16(_) => unreachable!("the kernel does not round"),
-    };
-    let t = matrix(&x, 80);
-    let plain =
-        (t.narrow(1, 0, 40).unwrap().silu().unwrap() * t.narrow(1, 40, 40).unwrap()).unwrap();
-    assert!(relative(&product(&x), &values(&plain)) < 1e-6);
-    let mut dx = x.clone();
-    swiglu_backward(&mut dx, 40, &u);
-    check_gradient("swiglu", &x, &dx, &u, product);
+    for activation in ACTIVATIONS {
+        let product = |x: &[f32]| match gated(Kernel::Portable, activation, x, 40).view().elements {
+            Elements::F32(y) => y[..6 * 40].to_vec(),
+            Elements::Bf16(_) => unreachable!("the kernel does not round"),
+        };
+        let t = matrix(&x, 80);
+        let gate = t.narrow(1, 0, 40).unwrap();
+        // candle's GELU is the tanh approximation.
+        let active = match activation {
+            Activation::Silu => gate.silu().unwrap(),
+            Activation::GeluTanh => gate.gelu().unwrap(),
+        };
+        let plain = (active * t.narrow(1, 40, 40).unwrap()).unwrap();
+        assert!(relative(&product(&x), &values(&plain)) < 1e-6, "{activation:?}");
+        let mut dx = x.clone();
+        gated_backward(activation, &mut dx, 40, &u);
+        check_gradient(&format!("{activation:?}"), &x, &dx, &u, product);
+    }
 }
+
+#[test]
+fn the_ends_of_the_activations_are_finite() {
+    for activation in ACTIVATIONS {
+        // Gates, then the factors.
+        let x = [-1e4, -200.0, -30.0, 0.0, 30.0, 200.0, 1e4, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0];
+        let mut dx = x;
+        gated_backward(activation, &mut dx, 7, &[1.0; 7]);
+        assert!(dx.iter().all(|d| d.is_finite()), "{activation:?}: {dx:?}");
+        assert!(
+            dx[..3].iter().all(|d| d.abs() < 1e-9) && dx[3] == 0.5 && dx[4..7] == [1.0; 3],
+            "{activation:?}: {dx:?}"
+        );
+    }
+}
+
+const ACTIVATIONS: [Activation; 2] = [Activation::Silu, Activation::GeluTanh];
 
 /// Hands `[T, F]` matrices out in tiles, as a product does.
 fn by_tiles<const P: usize>(
@@ -178,7 +204,7 @@ fn half(x: &[f32], width: usize, from: usize) -> Vec<f32> {
 }
 
 #[test]
-fn swiglu_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
+fn gating_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
     let (tokens, width) = (45, 64);
     let x: Vec<f32> = random(tokens * 2 * width, 4).iter().map(|x| 4.0 * x).collect();
     let (gate, up) = (half(&x, width, 0), half(&x, width, width));
@@ -196,11 +222,13 @@ fn swiglu_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
                 })
                 .collect()
         };
-        for keep in [KeepGateUp::No, KeepGateUp::F32, KeepGateUp::Bf16]
+        let keeps = [KeepGateUp::No, KeepGateUp::F32, KeepGateUp::Bf16]
             .into_iter()
-            .filter(|k| rounds || *k != KeepGateUp::Bf16)
+            .filter(|k| rounds || *k != KeepGateUp::Bf16);
+        for (keep, activation) in
+            keeps.flat_map(|keep| ACTIVATIONS.map(|activation| (keep, activation)))
         {
-            let tiles = SwigluTiles::new(kernel, tokens, width, keep);
+            let tiles = GatedTiles::new(kernel, activation, (tokens, width), keep);
             // SAFETY: there is one thread.
             by_tiles([&gate, &up], width, |rows, columns, [gate, mut up]| unsafe {
                 tiles.take(rows, columns, &gate, &mut up)
@@ -208,8 +236,8 @@ fn swiglu_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
             let (y, kept) = tiles.finish();
             assert_eq!(
                 bits(&y, width),
-                bits(&swiglu(kernel, &x, width), width),
-                "{kernel:?} {keep:?}"
+                bits(&gated(kernel, activation, &x, width), width),
+                "{kernel:?} {activation:?} {keep:?}"
             );
             match (kept, keep) {
                 (None, KeepGateUp::No) => {}
@@ -228,26 +256,33 @@ fn swiglu_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
 }
 
 #[test]
-fn swiglu_that_keeps_its_input_rounded_has_the_gradients_of_what_it_kept() {
+fn a_gated_unit_that_keeps_its_input_rounded_has_the_gradients_of_what_it_kept() {
     for (tokens, width) in [(13, 41), (45, 64)] {
         let x: Vec<f32> = random(tokens * 2 * width, 4)
             .iter()
             .map(|x| half::bf16::from_f32(4.0 * x).to_f32())
             .collect();
         let u = random(tokens * width, 5);
-        for kernel in Kernel::available().into_iter().filter(|k| k.is_bf16()) {
+        let kernels = Kernel::available().into_iter().filter(|k| k.is_bf16());
+        for (kernel, activation) in
+            kernels.flat_map(|kernel| ACTIVATIONS.map(|activation| (kernel, activation)))
+        {
             let bits = |operand: &Operand| {
                 (0..tokens).flat_map(|i| operand.bf16_row(i).to_vec()).collect::<Vec<_>>()
             };
             let kept = Operand::new(kernel, View::f32(&x, 2 * width), tokens, 2 * width, 1.0);
             let kept = Operand::owned(kernel, kept.view(), tokens, 2 * width);
-            let tiles = GradientTiles::new(&kept, width);
+            let tiles = GradientTiles::new(&kept, activation, width);
             // SAFETY: there is one thread.
             by_tiles([&u], width, |rows, columns, [g]| unsafe { tiles.take(rows, columns, &g) });
             let (y, [gate, up]) = tiles.finish();
-            assert_eq!(bits(&y), bits(&swiglu(kernel, &x, width)), "{kernel:?}");
+            assert_eq!(
+                bits(&y),
+                bits(&gated(kernel, activation, &x, width)),
+                "{kernel:?} {activation:?}"
+            );
             let mut exact = x.clone();
-            swiglu_backward(&mut exact, width, &u);
+            gated_backward(activation, &mut exact, width, &u);
             for (ours, from) in [(gate, 0), (up, width)] {
                 let exact = half(&exact, width, from);
                 assert_eq!(
@@ -309,7 +344,7 @@ fn attention_equals_masked_attention_with_and_without_a_window() {
     layout.push_group(5, [1, 80]);
     for kernel in kernels() {
         for (window, dim) in [(None, 8), (Some(1), 8), (Some(9), 40), (Some(72), 8)] {
-            let heads = Heads { query: 4, key: 2, dim, window };
+            let heads = Heads { query: 4, key: 2, dim, window, scale: 1.0 / (dim as f32).sqrt() };
             let qkv = random(layout.tokens() * heads.row(), 11);
             let error = relative(
                 &attend(kernel, &qkv, heads, &layout).0,
@@ -327,7 +362,7 @@ fn attention_gradients_match_differences() {
     layout.push_group(2, [66]);
     for kernel in kernels() {
         for (window, dim) in [(None, 4), (Some(3), 36)] {
-            let heads = Heads { query: 4, key: 2, dim, window };
+            let heads = Heads { query: 4, key: 2, dim, window, scale: 1.0 / (dim as f32).sqrt() };
             let qkv = random(layout.tokens() * heads.row(), 14);
             let u = random(layout.tokens() * heads.width(), 15);
             let (out, lse) = attend(kernel, &qkv, heads, &layout);
@@ -342,7 +377,7 @@ fn attention_gradients_match_differences() {
 fn bf16_attention_stays_near_f32() {
     let mut layout = RowLayout::default();
     layout.push_group(40, [66, 3]);
-    let heads = Heads { query: 4, key: 2, dim: 16, window: None };
+    let heads = Heads { query: 4, key: 2, dim: 16, window: None, scale: 0.25 };
     let qkv = random(layout.tokens() * heads.row(), 14);
     let u = random(layout.tokens() * heads.width(), 15);
     let run = |kernel| {

@@ -67,7 +67,7 @@ pub struct Address(pub(super) u64);
 pub struct Memory {
     gpu: Arc<Gpu>,
     address: u64,
-    /// What was taken from the arena.
+    /// Bytes allocated from the arena.
     size: usize,
     kind: Kind,
     len: usize,
@@ -272,8 +272,8 @@ impl Gpu {
         self.arena().peak_bytes() as u64
     }
 
-    /// Whether it failed in a way that every later call fails, too: only a new process can use it
-    /// again.
+    /// Returns true after a failure that makes every later call fail, too. Only a new process can
+    /// use the GPU again.
     pub fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Acquire)
     }
@@ -312,7 +312,7 @@ impl Gpu {
         Ok(Memory { gpu: self.clone(), address, size, kind, len })
     }
 
-    /// What the arena keeps elsewhere may be enough.
+    /// Returns all free memory of the arena to the driver and allocates once more.
     fn take_after_trim(&self, bytes: usize) -> Result<(u64, usize)> {
         self.trim()?;
         let found = self.arena().take(bytes);

@@ -136,11 +136,13 @@ impl Launch {
 }
 
 /// Kernels for both kinds of elements.
-const GENERIC: [&str; 19] = [
+const GENERIC: &[&str] = &[
     "embed",
     "rope",
     "swiglu",
     "swiglu_backward",
+    "geglu",
+    "geglu_backward",
     "add_bias",
     "column_sum",
     "scale_rows",
@@ -193,9 +195,8 @@ pub(super) fn tensor_core_kernel(
 
 /// Every kernel's name, its kinds and the dynamic shared memory that it asks for.
 pub(super) fn all() -> impl Iterator<Item = (&'static str, Option<Kind>, usize)> {
-    let generic = GENERIC
-        .into_iter()
-        .flat_map(|name| [Kind::F32, Kind::Bf16].map(|kind| (name, Some(kind), 0)));
+    let generic =
+        GENERIC.iter().flat_map(|&name| [Kind::F32, Kind::Bf16].map(|kind| (name, Some(kind), 0)));
     let tensor_core = TENSOR_CORE.into_iter().map(|(.., name, shared)| (name, None, shared));
     generic.chain(PLAIN.into_iter().map(|name| (name, None, 0))).chain(tensor_core)
 }

@@ -18,6 +18,7 @@ use super::kernels::Kind::{Bf16, F32};
 use super::kernels::{Arg, AttentionPass, Kind, Launch, tensor_core_kernel};
 use crate::compute::cpu::attention::Heads;
 use crate::compute::cpu::rope::Direction;
+use crate::compute::cpu::swiglu::Activation;
 
 /// Floats of a row's softmax in the head's kernels (`State` in head.cu).
 pub(crate) const SOFTMAX_STATE: usize = 8;
@@ -286,25 +287,40 @@ pub(crate) fn rope(
     gpu.launch("rope", Some(kind), Launch::blocks(rows), &args)
 }
 
-/// y = silu(gate) · up, with y `[T, width]` and gate_up = \[gate | up\] `[T, 2·width]`.
-pub(crate) fn swiglu(gpu: &Gpu, y: &Memory, gate_up: &Memory, width: usize) -> Result<()> {
-    let tokens = count_rows("swiglu", "y", y.len(), width)?;
-    check("swiglu", &[("gate_up", gate_up, y.kind(), 2 * y.len())])?;
+/// y = activation(gate) · up, with y `[T, width]` and gate_up = \[gate | up\] `[T, 2·width]`.
+pub(crate) fn gated(
+    gpu: &Gpu,
+    activation: Activation,
+    y: &Memory,
+    gate_up: &Memory,
+    width: usize,
+) -> Result<()> {
+    let kernel = match activation {
+        Activation::Silu => "swiglu",
+        Activation::GeluTanh => "geglu",
+    };
+    let tokens = count_rows(kernel, "y", y.len(), width)?;
+    check(kernel, &[("gate_up", gate_up, y.kind(), 2 * y.len())])?;
     let args = [y.into(), gate_up.into(), tokens.into(), width.into()];
-    gpu.launch("swiglu", Some(y.kind()), Launch::strided(tokens * width), &args)
+    gpu.launch(kernel, Some(y.kind()), Launch::strided(tokens * width), &args)
 }
 
 /// Replaces gate_up by its gradient, given that of y, `gy` `[T, width]`.
-pub(crate) fn swiglu_backward(
+pub(crate) fn gated_backward(
     gpu: &Gpu,
+    activation: Activation,
     gate_up: &Memory,
     gy: &Memory,
     width: usize,
 ) -> Result<()> {
-    let tokens = count_rows("swiglu_backward", "gy", gy.len(), width)?;
-    check("swiglu_backward", &[("gate_up", gate_up, gy.kind(), 2 * gy.len())])?;
+    let kernel = match activation {
+        Activation::Silu => "swiglu_backward",
+        Activation::GeluTanh => "geglu_backward",
+    };
+    let tokens = count_rows(kernel, "gy", gy.len(), width)?;
+    check(kernel, &[("gate_up", gate_up, gy.kind(), 2 * gy.len())])?;
     let args = [gate_up.into(), gy.into(), tokens.into(), width.into()];
-    gpu.launch("swiglu_backward", Some(gy.kind()), Launch::strided(tokens * width), &args)
+    gpu.launch(kernel, Some(gy.kind()), Launch::strided(tokens * width), &args)
 }
 
 /// Adds a bias in f32 to every row of some columns.
@@ -675,7 +691,7 @@ impl AttentionTiles<'_> {
 
     /// The arguments that all attention kernels have in common.
     fn arguments(&self) -> [Arg; 7] {
-        let Heads { query, key, dim, window } = self.heads;
+        let Heads { query, key, dim, window, scale } = self.heads;
         let (tiles, positions) = (self.tiles.into(), self.positions.into());
         [
             tiles,
@@ -684,7 +700,7 @@ impl AttentionTiles<'_> {
             key.into(),
             dim.into(),
             window.unwrap_or(0).into(),
-            self.heads.scale().into(),
+            scale.into(),
         ]
     }
 

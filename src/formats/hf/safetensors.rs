@@ -17,6 +17,7 @@ use serde_json::Value;
 
 use crate::formats::weights::stored::{Check, ElementType, StoredAs};
 use crate::model::error::{ModelError, last_part};
+use crate::model::params::text_name;
 
 const FILE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -154,7 +155,7 @@ impl SafetensorsWeights {
                     ));
                 }
                 tensors.insert(
-                    name,
+                    text_name(&name).into_owned(),
                     Stored { file, dtype: info.dtype, shape: info.shape.clone(), bytes },
                 );
             }

@@ -9,6 +9,8 @@ use crate::model::error::ModelError;
 /// An object of a config file; `prefix` is its own place in the file, e.g. `rope_scaling.`.
 pub(in crate::model) struct Fields<'a> {
     map: &'a Map<String, Value>,
+    /// What is read where a field is absent.
+    defaults: Option<&'a Map<String, Value>>,
     path: &'a Path,
     prefix: String,
 }
@@ -17,7 +19,17 @@ impl<'a> Fields<'a> {
     pub(in crate::model) fn new(json: &'a Value, path: &'a Path) -> Result<Self, ModelError> {
         let map =
             json.as_object().ok_or_else(|| invalid(path, "(whole file)", "not a JSON object"))?;
-        Ok(Fields { map, path, prefix: String::new() })
+        Ok(Fields { map, defaults: None, path, prefix: String::new() })
+    }
+
+    /// Returns the same fields with the values that a family's config class in transformers has
+    /// where one is absent. A null of the file stays null.
+    pub(in crate::model) fn with_defaults<'b>(&self, defaults: &'b Value) -> Fields<'b>
+    where
+        'a: 'b,
+    {
+        let (defaults, prefix) = (defaults.as_object(), self.prefix.clone());
+        Fields { map: self.map, defaults, path: self.path, prefix }
     }
 
     pub(in crate::model) fn path(&self) -> &Path {
@@ -28,9 +40,9 @@ impl<'a> Fields<'a> {
         invalid(self.path, &format!("{}{field}", self.prefix), reason)
     }
 
-    /// Whether the key is there, null included.
-    pub(in crate::model) fn has(&self, field: &str) -> bool {
-        self.map.contains_key(field)
+    /// Whether the field has a default: some fields are those of some classes only.
+    pub(in crate::model) fn has_default(&self, field: &str) -> bool {
+        self.defaults.is_some_and(|defaults| defaults.contains_key(field))
     }
 
     /// Absent or null.
@@ -39,7 +51,8 @@ impl<'a> Fields<'a> {
     }
 
     fn get(&self, field: &str) -> Option<&'a Value> {
-        self.map.get(field).filter(|v| !v.is_null())
+        let stored = self.map.get(field).or_else(|| self.defaults?.get(field));
+        stored.filter(|v| !v.is_null())
     }
 
     fn read<T>(
@@ -96,6 +109,16 @@ impl<'a> Fields<'a> {
         })
     }
 
+    /// The same of a field where a null stands for its default, too.
+    pub(in crate::model) fn size_or_default(
+        &self,
+        field: &str,
+        max: usize,
+    ) -> Result<Option<usize>, ModelError> {
+        let default = || usize::try_from(self.defaults?.get(field)?.as_u64()?).ok();
+        Ok(self.optional_size(field, max)?.or_else(default))
+    }
+
     /// One id, a list of ids, or nothing.
     pub(in crate::model) fn token_ids(&self, field: &str) -> Result<Vec<u32>, ModelError> {
         let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
@@ -110,6 +133,7 @@ impl<'a> Fields<'a> {
         let map = self.read(field, "an object", Value::as_object)?;
         Ok(map.map(|map| Fields {
             map,
+            defaults: None,
             path: self.path,
             prefix: format!("{}{field}.", self.prefix),
         }))

@@ -13,11 +13,23 @@ pub(in crate::model) fn rope(
 ) -> Result<RopeConfig, ModelError> {
     // transformers lets `rope_scaling`, the older name, win when both are there.
     let key = if fields.is_null("rope_scaling") { "rope_parameters" } else { "rope_scaling" };
-    let nested = fields.object(key)?;
-    let theta = match nested.as_ref().map(|n| n.number("rope_theta")).transpose()?.flatten() {
-        Some(theta) => theta,
-        None => fields.number("rope_theta")?.unwrap_or(10_000.0),
-    };
+    rope_of(
+        fields,
+        fields.object(key)?,
+        fields.number("rope_theta")?.unwrap_or(10_000.0),
+        max_position_embeddings,
+    )
+}
+
+/// Reads the frequencies from the object that describes them, `nested`, which may lack θ.
+pub(in crate::model) fn rope_of(
+    fields: &Fields<'_>,
+    nested: Option<Fields<'_>>,
+    theta: f64,
+    max_position_embeddings: usize,
+) -> Result<RopeConfig, ModelError> {
+    let theta =
+        nested.as_ref().map(|n| n.number("rope_theta")).transpose()?.flatten().unwrap_or(theta);
     if !(theta > 1.0 && theta.is_finite()) {
         return Err(fields.invalid("rope_theta", format!("is {theta}; must be a number above 1")));
     }

@@ -7,7 +7,6 @@ use candle_core::Result;
 
 use super::backend::{CpuBackend, GateUpGradient, Gradients};
 use super::projections::CpuLinearGroup;
-use crate::compute::cpu::TensorRead;
 use crate::compute::cpu::attention::{Heads, attention, attention_backward};
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::{Kernel, Operand, View};
@@ -16,13 +15,14 @@ use crate::compute::cpu::rms_norm::{
 };
 use crate::compute::cpu::rope::{Direction, rotate};
 use crate::compute::cpu::swiglu::{
-    GateUp, GradientTiles, KeepGateUp, SwigluTiles, swiglu, swiglu_backward,
+    GateUp, GatedTiles, GradientTiles, KeepGateUp, gated, gated_backward,
 };
 use crate::model::adapter::Adapter;
 use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, PolicyView, StreamNorm};
+use crate::model::parameters::{NormFactors, Parameters};
 use crate::model::params::{BlockParam, LinearGroup, ParamId, PerGroup};
 use crate::model::row::PreparedRow;
-use crate::model::spec::{Activation, BlockSpec, FeedForward, Mixer, Norms, QkNorm};
+use crate::model::spec::{Activation, BlockSpec, FeedForward, Mixer};
 
 /// A block's tensors, opened, and the row.
 pub struct CpuBlock<'a> {
@@ -32,13 +32,12 @@ pub struct CpuBlock<'a> {
     heads: Heads,
     /// F.
     width: usize,
+    activation: Activation,
     eps: f32,
     /// Whether the policy has an adapter: only that is trained, then.
     is_adapted: bool,
     row: &'a PreparedRow,
-    input_norm: TensorRead<'a>,
-    post_norm: TensorRead<'a>,
-    qk_norm: Option<(TensorRead<'a>, TensorRead<'a>)>,
+    parameters: &'a Parameters,
     groups: PerGroup<CpuLinearGroup<'a>>,
     /// Adapters on parts of the row: the same groups, of which only the low-rank terms are used.
     parts: Vec<(Range<usize>, PerGroup<CpuLinearGroup<'a>>)>,
@@ -51,11 +50,10 @@ impl<'a> CpuBlock<'a> {
             (policy.spec, &**policy.parameters, Kernel::best(policy.precision));
         let BlockSpec {
             mixer: Mixer::Attention(attention),
-            mixer_norms: Norms::Pre,
-            feed_forward: FeedForward::Gated { width, activation: Activation::Silu, bias: _ },
-            feed_forward_norms: Norms::Pre,
+            mixer_norms: _,
+            feed_forward: FeedForward::Gated { width, activation, bias: _ },
+            feed_forward_norms: _,
         } = spec.blocks[index];
-        let tensor = |param| TensorRead::of(parameters.vector(ParamId::Block(index, param))?);
         let groups = |adapter: Option<&'a Adapter>| {
             PerGroup::build(|group| CpuLinearGroup::open(kernel, index, parameters, adapter, group))
         };
@@ -66,24 +64,13 @@ impl<'a> CpuBlock<'a> {
             index,
             spec: &spec.blocks[index],
             kernel,
-            heads: Heads {
-                query: attention.heads,
-                key: attention.kv_heads,
-                dim: attention.head_dim,
-                window: attention.window,
-            },
+            heads: attention.as_heads(),
             width,
+            activation,
             eps: spec.rms_norm_eps as f32,
             is_adapted: policy.adapter.is_some(),
             row,
-            input_norm: tensor(StreamNorm::Mixer.weight())?,
-            post_norm: tensor(StreamNorm::FeedForward.weight())?,
-            qk_norm: match attention.qk_norm {
-                QkNorm::Absent => None,
-                QkNorm::PerHead => {
-                    Some((tensor(BlockParam::QueryNorm)?, tensor(BlockParam::KeyNorm)?))
-                }
-            },
+            parameters,
             groups: groups(policy.adapter.map(|adapter| &**adapter))?,
             parts: row.adapters.iter().map(part).collect::<Result<_>>()?,
         })
@@ -93,11 +80,9 @@ impl<'a> CpuBlock<'a> {
         self.row.tokens()
     }
 
-    fn weight(&self, norm: StreamNorm) -> Result<&[f32]> {
-        match norm {
-            StreamNorm::Mixer => self.input_norm.f32(),
-            StreamNorm::FeedForward => self.post_norm.f32(),
-        }
+    /// Opens a norm.
+    fn factors(&self, norm: BlockParam) -> Result<NormFactors<'_>> {
+        self.parameters.norm(ParamId::Block(self.index, norm))
     }
 
     /// Runs a group: y = keep·y + its outputs. Returns x·Aᵀ of the policy's own adapter.
@@ -115,14 +100,16 @@ impl<'a> CpuBlock<'a> {
         Ok(u)
     }
 
-    /// The columns of `[q | k | v]` that have queries, and those that have keys.
-    fn columns(&self) -> (HeadColumns, HeadColumns) {
+    /// The columns of `[q | k | v]` that have queries, and those that have keys, each with its
+    /// norm.
+    fn columns(&self) -> [(HeadColumns, BlockParam); 2] {
         let h = &self.heads;
         let (stride, offset) = (h.row(), h.query * h.dim);
-        (
+        let (queries, keys) = (
             HeadColumns { stride, offset: 0, count: h.query },
             HeadColumns { stride, offset, count: h.key },
-        )
+        );
+        [(queries, BlockParam::QueryNorm), (keys, BlockParam::KeyNorm)]
     }
 }
 
@@ -140,7 +127,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
     }
 
     fn norm(&self, norm: StreamNorm, x: &Buffer) -> Result<Operand<'static>> {
-        Ok(rms_norm_operand(self.kernel, x, self.weight(norm)?, self.eps))
+        Ok(rms_norm_operand(self.kernel, x, self.factors(norm.weight())?.values()?, self.eps))
     }
 
     fn attention_operand<'b>(&self, output: &'b Buffer) -> Operand<'b> {
@@ -167,16 +154,15 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
     }
 
     fn head_norms(&self, qkv: &mut Buffer) -> Result<()> {
-        if let Some((q, k)) = &self.qk_norm {
-            let (queries, keys) = self.columns();
-            head_norm(qkv, queries, q.f32()?, self.eps);
-            head_norm(qkv, keys, k.f32()?, self.eps);
+        for (columns, norm) in self.columns() {
+            head_norm(qkv, columns, self.factors(norm)?.values()?, self.eps);
         }
         Ok(())
     }
 
     fn rotate(&self, qkv: &mut Buffer, direction: Direction) -> Result<()> {
-        rotate(qkv, self.heads.row(), self.heads.query + self.heads.key, &self.row.rope, direction);
+        let rope = &self.row.ropes[self.spec.attention().rope];
+        rotate(qkv, self.heads.row(), self.heads.query + self.heads.key, rope, direction);
         Ok(())
     }
 
@@ -201,7 +187,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
             true => KeepGateUp::for_tape(self.kernel, self.is_adapted),
         };
         if self.parts.is_empty() && self.groups.gate_up.is_tiled::<2>() {
-            let tiles = SwigluTiles::new(self.kernel, tokens, width, keep);
+            let tiles = GatedTiles::new(self.kernel, self.activation, (tokens, width), keep);
             let group = &self.groups.gate_up;
             // SAFETY: each tile is given to one task.
             let low_rank =
@@ -213,7 +199,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         }
         let mut gate_up = Buffer::dirty(tokens * 2 * width);
         let low_rank = self.run_group(LinearGroup::GateUp, &input, &mut gate_up, false)?;
-        let y = swiglu(self.kernel, &gate_up, width);
+        let y = gated(self.kernel, self.activation, &gate_up, width);
         let gate_up = match keep {
             KeepGateUp::No => None,
             KeepGateUp::F32 => Some(GateUp::F32(gate_up)),
@@ -237,9 +223,9 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         let (tokens, width, down) = (self.tokens(), self.width, &self.groups.down);
         match gate_up {
             GateUp::F32(mut gate_up) => {
-                let y = swiglu(self.kernel, &gate_up, width);
+                let y = gated(self.kernel, self.activation, &gate_up, width);
                 let gy = down.backward(&y, low_rank, gx, tokens, gradients)?;
-                swiglu_backward(&mut gate_up, width, &gy);
+                gated_backward(self.activation, &mut gate_up, width, &gy);
                 Ok(GateUpGradient::F32(gate_up))
             }
             GateUp::Bf16(saved) => {
@@ -250,7 +236,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
                     down.output(),
                     1.0,
                 )];
-                let tiles = GradientTiles::new(&saved, width);
+                let tiles = GradientTiles::new(&saved, self.activation, width);
                 // SAFETY: each tile is given to one task.
                 let v = down.backward_tiles(&g, tokens, |rows, columns, [gy]| unsafe {
                     tiles.take(rows, columns, gy)
@@ -307,12 +293,16 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         dqkv: &mut Buffer,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        if let Some((q, k)) = &self.qk_norm {
-            let (queries, keys) = self.columns();
-            let query_slot = gradients.slot(ParamId::Block(self.index, BlockParam::QueryNorm));
-            head_norm_backward(before, dqkv, queries, q.f32()?, self.eps, query_slot);
-            let key_slot = gradients.slot(ParamId::Block(self.index, BlockParam::KeyNorm));
-            head_norm_backward(before, dqkv, keys, k.f32()?, self.eps, key_slot);
+        for (columns, norm) in self.columns() {
+            let slot = gradients.slot(ParamId::Block(self.index, norm));
+            head_norm_backward(
+                before,
+                dqkv,
+                columns,
+                self.factors(norm)?.values()?,
+                self.eps,
+                slot,
+            );
         }
         Ok(())
     }
@@ -326,7 +316,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         gradients: &mut Gradients,
     ) -> Result<()> {
         let slot = gradients.slot(ParamId::Block(self.index, norm.weight()));
-        rms_norm_backward(x, self.weight(norm)?, g, self.eps, gx, slot);
+        rms_norm_backward(x, self.factors(norm.weight())?.values()?, g, self.eps, gx, slot);
         Ok(())
     }
 }

@@ -4,7 +4,6 @@ use candle_core::{Result, bail};
 
 use super::backend::{CpuBackend, Gradients, HeadTape};
 use super::block::CpuBlock;
-use crate::compute::cpu::TensorRead;
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::Kernel;
 use crate::compute::cpu::head::{
@@ -13,6 +12,7 @@ use crate::compute::cpu::head::{
 use crate::compute::cpu::rms_norm::{rms_norm, rms_norm_backward};
 use crate::compute::cpu::thread_pool;
 use crate::model::backend::{Keep, PolicyView, RowOps};
+use crate::model::parameters::NormFactors;
 use crate::model::params::ParamId;
 use crate::model::row::PreparedRow;
 
@@ -42,8 +42,12 @@ impl<'a> CpuRow<'a> {
         self.policy.spec.rms_norm_eps as f32
     }
 
-    fn last_norm(&self) -> Result<TensorRead<'a>> {
-        TensorRead::of(self.policy.parameters.vector(ParamId::Norm)?)
+    fn embedding_scale(&self) -> f32 {
+        self.policy.spec.embedding_scale_in(self.policy.precision)
+    }
+
+    fn last_norm(&self) -> Result<NormFactors<'a>> {
+        self.policy.parameters.norm(ParamId::Norm)
     }
 
     /// Runs the last norm and the head on the last block's output `[T, C]`.
@@ -54,7 +58,7 @@ impl<'a> CpuRow<'a> {
             to.copy_from_slice(&x[row.predictors[i] as usize * width..][..width])
         });
         let mut normed = Buffer::dirty(before_norm.len());
-        rms_norm(&before_norm, self.last_norm()?.f32()?, self.eps(), &mut normed);
+        rms_norm(&before_norm, self.last_norm()?.values()?, self.eps(), &mut normed);
         let w = self.policy.parameters.head()?.read()?;
         let input =
             HeadInput { kernel: self.kernel(), h: &normed, w: w.view(), targets: &row.targets };
@@ -78,23 +82,26 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
     }
 
     fn embed(&self) -> Result<Buffer> {
-        let width = self.width();
+        let (width, scale) = (self.width(), self.embedding_scale());
         let embedding = self.policy.parameters.matrix(ParamId::Embedding)?.read()?;
         let mut x = Buffer::dirty(self.row.tokens() * width);
         for (to, &id) in x.chunks_mut(width).zip(&self.row.row().ids) {
             embedding.view().read_row(id as usize, to);
+            if scale != 1.0 {
+                to.iter_mut().for_each(|x| *x *= scale);
+            }
         }
         Ok(x)
     }
 
     fn embed_backward(&self, gx: &Buffer, gradients: &mut Gradients) -> Result<()> {
-        let width = self.width();
+        let (width, scale) = (self.width(), self.embedding_scale());
         if let Some(slot) = gradients.slot(ParamId::Embedding) {
             for (from, &id) in gx.chunks(width).zip(&self.row.row().ids) {
                 slot[id as usize * width..][..width]
                     .iter_mut()
                     .zip(from)
-                    .for_each(|(s, g)| *s += g);
+                    .for_each(|(s, g)| *s += g * scale);
             }
         }
         Ok(())
@@ -143,7 +150,7 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
         let slot = gradients.slot(ParamId::Norm);
         rms_norm_backward(
             &before_norm,
-            self.last_norm()?.f32()?,
+            self.last_norm()?.values()?,
             &output.gradient,
             self.eps(),
             &mut dh,

@@ -10,8 +10,7 @@ use crate::model::block_shape::BlockShape;
 /// `ranks`.
 pub fn tape_floats(block: &BlockShape, gate_up: KeepGateUp, ranks: usize) -> usize {
     let before_norm = if block.qk_norm { block.heads.row() } else { 0 };
-    // The residual stream before attention and before the feed-forward part.
-    let residual = 2 * block.hidden;
+    let residual = block.saved_streams * block.hidden;
     residual
         + before_norm
         + attention::tape_floats(&block.heads)
@@ -29,13 +28,14 @@ pub fn input_floats(block: &BlockShape) -> usize {
 pub fn backward_floats(block: &BlockShape, gate_up: KeepGateUp) -> usize {
     let feed_forward = swiglu::backward_floats(block.feed_forward, gate_up) + 4 * block.hidden;
     let attention = attention::backward_floats(&block.heads) + 2 * block.hidden;
-    feed_forward.max(attention)
+    // One gradient of the stream is counted with its operands.
+    feed_forward.max(attention) + (block.gradient_streams - 1) * block.hidden
 }
 
-/// Values per token that a block takes at its largest where nothing is saved: two of the residual
-/// stream, and what one of the operations needs.
+/// Values per token that a block takes at its largest where nothing is saved: what is as wide as
+/// the residual stream, and what one of the operations needs.
 pub fn forward_floats(block: &BlockShape) -> usize {
-    2 * block.hidden
+    block.forward_streams * block.hidden
         + swiglu::forward_floats(block.feed_forward).max(attention::forward_floats(&block.heads))
 }
 
@@ -52,8 +52,16 @@ mod tests {
 
     #[test]
     fn a_block_takes_what_its_operations_take_together() {
-        let heads = Heads { query: 9, key: 3, dim: 64, window: None };
-        let block = BlockShape { hidden: 576, feed_forward: 1536, heads, qk_norm: false };
+        let heads = Heads { query: 9, key: 3, dim: 64, window: None, scale: 0.125 };
+        let block = BlockShape {
+            hidden: 576,
+            feed_forward: 1536,
+            heads,
+            qk_norm: false,
+            saved_streams: 2,
+            gradient_streams: 1,
+            forward_streams: 2,
+        };
         let (normed, narrow) =
             (BlockShape { qk_norm: true, ..block }, BlockShape { feed_forward: 64, ..block });
         // Two residuals; [q | k | v], output, log-sum-exps; [gate | up]; x·Aᵀ.

@@ -19,7 +19,7 @@ use crate::compute::cuda::kernels::Kind;
 use crate::compute::cuda::ops::{self, Columns, HeadColumns, HeadNormBackward, RmsNormBackward};
 use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, StreamNorm};
 use crate::model::params::{BlockParam, LinearGroup, ParamId};
-use crate::model::spec::BlockSpec;
+use crate::model::spec::{Activation, BlockSpec, FeedForward};
 
 /// A block with its adapter, on a row.
 pub(super) struct Block<'a> {
@@ -64,13 +64,6 @@ impl Block<'_> {
         Ok(u)
     }
 
-    fn norm_weight(&self, norm: StreamNorm) -> &Memory {
-        match norm {
-            StreamNorm::Mixer => &self.weights.input_norm,
-            StreamNorm::FeedForward => &self.weights.post_norm,
-        }
-    }
-
     /// Places of `heads` heads of `[q | k | v]`, from column `first` on.
     fn head_columns(&self, first: usize, heads: usize) -> HeadColumns {
         HeadColumns {
@@ -82,25 +75,27 @@ impl Block<'_> {
         }
     }
 
-    /// Queries and keys with their norms: weight, places, parameter.
-    fn normed_heads(&self) -> impl Iterator<Item = (&Memory, HeadColumns, BlockParam)> {
+    /// Places of queries and keys, each with its norm.
+    fn normed_heads(&self) -> [(HeadColumns, BlockParam); 2] {
         let h = self.shape.heads;
         let (queries, keys) =
             (self.head_columns(0, h.query), self.head_columns(h.query * h.dim, h.key));
-        let both = self.weights.qk_norm.as_ref();
-        both.into_iter().flat_map(move |(q, k)| {
-            [(q, queries, BlockParam::QueryNorm), (k, keys, BlockParam::KeyNorm)]
-        })
+        [(queries, BlockParam::QueryNorm), (keys, BlockParam::KeyNorm)]
     }
 
     fn over_row(&self) -> Attention<'_> {
         Attention { gpu: self.gpu, kind: self.kind, shape: self.shape, row: self.row }
     }
 
-    fn swiglu(&self, gate_up: &Memory) -> Result<Memory> {
+    fn activation(&self) -> Activation {
+        let FeedForward::Gated { activation, .. } = self.spec.feed_forward;
+        activation
+    }
+
+    fn gated(&self, gate_up: &Memory) -> Result<Memory> {
         let width = self.shape.feed_forward;
         let y = self.gpu.dirty(self.kind, self.row.tokens * width)?;
-        ops::swiglu(self.gpu, &y, gate_up, width)?;
+        ops::gated(self.gpu, self.activation(), &y, gate_up, width)?;
         Ok(y)
     }
 
@@ -142,7 +137,7 @@ impl BlockOps<CudaBackend> for Block<'_> {
 
     fn norm(&self, norm: StreamNorm, x: &Memory) -> Result<Operand<'static>> {
         let n = self.gpu.dirty(self.kind, self.row.tokens * self.shape.hidden)?;
-        ops::rms_norm(self.gpu, &n, x, self.norm_weight(norm), self.eps)?;
+        ops::rms_norm(self.gpu, &n, x, self.weights.norm(norm.weight())?, self.eps)?;
         Ok(Operand::Owned(n))
     }
 
@@ -169,20 +164,15 @@ impl BlockOps<CudaBackend> for Block<'_> {
     }
 
     fn head_norms(&self, qkv: &mut Memory) -> Result<()> {
-        self.normed_heads()
-            .try_for_each(|(w, heads, _)| ops::head_norm(self.gpu, qkv, w, heads, self.eps))
+        let mut heads = self.normed_heads().into_iter();
+        heads.try_for_each(|(heads, norm)| {
+            ops::head_norm(self.gpu, qkv, self.weights.norm(norm)?, heads, self.eps)
+        })
     }
 
     fn rotate(&self, qkv: &mut Memory, direction: Direction) -> Result<()> {
-        let h = self.shape.heads;
-        ops::rope(
-            self.gpu,
-            qkv,
-            &self.row.cos,
-            &self.row.sin,
-            self.head_columns(0, h.query + h.key),
-            direction,
-        )
+        let (h, (cos, sin)) = (self.shape.heads, &self.row.ropes[self.spec.attention().rope]);
+        ops::rope(self.gpu, qkv, cos, sin, self.head_columns(0, h.query + h.key), direction)
     }
 
     fn attention(&self, qkv: &Memory) -> Result<Attended<CudaBackend>> {
@@ -197,7 +187,7 @@ impl BlockOps<CudaBackend> for Block<'_> {
     ) -> Result<Gated<CudaBackend>> {
         let low_rank = self.run_group(LinearGroup::GateUp, &input, &space, false)?;
         drop(input);
-        let y = self.swiglu(&space)?;
+        let y = self.gated(&space)?;
         Ok(Gated { y: Operand::Owned(y), gate_up: Some(space), low_rank })
     }
 
@@ -208,7 +198,7 @@ impl BlockOps<CudaBackend> for Block<'_> {
         gx: &Memory,
         gradients: &mut GradientBuffers,
     ) -> Result<Memory> {
-        let y = Operand::Owned(self.swiglu(&gate_up)?);
+        let y = Operand::Owned(self.gated(&gate_up)?);
         let gy = self.linear_backward(
             LinearGroup::Down,
             &y,
@@ -216,7 +206,7 @@ impl BlockOps<CudaBackend> for Block<'_> {
             OutputGradient::Stream(gx),
             gradients,
         )?;
-        ops::swiglu_backward(self.gpu, &gate_up, &gy, self.shape.feed_forward)?;
+        ops::gated_backward(self.gpu, self.activation(), &gate_up, &gy, self.shape.feed_forward)?;
         Ok(gate_up)
     }
 
@@ -262,14 +252,9 @@ impl BlockOps<CudaBackend> for Block<'_> {
         dqkv: &mut Memory,
         gradients: &mut GradientBuffers,
     ) -> Result<()> {
-        self.normed_heads().try_for_each(|(w, heads, weight)| {
-            self.head_norm_backward(
-                dqkv,
-                before,
-                w,
-                heads,
-                gradients.slot(ParamId::Block(self.index, weight)),
-            )
+        self.normed_heads().into_iter().try_for_each(|(heads, norm)| {
+            let slot = gradients.slot(ParamId::Block(self.index, norm));
+            self.head_norm_backward(dqkv, before, self.weights.norm(norm)?, heads, slot)
         })
     }
 
@@ -282,7 +267,8 @@ impl BlockOps<CudaBackend> for Block<'_> {
         gradients: &mut GradientBuffers,
     ) -> Result<()> {
         let slot = gradients.slot(ParamId::Block(self.index, norm.weight()));
-        NormBackward { x, w: self.norm_weight(norm), g, eps: self.eps, slot }.add_to(self.gpu, gx)
+        NormBackward { x, w: self.weights.norm(norm.weight())?, g, eps: self.eps, slot }
+            .add_to(self.gpu, gx)
     }
 }
 

@@ -60,6 +60,13 @@ pub(super) struct OpenRow<'a> {
 }
 
 impl OpenRow<'_> {
+    /// What each embedded token is multiplied by `[T]`; `None` for 1.
+    fn embedding_scales(&self) -> Result<Option<Memory>> {
+        let OpenPolicy { gpu, policy, .. } = self.policy;
+        let scale = policy.spec.embedding_scale_in(policy.precision);
+        (scale != 1.0).then(|| gpu.upload(Kind::F32, &vec![scale; self.row.tokens])).transpose()
+    }
+
     /// The predictors' hidden states before and after the last norm `[N, C]`.
     fn last_norm(&self, x: &Memory) -> Result<(Memory, Memory)> {
         let OpenPolicy { gpu, kind, weights, .. } = self.policy;
@@ -108,16 +115,23 @@ impl RowOps<CudaBackend> for OpenRow<'_> {
         let width = self.policy.hidden();
         let x = gpu.dirty(Kind::F32, self.row.tokens * width)?;
         ops::embed(gpu, &x, &weights.embed, &self.row.ids, width)?;
+        if let Some(scales) = self.embedding_scales()? {
+            ops::scale_rows(gpu, &x, &x, &scales, width)?;
+        }
         Ok(x)
     }
 
     fn embed_backward(&self, gx: &Memory, gradients: &mut GradientBuffers) -> Result<()> {
-        let gpu = self.policy.gpu;
-        match gradients.slot(ParamId::Embedding) {
-            Some(slot) => {
-                Scatter::new(gpu, &self.source.ids)?.add(gpu, slot, gx, self.policy.hidden())
+        let (gpu, width) = (self.policy.gpu, self.policy.hidden());
+        let Some(slot) = gradients.slot(ParamId::Embedding) else { return Ok(()) };
+        let scatter = Scatter::new(gpu, &self.source.ids)?;
+        match self.embedding_scales()? {
+            Some(scales) => {
+                let scaled = gpu.dirty(Kind::F32, gx.len())?;
+                ops::scale_rows(gpu, &scaled, gx, &scales, width)?;
+                scatter.add(gpu, slot, &scaled, width)
             }
-            None => Ok(()),
+            None => scatter.add(gpu, slot, gx, width),
         }
     }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use candle_core::Result;
 
+use crate::compute::cpu::rope::RopeTable;
 use crate::compute::cuda::gpu::{Gpu, Memory};
 use crate::compute::cuda::kernels::Kind;
 use crate::compute::cuda::ops::{self, ScatterRows, TILE_ENTRY};
@@ -23,9 +24,8 @@ pub(super) struct DeviceRow {
     pub ids: Memory,
     /// `[T]`.
     pub positions: Memory,
-    /// `[T, D/2]`.
-    pub cos: Memory,
-    pub sin: Memory,
+    /// Cosines and sines `[T, D/2]`, in the order of the model's rotary frequencies.
+    pub ropes: Vec<(Memory, Memory)>,
     /// `[n, 5]`: first and last query, start of their segment, start and end of their prompt.
     pub tiles: Memory,
     /// `[n, 5]`: first and last key, end of their segment, start and end of the queries in other
@@ -40,14 +40,16 @@ impl DeviceRow {
     pub fn new(gpu: &Arc<Gpu>, row: &PreparedRow) -> Result<Self> {
         let source = row.row();
         let (tiles, key_tiles) = (query_tiles(&source.layout), key_tiles(&source.layout));
-        let (cos, sin) = row.rope.tables();
+        let rope = |table: &RopeTable| {
+            let (cos, sin) = table.tables();
+            Ok::<_, candle_core::Error>((gpu.upload(Kind::F32, cos)?, gpu.upload(Kind::F32, sin)?))
+        };
         Ok(DeviceRow {
             tokens: source.ids.len(),
             targets: source.targets.len(),
             ids: gpu.upload(Kind::F32, &source.ids)?,
             positions: gpu.upload(Kind::F32, &source.layout.positions())?,
-            cos: gpu.upload(Kind::F32, cos)?,
-            sin: gpu.upload(Kind::F32, sin)?,
+            ropes: row.ropes.iter().map(rope).collect::<Result<_>>()?,
             tiles: gpu.upload(Kind::F32, tiles.as_flattened())?,
             key_tiles: gpu.upload(Kind::F32, key_tiles.as_flattened())?,
             predictors: gpu.upload(Kind::F32, &source.predictors)?,

@@ -44,8 +44,7 @@ impl BlockShape {
     /// bytes and the adapter's ranks on the block add up to `ranks`.
     pub fn tape_bytes(&self, element: usize, ranks: usize) -> usize {
         let before_norm = if self.qk_norm { self.qkv() } else { 0 };
-        // The residual stream before attention and before the feed-forward part.
-        let residual = 2 * self.hidden;
+        let residual = self.saved_streams * self.hidden;
         F32 * (residual + self.log_sum_exps())
             + element * (self.qkv() + before_norm + self.attended() + self.gate_up() + ranks)
     }
@@ -66,7 +65,8 @@ impl BlockShape {
             }
             _ => 0,
         };
-        F32 * self.hidden + (element * feed_forward.max(attention)).max(parts)
+        F32 * self.gradient_streams * self.hidden
+            + (element * feed_forward.max(attention)).max(parts)
     }
 }
 
@@ -96,8 +96,11 @@ mod tests {
         BlockShape {
             hidden,
             feed_forward,
-            heads: Heads { query, key, dim, window: None },
+            heads: Heads { query, key, dim, window: None, scale: 0.125 },
             qk_norm: false,
+            saved_streams: 2,
+            gradient_streams: 1,
+            forward_streams: 2,
         }
     }
 

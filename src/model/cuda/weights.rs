@@ -2,9 +2,10 @@
 //! norms and biases in f32. Copies are made when a policy is first used and kept while its weights
 //! live on the host.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
@@ -42,10 +43,18 @@ pub(super) struct GroupWeights {
 
 /// A block's.
 pub(super) struct BlockWeights {
-    pub input_norm: Memory,
-    pub post_norm: Memory,
-    pub qk_norm: Option<(Memory, Memory)>,
+    norms: HashMap<BlockParam, Memory>,
     pub groups: PerGroup<GroupWeights>,
+}
+
+impl BlockWeights {
+    /// Returns the factors of a norm.
+    pub fn norm(&self, norm: BlockParam) -> Result<&Memory> {
+        match self.norms.get(&norm) {
+            Some(factors) => Ok(factors),
+            None => bail!("the block has no {norm:?}"),
+        }
+    }
 }
 
 /// All of a decoder's.
@@ -58,24 +67,20 @@ pub(super) struct DeviceWeights {
 
 impl DeviceWeights {
     fn upload(gpu: &Arc<Gpu>, kind: Kind, p: &Parameters) -> Result<Self> {
+        let factors = |id| gpu.upload(Kind::F32, p.norm(id)?.values()?);
         let block = |index| {
-            let norm = |param| vector(gpu, p.vector(ParamId::Block(index, param))?);
-            let has_head_norms = p.has(ParamId::Block(index, BlockParam::QueryNorm));
+            let norm =
+                |norm| Ok::<_, candle_core::Error>((norm, factors(ParamId::Block(index, norm))?));
             let group = |group: LinearGroup| GroupWeights::upload(gpu, kind, p, index, group);
             Ok::<_, candle_core::Error>(BlockWeights {
-                input_norm: norm(BlockParam::InputNorm)?,
-                post_norm: norm(BlockParam::PostNorm)?,
-                qk_norm: match has_head_norms {
-                    true => Some((norm(BlockParam::QueryNorm)?, norm(BlockParam::KeyNorm)?)),
-                    false => None,
-                },
+                norms: p.norms(index).map(norm).collect::<Result<_>>()?,
                 groups: PerGroup::build(group)?,
             })
         };
         Ok(DeviceWeights {
             embed: stack(gpu, kind, &[p.matrix(ParamId::Embedding)?.read()?])?,
             blocks: (0..p.num_blocks()).map(block).collect::<Result<_>>()?,
-            norm: vector(gpu, p.vector(ParamId::Norm)?)?,
+            norm: factors(ParamId::Norm)?,
             head: match p.has(ParamId::Head) {
                 true => Some(stack(gpu, kind, &[p.matrix(ParamId::Head)?.read()?])?),
                 false => None,

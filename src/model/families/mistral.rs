@@ -1,26 +1,23 @@
 //! Mistral: a sliding window on every layer, no biases.
 
-use super::common::{Common, Family, FieldRules};
+use serde_json::{Value, json};
+
+use super::common::{Common, Family};
 use crate::model::config::json::Fields;
 use crate::model::error::ModelError;
 use crate::model::spec::{AttentionSpec, ModelSpec};
 
 pub(super) static FAMILY: Family = Family {
-    model_type: "mistral",
-    causal_lm_class: "MistralForCausalLM",
     is_interleaved_in_gguf: true,
-    spec,
+    ..Family::new("mistral", "MistralForCausalLM", defaults, spec)
 };
 
-const RULES: FieldRules = FieldRules {
-    kv_heads: Some(8),
-    head_dim: None,
-    max_position_embeddings: 131_072,
-    has_mlp_bias: false,
-};
+fn defaults() -> Value {
+    json!({"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096})
+}
 
 fn spec(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
-    let common = Common::read(fields, &RULES)?;
+    let common = Common::read(fields)?;
     let block = common.block(AttentionSpec { window: common.window, ..common.attention() });
     let blocks = vec![block; common.num_layers];
     Ok(common.model(blocks))

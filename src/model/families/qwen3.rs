@@ -1,27 +1,26 @@
 //! Qwen3: RMSNorm on each head's q and k, optional biases in attention; the upper layers may have a
 //! sliding window.
 
-use super::common::{Common, Family, FieldRules, windows_of_layers};
+use serde_json::{Value, json};
+
+use super::common::{Common, Family, windows_of_layers};
 use crate::model::config::json::Fields;
 use crate::model::error::ModelError;
 use crate::model::spec::{AttentionSpec, ModelSpec, QkNorm};
 
-pub(super) static FAMILY: Family = Family {
-    model_type: "qwen3",
-    causal_lm_class: "Qwen3ForCausalLM",
-    is_interleaved_in_gguf: false,
-    spec,
-};
+pub(super) static FAMILY: Family = Family::new("qwen3", "Qwen3ForCausalLM", defaults, spec);
 
-const RULES: FieldRules = FieldRules {
-    kv_heads: Some(32),
-    head_dim: Some(128),
-    max_position_embeddings: 32_768,
-    has_mlp_bias: false,
-};
+fn defaults() -> Value {
+    json!({
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32_768,
+        "sliding_window": 4096,
+    })
+}
 
 fn spec(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
-    let common = Common::read(fields, &RULES)?;
+    let common = Common::read(fields)?;
     let windows = windows_of_layers(fields, &common)?;
     let (qkv_bias, output_bias) = (common.attention_bias, common.attention_bias);
     let attention =

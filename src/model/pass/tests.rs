@@ -83,6 +83,8 @@ impl CountingRow {
             heads: 4,
             kv_heads: 2,
             head_dim: 8,
+            scale: 0.35,
+            rope: 0,
             window: None,
             qk_norm,
             qkv_bias: false,

@@ -100,6 +100,37 @@ template <class T> void element_wise(int rows, int width, int grid) {
         launch(ENTRY(swiglu_backward), grid, 256, 0, in.data(), gy.data(), rows, width);
         run.expect(in, want);
     });
+    // GELU by its definition: 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))).
+    const double root = std::sqrt(2 / std::acos(-1.0));
+    const auto inner = [&](double x) { return std::tanh(root * (x + 0.044715 * x * x * x)); };
+    cases<T>("geglu", shape, [&](Run& run) {
+        auto in = run.random<T>(rows * 2 * width, 4);
+        in[0] = from_float<T>(-120.0f);
+        auto y = run.empty<T>(rows * width);
+        launch(ENTRY(geglu), grid, 256, 0, y.data(), in.data(), rows, width);
+        Numbers want;
+        for (int t = 0; t < rows; ++t)
+            for (int f = 0; f < width; ++f) {
+                const double gate = in.at(t * 2 * width + f), up = in.at((t * 2 + 1) * width + f);
+                want.push_back(0.5 * gate * (1 + inner(gate)) * up);
+            }
+        run.expect(y, want);
+    });
+    cases<T>("geglu_backward", shape, [&](Run& run) {
+        auto in = run.random<T>(rows * 2 * width, 4), gy = run.random<T>(rows * width);
+        in[0] = from_float<T>(-120.0f);
+        Numbers want = in.values();
+        for (int t = 0; t < rows; ++t)
+            for (int f = 0; f < width; ++f) {
+                double &gate = want[t * 2 * width + f], &up = want[(t * 2 + 1) * width + f];
+                const double g = gy.at(t * width + f), old = gate, th = inner(old);
+                const double slope = 0.5 * (1 + th) + 0.5 * old * (1 - th * th) * root * (1 + 3 * 0.044715 * old * old);
+                gate = g * up * slope;
+                up = g * 0.5 * old * (1 + th);
+            }
+        launch(ENTRY(geglu_backward), grid, 256, 0, in.data(), gy.data(), rows, width);
+        run.expect(in, want);
+    });
     for (int pad : {0, 8, 5})
         for (int keep : {0, 1})
             cases<T>("add_bias", shape + text({pad, keep}), [&](Run& run) {

@@ -85,8 +85,8 @@ pub fn attention_backward(
 
 /// Bytes of P and dS that [`attention_backward`] keeps between its two sweeps, for a row of
 /// `tokens` tokens whose longest pair has `longest`. A query sees half of its pair's tokens on
-/// average, and at most all of them where several pairs share a prompt; [`BLOCK`] more are what
-/// blocks and panels pad them with.
+/// average, and at most all of them where several pairs share a prompt; the length of a block of
+/// queries is what blocks and panels pad them with.
 pub fn score_bytes(kernel: Kernel, heads: usize, tokens: usize, longest: usize) -> usize {
     let element = if kernel.is_bf16() { size_of::<half::bf16>() } else { size_of::<f32>() };
     let columns = (tokens / 2).min(longest) + BLOCK;
@@ -184,7 +184,7 @@ impl Sweep<'_> {
             dispatch(
                 #[inline(always)]
                 || {
-                    let (delta, scale) = (dot(out, g), heads.scale());
+                    let (delta, scale) = (dot(out, g), heads.scale);
                     let mut cleared = 0;
                     for part in &visible {
                         p[cleared..part.start].fill(0.0);

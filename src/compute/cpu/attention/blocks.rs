@@ -20,6 +20,8 @@ pub struct Heads {
     pub dim: usize,
     /// A query sees this many positions back, itself included; `None` sees all.
     pub window: Option<usize>,
+    /// Factor of the scores.
+    pub scale: f32,
 }
 
 impl Heads {
@@ -31,11 +33,6 @@ impl Heads {
     /// Width of a row of the output.
     pub fn width(&self) -> usize {
         self.query * self.dim
-    }
-
-    /// Factor of the scores, 1/√D.
-    pub fn scale(&self) -> f32 {
-        1.0 / (self.dim as f32).sqrt()
     }
 
     /// Where in a row of `[q | k | v]` key head `kv`'s keys begin.

@@ -161,19 +161,19 @@ unsafe fn chunk_product(kernel: Kernel, m: usize, products: &[Product], out: Out
     #[cfg(target_arch = "x86_64")]
     match kernel {
         // The same sums in the same order as below, so the same bits.
-        // SAFETY: as below; the instructions exist.
         Kernel::Portable if x86::has_avx2() => {
+            // SAFETY: as below; the instructions exist.
             return unsafe { by_rows(m, |rows, i| x86::avx2(rows, i, products, out)) };
         }
         Kernel::Portable => {}
         // SAFETY: by the caller; the kernel is chosen only where its instructions exist.
         Kernel::Amx => return unsafe { amx::panel_product(m, products, out) },
-        // SAFETY: as above.
         Kernel::Avx512 => {
+            // SAFETY: as above.
             return unsafe { by_rows(m, |rows, i| x86::strip(false, rows, i, products, out)) };
         }
-        // SAFETY: as above.
         Kernel::Avx512Bf16 => {
+            // SAFETY: as above.
             return unsafe { by_rows(m, |rows, i| x86::strip(true, rows, i, products, out)) };
         }
     }

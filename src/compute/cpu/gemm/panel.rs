@@ -27,7 +27,7 @@ pub(crate) struct OutputTile {
     pub stride: usize,
     /// Columns to write, at most [`NR`].
     pub columns: usize,
-    /// Whether the products are added to what C holds; otherwise C is overwritten.
+    /// Adds the products to the values of C if true, overwrites C if false.
     pub accumulate: bool,
 }
 

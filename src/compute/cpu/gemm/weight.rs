@@ -16,7 +16,7 @@ pub struct WeightView<'a> {
     columns: usize,
 }
 
-/// Which of the two products of a linear layer a weight is the right operand of.
+/// The form in which a matrix multiplication takes a linear layer's weight as its right operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Orientation {
     /// The forward product x·Wᵀ: B is Wᵀ `[columns, rows]`.

@@ -129,12 +129,26 @@ __device__ __forceinline__ void rope(T* qkv, const float* cos, const float* sin,
 INSTANTIATE(rope, (T* qkv, const float* cos, const float* sin, int tokens, int stride, int heads, int dim, float sign),
             (qkv, cos, sin, tokens, stride, heads, dim, sign))
 
-// ------------------------------------------------------------------------------------------------ SwiGLU
+// ------------------------------------------------------------------------------------ gated linear units
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// y[t, f] = gate·σ(gate)·up, with gate_up [tokens, 2·width] = [gate | up].   [any; 256]
-template <class T> __device__ __forceinline__ void swiglu(T* y, const T* gate_up, int tokens, int width) {
+// Activations x·σ(u(x)): σ(u), and given s = σ(u) the derivative over s, 1 + x·u'·(1 − s).
+struct Silu {
+    static __device__ __forceinline__ float sigma(float x) { return sigmoid(x); }
+    static __device__ __forceinline__ float derivative(float x, float s) { return 1.0f + x * (1.0f - s); }
+};
+// GELU with its tanh approximation: u = 2·√(2/π)·(x + 0.044715·x³).
+struct GeluTanh {
+    static constexpr float SCALE = 1.5957692f, CUBE = 0.044715f;
+    static __device__ __forceinline__ float sigma(float x) { return sigmoid(SCALE * (x + CUBE * x * x * x)); }
+    static __device__ __forceinline__ float derivative(float x, float s) {
+        return 1.0f + x * (1.0f - s) * (SCALE * (1.0f + 3.0f * CUBE * x * x));
+    }
+};
+
+// y[t, f] = activation(gate)·up, with gate_up [tokens, 2·width] = [gate | up].   [any; 256]
+template <class Activation, class T> __device__ __forceinline__ void gated(T* y, const T* gate_up, int tokens, int width) {
     by_width<T>(rows_aligned_16(y, width) && rows_aligned_16(gate_up, width), [&](auto w) {
         constexpr int W = decltype(w)::value;
         for (Cells at(width / W); at.row < tokens; at.next()) {
@@ -144,17 +158,25 @@ template <class T> __device__ __forceinline__ void swiglu(T* y, const T* gate_up
             load(b, gate + width);
 #pragma unroll
             for (int j = 0; j < W; ++j) {
-                a[j] = a[j] * sigmoid(a[j]) * b[j];
+                a[j] = a[j] * Activation::sigma(a[j]) * b[j];
             }
             store(y + at.row * width + at.column * W, a);
         }
     });
 }
+template <class T> __device__ __forceinline__ void swiglu(T* y, const T* gate_up, int tokens, int width) {
+    gated<Silu>(y, gate_up, tokens, width);
+}
+template <class T> __device__ __forceinline__ void geglu(T* y, const T* gate_up, int tokens, int width) {
+    gated<GeluTanh>(y, gate_up, tokens, width);
+}
 INSTANTIATE(swiglu, (T* y, const T* gate_up, int tokens, int width), (y, gate_up, tokens, width))
+INSTANTIATE(geglu, (T* y, const T* gate_up, int tokens, int width), (y, gate_up, tokens, width))
 
-// Replaces [gate | up] by its gradient for the upstream gradient gy; with s = σ(gate):
-//     ∂gate = gy·up·s·(1 + gate·(1 − s)),  ∂up = gy·gate·s.   [any; 256]
-template <class T> __device__ __forceinline__ void swiglu_backward(T* gate_up, const T* gy, int tokens, int width) {
+// Replaces [gate | up] by its gradient for the upstream gradient gy; with s = σ(u(gate)):
+//     ∂gate = gy·up·s·(1 + gate·u'·(1 − s)),  ∂up = gy·gate·s.   [any; 256]
+template <class Activation, class T>
+__device__ __forceinline__ void gated_backward(T* gate_up, const T* gy, int tokens, int width) {
     by_width<T>(rows_aligned_16(gate_up, width) && rows_aligned_16(gy, width), [&](auto w) {
         constexpr int W = decltype(w)::value;
         for (Cells at(width / W); at.row < tokens; at.next()) {
@@ -165,8 +187,8 @@ template <class T> __device__ __forceinline__ void swiglu_backward(T* gate_up, c
             load(g, gy + at.row * width + at.column * W);
 #pragma unroll
             for (int j = 0; j < W; ++j) {
-                const float s = sigmoid(a[j]), gs = g[j] * s, old = a[j];
-                a[j] = gs * b[j] * (1.0f + old * (1.0f - s));
+                const float s = Activation::sigma(a[j]), gs = g[j] * s, old = a[j];
+                a[j] = gs * b[j] * Activation::derivative(old, s);
                 b[j] = gs * old;
             }
             store(gate, a);
@@ -174,7 +196,14 @@ template <class T> __device__ __forceinline__ void swiglu_backward(T* gate_up, c
         }
     });
 }
+template <class T> __device__ __forceinline__ void swiglu_backward(T* gate_up, const T* gy, int tokens, int width) {
+    gated_backward<Silu>(gate_up, gy, tokens, width);
+}
+template <class T> __device__ __forceinline__ void geglu_backward(T* gate_up, const T* gy, int tokens, int width) {
+    gated_backward<GeluTanh>(gate_up, gy, tokens, width);
+}
 INSTANTIATE(swiglu_backward, (T* gate_up, const T* gy, int tokens, int width), (gate_up, gy, tokens, width))
+INSTANTIATE(geglu_backward, (T* gate_up, const T* gy, int tokens, int width), (gate_up, gy, tokens, width))
 
 // --------------------------------------------------------------------------------- biases, sums of columns
 

@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use super::*;
 
-const HEADS: Heads = Heads { query: 4, key: 2, dim: 64, window: None };
+const HEADS: Heads = Heads { query: 4, key: 2, dim: 64, window: None, scale: 0.125 };
 
 /// Opens the GPU that BRADLEY_TEST_DEVICE names (`cuda:N`, which may be the emulator). Returns
 /// `None` after saying that the test is skipped.
@@ -144,10 +144,17 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
         rms_norm_weight(&gpu, &x, &x, &f32s(&[1.0, 2.0]), &y, 2),
         &["rms_norm_weight", "partial has 4"],
     );
-    assert_refused(swiglu(&gpu, &y, &x, 2), &["swiglu", "gate_up has 4 elements", "8"]);
     assert_refused(
-        swiglu_backward(&gpu, &x, &y, 2),
+        gated(&gpu, Activation::Silu, &y, &x, 2),
+        &["swiglu", "gate_up has 4 elements", "8"],
+    );
+    assert_refused(
+        gated_backward(&gpu, Activation::Silu, &x, &y, 2),
         &["swiglu_backward", "gate_up has 4 elements", "8"],
+    );
+    assert_refused(
+        gated(&gpu, Activation::GeluTanh, &y, &x, 2),
+        &["geglu", "gate_up has 4 elements", "8"],
     );
 
     // The head: one row, a tile of three of four columns.
