@@ -26,6 +26,7 @@ goldens:
     python3 -m venv target/goldens-venv
     target/goldens-venv/bin/pip install --quiet -r tests/goldens/requirements.txt
     cd tests/goldens && ../../target/goldens-venv/bin/python generate.py
+    cd tests/goldens && ../../target/goldens-venv/bin/python parameters.py
     cd tests/goldens && ../../target/goldens-venv/bin/python shapes.py
 
 # Everything that has to pass before a change lands.

@@ -4,7 +4,7 @@
   python benches/compare.py MODEL.gguf PAIRS.jsonl [--rounds 5] [--train-pairs 4] [--train-steps 2] [--score-pairs 8] [--out FILE.jsonl]
 
 The Python needs tests/goldens/requirements.txt, grpcio-tools and googleapis-common-protos. Every measurement is one JSON line in --out; the tables at
-the end are markdown, for BENCHMARKS.md. Training figures leave loading and tokenising out on both sides; every side is a fresh process in every round.
+the end are markdown, for docs/benchmarks. Training figures leave loading and tokenising out on both sides; every side is a fresh process in every round.
 """
 
 import argparse

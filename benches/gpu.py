@@ -4,7 +4,7 @@
 
 PROGRAMS: the folder that `tests/cuda/device pack`'s archive was unpacked to. The models have Llama 3's shapes, random weights (made once, on the GPU) and
 the tokenizer's vocabulary padded to 128,256. The Python needs torch, transformers, peft, trl 1.16 with datasets, grpcio-tools, googleapis-common-protos and
-nvidia-ml-py. Every measurement is one JSON line in --out; the tables at the end are markdown, for BENCHMARKS.md.
+nvidia-ml-py. Every measurement is one JSON line in --out; the tables at the end are markdown, for docs/benchmarks.
 
 Training: LoRA r 16 on all linear layers, bf16, steps of 16 pairs, max_length 2048. TRL's best configuration is looked for first. Peak memory is what the
 driver says the process holds (NVML), sampled.

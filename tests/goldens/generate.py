@@ -1,4 +1,7 @@
-"""Makes every golden file in this folder except smollm2.json. Run: python generate.py (see README.md)."""
+"""Makes the golden files of this folder, except those of parameters.py, shapes.py and smollm2.py.
+
+Run: python generate.py (README.md says which file comes from which script).
+"""
 
 import json
 import shutil

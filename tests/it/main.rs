@@ -12,6 +12,7 @@ mod crash;
 mod cuda;
 mod datasets;
 mod devices;
+mod documents;
 mod exports;
 mod gateway;
 mod gguf;
