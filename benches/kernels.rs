@@ -10,7 +10,7 @@ use bradley::compute::cpu::gemm::{
 };
 use bradley::compute::cpu::head::{HeadInput, HeadOptions, head};
 use bradley::compute::cpu::rms_norm::{rms_norm, rms_norm_backward};
-use bradley::compute::cpu::swiglu::{Activation, gated, gated_backward};
+use bradley::compute::cpu::swiglu::{ActivationFunction, gated, gated_backward};
 use bradley::compute::cpu::thread_pool;
 use bradley::compute::layout::RowLayout;
 use bradley::domain::training::Precision;
@@ -176,7 +176,7 @@ fn swiglu_550x1536(bencher: Bencher) {
     let x = values(550 * 3072);
     bencher
         .counter(BytesCount::new(6 * x.len()))
-        .bench_local(|| gated(kernel("f32"), Activation::Silu, &x, 1536));
+        .bench_local(|| gated(kernel("f32"), ActivationFunction::Silu, &x, 1536));
 }
 
 #[divan::bench]
@@ -184,5 +184,5 @@ fn swiglu_backward_550x1536(bencher: Bencher) {
     let (mut x, g) = (values(550 * 3072), values(550 * 1536));
     bencher
         .counter(BytesCount::new(10 * x.len()))
-        .bench_local(|| gated_backward(Activation::Silu, &mut x, 1536, &g));
+        .bench_local(|| gated_backward(ActivationFunction::Silu, &mut x, 1536, &g));
 }

@@ -15,7 +15,9 @@ use candle_core::Result;
 
 use super::backend::{Attended, Backend, BlockOps, Gated, OutputGradient, StreamNorm};
 use super::params::{LinearGroup, PerGroup};
-use super::spec::{Activation, AttentionSpec, BlockSpec, FeedForward, Mixer, Norms, QkNorm};
+use super::spec::{
+    ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, Norms, QkNorm,
+};
 use crate::compute::cpu::rope::Direction;
 
 /// Activations of one block that are saved for the backward pass.
@@ -45,7 +47,7 @@ fn attention_of(spec: &BlockSpec) -> AttentionSpec {
         feed_forward:
             FeedForward::Gated {
                 width: _,
-                activation: Activation::Silu | Activation::GeluTanh,
+                activation: ActivationFunction::Silu | ActivationFunction::GeluTanh,
                 bias: _,
             },
         feed_forward_norms: Norms::Pre,

@@ -275,7 +275,7 @@ pub(super) struct Connection {
     closing: Pin<Box<WaitForCancellationFutureOwned>>,
     closed: bool,
     place: Place,
-    _open: Option<Counted>,
+    _open: Option<GaugeGuard>,
 }
 
 impl Connection {

@@ -8,7 +8,9 @@ use crate::compute::cpu::rope::Direction;
 use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, StreamNorm};
 use crate::model::block_shape::BlockShape;
 use crate::model::params::LinearGroup;
-use crate::model::spec::{Activation, AttentionSpec, BlockSpec, FeedForward, Mixer, Norms, QkNorm};
+use crate::model::spec::{
+    ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, Norms, QkNorm,
+};
 
 const TOKENS: usize = 5;
 const BLOCKS: usize = 3;
@@ -96,7 +98,7 @@ impl CountingRow {
             mixer_norms: Norms::Pre,
             feed_forward: FeedForward::Gated {
                 width: 48,
-                activation: Activation::Silu,
+                activation: ActivationFunction::Silu,
                 bias: false,
             },
             feed_forward_norms: Norms::Pre,

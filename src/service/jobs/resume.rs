@@ -13,7 +13,7 @@ use crate::service::blocking::blocking;
 use crate::service::checkpoint_files::remove_checkpoint_files;
 use crate::service::error::{Result, ServiceError, failed};
 use crate::service::store::Store;
-use crate::service::store::leases::Also;
+use crate::service::store::leases::RunWriteEffect;
 use crate::train::checkpoint::{self, RunState};
 use crate::train::trainer::tokens_until;
 
