@@ -24,7 +24,7 @@ use bradley::model::parameters::Parameters;
 use bradley::model::params::LoraTensor;
 use bradley::rpc::pb::{self, training_event::Event};
 use bradley::train::backprop::{SavePolicy, backward, forward};
-use bradley::train::trainable::{Gradients, TrainablePolicy};
+use bradley::train::trainable::{StepGradients, TrainablePolicy};
 use candle_core::{DType, Device, Tensor};
 
 use crate::server::{Server, finish, job, pairs, score, scored, submit, upload};
@@ -132,7 +132,7 @@ fn passes(
     let tape = forward(&policy.policy, row.row.clone(), keep, &mut || {}).unwrap();
     let logps = tape.log_probs().to_vec();
     let upstream: Vec<f32> = (0..logps.len()).map(|i| ((i % 7) as f32 + 1.0) / 40.0).collect();
-    let mut gradients = Gradients::zeros(policy);
+    let mut gradients = StepGradients::zeros(policy);
     backward(&policy.policy, tape, &upstream, &mut gradients, &mut || {}).unwrap();
     gradients.collect().unwrap();
     (logps, gradients.values().to_vec())

@@ -14,7 +14,7 @@ use bradley::model::adapter::Adapter;
 use bradley::model::decoder::Policy;
 use bradley::model::params::LoraTensor;
 use bradley::train::backprop::{SavePolicy, backward, forward};
-use bradley::train::trainable::{Gradients, TrainablePolicy};
+use bradley::train::trainable::{StepGradients, TrainablePolicy};
 use candle_core::{Device, Tensor};
 
 use crate::support::{
@@ -137,7 +137,7 @@ fn gradients(
         upstream[ranges[0].clone()].copy_from_slice(&loss.grad_chosen[i]);
         upstream[ranges[1].clone()].copy_from_slice(&loss.grad_rejected[i]);
     }
-    let mut total = Gradients::zeros(policy);
+    let mut total = StepGradients::zeros(policy);
     backward(&policy.policy, tape, &upstream, &mut total, &mut || {}).unwrap();
     total.collect().unwrap();
     let trainables = policy.trainables.iter().zip(total.values());

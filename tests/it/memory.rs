@@ -21,7 +21,7 @@ use bradley::model::decoder::Policy;
 use bradley::train::estimate::{Estimate, Lengths, MemoryKind, plan};
 use bradley::train::optimizer::AdamW;
 use bradley::train::reference::Reference;
-use bradley::train::trainable::{Gradients, TrainablePolicy};
+use bradley::train::trainable::{StepGradients, TrainablePolicy};
 use serde_json::{Value, json};
 
 use crate::golden_training::{Run, train};
@@ -127,7 +127,7 @@ fn the_state_of_training_is_as_large_as_planned() {
         let policy = case.policy(&base);
         let sizes: Vec<usize> = policy.trainables.iter().map(|t| t.var.elem_count()).collect();
         let moments = AdamW::new(sizes.clone());
-        let gradients = Gradients::zeros(&policy);
+        let gradients = StepGradients::zeros(&policy);
         let parts = [gradients.values(), &moments.first, &moments.second];
         let elements = |part: &[Vec<f32>]| part.iter().map(Vec::len).sum::<usize>();
         let numbers = sizes.iter().sum::<usize>() + parts.map(elements).iter().sum::<usize>();
@@ -155,6 +155,7 @@ fn measured(case: &Case) -> (f64, f64) {
 
 /// Makes the run that the environment names and prints the bytes planned and taken. Returns false
 /// where it names none: this process is no child of [`measured`].
+#[allow(clippy::print_stdout)]
 fn measures_as_a_child() -> bool {
     let Ok(case) = std::env::var(CASE) else { return false };
     let case = Case::from_json(&serde_json::from_str(&case).unwrap());

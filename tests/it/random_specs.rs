@@ -21,7 +21,7 @@ use bradley::model::spec::{
     ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm,
 };
 use bradley::train::backprop::{SavePolicy, backward, forward};
-use bradley::train::trainable::{Gradients, TrainablePolicy};
+use bradley::train::trainable::{StepGradients, TrainablePolicy};
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use rand_chacha::ChaCha8Rng;
@@ -348,7 +348,7 @@ fn compute(case: &Case, policy: &TrainablePolicy) -> Computed {
     for (scored, trained) in scored.iter().zip(&log_probs) {
         assert_close("scoring", *scored as f64, *trained as f64, LOGP_F32, 1.0);
     }
-    let mut sums = Gradients::zeros(policy);
+    let mut sums = StepGradients::zeros(policy);
     backward(&policy.policy, tape, &case.upstream, &mut sums, &mut || {}).unwrap();
     sums.collect().unwrap();
     let widened = |g: &Vec<f32>| g.iter().map(|x| *x as f64).collect();

@@ -529,6 +529,7 @@ impl Gpu {
         let pointer = |m: Matrix| m.address.0 as *mut c_void;
         // cuBLAS is column-major. It sees each row-major matrix as its transpose, so this computes
         // cᵀ = bᵀ·aᵀ.
+        // SAFETY: the caller's matrices lie inside their memory.
         let multiplied = unsafe {
             blas::gemm_ex(
                 blas.handle,
